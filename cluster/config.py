@@ -1,0 +1,206 @@
+"""The configuration tree: what ``ray-config.yaml`` may say under its application's ``args``.
+
+One frozen pydantic tree that forbids unknown fields; everything else reads it and nothing
+changes it. Knows nothing of Ray, files or the command line (``cluster.config_file`` does).
+"""
+
+import difflib
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+
+from cluster.errors import ConfigError
+
+MIB = 1024**2
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+ClassifierTask = Literal["classify", "embed"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ReplicasConfig(_Section):
+    """How many replicas a pool may have, and the load at which one more is wanted."""
+
+    min: int = Field(1, ge=1, le=4096)
+    max: int = Field(1, ge=1, le=4096)
+    target_ongoing: float = Field(32.0, gt=0)
+    """Ongoing requests for each replica that autoscaling aims at."""
+    upscale_delay_s: float = Field(10.0, ge=0)
+    downscale_delay_s: float = Field(300.0, ge=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max < self.min:
+            raise ValueError(f"max must be at least min ({self.min})")
+        return self
+
+
+class ResourcesConfig(_Section):
+    """What Ray reserves for one replica; for a generator, for each of its workers.
+
+    ``cpus`` are Ray's logical shares: they place replicas and limit nothing.
+    """
+
+    cpus: float = Field(0.25, ge=0)
+    gpus: float = Field(0.0, ge=0)
+    custom: dict[str, float] = {}
+
+
+class SimConfig(_Section):
+    """The simulated engine. Every time is in seconds and 0 is instant."""
+
+    startup_s: float = Field(0.0, ge=0)
+    prefill_s_per_token: float = Field(0.0, ge=0)
+    """For each prompt token whose KV block is not cached."""
+    decode_s_per_token: float = Field(0.0, ge=0)
+    batch_slowdown: float = Field(0.0, ge=0)
+    """Each further running request makes a step this much longer: t = t1 * (1 + s * (n - 1))."""
+    max_num_seqs: int = Field(256, ge=1)
+    num_kv_blocks: int = Field(8192, ge=1)
+    block_size_tokens: int = Field(32, ge=1)
+    seed: int = 0
+    fail_rate: float = Field(0.0, ge=0, le=1)
+    """Share of requests that end in a 500 of the engine."""
+    fail_startup: bool = False
+    die_after_requests: int | None = Field(None, ge=1)
+    """The engine dies, as vLLM's does, when it has accepted this many requests."""
+    hang_after_requests: int | None = Field(None, ge=1)
+    """Requests after this many are accepted and never answered."""
+
+
+class GeneratorConfig(_Section):
+    """A pool of language-model replicas."""
+
+    name: Name
+    """What clients write in ``model``."""
+    model: str = Field(min_length=1)
+    """A default model's name (``tandem models list``), a Hugging Face id, or a directory."""
+    engine: Literal["vllm", "sim"] = "vllm"
+    tensor_parallel_size: int = Field(1, ge=1)
+    pipeline_parallel_size: int = Field(1, ge=1)
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    quantization: str | None = None
+    max_model_len: int | None = Field(None, ge=1)
+    """Prompt and completion tokens together; None takes the model's own limit."""
+    kv_cache_memory_bytes: ByteSize | None = Field(None, ge=MIB)
+    """KV cache of each worker; None lets vLLM decide (on CPUs: 1 GiB)."""
+    engine_args: dict[str, Any] = {}
+    """Any further argument of vLLM's ``AsyncEngineArgs`` or of its server, by its Python name."""
+    sim: SimConfig = SimConfig()
+    max_ongoing: int = Field(256, ge=1)
+    """Requests that one replica is given at a time; more wait in the router."""
+    replicas: ReplicasConfig = ReplicasConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+
+
+class ClassifierConfig(_Section):
+    """A pool of encoder replicas."""
+
+    name: Name
+    """What clients write in ``model``."""
+    model: str = Field(min_length=1)
+    """A default model's name (``tandem models list``), a Hugging Face id, or a directory."""
+    tasks: tuple[ClassifierTask, ...] = ("classify", "embed")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """auto: bfloat16 where the processor computes in it, else float32."""
+    max_batch_tokens: int = Field(4096, ge=16)
+    max_queued_tokens: int = Field(1_000_000, ge=16)
+    """Tokens that wait in one replica; beyond it a request is refused (429)."""
+    max_texts: int = Field(10_000, ge=1)
+    """Texts in one request."""
+    threads: int | None = Field(None, ge=1)
+    """Compute threads of one replica; None: one for each core."""
+    max_ongoing: int = Field(256, ge=1)
+    replicas: ReplicasConfig = ReplicasConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+
+
+class RouterConfig(_Section):
+    """The router: what it takes, and how long it waits."""
+
+    api_keys_sha256: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = ()
+    """SHA-256 (hex) of each accepted API key. None: open, which ``up`` allows on loopback alone."""
+    max_body_bytes: ByteSize = Field(ByteSize(32 * MIB), ge=1024)
+    max_queued: int = Field(1024, ge=0)
+    """Requests that wait in one router for one pool; beyond it 429."""
+    queue_timeout_s: float = Field(60.0, gt=0)
+    """The longest wait in the queue; then 429, or 503 where no replica runs."""
+    replicas: ReplicasConfig = ReplicasConfig(min=1, max=2, target_ongoing=256)
+    resources: ResourcesConfig = ResourcesConfig(cpus=0.2)
+
+
+class ClusterConfig(_Section):
+    """The local Ray cluster that ``tandem up`` starts; other clusters ignore it."""
+
+    num_cpus: int | None = Field(None, ge=1)
+    """Ray's logical CPUs; None: the machine's, and at least 2."""
+    ray_port: int = Field(6379, ge=1024, le=65535)
+    dashboard_port: int = Field(8265, ge=1024, le=65535)
+    object_store_memory_bytes: ByteSize = Field(ByteSize(256 * MIB), ge=80 * MIB)
+    ready_timeout_s: float = Field(600.0, gt=0)
+
+
+class TandemConfig(_Section):
+    """Everything that one Tandem application is made of."""
+
+    generators: tuple[GeneratorConfig, ...] = ()
+    classifiers: tuple[ClassifierConfig, ...] = ()
+    router: RouterConfig = RouterConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _names(self) -> Self:
+        names = [pool.name for pool in (*self.generators, *self.classifiers)]
+        if not names:
+            raise ValueError("at least one generator or classifier is needed")
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"each name may stand once among generators and classifiers: {twice}")
+        return self
+
+
+def parse(args: Any) -> TandemConfig:
+    """Check ``args`` and return the tree.
+
+    Raises:
+        ConfigError: one line with the field, the value and what is allowed.
+    """
+    try:
+        return TandemConfig.model_validate(args)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error, args)) from None
+
+
+def _one_line(error: ValidationError, args: Any) -> str:
+    first = error.errors(include_url=False)[0]
+    path = ".".join(str(part) for part in first["loc"]) or "args"
+    value = _shorten(first["input"])
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{path}: no such field (value {value}); allowed: {', '.join(known)}{hint}"
+    if first["type"] == "missing":
+        return f"{path}: missing; this field is required"
+    allowed = first["msg"].removeprefix("Value error, ")
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{path}: got {value}; {allowed[0].lower()}{allowed[1:]}{more}"
+
+
+def _shorten(value: Any, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def _fields_at(loc: tuple[int | str, ...]) -> list[str]:
+    """The field names of the section that a pydantic error location points into."""
+    section: type[BaseModel] = TandemConfig
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        annotation: Any = section.model_fields[part].annotation
+        inner = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type)]
+        section = next(a for a in inner if issubclass(a, BaseModel))
+    return sorted(section.model_fields)

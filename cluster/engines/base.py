@@ -1,0 +1,63 @@
+"""What every engine offers: an ASGI application, its health and its load.
+
+A replica owns one engine and knows it through this protocol alone, so vLLM, the simulated
+engine and the encoder are interchangeable above it.
+"""
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """What an engine has to do at one moment."""
+
+    running: int = 0
+    """Requests in the engine's current batch."""
+    waiting: int = 0
+    """Requests that the engine accepted and has not started."""
+    kv_cache_usage: float = 0.0
+    """Share of KV blocks in use, 0 to 1."""
+
+
+class Engine(Protocol):
+    """One model, ready to answer HTTP-shaped requests in this process.
+
+    Life: ``start`` once, then any number of concurrent calls of ``app``, then ``stop`` once.
+    Cancelling the task that runs ``app`` aborts the request in the engine.
+    """
+
+    @property
+    def app(self) -> ASGIApp:
+        """The ASGI application; valid between ``start`` and ``stop``."""
+
+    async def start(self) -> None:
+        """Load the model and return when it can answer.
+
+        Raises:
+            ConfigError: the model or an argument is wrong.
+            EngineDeadError: the engine's process ended during the start.
+        """
+
+    async def check_health(self) -> None:
+        """Return if the engine works.
+
+        Raises:
+            EngineDeadError: it does not, and will not again.
+        """
+
+    def load(self) -> EngineLoad:
+        """The load now; never blocks."""
+
+    def routes(self) -> tuple[str, ...]:
+        """The paths that ``app`` serves, as path templates (``/v1/responses/{response_id}``)."""
+
+    async def stop(self) -> None:
+        """End the engine and every process of it; safe to call twice and after death."""
