@@ -1,0 +1,313 @@
+"""The router's end of a link: keeps one connection to one replica, and opens streams on it.
+
+Owns the connection, its open streams and the task that reconnects. Does not choose replicas.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterator, Callable
+from enum import Enum
+from ssl import SSLContext
+
+from cluster.errors import (
+    LinkAuthError,
+    LinkClosedError,
+    LinkError,
+    LinkProtocolError,
+    request_error_for,
+)
+from cluster.link.connection import Connection, LinkOptions
+from cluster.link.frames import (
+    BODY,
+    CHUNK_BYTES,
+    DATA,
+    END,
+    ERROR,
+    GOAWAY,
+    LOAD,
+    REFUSED,
+    REQUEST,
+    RESPONSE,
+    WINDOW,
+    Frame,
+    LinkLoad,
+    RequestHead,
+    decode_credit,
+    decode_head,
+    encode_head,
+)
+from cluster.link.handshake import Handshake
+from cluster.link.stream import Stream
+
+logger = logging.getLogger(__name__)
+
+_BACKOFF_MIN_S = 0.05
+_BACKOFF_MAX_S = 2.0
+_MAX_STREAM_ID = 2**32 - 1
+
+
+class LinkState(Enum):
+    """What a link can be used for."""
+
+    CONNECTING = "connecting"
+    CONNECTED = "connected"
+    DRAINING = "draining"
+    """The replica finishes the open streams and takes no new one."""
+    CLOSED = "closed"
+
+
+class LinkClient:
+    """A link to the replica at one address.
+
+    ``on_state`` and ``on_load`` may be set to functions that are called, on the event loop, after
+    ``state`` or ``load`` changed.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        secret: bytes,
+        *,
+        ssl: SSLContext | None = None,
+        options: LinkOptions | None = None,
+    ) -> None:
+        self.host = host
+        self.port = port
+        self.state = LinkState.CONNECTING
+        self.load: LinkLoad | None = None
+        """What the replica said last on this connection."""
+        self.last_error: LinkError | None = None
+        """Why the last attempt or connection ended."""
+        self.on_state: Callable[[LinkState], None] | None = None
+        self.on_load: Callable[[LinkLoad], None] | None = None
+        self._secret = secret
+        self._ssl = ssl
+        self._options = options or LinkOptions()
+        self._connection: _ClientConnection | None = None
+        self._runner: asyncio.Task[None] | None = None
+        self._attempt: asyncio.Future[None] | None = None
+        self._pumps: set[asyncio.Task[None]] = set()
+
+    @property
+    def connected(self) -> bool:
+        """Whether ``open`` works now."""
+        return self.state is LinkState.CONNECTED
+
+    @property
+    def num_open(self) -> int:
+        """Streams that have not ended."""
+        return len(self._connection.streams) if self._connection else 0
+
+    def start(self) -> None:
+        """Connect in the background, again and again until ``close``."""
+        if self._runner is None:
+            self._runner = asyncio.create_task(self._run())
+
+    async def connect(self, timeout_s: float = 5.0) -> None:
+        """Start, and wait for the first connection; ``close`` is due also where this raises.
+
+        Raises:
+            LinkAuthError, LinkProtocolError: the peer is no replica of this cluster.
+            LinkClosedError: nobody answered in time; it goes on trying in the background.
+        """
+        self.start()
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not self.connected:
+                    if isinstance(self.last_error, LinkAuthError | LinkProtocolError):
+                        raise self.last_error
+                    if self.state is LinkState.CLOSED:
+                        raise LinkClosedError("the link was closed")
+                    await self._next_attempt()
+        except TimeoutError:
+            raise LinkClosedError(
+                f"no link to {self.host}:{self.port} within {timeout_s} s: {self.last_error}"
+            ) from None
+
+    def open(self, head: RequestHead, body: bytes | AsyncIterator[bytes] = b"") -> Stream:
+        """Send a request; returns at once.
+
+        Raises:
+            LinkClosedError: not connected, or the replica drains.
+        """
+        if self._connection is None or not self.connected:
+            raise LinkClosedError(f"the link to {self.host}:{self.port} is {self.state.value}")
+        stream = self._connection.open(head, body)
+        if stream._pump is not None:
+            self._pumps.add(stream._pump)
+            stream._pump.add_done_callback(self._pumps.discard)
+        return stream
+
+    async def close(self) -> None:
+        """End the connection; open streams fail with LinkClosedError. Safe to call twice."""
+        self._set_state(LinkState.CLOSED)
+        if self._runner is not None:
+            self._runner.cancel()
+            await asyncio.wait([self._runner])
+        if self._pumps:
+            await asyncio.wait(self._pumps)
+
+    # -- for the connection --
+
+    def on_loaded(self, load: LinkLoad) -> None:
+        """The replica said what it has to do."""
+        self.load = load
+        if self.on_load is not None:
+            self.on_load(load)
+
+    def on_goaway(self) -> None:
+        """The replica drains."""
+        self._set_state(LinkState.DRAINING)
+
+    def on_lost(self, error: LinkError) -> None:
+        """The connection that worked ended."""
+        self._connection = None
+        self.load = None
+        self.last_error = error
+        self._set_state(LinkState.CONNECTING)
+
+    # -- inside --
+
+    def _set_state(self, state: LinkState) -> None:
+        if state is self.state or self.state is LinkState.CLOSED:
+            return
+        self.state = state
+        if self.on_state is not None:
+            self.on_state(state)
+
+    async def _next_attempt(self) -> None:
+        if self._attempt is None or self._attempt.done():
+            self._attempt = asyncio.get_running_loop().create_future()
+        await asyncio.shield(self._attempt)
+
+    async def _run(self) -> None:
+        failures = 0
+        try:
+            while True:
+                failures = 0 if await self._live() else failures + 1
+                longest_s = min(_BACKOFF_MAX_S, _BACKOFF_MIN_S * 2 ** min(failures, 10))
+                await asyncio.sleep(random.uniform(_BACKOFF_MIN_S, longest_s))
+        finally:
+            self._attempted()
+
+    async def _live(self) -> bool:
+        """One connection from its first to its last byte; False where none came about."""
+        connection: _ClientConnection | None = None
+        try:
+            connection = await self._dial()
+            await connection.ready
+            if connection.error is None:
+                self._connection = connection
+                self.last_error = None
+                self._set_state(LinkState.CONNECTED)
+                self._attempted()
+                await connection.closed
+                return True
+            await connection.closed
+            self._note(connection.error)
+        except OSError as error:
+            self._note(LinkClosedError(f"cannot reach {self.host}:{self.port}: {error}"))
+        finally:
+            if connection is not None and not connection.closed.done():
+                connection.fail(LinkClosedError("the link was closed"))
+                await connection.closed
+        return False
+
+    async def _dial(self) -> "_ClientConnection":
+        async with asyncio.timeout(self._options.handshake_timeout_s):
+            _, connection = await asyncio.get_running_loop().create_connection(
+                lambda: _ClientConnection(self, self._secret, self._options),
+                self.host,
+                self.port,
+                ssl=self._ssl,
+            )
+        return connection
+
+    def _note(self, error: LinkError) -> None:
+        if type(error) is not type(self.last_error):
+            logger.warning("link to %s:%d: %s", self.host, self.port, error)
+        self.last_error = error
+        self._attempted()
+
+    def _attempted(self) -> None:
+        if self._attempt is not None and not self._attempt.done():
+            self._attempt.set_result(None)
+
+
+class _ClientConnection(Connection):
+    """One connection of a LinkClient, with the streams that are open on it."""
+
+    def __init__(self, client: LinkClient, secret: bytes, options: LinkOptions) -> None:
+        super().__init__(Handshake("client", secret, options.window_bytes), options)
+        self.streams: dict[int, Stream] = {}
+        self.ready: asyncio.Future[None] = self.loop.create_future()
+        self._client = client
+        self._last_id = 0
+
+    def open(self, head: RequestHead, body: bytes | AsyncIterator[bytes]) -> Stream:
+        stream_id = self._next_id()
+        stream = Stream(self, stream_id, self._forget)
+        self.streams[stream_id] = stream
+        self.write(stream_id, REQUEST, 0 if body else END, encode_head(head))
+        if isinstance(body, bytes) and len(body) <= CHUNK_BYTES:
+            if body:
+                stream.sender.credit -= len(body)
+                self.write(stream_id, BODY, END, body)
+        else:
+            stream.pump(body)
+        return stream
+
+    def on_ready(self) -> None:
+        self.ready.set_result(None)
+
+    def on_frames(self, frames: list[Frame]) -> None:
+        streams = self.streams
+        for stream_id, kind, flags, payload in frames:
+            if kind == DATA:
+                stream = streams.get(stream_id)
+                if stream is not None:
+                    stream.on_data(flags, payload)
+            else:
+                self._on_frame(stream_id, kind, flags, payload)
+
+    def on_closed(self, error: LinkError) -> None:
+        if not self.ready.done():
+            self.ready.set_result(None)
+            return
+        self._client.on_lost(error)
+        for stream in list(self.streams.values()):
+            stream.fail(LinkClosedError(str(error)))
+
+    def _on_frame(self, stream_id: int, kind: int, flags: int, payload: bytes) -> None:
+        if kind == LOAD:
+            self._client.on_loaded(decode_head(payload, LinkLoad))
+        elif kind == GOAWAY:
+            self._client.on_goaway()
+        elif kind not in (RESPONSE, WINDOW, ERROR):
+            self.answer(kind)
+        elif (stream := self.streams.get(stream_id)) is None:
+            return  # it ended, or was cancelled, while the frame was on its way
+        elif kind == RESPONSE:
+            stream.on_response(payload)
+        elif kind == WINDOW:
+            stream.sender.grant(decode_credit(payload))
+        else:
+            stream.fail(_stream_error(flags, payload))
+
+    def _forget(self, stream_id: int) -> None:
+        self.streams.pop(stream_id, None)
+
+    def _next_id(self) -> int:
+        self._last_id = self._last_id % _MAX_STREAM_ID + 1
+        while self._last_id in self.streams:
+            self._last_id = self._last_id % _MAX_STREAM_ID + 1
+        return self._last_id
+
+
+def _stream_error(flags: int, payload: bytes) -> Exception:
+    status, message = decode_head(payload, tuple[int, str])
+    if flags & REFUSED:
+        return LinkClosedError(message)
+    return request_error_for(status, message)
