@@ -153,7 +153,8 @@ class TandemConfig(_Section):
 
     @model_validator(mode="after")
     def _names(self) -> Self:
-        names = [pool.name for pool in (*self.generators, *self.classifiers)]
+        names = [pool.name for pool in self.generators]
+        names += [pool.name for pool in self.classifiers]
         if not names:
             raise ValueError("at least one generator or classifier is needed")
         if twice := sorted({name for name in names if names.count(name) > 1}):

@@ -1,7 +1,7 @@
 """Every error that Tandem raises, and the one place that gives each its HTTP form.
 
 TandemError
- ├─ ConfigError                a wrong value in the configuration; names field, value, what is allowed
+ ├─ ConfigError                a wrong configuration; names field, value, what is allowed
  ├─ StartError                 the cluster cannot be started (a busy port, a missing model, ...)
  ├─ LinkError                  the connection between a router and a replica
  │   ├─ LinkProtocolError      the peer broke the frame format

@@ -1,0 +1,30 @@
+"""The client for other Ray jobs: finds the running application from any job and namespace.
+
+    from cluster.client import Tandem
+
+    tandem = Tandem()
+    tandem.chat("What is the capital of France?").text
+    tandem.classify(["A joy.", "A bore."])
+
+It needs Ray, and neither vLLM nor torch. Errors are those of ``cluster.errors``.
+"""
+
+from cluster.client.client import Tandem
+from cluster.client.results import (
+    Classification,
+    Completion,
+    Delta,
+    Embedding,
+    LabelScore,
+    Usage,
+)
+
+__all__ = [
+    "Classification",
+    "Completion",
+    "Delta",
+    "Embedding",
+    "LabelScore",
+    "Tandem",
+    "Usage",
+]

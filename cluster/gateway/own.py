@@ -1,0 +1,115 @@
+"""The paths that the router answers itself: health, readiness, versions, models, OpenAPI."""
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import aclosing
+from typing import Any
+
+from cluster.errors import NotFoundError, RequestError, UnavailableError
+from cluster.gateway.messages import Request, Response, json_response
+from cluster.gateway.openapi import merge
+from cluster.gateway.pool import Pool
+from cluster.gateway.relay import relay
+
+PUBLIC_PATHS = frozenset({"/health", "/ready", "/version"})
+"""Answered without an API key: what load balancers and probes ask for."""
+
+MODEL_PREFIX = "/v1/models/"
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class OwnRoutes:
+    """Finds and runs the router's own handlers."""
+
+    def __init__(self, pools: Mapping[str, Pool], versions: Mapping[str, str]) -> None:
+        self._pools = pools
+        self._versions = versions
+        self._created = int(time.time())
+        self._routes: dict[str, Handler] = {
+            "/health": self._health,
+            "/ready": self._ready,
+            "/version": self._version,
+            "/v1/models": self._models,
+            "/openapi.json": self._openapi,
+        }
+
+    def find(self, path: str) -> Handler | None:
+        """The handler for ``path``; None where the path belongs to an engine."""
+        if path.startswith(MODEL_PREFIX):
+            return self._model
+        return self._routes.get(path)
+
+    async def _health(self, _request: Request) -> Response:
+        return json_response({"status": "ok"})
+
+    async def _ready(self, _request: Request) -> Response:
+        pools = {
+            name: {
+                "kind": pool.kind,
+                "replicas": len(pool.replicas),
+                "ready": pool.num_ready,
+                "queued": pool.num_queued,
+            }
+            for name, pool in self._pools.items()
+        }
+        ready = all(pool["ready"] for pool in pools.values())
+        body = {"status": "ready" if ready else "not ready", "pools": pools}
+        return json_response(body, 200 if ready else 503)
+
+    async def _version(self, _request: Request) -> Response:
+        versions = dict(self._versions)
+        for pool in self._pools.values():
+            for replica in pool.replicas:
+                versions.update(replica.info.versions)
+        return json_response(versions)
+
+    async def _models(self, request: Request) -> Response:
+        lists = await asyncio.gather(
+            *(self._models_of(pool, request) for pool in self._pools.values())
+        )
+        return json_response(
+            {"object": "list", "data": [card for cards in lists for card in cards]}
+        )
+
+    async def _model(self, request: Request) -> Response:
+        name = request.path.removeprefix(MODEL_PREFIX)
+        for pool in self._pools.values():
+            for card in await self._models_of(pool, request):
+                if card["id"] == name:
+                    return json_response(card)
+        known = ", ".join(sorted(self._pools))
+        raise NotFoundError(f"The model `{name}` does not exist. Known models: {known}")
+
+    async def _models_of(self, pool: Pool, request: Request) -> list[dict[str, Any]]:
+        """A pool's model cards: the engine's own (with its adapters) where it has the path."""
+        if pool.num_ready and pool.serves("/v1/models"):
+            try:
+                listed = await self._ask(pool, request, "/v1/models")
+                return list(listed["data"])
+            except (RequestError, KeyError):
+                pass  # the card below says as much as is known without the engine
+        card = {
+            "id": pool.name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "tandem",
+        }
+        return [card]
+
+    async def _openapi(self, request: Request) -> Response:
+        ready = [pool for pool in self._pools.values() if pool.num_ready]
+        documents = [await self._ask(pool, request, "/openapi.json") for pool in ready]
+        return json_response(merge(self._versions.get("tandem", ""), documents))
+
+    async def _ask(self, pool: Pool, request: Request, path: str) -> Any:
+        """The JSON answer of one of the pool's replicas to a GET."""
+        asked = Request(request.id, "GET", path, b"", [(b"accept", b"application/json")], b"")
+        response = await relay(asked, pool)
+        async with aclosing(response.body) as body:
+            whole = b"".join([chunk async for chunk in body])
+        if response.status != 200:
+            raise UnavailableError(f"{pool.name}: {path} answered {response.status}")
+        return json.loads(whole)

@@ -1,0 +1,247 @@
+"""One pool as a router sees it: its running replicas, their links, and the queue before them.
+
+Owns the links and the count of requests that this router gave to each replica. Learns which
+replicas run from ``update`` alone; how that is found out is not known here.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from cluster.errors import OverloadedError, UnavailableError
+from cluster.link import LinkClient, LinkLoad
+from cluster.routing import LeastLoad, Policy, ReplicaView
+
+logger = logging.getLogger("ray.serve.tandem")
+
+Kind = Literal["generator", "classifier"]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaInfo:
+    """A running replica, as it describes itself to Ray Serve."""
+
+    id: str
+    host: str
+    port: int
+    routes: tuple[str, ...] = ()
+    """The paths that its engine serves."""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def metadata(self) -> dict[str, Any]:
+        """The form in which it travels through Ray Serve."""
+        return {
+            "host": self.host,
+            "port": self.port,
+            "routes": list(self.routes),
+            "versions": self.versions,
+        }
+
+    @classmethod
+    def from_metadata(cls, replica_id: str, metadata: dict[str, Any]) -> "ReplicaInfo":
+        """The inverse of ``metadata``.
+
+        Raises:
+            KeyError: the replica did not describe itself.
+        """
+        return cls(
+            id=replica_id,
+            host=metadata["host"],
+            port=metadata["port"],
+            routes=tuple(metadata["routes"]),
+            versions=dict(metadata["versions"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PoolLimits:
+    """How much one pool takes from one router."""
+
+    max_ongoing: int
+    """Requests that one replica is given at a time."""
+    max_queued: int
+    queue_timeout_s: float
+
+
+class Replica:
+    """One replica and the link to it."""
+
+    def __init__(self, info: ReplicaInfo, link: LinkClient) -> None:
+        self.info = info
+        self.link = link
+        self.own = 0
+        """Requests that this router gave it and that have not ended."""
+        self.retired = False
+        """Taken out by Serve: finishes what it has, gets nothing new."""
+        self._others = 0
+
+    @property
+    def ongoing(self) -> int:
+        """This router's requests, and those that it was last said to have from others."""
+        return self.own + self._others
+
+    def note_load(self, load: LinkLoad) -> None:
+        """Take in a replica's own report of its load."""
+        self._others = max(0, load.ongoing - self.own)
+
+
+class Pool:
+    """The replicas of one deployment and the requests that wait for them."""
+
+    def __init__(
+        self,
+        name: str,
+        kind: Kind,
+        limits: PoolLimits,
+        secret: bytes,
+        policy: Policy | None = None,
+    ) -> None:
+        self.name = name
+        self.kind: Kind = kind
+        self._limits = limits
+        self._secret = secret
+        self._policy = policy or LeastLoad()
+        self._replicas: dict[str, Replica] = {}
+        self._waiting: deque[asyncio.Future[Replica]] = deque()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def replicas(self) -> list[Replica]:
+        """The replicas that Serve says are running."""
+        return list(self._replicas.values())
+
+    @property
+    def num_ready(self) -> int:
+        """Replicas that can take a request over their link now."""
+        return sum(replica.link.connected for replica in self._replicas.values())
+
+    @property
+    def num_queued(self) -> int:
+        """Requests that wait in this router for a place in this pool."""
+        return sum(not place.done() for place in self._waiting)
+
+    def serves(self, path: str) -> bool | None:
+        """Whether a replica's engine has this path; None while no replica has said."""
+        tables = [replica.info.routes for replica in self._replicas.values() if replica.info.routes]
+        if not tables:
+            return None
+        return any(route_matches(route, path) for routes in tables for route in routes)
+
+    def update(self, running: Iterable[ReplicaInfo]) -> None:
+        """Take the set of running replicas: links to new ones open, those to old ones drain."""
+        infos = {info.id: info for info in running}
+        for gone in self._replicas.keys() - infos.keys():
+            replica = self._replicas.pop(gone)
+            replica.retired = True
+            if replica.own == 0:
+                self._hold(replica.link.close())
+        for info in infos.values():
+            if info.id not in self._replicas:
+                self._replicas[info.id] = self._connect(info)
+
+    def _connect(self, info: ReplicaInfo) -> Replica:
+        link = LinkClient(info.host, info.port, self._secret)
+        replica = Replica(info, link)
+        link.on_state = lambda _state: self._dispatch()
+        link.on_load = replica.note_load
+        link.start()
+        return replica
+
+    async def admit(self) -> Replica:
+        """A place at a replica, at once or after a wait; give it back with ``release``.
+
+        Raises:
+            OverloadedError: the queue is full, or the wait was too long while replicas ran.
+            UnavailableError: the wait was too long and no replica runs.
+        """
+        if not self._waiting and (replica := self._choose()) is not None:
+            replica.own += 1
+            return replica
+        if self.num_queued >= self._limits.max_queued:
+            raise OverloadedError(
+                f"{self.name}: {self._limits.max_queued} requests are waiting already",
+                retry_after_s=1,
+            )
+        place: asyncio.Future[Replica] = asyncio.get_running_loop().create_future()
+        self._waiting.append(place)
+        try:
+            async with asyncio.timeout(self._limits.queue_timeout_s):
+                return await place
+        except TimeoutError:
+            self._give_back(place)
+            raise self._too_late() from None
+        except asyncio.CancelledError:
+            self._give_back(place)
+            raise
+
+    def _give_back(self, place: "asyncio.Future[Replica]") -> None:
+        # The place may have been granted in the same pass in which its waiter left.
+        if place.done() and not place.cancelled():
+            self.release(place.result())
+        place.cancel()
+
+    def _too_late(self) -> OverloadedError | UnavailableError:
+        waited = f"{self._limits.queue_timeout_s:g} s"
+        if self.num_ready == 0:
+            return UnavailableError(
+                f"{self.name}: no replica became ready within {waited}", retry_after_s=5
+            )
+        return OverloadedError(f"{self.name}: no place within {waited}", retry_after_s=5)
+
+    def release(self, replica: Replica) -> None:
+        """Give back a place that ``admit`` gave."""
+        replica.own -= 1
+        if replica.retired and replica.own == 0:
+            self._hold(replica.link.close())
+        self._dispatch()
+
+    def _choose(self) -> Replica | None:
+        views = [
+            ReplicaView(replica.info.id, replica.ongoing, self._limits.max_ongoing)
+            for replica in self._replicas.values()
+            if replica.link.connected
+        ]
+        chosen = self._policy.choose(views)
+        return None if chosen is None else self._replicas[chosen]
+
+    def _dispatch(self) -> None:
+        while self._waiting:
+            if self._waiting[0].done():
+                self._waiting.popleft()
+                continue
+            replica = self._choose()
+            if replica is None:
+                return
+            replica.own += 1
+            self._waiting.popleft().set_result(replica)
+
+    def _hold(self, closing: Any) -> None:
+        task = asyncio.ensure_future(closing)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """Close every link; requests that wait are told that the pool is gone."""
+        for place in self._waiting:
+            if not place.done():
+                place.set_exception(UnavailableError("the router is stopping", retry_after_s=1))
+        self.update(())
+        for replica in self._replicas.values():
+            self._hold(replica.link.close())
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+
+def route_matches(route: str, path: str) -> bool:
+    """Whether a path fits a route template such as ``/v1/responses/{response_id}``."""
+    if "{" not in route:
+        return route == path
+    wanted, given = route.split("/"), path.split("/")
+    if "{" in wanted[-1] and ":path}" in wanted[-1]:
+        given = [*given[: len(wanted) - 1], "/".join(given[len(wanted) - 1 :])]
+    return len(wanted) == len(given) and all(
+        part.startswith("{") or part == piece for part, piece in zip(wanted, given, strict=True)
+    )

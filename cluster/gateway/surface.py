@@ -1,0 +1,99 @@
+"""Which pool a request goes to: its ``model`` field, its path, and what the pools serve."""
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from cluster.errors import InvalidRequestError, NotFoundError
+from cluster.gateway.messages import Request
+from cluster.gateway.pool import Pool
+
+PRIVATE_PATHS = frozenset(
+    {"/metrics", "/load", "/ping", "/invocations", "/docs", "/redoc", "/openapi.json"}
+)
+"""Paths of an engine that are for operators or shadowed by the router's own; never relayed."""
+
+
+class _Envelope(msgspec.Struct):
+    """The one field of a body that the router needs; decoding skips the rest."""
+
+    model: str | None = None
+
+
+_decode = msgspec.json.Decoder(_Envelope).decode
+
+
+def requested_model(request: Request) -> str | None:
+    """The body's ``model``; None where there is no JSON body or it names none.
+
+    Raises:
+        InvalidRequestError: the body is not a JSON object, or ``model`` is not a string.
+    """
+    if not request.body or not _is_json(request):
+        return None
+    try:
+        return _decode(request.body).model
+    except msgspec.ValidationError as error:
+        raise InvalidRequestError(f"The request body is wrong: {error}", param="model") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequestError(f"The request body is not valid JSON: {error}") from None
+
+
+def _is_json(request: Request) -> bool:
+    content_type = request.header(b"content-type")
+    return content_type is None or "json" in content_type or "text/plain" in content_type
+
+
+def pick_pool(pools: Mapping[str, Pool], path: str, model: str | None) -> Pool:
+    """The pool that answers ``path`` for ``model``.
+
+    A pool of which no replica has described itself yet is taken to serve every path: the request
+    then waits for the replica, whose engine answers 404 itself.
+
+    Raises:
+        NotFoundError: no such model, or no pool has the path.
+        InvalidRequestError: the model does not do what the path asks for, or must be named.
+    """
+    if path in PRIVATE_PATHS:
+        raise _no_such_path(path)
+    if model is not None:
+        return _named(pools, path, model)
+    able = [pool for pool in pools.values() if pool.serves(path)]
+    if not able:
+        able = [pool for pool in pools.values() if pool.serves(path) is None]
+    if not able:
+        raise _no_such_path(path)
+    # Embeddings come from either kind; where the model is left out, an encoder is what is meant.
+    encoders = [pool for pool in able if pool.kind == "classifier"]
+    able = encoders if encoders and path == "/v1/embeddings" else able
+    if len(able) > 1:
+        raise InvalidRequestError(
+            f"Several models serve {path}; name one in 'model': {_known(able)}", param="model"
+        )
+    return able[0]
+
+
+def _named(pools: Mapping[str, Pool], path: str, model: str) -> Pool:
+    pool = pools.get(model)
+    if pool is None:
+        raise NotFoundError(
+            f"The model `{model}` does not exist. Known models: {_known(list(pools.values()))}",
+            param="model",
+        )
+    if pool.serves(path) is False:
+        able = [other for other in pools.values() if other.serves(path)]
+        if not able:
+            raise _no_such_path(path)
+        raise InvalidRequestError(
+            f"The model `{model}` does not serve {path}. Models that do: {_known(able)}",
+            param="model",
+        )
+    return pool
+
+
+def _known(pools: Sequence[Pool]) -> str:
+    return ", ".join(sorted(pool.name for pool in pools))
+
+
+def _no_such_path(path: str) -> NotFoundError:
+    return NotFoundError(f"No such path: {path}. GET /openapi.json lists what there is.")

@@ -1,0 +1,85 @@
+import json
+
+import pytest
+
+from cluster.client import wire
+from cluster.client.results import Delta, LabelScore, Usage
+from cluster.errors import InvalidRequestError, OverloadedError, UnavailableError
+
+
+def test_a_bare_text_is_what_the_user_says() -> None:
+    assert wire.messages("hi") == [{"role": "user", "content": "hi"}]
+    assert wire.messages([{"role": "system", "content": "s"}])[0]["role"] == "system"
+
+
+def test_what_is_left_at_none_is_not_sent() -> None:
+    assert json.loads(wire.encode({"model": None, "n": 0})) == {"n": 0}
+
+
+def test_completions_come_in_the_order_of_the_prompts() -> None:
+    choice = {"finish_reason": "stop"}
+    answer = {
+        "id": "cmpl-1",
+        "model": "m",
+        "choices": [{**choice, "index": 1, "text": "b"}, {**choice, "index": 0, "text": "a"}],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 4},
+    }
+    first, second = wire.completions(answer)
+    assert (first.text, second.text) == ("a", "b")
+    assert first.usage == Usage(3, 4)
+    assert first.usage.total_tokens == 7
+
+
+def test_classifications() -> None:
+    row = {
+        "index": 0,
+        "label": "POSITIVE",
+        "score": 0.9,
+        "scores": [{"label": "POSITIVE", "score": 0.9}, {"label": "NEGATIVE", "score": 0.1}],
+    }
+    (result,) = wire.classifications({"data": [row]})
+    assert result.label == "POSITIVE"
+    assert result.scores[1] == LabelScore("NEGATIVE", 0.1)
+
+
+def test_errors_are_typed() -> None:
+    body = InvalidRequestError("no", param="messages").body()
+    with pytest.raises(InvalidRequestError, match="no") as caught:
+        wire.decode(400, [], json.dumps(body).encode())
+    assert caught.value.param == "messages"
+    overloaded = wire.error_from(429, [(b"retry-after", b"3")], b"not json")
+    assert isinstance(overloaded, OverloadedError)
+    assert overloaded.retry_after_s == 3
+    assert overloaded.message == "not json"
+
+
+EVENTS = [
+    {
+        "choices": [
+            {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+        ]
+    },
+    {"choices": [{"index": 0, "delta": {"content": "Pa\nris"}, "finish_reason": None}]},
+    {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]},
+    {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 2}},
+]
+STREAM = (
+    b"".join(b"data: " + json.dumps(e).encode() + b"\n\n" for e in EVENTS) + b"data: [DONE]\n\n"
+)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 50, len(STREAM)])
+def test_deltas_do_not_depend_on_where_the_stream_is_cut(size: int) -> None:
+    reader = wire.DeltaReader()
+    chunks = [STREAM[at : at + size] for at in range(0, len(STREAM), size)]
+    assert [delta for chunk in chunks for delta in reader.feed(chunk)] == [
+        Delta("Pa\nris"),
+        Delta("", "stop"),
+        Delta("", usage=Usage(1, 2)),
+    ]
+
+
+def test_an_error_in_the_stream_is_raised() -> None:
+    event = b"data: " + json.dumps(UnavailableError("lost").body()).encode() + b"\n\n"
+    with pytest.raises(UnavailableError, match="lost"):
+        list(wire.DeltaReader().feed(event))
