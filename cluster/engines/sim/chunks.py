@@ -1,0 +1,138 @@
+"""The chunks of an OpenAI stream, encoded once and filled in token by token."""
+
+from typing import Any
+
+from cluster.engines.sim.generation import Delta, SimSequence
+from cluster.engines.sim.wire import DONE, FINGERPRINT, dumps, event, usage
+
+
+class ChunkWriter:
+    """Writes one stream. Subclasses know where their endpoint puts the text."""
+
+    object: str
+    before_text: str
+
+    def __init__(
+        self,
+        id_: str,
+        created: int,
+        model: str,
+        *,
+        include_usage: bool,
+        continuous: bool,
+        with_ids: bool,
+    ) -> None:
+        self._base = {"id": id_, "object": self.object, "created": created, "model": model}
+        self._include_usage = include_usage
+        self._continuous = continuous
+        self._with_ids = with_ids
+        self._counts: dict[int, int] = {}
+        self._prefix = b"data: " + dumps(self._base)[:-1] + b',"choices":[{"index":'
+        self._heads: dict[int, bytes] = {}
+        self._plain = not (continuous or with_ids)
+
+    def first(self, sequence: SimSequence) -> bytes:
+        """What comes before the first token of a sequence."""
+        return b""
+
+    def token(self, delta: Delta) -> bytes:
+        """The chunk of one token."""
+        sequence, text, last = delta
+        if self._plain and not last:
+            head = self._heads.get(sequence.index) or self._head(sequence.index)
+            return head + text.encode() + self.plain_tail
+        return self._slow(sequence, text, last)
+
+    def end(self, sequences: list[SimSequence]) -> list[bytes]:
+        """The chunks that come after the last token."""
+        if not self._include_usage:
+            return [DONE]
+        prompt = sum(s.request.num_prompt for s in sequences)
+        completion = sum(s.request.num_generated for s in sequences)
+        closing = {"choices": [], "usage": usage(prompt, completion)}
+        return [event(self._base | closing | {"system_fingerprint": FINGERPRINT}), DONE]
+
+    plain_tail: bytes
+
+    def choice(self, sequence: SimSequence, text: str, last: bool, ids: Any, first: bool) -> Any:
+        """The choice of one chunk, as a dictionary."""
+        raise NotImplementedError
+
+    def usage(self, prompt: int, completion: int) -> dict[str, Any]:
+        """The running counts of ``continuous_usage_stats``."""
+        return usage(prompt, completion)
+
+    def _head(self, index: int) -> bytes:
+        head = self._prefix + str(index).encode() + self.before_text.encode()
+        self._heads[index] = head
+        return head
+
+    def _slow(self, sequence: SimSequence, text: str, last: bool) -> bytes:
+        request = sequence.request
+        seen = self._counts[sequence.index] = self._counts.get(sequence.index, 0) + 1
+        ids = [request.tokens[request.num_prompt + seen - 1]] if self._with_ids else None
+        chunk = self._base | {"choices": [self.choice(sequence, text, last, ids, seen == 1)]}
+        if last and not self._include_usage:
+            chunk["system_fingerprint"] = FINGERPRINT
+        if self._continuous:
+            chunk["usage"] = self.usage(request.num_prompt, seen)
+        return event(chunk)
+
+
+class ChatChunks(ChunkWriter):
+    """``/v1/chat/completions``."""
+
+    object = "chat.completion.chunk"
+    before_text = ',"delta":{"content":"'
+    plain_tail = b'"},"logprobs":null,"finish_reason":null,"token_ids":null}]}\n\n'
+
+    def first(self, sequence: SimSequence) -> bytes:
+        """The chunk that gives the role."""
+        request = sequence.request
+        prompt = request.tokens[: request.num_prompt] if self._with_ids else None
+        delta = {"role": "assistant", "content": ""}
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}
+        chunk: dict[str, Any] = self._base | {"choices": [choice]}
+        if self._continuous:
+            chunk["usage"] = self.usage(request.num_prompt, 0)
+        return event(chunk | {"prompt_token_ids": prompt, "prompt_text": None})
+
+    def choice(self, sequence: SimSequence, text: str, last: bool, ids: Any, first: bool) -> Any:
+        """Content, and at the end why it ended."""
+        choice: dict[str, Any] = {"index": 0, "delta": {"content": text}, "logprobs": None}
+        if not last:
+            return choice | {"finish_reason": None, "token_ids": ids}
+        reason = sequence.request.finish_reason
+        return choice | {
+            "finish_reason": reason,
+            "stop_reason": sequence.stop_reason,
+            "token_ids": ids,
+        }
+
+    def usage(self, prompt: int, completion: int) -> dict[str, Any]:
+        """The running counts, with the empty details that only chat gives."""
+        return usage(prompt, completion) | {"completion_tokens_details": None}
+
+
+class CompletionChunks(ChunkWriter):
+    """``/v1/completions``."""
+
+    object = "text_completion"
+    before_text = ',"text":"'
+    plain_tail = (
+        b'","logprobs":null,"finish_reason":null,"stop_reason":null,'
+        b'"prompt_token_ids":null,"token_ids":null}]}\n\n'
+    )
+
+    def choice(self, sequence: SimSequence, text: str, last: bool, ids: Any, first: bool) -> Any:
+        """Text, and at the end why it ended."""
+        request = sequence.request
+        return {
+            "index": sequence.index,
+            "text": text,
+            "logprobs": None,
+            "finish_reason": request.finish_reason if last else None,
+            "stop_reason": sequence.stop_reason if last else None,
+            "prompt_token_ids": request.tokens[: request.num_prompt] if ids and first else None,
+            "token_ids": ids,
+        }

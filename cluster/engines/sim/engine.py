@@ -1,0 +1,145 @@
+"""The simulated engine: runs the scheduler in the event loop and hands tokens to requests.
+
+Owns the scheduler, the task that drives it, and every generation in progress. Knows nothing of
+HTTP; ``app`` does.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+
+from cluster.config import GeneratorConfig
+from cluster.engines.base import ASGIApp, EngineLoad
+from cluster.engines.sim.app import SimApp
+from cluster.engines.sim.generation import DEAD, Generation, GenerationError
+from cluster.engines.sim.scheduler import Scheduler
+from cluster.errors import ConfigError, EngineDeadError
+
+DEFAULT_MODEL_LEN = 8192
+_STEPS_A_PASS = 8  # instant steps between two turns of the event loop
+_MAX_LAG_S = 0.05  # what a step ended late is made up for by the next ones
+
+
+class SimEngine:
+    """``Engine`` without a model: vLLM's answers, times and failures as ``SimConfig`` says."""
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        self.config = config
+        self.max_model_len = DEFAULT_MODEL_LEN
+        self._scheduler = Scheduler(config.sim, time.monotonic)
+        self._generations: set[Generation] = set()
+        self._num_hung = 0
+        self._num_accepted = 0
+        self._dead = False
+        self._work = asyncio.Event()
+        self._driver: asyncio.Task[None] | None = None
+        self._random = random.Random(config.sim.seed)
+        self._app = SimApp(self)
+
+    @property
+    def app(self) -> ASGIApp:
+        """The ASGI application."""
+        return self._app
+
+    def routes(self) -> tuple[str, ...]:
+        """The paths that ``app`` serves."""
+        return self._app.routes
+
+    async def start(self) -> None:
+        """Be ready after ``startup_s``."""
+        self.max_model_len = self._model_len()
+        await asyncio.sleep(self.config.sim.startup_s)
+        if self.config.sim.fail_startup:
+            raise EngineDeadError("the simulated engine was told to fail at its start")
+        self._driver = asyncio.create_task(self._drive(), name="sim-engine")
+
+    async def check_health(self) -> None:
+        """Raise ``EngineDeadError`` once the engine is dead."""
+        if self._dead or self._driver is None or self._driver.done():
+            raise EngineDeadError(DEAD)
+
+    def load(self) -> EngineLoad:
+        """The load now."""
+        load = self._scheduler.load()
+        return replace(load, running=load.running + self._num_hung) if self._num_hung else load
+
+    async def stop(self) -> None:
+        """End everything that runs with the error of a dead engine."""
+        self._die()
+        if self._driver is not None:
+            self._driver.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._driver
+
+    def submit(
+        self, prompts: Sequence[list[int]], max_tokens: Sequence[int], stop: Sequence[str]
+    ) -> Generation:
+        """Accept one HTTP request's prompts; pair it with ``discard``.
+
+        Raises:
+            GenerationError: the engine is dead.
+        """
+        if self._dead:
+            raise GenerationError(DEAD)
+        sim = self.config.sim
+        self._num_accepted += 1
+        fails = sim.fail_rate > 0 and self._random.random() < sim.fail_rate
+        generation = Generation(prompts, max_tokens, stop, seed=sim.seed, fails=fails)
+        self._generations.add(generation)
+        if sim.hang_after_requests is not None and self._num_accepted > sim.hang_after_requests:
+            generation.hangs = True
+            self._num_hung += 1
+            return generation
+        for sequence in generation.sequences:
+            self._scheduler.add(sequence.request)
+        self._work.set()
+        if sim.die_after_requests is not None and self._num_accepted >= sim.die_after_requests:
+            self._die()
+        return generation
+
+    def discard(self, generation: Generation) -> None:
+        """Forget a generation; what of it still runs is aborted."""
+        self._generations.discard(generation)
+        self._num_hung -= generation.hangs
+        for sequence in generation.sequences:
+            if sequence.request.finished_s is None:
+                self._scheduler.abort(sequence.request)
+
+    def _model_len(self) -> int:
+        fits = self._scheduler.max_request_tokens
+        wanted = self.config.max_model_len
+        if wanted is not None and wanted > fits:
+            raise ConfigError(
+                f"max_model_len: got {wanted}; the {self.config.sim.num_kv_blocks} KV blocks of "
+                f"{self.config.sim.block_size_tokens} tokens hold {fits} at most"
+            )
+        return wanted or min(DEFAULT_MODEL_LEN, fits)
+
+    def _die(self) -> None:
+        self._dead = True
+        for generation in tuple(self._generations):
+            generation.fail(DEAD)
+            for sequence in generation.sequences:
+                self._scheduler.abort(sequence.request)
+
+    async def _drive(self) -> None:
+        """Plan, wait out and commit steps, for as long as there is work."""
+        scheduler, now = self._scheduler, time.monotonic
+        ends_at = now()
+        steps = 0
+        while True:
+            step = scheduler.plan()
+            if step is None:
+                self._work.clear()
+                await self._work.wait()
+                continue
+            if step.duration_s > 0:
+                ends_at = max(ends_at, now() - _MAX_LAG_S) + step.duration_s
+                await asyncio.sleep(max(0.0, ends_at - now()))
+            scheduler.commit(step)
+            steps += 1
+            if step.duration_s == 0 and steps % _STEPS_A_PASS == 0:
+                await asyncio.sleep(0)

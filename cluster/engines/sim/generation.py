@@ -1,0 +1,131 @@
+"""One HTTP request's sequences, and the mailbox through which their tokens come.
+
+The scheduler's step puts tokens in; the request's coroutine takes them out. Knows nothing of
+HTTP and nothing of time.
+"""
+
+import asyncio
+from collections.abc import Sequence
+
+from cluster.engines.sim import tokenizer
+from cluster.engines.sim.scheduler import Request
+
+DEAD = "EngineCore encountered an issue. See stack trace (above) for the root cause."
+FAILED = "Internal server error"
+
+_WORDS = [tokenizer.piece_of(token) for token in tokenizer.WORD_IDS]
+
+
+class GenerationError(Exception):
+    """A generation ended without its result, as in vLLM: one failed, or the engine died."""
+
+
+class SimSequence:
+    """One prompt and the text that follows it."""
+
+    __slots__ = (
+        "_held",
+        "_left",
+        "_state",
+        "_stop",
+        "generation",
+        "index",
+        "request",
+        "stop_reason",
+    )
+
+    def __init__(self, generation: "Generation", index: int, request: Request, state: int) -> None:
+        self._generation = generation
+        self.index = index
+        self.request = request
+        self.stop_reason: str | None = None
+        self._state = state
+        self._left = request.max_tokens
+        self._held = ""
+        request.sample = self.sample
+
+    def sample(self) -> int:
+        """Generate the next token and post its text."""
+        word, self._state = tokenizer.next_word(self._state)
+        self._left -= 1
+        text = _WORDS[word]
+        if self._generation.stop:
+            text = self._cut_at_stop(text)
+        last = not self._left or self.request.stopped
+        self._generation.post((self, text, last))
+        return tokenizer.WORD_IDS[word]
+
+    def _cut_at_stop(self, text: str) -> str:
+        """The text that can be shown: what may begin a stop string is held back, as in vLLM."""
+        text = self._held + text
+        found = [(at, stop) for stop in self._generation.stop if (at := text.find(stop)) >= 0]
+        if found:
+            at, self.stop_reason = min(found)
+            self.request.stopped = True
+            return text[:at]
+        hold = max(map(len, self._generation.stop)) - 1 if self._left else 0
+        shown = max(0, len(text) - hold)
+        self._held = text[shown:]
+        return text[:shown]
+
+
+Delta = tuple[SimSequence, str, bool]
+"""A sequence's next token: its text, and whether it is the last."""
+
+
+class Generation:
+    """The sequences of one HTTP request."""
+
+    __slots__ = ("_deltas", "_error", "_waiter", "fails", "hangs", "sequences", "stop")
+
+    def __init__(
+        self,
+        prompts: Sequence[list[int]],
+        max_tokens: Sequence[int],
+        stop: Sequence[str],
+        *,
+        seed: int,
+        fails: bool,
+    ) -> None:
+        self.stop = tuple(stop)
+        self.fails = fails
+        self.hangs = False
+        self.sequences = [
+            SimSequence(self, index, Request(prompt, limit, int), tokenizer.digest(prompt, seed))
+            for index, (prompt, limit) in enumerate(zip(prompts, max_tokens, strict=True))
+        ]
+        self._deltas: list[Delta] = []
+        self._error: str | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def post(self, delta: Delta) -> None:
+        """Put a token into the mailbox."""
+        if self.fails:
+            delta[0].request.stopped = True
+            self._error = FAILED
+        else:
+            self._deltas.append(delta)
+        self._wake()
+
+    def fail(self, message: str) -> None:
+        """End the generation with an error."""
+        self._error = message
+        self._wake()
+
+    async def take(self) -> list[Delta]:
+        """Wait for tokens and return all that came.
+
+        Raises:
+            GenerationError: none will come any more.
+        """
+        while not self._deltas:
+            if self._error is not None:
+                raise GenerationError(self._error)
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

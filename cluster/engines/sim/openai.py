@@ -1,0 +1,159 @@
+"""OpenAI's endpoints: models, chat, completions; and vLLM's tokenize and detokenize."""
+
+import time
+
+from cluster.engines.sim import tokenizer, wire
+from cluster.engines.sim.chunks import ChatChunks, ChunkWriter, CompletionChunks
+from cluster.engines.sim.generation import Generation
+from cluster.engines.sim.http import Exchange, Host
+from cluster.engines.sim.parse import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    Refusal,
+    TokenizeBody,
+    parse_body,
+)
+from cluster.engines.sim.prompts import (
+    chat_prompt,
+    check_model,
+    check_sampling,
+    completion_prompts,
+    fit,
+)
+
+
+async def models(host: Host, exchange: Exchange) -> None:
+    """``GET /v1/models``."""
+    config = host.config
+    body = wire.models(config.name, config.model, int(time.time()), host.max_model_len)
+    await exchange.reply(200, body)
+
+
+async def chat(host: Host, exchange: Exchange) -> None:
+    """``POST /v1/chat/completions``."""
+    body = parse_body(ChatBody, exchange.body, exchange.content_type)
+    check_model(host, body.model)
+    prompt = chat_prompt(body.messages, body.add_generation_prompt)
+    if body.max_completion_tokens is None:
+        limit = fit(host, prompt, body.max_tokens)
+    else:
+        limit = fit(host, prompt, body.max_completion_tokens, "max_completion_tokens")
+    check_sampling(body)
+    id_, created = exchange.new_id("chatcmpl-"), int(time.time())
+    generation = host.submit([prompt], [limit], body.stops())
+    try:
+        if body.stream:
+            await stream(exchange, generation, _writer(ChatChunks, host, body, id_, created))
+            return
+        (text,) = await collect(generation)
+    finally:
+        host.discard(generation)
+    (sequence,) = generation.sequences
+    request = sequence.request
+    ids = request.tokens[request.num_prompt :] if body.return_token_ids else None
+    prompt_ids = request.tokens[: request.num_prompt] if body.return_token_ids else None
+    choice = wire.chat_choice(text, sequence, ids)
+    counts = wire.full_usage(request.num_prompt, request.num_generated)
+    await exchange.reply(200, wire.chat(id_, created, host.config.name, choice, counts, prompt_ids))
+
+
+async def completions(host: Host, exchange: Exchange) -> None:
+    """``POST /v1/completions``."""
+    body = parse_body(CompletionBody, exchange.body, exchange.content_type)
+    check_model(host, body.model)
+    prompts = completion_prompts(body)
+    limits = [fit(host, prompt, body.max_tokens) for prompt in prompts]
+    check_sampling(body)
+    if body.echo:
+        raise Refusal("The simulated engine does not echo prompts", "echo")
+    id_, created = exchange.new_id("cmpl-"), int(time.time())
+    generation = host.submit(prompts, limits, body.stops())
+    try:
+        if body.stream:
+            await stream(exchange, generation, _writer(CompletionChunks, host, body, id_, created))
+            return
+        texts = await collect(generation)
+    finally:
+        host.discard(generation)
+    pairs = zip(texts, generation.sequences, strict=True)
+    choices = [wire.completion_choice(t, s, bool(body.return_token_ids)) for t, s in pairs]
+    counts = wire.full_usage(*totals(generation))
+    await exchange.reply(200, wire.completion(id_, created, host.config.name, choices, counts))
+
+
+async def tokenize(host: Host, exchange: Exchange) -> None:
+    """``POST /tokenize``."""
+    body = parse_body(TokenizeBody, exchange.body, exchange.content_type)
+    check_model(host, body.model)
+    if body.messages is not None:
+        ids = chat_prompt(body.messages, body.add_generation_prompt)
+    else:
+        ids = tokenizer.encode(body.prompt or "")
+    pieces = [tokenizer.piece_of(token) for token in ids] if body.return_token_strs else None
+    counts = {"count": len(ids), "max_model_len": host.max_model_len}
+    await exchange.reply(200, counts | {"tokens": ids, "token_strs": pieces})
+
+
+async def detokenize(host: Host, exchange: Exchange) -> None:
+    """``POST /detokenize``; ids that stand for nothing give no text, as in vLLM."""
+    body = parse_body(DetokenizeBody, exchange.body, exchange.content_type)
+    check_model(host, body.model)
+    await exchange.reply(200, {"prompt": tokenizer.decode(body.tokens)})
+
+
+async def stream(exchange: Exchange, generation: Generation, writer: ChunkWriter) -> None:
+    """Relay a generation as chunks, one for each token."""
+    sequences = generation.sequences
+    begun: set[int] = set()
+    num_open = len(sequences)
+    deltas = await generation.take()
+    await exchange.begin_stream()
+    while True:
+        for delta in deltas:
+            sequence = delta[0]
+            if sequence.index not in begun:
+                begun.add(sequence.index)
+                if first := writer.first(sequence):
+                    await exchange.write(first)
+            await exchange.write(writer.token(delta))
+            num_open -= delta[2]
+        if not num_open:
+            break
+        deltas = await generation.take()
+    for chunk in writer.end(sequences):
+        await exchange.write(chunk)
+    await exchange.end_stream()
+
+
+async def collect(generation: Generation) -> list[str]:
+    """The whole text of each sequence."""
+    texts: list[list[str]] = [[] for _ in generation.sequences]
+    num_open = len(texts)
+    while num_open:
+        for sequence, text, last in await generation.take():
+            texts[sequence.index].append(text)
+            num_open -= last
+    return ["".join(parts) for parts in texts]
+
+
+def totals(generation: Generation) -> tuple[int, int]:
+    """Prompt and completion tokens of all sequences."""
+    requests = [sequence.request for sequence in generation.sequences]
+    return sum(r.num_prompt for r in requests), sum(r.num_generated for r in requests)
+
+
+def _writer(
+    kind: type[ChunkWriter], host: Host, body: ChatBody | CompletionBody, id_: str, created: int
+) -> ChunkWriter:
+    options = body.stream_options
+    include = options is not None and bool(options.include_usage)
+    continuous = include and options is not None and bool(options.continuous_usage_stats)
+    return kind(
+        id_,
+        created,
+        host.config.name,
+        include_usage=include,
+        continuous=continuous,
+        with_ids=bool(body.return_token_ids),
+    )

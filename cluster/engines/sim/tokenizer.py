@@ -1,0 +1,79 @@
+"""Text to token ids and back, without a vocabulary file.
+
+A token is a piece of at most four characters, a space before it included; its id is those
+ASCII bytes read as one integer. So every replica gives the same ids, ``decode`` needs no
+table, and a text that begins like another, up to white space, begins with the same ids. Ids
+stay below 2**31.
+"""
+
+import re
+import sys
+import zlib
+from collections.abc import Iterable, Sequence
+
+END_OF_TEXT = 0
+MESSAGE_START = 0x81
+MESSAGE_END = 0x82
+_SPECIAL = {END_OF_TEXT: "<|endoftext|>", MESSAGE_START: "<|im_start|>", MESSAGE_END: "<|im_end|>"}
+_CODE_POINT = 0x80  # lowest byte of the id of one character that is not ASCII
+
+_PIECE = re.compile(r" \S{0,3}|\S{1,4}|\s")
+_PIECE_BYTES = re.compile(rb" \S{0,3}|\S{1,4}|\s")
+
+# The words that the engine writes: " bak", " bal", ... each of them is one token.
+_WORDS = [f" {a}{b}{c}" for a in "bdfghjklmnprstvw" for b in "aeiou" for c in "klmnprst"]
+WORD_IDS = [int.from_bytes(word.encode()) for word in _WORDS]
+_ID_BYTES = [word.to_bytes(8) for word in WORD_IDS]
+
+
+def encode(text: str) -> list[int]:
+    """The token ids of ``text``; special tokens written out in it are plain text."""
+    if text.isascii() and "\0" not in text:
+        return [int.from_bytes(piece) for piece in _PIECE_BYTES.findall(text.encode())]
+    ids: list[int] = []
+    for piece in _PIECE.findall(text):
+        if piece.isascii() and "\0" not in piece:
+            ids.append(int.from_bytes(piece.encode()))
+        else:
+            ids.extend(_CODE_POINT | ord(character) << 8 for character in piece)
+    return ids
+
+
+def decode(ids: Iterable[int]) -> str:
+    """The text of ``ids``; the inverse of ``encode``. An id that no text gives adds none."""
+    return "".join(map(piece_of, ids))
+
+
+def piece_of(token_id: int) -> str:
+    """The text of one token."""
+    if token_id in _SPECIAL:
+        return _SPECIAL[token_id]
+    if token_id & 0xFF == _CODE_POINT and token_id >> 8 <= sys.maxunicode:
+        return chr(token_id >> 8)
+    piece = token_id.to_bytes((token_id.bit_length() + 7) // 8)
+    return piece.decode("ascii") if len(piece) <= 4 and piece.isascii() else ""
+
+
+def encode_chat(messages: Sequence[tuple[str, str]], add_generation_prompt: bool) -> list[int]:
+    """The ids of a conversation of (role, content), in the ChatML template."""
+    ids: list[int] = []
+    for role, content in messages:
+        ids += [MESSAGE_START, *encode(f"{role}\n{content}"), MESSAGE_END, *encode("\n")]
+    if add_generation_prompt:
+        ids += [MESSAGE_START, *encode("assistant\n")]
+    return ids
+
+
+def digest(ids: Sequence[int], seed: int) -> int:
+    """A number that stands for ``ids`` in ``next_word``; grows with ``extend``."""
+    return zlib.crc32(b"".join([token.to_bytes(8) for token in ids]), seed & 0xFFFFFFFF)
+
+
+def next_word(state: int) -> tuple[int, int]:
+    """The word (an index into ``WORD_IDS``) that follows the text of ``state``, and the new state.
+
+    It depends on the tokens before it alone, so a text that is cut and sent again as a prompt
+    goes on as it would have.
+    """
+    word = (state ^ state >> 16) % len(_WORDS)
+    return word, zlib.crc32(_ID_BYTES[word], state)

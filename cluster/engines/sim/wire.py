@@ -1,0 +1,161 @@
+"""Answers as vLLM 0.32 writes them: bodies as dictionaries, stream chunks as bytes.
+
+Pure. A stream's chunks differ in a few bytes only, so all the rest of them is encoded once.
+"""
+
+import json
+from typing import Any
+from uuid import uuid4
+
+from cluster.engines.sim.generation import SimSequence
+
+FINGERPRINT = "vllm-sim"
+DONE = b"data: [DONE]\n\n"
+Body = dict[str, Any]
+
+
+def dumps(value: Any) -> bytes:
+    """Compact JSON."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def event(value: Any, name: str | None = None) -> bytes:
+    """A server-sent event."""
+    head = b"" if name is None else b"event: " + name.encode() + b"\n"
+    return head + b"data: " + dumps(value) + b"\n\n"
+
+
+def error_event(message: str) -> bytes:
+    """What a stream that broke off ends with, before ``[DONE]``."""
+    return b"data: " + json.dumps(error_body(message, 500)).encode() + b"\n\n"
+
+
+def error_body(message: str, status: int) -> Body:
+    """The body of an error of the engine."""
+    kind = "InternalServerError"
+    return {"error": {"message": message, "type": kind, "param": None, "code": status}}
+
+
+def random_id() -> str:
+    """An id as vLLM makes them: 16 hexadecimal digits."""
+    return uuid4().hex[:16]
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> Body:
+    """Token counts, without the details."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "completion_tokens": completion_tokens,
+    }
+
+
+def full_usage(prompt_tokens: int, completion_tokens: int) -> Body:
+    """Token counts of an answer that is not streamed; the details are off, as by vLLM's default."""
+    details = {"prompt_tokens_details": None, "completion_tokens_details": None}
+    return usage(prompt_tokens, completion_tokens) | details
+
+
+def models(name: str, root: str, created: int, max_model_len: int) -> Body:
+    """``/v1/models``."""
+    permission = {
+        "id": f"modelperm-{random_id()}",
+        "object": "model_permission",
+        "created": created,
+        "allow_create_engine": False,
+        "allow_sampling": True,
+        "allow_logprobs": True,
+        "allow_search_indices": False,
+        "allow_view": True,
+        "allow_fine_tuning": False,
+        "organization": "*",
+        "group": None,
+        "is_blocking": False,
+    }
+    card = {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "vllm",
+        "root": root,
+        "parent": None,
+        "max_model_len": max_model_len,
+        "permission": [permission],
+    }
+    return {"object": "list", "data": [card]}
+
+
+def chat(id_: str, created: int, model: str, choice: Body, counts: Body, prompt_ids: Any) -> Body:
+    """``/v1/chat/completions``."""
+    return {
+        "id": id_,
+        "object": "chat.completion",
+        "created": created,
+        "model": model,
+        "choices": [choice],
+        "service_tier": None,
+        "system_fingerprint": FINGERPRINT,
+        "usage": counts,
+        "prompt_logprobs": None,
+        "prompt_token_ids": prompt_ids,
+        "prompt_text": None,
+        "kv_transfer_params": None,
+        "ec_transfer_params": None,
+        "metrics": None,
+    }
+
+
+def chat_choice(text: str, sequence: SimSequence, token_ids: list[int] | None) -> Body:
+    """The one choice of a chat answer."""
+    message = {
+        "role": "assistant",
+        "content": text,
+        "refusal": None,
+        "annotations": None,
+        "audio": None,
+        "function_call": None,
+        "reasoning": None,
+    }
+    return {
+        "index": 0,
+        "message": message,
+        "logprobs": None,
+        "finish_reason": sequence.request.finish_reason,
+        "stop_reason": sequence.stop_reason,
+        "token_ids": token_ids,
+        "routed_experts": None,
+    }
+
+
+def completion(id_: str, created: int, model: str, choices: list[Body], counts: Body) -> Body:
+    """``/v1/completions``."""
+    return {
+        "id": id_,
+        "object": "text_completion",
+        "created": created,
+        "model": model,
+        "choices": choices,
+        "service_tier": None,
+        "system_fingerprint": FINGERPRINT,
+        "usage": counts,
+        "kv_transfer_params": None,
+        "ec_transfer_params": None,
+        "metrics": None,
+    }
+
+
+def completion_choice(text: str, sequence: SimSequence, with_ids: bool) -> Body:
+    """One choice of a completion; there is one for each prompt."""
+    request = sequence.request
+    prompt, generated = request.tokens[: request.num_prompt], request.tokens[request.num_prompt :]
+    return {
+        "index": sequence.index,
+        "text": text,
+        "logprobs": None,
+        "finish_reason": request.finish_reason,
+        "stop_reason": sequence.stop_reason,
+        "token_ids": generated if with_ids else None,
+        "prompt_logprobs": None,
+        "prompt_token_ids": prompt if with_ids else None,
+        "routed_experts": None,
+    }

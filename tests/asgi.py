@@ -1,0 +1,144 @@
+"""Drives an ASGI application without a server: keeps each body chunk, and can leave early.
+
+httpx's transport joins a body before it returns it, so a stream's chunks, their order in time
+and a client that goes away cannot be seen through it.
+"""
+
+import asyncio
+import json
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.engines.base import ASGIApp, Message
+
+
+@dataclass
+class Answer:
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    chunks: list[bytes] = field(default_factory=list)
+    ended: bool = False
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(self.chunks)
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    def events(self) -> list[tuple[str | None, str]]:
+        """The server-sent events as (event name, data)."""
+        found = []
+        for block in self.body.decode().split("\n\n"):
+            lines = [line.split(": ", 1) for line in block.splitlines() if ": " in line]
+            fields = dict(lines)
+            if "data" in fields:
+                found.append((fields.get("event"), fields["data"]))
+        return found
+
+    def data(self) -> list[Any]:
+        """The parsed data of each event but the closing ``[DONE]``."""
+        return [json.loads(data) for _, data in self.events() if data != "[DONE]"]
+
+
+class Call:
+    """One request in flight: ``await call.done()``, ``call.disconnect()`` or ``call.cancel()``."""
+
+    def __init__(self, app: ASGIApp, scope: dict[str, Any], body: bytes) -> None:
+        self.answer = Answer()
+        self._body: bytes | None = body
+        self._left = asyncio.Event()
+        self._news = asyncio.Event()
+        self._task = asyncio.ensure_future(app(scope, self._receive, self._send))
+        self._task.add_done_callback(lambda _: self._news.set())
+
+    async def _receive(self) -> Message:
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        await self._left.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.answer.status = message["status"]
+            self.answer.headers = {
+                key.decode("latin-1").lower(): value.decode("latin-1")
+                for key, value in message.get("headers", [])
+            }
+        else:
+            if body := message.get("body", b""):
+                self.answer.chunks.append(body)
+            self.answer.ended = not message.get("more_body", False)
+        self._news.set()
+
+    async def done(self, timeout_s: float = 60.0) -> Answer:
+        await asyncio.wait_for(asyncio.shield(self._task), timeout_s)
+        return self.answer
+
+    async def chunks(self, count: int, timeout_s: float = 60.0) -> None:
+        """Wait until ``count`` chunks came, or the answer ended."""
+        async with asyncio.timeout(timeout_s):
+            while len(self.answer.chunks) < count and not self._task.done():
+                self._news.clear()
+                await self._news.wait()
+
+    def disconnect(self) -> None:
+        """The client leaves; the application is told, as a server tells it."""
+        self._left.set()
+
+    async def cancel(self) -> None:
+        """The task that runs the application is cancelled."""
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+
+
+def start(
+    app: ASGIApp,
+    method: str,
+    path: str,
+    body: Any = None,
+    headers: dict[str, str] | None = None,
+) -> Call:
+    """Begin a request; ``body`` is sent as JSON unless it is bytes."""
+    raw = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+    sent = {"content-type": "application/json", "content-length": str(len(raw)), **(headers or {})}
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": method,
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": [(k.lower().encode(), v.encode()) for k, v in sent.items()],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 80),
+        "state": {},
+        "extensions": {},
+    }
+    return Call(app, scope, raw)
+
+
+async def call(
+    app: ASGIApp,
+    method: str,
+    path: str,
+    body: Any = None,
+    headers: dict[str, str] | None = None,
+    timeout_s: float = 60.0,
+) -> Answer:
+    """Make a request and wait for the whole answer."""
+    return await start(app, method, path, body, headers).done(timeout_s)
+
+
+async def post(app: ASGIApp, path: str, body: Any, **kwargs: Any) -> Answer:
+    return await call(app, "POST", path, body, **kwargs)
+
+
+async def get(app: ASGIApp, path: str, **kwargs: Any) -> Answer:
+    return await call(app, "GET", path, **kwargs)
