@@ -197,22 +197,21 @@ class LinkClient:
         connection: _ClientConnection | None = None
         try:
             connection = await self._dial()
-            await connection.ready
+            await connection.wait_ready()
             if connection.error is None:
                 self._connection = connection
                 self.last_error = None
                 self._set_state(LinkState.CONNECTED)
                 self._attempted()
-                await connection.closed
+                await connection.wait_closed()
                 return True
-            await connection.closed
             self._note(connection.error)
         except OSError as error:
             self._note(LinkClosedError(f"cannot reach {self.host}:{self.port}: {error}"))
         finally:
-            if connection is not None and not connection.closed.done():
+            if connection is not None:
                 connection.fail(LinkClosedError("the link was closed"))
-                await connection.closed
+                await connection.wait_closed()
         return False
 
     async def _dial(self) -> "_ClientConnection":
@@ -242,9 +241,12 @@ class _ClientConnection(Connection):
     def __init__(self, client: LinkClient, secret: bytes, options: LinkOptions) -> None:
         super().__init__(Handshake("client", secret, options.window_bytes), options)
         self.streams: dict[int, Stream] = {}
-        self.ready: asyncio.Future[None] = self.loop.create_future()
+        self._ready: asyncio.Future[None] = self.loop.create_future()
         self._client = client
         self._last_id = 0
+
+    async def wait_ready(self) -> None:
+        await asyncio.wait([self._ready])
 
     def open(self, head: RequestHead, body: bytes | AsyncIterator[bytes]) -> Stream:
         stream_id = self._next_id()
@@ -260,7 +262,7 @@ class _ClientConnection(Connection):
         return stream
 
     def on_ready(self) -> None:
-        self.ready.set_result(None)
+        self._ready.set_result(None)
 
     def on_frames(self, frames: list[Frame]) -> None:
         streams = self.streams
@@ -273,8 +275,8 @@ class _ClientConnection(Connection):
                 self._on_frame(stream_id, kind, flags, payload)
 
     def on_closed(self, error: LinkError) -> None:
-        if not self.ready.done():
-            self.ready.set_result(None)
+        if not self._ready.done():
+            self._ready.set_result(None)
             return
         self._client.on_lost(error)
         for stream in list(self.streams.values()):

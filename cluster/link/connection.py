@@ -59,7 +59,7 @@ class Connection(asyncio.Protocol):
         """Why the connection ended; None while it lives."""
         self.peer_window_bytes = 0
         self.loop = asyncio.get_running_loop()
-        self.closed: asyncio.Future[None] = self.loop.create_future()
+        self._closed: asyncio.Future[None] = self.loop.create_future()
         self._handshake: Handshake | None = handshake
         self._decoder = Decoder(PRE_AUTH_BYTES)
         self._early_bytes = 0
@@ -133,7 +133,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The TCP connection is gone."""
         self.fail(LinkClosedError(f"the connection was lost: {exc or 'closed by the peer'}"))
-        self.closed.set_result(None)
+        self._closed.set_result(None)
 
     def data_received(self, data: bytes) -> None:
         """Take bytes from the peer."""
@@ -164,10 +164,14 @@ class Connection(asyncio.Protocol):
             self._flush()
             self._end(LinkClosedError(reason))
             self._transport.close()
-        await asyncio.wait([self.closed], timeout=timeout_s)
-        if self._transport is not None and not self.closed.done():
+        await asyncio.wait([self._closed], timeout=timeout_s)
+        if self._transport is not None and not self._closed.done():
             self._transport.abort()
-            await self.closed
+            await self.wait_closed()
+
+    async def wait_closed(self) -> None:
+        """Return when the transport is gone; cancelling this leaves the connection alone."""
+        await asyncio.wait([self._closed])
 
     def _end(self, error: LinkError) -> None:
         self.error = error

@@ -45,6 +45,7 @@ class Stream:
     __slots__ = (
         "_chunks",
         "_connection",
+        "_create_future",
         "_due",
         "_ended",
         "_error",
@@ -64,6 +65,7 @@ class Stream:
         self.stream_id = stream_id
         self.sender = SendSide(connection, stream_id)
         self._connection = connection
+        self._create_future = connection.loop.create_future
         self._forget = forget
         self._half = connection.options.window_bytes // 2
         self._head: ResponseHead | None = None
@@ -87,7 +89,7 @@ class Stream:
         while self._head is None:
             if self._error is not None:
                 raise self._error
-            await self._wait()
+            await self._next()
         return self._head
 
     async def read(self) -> bytes:
@@ -101,7 +103,7 @@ class Stream:
                 raise self._error
             if self._ended:
                 return b""
-            await self._wait()
+            await self._next()
         self._take()
         if self._tagged:
             return b"".join([c if isinstance(c, bytes) else c[0][c[1] :] for c in chunks])
@@ -116,7 +118,7 @@ class Stream:
                 raise self._error
             if self._ended:
                 return []
-            await self._wait()
+            await self._next()
         self._take()
         return [
             Chunk(c, ()) if isinstance(c, bytes) else Chunk(c[0][c[1] :], decode_tokens(c[0]))
@@ -223,11 +225,11 @@ class Stream:
             self._connection.write(self.stream_id, WINDOW, 0, encode_credit(self._due))
             self._due = 0
 
-    async def _wait(self) -> None:
+    def _next(self) -> asyncio.Future[None]:
         if self._waiter is not None and not self._waiter.done():
             raise RuntimeError("two tasks read one stream")
-        self._waiter = self._connection.loop.create_future()
-        await self._waiter
+        self._waiter = self._create_future()
+        return self._waiter
 
     def _wake(self) -> None:
         waiter, self._waiter = self._waiter, None
