@@ -42,7 +42,7 @@ async def relay(request: Request, pool: Pool) -> Response:
         body = RelayedBody(stream, pool, replica, request.id)
         try:
             answer = await stream.head()
-        except LinkError as error:
+        except (LinkError, UnavailableError) as error:
             await body.aclose()
             logger.warning("%s: replica %s: %s", request.id, replica.info.id, error)
             continue

@@ -1,0 +1,373 @@
+"""The gateway over real links, with small applications in the replicas' place."""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import pytest
+
+from cluster.config import parse
+from cluster.engines.base import Message, Receive, Scope, Send
+from cluster.gateway import Gateway, GatewayApp, ReplicaInfo
+from cluster.link import LinkServer
+from tests import asgi
+
+SECRET = b"s" * 32
+CHAT = "/v1/chat/completions"
+ROUTES = (CHAT, "/v1/embeddings", "/v1/models", "/openapi.json", "/v1/responses/{response_id}")
+
+
+class Replica:
+    """An application that says what it was asked, streams, waits or dies, as the body wants."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.seen: list[Scope] = []
+        self.cancelled = 0
+        self.gate = asyncio.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.seen.append(scope)
+        body = await _whole(receive)
+        asked: dict[str, Any] = json.loads(body) if body else {}
+        try:
+            if asked.get("wait_before"):
+                await self.gate.wait()
+            if asked.get("fail"):
+                raise RuntimeError("secret internals")
+            await self._answer(scope, asked, len(body), send)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+
+    async def _answer(self, scope: Scope, asked: dict[str, Any], size: int, send: Send) -> None:
+        kind = b"text/event-stream" if asked.get("stream") else b"application/json"
+        headers = [(b"content-type", kind), (b"x-engine", self.name.encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for index in range(asked.get("stream", 0)):
+            event = f"data: {index}\n\n".encode()
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        if asked.get("wait_after"):
+            await self.gate.wait()
+        last = json.dumps({"replica": self.name, "path": scope["path"], "size": size}).encode()
+        if scope["path"] == "/v1/models":
+            last = json.dumps({"data": [{"id": self.name.split("-")[0]}]}).encode()
+        if scope["path"] == "/openapi.json":
+            last = json.dumps({"paths": {CHAT: {"post": {}}, "/metrics": {}}}).encode()
+        await send({"type": "http.response.body", "body": b"" if asked.get("stream") else last})
+
+
+async def _whole(receive: Receive) -> bytes:
+    chunks = []
+    while True:
+        message: Message = await receive()
+        chunks.append(message.get("body", b""))
+        if not message.get("more_body"):
+            return b"".join(chunks)
+
+
+class World:
+    """A gateway, and replicas that can be added and taken out."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+        self.app = GatewayApp(gateway)
+        self.servers: dict[str, LinkServer] = {}
+        self.running: dict[str, dict[str, ReplicaInfo]] = {name: {} for name in gateway.pools}
+
+    async def add(self, pool: str, name: str, routes: tuple[str, ...] = ROUTES) -> Replica:
+        replica = Replica(name)
+        server = LinkServer(replica, SECRET)
+        host, port = await server.start()
+        self.servers[name] = server
+        self.running[pool][name] = ReplicaInfo(name, host, port, routes, {"engine": "1"})
+        self.update(pool)
+        await self.until(lambda: self.gateway.pools[pool].num_ready == len(self.running[pool]))
+        return replica
+
+    def take_out(self, pool: str, name: str) -> None:
+        del self.running[pool][name]
+        self.update(pool)
+
+    def update(self, pool: str) -> None:
+        self.gateway.pools[pool].update(self.running[pool].values())
+
+    @staticmethod
+    async def until(condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(5):
+            while not condition():
+                await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def a_world(**router: Any) -> AsyncIterator[World]:
+    config = parse(
+        {
+            "generators": [{"name": "gen", "model": "m", "max_ongoing": 2}],
+            "classifiers": [{"name": "cls", "model": "m"}],
+            "router": router,
+        }
+    )
+    world = World(Gateway(config, SECRET, {"tandem": "0"}))
+    try:
+        yield world
+    finally:
+        await world.gateway.close()
+        for server in world.servers.values():
+            await server.stop()
+
+
+async def test_a_request_is_relayed_and_its_answer_untouched() -> None:
+    async with a_world() as world:
+        replica = await world.add("gen", "gen-1")
+        answer = await asgi.post(
+            world.app,
+            CHAT,
+            {"model": "gen"},
+            headers={"x-request-id": "abc", "authorization": "Bearer k", "x-extra": "1"},
+        )
+        assert answer.status == 200
+        assert answer.json() == {"replica": "gen-1", "path": CHAT, "size": 16}
+        assert answer.headers["x-request-id"] == "abc"
+        assert answer.headers["x-engine"] == "gen-1"
+        sent = dict(replica.seen[0]["headers"])
+        assert sent[b"x-request-id"] == b"abc"
+        assert sent[b"x-extra"] == b"1"
+        assert b"authorization" not in sent
+
+
+async def test_a_request_id_is_made_where_none_or_a_bad_one_is_given() -> None:
+    async with a_world() as world:
+        await world.add("gen", "gen-1")
+        for headers in ({}, {"x-request-id": "a" * 500}, {"x-request-id": "a\tb"}):
+            answer = await asgi.post(world.app, CHAT, {}, headers=headers)
+            assert len(answer.headers["x-request-id"]) == 32
+
+
+async def test_the_model_chooses_the_pool() -> None:
+    async with a_world() as world:
+        await world.add("gen", "gen-1")
+        await world.add("cls", "cls-1", ("/classify", "/v1/embeddings"))
+        for model, path, replica in [
+            ("gen", CHAT, "gen-1"),
+            (None, CHAT, "gen-1"),
+            ("cls", "/classify", "cls-1"),
+            (None, "/classify", "cls-1"),
+            ("gen", "/v1/embeddings", "gen-1"),
+            (None, "/v1/embeddings", "cls-1"),
+        ]:
+            answer = await asgi.post(world.app, path, {"model": model})
+            assert answer.json()["replica"] == replica
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "says"),
+    [
+        (CHAT, {"model": "nope"}, 404, "Known models: cls, gen"),
+        (CHAT, b"{", 400, "not valid JSON"),
+        (CHAT, b"\xff\xfe", 400, "not valid JSON"),
+        (CHAT, b"[1]", 400, "object"),
+        (CHAT, {"model": 3}, 400, "model"),
+        (CHAT, {"model": "cls"}, 400, "does not serve"),
+        ("/nowhere", {}, 404, "No such path"),
+        ("/nowhere", {"model": "gen"}, 404, "No such path"),
+        ("/metrics", {}, 404, "No such path"),
+        ("/v1/models", {}, 405, "takes GET"),
+        (CHAT, b" " * 2000, 413, "at most 1024 bytes"),
+    ],
+)
+async def test_bad_requests_get_a_typed_error(path: str, body: Any, status: int, says: str) -> None:
+    async with a_world(max_body_bytes=1024) as world:
+        await world.add("gen", "gen-1")
+        await world.add("cls", "cls-1", ("/classify",))
+        answer = await asgi.post(world.app, path, body)
+        assert answer.status == status
+        error = answer.json()["error"]
+        assert says in error["message"]
+        assert error["code"] == status
+        assert set(error) == {"message", "type", "param", "code"}
+        assert answer.headers["x-request-id"]
+
+
+async def test_keys() -> None:
+    digest = hashlib.sha256(b"right").hexdigest()
+    async with a_world(api_keys_sha256=[digest]) as world:
+        await world.add("gen", "gen-1")
+        for headers, status in [
+            ({}, 401),
+            ({"authorization": "Bearer wrong"}, 401),
+            ({"authorization": "Basic right"}, 401),
+            ({"authorization": "Bearer "}, 401),
+            ({"authorization": "Bearer right"}, 200),
+            ({"x-api-key": "right"}, 200),
+        ]:
+            answer = await asgi.post(world.app, CHAT, {}, headers=headers)
+            assert answer.status == status
+        assert (await asgi.get(world.app, "/health")).status == 200
+        assert (await asgi.get(world.app, "/v1/models")).status == 401
+
+
+async def test_a_stream_comes_through_whole_and_in_order() -> None:
+    async with a_world() as world:
+        await world.add("gen", "gen-1")
+        answer = await asgi.post(world.app, CHAT, {"stream": 5000})
+        assert [int(data) for _, data in answer.events()] == list(range(5000))
+        assert answer.headers["content-type"] == "text/event-stream"
+
+
+async def test_a_client_that_leaves_cancels_its_work_and_frees_its_place() -> None:
+    async with a_world() as world:
+        replica = await world.add("gen", "gen-1")
+        call = asgi.start(world.app, "POST", CHAT, {"stream": 3, "wait_after": True})
+        await call.chunks(1)
+        await call.cancel()
+        await world.until(lambda: replica.cancelled == 1)
+        assert world.gateway.pools["gen"].replicas[0].own == 0
+
+
+async def test_requests_beyond_capacity_wait_in_order_and_the_queue_is_bounded() -> None:
+    async with a_world(max_queued=2) as world:
+        replica = await world.add("gen", "gen-1")
+        pool = world.gateway.pools["gen"]
+        calls = [asgi.start(world.app, "POST", CHAT, {"wait_before": True}) for _ in range(4)]
+        await world.until(lambda: pool.num_queued == 2)
+        refused = await asgi.post(world.app, CHAT, {})
+        assert refused.status == 429
+        assert int(refused.headers["retry-after"]) >= 1
+        replica.gate.set()
+        assert [(await call.done()).status for call in calls] == [200] * 4
+        assert len(replica.seen) == 4
+
+
+async def test_a_queued_client_that_leaves_gives_up_its_place() -> None:
+    async with a_world() as world:
+        replica = await world.add("gen", "gen-1")
+        pool = world.gateway.pools["gen"]
+        calls = [asgi.start(world.app, "POST", CHAT, {"wait_before": True}) for _ in range(3)]
+        await world.until(lambda: pool.num_queued == 1)
+        await calls[2].cancel()
+        assert pool.num_queued == 0
+        replica.gate.set()
+        for call in calls[:2]:
+            await call.done()
+        assert (await asgi.post(world.app, CHAT, {})).status == 200
+        assert pool.replicas[0].own == 0
+
+
+async def test_with_no_replica_a_request_waits_for_one_then_fails() -> None:
+    async with a_world(queue_timeout_s=0.2) as world:
+        answer = await asgi.post(world.app, CHAT, {"model": "gen"})
+        assert answer.status == 503
+        assert "no replica" in answer.json()["error"]["message"]
+    async with a_world() as world:
+        call = asgi.start(world.app, "POST", CHAT, {"model": "gen"})
+        await world.until(lambda: world.gateway.pools["gen"].num_queued == 1)
+        await world.add("gen", "gen-1")
+        assert (await call.done()).status == 200
+
+
+async def test_a_lost_replica_is_replaced_by_another_while_nothing_was_answered() -> None:
+    async with a_world() as world:
+        await world.add("gen", "gen-1")
+        call = asgi.start(world.app, "POST", CHAT, {"wait_before": True})
+        await world.until(lambda: world.servers["gen-1"].num_ongoing == 1)
+        other = await world.add("gen", "gen-2")
+        other.gate.set()
+        await world.servers["gen-1"].stop()
+        answer = await call.done()
+        assert answer.status == 200
+        assert answer.json()["replica"] == "gen-2"
+
+
+async def test_a_stream_that_is_cut_off_ends_with_an_error_event() -> None:
+    async with a_world() as world:
+        await world.add("gen", "gen-1")
+        call = asgi.start(world.app, "POST", CHAT, {"stream": 2, "wait_after": True})
+        await call.chunks(1)
+        await world.servers["gen-1"].stop()
+        answer = await call.done()
+        assert answer.data()[-1]["error"]["code"] == 503
+
+
+async def test_an_application_that_breaks_shows_no_internals() -> None:
+    async with a_world() as world:
+        await world.add("gen", "gen-1")
+        answer = await asgi.post(world.app, CHAT, {"fail": True})
+        assert answer.status == 500
+        assert "secret" not in answer.body.decode()
+        assert answer.json()["error"]["code"] == 500
+
+
+async def test_a_replica_that_is_taken_out_finishes_what_it_has() -> None:
+    async with a_world() as world:
+        old = await world.add("gen", "gen-1")
+        call = asgi.start(world.app, "POST", CHAT, {"wait_before": True})
+        await world.until(lambda: len(old.seen) == 1)
+        world.take_out("gen", "gen-1")
+        new = await world.add("gen", "gen-2")
+        assert (await asgi.post(world.app, CHAT, {})).json()["replica"] == "gen-2"
+        old.gate.set()
+        assert (await call.done()).json()["replica"] == "gen-1"
+        assert len(old.seen) == len(new.seen) == 1
+
+
+async def test_load_is_spread() -> None:
+    async with a_world() as world:
+        first = await world.add("gen", "gen-1")
+        second = await world.add("gen", "gen-2")
+        calls = [asgi.start(world.app, "POST", CHAT, {"wait_before": True}) for _ in range(4)]
+        await world.until(lambda: len(first.seen) + len(second.seen) == 4)
+        assert (len(first.seen), len(second.seen)) == (2, 2)
+        first.gate.set()
+        second.gate.set()
+        for call in calls:
+            await call.done()
+
+
+async def test_own_paths() -> None:
+    async with a_world() as world:
+        unready = await asgi.get(world.app, "/ready")
+        assert unready.status == 503
+        await world.add("gen", "gen-1")
+        await world.add("cls", "cls-1", ("/classify",))
+        ready = await asgi.get(world.app, "/ready")
+        assert ready.status == 200
+        assert ready.json()["pools"]["gen"]["ready"] == 1
+        models = (await asgi.get(world.app, "/v1/models")).json()
+        assert [card["id"] for card in models["data"]] == ["gen", "cls"]
+        assert (await asgi.get(world.app, "/v1/models/cls")).json()["owned_by"] == "tandem"
+        assert (await asgi.get(world.app, "/v1/models/x")).status == 404
+        assert (await asgi.get(world.app, "/version")).json() == {"tandem": "0", "engine": "1"}
+        paths = (await asgi.get(world.app, "/openapi.json")).json()["paths"]
+        assert {CHAT, "/health"} <= paths.keys()
+        assert "/metrics" not in paths
+        head = await asgi.call(world.app, "HEAD", "/health")
+        assert (head.status, head.body) == (200, b"")
+
+
+async def test_path_templates() -> None:
+    async with a_world() as world:
+        await world.add("gen", "gen-1")
+        answer = await asgi.get(world.app, "/v1/responses/resp_1")
+        assert answer.json()["path"] == "/v1/responses/resp_1"
+
+
+async def test_large_bodies_do_not_hold_up_others() -> None:
+    async with a_world() as world:
+        await world.add("gen", "gen-1")
+        large = asgi.start(world.app, "POST", CHAT, {"text": "x" * 10_000_000})
+        small = asgi.start(world.app, "POST", CHAT, {"stream": 100})
+        await small.done()
+        assert (await large.done()).json()["size"] > 10_000_000
+
+
+async def test_nothing_is_left_behind() -> None:
+    async with a_world() as world:
+        await world.add("gen", "gen-1")
+        await asgi.post(world.app, CHAT, {"stream": 10})
+    with suppress(TimeoutError):
+        await World.until(lambda: len(asyncio.all_tasks()) == 1)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
