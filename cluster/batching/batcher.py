@@ -1,0 +1,196 @@
+"""The token-budget batcher: requests of one or thousands of texts in, batches of texts out.
+
+It owns what waits. Fairness is weighted fair queueing between requests (WF2Q+, Bennett and
+Zhang 1997, with equal weights and tokens as the work): each text has a tag, the virtual time at
+which its request's fair share reaches it, and each batch holds the text with the least tag. The
+rest of the batch are texts near to it in length among those that come next. It has no clock,
+no lock and no idea of what a text is.
+"""
+
+import bisect
+import heapq
+import operator
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+
+
+@dataclass(frozen=True, slots=True)
+class Item(Generic[K]):
+    """One text of a batch: the ``index``-th of the request ``key``."""
+
+    key: K
+    index: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch(Generic[K]):
+    """Texts to compute together, in ascending order of length."""
+
+    task: str
+    items: tuple[Item[K], ...]
+    num_tokens: int
+
+
+@dataclass(slots=True, eq=False)
+class _Request(Generic[K]):
+    key: K
+    task: str
+    lengths: Sequence[int]
+    order: list[int]
+    """Indices by descending length, so that neighbours are alike and padding costs least."""
+    number: int
+    next: int = 0
+    unserved_tokens: int = 0
+    unserved_texts: int = 0
+    cancelled: bool = False
+
+
+class _Drawn(NamedTuple):
+    """A text that may be in the next batch; sorts by length, then in fair order."""
+
+    length: int
+    tag: float
+    number: int
+    request: _Request[Any]
+    text: int
+    """Which of the request's texts."""
+
+
+_turn = operator.itemgetter(1, 2)  # tag and number: a request's tags differ, so no two are equal
+
+
+class Batcher(Generic[K]):
+    """Cuts batches of one task, at most ``max_batch_tokens`` long, fairly between requests.
+
+    A text longer than the budget makes a batch of its own. A text waits for no more batches
+    than texts stood before it in fair order; a request that arrives later is never given a
+    turn before one that used less than its share.
+
+    Args:
+        max_batch_tokens: Tokens in a batch.
+        lookahead: Texts of like length are sought among the next ``lookahead`` batches' worth of
+            tokens; 1 keeps to the fair order.
+    """
+
+    def __init__(self, max_batch_tokens: int, lookahead: int = 4) -> None:
+        self._budget = max_batch_tokens
+        self._window_tokens = max_batch_tokens * lookahead
+        self._requests: dict[K, _Request[K]] = {}
+        self._heap: list[tuple[float, int, _Request[K]]] = []
+        """Each request's next text by tag and request number (numbers differ)."""
+        self._window: list[_Drawn] = []
+        self._virtual_time = 0.0
+        self._num_added = 0
+        self.waiting_tokens = 0
+        """Tokens of all texts that wait."""
+        self.waiting_texts = 0
+        self.skipped_texts = 0
+        """Texts whose request was cancelled before they were in a batch, since the beginning."""
+
+    @property
+    def waiting_requests(self) -> int:
+        """Requests with a text that waits."""
+        return len(self._requests)
+
+    def add(self, key: K, task: str, lengths: Sequence[int]) -> None:
+        """Let the texts of a request wait; ``key`` must be new and ``lengths`` stay as they are."""
+        if key in self._requests:
+            raise ValueError("the request waits already")
+        if not lengths:
+            return
+        order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+        request = _Request(key, task, lengths, order, self._num_added)
+        request.unserved_texts, request.unserved_tokens = len(lengths), sum(lengths)
+        self._num_added += 1
+        self.waiting_texts += request.unserved_texts
+        self.waiting_tokens += request.unserved_tokens
+        self._requests[key] = request
+        heapq.heappush(self._heap, (self._virtual_time, request.number, request))
+
+    def cancel(self, key: K) -> int:
+        """Skip what still waits of a request; returns how many texts (0 if none or unknown)."""
+        request = self._requests.pop(key, None)
+        if request is None:
+            return 0
+        request.cancelled = True
+        self.waiting_texts -= request.unserved_texts
+        self.waiting_tokens -= request.unserved_tokens
+        self.skipped_texts += request.unserved_texts
+        return request.unserved_texts
+
+    def cut(self) -> Batch[K] | None:
+        """Take the next batch out; None when nothing waits."""
+        self._fill_window()
+        if not self._window:
+            return None
+        head = min(self._window, key=_turn)
+        task = head.request.task
+        alike = sorted(drawn for drawn in self._window if drawn.request.task == task)
+        run = _run_around(alike, bisect.bisect_left(alike, head), self._budget)
+        self._window = [drawn for drawn in self._window if drawn.request.task != task]
+        self._window += alike[: run.start] + alike[run.stop :]
+        return self._serve(task, alike[run])
+
+    def _fill_window(self) -> None:
+        self._window = [drawn for drawn in self._window if not drawn.request.cancelled]
+        tokens = sum(drawn.length for drawn in self._window)
+        while self._heap and tokens < self._window_tokens:
+            tag, number, request = self._heap[0]
+            if request.cancelled:
+                heapq.heappop(self._heap)
+                continue
+            text = request.order[request.next]
+            length = request.lengths[text]
+            self._window.append(_Drawn(length, tag, number, request, text))
+            tokens += length
+            request.next += 1
+            if request.next < len(request.order):
+                heapq.heapreplace(self._heap, (tag + length, number, request))
+            else:
+                heapq.heappop(self._heap)
+
+    def _serve(self, task: str, chosen: list[_Drawn]) -> Batch[K]:
+        num_requests = len(self._requests)
+        tokens = sum(drawn.length for drawn in chosen)
+        for drawn in chosen:
+            request = drawn.request
+            request.unserved_texts -= 1
+            request.unserved_tokens -= drawn.length
+            if not request.unserved_texts:
+                del self._requests[request.key]
+        self.waiting_texts -= len(chosen)
+        self.waiting_tokens -= tokens
+        self._advance(tokens / num_requests)
+        items = tuple(Item(d.request.key, d.text, d.length) for d in chosen)
+        return Batch(task, items, tokens)
+
+    def _advance(self, share: float) -> None:
+        """Move virtual time on by one request's share, and at least to the least waiting tag."""
+        self._virtual_time += share
+        waiting = [drawn.tag for drawn in self._window if not drawn.request.cancelled]
+        if self._heap:
+            waiting.append(self._heap[0][0])
+        if waiting:
+            self._virtual_time = max(self._virtual_time, min(waiting))
+
+
+def _run_around(alike: list[_Drawn], head: int, budget: int) -> slice:
+    """The run of ``alike`` nearest in length to ``alike[head]`` that fits the budget with it."""
+    low, high = head, head + 1
+    length = alike[head].length
+    left = budget - length
+    while True:
+        up = alike[high].length if high < len(alike) else left + 1
+        down = alike[low - 1].length if low else left + 1
+        if up <= left and (down > left or up - length <= length - down):
+            left -= up
+            high += 1
+        elif down <= left:
+            left -= down
+            low -= 1
+        else:
+            return slice(low, high)

@@ -1,0 +1,26 @@
+"""The encoder engine: BERT-style models that classify and embed, behind the ``Engine`` protocol.
+
+Imports run one way: ``jobs → queue, tokenizer, model → stage, runner → service → app → engine``.
+"""
+
+from collections.abc import Callable
+
+from cluster.config import ClassifierConfig
+from cluster.engines.base import Engine
+
+
+def make_encoder_engine(
+    config: ClassifierConfig, resolve: Callable[[str], str] | None = None
+) -> Engine:
+    """The engine for ``config``, not yet started; ``resolve`` turns a model's name into a path.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    from cluster.engines.encoder.engine import EncoderEngine  # torch is slow to import
+
+    if resolve is None:
+        from cluster.models.store import resolve as resolve_in_store
+
+        resolve = resolve_in_store
+    return EncoderEngine(config, resolve(config.model))

@@ -1,0 +1,40 @@
+"""Where a model computes and in which type; reads the machine once, at the engine's start."""
+
+import logging
+import os
+
+import torch
+
+from cluster.config import ClassifierConfig
+
+log = logging.getLogger(__name__)
+
+
+def choose_device(config: ClassifierConfig) -> torch.device:
+    """CUDA if the configuration reserves GPUs and torch sees one, else the processor."""
+    if config.resources.gpus > 0:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        log.warning("%s reserves GPUs, but torch sees none: it runs on the CPU", config.name)
+    return torch.device("cpu")
+
+
+def choose_dtype(config: ClassifierConfig, device: torch.device) -> torch.dtype:
+    """The configured type; ``auto`` is bfloat16 where the device computes in it, else float32."""
+    if config.dtype != "auto":
+        dtype = getattr(torch, config.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    native = device.type == "cuda" or cpu_computes_in_bfloat16()
+    return torch.bfloat16 if native else torch.float32
+
+
+def cpu_computes_in_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 matrices natively; elsewhere it is emulated."""
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
+def num_threads(config: ClassifierConfig) -> int:
+    """Compute threads: the configured number, or one for each core this process may use."""
+    return config.threads or len(os.sched_getaffinity(0))

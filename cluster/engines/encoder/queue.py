@@ -1,0 +1,126 @@
+"""The queue of jobs, and the only owner of the batcher.
+
+The event loop admits and cancels, the tokenizer thread puts, the model thread takes; every
+method is safe from any thread and holds the lock for at most some milliseconds. What waits is
+bounded in tokens. Knows nothing of models or replies.
+"""
+
+import threading
+
+from cluster.batching import Batch, Batcher
+from cluster.engines.encoder.jobs import Job
+from cluster.errors import OverloadedError, PayloadTooLargeError, RequestError
+
+CHARS_PER_TOKEN = 4
+"""English WordPiece has 4 to 5 characters a token; used only until a text is tokenized."""
+RETRY_AFTER_S = 1.0
+
+
+class JobQueue:
+    """Jobs that wait for the model.
+
+    Args:
+        max_batch_tokens: Tokens in a batch.
+        max_queued_tokens: Tokens that may wait, those being tokenized (by estimate) included.
+    """
+
+    def __init__(self, max_batch_tokens: int, max_queued_tokens: int) -> None:
+        self._batcher = Batcher[Job](max_batch_tokens)
+        self._max_queued_tokens = max_queued_tokens
+        self._expected_tokens = 0
+        self._cancelled_early = 0
+        self._closed: RequestError | None = None
+        self._changed = threading.Condition()
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens that wait, those being tokenized by estimate."""
+        return self._expected_tokens + self._batcher.waiting_tokens
+
+    @property
+    def skipped_texts(self) -> int:
+        """Texts that were not computed because their client left, since the start."""
+        return self._cancelled_early + self._batcher.skipped_texts
+
+    def admit(self, job: Job) -> None:
+        """Take a job on, before it is tokenized.
+
+        Raises:
+            OverloadedError: too much waits already.
+            RequestError: the queue is closed; the error it was closed with.
+        """
+        expected = sum(len(text) // CHARS_PER_TOKEN + 2 for text in job.texts)
+        with self._changed:
+            self._check_open()
+            if self.queued_tokens and self.queued_tokens + expected > self._max_queued_tokens:
+                raise self._overloaded()
+            self._expected_tokens += expected
+            job.expected_tokens = expected
+
+    def put(self, job: Job) -> None:
+        """Let the texts of an admitted and tokenized job wait for the model.
+
+        Raises:
+            OverloadedError: now that its tokens are known, they are too many beside the others.
+            PayloadTooLargeError: they are too many even alone.
+            RequestError: the queue is closed.
+        """
+        lengths = [len(ids) for ids in job.ids]
+        tokens = sum(lengths)
+        with self._changed:
+            self._release(job)
+            self._check_open()
+            if job.abandoned:
+                self._cancelled_early += len(lengths)
+                return
+            if tokens > self._max_queued_tokens:
+                raise PayloadTooLargeError(
+                    f"the input has {tokens} tokens; a request may have {self._max_queued_tokens}",
+                    param="input",
+                )
+            if self.queued_tokens + tokens > self._max_queued_tokens:
+                raise self._overloaded()
+            self._batcher.add(job, job.task, lengths)
+            self._changed.notify()
+
+    def drop(self, job: Job) -> None:
+        """Forget an admitted job that will not be put."""
+        with self._changed:
+            self._release(job)
+            if job.abandoned:
+                self._cancelled_early += len(job.texts)
+
+    def cancel(self, job: Job) -> None:
+        """The job's client has left: what is not computed yet will not be."""
+        with self._changed:
+            job.abandoned = True
+            self._batcher.cancel(job)
+
+    def take(self) -> Batch[Job] | None:
+        """Block until something waits and cut a batch; None once the queue is closed."""
+        with self._changed:
+            while self._closed is None:
+                if batch := self._batcher.cut():
+                    return batch
+                self._changed.wait()
+            return None
+
+    def close(self, error: RequestError) -> None:
+        """Refuse everything from now on with ``error`` and wake the model thread; idempotent."""
+        with self._changed:
+            self._closed = self._closed or error
+            self._changed.notify_all()
+
+    def _release(self, job: Job) -> None:
+        self._expected_tokens -= job.expected_tokens
+        job.expected_tokens = 0
+
+    def _check_open(self) -> None:
+        if self._closed is not None:
+            raise type(self._closed)(self._closed.message, retry_after_s=RETRY_AFTER_S)
+
+    def _overloaded(self) -> OverloadedError:
+        return OverloadedError(
+            f"{self.queued_tokens} tokens wait already; the limit is {self._max_queued_tokens}",
+            retry_after_s=RETRY_AFTER_S,
+        )

@@ -1,0 +1,122 @@
+"""The bodies of the encoder's endpoints: parsing, checking, and nothing else.
+
+JSON that cannot be read is a 400, JSON of the wrong shape a 422 that names the field, and a
+request that is well-formed but impossible a 400.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Annotated, Literal, TypeVar
+
+import numpy as np
+from msgspec import DecodeError, Meta, Struct, ValidationError
+from msgspec.json import Decoder
+
+from cluster.engines.encoder.jobs import TokenIds
+from cluster.errors import InvalidRequestError, RequestError, UnprocessableError
+
+AtLeastOne = Annotated[int, Meta(ge=1)]
+
+
+class ClassifyRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of ``POST /classify``."""
+
+    input: str | list[str]
+    model: str | None = None
+    top_k: AtLeastOne | None = None
+    """How many labels to give for each text; None: all."""
+    truncate: bool = False
+    """Cut texts that are too long, where otherwise they are refused."""
+
+
+class EmbeddingsRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of ``POST /v1/embeddings``: OpenAI's, and ``truncate``."""
+
+    input: str | list[str | int | list[int]]
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: AtLeastOne | None = None
+    user: str | None = None
+    truncate: bool = False
+
+
+B = TypeVar("B", ClassifyRequest, EmbeddingsRequest)
+classify_decoder = Decoder(ClassifyRequest)
+embeddings_decoder = Decoder(EmbeddingsRequest)
+
+
+def parse(decoder: Decoder[B], body: bytes) -> B:
+    """Read a body.
+
+    Raises:
+        InvalidRequestError: it is not JSON, or not UTF-8 (lone surrogates included).
+        UnprocessableError: a field is unknown, missing or of the wrong type.
+    """
+    try:
+        return decoder.decode(body)
+    except ValidationError as error:
+        raise _unprocessable(str(error)) from None
+    except UnicodeDecodeError:
+        raise InvalidRequestError("the body is not valid UTF-8") from None
+    except (DecodeError, RecursionError) as error:
+        raise InvalidRequestError(f"the body is not valid JSON: {error}") from None
+
+
+def _unprocessable(message: str) -> UnprocessableError:
+    """msgspec's message as ours: "Expected `str`, got `int` - at `$.input[1]`"."""
+    what, _, where = message.partition(" - at ")
+    path = where.strip("`").removeprefix("$").lstrip(".")
+    named = re.search(r"field `([^`]+)`", what)
+    param = path or (named[1] if named else None)
+    text = f"{path}: {what[0].lower()}{what[1:]}" if path else what
+    return UnprocessableError(text, param=param)
+
+
+def check_count(count: int, max_texts: int) -> None:
+    """Refuse an empty list and one that is too long."""
+    if not count:
+        raise InvalidRequestError("input is empty; at least one text is needed", param="input")
+    if count > max_texts:
+        raise InvalidRequestError(
+            f"input has {count} texts; a request may have {max_texts}", param="input"
+        )
+
+
+def split_input(items: str | Sequence[str | int | list[int]]) -> list[str] | list[list[int]]:
+    """The four shapes of OpenAI's ``input`` as a list of texts or of lists of token ids.
+
+    Raises:
+        UnprocessableError: the list mixes them.
+    """
+    if isinstance(items, str):
+        return [items]
+    texts = [item for item in items if isinstance(item, str)]
+    if len(texts) == len(items):
+        return texts
+    ids = [item for item in items if isinstance(item, int)]
+    if len(ids) == len(items):
+        return [ids]
+    lists = [item for item in items if isinstance(item, list)]
+    if len(lists) == len(items):
+        return lists
+    raise UnprocessableError(
+        "input: expected texts, token ids, or lists of token ids, got a mixture", param="input"
+    )
+
+
+def check_ids(index: int, ids: list[int], vocab_size: int) -> TokenIds:
+    """The ids of one text as an array.
+
+    Raises:
+        RequestError: there are none, or one is not in the vocabulary.
+    """
+    if not ids:
+        raise _bad_ids(f"input[{index}] is empty; at least one token id is needed")
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        wrong = min(ids) if min(ids) < 0 else max(ids)
+        raise _bad_ids(f"input[{index}] holds the token id {wrong}; allowed: 0 to {vocab_size - 1}")
+    return np.array(ids, np.int64)
+
+
+def _bad_ids(message: str) -> RequestError:
+    return InvalidRequestError(message, param="input")

@@ -1,0 +1,197 @@
+"""Requests in, rows out: the stages put together, on the event loop's side.
+
+Owns every admitted job until its future has a result, a typed error or a cancel. Knows no HTTP.
+"""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from cluster.config import ClassifierConfig, ClassifierTask
+from cluster.engines.base import EngineLoad
+from cluster.engines.encoder.device import num_threads
+from cluster.engines.encoder.jobs import Encoded, Job, TokenIds
+from cluster.engines.encoder.model import LoadedModel, load_model
+from cluster.engines.encoder.queue import JobQueue
+from cluster.engines.encoder.runner import ModelRunner, RunnerEvents
+from cluster.engines.encoder.stage import TokenizerStage
+from cluster.errors import (
+    ConfigError,
+    EngineDeadError,
+    InternalError,
+    RequestError,
+    UnavailableError,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderCounts:
+    """What the engine did since its start, for metrics."""
+
+    batches: int
+    texts: int
+    tokens: int
+    compute_s: float
+    skipped_texts: int
+    """Never computed, because their client left."""
+
+
+class EncoderService:
+    """One loaded model and the three threads (event loop, tokenizer, model) that feed it.
+
+    Use ``start`` to make one; all methods are called on the loop that made it.
+
+    Args:
+        config: The pool.
+        load: Loads the model; called on the model thread.
+    """
+
+    def __init__(self, config: ClassifierConfig, load: Callable[[], LoadedModel]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._open: set[Job] = set()
+        self._dead: str | None = None
+        self._queue = JobQueue(config.max_batch_tokens, config.max_queued_tokens)
+        self._loaded: asyncio.Future[LoadedModel] = self._loop.create_future()
+        events = RunnerEvents(
+            loaded=lambda loaded: self._call(self._on_loaded, loaded),
+            done=lambda jobs: self._call(self._on_done, jobs),
+            died=lambda error: self._call(self._on_death, error),
+        )
+        self._runner = ModelRunner(load, self._queue, events, num_threads(config))
+        self._stage: TokenizerStage | None = None
+        self.model: LoadedModel
+
+    @classmethod
+    async def start(cls, config: ClassifierConfig, path: str) -> "EncoderService":
+        """Load the model at ``path`` and return when it can answer.
+
+        Raises:
+            ConfigError: the model is wrong.
+            EngineDeadError: loading failed in another way.
+        """
+        # Tokenizing is 100 times faster than the model: threads for it would only take its cores.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self = cls(config, lambda: load_model(config, path))
+        try:
+            self.model = await self._loaded
+        except BaseException:
+            self._queue.close(UnavailableError("the engine did not start"))
+            raise
+        fail = self._fail_from_thread
+        self._stage = TokenizerStage(self.model.tokenizer, self._queue, fail)
+        return self
+
+    async def encode(
+        self,
+        task: ClassifierTask,
+        inputs: Sequence[str] | Sequence[TokenIds],
+        truncate: bool = False,
+    ) -> Encoded:
+        """Compute a row for each input; cancelling skips what is not computed yet.
+
+        Args:
+            task: One of the configured tasks.
+            inputs: Texts, or token ids within the vocabulary and the model's length.
+            truncate: Cut texts that are too long, where otherwise they are refused.
+
+        Raises:
+            InvalidRequestError: a text is too long or no valid Unicode.
+            OverloadedError: too many tokens wait already.
+            PayloadTooLargeError: the request alone has more tokens than may wait.
+            UnavailableError: the engine stops, or is dead (``EngineDeadError``).
+            InternalError: the model failed on it.
+        """
+        future: asyncio.Future[Encoded] = self._loop.create_future()
+        texts = [item for item in inputs if isinstance(item, str)]
+        job = Job(task, texts, truncate, future, time.perf_counter())
+        job.ids = [item for item in inputs if not isinstance(item, str)]
+        self._queue.admit(job)
+        self._open.add(job)
+        try:
+            self._hand_over(job)
+            return await future
+        except asyncio.CancelledError:
+            self._queue.cancel(job)
+            raise
+        finally:
+            self._open.discard(job)
+
+    def check_health(self) -> None:
+        """Raise ``EngineDeadError`` if the model thread failed."""
+        if self._dead is not None:
+            raise EngineDeadError(self._dead)
+
+    def load(self) -> EngineLoad:
+        """Requests with a text in the batch that runs, and the other admitted ones."""
+        running = len(self._open & self._runner.current)
+        return EngineLoad(running=running, waiting=len(self._open) - running)
+
+    def counts(self) -> EncoderCounts:
+        """The counters, at one moment."""
+        done = self._runner.counts
+        skipped = self._queue.skipped_texts
+        return EncoderCounts(done.batches, done.texts, done.tokens, done.compute_s, skipped)
+
+    async def stop(self) -> None:
+        """Refuse new requests, fail those that are open, and end the threads."""
+        error = UnavailableError("the engine stops", retry_after_s=1.0)
+        self._queue.close(error)
+        self._fail_open(error)
+        if self._stage is not None:
+            await asyncio.to_thread(self._stage.stop)
+        await asyncio.to_thread(self._runner.join)
+
+    def _hand_over(self, job: Job) -> None:
+        if job.texts:
+            assert self._stage is not None
+            self._stage.submit(job)
+        else:
+            job.tokenized_s = job.begun_s
+            self._queue.put(job)
+
+    def _call(self, function: Callable[..., None], *args: object) -> None:
+        """Run ``function`` on the event loop, from another thread."""
+        try:
+            self._loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:  # the loop is closed, so nobody waits for this
+            log.warning("the event loop ended before the engine was stopped")
+
+    def _on_loaded(self, loaded: LoadedModel) -> None:
+        if not self._loaded.done():
+            self._loaded.set_result(loaded)
+
+    def _on_done(self, jobs: Sequence[Job]) -> None:
+        now_s = time.perf_counter()
+        for job in jobs:
+            if not job.future.done():
+                job.future.set_result(job.encoded(now_s))
+
+    def _on_death(self, error: Exception) -> None:
+        if self._loaded.done():
+            log.error("the model failed; this engine is dead", exc_info=error)
+        elif isinstance(error, ConfigError):
+            self._loaded.set_exception(error)
+            return
+        else:
+            log.error("the model could not be loaded", exc_info=error)
+            self._loaded.set_exception(EngineDeadError("the model could not be loaded"))
+        self._dead = f"the model failed ({type(error).__name__}); see the log"
+        self._queue.close(EngineDeadError(self._dead, retry_after_s=1.0))
+        self._fail_open(InternalError("the model failed while this request was in it"))
+
+    def _fail_from_thread(self, job: Job, error: RequestError) -> None:
+        self._call(_fail, job, error)
+
+    def _fail_open(self, error: RequestError) -> None:
+        for job in self._open:
+            _fail(job, error)
+
+
+def _fail(job: Job, error: RequestError) -> None:
+    if not job.future.done():
+        job.future.set_exception(error)

@@ -1,0 +1,135 @@
+"""The tokenizer stage: one thread between the event loop and the queue.
+
+It takes all texts that wait at once, a share from each job, so that many small jobs cost one
+call of the tokenizer and a large one does not hold them up. Owns the jobs until it puts them in
+the queue or fails them. Knows no model.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cluster.engines.encoder.jobs import Job
+from cluster.engines.encoder.queue import JobQueue
+from cluster.engines.encoder.tokenizer import TextTokenizer
+from cluster.errors import InternalError, InvalidRequestError, RequestError
+
+log = logging.getLogger(__name__)
+
+PASS_CHARS = 50_000
+"""Characters tokenized for one job before the others have their turn: about 10 ms."""
+
+Fail = Callable[[Job, RequestError], None]
+
+
+@dataclass(slots=True)
+class _Piece:
+    job: Job
+    first: int
+    stop: int
+
+
+class TokenizerStage:
+    """Tokenizes jobs in a thread of its own and puts them in the queue.
+
+    Args:
+        tokenizer: Used by this thread alone once it has started.
+        queue: Where tokenized jobs go.
+        fail: Called from the thread with each job that cannot go there.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, queue: JobQueue, fail: Fail) -> None:
+        self._tokenizer = tokenizer
+        self._queue = queue
+        self._fail = fail
+        self._jobs: deque[Job] = deque()
+        self._stopping = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="tandem-tokenizer", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Take over an admitted job."""
+        with self._changed:
+            self._jobs.append(job)
+            self._changed.notify()
+
+    def stop(self) -> None:
+        """End the thread; jobs that it still has are left as they are."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while jobs := self._next_jobs():
+            pieces = [self._piece(job) for job in jobs if not self._drop_abandoned(job)]
+            for truncate in (False, True):
+                alike = [piece for piece in pieces if piece.job.truncate is truncate]
+                for piece in self._tokenize(alike, truncate):
+                    self._pass_on(piece.job)
+
+    def _next_jobs(self) -> list[Job]:
+        with self._changed:
+            while not self._jobs and not self._stopping:
+                self._changed.wait()
+            jobs = [] if self._stopping else list(self._jobs)
+            self._jobs.clear()
+            return jobs
+
+    def _drop_abandoned(self, job: Job) -> bool:
+        if job.abandoned:
+            self._queue.drop(job)
+        return job.abandoned
+
+    def _piece(self, job: Job) -> _Piece:
+        first = stop = len(job.ids)
+        chars = 0
+        while stop < len(job.texts) and chars < PASS_CHARS:
+            chars += len(job.texts[stop])
+            stop += 1
+        return _Piece(job, first, stop)
+
+    def _tokenize(self, pieces: list[_Piece], truncate: bool) -> list[_Piece]:
+        """Tokenize each piece; those that failed are not among the ones returned."""
+        texts = [text for piece in pieces for text in piece.job.texts[piece.first : piece.stop]]
+        try:
+            rows = iter(self._tokenizer.encode(texts, 0, truncate) if texts else ())
+        except Exception:
+            return [piece for piece in pieces if self._tokenize_alone(piece)]
+        for piece in pieces:
+            piece.job.ids.extend(next(rows) for _ in range(piece.first, piece.stop))
+        return pieces
+
+    def _tokenize_alone(self, piece: _Piece) -> bool:
+        """Of pieces that failed together, find out which one is at fault, and fail it alone."""
+        job = piece.job
+        try:
+            texts = job.texts[piece.first : piece.stop]
+            job.ids += self._tokenizer.encode(texts, piece.first, job.truncate)
+        except RequestError as error:
+            self._give_up(job, error)
+        except (TypeError, UnicodeError):
+            self._give_up(job, InvalidRequestError("input is not valid Unicode", param="input"))
+        except Exception:
+            log.exception("the tokenizer failed")
+            self._give_up(job, InternalError("the tokenizer failed"))
+        else:
+            return True
+        return False
+
+    def _pass_on(self, job: Job) -> None:
+        if len(job.ids) < len(job.texts):
+            return self.submit(job)
+        job.tokenized_s = time.perf_counter()
+        try:
+            self._queue.put(job)
+        except RequestError as error:
+            self._fail(job, error)
+
+    def _give_up(self, job: Job, error: RequestError) -> None:
+        self._queue.drop(job)
+        self._fail(job, error)

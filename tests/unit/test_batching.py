@@ -1,0 +1,157 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.batching import Batch, Batcher, group_by_length
+
+BUDGET = 64
+requests = st.lists(
+    st.tuples(
+        st.sampled_from(["classify", "embed"]),
+        st.lists(st.integers(1, 100), min_size=1, max_size=30),
+    ),
+    max_size=20,
+)
+
+
+def drain(batcher: Batcher[int]) -> list[Batch[int]]:
+    batches = []
+    while batch := batcher.cut():
+        batches.append(batch)
+    return batches
+
+
+@given(requests, st.integers(1, 5))
+def test_every_text_comes_once_within_the_budget(reqs, lookahead):
+    batcher = Batcher[int](BUDGET, lookahead)
+    for key, (task, lengths) in enumerate(reqs):
+        batcher.add(key, task, lengths)
+    assert batcher.waiting_tokens == sum(sum(lengths) for _, lengths in reqs)
+    seen = []
+    for batch in drain(batcher):
+        lengths = [item.length for item in batch.items]
+        assert lengths == sorted(lengths)
+        assert batch.num_tokens == sum(lengths)
+        assert batch.num_tokens <= BUDGET or len(lengths) == 1
+        assert {reqs[item.key][0] for item in batch.items} == {batch.task}
+        seen += [(item.key, item.index, item.length) for item in batch.items]
+    wanted = [(k, i, n) for k, (_, lengths) in enumerate(reqs) for i, n in enumerate(lengths)]
+    assert sorted(seen) == wanted
+    assert (batcher.waiting_tokens, batcher.waiting_texts, batcher.waiting_requests) == (0, 0, 0)
+    assert batcher.skipped_texts == 0
+
+
+@given(requests, st.data())
+def test_cancelled_texts_are_skipped_and_counted(reqs, data):
+    batcher = Batcher[int](BUDGET)
+    for key, (task, lengths) in enumerate(reqs):
+        batcher.add(key, task, lengths)
+    first = batcher.cut()
+    gone = data.draw(st.sets(st.sampled_from(range(len(reqs))))) if reqs else set()
+    skipped = sum(batcher.cancel(key) for key in gone)
+    rest = drain(batcher)
+    assert all(item.key not in gone for batch in rest for item in batch.items)
+    served = sum(len(batch.items) for batch in [first, *rest] if batch)
+    assert served + skipped == sum(len(lengths) for _, lengths in reqs)
+    assert batcher.skipped_texts == skipped
+    assert (batcher.waiting_tokens, batcher.waiting_texts, batcher.waiting_requests) == (0, 0, 0)
+
+
+@given(st.lists(st.integers(1, 32), min_size=1, max_size=8), st.randoms(use_true_random=False))
+@settings(max_examples=30, deadline=None)
+def test_no_text_starves_under_an_endless_flood(old, random):
+    """With 32 requests always waiting, virtual time passes the old one's last tag and serves it.
+
+    A cut moves at least half a budget, so virtual time moves by at least 1 (32 tokens over 32
+    requests); after ``sum(old)`` cuts nothing newer comes before it, and each cut serves the first.
+    """
+    batcher = Batcher[int](BUDGET)
+    batcher.add(0, "classify", old)
+    key, left, cuts = 0, len(old), 0
+    while left:
+        while batcher.waiting_requests < 32:
+            key += 1
+            batcher.add(key, "classify", [random.choice([1, 2, 30, 31, 32])])
+        batch = batcher.cut()
+        assert batch
+        cuts += 1
+        left -= sum(item.key == 0 for item in batch.items)
+    assert cuts <= sum(old) + 64
+
+
+def test_a_single_text_overtakes_a_large_request():
+    batcher = Batcher[str](BUDGET)
+    batcher.add("large", "classify", [16] * 1000)
+    for _ in range(20):
+        batcher.cut()
+    for length in (3, 16, 60):
+        batcher.add(f"single {length}", "classify", [length])
+    keys = {item.key for _ in range(4) if (batch := batcher.cut()) for item in batch.items}
+    assert {"single 3", "single 16", "single 60"} <= keys
+
+
+def test_a_large_request_keeps_its_share_beside_many_singles():
+    """63 singles wait at every moment; the large request gets at least half of a 64th."""
+    batcher = Batcher[int](BUDGET, lookahead=1)
+    batcher.add(0, "classify", [16] * 100)
+    number, served, large = 0, 0, 0
+    while served < 64 * 50:
+        while batcher.waiting_requests < 64:
+            number += 1
+            batcher.add(number, "classify", [16])
+        batch = batcher.cut()
+        assert batch
+        served += len(batch.items)
+        large += sum(item.key == 0 for item in batch.items)
+    assert 25 <= large <= 100
+
+
+def test_requests_of_one_age_share_a_batch_evenly():
+    batcher = Batcher[str](BUDGET, lookahead=1)
+    for key in "abcd":
+        batcher.add(key, "classify", [4] * 100)
+    counts = dict.fromkeys("abcd", 0)
+    for _ in range(5):
+        batch = batcher.cut()
+        assert batch
+        for item in batch.items:
+            counts[item.key] += 1
+    assert set(counts.values()) == {20}
+
+
+def test_texts_of_like_length_go_together():
+    batcher = Batcher[int](BUDGET)
+    for key in range(16):
+        batcher.add(key, "classify", [4 if key % 2 else 16])
+    first, second = batcher.cut(), batcher.cut()
+    assert first
+    assert second
+    assert {item.length for item in first.items} == {16}
+    assert {item.length for item in second.items} == {4, 16}
+
+
+def test_a_key_waits_once_and_an_unknown_one_cancels_nothing():
+    batcher = Batcher[str](BUDGET)
+    batcher.add("a", "classify", [1])
+    with pytest.raises(ValueError, match="waits already"):
+        batcher.add("a", "classify", [1])
+    assert batcher.cancel("b") == 0
+    assert batcher.cancel("a") == 1
+    assert batcher.cut() is None
+    batcher.add("a", "classify", [1])
+    assert batcher.cut()
+
+
+@given(st.lists(st.integers(1, 512)).map(sorted), st.floats(0, 1))
+def test_groups_cover_everything_and_waste_no_more_than_allowed(lengths, max_padding):
+    groups = group_by_length(lengths, max_padding)
+    assert [n for group in groups for n in lengths[group]] == lengths
+    for group in groups:
+        run = lengths[group]
+        cells = len(run) * run[-1]
+        assert cells - sum(run) <= max_padding * cells + 1e-9
+
+
+def test_groups_of_equal_length_by_default():
+    assert group_by_length([3, 3, 4, 9, 9]) == [slice(0, 2), slice(2, 3), slice(3, 5)]
+    assert group_by_length([]) == []
