@@ -1,0 +1,98 @@
+"""One real cluster for all tests that can share it: real Ray, real vLLM, the default models."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.models import store
+
+ROOT = Path(__file__).parents[2]
+TANDEM = Path(sys.executable).with_name("tandem")
+
+
+@dataclass(frozen=True)
+class Running:
+    """A cluster of the tests' own, beside any that the machine may run already."""
+
+    home: Path
+    env: dict[str, str]
+    http_url: str
+    ray_address: str
+
+    def tandem(self, *args: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+        """Run the command line against this cluster."""
+        return subprocess.run(
+            [TANDEM, *args],
+            env=self.env,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    def status(self) -> Any:
+        done = self.tandem("status", "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            closing(one).__exit__()
+
+
+@pytest.fixture(scope="session")
+def make_cluster(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Starts a cluster with a home, a state and ports of its own; the models are shared."""
+
+    def make(*args: str) -> Running:
+        home = tmp_path_factory.mktemp("home")
+        store.models_dir().mkdir(parents=True, exist_ok=True)
+        (home / "models").symlink_to(store.models_dir())
+        http, gcs, dashboard, stats, metrics, fallback = free_ports(6)
+        env = {
+            **os.environ,
+            "TANDEM_HOME": str(home),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+            "NO_COLOR": "1",
+            "COLUMNS": "200",
+        }
+        running = Running(home, env, f"http://127.0.0.1:{http}", f"127.0.0.1:{gcs}")
+        settings = [
+            f"http_options.port={http}",
+            f"cluster.ray_port={gcs}",
+            f"cluster.dashboard_port={dashboard}",
+        ]
+        sets = [word for setting in settings for word in ("--set", setting)]
+        done = running.tandem("up", "-d", *sets, *args, timeout_s=900)
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        return running
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def cluster(make_cluster: Any) -> Iterator[Running]:
+    """The default deployment: SmolLM2 on vLLM, the sentiment classifier, one router."""
+    running: Running = make_cluster()
+    yield running
+    done = running.tandem("down")
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

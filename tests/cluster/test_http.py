@@ -1,0 +1,281 @@
+"""The HTTP surface of a real cluster, through the clients that its users use."""
+
+import base64
+import concurrent.futures
+import json
+import struct
+import time
+from typing import Any
+
+import anthropic
+import httpx
+import openai
+import pytest
+
+from tests.cluster.conftest import Running
+
+MODEL = "smollm2"
+PARIS: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def http(cluster: Running) -> Any:
+    with httpx.Client(base_url=cluster.http_url, timeout=120) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(cluster: Running) -> Any:
+    with openai.OpenAI(
+        base_url=f"{cluster.http_url}/v1", api_key="none", max_retries=0, timeout=120
+    ) as made:
+        yield made
+
+
+def test_chat(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL, messages=PARIS, temperature=0, max_tokens=32
+    )
+    assert "Paris" in str(answer.choices[0].message.content)
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_a_stream_gives_each_token_when_it_exists(client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "Count to fifty."}],
+        temperature=0,
+        max_tokens=48,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"ignore_eos": True},
+    )
+    pieces, usage, last = [], None, time.perf_counter()
+    longest, total = 0.0, 0.0
+    for chunk in stream:
+        now = time.perf_counter()
+        longest, total, last = max(longest, now - last), total + now - last, now
+        pieces += [choice.delta.content for choice in chunk.choices if choice.delta.content]
+        usage = chunk.usage or usage
+    assert usage is not None
+    assert usage.completion_tokens == 48
+    assert len(pieces) > 40
+    # No piece may be held back until the end: the longest wait is a part of the whole.
+    assert longest < total * 0.8
+
+
+def test_completions(client: openai.OpenAI) -> None:
+    answer = client.completions.create(
+        model=MODEL, prompt=["Once upon a time", "The sea"], max_tokens=8, temperature=0
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    assert all(choice.text for choice in answer.choices)
+
+
+def test_responses(client: openai.OpenAI) -> None:
+    answer = client.responses.create(
+        model=MODEL,
+        input="What is the capital of France?",
+        temperature=0,
+        max_output_tokens=32,
+        store=False,
+    )
+    assert "Paris" in answer.output_text
+
+
+def test_anthropic_messages(cluster: Running) -> None:
+    with anthropic.Anthropic(
+        base_url=cluster.http_url, api_key="none", max_retries=0, timeout=120
+    ) as client:
+        answer = client.messages.create(
+            model=MODEL, messages=PARIS, max_tokens=32, temperature=0
+        )
+        assert "Paris" in answer.content[0].text  # type: ignore[union-attr]
+        with client.messages.stream(
+            model=MODEL, messages=PARIS, max_tokens=32, temperature=0
+        ) as stream:
+            assert "Paris" in "".join(stream.text_stream)
+
+
+def test_json_schema_output(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}, "big": {"type": "boolean"}},
+        "required": ["city", "big"],
+        "additionalProperties": False,
+    }
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=PARIS,
+        temperature=0,
+        max_tokens=64,
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "city", "schema": schema, "strict": True},
+        },
+    )
+    said = json.loads(str(answer.choices[0].message.content))
+    assert set(said) == {"city", "big"}
+    assert isinstance(said["big"], bool)
+
+
+TOOL: Any = {
+    "type": "function",
+    "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}},
+}
+
+
+def test_tools_without_a_parser_are_refused_as_vllm_does(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="tool"):
+        client.chat.completions.create(
+            model=MODEL, messages=PARIS, tools=[TOOL], tool_choice="auto", max_tokens=8
+        )
+
+
+def test_a_named_tool_is_called(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=PARIS,
+        tools=[TOOL],
+        tool_choice={"type": "function", "function": {"name": "weather"}},
+        max_tokens=32,
+        temperature=0,
+    )
+    (call,) = answer.choices[0].message.tool_calls or []
+    assert call.type == "function"
+    assert call.function.name == "weather"
+
+
+def test_tokenize_and_detokenize(http: httpx.Client) -> None:
+    tokens = http.post("/tokenize", json={"model": MODEL, "prompt": "Hello, world"}).json()
+    assert tokens["count"] == len(tokens["tokens"]) > 0
+    text = http.post("/detokenize", json={"model": MODEL, "tokens": tokens["tokens"]}).json()
+    assert text["prompt"] == "Hello, world"
+
+
+def test_classify(http: httpx.Client) -> None:
+    glowing = "An absolute masterpiece: moving, funny and beautifully acted. I loved it."
+    scathing = "A dull, clumsy mess with terrible acting and a complete waste of time."
+    answer = http.post("/classify", json={"input": [glowing, scathing]}).json()
+    assert answer["object"] == "list"
+    assert answer["model"] == "sentiment"
+    assert [row["label"] for row in answer["data"]] == ["POSITIVE", "NEGATIVE"]
+    for index, row in enumerate(answer["data"]):
+        assert row["index"] == index
+        assert row["scores"][0] == {"label": row["label"], "score": row["score"]}
+        assert sum(score["score"] for score in row["scores"]) == pytest.approx(1, abs=1e-4)
+    assert answer["usage"]["prompt_tokens"] > 10
+    top = http.post("/classify", json={"input": glowing, "model": "sentiment", "top_k": 1}).json()
+    assert len(top["data"][0]["scores"]) == 1
+
+
+def test_a_text_that_is_too_long_is_refused_or_truncated(http: httpx.Client) -> None:
+    long = "word " * 3000
+    refused = http.post("/classify", json={"input": long})
+    assert refused.status_code == 400
+    assert "512" in refused.json()["error"]["message"]
+    assert http.post("/classify", json={"input": long, "truncate": True}).status_code == 200
+
+
+def test_embeddings(client: openai.OpenAI, http: httpx.Client) -> None:
+    texts = ["a cat sits on the mat", "a kitten rests on the rug", "shares fell sharply"]
+    answer = client.embeddings.create(model="sentiment", input=texts, encoding_format="float")
+    vectors = [row.embedding for row in answer.data]
+    assert [len(vector) for vector in vectors] == [384] * 3
+
+    def dot(left: list[float], right: list[float]) -> float:
+        return sum(a * b for a, b in zip(left, right, strict=True))
+
+    assert dot(vectors[0], vectors[0]) == pytest.approx(1, abs=1e-3)
+    assert dot(vectors[0], vectors[1]) > dot(vectors[0], vectors[2])
+    body = {"input": texts[0], "encoding_format": "base64"}
+    encoded = http.post("/v1/embeddings", json=body).json()["data"][0]["embedding"]
+    decoded = struct.unpack("<384f", base64.b64decode(encoded))
+    assert list(decoded) == pytest.approx(vectors[0], abs=1e-3)
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert {model.id for model in client.models.list()} == {MODEL, "sentiment"}
+    assert client.models.retrieve("sentiment").id == "sentiment"
+
+
+def test_own_paths(http: httpx.Client) -> None:
+    assert http.get("/health").status_code == 200
+    assert http.get("/ready").json()["status"] == "ready"
+    assert {"tandem", "ray", "torch"} <= http.get("/version").json().keys()
+    paths = http.get("/openapi.json").json()["paths"]
+    assert {"/v1/chat/completions", "/v1/messages", "/classify", "/health"} <= paths.keys()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/v1/chat/completions", {"model": "nope", "messages": PARIS}, 404),
+        ("/v1/chat/completions", {"model": MODEL}, 400),
+        ("/v1/chat/completions", {"model": MODEL, "messages": PARIS, "max_tokens": -1}, 400),
+        ("/v1/chat/completions", {"model": MODEL, "messages": PARIS, "max_tokens": 10**6}, 400),
+        ("/v1/completions", {"model": MODEL, "prompt": "word " * 5000}, 400),
+        ("/v1/chat/completions", "{", 400),
+        ("/v1/chat/completions", {"model": "sentiment", "messages": PARIS}, 400),
+        ("/classify", {"input": 3}, 422),
+        ("/classify", {"input": "a", "colour": 1}, 422),
+        ("/classify", {"input": []}, 400),
+        ("/no/such/path", {}, 404),
+        ("/metrics", {}, 404),
+    ],
+)
+def test_errors_have_openais_shape(http: httpx.Client, path: str, body: Any, status: int) -> None:
+    content = body if isinstance(body, str) else json.dumps(body)
+    answer = http.post(path, content=content, headers={"content-type": "application/json"})
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert {"message", "type", "param", "code"} <= error.keys()
+    assert "Traceback" not in answer.text
+
+
+def test_a_body_that_is_too_large_is_refused(http: httpx.Client) -> None:
+    answer = http.post("/classify", content=b'{"input": "' + b"x" * 33 * 1024**2 + b'"}')
+    assert answer.status_code == 413
+
+
+def test_a_request_id_is_returned_once_and_names_the_completion(http: httpx.Client) -> None:
+    answer = http.post(
+        "/v1/completions",
+        json={"model": MODEL, "prompt": "a", "max_tokens": 1},
+        headers={"x-request-id": "my-request-7"},
+    )
+    assert answer.headers.get_list("x-request-id") == ["my-request-7"]
+    assert "my-request-7" in answer.json()["id"]
+    assert len(http.get("/health").headers.get_list("x-request-id")) == 1
+
+
+def test_a_client_that_leaves_aborts_its_request_in_the_engine(http: httpx.Client) -> None:
+    body = {"model": MODEL, "prompt": "a", "max_tokens": 1900, "stream": True, "ignore_eos": True}
+    with http.stream("POST", "/v1/completions", json=body) as stream:
+        next(stream.iter_lines())
+        wait_for_running(http, 1)
+    wait_for_running(http, 0)
+
+
+def wait_for_running(http: httpx.Client, wanted: int) -> None:
+    deadline = time.monotonic() + 10
+    while (running := http.get("/ready").json()["pools"][MODEL]["running"]) != wanted:
+        assert time.monotonic() < deadline, running
+        time.sleep(0.05)
+
+
+def test_requests_at_the_same_time_share_the_engine(client: openai.OpenAI) -> None:
+    def ask(number: int) -> int:
+        answer = client.completions.create(
+            model=MODEL,
+            prompt=f"Number {number}",
+            max_tokens=16,
+            extra_body={"ignore_eos": True},
+        )
+        assert answer.usage is not None
+        return answer.usage.completion_tokens
+
+    with concurrent.futures.ThreadPoolExecutor(16) as threads:
+        assert list(threads.map(ask, range(32))) == [16] * 32

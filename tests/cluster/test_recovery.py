@@ -1,0 +1,77 @@
+"""A dead engine is noticed, its replica replaced, and nothing hangs or is left behind."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import psutil
+
+from tests.cluster.conftest import Running
+
+MODEL = "smollm2"
+
+
+def engine_processes(cluster: Running) -> list[psutil.Process]:
+    """vLLM's engine processes among those of this cluster."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("TANDEM_HOME") != str(cluster.home):
+                continue
+            if "EngineCore" in " ".join([process.name(), *process.cmdline()]):
+                found.append(process)
+    return found
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} took longer than {timeout_s} s"
+        time.sleep(0.2)
+
+
+def test_a_dead_engine_is_replaced(cluster: Running) -> None:
+    with httpx.Client(base_url=cluster.http_url, timeout=180) as http:
+        body = {"model": MODEL, "prompt": "a", "max_tokens": 4}
+        assert http.post("/v1/completions", json=body).status_code == 200
+        old = engine_processes(cluster)
+        assert len(old) == 1
+
+        long = {**body, "max_tokens": 1900, "ignore_eos": True}
+        with ThreadPoolExecutor(1) as thread:
+            under_way = thread.submit(http.post, "/v1/completions", json=long)
+            wait_until(
+                lambda: http.get("/ready").json()["pools"][MODEL]["running"] == 1, 30, "the start"
+            )
+            old[0].kill()
+            cut_off = under_way.result(timeout=150)
+        # It was cut off while nothing had been answered: told so, or given to the next replica.
+        assert cut_off.status_code in (200, 500, 503)
+        assert "Traceback" not in cut_off.text
+
+        # Admitted while no replica runs, it waits for the next one.
+        answer = http.post("/v1/completions", json=body)
+        deadline = time.monotonic() + 120
+        while answer.status_code != 200:
+            assert answer.status_code in (429, 500, 503), answer.text
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+            answer = http.post("/v1/completions", json=body)
+        new = engine_processes(cluster)
+        assert len(new) == 1
+        assert new[0].pid != old[0].pid
+        wait_until(lambda: http.get("/ready").status_code == 200, 60, "being ready again")
+
+
+def test_a_replica_that_is_killed_takes_its_engine_with_it(cluster: Running) -> None:
+    (engine,) = engine_processes(cluster)
+    replica = engine.parent()
+    assert replica is not None
+    replica.kill()
+    wait_until(lambda: not engine.is_running(), 10, "the engine's end")
+    with httpx.Client(base_url=cluster.http_url, timeout=180) as http:
+        wait_until(lambda: http.get("/ready").status_code == 200, 150, "being ready again")
+        body = {"model": MODEL, "prompt": "a", "max_tokens": 4}
+        assert http.post("/v1/completions", json=body).status_code == 200
