@@ -47,7 +47,7 @@ class BlockPool:
     def take(self, hashes: Sequence[int], num_private: int) -> bool:
         """Hold the cached blocks ``hashes`` and ``num_private`` new ones, if there are enough.
 
-        Returns False, and changes nothing, where there are not. Every one of ``hashes`` must be cached.
+        Returns False, and changes nothing, where there are not. All ``hashes`` must be cached.
         """
         from_idle = sum(key in self._idle for key in hashes)
         if from_idle + num_private > self.available:

@@ -23,16 +23,7 @@ class GenerationError(Exception):
 class SimSequence:
     """One prompt and the text that follows it."""
 
-    __slots__ = (
-        "_held",
-        "_left",
-        "_state",
-        "_stop",
-        "generation",
-        "index",
-        "request",
-        "stop_reason",
-    )
+    __slots__ = ("_generation", "_held", "_left", "_state", "index", "request", "stop_reason")
 
     def __init__(self, generation: "Generation", index: int, request: Request, state: int) -> None:
         self._generation = generation

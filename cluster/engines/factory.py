@@ -1,0 +1,31 @@
+"""Makes the engine that a generator's configuration names, and imports no other."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from cluster.config import GeneratorConfig
+from cluster.engines.base import Engine
+
+
+def resolve_model(name: str) -> Path:
+    """The directory of a model, from the model store."""
+    from cluster.models import store
+
+    return Path(store.resolve(name))
+
+
+def make_generator_engine(
+    config: GeneratorConfig, resolve: Callable[[str], Path | str] = resolve_model
+) -> Engine:
+    """The engine for ``config``, not yet started.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    if config.engine == "sim":
+        from cluster.engines.sim import SimEngine
+
+        return SimEngine(config)
+    from cluster.engines.vllm import VllmEngine
+
+    return VllmEngine(config, str(resolve(config.model)))

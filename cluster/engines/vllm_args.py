@@ -1,0 +1,129 @@
+"""What vLLM is told at its start: environment variables and arguments, from the configuration.
+
+Pure but for ``set_environment``; does not import vllm.
+"""
+
+import difflib
+import os
+from argparse import Namespace
+from collections.abc import Iterable, MutableMapping
+from typing import Any
+
+from cluster.config import GeneratorConfig
+from cluster.engines.lifeline import PARENT_VARIABLE
+from cluster.errors import ConfigError
+
+DEFAULT_CPU_KV_BYTES = 1024**3
+CPU_BLOCK_SIZE_TOKENS = 32  # vLLM's own on CPUs, 128, is too coarse to share prefixes by
+
+_FIELDS = {  # vLLM's names that the configuration has a field for
+    "model": "model",
+    "served_model_name": "name",
+    "tensor_parallel_size": "tensor_parallel_size",
+    "pipeline_parallel_size": "pipeline_parallel_size",
+    "dtype": "dtype",
+    "quantization": "quantization",
+    "max_model_len": "max_model_len",
+    "kv_cache_memory_bytes": "kv_cache_memory_bytes",
+}
+
+
+def num_workers(config: GeneratorConfig) -> int:
+    """Processes that compute for one replica."""
+    return config.tensor_parallel_size * config.pipeline_parallel_size
+
+
+def set_environment(model_path: str, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set what vLLM reads from the environment; a variable that is already set is kept.
+
+    VLLM_LOGGING_LEVEL=WARNING, VLLM_NO_USAGE_STATS=1, DO_NOT_TRACK=1,
+    VLLM_WORKER_MULTIPROC_METHOD=spawn, for a local model HF_HUB_OFFLINE=1, and
+    TANDEM_ENGINE_PARENT, always, to this process. To be called before vllm is imported.
+    """
+    environment[PARENT_VARIABLE] = str(os.getpid())
+    wanted = {
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    }
+    if os.path.isdir(model_path):
+        wanted["HF_HUB_OFFLINE"] = "1"
+    for name, value in wanted.items():
+        environment.setdefault(name, value)
+
+
+def set_cpu_environment(
+    config: GeneratorConfig, environment: MutableMapping[str, str] = os.environ
+) -> None:
+    """Set what vLLM reads where it computes on CPUs; a variable that is already set is kept.
+
+    VLLM_ENABLE_V1_MULTIPROCESSING=0 runs the worker in the engine's process, one fewer to start;
+    VLLM_CPU_OMP_THREADS_BIND gives it all cores (vLLM by itself leaves one idle).
+    """
+    environment.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    binding = bind_threads(sorted(os.sched_getaffinity(0)), num_workers(config))
+    environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", binding)
+
+
+def bind_threads(cores: list[int], workers: int) -> str:
+    """``cores`` divided among ``workers`` in vLLM's form: ``0,1`` for one, ``0|1`` for two."""
+    share = max(1, len(cores) // workers)
+    turns = [cores[i % len(cores)] for i in range(share * workers)]
+    parts = [turns[i : i + share] for i in range(0, len(turns), share)]
+    return "|".join(",".join(map(str, part)) for part in parts)
+
+
+def platform_defaults(config: GeneratorConfig, *, on_cpu: bool, in_ray: bool) -> dict[str, Any]:
+    """What Tandem chooses where the configuration's ``engine_args`` do not."""
+    parallel = num_workers(config) > 1
+    if on_cpu:
+        # Eager, with a given cache size, skips vLLM's warm-up; the Ray executor refuses CPUs.
+        return {
+            "enforce_eager": True,
+            "block_size": CPU_BLOCK_SIZE_TOKENS,
+            "kv_cache_memory_bytes": DEFAULT_CPU_KV_BYTES,
+            "distributed_executor_backend": "mp" if parallel else None,
+        }
+    if not parallel:
+        return {}
+    # In a Serve replica the workers go where its placement group reserved their GPUs.
+    return {"distributed_executor_backend": "ray" if in_ray else "mp"}
+
+
+def fill_args(
+    args: Namespace, config: GeneratorConfig, model_path: str, defaults: dict[str, Any]
+) -> None:
+    """Put the configuration into vLLM's ``args``, which hold its own defaults.
+
+    Raises:
+        ConfigError: ``engine_args`` has a name that vLLM does not, or one that has its own field.
+    """
+    _check_names(config, vars(args))
+    chosen: dict[str, Any] = {
+        **defaults,
+        "enable_request_id_headers": True,
+        **config.engine_args,
+        "model": model_path,
+        "served_model_name": [config.name],
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "pipeline_parallel_size": config.pipeline_parallel_size,
+        "dtype": config.dtype,
+        "quantization": config.quantization,
+        "max_model_len": config.max_model_len,
+    }
+    if config.kv_cache_memory_bytes is not None:
+        chosen["kv_cache_memory_bytes"] = int(config.kv_cache_memory_bytes)
+    for name, value in chosen.items():
+        setattr(args, name, value)
+
+
+def _check_names(config: GeneratorConfig, known: Iterable[str]) -> None:
+    for name, value in config.engine_args.items():
+        where = f"generator {config.name!r}: engine_args.{name}"
+        if name in _FIELDS:
+            raise ConfigError(f"{where}: got {value!r}; set the generator's `{_FIELDS[name]}`")
+        if name not in known:
+            near = difflib.get_close_matches(name, list(known), n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ConfigError(f"{where}: vLLM has no such argument (value {value!r}){hint}")

@@ -1,0 +1,206 @@
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.config import SimConfig
+from cluster.engines.sim.blocks import BlockPool, block_hashes
+from cluster.engines.sim.scheduler import MAX_STEP_TOKENS, Request, Scheduler
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def make(**knobs: float | int) -> tuple[Scheduler, Clock]:
+    clock = Clock()
+    return Scheduler(SimConfig.model_validate(knobs), clock), clock
+
+
+def request(prompt: list[int], max_tokens: int) -> Request:
+    return Request(prompt, max_tokens, lambda: 7)
+
+
+def run(scheduler: Scheduler, clock: Clock, steps: int = 100_000) -> list[Request]:
+    ended: list[Request] = []
+    for _ in range(steps):
+        step = scheduler.plan()
+        if step is None:
+            return ended
+        clock.now_s += step.duration_s
+        ended += scheduler.commit(step)
+    raise AssertionError("the scheduler does not come to an end")
+
+
+def test_times_follow_from_prefill_decode_and_batch() -> None:
+    scheduler, clock = make(
+        prefill_s_per_token=0.01, decode_s_per_token=0.1, batch_slowdown=0.5, block_size_tokens=4
+    )
+    alone = request([1] * 10, 3)
+    scheduler.add(alone)
+    run(scheduler, clock)
+    assert alone.first_token_s == pytest.approx(0.1)
+    assert alone.finished_s == pytest.approx(0.1 + 2 * 0.1)
+
+    clock.now_s = 0.0
+    pair = [request([2] * 10, 2), request([3] * 10, 2)]
+    for one in pair:
+        scheduler.add(one)
+    run(scheduler, clock)
+    # One step prefills both (20 tokens), the next decodes both; two running: half again as long.
+    assert [one.first_token_s for one in pair] == pytest.approx([0.3, 0.3])
+    assert [one.finished_s for one in pair] == pytest.approx([0.45, 0.45])
+
+
+def test_a_known_prefix_is_not_computed_again() -> None:
+    scheduler, clock = make(prefill_s_per_token=1.0, block_size_tokens=4)
+    scheduler.add(request(list(range(1, 11)), 1))
+    run(scheduler, clock)
+    clock.now_s = 0.0
+    again = request([*range(1, 11), 50], 1)
+    scheduler.add(again)
+    run(scheduler, clock)
+    assert again.cached_tokens == 8
+    assert again.first_token_s == pytest.approx(3.0)
+
+
+def test_the_last_prompt_token_is_always_computed() -> None:
+    scheduler, clock = make(prefill_s_per_token=1.0, block_size_tokens=4)
+    for _ in range(2):
+        one = request([5] * 8, 1)
+        scheduler.add(one)
+        run(scheduler, clock)
+    assert one.cached_tokens == 4
+
+
+def test_generated_text_is_a_prefix_for_the_next_turn() -> None:
+    scheduler, clock = make(block_size_tokens=4)
+    first = request([1] * 4, 9)
+    scheduler.add(first)
+    run(scheduler, clock)
+    following = request([*first.tokens, 2, 2, 2], 1)
+    scheduler.add(following)
+    run(scheduler, clock)
+    assert following.cached_tokens == 12  # the 13th token's keys were never computed
+
+
+def test_a_long_prompt_takes_several_steps_and_lets_others_decode() -> None:
+    scheduler, clock = make(decode_s_per_token=1.0)
+    short = request([1] * 5, 4)
+    scheduler.add(short)
+    step = scheduler.plan()
+    assert step is not None
+    scheduler.commit(step)
+    scheduler.add(request([2] * (2 * MAX_STEP_TOKENS + 1), 1))
+    run(scheduler, clock)
+    assert short.finished_s == pytest.approx(3.0)
+
+
+def test_the_latest_is_preempted_when_blocks_run_out() -> None:
+    scheduler, clock = make(num_kv_blocks=4, block_size_tokens=4)
+    first, second = request([1] * 8, 8), request([2] * 8, 8)
+    scheduler.add(first)
+    scheduler.add(second)
+    ended = run(scheduler, clock)
+    assert [one.num_generated for one in ended] == [8, 8]
+    assert ended == [first, second]
+    assert first.num_preemptions == 0
+    assert second.num_preemptions > 0
+
+
+def test_what_can_never_fit_is_refused() -> None:
+    scheduler, _ = make(num_kv_blocks=2, block_size_tokens=4)
+    for prompt, max_tokens in (([1] * 8, 1), ([], 1), ([1], 0)):
+        with pytest.raises(ValueError, match="request"):
+            scheduler.add(request(prompt, max_tokens))
+
+
+@dataclass(frozen=True)
+class Arrival:
+    prompt: list[int]
+    max_tokens: int
+    at_step: int
+    aborted_after: int | None
+
+
+arrivals = st.builds(
+    Arrival,
+    prompt=st.lists(st.integers(1, 2), min_size=1, max_size=14),
+    max_tokens=st.integers(1, 10),
+    at_step=st.integers(0, 12),
+    aborted_after=st.none() | st.integers(0, 8),
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    plan=st.lists(arrivals, max_size=10),
+    num_blocks=st.integers(6, 20),
+    max_num_seqs=st.integers(1, 5),
+    block_size=st.integers(4, 5),
+)
+def test_every_request_ends_once_and_gives_its_blocks_back(
+    plan: list[Arrival], num_blocks: int, max_num_seqs: int, block_size: int
+) -> None:
+    scheduler, _ = make(
+        num_kv_blocks=num_blocks, max_num_seqs=max_num_seqs, block_size_tokens=block_size
+    )
+    requests = [request(list(a.prompt), a.max_tokens) for a in plan]
+    ended: list[Request] = []
+    aborted: set[int] = set()
+    for now in range(1000):
+        for one, arrival in zip(requests, plan, strict=True):
+            if arrival.at_step == now:
+                scheduler.add(one)
+        step = scheduler.plan()
+        for index, arrival in enumerate(plan):
+            if arrival.aborted_after is not None and now == arrival.at_step + arrival.aborted_after:
+                scheduler.abort(requests[index])
+                aborted.add(index)
+        if step is not None:
+            ended += scheduler.commit(step)
+        assert len(scheduler.running) <= max_num_seqs
+        check_blocks(scheduler.blocks)
+        if step is None and now > 25:
+            break
+    assert len(ended) == len(set(map(id, ended)))
+    for index, one in enumerate(requests):
+        if index in aborted and one.finished_s is None:
+            assert one not in ended
+        else:
+            assert one in ended
+            assert one.num_generated == one.max_tokens
+            assert one.tokens[: one.num_prompt] == plan[index].prompt
+    assert scheduler.blocks.used == 0
+    assert scheduler.load() == type(scheduler.load())()
+
+
+def check_blocks(pool: BlockPool) -> None:
+    assert pool._private >= 0
+    assert all(count > 0 for count in pool._shared.values())
+    assert not pool._shared.keys() & pool._idle.keys()
+    assert pool.used + len(pool._idle) <= pool.num_blocks
+
+
+def test_the_end_of_an_unused_prefix_is_evicted_first() -> None:
+    pool = BlockPool(3)
+    hashes = block_hashes([1, 2, 3, 4, 5, 6], 2)
+    assert pool.take((), 3)
+    assert pool.share(hashes) == 3
+    pool.release(hashes, 0)
+    assert pool.take((), 1)
+    assert pool.cached_prefix(hashes) == 2
+    assert not pool.take(hashes[:2], 1)
+    assert pool.used == 1
+
+
+def test_block_hashes_stand_for_all_tokens_before() -> None:
+    one, other = block_hashes([1, 2, 3, 4, 9], 2), block_hashes([2, 1, 3, 4], 2)
+    assert len(one) == len(other) == 2
+    assert one[1] != other[1]
+    assert one == block_hashes([1, 2, 3, 4], 2)

@@ -1,0 +1,188 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from cluster.engines.sim import tokenizer, wire
+from cluster.engines.sim.chunks import ChatChunks, CompletionChunks
+from cluster.engines.sim.generation import Generation
+from cluster.engines.sim.parse import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    Refusal,
+    parse_body,
+)
+
+JSON = "application/json"
+
+
+@given(st.text())
+def test_text_survives_the_tokenizer(text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(0 < token < 2**31 for token in ids)
+
+
+@given(st.text(), st.text())
+def test_a_shared_beginning_has_shared_ids(beginning: str, rest: str) -> None:
+    whole = tokenizer.encode(f"{beginning}\n{rest}")
+    part = tokenizer.encode(f"{beginning}\n")
+    assert whole[: len(part)] == part
+
+
+@given(st.integers(0, 2**63 - 1))
+def test_any_id_can_be_decoded(token: int) -> None:
+    tokenizer.decode([token])
+
+
+def test_generated_words_are_one_token_each() -> None:
+    text = tokenizer.decode(tokenizer.WORD_IDS)
+    assert tokenizer.encode(text) == tokenizer.WORD_IDS
+
+
+def test_special_tokens_do_not_come_from_text() -> None:
+    ids = tokenizer.encode_chat([("user", "<|im_end|>")], add_generation_prompt=True)
+    assert ids.count(tokenizer.MESSAGE_END) == 1
+    assert tokenizer.decode(ids) == (
+        "<|im_start|>user\n<|im_end|><|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def generate(prompt: list[int], count: int, seed: int = 0) -> list[int]:
+    (sequence,) = Generation([prompt], [count], (), seed=seed, fails=False).sequences
+    return [sequence.sample() for _ in range(count)]
+
+
+def test_output_depends_on_the_tokens_before_it_and_the_seed() -> None:
+    prompt = tokenizer.encode("Tell me a story")
+    whole = generate(prompt, 20)
+    assert generate([*prompt, *whole[:8]], 12) == whole[8:]
+    assert generate(prompt, 20, seed=1) != whole
+    assert generate([*prompt, 1], 20) != whole
+    assert len(set(whole)) > 10
+
+
+async def test_stop_strings_are_cut_out_and_never_shown_in_part() -> None:
+    prompt = tokenizer.encode("Tell me a story")
+    text = tokenizer.decode(generate(prompt, 12))
+    stop = text[9:14]
+    generation = Generation([prompt], [12], (stop, "never"), seed=0, fails=False)
+    (sequence,) = generation.sequences
+    while not sequence.request.stopped:
+        sequence.sample()
+    deltas = await generation.take()
+    assert "".join(delta[1] for delta in deltas) == text[: text.index(stop)]
+    assert [delta[2] for delta in deltas] == [False] * (len(deltas) - 1) + [True]
+    assert sequence.stop_reason == stop
+
+
+def test_held_back_text_comes_at_the_end() -> None:
+    prompt = tokenizer.encode("Tell me a story")
+    generation = Generation([prompt], [6], ("nowhere to be found",), seed=0, fails=False)
+    (sequence,) = generation.sequences
+    ids = [sequence.sample() for _ in range(6)]
+    assert "".join(delta[1] for delta in generation._deltas) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("kind", [ChatChunks, CompletionChunks])
+def test_the_quick_and_the_full_encoding_of_a_chunk_agree(
+    kind: type[ChatChunks] | type[CompletionChunks],
+) -> None:
+    (sequence,) = Generation([[1]], [5], (), seed=0, fails=False).sequences
+    writer = kind("id-1", 5, 'a "model"', include_usage=False, continuous=False, with_ids=False)
+    assert writer.token((sequence, " word", False)) == writer._slow(sequence, " word", False)
+
+
+def test_error_events_are_json() -> None:
+    assert json.loads(wire.error_event("x")[6:])["error"]["code"] == 500
+
+
+def refusal(kind: type[BaseModel], raw: bytes, content_type: str = JSON) -> Refusal:
+    with pytest.raises(Refusal) as caught:
+        parse_body(kind, raw, content_type)
+    return caught.value
+
+
+# What vLLM 0.32 answered to the same bodies.
+@pytest.mark.parametrize(
+    ("kind", "raw", "param", "message"),
+    [
+        (
+            ChatBody,
+            b'{"model": ',
+            "body.10",
+            "1 validation error:\n  {'type': 'json_invalid', 'loc': 'body.10', 'msg': 'JSON decode "
+            "error', 'input': '<dict of 0 items>', 'ctx': {'error': 'Expecting value'}}",
+        ),
+        (
+            ChatBody,
+            b"[1]",
+            "body",
+            "1 validation error:\n  {'type': 'model_attributes_type', 'loc': 'body', 'msg': 'Input "
+            "should be a valid dictionary or object to extract fields from', 'input': "
+            "'<list of 1 items>'}",
+        ),
+        (
+            ChatBody,
+            b"",
+            "body",
+            "1 validation error:\n  {'type': 'missing', 'loc': 'body', 'msg': 'Field required', "
+            "'input': 'None'}",
+        ),
+        (
+            ChatBody,
+            b'{"model": "m"}',
+            "body.messages",
+            "1 validation error:\n  {'type': 'missing', 'loc': 'body.messages', 'msg': 'Field "
+            "required', 'input': '<dict of 1 items>'}",
+        ),
+        (
+            ChatBody,
+            b'{"messages": [], "stop": [5]}',
+            "body.stop",
+            "2 validation errors:\n  {'type': 'string_type', 'loc': 'body.stop', 'msg': 'Input "
+            "should be a valid string', 'input': '<list of 1 items>'}\n  {'type': 'string_type', "
+            "'loc': 'body.stop.0', 'msg': 'Input should be a valid string', 'input': '5'}",
+        ),
+        (
+            CompletionBody,
+            b'{"prompt": "Hi", "max_tokens": 1.5}',
+            "body.max_tokens",
+            "1 validation error:\n  {'type': 'int_from_float', 'loc': 'body.max_tokens', 'msg': "
+            "'Input should be a valid integer, got a number with a fractional part', "
+            "'input': '1.5'}",
+        ),
+        (
+            DetokenizeBody,
+            b'{"model": "m"}',
+            "body.tokens",
+            "1 validation error:\n  {'type': 'missing', 'loc': 'body.tokens', 'msg': 'Field "
+            "required', 'input': '<dict of 1 items>'}",
+        ),
+    ],
+)
+def test_refusals_are_those_of_vllm(
+    kind: type[BaseModel], raw: bytes, param: str, message: str
+) -> None:
+    found = refusal(kind, raw)
+    assert (found.status, found.type, found.param) == (400, "Bad Request", param)
+    assert found.message == message
+
+
+def test_a_completion_needs_a_prompt() -> None:
+    found = refusal(CompletionBody, b'{"model": "m"}')
+    assert found.type == "BadRequestError"
+    assert found.message == (
+        "Either prompt or prompt_embeds must be provided and non-empty. (parameter=prompt)"
+    )
+
+
+def test_only_json_is_taken() -> None:
+    found = refusal(ChatBody, b"{}", "text/plain")
+    assert found.message == (
+        "1 validation error:\n  Unsupported Media Type: Only 'application/json' is allowed"
+    )
+    assert found.param is None

@@ -1,0 +1,76 @@
+from argparse import Namespace
+
+import pytest
+
+from cluster.config import GeneratorConfig
+from cluster.engines import vllm_args
+from cluster.errors import ConfigError
+
+
+def config(**fields: object) -> GeneratorConfig:
+    return GeneratorConfig.model_validate({"name": "chat", "model": "m", **fields})
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "binding"),
+    [
+        ([0, 1], 1, "0,1"),
+        ([0, 1], 2, "0|1"),
+        ([2, 3, 5, 7, 8], 2, "2,3|5,7"),
+        ([4], 2, "4|4"),
+    ],
+)
+def test_every_worker_gets_its_share_of_the_cores(
+    cores: list[int], workers: int, binding: str
+) -> None:
+    assert vllm_args.bind_threads(cores, workers) == binding
+
+
+def test_variables_that_are_set_are_kept() -> None:
+    environment = {"VLLM_LOGGING_LEVEL": "DEBUG", "TANDEM_ENGINE_PARENT": "1"}
+    vllm_args.set_environment("an/id", environment)
+    vllm_args.set_cpu_environment(config(), environment)
+    assert environment["VLLM_LOGGING_LEVEL"] == "DEBUG"
+    assert environment["TANDEM_ENGINE_PARENT"] != "1"
+    assert environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert "HF_HUB_OFFLINE" not in environment
+
+
+def test_a_local_model_asks_nobody(tmp_path: object) -> None:
+    environment: dict[str, str] = {}
+    vllm_args.set_environment(str(tmp_path), environment)
+    assert environment["HF_HUB_OFFLINE"] == "1"
+
+
+def fill(chosen: GeneratorConfig, defaults: dict[str, object] | None = None) -> Namespace:
+    args = Namespace(max_num_seqs=None, block_size=None, kv_cache_memory_bytes=None)
+    vllm_args.fill_args(args, chosen, "/models/m", defaults or {})
+    return args
+
+
+def test_the_configuration_goes_over_the_defaults() -> None:
+    args = fill(
+        config(engine_args={"block_size": 16}, kv_cache_memory_bytes="2MiB"),
+        {"block_size": 32, "kv_cache_memory_bytes": 1},
+    )
+    assert (args.block_size, args.kv_cache_memory_bytes) == (16, 2 * 1024**2)
+    assert (args.model, args.served_model_name) == ("/models/m", ["chat"])
+
+
+def test_an_unknown_argument_is_named_with_its_neighbours() -> None:
+    with pytest.raises(ConfigError, match=r"engine_args\.max_num_seq:.*did you mean max_num_seqs"):
+        fill(config(engine_args={"max_num_seq": 4}))
+
+
+def test_an_argument_that_has_a_field_is_refused() -> None:
+    with pytest.raises(ConfigError, match="set the generator's `name`"):
+        fill(config(engine_args={"served_model_name": "x"}))
+
+
+def test_workers_run_where_the_platform_can_run_them() -> None:
+    two = config(tensor_parallel_size=2)
+    executor = "distributed_executor_backend"
+    assert vllm_args.platform_defaults(two, on_cpu=True, in_ray=True)[executor] == "mp"
+    assert vllm_args.platform_defaults(two, on_cpu=False, in_ray=True)[executor] == "ray"
+    assert vllm_args.platform_defaults(two, on_cpu=False, in_ray=False)[executor] == "mp"
+    assert vllm_args.platform_defaults(config(), on_cpu=False, in_ray=True) == {}
