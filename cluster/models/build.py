@@ -1,0 +1,150 @@
+"""Building of the default models, so that a model is either whole or not there.
+
+A model is built in a temporary directory beside its place, under a file lock, and renamed into
+place with its manifest written. What a killed build leaves is not taken for a model, and is
+removed by the next build. Knows nothing of how a model is made: the catalogue's builders do.
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.errors import ConfigError
+from cluster.models.store import (
+    CATALOGUE,
+    MANIFEST,
+    BuildError,
+    DefaultModel,
+    Facts,
+    Manifest,
+    Progress,
+    manifest,
+    models_dir,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltModel:
+    """A default model that now lies in the store."""
+
+    name: str
+    path: Path
+    facts: Facts
+    build_s: float
+    """How long the build took, whenever it was."""
+    fresh: bool
+    """Whether this call built it."""
+
+
+def _silent(message: str, fraction: float | None) -> None:
+    pass
+
+
+def build(
+    names: Sequence[str] | None = None,
+    *,
+    force: bool = False,
+    progress: Progress = _silent,
+    catalogue: Mapping[str, DefaultModel] = CATALOGUE,
+) -> list[BuiltModel]:
+    """Build the default models that are not built yet, and return all that were asked for.
+
+    Args:
+        names: Names in the catalogue; None for all.
+        force: Build again what is built.
+        progress: Called with ``"<name>: <what is done now>"`` and the share of that which is done.
+        catalogue: The models there are.
+
+    Raises:
+        ConfigError: a name is not in the catalogue; nothing is built then.
+        BuildError: a package is missing, a download fails, or the result is not good enough.
+    """
+    wanted = list(dict.fromkeys(catalogue if names is None else names))
+    if unknown := [name for name in wanted if name not in catalogue]:
+        known = ", ".join(catalogue)
+        raise ConfigError(f"models: got {', '.join(map(repr, unknown))}; allowed: {known}")
+    return [_build_one(catalogue[name], force, progress) for name in wanted]
+
+
+def _build_one(model: DefaultModel, force: bool, progress: Progress) -> BuiltModel:
+    def report(message: str, fraction: float | None) -> None:
+        progress(f"{model.name}: {message}", fraction)
+
+    if not force and (found := manifest(model)):
+        return _built(found, fresh=False)
+    models_dir().mkdir(parents=True, exist_ok=True)
+    with _lock(model.name, report):
+        if not force and (found := manifest(model)):  # another process built it meanwhile
+            return _built(found, fresh=False)
+        _remove_stale(model.name)
+        return _built(_build_into_place(model, report), fresh=True)
+
+
+def _built(found: Manifest, *, fresh: bool) -> BuiltModel:
+    path = models_dir() / found.name
+    return BuiltModel(found.name, path, found.facts, found.build_s, fresh)
+
+
+def _build_into_place(model: DefaultModel, report: Progress) -> Manifest:
+    target = models_dir() / model.name
+    scratch = Path(tempfile.mkdtemp(prefix=_temp_prefix(model.name), dir=models_dir()))
+    started = time.monotonic()
+    try:
+        fresh = scratch / "new"
+        fresh.mkdir()
+        facts = model.builder(fresh, report)
+        build_s = round(time.monotonic() - started, 1)
+        result = Manifest(model.name, model.recipe, build_s, _sizes(fresh), facts)
+        if not result.files:
+            raise BuildError(f"model {model.name!r}: its recipe wrote no files")
+        _write_manifest(fresh, result)
+        if target.exists():
+            target.rename(scratch / "old")
+        fresh.rename(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    report("built", 1.0)
+    return result
+
+
+def _sizes(directory: Path) -> dict[str, int]:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.stat().st_size for path in files}
+
+
+def _write_manifest(directory: Path, result: Manifest) -> None:
+    text = json.dumps(dataclasses.asdict(result), indent=2)
+    (directory / MANIFEST).write_text(f"{text}\n", encoding="utf-8")
+
+
+def _temp_prefix(name: str) -> str:
+    return f".{name}.tmp-"
+
+
+def _remove_stale(name: str) -> None:
+    """Remove what killed builds left; whoever holds the lock knows that nobody uses it."""
+    for left in models_dir().glob(f"{_temp_prefix(name)}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def _lock(name: str, report: Progress) -> Iterator[None]:
+    """Hold the build lock of a model; the kernel frees it when its holder dies."""
+    handle = os.open(models_dir() / f".{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report("waiting for another build of it", None)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
