@@ -63,13 +63,9 @@ async def serve(args: argparse.Namespace, pipe: Connection) -> None:
     """The replica's process."""
     server = LinkServer(Replica(args).app, SECRET)
     pipe.send(await server.start())
-    while not pipe.poll():
-        await asyncio.sleep(0.05)
-    pipe.recv()
+    await asyncio.to_thread(pipe.recv)
     pipe.send(time.process_time())
-    while not pipe.poll():
-        await asyncio.sleep(0.05)
-    pipe.recv()
+    await asyncio.to_thread(pipe.recv)
     pipe.send(time.process_time())
     await server.stop()
 

@@ -21,7 +21,7 @@ from cluster.link.frames import AUTH, ERROR, HELLO, encode_frame, encode_head
 
 VERSION = 1
 PRE_AUTH_BYTES = 512
-"""A peer may send this much in all before it has proved itself (it needs 116)."""
+"""A peer may send this much in all before it has proved itself (it needs 94)."""
 
 Role = Literal["client", "server"]
 

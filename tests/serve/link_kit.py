@@ -1,0 +1,190 @@
+"""What the link's tests share: applications, a linked pair of ends, and raw peers."""
+
+import asyncio
+import functools
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any, cast
+
+import pytest
+import uvloop
+
+from cluster.engines.base import ASGIApp, Message, Receive, Scope, Send
+from cluster.link import (
+    TOKEN_IDS,
+    LinkClient,
+    LinkLoad,
+    LinkOptions,
+    LinkServer,
+    RequestHead,
+    Stream,
+)
+from cluster.link.frames import MAX_PAYLOAD_BYTES, Decoder, Frame
+from cluster.link.handshake import Handshake
+
+SECRET = b"the cluster's secret"
+
+
+def on_both_loops(test: Callable[..., Coroutine[Any, Any, None]]) -> Any:
+    """Run a test on asyncio's loop and on uvloop, and let it leave no task behind."""
+
+    async def guarded(kwargs: dict[str, Any]) -> None:
+        problems: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, what: problems.append(what))
+        async with asyncio.timeout(30):
+            await test(**kwargs)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert not problems
+
+    @functools.wraps(test)
+    def run_it(run: Callable[[Coroutine[Any, Any, None]], None], **kwargs: Any) -> None:
+        run(guarded(kwargs))
+
+    parameters = [
+        inspect.Parameter("run", inspect.Parameter.POSITIONAL_OR_KEYWORD),
+        *inspect.signature(test).parameters.values(),
+    ]
+    run_it.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    loops = [asyncio.run, uvloop.run]
+    return pytest.mark.parametrize("run", loops, ids=["asyncio", "uvloop"])(run_it)
+
+
+@asynccontextmanager
+async def linked(
+    app: ASGIApp,
+    *,
+    options: LinkOptions | None = None,
+    load: Callable[[], LinkLoad] | None = None,
+) -> AsyncIterator[tuple[LinkServer, LinkClient]]:
+    server = LinkServer(app, SECRET, options=options, load=load)
+    host, port = await server.start()
+    client = LinkClient(host, port, SECRET, options=options)
+    try:
+        await client.connect()
+        yield server, client
+    finally:
+        await client.close()
+        await server.stop()
+
+
+async def body_of(receive: Receive) -> bytes:
+    body = b""
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if not message.get("more_body"):
+            return bytes(body)
+
+
+async def start(send: Send, status: int = 200) -> None:
+    headers = [(b"content-type", b"text/plain")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+
+
+async def say(send: Send, body: bytes, *, more: bool = True, token_ids: Sequence[int] = ()) -> None:
+    message: Message = {"type": "http.response.body", "body": body, "more_body": more}
+    if token_ids:
+        message[TOKEN_IDS] = token_ids
+    await send(message)
+
+
+async def echo(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers with the body, in one message."""
+    body = await body_of(receive)
+    await start(send)
+    await say(send, body, more=False)
+
+
+async def hang(scope: Scope, receive: Receive, send: Send) -> None:
+    """Sends a head and one byte, then nothing for ever."""
+    await start(send)
+    await say(send, b"!")
+    await asyncio.Future()
+
+
+async def all_of(stream: Stream) -> bytes:
+    pieces = []
+    while piece := await stream.read():
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+async def ask(client: LinkClient, path: str = "/", body: Any = b"") -> tuple[int, bytes]:
+    stream = client.open(RequestHead(method="POST", path=path), body)
+    return (await stream.head()).status, await all_of(stream)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Return when the condition holds; the loop goes on meanwhile."""
+    while not condition():  # noqa: ASYNC110, what is waited for is the inside of another object
+        await asyncio.sleep(0.001)
+
+
+class RawPeer:
+    """A peer under the test's control, on plain streams."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+        self._decoder = Decoder(MAX_PAYLOAD_BYTES)
+        self._frames: list[Frame] = []
+
+    @classmethod
+    async def dial(cls, address: tuple[str, int]) -> "RawPeer":
+        return cls(*await asyncio.open_connection(*address))
+
+    async def next_frame(self) -> Frame:
+        while not self._frames:
+            data = await self.reader.read(65536)
+            if not data:
+                raise EOFError
+            self._frames += self._decoder.feed(data)
+        return self._frames.pop(0)
+
+    async def shake(self, role: str, window_bytes: int = 1000) -> None:
+        handshake = Handshake(cast(Any, role), SECRET, window_bytes)
+        self.writer.write(handshake.hello())
+        while not handshake.done:
+            _, kind, _, payload = await self.next_frame()
+            self.writer.write(handshake.receive(kind, payload))
+
+    async def wait_closed_by_peer(self) -> None:
+        with suppress(ConnectionError):
+            while await self.reader.read(65536):
+                pass
+
+    async def close(self) -> None:
+        self.writer.close()
+        with suppress(ConnectionError):
+            await self.writer.wait_closed()
+
+
+@asynccontextmanager
+async def raw_server(
+    serve: Callable[[RawPeer], Awaitable[None]],
+) -> AsyncIterator[tuple[str, int]]:
+    """A listening socket whose every connection is given to ``serve``, then closed."""
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.add(task)
+        peer = RawPeer(reader, writer)
+        try:
+            with suppress(asyncio.CancelledError):  # asyncio's streams take it for a failure
+                await serve(peer)
+            await peer.close()
+        finally:
+            tasks.discard(task)
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[:2]
+    finally:
+        server.close()
+        for task in list(tasks):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await server.wait_closed()

@@ -1,0 +1,514 @@
+"""The link over loopback: what streams promise while both ends are well."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from cluster.engines.base import Message, Receive, Scope, Send
+from cluster.errors import InternalError, InvalidRequestError, LinkClosedError, UnavailableError
+from cluster.link import LinkLoad, LinkOptions, LinkServer, RequestHead
+from tests.serve.link_kit import (
+    all_of,
+    ask,
+    body_of,
+    echo,
+    hang,
+    linked,
+    on_both_loops,
+    say,
+    start,
+    until,
+)
+
+MIB = 1024 * 1024
+
+
+@on_both_loops
+async def test_the_application_sees_the_request_as_an_asgi_scope() -> None:
+    seen: list[Scope] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope)
+        await echo(scope, receive, send)
+
+    head = RequestHead(
+        method="POST",
+        path="/v1/ä",
+        query_string=b"a=1",
+        headers=[(b"host", b"tandem")],
+        request_id="r-1",
+        client=("10.0.0.9", 555),
+    )
+    async with linked(app) as (server, client):
+        stream = client.open(head, b"body")
+        response = await stream.head()
+        assert (response.status, response.headers) == (200, [(b"content-type", b"text/plain")])
+        assert await all_of(stream) == b"body"
+        assert await stream.read() == b""
+        assert stream.ended
+        assert client.num_open == server.num_ongoing == 0
+    scope = dict(seen[0])
+    assert scope.pop("server") == server.address
+    assert scope == {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.4"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": "/v1/ä",
+        "raw_path": b"/v1/%C3%A4",
+        "query_string": b"a=1",
+        "root_path": "",
+        "headers": [(b"host", b"tandem"), (b"x-request-id", b"r-1")],
+        "client": ("10.0.0.9", 555),
+        "state": {},
+        "extensions": {},
+    }
+
+
+@on_both_loops
+async def test_interleaved_streams_keep_their_order_and_content() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await body_of(receive)
+        seed = random.Random(scope["path"])
+        await start(send)
+        for number in range(60):
+            await say(send, b"%s:%d;" % (scope["path"].encode(), number))
+            for _ in range(seed.randrange(3)):
+                await asyncio.sleep(0)
+        await say(send, b"", more=False)
+
+    async with linked(app) as (_, client):
+        answers = await asyncio.gather(*(ask(client, f"/{n}", b"x" * n) for n in range(200)))
+    for n, (_, answer) in enumerate(answers):
+        assert answer == b"".join(b"/%d:%d;" % (n, number) for number in range(60))
+
+
+@on_both_loops
+async def test_ten_thousand_streams_lose_double_and_reorder_nothing() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        body = await body_of(receive)
+        await start(send)
+        for number in range(3):
+            await say(send, b"%s.%d " % (body, number))
+            await asyncio.sleep(0)
+        await say(send, b"", more=False)
+
+    async with linked(app) as (server, client):
+        answers = await asyncio.gather(*(ask(client, "/", b"%d" % n) for n in range(10_000)))
+        assert answers == [(200, b"%d.0 %d.1 %d.2 " % (n, n, n)) for n in range(10_000)]
+        assert client.num_open == 0
+        await until(lambda: server.num_ongoing == 0)
+
+
+class CountingTransport:
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self.sizes: list[int] = []
+
+    def write(self, data: bytes) -> None:
+        self.sizes.append(len(data))
+        self._transport.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
+@on_both_loops
+async def test_what_one_pass_of_the_loop_writes_leaves_in_one_write() -> None:
+    step = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await start(send)
+        await step.wait()
+        await say(send, b"x" * 100)
+        await asyncio.Future()
+
+    async with linked(app) as (server, client):
+        streams = [client.open(RequestHead()) for _ in range(64)]
+        await asyncio.gather(*(stream.head() for stream in streams))
+        (connection,) = server._connections
+        connection._transport = counting = CountingTransport(connection._transport)  # type: ignore[assignment]
+        step.set()
+        assert {await stream.read() for stream in streams} == {b"x" * 100}
+        assert max(counting.sizes) == 64 * 110
+        assert len(counting.sizes) <= 2  # the load may have left by itself
+
+
+@on_both_loops
+async def test_a_reader_that_was_away_gets_everything_at_once() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await start(send)
+        for _ in range(100):
+            await say(send, b"ab")
+            await asyncio.sleep(0)
+        await say(send, b"", more=False)
+
+    async with linked(app) as (_, client):
+        stream = client.open(RequestHead())
+        await until(lambda: stream.ended)
+        assert await stream.read() == b"ab" * 100
+        assert await stream.read() == b""
+
+
+@on_both_loops
+async def test_a_reader_that_does_not_read_holds_back_its_own_stream_alone() -> None:
+    sent = 0
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal sent
+        await start(send)
+        if scope["path"] == "/big":
+            for _ in range(10 * MIB // 8192):
+                await say(send, b"x" * 8192)
+                sent += 8192
+        await say(send, b"done", more=False)
+
+    options = LinkOptions(window_bytes=128 * 1024)
+    async with linked(app, options=options) as (server, client):
+        slow = client.open(RequestHead(path="/big"))
+        for _ in range(200):
+            assert await ask(client, "/small") == (200, b"done")
+        assert sent == 128 * 1024
+        (connection,) = server._connections
+        assert connection._transport is not None
+        assert sum(map(len, connection._out)) + connection._transport.get_write_buffer_size() < 1024
+        assert len(await all_of(slow)) == 10 * MIB + 4
+
+
+@on_both_loops
+async def test_a_body_that_is_not_received_stops_at_the_window() -> None:
+    given = 0
+    go_on = asyncio.Event()
+
+    async def body() -> AsyncIterator[bytes]:
+        nonlocal given
+        for _ in range(64):
+            yield b"x" * 65536
+            given += 65536
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/late":
+            await go_on.wait()
+        await start(send)
+        await say(send, b"%d" % len(await body_of(receive)), more=False)
+
+    async with linked(app) as (_, client):
+        late = asyncio.create_task(ask(client, "/late", body()))
+        await until(lambda: given >= 4 * 65536)
+        for _ in range(50):
+            await ask(client, "/")
+        assert given == 4 * 65536
+        go_on.set()
+        assert await late == (200, b"%d" % (64 * 65536))
+
+
+@on_both_loops
+async def test_a_body_of_10_mb_lets_small_streams_pass() -> None:
+    order: list[str] = []
+
+    async def one(client: Any, name: str, body: bytes) -> None:
+        assert await ask(client, "/", body) == (200, body)
+        order.append(name)
+
+    async with linked(echo) as (_, client):
+        big = random.Random(1).randbytes(10 * MIB)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(one(client, "big", big))
+            for _ in range(20):
+                group.create_task(one(client, "small", b"hello"))
+    assert order[-1] == "big"
+
+
+@on_both_loops
+async def test_cancelling_a_stream_cancels_the_application_and_disconnects_it() -> None:
+    messages: list[Message] = []
+    cancelled = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        await start(send)
+        listener = asyncio.ensure_future(receive())
+        try:
+            await asyncio.Future()
+        except asyncio.CancelledError:
+            messages.append(await listener)
+            with pytest.raises(OSError, match="gone"):
+                await say(send, b"too late")
+            cancelled.set()
+            raise
+
+    async with linked(app) as (server, client):
+        async with client.open(RequestHead()) as stream:
+            await stream.head()
+        await cancelled.wait()
+        await until(lambda: server.num_ongoing == 0)
+        with pytest.raises(LinkClosedError):
+            await stream.read()
+        assert messages == [{"type": "http.disconnect"}]
+        assert await ask_once_more(client) == client.num_open == 0
+
+
+async def ask_once_more(client: Any) -> int:
+    stream = client.open(RequestHead())
+    await stream.head()
+    stream.cancel()
+    stream.cancel()
+    return int(client.num_open)
+
+
+@on_both_loops
+async def test_cancelling_before_the_application_began_is_quiet() -> None:
+    async with linked(echo) as (server, client):
+        for _ in range(50):
+            client.open(RequestHead(), b"x").cancel()
+        assert await ask(client, "/", b"y") == (200, b"y")
+        assert server.num_ongoing == 0
+
+
+@on_both_loops
+async def test_an_early_answer_ends_a_body_that_is_still_sent() -> None:
+    closed = asyncio.Event()
+
+    async def body() -> AsyncIterator[bytes]:
+        try:
+            while True:
+                yield b"x" * 65536
+        finally:
+            closed.set()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await start(send, 413)
+        await say(send, b"too large", more=False)
+
+    async with linked(app) as (_, client):
+        assert await ask(client, "/", body()) == (413, b"too large")
+        await closed.wait()
+
+
+@on_both_loops
+async def test_a_body_that_fails_fails_its_stream_and_cancels_the_application() -> None:
+    began, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"x"
+        await began.wait()
+        raise ZeroDivisionError
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        began.set()
+        try:
+            await body_of(receive)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    async with linked(app) as (_, client):
+        with pytest.raises(ZeroDivisionError):
+            await ask(client, "/", body())
+        await cancelled.wait()
+
+
+@on_both_loops
+async def test_failures_of_the_application_reach_the_reader_without_a_traceback(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/typed":
+            raise InvalidRequestError("too long")
+        if scope["path"] == "/late":
+            await start(send)
+            await say(send, b"some")
+        if scope["path"] == "/cancel":
+            raise asyncio.CancelledError
+        if scope["path"] != "/silent":
+            raise KeyError("private")
+
+    async with linked(app) as (_, client):
+        for path in ("/", "/silent"):
+            with pytest.raises(InternalError) as caught:
+                await client.open(RequestHead(path=path)).head()
+            assert "private" not in caught.value.message
+        with pytest.raises(InvalidRequestError, match="too long"):
+            await client.open(RequestHead(path="/typed")).head()
+        with pytest.raises(UnavailableError):
+            await client.open(RequestHead(path="/cancel")).head()
+        stream = client.open(RequestHead(path="/late"))
+        assert (await stream.head()).status == 200
+        await until(lambda: stream.ended)
+        assert await stream.read() == b"some"  # what arrived before the failure is not lost
+        for _ in range(2):
+            with pytest.raises(InternalError):
+                await stream.read()
+    assert caplog.text.count("KeyError: 'private'") == 2
+
+
+@on_both_loops
+async def test_misuse_of_send_is_an_error_of_the_application() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        with pytest.raises(RuntimeError, match="before"):
+            await say(send, b"")
+        await start(send)
+        with pytest.raises(RuntimeError, match="unexpected"):
+            await start(send)
+        await say(send, b"ok", more=False)
+        with pytest.raises(RuntimeError, match="after the end"):
+            await say(send, b"")
+        assert await receive() == {"type": "http.disconnect"}
+
+    async with linked(app) as (_, client):
+        assert await ask(client) == (200, b"ok")
+
+
+@on_both_loops
+async def test_token_ids_travel_beside_their_bytes() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await start(send)
+        await say(send, b"plain")
+        await say(send, b"two", token_ids=[7, 2**32 - 1])
+        await say(send, b"", token_ids=[8])
+        await say(send, b"L" * 100_000, token_ids=range(3))
+        await say(send, b"end", more=False, token_ids=(9,))
+
+    async with linked(app) as (_, client):
+        assert await ask(client) == (200, b"plaintwo" + b"L" * 100_000 + b"end")
+        stream, chunks = client.open(RequestHead()), []
+        while some := await stream.read_chunks():
+            chunks += some
+        assert chunks[:3] == [(b"plain", ()), (b"two", (7, 2**32 - 1)), (b"", (8,))]
+        assert b"".join(chunk.data for chunk in chunks[3:-1]) == b"L" * 100_000
+        assert [chunk.token_ids for chunk in chunks[3:]] == [(0, 1, 2), (), (9,)]
+
+
+@on_both_loops
+async def test_large_and_mutable_messages_arrive_whole() -> None:
+    data = random.Random(2).randbytes(3 * MIB)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await start(send)
+        buffer = bytearray(b"first")
+        await send({"type": "http.response.body", "body": buffer, "more_body": True})
+        buffer[:] = b"FIRST"
+        await send({"type": "http.response.body", "body": memoryview(data), "more_body": True})
+        await say(send, data, more=False)
+
+    async with linked(app) as (_, client):
+        assert await ask(client) == (200, b"first" + data + data)
+
+
+@on_both_loops
+async def test_load_is_pushed_when_it_changes() -> None:
+    running = 1
+    seen: list[LinkLoad] = []
+    options = LinkOptions(load_interval_s=0)
+    load = lambda: LinkLoad(running=running, kv_cache_usage=0.5)  # noqa: E731
+    async with linked(hang, options=options, load=load) as (_, client):
+        client.on_load = seen.append
+        await until(lambda: client.load == LinkLoad(1, 0, 0.5, 0))
+        stream = client.open(RequestHead())
+        await until(lambda: client.load == LinkLoad(1, 0, 0.5, 1))
+        running = 5  # changes by itself; the heartbeat says it
+        await until(lambda: client.load == LinkLoad(5, 0, 0.5, 1))
+        stream.cancel()
+        await until(lambda: client.load == LinkLoad(5, 0, 0.5, 0))
+        assert seen[-1] == client.load
+
+
+@on_both_loops
+async def test_drain_lets_streams_finish_refuses_new_ones_and_counts() -> None:
+    go_on = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await start(send)
+        if scope["path"] == "/hang":
+            await asyncio.Future()
+        await go_on.wait()
+        await say(send, b"finished" * 10_000, more=False)
+
+    async with linked(app) as (server, client):
+        streams = [client.open(RequestHead(path=path)) for path in ("/", "/", "/hang")]
+        for stream in streams:
+            await stream.head()
+        drain = asyncio.create_task(server.drain(0.3))
+        raced = None
+        while client.connected:
+            raced = client.open(RequestHead())  # some are on their way when the drain begins
+            await asyncio.sleep(0)
+        assert client.state.value == "draining"
+        with pytest.raises(LinkClosedError, match="draining"):
+            client.open(RequestHead())
+        if raced is not None:
+            with pytest.raises(LinkClosedError, match="drains"):
+                await raced.head()
+        go_on.set()
+        assert await drain == (2, 1)
+        assert [await all_of(stream) for stream in streams[:2]] == [b"finished" * 10_000] * 2
+        with pytest.raises(UnavailableError):
+            await streams[2].read()
+        assert server.num_ongoing == 0
+
+
+@on_both_loops
+async def test_streams_over_the_limit_are_refused() -> None:
+    async with linked(hang, options=LinkOptions(max_streams=2)) as (_, client):
+        streams = [client.open(RequestHead()) for _ in range(3)]
+        with pytest.raises(LinkClosedError, match="too many"):
+            await streams[2].head()
+        assert (await streams[1].head()).status == 200
+
+
+@on_both_loops
+async def test_starlette_with_middleware_streams_and_stops_on_cancel() -> None:
+    stepping, stopped = asyncio.Event(), asyncio.Event()
+
+    async def tokens() -> AsyncIterator[str]:
+        try:
+            for number in range(3):
+                yield f"data: {number}\n\n"
+            stepping.set()
+            await asyncio.Future()  # as an engine does between two tokens
+        finally:
+            stopped.set()
+
+    async def stream(request: Request) -> Response:
+        return StreamingResponse(tokens(), media_type="text/event-stream")
+
+    async def json(request: Request) -> Response:
+        return JSONResponse({"got": await request.json(), "q": request.query_params["q"]})
+
+    async def through(request: Request, call_next: Any) -> Response:
+        response: Response = await call_next(request)
+        return response
+
+    app = Starlette(
+        routes=[Route("/stream", stream), Route("/json", json, methods=["POST"])],
+        middleware=[Middleware(BaseHTTPMiddleware, dispatch=through)],
+    )
+    async with linked(app) as (server, client):
+        head = RequestHead(method="POST", path="/json", query_string=b"q=1")
+        assert await all_of(client.open(head, b"[1]")) == b'{"got":[1],"q":"1"}'
+        assert (await ask(client, "/nowhere"))[0] == 404
+        async with client.open(RequestHead(path="/stream")) as response:
+            assert (await response.head()).status == 200
+            assert (await response.read()).startswith(b"data: 0\n\n")
+            await stepping.wait()
+        await stopped.wait()
+        await until(lambda: server.num_ongoing == 0)
+
+
+@on_both_loops
+async def test_stop_is_safe_before_start_and_twice() -> None:
+    server = LinkServer(echo, b"x")
+    await server.stop()
+    await server.start()
+    await server.stop()
+    await server.stop()

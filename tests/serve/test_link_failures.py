@@ -1,0 +1,382 @@
+"""The link over loopback: dead, hostile, mute and restarted peers."""
+
+import asyncio
+import datetime
+import ipaddress
+import logging
+import time
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from cluster.errors import LinkAuthError, LinkClosedError, LinkProtocolError
+from cluster.link import LinkClient, LinkOptions, LinkServer, LinkState, RequestHead, tls_contexts
+from cluster.link import frames as f
+from cluster.link import handshake as handshakes
+from tests.serve.link_kit import (
+    SECRET,
+    RawPeer,
+    all_of,
+    ask,
+    echo,
+    hang,
+    linked,
+    on_both_loops,
+    raw_server,
+    until,
+)
+
+
+@on_both_loops
+async def test_a_peer_that_stops_answering_is_noticed_within_two_seconds() -> None:
+    async def mute(peer: RawPeer) -> None:
+        await peer.shake("server")
+        await peer.wait_closed_by_peer()
+
+    async with raw_server(mute) as (host, port):
+        client = LinkClient(host, port, SECRET)
+        await client.connect()
+        streams = [client.open(RequestHead()) for _ in range(3)]
+        began = time.monotonic()
+        errors = await asyncio.gather(*(s.head() for s in streams), return_exceptions=True)
+        assert 1.5 < time.monotonic() - began < 2.1
+        assert {type(error) for error in errors} == {LinkClosedError}
+        assert len({id(error) for error in errors}) == 3
+        assert not client.connected
+        await client.close()
+
+
+@on_both_loops
+async def test_a_router_that_stops_answering_is_noticed_and_its_work_cancelled() -> None:
+    options = LinkOptions(dead_after_s=0.4)
+    async with linked(hang, options=options) as (server, _):
+        peer = await RawPeer.dial(server.address)
+        await peer.shake("client", window_bytes=100_000)
+        peer.writer.write(f.encode_frame(1, f.REQUEST, f.END, f.encode_head(RequestHead())))
+        await until(lambda: server.num_ongoing == 1)
+        await until(lambda: server.num_ongoing == 0)
+        await peer.close()
+
+
+@on_both_loops
+async def test_a_peer_that_answers_pings_or_only_sends_is_alive() -> None:
+    async def chatty(peer: RawPeer) -> None:
+        await peer.shake("server")
+        while True:  # never answers a ping
+            await asyncio.sleep(0.05)
+            peer.writer.write(f.encode_frame(0, f.LOAD, 0, f.encode_head(f.LinkLoad())))
+
+    options = LinkOptions(dead_after_s=0.3)
+    async with raw_server(chatty) as (host, port), linked(hang, options=options) as (_, quiet):
+        client = LinkClient(host, port, SECRET, options=options)
+        await client.connect()
+        stream = quiet.open(RequestHead())
+        assert await stream.read() == b"!"
+        await asyncio.sleep(0.9)  # three deadlines; there is no event to await for "nothing"
+        assert client.connected
+        assert quiet.connected
+        assert not stream.ended
+        await client.close()
+
+
+@on_both_loops
+async def test_a_stall_of_this_loop_kills_no_link() -> None:
+    async with linked(echo, options=LinkOptions(dead_after_s=0.2)) as (_, client):
+        stream = client.open(RequestHead(), b"x")
+        for _ in range(3):
+            time.sleep(0.5)  # noqa: ASYNC251, the stall is the point
+            await asyncio.sleep(0)
+        assert await all_of(stream) == b"x"
+        assert client.connected
+
+
+@on_both_loops
+async def test_a_lost_connection_fails_every_open_stream_at_once() -> None:
+    async with linked(hang) as (server, client):
+        streams = [client.open(RequestHead()) for _ in range(20)]
+        for stream in streams:
+            await stream.head()
+        reads = [asyncio.create_task(all_of(stream)) for stream in streams]
+        (connection,) = server._connections
+        assert connection._transport is not None
+        connection._transport.abort()
+        done, _ = await asyncio.wait(reads)
+        assert {type(task.exception()) for task in done} == {LinkClosedError}
+        await until(lambda: server.num_ongoing == 0)
+
+
+@on_both_loops
+async def test_the_client_reconnects_after_the_replica_restarts() -> None:
+    first = LinkServer(echo, SECRET)
+    host, port = await first.start()
+    client = LinkClient(host, port, SECRET)
+    states: list[LinkState] = []
+    client.on_state = states.append
+    await client.connect()
+    await first.stop()
+    await until(lambda: not client.connected)
+    with pytest.raises(LinkClosedError):
+        client.open(RequestHead())
+    second = LinkServer(echo, SECRET, host=host, port=port)
+    await second.start()
+    await client.connect()
+    assert await ask(client, "/", b"again") == (200, b"again")
+    await client.close()
+    await second.stop()
+    assert [state.name for state in states] == [
+        "CONNECTED",
+        "DRAINING",
+        "CONNECTING",
+        "CONNECTED",
+        "CONNECTING",
+        "CLOSED",
+    ] or states[-1] is LinkState.CLOSED
+
+
+@on_both_loops
+async def test_connect_waits_for_a_replica_that_comes_late_and_gives_up_in_time() -> None:
+    server = LinkServer(echo, SECRET)
+    host, port = await server.start()
+    await server.stop()
+    client = LinkClient(host, port, SECRET)
+    with pytest.raises(LinkClosedError, match="cannot reach"):
+        await client.connect(timeout_s=0.1)
+    waiting = asyncio.create_task(client.connect())
+    late = LinkServer(echo, SECRET, host=host, port=port)
+    await late.start()
+    await waiting
+    assert client.connected
+    await client.close()
+    await client.close()
+    await late.stop()
+
+
+@on_both_loops
+async def test_closing_the_client_fails_its_streams_and_cancels_their_work() -> None:
+    server = LinkServer(hang, SECRET)
+    host, port = await server.start()
+    client = LinkClient(host, port, SECRET)
+    await client.connect()
+    streams = [client.open(RequestHead(), body) for body in (b"", b"x" * 5_000_000)]
+    for stream in streams:
+        await stream.head()
+        assert await stream.read() == b"!"
+    await client.close()
+    for stream in streams:
+        with pytest.raises(LinkClosedError):
+            await stream.read()
+    with pytest.raises(LinkClosedError, match="closed"):
+        client.open(RequestHead())
+    with pytest.raises(LinkClosedError, match="closed"):
+        await client.connect()
+    await until(lambda: server.num_ongoing == 0)
+    await server.stop()
+
+
+@on_both_loops
+async def test_a_wrong_secret_is_named_on_both_sides(caplog: pytest.LogCaptureFixture) -> None:
+    server = LinkServer(echo, SECRET)
+    host, port = await server.start()
+    client = LinkClient(host, port, b"guess")
+    with pytest.raises(LinkAuthError, match="secrets differ"):
+        await client.connect()
+    assert "does not know the cluster's secret" in caplog.text
+    await client.close()
+    await server.stop()
+
+
+@on_both_loops
+async def test_a_replica_that_does_not_know_the_secret_is_not_trusted() -> None:
+    async def impostor(peer: RawPeer) -> None:
+        hello = handshakes.Handshake("server", b"guess", 1000)
+        peer.writer.write(hello.hello())
+        _, _, _, payload = await peer.next_frame()
+        hello.receive(f.HELLO, payload)
+        peer.writer.write(hello._auth())
+        await peer.wait_closed_by_peer()
+
+    async with raw_server(impostor) as (host, port):
+        client = LinkClient(host, port, SECRET)
+        with pytest.raises(LinkAuthError, match="does not know"):
+            await client.connect()
+        await client.close()
+
+
+@on_both_loops
+async def test_another_version_is_named() -> None:
+    async def newer(peer: RawPeer) -> None:
+        peer.writer.write(f.encode_frame(0, f.HELLO, 0, b"TNDM\x07\x00and more"))
+        await peer.wait_closed_by_peer()
+
+    async with raw_server(newer) as (host, port):
+        client = LinkClient(host, port, SECRET)
+        with pytest.raises(LinkProtocolError, match="version 7"):
+            await client.connect()
+        await client.close()
+
+
+HELLO = handshakes.Handshake("client", SECRET, 1000).hello()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"GET / HTTP/1.1\r\nhost: x\r\n\r\n",
+        bytes(100),
+        HELLO + HELLO,
+        HELLO + f.encode_frame(0, f.AUTH, 0, bytes(32)),
+        f.encode_frame(1, f.REQUEST, f.END, f.encode_head(RequestHead())),
+        f.pack_header(handshakes.PRE_AUTH_BYTES + 1, 0, f.HELLO, 0),
+        f.encode_frame(0, f.PING) * 100,
+        HELLO[:20],
+        b"",
+    ],
+    ids=["http", "zeros", "twice", "guess", "request", "huge", "flood", "half", "silence"],
+)
+@on_both_loops
+async def test_a_stranger_is_sent_away_and_harms_nobody(said: bytes) -> None:
+    options = LinkOptions(handshake_timeout_s=0.2)
+    async with linked(echo, options=options) as (server, client):
+        stranger = await RawPeer.dial(server.address)
+        stranger.writer.write(said)
+        await stranger.wait_closed_by_peer()
+        await stranger.close()
+        assert await ask(client, "/", b"still here") == (200, b"still here")
+        await until(lambda: len(server._connections) == 1)
+
+
+REQUEST = f.encode_frame(1, f.REQUEST, 0, f.encode_head(RequestHead()))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        f.pack_header(f.MAX_PAYLOAD_BYTES + 1, 1, f.REQUEST, 0),
+        f.encode_frame(1, f.REQUEST, 0, b"\xc1"),
+        f.encode_frame(0, f.REQUEST, 0, f.encode_head(RequestHead())),
+        REQUEST + REQUEST,
+        REQUEST + f.encode_frame(1, f.BODY, f.END) * 2,
+        REQUEST + f.encode_frame(1, f.BODY, 0, bytes(f.MAX_PAYLOAD_BYTES)) * 2,
+        REQUEST + f.encode_frame(1, f.WINDOW, 0, b"123"),
+        f.encode_frame(1, f.DATA, 0, b"x"),
+        f.encode_frame(0, 99),
+    ],
+    ids=["huge", "head", "id0", "reuse", "after-end", "window", "credit", "kind", "unknown"],
+)
+@on_both_loops
+async def test_a_router_that_breaks_the_protocol_loses_its_connection_alone(said: bytes) -> None:
+    async def sleepy(scope: object, receive: object, send: object) -> None:
+        await asyncio.Future()
+
+    async with linked(sleepy) as (server, client):
+        stream = client.open(RequestHead())
+        await until(lambda: server.num_ongoing == 1)
+        peer = await RawPeer.dial(server.address)
+        await peer.shake("client")
+        peer.writer.write(said)
+        await peer.wait_closed_by_peer()
+        await peer.close()
+        await until(lambda: server.num_ongoing == 1 and len(server._connections) == 1)
+        assert client.connected
+        assert not stream.ended
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        f.pack_header(f.MAX_PAYLOAD_BYTES + 1, 1, f.DATA, 0),
+        f.encode_frame(1, f.DATA, 0, b"before the head"),
+        f.encode_frame(1, f.RESPONSE, 0, f.encode_head(f.ResponseHead(200))) * 2,
+        f.encode_frame(1, f.RESPONSE, 0, f.encode_head(f.ResponseHead(200)))
+        + f.encode_frame(1, f.DATA, f.TOKENS, b"\xff\xff"),
+        f.encode_frame(1, f.RESPONSE, 0, f.encode_head(f.ResponseHead(200)))
+        + f.encode_frame(1, f.DATA, 0, bytes(f.MAX_PAYLOAD_BYTES)) * 2,
+        f.encode_frame(1, f.ERROR, 0, b"\x01"),
+        f.encode_frame(1, f.REQUEST, 0, b""),
+    ],
+    ids=["huge", "no-head", "two-heads", "tokens", "window", "error", "kind"],
+)
+@on_both_loops
+async def test_a_replica_that_breaks_the_protocol_loses_its_connection(said: bytes) -> None:
+    async def rude(peer: RawPeer) -> None:
+        await peer.shake("server")
+        while (await peer.next_frame())[1] != f.REQUEST:
+            pass
+        peer.writer.write(said)
+        await peer.wait_closed_by_peer()
+
+    async with raw_server(rude) as (host, port):
+        client = LinkClient(host, port, SECRET)
+        await client.connect()
+        lost = asyncio.Event()
+        client.on_state = lambda state: lost.set()
+        stream = client.open(RequestHead())
+        await lost.wait()
+        assert isinstance(client.last_error, LinkProtocolError)
+        with pytest.raises(LinkClosedError):
+            await all_of(stream)
+        await client.close()
+
+
+def certificates(folder: Path) -> dict[str, str]:
+    """A CA, and a certificate of it, as the files that Ray's TLS variables name."""
+    ca_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    ca_name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test CA")])
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "node")])
+    now = datetime.datetime.now(datetime.UTC)
+
+    def build(subject: x509.Name, public: ec.EllipticCurvePublicKey, ca: bool) -> x509.Certificate:
+        address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(ca_name)
+            .public_key(public)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=1))
+            .not_valid_after(now + datetime.timedelta(days=1))
+            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+            .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+            .sign(ca_key, hashes.SHA256())
+        )
+
+    pem = serialization.Encoding.PEM
+    files = {
+        "RAY_TLS_CA_CERT": build(ca_name, ca_key.public_key(), True).public_bytes(pem),
+        "RAY_TLS_SERVER_CERT": build(name, key.public_key(), False).public_bytes(pem),
+        "RAY_TLS_SERVER_KEY": key.private_bytes(
+            pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        ),
+    }
+    folder.mkdir()
+    for variable, data in files.items():
+        (folder / variable).write_bytes(data)
+    return {"RAY_USE_TLS": "1"} | {variable: str(folder / variable) for variable in files}
+
+
+@on_both_loops
+async def test_tls_with_rays_own_files_and_strangers_kept_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL, "asyncio")
+    contexts = tls_contexts(certificates(tmp_path / "ours"))
+    others = tls_contexts(certificates(tmp_path / "theirs"))
+    assert contexts is not None
+    assert others is not None
+    server = LinkServer(echo, SECRET, ssl=contexts[0])
+    host, port = await server.start()
+    client = LinkClient(host, port, SECRET, ssl=contexts[1])
+    await client.connect()
+    assert await ask(client, "/", b"x" * 1_000_000) == (200, b"x" * 1_000_000)
+    stranger = LinkClient(host, port, SECRET, ssl=others[1])
+    with pytest.raises(LinkClosedError):
+        await stranger.connect(timeout_s=0.3)
+    plain = LinkClient(host, port, SECRET)
+    with pytest.raises((LinkClosedError, LinkProtocolError)):
+        await plain.connect(timeout_s=0.3)
+    for each in (client, stranger, plain):
+        await each.close()
+    await server.stop()

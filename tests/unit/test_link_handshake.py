@@ -1,0 +1,129 @@
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import ConfigError, LinkAuthError, LinkProtocolError
+from cluster.link import handshake as h
+from cluster.link.frames import AUTH, DATA, ERROR, HELLO, Decoder, Frame
+
+
+def pair(client: bytes = b"secret", server: bytes = b"secret") -> tuple[h.Handshake, h.Handshake]:
+    return h.Handshake("client", client, 1000), h.Handshake("server", server, 2000)
+
+
+def frames(data: bytes) -> list[Frame]:
+    return Decoder(h.PRE_AUTH_BYTES).feed(data)
+
+
+def give(to: h.Handshake, data: bytes) -> bytes:
+    return b"".join(to.receive(kind, payload) for _, kind, _, payload in frames(data))
+
+
+def test_both_ends_prove_themselves_and_learn_the_windows() -> None:
+    client, server = pair()
+    assert give(server, client.hello()) == b""
+    proof = give(client, server.hello())
+    assert not server.done
+    answer = give(server, proof)
+    assert server.done
+    assert not client.done
+    assert give(client, answer) == b""
+    assert client.done
+    assert (client.peer_window_bytes, server.peer_window_bytes) == (2000, 1000)
+
+
+def test_a_client_with_a_wrong_secret_is_refused_and_told() -> None:
+    client, server = pair(client=b"guess")
+    give(server, client.hello())
+    proof = give(client, server.hello())
+    with pytest.raises(LinkAuthError, match="does not know"):
+        give(server, proof)
+    with pytest.raises(LinkAuthError, match="secrets differ"):
+        give(client, server.refusal())
+
+
+def test_a_server_that_reflects_the_clients_proof_is_refused() -> None:
+    client, server = pair()
+    proof = give(client, server.hello())
+    with pytest.raises(LinkAuthError):
+        give(client, proof)
+
+
+def test_a_recorded_proof_is_worth_nothing_later() -> None:
+    client, server = pair()
+    recorded_hello, recorded_proof = client.hello(), give(client, server.hello())
+    _, fresh = pair()
+    give(fresh, recorded_hello)
+    with pytest.raises(LinkAuthError):
+        give(fresh, recorded_proof)
+
+
+def test_a_changed_hello_breaks_the_proof() -> None:
+    client, server = pair()
+    changed = bytearray(client.hello())
+    changed[-33] ^= 1  # the window's last byte
+    give(server, bytes(changed))
+    with pytest.raises(LinkAuthError):
+        give(server, give(client, server.hello()))
+
+
+def test_another_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    client, _ = pair()
+    monkeypatch.setattr(h, "VERSION", 7)
+    _, newer = pair()
+    with pytest.raises(LinkProtocolError, match="version 1 of the link, this end version 7"):
+        give(newer, client.hello())
+    monkeypatch.undo()
+    with pytest.raises(LinkProtocolError, match="version 7 of the link, this end version 1"):
+        give(client, newer.hello())
+
+
+@pytest.mark.parametrize(
+    ("kind", "payload"),
+    [
+        (AUTH, bytes(32)),
+        (DATA, b"hi"),
+        (ERROR, b""),
+        (HELLO, b""),
+        (HELLO, b"GET / HTTP/1.1"),
+        (HELLO, b"TNDM\x01\x00short"),
+        (HELLO, b"TNDM\x01\x00" + bytes(36)),  # a window of 0
+    ],
+)
+def test_anything_but_a_sound_hello_first_is_refused(kind: int, payload: bytes) -> None:
+    for end in pair():
+        with pytest.raises(LinkProtocolError):
+            end.receive(kind, payload)
+
+
+def test_only_auth_may_follow_hello() -> None:
+    client, server = pair()
+    give(server, client.hello())
+    with pytest.raises(LinkProtocolError, match="before the peer's AUTH"):
+        server.receive(DATA, b"")
+
+
+def test_an_empty_secret_is_refused() -> None:
+    with pytest.raises(ConfigError):
+        h.Handshake("client", b"", 1)
+
+
+def test_the_whole_handshake_fits_the_limit() -> None:
+    client, server = pair()
+    give(server, client.hello())
+    said = client.hello() + give(client, server.hello())
+    assert len(said) == 94 < h.PRE_AUTH_BYTES
+
+
+def test_tls_is_off_unless_ray_uses_it() -> None:
+    assert h.tls_contexts({}) is None
+    assert h.tls_contexts({"RAY_USE_TLS": "0"}) is None
+
+
+def test_tls_names_the_variable_or_file_at_fault(tmp_path: Path) -> None:
+    env = {"RAY_USE_TLS": "1", "RAY_TLS_SERVER_CERT": str(tmp_path / "cert")}
+    with pytest.raises(ConfigError, match="RAY_TLS_SERVER_KEY"):
+        h.tls_contexts(env)
+    env |= {"RAY_TLS_SERVER_KEY": "/no/key", "RAY_TLS_CA_CERT": "/no/ca"}
+    with pytest.raises(ConfigError, match="/no/key"):
+        h.tls_contexts(env)
