@@ -1,0 +1,81 @@
+"""The command line's HTTP client: one request at a time, errors as ``TandemError``."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+
+from cluster.errors import TandemError, UnavailableError, request_error_for
+
+CONNECT_TIMEOUT_S = 5.0
+READ_TIMEOUT_S = 600.0
+
+
+@contextmanager
+def connect(url: str, key: str | None) -> Iterator["Connection"]:
+    """A connection to the router at ``url``."""
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    timeout = httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+    with httpx.Client(base_url=url, headers=headers, timeout=timeout) as client:
+        yield Connection(url, client)
+
+
+class Connection:
+    """Requests to one router."""
+
+    def __init__(self, url: str, client: httpx.Client) -> None:
+        self._url = url
+        self._client = client
+
+    def get(self, path: str) -> Any:
+        """The JSON answer of a GET."""
+        with self._errors():
+            return _checked(self._client.get(path)).json()
+
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """The JSON answer of a POST."""
+        with self._errors():
+            return _checked(self._client.post(path, json=body)).json()
+
+    def events(self, path: str, body: Mapping[str, Any]) -> Iterator[Any]:
+        """The JSON of each server-sent event of a POST's answer, until ``[DONE]``."""
+        with self._errors(), self._client.stream("POST", path, json=body) as response:
+            if not response.is_success:
+                response.read()
+            for line in _checked(response).iter_lines():
+                data = line.removeprefix("data:").strip()
+                if data == "[DONE]":
+                    return
+                if line.startswith("data:"):
+                    yield _event(data)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except httpx.ConnectError:
+            raise UnavailableError(
+                f"nothing answers at {self._url}; is the cluster up? (`tandem status`)"
+            ) from None
+        except httpx.TransportError as error:
+            raise TandemError(f"{self._url}: {error!r}") from None
+
+
+def _event(data: str) -> Any:
+    event = json.loads(data)
+    if "error" in event:  # a stream that fails half-way says so in its last event
+        error = event["error"]
+        raise request_error_for(int(error.get("code") or 500), str(error.get("message")))
+    return event
+
+
+def _checked(response: httpx.Response) -> httpx.Response:
+    if response.is_success:
+        return response
+    try:
+        message = response.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        message = response.text[:200] or response.reason_phrase
+    raise request_error_for(response.status_code, f"{message} (HTTP {response.status_code})")

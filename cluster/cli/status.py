@@ -1,0 +1,68 @@
+"""``tandem status``."""
+
+import dataclasses
+import json
+import time
+
+from rich.console import Console
+from rich.table import Table
+
+from cluster.launch.serve_api import DeploymentStatus
+from cluster.launch.status import ClusterStatus, status
+from cluster.models.store import home
+
+
+def run(*, as_json: bool) -> None:
+    """Show the cluster; nothing running is an answer, not an error."""
+    found = status(home())
+    if as_json:
+        print(json.dumps(_as_json(found), indent=2))
+    elif found is None:
+        Console().print("nothing runs")
+    else:
+        _print(Console(), found)
+
+
+def _as_json(found: ClusterStatus | None) -> dict[str, object]:
+    if found is None:
+        return {"running": False}
+    return {"running": found.alive, **dataclasses.asdict(found)}
+
+
+def _print(console: Console, found: ClusterStatus) -> None:
+    if not found.alive or found.state is None:
+        number = found.num_processes
+        console.print(f"a crash left {number} processes; `tandem down` ends them", style="red")
+        return
+    state, application = found.state, found.application
+    table = Table.grid(padding=(0, 2))
+    table.add_row("HTTP", state.http_url)
+    table.add_row("dashboard", state.dashboard_url)
+    table.add_row("Ray jobs", f"RAY_ADDRESS={state.ray_address}")
+    table.add_row("uptime", _span(state.uptime_s))
+    memory = f"{found.rss_bytes / 2**30:.1f} GiB (shared pages counted in each)"
+    table.add_row("processes", f"{found.num_processes}, {memory}")
+    table.add_row("application", application.status if application else "Serve does not answer")
+    console.print(table, highlight=False)
+    if application:
+        console.print(_deployments(application.deployments), highlight=False)
+
+
+def _deployments(deployments: tuple[DeploymentStatus, ...]) -> Table:
+    table = Table("deployment", "status", "replica", "state", "pid", "node", "up", box=None)
+    for deployment in deployments:
+        first = (deployment.name, f"{deployment.status} {deployment.running}/{deployment.target}")
+        for replica in deployment.replicas:
+            up = _span(time.time() - replica.started_at) if replica.started_at else ""
+            pid, node = str(replica.pid or ""), replica.node_ip or ""
+            table.add_row(*first, replica.id, replica.state, pid, node, up)
+            first = ("", "")
+        if not deployment.replicas:
+            table.add_row(*first)
+    return table
+
+
+def _span(seconds: float) -> str:
+    minutes, whole = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole} s"

@@ -1,0 +1,95 @@
+"""The ports that a cluster needs, and who holds those that are not free. Owns no state."""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import psutil
+
+from cluster.config import ClusterConfig
+from cluster.launch import processes
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """A port that something of ours will listen on."""
+
+    number: int
+    use: str
+    """What for, in words."""
+    setting: str
+    """How to choose another one."""
+    host: str = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """A port that is taken."""
+
+    port: Port
+    process: psutil.Process | None
+    """None: it belongs to another user."""
+
+    def __str__(self) -> str:
+        owner = "a process of another user"
+        advice = "end it"
+        if self.process is not None:
+            owner = f"process {self.process.pid} ({processes.command(self.process)})"
+            if self.process.name() == "gcs_server":
+                owner = f"a Ray that tandem did not start, {owner},"
+                advice = "end that with `ray stop`"
+        return (
+            f"port {self.port.number} ({self.port.use}) is taken: {owner} listens on it; "
+            f"{advice}, or choose another port with {self.port.setting}"
+        )
+
+
+def needed(cluster: ClusterConfig, http_host: str, http_port: int, *, haproxy: bool) -> list[Port]:
+    """The fixed ports of a cluster; Ray and Serve choose the others among free ones."""
+    ports = [
+        Port(http_port, "HTTP", "--set http_options.port=…", http_host),
+        Port(cluster.ray_port, "Ray's GCS", "--set cluster.ray_port=…"),
+        Port(cluster.dashboard_port, "the dashboard", "--set cluster.dashboard_port=…"),
+    ]
+    if haproxy:
+        ports += [
+            _by_variable("RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", 8500, "Serve's fallback proxy"),
+            _by_variable("RAY_SERVE_HAPROXY_STATS_PORT", 8404, "HAProxy's statistics"),
+            _by_variable("RAY_SERVE_HAPROXY_METRICS_PORT", 9101, "HAProxy's metrics"),
+        ]
+    return ports
+
+
+def _by_variable(variable: str, default: int, use: str) -> Port:
+    """A port that Ray Serve takes from an environment variable."""
+    return Port(int(os.environ.get(variable, default)), use, f"the variable {variable}")
+
+
+def busy(ports: Iterable[Port]) -> list[Busy]:
+    """Those of ``ports`` that cannot be listened on."""
+    return [Busy(port, _listener(port.number)) for port in ports if not _is_free(port)]
+
+
+def _is_free(port: Port) -> bool:
+    family = socket.AF_INET6 if ":" in port.host else socket.AF_INET
+    with contextlib.closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
+        # Without it a port would count as taken for a minute after its last connection closed.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((port.host, port.number))
+            probe.listen(1)
+        except OSError:
+            return False
+    return True
+
+
+def _listener(number: int) -> psutil.Process | None:
+    for connection in psutil.net_connections("tcp"):
+        if connection.status != psutil.CONN_LISTEN or connection.laddr.port != number:
+            continue
+        if connection.pid is not None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                return psutil.Process(connection.pid)
+    return None

@@ -1,0 +1,196 @@
+"""``start``: from a configuration to a healthy local cluster, and back again if that fails."""
+
+import contextlib
+import fcntl
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from cluster.config_file import LoadedConfig
+from cluster.errors import StartError
+from cluster.launch import environment, ports, state
+from cluster.launch.head import LOOPBACK, Head
+from cluster.launch.processes import find, has_head
+from cluster.launch.serve_api import ApplicationStatus, ServeApi
+from cluster.launch.stop import stop
+from cluster.launch.token import ray_token
+
+POLL_S = 0.1
+
+Watcher = Callable[[str, ApplicationStatus | None], None]
+"""Called with the current phase and, once there is one, the application's status."""
+
+
+@dataclass(slots=True)
+class Phases:
+    """How long each part of a start took, in seconds."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _began: float = field(default_factory=time.monotonic)
+
+    @property
+    def total_s(self) -> float:
+        """Seconds since the beginning."""
+        return time.monotonic() - self._began
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count what happens inside as ``name``."""
+        began = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - began
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A healthy cluster."""
+
+    state: state.ClusterState
+    phases: Phases
+
+
+def start(loaded: LoadedConfig, home: Path, watch: Watcher) -> Started:
+    """Start a cluster for ``loaded`` and return when every deployment is healthy.
+
+    Raises:
+        StartError: a cluster runs already, a port is taken, or something did not become healthy.
+            Nothing that was started is left then, nor after any other exception.
+    """
+    phases = Phases()
+    with _only_one_start(home):
+        with phases.phase("checks"):
+            watch("checks", None)
+            _check(loaded, home)
+        started = _new_state(loaded)
+        try:
+            _start(loaded, home, started, phases, watch)
+        except BaseException:
+            stop(home, drain_s=0)
+            raise
+    return Started(started, phases)
+
+
+def _check(loaded: LoadedConfig, home: Path) -> None:
+    running = state.load(home)
+    if owned := find(home):
+        if running and has_head(owned):
+            raise StartError(
+                f"a cluster runs already, since {running.uptime_s / 60:.0f} min, at "
+                f"{running.http_url}; `tandem status` shows it, `tandem down` ends it"
+            )
+        stop(home, drain_s=0)  # what a crash left
+    needed = ports.needed(
+        loaded.config.cluster,
+        loaded.http_host,
+        loaded.http_port,
+        haproxy=environment.uses_haproxy(),
+    )
+    if taken := ports.busy(needed):
+        raise StartError("; ".join(map(str, taken)))
+
+
+def _new_state(loaded: LoadedConfig) -> state.ClusterState:
+    cluster = loaded.config.cluster
+    host = {"0.0.0.0": LOOPBACK, "::": "[::1]"}.get(loaded.http_host, loaded.http_host)
+    return state.ClusterState(
+        cluster_id=str(uuid.uuid4()),
+        application=loaded.application,
+        http_url=f"http://{host}:{loaded.http_port}",
+        dashboard_url=f"http://{LOOPBACK}:{cluster.dashboard_port}",
+        ray_address=f"{RAY_HOST}:{cluster.ray_port}",
+        config_path=str(loaded.path),
+        started_at=time.time(),
+    )
+
+
+RAY_HOST = "LOCALHOST"
+"""Loopback as other Ray jobs must write it: Ray replaces "127.0.0.1" and "localhost" by the
+machine's outer address, where nothing of this cluster listens, and leaves other spellings alone."""
+
+
+def _start(
+    loaded: LoadedConfig, home: Path, new: state.ClusterState, phases: Phases, watch: Watcher
+) -> None:
+    haproxy = environment.uses_haproxy()
+    state.save(home, new)
+    if haproxy:
+        environment.write_haproxy_wrapper(new.cluster_id)
+    variables = environment.cluster_environment(os.environ, home, new.cluster_id, haproxy=haproxy)
+    deadline = time.monotonic() + loaded.config.cluster.ready_timeout_s
+    with phases.phase("Ray"):
+        watch("Ray", None)
+        log = state.run_dir(home) / "ray-start.log"
+        Head(loaded.config.cluster, variables, log, new.ray_address).start()
+    with ServeApi(new.dashboard_url, ray_token(variables)) as api:
+        with phases.phase("Serve"):
+            watch("Serve", None)
+            _wait(api.answers, deadline, "Ray's dashboard did not answer")
+            api.deploy(loaded.serve_config)
+        with phases.phase("application"):
+            _wait_until_running(api, new.application, deadline, watch)
+        with phases.phase("HTTP"):
+            watch("HTTP", None)
+            healthz = f"{new.http_url}/-/healthz"
+            _wait(lambda: _is_ok(healthz), deadline, f"{healthz} did not answer")
+
+
+def _wait_until_running(api: ServeApi, name: str, deadline: float, watch: Watcher) -> None:
+    seen: ApplicationStatus | None = None
+
+    def running() -> bool:
+        nonlocal seen
+        seen = api.application(name) or seen
+        watch("application", seen)
+        if seen and (failure := seen.failure):
+            raise StartError(f"the application could not be started: {failure}")
+        return seen is not None and seen.running
+
+    _wait(running, deadline, "the application did not become healthy", lambda: _missing(seen))
+
+
+def _missing(status: ApplicationStatus | None) -> str:
+    if status is None or not status.deployments:
+        return "its deployments were not made"
+    return ", ".join(
+        f"{d.name} has {d.running} of {d.target} replicas ({d.status})"
+        for d in status.deployments
+        if not d.healthy
+    )
+
+
+def _wait(
+    done: Callable[[], bool],
+    deadline: float,
+    otherwise: str,
+    detail: Callable[[], str] = lambda: "",
+) -> None:
+    while not done():
+        if time.monotonic() > deadline:
+            more = f": {found}" if (found := detail()) else ""
+            raise StartError(f"{otherwise} within cluster.ready_timeout_s{more}")
+        time.sleep(POLL_S)
+
+
+def _is_ok(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5.0, trust_env=False).status_code == httpx.codes.OK
+    except httpx.TransportError:
+        return False
+
+
+@contextlib.contextmanager
+def _only_one_start(home: Path) -> Iterator[None]:
+    """Refuse a second start with the same home while one is under way."""
+    lock = state.run_dir(home) / "start.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StartError("another `tandem up` is starting a cluster right now") from None
+        yield
