@@ -109,6 +109,6 @@ def _autoscaling(replicas: ReplicasConfig, *, reported: bool = False) -> Autosca
         target_ongoing_requests=replicas.target_ongoing,
         upscale_delay_s=replicas.upscale_delay_s,
         downscale_delay_s=replicas.downscale_delay_s,
-        look_back_period_s=10,
+        look_back_period_s=15,
         **({"policy": policy} if reported else {}),
     )

@@ -10,6 +10,7 @@ from cluster.engines.base import Engine
 from cluster.errors import EngineDeadError
 from cluster.gateway.pool import ReplicaInfo
 from cluster.link import LinkLoad, LinkServer
+from cluster.launch.loopback import confine_serve
 from deployments.autoscaling import ONGOING
 from deployments.secret import link_secret
 
@@ -30,6 +31,7 @@ class EngineReplica:
     """
 
     async def _start(self, engine: Engine) -> None:
+        confine_serve()
         self._engine = engine
         await engine.start()
         self._server = LinkServer(

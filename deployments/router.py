@@ -11,6 +11,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster.config import TandemConfig
 from cluster.gateway import Gateway, GatewayApp, Request, Response
 from cluster.gateway.messages import Headers, request_id
+from cluster.launch.loopback import confine_serve
 from deployments.discovery import Discovery
 from deployments.secret import link_secret
 
@@ -24,6 +25,7 @@ class Router:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: TandemConfig, pools: Mapping[str, DeploymentHandle]
     ) -> None:
+        confine_serve()
         versions = {"tandem": version("tandem"), "ray": version("ray")}
         self._gateway = Gateway(config, link_secret(), versions)
         self._discovery = Discovery(

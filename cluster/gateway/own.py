@@ -46,15 +46,7 @@ class OwnRoutes:
         return json_response({"status": "ok"})
 
     async def _ready(self, _request: Request) -> Response:
-        pools = {
-            name: {
-                "kind": pool.kind,
-                "replicas": len(pool.replicas),
-                "ready": pool.num_ready,
-                "queued": pool.num_queued,
-            }
-            for name, pool in self._pools.items()
-        }
+        pools = {name: pool.status() for name, pool in self._pools.items()}
         ready = all(pool["ready"] for pool in pools.values())
         body = {"status": "ready" if ready else "not ready", "pools": pools}
         return json_response(body, 200 if ready else 503)

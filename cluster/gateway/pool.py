@@ -123,6 +123,18 @@ class Pool:
         """Requests that wait in this router for a place in this pool."""
         return sum(not place.done() for place in self._waiting)
 
+    def status(self) -> dict[str, Any]:
+        """The pool in numbers, as this router sees it."""
+        loads = [replica.link.load for replica in self._replicas.values()]
+        return {
+            "kind": self.kind,
+            "replicas": len(self._replicas),
+            "ready": self.num_ready,
+            "queued": self.num_queued,
+            "ongoing": sum(replica.own for replica in self._replicas.values()),
+            "running": sum(load.running for load in loads if load is not None),
+        }
+
     def serves(self, path: str) -> bool | None:
         """Whether a replica's engine has this path; None while no replica has said."""
         tables = [replica.info.routes for replica in self._replicas.values() if replica.info.routes]

@@ -98,7 +98,7 @@ class World:
     @staticmethod
     async def until(condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(5):
-            while not condition():
+            while not condition():  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
 
 
