@@ -10,41 +10,16 @@ from collections.abc import AsyncIterator, Callable
 from enum import Enum
 from ssl import SSLContext
 
-from cluster.errors import (
-    LinkAuthError,
-    LinkClosedError,
-    LinkError,
-    LinkProtocolError,
-    request_error_for,
-)
-from cluster.link.connection import Connection, LinkOptions
-from cluster.link.frames import (
-    BODY,
-    CHUNK_BYTES,
-    DATA,
-    END,
-    ERROR,
-    GOAWAY,
-    LOAD,
-    REFUSED,
-    REQUEST,
-    RESPONSE,
-    WINDOW,
-    Frame,
-    LinkLoad,
-    RequestHead,
-    decode_credit,
-    decode_head,
-    encode_head,
-)
-from cluster.link.handshake import Handshake
+from cluster.errors import LinkAuthError, LinkClosedError, LinkError, LinkProtocolError
+from cluster.link.client_connection import ClientConnection
+from cluster.link.connection import LinkOptions
+from cluster.link.frames import LinkLoad, RequestHead
 from cluster.link.stream import Stream
 
 logger = logging.getLogger(__name__)
 
 _BACKOFF_MIN_S = 0.05
 _BACKOFF_MAX_S = 2.0
-_MAX_STREAM_ID = 2**32 - 1
 
 
 class LinkState(Enum):
@@ -85,7 +60,7 @@ class LinkClient:
         self._secret = secret
         self._ssl = ssl
         self._options = options or LinkOptions()
-        self._connection: _ClientConnection | None = None
+        self._connection: ClientConnection | None = None
         self._runner: asyncio.Task[None] | None = None
         self._attempt: asyncio.Future[None] | None = None
         self._pumps: set[asyncio.Task[None]] = set()
@@ -186,7 +161,11 @@ class LinkClient:
         failures = 0
         try:
             while True:
-                failures = 0 if await self._live() else failures + 1
+                try:
+                    failures = 0 if await self._live() else failures + 1
+                except Exception:  # a callback's defect, say; the link itself must go on
+                    logger.exception("link to %s:%d", self.host, self.port)
+                    failures += 1
                 longest_s = min(_BACKOFF_MAX_S, _BACKOFF_MIN_S * 2 ** min(failures, 10))
                 await asyncio.sleep(random.uniform(_BACKOFF_MIN_S, longest_s))
         finally:
@@ -194,7 +173,7 @@ class LinkClient:
 
     async def _live(self) -> bool:
         """One connection from its first to its last byte; False where none came about."""
-        connection: _ClientConnection | None = None
+        connection: ClientConnection | None = None
         try:
             connection = await self._dial()
             await connection.wait_ready()
@@ -214,10 +193,10 @@ class LinkClient:
                 await connection.wait_closed()
         return False
 
-    async def _dial(self) -> "_ClientConnection":
+    async def _dial(self) -> ClientConnection:
         async with asyncio.timeout(self._options.handshake_timeout_s):
             _, connection = await asyncio.get_running_loop().create_connection(
-                lambda: _ClientConnection(self, self._secret, self._options),
+                lambda: ClientConnection(self, self._secret, self._options),
                 self.host,
                 self.port,
                 ssl=self._ssl,
@@ -233,83 +212,3 @@ class LinkClient:
     def _attempted(self) -> None:
         if self._attempt is not None and not self._attempt.done():
             self._attempt.set_result(None)
-
-
-class _ClientConnection(Connection):
-    """One connection of a LinkClient, with the streams that are open on it."""
-
-    def __init__(self, client: LinkClient, secret: bytes, options: LinkOptions) -> None:
-        super().__init__(Handshake("client", secret, options.window_bytes), options)
-        self.streams: dict[int, Stream] = {}
-        self._ready: asyncio.Future[None] = self.loop.create_future()
-        self._client = client
-        self._last_id = 0
-
-    async def wait_ready(self) -> None:
-        await asyncio.wait([self._ready])
-
-    def open(self, head: RequestHead, body: bytes | AsyncIterator[bytes]) -> Stream:
-        stream_id = self._next_id()
-        stream = Stream(self, stream_id, self._forget)
-        self.streams[stream_id] = stream
-        self.write(stream_id, REQUEST, 0 if body else END, encode_head(head))
-        if isinstance(body, bytes) and len(body) <= CHUNK_BYTES:
-            if body:
-                stream.sender.credit -= len(body)
-                self.write(stream_id, BODY, END, body)
-        else:
-            stream.pump(body)
-        return stream
-
-    def on_ready(self) -> None:
-        self._ready.set_result(None)
-
-    def on_frames(self, frames: list[Frame]) -> None:
-        streams = self.streams
-        for stream_id, kind, flags, payload in frames:
-            if kind == DATA:
-                stream = streams.get(stream_id)
-                if stream is not None:
-                    stream.on_data(flags, payload)
-            else:
-                self._on_frame(stream_id, kind, flags, payload)
-
-    def on_closed(self, error: LinkError) -> None:
-        if not self._ready.done():
-            self._ready.set_result(None)
-            return
-        self._client.on_lost(error)
-        for stream in list(self.streams.values()):
-            stream.fail(LinkClosedError(str(error)))
-
-    def _on_frame(self, stream_id: int, kind: int, flags: int, payload: bytes) -> None:
-        if kind == LOAD:
-            self._client.on_loaded(decode_head(payload, LinkLoad))
-        elif kind == GOAWAY:
-            self._client.on_goaway()
-        elif kind not in (RESPONSE, WINDOW, ERROR):
-            self.answer(kind)
-        elif (stream := self.streams.get(stream_id)) is None:
-            return  # it ended, or was cancelled, while the frame was on its way
-        elif kind == RESPONSE:
-            stream.on_response(payload)
-        elif kind == WINDOW:
-            stream.sender.grant(decode_credit(payload))
-        else:
-            stream.fail(_stream_error(flags, payload))
-
-    def _forget(self, stream_id: int) -> None:
-        self.streams.pop(stream_id, None)
-
-    def _next_id(self) -> int:
-        self._last_id = self._last_id % _MAX_STREAM_ID + 1
-        while self._last_id in self.streams:
-            self._last_id = self._last_id % _MAX_STREAM_ID + 1
-        return self._last_id
-
-
-def _stream_error(flags: int, payload: bytes) -> Exception:
-    status, message = decode_head(payload, tuple[int, str])
-    if flags & REFUSED:
-        return LinkClosedError(message)
-    return request_error_for(status, message)

@@ -208,6 +208,7 @@ class Connection(asyncio.Protocol):
         self._timer.cancel()
         self._tick()
         self.on_ready()
+        self._flush()  # what was written before had no flush that could send it
 
     def _too_late(self) -> None:
         timeout_s = self.options.handshake_timeout_s

@@ -79,7 +79,11 @@ class LinkServer:
         """Listen; returns the address. Port 0 takes a free one."""
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
-            self._accept, *self.address, ssl=self._ssl, backlog=1024
+            self._accept,
+            *self.address,
+            ssl=self._ssl,
+            ssl_handshake_timeout=self._options.handshake_timeout_s if self._ssl else None,
+            backlog=1024,
         )
         self.address = self._server.sockets[0].getsockname()[:2]
         return self.address

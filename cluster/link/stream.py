@@ -97,18 +97,21 @@ class Stream:
 
         Raises what ``head`` does, after all that arrived before was read.
         """
-        chunks = self._chunks
-        while not chunks:
-            if self._error is not None:
-                raise self._error
-            if self._ended:
-                return b""
-            await self._next()
-        self._take()
-        if self._tagged:
-            return b"".join([c if isinstance(c, bytes) else c[0][c[1] :] for c in chunks])
-        plain = cast(list[bytes], chunks)
-        return plain[0] if len(plain) == 1 else b"".join(plain)
+        while True:
+            chunks = self._chunks
+            while not chunks:
+                if self._error is not None:
+                    raise self._error
+                if self._ended:
+                    return b""
+                await self._next()
+            self._take()
+            if not self._tagged:
+                plain = cast(list[bytes], chunks)
+                return plain[0] if len(plain) == 1 else b"".join(plain)
+            data = b"".join([c if isinstance(c, bytes) else c[0][c[1] :] for c in chunks])
+            if data:  # tokens may come without bytes, which must not look like the end
+                return data
 
     async def read_chunks(self) -> list[Chunk]:
         """Like ``read``, but in the application's chunks and with their tokens; [] at the end."""

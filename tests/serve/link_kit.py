@@ -69,12 +69,12 @@ async def linked(
 
 
 async def body_of(receive: Receive) -> bytes:
-    body = b""
+    pieces: list[bytes] = []
     while True:
         message = await receive()
-        body += message.get("body", b"")
+        pieces.append(message.get("body", b""))
         if not message.get("more_body"):
-            return bytes(body)
+            return b"".join(pieces)
 
 
 async def start(send: Send, status: int = 200) -> None:

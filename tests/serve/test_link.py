@@ -390,6 +390,26 @@ async def test_token_ids_travel_beside_their_bytes() -> None:
 
 
 @on_both_loops
+async def test_tokens_without_bytes_do_not_look_like_the_end() -> None:
+    alone = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await start(send)
+        await say(send, b"", token_ids=[1])
+        await alone.wait()
+        await say(send, b"x", more=False, token_ids=[2])
+
+    async with linked(app) as (_, client):
+        stream = client.open(RequestHead())
+        await until(lambda: stream._chunks)
+        reading = asyncio.create_task(stream.read())
+        await until(lambda: not stream._chunks)
+        alone.set()
+        assert await reading == b"x"
+        assert await stream.read() == b""
+
+
+@on_both_loops
 async def test_large_and_mutable_messages_arrive_whole() -> None:
     data = random.Random(2).randbytes(3 * MIB)
 
