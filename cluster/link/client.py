@@ -9,6 +9,7 @@ import random
 from collections.abc import AsyncIterator, Callable
 from enum import Enum
 from ssl import SSLContext
+from typing import TypeVar
 
 from cluster.errors import LinkAuthError, LinkClosedError, LinkError, LinkProtocolError
 from cluster.link.client_connection import ClientConnection
@@ -17,6 +18,8 @@ from cluster.link.frames import LinkLoad, RequestHead
 from cluster.link.stream import Stream
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _BACKOFF_MIN_S = 0.05
 _BACKOFF_MAX_S = 2.0
@@ -126,11 +129,17 @@ class LinkClient:
 
     # -- for the connection --
 
+    def on_connected(self, connection: ClientConnection) -> None:
+        """The replica has proved itself."""
+        self._connection = connection
+        self.last_error = None
+        self._set_state(LinkState.CONNECTED)
+        self._attempted()
+
     def on_loaded(self, load: LinkLoad) -> None:
         """The replica said what it has to do."""
         self.load = load
-        if self.on_load is not None:
-            self.on_load(load)
+        self._tell(self.on_load, load)
 
     def on_goaway(self) -> None:
         """The replica drains."""
@@ -149,8 +158,14 @@ class LinkClient:
         if state is self.state or self.state is LinkState.CLOSED:
             return
         self.state = state
-        if self.on_state is not None:
-            self.on_state(state)
+        self._tell(self.on_state, state)
+
+    def _tell(self, callback: Callable[[T], None] | None, news: T) -> None:
+        try:
+            if callback is not None:
+                callback(news)
+        except Exception:  # a defect of the listener must not end the link
+            logger.exception("a callback of the link to %s:%d failed", self.host, self.port)
 
     async def _next_attempt(self) -> None:
         if self._attempt is None or self._attempt.done():
@@ -161,12 +176,8 @@ class LinkClient:
         failures = 0
         try:
             while True:
-                try:
-                    failures = 0 if await self._live() else failures + 1
-                except Exception:  # a callback's defect, say; the link itself must go on
-                    logger.exception("link to %s:%d", self.host, self.port)
-                    failures += 1
-                longest_s = min(_BACKOFF_MAX_S, _BACKOFF_MIN_S * 2 ** min(failures, 10))
+                failures = 0 if await self._live() else failures + 1
+                longest_s = min(_BACKOFF_MAX_S, _BACKOFF_MIN_S * 2 ** min(failures + 1, 10))
                 await asyncio.sleep(random.uniform(_BACKOFF_MIN_S, longest_s))
         finally:
             self._attempted()
@@ -178,14 +189,10 @@ class LinkClient:
             connection = await self._dial()
             await connection.wait_ready()
             if connection.error is None:
-                self._connection = connection
-                self.last_error = None
-                self._set_state(LinkState.CONNECTED)
-                self._attempted()
                 await connection.wait_closed()
                 return True
             self._note(connection.error)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: no host name at all
             self._note(LinkClosedError(f"cannot reach {self.host}:{self.port}: {error}"))
         finally:
             if connection is not None:

@@ -37,6 +37,9 @@ _MAX_STREAM_ID = 2**32 - 1
 class Owner(Protocol):
     """Who wants to know what becomes of a connection."""
 
+    def on_connected(self, connection: "ClientConnection") -> None:
+        """The replica has proved itself; streams may be opened."""
+
     def on_loaded(self, load: LinkLoad) -> None:
         """The replica said what it has to do."""
 
@@ -78,6 +81,7 @@ class ClientConnection(Connection):
     def on_ready(self) -> None:
         """The replica has proved itself."""
         self._ready.set_result(None)
+        self._owner.on_connected(self)
 
     def on_frames(self, frames: list[Frame]) -> None:
         """The hot path: DATA goes straight to its stream."""

@@ -35,7 +35,7 @@ def on_both_loops(test: Callable[..., Coroutine[Any, Any, None]]) -> Any:
         async with asyncio.timeout(30):
             await test(**kwargs)
         assert asyncio.all_tasks() == {asyncio.current_task()}
-        assert not problems
+        assert problems == []
 
     @functools.wraps(test)
     def run_it(run: Callable[[Coroutine[Any, Any, None]], None], **kwargs: Any) -> None:
@@ -175,8 +175,9 @@ async def raw_server(
         try:
             with suppress(asyncio.CancelledError):  # asyncio's streams take it for a failure
                 await serve(peer)
-            await peer.close()
+                await peer.close()
         finally:
+            writer.close()
             tasks.discard(task)
 
     server = await asyncio.start_server(accept, "127.0.0.1", 0)

@@ -42,7 +42,7 @@ async def test_a_peer_that_stops_answering_is_noticed_within_two_seconds() -> No
         streams = [client.open(RequestHead()) for _ in range(3)]
         began = time.monotonic()
         errors = await asyncio.gather(*(s.head() for s in streams), return_exceptions=True)
-        assert 1.5 < time.monotonic() - began < 2.1
+        assert 1.5 < time.monotonic() - began < 2.3  # 1.75 to 2.0, and a busy machine's lateness
         assert {type(error) for error in errors} == {LinkClosedError}
         assert len({id(error) for error in errors}) == 3
         assert not client.connected
@@ -126,14 +126,66 @@ async def test_the_client_reconnects_after_the_replica_restarts() -> None:
     assert await ask(client, "/", b"again") == (200, b"again")
     await client.close()
     await second.stop()
-    assert [state.name for state in states] == [
-        "CONNECTED",
-        "DRAINING",
-        "CONNECTING",
-        "CONNECTED",
-        "CONNECTING",
-        "CLOSED",
-    ] or states[-1] is LinkState.CLOSED
+    assert [state.value for state in states] == [
+        "connected",
+        "draining",
+        "connecting",
+        "connected",
+        "closed",
+    ]
+
+
+@on_both_loops
+async def test_a_router_that_arrives_during_a_drain_is_told() -> None:
+    async with linked(hang) as (server, client):
+        await client.open(RequestHead()).head()
+        late = await RawPeer.dial(server.address)
+        await until(lambda: len(server._connections) == 2)
+        drain = asyncio.create_task(server.drain(0.2))
+        await late.shake("client")
+        assert f.GOAWAY in [(await late.next_frame())[1] for _ in range(2)]
+        await late.wait_closed_by_peer()
+        await late.close()
+        assert await drain == (0, 1)
+
+
+@on_both_loops
+async def test_a_replica_that_drains_from_the_first_byte_is_not_used() -> None:
+    async def leaving(peer: RawPeer) -> None:
+        handshake = handshakes.Handshake("server", SECRET, 1000)
+        peer.writer.write(handshake.hello())
+        for _ in range(2):
+            _, kind, _, payload = await peer.next_frame()
+            answer = handshake.receive(kind, payload)
+        peer.writer.write(answer + f.encode_frame(0, f.GOAWAY))
+        await peer.wait_closed_by_peer()
+
+    async with raw_server(leaving) as (host, port):
+        client = LinkClient(host, port, SECRET)
+        client.start()
+        await until(lambda: client.state is LinkState.DRAINING)
+        with pytest.raises(LinkClosedError, match="draining"):
+            client.open(RequestHead())
+        await client.close()
+
+
+@on_both_loops
+async def test_a_callback_that_raises_does_not_end_the_link(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def defect(state: LinkState) -> None:
+        client.on_state = None
+        raise ZeroDivisionError
+
+    server = LinkServer(echo, SECRET)
+    host, port = await server.start()
+    client = LinkClient(host, port, SECRET)
+    client.on_state = defect
+    await client.connect()
+    assert "ZeroDivisionError" in caplog.text
+    assert await ask(client, "/", b"x") == (200, b"x")
+    await client.close()
+    await server.stop()
 
 
 @on_both_loops
