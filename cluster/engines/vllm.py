@@ -21,6 +21,7 @@ import psutil
 from cluster.config import GeneratorConfig
 from cluster.engines import vllm_args
 from cluster.engines.base import ASGIApp, EngineLoad
+from cluster.engines.leave import CancelAsLeave
 from cluster.errors import ConfigError, EngineDeadError
 
 logger = logging.getLogger(__name__)
@@ -70,21 +71,22 @@ class VllmEngine:
         self._ray_metrics = ray_metrics
         self._llm: Any = None
         self._app: Any = None
+        self._asgi: ASGIApp
         self._scheduler_stats: Any = None
         self._log_task: asyncio.Task[None] | None = None
         self._keeper: threading.Thread | None = None
         self._stopping = threading.Event()
+        self._environment = vllm_args.Environment()
 
     @property
     def app(self) -> ASGIApp:
         """vLLM's application; valid between ``start`` and ``stop``."""
-        app: ASGIApp = self._app
-        return app
+        return self._asgi
 
     async def start(self) -> None:
         """Start vLLM's processes, load the model, build the application.
 
-        Sets environment variables for this process and vLLM's (``vllm_args.set_environment``).
+        Sets environment variables for this process and vLLM's (``vllm_args.environment_for``).
         """
         loop = asyncio.get_running_loop()
         ready: asyncio.Future[tuple[Any, Namespace]] = loop.create_future()
@@ -95,6 +97,7 @@ class VllmEngine:
         try:
             self._llm, args = await ready
             self._app = await _build_app(self._llm, args)
+            self._asgi = CancelAsLeave(self._app)
         except BaseException:
             await self.stop()
             raise
@@ -140,6 +143,7 @@ class VllmEngine:
                 await self._log_task
         if self._keeper is not None:
             await asyncio.to_thread(self._keeper.join)
+        self._environment.restore()
 
     def _keep(
         self,
@@ -175,7 +179,8 @@ class VllmEngine:
             loop.call_soon_threadsafe(answer)
 
     def _start_engine(self) -> tuple[Any, Namespace]:
-        args = _make_args(self._config, self._model_path)
+        self._environment.add(vllm_args.environment_for(self._model_path))
+        args = self._make_args()
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -184,6 +189,8 @@ class VllmEngine:
         except (ValueError, OSError, TypeError, AssertionError, NotImplementedError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"generator {self._config.name!r}: vLLM refuses: {reason}") from error
+        if self._stopping.is_set():
+            raise EngineDeadError("the engine was stopped while it started")
         imports = threading.Thread(target=_import_all, args=(_APP_MODULES,), name="vllm-imports")
         imports.start()
         try:
@@ -192,6 +199,24 @@ class VllmEngine:
             raise EngineDeadError(f"vLLM's engine did not start: {error}") from error
         imports.join()
         return llm, args
+
+    def _make_args(self) -> Namespace:
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+        from vllm.platforms import current_platform
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        on_cpu = bool(current_platform.is_cpu())
+        if on_cpu:
+            self._environment.add(vllm_args.cpu_environment_for(self._config))
+        ray = sys.modules.get("ray")
+        in_ray = ray is not None and bool(ray.is_initialized())
+        if ray is not None and in_ray:  # for an engine process whose executor is Ray's
+            address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+            self._environment.add(address)
+        args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+        defaults = vllm_args.platform_defaults(self._config, on_cpu=on_cpu, in_ray=in_ray)
+        vllm_args.fill_args(args, self._config, self._model_path, defaults)
+        return args
 
     def _stat_loggers(self) -> list[Any]:
         from vllm.v1.metrics.loggers import StatLoggerBase
@@ -241,23 +266,6 @@ def _is_public(route: Any) -> bool:
     path = getattr(route, "path", "")
     has_methods = bool(getattr(route, "methods", None))  # websockets and mounts have none
     return has_methods and path.startswith(PUBLIC_PATHS) and path not in PRIVATE_PATHS
-
-
-def _make_args(config: GeneratorConfig, model_path: str) -> Namespace:
-    vllm_args.set_environment(model_path)  # before the first import of vllm
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.platforms import current_platform
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    on_cpu = bool(current_platform.is_cpu())
-    if on_cpu:
-        vllm_args.set_cpu_environment(config)
-    ray = sys.modules.get("ray")
-    in_ray = ray is not None and bool(ray.is_initialized())
-    args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
-    defaults = vllm_args.platform_defaults(config, on_cpu=on_cpu, in_ray=in_ray)
-    vllm_args.fill_args(args, config, model_path, defaults)
-    return args
 
 
 def _import_all(modules: tuple[str, ...]) -> None:

@@ -1,6 +1,6 @@
 """What vLLM is told at its start: environment variables and arguments, from the configuration.
 
-Pure but for ``set_environment``; does not import vllm.
+Pure but for ``Environment``; does not import vllm.
 """
 
 import difflib
@@ -33,15 +33,15 @@ def num_workers(config: GeneratorConfig) -> int:
     return config.tensor_parallel_size * config.pipeline_parallel_size
 
 
-def set_environment(model_path: str, environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set what vLLM reads from the environment; a variable that is already set is kept.
+def environment_for(model_path: str) -> dict[str, str]:
+    """What vLLM reads from the environment, to be set before it is imported.
 
     VLLM_LOGGING_LEVEL=WARNING, VLLM_NO_USAGE_STATS=1, DO_NOT_TRACK=1,
-    VLLM_WORKER_MULTIPROC_METHOD=spawn, for a local model HF_HUB_OFFLINE=1, and
-    TANDEM_ENGINE_PARENT, always, to this process. To be called before vllm is imported.
+    VLLM_WORKER_MULTIPROC_METHOD=spawn, TANDEM_ENGINE_PARENT (this process), and for a local
+    model HF_HUB_OFFLINE=1.
     """
-    environment[PARENT_VARIABLE] = str(os.getpid())
     wanted = {
+        PARENT_VARIABLE: str(os.getpid()),
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
@@ -49,21 +49,38 @@ def set_environment(model_path: str, environment: MutableMapping[str, str] = os.
     }
     if os.path.isdir(model_path):
         wanted["HF_HUB_OFFLINE"] = "1"
-    for name, value in wanted.items():
-        environment.setdefault(name, value)
+    return wanted
 
 
-def set_cpu_environment(
-    config: GeneratorConfig, environment: MutableMapping[str, str] = os.environ
-) -> None:
-    """Set what vLLM reads where it computes on CPUs; a variable that is already set is kept.
+def cpu_environment_for(config: GeneratorConfig) -> dict[str, str]:
+    """What vLLM reads from the environment where it computes on CPUs.
 
     VLLM_ENABLE_V1_MULTIPROCESSING=0 runs the worker in the engine's process, one fewer to start;
     VLLM_CPU_OMP_THREADS_BIND gives it all cores (vLLM by itself leaves one idle).
     """
-    environment.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     binding = bind_threads(sorted(os.sched_getaffinity(0)), num_workers(config))
-    environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", binding)
+    return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": binding}
+
+
+class Environment:
+    """Variables set for as long as an engine runs; one that was set already is kept as it was."""
+
+    def __init__(self, variables: MutableMapping[str, str] = os.environ) -> None:
+        self._variables = variables
+        self._added: list[str] = []
+
+    def add(self, wanted: dict[str, str]) -> None:
+        """Set those of ``wanted`` that are not set."""
+        for name, value in wanted.items():
+            if name not in self._variables:
+                self._variables[name] = value
+                self._added.append(name)
+
+    def restore(self) -> None:
+        """Remove what ``add`` set."""
+        for name in self._added:
+            self._variables.pop(name, None)
+        self._added.clear()
 
 
 def bind_threads(cores: list[int], workers: int) -> str:

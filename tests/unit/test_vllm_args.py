@@ -1,3 +1,4 @@
+import os
 from argparse import Namespace
 
 import pytest
@@ -27,19 +28,20 @@ def test_every_worker_gets_its_share_of_the_cores(
 
 
 def test_variables_that_are_set_are_kept() -> None:
-    environment = {"VLLM_LOGGING_LEVEL": "DEBUG", "TANDEM_ENGINE_PARENT": "1"}
-    vllm_args.set_environment("an/id", environment)
-    vllm_args.set_cpu_environment(config(), environment)
-    assert environment["VLLM_LOGGING_LEVEL"] == "DEBUG"
-    assert environment["TANDEM_ENGINE_PARENT"] != "1"
-    assert environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
-    assert "HF_HUB_OFFLINE" not in environment
+    variables = {"VLLM_LOGGING_LEVEL": "DEBUG"}
+    environment = vllm_args.Environment(variables)
+    environment.add(vllm_args.environment_for("an/id"))
+    environment.add(vllm_args.cpu_environment_for(config()))
+    assert variables["VLLM_LOGGING_LEVEL"] == "DEBUG"
+    assert variables["TANDEM_ENGINE_PARENT"] == str(os.getpid())
+    assert variables["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    environment.restore()
+    assert variables == {"VLLM_LOGGING_LEVEL": "DEBUG"}
 
 
 def test_a_local_model_asks_nobody(tmp_path: object) -> None:
-    environment: dict[str, str] = {}
-    vllm_args.set_environment(str(tmp_path), environment)
-    assert environment["HF_HUB_OFFLINE"] == "1"
+    assert vllm_args.environment_for(str(tmp_path))["HF_HUB_OFFLINE"] == "1"
+    assert "HF_HUB_OFFLINE" not in vllm_args.environment_for("an/id")
 
 
 def fill(chosen: GeneratorConfig, defaults: dict[str, object] | None = None) -> Namespace:

@@ -5,6 +5,7 @@ HTTP; ``app`` does.
 """
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from cluster.engines.sim.app import SimApp
 from cluster.engines.sim.generation import DEAD, Generation, GenerationError
 from cluster.engines.sim.scheduler import Scheduler
 from cluster.errors import ConfigError, EngineDeadError
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL_LEN = 8192
 _STEPS_A_PASS = 8  # instant steps between two turns of the event loop
@@ -71,7 +74,7 @@ class SimEngine:
         self._die()
         if self._driver is not None:
             self._driver.cancel()
-            with suppress(asyncio.CancelledError):
+            with suppress(asyncio.CancelledError, Exception):  # a failure was logged where it was
                 await self._driver
 
     def submit(
@@ -126,6 +129,14 @@ class SimEngine:
                 self._scheduler.abort(sequence.request)
 
     async def _drive(self) -> None:
+        try:
+            await self._run_steps()
+        except Exception:
+            logger.exception("the simulated engine failed")
+            self._die()
+            raise
+
+    async def _run_steps(self) -> None:
         """Plan, wait out and commit steps, for as long as there is work."""
         scheduler, now = self._scheduler, time.monotonic
         ends_at = now()

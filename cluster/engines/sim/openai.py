@@ -12,6 +12,7 @@ from cluster.engines.sim.parse import (
     DetokenizeBody,
     Refusal,
     TokenizeBody,
+    missing,
     parse_body,
 )
 from cluster.engines.sim.prompts import (
@@ -88,8 +89,10 @@ async def tokenize(host: Host, exchange: Exchange) -> None:
     check_model(host, body.model)
     if body.messages is not None:
         ids = chat_prompt(body.messages, body.add_generation_prompt)
+    elif body.prompt is not None:
+        ids = tokenizer.encode(body.prompt)
     else:
-        ids = tokenizer.encode(body.prompt or "")
+        raise missing(body, "prompt", "messages")
     pieces = [tokenizer.piece_of(token) for token in ids] if body.return_token_strs else None
     counts = {"count": len(ids), "max_model_len": host.max_model_len}
     await exchange.reply(200, counts | {"tokens": ids, "token_strs": pieces})

@@ -162,6 +162,16 @@ class CountTokensBody(_Body):
     system: str | list[dict[str, Any]] | None = None
 
 
+def missing(body: BaseModel, *names: str) -> Refusal:
+    """The refusal of a body that has none of the fields of which it needs one."""
+    given = f"<dict of {len(body.model_fields_set)} items>"
+    found = [
+        {"type": "missing", "loc": f"body.{name}", "msg": "Field required", "input": given}
+        for name in names
+    ]
+    return _bad_request(found, found[0]["loc"])
+
+
 B = TypeVar("B", bound=BaseModel)
 
 

@@ -114,7 +114,7 @@ async def _stream(
         nonlocal number
         name = f"response.{kind}"
         body = {**fields, "sequence_number": number, "type": name}
-        await exchange.write(wire.event(body, name))
+        await exchange.write(wire.event(dict(sorted(body.items())), name))
         number += 1
 
     at_item = {"item_id": item_id, "output_index": 0}

@@ -1,0 +1,115 @@
+"""vLLM's processes: two workers give what one gives, and none outlives its replica."""
+
+import asyncio
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from cluster.config import GeneratorConfig
+from cluster.engines.factory import make_generator_engine
+from cluster.models import store
+from tests import asgi
+from tests.cluster.tiny_llama import make_tiny_llama
+
+pytestmark = [pytest.mark.timeout(900), pytest.mark.filterwarnings("default")]
+
+REPLICA = """
+    import asyncio, sys
+    import psutil
+    from cluster.config import GeneratorConfig
+    from cluster.engines.factory import make_generator_engine
+
+    async def main():
+        config = GeneratorConfig(
+            name="m", model=sys.argv[1], tensor_parallel_size=2, kv_cache_memory_bytes=2**27
+        )
+        await make_generator_engine(config).start()
+        children = psutil.Process().children(recursive=True)
+        print(*[child.pid for child in children], flush=True)
+        await asyncio.sleep(600)
+
+    if __name__ == "__main__":
+        asyncio.run(main())
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tiny")
+    make_tiny_llama(directory, store.resolve("smollm2-135m-instruct"))
+    return directory
+
+
+def make_config(model: Path, **fields: Any) -> GeneratorConfig:
+    named = {"name": "m", "model": str(model), "kv_cache_memory_bytes": 2**27, **fields}
+    return GeneratorConfig.model_validate(named)
+
+
+def children() -> list[psutil.Process]:
+    found = psutil.Process().children(recursive=True)
+    return [process for process in found if "resource_tracker" not in " ".join(process.cmdline())]
+
+
+async def text_of(config: GeneratorConfig, num_processes: int) -> str:
+    engine = make_generator_engine(config)
+    await engine.start()
+    try:
+        assert len(children()) == num_processes
+        asked = {"prompt": "Once upon a time", "max_tokens": 12, "temperature": 0}
+        answer = (await asgi.post(engine.app, "/v1/completions", asked)).json()
+        text: str = answer["choices"][0]["text"]
+        return text
+    finally:
+        await engine.stop()
+        await engine.stop()
+        assert children() == []
+
+
+async def test_two_workers_answer_as_one(tiny: Path) -> None:
+    two = await text_of(make_config(tiny, tensor_parallel_size=2, dtype="float32"), 3)
+    one = await text_of(make_config(tiny, dtype="float32"), 1)
+    assert two == one
+
+
+def test_no_process_outlives_a_killed_replica(tiny: Path, tmp_path: Path) -> None:
+    script = tmp_path / "replica.py"
+    script.write_text(textwrap.dedent(REPLICA))
+    log = (tmp_path / "log").open("w+")
+    replica = subprocess.Popen(
+        [sys.executable, script, tiny], stdout=subprocess.PIPE, stderr=log, text=True
+    )
+    try:
+        assert replica.stdout is not None
+        pids = [int(pid) for pid in replica.stdout.readline().split()]
+        assert len(pids) >= 3, (tmp_path / "log").read_text()
+    finally:
+        replica.kill()
+        replica.wait()
+        log.close()
+    deadline = time.monotonic() + 5
+    while alive := [pid for pid in pids if is_alive(pid)]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+async def test_a_start_that_is_cancelled_leaves_nothing(tiny: Path) -> None:
+    engine = make_generator_engine(make_config(tiny))
+    starting = asyncio.create_task(engine.start())
+    await asyncio.sleep(1.0)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert children() == []
