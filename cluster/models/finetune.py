@@ -107,7 +107,7 @@ def finetune(
         held_out = _encode(tokenizer, held_out_rows, options)
         accuracy, similarity = trainer.evaluate(held_out)
         trainer.model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
+        _save_tokenizer(tokenizer, out)
     return FinetuneMetrics(
         accuracy=round(accuracy, 4),
         embedding_similarity=round(similarity, 4),
@@ -162,6 +162,13 @@ def _load(base: Path, options: FinetuneOptions) -> Any:
     )
     model.config.problem_type = "single_label_classification"
     return model
+
+
+def _save_tokenizer(tokenizer: Any, out: Path) -> None:
+    # It would keep the cut that training made, and whoever reads tokenizer.json would make it too.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.save_pretrained(out)
 
 
 def _encode(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -51,8 +52,7 @@ def _save(model: Any, tokenizer: Any, out: Path) -> None:
         raise BuildError(f"{PACKAGE}: the file has no chat template that ends in {END_OF_TURN}")
     if hasattr(model.config, "quantization_config"):  # the weights are plain now
         del model.config.quantization_config
-    # The file gives its tokenizer no length; transformers would then never truncate.
-    tokenizer.model_max_length = model.config.max_position_embeddings
+    _complete(tokenizer, model.config.max_position_embeddings)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -60,6 +60,20 @@ def _save(model: Any, tokenizer: Any, out: Path) -> None:
     )
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+def _complete(tokenizer: Any, max_tokens: int) -> None:
+    """Give the tokenizer what transformers does not read out of the file."""
+    tokenizer.model_max_length = max_tokens
+    tokenizer.clean_up_tokenization_spaces = False
+    # The file says `tokenizer.ggml.pre = smollm`: each digit stands alone, then as in GPT-2.
+    # Without it, blank lines before a digit become tokens that the model never saw there.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
 
 
 @contextmanager

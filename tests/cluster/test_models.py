@@ -1,0 +1,177 @@
+"""The real default models, built once into the shared cache and checked as users see them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.models.build import build
+from cluster.models.store import list_models, resolve
+
+pytestmark = pytest.mark.timeout(900)
+
+GENERATOR, CLASSIFIER = "smollm2-135m-instruct", "sentiment-minilm"
+
+
+@pytest.fixture(scope="module")
+def generator() -> Path:
+    build([GENERATOR])
+    return Path(resolve(GENERATOR))
+
+
+@pytest.fixture(scope="module")
+def classifier() -> Path:
+    build([CLASSIFIER])
+    return Path(resolve(CLASSIFIER))
+
+
+def test_both_are_listed_as_built(generator: Path, classifier: Path) -> None:
+    rows = {row.name: row for row in list_models()}
+    assert rows[GENERATOR].built
+    assert rows[CLASSIFIER].built
+    assert rows[GENERATOR].size_bytes > 250e6
+    assert rows[GENERATOR].facts["parameters"] == 134_515_008
+
+
+def test_the_generator_is_a_plain_model_in_bfloat16(generator: Path) -> None:
+    config = json.loads((generator / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["dtype"] == "bfloat16"
+    assert "quantization_config" not in config
+    dims = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
+    assert [config[dim] for dim in dims] == [30, 576, 9, 3]
+    assert (config["vocab_size"], config["max_position_embeddings"]) == (49152, 8192)
+
+
+def test_the_generator_ends_its_turn(generator: Path) -> None:
+    from transformers import AutoTokenizer, GenerationConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(generator)
+    assert tokenizer.model_max_length == 8192
+    assert GenerationConfig.from_pretrained(generator).eos_token_id == tokenizer.eos_token_id
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") == tokenizer.eos_token_id
+    chat = [{"role": "system", "content": "Be terse."}, {"role": "user", "content": "Hi"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == (
+        "<|im_start|>system\nBe terse.<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_the_generators_tokenizer_splits_as_the_original_does(generator: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(generator)
+    assert tokenizer.tokenize("Hello\n\n12 x") == ["Hello", "ĊĊ", "1", "2", "Ġx"]
+    for text in ("It 's 1984 , isn 't it ?", "  über 3.5 €\n"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_the_generator_answers(generator: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(generator)
+    model = AutoModelForCausalLM.from_pretrained(generator, dtype=torch.float32)
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+    tokens = model.generate(**prompt, max_new_tokens=32, do_sample=False)[0]
+    answer = tokens[prompt["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(answer)
+    assert answer[-1] == tokenizer.eos_token_id
+
+
+@pytest.fixture(scope="module")
+def loaded(classifier: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(classifier)
+    return model, AutoTokenizer.from_pretrained(classifier)
+
+
+def test_the_classifier_is_accurate_enough(classifier: Path) -> None:
+    facts = next(row.facts for row in list_models() if row.name == CLASSIFIER)
+    assert float(facts["accuracy"]) >= 0.83
+    assert int(facts["num_held_out"]) >= 1000
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("An absolute masterpiece, I loved every minute.", "POSITIVE"),
+        ("A glowing, funny and moving film with wonderful actors.", "POSITIVE"),
+        ("The battery lasts for days and the screen is great.", "POSITIVE"),
+        ("A dull, clumsy mess and a complete waste of time.", "NEGATIVE"),
+        ("The plot makes no sense and the acting is terrible.", "NEGATIVE"),
+        ("It broke after two days and support never answered.", "NEGATIVE"),
+    ],
+)
+def test_the_classifier_tells_reviews_apart(loaded: tuple[Any, Any], text: str, label: str) -> None:
+    import torch
+
+    model, tokenizer = loaded
+    assert model.config.id2label == {0: "NEGATIVE", 1: "POSITIVE"}
+    with torch.inference_mode():
+        probabilities = model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0]
+    assert model.config.id2label[int(probabilities.argmax())] == label
+    assert probabilities.max() > 0.8
+
+
+def test_the_classifiers_tokenizer_neither_cuts_nor_pads(classifier: Path) -> None:
+    saved = json.loads((classifier / "tokenizer.json").read_text())
+    assert (saved["truncation"], saved["padding"]) == (None, None)
+
+
+def test_the_classifiers_embeddings_still_mean_something(loaded: tuple[Any, Any]) -> None:
+    import torch
+    from torch.nn import functional
+
+    model, tokenizer = loaded
+    pairs = [
+        ("A man is playing a guitar.", "Someone plays an instrument."),
+        ("The stock market fell sharply today.", "Shares dropped on Wall Street."),
+        ("How do I reset my password?", "I forgot my login credentials."),
+        ("The cat sleeps on the sofa.", "A kitten is napping on the couch."),
+        ("This film was terrible.", "The movie was awful."),
+    ]
+    batch = tokenizer([t for pair in pairs for t in pair], padding=True, return_tensors="pt")
+    weights = batch["attention_mask"][:, :, None]
+    with torch.inference_mode():
+        hidden = model.base_model(**batch).last_hidden_state
+    means = functional.normalize((hidden * weights).sum(1) / weights.sum(1), dim=-1)
+    cosines = means @ means.T
+    similar = [float(cosines[i, i + 1]) for i in range(0, len(means), 2)]
+    others = [float(cosines[i, j]) for i in range(len(means)) for j in range(i // 2 * 2)]
+    assert min(similar) > 0.5
+    assert max(others) < 0.35
+
+
+def test_the_split_has_no_text_on_both_sides() -> None:
+    from cluster.models.finetune import FinetuneOptions, split
+
+    texts = [f"text {i % 50}" if i % 2 else f" TEXT  {i % 50}" for i in range(200)]
+    labels = ["yes" if i % 50 < 20 else "no" for i in range(200)]
+    options = FinetuneOptions(("no", "yes"))
+    train, held_out = split(texts, labels, options)
+    assert (len(train), len(held_out)) == (45, 5)
+    sides = [{" ".join(text.lower().split()) for text, _ in side} for side in (train, held_out)]
+    assert not sides[0] & sides[1]
+    assert all(label == int(int(text.split()[1]) < 20) for text, label in train + held_out)
+    assert split(texts, labels, options) == (train, held_out)
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels", "why"),
+    [
+        (["a", "b"], ["no"], "got 1 for 2 texts"),
+        (["a"], ["maybe"], "got 'maybe'; allowed: no, yes"),
+        (["a", "A"], ["no", "yes"], "too few"),
+        ([str(i) for i in range(50)], ["no"] * 50, "too few"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(texts: list[str], labels: list[str], why: str) -> None:
+    from cluster.errors import ConfigError
+    from cluster.models.finetune import FinetuneOptions, split
+
+    with pytest.raises(ConfigError, match=why):
+        split(texts, labels, FinetuneOptions(("no", "yes")))
