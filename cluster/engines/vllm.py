@@ -42,6 +42,8 @@ PUBLIC_PATHS = (
 /load, /health, /ping, /version, /kv_event_sources, /docs), that stand for any other
 (/invocations), that end other clients' requests (/inference/v1/abort_requests) and that change
 the engine (/scale_elastic_ep; in its development mode /sleep, /pause, /collective_rpc, ...)."""
+OPENAPI_PATH = "/openapi.json"
+"""Served, but for the router: it makes one document out of those of all engines."""
 PRIVATE_PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
 _APP_MODULES = (  # what the application needs, imported while the engine's process starts
@@ -130,9 +132,9 @@ class VllmEngine:
         return EngineLoad(unfinished - waiting, waiting, stats.kv_cache_usage)
 
     def routes(self) -> tuple[str, ...]:
-        """The paths that clients may call; ``app`` serves no others."""
-        paths = [route.path for route in self._app.router.routes]
-        return tuple(dict.fromkeys(paths))
+        """The paths that clients may call; ``app`` serves these and ``OPENAPI_PATH`` only."""
+        paths = dict.fromkeys(route.path for route in self._app.router.routes)
+        return tuple(path for path in paths if path != OPENAPI_PATH)
 
     async def stop(self) -> None:
         """End vLLM's processes; those that do not end in time are killed."""
@@ -264,8 +266,9 @@ async def _build_app(llm: Any, args: Namespace) -> Any:
 
 def _is_public(route: Any) -> bool:
     path = getattr(route, "path", "")
-    has_methods = bool(getattr(route, "methods", None))  # websockets and mounts have none
-    return has_methods and path.startswith(PUBLIC_PATHS) and path not in PRIVATE_PATHS
+    if not getattr(route, "methods", None):  # websockets and mounts
+        return False
+    return path == OPENAPI_PATH or (path.startswith(PUBLIC_PATHS) and path not in PRIVATE_PATHS)
 
 
 def _import_all(modules: tuple[str, ...]) -> None:

@@ -25,6 +25,9 @@ _ENDPOINTS: dict[str, tuple[str, Endpoint]] = {
 }
 
 
+_OPENAPI_PATH = "/openapi.json"  # served, but for the router: not one of ``routes``
+
+
 class SimApp:
     """ASGI over one simulated engine."""
 
@@ -75,10 +78,20 @@ async def _answer(host: Host, method: str, exchange: Exchange) -> None:
 
 async def _endpoint(host: Host, method: str, exchange: Exchange) -> None:
     found: Any = _ENDPOINTS.get(exchange.path)
-    if found is None:
+    if exchange.path == _OPENAPI_PATH and method == "GET":
+        await exchange.reply(200, _openapi())
+    elif found is None:
         await exchange.reply(404, {"detail": "Not Found"})
     elif found[0] != method:
         allow = (b"allow", found[0].encode())
         await exchange.reply(405, {"detail": "Method Not Allowed"}, allow)
     else:
         await found[1](host, exchange)
+
+
+def _openapi() -> dict[str, Any]:
+    paths = {
+        path: {method.lower(): {"responses": {"200": {"description": "As vLLM answers"}}}}
+        for path, (method, _) in _ENDPOINTS.items()
+    }
+    return {"openapi": "3.1.0", "info": {"title": "sim", "version": "0"}, "paths": paths}
