@@ -10,6 +10,7 @@ import importlib
 import logging
 import sys
 import threading
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import suppress
@@ -79,6 +80,9 @@ class VllmEngine:
         self._keeper: threading.Thread | None = None
         self._stopping = threading.Event()
         self._environment = vllm_args.Environment()
+        self._marked_at = 0.0
+        self.start_phases_s: dict[str, float] = {}
+        """How long each part of ``start`` took, in their order."""
 
     @property
     def app(self) -> ASGIApp:
@@ -100,10 +104,12 @@ class VllmEngine:
             self._llm, args = await ready
             self._app = await _build_app(self._llm, args)
             self._asgi = CancelAsLeave(self._app)
+            self._mark("application")
         except BaseException:
             await self.stop()
             raise
         self._log_task = asyncio.create_task(self._log_stats(), name="vllm-stats")
+        logger.info("vLLM is ready: %s", self.start_phases_s)
 
     async def check_health(self) -> None:
         """Raise ``EngineDeadError`` if the engine's process is gone or never was."""
@@ -182,7 +188,9 @@ class VllmEngine:
 
     def _start_engine(self) -> tuple[Any, Namespace]:
         self._environment.add(vllm_args.environment_for(self._model_path))
+        self._mark("")
         args = self._make_args()
+        self._mark("imports")
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -191,6 +199,7 @@ class VllmEngine:
         except (ValueError, OSError, TypeError, AssertionError, NotImplementedError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"generator {self._config.name!r}: vLLM refuses: {reason}") from error
+        self._mark("configuration")
         if self._stopping.is_set():
             raise EngineDeadError("the engine was stopped while it started")
         imports = threading.Thread(target=_import_all, args=(_APP_MODULES,), name="vllm-imports")
@@ -200,7 +209,15 @@ class VllmEngine:
         except Exception as error:
             raise EngineDeadError(f"vLLM's engine did not start: {error}") from error
         imports.join()
+        self._mark("engine process and model")
         return llm, args
+
+    def _mark(self, phase: str) -> None:
+        """The time since the last mark was spent on ``phase``."""
+        now = time.monotonic()
+        if phase:
+            self.start_phases_s[phase] = round(now - self._marked_at, 2)
+        self._marked_at = now
 
     def _make_args(self) -> Namespace:
         from vllm.entrypoints.launchers.cli_args import make_arg_parser

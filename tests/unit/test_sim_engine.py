@@ -1,0 +1,68 @@
+import asyncio
+
+import pytest
+
+from cluster.config import GeneratorConfig
+from cluster.engines.base import EngineLoad
+from cluster.engines.sim import SimEngine
+from tests import asgi
+
+CHAT = "/v1/chat/completions"
+USER = [{"role": "user", "content": "Hi"}]
+
+
+async def started(**knobs: float | int) -> SimEngine:
+    config = {"name": "m", "model": "none", "engine": "sim", "sim": knobs}
+    engine = SimEngine(GeneratorConfig.model_validate(config))
+    await engine.start()
+    return engine
+
+
+async def test_every_token_is_a_chunk_of_its_own() -> None:
+    engine = await started()
+    asked = {"messages": USER, "max_tokens": 40, "stream": True}
+    answers = await asyncio.gather(*[asgi.post(engine.app, CHAT, asked) for _ in range(20)])
+    for answer in answers:
+        assert len(answer.chunks) == 1 + 40 + 1  # the role, the tokens, [DONE]
+        assert answer.events()[-1][1] == "[DONE]"
+    texts = {"".join(c["choices"][0]["delta"]["content"] for c in a.data()) for a in answers}
+    assert len(texts) == 1
+    assert engine.load() == EngineLoad()
+    await engine.stop()
+
+
+@pytest.mark.parametrize("how", ["cancel", "disconnect"])
+async def test_who_leaves_frees_what_was_held(how: str) -> None:
+    engine = await started(decode_s_per_token=3600)
+    call = asgi.start(engine.app, "POST", CHAT, {"messages": USER, "stream": True})
+    await call.chunks(2)
+    assert engine.load().running == 1
+    assert engine.load().kv_cache_usage > 0
+    if how == "cancel":
+        await call.cancel()
+    else:
+        call.disconnect()
+        await call.done()
+    assert engine.load() == EngineLoad()
+    await engine.stop()
+
+
+async def test_no_more_run_than_may() -> None:
+    engine = await started(decode_s_per_token=3600, max_num_seqs=2)
+    calls = [asgi.start(engine.app, "POST", CHAT, {"messages": USER}) for _ in range(5)]
+    while not engine.load().running:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    assert (engine.load().running, engine.load().waiting) == (2, 3)
+    for call in calls:
+        await call.cancel()
+    await engine.stop()
+
+
+async def test_stopping_ends_what_runs_with_an_error() -> None:
+    engine = await started(decode_s_per_token=3600)
+    call = asgi.start(engine.app, "POST", CHAT, {"messages": USER})
+    while not engine.load().running:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    await engine.stop()
+    await engine.stop()
+    assert (await call.done()).status == 500
