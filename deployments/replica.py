@@ -9,8 +9,8 @@ import ray
 from cluster.engines.base import Engine
 from cluster.errors import EngineDeadError
 from cluster.gateway.pool import ReplicaInfo
-from cluster.link import LinkLoad, LinkServer
 from cluster.launch.loopback import confine_serve
+from cluster.link import LinkLoad, LinkServer
 from deployments.autoscaling import ONGOING
 from deployments.secret import link_secret
 

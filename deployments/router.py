@@ -39,7 +39,7 @@ class Router:
 
     def __serve_build_asgi_app__(self) -> GatewayApp:
         """The ASGI application that Serve runs in this replica."""
-        return GatewayApp(self._gateway)
+        return GatewayApp(self._gateway, returns_request_id=False)
 
     async def call(
         self, method: str, path: str, body: bytes, headers: Headers | None = None

@@ -6,14 +6,21 @@ from typing import Any
 from cluster.engines.base import Receive, Scope, Send
 from cluster.errors import LinkError, PayloadTooLargeError, RequestError
 from cluster.gateway.gateway import Gateway
-from cluster.gateway.messages import Request, Response, error_response, request_id
+from cluster.gateway.messages import Headers, Request, Response, error_response, request_id
 
 
 class GatewayApp:
-    """Serves a gateway over HTTP; a lifespan is accepted and does nothing."""
+    """Serves a gateway over HTTP; a lifespan is accepted and does nothing.
 
-    def __init__(self, gateway: Gateway) -> None:
+    Args:
+        gateway: What answers.
+        returns_request_id: Whether to send ``x-request-id`` back; Ray Serve's servers do it
+            themselves.
+    """
+
+    def __init__(self, gateway: Gateway, *, returns_request_id: bool = True) -> None:
         self._gateway = gateway
+        self._returns_request_id = returns_request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one connection event of ASGI."""
@@ -26,24 +33,30 @@ class GatewayApp:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = [(name.lower(), value) for name, value in scope["headers"]]
-        given = next((value for name, value in headers if name == b"x-request-id"), b"")
-        identity = request_id(given.decode("latin-1"))
+        method = scope["method"]
+        identity = ""
         try:
+            identity = request_id(_first(headers, b"x-request-id").decode("latin-1"))
             body = await _read_body(headers, receive, self._gateway.max_body_bytes)
         except RequestError as error:
-            refusal = error_response(error)
-            refusal.headers.append((b"x-request-id", identity.encode()))
-            refusal.headers.append((b"connection", b"close"))
-            await _send(refusal, scope["method"], send)
-            return
-        request = Request(
-            identity, scope["method"], scope["path"], scope["query_string"], headers, body
-        )
-        await _send(await self._gateway.respond(request), request.method, send)
+            # What is left of the body is not read, so the connection cannot be used again.
+            response = error_response(error)
+            response.headers.append((b"connection", b"close"))
+        else:
+            response = await self._gateway.respond(
+                Request(identity, method, scope["path"], scope["query_string"], headers, body)
+            )
+        if self._returns_request_id and identity:
+            response.headers.append((b"x-request-id", identity.encode()))
+        await _send(response, method, send)
 
 
-async def _read_body(headers: list[tuple[bytes, bytes]], receive: Receive, limit: int) -> bytes:
-    declared = next((value for name, value in headers if name == b"content-length"), b"0")
+def _first(headers: Headers, name: bytes) -> bytes:
+    return next((value for key, value in headers if key == name), b"")
+
+
+async def _read_body(headers: Headers, receive: Receive, limit: int) -> bytes:
+    declared = _first(headers, b"content-length")
     chunks: list[bytes] = []
     size = 0
     while True:

@@ -46,7 +46,6 @@ class Gateway:
         except Exception:
             logger.exception("%s failed", request.id)
             response = error_response(InternalError(f"Internal error; request id {request.id}"))
-        response.headers.append((b"x-request-id", request.id.encode()))
         logger.info(
             "%s %s %s -> %d after %.1f ms",
             request.id,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from uuid import uuid4
 
-from cluster.errors import RequestError
+from cluster.errors import InvalidRequestError, RequestError
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -58,10 +58,19 @@ class Response:
 
 
 def request_id(given: str | None) -> str:
-    """The caller's request id if it is safe to log and to send back, else a new one."""
-    if given and len(given) <= MAX_REQUEST_ID_CHARS and given.isascii() and given.isprintable():
-        return given
-    return uuid4().hex
+    """The caller's request id, or a new one where it gave none.
+
+    Raises:
+        InvalidRequestError: it is not fit to be logged and sent back.
+    """
+    if not given:
+        return uuid4().hex
+    if len(given) > MAX_REQUEST_ID_CHARS or not (given.isascii() and given.isprintable()):
+        raise InvalidRequestError(
+            f"x-request-id may have at most {MAX_REQUEST_ID_CHARS} printable ASCII characters",
+            param="x-request-id",
+        )
+    return given
 
 
 async def _once(chunk: bytes) -> AsyncGenerator[bytes, None]:

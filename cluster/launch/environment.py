@@ -58,7 +58,7 @@ def cluster_environment(
             # How long a router replica that is taken out stays reachable, so that HAProxy can
             # learn of it: its reload takes well under a second on one machine (Ray's 30 s are
             # for load balancers of clouds).
-            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         }
         fixed |= {
             "RAY_SERVE_ENABLE_HA_PROXY": "1",

@@ -139,12 +139,14 @@ async def test_a_request_is_relayed_and_its_answer_untouched() -> None:
         assert b"authorization" not in sent
 
 
-async def test_a_request_id_is_made_where_none_or_a_bad_one_is_given() -> None:
+async def test_a_request_id_is_made_where_none_is_given_and_a_bad_one_refused() -> None:
     async with a_world() as world:
         await world.add("gen", "gen-1")
-        for headers in ({}, {"x-request-id": "a" * 500}, {"x-request-id": "a\tb"}):
-            answer = await asgi.post(world.app, CHAT, {}, headers=headers)
-            assert len(answer.headers["x-request-id"]) == 32
+        assert len((await asgi.post(world.app, CHAT, {})).headers["x-request-id"]) == 32
+        for bad in ("a" * 500, "a\tb", "\x7f"):
+            answer = await asgi.post(world.app, CHAT, {}, headers={"x-request-id": bad})
+            assert answer.status == 400
+            assert answer.json()["error"]["param"] == "x-request-id"
 
 
 async def test_the_model_chooses_the_pool() -> None:
