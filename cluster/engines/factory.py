@@ -7,17 +7,20 @@ from cluster.config import GeneratorConfig
 from cluster.engines.base import Engine
 
 
-def resolve_model(name: str) -> Path:
-    """The directory of a model, from the model store."""
+def resolve_model(name: str) -> str:
+    """The directory of a model, or its Hugging Face id; from the model store."""
     from cluster.models import store
 
-    return Path(store.resolve(name))
+    return store.resolve(name)
 
 
 def make_generator_engine(
-    config: GeneratorConfig, resolve: Callable[[str], Path | str] = resolve_model
+    config: GeneratorConfig,
+    resolve: Callable[[str], Path | str] = resolve_model,
+    *,
+    ray_metrics: bool = False,
 ) -> Engine:
-    """The engine for ``config``, not yet started.
+    """The engine for ``config``, not yet started; ``ray_metrics`` as of ``VllmEngine``.
 
     Raises:
         ConfigError: there is no such model.
@@ -28,4 +31,4 @@ def make_generator_engine(
         return SimEngine(config)
     from cluster.engines.vllm import VllmEngine
 
-    return VllmEngine(config, str(resolve(config.model)))
+    return VllmEngine(config, str(resolve(config.model)), ray_metrics=ray_metrics)
