@@ -16,7 +16,7 @@ from collections.abc import Coroutine
 from multiprocessing.connection import Connection
 from typing import Any
 
-from cluster.engines.base import Message, Receive, Scope, Send
+from cluster.asgi import Message, Receive, Scope, Send
 from cluster.link import LinkClient, LinkServer, RequestHead
 
 SECRET = b"benchmark"

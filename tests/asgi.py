@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.engines.base import ASGIApp, Message
+from cluster.asgi import ASGIApp, Message
 
 
 @dataclass

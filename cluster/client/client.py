@@ -52,7 +52,7 @@ class Tandem:
         from ray.serve.exceptions import RayServeException
 
         if not ray.is_initialized():
-            ray.init(address=self._address, logging_level="WARNING")
+            ray.init(address=self._address, logging_level="WARNING", log_to_driver=False)
         try:
             return serve.get_app_handle(self._app)
         except RayServeException as error:

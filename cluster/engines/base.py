@@ -4,15 +4,10 @@ A replica owns one engine and knows it through this protocol alone, so vLLM, the
 engine and the encoder are interchangeable above it.
 """
 
-from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+from cluster.asgi import ASGIApp
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ What they do heed is a client that leaves, so a cancel is told to them as that.
 
 import asyncio
 
-from cluster.engines.base import ASGIApp, Message, Receive, Scope, Send
+from cluster.asgi import ASGIApp, Message, Receive, Scope, Send
 
 LEAVE_TIMEOUT_S = 5.0
 _ASGI = {"version": "3.0", "spec_version": "2.3"}

@@ -19,9 +19,10 @@ from typing import Any
 
 import psutil
 
+from cluster.asgi import ASGIApp
 from cluster.config import GeneratorConfig
 from cluster.engines import vllm_args
-from cluster.engines.base import ASGIApp, EngineLoad
+from cluster.engines.base import EngineLoad
 from cluster.engines.leave import CancelAsLeave
 from cluster.errors import ConfigError, EngineDeadError
 

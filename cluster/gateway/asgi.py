@@ -3,7 +3,7 @@
 from contextlib import aclosing
 from typing import Any
 
-from cluster.engines.base import Receive, Scope, Send
+from cluster.asgi import Receive, Scope, Send
 from cluster.errors import LinkError, PayloadTooLargeError, RequestError
 from cluster.gateway.gateway import Gateway
 from cluster.gateway.messages import Headers, Request, Response, error_response, request_id

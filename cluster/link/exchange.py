@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
 
-from cluster.engines.base import Message, Scope
+from cluster.asgi import Message, Scope
 from cluster.errors import LinkClosedError, LinkProtocolError, RequestError
 from cluster.link.connection import Connection
 from cluster.link.flow import SendSide, Signal

@@ -11,7 +11,7 @@ from functools import partial
 from ssl import SSLContext
 from typing import NamedTuple
 
-from cluster.engines.base import ASGIApp, Scope
+from cluster.asgi import ASGIApp, Scope
 from cluster.errors import LinkAuthError, LinkError, LinkProtocolError
 from cluster.link.connection import Connection, LinkOptions
 from cluster.link.exchange import Exchange

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 import uvloop
 
-from cluster.engines.base import ASGIApp, Message, Receive, Scope, Send
+from cluster.asgi import ASGIApp, Message, Receive, Scope, Send
 from cluster.link import (
     TOKEN_IDS,
     LinkClient,

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from cluster.asgi import Message, Receive, Scope, Send
 from cluster.config import parse
-from cluster.engines.base import Message, Receive, Scope, Send
 from cluster.gateway import Gateway, GatewayApp, ReplicaInfo
 from cluster.link import LinkServer
 from tests import asgi

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from cluster.engines.base import Message, Receive, Scope, Send
+from cluster.asgi import Message, Receive, Scope, Send
 from cluster.errors import InternalError, InvalidRequestError, LinkClosedError, UnavailableError
 from cluster.link import LinkLoad, LinkOptions, LinkServer, RequestHead
 from tests.serve.link_kit import (

@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from cluster.engines.base import Receive, Scope, Send
+from cluster.asgi import Receive, Scope, Send
 from cluster.engines.leave import CancelAsLeave
 from tests import asgi
 

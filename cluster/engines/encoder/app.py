@@ -7,8 +7,8 @@ state of requests. Whoever drives it cancels the task when the client leaves.
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 
+from cluster.asgi import Receive, Scope, Send
 from cluster.config import ClassifierConfig, ClassifierTask
-from cluster.engines.base import Receive, Scope, Send
 from cluster.engines.encoder import replies, schema
 from cluster.engines.encoder.jobs import Timings, TokenIds
 from cluster.engines.encoder.service import EncoderService

@@ -1,7 +1,8 @@
 """The encoder engine as a replica sees it: the ``Engine`` protocol around the service."""
 
+from cluster.asgi import ASGIApp
 from cluster.config import ClassifierConfig
-from cluster.engines.base import ASGIApp, EngineLoad
+from cluster.engines.base import EngineLoad
 from cluster.engines.encoder.app import ROUTES, EncoderApp
 from cluster.engines.encoder.service import EncoderCounts, EncoderService
 from cluster.errors import UnavailableError

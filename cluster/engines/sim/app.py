@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from cluster.engines.base import Receive, Scope, Send
+from cluster.asgi import Receive, Scope, Send
 from cluster.engines.sim import anthropic, openai, responses
 from cluster.engines.sim.generation import GenerationError
 from cluster.engines.sim.http import Exchange, Host, read_body

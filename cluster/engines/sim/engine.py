@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
+from cluster.asgi import ASGIApp
 from cluster.config import GeneratorConfig
-from cluster.engines.base import ASGIApp, EngineLoad
+from cluster.engines.base import EngineLoad
 from cluster.engines.sim.app import SimApp
 from cluster.engines.sim.generation import DEAD, Generation, GenerationError
 from cluster.engines.sim.scheduler import Scheduler

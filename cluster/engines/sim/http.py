@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from cluster.asgi import Receive, Scope, Send
 from cluster.config import GeneratorConfig
-from cluster.engines.base import Receive, Scope, Send
 from cluster.engines.sim.generation import Generation
 from cluster.engines.sim.wire import dumps, random_id
 
