@@ -37,7 +37,10 @@ class Busy:
         advice = "end it"
         if self.process is not None:
             owner = f"process {self.process.pid} ({processes.command(self.process)})"
-            if self.process.name() == "gcs_server":
+            if home := processes.environment_of(self.process.pid).get(processes.HOME):
+                owner = f"another Tandem cluster, {owner},"
+                advice = f"end that with `TANDEM_HOME={home} tandem down`"
+            elif self.process.name() == "gcs_server":
                 owner = f"a Ray that tandem did not start, {owner},"
                 advice = "end that with `ray stop`"
         return (
