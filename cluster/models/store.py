@@ -92,7 +92,7 @@ CATALOGUE: Mapping[str, DefaultModel] = MappingProxyType(
                 name="smollm2-135m-instruct",
                 kind="generator",
                 description="SmolLM2-135M-Instruct, a small chat model (Apache-2.0)",
-                recipe="1",
+                recipe="2",
                 builder=_build_smollm2,
             ),
             DefaultModel(
