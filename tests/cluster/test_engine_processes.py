@@ -15,7 +15,6 @@ from cluster.config import GeneratorConfig
 from cluster.engines.factory import make_generator_engine
 from cluster.models import store
 from tests import asgi
-from tests.cluster.tiny_llama import make_tiny_llama
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.filterwarnings("default")]
 
@@ -31,7 +30,7 @@ REPLICA = """
         )
         await make_generator_engine(config).start()
         children = psutil.Process().children(recursive=True)
-        print(*[child.pid for child in children], flush=True)
+        print("PROCESSES", *[child.pid for child in children], flush=True)
         await asyncio.sleep(600)
 
     if __name__ == "__main__":
@@ -42,8 +41,30 @@ REPLICA = """
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tiny")
-    make_tiny_llama(directory, store.resolve("smollm2-135m-instruct"))
+    make_llama(directory)
     return directory
+
+
+def make_llama(directory: Path) -> None:
+    """Random weights; its heads can be divided by two, and are of a size that vLLM's CPUs take."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(store.resolve("smollm2-135m-instruct"))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
 
 
 def make_config(model: Path, **fields: Any) -> GeneratorConfig:
@@ -80,18 +101,15 @@ async def test_two_workers_answer_as_one(tiny: Path) -> None:
 def test_no_process_outlives_a_killed_replica(tiny: Path, tmp_path: Path) -> None:
     script = tmp_path / "replica.py"
     script.write_text(textwrap.dedent(REPLICA))
-    log = (tmp_path / "log").open("w+")
-    replica = subprocess.Popen(
-        [sys.executable, script, tiny], stdout=subprocess.PIPE, stderr=log, text=True
-    )
-    try:
+    command = [sys.executable, script, tiny]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as replica:
         assert replica.stdout is not None
-        pids = [int(pid) for pid in replica.stdout.readline().split()]
-        assert len(pids) >= 3, (tmp_path / "log").read_text()
-    finally:
+        lines = iter(replica.stdout.readline, "")
+        found = next((line for line in lines if line.startswith("PROCESSES")), "")
         replica.kill()
-        replica.wait()
-        log.close()
+    pids = [int(pid) for pid in found.split()[1:]]
+    assert len(pids) >= 3  # the engine's process and two workers
     deadline = time.monotonic() + 5
     while alive := [pid for pid in pids if is_alive(pid)]:
         assert time.monotonic() < deadline, alive
