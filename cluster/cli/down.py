@@ -18,8 +18,6 @@ def describe(stopped: Stopped | None) -> str:
     """One line on what ``stop`` did."""
     if stopped is None:
         return "nothing runs"
-    ended = stopped.ended
+    number = stopped.ended.terminated + stopped.ended.killed
     requests = "every request finished" if stopped.drained else "requests were not waited for"
-    killed = f", {ended.killed} of them by force" if ended.killed else ""
-    number = ended.terminated + ended.killed
-    return f"ended {number} processes{killed} in {stopped.seconds:.1f} s; {requests}"
+    return f"ended {number} processes in {stopped.seconds:.1f} s; {requests}"

@@ -1,0 +1,197 @@
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from cluster import config_file
+from cluster.cli import main
+from cluster.cli.app import app
+from cluster.cli.down import describe
+from cluster.cli.recipes import recipes
+from cluster.config import TandemConfig, parse
+from cluster.launch import state
+from cluster.launch.processes import Ended
+from cluster.launch.stop import Stopped
+
+CONFIG = {
+    "applications": [
+        {
+            "name": "tandem",
+            "import_path": "deployments.app:build",
+            "args": {
+                "generators": [{"name": "gen", "model": "m", "engine": "sim"}],
+                "classifiers": [{"name": "cls", "model": "m"}],
+            },
+        }
+    ]
+}
+
+
+@pytest.fixture(autouse=True)
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TANDEM_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("TANDEM_DEBUG", raising=False)
+    monkeypatch.setattr(config_file, "_check_serve_level", lambda config: None)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    return str(path)
+
+
+def run(*args: str) -> Any:
+    return CliRunner().invoke(app, args)
+
+
+def test_help_lists_the_commands_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['tandem', '--help']; from cluster.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'ray', 'torch', 'vllm', 'httpx', 'pydantic', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    began = time.monotonic()
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert time.monotonic() - began < 20
+    for command in ("up", "down", "status", "models", "chat", "classify", "config"):
+        assert f"  {command} " in ran.stdout
+
+
+def test_version() -> None:
+    assert run("--version").stdout.startswith("tandem 0.")
+
+
+def test_wrong_usage_is_exit_code_2() -> None:
+    assert run("up", "--sett", "x").exit_code == 2
+    assert run("classify").exit_code == 2
+
+
+def test_config_check_says_what_is_served(config: str) -> None:
+    done = run("config", "check", "--config", config)
+    assert done.exit_code == 0
+    assert "it serves gen, cls" in done.stdout
+
+
+def test_config_show_fills_in_defaults_and_overrides(config: str) -> None:
+    args = ("config", "show", "--config", config, "--set", "router.max_queued=7")
+    shown = yaml.safe_load(run(*args).stdout)
+    assert shown["router"]["max_queued"] == 7
+    assert shown["generators"][0]["max_ongoing"] == 256
+    assert json.loads(run(*args, "--json").stdout) == shown
+
+
+def test_what_is_shown_can_be_read_again(config: str) -> None:
+    shown = yaml.safe_load(run("config", "show", "--config", config).stdout)
+    assert parse(shown) == parse(CONFIG["applications"][0]["args"])
+
+
+def test_an_error_is_one_red_line_on_stderr(
+    config: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["tandem", "config", "check", "--config", config, "--set", "x=1"]
+    )
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("error: --set x=1: no 'x'; allowed: generators, classifiers, router")
+    assert err.count("\n") == 1
+
+
+def test_a_defect_is_one_line_too_unless_debugging(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*args: object, **options: object) -> None:
+        raise ZeroDivisionError("two\nlines")
+
+    monkeypatch.setattr("cluster.cli.status.run", broken)
+    monkeypatch.setattr(sys, "argv", ["tandem", "status"])
+    with pytest.raises(SystemExit):
+        main()
+    line = "error: ZeroDivisionError: two lines (TANDEM_DEBUG=1 shows where)\n"
+    assert capfd.readouterr().err == line
+    monkeypatch.setenv("TANDEM_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        main()
+
+
+def test_nothing_running_is_an_answer() -> None:
+    assert run("status").stdout == "nothing runs\n"
+    assert json.loads(run("status", "--json").stdout) == {"running": False}
+    assert run("down").stdout == "nothing runs\n"
+
+
+def test_down_says_how_it_went() -> None:
+    assert describe(None) == "nothing runs"
+    stopped = Stopped(drained=True, ended=Ended(terminated=5, killed=1), seconds=2.0)
+    assert describe(stopped) == "ended 6 processes in 2.0 s; every request finished"
+
+
+def test_models_list_knows_the_defaults() -> None:
+    rows = json.loads(run("models", "list", "--json").stdout)
+    assert {row["name"] for row in rows} == {"smollm2-135m-instruct", "sentiment-minilm"}
+    assert not any(row["built"] for row in rows)
+    assert "sentiment-minilm" in run("models", "list").stdout
+
+
+def test_models_build_refuses_unknown_names() -> None:
+    done = run("models", "build", "gpt")
+    assert done.exit_code == 1
+    assert "'gpt'" in str(done.exception)
+
+
+def commands(config: TandemConfig) -> dict[str, str]:
+    return dict(recipes(config, "http://127.0.0.1:8000"))
+
+
+def test_there_is_a_command_for_each_thing_that_is_configured() -> None:
+    found = commands(parse(CONFIG["applications"][0]["args"]))
+    for path in (
+        "/v1/models",
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/tokenize",
+        "/classify",
+        "/v1/embeddings",
+    ):
+        assert any(f"http://127.0.0.1:8000{path}" in command for command in found.values()), path
+    assert '"model": "gen"' in found["chat"]
+    assert '"model": "cls"' in found["classify"]
+    assert "from cluster.client import Tandem" in found["from Python, in any Ray job"]
+
+
+def test_what_is_not_configured_has_no_command() -> None:
+    found = commands(parse({"classifiers": [{"name": "c", "model": "m", "tasks": ["embed"]}]}))
+    assert set(found) == {"the models", "embeddings", "from Python, in any Ray job"}
+
+
+def test_commands_carry_the_key_where_one_is_needed() -> None:
+    args = {"classifiers": [{"name": "c", "model": "m"}], "router": {"api_keys_sha256": ["0" * 64]}}
+    assert all(
+        "$TANDEM_API_KEY" in c for n, c in commands(parse(args)).items() if "Python" not in n
+    )
+
+
+def test_the_running_clusters_address_is_the_default(tmp_path: Path) -> None:
+    from cluster.cli.paths import router_url
+
+    assert router_url(None) == "http://127.0.0.1:8000"
+    state.save(
+        tmp_path / "home",
+        state.ClusterState("id", "tandem", "http://127.0.0.1:8123", "", "", "", 0.0),
+    )
+    assert router_url(None) == "http://127.0.0.1:8123"
+    assert router_url("http://there/") == "http://there"

@@ -1,0 +1,58 @@
+from typing import Any
+
+import pytest
+
+from cluster.config import parse
+from cluster.errors import ConfigError
+
+
+def generator(**fields: Any) -> dict[str, Any]:
+    return {"generators": [{"name": "g", "model": "m", **fields}]}
+
+
+def test_defaults_are_filled_in() -> None:
+    config = parse(generator(kv_cache_memory_bytes="512MiB"))
+    (found,) = config.generators
+    assert found.engine == "vllm"
+    assert found.kv_cache_memory_bytes == 512 * 2**20
+    assert (found.replicas.min, found.replicas.max) == (1, 1)
+    assert config.router.api_keys_sha256 == ()
+
+
+def test_it_is_frozen() -> None:
+    config = parse(generator())
+    with pytest.raises(Exception, match="frozen"):
+        config.router.max_queued = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({}, ["args", "at least one generator or classifier"]),
+        (generator(engine="vlm"), ["generators.0.engine", "'vlm'", "'vllm' or 'sim'"]),
+        (generator(tensor_parallel_size=0), ["tensor_parallel_size", "got 0", "1"]),
+        (generator(max_len=1), ["max_len: no such field", "did you mean 'max_model_len'"]),
+        (generator(name="a b"), ["generators.0.name", "'a b'"]),
+        (generator(replicas={"min": 2, "max": 1}), ["replicas", "max must be at least min (2)"]),
+        (generator(replicas={"mni": 2}), ["generators.0.replicas.mni", "did you mean 'min'"]),
+        (generator(kv_cache_memory_bytes="lots"), ["kv_cache_memory_bytes", "'lots'"]),
+        ({"generators": [{"name": "g"}]}, ["generators.0.model", "missing"]),
+        ({"generators": "g"}, ["generators", "'g'"]),
+        ({**generator(), "router": {"max_queued": -1}}, ["router.max_queued", "got -1", "0"]),
+        ({**generator(), "router": {"api_keys_sha256": ["secret"]}}, ["api_keys_sha256.0"]),
+        ({**generator(), "rooter": {}}, ["rooter: no such field", "did you mean 'router'"]),
+        ({**generator(), "cluster": {"ray_port": 80}}, ["cluster.ray_port", "got 80", "1024"]),
+        (
+            {**generator(), "classifiers": [{"name": "g", "model": "m"}]},
+            ["each name may stand once", "['g']"],
+        ),
+    ],
+)
+def test_a_wrong_value_gives_one_line_with_field_value_and_what_is_allowed(
+    args: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(args)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [word for word in words if word not in message] == []

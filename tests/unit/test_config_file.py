@@ -1,0 +1,146 @@
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster import config_file
+from cluster.config_file import load
+from cluster.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def without_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve's own schema takes seconds to import; tests/cluster has it."""
+    monkeypatch.setattr(config_file, "_check_serve_level", lambda config: None)
+
+
+def write(directory: Path, **changes: Any) -> Path:
+    application = {
+        "name": "tandem",
+        "route_prefix": "/",
+        "import_path": "deployments.app:build",
+        "args": {
+            "generators": [
+                {"name": "one", "model": "m", "engine": "sim"},
+                {"name": "v1.5", "model": "m", "engine": "sim"},
+            ]
+        },
+    }
+    path = directory / "config.yaml"
+    path.write_text(yaml.safe_dump({"applications": [application], **changes}))
+    return path
+
+
+def test_the_config_that_is_shipped_is_valid() -> None:
+    loaded = load(ROOT / "ray-config.yaml")
+    assert (loaded.application, loaded.http_host, loaded.http_port) == (
+        "tandem",
+        "127.0.0.1",
+        8000,
+    )
+    pools = [*loaded.config.generators, *loaded.config.classifiers]
+    assert [pool.name for pool in pools] == ["smollm2", "sentiment"]
+
+
+def test_two_cpus_hold_a_second_replica_of_everything() -> None:
+    config = load(ROOT / "ray-config.yaml").config
+    parts = [*config.generators, *config.classifiers, config.router]
+    assert all(part.replicas.max == 2 for part in parts)
+    assert sum(part.replicas.max * part.resources.cpus for part in parts) <= 2
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("router.max_queued=7", lambda c: c.config.router.max_queued == 7),
+        ("generators.one.replicas.max=4", lambda c: c.config.generators[0].replicas.max == 4),
+        ("generators.1.replicas={max: 3}", lambda c: c.config.generators[1].replicas.max == 3),
+        ("generators.one.sim.seed=5", lambda c: c.config.generators[0].sim.seed == 5),
+        (
+            "generators.one.engine_args.x.y=[1]",
+            lambda c: c.config.generators[0].engine_args == {"x": {"y": [1]}},
+        ),
+        ("generators.0.resources.custom.tpu=1", lambda c: c.config.generators[0].resources.custom),
+        ("generators.one.dtype=float32", lambda c: c.config.generators[0].dtype == "float32"),
+        ("generators=[{name: z, model: m}]", lambda c: c.config.generators[0].name == "z"),
+        ("http_options.port=8001", lambda c: c.http_port == 8001),
+        ("http_options.host=::1", lambda c: c.http_host == "::1"),
+    ],
+)
+def test_set_changes_one_value(tmp_path: Path, override: str, read: Any) -> None:
+    assert read(load(write(tmp_path), [override]))
+
+
+def test_a_later_set_wins_and_what_serve_gets_has_it_too(tmp_path: Path) -> None:
+    loaded = load(write(tmp_path), ["router.max_queued=7", "router.max_queued=8"])
+    assert loaded.serve_config["applications"][0]["args"]["router"] == {"max_queued": 8}
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("rooter.max_queued=1", ["'rooter'", "did you mean 'router'"]),
+        ("router.max_queue=1", ["'max_queue'", "did you mean 'max_queued'"]),
+        ("generators.two.model=x", ["'two'", "allowed: one, v1.5"]),
+        ("generators.7.model=x", ["'7'", "allowed: one, v1.5"]),
+        ("generators.one.model.x=1", ["model holds 'm'"]),
+        ("http_options.prot=1", ["'prot'", "did you mean 'port'"]),
+        ("http_options.port=99999", ["http_options.port", "99999", "1 to 65535"]),
+        ("http_options.port=http", ["http_options.port", "'http'", "1 to 65535"]),
+        ("router.max_queued", ["path=value"]),
+        ("=1", ["path=value"]),
+        ("router.=1", ["path=value"]),
+        ("router=[", ["'['", "not valid YAML"]),
+        ("router.max_queued=many", ["router.max_queued", "'many'"]),
+        ("http_options.host=0.0.0.0", ["'0.0.0.0'", "API keys", "router.api_keys_sha256"]),
+        ("http_options.host=example.org", ["'example.org'", "API keys"]),
+    ],
+)
+def test_a_wrong_set_gives_one_line(tmp_path: Path, override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(write(tmp_path), [override])
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [word for word in words if word not in message] == []
+
+
+def test_another_address_is_fine_with_an_api_key(tmp_path: Path) -> None:
+    digest = hashlib.sha256(b"key").hexdigest()
+    overrides = ["http_options.host=0.0.0.0", f"router.api_keys_sha256=[{digest}]"]
+    assert load(write(tmp_path), overrides).http_host == "0.0.0.0"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [1\nb: 2", ["line 2", "not valid YAML"]),
+        ("\tx: 1", ["line 1", "not valid YAML"]),
+        ("- 1", ["a mapping", "list"]),
+        ("", ["a mapping", "NoneType"]),
+        ("applications: 3", ["a list of applications"]),
+        ("applications: []", ["one with import_path 'deployments.app:build'", "0 are there"]),
+    ],
+)
+def test_a_broken_file_gives_one_line(tmp_path: Path, text: str, words: list[str]) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    message = str(caught.value)
+    assert message.startswith(str(path))
+    assert "\n" not in message
+    assert [word for word in words if word not in message] == []
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such file"):
+        load(tmp_path / "nowhere.yaml")
+
+
+def test_a_directory_is_no_config(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load(tmp_path)

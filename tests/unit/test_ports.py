@@ -1,0 +1,78 @@
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from cluster.config import ClusterConfig
+from cluster.launch import ports, processes
+from cluster.launch.ports import Port
+
+LISTEN = (
+    "import socket, time; s = socket.create_server(('127.0.0.1', 0)); "
+    "print(s.getsockname()[1], flush=True); time.sleep(600)"
+)
+
+
+@pytest.fixture
+def listener(
+    request: pytest.FixtureRequest,
+) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    variables = getattr(request, "param", {})
+    process = subprocess.Popen(
+        [sys.executable, "-c", LISTEN], env={**os.environ, **variables}, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    yield process, int(process.stdout.readline())
+    process.kill()
+    process.communicate()
+
+
+def port(number: int) -> Port:
+    return Port(number, "HTTP", "--set http_options.port=…")
+
+
+def test_a_busy_port_says_who_has_it_and_what_to_do(
+    listener: tuple[subprocess.Popen[bytes], int],
+) -> None:
+    process, number = listener
+    (busy,) = ports.busy([port(number)])
+    message = str(busy)
+    assert f"port {number} (HTTP)" in message
+    assert f"process {process.pid} ({sys.executable} -c import socket" in message
+    assert "--set http_options.port=…" in message
+
+
+@pytest.mark.parametrize(
+    "listener",
+    [{processes.CLUSTER_ID: "x", processes.HOME: "/elsewhere"}],
+    indirect=True,
+)
+def test_another_tandem_cluster_is_named(listener: tuple[subprocess.Popen[bytes], int]) -> None:
+    (busy,) = ports.busy([port(listener[1])])
+    assert "another Tandem cluster" in str(busy)
+    assert "TANDEM_HOME=/elsewhere tandem down" in str(busy)
+
+
+def test_a_free_port_is_free_also_just_after_its_use() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        number = server.getsockname()[1]
+        client = socket.create_connection(("127.0.0.1", number))
+        server.accept()[0].close()  # leaves a connection in TIME_WAIT
+        client.close()
+    assert ports.busy([port(number)]) == []
+
+
+def test_a_process_that_cannot_be_seen_is_another_users() -> None:
+    assert "a process of another user" in str(ports.Busy(port(1), None))
+
+
+def test_haproxys_ports_are_needed_only_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_STATS_PORT", "18404")
+    config = ClusterConfig(ray_port=16379, dashboard_port=18265)
+    with_it = {p.number for p in ports.needed(config, "127.0.0.1", 18000, haproxy=True)}
+    without = {p.number for p in ports.needed(config, "127.0.0.1", 18000, haproxy=False)}
+    assert without == {18000, 16379, 18265}
+    assert with_it - without == {8500, 18404, 9101}

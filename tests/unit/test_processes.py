@@ -1,0 +1,113 @@
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.launch import processes
+from cluster.launch.processes import Ended
+
+Spawn = Callable[..., subprocess.Popen[bytes]]
+READY = "print('ready', flush=True); "
+SLEEP = READY + "import time; time.sleep(600)"
+STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + SLEEP
+
+
+@pytest.fixture
+def spawn() -> Iterator[Spawn]:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(code: str = SLEEP, **variables: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**os.environ, **variables},
+            stdout=subprocess.PIPE,
+        )
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def mark(home: Path, cluster_id: str = "id") -> dict[str, str]:
+    return {processes.CLUSTER_ID: cluster_id, processes.HOME: str(home)}
+
+
+def found(home: Path) -> set[int]:
+    return {owned.process.pid for owned in processes.find(home)}
+
+
+def test_processes_are_found_by_mark_and_home(tmp_path: Path, spawn: Spawn) -> None:
+    ours = spawn(**mark(tmp_path))
+    spawn()  # no mark
+    spawn(**mark(tmp_path / "other"))
+    spawn(**{processes.HOME: str(tmp_path)})
+    assert found(tmp_path) == {ours.pid}
+    (owned,) = processes.find(tmp_path)
+    assert owned.cluster_id == "id"
+    assert not processes.has_head([owned])
+
+
+def test_a_grandchild_is_found_when_its_parent_is_gone(tmp_path: Path, spawn: Spawn) -> None:
+    code = (
+        "import subprocess, sys; "
+        f"p = subprocess.Popen([sys.executable, '-c', {SLEEP!r}], stdout=subprocess.PIPE, "
+        "start_new_session=True); p.stdout.readline(); " + SLEEP
+    )
+    parent = spawn(code, **mark(tmp_path))
+    assert len(found(tmp_path)) == 2
+    parent.kill()
+    parent.wait()
+    (orphan,) = found(tmp_path)
+    assert processes.end(tmp_path, grace_s=5) == Ended(terminated=1, killed=0)
+    assert found(tmp_path) == set()
+    assert orphan != parent.pid
+
+
+def test_all_are_ended_and_nothing_else(tmp_path: Path, spawn: Spawn) -> None:
+    for number in range(3):
+        spawn(**mark(tmp_path, f"cluster-{number}"))  # an earlier start's too
+    decoys = [spawn(), spawn(**mark(tmp_path / "other"))]
+    assert processes.end(tmp_path, grace_s=5) == Ended(terminated=3, killed=0)
+    assert [decoy.poll() for decoy in decoys] == [None, None]
+
+
+def test_who_ignores_sigterm_is_killed(tmp_path: Path, spawn: Spawn) -> None:
+    stubborn = spawn(STUBBORN, **mark(tmp_path))
+    assert processes.end(tmp_path, grace_s=0.2) == Ended(terminated=0, killed=1)
+    assert stubborn.wait() == -signal.SIGKILL
+
+
+def test_who_is_stopped_is_ended(tmp_path: Path, spawn: Spawn) -> None:
+    stopped = spawn(**mark(tmp_path))
+    stopped.send_signal(signal.SIGSTOP)
+    assert processes.end(tmp_path, grace_s=0.2).killed == 1
+
+
+def test_the_caller_and_its_parents_are_spared(tmp_path: Path, spawn: Spawn) -> None:
+    code = (
+        "from pathlib import Path; from cluster.launch import processes; "
+        f"print(len(processes.find(Path({str(tmp_path)!r}))), flush=True); " + SLEEP
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, **mark(tmp_path)},
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"0\n"
+    process.kill()
+    process.communicate()
+
+
+def test_nothing_is_nothing(tmp_path: Path) -> None:
+    assert processes.find(tmp_path) == []
+    assert processes.end(tmp_path, grace_s=1) == Ended(terminated=0, killed=0)
