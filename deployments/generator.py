@@ -1,8 +1,7 @@
 """A generator replica: one language-model engine (vLLM or the simulated one) behind a link."""
 
-from cluster.engines.factory import make_generator_engine
-
 from cluster.config import GeneratorConfig
+from cluster.engines.factory import make_generator_engine
 from deployments.replica import EngineReplica
 
 
