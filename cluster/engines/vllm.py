@@ -77,6 +77,7 @@ class VllmEngine:
         self._app: Any = None
         self._asgi: ASGIApp
         self._scheduler_stats: Any = None
+        self._sockets: Any = None
         self._log_task: asyncio.Task[None] | None = None
         self._keeper: threading.Thread | None = None
         self._stopping = threading.Event()
@@ -152,6 +153,9 @@ class VllmEngine:
                 await self._log_task
         if self._keeper is not None:
             await asyncio.to_thread(self._keeper.join)
+        if self._sockets is not None:
+            await asyncio.sleep(0)  # vLLM closes its sockets in the loop, and leaves their context
+            self._sockets.destroy(linger=0)
         self._environment.restore()
 
     def _keep(
@@ -169,6 +173,7 @@ class VllmEngine:
         except BaseException as error:  # handed to ``start``, which raises it
             self._answer(loop, ready.set_exception, error)
             return
+        self._sockets = llm.engine_core.resources.ctx
         processes = _processes_of(llm)
         self._answer(loop, ready.set_result, (llm, args))
         self._stopping.wait()
