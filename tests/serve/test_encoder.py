@@ -1,6 +1,7 @@
 import asyncio
 import base64
 import json
+import threading
 
 import httpx
 import numpy as np
@@ -23,6 +24,8 @@ from transformers import (
 from cluster.config import ClassifierConfig
 from cluster.engines.encoder import make_encoder_engine
 from cluster.engines.encoder.engine import EncoderEngine
+from cluster.engines.encoder.model import TransformersModel
+from cluster.engines.encoder.packed_bert import PackedBert
 from cluster.errors import (
     ConfigError,
     EngineDeadError,
@@ -76,6 +79,15 @@ def bert(**changes):
     torch.manual_seed(1)
     config = BertConfig(**SIZES, max_position_embeddings=40, pad_token_id=0, **LABELS, **changes)
     return BertForSequenceClassification(config)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny models gain nothing from more, and lose much where other processes want the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -140,24 +152,31 @@ def expected(network, texts):
 TEXTS = ["good film", "", "the plot was dull", "unknown words", "a " * 20, "good\x00\x07 film", "é"]
 
 
-def gate(engine):
-    """Let the model wait before each batch until the returned semaphore is released."""
-    import threading
+@pytest.fixture
+def gate():
+    """``gate(engine)`` lets the model wait before each batch until it is released."""
+    semaphores = []
 
-    semaphore = threading.Semaphore(0)
-    model = engine.service.model.model
-    plain = model.run
+    def close(engine):
+        semaphore = threading.Semaphore(0)
+        semaphores.append(semaphore)
+        model = engine.service.model.model
+        plain = model.run
 
-    def run(task, ids):
-        semaphore.acquire()
-        return plain(task, ids)
+        def run(task, ids):
+            semaphore.acquire()
+            return plain(task, ids)
 
-    model.run = run
-    return semaphore
+        model.run = run
+        return semaphore
+
+    yield close
+    for semaphore in semaphores:  # a test that failed must not leave the model waiting
+        semaphore.release(1000)
 
 
 async def until(condition):
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
@@ -330,7 +349,7 @@ async def test_single_texts_do_not_wait_for_a_large_request(engine):
     assert (await large).rows.shape == (4096, 3)
 
 
-async def test_a_client_that_leaves_is_skipped_and_counted(engine):
+async def test_a_client_that_leaves_is_skipped_and_counted(engine, gate):
     release = gate(engine)
     first = asyncio.create_task(engine.service.encode("classify", ["good"]))
     await until(lambda: engine.load().running)
@@ -340,7 +359,7 @@ async def test_a_client_that_leaves_is_skipped_and_counted(engine):
     gone.cancel()
     with pytest.raises(asyncio.CancelledError):
         await gone
-    assert engine.counts().skipped_texts == 100
+    await until(lambda: engine.counts().skipped_texts == 100)
     assert engine.service._queue.queued_tokens == 0
     release.release(10)
     await first
@@ -348,7 +367,7 @@ async def test_a_client_that_leaves_is_skipped_and_counted(engine):
     assert (await engine.service.encode("classify", ["good"])).rows.shape == (1, 3)
 
 
-async def test_a_full_queue_refuses_at_once(model_path):
+async def test_a_full_queue_refuses_at_once(model_path, gate):
     async with running(config(max_queued_tokens=100), model_path) as engine:
         release = gate(engine)
         first = asyncio.create_task(engine.service.encode("classify", ["good"]))
@@ -368,7 +387,7 @@ async def test_a_full_queue_refuses_at_once(model_path):
         assert engine.service._queue.queued_tokens == 0
 
 
-async def test_stop_ends_what_is_open_and_refuses_more(model_path):
+async def test_stop_ends_what_is_open_and_refuses_more(model_path, gate):
     engine = EncoderEngine(config(), model_path)
     await engine.start()
     release = gate(engine)
@@ -465,6 +484,32 @@ async def test_other_architectures(tmp_path, make, limit):
     np.testing.assert_allclose(classified.rows, scores, atol=1e-5)
     np.testing.assert_allclose(embedded.rows, vectors, atol=1e-5)
     assert longest.num_tokens == limit
+
+
+RAGGED = st.lists(st.integers(1, 40), min_size=1, max_size=20).map(sorted)
+
+
+@given(lengths=RAGGED, seed=st.integers(0, 99), task=st.sampled_from(["classify", "embed"]))
+@settings(max_examples=50, deadline=None)
+def test_packed_and_padded_agree(network, lengths, seed, task):
+    random = np.random.default_rng(seed)
+    ids = [random.integers(0, SIZES["vocab_size"], length) for length in lengths]
+    packed = PackedBert(network).run(task, ids)
+    padded = TransformersModel(network, pad_id=0).run(task, ids)
+    np.testing.assert_allclose(packed, padded, atol=1e-5)
+
+
+def test_only_plain_bert_is_packed(network):
+    assert PackedBert.supports(network)
+    assert PackedBert.supports(network.base_model)
+    assert not PackedBert.supports(roberta())
+    assert not PackedBert.supports(distilbert())
+
+
+async def test_bfloat16_is_near(model_path, network):
+    async with running(config(dtype="bfloat16"), model_path) as engine:
+        encoded = await engine.service.encode("classify", TEXTS)
+    np.testing.assert_allclose(encoded.rows, expected(network, TEXTS)[0], atol=0.05)
 
 
 async def test_an_encoder_alone_embeds_and_does_not_classify(tmp_path, network):

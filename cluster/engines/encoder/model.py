@@ -23,6 +23,8 @@ from cluster.batching import group_by_length
 from cluster.config import ClassifierConfig, ClassifierTask
 from cluster.engines.encoder.device import choose_device, choose_dtype
 from cluster.engines.encoder.jobs import Rows, TokenIds
+from cluster.engines.encoder.packed_bert import PackedBert
+from cluster.engines.encoder.scores import mean_pool, to_scores
 from cluster.engines.encoder.tokenizer import TextTokenizer
 from cluster.errors import ConfigError
 
@@ -70,11 +72,12 @@ def load_model(config: ClassifierConfig, path: str) -> LoadedModel:
         network = _load_network(config, path, hf_config).to(device, dtype).eval()
     except (OSError, ValueError) as error:
         raise ConfigError(f"classifiers.{config.name}: cannot load {path}: {error}") from error
-    log.info("%s: %s in %s on %s", config.name, type(network).__name__, dtype, device)
+    model = _choose_model(network, tokenizer)
+    log.info("%s: %s in %s on %s", config.name, type(model).__name__, dtype, device)
     classifies = "classify" in config.tasks
     labels = tuple(str(hf_config.id2label[i]) for i in range(hf_config.num_labels))
     return LoadedModel(
-        model=TransformersModel(network, tokenizer.pad_token_id or 0),
+        model=model,
         tokenizer=TextTokenizer(tokenizer, max_tokens_of(network, tokenizer)),
         labels=labels if classifies else (),
         vocab_size=hf_config.vocab_size,
@@ -94,6 +97,12 @@ def _load_network(config: ClassifierConfig, path: str, hf_config: Any) -> Any:
     return AutoModelForSequenceClassification.from_pretrained(path, use_safetensors=True)
 
 
+def _choose_model(network: Any, tokenizer: Any) -> EncoderModel:
+    if PackedBert.supports(network):
+        return PackedBert(network)
+    return TransformersModel(network, tokenizer.pad_token_id or 0)
+
+
 def max_tokens_of(network: Any, tokenizer: Any) -> int:
     """The longest text that both the tokenizer and the position embeddings take."""
     positions = getattr(network.config, "max_position_embeddings", None) or UNLIMITED_TOKENS
@@ -103,22 +112,6 @@ def max_tokens_of(network: Any, tokenizer: Any) -> int:
     if padding_idx is not None:  # RoBERTa counts its positions from padding_idx + 1
         positions -= padding_idx + 1
     return int(min(tokenizer.model_max_length, positions, UNLIMITED_TOKENS))
-
-
-def to_scores(logits: torch.Tensor, config: Any) -> torch.Tensor:
-    """Logits to scores by ``problem_type``, as the pipeline of transformers does."""
-    if config.problem_type == "regression":
-        return logits
-    if config.problem_type == "multi_label_classification" or config.num_labels == 1:
-        return logits.sigmoid()
-    return logits.softmax(-1)
-
-
-def mean_pool(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The unit vectors along the mean of each text's tokens: [n, length, hidden] → [n, hidden]."""
-    weights = mask.unsqueeze(-1).to(torch.float32)
-    mean = (hidden.float() * weights).sum(1) / weights.sum(1)
-    return torch.nn.functional.normalize(mean, dim=-1)
 
 
 class TransformersModel:

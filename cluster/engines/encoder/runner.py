@@ -70,9 +70,10 @@ class ModelRunner:
         self._thread = threading.Thread(target=self._run, name="tandem-model", daemon=True)
         self._thread.start()
 
-    def join(self) -> None:
-        """Wait for the thread, which ends after its batch once the queue is closed."""
-        self._thread.join()
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the thread, which ends after its batch once the queue is closed; has it?"""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:

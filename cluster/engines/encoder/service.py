@@ -28,6 +28,9 @@ from cluster.errors import (
 
 log = logging.getLogger(__name__)
 
+STOP_TIMEOUT_S = 10.0
+"""The longest wait for the batch that runs; a batch takes about a second on slow processors."""
+
 
 @dataclass(frozen=True, slots=True)
 class EncoderCounts:
@@ -144,7 +147,8 @@ class EncoderService:
         self._fail_open(error)
         if self._stage is not None:
             await asyncio.to_thread(self._stage.stop)
-        await asyncio.to_thread(self._runner.join)
+        if not await asyncio.to_thread(self._runner.join, STOP_TIMEOUT_S):
+            log.warning("the model did not end within %s s; its thread is left", STOP_TIMEOUT_S)
 
     def _hand_over(self, job: Job) -> None:
         if job.texts:
