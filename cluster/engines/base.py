@@ -31,7 +31,10 @@ class Engine(Protocol):
 
     @property
     def app(self) -> ASGIApp:
-        """The ASGI application; valid between ``start`` and ``stop``."""
+        """The ASGI application; valid between ``start`` and ``stop``.
+
+        It also serves its part of the OpenAPI document, at ``/openapi.json``.
+        """
 
     async def start(self) -> None:
         """Load the model and return when it can answer.

@@ -75,7 +75,8 @@ def make_cluster(tmp_path_factory: pytest.TempPathFactory) -> Any:
             "NO_COLOR": "1",
             "COLUMNS": "200",
         }
-        running = Running(home, env, f"http://127.0.0.1:{http}", f"127.0.0.1:{gcs}")
+        # Ray takes 127.0.0.1 for the machine's outward address, where this Ray does not listen.
+        running = Running(home, env, f"http://127.0.0.1:{http}", f"LOCALHOST:{gcs}")
         settings = [
             f"http_options.port={http}",
             f"cluster.ray_port={gcs}",

@@ -15,6 +15,7 @@ from cluster.config import GeneratorConfig
 from cluster.engines.factory import make_generator_engine
 from cluster.models import store
 from tests import asgi
+from tests.cluster.tiny_llama import make_tiny_llama
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.filterwarnings("default")]
 
@@ -41,30 +42,8 @@ REPLICA = """
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tiny")
-    make_llama(directory)
+    make_tiny_llama(directory, store.resolve("smollm2-135m-instruct"))
     return directory
-
-
-def make_llama(directory: Path) -> None:
-    """Random weights; its heads can be divided by two, and are of a size that vLLM's CPUs take."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    tokenizer = AutoTokenizer.from_pretrained(store.resolve("smollm2-135m-instruct"))
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
 
 
 def make_config(model: Path, **fields: Any) -> GeneratorConfig:

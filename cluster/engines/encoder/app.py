@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from cluster.asgi import Receive, Scope, Send
 from cluster.config import ClassifierConfig, ClassifierTask
-from cluster.engines.encoder import replies, schema
+from cluster.engines.encoder import openapi, replies, schema
 from cluster.engines.encoder.jobs import Timings, TokenIds
 from cluster.engines.encoder.service import EncoderService
 from cluster.errors import (
@@ -51,6 +51,9 @@ class EncoderApp:
         if scope["type"] != "http":
             raise ValueError(f"only HTTP is served here, not {scope['type']}")
         try:
+            if scope["path"] == openapi.PATH:
+                await _send(send, 200, replies.encode_json(openapi.document(self._answers)), {})
+                return
             body, timings = await self._answer(scope, receive)
             await _send(send, 200, body, _timing_headers(timings))
         except _ClientLeftError:
