@@ -1,6 +1,6 @@
 """The dashboard's REST interface to Ray Serve, and its answers as values.
 
-Deploys, ends and watches the applications of a cluster without importing Ray. Owns one HTTP
+Ends and watches the applications of a cluster without importing Ray. Owns one HTTP
 client.
 """
 
@@ -11,12 +11,9 @@ from typing import Any, Self
 
 import httpx
 
-from cluster.errors import StartError
-
 APPLICATIONS = "/api/serve/applications/"
-REQUEST_TIMEOUT_S = 90.0
-
-FAILED = frozenset({"DEPLOY_FAILED", "UNHEALTHY", "NOT_STARTED", "DELETING"})
+REQUEST_TIMEOUT_S = 30.0
+"""The first question takes seconds: the dashboard imports Serve for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,26 +93,6 @@ class ServeApi:
     def __exit__(self, *error: object) -> None:
         self._http.close()
 
-    def answers(self) -> bool:
-        """Whether the dashboard is up."""
-        try:
-            return self._http.get("/api/version", timeout=2.0).is_success
-        except httpx.TransportError:
-            return False
-
-    def deploy(self, config: Mapping[str, Any]) -> None:
-        """Make ``config``'s applications the goal of the cluster; starts Serve where needed.
-
-        Raises:
-            StartError: Serve refused it.
-        """
-        try:
-            response = self._http.put(APPLICATIONS, json=config)
-        except httpx.TransportError as error:
-            raise StartError(f"the dashboard does not answer: {error!r}") from None
-        if not response.is_success:
-            raise StartError(f"Serve refused the configuration: {reason(response.text)}")
-
     def shut_down(self, timeout_s: float) -> bool:
         """Let every replica finish its requests and end Serve; whether it was done in time."""
         try:
@@ -126,19 +103,20 @@ class ServeApi:
     def application(self, name: str) -> ApplicationStatus | None:
         """The application's status; None where it, or the dashboard, is not there (yet)."""
         try:
-            response = self._http.get(APPLICATIONS, timeout=10.0)
+            response = self._http.get(APPLICATIONS)
         except httpx.TransportError:
             return None
         if not response.is_success:
             return None
         found = response.json().get("applications", {}).get(name)
-        return None if found is None else _application(name, found)
+        return None if found is None else parse_application(found)
 
 
-def _application(name: str, raw: Mapping[str, Any]) -> ApplicationStatus:
+def parse_application(raw: Mapping[str, Any]) -> ApplicationStatus:
+    """An application's status as Serve's instance details hold it."""
     deployments = sorted(raw.get("deployments", {}).items(), key=lambda item: item[0] != "router")
     return ApplicationStatus(
-        name=name,
+        name=raw["name"],
         status=raw["status"],
         message=raw.get("message") or "",
         deployments=tuple(_deployment(name, found) for name, found in deployments),

@@ -14,11 +14,10 @@ import httpx
 from cluster.config_file import LoadedConfig
 from cluster.errors import StartError
 from cluster.launch import environment, ports, state
-from cluster.launch.head import LOOPBACK, Head
+from cluster.launch.head import LOOPBACK, Starter, ray_params
 from cluster.launch.processes import find, has_head
-from cluster.launch.serve_api import ApplicationStatus, ServeApi
+from cluster.launch.serve_api import ApplicationStatus, parse_application
 from cluster.launch.stop import stop
-from cluster.launch.token import ray_token
 
 POLL_S = 0.1
 
@@ -120,37 +119,44 @@ def _start(
     state.save(home, new)
     if haproxy:
         environment.write_haproxy_wrapper(new.cluster_id)
-    variables = environment.cluster_environment(os.environ, home, new.cluster_id, haproxy=haproxy)
+    starter = Starter(
+        order={
+            "ray": ray_params(loaded.config.cluster),
+            "ray_address": new.ray_address,
+            "serve": loaded.serve_config,
+            "application": new.application,
+        },
+        environment=environment.cluster_environment(
+            os.environ, home, new.cluster_id, haproxy=haproxy
+        ),
+        log=state.run_dir(home) / "start.log",
+    )
     deadline = time.monotonic() + loaded.config.cluster.ready_timeout_s
-    with phases.phase("Ray"):
-        watch("Ray", None)
-        log = state.run_dir(home) / "ray-start.log"
-        Head(loaded.config.cluster, variables, log, new.ray_address).start()
-    with ServeApi(new.dashboard_url, ray_token(variables)) as api:
-        with phases.phase("Serve"):
-            watch("Serve", None)
-            _wait(api.answers, deadline, "Ray's dashboard did not answer")
-            api.deploy(loaded.serve_config)
-        with phases.phase("application"):
-            _wait_until_running(api, new.application, deadline, watch)
-        with phases.phase("HTTP"):
-            watch("HTTP", None)
-            healthz = f"{new.http_url}/-/healthz"
-            _wait(lambda: _is_ok(healthz), deadline, f"{healthz} did not answer")
+    _follow(starter, deadline, phases, watch)
+    with phases.phase("HTTP"):
+        watch("HTTP", None)
+        _wait_for_http(f"{new.http_url}/-/healthz", deadline)
 
 
-def _wait_until_running(api: ServeApi, name: str, deadline: float, watch: Watcher) -> None:
+def _follow(starter: Starter, deadline: float, phases: Phases, watch: Watcher) -> None:
+    """Read the starter's reports until everything runs."""
     seen: ApplicationStatus | None = None
-
-    def running() -> bool:
-        nonlocal seen
-        seen = api.application(name) or seen
-        watch("application", seen)
-        if seen and (failure := seen.failure):
-            raise StartError(f"the application could not be started: {failure}")
-        return seen is not None and seen.running
-
-    _wait(running, deadline, "the application did not become healthy", lambda: _missing(seen))
+    phase, began = "Ray", time.monotonic()
+    try:
+        for report in starter.reports(deadline):
+            if (entered := report.get("phase")) and entered != phase:
+                now = time.monotonic()
+                phases.seconds[phase] = now - began
+                phase, began = entered, now
+            if found := report.get("application"):
+                seen = parse_application(found)
+                if failure := seen.failure:
+                    raise StartError(f"the application could not be started: {failure}")
+            if phase != "done":
+                watch(phase, seen)
+    except TimeoutError:
+        missing = _missing(seen) if phase == "application" else f"{phase} was not ready"
+        raise StartError(f"nothing healthy within cluster.ready_timeout_s: {missing}") from None
 
 
 def _missing(status: ApplicationStatus | None) -> str:
@@ -163,16 +169,10 @@ def _missing(status: ApplicationStatus | None) -> str:
     )
 
 
-def _wait(
-    done: Callable[[], bool],
-    deadline: float,
-    otherwise: str,
-    detail: Callable[[], str] = lambda: "",
-) -> None:
-    while not done():
+def _wait_for_http(url: str, deadline: float) -> None:
+    while not _is_ok(url):
         if time.monotonic() > deadline:
-            more = f": {found}" if (found := detail()) else ""
-            raise StartError(f"{otherwise} within cluster.ready_timeout_s{more}")
+            raise StartError(f"{url} did not answer within cluster.ready_timeout_s")
         time.sleep(POLL_S)
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.launch import processes, state
+from cluster.launch.auth import ray_token
 from cluster.launch.serve_api import ApplicationStatus, ServeApi
-from cluster.launch.token import ray_token
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.launch import processes, state
+from cluster.launch.auth import ray_token
 from cluster.launch.environment import sockets_dir
 from cluster.launch.serve_api import ServeApi
-from cluster.launch.token import ray_token
 
 TERM_S = 1.0
 """After SIGTERM. Nothing that is left by then has anything to lose: the replicas have drained, and
