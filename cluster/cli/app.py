@@ -141,8 +141,9 @@ def config_check(config: ConfigOption = None, overrides: SetOption = None) -> No
     from cluster.cli.paths import load_config
 
     loaded = load_config(config, overrides or [])
-    pools = [*loaded.config.generators, *loaded.config.classifiers]
-    typer.echo(f"{loaded.path}: fine; it serves {', '.join(pool.name for pool in pools)}")
+    tree = loaded.config
+    names = [g.name for g in tree.generators] + [c.name for c in tree.classifiers]
+    typer.echo(f"{loaded.path}: fine; it serves {', '.join(names)}")
 
 
 @config_app.command("show")

@@ -15,8 +15,8 @@ from cluster.models.store import CATALOGUE, BuildError, list_models, manifest
 
 def build_missing(console: Console, config: TandemConfig) -> None:
     """Build those default models that ``config`` names and that are not built."""
-    simulated = {g.model for g in config.generators if g.engine == "sim"}
-    named = {pool.model for pool in (*config.generators, *config.classifiers)} - simulated
+    named = {g.model for g in config.generators if g.engine != "sim"}
+    named |= {c.model for c in config.classifiers}
     missing = [n for n, model in CATALOGUE.items() if n in named and manifest(model) is None]
     if missing:
         console.print(f"building {', '.join(missing)}; this is done once")

@@ -16,6 +16,7 @@ WORDS = {
     "Ray": "starting Ray",
     "Serve": "starting Ray Serve",
     "application": "starting replicas",
+    "dashboard": "waiting for the dashboard",
     "HTTP": "waiting for HTTP",
 }
 
@@ -25,8 +26,13 @@ class StartProgress:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._live = Live(console=console, transient=True, refresh_per_second=8)
+        self._live = Live(
+            console=console, transient=True, refresh_per_second=8, get_renderable=self._table
+        )
         self._began = time.monotonic()
+        self._spinner = Spinner("dots")
+        self._phase = ""
+        self._rows: dict[str, str] = {}
         self._said: dict[str, str] = {}
 
     def __enter__(self) -> Self:
@@ -46,20 +52,23 @@ class StartProgress:
     def show(self, phase: str, application: ApplicationStatus | None) -> None:
         """Show the current phase and, where there is one, the application's deployments."""
         deployments = application.deployments if application else ()
-        rows = {deployment.name: _words(deployment) for deployment in deployments}
+        self._phase = WORDS[phase]
+        self._rows = {deployment.name: _words(deployment) for deployment in deployments}
         if self._console.is_terminal:
-            self._live.update(self._table(WORDS[phase], rows))
             return
-        for name, words in {"start": WORDS[phase], **rows}.items():
+        for name, words in {"start": self._phase, **self._rows}.items():
             if self._said.get(name) != words:
                 self._said[name] = words
                 seconds = time.monotonic() - self._began
                 self._console.print(f"{seconds:6.1f} s  {name}: {words}", highlight=False)
 
-    def _table(self, phase: str, rows: dict[str, str]) -> Table:
+    def _table(self) -> Table:
+        """What Live draws, several times a second."""
+        seconds = time.monotonic() - self._began
+        self._spinner.update(text=f"{self._phase}, {seconds:.0f} s")
         table = Table.grid(padding=(0, 2))
-        table.add_row(Spinner("dots", text=f"{phase}, {time.monotonic() - self._began:.0f} s"))
-        for name, words in rows.items():
+        table.add_row(self._spinner)
+        for name, words in self._rows.items():
             table.add_row(f"  {name}", words)
         return table
 

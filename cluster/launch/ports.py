@@ -90,9 +90,9 @@ def _is_free(port: Port) -> bool:
 
 def _listener(number: int) -> psutil.Process | None:
     for connection in psutil.net_connections("tcp"):
-        if connection.status != psutil.CONN_LISTEN or connection.laddr.port != number:
+        if connection.status != psutil.CONN_LISTEN or connection.pid is None:
             continue
-        if connection.pid is not None:
+        if connection.laddr and connection.laddr.port == number:
             with contextlib.suppress(psutil.NoSuchProcess):
                 return psutil.Process(connection.pid)
     return None

@@ -11,8 +11,8 @@ import pytest
 
 from cluster.config import ClusterConfig
 from cluster.launch import environment, head, state
-from cluster.launch.serve_api import ServeApi, reason
 from cluster.launch.auth import ray_token
+from cluster.launch.serve_api import ServeApi, reason
 
 STATE = state.ClusterState(
     cluster_id="0f3a",

@@ -1,0 +1,158 @@
+"""``tandem chat`` and ``tandem classify`` against a router that answers from a script."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from cluster.cli.app import app
+from cluster.errors import AuthenticationError, NotFoundError, OverloadedError, UnavailableError
+
+Answer = tuple[int, Any]
+
+
+class Router:
+    """Records what was asked, answers by path; a list is sent as server-sent events."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[str, Any]] = []
+        self.headers: list[Any] = []
+        self.answer: Callable[[str, Any], Answer] = lambda path, body: (404, {})
+        router = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *args: object) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                self.reply(None)
+
+            def do_POST(self) -> None:
+                length = int(self.headers["content-length"])
+                self.reply(json.loads(self.rfile.read(length)))
+
+            def reply(self, body: Any) -> None:
+                router.requests.append((self.path, body))
+                router.headers.append(self.headers)
+                status, answer = router.answer(self.path, body)
+                if isinstance(answer, list):
+                    data = "".join(f"data: {json.dumps(event)}\n\n" for event in answer)
+                    raw = f"{data}data: [DONE]\n\n".encode()
+                else:
+                    raw = json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("content-length", str(len(raw)))
+                self.end_headers()
+                self.wfile.write(raw)
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+
+@pytest.fixture
+def router() -> Iterator[Router]:
+    router = Router()
+    thread = threading.Thread(target=router.server.serve_forever)
+    thread.start()
+    yield router
+    router.server.shutdown()
+    router.server.server_close()
+    thread.join()
+
+
+def run(*args: str, stdin: str | None = None) -> Any:
+    return CliRunner().invoke(app, args, input=stdin)
+
+
+def delta(text: str) -> dict[str, Any]:
+    return {"choices": [{"delta": {"content": text}}]}
+
+
+def talk(path: str, body: Any) -> Answer:
+    if path == "/v1/models":
+        return 200, {"data": [{"id": "gen"}, {"id": "cls"}]}
+    return 200, [{"choices": [{"delta": {"role": "assistant"}}]}, delta("Yes"), delta("!")]
+
+
+def test_chat_streams_answers_and_remembers_them(router: Router) -> None:
+    router.answer = talk
+    done = run("chat", "--url", router.url, stdin="One?\n\nTwo?\n/exit\nThree?\n")
+    assert (done.exit_code, done.stdout) == (0, "Yes!\nYes!\n")
+    (_, first), (_, second) = router.requests[1:]
+    assert first == {
+        "model": "gen",
+        "messages": [{"role": "user", "content": "One?"}],
+        "max_tokens": 512,
+        "stream": True,
+    }
+    assert [(m["role"], m["content"]) for m in second["messages"]] == [
+        ("user", "One?"),
+        ("assistant", "Yes!"),
+        ("user", "Two?"),
+    ]
+
+
+def test_chat_passes_its_options_on(router: Router) -> None:
+    router.answer = talk
+    options = ("--model", "m", "--max-tokens", "5", "--temperature", "0", "--api-key", "k")
+    run("chat", "--url", router.url, *options, stdin="Hi\n")
+    ((path, body),) = router.requests
+    assert path == "/v1/chat/completions"
+    assert (body["model"], body["max_tokens"], body["temperature"]) == ("m", 5, 0)
+    assert router.headers[0]["authorization"] == "Bearer k"
+
+
+def test_piped_chat_fails_with_the_request(router: Router) -> None:
+    message = {"error": {"message": "no such model", "code": 404}}
+    router.answer = lambda path, body: (404, message)
+    done = run("chat", "--url", router.url, "--model", "m", stdin="Hi\n")
+    assert isinstance(done.exception, NotFoundError)
+    assert str(done.exception) == "no such model (HTTP 404)"
+
+
+def test_a_stream_that_fails_half_way_is_an_error(router: Router) -> None:
+    error = {"error": {"message": "the engine died", "code": 503}}
+    router.answer = lambda path, body: (200, [delta("Ye"), error])
+    done = run("chat", "--url", router.url, "--model", "m", stdin="Hi\n")
+    assert isinstance(done.exception, UnavailableError)
+    assert done.stdout == "Ye"
+
+
+ROW = {"index": 0, "label": "POSITIVE", "score": 0.987654, "scores": []}
+
+
+def test_classify_prints_a_line_for_each_text(router: Router) -> None:
+    answer = {"data": [ROW, {**ROW, "index": 1, "label": "NEGATIVE"}]}
+    router.answer = lambda path, body: (200, answer)
+    done = run("classify", "--url", router.url, "good [film]", "bad")
+    assert done.exit_code == 0
+    assert done.stdout.splitlines() == [
+        "POSITIVE  0.988  good [film]",
+        "NEGATIVE  0.988  bad        ",
+    ]
+    assert router.requests == [("/classify", {"input": ["good [film]", "bad"]})]
+
+
+def test_classify_prints_json(router: Router) -> None:
+    router.answer = lambda path, body: (200, {"data": [ROW]})
+    done = run("classify", "--url", router.url, "--json", "--model", "c", "good")
+    assert json.loads(done.stdout) == {"data": [ROW]}
+    assert router.requests == [("/classify", {"input": ["good"], "model": "c"})]
+
+
+@pytest.mark.parametrize(("status", "kind"), [(401, AuthenticationError), (429, OverloadedError)])
+def test_refusals_are_typed(router: Router, status: int, kind: type[Exception]) -> None:
+    router.answer = lambda path, body: (status, "not our format")
+    done = run("classify", "--url", router.url, "x")
+    assert isinstance(done.exception, kind)
+    assert done.exit_code == 1
+
+
+def test_nobody_there_is_said_so() -> None:
+    done = run("classify", "--url", "http://127.0.0.1:9", "x")
+    assert isinstance(done.exception, UnavailableError)
+    assert "is the cluster up?" in str(done.exception)
