@@ -82,6 +82,7 @@ class GeneratorConfig(_Section):
     tensor_parallel_size: int = Field(1, ge=1)
     pipeline_parallel_size: int = Field(1, ge=1)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """auto: the model's own type, but float32 on processors that only emulate bfloat16."""
     quantization: str | None = None
     max_model_len: int | None = Field(None, ge=1)
     """Prompt and completion tokens together; None takes the model's own limit."""

@@ -230,6 +230,8 @@ class VllmEngine:
         from vllm.platforms import current_platform
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+        from cluster.engines.cpu import computes_in_bfloat16
+
         on_cpu = bool(current_platform.is_cpu())
         if on_cpu:
             self._environment.add(vllm_args.cpu_environment_for(self._config))
@@ -239,7 +241,9 @@ class VllmEngine:
             address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
             self._environment.add(address)
         args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
-        defaults = vllm_args.platform_defaults(self._config, on_cpu=on_cpu, in_ray=in_ray)
+        defaults = vllm_args.platform_defaults(
+            self._config, on_cpu=on_cpu, in_ray=in_ray, native_bfloat16=computes_in_bfloat16()
+        )
         vllm_args.fill_args(args, self._config, self._model_path, defaults)
         return args
 

@@ -76,3 +76,13 @@ def test_workers_run_where_the_platform_can_run_them() -> None:
     assert vllm_args.platform_defaults(two, on_cpu=False, in_ray=True)[executor] == "ray"
     assert vllm_args.platform_defaults(two, on_cpu=False, in_ray=False)[executor] == "mp"
     assert vllm_args.platform_defaults(config(), on_cpu=False, in_ray=True) == {}
+
+
+def test_bfloat16_is_avoided_where_it_is_emulated() -> None:
+    for native, dtype in [(True, "auto"), (False, "float32")]:
+        defaults = vllm_args.platform_defaults(
+            config(), on_cpu=True, in_ray=True, native_bfloat16=native
+        )
+        assert defaults["dtype"] == dtype
+    assert fill(config(dtype="bfloat16"), {"dtype": "float32"}).dtype == "bfloat16"
+    assert fill(config(), {"dtype": "float32"}).dtype == "float32"

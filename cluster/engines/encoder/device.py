@@ -6,6 +6,7 @@ import os
 import torch
 
 from cluster.config import ClassifierConfig
+from cluster.engines.cpu import computes_in_bfloat16
 
 log = logging.getLogger(__name__)
 
@@ -25,14 +26,8 @@ def choose_dtype(config: ClassifierConfig, device: torch.device) -> torch.dtype:
         dtype = getattr(torch, config.dtype)
         assert isinstance(dtype, torch.dtype)
         return dtype
-    native = device.type == "cuda" or cpu_computes_in_bfloat16()
+    native = device.type == "cuda" or computes_in_bfloat16()
     return torch.bfloat16 if native else torch.float32
-
-
-def cpu_computes_in_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 matrices natively; elsewhere it is emulated."""
-    found = torch.cpu.get_capabilities()
-    return any(found.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
 def num_threads(config: ClassifierConfig) -> int:
