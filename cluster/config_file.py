@@ -53,6 +53,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     config = parse(application.get("args") or {})
     host, port = _listen_on(serve_config)
     _check_exposure(host, config)
+    # With HAProxy, Serve's own default is every address.
+    serve_config["http_options"] = {**(serve_config.get("http_options") or {}), "host": host}
     return LoadedConfig(
         path=path,
         serve_config=serve_config,

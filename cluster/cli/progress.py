@@ -26,14 +26,14 @@ class StartProgress:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._live = Live(
-            console=console, transient=True, refresh_per_second=8, get_renderable=self._table
-        )
         self._began = time.monotonic()
         self._spinner = Spinner("dots")
         self._phase = ""
         self._rows: dict[str, str] = {}
         self._said: dict[str, str] = {}
+        self._live = Live(
+            console=console, transient=True, refresh_per_second=8, get_renderable=self._table
+        )
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:

@@ -5,6 +5,7 @@ client.
 """
 
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -12,6 +13,7 @@ from typing import Any, Self
 import httpx
 
 APPLICATIONS = "/api/serve/applications/"
+POLL_S = 0.1
 REQUEST_TIMEOUT_S = 30.0
 """The first question takes seconds: the dashboard imports Serve for it."""
 
@@ -93,12 +95,22 @@ class ServeApi:
     def __exit__(self, *error: object) -> None:
         self._http.close()
 
-    def shut_down(self, timeout_s: float) -> bool:
-        """Let every replica finish its requests and end Serve; whether it was done in time."""
+    def drain(self, timeout_s: float) -> bool:
+        """End every application once its requests are done; whether it was done in time.
+
+        Deletes the applications and leaves Serve: its own shutdown ends HAProxy at once, and with
+        it every answer that is still on its way.
+        """
+        deadline = time.monotonic() + timeout_s
         try:
-            return self._http.delete(APPLICATIONS, timeout=timeout_s).is_success
-        except httpx.TransportError:
+            self._http.put(APPLICATIONS, json={"applications": []}, timeout=timeout_s)
+            while self._http.get(APPLICATIONS, timeout=timeout_s).json()["applications"]:
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(POLL_S)
+        except (httpx.TransportError, ValueError, KeyError):  # it dies, or is no dashboard
             return False
+        return True
 
     def application(self, name: str) -> ApplicationStatus | None:
         """The application's status; None where it, or the dashboard, is not there (yet)."""

@@ -42,7 +42,7 @@ def stop(home: Path, *, drain_s: float) -> Stopped | None:
     drained = False
     if drain_s > 0 and running and processes.has_head(owned):
         with ServeApi(running.dashboard_url, ray_token(os.environ)) as api:
-            drained = api.shut_down(drain_s)
+            drained = api.drain(drain_s)
     ended = processes.end(home, grace_s=TERM_S)
     for cluster_id in {o.cluster_id for o in owned} | ({running.cluster_id} if running else set()):
         shutil.rmtree(sockets_dir(cluster_id), ignore_errors=True)

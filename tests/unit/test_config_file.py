@@ -108,6 +108,12 @@ def test_a_wrong_set_gives_one_line(tmp_path: Path, override: str, words: list[s
     assert [word for word in words if word not in message] == []
 
 
+def test_serve_is_told_to_listen_on_loopback_where_the_file_names_no_host(tmp_path: Path) -> None:
+    loaded = load(write(tmp_path, http_options={"port": 8001, "host": None}))
+    assert loaded.serve_config["http_options"] == {"port": 8001, "host": "127.0.0.1"}
+    assert load(write(tmp_path)).serve_config["http_options"] == {"host": "127.0.0.1"}
+
+
 def test_another_address_is_fine_with_an_api_key(tmp_path: Path) -> None:
     digest = hashlib.sha256(b"key").hexdigest()
     overrides = ["http_options.host=0.0.0.0", f"router.api_keys_sha256=[{digest}]"]

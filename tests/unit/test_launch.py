@@ -186,7 +186,32 @@ def test_a_dashboard_that_is_not_there_is_no_application(monkeypatch: pytest.Mon
 
     with api(monkeypatch, refuse) as serve:
         assert serve.application("tandem") is None
-        assert not serve.shut_down(1)
+        assert not serve.drain(1)
+
+
+def test_draining_ends_when_the_applications_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = [{"tandem": {}}, {"tandem": {}}, {}]
+    put: list[bytes] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.method == "PUT":
+            put.append(request.content)
+            return httpx.Response(200)
+        return httpx.Response(200, json={"applications": left.pop(0)})
+
+    monkeypatch.setattr("cluster.launch.serve_api.POLL_S", 0)
+    with api(monkeypatch, answer) as serve:
+        assert serve.drain(5)
+    assert put == [b'{"applications":[]}']
+    assert left == []
+
+
+def test_draining_ends_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, json={"applications": {"tandem": {}}})
+
+    with api(monkeypatch, answer) as serve:
+        assert not serve.drain(0.0001)
 
 
 TRACEBACK = """\

@@ -1,0 +1,272 @@
+"""``tandem up`` and ``down`` for real, with the simulated engine: three starts, each used well."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+from cluster.launch import processes
+from tests.cluster.conftest import ROOT, TANDEM, Running, free_ports
+
+FOREIGN_RAY = """
+import sys, ray
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+print("ready", flush=True)
+for _ in sys.stdin:
+    print(ray.get(ray.remote(lambda: "alive").remote()), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def foreign_ray() -> Iterator[subprocess.Popen[str]]:
+    """A Ray that Tandem did not start. Each line on its stdin makes it run a task."""
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", FOREIGN_RAY],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=env,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    yield process
+    process.communicate()
+
+
+def is_alive(ray: subprocess.Popen[str]) -> bool:
+    assert ray.stdin is not None
+    assert ray.stdout is not None
+    ray.stdin.write("\n")
+    ray.stdin.flush()
+    return ray.stdout.readline() == "alive\n"
+
+
+def write_config(directory: Path, **sim: Any) -> Path:
+    generator = {"name": "sim", "model": "sim", "engine": "sim", "sim": sim}
+    application = {
+        "name": "tandem",
+        "route_prefix": "/",
+        "import_path": "deployments.app:build",
+        "args": {"generators": [generator]},
+    }
+    path = directory / "config.yaml"
+    path.write_text(yaml.safe_dump({"applications": [application]}))
+    return path
+
+
+def home_alone(tmp_path: Path) -> tuple[dict[str, str], list[str]]:
+    """The environment and the settings of a cluster with ports of its own."""
+    http, gcs, dashboard, stats, metrics, fallback = free_ports(6)
+    env = {
+        **os.environ,
+        "TANDEM_HOME": str(tmp_path),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+        "NO_COLOR": "1",
+        "COLUMNS": "200",
+    }
+    values = {
+        "http_options.port": http,
+        "cluster.ray_port": gcs,
+        "cluster.dashboard_port": dashboard,
+    }
+    return env, [word for path, port in values.items() for word in ("--set", f"{path}={port}")]
+
+
+@pytest.fixture(scope="module")
+def running(
+    foreign_ray: subprocess.Popen[str], make_cluster: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
+    """A cluster that the tests up to the crash use, in their order."""
+    config = write_config(tmp_path_factory.mktemp("config"))
+    cluster: Running = make_cluster("--config", str(config))
+    yield cluster
+    cluster.tandem("down", "--drain-s", "0")
+
+
+def test_status_shows_every_replica_and_its_process(running: Running) -> None:
+    found = running.status()
+    assert found["running"]
+    assert found["application"]["status"] == "RUNNING"
+    deployments = {d["name"]: d for d in found["application"]["deployments"]}
+    assert set(deployments) == {"router", "generator-sim"}
+    marked = {owned.process.pid for owned in processes.find(running.home)}
+    assert found["num_processes"] - len(marked) in (0, 1)  # what started it may just be leaving
+    for deployment in deployments.values():
+        (replica,) = deployment["replicas"]
+        assert replica["state"] == "RUNNING"
+        assert replica["pid"] in marked
+    shown = running.tandem("status").stdout
+    assert running.http_url in shown
+    assert "HEALTHY 1/1" in shown
+
+
+def test_every_process_of_the_tree_is_marked(running: Running) -> None:
+    marked = {owned.process.pid: owned.process for owned in processes.find(running.home)}
+    names = {process.name() for process in marked.values()}
+    assert {"gcs_server", "raylet", "haproxy"} <= names
+    children = {child.pid for process in marked.values() for child in process.children()}
+    alive = {
+        pid
+        for pid in children - set(marked)
+        if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    }
+    assert alive == set()
+
+
+def test_nothing_listens_beyond_loopback(running: Running) -> None:
+    listening = [
+        (owned.name, connection.laddr.ip, connection.laddr.port)
+        for owned in processes.find(running.home)
+        for connection in owned.process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(listening) > 10
+    loopback = {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+    assert [found for found in listening if found[1] not in loopback] == []
+
+
+def test_chat_over_a_pipe_streams_an_answer(running: Running) -> None:
+    done = subprocess.run(
+        [TANDEM, "chat", "--max-tokens", "5"],
+        input="Hello\n",
+        env=running.env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip()
+
+
+def test_a_second_up_says_that_one_runs(running: Running) -> None:
+    done = running.tandem("up", "-d")
+    assert done.returncode == 1
+    assert f"a cluster runs already, since 0 min, at {running.http_url}" in done.stderr
+    assert running.status()["running"]
+
+
+def test_up_on_a_busy_port_names_port_and_process(
+    running: Running, tmp_path: Path, foreign_ray: subprocess.Popen[str]
+) -> None:
+    env, settings = home_alone(tmp_path)
+    port = running.http_url.rpartition(":")[2]
+    command = [TANDEM, "up", "-d", *settings, "--set", f"http_options.port={port}"]
+    config = ["--config", str(write_config(tmp_path))]
+    done = subprocess.run([*command, *config], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"port {port} (HTTP) is taken: another Tandem cluster, process " in done.stderr
+    assert "haproxy" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert running.status()["running"]
+    assert processes.find(tmp_path) == []
+
+
+def test_down_ends_everything_after_a_crash_and_nothing_else(
+    running: Running, foreign_ray: subprocess.Popen[str]
+) -> None:
+    with decoy(running.env) as bystander:
+        for owned in processes.find(running.home):
+            if owned.name in ("gcs_server", "raylet"):
+                owned.process.kill()
+        assert "a crash left" in running.tandem("status").stdout
+        done = running.tandem("down")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("ended ")
+        assert processes.find(running.home) == []
+        assert bystander.poll() is None
+    assert is_alive(foreign_ray)
+    assert running.tandem("down").stdout == "nothing runs\n"
+    assert list(Path("/tmp").glob("tandem-*/haproxy.cfg")) == []
+
+
+@contextmanager
+def decoy(env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A process with the cluster's home, but not of the cluster."""
+    process = subprocess.Popen(["sleep", "600"], env=env)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_ctrl_c_lets_requests_finish_and_ends_everything(
+    tmp_path: Path, foreign_ray: subprocess.Popen[str]
+) -> None:
+    env, settings = home_alone(tmp_path)
+    config = write_config(tmp_path, decode_s_per_token=0.05)
+    up = subprocess.Popen(
+        [TANDEM, "up", "--config", str(config), *settings],
+        env=env,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        output = read_until(up, "Ctrl-C ends it.")
+        url = next(word for word in output.split() if word.startswith("http://"))
+        with httpx.stream("POST", f"{url}/v1/completions", json=stream_of(60)) as response:
+            lines = response.iter_lines()
+            next(lines)
+            up.send_signal(signal.SIGINT)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        tail, _ = up.communicate(timeout=60)
+    finally:
+        up.kill()
+        up.communicate()
+    assert up.returncode == 0
+    assert "every request finished" in tail
+    assert processes.find(tmp_path) == []
+    assert is_alive(foreign_ray)
+
+
+def stream_of(tokens: int) -> dict[str, Any]:
+    prompt = {"model": "sim", "prompt": "Hello", "stream": True}
+    return {**prompt, "max_tokens": tokens, "ignore_eos": True}
+
+
+def read_until(process: subprocess.Popen[str], words: str) -> str:
+    assert process.stdout is not None
+    seen = ""
+    while words not in seen:
+        line = process.stdout.readline()
+        assert line, seen
+        seen += line
+    return seen
+
+
+def test_a_failed_start_says_why_and_leaves_nothing(tmp_path: Path) -> None:
+    env, settings = home_alone(tmp_path)
+    config = write_config(tmp_path, fail_startup=True)
+    began = time.monotonic()
+    done = subprocess.run(
+        [TANDEM, "up", "-d", "--config", str(config), *settings],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: the application could not be started: generator-sim: ")
+    assert time.monotonic() - began < 240
+    assert processes.find(tmp_path) == []
+    assert json.loads(subprocess.check_output([TANDEM, "status", "--json"], env=env)) == {
+        "running": False
+    }
