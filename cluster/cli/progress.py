@@ -60,7 +60,9 @@ class StartProgress:
             if self._said.get(name) != words:
                 self._said[name] = words
                 seconds = time.monotonic() - self._began
-                self._console.print(f"{seconds:6.1f} s  {name}: {words}", highlight=False)
+                self._console.print(
+                    f"{seconds:6.1f} s  {name}: {words}", highlight=False, soft_wrap=True
+                )
 
     def _table(self) -> Table:
         """What Live draws, several times a second."""

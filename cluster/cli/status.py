@@ -49,7 +49,9 @@ def _print(console: Console, found: ClusterStatus) -> None:
 
 
 def _deployments(deployments: tuple[DeploymentStatus, ...]) -> Table:
-    table = Table("deployment", "status", "replica", "state", "pid", "node", "up", box=None)
+    table = Table(box=None)
+    for title in ("deployment", "status", "replica", "state", "pid", "node", "up"):
+        table.add_column(title, no_wrap=title == "deployment")
     for deployment in deployments:
         first = (deployment.name, f"{deployment.status} {deployment.running}/{deployment.target}")
         for replica in deployment.replicas:
