@@ -155,7 +155,8 @@ def test_chat_over_a_pipe_streams_an_answer(running: Running) -> None:
 def test_a_second_up_says_that_one_runs(running: Running) -> None:
     done = running.tandem("up", "-d")
     assert done.returncode == 1
-    assert f"a cluster runs already, since 0 min, at {running.http_url}" in done.stderr
+    assert "error: a cluster runs already, since " in done.stderr
+    assert f"at {running.http_url}; `tandem status` shows it" in done.stderr
     assert running.status()["running"]
 
 
