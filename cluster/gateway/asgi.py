@@ -6,7 +6,7 @@ from typing import Any
 from cluster.asgi import Receive, Scope, Send
 from cluster.errors import LinkError, PayloadTooLargeError, RequestError
 from cluster.gateway.gateway import Gateway
-from cluster.gateway.messages import Headers, Request, Response, error_response, request_id
+from cluster.gateway.messages import Headers, Request, Response, error_response, header, request_id
 
 
 class GatewayApp:
@@ -34,9 +34,11 @@ class GatewayApp:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = [(name.lower(), value) for name, value in scope["headers"]]
         method = scope["method"]
+        path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/")) or "/"
         identity = ""
         try:
-            identity = request_id(_first(headers, b"x-request-id").decode("latin-1"))
+            identity = request_id(header(headers, b"x-request-id"))
+            self._gateway.authenticate(path, headers)
             body = await _read_body(headers, receive, self._gateway.max_body_bytes)
         except RequestError as error:
             # What is left of the body is not read, so the connection cannot be used again.
@@ -44,19 +46,15 @@ class GatewayApp:
             response.headers.append((b"connection", b"close"))
         else:
             response = await self._gateway.respond(
-                Request(identity, method, scope["path"], scope["query_string"], headers, body)
+                Request(identity, method, path, scope["query_string"], headers, body)
             )
         if self._returns_request_id and identity:
             response.headers.append((b"x-request-id", identity.encode()))
         await _send(response, method, send)
 
 
-def _first(headers: Headers, name: bytes) -> bytes:
-    return next((value for key, value in headers if key == name), b"")
-
-
 async def _read_body(headers: Headers, receive: Receive, limit: int) -> bytes:
-    declared = _first(headers, b"content-length")
+    declared = header(headers, b"content-length") or ""
     chunks: list[bytes] = []
     size = 0
     while True:

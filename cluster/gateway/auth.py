@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from hashlib import sha256
 
 from cluster.errors import AuthenticationError
-from cluster.gateway.messages import Request
+from cluster.gateway.messages import Headers, header
 
 
 class Authenticator:
@@ -17,15 +17,15 @@ class Authenticator:
     def __init__(self, key_hashes: Iterable[str]) -> None:
         self._hashes = frozenset(bytes.fromhex(digest) for digest in key_hashes)
 
-    def check(self, request: Request) -> None:
-        """Return if the request may pass; without configured keys every request may.
+    def check(self, headers: Headers) -> None:
+        """Return if a request with these headers may pass; without configured keys each may.
 
         Raises:
             AuthenticationError: there is no key, or it is not known.
         """
         if not self._hashes:
             return
-        key = _key(request)
+        key = _key(headers)
         if key is None:
             raise AuthenticationError(
                 "An API key is needed: 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
@@ -34,8 +34,8 @@ class Authenticator:
             raise AuthenticationError("The API key is not known.")
 
 
-def _key(request: Request) -> str | None:
-    if given := request.header(b"x-api-key"):
+def _key(headers: Headers) -> str | None:
+    if given := header(headers, b"x-api-key"):
         return given
-    scheme, _, key = (request.header(b"authorization") or "").partition(" ")
+    scheme, _, key = (header(headers, b"authorization") or "").partition(" ")
     return key.strip() if scheme.lower() == "bearer" and key.strip() else None

@@ -4,11 +4,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping
+from urllib.parse import quote
 
 from cluster.config import TandemConfig
 from cluster.errors import InternalError, MethodNotAllowedError, RequestError
 from cluster.gateway.auth import Authenticator
-from cluster.gateway.messages import Request, Response, error_response
+from cluster.gateway.messages import Headers, Request, Response, error_response
 from cluster.gateway.own import PUBLIC_PATHS, OwnRoutes
 from cluster.gateway.pool import Pool, PoolLimits
 from cluster.gateway.relay import relay
@@ -31,16 +32,20 @@ class Gateway:
         self._authenticator = Authenticator(config.router.api_keys_sha256)
         self._own = OwnRoutes(self.pools, versions or {})
 
-    async def respond(self, request: Request, *, trusted: bool = False) -> Response:
-        """The response to ``request``; errors come as responses too, never as exceptions.
+    def authenticate(self, path: str, headers: Headers) -> None:
+        """Return if a request from outside the cluster may pass; asked before its body is read.
 
-        Args:
-            request: The whole request.
-            trusted: The caller is a job inside the cluster, which needs no API key.
+        Raises:
+            AuthenticationError: it has no API key, or one that is not known.
         """
+        if path not in PUBLIC_PATHS:
+            self._authenticator.check(headers)
+
+    async def respond(self, request: Request) -> Response:
+        """The response to ``request``; errors come as responses too, never as exceptions."""
         started = time.perf_counter()
         try:
-            response = await self._respond(request, trusted)
+            response = await self._respond(request)
         except RequestError as error:
             response = error_response(error)
         except Exception:
@@ -50,15 +55,13 @@ class Gateway:
             "%s %s %s -> %d after %.1f ms",
             request.id,
             request.method,
-            request.path,
+            quote(request.path),
             response.status,
             (time.perf_counter() - started) * 1e3,
         )
         return response
 
-    async def _respond(self, request: Request, trusted: bool) -> Response:
-        if not trusted and request.path not in PUBLIC_PATHS:
-            self._authenticator.check(request)
+    async def _respond(self, request: Request) -> Response:
         if (handler := self._own.find(request.path)) is not None:
             if request.method not in ("GET", "HEAD"):
                 raise MethodNotAllowedError(f"{request.path} takes GET, not {request.method}.")

@@ -25,12 +25,13 @@ class Request:
     """Names in lower case, as ASGI gives them."""
     body: bytes
 
-    def header(self, name: bytes) -> str | None:
-        """The first header of that (lower-case) name."""
-        for key, value in self.headers:
-            if key == name:
-                return value.decode("latin-1")
-        return None
+
+def header(headers: Headers, name: bytes) -> str | None:
+    """The first header of that (lower-case) name."""
+    for key, value in headers:
+        if key == name:
+            return value.decode("latin-1")
+    return None
 
 
 class Body(Protocol):

@@ -3,8 +3,6 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from cluster.gateway.surface import PRIVATE_PATHS
-
 _OWN_PATHS: Mapping[str, str] = {
     "/health": "The router works.",
     "/ready": "Every pool has a replica that can answer; 503 where one has not.",
@@ -23,8 +21,7 @@ def merge(version: str, documents: Iterable[Mapping[str, Any]]) -> dict[str, Any
     components: dict[str, dict[str, Any]] = {}
     for document in documents:
         for path, item in document.get("paths", {}).items():
-            if path not in PRIVATE_PATHS:
-                paths.setdefault(path, item)
+            paths.setdefault(path, item)
         for section, entries in document.get("components", {}).items():
             components.setdefault(section, {})
             for name, entry in entries.items():

@@ -2,21 +2,27 @@
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any
 
-from cluster.errors import NotFoundError, RequestError, UnavailableError
+from cluster.errors import NotFoundError, TandemError
 from cluster.gateway.messages import Request, Response, json_response
 from cluster.gateway.openapi import merge
 from cluster.gateway.pool import Pool
 from cluster.gateway.relay import relay
 
+logger = logging.getLogger("ray.serve.tandem")
+
 PUBLIC_PATHS = frozenset({"/health", "/ready", "/version"})
 """Answered without an API key: what load balancers and probes ask for."""
 
 MODEL_PREFIX = "/v1/models/"
+
+ASK_TIMEOUT_S = 1.0
+"""How long the router waits for a place at a replica that it asks about itself."""
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -76,13 +82,12 @@ class OwnRoutes:
         raise NotFoundError(f"The model `{name}` does not exist. Known models: {known}")
 
     async def _models_of(self, pool: Pool, request: Request) -> list[dict[str, Any]]:
-        """A pool's model cards: the engine's own (with its adapters) where it has the path."""
-        if pool.num_ready and pool.serves("/v1/models"):
-            try:
-                listed = await self._ask(pool, request, "/v1/models")
-                return list(listed["data"])
-            except (RequestError, KeyError):
-                pass  # the card below says as much as is known without the engine
+        """A pool's model card: the engine's own where it has one and has room to say it."""
+        if pool.serves("/v1/models"):
+            listed = await self._ask(pool, request, "/v1/models")
+            cards = [] if listed is None else listed["data"]
+            if own := [card for card in cards if card["id"] == pool.name]:
+                return own
         card = {
             "id": pool.name,
             "object": "model",
@@ -92,16 +97,20 @@ class OwnRoutes:
         return [card]
 
     async def _openapi(self, request: Request) -> Response:
-        ready = [pool for pool in self._pools.values() if pool.num_ready]
-        documents = [await self._ask(pool, request, "/openapi.json") for pool in ready]
-        return json_response(merge(self._versions.get("tandem", ""), documents))
+        documents = [
+            await self._ask(pool, request, "/openapi.json") for pool in self._pools.values()
+        ]
+        version = self._versions.get("tandem", "")
+        return json_response(merge(version, [known for known in documents if known is not None]))
 
     async def _ask(self, pool: Pool, request: Request, path: str) -> Any:
-        """The JSON answer of one of the pool's replicas to a GET."""
+        """The JSON answer of one of the pool's replicas to a GET; None if it cannot answer now."""
         asked = Request(request.id, "GET", path, b"", [(b"accept", b"application/json")], b"")
-        response = await relay(asked, pool)
-        async with aclosing(response.body) as body:
-            whole = b"".join([chunk async for chunk in body])
-        if response.status != 200:
-            raise UnavailableError(f"{pool.name}: {path} answered {response.status}")
-        return json.loads(whole)
+        try:
+            response = await relay(asked, pool, timeout_s=ASK_TIMEOUT_S)
+            async with aclosing(response.body) as body:
+                whole = b"".join([chunk async for chunk in body])
+            return json.loads(whole) if response.status == 200 else None
+        except (TandemError, ValueError) as error:
+            logger.warning("%s: %s of %s: %s", request.id, path, pool.name, error)
+            return None

@@ -6,18 +6,21 @@ replicas run from ``update`` alone; how that is found out is not known here.
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cluster.errors import OverloadedError, UnavailableError
-from cluster.link import LinkClient, LinkLoad
+from cluster.link import LinkClient, LinkLoad, LinkOptions, LinkState
 from cluster.routing import LeastLoad, Policy, ReplicaView
 
 logger = logging.getLogger("ray.serve.tandem")
 
 Kind = Literal["generator", "classifier"]
+
+LINK_OPTIONS = LinkOptions(dead_after_s=10.0)
+"""A replica's death shows at once as the end of its connection. Silence means a hang or a lost
+network, or just an event loop that starved: on two cores, another replica's start can take both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +77,6 @@ class Replica:
         self.link = link
         self.own = 0
         """Requests that this router gave it and that have not ended."""
-        self.retired = False
-        """Taken out by Serve: finishes what it has, gets nothing new."""
         self._others = 0
 
     @property
@@ -83,9 +84,9 @@ class Replica:
         """This router's requests, and those that it was last said to have from others."""
         return self.own + self._others
 
-    def note_load(self, load: LinkLoad) -> None:
-        """Take in a replica's own report of its load."""
-        self._others = max(0, load.ongoing - self.own)
+    def note_load(self, load: LinkLoad | None) -> None:
+        """Take in the replica's report of its load; None: it is not known any more."""
+        self._others = 0 if load is None else max(0, load.ongoing - self.own)
 
 
 class Pool:
@@ -105,8 +106,15 @@ class Pool:
         self._secret = secret
         self._policy = policy or LeastLoad()
         self._replicas: dict[str, Replica] = {}
-        self._waiting: deque[asyncio.Future[Replica]] = deque()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._retired: set[Replica] = set()
+        self._waiting: dict[asyncio.Future[Replica], None] = {}  # in the order of arrival
+        self._closing: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    @property
+    def queue_timeout_s(self) -> float:
+        """The longest that a request waits for a place."""
+        return self._limits.queue_timeout_s
 
     @property
     def replicas(self) -> list[Replica]:
@@ -121,7 +129,7 @@ class Pool:
     @property
     def num_queued(self) -> int:
         """Requests that wait in this router for a place in this pool."""
-        return sum(not place.done() for place in self._waiting)
+        return len(self._waiting)
 
     def status(self) -> dict[str, Any]:
         """The pool in numbers, as this router sees it."""
@@ -144,31 +152,40 @@ class Pool:
 
     def update(self, running: Iterable[ReplicaInfo]) -> None:
         """Take the set of running replicas: links to new ones open, those to old ones drain."""
-        infos = {info.id: info for info in running}
+        infos = {} if self._closed else {info.id: info for info in running}
         for gone in self._replicas.keys() - infos.keys():
             replica = self._replicas.pop(gone)
-            replica.retired = True
-            if replica.own == 0:
-                self._hold(replica.link.close())
+            self._retired.add(replica)
+            self._end_if_idle(replica)
         for info in infos.values():
             if info.id not in self._replicas:
                 self._replicas[info.id] = self._connect(info)
 
     def _connect(self, info: ReplicaInfo) -> Replica:
-        link = LinkClient(info.host, info.port, self._secret)
+        link = LinkClient(info.host, info.port, self._secret, options=LINK_OPTIONS)
         replica = Replica(info, link)
-        link.on_state = lambda _state: self._dispatch()
-        link.on_load = replica.note_load
+
+        def on_state(_state: LinkState) -> None:
+            replica.note_load(None)
+            self._dispatch()
+
+        def on_load(load: LinkLoad) -> None:
+            replica.note_load(load)
+            self._dispatch()
+
+        link.on_state, link.on_load = on_state, on_load
         link.start()
         return replica
 
-    async def admit(self) -> Replica:
+    async def admit(self, timeout_s: float) -> Replica:
         """A place at a replica, at once or after a wait; give it back with ``release``.
 
         Raises:
             OverloadedError: the queue is full, or the wait was too long while replicas ran.
-            UnavailableError: the wait was too long and no replica runs.
+            UnavailableError: the wait was too long and no replica runs, or the router stops.
         """
+        if self._closed:
+            raise _stopping()
         if not self._waiting and (replica := self._choose()) is not None:
             replica.own += 1
             return replica
@@ -178,9 +195,9 @@ class Pool:
                 retry_after_s=1,
             )
         place: asyncio.Future[Replica] = asyncio.get_running_loop().create_future()
-        self._waiting.append(place)
+        self._waiting[place] = None
         try:
-            async with asyncio.timeout(self._limits.queue_timeout_s):
+            async with asyncio.timeout(timeout_s):
                 return await place
         except TimeoutError:
             self._give_back(place)
@@ -189,11 +206,11 @@ class Pool:
             self._give_back(place)
             raise
 
-    def _give_back(self, place: "asyncio.Future[Replica]") -> None:
+    def _give_back(self, place: asyncio.Future[Replica]) -> None:
+        self._waiting.pop(place, None)
         # The place may have been granted in the same pass in which its waiter left.
-        if place.done() and not place.cancelled():
+        if place.done() and not place.cancelled() and place.exception() is None:
             self.release(place.result())
-        place.cancel()
 
     def _too_late(self) -> OverloadedError | UnavailableError:
         waited = f"{self._limits.queue_timeout_s:g} s"
@@ -206,8 +223,7 @@ class Pool:
     def release(self, replica: Replica) -> None:
         """Give back a place that ``admit`` gave."""
         replica.own -= 1
-        if replica.retired and replica.own == 0:
-            self._hold(replica.link.close())
+        self._end_if_idle(replica)
         self._dispatch()
 
     def _choose(self) -> Replica | None:
@@ -220,31 +236,36 @@ class Pool:
         return None if chosen is None else self._replicas[chosen]
 
     def _dispatch(self) -> None:
-        while self._waiting:
-            if self._waiting[0].done():
-                self._waiting.popleft()
-                continue
-            replica = self._choose()
-            if replica is None:
-                return
-            replica.own += 1
-            self._waiting.popleft().set_result(replica)
+        while self._waiting and (replica := self._choose()) is not None:
+            place = next(iter(self._waiting))
+            del self._waiting[place]
+            if not place.done():  # else its waiter was cancelled and has not run yet
+                replica.own += 1
+                place.set_result(replica)
 
-    def _hold(self, closing: Any) -> None:
-        task = asyncio.ensure_future(closing)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _end_if_idle(self, replica: Replica) -> None:
+        if replica in self._retired and (replica.own == 0 or self._closed):
+            self._retired.discard(replica)
+            task = asyncio.ensure_future(replica.link.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
 
     async def close(self) -> None:
-        """Close every link; requests that wait are told that the pool is gone."""
+        """Close every link; requests that wait are told that the router stops."""
+        self._closed = True
         for place in self._waiting:
             if not place.done():
-                place.set_exception(UnavailableError("the router is stopping", retry_after_s=1))
+                place.set_exception(_stopping())
+        self._waiting.clear()
         self.update(())
-        for replica in self._replicas.values():
-            self._hold(replica.link.close())
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        for replica in list(self._retired):
+            self._end_if_idle(replica)
+        if self._closing:
+            await asyncio.wait(self._closing)
+
+
+def _stopping() -> UnavailableError:
+    return UnavailableError("the router is stopping", retry_after_s=1)
 
 
 def route_matches(route: str, path: str) -> bool:

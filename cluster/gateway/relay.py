@@ -3,6 +3,7 @@
 Another replica is tried only while nothing of an answer was seen, so nothing is answered twice.
 """
 
+import asyncio
 import json
 import logging
 
@@ -24,16 +25,23 @@ _NOT_FORWARDED = _HOP_HEADERS | _CREDENTIALS | {b"host", b"x-request-id", b"expe
 _NOT_RETURNED = _HOP_HEADERS | {b"server", b"date", b"x-request-id"}
 
 
-async def relay(request: Request, pool: Pool) -> Response:
+async def relay(request: Request, pool: Pool, timeout_s: float | None = None) -> Response:
     """Admit ``request`` to ``pool`` and return a replica's answer, whose body is still growing.
+
+    Args:
+        request: What to relay.
+        pool: Which replicas may answer.
+        timeout_s: The longest wait for a place; None: the pool's own.
 
     Raises:
         OverloadedError: the pool's queue is full.
         UnavailableError: no replica is there, or each that was tried was lost.
     """
     head = _request_head(request)
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + (pool.queue_timeout_s if timeout_s is None else timeout_s)
     for _ in range(MAX_ATTEMPTS):
-        replica = await pool.admit()
+        replica = await pool.admit(max(0.0, deadline - loop.time()))
         try:
             stream = replica.link.open(head, request.body)
         except LinkError:

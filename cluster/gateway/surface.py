@@ -5,13 +5,8 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from cluster.errors import InvalidRequestError, NotFoundError
-from cluster.gateway.messages import Request
+from cluster.gateway.messages import Request, header
 from cluster.gateway.pool import Pool
-
-PRIVATE_PATHS = frozenset(
-    {"/metrics", "/load", "/ping", "/invocations", "/docs", "/redoc", "/openapi.json"}
-)
-"""Paths of an engine that are for operators or shadowed by the router's own; never relayed."""
 
 
 class _Envelope(msgspec.Struct):
@@ -40,7 +35,7 @@ def requested_model(request: Request) -> str | None:
 
 
 def _is_json(request: Request) -> bool:
-    content_type = request.header(b"content-type")
+    content_type = header(request.headers, b"content-type")
     return content_type is None or "json" in content_type or "text/plain" in content_type
 
 
@@ -54,8 +49,6 @@ def pick_pool(pools: Mapping[str, Pool], path: str, model: str | None) -> Pool:
         NotFoundError: no such model, or no pool has the path.
         InvalidRequestError: the model does not do what the path asks for, or must be named.
     """
-    if path in PRIVATE_PATHS:
-        raise _no_such_path(path)
     if model is not None:
         return _named(pools, path, model)
     able = [pool for pool in pools.values() if pool.serves(path)]

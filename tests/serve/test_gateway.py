@@ -56,7 +56,7 @@ class Replica:
         if scope["path"] == "/v1/models":
             last = json.dumps({"data": [{"id": self.name.split("-")[0]}]}).encode()
         if scope["path"] == "/openapi.json":
-            last = json.dumps({"paths": {CHAT: {"post": {}}, "/metrics": {}}}).encode()
+            last = json.dumps({"paths": {CHAT: {"post": {}}}}).encode()
         await send({"type": "http.response.body", "body": b"" if asked.get("stream") else last})
 
 
@@ -345,7 +345,6 @@ async def test_own_paths() -> None:
         assert (await asgi.get(world.app, "/version")).json() == {"tandem": "0", "engine": "1"}
         paths = (await asgi.get(world.app, "/openapi.json")).json()["paths"]
         assert {CHAT, "/health"} <= paths.keys()
-        assert "/metrics" not in paths
         head = await asgi.call(world.app, "HEAD", "/health")
         assert (head.status, head.body) == (200, b"")
 
@@ -373,3 +372,63 @@ async def test_nothing_is_left_behind() -> None:
     with suppress(TimeoutError):
         await World.until(lambda: len(asyncio.all_tasks()) == 1)
     assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_a_place_that_another_router_frees_goes_to_the_one_who_waits() -> None:
+    """Two routers share a replica: its report of its load must wake the queue."""
+    async with a_world(queue_timeout_s=20) as world, a_world(queue_timeout_s=20) as other:
+        replica = await world.add("gen", "gen-1")
+        other.running["gen"] = world.running["gen"]
+        other.update("gen")
+        await other.until(lambda: other.gateway.pools["gen"].num_ready == 1)
+        calls = [asgi.start(world.app, "POST", CHAT, {"wait_before": True}) for _ in range(2)]
+        await world.until(lambda: len(replica.seen) == 2)
+        await other.until(lambda: other.gateway.pools["gen"].replicas[0].ongoing == 2)
+        waiting = asgi.start(other.app, "POST", CHAT, {})
+        await other.until(lambda: other.gateway.pools["gen"].num_queued == 1)
+        replica.gate.set()
+        for call in [*calls, waiting]:
+            assert (await call.done()).status == 200
+
+
+async def test_clients_that_gave_up_leave_nothing_in_the_queue() -> None:
+    async with a_world(max_queued=4) as world:
+        for _ in range(20):
+            call = asgi.start(world.app, "POST", CHAT, {"model": "gen"})
+            await asyncio.sleep(0)
+            await call.cancel()
+        assert not world.gateway.pools["gen"]._waiting
+
+
+async def test_closing_ends_what_waits_and_what_runs() -> None:
+    async with a_world() as world:
+        replica = await world.add("gen", "gen-1")
+        running = [asgi.start(world.app, "POST", CHAT, {"wait_before": True}) for _ in range(2)]
+        await world.until(lambda: len(replica.seen) == 2)
+        waiting = asgi.start(world.app, "POST", CHAT, {})
+        await world.until(lambda: world.gateway.pools["gen"].num_queued == 1)
+        await world.gateway.close()
+        for call in [*running, waiting]:
+            assert (await call.done()).status == 503
+
+
+async def test_a_path_prefix_is_taken_off() -> None:
+    async with a_world() as world:
+        messages: list[Message] = []
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": b""}
+
+        async def send(message: Message) -> None:
+            messages.append(message)
+
+        scope = {"type": "http", "method": "GET", "headers": [], "query_string": b""}
+        await world.app({**scope, "path": "/llm/health", "root_path": "/llm"}, receive, send)
+        assert messages[0]["status"] == 200
+
+
+async def test_a_key_is_asked_for_before_the_body_is_read() -> None:
+    async with a_world(api_keys_sha256=[hashlib.sha256(b"k").hexdigest()]) as world:
+        answer = await asgi.post(world.app, CHAT, b"x" * 10_000_000)
+        assert answer.status == 401
+        assert answer.headers["connection"] == "close"
