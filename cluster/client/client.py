@@ -3,6 +3,7 @@
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar, overload
@@ -19,7 +20,9 @@ T = TypeVar("T")
 MAX_CONCURRENT = 64
 """Requests of one call that are under way at a time; the rest of a long list waits here."""
 TEXTS_PER_REQUEST = 1000
-"""A longer list is sent in parts of so many."""
+"""A longer list of texts is sent in parts of so many."""
+PROMPTS_PER_REQUEST = 8
+"""A longer list of prompts is sent in parts of so many, which may go to several replicas."""
 CHAT = "/v1/chat/completions"
 
 
@@ -28,8 +31,12 @@ class _Call:
     """One request and what becomes of its answer."""
 
     path: str
-    body: Mapping[str, Any]
+    body: Mapping[str, Any] | None
+    """None: a GET."""
     parse: Callable[[Mapping[str, Any]], list[Any]]
+
+
+_MODELS = _Call("/v1/models", None, lambda answer: [card["id"] for card in answer["data"]])
 
 
 class Tandem:
@@ -49,16 +56,15 @@ class Tandem:
         # Imported here, so that importing the client stays cheap.
         import ray
         from ray import serve
-        from ray.serve.exceptions import RayServeException
 
-        if not ray.is_initialized():
-            ray.init(address=self._address, logging_level="WARNING", log_to_driver=False)
-        try:
-            return serve.get_app_handle(self._app)
-        except RayServeException as error:
-            raise UnavailableError(
-                f"No application {self._app!r} runs on this Ray cluster; `tandem up` starts one."
-            ) from error
+        with _translated(self._app):
+            if not ray.is_initialized():
+                ray.init(address=self._address, logging_level="WARNING", log_to_driver=False)
+            handle = serve.get_app_handle(self._app)
+            # A cluster that is tuned for throughput tells its jobs to run handles in the caller's
+            # own event loop, which a synchronous caller has none of.
+            handle._init(_run_router_in_separate_loop=True)
+            return handle
 
     # -- generate -----------------------------------------------------------------------------
 
@@ -74,6 +80,14 @@ class Tandem:
         """Continue a text, or each of a list; ``sampling`` is what ``/v1/completions`` takes."""
         return _unlist(prompt, self._run(_generate_calls(prompt, model, sampling)))
 
+    @overload
+    async def agenerate(
+        self, prompt: str, *, model: str | None = None, **sampling: Any
+    ) -> Completion: ...
+    @overload
+    async def agenerate(
+        self, prompt: Sequence[str], *, model: str | None = None, **sampling: Any
+    ) -> list[Completion]: ...
     async def agenerate(
         self, prompt: str | Sequence[str], *, model: str | None = None, **sampling: Any
     ) -> Completion | list[Completion]:
@@ -124,12 +138,13 @@ class Tandem:
         body = _stream_body(conversation, model, sampling)
         response = self._router.options(stream=True).call.remote("POST", CHAT, body)
         try:
-            chunks = iter(response)
-            status, headers = next(chunks)
-            if status != 200:
-                raise wire.error_from(status, headers, b"".join(chunks))
-            for chunk in chunks:
-                yield from reader.feed(chunk)
+            with _translated(self._app):
+                chunks = iter(response)
+                status, headers = next(chunks)
+                if status != 200:
+                    raise wire.error_from(status, headers, b"".join(chunks))
+                for chunk in chunks:
+                    yield from reader.feed(chunk)
         finally:
             response.cancel()
 
@@ -141,12 +156,13 @@ class Tandem:
         body = _stream_body(conversation, model, sampling)
         response = self._router.options(stream=True).call.remote("POST", CHAT, body)
         try:
-            status, headers = await anext(response)
-            if status != 200:
-                raise wire.error_from(status, headers, b"".join([c async for c in response]))
-            async for chunk in response:
-                for delta in reader.feed(chunk):
-                    yield delta
+            with _translated(self._app):
+                status, headers = await anext(response)
+                if status != 200:
+                    raise wire.error_from(status, headers, b"".join([c async for c in response]))
+                async for chunk in response:
+                    for delta in reader.feed(chunk):
+                        yield delta
         finally:
             response.cancel()
 
@@ -163,6 +179,10 @@ class Tandem:
         calls = _text_calls("/classify", text, options, wire.classifications)
         return _unlist(text, self._run(calls))
 
+    @overload
+    async def aclassify(self, text: str, **options: Any) -> Classification: ...
+    @overload
+    async def aclassify(self, text: Sequence[str], **options: Any) -> list[Classification]: ...
     async def aclassify(
         self, text: str | Sequence[str], **options: Any
     ) -> Classification | list[Classification]:
@@ -179,6 +199,10 @@ class Tandem:
         calls = _text_calls("/v1/embeddings", text, options, wire.embeddings)
         return _unlist(text, self._run(calls))
 
+    @overload
+    async def aembed(self, text: str, **options: Any) -> Embedding: ...
+    @overload
+    async def aembed(self, text: Sequence[str], **options: Any) -> list[Embedding]: ...
     async def aembed(
         self, text: str | Sequence[str], **options: Any
     ) -> Embedding | list[Embedding]:
@@ -190,20 +214,30 @@ class Tandem:
 
     def models(self) -> list[str]:
         """The names that ``model`` may have."""
-        answer = wire.decode(*self._router.ask.remote("GET", "/v1/models", b"").result())
-        return [card["id"] for card in answer["data"]]
+        return self._run([_MODELS])
+
+    async def amodels(self) -> list[str]:
+        """``models``, awaited."""
+        return await self._arun([_MODELS])
 
     # -- how ----------------------------------------------------------------------------------
 
     def _run(self, calls: Sequence[_Call]) -> list[Any]:
         results: list[Any] = []
         under_way: deque[tuple[_Call, DeploymentResponse]] = deque()
-        for call in calls:
-            if len(under_way) == MAX_CONCURRENT:
-                results += _result(*under_way.popleft())
-            under_way.append((call, self._send(call)))
-        while under_way:
-            results += _result(*under_way.popleft())
+        try:
+            with _translated(self._app):
+                for call in calls:
+                    if len(under_way) == MAX_CONCURRENT:
+                        results += _result(*under_way[0])
+                        under_way.popleft()
+                    under_way.append((call, self._send(call)))
+                while under_way:
+                    results += _result(*under_way[0])
+                    under_way.popleft()
+        finally:
+            for _, response in under_way:  # after an error: nobody waits for these
+                response.cancel()
         return results
 
     async def _arun(self, calls: Sequence[_Call]) -> list[Any]:
@@ -211,11 +245,17 @@ class Tandem:
 
         async def one(call: _Call) -> list[Any]:
             async with places:
-                return call.parse(wire.decode(*await self._send(call)))
+                response = self._send(call)
+                try:
+                    return call.parse(wire.decode(*await response))
+                except BaseException:
+                    response.cancel()
+                    raise
 
         tasks = [asyncio.ensure_future(one(call)) for call in calls]
         try:
-            parts = await asyncio.gather(*tasks)
+            with _translated(self._app):
+                parts = await asyncio.gather(*tasks)
         except BaseException:
             for task in tasks:
                 task.cancel()
@@ -223,18 +263,40 @@ class Tandem:
         return [result for part in parts for result in part]
 
     def _send(self, call: _Call) -> "DeploymentResponse":
-        return self._router.ask.remote("POST", call.path, wire.encode(call.body))
+        body = b"" if call.body is None else wire.encode(call.body)
+        return self._router.ask.remote("GET" if call.body is None else "POST", call.path, body)
 
 
 def _result(call: _Call, response: "DeploymentResponse") -> list[Any]:
     return call.parse(wire.decode(*response.result()))
 
 
+@contextmanager
+def _translated(app: str) -> Iterator[None]:
+    """Turn Ray's own errors into ours.
+
+    Raises:
+        UnavailableError: there is no cluster or no such application, or its router was lost.
+    """
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        yield
+    except (RayError, RayServeException, ConnectionError) as error:
+        raise UnavailableError(
+            f"The application {app!r} cannot be reached on this Ray cluster "
+            f"(`tandem up` starts one): {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from error
+
+
 def _generate_calls(
     prompt: str | Sequence[str], model: str | None, sampling: Mapping[str, Any]
 ) -> list[_Call]:
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    parts = [prompts[at : at + MAX_CONCURRENT] for at in range(0, len(prompts), MAX_CONCURRENT)]
+    parts = [
+        prompts[at : at + PROMPTS_PER_REQUEST] for at in range(0, len(prompts), PROMPTS_PER_REQUEST)
+    ]
     return [
         _Call("/v1/completions", {"model": model, "prompt": part, **sampling}, wire.completions)
         for part in parts
