@@ -71,6 +71,15 @@ class SimConfig(_Section):
     """Requests after this many are accepted and never answered."""
 
 
+def _check_scaling(max_ongoing: int, replicas: ReplicasConfig) -> None:
+    # A replica that is never given its target would never be joined by another one.
+    if replicas.max > replicas.min and replicas.target_ongoing > max_ongoing:
+        raise ValueError(
+            f"replicas.target_ongoing ({replicas.target_ongoing:g}) must be at most "
+            f"max_ongoing ({max_ongoing})"
+        )
+
+
 class GeneratorConfig(_Section):
     """A pool of language-model replicas."""
 
@@ -96,6 +105,18 @@ class GeneratorConfig(_Section):
     replicas: ReplicasConfig = ReplicasConfig()
     resources: ResourcesConfig = ResourcesConfig()
 
+    @property
+    def num_workers(self) -> int:
+        """Processes that compute for one replica."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @model_validator(mode="after")
+    def _can_scale(self) -> Self:
+        _check_scaling(self.max_ongoing, self.replicas)
+        if self.num_workers > 1 and not (self.resources.cpus or self.resources.gpus):
+            raise ValueError("resources must reserve something for each of several workers")
+        return self
+
 
 class ClassifierConfig(_Section):
     """A pool of encoder replicas."""
@@ -118,6 +139,11 @@ class ClassifierConfig(_Section):
     max_ongoing: int = Field(256, ge=1)
     replicas: ReplicasConfig = ReplicasConfig()
     resources: ResourcesConfig = ResourcesConfig()
+
+    @model_validator(mode="after")
+    def _can_scale(self) -> Self:
+        _check_scaling(self.max_ongoing, self.replicas)
+        return self
 
 
 class RouterConfig(_Section):

@@ -23,6 +23,9 @@ from deployments.generator import Generator
 from deployments.replica import SHUTDOWN_TIMEOUT_S
 from deployments.router import Router
 
+SURGE_PERCENT = 100
+"""On an update the new replicas start beside the old ones, so that there is no gap."""
+
 
 def build(args: dict[str, Any] | TandemConfig) -> Application:
     """The Serve application for ``args``.
@@ -43,18 +46,18 @@ def build(args: dict[str, Any] | TandemConfig) -> Application:
         max_ongoing_requests=4096,
         graceful_shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
         health_check_period_s=5,
+        max_surge_percent=SURGE_PERCENT,
     )
     return router.bind(config, pools)
 
 
 def _generator(config: GeneratorConfig) -> Application:
-    num_workers = config.tensor_parallel_size * config.pipeline_parallel_size
     options: dict[str, Any] = {"ray_actor_options": _actor_options(config.resources)}
-    if num_workers > 1:
+    if config.num_workers > 1:
         # Serve places the replica itself in the first bundle; a GPU replica computes nothing
         # there, its workers take one bundle each.
         bundle = _bundle(config.resources)
-        options["placement_group_bundles"] = [bundle] * num_workers
+        options["placement_group_bundles"] = [bundle] * config.num_workers
         options["placement_group_strategy"] = "PACK"
         options["ray_actor_options"] = _actor_options(
             config.resources.model_copy(update={"gpus": 0.0})
@@ -82,6 +85,7 @@ def _pool(
         graceful_shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
         health_check_period_s=1,
         health_check_timeout_s=30,
+        max_surge_percent=SURGE_PERCENT,
         **options,
     )
     return deployment.bind(config)

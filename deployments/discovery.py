@@ -6,12 +6,11 @@ running replicas without sending a request; ``tests/cluster`` notices when they 
 """
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import ray
-from ray.serve._private.common import DeploymentID, DeploymentTargetInfo
+from ray.serve._private.common import DeploymentID, DeploymentTargetInfo, RunningReplicaInfo
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve._private.long_poll import LongPollClient, LongPollNamespace
 
@@ -37,8 +36,10 @@ class Discovery:
         try:
             while True:
                 if subscription is None or not subscription.is_running:
-                    with contextlib.suppress(ValueError):  # the controller is being restarted
+                    try:
                         subscription = self._subscribe()
+                    except Exception:  # the controller or GCS is being restarted
+                        logger.warning("no word of the running replicas; trying on", exc_info=True)
                 await asyncio.sleep(SUPERVISE_S)
         finally:
             if subscription is not None:
@@ -57,22 +58,27 @@ class Discovery:
             client_id=f"tandem-router:{ray.get_runtime_context().get_actor_id()}",
         )
 
+    def check_health(self) -> None:
+        """Raise if nothing would be heard of the replicas any more."""
+        if self._supervisor.done():
+            raise RuntimeError("the subscription to the running replicas has ended")
+
     async def close(self) -> None:
         """End the subscription."""
         self._supervisor.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._supervisor
+        await asyncio.wait([self._supervisor])
+
+
+def _info(replica: RunningReplicaInfo) -> ReplicaInfo:
+    return ReplicaInfo.from_metadata(replica.replica_id.unique_id, replica.replica_metadata)
 
 
 def _on_targets(listener: Listener) -> Callable[[DeploymentTargetInfo], None]:
     def update(targets: DeploymentTargetInfo) -> None:
-        infos = []
-        for replica in targets.running_replicas:
-            name = replica.replica_id.unique_id
-            try:
-                infos.append(ReplicaInfo.from_metadata(name, replica.replica_metadata))
-            except KeyError:
-                logger.warning("replica %s did not say where its link is", name)
-        listener(infos)
+        # An exception in here would end the subscription of every deployment without a word.
+        try:
+            listener([_info(replica) for replica in targets.running_replicas])
+        except Exception:
+            logger.exception("the running replicas could not be taken in")
 
     return update

@@ -1,16 +1,18 @@
 """What the replicas of every pool have in common: an engine, and a link that serves it."""
 
+import asyncio
 import logging
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import ray
 
+from cluster.asgi import Message, Receive, Scope, Send
 from cluster.engines.base import Engine
 from cluster.errors import EngineDeadError
 from cluster.gateway.pool import ReplicaInfo
 from cluster.launch.loopback import confine_serve
-from cluster.link import LinkLoad, LinkServer
+from cluster.link import DrainResult, LinkLoad, LinkServer
 from deployments.autoscaling import ONGOING
 from deployments.secret import link_secret
 
@@ -18,7 +20,7 @@ logger = logging.getLogger("ray.serve.tandem")
 
 SHUTDOWN_TIMEOUT_S = 60.0
 """How long Serve waits for a replica that it takes out."""
-DRAIN_TIMEOUT_S = SHUTDOWN_TIMEOUT_S - 5.0
+DRAIN_TIMEOUT_S = SHUTDOWN_TIMEOUT_S - 20.0
 """The part of it that requests may take to finish; the rest is for ending the engine."""
 _DEAD_ENGINE_DRAIN_S = 1.0
 """Time for requests of a dead engine to be told so."""
@@ -33,11 +35,40 @@ class EngineReplica:
     async def _start(self, engine: Engine) -> None:
         confine_serve()
         self._engine = engine
+        self._death: asyncio.Task[DrainResult] | None = None
         await engine.start()
         self._server = LinkServer(
-            engine.app, link_secret(), host=ray.util.get_node_ip_address(), load=self._load
+            self._answer, link_secret(), host=ray.util.get_node_ip_address(), load=self._load
         )
         await self._server.start()
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the engine answer; one that turns out to be dead answers nothing.
+
+        Raises:
+            EngineDeadError: the engine is dead; routers try another replica.
+        """
+        dead: EngineDeadError | None = None
+
+        async def send_if_alive(message: Message) -> None:
+            nonlocal dead
+            if message["type"] == "http.response.start" and message["status"] >= 500:
+                try:
+                    await self._engine.check_health()
+                except EngineDeadError as error:
+                    dead = error
+            if dead is None:
+                await send(message)
+
+        await self._engine.app(scope, receive, send_if_alive)
+        if dead is not None:
+            self._leave_routers()
+            raise dead
+
+    def _leave_routers(self) -> None:
+        """Tell routers to look elsewhere, at once and once; what the engine had is lost anyway."""
+        if self._death is None:
+            self._death = asyncio.create_task(self._server.drain(_DEAD_ENGINE_DRAIN_S))
 
     def _load(self) -> LinkLoad:
         load = self._engine.load()
@@ -60,8 +91,7 @@ class EngineReplica:
         try:
             await self._engine.check_health()
         except EngineDeadError:
-            # Routers look elsewhere at once; what the engine had is lost anyway.
-            await self._server.drain(_DEAD_ENGINE_DRAIN_S)
+            self._leave_routers()
             raise
 
     async def __del__(self) -> None:

@@ -10,7 +10,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.config import TandemConfig
 from cluster.gateway import Gateway, GatewayApp, Request, Response
-from cluster.gateway.messages import Headers, request_id
+from cluster.gateway.messages import Headers, header, request_id
 from cluster.launch.loopback import confine_serve
 from deployments.discovery import Discovery
 from deployments.secret import link_secret
@@ -67,11 +67,14 @@ class Router:
         self, method: str, path: str, body: bytes, headers: Headers | None
     ) -> Response:
         headers = headers or [(b"content-type", b"application/json")]
-        given = next((value for name, value in headers if name == b"x-request-id"), b"")
         path, _, query = path.partition("?")
-        identity = request_id(given.decode("latin-1"))
+        identity = request_id(header(headers, b"x-request-id"))
         request = Request(identity, method, path, query.encode(), headers, body)
-        return await self._gateway.respond(request, trusted=True)
+        return await self._gateway.respond(request)
+
+    def check_health(self) -> None:
+        """Raise when this router would not learn of replicas any more; Serve then replaces it."""
+        self._discovery.check_health()
 
     async def __del__(self) -> None:
         """Close the links; Serve awaits this after the last request ended."""

@@ -28,11 +28,6 @@ _FIELDS = {  # vLLM's names that the configuration has a field for
 }
 
 
-def num_workers(config: GeneratorConfig) -> int:
-    """Processes that compute for one replica."""
-    return config.tensor_parallel_size * config.pipeline_parallel_size
-
-
 def environment_for(model_path: str) -> dict[str, str]:
     """What vLLM reads from the environment, to be set before it is imported.
 
@@ -58,7 +53,7 @@ def cpu_environment_for(config: GeneratorConfig) -> dict[str, str]:
     VLLM_ENABLE_V1_MULTIPROCESSING=0 runs the worker in the engine's process, one fewer to start;
     VLLM_CPU_OMP_THREADS_BIND gives it all cores (vLLM by itself leaves one idle).
     """
-    binding = bind_threads(sorted(os.sched_getaffinity(0)), num_workers(config))
+    binding = bind_threads(sorted(os.sched_getaffinity(0)), config.num_workers)
     return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": binding}
 
 
@@ -95,7 +90,7 @@ def platform_defaults(
     config: GeneratorConfig, *, on_cpu: bool, in_ray: bool, native_bfloat16: bool = True
 ) -> dict[str, Any]:
     """What Tandem chooses where the configuration does not."""
-    parallel = num_workers(config) > 1
+    parallel = config.num_workers > 1
     if on_cpu:
         # Eager, with a given cache size, skips vLLM's warm-up; the Ray executor refuses CPUs.
         return {

@@ -48,14 +48,14 @@ def test_a_dead_engine_is_replaced(cluster: Running) -> None:
             old[0].kill()
             cut_off = under_way.result(timeout=150)
         # It was cut off while nothing had been answered: told so, or given to the next replica.
-        assert cut_off.status_code in (200, 500, 503)
+        assert cut_off.status_code in (200, 503), cut_off.text
         assert "Traceback" not in cut_off.text
 
         # Admitted while no replica runs, it waits for the next one.
         answer = http.post("/v1/completions", json=body)
         deadline = time.monotonic() + 120
         while answer.status_code != 200:
-            assert answer.status_code in (429, 500, 503), answer.text
+            assert answer.status_code in (429, 503), answer.text
             assert time.monotonic() < deadline
             time.sleep(0.5)
             answer = http.post("/v1/completions", json=body)
