@@ -28,12 +28,18 @@ class CancelAsLeave:
             await asyncio.shield(task)
         except asyncio.CancelledError:
             client.leave()
-            _, pending = await asyncio.wait((task,), timeout=LEAVE_TIMEOUT_S)
-            for late in pending:
-                late.cancel()
-            if not pending and not task.cancelled():
-                task.exception()  # nobody is left to hear of it
+            try:
+                await asyncio.wait((task,), timeout=LEAVE_TIMEOUT_S)
+            finally:  # also where a second cancel ends the wait
+                task.cancel()
+                task.add_done_callback(_forget)
             raise
+
+
+def _forget(task: "asyncio.Future[None]") -> None:
+    """Take note of how it ended, of which nobody is left to hear."""
+    if not task.cancelled():
+        task.exception()
 
 
 class _Client:

@@ -17,7 +17,7 @@ MESSAGE_END = 0x82
 _SPECIAL = {END_OF_TEXT: "<|endoftext|>", MESSAGE_START: "<|im_start|>", MESSAGE_END: "<|im_end|>"}
 _CODE_POINT = 0x80  # lowest byte of the id of one character that is not ASCII
 
-_PIECE = re.compile(r" \S{0,3}|\S{1,4}|\s")
+_PIECE = re.compile(r" \S{0,3}|\S{1,4}|\s", re.ASCII)  # white space as in bytes
 _PIECE_BYTES = re.compile(rb" \S{0,3}|\S{1,4}|\s")
 
 # The words that the engine writes: " bak", " bal", ... each of them is one token.
