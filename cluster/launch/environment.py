@@ -39,7 +39,6 @@ def cluster_environment(
         # Replicas run their code on the event loop that also serves HTTP: one hop less for every
         # chunk, and what would block it must be in a thread anyway.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     }
     fixed = {
         CLUSTER_ID: cluster_id,
