@@ -5,6 +5,7 @@ Run it as a job of the cluster: `RAY_ADDRESS=... python examples/ray_data.py`.
 
 import numpy as np
 import ray
+
 from cluster.client import Tandem
 
 REVIEWS = [

@@ -71,7 +71,8 @@ install_cpu() {
     say "installing packages and torch (some minutes on a slow line)"
     install_torch &
     local torch=$!
-    uv_install --no-deps --require-hashes -r requirements/cpu.txt || { wait "$torch" || true; die "the packages could not be installed"; }
+    # Compiled once here, else each of the first start's processes would compile the same modules.
+    uv_install --no-deps --require-hashes --compile-bytecode -r requirements/cpu.txt || { wait "$torch" || true; die "the packages could not be installed"; }
     wait "$torch" || die "torch could not be installed"
     uv_install --no-deps --no-build-isolation --editable .
     "$venv/bin/python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null ||

@@ -1,13 +1,13 @@
 """The command line's HTTP client: one request at a time, errors as ``TandemError``."""
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import httpx
 
-from cluster.errors import TandemError, UnavailableError, request_error_for
+from cluster.client import wire
+from cluster.errors import TandemError, UnavailableError
 
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 600.0
@@ -49,7 +49,7 @@ class Connection:
                 if data == "[DONE]":
                     return
                 if line.startswith("data:"):
-                    yield _event(data)
+                    yield wire.event(data)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -63,19 +63,7 @@ class Connection:
             raise TandemError(f"{self._url}: {error!r}") from None
 
 
-def _event(data: str) -> Any:
-    event = json.loads(data)
-    if "error" in event:  # a stream that fails half-way says so in its last event
-        error = event["error"]
-        raise request_error_for(int(error.get("code") or 500), str(error.get("message")))
-    return event
-
-
 def _checked(response: httpx.Response) -> httpx.Response:
     if response.is_success:
         return response
-    try:
-        message = response.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        message = response.text[:200] or response.reason_phrase
-    raise request_error_for(response.status_code, f"{message} (HTTP {response.status_code})")
+    raise wire.error_from(response.status_code, response.headers.raw, response.content)

@@ -13,11 +13,12 @@ from cluster.cli.models import build_missing
 from cluster.cli.paths import load_config
 from cluster.cli.progress import StartProgress
 from cluster.cli.recipes import print_recipes
+from cluster.config import TandemConfig
 from cluster.errors import StartError
 from cluster.launch import processes
 from cluster.launch.start import Started, start
 from cluster.launch.stop import stop
-from cluster.models.store import home
+from cluster.models.store import home, resolve
 
 ATTACHED_DRAIN_S = 10.0
 WATCH_S = 0.5
@@ -35,12 +36,20 @@ def run(config: Path | None, overrides: Sequence[str], *, detach: bool) -> None:
     console = Console()
     loaded = load_config(config, overrides)
     build_missing(console, loaded.config)
+    _check_models(loaded.config)
     with StartProgress(console) as progress:
         started = start(loaded, home(), progress.show)
     _print_phases(console, started)
     print_recipes(console, loaded.config, started.state)
     if not detach:
         _stay(console)
+
+
+def _check_models(config: TandemConfig) -> None:
+    """Raise ConfigError where a model's directory is not there, before anything starts."""
+    served = [generator.model for generator in config.generators if generator.engine == "vllm"]
+    for model in (*served, *(classifier.model for classifier in config.classifiers)):
+        resolve(model)
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

@@ -49,7 +49,7 @@ def error_from(status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes)
     except (ValueError, KeyError, TypeError):
         message, param = body.decode(errors="replace") or f"HTTP {status}", None
     error = request_error_for(status, message, param)
-    retry = next((value for name, value in headers if name == b"retry-after"), b"")
+    retry = next((value for name, value in headers if name.lower() == b"retry-after"), b"")
     if retry.isdigit():
         error.retry_after_s = float(retry)
     return error
@@ -108,14 +108,23 @@ class DeltaReader:
         *lines, self._rest = (self._rest + chunk).split(b"\n")
         for line in lines:
             if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
-                yield from _deltas(json.loads(line[6:]))
+                yield from _deltas(event(line[6:]))
+
+
+def event(data: str | bytes) -> Any:
+    """The JSON of one server-sent event.
+
+    Raises:
+        RequestError: it says that the request failed.
+    """
+    said = json.loads(data)
+    if error := said.get("error"):
+        code, message = error.get("code"), str(error.get("message"))
+        raise request_error_for(code, message) if isinstance(code, int) else InternalError(message)
+    return said
 
 
 def _deltas(event: Mapping[str, Any]) -> Iterator[Delta]:
-    if "error" in event:
-        code = event["error"].get("code")
-        message = str(event["error"].get("message"))
-        raise request_error_for(code, message) if isinstance(code, int) else InternalError(message)
     usage = _usage(event["usage"]) if event.get("usage") else None
     for choice in event["choices"]:
         text = choice["text"] if "text" in choice else choice["delta"].get("content")

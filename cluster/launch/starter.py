@@ -15,8 +15,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO, TypedDict
 
-from cluster.launch import worker
-
 POLL_S = 0.15
 HOUSEKEEPING_NICE = 10
 """For the dashboard, the autoscaler's monitor and the log monitor: they yield to what serves."""
@@ -108,7 +106,7 @@ def _start_ray(order: Order) -> Background:
         def start_log_monitor(self) -> None:
             Background(super().start_log_monitor, nice=HOUSEKEEPING_NICE).join()
 
-    params = RayParams(**order["ray"], worker_path=worker.__file__)
+    params = RayParams(**order["ray"])
     node = HeadNode(params, head=True, shutdown_at_exit=False, spawn_reaper=False)
     write_ray_address(order["ray_address"])
     ray.init(address=node.address, namespace="serve", log_to_driver=False, logging_level="ERROR")
