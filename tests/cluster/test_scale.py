@@ -1,0 +1,137 @@
+"""Several routers and replicas of the simulated engine: spread, scaled, updated without a gap."""
+
+import asyncio
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from tests.cluster.conftest import Running
+
+BODY = {"model": "sim", "prompt": "a b c", "max_tokens": 25, "stream": True}
+
+
+def config(**generator: Any) -> dict[str, Any]:
+    sim = {
+        "name": "sim",
+        "model": "sim",
+        "engine": "sim",
+        "sim": {"decode_s_per_token": 0.02},
+        "max_ongoing": 16,
+        "replicas": {
+            "min": 1,
+            "max": 3,
+            "target_ongoing": 4,
+            "upscale_delay_s": 0,
+            "downscale_delay_s": 1,
+        },
+        "resources": {"cpus": 0.1},
+        **generator,
+    }
+    router = {"replicas": {"min": 2, "max": 2}, "resources": {"cpus": 0.1}, "max_queued": 200}
+    application = {
+        "name": "tandem",
+        "route_prefix": "/",
+        "import_path": "deployments.app:build",
+        "args": {"generators": [sim], "router": router},
+    }
+    return {"http_options": {"host": "127.0.0.1", "port": 8000}, "applications": [application]}
+
+
+@pytest.fixture(scope="module")
+def sims(make_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    file = tmp_path_factory.mktemp("config") / "sim.yaml"
+    file.write_text(yaml.safe_dump(config()), encoding="utf-8")
+    running: Running = make_cluster("--config", str(file))
+    yield running
+    assert running.tandem("down").returncode == 0
+
+
+def num_replicas(http: httpx.Client) -> int:
+    return int(http.get("/ready").json()["pools"]["sim"]["replicas"])
+
+
+class Load:
+    """So many streams at a time until told to stop; counts how they ended."""
+
+    def __init__(self, url: str, streams: int) -> None:
+        self._url = url
+        self._streams = streams
+        self.ends: Counter[str] = Counter()
+        self.stop = asyncio.Event()
+
+    async def run(self) -> None:
+        limits = httpx.Limits(max_connections=self._streams)
+        async with httpx.AsyncClient(base_url=self._url, limits=limits, timeout=120) as http:
+            await asyncio.gather(*(self._one(http) for _ in range(self._streams)))
+
+    async def _one(self, http: httpx.AsyncClient) -> None:
+        while not self.stop.is_set():
+            answer = await http.post("/v1/completions", json=BODY)
+            whole = answer.text.count('"text"') == 25 and answer.text.endswith("[DONE]\n\n")
+            self.ends["whole" if whole else f"{answer.status_code}: {answer.text[-200:]}"] += 1
+
+
+async def until(condition: Any, timeout_s: float, what: str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not await asyncio.to_thread(condition):
+        assert time.monotonic() < deadline, f"{what} took longer than {timeout_s} s"
+        await asyncio.sleep(0.5)
+
+
+async def test_replicas_follow_the_load_up_and_down(sims: Running) -> None:
+    with httpx.Client(base_url=sims.http_url, timeout=60) as http:
+        assert num_replicas(http) == 1
+        load = Load(sims.http_url, streams=16)
+        running = asyncio.create_task(load.run())
+        await until(lambda: num_replicas(http) == 3, 120, "scaling up")
+        load.stop.set()
+        await running
+        assert set(load.ends) == {"whole"}, load.ends
+        # A few streams go on while replicas are taken out; none of them may break.
+        load = Load(sims.http_url, streams=2)
+        running = asyncio.create_task(load.run())
+        await until(lambda: num_replicas(http) == 1, 120, "scaling down")
+        load.stop.set()
+        await running
+        assert set(load.ends) == {"whole"}, load.ends
+
+
+async def test_an_update_leaves_no_gap(sims: Running, tmp_path: Path) -> None:
+    """``serve deploy`` of a changed file replaces every replica while streams run."""
+    port = int(sims.http_url.rsplit(":", 1)[1])
+    changed = config(sim={"decode_s_per_token": 0.01}, replicas={"min": 1, "max": 1})
+    changed["http_options"]["port"] = port
+    file = tmp_path / "changed.yaml"
+    file.write_text(yaml.safe_dump(changed), encoding="utf-8")
+    before = {replica["id"] for replica in replicas(sims)}
+    load = Load(sims.http_url, streams=4)
+    running = asyncio.create_task(load.run())
+    serve = Path(sys.executable).with_name("serve")
+    command = [serve, "deploy", "-a", sims.status()["state"]["dashboard_url"], str(file)]
+    done = await asyncio.to_thread(
+        subprocess.run, command, env=sims.env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+    def replaced() -> bool:
+        now = replicas(sims)
+        ids = {replica["id"] for replica in now}
+        return not before & ids and all(replica["state"] == "RUNNING" for replica in now)
+
+    await until(replaced, 150, "the update")
+    load.stop.set()
+    await running
+    assert set(load.ends) == {"whole"}, load.ends
+
+
+def replicas(cluster: Running) -> list[Any]:
+    deployments = cluster.status()["application"]["deployments"]
+    return [replica for deployment in deployments for replica in deployment["replicas"]]
