@@ -63,7 +63,8 @@ class Tandem:
             handle = serve.get_app_handle(self._app)
             # A cluster that is tuned for throughput tells its jobs to run handles in the caller's
             # own event loop, which a synchronous caller has none of.
-            handle._init(_run_router_in_separate_loop=True)
+            if not handle.is_initialized:  # Serve gives the same handle to all of a process
+                handle._init(_run_router_in_separate_loop=True)
             return handle
 
     # -- generate -----------------------------------------------------------------------------
