@@ -46,7 +46,7 @@ def test_two_workers_in_a_placement_group(make_cluster: Any, tmp_path: Path) -> 
             assert answer.json()["usage"]["completion_tokens"] == 24
             texts.add(answer.json()["choices"][0]["text"])
         assert len(texts) == 1
-        names = [process.name() for process in processes.find(cluster.home)]
+        names = [owned.name for owned in processes.find(cluster.home)]
         assert sum(name.startswith("VLLM::Worker") for name in names) == 2, names
     finally:
         assert cluster.tandem("down").returncode == 0
