@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -57,6 +57,37 @@ def free_ports(count: int) -> list[int]:
             closing(one).__exit__()
 
 
+class Alone(NamedTuple):
+    """The environment, the ``--set`` words and the addresses of a cluster that shares nothing."""
+
+    env: dict[str, str]
+    settings: list[str]
+    http_url: str
+    ray_address: str
+
+
+def home_alone(home: Path) -> Alone:
+    """What a cluster with a home and ports of its own is started with."""
+    http, gcs, dashboard, stats, metrics, fallback = free_ports(6)
+    env = {
+        **os.environ,
+        "TANDEM_HOME": str(home),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+        "NO_COLOR": "1",
+        "COLUMNS": "200",
+    }
+    values = {
+        "http_options.port": http,
+        "cluster.ray_port": gcs,
+        "cluster.dashboard_port": dashboard,
+    }
+    settings = [word for path, port in values.items() for word in ("--set", f"{path}={port}")]
+    # Ray takes 127.0.0.1 for the machine's outward address, where this Ray does not listen.
+    return Alone(env, settings, f"http://127.0.0.1:{http}", f"LOCALHOST:{gcs}")
+
+
 @pytest.fixture(scope="session")
 def make_cluster(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Starts a cluster with a home, a state and ports of its own; the models are shared."""
@@ -65,25 +96,9 @@ def make_cluster(tmp_path_factory: pytest.TempPathFactory) -> Any:
         home = tmp_path_factory.mktemp("home")
         store.models_dir().mkdir(parents=True, exist_ok=True)
         (home / "models").symlink_to(store.models_dir())
-        http, gcs, dashboard, stats, metrics, fallback = free_ports(6)
-        env = {
-            **os.environ,
-            "TANDEM_HOME": str(home),
-            "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
-            "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
-            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
-            "NO_COLOR": "1",
-            "COLUMNS": "200",
-        }
-        # Ray takes 127.0.0.1 for the machine's outward address, where this Ray does not listen.
-        running = Running(home, env, f"http://127.0.0.1:{http}", f"LOCALHOST:{gcs}")
-        settings = [
-            f"http_options.port={http}",
-            f"cluster.ray_port={gcs}",
-            f"cluster.dashboard_port={dashboard}",
-        ]
-        sets = [word for setting in settings for word in ("--set", setting)]
-        done = running.tandem("up", "-d", *sets, *args, timeout_s=900)
+        env, settings, http_url, ray_address = home_alone(home)
+        running = Running(home, env, http_url, ray_address)
+        done = running.tandem("up", "-d", *settings, *args, timeout_s=900)
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
         return running
 

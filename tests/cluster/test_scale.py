@@ -5,7 +5,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,17 @@ class Load:
             self.ends["whole" if whole else f"{answer.status_code}: {answer.text[-200:]}"] += 1
 
 
+@asynccontextmanager
+async def unbroken_load(url: str, streams: int) -> AsyncIterator[None]:
+    """Streams go on inside; each of them must end whole."""
+    load = Load(url, streams)
+    running = asyncio.create_task(load.run())
+    yield
+    load.stop.set()
+    await running
+    assert set(load.ends) == {"whole"}, load.ends
+
+
 async def until(condition: Any, timeout_s: float, what: str) -> None:
     deadline = time.monotonic() + timeout_s
     while not await asyncio.to_thread(condition):
@@ -89,19 +101,11 @@ async def until(condition: Any, timeout_s: float, what: str) -> None:
 async def test_replicas_follow_the_load_up_and_down(sims: Running) -> None:
     with httpx.Client(base_url=sims.http_url, timeout=60) as http:
         assert num_replicas(http) == 1
-        load = Load(sims.http_url, streams=16)
-        running = asyncio.create_task(load.run())
-        await until(lambda: num_replicas(http) == 3, 120, "scaling up")
-        load.stop.set()
-        await running
-        assert set(load.ends) == {"whole"}, load.ends
+        async with unbroken_load(sims.http_url, streams=16):
+            await until(lambda: num_replicas(http) == 3, 120, "scaling up")
         # A few streams go on while replicas are taken out; none of them may break.
-        load = Load(sims.http_url, streams=2)
-        running = asyncio.create_task(load.run())
-        await until(lambda: num_replicas(http) == 1, 120, "scaling down")
-        load.stop.set()
-        await running
-        assert set(load.ends) == {"whole"}, load.ends
+        async with unbroken_load(sims.http_url, streams=2):
+            await until(lambda: num_replicas(http) == 1, 120, "scaling down")
 
 
 async def test_an_update_leaves_no_gap(sims: Running, tmp_path: Path) -> None:
@@ -112,24 +116,20 @@ async def test_an_update_leaves_no_gap(sims: Running, tmp_path: Path) -> None:
     file = tmp_path / "changed.yaml"
     file.write_text(yaml.safe_dump(changed), encoding="utf-8")
     before = {replica["id"] for replica in replicas(sims)}
-    load = Load(sims.http_url, streams=4)
-    running = asyncio.create_task(load.run())
     serve = Path(sys.executable).with_name("serve")
     command = [serve, "deploy", "-a", sims.status()["state"]["dashboard_url"], str(file)]
-    done = await asyncio.to_thread(
-        subprocess.run, command, env=sims.env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
 
     def replaced() -> bool:
         now = replicas(sims)
         ids = {replica["id"] for replica in now}
         return not before & ids and all(replica["state"] == "RUNNING" for replica in now)
 
-    await until(replaced, 150, "the update")
-    load.stop.set()
-    await running
-    assert set(load.ends) == {"whole"}, load.ends
+    async with unbroken_load(sims.http_url, streams=4):
+        done = await asyncio.to_thread(
+            subprocess.run, command, env=sims.env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        await until(replaced, 150, "the update")
 
 
 def replicas(cluster: Running) -> list[Any]:

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from cluster.launch import processes
-from tests.cluster.conftest import ROOT, TANDEM, Running, free_ports
+from tests.cluster.conftest import ROOT, TANDEM, Running, home_alone
 
 FOREIGN_RAY = """
 import sys, ray
@@ -65,26 +65,6 @@ def write_config(directory: Path, **sim: Any) -> Path:
     path = directory / "config.yaml"
     path.write_text(yaml.safe_dump({"applications": [application]}))
     return path
-
-
-def home_alone(tmp_path: Path) -> tuple[dict[str, str], list[str]]:
-    """The environment and the settings of a cluster with ports of its own."""
-    http, gcs, dashboard, stats, metrics, fallback = free_ports(6)
-    env = {
-        **os.environ,
-        "TANDEM_HOME": str(tmp_path),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
-        "NO_COLOR": "1",
-        "COLUMNS": "200",
-    }
-    values = {
-        "http_options.port": http,
-        "cluster.ray_port": gcs,
-        "cluster.dashboard_port": dashboard,
-    }
-    return env, [word for path, port in values.items() for word in ("--set", f"{path}={port}")]
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +143,7 @@ def test_a_second_up_says_that_one_runs(running: Running) -> None:
 def test_up_on_a_busy_port_names_port_and_process(
     running: Running, tmp_path: Path, foreign_ray: subprocess.Popen[str]
 ) -> None:
-    env, settings = home_alone(tmp_path)
+    env, settings, *_ = home_alone(tmp_path)
     port = running.http_url.rpartition(":")[2]
     command = [TANDEM, "up", "-d", *settings, "--set", f"http_options.port={port}"]
     config = ["--config", str(write_config(tmp_path))]
@@ -208,7 +188,7 @@ def decoy(env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
 def test_ctrl_c_lets_requests_finish_and_ends_everything(
     tmp_path: Path, foreign_ray: subprocess.Popen[str]
 ) -> None:
-    env, settings = home_alone(tmp_path)
+    env, settings, *_ = home_alone(tmp_path)
     config = write_config(tmp_path, decode_s_per_token=0.05)
     up = subprocess.Popen(
         [TANDEM, "up", "--config", str(config), *settings],
@@ -253,7 +233,7 @@ def read_until(process: subprocess.Popen[str], words: str) -> str:
 
 
 def test_a_failed_start_says_why_and_leaves_nothing(tmp_path: Path) -> None:
-    env, settings = home_alone(tmp_path)
+    env, settings, *_ = home_alone(tmp_path)
     config = write_config(tmp_path, fail_startup=True)
     began = time.monotonic()
     done = subprocess.run(
