@@ -1,6 +1,8 @@
 """``Tandem``: generate, chat, stream, classify and embed from any Ray job, sync and async."""
 
 import asyncio
+import importlib
+import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,10 +56,10 @@ class Tandem:
     @cached_property
     def _router(self) -> "DeploymentHandle":
         # Imported here, so that importing the client stays cheap.
-        import ray
-        from ray import serve
-
         with _translated(self._app):
+            import ray
+            from ray import serve
+
             if not ray.is_initialized():
                 ray.init(address=self._address, logging_level="WARNING", log_to_driver=False)
             handle = serve.get_app_handle(self._app)
@@ -268,6 +270,17 @@ class Tandem:
         return self._router.ask.remote("GET" if call.body is None else "POST", call.path, body)
 
 
+def import_serve() -> None:
+    """Import Ray Serve, in a thread of its own.
+
+    Ray cancels a task by interrupting its worker's main thread, and an import that is cut off
+    there leaves a package without its modules, on which each later task of the worker fails.
+    """
+    thread = threading.Thread(target=importlib.import_module, args=("ray.serve",), daemon=True)
+    thread.start()
+    thread.join()
+
+
 def _result(call: _Call, response: "DeploymentResponse") -> list[Any]:
     return call.parse(wire.decode(*response.result()))
 
@@ -279,6 +292,7 @@ def _translated(app: str) -> Iterator[None]:
     Raises:
         UnavailableError: there is no cluster or no such application, or its router was lost.
     """
+    import_serve()
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
