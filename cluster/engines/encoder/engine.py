@@ -6,6 +6,7 @@ from cluster.engines.base import EngineLoad
 from cluster.engines.encoder.app import ROUTES, EncoderApp
 from cluster.engines.encoder.service import EncoderCounts, EncoderService
 from cluster.errors import UnavailableError
+from cluster.metrics import Registry, table
 
 
 class EncoderEngine:
@@ -52,6 +53,19 @@ class EncoderEngine:
     def counts(self) -> EncoderCounts:
         """What the engine did since its start, for metrics."""
         return self.service.counts()
+
+    def observe(self, registry: Registry) -> None:
+        """Write the counters into the registry."""
+        counts = self.counts()
+        sums = {
+            table.ENCODER_BATCHES: counts.batches,
+            table.ENCODER_TEXTS: counts.texts,
+            table.ENCODER_TOKENS: counts.tokens,
+            table.ENCODER_SECONDS: counts.compute_s,
+            table.ENCODER_SKIPPED: counts.skipped_texts,
+        }
+        for metric, total in sums.items():
+            registry.counter(metric, self._config.name).value = float(total)
 
     def routes(self) -> tuple[str, ...]:
         """The paths of the configured tasks."""
