@@ -47,7 +47,7 @@ def build(out: Path, progress: Progress) -> Facts:
             f"at least {MIN_ACCURACY:.0%} is wanted"
         )
     progress(f"held-out accuracy {metrics.accuracy:.1%} of {metrics.num_held_out} texts", 1.0)
-    return dict(asdict(metrics))
+    return {name: fact for name, fact in asdict(metrics).items() if fact is not None}
 
 
 def rated_texts(archive: Path) -> Iterator[tuple[str, float]]:
