@@ -35,8 +35,17 @@ class Calibration:
 
 
 def calibrate(logits: Floats, truth: NDArray[np.integer[Any]]) -> Calibration:
-    """Fit the temperature to logits, [texts, labels], and the labels that are true, [texts]."""
+    """Fit the temperature to logits, [texts, labels], and the labels that are true, [texts].
+
+    Raises:
+        ConfigError: the texts have no likeliest temperature, as when every label is right.
+    """
     temperature = fit_temperature(logits, truth)
+    if not MIN_TEMPERATURE * 1.01 < temperature < MAX_TEMPERATURE / 1.01:
+        raise ConfigError(
+            f"the {len(truth)} texts tell no temperature: the model is right about "
+            f"{np.mean(logits.argmax(1) == truth):.0%} of them; use texts that are new to it"
+        )
     return Calibration(
         temperature=temperature,
         ece_before=expected_calibration_error(softmax(logits), truth),

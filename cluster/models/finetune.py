@@ -21,44 +21,12 @@ from cluster.errors import ConfigError
 from cluster.models import finetune_report as report
 from cluster.models.calibration import softmax
 from cluster.models.finetune_data import Split, split
-from cluster.models.finetune_trainer import (
-    Anchor,
-    FinetuneTrainer,
-    Schedule,
-    make_trainer,
-    part,
-    report_to,
-)
+from cluster.models.finetune_options import FinetuneOptions
+from cluster.models.finetune_trainer import Anchor, FinetuneTrainer, make_trainer, part
 from cluster.models.predict import compute_threads, forwards, max_tokens
 from cluster.models.quiet import quiet_transformers
 from cluster.models.reference import MIN_TEXTS, Reference
 from cluster.models.store import Progress
-
-
-@dataclass(frozen=True, slots=True)
-class FinetuneOptions:
-    """How to fine-tune; the defaults suit MiniLM-L6 and some ten thousand short texts."""
-
-    label_names: tuple[str, ...]
-    """In the order of their ids."""
-    epochs: int = 1
-    patience: int = 0
-    """Epochs without a lower validation loss before it stops; 0: it never does."""
-    batch_size: int = 32
-    max_tokens: int = 48
-    """Of a text while training; what is longer is cut."""
-    learning_rate: float = 3e-4
-    head_learning_rate: float = 1e-3
-    frozen_layers: int = 4
-    """Lowest layers of the encoder that stay as they are; the word embeddings always do."""
-    keep_embeddings: float = 2.0
-    """Weight of the cosine distance to the base's mean-pooled embeddings; 0: they may drift."""
-    held_out: float = 0.1
-    """Share of the texts that measures the result and is not trained on. With a patience, as much
-    again says when to stop."""
-    seed: int = 0
-    threads: int | None = None
-    """Compute threads; None: PyTorch's choice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +87,7 @@ def finetune(
         metrics = run.measure(parts, out)
         network.save_pretrained(out)
         _save_tokenizer(tokenizer, out)
-        card = report.Card(base.name, options.label_names, _settings(options), len(parts.train))
+        card = report.Card(base.name, options, len(parts.train))
         report.write_card(out, card, run.confusion)
     return metrics
 
@@ -141,26 +109,14 @@ class _Run:
         self.confusion: NDArray[np.int64]
 
     def train(self, parts: Split, progress: Progress) -> None:
-        options = self._options
         started = time.monotonic()
+        data = self._examples(parts.train), self._examples(parts.validation)
+        collator = DataCollatorWithPadding(self._tokenizer)
         self._trainer = make_trainer(
-            self._network,
-            self._parts,
-            (self._examples(parts.train), self._examples(parts.validation)),
-            DataCollatorWithPadding(self._tokenizer),
-            Schedule(
-                options.epochs,
-                options.batch_size,
-                options.learning_rate,
-                options.head_learning_rate,
-                options.patience,
-                options.seed,
-            ),
-            self._scratch,
+            self._network, self._parts, data, collator, self._options, self._scratch
         )
         self._trainer.anchor = self._anchor
-        self._trainer.keep_embeddings = options.keep_embeddings
-        report_to(self._trainer, progress)
+        self._trainer.report_to(progress)
         self._trainer.train()
         self._train_s = time.monotonic() - started
 
@@ -233,18 +189,3 @@ def _save_tokenizer(tokenizer: Any, out: Path) -> None:
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(out)
-
-
-def _settings(options: FinetuneOptions) -> dict[str, str | int | float]:
-    wanted = (
-        "epochs",
-        "patience",
-        "batch_size",
-        "max_tokens",
-        "learning_rate",
-        "head_learning_rate",
-        "frozen_layers",
-        "keep_embeddings",
-        "seed",
-    )
-    return {name: getattr(options, name) for name in wanted}

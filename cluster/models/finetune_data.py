@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cluster.errors import TandemError
 
 MIN_ROWS = 10
@@ -81,6 +84,20 @@ def label_names(path: Path, rows: Sequence[Row]) -> tuple[str, ...]:
     if all(name.isdecimal() for name in names):
         return tuple(sorted(names, key=lambda name: (int(name), name)))
     return tuple(sorted(names))
+
+
+def label_ids(path: Path, rows: Sequence[Row], names: Sequence[str]) -> NDArray[np.int64]:
+    """The place of each row's label among ``names``.
+
+    Raises:
+        DataError: a label is not among them; the message names its line.
+    """
+    ids = {name: i for i, name in enumerate(names)}
+    for row in rows:
+        if row.label not in ids:
+            known = ", ".join(ids)
+            raise DataError(f"{path}:{row.line}: label {row.label!r}; the model knows {known}")
+    return np.array([ids[row.label] for row in rows], np.int64)
 
 
 def split(

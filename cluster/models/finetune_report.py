@@ -3,13 +3,15 @@
 The figures are pure functions of the confusion matrix, whose rows are the true labels.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from cluster.models.finetune_options import FinetuneOptions
 
 PICTURE = "confusion_matrix.png"
 MAX_WRITTEN = 20
@@ -21,8 +23,7 @@ class Card:
     """What the model card says beside the figures."""
 
     base: str
-    label_names: tuple[str, ...]
-    settings: Mapping[str, Any]
+    options: FinetuneOptions
     num_train: int
 
 
@@ -81,13 +82,14 @@ def write_card(out: Path, card: Card, confusion: NDArray[np.int64]) -> None:
     rows = [
         f"| {_cell(name)} | {precision:.3f} | {recall:.3f} | {f1:.3f} | {count} |"
         for name, (precision, recall, f1), count in zip(
-            card.label_names, by_label(confusion), confusion.sum(1), strict=True
+            card.options.label_names, by_label(confusion), confusion.sum(1), strict=True
         )
     ]
-    settings = [f"| {name} | {value} |" for name, value in card.settings.items()]
+    settings = asdict(card.options)
+    del settings["label_names"]
     text = _CARD.format(
         base=card.base,
-        num_labels=len(card.label_names),
+        num_labels=len(card.options.label_names),
         num_train=card.num_train,
         held_out=held_out,
         accuracy=right,
@@ -95,7 +97,7 @@ def write_card(out: Path, card: Card, confusion: NDArray[np.int64]) -> None:
         interval=1.96 * np.sqrt(right * (1 - right) / max(1, held_out)),
         picture=PICTURE,
         labels="\n".join(rows),
-        settings="\n".join(settings),
+        settings="\n".join(f"| {name} | {value} |" for name, value in settings.items()),
     )
     (out / "README.md").write_text(text, encoding="utf-8")
 

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from cluster.errors import ConfigError
+from cluster.models.finetune_options import FinetuneOptions
 from cluster.models.store import Progress
 
 WARMUP = 0.06  # share of the steps, as in RoBERTa's fine-tuning (arXiv:1907.11692, table 10)
@@ -103,7 +104,7 @@ def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
-    """The Trainer; set ``parts``, ``anchor`` and ``keep_embeddings`` before ``train``."""
+    """The Trainer; ``make_trainer`` makes one, and ``anchor`` may be set before ``train``."""
 
     loss_is_scaled_for_ga = False
     parts: Parts
@@ -127,6 +128,10 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers is not typ
             loss = loss + self.keep_embeddings * drift
         return (loss, outputs) if return_outputs else loss
 
+    def report_to(self, progress: Progress) -> None:
+        """Have ``progress`` called after every step and every epoch."""
+        self.add_callback(_Reported(progress))
+
 
 class _Reported(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
     """Tells a ``Progress`` where the training is."""
@@ -144,39 +149,26 @@ class _Reported(TrainerCallback):  # type: ignore[misc]  # transformers is not t
         self._progress(f"epoch {epoch}: validation loss {loss:.3f}", None)
 
 
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """How long and how fast to train."""
-
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    head_learning_rate: float
-    patience: int
-    """Epochs without a lower validation loss before it stops; 0: it never does."""
-    seed: int
-
-
 def make_trainer(
     network: Any,
     parts: Parts,
     data: tuple[Sequence[Any], Sequence[Any]],
     collator: Any,
-    schedule: Schedule,
+    options: FinetuneOptions,
     scratch: str,
 ) -> FinetuneTrainer:
     """A trainer of ``network`` on (train, validation) examples; checkpoints go to ``scratch``."""
     train, validation = data
-    stops_early = bool(schedule.patience and validation)
+    stops_early = bool(options.patience and validation)
     each = "epoch" if stops_early else "no"
     arguments = TrainingArguments(
         output_dir=scratch,
-        num_train_epochs=schedule.epochs,
-        per_device_train_batch_size=schedule.batch_size,
-        per_device_eval_batch_size=2 * schedule.batch_size,
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=2 * options.batch_size,
         warmup_steps=WARMUP,
         train_sampling_strategy="group_by_length",
-        seed=schedule.seed,
+        seed=options.seed,
         eval_strategy=each,
         save_strategy=each,
         save_only_model=True,
@@ -194,22 +186,17 @@ def make_trainer(
         data_collator=collator,
         train_dataset=train,
         eval_dataset=validation or None,
-        optimizers=(_optimizer(parts, schedule), None),
-        callbacks=[EarlyStoppingCallback(schedule.patience)] if stops_early else [],
+        optimizers=(_optimizer(parts, options), None),
+        callbacks=[EarlyStoppingCallback(options.patience)] if stops_early else [],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.parts = parts
+    trainer.parts, trainer.keep_embeddings = parts, options.keep_embeddings
     return trainer
 
 
-def report_to(trainer: FinetuneTrainer, progress: Progress) -> None:
-    """Have ``progress`` called after every step and every epoch."""
-    trainer.add_callback(_Reported(progress))
-
-
-def _optimizer(parts: Parts, schedule: Schedule) -> torch.optim.Optimizer:
+def _optimizer(parts: Parts, options: FinetuneOptions) -> torch.optim.Optimizer:
     groups = [
-        {"params": list(parts.tuned.parameters()), "lr": schedule.learning_rate},
-        {"params": parts.head, "lr": schedule.head_learning_rate},
+        {"params": list(parts.tuned.parameters()), "lr": options.learning_rate},
+        {"params": parts.head, "lr": options.head_learning_rate},
     ]
     return torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True)

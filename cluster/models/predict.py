@@ -52,48 +52,54 @@ def forwards(network: Any, tokenizer: Any, ids: Sequence[Sequence[int]]) -> Iter
         yield Forward(indices, mask, logits.float())
 
 
-def logits_of(directory: Path, texts: Sequence[str], progress: Progress) -> NDArray[np.float64]:
-    """The logits of the classifier in ``directory``, [texts, labels]; long texts are cut.
+class Classifier:
+    """A model directory that gives each text one label of several.
 
-    Raises:
-        ConfigError: there is no classifier that gives one label to a text.
+    Use ``load`` to make one.
     """
-    with quiet_transformers():
-        progress("reading the model", None)
-        network, tokenizer = load_classifier(directory)
+
+    def __init__(self, network: Any, tokenizer: Any) -> None:
+        self._network = network
+        self._tokenizer = tokenizer
         config = network.config
-        if config.problem_type not in SINGLE_LABEL or config.num_labels < 2:
+        self.names: tuple[str, ...] = tuple(config.id2label[i] for i in range(config.num_labels))
+
+    @classmethod
+    def load(cls, directory: Path) -> "Classifier":
+        """Load it in float32.
+
+        Raises:
+            ConfigError: there is no such classifier in safetensors.
+        """
+        try:
+            with quiet_transformers():
+                network = AutoModelForSequenceClassification.from_pretrained(
+                    directory, dtype=torch.float32, use_safetensors=True
+                )
+                tokenizer = AutoTokenizer.from_pretrained(directory)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{directory}: not a classifier to load: {error}") from None
+        if network.config.problem_type not in SINGLE_LABEL or network.config.num_labels < 2:
             raise ConfigError(f"{directory}: it does not give one label of several to a text")
-        cut = max_tokens(network, tokenizer)
-        ids = tokenizer(list(texts), truncation=True, max_length=cut)["input_ids"]
-        rows = np.empty((len(texts), config.num_labels))
+        return cls(network, tokenizer)
+
+    def logits(self, texts: Sequence[str], progress: Progress) -> NDArray[np.float64]:
+        """[texts, labels]; long texts are cut."""
+        cut = max_tokens(self._network, self._tokenizer)
+        ids = self._tokenizer(list(texts), truncation=True, max_length=cut)["input_ids"]
+        rows = np.empty((len(texts), len(self.names)))
         done = 0
-        for batch in forwards(network, tokenizer, ids):
+        for batch in forwards(self._network, self._tokenizer, ids):
             rows[batch.indices] = batch.logits.cpu().numpy()
             done += len(batch.indices)
             progress("classifying the texts", done / len(texts))
-    return rows
+        return rows
 
 
 def max_tokens(network: Any, tokenizer: Any) -> int:
     """The longest text that is read whole."""
     positions = getattr(network.config, "max_position_embeddings", MAX_TOKENS)
     return int(min(MAX_TOKENS, positions, tokenizer.model_max_length))
-
-
-def load_classifier(directory: Path) -> tuple[Any, Any]:
-    """The network, in float32, and the tokenizer of a model directory.
-
-    Raises:
-        ConfigError: it holds no classifier in safetensors.
-    """
-    try:
-        network = AutoModelForSequenceClassification.from_pretrained(
-            directory, dtype=torch.float32, use_safetensors=True
-        )
-        return network.eval(), AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{directory}: not a classifier that can be loaded: {error}") from None
 
 
 @contextmanager
