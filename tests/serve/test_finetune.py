@@ -1,67 +1,18 @@
 """Fine-tuning by its command, on a tiny encoder and texts whose label hangs on one word."""
 
-import csv
 import json
 import random
 import shutil
 
 import pytest
-from typer.testing import CliRunner
 
-from cluster.cli.app import app
 from cluster.config import ClassifierConfig
 from cluster.engines.encoder.engine import EncoderEngine
 from cluster.errors import ConfigError
 from cluster.models import calibration
 from cluster.models.finetune_data import DataError
 from cluster.models.reference import Reference
-from tests.serve import tiny_encoder
-
-FILLER = [f"word{i}" for i in range(20)]
-TELLING = {"refund": "complaint", "thanks": "praise"}
-
-
-def tandem(*args):
-    done = CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "200"})
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    assert done.exit_code == 0, done.output
-    return done.output
-
-
-def texts(count, seed=0):
-    rng = random.Random(seed)
-    for _ in range(count):
-        telling = rng.choice(list(TELLING))
-        words = [*rng.choices(FILLER, k=rng.randint(3, 8)), telling]
-        rng.shuffle(words)
-        yield " ".join(words), TELLING[telling]
-
-
-def write_csv(path, rows):
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([("text", "label"), *rows])
-    return path
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny_encoder.save(tmp_path_factory.mktemp("base"), [*FILLER, *TELLING])
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_csv(tmp_path_factory.mktemp("data") / "rows.csv", texts(600))
-
-
-FAST = ("--threads", 1, "--learning-rate", 0.003, "--max-tokens", 16)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, base, data):
-    out = tmp_path_factory.mktemp("models") / "mine"
-    said = tandem("models", "finetune", "--base", base, "--data", data, "--out", out, *FAST)
-    return out, said
+from tests.serve.planted import FAST, tandem, texts, write_csv
 
 
 def test_the_result_is_whole_and_says_what_it_is(trained):

@@ -1,0 +1,55 @@
+"""What may be asked about a classification, and the answer."""
+
+from typing import Literal
+
+import msgspec
+
+Method = Literal["integrated_gradients", "rollout"]
+
+
+class ExplainOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How to explain."""
+
+    method: Method = "integrated_gradients"
+    """integrated_gradients: what each word adds to each label's score. rollout: how far the
+    attention reaches each word; one forward pass, no labels, no sign."""
+
+
+class Word(msgspec.Struct, frozen=True, gc=False):
+    """A word as the tokenizer splits them."""
+
+    text: str
+    start: int
+    end: int
+    """Characters (Unicode code points) of the text, the end excluded."""
+
+
+class LabelContributions(msgspec.Struct, frozen=True):
+    """Why one label has its score."""
+
+    label: str
+    score: float
+    baseline: float
+    """The score of the same text with every word masked."""
+    error: float
+    """By how much the contributions' sum misses ``score - baseline``."""
+    contributions: list[float]
+    """By word."""
+
+
+class Explanation(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Why one text has its labels."""
+
+    method: Method
+    words: list[Word]
+    labels: list[LabelContributions] = msgspec.field(default_factory=list)
+    """Of integrated gradients: the best label first."""
+    weights: list[float] = msgspec.field(default_factory=list)
+    """Of rollout: each word's share of the attention, 1 in all."""
+
+
+def options(asked: bool | ExplainOptions) -> ExplainOptions | None:
+    """What ``explain`` in a request means; None: nothing is to be explained."""
+    if isinstance(asked, ExplainOptions):
+        return asked
+    return ExplainOptions() if asked else None
