@@ -89,7 +89,7 @@ def count_lengths(lengths: NDArray[np.integer]) -> Counts:
     return np.bincount(np.minimum(exponents, LENGTH_BINS - 1), minlength=LENGTH_BINS)
 
 
-def stability_index(reference: Sequence[int], current: Sequence[int]) -> float:
+def stability_index(reference: Sequence[int] | Counts, current: Sequence[int] | Counts) -> float:
     """The population stability index of two histograms with the same bins.
 
     The sum over the bins of (p - q) ln(p / q), in nats: 0 when they are alike, by custom below 0.1
@@ -99,6 +99,6 @@ def stability_index(reference: Sequence[int], current: Sequence[int]) -> float:
     return float(((p - q) * np.log(p / q)).sum())
 
 
-def _shares(counts: Sequence[int]) -> NDArray[np.float64]:
+def _shares(counts: Sequence[int] | Counts) -> NDArray[np.float64]:
     smoothed = np.asarray(counts, np.float64) + HALF_TEXT
     return np.asarray(smoothed / smoothed.sum())
