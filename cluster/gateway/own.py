@@ -1,4 +1,4 @@
-"""The paths that the router answers itself: health, readiness, versions, models, OpenAPI."""
+"""The paths that the router answers itself: health, readiness, versions, models, OpenAPI, pages."""
 
 import asyncio
 import json
@@ -11,13 +11,15 @@ from typing import Any
 from cluster.errors import NotFoundError, TandemError
 from cluster.gateway.messages import Request, Response, json_response
 from cluster.gateway.openapi import merge
+from cluster.gateway.pages import Page
 from cluster.gateway.pool import Pool
 from cluster.gateway.relay import relay
 
 logger = logging.getLogger("ray.serve.tandem")
 
-PUBLIC_PATHS = frozenset({"/health", "/ready", "/version"})
-"""Answered without an API key: what load balancers and probes ask for."""
+PUBLIC_PATHS = frozenset({"/health", "/ready", "/version", "/explain"})
+"""Answered without an API key: what load balancers and probes ask for, and pages, which hold
+nothing and send the key that is typed into them."""
 
 MODEL_PREFIX = "/v1/models/"
 
@@ -34,12 +36,14 @@ class OwnRoutes:
         self._pools = pools
         self._versions = versions
         self._created = int(time.time())
+        self._explain_page = Page("explain")
         self._routes: dict[str, Handler] = {
             "/health": self._health,
             "/ready": self._ready,
             "/version": self._version,
             "/v1/models": self._models,
             "/openapi.json": self._openapi,
+            "/explain": self._explain,
         }
 
     def find(self, path: str) -> Handler | None:
@@ -102,6 +106,10 @@ class OwnRoutes:
         ]
         version = self._versions.get("tandem", "")
         return json_response(merge(version, [known for known in documents if known is not None]))
+
+    async def _explain(self, _request: Request) -> Response:
+        classifiers = [pool.name for pool in self._pools.values() if pool.kind == "classifier"]
+        return self._explain_page.response(classifiers)
 
     async def _ask(self, pool: Pool, request: Request, path: str) -> Any:
         """The JSON answer of one of the pool's replicas to a GET; None if it cannot answer now."""
