@@ -15,6 +15,7 @@ FOLDERS = {
     "cluster/client": "for other Ray jobs",
     "cluster/engines": "what computes; only here are vllm and torch imported",
     "cluster/engines/encoder": "BERT and its relatives",
+    "cluster/engines/encoder/tasks": "one module for each thing that an encoder does",
     "cluster/engines/sim": "the simulated engine",
     "cluster/gateway": "what the router does with a request, without Ray",
     "cluster/launch": "starting and stopping a local cluster",

@@ -101,8 +101,8 @@ def model_path(tmp_path_factory, network):
 
 
 def config(**changes):
-    fields = {"name": "tiny", "model": "tiny", "max_batch_tokens": 64, "threads": 1, **changes}
-    return ClassifierConfig(**fields)
+    fields = {"name": "tiny", "model": "tiny", "dtype": "float32", "threads": 1}
+    return ClassifierConfig(**{**fields, "max_batch_tokens": 64, **changes})
 
 
 @pytest.fixture

@@ -3,8 +3,9 @@
 from cluster.asgi import ASGIApp
 from cluster.config import ClassifierConfig
 from cluster.engines.base import EngineLoad
-from cluster.engines.encoder.app import ROUTES, EncoderApp
+from cluster.engines.encoder.app import EncoderApp
 from cluster.engines.encoder.service import EncoderCounts, EncoderService
+from cluster.engines.encoder.tasks import routes
 from cluster.errors import UnavailableError
 
 
@@ -55,7 +56,7 @@ class EncoderEngine:
 
     def routes(self) -> tuple[str, ...]:
         """The paths of the configured tasks."""
-        return tuple(path for path, task in ROUTES.items() if task in self._config.tasks)
+        return routes(self._config)
 
     async def stop(self) -> None:
         """Fail what is open with ``UnavailableError`` and end the threads; safe to call twice."""
