@@ -12,10 +12,12 @@ import msgspec
 from cluster.asgi import Receive, Scope, Send
 from cluster.config import ClassifierConfig
 from cluster.engines.encoder import openapi, schema
+from cluster.engines.encoder.insight import Insight
 from cluster.engines.encoder.jobs import Timings
 from cluster.engines.encoder.service import EncoderService
 from cluster.engines.encoder.tasks import make_tasks
 from cluster.engines.encoder.tasks.base import B, Task
+from cluster.engines.encoder.tasks.classify import ClassifyReply, ClassifyRequest
 from cluster.errors import (
     InternalError,
     MethodNotAllowedError,
@@ -36,11 +38,13 @@ class EncoderApp:
     Args:
         config: The pool; its name is the model's name in requests and answers.
         service: A started service.
+        insight: Of the same model.
     """
 
-    def __init__(self, config: ClassifierConfig, service: EncoderService) -> None:
+    def __init__(self, config: ClassifierConfig, service: EncoderService, insight: Insight) -> None:
         self._config = config
         self._service = service
+        self._insight = insight
         self._tasks = make_tasks(config, service.model)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -78,7 +82,10 @@ class EncoderApp:
         self._check_model(request.model)
         inputs = task.inputs(request)
         encoded = await self._service.encode(task.head, inputs, request.truncate)
-        return encode_json(task.reply(request, encoded)), encoded.timings
+        reply = task.reply(request, encoded)
+        if isinstance(request, ClassifyRequest) and isinstance(reply, ClassifyReply):
+            reply = await self._insight.add(request, encoded, reply)
+        return encode_json(reply), encoded.timings
 
     def _check_model(self, model: str | None) -> None:
         if model is not None and model != self._config.name:

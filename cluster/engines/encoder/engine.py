@@ -4,6 +4,8 @@ from cluster.asgi import ASGIApp
 from cluster.config import ClassifierConfig
 from cluster.engines.base import EngineLoad
 from cluster.engines.encoder.app import EncoderApp
+from cluster.engines.encoder.drift import DriftSnapshot
+from cluster.engines.encoder.insight import Insight
 from cluster.engines.encoder.service import EncoderCounts, EncoderService
 from cluster.engines.encoder.tasks import routes
 from cluster.errors import UnavailableError
@@ -21,6 +23,7 @@ class EncoderEngine:
         self._config = config
         self._model_path = model_path
         self._service: EncoderService | None = None
+        self._insight: Insight | None = None
         self._app: ASGIApp | None = None
 
     @property
@@ -40,7 +43,8 @@ class EncoderEngine:
     async def start(self) -> None:
         """Load the model; see ``Engine.start``."""
         self._service = await EncoderService.start(self._config, self._model_path)
-        self._app = EncoderApp(self._config, self._service)
+        self._insight = Insight.of(self._config, self._model_path, self._service.model)
+        self._app = EncoderApp(self._config, self._service, self._insight)
 
     async def check_health(self) -> None:
         """Raise ``EngineDeadError`` if the model thread failed."""
@@ -54,11 +58,17 @@ class EncoderEngine:
         """What the engine did since its start, for metrics."""
         return self.service.counts()
 
+    def drift(self) -> DriftSnapshot | None:
+        """What the classified texts looked like, for metrics; None where nothing is classified."""
+        return self._insight.drift() if self._insight else None
+
     def routes(self) -> tuple[str, ...]:
         """The paths of the configured tasks."""
         return routes(self._config)
 
     async def stop(self) -> None:
         """Fail what is open with ``UnavailableError`` and end the threads; safe to call twice."""
+        if self._insight is not None:
+            await self._insight.stop()
         if self._service is not None:
             await self._service.stop()

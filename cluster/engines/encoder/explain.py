@@ -18,7 +18,6 @@ from cluster.engines.encoder.explain_model import ExplainModel
 from cluster.engines.encoder.explain_schema import ExplainOptions, Explanation
 from cluster.errors import (
     InternalError,
-    InvalidRequestError,
     OverloadedError,
     RequestError,
     UnavailableError,
@@ -28,8 +27,6 @@ log = logging.getLogger(__name__)
 
 MAX_OPEN = 8
 """Requests being explained or waiting for it; an explanation takes as long as some 50 texts."""
-MAX_TEXTS = 16
-"""Of one request."""
 NICENESS = 10
 RETRY_AFTER_S = 5.0
 
@@ -58,19 +55,16 @@ class Explainer:
         """Explain each text; what is longer than the model takes is cut. Cancelling ends the work.
 
         Args:
-            texts: At most ``MAX_TEXTS``.
+            texts: A few.
             options: How.
             top_k: Labels of each text to explain, the best first; None: all.
 
         Raises:
-            InvalidRequestError: there are too many texts, or the model cannot be explained so.
+            InvalidRequestError: the model cannot be explained so.
             OverloadedError: too many explanations wait already.
             UnavailableError: the engine stops.
             InternalError: the model could not be loaded, or failed.
         """
-        if len(texts) > MAX_TEXTS:
-            message = f"input has {len(texts)} texts; at most {MAX_TEXTS} are explained"
-            raise InvalidRequestError(message, param="input")
         if self._open >= MAX_OPEN:
             message = f"{self._open} requests for an explanation wait already"
             raise OverloadedError(message, retry_after_s=RETRY_AFTER_S)

@@ -6,6 +6,7 @@ it and owns no thread; ``check`` is called before every forward and may raise to
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from cluster.engines.encoder.explain_integral import Floats, integrate
 from cluster.engines.encoder.explain_schema import Explanation, LabelContributions, Word
-from cluster.engines.encoder.scores import to_scores
+from cluster.engines.encoder.scores import apply_calibration, to_scores
 from cluster.errors import InvalidRequestError
 
 MAX_TOKENS_AT_ONCE = 1024
@@ -65,9 +67,11 @@ class ExplainModel:
     @classmethod
     def load(cls, path: str, device: torch.device, max_tokens: int) -> "ExplainModel":
         """Load a copy of the model directory ``path``; takes seconds and blocks."""
+        transformers_logging.disable_progress_bar()
         network = AutoModelForSequenceClassification.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, attn_implementation="eager"
         )
+        apply_calibration(network.config, Path(path))
         return cls(network.to(device), AutoTokenizer.from_pretrained(path), max_tokens)
 
     def integrated_gradients(

@@ -4,6 +4,9 @@ from typing import Literal
 
 import msgspec
 
+MAX_TEXTS = 16
+"""Of one request with an explanation, each of which takes as long as some 50 texts."""
+
 Method = Literal["integrated_gradients", "rollout"]
 
 

@@ -7,6 +7,7 @@ row for each; it owns its weights and knows nothing of requests.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,7 +25,7 @@ from cluster.config import ClassifierConfig, ClassifierTask
 from cluster.engines.encoder.device import choose_device, choose_dtype
 from cluster.engines.encoder.jobs import Rows, TokenIds
 from cluster.engines.encoder.packed_bert import PackedBert
-from cluster.engines.encoder.scores import mean_pool, to_scores
+from cluster.engines.encoder.scores import apply_calibration, mean_pool, to_scores
 from cluster.engines.encoder.tokenizer import TextTokenizer
 from cluster.errors import ConfigError
 
@@ -72,6 +73,7 @@ def load_model(config: ClassifierConfig, path: str) -> LoadedModel:
         network = _load_network(config, path, hf_config).to(device, dtype).eval()
     except (OSError, ValueError) as error:
         raise ConfigError(f"classifiers.{config.name}: cannot load {path}: {error}") from error
+    apply_calibration(network.config, Path(path))
     model = _choose_model(network, tokenizer)
     log.info("%s: %s in %s on %s", config.name, type(model).__name__, dtype, device)
     classifies = "classify" in config.tasks

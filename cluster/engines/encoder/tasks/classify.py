@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 import numpy as np
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from cluster.engines.encoder import schema
+from cluster.engines.encoder.explain_schema import MAX_TEXTS, ExplainOptions, Explanation
 from cluster.engines.encoder.jobs import Encoded, Rows
 from cluster.engines.encoder.tasks.base import Listing, Request, Task, usage
 
@@ -16,6 +17,8 @@ class ClassifyRequest(Request, frozen=True, kw_only=True):
     input: str | list[str]
     top_k: schema.AtLeastOne | None = None
     """How many labels to give for each text; None: all."""
+    explain: bool | ExplainOptions = False
+    """Say why: what each word adds to the score of each label that is given."""
 
 
 class Score(Struct, frozen=True, gc=False):
@@ -32,6 +35,7 @@ class Classified(Struct, frozen=True):
     label: str
     score: float
     scores: list[Score]
+    explanation: Explanation | UnsetType = UNSET
 
 
 class ClassifyReply(Listing[Classified], frozen=True, kw_only=True):
@@ -51,7 +55,8 @@ class Classify(Task[ClassifyRequest]):
     def inputs(self, request: ClassifyRequest) -> list[str]:
         """See ``Task``."""
         texts = [request.input] if isinstance(request.input, str) else request.input
-        schema.check_count(len(texts), self.config.max_texts)
+        most = MAX_TEXTS if request.explain else self.config.max_texts
+        schema.check_count(len(texts), min(most, self.config.max_texts))
         return texts
 
     def reply(self, request: ClassifyRequest, encoded: Encoded) -> ClassifyReply:
