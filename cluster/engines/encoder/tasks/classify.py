@@ -1,19 +1,28 @@
-"""``/classify``: the labels of texts, the best first."""
+"""``/classify``: the labels of texts or of pairs of texts, the best first."""
 
 from collections.abc import Sequence
 
 import numpy as np
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
+from msgspec.structs import replace
 
 from cluster.engines.encoder import schema
-from cluster.engines.encoder.jobs import Encoded, Rows
-from cluster.engines.encoder.tasks.base import Listing, Request, Task, usage
+from cluster.engines.encoder.jobs import Encoded, Rows, Text
+from cluster.engines.encoder.tasks.base import (
+    Listing,
+    Task,
+    WindowedRequest,
+    split_windows,
+    usage,
+)
+from cluster.engines.encoder.texts import ItemOrList, to_texts
+from cluster.engines.encoder.windows import merge_rows
 
 
-class ClassifyRequest(Request, frozen=True, kw_only=True):
+class ClassifyRequest(WindowedRequest, frozen=True, kw_only=True):
     """The body of ``POST /classify``."""
 
-    input: str | list[str]
+    input: ItemOrList
     top_k: schema.AtLeastOne | None = None
     """How many labels to give for each text; None: all."""
 
@@ -25,6 +34,16 @@ class Score(Struct, frozen=True, gc=False):
     score: float
 
 
+class ClassifiedWindow(Struct, frozen=True):
+    """The labels of the characters from ``start`` up to ``end``."""
+
+    start: int
+    end: int
+    label: str
+    score: float
+    scores: list[Score]
+
+
 class Classified(Struct, frozen=True):
     """One text's labels, the best first."""
 
@@ -32,6 +51,7 @@ class Classified(Struct, frozen=True):
     label: str
     score: float
     scores: list[Score]
+    windows: list[ClassifiedWindow] | UnsetType = UNSET
 
 
 class ClassifyReply(Listing[Classified], frozen=True, kw_only=True):
@@ -48,17 +68,31 @@ class Classify(Task[ClassifyRequest]):
     request = ClassifyRequest
     response = ClassifyReply
 
-    def inputs(self, request: ClassifyRequest) -> list[str]:
+    def inputs(self, request: ClassifyRequest) -> list[Text]:
         """See ``Task``."""
-        texts = [request.input] if isinstance(request.input, str) else request.input
+        texts = to_texts(request.input)
         schema.check_count(len(texts), self.config.max_texts)
         return texts
 
     def reply(self, request: ClassifyRequest, encoded: Encoded) -> ClassifyReply:
         """See ``Task``."""
-        scores = best(encoded.rows, self.model.labels, request.top_k)
+        rows = merge_rows(encoded, request.aggregate) if encoded.windows else encoded.rows
+        scores = best(np.asarray(rows), self.model.labels, request.top_k)
         data = [Classified(i, row[0].label, row[0].score, row) for i, row in enumerate(scores)]
+        if request.windows:
+            pairs = zip(data, self._windows(request, encoded), strict=True)
+            data = [replace(item, windows=windows) for item, windows in pairs]
         return ClassifyReply(data=data, model=self.config.name, usage=usage(encoded))
+
+    def _windows(self, request: ClassifyRequest, encoded: Encoded) -> list[list[ClassifiedWindow]]:
+        scores = best(np.asarray(encoded.rows), self.model.labels, request.top_k)
+        return [
+            [
+                ClassifiedWindow(window.start, window.end, row[0].label, row[0].score, row)
+                for window, row in windows
+            ]
+            for windows in split_windows(encoded, scores)
+        ]
 
 
 def best(rows: Rows, labels: Sequence[str], top_k: int | None) -> list[list[Score]]:
