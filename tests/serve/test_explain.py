@@ -12,12 +12,12 @@ from transformers import (
 
 from cluster.engines.encoder.explain import MAX_OPEN, Explainer
 from cluster.engines.encoder.explain_model import ExplainModel
-from cluster.engines.encoder.explain_schema import ExplainOptions
+from cluster.engines.encoder.explain_schema import Question
 from cluster.errors import InternalError, OverloadedError, UnavailableError
 from tests.serve import tiny_encoder
 from tests.serve.planted import FILLER, TELLING, texts
 
-GRADIENTS, ROLLOUT = ExplainOptions(), ExplainOptions("rollout")
+GRADIENTS, ROLLOUT, BEST = Question(), Question("rollout"), Question(top_k=1)
 
 
 def nothing():
@@ -40,7 +40,7 @@ def model(trained):
 
 def test_the_planted_word_is_found_and_the_contributions_add_up(model):
     for text, label in texts(20, seed=3):
-        found = model.integrated_gradients(text, None, nothing)
+        found = model.explain(text, GRADIENTS, nothing)
         assert [word.text for word in found.words] == text.split()
         assert found.labels[0].label == label
         assert found.labels[0].score > 0.9
@@ -54,7 +54,7 @@ def test_the_planted_word_is_found_and_the_contributions_add_up(model):
 
 def test_offsets_are_characters_of_the_text(model):
     text = "  Wörd1, \U0001f600 REFUND\tthanks!"
-    for found in (model.integrated_gradients(text, 1, nothing), model.rollout(text, nothing)):
+    for found in (model.explain(text, BEST, nothing), model.explain(text, ROLLOUT, nothing)):
         words = [(word.text, word.start, word.end) for word in found.words]
         assert all(text[start:end] == word for word, start, end in words)
         assert [word for word, _, _ in words] == [
@@ -68,8 +68,8 @@ def test_offsets_are_characters_of_the_text(model):
 
 
 def test_top_k_is_the_part_of_all(model):
-    every = model.integrated_gradients("word1 refund", None, nothing)
-    best = model.integrated_gradients("word1 refund", 1, nothing)
+    every = model.explain("word1 refund", GRADIENTS, nothing)
+    best = model.explain("word1 refund", BEST, nothing)
     assert len(every.labels) == 2
     assert [row.label for row in best.labels] == [every.labels[0].label]
     assert best.labels[0].contributions == pytest.approx(every.labels[0].contributions, abs=0.01)
@@ -78,16 +78,31 @@ def test_top_k_is_the_part_of_all(model):
     assert scores == sorted(scores, reverse=True)
 
 
+def test_pairs_and_both_sides_of_a_cut(model):
+    pair = "word1 word2", "refund word3"
+    found = model.explain(pair, GRADIENTS, nothing)
+    assert [(w.text, w.start, w.in_pair) for w in found.words] == [
+        ("word1", 0, False), ("word2", 6, False), ("refund", 0, True), ("word3", 7, True),
+    ]  # fmt: skip
+    row = found.labels[0]
+    assert sum(row.contributions) == pytest.approx(row.score - row.baseline, rel=0.02)
+    text = "word1 " * 30 + "refund"
+    left, right = (model.explain(text, Question(side=s), nothing).words for s in ("left", "right"))
+    assert len(left) == len(right) + 1 - 2 == 29
+    assert (left[-1].text, left[-1].start) == ("refund", 180)
+    assert right[0].start == 0
+
+
 @pytest.mark.parametrize("text", ["", " ", "\x00", "word1 " * 100])
 def test_odd_texts_have_an_explanation(model, text):
-    found = model.integrated_gradients(text, None, nothing)
+    found = model.explain(text, GRADIENTS, nothing)
     assert len(found.words) == len(found.labels[0].contributions) <= 30
-    rolled = model.rollout(text, nothing)
+    rolled = model.explain(text, ROLLOUT, nothing)
     assert sum(rolled.weights) == pytest.approx(1 if rolled.words else 0)
 
 
 def test_rollout_finds_the_planted_word_more_often_than_chance(model):
-    rows = [(model.rollout(text, nothing), text) for text, _ in texts(20, seed=4)]
+    rows = [(model.explain(text, ROLLOUT, nothing), text) for text, _ in texts(20, seed=4)]
     found = [row.words[int(np.argmax(row.weights))].text in TELLING for row, _ in rows]
     assert sum(found) > 10
     assert all(min(row.weights) > 0 and sum(row.weights) == pytest.approx(1) for row, _ in rows)
@@ -104,7 +119,7 @@ def test_other_kinds_of_scores_add_up_too(tmp_path, problem):
     with torch.inference_mode():
         logits = network(**inputs).logits[0]
     scores = logits if problem == "regression" else logits.sigmoid()
-    found = model.integrated_gradients(text, None, nothing)
+    found = model.explain(text, GRADIENTS, nothing)
     by_label = {row.label: row for row in found.labels}
     for name, score in zip(("LABEL_0", "LABEL_1"), scores.tolist(), strict=True):
         assert by_label[name].score == pytest.approx(score, abs=1e-5)
@@ -120,11 +135,11 @@ class Slow:
         self.gate = threading.Semaphore(0)
         self.begun = 0
 
-    def integrated_gradients(self, text, top_k, check):
+    def explain(self, text, question, check):
         self.begun += 1
         self.gate.acquire(timeout=30)
         check()
-        return self.model.integrated_gradients(text, top_k, check)
+        return self.model.explain(text, question, check)
 
 
 @pytest.fixture
@@ -152,7 +167,7 @@ async def test_few_may_wait_and_the_rest_is_refused(slow):
         await explainer.explain(["refund"], GRADIENTS)
     slow.gate.release(100)
     assert len(await asyncio.gather(*waiting)) == MAX_OPEN
-    assert len(await explainer.explain(["refund", "thanks"], GRADIENTS, 1)) == 2
+    assert len(await explainer.explain(["refund", "thanks"], BEST)) == 2
 
 
 async def test_a_client_that_leaves_ends_its_work(slow):
@@ -194,8 +209,8 @@ async def test_the_model_is_loaded_when_it_is_needed(model):
     assert not loads
     with pytest.raises(InternalError, match="see the log"):
         await explainer.explain(["refund"], GRADIENTS)
-    for options in (GRADIENTS, ROLLOUT):
-        assert (await explainer.explain(["refund"], options))[0].method == options.method
+    for question in (GRADIENTS, ROLLOUT):
+        assert (await explainer.explain(["refund"], question))[0].method == question.method
     assert len(loads) == 2
     await explainer.stop()
     await explainer.stop()

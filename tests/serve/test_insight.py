@@ -73,6 +73,7 @@ async def test_methods_lists_and_top_k(engine):
         ({"input": "a", "explain": {"steps": 3}}, 422, "steps", "explain"),
         ({"input": "a", "explain": "yes"}, 422, "explain", "explain"),
         ({"input": "word1 " * 40, "explain": True}, 400, "42 tokens", "input"),
+        ({"input": "a", "explain": True, "stride": 4}, 400, "exclude each other", "explain"),
     ],
 )
 async def test_what_cannot_be_explained_is_refused(engine, body, status, says, param):
@@ -86,6 +87,14 @@ async def test_a_cut_text_is_explained_as_far_as_it_was_read(engine):
     body = {"input": "word1 " * 40, "explain": True, "truncate": True}
     item = (await post(engine, body)).json()["data"][0]
     assert len(item["explanation"]["words"]) == 30
+    body = {"input": "word1 " * 40 + "refund", "explain": True, "truncate": "left"}
+    item = (await post(engine, body)).json()["data"][0]
+    assert item["explanation"]["words"][-1]["text"] == "refund"
+    assert item["explanation"]["labels"][0]["score"] == pytest.approx(item["score"], abs=1e-5)
+    pair = await post(engine, {"input": {"text": "word1", "text_pair": "refund"}, "explain": True})
+    item = pair.json()["data"][0]
+    assert item["explanation"]["words"][1]["in_pair"] is True
+    assert item["explanation"]["labels"][0]["score"] == pytest.approx(item["score"], abs=1e-5)
 
 
 async def test_plain_requests_load_no_explaining_model(engine):

@@ -12,9 +12,9 @@ import msgspec
 from cluster.asgi import Receive, Scope, Send
 from cluster.config import ClassifierConfig
 from cluster.engines.encoder import openapi, schema
+from cluster.engines.encoder.compute import Computer
 from cluster.engines.encoder.insight import Insight
 from cluster.engines.encoder.jobs import Timings
-from cluster.engines.encoder.service import EncoderService
 from cluster.engines.encoder.tasks import make_tasks
 from cluster.engines.encoder.tasks.base import B, Task
 from cluster.engines.encoder.tasks.classify import ClassifyReply, ClassifyRequest
@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 
 encode_json = msgspec.json.Encoder().encode
 
+TENANT = b"x-tandem-tenant"
+"""The header in which the router says whose request it is."""
+
 Reply = tuple[bytes, Timings]
 
 
@@ -37,15 +40,15 @@ class EncoderApp:
 
     Args:
         config: The pool; its name is the model's name in requests and answers.
-        service: A started service.
-        insight: Of the same model.
+        computer: What computes.
+        insight: What watches and explains the same model.
     """
 
-    def __init__(self, config: ClassifierConfig, service: EncoderService, insight: Insight) -> None:
+    def __init__(self, config: ClassifierConfig, computer: Computer, insight: Insight) -> None:
         self._config = config
-        self._service = service
+        self._computer = computer
         self._insight = insight
-        self._tasks = make_tasks(config, service.model)
+        self._tasks = make_tasks(config, computer.model)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one HTTP request."""
@@ -70,22 +73,27 @@ class EncoderApp:
             raise MethodNotAllowedError(f"{scope['path']} takes POST alone")
         body = await _read(receive)
         try:
-            return await self._do(task, body)
+            return await self._do(task, body, self._tenant(scope))
         except RequestError:
             raise
         except Exception:
             log.exception("%s failed", scope["path"])
             raise InternalError("the request failed; see the log") from None
 
-    async def _do(self, task: Task[B], body: bytes) -> Reply:
+    async def _do(self, task: Task[B], body: bytes, tenant: bytes) -> Reply:
         request = schema.parse(task.decoder, body)
         self._check_model(request.model)
-        inputs = task.inputs(request)
-        encoded = await self._service.encode(task.head, inputs, request.truncate)
+        how, inputs = task.how(request), task.inputs(request)
+        encoded = await self._computer.compute(how, inputs, tenant)
         reply = task.reply(request, encoded)
         if isinstance(request, ClassifyRequest) and isinstance(reply, ClassifyReply):
             reply = await self._insight.add(request, encoded, reply)
         return encode_json(reply), encoded.timings
+
+    def _tenant(self, scope: Scope) -> bytes:
+        if not self._computer.isolates_tenants:
+            return b""
+        return next((value for name, value in scope["headers"] if name.lower() == TENANT), b"")
 
     def _check_model(self, model: str | None) -> None:
         if model is not None and model != self._config.name:

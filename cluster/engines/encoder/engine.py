@@ -1,9 +1,12 @@
 """The encoder engine as a replica sees it: the ``Engine`` protocol around the service."""
 
+from dataclasses import replace
+
 from cluster.asgi import ASGIApp
 from cluster.config import ClassifierConfig
 from cluster.engines.base import EngineLoad
 from cluster.engines.encoder.app import EncoderApp
+from cluster.engines.encoder.compute import Computer
 from cluster.engines.encoder.drift import DriftSnapshot
 from cluster.engines.encoder.insight import Insight
 from cluster.engines.encoder.service import EncoderCounts, EncoderService
@@ -23,6 +26,7 @@ class EncoderEngine:
         self._config = config
         self._model_path = model_path
         self._service: EncoderService | None = None
+        self._computer: Computer | None = None
         self._insight: Insight | None = None
         self._app: ASGIApp | None = None
 
@@ -43,8 +47,9 @@ class EncoderEngine:
     async def start(self) -> None:
         """Load the model; see ``Engine.start``."""
         self._service = await EncoderService.start(self._config, self._model_path)
+        self._computer = Computer(self._service, self._config.result_cache)
         self._insight = Insight.of(self._config, self._model_path, self._service.model)
-        self._app = EncoderApp(self._config, self._service, self._insight)
+        self._app = EncoderApp(self._config, self._computer, self._insight)
 
     async def check_health(self) -> None:
         """Raise ``EngineDeadError`` if the model thread failed."""
@@ -56,7 +61,11 @@ class EncoderEngine:
 
     def counts(self) -> EncoderCounts:
         """What the engine did since its start, for metrics."""
-        return self.service.counts()
+        counts = self.service.counts()
+        cache = self._computer and self._computer.cache
+        if not cache:
+            return counts
+        return replace(counts, cache_hits=cache.hits, cache_misses=cache.misses)
 
     def drift(self) -> DriftSnapshot | None:
         """What the classified texts looked like, for metrics; None where nothing is classified."""

@@ -15,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from cluster.engines.encoder.explain_model import ExplainModel
-from cluster.engines.encoder.explain_schema import ExplainOptions, Explanation
+from cluster.engines.encoder.explain_schema import Explanation, Question
+from cluster.engines.encoder.jobs import Text
 from cluster.errors import (
     InternalError,
     OverloadedError,
@@ -49,15 +50,12 @@ class Explainer:
         self._open = 0
         self._stopping = threading.Event()
 
-    async def explain(
-        self, texts: Sequence[str], options: ExplainOptions, top_k: int | None = None
-    ) -> list[Explanation]:
+    async def explain(self, texts: Sequence[Text], question: Question) -> list[Explanation]:
         """Explain each text; what is longer than the model takes is cut. Cancelling ends the work.
 
         Args:
-            texts: A few.
-            options: How.
-            top_k: Labels of each text to explain, the best first; None: all.
+            texts: A few, with their pairs or without.
+            question: What is asked about each.
 
         Raises:
             InvalidRequestError: the model cannot be explained so.
@@ -72,7 +70,7 @@ class Explainer:
         self._open += 1
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._pool, self._work, texts, options, top_k, left)
+            return await loop.run_in_executor(self._pool, self._work, texts, question, left)
         finally:
             left.set()
             self._open -= 1
@@ -83,11 +81,7 @@ class Explainer:
         await asyncio.to_thread(self._pool.shutdown)
 
     def _work(
-        self,
-        texts: Sequence[str],
-        options: ExplainOptions,
-        top_k: int | None,
-        left: threading.Event,
+        self, texts: Sequence[Text], question: Question, left: threading.Event
     ) -> list[Explanation]:
         def check() -> None:
             if self._stopping.is_set():
@@ -99,24 +93,12 @@ class Explainer:
             check()
             if self._model is None:
                 self._model = self._load()
-            return [_explain(self._model, text, options, top_k, check) for text in texts]
+            return [self._model.explain(text, question, check) for text in texts]
         except (RequestError, _CancelledError):
             raise
         except Exception:
             log.exception("an explanation failed")
             raise InternalError("the explanation failed; see the log") from None
-
-
-def _explain(
-    model: ExplainModel,
-    text: str,
-    options: ExplainOptions,
-    top_k: int | None,
-    check: Callable[[], None],
-) -> Explanation:
-    if options.method == "rollout":
-        return model.rollout(text, check)
-    return model.integrated_gradients(text, top_k, check)
 
 
 def _settle() -> None:

@@ -17,8 +17,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from cluster.engines.encoder.explain_integral import Floats, integrate
-from cluster.engines.encoder.explain_schema import Explanation, LabelContributions, Word
+from cluster.engines.encoder.explain_schema import Explanation, LabelContributions, Question, Word
+from cluster.engines.encoder.jobs import Text
+from cluster.engines.encoder.model import has_token_types
 from cluster.engines.encoder.scores import apply_calibration, to_scores
+from cluster.engines.encoder.template import Side
 from cluster.errors import InvalidRequestError
 
 MAX_TOKENS_AT_ONCE = 1024
@@ -60,6 +63,7 @@ class ExplainModel:
         self._network = network.eval().requires_grad_(False)
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
+        self._has_types = has_token_types(network, tokenizer)
         self._embeddings = network.get_input_embeddings()
         ids = (tokenizer.mask_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id, 0)
         self._baseline_id = next(i for i in ids if i is not None)
@@ -74,15 +78,25 @@ class ExplainModel:
         apply_calibration(network.config, Path(path))
         return cls(network.to(device), AutoTokenizer.from_pretrained(path), max_tokens)
 
-    def integrated_gradients(
-        self, text: str, top_k: int | None, check: Callable[[], None]
+    def explain(self, text: Text, question: Question, check: Callable[[], None]) -> Explanation:
+        """Answer a question about a text, or a text and its pair; what is too long is cut.
+
+        Raises:
+            InvalidRequestError: the network gives no attention to roll out.
+        """
+        read = self._read(text, question.side)
+        if question.method == "rollout":
+            return self._rollout(read, check)
+        return self._integrated_gradients(read, question.top_k, check)
+
+    def _integrated_gradients(
+        self, read: _Read, top_k: int | None, check: Callable[[], None]
     ) -> Explanation:
         """What each word adds to the scores of the ``top_k`` best labels (None: of all).
 
         The path goes from the text with every word masked to the text itself, straight through the
         space of the word embeddings.
         """
-        read = self._read(text)
         best = self._best(read, top_k, check)
         with torch.no_grad():
             end = self._embeddings(read.ids)
@@ -100,16 +114,12 @@ class ExplainModel:
         return Explanation("integrated_gradients", read.words, labels)
 
     @torch.no_grad()
-    def rollout(self, text: str, check: Callable[[], None]) -> Explanation:
+    def _rollout(self, read: _Read, check: Callable[[], None]) -> Explanation:
         """How far the first token's attention reaches each word, through all layers.
 
         Each layer passes on half of what it gets and mixes the other half by its heads' mean
         attention (Abnar and Zuidema, arXiv:2005.00928).
-
-        Raises:
-            InvalidRequestError: the network gives no attention.
         """
-        read = self._read(text)
         check()
         output = self._network(input_ids=read.ids, output_attentions=True, **read.types)
         if not output.attentions or output.attentions[0] is None:
@@ -137,28 +147,37 @@ class ExplainModel:
         order: list[int] = scores.argsort(descending=True, stable=True).tolist()
         return order[:top_k]
 
-    def _read(self, text: str) -> _Read:
-        encoding = self._tokenizer(text, truncation=True, max_length=self._max_tokens).encodings[0]
+    def _read(self, text: Text, side: Side) -> _Read:
+        parts = (text,) if isinstance(text, str) else text
+        self._tokenizer.truncation_side = side
+        encoding = self._tokenizer(
+            *parts, truncation="longest_first", max_length=self._max_tokens
+        ).encodings[0]
         special = np.array(encoding.special_tokens_mask, bool)
-        words: list[Word] = []
-        word_of = np.zeros(len(special), np.int64)
-        last: int | None = None
-        for token, (start, end) in enumerate(encoding.offsets):
-            if special[token]:
-                continue
-            word = encoding.word_ids[token]
-            if word is None or word != last or not words:
-                words.append(Word(text[start:end], start, end))
-            else:
-                start = words[-1].start
-                words[-1] = Word(text[start:end], start, end)
-            last, word_of[token] = word, len(words) - 1
+        words, word_of = _words(parts, encoding, special)
         device = self._network.device
         types = {}
-        if "token_type_ids" in self._tokenizer.model_input_names:
+        if self._has_types:
             types["token_type_ids"] = torch.tensor([encoding.type_ids], device=device)
         ids = torch.tensor([encoding.ids], device=device)
         return _Read(ids, types, special, words, word_of)
+
+
+def _words(
+    parts: Sequence[str], encoding: Any, special: NDArray[np.bool_]
+) -> tuple[list[Word], NDArray[np.int64]]:
+    """The words of a text and its pair, and the place of each token's word among them."""
+    words: list[Word] = []
+    word_of = np.zeros(len(special), np.int64)
+    last: tuple[int, int | None] | None = None
+    for token in np.flatnonzero(~special).tolist():
+        (start, end), word = encoding.offsets[token], encoding.word_ids[token]
+        part = encoding.sequence_ids[token] or 0
+        if word is not None and last == (part, word):
+            start = words.pop().start
+        words.append(Word(parts[part][start:end], start, end, part == 1))
+        last, word_of[token] = (part, word), len(words) - 1
+    return words, word_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,11 @@
 """What may be asked about a classification, and the answer."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
+
+from cluster.engines.encoder.template import Side
 
 MAX_TEXTS = 16
 """Of one request with an explanation, each of which takes as long as some 50 texts."""
@@ -18,13 +21,15 @@ class ExplainOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     attention reaches each word; one forward pass, no labels, no sign."""
 
 
-class Word(msgspec.Struct, frozen=True, gc=False):
+class Word(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """A word as the tokenizer splits them."""
 
     text: str
     start: int
     end: int
     """Characters (Unicode code points) of the text, the end excluded."""
+    in_pair: bool = False
+    """Whether it stands in the pair of the text."""
 
 
 class LabelContributions(msgspec.Struct, frozen=True):
@@ -51,8 +56,20 @@ class Explanation(msgspec.Struct, frozen=True, omit_defaults=True):
     """Of rollout: each word's share of the attention, 1 in all."""
 
 
-def options(asked: bool | ExplainOptions) -> ExplainOptions | None:
-    """What ``explain`` in a request means; None: nothing is to be explained."""
-    if isinstance(asked, ExplainOptions):
-        return asked
-    return ExplainOptions() if asked else None
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked about each text of a request."""
+
+    method: Method = "integrated_gradients"
+    top_k: int | None = None
+    """Labels to explain, the best first; None: all."""
+    side: Side = "right"
+    """Where a text that is too long was cut."""
+
+
+def question(explain: bool | ExplainOptions, top_k: int | None, side: Side) -> Question | None:
+    """What a request asks; None: nothing is to be explained."""
+    if not explain:
+        return None
+    options = explain if isinstance(explain, ExplainOptions) else ExplainOptions()
+    return Question(options.method, top_k, side)

@@ -5,6 +5,7 @@ Both belong to the task ``classify`` alone. Owns the explainer and the drift mon
 
 from pathlib import Path
 
+import numpy as np
 from msgspec.structs import replace
 
 from cluster.config import ClassifierConfig
@@ -12,10 +13,13 @@ from cluster.engines.encoder.device import choose_device
 from cluster.engines.encoder.drift import DriftMonitor, DriftSnapshot
 from cluster.engines.encoder.explain import Explainer
 from cluster.engines.encoder.explain_model import ExplainModel
-from cluster.engines.encoder.explain_schema import options
-from cluster.engines.encoder.jobs import Encoded
+from cluster.engines.encoder.explain_schema import question
+from cluster.engines.encoder.jobs import Encoded, num_chars
 from cluster.engines.encoder.model import LoadedModel
 from cluster.engines.encoder.tasks.classify import ClassifyReply, ClassifyRequest
+from cluster.engines.encoder.template import Side
+from cluster.engines.encoder.texts import to_texts
+from cluster.engines.encoder.windows import merge_rows
 from cluster.models.reference import Reference
 
 
@@ -52,13 +56,15 @@ class Insight:
         Raises:
             RequestError: see ``Explainer.explain``.
         """
-        texts = [request.input] if isinstance(request.input, str) else request.input
+        texts = to_texts(request.input)
         if self._monitor is not None:
-            self._monitor.observe(encoded.rows, [len(text) for text in texts])
-        asked = options(request.explain)
+            rows = merge_rows(encoded, request.aggregate) if encoded.windows else encoded.rows
+            self._monitor.observe(np.asarray(rows), list(map(num_chars, texts)))
+        side: Side = "left" if request.truncate == "left" else "right"
+        asked = question(request.explain, request.top_k, side)
         if asked is None:
             return reply
-        found = await self._explainer.explain(texts, asked, request.top_k)
+        found = await self._explainer.explain(texts, asked)
         pairs = zip(reply.data, found, strict=True)
         return replace(reply, data=[replace(item, explanation=why) for item, why in pairs])
 

@@ -46,14 +46,24 @@ def _unprocessable(message: str) -> UnprocessableError:
     return UnprocessableError(text, param=param)
 
 
-def check_count(count: int, max_texts: int) -> None:
+def check_count(count: int, max_texts: int, param: str = "input") -> None:
     """Refuse an empty list and one that is too long."""
     if not count:
-        raise InvalidRequestError("input is empty; at least one text is needed", param="input")
+        raise InvalidRequestError(f"{param} is empty; at least one text is needed", param=param)
     if count > max_texts:
-        raise InvalidRequestError(
-            f"input has {count} texts; a request may have {max_texts}", param="input"
-        )
+        message = f"{param} has {count} texts; a request may have {max_texts}"
+        raise InvalidRequestError(message, param=param)
+
+
+def texts_of(given: str | list[str], max_texts: int) -> list[str]:
+    """The texts of an ``input`` without pairs.
+
+    Raises:
+        InvalidRequestError: there are none or too many.
+    """
+    texts = [given] if isinstance(given, str) else given
+    check_count(len(texts), max_texts)
+    return texts
 
 
 def split_input(items: str | Sequence[str | int | list[int]]) -> list[str] | list[list[int]]:

@@ -7,8 +7,22 @@ from cluster.engines.encoder.model import LoadedModel
 from cluster.engines.encoder.tasks.base import Task
 from cluster.engines.encoder.tasks.classify import Classify
 from cluster.engines.encoder.tasks.embed import Embed
+from cluster.engines.encoder.tasks.fill_mask import FillMask
+from cluster.engines.encoder.tasks.next_sentence import NextSentence
+from cluster.engines.encoder.tasks.rerank import Rerank
+from cluster.engines.encoder.tasks.score import ScorePairs
+from cluster.engines.encoder.tasks.token_classification import TokenClassification
 
-TASKS: dict[ClassifierTask, type[Task[Any]]] = {task.name: task for task in (Classify, Embed)}
+_ALL: tuple[type[Task[Any]], ...] = (
+    Classify,
+    Embed,
+    FillMask,
+    NextSentence,
+    Rerank,
+    ScorePairs,
+    TokenClassification,
+)
+TASKS: dict[ClassifierTask, type[Task[Any]]] = {task.name: task for task in _ALL}
 
 
 def make_tasks(config: ClassifierConfig, model: LoadedModel) -> dict[str, Task[Any]]:

@@ -1,20 +1,30 @@
-"""``/classify``: the labels of texts, the best first."""
+"""``/classify``: the labels of texts or of pairs of texts, the best first."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from msgspec import UNSET, Struct, UnsetType
+from msgspec.structs import replace
 
 from cluster.engines.encoder import schema
 from cluster.engines.encoder.explain_schema import MAX_TEXTS, ExplainOptions, Explanation
-from cluster.engines.encoder.jobs import Encoded, Rows
-from cluster.engines.encoder.tasks.base import Listing, Request, Task, usage
+from cluster.engines.encoder.jobs import Encoded, Rows, Text
+from cluster.engines.encoder.tasks.base import (
+    Listing,
+    Task,
+    WindowedRequest,
+    split_windows,
+    usage,
+)
+from cluster.engines.encoder.texts import ItemOrList, to_texts
+from cluster.engines.encoder.windows import merge_rows
+from cluster.errors import InvalidRequestError
 
 
-class ClassifyRequest(Request, frozen=True, kw_only=True):
+class ClassifyRequest(WindowedRequest, frozen=True, kw_only=True):
     """The body of ``POST /classify``."""
 
-    input: str | list[str]
+    input: ItemOrList
     top_k: schema.AtLeastOne | None = None
     """How many labels to give for each text; None: all."""
     explain: bool | ExplainOptions = False
@@ -28,6 +38,16 @@ class Score(Struct, frozen=True, gc=False):
     score: float
 
 
+class ClassifiedWindow(Struct, frozen=True):
+    """The labels of the characters from ``start`` up to ``end``."""
+
+    start: int
+    end: int
+    label: str
+    score: float
+    scores: list[Score]
+
+
 class Classified(Struct, frozen=True):
     """One text's labels, the best first."""
 
@@ -35,6 +55,7 @@ class Classified(Struct, frozen=True):
     label: str
     score: float
     scores: list[Score]
+    windows: list[ClassifiedWindow] | UnsetType = UNSET
     explanation: Explanation | UnsetType = UNSET
 
 
@@ -52,18 +73,34 @@ class Classify(Task[ClassifyRequest]):
     request = ClassifyRequest
     response = ClassifyReply
 
-    def inputs(self, request: ClassifyRequest) -> list[str]:
+    def inputs(self, request: ClassifyRequest) -> list[Text]:
         """See ``Task``."""
-        texts = [request.input] if isinstance(request.input, str) else request.input
+        texts = to_texts(request.input)
         most = MAX_TEXTS if request.explain else self.config.max_texts
         schema.check_count(len(texts), min(most, self.config.max_texts))
+        if request.explain and request.stride is not None:
+            raise InvalidRequestError("explain and stride exclude each other", param="explain")
         return texts
 
     def reply(self, request: ClassifyRequest, encoded: Encoded) -> ClassifyReply:
         """See ``Task``."""
-        scores = best(encoded.rows, self.model.labels, request.top_k)
+        rows = merge_rows(encoded, request.aggregate) if encoded.windows else encoded.rows
+        scores = best(np.asarray(rows), self.model.labels, request.top_k)
         data = [Classified(i, row[0].label, row[0].score, row) for i, row in enumerate(scores)]
+        if request.windows:
+            pairs = zip(data, self._windows(request, encoded), strict=True)
+            data = [replace(item, windows=windows) for item, windows in pairs]
         return ClassifyReply(data=data, model=self.config.name, usage=usage(encoded))
+
+    def _windows(self, request: ClassifyRequest, encoded: Encoded) -> list[list[ClassifiedWindow]]:
+        scores = best(np.asarray(encoded.rows), self.model.labels, request.top_k)
+        return [
+            [
+                ClassifiedWindow(window.start, window.end, row[0].label, row[0].score, row)
+                for window, row in windows
+            ]
+            for windows in split_windows(encoded, scores)
+        ]
 
 
 def best(rows: Rows, labels: Sequence[str], top_k: int | None) -> list[list[Score]]:
