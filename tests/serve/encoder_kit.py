@@ -166,6 +166,7 @@ class Saved:
     """A model that is on disk and in memory."""
 
     def __init__(self, path, network, tokenizer):
+        self.directory = path
         self.path = str(path)
         self.network = network
         self.tokenizer = tokenizer
@@ -179,6 +180,26 @@ class Saved:
     @torch.inference_mode()
     def hidden(self, text):
         return self.network.base_model(**self._inputs(text)).last_hidden_state[0].float()
+
+    def windows(self, *texts, stride):
+        """(start, end, logits) of each window of the last text, as transformers cuts them."""
+        encodings = self.tokenizer(
+            *texts,
+            truncation="only_second" if len(texts) == 2 else True,
+            stride=stride,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )
+        found = []
+        for index in range(len(encodings["input_ids"])):
+            names = ("input_ids", "token_type_ids")
+            inputs = {name: torch.tensor([encodings[name][index]]) for name in names}
+            kinds = encodings.sequence_ids(index)
+            spans = zip(encodings["offset_mapping"][index], kinds, strict=True)
+            own = [span for span, kind in spans if kind == len(texts) - 1]
+            with torch.inference_mode():
+                found.append((own[0][0], own[-1][1], self.network(**inputs).logits[0]))
+        return found
 
     def _inputs(self, *texts, **options):
         # In a list, because transformers takes an empty pair for none where it stands alone.

@@ -11,6 +11,7 @@ from tests.serve.encoder_kit import (
     PAIRS,
     TEXTS,
     ask,
+    refused,
     running,
     save,
 )
@@ -79,3 +80,21 @@ async def test_the_next_sentence(tmp_path):
     assert [item["score"] for item in answer["data"]] == pytest.approx(wanted, abs=1e-5)
     assert [item["is_next"] for item in answer["data"]] == [score >= 0.5 for score in wanted]
     assert one["data"][0]["score"] == pytest.approx(wanted[0], abs=1e-5)
+
+
+async def test_next_sentence_needs_pairs(tmp_path):
+    saved = save(tmp_path, "bert", "ForNextSentencePrediction")
+    async with running(saved, "next-sentence") as engine:
+        error = await refused(engine, "/next-sentence", {"input": [["a", "b"], "a"]}, 400)
+        assert error["message"].startswith("input[1] is one text")
+
+
+async def test_fill_mask_names_the_text_without_a_mask(tmp_path):
+    saved = save(tmp_path, "bert", "ForMaskedLM")
+    async with running(saved, "fill-mask") as engine:
+        for text, options in (("good", {}), ("good " * 50 + "[MASK]", {"truncate": True})):
+            error = await refused(engine, "/fill-mask", {"input": ["[MASK]", text], **options}, 400)
+            assert error["message"].startswith("input[1] has no [MASK] among")
+        for top_k in (0, 101):
+            error = await refused(engine, "/fill-mask", {"input": "[MASK]", "top_k": top_k}, 422)
+            assert error["param"] == "top_k"
