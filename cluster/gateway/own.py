@@ -1,4 +1,4 @@
-"""The paths that the router answers itself: health, readiness, versions, models, OpenAPI."""
+"""The paths that the router answers itself: health, readiness, versions, models, OpenAPI, pages."""
 
 import asyncio
 import json
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from cluster.errors import NotFoundError, TandemError
 from cluster.gateway.messages import Request, Response, bytes_response, json_response
 from cluster.gateway.openapi import merge
+from cluster.gateway.pages import Page
 from cluster.gateway.pool import Pool
 from cluster.gateway.relay import relay
 from cluster.metrics import Registry, exposition
@@ -18,8 +19,9 @@ from cluster.metrics.exposition import CONTENT_TYPE
 
 logger = logging.getLogger("ray.serve.tandem")
 
-PUBLIC_PATHS = frozenset({"/health", "/ready", "/version"})
-"""Answered without an API key: what load balancers and probes ask for."""
+PUBLIC_PATHS = frozenset({"/health", "/ready", "/version", "/explain"})
+"""Answered without an API key: what load balancers and probes ask for, and pages, which hold
+nothing and send the key that is typed into them."""
 
 MODEL_PREFIX = "/v1/models/"
 
@@ -47,6 +49,7 @@ class OwnRoutes:
         self._versions = versions
         self._registry = registry
         self._created = int(time.time())
+        self._explain_page = Page("explain")
         self._routes: dict[str, Handler] = {
             "/health": self._health,
             "/ready": self._ready,
@@ -54,6 +57,7 @@ class OwnRoutes:
             "/v1/models": self._models,
             "/openapi.json": self._openapi,
             "/metrics": self._metrics,
+            "/explain": self._explain,
         }
 
     def find(self, path: str) -> OwnRoute | None:
@@ -120,6 +124,10 @@ class OwnRoutes:
         ]
         version = self._versions.get("tandem", "")
         return json_response(merge(version, [known for known in documents if known is not None]))
+
+    async def _explain(self, _request: Request) -> Response:
+        classifiers = [pool.name for pool in self._pools.values() if pool.kind == "classifier"]
+        return self._explain_page.response(classifiers)
 
     async def _ask(self, pool: Pool, request: Request, path: str) -> Any:
         """The JSON answer of one of the pool's replicas to a GET; None if it cannot answer now."""
