@@ -109,6 +109,30 @@ ENCODER_SECONDS = Metric(
 ENCODER_SKIPPED = Metric(
     "tandem_encoder_skipped_texts_total", "counter", "Texts whose client left before.", _MODEL
 )
+ENCODER_CACHE_HITS = Metric(
+    "tandem_encoder_cache_hits_total", "counter", "Texts whose result was kept.", _MODEL
+)
+ENCODER_CACHE_MISSES = Metric(
+    "tandem_encoder_cache_misses_total", "counter", "Texts whose result was not kept.", _MODEL
+)
+ENCODER_LABELS = Metric(
+    "tandem_encoder_labels_total", "counter", "Texts by their strongest label.", ("model", "label")
+)
+ENCODER_CONFIDENCE = Metric(
+    "tandem_encoder_confidence_total",
+    "counter",
+    "Texts whose strongest label's score was at most so much.",
+    ("model", "le"),
+)
+ENCODER_CHARACTERS = Metric(
+    "tandem_encoder_characters_total", "counter", "Texts of fewer characters.", ("model", "le")
+)
+ENCODER_DRIFT = Metric(
+    "tandem_encoder_drift_ratio",
+    "gauge",
+    "Population stability index against the reference; above 0.25 is a marked change.",
+    ("model", "of"),
+)
 
 
 def all_metrics() -> list[Metric]:

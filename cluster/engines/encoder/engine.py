@@ -9,10 +9,11 @@ from cluster.engines.encoder.app import EncoderApp
 from cluster.engines.encoder.compute import Computer
 from cluster.engines.encoder.drift import DriftSnapshot
 from cluster.engines.encoder.insight import Insight
+from cluster.engines.encoder.observe import write_counts, write_drift
 from cluster.engines.encoder.service import EncoderCounts, EncoderService
 from cluster.engines.encoder.tasks import routes
 from cluster.errors import UnavailableError
-from cluster.metrics import Registry, table
+from cluster.metrics import Registry
 
 
 class EncoderEngine:
@@ -74,16 +75,9 @@ class EncoderEngine:
 
     def observe(self, registry: Registry) -> None:
         """Write the counters into the registry."""
-        counts = self.counts()
-        sums = {
-            table.ENCODER_BATCHES: counts.batches,
-            table.ENCODER_TEXTS: counts.texts,
-            table.ENCODER_TOKENS: counts.tokens,
-            table.ENCODER_SECONDS: counts.compute_s,
-            table.ENCODER_SKIPPED: counts.skipped_texts,
-        }
-        for metric, total in sums.items():
-            registry.counter(metric, self._config.name).value = float(total)
+        write_counts(registry, self._config.name, self.counts())
+        if (seen := self.drift()) is not None:
+            write_drift(registry, self._config.name, seen)
 
     def routes(self) -> tuple[str, ...]:
         """The paths of the configured tasks."""
