@@ -40,11 +40,11 @@ class GatewayApp:
         headers = [(name.lower(), value) for name, value in scope["headers"]]
         method = scope["method"]
         path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/")) or "/"
-        identity = ""
+        identity = tenant = ""
         try:
             identity = request_id(header(headers, b"x-request-id"))
             if self._authenticates:
-                self._gateway.authenticate(path, headers)
+                tenant = self._gateway.authenticate(path, headers)
             body = await _read_body(headers, receive, self._gateway.max_body_bytes)
         except RequestError as error:
             self._gateway.count(OTHER, error.status)
@@ -53,7 +53,7 @@ class GatewayApp:
             response.headers.append((b"connection", b"close"))
         else:
             response = await self._gateway.respond(
-                Request(identity, method, path, scope["query_string"], headers, body)
+                Request(identity, method, path, scope["query_string"], headers, body, tenant)
             )
         if self._returns_request_id and identity:
             response.headers.append((b"x-request-id", identity.encode()))

@@ -47,14 +47,13 @@ class Gateway:
         self._authenticator = Authenticator(config.router.api_keys_sha256)
         self._own = OwnRoutes(self.pools, versions or {}, self.registry)
 
-    def authenticate(self, path: str, headers: Headers) -> None:
-        """Return if a request from outside the cluster may pass; asked before its body is read.
+    def authenticate(self, path: str, headers: Headers) -> str:
+        """Whose request this is; asked before its body is read, where it comes from outside.
 
         Raises:
             AuthenticationError: it has no API key, or one that is not known.
         """
-        if path not in PUBLIC_PATHS:
-            self._authenticator.check(headers)
+        return "" if path in PUBLIC_PATHS else self._authenticator.check(headers)
 
     async def respond(self, request: Request) -> Response:
         """The response to ``request``; errors come as responses too, never as exceptions."""

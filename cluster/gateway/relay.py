@@ -23,7 +23,8 @@ _LOST = "The replica was lost while it answered."
 
 _HOP_HEADERS = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"te", b"upgrade"})
 _CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
-_NOT_FORWARDED = _HOP_HEADERS | _CREDENTIALS | {b"host", b"x-request-id", b"expect"}
+_TENANT = b"x-tandem-tenant"
+_NOT_FORWARDED = _HOP_HEADERS | _CREDENTIALS | {b"host", b"x-request-id", b"expect", _TENANT}
 _NOT_RETURNED = _HOP_HEADERS | {b"server", b"date", b"x-request-id"}
 
 
@@ -156,6 +157,8 @@ class RelayedBody:
 def _request_head(request: Request) -> RequestHead:
     headers: Headers = [pair for pair in request.headers if pair[0] not in _NOT_FORWARDED]
     headers.append((b"x-request-id", request.id.encode()))
+    if request.tenant:
+        headers.append((_TENANT, request.tenant.encode()))
     return RequestHead(
         method=request.method, path=request.path, query_string=request.query, headers=headers
     )

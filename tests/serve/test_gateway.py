@@ -237,6 +237,18 @@ async def test_keys() -> None:
         assert (await asgi.get(world.app, "/v1/models")).status == 401
 
 
+async def test_a_replica_learns_who_asks_from_the_router_alone() -> None:
+    digest = hashlib.sha256(b"right").hexdigest()
+    for keys, tenant in (([digest], digest[:16].encode()), ([], None)):
+        async with a_world(api_keys_sha256=keys) as world:
+            replica = await world.add("gen", "gen-1")
+            headers = {"x-api-key": "right", "x-tandem-tenant": "someone else"}
+            await asgi.post(world.app, CHAT, {}, headers=headers)
+            seen = dict(replica.seen[0]["headers"])
+            assert seen.get(b"x-tandem-tenant") == tenant
+            assert b"x-api-key" not in seen
+
+
 async def test_a_stream_comes_through_whole_and_in_order() -> None:
     async with a_world() as world:
         await world.add("gen", "gen-1")

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 
 import msgspec
 
-from cluster.asgi import Receive, Scope, Send
+from cluster.asgi import Receive, Scope, Send, usage_of
 from cluster.config import ClassifierConfig
 from cluster.engines.encoder import openapi, schema
 from cluster.engines.encoder.compute import Computer
 from cluster.engines.encoder.insight import Insight
-from cluster.engines.encoder.jobs import Timings
+from cluster.engines.encoder.jobs import Encoded, Timings
 from cluster.engines.encoder.tasks import make_tasks
 from cluster.engines.encoder.tasks.base import B, Task
 from cluster.engines.encoder.tasks.classify import ClassifyReply, ClassifyRequest
@@ -32,7 +32,8 @@ encode_json = msgspec.json.Encoder().encode
 TENANT = b"x-tandem-tenant"
 """The header in which the router says whose request it is."""
 
-Reply = tuple[bytes, Timings]
+Reply = tuple[bytes, Encoded]
+"""A body, and what it was made of."""
 
 
 class EncoderApp:
@@ -58,8 +59,9 @@ class EncoderApp:
             if scope["path"] == openapi.PATH:
                 await _send(send, 200, encode_json(openapi.document(self._tasks)), {})
                 return
-            body, timings = await self._answer(scope, receive)
-            await _send(send, 200, body, _timing_headers(timings))
+            body, encoded = await self._answer(scope, receive)
+            usage_of(scope).prompt_tokens = encoded.num_tokens
+            await _send(send, 200, body, _timing_headers(encoded.timings))
         except _ClientLeftError:
             return
         except RequestError as error:
@@ -88,7 +90,7 @@ class EncoderApp:
         reply = task.reply(request, encoded)
         if isinstance(request, ClassifyRequest) and isinstance(reply, ClassifyReply):
             reply = await self._insight.add(request, encoded, reply)
-        return encode_json(reply), encoded.timings
+        return encode_json(reply), encoded
 
     def _tenant(self, scope: Scope) -> bytes:
         if not self._computer.isolates_tenants:
