@@ -17,12 +17,13 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from cluster.config import parse
 from cluster.engines.encoder.engine import EncoderEngine
-from cluster.gateway import Gateway, GatewayApp, ReplicaInfo
+from cluster.gateway import Gateway, GatewayApp, ReplicaInfo, Wiring
 from cluster.link import LinkServer
 from tests import asgi
 from tests.serve.planted import TELLING
 
 SECRET = b"s" * 32
+WIRINGS = {name: Wiring(SECRET) for name in ("gen", "mine")}
 KEY = "open sesame"
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
@@ -45,7 +46,7 @@ async def site(path, **router):
     await engine.start()
     link = LinkServer(engine.app, SECRET)
     host, port = await link.start()
-    gateway = Gateway(tree, SECRET)
+    gateway = Gateway(tree, WIRINGS)
     gateway.pools["mine"].update([ReplicaInfo("mine-1", host, port, engine.routes())])
     server = uvicorn.Server(
         uvicorn.Config(GatewayApp(gateway), port=0, log_level="error", lifespan="off")
@@ -182,7 +183,7 @@ async def test_errors_are_said_and_a_key_may_be_typed(trained, browser):
 
 
 async def test_the_page_needs_no_key_and_allows_nothing_foreign():
-    gateway = Gateway(config(api_keys_sha256=["0" * 64]), SECRET)
+    gateway = Gateway(config(api_keys_sha256=["0" * 64]), WIRINGS)
     answer = await asgi.get(GatewayApp(gateway), "/explain")
     assert answer.status == 200
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
