@@ -162,6 +162,20 @@ def test_classify(http: httpx.Client) -> None:
     assert len(top["data"][0]["scores"]) == 1
 
 
+def test_a_label_is_explained_also_by_the_page(http: httpx.Client) -> None:
+    body = {"input": "It broke after two days and support never answered.", "explain": True}
+    why = http.post("/classify", json=body).json()["data"][0]["explanation"]
+    negative = why["labels"][0]
+    assert negative["label"] == "NEGATIVE"
+    difference = negative["score"] - negative["baseline"]
+    assert sum(negative["contributions"]) == pytest.approx(difference, rel=0.02)
+    by_word = dict(zip([w["text"] for w in why["words"]], negative["contributions"], strict=True))
+    assert {"broke", "never"} <= set(sorted(by_word, key=lambda word: -by_word[word])[:4])
+    page = http.get("/explain")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "<option>sentiment</option>" in page.text
+
+
 def test_a_text_that_is_too_long_is_refused_or_truncated(http: httpx.Client) -> None:
     long = "word " * 3000
     refused = http.post("/classify", json={"input": long})
