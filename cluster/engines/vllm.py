@@ -24,6 +24,7 @@ from cluster.config import GeneratorConfig
 from cluster.engines import vllm_args
 from cluster.engines.base import EngineLoad
 from cluster.engines.leave import CancelAsLeave
+from cluster.engines.vllm_usage import CountUsage, counted
 from cluster.errors import ConfigError, EngineDeadError
 from cluster.metrics import Registry
 
@@ -106,7 +107,7 @@ class VllmEngine:
         try:
             self._llm, args = await ready
             self._app = await _build_app(self._llm, args)
-            self._asgi = CancelAsLeave(self._app)
+            self._asgi = CountUsage(CancelAsLeave(self._app))
             self._mark("application")
         except BaseException:
             await self.stop()
@@ -290,6 +291,7 @@ async def _build_app(llm: Any, args: Namespace) -> Any:
     app = build_app(args, tasks, llm.model_config)
     # vLLM's handler of engine errors tells its server to exit; without one it would hide them.
     app.state.server = SimpleNamespace(should_exit=False)
+    llm.generate = counted(llm.generate)
     await init_app_state(llm, app.state, args, tasks)
     app.router.routes[:] = [route for route in app.router.routes if _is_public(route)]
     return app

@@ -16,6 +16,7 @@ from cluster.engines.base import Engine, EngineLoad
 from cluster.engines.factory import make_generator_engine
 from cluster.engines.sim import SimEngine
 from cluster.errors import ConfigError, EngineDeadError
+from cluster.link import LinkClient, LinkServer, RequestHead
 from tests import asgi
 
 MODEL = "smollm2-135m-instruct"
@@ -249,6 +250,35 @@ async def test_token_counts_add_up(engine: Engine) -> None:
     counted = (await asgi.post(engine.app, "/tokenize", {"model": "m", "messages": USER})).json()
     assert counted["tokens"] == answer["prompt_token_ids"]
     assert counted["count"] == usage["prompt_tokens"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_tokens_of_a_request_are_counted_for_the_router(
+    engine: Engine, stream: bool
+) -> None:
+    options = {"stream_options": {"include_usage": True}} if stream else {}
+    server = LinkServer(engine.app, b"secret")
+    link = LinkClient(*await server.start(), b"secret")
+    try:
+        await link.connect()
+        asked = json.dumps(body(stream=stream, **options)).encode()
+        head = RequestHead(
+            method="POST", path=CHAT, headers=[(b"content-type", b"application/json")]
+        )
+        answer = link.open(head, asked)
+        await answer.head()
+        chunks = []
+        while chunk := await answer.read():
+            chunks.append(chunk)
+    finally:
+        await link.close()
+        await server.stop()
+    text = b"".join(chunks).decode()
+    events = [line[6:] for line in text.splitlines() if line.startswith("data: {")]
+    said = json.loads(events[-1] if stream else text)["usage"]
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == said["prompt_tokens"] > 6
+    assert answer.usage.completion_tokens == said["completion_tokens"] == 6
 
 
 async def test_token_ids_are_a_prompt_too(engine: Engine) -> None:
