@@ -11,20 +11,26 @@ It needs Ray, and neither vLLM nor torch. Errors are those of ``cluster.errors``
 
 from cluster.client.client import Tandem
 from cluster.client.results import (
+    Candidate,
     Classification,
     Completion,
     Delta,
     Embedding,
+    Entity,
     LabelScore,
+    Ranked,
     Usage,
 )
 
 __all__ = [
+    "Candidate",
     "Classification",
     "Completion",
     "Delta",
     "Embedding",
+    "Entity",
     "LabelScore",
+    "Ranked",
     "Tandem",
     "Usage",
 ]

@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 from weakref import WeakKeyDictionary
 
 from cluster.client import wire
-from cluster.client.results import Classification, Completion, Delta, Embedding
+from cluster.client.results import (
+    Candidate,
+    Classification,
+    Completion,
+    Delta,
+    Embedding,
+    Entity,
+    Ranked,
+)
 from cluster.client.transport import Answer, BackgroundLoop, Transport
 from cluster.errors import LinkError, UnavailableError
 
@@ -254,6 +262,45 @@ class Tandem:
         """``embed``, awaited."""
         calls = _text_calls("/v1/embeddings", text, options, wire.embeddings)
         return _unlist(text, await self._arun(calls))
+
+    # -- what other encoders do ---------------------------------------------------------------
+
+    def entities(self, texts: Sequence[str], **options: Any) -> list[list[Entity]]:
+        """The entities of each text; options: ``model``, ``aggregation_strategy``, ``stride``."""
+        return self._run(_text_calls("/token-classification", texts, options, wire.entities))
+
+    async def aentities(self, texts: Sequence[str], **options: Any) -> list[list[Entity]]:
+        """``entities``, awaited."""
+        calls = _text_calls("/token-classification", texts, options, wire.entities)
+        return await self._arun(calls)
+
+    def fill_mask(self, texts: Sequence[str], **options: Any) -> list[list[list[Candidate]]]:
+        """Candidates for each mask of each text; options: ``model``, ``top_k``."""
+        return self._run(_text_calls("/fill-mask", texts, options, wire.candidates))
+
+    async def afill_mask(self, texts: Sequence[str], **options: Any) -> list[list[list[Candidate]]]:
+        """``fill_mask``, awaited."""
+        return await self._arun(_text_calls("/fill-mask", texts, options, wire.candidates))
+
+    def score(self, text: str, others: Sequence[str], **options: Any) -> list[float]:
+        """How well ``text`` goes with each of ``others``."""
+        body = {"text_1": text, "text_2": list(others), **options}
+        return self._run([_Call("/score", body, wire.scores)])
+
+    async def ascore(self, text: str, others: Sequence[str], **options: Any) -> list[float]:
+        """``score``, awaited."""
+        body = {"text_1": text, "text_2": list(others), **options}
+        return await self._arun([_Call("/score", body, wire.scores)])
+
+    def rerank(self, query: str, documents: Sequence[str], **options: Any) -> list[Ranked]:
+        """The documents by their relevance to ``query``, the best first; options: ``top_n``."""
+        body = {"query": query, "documents": list(documents), **options}
+        return self._run([_Call("/rerank", body, wire.rankings)])
+
+    async def arerank(self, query: str, documents: Sequence[str], **options: Any) -> list[Ranked]:
+        """``rerank``, awaited."""
+        body = {"query": query, "documents": list(documents), **options}
+        return await self._arun([_Call("/rerank", body, wire.rankings)])
 
     # -- models -------------------------------------------------------------------------------
 

@@ -63,3 +63,30 @@ class Embedding:
     """One text as a unit vector."""
 
     vector: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Entity:
+    """What stands in a text from the character ``start`` up to ``end``."""
+
+    label: str
+    score: float
+    text: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """A document's relevance; ``index`` is its place in the list that was given."""
+
+    index: int
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A token for a mask, and its probability."""
+
+    text: str
+    score: float

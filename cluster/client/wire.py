@@ -5,11 +5,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cluster.client.results import (
+    Candidate,
     Classification,
     Completion,
     Delta,
     Embedding,
+    Entity,
     LabelScore,
+    Ranked,
     Usage,
 )
 from cluster.errors import InternalError, RequestError, request_error_for
@@ -87,6 +90,31 @@ def embeddings(answer: Mapping[str, Any]) -> list[Embedding]:
     """One ``Embedding`` for each text, in order."""
     rows = sorted(answer["data"], key=lambda row: row["index"])
     return [Embedding(tuple(row["embedding"])) for row in rows]
+
+
+def entities(answer: Mapping[str, Any]) -> list[list[Entity]]:
+    """The entities of each text, in order."""
+    rows = sorted(answer["data"], key=lambda row: row["index"])
+    return [[Entity(**entity) for entity in row["entities"]] for row in rows]
+
+
+def scores(answer: Mapping[str, Any]) -> list[float]:
+    """The score of each pair, in order."""
+    return [row["score"] for row in sorted(answer["data"], key=lambda row: row["index"])]
+
+
+def rankings(answer: Mapping[str, Any]) -> list[Ranked]:
+    """The documents, the most relevant first."""
+    return [Ranked(row["index"], row["relevance_score"]) for row in answer["results"]]
+
+
+def candidates(answer: Mapping[str, Any]) -> list[list[list[Candidate]]]:
+    """For each text, in order, the candidates of each of its masks."""
+    rows = sorted(answer["data"], key=lambda row: row["index"])
+    return [
+        [[Candidate(one["token_str"], one["score"]) for one in mask] for mask in row["masks"]]
+        for row in rows
+    ]
 
 
 def _usage(usage: Mapping[str, Any]) -> Usage:

@@ -3,9 +3,10 @@
 import contextlib
 
 import httpx
+import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -13,12 +14,11 @@ from cluster.config import ClassifierConfig
 from cluster.engines.encoder.engine import EncoderEngine
 
 MAX_TOKENS = 40
-CORPUS = [
-    "the good film was not a dull one and the plot went on",
-    "Anna Berger lives in Berlin and works for Siemens in Munich",
-    "a wonderful picture, unforgettable and moving: seen in Paris",
-    "how many people live in Berlin? about three and a half million",
-] * 4
+WORDS = """
+the good film was not a dull one and plot went on Anna Berger lives in Berlin works for Siemens
+Munich wonderful picture un forgettable moving seen Paris how many people live about million
+""".split()  # noqa: SIM905
+LETTERS = sorted({*"".join(WORDS), *"\u00e9!?,.:;-"})
 TEXTS = [
     "good film",
     "",
@@ -36,46 +36,42 @@ LABELS = {0: "negative", 1: "neutral", 2: "positive"}
 ENTITIES = {0: "O", 1: "B-PER", 2: "I-PER", 3: "B-LOC", 4: "I-LOC"}
 
 
+# Vocabularies are written by hand: what tokenizers' trainers make is not the same each time.
 def _wordpiece():
-    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    halves = [word[len(word) // 2 :] for word in WORDS if len(word) > 4]
+    pieces = [*LETTERS, *WORDS[::2], *(f"##{piece}" for piece in (*LETTERS, *halves))]
+    tokens = dict.fromkeys((*BERT_SPECIAL, *pieces))
+    vocab = {token: index for index, token in enumerate(tokens)}
+    backend = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=False)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=110, special_tokens=BERT_SPECIAL)
-    return _trained(backend, trainer), BERT_STYLE
+    return backend, BERT_STYLE
 
 
-def _byte_level():
-    backend = Tokenizer(models.BPE())
+def _byte_level(special, style):
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate((*special, *letters))}
+    merges = []
+    for word in WORDS[::3]:
+        joined = word[0]
+        for letter in word[1:]:
+            if joined + letter not in vocab:
+                merges.append((joined, letter))
+                vocab[joined + letter] = len(vocab)
+            joined += letter
+    backend = Tokenizer(models.BPE(vocab, merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=330, special_tokens=ROBERTA_SPECIAL, initial_alphabet=alphabet
-    )
-    return _trained(backend, trainer), ROBERTA_STYLE
-
-
-def _byte_level_in_brackets():
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=330, special_tokens=BERT_SPECIAL, initial_alphabet=alphabet
-    )
-    return _trained(backend, trainer), BERT_STYLE
+    return backend, style
 
 
 def _unigram(special, style):
-    backend = Tokenizer(models.Unigram())
+    words = [f"\u2581{word}" for word in WORDS[::2]]
+    scores = dict.fromkeys(("\u2581", *LETTERS), -9.0) | dict.fromkeys(words, -4.0)
+    vocab = [(token, 0.0) for token in special]
+    vocab += [(piece, score - index / 1000) for index, (piece, score) in enumerate(scores.items())]
+    backend = Tokenizer(models.Unigram(vocab, special.index(style["unk_token"])))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=120, special_tokens=special, unk_token=style["unk_token"]
-    )
-    return _trained(backend, trainer), style
-
-
-def _trained(backend, trainer):
-    backend.train_from_iterator(CORPUS, trainer)
-    return backend
+    return backend, style
 
 
 BERT_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -143,11 +139,15 @@ FAMILIES = {
         _wordpiece,
     ),
     "electra": (transformers.ElectraConfig, {**SIZES, "embedding_size": 8}, _wordpiece),
-    "roberta": (transformers.RobertaConfig, SIZES, _byte_level),
+    "roberta": (
+        transformers.RobertaConfig,
+        SIZES,
+        lambda: _byte_level(ROBERTA_SPECIAL, ROBERTA_STYLE),
+    ),
     "modernbert": (
         transformers.ModernBertConfig,
         {**SIZES, "num_hidden_layers": 4, "local_attention": 8},
-        _byte_level_in_brackets,
+        lambda: _byte_level(BERT_SPECIAL, BERT_STYLE),
     ),
     "xlm-roberta": (
         transformers.XLMRobertaConfig,
@@ -160,6 +160,15 @@ FAMILIES = {
         lambda: _unigram(BERT_SPECIAL, BERT_STYLE),
     ),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """For the module that imports it: tiny models gain nothing from more, and lose much."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Saved:

@@ -1,20 +1,20 @@
 """The result cache, seen through the engine."""
 
 import pytest
-import torch
 
-from tests.serve.encoder_kit import PAIRS, TEXTS, ask, post, refused, running, save
+from tests.serve.encoder_kit import (  # noqa: F401
+    PAIRS,
+    TEXTS,
+    ask,
+    one_thread,
+    post,
+    refused,
+    running,
+    save,
+)
 
 BIG = {"max_bytes": 1 << 20}
 LONG = "the good film was not a dull one. Anna Berger lives in Berlin, unforgettable. " * 6
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

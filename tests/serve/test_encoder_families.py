@@ -5,12 +5,14 @@ import pytest
 import torch
 from transformers import BertForNextSentencePrediction
 
-from tests.serve.encoder_kit import (
+from cluster.client import wire
+from tests.serve.encoder_kit import (  # noqa: F401
     FAMILIES,
     LABELS,
     PAIRS,
     TEXTS,
     ask,
+    one_thread,
     refused,
     running,
     save,
@@ -20,17 +22,9 @@ from tests.serve.encoder_kit import (
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 async def test_labels_and_vectors_of_texts_and_pairs(tmp_path, family):
-    saved = save(tmp_path, family)
+    saved = save(tmp_path, family, max_tokens=60)
     async with running(saved, "classify", "embed") as engine:
         given = [*TEXTS, *map(list, PAIRS)]
         answer = await ask(engine, "/classify", {"input": given})
@@ -66,6 +60,7 @@ async def test_masks_are_filled_as_by_transformers(tmp_path, family):
             assert [candidate["token_str"] for candidate in found] == [
                 saved.tokenizer.decode([token]) for token in tokens
             ]
+    assert [len(item) for item in wire.candidates(answer)] == [text.count(mask) for text in texts]
     assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
 
 

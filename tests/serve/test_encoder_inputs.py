@@ -3,9 +3,15 @@
 import json
 
 import pytest
-import torch
 
-from tests.serve.encoder_kit import ask, post, refused, running, save
+from tests.serve.encoder_kit import (  # noqa: F401
+    ask,
+    one_thread,
+    post,
+    refused,
+    running,
+    save,
+)
 
 HEADS = {
     "classify": ("ForSequenceClassification", "/classify", {}),
@@ -17,14 +23,6 @@ HEADS = {
     "rerank": ("ForSequenceClassification", "/rerank", {"labels": {0: "relevance"}}),
 }
 MAX_TEXTS = 10
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=HEADS)

@@ -4,18 +4,19 @@ import numpy as np
 import pytest
 import torch
 
-from tests.serve.encoder_kit import FAMILIES, LABELS, MAX_TOKENS, ask, refused, running, save
+from tests.serve.encoder_kit import (  # noqa: F401
+    FAMILIES,
+    LABELS,
+    MAX_TOKENS,
+    ask,
+    one_thread,
+    refused,
+    running,
+    save,
+)
 
 SENTENCES = "the good film was not a dull one. Anna Berger lives in Berlin, unforgettable. " * 6
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

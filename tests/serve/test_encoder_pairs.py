@@ -1,12 +1,19 @@
 """Cross-encoders: scores and rankings, against transformers itself."""
 
 import pytest
-import torch
 
+from cluster.client import wire
 from cluster.config import ClassifierConfig
 from cluster.engines.encoder.engine import EncoderEngine
 from cluster.errors import ConfigError
-from tests.serve.encoder_kit import ask, post, refused, running, save
+from tests.serve.encoder_kit import (  # noqa: F401
+    ask,
+    one_thread,
+    post,
+    refused,
+    running,
+    save,
+)
 
 QUERY = "how many people live in Berlin?"
 DOCUMENTS = [
@@ -14,16 +21,8 @@ DOCUMENTS = [
     "",
     "Anna Berger lives in Berlin and works for Siemens",
     "a wonderful picture",
-    "a wonderful picture",
+    "a wonderful film",
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +45,7 @@ async def test_one_text_with_one_with_many_and_in_pairs(engine, saved):
     many = await ask(engine, "/score", {"text_1": QUERY, "text_2": DOCUMENTS})
     assert [item["score"] for item in many["data"]] == pytest.approx(wanted, abs=1e-5)
     assert [item["index"] for item in many["data"]] == list(range(5))
+    assert wire.scores(many) == [item["score"] for item in many["data"]]
     assert {item["object"] for item in many["data"]} == {"score"}
     assert many["usage"]["total_tokens"] == many["usage"]["prompt_tokens"] > 5 * 12
     one = await ask(engine, "/v1/score", {"queries": QUERY, "documents": DOCUMENTS[0]})
@@ -63,6 +63,7 @@ async def test_documents_are_ranked(engine, saved):
         assert [item["index"] for item in answer["results"]] == order
         scores = [item["relevance_score"] for item in answer["results"]]
         assert scores == pytest.approx([wanted[index] for index in order], abs=1e-5)
+        assert [ranked.index for ranked in wire.rankings(answer)] == order
         assert "document" not in answer["results"][0]
         assert answer["usage"]["total_tokens"] == answer["meta"]["tokens"]["input_tokens"]
         assert answer["meta"]["api_version"] == {"version": "2"}
@@ -75,6 +76,7 @@ async def test_the_best_documents_come_with_their_texts(engine, saved):
         "documents": [{"text": text, "title": "ignored"} for text in DOCUMENTS],
         "top_n": 2,
         "return_documents": True,
+        "max_tokens_per_doc": 4096,
     }
     results = (await ask(engine, "/rerank", body))["results"]
     assert len(results) == 2
@@ -133,6 +135,7 @@ async def test_what_cannot_be_scored_is_refused(engine, body, status, says, para
         ({"query": "a", "documents": ["a", {"title": "b"}]}, 422, "`text`"),
         ({"query": "a", "documents": ["a"], "top_n": 0}, 422, ">= 1"),
         ({"documents": ["a"]}, 422, "`query`"),
+        ({"query": "a", "documents": ["a"], "max_tokens_per_doc": 39}, 400, "is 39; documents"),
     ],
 )
 async def test_what_cannot_be_ranked_is_refused(saved, body, status, says):

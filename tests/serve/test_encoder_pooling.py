@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from cluster.errors import ConfigError
-from tests.serve.encoder_kit import TEXTS, ask, running, save
+from tests.serve.encoder_kit import (  # noqa: F401
+    TEXTS,
+    ask,
+    one_thread,
+    running,
+    save,
+)
 
 MODES = {
     "cls_token": lambda hidden: hidden[0],
@@ -23,14 +29,6 @@ MODES = {
 def weighted(hidden):
     weights = torch.arange(1, len(hidden) + 1)[:, None].float()
     return (hidden * weights).sum(0) / weights.sum()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["bert", "distilbert"])  # one packed, one padded

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from cluster.client import wire
-from cluster.client.results import Delta, LabelScore, Usage
+from cluster.client.results import Candidate, Delta, Entity, LabelScore, Ranked, Usage
 from cluster.errors import InvalidRequestError, OverloadedError, UnavailableError
 
 
@@ -28,6 +28,25 @@ def test_completions_come_in_the_order_of_the_prompts() -> None:
     assert (first.text, second.text) == ("a", "b")
     assert first.usage == Usage(3, 4)
     assert first.usage.total_tokens == 7
+
+
+def test_entities() -> None:
+    anna = {"label": "PER", "score": 0.9, "text": "Anna", "start": 0, "end": 4}
+    rows = [{"index": 1, "entities": []}, {"index": 0, "entities": [anna]}]
+    assert wire.entities({"data": rows}) == [[Entity("PER", 0.9, "Anna", 0, 4)], []]
+
+
+def test_scores_come_in_order_and_rankings_as_they_are() -> None:
+    rows = [{"index": 1, "score": 0.5}, {"index": 0, "score": 0.25}]
+    assert wire.scores({"data": rows}) == [0.25, 0.5]
+    results = [{"index": 2, "relevance_score": 0.5}, {"index": 0, "relevance_score": 0.25}]
+    assert wire.rankings({"results": results}) == [Ranked(2, 0.5), Ranked(0, 0.25)]
+
+
+def test_candidates() -> None:
+    masks = [[{"token": 7, "token_str": "good", "score": 0.5}], []]
+    rows = [{"index": 0, "masks": masks}]
+    assert wire.candidates({"data": rows}) == [[[Candidate("good", 0.5)], []]]
 
 
 def test_classifications() -> None:

@@ -10,6 +10,10 @@ def generator(**fields: Any) -> dict[str, Any]:
     return {"generators": [{"name": "g", "model": "m", **fields}]}
 
 
+def classifier(**fields: Any) -> dict[str, Any]:
+    return {"classifiers": [{"name": "c", "model": "m", **fields}]}
+
+
 def test_defaults_are_filled_in() -> None:
     config = parse(generator(kv_cache_memory_bytes="512MiB"))
     (found,) = config.generators
@@ -17,6 +21,23 @@ def test_defaults_are_filled_in() -> None:
     assert found.kv_cache_memory_bytes == 512 * 2**20
     assert (found.replicas.min, found.replicas.max) == (1, 1)
     assert config.router.api_keys_sha256 == ()
+
+
+@pytest.mark.parametrize(
+    ("tasks", "head"),
+    [
+        (["embed"], None),
+        (["classify", "embed"], "ForSequenceClassification"),
+        (["embed", "rerank", "score"], "ForSequenceClassification"),
+        (["token-classification"], "ForTokenClassification"),
+        (["fill-mask", "embed"], "ForMaskedLM"),
+        (["next-sentence"], "ForNextSentencePrediction"),
+    ],
+)
+def test_the_tasks_of_a_pool_say_which_head_its_model_has(
+    tasks: list[str], head: str | None
+) -> None:
+    assert parse(classifier(tasks=tasks)).classifiers[0].head == head
 
 
 def test_it_is_frozen() -> None:
@@ -46,6 +67,13 @@ def test_it_is_frozen() -> None:
             {**generator(), "classifiers": [{"name": "g", "model": "m"}]},
             ["each name may stand once", "['g']"],
         ),
+        (classifier(tasks=["classify", "ner"]), ["classifiers.0.tasks.1", "'ner'", "'rerank'"]),
+        (classifier(tasks=[]), ["classifiers.0.tasks", "at least 1"]),
+        (
+            classifier(tasks=["embed", "score", "fill-mask"]),
+            ["classifiers.0", "score and fill-mask need two different models"],
+        ),
+        (classifier(result_cache={"max_bytes": -1}), ["result_cache.max_bytes", "got -1"]),
     ],
 )
 def test_a_wrong_value_gives_one_line_with_field_value_and_what_is_allowed(

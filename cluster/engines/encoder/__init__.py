@@ -1,6 +1,7 @@
-"""The encoder engine: BERT-style models that classify and embed, behind the ``Engine`` protocol.
+"""The encoder engine: BERT and its relatives for every task, behind the ``Engine`` protocol.
 
-Imports run one way: ``jobs → queue, tokenizer, model → stage, runner → service → app → engine``.
+Imports run one way: ``jobs → queue, tokenizer, model → stage, runner → service → compute → tasks →
+app → engine``.
 """
 
 import os

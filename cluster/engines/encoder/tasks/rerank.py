@@ -8,6 +8,7 @@ from cluster.engines.encoder import schema
 from cluster.engines.encoder.jobs import Encoded, Text
 from cluster.engines.encoder.tasks.base import Task, Usage, WindowedRequest, column, usage
 from cluster.engines.encoder.tasks.score import ScoredWindow, scored_windows
+from cluster.errors import InvalidRequestError
 
 
 class Document(Struct, frozen=True):
@@ -28,6 +29,8 @@ class RerankRequest(WindowedRequest, frozen=True, kw_only=True):
     top_n: schema.AtLeastOne | None = None
     """How many documents to give, the best first; None: all."""
     return_documents: bool = False
+    max_tokens_per_doc: schema.AtLeastOne | None = None
+    """Cohere's; no model here takes a document as long as its clients let it be."""
 
 
 class Ranked(Struct, frozen=True):
@@ -83,6 +86,13 @@ class Rerank(Task[RerankRequest]):
     def inputs(self, request: RerankRequest) -> list[Text]:
         """See ``Task``."""
         schema.check_count(len(request.documents), self.config.max_texts, "documents")
+        limit = self.model.tokenizer.max_tokens
+        if request.max_tokens_per_doc and request.max_tokens_per_doc < limit:
+            raise InvalidRequestError(
+                f"max_tokens_per_doc is {request.max_tokens_per_doc}; documents are cut at the "
+                f"model's length, {limit} tokens with the query, and not before",
+                param="max_tokens_per_doc",
+            )
         return [(request.query, _text(document)) for document in request.documents]
 
     def reply(self, request: RerankRequest, encoded: Encoded) -> RerankReply:
