@@ -1,24 +1,12 @@
 """``Tandem``: generate, chat, stream, classify and embed from any Ray job, sync and async."""
 
-import asyncio
-import importlib
-import threading
-import weakref
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterator,
-    Callable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
-from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, TypeVar, overload
-from weakref import WeakKeyDictionary
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing
+from functools import partial
+from typing import Any, TypeVar, overload
 
 from cluster.client import wire
+from cluster.client.calls import MODELS, Call, chat_call, generate_calls, stream_body, text_calls
 from cluster.client.results import (
     Candidate,
     Classification,
@@ -28,34 +16,9 @@ from cluster.client.results import (
     Entity,
     Ranked,
 )
-from cluster.client.transport import Answer, BackgroundLoop, Transport
-from cluster.errors import LinkError, UnavailableError
-
-if TYPE_CHECKING:
-    from ray.serve.handle import DeploymentHandle
+from cluster.client.session import Session
 
 T = TypeVar("T")
-
-MAX_CONCURRENT = 64
-"""Requests of one call that are under way at a time; the rest of a long list waits here."""
-TEXTS_PER_REQUEST = 1000
-"""A longer list of texts is sent in parts of so many."""
-PROMPTS_PER_REQUEST = 8
-"""A longer list of prompts is sent in parts of so many, which may go to several replicas."""
-CHAT = "/v1/chat/completions"
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """One request and what becomes of its answer."""
-
-    path: str
-    body: Mapping[str, Any] | None
-    """None: a GET."""
-    parse: Callable[[Mapping[str, Any]], list[Any]]
-
-
-_MODELS = _Call("/v1/models", None, lambda answer: [card["id"] for card in answer["data"]])
 
 
 class Tandem:
@@ -70,51 +33,18 @@ class Tandem:
     """
 
     def __init__(self, app: str = "tandem", *, address: str = "auto") -> None:
-        self._app = app
-        self._address = address
-        self._lock = threading.Lock()
-        self._transports: WeakKeyDictionary[asyncio.AbstractEventLoop, Transport] = (
-            WeakKeyDictionary()
-        )
+        self._session = Session(app, address)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(Tandem, self._app, address=self._address), ()
-
-    @cached_property
-    def _router(self) -> "DeploymentHandle":
-        # Imported here, so that importing the client stays cheap.
-        import_serve()
-        import ray
-        from ray import serve
-
-        with _translated(self._app):
-            if not ray.is_initialized():
-                ray.init(address=self._address, logging_level="WARNING", log_to_driver=False)
-            handle = serve.get_app_handle(self._app)
-            # A cluster that is tuned for throughput tells its jobs to run handles in the caller's
-            # own event loop, which a synchronous caller has none of.
-            if not handle.is_initialized:  # Serve gives the same handle to all of a process
-                handle._init(_run_router_in_separate_loop=True)
-            return handle
-
-    @cached_property
-    def _background(self) -> BackgroundLoop:
-        """Where the synchronous calls run."""
-        background = BackgroundLoop()
-        weakref.finalize(self, background.close)
-        return background
+        return partial(Tandem, self._session.app, address=self._session.address), ()
 
     def close(self) -> None:
         """End the connections of the synchronous calls."""
-        if "_background" in self.__dict__:
-            self._background.close()
-            del self.__dict__["_background"]
+        self._session.close()
 
     async def aclose(self) -> None:
         """End the connections of this event loop."""
-        transport = self._transports.pop(asyncio.get_running_loop(), None)
-        if transport is not None:
-            await transport.close()
+        await self._session.aclose()
 
     # -- generate -----------------------------------------------------------------------------
 
@@ -128,7 +58,7 @@ class Tandem:
         self, prompt: str | Sequence[str], *, model: str | None = None, **sampling: Any
     ) -> Completion | list[Completion]:
         """Continue a text, or each of a list; ``sampling`` is what ``/v1/completions`` takes."""
-        return _unlist(prompt, self._run(_generate_calls(prompt, model, sampling)))
+        return _unlist(prompt, self._run(generate_calls(prompt, model, sampling)))
 
     @overload
     async def agenerate(
@@ -142,7 +72,7 @@ class Tandem:
         self, prompt: str | Sequence[str], *, model: str | None = None, **sampling: Any
     ) -> Completion | list[Completion]:
         """``generate``, awaited."""
-        return _unlist(prompt, await self._arun(_generate_calls(prompt, model, sampling)))
+        return _unlist(prompt, await self._session.run(generate_calls(prompt, model, sampling)))
 
     # -- chat ---------------------------------------------------------------------------------
 
@@ -166,7 +96,7 @@ class Tandem:
         **sampling: Any,
     ) -> list[Completion]:
         """Answer each of many conversations, in order."""
-        return self._run([_chat_call(one, model, sampling) for one in conversations])
+        return self._run([chat_call(one, model, sampling) for one in conversations])
 
     async def achats(
         self,
@@ -176,7 +106,7 @@ class Tandem:
         **sampling: Any,
     ) -> list[Completion]:
         """``chats``, awaited."""
-        return await self._arun([_chat_call(one, model, sampling) for one in conversations])
+        return await self._session.run([chat_call(one, model, sampling) for one in conversations])
 
     # -- stream -------------------------------------------------------------------------------
 
@@ -187,37 +117,23 @@ class Tandem:
 
         Whoever reads slowly gets all that has come since in one piece after the other, at once.
         """
-        batches = self._delta_batches(_stream_body(conversation, model, sampling))
-        run = self._sync().run
+        batches = self._session.delta_batches(stream_body(conversation, model, sampling))
+        wait_for = self._session.wait_for
         try:
-            while (deltas := run(anext(batches, None))) is not None:
+            while (deltas := wait_for(_next(batches))) is not None:
                 yield from deltas
         finally:
-            run(batches.aclose())
+            wait_for(batches.aclose())
 
     async def astream(
         self, conversation: wire.Conversation, *, model: str | None = None, **sampling: Any
     ) -> AsyncIterator[Delta]:
         """``stream``, as an async iterator."""
-        async with aclosing(
-            self._delta_batches(_stream_body(conversation, model, sampling))
-        ) as batches:
+        body = stream_body(conversation, model, sampling)
+        async with aclosing(self._session.delta_batches(body)) as batches:
             async for deltas in batches:
                 for delta in deltas:
                     yield delta
-
-    async def _delta_batches(self, body: bytes) -> AsyncGenerator[list[Delta], None]:
-        reader = wire.DeltaReader()
-        with _translated(self._app):
-            head, answer = await self._transport().open("POST", CHAT, body)
-            try:
-                if head.status != 200:
-                    chunks = [chunk async for chunk in _chunks(answer)]
-                    raise wire.error_from(head.status, head.headers, b"".join(chunks))
-                async for chunk in _chunks(answer):
-                    yield list(reader.feed(chunk))
-            finally:
-                answer.cancel()
 
     # -- classify and embed -------------------------------------------------------------------
 
@@ -229,7 +145,7 @@ class Tandem:
         self, text: str | Sequence[str], **options: Any
     ) -> Classification | list[Classification]:
         """Label a text, or each of a list; options: ``model``, ``top_k``, ``truncate``."""
-        calls = _text_calls("/classify", text, options, wire.classifications)
+        calls = text_calls("/classify", text, options, wire.classifications)
         return _unlist(text, self._run(calls))
 
     @overload
@@ -240,8 +156,8 @@ class Tandem:
         self, text: str | Sequence[str], **options: Any
     ) -> Classification | list[Classification]:
         """``classify``, awaited."""
-        calls = _text_calls("/classify", text, options, wire.classifications)
-        return _unlist(text, await self._arun(calls))
+        calls = text_calls("/classify", text, options, wire.classifications)
+        return _unlist(text, await self._session.run(calls))
 
     @overload
     def embed(self, text: str, **options: Any) -> Embedding: ...
@@ -249,7 +165,7 @@ class Tandem:
     def embed(self, text: Sequence[str], **options: Any) -> list[Embedding]: ...
     def embed(self, text: str | Sequence[str], **options: Any) -> Embedding | list[Embedding]:
         """Embed a text, or each of a list; options: ``model``, ``dimensions``."""
-        calls = _text_calls("/v1/embeddings", text, options, wire.embeddings)
+        calls = text_calls("/v1/embeddings", text, options, wire.embeddings)
         return _unlist(text, self._run(calls))
 
     @overload
@@ -260,167 +176,64 @@ class Tandem:
         self, text: str | Sequence[str], **options: Any
     ) -> Embedding | list[Embedding]:
         """``embed``, awaited."""
-        calls = _text_calls("/v1/embeddings", text, options, wire.embeddings)
-        return _unlist(text, await self._arun(calls))
+        calls = text_calls("/v1/embeddings", text, options, wire.embeddings)
+        return _unlist(text, await self._session.run(calls))
 
     # -- what other encoders do ---------------------------------------------------------------
 
     def entities(self, texts: Sequence[str], **options: Any) -> list[list[Entity]]:
         """The entities of each text; options: ``model``, ``aggregation_strategy``, ``stride``."""
-        return self._run(_text_calls("/token-classification", texts, options, wire.entities))
+        return self._run(text_calls("/token-classification", texts, options, wire.entities))
 
     async def aentities(self, texts: Sequence[str], **options: Any) -> list[list[Entity]]:
         """``entities``, awaited."""
-        calls = _text_calls("/token-classification", texts, options, wire.entities)
-        return await self._arun(calls)
+        calls = text_calls("/token-classification", texts, options, wire.entities)
+        return await self._session.run(calls)
 
     def fill_mask(self, texts: Sequence[str], **options: Any) -> list[list[list[Candidate]]]:
         """Candidates for each mask of each text; options: ``model``, ``top_k``."""
-        return self._run(_text_calls("/fill-mask", texts, options, wire.candidates))
+        return self._run(text_calls("/fill-mask", texts, options, wire.candidates))
 
     async def afill_mask(self, texts: Sequence[str], **options: Any) -> list[list[list[Candidate]]]:
         """``fill_mask``, awaited."""
-        return await self._arun(_text_calls("/fill-mask", texts, options, wire.candidates))
+        return await self._session.run(text_calls("/fill-mask", texts, options, wire.candidates))
 
     def score(self, text: str, others: Sequence[str], **options: Any) -> list[float]:
         """How well ``text`` goes with each of ``others``."""
         body = {"text_1": text, "text_2": list(others), **options}
-        return self._run([_Call("/score", body, wire.scores)])
+        return self._run([Call("/score", body, wire.scores)])
 
     async def ascore(self, text: str, others: Sequence[str], **options: Any) -> list[float]:
         """``score``, awaited."""
         body = {"text_1": text, "text_2": list(others), **options}
-        return await self._arun([_Call("/score", body, wire.scores)])
+        return await self._session.run([Call("/score", body, wire.scores)])
 
     def rerank(self, query: str, documents: Sequence[str], **options: Any) -> list[Ranked]:
         """The documents by their relevance to ``query``, the best first; options: ``top_n``."""
         body = {"query": query, "documents": list(documents), **options}
-        return self._run([_Call("/rerank", body, wire.rankings)])
+        return self._run([Call("/rerank", body, wire.rankings)])
 
     async def arerank(self, query: str, documents: Sequence[str], **options: Any) -> list[Ranked]:
         """``rerank``, awaited."""
         body = {"query": query, "documents": list(documents), **options}
-        return await self._arun([_Call("/rerank", body, wire.rankings)])
+        return await self._session.run([Call("/rerank", body, wire.rankings)])
 
     # -- models -------------------------------------------------------------------------------
 
     def models(self) -> list[str]:
         """The names that ``model`` may have."""
-        return self._run([_MODELS])
+        return self._run([MODELS])
 
     async def amodels(self) -> list[str]:
         """``models``, awaited."""
-        return await self._arun([_MODELS])
+        return await self._session.run([MODELS])
 
-    # -- how ----------------------------------------------------------------------------------
-
-    def _sync(self) -> BackgroundLoop:
-        with self._lock:
-            assert self._router is not None  # found in this thread, which may wait for Ray
-            return self._background
-
-    def _run(self, calls: Sequence[_Call]) -> list[Any]:
-        return self._sync().run(self._arun(calls))
-
-    async def _arun(self, calls: Sequence[_Call]) -> list[Any]:
-        transport = self._transport()
-        places = asyncio.Semaphore(MAX_CONCURRENT)
-
-        async def one(call: _Call) -> list[Any]:
-            method, body = ("GET", b"") if call.body is None else ("POST", wire.encode(call.body))
-            async with places:
-                head, answer = await transport.ask(method, call.path, body)
-            return call.parse(wire.decode(head.status, head.headers, answer))
-
-        tasks = [asyncio.ensure_future(one(call)) for call in calls]
-        try:
-            with _translated(self._app):
-                parts = await asyncio.gather(*tasks)
-        except BaseException:
-            for task in tasks:  # nobody waits for these any more
-                task.cancel()
-            raise
-        return [result for part in parts for result in part]
-
-    def _transport(self) -> Transport:
-        loop = asyncio.get_running_loop()
-        transport = self._transports.get(loop)
-        if transport is None:
-            transport = self._transports[loop] = Transport(self._router)
-        return transport
+    def _run(self, calls: Sequence[Call]) -> list[Any]:
+        return self._session.wait_for(self._session.run(calls))
 
 
-def import_serve() -> None:
-    """Import Ray Serve, in a thread of its own.
-
-    Ray cancels a task by interrupting its worker's main thread, and an import that is cut off
-    there leaves a package without its modules, on which each later task of the worker fails.
-    """
-    thread = threading.Thread(target=importlib.import_module, args=("ray.serve",), daemon=True)
-    thread.start()
-    thread.join()
-
-
-async def _chunks(answer: Answer) -> AsyncIterator[bytes]:
-    while chunk := await answer.read():
-        yield chunk
-
-
-@contextmanager
-def _translated(app: str) -> Iterator[None]:
-    """Turn Ray's own errors into ours.
-
-    Raises:
-        UnavailableError: there is no cluster or no such application, or its router was lost.
-    """
-    try:
-        yield
-    except Exception as error:
-        of_ray = type(error).__module__.partition(".")[0] == "ray"
-        if not (of_ray or isinstance(error, LinkError | ConnectionError)):
-            raise
-        raise UnavailableError(
-            f"The application {app!r} cannot be reached on this Ray cluster "
-            f"(`tandem up` starts one): {type(error).__name__}: {str(error).splitlines()[0]}"
-        ) from error
-
-
-def _generate_calls(
-    prompt: str | Sequence[str], model: str | None, sampling: Mapping[str, Any]
-) -> list[_Call]:
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    parts = [
-        prompts[at : at + PROMPTS_PER_REQUEST] for at in range(0, len(prompts), PROMPTS_PER_REQUEST)
-    ]
-    return [
-        _Call("/v1/completions", {"model": model, "prompt": part, **sampling}, wire.completions)
-        for part in parts
-    ]
-
-
-def _chat_call(
-    conversation: wire.Conversation, model: str | None, sampling: Mapping[str, Any]
-) -> _Call:
-    body = {"model": model, "messages": wire.messages(conversation), **sampling}
-    return _Call(CHAT, body, wire.completions)
-
-
-def _stream_body(
-    conversation: wire.Conversation, model: str | None, sampling: Mapping[str, Any]
-) -> bytes:
-    body = {"model": model, "messages": wire.messages(conversation), **sampling}
-    return wire.encode({**body, "stream": True, "stream_options": {"include_usage": True}})
-
-
-def _text_calls(
-    path: str,
-    text: str | Sequence[str],
-    options: Mapping[str, Any],
-    parse: Callable[[Mapping[str, Any]], list[Any]],
-) -> list[_Call]:
-    texts = [text] if isinstance(text, str) else list(text)
-    parts = [texts[at : at + TEXTS_PER_REQUEST] for at in range(0, len(texts), TEXTS_PER_REQUEST)]
-    return [_Call(path, {"input": part, **options}, parse) for part in parts]
+async def _next(batches: AsyncGenerator[list[Delta], None]) -> list[Delta] | None:
+    return await anext(batches, None)
 
 
 def _unlist(given: str | Sequence[str], results: list[T]) -> T | list[T]:

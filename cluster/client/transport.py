@@ -81,9 +81,7 @@ class BackgroundLoop:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(
-            target=self.loop.run_forever, name="tandem-client", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, name="tandem-client", daemon=True)
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -94,6 +92,10 @@ class BackgroundLoop:
         except BaseException:
             future.cancel()
             raise
+
+    def _run(self) -> None:
+        self.loop.run_forever()
+        self.loop.close()
 
     def close(self) -> None:
         """End the loop, and what still runs in it."""

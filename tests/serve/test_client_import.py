@@ -7,7 +7,7 @@ INTERRUPTED_IMPORT = """
 import sys, threading, time, _thread
 from contextlib import suppress
 
-from cluster.client.client import import_serve
+from cluster.client.session import import_serve
 
 in_time = []
 
