@@ -21,9 +21,10 @@ from transformers.utils import logging as transformers_logging
 
 from cluster.batching import group_by_length
 from cluster.config import ClassifierConfig, ClassifierTask
-from cluster.engines.encoder.device import choose_device, choose_dtype
+from cluster.engines.encoder.build import Builder
+from cluster.engines.encoder.device import choose_device
 from cluster.engines.encoder.jobs import Rows, TokenIds
-from cluster.engines.encoder.packed_bert import PackedBert
+from cluster.engines.encoder.precision import Agreement
 from cluster.engines.encoder.scores import mean_pool, to_scores
 from cluster.engines.encoder.tokenizer import TextTokenizer
 from cluster.errors import ConfigError
@@ -38,6 +39,9 @@ UNLIMITED_TOKENS = 1_000_000
 
 class EncoderModel(Protocol):
     """One forward pass over the texts of a batch."""
+
+    padding: int
+    """Cells that held no token, since the beginning: in attention, where that alone is padded."""
 
     def run(self, task: ClassifierTask, ids: Sequence[TokenIds]) -> Rows:
         """Scores [texts, labels] or unit vectors [texts, hidden], in the order of ``ids``.
@@ -56,6 +60,8 @@ class LoadedModel:
     """By column of the scores; empty if the model does not classify."""
     vocab_size: int
     hidden_size: int
+    agreement: Agreement | None = None
+    """Of low precision with float32."""
 
 
 def load_model(config: ClassifierConfig, path: str) -> LoadedModel:
@@ -65,23 +71,26 @@ def load_model(config: ClassifierConfig, path: str) -> LoadedModel:
         ConfigError: there is no such model, or it cannot do the configured tasks.
     """
     device = choose_device(config)
-    dtype = choose_dtype(config, device)
     try:
         hf_config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
-        network = _load_network(config, path, hf_config).to(device, dtype).eval()
+        network = _load_network(config, path, hf_config).to(device).float().eval()
     except (OSError, ValueError) as error:
         raise ConfigError(f"classifiers.{config.name}: cannot load {path}: {error}") from error
-    model = _choose_model(network, tokenizer)
-    log.info("%s: %s in %s on %s", config.name, type(model).__name__, dtype, device)
+    texts = TextTokenizer(tokenizer, max_tokens_of(network, tokenizer))
+    pad_id = tokenizer.pad_token_id or 0
+    built = Builder(config, path, network, texts, lambda n: TransformersModel(n, pad_id)).build()
+    kind = type(built.model).__name__
+    log.info("%s: %s in %s on %s", config.name, kind, built.precision, device)
     classifies = "classify" in config.tasks
     labels = tuple(str(hf_config.id2label[i]) for i in range(hf_config.num_labels))
     return LoadedModel(
-        model=model,
-        tokenizer=TextTokenizer(tokenizer, max_tokens_of(network, tokenizer)),
+        model=built.model,
+        tokenizer=texts,
         labels=labels if classifies else (),
         vocab_size=hf_config.vocab_size,
         hidden_size=hf_config.hidden_size,
+        agreement=built.agreement,
     )
 
 
@@ -95,12 +104,6 @@ def _load_network(config: ClassifierConfig, path: str, hf_config: Any) -> Any:
             f"the task classify needs a *ForSequenceClassification; this is {architectures[0]}"
         )
     return AutoModelForSequenceClassification.from_pretrained(path, use_safetensors=True)
-
-
-def _choose_model(network: Any, tokenizer: Any) -> EncoderModel:
-    if PackedBert.supports(network):
-        return PackedBert(network)
-    return TransformersModel(network, tokenizer.pad_token_id or 0)
 
 
 def max_tokens_of(network: Any, tokenizer: Any) -> int:
@@ -125,6 +128,7 @@ class TransformersModel:
     def __init__(self, network: Any, pad_id: int) -> None:
         self._network = network
         self._pad_id = pad_id
+        self.padding = 0
 
     def run(self, task: ClassifierTask, ids: Sequence[TokenIds]) -> Rows:
         """See ``EncoderModel``."""
@@ -150,5 +154,6 @@ class TransformersModel:
         for row, text in enumerate(ids):
             cells[row, : len(text)] = text
             mask[row, : len(text)] = 1
+        self.padding += cells.size - int(mask.sum())
         device = self._network.device
         return torch.from_numpy(cells).to(device), torch.from_numpy(mask).to(device)

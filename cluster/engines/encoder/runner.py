@@ -28,6 +28,8 @@ class RunnerCounts:
     batches: int = 0
     texts: int = 0
     tokens: int = 0
+    padding: int = 0
+    """Cells that held no token."""
     compute_s: float = 0.0
 
 
@@ -99,6 +101,7 @@ class ModelRunner:
         self.counts.batches += 1
         self.counts.texts += len(ids)
         self.counts.tokens += batch.num_tokens
+        self.counts.padding = model.padding
         self.counts.compute_s += elapsed_s
         self.current = frozenset()
         if done:
