@@ -63,7 +63,7 @@ def print_report(report: Report) -> None:
     console = Console()
     if not console.is_terminal:  # a file has room for a whole table
         console = Console(width=FILE_COLUMNS)
-    for table in (*report.tables, _keys_table(report)):
+    for table in (*report.tables, *([_keys_table(report)] if report.keys else [])):
         console.print(_rich(table))
     for note in report.notes:
         console.print(f"- {note}", highlight=False)

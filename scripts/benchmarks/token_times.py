@@ -15,6 +15,7 @@ from benchmarks.endpoint import END, Endpoint, TargetError
 
 EVENT = b"data: {"
 DONE = b"data: [DONE]"
+ANSWER_S = 60.0
 OK = b"HTTP/1.1 200"
 _KEPT = max(len(DONE), len(END)) - 1
 _GOLDEN = (5**0.5 - 1) / 2
@@ -84,12 +85,20 @@ class _Connection(asyncio.Protocol):
         self._answer: asyncio.Future[StreamReader] | None = None
 
     async def ask(self, request: bytes) -> StreamReader:
-        """The times of the answer, once it is whole."""
+        """The times of the answer, once it is whole.
+
+        Raises:
+            TargetError: it is no success, or does not come.
+        """
         assert self._transport is not None
         self._answer = asyncio.get_running_loop().create_future()
         self._reader = StreamReader(time.perf_counter())
         self._transport.write(request)
-        return await self._answer
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                return await self._answer
+        except TimeoutError:
+            raise TargetError(f"an answer was not complete after {ANSWER_S:g} s") from None
 
     def close(self) -> None:
         """Leave."""
@@ -120,7 +129,10 @@ def measure(endpoint: Endpoint, streams: Streams) -> TokenTimes:
     Raises:
         TargetError: an answer was no success, or a connection broke.
     """
-    return asyncio.run(_measure(endpoint, streams))
+    try:
+        return asyncio.run(_measure(endpoint, streams))
+    except* TargetError as failed:
+        raise failed.exceptions[0] from None
 
 
 async def _measure(endpoint: Endpoint, streams: Streams) -> TokenTimes:

@@ -64,6 +64,25 @@ class Home:
         self._children.append(child)
         return child
 
+    def run(
+        self,
+        *command: str | Path,
+        timeout_s: float,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Run a process of the target to its end.
+
+        Raises:
+            TargetError: it failed, or the time is over.
+        """
+        child = self.spawn(*command, environment=environment)
+        try:
+            status = child.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.fail(f"{child.args!r} took more than {timeout_s:g} s")
+        if status:
+            self.fail(f"{child.args!r} ended with {status}")
+
     def wait_ready(self, endpoint: Endpoint, timeout_s: float, path: str = "/v1/models") -> None:
         """Return once ``path`` answers with 200.
 

@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from benchmarks.targets.running import MODEL, Running, generator
 from cluster.launch.environment import cluster_environment, write_haproxy_wrapper
 
 READY_S = 120.0
+SETTLE_S = 3.0
+"""HAProxy is started anew while replicas come up, and drops connections that were kept."""
 MAX_ONGOING = 4096
 
 
@@ -49,6 +52,7 @@ def _start(home: Home, decode_s: float, environment: Mapping[str, str]) -> Runni
     command = (sys.executable, "-m", "benchmarks.targets.serve_handle", str(port), str(decode_s))
     home.spawn(*command, environment=environment)
     home.wait_ready(endpoint, READY_S)
+    time.sleep(SETTLE_S)
     return Running(endpoint, home)
 
 
@@ -85,8 +89,8 @@ def _application(decode_s: float) -> Any:
             self._engine = SimEngine(GeneratorConfig.model_validate(generator(decode_s)))
             await self._engine.start()
 
-        async def stream(self, body: bytes) -> AsyncIterator[bytes]:
-            async for chunk in _chunks(self._engine.app, body):
+        async def stream(self, path: str, body: bytes) -> AsyncIterator[bytes]:
+            async for chunk in _chunks(self._engine.app, path, body):
                 yield chunk
 
     @serve.deployment(name="ingress", max_ongoing_requests=MAX_ONGOING)
@@ -98,14 +102,14 @@ def _application(decode_s: float) -> Any:
         async def __call__(self, request: Request) -> Response:
             if request.method == "GET":
                 return JSONResponse({"data": [{"id": MODEL}]})
-            chunks = self._engine.stream.remote(await request.body())
+            chunks = self._engine.stream.remote(request.url.path, await request.body())
             return StreamingResponse(chunks, media_type="text/event-stream")
 
     bind: Any = (Engine, Ingress)
     return bind[1].bind(bind[0].bind())
 
 
-async def _chunks(app: Any, body: bytes) -> AsyncIterator[bytes]:
+async def _chunks(app: Any, path: str, body: bytes) -> AsyncIterator[bytes]:
     """What an ASGI application answers, chunk by chunk."""
     messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     requests: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
@@ -117,7 +121,7 @@ async def _chunks(app: Any, body: bytes) -> AsyncIterator[bytes]:
     scope = {
         "type": "http",
         "method": "POST",
-        "path": "/v1/chat/completions",
+        "path": path,
         "headers": [(b"content-type", b"application/json")],
     }
     answer = asyncio.create_task(app(scope, requests.get, send))

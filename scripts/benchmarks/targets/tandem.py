@@ -32,8 +32,9 @@ def tandem(decode_s: float) -> Iterator[Running]:
     with new_home("tandem") as home:
         config = home.path / "config.yaml"
         config.write_text(_serve_config(http, args), encoding="utf-8")
-        home.spawn(
+        home.run(
             Path(sys.executable).with_name("tandem"), "up", "-d", "--config", config,
+            timeout_s=READY_S,
             environment={
                 "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
                 "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
