@@ -26,6 +26,8 @@ FOLDERS = {
     "examples": "programs to start from",
     "requirements": "pinned lists with hashes, written by scripts/lock",
     "scripts": "the commands that a person types",
+    "scripts/benchmarks": "what ./scripts/bench measures, and against whom",
+    "scripts/benchmarks/targets": "the servers that are measured, started and ended",
     "tests": "unit/ (neither Ray nor torch), serve/ (loopback), cluster/ (real Ray, vLLM, models)",
 }
 TOLD = {"pyproject.toml": "the package, its extras, and the settings of every tool"}
