@@ -50,6 +50,8 @@ class TransformersModel:
             "token-classification": self._label_tokens,
             "fill-mask": self._fill,
         }
+        self.padding = 0
+        """See ``EncoderModel``."""
 
     def run(self, task: ClassifierTask, ids: Sequence[TokenIds]) -> Rows | list[Rows]:
         """See ``EncoderModel``."""
@@ -96,6 +98,7 @@ class TransformersModel:
         for row, text in enumerate(ids):
             cells[row, : len(text)] = text
             mask[row, : len(text)] = 1
+        self.padding += cells.size - int(mask.sum())
         inputs = {"attention_mask": mask}
         if (second := cells < 0).any():
             cells = np.where(second, ~cells, cells)
