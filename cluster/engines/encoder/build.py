@@ -19,6 +19,7 @@ from cluster.engines.encoder.jobs import TokenIds
 from cluster.engines.encoder.packed import PackedBert
 from cluster.engines.encoder.packed.linear import Arithmetic
 from cluster.engines.encoder.packed.quantize import Observer, observed, quantized
+from cluster.engines.encoder.packed.varlen import VarlenBert
 from cluster.engines.encoder.precision import Agreement, AgreementStore, batches, measure, require
 from cluster.engines.encoder.tokenizer import TextTokenizer
 from cluster.errors import ConfigError
@@ -92,6 +93,8 @@ class Builder:
     def _in(self, dtype: torch.dtype) -> Computes:
         if self._packs:
             return PackedBert(self._network, Arithmetic.plain(dtype))
+        if PackedBert.supports(self._network) and dtype != torch.float32:
+            return VarlenBert(self._network, Arithmetic.plain(dtype))
         if dtype == torch.float32:
             return self._padded(self._network)
         return self._padded(copy.deepcopy(self._network).to(dtype))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cluster.batching import group_by_length
 from cluster.engines.encoder.jobs import TokenIds
+from cluster.engines.encoder.packed.network import Packed
 
 MAX_PADDING = 0.1
 """Share of a group's cells in attention that may be padding. Measured with batches of 32 texts in
@@ -44,12 +45,7 @@ class Group:
 class Layout:
     """One batch's layout for a model with ``heads`` heads."""
 
-    tokens: Tensor
-    second: Tensor | None
-    """[tokens, 1], 1 where a token is of the second segment; None: no token is."""
-    positions: Tensor
-    firsts: Tensor
-    """The row of each text's first token."""
+    packed: Packed
     groups: tuple[Group, ...]
     query_key_value: Tensor
     """Of a [tokens * 3 * heads, head size] matrix, the rows that each group's attention takes."""
@@ -68,11 +64,9 @@ class Layout:
         starts = np.cumsum([0, *(part.size for part in parts)])[:-1]
         backs = [start + part.back() for start, part in zip(starts, parts, strict=True)]
         tokens, second = _segments(np.concatenate(ids))
+        positions = torch.from_numpy(np.arange(lengths.sum()) - np.repeat(firsts, lengths))
         return cls(
-            tokens=tokens,
-            second=second,
-            positions=torch.from_numpy(np.arange(lengths.sum()) - np.repeat(firsts, lengths)),
-            firsts=torch.from_numpy(firsts),
+            packed=Packed(tokens, second, positions, torch.from_numpy(firsts)),
             groups=tuple(part.group(mask_dtype) for part in parts),
             query_key_value=torch.from_numpy(np.concatenate([part.rows(3) for part in parts])),
             key_value=torch.from_numpy(np.concatenate([part.rows(2) for part in parts])),
@@ -82,11 +76,11 @@ class Layout:
     @property
     def padding(self) -> int:
         """Cells of attention that hold no token."""
-        return sum(group.cells for group in self.groups) - len(self.tokens)
+        return sum(group.cells for group in self.groups) - len(self.packed.tokens)
 
     def texts(self, matrix: Tensor) -> Iterator[Tensor]:
         """The rows of each text's tokens: of [tokens, width], [length, width] each."""
-        ends = [*self.firsts[1:].tolist(), len(self.tokens)]
+        ends = [*self.packed.firsts[1:].tolist(), len(self.packed.tokens)]
         yield from matrix.tensor_split(ends[:-1])
 
 
