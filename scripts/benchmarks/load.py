@@ -5,6 +5,7 @@ import resource
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,18 +62,22 @@ def require_wrk() -> None:
         raise TargetError("wrk is needed for the load; on Debian: apt-get install wrk")
 
 
-def drive(endpoint: Endpoint, request: bytes, connections: int, seconds: float) -> Load:
-    """Send ``request`` over ``connections`` for ``seconds``.
+def drive(
+    endpoint: Endpoint, requests: bytes | Sequence[bytes], connections: int, seconds: float
+) -> Load:
+    """Send a request, or several in turn, over ``connections`` for ``seconds``.
 
     Raises:
         TargetError: an answer was no success, or a connection broke.
     """
-    with tempfile.NamedTemporaryFile(prefix="bench-request-") as file:
-        file.write(request)
-        file.flush()
+    bodies = [requests] if isinstance(requests, bytes) else requests
+    with tempfile.TemporaryDirectory(prefix="bench-requests-") as folder:
+        files = [Path(folder) / str(index) for index in range(len(bodies))]
+        for file, body in zip(files, bodies, strict=True):
+            file.write_bytes(body)
         command = [
             "wrk", "-t1", f"-c{connections}", f"-d{seconds:.0f}s", f"--timeout={TIMEOUT_S}s",
-            "-s", str(SCRIPT), endpoint.url, "--", file.name,
+            "-s", str(SCRIPT), endpoint.url, "--", *map(str, files),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     load = parse(done.stdout + done.stderr)

@@ -1,16 +1,20 @@
--- Asks for the same stream again and again; wrk -s wrk.lua URL -- REQUEST-FILE
--- The file holds the request's bytes as they go over the wire.
+-- Asks for the same again and again, in turn; wrk -s wrk.lua URL -- REQUEST-FILE...
+-- Each file holds a request's bytes as they go over the wire.
 
-local asked
+local asked = {}
+local turn = 0
 
 function init(args)
-  local file = assert(io.open(args[1], "rb"))
-  asked = file:read("*a")
-  file:close()
+  for i = 1, #args do
+    local file = assert(io.open(args[i], "rb"))
+    asked[i] = file:read("*a")
+    file:close()
+  end
 end
 
 function request()
-  return asked
+  turn = turn % #asked + 1
+  return asked[turn]
 end
 
 function done(summary, latency)

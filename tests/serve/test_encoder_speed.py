@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional
 from transformers import BertConfig, BertForSequenceClassification
 
 from cluster.config import ClassifierConfig
@@ -20,6 +21,7 @@ from cluster.engines.encoder.packed.linear import (
     make_linear,
 )
 from cluster.engines.encoder.packed.quantize import Observer, eight_bits, observed, quantized
+from cluster.engines.encoder.packed.varlen import VarlenBert
 from cluster.engines.encoder.padded import TransformersModel
 from cluster.engines.encoder.pooling import Pooling
 from cluster.engines.encoder.precision import Agreement, AgreementStore, batches, measure, require
@@ -150,7 +152,7 @@ def test_the_layout_pads_attention_alone():
     layout = Layout.of(texts(19, 20, 20, 40), heads=2, mask_dtype=torch.float32)
     assert [(group.texts, group.length) for group in layout.groups] == [(3, 20), (1, 40)]
     assert layout.padding == 1
-    assert len(layout.tokens) == 99
+    assert len(layout.packed.tokens) == 99
     assert sorted(set(layout.back.tolist())) == sorted(layout.back.tolist())
     assert len(layout.back) == 99 * 2
 
@@ -162,6 +164,37 @@ def test_texts_that_attention_pads_are_pooled_without_padding(net, mode):
     packed, padded = PackedBert(net, pooling=pooling), TransformersModel(net, 0, pooling)
     np.testing.assert_allclose(packed.run("embed", ids), padded.run("embed", ids), atol=1e-4)
     assert packed.padding == padded.padding == 1
+
+
+def attend_one_by_one(query, key, value, starts_q, starts_k, most):
+    """What flash attention of variable length computes."""
+    context = torch.zeros_like(query)
+    ends = zip(starts_q[1:].tolist(), starts_k[1:].tolist(), strict=True)
+    first_q = first_k = 0
+    for end_q, end_k in ends:
+        q, k, v = query[first_q:end_q], key[first_k:end_k], value[first_k:end_k]
+        assert len(k) <= most
+        if len(q) and len(k):
+            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+            found = functional.scaled_dot_product_attention(q, k, v, scale=1.0)
+            context[first_q:end_q] = found.transpose(0, 1)
+        first_q, first_k = end_q, end_k
+    return context
+
+
+@given(lengths=st.lists(st.integers(1, 70), min_size=1, max_size=24), seed=st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_slots_of_variable_length_give_what_groups_give(net, lengths, seed):
+    ids = texts(*lengths, seed=seed)
+    ids[0] = np.where(np.arange(len(ids[0])) > 1, ~ids[0], ids[0])
+    how = Arithmetic.plain(torch.float32)
+    pooling = Pooling(tuple(MODES))
+    slots = VarlenBert(net, how, pooling, attend_one_by_one, graphs=False)
+    groups = PackedBert(net, how, pooling)
+    for batch in (ids, ids[:1], ids):  # a slot holds nothing of the batch before
+        for task in ("classify", "embed"):
+            found, wanted = slots.run(task, batch), groups.run(task, batch)
+            np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 def test_second_segments_have_the_other_token_type(net):

@@ -19,6 +19,7 @@ from cluster.engines.encoder.jobs import EncoderModel, Text, TokenIds
 from cluster.engines.encoder.packed import PackedBert
 from cluster.engines.encoder.packed.linear import Arithmetic
 from cluster.engines.encoder.packed.quantize import Observer, observed, quantized
+from cluster.engines.encoder.packed.varlen import VarlenBert
 from cluster.engines.encoder.padded import TransformersModel
 from cluster.engines.encoder.pooling import Pooling
 from cluster.engines.encoder.precision import Agreement, AgreementStore, batches, measure, require
@@ -105,6 +106,8 @@ class Builder:
             return self._packed(Arithmetic.plain(dtype))
         network = self._network
         if dtype != torch.float32:
+            if PackedBert.supports(network):
+                return VarlenBert(network, Arithmetic.plain(dtype), self._pooling)
             network = copy.deepcopy(network).to(dtype)
         texts = self._tokenizer
         return TransformersModel(network, texts.pad_id, self._pooling, texts.mask_id)

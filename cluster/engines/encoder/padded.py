@@ -68,7 +68,11 @@ class TransformersModel:
 
     def _embed(self, inputs: Inputs) -> list[Rows]:
         hidden = self._encoder(**inputs).last_hidden_state
-        return list(_numpy(self._pooling(hidden, inputs["attention_mask"])))
+        mask = inputs["attention_mask"]
+        owners, positions = mask.nonzero(as_tuple=True)
+        lengths = mask.sum(1)
+        firsts = lengths.cumsum(0) - lengths
+        return list(_numpy(self._pooling(hidden[owners, positions], owners, positions, firsts)))
 
     def _label_tokens(self, inputs: Inputs) -> list[Rows]:
         scores = _numpy(self._network(**inputs).logits.float().softmax(-1))

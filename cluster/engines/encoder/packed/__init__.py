@@ -1,6 +1,6 @@
-"""BERT without padding; see ``bert`` for how it computes and ``linear`` for what makes it fast.
+"""BERT without padding; see ``network`` for how it computes and ``linear`` for what makes it fast.
 
-Imports run one way: ``layout → attention, linear → layer, quantize → bert``.
+Imports run one way: ``linear → layer, quantize → network → layout → attention → bert, varlen``.
 """
 
 from cluster.engines.encoder.packed.bert import PackedBert

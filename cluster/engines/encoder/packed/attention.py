@@ -4,6 +4,8 @@ PyTorch's own attention calls two tiny matrix products for each head of each tex
 26 tokens and 12 heads on a core, against 40 here, gathering included.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -13,49 +15,42 @@ BFLOAT16_LANES = 32
 """Numbers in a register of 512 bits; PyTorch's softmax takes the rest of each row one by one."""
 
 
-def attend(layout: Layout, projected: Tensor, heads: int) -> Tensor:
-    """Attention within each text, from [tokens, 3 * width] to [tokens, width].
+@dataclass(frozen=True, slots=True)
+class GroupedAttention:
+    """Attention within each text of a batch, group by group; see ``layer.Attention``."""
 
-    Args:
-        layout: The batch's.
-        projected: Query (scaled already), key and value side by side.
-        heads: The model's.
-    """
-    width = projected.shape[1] // 3
-    size = width // heads
-    rows = projected.view(-1, size).index_select(0, layout.query_key_value)
-    context = rows.new_empty(len(rows) // 3, size)
-    start = 0
-    for group in layout.groups:
-        count = group.cells * heads
-        operands = rows[3 * start : 3 * (start + count)].view(3, -1, group.length, size)
-        query, key, value = operands.unbind(0)
-        _attend(group, query, key, value, context[start : start + count].view_as(query))
-        start += count
-    return context.index_select(0, layout.back).view(-1, width)
+    layout: Layout
+    heads: int
 
+    def all(self, projected: Tensor) -> Tensor:
+        """See ``layer.Attention``."""
+        width = projected.shape[1] // 3
+        size = width // self.heads
+        rows = projected.view(-1, size).index_select(0, self.layout.query_key_value)
+        context = rows.new_empty(len(rows) // 3, size)
+        start = 0
+        for group in self.layout.groups:
+            count = group.cells * self.heads
+            operands = rows[3 * start : 3 * (start + count)].view(3, -1, group.length, size)
+            query, key, value = operands.unbind(0)
+            _attend(group, query, key, value, context[start : start + count].view_as(query))
+            start += count
+        return context.index_select(0, self.layout.back).view(-1, width)
 
-def attend_firsts(layout: Layout, query: Tensor, projected: Tensor, heads: int) -> Tensor:
-    """The same for each text's first token alone, to [texts, width].
-
-    Args:
-        layout: The batch's.
-        query: The first tokens', scaled already: [texts, width].
-        projected: Key and value of all tokens side by side: [tokens, 2 * width].
-        heads: The model's.
-    """
-    size = query.shape[1] // heads
-    queries = query.view(-1, 1, size)
-    rows = projected.view(-1, size).index_select(0, layout.key_value)
-    context = torch.empty_like(queries)
-    start = first = 0
-    for group in layout.groups:
-        count, stop = group.cells * heads, first + group.texts * heads
-        operands = rows[2 * start : 2 * (start + count)].view(2, -1, group.length, size)
-        key, value = operands.unbind(0)
-        _attend(group, queries[first:stop], key, value, context[first:stop])
-        start, first = start + count, stop
-    return context.view_as(query)
+    def firsts(self, query: Tensor, projected: Tensor) -> Tensor:
+        """See ``layer.Attention``."""
+        size = query.shape[1] // self.heads
+        queries = query.view(-1, 1, size)
+        rows = projected.view(-1, size).index_select(0, self.layout.key_value)
+        context = torch.empty_like(queries)
+        start = first = 0
+        for group in self.layout.groups:
+            count, stop = group.cells * self.heads, first + group.texts * self.heads
+            operands = rows[2 * start : 2 * (start + count)].view(2, -1, group.length, size)
+            key, value = operands.unbind(0)
+            _attend(group, queries[first:stop], key, value, context[first:stop])
+            start, first = start + count, stop
+        return context.view_as(query)
 
 
 def _attend(group: Group, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:

@@ -1,14 +1,23 @@
 """One encoder layer of BERT, in linear layers of whatever make."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from cluster.engines.encoder.packed.attention import attend, attend_firsts
-from cluster.engines.encoder.packed.layout import Layout
 from cluster.engines.encoder.packed.linear import Arithmetic, Linear, Weights
+
+
+class Attention(Protocol):
+    """Attention within each text of a batch; queries are scaled already."""
+
+    def all(self, projected: Tensor) -> Tensor:
+        """Query, key and value side by side, [tokens, 3 * width], to [tokens, width]."""
+
+    def firsts(self, query: Tensor, projected: Tensor) -> Tensor:
+        """For each text's first token alone: its query, [texts, width], and all tokens' key and
+        value side by side, [tokens, 2 * width], to [texts, width]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +42,6 @@ class Norm:
 class Layer:
     """Attention and feed-forward network, each with its residual and its norm."""
 
-    heads: int
     query_key_value: Linear
     """The query's part gives it divided by the root of the head size already."""
     attention_out: Linear
@@ -48,7 +56,6 @@ class Layer:
         dense = layer.attention.output.dense
         up = Weights.of(layer.intermediate.dense, activation=activation)
         return cls(
-            heads=layer.attention.self.num_attention_heads,
             query_key_value=how.linear(f"{name}.query_key_value", query_key_value(layer)),
             attention_out=how.linear(f"{name}.attention_out", Weights.of(dense)),
             attention_norm=Norm.of(layer.attention.output.LayerNorm, how.hidden),
@@ -57,9 +64,9 @@ class Layer:
             norm=Norm.of(layer.output.LayerNorm, how.hidden),
         )
 
-    def __call__(self, layout: Layout, hidden: Tensor) -> Tensor:
+    def __call__(self, attention: Attention, hidden: Tensor) -> Tensor:
         """[tokens, width] → the same"""
-        return self.finish(hidden, attend(layout, self.query_key_value(hidden), self.heads))
+        return self.finish(hidden, attention.all(self.query_key_value(hidden)))
 
     def finish(self, hidden: Tensor, context: Tensor) -> Tensor:
         """All that follows attention, for the rows given: [rows, width] twice → once."""
@@ -83,12 +90,11 @@ class FirstTokenLayer:
         query = how.linear(f"{name}.query", weights.rows(0, width))
         return cls(made, query, how.linear(f"{name}.key_value", weights.rows(width, None)))
 
-    def __call__(self, layout: Layout, hidden: Tensor) -> Tensor:
-        """[tokens, width] → [texts, width]"""
-        firsts = hidden.index_select(0, layout.firsts)
-        query, key_value = self.query(firsts), self.key_value(hidden)
-        context = attend_firsts(layout, query, key_value, self.layer.heads)
-        return self.layer.finish(firsts, context)
+    def __call__(self, attention: Attention, hidden: Tensor, firsts: Tensor) -> Tensor:
+        """[tokens, width], and which of them are first, → [texts, width]"""
+        rows = hidden.index_select(0, firsts)
+        context = attention.firsts(self.query(rows), self.key_value(hidden))
+        return self.layer.finish(rows, context)
 
 
 def query_key_value(layer: Any) -> Weights:

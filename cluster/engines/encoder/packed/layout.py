@@ -6,18 +6,17 @@ length, head size], padded to the longest of the group, and another one brings t
 indices of both are made here, once for a batch, and serve every layer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from cluster.batching import group_by_length
 from cluster.engines.encoder.jobs import TokenIds
+from cluster.engines.encoder.packed.network import Packed
 
 MAX_PADDING = 0.1
 """Share of a group's cells in attention that may be padding. Measured with batches of 32 texts in
@@ -46,12 +45,7 @@ class Group:
 class Layout:
     """One batch's layout for a model with ``heads`` heads."""
 
-    tokens: Tensor
-    second: Tensor | None
-    """[tokens, 1], 1 where a token is of the second segment; None: no token is."""
-    positions: Tensor
-    firsts: Tensor
-    """The row of each text's first token."""
+    packed: Packed
     groups: tuple[Group, ...]
     query_key_value: Tensor
     """Of a [tokens * 3 * heads, head size] matrix, the rows that each group's attention takes."""
@@ -70,11 +64,11 @@ class Layout:
         starts = np.cumsum([0, *(part.size for part in parts)])[:-1]
         backs = [start + part.back() for start, part in zip(starts, parts, strict=True)]
         tokens, second = _segments(np.concatenate(ids))
+        positions = np.arange(lengths.sum()) - np.repeat(firsts, lengths)
+        owners = np.repeat(np.arange(len(ids)), lengths)
+        rest = (torch.from_numpy(array) for array in (positions, firsts, owners))
         return cls(
-            tokens=tokens,
-            second=second,
-            positions=torch.from_numpy(np.arange(lengths.sum()) - np.repeat(firsts, lengths)),
-            firsts=torch.from_numpy(firsts),
+            packed=Packed(tokens, second, *rest),
             groups=tuple(part.group(mask_dtype) for part in parts),
             query_key_value=torch.from_numpy(np.concatenate([part.rows(3) for part in parts])),
             key_value=torch.from_numpy(np.concatenate([part.rows(2) for part in parts])),
@@ -84,17 +78,7 @@ class Layout:
     @property
     def padding(self) -> int:
         """Cells of attention that hold no token."""
-        return sum(group.cells for group in self.groups) - len(self.tokens)
-
-    def padded(self, matrix: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """By group, its part of [tokens, width] as [texts, length, width], padded at the end.
-
-        With it comes [texts, length], whether a cell holds a token; None: they all do.
-        """
-        texts = iter(matrix.tensor_split(self.firsts[1:].tolist()))
-        for group in self.groups:
-            part = pad_sequence(list(islice(texts, group.texts)), batch_first=True)
-            yield part, None if group.mask is None else group.mask[:, 0, 0] == 0
+        return sum(group.cells for group in self.groups) - len(self.packed.tokens)
 
 
 def _segments(tokens: Indices) -> tuple[Tensor, Tensor | None]:
