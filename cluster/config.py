@@ -155,8 +155,9 @@ class ClassifierConfig(_Section):
     """A default model's name (``tandem models list``), a Hugging Face id, or a directory."""
     tasks: tuple[ClassifierTask, ...] = Field(("classify", "embed"), min_length=1)
     """What the pool answers; all but ``embed`` need the head that the model was trained with."""
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """auto: bfloat16 where the processor computes in it, else float32."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32", "int8"] = "auto"
+    """auto: bfloat16 where the processor computes in it, else float32. All but float32 must agree
+    with it on 99.5 % of the texts on which it is tried; int8 is for BERT on CPUs."""
     max_batch_tokens: int = Field(1024, ge=16)
     """Tokens computed at once. On CPUs more is not faster, and makes a single text wait longer."""
     max_queued_tokens: int = Field(1_000_000, ge=16)

@@ -15,6 +15,7 @@ FOLDERS = {
     "cluster/client": "for other Ray jobs",
     "cluster/engines": "what computes; only here are vllm and torch imported",
     "cluster/engines/encoder": "BERT and its relatives",
+    "cluster/engines/encoder/packed": "BERT without padding, on CPUs and on GPUs",
     "cluster/engines/encoder/tasks": "one module for each thing that an encoder does",
     "cluster/engines/sim": "the simulated engine",
     "cluster/gateway": "what the router does with a request, without Ray",
@@ -28,6 +29,10 @@ FOLDERS = {
     "examples": "programs to start from",
     "requirements": "pinned lists with hashes, written by scripts/lock",
     "scripts": "the commands that a person types",
+    "scripts/benchmarks": "what ./scripts/bench measures, and against whom",
+    "scripts/benchmarks/classify": "texts a second of the classifier, and of its peers",
+    "scripts/benchmarks/stream": "streams of an instant engine and of a paced one",
+    "scripts/benchmarks/targets": "the servers that are measured, started and ended",
     "tests": "unit/ (neither Ray nor torch), serve/ (loopback), cluster/ (real Ray, vLLM, models)",
 }
 TOLD = {"pyproject.toml": "the package, its extras, and the settings of every tool"}

@@ -103,6 +103,15 @@ LINK_FALLBACKS = Metric(
 ENCODER_BATCHES = Metric("tandem_encoder_batches_total", "counter", "Batches computed.", _MODEL)
 ENCODER_TEXTS = Metric("tandem_encoder_texts_total", "counter", "Texts computed.", _MODEL)
 ENCODER_TOKENS = Metric("tandem_encoder_tokens_total", "counter", "Tokens computed.", _MODEL)
+ENCODER_PADDING = Metric(
+    "tandem_encoder_padding_total", "counter", "Cells computed that held no token.", _MODEL
+)
+ENCODER_AGREEMENT = Metric(
+    "tandem_encoder_agreement_ratio",
+    "gauge",
+    "How often low precision answers as float32 does; absent where it is float32.",
+    _MODEL,
+)
 ENCODER_SECONDS = Metric(
     "tandem_encoder_compute_seconds_total", "counter", "Time that the model computed.", _MODEL
 )

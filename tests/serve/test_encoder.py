@@ -22,10 +22,12 @@ from transformers import (
 )
 
 from cluster.config import ClassifierConfig
-from cluster.engines.encoder import make_encoder_engine
+from cluster.engines.encoder import build, device, make_encoder_engine
+from cluster.engines.encoder.check_texts import FILE
 from cluster.engines.encoder.engine import EncoderEngine
-from cluster.engines.encoder.packed_bert import PackedBert
+from cluster.engines.encoder.packed import PackedBert
 from cluster.engines.encoder.padded import TransformersModel
+from cluster.engines.encoder.precision import Agreement
 from cluster.errors import (
     ConfigError,
     EngineDeadError,
@@ -506,10 +508,44 @@ def test_only_plain_bert_is_packed(network):
     assert not PackedBert.supports(distilbert())
 
 
-async def test_bfloat16_is_near(model_path, network):
-    async with running(config(dtype="bfloat16"), model_path) as engine:
+@pytest.fixture
+def own_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("TANDEM_HOME", str(tmp_path))
+
+
+def with_check_texts(path, network, texts):
+    found = save_model(path, network)
+    (path / FILE).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+async def test_low_precision_is_near_and_says_how_near(own_home, tmp_path, network, dtype):
+    path = with_check_texts(tmp_path / "model", network, TEXTS)
+    async with running(config(dtype=dtype), path) as engine:
         encoded = await engine.service.encode("classify", TEXTS)
-    np.testing.assert_allclose(encoded.rows, expected(network, TEXTS)[0], atol=0.05)
+        assert engine.counts().agreement == 1
+    np.testing.assert_allclose(encoded.rows, expected(network, TEXTS)[0], atol=0.1)
+
+
+async def test_low_precision_that_disagrees_is_refused_or_not_chosen(
+    own_home, tmp_path, network, monkeypatch
+):
+    path = with_check_texts(tmp_path / "model", network, TEXTS)
+    monkeypatch.setattr(build, "measure", lambda *_: Agreement(0.9, len(TEXTS)))
+    monkeypatch.setattr(device, "computes_in_bfloat16", lambda: True)
+    with pytest.raises(ConfigError, match=r"bfloat16 agrees with float32 on 90\.00% of 7 answers"):
+        await EncoderEngine(config(dtype="bfloat16"), path).start()
+    async with running(config(dtype="auto"), path) as engine:
+        encoded = await engine.service.encode("classify", TEXTS)
+        assert engine.counts().agreement is None
+    np.testing.assert_allclose(encoded.rows, expected(network, TEXTS)[0], atol=1e-5)
+
+
+async def test_int8_is_for_bert_alone(own_home, tmp_path):
+    path = save_model(tmp_path / "model", distilbert())
+    with pytest.raises(ConfigError, match="int8 is for BERT"):
+        await EncoderEngine(config(dtype="int8"), path).start()
 
 
 async def test_an_encoder_alone_embeds_and_does_not_classify(tmp_path, network):

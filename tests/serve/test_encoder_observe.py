@@ -1,5 +1,7 @@
 """What an encoder counted, as its replica's metrics show it."""
 
+from dataclasses import replace
+
 from cluster.engines.encoder.drift import Drift, DriftSnapshot
 from cluster.engines.encoder.observe import write_counts, write_drift
 from cluster.engines.encoder.service import EncoderCounts
@@ -16,11 +18,16 @@ def values(registry: Registry) -> dict[tuple[str, ...], float]:
 def test_counts_are_set_again_and_again() -> None:
     registry = Registry()
     for texts in (5, 9):
-        write_counts(registry, "m", EncoderCounts(2, texts, 70, 0.25, 1, cache_hits=3))
+        counts = EncoderCounts(2, texts, 70, 0.25, 1, padding=4, agreement=None, cache_hits=3)
+        write_counts(registry, "m", counts)
     found = values(registry)
     assert found["tandem_encoder_texts_total", "m"] == 9
     assert found["tandem_encoder_compute_seconds_total", "m"] == 0.25
+    assert found["tandem_encoder_padding_total", "m"] == 4
     assert found["tandem_encoder_cache_hits_total", "m"] == 3
+    assert ("tandem_encoder_agreement_ratio", "m") not in found
+    write_counts(registry, "m", replace(counts, agreement=0.9975))
+    assert values(registry)["tandem_encoder_agreement_ratio", "m"] == 0.9975
 
 
 def test_distributions_are_cumulated_and_drift_is_given_where_it_is_known() -> None:

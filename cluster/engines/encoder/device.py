@@ -1,4 +1,4 @@
-"""Where a model computes and in which type; reads the machine once, at the engine's start."""
+"""Where a model computes and in which numbers; reads the machine once, at the engine's start."""
 
 import logging
 import os
@@ -20,14 +20,12 @@ def choose_device(config: ClassifierConfig) -> torch.device:
     return torch.device("cpu")
 
 
-def choose_dtype(config: ClassifierConfig, device: torch.device) -> torch.dtype:
-    """The configured type; ``auto`` is bfloat16 where the device computes in it, else float32."""
+def choose_precision(config: ClassifierConfig, device: torch.device) -> str:
+    """The configured one; ``auto`` is bfloat16 where the device computes in it, else float32."""
     if config.dtype != "auto":
-        dtype = getattr(torch, config.dtype)
-        assert isinstance(dtype, torch.dtype)
-        return dtype
+        return config.dtype
     native = device.type == "cuda" or computes_in_bfloat16()
-    return torch.bfloat16 if native else torch.float32
+    return "bfloat16" if native else "float32"
 
 
 def num_threads(config: ClassifierConfig) -> int:

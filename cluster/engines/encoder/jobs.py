@@ -42,6 +42,22 @@ def num_chars(text: Text) -> int:
     return len(text) if isinstance(text, str) else len(text[0]) + len(text[1])
 
 
+class EncoderModel(Protocol):
+    """One forward pass over the texts of a batch."""
+
+    padding: int
+    """Cells that held no token, since the beginning: in attention, where that alone is padded."""
+
+    def run(self, task: ClassifierTask, ids: Sequence[TokenIds]) -> Rows | list[Rows]:
+        """What ``task`` asks for, in the order of ``ids``, which ascend in length.
+
+        ``classify``: scores [texts, labels]. ``embed``: vectors [texts, width].
+        ``token-classification``: for each text, scores [its tokens, labels]. ``fill-mask``: for
+        each text [its masks, 2 * candidates], the ids and then their scores, the best first.
+        What comes of a text depends on it alone, up to rounding.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class Timings:
     """Where a request's time went, in seconds."""

@@ -5,21 +5,20 @@ row for each, or one for each of its tokens; it owns its weights and knows nothi
 """
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import transformers
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from cluster.config import TASK_HEADS, ClassifierConfig, ClassifierTask
-from cluster.engines.encoder.device import choose_device, choose_dtype
-from cluster.engines.encoder.jobs import Rows, TokenIds
-from cluster.engines.encoder.packed_bert import PackedBert
-from cluster.engines.encoder.padded import TransformersModel
+from cluster.config import TASK_HEADS, ClassifierConfig
+from cluster.engines.encoder.build import Builder
+from cluster.engines.encoder.device import choose_device
+from cluster.engines.encoder.jobs import EncoderModel
 from cluster.engines.encoder.pooling import Pooling, read_pooling
+from cluster.engines.encoder.precision import Agreement
 from cluster.engines.encoder.scores import apply_calibration
 from cluster.engines.encoder.tokenizer import TextTokenizer
 from cluster.errors import ConfigError
@@ -28,19 +27,7 @@ log = logging.getLogger(__name__)
 
 UNLIMITED_TOKENS = 1_000_000
 """Tokenizers without a length of their own say 1e30."""
-
-
-class EncoderModel(Protocol):
-    """One forward pass over the texts of a batch."""
-
-    def run(self, task: ClassifierTask, ids: Sequence[TokenIds]) -> Rows | list[Rows]:
-        """What ``task`` asks for, in the order of ``ids``, which ascend in length.
-
-        ``classify``: scores [texts, labels]. ``embed``: vectors [texts, width].
-        ``token-classification``: for each text, scores [its tokens, labels]. ``fill-mask``: for
-        each text [its masks, 2 * candidates], the ids and then their scores, the best first.
-        What comes of a text depends on it alone, up to rounding.
-        """
+LABELLED = ("ForSequenceClassification", "ForTokenClassification")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +41,8 @@ class LoadedModel:
     vocab_size: int
     hidden_size: int
     pooling: Pooling
+    agreement: Agreement | None = None
+    """Of low precision with float32."""
 
     @property
     def embedding_size(self) -> int:
@@ -68,30 +57,29 @@ def load_model(config: ClassifierConfig, path: str) -> LoadedModel:
         ConfigError: there is no such model, or it cannot do the configured tasks.
     """
     device = choose_device(config)
-    dtype = choose_dtype(config, device)
     try:
         hf_config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
-        network = _load_network(config, path, hf_config).to(device, dtype).eval()
+        network = _load_network(config, path, hf_config).to(device).float().eval()
         pooling = read_pooling(path) if "embed" in config.tasks else Pooling()
     except (OSError, ValueError) as error:
         raise ConfigError(f"classifiers.{config.name}: cannot load {path}: {error}") from error
     apply_calibration(network.config, Path(path))
-    model = _choose_model(network, tokenizer, pooling)
-    log.info("%s: %s in %s on %s", config.name, type(model).__name__, dtype, device)
-    labels = tuple(str(hf_config.id2label[i]) for i in range(hf_config.num_labels))
     max_tokens = max_tokens_of(network, tokenizer)
+    texts = TextTokenizer(tokenizer, max_tokens, has_token_types(network, tokenizer))
+    built = Builder(config, path, network, texts, pooling).build()
+    kind = type(built.model).__name__
+    log.info("%s: %s in %s on %s", config.name, kind, built.precision, device)
+    labels = tuple(str(hf_config.id2label[i]) for i in range(hf_config.num_labels))
     return LoadedModel(
-        model=model,
-        tokenizer=TextTokenizer(tokenizer, max_tokens, has_token_types(network, tokenizer)),
+        model=built.model,
+        tokenizer=texts,
         labels=labels if config.head in LABELLED else (),
         vocab_size=hf_config.vocab_size,
         hidden_size=hf_config.hidden_size,
         pooling=pooling,
+        agreement=built.agreement,
     )
-
-
-LABELLED = ("ForSequenceClassification", "ForTokenClassification")
 
 
 def _load_network(config: ClassifierConfig, path: str, hf_config: Any) -> Any:
@@ -118,14 +106,6 @@ def _check_tasks(config: ClassifierConfig, hf_config: Any) -> None:
         )
     if hf_config.num_labels != 1 and {"score", "rerank"} & set(config.tasks):
         raise ValueError(f"score and rerank need a single label; it has {hf_config.num_labels}")
-
-
-def _choose_model(network: Any, tokenizer: Any, pooling: Pooling) -> EncoderModel:
-    if PackedBert.supports(network):
-        return PackedBert(network, pooling)
-    mask_id = tokenizer.mask_token_id
-    pad_id = tokenizer.pad_token_id or 0
-    return TransformersModel(network, pad_id, pooling, -1 if mask_id is None else mask_id)
 
 
 def has_token_types(network: Any, tokenizer: Any) -> bool:

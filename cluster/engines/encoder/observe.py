@@ -8,11 +8,12 @@ from cluster.metrics import Registry, table
 
 
 def write_counts(registry: Registry, model: str, counts: EncoderCounts) -> None:
-    """Set the counters to what was counted since the start."""
+    """Set the counters to what was counted since the start, and how exact the answers are."""
     sums = {
         table.ENCODER_BATCHES: counts.batches,
         table.ENCODER_TEXTS: counts.texts,
         table.ENCODER_TOKENS: counts.tokens,
+        table.ENCODER_PADDING: counts.padding,
         table.ENCODER_SECONDS: counts.compute_s,
         table.ENCODER_SKIPPED: counts.skipped_texts,
         table.ENCODER_CACHE_HITS: counts.cache_hits,
@@ -20,6 +21,8 @@ def write_counts(registry: Registry, model: str, counts: EncoderCounts) -> None:
     }
     for metric, total in sums.items():
         registry.counter(metric, model).value = float(total)
+    if counts.agreement is not None:
+        registry.gauge(table.ENCODER_AGREEMENT, model).value = counts.agreement
 
 
 def write_drift(registry: Registry, model: str, seen: DriftSnapshot) -> None:

@@ -50,6 +50,8 @@ class TransformersModel:
             "token-classification": self._label_tokens,
             "fill-mask": self._fill,
         }
+        self.padding = 0
+        """See ``EncoderModel``."""
 
     def run(self, task: ClassifierTask, ids: Sequence[TokenIds]) -> Rows | list[Rows]:
         """See ``EncoderModel``."""
@@ -66,7 +68,11 @@ class TransformersModel:
 
     def _embed(self, inputs: Inputs) -> list[Rows]:
         hidden = self._encoder(**inputs).last_hidden_state
-        return list(_numpy(self._pooling(hidden, inputs["attention_mask"])))
+        mask = inputs["attention_mask"]
+        owners, positions = mask.nonzero(as_tuple=True)
+        lengths = mask.sum(1)
+        firsts = lengths.cumsum(0) - lengths
+        return list(_numpy(self._pooling(hidden[owners, positions], owners, positions, firsts)))
 
     def _label_tokens(self, inputs: Inputs) -> list[Rows]:
         scores = _numpy(self._network(**inputs).logits.float().softmax(-1))
@@ -96,6 +102,7 @@ class TransformersModel:
         for row, text in enumerate(ids):
             cells[row, : len(text)] = text
             mask[row, : len(text)] = 1
+        self.padding += cells.size - int(mask.sum())
         inputs = {"attention_mask": mask}
         if (second := cells < 0).any():
             cells = np.where(second, ~cells, cells)

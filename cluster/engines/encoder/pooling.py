@@ -15,32 +15,54 @@ from torch.nn.functional import normalize
 from transformers.utils import cached_file
 
 
-def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
-    return (hidden * mask).sum(1) / mask.sum(1)
+@dataclass(frozen=True, slots=True)
+class _Ragged:
+    """The tokens of some texts, end to end; see ``Pooling.__call__``."""
+
+    hidden: Tensor
+    owners: Tensor
+    positions: Tensor
+    firsts: Tensor
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Over each text, of [tokens, width]."""
+        zeros = values.new_zeros(len(self.firsts) + 1, values.shape[1])
+        return zeros.index_add_(0, self.owners, values)[:-1]
+
+    def lengths(self) -> Tensor:
+        """[texts, 1]"""
+        return self.sums(torch.ones_like(self.hidden[:, :1]))
 
 
-def _mean_sqrt(hidden: Tensor, mask: Tensor) -> Tensor:
-    return (hidden * mask).sum(1) / mask.sum(1).sqrt()
+def _mean(texts: _Ragged) -> Tensor:
+    return texts.sums(texts.hidden) / texts.lengths()
 
 
-def _max(hidden: Tensor, mask: Tensor) -> Tensor:
-    return hidden.masked_fill(mask == 0, -torch.inf).amax(1)
+def _mean_sqrt(texts: _Ragged) -> Tensor:
+    return texts.sums(texts.hidden) / texts.lengths().sqrt()
 
 
-def _weighted_mean(hidden: Tensor, mask: Tensor) -> Tensor:
+def _max(texts: _Ragged) -> Tensor:
+    hidden = texts.hidden
+    least = hidden.new_full((len(texts.firsts) + 1, hidden.shape[1]), -torch.inf)
+    owners = texts.owners[:, None].expand_as(hidden)
+    return least.scatter_reduce_(0, owners, hidden, "amax")[:-1]
+
+
+def _weighted_mean(texts: _Ragged) -> Tensor:
     """The later a token stands, the more it weighs."""
-    weights = torch.arange(1, hidden.shape[1] + 1, device=hidden.device)[:, None] * mask
-    return (hidden * weights).sum(1) / weights.sum(1)
+    weights = (texts.positions[:, None] + 1).float()
+    return texts.sums(texts.hidden * weights) / texts.sums(weights)
 
 
-def _last(hidden: Tensor, mask: Tensor) -> Tensor:
-    lasts = mask.sum(1).long() - 1
-    return hidden.gather(1, lasts[:, None].expand(-1, 1, hidden.shape[2])).squeeze(1)
+def _last(texts: _Ragged) -> Tensor:
+    lasts = texts.firsts + texts.lengths()[:, 0].long() - 1
+    return texts.hidden[lasts.clamp(min=0)]  # a row without a text has none
 
 
 # In the order in which sentence-transformers puts several side by side.
-_MODES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cls_token": lambda hidden, _: hidden[:, 0],
+_MODES: Mapping[str, Callable[[_Ragged], Tensor]] = {
+    "cls_token": lambda texts: texts.hidden[texts.firsts],
     "max_tokens": _max,
     "mean_tokens": _mean,
     "mean_sqrt_len_tokens": _mean_sqrt,
@@ -59,17 +81,17 @@ class Pooling:
     normalize: bool = True
     """Whether the vector has unit length."""
 
-    def __call__(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[texts, length, width] → float32 [texts, width * modes].
+    def __call__(self, hidden: Tensor, owners: Tensor, positions: Tensor, firsts: Tensor) -> Tensor:
+        """[tokens, width] of some texts end to end → float32 [texts, width * modes].
 
         Args:
-            hidden: Padded at the end.
-            mask: [texts, length], 0 where padding is; None: there is none.
+            hidden: What the tokens have become.
+            owners: Which text each token is of; that after the last one is nobody's.
+            positions: Where in its text each token stands.
+            firsts: The row of each text's first token.
         """
-        hidden = hidden.float()
-        weights = torch.ones(hidden.shape[:2], device=hidden.device) if mask is None else mask
-        weights = weights.unsqueeze(-1).float()
-        vectors = torch.cat([_MODES[mode](hidden, weights) for mode in self.modes], -1)
+        texts = _Ragged(hidden.float(), owners, positions, firsts)
+        vectors = torch.cat([_MODES[mode](texts) for mode in self.modes], -1)
         return normalize(vectors, dim=-1) if self.normalize else vectors
 
 

@@ -16,8 +16,8 @@ import torch
 
 from cluster.batching import Batch
 from cluster.config import ClassifierTask
-from cluster.engines.encoder.jobs import Job, Rows
-from cluster.engines.encoder.model import EncoderModel, LoadedModel
+from cluster.engines.encoder.jobs import EncoderModel, Job, Rows
+from cluster.engines.encoder.model import LoadedModel
 from cluster.engines.encoder.queue import JobQueue
 
 
@@ -28,6 +28,8 @@ class RunnerCounts:
     batches: int = 0
     texts: int = 0
     tokens: int = 0
+    padding: int = 0
+    """Cells that held no token."""
     compute_s: float = 0.0
 
 
@@ -89,7 +91,7 @@ class ModelRunner:
 
     def _step(self, model: EncoderModel, batch: Batch[Job]) -> None:
         self.current = frozenset(item.key for item in batch.items)
-        begun_s = time.perf_counter()
+        padding, begun_s = model.padding, time.perf_counter()
         ids = [item.key.ids[item.index] for item in batch.items]
         rows = model.run(cast(ClassifierTask, batch.task), ids)
         elapsed_s = time.perf_counter() - begun_s
@@ -99,6 +101,7 @@ class ModelRunner:
         self.counts.batches += 1
         self.counts.texts += len(ids)
         self.counts.tokens += batch.num_tokens
+        self.counts.padding += model.padding - padding  # it may have computed before, as a check
         self.counts.compute_s += elapsed_s
         self.current = frozenset()
         if done:

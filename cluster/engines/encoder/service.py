@@ -45,6 +45,10 @@ class EncoderCounts:
     compute_s: float
     skipped_texts: int
     """Never computed, because their client left."""
+    padding: int
+    """Cells that were computed and held no token; in attention, where that alone is padded."""
+    agreement: float | None
+    """How often low precision answers as float32 does; None: it is float32."""
     cache_hits: int = 0
     """Texts whose result was kept from before; 0 without a result cache."""
     cache_misses: int = 0
@@ -147,8 +151,16 @@ class EncoderService:
     def counts(self) -> EncoderCounts:
         """The counters, at one moment."""
         done = self._runner.counts
-        skipped = self._queue.skipped_texts
-        return EncoderCounts(done.batches, done.texts, done.tokens, done.compute_s, skipped)
+        agreement = self.model.agreement
+        return EncoderCounts(
+            batches=done.batches,
+            texts=done.texts,
+            tokens=done.tokens,
+            compute_s=done.compute_s,
+            skipped_texts=self._queue.skipped_texts,
+            padding=done.padding,
+            agreement=agreement.share if agreement else None,
+        )
 
     async def stop(self) -> None:
         """Refuse new requests, fail those that are open, and end the threads."""

@@ -49,6 +49,9 @@ class TextTokenizer:
         self._readers = {side: PlainReader(self, side) for side in sides}
         self.max_tokens = max_tokens
         self.mask_token: str | None = tokenizer.mask_token
+        self.mask_id: int = -1 if tokenizer.mask_token_id is None else tokenizer.mask_token_id
+        """-1: there is no mask."""
+        self.pad_id: int = tokenizer.pad_token_id or 0
         self.unknown_id: int | None = tokenizer.unk_token_id
         self.has_subwords = bool(getattr(self._backend.model, "continuing_subword_prefix", None))
         """Whether a token shows by itself that it continues a word."""

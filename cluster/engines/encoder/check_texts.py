@@ -1,0 +1,101 @@
+"""Texts on which a model in low precision is compared with itself in float32.
+
+A model directory may bring its own, ``held_out.jsonl`` with one ``{"text": …}`` a line. For the
+others there are sentences put together here: of 3 to some 120 words, the same ones every time. They
+speak of products, films, people and the news, for or against, so that most classifiers of English
+have different answers to them.
+"""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+FILE = "held_out.jsonl"
+NUM_TEXTS = 400
+SEED = 0
+
+_THINGS = [
+    "the film",
+    "this phone",
+    "the new album",
+    "our hotel room",
+    "the service",
+    "my old laptop",
+    "the final chapter",
+    "the government's plan",
+    "this recipe",
+    "the battery",
+    "the second half",
+    "their support team",
+    "the delivery",
+    "the acting",
+    "the museum",
+    "her speech",
+    "the price",
+    "the train from the airport",
+    "the city council",
+]
+_VERBS = [
+    "was",
+    "felt",
+    "seemed",
+    "turned out",
+    "looks",
+    "has always been",
+    "is said to be",
+    "remained",
+]
+_VIEWS = [
+    "wonderful",
+    "a complete disaster",
+    "surprisingly good",
+    "dull and far too long",
+    "better than expected",
+    "not worth the money",
+    "broken again",
+    "quiet and clean",
+    "hard to recommend",
+    "simply the best of its kind",
+    "neither good nor bad",
+    "late, cold and expensive",
+    "a pleasure from beginning to end",
+    "fine, I suppose",
+    "an insult to the audience",
+    "delayed until next Tuesday",
+    "never as bad as people say",
+    "about average",
+]
+_TAILS = [
+    "",
+    ", and I would do it again",
+    ", but nobody listened",
+    ", according to two reports",
+    "!",
+    ", which is a shame",
+    ", so I sent it back",
+    ", at least for children",
+    "; we stayed until the end",
+    ", thank you so much",
+]
+
+
+def check_texts(model_path: str) -> list[str]:
+    """The model's own texts, or the sentences made here."""
+    own = Path(model_path) / FILE
+    if own.is_file():
+        lines = own.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line)["text"] for line in lines if line.strip()]
+    return list(_made())
+
+
+def _made() -> Iterator[str]:
+    chance = random.Random(SEED)
+    for _ in range(NUM_TEXTS):
+        yield " ".join(_sentence(chance) for _ in range(chance.choice((1, 1, 1, 2, 2, 3, 5, 8))))
+
+
+def _sentence(chance: random.Random) -> str:
+    words = (chance.choice(_THINGS), chance.choice(_VERBS), chance.choice(_VIEWS))
+    text = " ".join(words) + chance.choice(_TAILS)
+    return text[0].upper() + text[1:] + ("" if text.endswith("!") else ".")

@@ -1,0 +1,55 @@
+"""BERT without padding, on a CPU: one batch at a time, each laid out afresh.
+
+Every linear layer and LayerNorm runs once over the [tokens, hidden] matrix of the batch, attention
+once for each group of texts of like length.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from cluster.config import ClassifierTask
+from cluster.engines.encoder.jobs import Rows, TokenIds
+from cluster.engines.encoder.packed import network as networks
+from cluster.engines.encoder.packed.attention import GroupedAttention
+from cluster.engines.encoder.packed.layout import Layout
+from cluster.engines.encoder.packed.linear import Arithmetic
+from cluster.engines.encoder.pooling import Pooling
+
+
+class PackedBert:
+    """A ``BertForSequenceClassification``, or a ``BertModel`` that need only embed.
+
+    Use ``supports`` first.
+
+    Args:
+        network: Is left as it is.
+        how: The types and layers that it computes with; None: the network's type.
+        pooling: How embeddings are made.
+    """
+
+    supports = staticmethod(networks.supports)
+
+    def __init__(
+        self, network: Any, how: Arithmetic | None = None, pooling: Pooling | None = None
+    ) -> None:
+        how = how or Arithmetic.plain(network.dtype)
+        self._network = networks.PackedNetwork(network, how, pooling or Pooling())
+        self._heads = int(network.config.num_attention_heads)
+        self._mask_dtype = how.attention
+        self.padding = 0
+        """Cells of attention that held no token, since the beginning."""
+
+    @torch.inference_mode()
+    def run(self, task: ClassifierTask, ids: Sequence[TokenIds]) -> Rows:
+        """See ``EncoderModel``."""
+        layout = Layout.of(ids, self._heads, self._mask_dtype)
+        self.padding += layout.padding
+        attention = GroupedAttention(layout, self._heads)
+        if task == "classify":
+            rows = self._network.scores(layout.packed, attention)
+        else:
+            rows = self._network.vectors(layout.packed, attention)
+        return np.asarray(rows.numpy(), np.float32)

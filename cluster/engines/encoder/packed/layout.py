@@ -1,0 +1,122 @@
+"""Where the texts of a batch lie in its matrices, and how attention's operands come out of them.
+
+The tokens of a batch lie end to end in one [tokens, hidden] matrix. Attention alone wants texts
+apart from one another: a gather brings each group of texts of like length to [texts * heads,
+length, head size], padded to the longest of the group, and another one brings the result back. The
+indices of both are made here, once for a batch, and serve every layer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cluster.batching import group_by_length
+from cluster.engines.encoder.jobs import TokenIds
+from cluster.engines.encoder.packed.network import Packed
+
+MAX_PADDING = 0.1
+"""Share of a group's cells in attention that may be padding. Measured with batches of 32 texts in
+arrival order: 0 costs a sixth more time in calls for tiny groups, 0.3 more in computing padding."""
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Texts that attention computes together."""
+
+    texts: int
+    length: int
+    """Of the longest; the others are padded to it."""
+    mask: Tensor | None
+    """[texts, 1, 1, length], minus infinity where there is padding; None where there is none."""
+
+    @property
+    def cells(self) -> int:
+        """Tokens, and what pads them."""
+        return self.texts * self.length
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One batch's layout for a model with ``heads`` heads."""
+
+    packed: Packed
+    groups: tuple[Group, ...]
+    query_key_value: Tensor
+    """Of a [tokens * 3 * heads, head size] matrix, the rows that each group's attention takes."""
+    key_value: Tensor
+    """The same of a [tokens * 2 * heads, head size] matrix."""
+    back: Tensor
+    """Of the groups' outputs end to end, the rows that make up [tokens * heads, head size]."""
+
+    @classmethod
+    def of(cls, ids: Sequence[TokenIds], heads: int, mask_dtype: torch.dtype) -> "Layout":
+        """The layout of ``ids``, in ascending order of length; ``~id``: of the second segment."""
+        lengths = np.array([len(row) for row in ids])
+        firsts = np.cumsum(lengths) - lengths
+        runs = group_by_length(lengths.tolist(), MAX_PADDING)
+        parts = [_Part(firsts[run], lengths[run], heads) for run in runs]
+        starts = np.cumsum([0, *(part.size for part in parts)])[:-1]
+        backs = [start + part.back() for start, part in zip(starts, parts, strict=True)]
+        tokens, second = _segments(np.concatenate(ids))
+        positions = np.arange(lengths.sum()) - np.repeat(firsts, lengths)
+        owners = np.repeat(np.arange(len(ids)), lengths)
+        rest = (torch.from_numpy(array) for array in (positions, firsts, owners))
+        return cls(
+            packed=Packed(tokens, second, *rest),
+            groups=tuple(part.group(mask_dtype) for part in parts),
+            query_key_value=torch.from_numpy(np.concatenate([part.rows(3) for part in parts])),
+            key_value=torch.from_numpy(np.concatenate([part.rows(2) for part in parts])),
+            back=torch.from_numpy(np.concatenate(backs)),
+        )
+
+    @property
+    def padding(self) -> int:
+        """Cells of attention that hold no token."""
+        return sum(group.cells for group in self.groups) - len(self.packed.tokens)
+
+
+def _segments(tokens: Indices) -> tuple[Tensor, Tensor | None]:
+    marked = tokens < 0
+    if not marked.any():
+        return torch.from_numpy(tokens), None
+    return torch.from_numpy(np.where(marked, ~tokens, tokens)), torch.from_numpy(marked[:, None])
+
+
+class _Part:
+    """The indices of one group."""
+
+    def __init__(self, firsts: Indices, lengths: Indices, heads: int) -> None:
+        self._firsts = firsts[:, None]
+        self._heads = np.arange(heads)
+        self._length = int(lengths[-1])
+        self._valid = np.arange(self._length) < lengths[:, None]
+        self._padded = int(lengths[0]) < self._length
+        self.size = heads * self._valid.size
+
+    def group(self, mask_dtype: torch.dtype) -> Group:
+        mask = None
+        if self._padded:
+            mask = torch.from_numpy(np.where(self._valid, np.float32(0), np.float32(-np.inf)))
+            mask = mask.to(mask_dtype)[:, None, None, :]
+        return Group(len(self._valid), self._length, mask)
+
+    def rows(self, parts: int) -> Indices:
+        """In the order [parts, texts, heads, length]; padding repeats the text's last token."""
+        inside = self._valid.cumsum(1) - 1
+        tokens = (self._firsts + inside)[None, :, None, :]
+        part = np.arange(parts)[:, None, None, None]
+        heads = len(self._heads)
+        rows = (tokens * parts + part) * heads + self._heads[:, None]
+        return np.asarray(rows.reshape(-1), np.int64)
+
+    def back(self) -> Indices:
+        """In the order [tokens, heads]; of rows in the order [texts, heads, length]."""
+        text = np.arange(len(self._valid))[:, None, None] * len(self._heads)
+        rows = (text + self._heads) * self._length + np.arange(self._length)[:, None]
+        return np.asarray(rows[self._valid].reshape(-1), np.int64)

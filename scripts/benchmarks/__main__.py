@@ -1,0 +1,82 @@
+"""The command line: one subcommand for each benchmark, a table on the screen, JSON in a file."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+from benchmarks import classify, link, stream
+from benchmarks.report import Report, print_report, write_json
+from cluster.errors import TandemError
+
+ROUNDS = 3
+
+
+class Benchmark(Protocol):
+    """What a benchmark's module offers; see the package's docstring."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser, /) -> None:
+        """Add the benchmark's own options."""
+
+    def run(self, args: argparse.Namespace, /) -> Report:
+        """Measure."""
+
+
+BENCHMARKS: Mapping[str, Benchmark] = {"stream": stream, "link": link, "classify": classify}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    made = argparse.ArgumentParser(prog="bench", description=__doc__)
+    commands = made.add_subparsers(dest="benchmark", required=True)
+    for name, benchmark in BENCHMARKS.items():
+        summary, _, rest = (benchmark.__doc__ or "").partition("\n")
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary}\n{rest}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument("--rounds", type=_positive, help="3; with --quick 1")
+        command.add_argument("--quick", action="store_true", help="a few seconds, for trying")
+        command.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
+        benchmark.add_arguments(command)
+    return made
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return number
+
+
+def main() -> int:
+    """Run one benchmark; every process that it started has ended when this returns."""
+    args = parser().parse_args()
+    args.rounds = args.rounds or (1 if args.quick else ROUNDS)
+    for name in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, _interrupt)
+    try:
+        report = BENCHMARKS[args.benchmark].run(args)
+    except TandemError as error:
+        print(f"bench {args.benchmark}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"bench {args.benchmark}: interrupted", file=sys.stderr)
+        return 130
+    print_report(report)
+    if args.json is not None:
+        write_json(args.json, args, report)
+    return 0
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

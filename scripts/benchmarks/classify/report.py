@@ -1,0 +1,85 @@
+"""The keys and tables of ``bench classify``, from the numbers of each round."""
+
+from collections.abc import Mapping
+
+from benchmarks.report import Cell, Report, Table
+from benchmarks.rounds import Summary
+
+Found = dict[tuple[str, str], list[float]]
+"""The rounds of each path and measurement."""
+
+GOALS = {
+    "ratio_vs_kernel": ">= 0.9",
+    "ratio_vs_kernel_single": ">= 0.7",
+    "ratio_vs_pipeline": ">= 6",
+    "ratio_vs_infinity": ">= 2.4",
+    "ratio_vs_infinity_single": ">= 3.5",
+    "ratio_fifo_vs_transformers_bf16": ">= 2.4",
+    "ratio_int8_vs_bf16": ">= 1.25",
+    "single_ms_p50": "<= 5",
+    "single_in_process_ms": "<= 2.5",
+}
+RATIOS = {
+    "ratio_vs_kernel": (("tandem", "32x8"), ("in process", "bf16 sorted")),
+    "ratio_vs_kernel_single": (("tandem", "1x64"), ("in process", "bf16 sorted")),
+    "ratio_vs_pipeline": (("tandem", "32x8"), ("in process", "pipeline")),
+    "ratio_vs_vllm": (("tandem", "32x8"), ("vllm", "32x8")),
+    "ratio_vs_vllm_single": (("tandem", "1x64"), ("vllm", "1x64")),
+    "ratio_job_vs_http": (("ray job", "32x8"), ("tandem", "32x8")),
+    "ratio_fifo_vs_transformers_bf16": (
+        ("in process", "bf16 fifo"),
+        ("in process", "hf-bf16 fifo"),
+    ),
+    "ratio_fifo_vs_transformers_fp32": (
+        ("in process", "fp32 fifo"),
+        ("in process", "hf-fp32 fifo"),
+    ),
+    "ratio_int8_vs_bf16": (("in process", "int8 sorted"), ("in process", "bf16 sorted")),
+}
+"""Keys, and the two measurements whose ratio they are."""
+VALUES = {
+    "single_ms_p50": ("tandem", "1x1 p50"),
+    "single_ms_p99": ("tandem", "1x1 p99"),
+    "single_in_process_ms": ("in process", "bf16 single"),
+}
+INFINITY = ("infinity-bf16", "infinity-fp32")
+
+
+def make(found: Found, num_tokens: float) -> Report:
+    """The report of texts of ``num_tokens`` on average."""
+    numbers = {name: Summary(tuple(rounds)) for name, rounds in found.items()}
+    keys = {
+        key: numbers[ours].over(numbers[theirs])
+        for key, (ours, theirs) in RATIOS.items()
+        if ours in numbers and theirs in numbers
+    }
+    for key, load in (("ratio_vs_infinity", "32x8"), ("ratio_vs_infinity_single", "1x64")):
+        if (best := _best(numbers, load)) and ("tandem", load) in numbers:
+            keys[key] = numbers["tandem", load].over(best)
+    keys |= {key: numbers[name] for key, name in VALUES.items() if name in numbers}
+    return Report(
+        keys=keys,
+        goals={key: goal for key, goal in GOALS.items() if key in keys},
+        tables=[_table(numbers, kind) for kind in ("in process", "servers")],
+        details={"classify": {f"{name}: {what}": rounds for (name, what), rounds in found.items()}},
+        notes=[
+            f"texts of {num_tokens:.1f} tokens on average; A x B: A texts in a request, B clients",
+            "the load is wrk with one thread, on the same cores as the servers; all of them were "
+            "up, and one was measured at a time",
+        ],
+    )
+
+
+def _best(numbers: Mapping[tuple[str, str], Summary], load: str) -> Summary | None:
+    found = [numbers[name, load] for name in INFINITY if (name, load) in numbers]
+    return max(found, key=lambda summary: summary.median) if found else None
+
+
+def _table(numbers: Mapping[tuple[str, str], Summary], kind: str) -> Table:
+    rows: list[list[Cell]] = [
+        [what if kind == "in process" else f"{name}, {what}", value]
+        for (name, what), value in numbers.items()
+        if (name == "in process") == (kind == "in process")
+    ]
+    title = "texts/s (single, p50, p99: ms)"
+    return Table(f"{kind}: {title}", ("what", "median (lowest – highest)"), rows)

@@ -1,0 +1,171 @@
+"""How many streams a second each path carries when the engine itself takes no time."""
+
+import argparse
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import fmean
+
+from benchmarks import cpu, load
+from benchmarks.report import Cell as ReportCell
+from benchmarks.report import Report, Table
+from benchmarks.rounds import Summary, interleaved
+from benchmarks.stream.paths import (
+    BARE,
+    CLUSTER,
+    SERVE_DEFAULT,
+    SERVE_HANDLE,
+    TARGETS,
+    VLLM_ROUTER,
+    say,
+)
+from benchmarks.targets.running import Running
+
+TOKENS = 128
+HEADLINE = 32
+"""Connections of the keys that carry no number."""
+WARM_UP_S = 1.5
+SETTLE_S = 0.5
+"""After a load, for what it left behind: wrk breaks off its last requests."""
+
+PARTS = ("haproxy", "proxy", "router", "ingress", "engine", cpu.REST)
+
+RATIOS = {
+    "ratio_vs_bare": (BARE, 1.0),
+    "ratio_vs_serve_handle": (SERVE_HANDLE, 6.0),
+    "ratio_vs_serve_default": (SERVE_DEFAULT, 30.0),
+    "ratio_vs_vllm_router": (VLLM_ROUTER, 1.0),
+}
+"""Keys, the peers that the cluster is compared with, and the ratios to reach."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One path under one load in one round."""
+
+    req_s: float
+    p50_ms: float
+    p99_ms: float
+    cpu_us_per_token: Mapping[str, float]
+    """By the parts of the target."""
+    client_share: float
+    """wrk's share of a core."""
+
+
+Cells = dict[tuple[str, int], list[Cell]]
+"""The rounds of each path and number of connections."""
+
+
+def run(args: argparse.Namespace) -> Report:
+    """Measure every path in every round."""
+    cells: Cells = defaultdict(list)
+    for number, name in interleaved(args.targets, args.rounds):
+        with TARGETS[name](0.0) as running:
+            request = _request(running)
+            size = load.answer_size(running.endpoint, request, TOKENS)
+            for connections in args.connections:
+                cell = _cell(running, request, size, connections, args.seconds)
+                cells[name, connections].append(cell)
+                say(number, name, f"{connections:>4} connections {cell.req_s:8.1f} req/s")
+    return _report(cells, args.connections)
+
+
+def _request(running: Running) -> bytes:
+    endpoint = running.endpoint
+    body = {
+        "model": endpoint.model,
+        "messages": [{"role": "user", "content": "Tell me something."}],
+        "max_tokens": TOKENS,
+        "stream": True,
+    }
+    return endpoint.request("/v1/chat/completions", body)
+
+
+def _cell(running: Running, request: bytes, size: int, connections: int, seconds: float) -> Cell:
+    load.drive(running.endpoint, request, connections, WARM_UP_S)
+    time.sleep(SETTLE_S)
+    client_s = load.client_cpu_s()
+    before = cpu.snapshot(running.home.path)
+    found = load.drive(running.endpoint, request, connections, seconds)
+    spent = cpu.spent(before, cpu.snapshot(running.home.path))
+    client_s = load.client_cpu_s() - client_s
+    time.sleep(SETTLE_S)
+    answers = found.answers(size)
+    return Cell(
+        req_s=answers / found.seconds,
+        p50_ms=found.p50_ms,
+        p99_ms=found.p99_ms,
+        cpu_us_per_token={part: s / answers / TOKENS * 1e6 for part, s in spent.items()},
+        client_share=client_s / found.seconds,
+    )
+
+
+def _report(cells: Cells, connections: list[int]) -> Report:
+    keys: dict[str, Summary] = {}
+    for number in sorted(connections, key=lambda number: number != HEADLINE):
+        suffix = "" if number == HEADLINE else f"_at_{number}"
+        keys |= {f"{name}{suffix}": value for name, value in _keys(cells, number).items()}
+    return Report(
+        keys=keys,
+        goals={key: f">= {goal:g}" for key, (_, goal) in RATIOS.items() if key in keys},
+        tables=[_rates(cells, connections), *(_costs(cells, number) for number in connections)],
+        details={"instant": {f"{name} at {n}": rounds for (name, n), rounds in cells.items()}},
+        notes=[_note(cells)],
+    )
+
+
+def _of(rounds: list[Cell], number: Callable[[Cell], float]) -> Summary:
+    return Summary(tuple(map(number, rounds)))
+
+
+def _rate(cell: Cell) -> float:
+    return cell.req_s
+
+
+def _keys(cells: Cells, connections: int) -> dict[str, Summary]:
+    ours = cells.get((CLUSTER, connections))
+    if not ours:
+        return {}
+    keys = {"router_req_s": _of(ours, _rate)}
+    for key, (peer, _) in RATIOS.items():
+        if theirs := cells.get((peer, connections)):
+            keys[key] = _of(ours, _rate).over(_of(theirs, _rate))
+    return {**keys, "cpu_us_per_token": _of(ours, lambda cell: sum(cell.cpu_us_per_token.values()))}
+
+
+def _rates(cells: Cells, connections: list[int]) -> Table:
+    names = dict.fromkeys(name for name, _ in cells)
+    rows: list[list[ReportCell]] = [
+        [name, *(_of(cells[name, n], _rate) for n in connections)] for name in names
+    ]
+    columns = ("path", *(f"{number} connections" for number in connections))
+    return Table(f"Streams of {TOKENS} tokens a second, instant engine", columns, rows)
+
+
+def _costs(cells: Cells, connections: int) -> Table:
+    rows = [
+        _cost(name, rounds) for (name, number), rounds in cells.items() if number == connections
+    ]
+    columns = ("path", *PARTS, "all", "p50 ms", "p99 ms")
+    title = f"CPU us for a token, and the time of a whole stream; {connections} connections"
+    return Table(title, columns, rows)
+
+
+def _cost(name: str, rounds: list[Cell]) -> list[ReportCell]:
+    means = [fmean(cell.cpu_us_per_token.get(part, 0.0) for cell in rounds) for part in PARTS]
+    return [
+        name,
+        *(mean or None for mean in means),
+        sum(means),
+        fmean(cell.p50_ms for cell in rounds),
+        fmean(cell.p99_ms for cell in rounds),
+    ]
+
+
+def _note(cells: Cells) -> str:
+    shares = [cell.client_share for rounds in cells.values() for cell in rounds]
+    return (
+        f"the load is wrk with one thread, which took {min(shares):.0%} to {max(shares):.0%} of a "
+        f"core; the servers ran one at a time, and the cluster asked for an API key"
+    )

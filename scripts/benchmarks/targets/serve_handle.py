@@ -1,0 +1,137 @@
+"""Ray Serve as its users build it: an ingress deployment that streams from an engine's handle.
+
+Runs as ``python -m benchmarks.targets.serve_handle PORT DECODE_S``: a Ray of its own and the
+application on it.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import Any
+
+from benchmarks.endpoint import Endpoint
+from benchmarks.targets.home import Home, free_ports, new_home
+from benchmarks.targets.running import MODEL, Running, generator
+from cluster.launch.environment import cluster_environment, write_haproxy_wrapper
+
+READY_S = 120.0
+SETTLE_S = 3.0
+"""HAProxy is started anew while replicas come up, and drops connections that were kept."""
+MAX_ONGOING = 4096
+
+
+@contextlib.contextmanager
+def serve_default(decode_s: float) -> Iterator[Running]:
+    """Serve's defaults: the Python proxy, and Ray's object plane between the deployments."""
+    with new_home("serve") as home:
+        yield _start(home, decode_s, {})
+
+
+@contextlib.contextmanager
+def serve_handle(decode_s: float) -> Iterator[Running]:
+    """Serve at its fastest: HAProxy as Tandem sets it up, and the settings for throughput."""
+    stats, metrics, fallback = map(str, free_ports(3))
+    with new_home("handle") as home:
+        write_haproxy_wrapper(home.cluster_id)
+        tuned = cluster_environment(home.environment, home.path, home.cluster_id, haproxy=True)
+        ports = {
+            "RAY_SERVE_HAPROXY_STATS_PORT": stats,
+            "RAY_SERVE_HAPROXY_METRICS_PORT": metrics,
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": fallback,
+        }
+        yield _start(home, decode_s, {**tuned, **ports, "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"})
+
+
+def _start(home: Home, decode_s: float, environment: Mapping[str, str]) -> Running:
+    (port,) = free_ports(1)
+    endpoint = Endpoint(port, MODEL)
+    command = (sys.executable, "-m", "benchmarks.targets.serve_handle", str(port), str(decode_s))
+    home.spawn(*command, environment=environment)
+    home.wait_ready(endpoint, READY_S)
+    time.sleep(SETTLE_S)
+    return Running(endpoint, home)
+
+
+def _main(port: int, decode_s: float) -> None:
+    import ray
+    from ray import serve
+
+    ray.init(
+        num_cpus=max(2, os.cpu_count() or 1),
+        include_dashboard=False,
+        log_to_driver=False,
+        _temp_dir=os.environ["TANDEM_HOME"],
+        _node_ip_address="127.0.0.1",
+    )
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+    serve.run(_application(decode_s), name="peer", route_prefix="/")
+    signal.pause()
+
+
+def _application(decode_s: float) -> Any:
+    from ray import serve
+    from ray.serve.handle import DeploymentHandle
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, Response, StreamingResponse
+
+    from cluster.config import GeneratorConfig
+    from cluster.engines.sim import SimEngine
+    from cluster.launch.loopback import confine_serve
+
+    @serve.deployment(name="engine", max_ongoing_requests=MAX_ONGOING)
+    class Engine:
+        async def __init__(self) -> None:  # type: ignore[misc]  # Serve awaits it
+            confine_serve()
+            self._engine = SimEngine(GeneratorConfig.model_validate(generator(decode_s)))
+            await self._engine.start()
+
+        async def stream(self, path: str, body: bytes) -> AsyncIterator[bytes]:
+            async for chunk in _chunks(self._engine.app, path, body):
+                yield chunk
+
+    @serve.deployment(name="ingress", max_ongoing_requests=MAX_ONGOING)
+    class Ingress:
+        def __init__(self, engine: DeploymentHandle) -> None:
+            confine_serve()
+            self._engine = engine.options(stream=True)
+
+        async def __call__(self, request: Request) -> Response:
+            if request.method == "GET":
+                return JSONResponse({"data": [{"id": MODEL}]})
+            chunks = self._engine.stream.remote(request.url.path, await request.body())
+            return StreamingResponse(chunks, media_type="text/event-stream")
+
+    bind: Any = (Engine, Ingress)
+    return bind[1].bind(bind[0].bind())
+
+
+async def _chunks(app: Any, path: str, body: bytes) -> AsyncIterator[bytes]:
+    """What an ASGI application answers, chunk by chunk."""
+    messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    requests: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    requests.put_nowait({"type": "http.request", "body": body, "more_body": False})
+
+    async def send(message: dict[str, Any]) -> None:
+        messages.put_nowait(message)
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "headers": [(b"content-type", b"application/json")],
+    }
+    answer = asyncio.create_task(app(scope, requests.get, send))
+    try:
+        while (message := await messages.get()).get("more_body", True):
+            if chunk := message.get("body"):
+                yield chunk
+    finally:
+        answer.cancel()
+
+
+if __name__ == "__main__":
+    _main(int(sys.argv[1]), float(sys.argv[2]))

@@ -1,0 +1,62 @@
+"""The full cluster as ``tandem up`` starts it: HAProxy, router, link, replica; with an API key."""
+
+import contextlib
+import hashlib
+import secrets
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from benchmarks.endpoint import Endpoint
+from benchmarks.targets.home import free_ports, new_home
+from benchmarks.targets.running import MODEL, Running, generator
+
+READY_S = 180.0
+
+
+@contextlib.contextmanager
+def tandem(decode_s: float) -> Iterator[Running]:
+    """One router and one replica of the simulated engine."""
+    key = secrets.token_urlsafe(24)
+    http, gcs, dashboard, stats, metrics, fallback = free_ports(6)
+    args: dict[str, object] = {
+        "generators": [generator(decode_s)],
+        "router": {
+            "api_keys_sha256": [hashlib.sha256(key.encode()).hexdigest()],
+            "replicas": {"min": 1, "max": 1},
+        },
+        "cluster": {"ray_port": gcs, "dashboard_port": dashboard},
+    }
+    with new_home("tandem") as home:
+        config = home.path / "config.yaml"
+        config.write_text(_serve_config(http, args), encoding="utf-8")
+        home.run(
+            Path(sys.executable).with_name("tandem"), "up", "-d", "--config", config,
+            timeout_s=READY_S,
+            environment={
+                "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+                "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+                "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+            },
+        )  # fmt: skip
+        endpoint = Endpoint(http, MODEL, {"authorization": f"Bearer {key}"})
+        home.wait_ready(endpoint, READY_S)
+        yield Running(endpoint, home)
+
+
+def _serve_config(port: int, args: dict[str, object]) -> str:
+    application = {
+        "name": "tandem",
+        "route_prefix": "/",
+        "import_path": "deployments.app:build",
+        "args": args,
+    }
+    return yaml.safe_dump(
+        {
+            "proxy_location": "HeadOnly",
+            "http_options": {"host": "127.0.0.1", "port": port},
+            "applications": [application],
+        }
+    )

@@ -1,0 +1,300 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+from transformers import BertConfig, BertForSequenceClassification
+
+from cluster.config import ClassifierConfig
+from cluster.engines.encoder import build, precision
+from cluster.engines.encoder.check_texts import FILE, check_texts
+from cluster.engines.encoder.packed import PackedBert
+from cluster.engines.encoder.packed.layout import Layout
+from cluster.engines.encoder.packed.linear import (
+    Arithmetic,
+    PlainLinear,
+    PrepackedLinear,
+    Weights,
+    make_linear,
+)
+from cluster.engines.encoder.packed.quantize import Observer, eight_bits, observed, quantized
+from cluster.engines.encoder.packed.varlen import VarlenBert
+from cluster.engines.encoder.padded import TransformersModel
+from cluster.engines.encoder.pooling import Pooling
+from cluster.engines.encoder.precision import Agreement, AgreementStore, batches, measure, require
+from cluster.engines.encoder.tasks import TASKS
+from cluster.errors import ConfigError
+from tests.serve.encoder_kit import TEXTS, running, save
+from tests.serve.test_encoder_pooling import MODES
+
+VOCABULARY = 50
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def network(**changes):
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 96, **changes}
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        num_hidden_layers=3,
+        max_position_embeddings=80,
+        initializer_range=0.2,
+        num_labels=3,
+        **sizes,
+    )
+    return BertForSequenceClassification(config).eval()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny models gain nothing from more, and lose much where other processes want the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def net():
+    return network()
+
+
+def texts(*lengths, seed=0):
+    random = np.random.default_rng(seed)
+    return [random.integers(0, VOCABULARY, length) for length in sorted(lengths)]
+
+
+def layer(inputs, outputs, activation=None):
+    torch.manual_seed(4)
+    weight, bias = torch.randn(outputs, inputs) * 0.1, torch.randn(outputs)
+    return Weights(weight, bias, activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", [None, "gelu", "relu", "gelu_new"])
+def test_prepacked_layers_compute_what_plain_ones_do(dtype, activation):
+    weights = layer(64, 48, activation).to(dtype)
+    plain, packed = PlainLinear(weights), PrepackedLinear(weights)
+    x, residual = torch.randn(7, 64).to(dtype), torch.randn(7, 48).to(dtype)
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.03}
+    torch.testing.assert_close(packed(x), plain(x), **close)
+    if activation is None:
+        torch.testing.assert_close(packed.plus(x, residual), plain.plus(x, residual), **close)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prepacked_layers_are_taken_where_they_are_right(dtype, monkeypatch):
+    weights = layer(64, 48, "gelu").to(dtype)
+    assert isinstance(make_linear("layer", weights), PrepackedLinear)
+    monkeypatch.setattr(PrepackedLinear, "__call__", lambda self, x: torch.zeros(len(x), 48))
+    assert isinstance(make_linear("layer", weights), PlainLinear)
+
+    def missing(self, weights):
+        raise AttributeError("_linear_pointwise")
+
+    monkeypatch.setattr(PrepackedLinear, "__init__", missing)
+    assert isinstance(make_linear("layer", weights), PlainLinear)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=24),
+    seed=st.integers(0, 99),
+    dtype=st.sampled_from(DTYPES),
+    task=st.sampled_from(["classify", "embed"]),
+    data=st.data(),
+)
+@settings(max_examples=25, deadline=None)
+def test_a_text_alone_has_the_numbers_it_has_in_company(net, lengths, seed, dtype, task, data):
+    ids = texts(*lengths, seed=seed)
+    model = PackedBert(net, Arithmetic.plain(dtype))
+    together = model.run(task, ids)
+    index = data.draw(st.integers(0, len(ids) - 1))
+    alone = model.run(task, [ids[index]])[0]
+    # This network's weights are ten times those of a trained one, and so is its rounding.
+    near = 1e-5 if dtype == torch.float32 else 1e-2
+    np.testing.assert_allclose(alone, together[index], atol=near)
+
+
+def test_scores_in_8_bits_do_not_depend_on_company(net):
+    model, _ = in_8_bits(net)
+    ids = texts(3, 9, 9, 17, 40, 41)
+    together = model.run("classify", ids)
+    alone = np.concatenate([model.run("classify", [row]) for row in ids])
+    np.testing.assert_allclose(alone, together, atol=1e-2)
+
+
+def in_8_bits(net):
+    observer = Observer()
+    full = PackedBert(net, observed(observer))
+    for task in ("classify", "embed"):
+        full.run(task, texts(*range(1, 60), seed=7))
+    return PackedBert(net, quantized(observer.seen)), full
+
+
+def test_8_bits_are_near_to_float32(net):
+    model, full = in_8_bits(net)
+    ids = texts(*range(5, 60), seed=8)
+    for task, mean in (("classify", 0.02), ("embed", 0.01)):
+        off = np.abs(model.run(task, ids) - full.run(task, ids))
+        assert 0 < off.mean() < mean  # zero would mean that nothing was quantized
+
+
+def test_eight_bits_round_and_saturate():
+    x = torch.tensor([[-9.0, -1.0, 0.0, 0.24, 0.26, 99.0]])
+    assert eight_bits(x, 0.5, 4).tolist() == [[0, 2, 4, 4, 5, 202]]
+    assert eight_bits(x, 0.1, 4).tolist()[0][-1] == 255
+
+
+def test_the_layout_pads_attention_alone():
+    layout = Layout.of(texts(19, 20, 20, 40), heads=2, mask_dtype=torch.float32)
+    assert [(group.texts, group.length) for group in layout.groups] == [(3, 20), (1, 40)]
+    assert layout.padding == 1
+    assert len(layout.packed.tokens) == 99
+    assert sorted(set(layout.back.tolist())) == sorted(layout.back.tolist())
+    assert len(layout.back) == 99 * 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_texts_that_attention_pads_are_pooled_without_padding(net, mode):
+    pooling = Pooling((mode,), normalize=False)
+    ids = texts(19, 20, 20, 40)
+    packed, padded = PackedBert(net, pooling=pooling), TransformersModel(net, 0, pooling)
+    np.testing.assert_allclose(packed.run("embed", ids), padded.run("embed", ids), atol=1e-4)
+    assert packed.padding == padded.padding == 1
+
+
+def attend_one_by_one(query, key, value, starts_q, starts_k, most):
+    """What flash attention of variable length computes."""
+    context = torch.zeros_like(query)
+    ends = zip(starts_q[1:].tolist(), starts_k[1:].tolist(), strict=True)
+    first_q = first_k = 0
+    for end_q, end_k in ends:
+        q, k, v = query[first_q:end_q], key[first_k:end_k], value[first_k:end_k]
+        assert len(k) <= most
+        if len(q) and len(k):
+            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+            found = functional.scaled_dot_product_attention(q, k, v, scale=1.0)
+            context[first_q:end_q] = found.transpose(0, 1)
+        first_q, first_k = end_q, end_k
+    return context
+
+
+@given(lengths=st.lists(st.integers(1, 70), min_size=1, max_size=24), seed=st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_slots_of_variable_length_give_what_groups_give(net, lengths, seed):
+    ids = texts(*lengths, seed=seed)
+    ids[0] = np.where(np.arange(len(ids[0])) > 1, ~ids[0], ids[0])
+    how = Arithmetic.plain(torch.float32)
+    pooling = Pooling(tuple(MODES))
+    slots = VarlenBert(net, how, pooling, attend_one_by_one, graphs=False)
+    groups = PackedBert(net, how, pooling)
+    for batch in (ids, ids[:1], ids):  # a slot holds nothing of the batch before
+        for task in ("classify", "embed"):
+            found, wanted = slots.run(task, batch), groups.run(task, batch)
+            np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_second_segments_have_the_other_token_type(net):
+    plain, marked = texts(12)[0], texts(12)[0].copy()
+    marked[5:] = ~marked[5:]
+    found = PackedBert(net).run("classify", [marked])
+    types = torch.tensor([[0] * 5 + [1] * 7])
+    with torch.no_grad():
+        logits = net(input_ids=torch.from_numpy(plain)[None], token_type_ids=types).logits
+    np.testing.assert_allclose(found, logits.softmax(-1), atol=1e-5)
+
+
+def test_agreement_counts_labels_and_cosines():
+    scores = np.eye(4, dtype=np.float32)
+
+    def full(task, ids):
+        return scores[: len(ids)]
+
+    def low(task, ids):
+        rows = scores[: len(ids)].copy()
+        rows[-1] = rows[-1][::-1]
+        return rows
+
+    ids = texts(3, 4, 5, 6)
+    assert measure("classify", low, full, ids) == Agreement(0.75, 4)
+    assert measure("embed", low, full, ids) == Agreement(0.75, 4)
+    assert measure("classify", full, full, ids).share == 1.0
+
+
+def test_agreement_compares_each_token_and_the_best_token_of_each_mask():
+    ids = texts(2, 2)
+    tokens = [np.eye(3, dtype=np.float32)[row] for row in ([0, 1, 2], [2])]
+    other = [tokens[0], tokens[0][:1]]
+    same = measure("token-classification", lambda *_: other, lambda *_: tokens, ids)
+    assert same == Agreement(0.75, 4)
+    masks = [np.array([[7, 3, 0.9, 0.1]]), np.array([[5, 3, 0.6, 0.4]])]
+    swapped = [masks[0], np.array([[3, 5, 0.5, 0.5]])]
+    assert measure("fill-mask", lambda *_: swapped, lambda *_: masks, ids) == Agreement(0.5, 2)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_what_is_measured_is_what_the_tasks_ask_for(name):
+    pool = ClassifierConfig(name="one", model="one", tasks=(name,))
+    assert build.computed(pool) == (TASKS[name].head,)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "head", "labels"),
+    [
+        (("token-classification", "embed"), "ForTokenClassification", {0: "O", 1: "B-PER"}),
+        (("fill-mask", "embed"), "ForMaskedLM", {0: "O"}),
+        (("next-sentence",), "ForNextSentencePrediction", {0: "next", 1: "not"}),
+        (("score", "rerank"), "ForSequenceClassification", {0: "relevance"}),
+    ],
+)
+async def test_every_head_is_measured_before_it_computes_in_bfloat16(
+    tmp_path, monkeypatch, tasks, head, labels
+):
+    monkeypatch.setenv("TANDEM_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(precision, "MIN_AGREEMENT", 0)  # a random network's answers are close
+    model = save(tmp_path / "model", head=head, labels=labels)
+    (tmp_path / "model" / FILE).write_text("".join(f'{{"text": "{t}"}}\n' for t in TEXTS))
+    async with running(model, *tasks, dtype="bfloat16") as engine:
+        assert 0 < engine.counts().agreement <= 1
+
+
+def test_too_little_agreement_is_refused():
+    pool = ClassifierConfig(name="mood", model="mood", dtype="int8")
+    require(pool, Agreement(0.995, 400), "int8")
+    with pytest.raises(ConfigError, match=r"mood\.dtype: int8 agrees .* 99\.00% of 400 .* 99\.5%"):
+        require(pool, Agreement(0.99, 400), "int8")
+
+
+def test_agreement_is_kept_until_the_model_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("TANDEM_HOME", str(tmp_path / "home"))
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    kept = AgreementStore(str(model), "bfloat16")
+    assert kept.read() is None
+    kept.write(Agreement(0.999, 400))
+    assert AgreementStore(str(model), "bfloat16").read() == Agreement(0.999, 400)
+    assert AgreementStore(str(model), "int8").read() is None
+    (model / "model.safetensors").write_bytes(b"other weights")
+    assert AgreementStore(str(model), "bfloat16").read() is None
+
+
+def test_the_model_brings_its_own_texts_or_has_ours(tmp_path):
+    ours = check_texts(str(tmp_path))
+    assert ours == check_texts(str(tmp_path))
+    lengths = [len(text.split()) for text in ours]
+    assert len(set(ours)) > 350
+    assert min(lengths) < 8
+    assert max(lengths) > 80
+    lines = [json.dumps({"text": text}) for text in ("one", "two")]
+    (tmp_path / FILE).write_text("\n".join(lines) + "\n")
+    assert check_texts(str(tmp_path)) == ["one", "two"]
+
+
+def test_batches_ascend():
+    made = batches(texts(*range(1, 71)))
+    assert [len(batch) for batch in made] == [32, 32, 6]
+    assert [len(row) for batch in made for row in batch] == list(range(1, 71))
