@@ -8,6 +8,7 @@ HTTP servers.
 import asyncio
 import importlib
 import logging
+import os
 import sys
 import threading
 import time
@@ -240,6 +241,7 @@ class VllmEngine:
         on_cpu = bool(current_platform.is_cpu())
         if on_cpu:
             self._environment.add(vllm_args.cpu_environment_for(self._config))
+            self._environment.replace(vllm_args.threads_environment(os.environ))
         ray = sys.modules.get("ray")
         in_ray = ray is not None and bool(ray.is_initialized())
         if ray is not None and in_ray:  # for an engine process whose executor is Ray's

@@ -6,7 +6,7 @@ Pure but for ``Environment``; does not import vllm.
 import difflib
 import os
 from argparse import Namespace
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
 from cluster.config import GeneratorConfig
@@ -14,6 +14,7 @@ from cluster.engines.lifeline import PARENT_VARIABLE
 from cluster.errors import ConfigError
 
 DEFAULT_CPU_KV_BYTES = 1024**3
+BINDING_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
 CPU_BLOCK_SIZE_TOKENS = 32  # vLLM's own on CPUs, 128, is too coarse to share prefixes by
 
 _FIELDS = {  # vLLM's names that the configuration has a field for
@@ -54,28 +55,54 @@ def cpu_environment_for(config: GeneratorConfig) -> dict[str, str]:
     VLLM_CPU_OMP_THREADS_BIND gives it all cores (vLLM by itself leaves one idle).
     """
     binding = bind_threads(sorted(os.sched_getaffinity(0)), config.num_workers)
-    return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": binding}
+    return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", BINDING_VARIABLE: binding}
+
+
+def threads_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """OMP_NUM_THREADS for the cores that VLLM_CPU_OMP_THREADS_BIND names; {} if it names none.
+
+    vLLM does so for workers in processes of their own. It has to replace what is set: Ray sets it
+    to the CPUs that a replica asks for, rounded down, and so to 1 where replicas share cores.
+    """
+    threads = threads_of(environment[BINDING_VARIABLE])
+    return {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+
+
+def threads_of(binding: str) -> int | None:
+    """How many threads a worker gets by vLLM's ``binding`` (``0,1|2-3``); None: its own choice."""
+    threads = 0
+    for part in binding.split("|")[0].split(","):
+        first, _, last = part.partition("-")
+        if not first.isdigit() or not (last or first).isdigit():
+            return None  # auto, nobind
+        threads += int(last or first) - int(first) + 1
+    return threads
 
 
 class Environment:
-    """Variables set for as long as an engine runs; one that was set already is kept as it was."""
+    """Variables set for as long as an engine runs."""
 
     def __init__(self, variables: MutableMapping[str, str] = os.environ) -> None:
         self._variables = variables
-        self._added: list[str] = []
+        self._before: dict[str, str | None] = {}
 
     def add(self, wanted: dict[str, str]) -> None:
         """Set those of ``wanted`` that are not set."""
+        self.replace({n: value for n, value in wanted.items() if n not in self._variables})
+
+    def replace(self, wanted: dict[str, str]) -> None:
+        """Set ``wanted``, whatever was set."""
         for name, value in wanted.items():
-            if name not in self._variables:
-                self._variables[name] = value
-                self._added.append(name)
+            self._before.setdefault(name, self._variables.get(name))
+            self._variables[name] = value
 
     def restore(self) -> None:
-        """Remove what ``add`` set."""
-        for name in self._added:
+        """Make it as it was before."""
+        for name, value in self._before.items():
             self._variables.pop(name, None)
-        self._added.clear()
+            if value is not None:
+                self._variables[name] = value
+        self._before.clear()
 
 
 def bind_threads(cores: list[int], workers: int) -> str:

@@ -39,6 +39,27 @@ def test_variables_that_are_set_are_kept() -> None:
     assert variables == {"VLLM_LOGGING_LEVEL": "DEBUG"}
 
 
+@pytest.mark.parametrize(
+    ("binding", "threads"),
+    [("0,1", 2), ("0-3", 4), ("0,2-3|4-6", 3), ("7", 1), ("auto", None), ("nobind", None)],
+)
+def test_a_worker_computes_with_as_many_threads_as_it_has_cores(
+    binding: str, threads: int | None
+) -> None:
+    wanted = vllm_args.threads_environment({"VLLM_CPU_OMP_THREADS_BIND": binding})
+    assert wanted == ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+
+
+def test_a_replaced_variable_comes_back() -> None:
+    variables = {"OMP_NUM_THREADS": "1"}  # as Ray sets it
+    environment = vllm_args.Environment(variables)
+    environment.replace({"OMP_NUM_THREADS": "2"})
+    environment.replace({"OMP_NUM_THREADS": "4", "NEW": "x"})
+    assert variables == {"OMP_NUM_THREADS": "4", "NEW": "x"}
+    environment.restore()
+    assert variables == {"OMP_NUM_THREADS": "1"}
+
+
 def test_a_local_model_asks_nobody(tmp_path: object) -> None:
     assert vllm_args.environment_for(str(tmp_path))["HF_HUB_OFFLINE"] == "1"
     assert "HF_HUB_OFFLINE" not in vllm_args.environment_for("an/id")
