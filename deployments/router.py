@@ -79,7 +79,7 @@ class Router:
 
     def __serve_build_asgi_app__(self) -> GatewayApp:
         """The ASGI application that Serve runs in this replica."""
-        return GatewayApp(self._gateway, returns_request_id=False)
+        return GatewayApp(self._gateway, behind_serve=True)
 
     async def call(
         self, head: RequestHead, body: bytes

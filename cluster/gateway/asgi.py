@@ -1,13 +1,18 @@
 """The gateway as an ASGI application: HTTP in, one write for each chunk that the relay gives."""
 
+import logging
+import time
 from contextlib import aclosing
 from typing import Any
+from urllib.parse import quote
 
 from cluster.asgi import Receive, Scope, Send
 from cluster.errors import LinkError, PayloadTooLargeError, RequestError
 from cluster.gateway.gateway import Gateway
 from cluster.gateway.messages import Headers, Request, Response, error_response, header, request_id
 from cluster.gateway.routes import OTHER
+
+logger = logging.getLogger("ray.serve.tandem")
 
 
 class GatewayApp:
@@ -16,16 +21,16 @@ class GatewayApp:
     Args:
         gateway: What answers.
         authenticates: Whether requests need an API key, where any is configured.
-        returns_request_id: Whether to send ``x-request-id`` back; Ray Serve's servers do it
-            themselves.
+        behind_serve: Whether Ray Serve's own server calls this; it sends ``x-request-id`` back
+            and writes a line for each request to its log itself.
     """
 
     def __init__(
-        self, gateway: Gateway, *, authenticates: bool = True, returns_request_id: bool = True
+        self, gateway: Gateway, *, authenticates: bool = True, behind_serve: bool = False
     ) -> None:
         self._gateway = gateway
         self._authenticates = authenticates
-        self._returns_request_id = returns_request_id
+        self._behind_serve = behind_serve
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one connection event of ASGI."""
@@ -40,6 +45,7 @@ class GatewayApp:
         headers = [(name.lower(), value) for name, value in scope["headers"]]
         method = scope["method"]
         path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/")) or "/"
+        started = time.perf_counter()
         identity = tenant = ""
         try:
             identity = request_id(header(headers, b"x-request-id"))
@@ -55,8 +61,12 @@ class GatewayApp:
             response = await self._gateway.respond(
                 Request(identity, method, path, scope["query_string"], headers, body, tenant)
             )
-        if self._returns_request_id and identity:
-            response.headers.append((b"x-request-id", identity.encode()))
+        if not self._behind_serve:
+            if identity:
+                response.headers.append((b"x-request-id", identity.encode()))
+            elapsed_ms = (time.perf_counter() - started) * 1e3
+            line = "%s %s %s -> %d after %.1f ms"
+            logger.info(line, identity, method, quote(path), response.status, elapsed_ms)
         await _send(response, method, send)
 
 

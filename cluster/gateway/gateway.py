@@ -2,9 +2,7 @@
 
 import asyncio
 import logging
-import time
 from collections.abc import Mapping
-from urllib.parse import quote
 
 from cluster.config import ClassifierConfig, GeneratorConfig, TandemConfig
 from cluster.errors import InternalError, MethodNotAllowedError, RequestError
@@ -57,23 +55,13 @@ class Gateway:
 
     async def respond(self, request: Request) -> Response:
         """The response to ``request``; errors come as responses too, never as exceptions."""
-        started = time.perf_counter()
         try:
-            response = await self._respond(request)
+            return await self._respond(request)
         except RequestError as error:
-            response = error_response(error)
+            return error_response(error)
         except Exception:
             logger.exception("%s failed", request.id)
-            response = error_response(InternalError(f"Internal error; request id {request.id}"))
-        logger.info(
-            "%s %s %s -> %d after %.1f ms",
-            request.id,
-            request.method,
-            quote(request.path),
-            response.status,
-            (time.perf_counter() - started) * 1e3,
-        )
-        return response
+            return error_response(InternalError(f"Internal error; request id {request.id}"))
 
     async def _respond(self, request: Request) -> Response:
         own = self._own.find(request.path)
