@@ -1,6 +1,7 @@
 """CPU time of a target's processes, by the part that each plays."""
 
 import contextlib
+import time
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,11 @@ from cluster.launch import processes
 
 REST = "rest"
 """Ray's own processes, and whatever else belongs to a target."""
+
+QUIET = 0.25
+"""Cores that a cluster without requests uses at most."""
+SETTLE_S = 10.0
+SETTLE_POLL_S = 0.5
 
 _PARTS = {
     "haproxy": "haproxy",
@@ -42,6 +48,16 @@ def snapshot(home: Path) -> Snapshot:
             command = " ".join(owned.process.cmdline()) or owned.name
             found[owned.process.pid, part_of(command)] = times.user + times.system
     return found
+
+
+def settle(home: Path) -> None:
+    """Return once a load's leftovers are done: wrk breaks off its last requests."""
+    deadline = time.monotonic() + SETTLE_S
+    busy_s = SETTLE_POLL_S
+    while busy_s > QUIET * SETTLE_POLL_S and time.monotonic() < deadline:
+        before = snapshot(home)
+        time.sleep(SETTLE_POLL_S)
+        busy_s = sum(spent(before, snapshot(home)).values())
 
 
 def spent(before: Snapshot, after: Snapshot) -> dict[str, float]:

@@ -32,14 +32,15 @@ class Load:
     broken: int
     """Connections that failed."""
 
-    def answers(self, answer_bytes: int) -> float:
-        """Answers with the share that came of those which the end cut off.
+    def answers(self, answer_bytes: int, connections: int) -> float:
+        """Complete answers, and the parts that came of those which the end cut off.
 
-        A slow server has as many of those as there are connections, which would count for
-        nothing. A server that puts several tokens into one chunk sends fewer bytes under load
-        than it does for ``answer_bytes``, a lone answer; then the complete ones are counted.
+        A slow server's cut-off answers are a good part of its work; there is one on each
+        connection at most. ``answer_bytes`` are those of a lone answer, which under load may be
+        cut into other chunks and so have a few more or less.
         """
-        return max(self.requests, self.num_bytes / answer_bytes)
+        parts = self.num_bytes / answer_bytes - self.requests
+        return self.requests + min(max(parts, 0.0), connections)
 
 
 def parse(output: str) -> Load:

@@ -32,11 +32,13 @@ def made(requests: int, num_bytes: int) -> Load:
 
 
 def test_an_unfinished_answer_counts_for_the_part_of_it_that_came() -> None:
-    assert made(requests=4, num_bytes=6_500).answers(answer_bytes=1_000) == 6.5
+    assert made(requests=4, num_bytes=6_500).answers(1_000, connections=8) == 6.5
 
 
-def test_fewer_bytes_for_an_answer_do_not_make_fewer_answers() -> None:
-    assert made(requests=4, num_bytes=3_800).answers(answer_bytes=1_000) == 4
+def test_chunks_that_are_cut_otherwise_make_no_difference() -> None:
+    # Fewer bytes an answer than a lone one has, and more: 400 answers either way.
+    assert made(requests=400, num_bytes=380_000).answers(1_000, connections=8) == 400
+    assert made(requests=400, num_bytes=420_000).answers(1_000, connections=8) == 408
 
 
 @pytest.mark.parametrize(

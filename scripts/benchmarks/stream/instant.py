@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from benchmarks import cpu, load
+from benchmarks.load import Load
 from benchmarks.report import Cell as ReportCell
 from benchmarks.report import Report, Table
 from benchmarks.rounds import Summary, interleaved
@@ -26,8 +27,6 @@ TOKENS = 128
 HEADLINE = 32
 """Connections of the keys that carry no number."""
 WARM_UP_S = 1.5
-SETTLE_S = 0.5
-"""After a load, for what it left behind: wrk breaks off its last requests."""
 
 PARTS = ("haproxy", "proxy", "router", "ingress", "engine", cpu.REST)
 
@@ -45,8 +44,7 @@ class Cell:
     """One path under one load in one round."""
 
     req_s: float
-    p50_ms: float
-    p99_ms: float
+    load: Load
     cpu_us_per_token: Mapping[str, float]
     """By the parts of the target."""
     client_share: float
@@ -84,18 +82,17 @@ def _request(running: Running) -> bytes:
 
 def _cell(running: Running, request: bytes, size: int, connections: int, seconds: float) -> Cell:
     load.drive(running.endpoint, request, connections, WARM_UP_S)
-    time.sleep(SETTLE_S)
+    cpu.settle(running.home.path)
     client_s = load.client_cpu_s()
     before = cpu.snapshot(running.home.path)
     found = load.drive(running.endpoint, request, connections, seconds)
     spent = cpu.spent(before, cpu.snapshot(running.home.path))
     client_s = load.client_cpu_s() - client_s
-    time.sleep(SETTLE_S)
-    answers = found.answers(size)
+    cpu.settle(running.home.path)
+    answers = found.answers(size, connections)
     return Cell(
         req_s=answers / found.seconds,
-        p50_ms=found.p50_ms,
-        p99_ms=found.p99_ms,
+        load=found,
         cpu_us_per_token={part: s / answers / TOKENS * 1e6 for part, s in spent.items()},
         client_share=client_s / found.seconds,
     )
@@ -158,8 +155,8 @@ def _cost(name: str, rounds: list[Cell]) -> list[ReportCell]:
         name,
         *(mean or None for mean in means),
         sum(means),
-        fmean(cell.p50_ms for cell in rounds),
-        fmean(cell.p99_ms for cell in rounds),
+        fmean(cell.load.p50_ms for cell in rounds),
+        fmean(cell.load.p99_ms for cell in rounds),
     ]
 
 
