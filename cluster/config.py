@@ -5,6 +5,7 @@ changes it. Knows nothing of Ray, files or the command line (``cluster.config_fi
 """
 
 import difflib
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
@@ -14,7 +15,25 @@ from cluster.errors import ConfigError
 MIB = 1024**2
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
-ClassifierTask = Literal["classify", "embed"]
+ClassifierTask = Literal[
+    "classify",
+    "embed",
+    "fill-mask",
+    "next-sentence",
+    "rerank",
+    "score",
+    "token-classification",
+]
+TASK_HEADS: Mapping[ClassifierTask, str | None] = {
+    "classify": "ForSequenceClassification",
+    "score": "ForSequenceClassification",
+    "rerank": "ForSequenceClassification",
+    "token-classification": "ForTokenClassification",
+    "fill-mask": "ForMaskedLM",
+    "next-sentence": "ForNextSentencePrediction",
+    "embed": None,
+}
+"""How the names of the architectures end that can do a task; None: any encoder can."""
 
 
 class _Section(BaseModel):
@@ -118,6 +137,15 @@ class GeneratorConfig(_Section):
         return self
 
 
+class ResultCacheConfig(_Section):
+    """What an encoder replica keeps of its results, by text; the least recently used one goes."""
+
+    max_bytes: ByteSize = Field(ByteSize(0), ge=0)
+    """The memory that texts and results may take; 0: nothing is kept."""
+    isolate_tenants: bool = False
+    """A tenant (header ``x-tandem-tenant``) finds only what was computed for it."""
+
+
 class ClassifierConfig(_Section):
     """A pool of encoder replicas."""
 
@@ -125,7 +153,8 @@ class ClassifierConfig(_Section):
     """What clients write in ``model``."""
     model: str = Field(min_length=1)
     """A default model's name (``tandem models list``), a Hugging Face id, or a directory."""
-    tasks: tuple[ClassifierTask, ...] = ("classify", "embed")
+    tasks: tuple[ClassifierTask, ...] = Field(("classify", "embed"), min_length=1)
+    """What the pool answers; all but ``embed`` need the head that the model was trained with."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """auto: bfloat16 where the processor computes in it, else float32."""
     max_batch_tokens: int = Field(1024, ge=16)
@@ -136,9 +165,25 @@ class ClassifierConfig(_Section):
     """Texts in one request."""
     threads: int | None = Field(None, ge=1)
     """Compute threads of one replica; None: one for each core."""
+    result_cache: ResultCacheConfig = ResultCacheConfig()
     max_ongoing: int = Field(256, ge=1)
     replicas: ReplicasConfig = ReplicasConfig()
     resources: ResourcesConfig = ResourcesConfig()
+
+    @property
+    def head(self) -> str | None:
+        """How the name of the model's architecture must end; None: any encoder will do."""
+        return next((TASK_HEADS[task] for task in self.tasks if TASK_HEADS[task]), None)
+
+    @model_validator(mode="after")
+    def _one_head(self) -> Self:
+        heads = {head: task for task in self.tasks if (head := TASK_HEADS[task])}
+        if len(heads) > 1:
+            raise ValueError(
+                f"the tasks {' and '.join(heads.values())} need two different models; make a pool "
+                "for each"
+            )
+        return self
 
     @model_validator(mode="after")
     def _can_scale(self) -> Self:

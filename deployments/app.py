@@ -8,7 +8,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
 from cluster.config import (
     ClassifierConfig,
@@ -23,6 +23,7 @@ from deployments.generator import Generator
 from deployments.replica import SHUTDOWN_TIMEOUT_S
 from deployments.router import Router
 
+NAMED_REPLICA_ROUTER = "deployments.handles:NamedReplicaRouter"
 SURGE_PERCENT = 100
 """On an update the new replicas start beside the old ones, so that there is no gap."""
 
@@ -79,6 +80,8 @@ def _pool(
     deployment = serve.deployment(
         replica_class,
         name=name,
+        # Which replica, the routers choose; over a handle, too.
+        request_router_config=RequestRouterConfig(request_router_class=NAMED_REPLICA_ROUTER),
         autoscaling_config=_autoscaling(config.replicas, reported=True),
         # Requests come over the link, which Serve does not count; the router limits them.
         max_ongoing_requests=1000,

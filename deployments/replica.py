@@ -2,6 +2,9 @@
 
 import asyncio
 import logging
+import os
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -12,8 +15,19 @@ from cluster.engines.base import Engine
 from cluster.errors import EngineDeadError
 from cluster.gateway.pool import ReplicaInfo
 from cluster.launch.loopback import confine_serve
-from cluster.link import DrainResult, LinkLoad, LinkServer
+from cluster.link import (
+    DrainResult,
+    LinkLoad,
+    LinkServer,
+    LinkUsage,
+    RequestHead,
+    ResponseHead,
+    answer_locally,
+    tls_contexts,
+)
+from cluster.metrics import Registry
 from deployments.autoscaling import ONGOING
+from deployments.metrics import RayExporter
 from deployments.secret import link_secret
 
 logger = logging.getLogger("ray.serve.tandem")
@@ -36,11 +50,32 @@ class EngineReplica:
         confine_serve()
         self._engine = engine
         self._death: asyncio.Task[DrainResult] | None = None
+        self._calls = 0
         await engine.start()
+        tls = tls_contexts(os.environ)
         self._server = LinkServer(
-            self._answer, link_secret(), host=ray.util.get_node_ip_address(), load=self._load
+            self._answer,
+            link_secret(),
+            host=ray.util.get_node_ip_address(),
+            ssl=tls.server if tls else None,
+            load=self._load,
         )
         await self._server.start()
+        registry = Registry()
+        registry.on_collect(lambda: engine.observe(registry))
+        self._exporter = RayExporter(registry)
+
+    async def answer_call(
+        self, replica_id: str, head: RequestHead, body: bytes
+    ) -> AsyncIterator[ResponseHead | bytes | LinkUsage]:
+        """A request of a router that cannot open a link; ``replica_id`` chose this replica."""
+        self._calls += 1
+        try:
+            async with aclosing(answer_locally(self._answer, head, body)) as items:
+                async for item in items:
+                    yield item
+        finally:
+            self._calls -= 1
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let the engine answer; one that turns out to be dead answers nothing.
@@ -84,7 +119,7 @@ class EngineReplica:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """The load by which the pool is scaled."""
-        return {ONGOING: float(self._server.num_ongoing)}
+        return {ONGOING: float(self._server.num_ongoing + self._calls)}
 
     async def check_health(self) -> None:
         """Raise when the engine is dead, so that Serve replaces this replica."""
@@ -100,6 +135,8 @@ class EngineReplica:
         if server is not None:
             finished, cancelled = await server.drain(DRAIN_TIMEOUT_S)
             logger.info("drained: %d requests finished, %d cancelled", finished, cancelled)
+        if hasattr(self, "_exporter"):
+            await self._exporter.close()
         engine = getattr(self, "_engine", None)
         if engine is not None:
             await engine.stop()

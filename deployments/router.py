@@ -1,21 +1,42 @@
 """The router deployment: the gateway, fed by Serve's view of the replicas."""
 
-from collections.abc import AsyncIterator, Mapping
+import os
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import aclosing
+from functools import partial
 from importlib.metadata import version
+from typing import Any, NamedTuple
 
+import ray
 from ray import serve
 from ray.serve._private.common import DeploymentID
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import TandemConfig
-from cluster.gateway import Gateway, GatewayApp, Request, Response
-from cluster.gateway.messages import Headers, header, request_id
+from cluster.gateway import Gateway, GatewayApp, ReplicaInfo, Wiring
 from cluster.launch.loopback import confine_serve
+from cluster.link import (
+    LinkServer,
+    LinkUsage,
+    RequestHead,
+    ResponseHead,
+    TlsContexts,
+    answer_locally,
+    tls_contexts,
+)
 from deployments.discovery import Discovery
+from deployments.handles import opener
+from deployments.metrics import RayExporter
+from deployments.replica import DRAIN_TIMEOUT_S
 from deployments.secret import link_secret
 
-ResponseHead = tuple[int, Headers]
+
+class LinkOffer(NamedTuple):
+    """How another Ray job reaches the routers without Serve's handle."""
+
+    secret: bytes
+    addresses: list[tuple[str, int]]
+    """Of every router that runs."""
 
 
 @serve.ingress()
@@ -26,58 +47,70 @@ class Router:
         self, config: TandemConfig, pools: Mapping[str, DeploymentHandle]
     ) -> None:
         confine_serve()
-        versions = {"tandem": version("tandem"), "ray": version("ray")}
-        self._gateway = Gateway(config, link_secret(), versions)
-        self._discovery = Discovery(
-            {
-                DeploymentID(handle.deployment_name, handle.app_name): self._gateway.pools[
-                    name
-                ].update
-                for name, handle in pools.items()
-            }
-        )
+        secret, tls = link_secret(), tls_contexts(os.environ)
+        self._secret = secret
+        self._gateway = Gateway(config, _wirings(pools, secret, tls), _versions())
+        self._routers: list[ReplicaInfo] = []
+        own = serve.get_replica_context().replica_id.deployment_id
+        listeners = {
+            DeploymentID(handle.deployment_name, handle.app_name): self._gateway.pools[name].update
+            for name, handle in pools.items()
+        }
+        self._discovery = Discovery({**listeners, own: self._on_routers})
+        self._exporter = RayExporter(self._gateway.registry)
+        # Inside the cluster, so no API key is asked for.
+        self._inside = GatewayApp(self._gateway, authenticates=False)
+        host = ray.util.get_node_ip_address()
+        self._server = LinkServer(self._inside, secret, host=host, ssl=tls.server if tls else None)
+        await self._server.start()
+
+    def record_replica_metadata(self) -> dict[str, Any]:
+        """Where other Ray jobs reach this router."""
+        host, port = self._server.address
+        return ReplicaInfo(id="", host=host, port=port).metadata()
+
+    def link_offer(self) -> LinkOffer:
+        """What a client needs to open links to all routers."""
+        others = [(router.host, router.port) for router in self._routers]
+        return LinkOffer(self._secret, list({self._server.address, *others}))
+
+    def _on_routers(self, running: Iterable[ReplicaInfo]) -> None:
+        self._routers = list(running)
 
     def __serve_build_asgi_app__(self) -> GatewayApp:
         """The ASGI application that Serve runs in this replica."""
         return GatewayApp(self._gateway, returns_request_id=False)
 
     async def call(
-        self, method: str, path: str, body: bytes, headers: Headers | None = None
-    ) -> AsyncIterator[ResponseHead | bytes]:
-        """A request from another Ray job: first the response's head, then its chunks.
-
-        The caller is inside the cluster, so no API key is asked for.
-        """
-        response = await self._respond(method, path, body, headers)
-        async with aclosing(response.body) as chunks:
-            yield response.status, response.headers
-            async for chunk in chunks:
-                yield chunk
-
-    async def ask(
-        self, method: str, path: str, body: bytes, headers: Headers | None = None
-    ) -> tuple[int, Headers, bytes]:
-        """``call`` with the whole body at once, for answers that are not streamed."""
-        response = await self._respond(method, path, body, headers)
-        async with aclosing(response.body) as chunks:
-            whole = b"".join([chunk async for chunk in chunks])
-        return response.status, response.headers, whole
-
-    async def _respond(
-        self, method: str, path: str, body: bytes, headers: Headers | None
-    ) -> Response:
-        headers = headers or [(b"content-type", b"application/json")]
-        path, _, query = path.partition("?")
-        identity = request_id(header(headers, b"x-request-id"))
-        request = Request(identity, method, path, query.encode(), headers, body)
-        return await self._gateway.respond(request)
+        self, head: RequestHead, body: bytes
+    ) -> AsyncIterator[ResponseHead | bytes | LinkUsage]:
+        """A request of another Ray job that cannot open a link."""
+        async with aclosing(answer_locally(self._inside, head, body)) as items:
+            async for item in items:
+                yield item
 
     def check_health(self) -> None:
         """Raise when this router would not learn of replicas any more; Serve then replaces it."""
         self._discovery.check_health()
 
     async def __del__(self) -> None:
-        """Close the links; Serve awaits this after the last request ended."""
-        if hasattr(self, "_discovery"):
+        """Drain and close the links; Serve awaits this after the last request ended."""
+        if hasattr(self, "_server"):
+            await self._server.drain(DRAIN_TIMEOUT_S)
             await self._discovery.close()
             await self._gateway.close()
+            await self._exporter.close()
+
+
+def _wirings(
+    pools: Mapping[str, DeploymentHandle], secret: bytes, tls: TlsContexts | None
+) -> dict[str, Wiring]:
+    ssl = tls.client if tls else None
+    return {
+        name: Wiring(secret, ssl, fallback=partial(opener, handle))
+        for name, handle in pools.items()
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {"tandem": version("tandem"), "ray": version("ray")}

@@ -13,7 +13,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="One Ray cluster that serves language models and BERT classifiers behind one router.",
 )
-models_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The default models.")
+models_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Models on disk.")
 config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The configuration.")
 app.add_typer(models_app, name="models")
 app.add_typer(config_app, name="config")
@@ -33,6 +33,14 @@ UrlOption = Annotated[
 KeyOption = Annotated[
     str | None, typer.Option("--api-key", envvar="TANDEM_API_KEY", help="Your API key.")
 ]
+DataOption = Annotated[
+    Path, typer.Option("--data", metavar="FILE", help="CSV, TSV or JSONL, one text a row.")
+]
+ModelOption = Annotated[
+    str, typer.Option("--model", help="A classifier's directory, or a default model's name.")
+]
+TextColumn = Annotated[str, typer.Option("--text-column", help="The column of the texts.")]
+LabelColumn = Annotated[str, typer.Option("--label-column", help="The column of the labels.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -133,6 +141,80 @@ def models_list(as_json: JsonOption = False) -> None:
     from cluster.cli.models import show
 
     show(as_json=as_json)
+
+
+@models_app.command("finetune")
+def models_finetune(
+    data: DataOption,
+    out: Annotated[Path, typer.Option("--out", help="A new directory for the model.")],
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="An encoder's directory.", show_default="MiniLM-L6"),
+    ] = None,
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "label",
+    epochs: Annotated[int, typer.Option(min=1, help="The most passes over the texts.")] = 10,
+    patience: Annotated[
+        int, typer.Option(min=0, help="Epochs without a better one before it stops; 0: never.")
+    ] = 2,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    max_tokens: Annotated[int, typer.Option(min=8, help="Of a text; longer ones are cut.")] = 128,
+    learning_rate: Annotated[float, typer.Option(min=1e-8, max=1.0)] = 1e-4,
+    frozen_layers: Annotated[
+        int, typer.Option(min=0, help="Lowest layers that stay as they are: faster, less apt.")
+    ] = 0,
+    keep_embeddings: Annotated[
+        float, typer.Option(min=0, help="How much /v1/embeddings must stay as the base's.")
+    ] = 0.0,
+    held_out: Annotated[
+        float, typer.Option(min=0.01, max=0.4, help="Share of the texts that measures the result.")
+    ] = 0.1,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Compute threads.", show_default="one for each core")
+    ] = None,
+) -> None:
+    """Train a classifier on a CSV, TSV or JSONL file of texts and labels."""
+    from cluster.cli.finetune import Data, finetune
+    from cluster.models.finetune_options import FinetuneOptions
+
+    options = FinetuneOptions(
+        label_names=(),
+        epochs=epochs,
+        patience=patience,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        learning_rate=learning_rate,
+        frozen_layers=frozen_layers,
+        keep_embeddings=keep_embeddings,
+        held_out=held_out,
+        seed=seed,
+        threads=threads,
+    )
+    finetune(base, Data(data, text_column, label_column), out, options)
+
+
+@models_app.command("calibrate")
+def models_calibrate(
+    model: ModelOption,
+    data: DataOption,
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "label",
+) -> None:
+    """Make a classifier's scores mean what they say, by texts and labels that are new to it."""
+    from cluster.cli.finetune import Data, calibrate
+
+    calibrate(model, Data(data, text_column, label_column))
+
+
+@models_app.command("reference")
+def models_reference(
+    model: ModelOption, data: DataOption, text_column: TextColumn = "text"
+) -> None:
+    """Record what a classifier's texts look like, so that a later drift shows."""
+    from cluster.cli.finetune import Data, reference
+
+    reference(model, Data(data, text_column, None))
 
 
 @config_app.command("check")

@@ -2,15 +2,19 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from cluster.config import TandemConfig
+from cluster.models import store
 from cluster.models.build import build as build_models
 from cluster.models.store import CATALOGUE, BuildError, list_models, manifest
+
+_TEXT = TextColumn("{task.description}", markup=False)
 
 
 def build_missing(console: Console, config: TandemConfig) -> None:
@@ -43,8 +47,8 @@ def show(*, as_json: bool) -> None:
 
 
 def _build(console: Console, names: Sequence[str] | None, *, force: bool) -> None:
-    with _progress(console) as progress:
-        built = build_models(names, force=force, progress=_Reporter(console, progress))
+    with reported(console) as progress:
+        built = build_models(names, force=force, progress=progress)
     for model in built:
         facts = ", ".join(f"{name} {value}" for name, value in model.facts.items())
         how = f"built in {model.build_s:.0f} s" if model.fresh else "was built already"
@@ -53,15 +57,12 @@ def _build(console: Console, names: Sequence[str] | None, *, force: bool) -> Non
         raise BuildError("there is nothing to build")
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-    )
+@contextmanager
+def reported(console: Console) -> Iterator[store.Progress]:
+    """A progress bar that is gone at the end; without a terminal, a line for each new step."""
+    columns = SpinnerColumn(), _TEXT, BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield _Reporter(console, progress)
 
 
 class _Reporter:

@@ -1,19 +1,30 @@
 """``Tandem``: generate, chat, stream, classify and embed from any Ray job, sync and async."""
 
 import asyncio
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import importlib
+import threading
+import weakref
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar, overload
+from weakref import WeakKeyDictionary
 
 from cluster.client import wire
 from cluster.client.results import Classification, Completion, Delta, Embedding
-from cluster.errors import UnavailableError
+from cluster.client.transport import Answer, BackgroundLoop, Transport
+from cluster.errors import LinkError, UnavailableError
 
 if TYPE_CHECKING:
-    from ray.serve.handle import DeploymentHandle, DeploymentResponse
+    from ray.serve.handle import DeploymentHandle
 
 T = TypeVar("T")
 
@@ -40,7 +51,10 @@ _MODELS = _Call("/v1/models", None, lambda answer: [card["id"] for card in answe
 
 
 class Tandem:
-    """The running Tandem application, called through Ray.
+    """The running Tandem application, called from any job of its Ray cluster.
+
+    May be used from several threads and event loops, and may be pickled. ``close`` ends its
+    connections; so does the end of the process.
 
     Args:
         app: The Serve application's name.
@@ -50,10 +64,18 @@ class Tandem:
     def __init__(self, app: str = "tandem", *, address: str = "auto") -> None:
         self._app = app
         self._address = address
+        self._lock = threading.Lock()
+        self._transports: WeakKeyDictionary[asyncio.AbstractEventLoop, Transport] = (
+            WeakKeyDictionary()
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(Tandem, self._app, address=self._address), ()
 
     @cached_property
     def _router(self) -> "DeploymentHandle":
         # Imported here, so that importing the client stays cheap.
+        import_serve()
         import ray
         from ray import serve
 
@@ -66,6 +88,25 @@ class Tandem:
             if not handle.is_initialized:  # Serve gives the same handle to all of a process
                 handle._init(_run_router_in_separate_loop=True)
             return handle
+
+    @cached_property
+    def _background(self) -> BackgroundLoop:
+        """Where the synchronous calls run."""
+        background = BackgroundLoop()
+        weakref.finalize(self, background.close)
+        return background
+
+    def close(self) -> None:
+        """End the connections of the synchronous calls."""
+        if "_background" in self.__dict__:
+            self._background.close()
+            del self.__dict__["_background"]
+
+    async def aclose(self) -> None:
+        """End the connections of this event loop."""
+        transport = self._transports.pop(asyncio.get_running_loop(), None)
+        if transport is not None:
+            await transport.close()
 
     # -- generate -----------------------------------------------------------------------------
 
@@ -134,38 +175,41 @@ class Tandem:
     def stream(
         self, conversation: wire.Conversation, *, model: str | None = None, **sampling: Any
     ) -> Iterator[Delta]:
-        """Answer a conversation piece by piece, as the model makes it."""
-        reader = wire.DeltaReader()
-        body = _stream_body(conversation, model, sampling)
-        response = self._router.options(stream=True).call.remote("POST", CHAT, body)
+        """Answer a conversation piece by piece, as the model makes it.
+
+        Whoever reads slowly gets all that has come since in one piece after the other, at once.
+        """
+        batches = self._delta_batches(_stream_body(conversation, model, sampling))
+        run = self._sync().run
         try:
-            with _translated(self._app):
-                chunks = iter(response)
-                status, headers = next(chunks)
-                if status != 200:
-                    raise wire.error_from(status, headers, b"".join(chunks))
-                for chunk in chunks:
-                    yield from reader.feed(chunk)
+            while (deltas := run(anext(batches, None))) is not None:
+                yield from deltas
         finally:
-            response.cancel()
+            run(batches.aclose())
 
     async def astream(
         self, conversation: wire.Conversation, *, model: str | None = None, **sampling: Any
     ) -> AsyncIterator[Delta]:
         """``stream``, as an async iterator."""
+        async with aclosing(
+            self._delta_batches(_stream_body(conversation, model, sampling))
+        ) as batches:
+            async for deltas in batches:
+                for delta in deltas:
+                    yield delta
+
+    async def _delta_batches(self, body: bytes) -> AsyncGenerator[list[Delta], None]:
         reader = wire.DeltaReader()
-        body = _stream_body(conversation, model, sampling)
-        response = self._router.options(stream=True).call.remote("POST", CHAT, body)
-        try:
-            with _translated(self._app):
-                status, headers = await anext(response)
-                if status != 200:
-                    raise wire.error_from(status, headers, b"".join([c async for c in response]))
-                async for chunk in response:
-                    for delta in reader.feed(chunk):
-                        yield delta
-        finally:
-            response.cancel()
+        with _translated(self._app):
+            head, answer = await self._transport().open("POST", CHAT, body)
+            try:
+                if head.status != 200:
+                    chunks = [chunk async for chunk in _chunks(answer)]
+                    raise wire.error_from(head.status, head.headers, b"".join(chunks))
+                async for chunk in _chunks(answer):
+                    yield list(reader.feed(chunk))
+            finally:
+                answer.cancel()
 
     # -- classify and embed -------------------------------------------------------------------
 
@@ -223,53 +267,56 @@ class Tandem:
 
     # -- how ----------------------------------------------------------------------------------
 
+    def _sync(self) -> BackgroundLoop:
+        with self._lock:
+            assert self._router is not None  # found in this thread, which may wait for Ray
+            return self._background
+
     def _run(self, calls: Sequence[_Call]) -> list[Any]:
-        results: list[Any] = []
-        under_way: deque[tuple[_Call, DeploymentResponse]] = deque()
-        try:
-            with _translated(self._app):
-                for call in calls:
-                    if len(under_way) == MAX_CONCURRENT:
-                        results += _result(*under_way[0])
-                        under_way.popleft()
-                    under_way.append((call, self._send(call)))
-                while under_way:
-                    results += _result(*under_way[0])
-                    under_way.popleft()
-        finally:
-            for _, response in under_way:  # after an error: nobody waits for these
-                response.cancel()
-        return results
+        return self._sync().run(self._arun(calls))
 
     async def _arun(self, calls: Sequence[_Call]) -> list[Any]:
+        transport = self._transport()
         places = asyncio.Semaphore(MAX_CONCURRENT)
 
         async def one(call: _Call) -> list[Any]:
+            method, body = ("GET", b"") if call.body is None else ("POST", wire.encode(call.body))
             async with places:
-                response = self._send(call)
-                try:
-                    return call.parse(wire.decode(*await response))
-                except BaseException:
-                    response.cancel()
-                    raise
+                head, answer = await transport.ask(method, call.path, body)
+            return call.parse(wire.decode(head.status, head.headers, answer))
 
         tasks = [asyncio.ensure_future(one(call)) for call in calls]
         try:
             with _translated(self._app):
                 parts = await asyncio.gather(*tasks)
         except BaseException:
-            for task in tasks:
+            for task in tasks:  # nobody waits for these any more
                 task.cancel()
             raise
         return [result for part in parts for result in part]
 
-    def _send(self, call: _Call) -> "DeploymentResponse":
-        body = b"" if call.body is None else wire.encode(call.body)
-        return self._router.ask.remote("GET" if call.body is None else "POST", call.path, body)
+    def _transport(self) -> Transport:
+        loop = asyncio.get_running_loop()
+        transport = self._transports.get(loop)
+        if transport is None:
+            transport = self._transports[loop] = Transport(self._router)
+        return transport
 
 
-def _result(call: _Call, response: "DeploymentResponse") -> list[Any]:
-    return call.parse(wire.decode(*response.result()))
+def import_serve() -> None:
+    """Import Ray Serve, in a thread of its own.
+
+    Ray cancels a task by interrupting its worker's main thread, and an import that is cut off
+    there leaves a package without its modules, on which each later task of the worker fails.
+    """
+    thread = threading.Thread(target=importlib.import_module, args=("ray.serve",), daemon=True)
+    thread.start()
+    thread.join()
+
+
+async def _chunks(answer: Answer) -> AsyncIterator[bytes]:
+    while chunk := await answer.read():
+        yield chunk
 
 
 @contextmanager
@@ -279,12 +326,12 @@ def _translated(app: str) -> Iterator[None]:
     Raises:
         UnavailableError: there is no cluster or no such application, or its router was lost.
     """
-    from ray.exceptions import RayError
-    from ray.serve.exceptions import RayServeException
-
     try:
         yield
-    except (RayError, RayServeException, ConnectionError) as error:
+    except Exception as error:
+        of_ray = type(error).__module__.partition(".")[0] == "ray"
+        if not (of_ray or isinstance(error, LinkError | ConnectionError)):
+            raise
         raise UnavailableError(
             f"The application {app!r} cannot be reached on this Ray cluster "
             f"(`tandem up` starts one): {type(error).__name__}: {str(error).splitlines()[0]}"

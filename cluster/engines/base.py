@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.asgi import ASGIApp
+from cluster.metrics import Registry
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,9 @@ class Engine(Protocol):
 
     def load(self) -> EngineLoad:
         """The load now; never blocks."""
+
+    def observe(self, registry: Registry) -> None:
+        """Write what the engine counted into the registry; called before that is read."""
 
     def routes(self) -> tuple[str, ...]:
         """The paths that ``app`` serves, as path templates (``/v1/responses/{response_id}``)."""

@@ -25,6 +25,7 @@ from cluster.engines import vllm_args
 from cluster.engines.base import EngineLoad
 from cluster.engines.leave import CancelAsLeave
 from cluster.errors import ConfigError, EngineDeadError
+from cluster.metrics import Registry
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +139,9 @@ class VllmEngine:
             return EngineLoad(running=unfinished)
         waiting = min(stats.num_waiting_reqs, unfinished)
         return EngineLoad(unfinished - waiting, waiting, stats.kv_cache_usage)
+
+    def observe(self, registry: Registry) -> None:
+        """Nothing: vLLM gives its metrics to Ray itself (``ray_metrics``)."""
 
     def routes(self) -> tuple[str, ...]:
         """The paths that clients may call; ``app`` serves these and ``OPENAPI_PATH`` only."""

@@ -8,6 +8,15 @@ replicas and drives it from HTTP and from handles.
 from cluster.gateway.asgi import GatewayApp
 from cluster.gateway.gateway import Gateway
 from cluster.gateway.messages import Request, Response
-from cluster.gateway.pool import ReplicaInfo
+from cluster.gateway.pool import Answer, Opener, ReplicaInfo, Wiring
 
-__all__ = ["Gateway", "GatewayApp", "ReplicaInfo", "Request", "Response"]
+__all__ = [
+    "Answer",
+    "Gateway",
+    "GatewayApp",
+    "Opener",
+    "ReplicaInfo",
+    "Request",
+    "Response",
+    "Wiring",
+]

@@ -7,6 +7,7 @@ from cluster.asgi import Receive, Scope, Send
 from cluster.errors import LinkError, PayloadTooLargeError, RequestError
 from cluster.gateway.gateway import Gateway
 from cluster.gateway.messages import Headers, Request, Response, error_response, header, request_id
+from cluster.gateway.routes import OTHER
 
 
 class GatewayApp:
@@ -14,12 +15,16 @@ class GatewayApp:
 
     Args:
         gateway: What answers.
+        authenticates: Whether requests need an API key, where any is configured.
         returns_request_id: Whether to send ``x-request-id`` back; Ray Serve's servers do it
             themselves.
     """
 
-    def __init__(self, gateway: Gateway, *, returns_request_id: bool = True) -> None:
+    def __init__(
+        self, gateway: Gateway, *, authenticates: bool = True, returns_request_id: bool = True
+    ) -> None:
         self._gateway = gateway
+        self._authenticates = authenticates
         self._returns_request_id = returns_request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -35,18 +40,20 @@ class GatewayApp:
         headers = [(name.lower(), value) for name, value in scope["headers"]]
         method = scope["method"]
         path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/")) or "/"
-        identity = ""
+        identity = tenant = ""
         try:
             identity = request_id(header(headers, b"x-request-id"))
-            self._gateway.authenticate(path, headers)
+            if self._authenticates:
+                tenant = self._gateway.authenticate(path, headers)
             body = await _read_body(headers, receive, self._gateway.max_body_bytes)
         except RequestError as error:
+            self._gateway.count(OTHER, error.status)
             # What is left of the body is not read, so the connection cannot be used again.
             response = error_response(error)
             response.headers.append((b"connection", b"close"))
         else:
             response = await self._gateway.respond(
-                Request(identity, method, path, scope["query_string"], headers, body)
+                Request(identity, method, path, scope["query_string"], headers, body, tenant)
             )
         if self._returns_request_id and identity:
             response.headers.append((b"x-request-id", identity.encode()))

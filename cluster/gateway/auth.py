@@ -17,21 +17,23 @@ class Authenticator:
     def __init__(self, key_hashes: Iterable[str]) -> None:
         self._hashes = frozenset(bytes.fromhex(digest) for digest in key_hashes)
 
-    def check(self, headers: Headers) -> None:
-        """Return if a request with these headers may pass; without configured keys each may.
+    def check(self, headers: Headers) -> str:
+        """Whose request this is, by its key; "" where no keys are configured, and each may pass.
 
         Raises:
             AuthenticationError: there is no key, or it is not known.
         """
         if not self._hashes:
-            return
+            return ""
         key = _key(headers)
         if key is None:
             raise AuthenticationError(
                 "An API key is needed: 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
             )
-        if sha256(key.encode()).digest() not in self._hashes:
+        digest = sha256(key.encode())
+        if digest.digest() not in self._hashes:
             raise AuthenticationError("The API key is not known.")
+        return digest.hexdigest()[:16]
 
 
 def _key(headers: Headers) -> str | None:

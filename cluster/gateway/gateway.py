@@ -6,14 +6,18 @@ import time
 from collections.abc import Mapping
 from urllib.parse import quote
 
-from cluster.config import TandemConfig
+from cluster.config import ClassifierConfig, GeneratorConfig, TandemConfig
 from cluster.errors import InternalError, MethodNotAllowedError, RequestError
 from cluster.gateway.auth import Authenticator
+from cluster.gateway.gauges import watch_pools
 from cluster.gateway.messages import Headers, Request, Response, error_response
+from cluster.gateway.metering import PoolMeter
 from cluster.gateway.own import PUBLIC_PATHS, OwnRoutes
-from cluster.gateway.pool import Pool, PoolLimits
+from cluster.gateway.pool import Kind, Pool, PoolLimits, Wiring
 from cluster.gateway.relay import relay
+from cluster.gateway.routes import OTHER
 from cluster.gateway.surface import pick_pool, requested_model
+from cluster.metrics import Registry, table
 
 logger = logging.getLogger("ray.serve.tandem")
 
@@ -22,24 +26,34 @@ class Gateway:
     """Answers every request of one router.
 
     Whoever owns it tells each of its ``pools`` which replicas run.
+
+    Args:
+        config: The whole deployment's.
+        wirings: How each pool's replicas are reached, by the pool's name.
+        versions: Of this router's parts, for ``/version``.
     """
 
     def __init__(
-        self, config: TandemConfig, secret: bytes, versions: Mapping[str, str] | None = None
+        self,
+        config: TandemConfig,
+        wirings: Mapping[str, Wiring],
+        versions: Mapping[str, str] | None = None,
     ) -> None:
         self.max_body_bytes = int(config.router.max_body_bytes)
-        self.pools = _make_pools(config, secret)
+        self.registry = Registry()
+        """What this router counts."""
+        self.pools = _make_pools(config, wirings, self.registry)
+        watch_pools(self.registry, self.pools.values())
         self._authenticator = Authenticator(config.router.api_keys_sha256)
-        self._own = OwnRoutes(self.pools, versions or {})
+        self._own = OwnRoutes(self.pools, versions or {}, self.registry)
 
-    def authenticate(self, path: str, headers: Headers) -> None:
-        """Return if a request from outside the cluster may pass; asked before its body is read.
+    def authenticate(self, path: str, headers: Headers) -> str:
+        """Whose request this is; asked before its body is read, where it comes from outside.
 
         Raises:
             AuthenticationError: it has no API key, or one that is not known.
         """
-        if path not in PUBLIC_PATHS:
-            self._authenticator.check(headers)
+        return "" if path in PUBLIC_PATHS else self._authenticator.check(headers)
 
     async def respond(self, request: Request) -> Response:
         """The response to ``request``; errors come as responses too, never as exceptions."""
@@ -62,24 +76,41 @@ class Gateway:
         return response
 
     async def _respond(self, request: Request) -> Response:
-        if (handler := self._own.find(request.path)) is not None:
-            if request.method not in ("GET", "HEAD"):
+        own = self._own.find(request.path)
+        try:
+            if own is None:
+                pool = pick_pool(self.pools, request.path, requested_model(request))
+            elif request.method not in ("GET", "HEAD"):
                 raise MethodNotAllowedError(f"{request.path} takes GET, not {request.method}.")
-            return await handler(request)
-        pool = pick_pool(self.pools, request.path, requested_model(request))
+            else:
+                response = await own.handler(request)
+                self.count(own.route, response.status)
+                return response
+        except RequestError as error:
+            self.count(own.route if own else OTHER, error.status)
+            raise
         return await relay(request, pool)
+
+    def count(self, route: str, status: int) -> None:
+        """Count a request that never came to a pool."""
+        self.registry.counter(table.REQUESTS, "", route, str(status)).add()
 
     async def close(self) -> None:
         """Close every link."""
         await asyncio.gather(*(pool.close() for pool in self.pools.values()))
 
 
-def _make_pools(config: TandemConfig, secret: bytes) -> dict[str, Pool]:
-    def limits(max_ongoing: int) -> PoolLimits:
-        return PoolLimits(max_ongoing, config.router.max_queued, config.router.queue_timeout_s)
+def _make_pools(
+    config: TandemConfig, wirings: Mapping[str, Wiring], registry: Registry
+) -> dict[str, Pool]:
+    router = config.router
+
+    def make(kind: Kind, pool: GeneratorConfig | ClassifierConfig) -> Pool:
+        limits = PoolLimits(pool.max_ongoing, router.max_queued, router.queue_timeout_s)
+        return Pool(pool.name, kind, limits, wirings[pool.name], PoolMeter(registry, pool.name))
 
     pools = [
-        *(Pool(g.name, "generator", limits(g.max_ongoing), secret) for g in config.generators),
-        *(Pool(c.name, "classifier", limits(c.max_ongoing), secret) for c in config.classifiers),
+        *(make("generator", pool) for pool in config.generators),
+        *(make("classifier", pool) for pool in config.classifiers),
     ]
     return {pool.name: pool for pool in pools}

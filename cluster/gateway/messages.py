@@ -24,6 +24,8 @@ class Request:
     headers: Headers
     """Names in lower case, as ASGI gives them."""
     body: bytes
+    tenant: str = ""
+    """Who sent it, as a short name made from the API key; "" where none was asked for."""
 
 
 def header(headers: Headers, name: bytes) -> str | None:

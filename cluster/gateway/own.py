@@ -1,4 +1,4 @@
-"""The paths that the router answers itself: health, readiness, versions, models, OpenAPI."""
+"""The paths that the router answers itself: health, readiness, versions, models, OpenAPI, pages."""
 
 import asyncio
 import json
@@ -6,18 +6,22 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster.errors import NotFoundError, TandemError
-from cluster.gateway.messages import Request, Response, json_response
+from cluster.gateway.messages import Request, Response, bytes_response, json_response
 from cluster.gateway.openapi import merge
+from cluster.gateway.pages import Page
 from cluster.gateway.pool import Pool
 from cluster.gateway.relay import relay
+from cluster.metrics import Registry, exposition
+from cluster.metrics.exposition import CONTENT_TYPE
 
 logger = logging.getLogger("ray.serve.tandem")
 
-PUBLIC_PATHS = frozenset({"/health", "/ready", "/version"})
-"""Answered without an API key: what load balancers and probes ask for."""
+PUBLIC_PATHS = frozenset({"/health", "/ready", "/version", "/explain"})
+"""Answered without an API key: what load balancers and probes ask for, and pages, which hold
+nothing and send the key that is typed into them."""
 
 MODEL_PREFIX = "/v1/models/"
 
@@ -27,26 +31,41 @@ ASK_TIMEOUT_S = 1.0
 Handler = Callable[[Request], Awaitable[Response]]
 
 
+class OwnRoute(NamedTuple):
+    """One of the router's own paths."""
+
+    route: str
+    """The path as a template."""
+    handler: Handler
+
+
 class OwnRoutes:
     """Finds and runs the router's own handlers."""
 
-    def __init__(self, pools: Mapping[str, Pool], versions: Mapping[str, str]) -> None:
+    def __init__(
+        self, pools: Mapping[str, Pool], versions: Mapping[str, str], registry: Registry
+    ) -> None:
         self._pools = pools
         self._versions = versions
+        self._registry = registry
         self._created = int(time.time())
+        self._explain_page = Page("explain")
         self._routes: dict[str, Handler] = {
             "/health": self._health,
             "/ready": self._ready,
             "/version": self._version,
             "/v1/models": self._models,
             "/openapi.json": self._openapi,
+            "/metrics": self._metrics,
+            "/explain": self._explain,
         }
 
-    def find(self, path: str) -> Handler | None:
-        """The handler for ``path``; None where the path belongs to an engine."""
+    def find(self, path: str) -> OwnRoute | None:
+        """The route that ``path`` is; None where the path belongs to an engine."""
         if path.startswith(MODEL_PREFIX):
-            return self._model
-        return self._routes.get(path)
+            return OwnRoute(MODEL_PREFIX + "{model}", self._model)
+        handler = self._routes.get(path)
+        return None if handler is None else OwnRoute(path, handler)
 
     async def _health(self, _request: Request) -> Response:
         return json_response({"status": "ok"})
@@ -63,6 +82,9 @@ class OwnRoutes:
             for replica in pool.replicas:
                 versions.update(replica.info.versions)
         return json_response(versions)
+
+    async def _metrics(self, _request: Request) -> Response:
+        return bytes_response(200, CONTENT_TYPE, exposition(self._registry))
 
     async def _models(self, request: Request) -> Response:
         lists = await asyncio.gather(
@@ -102,6 +124,10 @@ class OwnRoutes:
         ]
         version = self._versions.get("tandem", "")
         return json_response(merge(version, [known for known in documents if known is not None]))
+
+    async def _explain(self, _request: Request) -> Response:
+        classifiers = [pool.name for pool in self._pools.values() if pool.kind == "classifier"]
+        return self._explain_page.response(classifiers)
 
     async def _ask(self, pool: Pool, request: Request, path: str) -> Any:
         """The JSON answer of one of the pool's replicas to a GET; None if it cannot answer now."""

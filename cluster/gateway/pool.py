@@ -6,21 +6,31 @@ replicas run from ``update`` alone; how that is found out is not known here.
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from ssl import SSLContext
+from typing import Any, Literal, Protocol
 
 from cluster.errors import OverloadedError, UnavailableError
-from cluster.link import LinkClient, LinkLoad, LinkOptions, LinkState
+from cluster.gateway.metering import PoolMeter
+from cluster.gateway.routes import RouteTable
+from cluster.link import (
+    LinkClient,
+    LinkCounts,
+    LinkLoad,
+    LinkState,
+    LinkUsage,
+    RequestHead,
+    ResponseHead,
+)
 from cluster.routing import LeastLoad, Policy, ReplicaView
 
 logger = logging.getLogger("ray.serve.tandem")
 
 Kind = Literal["generator", "classifier"]
 
-LINK_OPTIONS = LinkOptions(dead_after_s=10.0)
-"""A replica's death shows at once as the end of its connection. Silence means a hang or a lost
-network, or just an event loop that starved: on two cores, another replica's start can take both."""
+FALLBACK_AFTER = 2
+"""Attempts to open a link that must have failed before the replica is asked in another way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +69,38 @@ class ReplicaInfo:
         )
 
 
+class Answer(Protocol):
+    """An open request at a replica; ``cluster.link.Stream`` is the usual one."""
+
+    @property
+    def usage(self) -> LinkUsage | None:
+        """The tokens that it took; known at its end, where the application counts them."""
+
+    async def head(self) -> ResponseHead:
+        """The response's head; raises as ``Stream.head`` does."""
+
+    async def read(self) -> bytes:
+        """Everything that has arrived, waiting only if that is nothing; b"" at the end."""
+
+    def cancel(self) -> None:
+        """End the work on the replica; safe to call at any time."""
+
+
+Opener = Callable[[RequestHead, bytes], Answer]
+"""Sends a request to one replica; LinkClosedError where that cannot be done now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """How a router reaches replicas."""
+
+    secret: bytes
+    """What both ends of a link must know."""
+    ssl: SSLContext | None = None
+    fallback: Callable[[str], Opener] | None = None
+    """For a replica's id, the way to it that is taken where no link can be opened."""
+
+
 @dataclass(frozen=True, slots=True)
 class PoolLimits:
     """How much one pool takes from one router."""
@@ -70,11 +112,12 @@ class PoolLimits:
 
 
 class Replica:
-    """One replica and the link to it."""
+    """One replica, the link to it, and the way that is left without a link."""
 
-    def __init__(self, info: ReplicaInfo, link: LinkClient) -> None:
+    def __init__(self, info: ReplicaInfo, link: LinkClient, fallback: Opener | None) -> None:
         self.info = info
         self.link = link
+        self._fallback = fallback
         self.own = 0
         """Requests that this router gave it and that have not ended."""
         self._others = 0
@@ -83,6 +126,24 @@ class Replica:
     def ongoing(self) -> int:
         """This router's requests, and those that it was last said to have from others."""
         return self.own + self._others
+
+    @property
+    def state(self) -> Literal["linked", "fallback", "unlinked"]:
+        """How it can be reached now: over its link, without one, or not at all."""
+        if self.link.connected:
+            return "linked"
+        unreachable = self.link.failures >= FALLBACK_AFTER
+        return "fallback" if self._fallback is not None and unreachable else "unlinked"
+
+    def open(self, head: RequestHead, body: bytes) -> Answer:
+        """Send it a request.
+
+        Raises:
+            LinkClosedError: it cannot be reached now.
+        """
+        if self._fallback is not None and self.state == "fallback":
+            return self._fallback(head, body)
+        return self.link.open(head, body)
 
     def note_load(self, load: LinkLoad | None) -> None:
         """Take in the replica's report of its load; None: it is not known any more."""
@@ -93,18 +154,18 @@ class Pool:
     """The replicas of one deployment and the requests that wait for them."""
 
     def __init__(
-        self,
-        name: str,
-        kind: Kind,
-        limits: PoolLimits,
-        secret: bytes,
-        policy: Policy | None = None,
+        self, name: str, kind: Kind, limits: PoolLimits, wiring: Wiring, meter: PoolMeter
     ) -> None:
         self.name = name
         self.kind: Kind = kind
+        self.meter = meter
+        self.routes = RouteTable()
+        """What its replicas' engines serve, as far as they have said."""
+        self.link_counts = LinkCounts()
+        """What passed on all links to its replicas, present and past."""
         self._limits = limits
-        self._secret = secret
-        self._policy = policy or LeastLoad()
+        self._wiring = wiring
+        self._policy: Policy = LeastLoad()
         self._replicas: dict[str, Replica] = {}
         self._retired: set[Replica] = set()
         self._waiting: dict[asyncio.Future[Replica], None] = {}  # in the order of arrival
@@ -145,10 +206,7 @@ class Pool:
 
     def serves(self, path: str) -> bool | None:
         """Whether a replica's engine has this path; None while no replica has said."""
-        tables = [replica.info.routes for replica in self._replicas.values() if replica.info.routes]
-        if not tables:
-            return None
-        return any(route_matches(route, path) for routes in tables for route in routes)
+        return self.routes.find(path) is not None if self.routes else None
 
     def update(self, running: Iterable[ReplicaInfo]) -> None:
         """Take the set of running replicas: links to new ones open, those to old ones drain."""
@@ -160,10 +218,14 @@ class Pool:
         for info in infos.values():
             if info.id not in self._replicas:
                 self._replicas[info.id] = self._connect(info)
+        self.routes = RouteTable(route for info in infos.values() for route in info.routes)
 
     def _connect(self, info: ReplicaInfo) -> Replica:
-        link = LinkClient(info.host, info.port, self._secret, options=LINK_OPTIONS)
-        replica = Replica(info, link)
+        wiring = self._wiring
+        link = LinkClient(
+            info.host, info.port, wiring.secret, ssl=wiring.ssl, counts=self.link_counts
+        )
+        replica = Replica(info, link, wiring.fallback and wiring.fallback(info.id))
 
         def on_state(_state: LinkState) -> None:
             replica.note_load(None)
@@ -190,6 +252,7 @@ class Pool:
             replica.own += 1
             return replica
         if self.num_queued >= self._limits.max_queued:
+            self.meter.shed.add()
             raise OverloadedError(
                 f"{self.name}: {self._limits.max_queued} requests are waiting already",
                 retry_after_s=1,
@@ -218,6 +281,7 @@ class Pool:
             return UnavailableError(
                 f"{self.name}: no replica became ready within {waited}", retry_after_s=5
             )
+        self.meter.shed.add()
         return OverloadedError(f"{self.name}: no place within {waited}", retry_after_s=5)
 
     def release(self, replica: Replica) -> None:
@@ -227,13 +291,18 @@ class Pool:
         self._dispatch()
 
     def _choose(self) -> Replica | None:
-        views = [
-            ReplicaView(replica.info.id, replica.ongoing, self._limits.max_ongoing)
-            for replica in self._replicas.values()
-            if replica.link.connected
-        ]
-        chosen = self._policy.choose(views)
+        """A replica with room; one without a link only where all that have one are full."""
+        replicas = self._replicas.values()
+        linked = [replica for replica in replicas if replica.link.connected]
+        chosen = self._policy.choose(self._views(linked))
+        if chosen is None and len(linked) < len(replicas):
+            others = [replica for replica in replicas if replica.state == "fallback"]
+            chosen = self._policy.choose(self._views(others))
         return None if chosen is None else self._replicas[chosen]
+
+    def _views(self, replicas: Iterable[Replica]) -> list[ReplicaView]:
+        capacity = self._limits.max_ongoing
+        return [ReplicaView(replica.info.id, replica.ongoing, capacity) for replica in replicas]
 
     def _dispatch(self) -> None:
         while self._waiting and (replica := self._choose()) is not None:
@@ -266,15 +335,3 @@ class Pool:
 
 def _stopping() -> UnavailableError:
     return UnavailableError("the router is stopping", retry_after_s=1)
-
-
-def route_matches(route: str, path: str) -> bool:
-    """Whether a path fits a route template such as ``/v1/responses/{response_id}``."""
-    if "{" not in route:
-        return route == path
-    wanted, given = route.split("/"), path.split("/")
-    if "{" in wanted[-1] and ":path}" in wanted[-1]:
-        given = [*given[: len(wanted) - 1], "/".join(given[len(wanted) - 1 :])]
-    return len(wanted) == len(given) and all(
-        part.startswith("{") or part == piece for part, piece in zip(wanted, given, strict=True)
-    )

@@ -9,8 +9,10 @@ import logging
 
 from cluster.errors import LinkError, RequestError, UnavailableError
 from cluster.gateway.messages import Headers, Request, Response
-from cluster.gateway.pool import Pool, Replica
-from cluster.link import RequestHead, ResponseHead, Stream
+from cluster.gateway.metering import CLIENT_LEFT, Watch
+from cluster.gateway.pool import Answer, Pool, Replica
+from cluster.gateway.routes import OTHER
+from cluster.link import RequestHead
 
 logger = logging.getLogger("ray.serve.tandem")
 
@@ -21,7 +23,8 @@ _LOST = "The replica was lost while it answered."
 
 _HOP_HEADERS = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"te", b"upgrade"})
 _CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
-_NOT_FORWARDED = _HOP_HEADERS | _CREDENTIALS | {b"host", b"x-request-id", b"expect"}
+_TENANT = b"x-tandem-tenant"
+_NOT_FORWARDED = _HOP_HEADERS | _CREDENTIALS | {b"host", b"x-request-id", b"expect", _TENANT}
 _NOT_RETURNED = _HOP_HEADERS | {b"server", b"date", b"x-request-id"}
 
 
@@ -37,27 +40,31 @@ async def relay(request: Request, pool: Pool, timeout_s: float | None = None) ->
         OverloadedError: the pool's queue is full.
         UnavailableError: no replica is there, or each that was tried was lost.
     """
+    watch = pool.meter.watch(pool.routes.find(request.path) or OTHER)
+    try:
+        return await _relay(request, pool, timeout_s, watch)
+    except RequestError as error:
+        watch.status = error.status
+        watch.end(None)
+        raise
+    except BaseException:
+        watch.end(None)
+        raise
+
+
+async def _relay(request: Request, pool: Pool, timeout_s: float | None, watch: Watch) -> Response:
     head = _request_head(request)
     loop = asyncio.get_running_loop()
     deadline = loop.time() + (pool.queue_timeout_s if timeout_s is None else timeout_s)
     for _ in range(MAX_ATTEMPTS):
         replica = await pool.admit(max(0.0, deadline - loop.time()))
+        watch.placed()
+        body = RelayedBody(pool, replica, request.id, watch)
         try:
-            stream = replica.link.open(head, request.body)
-        except LinkError:
-            pool.release(replica)
-            continue
-        body = RelayedBody(stream, pool, replica, request.id)
-        try:
-            answer = await stream.head()
+            return await body.begin(head, request.body)
         except (LinkError, UnavailableError) as error:
-            await body.aclose()
+            pool.meter.retries.add()
             logger.warning("%s: replica %s: %s", request.id, replica.info.id, error)
-            continue
-        except BaseException:
-            await body.aclose()
-            raise
-        return Response(answer.status, body.begin(answer), body)
     raise UnavailableError(
         f"{pool.name}: {MAX_ATTEMPTS} replicas were lost before they answered", retry_after_s=1
     )
@@ -66,22 +73,37 @@ async def relay(request: Request, pool: Pool, timeout_s: float | None = None) ->
 class RelayedBody:
     """A replica's answer on its way out; frees the replica's place when it ends in whatever way."""
 
-    def __init__(self, stream: Stream, pool: Pool, replica: Replica, request_id: str) -> None:
-        self._stream = stream
+    def __init__(self, pool: Pool, replica: Replica, request_id: str, watch: Watch) -> None:
         self._pool = pool
         self._replica = replica
         self._request_id = request_id
+        self._watch = watch
+        self._answer: Answer | None = None
         self._is_event_stream = False
         self._ended = False
 
-    def begin(self, answer: ResponseHead) -> Headers:
-        """Note what kind of body follows; returns the headers that go to the client."""
-        headers = [pair for pair in answer.headers if pair[0] not in _NOT_RETURNED]
+    async def begin(self, head: RequestHead, body: bytes) -> Response:
+        """Send the request; returns the answer that this is the body of.
+
+        Raises:
+            LinkError, UnavailableError: the replica was lost, or does not take it.
+            RequestError: it could not answer.
+        """
+        try:
+            if self._replica.state == "fallback":
+                self._pool.meter.fallbacks.add()
+            self._answer = self._replica.open(head, body)
+            given = await self._answer.head()
+        except BaseException:
+            self._free()
+            raise
+        headers = [pair for pair in given.headers if pair[0] not in _NOT_RETURNED]
         self._is_event_stream = any(
             name == b"content-type" and value.startswith(b"text/event-stream")
             for name, value in headers
         )
-        return headers
+        self._watch.status = given.status
+        return Response(given.status, headers, self)
 
     def __aiter__(self) -> "RelayedBody":
         return self
@@ -89,34 +111,54 @@ class RelayedBody:
     async def __anext__(self) -> bytes:
         if self._ended:
             raise StopAsyncIteration
+        assert self._answer is not None
         try:
-            chunk = await self._stream.read()
+            chunk = await self._answer.read()
         except (LinkError, RequestError) as error:
-            await self.aclose()
-            logger.warning("%s: answer cut off: %s", self._request_id, error)
-            if not self._is_event_stream:
-                raise
-            lost = error if isinstance(error, RequestError) else UnavailableError(_LOST)
-            return b"data: " + json.dumps(lost.body()).encode() + b"\n\n"
+            return self._cut_off(error)
         except BaseException:
             await self.aclose()
             raise
         if not chunk:
-            await self.aclose()
+            self._end()
             raise StopAsyncIteration
+        if self._is_event_stream:
+            self._watch.chunk()
         return chunk
 
     async def aclose(self) -> None:
-        """Cancel what is left of the stream and give the replica's place back; once."""
+        """Cancel what is left of the answer and give the replica's place back; once."""
         if not self._ended:
-            self._ended = True
-            self._stream.cancel()
-            self._pool.release(self._replica)
+            self._watch.status = CLIENT_LEFT
+            self._end()
+
+    def _cut_off(self, error: LinkError | RequestError) -> bytes:
+        """What a client is told of an answer that breaks off, where its format can say it."""
+        self._pool.meter.cut_off.add()
+        self._end()
+        logger.warning("%s: answer cut off: %s", self._request_id, error)
+        if not self._is_event_stream:
+            raise error
+        lost = error if isinstance(error, RequestError) else UnavailableError(_LOST)
+        return b"data: " + json.dumps(lost.body()).encode() + b"\n\n"
+
+    def _end(self) -> None:
+        assert self._answer is not None
+        self._free()
+        self._watch.end(self._answer.usage)
+
+    def _free(self) -> None:
+        self._ended = True
+        if self._answer is not None:
+            self._answer.cancel()
+        self._pool.release(self._replica)
 
 
 def _request_head(request: Request) -> RequestHead:
     headers: Headers = [pair for pair in request.headers if pair[0] not in _NOT_FORWARDED]
     headers.append((b"x-request-id", request.id.encode()))
+    if request.tenant:
+        headers.append((_TENANT, request.tenant.encode()))
     return RequestHead(
         method=request.method, path=request.path, query_string=request.query, headers=headers
     )

@@ -1,10 +1,11 @@
 """The link: one TCP connection for each pair of router and replica, with many requests on it."""
 
 from cluster.link.client import LinkClient, LinkState
-from cluster.link.connection import LinkOptions
+from cluster.link.connection import LinkCounts, LinkOptions
 from cluster.link.exchange import TOKEN_IDS
-from cluster.link.frames import LinkLoad, RequestHead, ResponseHead
-from cluster.link.handshake import tls_contexts
+from cluster.link.frames import LinkLoad, LinkUsage, RequestHead, ResponseHead
+from cluster.link.handshake import TlsContexts, tls_contexts
+from cluster.link.local import answer_locally
 from cluster.link.server import DrainResult, LinkServer
 from cluster.link.stream import Chunk, Stream
 
@@ -13,12 +14,16 @@ __all__ = [
     "Chunk",
     "DrainResult",
     "LinkClient",
+    "LinkCounts",
     "LinkLoad",
     "LinkOptions",
     "LinkServer",
     "LinkState",
+    "LinkUsage",
     "RequestHead",
     "ResponseHead",
     "Stream",
+    "TlsContexts",
+    "answer_locally",
     "tls_contexts",
 ]

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from cluster.errors import LinkAuthError, LinkClosedError, LinkError, LinkProtocolError
 from cluster.link.client_connection import ClientConnection
-from cluster.link.connection import LinkOptions
+from cluster.link.connection import LinkCounts, LinkOptions
 from cluster.link.frames import LinkLoad, RequestHead
 from cluster.link.stream import Stream
 
@@ -30,6 +30,8 @@ class LinkState(Enum):
 
     CONNECTING = "connecting"
     CONNECTED = "connected"
+    SILENT = "silent"
+    """Connected, but the replica has not answered for a while; it gets nothing new."""
     DRAINING = "draining"
     """The replica finishes the open streams and takes no new one."""
     CLOSED = "closed"
@@ -39,7 +41,7 @@ class LinkClient:
     """A link to the replica at one address.
 
     ``on_state`` and ``on_load`` may be set to functions that are called, on the event loop, after
-    ``state`` or ``load`` changed.
+    ``state`` (or ``failures``) or ``load`` changed.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class LinkClient:
         *,
         ssl: SSLContext | None = None,
         options: LinkOptions | None = None,
+        counts: LinkCounts | None = None,
     ) -> None:
         self.host = host
         self.port = port
@@ -57,7 +60,11 @@ class LinkClient:
         self.load: LinkLoad | None = None
         """What the replica said last on this connection."""
         self.last_error: LinkError | None = None
-        """Why the last attempt or connection ended."""
+        """Why the last attempt or connection ended; None once one has come about."""
+        self.failures = 0
+        """Attempts that failed since the last connection."""
+        self.counts = counts or LinkCounts()
+        """What passed; several links may share them."""
         self.on_state: Callable[[LinkState], None] | None = None
         self.on_load: Callable[[LinkLoad], None] | None = None
         self._secret = secret
@@ -133,6 +140,7 @@ class LinkClient:
         """The replica has proved itself."""
         self._connection = connection
         self.last_error = None
+        self.failures = 0
         self._set_state(LinkState.CONNECTED)
         self._attempted()
 
@@ -140,6 +148,11 @@ class LinkClient:
         """The replica said what it has to do."""
         self.load = load
         self._tell(self.on_load, load)
+
+    def on_silent(self, silent: bool) -> None:
+        """The replica has fallen silent, or is heard again."""
+        if self.state is not LinkState.DRAINING:
+            self._set_state(LinkState.SILENT if silent else LinkState.CONNECTED)
 
     def on_goaway(self) -> None:
         """The replica drains."""
@@ -173,11 +186,12 @@ class LinkClient:
         await asyncio.shield(self._attempt)
 
     async def _run(self) -> None:
-        failures = 0
         try:
             while True:
-                failures = 0 if await self._live() else failures + 1
-                longest_s = min(_BACKOFF_MAX_S, _BACKOFF_MIN_S * 2 ** min(failures + 1, 10))
+                if not await self._live():
+                    self.failures += 1
+                    self._tell(self.on_state, self.state)
+                longest_s = min(_BACKOFF_MAX_S, _BACKOFF_MIN_S * 2 ** min(self.failures + 1, 10))
                 await asyncio.sleep(random.uniform(_BACKOFF_MIN_S, longest_s))
         finally:
             self._attempted()
@@ -203,7 +217,7 @@ class LinkClient:
     async def _dial(self) -> ClientConnection:
         async with asyncio.timeout(self._options.handshake_timeout_s):
             _, connection = await asyncio.get_running_loop().create_connection(
-                lambda: ClientConnection(self, self._secret, self._options),
+                lambda: ClientConnection(self, self._secret, self._options, self.counts),
                 self.host,
                 self.port,
                 ssl=self._ssl,

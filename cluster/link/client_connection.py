@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Protocol
 
 from cluster.errors import LinkClosedError, LinkError, request_error_for
-from cluster.link.connection import Connection, LinkOptions
+from cluster.link.connection import Connection, LinkCounts, LinkOptions
 from cluster.link.frames import (
     BODY,
     CHUNK_BYTES,
@@ -20,9 +20,11 @@ from cluster.link.frames import (
     REFUSED,
     REQUEST,
     RESPONSE,
+    USAGE,
     WINDOW,
     Frame,
     LinkLoad,
+    LinkUsage,
     RequestHead,
     decode_credit,
     decode_head,
@@ -46,6 +48,9 @@ class Owner(Protocol):
     def on_goaway(self) -> None:
         """The replica drains."""
 
+    def on_silent(self, silent: bool) -> None:
+        """The replica has fallen silent, or is heard again."""
+
     def on_lost(self, error: LinkError) -> None:
         """The connection ended after it had been ready."""
 
@@ -53,8 +58,10 @@ class Owner(Protocol):
 class ClientConnection(Connection):
     """A connection and the streams that are open on it, by id."""
 
-    def __init__(self, owner: Owner, secret: bytes, options: LinkOptions) -> None:
-        super().__init__(Handshake("client", secret, options.window_bytes), options)
+    def __init__(
+        self, owner: Owner, secret: bytes, options: LinkOptions, counts: LinkCounts
+    ) -> None:
+        super().__init__(Handshake("client", secret, options.window_bytes), options, counts)
         self.streams: dict[int, Stream] = {}
         self._ready: asyncio.Future[None] = self.loop.create_future()
         self._owner = owner
@@ -94,6 +101,10 @@ class ClientConnection(Connection):
             else:
                 self._on_frame(stream_id, kind, flags, payload)
 
+    def on_silent(self, silent: bool) -> None:
+        """The replica has fallen silent, or is heard again."""
+        self._owner.on_silent(silent)
+
     def on_closed(self, error: LinkError) -> None:
         """Fail every open stream."""
         if not self._ready.done():
@@ -108,7 +119,7 @@ class ClientConnection(Connection):
             self._owner.on_loaded(decode_head(payload, LinkLoad))
         elif kind == GOAWAY:
             self._owner.on_goaway()
-        elif kind not in (RESPONSE, WINDOW, ERROR):
+        elif kind not in (RESPONSE, WINDOW, ERROR, USAGE):
             self.answer(kind)
         elif (stream := self.streams.get(stream_id)) is None:
             return  # it ended, or was cancelled, while the frame was on its way
@@ -116,6 +127,8 @@ class ClientConnection(Connection):
             stream.on_response(payload)
         elif kind == WINDOW:
             stream.sender.grant(decode_credit(payload))
+        elif kind == USAGE:
+            stream.usage = decode_head(payload, LinkUsage)
         else:
             stream.fail(_stream_error(flags, payload))
 

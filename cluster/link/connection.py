@@ -29,12 +29,17 @@ class LinkOptions:
 
     window_bytes: int = 256 * 1024
     """What the peer may send on one stream before this end's consumer has read it."""
-    dead_after_s: float = 2.0
-    """A peer that sent nothing for so long, not even an answer to a ping, is dead.
+    silent_after_s: float = 2.0
+    """A peer that sent nothing for so long, not even an answer to a ping, gets nothing new.
 
-    Counted in ticks of this end's loop, so a stall here (an import, a collection) kills nobody.
-    A peer whose loop stalls for longer is taken for dead: set it above the longest synchronous
-    call that the peer makes.
+    Counted in ticks of this end's loop, so a stall here (an import, a collection) blames nobody.
+    """
+    dead_after_s: float = 10.0
+    """A peer that was silent for so long is dead, and what it was doing is lost.
+
+    A process that dies shows at once as the end of its connection. Silence means a hang or a lost
+    network, or just an event loop that starved: on two cores, another replica's start can take
+    both for seconds. Set it above the longest synchronous call that the peer makes.
     """
     handshake_timeout_s: float = 5.0
     load_interval_s: float = 0.05
@@ -43,15 +48,34 @@ class LinkOptions:
     """Streams that a replica serves at a time on one link; further ones are refused."""
 
 
+@dataclass(slots=True)
+class LinkCounts:
+    """What passed on one end of a link since its beginning; heads and payloads, not TLS."""
+
+    connects: int = 0
+    frames_sent: int = 0
+    bytes_sent: int = 0
+    frames_received: int = 0
+    bytes_received: int = 0
+
+
 class Connection(asyncio.Protocol):
     """One end of one TCP connection.
 
     ``on_ready`` is called once the peer has proved itself, then ``on_frames`` with what arrives,
     then ``on_closed`` exactly once, also where ``on_ready`` never was.
+
+    Args:
+        handshake: This end's part of it.
+        options: The link's constants.
+        counts: Where this end counts what passes; it may be that of earlier connections.
     """
 
-    def __init__(self, handshake: Handshake, options: LinkOptions) -> None:
+    def __init__(self, handshake: Handshake, options: LinkOptions, counts: LinkCounts) -> None:
         self.options = options
+        self.counts = counts
+        self.silent = False
+        """Whether the peer has been silent for ``silent_after_s``."""
         self.writable = False
         """False while the transport holds more than it should; ``on_writable`` says when not."""
         self.on_writable = Signal()
@@ -68,8 +92,9 @@ class Connection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._heard = False
         self._silent_ticks = 0
-        self._tick_s = min(_TICK_S, options.dead_after_s / _TICKS_MIN)
-        self._max_silent_ticks = int(options.dead_after_s / self._tick_s) - 1
+        self._tick_s = min(_TICK_S, min(options.silent_after_s, options.dead_after_s) / _TICKS_MIN)
+        self._silent_at = int(options.silent_after_s / self._tick_s) - 1
+        self._dead_at = int(options.dead_after_s / self._tick_s) - 1
 
     # -- for the two ends to fill in --
 
@@ -81,6 +106,9 @@ class Connection(asyncio.Protocol):
 
     def on_closed(self, error: LinkError) -> None:
         """The connection ended; nothing can be written any more."""
+
+    def on_silent(self, silent: bool) -> None:
+        """The peer has fallen silent, or is heard again."""
 
     def on_tick(self) -> None:
         """Called every quarter of a second, or more often where ``dead_after_s`` is short."""
@@ -106,6 +134,8 @@ class Connection(asyncio.Protocol):
         # While the transport is full the frames stay here; resume_writing comes back for them.
         if self._out and self.writable and self._transport is not None:
             data = b"".join(self._out)
+            self.counts.frames_sent += len(self._out) // 2
+            self.counts.bytes_sent += len(data)
             self._out.clear()
             self._transport.write(data)
 
@@ -140,7 +170,10 @@ class Connection(asyncio.Protocol):
         self._heard = True
         try:
             if self._handshake is None:
-                self.on_frames(self._decoder.feed(data))
+                frames = self._decoder.feed(data)
+                self.counts.frames_received += len(frames)
+                self.counts.bytes_received += len(data)
+                self.on_frames(frames)
             else:
                 self._shake(self._handshake, data)
         except LinkError as error:
@@ -201,6 +234,7 @@ class Connection(asyncio.Protocol):
 
     def _start(self, handshake: Handshake) -> None:
         self._handshake = None
+        self.counts.connects += 1
         self._decoder.max_payload_bytes = MAX_PAYLOAD_BYTES
         self.peer_window_bytes = handshake.peer_window_bytes
         self.writable = True
@@ -216,16 +250,16 @@ class Connection(asyncio.Protocol):
 
     def _tick(self) -> None:
         # Ticks count, not seconds: a loop that stalled ticks once and reads before it judges.
-        if self._heard:
-            self._heard = False
-            self._silent_ticks = 0
-        else:
-            self._silent_ticks += 1
-            if self._silent_ticks >= self._max_silent_ticks:
-                self.fail(LinkClosedError(f"no answer for {self.options.dead_after_s} s"))
-                return
-            if self._silent_ticks % 2:
-                self.write(0, PING)
+        self._silent_ticks = 0 if self._heard else self._silent_ticks + 1
+        self._heard = False
+        if self._silent_ticks >= self._dead_at:
+            self.fail(LinkClosedError(f"no answer for {self.options.dead_after_s} s"))
+            return
+        if self._silent_ticks % 2:
+            self.write(0, PING)
+        if self.silent != (self._silent_ticks >= self._silent_at):
+            self.silent = not self.silent
+            self.on_silent(self.silent)
         self.on_tick()
         self._timer = self.loop.call_later(self._tick_s, self._tick)
 

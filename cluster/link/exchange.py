@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
 
-from cluster.asgi import Message, Scope
+from cluster.asgi import USAGE, Message, Scope, Usage
 from cluster.errors import LinkClosedError, LinkProtocolError, RequestError
+from cluster.link import frames
 from cluster.link.connection import Connection
 from cluster.link.flow import SendSide, Signal
 from cluster.link.frames import (
@@ -23,6 +24,7 @@ from cluster.link.frames import (
     RESPONSE,
     TOKENS,
     WINDOW,
+    LinkUsage,
     RequestHead,
     ResponseHead,
     encode_credit,
@@ -34,6 +36,38 @@ logger = logging.getLogger(__name__)
 
 TOKEN_IDS = "tandem.token_ids"
 """Key of an ``http.response.body`` message: the ids of the tokens that its bytes belong to."""
+
+
+def scope_of(
+    head: RequestHead, usage: Usage, server: tuple[str, int], client: tuple[str, int]
+) -> Scope:
+    """The ASGI scope; spec 2.4, so Starlette streams without a task that waits for the end."""
+    headers: list[tuple[bytes, bytes]] = list(head.headers)
+    if head.request_id and not any(name == b"x-request-id" for name, _ in headers):
+        headers.append((b"x-request-id", head.request_id.encode()))
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.4"},
+        "http_version": "1.1",
+        "method": head.method,
+        "scheme": head.scheme,
+        "path": head.path,
+        "raw_path": head.raw_path or quote(head.path).encode(),
+        "query_string": head.query_string,
+        "root_path": "",
+        "headers": headers,
+        "client": client,
+        "server": server,
+        "state": {},
+        "extensions": {USAGE: usage},
+    }
+
+
+def usage_said(usage: Usage) -> LinkUsage | None:
+    """What is said of a request's tokens; None where the application counted none."""
+    if not (usage.prompt_tokens or usage.completion_tokens):
+        return None
+    return LinkUsage(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)
 
 
 class Exchange:
@@ -56,6 +90,7 @@ class Exchange:
         "started",
         "stream_id",
         "task",
+        "usage",
     )
 
     def __init__(
@@ -63,6 +98,7 @@ class Exchange:
     ) -> None:
         self.stream_id = stream_id
         self.head = head
+        self.usage = Usage()
         self.task: asyncio.Task[None] | None = None
         self.started = False
         self.complete = False
@@ -104,6 +140,7 @@ class Exchange:
                 and TOKEN_IDS not in message
             ):
                 if not message.get("more_body"):
+                    self._send_usage()
                     sender.connection.write(self.stream_id, DATA, END, body)
                     self._finish()
                 elif body:
@@ -117,27 +154,8 @@ class Exchange:
     # -- for the connection --
 
     def scope(self, server: tuple[str, int], client: tuple[str, int]) -> Scope:
-        """The ASGI scope; spec 2.4, so Starlette streams without a task that waits for the end."""
-        head = self.head
-        headers: list[tuple[bytes, bytes]] = list(head.headers)
-        if head.request_id and not any(name == b"x-request-id" for name, _ in headers):
-            headers.append((b"x-request-id", head.request_id.encode()))
-        return {
-            "type": "http",
-            "asgi": {"version": "3.0", "spec_version": "2.4"},
-            "http_version": "1.1",
-            "method": head.method,
-            "scheme": head.scheme,
-            "path": head.path,
-            "raw_path": head.raw_path or quote(head.path).encode(),
-            "query_string": head.query_string,
-            "root_path": "",
-            "headers": headers,
-            "client": head.client or client,
-            "server": server,
-            "state": {},
-            "extensions": {},
-        }
+        """The ASGI scope of this request."""
+        return scope_of(self.head, self.usage, server, self.head.client or client)
 
     def on_body(self, payload: bytes, end: bool) -> None:
         """A piece of the request's body arrived."""
@@ -202,6 +220,8 @@ class Exchange:
             raise RuntimeError("http.response.body before http.response.start")
         self._check_open()
         end = not message.get("more_body", False)
+        if end:
+            self._send_usage()
         token_ids: Sequence[int] = message.get(TOKEN_IDS) or ()
         try:
             if token_ids:
@@ -222,6 +242,10 @@ class Exchange:
         flags = TOKENS | END if end and not rest else TOKENS
         self._connection.write(self.stream_id, DATA, flags, payload)
         return rest
+
+    def _send_usage(self) -> None:
+        if (said := usage_said(self.usage)) is not None:
+            self._connection.write(self.stream_id, frames.USAGE, 0, encode_head(said))
 
     def _check_open(self) -> None:
         if self.complete:

@@ -17,6 +17,7 @@ DATA       id   replica to router: a piece of the response's body; END: the last
                 TOKENS: begins with count u16 | count x u32, the ids that the bytes belong to
 CANCEL     id   router to replica: the stream is of no interest any more
 WINDOW     id   u32, bytes by which the other end may send more on this stream
+USAGE      id   replica to router, before the end: ``LinkUsage``, the tokens that the request took
 ERROR      id   replica to router, ends the stream: [status, message];
                 REFUSED: nothing was started. On stream 0, instead of AUTH: the proof was wrong
 =========  ===  ===========================================================================
@@ -47,7 +48,8 @@ DATA: Final = 10
 CANCEL: Final = 11
 WINDOW: Final = 12
 ERROR: Final = 13
-_LAST_KIND: Final = 13
+USAGE: Final = 14
+_LAST_KIND: Final = 14
 
 END: Final = 1
 TOKENS: Final = 2
@@ -105,12 +107,21 @@ class LinkLoad(msgspec.Struct, frozen=True, array_like=True):
     """Streams open on the replica, from all routers; the server fills it in."""
 
 
-Head = TypeVar("Head", RequestHead, ResponseHead, LinkLoad, tuple[int, str])
+class LinkUsage(msgspec.Struct, frozen=True, array_like=True):
+    """The tokens that one request took."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    """Prompt tokens that needed no computing."""
+    completion_tokens: int
+
+
+Head = TypeVar("Head", RequestHead, ResponseHead, LinkLoad, LinkUsage, tuple[int, str])
 
 encode_head = msgspec.msgpack.Encoder().encode
 _DECODERS: dict[Any, msgspec.msgpack.Decoder[Any]] = {
     kind: msgspec.msgpack.Decoder(kind)
-    for kind in (RequestHead, ResponseHead, LinkLoad, tuple[int, str])
+    for kind in (RequestHead, ResponseHead, LinkLoad, LinkUsage, tuple[int, str])
 }
 
 

@@ -14,7 +14,7 @@ import secrets
 import ssl
 from collections.abc import Mapping
 from struct import Struct
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from cluster.errors import ConfigError, LinkAuthError, LinkProtocolError
 from cluster.link.frames import AUTH, ERROR, HELLO, encode_frame, encode_head
@@ -103,8 +103,15 @@ class Handshake:
         return hmac.digest(self._secret, said, hashlib.sha256)
 
 
-def tls_contexts(env: Mapping[str, str]) -> tuple[ssl.SSLContext, ssl.SSLContext] | None:
-    """The (server, client) contexts that Ray's TLS variables describe; None where TLS is off.
+class TlsContexts(NamedTuple):
+    """One context for each end of a link."""
+
+    server: ssl.SSLContext
+    client: ssl.SSLContext
+
+
+def tls_contexts(env: Mapping[str, str]) -> TlsContexts | None:
+    """The contexts that Ray's TLS variables describe; None where TLS is off.
 
     Both ends show a certificate of the cluster's CA. Host names are not checked: replicas move
     between nodes, and a certificate of this CA is what makes a member, as in Ray itself.
@@ -132,7 +139,7 @@ def tls_contexts(env: Mapping[str, str]) -> tuple[ssl.SSLContext, ssl.SSLContext
                 f"RAY_TLS_SERVER_CERT={cert}, RAY_TLS_SERVER_KEY={key}, "
                 f"RAY_TLS_CA_CERT={authority}: {problem}"
             ) from None
-    return server, client
+    return TlsContexts(server, client)
 
 
 def _tls_path(env: Mapping[str, str], name: str) -> str:

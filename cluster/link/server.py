@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from cluster.asgi import ASGIApp, Scope
 from cluster.errors import LinkAuthError, LinkError, LinkProtocolError
-from cluster.link.connection import Connection, LinkOptions
+from cluster.link.connection import Connection, LinkCounts, LinkOptions
 from cluster.link.exchange import Exchange
 from cluster.link.frames import (
     BODY,
@@ -67,6 +67,8 @@ class LinkServer:
         self.address = (host, port)
         """Where to reach it; the port is true once it was started."""
         self.draining = False
+        self.counts = LinkCounts()
+        """Of all connections."""
         self._secret = secret
         self._load = load
         self._ssl = ssl
@@ -152,7 +154,8 @@ class _ServerConnection(Connection):
         secret: bytes,
         options: LinkOptions,
     ) -> None:
-        super().__init__(Handshake("server", secret, options.window_bytes), options)
+        handshake = Handshake("server", secret, options.window_bytes)
+        super().__init__(handshake, options, server.counts)
         self._server = server
         self._connections = connections
         self._exchanges: dict[int, Exchange] = {}

@@ -19,6 +19,7 @@ from cluster.link.frames import (
     MAX_PAYLOAD_BYTES,
     TOKENS,
     WINDOW,
+    LinkUsage,
     ResponseHead,
     decode_head,
     decode_tokens,
@@ -57,6 +58,7 @@ class Stream:
         "_waiter",
         "sender",
         "stream_id",
+        "usage",
     )
 
     def __init__(
@@ -64,6 +66,8 @@ class Stream:
     ) -> None:
         self.stream_id = stream_id
         self.sender = SendSide(connection, stream_id)
+        self.usage: LinkUsage | None = None
+        """The tokens that it took; known at its end, where the application counts them."""
         self._connection = connection
         self._create_future = connection.loop.create_future
         self._forget = forget

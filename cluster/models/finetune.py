@@ -1,54 +1,32 @@
-"""Fine-tuning of a BERT encoder into a classifier of texts, whose embeddings stay useful.
+"""Fine-tuning of an encoder into a classifier of texts: the whole way from texts to a directory.
 
-A plain PyTorch loop. transformers' Trainer would serve, but it knows no way to run the frozen
-layers once for both the classifier and the reference embedding, and that is what makes a run on
-two cores short. Knows nothing of particular data or of the model store. Loads torch.
+The default classifier and a user's own are made here alike. The directory holds the model in
+safetensors, its tokenizer, a card (README.md), a picture of what it confuses, and the reference
+that drift is measured against. Knows nothing of files of texts or of the model store. Loads torch.
 """
 
-import copy
-import random
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from transformers import AutoTokenizer, BertForSequenceClassification
+from numpy.typing import NDArray
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from cluster.errors import ConfigError
+from cluster.models import finetune_report as report
+from cluster.models.calibration import softmax
+from cluster.models.finetune_data import Split, split
+from cluster.models.finetune_options import FinetuneOptions
+from cluster.models.finetune_trainer import Anchor, FinetuneTrainer, make_trainer, part
+from cluster.models.predict import compute_threads, forwards, max_tokens
 from cluster.models.quiet import quiet_transformers
+from cluster.models.reference import MIN_TEXTS, Reference
 from cluster.models.store import Progress
-
-WARMUP = 0.06  # share of the steps, as in RoBERTa's fine-tuning (arXiv:1907.11692, table 10)
-BUCKET = 50  # batches that are sorted by length together: little padding, still shuffled
-EVAL_BATCH = 64  # texts
-
-
-@dataclass(frozen=True, slots=True)
-class FinetuneOptions:
-    """How to fine-tune; the defaults suit MiniLM-L6 and some ten thousand short texts."""
-
-    label_names: tuple[str, ...]
-    """In the order of their ids."""
-    epochs: int = 1
-    batch_size: int = 32
-    max_tokens: int = 48
-    """Of a text while training; what is longer is cut."""
-    learning_rate: float = 3e-4
-    head_learning_rate: float = 1e-3
-    frozen_layers: int = 4
-    """Lowest layers of the encoder that stay as they are; the word embeddings always do."""
-    keep_embeddings: float = 2.0
-    """Weight of the cosine distance to the base's mean-pooled embeddings; 0: they may drift."""
-    held_out: float = 0.1
-    """Share of the texts that measures the accuracy and is not trained on."""
-    seed: int = 0
-    threads: int | None = None
-    """Compute threads; None: PyTorch's choice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +34,15 @@ class FinetuneMetrics:
     """What came out, measured on the held-out texts."""
 
     accuracy: float
-    embedding_similarity: float
-    """Mean cosine of the new and the base's mean-pooled embedding of the same text."""
+    macro_f1: float
+    embedding_similarity: float | None
+    """Mean cosine of the new and the base's mean-pooled embedding of the same text; None where
+    they were free to drift."""
     num_train: int
     num_held_out: int
+    epochs: int
+    """Those that were run."""
     train_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Example:
-    ids: list[int]
-    label: int
 
 
 def finetune(
@@ -77,7 +53,7 @@ def finetune(
     options: FinetuneOptions,
     progress: Progress,
 ) -> FinetuneMetrics:
-    """Train a classifier of ``texts`` on top of the BERT in ``base`` and save it to ``out``.
+    """Train a classifier of ``texts`` on top of the encoder in ``base`` and save it to ``out``.
 
     Each text counts once, with its first label, so none stands on both sides of the split. The
     same input gives the same model on the same machine.
@@ -85,83 +61,127 @@ def finetune(
     Args:
         texts: The texts, in any order.
         labels: For each text one of ``options.label_names``.
-        base: A model directory of a BERT with its tokenizer.
+        base: A model directory of an encoder with its tokenizer.
         out: A directory that exists.
         options: How to train.
         progress: Called often, with the share of the training that is done.
 
     Raises:
-        ConfigError: the labels do not fit the texts, or there are too few of either.
+        DataError: the labels do not fit the texts, or there are too few of either.
+        ConfigError: the base cannot be fine-tuned.
     """
-    train_rows, held_out_rows = split(texts, labels, options)
-    with quiet_transformers(), _threads(options.threads), torch.random.fork_rng(devices=[]):
+    validation = options.held_out if options.patience else 0.0
+    parts = split(texts, labels, options.label_names, options.held_out, validation, options.seed)
+    with (
+        quiet_transformers(),
+        compute_threads(options.threads),
+        torch.random.fork_rng(devices=[]),
+        tempfile.TemporaryDirectory(prefix="tandem-finetune-") as scratch,
+    ):
         torch.manual_seed(options.seed)
         progress("reading the encoder", None)
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        trainer = _Trainer(_load(base, options), options)
-        started = time.monotonic()
-        train = _encode(tokenizer, train_rows, options)
-        trainer.train(train, progress)
-        train_s = time.monotonic() - started
+        network, tokenizer = _load(base, options)
+        run = _Run(network, tokenizer, options, scratch)
+        run.train(parts, progress)
         progress("measuring the accuracy", None)
-        held_out = _encode(tokenizer, held_out_rows, options)
-        accuracy, similarity = trainer.evaluate(held_out)
-        trainer.model.save_pretrained(out)
+        metrics = run.measure(parts, out)
+        network.save_pretrained(out)
         _save_tokenizer(tokenizer, out)
-    return FinetuneMetrics(
-        accuracy=round(accuracy, 4),
-        embedding_similarity=round(similarity, 4),
-        num_train=len(train),
-        num_held_out=len(held_out),
-        train_s=round(train_s, 1),
-    )
+        card = report.Card(base.name, options, len(parts.train))
+        report.write_card(out, card, run.confusion)
+    return metrics
 
 
-def split(
-    texts: Sequence[str], labels: Sequence[str], options: FinetuneOptions
-) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """The texts with their label ids, to train on and held out; shuffled, without duplicates.
+class _Run:
+    """One fine-tuning: the network, how it is trained, and how it is measured."""
 
-    Raises:
-        ConfigError: see ``finetune``.
-    """
-    if len(texts) != len(labels):
-        raise ConfigError(f"labels: got {len(labels)} for {len(texts)} texts; one each is needed")
-    ids = {name: i for i, name in enumerate(options.label_names)}
-    if unknown := sorted(set(labels) - ids.keys()):
-        raise ConfigError(f"labels: got {unknown[0]!r}; allowed: {', '.join(ids)}")
-    unique: dict[str, tuple[str, int]] = {}
-    for text, label in zip(texts, labels, strict=True):
-        unique.setdefault(" ".join(text.casefold().split()), (text, ids[label]))
-    rows = list(unique.values())
-    random.Random(options.seed).shuffle(rows)
-    num_held_out = round(len(rows) * options.held_out)
-    train, held_out = rows[num_held_out:], rows[:num_held_out]
-    if not held_out or len({label for _, label in train}) < 2:
-        raise ConfigError(f"texts: got {len(rows)} different ones; too few to train and to measure")
-    return train, held_out
+    def __init__(
+        self, network: Any, tokenizer: Any, options: FinetuneOptions, scratch: str
+    ) -> None:
+        self._network = network
+        self._tokenizer = tokenizer
+        self._options = options
+        self._scratch = scratch
+        self._parts = part(network, options.frozen_layers)
+        self._anchor = Anchor(self._parts.tuned) if options.keep_embeddings else None
+        self._trainer: FinetuneTrainer
+        self._train_s = 0.0
+        self.confusion: NDArray[np.int64]
+
+    def train(self, parts: Split, progress: Progress) -> None:
+        started = time.monotonic()
+        data = self._examples(parts.train), self._examples(parts.validation)
+        collator = DataCollatorWithPadding(self._tokenizer)
+        self._trainer = make_trainer(
+            self._network, self._parts, data, collator, self._options, self._scratch
+        )
+        self._trainer.anchor = self._anchor
+        self._trainer.report_to(progress)
+        self._trainer.train()
+        self._train_s = time.monotonic() - started
+
+    def measure(self, parts: Split, out: Path) -> FinetuneMetrics:
+        """Measure on the held-out texts, and write what is measured there to ``out``."""
+        logits, similarity = self._predict([text for text, _ in parts.held_out])
+        truth = np.array([label for _, label in parts.held_out])
+        names = self._options.label_names
+        self.confusion = report.confusion_matrix(truth, logits.argmax(1), len(names))
+        report.draw_confusion(self.confusion, names, out / report.PICTURE)
+        self._write_reference(parts, logits, out)
+        return FinetuneMetrics(
+            accuracy=round(report.accuracy(self.confusion), 4),
+            macro_f1=round(report.macro_f1(self.confusion), 4),
+            embedding_similarity=None if similarity is None else round(similarity, 4),
+            num_train=len(parts.train),
+            num_held_out=len(parts.held_out),
+            epochs=round(self._trainer.state.epoch or 0),
+            train_s=round(self._train_s, 1),
+        )
+
+    def _write_reference(self, parts: Split, held_out: NDArray[np.float64], out: Path) -> None:
+        """Texts that were trained on would look surer than any that come later."""
+        texts = [text for text, _ in parts.held_out]
+        if len(texts) >= MIN_TEXTS:
+            names = self._options.label_names
+            Reference.of(softmax(held_out), list(map(len, texts)), names).write(out)
+
+    def _predict(self, texts: Sequence[str]) -> tuple[NDArray[np.float64], float | None]:
+        """Logits, [texts, labels], and the mean similarity of the embeddings to the base's."""
+        logits = np.empty((len(texts), len(self._options.label_names)))
+        similarity = 0.0
+        for batch in forwards(self._network, self._tokenizer, self._ids(texts)):
+            logits[batch.indices] = batch.logits.cpu().numpy()
+            if self._anchor is not None:
+                similarity += float(self._anchor.similarity(batch.mask).sum())
+        return logits, None if self._anchor is None else similarity / len(texts)
+
+    def _examples(self, rows: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
+        ids = self._ids([text for text, _ in rows]) if rows else []
+        return [{"input_ids": i, "labels": label} for i, (_, label) in zip(ids, rows, strict=True)]
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        cut = min(self._options.max_tokens, max_tokens(self._network, self._tokenizer))
+        ids = self._tokenizer(list(texts), truncation=True, max_length=cut)["input_ids"]
+        assert isinstance(ids, list)
+        return ids
 
 
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+def _load(base: Path, options: FinetuneOptions) -> tuple[Any, Any]:
+    names = options.label_names
     try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _load(base: Path, options: FinetuneOptions) -> Any:
-    model = BertForSequenceClassification.from_pretrained(
-        base,
-        dtype=torch.float32,
-        id2label=dict(enumerate(options.label_names)),
-        label2id={name: i for i, name in enumerate(options.label_names)},
-        attn_implementation="sdpa",
-    )
-    model.config.problem_type = "single_label_classification"
-    return model
+        network = AutoModelForSequenceClassification.from_pretrained(
+            base,
+            dtype=torch.float32,
+            use_safetensors=True,
+            id2label=dict(enumerate(names)),
+            label2id={name: i for i, name in enumerate(names)},
+            ignore_mismatched_sizes=True,  # the head of another classifier
+        )
+        tokenizer = AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{base}: no encoder that can be fine-tuned: {error}") from None
+    network.config.problem_type = "single_label_classification"
+    return network, tokenizer
 
 
 def _save_tokenizer(tokenizer: Any, out: Path) -> None:
@@ -169,118 +189,3 @@ def _save_tokenizer(tokenizer: Any, out: Path) -> None:
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(out)
-
-
-def _encode(
-    tokenizer: Any, rows: Sequence[tuple[str, int]], options: FinetuneOptions
-) -> list[_Example]:
-    texts = [text for text, _ in rows]
-    ids = tokenizer(texts, truncation=True, max_length=options.max_tokens)["input_ids"]
-    return [_Example(i, label) for i, (_, label) in zip(ids, rows, strict=True)]
-
-
-def _batches(
-    examples: Sequence[_Example], batch_size: int, rng: random.Random
-) -> list[list[_Example]]:
-    """Shuffled batches of texts of like lengths."""
-    shuffled = rng.sample(examples, len(examples))
-    batches = []
-    for start in range(0, len(shuffled), batch_size * BUCKET):
-        bucket = sorted(shuffled[start : start + batch_size * BUCKET], key=lambda e: len(e.ids))
-        batches += [bucket[i : i + batch_size] for i in range(0, len(bucket), batch_size)]
-    rng.shuffle(batches)
-    return batches
-
-
-def _collate(batch: Sequence[_Example]) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids and mask, [texts, longest], padded with zeros; labels, [texts]."""
-    rows = [torch.tensor(example.ids) for example in batch]
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    lengths = torch.tensor([len(example.ids) for example in batch])
-    mask = torch.arange(ids.shape[1]) < lengths[:, None]
-    return ids, mask, torch.tensor([example.label for example in batch])
-
-
-class _Trainer:
-    """A model, the reference that it must not drift from, and the steps between."""
-
-    def __init__(self, model: Any, options: FinetuneOptions) -> None:
-        self.model = model
-        self.options = options
-        layers = model.bert.encoder.layer
-        cut = min(options.frozen_layers, len(layers))
-        self.frozen, self.tuned = layers[:cut], layers[cut:]
-        self.reference = copy.deepcopy(self.tuned).eval()
-        for module in (model.bert.embeddings, self.frozen, self.reference):
-            module.requires_grad_(False)
-        head = [*model.bert.pooler.parameters(), *model.classifier.parameters()]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": list(self.tuned.parameters()), "lr": options.learning_rate},
-                {"params": head, "lr": options.head_learning_rate},
-            ],
-            weight_decay=0.01,
-            fused=True,
-        )
-        self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
-
-    def train(self, examples: Sequence[_Example], progress: Progress) -> None:
-        rng = random.Random(self.options.seed)
-        epochs = range(self.options.epochs)
-        steps = [b for _ in epochs for b in _batches(examples, self.options.batch_size, rng)]
-        warmup = max(1, round(WARMUP * len(steps)))
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda i: min((i + 1) / warmup, (len(steps) - i) / len(steps))
-        )
-        self.model.train()
-        self.model.bert.embeddings.eval()  # no dropout below: the reference sees the same
-        self.frozen.eval()
-        for done, batch in enumerate(steps):
-            progress("training", done / len(steps))
-            self._step(batch)
-            schedule.step()
-        self.model.eval()
-
-    def _step(self, batch: Sequence[_Example]) -> None:
-        logits, similarity, labels = self._forward(batch)
-        drift = 1 - similarity.mean()
-        loss = functional.cross_entropy(logits, labels) + self.options.keep_embeddings * drift
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.params, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def _forward(self, batch: Sequence[_Example]) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, [texts, labels]; cosine to the reference embedding, [texts]; labels, [texts]."""
-        ids, mask, labels = _collate(batch)
-        attend = mask[:, None, None, :]
-        with torch.no_grad():
-            below = _run(self.frozen, self.model.bert.embeddings(input_ids=ids), attend)
-            reference = _mean(_run(self.reference, below, attend), mask)
-        hidden = _run(self.tuned, below, attend)
-        logits = self.model.classifier(self.model.dropout(self.model.bert.pooler(hidden)))
-        return logits, functional.cosine_similarity(_mean(hidden, mask), reference), labels
-
-    @torch.no_grad()
-    def evaluate(self, examples: Sequence[_Example]) -> tuple[float, float]:
-        """Accuracy, and mean cosine of the embeddings to the reference."""
-        ordered = sorted(examples, key=lambda example: len(example.ids))
-        right = similarity = 0.0
-        for start in range(0, len(ordered), EVAL_BATCH):
-            logits, cosine, labels = self._forward(ordered[start : start + EVAL_BATCH])
-            right += float((logits.argmax(-1) == labels).sum())
-            similarity += float(cosine.sum())
-        return right / len(ordered), similarity / len(ordered)
-
-
-def _run(layers: nn.ModuleList, hidden: Tensor, attend: Tensor) -> Tensor:
-    for layer in layers:
-        output = layer(hidden, attend)
-        hidden = output[0] if isinstance(output, tuple) else output
-    return hidden
-
-
-def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the hidden states of the tokens that are not padding, [texts, width]."""
-    weights = mask[:, :, None].to(hidden.dtype)
-    return (hidden * weights).sum(1) / weights.sum(1)

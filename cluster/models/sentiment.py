@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from cluster.models.finetune import FinetuneOptions, finetune
+from cluster.models.finetune import finetune
+from cluster.models.finetune_options import FinetuneOptions
 from cluster.models.packages import SourceArchive, packaged_file, source_archive
 from cluster.models.store import BuildError, Facts, Progress
 
@@ -35,7 +36,7 @@ def build(out: Path, progress: Progress) -> Facts:
     Raises:
         BuildError: a package is missing, the download fails, or the accuracy is too low.
     """
-    encoder = packaged_file(ENCODER_PACKAGE, "model/model.safetensors").parent
+    encoder = packaged_encoder()
     progress("fetching the rated texts", None)
     rows = list(rated_texts(source_archive(ARCHIVE)))
     texts = [text for text, _ in rows]
@@ -47,7 +48,16 @@ def build(out: Path, progress: Progress) -> Facts:
             f"at least {MIN_ACCURACY:.0%} is wanted"
         )
     progress(f"held-out accuracy {metrics.accuracy:.1%} of {metrics.num_held_out} texts", 1.0)
-    return dict(asdict(metrics))
+    return {name: fact for name, fact in asdict(metrics).items() if fact is not None}
+
+
+def packaged_encoder() -> Path:
+    """The directory of the encoder that comes as a package.
+
+    Raises:
+        BuildError: the package is missing.
+    """
+    return packaged_file(ENCODER_PACKAGE, "model/model.safetensors").parent
 
 
 def rated_texts(archive: Path) -> Iterator[tuple[str, float]]:

@@ -99,7 +99,7 @@ CATALOGUE: Mapping[str, DefaultModel] = MappingProxyType(
                 name="sentiment-minilm",
                 kind="classifier",
                 description="MiniLM-L6 fine-tuned to tell negative from positive texts",
-                recipe="1",
+                recipe="2",
                 builder=_build_sentiment,
             ),
         )

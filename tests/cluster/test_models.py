@@ -117,6 +117,14 @@ def test_the_classifier_tells_reviews_apart(loaded: tuple[Any, Any], text: str, 
     assert probabilities.max() > 0.8
 
 
+def test_the_classifier_says_how_good_it_is_and_how_it_was_made(classifier: Path) -> None:
+    card = (classifier / "README.md").read_text()
+    assert "| NEGATIVE |" in card
+    assert "| frozen_layers | 4 |" in card
+    assert (classifier / "confusion_matrix.png").read_bytes().startswith(b"\x89PNG")
+    assert sum(json.loads((classifier / "reference.json").read_text())["length"]) >= 1000
+
+
 def test_the_classifiers_tokenizer_neither_cuts_nor_pads(classifier: Path) -> None:
     saved = json.loads((classifier / "tokenizer.json").read_text())
     assert (saved["truncation"], saved["padding"]) == (None, None)
@@ -144,34 +152,3 @@ def test_the_classifiers_embeddings_still_mean_something(loaded: tuple[Any, Any]
     others = [float(cosines[i, j]) for i in range(len(means)) for j in range(i // 2 * 2)]
     assert min(similar) > 0.5
     assert max(others) < 0.35
-
-
-def test_the_split_has_no_text_on_both_sides() -> None:
-    from cluster.models.finetune import FinetuneOptions, split
-
-    texts = [f"text {i % 50}" if i % 2 else f" TEXT  {i % 50}" for i in range(200)]
-    labels = ["yes" if i % 50 < 20 else "no" for i in range(200)]
-    options = FinetuneOptions(("no", "yes"))
-    train, held_out = split(texts, labels, options)
-    assert (len(train), len(held_out)) == (45, 5)
-    sides = [{" ".join(text.lower().split()) for text, _ in side} for side in (train, held_out)]
-    assert not sides[0] & sides[1]
-    assert all(label == int(int(text.split()[1]) < 20) for text, label in train + held_out)
-    assert split(texts, labels, options) == (train, held_out)
-
-
-@pytest.mark.parametrize(
-    ("texts", "labels", "why"),
-    [
-        (["a", "b"], ["no"], "got 1 for 2 texts"),
-        (["a"], ["maybe"], "got 'maybe'; allowed: no, yes"),
-        (["a", "A"], ["no", "yes"], "too few"),
-        ([str(i) for i in range(50)], ["no"] * 50, "too few"),
-    ],
-)
-def test_labels_that_do_not_fit_are_refused(texts: list[str], labels: list[str], why: str) -> None:
-    from cluster.errors import ConfigError
-    from cluster.models.finetune import FinetuneOptions, split
-
-    with pytest.raises(ConfigError, match=why):
-        split(texts, labels, FinetuneOptions(("no", "yes")))

@@ -43,7 +43,19 @@ def config(**generator: Any) -> dict[str, Any]:
         "import_path": "deployments.app:build",
         "args": {"generators": [sim], "router": router},
     }
-    return {"http_options": {"host": "127.0.0.1", "port": 8000}, "applications": [application]}
+    beside = {
+        "name": "beside",
+        "route_prefix": "/beside",
+        "import_path": "tests.cluster.unlinkable:build",
+        "args": {
+            "generators": [{**sim, "replicas": {"min": 1, "max": 1}}],
+            "router": {"replicas": {"min": 1, "max": 1}, "resources": {"cpus": 0.1}},
+        },
+    }
+    return {
+        "http_options": {"host": "127.0.0.1", "port": 8000},
+        "applications": [application, beside],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +118,22 @@ async def test_replicas_follow_the_load_up_and_down(sims: Running) -> None:
         # A few streams go on while replicas are taken out; none of them may break.
         async with unbroken_load(sims.http_url, streams=2):
             await until(lambda: num_replicas(http) == 1, 120, "scaling down")
+
+
+async def test_a_replica_without_a_link_is_reached_over_the_handle(sims: Running) -> None:
+    async with httpx.AsyncClient(base_url=f"{sims.http_url}/beside", timeout=60) as http:
+        answers = await asyncio.gather(*(http.post("/v1/completions", json=BODY) for _ in range(4)))
+        for answer in answers:
+            assert answer.text.count('"text"') == 25
+            assert answer.text.endswith("[DONE]\n\n")
+        whole = await http.post("/v1/completions", json={**BODY, "stream": False})
+        assert whole.json()["usage"]["completion_tokens"] == 25
+        refused = await http.post("/v1/completions", json={**BODY, "max_tokens": -1})
+        assert refused.status_code == 400
+        metrics = (await http.get("/metrics")).text
+        assert 'tandem_link_fallbacks_total{model="sim"} 6.0' in metrics
+        assert 'tandem_replicas{model="sim",state="fallback"} 1.0' in metrics
+        assert 'tandem_completion_tokens_total{model="sim"} 125.0' in metrics
 
 
 async def test_an_update_leaves_no_gap(sims: Running, tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ from transformers import (
 from cluster.config import ClassifierConfig
 from cluster.engines.encoder import make_encoder_engine
 from cluster.engines.encoder.engine import EncoderEngine
-from cluster.engines.encoder.model import TransformersModel
 from cluster.engines.encoder.packed_bert import PackedBert
+from cluster.engines.encoder.padded import TransformersModel
 from cluster.errors import (
     ConfigError,
     EngineDeadError,
@@ -101,8 +101,8 @@ def model_path(tmp_path_factory, network):
 
 
 def config(**changes):
-    fields = {"name": "tiny", "model": "tiny", "max_batch_tokens": 64, "threads": 1, **changes}
-    return ClassifierConfig(**fields)
+    fields = {"name": "tiny", "model": "tiny", "dtype": "float32", "threads": 1}
+    return ClassifierConfig(**{**fields, "max_batch_tokens": 64, **changes})
 
 
 @pytest.fixture
@@ -249,7 +249,7 @@ BAD = [
     ("/classify", b'{"input": "\\udc00 x"}', 400, "surrogate", None),
     ("/classify", b'{"input": "\xed\xa0\x80"}', 400, "UTF-8", None),
     ("/classify", b"[" * 100_000, 422, "object", None),
-    ("/classify", b'{"input": ' + b"[" * 100_000, 422, "input", "input[0]"),
+    ("/classify", b'{"input": ' + b"[" * 100_000, 422, "input", "input[0][0]"),
     ("/classify", {"input": []}, 400, "input is empty", "input"),
     ("/classify", {}, 422, "`input`", "input"),
     ("/classify", {"input": 3}, 422, "input: expected", "input"),

@@ -8,15 +8,17 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.asgi import Message, Receive, Scope, Send
 from cluster.config import parse
-from cluster.gateway import Gateway, GatewayApp, ReplicaInfo
-from cluster.link import LinkServer
+from cluster.gateway import Gateway, GatewayApp, Opener, ReplicaInfo, Wiring
+from cluster.link import LinkServer, LinkUsage, ResponseHead
 from tests import asgi
 
 SECRET = b"s" * 32
 CHAT = "/v1/chat/completions"
+REQUESTS_TOTAL = "tandem_requests_total"
 ROUTES = (CHAT, "/v1/embeddings", "/v1/models", "/openapi.json", "/v1/responses/{response_id}")
 
 
@@ -102,6 +104,28 @@ class World:
                 await asyncio.sleep(0.005)
 
 
+class Beside:
+    """A way to a replica that needs no link: answers with the replica's id."""
+
+    usage = LinkUsage(3, 1, 2)
+
+    def __init__(self, replica_id: str) -> None:
+        self._left = [replica_id.encode()]
+
+    async def head(self) -> ResponseHead:
+        return ResponseHead(200, [(b"content-type", b"text/plain")])
+
+    async def read(self) -> bytes:
+        return self._left.pop() if self._left else b""
+
+    def cancel(self) -> None:
+        self._left.clear()
+
+
+def fallback(replica_id: str) -> Opener:
+    return lambda head, body: Beside(replica_id)
+
+
 @asynccontextmanager
 async def a_world(**router: Any) -> AsyncIterator[World]:
     config = parse(
@@ -111,7 +135,8 @@ async def a_world(**router: Any) -> AsyncIterator[World]:
             "router": router,
         }
     )
-    world = World(Gateway(config, SECRET, {"tandem": "0"}))
+    wirings = {name: Wiring(SECRET, fallback=fallback) for name in ("gen", "cls")}
+    world = World(Gateway(config, wirings, {"tandem": "0"}))
     try:
         yield world
     finally:
@@ -176,7 +201,7 @@ async def test_the_model_chooses_the_pool() -> None:
         (CHAT, {"model": "cls"}, 400, "does not serve"),
         ("/nowhere", {}, 404, "No such path"),
         ("/nowhere", {"model": "gen"}, 404, "No such path"),
-        ("/metrics", {}, 404, "No such path"),
+        ("/load", {}, 404, "No such path"),
         ("/v1/models", {}, 405, "takes GET"),
         (CHAT, b" " * 2000, 413, "at most 1024 bytes"),
     ],
@@ -210,6 +235,18 @@ async def test_keys() -> None:
             assert answer.status == status
         assert (await asgi.get(world.app, "/health")).status == 200
         assert (await asgi.get(world.app, "/v1/models")).status == 401
+
+
+async def test_a_replica_learns_who_asks_from_the_router_alone() -> None:
+    digest = hashlib.sha256(b"right").hexdigest()
+    for keys, tenant in (([digest], digest[:16].encode()), ([], None)):
+        async with a_world(api_keys_sha256=keys) as world:
+            replica = await world.add("gen", "gen-1")
+            headers = {"x-api-key": "right", "x-tandem-tenant": "someone else"}
+            await asgi.post(world.app, CHAT, {}, headers=headers)
+            seen = dict(replica.seen[0]["headers"])
+            assert seen.get(b"x-tandem-tenant") == tenant
+            assert b"x-api-key" not in seen
 
 
 async def test_a_stream_comes_through_whole_and_in_order() -> None:
@@ -432,3 +469,60 @@ async def test_a_key_is_asked_for_before_the_body_is_read() -> None:
         answer = await asgi.post(world.app, CHAT, b"x" * 10_000_000)
         assert answer.status == 401
         assert answer.headers["connection"] == "close"
+
+
+async def test_a_replica_without_a_link_is_asked_beside_it() -> None:
+    async with a_world(queue_timeout_s=5) as world:
+        world.running["gen"]["gen-1"] = ReplicaInfo("gen-1", "127.0.0.1", 1, ROUTES)
+        world.update("gen")
+        answer = await asgi.post(world.app, CHAT, {})
+        assert (answer.status, answer.body) == (200, b"gen-1")
+        assert (await metrics(world))["tandem_link_fallbacks_total", "gen"] == 1
+        await world.gateway.pools["gen"].replicas[0].link.close()  # it was no replica
+        del world.running["gen"]["gen-1"]
+        await world.add("gen", "gen-2")
+        answer = await asgi.post(world.app, CHAT, {})
+        assert answer.json()["replica"] == "gen-2"
+        assert (await metrics(world))["tandem_link_fallbacks_total", "gen"] == 1
+
+
+async def metrics(world: World) -> dict[tuple[str, ...], float]:
+    answer = await asgi.get(world.app, "/metrics")
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(answer.body.decode())
+        for sample in family.samples
+    }
+
+
+async def test_every_request_is_counted_once() -> None:
+    async with a_world() as world:
+        replica = await world.add("gen", "gen-1")
+        await world.add("cls", "cls-1", ("/classify",))
+        await asgi.post(world.app, CHAT, {"stream": 3})
+        await asgi.post(world.app, CHAT, {"model": "unknown"})
+        await asgi.post(world.app, CHAT, b"{")
+        await asgi.post(world.app, CHAT, {"fail": True})
+        await asgi.get(world.app, "/v1/responses/resp_1")
+        await asgi.get(world.app, "/no/such/path")
+        await asgi.get(world.app, "/health")
+        call = asgi.start(world.app, "POST", CHAT, {"wait_before": True})
+        await world.until(lambda: len(replica.seen) == 4)
+        await call.cancel()
+        found = await metrics(world)
+        requests = {key[1:]: value for key, value in found.items() if key[0] == REQUESTS_TOTAL}
+        assert requests == {
+            ("gen", CHAT, "200"): 1,
+            ("gen", CHAT, "499"): 1,
+            ("gen", CHAT, "500"): 1,
+            ("gen", "/v1/responses/{response_id}", "200"): 1,
+            ("", "other", "400"): 1,
+            ("", "other", "404"): 2,
+            ("", "/health", "200"): 1,
+        }
+        assert found["tandem_request_seconds_count", "gen"] == 4
+        assert found["tandem_ttft_seconds_count", "gen"] == 1
+        assert found["tandem_ongoing_requests", "gen"] == 0
+        assert found["tandem_replicas", "gen", "linked"] == 1
+        assert found["tandem_link_connects_total", "gen"] == 1
+        assert found["tandem_link_bytes_total", "received", "gen"] > 0

@@ -13,9 +13,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from cluster.asgi import Message, Receive, Scope, Send
+from cluster.asgi import USAGE, Message, Receive, Scope, Send, Usage, usage_of
 from cluster.errors import InternalError, InvalidRequestError, LinkClosedError, UnavailableError
-from cluster.link import LinkLoad, LinkOptions, LinkServer, RequestHead
+from cluster.link import LinkLoad, LinkOptions, LinkServer, LinkUsage, RequestHead
 from tests.serve.link_kit import (
     all_of,
     ask,
@@ -71,7 +71,7 @@ async def test_the_application_sees_the_request_as_an_asgi_scope() -> None:
         "headers": [(b"host", b"tandem"), (b"x-request-id", b"r-1")],
         "client": ("10.0.0.9", 555),
         "state": {},
-        "extensions": {},
+        "extensions": {USAGE: Usage()},
     }
 
 
@@ -387,6 +387,37 @@ async def test_token_ids_travel_beside_their_bytes() -> None:
         assert chunks[:3] == [(b"plain", ()), (b"two", (7, 2**32 - 1)), (b"", (8,))]
         assert b"".join(chunk.data for chunk in chunks[3:-1]) == b"L" * 100_000
         assert [chunk.token_ids for chunk in chunks[3:]] == [(0, 1, 2), (), (9,)]
+
+
+@on_both_loops
+async def test_what_a_request_took_is_known_at_its_end() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        usage = usage_of(scope)
+        usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens = 100, 32, 7
+        await start(send)
+        await say(send, b"x" * (200_000 if scope["path"] == "/large" else 2), more=False)
+
+    async with linked(app) as (_, client):
+        for path in ("/small", "/large"):
+            stream = client.open(RequestHead(path=path))
+            await stream.head()
+            await all_of(stream)
+            assert stream.usage == LinkUsage(100, 32, 7)
+    async with linked(echo) as (_, client):
+        stream = client.open(RequestHead())
+        await all_of(stream)
+        assert stream.usage is None
+
+
+@on_both_loops
+async def test_what_passes_is_counted() -> None:
+    async with linked(echo) as (server, client):
+        await ask(client, body=b"x" * 1000)
+        assert client.counts.connects == server.counts.connects == 1
+        assert client.counts.frames_received >= 2  # RESPONSE, DATA
+        assert client.counts.bytes_received > 1000
+        assert client.counts.bytes_sent == server.counts.bytes_received > 1000
+        assert client.counts.frames_sent == server.counts.frames_received >= 2  # REQUEST, BODY
 
 
 @on_both_loops

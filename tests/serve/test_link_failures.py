@@ -39,13 +39,53 @@ async def test_a_peer_that_stops_answering_is_noticed_within_two_seconds() -> No
     async with raw_server(mute) as (host, port):
         client = LinkClient(host, port, SECRET)
         await client.connect()
-        streams = [client.open(RequestHead()) for _ in range(3)]
         began = time.monotonic()
-        errors = await asyncio.gather(*(s.head() for s in streams), return_exceptions=True)
+        await until(lambda: not client.connected)
         assert 1.5 < time.monotonic() - began < 2.3  # 1.75 to 2.0, and a busy machine's lateness
+        assert client.state is LinkState.SILENT
+        with pytest.raises(LinkClosedError, match="silent"):
+            client.open(RequestHead())
+        await client.close()
+
+
+@on_both_loops
+async def test_a_peer_that_is_heard_again_is_used_again() -> None:
+    speak = asyncio.Event()
+
+    async def pausing(peer: RawPeer) -> None:
+        await peer.shake("server")
+        await speak.wait()
+        while True:
+            peer.writer.write(f.encode_frame(0, f.PONG))
+            await asyncio.sleep(0.02)
+
+    options = LinkOptions(silent_after_s=0.2, dead_after_s=30)
+    async with raw_server(pausing) as (host, port):
+        client = LinkClient(host, port, SECRET, options=options)
+        await client.connect()
+        stream = client.open(RequestHead())
+        await until(lambda: client.state is LinkState.SILENT)
+        assert not stream.ended
+        speak.set()
+        await until(lambda: client.connected)
+        await client.close()
+
+
+@on_both_loops
+async def test_a_peer_that_stays_silent_is_dead() -> None:
+    async def mute(peer: RawPeer) -> None:
+        await peer.shake("server")
+        await peer.wait_closed_by_peer()
+
+    async with raw_server(mute) as (host, port):
+        options = LinkOptions(silent_after_s=0.1, dead_after_s=0.3)
+        client = LinkClient(host, port, SECRET, options=options)
+        await client.connect()
+        streams = [client.open(RequestHead()) for _ in range(3)]
+        errors = await asyncio.gather(*(s.head() for s in streams), return_exceptions=True)
         assert {type(error) for error in errors} == {LinkClosedError}
         assert len({id(error) for error in errors}) == 3
-        assert not client.connected
+        assert client.counts.connects == 1
         await client.close()
 
 

@@ -1,20 +1,25 @@
-"""The encoder's HTTP surface as one plain ASGI callable: ``/classify`` and ``/v1/embeddings``.
+"""The encoder's HTTP surface as one plain ASGI callable: the paths of the configured tasks.
 
 Reads a body, asks the service, writes a body; every error leaves here in OpenAI's shape. Holds no
 state of requests. Whoever drives it cancels the task when the client leaves.
 """
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 
-from cluster.asgi import Receive, Scope, Send
-from cluster.config import ClassifierConfig, ClassifierTask
-from cluster.engines.encoder import openapi, replies, schema
-from cluster.engines.encoder.jobs import Timings, TokenIds
-from cluster.engines.encoder.service import EncoderService
+import msgspec
+
+from cluster.asgi import Receive, Scope, Send, usage_of
+from cluster.config import ClassifierConfig
+from cluster.engines.encoder import openapi, schema
+from cluster.engines.encoder.compute import Computer
+from cluster.engines.encoder.insight import Insight
+from cluster.engines.encoder.jobs import Encoded, Timings
+from cluster.engines.encoder.tasks import make_tasks
+from cluster.engines.encoder.tasks.base import B, Task
+from cluster.engines.encoder.tasks.classify import ClassifyReply, ClassifyRequest
 from cluster.errors import (
     InternalError,
-    InvalidRequestError,
     MethodNotAllowedError,
     NotFoundError,
     RequestError,
@@ -22,9 +27,13 @@ from cluster.errors import (
 
 log = logging.getLogger(__name__)
 
-ROUTES: Mapping[str, ClassifierTask] = {"/classify": "classify", "/v1/embeddings": "embed"}
+encode_json = msgspec.json.Encoder().encode
 
-Reply = tuple[bytes, Timings]
+TENANT = b"x-tandem-tenant"
+"""The header in which the router says whose request it is."""
+
+Reply = tuple[bytes, Encoded]
+"""A body, and what it was made of."""
 
 
 class EncoderApp:
@@ -32,19 +41,15 @@ class EncoderApp:
 
     Args:
         config: The pool; its name is the model's name in requests and answers.
-        service: A started service.
+        computer: What computes.
+        insight: What watches and explains the same model.
     """
 
-    def __init__(self, config: ClassifierConfig, service: EncoderService) -> None:
+    def __init__(self, config: ClassifierConfig, computer: Computer, insight: Insight) -> None:
         self._config = config
-        self._service = service
-        answers: dict[ClassifierTask, Callable[[bytes], Awaitable[Reply]]] = {
-            "classify": self._classify,
-            "embed": self._embed,
-        }
-        self._answers = {
-            path: answers[task] for path, task in ROUTES.items() if task in config.tasks
-        }
+        self._computer = computer
+        self._insight = insight
+        self._tasks = make_tasks(config, computer.model)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one HTTP request."""
@@ -52,69 +57,45 @@ class EncoderApp:
             raise ValueError(f"only HTTP is served here, not {scope['type']}")
         try:
             if scope["path"] == openapi.PATH:
-                await _send(send, 200, replies.encode_json(openapi.document(self._answers)), {})
+                await _send(send, 200, encode_json(openapi.document(self._tasks)), {})
                 return
-            body, timings = await self._answer(scope, receive)
-            await _send(send, 200, body, _timing_headers(timings))
+            body, encoded = await self._answer(scope, receive)
+            usage_of(scope).prompt_tokens = encoded.num_tokens
+            await _send(send, 200, body, _timing_headers(encoded.timings))
         except _ClientLeftError:
             return
         except RequestError as error:
-            await _send(send, error.status, replies.encode_json(error.body()), error.headers())
+            await _send(send, error.status, encode_json(error.body()), error.headers())
 
     async def _answer(self, scope: Scope, receive: Receive) -> Reply:
-        answer = self._answers.get(scope["path"])
-        if answer is None:
-            raise NotFoundError(f"no such path; {self._config.name} serves {list(self._answers)}")
+        task = self._tasks.get(scope["path"])
+        if task is None:
+            raise NotFoundError(f"no such path; {self._config.name} serves {list(self._tasks)}")
         if scope["method"] != "POST":
             raise MethodNotAllowedError(f"{scope['path']} takes POST alone")
         body = await _read(receive)
         try:
-            return await answer(body)
+            return await self._do(task, body, self._tenant(scope))
         except RequestError:
             raise
         except Exception:
             log.exception("%s failed", scope["path"])
             raise InternalError("the request failed; see the log") from None
 
-    async def _classify(self, body: bytes) -> Reply:
-        request = schema.parse(schema.classify_decoder, body)
+    async def _do(self, task: Task[B], body: bytes, tenant: bytes) -> Reply:
+        request = schema.parse(task.decoder, body)
         self._check_model(request.model)
-        texts = [request.input] if isinstance(request.input, str) else request.input
-        schema.check_count(len(texts), self._config.max_texts)
-        encoded = await self._service.encode("classify", texts, request.truncate)
-        labels = self._service.model.labels
-        reply = replies.classify_body(encoded, self._config.name, labels, request.top_k)
-        return reply, encoded.timings
+        how, inputs = task.how(request), task.inputs(request)
+        encoded = await self._computer.compute(how, inputs, tenant)
+        reply = task.reply(request, encoded)
+        if isinstance(request, ClassifyRequest) and isinstance(reply, ClassifyReply):
+            reply = await self._insight.add(request, encoded, reply)
+        return encode_json(reply), encoded
 
-    async def _embed(self, body: bytes) -> Reply:
-        request = schema.parse(schema.embeddings_decoder, body)
-        self._check_model(request.model)
-        hidden_size = self._service.model.hidden_size
-        if request.dimensions and request.dimensions > hidden_size:
-            message = f"dimensions is {request.dimensions}; the model has {hidden_size}"
-            raise InvalidRequestError(message, param="dimensions")
-        inputs = self._embed_inputs(request)
-        encoded = await self._service.encode("embed", inputs, request.truncate)
-        as_text = request.encoding_format == "base64"
-        reply = replies.embeddings_body(encoded, self._config.name, request.dimensions, as_text)
-        return reply, encoded.timings
-
-    def _embed_inputs(self, request: schema.EmbeddingsRequest) -> list[str] | list[TokenIds]:
-        schema.check_count(len(request.input) if isinstance(request.input, list) else 1, 1 << 62)
-        items = schema.split_input(request.input)
-        schema.check_count(len(items), self._config.max_texts)
-        texts = [item for item in items if isinstance(item, str)]
-        if texts:
-            return texts
-        ids = [item for item in items if isinstance(item, list)]
-        return [self._token_ids(index, row, request.truncate) for index, row in enumerate(ids)]
-
-    def _token_ids(self, index: int, ids: list[int], truncate: bool) -> TokenIds:
-        model = self._service.model
-        row = schema.check_ids(index, ids, model.vocab_size)
-        if len(row) > model.tokenizer.max_tokens and not truncate:
-            raise model.tokenizer.too_long(index, len(row))
-        return row[: model.tokenizer.max_tokens]
+    def _tenant(self, scope: Scope) -> bytes:
+        if not self._computer.isolates_tenants:
+            return b""
+        return next((value for name, value in scope["headers"] if name.lower() == TENANT), b"")
 
     def _check_model(self, model: str | None) -> None:
         if model is not None and model != self._config.name:

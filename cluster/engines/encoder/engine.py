@@ -1,11 +1,19 @@
 """The encoder engine as a replica sees it: the ``Engine`` protocol around the service."""
 
+from dataclasses import replace
+
 from cluster.asgi import ASGIApp
 from cluster.config import ClassifierConfig
 from cluster.engines.base import EngineLoad
-from cluster.engines.encoder.app import ROUTES, EncoderApp
+from cluster.engines.encoder.app import EncoderApp
+from cluster.engines.encoder.compute import Computer
+from cluster.engines.encoder.drift import DriftSnapshot
+from cluster.engines.encoder.insight import Insight
+from cluster.engines.encoder.observe import write_counts, write_drift
 from cluster.engines.encoder.service import EncoderCounts, EncoderService
+from cluster.engines.encoder.tasks import routes
 from cluster.errors import UnavailableError
+from cluster.metrics import Registry
 
 
 class EncoderEngine:
@@ -20,6 +28,8 @@ class EncoderEngine:
         self._config = config
         self._model_path = model_path
         self._service: EncoderService | None = None
+        self._computer: Computer | None = None
+        self._insight: Insight | None = None
         self._app: ASGIApp | None = None
 
     @property
@@ -39,7 +49,9 @@ class EncoderEngine:
     async def start(self) -> None:
         """Load the model; see ``Engine.start``."""
         self._service = await EncoderService.start(self._config, self._model_path)
-        self._app = EncoderApp(self._config, self._service)
+        self._computer = Computer(self._service, self._config.result_cache)
+        self._insight = Insight.of(self._config, self._model_path, self._service.model)
+        self._app = EncoderApp(self._config, self._computer, self._insight)
 
     async def check_health(self) -> None:
         """Raise ``EngineDeadError`` if the model thread failed."""
@@ -51,13 +63,29 @@ class EncoderEngine:
 
     def counts(self) -> EncoderCounts:
         """What the engine did since its start, for metrics."""
-        return self.service.counts()
+        counts = self.service.counts()
+        cache = self._computer and self._computer.cache
+        if not cache:
+            return counts
+        return replace(counts, cache_hits=cache.hits, cache_misses=cache.misses)
+
+    def drift(self) -> DriftSnapshot | None:
+        """What the classified texts looked like, for metrics; None where nothing is classified."""
+        return self._insight.drift() if self._insight else None
+
+    def observe(self, registry: Registry) -> None:
+        """Write the counters into the registry."""
+        write_counts(registry, self._config.name, self.counts())
+        if (seen := self.drift()) is not None:
+            write_drift(registry, self._config.name, seen)
 
     def routes(self) -> tuple[str, ...]:
         """The paths of the configured tasks."""
-        return tuple(path for path, task in ROUTES.items() if task in self._config.tasks)
+        return routes(self._config)
 
     async def stop(self) -> None:
         """Fail what is open with ``UnavailableError`` and end the threads; safe to call twice."""
+        if self._insight is not None:
+            await self._insight.stop()
         if self._service is not None:
             await self._service.stop()

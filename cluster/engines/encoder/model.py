@@ -1,37 +1,31 @@
-"""Loading an encoder, and its plain forward pass through transformers.
+"""Loading an encoder: the network with the head that the tasks need, and what to know of it.
 
 Everything here runs on the model thread. A model takes the token ids of some texts and gives one
-row for each; it owns its weights and knows nothing of requests.
+row for each, or one for each of its tokens; it owns its weights and knows nothing of requests.
 """
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-import torch
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
+import transformers
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from cluster.batching import group_by_length
-from cluster.config import ClassifierConfig, ClassifierTask
+from cluster.config import TASK_HEADS, ClassifierConfig, ClassifierTask
 from cluster.engines.encoder.device import choose_device, choose_dtype
 from cluster.engines.encoder.jobs import Rows, TokenIds
 from cluster.engines.encoder.packed_bert import PackedBert
-from cluster.engines.encoder.scores import mean_pool, to_scores
+from cluster.engines.encoder.padded import TransformersModel
+from cluster.engines.encoder.pooling import Pooling, read_pooling
+from cluster.engines.encoder.scores import apply_calibration
 from cluster.engines.encoder.tokenizer import TextTokenizer
 from cluster.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-MAX_PADDING = 0.05
-"""Share of padding in one padded forward; a smaller one makes more and smaller forwards."""
 UNLIMITED_TOKENS = 1_000_000
 """Tokenizers without a length of their own say 1e30."""
 
@@ -39,10 +33,13 @@ UNLIMITED_TOKENS = 1_000_000
 class EncoderModel(Protocol):
     """One forward pass over the texts of a batch."""
 
-    def run(self, task: ClassifierTask, ids: Sequence[TokenIds]) -> Rows:
-        """Scores [texts, labels] or unit vectors [texts, hidden], in the order of ``ids``.
+    def run(self, task: ClassifierTask, ids: Sequence[TokenIds]) -> Rows | list[Rows]:
+        """What ``task`` asks for, in the order of ``ids``, which ascend in length.
 
-        ``ids`` are in ascending order of length. A row depends on its text alone, up to rounding.
+        ``classify``: scores [texts, labels]. ``embed``: vectors [texts, width].
+        ``token-classification``: for each text, scores [its tokens, labels]. ``fill-mask``: for
+        each text [its masks, 2 * candidates], the ids and then their scores, the best first.
+        What comes of a text depends on it alone, up to rounding.
         """
 
 
@@ -56,6 +53,12 @@ class LoadedModel:
     """By column of the scores; empty if the model does not classify."""
     vocab_size: int
     hidden_size: int
+    pooling: Pooling
+
+    @property
+    def embedding_size(self) -> int:
+        """The width of an embedding."""
+        return self.hidden_size * len(self.pooling.modes)
 
 
 def load_model(config: ClassifierConfig, path: str) -> LoadedModel:
@@ -70,37 +73,65 @@ def load_model(config: ClassifierConfig, path: str) -> LoadedModel:
         hf_config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
         network = _load_network(config, path, hf_config).to(device, dtype).eval()
+        pooling = read_pooling(path) if "embed" in config.tasks else Pooling()
     except (OSError, ValueError) as error:
         raise ConfigError(f"classifiers.{config.name}: cannot load {path}: {error}") from error
-    model = _choose_model(network, tokenizer)
+    apply_calibration(network.config, Path(path))
+    model = _choose_model(network, tokenizer, pooling)
     log.info("%s: %s in %s on %s", config.name, type(model).__name__, dtype, device)
-    classifies = "classify" in config.tasks
     labels = tuple(str(hf_config.id2label[i]) for i in range(hf_config.num_labels))
+    max_tokens = max_tokens_of(network, tokenizer)
     return LoadedModel(
         model=model,
-        tokenizer=TextTokenizer(tokenizer, max_tokens_of(network, tokenizer)),
-        labels=labels if classifies else (),
+        tokenizer=TextTokenizer(tokenizer, max_tokens, has_token_types(network, tokenizer)),
+        labels=labels if config.head in LABELLED else (),
         vocab_size=hf_config.vocab_size,
         hidden_size=hf_config.hidden_size,
+        pooling=pooling,
     )
+
+
+LABELLED = ("ForSequenceClassification", "ForTokenClassification")
 
 
 def _load_network(config: ClassifierConfig, path: str, hf_config: Any) -> Any:
     transformers_logging.disable_progress_bar()
-    if "classify" not in config.tasks:
-        return AutoModel.from_pretrained(path, use_safetensors=True)
-    architectures = hf_config.architectures or ["none"]
-    if not any(name.endswith("ForSequenceClassification") for name in architectures):
+    _check_tasks(config, hf_config)
+    auto = getattr(transformers, f"AutoModel{config.head or ''}")
+    network, info = auto.from_pretrained(path, use_safetensors=True, output_loading_info=True)
+    if config.head and info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ValueError(f"the weights lack {missing}; a head of random numbers answers nothing")
+    return network
+
+
+def _check_tasks(config: ClassifierConfig, hf_config: Any) -> None:
+    """Refuse tasks for which the model has no head."""
+    if config.head is None:
+        return
+    architecture = (hf_config.architectures or ["none"])[0]
+    if not architecture.endswith(config.head):
+        able = [task for task, head in TASK_HEADS.items() if architecture.endswith(head or "")]
         raise ValueError(
-            f"the task classify needs a *ForSequenceClassification; this is {architectures[0]}"
+            f"the task {config.tasks[0]} needs a *{config.head}; this is a {architecture}, "
+            f"whose tasks are {', '.join(able)}"
         )
-    return AutoModelForSequenceClassification.from_pretrained(path, use_safetensors=True)
+    if hf_config.num_labels != 1 and {"score", "rerank"} & set(config.tasks):
+        raise ValueError(f"score and rerank need a single label; it has {hf_config.num_labels}")
 
 
-def _choose_model(network: Any, tokenizer: Any) -> EncoderModel:
+def _choose_model(network: Any, tokenizer: Any, pooling: Pooling) -> EncoderModel:
     if PackedBert.supports(network):
-        return PackedBert(network)
-    return TransformersModel(network, tokenizer.pad_token_id or 0)
+        return PackedBert(network, pooling)
+    mask_id = tokenizer.mask_token_id
+    pad_id = tokenizer.pad_token_id or 0
+    return TransformersModel(network, pad_id, pooling, -1 if mask_id is None else mask_id)
+
+
+def has_token_types(network: Any, tokenizer: Any) -> bool:
+    """Whether the model tells a text from its pair by token types."""
+    told = "token_type_ids" in tokenizer.model_input_names
+    return told and getattr(network.config, "type_vocab_size", 0) > 1
 
 
 def max_tokens_of(network: Any, tokenizer: Any) -> int:
@@ -112,43 +143,3 @@ def max_tokens_of(network: Any, tokenizer: Any) -> int:
     if padding_idx is not None:  # RoBERTa counts its positions from padding_idx + 1
         positions -= padding_idx + 1
     return int(min(tokenizer.model_max_length, positions, UNLIMITED_TOKENS))
-
-
-class TransformersModel:
-    """Any architecture, through its own forward, padded in groups of like length.
-
-    Args:
-        network: A ``*ForSequenceClassification``, or an encoder if it need only embed.
-        pad_id: The id that padding cells hold.
-    """
-
-    def __init__(self, network: Any, pad_id: int) -> None:
-        self._network = network
-        self._pad_id = pad_id
-
-    def run(self, task: ClassifierTask, ids: Sequence[TokenIds]) -> Rows:
-        """See ``EncoderModel``."""
-        groups = group_by_length([len(row) for row in ids], MAX_PADDING)
-        rows = [self._run_padded(task, ids[group]) for group in groups]
-        return np.concatenate(rows)
-
-    @torch.inference_mode()
-    def _run_padded(self, task: ClassifierTask, ids: Sequence[TokenIds]) -> Rows:
-        padded, mask = self._pad(ids)
-        if task == "classify":
-            logits = self._network(input_ids=padded, attention_mask=mask).logits
-            rows = to_scores(logits.float(), self._network.config)
-        else:
-            encoder = self._network.base_model
-            hidden = encoder(input_ids=padded, attention_mask=mask).last_hidden_state
-            rows = mean_pool(hidden, mask)
-        return np.asarray(rows.cpu().numpy(), np.float32)
-
-    def _pad(self, ids: Sequence[TokenIds]) -> tuple[torch.Tensor, torch.Tensor]:
-        cells = np.full((len(ids), len(ids[-1])), self._pad_id, np.int64)
-        mask = np.zeros(cells.shape, np.int64)
-        for row, text in enumerate(ids):
-            cells[row, : len(text)] = text
-            mask[row, : len(text)] = 1
-        device = self._network.device
-        return torch.from_numpy(cells).to(device), torch.from_numpy(mask).to(device)

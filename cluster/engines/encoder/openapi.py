@@ -1,36 +1,35 @@
-"""The encoder's part of the OpenAPI document, made from the bodies that it really parses."""
+"""The encoder's part of the OpenAPI document, made from the bodies that it reads and writes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
-from cluster.engines.encoder.schema import ClassifyRequest, EmbeddingsRequest
+from cluster.engines.encoder.tasks.base import Task
 
 PATH = "/openapi.json"
 _REFERENCE = "#/components/schemas/{name}"
-_ENDPOINTS: Mapping[str, tuple[str, type]] = {
-    "/classify": ("The labels of a text, or of each of a list.", ClassifyRequest),
-    "/v1/embeddings": ("A text, or each of a list, as a unit vector.", EmbeddingsRequest),
-}
 
 
-def document(routes: Iterable[str]) -> dict[str, Any]:
-    """The OpenAPI document of those of the encoder's paths that are served."""
-    served = {path: _ENDPOINTS[path] for path in routes}
-    schemas, components = msgspec.json.schema_components(
-        [body for _, body in served.values()], ref_template=_REFERENCE
-    )
+def document(tasks: Mapping[str, Task[Any]]) -> dict[str, Any]:
+    """The OpenAPI document of ``tasks``, by path."""
+    bodies = [body for task in tasks.values() for body in (task.request, task.response)]
+    schemas, components = msgspec.json.schema_components(bodies, ref_template=_REFERENCE)
+    pairs = zip(schemas[::2], schemas[1::2], strict=True)
     paths = {
-        path: {"post": _operation(summary, schema)}
-        for (path, (summary, _)), schema in zip(served.items(), schemas, strict=True)
+        path: {"post": _operation(task.summary, body, reply)}
+        for (path, task), (body, reply) in zip(tasks.items(), pairs, strict=True)
     }
     return {"openapi": "3.1.0", "paths": paths, "components": {"schemas": components}}
 
 
-def _operation(summary: str, body: dict[str, Any]) -> dict[str, Any]:
+def _operation(summary: str, body: dict[str, Any], reply: dict[str, Any]) -> dict[str, Any]:
     return {
         "summary": summary,
-        "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
-        "responses": {"200": {"description": "OK", "content": {"application/json": {}}}},
+        "requestBody": {"required": True, "content": _json(body)},
+        "responses": {"200": {"description": "OK", "content": _json(reply)}},
     }
+
+
+def _json(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"application/json": {"schema": schema}}

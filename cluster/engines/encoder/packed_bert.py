@@ -20,6 +20,7 @@ from transformers import BertForSequenceClassification, BertModel
 from cluster.batching import group_by_length
 from cluster.config import ClassifierTask
 from cluster.engines.encoder.jobs import Rows, TokenIds
+from cluster.engines.encoder.pooling import Pooling
 from cluster.engines.encoder.scores import to_scores
 
 
@@ -93,6 +94,8 @@ class _Packing:
 
     tokens: Tensor
     positions: Tensor
+    second: Tensor | None
+    """[tokens, 1], 1 where a token is of the second segment; None: no token is."""
     firsts: Tensor
     """The row of each text's first token."""
     groups: list[tuple[int, int]]
@@ -104,9 +107,15 @@ class _Packing:
         firsts = np.cumsum(lengths) - lengths
         positions = np.arange(lengths.sum()) - np.repeat(firsts, lengths)
         runs = group_by_length(lengths.tolist())
+        tokens = np.concatenate(ids)
+        second = None
+        if (marked := tokens < 0).any():
+            tokens = np.where(marked, ~tokens, tokens)
+            second = torch.from_numpy(marked[:, None]).to(device)
         return cls(
-            tokens=torch.from_numpy(np.concatenate(ids)).to(device),
+            tokens=torch.from_numpy(tokens).to(device),
             positions=torch.from_numpy(positions).to(device),
+            second=second,
             firsts=torch.from_numpy(firsts).to(device),
             groups=[(run.stop - run.start, int(lengths[run.start])) for run in runs],
         )
@@ -124,17 +133,23 @@ class PackedBert:
     """A ``BertForSequenceClassification``, or a ``BertModel`` that need only embed.
 
     Use ``supports`` first.
+
+    Args:
+        network: Its weights are shared, not copied, where the layout allows it.
+        pooling: How embeddings are made.
     """
 
-    def __init__(self, network: Any) -> None:
+    def __init__(self, network: Any, pooling: Pooling | None = None) -> None:
         bert = network.base_model
+        self._pooling = pooling or Pooling()
         table = bert.embeddings
         self._config = network.config
         self._heads = int(network.config.num_attention_heads)
         self._words = table.word_embeddings.weight.detach()
-        # One text has the token type 0 throughout, so its vector belongs to the positions.
+        # All but the pairs of texts have the token type 0, so its vector belongs to the positions.
         types = table.token_type_embeddings.weight.detach()
         self._positions = table.position_embeddings.weight.detach() + types[0]
+        self._second = types[1] - types[0] if len(types) > 1 else None
         self._norm = _Norm.of(table.LayerNorm)
         self._layers = [_Layer.of(layer) for layer in bert.encoder.layer]
         self._head: tuple[_Linear, _Linear] | None = None
@@ -152,7 +167,10 @@ class PackedBert:
         """See ``EncoderModel``."""
         packing = _Packing.of(ids, self._words.device)
         hidden = functional.embedding(packing.tokens, self._words)
-        hidden = self._norm(hidden + functional.embedding(packing.positions, self._positions))
+        hidden = hidden + functional.embedding(packing.positions, self._positions)
+        if packing.second is not None and self._second is not None:
+            hidden += packing.second * self._second
+        hidden = self._norm(hidden)
         for layer in self._layers[:-1]:
             hidden = self._layer(layer, packing, hidden)
         finish = self._classify if task == "classify" else self._embed
@@ -180,10 +198,9 @@ class PackedBert:
         return to_scores(classifier(pooled).float(), self._config)
 
     def _embed(self, packing: _Packing, hidden: Tensor) -> Tensor:
-        """Through the last layer, and the unit vectors along each text's mean."""
+        """Through the last layer, and each text's tokens pooled."""
         hidden = self._layer(self._layers[-1], packing, hidden)
-        means = [part.float().mean(1) for part in packing.split(hidden)]
-        return functional.normalize(torch.cat(means), dim=-1)
+        return torch.cat([self._pooling(part) for part in packing.split(hidden)])
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[texts, queries, width] and [texts, length, width] twice → [texts * queries, width]."""

@@ -8,7 +8,7 @@ bounded in tokens. Knows nothing of models or replies.
 import threading
 
 from cluster.batching import Batch, Batcher
-from cluster.engines.encoder.jobs import Job
+from cluster.engines.encoder.jobs import Job, num_chars
 from cluster.errors import OverloadedError, PayloadTooLargeError, RequestError
 
 CHARS_PER_TOKEN = 4
@@ -49,7 +49,7 @@ class JobQueue:
             OverloadedError: too much waits already.
             RequestError: the queue is closed; the error it was closed with.
         """
-        expected = sum(len(text) // CHARS_PER_TOKEN + 2 for text in job.texts)
+        expected = sum(num_chars(text) // CHARS_PER_TOKEN + 2 for text in job.texts)
         with self._changed:
             self._check_open()
             if self.queued_tokens and self.queued_tokens + expected > self._max_queued_tokens:

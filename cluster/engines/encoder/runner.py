@@ -105,15 +105,21 @@ class ModelRunner:
             self._events.done(done)
 
 
-def _scatter(batch: Batch[Job], rows: Rows) -> list[Job]:
+def _scatter(batch: Batch[Job], rows: Rows | list[Rows]) -> list[Job]:
     """Give each row to its job; returns the jobs that have all theirs."""
     done = []
     for item, row in zip(batch.items, rows, strict=True):
         job = item.key
         if job.rows is None:
-            job.rows = np.empty((len(job.ids), rows.shape[1]), np.float32)
+            job.rows = _room_for(len(job.ids), rows)
         job.rows[item.index] = row
         job.num_done += 1
         if job.num_done == len(job.ids):
             done.append(job)
     return done
+
+
+def _room_for(num_rows: int, rows: Rows | list[Rows]) -> Rows | list[Rows]:
+    if isinstance(rows, list):
+        return [rows[0]] * num_rows
+    return np.empty((num_rows, rows.shape[1]), np.float32)

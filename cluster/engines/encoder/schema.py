@@ -1,4 +1,4 @@
-"""The bodies of the encoder's endpoints: parsing, checking, and nothing else.
+"""Reading and checking the bodies of the encoder's endpoints; the tasks say what is in them.
 
 JSON that cannot be read is a 400, JSON of the wrong shape a 422 that names the field, and a
 request that is well-formed but impossible a 400.
@@ -6,46 +6,20 @@ request that is well-formed but impossible a 400.
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, TypeVar
 
 import numpy as np
-from msgspec import DecodeError, Meta, Struct, ValidationError
+from msgspec import DecodeError, Meta, ValidationError
 from msgspec.json import Decoder
 
 from cluster.engines.encoder.jobs import TokenIds
 from cluster.errors import InvalidRequestError, RequestError, UnprocessableError
 
 AtLeastOne = Annotated[int, Meta(ge=1)]
+T = TypeVar("T")
 
 
-class ClassifyRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """The body of ``POST /classify``."""
-
-    input: str | list[str]
-    model: str | None = None
-    top_k: AtLeastOne | None = None
-    """How many labels to give for each text; None: all."""
-    truncate: bool = False
-    """Cut texts that are too long, where otherwise they are refused."""
-
-
-class EmbeddingsRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """The body of ``POST /v1/embeddings``: OpenAI's, and ``truncate``."""
-
-    input: str | list[str | int | list[int]]
-    model: str | None = None
-    encoding_format: Literal["float", "base64"] = "float"
-    dimensions: AtLeastOne | None = None
-    user: str | None = None
-    truncate: bool = False
-
-
-B = TypeVar("B", ClassifyRequest, EmbeddingsRequest)
-classify_decoder = Decoder(ClassifyRequest)
-embeddings_decoder = Decoder(EmbeddingsRequest)
-
-
-def parse(decoder: Decoder[B], body: bytes) -> B:
+def parse(decoder: Decoder[T], body: bytes) -> T:
     """Read a body.
 
     Raises:
@@ -72,14 +46,24 @@ def _unprocessable(message: str) -> UnprocessableError:
     return UnprocessableError(text, param=param)
 
 
-def check_count(count: int, max_texts: int) -> None:
+def check_count(count: int, max_texts: int, param: str = "input") -> None:
     """Refuse an empty list and one that is too long."""
     if not count:
-        raise InvalidRequestError("input is empty; at least one text is needed", param="input")
+        raise InvalidRequestError(f"{param} is empty; at least one text is needed", param=param)
     if count > max_texts:
-        raise InvalidRequestError(
-            f"input has {count} texts; a request may have {max_texts}", param="input"
-        )
+        message = f"{param} has {count} texts; a request may have {max_texts}"
+        raise InvalidRequestError(message, param=param)
+
+
+def texts_of(given: str | list[str], max_texts: int) -> list[str]:
+    """The texts of an ``input`` without pairs.
+
+    Raises:
+        InvalidRequestError: there are none or too many.
+    """
+    texts = [given] if isinstance(given, str) else given
+    check_count(len(texts), max_texts)
+    return texts
 
 
 def split_input(items: str | Sequence[str | int | list[int]]) -> list[str] | list[list[int]]:

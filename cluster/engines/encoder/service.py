@@ -10,14 +10,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from cluster.config import ClassifierConfig, ClassifierTask
 from cluster.engines.base import EngineLoad
 from cluster.engines.encoder.device import num_threads
-from cluster.engines.encoder.jobs import Encoded, Job, TokenIds
+from cluster.engines.encoder.jobs import Encoded, Job, Text, TextReader, TokenIds
 from cluster.engines.encoder.model import LoadedModel, load_model
 from cluster.engines.encoder.queue import JobQueue
 from cluster.engines.encoder.runner import ModelRunner, RunnerEvents
 from cluster.engines.encoder.stage import TokenizerStage
+from cluster.engines.encoder.template import Side
 from cluster.errors import (
     ConfigError,
     EngineDeadError,
@@ -42,6 +45,9 @@ class EncoderCounts:
     compute_s: float
     skipped_texts: int
     """Never computed, because their client left."""
+    cache_hits: int = 0
+    """Texts whose result was kept from before; 0 without a result cache."""
+    cache_misses: int = 0
 
 
 class EncoderService:
@@ -86,21 +92,24 @@ class EncoderService:
             self._queue.close(UnavailableError("the engine did not start"))
             raise
         fail = self._fail_from_thread
-        self._stage = TokenizerStage(self.model.tokenizer, self._queue, fail)
+        self._stage = TokenizerStage(self._queue, fail)
         return self
 
     async def encode(
         self,
         task: ClassifierTask,
-        inputs: Sequence[str] | Sequence[TokenIds],
-        truncate: bool = False,
+        inputs: Sequence[Text] | Sequence[TokenIds],
+        truncate: bool | Side = False,
+        reader: TextReader | None = None,
     ) -> Encoded:
         """Compute a row for each input; cancelling skips what is not computed yet.
 
         Args:
-            task: One of the configured tasks.
-            inputs: Texts, or token ids within the vocabulary and the model's length.
+            task: What the model is to compute: the head of one of the configured tasks.
+            inputs: Texts, with pairs or without, or token ids within the vocabulary and the
+                model's length.
             truncate: Cut texts that are too long, where otherwise they are refused.
+            reader: Reads the texts in another way than as one row each, cut as ``truncate`` says.
 
         Raises:
             InvalidRequestError: a text is too long or no valid Unicode.
@@ -110,9 +119,10 @@ class EncoderService:
             InternalError: the model failed on it.
         """
         future: asyncio.Future[Encoded] = self._loop.create_future()
-        texts = [item for item in inputs if isinstance(item, str)]
-        job = Job(task, texts, truncate, future, time.perf_counter())
-        job.ids = [item for item in inputs if not isinstance(item, str)]
+        texts = [item for item in inputs if isinstance(item, (str, tuple))]
+        reader = reader or self.model.tokenizer.reader(truncate)
+        job = Job(task, texts, reader, future, time.perf_counter())
+        job.ids = [item for item in inputs if isinstance(item, np.ndarray)]
         self._queue.admit(job)
         self._open.add(job)
         try:

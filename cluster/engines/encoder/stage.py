@@ -12,9 +12,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cluster.engines.encoder.jobs import Job
+from cluster.engines.encoder.jobs import Job, TextReader, num_chars
 from cluster.engines.encoder.queue import JobQueue
-from cluster.engines.encoder.tokenizer import TextTokenizer
 from cluster.errors import InternalError, InvalidRequestError, RequestError
 
 log = logging.getLogger(__name__)
@@ -36,13 +35,11 @@ class TokenizerStage:
     """Tokenizes jobs in a thread of its own and puts them in the queue.
 
     Args:
-        tokenizer: Used by this thread alone once it has started.
         queue: Where tokenized jobs go.
         fail: Called from the thread with each job that cannot go there.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, queue: JobQueue, fail: Fail) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, queue: JobQueue, fail: Fail) -> None:
         self._queue = queue
         self._fail = fail
         self._jobs: deque[Job] = deque()
@@ -67,9 +64,8 @@ class TokenizerStage:
     def _run(self) -> None:
         while jobs := self._next_jobs():
             pieces = [self._piece(job) for job in jobs if not self._drop_abandoned(job)]
-            for truncate in (False, True):
-                alike = [piece for piece in pieces if piece.job.truncate is truncate]
-                for piece in self._tokenize(alike, truncate):
+            for alike in _by_reader(pieces):
+                for piece in self._tokenize(alike):
                     self._pass_on(piece.job)
 
     def _next_jobs(self) -> list[Job]:
@@ -86,30 +82,33 @@ class TokenizerStage:
         return job.abandoned
 
     def _piece(self, job: Job) -> _Piece:
-        first = stop = len(job.ids)
+        first = stop = job.num_read
         chars = 0
         while stop < len(job.texts) and chars < PASS_CHARS:
-            chars += len(job.texts[stop])
+            chars += num_chars(job.texts[stop])
             stop += 1
         return _Piece(job, first, stop)
 
-    def _tokenize(self, pieces: list[_Piece], truncate: bool) -> list[_Piece]:
-        """Tokenize each piece; those that failed are not among the ones returned."""
+    def _tokenize(self, pieces: list[_Piece]) -> list[_Piece]:
+        """Tokenize pieces of one reader; those that failed are not among the ones returned."""
+        if len(pieces) == 1:
+            return pieces if self._tokenize_alone(pieces[0]) else []
         texts = [text for piece in pieces for text in piece.job.texts[piece.first : piece.stop]]
         try:
-            rows = iter(self._tokenizer.encode(texts, 0, truncate) if texts else ())
+            rows = iter(pieces[0].job.reader.read(texts, 0))
         except Exception:
             return [piece for piece in pieces if self._tokenize_alone(piece)]
-        for piece in pieces:
+        for piece in pieces:  # jobs that share a reader have one row for each text
             piece.job.ids.extend(next(rows) for _ in range(piece.first, piece.stop))
+            piece.job.num_read = piece.stop
         return pieces
 
     def _tokenize_alone(self, piece: _Piece) -> bool:
-        """Of pieces that failed together, find out which one is at fault, and fail it alone."""
+        """Tokenize one piece, or fail its job."""
         job = piece.job
         try:
-            texts = job.texts[piece.first : piece.stop]
-            job.ids += self._tokenizer.encode(texts, piece.first, job.truncate)
+            job.ids += job.reader.read(job.texts[piece.first : piece.stop], piece.first)
+            job.num_read = piece.stop
         except RequestError as error:
             self._give_up(job, error)
         except (TypeError, UnicodeError):
@@ -122,7 +121,7 @@ class TokenizerStage:
         return False
 
     def _pass_on(self, job: Job) -> None:
-        if len(job.ids) < len(job.texts):
+        if job.num_read < len(job.texts):
             return self.submit(job)
         job.tokenized_s = time.perf_counter()
         try:
@@ -133,3 +132,10 @@ class TokenizerStage:
     def _give_up(self, job: Job, error: RequestError) -> None:
         self._queue.drop(job)
         self._fail(job, error)
+
+
+def _by_reader(pieces: list[_Piece]) -> list[list[_Piece]]:
+    groups: dict[TextReader, list[_Piece]] = {}
+    for piece in pieces:
+        groups.setdefault(piece.job.reader, []).append(piece)
+    return list(groups.values())

@@ -6,10 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from cluster.engines.encoder.jobs import TokenIds
+from cluster.engines.encoder.jobs import Text, TokenIds
+from cluster.engines.encoder.template import (
+    Side,
+    Template,
+    cut,
+    fit,
+    pair_template,
+    single_template,
+)
 from cluster.errors import ConfigError, InvalidRequestError
-
-PROBE = "a probe of the special tokens"
 
 
 class TextTokenizer:
@@ -18,12 +24,13 @@ class TextTokenizer:
     Args:
         tokenizer: A fast tokenizer of transformers.
         max_tokens: The longest text, special tokens included.
+        marks_pair: Whether the model tells a text from its pair by token types.
 
     Raises:
         ConfigError: the tokenizer is not a fast one, or puts special tokens inside a text.
     """
 
-    def __init__(self, tokenizer: Any, max_tokens: int) -> None:
+    def __init__(self, tokenizer: Any, max_tokens: int, marks_pair: bool = False) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError(
                 f"{type(tokenizer).__name__} is not a fast tokenizer (tokenizer.json)"
@@ -31,31 +38,68 @@ class TextTokenizer:
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._prefix, self._suffix = self._special_ids()
+        single = single_template(self._backend)
+        if single is None:
+            raise ConfigError(
+                "the tokenizer puts special tokens inside a text; none such is supported"
+            )
+        self._single = single
+        self._pair = pair_template(self._backend, marks_pair)
+        sides: tuple[Side | None, ...] = (None, "left", "right")
+        self._readers = {side: PlainReader(self, side) for side in sides}
         self.max_tokens = max_tokens
-        self._room = max_tokens - len(self._prefix) - len(self._suffix)
+        self.mask_token: str | None = tokenizer.mask_token
+        self.unknown_id: int | None = tokenizer.unk_token_id
+        self.has_subwords = bool(getattr(self._backend.model, "continuing_subword_prefix", None))
+        """Whether a token shows by itself that it continues a word."""
 
-    def encode(self, texts: Sequence[str], first: int, truncate: bool) -> list[TokenIds]:
+    def reader(self, truncate: bool | Side) -> "PlainReader":
+        """The reader that cuts texts so (True: at their end), or refuses long ones."""
+        return self._readers["right" if truncate is True else truncate or None]
+
+    def encode(self, texts: Sequence[Text], first: int, side: Side | None) -> list[TokenIds]:
         """The ids of each text, special tokens included.
 
         Args:
             texts: Unicode texts; the empty one has its special tokens.
             first: Where ``texts[0]`` stands in the request, for messages.
-            truncate: Cut texts that are too long at their end.
+            side: Where a text that is too long is cut; None refuses it. Of a text and its pair,
+                the longer one is cut first.
 
         Raises:
-            InvalidRequestError: a text is too long and ``truncate`` is off.
+            InvalidRequestError: a text is too long, or has a pair and the model takes none.
         """
-        bodies = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        bodies = iter(self._backend.encode_batch_fast(flatten(texts), add_special_tokens=False))
         rows: list[list[int]] = []
-        for index, body in enumerate(bodies, first):
-            ids = body.ids
-            if len(ids) > self._room:
-                if not truncate:
-                    raise self.too_long(index, len(ids) + self.max_tokens - self._room)
-                ids = ids[: self._room]
-            rows.append([*self._prefix, *ids, *self._suffix])
+        for index, text in enumerate(texts, first):
+            ids = next(bodies).ids
+            if isinstance(text, str):
+                rows.append(self._row(index, ids, side))
+            else:
+                rows.append(self._pair_row(index, ids, next(bodies).ids, side))
         return split_rows(rows)
+
+    def locate(self, texts: Sequence[Text]) -> list[Any]:
+        """Each text's ``tokenizers.Encoding`` with its offsets and without special tokens.
+
+        A text and its pair have one each.
+        """
+        return list(self._backend.encode_batch(flatten(texts), add_special_tokens=False))
+
+    def template(self, text: Text) -> Template:
+        """The special tokens around ``text``.
+
+        Raises:
+            InvalidRequestError: it has a pair and the model takes none.
+        """
+        template = self._single if isinstance(text, str) else self._pair
+        if template is None:
+            raise InvalidRequestError("this model takes no pairs of texts", param="input")
+        return template
+
+    def decode(self, token: int) -> str:
+        """The text of one token."""
+        return str(self._backend.decode([token], skip_special_tokens=False))
 
     def too_long(self, index: int, num_tokens: int) -> InvalidRequestError:
         """The error for the ``index``-th text of a request."""
@@ -65,13 +109,47 @@ class TextTokenizer:
             param="input",
         )
 
-    def _special_ids(self) -> tuple[list[int], list[int]]:
-        bare = self._backend.encode(PROBE, add_special_tokens=False).ids
-        full = self._backend.encode(PROBE).ids
-        for start in range(len(full) - len(bare) + 1):
-            if full[start : start + len(bare)] == bare:
-                return full[:start], full[start + len(bare) :]
-        raise ConfigError("the tokenizer puts special tokens inside a text; none such is supported")
+    def _row(self, index: int, ids: list[int], side: Side | None) -> list[int]:
+        room = self.max_tokens - self._single.num_tokens
+        if len(ids) > room:
+            if side is None:
+                raise self.too_long(index, len(ids) + self._single.num_tokens)
+            ids = cut(ids, room, side)
+        return self._single.join(ids)
+
+    def _pair_row(
+        self, index: int, ids: list[int], pair: list[int], side: Side | None
+    ) -> list[int]:
+        template = self.template(("", ""))
+        room = self.max_tokens - template.num_tokens
+        if len(ids) + len(pair) > room:
+            if side is None:
+                raise self.too_long(index, len(ids) + len(pair) + template.num_tokens)
+            first, second = fit(len(ids), len(pair), room)
+            ids, pair = cut(ids, first, side), cut(pair, second, side)
+        return template.join(ids, pair)
+
+
+class PlainReader:
+    """Makes one row of each text; all requests that cut alike share one.
+
+    Args:
+        tokenizer: The model's.
+        side: See ``TextTokenizer.encode``.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, side: Side | None) -> None:
+        self._tokenizer = tokenizer
+        self._side = side
+
+    def read(self, texts: Sequence[Text], first: int) -> list[TokenIds]:
+        """See ``TextReader``."""
+        return self._tokenizer.encode(texts, first, self._side)
+
+
+def flatten(texts: Sequence[Text]) -> list[str]:
+    """Texts and their pairs, one after the other."""
+    return [part for text in texts for part in ((text,) if isinstance(text, str) else text)]
 
 
 def split_rows(rows: Sequence[Sequence[int]]) -> list[TokenIds]:

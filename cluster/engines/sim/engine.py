@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from cluster.asgi import ASGIApp
+from cluster.asgi import ASGIApp, Usage
 from cluster.config import GeneratorConfig
 from cluster.engines.base import EngineLoad
 from cluster.engines.sim.app import SimApp
 from cluster.engines.sim.generation import DEAD, Generation, GenerationError
 from cluster.engines.sim.scheduler import Scheduler
 from cluster.errors import ConfigError, EngineDeadError
+from cluster.metrics import Registry
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,9 @@ class SimEngine:
     def app(self) -> ASGIApp:
         """The ASGI application."""
         return self._app
+
+    def observe(self, registry: Registry) -> None:
+        """Nothing: a router sees all that this engine would count."""
 
     def routes(self) -> tuple[str, ...]:
         """The paths that ``app`` serves."""
@@ -79,9 +83,13 @@ class SimEngine:
                 await self._driver
 
     def submit(
-        self, prompts: Sequence[list[int]], max_tokens: Sequence[int], stop: Sequence[str]
+        self,
+        prompts: Sequence[list[int]],
+        max_tokens: Sequence[int],
+        stop: Sequence[str],
+        usage: Usage,
     ) -> Generation:
-        """Accept one HTTP request's prompts; pair it with ``discard``.
+        """Accept one HTTP request's prompts; pair it with ``discard``. ``usage`` is kept true.
 
         Raises:
             GenerationError: the engine is dead.
@@ -91,7 +99,7 @@ class SimEngine:
         sim = self.config.sim
         self._num_accepted += 1
         fails = sim.fail_rate > 0 and self._random.random() < sim.fail_rate
-        generation = Generation(prompts, max_tokens, stop, seed=sim.seed, fails=fails)
+        generation = Generation(prompts, max_tokens, stop, usage=usage, seed=sim.seed, fails=fails)
         self._generations.add(generation)
         if sim.hang_after_requests is not None and self._num_accepted > sim.hang_after_requests:
             generation.hangs = True

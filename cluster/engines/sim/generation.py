@@ -7,6 +7,7 @@ HTTP and nothing of time.
 import asyncio
 from collections.abc import Sequence
 
+from cluster.asgi import Usage
 from cluster.engines.sim import tokenizer
 from cluster.engines.sim.scheduler import Request
 
@@ -67,7 +68,7 @@ Delta = tuple[SimSequence, str, bool]
 class Generation:
     """The sequences of one HTTP request."""
 
-    __slots__ = ("_deltas", "_error", "_waiter", "fails", "hangs", "sequences", "stop")
+    __slots__ = ("_deltas", "_error", "_usage", "_waiter", "fails", "hangs", "sequences", "stop")
 
     def __init__(
         self,
@@ -75,6 +76,7 @@ class Generation:
         max_tokens: Sequence[int],
         stop: Sequence[str],
         *,
+        usage: Usage,
         seed: int,
         fails: bool,
     ) -> None:
@@ -85,6 +87,8 @@ class Generation:
             SimSequence(self, index, Request(prompt, limit, int), tokenizer.digest(prompt, seed))
             for index, (prompt, limit) in enumerate(zip(prompts, max_tokens, strict=True))
         ]
+        self._usage = usage
+        usage.prompt_tokens = sum(map(len, prompts))
         self._deltas: list[Delta] = []
         self._error: str | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -96,6 +100,9 @@ class Generation:
             self._error = FAILED
         else:
             self._deltas.append(delta)
+            self._usage.completion_tokens += 1
+            if delta[2]:
+                self._usage.cached_tokens += delta[0].request.cached_tokens
         self._wake()
 
     def fail(self, message: str) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from cluster.asgi import Receive, Scope, Send
+from cluster.asgi import Receive, Scope, Send, Usage, usage_of
 from cluster.config import GeneratorConfig
 from cluster.engines.sim.generation import Generation
 from cluster.engines.sim.wire import dumps, random_id
@@ -16,9 +16,13 @@ class Host(Protocol):
     max_model_len: int
 
     def submit(
-        self, prompts: Sequence[list[int]], max_tokens: Sequence[int], stop: Sequence[str]
+        self,
+        prompts: Sequence[list[int]],
+        max_tokens: Sequence[int],
+        stop: Sequence[str],
+        usage: Usage,
     ) -> Generation:
-        """Accept the prompts of one request."""
+        """Accept the prompts of one request, whose tokens are counted in ``usage``."""
 
     def discard(self, generation: Generation) -> None:
         """Forget them."""
@@ -27,7 +31,7 @@ class Host(Protocol):
 class Exchange:
     """A request whose body has come, and the means to answer it."""
 
-    __slots__ = ("_request_id", "_send", "body", "content_type", "path", "streaming")
+    __slots__ = ("_request_id", "_send", "body", "content_type", "path", "streaming", "usage")
 
     def __init__(self, scope: Scope, body: bytes, send: Send) -> None:
         headers = dict(scope["headers"])
@@ -35,6 +39,7 @@ class Exchange:
         self.body = body
         self.content_type = headers.get(b"content-type", b"").decode("latin-1")
         self.streaming = False
+        self.usage = usage_of(scope)
         self._request_id: bytes | None = headers.get(b"x-request-id")
         self._send = send
 

@@ -1,0 +1,109 @@
+"""Any architecture through its own forward in transformers, padded in groups of like length."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
+
+from cluster.batching import group_by_length
+from cluster.config import ClassifierTask
+from cluster.engines.encoder.jobs import Rows, TokenIds
+from cluster.engines.encoder.pooling import Pooling
+from cluster.engines.encoder.scores import to_scores
+
+MAX_PADDING = 0.05
+"""Share of padding in one padded forward; a smaller one makes more and smaller forwards."""
+MAX_CANDIDATES = 100
+"""Tokens that are kept for each mask: a whole vocabulary for each would be up to a megabyte."""
+
+Inputs = dict[str, Tensor]
+
+
+class TransformersModel:
+    """An ``EncoderModel`` of any architecture.
+
+    Args:
+        network: A network with a head, or an encoder if it need only embed.
+        pad_id: The id that padding cells hold.
+        pooling: How embeddings are made.
+        mask_id: The id of the mask, for networks that fill it; -1: there is none.
+    """
+
+    def __init__(
+        self,
+        network: Any,
+        pad_id: int,
+        pooling: Pooling | None = None,
+        mask_id: int = -1,
+    ) -> None:
+        self._network = network
+        self._encoder = network.base_model
+        self._pad_id = pad_id
+        self._pooling = pooling or Pooling()
+        self._mask_id = mask_id
+        self._heads = {
+            "classify": self._classify,
+            "embed": self._embed,
+            "token-classification": self._label_tokens,
+            "fill-mask": self._fill,
+        }
+
+    def run(self, task: ClassifierTask, ids: Sequence[TokenIds]) -> Rows | list[Rows]:
+        """See ``EncoderModel``."""
+        head = self._heads[task]
+        rows: list[Rows] = []
+        with torch.inference_mode():
+            for group in group_by_length([len(row) for row in ids], MAX_PADDING):
+                rows += head(self._pad(ids[group]))
+        return np.stack(rows) if task in ("classify", "embed") else rows
+
+    def _classify(self, inputs: Inputs) -> list[Rows]:
+        logits = self._network(**inputs).logits
+        return list(_numpy(to_scores(logits.float(), self._network.config)))
+
+    def _embed(self, inputs: Inputs) -> list[Rows]:
+        hidden = self._encoder(**inputs).last_hidden_state
+        return list(_numpy(self._pooling(hidden, inputs["attention_mask"])))
+
+    def _label_tokens(self, inputs: Inputs) -> list[Rows]:
+        scores = _numpy(self._network(**inputs).logits.float().softmax(-1))
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        return [row[:length] for row, length in zip(scores, lengths, strict=True)]
+
+    def _fill(self, inputs: Inputs) -> list[Rows]:
+        """For each mask of a text, the ids of the best tokens and then their scores."""
+        masks = inputs["input_ids"].eq(self._mask_id)
+
+        def pick(_module: Any, _args: Any, output: Any) -> BaseModelOutput:
+            return BaseModelOutput(last_hidden_state=output[0][masks][None])
+
+        # The vocabulary is by far the widest layer, so its head is given the masks alone.
+        hook = self._encoder.register_forward_hook(pick)
+        try:
+            logits = self._network(**inputs).logits[0]
+        finally:
+            hook.remove()
+        best = logits.float().softmax(-1).topk(min(MAX_CANDIDATES, logits.shape[-1]))
+        rows = torch.cat([best.indices.float(), best.values], -1)  # ids are exact up to 2^24
+        return [_numpy(part) for part in torch.split(rows, masks.sum(1).tolist())]
+
+    def _pad(self, ids: Sequence[TokenIds]) -> Inputs:
+        cells = np.full((len(ids), len(ids[-1])), self._pad_id, np.int64)
+        mask = np.zeros(cells.shape, np.int64)
+        for row, text in enumerate(ids):
+            cells[row, : len(text)] = text
+            mask[row, : len(text)] = 1
+        inputs = {"attention_mask": mask}
+        if (second := cells < 0).any():
+            cells = np.where(second, ~cells, cells)
+            inputs["token_type_ids"] = second.astype(np.int64)
+        inputs["input_ids"] = cells
+        device = self._network.device
+        return {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
+
+
+def _numpy(tensor: Tensor) -> Rows:
+    return np.asarray(tensor.cpu().numpy(), np.float32)

@@ -1,0 +1,40 @@
+"""What a router knows of its pools at one moment, written into its registry when that is read."""
+
+from collections import Counter
+from collections.abc import Iterable
+from functools import partial
+
+from cluster.gateway.pool import Pool
+from cluster.metrics import Registry, table
+
+
+def watch_pools(registry: Registry, pools: Iterable[Pool]) -> None:
+    """Have every reading of ``registry`` show what the pools hold then."""
+    for pool in pools:
+        registry.on_collect(partial(_collect, registry, pool))
+
+
+def _collect(registry: Registry, pool: Pool) -> None:
+    loads = [load for r in pool.replicas if (load := r.link.load) is not None]
+    levels = {
+        table.ONGOING: sum(replica.own for replica in pool.replicas),
+        table.QUEUED: pool.num_queued,
+        table.RUNNING: sum(load.running for load in loads),
+        table.WAITING: sum(load.waiting for load in loads),
+        table.KV_CACHE: sum(load.kv_cache_usage for load in loads) / max(1, len(loads)),
+    }
+    for metric, level in levels.items():
+        registry.gauge(metric, pool.name).value = float(level)
+    states = Counter(replica.state for replica in pool.replicas)
+    for state in ("linked", "unlinked", "fallback"):
+        registry.gauge(table.REPLICAS, pool.name, state).value = float(states[state])
+    counts = pool.link_counts
+    registry.counter(table.LINK_CONNECTS, pool.name).value = float(counts.connects)
+    sums = {
+        (table.LINK_FRAMES, "sent"): counts.frames_sent,
+        (table.LINK_FRAMES, "received"): counts.frames_received,
+        (table.LINK_BYTES, "sent"): counts.bytes_sent,
+        (table.LINK_BYTES, "received"): counts.bytes_received,
+    }
+    for (metric, direction), total in sums.items():
+        registry.counter(metric, pool.name, direction).value = float(total)

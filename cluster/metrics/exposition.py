@@ -1,0 +1,58 @@
+"""A registry in Prometheus' text format, written by prometheus-client."""
+
+from collections.abc import Iterable
+from itertools import accumulate, groupby
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
+from prometheus_client.registry import Collector
+
+from cluster.metrics.registry import Histogram, Registry
+from cluster.metrics.table import Metric
+
+CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
+
+Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
+
+
+def exposition(registry: Registry) -> bytes:
+    """The registry's present values."""
+    collected = CollectorRegistry()
+    collected.register(_Families(registry))
+    return generate_latest(collected)
+
+
+class _Families(Collector):
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterable[Family]:
+        for metric, children in groupby(self._registry.collect(), key=lambda entry: entry[0]):
+            family = _family(metric)
+            for _, labels, child in children:
+                if isinstance(family, HistogramMetricFamily):
+                    assert isinstance(child, Histogram)
+                    family.add_metric(labels, _buckets(child), child.total)
+                else:
+                    assert not isinstance(child, Histogram)
+                    family.add_metric(labels, child.value)
+            yield family
+
+
+def _family(metric: Metric) -> Family:
+    kinds = {
+        "counter": CounterMetricFamily,
+        "gauge": GaugeMetricFamily,
+        "histogram": HistogramMetricFamily,
+    }
+    family: Family = kinds[metric.kind](metric.name, metric.help, labels=metric.labels)
+    return family
+
+
+def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
+    bounds = [*map(str, histogram.bounds), "+Inf"]
+    return list(zip(bounds, map(float, accumulate(histogram.counts)), strict=True))

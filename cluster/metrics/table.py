@@ -1,0 +1,140 @@
+"""Every metric of Tandem: its name, kind, labels, buckets and meaning. Nothing else names one.
+
+Names are in base units under the prefix ``tandem_``; counters end in ``_total``. Ray's agents
+put ``ray_`` before them and the replica's labels beside them. The label ``model`` is a pool's
+name and ``route`` one of its paths, so a client cannot make a new series.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric; a histogram's ``buckets`` are upper bounds, ascending."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+_SECONDS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
+    *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0),
+)
+_GAPS = (
+    *(0.0005, 0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04),
+    *(0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 10.0),
+)
+_MODEL = ("model",)
+
+
+def _histogram(name: str, text: str, buckets: tuple[float, ...] = _SECONDS) -> Metric:
+    return Metric(name, "histogram", text, _MODEL, buckets)
+
+
+# -- requests, as a router sees them ---------------------------------------------------------------
+
+REQUESTS = Metric(
+    "tandem_requests_total",
+    "counter",
+    "Requests that ended, by the status of their answer; 499: the client left.",
+    ("model", "route", "status"),
+)
+REQUEST_SECONDS = _histogram("tandem_request_seconds", "From a request to the end of its answer.")
+QUEUE_SECONDS = _histogram("tandem_queue_seconds", "Waiting in the router for a place.")
+TTFT_SECONDS = _histogram("tandem_ttft_seconds", "From a request to the first bytes of its stream.")
+ITL_SECONDS = _histogram(
+    "tandem_itl_seconds", "Between two writes of a stream; one may hold several tokens.", _GAPS
+)
+TPOT_SECONDS = _histogram(
+    "tandem_tpot_seconds", "(end to end - TTFT) / (completion tokens - 1) of a stream.", _GAPS
+)
+PROMPT_TOKENS = Metric("tandem_prompt_tokens_total", "counter", "Prompt tokens.", _MODEL)
+CACHED_TOKENS = Metric(
+    "tandem_cached_tokens_total", "counter", "Prompt tokens that the prefix cache held.", _MODEL
+)
+COMPLETION_TOKENS = Metric(
+    "tandem_completion_tokens_total", "counter", "Completion tokens.", _MODEL
+)
+SHED = Metric("tandem_shed_requests_total", "counter", "Requests refused as too many.", _MODEL)
+RETRIES = Metric(
+    "tandem_retries_total", "counter", "Replicas that were lost before they answered.", _MODEL
+)
+CUT_OFF = Metric(
+    "tandem_cut_off_requests_total", "counter", "Answers that ended before they were whole.", _MODEL
+)
+
+# -- pools, as a router sees them ------------------------------------------------------------------
+
+ONGOING = Metric("tandem_ongoing_requests", "gauge", "Requests being served.", _MODEL)
+QUEUED = Metric("tandem_queued_requests", "gauge", "Requests waiting for a place.", _MODEL)
+REPLICAS = Metric(
+    "tandem_replicas", "gauge", "Replicas by what this router can do with them.", ("model", "state")
+)
+RUNNING = Metric("tandem_running_requests", "gauge", "Requests in the engines' batches.", _MODEL)
+WAITING = Metric("tandem_waiting_requests", "gauge", "Requests waiting in the engines.", _MODEL)
+KV_CACHE = Metric(
+    "tandem_kv_cache_usage_ratio", "gauge", "KV blocks in use, mean of the replicas.", _MODEL
+)
+
+# -- links, at the router's end --------------------------------------------------------------------
+
+LINK_FRAMES = Metric(
+    "tandem_link_frames_total", "counter", "Frames on the links.", ("model", "direction")
+)
+LINK_BYTES = Metric(
+    "tandem_link_bytes_total", "counter", "Bytes on the links.", ("model", "direction")
+)
+LINK_CONNECTS = Metric(
+    "tandem_link_connects_total", "counter", "Links that came about, first and again.", _MODEL
+)
+LINK_FALLBACKS = Metric(
+    "tandem_link_fallbacks_total",
+    "counter",
+    "Requests that went over Serve's handle, because a link could not be opened.",
+    _MODEL,
+)
+
+# -- encoders, in their replicas -------------------------------------------------------------------
+
+ENCODER_BATCHES = Metric("tandem_encoder_batches_total", "counter", "Batches computed.", _MODEL)
+ENCODER_TEXTS = Metric("tandem_encoder_texts_total", "counter", "Texts computed.", _MODEL)
+ENCODER_TOKENS = Metric("tandem_encoder_tokens_total", "counter", "Tokens computed.", _MODEL)
+ENCODER_SECONDS = Metric(
+    "tandem_encoder_compute_seconds_total", "counter", "Time that the model computed.", _MODEL
+)
+ENCODER_SKIPPED = Metric(
+    "tandem_encoder_skipped_texts_total", "counter", "Texts whose client left before.", _MODEL
+)
+ENCODER_CACHE_HITS = Metric(
+    "tandem_encoder_cache_hits_total", "counter", "Texts whose result was kept.", _MODEL
+)
+ENCODER_CACHE_MISSES = Metric(
+    "tandem_encoder_cache_misses_total", "counter", "Texts whose result was not kept.", _MODEL
+)
+ENCODER_LABELS = Metric(
+    "tandem_encoder_labels_total", "counter", "Texts by their strongest label.", ("model", "label")
+)
+ENCODER_CONFIDENCE = Metric(
+    "tandem_encoder_confidence_total",
+    "counter",
+    "Texts whose strongest label's score was at most so much.",
+    ("model", "le"),
+)
+ENCODER_CHARACTERS = Metric(
+    "tandem_encoder_characters_total", "counter", "Texts of fewer characters.", ("model", "le")
+)
+ENCODER_DRIFT = Metric(
+    "tandem_encoder_drift_ratio",
+    "gauge",
+    "Population stability index against the reference; above 0.25 is a marked change.",
+    ("model", "of"),
+)
+
+
+def all_metrics() -> list[Metric]:
+    """Every metric of the table, in its order."""
+    return [value for value in globals().values() if isinstance(value, Metric)]

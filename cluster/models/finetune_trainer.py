@@ -1,0 +1,202 @@
+"""transformers' Trainer with two additions: frozen lower layers, and embeddings that stay useful.
+
+The embeddings are held near to the base's by a copy of the layers that are trained. It starts from
+what the frozen layers gave the model itself, so those run once for both: that is what makes a run
+on two cores short. Works on any stack of like layers. Loads torch.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from cluster.errors import ConfigError
+from cluster.models.finetune_options import FinetuneOptions
+from cluster.models.store import Progress
+
+WARMUP = 0.06  # share of the steps, as in RoBERTa's fine-tuning (arXiv:1907.11692, table 10)
+WEIGHT_DECAY = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What of a network is trained and how fast."""
+
+    frozen: list[nn.Module]
+    """Embeddings and lower layers: no gradients, no dropout."""
+    tuned: nn.ModuleList
+    head: list[nn.Parameter]
+    """All that comes after the layers; new, so it learns faster."""
+
+
+def part(network: Any, num_frozen: int) -> Parts:
+    """Freeze the embeddings and the lowest ``num_frozen`` layers of a network.
+
+    Raises:
+        ConfigError: it has no stack of layers, or none would be left to train.
+    """
+    base, count = network.base_model, network.config.num_hidden_layers
+    stacks = (m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    layers = next(stacks, None)
+    if layers is None:
+        raise ConfigError(f"{type(base).__name__} has no stack of {count} layers to train")
+    if num_frozen >= count:
+        raise ConfigError(f"frozen layers: got {num_frozen}; the encoder has {count}")
+    frozen = [getattr(base, "embeddings", base.get_input_embeddings()), *layers[:num_frozen]]
+    for module in frozen:
+        module.requires_grad_(False)
+    tuned = layers[num_frozen:]
+    inside = {id(p) for p in tuned.parameters()}
+    head = [p for p in network.parameters() if p.requires_grad and id(p) not in inside]
+    return Parts(frozen, tuned, head)
+
+
+class Anchor:
+    """The layers as they were before training, run beside the model on the same inputs.
+
+    Args:
+        tuned: The layers that are trained; hooks on them read what goes in and comes out.
+    """
+
+    def __init__(self, tuned: nn.ModuleList) -> None:
+        self._reference = copy.deepcopy(tuned).eval().requires_grad_(False)
+        self._entered: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self._left: Any = None
+        tuned[0].register_forward_pre_hook(self._enter, with_kwargs=True)
+        tuned[-1].register_forward_hook(self._leave)
+
+    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._entered = args, kwargs
+
+    def _leave(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        self._left = _hidden(output)
+
+    def similarity(self, mask: Tensor) -> Tensor:
+        """Cosine of the model's and the base's mean embeddings of the last batch, [texts]."""
+        (hidden, *others), kwargs = self._entered
+        with torch.no_grad():
+            for layer in self._reference:
+                hidden = _hidden(layer(hidden, *others, **kwargs))
+        return functional.cosine_similarity(_mean(self._left, mask), _mean(hidden, mask))
+
+
+def _hidden(output: Any) -> Tensor:
+    found = output[0] if isinstance(output, tuple) else output
+    assert isinstance(found, Tensor)
+    return found
+
+
+def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the hidden states of the tokens that are not padding, [texts, width]."""
+    weights = mask[:, :, None].to(hidden.dtype)
+    return (hidden * weights).sum(1) / weights.sum(1)
+
+
+class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
+    """The Trainer; ``make_trainer`` makes one, and ``anchor`` may be set before ``train``."""
+
+    loss_is_scaled_for_ga = False
+    parts: Parts
+    anchor: Anchor | None = None
+    keep_embeddings: float = 0.0
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The model's own loss and, with an anchor, the drift of its embeddings."""
+        for module in self.parts.frozen:  # the Trainer turns dropout on everywhere, each step
+            module.eval()
+        outputs = model(**inputs)
+        loss = outputs.loss
+        if self.anchor is not None:
+            drift = 1 - self.anchor.similarity(inputs["attention_mask"]).mean()
+            loss = loss + self.keep_embeddings * drift
+        return (loss, outputs) if return_outputs else loss
+
+    def report_to(self, progress: Progress) -> None:
+        """Have ``progress`` called after every step and every epoch."""
+        self.add_callback(_Reported(progress))
+
+
+class _Reported(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
+    """Tells a ``Progress`` where the training is."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        epoch = min(int(state.epoch) + 1, state.num_train_epochs)
+        message = f"training, epoch {epoch} of {state.num_train_epochs}"
+        self._progress(message, state.global_step / state.max_steps)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        loss, epoch = others["metrics"]["eval_loss"], round(state.epoch)
+        self._progress(f"epoch {epoch}: validation loss {loss:.3f}", None)
+
+
+def make_trainer(
+    network: Any,
+    parts: Parts,
+    data: tuple[Sequence[Any], Sequence[Any]],
+    collator: Any,
+    options: FinetuneOptions,
+    scratch: str,
+) -> FinetuneTrainer:
+    """A trainer of ``network`` on (train, validation) examples; checkpoints go to ``scratch``."""
+    train, validation = data
+    stops_early = bool(options.patience and validation)
+    each = "epoch" if stops_early else "no"
+    arguments = TrainingArguments(
+        output_dir=scratch,
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=2 * options.batch_size,
+        warmup_steps=WARMUP,
+        train_sampling_strategy="group_by_length",
+        seed=options.seed,
+        eval_strategy=each,
+        save_strategy=each,
+        save_only_model=True,
+        save_total_limit=1,
+        load_best_model_at_end=stops_early,
+        metric_for_best_model="loss",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    trainer = FinetuneTrainer(
+        model=network,
+        args=arguments,
+        data_collator=collator,
+        train_dataset=train,
+        eval_dataset=validation or None,
+        optimizers=(_optimizer(parts, options), None),
+        callbacks=[EarlyStoppingCallback(options.patience)] if stops_early else [],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.parts, trainer.keep_embeddings = parts, options.keep_embeddings
+    return trainer
+
+
+def _optimizer(parts: Parts, options: FinetuneOptions) -> torch.optim.Optimizer:
+    groups = [
+        {"params": list(parts.tuned.parameters()), "lr": options.learning_rate},
+        {"params": parts.head, "lr": options.head_learning_rate},
+    ]
+    return torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True)

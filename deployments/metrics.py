@@ -1,0 +1,83 @@
+"""Gives what a replica counts to Ray's agents, and with that to Ray's dashboard and Prometheus.
+
+A histogram becomes one gauge for each of Prometheus' series (``_bucket``, ``_sum``, ``_count``):
+Ray's own takes one call for each observation, and there is one for each token.
+"""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from itertools import accumulate
+from typing import Any
+
+from ray.serve import metrics as ray_metrics
+
+from cluster.metrics import Counter, Histogram, Metric, Registry
+
+logger = logging.getLogger("ray.serve.tandem")
+
+EXPORT_S = 5.0
+"""Ray's agents are scraped less often than this."""
+
+
+class RayExporter:
+    """Hands a registry's values to Ray every few seconds, from the loop that counts."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._metrics: dict[str, Any] = {}
+        self._exported: dict[tuple[Metric, tuple[str, ...]], float] = {}
+        self._task = asyncio.create_task(self._run())
+
+    async def close(self) -> None:
+        """Hand over the last values and end."""
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        self._export()
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(EXPORT_S)
+            try:
+                self._export()
+            except Exception:  # a metric less must not cost the others
+                logger.exception("metrics could not be given to Ray")
+
+    def _export(self) -> None:
+        for metric, values, child in self._registry.collect():
+            labels = dict(zip(metric.labels, values, strict=True))
+            if isinstance(child, Histogram):
+                self._export_histogram(metric, labels, child)
+            elif isinstance(child, Counter):
+                self._export_counter(metric, labels, child.value)
+            else:
+                self._gauge(metric.name, metric).set(child.value, tags=labels)
+
+    def _export_counter(self, metric: Metric, labels: Mapping[str, str], value: float) -> None:
+        key = metric, tuple(labels.values())
+        if (grown := value - self._exported.get(key, 0.0)) > 0:
+            self._exported[key] = value
+            name = metric.name.removesuffix("_total")  # Ray puts it back
+            counter = self._metrics.get(name)
+            if counter is None:
+                counter = ray_metrics.Counter(name, metric.help, metric.labels)
+                self._metrics[name] = counter
+            counter.inc(grown, tags=labels)
+
+    def _export_histogram(
+        self, metric: Metric, labels: Mapping[str, str], child: Histogram
+    ) -> None:
+        bucket = self._gauge(f"{metric.name}_bucket", metric, "le")
+        bounds = [*map(str, child.bounds), "+Inf"]
+        cumulated = list(accumulate(child.counts))
+        for bound, count in zip(bounds, cumulated, strict=True):
+            bucket.set(float(count), tags={**labels, "le": bound})
+        self._gauge(f"{metric.name}_count", metric).set(float(cumulated[-1]), tags=labels)
+        self._gauge(f"{metric.name}_sum", metric).set(child.total, tags=labels)
+
+    def _gauge(self, name: str, metric: Metric, *more_labels: str) -> Any:
+        gauge = self._metrics.get(name)
+        if gauge is None:
+            gauge = ray_metrics.Gauge(name, metric.help, (*metric.labels, *more_labels))
+            self._metrics[name] = gauge
+        return gauge

@@ -1,0 +1,168 @@
+"""Coverage-guided fuzzing of both ends of a link: `python -m tests.fuzz.link replica|router`.
+
+After a true handshake, a peer sends whatever the fuzzer makes, in pieces of any size: frames of
+every kind on a few streams, and bytes that are none. Whatever it is, nothing may be raised, the
+connection must live or have ended with a typed error, and once it has ended no stream may be
+left. Arguments after the first are libFuzzer's, such as -max_total_time=300.
+"""
+
+import asyncio
+import logging
+import sys
+from contextlib import suppress
+from typing import Any, cast
+
+import atheris
+
+with atheris.instrument_imports(include=["cluster.link"]):
+    from cluster.link import LinkClient, LinkServer, RequestHead
+    from cluster.link import frames as f
+    from cluster.link.handshake import Handshake, Role
+
+from cluster.asgi import Receive, Scope, Send
+from cluster.errors import LinkError, RequestError
+
+SECRET = b"fuzz"
+HEADS = (
+    f.encode_head(RequestHead(path="/x")),
+    f.encode_head(f.ResponseHead(200, [(b"a", b"b")])),
+    f.encode_head(f.LinkLoad(1, 2, 0.5, 3)),
+    f.encode_head(f.LinkUsage(1, 2, 3)),
+    f.encode_head((503, "gone")),
+    f.encode_credit(1000),
+    f.encode_tokens([1, 2, 3]) + b"abc",
+)
+
+
+class FakeTransport:
+    """Takes what is written, and closes when told."""
+
+    def __init__(self) -> None:
+        self.protocol: Any = None
+        self.written = bytearray()
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+    def close(self) -> None:
+        protocol, self.protocol = self.protocol, None
+        if protocol is not None:
+            asyncio.get_running_loop().call_soon(protocol.connection_lost, None)
+
+    abort = close
+
+    def set_write_buffer_limits(self, high: int) -> None:
+        pass
+
+    def get_extra_info(self, name: str) -> tuple[str, int]:
+        return ("127.0.0.1", 1)
+
+
+async def app(scope: Scope, receive: Receive, send: Send) -> None:
+    """Echoes what comes until it is told that nobody listens."""
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    while (message := await receive())["type"] == "http.request":
+        more = message.get("more_body", False)
+        body = {"type": "http.response.body", "body": message["body"], "more_body": more}
+        await send(body)
+        if not more:
+            return
+
+
+def hostile_bytes(data: atheris.FuzzedDataProvider) -> bytes:
+    """The next piece: mostly whole frames, so that what is behind the decoder is reached."""
+    if data.ConsumeIntInRange(0, 9) == 0:
+        return data.ConsumeBytes(data.ConsumeIntInRange(0, 40))
+    stream_id = data.ConsumeIntInRange(0, 3)
+    kind, flags = data.ConsumeIntInRange(0, 15), data.ConsumeIntInRange(0, 7)
+    if data.ConsumeBool():
+        payload = data.PickValueInList(list(HEADS))
+    else:
+        payload = data.ConsumeBytes(data.ConsumeIntInRange(0, 40))
+    return f.encode_frame(stream_id, kind, flags, payload)
+
+
+def shake(connection: Any, transport: FakeTransport, role: Role) -> None:
+    """Be a true peer until the connection is ready."""
+    peer, decoder = Handshake(role, SECRET, 5000), f.Decoder()
+    connection.data_received(peer.hello())
+    while not peer.done:
+        said = bytes(transport.written)
+        transport.written.clear()
+        for _, kind, _, payload in decoder.feed(said):
+            if not peer.done:
+                connection.data_received(peer.receive(kind, payload))
+
+
+async def attack(connection: Any, data: atheris.FuzzedDataProvider, role: Role) -> None:
+    """One connection's life."""
+    transport = FakeTransport()
+    transport.protocol = connection
+    connection.connection_made(cast(asyncio.BaseTransport, transport))
+    shake(connection, transport, role)
+    while data.remaining_bytes() and connection.error is None:
+        piece = hostile_bytes(data)
+        cut = data.ConsumeIntInRange(0, len(piece))
+        for part in (piece[:cut], piece[cut:]):
+            if part and connection.error is None:
+                connection.data_received(part)
+        if data.ConsumeBool():
+            await asyncio.sleep(0)
+    assert connection.error is None or isinstance(connection.error, LinkError)
+    transport.close()
+    await connection.wait_closed()
+
+
+async def attack_replica(data: atheris.FuzzedDataProvider) -> None:
+    """A router that proved itself turns hostile."""
+    server = LinkServer(app, SECRET)
+    await attack(server._accept(), data, "client")
+    async with asyncio.timeout(5):
+        while server.num_ongoing:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    assert not server._connections
+
+
+async def attack_router(data: atheris.FuzzedDataProvider) -> None:
+    """A replica that proved itself turns hostile while three streams are open."""
+    client = LinkClient("127.0.0.1", 1, SECRET)
+    from cluster.link.client_connection import ClientConnection
+
+    connection = ClientConnection(client, SECRET, client._options, client.counts)
+    streams: list[Any] = []
+    client.on_state = lambda _: (
+        streams
+        or streams.extend(client.open(RequestHead(), b"x" * size) for size in (0, 10, 100_000))
+    )
+    await attack(connection, data, "server")
+    for stream in streams:
+        async with asyncio.timeout(5):  # each ends, and whoever reads it is told how
+            with suppress(LinkError, RequestError):
+                await stream.head()
+                while await stream.read():
+                    pass
+        assert stream.ended
+    assert not connection.streams
+    if client._pumps:
+        await asyncio.wait(client._pumps, timeout=5)
+
+
+def main() -> None:
+    """Fuzz the end that the first argument names."""
+    target = {"replica": attack_replica, "router": attack_router}[sys.argv.pop(1)]
+    logging.disable()  # each broken connection is logged, with its reason
+    runner = asyncio.Runner()
+
+    def one(data: bytes) -> None:
+        problems: list[Any] = []
+        loop = runner.get_loop()
+        loop.set_exception_handler(lambda _, context: problems.append(context))
+        runner.run(target(atheris.FuzzedDataProvider(data)))
+        assert not problems, problems
+
+    atheris.Setup(sys.argv, one)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()

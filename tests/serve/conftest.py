@@ -1,0 +1,24 @@
+import pytest
+
+from tests.serve import tiny_encoder
+from tests.serve.planted import FAST, FILLER, tandem, texts, write_csv
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A tiny encoder that reads one of the telling words in two pieces."""
+    words = [*FILLER, "re", "thanks"]
+    return tiny_encoder.save(tmp_path_factory.mktemp("base"), words, pieces=("fund",))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return write_csv(tmp_path_factory.mktemp("data") / "rows.csv", texts(600))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, base, data):
+    """The directory of a classifier whose label hangs on one word, and what its training said."""
+    out = tmp_path_factory.mktemp("models") / "mine"
+    said = tandem("models", "finetune", "--base", base, "--data", data, "--out", out, *FAST)
+    return out, said

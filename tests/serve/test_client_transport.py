@@ -1,0 +1,174 @@
+"""How the client's requests reach routers: over links to all of them, else over the handle."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+
+from cluster.asgi import ASGIApp, Receive, Scope, Send
+from cluster.client.transport import BackgroundLoop, Transport
+from cluster.errors import LinkClosedError
+from cluster.link import LinkServer, RequestHead, answer_locally
+from tests.serve.link_kit import SECRET, body_of, on_both_loops, say, start, until
+
+
+class FakeHandle:
+    """A Serve handle to routers that answer in this process."""
+
+    def __init__(self, app: ASGIApp, addresses: list[tuple[str, int]]) -> None:
+        self.addresses = addresses
+        self.offers = 0
+        self.calls = 0
+        self._app = app
+
+    def options(self, **_: Any) -> "FakeHandle":
+        return self
+
+    @property
+    def link_offer(self) -> Any:
+        return _Remote(self._offer)
+
+    @property
+    def call(self) -> Any:
+        return _Remote(self._call)
+
+    async def _offer(self) -> Any:
+        self.offers += 1
+        return SECRET, list(self.addresses)
+
+    def _call(self, head: RequestHead, body: bytes) -> Any:
+        self.calls += 1
+        return _Items(answer_locally(self._app, head, body))
+
+
+class _Remote:
+    def __init__(self, remote: Any) -> None:
+        self.remote = remote
+
+
+class _Items:
+    def __init__(self, items: Any) -> None:
+        self._items = items
+
+    def __aiter__(self) -> Any:
+        return self._read()
+
+    async def _read(self) -> AsyncIterator[Any]:
+        async with aclosing(self._items):
+            async for item in self._items:
+                yield item
+
+    def cancel(self) -> None:
+        pass
+
+
+def named(name: bytes) -> ASGIApp:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        body = await body_of(receive)
+        await start(send)
+        await say(send, name + b" " + scope["path"].encode() + b"?" + scope["query_string"])
+        if scope["path"] == "/hang":
+            await asyncio.Future()
+        await say(send, body, more=False)
+
+    return app
+
+
+async def ask(transport: Transport, body: bytes = b"b") -> bytes:
+    head, answer = await transport.ask("POST", "/p?q=1", body)
+    assert head.status == 200
+    return answer
+
+
+@on_both_loops
+async def test_requests_take_the_least_used_link() -> None:
+    servers = [LinkServer(named(name), SECRET) for name in (b"one", b"two")]
+    handle = FakeHandle(named(b"handle"), [await server.start() for server in servers])
+    transport = Transport(handle)  # type: ignore[arg-type]
+    opened = [await transport.open("POST", "/hang", b"") for _ in range(4)]
+    assert sorted([server.counts.connects for server in servers]) == [1, 1]
+    answers = [await one.answer.read() for one in opened]
+    assert sorted(answers) == [b"one /hang?"] * 2 + [b"two /hang?"] * 2
+    for one in opened:
+        one.answer.cancel()
+    assert handle.offers == 1
+    assert handle.calls == 0
+    await transport.close()
+    for server in servers:
+        await server.stop()
+
+
+@on_both_loops
+async def test_without_a_link_the_handle_is_taken_and_links_are_left_alone_for_a_while() -> None:
+    handle = FakeHandle(named(b"handle"), [("127.0.0.1", 1)])
+    transport = Transport(handle)  # type: ignore[arg-type]
+    assert await ask(transport) == b"handle /p?q=1b"
+    assert await ask(transport, b"x" * 300_000) == b"handle /p?q=1" + b"x" * 300_000
+    assert (handle.offers, handle.calls) == (1, 2)
+    await transport.close()
+
+
+@on_both_loops
+async def test_a_router_that_ends_is_replaced_by_the_ones_that_run() -> None:
+    old, new = LinkServer(named(b"old"), SECRET), LinkServer(named(b"new"), SECRET)
+    handle = FakeHandle(named(b"handle"), [await old.start()])
+    transport = Transport(handle)  # type: ignore[arg-type]
+    assert await ask(transport) == b"old /p?q=1b"
+    await old.stop()
+    handle.addresses = [await new.start()]
+    await until(lambda: not transport.links.num_connected)
+    assert await ask(transport) == b"new /p?q=1b"
+    assert handle.calls == 0
+    await transport.close()
+    await new.stop()
+
+
+@on_both_loops
+async def test_whoever_leaves_cancels_the_work() -> None:
+    cancelled = asyncio.Event()
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await start(send)
+            await asyncio.Future()
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    server = LinkServer(slow, SECRET)
+    transport = Transport(FakeHandle(slow, [await server.start()]))  # type: ignore[arg-type]
+    asking = asyncio.create_task(transport.ask("POST", "/", b""))
+    await until(lambda: server.num_ongoing == 1)
+    asking.cancel()
+    await cancelled.wait()
+    await asyncio.wait([asking])
+    await transport.close()
+    await server.stop()
+
+
+async def test_an_application_that_fails_locally_raises() -> None:
+    async def broken(scope: Scope, receive: Receive, send: Send) -> None:
+        raise LinkClosedError("broken")
+
+    with pytest.raises(LinkClosedError, match="broken"):
+        async for _ in answer_locally(broken, RequestHead(), b""):
+            pass
+
+
+def test_work_in_the_background_returns_raises_and_ends() -> None:
+    background = BackgroundLoop()
+
+    async def value() -> int:
+        return 7
+
+    async def error() -> None:
+        raise ValueError("wrong")
+
+    assert background.run(value()) == 7
+    with pytest.raises(ValueError, match="wrong"):
+        background.run(error())
+    background.close()
+    assert not background.loop.is_running()
+    background.close()

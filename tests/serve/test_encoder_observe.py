@@ -1,0 +1,39 @@
+"""What an encoder counted, as its replica's metrics show it."""
+
+from cluster.engines.encoder.drift import Drift, DriftSnapshot
+from cluster.engines.encoder.observe import write_counts, write_drift
+from cluster.engines.encoder.service import EncoderCounts
+from cluster.metrics import Registry
+
+
+def values(registry: Registry) -> dict[tuple[str, ...], float]:
+    return {
+        (metric.name, *labels): child.value  # type: ignore[union-attr]  # no histogram here
+        for metric, labels, child in registry.collect()
+    }
+
+
+def test_counts_are_set_again_and_again() -> None:
+    registry = Registry()
+    for texts in (5, 9):
+        write_counts(registry, "m", EncoderCounts(2, texts, 70, 0.25, 1, cache_hits=3))
+    found = values(registry)
+    assert found["tandem_encoder_texts_total", "m"] == 9
+    assert found["tandem_encoder_compute_seconds_total", "m"] == 0.25
+    assert found["tandem_encoder_cache_hits_total", "m"] == 3
+
+
+def test_distributions_are_cumulated_and_drift_is_given_where_it_is_known() -> None:
+    registry = Registry()
+    labels = {"NEGATIVE": 1, "POSITIVE": 3}
+    seen = DriftSnapshot(4, labels, (0, 1, 0, 3), (0, 1, 2, 1), 4, None)
+    write_drift(registry, "m", seen)
+    found = values(registry)
+    assert found["tandem_encoder_labels_total", "m", "POSITIVE"] == 3
+    confidence = [found["tandem_encoder_confidence_total", "m", le] for le in ("0.25", "0.5", "1")]
+    assert confidence == [0, 1, 4]
+    assert found["tandem_encoder_characters_total", "m", "4"] == 3
+    assert found["tandem_encoder_characters_total", "m", "+Inf"] == 4
+    assert ("tandem_encoder_drift_ratio", "m", "labels") not in found
+    write_drift(registry, "m", DriftSnapshot(4, labels, (4,), (4,), 4, Drift(0.1, 0.2, 0.3)))
+    assert values(registry)["tandem_encoder_drift_ratio", "m", "length"] == 0.3

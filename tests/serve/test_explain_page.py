@@ -1,0 +1,195 @@
+"""The page that explains, in a real browser, over a real router, link and engine.
+
+Wants Debian's packages chromium and chromium-driver; CI installs them.
+"""
+
+import asyncio
+import hashlib
+import os
+import shutil
+from contextlib import asynccontextmanager
+
+import pytest
+import uvicorn
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import Select, WebDriverWait
+
+from cluster.config import parse
+from cluster.engines.encoder.engine import EncoderEngine
+from cluster.gateway import Gateway, GatewayApp, ReplicaInfo
+from cluster.link import LinkServer
+from tests import asgi
+from tests.serve.planted import TELLING
+
+SECRET = b"s" * 32
+KEY = "open sesame"
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+
+
+def config(**router):
+    return parse(
+        {
+            "generators": [{"name": "gen", "model": "m", "engine": "sim"}],
+            "classifiers": [{"name": "mine", "model": "m", "threads": 1, "dtype": "float32"}],
+            "router": router,
+        }
+    )
+
+
+@asynccontextmanager
+async def site(path, **router):
+    """The address of a router with one real classifier behind it."""
+    tree = config(**router)
+    engine = EncoderEngine(tree.classifiers[0], str(path))
+    await engine.start()
+    link = LinkServer(engine.app, SECRET)
+    host, port = await link.start()
+    gateway = Gateway(tree, SECRET)
+    gateway.pools["mine"].update([ReplicaInfo("mine-1", host, port, engine.routes())])
+    server = uvicorn.Server(
+        uvicorn.Config(GatewayApp(gateway), port=0, log_level="error", lifespan="off")
+    )
+    serving = asyncio.create_task(server.serve())
+    try:
+        async with asyncio.timeout(30):
+            while not server.started:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        address = server.servers[0].sockets[0].getsockname()
+        yield f"http://127.0.0.1:{address[1]}/explain"
+    finally:
+        server.should_exit = True
+        await serving
+        await gateway.close()
+        await link.stop()
+        await engine.stop()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if not (CHROMIUM and DRIVER):
+        if os.environ.get("CI"):
+            pytest.fail("CI has no chromium and chromium-driver")
+        pytest.skip("no chromium and chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
+        options.add_argument(argument)
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    yield Page(driver)
+    driver.quit()
+
+
+class Page:
+    """What a person does with the page."""
+
+    def __init__(self, driver):
+        self.driver = driver
+
+    def open(self, url, scheme="light", width=900):
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        self.driver.get(url)
+
+    def by(self, name):
+        return self.driver.find_element(By.ID, name)
+
+    def explain(self, text, method="integrated_gradients"):
+        self.driver.execute_script("arguments[0].value = arguments[1]", self.by("input"), text)
+        Select(self.by("method")).select_by_value(method)
+        self.by("go").click()
+        WebDriverWait(self.driver, 60).until(lambda _: self.by("go").is_enabled())
+        return self.by("status").text
+
+    def words(self):
+        spans = self.driver.find_elements(By.CSS_SELECTOR, "#text .word")
+        return [(span.text, float(span.get_attribute("data-value"))) for span in spans]
+
+    def bars(self):
+        return self.driver.find_elements(By.CSS_SELECTOR, "#bars .bar")
+
+    def script(self, source):
+        return self.driver.execute_script(f"return {source}")
+
+
+async def test_the_words_are_colored_by_what_they_do(trained, browser):
+    text = "word1 \U0001f600 <b>refund</b> word2"
+
+    def use(url):
+        browser.open(url)
+        assert Select(browser.by("model")).first_selected_option.text == "mine"
+        assert browser.explain(text) == ""
+        assert browser.by("text").text == text
+        values = dict(browser.words())
+        assert max(values, key=lambda word: abs(values[word])) == "refund"
+        assert values["refund"] > 0
+        names = [bar.text.split("\n")[0] for bar in browser.bars()]
+        assert names == ["complaint", "praise"]
+        assert browser.bars()[0].get_attribute("aria-pressed") == "true"
+        browser.bars()[1].click()
+        assert dict(browser.words())["refund"] == pytest.approx(-values["refund"], rel=0.05)
+        assert "Their sum is off by" in browser.by("note").text
+        assert browser.explain(text, "rollout") == ""
+        assert min(value for _, value in browser.words()) > 0
+        assert "neither labels nor signs" in browser.by("note").text
+
+        loaded = browser.script("performance.getEntriesByType('resource').map(e => e.name)")
+        origin = url.removesuffix("/explain")
+        assert loaded
+        assert all(name.startswith(origin) for name in loaded)
+        assert browser.driver.get_log("browser") == []
+
+    async with site(trained[0]) as url:
+        await asyncio.to_thread(use, url)
+
+
+async def test_it_is_light_and_dark_and_fits_a_phone(trained, browser):
+    def use(url):
+        colors = []
+        for scheme in ("light", "dark"):
+            browser.open(url, scheme, width=360)
+            assert browser.explain("thanks " + "very" * 60) == ""
+            assert browser.script("document.documentElement.scrollWidth") <= 360
+            style = "getComputedStyle(document.body)"
+            colors.append(browser.script(f"[{style}.backgroundColor, {style}.color]"))
+        (light, ink), (dark, chalk) = colors
+        assert brightness(light) > 200 > 60 > brightness(ink)
+        assert brightness(dark) < 60 < 200 < brightness(chalk)
+
+    async with site(trained[0]) as url:
+        await asyncio.to_thread(use, url)
+
+
+def brightness(color):
+    return sum(int(part) for part in color.strip("rgb()").split(",")) / 3
+
+
+async def test_errors_are_said_and_a_key_may_be_typed(trained, browser):
+    def use(url):
+        browser.open(url)
+        assert "API key" in browser.explain("thanks")
+        assert "bad" in browser.by("status").get_attribute("class")
+        browser.by("key").send_keys(KEY)
+        assert browser.explain("thanks") == ""
+        assert dict(browser.words()).keys() <= TELLING.keys()
+
+    async with site(trained[0], api_keys_sha256=[hashlib.sha256(KEY.encode()).hexdigest()]) as url:
+        await asyncio.to_thread(use, url)
+
+
+async def test_the_page_needs_no_key_and_allows_nothing_foreign():
+    gateway = Gateway(config(api_keys_sha256=["0" * 64]), SECRET)
+    answer = await asgi.get(GatewayApp(gateway), "/explain")
+    assert answer.status == 200
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert "<option>mine</option>" in answer.body.decode()
+    assert "gen</option>" not in answer.body.decode()
+    policy = answer.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "unsafe" not in policy
+    assert (await asgi.post(GatewayApp(gateway), "/explain", {})).status == 405
+    await gateway.close()

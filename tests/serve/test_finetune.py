@@ -1,0 +1,127 @@
+"""Fine-tuning by its command, on a tiny encoder and texts whose label hangs on one word."""
+
+import json
+import random
+import shutil
+
+import pytest
+
+from cluster.config import ClassifierConfig
+from cluster.engines.encoder.engine import EncoderEngine
+from cluster.errors import ConfigError
+from cluster.models import calibration
+from cluster.models.finetune_data import DataError
+from cluster.models.reference import Reference
+from tests.serve.planted import FAST, tandem, texts, write_csv
+
+
+def test_the_result_is_whole_and_says_what_it_is(trained):
+    out, said = trained
+    assert "training, epoch 1 of 10" in said
+    assert "validation loss" in said
+    assert "accuracy 1.0" in said
+    config = json.loads((out / "config.json").read_text())
+    assert config["id2label"] == {"0": "complaint", "1": "praise"}
+    assert config["problem_type"] == "single_label_classification"
+    assert {path.name for path in out.iterdir()} >= {"model.safetensors", "tokenizer.json"}
+    assert (out / "confusion_matrix.png").read_bytes().startswith(b"\x89PNG")
+    card = (out / "README.md").read_text()
+    assert "| complaint | 1.000 | 1.000 | 1.000 |" in card
+    assert "{" not in card
+    assert not list(out.parent.glob(".mine*"))
+
+
+def test_it_stops_early(trained):
+    _, said = trained
+    epochs = int(said.split("epochs ")[1].split(",")[0])
+    assert 3 <= epochs <= 10
+
+
+async def test_the_result_is_served_at_once(trained):
+    config = ClassifierConfig(name="mine", model="mine", threads=1, dtype="float32")
+    engine = EncoderEngine(config, str(trained[0]))
+    await engine.start()
+    asked = list(texts(50, seed=9))
+    found = await engine.service.encode("classify", [text for text, _ in asked])
+    labels = engine.service.model.labels
+    await engine.stop()
+    assert [labels[i] for i in found.rows.argmax(1)] == [label for _, label in asked]
+
+
+def test_the_same_texts_give_the_same_model(tmp_path, base, data):
+    outs = [tmp_path / "one", tmp_path / "two"]
+    for out in outs:
+        options = ("--epochs", 1, "--patience", 0, "--frozen-layers", 1, "--keep-embeddings", 1)
+        said = tandem(
+            "models", "finetune", "--base", base, "--data", data, "--out", out, *FAST, *options
+        )
+        assert "embedding_similarity" in said
+    first, second = ((out / "model.safetensors").read_bytes() for out in outs)
+    assert first == second
+
+
+def test_frozen_layers_and_embeddings_stay_as_they_are(tmp_path, base, data):
+    from safetensors.numpy import load_file
+
+    out = tmp_path / "frozen"
+    tandem("models", "finetune", "--base", base, "--data", data, "--out", out, *FAST,
+           "--epochs", 1, "--patience", 0, "--frozen-layers", 1)  # fmt: skip
+    before, after = load_file(base / "model.safetensors"), load_file(out / "model.safetensors")
+    moved = {name for name, weight in before.items() if (after[f"bert.{name}"] != weight).any()}
+    assert any(name.startswith("encoder.layer.1.") for name in moved)
+    assert not [n for n in moved if n.startswith(("embeddings.", "encoder.layer.0."))]
+
+
+def test_what_cannot_be_trained_leaves_nothing(tmp_path, base, data, trained):
+    def finetune(**changes):
+        named = {"base": base, "data": data, "out": tmp_path / "out", **changes}
+        return tandem("models", "finetune", *FAST, *(
+            word for name, value in named.items() for word in (f"--{name}", value)
+        ))  # fmt: skip
+
+    with pytest.raises(ConfigError, match="exists"):
+        finetune(out=trained[0])
+    with pytest.raises(ConfigError, match="not a directory"):
+        finetune(base="no/such/base/at-all")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="no encoder that can be fine-tuned"):
+        finetune(base=tmp_path / "empty")
+    with pytest.raises(DataError, match=":3: label is empty"):
+        finetune(data=write_csv(tmp_path / "a.csv", [("a", "b"), ("c", "")]))
+    with pytest.raises(DataError, match="got 2 different texts; at least 10 are needed"):
+        finetune(data=write_csv(tmp_path / "b.csv", [("a", "b"), ("c", "d")]))
+    with pytest.raises(ConfigError, match="frozen layers: got 2; the encoder has 2"):
+        finetune(**{"frozen-layers": 2})
+    assert {path.name for path in tmp_path.iterdir()} == {"a.csv", "b.csv", "empty"}
+
+
+def test_calibration_and_reference_by_their_commands(tmp_path, trained):
+    model = shutil.copytree(trained[0], tmp_path / "model")
+    rng = random.Random(1)
+    other = {"complaint": "praise", "praise": "complaint"}
+    noisy = [
+        (text, other[label] if rng.random() < 0.2 else label) for text, label in texts(400, seed=5)
+    ]
+    said = tandem(
+        "models", "calibrate", "--model", model, "--data", write_csv(tmp_path / "c.csv", noisy)
+    )
+    before, after = (float(said.split(word)[0].split()[-1]) for word in (" before", " after"))
+    assert after < 0.05 < before
+    assert calibration.read_temperature(model) > 1.5
+    reference = Reference.read(model)
+    assert reference is not None
+    assert sum(reference.labels.values()) == 400
+    assert sum(reference.confidence[18:]) == 0  # it errs in one of five, and now says so
+
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text("\n".join(json.dumps({"words": text}) for text, _ in texts(150, seed=6)))
+    tandem("models", "reference", "--model", model, "--data", plain, "--text-column", "words")
+    changed = Reference.read(model)
+    assert changed is not None
+    assert sum(changed.length) == 150
+    with pytest.raises(DataError, match="got 2 rows; at least 100"):
+        tandem("models", "calibrate", "--model", model,
+               "--data", write_csv(tmp_path / "d.csv", noisy[:2]))  # fmt: skip
+    with pytest.raises(DataError, match=":2: label 'other'; the model knows complaint, praise"):
+        tandem("models", "calibrate", "--model", model,
+               "--data", write_csv(tmp_path / "e.csv", [("a", "other")] * 100))  # fmt: skip

@@ -1,0 +1,146 @@
+"""Explanations, calibration and drift as a client and a replica see them."""
+
+import shutil
+
+import httpx
+import numpy as np
+import pytest
+
+from cluster.config import ClassifierConfig
+from cluster.engines.encoder.engine import EncoderEngine
+from cluster.errors import ConfigError
+from cluster.models import calibration, reference
+from cluster.models.calibration import Calibration
+from tests.serve.planted import texts
+
+CONFIG = ClassifierConfig(name="mine", model="mine", threads=1, dtype="float32")
+
+
+class running:  # noqa: N801
+    def __init__(self, path):
+        self.engine = EncoderEngine(CONFIG, str(path))
+
+    async def __aenter__(self):
+        await self.engine.start()
+        return self.engine
+
+    async def __aexit__(self, *_):
+        await self.engine.stop()
+
+
+async def post(engine, body, path="/classify"):
+    transport = httpx.ASGITransport(app=engine.app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://tandem") as http:
+        return await http.post(path, json=body)
+
+
+@pytest.fixture
+async def engine(trained):
+    async with running(trained[0]) as engine:
+        yield engine
+
+
+async def test_an_explanation_comes_beside_the_scores(engine):
+    plain = (await post(engine, {"input": "word1 REFUND"})).json()
+    answer = (await post(engine, {"input": "word1 REFUND", "explain": True})).json()
+    item = answer["data"][0]
+    assert "explanation" not in plain["data"][0]
+    assert item["scores"] == plain["data"][0]["scores"]
+    assert item["explanation"]["method"] == "integrated_gradients"
+    assert item["explanation"]["words"][1] == {"text": "REFUND", "start": 6, "end": 12}
+    for row, score in zip(item["explanation"]["labels"], item["scores"], strict=True):
+        assert row["label"] == score["label"]
+        assert row["score"] == pytest.approx(score["score"], abs=1e-5)
+        assert sum(row["contributions"]) == pytest.approx(row["score"] - row["baseline"], rel=0.02)
+    assert "weights" not in item["explanation"]
+
+
+async def test_methods_lists_and_top_k(engine):
+    body = {"input": ["thanks", "refund word2"], "explain": {"method": "rollout"}}
+    for item in (await post(engine, body)).json()["data"]:
+        assert sum(item["explanation"]["weights"]) == pytest.approx(1)
+        assert "labels" not in item["explanation"]
+    body = {"input": ["thanks", "refund word2"], "explain": {}, "top_k": 1}
+    for item in (await post(engine, body)).json()["data"]:
+        assert [row["label"] for row in item["explanation"]["labels"]] == [item["label"]]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says", "param"),
+    [
+        ({"input": ["a"] * 17, "explain": True}, 400, "may have 16", "input"),
+        ({"input": "a", "explain": {"method": "guess"}}, 422, "explain.method", "explain.method"),
+        ({"input": "a", "explain": {"steps": 3}}, 422, "steps", "explain"),
+        ({"input": "a", "explain": "yes"}, 422, "explain", "explain"),
+        ({"input": "word1 " * 40, "explain": True}, 400, "42 tokens", "input"),
+        ({"input": "a", "explain": True, "stride": 4}, 400, "exclude each other", "explain"),
+    ],
+)
+async def test_what_cannot_be_explained_is_refused(engine, body, status, says, param):
+    answer = await post(engine, body)
+    assert answer.status_code == status
+    assert says in answer.json()["error"]["message"]
+    assert answer.json()["error"]["param"] == param
+
+
+async def test_a_cut_text_is_explained_as_far_as_it_was_read(engine):
+    body = {"input": "word1 " * 40, "explain": True, "truncate": True}
+    item = (await post(engine, body)).json()["data"][0]
+    assert len(item["explanation"]["words"]) == 30
+    body = {"input": "word1 " * 40 + "refund", "explain": True, "truncate": "left"}
+    item = (await post(engine, body)).json()["data"][0]
+    assert item["explanation"]["words"][-1]["text"] == "refund"
+    assert item["explanation"]["labels"][0]["score"] == pytest.approx(item["score"], abs=1e-5)
+    pair = await post(engine, {"input": {"text": "word1", "text_pair": "refund"}, "explain": True})
+    item = pair.json()["data"][0]
+    assert item["explanation"]["words"][1]["in_pair"] is True
+    assert item["explanation"]["labels"][0]["score"] == pytest.approx(item["score"], abs=1e-5)
+
+
+async def test_plain_requests_load_no_explaining_model(engine):
+    await post(engine, {"input": "thanks"})
+    assert engine._insight._explainer._model is None
+    await post(engine, {"input": "thanks", "explain": True})
+    assert engine._insight._explainer._model is not None
+
+
+async def test_a_calibrated_model_is_as_unsure_as_it_should_be(tmp_path, trained, engine):
+    path = shutil.copytree(trained[0], tmp_path / "model")
+    calibration.write(path, Calibration(3.0, 0.2, 0.01, 500))
+    body = {"input": ["word1 refund", "thanks"], "explain": True}
+    plain = (await post(engine, body)).json()["data"]
+    async with running(path) as calibrated:
+        cooler = (await post(calibrated, body)).json()["data"]
+    for before, after in zip(plain, cooler, strict=True):
+        assert after["label"] == before["label"]
+        odds = np.log(before["score"] / (1 - before["score"]))
+        assert np.log(after["score"] / (1 - after["score"])) == pytest.approx(odds / 3, rel=1e-3)
+        assert after["explanation"]["labels"][0]["score"] == pytest.approx(after["score"], abs=1e-5)
+    (path / calibration.FILE).write_text("{}")
+    with pytest.raises(ConfigError, match="temperature"):
+        await EncoderEngine(CONFIG, str(path)).start()
+
+
+async def test_texts_are_counted_and_compared(tmp_path, trained):
+    path = shutil.copytree(trained[0], tmp_path / "model")
+    rows = list(texts(600, seed=11))
+    async with running(path) as engine:
+        await post(engine, {"input": [text for text, _ in rows]})
+        counted = engine.drift()
+    assert counted.num_texts == 600
+    assert counted.labels == {
+        name: sum(label == name for _, label in rows) for name in ("complaint", "praise")
+    }
+    assert counted.drift is None
+    known = reference.Reference(counted.labels, list(counted.confidence), list(counted.length))
+    known.write(path)
+    async with running(path) as engine:
+        await post(engine, {"input": [text for text, _ in texts(600, seed=12)]})
+        alike = engine.drift().drift
+        await post(engine, {"input": ["thanks"] * 4000})
+        await post(engine, {"input": "thanks"}, "/v1/embeddings")
+        changed = engine.drift()
+    assert max(alike.labels, alike.length) < 0.1
+    assert changed.drift.labels > 0.25
+    assert changed.drift.length > 0.25
+    assert changed.num_texts == 4600

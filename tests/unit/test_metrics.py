@@ -1,0 +1,76 @@
+"""The table of metrics, the registry, and what Prometheus reads of it."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
+from cluster.metrics import Metric, Registry, exposition, table
+from cluster.metrics.registry import MAX_SERIES
+
+COUNT = Metric("tandem_things_total", "counter", "Things.", ("kind",))
+LEVEL = Metric("tandem_level", "gauge", "A level.")
+TIMES = Metric("tandem_time_seconds", "histogram", "Times.", ("kind",), (0.1, 1.0))
+
+
+def test_names_say_kind_and_unit() -> None:
+    metrics = table.all_metrics()
+    assert len({metric.name for metric in metrics}) == len(metrics) > 10
+    for metric in metrics:
+        assert metric.name.startswith("tandem_")
+        assert metric.name.endswith("_total") == (metric.kind == "counter")
+        assert bool(metric.buckets) == (metric.kind == "histogram")
+        assert list(metric.buckets) == sorted(set(metric.buckets))
+        assert not metric.name.endswith(("_ms", "_minutes", "_percent", "_mb"))
+
+
+def read(registry: Registry) -> dict[tuple[str, str], float]:
+    families = text_string_to_metric_families(exposition(registry).decode())
+    return {
+        (sample.name, ",".join(sample.labels.values())): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def test_prometheus_reads_what_was_counted() -> None:
+    registry = Registry()
+    registry.counter(COUNT, "a").add()
+    registry.counter(COUNT, "a").add(2)
+    registry.counter(COUNT, 'b"\n').add()
+    registry.on_collect(lambda: setattr(registry.gauge(LEVEL), "value", 0.5))
+    for value in (0.05, 0.1, 0.5, 7.0):
+        registry.histogram(TIMES, "x").observe(value)
+    assert read(registry) == {
+        ("tandem_things_total", "a"): 3,
+        ("tandem_things_total", 'b"\n'): 1,
+        ("tandem_level", ""): 0.5,
+        ("tandem_time_seconds_bucket", "x,0.1"): 2,
+        ("tandem_time_seconds_bucket", "x,1.0"): 3,
+        ("tandem_time_seconds_bucket", "x,+Inf"): 4,
+        ("tandem_time_seconds_count", "x"): 4,
+        ("tandem_time_seconds_sum", "x"): pytest.approx(7.65),
+    }
+
+
+@given(st.lists(st.floats(0, 10, allow_nan=False)))
+def test_each_value_is_in_the_bucket_whose_bound_is_not_below_it(values: list[float]) -> None:
+    histogram = Registry().histogram(TIMES, "x")
+    for value in values:
+        histogram.observe(value)
+    assert histogram.counts == [
+        sum(value <= 0.1 for value in values),
+        sum(0.1 < value <= 1.0 for value in values),
+        sum(value > 1.0 for value in values),
+    ]
+
+
+def test_labels_are_bounded_and_complete() -> None:
+    registry = Registry()
+    for number in range(MAX_SERIES + 5):
+        registry.counter(COUNT, str(number)).add()
+    assert registry.counter(COUNT, "0").value == 1
+    assert registry.counter(COUNT, "yet another").value == 5
+    assert len(list(registry.collect())) == MAX_SERIES + 1
+    with pytest.raises(ValueError, match="has the labels"):
+        registry.counter(COUNT, "a", "b")
