@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from benchmarks import link, stream
+from benchmarks import link, memory, stream
 from benchmarks.report import Report, print_report, write_json
 from cluster.errors import TandemError
 
@@ -25,7 +25,7 @@ class Benchmark(Protocol):
         """Measure."""
 
 
-BENCHMARKS: Mapping[str, Benchmark] = {"stream": stream, "link": link}
+BENCHMARKS: Mapping[str, Benchmark] = {"stream": stream, "memory": memory, "link": link}
 
 
 def parser() -> argparse.ArgumentParser:
