@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from benchmarks import link, memory, stream
+from benchmarks import handle, link, memory, stream
 from benchmarks.report import Report, print_report, write_json
 from cluster.errors import TandemError
 
@@ -25,7 +25,12 @@ class Benchmark(Protocol):
         """Measure."""
 
 
-BENCHMARKS: Mapping[str, Benchmark] = {"stream": stream, "memory": memory, "link": link}
+BENCHMARKS: Mapping[str, Benchmark] = {
+    "stream": stream,
+    "handle": handle,
+    "memory": memory,
+    "link": link,
+}
 
 
 def parser() -> argparse.ArgumentParser:

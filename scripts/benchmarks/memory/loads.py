@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks import token_times
 from benchmarks.endpoint import END, Endpoint, TargetError
 from benchmarks.targets.running import generator
-from benchmarks.token_times import EVENT, Streams
+from benchmarks.token_times import EVENT, OK, Streams
 
 IDLE, ACTIVE, STALLED = 1000, 256, 100
 
@@ -20,10 +20,12 @@ PACE_S = 0.020
 ACTIVE_TOKENS = 128
 IDLE_PACE_S = 10.0
 """Longer than it takes to open all streams, so that they get each token together."""
-STALLED_TOKENS, STALLED_CHOICES = 8000, 4
-"""About 5 MB, which the sockets between the router and a client do not take in."""
+STALLED_TOKENS, STALLED_PROMPTS = 8000, 4
+"""About 8 MB: more than the kernel takes in on the way from the router to a client."""
 LEAST_BYTES = 1_000_000
 BUFFER_BYTES = 4096
+FILL_S = 20.0
+"""Until every socket on the way is full, and what comes then waits where it must be bounded."""
 TIMEOUT_S = 60.0
 
 
@@ -57,19 +59,19 @@ def _active(endpoint: Endpoint, seconds: float) -> str:
 def _stalled(endpoint: Endpoint, seconds: float) -> str:
     body = {
         "model": endpoint.model,
-        "prompt": "a",
+        "prompt": ["a"] * STALLED_PROMPTS,
         "max_tokens": STALLED_TOKENS,
-        "n": STALLED_CHOICES,
         "stream": True,
     }
     with _streams(endpoint, body, STALLED, BUFFER_BYTES) as streams:
-        time.sleep(seconds)
+        time.sleep(FILL_S + seconds)
         for stream in streams[1:]:
             stream.close()
         size = _read_all(streams[0])
     if size < LEAST_BYTES:
         raise TargetError(f"a stalled client had {size} bytes to read")
-    return f"{STALLED} clients that read nothing for {seconds:g} s, {size / 1e6:.1f} MB for each"
+    waited_s = FILL_S + seconds
+    return f"{STALLED} clients that read nothing of {size / 1e6:.1f} MB each for {waited_s:g} s"
 
 
 @contextlib.contextmanager
@@ -102,8 +104,9 @@ def _first_token(stream: socket.socket) -> None:
 def _read_all(stream: socket.socket) -> int:
     size, last = 0, b""
     while not last.endswith(END):
-        if not (data := stream.recv(1 << 20)):
-            raise TargetError(f"a stream broke off after {size} bytes")
+        data = stream.recv(1 << 20)
+        if not data or (not size and not data.startswith(OK)):
+            raise TargetError(f"a stalled stream broke off after {size} bytes: {data[:400]!r}")
         size += len(data)
         last = last[-len(END) :] + data
     return size
@@ -119,5 +122,5 @@ def _generator(decode_s: float, num_streams: int) -> dict[str, Any]:
 LOADS: Mapping[str, Load] = {
     "1000_idle": Load(_generator(IDLE_PACE_S, IDLE), _idle),
     "256_active": Load(_generator(PACE_S, ACTIVE), _active),
-    "100_stalled": Load(_generator(0.0, STALLED * STALLED_CHOICES), _stalled),
+    "100_stalled": Load(_generator(0.0, STALLED * STALLED_PROMPTS), _stalled),
 }
