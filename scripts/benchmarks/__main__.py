@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from benchmarks import classify, link, stream
+from benchmarks import classify, handle, link, memory, stream
 from benchmarks.report import Report, print_report, write_json
 from cluster.errors import TandemError
 
@@ -25,7 +25,13 @@ class Benchmark(Protocol):
         """Measure."""
 
 
-BENCHMARKS: Mapping[str, Benchmark] = {"stream": stream, "link": link, "classify": classify}
+BENCHMARKS: Mapping[str, Benchmark] = {
+    "stream": stream,
+    "handle": handle,
+    "classify": classify,
+    "memory": memory,
+    "link": link,
+}
 
 
 def parser() -> argparse.ArgumentParser:

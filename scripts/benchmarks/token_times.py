@@ -15,7 +15,7 @@ from benchmarks.endpoint import END, Endpoint, TargetError
 
 EVENT = b"data: {"
 DONE = b"data: [DONE]"
-ANSWER_S = 60.0
+ANSWER_S = 180.0
 OK = b"HTTP/1.1 200"
 _KEPT = max(len(DONE), len(END)) - 1
 _GOLDEN = (5**0.5 - 1) / 2
@@ -38,7 +38,8 @@ class TokenTimes:
 class Streams:
     """What is asked for."""
 
-    request: bytes
+    requests: Iterator[bytes]
+    """One for each answer; the streams end with it, where it ends."""
     num: int
     """Streams at a time; each asks again, after a pause, once its answer is whole."""
     pause_s: float
@@ -160,8 +161,10 @@ async def _ask_again(
     _, connection = await loop.create_connection(_Connection, endpoint.host, endpoint.port)
     try:
         while (now := time.perf_counter()) < begin + streams.measured_s:
+            if (request := next(streams.requests, None)) is None:
+                return
             await asyncio.sleep(next(pauses))
-            reader = await connection.ask(streams.request)
+            reader = await connection.ask(request)
             if now >= begin and reader.ttft_s is not None:
                 times.ttft_s.append(reader.ttft_s)
                 times.itl_s += reader.itl_s

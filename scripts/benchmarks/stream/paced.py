@@ -2,6 +2,7 @@
 
 import argparse
 from collections import defaultdict
+from itertools import repeat
 
 from benchmarks import token_times
 from benchmarks.report import Cell, Report, Table
@@ -50,7 +51,8 @@ def _measure(running: Running, seconds: float) -> TokenTimes:
         "stream": True,
     }
     request = endpoint.request("/v1/completions", body)
-    return token_times.measure(endpoint, Streams(request, STREAMS, PACE_S, WARM_UP_S, seconds))
+    streams = Streams(repeat(request), STREAMS, PACE_S, WARM_UP_S, seconds)
+    return token_times.measure(endpoint, streams)
 
 
 def _report(found: Rounds) -> Report:

@@ -1,8 +1,8 @@
 """What every target yields, and the engine that stands behind all of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.endpoint import Endpoint
@@ -18,6 +18,10 @@ class Running:
     endpoint: Endpoint
     home: Home
     """All of its processes."""
+    ray_address: str = ""
+    """Of its Ray cluster, where it has one: for a job that joins it."""
+    job_environment: Mapping[str, str] = field(default_factory=dict)
+    """What such a job needs in its environment beside that of the home."""
 
 
 Target = Callable[[float], AbstractContextManager[Running]]

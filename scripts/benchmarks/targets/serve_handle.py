@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from benchmarks.endpoint import Endpoint
@@ -22,6 +23,9 @@ READY_S = 120.0
 SETTLE_S = 3.0
 """HAProxy is started anew while replicas come up, and drops connections that were kept."""
 MAX_ONGOING = 4096
+APPLICATION, ENGINE = "peer", "engine"
+ADDRESS = "ray-address"
+"""The file, in the home."""
 
 
 @contextlib.contextmanager
@@ -53,22 +57,31 @@ def _start(home: Home, decode_s: float, environment: Mapping[str, str]) -> Runni
     home.spawn(*command, environment=environment)
     home.wait_ready(endpoint, READY_S)
     time.sleep(SETTLE_S)
-    return Running(endpoint, home)
+    return Running(endpoint, home, ray_address=ray_address(home), job_environment=environment)
+
+
+def ray_address(home: Home) -> str:
+    """Where jobs join the Ray that was started in ``home``."""
+    found = (home.path / ADDRESS).read_text(encoding="ascii")
+    # Ray takes 127.0.0.1 for the machine's outward address, where this Ray does not listen.
+    return found.replace("127.0.0.1", "LOCALHOST")
 
 
 def _main(port: int, decode_s: float) -> None:
     import ray
     from ray import serve
 
-    ray.init(
+    context = ray.init(
         num_cpus=max(2, os.cpu_count() or 1),
         include_dashboard=False,
         log_to_driver=False,
         _temp_dir=os.environ["TANDEM_HOME"],
         _node_ip_address="127.0.0.1",
     )
+    address = str(context.address_info["gcs_address"])
+    Path(os.environ["TANDEM_HOME"], ADDRESS).write_text(address, encoding="ascii")
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
-    serve.run(_application(decode_s), name="peer", route_prefix="/")
+    serve.run(_application(decode_s), name=APPLICATION, route_prefix="/")
     signal.pause()
 
 
@@ -82,7 +95,7 @@ def _application(decode_s: float) -> Any:
     from cluster.engines.sim import SimEngine
     from cluster.launch.loopback import confine_serve
 
-    @serve.deployment(name="engine", max_ongoing_requests=MAX_ONGOING)
+    @serve.deployment(name=ENGINE, max_ongoing_requests=MAX_ONGOING)
     class Engine:
         async def __init__(self) -> None:  # type: ignore[misc]  # Serve awaits it
             confine_serve()
@@ -92,6 +105,9 @@ def _application(decode_s: float) -> Any:
         async def stream(self, path: str, body: bytes) -> AsyncIterator[bytes]:
             async for chunk in _chunks(self._engine.app, path, body):
                 yield chunk
+
+        async def answer(self, path: str, body: bytes) -> bytes:
+            return b"".join([chunk async for chunk in _chunks(self._engine.app, path, body)])
 
     @serve.deployment(name="ingress", max_ongoing_requests=MAX_ONGOING)
     class Ingress:

@@ -4,8 +4,10 @@ import contextlib
 import hashlib
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -16,13 +18,18 @@ from benchmarks.targets.running import MODEL, Running, generator
 READY_S = 180.0
 
 
-@contextlib.contextmanager
-def tandem(decode_s: float) -> Iterator[Running]:
+def tandem(decode_s: float) -> AbstractContextManager[Running]:
     """One router and one replica of the simulated engine."""
+    return tandem_of(generator(decode_s))
+
+
+@contextlib.contextmanager
+def tandem_of(one: Mapping[str, Any]) -> Iterator[Running]:
+    """One router and one replica of this generator."""
     key = secrets.token_urlsafe(24)
     http, gcs, dashboard, stats, metrics, fallback = free_ports(6)
     args: dict[str, object] = {
-        "generators": [generator(decode_s)],
+        "generators": [one],
         "router": {
             "api_keys_sha256": [hashlib.sha256(key.encode()).hexdigest()],
             "replicas": {"min": 1, "max": 1},
@@ -35,15 +42,21 @@ def tandem(decode_s: float) -> Iterator[Running]:
         home.run(
             Path(sys.executable).with_name("tandem"), "up", "-d", "--config", config,
             timeout_s=READY_S,
-            environment={
-                "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
-                "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
-                "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
-            },
+            environment=haproxy_ports(stats, metrics, fallback),
         )  # fmt: skip
         endpoint = Endpoint(http, MODEL, {"authorization": f"Bearer {key}"})
         home.wait_ready(endpoint, READY_S)
-        yield Running(endpoint, home)
+        # Ray takes 127.0.0.1 for the machine's outward address, where this Ray does not listen.
+        yield Running(endpoint, home, ray_address=f"LOCALHOST:{gcs}")
+
+
+def haproxy_ports(stats: int, metrics: int, fallback: int) -> dict[str, str]:
+    """Serve's settings of the ports that HAProxy opens beside the one for requests."""
+    return {
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+    }
 
 
 def _serve_config(port: int, args: dict[str, object]) -> str:
