@@ -1,7 +1,6 @@
 """How many streams a second each path carries when the engine itself takes no time."""
 
 import argparse
-import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
