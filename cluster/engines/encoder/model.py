@@ -40,8 +40,8 @@ UNLIMITED_TOKENS = 1_000_000
 class EncoderModel(Protocol):
     """One forward pass over the texts of a batch."""
 
-    padding: int
-    """Cells that held no token, since the beginning: in attention, where that alone is padded."""
+    padding: float
+    """What was computed of no token since the beginning, as the number of tokens it would make."""
 
     def run(self, task: ClassifierTask, ids: Sequence[TokenIds]) -> Rows:
         """Scores [texts, labels] or unit vectors [texts, hidden], in the order of ``ids``.
@@ -60,6 +60,8 @@ class LoadedModel:
     """By column of the scores; empty if the model does not classify."""
     vocab_size: int
     hidden_size: int
+    shares_cores: bool = True
+    """Whether several threads may each run a copy: on a CPU; a GPU is kept busy by one."""
     agreement: Agreement | None = None
     """Of low precision with float32."""
 
@@ -90,6 +92,7 @@ def load_model(config: ClassifierConfig, path: str) -> LoadedModel:
         labels=labels if classifies else (),
         vocab_size=hf_config.vocab_size,
         hidden_size=hf_config.hidden_size,
+        shares_cores=device.type == "cpu",
         agreement=built.agreement,
     )
 
@@ -128,7 +131,7 @@ class TransformersModel:
     def __init__(self, network: Any, pad_id: int) -> None:
         self._network = network
         self._pad_id = pad_id
-        self.padding = 0
+        self.padding = 0.0
 
     def run(self, task: ClassifierTask, ids: Sequence[TokenIds]) -> Rows:
         """See ``EncoderModel``."""
