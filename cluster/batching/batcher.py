@@ -122,15 +122,16 @@ class Batcher(Generic[K]):
         self.skipped_texts += request.unserved_texts
         return request.unserved_texts
 
-    def cut(self) -> Batch[K] | None:
-        """Take the next batch out; None when nothing waits."""
+    def cut(self, max_tokens: int | None = None) -> Batch[K] | None:
+        """Take the next batch out, if need be a smaller one; None when nothing waits."""
+        budget = min(self._budget, max_tokens or self._budget)
         self._fill_window()
         if not self._window:
             return None
         head = min(self._window, key=_turn)
         task = head.request.task
         alike = sorted(drawn for drawn in self._window if drawn.request.task == task)
-        run = _run_around(alike, bisect.bisect_left(alike, head), self._budget)
+        run = _run_around(alike, bisect.bisect_left(alike, head), budget)
         self._window = [drawn for drawn in self._window if drawn.request.task != task]
         self._window += alike[: run.start] + alike[run.stop :]
         return self._serve(task, alike[run])

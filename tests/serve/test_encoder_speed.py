@@ -1,4 +1,6 @@
+import asyncio
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from cluster.config import ClassifierConfig
 from cluster.engines.encoder import build, precision
 from cluster.engines.encoder.check_texts import FILE, check_texts
+from cluster.engines.encoder.jobs import Job
 from cluster.engines.encoder.packed import PackedBert
 from cluster.engines.encoder.packed.layout import Layout
 from cluster.engines.encoder.packed.linear import (
@@ -25,9 +28,12 @@ from cluster.engines.encoder.packed.varlen import VarlenBert
 from cluster.engines.encoder.padded import TransformersModel
 from cluster.engines.encoder.pooling import Pooling
 from cluster.engines.encoder.precision import Agreement, AgreementStore, batches, measure, require
+from cluster.engines.encoder.queue import JobQueue
 from cluster.engines.encoder.tasks import TASKS
 from cluster.errors import ConfigError
 from tests.serve.encoder_kit import TEXTS, running, save
+from tests.serve.test_encoder import bert, save_model
+from tests.serve.test_encoder import running as running_config
 from tests.serve.test_encoder_pooling import MODES
 
 VOCABULARY = 50
@@ -151,7 +157,7 @@ def test_eight_bits_round_and_saturate():
 def test_the_layout_pads_attention_alone():
     layout = Layout.of(texts(19, 20, 20, 40), heads=2, mask_dtype=torch.float32)
     assert [(group.texts, group.length) for group in layout.groups] == [(3, 20), (1, 40)]
-    assert layout.padding == 1
+    assert layout.padded_pairs == 20**2 - 19**2
     assert len(layout.packed.tokens) == 99
     assert sorted(set(layout.back.tolist())) == sorted(layout.back.tolist())
     assert len(layout.back) == 99 * 2
@@ -163,7 +169,7 @@ def test_texts_that_attention_pads_are_pooled_without_padding(net, mode):
     ids = texts(19, 20, 20, 40)
     packed, padded = PackedBert(net, pooling=pooling), TransformersModel(net, 0, pooling)
     np.testing.assert_allclose(packed.run("embed", ids), padded.run("embed", ids), atol=1e-4)
-    assert packed.padding == padded.padding == 1
+    assert 0 < packed.padding < padded.padding == 1
 
 
 def attend_one_by_one(query, key, value, starts_q, starts_k, most):
@@ -298,3 +304,48 @@ def test_batches_ascend():
     made = batches(texts(*range(1, 71)))
     assert [len(batch) for batch in made] == [32, 32, 6]
     assert [len(row) for batch in made for row in batch] == list(range(1, 71))
+
+
+async def test_a_batch_is_cut_for_each_thread_and_small_ones_wait():
+    queue = JobQueue(max_batch_tokens=1024, max_queued_tokens=100_000)
+    queue.share(2)
+
+    def put(*lengths):
+        job = Job("classify", [], False, asyncio.get_running_loop().create_future(), 0.0)
+        job.ids = texts(*lengths)
+        queue.put(job)
+
+    put(*[10] * 60)
+    first, second = queue.take(), queue.take()
+    assert [turn.batch.num_tokens for turn in (first, second)] == [300, 300]
+    assert not first.alone
+    put(*[10] * 5)
+    taken = []
+    thread = threading.Thread(target=lambda: taken.append(queue.take()))
+    thread.start()
+    queue.finish()
+    assert not taken  # 50 tokens wait for the one that still runs
+    queue.finish()
+    thread.join()
+    assert taken[0].alone
+    assert taken[0].batch.num_tokens == 50
+    queue.finish()
+    put(*[64] * 100)
+    assert queue.take().batch.num_tokens == 1024
+
+
+async def test_threads_that_share_the_work_answer_everyone_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("TANDEM_HOME", str(tmp_path))
+    path = save_model(tmp_path / "model", bert())
+    config = ClassifierConfig(name="a", model="a", dtype="float32", threads=3)
+    async with running_config(config, path) as engine:
+        service = engine.service
+        lists = [[f"good {'film ' * (i % 20)}"] * (1 + i % 40) for i in range(60)]
+        answers = await asyncio.gather(*(service.encode("classify", texts) for texts in lists))
+        alone = await service.encode("classify", [one[0] for one in lists])
+        counts = engine.counts()
+    for answer, rows, row in zip(answers, lists, alone.rows, strict=True):
+        assert len(answer.rows) == len(rows)
+        np.testing.assert_allclose(answer.rows, np.tile(row, (len(rows), 1)), atol=1e-5)
+    assert counts.texts == sum(map(len, lists)) + len(lists)
+    assert 0 <= counts.padding < 0.5 * counts.tokens

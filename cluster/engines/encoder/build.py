@@ -92,14 +92,23 @@ class Builder:
         precision = choose_precision(self._config, self._network.device)
         if precision == "float32":
             return Built(self._in(torch.float32), precision, None)
-        seen = self._observe() if precision == "int8" else None
-        model = self._quantized(seen) if seen else self._in(getattr(torch, precision))
+        model = self.low(precision)
         agreement = self._agreement(model, precision)
         if self._config.dtype == "auto" and not agreement.suffices:
             log.warning("%s: %s, too little; float32 it is", self._config.name, agreement)
             return Built(self._in(torch.float32), "float32", None)
         require(self._config, agreement, precision)
         return Built(model, precision, agreement)
+
+    def low(self, precision: str) -> EncoderModel:
+        """The model in a low precision, however well it does.
+
+        Raises:
+            ConfigError: it cannot be had here.
+        """
+        if precision == "int8":
+            return self._quantized(self._observe())
+        return self._in(getattr(torch, precision))
 
     def _in(self, dtype: torch.dtype) -> EncoderModel:
         if self._packs:

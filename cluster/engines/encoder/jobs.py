@@ -45,8 +45,8 @@ def num_chars(text: Text) -> int:
 class EncoderModel(Protocol):
     """One forward pass over the texts of a batch."""
 
-    padding: int
-    """Cells that held no token, since the beginning: in attention, where that alone is padded."""
+    padding: float
+    """What was computed of no token since the beginning, as the number of tokens it would make."""
 
     def run(self, task: ClassifierTask, ids: Sequence[TokenIds]) -> Rows | list[Rows]:
         """What ``task`` asks for, in the order of ``ids``, which ascend in length.

@@ -41,6 +41,8 @@ class LoadedModel:
     vocab_size: int
     hidden_size: int
     pooling: Pooling
+    shares_cores: bool = True
+    """Whether several threads may each run a copy: on a CPU; a GPU is kept busy by one."""
     agreement: Agreement | None = None
     """Of low precision with float32."""
 
@@ -78,6 +80,7 @@ def load_model(config: ClassifierConfig, path: str) -> LoadedModel:
         vocab_size=hf_config.vocab_size,
         hidden_size=hf_config.hidden_size,
         pooling=pooling,
+        shares_cores=device.type == "cpu",
         agreement=built.agreement,
     )
 

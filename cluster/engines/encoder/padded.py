@@ -50,7 +50,7 @@ class TransformersModel:
             "token-classification": self._label_tokens,
             "fill-mask": self._fill,
         }
-        self.padding = 0
+        self.padding = 0.0
         """See ``EncoderModel``."""
 
     def run(self, task: ClassifierTask, ids: Sequence[TokenIds]) -> Rows | list[Rows]:

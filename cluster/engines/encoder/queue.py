@@ -1,11 +1,12 @@
 """The queue of jobs, and the only owner of the batcher.
 
-The event loop admits and cancels, the tokenizer thread puts, the model thread takes; every
+The event loop admits and cancels, the tokenizer thread puts, the model threads take; every
 method is safe from any thread and holds the lock for at most some milliseconds. What waits is
 bounded in tokens. Knows nothing of models or replies.
 """
 
 import threading
+from dataclasses import dataclass
 
 from cluster.batching import Batch, Batcher
 from cluster.engines.encoder.jobs import Job, num_chars
@@ -14,6 +15,18 @@ from cluster.errors import OverloadedError, PayloadTooLargeError, RequestError
 CHARS_PER_TOKEN = 4
 """English WordPiece has 4 to 5 characters a token; used only until a text is tokenized."""
 RETRY_AFTER_S = 1.0
+MIN_BESIDE_TOKENS = 256
+"""Fewer tokens than this wait for the batch that runs, rather than take a core from it: on two
+cores a batch of so many takes as long on both as two halves do on one each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A batch, and which share of the cores it may take."""
+
+    batch: Batch[Job]
+    alone: bool
+    """Nothing runs beside it, and too little waits to be run beside it."""
 
 
 class JobQueue:
@@ -31,6 +44,8 @@ class JobQueue:
         self._cancelled_early = 0
         self._closed: RequestError | None = None
         self._changed = threading.Condition()
+        self._running = 0
+        self._num_streams = 1
 
     @property
     def queued_tokens(self) -> int:
@@ -96,17 +111,43 @@ class JobQueue:
             job.abandoned = True
             self._batcher.cancel(job)
 
-    def take(self) -> Batch[Job] | None:
-        """Block until something waits and cut a batch; None once the queue is closed."""
+    def share(self, num_streams: int) -> None:
+        """Say how many threads take batches; they are cut so that each has one."""
+        with self._changed:
+            self._num_streams = num_streams
+
+    def take(self) -> Turn | None:
+        """Block until a batch is worth starting and cut it; None once the queue is closed.
+
+        Each turn is given back with ``finish``.
+        """
         with self._changed:
             while self._closed is None:
-                if batch := self._batcher.cut():
-                    return batch
+                if turn := self._turn():
+                    return turn
                 self._changed.wait()
             return None
 
+    def finish(self) -> None:
+        """The batch of a turn is done."""
+        with self._changed:
+            self._running -= 1
+            self._changed.notify()
+
+    def _turn(self) -> Turn | None:
+        waiting = self._batcher.waiting_tokens
+        if self._running and waiting < MIN_BESIDE_TOKENS:
+            return None
+        share = -(-waiting // max(1, self._num_streams - self._running))
+        batch = self._batcher.cut(max(share, MIN_BESIDE_TOKENS))
+        if batch is None:
+            return None
+        self._running += 1
+        left = self._batcher.waiting_tokens
+        return Turn(batch, alone=self._running == 1 and left < MIN_BESIDE_TOKENS)
+
     def close(self, error: RequestError) -> None:
-        """Refuse everything from now on with ``error`` and wake the model thread; idempotent."""
+        """Refuse everything from now on with ``error`` and wake the model threads; idempotent."""
         with self._changed:
             self._closed = self._closed or error
             self._changed.notify_all()

@@ -1,10 +1,11 @@
-"""The model thread: takes a batch as soon as the model is free, computes it, hands the rows back.
+"""The model threads: each takes a batch as soon as it is free, computes it, hands the rows back.
 
 A batch is cut at the last moment, so it holds whatever came while the one before it ran; cutting
 takes less than 1 % of computing. Owns the model, the counters, and each job's rows from its
 first batch on. Knows neither tokenizer nor HTTP.
 """
 
+import copy
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,24 +19,36 @@ from cluster.batching import Batch
 from cluster.config import ClassifierTask
 from cluster.engines.encoder.jobs import EncoderModel, Job, Rows
 from cluster.engines.encoder.model import LoadedModel
-from cluster.engines.encoder.queue import JobQueue
+from cluster.engines.encoder.queue import JobQueue, Turn
+
+MAX_STREAMS = 4
+"""More would wait for one another's Python: it takes a tenth of a thread's time."""
 
 
 @dataclass(slots=True)
 class RunnerCounts:
-    """What the model computed since the start; written by the model thread alone."""
+    """What one thread computed since the start; written by that thread alone."""
 
     batches: int = 0
     texts: int = 0
     tokens: int = 0
-    padding: int = 0
-    """Cells that held no token."""
+    padding: float = 0.0
+    """What was computed of no token, as the number of tokens it would make."""
     compute_s: float = 0.0
+    """By thread: two seconds pass in one where two threads compute."""
+
+    def add(self, other: "RunnerCounts") -> None:
+        """Count what ``other`` did, too."""
+        self.batches += other.batches
+        self.texts += other.texts
+        self.tokens += other.tokens
+        self.padding += other.padding
+        self.compute_s += other.compute_s
 
 
 @dataclass(frozen=True, slots=True)
 class RunnerEvents:
-    """Whom the model thread tells, from that thread."""
+    """Whom the model threads tell, from one of them."""
 
     loaded: Callable[[LoadedModel], None]
     done: Callable[[Sequence[Job]], None]
@@ -45,14 +58,18 @@ class RunnerEvents:
 
 
 class ModelRunner:
-    """Loads a model in a thread of its own and computes batches there until the queue is closed.
+    """Loads a model in a thread of its own and computes batches until the queue is closed.
+
+    On a CPU there is a thread for each core, up to some, and while enough waits each computes a
+    batch of its own with its share of the cores: threads that meet at the end of every operation
+    lose much, most of all where other processes want the cores too. A batch that is alone gets all
+    cores.
 
     Args:
         load: Loads the model; called in the thread.
         queue: Where batches come from.
-        events: Called from the thread.
-        num_threads: torch's threads for one operation; OpenMP counts them for each caller, so
-            they are set on this thread.
+        events: Called from the threads.
+        num_threads: Cores for everything that is computed.
     """
 
     def __init__(
@@ -66,14 +83,26 @@ class ModelRunner:
         self._queue = queue
         self._events = events
         self._num_threads = num_threads
-        self.counts = RunnerCounts()
-        self.current: frozenset[Job] = frozenset()
-        """The jobs that have a text in the batch that runs."""
+        self._streams: list[_Stream] = []
+        self._scattering = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="tandem-model", daemon=True)
         self._thread.start()
 
+    @property
+    def counts(self) -> RunnerCounts:
+        """Of all threads."""
+        total = RunnerCounts()
+        for stream in self._streams:
+            total.add(stream.counts)
+        return total
+
+    @property
+    def current(self) -> frozenset[Job]:
+        """The jobs that have a text in a batch that runs."""
+        return frozenset().union(*(stream.current for stream in self._streams))
+
     def join(self, timeout_s: float) -> bool:
-        """Wait for the thread, which ends after its batch once the queue is closed; has it?"""
+        """Wait for the threads, which end after their batch once the queue is closed; have they?"""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
@@ -81,31 +110,69 @@ class ModelRunner:
         try:
             torch.set_num_threads(self._num_threads)
             loaded = self._load()
+            count = min(self._num_threads, MAX_STREAMS) if loaded.shares_cores else 1
+            # A copy shares the weights, and counts for itself.
+            models = [loaded.model, *(copy.copy(loaded.model) for _ in range(count - 1))]
+            self._streams = [_Stream(model) for model in models]
+            self._queue.share(count)
             self._events.loaded(loaded)
-            while batch := self._queue.take():
-                self._step(loaded.model, batch)
+            others = [self._start(stream) for stream in self._streams[1:]]
+            self._compute(self._streams[0])
+            for thread in others:
+                thread.join()
+        except Exception as error:
+            self._events.died(error)
+
+    def _start(self, stream: "_Stream") -> threading.Thread:
+        thread = threading.Thread(
+            target=self._compute, args=(stream,), name="tandem-model", daemon=True
+        )
+        thread.start()
+        return thread
+
+    def _compute(self, stream: "_Stream") -> None:
+        try:
+            while turn := self._queue.take():
+                self._step(stream, turn)
+                self._queue.finish()
         except Exception as error:
             self._events.died(error)
         finally:
-            self.current = frozenset()
+            stream.current = frozenset()
 
-    def _step(self, model: EncoderModel, batch: Batch[Job]) -> None:
-        self.current = frozenset(item.key for item in batch.items)
-        padding, begun_s = model.padding, time.perf_counter()
+    def _step(self, stream: "_Stream", turn: Turn) -> None:
+        batch = turn.batch
+        stream.current = frozenset(item.key for item in batch.items)
+        stream.use_threads(self._num_threads // (1 if turn.alone else len(self._streams)))
+        padding, begun_s = stream.model.padding, time.perf_counter()
         ids = [item.key.ids[item.index] for item in batch.items]
-        rows = model.run(cast(ClassifierTask, batch.task), ids)
+        rows = stream.model.run(cast(ClassifierTask, batch.task), ids)
         elapsed_s = time.perf_counter() - begun_s
-        for job in self.current:
-            job.compute_s += elapsed_s
-        done = _scatter(batch, rows)
-        self.counts.batches += 1
-        self.counts.texts += len(ids)
-        self.counts.tokens += batch.num_tokens
-        self.counts.padding += model.padding - padding  # it may have computed before, as a check
-        self.counts.compute_s += elapsed_s
-        self.current = frozenset()
+        with self._scattering:  # a job's texts may be in two batches at once
+            for job in stream.current:
+                job.compute_s += elapsed_s
+            done = _scatter(batch, rows)
+        padding = stream.model.padding - padding  # it may have computed before, as a check
+        stream.counts.add(RunnerCounts(1, len(ids), batch.num_tokens, padding, elapsed_s))
+        stream.current = frozenset()
         if done:
             self._events.done(done)
+
+
+class _Stream:
+    """What one of the threads owns."""
+
+    def __init__(self, model: EncoderModel) -> None:
+        self.model = model
+        self.counts = RunnerCounts()
+        self.current: frozenset[Job] = frozenset()
+        self._threads = 0
+
+    def use_threads(self, number: int) -> None:
+        """Let this thread's operations use so many; torch counts them for each calling thread."""
+        if number != self._threads:
+            torch.set_num_threads(number)
+            self._threads = number
 
 
 def _scatter(batch: Batch[Job], rows: Rows | list[Rows]) -> list[Job]:

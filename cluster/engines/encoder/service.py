@@ -45,8 +45,8 @@ class EncoderCounts:
     compute_s: float
     skipped_texts: int
     """Never computed, because their client left."""
-    padding: int
-    """Cells that were computed and held no token; in attention, where that alone is padded."""
+    padding: float
+    """What was computed of no token, as the number of tokens it would make."""
     agreement: float | None
     """How often low precision answers as float32 does; None: it is float32."""
     cache_hits: int = 0

@@ -32,6 +32,7 @@ NUM_BODIES = 128
 IN_PROCESS = (
     "bf16 sorted", "bf16 fifo", "bf16 single", "fp32 fifo", "int8 fifo", "int8 sorted",
     "hf-fp32 fifo", "hf-bf16 fifo", "hf-bf16 single", "pipeline",
+    "bf16 agreement", "int8 agreement", "fp32 accuracy", "bf16 accuracy", "padding waste",
 )  # fmt: skip
 JOB_TIMEOUT_S = 120.0
 WHOLE_TIMEOUT_S = 120.0
@@ -131,7 +132,7 @@ class _Worker:
         for line in self.child.stdout:
             word, _, number = line.partition(" ")
             if word == "RESULT":
-                _say(f"  {measurement:<16} {float(number):8.1f}")
+                _say(f"  {measurement:<16} {float(number):10.4g}")
                 return float(number)
         raise TargetError(f"the process that measures {measurement!r} ended")
 

@@ -2,28 +2,36 @@
 
 Runs as ``python -m benchmarks.classify.inprocess MODEL_DIR``: reads the name of a measurement from
 each line of its input and answers with a number on a line. All models stay loaded; the texts are
-tokenized beforehand, except for the pipeline.
+tokenized beforehand, except for the pipeline. Every model may use the cores as it likes best: all
+for one batch, or one for each of several; the better counts.
 """
 
+import itertools
+import os
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from benchmarks.classify import texts
+from cluster.batching import Batcher
 from cluster.config import ClassifierConfig
 from cluster.engines.encoder.build import Builder
 from cluster.engines.encoder.jobs import TokenIds
+from cluster.engines.encoder.packed import PackedBert
 from cluster.engines.encoder.pooling import Pooling
 from cluster.engines.encoder.tokenizer import TextTokenizer
 
 NUM_TEXTS = 1024
 BATCH = 32
+CORES = len(os.sched_getaffinity(0))
 BUDGET_TOKENS = 1024
 """The engine's own batches."""
 SINGLES = 60
@@ -45,29 +53,48 @@ class InProcess:
 
     def measure(self, name: str) -> float:
         """``tokens``; ``fp32``, ``bf16``, ``int8`` or ``hf-…`` with ``fifo``, ``sorted`` or
-        ``single``: texts a second, or the milliseconds of one text; ``pipeline``."""
+        ``single``: texts a second, or the milliseconds of one text; ``agreement`` with float32 or
+        ``accuracy``; ``pipeline``."""
         if name == "tokens":
             return statistics.fmean(map(len, self._ids))
         if name == "pipeline":
             return self._pipeline()
+        if name == "padding waste":
+            return self._padding_waste()
+        torch.set_num_threads(CORES)
         model, _, order = name.partition(" ")
-        run = self._models.setdefault(model, self._model(model))
+        run = self._loaded(model)
         if order == "single":
             return self._single(run)
+        if order == "agreement":
+            return float(np.mean(self._labels(run) == self._labels(self._loaded("fp32"))))
+        if order == "accuracy":
+            truth = np.array([praise for _, praise in texts.labelled(NUM_TEXTS)])
+            return float(np.mean(self._labels(run) == truth))
         batches = self._fifo() if order == "fifo" else self._sorted()
-        return _rate(lambda: [run(batch) for batch in batches], len(self._ids))
+        return max(_rate_of_threads(run, batches, 1), _rate_of_threads(run, batches, CORES))
+
+    def _loaded(self, name: str) -> Run:
+        if name not in self._models:
+            self._models[name] = self._model(name)
+        return self._models[name]
+
+    def _labels(self, run: Run) -> NDArray[np.intp]:
+        order = sorted(range(len(self._ids)), key=lambda index: len(self._ids[index]))
+        labels = np.empty(len(order), np.intp)
+        for first in range(0, len(order), BATCH):
+            some = order[first : first + BATCH]
+            labels[some] = np.asarray(run([self._ids[index] for index in some])).argmax(1)
+        return labels
 
     def _model(self, name: str) -> Run:
         if name.startswith("hf-"):
             dtype = {"hf-fp32": torch.float32, "hf-bf16": torch.bfloat16}[name]
             network = AutoModelForSequenceClassification.from_pretrained(self._path, dtype=dtype)
             return _padded(network.eval())
-        dtype_name = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}[name]
-        config = ClassifierConfig(
-            name="bench", model=self._path, dtype=dtype_name, tasks=("classify",)
-        )
+        config = ClassifierConfig(name="bench", model=self._path, tasks=("classify",))
         builder = Builder(config, self._path, self._network, self._encoder, Pooling())
-        model = builder.build().model
+        model = builder.low({"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}[name])
         return lambda batch: model.run("classify", batch)
 
     def _fifo(self) -> list[Batch]:
@@ -82,6 +109,17 @@ class InProcess:
             batches[-1].append(row)
         return list(batches)
 
+    def _padding_waste(self) -> float:
+        """Share of what is computed that is of no token, in the engine's own batches."""
+        batcher = Batcher[int](BUDGET_TOKENS)
+        for number in range(0, len(self._ids), BATCH):
+            lengths = [len(row) for row in self._ids[number : number + BATCH]]
+            batcher.add(number, "classify", lengths)
+        model = PackedBert(self._network)
+        while batch := batcher.cut():
+            model.run("classify", [self._ids[item.key + item.index] for item in batch.items])
+        return model.padding / (model.padding + sum(map(len, self._ids)))
+
     def _single(self, run: Run) -> float:
         found = []
         for row in self._ids[:SINGLES]:
@@ -92,18 +130,34 @@ class InProcess:
 
     def _pipeline(self) -> float:
         classify = pipeline("text-classification", model=self._path, device="cpu", top_k=None)
-        some = self._texts[: NUM_TEXTS // 2]
-        return _rate(lambda: classify(some, batch_size=BATCH), len(some))
+        some = self._texts[: NUM_TEXTS // 4]
+        classify(some[:BATCH], batch_size=BATCH)
+        begun = time.perf_counter()
+        classify(some, batch_size=BATCH)
+        return len(some) / (time.perf_counter() - begun)
 
 
-def _rate(work: Callable[[], Any], num_texts: int, at_least_s: float = 2.0) -> float:
-    work()
-    begun = time.perf_counter()
-    done = 0
-    while (spent := time.perf_counter() - begun) < at_least_s:
-        work()
-        done += num_texts
-    return done / spent
+def _rate_of_threads(run: Run, batches: Sequence[Batch], count: int, seconds: float = 2.0) -> float:
+    """Texts a second of ``count`` threads, each with its share of the cores."""
+    turns, done = itertools.count(), [0] * count
+    end = 0.0
+
+    def work(number: int) -> None:
+        torch.set_num_threads(CORES // count)
+        while time.perf_counter() < end:
+            batch = batches[next(turns) % len(batches)]
+            run(batch)
+            done[number] += len(batch)
+
+    for part in (seconds / 4, seconds):  # the first one warms up
+        turns, done, begun = itertools.count(), [0] * count, time.perf_counter()
+        end = begun + part
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return sum(done) / (time.perf_counter() - begun)
 
 
 def _padded(network: Any) -> Run:

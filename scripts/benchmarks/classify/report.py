@@ -16,6 +16,7 @@ GOALS = {
     "ratio_vs_infinity_single": ">= 3.5",
     "ratio_fifo_vs_transformers_bf16": ">= 2.4",
     "ratio_int8_vs_bf16": ">= 1.25",
+    "padding_waste": "<= 0.02",
     "single_ms_p50": "<= 5",
     "single_in_process_ms": "<= 2.5",
 }
@@ -41,6 +42,9 @@ VALUES = {
     "single_ms_p50": ("tandem", "1x1 p50"),
     "single_ms_p99": ("tandem", "1x1 p99"),
     "single_in_process_ms": ("in process", "bf16 single"),
+    "agreement_bf16": ("in process", "bf16 agreement"),
+    "agreement_int8": ("in process", "int8 agreement"),
+    "padding_waste": ("in process", "padding waste"),
 }
 INFINITY = ("infinity-bf16", "infinity-fp32")
 
@@ -56,6 +60,9 @@ def make(found: Found, num_tokens: float) -> Report:
     for key, load in (("ratio_vs_infinity", "32x8"), ("ratio_vs_infinity_single", "1x64")):
         if (best := _best(numbers, load)) and ("tandem", load) in numbers:
             keys[key] = numbers["tandem", load].over(best)
+    accuracies = [numbers.get(("in process", f"{dtype} accuracy")) for dtype in ("bf16", "fp32")]
+    if accuracies[0] and accuracies[1]:
+        keys["accuracy_delta"] = accuracies[0].minus(accuracies[1])
     keys |= {key: numbers[name] for key, name in VALUES.items() if name in numbers}
     return Report(
         keys=keys,

@@ -11,11 +11,17 @@ CHARS = range(40, 241)
 SEED = 0
 
 
-def load(count: int) -> list[str]:
-    """``count`` different texts, in arrival order: lengths are mixed."""
-    found = sorted({text for text, _ in rated_texts(source_archive(ARCHIVE)) if len(text) in CHARS})
+def labelled(count: int) -> list[tuple[str, bool]]:
+    """``count`` different texts in arrival order (lengths are mixed), and whether they praise."""
+    rated = dict(rated_texts(source_archive(ARCHIVE)))
+    found = sorted((text, rating > 0) for text, rating in rated.items() if len(text) in CHARS)
     random.Random(SEED).shuffle(found)
     return found[:count]
+
+
+def load(count: int) -> list[str]:
+    """The texts alone."""
+    return [text for text, _ in labelled(count)]
 
 
 def chunks(texts: Sequence[str], size: int) -> list[list[str]]:

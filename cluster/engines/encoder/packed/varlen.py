@@ -127,8 +127,8 @@ class VarlenBert:
         on_gpu = self._device.type == "cuda"
         self._input = torch.cuda.Stream() if on_gpu else None  # type: ignore[no-untyped-call]
         self._slots: dict[int, Slot] = {}
-        self.padding = 0
-        """Rows of slots that held no token, since the beginning."""
+        self.padding = 0.0
+        """See ``EncoderModel``."""
 
     @torch.inference_mode()
     def run(self, task: ClassifierTask, ids: Sequence[TokenIds]) -> Rows:
