@@ -31,7 +31,10 @@ FOLDERS = {
     "scripts": "the commands that a person types",
     "scripts/benchmarks": "what ./scripts/bench measures, and against whom",
     "scripts/benchmarks/classify": "texts a second of the classifier, and of its peers",
-    "scripts/benchmarks/stream": "streams of an instant engine and of a paced one",
+    "scripts/benchmarks/engine": "SmolLM2 through the cluster, vLLM's server and Ray Serve's",
+    "scripts/benchmarks/handle": "the client against a bare handle of Ray Serve",
+    "scripts/benchmarks/memory": "the router's memory",
+    "scripts/benchmarks/stream": "streams of the simulated engine",
     "scripts/benchmarks/targets": "the servers that are measured, started and ended",
     "tests": "unit/ (neither Ray nor torch), serve/ (loopback), cluster/ (real Ray, vLLM, models)",
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from benchmarks import classify, handle, link, memory, stream
+from benchmarks import classify, engine, handle, link, memory, stream
 from benchmarks.report import Report, print_report, write_json
 from cluster.errors import TandemError
 
@@ -27,6 +27,7 @@ class Benchmark(Protocol):
 
 BENCHMARKS: Mapping[str, Benchmark] = {
     "stream": stream,
+    "engine": engine,
     "handle": handle,
     "classify": classify,
     "memory": memory,

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> Report:
             numbers |= _drive(running, Calls(caller, "single", args.seconds))
         found[name].append(numbers)
         say(number, name, f"{numbers['stream_tokens_s']:10,.0f} tokens/s")
-    return _report(found)
+    return report(found)
 
 
 def _drive(running: Running, calls: Calls) -> dict[str, float]:
@@ -92,7 +92,8 @@ def _drive(running: Running, calls: Calls) -> dict[str, float]:
     return numbers
 
 
-def _report(found: Rounds) -> Report:
+def report(found: Rounds) -> Report:
+    """Ratios round by round, and the numbers of each caller."""
     numbers = {
         name: {key: Summary(tuple(one[key] for one in rounds)) for key in (*RATES, *TIMES)}
         for name, rounds in found.items()

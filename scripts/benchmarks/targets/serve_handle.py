@@ -57,7 +57,9 @@ def _start(home: Home, decode_s: float, environment: Mapping[str, str]) -> Runni
     home.spawn(*command, environment=environment)
     home.wait_ready(endpoint, READY_S)
     time.sleep(SETTLE_S)
-    return Running(endpoint, home, ray_address=ray_address(home), job_environment=environment)
+    # A Ray that ``ray.init`` starts asks for a token, and looks for it where it left it.
+    job_environment = {**environment, "RAY_AUTH_MODE": "token"}
+    return Running(endpoint, home, ray_address(home), job_environment)
 
 
 def ray_address(home: Home) -> str:

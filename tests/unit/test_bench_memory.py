@@ -1,0 +1,30 @@
+import pytest
+
+from benchmarks.memory.loads import LOADS
+from benchmarks.memory.watch import Memory, fields
+from cluster.config import GeneratorConfig
+
+ROLLUP = """\
+55d0c8a00000-7ffd3b9e2000 ---p 00000000 00:00 0                          [rollup]
+Rss:              250000 kB
+Pss:              125000 kB
+Pss_Anon:          90000 kB
+Shared_Clean:     100000 kB
+"""
+STATUS = "Name:\tray::Router\nVmHWM:\t  260000 kB\nThreads:\t34\nVmRSS:\t  250000 kB\n"
+
+
+def test_memory_is_read_from_the_kernels_sum() -> None:
+    assert Memory.parse(ROLLUP) == Memory(rss_mb=256.0, pss_mb=128.0)
+
+
+def test_only_the_lines_that_are_sizes_are_fields() -> None:
+    assert fields(STATUS) == {"VmHWM": 260000, "VmRSS": 250000}
+
+
+@pytest.mark.parametrize("name", LOADS)
+def test_an_engine_takes_all_of_its_streams_at_a_time(name: str) -> None:
+    config = GeneratorConfig.model_validate(LOADS[name].generator)
+    streams = int(name.partition("_")[0])
+    assert config.max_ongoing >= streams
+    assert config.sim.max_num_seqs >= streams
