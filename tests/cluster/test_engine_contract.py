@@ -93,10 +93,16 @@ def shape(value: Any, key: str = "") -> Any:
 
 
 def stream_shape(answer: asgi.Answer) -> list[Any]:
-    """The kinds of events in their order; vLLM may join tokens, so their number is left out."""
+    """The kinds of events in their order; vLLM may join tokens, so their number is left out.
+
+    Of several prompts, each kind is given once: in which turn they end is the scheduler's affair.
+    """
     kinds = [
         (name, shape(data)) for (name, _), data in zip(answer.events(), answer.data(), strict=False)
     ]
+    choices = [choice for data in answer.data() for choice in data.get("choices", ())]
+    if len({choice["index"] for choice in choices}) > 1:
+        return [kind for place, kind in enumerate(kinds) if kind not in kinds[:place]]
     return [kind for kind, _ in groupby(kinds)]
 
 

@@ -228,7 +228,7 @@ def test_own_paths(http: httpx.Client) -> None:
         ("/classify", {"input": "a", "colour": 1}, 422),
         ("/classify", {"input": []}, 400),
         ("/no/such/path", {}, 404),
-        ("/metrics", {}, 404),
+        ("/metrics", {}, 405),
     ],
 )
 def test_errors_have_openais_shape(http: httpx.Client, path: str, body: Any, status: int) -> None:
