@@ -29,8 +29,10 @@ class TokenTimes:
     """From sending a request to its first token, for each request."""
     itl_s: list[float] = field(default_factory=list)
     """Each gap between two tokens; it is 0 between those that came in one piece."""
+    num_tokens: int = 0
+    """Of all requests, those of the warm-up too."""
     client_cpu_s: float = 0.0
-    """The client's own CPU time."""
+    """The client's own CPU time for all of them."""
     wall_s: float = 0.0
 
 
@@ -139,14 +141,13 @@ def measure(endpoint: Endpoint, streams: Streams) -> TokenTimes:
 async def _measure(endpoint: Endpoint, streams: Streams) -> TokenTimes:
     times = TokenTimes()
     pauses = (number * _GOLDEN % 1 * streams.pause_s for number in count(1))
-    begin = time.perf_counter() + streams.warm_up_s
+    cpu_s, began = time.process_time(), time.perf_counter()
+    begin = began + streams.warm_up_s
     async with asyncio.TaskGroup() as group:
         for _ in range(streams.num):
             group.create_task(_ask_again(endpoint, streams, pauses, begin, times))
-        await asyncio.sleep(streams.warm_up_s)
-        times.client_cpu_s, times.wall_s = time.process_time(), time.perf_counter()
-    times.client_cpu_s = time.process_time() - times.client_cpu_s
-    times.wall_s = time.perf_counter() - times.wall_s
+    times.client_cpu_s = time.process_time() - cpu_s
+    times.wall_s = time.perf_counter() - began
     return times
 
 
@@ -165,6 +166,7 @@ async def _ask_again(
                 return
             await asyncio.sleep(next(pauses))
             reader = await connection.ask(request)
+            times.num_tokens += 1 + len(reader.itl_s)
             if now >= begin and reader.ttft_s is not None:
                 times.ttft_s.append(reader.ttft_s)
                 times.itl_s += reader.itl_s

@@ -4,13 +4,13 @@ import argparse
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from statistics import fmean
 
 from benchmarks import cpu, load
 from benchmarks.load import Load
 from benchmarks.report import Cell as ReportCell
 from benchmarks.report import Report, Table
 from benchmarks.rounds import Summary, interleaved
+from benchmarks.stream.costs import cost_table
 from benchmarks.stream.paths import (
     BARE,
     CLUSTER,
@@ -26,8 +26,6 @@ TOKENS = 128
 HEADLINE = 32
 """Connections of the keys that carry no number."""
 WARM_UP_S = 1.5
-
-PARTS = ("haproxy", "proxy", "router", "ingress", "engine", cpu.REST)
 
 RATIOS = {
     "ratio_vs_bare": (BARE, 1.0),
@@ -105,7 +103,11 @@ def _report(cells: Cells, connections: list[int]) -> Report:
     return Report(
         keys=keys,
         goals={key: f">= {goal:g}" for key, (_, goal) in RATIOS.items() if key in keys},
-        tables=[_rates(cells, connections), *(_costs(cells, number) for number in connections)],
+        tables=[
+            _rates(cells, connections),
+            _times(cells, connections),
+            *(_costs(cells, number) for number in connections),
+        ],
         details={"instant": {f"{name} at {n}": rounds for (name, n), rounds in cells.items()}},
         notes=[_note(cells)],
     )
@@ -139,24 +141,34 @@ def _rates(cells: Cells, connections: list[int]) -> Table:
     return Table(f"Streams of {TOKENS} tokens a second, instant engine", columns, rows)
 
 
+def _times(cells: Cells, connections: list[int]) -> Table:
+    names = dict.fromkeys(name for name, _ in cells)
+    rows: list[list[ReportCell]] = [
+        [name, *(_of(cells[name, n], pick) for n in connections for pick in (_p50, _p99))]
+        for name in names
+    ]
+    columns = [f"{number}: {which}" for number in connections for which in ("p50", "p99")]
+    return Table("Time of a whole stream in ms", ("path", *columns), rows)
+
+
+def _p50(cell: Cell) -> float:
+    return cell.load.p50_ms
+
+
+def _p99(cell: Cell) -> float:
+    return cell.load.p99_ms
+
+
 def _costs(cells: Cells, connections: int) -> Table:
-    rows = [
-        _cost(name, rounds) for (name, number), rounds in cells.items() if number == connections
-    ]
-    columns = ("path", *PARTS, "all", "p50 ms", "p99 ms")
-    title = f"CPU us for a token, and the time of a whole stream; {connections} connections"
-    return Table(title, columns, rows)
-
-
-def _cost(name: str, rounds: list[Cell]) -> list[ReportCell]:
-    means = [fmean(cell.cpu_us_per_token.get(part, 0.0) for cell in rounds) for part in PARTS]
-    return [
-        name,
-        *(mean or None for mean in means),
-        sum(means),
-        fmean(cell.load.p50_ms for cell in rounds),
-        fmean(cell.load.p99_ms for cell in rounds),
-    ]
+    title = f"CPU us for a token, instant engine, {connections} connections"
+    return cost_table(
+        title,
+        {
+            name: [cell.cpu_us_per_token for cell in rounds]
+            for (name, number), rounds in cells.items()
+            if number == connections
+        },
+    )
 
 
 def _note(cells: Cells) -> str:

@@ -2,11 +2,15 @@
 
 import argparse
 from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import repeat
 
-from benchmarks import token_times
-from benchmarks.report import Cell, Report, Table
+from benchmarks import cpu, token_times
+from benchmarks.report import Cell as ReportCell
+from benchmarks.report import Report, Table
 from benchmarks.rounds import Summary, interleaved, percentile
+from benchmarks.stream.costs import cost_table
 from benchmarks.stream.paths import BARE, CLUSTER, TARGETS, say
 from benchmarks.targets.running import Running
 from benchmarks.token_times import Streams, TokenTimes
@@ -27,22 +31,32 @@ NUMBERS = {
 }
 GOALS = {"added_ttft_ms_p50": 1.0, "added_ttft_ms_p99": 3.0, "added_itl_ms_p99": 2.0}
 
-Rounds = dict[str, list[TokenTimes]]
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One path in one round."""
+
+    times: TokenTimes
+    cpu_us_per_token: Mapping[str, float]
+    """By the parts of the target."""
+
+
+Cells = dict[str, list[Cell]]
 
 
 def run(args: argparse.Namespace) -> Report:
     """Measure the cluster and the bare process, and whoever else was asked for."""
     names = list(dict.fromkeys((*args.targets, BARE)))
-    found: Rounds = defaultdict(list)
+    cells: Cells = defaultdict(list)
     for number, name in interleaved(names, args.rounds):
         with TARGETS[name](PACE_S) as running:
-            times = _measure(running, args.seconds * SECONDS)
-        found[name].append(times)
-        say(number, name, f"TTFT p50 {percentile(times.ttft_s, 50) * 1e3:6.2f} ms")
-    return _report(found)
+            cell = _cell(running, args.seconds * SECONDS)
+        cells[name].append(cell)
+        say(number, name, f"TTFT p50 {percentile(cell.times.ttft_s, 50) * 1e3:6.2f} ms")
+    return _report(cells)
 
 
-def _measure(running: Running, seconds: float) -> TokenTimes:
+def _cell(running: Running, seconds: float) -> Cell:
     endpoint = running.endpoint
     body = {
         "model": endpoint.model,
@@ -52,39 +66,46 @@ def _measure(running: Running, seconds: float) -> TokenTimes:
     }
     request = endpoint.request("/v1/completions", body)
     streams = Streams(repeat(request), STREAMS, PACE_S, WARM_UP_S, seconds)
-    return token_times.measure(endpoint, streams)
+    before = cpu.snapshot(running.home.path)
+    times = token_times.measure(endpoint, streams)
+    spent = cpu.spent(before, cpu.snapshot(running.home.path))
+    return Cell(times, {part: s / times.num_tokens * 1e6 for part, s in spent.items()})
 
 
-def _report(found: Rounds) -> Report:
+def _report(cells: Cells) -> Report:
     numbers = {
         name: {
-            key: Summary(tuple(percentile(getattr(r, values), p) * 1e3 for r in rounds))
+            key: Summary(tuple(percentile(getattr(c.times, values), p) * 1e3 for c in rounds))
             for key, (values, p) in NUMBERS.items()
         }
-        for name, rounds in found.items()
+        for name, rounds in cells.items()
     }
     keys = {}
     if CLUSTER in numbers:
         for key in ("ttft_ms_p50", "ttft_ms_p99", "itl_ms_p99"):
             keys[f"added_{key}"] = numbers[CLUSTER][key].minus(numbers[BARE][key])
-    rows: list[list[Cell]] = [[name, *columns.values()] for name, columns in numbers.items()]
+    rows: list[list[ReportCell]] = [[name, *columns.values()] for name, columns in numbers.items()]
     title = f"Latency in ms: {STREAMS} streams, an engine that takes {PACE_S * 1e3:.0f} ms a token"
+    costs = {name: [cell.cpu_us_per_token for cell in rounds] for name, rounds in cells.items()}
     return Report(
         keys=keys,
         goals={key: f"<= {goal:g}" for key, goal in GOALS.items() if key in keys},
-        tables=[Table(title, ("path", *NUMBERS), rows)],
-        details={"paced": numbers},
-        notes=[_note(found)],
+        tables=[
+            Table(title, ("path", *NUMBERS), rows),
+            cost_table("CPU us for a token, paced engine", costs),
+        ],
+        details={"paced": numbers, "paced_cpu_us_per_token": costs},
+        notes=[_note(cells)],
     )
 
 
-def _note(found: Rounds) -> str:
-    rounds = [times for of_one in found.values() for times in of_one]
-    tokens = sum(len(times.ttft_s) + len(times.itl_s) for times in rounds)
+def _note(cells: Cells) -> str:
+    rounds = [cell.times for of_one in cells.values() for cell in of_one]
     cpu_s = sum(times.client_cpu_s for times in rounds)
-    share = cpu_s / sum(times.wall_s for times in rounds)
+    cpu_us = cpu_s / sum(times.num_tokens for times in rounds) * 1e6
     return (
-        f"the client of the paced streams took {cpu_s / tokens * 1e6:.0f} us of CPU a token, "
-        f"{share:.0%} of a core; its requests begin at every phase of the engine's steps, "
-        f"{min(len(times.ttft_s) for times in rounds)} of them or more in a round"
+        f"the client of the paced streams took {cpu_us:.0f} us of CPU a token, "
+        f"{cpu_s / sum(times.wall_s for times in rounds):.0%} of a core; its requests begin at "
+        f"every phase of the engine's steps, {min(len(times.ttft_s) for times in rounds)} of them "
+        f"or more in a round"
     )
