@@ -89,6 +89,7 @@ def test_who_ignores_sigterm_is_killed(tmp_path: Path, spawn: Spawn) -> None:
 def test_who_is_stopped_is_ended(tmp_path: Path, spawn: Spawn) -> None:
     stopped = spawn(**mark(tmp_path))
     stopped.send_signal(signal.SIGSTOP)
+    os.waitpid(stopped.pid, os.WUNTRACED)  # until it has stopped, SIGTERM would still end it
     assert processes.end(tmp_path, grace_s=0.2).killed == 1
 
 
