@@ -22,6 +22,8 @@ def vllm_serve(model: str) -> Iterator[Ready]:
             *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
             *("--model", model, "--served-model-name", NAME),
             *("--host", "127.0.0.1", "--port", str(port)),
+            # For its KV cache it would take 92 % of the machine's memory, or not start.
+            *("--gpu-memory-utilization", "0.5"),
         )
         wait_first_token(home, endpoint, "/health")
         yield Ready(Running(endpoint, home), time.monotonic() - began)
