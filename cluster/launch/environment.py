@@ -36,6 +36,9 @@ def cluster_environment(
     """``base`` with all that the cluster's processes need."""
     defaults = {
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Ray's workers yield to everything else by default (15), so that a batch job leaves the
+        # machine usable; these serve, and what else runs beside them should not make them wait.
+        "RAY_worker_niceness": "0",
         # Replicas run their code on the event loop that also serves HTTP: one hop less for every
         # chunk, and what would block it must be in a thread anyway.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
