@@ -75,6 +75,8 @@ class _Handle:
         from benchmarks.targets.serve_handle import APPLICATION, ENGINE
 
         self._whole: Any = serve.get_deployment_handle(ENGINE, APPLICATION)
+        if not self._whole.is_initialized:  # a driver has no event loop yet for it to run in
+            self._whole._init(_run_router_in_separate_loop=True)
         self._streams = self._whole.options(stream=True)
 
     async def astream(self) -> int:
