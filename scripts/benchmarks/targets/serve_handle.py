@@ -144,7 +144,10 @@ async def _chunks(app: Any, path: str, body: bytes) -> AsyncIterator[bytes]:
     }
     answer = asyncio.create_task(app(scope, requests.get, send))
     try:
-        while (message := await messages.get()).get("more_body", True):
+        more = True
+        while more:
+            message = await messages.get()
+            more = message.get("more_body", True)
             if chunk := message.get("body"):
                 yield chunk
     finally:
