@@ -12,7 +12,6 @@ from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, 
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import WeakKeyDictionary
 
 from cluster.client import wire
 from cluster.client.calls import CHAT, Call
@@ -41,9 +40,7 @@ class Session:
         self.app = app
         self.address = address
         self._lock = threading.Lock()
-        self._transports: WeakKeyDictionary[asyncio.AbstractEventLoop, Transport] = (
-            WeakKeyDictionary()
-        )
+        self._transports: dict[asyncio.AbstractEventLoop, Transport] = {}
 
     def wait_for(self, work: Coroutine[Any, Any, T]) -> T:
         """Run ``work``, which uses this session, for a synchronous caller."""
@@ -103,7 +100,8 @@ class Session:
 
     async def aclose(self) -> None:
         """End the connections of this event loop."""
-        transport = self._transports.pop(asyncio.get_running_loop(), None)
+        with self._lock:
+            transport = self._transports.pop(asyncio.get_running_loop(), None)
         if transport is not None:
             await transport.close()
 
@@ -132,11 +130,13 @@ class Session:
         return background
 
     def _transport(self) -> Transport:
-        loop = asyncio.get_running_loop()
-        transport = self._transports.get(loop)
-        if transport is None:
-            transport = self._transports[loop] = Transport(self._router)
-        return transport
+        loop, router = asyncio.get_running_loop(), self._router
+        with self._lock:
+            if loop not in self._transports:
+                for ended in [other for other in self._transports if other.is_closed()]:
+                    del self._transports[ended]
+                self._transports[loop] = Transport(router)
+            return self._transports[loop]
 
 
 def import_serve() -> None:

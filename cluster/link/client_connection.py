@@ -94,8 +94,7 @@ class ClientConnection(Connection):
 
     def on_frames(self, frames: list[Frame]) -> None:
         """Answers that begin go first: they wait behind one token of each stream otherwise."""
-        if len(frames) > FEW_FRAMES and any(kind == RESPONSE for _, kind, _, _ in frames):
-            new = {stream_id for stream_id, kind, _, _ in frames if kind == RESPONSE}
+        if len(frames) > FEW_FRAMES and (new := {f[0] for f in frames if f[1] == RESPONSE}):
             self._take([frame for frame in frames if frame[0] in new])
             frames = [frame for frame in frames if frame[0] not in new]
         self._take(frames)

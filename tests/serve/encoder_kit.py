@@ -164,7 +164,10 @@ FAMILIES = {
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """For the module that imports it: tiny models gain nothing from more, and lose much."""
+    """For the module that imports it.
+
+    Tiny models gain nothing from more, and lose much where other processes want the cores.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

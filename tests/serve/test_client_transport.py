@@ -1,6 +1,7 @@
 """How the client's requests reach routers: over links to all of them, else over the handle."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import pytest
 
 from cluster.asgi import ASGIApp, Receive, Scope, Send
+from cluster.client.calls import Call
+from cluster.client.session import Session
 from cluster.client.transport import BackgroundLoop, Transport
 from cluster.errors import LinkClosedError
 from cluster.link import LinkServer, RequestHead, answer_locally
@@ -146,6 +149,21 @@ async def test_whoever_leaves_cancels_the_work() -> None:
     await asyncio.wait([asking])
     await transport.close()
     await server.stop()
+
+
+def test_a_session_forgets_the_event_loops_that_have_ended() -> None:
+    session = Session("app", "auto")
+    handle = FakeHandle(named(b"handle"), [("127.0.0.1", 1)])
+    session.__dict__["_router"] = handle  # found already
+
+    async def once() -> list[str]:
+        call = Call("/p", {}, lambda answer: [answer])
+        with pytest.raises(json.JSONDecodeError):  # it answers in plain text
+            await session.run([call])
+        return list(map(str, session._transports))
+
+    assert [len(asyncio.run(once())) for _ in range(3)] == [1, 1, 1]
+    assert handle.calls == 3
 
 
 async def test_an_application_that_fails_locally_raises() -> None:

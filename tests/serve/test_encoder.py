@@ -37,6 +37,9 @@ from cluster.errors import (
     PayloadTooLargeError,
     UnavailableError,
 )
+from tests.serve.encoder_kit import (  # noqa: F401, the fixture is used by all tests here
+    one_thread,
+)
 
 WORDS = ["good", "bad", "film", "the", "a", "plot", "dull", "fine", "was", "not"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -81,15 +84,6 @@ def bert(**changes):
     torch.manual_seed(1)
     config = BertConfig(**SIZES, max_position_embeddings=40, pad_token_id=0, **LABELS, **changes)
     return BertForSequenceClassification(config)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny models gain nothing from more, and lose much where other processes want the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,12 @@ from cluster.engines.encoder.precision import Agreement, AgreementStore, batches
 from cluster.engines.encoder.queue import JobQueue
 from cluster.engines.encoder.tasks import TASKS
 from cluster.errors import ConfigError
-from tests.serve.encoder_kit import TEXTS, running, save
+from tests.serve.encoder_kit import (  # noqa: F401, the fixture is used by all tests here
+    TEXTS,
+    one_thread,
+    running,
+    save,
+)
 from tests.serve.test_encoder import bert, save_model
 from tests.serve.test_encoder import running as running_config
 from tests.serve.test_encoder_pooling import MODES
@@ -52,15 +57,6 @@ def network(**changes):
         **sizes,
     )
     return BertForSequenceClassification(config).eval()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny models gain nothing from more, and lose much where other processes want the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

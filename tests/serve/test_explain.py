@@ -15,6 +15,9 @@ from cluster.engines.encoder.explain_model import ExplainModel
 from cluster.engines.encoder.explain_schema import Question
 from cluster.errors import InternalError, OverloadedError, UnavailableError
 from tests.serve import tiny_encoder
+from tests.serve.encoder_kit import (  # noqa: F401, the fixture is used by all tests here
+    one_thread,
+)
 from tests.serve.planted import FILLER, TELLING, texts
 
 GRADIENTS, ROLLOUT, BEST = Question(), Question("rollout"), Question(top_k=1)
@@ -22,15 +25,6 @@ GRADIENTS, ROLLOUT, BEST = Question(), Question("rollout"), Question(top_k=1)
 
 def nothing():
     pass
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny models gain nothing from more, and lose much where other processes want the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.classify import report, texts
-from benchmarks.classify.servers import SERVERS, Server, infinity_installed
+from benchmarks.classify.servers import SERVERS, infinity_installed
 from benchmarks.endpoint import TargetError
 from benchmarks.load import drive, require_wrk
 from benchmarks.report import Report
 from benchmarks.rounds import interleaved
 from benchmarks.targets.home import new_home
+from benchmarks.targets.running import Running
 from cluster.models.store import models_dir
 
 LOADS = {"1x64": (1, 64), "32x8": (32, 8), "1x1": (1, 1), "4096x1": (4096, 1)}
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> Report:
     return report.make(found, num_tokens)
 
 
-def _measure(found: report.Found, name: str, server: Server, args: argparse.Namespace) -> None:
+def _measure(found: report.Found, name: str, server: Running, args: argparse.Namespace) -> None:
     for load_name in args.loads:
         size, connections = LOADS[load_name]
         requests = _requests(server, size)
@@ -85,7 +86,7 @@ def _measure(found: report.Found, name: str, server: Server, args: argparse.Name
             found["ray job", load_name].append(_job(server, *LOADS[load_name], args.seconds))
 
 
-def _whole(server: Server, request: bytes, size: int) -> float:
+def _whole(server: Running, request: bytes, size: int) -> float:
     """The rate of one request of many texts."""
     endpoint = server.endpoint
     begun = time.perf_counter()
@@ -99,7 +100,7 @@ def _whole(server: Server, request: bytes, size: int) -> float:
     return size / (time.perf_counter() - begun)
 
 
-def _requests(server: Server, size: int) -> list[bytes]:
+def _requests(server: Running, size: int) -> list[bytes]:
     wanted = texts.load(size * min(NUM_BODIES, max(1, 4096 // size)))
     return [
         server.endpoint.request("/classify", {"model": server.endpoint.model, "input": chunk})
@@ -107,7 +108,7 @@ def _requests(server: Server, size: int) -> list[bytes]:
     ]
 
 
-def _job(server: Server, size: int, at_a_time: int, seconds: float) -> float:
+def _job(server: Running, size: int, at_a_time: int, seconds: float) -> float:
     result = server.home.path / "job.json"
     server.home.run(
         *(sys.executable, "-m", "benchmarks.classify.job", server.ray_address),

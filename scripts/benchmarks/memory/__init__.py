@@ -17,6 +17,7 @@ from benchmarks.memory.watch import Memory, Watch, process_of
 from benchmarks.report import Report, Table
 from benchmarks.rounds import Summary, interleaved
 from benchmarks.stream.paths import say
+from benchmarks.targets.running import MODEL
 from benchmarks.targets.tandem import tandem_of
 
 GOAL = "<= 250"
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> Report:
 
 def _cell(name: str, seconds: float) -> Cell:
     load = LOADS[name]
-    with tandem_of(load.generator) as running:
+    with tandem_of({"generators": [load.generator]}, MODEL) as running:
         router = process_of(running.home.path, "router")
         before = Memory.of(router)
         with Watch(router) as watch:

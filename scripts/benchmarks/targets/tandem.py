@@ -14,22 +14,23 @@ import yaml
 from benchmarks.endpoint import Endpoint
 from benchmarks.targets.home import free_ports, new_home
 from benchmarks.targets.running import MODEL, Running, generator
+from cluster.models.store import models_dir
 
-READY_S = 180.0
+READY_S = 300.0
 
 
 def tandem(decode_s: float) -> AbstractContextManager[Running]:
     """One router and one replica of the simulated engine."""
-    return tandem_of(generator(decode_s))
+    return tandem_of({"generators": [generator(decode_s)]}, MODEL)
 
 
 @contextlib.contextmanager
-def tandem_of(one: Mapping[str, Any]) -> Iterator[Running]:
-    """One router and one replica of this generator."""
+def tandem_of(pools: Mapping[str, Any], model: str) -> Iterator[Running]:
+    """One router and these pools, of which ``model`` is asked for; the user's own models."""
     key = secrets.token_urlsafe(24)
     http, gcs, dashboard, stats, metrics, fallback = free_ports(6)
     args: dict[str, object] = {
-        "generators": [one],
+        **pools,
         "router": {
             "api_keys_sha256": [hashlib.sha256(key.encode()).hexdigest()],
             "replicas": {"min": 1, "max": 1},
@@ -37,6 +38,7 @@ def tandem_of(one: Mapping[str, Any]) -> Iterator[Running]:
         "cluster": {"ray_port": gcs, "dashboard_port": dashboard},
     }
     with new_home("tandem") as home:
+        (home.path / "models").symlink_to(models_dir())
         config = home.path / "config.yaml"
         config.write_text(_serve_config(http, args), encoding="utf-8")
         home.run(
@@ -44,7 +46,7 @@ def tandem_of(one: Mapping[str, Any]) -> Iterator[Running]:
             timeout_s=READY_S,
             environment=haproxy_ports(stats, metrics, fallback),
         )  # fmt: skip
-        endpoint = Endpoint(http, MODEL, {"authorization": f"Bearer {key}"})
+        endpoint = Endpoint(http, model, {"authorization": f"Bearer {key}"})
         home.wait_ready(endpoint, READY_S)
         # Ray takes 127.0.0.1 for the machine's outward address, where this Ray does not listen.
         yield Running(endpoint, home, ray_address=f"LOCALHOST:{gcs}")
