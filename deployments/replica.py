@@ -2,13 +2,10 @@
 
 import asyncio
 import logging
-import os
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
-
-import ray
 
 from cluster.asgi import Message, Receive, Scope, Send
 from cluster.engines.base import Engine
@@ -18,17 +15,15 @@ from cluster.launch.loopback import confine_serve
 from cluster.link import (
     DrainResult,
     LinkLoad,
-    LinkServer,
     LinkUsage,
     RequestHead,
     ResponseHead,
     answer_locally,
-    tls_contexts,
 )
 from cluster.metrics import Registry
 from deployments.autoscaling import ONGOING
+from deployments.links import serve_links
 from deployments.metrics import RayExporter
-from deployments.secret import link_secret
 
 logger = logging.getLogger("ray.serve.tandem")
 
@@ -52,15 +47,7 @@ class EngineReplica:
         self._death: asyncio.Task[DrainResult] | None = None
         self._calls = 0
         await engine.start()
-        tls = tls_contexts(os.environ)
-        self._server = LinkServer(
-            self._answer,
-            link_secret(),
-            host=ray.util.get_node_ip_address(),
-            ssl=tls.server if tls else None,
-            load=self._load,
-        )
-        await self._server.start()
+        self._server = await serve_links(self._answer, self._load)
         registry = Registry()
         registry.on_collect(lambda: engine.observe(registry))
         self._exporter = RayExporter(registry)

@@ -7,7 +7,6 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
-import ray
 from ray import serve
 from ray.serve._private.common import DeploymentID
 from ray.serve.handle import DeploymentHandle
@@ -16,7 +15,6 @@ from cluster.config import TandemConfig
 from cluster.gateway import Gateway, GatewayApp, ReplicaInfo, Wiring
 from cluster.launch.loopback import confine_serve
 from cluster.link import (
-    LinkServer,
     LinkUsage,
     RequestHead,
     ResponseHead,
@@ -26,6 +24,7 @@ from cluster.link import (
 )
 from deployments.discovery import Discovery
 from deployments.handles import opener
+from deployments.links import serve_links
 from deployments.metrics import RayExporter
 from deployments.replica import DRAIN_TIMEOUT_S
 from deployments.secret import link_secret
@@ -60,9 +59,7 @@ class Router:
         self._exporter = RayExporter(self._gateway.registry)
         # Inside the cluster, so no API key is asked for.
         self._inside = GatewayApp(self._gateway, authenticates=False)
-        host = ray.util.get_node_ip_address()
-        self._server = LinkServer(self._inside, secret, host=host, ssl=tls.server if tls else None)
-        await self._server.start()
+        self._server = await serve_links(self._inside)
 
     def record_replica_metadata(self) -> dict[str, Any]:
         """Where other Ray jobs reach this router."""

@@ -1,0 +1,24 @@
+"""The link server of a process of the cluster: its node's address, the cluster's secret and TLS."""
+
+import os
+from collections.abc import Callable
+
+import ray
+
+from cluster.asgi import ASGIApp
+from cluster.link import LinkLoad, LinkServer, tls_contexts
+from deployments.secret import link_secret
+
+
+async def serve_links(app: ASGIApp, load: Callable[[], LinkLoad] | None = None) -> LinkServer:
+    """A server that has started; see ``LinkServer``."""
+    tls = tls_contexts(os.environ)
+    server = LinkServer(
+        app,
+        link_secret(),
+        host=ray.util.get_node_ip_address(),
+        ssl=tls.server if tls else None,
+        load=load,
+    )
+    await server.start()
+    return server
