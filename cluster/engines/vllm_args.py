@@ -15,6 +15,7 @@ from cluster.errors import ConfigError
 
 DEFAULT_CPU_KV_BYTES = 1024**3
 BINDING_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
+EAGER_CPU_WORKER = "cluster.engines.cpu_worker.EagerCPUWorker"
 CPU_BLOCK_SIZE_TOKENS = 32  # vLLM's own on CPUs, 128, is too coarse to share prefixes by
 
 _FIELDS = {  # vLLM's names that the configuration has a field for
@@ -120,8 +121,10 @@ def platform_defaults(
     parallel = config.num_workers > 1
     if on_cpu:
         # Eager, with a given cache size, skips vLLM's warm-up; the Ray executor refuses CPUs.
+        eager = config.engine_args.get("enforce_eager", True)
         return {
             "enforce_eager": True,
+            **({"worker_cls": EAGER_CPU_WORKER} if eager else {}),
             "block_size": CPU_BLOCK_SIZE_TOKENS,
             "kv_cache_memory_bytes": DEFAULT_CPU_KV_BYTES,
             "distributed_executor_backend": "mp" if parallel else None,

@@ -107,3 +107,11 @@ def test_bfloat16_is_avoided_where_it_is_emulated() -> None:
         assert defaults["dtype"] == dtype
     assert fill(config(dtype="bfloat16"), {"dtype": "float32"}).dtype == "bfloat16"
     assert fill(config(), {"dtype": "float32"}).dtype == "float32"
+
+
+@pytest.mark.parametrize(("chosen", "ours"), [({}, True), ({"enforce_eager": False}, False)])
+def test_what_is_compiled_gets_vllms_own_worker(chosen: dict[str, bool], ours: bool) -> None:
+    asked = config(engine_args=chosen)
+    defaults = vllm_args.platform_defaults(asked, on_cpu=True, in_ray=False)
+    assert ("worker_cls" in defaults) == ours
+    assert "worker_cls" not in vllm_args.platform_defaults(asked, on_cpu=False, in_ray=False)

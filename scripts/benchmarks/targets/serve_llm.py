@@ -47,6 +47,8 @@ def _main(port: int, model: str) -> None:
     config = LLMConfig(
         model_loading_config={"model_id": NAME, "model_source": model},
         accelerator_config={"kind": "cpu"},
+        # For its KV cache it would take 92 % of the machine's memory, or not start.
+        engine_kwargs={"gpu_memory_utilization": 0.5},
         deployment_config={"autoscaling_config": {"min_replicas": 1, "max_replicas": 1}},
     )
     serve.run(build_openai_app({"llm_configs": [config]}), name="llm", route_prefix="/")
