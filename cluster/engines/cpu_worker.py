@@ -26,6 +26,7 @@ class EagerCPUWorker(CPUWorker):  # type: ignore[misc]  # vLLM is not typed
             op.set_default([PROVIDER, "native"])
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Also have its SwiGLU layers take the kernel."""
         super().load_model(*args, **kwargs)
         for layer in self.get_model().modules():
             if isinstance(layer, SiluAndMul):
@@ -36,7 +37,8 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """``SiluAndMul`` of ``x``, [..., 2 * d], to [..., d]."""
     half = x.shape[-1] // 2
     if half % _VECTOR or not x.is_contiguous():
-        return SiluAndMul.forward_native(x)
+        native: torch.Tensor = SiluAndMul.forward_native(x)
+        return native
     out = x.new_empty(*x.shape[:-1], half)
     torch.ops._C.silu_and_mul(out, x)
     return out
