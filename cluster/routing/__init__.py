@@ -1,6 +1,24 @@
-"""Routing policies: pure choices over snapshots of replicas. No Ray, no clock, no I/O."""
+"""Routing policies: pure choices over what a router knows of its replicas.
 
-from cluster.routing.least_load import LeastLoad
-from cluster.routing.policy import Policy, ReplicaView
+``Fleet`` and ``PrefixIndex`` are kept up to date by events and told the time; a ``Policy`` reads
+them. No Ray, no clock, no I/O.
+"""
 
-__all__ = ["LeastLoad", "Policy", "ReplicaView"]
+from cluster.routing.fleet import Fleet, Placement
+from cluster.routing.make import PolicyName, make_policy
+from cluster.routing.policy import Policy
+from cluster.routing.prefix_index import PrefixIndex
+from cluster.routing.request import RequestView, Usage
+from cluster.routing.slots import Reach
+
+__all__ = [
+    "Fleet",
+    "Placement",
+    "Policy",
+    "PolicyName",
+    "PrefixIndex",
+    "Reach",
+    "RequestView",
+    "Usage",
+    "make_policy",
+]

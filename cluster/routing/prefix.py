@@ -1,0 +1,64 @@
+"""Where a prompt's first token would come first.
+
+One cost weighs the cache against load, in seconds: what waits before the request, what of its
+prompt is not cached, and a share of what decodes beside it. So a prefix that many ask for is
+computed on a second replica as soon as waiting for the first one takes longer.
+"""
+
+import numpy as np
+
+from cluster.routing.arrays import FloatArray, IntArray
+from cluster.routing.fleet import Fleet
+from cluster.routing.prefix_index import Level, PrefixIndex
+from cluster.routing.request import RequestView
+from cluster.routing.ties import Turns
+
+DECODE_WEIGHT = 0.25
+"""Of the seconds of decoding that a replica has before it, the part that counts as a delay."""
+MAX_OVER_MEAN = 1.25
+"""A replica with more work than this times the mean is passed over, however much it has cached."""
+ADAPTER_LOAD_S = 1.0
+"""What loading a LoRA adapter costs; vLLM reads some tens of MB and waits for a step."""
+
+
+class PrefixAffinity:
+    """The replica with the least expected time to the first token, within a bound on load."""
+
+    def __init__(self, index: PrefixIndex, seed: int = 0) -> None:
+        self._index = index
+        self._turns = Turns(seed)
+        self._bits: IntArray = np.zeros(0, np.intp)
+        self._bits_of = (-1, -1)
+
+    def choose(self, request: RequestView, fleet: Fleet) -> str | None:
+        """The replica with the least cost among those with room; equals take turns."""
+        allowed = fleet.open()
+        num_open = np.count_nonzero(allowed)
+        if num_open == 0:
+            return None
+        rate, queue_s, decode_s = fleet.prefill_rate.values, fleet.queue_s(), fleet.decode_s()
+        whole_s = request.prompt_tokens / rate
+        cost = queue_s + whole_s + DECODE_WEIGHT * decode_s
+        if levels := self._index.levels(request.prefix):
+            cost -= self._held_tokens(levels, request, fleet) * fleet.honesty.values / rate
+        if request.adapter is not None:
+            missing = fleet.adapters.missing(request.adapter)
+            cost += ADAPTER_LOAD_S if missing is None else ADAPTER_LOAD_S * missing
+        load_s = queue_s + decode_s
+        most = MAX_OVER_MEAN * float(load_s.dot(allowed)) / num_open
+        slot = self._turns.least(cost, allowed & (load_s <= most + whole_s))
+        return None if slot is None else fleet.ids[slot]
+
+    def _held_tokens(self, levels: list[Level], request: RequestView, fleet: Fleet) -> FloatArray:
+        """Prompt tokens that each slot has cached."""
+        versions = (fleet.version, self._index.version)
+        if versions != self._bits_of:
+            bits = [0 if name is None else self._index.bit_of(name) for name in fleet.ids]
+            self._bits, self._bits_of = np.array(bits, np.intp), versions
+        ends = [request.prefix_tokens[count - 1] for count, _ in levels]
+        more = np.diff(ends, prepend=0.0)
+        size = max(int(self._bits.max(initial=0)), levels[0][1].bit_length()) // 8 + 1
+        packed = b"".join(mask.to_bytes(size, "little") for _, mask in levels)
+        held = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little")
+        tokens: FloatArray = more @ held.reshape(len(levels), -1).astype(np.float64)
+        return tokens[self._bits]
