@@ -4,8 +4,9 @@
 them. No Ray, no clock, no I/O.
 """
 
+from cluster.routing.estimate import TokenEstimate
 from cluster.routing.fleet import Fleet, Placement
-from cluster.routing.make import PolicyName, make_policy
+from cluster.routing.make import make_policy
 from cluster.routing.policy import Policy
 from cluster.routing.prefix_index import PrefixIndex
 from cluster.routing.request import RequestView, Usage
@@ -15,10 +16,10 @@ __all__ = [
     "Fleet",
     "Placement",
     "Policy",
-    "PolicyName",
     "PrefixIndex",
     "Reach",
     "RequestView",
+    "TokenEstimate",
     "Usage",
     "make_policy",
 ]

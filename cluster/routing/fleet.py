@@ -59,11 +59,11 @@ class Placement:
     """Prompt tokens that the replica was expected to have cached."""
     work_tokens: float
     """What its prefill was expected to cost, in tokens."""
-    streamed: bool
     begun_at: float
     """When its prefill can have begun: when it was placed, or the one before had its token."""
     prefilled_at: float | None = None
     """When its first token came or, where that is not seen, was expected."""
+    is_first_seen: bool = False
     is_over: bool = False
 
 
@@ -166,12 +166,7 @@ class Fleet:
             self._refreshed_at = now_s
 
     def placed(
-        self,
-        replica_id: str,
-        request: RequestView,
-        cached_tokens: float = 0.0,
-        *,
-        streamed: bool = True,
+        self, replica_id: str, request: RequestView, cached_tokens: float = 0.0
     ) -> Placement:
         """Note that a replica is given a request.
 
@@ -179,11 +174,10 @@ class Fleet:
             replica_id: Which replica; KeyError where it is unknown.
             request: What it is given.
             cached_tokens: Prompt tokens that it is expected to have cached.
-            streamed: ``first_token`` will be told.
         """
         row, slots = self._rows[replica_id], self.slots
         work = max(0.0, request.prompt_tokens - cached_tokens) + STEP_TOKENS
-        placement = Placement(row, request, cached_tokens, work, streamed, self.now_s)
+        placement = Placement(row, request, cached_tokens, work, self.now_s)
         slot = row.slot
         slots.own[slot] += 1.0
         slots.ongoing[slot] += 1.0
@@ -199,9 +193,16 @@ class Fleet:
         return placement
 
     def first_token(self, placement: Placement) -> None:
-        """Note that the first token of a streamed request came."""
-        if placement.streamed:
+        """Note that the first token of a request came; later calls are nothing."""
+        slot = placement.row.slot
+        if slot < 0 or placement.is_over or placement.is_first_seen:
+            return
+        if placement.prefilled_at is None:
             self._prefilled(placement)
+        else:  # it was expected sooner
+            self.slots.decoding_since[slot] += self.now_s - placement.prefilled_at
+            placement.prefilled_at = self.now_s
+        placement.is_first_seen = True
 
     def ended(self, placement: Placement, usage: Usage | None = None) -> None:
         """Note that a request ended, in whatever way; a second time is nothing.
@@ -323,8 +324,8 @@ class Fleet:
         begun_at = max(head.begun_at, row.last_first_at)
         slots.head[slot] = head.work_tokens
         slots.head_since[slot] = begun_at
-        slots.head_seen[slot] = float(head.streamed)
-        if not head.streamed:
+        slots.head_seen[slot] = float(head.request.streamed)
+        if not head.request.streamed:
             expected_s = head.work_tokens / float(self.prefill_rate.values[slot])
             self._num_due += 1
             heapq.heappush(self._due, (begun_at + expected_s, self._num_due, head))
@@ -337,7 +338,7 @@ class Fleet:
             self.honesty.observe(slot, held, placement.cached_tokens)
         work = max(0.0, usage.prompt_tokens - usage.cached_tokens) + STEP_TOKENS
         whole_s = self.now_s - placement.begun_at
-        if placement.streamed and placement.prefilled_at is not None:
+        if placement.is_first_seen and placement.prefilled_at is not None:
             decode_s = self.now_s - placement.prefilled_at
             completion -= 1
         else:  # only the whole is known; each part is taken to be as late as the whole

@@ -1,7 +1,8 @@
 """Policies by the names that the configuration has for them."""
 
-from typing import Literal, get_args
+from typing import get_args
 
+from cluster.config import RoutingPolicy
 from cluster.errors import ConfigError
 from cluster.routing.load import LeastLoad, PowerOfTwo, RoundRobin
 from cluster.routing.policy import Policy
@@ -9,10 +10,8 @@ from cluster.routing.prefix import PrefixAffinity
 from cluster.routing.prefix_index import PrefixIndex
 from cluster.routing.session import SessionAffinity
 
-PolicyName = Literal["least-load", "power-of-two", "prefix", "round-robin", "session"]
 
-
-def make_policy(name: PolicyName, index: PrefixIndex, seed: int = 0) -> Policy:
+def make_policy(name: RoutingPolicy, index: PrefixIndex, seed: int = 0) -> Policy:
     """The policy of that name.
 
     Args:
@@ -34,4 +33,4 @@ def make_policy(name: PolicyName, index: PrefixIndex, seed: int = 0) -> Policy:
             return RoundRobin(seed)
         case "session":
             return SessionAffinity(seed)
-    raise ConfigError(f"routing: {name!r}; allowed: {', '.join(get_args(PolicyName))}")
+    raise ConfigError(f"routing: {name!r}; allowed: {', '.join(get_args(RoutingPolicy))}")

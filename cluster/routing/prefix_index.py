@@ -148,32 +148,28 @@ class PrefixIndex:
         """
         levels: list[Level] = []
         if prefix and (first := self._holders(prefix[0])):
-            self._walk(prefix, 0, first, len(prefix), 0, levels)
+            self._walk(prefix, (0, first), (len(prefix), 0), levels)
         return levels
 
     def bit_of(self, replica_id: str) -> int:
         """The place of a replica's bit in masks, for this ``version``; 0, never set: has none."""
         return max(0, self._bits.get(replica_id, 0).bit_length() - 1)
 
-    def _walk(
-        self,
-        prefix: Sequence[int],
-        low: int,
-        at_low: int,
-        high: int,
-        at_high: int,
-        into: list[Level],
-    ) -> int:
-        """Append the levels that end in (low, high]; returns who holds all up to ``high``."""
-        if at_low == at_high:
-            return at_high
-        if high - low == 1:
-            into.append((high, at_low))
-            return at_high
-        middle = (low + high) // 2
-        held = at_low & self._holders(prefix[middle])
-        held = self._walk(prefix, low, at_low, middle, held, into)
-        return self._walk(prefix, middle, held, high, at_high & held, into)
+    def _walk(self, prefix: Sequence[int], low: Level, high: Level, into: list[Level]) -> int:
+        """Append the levels between two places in ``prefix``; returns who holds all up to high.
+
+        The places are indices, each with the mask of those who hold its prefix.
+        """
+        (start, at_start), (end, at_end) = low, high
+        if at_start == at_end:
+            return at_end
+        if end - start == 1:
+            into.append((end, at_start))
+            return at_end
+        middle = (start + end) // 2
+        held = at_start & self._holders(prefix[middle])
+        held = self._walk(prefix, low, (middle, held), into)
+        return self._walk(prefix, (middle, held), (end, at_end & held), into)
 
     def _holders(self, prefix: int) -> int:
         held = self._shards[prefix & self._pick].get(prefix, 0)
@@ -189,7 +185,7 @@ class PrefixIndex:
         self._expected, self._expected_before = {}, self._expected
 
     def _bit(self, replica_id: str) -> int:
-        """A replica's mask; a new one for a replica that has stored nothing since it was cleared."""
+        """A replica's mask; a new one where nothing was heard of it since it was cleared."""
         bit = self._bits.get(replica_id)
         if bit is None:
             if not self._free:

@@ -20,6 +20,8 @@ class RequestView:
     """Requests of one session belong together."""
     adapter: str | None = None
     """The LoRA adapter that it needs."""
+    streamed: bool = False
+    """Its first token will be seen, so that one that does not come says something."""
 
 
 class Usage(Protocol):
