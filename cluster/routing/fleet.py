@@ -26,6 +26,9 @@ DECODE_PRIOR = 30.0
 """Tokens a second of one stream, before anything was measured."""
 OVERDUE_MAX_S = 60.0
 """The most that a late first token, or a clock that jumped, counts."""
+USUAL_BATCH = 32.0
+"""Streams that an engine decodes beside each other for about the price of a few; a guess that
+gives way to the pool's mean where that is larger."""
 LEAST_LEFT = 0.1
 """Of what was expected of a request, the share that it is taken to still generate at least."""
 KV_FULL = 0.95
@@ -90,6 +93,9 @@ class Fleet:
         self._due: list[tuple[float, int, Placement]] = []
         self._num_due = 0
         self._refreshed_at = 0.0
+        self._num_ongoing = 0.0
+        self._num_others = 0.0
+        self._kv_full: set[int] = set()
         self._mean_work = 512.0
         self._mean_completion = 0.0
 
@@ -112,11 +118,14 @@ class Fleet:
         self.ids[slot] = replica_id
         self.slots.reach[slot] = reach
         self.slots.capacity[slot] = capacity
+        self.slots.reopen(slot)
         self.version += 1
 
     def remove(self, replica_id: str) -> None:
         """Forget a replica; what it still has to end may end later, and counts no more."""
         row = self._rows.pop(replica_id)
+        self._set_others(row, 0.0)
+        self._num_ongoing -= float(self.slots.own[row.slot])
         self.slots.clear(row.slot)
         self.adapters.forget(row.slot)
         for rates in (self.prefill_rate, self.stream_rate, self.honesty):
@@ -129,11 +138,15 @@ class Fleet:
 
     def set_reach(self, replica_id: str, reach: Reach) -> None:
         """Say how a replica can be reached from now on."""
-        self.slots.reach[self._rows[replica_id].slot] = reach
+        slot = self._rows[replica_id].slot
+        self.slots.reach[slot] = reach
+        self.slots.reopen(slot)
 
     def set_capacity(self, replica_id: str, capacity: int) -> None:
         """Say how many requests a replica may be given at a time from now on."""
-        self.slots.capacity[self._rows[replica_id].slot] = capacity
+        slot = self._rows[replica_id].slot
+        self.slots.capacity[slot] = capacity
+        self.slots.reopen(slot)
 
     def slot_of(self, replica_id: str) -> int:
         """The place of a replica in the arrays; KeyError where it is unknown."""
@@ -181,7 +194,9 @@ class Fleet:
         slot = row.slot
         slots.own[slot] += 1.0
         slots.ongoing[slot] += 1.0
-        slots.prefill[slot] += work
+        self._num_ongoing += 1.0
+        slots.reopen(slot)
+        slots.behind[slot] += work
         slots.decode[slot] += request.completion_tokens
         row.queue[placement] = None
         if len(row.queue) == 1:
@@ -227,7 +242,9 @@ class Fleet:
         slots.decode[slot] -= placement.request.completion_tokens
         if slots.own[slot] == 0.0:  # what rounding left goes too
             slots.decode[slot] = slots.decoding_since[slot] = 0.0
+        self._num_ongoing -= 1.0
         slots.ongoing[slot] = slots.own[slot] + row.others
+        slots.reopen(slot)
 
     def report(
         self, replica_id: str, *, ongoing: int, waiting: int = 0, kv_cache_usage: float = 0.0
@@ -246,11 +263,13 @@ class Fleet:
         row, slots = self._rows[replica_id], self.slots
         slot = row.slot
         own, capacity = float(slots.own[slot]), float(slots.capacity[slot])
-        row.others = others = min(max(0.0, ongoing - own), capacity)
-        slots.ongoing[slot] = own + others
+        others = min(max(0.0, ongoing - own), capacity)
+        self._set_others(row, others)
         share = others / max(1.0, own + others)
         slots.others_waiting[slot] = min(max(0.0, waiting * share), others)
-        slots.kv_cache_usage[slot] = min(max(0.0, kv_cache_usage), 1.0)
+        slots.kv_cache_usage[slot] = kv_cache_usage
+        if kv_cache_usage > KV_FULL:
+            self._kv_full.add(slot)
 
     def unknown(self, replica_id: str) -> None:
         """Forget what a replica said of itself."""
@@ -274,22 +293,24 @@ class Fleet:
         """
         slots, rate = self.slots, self.prefill_rate.values
         elapsed = np.minimum(np.maximum(self.now_s - slots.head_since, 0.0), OVERDUE_MAX_S)
-        left = slots.head / rate - elapsed
-        overdue = np.minimum(left, 0.0) * slots.head_seen
-        behind = (slots.prefill - slots.head + slots.others_waiting * self._mean_work) / rate
-        waiting: FloatArray = behind + np.maximum(left, 0.0) - overdue
+        behind = slots.behind
+        if self._num_others:
+            behind = behind + slots.others_waiting * self._mean_work
+        waiting: FloatArray = np.abs(slots.head / rate - elapsed) + behind / rate
         return waiting
 
     def decode_s(self) -> FloatArray:
-        """Seconds of decoding that a replica has before it, at the pool's usual batch."""
+        """Seconds of decoding that a replica has before it, in batches as large as usual."""
         slots, rate = self.slots, self.stream_rate.values
-        done = rate * (slots.decoding * self.now_s - slots.decoding_since)
-        left = np.minimum(np.maximum(slots.decode - done, LEAST_LEFT * slots.decode), slots.decode)
-        left += (0.5 * self._mean_completion) * (slots.ongoing - slots.own)
-        batch = max(1.0, float(slots.ongoing.sum()) / max(1, len(self._rows)))
-        seconds: FloatArray = left / (rate * batch)
-        if slots.kv_cache_usage.max(initial=0.0) > KV_FULL:
-            seconds += (slots.kv_cache_usage > KV_FULL) * (self._mean_completion / rate)
+        done = (slots.decoding * self.now_s - slots.decoding_since) * rate
+        left = np.maximum(slots.decode - done, LEAST_LEFT * slots.decode)
+        if self._num_others:
+            left += (0.5 * self._mean_completion) * (slots.ongoing - slots.own)
+        mean_ongoing = (self._num_ongoing + self._num_others) / max(1, len(self._rows))
+        seconds: FloatArray = left / (rate * max(USUAL_BATCH, mean_ongoing))
+        if self._kv_full:
+            full = list(self._kv_full)
+            seconds[full] += self._mean_completion / rate[full]
         return seconds
 
     # Inner
@@ -309,26 +330,35 @@ class Fleet:
         row.last_first_at = self.now_s
         was_head = next(iter(row.queue)) is placement
         del row.queue[placement]
-        self.slots.prefill[row.slot] -= placement.work_tokens
         if was_head:
             self._set_head(row)
+        else:
+            self.slots.behind[row.slot] -= placement.work_tokens
 
     def _set_head(self, row: _Row) -> None:
         """Take in which request is first in line now."""
         slots, slot = self.slots, row.slot
         head = next(iter(row.queue), None)
         if head is None:
-            slots.prefill[slot] = slots.head[slot] = 0.0  # what rounding left goes too
+            slots.behind[slot] = slots.head[slot] = 0.0  # what rounding left goes too
             slots.head_since[slot] = NEVER
             return
         begun_at = max(head.begun_at, row.last_first_at)
         slots.head[slot] = head.work_tokens
+        slots.behind[slot] -= head.work_tokens
         slots.head_since[slot] = begun_at
-        slots.head_seen[slot] = float(head.request.streamed)
         if not head.request.streamed:
             expected_s = head.work_tokens / float(self.prefill_rate.values[slot])
             self._num_due += 1
             heapq.heappush(self._due, (begun_at + expected_s, self._num_due, head))
+
+    def _set_others(self, row: _Row, others: float) -> None:
+        """Take in how many requests a replica has from other routers."""
+        self._num_others += others - row.others
+        row.others = others
+        self.slots.ongoing[row.slot] = self.slots.own[row.slot] + others
+        self.slots.reopen(row.slot)
+        self._kv_full.discard(row.slot)
 
     def _learn(self, placement: Placement, usage: Usage) -> None:
         """Take in how fast a replica was; a late answer to a wrong guess is not held against it."""

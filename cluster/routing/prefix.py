@@ -13,8 +13,11 @@ from cluster.routing.prefix_index import Level, PrefixIndex
 from cluster.routing.request import RequestView
 from cluster.routing.ties import Turns
 
-DECODE_WEIGHT = 0.25
+DECODE_WEIGHT = 0.5
 """Of the seconds of decoding that a replica has before it, the part that counts as a delay."""
+MISS_WEIGHT = 1.5
+"""What computing a token counts against waiting for one: whoever comes after waits for it as well,
+so equal prompts that come at once stay together although each would begin as soon elsewhere."""
 MAX_OVER_MEAN = 1.25
 """A replica with more work than this times the mean is passed over, however much it has cached."""
 ADAPTER_LOAD_S = 1.0
@@ -29,6 +32,7 @@ class PrefixAffinity:
         self._turns = Turns(seed)
         self._bits: IntArray = np.zeros(0, np.intp)
         self._bits_of = (-1, -1)
+        self._num_bytes = 0
 
     def choose(self, request: RequestView, fleet: Fleet) -> str | None:
         """The replica with the least cost among those with room; equals take turns."""
@@ -38,9 +42,11 @@ class PrefixAffinity:
             return None
         rate, queue_s, decode_s = fleet.prefill_rate.values, fleet.queue_s(), fleet.decode_s()
         whole_s = request.prompt_tokens / rate
-        cost = queue_s + whole_s + DECODE_WEIGHT * decode_s
+        miss_s = whole_s
         if levels := self._index.levels(request.prefix):
-            cost -= self._held_tokens(levels, request, fleet) * fleet.honesty.values / rate
+            held_s = self._held_tokens(levels, request, fleet) * fleet.honesty.values / rate
+            miss_s = np.maximum(whole_s - held_s, 0.0)
+        cost = queue_s + MISS_WEIGHT * miss_s + DECODE_WEIGHT * decode_s
         if request.adapter is not None:
             missing = fleet.adapters.missing(request.adapter)
             cost += ADAPTER_LOAD_S if missing is None else ADAPTER_LOAD_S * missing
@@ -55,10 +61,14 @@ class PrefixAffinity:
         if versions != self._bits_of:
             bits = [0 if name is None else self._index.bit_of(name) for name in fleet.ids]
             self._bits, self._bits_of = np.array(bits, np.intp), versions
-        ends = [request.prefix_tokens[count - 1] for count, _ in levels]
-        more = np.diff(ends, prepend=0.0)
-        size = max(int(self._bits.max(initial=0)), levels[0][1].bit_length()) // 8 + 1
-        packed = b"".join(mask.to_bytes(size, "little") for _, mask in levels)
+            self._num_bytes = max(bits) // 8 + 1
+        size = self._num_bytes
+        known = (1 << 8 * size) - 1  # the index may hold replicas that are not in the fleet
+        steps, end = [], 0.0
+        for count, _ in levels:
+            steps.append(request.prefix_tokens[count - 1] - end)
+            end += steps[-1]
+        packed = b"".join([(mask & known).to_bytes(size, "little") for _, mask in levels])
         held = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little")
-        tokens: FloatArray = more @ held.reshape(len(levels), -1).astype(np.float64)
+        tokens: FloatArray = np.dot(steps, held.reshape(len(levels), -1))
         return tokens[self._bits]

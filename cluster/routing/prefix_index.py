@@ -46,7 +46,9 @@ class PrefixIndex:
         self._retired = self._leaving = 0
         self._swept = 0
 
-    def __len__(self) -> int:
+    @property
+    def num_entries(self) -> int:
+        """Prefixes that some replica was said to have; expectations are not counted."""
         return sum(len(shard) for shard in self._shards)
 
     # What is told

@@ -29,7 +29,7 @@ def a_fleet(*names: str, capacity: int = 8) -> Fleet:
 
 
 def a_policy(name: RoutingPolicy, index: PrefixIndex | None = None) -> Policy:
-    return make_policy(name, index or PrefixIndex())
+    return make_policy(name, PrefixIndex() if index is None else index)
 
 
 def with_prefix(*prefix: int, each: float = 1000.0, more: float = 100.0) -> RequestView:
@@ -287,7 +287,7 @@ def test_the_accounts_are_even_when_everything_has_ended(steps: list[tuple[str, 
     for placement in open_ones:
         fleet.ended(placement)
     slots = fleet.slots
-    for left in (slots.own, slots.ongoing, slots.prefill, slots.decode, slots.decoding):
+    for left in (slots.own, slots.ongoing, slots.behind, slots.decode, slots.decoding):
         assert not left.any()
     assert not fleet.queue_s().any()
     assert not fleet.decode_s().any()
