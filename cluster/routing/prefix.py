@@ -1,7 +1,7 @@
 """Where a prompt's first token would come first.
 
-One cost weighs the cache against load, in seconds: what waits before the request, what of its
-prompt is not cached, and a share of what decodes beside it. So a prefix that many ask for is
+One cost weighs the cache against load, in seconds: what waits and decodes before the request, and
+what of its prompt is not cached. So a prefix that many ask for is
 computed on a second replica as soon as waiting for the first one takes longer.
 """
 
@@ -13,8 +13,6 @@ from cluster.routing.prefix_index import Level, PrefixIndex
 from cluster.routing.request import RequestView
 from cluster.routing.ties import Turns
 
-DECODE_WEIGHT = 0.5
-"""Of the seconds of decoding that a replica has before it, the part that counts as a delay."""
 MISS_WEIGHT = 1.5
 """What computing a token counts against waiting for one: whoever comes after waits for it as well,
 so equal prompts that come at once stay together although each would begin as soon elsewhere."""
@@ -40,19 +38,16 @@ class PrefixAffinity:
         num_open = np.count_nonzero(allowed)
         if num_open == 0:
             return None
-        rate, queue_s, decode_s = fleet.prefill_rate.values, fleet.queue_s(), fleet.decode_s()
-        whole_s = request.prompt_tokens / rate
-        miss_s = whole_s
+        work_s = fleet.work_s()
+        cost = work_s + fleet.miss_s * (MISS_WEIGHT * request.prompt_tokens)
         if levels := self._index.levels(request.prefix):
-            held_s = self._held_tokens(levels, request, fleet) * fleet.honesty.values / rate
-            miss_s = np.maximum(whole_s - held_s, 0.0)
-        cost = queue_s + MISS_WEIGHT * miss_s + DECODE_WEIGHT * decode_s
+            cost -= fleet.hit_s * self._held_tokens(levels, request, fleet) * MISS_WEIGHT
         if request.adapter is not None:
             missing = fleet.adapters.missing(request.adapter)
             cost += ADAPTER_LOAD_S if missing is None else ADAPTER_LOAD_S * missing
-        load_s = queue_s + decode_s
-        most = MAX_OVER_MEAN * float(load_s.dot(allowed)) / num_open
-        slot = self._turns.least(cost, allowed & (load_s <= most + whole_s))
+        most = MAX_OVER_MEAN * float(work_s.dot(allowed)) / num_open
+        most += request.prompt_tokens / fleet.prefill_rate.prior
+        slot = self._turns.least(cost, allowed & (work_s <= most))
         return None if slot is None else fleet.ids[slot]
 
     def _held_tokens(self, levels: list[Level], request: RequestView, fleet: Fleet) -> FloatArray:
@@ -66,8 +61,8 @@ class PrefixAffinity:
         known = (1 << 8 * size) - 1  # the index may hold replicas that are not in the fleet
         steps, end = [], 0.0
         for count, _ in levels:
-            steps.append(request.prefix_tokens[count - 1] - end)
-            end += steps[-1]
+            last, end = end, min(request.prefix_tokens[count - 1], request.prompt_tokens)
+            steps.append(end - last)
         packed = b"".join([(mask & known).to_bytes(size, "little") for _, mask in levels])
         held = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little")
         tokens: FloatArray = np.dot(steps, held.reshape(len(levels), -1))

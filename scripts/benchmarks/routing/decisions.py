@@ -5,7 +5,6 @@ import gc
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from typing import get_args
 
 import numpy as np
