@@ -85,7 +85,7 @@ def test_equals_share_the_load(name: RoutingPolicy) -> None:
 
 def test_an_unknown_policy_is_refused() -> None:
     with pytest.raises(ConfigError, match="round-robin"):
-        make_policy("magic", PrefixIndex())  # type: ignore[arg-type]
+        make_policy("magic", PrefixIndex())
 
 
 def test_load_is_work_and_not_a_count() -> None:
