@@ -35,6 +35,8 @@ TASK_HEADS: Mapping[ClassifierTask, str | None] = {
 }
 """How the names of the architectures end that can do a task; None: any encoder can."""
 
+RoutingPolicy = Literal["least-load", "power-of-two", "prefix", "round-robin", "session"]
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -121,6 +123,8 @@ class GeneratorConfig(_Section):
     sim: SimConfig = SimConfig()
     max_ongoing: int = Field(256, ge=1)
     """Requests that one replica is given at a time; more wait in the router."""
+    routing: RoutingPolicy = "prefix"
+    """How a replica is chosen: by cache and load, by load alone, by session, or by neither."""
     replicas: ReplicasConfig = ReplicasConfig()
     resources: ResourcesConfig = ResourcesConfig()
 
@@ -168,6 +172,7 @@ class ClassifierConfig(_Section):
     """Compute threads of one replica; None: one for each core."""
     result_cache: ResultCacheConfig = ResultCacheConfig()
     max_ongoing: int = Field(256, ge=1)
+    routing: RoutingPolicy = "least-load"
     replicas: ReplicasConfig = ReplicasConfig()
     resources: ResourcesConfig = ResourcesConfig()
 

@@ -94,7 +94,9 @@ def _make_pools(
     router = config.router
 
     def make(kind: Kind, pool: GeneratorConfig | ClassifierConfig) -> Pool:
-        limits = PoolLimits(pool.max_ongoing, router.max_queued, router.queue_timeout_s)
+        limits = PoolLimits(
+            pool.max_ongoing, router.max_queued, router.queue_timeout_s, pool.routing
+        )
         return Pool(pool.name, kind, limits, wirings[pool.name], PoolMeter(registry, pool.name))
 
     pools = [

@@ -1,16 +1,19 @@
 """One pool as a router sees it: its running replicas, their links, and the queue before them.
 
-Owns the links and the count of requests that this router gave to each replica. Learns which
-replicas run from ``update`` alone; how that is found out is not known here.
+Owns the links, and tells ``routing`` what happens on them. Learns which replicas run from
+``update`` alone; how that is found out is not known here.
 """
 
 import asyncio
 import logging
+import random
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from ssl import SSLContext
 from typing import Any, Literal, Protocol
 
+from cluster.config import RoutingPolicy
 from cluster.errors import OverloadedError, UnavailableError
 from cluster.gateway.metering import PoolMeter
 from cluster.gateway.routes import RouteTable
@@ -23,7 +26,15 @@ from cluster.link import (
     RequestHead,
     ResponseHead,
 )
-from cluster.routing import LeastLoad, Policy, ReplicaView
+from cluster.routing import (
+    Fleet,
+    Placement,
+    PrefixIndex,
+    Reach,
+    RequestView,
+    TokenEstimate,
+    make_policy,
+)
 
 logger = logging.getLogger("ray.serve.tandem")
 
@@ -109,6 +120,7 @@ class PoolLimits:
     """Requests that one replica is given at a time."""
     max_queued: int
     queue_timeout_s: float
+    routing: RoutingPolicy
 
 
 class Replica:
@@ -120,12 +132,6 @@ class Replica:
         self._fallback = fallback
         self.own = 0
         """Requests that this router gave it and that have not ended."""
-        self._others = 0
-
-    @property
-    def ongoing(self) -> int:
-        """This router's requests, and those that it was last said to have from others."""
-        return self.own + self._others
 
     @property
     def state(self) -> Literal["linked", "fallback", "unlinked"]:
@@ -145,9 +151,21 @@ class Replica:
             return self._fallback(head, body)
         return self.link.open(head, body)
 
-    def note_load(self, load: LinkLoad | None) -> None:
-        """Take in the replica's report of its load; None: it is not known any more."""
-        self._others = 0 if load is None else max(0, load.ongoing - self.own)
+    @property
+    def reach(self) -> Reach:
+        """When it may be chosen, as things stand."""
+        return _REACH[self.state]
+
+
+_REACH = {"linked": Reach.USUAL, "fallback": Reach.LAST_RESORT, "unlinked": Reach.NONE}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A replica that takes one request, and the account that is kept of it."""
+
+    replica: Replica
+    placement: Placement
 
 
 class Pool:
@@ -165,10 +183,16 @@ class Pool:
         """What passed on all links to its replicas, present and past."""
         self._limits = limits
         self._wiring = wiring
-        self._policy: Policy = LeastLoad()
+        self.estimate = TokenEstimate(generates=kind == "generator")
+        """How many tokens a request takes."""
+        self.prefixes = PrefixIndex()
+        """What its replicas have in their KV caches."""
+        self.fleet = Fleet()
+        """What a choice among them is made by."""
+        self._policy = make_policy(limits.routing, self.prefixes, random.getrandbits(16))
         self._replicas: dict[str, Replica] = {}
         self._retired: set[Replica] = set()
-        self._waiting: dict[asyncio.Future[Replica], None] = {}  # in the order of arrival
+        self._waiting: dict[asyncio.Future[Place], RequestView] = {}  # in the order of arrival
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -213,6 +237,8 @@ class Pool:
         infos = {} if self._closed else {info.id: info for info in running}
         for gone in self._replicas.keys() - infos.keys():
             replica = self._replicas.pop(gone)
+            self.fleet.remove(gone)
+            self.prefixes.forget(gone)
             self._retired.add(replica)
             self._end_if_idle(replica)
         for info in infos.values():
@@ -227,19 +253,30 @@ class Pool:
         )
         replica = Replica(info, link, wiring.fallback and wiring.fallback(info.id))
 
+        fleet = self.fleet
+        fleet.add(info.id, self._limits.max_ongoing, Reach.NONE)
+
         def on_state(_state: LinkState) -> None:
-            replica.note_load(None)
-            self._dispatch()
+            if info.id in fleet:
+                fleet.unknown(info.id)
+                fleet.set_reach(info.id, replica.reach)
+                self._dispatch()
 
         def on_load(load: LinkLoad) -> None:
-            replica.note_load(load)
-            self._dispatch()
+            if info.id in fleet:
+                fleet.report(
+                    info.id,
+                    ongoing=load.ongoing,
+                    waiting=load.waiting,
+                    kv_cache_usage=load.kv_cache_usage,
+                )
+                self._dispatch()
 
         link.on_state, link.on_load = on_state, on_load
         link.start()
         return replica
 
-    async def admit(self, timeout_s: float) -> Replica:
+    async def admit(self, request: RequestView, timeout_s: float) -> Place:
         """A place at a replica, at once or after a wait; give it back with ``release``.
 
         Raises:
@@ -248,17 +285,16 @@ class Pool:
         """
         if self._closed:
             raise _stopping()
-        if not self._waiting and (replica := self._choose()) is not None:
-            replica.own += 1
-            return replica
+        if not self._waiting and (given := self._place(request)) is not None:
+            return given
         if self.num_queued >= self._limits.max_queued:
             self.meter.shed.add()
             raise OverloadedError(
                 f"{self.name}: {self._limits.max_queued} requests are waiting already",
                 retry_after_s=1,
             )
-        place: asyncio.Future[Replica] = asyncio.get_running_loop().create_future()
-        self._waiting[place] = None
+        place: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
+        self._waiting[place] = request
         try:
             async with asyncio.timeout(timeout_s):
                 return await place
@@ -269,7 +305,7 @@ class Pool:
             self._give_back(place)
             raise
 
-    def _give_back(self, place: asyncio.Future[Replica]) -> None:
+    def _give_back(self, place: asyncio.Future[Place]) -> None:
         self._waiting.pop(place, None)
         # The place may have been granted in the same pass in which its waiter left.
         if place.done() and not place.cancelled() and place.exception() is None:
@@ -284,33 +320,44 @@ class Pool:
         self.meter.shed.add()
         return OverloadedError(f"{self.name}: no place within {waited}", retry_after_s=5)
 
-    def release(self, replica: Replica) -> None:
-        """Give back a place that ``admit`` gave."""
-        replica.own -= 1
-        self._end_if_idle(replica)
+    def first_token(self, place: Place) -> None:
+        """Note that the first token came of a request that has a place."""
+        self.fleet.advance(time.monotonic())
+        self.fleet.first_token(place.placement)
+
+    def release(self, place: Place, usage: LinkUsage | None = None) -> None:
+        """Give back a place that ``admit`` gave, with the tokens that were taken, where known."""
+        self.fleet.advance(time.monotonic())
+        self.fleet.ended(place.placement, usage)
+        place.replica.own -= 1
+        self._end_if_idle(place.replica)
         self._dispatch()
 
-    def _choose(self) -> Replica | None:
-        """A replica with room; one without a link only where all that have one are full."""
-        replicas = self._replicas.values()
-        linked = [replica for replica in replicas if replica.link.connected]
-        chosen = self._policy.choose(self._views(linked))
-        if chosen is None and len(linked) < len(replicas):
-            others = [replica for replica in replicas if replica.state == "fallback"]
-            chosen = self._policy.choose(self._views(others))
-        return None if chosen is None else self._replicas[chosen]
-
-    def _views(self, replicas: Iterable[Replica]) -> list[ReplicaView]:
-        capacity = self._limits.max_ongoing
-        return [ReplicaView(replica.info.id, replica.ongoing, capacity) for replica in replicas]
+    def _place(self, request: RequestView) -> Place | None:
+        """A place at a replica with room; without a link only where all that have one are full."""
+        fleet, now_s = self.fleet, time.monotonic()
+        fleet.advance(now_s)
+        self.prefixes.advance(now_s)
+        chosen = self._policy.choose(request, fleet)
+        if chosen is None:
+            return None
+        held = self.prefixes.count(chosen, request.prefix)
+        cached_tokens = request.prefix_tokens[held - 1] if held else 0.0
+        self.prefixes.expect(chosen, request.prefix)
+        replica = self._replicas[chosen]
+        replica.own += 1
+        return Place(replica, fleet.placed(chosen, request, cached_tokens))
 
     def _dispatch(self) -> None:
-        while self._waiting and (replica := self._choose()) is not None:
-            place = next(iter(self._waiting))
-            del self._waiting[place]
-            if not place.done():  # else its waiter was cancelled and has not run yet
-                replica.own += 1
-                place.set_result(replica)
+        while self._waiting:
+            waiter, request = next(iter(self._waiting.items()))
+            if waiter.done():  # cancelled, and has not run yet
+                del self._waiting[waiter]
+            elif (place := self._place(request)) is not None:
+                del self._waiting[waiter]
+                waiter.set_result(place)
+            else:
+                return
 
     def _end_if_idle(self, replica: Replica) -> None:
         if replica in self._retired and (replica.own == 0 or self._closed):

@@ -10,9 +10,9 @@ import logging
 from cluster.errors import LinkError, RequestError, UnavailableError
 from cluster.gateway.messages import Headers, Request, Response
 from cluster.gateway.metering import CLIENT_LEFT, Watch
-from cluster.gateway.pool import Answer, Pool, Replica
+from cluster.gateway.pool import Answer, Place, Pool
 from cluster.gateway.routes import OTHER
-from cluster.link import RequestHead
+from cluster.link import LinkUsage, RequestHead
 
 logger = logging.getLogger("ray.serve.tandem")
 
@@ -57,9 +57,11 @@ async def _relay(request: Request, pool: Pool, timeout_s: float | None, watch: W
     loop = asyncio.get_running_loop()
     deadline = loop.time() + (pool.queue_timeout_s if timeout_s is None else timeout_s)
     for _ in range(MAX_ATTEMPTS):
-        replica = await pool.admit(max(0.0, deadline - loop.time()))
+        view = pool.estimate.view(len(request.body))
+        place = await pool.admit(view, max(0.0, deadline - loop.time()))
+        replica = place.replica
         watch.placed()
-        body = RelayedBody(pool, replica, request.id, watch)
+        body = RelayedBody(pool, place, request.id, watch)
         try:
             return await body.begin(head, request.body)
         except (LinkError, UnavailableError) as error:
@@ -73,9 +75,11 @@ async def _relay(request: Request, pool: Pool, timeout_s: float | None, watch: W
 class RelayedBody:
     """A replica's answer on its way out; frees the replica's place when it ends in whatever way."""
 
-    def __init__(self, pool: Pool, replica: Replica, request_id: str, watch: Watch) -> None:
+    def __init__(self, pool: Pool, place: Place, request_id: str, watch: Watch) -> None:
         self._pool = pool
-        self._replica = replica
+        self._place = place
+        self._num_bytes = 0
+        self._is_first = True
         self._request_id = request_id
         self._watch = watch
         self._answer: Answer | None = None
@@ -90,12 +94,14 @@ class RelayedBody:
             RequestError: it could not answer.
         """
         try:
-            if self._replica.state == "fallback":
+            replica = self._place.replica
+            if replica.state == "fallback":
                 self._pool.meter.fallbacks.add()
-            self._answer = self._replica.open(head, body)
+            self._num_bytes = len(body)
+            self._answer = replica.open(head, body)
             given = await self._answer.head()
         except BaseException:
-            self._free()
+            self._free(None)
             raise
         headers = [pair for pair in given.headers if pair[0] not in _NOT_RETURNED]
         self._is_event_stream = any(
@@ -124,6 +130,9 @@ class RelayedBody:
             raise StopAsyncIteration
         if self._is_event_stream:
             self._watch.chunk()
+            if self._is_first:
+                self._is_first = False
+                self._pool.first_token(self._place)
         return chunk
 
     async def aclose(self) -> None:
@@ -144,14 +153,17 @@ class RelayedBody:
 
     def _end(self) -> None:
         assert self._answer is not None
-        self._free()
-        self._watch.end(self._answer.usage)
+        usage = self._answer.usage
+        if usage is not None:
+            self._pool.estimate.learn(self._num_bytes, usage)
+        self._free(usage)
+        self._watch.end(usage)
 
-    def _free(self) -> None:
+    def _free(self, usage: LinkUsage | None) -> None:
         self._ended = True
         if self._answer is not None:
             self._answer.cancel()
-        self._pool.release(self._replica)
+        self._pool.release(self._place, usage)
 
 
 def _request_head(request: Request) -> RequestHead:

@@ -1,6 +1,26 @@
-"""Routing policies: pure choices over snapshots of replicas. No Ray, no clock, no I/O."""
+"""Routing policies: pure choices over what a router knows of its replicas.
 
-from cluster.routing.least_load import LeastLoad
-from cluster.routing.policy import Policy, ReplicaView
+``Fleet`` and ``PrefixIndex`` are kept up to date by events and told the time; a ``Policy`` reads
+them. No Ray, no clock, no I/O.
+"""
 
-__all__ = ["LeastLoad", "Policy", "ReplicaView"]
+from cluster.routing.estimate import TokenEstimate
+from cluster.routing.fleet import Fleet
+from cluster.routing.make import make_policy
+from cluster.routing.placement import Placement
+from cluster.routing.policy import Policy
+from cluster.routing.prefix_index import PrefixIndex
+from cluster.routing.request import RequestView, Usage
+from cluster.routing.slots import Reach
+
+__all__ = [
+    "Fleet",
+    "Placement",
+    "Policy",
+    "PrefixIndex",
+    "Reach",
+    "RequestView",
+    "TokenEstimate",
+    "Usage",
+    "make_policy",
+]

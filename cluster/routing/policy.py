@@ -1,23 +1,13 @@
-"""What a routing policy sees and what it answers."""
+"""What every routing policy offers."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
-
-@dataclass(frozen=True, slots=True)
-class ReplicaView:
-    """One replica that may take a request now."""
-
-    id: str
-    ongoing: int
-    """Requests that it is serving, this router's and the others'."""
-    capacity: int
-    """Requests that it may be given at a time."""
+from cluster.routing.fleet import Fleet
+from cluster.routing.request import RequestView
 
 
 class Policy(Protocol):
     """Chooses the replica for one request."""
 
-    def choose(self, replicas: Sequence[ReplicaView]) -> str | None:
-        """The chosen replica's id; None where every replica is full or there is none."""
+    def choose(self, request: RequestView, fleet: Fleet) -> str | None:
+        """The chosen replica's id; None where every replica is full or none is reachable."""

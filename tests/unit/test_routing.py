@@ -1,28 +1,339 @@
-from cluster.autoscaling import replicas_for
-from cluster.routing import LeastLoad, ReplicaView
+from dataclasses import dataclass
+from typing import get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.config import RoutingPolicy
+from cluster.errors import ConfigError
+from cluster.routing import Fleet, Policy, PrefixIndex, Reach, RequestView, make_policy
+
+POLICIES: tuple[RoutingPolicy, ...] = get_args(RoutingPolicy)
+PROMPT = RequestView(1000.0, 100.0, streamed=True)
 
 
-def test_the_least_loaded_replica_is_chosen() -> None:
-    views = [ReplicaView("a", 3, 8), ReplicaView("b", 1, 8), ReplicaView("c", 2, 8)]
-    assert LeastLoad().choose(views) == "b"
+@dataclass(frozen=True)
+class Took:
+    prompt_tokens: int = 1000
+    cached_tokens: int = 0
+    completion_tokens: int = 100
 
 
-def test_equals_take_turns() -> None:
-    policy = LeastLoad()
-    views = [ReplicaView(name, 0, 8) for name in "abc"]
-    chosen = [policy.choose(views) for _ in range(6)]
-    assert sorted(chosen) == ["a", "a", "b", "b", "c", "c"]
+def a_fleet(*names: str, capacity: int = 8) -> Fleet:
+    fleet = Fleet()
+    for name in names:
+        fleet.add(name, capacity)
+    fleet.advance(100.0)
+    return fleet
 
 
-def test_full_replicas_are_passed_over() -> None:
-    views = [ReplicaView("a", 2, 2), ReplicaView("b", 7, 8)]
-    assert LeastLoad().choose(views) == "b"
-    assert LeastLoad().choose(views[:1]) is None
-    assert LeastLoad().choose([]) is None
+def a_policy(name: RoutingPolicy, index: PrefixIndex | None = None) -> Policy:
+    return make_policy(name, PrefixIndex() if index is None else index)
 
 
-def test_replicas_for_a_load() -> None:
-    assert replicas_for(0, 32) == 0
-    assert replicas_for(1, 32) == 1
-    assert replicas_for(32, 32) == 1
-    assert replicas_for(32.5, 32) == 2
+def with_prefix(*prefix: int, each: float = 1000.0, more: float = 100.0) -> RequestView:
+    ends = tuple(each * (index + 1) for index in range(len(prefix)))
+    return RequestView(each * len(prefix) + more, 100.0, prefix, ends, streamed=True)
+
+
+def serve(fleet: Fleet, policy: Policy, request: RequestView = PROMPT) -> str:
+    """Place a request where the policy says."""
+    chosen = policy.choose(request, fleet)
+    assert chosen is not None
+    fleet.placed(chosen, request)
+    return chosen
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_replica_that_is_full_or_unreachable_is_passed_over(name: RoutingPolicy) -> None:
+    policy, fleet = a_policy(name), Fleet()
+    asked = RequestView(10.0, session="s")
+    assert policy.choose(asked, fleet) is None
+    fleet.add("a", 1)
+    assert policy.choose(asked, fleet) == "a"
+    placement = fleet.placed("a", asked)
+    assert policy.choose(asked, fleet) is None
+    fleet.add("b", 1, Reach.LAST_RESORT)
+    assert policy.choose(asked, fleet) == "b"
+    fleet.add("c", 1, Reach.NONE)
+    fleet.set_reach("b", Reach.NONE)
+    assert policy.choose(asked, fleet) is None
+    fleet.ended(placement)
+    assert policy.choose(asked, fleet) == "a"
+    fleet.set_capacity("a", 0)
+    assert policy.choose(asked, fleet) is None
+    fleet.remove("a")
+    assert policy.choose(asked, fleet) is None
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_last_resort_is_taken_only_where_the_others_are_full(name: RoutingPolicy) -> None:
+    policy, fleet = a_policy(name), a_fleet("a", capacity=3)
+    fleet.add("b", 3, Reach.LAST_RESORT)
+    chosen = [serve(fleet, policy, RequestView(10.0, session="s")) for _ in range(6)]
+    assert chosen == ["a"] * 3 + ["b"] * 3
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_equals_share_the_load(name: RoutingPolicy) -> None:
+    policy, fleet = a_policy(name), a_fleet(*"abcd", capacity=1000)
+    chosen = [serve(fleet, policy) for _ in range(400)]
+    counts = [chosen.count(replica) for replica in "abcd"]
+    assert max(counts) <= 110
+
+
+def test_an_unknown_policy_is_refused() -> None:
+    with pytest.raises(ConfigError, match="round-robin"):
+        make_policy("magic", PrefixIndex())
+
+
+def test_load_is_work_and_not_a_count() -> None:
+    policy, fleet = a_policy("least-load"), a_fleet("a", "b")
+    fleet.placed("a", RequestView(20_000.0))
+    for _ in range(3):
+        fleet.placed("b", RequestView(100.0))
+    assert policy.choose(PROMPT, fleet) == "b"
+
+
+def test_a_long_answer_is_load_too() -> None:
+    policy, fleet = a_policy("least-load"), a_fleet("a", "b")
+    for name, expected in (("a", 4000.0), ("b", 10.0)):
+        fleet.first_token(fleet.placed(name, RequestView(100.0, expected)))
+    assert policy.choose(PROMPT, fleet) == "b"
+
+
+def test_a_cached_prefix_attracts_until_its_replica_has_too_much_to_do() -> None:
+    index = PrefixIndex()
+    policy, fleet = a_policy("prefix", index), a_fleet(*"abcdefgh", capacity=1000)
+    index.stored("c", (1, 2, 3))
+    asked = with_prefix(1, 2, 3, 4)
+    assert policy.choose(asked, fleet) == "c"
+    assert policy.choose(with_prefix(1, 2, 9), fleet) == "c"
+    for _ in range(200):
+        chosen = policy.choose(asked, fleet)
+        assert chosen is not None
+        held = index.count(chosen, asked.prefix)
+        fleet.placed(chosen, asked, asked.prefix_tokens[held - 1] if held else 0.0)
+        index.expect(chosen, asked.prefix)
+    ongoing = [fleet.ongoing(name) for name in "abcdefgh"]
+    assert min(ongoing) > 0
+    assert max(ongoing) <= 1.4 * sum(ongoing) / len(ongoing)
+
+
+def test_a_burst_of_equal_prompts_stays_together_where_there_is_time() -> None:
+    index = PrefixIndex()
+    policy, fleet = a_policy("prefix", index), a_fleet("a", "b", "c")
+    asked = with_prefix(1, 2, 3, 4)
+    first = serve(fleet, policy, asked)
+    index.expect(first, asked.prefix)
+    assert policy.choose(asked, fleet) == first
+
+
+def test_a_replica_that_claims_blocks_it_has_not_loses_its_credit() -> None:
+    index = PrefixIndex()
+    policy, fleet = a_policy("prefix", index), a_fleet("liar", "honest")
+    for start in range(0, 400, 4):
+        prefix = tuple(range(start, start + 4))
+        index.stored("liar", prefix)
+        if start >= 200:
+            index.stored("honest", prefix[:3])
+    now, chosen = 100.0, []
+    for start in range(0, 400, 4):
+        asked = with_prefix(*range(start, start + 4))
+        name = policy.choose(asked, fleet)
+        assert name is not None
+        chosen.append(name)
+        cached = asked.prefix_tokens[index.count(name, asked.prefix) - 1]
+        placement = fleet.placed(name, asked, cached)
+        fleet.advance(now := now + 1.0)
+        fleet.first_token(placement)
+        fleet.advance(now := now + 1.0)
+        had = cached if name == "honest" else 0
+        fleet.ended(placement, Took(4100, int(had), 100))
+    assert chosen[0] == "liar"
+    assert chosen[-50:].count("honest") > 30
+    assert fleet.hit_s[fleet.slot_of("liar")] < 0.1 * fleet.hit_s[fleet.slot_of("honest")]
+
+
+def test_all_get_their_share_although_one_has_everything_cached() -> None:
+    index = PrefixIndex()
+    policy, fleet = a_policy("prefix", index), a_fleet(*"abcd")
+    asked = with_prefix(1, 2, 3, 4)
+    index.stored("a", asked.prefix)
+    index.advance(100.0)
+    counts = dict.fromkeys("abcd", 0)
+    for step in range(2000):
+        fleet.advance(100.0 + 0.05 * step)
+        chosen = policy.choose(asked, fleet)
+        assert chosen is not None
+        held = index.count(chosen, asked.prefix)
+        placement = fleet.placed(chosen, asked, asked.prefix_tokens[held - 1] if held else 0.0)
+        index.stored(chosen, asked.prefix)
+        fleet.first_token(placement)
+        fleet.ended(placement)
+        counts[chosen] += step >= 1000
+    assert max(counts.values()) <= 1.25 * 250
+
+
+def test_an_adapter_that_is_loaded_attracts_and_a_hot_one_spreads() -> None:
+    policy, fleet = a_policy("prefix"), a_fleet(*"abcd", capacity=1000)
+    fleet.loaded("b", ["law"])
+    asked = RequestView(500.0, 100.0, adapter="law")
+    assert policy.choose(asked, fleet) == "b"
+    for _ in range(100):
+        serve(fleet, policy, asked)
+    assert all(fleet.ongoing(name) > 10 for name in "abcd")
+    fleet.loaded("b", [])
+    assert fleet.adapters.missing("law") is not None
+
+
+def test_the_adapter_asked_for_longest_ago_is_taken_to_be_dropped() -> None:
+    fleet = a_fleet("a", "b")
+    for number in range(9):
+        fleet.placed("a", RequestView(1.0, adapter=f"adapter-{number}"))
+    assert fleet.adapters.missing("adapter-0") is None
+    missing = fleet.adapters.missing("adapter-8")
+    assert missing is not None
+    assert missing[fleet.slot_of("a")] == 0.0
+    fleet.remove("a")
+    assert fleet.adapters.missing("adapter-8") is None
+
+
+def test_a_session_stays_and_moves_only_with_its_replica() -> None:
+    policy, fleet = a_policy("session"), a_fleet(*"abcdef")
+    asked = [RequestView(10.0, session=f"user-{number}") for number in range(200)]
+    before = [policy.choose(request, fleet) for request in asked]
+    assert set(before) == set("abcdef")
+    assert [policy.choose(request, fleet) for request in asked] == before
+    other_router = a_policy("session")
+    assert [other_router.choose(request, a_fleet(*"fedcba")) for request in asked] == before
+    fleet.remove("c")
+    after = [policy.choose(request, fleet) for request in asked]
+    assert all(now == then for now, then in zip(after, before, strict=True) if then != "c")
+
+
+def test_a_session_with_too_many_requests_goes_elsewhere_too() -> None:
+    policy, fleet = a_policy("session"), a_fleet(*"abcd", capacity=1000)
+    for _ in range(100):
+        serve(fleet, policy, RequestView(10.0, session="one"))
+    assert max(fleet.ongoing(name) for name in "abcd") <= 1.25 * 101 / 4 + 1
+
+
+@given(
+    ongoing=st.integers(-(10**12), 10**12),
+    waiting=st.integers(-(10**12), 10**12),
+    usage=st.floats(),
+)
+def test_whatever_a_replica_says_a_choice_is_made(ongoing: int, waiting: int, usage: float) -> None:
+    for name in POLICIES:
+        policy, fleet = a_policy(name), a_fleet("a", "b")
+        fleet.placed("a", PROMPT)
+        fleet.report("a", ongoing=ongoing, waiting=waiting, kv_cache_usage=usage)
+        assert fleet.ongoing("a") >= 1
+        assert policy.choose(PROMPT, fleet) in ("a", "b")
+
+
+def test_a_replica_that_says_it_is_idle_is_not_believed() -> None:
+    policy, fleet = a_policy("least-load"), a_fleet("liar", "b", capacity=1000)
+    for _ in range(100):
+        serve(fleet, policy)
+        fleet.report("liar", ongoing=0)
+    assert fleet.ongoing("liar") == 50
+
+
+def test_other_routers_requests_count() -> None:
+    policy, fleet = a_policy("least-load"), a_fleet("a", "b")
+    fleet.report("a", ongoing=6, waiting=4, kv_cache_usage=0.5)
+    assert policy.choose(PROMPT, fleet) == "b"
+    fleet.unknown("a")
+    fleet.report("b", ongoing=6, waiting=4)
+    assert policy.choose(PROMPT, fleet) == "a"
+
+
+@pytest.mark.parametrize("name", ["least-load", "prefix", "power-of-two"])
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_slow_replica_gets_less(name: RoutingPolicy, streamed: bool) -> None:
+    """One replica of four is ten times slower, which nobody says."""
+    shares = simulate(a_policy(name), streamed=streamed, slowness={"d": 10.0})
+    assert shares["d"] < 0.5 * min(shares[other] for other in "abc")
+
+
+def test_a_replica_that_gives_no_sign_is_left_alone() -> None:
+    policy, fleet = a_policy("prefix"), a_fleet("hung", "b", "c", capacity=1000)
+    hung = 0
+    for step in range(300):
+        fleet.advance(100.0 + step * 0.1)
+        chosen = policy.choose(PROMPT, fleet)
+        assert chosen is not None
+        placement = fleet.placed(chosen, PROMPT)
+        if chosen == "hung":
+            hung += 1
+        else:
+            fleet.first_token(placement)
+            fleet.ended(placement, Took())
+    assert hung <= 10
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("jump_s", [-1e9, -50.0, 50.0, 1e9])
+def test_a_clock_that_jumps_stops_nothing(name: RoutingPolicy, jump_s: float) -> None:
+    policy, fleet = a_policy(name), a_fleet("a", "b", capacity=1000)
+    before = [fleet.placed(serve(fleet, policy), PROMPT) for _ in range(10)]
+    fleet.advance(100.0 + jump_s)
+    for placement in before:
+        fleet.first_token(placement)
+        fleet.ended(placement, Took())
+    chosen = [serve(fleet, policy) for _ in range(20)]
+    assert min(chosen.count("a"), chosen.count("b")) >= 4
+
+
+@given(st.lists(st.tuples(st.sampled_from("afepr"), st.integers(0, 3)), max_size=80))
+def test_the_accounts_are_even_when_everything_has_ended(steps: list[tuple[str, int]]) -> None:
+    fleet, open_ones = a_fleet(*"0123", capacity=1000), []
+    for count, (step, number) in enumerate(steps):
+        name = str(number)
+        fleet.advance(100.0 + count * 0.05)
+        if step == "p" and name in fleet:
+            asked = RequestView(100.0 * number, 10.1 * number, streamed=bool(number % 2))
+            open_ones.append(fleet.placed(name, asked))
+        elif step == "f" and open_ones:
+            fleet.first_token(open_ones[number % len(open_ones)])
+        elif step == "e" and open_ones:
+            fleet.ended(open_ones[number % len(open_ones)], Took())
+        elif step == "r" and name in fleet:
+            fleet.remove(name)
+        elif step == "a" and name not in fleet:
+            fleet.add(name, 10)
+    for placement in open_ones:
+        fleet.ended(placement)
+    slots = fleet.slots
+    assert not slots.ongoing.any()
+    assert not slots.decoding.any()
+    assert not fleet.work_s().any()
+
+
+def simulate(policy: Policy, *, streamed: bool, slowness: dict[str, float]) -> dict[str, int]:
+    """Requests that each of four replicas got; each computes one prompt after the other."""
+    fleet = a_fleet(*"abcd", capacity=1000)
+    shares, free_at = dict.fromkeys("abcd", 0), dict.fromkeys("abcd", 100.0)
+    events: list[tuple[float, int, object]] = []
+    asked = RequestView(1000.0, 50.0, streamed=streamed)
+    for number in range(1200):
+        now = 100.0 + number * 0.05
+        for event in sorted((e for e in events if e[0] <= now), key=lambda e: e[:2]):
+            events.remove(event)
+            fleet.advance(event[0])
+            event[2]()  # type: ignore[operator]
+        fleet.advance(now)
+        name = policy.choose(asked, fleet)
+        assert name is not None
+        placement = fleet.placed(name, asked)
+        shares[name] += 1
+        slow = slowness.get(name, 1.0)
+        free_at[name] = first = max(now, free_at[name]) + 0.1 * slow
+        if streamed:
+            events.append((first, number, lambda it=placement: fleet.first_token(it)))
+        done = first + 0.5 * slow
+        events.append((done, number, lambda it=placement: fleet.ended(it, Took(1000, 0, 50))))
+    return shares

@@ -1,0 +1,40 @@
+"""What is known of a request before it is placed, and after it ended."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class RequestView:
+    """A request as a policy sees it."""
+
+    prompt_tokens: float
+    """Estimated, where the router does not tokenize."""
+    completion_tokens: float = 0.0
+    """Expected; 0 where nothing is generated."""
+    prefix: tuple[int, ...] = ()
+    """64-bit hashes of growing prefixes of the prompt, the shortest first."""
+    prefix_tokens: tuple[float, ...] = ()
+    """Prompt tokens up to the end of each prefix."""
+    session: str | None = None
+    """Requests of one session belong together."""
+    adapter: str | None = None
+    """The LoRA adapter that it needs."""
+    streamed: bool = False
+    """Its first token will be seen, so that one that does not come says something."""
+
+
+class Usage(Protocol):
+    """The tokens that a request took; ``cluster.link.LinkUsage`` is one."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of the whole prompt."""
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that needed no computing."""
+
+    @property
+    def completion_tokens(self) -> int:
+        """Generated."""
