@@ -11,6 +11,9 @@ import sys
 import zlib
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 END_OF_TEXT = 0
 MESSAGE_START = 0x81
 MESSAGE_END = 0x82
@@ -52,6 +55,17 @@ def piece_of(token_id: int) -> str:
         return chr(token_id >> 8)
     piece = token_id.to_bytes((token_id.bit_length() + 7) // 8)
     return piece.decode("ascii") if len(piece) <= 4 and piece.isascii() else ""
+
+
+def byte_lengths(ids: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """How many bytes of UTF-8 text each id is."""
+    is_character = (ids & 0xFF) == _CODE_POINT
+    codes = np.where(is_character, ids >> 8, 0)
+    of_character = 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF)
+    of_piece = 1 + (ids > 0xFF) + (ids > 0xFFFF) + (ids > 0xFFFFFF)
+    lengths = np.where(is_character, of_character, of_piece)
+    lengths[np.isin(ids, list(_SPECIAL))] = 0
+    return lengths.astype(np.int64)
 
 
 def encode_chat(messages: Sequence[tuple[str, str]], add_generation_prompt: bool) -> list[int]:
