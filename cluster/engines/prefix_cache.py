@@ -20,7 +20,7 @@ from cluster.routing import Fingerprint
 MAX_PREFIXES = 2**17
 """Prefixes that are held; the one asked for longest ago makes room. Some 10 million tokens."""
 MAX_AWAITED = 2**14
-"""Blocks that requests have asked for and the engine has not stored."""
+"""Blocks that requests have asked for and the engine has not stored, or has evicted since."""
 MAX_NEWS = 2**14
 """Changes that are told one by one; after more, all that is held is told again."""
 MAX_RESTING = 64
@@ -74,9 +74,6 @@ class PrefixTracker:
         self._news: dict[int, bool] = {}  # whether what changed is held now
         self._all_is_news = False
 
-    def __len__(self) -> int:
-        return len(self._held)
-
     # What the engine says
 
     def stored(
@@ -109,7 +106,7 @@ class PrefixTracker:
                 self._hold(prefix)
 
     def removed(self, blocks: Iterable[Hashable]) -> None:
-        """Blocks were evicted."""
+        """Blocks were evicted; who still waits for one of them will have it stored again."""
         for block in blocks:
             copies = self._copies.pop(block, 1)
             if copies > 2:
@@ -117,8 +114,11 @@ class PrefixTracker:
             if copies > 1 or (key := self._keys.pop(block, None)) is None:
                 continue
             self._cached.discard(key)
-            for prefix in self._resting.pop(key, ()):
-                self._let_go(prefix)
+            if resting := self._resting.get(key):
+                self._awaited[key] = None
+                for prefix in resting:
+                    self._let_go(prefix)
+        self._forget_awaited()
 
     def cleared(self) -> None:
         """Nothing is cached any more."""
@@ -147,9 +147,7 @@ class PrefixTracker:
             oldest = next(iter(self._held))
             del self._held[oldest]
             self._tell(oldest, False)
-        while len(self._awaited) > MAX_AWAITED:
-            oldest = next(iter(self._awaited))
-            del self._awaited[oldest], self._resting[oldest]
+        self._forget_awaited()
 
     # What routers are told
 
@@ -211,6 +209,11 @@ class PrefixTracker:
         resting[prefix] = None
         if cached:
             self._hold(prefix)
+
+    def _forget_awaited(self) -> None:
+        while len(self._awaited) > MAX_AWAITED:
+            oldest = next(iter(self._awaited))
+            del self._awaited[oldest], self._resting[oldest]
 
     def _hold(self, prefix: int) -> None:
         count = self._held.pop(prefix, 0)

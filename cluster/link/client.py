@@ -14,7 +14,7 @@ from typing import TypeVar
 from cluster.errors import LinkAuthError, LinkClosedError, LinkError, LinkProtocolError
 from cluster.link.client_connection import ClientConnection
 from cluster.link.connection import LinkCounts, LinkOptions
-from cluster.link.frames import LinkLoad, RequestHead
+from cluster.link.frames import PREFIXES, LinkLoad, RequestHead
 from cluster.link.prefixes import PrefixEvents
 from cluster.link.stream import Stream
 
@@ -42,8 +42,8 @@ class LinkClient:
     """A link to the replica at one address.
 
     ``on_state`` and ``on_load`` may be set to functions that are called, on the event loop, after
-    ``state`` (or ``failures``) or ``load`` changed; ``on_prefixes``, to one that is told what the
-    replica says of its prefix cache. Each connection begins with all that it has.
+    ``state`` (or ``failures``) or ``load`` changed; ``on_prefixes``, before ``start``, to one that
+    is told what the replica says of its prefix cache. Each connection begins with all that it has.
     """
 
     def __init__(
@@ -142,6 +142,8 @@ class LinkClient:
     def on_connected(self, connection: ClientConnection) -> None:
         """The replica has proved itself."""
         self._connection = connection
+        if self.on_prefixes is not None:
+            connection.write(0, PREFIXES)
         self.last_error = None
         self.failures = 0
         self._set_state(LinkState.CONNECTED)

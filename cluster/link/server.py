@@ -197,7 +197,8 @@ class _ServerConnection(Connection):
         self._load: LinkLoad | None = None
         self._load_said = 0.0
         self._num_prefixes = 0
-        self._must_tell_all = True
+        self._wants_prefixes = False
+        self._must_tell_all = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._connections.add(self)
@@ -212,10 +213,11 @@ class _ServerConnection(Connection):
         if self._server.draining:
             self.write(0, GOAWAY)
         self._say_load()
-        self._tell_all()
 
     def tell(self, pieces: Iterable[PrefixEvents]) -> None:
         """Say what changed in the prefix cache; a router that is behind gets all of it later."""
+        if not self._wants_prefixes:
+            return
         if not self.writable:
             self._must_tell_all = True
         elif not self._must_tell_all:
@@ -232,6 +234,9 @@ class _ServerConnection(Connection):
         for stream_id, kind, flags, payload in frames:
             if kind == REQUEST:
                 self._on_request(stream_id, flags, payload)
+            elif kind == PREFIXES and not self._wants_prefixes:
+                self._wants_prefixes = True
+                self._tell_all()
             elif kind not in (WINDOW, BODY, CANCEL):
                 self.answer(kind)
             elif (exchange := self._exchanges.get(stream_id)) is None:

@@ -7,6 +7,7 @@ replica ties the prefixes to the tokens that its engine made of them.
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 from xxhash import xxh3_64_intdigest as digest
@@ -19,7 +20,8 @@ TOKEN_ID_BYTES = 4
 
 
 def _all_ends() -> tuple[int, ...]:
-    ends, start = [], 0
+    ends: list[int] = []
+    start = 0
     for stop, step in _STEPS:
         ends += range(start + step, stop + 1, step)
         start = stop
@@ -133,12 +135,12 @@ def _of_responses(body: _Responses) -> Fingerprint:
 
 
 def _of_completion(body: _Completion) -> Fingerprint:
-    prompt = body.prompt
+    prompt: Any = body.prompt
     if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
         prompt = prompt[0]
     if isinstance(prompt, str):
         return _of_text(body, (prompt,), body.max_tokens)
-    ids = array("I", prompt)  # type: ignore[arg-type]  # what is no token id raises
+    ids = array("I", prompt)  # what is no token id raises
     return _of_bytes(body, ids.tobytes(), body.max_tokens, is_tokens=True)
 
 

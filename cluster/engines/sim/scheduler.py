@@ -76,7 +76,8 @@ class Scheduler:
         prefixes: PrefixTracker | None = None,
     ) -> None:
         self.config = config
-        self.blocks = BlockPool(config.num_kv_blocks, prefixes and prefixes.removed)
+        on_evicted = prefixes.removed if prefixes is not None else None
+        self.blocks = BlockPool(config.num_kv_blocks, on_evicted)
         self._prefixes = prefixes
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []

@@ -26,6 +26,7 @@ _PIECE_BYTES = re.compile(rb" \S{0,3}|\S{1,4}|\s")
 # The words that the engine writes: " bak", " bal", ... each of them is one token.
 _WORDS = [f" {a}{b}{c}" for a in "bdfghjklmnprstvw" for b in "aeiou" for c in "klmnprst"]
 WORD_IDS = [int.from_bytes(word.encode()) for word in _WORDS]
+_FIRST_OF_LENGTH = np.array([1, 1 << 8, 1 << 16, 1 << 24], np.uint32)
 _ID_BYTES = [word.to_bytes(8) for word in WORD_IDS]
 
 
@@ -59,13 +60,12 @@ def piece_of(token_id: int) -> str:
 
 def byte_lengths(ids: NDArray[np.uint32]) -> NDArray[np.int64]:
     """How many bytes of UTF-8 text each id is."""
-    is_character = (ids & 0xFF) == _CODE_POINT
-    codes = np.where(is_character, ids >> 8, 0)
+    lengths = np.searchsorted(_FIRST_OF_LENGTH, ids, side="right")
+    odd = np.flatnonzero(ids & 0x80)  # the lowest byte is no ASCII: not a piece
+    codes = ids[odd] >> 8
     of_character = 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF)
-    of_piece = 1 + (ids > 0xFF) + (ids > 0xFFFF) + (ids > 0xFFFFFF)
-    lengths = np.where(is_character, of_character, of_piece)
-    lengths[np.isin(ids, list(_SPECIAL))] = 0
-    return lengths.astype(np.int64)
+    lengths[odd] = np.where(ids[odd] & 0xFF == _CODE_POINT, of_character, 0)
+    return lengths
 
 
 def encode_chat(messages: Sequence[tuple[str, str]], add_generation_prompt: bool) -> list[int]:
