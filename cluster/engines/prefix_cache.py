@@ -95,7 +95,9 @@ class PrefixTracker:
         before = _root(adapter) if parent is None else self._keys.get(parent)
         if before is None or len(token_ids) != len(blocks) * self.block_size:
             return
-        for block, key in zip(blocks, self._chain(before, array("I", token_ids)), strict=True):
+        keys = list(self._chain(before, array("I", token_ids)))
+        # Backwards here and in ``asked``: what is forgotten for want of room is a prompt's end.
+        for block, key in zip(reversed(blocks), reversed(keys), strict=True):
             if block in self._keys:
                 self._copies[block] = self._copies.get(block, 1) + 1
                 continue
@@ -141,7 +143,7 @@ class PrefixTracker:
         counts = self._leading_blocks(text, ids)
         used = ids[: counts[-1] * self.block_size]
         keys = list(self._chain(_root(adapter), used))
-        for prefix, count in zip(text.hashes, counts, strict=True):
+        for prefix, count in zip(reversed(text.hashes), reversed(counts), strict=True):
             self._rest(prefix, keys[count - 1])
         while len(self._held) > self._max_prefixes:
             oldest = next(iter(self._held))

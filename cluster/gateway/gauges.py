@@ -25,7 +25,7 @@ def _collect(registry: Registry, pool: Pool) -> None:
     }
     for metric, level in levels.items():
         registry.gauge(metric, pool.name).value = float(level)
-    registry.gauge(table.PREFIX_ENTRIES, pool.name).value = float(len(pool.prefixes))
+    registry.gauge(table.PREFIX_ENTRIES, pool.name).value = float(pool.prefixes.num_entries)
     said = pool.prefix_counts
     changes = {"stored": said.stored, "removed": said.removed, "cleared": said.cleared}
     for event, total in changes.items():

@@ -6,8 +6,9 @@ them. No Ray, no clock, no I/O.
 
 from cluster.routing.estimate import TokenEstimate
 from cluster.routing.fingerprint import Fingerprint, fingerprint
-from cluster.routing.fleet import Fleet, Placement
+from cluster.routing.fleet import Fleet
 from cluster.routing.make import make_policy
+from cluster.routing.placement import Placement
 from cluster.routing.policy import Policy
 from cluster.routing.prefix_index import PrefixIndex
 from cluster.routing.request import RequestView, Usage

@@ -7,15 +7,15 @@ Time is what ``advance`` was last told. Knows no policy.
 
 import heapq
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 
 from cluster.routing.adapters import Adapters
 from cluster.routing.arrays import BoolArray, FloatArray
+from cluster.routing.placement import Placement, Row
 from cluster.routing.rates import LearnedRates
 from cluster.routing.request import RequestView, Usage
-from cluster.routing.slots import NEVER, Reach, Slots
+from cluster.routing.slots import Reach, Slots
 
 STEP_TOKENS = 64.0
 """What a request costs beside its uncached tokens, in prompt tokens: a step of the engine has a
@@ -24,47 +24,18 @@ PREFILL_PRIOR = 4000.0
 """Prompt tokens a second, before anything was measured."""
 DECODE_PRIOR = 30.0
 """Tokens a second of one stream, before anything was measured."""
-OVERDUE_MAX_S = 60.0
-"""The most that a late first token, or a clock that jumped, counts."""
+USUAL_BATCH = 64.0
+"""Streams that an engine decodes beside each other for about the price of one; a guess that gives
+way to the pool's mean where that is larger."""
 LEAST_LEFT = 0.1
 """Of what was expected of a request, the share that it is taken to still generate at least."""
 KV_FULL = 0.95
 """Use of the KV cache at which a new request may have to wait until another one ends."""
+GIVEN_HALF_S = 30.0
+"""Seconds after which work that was given counts half."""
 REFRESH_S = 1.0
 MEAN_WEIGHT = 0.02
 """Of the newest request, in the means that stand for other routers' requests."""
-
-
-class _Row:
-    """A replica's slot, and its requests in the order in which they wait for their prefill."""
-
-    __slots__ = ("id", "last_first_at", "others", "queue", "slot")
-
-    def __init__(self, replica_id: str, slot: int) -> None:
-        self.id = replica_id
-        self.slot = slot
-        """-1 once it was removed."""
-        self.others = 0.0
-        self.queue: dict[Placement, None] = {}
-        self.last_first_at = 0.0
-
-
-@dataclass(eq=False, slots=True)
-class Placement:
-    """One request at one replica; made by ``Fleet.placed``, ended once by ``Fleet.ended``."""
-
-    row: _Row
-    request: RequestView
-    cached_tokens: float
-    """Prompt tokens that the replica was expected to have cached."""
-    work_tokens: float
-    """What its prefill was expected to cost, in tokens."""
-    begun_at: float
-    """When its prefill can have begun: when it was placed, or the one before had its token."""
-    prefilled_at: float | None = None
-    """When its first token came or, where that is not seen, was expected."""
-    is_first_seen: bool = False
-    is_over: bool = False
 
 
 class Fleet:
@@ -72,24 +43,30 @@ class Fleet:
 
     def __init__(self) -> None:
         self.now_s = 0.0
+        self.ids: list[str | None] = []
+        """The replica of each slot."""
+        self.version = 0
+        """Grows with each replica that comes or goes."""
         self.slots = Slots()
         """What policies read and nobody else changes."""
+        self.adapters = Adapters()
         self.prefill_rate = LearnedRates(PREFILL_PRIOR, 1.0)
         """Prompt tokens a second of each slot, with whatever decodes beside."""
         self.stream_rate = LearnedRates(DECODE_PRIOR, 1.0)
         """Tokens a second of one stream of each slot."""
         self.honesty = LearnedRates(1.0, 2000.0, pooled=False)
         """Of the tokens that each slot was expected to have cached, the share that it had."""
-        self.adapters = Adapters()
-        self.ids: list[str | None] = []
-        """The replica of each slot."""
-        self.version = 0
-        """Grows with each replica that comes or goes."""
-        self._rows: dict[str, _Row] = {}
+        self.miss_s: FloatArray = np.zeros(0)
+        """Seconds that a prompt token takes at each slot."""
+        self.hit_s: FloatArray = np.zeros(0)
+        """Seconds that each slot saves for a token that it is said to have cached."""
+        self._rates = (self.prefill_rate, self.stream_rate, self.honesty)
+        self._rows: dict[str, Row] = {}
         self._free: list[int] = []
         self._due: list[tuple[float, int, Placement]] = []
         self._num_due = 0
         self._refreshed_at = 0.0
+        self._num_ongoing = 0.0
         self._mean_work = 512.0
         self._mean_completion = 0.0
 
@@ -99,7 +76,7 @@ class Fleet:
     def __contains__(self, replica_id: object) -> bool:
         return replica_id in self._rows
 
-    # Which replicas there are
+    # Which replicas there are. An unknown replica is a KeyError.
 
     def add(self, replica_id: str, capacity: int, reach: Reach = Reach.USUAL) -> None:
         """Take in a replica that may be given ``capacity`` requests at a time; once."""
@@ -108,18 +85,19 @@ class Fleet:
         if not self._free:
             self._grow()
         slot = self._free.pop()
-        self._rows[replica_id] = _Row(replica_id, slot)
+        self._rows[replica_id] = row = Row(replica_id, slot, capacity, reach)
         self.ids[slot] = replica_id
-        self.slots.reach[slot] = reach
-        self.slots.capacity[slot] = capacity
+        self.slots.given_s[slot] = self._mean_given()
         self.version += 1
+        self._write(row)
 
     def remove(self, replica_id: str) -> None:
         """Forget a replica; what it still has to end may end later, and counts no more."""
         row = self._rows.pop(replica_id)
+        self._num_ongoing -= row.own + row.others
         self.slots.clear(row.slot)
         self.adapters.forget(row.slot)
-        for rates in (self.prefill_rate, self.stream_rate, self.honesty):
+        for rates in self._rates:
             rates.reset(row.slot)
         self.ids[row.slot] = None
         self._free.append(row.slot)
@@ -129,40 +107,36 @@ class Fleet:
 
     def set_reach(self, replica_id: str, reach: Reach) -> None:
         """Say how a replica can be reached from now on."""
-        self.slots.reach[self._rows[replica_id].slot] = reach
+        row, given_s = self._rows[replica_id], self.slots.given_s
+        if reach > row.reach:  # it is to get its share from now on, not what it missed
+            given_s[row.slot] = max(given_s[row.slot], self._mean_given())
+        row.reach = reach
+        self._write(row)
 
     def set_capacity(self, replica_id: str, capacity: int) -> None:
         """Say how many requests a replica may be given at a time from now on."""
-        self.slots.capacity[self._rows[replica_id].slot] = capacity
+        row = self._rows[replica_id]
+        row.capacity = capacity
+        self._write(row)
 
     def slot_of(self, replica_id: str) -> int:
-        """The place of a replica in the arrays; KeyError where it is unknown."""
+        """The place of a replica in the arrays."""
         return self._rows[replica_id].slot
 
     def ongoing(self, replica_id: str) -> int:
         """Requests that a replica has, this router's and the others'."""
         return int(self.slots.ongoing[self._rows[replica_id].slot])
 
-    def _grow(self) -> None:
-        old = len(self.slots)
-        size = self.slots.grow()
-        for rates in (self.prefill_rate, self.stream_rate, self.honesty):
-            rates.grow(size)
-        self.adapters.grow(size)
-        self.ids += [None] * (size - old)
-        self._free += range(size - 1, old - 1, -1)
-
     # What happens
 
     def advance(self, now_s: float) -> None:
-        """Say what time it is; a clock that goes back is followed."""
+        """Say what time it is; a clock that jumps is followed."""
         elapsed = now_s - self._refreshed_at
         self.now_s = now_s
         while self._due and self._due[0][0] <= now_s:
             self._prefilled(heapq.heappop(self._due)[2])
         if not 0.0 <= elapsed < REFRESH_S:
-            for rates in (self.prefill_rate, self.stream_rate, self.honesty):
-                rates.refresh(max(0.0, elapsed))
+            self._refresh(max(0.0, elapsed))
             self._refreshed_at = now_s
 
     def placed(
@@ -171,37 +145,40 @@ class Fleet:
         """Note that a replica is given a request.
 
         Args:
-            replica_id: Which replica; KeyError where it is unknown.
+            replica_id: Which replica.
             request: What it is given.
             cached_tokens: Prompt tokens that it is expected to have cached.
         """
-        row, slots = self._rows[replica_id], self.slots
+        row = self._rows[replica_id]
         work = max(0.0, request.prompt_tokens - cached_tokens) + STEP_TOKENS
         placement = Placement(row, request, cached_tokens, work, self.now_s)
-        slot = row.slot
-        slots.own[slot] += 1.0
-        slots.ongoing[slot] += 1.0
-        slots.prefill[slot] += work
-        slots.decode[slot] += request.completion_tokens
+        row.own += 1
+        row.queued_tokens += work
+        row.decode_tokens += request.completion_tokens
+        self._num_ongoing += 1.0
+        decode_s = request.completion_tokens / float(self.stream_rate.values[row.slot])
+        self.slots.given_s[row.slot] += work * self.miss_s[row.slot] + decode_s / USUAL_BATCH
         row.queue[placement] = None
         if len(row.queue) == 1:
             self._set_head(row)
         if request.adapter is not None:
-            self.adapters.note(slot, request.adapter)
+            self.adapters.note(row.slot, request.adapter)
         self._mean_work += MEAN_WEIGHT * (work - self._mean_work)
         self._mean_completion += MEAN_WEIGHT * (request.completion_tokens - self._mean_completion)
+        self._write(row)
         return placement
 
     def first_token(self, placement: Placement) -> None:
         """Note that the first token of a request came; later calls are nothing."""
-        slot = placement.row.slot
-        if slot < 0 or placement.is_over or placement.is_first_seen:
+        row = placement.row
+        if row.slot < 0 or placement.is_over or placement.is_first_seen:
             return
         if placement.prefilled_at is None:
             self._prefilled(placement)
         else:  # it was expected sooner
-            self.slots.decoding_since[slot] += self.now_s - placement.prefilled_at
+            row.first_at_sum += self.now_s - placement.prefilled_at
             placement.prefilled_at = self.now_s
+            self._write(row)
         placement.is_first_seen = True
 
     def ended(self, placement: Placement, usage: Usage | None = None) -> None:
@@ -211,23 +188,23 @@ class Fleet:
             placement: What ``placed`` gave.
             usage: What it took, where it ended well; the replica's rates are learned from it.
         """
-        row, slots = placement.row, self.slots
-        slot = row.slot
-        if placement.is_over or slot < 0:
+        row = placement.row
+        if placement.is_over or row.slot < 0:
             return
         placement.is_over = True
         if placement.prefilled_at is None:
             self._leave_queue(placement)
         else:
-            slots.decoding[slot] -= 1.0
-            slots.decoding_since[slot] -= placement.prefilled_at
+            row.decoding -= 1
+            row.first_at_sum -= placement.prefilled_at
         if usage is not None:
             self._learn(placement, usage)
-        slots.own[slot] -= 1.0
-        slots.decode[slot] -= placement.request.completion_tokens
-        if slots.own[slot] == 0.0:  # what rounding left goes too
-            slots.decode[slot] = slots.decoding_since[slot] = 0.0
-        slots.ongoing[slot] = slots.own[slot] + row.others
+        row.own -= 1
+        self._num_ongoing -= 1.0
+        row.decode_tokens -= placement.request.completion_tokens
+        if row.own == 0:  # what rounding left goes too
+            row.decode_tokens = row.first_at_sum = row.queued_tokens = 0.0
+        self._write(row)
 
     def report(
         self, replica_id: str, *, ongoing: int, waiting: int = 0, kv_cache_usage: float = 0.0
@@ -238,19 +215,19 @@ class Fleet:
         not believed, and one that claims more than it can hold is taken for full.
 
         Args:
-            replica_id: Which replica; KeyError where it is unknown.
+            replica_id: Which replica.
             ongoing: Requests that it has, from all routers.
             waiting: Of these, the ones whose prefill has not begun.
             kv_cache_usage: Share of its KV cache in use, 0 to 1.
         """
-        row, slots = self._rows[replica_id], self.slots
-        slot = row.slot
-        own, capacity = float(slots.own[slot]), float(slots.capacity[slot])
-        row.others = others = min(max(0.0, ongoing - own), capacity)
-        slots.ongoing[slot] = own + others
-        share = others / max(1.0, own + others)
-        slots.others_waiting[slot] = min(max(0.0, waiting * share), others)
-        slots.kv_cache_usage[slot] = min(max(0.0, kv_cache_usage), 1.0)
+        row = self._rows[replica_id]
+        others = min(max(0.0, float(ongoing - row.own)), float(row.capacity))
+        self._num_ongoing += others - row.others
+        row.others = others
+        share = others / max(1.0, row.own + others)
+        row.others_waiting = min(max(0.0, waiting * share), others)
+        row.is_kv_full = kv_cache_usage > KV_FULL
+        self._write(row)
 
     def unknown(self, replica_id: str) -> None:
         """Forget what a replica said of itself."""
@@ -263,36 +240,61 @@ class Fleet:
     # What a decision reads; one number for each slot
 
     def open(self) -> BoolArray:
-        """Which slots may be given a request now."""
+        """Which slots may be given a request now; not to be changed."""
         return self.slots.open()
 
-    def queue_s(self) -> FloatArray:
-        """Seconds until a replica could begin with one more prompt.
-
-        The first in line is taken for as late as it is overdue: a replica that gives no sign
-        becomes less and less likely to be chosen.
-        """
-        slots, rate = self.slots, self.prefill_rate.values
-        elapsed = np.minimum(np.maximum(self.now_s - slots.head_since, 0.0), OVERDUE_MAX_S)
-        left = slots.head / rate - elapsed
-        overdue = np.minimum(left, 0.0) * slots.head_seen
-        behind = (slots.prefill - slots.head + slots.others_waiting * self._mean_work) / rate
-        waiting: FloatArray = behind + np.maximum(left, 0.0) - overdue
-        return waiting
-
-    def decode_s(self) -> FloatArray:
-        """Seconds of decoding that a replica has before it, at the pool's usual batch."""
-        slots, rate = self.slots, self.stream_rate.values
-        done = rate * (slots.decoding * self.now_s - slots.decoding_since)
-        left = np.minimum(np.maximum(slots.decode - done, LEAST_LEFT * slots.decode), slots.decode)
-        left += (0.5 * self._mean_completion) * (slots.ongoing - slots.own)
-        batch = max(1.0, float(slots.ongoing.sum()) / max(1, len(self._rows)))
-        seconds: FloatArray = left / (rate * batch)
-        if slots.kv_cache_usage.max(initial=0.0) > KV_FULL:
-            seconds += (slots.kv_cache_usage > KV_FULL) * (self._mean_completion / rate)
-        return seconds
+    def work_s(self) -> FloatArray:
+        """Seconds of prefill and decode that each slot has before it."""
+        mean_ongoing = self._num_ongoing / max(1, len(self._rows))
+        return self.slots.work_s(self.now_s, max(USUAL_BATCH, mean_ongoing))
 
     # Inner
+
+    def _grow(self) -> None:
+        old = len(self.slots)
+        size = self.slots.grow()
+        for rates in self._rates:
+            rates.grow(size)
+        self.adapters.grow(size)
+        self.ids += [None] * (size - old)
+        self._free += range(size - 1, old - 1, -1)
+        self.miss_s = 1.0 / self.prefill_rate.values
+        self.hit_s = self.honesty.values * self.miss_s
+
+    def _refresh(self, elapsed_s: float) -> None:
+        """Take in that time has passed: what was learned long ago counts less."""
+        for rates in self._rates:
+            rates.refresh(elapsed_s)
+        self.slots.given_s *= 0.5 ** (elapsed_s / GIVEN_HALF_S)
+        for row in self._rows.values():
+            self._write(row)
+
+    def _mean_given(self) -> float:
+        open_ones = self.slots.open()
+        return float(self.slots.given_s[open_ones].mean()) if open_ones.any() else 0.0
+
+    def _write(self, row: Row) -> None:
+        """Write into the arrays what has changed of a replica."""
+        slots, slot = self.slots, row.slot
+        token_s = 1.0 / float(self.prefill_rate.values[slot])
+        decode_s = 1.0 / float(self.stream_rate.values[slot])
+        self.miss_s[slot] = token_s
+        self.hit_s[slot] = token_s * float(self.honesty.values[slot])
+        slots.ongoing[slot] = ongoing = row.own + row.others
+        slots.set_open(slot, ongoing < row.capacity, row.reach)
+        queued = row.queued_tokens + row.others_waiting * self._mean_work
+        if row.queue:
+            head_tokens = next(iter(row.queue)).work_tokens
+            queued -= head_tokens
+            slots.busy[slot], slots.first_at[slot] = 1.0, row.head_since + head_tokens * token_s
+        else:
+            slots.busy[slot] = slots.first_at[slot] = 0.0
+        full_s = self._mean_completion * decode_s if row.is_kv_full else 0.0
+        slots.behind_s[slot] = max(0.0, queued) * token_s + full_s
+        others = row.others * 0.5 * self._mean_completion
+        slots.decoding[slot] = row.decoding
+        slots.decode_ends[slot] = (row.decode_tokens + others) * decode_s + row.first_at_sum
+        slots.decode_least[slot] = (row.decode_tokens * LEAST_LEFT + others) * decode_s
 
     def _prefilled(self, placement: Placement) -> None:
         """The prefill of a request has ended, unless that or its end is known already."""
@@ -300,8 +302,9 @@ class Fleet:
         if placement.prefilled_at is None and placement in row.queue:
             self._leave_queue(placement)
             placement.prefilled_at = self.now_s
-            self.slots.decoding[row.slot] += 1.0
-            self.slots.decoding_since[row.slot] += self.now_s
+            row.decoding += 1
+            row.first_at_sum += self.now_s
+            self._write(row)
 
     def _leave_queue(self, placement: Placement) -> None:
         row = placement.row
@@ -309,26 +312,21 @@ class Fleet:
         row.last_first_at = self.now_s
         was_head = next(iter(row.queue)) is placement
         del row.queue[placement]
-        self.slots.prefill[row.slot] -= placement.work_tokens
+        row.queued_tokens -= placement.work_tokens
         if was_head:
             self._set_head(row)
 
-    def _set_head(self, row: _Row) -> None:
-        """Take in which request is first in line now."""
-        slots, slot = self.slots, row.slot
+    def _set_head(self, row: Row) -> None:
+        """Another request is first in line now."""
         head = next(iter(row.queue), None)
         if head is None:
-            slots.prefill[slot] = slots.head[slot] = 0.0  # what rounding left goes too
-            slots.head_since[slot] = NEVER
+            row.queued_tokens = 0.0  # what rounding left goes too
             return
-        begun_at = max(head.begun_at, row.last_first_at)
-        slots.head[slot] = head.work_tokens
-        slots.head_since[slot] = begun_at
-        slots.head_seen[slot] = float(head.request.streamed)
+        row.head_since = max(head.begun_at, row.last_first_at)
         if not head.request.streamed:
-            expected_s = head.work_tokens / float(self.prefill_rate.values[slot])
+            expected_s = head.work_tokens / float(self.prefill_rate.values[row.slot])
             self._num_due += 1
-            heapq.heappush(self._due, (begun_at + expected_s, self._num_due, head))
+            heapq.heappush(self._due, (row.head_since + expected_s, self._num_due, head))
 
     def _learn(self, placement: Placement, usage: Usage) -> None:
         """Take in how fast a replica was; a late answer to a wrong guess is not held against it."""
@@ -337,6 +335,7 @@ class Fleet:
             held = min(float(usage.cached_tokens), placement.cached_tokens)
             self.honesty.observe(slot, held, placement.cached_tokens)
         work = max(0.0, usage.prompt_tokens - usage.cached_tokens) + STEP_TOKENS
+        self.slots.given_s[slot] += (work - placement.work_tokens) * self.miss_s[slot]
         whole_s = self.now_s - placement.begun_at
         if placement.is_first_seen and placement.prefilled_at is not None:
             decode_s = self.now_s - placement.prefilled_at

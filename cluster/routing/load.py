@@ -17,7 +17,7 @@ class LeastLoad:
 
     def choose(self, request: RequestView, fleet: Fleet) -> str | None:
         """The replica with the least work among those with room; equals take turns."""
-        slot = self._turns.least(fleet.queue_s() + fleet.decode_s(), fleet.open())
+        slot = self._turns.least(fleet.work_s(), fleet.open())
         return None if slot is None else fleet.ids[slot]
 
 
@@ -33,7 +33,7 @@ class PowerOfTwo:
         if len(free) == 0:
             return None
         pair = self._random.sample(range(len(free)), min(2, len(free)))
-        work_s = fleet.queue_s() + fleet.decode_s()
+        work_s = fleet.work_s()
         return fleet.ids[min((int(free[index]) for index in pair), key=work_s.__getitem__)]
 
 

@@ -1,8 +1,9 @@
 """Where a prompt's first token would come first.
 
-One cost weighs the cache against load, in seconds: what waits before the request, what of its
-prompt is not cached, and a share of what decodes beside it. So a prefix that many ask for is
-computed on a second replica as soon as waiting for the first one takes longer.
+One cost weighs the cache against load, in seconds: what waits and decodes before the request, and
+what of its prompt is not cached. So a prefix that many ask for is computed on a second replica as
+soon as waiting for the first one takes longer. Work that a replica was given above its share counts
+too, but never more than the whole prompt: one that hangs gets nothing for having had less.
 """
 
 import numpy as np
@@ -13,22 +14,24 @@ from cluster.routing.prefix_index import Level, PrefixIndex
 from cluster.routing.request import RequestView
 from cluster.routing.ties import Turns
 
-DECODE_WEIGHT = 0.25
-"""Of the seconds of decoding that a replica has before it, the part that counts as a delay."""
-MAX_OVER_MEAN = 1.25
-"""A replica with more work than this times the mean is passed over, however much it has cached."""
+MISS_WEIGHT = 1.5
+"""What computing a token counts against waiting for one: whoever comes after waits for it as well,
+so equal prompts that come at once stay together although each would begin as soon elsewhere."""
+SHARE = 1.0
+"""Of the mean of the work that replicas were given, what each may have, and one prompt more."""
 ADAPTER_LOAD_S = 1.0
 """What loading a LoRA adapter costs; vLLM reads some tens of MB and waits for a step."""
 
 
 class PrefixAffinity:
-    """The replica with the least expected time to the first token, within a bound on load."""
+    """The replica with the least expected time to the first token, where all get their share."""
 
     def __init__(self, index: PrefixIndex, seed: int = 0) -> None:
         self._index = index
         self._turns = Turns(seed)
         self._bits: IntArray = np.zeros(0, np.intp)
         self._bits_of = (-1, -1)
+        self._num_bytes = 0
 
     def choose(self, request: RequestView, fleet: Fleet) -> str | None:
         """The replica with the least cost among those with room; equals take turns."""
@@ -36,17 +39,19 @@ class PrefixAffinity:
         num_open = np.count_nonzero(allowed)
         if num_open == 0:
             return None
-        rate, queue_s, decode_s = fleet.prefill_rate.values, fleet.queue_s(), fleet.decode_s()
-        whole_s = request.prompt_tokens / rate
-        cost = queue_s + whole_s + DECODE_WEIGHT * decode_s
+        work_s = fleet.work_s()
+        cost = work_s + fleet.miss_s * (MISS_WEIGHT * request.prompt_tokens)
         if levels := self._index.levels(request.prefix):
-            cost -= self._held_tokens(levels, request, fleet) * fleet.honesty.values / rate
+            cost -= fleet.hit_s * self._held_tokens(levels, request, fleet) * MISS_WEIGHT
         if request.adapter is not None:
             missing = fleet.adapters.missing(request.adapter)
             cost += ADAPTER_LOAD_S if missing is None else ADAPTER_LOAD_S * missing
-        load_s = queue_s + decode_s
-        most = MAX_OVER_MEAN * float(load_s.dot(allowed)) / num_open
-        slot = self._turns.least(cost, allowed & (load_s <= most + whole_s))
+        whole_s = request.prompt_tokens / fleet.prefill_rate.prior
+        given_s = fleet.slots.given_s
+        share_s = SHARE * float(given_s.dot(allowed)) / num_open + whole_s
+        over_s = np.maximum(given_s - share_s, 0.0)
+        cost += np.minimum(over_s, MISS_WEIGHT * whole_s)
+        slot = self._turns.least(cost, allowed)
         return None if slot is None else fleet.ids[slot]
 
     def _held_tokens(self, levels: list[Level], request: RequestView, fleet: Fleet) -> FloatArray:
@@ -55,10 +60,14 @@ class PrefixAffinity:
         if versions != self._bits_of:
             bits = [0 if name is None else self._index.bit_of(name) for name in fleet.ids]
             self._bits, self._bits_of = np.array(bits, np.intp), versions
-        ends = [request.prefix_tokens[count - 1] for count, _ in levels]
-        more = np.diff(ends, prepend=0.0)
-        size = max(int(self._bits.max(initial=0)), levels[0][1].bit_length()) // 8 + 1
-        packed = b"".join(mask.to_bytes(size, "little") for _, mask in levels)
+            self._num_bytes = max(bits) // 8 + 1
+        size = self._num_bytes
+        known = (1 << 8 * size) - 1  # the index may hold replicas that are not in the fleet
+        steps, end = [], 0.0
+        for count, _ in levels:
+            last, end = end, min(request.prefix_tokens[count - 1], request.prompt_tokens)
+            steps.append(end - last)
+        packed = b"".join([(mask & known).to_bytes(size, "little") for _, mask in levels])
         held = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little")
-        tokens: FloatArray = more @ held.reshape(len(levels), -1).astype(np.float64)
+        tokens: FloatArray = np.dot(steps, held.reshape(len(levels), -1))
         return tokens[self._bits]

@@ -46,7 +46,9 @@ class PrefixIndex:
         self._retired = self._leaving = 0
         self._swept = 0
 
-    def __len__(self) -> int:
+    @property
+    def num_entries(self) -> int:
+        """Prefixes that some replica was said to have; expectations are not counted."""
         return sum(len(shard) for shard in self._shards)
 
     # What is told
@@ -146,30 +148,33 @@ class PrefixIndex:
         by the same replicas, all between them are taken to be: the time is the number of levels
         times the logarithm of the number of prefixes.
         """
+        shards, pick, live = self._shards, self._pick, self._live
+        young, old = self._expected, self._expected_before
         levels: list[Level] = []
-        if prefix and (first := self._holders(prefix[0])):
-            self._walk(prefix, (0, first), (len(prefix), 0), levels)
+        if not prefix or not (first := self._holders(prefix[0])):
+            return levels
+        at, held, to_do = 0, first, [(len(prefix), 0)]
+        while to_do:  # (at, to_do[-1][0]] is looked at; all in held have everything up to at
+            end, at_end = to_do[-1]
+            at_end &= held
+            if at_end == held:
+                at = to_do.pop()[0]
+            elif end - at == 1:
+                levels.append((end, held))
+                at, held = end, at_end
+                to_do.pop()
+            else:
+                middle = (at + end) // 2
+                each = prefix[middle]
+                found = shards[each & pick].get(each, 0)
+                if young or old:
+                    found |= young.get(each, 0) | old.get(each, 0)
+                to_do.append((middle, found & live))
         return levels
 
     def bit_of(self, replica_id: str) -> int:
         """The place of a replica's bit in masks, for this ``version``; 0, never set: has none."""
         return max(0, self._bits.get(replica_id, 0).bit_length() - 1)
-
-    def _walk(self, prefix: Sequence[int], low: Level, high: Level, into: list[Level]) -> int:
-        """Append the levels between two places in ``prefix``; returns who holds all up to high.
-
-        The places are indices, each with the mask of those who hold its prefix.
-        """
-        (start, at_start), (end, at_end) = low, high
-        if at_start == at_end:
-            return at_end
-        if end - start == 1:
-            into.append((end, at_start))
-            return at_end
-        middle = (start + end) // 2
-        held = at_start & self._holders(prefix[middle])
-        held = self._walk(prefix, low, (middle, held), into)
-        return self._walk(prefix, (middle, held), (end, at_end & held), into)
 
     def _holders(self, prefix: int) -> int:
         held = self._shards[prefix & self._pick].get(prefix, 0)

@@ -23,8 +23,7 @@ class Turns:
     def least(self, costs: FloatArray, allowed: BoolArray) -> int | None:
         """The index of one of the least costs, in seconds, among those allowed; None: none is."""
         masked = np.where(allowed, costs, np.inf)
-        least = float(masked.min(initial=np.inf))
-        if least == np.inf:
+        if len(masked) == 0 or (least := float(masked[masked.argmin()])) == np.inf:
             return None
         equals = np.flatnonzero(masked <= least * (1.0 + NEAR_SHARE) + NEAR_S)
         self._turn += 1

@@ -56,9 +56,9 @@ def batch(*events: dict[str, Any]) -> bytes:
 def test_blocks_come_and_go(tracker: PrefixTracker, events: KvEvents) -> None:
     events.take(0, batch(stored([b"a", b"b"], None, IDS)))  # the size of blocks is learned too
     tracker.asked(TEXT, IDS)
-    assert tracker.snapshot() == [1, 2]
+    assert set(tracker.snapshot()) == {1, 2}
     events.take(1, batch(removed([b"b"]), stored([7], b"a", IDS[4:])))
-    assert tracker.snapshot() == [1, 2]
+    assert set(tracker.snapshot()) == {1, 2}
     events.take(2, batch(removed([7])))
     assert tracker.snapshot() == [1]
     events.take(3, batch({"type": "AllBlocksCleared"}))
@@ -97,7 +97,7 @@ def test_an_adapters_blocks_are_its_own(tracker: PrefixTracker, events: KvEvents
     adapter = {"lora_name": "l", "extra_keys": [["l"], ["l"]]}
     events.take(0, batch(stored([1, 2], None, IDS, **adapter)))
     tracker.asked(TEXT, IDS, "l")
-    assert tracker.snapshot() == [1, 2]
+    assert set(tracker.snapshot()) == {1, 2}
 
 
 def test_a_copy_in_other_memory_that_goes_changes_nothing(
@@ -106,7 +106,7 @@ def test_a_copy_in_other_memory_that_goes_changes_nothing(
     events.take(0, batch(stored([1, 2], None, IDS)))
     tracker.asked(TEXT, IDS)
     events.take(1, batch(removed([2], medium="CPU"), removed([2], group_idx=1)))
-    assert tracker.snapshot() == [1, 2]
+    assert set(tracker.snapshot()) == {1, 2}
 
 
 @pytest.mark.parametrize(("number", "payload"), [(2, batch()), (1, b"\xc1"), (1, b"\x93\x01\x02")])
@@ -119,7 +119,7 @@ def test_what_was_lost_or_is_not_understood_is_not_believed_any_more(
     assert tracker.snapshot() == []
     events.take(number + 1, batch(stored([1, 2], None, IDS)))
     tracker.asked(TEXT, IDS)
-    assert tracker.snapshot() == [1, 2]
+    assert set(tracker.snapshot()) == {1, 2}
 
 
 async def test_events_are_read_from_their_socket(tracker: PrefixTracker, tmp_path: Any) -> None:
@@ -137,7 +137,7 @@ async def test_events_are_read_from_their_socket(tracker: PrefixTracker, tmp_pat
             while tracker.block_size != 4:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
         tracker.asked(TEXT, IDS)
-        assert tracker.snapshot() == [1, 2]
+        assert set(tracker.snapshot()) == {1, 2}
         reading.cancel()
         await asyncio.wait([reading])
 

@@ -1,0 +1,148 @@
+from collections import defaultdict
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.routing import PrefixIndex
+
+NAMES = "abc"
+CHAINS = tuple(tuple(range(start, start + 8)) for start in (0, 100, 200))
+CHAINS = (*CHAINS, (*CHAINS[0][:4], 300, 301, 302, 303))
+
+
+def test_what_is_stored_is_found() -> None:
+    index = PrefixIndex()
+    index.stored("a", (1, 2, 3))
+    index.stored("b", (1,))
+    assert index.match((1, 2, 3, 4)) == {"a": 3, "b": 1}
+    assert index.match((1, 5)) == {"a": 1, "b": 1}
+    assert index.match((9,)) == index.match(()) == {}
+    index.removed("a", (3,))
+    assert index.match((1, 2, 3, 4)) == {"a": 2, "b": 1}
+    assert index.levels((1, 2)) == [(1, 0b110), (2, 0b010)]
+
+
+def test_one_that_is_cleared_or_forgotten_has_nothing_and_may_come_again() -> None:
+    index = PrefixIndex()
+    for end in (index.cleared, index.forget):
+        index.stored("a", (1, 2))
+        index.stored("b", (1, 2))
+        end("a")
+        assert index.match((1, 2)) == {"b": 2}
+        index.stored("a", (1,))
+        assert index.match((1, 2)) == {"a": 1, "b": 2}
+    index.forget("never seen")
+    index.removed("never seen", (1,))
+    assert index.match((1, 2)) == {"a": 1, "b": 2}
+
+
+def test_an_expectation_holds_for_a_time_or_until_the_replica_says_otherwise() -> None:
+    index = PrefixIndex(expected_s=10.0)
+    index.advance(100.0)
+    index.expect("a", (1, 2))
+    index.expect("b", (1, 2))
+    index.advance(104.9)
+    assert index.match((1, 2)) == {"a": 2, "b": 2}
+    index.removed("a", (2,))
+    assert index.match((1, 2)) == {"a": 1, "b": 2}
+    index.stored("b", (1,))
+    index.advance(111.0)
+    assert index.match((1, 2)) == {"b": 1}
+
+
+def test_expectations_end_whichever_way_the_clock_jumps() -> None:
+    for jumped in (1e9, -1e9):
+        index = PrefixIndex(expected_s=10.0)
+        index.advance(100.0)
+        index.expect("a", (1,))
+        index.advance(jumped)
+        index.advance(jumped + 6.0)
+        assert index.match((1,)) == {}
+
+
+def test_expectations_are_bounded() -> None:
+    index = PrefixIndex()
+    for start in range(0, 200_000, 100):
+        index.expect("a", range(start, start + 100))
+    assert len(index._expected) + len(index._expected_before) < 40_000
+    assert index.match((199_999,)) == {"a": 1}
+
+
+def test_the_oldest_make_room_and_what_is_used_stays() -> None:
+    index = PrefixIndex(max_entries=100)
+    index.stored("a", range(100))
+    for start in range(100, 1000, 10):
+        index.expect("a", (0, 1, 2))
+        index.stored("a", range(start, start + 10))
+    assert index.num_entries == 100
+    assert index.match((0, 1, 2)) == {"a": 3}
+    assert index.match((50,)) == {}
+    assert index.match((999,)) == {"a": 1}
+
+
+def test_replicas_that_come_and_go_take_no_more_bits() -> None:
+    index = PrefixIndex()
+    index.stored("stays", range(5000))
+    for number in range(2000):
+        index.stored(f"replica-{number}", range(10))
+        index.forget(f"replica-{number}")
+    assert max(mask for _, mask in index.levels((1,))) == 0b10
+    assert index._num_bits < 200
+
+
+def test_a_gap_ends_what_is_held() -> None:
+    index = PrefixIndex()
+    index.stored("a", (1, 2, 4))
+    index.stored("b", (1, 2, 3, 4))
+    assert index.match((1, 2, 3, 4)) == {"a": 2, "b": 4}
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(("stored", "stored", "expect", "removed", "cleared", "advance")),
+        st.sampled_from(NAMES),
+        st.sampled_from(CHAINS),
+        st.integers(1, 8),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=300)
+@given(steps=STEPS, max_entries=st.sampled_from((4, 10, 2**20)))
+def test_the_index_never_says_more_than_it_was_told(
+    steps: list[tuple[str, str, tuple[int, ...], int]], max_entries: int
+) -> None:
+    """Against plain sets; it says exactly as much where nothing had to make room."""
+    index = PrefixIndex(max_entries, expected_s=10.0)
+    stored: dict[str, set[int]] = defaultdict(set)
+    expected: dict[str, set[int]] = defaultdict(set)
+    for now, (step, name, chain, count) in enumerate(steps):
+        if step == "stored":
+            index.stored(name, chain[:count])
+            stored[name].update(chain[:count])
+        elif step == "expect":
+            index.expect(name, chain[:count])
+            expected[name].update(chain[:count])
+        elif step == "removed":  # as engines do: the end of a chain first
+            gone = set().union(*(each[count - 1 :] for each in CHAINS if each[0] == chain[0]))
+            index.removed(name, gone)
+            stored[name] -= gone
+            expected[name] -= gone
+        elif step == "cleared":
+            index.cleared(name)
+            stored[name].clear()
+            expected[name].clear()
+        else:
+            index.advance(100.0 * now)
+            expected.clear()
+        for asked in CHAINS:
+            found = index.match(asked)
+            for each in NAMES:
+                known = stored[each] | expected[each]
+                truth = next((at for at, h in enumerate(asked) if h not in known), len(asked))
+                counts = (found.get(each, 0), index.count(each, asked))
+                assert max(counts) <= truth
+                if max_entries > 100:
+                    assert counts == (truth, truth)
+    assert index.num_entries <= max_entries
