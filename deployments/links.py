@@ -6,11 +6,15 @@ from collections.abc import Callable
 import ray
 
 from cluster.asgi import ASGIApp
-from cluster.link import LinkLoad, LinkServer, tls_contexts
+from cluster.link import LinkLoad, LinkServer, PrefixSource, tls_contexts
 from deployments.secret import link_secret
 
 
-async def serve_links(app: ASGIApp, load: Callable[[], LinkLoad] | None = None) -> LinkServer:
+async def serve_links(
+    app: ASGIApp,
+    load: Callable[[], LinkLoad] | None = None,
+    prefixes: PrefixSource | None = None,
+) -> LinkServer:
     """A server that has started; see ``LinkServer``."""
     tls = tls_contexts(os.environ)
     server = LinkServer(
@@ -19,6 +23,7 @@ async def serve_links(app: ASGIApp, load: Callable[[], LinkLoad] | None = None) 
         host=ray.util.get_node_ip_address(),
         ssl=tls.server if tls else None,
         load=load,
+        prefixes=prefixes,
     )
     await server.start()
     return server

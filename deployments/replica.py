@@ -47,7 +47,7 @@ class EngineReplica:
         self._death: asyncio.Task[DrainResult] | None = None
         self._calls = 0
         await engine.start()
-        self._server = await serve_links(self._answer, self._load)
+        self._server = await serve_links(self._answer, self._load, engine.prefixes)
         registry = Registry()
         registry.on_collect(lambda: engine.observe(registry))
         self._exporter = RayExporter(registry)

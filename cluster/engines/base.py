@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.asgi import ASGIApp
+from cluster.link import PrefixSource
 from cluster.metrics import Registry
 
 
@@ -36,6 +37,10 @@ class Engine(Protocol):
 
         It also serves its part of the OpenAPI document, at ``/openapi.json``.
         """
+
+    @property
+    def prefixes(self) -> PrefixSource | None:
+        """What it has in its prefix cache; None where it has none. Valid after ``start``."""
 
     async def start(self) -> None:
         """Load the model and return when it can answer.

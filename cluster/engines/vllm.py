@@ -25,6 +25,9 @@ from cluster.config import GeneratorConfig
 from cluster.engines import vllm_args
 from cluster.engines.base import EngineLoad
 from cluster.engines.leave import CancelAsLeave
+from cluster.engines.prefix_cache import PrefixTracker, byte_lengths_of
+from cluster.engines.vllm_events import KvEvents
+from cluster.engines.vllm_prompts import KeepBody, shown
 from cluster.engines.vllm_usage import CountUsage, counted
 from cluster.errors import ConfigError, EngineDeadError
 from cluster.metrics import Registry
@@ -81,7 +84,9 @@ class VllmEngine:
         self._asgi: ASGIApp
         self._scheduler_stats: Any = None
         self._sockets: Any = None
-        self._log_task: asyncio.Task[None] | None = None
+        self._events_endpoint: str | None = None
+        self._prefixes: PrefixTracker | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._keeper: threading.Thread | None = None
         self._stopping = threading.Event()
         self._environment = vllm_args.Environment()
@@ -93,6 +98,11 @@ class VllmEngine:
     def app(self) -> ASGIApp:
         """vLLM's application; valid between ``start`` and ``stop``."""
         return self._asgi
+
+    @property
+    def prefixes(self) -> PrefixTracker | None:
+        """What its KV blocks hold; None where prefix caching is off, or KV events go elsewhere."""
+        return self._prefixes
 
     async def start(self) -> None:
         """Start vLLM's processes, load the model, build the application.
@@ -107,13 +117,15 @@ class VllmEngine:
         self._keeper.start()
         try:
             self._llm, args = await ready
+            if self._events_endpoint is not None:
+                await self._follow_cache(self._events_endpoint)
             self._app = await _build_app(self._llm, args)
-            self._asgi = CountUsage(CancelAsLeave(self._app))
+            self._asgi = CountUsage(KeepBody(CancelAsLeave(self._app)))
             self._mark("application")
         except BaseException:
             await self.stop()
             raise
-        self._log_task = asyncio.create_task(self._log_stats(), name="vllm-stats")
+        self._tasks.append(asyncio.create_task(self._log_stats(), name="vllm-stats"))
         logger.info("vLLM is ready: %s", self.start_phases_s)
 
     async def check_health(self) -> None:
@@ -153,16 +165,29 @@ class VllmEngine:
     async def stop(self) -> None:
         """End vLLM's processes; those that do not end in time are killed."""
         self._stopping.set()
-        if self._log_task is not None:
-            self._log_task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._log_task
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._keeper is not None:
             await asyncio.to_thread(self._keeper.join)
         if self._sockets is not None:
             await asyncio.sleep(0)  # vLLM closes its sockets in the loop, and leaves their context
             self._sockets.destroy(linger=0)
         self._environment.restore()
+
+    async def _follow_cache(self, endpoint: str) -> None:
+        """Learn what the engine's KV blocks hold, from now on."""
+        tokenizer = self._llm.get_tokenizer()
+        lengths = await asyncio.to_thread(
+            byte_lengths_of,
+            tokenizer.get_vocab(),
+            (*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())),
+        )
+        block_size = self._llm.vllm_config.cache_config.block_size
+        self._prefixes = PrefixTracker(block_size, lengths)
+        self._llm.generate = shown(self._llm.generate, self._prefixes)
+        reading = KvEvents(self._prefixes, endpoint).run()
+        self._tasks.append(asyncio.create_task(reading, name="vllm-kv-events"))
 
     def _keep(
         self,
@@ -211,6 +236,8 @@ class VllmEngine:
         except (ValueError, OSError, TypeError, AssertionError, NotImplementedError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"generator {self._config.name!r}: vLLM refuses: {reason}") from error
+        if not vllm_config.cache_config.enable_prefix_caching:
+            self._events_endpoint = None
         self._mark("configuration")
         if self._stopping.is_set():
             raise EngineDeadError("the engine was stopped while it started")
@@ -252,6 +279,13 @@ class VllmEngine:
             self._config, on_cpu=on_cpu, in_ray=in_ray, native_bfloat16=computes_in_bfloat16()
         )
         vllm_args.fill_args(args, self._config, self._model_path, defaults)
+        if args.kv_events_config is None and args.enable_prefix_caching is not False:
+            from vllm.config import KVEventsConfig
+
+            self._events_endpoint = vllm_args.events_endpoint()
+            args.kv_events_config = KVEventsConfig(
+                enable_kv_cache_events=True, endpoint=self._events_endpoint
+            )
         return args
 
     def _stat_loggers(self) -> list[Any]:

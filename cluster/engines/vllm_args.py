@@ -5,9 +5,11 @@ Pure but for ``Environment``; does not import vllm.
 
 import difflib
 import os
+import tempfile
 from argparse import Namespace
 from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
+from uuid import uuid4
 
 from cluster.config import GeneratorConfig
 from cluster.engines.lifeline import PARENT_VARIABLE
@@ -136,6 +138,11 @@ def platform_defaults(
         return {}
     # In a Serve replica the workers go where its placement group reserved their GPUs.
     return {"distributed_executor_backend": "ray" if in_ray else "mp"}
+
+
+def events_endpoint() -> str:
+    """Where the engine's process says what it has in its KV cache: a socket of this user alone."""
+    return f"ipc://{tempfile.gettempdir()}/tandem-kv-{uuid4().hex}"
 
 
 def fill_args(

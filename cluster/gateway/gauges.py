@@ -25,6 +25,11 @@ def _collect(registry: Registry, pool: Pool) -> None:
     }
     for metric, level in levels.items():
         registry.gauge(metric, pool.name).value = float(level)
+    registry.gauge(table.PREFIX_ENTRIES, pool.name).value = float(pool.prefixes.num_entries)
+    said = pool.prefix_counts
+    changes = {"stored": said.stored, "removed": said.removed, "cleared": said.cleared}
+    for event, total in changes.items():
+        registry.counter(table.PREFIX_EVENTS, pool.name, event).value = float(total)
     states = Counter(replica.state for replica in pool.replicas)
     for state in ("linked", "unlinked", "fallback"):
         registry.gauge(table.REPLICAS, pool.name, state).value = float(states[state])

@@ -23,6 +23,7 @@ from cluster.link import (
     LinkLoad,
     LinkState,
     LinkUsage,
+    PrefixEvents,
     RequestHead,
     ResponseHead,
 )
@@ -168,6 +169,21 @@ class Place:
     placement: Placement
 
 
+@dataclass(slots=True)
+class PrefixCounts:
+    """What replicas said of their prefix caches."""
+
+    stored: int = 0
+    removed: int = 0
+    cleared: int = 0
+
+    def add(self, events: PrefixEvents) -> None:
+        """Count what one frame said."""
+        self.stored += len(events.stored)
+        self.removed += len(events.removed)
+        self.cleared += events.cleared
+
+
 class Pool:
     """The replicas of one deployment and the requests that wait for them."""
 
@@ -187,6 +203,7 @@ class Pool:
         """How many tokens a request takes."""
         self.prefixes = PrefixIndex()
         """What its replicas have in their KV caches."""
+        self.prefix_counts = PrefixCounts()
         self.fleet = Fleet()
         """What a choice among them is made by."""
         self._policy = make_policy(limits.routing, self.prefixes, random.getrandbits(16))
@@ -272,9 +289,20 @@ class Pool:
                 )
                 self._dispatch()
 
-        link.on_state, link.on_load = on_state, on_load
+        def on_prefixes(events: PrefixEvents) -> None:
+            if info.id in fleet:
+                self._take_prefixes(info.id, events)
+
+        link.on_state, link.on_load, link.on_prefixes = on_state, on_load, on_prefixes
         link.start()
         return replica
+
+    def _take_prefixes(self, replica_id: str, events: PrefixEvents) -> None:
+        if events.cleared:
+            self.prefixes.cleared(replica_id)
+        self.prefixes.removed(replica_id, events.removed)
+        self.prefixes.stored(replica_id, events.stored)
+        self.prefix_counts.add(events)
 
     async def admit(self, request: RequestView, timeout_s: float) -> Place:
         """A place at a replica, at once or after a wait; give it back with ``release``.

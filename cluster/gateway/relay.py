@@ -8,11 +8,12 @@ import json
 import logging
 
 from cluster.errors import LinkError, RequestError, UnavailableError
-from cluster.gateway.messages import Headers, Request, Response
+from cluster.gateway.messages import Headers, Request, Response, header
 from cluster.gateway.metering import CLIENT_LEFT, Watch
 from cluster.gateway.pool import Answer, Place, Pool
 from cluster.gateway.routes import OTHER
 from cluster.link import LinkUsage, RequestHead
+from cluster.routing import Fingerprint, fingerprint
 
 logger = logging.getLogger("ray.serve.tandem")
 
@@ -24,6 +25,7 @@ _LOST = "The replica was lost while it answered."
 _HOP_HEADERS = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"te", b"upgrade"})
 _CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
 _TENANT = b"x-tandem-tenant"
+_SESSION = b"x-session-id"
 _NOT_FORWARDED = _HOP_HEADERS | _CREDENTIALS | {b"host", b"x-request-id", b"expect", _TENANT}
 _NOT_RETURNED = _HOP_HEADERS | {b"server", b"date", b"x-request-id"}
 
@@ -56,12 +58,14 @@ async def _relay(request: Request, pool: Pool, timeout_s: float | None, watch: W
     head = _request_head(request)
     loop = asyncio.get_running_loop()
     deadline = loop.time() + (pool.queue_timeout_s if timeout_s is None else timeout_s)
+    text = fingerprint(request.path, request.body)
+    session = header(request.headers, _SESSION)
     for _ in range(MAX_ATTEMPTS):
-        view = pool.estimate.view(len(request.body))
+        view = pool.estimate.view(len(request.body), text, session)
         place = await pool.admit(view, max(0.0, deadline - loop.time()))
         replica = place.replica
         watch.placed()
-        body = RelayedBody(pool, place, request.id, watch)
+        body = RelayedBody(pool, place, request.id, watch, text)
         try:
             return await body.begin(head, request.body)
         except (LinkError, UnavailableError) as error:
@@ -75,13 +79,16 @@ async def _relay(request: Request, pool: Pool, timeout_s: float | None, watch: W
 class RelayedBody:
     """A replica's answer on its way out; frees the replica's place when it ends in whatever way."""
 
-    def __init__(self, pool: Pool, place: Place, request_id: str, watch: Watch) -> None:
+    def __init__(
+        self, pool: Pool, place: Place, request_id: str, watch: Watch, text: Fingerprint
+    ) -> None:
         self._pool = pool
         self._place = place
         self._num_bytes = 0
         self._is_first = True
         self._request_id = request_id
         self._watch = watch
+        self._text = text
         self._answer: Answer | None = None
         self._is_event_stream = False
         self._ended = False
@@ -155,7 +162,7 @@ class RelayedBody:
         assert self._answer is not None
         usage = self._answer.usage
         if usage is not None:
-            self._pool.estimate.learn(self._num_bytes, usage)
+            self._pool.estimate.learn(self._num_bytes, usage, self._text)
         self._free(usage)
         self._watch.end(usage)
 

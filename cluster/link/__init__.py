@@ -6,6 +6,7 @@ from cluster.link.exchange import TOKEN_IDS
 from cluster.link.frames import LinkLoad, LinkUsage, RequestHead, ResponseHead
 from cluster.link.handshake import TlsContexts, tls_contexts
 from cluster.link.local import answer_locally
+from cluster.link.prefixes import PrefixEvents, PrefixSource
 from cluster.link.server import DrainResult, LinkServer
 from cluster.link.stream import Chunk, Stream
 
@@ -20,6 +21,8 @@ __all__ = [
     "LinkServer",
     "LinkState",
     "LinkUsage",
+    "PrefixEvents",
+    "PrefixSource",
     "RequestHead",
     "ResponseHead",
     "Stream",

@@ -14,7 +14,8 @@ from typing import TypeVar
 from cluster.errors import LinkAuthError, LinkClosedError, LinkError, LinkProtocolError
 from cluster.link.client_connection import ClientConnection
 from cluster.link.connection import LinkCounts, LinkOptions
-from cluster.link.frames import LinkLoad, RequestHead
+from cluster.link.frames import PREFIXES, LinkLoad, RequestHead
+from cluster.link.prefixes import PrefixEvents
 from cluster.link.stream import Stream
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ class LinkClient:
     """A link to the replica at one address.
 
     ``on_state`` and ``on_load`` may be set to functions that are called, on the event loop, after
-    ``state`` (or ``failures``) or ``load`` changed.
+    ``state`` (or ``failures``) or ``load`` changed; ``on_prefixes``, before ``start``, to one that
+    is told what the replica says of its prefix cache. Each connection begins with all that it has.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class LinkClient:
         """What passed; several links may share them."""
         self.on_state: Callable[[LinkState], None] | None = None
         self.on_load: Callable[[LinkLoad], None] | None = None
+        self.on_prefixes: Callable[[PrefixEvents], None] | None = None
         self._secret = secret
         self._ssl = ssl
         self._options = options or LinkOptions()
@@ -139,6 +142,8 @@ class LinkClient:
     def on_connected(self, connection: ClientConnection) -> None:
         """The replica has proved itself."""
         self._connection = connection
+        if self.on_prefixes is not None:
+            connection.write(0, PREFIXES)
         self.last_error = None
         self.failures = 0
         self._set_state(LinkState.CONNECTED)
@@ -148,6 +153,10 @@ class LinkClient:
         """The replica said what it has to do."""
         self.load = load
         self._tell(self.on_load, load)
+
+    def on_told(self, events: PrefixEvents) -> None:
+        """The replica said what changed in its prefix cache."""
+        self._tell(self.on_prefixes, events)
 
     def on_silent(self, silent: bool) -> None:
         """The replica has fallen silent, or is heard again."""

@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from cluster.errors import LinkClosedError, LinkError, request_error_for
+from cluster.errors import LinkClosedError, LinkError, LinkProtocolError, request_error_for
 from cluster.link.connection import Connection, LinkCounts, LinkOptions
 from cluster.link.frames import (
     BODY,
@@ -17,6 +17,7 @@ from cluster.link.frames import (
     ERROR,
     GOAWAY,
     LOAD,
+    PREFIXES,
     REFUSED,
     REQUEST,
     RESPONSE,
@@ -31,6 +32,7 @@ from cluster.link.frames import (
     encode_head,
 )
 from cluster.link.handshake import Handshake
+from cluster.link.prefixes import PrefixEvents, decode_prefixes
 from cluster.link.stream import Stream
 
 _MAX_STREAM_ID = 2**32 - 1
@@ -46,6 +48,9 @@ class Owner(Protocol):
 
     def on_loaded(self, load: LinkLoad) -> None:
         """The replica said what it has to do."""
+
+    def on_told(self, events: PrefixEvents) -> None:
+        """The replica said what changed in its prefix cache."""
 
     def on_goaway(self) -> None:
         """The replica drains."""
@@ -68,6 +73,7 @@ class ClientConnection(Connection):
         self._ready: asyncio.Future[None] = self.loop.create_future()
         self._owner = owner
         self._last_id = 0
+        self._num_prefixes = 0
 
     async def wait_ready(self) -> None:
         """Return once the peer has proved itself, or ``error`` says why it did not."""
@@ -126,6 +132,8 @@ class ClientConnection(Connection):
     def _on_frame(self, stream_id: int, kind: int, flags: int, payload: bytes) -> None:
         if kind == LOAD:
             self._owner.on_loaded(decode_head(payload, LinkLoad))
+        elif kind == PREFIXES:
+            self._on_prefixes(payload)
         elif kind == GOAWAY:
             self._owner.on_goaway()
         elif kind not in (RESPONSE, WINDOW, ERROR, USAGE):
@@ -140,6 +148,13 @@ class ClientConnection(Connection):
             stream.usage = decode_head(payload, LinkUsage)
         else:
             stream.fail(_stream_error(flags, payload))
+
+    def _on_prefixes(self, payload: bytes) -> None:
+        number, events = decode_prefixes(payload)
+        if number != self._num_prefixes or (number == 0 and not events.cleared):
+            raise LinkProtocolError(f"PREFIXES {number} instead of {self._num_prefixes}")
+        self._num_prefixes += 1
+        self._owner.on_told(events)
 
     def _forget(self, stream_id: int) -> None:
         self.streams.pop(stream_id, None)

@@ -9,6 +9,10 @@ HELLO      0    magic "TNDM" | version u16 | receive window u32 | nonce, 32 byte
 AUTH       0    HMAC-SHA256 over both hellos, 32 bytes (see ``handshake``)
 PING PONG  0    nothing; a PING is answered by a PONG at once
 LOAD       0    replica to router, unasked: ``LinkLoad``
+PREFIXES   0    router to replica, once: nothing; asks for what the engine's prefix cache holds.
+                Replica to router, from then on: number u64, from 0 | stored u32, a count |
+                cleared u8, 0 or 1 | hashes u64, the stored ones, then the removed (see
+                ``prefixes``); the first one says ``cleared``, and all there is begins with it
 GOAWAY     0    replica to router: opens no further stream; the open ones go on
 REQUEST    id   router to replica: ``RequestHead``; END: there is no body
 BODY       id   router to replica: a piece of the request's body; END: the last one
@@ -49,7 +53,8 @@ CANCEL: Final = 11
 WINDOW: Final = 12
 ERROR: Final = 13
 USAGE: Final = 14
-_LAST_KIND: Final = 14
+PREFIXES: Final = 15
+_LAST_KIND: Final = 15
 
 END: Final = 1
 TOKENS: Final = 2

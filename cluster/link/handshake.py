@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 from cluster.errors import ConfigError, LinkAuthError, LinkProtocolError
 from cluster.link.frames import AUTH, ERROR, HELLO, encode_frame, encode_head
 
-VERSION = 1
+VERSION = 2
 PRE_AUTH_BYTES = 512
 """A peer may send this much in all before it has proved itself (it needs 94)."""
 

@@ -6,7 +6,7 @@ application it serves, nor who asks.
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from ssl import SSLContext
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from cluster.link.frames import (
     ERROR,
     GOAWAY,
     LOAD,
+    PREFIXES,
     REFUSED,
     REQUEST,
     WINDOW,
@@ -33,10 +34,13 @@ from cluster.link.frames import (
     encode_head,
 )
 from cluster.link.handshake import Handshake
+from cluster.link.prefixes import PrefixEvents, PrefixSource, encode_prefixes, pieces_of
 
 logger = logging.getLogger(__name__)
 
 _CLOSE_TIMEOUT_S = 1.0
+PREFIXES_INTERVAL_S = 0.02
+"""Changes of the prefix cache are told together at most this late."""
 
 
 class DrainResult(NamedTuple):
@@ -49,7 +53,8 @@ class DrainResult(NamedTuple):
 class LinkServer:
     """Serves ``app`` to every router that knows the secret.
 
-    ``load`` is asked for what the engine has to do; it must not block.
+    ``load`` is asked for what the engine has to do; it must not block. ``prefixes`` knows the
+    engine's prefix cache, where it has one, and is used by this server alone.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class LinkServer:
         port: int = 0,
         ssl: SSLContext | None = None,
         load: Callable[[], LinkLoad] | None = None,
+        prefixes: PrefixSource | None = None,
         options: LinkOptions | None = None,
     ) -> None:
         self.app = app
@@ -71,6 +77,8 @@ class LinkServer:
         """Of all connections."""
         self._secret = secret
         self._load = load
+        self._prefixes = prefixes
+        self._telling: asyncio.TimerHandle | None = None
         self._ssl = ssl
         self._options = options or LinkOptions()
         self._server: asyncio.Server | None = None
@@ -88,6 +96,9 @@ class LinkServer:
             backlog=1024,
         )
         self.address = self._server.sockets[0].getsockname()[:2]
+        if self._prefixes is not None:
+            self._prefixes.take()  # nobody was there to be told; news begin now
+            self._prefixes.on_news = self._tell_later
         return self.address
 
     @property
@@ -108,6 +119,10 @@ class LinkServer:
         self.draining = True
         if self._server is not None:
             self._server.close()
+        if self._prefixes is not None:
+            self._prefixes.on_news = None
+        if self._telling is not None:
+            self._telling.cancel()
         for connection in self._connections:
             connection.write(0, GOAWAY)
         tasks, left = set(self._tasks), set[asyncio.Task[None]]()
@@ -137,6 +152,25 @@ class LinkServer:
         task.add_done_callback(self._tasks.discard)
         return task
 
+    def prefixes_now(self) -> PrefixEvents | None:
+        """All that the engine has cached; None where it caches no prefixes."""
+        if self._prefixes is None:
+            return None
+        return PrefixEvents(stored=self._prefixes.snapshot(), cleared=True)
+
+    def _tell_later(self) -> None:
+        if self._telling is None:
+            loop = asyncio.get_running_loop()
+            self._telling = loop.call_later(PREFIXES_INTERVAL_S, self._tell_prefixes)
+
+    def _tell_prefixes(self) -> None:
+        self._telling = None
+        events = self._prefixes.take() if self._prefixes is not None else None
+        if events is not None:
+            pieces = list(pieces_of(events))
+            for connection in self._connections:
+                connection.tell(pieces)
+
     async def _answer(self, exchange: Exchange, scope: Scope) -> None:
         await self.app(scope, exchange.receive, exchange.send)
 
@@ -162,6 +196,9 @@ class _ServerConnection(Connection):
         self._client = ("", 0)
         self._load: LinkLoad | None = None
         self._load_said = 0.0
+        self._num_prefixes = 0
+        self._wants_prefixes = False
+        self._must_tell_all = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._connections.add(self)
@@ -177,10 +214,29 @@ class _ServerConnection(Connection):
             self.write(0, GOAWAY)
         self._say_load()
 
+    def tell(self, pieces: Iterable[PrefixEvents]) -> None:
+        """Say what changed in the prefix cache; a router that is behind gets all of it later."""
+        if not self._wants_prefixes:
+            return
+        if not self.writable:
+            self._must_tell_all = True
+        elif not self._must_tell_all:
+            for piece in pieces:
+                self.write(0, PREFIXES, 0, encode_prefixes(self._num_prefixes, piece))
+                self._num_prefixes += 1
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.writable and self._must_tell_all:
+            self._tell_all()
+
     def on_frames(self, frames: list[Frame]) -> None:
         for stream_id, kind, flags, payload in frames:
             if kind == REQUEST:
                 self._on_request(stream_id, flags, payload)
+            elif kind == PREFIXES and not self._wants_prefixes:
+                self._wants_prefixes = True
+                self._tell_all()
             elif kind not in (WINDOW, BODY, CANCEL):
                 self.answer(kind)
             elif (exchange := self._exchanges.get(stream_id)) is None:
@@ -225,6 +281,11 @@ class _ServerConnection(Connection):
     def _settle(self, exchange: Exchange, task: asyncio.Task[None]) -> None:
         del self._exchanges[exchange.stream_id]
         exchange.settle(task)
+
+    def _tell_all(self) -> None:
+        if (events := self._server.prefixes_now()) is not None:
+            self._must_tell_all = False
+            self.tell(pieces_of(events))
 
     def _say_load(self) -> None:
         """Write LOAD if it is news; between two flushes this is free of system calls."""

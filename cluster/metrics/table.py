@@ -80,6 +80,16 @@ KV_CACHE = Metric(
     "tandem_kv_cache_usage_ratio", "gauge", "KV blocks in use, mean of the replicas.", _MODEL
 )
 
+PREFIX_ENTRIES = Metric(
+    "tandem_prefix_index_entries", "gauge", "Prefixes of prompts that some replica holds.", _MODEL
+)
+PREFIX_EVENTS = Metric(
+    "tandem_prefix_events_total",
+    "counter",
+    "Prefixes that replicas stored or removed, and how often one began anew.",
+    ("model", "event"),
+)
+
 # -- links, at the router's end --------------------------------------------------------------------
 
 LINK_FRAMES = Metric(

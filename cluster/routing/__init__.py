@@ -5,6 +5,7 @@ them. No Ray, no clock, no I/O.
 """
 
 from cluster.routing.estimate import TokenEstimate
+from cluster.routing.fingerprint import Fingerprint, fingerprint
 from cluster.routing.fleet import Fleet
 from cluster.routing.make import make_policy
 from cluster.routing.placement import Placement
@@ -14,6 +15,7 @@ from cluster.routing.request import RequestView, Usage
 from cluster.routing.slots import Reach
 
 __all__ = [
+    "Fingerprint",
     "Fleet",
     "Placement",
     "Policy",
@@ -22,5 +24,6 @@ __all__ = [
     "RequestView",
     "TokenEstimate",
     "Usage",
+    "fingerprint",
     "make_policy",
 ]

@@ -1,9 +1,10 @@
 """How many tokens a request will take, before anybody has counted them."""
 
+from cluster.routing.fingerprint import EMPTY, TOKEN_ID_BYTES, Fingerprint
 from cluster.routing.request import RequestView, Usage
 
 TOKENS_PER_BYTE = 0.25
-"""Of a request's body, before anything was measured; English text has about this."""
+"""Of a prompt's text, before anything was measured; English has about this."""
 PRIOR_BYTES = 4096.0
 COMPLETION_TOKENS = 128.0
 """Of a generator, before anything was measured."""
@@ -24,15 +25,34 @@ class TokenEstimate:
 
     @property
     def tokens_per_byte(self) -> float:
-        """Prompt tokens for each byte of a body."""
+        """Prompt tokens for each byte of a prompt's text, or of a body that was not read."""
         return self._tokens / self._bytes
 
-    def view(self, body_bytes: int) -> RequestView:
-        """What is known of a request of which nothing was read but its length."""
-        return RequestView(body_bytes * self.tokens_per_byte, self._completion)
+    def view(
+        self, body_bytes: int, text: Fingerprint = EMPTY, session: str | None = None
+    ) -> RequestView:
+        """What is known of a request.
 
-    def learn(self, body_bytes: int, usage: Usage) -> None:
-        """Take in what a request with such a body took."""
-        self._tokens = self._tokens * MEMORY + max(0, usage.prompt_tokens)
-        self._bytes = self._bytes * MEMORY + body_bytes
+        Args:
+            body_bytes: The length of its body.
+            text: What was read of it.
+            session: What it says beside its body of what it belongs to.
+        """
+        ratio = 1 / TOKEN_ID_BYTES if text.is_tokens else self.tokens_per_byte
+        completion = self._completion
+        if text.max_tokens is not None:
+            completion = max(0.0, min(completion, float(text.max_tokens)))
+        return RequestView(
+            prompt_tokens=(text.total_bytes or body_bytes) * ratio,
+            completion_tokens=completion,
+            prefix=text.hashes,
+            prefix_tokens=tuple([end * ratio for end in text.ends]),
+            session=text.session if session is None else session,
+        )
+
+    def learn(self, body_bytes: int, usage: Usage, text: Fingerprint = EMPTY) -> None:
+        """Take in what a request took."""
+        if not text.is_tokens:
+            self._tokens = self._tokens * MEMORY + max(0, usage.prompt_tokens)
+            self._bytes = self._bytes * MEMORY + (text.total_bytes or body_bytes)
         self._completion += (1.0 - MEMORY) * (max(0, usage.completion_tokens) - self._completion)

@@ -18,6 +18,7 @@ with atheris.instrument_imports(include=["cluster.link"]):
     from cluster.link import LinkClient, LinkServer, RequestHead
     from cluster.link import frames as f
     from cluster.link.handshake import Handshake, Role
+    from cluster.link.prefixes import PrefixEvents, encode_prefixes
 
 from cluster.asgi import Receive, Scope, Send
 from cluster.errors import LinkError, RequestError
@@ -31,6 +32,8 @@ HEADS = (
     f.encode_head((503, "gone")),
     f.encode_credit(1000),
     f.encode_tokens([1, 2, 3]) + b"abc",
+    encode_prefixes(0, PrefixEvents(stored=[1, 2**64 - 1], cleared=True)),
+    encode_prefixes(1, PrefixEvents(stored=[3], removed=[1, 2])),
 )
 
 
@@ -74,7 +77,7 @@ def hostile_bytes(data: atheris.FuzzedDataProvider) -> bytes:
     if data.ConsumeIntInRange(0, 9) == 0:
         return data.ConsumeBytes(data.ConsumeIntInRange(0, 40))
     stream_id = data.ConsumeIntInRange(0, 3)
-    kind, flags = data.ConsumeIntInRange(0, 15), data.ConsumeIntInRange(0, 7)
+    kind, flags = data.ConsumeIntInRange(0, 16), data.ConsumeIntInRange(0, 7)
     if data.ConsumeBool():
         payload = data.PickValueInList(list(HEADS))
     else:
@@ -128,7 +131,9 @@ async def attack_router(data: atheris.FuzzedDataProvider) -> None:
     client = LinkClient("127.0.0.1", 1, SECRET)
     from cluster.link.client_connection import ClientConnection
 
+    told: list[PrefixEvents] = []
     connection = ClientConnection(client, SECRET, client._options, client.counts)
+    client.on_prefixes = told.append
     streams: list[Any] = []
     client.on_state = lambda _: (
         streams
@@ -143,6 +148,7 @@ async def attack_router(data: atheris.FuzzedDataProvider) -> None:
                     pass
         assert stream.ended
     assert not connection.streams
+    assert all(0 <= prefix < 2**64 for e in told for prefix in (*e.stored, *e.removed))
     if client._pumps:
         await asyncio.wait(client._pumps, timeout=5)
 

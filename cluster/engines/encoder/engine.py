@@ -73,6 +73,11 @@ class EncoderEngine:
         """What the classified texts looked like, for metrics; None where nothing is classified."""
         return self._insight.drift() if self._insight else None
 
+    @property
+    def prefixes(self) -> None:
+        """Nothing: whole results are kept, not prefixes."""
+        return None
+
     def observe(self, registry: Registry) -> None:
         """Write the counters into the registry."""
         write_counts(registry, self._config.name, self.counts())

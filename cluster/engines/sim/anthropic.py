@@ -32,7 +32,7 @@ async def messages(host: Host, exchange: Exchange) -> None:
         limit = fit(host, prompt, body.max_tokens, "max_completion_tokens")
     except Refusal as refusal:
         raise _restyled(refusal) from None
-    generation = host.submit([prompt], [limit], body.stop_sequences or [], exchange.usage)
+    generation = host.submit([prompt], [limit], body.stop_sequences or [], exchange)
     try:
         if body.stream:
             await _stream(host, exchange, generation)

@@ -5,7 +5,7 @@ cached, used by some requests) or private (of one request). Knows nothing of req
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 def block_hashes(tokens: Sequence[int], block_size: int) -> list[int]:
@@ -19,10 +19,13 @@ def block_hashes(tokens: Sequence[int], block_size: int) -> list[int]:
 
 
 class BlockPool:
-    """``num_blocks`` KV blocks."""
+    """``num_blocks`` KV blocks; ``on_evicted`` is called with each that is cached no more."""
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(
+        self, num_blocks: int, on_evicted: Callable[[list[int]], object] | None = None
+    ) -> None:
         self.num_blocks = num_blocks
+        self._on_evicted = on_evicted
         self._private = 0
         self._shared: dict[int, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
@@ -83,5 +86,8 @@ class BlockPool:
 
     def _take_private(self, count: int) -> None:
         self._private += count
+        evicted = []
         while self.used + len(self._idle) > self.num_blocks:
-            self._idle.popitem(last=False)
+            evicted.append(self._idle.popitem(last=False)[0])
+        if evicted and self._on_evicted is not None:
+            self._on_evicted(evicted)

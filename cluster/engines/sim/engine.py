@@ -12,14 +12,18 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from cluster.asgi import ASGIApp, Usage
+from cluster.asgi import ASGIApp
 from cluster.config import GeneratorConfig
 from cluster.engines.base import EngineLoad
+from cluster.engines.prefix_cache import PrefixTracker
+from cluster.engines.sim import tokenizer
 from cluster.engines.sim.app import SimApp
 from cluster.engines.sim.generation import DEAD, Generation, GenerationError
+from cluster.engines.sim.http import Exchange
 from cluster.engines.sim.scheduler import Scheduler
 from cluster.errors import ConfigError, EngineDeadError
 from cluster.metrics import Registry
+from cluster.routing import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +38,8 @@ class SimEngine:
     def __init__(self, config: GeneratorConfig) -> None:
         self.config = config
         self.max_model_len = DEFAULT_MODEL_LEN
-        self._scheduler = Scheduler(config.sim, time.monotonic)
+        self._prefixes = PrefixTracker(config.sim.block_size_tokens, tokenizer.byte_lengths)
+        self._scheduler = Scheduler(config.sim, time.monotonic, self._prefixes)
         self._generations: set[Generation] = set()
         self._num_hung = 0
         self._num_accepted = 0
@@ -48,6 +53,11 @@ class SimEngine:
     def app(self) -> ASGIApp:
         """The ASGI application."""
         return self._app
+
+    @property
+    def prefixes(self) -> PrefixTracker:
+        """What its KV blocks hold."""
+        return self._prefixes
 
     def observe(self, registry: Registry) -> None:
         """Nothing: a router sees all that this engine would count."""
@@ -87,9 +97,9 @@ class SimEngine:
         prompts: Sequence[list[int]],
         max_tokens: Sequence[int],
         stop: Sequence[str],
-        usage: Usage,
+        exchange: Exchange,
     ) -> Generation:
-        """Accept one HTTP request's prompts; pair it with ``discard``. ``usage`` is kept true.
+        """Accept one HTTP request's prompts; pair it with ``discard``. Its usage is kept true.
 
         Raises:
             GenerationError: the engine is dead.
@@ -99,7 +109,9 @@ class SimEngine:
         sim = self.config.sim
         self._num_accepted += 1
         fails = sim.fail_rate > 0 and self._random.random() < sim.fail_rate
-        generation = Generation(prompts, max_tokens, stop, usage=usage, seed=sim.seed, fails=fails)
+        generation = Generation(
+            prompts, max_tokens, stop, usage=exchange.usage, seed=sim.seed, fails=fails
+        )
         self._generations.add(generation)
         if sim.hang_after_requests is not None and self._num_accepted > sim.hang_after_requests:
             generation.hangs = True
@@ -107,6 +119,7 @@ class SimEngine:
             return generation
         for sequence in generation.sequences:
             self._scheduler.add(sequence.request)
+        self._prefixes.asked(fingerprint(exchange.path, exchange.body), prompts[0])
         self._work.set()
         if sim.die_after_requests is not None and self._num_accepted >= sim.die_after_requests:
             self._die()

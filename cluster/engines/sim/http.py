@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from cluster.asgi import Receive, Scope, Send, Usage, usage_of
+from cluster.asgi import Receive, Scope, Send, usage_of
 from cluster.config import GeneratorConfig
 from cluster.engines.sim.generation import Generation
 from cluster.engines.sim.wire import dumps, random_id
@@ -20,9 +20,9 @@ class Host(Protocol):
         prompts: Sequence[list[int]],
         max_tokens: Sequence[int],
         stop: Sequence[str],
-        usage: Usage,
+        exchange: "Exchange",
     ) -> Generation:
-        """Accept the prompts of one request, whose tokens are counted in ``usage``."""
+        """Accept the prompts of one request, whose tokens are counted in its ``usage``."""
 
     def discard(self, generation: Generation) -> None:
         """Forget them."""

@@ -42,7 +42,7 @@ async def chat(host: Host, exchange: Exchange) -> None:
         limit = fit(host, prompt, body.max_completion_tokens, "max_completion_tokens")
     check_sampling(body)
     id_, created = exchange.new_id("chatcmpl-"), int(time.time())
-    generation = host.submit([prompt], [limit], body.stops(), exchange.usage)
+    generation = host.submit([prompt], [limit], body.stops(), exchange)
     try:
         if body.stream:
             await stream(exchange, generation, _writer(ChatChunks, host, body, id_, created))
@@ -69,7 +69,7 @@ async def completions(host: Host, exchange: Exchange) -> None:
     if body.echo:
         raise Refusal("The simulated engine does not echo prompts", "echo")
     id_, created = exchange.new_id("cmpl-"), int(time.time())
-    generation = host.submit(prompts, limits, body.stops(), exchange.usage)
+    generation = host.submit(prompts, limits, body.stops(), exchange)
     try:
         if body.stream:
             await stream(exchange, generation, _writer(CompletionChunks, host, body, id_, created))

@@ -24,7 +24,7 @@ async def create(host: Host, exchange: Exchange) -> None:
     limit = fit(host, prompt, body.max_output_tokens)
     base = _response(host, exchange, body, limit)
     item_id = f"msg_{wire.random_id()}"
-    generation = host.submit([prompt], [limit], [], exchange.usage)
+    generation = host.submit([prompt], [limit], [], exchange)
     try:
         if body.stream:
             await _stream(exchange, generation, base, item_id)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from cluster.config import SimConfig
 from cluster.engines.base import EngineLoad
+from cluster.engines.prefix_cache import PrefixTracker
 from cluster.engines.sim.blocks import BlockPool, block_hashes
 
 MAX_STEP_TOKENS = 2048
@@ -63,11 +64,21 @@ class Step:
 
 
 class Scheduler:
-    """First come, first served; decoding goes before prefill; the latest is preempted first."""
+    """First come, first served; decoding goes before prefill; the latest is preempted first.
 
-    def __init__(self, config: SimConfig, clock: Callable[[], float]) -> None:
+    ``prefixes`` is told of each block that is cached or evicted.
+    """
+
+    def __init__(
+        self,
+        config: SimConfig,
+        clock: Callable[[], float],
+        prefixes: PrefixTracker | None = None,
+    ) -> None:
         self.config = config
-        self.blocks = BlockPool(config.num_kv_blocks)
+        on_evicted = prefixes.removed if prefixes is not None else None
+        self.blocks = BlockPool(config.num_kv_blocks, on_evicted)
+        self._prefixes = prefixes
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._clock = clock
@@ -211,6 +222,11 @@ class Scheduler:
     def _share(self, request: Request, hashes: list[int]) -> None:
         fresh = hashes[len(request._held) :]
         turned = self.blocks.share(fresh)
+        if turned and self._prefixes is not None:
+            parent = request._held[-1] if request._held else None
+            start = len(request._held) * self.config.block_size_tokens
+            tokens = request.tokens[start : start + turned * self.config.block_size_tokens]
+            self._prefixes.stored(fresh[:turned], parent, tokens)
         request._held += fresh[:turned]
         request._num_private -= turned
 

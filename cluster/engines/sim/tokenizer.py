@@ -11,6 +11,9 @@ import sys
 import zlib
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 END_OF_TEXT = 0
 MESSAGE_START = 0x81
 MESSAGE_END = 0x82
@@ -23,6 +26,7 @@ _PIECE_BYTES = re.compile(rb" \S{0,3}|\S{1,4}|\s")
 # The words that the engine writes: " bak", " bal", ... each of them is one token.
 _WORDS = [f" {a}{b}{c}" for a in "bdfghjklmnprstvw" for b in "aeiou" for c in "klmnprst"]
 WORD_IDS = [int.from_bytes(word.encode()) for word in _WORDS]
+_FIRST_OF_LENGTH = np.array([1, 1 << 8, 1 << 16, 1 << 24], np.uint32)
 _ID_BYTES = [word.to_bytes(8) for word in WORD_IDS]
 
 
@@ -52,6 +56,16 @@ def piece_of(token_id: int) -> str:
         return chr(token_id >> 8)
     piece = token_id.to_bytes((token_id.bit_length() + 7) // 8)
     return piece.decode("ascii") if len(piece) <= 4 and piece.isascii() else ""
+
+
+def byte_lengths(ids: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """How many bytes of UTF-8 text each id is."""
+    lengths = np.searchsorted(_FIRST_OF_LENGTH, ids, side="right")
+    odd = np.flatnonzero(ids & 0x80)  # the lowest byte is no ASCII: not a piece
+    codes = ids[odd] >> 8
+    of_character = 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF)
+    lengths[odd] = np.where(ids[odd] & 0xFF == _CODE_POINT, of_character, 0)
+    return lengths
 
 
 def encode_chat(messages: Sequence[tuple[str, str]], add_generation_prompt: bool) -> list[int]:

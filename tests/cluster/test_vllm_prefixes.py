@@ -1,0 +1,94 @@
+"""What routers are told of a real vLLM's KV blocks is what its prefix cache gives."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from cluster.config import GeneratorConfig
+from cluster.engines.base import Engine
+from cluster.engines.factory import make_generator_engine
+from cluster.link import LinkClient, LinkServer, PrefixEvents, RequestHead
+from cluster.routing.fingerprint import ENDS, Fingerprint, fingerprint
+from tests import asgi
+
+CHAT = "/v1/chat/completions"
+SYSTEM = "You are a careful assistant who answers in one short sentence. " * 12
+
+pytestmark = [
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.timeout(900),
+    pytest.mark.filterwarnings("default"),  # vLLM's imports warn
+]
+
+
+def config(**fields: Any) -> GeneratorConfig:
+    given = {"name": "m", "model": "smollm2-135m-instruct", "max_model_len": 1024, **fields}
+    return GeneratorConfig.model_validate(given)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine() -> AsyncIterator[Engine]:
+    # 48 MiB hold some 1000 tokens, so that a few prompts push each other out
+    made = make_generator_engine(config(kv_cache_memory_bytes=48 * 1024**2))
+    await made.start()
+    yield made
+    await made.stop()
+
+
+def body(system: str, user: str) -> dict[str, Any]:
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    return {"model": "m", "messages": messages, "max_tokens": 2, "temperature": 0}
+
+
+def text_of(asked: dict[str, Any]) -> Fingerprint:
+    return fingerprint(CHAT, json.dumps(asked).encode())
+
+
+async def test_a_router_hears_what_is_cached_and_what_was_evicted(engine: Engine) -> None:
+    held: set[int] = set()
+
+    def take(events: PrefixEvents) -> None:
+        if events.cleared:
+            held.clear()
+        held.difference_update(events.removed)
+        held.update(events.stored)
+
+    server = LinkServer(engine.app, b"secret", prefixes=engine.prefixes)
+    link = LinkClient(*await server.start(), b"secret")
+    link.on_prefixes = take
+    try:
+        await link.connect()
+        first = body(SYSTEM, "What is a link?")
+        assert (await asgi.post(engine.app, CHAT, first)).status == 200
+        hashes = text_of(first).hashes
+        async with asyncio.timeout(10):
+            while not set(hashes) <= held:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+        # Another question is found to share the system prompt, as far as the blocks reach.
+        again = body(SYSTEM, "And what is a frame, please?")
+        text = text_of(again)
+        shared = sum(a == b for a, b in zip(hashes, text.hashes, strict=False))
+        assert shared >= 5
+        head = RequestHead(method="POST", path=CHAT)
+        async with link.open(head, json.dumps(again).encode()) as stream:
+            while await stream.read():
+                pass
+        assert stream.usage is not None
+        believed = ENDS[shared - 1] * stream.usage.prompt_tokens / text.total_bytes
+        assert stream.usage.cached_tokens == pytest.approx(believed, abs=64)
+
+        for number in range(40):  # until the first prompt is evicted
+            await asgi.post(engine.app, CHAT, body(f"{number} " + SYSTEM[::-1], "Hi"))
+            if not set(hashes) & held:
+                break
+        async with asyncio.timeout(10):
+            while set(hashes) & held:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+    finally:
+        await link.close()
+        await server.stop()

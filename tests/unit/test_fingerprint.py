@@ -1,0 +1,150 @@
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.routing.fingerprint import (
+    EMPTY,
+    ENDS,
+    MAX_BODY_BYTES,
+    PATHS,
+    Fingerprint,
+    fingerprint,
+)
+
+CHAT = "/v1/chat/completions"
+SYSTEM = "You answer in one short sentence. " * 40
+
+
+def of(path: str = CHAT, **body: Any) -> Fingerprint:
+    return fingerprint(path, json.dumps({"model": "m", **body}).encode())
+
+
+def turn(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def num_shared(one: Fingerprint, other: Fingerprint) -> int:
+    pairs = zip(one.hashes, other.hashes, strict=False)
+    return sum(a == b for a, b in pairs)
+
+
+@given(st.text(max_size=3000), st.text(max_size=1000), st.text(max_size=1000))
+def test_a_common_beginning_has_common_hashes_and_nothing_else(
+    start: str, one: str, other: str
+) -> None:
+    a, b = (of("/v1/completions", prompt=start + end) for end in (one, other))
+    data = [(start + end).encode() for end in (one, other)]
+    for number, end in enumerate(a.ends[: len(b.ends)]):
+        assert (a.hashes[number] == b.hashes[number]) == (data[0][:end] == data[1][:end])
+    assert a.total_bytes == len(data[0])
+    assert a.ends == tuple(end for end in ENDS if end <= len(data[0]))
+
+
+def test_a_conversation_goes_on_with_the_same_hashes() -> None:
+    first = [turn("system", SYSTEM), turn("user", "What is a link? " * 30)]
+    more = [*first, turn("assistant", "A connection."), turn("user", "And a frame?")]
+    one, other = of(messages=first), of(messages=more)
+    assert len(one.hashes) > 10
+    assert num_shared(one, other) == len(one.hashes)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "adapter"},
+        {"cache_salt": "tenant"},
+        {"messages": [turn("system", "X" + SYSTEM), turn("user", "Hi")]},
+        {"messages": [turn("user", SYSTEM), turn("user", "Hi")]},
+    ],
+)
+def test_what_changes_the_prompts_beginning_changes_every_hash(change: dict[str, Any]) -> None:
+    asked: dict[str, Any] = {"messages": [turn("system", SYSTEM), turn("user", "Hi")]}
+    assert of(**asked).hashes
+    assert num_shared(of(**asked), of(**asked | change)) == 0
+
+
+def test_tools_stand_behind_the_system_prompt_and_before_the_turns() -> None:
+    messages = [turn("system", SYSTEM), turn("user", SYSTEM)]
+    without = of(messages=messages)
+    tools = of(messages=messages, tools=[{"type": "function", "function": {"name": "f"}}])
+    num_system = sum(end <= len(SYSTEM) for end in ENDS)
+    assert num_shared(without, tools) == num_system < len(without.hashes)
+
+
+def test_the_same_text_is_the_same_in_every_api_and_in_parts() -> None:
+    system, user = SYSTEM, "Tell me more. " * 30
+    chat = of(messages=[turn("system", system), turn("user", user)])
+    parts = [{"type": "text", "text": user[:50]}, {"type": "text", "text": user[50:]}]
+    for other in (
+        of(messages=[turn("system", system), turn("user", parts)]),
+        of("/v1/messages", system=system, messages=[turn("user", user)]),
+        of("/v1/responses", instructions=system, input=user),
+        of("/v1/responses", instructions=system, input=[turn("user", user)]),
+    ):
+        assert other.hashes == chat.hashes
+
+
+def test_images_that_differ_are_told_apart_by_a_short_mark() -> None:
+    def asked(url: str) -> Fingerprint:
+        image = {"type": "image_url", "image_url": {"url": url}}
+        return of(messages=[turn("user", [image, {"type": "text", "text": SYSTEM}])])
+
+    one, other = asked("data:," + "a" * 100_000), asked("data:," + "b" * 100_000)
+    assert num_shared(one, other) == 0
+    assert one.total_bytes < len(SYSTEM) + 50
+
+
+def test_prompts_of_token_ids() -> None:
+    one = of("/v1/completions", prompt=list(range(100)))
+    assert one.is_tokens
+    assert one.total_bytes == 400
+    assert of("/v1/completions", prompt=[list(range(100)), [1]]).hashes == one.hashes
+    assert num_shared(one, of("/v1/completions", prompt=[7, *range(1, 100)])) == 0
+
+
+def test_the_first_of_several_prompts_counts() -> None:
+    alone = of("/v1/completions", prompt=SYSTEM)
+    assert of("/v1/completions", prompt=[SYSTEM, "b"]).hashes == alone.hashes
+
+
+def test_what_else_is_read() -> None:
+    read = of(messages=[], user="u", max_tokens=7, max_completion_tokens=5)
+    assert (read.session, read.max_tokens, read.model) == ("u", 5, "m")
+    assert of("/v1/responses", input="a", max_output_tokens=3).max_tokens == 3
+    assert of("/v1/responses", input=SYSTEM, previous_response_id="r").hashes == ()
+
+
+BAD_BODIES = [
+    b"",
+    b"{",
+    b"[]",
+    b"\xff\xfe",
+    b'{"messages": 1}',
+    b'{"prompt": [1, "a"]}',
+    b'{"prompt": [-1]}',
+    b'{"prompt": [99999999999999]}',
+    b'{"prompt": "\\ud800"}',
+    b'{"prompt": [[]], "messages": [{"content": [1]}], "input": [1]}',
+    b'{"messages": ' + b"[" * 100_000,
+    b'{"x": ' + b"[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("body", BAD_BODIES, ids=range(len(BAD_BODIES)))
+def test_a_malformed_body_has_no_hashes_and_raises_nothing(path: str, body: bytes) -> None:
+    assert fingerprint(path, body).hashes == ()
+
+
+@given(st.sampled_from(PATHS), st.binary(max_size=200))
+def test_garbage_raises_nothing(path: str, body: bytes) -> None:
+    fingerprint(path, body)
+
+
+def test_what_is_not_read() -> None:
+    assert fingerprint("/tokenize", b'{"prompt": "a"}') == EMPTY
+    assert of(messages=[turn("user", "a" * MAX_BODY_BYTES)]) == EMPTY
+    assert len([end for end in ENDS if end <= 100_000]) <= 128

@@ -1,0 +1,42 @@
+import pytest
+
+from cluster.link import LinkUsage
+from cluster.routing import Fingerprint, TokenEstimate
+
+TEXT = Fingerprint((1, 2), (128, 256), 400, session="u", max_tokens=5)
+
+
+def test_the_ratio_of_tokens_to_text_is_learned() -> None:
+    estimate = TokenEstimate(generates=True)
+    for _ in range(500):
+        estimate.learn(2000, LinkUsage(200, 0, 50), TEXT)
+    view = estimate.view(2000, TEXT)
+    assert view.prompt_tokens == pytest.approx(200, rel=0.02)
+    assert view.prefix == (1, 2)
+    assert view.prefix_tokens == pytest.approx((64, 128), rel=0.02)
+
+
+def test_without_a_text_the_body_counts() -> None:
+    assert TokenEstimate(generates=False).view(4000).prompt_tokens == 1000
+
+
+def test_token_ids_are_exact_and_teach_nothing_of_text() -> None:
+    estimate = TokenEstimate(generates=True)
+    ids = Fingerprint((1,), (128,), 400, is_tokens=True)
+    before = estimate.tokens_per_byte
+    estimate.learn(9000, LinkUsage(100, 0, 1), ids)
+    assert estimate.tokens_per_byte == before
+    view = estimate.view(9000, ids)
+    assert (view.prompt_tokens, view.prefix_tokens) == (100, (32,))
+
+
+@pytest.mark.parametrize(("most", "expected"), [(5, 5), (10**9, 128), (0, 0), (-3, 0)])
+def test_no_more_is_expected_than_may_be_generated(most: int, expected: float) -> None:
+    view = TokenEstimate(generates=True).view(10, Fingerprint(max_tokens=most))
+    assert view.completion_tokens == expected
+
+
+def test_a_header_names_the_session_before_the_body_does() -> None:
+    estimate = TokenEstimate(generates=True)
+    assert estimate.view(10, TEXT).session == "u"
+    assert estimate.view(10, TEXT, "header").session == "header"
