@@ -168,6 +168,14 @@ class FairQueue(Generic[T]):
         if flow.num:
             self._place(group, flow)
 
+    def charge_all(self, tenant: str, tokens: float) -> None:
+        """Charge a tenant in every class in which it waits, in proportion to what it has there."""
+        flows = [(g, f) for g in self._classes.values() if (f := g.flows.get(tenant)) and f.num]
+        waiting = sum(flow.tokens for _, flow in flows)
+        for group, flow in flows:
+            flow.tag += tokens * flow.tokens / waiting / flow.share
+            self._place(group, flow)
+
     def tokens_before(self, entry: Entry[T]) -> float:
         """The work that is served before a new ``entry``, if nobody else comes."""
         before = sum(self._classes[rank].tokens for rank in self._ranks if rank > entry.rank)

@@ -1,19 +1,22 @@
-"""One pool as a router sees it: its running replicas, their links, and the queue before them.
+"""One pool as a router sees it: its running replicas and their links.
 
-Owns the links and the count of requests that this router gave to each replica. Learns which
+Owns the links and the count of requests that this router gave to each replica; ``waiting`` has
+those that have no place yet. Learns which
 replicas run from ``update`` alone; how that is found out is not known here.
 """
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from ssl import SSLContext
 from typing import Any, Literal, Protocol
 
-from cluster.errors import OverloadedError, UnavailableError
+from cluster.admission import PoolCapacity, QueueLimits, WorkEstimator
+from cluster.gateway.claim import Claim
 from cluster.gateway.metering import PoolMeter
 from cluster.gateway.routes import RouteTable
+from cluster.gateway.waiting import Places, Waiting
 from cluster.link import (
     LinkClient,
     LinkCounts,
@@ -31,6 +34,12 @@ Kind = Literal["generator", "classifier"]
 
 FALLBACK_AFTER = 2
 """Attempts to open a link that must have failed before the replica is asked in another way."""
+
+EXPECTED_TOKENS: Mapping[Kind, float] = {"generator": 128.0, "classifier": 0.0}
+"""Of a completion, until a pool has learned its own."""
+WAITING_RATIO: Mapping[Kind, float] = {"generator": 0.25, "classifier": 2.0}
+"""Requests that may wait in the engines for each that runs. An encoder makes its next batches of
+those that wait; a language model's batch takes in a new one whenever one ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +116,10 @@ class PoolLimits:
 
     max_ongoing: int
     """Requests that one replica is given at a time."""
-    max_queued: int
+    queue: QueueLimits
     queue_timeout_s: float
+    engine_priorities: bool = False
+    """Whether its engines take a class with each request (``engine_priority``)."""
 
 
 class Replica:
@@ -150,6 +161,16 @@ class Replica:
         self._others = 0 if load is None else max(0, load.ongoing - self.own)
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A request's place at a replica; give it back with ``Pool.release``."""
+
+    replica: Replica
+    claim: Claim
+    since_s: float
+    """On the event loop's clock."""
+
+
 class Pool:
     """The replicas of one deployment and the requests that wait for them."""
 
@@ -163,19 +184,28 @@ class Pool:
         """What its replicas' engines serve, as far as they have said."""
         self.link_counts = LinkCounts()
         """What passed on all links to its replicas, present and past."""
-        self._limits = limits
+        self.limits = limits
+        self.work = WorkEstimator(EXPECTED_TOKENS[kind])
+        """How much work its requests are."""
+        self.waiting = Waiting(
+            name,
+            limits.queue,
+            PoolCapacity(WAITING_RATIO[kind]),
+            Places(self._take, self.release, lambda: self.num_ready > 0),
+            meter,
+        )
+        """The requests that have no place yet."""
         self._wiring = wiring
         self._policy: Policy = LeastLoad()
         self._replicas: dict[str, Replica] = {}
         self._retired: set[Replica] = set()
-        self._waiting: dict[asyncio.Future[Replica], None] = {}  # in the order of arrival
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
 
     @property
     def queue_timeout_s(self) -> float:
         """The longest that a request waits for a place."""
-        return self._limits.queue_timeout_s
+        return self.limits.queue_timeout_s
 
     @property
     def replicas(self) -> list[Replica]:
@@ -190,7 +220,7 @@ class Pool:
     @property
     def num_queued(self) -> int:
         """Requests that wait in this router for a place in this pool."""
-        return len(self._waiting)
+        return len(self.waiting)
 
     def status(self) -> dict[str, Any]:
         """The pool in numbers, as this router sees it."""
@@ -229,66 +259,49 @@ class Pool:
 
         def on_state(_state: LinkState) -> None:
             replica.note_load(None)
-            self._dispatch()
+            self.waiting.dispatch()
 
         def on_load(load: LinkLoad) -> None:
             replica.note_load(load)
-            self._dispatch()
+            self.waiting.observe(self._loads())
+            self.waiting.dispatch()
 
         link.on_state, link.on_load = on_state, on_load
         link.start()
         return replica
 
-    async def admit(self, timeout_s: float) -> Replica:
+    async def admit(self, claim: Claim) -> Place:
         """A place at a replica, at once or after a wait; give it back with ``release``.
 
         Raises:
-            OverloadedError: the queue is full, or the wait was too long while replicas ran.
+            OverloadedError: the queue is full, or the place would come or came too late.
             UnavailableError: the wait was too long and no replica runs, or the router stops.
         """
-        if self._closed:
-            raise _stopping()
-        if not self._waiting and (replica := self._choose()) is not None:
-            replica.own += 1
-            return replica
-        if self.num_queued >= self._limits.max_queued:
-            self.meter.shed.add()
-            raise OverloadedError(
-                f"{self.name}: {self._limits.max_queued} requests are waiting already",
-                retry_after_s=1,
-            )
-        place: asyncio.Future[Replica] = asyncio.get_running_loop().create_future()
-        self._waiting[place] = None
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await place
-        except TimeoutError:
-            self._give_back(place)
-            raise self._too_late() from None
-        except asyncio.CancelledError:
-            self._give_back(place)
-            raise
+        return await self.waiting.place(claim)
 
-    def _give_back(self, place: asyncio.Future[Replica]) -> None:
-        self._waiting.pop(place, None)
-        # The place may have been granted in the same pass in which its waiter left.
-        if place.done() and not place.cancelled() and place.exception() is None:
-            self.release(place.result())
+    def release(self, place: Place, done_tokens: float | None = 0.0) -> None:
+        """Give back a place that ``admit`` gave.
 
-    def _too_late(self) -> OverloadedError | UnavailableError:
-        waited = f"{self._limits.queue_timeout_s:g} s"
-        if self.num_ready == 0:
-            return UnavailableError(
-                f"{self.name}: no replica became ready within {waited}", retry_after_s=5
-            )
-        self.meter.shed.add()
-        return OverloadedError(f"{self.name}: no place within {waited}", retry_after_s=5)
+        Args:
+            place: Which one.
+            done_tokens: The work that was done; 0 where it failed, None where that is not known.
+        """
+        place.replica.own -= 1
+        seconds = asyncio.get_running_loop().time() - place.since_s
+        self.waiting.leave(place.claim, done_tokens, seconds)
+        self._end_if_idle(place.replica)
+        self.waiting.dispatch()
 
-    def release(self, replica: Replica) -> None:
-        """Give back a place that ``admit`` gave."""
-        replica.own -= 1
-        self._end_if_idle(replica)
-        self._dispatch()
+    def _take(self, claim: Claim) -> Place | None:
+        replica = self._choose()
+        if replica is None:
+            return None
+        replica.own += 1
+        return Place(replica, claim, asyncio.get_running_loop().time())
+
+    def _loads(self) -> list[LinkLoad]:
+        replicas = self._replicas.values()
+        return [load for replica in replicas if (load := replica.link.load) is not None]
 
     def _choose(self) -> Replica | None:
         """A replica with room; one without a link only where all that have one are full."""
@@ -301,16 +314,8 @@ class Pool:
         return None if chosen is None else self._replicas[chosen]
 
     def _views(self, replicas: Iterable[Replica]) -> list[ReplicaView]:
-        capacity = self._limits.max_ongoing
+        capacity = self.limits.max_ongoing
         return [ReplicaView(replica.info.id, replica.ongoing, capacity) for replica in replicas]
-
-    def _dispatch(self) -> None:
-        while self._waiting and (replica := self._choose()) is not None:
-            place = next(iter(self._waiting))
-            del self._waiting[place]
-            if not place.done():  # else its waiter was cancelled and has not run yet
-                replica.own += 1
-                place.set_result(replica)
 
     def _end_if_idle(self, replica: Replica) -> None:
         if replica in self._retired and (replica.own == 0 or self._closed):
@@ -322,16 +327,10 @@ class Pool:
     async def close(self) -> None:
         """Close every link; requests that wait are told that the router stops."""
         self._closed = True
-        for place in self._waiting:
-            if not place.done():
-                place.set_exception(_stopping())
-        self._waiting.clear()
+        self.waiting.close()
         self.update(())
         for replica in list(self._retired):
             self._end_if_idle(replica)
         if self._closing:
             await asyncio.wait(self._closing)
 
-
-def _stopping() -> UnavailableError:
-    return UnavailableError("the router is stopping", retry_after_s=1)

@@ -3,14 +3,15 @@
 Another replica is tried only while nothing of an answer was seen, so nothing is answered twice.
 """
 
-import asyncio
 import json
 import logging
 
 from cluster.errors import LinkError, RequestError, UnavailableError
+from cluster.gateway.accounts import Grant, work_of
+from cluster.gateway.claim import Claim
 from cluster.gateway.messages import Headers, Request, Response
 from cluster.gateway.metering import CLIENT_LEFT, Watch
-from cluster.gateway.pool import Answer, Pool, Replica
+from cluster.gateway.pool import Answer, Place, Pool
 from cluster.gateway.routes import OTHER
 from cluster.link import RequestHead
 
@@ -28,21 +29,24 @@ _NOT_FORWARDED = _HOP_HEADERS | _CREDENTIALS | {b"host", b"x-request-id", b"expe
 _NOT_RETURNED = _HOP_HEADERS | {b"server", b"date", b"x-request-id"}
 
 
-async def relay(request: Request, pool: Pool, timeout_s: float | None = None) -> Response:
+async def relay(
+    request: Request, pool: Pool, claim: Claim, grant: Grant | None = None
+) -> Response:
     """Admit ``request`` to ``pool`` and return a replica's answer, whose body is still growing.
 
     Args:
         request: What to relay.
         pool: Which replicas may answer.
-        timeout_s: The longest wait for a place; None: the pool's own.
+        claim: What it asks of the pool.
+        grant: What its tenant's limits gave it; ended here. None: it is the router's own.
 
     Raises:
         OverloadedError: the pool's queue is full.
         UnavailableError: no replica is there, or each that was tried was lost.
     """
-    watch = pool.meter.watch(pool.routes.find(request.path) or OTHER)
+    watch = pool.meter.watch(pool.routes.find(request.path) or OTHER, grant)
     try:
-        return await _relay(request, pool, timeout_s, watch)
+        return await _relay(request, pool, claim, watch)
     except RequestError as error:
         watch.status = error.status
         watch.end(None)
@@ -52,19 +56,17 @@ async def relay(request: Request, pool: Pool, timeout_s: float | None = None) ->
         raise
 
 
-async def _relay(request: Request, pool: Pool, timeout_s: float | None, watch: Watch) -> Response:
+async def _relay(request: Request, pool: Pool, claim: Claim, watch: Watch) -> Response:
     head = _request_head(request)
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + (pool.queue_timeout_s if timeout_s is None else timeout_s)
     for _ in range(MAX_ATTEMPTS):
-        replica = await pool.admit(max(0.0, deadline - loop.time()))
+        place = await pool.admit(claim)
         watch.placed()
-        body = RelayedBody(pool, replica, request.id, watch)
+        body = RelayedBody(pool, place, request.id, watch)
         try:
             return await body.begin(head, request.body)
         except (LinkError, UnavailableError) as error:
             pool.meter.retries.add()
-            logger.warning("%s: replica %s: %s", request.id, replica.info.id, error)
+            logger.warning("%s: replica %s: %s", request.id, place.replica.info.id, error)
     raise UnavailableError(
         f"{pool.name}: {MAX_ATTEMPTS} replicas were lost before they answered", retry_after_s=1
     )
@@ -73,9 +75,9 @@ async def _relay(request: Request, pool: Pool, timeout_s: float | None, watch: W
 class RelayedBody:
     """A replica's answer on its way out; frees the replica's place when it ends in whatever way."""
 
-    def __init__(self, pool: Pool, replica: Replica, request_id: str, watch: Watch) -> None:
+    def __init__(self, pool: Pool, place: Place, request_id: str, watch: Watch) -> None:
         self._pool = pool
-        self._replica = replica
+        self._place = place
         self._request_id = request_id
         self._watch = watch
         self._answer: Answer | None = None
@@ -90,12 +92,12 @@ class RelayedBody:
             RequestError: it could not answer.
         """
         try:
-            if self._replica.state == "fallback":
+            if self._place.replica.state == "fallback":
                 self._pool.meter.fallbacks.add()
-            self._answer = self._replica.open(head, body)
+            self._answer = self._place.replica.open(head, body)
             given = await self._answer.head()
         except BaseException:
-            self._free()
+            self._free(0.0)
             raise
         headers = [pair for pair in given.headers if pair[0] not in _NOT_RETURNED]
         self._is_event_stream = any(
@@ -144,14 +146,20 @@ class RelayedBody:
 
     def _end(self) -> None:
         assert self._answer is not None
-        self._free()
-        self._watch.end(self._answer.usage)
+        usage = self._answer.usage
+        if usage is not None:
+            claim = self._place.claim
+            computed = usage.prompt_tokens - usage.cached_tokens
+            self._pool.work.learn(claim.body_bytes, computed, usage.completion_tokens)
+        failed = 400 <= self._watch.status != CLIENT_LEFT
+        self._free(work_of(usage) if usage is not None else 0.0 if failed else None)
+        self._watch.end(usage)
 
-    def _free(self) -> None:
+    def _free(self, done_tokens: float | None) -> None:
         self._ended = True
         if self._answer is not None:
             self._answer.cancel()
-        self._pool.release(self._replica)
+        self._pool.release(self._place, done_tokens)
 
 
 def _request_head(request: Request) -> RequestHead:

@@ -1,0 +1,85 @@
+"""Who is let in: keys, models, limits, and each request's claim on its pool."""
+
+import asyncio
+from collections.abc import Iterable
+
+from cluster.admission import Identity
+from cluster.admission.leases import Report
+from cluster.errors import PermissionDeniedError, RequestError
+from cluster.gateway.accounts import Accounts, Grant
+from cluster.gateway.auth import Authenticator
+from cluster.gateway.claim import Claim, asked_priority, asked_timeout_s
+from cluster.gateway.messages import Headers, Request
+from cluster.gateway.pool import Pool
+from cluster.gateway.routes import OTHER
+from cluster.gateway.surface import Envelope
+
+
+class Admission:
+    """Lets requests in, or says why not."""
+
+    def __init__(self, authenticator: Authenticator, accounts: Accounts) -> None:
+        self._authenticator = authenticator
+        self._accounts = accounts
+
+    def authenticate(self, headers: Headers) -> Identity:
+        """Whose request this is.
+
+        Raises:
+            AuthenticationError: it has no API key, or one that is not known.
+        """
+        return self._authenticator.check(headers)
+
+    def refresh(self) -> None:
+        """Look whether there are other keys or limits."""
+        if self._authenticator.refresh():
+            self._accounts.change(self._authenticator.identities)
+
+    def enter(self, request: Request, envelope: Envelope, pool: Pool) -> tuple[Claim, Grant]:
+        """What a request asks of its pool, and what its tenant's limits give it.
+
+        Raises:
+            PermissionDeniedError: its key does not allow the model.
+            OverloadedError: a limit of its tenant is reached.
+            InvalidRequestError: a header of it is wrong.
+        """
+        try:
+            return self._enter(request, envelope, pool)
+        except RequestError as error:
+            pool.meter.requests(pool.routes.find(request.path) or OTHER, error.status).add()
+            raise
+
+    def _enter(self, request: Request, envelope: Envelope, pool: Pool) -> tuple[Claim, Grant]:
+        identity = request.identity
+        if not identity.allows(pool.name):
+            raise PermissionDeniedError(
+                f"The API key does not allow the model `{pool.name}`.", param="model"
+            )
+        num_bytes = len(request.body)
+        work = pool.work.estimate(num_bytes, envelope.most_tokens) if num_bytes else 1.0
+        priority = asked_priority(request.headers, identity)
+        timeout_s = asked_timeout_s(request.headers)
+        now_s = asyncio.get_running_loop().time()
+        expires_s, deadline_s = now_s + pool.queue_timeout_s, float("inf")
+        if timeout_s is not None:
+            deadline_s = now_s + timeout_s
+            expires_s = min(expires_s, deadline_s)
+        claim = Claim(identity, work, num_bytes, priority, expires_s, deadline_s)
+        prompt = num_bytes * pool.work.tokens_per_byte
+        return claim, self._accounts.enter(identity, pool.name, work, prompt)
+
+    def report(self, router: str) -> Report:
+        """What the other routers are to know; settles this router's part of all limits."""
+        return self._accounts.report(router)
+
+    def set_peers(self, routers: Iterable[str]) -> None:
+        """Take the names of the other routers that run."""
+        self._accounts.peers.set_routers(frozenset(routers))
+
+    def receive(self, report: Report, pools: Iterable[Pool]) -> None:
+        """Take in another router's report: whom it served waits for the others here."""
+        served = self._accounts.receive(report)
+        for pool in pools:
+            for (tenant, name), tokens in served.items():
+                if name == pool.name:
+                    pool.waiting.charge(tenant, tokens)
