@@ -17,7 +17,6 @@ KV_HIGH = 0.95
 MAX_SLOWDOWN = 20.0
 """Of an engine whose latency is a + b * load, this is where it does 95 % of what it ever will."""
 _GROW = 1.1
-_BINDS = 0.9
 _MEMORY = 0.98  # each finished request weighs so much of the next one
 _BEST_S = 60.0  # the best latency is that of the last minute or two: other requests, another best
 
@@ -113,13 +112,14 @@ class PoolCapacity:
 
     def _adjust(self, running: int, waiting: float, kv_usage: float, slow: bool) -> None:
         allowed = max(MIN_WAITING, self._waiting_ratio * running)
-        binds = self.held_tokens >= _BINDS * self.limit_tokens
+        one = self.held_tokens / max(1, self.held)
+        binds = self.held_tokens + one > self.limit_tokens
         if waiting > allowed:
             self._cut((running + allowed) / (running + waiting))
         elif kv_usage > KV_HIGH:
             self._cut(KV_HIGH / kv_usage)
         elif binds and not slow and waiting <= allowed / 2:
-            self.limit_tokens = self.limit_tokens * _GROW + self.held_tokens / max(1, self.held)
+            self.limit_tokens = self.limit_tokens * _GROW + one
 
     def _cut(self, part: float) -> None:
         """Allow ``part`` of what the replicas hold, but never less than one request."""

@@ -55,7 +55,10 @@ class PoolMeter:
 class Watch:
     """One request from its arrival to its end."""
 
-    __slots__ = ("_begun", "_first", "_grant", "_itl", "_last", "_meter", "_placed", "_route", "status")
+    __slots__ = (
+        *("_begun", "_first", "_grant", "_itl", "_last", "_meter", "_placed", "_route"),
+        "status",
+    )
 
     def __init__(self, meter: PoolMeter, route: str, grant: Ending | None) -> None:
         self._meter = meter

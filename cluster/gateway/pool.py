@@ -333,4 +333,3 @@ class Pool:
             self._end_if_idle(replica)
         if self._closing:
             await asyncio.wait(self._closing)
-

@@ -29,9 +29,7 @@ _NOT_FORWARDED = _HOP_HEADERS | _CREDENTIALS | {b"host", b"x-request-id", b"expe
 _NOT_RETURNED = _HOP_HEADERS | {b"server", b"date", b"x-request-id"}
 
 
-async def relay(
-    request: Request, pool: Pool, claim: Claim, grant: Grant | None = None
-) -> Response:
+async def relay(request: Request, pool: Pool, claim: Claim, grant: Grant | None = None) -> Response:
     """Admit ``request`` to ``pool`` and return a replica's answer, whose body is still growing.
 
     Args:

@@ -71,12 +71,10 @@ class Waiting(Generic[P]):
         """
         if self._closed:
             raise stopping()
-        if not self._queue and self.capacity.has_room(claim.work_tokens):
+        if not self._queue:
             if claim.has_deadline:
                 self._refuse_hopeless(claim, 0.0)
-            place = self._places.take(claim)
-            if place is not None:
-                self.capacity.begin(claim.work_tokens)
+            if (place := self._take(claim)) is not None:
                 return place
         return await self._wait(claim)
 
@@ -111,14 +109,20 @@ class Waiting(Generic[P]):
             elif claim.has_deadline and self._is_hopeless(claim, 0.0):
                 self._queue.remove(entry)
                 future.set_exception(self._too_late(claim))
-            elif not self.capacity.has_room(claim.work_tokens):
-                return
-            elif (place := self._places.take(claim)) is None:
-                return
             else:
-                self.capacity.begin(claim.work_tokens)
+                place = self._take(claim)
+                if place is None:
+                    return
                 self._queue.pop()
                 future.set_result(place)
+
+    def _take(self, claim: Claim) -> P | None:
+        if not self.capacity.has_room(claim.work_tokens):
+            return None
+        place = self._places.take(claim)
+        if place is not None:
+            self.capacity.begin(claim.work_tokens)
+        return place
 
     def close(self) -> None:
         """Tell all who wait, and all who still come, that the router stops."""

@@ -72,7 +72,7 @@ CUT_OFF = Metric(
     "tandem_cut_off_requests_total", "counter", "Answers that ended before they were whole.", _MODEL
 )
 
-# -- tenants; those that have keys, and "" where none is needed -------------------------------------
+# -- tenants; those that have keys, and "" where none is needed ------------------------------------
 
 TENANT_REQUESTS = Metric(
     "tandem_tenant_requests_total",
