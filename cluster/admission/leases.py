@@ -4,10 +4,11 @@ Each router leases a part of each limit and settles every second by a report to 
 each tenant asks of it, has open and took today. From the same reports every router computes the
 same parts, so nobody leads and nothing is lost with a router but what it had not yet reported.
 
-Bounds, for N routers and a limit L: the parts add up to L. After a demand moves, a router may
-spend its old part until the next report, so at most L more for one settlement (1 s of a rate);
-concurrency is rounded up to at most one request more for each router; a day's budget is exceeded
-by at most what its requests were underestimated and one settlement's part.
+Bounds, for N routers: from equal reports the parts add up to the limit. While a demand moves, each
+may take all of it for at most the whole, until the next report: N - 1 times what the rate gives in
+one settlement (1 s) too much, once. Concurrency is rounded up, so N - 1 requests too many at most
+when it is settled. A day's budget is exceeded by what all routers serve in one settlement, and by
+what the requests of that time were underestimated.
 """
 
 from collections.abc import Collection, Mapping

@@ -13,7 +13,7 @@ from cluster.gateway.messages import Headers, Request, Response
 from cluster.gateway.metering import CLIENT_LEFT, Watch
 from cluster.gateway.pool import Answer, Place, Pool
 from cluster.gateway.routes import OTHER
-from cluster.link import RequestHead
+from cluster.link import LinkUsage, RequestHead
 
 logger = logging.getLogger("ray.serve.tandem")
 
@@ -149,9 +149,16 @@ class RelayedBody:
             claim = self._place.claim
             computed = usage.prompt_tokens - usage.cached_tokens
             self._pool.work.learn(claim.body_bytes, computed, usage.completion_tokens)
-        failed = 400 <= self._watch.status != CLIENT_LEFT
-        self._free(work_of(usage) if usage is not None else 0.0 if failed else None)
+        self._free(self._done_tokens(usage))
         self._watch.end(usage)
+
+    def _done_tokens(self, usage: LinkUsage | None) -> float | None:
+        """The work that was done; where the replica did not say, what was expected."""
+        if usage is not None:
+            return work_of(usage)
+        if self._watch.status == CLIENT_LEFT:
+            return None
+        return 0.0 if self._watch.status >= 400 else self._place.claim.work_tokens
 
     def _free(self, done_tokens: float | None) -> None:
         self._ended = True

@@ -148,11 +148,8 @@ def test_the_command_line_adds_lists_and_revokes(tmp_path: Path) -> None:
     second = run(path, "add", "acme", "--tokens-per-minute", "1000").stdout.splitlines()[0]
     rows = json.loads(run(path, "list", "--json").stdout)
     assert [row["tenant"] for row in rows] == ["acme", "acme"]
-    assert (rows[0]["weight"], rows[0]["tokens_per_minute"], rows[0]["models"]) == (
-        2,
-        1000,
-        ["gen"],
-    )
+    assert (rows[0]["weight"], rows[0]["tokens_per_minute"]) == (2, 1000)
+    assert rows[0]["models"] == ["gen"]
     assert rows[1]["id"] == digest(second)[:16]
     assert "acme" in run(path, "list").stdout
     assert run(path, "revoke", rows[0]["id"][:8]).exit_code == 0
