@@ -84,12 +84,20 @@ class PoolCapacity:
             return None
         return self.held * self._work / self._seconds
 
-    def service_s(self, work_tokens: float) -> float:
-        """How long a request takes at a replica, by its work or on average, whichever is less;
-        0 while that is not known."""
-        if not self._work:
+    def average_s(self, work_tokens: float) -> float:
+        """How long a request takes at a replica by its work or on average, whichever is less; 0
+        while that is not known."""
+        if not self._num:
             return 0.0
         return min(self._seconds / self._num, work_tokens * self._seconds / self._work)
+
+    def best_s(self, work_tokens: float) -> float:
+        """The same at the best pace lately: for who would find the replicas idle.
+
+        An estimate that were too high would refuse everybody, and nothing would ever correct it.
+        """
+        best = min(self._best, self._best_before)
+        return min(self.average_s(work_tokens), work_tokens * best) if self._num else 0.0
 
     def observe(self, loads: Iterable[ReplicaLoad], now_s: float) -> None:
         """Take in the newest reports of all replicas."""

@@ -115,8 +115,20 @@ def test_what_failed_teaches_nothing() -> None:
     capacity.end(WORK, 0.0, 5.0)
     capacity.begin(WORK)
     assert capacity.drain_rate() is None
-    assert capacity.service_s(WORK) == 0
+    assert capacity.average_s(WORK) == 0
     capacity.end(WORK, WORK, 2.0)
     assert capacity.drain_rate() is None  # nothing is held
-    assert capacity.service_s(10 * WORK) == pytest.approx(2.0)
-    assert capacity.service_s(WORK / 10) == pytest.approx(0.2)
+    assert capacity.average_s(10 * WORK) == pytest.approx(2.0)
+    assert capacity.average_s(WORK / 10) == pytest.approx(0.2)
+
+
+def test_the_best_pace_is_remembered_for_a_while() -> None:
+    capacity = PoolCapacity(0.25)
+    for step in range(400):
+        capacity.begin(WORK)
+        capacity.end(WORK, WORK, 1.0 if step < 5 else 10.0)
+        capacity.observe([Load(1)], step * ADJUST_S)
+        if step == 60:
+            assert capacity.best_s(WORK) == pytest.approx(1.0)
+            assert capacity.average_s(WORK) > 5
+    assert capacity.best_s(WORK) == pytest.approx(10.0, rel=0.1)
