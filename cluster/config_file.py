@@ -16,15 +16,16 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from cluster.config import TandemConfig, parse
+from cluster.config import RouterConfig, TandemConfig, parse
 from cluster.config_path import assign
 from cluster.errors import ConfigError
-from cluster.key_file import key_file_path, read_keys
+from cluster.key_file import read_keys
 from cluster.models.store import home
 
 IMPORT_PATH = "deployments.app:build"
 DEFAULT_PORT = 8000
 DEFAULT_HOST = "127.0.0.1"
+KEY_FILE = "keys.yaml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
         http_host=host,
         http_port=port,
     )
+
+
+def key_file_path(router: RouterConfig) -> Path:
+    """Where the keys of this configuration lie: ``router.keys_file``, else in Tandem's home."""
+    return Path(router.keys_file).expanduser() if router.keys_file else home() / KEY_FILE
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The key file on disk: where it lies, and reading it again when it has changed."""
+"""The key file on disk: written as a whole, and read again when it has changed."""
 
 import logging
 import os
@@ -8,20 +8,11 @@ from pathlib import Path
 
 from cluster.admission import Identity
 from cluster.admission.keys import KeyFileContents, parse_keys
-from cluster.config import RouterConfig
 from cluster.errors import ConfigError
-from cluster.models.store import home
 
 logger = logging.getLogger("ray.serve.tandem")
 
-NAME = "keys.yaml"
-
 Stamp = tuple[int, int, int]
-
-
-def key_file_path(router: RouterConfig) -> Path:
-    """Where the keys of this configuration lie: ``router.keys_file``, else in Tandem's home."""
-    return Path(router.keys_file).expanduser() if router.keys_file else home() / NAME
 
 
 def read_keys(path: Path) -> KeyFileContents | None:

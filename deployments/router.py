@@ -12,8 +12,9 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import TandemConfig
+from cluster.config_file import key_file_path
 from cluster.gateway import Gateway, GatewayApp, Peers, ReplicaInfo, Wiring
-from cluster.key_file import KeyFile, key_file_path
+from cluster.key_file import KeyFile
 from cluster.launch.loopback import confine_serve
 from cluster.link import (
     LinkUsage,

@@ -2,7 +2,8 @@
 
 The limit is learned, not configured. It falls when the engines keep a standing queue of their own
 or their KV caches are nearly full. It rises while it binds and neither is so, unless a token takes
-so much longer than it did lately that more requests would bring nothing.
+so much longer than it did lately that more requests would bring nothing. Until it first falls, the
+number of requests is bounded instead, and doubles as fast as the engines take them.
 """
 
 from collections.abc import Iterable
@@ -10,6 +11,10 @@ from typing import Protocol
 
 ADJUST_S = 0.5
 """The limit is looked at so often; a queue that comes and goes within this time is no queue."""
+START_HELD = 32
+"""Requests for each replica that a new pool is tried with."""
+DOUBLE_S = 0.1
+"""Their number is doubled so often at most."""
 MIN_WAITING = 4.0
 """Requests that may always wait in the engines, so that none ever lacks one."""
 KV_HIGH = 0.95
@@ -50,6 +55,9 @@ class PoolCapacity:
         """Estimated work of the requests at the replicas."""
         self.held = 0
         self._waiting_ratio = waiting_ratio
+        self._most_held = float("inf")
+        self._reported = False
+        self._doubled_at_s = 0.0
         self._looked_at_s: float | None = None
         self._least_waiting = float("inf")
         self._seconds = self._work = 0.0  # of finished requests, the newest weighing most
@@ -59,7 +67,9 @@ class PoolCapacity:
 
     def has_room(self, work_tokens: float) -> bool:
         """Whether one more such request may go to a replica."""
-        return self.held == 0 or self.held_tokens + work_tokens <= self.limit_tokens
+        return self.held == 0 or (
+            self.held < self._most_held and self.held_tokens + work_tokens <= self.limit_tokens
+        )
 
     def begin(self, work_tokens: float) -> None:
         """A request goes to a replica."""
@@ -108,6 +118,8 @@ class PoolCapacity:
             waiting += load.waiting
             usage += load.kv_cache_usage
             num += 1
+        if num and self.limit_tokens == float("inf"):
+            self._start(num, running, waiting, now_s)
         self._least_waiting = min(self._least_waiting, waiting)
         if self._looked_at_s is None or now_s < self._looked_at_s:  # the clock jumped back
             self._looked_at_s = now_s
@@ -118,8 +130,21 @@ class PoolCapacity:
         self._looked_at_s = now_s
         self._least_waiting = float("inf")
 
+    def _start(self, num: int, running: int, waiting: int, now_s: float) -> None:
+        if not self._reported:
+            self._reported, self._most_held = True, 0.0
+        if abs(now_s - self._doubled_at_s) >= DOUBLE_S and self.held >= self._most_held:
+            if waiting <= self._allowed(running):
+                self._most_held *= 2
+            self._doubled_at_s = now_s
+        self._most_held = max(self._most_held, START_HELD * num)
+
+    def _allowed(self, running: int) -> float:
+        """Requests that may wait in the engines."""
+        return max(MIN_WAITING, self._waiting_ratio * running)
+
     def _adjust(self, running: int, waiting: float, kv_usage: float, slow: bool) -> None:
-        allowed = max(MIN_WAITING, self._waiting_ratio * running)
+        allowed = self._allowed(running)
         one = self.held_tokens / max(1, self.held)
         binds = self.held_tokens + one > self.limit_tokens
         if waiting > allowed:
@@ -131,6 +156,7 @@ class PoolCapacity:
 
     def _cut(self, part: float) -> None:
         """Allow ``part`` of what the replicas hold, but never less than one request."""
+        self._most_held = float("inf")
         least = self.held_tokens / max(1, self.held)
         self.limit_tokens = min(self.limit_tokens, max(least, part * self.held_tokens))
 

@@ -10,7 +10,7 @@ from cluster.admission.limits import DAY_S
 from cluster.errors import OverloadedError
 from cluster.gateway.metering import CLIENT_LEFT
 from cluster.link import LinkUsage
-from cluster.metrics import Registry, table
+from cluster.metrics import Counter, Registry, table
 
 _LIMITS = {
     "requests_per_minute": "requests per minute",
@@ -62,6 +62,8 @@ class Accounts:
         self._accounts: dict[str, Account] = {}
         self._demands: dict[str, Demand] = {}
         self._served: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self._ended: dict[tuple[str, int], Counter] = {}  # the counters, bound once
+        self._tokens: dict[tuple[str, str], tuple[Counter, Counter]] = {}
         self.peers = Peers()
 
     def enter(self, identity: Identity, model: str, tokens: float, prompt: float) -> Grant:
@@ -87,12 +89,25 @@ class Accounts:
 
     def count(self, tenant: str, model: str, status: int, usage: LinkUsage | None) -> None:
         """Count a request that has ended."""
-        counter = self._registry.counter
-        counter(table.TENANT_REQUESTS, tenant, str(status)).add()
+        ended = self._ended.get((tenant, status))
+        if ended is None:
+            ended = self._registry.counter(table.TENANT_REQUESTS, tenant, str(status))
+            self._ended[tenant, status] = ended
+        ended.add()
         if usage is not None:
-            counter(table.TENANT_TOKENS, tenant, model, "prompt").add(usage.prompt_tokens)
-            counter(table.TENANT_TOKENS, tenant, model, "completion").add(usage.completion_tokens)
+            prompt, completion = self._tokens.get((tenant, model)) or self._bind(tenant, model)
+            prompt.add(usage.prompt_tokens)
+            completion.add(usage.completion_tokens)
             self._served[tenant][model] += work_of(usage)
+
+    def _bind(self, tenant: str, model: str) -> tuple[Counter, Counter]:
+        counter = self._registry.counter
+        bound = (
+            counter(table.TENANT_TOKENS, tenant, model, "prompt"),
+            counter(table.TENANT_TOKENS, tenant, model, "completion"),
+        )
+        self._tokens[tenant, model] = bound
+        return bound
 
     def change(self, identities: Iterable[Identity]) -> None:
         """Take other tenants and limits; who is gone is forgotten once nothing of it runs."""

@@ -126,4 +126,4 @@ def _make_pools(
 def _schedules_by_priority(pool: GeneratorConfig | ClassifierConfig) -> bool:
     if not isinstance(pool, GeneratorConfig) or pool.engine != "vllm":
         return False
-    return pool.engine_args.get("scheduling_policy", PRIORITY_POLICY) == PRIORITY_POLICY
+    return bool(pool.engine_args.get("scheduling_policy", PRIORITY_POLICY) == PRIORITY_POLICY)

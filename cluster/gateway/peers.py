@@ -122,12 +122,12 @@ async def _tell(link: LinkClient, report: bytes) -> None:
 
 async def _body(receive: Receive) -> bytes | None:
     """The whole body; None where it is too large or its sender left."""
-    body = b""
+    body = bytearray()
     while len(body) <= MAX_REPORT_BYTES:
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
         body += message.get("body", b"")
         if not message.get("more_body", False):
-            return body
+            return bytes(body)
     return None

@@ -26,9 +26,10 @@ class Envelope(msgspec.Struct, frozen=True):
     @property
     def most_tokens(self) -> float | None:
         """Tokens that the completions may have together; None where the body does not say."""
-        given = (self.max_completion_tokens, self.max_tokens, self.max_output_tokens)
-        most = next((limit for limit in given if _is_count(limit)), None)
-        return None if most is None else float(most * (self.n if _is_count(self.n) else 1))
+        for most in (self.max_completion_tokens, self.max_tokens, self.max_output_tokens):
+            if _is_count(most):
+                return float(most * (self.n if _is_count(self.n) else 1))
+        return None
 
 
 _EMPTY = Envelope()
