@@ -3,7 +3,6 @@
 import asyncio
 import random
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -63,8 +62,13 @@ class Scenario:
         return found
 
     def rate(self, outcomes: Sequence[Outcome], result: Result, tenant: str = "") -> float:
-        """Requests a second that ended so."""
-        num = sum(o.result == result and tenant in ("", o.tenant) for o in self.counted(outcomes))
+        """Requests a second that ended so, by when they ended."""
+        num = sum(
+            o.result == result
+            and tenant in ("", o.tenant)
+            and self.warm_up_s <= o.asked_s + o.seconds < self.seconds
+            for o in outcomes
+        )
         return num / (self.seconds - self.warm_up_s)
 
     def counted(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -125,10 +129,11 @@ def _small_error(scenario: Scenario, outcomes: Mapping[Phase, Sequence[Outcome]]
 
 def _floods_error(scenario: Scenario, outcomes: Mapping[Phase, Sequence[Outcome]]) -> float:
     """How far the shares of two floods lie from their weights', relative to these."""
-    counted = scenario.counted(outcomes[FLOODS])
-    good = Counter(one.tenant for one in counted if one.result == "good")
-    weights = {tenant: WEIGHTS[tenant] for tenant, _ in FLOODS.load}
+    tenants = [tenant for tenant, _ in FLOODS.load]
+    good = {tenant: scenario.rate(outcomes[FLOODS], "good", tenant) for tenant in tenants}
+    total = sum(good.values()) or 1.0
+    weights = {tenant: WEIGHTS[tenant] for tenant in tenants}
     return max(
-        abs(good[tenant] / max(1, good.total()) / (weight / sum(weights.values())) - 1)
+        abs(good[tenant] / total / (weight / sum(weights.values())) - 1)
         for tenant, weight in weights.items()
     )
