@@ -13,6 +13,8 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, mo
 from cluster.errors import ConfigError
 
 MIB = 1024**2
+PRIORITY_POLICY = "priority"
+"""vLLM's ``scheduling_policy`` unless ``engine_args`` names another: the router says each class."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 ClassifierTask = Literal[
@@ -201,10 +203,15 @@ class RouterConfig(_Section):
     """The router: what it takes, and how long it waits."""
 
     api_keys_sha256: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = ()
-    """SHA-256 (hex) of each accepted API key. None: open, which ``up`` allows on loopback alone."""
+    """SHA-256 (hex) of keys beside the key file's; each is a tenant of its own without limits."""
+    keys_file: str | None = None
+    """What ``tandem keys`` writes; None: ``keys.yaml`` in Tandem's home, if it is there. With no
+    key at all the router is open, which ``up`` allows on loopback alone."""
     max_body_bytes: ByteSize = Field(ByteSize(32 * MIB), ge=1024)
     max_queued: int = Field(1024, ge=0)
     """Requests that wait in one router for one pool; beyond it 429."""
+    max_queued_tokens: float = Field(2_000_000, gt=0)
+    """Their estimated work; beyond it 429."""
     queue_timeout_s: float = Field(60.0, gt=0)
     """The longest wait in the queue; then 429, or 503 where no replica runs."""
     replicas: ReplicasConfig = ReplicasConfig(min=1, max=2, target_ongoing=256)

@@ -16,14 +16,16 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from cluster.config import TandemConfig, parse
+from cluster.config import RouterConfig, TandemConfig, parse
 from cluster.config_path import assign
 from cluster.errors import ConfigError
+from cluster.key_file import read_keys
 from cluster.models.store import home
 
 IMPORT_PATH = "deployments.app:build"
 DEFAULT_PORT = 8000
 DEFAULT_HOST = "127.0.0.1"
+KEY_FILE = "keys.yaml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,13 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     _check_serve_level(serve_config)
     config = parse(application.get("args") or {})
     host, port = _listen_on(serve_config)
-    _check_exposure(host, config)
+    keys = key_file_path(config.router)
+    _check_exposure(host, config, keys)
+    if config.router.keys_file or keys.exists():
+        # Named in what Serve gets, so that a router that does not find it lets nobody in.
+        args = application["args"] = {**(application.get("args") or {})}
+        args["router"] = {**(args.get("router") or {}), "keys_file": str(keys)}
+        config = parse(args)
     # With HAProxy, Serve's own default is every address.
     serve_config["http_options"] = {**(serve_config.get("http_options") or {}), "host": host}
     return LoadedConfig(
@@ -63,6 +71,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
         http_host=host,
         http_port=port,
     )
+
+
+def key_file_path(router: RouterConfig) -> Path:
+    """Where the keys of this configuration lie: ``router.keys_file``, else in Tandem's home."""
+    return Path(router.keys_file).expanduser() if router.keys_file else home() / KEY_FILE
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -147,11 +160,14 @@ def _listen_on(serve_config: dict[str, Any]) -> tuple[str, int]:
     return host, port
 
 
-def _check_exposure(host: str, config: TandemConfig) -> None:
-    if not config.router.api_keys_sha256 and not _is_loopback(host):
+def _check_exposure(host: str, config: TandemConfig, keys: Path) -> None:
+    contents = read_keys(keys)
+    known = config.router.api_keys_sha256 or (contents and contents.keys)
+    if not known and not _is_loopback(host):
         raise ConfigError(
             f"http_options.host: got {host!r}, which others can reach, without API keys; allowed: "
-            f"a loopback address, or any with router.api_keys_sha256 set"
+            f"a loopback address, or any once there is a key (`tandem keys add TENANT`, or "
+            f"router.api_keys_sha256)"
         )
 
 

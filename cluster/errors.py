@@ -10,6 +10,7 @@ TandemError
  └─ RequestError               one request cannot be answered; has an HTTP status
      ├─ InvalidRequestError        400
      ├─ AuthenticationError        401
+     ├─ PermissionDeniedError      403
      ├─ NotFoundError              404
      ├─ MethodNotAllowedError      405
      ├─ PayloadTooLargeError       413
@@ -114,6 +115,13 @@ class AuthenticationError(RequestError):
     type = "AuthenticationError"
 
 
+class PermissionDeniedError(RequestError):
+    """The API key does not allow this."""
+
+    status = 403
+    type = "PermissionDeniedError"
+
+
 class NotFoundError(RequestError):
     """No such model or path."""
 
@@ -175,6 +183,7 @@ def _leaf_classes() -> list[type[RequestError]]:
     return [
         InvalidRequestError,
         AuthenticationError,
+        PermissionDeniedError,
         NotFoundError,
         MethodNotAllowedError,
         PayloadTooLargeError,

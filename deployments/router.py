@@ -12,7 +12,9 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import TandemConfig
-from cluster.gateway import Gateway, GatewayApp, ReplicaInfo, Wiring
+from cluster.config_file import key_file_path
+from cluster.gateway import Gateway, GatewayApp, Peers, ReplicaInfo, Wiring
+from cluster.key_file import KeyFile
 from cluster.launch.loopback import confine_serve
 from cluster.link import (
     LinkUsage,
@@ -48,9 +50,14 @@ class Router:
         confine_serve()
         secret, tls = link_secret(), tls_contexts(os.environ)
         self._secret = secret
-        self._gateway = Gateway(config, _wirings(pools, secret, tls), _versions())
+        router = config.router
+        keys = KeyFile(key_file_path(router), expected=router.keys_file is not None)
+        self._gateway = Gateway(config, _wirings(pools, secret, tls), _versions(), keys)
         self._routers: list[ReplicaInfo] = []
-        own = serve.get_replica_context().replica_id.deployment_id
+        replica_id = serve.get_replica_context().replica_id
+        own = replica_id.deployment_id
+        ssl = tls.client if tls else None
+        self._peers = Peers(self._gateway, replica_id.unique_id, secret, ssl)
         listeners = {
             DeploymentID(handle.deployment_name, handle.app_name): self._gateway.pools[name].update
             for name, handle in pools.items()
@@ -58,7 +65,7 @@ class Router:
         self._discovery = Discovery({**listeners, own: self._on_routers})
         self._exporter = RayExporter(self._gateway.registry)
         # Inside the cluster, so no API key is asked for.
-        self._inside = GatewayApp(self._gateway, authenticates=False)
+        self._inside = self._peers.app(GatewayApp(self._gateway, authenticates=False))
         self._server = await serve_links(self._inside)
 
     def record_replica_metadata(self) -> dict[str, Any]:
@@ -73,6 +80,7 @@ class Router:
 
     def _on_routers(self, running: Iterable[ReplicaInfo]) -> None:
         self._routers = list(running)
+        self._peers.update(self._routers)
 
     def __serve_build_asgi_app__(self) -> GatewayApp:
         """The ASGI application that Serve runs in this replica."""
@@ -95,6 +103,7 @@ class Router:
         if hasattr(self, "_server"):
             await self._server.drain(DRAIN_TIMEOUT_S)
             await self._discovery.close()
+            await self._peers.close()
             await self._gateway.close()
             await self._exporter.close()
 

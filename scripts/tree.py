@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[1]
 MARK = "## Where things are\n"
 FOLDERS = {
     "cluster": "everything that is not a Serve deployment",
+    "cluster/admission": "who is let in, and in which order",
     "cluster/autoscaling": "how many replicas",
     "cluster/batching": "which texts are computed together",
     "cluster/cli": "the `tandem` command",

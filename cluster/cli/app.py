@@ -14,8 +14,10 @@ app = typer.Typer(
     help="One Ray cluster that serves language models and BERT classifiers behind one router.",
 )
 models_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Models on disk.")
+keys_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="API keys.")
 config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The configuration.")
 app.add_typer(models_app, name="models")
+app.add_typer(keys_app, name="keys")
 app.add_typer(config_app, name="config")
 
 ConfigOption = Annotated[
@@ -41,6 +43,10 @@ ModelOption = Annotated[
 ]
 TextColumn = Annotated[str, typer.Option("--text-column", help="The column of the texts.")]
 LabelColumn = Annotated[str, typer.Option("--label-column", help="The column of the labels.")]
+KeyFileOption = Annotated[
+    Path | None,
+    typer.Option("--file", help="The key file.", show_default="the configuration's"),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -215,6 +221,63 @@ def models_reference(
     from cluster.cli.finetune import Data, reference
 
     reference(model, Data(data, text_column, None))
+
+
+@keys_app.command("add")
+def keys_add(
+    tenant: Annotated[str, typer.Argument(help="Whose key it is.")],
+    priority: Annotated[
+        int, typer.Option(min=-8, max=8, help="The highest class of its requests; 0: usual.")
+    ] = 0,
+    models: Annotated[
+        list[str] | None,
+        typer.Option("--model", help="A model that it may use; may be repeated. None: all."),
+    ] = None,
+    weight: Annotated[
+        float | None, typer.Option(min=0, help="The tenant's share beside the others'.")
+    ] = None,
+    requests_per_minute: Annotated[float | None, typer.Option(help="Of the tenant.")] = None,
+    tokens_per_minute: Annotated[float | None, typer.Option(help="Of the tenant.")] = None,
+    max_ongoing: Annotated[
+        int | None, typer.Option(help="The tenant's requests at a time.")
+    ] = None,
+    tokens_per_day: Annotated[float | None, typer.Option(help="Of the tenant, by UTC.")] = None,
+    file: KeyFileOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Make a key, print it once, and keep its hash; a running router takes it up at once."""
+    from cluster.cli.keys import NewKey, add, path_of
+
+    changes = {
+        "weight": weight,
+        "requests_per_minute": requests_per_minute,
+        "tokens_per_minute": tokens_per_minute,
+        "max_ongoing": max_ongoing,
+        "tokens_per_day": tokens_per_day,
+    }
+    add(path_of(file, config), NewKey(tenant, priority, models, changes))
+
+
+@keys_app.command("list")
+def keys_list(
+    file: KeyFileOption = None, config: ConfigOption = None, as_json: JsonOption = False
+) -> None:
+    """List the keys by their ids, and what they may."""
+    from cluster.cli.keys import path_of, show
+
+    show(path_of(file, config), as_json=as_json)
+
+
+@keys_app.command("revoke")
+def keys_revoke(
+    key_id: Annotated[str, typer.Argument(metavar="ID", help="Of `keys list`, or the key.")],
+    file: KeyFileOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Take a key out; a running router refuses it at once."""
+    from cluster.cli.keys import path_of, revoke
+
+    revoke(path_of(file, config), key_id)
 
 
 @config_app.command("check")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 from uuid import uuid4
 
-from cluster.config import GeneratorConfig
+from cluster.config import PRIORITY_POLICY, GeneratorConfig
 from cluster.engines.lifeline import PARENT_VARIABLE
 from cluster.errors import ConfigError
 
@@ -157,6 +157,7 @@ def fill_args(
     chosen: dict[str, Any] = {
         **defaults,
         "enable_request_id_headers": True,
+        "scheduling_policy": PRIORITY_POLICY,
         **config.engine_args,
         "model": model_path,
         "served_model_name": [config.name],

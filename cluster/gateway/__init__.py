@@ -8,6 +8,7 @@ replicas and drives it from HTTP and from handles.
 from cluster.gateway.asgi import GatewayApp
 from cluster.gateway.gateway import Gateway
 from cluster.gateway.messages import Request, Response
+from cluster.gateway.peers import Peers
 from cluster.gateway.pool import Answer, Opener, ReplicaInfo, Wiring
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Gateway",
     "GatewayApp",
     "Opener",
+    "Peers",
     "ReplicaInfo",
     "Request",
     "Response",

@@ -6,6 +6,7 @@ from contextlib import aclosing
 from typing import Any
 from urllib.parse import quote
 
+from cluster.admission import OPEN
 from cluster.asgi import Receive, Scope, Send
 from cluster.errors import LinkError, PayloadTooLargeError, RequestError
 from cluster.gateway.gateway import Gateway
@@ -46,11 +47,11 @@ class GatewayApp:
         method = scope["method"]
         path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/")) or "/"
         started = time.perf_counter()
-        identity = tenant = ""
+        name, identity = "", OPEN
         try:
-            identity = request_id(header(headers, b"x-request-id"))
+            name = request_id(header(headers, b"x-request-id"))
             if self._authenticates:
-                tenant = self._gateway.authenticate(path, headers)
+                identity = self._gateway.authenticate(path, headers)
             body = await _read_body(headers, receive, self._gateway.max_body_bytes)
         except RequestError as error:
             self._gateway.count(OTHER, error.status)
@@ -59,14 +60,14 @@ class GatewayApp:
             response.headers.append((b"connection", b"close"))
         else:
             response = await self._gateway.respond(
-                Request(identity, method, path, scope["query_string"], headers, body, tenant)
+                Request(name, method, path, scope["query_string"], headers, body, identity)
             )
         if not self._behind_serve:
-            if identity:
-                response.headers.append((b"x-request-id", identity.encode()))
+            if name:
+                response.headers.append((b"x-request-id", name.encode()))
             elapsed_ms = (time.perf_counter() - started) * 1e3
             line = "%s %s %s -> %d after %.1f ms"
-            logger.info(line, identity, method, quote(path), response.status, elapsed_ms)
+            logger.info(line, name, method, quote(path), response.status, elapsed_ms)
         await _send(response, method, send)
 
 

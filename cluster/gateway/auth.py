@@ -1,39 +1,58 @@
-"""API keys: who may use the router."""
+"""API keys: who may use the router, and as whom."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
 
+from cluster.admission import OPEN, Identity
+from cluster.admission.keys import bare_identities
 from cluster.errors import AuthenticationError
 from cluster.gateway.messages import Headers, header
+from cluster.key_file import KeyFile
 
 
 class Authenticator:
-    """Checks a request's API key against the hashes of those that are known.
+    """Finds whom a request comes from, by the hash of its API key.
 
-    Comparing SHA-256 digests of high-entropy keys in a set leaks nothing useful through timing:
-    an attacker cannot steer the digest of a guess.
+    Args:
+        key_hashes: Of keys without a file; each is a tenant of its own.
+        file: Further keys, read again when they change.
     """
 
-    def __init__(self, key_hashes: Iterable[str]) -> None:
-        self._hashes = frozenset(bytes.fromhex(digest) for digest in key_hashes)
+    def __init__(self, key_hashes: Iterable[str], file: KeyFile | None = None) -> None:
+        self._bare = bare_identities(key_hashes)
+        self._file = file
+        self._identities: Mapping[bytes, Identity] = self._bare
+        self.refresh()
 
-    def check(self, headers: Headers) -> str:
-        """Whose request this is, by its key; "" where no keys are configured, and each may pass.
+    def refresh(self) -> bool:
+        """Look at the key file; whether there are other keys now."""
+        changed = self._file is not None and self._file.refresh()
+        if changed and self._file is not None:
+            self._identities = {**self._bare, **self._file.identities}
+        return changed
+
+    @property
+    def identities(self) -> Iterable[Identity]:
+        """Everybody who has a key."""
+        return self._identities.values()
+
+    def check(self, headers: Headers) -> Identity:
+        """Whose request this is; ``OPEN`` where no keys are configured, and each may pass.
 
         Raises:
             AuthenticationError: there is no key, or it is not known.
         """
-        if not self._hashes:
-            return ""
+        if not self._bare and (self._file is None or not self._file.seen):
+            return OPEN
         key = _key(headers)
         if key is None:
             raise AuthenticationError(
                 "An API key is needed: 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
             )
-        digest = sha256(key.encode())
-        if digest.digest() not in self._hashes:
+        identity = self._identities.get(sha256(key.encode()).digest())
+        if identity is None:
             raise AuthenticationError("The API key is not known.")
-        return digest.hexdigest()[:16]
+        return identity
 
 
 def _key(headers: Headers) -> str | None:

@@ -1,12 +1,16 @@
-"""From a request to its response: authenticate, pick the pool, admit, choose, relay."""
+"""From a request to its response: authenticate, pick the pool, admit, relay."""
 
 import asyncio
 import logging
 from collections.abc import Mapping
 
-from cluster.config import ClassifierConfig, GeneratorConfig, TandemConfig
+from cluster.admission import OPEN, Identity, QueueLimits
+from cluster.config import PRIORITY_POLICY, ClassifierConfig, GeneratorConfig, TandemConfig
 from cluster.errors import InternalError, MethodNotAllowedError, RequestError
+from cluster.gateway.accounts import Accounts
+from cluster.gateway.admission import Admission
 from cluster.gateway.auth import Authenticator
+from cluster.gateway.engine_priority import PATHS, with_engine_priority
 from cluster.gateway.gauges import watch_pools
 from cluster.gateway.messages import Headers, Request, Response, error_response
 from cluster.gateway.metering import PoolMeter
@@ -14,7 +18,8 @@ from cluster.gateway.own import PUBLIC_PATHS, OwnRoutes
 from cluster.gateway.pool import Kind, Pool, PoolLimits, Wiring
 from cluster.gateway.relay import relay
 from cluster.gateway.routes import OTHER
-from cluster.gateway.surface import pick_pool, requested_model
+from cluster.gateway.surface import Envelope, pick_pool, read_envelope
+from cluster.key_file import KeyFile
 from cluster.metrics import Registry, table
 
 logger = logging.getLogger("ray.serve.tandem")
@@ -29,6 +34,7 @@ class Gateway:
         config: The whole deployment's.
         wirings: How each pool's replicas are reached, by the pool's name.
         versions: Of this router's parts, for ``/version``.
+        key_file: Keys beside those of the configuration.
     """
 
     def __init__(
@@ -36,22 +42,24 @@ class Gateway:
         config: TandemConfig,
         wirings: Mapping[str, Wiring],
         versions: Mapping[str, str] | None = None,
+        key_file: KeyFile | None = None,
     ) -> None:
         self.max_body_bytes = int(config.router.max_body_bytes)
         self.registry = Registry()
         """What this router counts."""
         self.pools = _make_pools(config, wirings, self.registry)
         watch_pools(self.registry, self.pools.values())
-        self._authenticator = Authenticator(config.router.api_keys_sha256)
+        authenticator = Authenticator(config.router.api_keys_sha256, key_file)
+        self.admission = Admission(authenticator, Accounts(self.registry))
         self._own = OwnRoutes(self.pools, versions or {}, self.registry)
 
-    def authenticate(self, path: str, headers: Headers) -> str:
+    def authenticate(self, path: str, headers: Headers) -> Identity:
         """Whose request this is; asked before its body is read, where it comes from outside.
 
         Raises:
             AuthenticationError: it has no API key, or one that is not known.
         """
-        return "" if path in PUBLIC_PATHS else self._authenticator.check(headers)
+        return OPEN if path in PUBLIC_PATHS else self.admission.authenticate(headers)
 
     async def respond(self, request: Request) -> Response:
         """The response to ``request``; errors come as responses too, never as exceptions."""
@@ -67,7 +75,8 @@ class Gateway:
         own = self._own.find(request.path)
         try:
             if own is None:
-                pool = pick_pool(self.pools, request.path, requested_model(request))
+                envelope = read_envelope(request)
+                pool = pick_pool(self.pools, request.path, envelope.model)
             elif request.method not in ("GET", "HEAD"):
                 raise MethodNotAllowedError(f"{request.path} takes GET, not {request.method}.")
             else:
@@ -77,7 +86,14 @@ class Gateway:
         except RequestError as error:
             self.count(own.route if own else OTHER, error.status)
             raise
-        return await relay(request, pool)
+        return await self._relay(request, envelope, pool)
+
+    async def _relay(self, request: Request, envelope: Envelope, pool: Pool) -> Response:
+        claim, grant = self.admission.enter(request, envelope, pool)
+        urgent = claim.priority != 0 or envelope.priority is not None
+        if urgent and pool.limits.engine_priorities and request.path in PATHS:
+            request = with_engine_priority(request, claim.priority)
+        return await relay(request, pool, claim, grant)
 
     def count(self, route: str, status: int) -> None:
         """Count a request that never came to a pool."""
@@ -94,8 +110,13 @@ def _make_pools(
     router = config.router
 
     def make(kind: Kind, pool: GeneratorConfig | ClassifierConfig) -> Pool:
+        queue = QueueLimits(router.max_queued_tokens, router.max_queued)
         limits = PoolLimits(
-            pool.max_ongoing, router.max_queued, router.queue_timeout_s, pool.routing
+            pool.max_ongoing,
+            queue,
+            router.queue_timeout_s,
+            pool.routing,
+            _schedules_by_priority(pool),
         )
         return Pool(pool.name, kind, limits, wirings[pool.name], PoolMeter(registry, pool.name))
 
@@ -104,3 +125,9 @@ def _make_pools(
         *(make("classifier", pool) for pool in config.classifiers),
     ]
     return {pool.name: pool for pool in pools}
+
+
+def _schedules_by_priority(pool: GeneratorConfig | ClassifierConfig) -> bool:
+    if not isinstance(pool, GeneratorConfig) or pool.engine != "vllm":
+        return False
+    return bool(pool.engine_args.get("scheduling_policy", PRIORITY_POLICY) == PRIORITY_POLICY)

@@ -19,6 +19,9 @@ def _collect(registry: Registry, pool: Pool) -> None:
     levels = {
         table.ONGOING: sum(replica.own for replica in pool.replicas),
         table.QUEUED: pool.num_queued,
+        table.QUEUED_TOKENS: pool.waiting.queued_tokens,
+        table.CAPACITY_TOKENS: pool.waiting.capacity.limit_tokens,
+        table.DRAIN_RATE: pool.waiting.capacity.drain_rate() or 0.0,
         table.RUNNING: sum(load.running for load in loads),
         table.WAITING: sum(load.waiting for load in loads),
         table.KV_CACHE: sum(load.kv_cache_usage for load in loads) / max(1, len(loads)),

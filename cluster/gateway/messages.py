@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 from uuid import uuid4
 
+from cluster.admission import OPEN, Identity
 from cluster.errors import InvalidRequestError, RequestError
 
 Headers = list[tuple[bytes, bytes]]
@@ -24,8 +25,13 @@ class Request:
     headers: Headers
     """Names in lower case, as ASGI gives them."""
     body: bytes
-    tenant: str = ""
-    """Who sent it, as a short name made from the API key; "" where none was asked for."""
+    identity: Identity = OPEN
+    """Who sent it."""
+
+    @property
+    def tenant(self) -> str:
+        """The name of its tenant; "" where no key was asked for."""
+        return self.identity.tenant.name
 
 
 def header(headers: Headers, name: bytes) -> str | None:

@@ -2,12 +2,22 @@
 
 import time
 from functools import partial
+from typing import Literal, Protocol
 
 from cluster.link import LinkUsage
 from cluster.metrics import Counter, Registry, table
 
 CLIENT_LEFT = 499
 """Not a status that is sent: who would get it has left."""
+
+ShedReason = Literal["queue_full", "too_long", "deadline", "expired"]
+
+
+class Ending(Protocol):
+    """Who is told of a request's end."""
+
+    def end(self, status: int, usage: LinkUsage | None) -> None:
+        """The request has ended with this status; ``usage`` is None where it is not known."""
 
 
 class PoolMeter:
@@ -23,15 +33,19 @@ class PoolMeter:
         self.prompt_tokens = counter(table.PROMPT_TOKENS, model)
         self.cached_tokens = counter(table.CACHED_TOKENS, model)
         self.completion_tokens = counter(table.COMPLETION_TOKENS, model)
-        self.shed = counter(table.SHED, model)
         self.retries = counter(table.RETRIES, model)
         self.cut_off = counter(table.CUT_OFF, model)
         self.fallbacks = counter(table.LINK_FALLBACKS, model)
         self._requests = partial(counter, table.REQUESTS, model)
+        self._shed = partial(counter, table.SHED, model)
 
-    def watch(self, route: str) -> "Watch":
-        """Begin to watch one request."""
-        return Watch(self, route)
+    def watch(self, route: str, grant: Ending | None = None) -> "Watch":
+        """Begin to watch one request, of whose end ``grant`` is told."""
+        return Watch(self, route, grant)
+
+    def shed(self, reason: ShedReason) -> None:
+        """Count a request that is refused."""
+        self._shed(reason).add()
 
     def requests(self, route: str, status: int) -> Counter:
         """Requests that ended so."""
@@ -41,10 +55,14 @@ class PoolMeter:
 class Watch:
     """One request from its arrival to its end."""
 
-    __slots__ = ("_begun", "_first", "_itl", "_last", "_meter", "_placed", "_route", "status")
+    __slots__ = (
+        *("_begun", "_first", "_grant", "_itl", "_last", "_meter", "_placed", "_route"),
+        "status",
+    )
 
-    def __init__(self, meter: PoolMeter, route: str) -> None:
+    def __init__(self, meter: PoolMeter, route: str, grant: Ending | None) -> None:
         self._meter = meter
+        self._grant = grant
         self._route = route
         self._itl = meter.itl_s
         self._begun = time.perf_counter()
@@ -67,6 +85,8 @@ class Watch:
 
     def end(self, usage: LinkUsage | None) -> None:
         """It has ended, in whatever way."""
+        if self._grant is not None:
+            self._grant.end(self.status, usage)
         meter = self._meter
         elapsed = time.perf_counter() - self._begun
         meter.request_s.observe(elapsed)

@@ -8,7 +8,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
+from cluster.admission import MAX_PRIORITY
 from cluster.errors import NotFoundError, TandemError
+from cluster.gateway.claim import Claim
 from cluster.gateway.messages import Request, Response, bytes_response, json_response
 from cluster.gateway.openapi import merge
 from cluster.gateway.pages import Page
@@ -87,21 +89,24 @@ class OwnRoutes:
         return bytes_response(200, CONTENT_TYPE, exposition(self._registry))
 
     async def _models(self, request: Request) -> Response:
-        lists = await asyncio.gather(
-            *(self._models_of(pool, request) for pool in self._pools.values())
-        )
+        allowed = self._allowed(request)
+        lists = await asyncio.gather(*(self._models_of(pool, request) for pool in allowed))
         return json_response(
             {"object": "list", "data": [card for cards in lists for card in cards]}
         )
 
     async def _model(self, request: Request) -> Response:
         name = request.path.removeprefix(MODEL_PREFIX)
-        for pool in self._pools.values():
+        for pool in self._allowed(request):
             for card in await self._models_of(pool, request):
                 if card["id"] == name:
                     return json_response(card)
-        known = ", ".join(sorted(self._pools))
+        known = ", ".join(sorted(pool.name for pool in self._allowed(request)))
         raise NotFoundError(f"The model `{name}` does not exist. Known models: {known}")
+
+    def _allowed(self, request: Request) -> list[Pool]:
+        """The pools that its key may use."""
+        return [pool for name, pool in self._pools.items() if request.identity.allows(name)]
 
     async def _models_of(self, pool: Pool, request: Request) -> list[dict[str, Any]]:
         """A pool's model card: the engine's own where it has one and has room to say it."""
@@ -133,7 +138,9 @@ class OwnRoutes:
         """The JSON answer of one of the pool's replicas to a GET; None if it cannot answer now."""
         asked = Request(request.id, "GET", path, b"", [(b"accept", b"application/json")], b"")
         try:
-            response = await relay(asked, pool, timeout_s=ASK_TIMEOUT_S)
+            expires_s = asyncio.get_running_loop().time() + ASK_TIMEOUT_S
+            claim = Claim(priority=MAX_PRIORITY, expires_s=expires_s)
+            response = await relay(asked, pool, claim)
             async with aclosing(response.body) as body:
                 whole = b"".join([chunk async for chunk in body])
             return json.loads(whole) if response.status == 200 else None

@@ -1,22 +1,25 @@
-"""One pool as a router sees it: its running replicas, their links, and the queue before them.
+"""One pool as a router sees it: its running replicas and their links.
 
-Owns the links, and tells ``routing`` what happens on them. Learns which replicas run from
-``update`` alone; how that is found out is not known here.
+Owns the links, and tells ``routing`` what happens on them; ``waiting`` has the requests that have
+no place yet. Learns which replicas run from ``update`` alone; how that is found out is not known
+here.
 """
 
 import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from ssl import SSLContext
 from typing import Any, Literal, Protocol
 
+from cluster.admission import PoolCapacity, QueueLimits
 from cluster.config import RoutingPolicy
-from cluster.errors import OverloadedError, UnavailableError
+from cluster.gateway.claim import Claim
 from cluster.gateway.metering import PoolMeter
 from cluster.gateway.routes import RouteTable
+from cluster.gateway.waiting import Places, Waiting
 from cluster.link import (
     LinkClient,
     LinkCounts,
@@ -32,7 +35,6 @@ from cluster.routing import (
     Placement,
     PrefixIndex,
     Reach,
-    RequestView,
     TokenEstimate,
     make_policy,
 )
@@ -43,6 +45,10 @@ Kind = Literal["generator", "classifier"]
 
 FALLBACK_AFTER = 2
 """Attempts to open a link that must have failed before the replica is asked in another way."""
+
+WAITING_RATIO: Mapping[Kind, float] = {"generator": 0.25, "classifier": 2.0}
+"""Requests that may wait in the engines for each that runs. An encoder makes its next batches of
+those that wait; a language model's batch takes in a new one whenever one ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +125,11 @@ class PoolLimits:
 
     max_ongoing: int
     """Requests that one replica is given at a time."""
-    max_queued: int
+    queue: QueueLimits
     queue_timeout_s: float
     routing: RoutingPolicy
+    engine_priorities: bool = False
+    """Whether its engines take a class with each request (``engine_priority``)."""
 
 
 class Replica:
@@ -161,14 +169,6 @@ class Replica:
 _REACH = {"linked": Reach.USUAL, "fallback": Reach.LAST_RESORT, "unlinked": Reach.NONE}
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A replica that takes one request, and the account that is kept of it."""
-
-    replica: Replica
-    placement: Placement
-
-
 @dataclass(slots=True)
 class PrefixCounts:
     """What replicas said of their prefix caches."""
@@ -184,6 +184,18 @@ class PrefixCounts:
         self.cleared += events.cleared
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A request's place at a replica; give it back with ``Pool.release``."""
+
+    replica: Replica
+    placement: Placement
+    """The account that routing keeps of it."""
+    claim: Claim
+    since_s: float
+    """Monotonic."""
+
+
 class Pool:
     """The replicas of one deployment and the requests that wait for them."""
 
@@ -197,7 +209,15 @@ class Pool:
         """What its replicas' engines serve, as far as they have said."""
         self.link_counts = LinkCounts()
         """What passed on all links to its replicas, present and past."""
-        self._limits = limits
+        self.limits = limits
+        self.waiting = Waiting(
+            name,
+            limits.queue,
+            PoolCapacity(WAITING_RATIO[kind]),
+            Places(self._take, self.release, lambda: self.num_ready > 0),
+            meter,
+        )
+        """The requests that have no place yet."""
         self._wiring = wiring
         self.estimate = TokenEstimate(generates=kind == "generator")
         """How many tokens a request takes."""
@@ -209,14 +229,13 @@ class Pool:
         self._policy = make_policy(limits.routing, self.prefixes, random.getrandbits(16))
         self._replicas: dict[str, Replica] = {}
         self._retired: set[Replica] = set()
-        self._waiting: dict[asyncio.Future[Place], RequestView] = {}  # in the order of arrival
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
 
     @property
     def queue_timeout_s(self) -> float:
         """The longest that a request waits for a place."""
-        return self._limits.queue_timeout_s
+        return self.limits.queue_timeout_s
 
     @property
     def replicas(self) -> list[Replica]:
@@ -231,7 +250,7 @@ class Pool:
     @property
     def num_queued(self) -> int:
         """Requests that wait in this router for a place in this pool."""
-        return len(self._waiting)
+        return len(self.waiting)
 
     def status(self) -> dict[str, Any]:
         """The pool in numbers, as this router sees it."""
@@ -271,13 +290,13 @@ class Pool:
         replica = Replica(info, link, wiring.fallback and wiring.fallback(info.id))
 
         fleet = self.fleet
-        fleet.add(info.id, self._limits.max_ongoing, Reach.NONE)
+        fleet.add(info.id, self.limits.max_ongoing, Reach.NONE)
 
         def on_state(_state: LinkState) -> None:
             if info.id in fleet:
                 fleet.unknown(info.id)
                 fleet.set_reach(info.id, replica.reach)
-                self._dispatch()
+                self.waiting.dispatch()
 
         def on_load(load: LinkLoad) -> None:
             if info.id in fleet:
@@ -287,7 +306,8 @@ class Pool:
                     waiting=load.waiting,
                     kv_cache_usage=load.kv_cache_usage,
                 )
-                self._dispatch()
+                self.waiting.observe(self._loads())
+                self.waiting.dispatch()
 
         def on_prefixes(events: PrefixEvents) -> None:
             if info.id in fleet:
@@ -304,66 +324,41 @@ class Pool:
         self.prefixes.stored(replica_id, events.stored)
         self.prefix_counts.add(events)
 
-    async def admit(self, request: RequestView, timeout_s: float) -> Place:
+    async def admit(self, claim: Claim) -> Place:
         """A place at a replica, at once or after a wait; give it back with ``release``.
 
         Raises:
-            OverloadedError: the queue is full, or the wait was too long while replicas ran.
+            OverloadedError: the queue is full, or the place would come or came too late.
             UnavailableError: the wait was too long and no replica runs, or the router stops.
         """
-        if self._closed:
-            raise _stopping()
-        if not self._waiting and (given := self._place(request)) is not None:
-            return given
-        if self.num_queued >= self._limits.max_queued:
-            self.meter.shed.add()
-            raise OverloadedError(
-                f"{self.name}: {self._limits.max_queued} requests are waiting already",
-                retry_after_s=1,
-            )
-        place: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
-        self._waiting[place] = request
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await place
-        except TimeoutError:
-            self._give_back(place)
-            raise self._too_late() from None
-        except asyncio.CancelledError:
-            self._give_back(place)
-            raise
-
-    def _give_back(self, place: asyncio.Future[Place]) -> None:
-        self._waiting.pop(place, None)
-        # The place may have been granted in the same pass in which its waiter left.
-        if place.done() and not place.cancelled() and place.exception() is None:
-            self.release(place.result())
-
-    def _too_late(self) -> OverloadedError | UnavailableError:
-        waited = f"{self._limits.queue_timeout_s:g} s"
-        if self.num_ready == 0:
-            return UnavailableError(
-                f"{self.name}: no replica became ready within {waited}", retry_after_s=5
-            )
-        self.meter.shed.add()
-        return OverloadedError(f"{self.name}: no place within {waited}", retry_after_s=5)
+        return await self.waiting.place(claim)
 
     def first_token(self, place: Place) -> None:
         """Note that the first token came of a request that has a place."""
         self.fleet.advance(time.monotonic())
         self.fleet.first_token(place.placement)
 
-    def release(self, place: Place, usage: LinkUsage | None = None) -> None:
-        """Give back a place that ``admit`` gave, with the tokens that were taken, where known."""
-        self.fleet.advance(time.monotonic())
+    def release(
+        self, place: Place, done_tokens: float | None = 0.0, usage: LinkUsage | None = None
+    ) -> None:
+        """Give back a place that ``admit`` gave.
+
+        Args:
+            place: Which one.
+            done_tokens: The work that was done; 0 where it failed, None where that is not known.
+            usage: The tokens that were taken, where the replica said so.
+        """
+        now_s = time.monotonic()
+        self.fleet.advance(now_s)
         self.fleet.ended(place.placement, usage)
         place.replica.own -= 1
+        self.waiting.leave(place.claim, done_tokens, now_s - place.since_s)
         self._end_if_idle(place.replica)
-        self._dispatch()
+        self.waiting.dispatch()
 
-    def _place(self, request: RequestView) -> Place | None:
+    def _take(self, claim: Claim) -> Place | None:
         """A place at a replica with room; without a link only where all that have one are full."""
-        fleet, now_s = self.fleet, time.monotonic()
+        fleet, request, now_s = self.fleet, claim.view, time.monotonic()
         fleet.advance(now_s)
         self.prefixes.advance(now_s)
         chosen = self._policy.choose(request, fleet)
@@ -374,18 +369,11 @@ class Pool:
         self.prefixes.expect(chosen, request.prefix)
         replica = self._replicas[chosen]
         replica.own += 1
-        return Place(replica, fleet.placed(chosen, request, cached_tokens))
+        return Place(replica, fleet.placed(chosen, request, cached_tokens), claim, now_s)
 
-    def _dispatch(self) -> None:
-        while self._waiting:
-            waiter, request = next(iter(self._waiting.items()))
-            if waiter.done():  # cancelled, and has not run yet
-                del self._waiting[waiter]
-            elif (place := self._place(request)) is not None:
-                del self._waiting[waiter]
-                waiter.set_result(place)
-            else:
-                return
+    def _loads(self) -> list[LinkLoad]:
+        replicas = self._replicas.values()
+        return [load for replica in replicas if (load := replica.link.load) is not None]
 
     def _end_if_idle(self, replica: Replica) -> None:
         if replica in self._retired and (replica.own == 0 or self._closed):
@@ -397,16 +385,9 @@ class Pool:
     async def close(self) -> None:
         """Close every link; requests that wait are told that the router stops."""
         self._closed = True
-        for place in self._waiting:
-            if not place.done():
-                place.set_exception(_stopping())
-        self._waiting.clear()
+        self.waiting.close()
         self.update(())
         for replica in list(self._retired):
             self._end_if_idle(replica)
         if self._closing:
             await asyncio.wait(self._closing)
-
-
-def _stopping() -> UnavailableError:
-    return UnavailableError("the router is stopping", retry_after_s=1)

@@ -3,17 +3,17 @@
 Another replica is tried only while nothing of an answer was seen, so nothing is answered twice.
 """
 
-import asyncio
 import json
 import logging
 
 from cluster.errors import LinkError, RequestError, UnavailableError
-from cluster.gateway.messages import Headers, Request, Response, header
+from cluster.gateway.accounts import Grant, work_of
+from cluster.gateway.claim import Claim
+from cluster.gateway.messages import Headers, Request, Response
 from cluster.gateway.metering import CLIENT_LEFT, Watch
 from cluster.gateway.pool import Answer, Place, Pool
 from cluster.gateway.routes import OTHER
 from cluster.link import LinkUsage, RequestHead
-from cluster.routing import Fingerprint, fingerprint
 
 logger = logging.getLogger("ray.serve.tandem")
 
@@ -25,26 +25,26 @@ _LOST = "The replica was lost while it answered."
 _HOP_HEADERS = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"te", b"upgrade"})
 _CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
 _TENANT = b"x-tandem-tenant"
-_SESSION = b"x-session-id"
 _NOT_FORWARDED = _HOP_HEADERS | _CREDENTIALS | {b"host", b"x-request-id", b"expect", _TENANT}
 _NOT_RETURNED = _HOP_HEADERS | {b"server", b"date", b"x-request-id"}
 
 
-async def relay(request: Request, pool: Pool, timeout_s: float | None = None) -> Response:
+async def relay(request: Request, pool: Pool, claim: Claim, grant: Grant | None = None) -> Response:
     """Admit ``request`` to ``pool`` and return a replica's answer, whose body is still growing.
 
     Args:
         request: What to relay.
         pool: Which replicas may answer.
-        timeout_s: The longest wait for a place; None: the pool's own.
+        claim: What it asks of the pool.
+        grant: What its tenant's limits gave it; ended here. None: it is the router's own.
 
     Raises:
         OverloadedError: the pool's queue is full.
         UnavailableError: no replica is there, or each that was tried was lost.
     """
-    watch = pool.meter.watch(pool.routes.find(request.path) or OTHER)
+    watch = pool.meter.watch(pool.routes.find(request.path) or OTHER, grant)
     try:
-        return await _relay(request, pool, timeout_s, watch)
+        return await _relay(request, pool, claim, watch)
     except RequestError as error:
         watch.status = error.status
         watch.end(None)
@@ -54,23 +54,17 @@ async def relay(request: Request, pool: Pool, timeout_s: float | None = None) ->
         raise
 
 
-async def _relay(request: Request, pool: Pool, timeout_s: float | None, watch: Watch) -> Response:
+async def _relay(request: Request, pool: Pool, claim: Claim, watch: Watch) -> Response:
     head = _request_head(request)
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + (pool.queue_timeout_s if timeout_s is None else timeout_s)
-    text = fingerprint(request.path, request.body)
-    session = header(request.headers, _SESSION)
     for _ in range(MAX_ATTEMPTS):
-        view = pool.estimate.view(len(request.body), text, session)
-        place = await pool.admit(view, max(0.0, deadline - loop.time()))
-        replica = place.replica
+        place = await pool.admit(claim)
         watch.placed()
-        body = RelayedBody(pool, place, request.id, watch, text)
+        body = RelayedBody(pool, place, request.id, watch)
         try:
             return await body.begin(head, request.body)
         except (LinkError, UnavailableError) as error:
             pool.meter.retries.add()
-            logger.warning("%s: replica %s: %s", request.id, replica.info.id, error)
+            logger.warning("%s: replica %s: %s", request.id, place.replica.info.id, error)
     raise UnavailableError(
         f"{pool.name}: {MAX_ATTEMPTS} replicas were lost before they answered", retry_after_s=1
     )
@@ -79,16 +73,12 @@ async def _relay(request: Request, pool: Pool, timeout_s: float | None, watch: W
 class RelayedBody:
     """A replica's answer on its way out; frees the replica's place when it ends in whatever way."""
 
-    def __init__(
-        self, pool: Pool, place: Place, request_id: str, watch: Watch, text: Fingerprint
-    ) -> None:
+    def __init__(self, pool: Pool, place: Place, request_id: str, watch: Watch) -> None:
         self._pool = pool
         self._place = place
-        self._num_bytes = 0
         self._is_first = True
         self._request_id = request_id
         self._watch = watch
-        self._text = text
         self._answer: Answer | None = None
         self._is_event_stream = False
         self._ended = False
@@ -101,14 +91,12 @@ class RelayedBody:
             RequestError: it could not answer.
         """
         try:
-            replica = self._place.replica
-            if replica.state == "fallback":
+            if self._place.replica.state == "fallback":
                 self._pool.meter.fallbacks.add()
-            self._num_bytes = len(body)
-            self._answer = replica.open(head, body)
+            self._answer = self._place.replica.open(head, body)
             given = await self._answer.head()
         except BaseException:
-            self._free(None)
+            self._free(0.0)
             raise
         headers = [pair for pair in given.headers if pair[0] not in _NOT_RETURNED]
         self._is_event_stream = any(
@@ -162,15 +150,24 @@ class RelayedBody:
         assert self._answer is not None
         usage = self._answer.usage
         if usage is not None:
-            self._pool.estimate.learn(self._num_bytes, usage, self._text)
-        self._free(usage)
+            claim = self._place.claim
+            self._pool.estimate.learn(claim.body_bytes, usage, claim.text)
+        self._free(self._done_tokens(usage), usage)
         self._watch.end(usage)
 
-    def _free(self, usage: LinkUsage | None) -> None:
+    def _done_tokens(self, usage: LinkUsage | None) -> float | None:
+        """The work that was done; where the replica did not say, what was expected."""
+        if usage is not None:
+            return work_of(usage)
+        if self._watch.status == CLIENT_LEFT:
+            return None
+        return 0.0 if self._watch.status >= 400 else self._place.claim.work_tokens
+
+    def _free(self, done_tokens: float | None, usage: LinkUsage | None = None) -> None:
         self._ended = True
         if self._answer is not None:
             self._answer.cancel()
-        self._pool.release(self._place, usage)
+        self._pool.release(self._place, done_tokens, usage)
 
 
 def _request_head(request: Request) -> RequestHead:

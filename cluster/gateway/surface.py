@@ -1,6 +1,7 @@
 """Which pool a request goes to: its ``model`` field, its path, and what the pools serve."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -9,25 +10,46 @@ from cluster.gateway.messages import Request, header
 from cluster.gateway.pool import Pool
 
 
-class _Envelope(msgspec.Struct):
-    """The one field of a body that the router needs; decoding skips the rest."""
+class Envelope(msgspec.Struct, frozen=True):
+    """The fields of a body that the router needs; decoding skips the rest.
+
+    All but ``model`` may hold anything: what is wrong with them, the engine says.
+    """
 
     model: str | None = None
+    max_tokens: Any = None
+    max_completion_tokens: Any = None
+    max_output_tokens: Any = None
+    n: Any = None
+    priority: Any = None
+
+    @property
+    def most_tokens(self) -> float | None:
+        """Tokens that the completions may have together; None where the body does not say."""
+        for most in (self.max_completion_tokens, self.max_tokens, self.max_output_tokens):
+            if _is_count(most):
+                return float(most * (self.n if _is_count(self.n) else 1))
+        return None
 
 
-_decode = msgspec.json.Decoder(_Envelope).decode
+_EMPTY = Envelope()
+_decode = msgspec.json.Decoder(Envelope).decode
 
 
-def requested_model(request: Request) -> str | None:
-    """The body's ``model``; None where there is no JSON body or it names none.
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and 0 < value < 2**31
+
+
+def read_envelope(request: Request) -> Envelope:
+    """What the router reads of the body; empty where there is no JSON body.
 
     Raises:
         InvalidRequestError: the body is not a JSON object, or ``model`` is not a string.
     """
     if not request.body or not _is_json(request):
-        return None
+        return _EMPTY
     try:
-        return _decode(request.body).model
+        return _decode(request.body)
     except msgspec.ValidationError as error:
         raise InvalidRequestError(f"The request body is wrong: {error}", param="model") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

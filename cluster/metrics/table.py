@@ -59,7 +59,12 @@ CACHED_TOKENS = Metric(
 COMPLETION_TOKENS = Metric(
     "tandem_completion_tokens_total", "counter", "Completion tokens.", _MODEL
 )
-SHED = Metric("tandem_shed_requests_total", "counter", "Requests refused as too many.", _MODEL)
+SHED = Metric(
+    "tandem_shed_requests_total",
+    "counter",
+    "Requests refused as too many: queue_full, too_long a wait, deadline, expired while waiting.",
+    ("model", "reason"),
+)
 RETRIES = Metric(
     "tandem_retries_total", "counter", "Replicas that were lost before they answered.", _MODEL
 )
@@ -67,10 +72,46 @@ CUT_OFF = Metric(
     "tandem_cut_off_requests_total", "counter", "Answers that ended before they were whole.", _MODEL
 )
 
+# -- tenants; those that have keys, and "" where none is needed ------------------------------------
+
+TENANT_REQUESTS = Metric(
+    "tandem_tenant_requests_total",
+    "counter",
+    "Requests to models that ended, by tenant and status.",
+    ("tenant", "status"),
+)
+TENANT_TOKENS = Metric(
+    "tandem_tenant_tokens_total",
+    "counter",
+    "Tokens by tenant; kind is prompt or completion.",
+    ("tenant", "model", "kind"),
+)
+LIMITS_HIT = Metric(
+    "tandem_limits_hit_total",
+    "counter",
+    "Requests refused because a limit of their tenant was reached.",
+    ("tenant", "limit"),
+)
+
 # -- pools, as a router sees them ------------------------------------------------------------------
 
 ONGOING = Metric("tandem_ongoing_requests", "gauge", "Requests being served.", _MODEL)
 QUEUED = Metric("tandem_queued_requests", "gauge", "Requests waiting for a place.", _MODEL)
+QUEUED_TOKENS = Metric(
+    "tandem_queued_tokens", "gauge", "Estimated work that waits for a place.", _MODEL
+)
+CAPACITY_TOKENS = Metric(
+    "tandem_capacity_tokens",
+    "gauge",
+    "Work that the router lets the replicas hold; +Inf until they hold too much.",
+    _MODEL,
+)
+DRAIN_RATE = Metric(
+    "tandem_drain_tokens_per_second",
+    "gauge",
+    "Work that leaves the replicas while they are busy; 0 while that is not known.",
+    _MODEL,
+)
 REPLICAS = Metric(
     "tandem_replicas", "gauge", "Replicas by what this router can do with them.", ("model", "state")
 )

@@ -21,6 +21,7 @@ class TokenEstimate:
 
     def __init__(self, *, generates: bool) -> None:
         self._tokens, self._bytes = TOKENS_PER_BYTE * PRIOR_BYTES, PRIOR_BYTES
+        self._computed = self._prompts = 1.0
         self._completion = COMPLETION_TOKENS if generates else 0.0
 
     @property
@@ -29,7 +30,11 @@ class TokenEstimate:
         return self._tokens / self._bytes
 
     def view(
-        self, body_bytes: int, text: Fingerprint = EMPTY, session: str | None = None
+        self,
+        body_bytes: int,
+        text: Fingerprint = EMPTY,
+        session: str | None = None,
+        max_tokens: float | None = None,
     ) -> RequestView:
         """What is known of a request.
 
@@ -37,11 +42,13 @@ class TokenEstimate:
             body_bytes: The length of its body.
             text: What was read of it.
             session: What it says beside its body of what it belongs to.
+            max_tokens: The longest completion that it takes, where ``text`` does not say.
         """
         ratio = 1 / TOKEN_ID_BYTES if text.is_tokens else self.tokens_per_byte
         completion = self._completion
-        if text.max_tokens is not None:
-            completion = max(0.0, min(completion, float(text.max_tokens)))
+        most = max_tokens if text.max_tokens is None else float(text.max_tokens)
+        if most is not None:
+            completion = max(0.0, min(completion, most))
         return RequestView(
             prompt_tokens=(text.total_bytes or body_bytes) * ratio,
             completion_tokens=completion,
@@ -50,9 +57,18 @@ class TokenEstimate:
             session=text.session if session is None else session,
         )
 
+    def work(self, view: RequestView) -> float:
+        """Tokens that will have to be computed for it, at least 1; caches hold the usual share."""
+        return max(
+            1.0, view.prompt_tokens * self._computed / self._prompts + view.completion_tokens
+        )
+
     def learn(self, body_bytes: int, usage: Usage, text: Fingerprint = EMPTY) -> None:
         """Take in what a request took."""
         if not text.is_tokens:
             self._tokens = self._tokens * MEMORY + max(0, usage.prompt_tokens)
             self._bytes = self._bytes * MEMORY + (text.total_bytes or body_bytes)
+        computed = max(0, usage.prompt_tokens - usage.cached_tokens)
+        self._computed = self._computed * MEMORY + computed
+        self._prompts = self._prompts * MEMORY + max(0, usage.prompt_tokens)
         self._completion += (1.0 - MEMORY) * (max(0, usage.completion_tokens) - self._completion)

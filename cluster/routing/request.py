@@ -24,6 +24,10 @@ class RequestView:
     """Its first token will be seen, so that one that does not come says something."""
 
 
+UNREAD = RequestView(prompt_tokens=0.0)
+"""A request of which nothing is known."""
+
+
 class Usage(Protocol):
     """The tokens that a request took; ``cluster.link.LinkUsage`` is one."""
 

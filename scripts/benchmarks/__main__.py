@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from benchmarks import classify, engine, handle, link, memory, routing, stream
+from benchmarks import classify, engine, handle, link, memory, overload, routing, stream
 from benchmarks.report import Report, print_report, write_json
 from cluster.errors import TandemError
 
@@ -33,6 +33,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "memory": memory,
     "link": link,
     "routing": routing,
+    "overload": overload,
 }
 
 

@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from cluster.asgi import Message, Receive, Scope, Send
 from cluster.config import parse
 from cluster.gateway import Gateway, GatewayApp, Opener, ReplicaInfo, Wiring
+from cluster.key_file import KeyFile
 from cluster.link import LinkServer, LinkUsage, ResponseHead
 from tests import asgi
 
@@ -127,7 +128,7 @@ def fallback(replica_id: str) -> Opener:
 
 
 @asynccontextmanager
-async def a_world(**router: Any) -> AsyncIterator[World]:
+async def a_world(key_file: KeyFile | None = None, **router: Any) -> AsyncIterator[World]:
     config = parse(
         {
             "generators": [{"name": "gen", "model": "m", "max_ongoing": 2}],
@@ -136,7 +137,7 @@ async def a_world(**router: Any) -> AsyncIterator[World]:
         }
     )
     wirings = {name: Wiring(SECRET, fallback=fallback) for name in ("gen", "cls")}
-    world = World(Gateway(config, wirings, {"tandem": "0"}))
+    world = World(Gateway(config, wirings, {"tandem": "0"}, key_file))
     try:
         yield world
     finally:
@@ -434,7 +435,7 @@ async def test_clients_that_gave_up_leave_nothing_in_the_queue() -> None:
             call = asgi.start(world.app, "POST", CHAT, {"model": "gen"})
             await asyncio.sleep(0)
             await call.cancel()
-        assert not world.gateway.pools["gen"]._waiting
+        assert world.gateway.pools["gen"].num_queued == 0
 
 
 async def test_closing_ends_what_waits_and_what_runs() -> None:

@@ -120,6 +120,24 @@ def test_another_address_is_fine_with_an_api_key(tmp_path: Path) -> None:
     assert load(write(tmp_path), overrides).http_host == "0.0.0.0"
 
 
+def test_another_address_is_fine_with_a_key_file_which_the_router_must_then_find(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TANDEM_HOME", str(tmp_path))
+    keys = tmp_path / "keys.yaml"
+    keys.write_text("tenants: {a: {}}")
+    with pytest.raises(ConfigError, match="tandem keys add"):
+        load(write(tmp_path), ["http_options.host=0.0.0.0"])
+    digest = hashlib.sha256(b"key").hexdigest()
+    keys.write_text(f"keys: [{{sha256: {digest}, tenant: a}}]")
+    loaded = load(write(tmp_path), ["http_options.host=0.0.0.0"])
+    assert loaded.config.router.keys_file == str(keys)
+    assert loaded.serve_config["applications"][0]["args"]["router"] == {"keys_file": str(keys)}
+    keys.write_text("keys: 3")
+    with pytest.raises(ConfigError, match=r"keys\.yaml: keys"):
+        load(write(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -40,3 +40,14 @@ def test_a_header_names_the_session_before_the_body_does() -> None:
     estimate = TokenEstimate(generates=True)
     assert estimate.view(10, TEXT).session == "u"
     assert estimate.view(10, TEXT, "header").session == "header"
+
+
+def test_the_work_leaves_out_what_caches_usually_hold() -> None:
+    estimate = TokenEstimate(generates=True)
+    assert estimate.work(estimate.view(400)) == pytest.approx(100 + 128)
+    assert estimate.work(estimate.view(0, max_tokens=0)) == 1
+    for _ in range(500):
+        estimate.learn(400, LinkUsage(100, 75, 10))
+    view = estimate.view(400, max_tokens=1000)
+    assert view.prompt_tokens == pytest.approx(100, rel=0.05)
+    assert estimate.work(view) == pytest.approx(25 + 10, rel=0.1)

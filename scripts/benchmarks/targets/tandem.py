@@ -25,8 +25,13 @@ def tandem(decode_s: float) -> AbstractContextManager[Running]:
 
 
 @contextlib.contextmanager
-def tandem_of(pools: Mapping[str, Any], model: str) -> Iterator[Running]:
-    """One router and these pools, of which ``model`` is asked for; the user's own models."""
+def tandem_of(
+    pools: Mapping[str, Any], model: str, router: Mapping[str, Any] | None = None
+) -> Iterator[Running]:
+    """One router and these pools, of which ``model`` is asked for; the user's own models.
+
+    ``router`` is more of its configuration.
+    """
     key = secrets.token_urlsafe(24)
     http, gcs, dashboard, stats, metrics, fallback = free_ports(6)
     args: dict[str, object] = {
@@ -34,6 +39,7 @@ def tandem_of(pools: Mapping[str, Any], model: str) -> Iterator[Running]:
         "router": {
             "api_keys_sha256": [hashlib.sha256(key.encode()).hexdigest()],
             "replicas": {"min": 1, "max": 1},
+            **(router or {}),
         },
         "cluster": {"ray_port": gcs, "dashboard_port": dashboard},
     }

@@ -1,0 +1,172 @@
+"""How much work a pool's replicas can hold now, and how fast they work it off. Pure.
+
+The limit is learned, not configured. It falls when the engines keep a standing queue of their own
+or their KV caches are nearly full. It rises while it binds and neither is so, unless a token takes
+so much longer than it did lately that more requests would bring nothing. Until it first falls, the
+number of requests is bounded instead, and doubles as fast as the engines take them.
+"""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+ADJUST_S = 0.5
+"""The limit is looked at so often; a queue that comes and goes within this time is no queue."""
+START_HELD = 32
+"""Requests for each replica that a new pool is tried with."""
+DOUBLE_S = 0.1
+"""Their number is doubled so often at most."""
+MIN_WAITING = 4.0
+"""Requests that may always wait in the engines, so that none ever lacks one."""
+KV_HIGH = 0.95
+"""Above this use of the KV cache an engine soon preempts what it runs."""
+MAX_SLOWDOWN = 20.0
+"""Of an engine whose latency is a + b * load, this is where it does 95 % of what it ever will."""
+_GROW = 1.1
+_MEMORY = 0.98  # each finished request weighs so much of the next one
+_BEST_S = 60.0  # the best latency is that of the last minute or two: other requests, another best
+
+
+class ReplicaLoad(Protocol):
+    """What a replica reports."""
+
+    @property
+    def running(self) -> int:
+        """Requests in the engine's batch."""
+
+    @property
+    def waiting(self) -> int:
+        """Requests that the engine has not started."""
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """Share of KV blocks in use."""
+
+
+class PoolCapacity:
+    """What one router may have at one pool's replicas.
+
+    Args:
+        waiting_ratio: Requests that may wait in the engines for each that runs.
+    """
+
+    def __init__(self, waiting_ratio: float) -> None:
+        self.limit_tokens = float("inf")
+        self.held_tokens = 0.0
+        """Estimated work of the requests at the replicas."""
+        self.held = 0
+        self._waiting_ratio = waiting_ratio
+        self._most_held = float("inf")
+        self._reported = False
+        self._doubled_at_s = 0.0
+        self._looked_at_s: float | None = None
+        self._least_waiting = float("inf")
+        self._seconds = self._work = 0.0  # of finished requests, the newest weighing most
+        self._num = 0.0
+        self._best = self._best_before = float("inf")  # least seconds for a token
+        self._best_since_s = 0.0
+
+    def has_room(self, work_tokens: float) -> bool:
+        """Whether one more such request may go to a replica."""
+        return self.held == 0 or (
+            self.held < self._most_held and self.held_tokens + work_tokens <= self.limit_tokens
+        )
+
+    def begin(self, work_tokens: float) -> None:
+        """A request goes to a replica."""
+        self.held += 1
+        self.held_tokens += work_tokens
+
+    def end(self, work_tokens: float, done_tokens: float, seconds: float) -> None:
+        """It has left; ``work_tokens`` as in ``begin``, ``done_tokens`` 0 where it failed."""
+        self.held -= 1
+        self.held_tokens = self.held_tokens - work_tokens if self.held else 0.0
+        if done_tokens > 0 and seconds > 0:
+            self._seconds = self._seconds * _MEMORY + seconds
+            self._work = self._work * _MEMORY + done_tokens
+            self._num = self._num * _MEMORY + 1
+
+    def drain_rate(self) -> float | None:
+        """Tokens a second that leave, by Little's law: those held over the time that each takes.
+
+        None until a request has ended, or while none is at a replica.
+        """
+        if not self.held or not self._seconds:
+            return None
+        return self.held * self._work / self._seconds
+
+    def average_s(self, work_tokens: float) -> float:
+        """How long a request takes at a replica by its work or on average, whichever is less; 0
+        while that is not known."""
+        if not self._num:
+            return 0.0
+        return min(self._seconds / self._num, work_tokens * self._seconds / self._work)
+
+    def best_s(self, work_tokens: float) -> float:
+        """The same at the best pace lately: for who would find the replicas idle.
+
+        An estimate that were too high would refuse everybody, and nothing would ever correct it.
+        """
+        best = min(self._best, self._best_before)
+        return min(self.average_s(work_tokens), work_tokens * best) if self._num else 0.0
+
+    def observe(self, loads: Iterable[ReplicaLoad], now_s: float) -> None:
+        """Take in the newest reports of all replicas."""
+        running, waiting, usage = 0, 0, 0.0
+        num = 0
+        for load in loads:
+            running += load.running
+            waiting += load.waiting
+            usage += load.kv_cache_usage
+            num += 1
+        if num and self.limit_tokens == float("inf"):
+            self._start(num, running, waiting, now_s)
+        self._least_waiting = min(self._least_waiting, waiting)
+        if self._looked_at_s is None or now_s < self._looked_at_s:  # the clock jumped back
+            self._looked_at_s = now_s
+        if now_s - self._looked_at_s < ADJUST_S or not num:
+            return
+        slow = self._slowdown(now_s) > MAX_SLOWDOWN
+        self._adjust(running, self._least_waiting, usage / num, slow)
+        self._looked_at_s = now_s
+        self._least_waiting = float("inf")
+
+    def _start(self, num: int, running: int, waiting: int, now_s: float) -> None:
+        if not self._reported:
+            self._reported, self._most_held = True, 0.0
+        if abs(now_s - self._doubled_at_s) >= DOUBLE_S and self.held >= self._most_held:
+            if waiting <= self._allowed(running):
+                self._most_held *= 2
+            self._doubled_at_s = now_s
+        self._most_held = max(self._most_held, START_HELD * num)
+
+    def _allowed(self, running: int) -> float:
+        """Requests that may wait in the engines."""
+        return max(MIN_WAITING, self._waiting_ratio * running)
+
+    def _adjust(self, running: int, waiting: float, kv_usage: float, slow: bool) -> None:
+        allowed = self._allowed(running)
+        one = self.held_tokens / max(1, self.held)
+        binds = self.held_tokens + one > self.limit_tokens
+        if waiting > allowed:
+            self._cut((running + allowed) / (running + waiting))
+        elif kv_usage > KV_HIGH:
+            self._cut(KV_HIGH / kv_usage)
+        elif binds and not slow and waiting <= allowed / 2:
+            self.limit_tokens = self.limit_tokens * _GROW + one
+
+    def _cut(self, part: float) -> None:
+        """Allow ``part`` of what the replicas hold, but never less than one request."""
+        self._most_held = float("inf")
+        least = self.held_tokens / max(1, self.held)
+        self.limit_tokens = min(self.limit_tokens, max(least, part * self.held_tokens))
+
+    def _slowdown(self, now_s: float) -> float:
+        """How much longer a token takes than at best; 1 while that is not known."""
+        if not self._work:
+            return 1.0
+        if not 0 <= now_s - self._best_since_s < _BEST_S:
+            self._best_before, self._best = self._best, float("inf")
+            self._best_since_s = now_s
+        latency = self._seconds / self._work
+        self._best = min(self._best, latency)
+        return latency / min(self._best, self._best_before)

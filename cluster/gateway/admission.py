@@ -1,0 +1,90 @@
+"""Who is let in: keys, models, limits, and each request's claim on its pool."""
+
+import asyncio
+from collections.abc import Iterable
+
+from cluster.admission import Identity
+from cluster.admission.leases import Report
+from cluster.errors import PermissionDeniedError, RequestError
+from cluster.gateway.accounts import Accounts, Grant
+from cluster.gateway.auth import Authenticator
+from cluster.gateway.claim import SESSION_HEADER, Claim, asked_priority, asked_timeout_s
+from cluster.gateway.messages import Headers, Request, header
+from cluster.gateway.pool import Pool
+from cluster.gateway.routes import OTHER
+from cluster.gateway.surface import Envelope
+from cluster.routing import fingerprint
+from cluster.routing.fingerprint import EMPTY
+
+
+class Admission:
+    """Lets requests in, or says why not."""
+
+    def __init__(self, authenticator: Authenticator, accounts: Accounts) -> None:
+        self._authenticator = authenticator
+        self._accounts = accounts
+
+    def authenticate(self, headers: Headers) -> Identity:
+        """Whose request this is.
+
+        Raises:
+            AuthenticationError: it has no API key, or one that is not known.
+        """
+        return self._authenticator.check(headers)
+
+    def refresh(self) -> None:
+        """Look whether there are other keys or limits."""
+        if self._authenticator.refresh():
+            self._accounts.change(self._authenticator.identities)
+
+    def enter(self, request: Request, envelope: Envelope, pool: Pool) -> tuple[Claim, Grant]:
+        """What a request asks of its pool, and what its tenant's limits give it.
+
+        Raises:
+            PermissionDeniedError: its key does not allow the model.
+            OverloadedError: a limit of its tenant is reached.
+            InvalidRequestError: a header of it is wrong.
+        """
+        try:
+            return self._enter(request, envelope, pool)
+        except RequestError as error:
+            pool.meter.requests(pool.routes.find(request.path) or OTHER, error.status).add()
+            raise
+
+    def _enter(self, request: Request, envelope: Envelope, pool: Pool) -> tuple[Claim, Grant]:
+        identity = request.identity
+        if not identity.allows(pool.name):
+            raise PermissionDeniedError(
+                f"The API key does not allow the model `{pool.name}`.", param="model"
+            )
+        text = fingerprint(request.path, request.body) if pool.kind == "generator" else EMPTY
+        view = pool.estimate.view(
+            len(request.body), text, header(request.headers, SESSION_HEADER), envelope.most_tokens
+        )
+        work = pool.estimate.work(view)
+        priority = asked_priority(request.headers, identity)
+        timeout_s = asked_timeout_s(request.headers)
+        now_s = asyncio.get_running_loop().time()
+        expires_s, deadline_s = now_s + pool.queue_timeout_s, float("inf")
+        if timeout_s is not None:
+            deadline_s = now_s + timeout_s
+            expires_s = min(expires_s, deadline_s)
+        size = len(request.body)
+        claim = Claim(identity, work, size, priority, expires_s, deadline_s, view, text)
+        return claim, self._accounts.enter(identity, pool.name, work, view.prompt_tokens)
+
+    def report(self, router: str) -> Report:
+        """What the other routers are to know; settles this router's part of all limits."""
+        return self._accounts.report(router)
+
+    def set_peers(self, routers: Iterable[str]) -> None:
+        """Take the names of the other routers that run."""
+        self._accounts.peers.set_routers(frozenset(routers))
+
+    def receive(self, report: Report, pools: Iterable[Pool]) -> None:
+        """Take in another router's report: whom it served waits for the others here."""
+        served = self._accounts.receive(report)
+        for pool in pools:
+            for (tenant, name), tokens in served.items():
+                if name == pool.name:
+                    pool.waiting.charge(tenant, tokens)

@@ -1,0 +1,133 @@
+"""The routers among themselves: each tells the others every second what its tenants take.
+
+Owns a link to every other router and the task that reports. A router that cannot be reached
+counts as one that is silent (``cluster.admission.leases``); nothing waits for it.
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from contextlib import suppress
+from ssl import SSLContext
+
+import msgspec
+
+from cluster.admission.leases import SETTLE_S, Report
+from cluster.asgi import ASGIApp, Receive, Scope, Send
+from cluster.errors import LinkError, RequestError
+from cluster.gateway.gateway import Gateway
+from cluster.gateway.pool import ReplicaInfo
+from cluster.link import LinkClient, RequestHead
+
+logger = logging.getLogger("ray.serve.tandem")
+
+LEASES_PATH = "/internal/leases"
+MAX_REPORT_BYTES = 4 * 1024**2
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Report).decode
+
+
+class Peers:
+    """This router among the others.
+
+    Args:
+        gateway: Whose tenants these are; it looks for changed keys at the same time.
+        own_id: This router's name among them.
+        secret: What both ends of a link must know.
+        ssl: For links, where they use TLS.
+    """
+
+    def __init__(
+        self, gateway: Gateway, own_id: str, secret: bytes, ssl: SSLContext | None = None
+    ) -> None:
+        self._gateway = gateway
+        self._own_id = own_id
+        self._secret = secret
+        self._ssl = ssl
+        self._links: dict[str, LinkClient] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._task = asyncio.create_task(self._run())
+
+    def update(self, running: Iterable[ReplicaInfo]) -> None:
+        """Take the routers that run, with or without this one."""
+        infos = {info.id: info for info in running if info.id != self._own_id}
+        for gone in self._links.keys() - infos.keys():
+            task = asyncio.ensure_future(self._links.pop(gone).close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+        for name in infos.keys() - self._links.keys():
+            info = infos[name]
+            link = self._links[name] = LinkClient(info.host, info.port, self._secret, ssl=self._ssl)
+            link.start()
+        self._gateway.admission.set_peers(infos)
+
+    def app(self, inside: ASGIApp) -> ASGIApp:
+        """``inside`` and the path on which other routers report."""
+
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == "http" and scope["path"] == LEASES_PATH:
+                status = 204 if self._receive(await _body(receive)) else 400
+                await send({"type": "http.response.start", "status": status, "headers": []})
+                await send({"type": "http.response.body", "body": b""})
+            else:
+                await inside(scope, receive, send)
+
+        return answer
+
+    async def settle(self) -> None:
+        """Look for changed keys, settle this router's parts of all limits, tell the others."""
+        self._gateway.admission.refresh()
+        report = _encode(self._gateway.admission.report(self._own_id))
+        links = [link for link in self._links.values() if link.connected]
+        await asyncio.gather(*(_tell(link, report) for link in links))
+
+    async def close(self) -> None:
+        """End the task and the links."""
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        self.update(())
+        if self._closing:
+            await asyncio.wait(self._closing)
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(SETTLE_S)
+            try:
+                await self.settle()
+            except Exception:  # the next second may be better
+                logger.exception("tenants' limits could not be settled")
+
+    def _receive(self, body: bytes | None) -> bool:
+        if body is None:
+            return False
+        try:
+            report = _decode(body)
+        except msgspec.DecodeError as error:  # of another version
+            logger.warning("a router's report cannot be read: %s", error)
+            return False
+        self._gateway.admission.receive(report, self._gateway.pools.values())
+        return True
+
+
+async def _tell(link: LinkClient, report: bytes) -> None:
+    with suppress(LinkError, RequestError, TimeoutError):
+        stream = link.open(RequestHead(method="POST", path=LEASES_PATH), report)
+        try:
+            async with asyncio.timeout(SETTLE_S):
+                await stream.head()
+        finally:
+            stream.cancel()
+
+
+async def _body(receive: Receive) -> bytes | None:
+    """The whole body; None where it is too large or its sender left."""
+    body = bytearray()
+    while len(body) <= MAX_REPORT_BYTES:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body += message.get("body", b"")
+        if not message.get("more_body", False):
+            return bytes(body)
+    return None

@@ -1,0 +1,288 @@
+"""Admission in the gateway over real links: keys, limits, classes, deadlines, several routers."""
+
+import asyncio
+import json
+import os
+import time
+from collections import Counter
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.admission.keys import digest
+from cluster.gateway import GatewayApp, Peers, ReplicaInfo
+from cluster.gateway.engine_priority import with_engine_priority
+from cluster.gateway.messages import Request
+from cluster.key_file import KeyFile
+from cluster.link import LinkServer
+from tests import asgi
+from tests.serve.test_gateway import CHAT, SECRET, World, a_world, metrics
+
+
+class Keys:
+    """A key file whose keys are their tenants' names."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._time = path, 1
+        self.file = KeyFile(path, expected=True)
+
+    def write(self, **tenants: dict[str, Any]) -> None:
+        of_key = ("priority", "models")
+        keys = [
+            {"sha256": digest(name), "tenant": name, **{k: t[k] for k in of_key if k in t}}
+            for name, t in tenants.items()
+        ]
+        limits = {n: {k: v for k, v in t.items() if k not in of_key} for n, t in tenants.items()}
+        self.path.write_text(json.dumps({"tenants": limits, "keys": keys}))
+        self._time += 1
+        os.utime(self.path, ns=(self._time * 10**9, self._time * 10**9))
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Keys:
+    return Keys(tmp_path / "keys.yaml")
+
+
+def ask(world: World, tenant: str, body: Any = None, **headers: str) -> asgi.Call:
+    sent = {"x-api-key": tenant, **{name.replace("_", "-"): v for name, v in headers.items()}}
+    return asgi.start(world.app, "POST", CHAT, {"model": "gen", **(body or {})}, headers=sent)
+
+
+async def test_a_key_that_does_not_allow_the_model_is_refused(keys: Keys) -> None:
+    keys.write(a={"models": ["cls"]}, b={})
+    async with a_world(keys.file) as world:
+        await world.add("gen", "gen-1")
+        await world.add("cls", "cls-1", ("/classify",))
+        answer = await ask(world, "a").done()
+        assert answer.status == 403
+        assert answer.json()["error"]["type"] == "PermissionDeniedError"
+        assert (await ask(world, "b").done()).status == 200
+        listed = await asgi.get(world.app, "/v1/models", headers={"x-api-key": "a"})
+        assert [card["id"] for card in listed.json()["data"]] == ["cls"]
+        found = await metrics_inside(world)
+        assert found["tandem_requests_total", "gen", CHAT, "403"] == 1
+
+
+async def test_limits_say_which_and_when_and_change_while_requests_run(keys: Keys) -> None:
+    keys.write(a={"max_ongoing": 1}, b={"requests_per_minute": 6})
+    async with a_world(keys.file) as world:
+        replica = await world.add("gen", "gen-1")
+        running = ask(world, "a", {"wait_before": True})
+        await world.until(lambda: len(replica.seen) == 1)
+        refused = await ask(world, "a").done()
+        assert refused.status == 429
+        assert "1 requests at a time" in refused.json()["error"]["message"]
+        keys.write(a={"max_ongoing": 2}, b={"requests_per_minute": 6})
+        world.gateway.admission.refresh()
+        assert (await ask(world, "a").done()).status == 200
+        replica.gate.set()
+        assert (await running.done()).status == 200
+        assert (await ask(world, "b").done()).status == 200
+        refused = await ask(world, "b").done()
+        assert (refused.status, refused.headers["retry-after"]) == (429, "10")
+        found = await metrics_inside(world)
+        assert found["tandem_limits_hit_total", "max_ongoing", "a"] == 1
+        assert found["tandem_limits_hit_total", "requests_per_minute", "b"] == 1
+        assert found["tandem_tenant_requests_total", "200", "a"] == 2
+        assert found["tandem_tenant_requests_total", "429", "a"] == 1
+
+
+async def metrics_inside(world: World) -> dict[tuple[str, ...], float]:
+    inside = World.__new__(World)
+    inside.app = GatewayApp(world.gateway, authenticates=False)
+    return await metrics(inside)
+
+
+async def test_keys_are_added_and_revoked_while_requests_run(keys: Keys) -> None:
+    keys.write(a={})
+    async with a_world(keys.file) as world:
+        replica = await world.add("gen", "gen-1")
+        running = ask(world, "a", {"wait_before": True})
+        await world.until(lambda: len(replica.seen) == 1)
+        assert (await ask(world, "b").done()).status == 401
+        keys.write(b={})
+        world.gateway.admission.refresh()
+        assert (await ask(world, "a").done()).status == 401
+        assert (await ask(world, "b").done()).status == 200
+        replica.gate.set()
+        assert (await running.done()).status == 200  # it was let in
+
+
+async def served_order(world: World, replica: Any, calls: dict[str, asgi.Call]) -> list[str]:
+    replica.gate.set()
+    for call in calls.values():
+        assert (await call.done()).status == 200
+    seen = [dict(scope["headers"])[b"x-request-id"].decode() for scope in replica.seen]
+    return [name for name in seen if name in calls]
+
+
+async def test_a_higher_class_goes_first_at_most_its_keys_own(keys: Keys) -> None:
+    keys.write(a={"priority": 2}, b={}, zero={"weight": 0, "priority": 8})
+    async with a_world(keys.file) as world:
+        replica = await world.add("gen", "gen-1")
+        busy = [ask(world, "b", {"wait_before": True}) for _ in range(2)]
+        await world.until(lambda: len(replica.seen) == 2)
+        asked = {
+            "background": ("zero", {}),
+            "batch": ("a", {"x_tandem_priority": "-3"}),
+            "usual": ("b", {"x_tandem_priority": "7"}),
+            "urgent": ("a", {}),
+        }
+        calls = {}
+        for number, (name, (tenant, headers)) in enumerate(asked.items(), 1):
+            calls[name] = ask(world, tenant, x_request_id=name, **headers)
+            await world.until(lambda n=number: world.gateway.pools["gen"].num_queued == n)
+        order = await served_order(world, replica, calls)
+        assert order == ["urgent", "usual", "batch", "background"]
+        for call in busy:
+            await call.done()
+
+
+@pytest.mark.parametrize("header", ["x-request-timeout-seconds", "x-tandem-priority"])
+async def test_a_header_that_is_wrong_is_named(header: str) -> None:
+    async with a_world() as world:
+        await world.add("gen", "gen-1")
+        for wrong in ("soon", "nan", "-inf"):
+            answer = await asgi.post(world.app, CHAT, {}, headers={header: wrong})
+            assert (answer.status, answer.json()["error"]["param"]) == (400, header)
+
+
+async def test_a_request_that_cannot_make_its_deadline_is_refused_at_once() -> None:
+    async with a_world() as world:
+        replica = await world.add("gen", "gen-1")
+        pool = world.gateway.pools["gen"]
+        for _ in range(2):  # requests take about 100 ms
+            call = ask(world, "", {"wait_before": True})
+            await asyncio.sleep(0.1)
+            replica.gate.set()
+            await call.done()
+            replica.gate.clear()
+        running = [ask(world, "", {"wait_before": True}) for _ in range(2)]
+        await world.until(lambda: pool.replicas[0].own == 2)
+        waiting = [ask(world, "", {"wait_before": True}) for _ in range(20)]
+        await world.until(lambda: pool.num_queued == 20)
+        began = time.monotonic()
+        refused = await ask(world, "", x_request_timeout_seconds="0.2").done()
+        assert refused.status == 429
+        assert int(refused.headers["retry-after"]) >= 1
+        assert time.monotonic() - began < 0.2  # not after its deadline
+        replica.gate.set()
+        for call in [*running, *waiting]:
+            assert (await call.done()).status == 200
+        found = await metrics(world)
+        assert found["tandem_shed_requests_total", "gen", "deadline"] == 1
+
+
+async def test_a_deadline_that_passes_in_the_queue_ends_the_wait() -> None:
+    async with a_world() as world:
+        replica = await world.add("gen", "gen-1")
+        pool = world.gateway.pools["gen"]
+        running = [ask(world, "", {"wait_before": True}) for _ in range(2)]
+        await world.until(lambda: pool.replicas[0].own == 2)
+        late = await ask(world, "", x_request_timeout_seconds="0.1").done()
+        assert late.status == 429
+        assert len(pool.waiting) == 0
+        replica.gate.set()
+        for call in running:
+            assert (await call.done()).status == 200
+        found = await metrics(world)
+        assert found["tandem_shed_requests_total", "gen", "expired"] == 1
+
+
+async def test_with_no_replica_nothing_is_refused_by_a_guess() -> None:
+    async with a_world() as world:
+        await world.add("gen", "gen-1")
+        for _ in range(3):
+            assert (await ask(world, "").done()).status == 200
+        world.take_out("gen", "gen-1")
+        calls = [ask(world, "", x_request_timeout_seconds="5") for _ in range(50)]
+        await world.until(lambda: world.gateway.pools["gen"].num_queued == 50)
+        await world.add("gen", "gen-2")
+        for call in calls:
+            assert (await call.done()).status == 200
+
+
+async def test_tokens_wait_within_their_bound() -> None:
+    async with a_world(max_queued_tokens=1000) as world:
+        replica = await world.add("gen", "gen-1")
+        pool = world.gateway.pools["gen"]
+        running = [ask(world, "", {"wait_before": True, "max_tokens": 1}) for _ in range(2)]
+        await world.until(lambda: pool.replicas[0].own == 2)
+        calls = [ask(world, "", {"max_tokens": 100}) for _ in range(40)]
+        statuses: Counter[int] = Counter()
+        await world.until(lambda: sum(c.answer.ended for c in calls) + pool.num_queued == 40)
+        assert 0 < pool.num_queued < 10
+        assert pool.waiting.queued_tokens <= 1000
+        replica.gate.set()
+        for call in [*running, *calls]:
+            statuses[(await call.done()).status] += 1
+        assert statuses.keys() == {200, 429}
+
+
+@pytest.mark.parametrize(
+    ("body", "priority", "sent"),
+    [
+        (b"{}", 2, {"priority": -2}),
+        (b' {"a": {} } \n', 1, {"a": {}, "priority": -1}),
+        (b'{"priority": -99}', 0, {"priority": 0}),
+    ],
+)
+def test_vllm_is_told_the_class_and_no_other(body: bytes, priority: int, sent: Any) -> None:
+    given = Request("i", "POST", CHAT, b"", [(b"content-length", b"9"), (b"x", b"y")], body)
+    told = with_engine_priority(given, priority)
+    assert json.loads(told.body) == sent
+    assert dict(told.headers) == {b"content-length": str(len(told.body)).encode(), b"x": b"y"}
+    form = Request("i", "POST", CHAT, b"", [], b"a=b")
+    assert with_engine_priority(form, priority) is form
+
+
+async def test_limits_and_shares_hold_over_several_routers(keys: Keys) -> None:
+    keys.write(a={"requests_per_minute": 60}, b={})
+    async with AsyncExitStack() as stack:
+        worlds, peers, infos = [], [], []
+        for number in range(3):
+            world = await stack.enter_async_context(a_world(KeyFile(keys.path, expected=True)))
+            peer = Peers(world.gateway, f"r{number}", SECRET)
+            stack.push_async_callback(peer.close)
+            server = LinkServer(peer.app(GatewayApp(world.gateway, authenticates=False)), SECRET)
+            host, port = await server.start()
+            stack.push_async_callback(server.stop)
+            infos.append(ReplicaInfo(f"r{number}", host, port))
+            worlds.append(world)
+            peers.append(peer)
+        for peer in peers:
+            peer.update(infos)
+        await World.until(lambda: all(link.connected for p in peers for link in p._links.values()))
+        replica = await worlds[0].add("gen", "gen-1")
+        assert replica is not None
+        for world in worlds[1:]:
+            world.running["gen"] = worlds[0].running["gen"]
+            world.update("gen")
+            await world.until(lambda w=world: w.gateway.pools["gen"].num_ready == 1)
+        for peer in peers:
+            await peer.settle()
+        answers = [await ask(world, "a").done() for _ in range(12) for world in worlds]
+        let_in = sum(answer.status == 200 for answer in answers)
+        assert 9 <= let_in <= 10 + 3 + 2  # 10 s of the rate, one a router, and what came since
+        for peer in peers * 3:
+            await peer.settle()
+        shares = [w.gateway.admission._accounts._accounts["a"].share for w in worlds]
+        assert sum(shares) == pytest.approx(1, abs=0.1)
+        # A router that ends leaves its part to the others.
+        for peer in peers[:2] * 2:
+            peer.update(infos[:2])
+            await peer.settle()
+        shares = [w.gateway.admission._accounts._accounts["a"].share for w in worlds[:2]]
+        assert sum(shares) == pytest.approx(1, abs=0.1)
+
+
+async def test_a_report_that_makes_no_sense_is_refused() -> None:
+    async with a_world() as world:
+        peers = Peers(world.gateway, "r0", SECRET)
+        app = peers.app(world.app)
+        assert (await asgi.post(app, "/internal/leases", b"\xff\x00junk")).status == 400
+        assert (await asgi.post(app, "/internal/leases", b"x" * 5_000_000)).status == 400
+        assert (await asgi.post(world.app, "/internal/leases", {})).status == 400
+        await peers.close()

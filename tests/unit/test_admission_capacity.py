@@ -1,0 +1,134 @@
+import random
+from dataclasses import dataclass
+
+import pytest
+
+from cluster.admission.capacity import ADJUST_S, KV_HIGH, PoolCapacity
+
+
+@dataclass
+class Load:
+    running: int = 0
+    waiting: int = 0
+    kv_cache_usage: float = 0.0
+
+
+WORK = 100.0
+
+
+class Engine:
+    """Runs so many requests at a time, each for a second, and keeps the rest waiting."""
+
+    def __init__(self, at_a_time: int, kv_tokens: float = 1e9) -> None:
+        self.at_a_time, self.kv_tokens = at_a_time, kv_tokens
+        self.capacity = PoolCapacity(0.25)
+        self.now_s = 0.0
+        self._waiting: list[float] = []
+        self._running: list[tuple[float, float]] = []
+
+    def tick(self, tick_s: float = 0.05) -> None:
+        while self.capacity.has_room(WORK) and self.capacity.held < 256:
+            self.capacity.begin(WORK)
+            self._waiting.append(self.now_s)
+        while self._waiting and len(self._running) < self.at_a_time:
+            self._running.append((self._waiting.pop(0), self.now_s))
+        self.now_s += tick_s
+        for given, started in [r for r in self._running if self.now_s - r[1] >= 1.0]:
+            self._running.remove((given, started))
+            self.capacity.end(WORK, WORK, self.now_s - given)
+        usage = min(1.0, len(self._running) * WORK / self.kv_tokens)
+        load = Load(len(self._running), len(self._waiting), usage)
+        self.capacity.observe([load], self.now_s)
+
+
+def test_the_replicas_get_what_they_run_and_a_little_more() -> None:
+    engine = Engine(16)
+    for _ in range(2000):
+        engine.tick()
+    held = engine.capacity.held
+    assert 16 <= held <= 16 * 1.6 + 16  # all end at once here, so that 16 are on their way
+    assert engine.capacity.drain_rate() == pytest.approx(16 * WORK, rel=0.2)
+
+
+def test_a_pool_that_grows_is_filled_again() -> None:
+    engine = Engine(8)
+    for _ in range(1000):
+        engine.tick()
+    engine.at_a_time = 64
+    for _ in range(1000):
+        engine.tick()
+    assert engine.capacity.held >= 64
+
+
+def test_a_full_kv_cache_stops_the_flow() -> None:
+    capacity = PoolCapacity(0.25)
+    for _ in range(10):
+        capacity.begin(WORK)
+    for step in range(5):
+        capacity.observe([Load(10, 0, 0.99)], step * ADJUST_S)
+    assert capacity.limit_tokens == pytest.approx(10 * WORK * KV_HIGH / 0.99)
+    assert not capacity.has_room(WORK)
+
+
+def test_one_request_is_always_let_through() -> None:
+    capacity = PoolCapacity(0.25)
+    capacity.limit_tokens = 1.0
+    assert capacity.has_room(1e9)
+    capacity.begin(1e9)
+    assert not capacity.has_room(1.0)
+
+
+def test_a_queue_that_comes_and_goes_is_no_queue() -> None:
+    capacity = PoolCapacity(0.25)
+    for _ in range(100):
+        capacity.begin(WORK)
+    for step in range(200):
+        capacity.observe([Load(50, 50 * (step % 2))], step * 0.05)
+    assert capacity.limit_tokens == float("inf")
+
+
+def test_replicas_that_report_nothing_change_nothing() -> None:
+    capacity = PoolCapacity(0.25)
+    for step in range(10):
+        capacity.observe([], float(step))
+    assert capacity.has_room(1e9)
+
+
+def test_clock_jumps_and_lying_reports_do_no_harm() -> None:
+    draw = random.Random(1)
+    capacity = PoolCapacity(0.25)
+    for _ in range(20):
+        capacity.begin(WORK)
+    for _ in range(1000):
+        load = Load(draw.randrange(300), draw.randrange(10_000), draw.random() * 2)
+        capacity.observe([load], draw.uniform(-1e6, 1e6))
+    assert capacity.limit_tokens >= WORK
+    for _ in range(20):
+        capacity.end(WORK, WORK, draw.uniform(-1, 1))
+    assert capacity.held_tokens == 0
+    assert capacity.has_room(WORK)
+
+
+def test_what_failed_teaches_nothing() -> None:
+    capacity = PoolCapacity(0.25)
+    capacity.begin(WORK)
+    capacity.end(WORK, 0.0, 5.0)
+    capacity.begin(WORK)
+    assert capacity.drain_rate() is None
+    assert capacity.average_s(WORK) == 0
+    capacity.end(WORK, WORK, 2.0)
+    assert capacity.drain_rate() is None  # nothing is held
+    assert capacity.average_s(10 * WORK) == pytest.approx(2.0)
+    assert capacity.average_s(WORK / 10) == pytest.approx(0.2)
+
+
+def test_the_best_pace_is_remembered_for_a_while() -> None:
+    capacity = PoolCapacity(0.25)
+    for step in range(400):
+        capacity.begin(WORK)
+        capacity.end(WORK, WORK, 1.0 if step < 5 else 10.0)
+        capacity.observe([Load(1)], step * ADJUST_S)
+        if step == 60:
+            assert capacity.best_s(WORK) == pytest.approx(1.0)
+            assert capacity.average_s(WORK) > 5
+    assert capacity.best_s(WORK) == pytest.approx(10.0, rel=0.1)

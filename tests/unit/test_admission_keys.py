@@ -1,0 +1,181 @@
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from cluster.admission.keys import digest, new_key, parse_keys
+from cluster.cli.app import app
+from cluster.errors import AuthenticationError, ConfigError
+from cluster.gateway.auth import Authenticator
+from cluster.key_file import KeyFile
+
+TEXT = """
+tenants:
+  acme: {weight: 2, requests_per_minute: 600, max_ongoing: 8}
+keys:
+  - {sha256: %s, tenant: acme, priority: 3, models: [gen]}
+  - {sha256: %s, tenant: other}
+"""
+
+
+def text(first: str = "one", second: str = "two") -> str:
+    return TEXT % (digest(first), digest(second))
+
+
+def test_a_key_file_says_who_a_key_belongs_to() -> None:
+    found = parse_keys(text(), "f").identities()
+    one = found[bytes.fromhex(digest("one"))]
+    assert (one.tenant.name, one.tenant.weight, one.priority) == ("acme", 2, 3)
+    assert one.tenant.limits.requests_per_minute == 600
+    assert one.allows("gen")
+    assert not one.allows("cls")
+    two = found[bytes.fromhex(digest("two"))]
+    assert (two.tenant.weight, two.tenant.limits.max_ongoing) == (1, None)
+    assert two.allows("cls")
+
+
+def test_what_is_written_can_be_read_and_json_is_fine_too() -> None:
+    contents = parse_keys(text(), "f")
+    assert parse_keys(contents.dump(), "f") == contents
+    assert parse_keys(contents.model_dump_json(), "f") == contents
+    assert parse_keys("", "f").keys == ()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ("a: [", "not valid YAML"),
+        ("[1]", "the file"),
+        ("keys: [{sha256: abc, tenant: a}]", "keys.0.sha256"),
+        ("keys: [{tenant: a}]", "keys.0.sha256"),
+        ("tenants: {a: {weight: -1}}", "tenants.a.weight"),
+        ("tenants: {a: {wait: 1}}", "tenants.a.wait"),
+        ("tenants: {a: {max_ongoing: 0}}", "tenants.a.max_ongoing"),
+        ("tenants: {a: {tokens_per_day: .inf}}", "tenants.a.tokens_per_day"),
+        ("keys: [{sha256: %(d)s, tenant: a, priority: 99}]", "keys.0.priority"),
+        ("keys: [{sha256: %(d)s, tenant: a}, {sha256: %(d)s, tenant: b}]", "each key may stand"),
+    ],
+)
+def test_a_wrong_key_file_gets_one_line(wrong: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_keys(wrong % {"d": digest("k")} if "%(d)s" in wrong else wrong, "/the/file")
+    assert str(caught.value).startswith("/the/file: ")
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def bearer(key: str) -> list[tuple[bytes, bytes]]:
+    return [(b"authorization", f"Bearer {key}".encode())]
+
+
+class Clockwork:
+    """Writes a file so that its time differs from before, however fast."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._time = path, 1
+
+    def write(self, text: str) -> None:
+        self.path.write_text(text)
+        self._time += 1
+        os.utime(self.path, ns=(self._time * 10**9, self._time * 10**9))
+
+
+def test_a_changed_file_is_taken_up_and_a_broken_one_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = Clockwork(tmp_path / "keys.yaml")
+    auth = Authenticator([], KeyFile(file.path, expected=False))
+    assert auth.check([]).tenant.name == ""  # no file yet: open
+    file.write(text())
+    assert auth.refresh()
+    assert not auth.refresh()
+    assert auth.check(bearer("one")).tenant.name == "acme"
+    with pytest.raises(AuthenticationError):
+        auth.check([])
+    file.write("keys: [")
+    with caplog.at_level(logging.ERROR):
+        assert not auth.refresh()
+        assert not auth.refresh()
+    assert len(caplog.records) == 1
+    assert "stay as they were" in caplog.text
+    assert auth.check(bearer("one")).tenant.name == "acme"
+    file.write(text("three", "two"))
+    assert auth.refresh()
+    assert auth.check(bearer("three")).tenant.name == "acme"
+    with pytest.raises(AuthenticationError):
+        auth.check(bearer("one"))
+    file.path.unlink()
+    assert not auth.refresh()
+    assert auth.check(bearer("three"))
+    file.write("")  # no keys: nobody may pass, which is not open
+    assert auth.refresh()
+    for headers in ([], bearer("three")):
+        with pytest.raises(AuthenticationError):
+            auth.check(headers)
+
+
+def test_an_expected_file_that_is_not_there_lets_nobody_in(tmp_path: Path) -> None:
+    auth = Authenticator([], KeyFile(tmp_path / "keys.yaml", expected=True))
+    with pytest.raises(AuthenticationError):
+        auth.check(bearer("one"))
+
+
+def test_keys_of_the_configuration_stand_beside_the_file(tmp_path: Path) -> None:
+    file = Clockwork(tmp_path / "keys.yaml")
+    file.write(text())
+    auth = Authenticator([digest("bare")], KeyFile(file.path, expected=False))
+    assert auth.check(bearer("bare")).tenant.name == digest("bare")[:16]
+    assert auth.check(bearer("two")).tenant.name == "other"
+
+
+def run(path: Path, *args: str) -> Any:
+    return CliRunner().invoke(app, ["keys", args[0], "--file", str(path), *args[1:]])
+
+
+def test_the_command_line_adds_lists_and_revokes(tmp_path: Path) -> None:
+    path = tmp_path / "there" / "keys.yaml"
+    assert run(path, "list").stdout.startswith("no keys")
+    added = run(path, "add", "acme", "--weight", "2", "--priority", "3", "--model", "gen")
+    key = added.stdout.splitlines()[0]
+    assert added.exit_code == 0
+    assert len(key) > 40
+    assert key not in path.read_text()
+    assert path.stat().st_mode & 0o077 == 0
+    second = run(path, "add", "acme", "--tokens-per-minute", "1000").stdout.splitlines()[0]
+    rows = json.loads(run(path, "list", "--json").stdout)
+    assert [row["tenant"] for row in rows] == ["acme", "acme"]
+    assert (rows[0]["weight"], rows[0]["tokens_per_minute"]) == (2, 1000)
+    assert rows[0]["models"] == ["gen"]
+    assert rows[1]["id"] == digest(second)[:16]
+    assert "acme" in run(path, "list").stdout
+    assert run(path, "revoke", rows[0]["id"][:8]).exit_code == 0
+    assert run(path, "revoke", second).exit_code == 0
+    assert json.loads(run(path, "list", "--json").stdout) == []
+    auth = Authenticator([], KeyFile(path, expected=False))
+    with pytest.raises(AuthenticationError):
+        auth.check(bearer(second))
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["add", "a b"], "tenants"),
+        (["add", "a", "--tokens-per-day", "0"], "tokens_per_day"),
+        (["revoke", "abc"], "no key has the id 'abc'"),
+        (["revoke", ""], "the id ''"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong(tmp_path: Path, args: list[str], says: str) -> None:
+    path = tmp_path / "keys.yaml"
+    done = run(path, *args)
+    assert done.exit_code == 1
+    assert says in str(done.exception)
+    assert not path.exists()
+
+
+def test_keys_are_long_and_differ() -> None:
+    assert len({new_key() for _ in range(100)}) == 100

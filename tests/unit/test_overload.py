@@ -1,0 +1,199 @@
+"""The queue and the capacity under overload, with an engine and a load in virtual time."""
+
+import asyncio
+import random
+import selectors
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from cluster.admission import Identity, PoolCapacity, QueueLimits, Tenant
+from cluster.errors import OverloadedError
+from cluster.gateway.claim import Claim
+from cluster.gateway.metering import PoolMeter
+from cluster.gateway.waiting import Places, Waiting
+from cluster.link import LinkLoad
+from cluster.metrics import Registry
+
+AT_A_TIME, SERVICE_S, DEADLINE_S = 16, 0.5, 3.0
+CAPACITY = AT_A_TIME / SERVICE_S
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock jumps to the next timer when nothing else is to be done."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        super().__init__(_Jumping(self))
+
+    def time(self) -> float:
+        return self._now
+
+    def jump(self, seconds: float) -> None:
+        self._now += seconds
+
+
+class _Jumping(selectors.SelectSelector):
+    def __init__(self, loop: VirtualLoop) -> None:
+        super().__init__()
+        self._loop = loop
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        if timeout:
+            self._loop.jump(timeout)
+        return super().select(0)
+
+
+def run(scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(scenario())
+
+
+@dataclass
+class Engine:
+    """Serves so many at a time, first come, first served; tells its load every 50 ms."""
+
+    waiting: Waiting[Claim] = field(init=False)
+    at_a_time: int = AT_A_TIME
+    running: int = 0
+    held: int = 0
+    _queue: deque[asyncio.Future[None]] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        self.waiting = Waiting(
+            "pool",
+            QueueLimits(2e6, 1024),
+            PoolCapacity(0.25),
+            Places(self._take, lambda _: None, lambda: True),
+            PoolMeter(Registry(), "pool"),
+        )
+
+    def _take(self, claim: Claim) -> Claim | None:
+        if self.held >= 256:
+            return None
+        self.held += 1
+        return claim
+
+    async def ask(self, claim: Claim, work: float) -> None:
+        place = await self.waiting.place(claim)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        if self.running == self.at_a_time:
+            turn: asyncio.Future[None] = loop.create_future()
+            self._queue.append(turn)
+            await turn
+        else:
+            self.running += 1
+        await asyncio.sleep(SERVICE_S * work / 100)
+        if self._queue:
+            self._queue.popleft().set_result(None)
+        else:
+            self.running -= 1
+        self.held -= 1
+        self.waiting.leave(place, work, loop.time() - began)
+        self.waiting.dispatch()
+
+    async def report(self) -> None:
+        while True:
+            await asyncio.sleep(0.05)
+            self.waiting.observe([LinkLoad(self.running, len(self._queue))])
+            self.waiting.dispatch()
+
+
+@dataclass
+class Found:
+    good: Counter[str] = field(default_factory=Counter)
+    late: int = 0
+    refused_s: list[float] = field(default_factory=list)
+    asked: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Load:
+    tenant: Tenant
+    times: float
+    """The capacity."""
+    work: float = 100.0
+
+
+async def drive(engine: Engine, loads: list[Load], seconds: float = 40.0) -> Found:
+    """Offer the loads for a while, the first 5 s not counted."""
+    found, draw, loop = Found(), random.Random(7), asyncio.get_running_loop()
+    began = loop.time()
+
+    async def one(load: Load, counted: bool) -> None:
+        now = loop.time()
+        deadline = now + DEADLINE_S
+        # What is expected of each is what they take on average, not what this one takes.
+        claim = Claim(Identity(load.tenant), 100.0, 0, 0, deadline, deadline)
+        try:
+            await engine.ask(claim, load.work * draw.uniform(0.5, 1.5))
+        except OverloadedError:
+            if counted:
+                found.refused_s.append(loop.time() - now)
+            return
+        if counted and loop.time() <= deadline:
+            found.good[load.tenant.name] += 1
+        elif counted:
+            found.late += 1
+
+    async def of(load: Load, group: asyncio.TaskGroup) -> None:
+        while (now := loop.time() - began) < seconds:
+            counted = now >= 5.0
+            found.asked[load.tenant.name] += counted
+            group.create_task(one(load, counted))
+            await asyncio.sleep(draw.expovariate(load.times * CAPACITY))
+
+    reporting = asyncio.ensure_future(engine.report())
+    async with asyncio.TaskGroup() as group:
+        for load in loads:
+            group.create_task(of(load, group))
+    reporting.cancel()
+    return found
+
+
+@pytest.mark.parametrize("times", [2.0, 5.0])
+def test_goodput_stays_at_its_peak(times: float) -> None:
+    async def scenario() -> None:
+        found = await drive(Engine(), [Load(Tenant("flood"), times)])
+        assert found.good["flood"] / 35 >= 0.95 * CAPACITY
+        at_once = sum(seconds <= 0.05 for seconds in found.refused_s)
+        assert at_once >= 0.99 * len(found.refused_s)
+        assert found.late <= 0.02 * found.good["flood"]
+
+    run(scenario)
+
+
+def test_a_small_tenant_beside_a_flood_gets_what_it_asks_for() -> None:
+    async def scenario() -> None:
+        found = await drive(Engine(), [Load(Tenant("flood"), 5.0), Load(Tenant("small"), 0.25)])
+        assert found.good["small"] >= 0.9 * found.asked["small"]
+        assert found.good.total() / 35 >= 0.95 * CAPACITY
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("work", [100.0, 200.0])
+def test_floods_share_by_weight_of_work_also_where_it_is_underestimated(work: float) -> None:
+    async def scenario() -> None:
+        loads = [Load(Tenant("light", 1.0), 3.0), Load(Tenant("heavy", 3.0), 3.0, work)]
+        found = await drive(Engine(), loads, seconds=65.0)
+        done = {"light": found.good["light"] * 100, "heavy": found.good["heavy"] * work}
+        assert done["heavy"] / sum(done.values()) == pytest.approx(0.75, rel=0.1)
+
+    run(scenario)
+
+
+def test_a_pool_that_stalled_recovers() -> None:
+    async def scenario() -> None:
+        engine = Engine(at_a_time=1)  # as if the others hung
+        await drive(engine, [Load(Tenant("flood"), 5.0)], seconds=20.0)
+        engine.at_a_time = AT_A_TIME
+        engine.running = 0
+        found = await drive(engine, [Load(Tenant("flood"), 5.0)])
+        assert found.good["flood"] / 35 >= 0.9 * CAPACITY
+
+    run(scenario)
