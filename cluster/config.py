@@ -8,8 +8,10 @@ import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ByteSize, Field, ValidationError, model_validator
 
+from cluster.config_operations import OperationsConfig
+from cluster.config_section import Section
 from cluster.errors import ConfigError
 
 MIB = 1024**2
@@ -36,11 +38,7 @@ TASK_HEADS: Mapping[ClassifierTask, str | None] = {
 """How the names of the architectures end that can do a task; None: any encoder can."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class ReplicasConfig(_Section):
+class ReplicasConfig(Section):
     """How many replicas a pool may have, and the load at which one more is wanted."""
 
     min: int = Field(1, ge=1, le=4096)
@@ -57,7 +55,7 @@ class ReplicasConfig(_Section):
         return self
 
 
-class ResourcesConfig(_Section):
+class ResourcesConfig(Section):
     """What Ray reserves for one replica; for a generator, for each of its workers.
 
     ``cpus`` are Ray's logical shares: they place replicas and limit nothing.
@@ -65,10 +63,10 @@ class ResourcesConfig(_Section):
 
     cpus: float = Field(0.25, ge=0)
     gpus: float = Field(0.0, ge=0)
-    custom: dict[str, float] = {}
+    custom: dict[str, float] = Field(default_factory=dict)
 
 
-class SimConfig(_Section):
+class SimConfig(Section):
     """The simulated engine. Every time is in seconds and 0 is instant."""
 
     startup_s: float = Field(0.0, ge=0)
@@ -88,6 +86,8 @@ class SimConfig(_Section):
     """The engine dies, as vLLM's does, when it has accepted this many requests."""
     hang_after_requests: int | None = Field(None, ge=1)
     """Requests after this many are accepted and never answered."""
+    leak_bytes_per_request: ByteSize = Field(ByteSize(0), ge=0)
+    """Memory that each request leaves behind."""
 
 
 def _check_scaling(max_ongoing: int, replicas: ReplicasConfig) -> None:
@@ -99,7 +99,7 @@ def _check_scaling(max_ongoing: int, replicas: ReplicasConfig) -> None:
         )
 
 
-class GeneratorConfig(_Section):
+class GeneratorConfig(Section):
     """A pool of language-model replicas."""
 
     name: Name
@@ -116,7 +116,7 @@ class GeneratorConfig(_Section):
     """Prompt and completion tokens together; None takes the model's own limit."""
     kv_cache_memory_bytes: ByteSize | None = Field(None, ge=MIB)
     """KV cache of each worker; None lets vLLM decide (on CPUs: 1 GiB)."""
-    engine_args: dict[str, Any] = {}
+    engine_args: dict[str, Any] = Field(default_factory=dict)
     """Any further argument of vLLM's ``AsyncEngineArgs`` or of its server, by its Python name."""
     sim: SimConfig = SimConfig()
     max_ongoing: int = Field(256, ge=1)
@@ -137,7 +137,7 @@ class GeneratorConfig(_Section):
         return self
 
 
-class ResultCacheConfig(_Section):
+class ResultCacheConfig(Section):
     """What an encoder replica keeps of its results, by text; the least recently used one goes."""
 
     max_bytes: ByteSize = Field(ByteSize(0), ge=0)
@@ -146,7 +146,7 @@ class ResultCacheConfig(_Section):
     """A tenant (header ``x-tandem-tenant``) finds only what was computed for it."""
 
 
-class ClassifierConfig(_Section):
+class ClassifierConfig(Section):
     """A pool of encoder replicas."""
 
     name: Name
@@ -192,11 +192,13 @@ class ClassifierConfig(_Section):
         return self
 
 
-class RouterConfig(_Section):
+class RouterConfig(Section):
     """The router: what it takes, and how long it waits."""
 
     api_keys_sha256: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = ()
     """SHA-256 (hex) of each accepted API key. None: open, which ``up`` allows on loopback alone."""
+    operator_keys_sha256: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = ()
+    """Further accepted keys, whose holders see every tenant's usage."""
     max_body_bytes: ByteSize = Field(ByteSize(32 * MIB), ge=1024)
     max_queued: int = Field(1024, ge=0)
     """Requests that wait in one router for one pool; beyond it 429."""
@@ -206,7 +208,7 @@ class RouterConfig(_Section):
     resources: ResourcesConfig = ResourcesConfig(cpus=0.2)
 
 
-class ClusterConfig(_Section):
+class ClusterConfig(Section):
     """The local Ray cluster that ``tandem up`` starts; other clusters ignore it."""
 
     num_cpus: int | None = Field(None, ge=1)
@@ -217,13 +219,20 @@ class ClusterConfig(_Section):
     ready_timeout_s: float = Field(600.0, gt=0)
 
 
-class TandemConfig(_Section):
+class TandemConfig(OperationsConfig):
     """Everything that one Tandem application is made of."""
 
     generators: tuple[GeneratorConfig, ...] = ()
     classifiers: tuple[ClassifierConfig, ...] = ()
     router: RouterConfig = RouterConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def operations(self) -> OperationsConfig:
+        """The part of it that every replica gets."""
+        return OperationsConfig.model_validate(
+            {name: getattr(self, name) for name in OperationsConfig.model_fields}
+        )
 
     @model_validator(mode="after")
     def _names(self) -> Self:

@@ -7,9 +7,11 @@ TandemError
  │   ├─ LinkProtocolError      the peer broke the frame format
  │   ├─ LinkAuthError          the peer does not know the cluster's secret
  │   └─ LinkClosedError        the connection ended with streams open
+ ├─ ReplicaRetiredError        a replica was drained on purpose; Serve replaces it
  └─ RequestError               one request cannot be answered; has an HTTP status
      ├─ InvalidRequestError        400
      ├─ AuthenticationError        401
+     ├─ PermissionDeniedError      403
      ├─ NotFoundError              404
      ├─ MethodNotAllowedError      405
      ├─ PayloadTooLargeError       413
@@ -17,7 +19,8 @@ TandemError
      ├─ OverloadedError            429, with Retry-After
      ├─ InternalError              500, a defect; the message never holds a traceback
      └─ UnavailableError           503, with Retry-After
-         └─ EngineDeadError        the engine of a replica is gone
+         ├─ EngineDeadError        the engine of a replica is gone
+         └─ DeviceFailedError      a GPU of a replica failed
 
 HTTP bodies have OpenAI's shape as vLLM writes it: ``{"error": {message, type, param, code}}``.
 """
@@ -51,6 +54,10 @@ class LinkAuthError(LinkError):
 
 class LinkClosedError(LinkError):
     """The connection ended while streams were open."""
+
+
+class ReplicaRetiredError(TandemError):
+    """A replica has drained and wants to be replaced."""
 
 
 class RequestError(TandemError):
@@ -114,6 +121,13 @@ class AuthenticationError(RequestError):
     type = "AuthenticationError"
 
 
+class PermissionDeniedError(RequestError):
+    """The API key is known and may not do this."""
+
+    status = 403
+    type = "PermissionDeniedError"
+
+
 class NotFoundError(RequestError):
     """No such model or path."""
 
@@ -164,6 +178,10 @@ class EngineDeadError(UnavailableError):
     """The engine of a replica is gone; Serve replaces the replica."""
 
 
+class DeviceFailedError(UnavailableError):
+    """A GPU of a replica failed; Serve replaces the replica."""
+
+
 def request_error_for(status: int, message: str, param: str | None = None) -> RequestError:
     """The typed error for an HTTP status that an upstream gave; unknown ones map by their class."""
     exact = {cls.status: cls for cls in _leaf_classes()}
@@ -175,6 +193,7 @@ def _leaf_classes() -> list[type[RequestError]]:
     return [
         InvalidRequestError,
         AuthenticationError,
+        PermissionDeniedError,
         NotFoundError,
         MethodNotAllowedError,
         PayloadTooLargeError,

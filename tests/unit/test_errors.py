@@ -6,7 +6,7 @@ from cluster import errors
 
 
 def test_every_status_maps_to_a_typed_error_and_back() -> None:
-    for status in (400, 401, 404, 405, 413, 422, 429, 500, 503):
+    for status in (400, 401, 403, 404, 405, 413, 422, 429, 500, 503):
         error = errors.request_error_for(status, "why", "field")
         assert error.status == status
         assert error.body() == {
