@@ -3,19 +3,24 @@
 import asyncio
 import logging
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from cluster.config import ClassifierConfig, GeneratorConfig, TandemConfig
 from cluster.errors import InternalError, MethodNotAllowedError, RequestError
 from cluster.gateway.auth import Authenticator
 from cluster.gateway.gauges import watch_pools
 from cluster.gateway.messages import Headers, Request, Response, error_response
-from cluster.gateway.metering import PoolMeter
+from cluster.gateway.metering import Observers, PoolMeter
 from cluster.gateway.own import PUBLIC_PATHS, OwnRoutes
 from cluster.gateway.pool import Kind, Pool, PoolLimits, Wiring
 from cluster.gateway.relay import relay
 from cluster.gateway.routes import OTHER
 from cluster.gateway.surface import pick_pool, requested_model
+from cluster.gateway.usage import UsageAccount
 from cluster.metrics import Registry, table
+
+if TYPE_CHECKING:
+    from cluster.tracing.tracer import Tracer
 
 logger = logging.getLogger("ray.serve.tandem")
 
@@ -29,6 +34,8 @@ class Gateway:
         config: The whole deployment's.
         wirings: How each pool's replicas are reached, by the pool's name.
         versions: Of this router's parts, for ``/version``.
+        tracer: What makes the spans of requests; None: they are not traced.
+        usage: What remembers who used how much; None: nobody does.
     """
 
     def __init__(
@@ -36,14 +43,18 @@ class Gateway:
         config: TandemConfig,
         wirings: Mapping[str, Wiring],
         versions: Mapping[str, str] | None = None,
+        tracer: "Tracer | None" = None,
+        usage: UsageAccount | None = None,
     ) -> None:
         self.max_body_bytes = int(config.router.max_body_bytes)
         self.registry = Registry()
         """What this router counts."""
-        self.pools = _make_pools(config, wirings, self.registry)
+        self.pools = _make_pools(config, wirings, Observers(self.registry, tracer, usage))
         watch_pools(self.registry, self.pools.values())
-        self._authenticator = Authenticator(config.router.api_keys_sha256)
-        self._own = OwnRoutes(self.pools, versions or {}, self.registry)
+        router = config.router
+        self._authenticator = Authenticator(router.api_keys_sha256 + router.operator_keys_sha256)
+        self._own = OwnRoutes(self.pools, versions or {}, self.registry, usage)
+        self._usage = usage
 
     def authenticate(self, path: str, headers: Headers) -> str:
         """Whose request this is; asked before its body is read, where it comes from outside.
@@ -79,23 +90,34 @@ class Gateway:
             raise
         return await relay(request, pool)
 
+    @property
+    def num_ongoing(self) -> int:
+        """Requests that wait in this router or that it gave to a replica."""
+        return sum(
+            pool.num_queued + sum(replica.own for replica in pool.replicas)
+            for pool in self.pools.values()
+        )
+
     def count(self, route: str, status: int) -> None:
         """Count a request that never came to a pool."""
         self.registry.counter(table.REQUESTS, "", route, str(status)).add()
 
     async def close(self) -> None:
-        """Close every link."""
+        """Close every link, and write down what was used."""
         await asyncio.gather(*(pool.close() for pool in self.pools.values()))
+        if self._usage is not None:
+            await self._usage.close()
 
 
 def _make_pools(
-    config: TandemConfig, wirings: Mapping[str, Wiring], registry: Registry
+    config: TandemConfig, wirings: Mapping[str, Wiring], observers: Observers
 ) -> dict[str, Pool]:
     router = config.router
 
     def make(kind: Kind, pool: GeneratorConfig | ClassifierConfig) -> Pool:
         limits = PoolLimits(pool.max_ongoing, router.max_queued, router.queue_timeout_s)
-        return Pool(pool.name, kind, limits, wirings[pool.name], PoolMeter(registry, pool.name))
+        meter = PoolMeter(pool.name, observers)
+        return Pool(pool.name, kind, limits, wirings[pool.name], meter)
 
     pools = [
         *(make("generator", pool) for pool in config.generators),

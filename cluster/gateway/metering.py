@@ -1,19 +1,42 @@
 """What a router counts of its requests: bound once for each pool, a few additions a chunk."""
 
 import time
+from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
-from cluster.link import LinkUsage
+import msgspec
+
+from cluster.gateway.messages import Request
+from cluster.gateway.usage import UsageAccount
+from cluster.link import LinkUsage, RequestHead
 from cluster.metrics import Counter, Registry, table
+
+if TYPE_CHECKING:
+    from cluster.tracing.routed import RoutedTrace
+    from cluster.tracing.tracer import Tracer
 
 CLIENT_LEFT = 499
 """Not a status that is sent: who would get it has left."""
 
 
-class PoolMeter:
-    """The counters of one pool."""
+@dataclass(frozen=True, slots=True)
+class Observers:
+    """What a router tells of its requests."""
 
-    def __init__(self, registry: Registry, model: str) -> None:
+    registry: Registry
+    tracer: "Tracer | None" = None
+    usage: UsageAccount | None = None
+
+
+class PoolMeter:
+    """The counters of one pool, and what else is told of its requests."""
+
+    def __init__(self, model: str, observers: Observers) -> None:
+        self.model = model
+        self.tracer = observers.tracer
+        self.usage = observers.usage
+        registry = observers.registry
         histogram, counter = registry.histogram, registry.counter
         self.request_s = histogram(table.REQUEST_SECONDS, model)
         self.queue_s = histogram(table.QUEUE_SECONDS, model)
@@ -29,9 +52,10 @@ class PoolMeter:
         self.fallbacks = counter(table.LINK_FALLBACKS, model)
         self._requests = partial(counter, table.REQUESTS, model)
 
-    def watch(self, route: str) -> "Watch":
+    def watch(self, request: Request, route: str) -> "Watch":
         """Begin to watch one request."""
-        return Watch(self, route)
+        trace = None if self.tracer is None else _trace(self.tracer, request, route)
+        return Watch(self, request.tenant, route, trace)
 
     def requests(self, route: str, status: int) -> Counter:
         """Requests that ended so."""
@@ -41,11 +65,26 @@ class PoolMeter:
 class Watch:
     """One request from its arrival to its end."""
 
-    __slots__ = ("_begun", "_first", "_itl", "_last", "_meter", "_placed", "_route", "status")
+    __slots__ = (
+        "_begun",
+        "_first",
+        "_itl",
+        "_last",
+        "_meter",
+        "_placed",
+        "_route",
+        "_tenant",
+        "_trace",
+        "status",
+    )
 
-    def __init__(self, meter: PoolMeter, route: str) -> None:
+    def __init__(
+        self, meter: PoolMeter, tenant: str, route: str, trace: "RoutedTrace | None"
+    ) -> None:
         self._meter = meter
+        self._tenant = tenant
         self._route = route
+        self._trace = trace
         self._itl = meter.itl_s
         self._begun = time.perf_counter()
         self._placed = self._first = self._last = 0.0
@@ -55,6 +94,15 @@ class Watch:
     def placed(self) -> None:
         """It has a place at a replica; where that one is lost, at another."""
         self._placed = time.perf_counter()
+
+    def asks(
+        self, head: RequestHead, replica_id: str, address: tuple[str, int], way: str
+    ) -> RequestHead:
+        """A replica is asked, over its link or a handle; returns the head that it gets."""
+        if self._trace is None:
+            return head
+        headers = self._trace.attempt(head.headers, replica_id, address, way)
+        return msgspec.structs.replace(head, headers=headers)
 
     def chunk(self) -> None:
         """A piece of its stream goes out."""
@@ -82,3 +130,17 @@ class Watch:
             if self._first and usage.completion_tokens > 1:
                 generating = self._last - self._first
                 meter.tpot_s.observe(generating / (usage.completion_tokens - 1))
+            if meter.usage is not None:
+                meter.usage.add(self._tenant, meter.model, usage)
+        if self._trace is not None:
+            queue_s = self._placed - self._begun if self._placed else None
+            first_s = self._first - self._begun if self._first else None
+            self._trace.end(self.status, queue_s, first_s, usage)
+
+
+def _trace(tracer: "Tracer", request: Request, route: str) -> "RoutedTrace":
+    from cluster.tracing import names
+    from cluster.tracing.routed import RoutedTrace
+
+    attributes = {names.REQUEST_ID: request.id, names.TENANT: request.tenant}
+    return RoutedTrace(tracer, request.headers, request.method, route, attributes)
