@@ -13,7 +13,6 @@ class Generator(EngineReplica):
         self, config: GeneratorConfig, operations: OperationsConfig
     ) -> None:
         tracing = operations.tracing
-        engine = make_generator_engine(
-            config, ray_metrics=True, traces_endpoint=tracing and tracing.endpoint
-        )
+        endpoint = tracing.endpoint if tracing is not None else None
+        engine = make_generator_engine(config, ray_metrics=True, traces_endpoint=endpoint)
         await self._start(engine, config, operations)

@@ -19,7 +19,8 @@ class Rapl:
         FileNotFoundError: there are none.
     """
 
-    def __init__(self, root: Path = POWERCAP) -> None:
+    def __init__(self, root: Path | None = None) -> None:
+        root = root or POWERCAP
         # A zone's parts (core, uncore, dram of package 0) are named intel-rapl:0:1; the packages
         # alone count each joule once.
         zones = sorted(root.glob("intel-rapl:*")) if root.is_dir() else []

@@ -85,7 +85,7 @@ def find_meter(
     return Meter(
         watts_per_core=config.watts_per_core if config.energy else None,
         gpu_joules=gpu_joules if config.energy else None,
-        rapl_joules=rapl and rapl.joules,
+        rapl_joules=rapl.joules if rapl is not None else None,
         reason=reason if config.energy else "",
         own_cpu_s=tree.cpu_s,
         machine_cpu_s=machine_busy_s,

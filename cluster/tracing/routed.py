@@ -1,6 +1,6 @@
 """A router's spans of one request: the request as a whole, and each attempt over a link."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from opentelemetry.trace import Span, SpanKind
 from opentelemetry.util.types import AttributeValue
@@ -36,7 +36,7 @@ class RoutedTrace:
         headers: Sequence[tuple[bytes, bytes]],
         method: str,
         route: str,
-        attributes: dict[str, AttributeValue],
+        attributes: Mapping[str, AttributeValue],
     ) -> None:
         known = {names.METHOD: method, names.ROUTE: route, **attributes}
         parent = parent_of(headers)

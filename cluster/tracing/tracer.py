@@ -6,7 +6,7 @@ dropped, and no request ever waits for one. Not the global provider: that may be
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from typing import Protocol
 
@@ -73,7 +73,7 @@ class Tracer:
         name: str,
         kind: SpanKind,
         parent: Span | Context | None,
-        attributes: dict[str, AttributeValue],
+        attributes: Mapping[str, AttributeValue],
     ) -> Span:
         """Begin a span; ``end`` is due."""
         context = set_span_in_context(parent) if isinstance(parent, Span) else parent
