@@ -10,7 +10,13 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ByteSize, Field, ValidationError, model_validator
 
-from cluster.config_operations import OperationsConfig
+from cluster.config_operations import (
+    AccountingConfig,
+    DevicesConfig,
+    LeaksConfig,
+    OperationsConfig,
+    TracingConfig,
+)
 from cluster.config_section import Section
 from cluster.errors import ConfigError
 
@@ -219,19 +225,26 @@ class ClusterConfig(Section):
     ready_timeout_s: float = Field(600.0, gt=0)
 
 
-class TandemConfig(OperationsConfig):
+class TandemConfig(Section):
     """Everything that one Tandem application is made of."""
 
     generators: tuple[GeneratorConfig, ...] = ()
     classifiers: tuple[ClassifierConfig, ...] = ()
     router: RouterConfig = RouterConfig()
     cluster: ClusterConfig = ClusterConfig()
+    tracing: TracingConfig | None = None
+    accounting: AccountingConfig = AccountingConfig()
+    leaks: LeaksConfig = LeaksConfig()
+    devices: DevicesConfig = DevicesConfig()
 
     @property
     def operations(self) -> OperationsConfig:
         """The part of it that every replica gets."""
-        return OperationsConfig.model_validate(
-            {name: getattr(self, name) for name in OperationsConfig.model_fields}
+        return OperationsConfig(
+            tracing=self.tracing,
+            accounting=self.accounting,
+            leaks=self.leaks,
+            devices=self.devices,
         )
 
     @model_validator(mode="after")

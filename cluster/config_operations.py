@@ -84,7 +84,7 @@ class DevicesConfig(Section):
 class OperationsConfig(Section):
     """All of it, as a replica gets it."""
 
-    tracing: TracingConfig | None = None
-    accounting: AccountingConfig = AccountingConfig()
-    leaks: LeaksConfig = LeaksConfig()
-    devices: DevicesConfig = DevicesConfig()
+    tracing: TracingConfig | None
+    accounting: AccountingConfig
+    leaks: LeaksConfig
+    devices: DevicesConfig

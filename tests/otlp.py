@@ -1,7 +1,6 @@
 """An OTLP receiver over HTTP with protobuf, in a thread of the test's process."""
 
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,14 +42,18 @@ class Receiver:
                     self.spans += [_received(service, span) for span in scope.spans]
             self._news.notify_all()
 
+    def wait_named(self, name: str, timeout_s: float = 30.0) -> Received:
+        """A span of that name; blocks the calling thread."""
+        with self._news:
+            came = self._news.wait_for(lambda: name in [s.name for s in self.spans], timeout_s)
+            assert came, f"{[span.name for span in self.spans]} after {timeout_s} s"
+            return next(span for span in self.spans if span.name == name)
+
     def wait(self, count: int, timeout_s: float = 30.0) -> list[Received]:
         """So many spans or more; blocks the calling thread."""
-        deadline = time.monotonic() + timeout_s
         with self._news:
-            while len(self.spans) < count:
-                left = deadline - time.monotonic()
-                assert left > 0, f"{[span.name for span in self.spans]} after {timeout_s} s"
-                self._news.wait(left)
+            came = self._news.wait_for(lambda: len(self.spans) >= count, timeout_s)
+            assert came, f"{[span.name for span in self.spans]} after {timeout_s} s"
             return list(self.spans)
 
 

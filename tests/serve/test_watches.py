@@ -91,6 +91,12 @@ async def test_a_simulated_engine_that_leaks_is_noticed_and_one_that_does_not_is
         await engine.stop()
 
 
+async def check_always(watch: DeviceWatch) -> None:
+    while True:
+        watch.check()
+        await asyncio.sleep(0.01)
+
+
 async def test_a_device_that_fails_meanwhile_is_noticed() -> None:
     nvml = Nvml(Gpu("GPU-a"))
     watch = DeviceWatch(DevicesConfig(interval_s=0.01), "g", nvml, ["0"])
@@ -102,9 +108,7 @@ async def test_a_device_that_fails_meanwhile_is_noticed() -> None:
         nvml.events.append((nvml.gpus[0], 79))
         async with asyncio.timeout(10):
             with pytest.raises(DeviceFailedError, match="XID 79"):
-                while True:
-                    watch.check()
-                    await asyncio.sleep(0.01)
+                await check_always(watch)
     finally:
         await watch.close()
     assert nvml.freed
