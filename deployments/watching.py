@@ -68,6 +68,7 @@ class ReplicaWatch:
         self._turns = Turns(RayKeys(), name, config.leaks.pause_s, time.time)
         self._replaces = config.leaks.replace
         self._retiring: asyncio.Task[None] | None = None
+        self._warned = False
 
     def check(self) -> None:
         """Raise ``DeviceFailedError`` once a device has failed."""
@@ -96,7 +97,8 @@ class ReplicaWatch:
         rate = f"{process} memory grows by {growth.bytes_per_s / 1024:.0f} KiB/s"
         if self._replaces:
             self._retiring = asyncio.create_task(self._replace(rate), name="leak")
-        else:
+        elif not self._warned:
+            self._warned = True
             logger.warning("%s and the traffic does not; leaks.replace is off", rate)
 
     async def _replace(self, rate: str) -> None:
