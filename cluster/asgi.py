@@ -22,6 +22,14 @@ class Usage:
     cached_tokens: int = 0
     """Prompt tokens that needed no computing."""
     completion_tokens: int = 0
+    joules: float | None = None
+    """Its share of the measured energy, where any is; set by ``settle``."""
+    cost: float | None = None
+    """Its share of what the replica costs, in the configured currency."""
+    source: str = ""
+    """What measured the joules, or why there are none; "" where nobody accounts."""
+    settle: Callable[[], None] | None = None
+    """Called before this is said to the router; may still fill in the figures above."""
 
 
 def usage_of(scope: Scope) -> Usage:

@@ -8,8 +8,16 @@ import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ByteSize, Field, ValidationError, model_validator
 
+from cluster.config_operations import (
+    AccountingConfig,
+    DevicesConfig,
+    LeaksConfig,
+    OperationsConfig,
+    TracingConfig,
+)
+from cluster.config_section import Section
 from cluster.errors import ConfigError
 
 MIB = 1024**2
@@ -40,11 +48,7 @@ TASK_HEADS: Mapping[ClassifierTask, str | None] = {
 RoutingPolicy = Literal["least-load", "power-of-two", "prefix", "round-robin", "session"]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class ReplicasConfig(_Section):
+class ReplicasConfig(Section):
     """How many replicas a pool may have, and the load at which one more is wanted."""
 
     min: int = Field(1, ge=1, le=4096)
@@ -61,7 +65,7 @@ class ReplicasConfig(_Section):
         return self
 
 
-class ResourcesConfig(_Section):
+class ResourcesConfig(Section):
     """What Ray reserves for one replica; for a generator, for each of its workers.
 
     ``cpus`` are Ray's logical shares: they place replicas and limit nothing.
@@ -69,10 +73,10 @@ class ResourcesConfig(_Section):
 
     cpus: float = Field(0.25, ge=0)
     gpus: float = Field(0.0, ge=0)
-    custom: dict[str, float] = {}
+    custom: dict[str, float] = Field(default_factory=dict)
 
 
-class SimConfig(_Section):
+class SimConfig(Section):
     """The simulated engine. Every time is in seconds and 0 is instant."""
 
     startup_s: float = Field(0.0, ge=0)
@@ -92,6 +96,8 @@ class SimConfig(_Section):
     """The engine dies, as vLLM's does, when it has accepted this many requests."""
     hang_after_requests: int | None = Field(None, ge=1)
     """Requests after this many are accepted and never answered."""
+    leak_bytes_per_request: ByteSize = Field(ByteSize(0), ge=0)
+    """Memory that each request leaves behind."""
 
 
 def _check_scaling(max_ongoing: int, replicas: ReplicasConfig) -> None:
@@ -103,7 +109,7 @@ def _check_scaling(max_ongoing: int, replicas: ReplicasConfig) -> None:
         )
 
 
-class GeneratorConfig(_Section):
+class GeneratorConfig(Section):
     """A pool of language-model replicas."""
 
     name: Name
@@ -120,7 +126,7 @@ class GeneratorConfig(_Section):
     """Prompt and completion tokens together; None takes the model's own limit."""
     kv_cache_memory_bytes: ByteSize | None = Field(None, ge=MIB)
     """KV cache of each worker; None lets vLLM decide (on CPUs: 1 GiB)."""
-    engine_args: dict[str, Any] = {}
+    engine_args: dict[str, Any] = Field(default_factory=dict)
     """Any further argument of vLLM's ``AsyncEngineArgs`` or of its server, by its Python name."""
     sim: SimConfig = SimConfig()
     max_ongoing: int = Field(256, ge=1)
@@ -143,7 +149,7 @@ class GeneratorConfig(_Section):
         return self
 
 
-class ResultCacheConfig(_Section):
+class ResultCacheConfig(Section):
     """What an encoder replica keeps of its results, by text; the least recently used one goes."""
 
     max_bytes: ByteSize = Field(ByteSize(0), ge=0)
@@ -152,7 +158,7 @@ class ResultCacheConfig(_Section):
     """A tenant (header ``x-tandem-tenant``) finds only what was computed for it."""
 
 
-class ClassifierConfig(_Section):
+class ClassifierConfig(Section):
     """A pool of encoder replicas."""
 
     name: Name
@@ -199,11 +205,13 @@ class ClassifierConfig(_Section):
         return self
 
 
-class RouterConfig(_Section):
+class RouterConfig(Section):
     """The router: what it takes, and how long it waits."""
 
     api_keys_sha256: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = ()
     """SHA-256 (hex) of keys beside the key file's; each is a tenant of its own without limits."""
+    operator_keys_sha256: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = ()
+    """Further accepted keys, whose holders see every tenant's usage."""
     keys_file: str | None = None
     """What ``tandem keys`` writes; None: ``keys.yaml`` in Tandem's home, if it is there. With no
     key at all the router is open, which ``up`` allows on loopback alone."""
@@ -218,7 +226,7 @@ class RouterConfig(_Section):
     resources: ResourcesConfig = ResourcesConfig(cpus=0.2)
 
 
-class ClusterConfig(_Section):
+class ClusterConfig(Section):
     """The local Ray cluster that ``tandem up`` starts; other clusters ignore it."""
 
     num_cpus: int | None = Field(None, ge=1)
@@ -229,13 +237,27 @@ class ClusterConfig(_Section):
     ready_timeout_s: float = Field(600.0, gt=0)
 
 
-class TandemConfig(_Section):
+class TandemConfig(Section):
     """Everything that one Tandem application is made of."""
 
     generators: tuple[GeneratorConfig, ...] = ()
     classifiers: tuple[ClassifierConfig, ...] = ()
     router: RouterConfig = RouterConfig()
     cluster: ClusterConfig = ClusterConfig()
+    tracing: TracingConfig | None = None
+    accounting: AccountingConfig = AccountingConfig()
+    leaks: LeaksConfig = LeaksConfig()
+    devices: DevicesConfig = DevicesConfig()
+
+    @property
+    def operations(self) -> OperationsConfig:
+        """The part of it that every replica gets."""
+        return OperationsConfig(
+            tracing=self.tracing,
+            accounting=self.accounting,
+            leaks=self.leaks,
+            devices=self.devices,
+        )
 
     @model_validator(mode="after")
     def _names(self) -> Self:

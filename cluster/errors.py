@@ -7,6 +7,7 @@ TandemError
  │   ├─ LinkProtocolError      the peer broke the frame format
  │   ├─ LinkAuthError          the peer does not know the cluster's secret
  │   └─ LinkClosedError        the connection ended with streams open
+ ├─ ReplicaRetiredError        a replica was drained on purpose; Serve replaces it
  └─ RequestError               one request cannot be answered; has an HTTP status
      ├─ InvalidRequestError        400
      ├─ AuthenticationError        401
@@ -18,7 +19,8 @@ TandemError
      ├─ OverloadedError            429, with Retry-After
      ├─ InternalError              500, a defect; the message never holds a traceback
      └─ UnavailableError           503, with Retry-After
-         └─ EngineDeadError        the engine of a replica is gone
+         ├─ EngineDeadError        the engine of a replica is gone
+         └─ DeviceFailedError      a GPU of a replica failed
 
 HTTP bodies have OpenAI's shape as vLLM writes it: ``{"error": {message, type, param, code}}``.
 """
@@ -52,6 +54,10 @@ class LinkAuthError(LinkError):
 
 class LinkClosedError(LinkError):
     """The connection ended while streams were open."""
+
+
+class ReplicaRetiredError(TandemError):
+    """A replica has drained and wants to be replaced."""
 
 
 class RequestError(TandemError):
@@ -170,6 +176,10 @@ class UnavailableError(RequestError):
 
 class EngineDeadError(UnavailableError):
     """The engine of a replica is gone; Serve replaces the replica."""
+
+
+class DeviceFailedError(UnavailableError):
+    """A GPU of a replica failed; Serve replaces the replica."""
 
 
 def request_error_for(status: int, message: str, param: str | None = None) -> RequestError:

@@ -18,6 +18,7 @@ from cluster.config import (
     TandemConfig,
     parse,
 )
+from cluster.config_operations import OperationsConfig
 from deployments.classifier import Classifier
 from deployments.generator import Generator
 from deployments.replica import SHUTDOWN_TIMEOUT_S
@@ -35,9 +36,10 @@ def build(args: dict[str, Any] | TandemConfig) -> Application:
         ConfigError: a value is wrong; one line with the field, the value and what is allowed.
     """
     config = args if isinstance(args, TandemConfig) else parse(args)
+    operations = config.operations
     pools = {
-        **{generator.name: _generator(generator) for generator in config.generators},
-        **{classifier.name: _classifier(classifier) for classifier in config.classifiers},
+        **{pool.name: _generator(pool, operations) for pool in config.generators},
+        **{pool.name: _classifier(pool, operations) for pool in config.classifiers},
     }
     router = serve.deployment(
         Router,
@@ -52,7 +54,7 @@ def build(args: dict[str, Any] | TandemConfig) -> Application:
     return router.bind(config, pools)
 
 
-def _generator(config: GeneratorConfig) -> Application:
+def _generator(config: GeneratorConfig, operations: OperationsConfig) -> Application:
     options: dict[str, Any] = {"ray_actor_options": _actor_options(config.resources)}
     if config.num_workers > 1:
         # Serve places the replica itself in the first bundle; a GPU replica computes nothing
@@ -63,18 +65,19 @@ def _generator(config: GeneratorConfig) -> Application:
         options["ray_actor_options"] = _actor_options(
             config.resources.model_copy(update={"gpus": 0.0})
         )
-    return _pool(Generator, f"generator-{config.name}", config, options)
+    return _pool(Generator, f"generator-{config.name}", config, operations, options)
 
 
-def _classifier(config: ClassifierConfig) -> Application:
+def _classifier(config: ClassifierConfig, operations: OperationsConfig) -> Application:
     options = {"ray_actor_options": _actor_options(config.resources)}
-    return _pool(Classifier, f"classifier-{config.name}", config, options)
+    return _pool(Classifier, f"classifier-{config.name}", config, operations, options)
 
 
 def _pool(
     replica_class: type[Generator] | type[Classifier],
     name: str,
     config: GeneratorConfig | ClassifierConfig,
+    operations: OperationsConfig,
     options: dict[str, Any],
 ) -> Application:
     deployment = serve.deployment(
@@ -91,7 +94,7 @@ def _pool(
         max_surge_percent=SURGE_PERCENT,
         **options,
     )
-    return deployment.bind(config)
+    return deployment.bind(config, operations)
 
 
 def _actor_options(resources: ResourcesConfig) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A classifier replica: one encoder engine behind a link."""
 
 from cluster.config import ClassifierConfig
+from cluster.config_operations import OperationsConfig
 from cluster.engines.encoder import make_encoder_engine
 from deployments.replica import EngineReplica
 
@@ -8,5 +9,7 @@ from deployments.replica import EngineReplica
 class Classifier(EngineReplica):
     """One replica of a classifier pool."""
 
-    async def __init__(self, config: ClassifierConfig) -> None:  # type: ignore[misc]  # Serve awaits it
-        await self._start(make_encoder_engine(config))
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: ClassifierConfig, operations: OperationsConfig
+    ) -> None:
+        await self._start(make_encoder_engine(config), config, operations)

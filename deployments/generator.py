@@ -1,6 +1,7 @@
 """A generator replica: one language-model engine (vLLM or the simulated one) behind a link."""
 
 from cluster.config import GeneratorConfig
+from cluster.config_operations import OperationsConfig
 from cluster.engines.factory import make_generator_engine
 from deployments.replica import EngineReplica
 
@@ -8,5 +9,10 @@ from deployments.replica import EngineReplica
 class Generator(EngineReplica):
     """One replica of a generator pool."""
 
-    async def __init__(self, config: GeneratorConfig) -> None:  # type: ignore[misc]  # Serve awaits it
-        await self._start(make_generator_engine(config, ray_metrics=True))
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: GeneratorConfig, operations: OperationsConfig
+    ) -> None:
+        tracing = operations.tracing
+        endpoint = tracing.endpoint if tracing is not None else None
+        engine = make_generator_engine(config, ray_metrics=True, traces_endpoint=endpoint)
+        await self._start(engine, config, operations)

@@ -3,14 +3,19 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from cluster.asgi import Message, Receive, Scope, Send
+from ray import serve
+
+from cluster.asgi import ASGIApp, Message, Receive, Scope, Send
+from cluster.config import ClassifierConfig, GeneratorConfig
+from cluster.config_operations import OperationsConfig
 from cluster.engines.base import Engine
-from cluster.errors import EngineDeadError
+from cluster.errors import DeviceFailedError, EngineDeadError, ReplicaRetiredError
 from cluster.gateway.pool import ReplicaInfo
+from cluster.gateway.routes import RouteTable
 from cluster.launch.loopback import confine_serve
 from cluster.link import (
     DrainResult,
@@ -21,9 +26,11 @@ from cluster.link import (
     answer_locally,
 )
 from cluster.metrics import Registry
+from cluster.tracing import start_tracer
 from deployments.autoscaling import ONGOING
 from deployments.links import serve_links
 from deployments.metrics import RayExporter
+from deployments.watching import ReplicaWatch
 
 logger = logging.getLogger("ray.serve.tandem")
 
@@ -33,6 +40,7 @@ DRAIN_TIMEOUT_S = SHUTDOWN_TIMEOUT_S - 20.0
 """The part of it that requests may take to finish; the rest is for ending the engine."""
 _DEAD_ENGINE_DRAIN_S = 1.0
 """Time for requests of a dead engine to be told so."""
+_IDLE_POLL_S = 0.2
 
 
 class EngineReplica:
@@ -41,16 +49,40 @@ class EngineReplica:
     A subclass gives ``_start`` its engine; Ray Serve calls the rest.
     """
 
-    async def _start(self, engine: Engine) -> None:
+    async def _start(
+        self,
+        engine: Engine,
+        pool: GeneratorConfig | ClassifierConfig,
+        operations: OperationsConfig,
+    ) -> None:
         confine_serve()
         self._engine = engine
         self._death: asyncio.Task[DrainResult] | None = None
+        self._retired = ""
         self._calls = 0
         await engine.start()
+        self._app = self._traced(pool, operations)
+        self._watch = ReplicaWatch(operations, pool, self._num_ongoing, self._retire)
         self._server = await serve_links(self._answer, self._load, engine.prefixes)
         registry = Registry()
         registry.on_collect(lambda: engine.observe(registry))
+        registry.on_collect(lambda: self._watch.observe(registry))
         self._exporter = RayExporter(registry)
+
+    def _traced(
+        self, pool: GeneratorConfig | ClassifierConfig, operations: OperationsConfig
+    ) -> ASGIApp:
+        """The engine's application, which makes spans where that is configured."""
+        identity = serve.get_replica_context().replica_id
+        service = f"tandem.{identity.deployment_id.name}"
+        self._tracer = start_tracer(operations.tracing, service, identity.unique_id)
+        if self._tracer is None:
+            return self._engine.app
+        from cluster.tracing.replica import TracedApp
+
+        provider = pool.engine if isinstance(pool, GeneratorConfig) else "tandem"
+        routes = RouteTable(self._engine.routes())
+        return TracedApp(self._engine.app, self._tracer, pool.name, provider, routes.find)
 
     async def answer_call(
         self, replica_id: str, head: RequestHead, body: bytes
@@ -82,7 +114,12 @@ class EngineReplica:
             if dead is None:
                 await send(message)
 
-        await self._engine.app(scope, receive, send_if_alive)
+        work = self._watch.accounts.begin(scope)
+        try:
+            await self._app(scope, receive, send_if_alive)
+        finally:
+            if work is not None:
+                work.end()
         if dead is not None:
             self._leave_routers()
             raise dead
@@ -91,6 +128,22 @@ class EngineReplica:
         """Tell routers to look elsewhere, at once and once; what the engine had is lost anyway."""
         if self._death is None:
             self._death = asyncio.create_task(self._server.drain(_DEAD_ENGINE_DRAIN_S))
+
+    def _num_ongoing(self) -> int:
+        return self._server.num_ongoing + self._calls
+
+    async def _retire(self, why: str) -> None:
+        """Take nothing new, finish what there is, then have Serve replace this replica.
+
+        The links stay open meanwhile: a router that cannot open one would come over the handle.
+        """
+        logger.warning("this replica retires: %s", why)
+        self._server.retire()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_TIMEOUT_S):
+                while self._num_ongoing():  # noqa: ASYNC110, two counters without an event
+                    await asyncio.sleep(_IDLE_POLL_S)
+        self._retired = why
 
     def _load(self) -> LinkLoad:
         load = self._engine.load()
@@ -106,15 +159,22 @@ class EngineReplica:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """The load by which the pool is scaled."""
-        return {ONGOING: float(self._server.num_ongoing + self._calls)}
+        return {ONGOING: float(self._num_ongoing())}
 
     async def check_health(self) -> None:
-        """Raise when the engine is dead, so that Serve replaces this replica."""
+        """Raise when the engine or a GPU is dead, or this replica has retired; Serve replaces it.
+
+        Raises:
+            EngineDeadError, DeviceFailedError, ReplicaRetiredError: which of them.
+        """
         try:
             await self._engine.check_health()
-        except EngineDeadError:
+            self._watch.check()
+        except (EngineDeadError, DeviceFailedError):
             self._leave_routers()
             raise
+        if self._retired:
+            raise ReplicaRetiredError(self._retired)
 
     async def __del__(self) -> None:
         """Drain: Serve awaits this before it ends the replica."""
@@ -123,7 +183,10 @@ class EngineReplica:
             finished, cancelled = await server.drain(DRAIN_TIMEOUT_S)
             logger.info("drained: %d requests finished, %d cancelled", finished, cancelled)
         if hasattr(self, "_exporter"):
+            await self._watch.close()
             await self._exporter.close()
+            if self._tracer is not None:
+                await self._tracer.close()
         engine = getattr(self, "_engine", None)
         if engine is not None:
             await engine.stop()

@@ -11,11 +11,13 @@ from ray import serve
 from ray.serve._private.common import DeploymentID
 from ray.serve.handle import DeploymentHandle
 
+from cluster.accounting.usage_log import UsageLog
 from cluster.config import TandemConfig
 from cluster.config_file import key_file_path
-from cluster.gateway import Gateway, GatewayApp, Peers, ReplicaInfo, Wiring
+from cluster.gateway import Gateway, GatewayApp, Peers, ReplicaInfo, UsageAccount, Wiring
 from cluster.key_file import KeyFile
 from cluster.launch.loopback import confine_serve
+from cluster.leaks import MemoryWatch
 from cluster.link import (
     LinkUsage,
     RequestHead,
@@ -24,12 +26,17 @@ from cluster.link import (
     answer_locally,
     tls_contexts,
 )
+from cluster.models.store import home
+from cluster.tracing import start_tracer
 from deployments.discovery import Discovery
 from deployments.handles import opener
 from deployments.links import serve_links
 from deployments.metrics import RayExporter
 from deployments.replica import DRAIN_TIMEOUT_S
 from deployments.secret import link_secret
+
+USAGE_FILE = "usage-{app}.sqlite3"
+"""Below the cluster's home; the routers of one machine share it."""
 
 
 class LinkOffer(NamedTuple):
@@ -51,19 +58,27 @@ class Router:
         secret, tls = link_secret(), tls_contexts(os.environ)
         self._secret = secret
         router = config.router
+        identity = serve.get_replica_context().replica_id
+        own = identity.deployment_id
+        self._tracer = start_tracer(config.tracing, "tandem.router", identity.unique_id)
+        file = home() / USAGE_FILE.format(app=own.app_name)
+        usage = UsageAccount(config, UsageLog(file, config.accounting.keep_days))
+        usage.start()
         keys = KeyFile(key_file_path(router), expected=router.keys_file is not None)
-        self._gateway = Gateway(config, _wirings(pools, secret, tls), _versions(), keys)
+        wirings = _wirings(pools, secret, tls)
+        self._gateway = Gateway(config, wirings, _versions(), keys, self._tracer, usage)
         self._routers: list[ReplicaInfo] = []
-        replica_id = serve.get_replica_context().replica_id
-        own = replica_id.deployment_id
         ssl = tls.client if tls else None
-        self._peers = Peers(self._gateway, replica_id.unique_id, secret, ssl)
+        self._peers = Peers(self._gateway, identity.unique_id, secret, ssl)
         listeners = {
             DeploymentID(handle.deployment_name, handle.app_name): self._gateway.pools[name].update
             for name, handle in pools.items()
         }
         self._discovery = Discovery({**listeners, own: self._on_routers})
-        self._exporter = RayExporter(self._gateway.registry)
+        registry = self._gateway.registry
+        self._memory = MemoryWatch(config.leaks, "router", lambda: self._gateway.num_ongoing)
+        registry.on_collect(lambda: self._memory.observe(registry))
+        self._exporter = RayExporter(registry)
         # Inside the cluster, so no API key is asked for.
         self._inside = self._peers.app(GatewayApp(self._gateway, authenticates=False))
         self._server = await serve_links(self._inside)
@@ -105,7 +120,10 @@ class Router:
             await self._discovery.close()
             await self._peers.close()
             await self._gateway.close()
+            await self._memory.close()
             await self._exporter.close()
+            if self._tracer is not None:
+                await self._tracer.close()
 
 
 def _wirings(

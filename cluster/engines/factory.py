@@ -19,8 +19,9 @@ def make_generator_engine(
     resolve: Callable[[str], Path | str] = resolve_model,
     *,
     ray_metrics: bool = False,
+    traces_endpoint: str | None = None,
 ) -> Engine:
-    """The engine for ``config``, not yet started; ``ray_metrics`` as of ``VllmEngine``.
+    """The engine for ``config``, not yet started; the rest as of ``VllmEngine``.
 
     Raises:
         ConfigError: there is no such model.
@@ -31,4 +32,9 @@ def make_generator_engine(
         return SimEngine(config)
     from cluster.engines.vllm import VllmEngine
 
-    return VllmEngine(config, str(resolve(config.model)), ray_metrics=ray_metrics)
+    return VllmEngine(
+        config,
+        str(resolve(config.model)),
+        ray_metrics=ray_metrics,
+        traces_endpoint=traces_endpoint,
+    )

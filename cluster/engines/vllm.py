@@ -71,14 +71,21 @@ class VllmEngine:
         config: The pool's configuration.
         model_path: A model directory or a Hugging Face id.
         ray_metrics: Also give vLLM's metrics to Ray, which must run in this process.
+        traces_endpoint: Where vLLM sends its own spans (OTLP over HTTP); None: nowhere.
     """
 
     def __init__(
-        self, config: GeneratorConfig, model_path: str, *, ray_metrics: bool = False
+        self,
+        config: GeneratorConfig,
+        model_path: str,
+        *,
+        ray_metrics: bool = False,
+        traces_endpoint: str | None = None,
     ) -> None:
         self._config = config
         self._model_path = model_path
         self._ray_metrics = ray_metrics
+        self._traces_endpoint = traces_endpoint
         self._llm: Any = None
         self._app: Any = None
         self._asgi: ASGIApp
@@ -278,6 +285,9 @@ class VllmEngine:
         defaults = vllm_args.platform_defaults(
             self._config, on_cpu=on_cpu, in_ray=in_ray, native_bfloat16=computes_in_bfloat16()
         )
+        if self._traces_endpoint is not None:
+            self._environment.add(vllm_args.TRACING_ENVIRONMENT)
+            defaults["otlp_traces_endpoint"] = self._traces_endpoint
         vllm_args.fill_args(args, self._config, self._model_path, defaults)
         if args.kv_events_config is None and args.enable_prefix_caching is not False:
             from vllm.config import KVEventsConfig

@@ -19,6 +19,8 @@ DEFAULT_CPU_KV_BYTES = 1024**3
 BINDING_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
 EAGER_CPU_WORKER = "cluster.engines.cpu_worker.EagerCPUWorker"
 CPU_BLOCK_SIZE_TOKENS = 32  # vLLM's own on CPUs, 128, is too coarse to share prefixes by
+TRACING_ENVIRONMENT = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}
+"""vLLM sends its spans by gRPC unless told so; Tandem's own go by HTTP to the same place."""
 
 _FIELDS = {  # vLLM's names that the configuration has a field for
     "model": "model",

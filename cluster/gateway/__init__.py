@@ -10,6 +10,7 @@ from cluster.gateway.gateway import Gateway
 from cluster.gateway.messages import Request, Response
 from cluster.gateway.peers import Peers
 from cluster.gateway.pool import Answer, Opener, ReplicaInfo, Wiring
+from cluster.gateway.usage import UsageAccount
 
 __all__ = [
     "Answer",
@@ -20,5 +21,6 @@ __all__ = [
     "ReplicaInfo",
     "Request",
     "Response",
+    "UsageAccount",
     "Wiring",
 ]

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from cluster.admission import OPEN, Identity, QueueLimits
 from cluster.config import PRIORITY_POLICY, ClassifierConfig, GeneratorConfig, TandemConfig
@@ -13,14 +14,18 @@ from cluster.gateway.auth import Authenticator
 from cluster.gateway.engine_priority import PATHS, with_engine_priority
 from cluster.gateway.gauges import watch_pools
 from cluster.gateway.messages import Headers, Request, Response, error_response
-from cluster.gateway.metering import PoolMeter
+from cluster.gateway.metering import Observers, PoolMeter
 from cluster.gateway.own import PUBLIC_PATHS, OwnRoutes
 from cluster.gateway.pool import Kind, Pool, PoolLimits, Wiring
 from cluster.gateway.relay import relay
 from cluster.gateway.routes import OTHER
 from cluster.gateway.surface import Envelope, pick_pool, read_envelope
+from cluster.gateway.usage import UsageAccount
 from cluster.key_file import KeyFile
 from cluster.metrics import Registry, table
+
+if TYPE_CHECKING:
+    from cluster.tracing.tracer import Tracer
 
 logger = logging.getLogger("ray.serve.tandem")
 
@@ -35,6 +40,8 @@ class Gateway:
         wirings: How each pool's replicas are reached, by the pool's name.
         versions: Of this router's parts, for ``/version``.
         key_file: Keys beside those of the configuration.
+        tracer: What makes the spans of requests; None: they are not traced.
+        usage: What remembers who used how much; None: nobody does.
     """
 
     def __init__(
@@ -43,15 +50,21 @@ class Gateway:
         wirings: Mapping[str, Wiring],
         versions: Mapping[str, str] | None = None,
         key_file: KeyFile | None = None,
+        tracer: "Tracer | None" = None,
+        usage: UsageAccount | None = None,
     ) -> None:
         self.max_body_bytes = int(config.router.max_body_bytes)
         self.registry = Registry()
         """What this router counts."""
-        self.pools = _make_pools(config, wirings, self.registry)
+        self.pools = _make_pools(config, wirings, Observers(self.registry, tracer, usage))
         watch_pools(self.registry, self.pools.values())
-        authenticator = Authenticator(config.router.api_keys_sha256, key_file)
+        router = config.router
+        authenticator = Authenticator(
+            router.api_keys_sha256 + router.operator_keys_sha256, key_file
+        )
         self.admission = Admission(authenticator, Accounts(self.registry))
-        self._own = OwnRoutes(self.pools, versions or {}, self.registry)
+        self._own = OwnRoutes(self.pools, versions or {}, self.registry, usage)
+        self._usage = usage
 
     def authenticate(self, path: str, headers: Headers) -> Identity:
         """Whose request this is; asked before its body is read, where it comes from outside.
@@ -95,17 +108,27 @@ class Gateway:
             request = with_engine_priority(request, claim.priority)
         return await relay(request, pool, claim, grant)
 
+    @property
+    def num_ongoing(self) -> int:
+        """Requests that wait in this router or that it gave to a replica."""
+        return sum(
+            pool.num_queued + sum(replica.own for replica in pool.replicas)
+            for pool in self.pools.values()
+        )
+
     def count(self, route: str, status: int) -> None:
         """Count a request that never came to a pool."""
         self.registry.counter(table.REQUESTS, "", route, str(status)).add()
 
     async def close(self) -> None:
-        """Close every link."""
+        """Close every link, and write down what was used."""
         await asyncio.gather(*(pool.close() for pool in self.pools.values()))
+        if self._usage is not None:
+            await self._usage.close()
 
 
 def _make_pools(
-    config: TandemConfig, wirings: Mapping[str, Wiring], registry: Registry
+    config: TandemConfig, wirings: Mapping[str, Wiring], observers: Observers
 ) -> dict[str, Pool]:
     router = config.router
 
@@ -118,7 +141,8 @@ def _make_pools(
             pool.routing,
             _schedules_by_priority(pool),
         )
-        return Pool(pool.name, kind, limits, wirings[pool.name], PoolMeter(registry, pool.name))
+        meter = PoolMeter(pool.name, observers)
+        return Pool(pool.name, kind, limits, wirings[pool.name], meter)
 
     pools = [
         *(make("generator", pool) for pool in config.generators),

@@ -1,11 +1,20 @@
 """What a router counts of its requests: bound once for each pool, a few additions a chunk."""
 
 import time
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from cluster.link import LinkUsage
+import msgspec
+
+from cluster.gateway.messages import Request
+from cluster.gateway.usage import UsageAccount
+from cluster.link import LinkUsage, RequestHead
 from cluster.metrics import Counter, Registry, table
+
+if TYPE_CHECKING:
+    from cluster.tracing.routed import RoutedTrace
+    from cluster.tracing.tracer import Tracer
 
 CLIENT_LEFT = 499
 """Not a status that is sent: who would get it has left."""
@@ -20,10 +29,23 @@ class Ending(Protocol):
         """The request has ended with this status; ``usage`` is None where it is not known."""
 
 
-class PoolMeter:
-    """The counters of one pool."""
+@dataclass(frozen=True, slots=True)
+class Observers:
+    """What a router tells of its requests."""
 
-    def __init__(self, registry: Registry, model: str) -> None:
+    registry: Registry
+    tracer: "Tracer | None" = None
+    usage: UsageAccount | None = None
+
+
+class PoolMeter:
+    """The counters of one pool, and what else is told of its requests."""
+
+    def __init__(self, model: str, observers: Observers) -> None:
+        self.model = model
+        self.tracer = observers.tracer
+        self.usage = observers.usage
+        registry = observers.registry
         histogram, counter = registry.histogram, registry.counter
         self.request_s = histogram(table.REQUEST_SECONDS, model)
         self.queue_s = histogram(table.QUEUE_SECONDS, model)
@@ -39,9 +61,10 @@ class PoolMeter:
         self._requests = partial(counter, table.REQUESTS, model)
         self._shed = partial(counter, table.SHED, model)
 
-    def watch(self, route: str, grant: Ending | None = None) -> "Watch":
+    def watch(self, request: Request, route: str, grant: Ending | None = None) -> "Watch":
         """Begin to watch one request, of whose end ``grant`` is told."""
-        return Watch(self, route, grant)
+        trace = None if self.tracer is None else _trace(self.tracer, request, route)
+        return Watch(self, request.tenant, route, grant, trace)
 
     def shed(self, reason: ShedReason) -> None:
         """Count a request that is refused."""
@@ -57,13 +80,22 @@ class Watch:
 
     __slots__ = (
         *("_begun", "_first", "_grant", "_itl", "_last", "_meter", "_placed", "_route"),
-        "status",
+        *("_tenant", "_trace", "status"),
     )
 
-    def __init__(self, meter: PoolMeter, route: str, grant: Ending | None) -> None:
+    def __init__(
+        self,
+        meter: PoolMeter,
+        tenant: str,
+        route: str,
+        grant: Ending | None,
+        trace: "RoutedTrace | None",
+    ) -> None:
         self._meter = meter
+        self._tenant = tenant
         self._grant = grant
         self._route = route
+        self._trace = trace
         self._itl = meter.itl_s
         self._begun = time.perf_counter()
         self._placed = self._first = self._last = 0.0
@@ -73,6 +105,15 @@ class Watch:
     def placed(self) -> None:
         """It has a place at a replica; where that one is lost, at another."""
         self._placed = time.perf_counter()
+
+    def asks(
+        self, head: RequestHead, replica_id: str, address: tuple[str, int], way: str
+    ) -> RequestHead:
+        """A replica is asked, over its link or a handle; returns the head that it gets."""
+        if self._trace is None:
+            return head
+        headers = self._trace.attempt(head.headers, replica_id, address, way)
+        return msgspec.structs.replace(head, headers=headers)
 
     def chunk(self) -> None:
         """A piece of its stream goes out."""
@@ -102,3 +143,17 @@ class Watch:
             if self._first and usage.completion_tokens > 1:
                 generating = self._last - self._first
                 meter.tpot_s.observe(generating / (usage.completion_tokens - 1))
+            if meter.usage is not None:
+                meter.usage.add(self._tenant, meter.model, usage)
+        if self._trace is not None:
+            queue_s = self._placed - self._begun if self._placed else None
+            first_s = self._first - self._begun if self._first else None
+            self._trace.end(self.status, queue_s, first_s, usage)
+
+
+def _trace(tracer: "Tracer", request: Request, route: str) -> "RoutedTrace":
+    from cluster.tracing import names
+    from cluster.tracing.routed import RoutedTrace
+
+    attributes = {names.REQUEST_ID: request.id, names.TENANT: request.tenant}
+    return RoutedTrace(tracer, request.headers, request.method, route, attributes)

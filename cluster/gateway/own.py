@@ -1,4 +1,4 @@
-"""The paths that the router answers itself: health, readiness, versions, models, OpenAPI, pages."""
+"""The paths that the router answers itself: health, versions, models, usage, OpenAPI, pages."""
 
 import asyncio
 import json
@@ -16,6 +16,7 @@ from cluster.gateway.openapi import merge
 from cluster.gateway.pages import Page
 from cluster.gateway.pool import Pool
 from cluster.gateway.relay import relay
+from cluster.gateway.usage import UsageAccount
 from cluster.metrics import Registry, exposition
 from cluster.metrics.exposition import CONTENT_TYPE
 
@@ -45,7 +46,11 @@ class OwnRoutes:
     """Finds and runs the router's own handlers."""
 
     def __init__(
-        self, pools: Mapping[str, Pool], versions: Mapping[str, str], registry: Registry
+        self,
+        pools: Mapping[str, Pool],
+        versions: Mapping[str, str],
+        registry: Registry,
+        usage: UsageAccount | None,
     ) -> None:
         self._pools = pools
         self._versions = versions
@@ -61,6 +66,8 @@ class OwnRoutes:
             "/metrics": self._metrics,
             "/explain": self._explain,
         }
+        if usage is not None:
+            self._routes["/v1/usage"] = usage.answer
 
     def find(self, path: str) -> OwnRoute | None:
         """The route that ``path`` is; None where the path belongs to an engine."""

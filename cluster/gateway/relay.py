@@ -13,6 +13,7 @@ from cluster.gateway.messages import Headers, Request, Response
 from cluster.gateway.metering import CLIENT_LEFT, Watch
 from cluster.gateway.pool import Answer, Place, Pool
 from cluster.gateway.routes import OTHER
+from cluster.gateway.usage import ASKS, tell_usage, wants_usage
 from cluster.link import LinkUsage, RequestHead
 
 logger = logging.getLogger("ray.serve.tandem")
@@ -25,7 +26,8 @@ _LOST = "The replica was lost while it answered."
 _HOP_HEADERS = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"te", b"upgrade"})
 _CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
 _TENANT = b"x-tandem-tenant"
-_NOT_FORWARDED = _HOP_HEADERS | _CREDENTIALS | {b"host", b"x-request-id", b"expect", _TENANT}
+_OWN = frozenset({b"x-request-id", _TENANT, ASKS})
+_NOT_FORWARDED = _HOP_HEADERS | _CREDENTIALS | _OWN | {b"host", b"expect"}
 _NOT_RETURNED = _HOP_HEADERS | {b"server", b"date", b"x-request-id"}
 
 
@@ -39,12 +41,15 @@ async def relay(request: Request, pool: Pool, claim: Claim, grant: Grant | None 
         grant: What its tenant's limits gave it; ended here. None: it is the router's own.
 
     Raises:
+        InvalidRequestError: it has a header that is for the router, with a wrong value.
         OverloadedError: the pool's queue is full.
         UnavailableError: no replica is there, or each that was tried was lost.
     """
-    watch = pool.meter.watch(pool.routes.find(request.path) or OTHER, grant)
+    meter = pool.meter
+    watch = meter.watch(request, pool.routes.find(request.path) or OTHER, grant)
     try:
-        return await _relay(request, pool, claim, watch)
+        wanted = wants_usage(request, meter.usage)
+        response = await _relay(request, pool, claim, watch)
     except RequestError as error:
         watch.status = error.status
         watch.end(None)
@@ -52,6 +57,7 @@ async def relay(request: Request, pool: Pool, claim: Claim, grant: Grant | None 
     except BaseException:
         watch.end(None)
         raise
+    return response if wanted is None else await tell_usage(request, response, wanted)
 
 
 async def _relay(request: Request, pool: Pool, claim: Claim, watch: Watch) -> Response:
@@ -91,9 +97,12 @@ class RelayedBody:
             RequestError: it could not answer.
         """
         try:
-            if self._place.replica.state == "fallback":
+            replica = self._place.replica
+            info, way = replica.info, replica.state
+            if way == "fallback":
                 self._pool.meter.fallbacks.add()
-            self._answer = self._place.replica.open(head, body)
+            head = self._watch.asks(head, info.id, (info.host, info.port), way)
+            self._answer = replica.open(head, body)
             given = await self._answer.head()
         except BaseException:
             self._free(0.0)
@@ -105,6 +114,11 @@ class RelayedBody:
         )
         self._watch.status = given.status
         return Response(given.status, headers, self)
+
+    @property
+    def usage(self) -> LinkUsage | None:
+        """What the request took, once its answer has ended."""
+        return self._answer.usage if self._answer is not None else None
 
     def __aiter__(self) -> "RelayedBody":
         return self

@@ -67,7 +67,16 @@ def usage_said(usage: Usage) -> LinkUsage | None:
     """What is said of a request's tokens; None where the application counted none."""
     if not (usage.prompt_tokens or usage.completion_tokens):
         return None
-    return LinkUsage(usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)
+    if usage.settle is not None:
+        usage.settle()
+    return LinkUsage(
+        usage.prompt_tokens,
+        usage.cached_tokens,
+        usage.completion_tokens,
+        usage.joules,
+        usage.cost,
+        usage.source,
+    )
 
 
 class Exchange:

@@ -21,7 +21,7 @@ DATA       id   replica to router: a piece of the response's body; END: the last
                 TOKENS: begins with count u16 | count x u32, the ids that the bytes belong to
 CANCEL     id   router to replica: the stream is of no interest any more
 WINDOW     id   u32, bytes by which the other end may send more on this stream
-USAGE      id   replica to router, before the end: ``LinkUsage``, the tokens that the request took
+USAGE      id   replica to router, before the end: ``LinkUsage``, what the request took
 ERROR      id   replica to router, ends the stream: [status, message];
                 REFUSED: nothing was started. On stream 0, instead of AUTH: the proof was wrong
 =========  ===  ===========================================================================
@@ -112,13 +112,18 @@ class LinkLoad(msgspec.Struct, frozen=True, array_like=True):
     """Streams open on the replica, from all routers; the server fills it in."""
 
 
-class LinkUsage(msgspec.Struct, frozen=True, array_like=True):
-    """The tokens that one request took."""
+class LinkUsage(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """The tokens that one request took, and what they cost where that is accounted for."""
 
     prompt_tokens: int
     cached_tokens: int
     """Prompt tokens that needed no computing."""
     completion_tokens: int
+    joules: float | None = None
+    cost: float | None = None
+    """In the configured currency."""
+    source: str = ""
+    """What measured the joules, or why there are none."""
 
 
 Head = TypeVar("Head", RequestHead, ResponseHead, LinkLoad, LinkUsage, tuple[int, str])

@@ -111,20 +111,27 @@ class LinkServer:
         engine = self._load() if self._load is not None else LinkLoad()
         return LinkLoad(engine.running, engine.waiting, engine.kv_cache_usage, self.num_ongoing)
 
+    def retire(self) -> None:
+        """Refuse new streams from now on; the ongoing ones and the connections stay.
+
+        Routers look elsewhere, and nobody takes this for an address that does not answer.
+        """
+        self.draining = True
+        for connection in self._connections:
+            connection.write(0, GOAWAY)
+
     async def drain(self, timeout_s: float) -> DrainResult:
         """Refuse new streams, wait for the ongoing ones, cancel what is left, close.
 
         A cancelled stream ends with an error (503) on the router's side.
         """
-        self.draining = True
         if self._server is not None:
             self._server.close()
         if self._prefixes is not None:
             self._prefixes.on_news = None
         if self._telling is not None:
             self._telling.cancel()
-        for connection in self._connections:
-            connection.write(0, GOAWAY)
+        self.retire()
         tasks, left = set(self._tasks), set[asyncio.Task[None]]()
         if tasks:
             _, left = await asyncio.wait(tasks, timeout=timeout_s)

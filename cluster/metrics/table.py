@@ -194,6 +194,50 @@ ENCODER_DRIFT = Metric(
     ("model", "of"),
 )
 
+# -- what a deployment uses and costs, in its replicas ---------------------------------------------
+
+ENERGY = Metric(
+    "tandem_energy_joules_total",
+    "counter",
+    "Energy by who used it; source: what measured it, or estimate.",
+    ("model", "tenant", "source"),
+)
+COST = Metric(
+    "tandem_cost_total", "counter", "Price of the reserved resources.", ("model", "tenant")
+)
+
+# -- memory and devices, in every process ----------------------------------------------------------
+
+RESIDENT_MEMORY = Metric(
+    "tandem_process_resident_memory_bytes",
+    "gauge",
+    "Resident memory of a replica's or router's own process, and of all that it started.",
+    ("model", "process"),
+)
+MEMORY_GROWTH = Metric(
+    "tandem_memory_growth_bytes_per_second",
+    "gauge",
+    "Theil-Sen slope of the resident memory while the traffic does not grow.",
+    ("model", "process"),
+)
+_DEVICE = ("model", "device")
+DEVICE_TEMPERATURE = Metric(
+    "tandem_device_temperature_celsius", "gauge", "Temperature of a GPU.", _DEVICE
+)
+DEVICE_POWER = Metric("tandem_device_power_watts", "gauge", "Power of a GPU.", _DEVICE)
+DEVICE_MEMORY = Metric(
+    "tandem_device_memory_used_bytes", "gauge", "Memory in use on a GPU.", _DEVICE
+)
+DEVICE_THROTTLED = Metric(
+    "tandem_device_throttled", "gauge", "1 while heat or a power failure slows a GPU down.", _DEVICE
+)
+DEVICE_ECC_ERRORS = Metric(
+    "tandem_device_ecc_errors_total", "counter", "Uncorrected memory errors of a GPU.", _DEVICE
+)
+DEVICE_XID_ERRORS = Metric(
+    "tandem_device_xid_errors_total", "counter", "NVIDIA's XID errors.", (*_DEVICE, "xid")
+)
+
 
 def all_metrics() -> list[Metric]:
     """Every metric of the table, in its order."""

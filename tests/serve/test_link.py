@@ -15,8 +15,17 @@ from starlette.routing import Route
 
 from cluster.asgi import USAGE, Message, Receive, Scope, Send, Usage, usage_of
 from cluster.errors import InternalError, InvalidRequestError, LinkClosedError, UnavailableError
-from cluster.link import LinkLoad, LinkOptions, LinkServer, LinkUsage, RequestHead
+from cluster.link import (
+    LinkClient,
+    LinkLoad,
+    LinkOptions,
+    LinkServer,
+    LinkState,
+    LinkUsage,
+    RequestHead,
+)
 from tests.serve.link_kit import (
+    SECRET,
     all_of,
     ask,
     body_of,
@@ -563,3 +572,20 @@ async def test_stop_is_safe_before_start_and_twice() -> None:
     await server.start()
     await server.stop()
     await server.stop()
+
+
+@on_both_loops
+async def test_a_server_that_retires_takes_nothing_new_and_keeps_its_connections() -> None:
+    async with linked(hang) as (server, client):
+        stream = client.open(RequestHead())
+        assert await stream.read() == b"!"
+        server.retire()
+        await until(lambda: client.state is LinkState.DRAINING)
+        with pytest.raises(LinkClosedError):
+            client.open(RequestHead())
+        late = LinkClient(*server.address, SECRET)
+        late.start()
+        await until(lambda: late.state is LinkState.DRAINING)
+        assert late.failures == client.failures == 0
+        assert server.num_ongoing == 1
+        await late.close()

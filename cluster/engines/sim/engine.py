@@ -43,6 +43,7 @@ class SimEngine:
         self._generations: set[Generation] = set()
         self._num_hung = 0
         self._num_accepted = 0
+        self._leaked: list[bytes] = []
         self._dead = False
         self._work = asyncio.Event()
         self._driver: asyncio.Task[None] | None = None
@@ -108,6 +109,8 @@ class SimEngine:
             raise GenerationError(DEAD)
         sim = self.config.sim
         self._num_accepted += 1
+        if sim.leak_bytes_per_request:
+            self._leaked.append(b"\x01" * sim.leak_bytes_per_request)  # zeros may take no memory
         fails = sim.fail_rate > 0 and self._random.random() < sim.fail_rate
         generation = Generation(
             prompts, max_tokens, stop, usage=exchange.usage, seed=sim.seed, fails=fails

@@ -1,0 +1,46 @@
+"""Spans of a live cluster: a router's, a replica's and vLLM's own, joined to one trace."""
+
+from typing import Any
+
+import httpx
+
+from tests import otlp
+from tests.cluster.conftest import Running
+
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+PARENT = "b7ad6b7169203331"
+TEXT = "a-secret-text"
+
+
+def test_vllms_span_is_below_the_engines(make_cluster: Any) -> None:
+    with otlp.receiver() as received:
+        cluster: Running = make_cluster("--set", f"tracing.endpoint={received.url}")
+        try:
+            with httpx.Client(base_url=cluster.http_url, timeout=120) as http:
+                answer = http.post(
+                    "/v1/completions",
+                    json={"model": "smollm2", "prompt": TEXT, "max_tokens": 4},
+                    headers={"traceparent": f"00-{TRACE}-{PARENT}-01"},
+                )
+                assert answer.status_code == 200
+                label = {"model": "sentiment", "input": TEXT}
+                assert http.post("/classify", json=label).status_code == 200
+            # vLLM hands its spans over every few seconds.
+            received.wait_named("llm_request")
+            received.wait_named("text_completion smollm2")
+            received.wait_named("classify sentiment")
+            received.wait_named("POST /v1/completions")
+        finally:
+            assert cluster.tandem("down").returncode == 0
+    of_request = [span for span in received.spans if span.trace_id == TRACE]
+    by_id = {span.span_id: span for span in of_request}
+    engine = next(span for span in of_request if span.name == "text_completion smollm2")
+    (inner,) = [span for span in of_request if span.parent_id == engine.span_id]
+    assert inner.name == "llm_request"
+    assert engine.attributes["gen_ai.usage.output_tokens"] == 4
+    replica = by_id[engine.parent_id]
+    link = by_id[replica.parent_id]
+    router = by_id[link.parent_id]
+    assert router.parent_id == PARENT
+    assert (router.service, replica.service) == ("tandem.router", "tandem.generator-smollm2")
+    assert not any(TEXT.encode() in raw for raw in received.raw)

@@ -1,0 +1,247 @@
+"""``GET /v1/usage`` and ``usage.tandem``: the simulated engine behind a router, with accounts."""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.accounting.accounts import Accounts
+from cluster.accounting.meter import Meter
+from cluster.accounting.usage_log import UsageLog
+from cluster.asgi import Receive, Scope, Send
+from cluster.config import GeneratorConfig, parse
+from cluster.engines.sim import SimEngine
+from cluster.gateway import Gateway, GatewayApp, ReplicaInfo, UsageAccount, Wiring
+from cluster.link import LinkServer
+from cluster.metrics import Registry, exposition
+from tests import asgi
+
+SECRET = b"s" * 32
+NOW = 1_000_000 * 3600.0
+COMPLETIONS = "/v1/completions"
+BODY = {"model": "gen", "prompt": "a b c d", "max_tokens": 6}
+WATTS = 10.0
+ASKS = {"x-tandem-usage": "1"}
+
+
+class World:
+    def __init__(self, app: GatewayApp, accounts: Accounts, cpu: list[float]) -> None:
+        self.app = app
+        self.accounts = accounts
+        self._cpu = cpu
+
+    async def work(self, cpu_s: float) -> None:
+        """The replica has computed for so long."""
+        self._cpu[0] += cpu_s
+        await self.accounts.divide()
+
+
+@asynccontextmanager
+async def a_world(tmp_path: Path, watts: float | None = WATTS, **more: Any) -> AsyncIterator[World]:
+    accounting = {"per_cpu_hour": 3600.0, **more.pop("accounting", {})}
+    gen = {"name": "gen", "model": "m", "engine": "sim"}
+    config = parse({"generators": [gen], "accounting": accounting, **more})
+    engine = SimEngine(GeneratorConfig.model_validate(gen))
+    await engine.start()
+    cpu = [0.0]
+    meter = Meter(
+        watts_per_core=watts,
+        gpu_joules=None,
+        rapl_joules=None,
+        reason="no-counter",
+        own_cpu_s=lambda: cpu[0],
+        machine_cpu_s=lambda: 0.0,
+    )
+    accounts = Accounts("gen", meter, price_per_s=1.0, interval_s=3600)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        work = accounts.begin(scope)
+        try:
+            await engine.app(scope, receive, send)
+        finally:
+            if work is not None:
+                work.end()
+
+    server = LinkServer(app, SECRET)
+    host, port = await server.start()
+    usage = UsageAccount(config, UsageLog(tmp_path / "usage", 10, lambda: NOW), lambda: NOW + 60)
+    gateway = Gateway(config, {"gen": Wiring(SECRET)}, {}, usage=usage)
+    gateway.pools["gen"].update([ReplicaInfo("gen-1", host, port, engine.routes())])
+    try:
+        yield World(GatewayApp(gateway), accounts, cpu)
+    finally:
+        await gateway.close()
+        await server.stop()
+        await accounts.close()
+        await engine.stop()
+
+
+async def get(app: GatewayApp, query: str, headers: dict[str, str] | None = None) -> asgi.Answer:
+    async def with_query(scope: Scope, receive: Receive, send: Send) -> None:
+        await app({**scope, "query_string": query.encode()}, receive, send)
+
+    return await asgi.get(with_query, "/v1/usage", headers=headers)
+
+
+async def test_who_does_not_ask_gets_the_engines_bytes(tmp_path: Path) -> None:
+    async with a_world(tmp_path) as world:
+        plain = await asgi.post(world.app, COMPLETIONS, BODY)
+        assert b"tandem" not in plain.body
+        stream = await asgi.post(world.app, COMPLETIONS, {**BODY, "stream": True})
+        assert b"tandem" not in stream.body
+        assert stream.body.endswith(b"data: [DONE]\n\n")
+
+
+async def test_who_asks_gets_joules_and_cost_with_their_source(tmp_path: Path) -> None:
+    async with a_world(tmp_path) as world:
+        first = await asgi.post(world.app, COMPLETIONS, BODY, headers=ASKS)
+        told = first.json()["usage"]["tandem"]
+        assert told["joules"] is None
+        assert "just started" in told["joules_missing"]
+        await world.work(cpu_s=2.0)
+        answer = await asgi.post(world.app, COMPLETIONS, BODY, headers=ASKS)
+        assert int(answer.headers["content-length"]) == len(answer.body)
+        told = answer.json()["usage"]["tandem"]
+        assert told["source"] == "estimate"
+        # The first request's tokens took 20 J; this one has as many.
+        assert told["joules"] == pytest.approx(20.0, rel=0.01)
+        assert told["currency"] == "EUR"
+        assert told["cost"] >= 0
+
+
+async def test_a_stream_tells_it_in_one_more_event_after_its_last(tmp_path: Path) -> None:
+    async with a_world(tmp_path) as world:
+        await asgi.post(world.app, COMPLETIONS, BODY)
+        await world.work(cpu_s=2.0)
+        body = {**BODY, "stream": True}
+        answer = await asgi.post(world.app, COMPLETIONS, body, headers=ASKS)
+        assert [data for _, data in answer.events()][-2] == "[DONE]"
+        name, data = answer.events()[-1]
+        assert name == "tandem.usage"
+        assert json.loads(data)["joules"] == pytest.approx(20.0, rel=0.01)
+
+
+async def test_a_configuration_can_ask_for_all_whole_answers(tmp_path: Path) -> None:
+    async with a_world(tmp_path, accounting={"in_answers": True}) as world:
+        assert "tandem" in (await asgi.post(world.app, COMPLETIONS, BODY)).json()["usage"]
+        stream = await asgi.post(world.app, COMPLETIONS, {**BODY, "stream": True})
+        assert b"tandem" not in stream.body
+        declined = await asgi.post(world.app, COMPLETIONS, BODY, headers={"x-tandem-usage": "0"})
+        assert "tandem" not in declined.json()["usage"]
+        wrong = await asgi.post(world.app, COMPLETIONS, BODY, headers={"x-tandem-usage": "yes"})
+        assert wrong.status == 400
+        refused = await asgi.post(world.app, COMPLETIONS, {**BODY, "max_tokens": -1})
+        assert refused.status == 400
+        assert "usage" not in refused.json()
+        # An answer without ``usage`` stays as it is.
+        tokens = await asgi.post(world.app, "/tokenize", {"model": "gen", "prompt": "a"})
+        assert "usage" not in tokens.json()
+
+
+async def test_without_a_counter_the_figure_is_missing_with_the_reason(tmp_path: Path) -> None:
+    async with a_world(tmp_path, watts=None) as world:
+        await asgi.post(world.app, COMPLETIONS, BODY)
+        await world.work(cpu_s=2.0)
+        answer = await asgi.post(world.app, COMPLETIONS, BODY, headers=ASKS)
+        told = answer.json()["usage"]["tandem"]
+        assert told["joules"] is None
+        assert "watts_per_core is not set" in told["joules_missing"]
+        registry = Registry()
+        world.accounts.observe(registry)
+        assert b"tandem_energy" not in exposition(registry)
+        assert b'tandem_cost_total{model="gen",tenant="_anonymous"}' in exposition(registry)
+
+
+async def test_a_long_answer_goes_out_unread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.gateway.usage.MAX_HELD_BYTES", 10)
+    async with a_world(tmp_path) as world:
+        answer = await asgi.post(world.app, COMPLETIONS, BODY, headers=ASKS)
+        assert answer.json()["usage"]["completion_tokens"] == 6
+        assert "tandem" not in answer.json()["usage"]
+
+
+async def test_usage_is_summed_by_hour_tenant_and_model(tmp_path: Path) -> None:
+    async with a_world(tmp_path) as world:
+        for _ in range(3):
+            await asgi.post(world.app, COMPLETIONS, BODY)
+        await world.work(cpu_s=3.0)
+        await asgi.post(world.app, COMPLETIONS, BODY)
+        answer = await get(world.app, "")
+        assert answer.status == 200
+        rows = {row.get("joules_source"): row for row in answer.json()["data"]}
+        assert rows[None]["requests"] == 3
+        assert "just started" in rows[None]["joules_missing"]
+        assert rows["estimate"]["tenant"] == "_anonymous"
+        assert rows["estimate"]["model"] == "gen"
+        assert rows["estimate"]["completion_tokens"] == 6
+        assert rows["estimate"]["joules"] == pytest.approx(10.0, rel=0.01)
+        assert answer.json()["total"]["requests"] == 4
+        assert answer.json()["currency"] == "EUR"
+
+        lines = (await get(world.app, "format=csv")).body.decode().splitlines()
+        assert lines[0].startswith("hour,tenant,model,requests")
+        assert len(lines) == 3
+        assert (await get(world.app, f"start={NOW + 3600}&end={NOW + 7200}")).json()["data"] == []
+        assert (await get(world.app, "tenant=nobody")).json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ("start=never", "start"),
+        ("start=2&end=1", "start"),
+        ("format=xml", "format"),
+        ("since=1", "since"),
+    ],
+)
+async def test_wrong_queries_name_the_parameter(tmp_path: Path, query: str, param: str) -> None:
+    async with a_world(tmp_path) as world:
+        answer = await get(world.app, query)
+        assert answer.status == 400
+        assert answer.json()["error"]["param"] == param
+
+
+async def test_a_tenant_sees_its_own_and_an_operator_all(tmp_path: Path) -> None:
+    digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("k1", "k2", "op")}
+    router = {
+        "api_keys_sha256": [digests["k1"], digests["k2"]],
+        "operator_keys_sha256": [digests["op"]],
+    }
+    keys = {name: {"authorization": f"Bearer {name}"} for name in digests}
+    one, two = digests["k1"][:16], digests["k2"][:16]
+    async with a_world(tmp_path, router=router) as world:
+        for name in ("k1", "k2"):
+            answer = await asgi.post(world.app, COMPLETIONS, BODY, headers=keys[name])
+            assert answer.status == 200
+
+        async def tenants(query: str, name: str) -> set[str]:
+            answer = await get(world.app, query, keys[name])
+            assert answer.status == 200
+            return {row["tenant"] for row in answer.json()["data"]}
+
+        assert await tenants("", "k1") == {one}
+        assert await tenants(f"tenant={one}", "k1") == {one}
+        assert await tenants("", "op") == {one, two}
+        assert await tenants(f"tenant={two}", "op") == {two}
+        assert (await get(world.app, f"tenant={two}", keys["k1"])).status == 403
+        assert (await get(world.app, "")).status == 401
+
+
+async def test_a_client_that_leaves_while_its_answer_is_held_frees_the_place(
+    tmp_path: Path,
+) -> None:
+    async with a_world(tmp_path) as world:
+        gateway: Gateway = world.app._gateway
+        call = asgi.start(world.app, "POST", COMPLETIONS, {**BODY, "max_tokens": 8000}, ASKS)
+        async with asyncio.timeout(10):
+            while not gateway.num_ongoing:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        await call.cancel()
+        assert gateway.num_ongoing == 0

@@ -1,0 +1,139 @@
+"""The watches of a replica at work: memory of real processes, devices read in the background."""
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.accounting import IDLE
+from cluster.accounting.accounts import Accounts
+from cluster.accounting.meter import find_meter
+from cluster.config import GeneratorConfig
+from cluster.config_operations import AccountingConfig, DevicesConfig, LeaksConfig
+from cluster.devices import DeviceWatch
+from cluster.engines.sim import SimEngine
+from cluster.errors import DeviceFailedError
+from cluster.leaks import Growth, MemoryWatch
+from cluster.leaks.watch import OWN, STARTED, resident_memory
+from cluster.metrics import Registry, exposition
+from cluster.periodic import Periodic
+from tests import asgi
+from tests.unit.test_devices import Gpu, Nvml
+
+MIB = 1024**2
+COMPLETIONS = "/v1/completions"
+
+
+async def test_an_action_goes_on_after_it_failed(caplog: pytest.LogCaptureFixture) -> None:
+    done = asyncio.Event()
+    calls = 0
+
+    async def action() -> None:
+        nonlocal calls
+        calls += 1
+        if calls < 4:
+            raise RuntimeError("not yet")
+        done.set()
+
+    periodic = Periodic("the test's", 0.001, action)
+    await asyncio.wait_for(done.wait(), 10)
+    await periodic.close()
+    assert [record.message for record in caplog.records].count("the test's failed; trying on") == 1
+
+
+def test_memory_is_that_of_this_process_and_of_what_it_started() -> None:
+    code = "import sys; held = b'1' * (64 << 20); print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdin is not None
+        child.stdout.readline()
+        memory = resident_memory()
+        child.stdin.close()
+    assert memory[STARTED] > 64 * MIB
+    assert memory[OWN] > 10 * MIB
+
+
+async def test_a_simulated_engine_that_leaks_is_noticed_and_one_that_does_not_is_not() -> None:
+    config = LeaksConfig(
+        sample_s=0.05,
+        window_s=1.0,
+        settle_s=0,
+        min_bytes_per_s=4 * MIB,
+        min_growth_bytes=8 * MIB,  # type: ignore[arg-type]
+    )
+    sim = {"leak_bytes_per_request": 2 * MIB}
+    engine = SimEngine(
+        GeneratorConfig.model_validate({"name": "g", "model": "m", "engine": "sim", "sim": sim})
+    )
+    await engine.start()
+    leaks: asyncio.Queue[tuple[str, Growth]] = asyncio.Queue()
+    watch = MemoryWatch(config, "g", lambda: 1, lambda *leak: leaks.put_nowait(leak))
+    try:
+        async with asyncio.timeout(60):
+            while leaks.empty():
+                body = {"model": "g", "prompt": "a", "max_tokens": 1}
+                assert (await asgi.post(engine.app, COMPLETIONS, body)).status == 200
+                await asyncio.sleep(0.02)
+        process, growth = leaks.get_nowait()
+        assert process == OWN
+        assert growth.bytes_per_s > 4 * MIB
+        registry = Registry()
+        watch.observe(registry)
+        text = exposition(registry).decode()
+        assert 'tandem_process_resident_memory_bytes{model="g",process="own"}' in text
+        assert 'tandem_memory_growth_bytes_per_second{model="g",process="own"}' in text
+    finally:
+        await watch.close()
+        await engine.stop()
+
+
+async def check_always(watch: DeviceWatch) -> None:
+    while True:
+        watch.check()
+        await asyncio.sleep(0.01)
+
+
+async def test_a_device_that_fails_meanwhile_is_noticed() -> None:
+    nvml = Nvml(Gpu("GPU-a"))
+    watch = DeviceWatch(DevicesConfig(interval_s=0.01), "g", nvml, ["0"])
+    try:
+        await watch.read()
+        watch.check()
+        assert watch.joules is not None
+        assert watch.joules() == 5.0
+        nvml.events.append((nvml.gpus[0], 79))
+        async with asyncio.timeout(10):
+            with pytest.raises(DeviceFailedError, match="XID 79"):
+                await check_always(watch)
+    finally:
+        await watch.close()
+    assert nvml.freed
+
+
+async def test_an_idle_replica_without_counters_costs_its_price(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("cluster.accounting.counters.POWERCAP", tmp_path / "none")
+    meter = find_meter(AccountingConfig(), None, gpus_reserved=False)
+    accounts = Accounts("g", meter, price_per_s=2.0, interval_s=3600)
+    try:
+        await accounts.divide()
+        registry = Registry()
+        accounts.observe(registry)
+        assert f'tandem_cost_total{{model="g",tenant="{IDLE}"}}' in exposition(registry).decode()
+        assert meter.source == "no-counter"
+    finally:
+        await accounts.close()
+
+
+async def test_nothing_runs_where_nothing_is_to_be_divided(tmp_path: Path) -> None:
+    meter = find_meter(AccountingConfig(energy=False), None, gpus_reserved=False)
+    before = asyncio.all_tasks()
+    accounts = Accounts("g", meter, price_per_s=0.0, interval_s=3600)
+    assert asyncio.all_tasks() == before
+    assert accounts.begin({"headers": [], "extensions": {}}) is None
+    await accounts.close()

@@ -1,0 +1,301 @@
+"""Joules and money: learned costs, their division, the meters, and the hourly sums."""
+
+import random
+import sqlite3
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.accounting import ANONYMOUS, IDLE, LEARNING
+from cluster.accounting.costs import TokenCosts, Work
+from cluster.accounting.counters import ProcessTree, Rapl, machine_busy_s
+from cluster.accounting.ledger import Ledger, Measured, RequestWork
+from cluster.accounting.meter import Meter
+from cluster.accounting.usage import UsageKey, UsageSums, as_csv, as_json, parse_time
+from cluster.accounting.usage_log import UsageLog
+from cluster.asgi import Usage
+from cluster.errors import InvalidRequestError
+
+SECONDS = 2.0
+
+
+def measured(joules: float | None, cpu_s: float = 0.0, source: str = "rapl") -> Measured:
+    return Measured(joules, cpu_s, source)
+
+
+# -- costs -----------------------------------------------------------------------------------------
+
+
+def test_the_costs_of_tokens_are_learned_with_what_idling_takes() -> None:
+    rng = random.Random(7)
+    costs = TokenCosts()
+    for _ in range(300):
+        work = Work(rng.choice([0, 0, 500, 2000]), rng.choice([0, 50, 200, 400]))
+        noise = rng.gauss(1.0, 0.05)
+        costs.learn(SECONDS, work, (20 * SECONDS + 0.01 * work.prefill + 0.3 * work.decode) * noise)
+    assert costs.idle_power == pytest.approx(20, rel=0.1)
+    assert costs.prefill_cost == pytest.approx(0.01, rel=0.3)
+    assert costs.decode_cost == pytest.approx(0.3, rel=0.1)
+
+
+def test_a_kind_of_token_that_never_came_costs_what_the_other_does() -> None:
+    costs = TokenCosts()
+    assert not costs.known
+    for _ in range(20):
+        costs.learn(SECONDS, Work(prefill=100), 50.0)
+    assert costs.known
+    assert costs.prefill_cost == pytest.approx(0.5, rel=0.01)
+    assert costs.decode_cost == pytest.approx(0.5, rel=0.01)
+
+
+interval = st.tuples(st.integers(0, 10**6), st.integers(0, 10**5), st.floats(0, 1e6))
+
+
+@given(st.lists(interval, max_size=60))
+def test_no_cost_is_ever_negative(intervals: list[tuple[int, int, float]]) -> None:
+    costs = TokenCosts()
+    for prefill, decode, effort in intervals:
+        costs.learn(SECONDS, Work(prefill, decode), effort)
+        assert costs.prefill_cost >= 0
+        assert costs.decode_cost >= 0
+        assert costs.idle_power >= 0
+
+
+# -- ledger ----------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.floats(0, 1000),
+            st.lists(st.tuples(st.integers(0, 5), st.integers(0, 300), st.integers(0, 50))),
+        ),
+        max_size=12,
+    )
+)
+def test_every_joule_and_every_cent_goes_to_exactly_one_tenant(
+    intervals: list[tuple[float, list[tuple[int, int, int]]]],
+) -> None:
+    ledger = Ledger(price_per_s=0.25)
+    requests: list[RequestWork] = []
+    for joules, arrivals in intervals:
+        for request in requests:
+            request.usage.completion_tokens += 1
+        for tenant, prompt, completion in arrivals:
+            usage = Usage()
+            requests.append(ledger.begin(usage, f"t{tenant}"))
+            usage.prompt_tokens, usage.completion_tokens = prompt, completion
+            if completion % 2:
+                requests.pop().end()
+        ledger.divide(SECONDS, measured(joules))
+    sums = ledger.sums.values()
+    assert all(one.joules >= 0 for one in sums)
+    assert sum(one.joules for one in sums) == pytest.approx(sum(j for j, _ in intervals))
+    assert sum(one.cost for one in sums) == pytest.approx(0.25 * SECONDS * len(intervals))
+
+
+def test_joules_are_divided_by_tokens_and_idling_is_nobodys() -> None:
+    ledger = Ledger()
+    ledger.divide(SECONDS, measured(10))
+    one, two = Usage(), Usage()
+    first, second = ledger.begin(one, "a"), ledger.begin(two, "")
+    one.prompt_tokens = 400
+    one.cached_tokens = 100
+    two.prompt_tokens = 100
+    ledger.divide(SECONDS, measured(40))
+    assert ledger.sums["a"].joules == pytest.approx(30)
+    assert ledger.sums[ANONYMOUS].joules == pytest.approx(10)
+    assert ledger.sums[IDLE].joules == pytest.approx(10)
+    assert first.joules == pytest.approx(30)
+    second.end()
+    assert two.settle is None
+
+
+def test_a_request_is_told_what_was_divided_and_an_estimate_of_the_rest() -> None:
+    ledger = Ledger(price_per_s=1.0)
+    early = Usage(prompt_tokens=5)
+    ledger.begin(early, "a").settle()
+    assert (early.joules, early.source) == (None, LEARNING)
+
+    usage = Usage(prompt_tokens=95)
+    ledger.begin(usage, "a")
+    ledger.divide(SECONDS, measured(50))  # 100 tokens: half a joule and 2 cents for each
+    usage.prompt_tokens += 10  # after the division
+    assert usage.settle is not None
+    usage.settle()
+    assert usage.source == "rapl"
+    assert usage.joules == pytest.approx(52.5, rel=0.01)
+    assert usage.cost == pytest.approx(2.1, rel=0.01)
+
+
+def test_without_a_counter_money_is_divided_by_cpu_time_and_joules_are_missing() -> None:
+    ledger = Ledger(price_per_s=1.0)
+    usage = Usage(prompt_tokens=10)
+    request = ledger.begin(usage, "a")
+    ledger.divide(SECONDS, measured(None, cpu_s=1.5, source="no-counter"))
+    request.settle()
+    assert (usage.joules, usage.source) == (None, "no-counter")
+    assert usage.cost == pytest.approx(2.0)
+    assert ledger.sums["a"].joules == 0
+
+
+def test_tokens_that_turn_out_to_be_cached_are_not_taken_back() -> None:
+    ledger = Ledger()
+    usage = Usage(prompt_tokens=10)
+    request = ledger.begin(usage, "a")
+    ledger.divide(SECONDS, measured(1))
+    usage.cached_tokens = 10
+    assert request.due() == Work(0, 0)
+
+
+# -- counters and meter ----------------------------------------------------------------------------
+
+
+def rapl_zone(root: Path, name: str, energy_uj: int) -> None:
+    zone = root / name
+    zone.mkdir(parents=True, exist_ok=True)
+    (zone / "energy_uj").write_text(f"{energy_uj}\n")
+    (zone / "max_energy_range_uj").write_text("10000000\n")
+
+
+def test_rapl_adds_up_packages_and_survives_wrapping(tmp_path: Path) -> None:
+    rapl_zone(tmp_path, "intel-rapl:0", 9_000_000)
+    rapl_zone(tmp_path, "intel-rapl:0:0", 0)
+    rapl_zone(tmp_path, "intel-rapl:1", 0)
+    rapl = Rapl(tmp_path)
+    assert rapl.joules() == 0
+    rapl_zone(tmp_path, "intel-rapl:0", 1_000_000)
+    rapl_zone(tmp_path, "intel-rapl:0:0", 9_000_000)
+    rapl_zone(tmp_path, "intel-rapl:1", 500_000)
+    assert rapl.joules() == pytest.approx(2.5)
+    with pytest.raises(FileNotFoundError):
+        Rapl(tmp_path / "none")
+
+
+class Running:
+    """A running sum under the test's control."""
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def __call__(self) -> float:
+        return self.value
+
+
+def test_a_replica_gets_its_share_of_the_packages_and_all_of_its_gpus() -> None:
+    gpu, rapl, own, machine = Running(), Running(), Running(), Running()
+    meter = Meter(
+        watts_per_core=99.0,
+        gpu_joules=gpu,
+        rapl_joules=rapl,
+        reason="no-counter",
+        own_cpu_s=own,
+        machine_cpu_s=machine,
+    )
+    gpu.value, rapl.value, own.value, machine.value = 100.0, 40.0, 1.0, 4.0
+    assert meter.counts
+    assert meter.read() == Measured(110.0, 1.0, "nvml+rapl")
+    assert meter.read() == Measured(0.0, 0.0, "nvml+rapl")
+
+
+@pytest.mark.parametrize(
+    ("watts", "joules", "source"), [(20.0, 60.0, "estimate"), (None, None, "no-counter")]
+)
+def test_an_estimate_is_named_one_and_a_missing_figure_is_missing(
+    watts: float | None, joules: float | None, source: str
+) -> None:
+    own = Running()
+    meter = Meter(
+        watts_per_core=watts,
+        gpu_joules=None,
+        rapl_joules=None,
+        reason="no-counter",
+        own_cpu_s=own,
+        machine_cpu_s=Running(),
+    )
+    own.value = 3.0
+    assert meter.counts == (watts is not None)
+    assert meter.read() == Measured(joules, 3.0, source)
+
+
+def test_the_clocks_of_this_process_run() -> None:
+    tree = ProcessTree()
+    tree.cpu_s()
+    busy = machine_busy_s()
+    sum(range(3_000_000))
+    assert 0 < tree.cpu_s() < 60
+    assert machine_busy_s() >= busy
+
+
+# -- usage -----------------------------------------------------------------------------------------
+
+
+def test_times_are_seconds_or_iso() -> None:
+    assert parse_time("3600", "start") == 3600
+    assert parse_time("1970-01-01T01:00:00", "start") == 3600
+    assert parse_time("1970-01-01T02:00:00+01:00", "start") == 3600
+    for wrong in ("yesterday", "nan", "inf", "9999999999999999"):
+        with pytest.raises(InvalidRequestError, match="ISO 8601"):
+            parse_time(wrong, "end")
+
+
+def test_a_missing_figure_is_null_with_its_reason_and_empty_in_csv() -> None:
+    sums = UsageSums(1, 10, 0, 5, 0.0, 0.5)
+    rows = [(UsageKey(0, "a", "m", "no-counter"), sums)]
+    whole = as_json(rows, "EUR")
+    assert whole["data"][0]["joules"] is None
+    assert "RAPL" in whole["data"][0]["joules_missing"]
+    assert whole["total"]["joules"] is None
+    assert whole["total"]["cost"] == 0.5
+    assert as_json(rows, None)["total"]["cost"] is None
+    assert as_csv(rows).splitlines() == [
+        "hour,tenant,model,requests,prompt_tokens,cached_tokens,completion_tokens,joules,cost,"
+        "joules_source",
+        "1970-01-01T00:00:00Z,a,m,1,10,0,5,,0.5,no-counter",
+    ]
+
+
+@pytest.mark.parametrize("name", ["=cmd()", "+1", "-1", "@x"])
+def test_a_spreadsheet_takes_no_tenant_for_a_formula(name: str) -> None:
+    line = as_csv([(UsageKey(0, name, "m", "rapl"), UsageSums())]).splitlines()[1]
+    assert line.split(",")[1].startswith("'")
+
+
+async def test_several_routers_add_to_one_file_and_old_hours_go(tmp_path: Path) -> None:
+    now = 100 * 24 * 3600.0
+    one = UsageLog(tmp_path / "home" / "usage", 10, lambda: now)
+    two = UsageLog(tmp_path / "home" / "usage", 10, lambda: now)
+    one.add("a", "m", "rapl", UsageSums(1, 10, 1, 5, 2.0, 0.5))
+    two.add("a", "m", "rapl", UsageSums(1, 20, 2, 6, 3.0, 0.5))
+    two.add("", "m", "rapl", UsageSums(1, 1, 0, 0))
+    await two.close()
+    found = dict(await one.find(now, now + 1, None))
+    hour = int(now)
+    assert found == {
+        UsageKey(hour, ANONYMOUS, "m", "rapl"): UsageSums(1, 1),
+        UsageKey(hour, "a", "m", "rapl"): UsageSums(2, 30, 3, 11, 5.0, 1.0),
+    }
+    assert [key.tenant for key, _ in await one.find(now + 60, now + 61, "a")] == ["a"]
+    assert await one.find(now - 3600, now, None) == []
+    now += 11 * 24 * 3600
+    one.add("b", "m", "", UsageSums(1))
+    assert [key.tenant for key, _ in await one.find(0, now + 1, None)] == ["b"]
+    await one.close()
+
+
+async def test_what_cannot_be_written_is_kept_and_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.accounting.usage_log.MAX_PENDING", 2)
+    blocked = tmp_path / "usage"
+    blocked.mkdir()
+    log = UsageLog(blocked, 10, lambda: 0.0)
+    for tenant in ("a", "b", "c", "d", "a"):
+        log.add(tenant, "m", "", UsageSums(1))
+    with pytest.raises(sqlite3.OperationalError, match="unable to open"):
+        await log.write()
+    blocked.rmdir()
+    found = {key.tenant: sums.requests for key, sums in await log.find(0, 1, None)}
+    assert found == {"a": 2, "b": 1, "other": 2}
