@@ -184,7 +184,9 @@ class VllmEngine:
 
     async def _follow_cache(self, endpoint: str) -> None:
         """Learn what the engine's KV blocks hold, from now on."""
-        tokenizer = self._llm.get_tokenizer()
+        tokenizer = self._llm.tokenizer
+        if tokenizer is None:
+            return
         lengths = await asyncio.to_thread(
             byte_lengths_of,
             tokenizer.get_vocab(),

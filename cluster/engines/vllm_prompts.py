@@ -12,7 +12,7 @@ from typing import Any
 from cluster.asgi import ASGIApp, Message, Receive, Scope, Send
 from cluster.engines.prefix_cache import PrefixTracker
 from cluster.engines.vllm_usage import Generate
-from cluster.routing import Fingerprint, fingerprint
+from cluster.routing.fingerprint import PATHS, Fingerprint, fingerprint
 
 
 class _Body:
@@ -21,7 +21,7 @@ class _Body:
     def __init__(self, path: str, receive: Receive) -> None:
         self._path = path
         self._receive = receive
-        self._pieces: list[bytes] | None = []
+        self._pieces: list[bytes] | None = [] if path in PATHS else None
 
     async def receive(self) -> Message:
         message = await self._receive()
@@ -60,9 +60,10 @@ def shown(generate: Generate, tracker: PrefixTracker) -> Generate:
     async def show(prompt: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
         body = _body.get()
         if body is not None and (text := body.take()) is not None:
-            token_ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+            given = prompt if isinstance(prompt, dict) else {}
+            token_ids = given.get("prompt_token_ids")
             lora = kwargs.get("lora_request")
-            if token_ids:
+            if token_ids and not given.get("cache_salt"):  # salted blocks are nobody else's
                 tracker.asked(text, token_ids, lora.lora_name if lora is not None else "")
         async with aclosing(generate(prompt, *args, **kwargs)) as outputs:
             async for output in outputs:

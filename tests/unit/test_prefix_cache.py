@@ -94,17 +94,18 @@ class Fleet:
 
 # Whole tokens of four bytes, so that no prefix ends within one.
 pieces = st.sampled_from([" one", " two", " six", " ten", " abc"])
-beginnings = st.sampled_from([" sys" * 30, " Sys" * 12, ""])
+beginnings = st.sampled_from([" sys" * 30, " Sys" * 12, " SYS" * 25, " syS" * 20])
 prompts = st.builds(lambda start, rest: start + "".join(rest), beginnings, st.lists(pieces))
 moves = st.one_of(
     st.tuples(st.just("ask"), prompts, st.integers(1, 6)),
-    st.tuples(st.just("step"), st.integers(1, 9)),
+    st.tuples(st.just("ask"), prompts, st.integers(1, 6)),
+    st.tuples(st.just("step"), st.integers(1, 30)),
     st.tuples(st.sampled_from(["tell", "join", "abort"])),
 )
 
 
 @settings(max_examples=300)
-@given(st.integers(12, 60), st.lists(moves, max_size=60))
+@given(st.integers(12, 60), st.lists(moves, min_size=12, max_size=60))
 def test_routers_believe_what_the_engine_holds(num_blocks: int, moves: Sequence[tuple]) -> None:  # type: ignore[type-arg]
     fleet = Fleet(num_blocks)
     requests: list[Request] = []

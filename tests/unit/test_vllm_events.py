@@ -202,6 +202,18 @@ async def test_each_first_prompt_is_shown_with_its_body() -> None:
         assert adapter == "l"
 
 
+async def test_a_salted_prompt_is_not_taken_for_the_plain_one() -> None:
+    tracker = Tracker()
+    show = shown(generate, tracker)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        prompt = {"prompt_token_ids": [1], "cache_salt": "s"}
+        assert [token async for token in show(prompt)] == [0, 1, 2]
+
+    await KeepBody(app)({"type": "http", "path": "/v1/completions"}, None, None)  # type: ignore[arg-type]
+    assert tracker.seen == []
+
+
 async def test_outside_of_a_request_nothing_is_shown() -> None:
     tracker = Tracker()
     show = shown(generate, tracker)
