@@ -22,7 +22,7 @@ from cluster.link import (
 )
 from cluster.metrics import Registry
 from deployments.autoscaling import ONGOING
-from deployments.links import serve_links
+from deployments.links import serve_links, watch_certificate
 from deployments.metrics import RayExporter
 
 logger = logging.getLogger("ray.serve.tandem")
@@ -50,6 +50,7 @@ class EngineReplica:
         self._server = await serve_links(self._answer, self._load)
         registry = Registry()
         registry.on_collect(lambda: engine.observe(registry))
+        watch_certificate(registry)
         self._exporter = RayExporter(registry)
 
     async def answer_call(

@@ -24,7 +24,7 @@ from cluster.link import (
 )
 from deployments.discovery import Discovery
 from deployments.handles import opener
-from deployments.links import serve_links
+from deployments.links import serve_links, watch_certificate
 from deployments.metrics import RayExporter
 from deployments.replica import DRAIN_TIMEOUT_S
 from deployments.secret import link_secret
@@ -56,6 +56,7 @@ class Router:
             for name, handle in pools.items()
         }
         self._discovery = Discovery({**listeners, own: self._on_routers})
+        watch_certificate(self._gateway.registry)
         self._exporter = RayExporter(self._gateway.registry)
         # Inside the cluster, so no API key is asked for.
         self._inside = GatewayApp(self._gateway, authenticates=False)

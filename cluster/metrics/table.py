@@ -67,10 +67,46 @@ CUT_OFF = Metric(
     "tandem_cut_off_requests_total", "counter", "Answers that ended before they were whole.", _MODEL
 )
 
+# -- tenants; those that have keys, and "" where none is needed ------------------------------------
+
+TENANT_REQUESTS = Metric(
+    "tandem_tenant_requests_total",
+    "counter",
+    "Requests to models that ended, by tenant and status.",
+    ("tenant", "status"),
+)
+TENANT_TOKENS = Metric(
+    "tandem_tenant_tokens_total",
+    "counter",
+    "Tokens by tenant; kind is prompt or completion.",
+    ("tenant", "model", "kind"),
+)
+LIMITS_HIT = Metric(
+    "tandem_limits_hit_total",
+    "counter",
+    "Requests refused because a limit of their tenant was reached.",
+    ("tenant", "limit"),
+)
+
 # -- pools, as a router sees them ------------------------------------------------------------------
 
 ONGOING = Metric("tandem_ongoing_requests", "gauge", "Requests being served.", _MODEL)
 QUEUED = Metric("tandem_queued_requests", "gauge", "Requests waiting for a place.", _MODEL)
+QUEUED_TOKENS = Metric(
+    "tandem_queued_tokens", "gauge", "Estimated work that waits for a place.", _MODEL
+)
+CAPACITY_TOKENS = Metric(
+    "tandem_capacity_tokens",
+    "gauge",
+    "Work that the router lets the replicas hold; +Inf until they hold too much.",
+    _MODEL,
+)
+DRAIN_RATE = Metric(
+    "tandem_drain_tokens_per_second",
+    "gauge",
+    "Work that leaves the replicas while they are busy; 0 while that is not known.",
+    _MODEL,
+)
 REPLICAS = Metric(
     "tandem_replicas", "gauge", "Replicas by what this router can do with them.", ("model", "state")
 )
@@ -78,6 +114,37 @@ RUNNING = Metric("tandem_running_requests", "gauge", "Requests in the engines' b
 WAITING = Metric("tandem_waiting_requests", "gauge", "Requests waiting in the engines.", _MODEL)
 KV_CACHE = Metric(
     "tandem_kv_cache_usage_ratio", "gauge", "KV blocks in use, mean of the replicas.", _MODEL
+)
+
+# -- choices among replicas and of their number ---------------------------------------------------
+
+ROUTING_DECISIONS = Metric(
+    "tandem_routing_decisions_total",
+    "counter",
+    "Replicas chosen for requests, by what decided.",
+    ("model", "policy"),
+)
+ROUTING_SECONDS = Metric(
+    "tandem_routing_decision_seconds",
+    "histogram",
+    "Time that one choice of a replica takes.",
+    _MODEL,
+    (1e-6, 2.5e-6, 5e-6, 1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 1e-3, 0.01),
+)
+HANDOVERS = Metric(
+    "tandem_handovers_total",
+    "counter",
+    "Answers that another replica took over while they grew.",
+    _MODEL,
+)
+TARGET_REPLICAS = Metric(
+    "tandem_autoscaling_target_replicas", "gauge", "Replicas that autoscaling wants.", _MODEL
+)
+SCALING_DECISIONS = Metric(
+    "tandem_autoscaling_decisions_total",
+    "counter",
+    "Changes of the number of replicas, by their reason.",
+    ("model", "reason"),
 )
 
 # -- links, at the router's end --------------------------------------------------------------------
@@ -98,6 +165,12 @@ LINK_FALLBACKS = Metric(
     _MODEL,
 )
 
+CERTIFICATE_EXPIRY = Metric(
+    "tandem_certificate_expiry_timestamp_seconds",
+    "gauge",
+    "Unix time at which the certificate of the links expires; absent without TLS.",
+)
+
 # -- encoders, in their replicas -------------------------------------------------------------------
 
 ENCODER_BATCHES = Metric("tandem_encoder_batches_total", "counter", "Batches computed.", _MODEL)
@@ -105,6 +178,22 @@ ENCODER_TEXTS = Metric("tandem_encoder_texts_total", "counter", "Texts computed.
 ENCODER_TOKENS = Metric("tandem_encoder_tokens_total", "counter", "Tokens computed.", _MODEL)
 ENCODER_PADDING = Metric(
     "tandem_encoder_padding_total", "counter", "Cells computed that held no token.", _MODEL
+)
+ENCODER_BATCH_TEXTS = Metric(
+    "tandem_encoder_batch_texts",
+    "histogram",
+    "Texts in a batch.",
+    _MODEL,
+    tuple(float(2**power) for power in range(11)),
+)
+ENCODER_TOKENIZE_SECONDS = Metric(
+    "tandem_encoder_tokenize_seconds_total", "counter", "Time that the tokenizer took.", _MODEL
+)
+ENCODER_QUEUED_TOKENS = Metric(
+    "tandem_encoder_queued_tokens",
+    "gauge",
+    "Tokens that wait for the model, those being tokenized by estimate.",
+    _MODEL,
 )
 ENCODER_AGREEMENT = Metric(
     "tandem_encoder_agreement_ratio",
@@ -141,6 +230,59 @@ ENCODER_DRIFT = Metric(
     "gauge",
     "Population stability index against the reference; above 0.25 is a marked change.",
     ("model", "of"),
+)
+
+# -- replicas --------------------------------------------------------------------------------------
+
+STARTUP_SECONDS = Metric(
+    "tandem_startup_seconds",
+    "gauge",
+    "How long each phase of a replica's start took.",
+    ("model", "phase"),
+)
+
+# -- what a deployment uses and costs, in its replicas ---------------------------------------------
+
+ENERGY = Metric(
+    "tandem_energy_joules_total",
+    "counter",
+    "Energy by who used it; source: what measured it, or estimate.",
+    ("model", "tenant", "source"),
+)
+COST = Metric(
+    "tandem_cost_total", "counter", "Price of the reserved resources.", ("model", "tenant")
+)
+
+# -- memory and devices, in every process ----------------------------------------------------------
+
+RESIDENT_MEMORY = Metric(
+    "tandem_process_resident_memory_bytes",
+    "gauge",
+    "Resident memory of a replica's or router's own process, and of all that it started.",
+    ("model", "process"),
+)
+MEMORY_GROWTH = Metric(
+    "tandem_memory_growth_bytes_per_second",
+    "gauge",
+    "Theil-Sen slope of the resident memory while the traffic does not grow.",
+    ("model", "process"),
+)
+_DEVICE = ("model", "device")
+DEVICE_TEMPERATURE = Metric(
+    "tandem_device_temperature_celsius", "gauge", "Temperature of a GPU.", _DEVICE
+)
+DEVICE_POWER = Metric("tandem_device_power_watts", "gauge", "Power of a GPU.", _DEVICE)
+DEVICE_MEMORY = Metric(
+    "tandem_device_memory_used_bytes", "gauge", "Memory in use on a GPU.", _DEVICE
+)
+DEVICE_THROTTLED = Metric(
+    "tandem_device_throttled", "gauge", "1 while heat or a power failure slows a GPU down.", _DEVICE
+)
+DEVICE_ECC_ERRORS = Metric(
+    "tandem_device_ecc_errors_total", "counter", "Uncorrected memory errors of a GPU.", _DEVICE
+)
+DEVICE_XID_ERRORS = Metric(
+    "tandem_device_xid_errors_total", "counter", "NVIDIA's XID errors.", (*_DEVICE, "xid")
 )
 
 
