@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 from cluster.config_file import LoadedConfig
 from cluster.errors import StartError
 from cluster.launch.auth import ray_token
-from cluster.launch.state import ClusterState
 from cluster.launch.starter import HOUSEKEEPING_NICE
+from cluster.launch.state import ClusterState
 from cluster.monitoring.prometheus import RULES, Targets, configuration
 
 PACKAGE = "prometheus"

@@ -53,9 +53,7 @@ class Started:
     phases: Phases
 
 
-def start(
-    loaded: LoadedConfig, home: Path, watch: Watcher, *, monitoring: bool = False
-) -> Started:
+def start(loaded: LoadedConfig, home: Path, watch: Watcher, *, monitoring: bool = False) -> Started:
     """Start a cluster for ``loaded`` and return when every deployment is healthy.
 
     Args:

@@ -11,19 +11,20 @@ _HEAD = """\
 
 Written by `python -m cluster.monitoring.docs`; the source is `cluster/metrics/table.py`.
 
-Every figure is in base units. A router gives its own at `GET /metrics`; all processes give theirs to
-Ray's agents, which put `ray_` before the name and the labels `deployment` and `replica` beside its
-own. The Prometheus of `tandem up --monitoring` asks the agents and takes the `ray_` of Tandem's
-metrics away again, so that names are everywhere as they stand here. `model` is a pool's name, `route`
-a path of its engine, `tenant` one that the configuration knows: no request can make a new series.
+Every figure is in base units. A router gives its own at `GET /metrics`; all processes give theirs
+to Ray's agents, which put `ray_` before the name and the labels `deployment` and `replica` beside
+its own. The Prometheus of `tandem up --monitoring` asks the agents and takes the `ray_` of Tandem's
+metrics away again, so that names are everywhere as they stand here. `model` is a pool's name,
+`route` a path of its engine, `tenant` one that the configuration knows: no request can make a new
+series. Through Ray's agents counters and histograms have the type gauge; their values are the same.
 A metric that has nothing to say (no GPU, no TLS, no tenant) is absent, not zero.
 
 """
 _RAY = """
 ## Ray's own
 
-Those that the alerts and dashboards use; [Ray's documentation](https://docs.ray.io/en/latest/ray-observability/reference/system-metrics.html)
-has them all.
+Those that the alerts and dashboards use; Ray's documentation (System Metrics, Monitor Your
+Application) has them all.
 
 """
 _VLLM = """
@@ -44,7 +45,9 @@ def _own(metrics: list[Metric]) -> str:
     rows = ["| metric | kind | labels | meaning |", "|---|---|---|---|"]
     for metric in metrics:
         labels = ", ".join(f"`{label}`" for label in metric.labels)
-        rows.append(f"| `{metric.name}` | {metric.kind} | {labels} | {metric.help}{_bounds(metric)} |")
+        rows.append(
+            f"| `{metric.name}` | {metric.kind} | {labels} | {metric.help}{_bounds(metric)} |"
+        )
     return "\n".join(rows) + "\n"
 
 

@@ -1,7 +1,7 @@
 """Metrics that others make and Tandem's rules and dashboards use, by their names in Prometheus."""
 
 RAY = {
-    "ray_component_rss_mb": "Resident memory of Ray's processes and workers, by component.",
+    "ray_component_rss_bytes": "Resident memory of Ray's processes and workers, by component.",
     "ray_node_cpu_utilization": "CPU use of a node in percent.",
     "ray_node_disk_free": "Free bytes of a node's disk.",
     "ray_node_disk_usage": "Used bytes of a node's disk.",
