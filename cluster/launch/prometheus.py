@@ -110,11 +110,11 @@ def _targets(loaded: LoadedConfig, cluster: ClusterState, directory: Path) -> Ta
     return Targets(
         dashboard=cluster.dashboard_url,
         ingress=urlsplit(cluster.http_url).netloc if open_to_all else None,
-        token_file=_token_file(directory),
+        token_file=token_file(directory),
     )
 
 
-def _token_file(directory: Path) -> str | None:
+def token_file(directory: Path) -> str | None:
     """A file for the user alone with Ray's token; None where Ray asks for none."""
     if (token := ray_token(os.environ)) is None:
         return None

@@ -78,5 +78,5 @@ def classifier() -> Dashboard:
 def _share(metric: str, most: str) -> Query:
     """Of what is below each bound, by what is below the largest one."""
     everything = rate(metric, where=f'model=~"$model",le="{most}"')
-    share = f"{rate(metric, 'model, le')} / on (model) group_left ({everything} > 0)"
+    share = f"{rate(metric, 'model, le')} / on (model) group_left () ({everything} > 0)"
     return Query(share, "{{model}} {{le}}")
