@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from grafana_foundation_sdk.builders import heatmap, prometheus, stat, timeseries
 from grafana_foundation_sdk.builders.dashboard import Dashboard, QueryVariable, Row
 from grafana_foundation_sdk.models.dashboard import DataSourceRef, VariableRefresh
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
+
+P = TypeVar("P", timeseries.Panel, stat.Panel)
 
 SOURCE = DataSourceRef(type_val="prometheus", uid="prometheus")
 REPLICAS = (
@@ -109,7 +111,7 @@ def filled(board: Dashboard, panels: Sequence[Any]) -> Dashboard:
     return board
 
 
-def _queried(panel: Any, title: str, unit: str, queries: Sequence[Query], width: int) -> Any:
+def _queried(panel: P, title: str, unit: str, queries: Sequence[Query], width: int) -> P:
     panel = panel.title(title).unit(unit).datasource(SOURCE).span(width).height(HEIGHT)
     for name, query in zip("ABCDEFGH", queries, strict=False):
         panel = panel.with_target(_target(query, name))
