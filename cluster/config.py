@@ -233,6 +233,8 @@ class ClusterConfig(Section):
     """Ray's logical CPUs; None: the machine's, and at least 2."""
     ray_port: int = Field(6379, ge=1024, le=65535)
     dashboard_port: int = Field(8265, ge=1024, le=65535)
+    prometheus_port: int = Field(9090, ge=1024, le=65535)
+    """Used by ``tandem up --monitoring`` alone."""
     object_store_memory_bytes: ByteSize = Field(ByteSize(256 * MIB), ge=80 * MIB)
     ready_timeout_s: float = Field(600.0, gt=0)
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 import ray
 
 from cluster.asgi import ASGIApp
-from cluster.link import LinkLoad, LinkServer, PrefixSource, tls_contexts
+from cluster.link import LinkLoad, LinkServer, PrefixSource, certificate_expiry, tls_contexts
+from cluster.metrics import Registry, table
 from deployments.secret import link_secret
 
 
@@ -27,3 +28,9 @@ async def serve_links(
     )
     await server.start()
     return server
+
+
+def watch_certificate(registry: Registry) -> None:
+    """Have ``registry`` say until when this process' certificate is valid, where it has one."""
+    if tls := tls_contexts(os.environ):
+        registry.gauge(table.CERTIFICATE_EXPIRY).value = certificate_expiry(tls)

@@ -1,7 +1,9 @@
 """Gives what a replica counts to Ray's agents, and with that to Ray's dashboard and Prometheus.
 
-A histogram becomes one gauge for each of Prometheus' series (``_bucket``, ``_sum``, ``_count``):
-Ray's own takes one call for each observation, and there is one for each token.
+Counters and histograms become gauges with the names of Prometheus' series (``_total``; ``_bucket``,
+``_sum``, ``_count``). Ray's own counter has no series before its first event, so an alert could not
+see that one happen; its histogram takes one call for each observation, and there is one for each
+token.
 """
 
 import asyncio
@@ -12,7 +14,7 @@ from typing import Any
 
 from ray.serve import metrics as ray_metrics
 
-from cluster.metrics import Counter, Histogram, Metric, Registry
+from cluster.metrics import Histogram, Metric, Registry
 
 logger = logging.getLogger("ray.serve.tandem")
 
@@ -26,7 +28,6 @@ class RayExporter:
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._metrics: dict[str, Any] = {}
-        self._exported: dict[tuple[Metric, tuple[str, ...]], float] = {}
         self._task = asyncio.create_task(self._run())
 
     async def close(self) -> None:
@@ -48,21 +49,8 @@ class RayExporter:
             labels = dict(zip(metric.labels, values, strict=True))
             if isinstance(child, Histogram):
                 self._export_histogram(metric, labels, child)
-            elif isinstance(child, Counter):
-                self._export_counter(metric, labels, child.value)
             else:
                 self._gauge(metric.name, metric).set(child.value, tags=labels)
-
-    def _export_counter(self, metric: Metric, labels: Mapping[str, str], value: float) -> None:
-        key = metric, tuple(labels.values())
-        if (grown := value - self._exported.get(key, 0.0)) > 0:
-            self._exported[key] = value
-            name = metric.name.removesuffix("_total")  # Ray puts it back
-            counter = self._metrics.get(name)
-            if counter is None:
-                counter = ray_metrics.Counter(name, metric.help, metric.labels)
-                self._metrics[name] = counter
-            counter.inc(grown, tags=labels)
 
     def _export_histogram(
         self, metric: Metric, labels: Mapping[str, str], child: Histogram

@@ -28,7 +28,7 @@ from cluster.link import (
 from cluster.metrics import Registry
 from cluster.tracing import start_tracer
 from deployments.autoscaling import ONGOING
-from deployments.links import serve_links
+from deployments.links import serve_links, watch_certificate
 from deployments.metrics import RayExporter
 from deployments.watching import ReplicaWatch
 
@@ -67,6 +67,7 @@ class EngineReplica:
         registry = Registry()
         registry.on_collect(lambda: engine.observe(registry))
         registry.on_collect(lambda: self._watch.observe(registry))
+        watch_certificate(registry)
         self._exporter = RayExporter(registry)
 
     def _traced(

@@ -30,7 +30,7 @@ from cluster.models.store import home
 from cluster.tracing import start_tracer
 from deployments.discovery import Discovery
 from deployments.handles import opener
-from deployments.links import serve_links
+from deployments.links import serve_links, watch_certificate
 from deployments.metrics import RayExporter
 from deployments.replica import DRAIN_TIMEOUT_S
 from deployments.secret import link_secret
@@ -78,6 +78,7 @@ class Router:
         registry = self._gateway.registry
         self._memory = MemoryWatch(config.leaks, "router", lambda: self._gateway.num_ongoing)
         registry.on_collect(lambda: self._memory.observe(registry))
+        watch_certificate(registry)
         self._exporter = RayExporter(registry)
         # Inside the cluster, so no API key is asked for.
         self._inside = self._peers.app(GatewayApp(self._gateway, authenticates=False))

@@ -75,11 +75,14 @@ def up(
     detach: Annotated[
         bool, typer.Option("-d", "--detach", help="Return once everything is healthy.")
     ] = False,
+    monitoring: Annotated[
+        bool, typer.Option("--monitoring", help="Start Prometheus with it, with alerts.")
+    ] = False,
 ) -> None:
     """Start the cluster, and stay attached until Ctrl-C ends it."""
     from cluster.cli.up import run
 
-    run(config, overrides or [], detach=detach)
+    run(config, overrides or [], detach=detach, monitoring=monitoring)
 
 
 @app.command()

@@ -38,6 +38,8 @@ def _print(console: Console, found: ClusterStatus) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_row("HTTP", state.http_url)
     table.add_row("dashboard", state.dashboard_url)
+    if state.prometheus_url:
+        table.add_row("Prometheus", state.prometheus_url)
     table.add_row("Ray jobs", f"RAY_ADDRESS={state.ray_address}")
     table.add_row("uptime", _span(state.uptime_s))
     memory = f"{found.rss_bytes / 2**30:.1f} GiB (shared pages counted in each)"

@@ -24,7 +24,7 @@ ATTACHED_DRAIN_S = 10.0
 WATCH_S = 0.5
 
 
-def run(config: Path | None, overrides: Sequence[str], *, detach: bool) -> None:
+def run(config: Path | None, overrides: Sequence[str], *, detach: bool, monitoring: bool) -> None:
     """Start a cluster; return once it is healthy, or stay until a signal ends it.
 
     Raises:
@@ -38,7 +38,7 @@ def run(config: Path | None, overrides: Sequence[str], *, detach: bool) -> None:
     build_missing(console, loaded.config)
     _check_models(loaded.config)
     with StartProgress(console) as progress:
-        started = start(loaded, home(), progress.show)
+        started = start(loaded, home(), progress.show, monitoring=monitoring)
     _print_phases(console, started)
     print_recipes(console, loaded.config, started.state)
     if not detach:

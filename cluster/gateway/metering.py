@@ -58,6 +58,8 @@ class PoolMeter:
         self.retries = counter(table.RETRIES, model)
         self.cut_off = counter(table.CUT_OFF, model)
         self.fallbacks = counter(table.LINK_FALLBACKS, model)
+        self.choice_s = histogram(table.ROUTING_SECONDS, model)
+        self.choices = partial(counter, table.ROUTING_DECISIONS, model)
         self._requests = partial(counter, table.REQUESTS, model)
         self._shed = partial(counter, table.SHED, model)
 

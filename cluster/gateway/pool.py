@@ -227,6 +227,7 @@ class Pool:
         self.fleet = Fleet()
         """What a choice among them is made by."""
         self._policy = make_policy(limits.routing, self.prefixes, random.getrandbits(16))
+        self._choices = meter.choices(limits.routing)
         self._replicas: dict[str, Replica] = {}
         self._retired: set[Replica] = set()
         self._closing: set[asyncio.Task[None]] = set()
@@ -362,8 +363,10 @@ class Pool:
         fleet.advance(now_s)
         self.prefixes.advance(now_s)
         chosen = self._policy.choose(request, fleet)
+        self.meter.choice_s.observe(time.monotonic() - now_s)
         if chosen is None:
             return None
+        self._choices.add()
         held = self.prefixes.count(chosen, request.prefix)
         cached_tokens = request.prefix_tokens[held - 1] if held else 0.0
         self.prefixes.expect(chosen, request.prefix)

@@ -49,7 +49,9 @@ class Busy:
         )
 
 
-def needed(cluster: ClusterConfig, http_host: str, http_port: int, *, haproxy: bool) -> list[Port]:
+def needed(
+    cluster: ClusterConfig, http_host: str, http_port: int, *, haproxy: bool, monitoring: bool
+) -> list[Port]:
     """The fixed ports of a cluster; Ray and Serve choose the others among free ones."""
     ports = [
         Port(http_port, "HTTP", "--set http_options.port=…", http_host),
@@ -62,6 +64,8 @@ def needed(cluster: ClusterConfig, http_host: str, http_port: int, *, haproxy: b
             _by_variable("RAY_SERVE_HAPROXY_STATS_PORT", 8404, "HAProxy's statistics"),
             _by_variable("RAY_SERVE_HAPROXY_METRICS_PORT", 9101, "HAProxy's metrics"),
         ]
+    if monitoring:
+        ports.append(Port(cluster.prometheus_port, "Prometheus", "--set cluster.prometheus_port=…"))
     return ports
 
 

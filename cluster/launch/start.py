@@ -13,7 +13,7 @@ import httpx
 
 from cluster.config_file import LoadedConfig
 from cluster.errors import StartError
-from cluster.launch import environment, ports, state
+from cluster.launch import environment, ports, prometheus, state
 from cluster.launch.head import LOOPBACK, Starter, ray_params
 from cluster.launch.processes import find, has_head
 from cluster.launch.serve_api import ApplicationStatus, parse_application
@@ -53,19 +53,26 @@ class Started:
     phases: Phases
 
 
-def start(loaded: LoadedConfig, home: Path, watch: Watcher) -> Started:
+def start(loaded: LoadedConfig, home: Path, watch: Watcher, *, monitoring: bool = False) -> Started:
     """Start a cluster for ``loaded`` and return when every deployment is healthy.
 
+    Args:
+        loaded: What is to run.
+        home: Where its state lies.
+        watch: Is told how far it is.
+        monitoring: Start Prometheus beside it.
+
     Raises:
-        StartError: a cluster runs already, a port is taken, or something did not become healthy.
-            Nothing that was started is left then, nor after any other exception.
+        StartError: a cluster runs already, a port is taken, Prometheus is not installed, or
+            something did not become healthy. Nothing that was started is left then, nor after
+            any other exception.
     """
     phases = Phases()
     with _only_one_start(home):
         with phases.phase("checks"):
             watch("checks", None)
-            _check(loaded, home)
-        started = _new_state(loaded)
+            _check(loaded, home, monitoring=monitoring)
+        started = _new_state(loaded, monitoring=monitoring)
         try:
             _start(loaded, home, started, phases, watch)
         except BaseException:
@@ -74,7 +81,7 @@ def start(loaded: LoadedConfig, home: Path, watch: Watcher) -> Started:
     return Started(started, phases)
 
 
-def _check(loaded: LoadedConfig, home: Path) -> None:
+def _check(loaded: LoadedConfig, home: Path, *, monitoring: bool) -> None:
     running = state.load(home)
     if owned := find(home):
         if running and has_head(owned):
@@ -88,12 +95,15 @@ def _check(loaded: LoadedConfig, home: Path) -> None:
         loaded.http_host,
         loaded.http_port,
         haproxy=environment.uses_haproxy(),
+        monitoring=monitoring,
     )
+    if monitoring:
+        prometheus.executable()
     if taken := ports.busy(needed):
         raise StartError("; ".join(map(str, taken)))
 
 
-def _new_state(loaded: LoadedConfig) -> state.ClusterState:
+def _new_state(loaded: LoadedConfig, *, monitoring: bool) -> state.ClusterState:
     cluster = loaded.config.cluster
     host = {"0.0.0.0": LOOPBACK, "::": "[::1]"}.get(loaded.http_host, loaded.http_host)
     return state.ClusterState(
@@ -104,6 +114,7 @@ def _new_state(loaded: LoadedConfig) -> state.ClusterState:
         ray_address=f"{RAY_HOST}:{cluster.ray_port}",
         config_path=str(loaded.path),
         started_at=time.time(),
+        prometheus_url=f"http://{LOOPBACK}:{cluster.prometheus_port}" if monitoring else None,
     )
 
 
@@ -119,6 +130,9 @@ def _start(
     state.save(home, new)
     if haproxy:
         environment.write_haproxy_wrapper(new.cluster_id)
+    variables = environment.cluster_environment(os.environ, home, new.cluster_id, haproxy=haproxy)
+    if new.prometheus_url:
+        variables |= prometheus.ray_variables(home, new.prometheus_url)
     starter = Starter(
         order={
             "ray": ray_params(loaded.config.cluster),
@@ -126,9 +140,7 @@ def _start(
             "serve": loaded.serve_config,
             "application": new.application,
         },
-        environment=environment.cluster_environment(
-            os.environ, home, new.cluster_id, haproxy=haproxy
-        ),
+        environment=variables,
         log=state.run_dir(home) / "start.log",
     )
     deadline = time.monotonic() + loaded.config.cluster.ready_timeout_s
@@ -136,6 +148,12 @@ def _start(
     with phases.phase("HTTP"):
         watch("HTTP", None)
         _wait_for_http(f"{new.http_url}/-/healthz", deadline)
+    if new.prometheus_url:
+        with phases.phase("Prometheus"):
+            watch("Prometheus", None)
+            running = prometheus.start(loaded, home, new, variables)
+            _wait_for_http(f"{new.prometheus_url}/-/ready", deadline, running.check)
+            running.leave()
 
 
 def _follow(starter: Starter, deadline: float, phases: Phases, watch: Watcher) -> None:
@@ -169,8 +187,10 @@ def _missing(status: ApplicationStatus | None) -> str:
     )
 
 
-def _wait_for_http(url: str, deadline: float) -> None:
+def _wait_for_http(url: str, deadline: float, check: Callable[[], None] = lambda: None) -> None:
+    """Wait until ``url`` answers; ``check`` raises where it never will."""
     while not _is_ok(url):
+        check()
         if time.monotonic() > deadline:
             raise StartError(f"{url} did not answer within cluster.ready_timeout_s")
         time.sleep(POLL_S)

@@ -22,6 +22,8 @@ class ClusterState:
     config_path: str
     started_at: float
     """Unix time."""
+    prometheus_url: str | None = None
+    """None: it was started without monitoring."""
 
     @property
     def uptime_s(self) -> float:

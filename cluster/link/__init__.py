@@ -1,5 +1,6 @@
 """The link: one TCP connection for each pair of router and replica, with many requests on it."""
 
+from cluster.link.certificate import certificate_expiry
 from cluster.link.client import LinkClient, LinkState
 from cluster.link.connection import LinkCounts, LinkOptions
 from cluster.link.exchange import TOKEN_IDS
@@ -28,5 +29,6 @@ __all__ = [
     "Stream",
     "TlsContexts",
     "answer_locally",
+    "certificate_expiry",
     "tls_contexts",
 ]

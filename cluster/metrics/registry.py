@@ -53,6 +53,15 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
+    def add(self, other: "Histogram") -> None:
+        """Count what ``other`` did, too; its bounds are the same."""
+        self.counts = [mine + its for mine, its in zip(self.counts, other.counts, strict=True)]
+        self.total += other.total
+
+    def set(self, other: "Histogram") -> None:
+        """Take over what ``other`` counted since the beginning."""
+        self.counts, self.total = list(other.counts), other.total
+
 
 Child = Counter | Gauge | Histogram
 T = TypeVar("T", Counter, Gauge, Histogram)

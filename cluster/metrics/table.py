@@ -131,6 +131,31 @@ PREFIX_EVENTS = Metric(
     ("model", "event"),
 )
 
+# -- choices among replicas and of their number ---------------------------------------------------
+
+ROUTING_DECISIONS = Metric(
+    "tandem_routing_decisions_total",
+    "counter",
+    "Replicas chosen for requests, by what decided.",
+    ("model", "policy"),
+)
+ROUTING_SECONDS = Metric(
+    "tandem_routing_decision_seconds",
+    "histogram",
+    "Time that one choice of a replica takes.",
+    _MODEL,
+    (1e-6, 2.5e-6, 5e-6, 1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 1e-3, 0.01),
+)
+TARGET_REPLICAS = Metric(
+    "tandem_autoscaling_target_replicas", "gauge", "Replicas that autoscaling wants.", _MODEL
+)
+SCALING_DECISIONS = Metric(
+    "tandem_autoscaling_decisions_total",
+    "counter",
+    "Changes of the number of replicas, by their reason.",
+    ("model", "reason"),
+)
+
 # -- links, at the router's end --------------------------------------------------------------------
 
 LINK_FRAMES = Metric(
@@ -149,6 +174,12 @@ LINK_FALLBACKS = Metric(
     _MODEL,
 )
 
+CERTIFICATE_EXPIRY = Metric(
+    "tandem_certificate_expiry_timestamp_seconds",
+    "gauge",
+    "Unix time at which the certificate of the links expires; absent without TLS.",
+)
+
 # -- encoders, in their replicas -------------------------------------------------------------------
 
 ENCODER_BATCHES = Metric("tandem_encoder_batches_total", "counter", "Batches computed.", _MODEL)
@@ -156,6 +187,22 @@ ENCODER_TEXTS = Metric("tandem_encoder_texts_total", "counter", "Texts computed.
 ENCODER_TOKENS = Metric("tandem_encoder_tokens_total", "counter", "Tokens computed.", _MODEL)
 ENCODER_PADDING = Metric(
     "tandem_encoder_padding_total", "counter", "Cells computed that held no token.", _MODEL
+)
+ENCODER_BATCH_TEXTS = Metric(
+    "tandem_encoder_batch_texts",
+    "histogram",
+    "Texts in a batch.",
+    _MODEL,
+    tuple(float(2**power) for power in range(11)),
+)
+ENCODER_TOKENIZE_SECONDS = Metric(
+    "tandem_encoder_tokenize_seconds_total", "counter", "Time that the tokenizer took.", _MODEL
+)
+ENCODER_QUEUED_TOKENS = Metric(
+    "tandem_encoder_queued_tokens",
+    "gauge",
+    "Tokens that wait for the model, those being tokenized by estimate.",
+    _MODEL,
 )
 ENCODER_AGREEMENT = Metric(
     "tandem_encoder_agreement_ratio",
@@ -192,6 +239,15 @@ ENCODER_DRIFT = Metric(
     "gauge",
     "Population stability index against the reference; above 0.25 is a marked change.",
     ("model", "of"),
+)
+
+# -- replicas --------------------------------------------------------------------------------------
+
+STARTUP_SECONDS = Metric(
+    "tandem_startup_seconds",
+    "gauge",
+    "How long each phase of a replica's start took.",
+    ("model", "phase"),
 )
 
 # -- what a deployment uses and costs, in its replicas ---------------------------------------------

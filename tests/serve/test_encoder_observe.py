@@ -4,27 +4,41 @@ from dataclasses import replace
 
 from cluster.engines.encoder.drift import Drift, DriftSnapshot
 from cluster.engines.encoder.observe import write_counts, write_drift
+from cluster.engines.encoder.runner import RunnerCounts
 from cluster.engines.encoder.service import EncoderCounts
-from cluster.metrics import Registry
+from cluster.metrics import Histogram, Registry
 
 
 def values(registry: Registry) -> dict[tuple[str, ...], float]:
     return {
-        (metric.name, *labels): child.value  # type: ignore[union-attr]  # no histogram here
+        (metric.name, *labels): child.total if isinstance(child, Histogram) else child.value
         for metric, labels, child in registry.collect()
     }
 
 
 def test_counts_are_set_again_and_again() -> None:
     registry = Registry()
-    for texts in (5, 9):
-        counts = EncoderCounts(2, texts, 70, 0.25, 1, padding=4, agreement=None, cache_hits=3)
+    done = RunnerCounts()
+    for texts in (5, 4):
+        done.batch(texts, 35, padding=2, compute_s=0.125)
+        counts = EncoderCounts(
+            *(done.batches, done.texts, done.tokens, done.compute_s, 1),
+            padding=done.padding,
+            agreement=None,
+            batch_texts=done.batch_texts,
+            tokenize_s=0.5,
+            queued_tokens=7,
+            cache_hits=3,
+        )
         write_counts(registry, "m", counts)
     found = values(registry)
     assert found["tandem_encoder_texts_total", "m"] == 9
     assert found["tandem_encoder_compute_seconds_total", "m"] == 0.25
     assert found["tandem_encoder_padding_total", "m"] == 4
     assert found["tandem_encoder_cache_hits_total", "m"] == 3
+    assert found["tandem_encoder_batch_texts", "m"] == 9
+    assert found["tandem_encoder_tokenize_seconds_total", "m"] == 0.5
+    assert found["tandem_encoder_queued_tokens", "m"] == 7
     assert ("tandem_encoder_agreement_ratio", "m") not in found
     write_counts(registry, "m", replace(counts, agreement=0.9975))
     assert values(registry)["tandem_encoder_agreement_ratio", "m"] == 0.9975

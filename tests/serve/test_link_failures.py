@@ -13,7 +13,16 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from cluster.errors import LinkAuthError, LinkClosedError, LinkProtocolError
-from cluster.link import LinkClient, LinkOptions, LinkServer, LinkState, RequestHead, tls_contexts
+from cluster.link import (
+    LinkClient,
+    LinkOptions,
+    LinkServer,
+    LinkState,
+    RequestHead,
+    TlsContexts,
+    certificate_expiry,
+    tls_contexts,
+)
 from cluster.link import frames as f
 from cluster.link import handshake as handshakes
 from tests.serve.link_kit import (
@@ -458,6 +467,9 @@ async def test_tls_with_rays_own_files_and_strangers_kept_out(
     others = tls_contexts(certificates(tmp_path / "theirs"))
     assert contexts is not None
     assert others is not None
+    tomorrow = time.time() + 86400
+    assert certificate_expiry(contexts) == pytest.approx(tomorrow, abs=300)
+    assert certificate_expiry(TlsContexts(contexts[0], others[1])) == 0
     server = LinkServer(echo, SECRET, ssl=contexts[0])
     host, port = await server.start()
     client = LinkClient(host, port, SECRET, ssl=contexts[1])

@@ -72,7 +72,10 @@ def test_a_process_that_cannot_be_seen_is_another_users() -> None:
 def test_haproxys_ports_are_needed_only_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_SERVE_HAPROXY_STATS_PORT", "18404")
     config = ClusterConfig(ray_port=16379, dashboard_port=18265)
-    with_it = {p.number for p in ports.needed(config, "127.0.0.1", 18000, haproxy=True)}
-    without = {p.number for p in ports.needed(config, "127.0.0.1", 18000, haproxy=False)}
+    where = (config, "127.0.0.1", 18000)
+    with_it = {p.number for p in ports.needed(*where, haproxy=True, monitoring=False)}
+    without = {p.number for p in ports.needed(*where, haproxy=False, monitoring=False)}
+    watched = {p.number for p in ports.needed(*where, haproxy=False, monitoring=True)}
+    assert watched - without == {9090}
     assert without == {18000, 16379, 18265}
     assert with_it - without == {8500, 18404, 9101}

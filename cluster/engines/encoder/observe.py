@@ -15,12 +15,15 @@ def write_counts(registry: Registry, model: str, counts: EncoderCounts) -> None:
         table.ENCODER_TOKENS: counts.tokens,
         table.ENCODER_PADDING: counts.padding,
         table.ENCODER_SECONDS: counts.compute_s,
+        table.ENCODER_TOKENIZE_SECONDS: counts.tokenize_s,
         table.ENCODER_SKIPPED: counts.skipped_texts,
         table.ENCODER_CACHE_HITS: counts.cache_hits,
         table.ENCODER_CACHE_MISSES: counts.cache_misses,
     }
     for metric, total in sums.items():
         registry.counter(metric, model).value = float(total)
+    registry.histogram(table.ENCODER_BATCH_TEXTS, model).set(counts.batch_texts)
+    registry.gauge(table.ENCODER_QUEUED_TOKENS, model).value = float(counts.queued_tokens)
     if counts.agreement is not None:
         registry.gauge(table.ENCODER_AGREEMENT, model).value = counts.agreement
 

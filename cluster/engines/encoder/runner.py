@@ -9,7 +9,7 @@ import copy
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
@@ -20,6 +20,7 @@ from cluster.config import ClassifierTask
 from cluster.engines.encoder.jobs import EncoderModel, Job, Rows
 from cluster.engines.encoder.model import LoadedModel
 from cluster.engines.encoder.queue import JobQueue, Turn
+from cluster.metrics import Histogram, table
 
 MAX_STREAMS = 4
 """More would wait for one another's Python: it takes a tenth of a thread's time."""
@@ -36,9 +37,22 @@ class RunnerCounts:
     """What was computed of no token, as the number of tokens it would make."""
     compute_s: float = 0.0
     """By thread: two seconds pass in one where two threads compute."""
+    batch_texts: Histogram = field(
+        default_factory=lambda: Histogram(table.ENCODER_BATCH_TEXTS.buckets)
+    )
+
+    def batch(self, texts: int, tokens: int, padding: float, compute_s: float) -> None:
+        """Count a batch."""
+        self.batches += 1
+        self.texts += texts
+        self.tokens += tokens
+        self.padding += padding
+        self.compute_s += compute_s
+        self.batch_texts.observe(texts)
 
     def add(self, other: "RunnerCounts") -> None:
         """Count what ``other`` did, too."""
+        self.batch_texts.add(other.batch_texts)
         self.batches += other.batches
         self.texts += other.texts
         self.tokens += other.tokens
@@ -153,7 +167,7 @@ class ModelRunner:
                 job.compute_s += elapsed_s
             done = _scatter(batch, rows)
         padding = stream.model.padding - padding  # it may have computed before, as a check
-        stream.counts.add(RunnerCounts(1, len(ids), batch.num_tokens, padding, elapsed_s))
+        stream.counts.batch(len(ids), batch.num_tokens, padding, elapsed_s)
         stream.current = frozenset()
         if done:
             self._events.done(done)

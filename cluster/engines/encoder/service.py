@@ -28,6 +28,7 @@ from cluster.errors import (
     RequestError,
     UnavailableError,
 )
+from cluster.metrics import Histogram
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,10 @@ class EncoderCounts:
     """What was computed of no token, as the number of tokens it would make."""
     agreement: float | None
     """How often low precision answers as float32 does; None: it is float32."""
+    batch_texts: Histogram
+    tokenize_s: float
+    queued_tokens: int
+    """Tokens that wait now."""
     cache_hits: int = 0
     """Texts whose result was kept from before; 0 without a result cache."""
     cache_misses: int = 0
@@ -160,6 +165,9 @@ class EncoderService:
             skipped_texts=self._queue.skipped_texts,
             padding=done.padding,
             agreement=agreement.share if agreement else None,
+            batch_texts=done.batch_texts,
+            tokenize_s=self._stage.tokenize_s if self._stage else 0.0,
+            queued_tokens=self._queue.queued_tokens,
         )
 
     async def stop(self) -> None:

@@ -44,6 +44,8 @@ class TokenizerStage:
         self._fail = fail
         self._jobs: deque[Job] = deque()
         self._stopping = False
+        self.tokenize_s = 0.0
+        """Time that the tokenizer took since the start."""
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="tandem-tokenizer", daemon=True)
         self._thread.start()
@@ -65,7 +67,10 @@ class TokenizerStage:
         while jobs := self._next_jobs():
             pieces = [self._piece(job) for job in jobs if not self._drop_abandoned(job)]
             for alike in _by_reader(pieces):
-                for piece in self._tokenize(alike):
+                begun_s = time.perf_counter()
+                tokenized = self._tokenize(alike)
+                self.tokenize_s += time.perf_counter() - begun_s
+                for piece in tokenized:
                     self._pass_on(piece.job)
 
     def _next_jobs(self) -> list[Job]:

@@ -1,0 +1,1 @@
+"""Grafana's dashboards and alerts as code: ``python -m dashboards`` writes them for Grafana."""

@@ -1,0 +1,58 @@
+"""Grafana's alert rules, from those of Prometheus, for Grafana to tell whom it is told to tell."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.monitoring.prometheus import RULES
+from dashboards.panels import SOURCE
+
+FOLDER = "Tandem"
+
+
+def alerting() -> str:
+    """A provisioning file with every alert of the rule files."""
+    groups = [
+        _group(group)
+        for path in sorted(Path(RULES).glob("*.yml"))
+        for group in yaml.safe_load(path.read_text(encoding="utf-8"))["groups"]
+        if any("alert" in rule for rule in group["rules"])
+    ]
+    return yaml.safe_dump({"apiVersion": 1, "groups": groups}, sort_keys=False, width=100)
+
+
+def _group(group: dict[str, Any]) -> dict[str, Any]:
+    rules = [_rule(rule) for rule in group["rules"] if "alert" in rule]
+    return {
+        **{"orgId": 1, "name": group["name"], "folder": FOLDER, "interval": "30s"},
+        "rules": rules,
+    }
+
+
+def _rule(rule: dict[str, Any]) -> dict[str, Any]:
+    # Prometheus fires where there is a result, whatever its value; Grafana where one is not zero.
+    query = {"expr": rule["expr"], "instant": True, "refId": "A"}
+    fires = {"type": "math", "expression": "$A * 0 + 1", "refId": "B"}
+    return {
+        "uid": rule["alert"].lower(),
+        "title": rule["alert"],
+        "condition": "B",
+        "data": [
+            {
+                "refId": "A",
+                "datasourceUid": SOURCE.uid,
+                "relativeTimeRange": {"from": 600, "to": 0},
+                "model": query,
+            },
+            {"refId": "B", "datasourceUid": "__expr__", "model": fires},
+        ],
+        "for": rule.get("for", "0s"),
+        "noDataState": "OK",
+        "execErrState": "Error",
+        "labels": rule["labels"],
+        "annotations": {
+            name: text.replace("$value", "$values.A.Value")
+            for name, text in rule["annotations"].items()
+        },
+    }
