@@ -13,7 +13,7 @@ import pytest
 from cluster.admission import Identity, PoolCapacity, QueueLimits, Tenant
 from cluster.errors import OverloadedError
 from cluster.gateway.claim import Claim
-from cluster.gateway.metering import PoolMeter
+from cluster.gateway.metering import Observers, PoolMeter
 from cluster.gateway.waiting import Places, Waiting
 from cluster.link import LinkLoad
 from cluster.metrics import Registry
@@ -68,7 +68,7 @@ class Engine:
             QueueLimits(2e6, 1024),
             PoolCapacity(0.25),
             Places(self._take, lambda _: None, lambda: True),
-            PoolMeter(Registry(), "pool"),
+            PoolMeter("pool", Observers(Registry())),
         )
 
     def _take(self, claim: Claim) -> Claim | None:
