@@ -1,16 +1,15 @@
-"""vLLM's worker on CPUs, which uses vLLM's own C++ kernels of RMSNorm and SwiGLU there, too.
+"""vLLM's worker on CPUs, which uses vLLM's own C++ kernels of RMSNorm there, too.
 
 vLLM imports it by name in the engine's process (``vllm_args.EAGER_CPU_WORKER``). vLLM 0.32 has
 these kernels for CPUs but takes them on GPUs alone; on CPUs it computes RMSNorm as seven
-operations of PyTorch and SwiGLU as two, fit to be compiled. The import registers the kernels; the
-worker prefers them.
+operations of PyTorch, fit to be compiled. The import registers the kernels; the worker prefers
+them.
 """
 
 from typing import Any
 
 import torch
 from vllm import ir
-from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 PROVIDER = "tandem"
@@ -24,24 +23,6 @@ class EagerCPUWorker(CPUWorker):  # type: ignore[misc]  # vLLM is not typed
         super().__init__(*args, **kwargs)
         for op in (ir.ops.rms_norm, ir.ops.fused_add_rms_norm):
             op.set_default([PROVIDER, "native"])
-
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Also have its SwiGLU layers take the kernel."""
-        super().load_model(*args, **kwargs)
-        for layer in self.get_model().modules():
-            if isinstance(layer, SiluAndMul):
-                layer._forward_method = silu_and_mul
-
-
-def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
-    """``SiluAndMul`` of ``x``, [..., 2 * d], to [..., d]."""
-    half = x.shape[-1] // 2
-    if half % _VECTOR or not x.is_contiguous():
-        native: torch.Tensor = SiluAndMul.forward_native(x)
-        return native
-    out = x.new_empty(*x.shape[:-1], half)
-    torch.ops._C.silu_and_mul(out, x)
-    return out
 
 
 def _fits(

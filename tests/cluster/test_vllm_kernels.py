@@ -61,18 +61,3 @@ def test_what_the_kernels_would_get_wrong_is_left_to_vllm(ops: tuple[Op, Op]) ->
     assert not norm.fits(x, weight, EPSILON, 32)
     assert not norm.fits(numbers(4, 60), numbers(60), EPSILON)
     assert not add_norm.fits(x, x.float(), weight, EPSILON)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 2**-6), ("float32", 1e-5)])
-@pytest.mark.parametrize("width", [64, 60])
-def test_swiglu_is_what_vllm_gives(dtype: str, tolerance: float, width: int) -> None:
-    from torch.testing import assert_close
-    from vllm.model_executor.layers.activation import SiluAndMul
-
-    from cluster.engines.cpu_worker import silu_and_mul
-
-    x = numbers(5, 2 * width, dtype=dtype)
-    wanted = SiluAndMul.forward_native(x)
-    assert_close(silu_and_mul(x), wanted, rtol=tolerance, atol=tolerance)
-    apart = numbers(5, 4 * width, dtype=dtype)[:, : 2 * width]  # its rows do not touch
-    assert_close(silu_and_mul(apart), SiluAndMul.forward_native(apart), rtol=0, atol=0)
