@@ -5,14 +5,16 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import aclosing
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ray import serve
 from ray.serve._private.common import DeploymentID
+from ray.serve._private.logging_utils import get_serve_logs_dir
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import TandemConfig
-from cluster.gateway import Gateway, GatewayApp, ReplicaInfo, Wiring
+from cluster.gateway import Gateway, GatewayApp, ReplicaInfo, RouterLinks, Wiring
 from cluster.launch.loopback import confine_serve
 from cluster.link import (
     LinkUsage,
@@ -27,6 +29,7 @@ from deployments.handles import opener
 from deployments.links import serve_links
 from deployments.metrics import RayExporter
 from deployments.replica import DRAIN_TIMEOUT_S
+from deployments.request_log import close_request_log, open_request_log
 from deployments.secret import link_secret
 
 
@@ -48,9 +51,13 @@ class Router:
         confine_serve()
         secret, tls = link_secret(), tls_contexts(os.environ)
         self._secret = secret
-        self._gateway = Gateway(config, _wirings(pools, secret, tls), _versions())
+        replica_id = serve.get_replica_context().replica_id
+        own = replica_id.deployment_id
+        self._links = RouterLinks(replica_id.unique_id, secret, tls.client if tls else None)
+        self._log = open_request_log(Path(get_serve_logs_dir()), replica_id.unique_id)
+        wirings = _wirings(pools, secret, tls)
+        self._gateway = Gateway(config, wirings, _versions(), self._links)
         self._routers: list[ReplicaInfo] = []
-        own = serve.get_replica_context().replica_id.deployment_id
         listeners = {
             DeploymentID(handle.deployment_name, handle.app_name): self._gateway.pools[name].update
             for name, handle in pools.items()
@@ -73,6 +80,7 @@ class Router:
 
     def _on_routers(self, running: Iterable[ReplicaInfo]) -> None:
         self._routers = list(running)
+        self._links.update(self._routers)
 
     def __serve_build_asgi_app__(self) -> GatewayApp:
         """The ASGI application that Serve runs in this replica."""
@@ -96,7 +104,9 @@ class Router:
             await self._server.drain(DRAIN_TIMEOUT_S)
             await self._discovery.close()
             await self._gateway.close()
+            await self._links.close()
             await self._exporter.close()
+            close_request_log(self._log)
 
 
 def _wirings(

@@ -9,6 +9,7 @@ from cluster.gateway.asgi import GatewayApp
 from cluster.gateway.gateway import Gateway
 from cluster.gateway.messages import Request, Response
 from cluster.gateway.pool import Answer, Opener, ReplicaInfo, Wiring
+from cluster.gateway.router_links import RouterLinks
 
 __all__ = [
     "Answer",
@@ -18,5 +19,6 @@ __all__ = [
     "ReplicaInfo",
     "Request",
     "Response",
+    "RouterLinks",
     "Wiring",
 ]

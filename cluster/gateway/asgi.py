@@ -1,18 +1,13 @@
 """The gateway as an ASGI application: HTTP in, one write for each chunk that the relay gives."""
 
-import logging
-import time
 from contextlib import aclosing
 from typing import Any
-from urllib.parse import quote
 
 from cluster.asgi import Receive, Scope, Send
 from cluster.errors import LinkError, PayloadTooLargeError, RequestError
 from cluster.gateway.gateway import Gateway
 from cluster.gateway.messages import Headers, Request, Response, error_response, header, request_id
 from cluster.gateway.routes import OTHER
-
-logger = logging.getLogger("ray.serve.tandem")
 
 
 class GatewayApp:
@@ -22,7 +17,7 @@ class GatewayApp:
         gateway: What answers.
         authenticates: Whether requests need an API key, where any is configured.
         behind_serve: Whether Ray Serve's own server calls this; it sends ``x-request-id`` back
-            and writes a line for each request to its log itself.
+            itself.
     """
 
     def __init__(
@@ -45,7 +40,6 @@ class GatewayApp:
         headers = [(name.lower(), value) for name, value in scope["headers"]]
         method = scope["method"]
         path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/")) or "/"
-        started = time.perf_counter()
         identity = tenant = ""
         try:
             identity = request_id(header(headers, b"x-request-id"))
@@ -53,7 +47,7 @@ class GatewayApp:
                 tenant = self._gateway.authenticate(path, headers)
             body = await _read_body(headers, receive, self._gateway.max_body_bytes)
         except RequestError as error:
-            self._gateway.count(OTHER, error.status)
+            self._gateway.refuse(OTHER, error, identity)
             # What is left of the body is not read, so the connection cannot be used again.
             response = error_response(error)
             response.headers.append((b"connection", b"close"))
@@ -61,12 +55,8 @@ class GatewayApp:
             response = await self._gateway.respond(
                 Request(identity, method, path, scope["query_string"], headers, body, tenant)
             )
-        if not self._behind_serve:
-            if identity:
-                response.headers.append((b"x-request-id", identity.encode()))
-            elapsed_ms = (time.perf_counter() - started) * 1e3
-            line = "%s %s %s -> %d after %.1f ms"
-            logger.info(line, identity, method, quote(path), response.status, elapsed_ms)
+        if identity and not self._behind_serve:
+            response.headers.append((b"x-request-id", identity.encode()))
         await _send(response, method, send)
 
 

@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from cluster.config import ClassifierConfig, GeneratorConfig, TandemConfig
 from cluster.errors import InternalError, MethodNotAllowedError, RequestError
 from cluster.gateway.auth import Authenticator
+from cluster.gateway.dashboard import Dashboard
 from cluster.gateway.gauges import watch_pools
+from cluster.gateway.journal import Ended, Journal, outcome_of
 from cluster.gateway.messages import Headers, Request, Response, error_response
 from cluster.gateway.metering import PoolMeter
 from cluster.gateway.own import PUBLIC_PATHS, OwnRoutes
 from cluster.gateway.pool import Kind, Pool, PoolLimits, Wiring
 from cluster.gateway.relay import relay
+from cluster.gateway.router_links import RouterLinks
 from cluster.gateway.routes import OTHER
 from cluster.gateway.surface import pick_pool, requested_model
 from cluster.metrics import Registry, table
@@ -29,6 +32,7 @@ class Gateway:
         config: The whole deployment's.
         wirings: How each pool's replicas are reached, by the pool's name.
         versions: Of this router's parts, for ``/version``.
+        routers: The other routers, whose figures its dashboard shows too; None: it is alone.
     """
 
     def __init__(
@@ -36,14 +40,18 @@ class Gateway:
         config: TandemConfig,
         wirings: Mapping[str, Wiring],
         versions: Mapping[str, str] | None = None,
+        routers: RouterLinks | None = None,
     ) -> None:
         self.max_body_bytes = int(config.router.max_body_bytes)
         self.registry = Registry()
         """What this router counts."""
-        self.pools = _make_pools(config, wirings, self.registry)
+        router = config.router
+        self._journal = Journal(router.log_requests_per_s, log_prompts=router.log_prompts)
+        self.pools = _make_pools(config, wirings, self.registry, self._journal)
         watch_pools(self.registry, self.pools.values())
+        self._dashboard = Dashboard(self.registry, self.pools, self._journal, routers)
         self._authenticator = Authenticator(config.router.api_keys_sha256)
-        self._own = OwnRoutes(self.pools, versions or {}, self.registry)
+        self._own = OwnRoutes(self.pools, versions or {}, self.registry, self._dashboard)
 
     def authenticate(self, path: str, headers: Headers) -> str:
         """Whose request this is; asked before its body is read, where it comes from outside.
@@ -72,30 +80,37 @@ class Gateway:
                 raise MethodNotAllowedError(f"{request.path} takes GET, not {request.method}.")
             else:
                 response = await own.handler(request)
-                self.count(own.route, response.status)
+                self._count(own.route, response.status)
                 return response
         except RequestError as error:
-            self.count(own.route if own else OTHER, error.status)
+            self.refuse(own.route if own else OTHER, error, request.id)
             raise
         return await relay(request, pool)
 
-    def count(self, route: str, status: int) -> None:
-        """Count a request that never came to a pool."""
+    def refuse(self, route: str, error: RequestError, request_id: str) -> None:
+        """Count and log a request that never came to a pool."""
+        self._count(route, error.status)
+        outcome = outcome_of(error.status)
+        self._journal.write(Ended(request_id, route, error.status, outcome))
+
+    def _count(self, route: str, status: int) -> None:
         self.registry.counter(table.REQUESTS, "", route, str(status)).add()
 
     async def close(self) -> None:
         """Close every link."""
+        await self._dashboard.close()
         await asyncio.gather(*(pool.close() for pool in self.pools.values()))
 
 
 def _make_pools(
-    config: TandemConfig, wirings: Mapping[str, Wiring], registry: Registry
+    config: TandemConfig, wirings: Mapping[str, Wiring], registry: Registry, journal: Journal
 ) -> dict[str, Pool]:
     router = config.router
 
     def make(kind: Kind, pool: GeneratorConfig | ClassifierConfig) -> Pool:
         limits = PoolLimits(pool.max_ongoing, router.max_queued, router.queue_timeout_s)
-        return Pool(pool.name, kind, limits, wirings[pool.name], PoolMeter(registry, pool.name))
+        meter = PoolMeter(registry, pool.name, journal)
+        return Pool(pool.name, kind, limits, wirings[pool.name], meter)
 
     pools = [
         *(make("generator", pool) for pool in config.generators),

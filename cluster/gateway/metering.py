@@ -3,17 +3,18 @@
 import time
 from functools import partial
 
+from cluster.gateway.journal import CLIENT_LEFT, Ended, Journal, Outcome, outcome_of
+from cluster.gateway.messages import Request
 from cluster.link import LinkUsage
 from cluster.metrics import Counter, Registry, table
 
-CLIENT_LEFT = 499
-"""Not a status that is sent: who would get it has left."""
-
 
 class PoolMeter:
-    """The counters of one pool."""
+    """The counters of one pool, and the journal that its requests are told to."""
 
-    def __init__(self, registry: Registry, model: str) -> None:
+    def __init__(self, registry: Registry, model: str, journal: Journal) -> None:
+        self.model = model
+        self.journal = journal
         histogram, counter = registry.histogram, registry.counter
         self.request_s = histogram(table.REQUEST_SECONDS, model)
         self.queue_s = histogram(table.QUEUE_SECONDS, model)
@@ -29,9 +30,9 @@ class PoolMeter:
         self.fallbacks = counter(table.LINK_FALLBACKS, model)
         self._requests = partial(counter, table.REQUESTS, model)
 
-    def watch(self, route: str) -> "Watch":
+    def watch(self, request: Request, route: str) -> "Watch":
         """Begin to watch one request."""
-        return Watch(self, route)
+        return Watch(self, request, route)
 
     def requests(self, route: str, status: int) -> Counter:
         """Requests that ended so."""
@@ -41,20 +42,28 @@ class PoolMeter:
 class Watch:
     """One request from its arrival to its end."""
 
-    __slots__ = ("_begun", "_first", "_itl", "_last", "_meter", "_placed", "_route", "status")
+    __slots__ = (
+        *("_begun", "_first", "_itl", "_last", "_meter", "_placed", "_replica", "_request"),
+        *("_route", "cut_off", "status"),
+    )
 
-    def __init__(self, meter: PoolMeter, route: str) -> None:
+    def __init__(self, meter: PoolMeter, request: Request, route: str) -> None:
         self._meter = meter
+        self._request = request
         self._route = route
         self._itl = meter.itl_s
         self._begun = time.perf_counter()
         self._placed = self._first = self._last = 0.0
         self.status = CLIENT_LEFT
         """The status of its answer; until one is known, that of a client who leaves."""
+        self._replica: str | None = None
+        self.cut_off = False
+        """Whether its answer ended before it was whole."""
 
-    def placed(self) -> None:
+    def placed(self, replica: str) -> None:
         """It has a place at a replica; where that one is lost, at another."""
         self._placed = time.perf_counter()
+        self._replica = replica
 
     def chunk(self) -> None:
         """A piece of its stream goes out."""
@@ -82,3 +91,23 @@ class Watch:
             if self._first and usage.completion_tokens > 1:
                 generating = self._last - self._first
                 meter.tpot_s.observe(generating / (usage.completion_tokens - 1))
+        outcome = outcome_of(self.status, cut_off=self.cut_off)
+        if meter.journal.wants(outcome):
+            meter.journal.write(self._ended(outcome, elapsed, usage), self._request.body)
+
+    def _ended(self, outcome: Outcome, elapsed: float, usage: LinkUsage | None) -> Ended:
+        return Ended(
+            id=self._request.id,
+            tenant=self._request.tenant,
+            model=self._meter.model,
+            route=self._route,
+            status=self.status,
+            outcome=outcome,
+            replica=self._replica,
+            prompt_tokens=usage.prompt_tokens if usage else None,
+            cached_tokens=usage.cached_tokens if usage else None,
+            completion_tokens=usage.completion_tokens if usage else None,
+            queue_s=round(self._placed - self._begun, 6) if self._placed else None,
+            ttft_s=round(self._first - self._begun, 6) if self._first else None,
+            total_s=round(elapsed, 6),
+        )

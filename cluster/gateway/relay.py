@@ -7,9 +7,10 @@ import asyncio
 import json
 import logging
 
-from cluster.errors import LinkError, RequestError, UnavailableError
+from cluster.errors import InternalError, LinkError, RequestError, UnavailableError
+from cluster.gateway.journal import CLIENT_LEFT
 from cluster.gateway.messages import Headers, Request, Response
-from cluster.gateway.metering import CLIENT_LEFT, Watch
+from cluster.gateway.metering import Watch
 from cluster.gateway.pool import Answer, Pool, Replica
 from cluster.gateway.routes import OTHER
 from cluster.link import RequestHead
@@ -40,11 +41,15 @@ async def relay(request: Request, pool: Pool, timeout_s: float | None = None) ->
         OverloadedError: the pool's queue is full.
         UnavailableError: no replica is there, or each that was tried was lost.
     """
-    watch = pool.meter.watch(pool.routes.find(request.path) or OTHER)
+    watch = pool.meter.watch(request, pool.routes.find(request.path) or OTHER)
     try:
         return await _relay(request, pool, timeout_s, watch)
     except RequestError as error:
         watch.status = error.status
+        watch.end(None)
+        raise
+    except Exception:  # a defect
+        watch.status = InternalError.status
         watch.end(None)
         raise
     except BaseException:
@@ -58,7 +63,7 @@ async def _relay(request: Request, pool: Pool, timeout_s: float | None, watch: W
     deadline = loop.time() + (pool.queue_timeout_s if timeout_s is None else timeout_s)
     for _ in range(MAX_ATTEMPTS):
         replica = await pool.admit(max(0.0, deadline - loop.time()))
-        watch.placed()
+        watch.placed(replica.info.id)
         body = RelayedBody(pool, replica, request.id, watch)
         try:
             return await body.begin(head, request.body)
@@ -135,6 +140,7 @@ class RelayedBody:
     def _cut_off(self, error: LinkError | RequestError) -> bytes:
         """What a client is told of an answer that breaks off, where its format can say it."""
         self._pool.meter.cut_off.add()
+        self._watch.cut_off = True
         self._end()
         logger.warning("%s: answer cut off: %s", self._request_id, error)
         if not self._is_event_stream:
