@@ -117,7 +117,8 @@ class Journal:
 
     def _line(self, ended: Ended, body: bytes) -> str:
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds")}
-        line |= {key: value for key, value in msgspec.structs.asdict(ended).items() if value != ""}
+        known = msgspec.structs.asdict(ended).items()
+        line |= {key: value for key, value in known if value is not None and value != ""}
         line |= {"skipped": self._skipped} if self._skipped else {}
         self._skipped = 0
         if self._log_prompts:

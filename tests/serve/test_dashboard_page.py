@@ -1,6 +1,7 @@
 """The dashboard in a real browser, over two routers, links and simulated engines under load."""
 
 import asyncio
+import base64
 import hashlib
 import os
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -30,26 +31,24 @@ CHAT = "/v1/chat/completions"
 class World:
     """Two routers of the same two generators, each with a simulated engine."""
 
-    def __init__(self, config, routers):
+    def __init__(self, routers):
         self.apps = [GatewayApp(router, authenticates=False) for router in routers]
         self.outside = GatewayApp(routers[0])
-        self.gateways = routers
-        self.config = config
+        self._ending = asyncio.Event()
         self._tasks = []
 
     def start_load(self, clients):
         self._tasks = [asyncio.create_task(self._talk(number)) for number in range(clients)]
 
     async def stop_load(self):
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._ending.set()
+        await asyncio.gather(*self._tasks)
 
     async def _talk(self, number):
         app = self.apps[number % len(self.apps)]
         model = "chat" if number % 3 else "draft"
         turn = 0
-        while True:
+        while not self._ending.is_set():
             turn += 1
             words = " ".join(f"word{number}" for _ in range(10 + (turn * 7) % 40))
             body = {
@@ -95,7 +94,9 @@ async def world(**router):
             info = ReplicaInfo(f"{generator.name}-1", host, port, engine.routes())
             for gateway in gateways:
                 gateway.pools[generator.name].update([info])
-        yield World(config, gateways)
+        running = World(gateways)
+        stack.push_async_callback(running.stop_load)
+        yield running
 
 
 def load(engine):
@@ -132,12 +133,8 @@ class DashboardPage(Page):
     def picture(self, name):
         """Take a picture for the documentation, where that is asked for."""
         if folder := os.environ.get("TANDEM_PICTURES"):
-            size = self.script("document.documentElement.scrollHeight")
             shot = {"captureBeyondViewport": True, "format": "png"}
-            assert size
             found = self.driver.execute_cdp_cmd("Page.captureScreenshot", shot)
-            import base64
-
             (Path(folder) / name).write_bytes(base64.b64decode(found["data"]))
 
 
@@ -171,7 +168,6 @@ async def test_load_is_seen_while_it_happens(page):
             assert page.driver.get_log("browser") == []
 
         await asyncio.to_thread(look)
-        await running.stop_load()
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1100), ("dark", 1100), ("dark", 360)])
@@ -192,7 +188,6 @@ async def test_it_is_light_and_dark_and_fits_a_phone(page, scheme, width):
             page.picture(f"dashboard-{kind}.png")
 
         await asyncio.to_thread(look)
-        await running.stop_load()
 
 
 async def test_it_says_when_the_router_is_gone_and_when_it_is_back(page):
