@@ -116,11 +116,11 @@ class Journal:
             logger.log(level, "%s", self._line(ended, body))
 
     def _line(self, ended: Ended, body: bytes) -> str:
-        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds")}
+        line: dict[str, object] = {"time": datetime.now(UTC).isoformat(timespec="milliseconds")}
         known = msgspec.structs.asdict(ended).items()
         line |= {key: value for key, value in known if value is not None and value != ""}
-        line |= {"skipped": self._skipped} if self._skipped else {}
-        self._skipped = 0
+        if self._skipped:
+            line["skipped"], self._skipped = self._skipped, 0
         if self._log_prompts:
             line["body"] = body[: 4 * MAX_PROMPT_CHARS].decode(errors="replace")[:MAX_PROMPT_CHARS]
         return msgspec.json.encode(line).decode()

@@ -1,6 +1,5 @@
 import json
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,9 +16,9 @@ class Clock:
 
 
 @pytest.fixture
-def lines(caplog: pytest.LogCaptureFixture) -> Iterator[Any]:
+def lines(caplog: pytest.LogCaptureFixture) -> Any:
     caplog.set_level(logging.INFO, LOGGER)
-    yield lambda: [json.loads(record.message) for record in caplog.records]
+    return lambda: [json.loads(record.message) for record in caplog.records]
 
 
 def end(journal: Journal, identity: str, status: int = 200, body: bytes = b"") -> None:

@@ -14,7 +14,7 @@ from cluster.gateway.dashboard.report import (
 )
 from cluster.gateway.journal import CLIENT_LEFT
 from cluster.gateway.pool import Pool
-from cluster.metrics import Counter, Histogram, Registry, table
+from cluster.metrics import Counter, Registry, table
 
 HISTORY_S = 300
 MAX_CHANGES = 50
@@ -77,16 +77,14 @@ class History:
 
     def now(self) -> dict[str, PoolNow]:
         """The pools at this moment."""
-        return {
-            pool.name: PoolNow(pool.kind, _replicas(pool)) for pool in self._pools.values()
-        }
+        return {pool.name: PoolNow(pool.kind, _replicas(pool)) for pool in self._pools.values()}
 
     def _read_totals(self) -> Iterator[tuple[str, _Totals]]:
         endings = {name: [0, 0, 0] for name in self._pools}
         for (model, _, status), child in self._registry.series(table.REQUESTS).items():
             if model in endings and status.isdigit() and isinstance(child, Counter):
-                for index, counts in enumerate(_kinds(int(status))):
-                    endings[model][index] += int(child.value) * counts
+                for index, counted in enumerate(_kinds(int(status))):
+                    endings[model][index] += int(child.value) * counted
         for name, (requests, failed, refused) in endings.items():
             cut_off = self._registry.counter(table.CUT_OFF, name)
             counts = {

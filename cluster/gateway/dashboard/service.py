@@ -141,9 +141,7 @@ class Dashboard:
             "window_s": WINDOW_S,
             "columns": COLUMNS,
             "times": [row.time for row in rows],
-            "rows": {
-                name: [row.pools[name] for row in rows] for name in ("", *own.pools)
-            },
+            "rows": {name: [row.pools[name] for row in rows] for name in ("", *own.pools)},
             "pools": _pools_of_all(answered),
             "failures": _failures_of_all(answered),
             "changes": own.changes,

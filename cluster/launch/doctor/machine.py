@@ -100,8 +100,9 @@ def check_models(config: TandemConfig) -> Iterator[Finding]:
 
 def check_gpus(config: TandemConfig) -> Iterator[Finding]:
     """The GPUs that the configuration reserves, beside those that NVIDIA's library knows."""
-    sections = (*config.generators, *config.classifiers)
-    wanted = any(section.resources.gpus > 0 for section in sections)
+    resources = [generator.resources for generator in config.generators]
+    resources += [classifier.resources for classifier in config.classifiers]
+    wanted = any(reserved.gpus > 0 for reserved in resources)
     if find_spec("pynvml") is None:
         text = "nvidia-ml-py is not installed"
         advice = "pip install nvidia-ml-py"
