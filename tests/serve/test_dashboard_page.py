@@ -133,7 +133,9 @@ class DashboardPage(Page):
     def picture(self, name):
         """Take a picture for the documentation, where that is asked for."""
         if folder := os.environ.get("TANDEM_PICTURES"):
-            shot = {"captureBeyondViewport": True, "format": "png"}
+            width, height = self.script("[innerWidth, document.body.scrollHeight]")
+            clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
+            shot = {"captureBeyondViewport": True, "format": "png", "clip": clip}
             found = self.driver.execute_cdp_cmd("Page.captureScreenshot", shot)
             (Path(folder) / name).write_bytes(base64.b64decode(found["data"]))
 
