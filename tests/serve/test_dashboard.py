@@ -29,12 +29,15 @@ async def test_seconds_hold_what_came_since_the_second_before() -> None:
         for _ in range(3):
             await asgi.post(world.app, CHAT, {"model": "gen", "stream": 2})
         await asgi.post(world.app, CHAT, {"model": "gen", "fail": True})
+        await asgi.post(world.app, CHAT, {"model": "nobody"})
+        await asgi.get(world.app, "/ready")
         history.take(1001.0, 2.0)
         history.take(1002.1, 3.5)
         first, second = history.since(0)
         assert (first.time, first.span_s, second.time, second.span_s) == (1000, 1.0, 1001, 1.5)
         pool = first.pools["gen"]
         assert (pool.requests, pool.failed, pool.refused) == (4, 1, 0)
+        assert (first.astray, second.astray) == (1, 0)
         assert sum(pool.latencies["ttft"].values()) == 3
         assert sum(pool.latencies["total"].values()) == 4
         assert second.pools["gen"].requests == 0

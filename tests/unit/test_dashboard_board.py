@@ -55,6 +55,13 @@ def test_routers_add_up_but_what_replicas_said_to_both_does_not() -> None:
     assert value(row, "itl_p50") is None
 
 
+def test_requests_without_a_pool_are_refused_ones_of_all() -> None:
+    stray = Second(T, 1.0, {"m": PoolSecond(requests=1)}, astray=2)
+    (row,) = board([stray], [stray]).since(0)
+    assert (value(row, "requests"), value(row, "refused")) == (2, 0)
+    assert (value(row, "requests", ""), value(row, "refused", "")) == (6, 4)
+
+
 def test_a_router_without_that_second_takes_nothing_away() -> None:
     rows = board([second(T, requests=1), second(T + 1, requests=1)], [second(T, requests=1)])
     assert [value(row, "requests") for row in rows.since(0)] == [2, 1.5]

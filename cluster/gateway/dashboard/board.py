@@ -83,7 +83,11 @@ class Board:
         sums = {name: _sum_of(second.pools.get(name) for second in recent) for name in self._models}
         for name, total in sums.items():
             pools[name] = _values(total, levels.get(name, PoolSecond()), span_s)
-        pools[ALL] = _values(_sum_of(sums.values()), _level_of_all(levels), span_s)
+        everything = _sum_of(sums.values())
+        astray = sum(second.astray for second in recent)
+        everything.requests += astray
+        everything.refused += astray
+        pools[ALL] = _values(everything, _level_of_all(levels), span_s)
         return Row(time, pools)
 
 
@@ -93,7 +97,8 @@ def _together(first: Second, second: Second) -> Second:
     for name, pool in second.pools.items():
         known = pools.get(name)
         pools[name] = pool if known is None else _both(known, pool)
-    return Second(first.time, max(first.span_s, second.span_s), pools)
+    span_s = max(first.span_s, second.span_s)
+    return Second(first.time, span_s, pools, first.astray + second.astray)
 
 
 def _both(one: PoolSecond, other: PoolSecond) -> PoolSecond:

@@ -43,6 +43,7 @@ class History:
         self._replicas: dict[str, frozenset[str]] = {name: frozenset() for name in pools}
         self._read_at: float | None = None
         self._totals: dict[str, _Totals] = {}
+        self._astray = 0
 
     @property
     def changes(self) -> list[Change]:
@@ -60,7 +61,7 @@ class History:
             now: Unix time.
             monotonic: A clock that is never set, in seconds.
         """
-        totals = dict(self._read_totals())
+        totals, astray = dict(self._read_totals()), self._read_astray()
         if self._read_at is not None:
             began = int(now) - 1
             if self._seconds and abs(began - self._seconds[-1].time) > MAX_DRIFT_S:
@@ -71,8 +72,10 @@ class History:
                 name: self._second(pool, self._totals[name], totals[name])
                 for name, pool in self._pools.items()
             }
-            self._seconds.append(Second(began, monotonic - self._read_at, pools))
-        self._totals, self._read_at = totals, monotonic
+            self._seconds.append(
+                Second(began, monotonic - self._read_at, pools, astray - self._astray)
+            )
+        self._totals, self._astray, self._read_at = totals, astray, monotonic
         self._note_changes(now)
 
     def now(self) -> dict[str, PoolNow]:
@@ -99,6 +102,13 @@ class History:
                 for key, metric in LATENCIES.items()
             }
             yield name, _Totals(counts, buckets)
+
+    def _read_astray(self) -> int:
+        return sum(
+            int(child.value)
+            for (model, _, status), child in self._registry.series(table.REQUESTS).items()
+            if not model and isinstance(child, Counter) and _kinds(int(status))[2]
+        )
 
     def _second(self, pool: Pool, before: _Totals, after: _Totals) -> PoolSecond:
         replicas = _replicas(pool)

@@ -46,6 +46,8 @@ class Second(msgspec.Struct):
     span_s: float
     """How long it really was."""
     pools: dict[str, PoolSecond]
+    astray: int = 0
+    """Requests that were refused before they came to a pool: no such model, no key."""
 
 
 class ReplicaNow(msgspec.Struct):
