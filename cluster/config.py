@@ -222,6 +222,10 @@ class RouterConfig(Section):
     """Their estimated work; beyond it 429."""
     queue_timeout_s: float = Field(60.0, gt=0)
     """The longest wait in the queue; then 429, or 503 where no replica runs."""
+    log_requests_per_s: float = Field(10.0, ge=0)
+    """Requests that one router logs in a second, and as many more of those that failed."""
+    log_prompts: bool = False
+    """Whether a request's line in the log holds the first 2000 characters of its body."""
     replicas: ReplicasConfig = ReplicasConfig(min=1, max=2, target_ongoing=256)
     resources: ResourcesConfig = ResourcesConfig(cpus=0.2)
 

@@ -9,6 +9,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
+from ray.serve.schema import LoggingConfig
 
 from cluster.config import (
     ClassifierConfig,
@@ -50,6 +51,8 @@ def build(args: dict[str, Any] | TandemConfig) -> Application:
         graceful_shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
         health_check_period_s=5,
         max_surge_percent=SURGE_PERCENT,
+        # The router logs requests itself, and says more of them (deployments/request_log.py).
+        logging_config=LoggingConfig(enable_access_log=False),
     )
     return router.bind(config, pools)
 

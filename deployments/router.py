@@ -5,16 +5,26 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import aclosing
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ray import serve
 from ray.serve._private.common import DeploymentID
+from ray.serve._private.logging_utils import get_serve_logs_dir
 from ray.serve.handle import DeploymentHandle
 
 from cluster.accounting.usage_log import UsageLog
 from cluster.config import TandemConfig
 from cluster.config_file import key_file_path
-from cluster.gateway import Gateway, GatewayApp, Peers, ReplicaInfo, UsageAccount, Wiring
+from cluster.gateway import (
+    Gateway,
+    GatewayApp,
+    Peers,
+    ReplicaInfo,
+    RouterLinks,
+    UsageAccount,
+    Wiring,
+)
 from cluster.key_file import KeyFile
 from cluster.launch.loopback import confine_serve
 from cluster.leaks import MemoryWatch
@@ -33,6 +43,7 @@ from deployments.handles import opener
 from deployments.links import serve_links, watch_certificate
 from deployments.metrics import RayExporter
 from deployments.replica import DRAIN_TIMEOUT_S
+from deployments.request_log import close_request_log, open_request_log
 from deployments.secret import link_secret
 
 USAGE_FILE = "usage-{app}.sqlite3"
@@ -60,16 +71,19 @@ class Router:
         router = config.router
         identity = serve.get_replica_context().replica_id
         own = identity.deployment_id
+        self._links = RouterLinks(identity.unique_id, secret, tls.client if tls else None)
+        self._log = open_request_log(Path(get_serve_logs_dir()), identity.unique_id)
         self._tracer = start_tracer(config.tracing, "tandem.router", identity.unique_id)
         file = home() / USAGE_FILE.format(app=own.app_name)
         usage = UsageAccount(config, UsageLog(file, config.accounting.keep_days))
         usage.start()
         keys = KeyFile(key_file_path(router), expected=router.keys_file is not None)
         wirings = _wirings(pools, secret, tls)
-        self._gateway = Gateway(config, wirings, _versions(), keys, self._tracer, usage)
+        self._gateway = Gateway(
+            config, wirings, _versions(), keys, self._tracer, usage, self._links
+        )
         self._routers: list[ReplicaInfo] = []
-        ssl = tls.client if tls else None
-        self._peers = Peers(self._gateway, identity.unique_id, secret, ssl)
+        self._peers = Peers(self._gateway, self._links)
         listeners = {
             DeploymentID(handle.deployment_name, handle.app_name): self._gateway.pools[name].update
             for name, handle in pools.items()
@@ -121,10 +135,12 @@ class Router:
             await self._discovery.close()
             await self._peers.close()
             await self._gateway.close()
+            await self._links.close()
             await self._memory.close()
             await self._exporter.close()
             if self._tracer is not None:
                 await self._tracer.close()
+            close_request_log(self._log)
 
 
 def _wirings(

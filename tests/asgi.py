@@ -104,6 +104,7 @@ def start(
 ) -> Call:
     """Begin a request; ``body`` is sent as JSON unless it is bytes."""
     raw = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+    path, _, query = path.partition("?")
     sent = {"content-type": "application/json", "content-length": str(len(raw)), **(headers or {})}
     scope = {
         "type": "http",
@@ -113,7 +114,7 @@ def start(
         "scheme": "http",
         "path": path,
         "raw_path": path.encode(),
-        "query_string": b"",
+        "query_string": query.encode(),
         "root_path": "",
         "headers": [(k.lower().encode(), v.encode()) for k, v in sent.items()],
         "client": ("127.0.0.1", 1),

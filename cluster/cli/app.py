@@ -106,6 +106,46 @@ def status(as_json: JsonOption = False) -> None:
 
 
 @app.command()
+def top(
+    url: UrlOption = None,
+    api_key: KeyOption = None,
+    every_s: Annotated[float, typer.Option(min=0.2, help="Seconds between frames.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Print one frame.")] = False,
+) -> None:
+    """Show live what the routers do: rates, latencies, replicas, failures."""
+    from cluster.cli.top import run
+
+    run(url, api_key, every_s=every_s, once=once)
+
+
+@app.command()
+def doctor(
+    config: ConfigOption = None, overrides: SetOption = None, as_json: JsonOption = False
+) -> None:
+    """Check versions, ports, memory, disks, GPUs, models, clocks; say what to do about each."""
+    from cluster.cli.doctor import run
+
+    run(config, overrides or [], as_json=as_json)
+
+
+@app.command()
+def logs(
+    request: Annotated[
+        str | None, typer.Option("--request", metavar="ID", help="Its x-request-id.")
+    ] = None,
+    directory: Annotated[
+        Path | None,
+        typer.Option("--directory", help="Logs of Ray.", show_default="of the running cluster"),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say where the logs are and what failed last, or find every line of one request."""
+    from cluster.cli.logs import run
+
+    run(request, directory, as_json=as_json)
+
+
+@app.command()
 def chat(
     model: Annotated[str | None, typer.Option(help="A generator's name.")] = None,
     url: UrlOption = None,

@@ -10,6 +10,7 @@ from cluster.gateway.gateway import Gateway
 from cluster.gateway.messages import Request, Response
 from cluster.gateway.peers import Peers
 from cluster.gateway.pool import Answer, Opener, ReplicaInfo, Wiring
+from cluster.gateway.router_links import RouterLinks
 from cluster.gateway.usage import UsageAccount
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "ReplicaInfo",
     "Request",
     "Response",
+    "RouterLinks",
     "UsageAccount",
     "Wiring",
 ]

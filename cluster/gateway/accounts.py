@@ -8,7 +8,7 @@ from cluster.admission import Account, Identity, Refusal, Tenant
 from cluster.admission.leases import Demand, Peers, Report, TenantReport
 from cluster.admission.limits import DAY_S
 from cluster.errors import OverloadedError
-from cluster.gateway.metering import CLIENT_LEFT
+from cluster.gateway.journal import CLIENT_LEFT
 from cluster.link import LinkUsage
 from cluster.metrics import Counter, Registry, table
 

@@ -1,10 +1,7 @@
 """The gateway as an ASGI application: HTTP in, one write for each chunk that the relay gives."""
 
-import logging
-import time
 from contextlib import aclosing
 from typing import Any
-from urllib.parse import quote
 
 from cluster.admission import OPEN
 from cluster.asgi import Receive, Scope, Send
@@ -12,8 +9,6 @@ from cluster.errors import LinkError, PayloadTooLargeError, RequestError
 from cluster.gateway.gateway import Gateway
 from cluster.gateway.messages import Headers, Request, Response, error_response, header, request_id
 from cluster.gateway.routes import OTHER
-
-logger = logging.getLogger("ray.serve.tandem")
 
 
 class GatewayApp:
@@ -23,7 +18,7 @@ class GatewayApp:
         gateway: What answers.
         authenticates: Whether requests need an API key, where any is configured.
         behind_serve: Whether Ray Serve's own server calls this; it sends ``x-request-id`` back
-            and writes a line for each request to its log itself.
+            itself.
     """
 
     def __init__(
@@ -46,7 +41,6 @@ class GatewayApp:
         headers = [(name.lower(), value) for name, value in scope["headers"]]
         method = scope["method"]
         path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/")) or "/"
-        started = time.perf_counter()
         name, identity = "", OPEN
         try:
             name = request_id(header(headers, b"x-request-id"))
@@ -54,7 +48,7 @@ class GatewayApp:
                 identity = self._gateway.authenticate(path, headers)
             body = await _read_body(headers, receive, self._gateway.max_body_bytes)
         except RequestError as error:
-            self._gateway.count(OTHER, error.status)
+            self._gateway.refuse(OTHER, error, name)
             # What is left of the body is not read, so the connection cannot be used again.
             response = error_response(error)
             response.headers.append((b"connection", b"close"))
@@ -62,12 +56,8 @@ class GatewayApp:
             response = await self._gateway.respond(
                 Request(name, method, path, scope["query_string"], headers, body, identity)
             )
-        if not self._behind_serve:
-            if name:
-                response.headers.append((b"x-request-id", name.encode()))
-            elapsed_ms = (time.perf_counter() - started) * 1e3
-            line = "%s %s %s -> %d after %.1f ms"
-            logger.info(line, name, method, quote(path), response.status, elapsed_ms)
+        if name and not self._behind_serve:
+            response.headers.append((b"x-request-id", name.encode()))
         await _send(response, method, send)
 
 

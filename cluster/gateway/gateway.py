@@ -11,13 +11,16 @@ from cluster.errors import InternalError, MethodNotAllowedError, RequestError
 from cluster.gateway.accounts import Accounts
 from cluster.gateway.admission import Admission
 from cluster.gateway.auth import Authenticator
+from cluster.gateway.dashboard import Dashboard
 from cluster.gateway.engine_priority import PATHS, with_engine_priority
 from cluster.gateway.gauges import watch_pools
+from cluster.gateway.journal import Ended, Journal, outcome_of
 from cluster.gateway.messages import Headers, Request, Response, error_response
 from cluster.gateway.metering import Observers, PoolMeter
 from cluster.gateway.own import PUBLIC_PATHS, OwnRoutes
 from cluster.gateway.pool import Kind, Pool, PoolLimits, Wiring
 from cluster.gateway.relay import relay
+from cluster.gateway.router_links import RouterLinks
 from cluster.gateway.routes import OTHER
 from cluster.gateway.surface import Envelope, pick_pool, read_envelope
 from cluster.gateway.usage import UsageAccount
@@ -42,6 +45,7 @@ class Gateway:
         key_file: Keys beside those of the configuration.
         tracer: What makes the spans of requests; None: they are not traced.
         usage: What remembers who used how much; None: nobody does.
+        routers: The other routers, whose figures its dashboard shows too; None: it is alone.
     """
 
     def __init__(
@@ -52,18 +56,20 @@ class Gateway:
         key_file: KeyFile | None = None,
         tracer: "Tracer | None" = None,
         usage: UsageAccount | None = None,
+        routers: RouterLinks | None = None,
     ) -> None:
         self.max_body_bytes = int(config.router.max_body_bytes)
         self.registry = Registry()
         """What this router counts."""
-        self.pools = _make_pools(config, wirings, Observers(self.registry, tracer, usage))
-        watch_pools(self.registry, self.pools.values())
         router = config.router
-        authenticator = Authenticator(
-            router.api_keys_sha256 + router.operator_keys_sha256, key_file
-        )
-        self.admission = Admission(authenticator, Accounts(self.registry))
-        self._own = OwnRoutes(self.pools, versions or {}, self.registry, usage)
+        self._journal = Journal(router.log_requests_per_s, log_prompts=router.log_prompts)
+        observers = Observers(self.registry, self._journal, tracer, usage)
+        self.pools = _make_pools(config, wirings, observers)
+        watch_pools(self.registry, self.pools.values())
+        self._dashboard = Dashboard(self.registry, self.pools, self._journal, routers)
+        key_hashes = router.api_keys_sha256 + router.operator_keys_sha256
+        self.admission = Admission(Authenticator(key_hashes, key_file), Accounts(self.registry))
+        self._own = OwnRoutes(self.pools, versions or {}, self.registry, self._dashboard, usage)
         self._usage = usage
 
     def authenticate(self, path: str, headers: Headers) -> Identity:
@@ -94,10 +100,10 @@ class Gateway:
                 raise MethodNotAllowedError(f"{request.path} takes GET, not {request.method}.")
             else:
                 response = await own.handler(request)
-                self.count(own.route, response.status)
+                self._count(own.route, response.status)
                 return response
         except RequestError as error:
-            self.count(own.route if own else OTHER, error.status)
+            self.refuse(own.route if own else OTHER, error, request.id)
             raise
         return await self._relay(request, envelope, pool)
 
@@ -116,12 +122,18 @@ class Gateway:
             for pool in self.pools.values()
         )
 
-    def count(self, route: str, status: int) -> None:
-        """Count a request that never came to a pool."""
+    def refuse(self, route: str, error: RequestError, request_id: str) -> None:
+        """Count and log a request that never came to a pool."""
+        self._count(route, error.status)
+        outcome = outcome_of(error.status)
+        self._journal.write(Ended(request_id, route, error.status, outcome))
+
+    def _count(self, route: str, status: int) -> None:
         self.registry.counter(table.REQUESTS, "", route, str(status)).add()
 
     async def close(self) -> None:
         """Close every link, and write down what was used."""
+        await self._dashboard.close()
         await asyncio.gather(*(pool.close() for pool in self.pools.values()))
         if self._usage is not None:
             await self._usage.close()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import msgspec
 
+from cluster.gateway.journal import CLIENT_LEFT, Ended, Journal, Outcome, outcome_of
 from cluster.gateway.messages import Request
 from cluster.gateway.usage import UsageAccount
 from cluster.link import LinkUsage, RequestHead
@@ -15,9 +16,6 @@ from cluster.metrics import Counter, Registry, table
 if TYPE_CHECKING:
     from cluster.tracing.routed import RoutedTrace
     from cluster.tracing.tracer import Tracer
-
-CLIENT_LEFT = 499
-"""Not a status that is sent: who would get it has left."""
 
 ShedReason = Literal["queue_full", "too_long", "deadline", "expired"]
 
@@ -34,6 +32,7 @@ class Observers:
     """What a router tells of its requests."""
 
     registry: Registry
+    journal: Journal
     tracer: "Tracer | None" = None
     usage: UsageAccount | None = None
 
@@ -43,6 +42,7 @@ class PoolMeter:
 
     def __init__(self, model: str, observers: Observers) -> None:
         self.model = model
+        self.journal = observers.journal
         self.tracer = observers.tracer
         self.usage = observers.usage
         registry = observers.registry
@@ -65,8 +65,7 @@ class PoolMeter:
 
     def watch(self, request: Request, route: str, grant: Ending | None = None) -> "Watch":
         """Begin to watch one request, of whose end ``grant`` is told."""
-        trace = None if self.tracer is None else _trace(self.tracer, request, route)
-        return Watch(self, request.tenant, route, grant, trace)
+        return Watch(self, request, route, grant)
 
     def shed(self, reason: ShedReason) -> None:
         """Count a request that is refused."""
@@ -81,32 +80,31 @@ class Watch:
     """One request from its arrival to its end."""
 
     __slots__ = (
-        *("_begun", "_first", "_grant", "_itl", "_last", "_meter", "_placed", "_route"),
-        *("_tenant", "_trace", "status"),
+        *("_begun", "_first", "_grant", "_itl", "_last", "_meter", "_placed", "_replica"),
+        *("_request", "_route", "_trace", "cut_off", "status"),
     )
 
     def __init__(
-        self,
-        meter: PoolMeter,
-        tenant: str,
-        route: str,
-        grant: Ending | None,
-        trace: "RoutedTrace | None",
+        self, meter: PoolMeter, request: Request, route: str, grant: Ending | None
     ) -> None:
         self._meter = meter
-        self._tenant = tenant
+        self._request = request
         self._grant = grant
         self._route = route
-        self._trace = trace
+        self._trace = None if meter.tracer is None else _trace(meter.tracer, request, route)
         self._itl = meter.itl_s
         self._begun = time.perf_counter()
         self._placed = self._first = self._last = 0.0
         self.status = CLIENT_LEFT
         """The status of its answer; until one is known, that of a client who leaves."""
+        self._replica: str | None = None
+        self.cut_off = False
+        """Whether its answer ended before it was whole."""
 
-    def placed(self) -> None:
+    def placed(self, replica: str) -> None:
         """It has a place at a replica; where that one is lost, at another."""
         self._placed = time.perf_counter()
+        self._replica = replica
 
     def asks(
         self, head: RequestHead, replica_id: str, address: tuple[str, int], way: str
@@ -146,11 +144,31 @@ class Watch:
                 generating = self._last - self._first
                 meter.tpot_s.observe(generating / (usage.completion_tokens - 1))
             if meter.usage is not None:
-                meter.usage.add(self._tenant, meter.model, usage)
+                meter.usage.add(self._request.tenant, meter.model, usage)
         if self._trace is not None:
             queue_s = self._placed - self._begun if self._placed else None
             first_s = self._first - self._begun if self._first else None
             self._trace.end(self.status, queue_s, first_s, usage)
+        outcome = outcome_of(self.status, cut_off=self.cut_off)
+        if meter.journal.wants(outcome):
+            meter.journal.write(self._ended(outcome, elapsed, usage), self._request.body)
+
+    def _ended(self, outcome: Outcome, elapsed: float, usage: LinkUsage | None) -> Ended:
+        return Ended(
+            id=self._request.id,
+            tenant=self._request.tenant,
+            model=self._meter.model,
+            route=self._route,
+            status=self.status,
+            outcome=outcome,
+            replica=self._replica,
+            prompt_tokens=usage.prompt_tokens if usage else None,
+            cached_tokens=usage.cached_tokens if usage else None,
+            completion_tokens=usage.completion_tokens if usage else None,
+            queue_s=round(self._placed - self._begun, 6) if self._placed else None,
+            ttft_s=round(self._first - self._begun, 6) if self._first else None,
+            total_s=round(elapsed, 6),
+        )
 
 
 def _trace(tracer: "Tracer", request: Request, route: str) -> "RoutedTrace":

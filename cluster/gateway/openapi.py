@@ -9,6 +9,7 @@ _OWN_PATHS: Mapping[str, str] = {
     "/version": "Versions of Tandem and of what it runs on.",
     "/v1/models": "Every model that can be named in `model`.",
     "/openapi.json": "This document.",
+    "/dashboard/data": "The last minutes of all routers, second by second.",
     "/metrics": "What this router counts, in Prometheus' text format.",
 }
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from cluster.admission import MAX_PRIORITY
 from cluster.errors import NotFoundError, TandemError
 from cluster.gateway.claim import Claim
+from cluster.gateway.dashboard import DATA_PATH, REPORT_PATH, Dashboard
 from cluster.gateway.messages import Request, Response, bytes_response, json_response
 from cluster.gateway.openapi import merge
 from cluster.gateway.pages import Page
@@ -22,7 +23,7 @@ from cluster.metrics.exposition import CONTENT_TYPE
 
 logger = logging.getLogger("ray.serve.tandem")
 
-PUBLIC_PATHS = frozenset({"/health", "/ready", "/version", "/explain"})
+PUBLIC_PATHS = frozenset({"/health", "/ready", "/version", "/explain", "/dashboard"})
 """Answered without an API key: what load balancers and probes ask for, and pages, which hold
 nothing and send the key that is typed into them."""
 
@@ -50,6 +51,7 @@ class OwnRoutes:
         pools: Mapping[str, Pool],
         versions: Mapping[str, str],
         registry: Registry,
+        dashboard: Dashboard,
         usage: UsageAccount | None,
     ) -> None:
         self._pools = pools
@@ -57,6 +59,7 @@ class OwnRoutes:
         self._registry = registry
         self._created = int(time.time())
         self._explain_page = Page("explain")
+        self._dashboard_page = Page("dashboard")
         self._routes: dict[str, Handler] = {
             "/health": self._health,
             "/ready": self._ready,
@@ -65,6 +68,9 @@ class OwnRoutes:
             "/openapi.json": self._openapi,
             "/metrics": self._metrics,
             "/explain": self._explain,
+            "/dashboard": self._show_dashboard,
+            DATA_PATH: dashboard.data,
+            REPORT_PATH: dashboard.report,
         }
         if usage is not None:
             self._routes["/v1/usage"] = usage.answer
@@ -140,6 +146,9 @@ class OwnRoutes:
     async def _explain(self, _request: Request) -> Response:
         classifiers = [pool.name for pool in self._pools.values() if pool.kind == "classifier"]
         return self._explain_page.response(classifiers)
+
+    async def _show_dashboard(self, _request: Request) -> Response:
+        return self._dashboard_page.response(self._pools)
 
     async def _ask(self, pool: Pool, request: Request, path: str) -> Any:
         """The JSON answer of one of the pool's replicas to a GET; None if it cannot answer now."""

@@ -1,6 +1,6 @@
 """The routers among themselves: each tells the others every second what its tenants take.
 
-Owns a link to every other router and the task that reports. A router that cannot be reached
+Owns the task that reports. A router that cannot be reached
 counts as one that is silent (``cluster.admission.leases``); nothing waits for it.
 """
 
@@ -8,7 +8,6 @@ import asyncio
 import logging
 from collections.abc import Iterable
 from contextlib import suppress
-from ssl import SSLContext
 
 import msgspec
 
@@ -17,6 +16,7 @@ from cluster.asgi import ASGIApp, Receive, Scope, Send
 from cluster.errors import LinkError, RequestError
 from cluster.gateway.gateway import Gateway
 from cluster.gateway.pool import ReplicaInfo
+from cluster.gateway.router_links import RouterLinks
 from cluster.link import LinkClient, RequestHead
 
 logger = logging.getLogger("ray.serve.tandem")
@@ -33,34 +33,18 @@ class Peers:
 
     Args:
         gateway: Whose tenants these are; it looks for changed keys at the same time.
-        own_id: This router's name among them.
-        secret: What both ends of a link must know.
-        ssl: For links, where they use TLS.
+        links: To the other routers.
     """
 
-    def __init__(
-        self, gateway: Gateway, own_id: str, secret: bytes, ssl: SSLContext | None = None
-    ) -> None:
+    def __init__(self, gateway: Gateway, links: RouterLinks) -> None:
         self._gateway = gateway
-        self._own_id = own_id
-        self._secret = secret
-        self._ssl = ssl
-        self._links: dict[str, LinkClient] = {}
-        self._closing: set[asyncio.Task[None]] = set()
+        self._links = links
         self._task = asyncio.create_task(self._run())
 
     def update(self, running: Iterable[ReplicaInfo]) -> None:
         """Take the routers that run, with or without this one."""
-        infos = {info.id: info for info in running if info.id != self._own_id}
-        for gone in self._links.keys() - infos.keys():
-            task = asyncio.ensure_future(self._links.pop(gone).close())
-            self._closing.add(task)
-            task.add_done_callback(self._closing.discard)
-        for name in infos.keys() - self._links.keys():
-            info = infos[name]
-            link = self._links[name] = LinkClient(info.host, info.port, self._secret, ssl=self._ssl)
-            link.start()
-        self._gateway.admission.set_peers(infos)
+        self._links.update(running)
+        self._gateway.admission.set_peers(self._links.links())
 
     def app(self, inside: ASGIApp) -> ASGIApp:
         """``inside`` and the path on which other routers report."""
@@ -78,17 +62,14 @@ class Peers:
     async def settle(self) -> None:
         """Look for changed keys, settle this router's parts of all limits, tell the others."""
         self._gateway.admission.refresh()
-        report = _encode(self._gateway.admission.report(self._own_id))
-        links = [link for link in self._links.values() if link.connected]
+        report = _encode(self._gateway.admission.report(self._links.own_id))
+        links = [link for link in self._links.links().values() if link.connected]
         await asyncio.gather(*(_tell(link, report) for link in links))
 
     async def close(self) -> None:
-        """End the task and the links."""
+        """End the task."""
         self._task.cancel()
         await asyncio.wait([self._task])
-        self.update(())
-        if self._closing:
-            await asyncio.wait(self._closing)
 
     async def _run(self) -> None:
         while True:

@@ -6,11 +6,12 @@ Another replica is tried only while nothing of an answer was seen, so nothing is
 import json
 import logging
 
-from cluster.errors import LinkError, RequestError, UnavailableError
+from cluster.errors import InternalError, LinkError, RequestError, UnavailableError
 from cluster.gateway.accounts import Grant, work_of
 from cluster.gateway.claim import Claim
+from cluster.gateway.journal import CLIENT_LEFT
 from cluster.gateway.messages import Headers, Request, Response
-from cluster.gateway.metering import CLIENT_LEFT, Watch
+from cluster.gateway.metering import Watch
 from cluster.gateway.pool import Answer, Place, Pool
 from cluster.gateway.routes import OTHER
 from cluster.gateway.usage import ASKS, tell_usage, wants_usage
@@ -54,6 +55,10 @@ async def relay(request: Request, pool: Pool, claim: Claim, grant: Grant | None 
         watch.status = error.status
         watch.end(None)
         raise
+    except Exception:  # a defect
+        watch.status = InternalError.status
+        watch.end(None)
+        raise
     except BaseException:
         watch.end(None)
         raise
@@ -64,7 +69,7 @@ async def _relay(request: Request, pool: Pool, claim: Claim, watch: Watch) -> Re
     head = _request_head(request)
     for _ in range(MAX_ATTEMPTS):
         place = await pool.admit(claim)
-        watch.placed()
+        watch.placed(place.replica.info.id)
         body = RelayedBody(pool, place, request.id, watch)
         try:
             return await body.begin(head, request.body)
@@ -153,6 +158,7 @@ class RelayedBody:
     def _cut_off(self, error: LinkError | RequestError) -> bytes:
         """What a client is told of an answer that breaks off, where its format can say it."""
         self._pool.meter.cut_off.add()
+        self._watch.cut_off = True
         self._end()
         logger.warning("%s: answer cut off: %s", self._request_id, error)
         if not self._is_event_stream:

@@ -5,7 +5,7 @@ times what a router may spend on a token.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 from cluster.metrics.table import Metric
@@ -97,6 +97,10 @@ class Registry:
         for metric, children in self._children.items():
             for labels, child in children.items():
                 yield metric, labels, child
+
+    def series(self, metric: Metric) -> Mapping[tuple[str, ...], Child]:
+        """The children of one metric by their label values, as they are now."""
+        return self._children.get(metric, {})
 
     def _child(self, metric: Metric, labels: tuple[str, ...], make: Callable[[], T]) -> T:
         children = self._children.setdefault(metric, {})

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cluster.admission.keys import digest
-from cluster.gateway import GatewayApp, Peers, ReplicaInfo
+from cluster.gateway import GatewayApp, Peers, ReplicaInfo, RouterLinks
 from cluster.gateway.engine_priority import with_engine_priority
 from cluster.gateway.messages import Request
 from cluster.key_file import KeyFile
@@ -244,7 +244,9 @@ async def test_limits_and_shares_hold_over_several_routers(keys: Keys) -> None:
         worlds, peers, infos = [], [], []
         for number in range(3):
             world = await stack.enter_async_context(a_world(KeyFile(keys.path, expected=True)))
-            peer = Peers(world.gateway, f"r{number}", SECRET)
+            links = RouterLinks(f"r{number}", SECRET)
+            peer = Peers(world.gateway, links)
+            stack.push_async_callback(links.close)
             stack.push_async_callback(peer.close)
             server = LinkServer(peer.app(GatewayApp(world.gateway, authenticates=False)), SECRET)
             host, port = await server.start()
@@ -280,7 +282,7 @@ async def test_limits_and_shares_hold_over_several_routers(keys: Keys) -> None:
 
 async def test_a_report_that_makes_no_sense_is_refused() -> None:
     async with a_world() as world:
-        peers = Peers(world.gateway, "r0", SECRET)
+        peers = Peers(world.gateway, RouterLinks("r0", SECRET))
         app = peers.app(world.app)
         assert (await asgi.post(app, "/internal/leases", b"\xff\x00junk")).status == 400
         assert (await asgi.post(app, "/internal/leases", b"x" * 5_000_000)).status == 400

@@ -156,3 +156,50 @@ def test_nobody_there_is_said_so() -> None:
     done = run("classify", "--url", "http://127.0.0.1:9", "x")
     assert isinstance(done.exception, UnavailableError)
     assert "is the cluster up?" in str(done.exception)
+
+
+COLUMNS = ["requests", "failed", "completion_tokens", "ttft_p50", "ttft_p99", "itl_p50"]
+COLUMNS += ["itl_p99", "total_p90", "ongoing", "queued", "kv_cache"]
+DATA: dict[str, Any] = {
+    "now": 1e9,
+    "routers": {"a": True, "b": False},
+    "columns": COLUMNS,
+    "times": [1, 2],
+    "rows": {
+        "": [[2.0, 0.0, 50.0, 0.01, 0.02, None, None, 1.5, 3, 0, 0.25]] * 2,
+        "gen": [[2.0, 1.0, n, 0.01, 0.02, None, None, 1.5, 3, 0, 0.25] for n in (25.0, 50.0)],
+    },
+    "pools": {
+        "gen": {
+            "kind": "generator",
+            "replicas": [
+                {"id": "gen-1", "state": "linked", "ongoing": 3, "running": 2, "waiting": 1}
+                | {"kv_cache": 0.25}
+            ],
+        }
+    },
+    "failures": [
+        {"time": 1e9, "id": "[red]id", "model": "gen", "route": "/x", "status": 503, "type": "T"}
+    ],
+}
+
+
+def test_top_prints_a_frame(router: Router) -> None:
+    router.answer = lambda path, body: (200, DATA)
+    done = CliRunner().invoke(app, ["top", "--once", "--url", router.url], env={"COLUMNS": "160"})
+    assert done.exit_code == 0
+    for text in ("2 router(s)", "no answer from b", "gen-1", "1.50 s", "20.0 ms", "25%", "▄█"):
+        assert text in done.stdout
+    assert "[red]id" in done.stdout
+    assert router.requests[0][0].startswith("/dashboard/data?since=")
+
+
+def test_top_copes_with_a_router_that_has_just_started(router: Router) -> None:
+    empty = {**DATA, "rows": {"": [], "gen": []}, "times": [], "failures": [], "pools": {}}
+    router.answer = lambda path, body: (200, empty)
+    assert run("top", "--once", "--url", router.url).exit_code == 0
+
+
+def test_top_says_what_is_wrong_at_once(router: Router) -> None:
+    router.answer = lambda path, body: (401, {"error": {"message": "no key", "code": 401}})
+    assert isinstance(run("top", "--url", router.url).exception, AuthenticationError)

@@ -1,31 +1,23 @@
-"""The page that explains, in a real browser, over a real router, link and engine.
-
-Wants Debian's packages chromium and chromium-driver; CI installs them.
-"""
+"""The page that explains, in a real browser, over a real router, link and engine."""
 
 import asyncio
 import hashlib
-import os
-import shutil
 from contextlib import asynccontextmanager
 
 import pytest
-import uvicorn
-from selenium import webdriver
-from selenium.webdriver.common.by import By
-from selenium.webdriver.support.ui import Select, WebDriverWait
+from selenium.webdriver.support.ui import Select
 
 from cluster.config import parse
 from cluster.engines.encoder.engine import EncoderEngine
 from cluster.gateway import Gateway, GatewayApp, ReplicaInfo, Wiring
 from cluster.link import LinkServer
 from tests import asgi
+from tests.serve.browser import Page, listening, start
 from tests.serve.planted import TELLING
 
 SECRET = b"s" * 32
 WIRINGS = {name: Wiring(SECRET) for name in ("gen", "mine")}
 KEY = "open sesame"
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
 def config(**router):
@@ -48,19 +40,10 @@ async def site(path, **router):
     host, port = await link.start()
     gateway = Gateway(tree, WIRINGS)
     gateway.pools["mine"].update([ReplicaInfo("mine-1", host, port, engine.routes())])
-    server = uvicorn.Server(
-        uvicorn.Config(GatewayApp(gateway), port=0, log_level="error", lifespan="off")
-    )
-    serving = asyncio.create_task(server.serve())
     try:
-        async with asyncio.timeout(30):
-            while not server.started:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
-        address = server.servers[0].sockets[0].getsockname()
-        yield f"http://127.0.0.1:{address[1]}/explain"
+        async with listening(GatewayApp(gateway)) as url:
+            yield f"{url}/explain"
     finally:
-        server.should_exit = True
-        await serving
         await gateway.close()
         await link.stop()
         await engine.stop()
@@ -68,53 +51,27 @@ async def site(path, **router):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    if not (CHROMIUM and DRIVER):
-        if os.environ.get("CI"):
-            pytest.fail("CI has no chromium and chromium-driver")
-        pytest.skip("no chromium and chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
-        options.add_argument(argument)
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield Page(driver)
+    driver = start(tmp_path_factory.mktemp("chromium"))
+    yield ExplainPage(driver)
     driver.quit()
 
 
-class Page:
-    """What a person does with the page."""
-
-    def __init__(self, driver):
-        self.driver = driver
-
-    def open(self, url, scheme="light", width=900):
-        features = [{"name": "prefers-color-scheme", "value": scheme}]
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        self.driver.get(url)
-
-    def by(self, name):
-        return self.driver.find_element(By.ID, name)
+class ExplainPage(Page):
+    """The page with a text and its words."""
 
     def explain(self, text, method="integrated_gradients"):
         self.driver.execute_script("arguments[0].value = arguments[1]", self.by("input"), text)
         Select(self.by("method")).select_by_value(method)
         self.by("go").click()
-        WebDriverWait(self.driver, 60).until(lambda _: self.by("go").is_enabled())
+        self.until(self.by("go").is_enabled)
         return self.by("status").text
 
     def words(self):
-        spans = self.driver.find_elements(By.CSS_SELECTOR, "#text .word")
+        spans = self.all("#text .word")
         return [(span.text, float(span.get_attribute("data-value"))) for span in spans]
 
     def bars(self):
-        return self.driver.find_elements(By.CSS_SELECTOR, "#bars .bar")
-
-    def script(self, source):
-        return self.driver.execute_script(f"return {source}")
+        return self.all("#bars .bar")
 
 
 async def test_the_words_are_colored_by_what_they_do(trained, browser):
@@ -155,18 +112,13 @@ async def test_it_is_light_and_dark_and_fits_a_phone(trained, browser):
             browser.open(url, scheme, width=360)
             assert browser.explain("thanks " + "very" * 60) == ""
             assert browser.script("document.documentElement.scrollWidth") <= 360
-            style = "getComputedStyle(document.body)"
-            colors.append(browser.script(f"[{style}.backgroundColor, {style}.color]"))
+            colors.append(browser.colors())
         (light, ink), (dark, chalk) = colors
-        assert brightness(light) > 200 > 60 > brightness(ink)
-        assert brightness(dark) < 60 < 200 < brightness(chalk)
+        assert light > 200 > 60 > ink
+        assert dark < 60 < 200 < chalk
 
     async with site(trained[0]) as url:
         await asyncio.to_thread(use, url)
-
-
-def brightness(color):
-    return sum(int(part) for part in color.strip("rgb()").split(",")) / 3
 
 
 async def test_errors_are_said_and_a_key_may_be_typed(trained, browser):

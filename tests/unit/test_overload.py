@@ -13,6 +13,7 @@ import pytest
 from cluster.admission import Identity, PoolCapacity, QueueLimits, Tenant
 from cluster.errors import OverloadedError
 from cluster.gateway.claim import Claim
+from cluster.gateway.journal import Journal
 from cluster.gateway.metering import Observers, PoolMeter
 from cluster.gateway.waiting import Places, Waiting
 from cluster.link import LinkLoad
@@ -68,7 +69,7 @@ class Engine:
             QueueLimits(2e6, 1024),
             PoolCapacity(0.25),
             Places(self._take, lambda _: None, lambda: True),
-            PoolMeter("pool", Observers(Registry())),
+            PoolMeter("pool", Observers(Registry(), Journal(0.0))),
         )
 
     def _take(self, claim: Claim) -> Claim | None:

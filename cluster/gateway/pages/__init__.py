@@ -1,6 +1,7 @@
 """The router's own pages: one self-contained HTML file each, which fetches nothing from elsewhere.
 
 A page's scripts and styles stand in it, and its security policy allows just those, by their hash.
+``/*vendor:FILE*/`` in a page stands for a file of others' below ``vendor``.
 """
 
 import base64
@@ -14,6 +15,7 @@ from cluster.gateway.messages import Response, bytes_response
 
 MODELS = "<!--models-->"
 """Where a page wants its choice of models."""
+_VENDORED = re.compile(r"/\*vendor:([\w.-]+)\*/")
 
 
 class Page:
@@ -24,8 +26,12 @@ class Page:
     """
 
     def __init__(self, name: str) -> None:
-        file = resources.files(__package__).joinpath(f"{name}.html")
-        self._text = file.read_text(encoding="utf-8")
+        files = resources.files(__package__)
+        vendor = files / "vendor"
+        self._text = _VENDORED.sub(
+            lambda found: (vendor / found[1]).read_text(encoding="utf-8"),
+            (files / f"{name}.html").read_text(encoding="utf-8"),
+        )
         self._policy = _policy(self._text)
 
     def response(self, models: Iterable[str]) -> Response:

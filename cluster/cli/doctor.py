@@ -1,0 +1,45 @@
+"""``tandem doctor``."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from cluster.cli.paths import load_config
+from cluster.launch.doctor import Finding, Level, examine
+from cluster.models.store import home
+
+_STYLES: dict[Level, str] = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+
+
+def run(config: Path | None, overrides: Sequence[str], *, as_json: bool) -> None:
+    """Print what the checks find; exit code 1 where one failed.
+
+    Raises:
+        ConfigError: the configuration is wrong.
+    """
+    loaded = load_config(config, overrides)
+    console = Console(soft_wrap=True, highlight=False)
+    findings: list[Finding] = []
+    for finding in examine(loaded, home()):
+        findings.append(finding)
+        if not as_json:
+            console.print(_line(finding))
+    if as_json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+    elif not any(finding.level == "fail" for finding in findings):
+        console.print("nothing stands in the way")
+    if any(finding.level == "fail" for finding in findings):
+        raise typer.Exit(1)
+
+
+def _line(finding: Finding) -> Text:
+    line = Text.assemble((f"{finding.level:<5}", _STYLES[finding.level]))
+    line.append(f"{finding.check}: {finding.message}")
+    if finding.advice:
+        line.append(f"\n     → {finding.advice}", style="bold")
+    return line

@@ -1,0 +1,197 @@
+"""The dashboard's data: samples this router every second, and adds the others' up when asked.
+
+Owns the sampling task. Nothing is asked of other routers, and no row is made, while nobody looks.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import parse_qs
+
+import msgspec
+
+from cluster.errors import InvalidRequestError, LinkError, RequestError
+from cluster.gateway.dashboard.board import COLUMNS, WINDOW_S, Board
+from cluster.gateway.dashboard.history import History
+from cluster.gateway.dashboard.report import PoolNow, Report
+from cluster.gateway.journal import Failure, Journal
+from cluster.gateway.messages import Request, Response, bytes_response
+from cluster.gateway.pool import Pool
+from cluster.gateway.router_links import RouterLinks
+from cluster.link import LinkClient, RequestHead
+from cluster.metrics import Registry
+
+logger = logging.getLogger("ray.serve.tandem")
+
+DATA_PATH = "/dashboard/data"
+REPORT_PATH = "/dashboard/report"
+"""Where routers ask each other."""
+ASK_TIMEOUT_S = 1.0
+LATE_S = 1
+"""How much later than this router another one may end a second."""
+MAX_FAILURES = 50
+REFRESH_S = 0.5
+"""However many look, rows are not made more often than this."""
+ALONE = "router"
+_ROWS_AT_ONCE = 10
+"""Made in about a millisecond; then the streams have their turn."""
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(Report).decode
+
+
+class Dashboard:
+    """What the page of one router shows.
+
+    Args:
+        registry: What this router counts.
+        pools: Its pools.
+        journal: Which requests failed.
+        routers: The other routers; None: it is alone.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        pools: Mapping[str, Pool],
+        journal: Journal,
+        routers: RouterLinks | None,
+    ) -> None:
+        self._history = History(registry, pools)
+        self._board = Board(pools)
+        self._journal = journal
+        self._routers = routers
+        self._others: dict[str, Report | None] = {}
+        self._refreshing: asyncio.Task[None] | None = None
+        self._refreshed_at = 0.0
+        self._sampling = asyncio.create_task(self._sample())
+
+    async def close(self) -> None:
+        """End what is under way."""
+        tasks = [task for task in (self._sampling, self._refreshing) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+    async def report(self, request: Request) -> Response:
+        """What this router alone has to tell, for another one."""
+        return _json(self._report(_since(request)))
+
+    async def data(self, request: Request) -> Response:
+        """All routers' last minutes, after ``since`` (Unix time) where that is given."""
+        since = _since(request)
+        if self._refreshing is None and time.monotonic() >= self._refreshed_at + REFRESH_S:
+            self._refreshing = asyncio.create_task(self._refresh())
+        if self._refreshing is not None:
+            await asyncio.wait([self._refreshing])
+        return _json(self._data(since))
+
+    async def _sample(self) -> None:
+        while True:
+            await asyncio.sleep(1.005 - time.time() % 1)  # the next whole second has begun
+            try:
+                self._history.take(time.time(), time.monotonic())
+            except Exception:  # a second less must not cost the others
+                logger.exception("a second of the dashboard is lost")
+
+    def _report(self, since: int) -> Report:
+        return Report(
+            router=self._own_id,
+            seconds=self._history.since(since),
+            pools=self._history.now(),
+            failures=self._journal.failures,
+            changes=self._history.changes,
+        )
+
+    @property
+    def _own_id(self) -> str:
+        return ALONE if self._routers is None else self._routers.own_id
+
+    async def _refresh(self) -> None:
+        try:
+            own = self._history.since(0)
+            newest = own[-1].time if own else 0
+            self._board.restart_if_set_back(newest)
+            links = {} if self._routers is None else dict(self._routers.links())
+            asked = [_ask(link, self._board.last) for link in links.values()]
+            self._others = dict(zip(links, await asyncio.gather(*asked), strict=True))
+            others = [other.seconds for other in self._others.values() if other is not None]
+            until = newest - LATE_S if links else newest
+            for number, _ in enumerate(self._board.add([own, *others], until), 1):
+                if number % _ROWS_AT_ONCE == 0:
+                    await asyncio.sleep(0)
+        except Exception:  # a defect; what is known is shown
+            logger.exception("the dashboard's figures could not be made")
+        finally:
+            self._refreshing, self._refreshed_at = None, time.monotonic()
+
+    def _data(self, since: int) -> dict[str, Any]:
+        own = self._report(self._board.last)
+        answered = [own, *(other for other in self._others.values() if other is not None)]
+        rows = self._board.since(since)
+        return {
+            "now": time.time(),
+            "router": own.router,
+            "routers": {
+                own.router: True,
+                **{name: other is not None for name, other in self._others.items()},
+            },
+            "window_s": WINDOW_S,
+            "columns": COLUMNS,
+            "times": [row.time for row in rows],
+            "rows": {name: [row.pools[name] for row in rows] for name in ("", *own.pools)},
+            "pools": _pools_of_all(answered),
+            "failures": _failures_of_all(answered),
+            "changes": own.changes,
+        }
+
+
+async def _ask(link: LinkClient, since: int) -> Report | None:
+    """What another router tells; None where it does not answer now."""
+    head = RequestHead(method="GET", path=REPORT_PATH, query_string=f"since={since}".encode())
+    try:
+        async with asyncio.timeout(ASK_TIMEOUT_S):
+            stream = link.open(head)
+            try:
+                answer = await stream.head()
+                body = b""
+                while chunk := await stream.read():
+                    body += chunk
+            finally:
+                stream.cancel()
+        return _decode(body) if answer.status == 200 else None
+    except (LinkError, RequestError, TimeoutError, msgspec.DecodeError):
+        return None
+
+
+def _pools_of_all(reports: list[Report]) -> dict[str, PoolNow]:
+    """The first router's pools, with the requests of all routers in each replica."""
+    first, *others = reports
+    for other in others:
+        for name, pool in first.pools.items():
+            theirs = {r.id: r for r in other.pools[name].replicas} if name in other.pools else {}
+            for replica in pool.replicas:
+                if (same := theirs.get(replica.id)) is not None:
+                    replica.ongoing += same.ongoing
+    return first.pools
+
+
+def _failures_of_all(reports: list[Report]) -> list[Failure]:
+    """The last ones, the newest first."""
+    failures = [failure for report in reports for failure in report.failures]
+    return sorted(failures, key=lambda failure: -failure.time)[:MAX_FAILURES]
+
+
+def _since(request: Request) -> int:
+    given = parse_qs(request.query.decode("latin-1")).get("since", ["0"])[-1]
+    if not (given.isascii() and given.isdigit() and len(given) <= 12):
+        raise InvalidRequestError("since must be a Unix time in whole seconds", param="since")
+    return int(given)
+
+
+def _json(body: Any) -> Response:
+    return bytes_response(
+        200, b"application/json", _encode(body), [(b"cache-control", b"no-store")]
+    )

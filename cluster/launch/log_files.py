@@ -1,0 +1,103 @@
+"""The logs of a cluster's processes, and the lines in them that belong to one request.
+
+Ray keeps the logs of all processes of a node below its session's directory. Reads, owns nothing.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from cluster.errors import StartError
+from cluster.launch import processes
+
+MAX_MORE_LINES = 200
+"""Of one entry of a log: a traceback, say."""
+_HEAD = re.compile(rb"^(?:\{|\[|\(|DEBUG|INFO|WARN|ERROR|CRITICAL|FATAL|\d{4}-\d\d-\d\d)")
+_BAD = re.compile(rb"\b(?:ERROR|CRITICAL|FATAL)\b|\"outcome\":\"(?:failed|cut_off)\"")
+_TIME = re.compile(rb"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d+)?")
+_TAIL_BYTES = 1024**2
+_LOG_DIR = re.compile(r"^--log[_-]dir=(.+)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry of a log: a line, and those that go on with it."""
+
+    file: Path
+    time: str
+    """As it stands there; that of the entry before where it has none."""
+    text: str
+
+
+def log_directory(home: Path) -> Path:
+    """Where the running cluster's logs are, else those of the Ray session that began last.
+
+    Raises:
+        StartError: there is none.
+    """
+    for owned in processes.find(home):
+        try:
+            arguments = owned.process.cmdline() if owned.name == "gcs_server" else []
+        except psutil.Error:
+            continue
+        for argument in arguments:
+            if (found := _LOG_DIR.match(argument)) and Path(found[1]).is_dir():
+                return Path(found[1])
+    root = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray"
+    sessions = [path for path in root.glob("session_*/logs") if path.is_dir()]
+    if not sessions:
+        raise StartError(f"there are no logs: no cluster runs, and {root} has no session of Ray")
+    return max(sessions, key=lambda path: path.parent.stat().st_mtime)
+
+
+def log_files(directory: Path) -> list[Path]:
+    """Every log below ``directory``, those that were written last at the end."""
+    found = [path for path in directory.rglob("*") if path.is_file() and not path.is_symlink()]
+    return sorted(found, key=lambda path: path.stat().st_mtime)
+
+
+def entries_of(directory: Path, request_id: str) -> list[Entry]:
+    """What all processes logged with this request id, in the order of its times."""
+    # vLLM writes an id with a prefix and a suffix of its own: chatcmpl-ID, cmpl-ID-0.
+    wanted = re.compile(rb"(?<![0-9A-Za-z])" + re.escape(request_id.encode()) + rb"(?![0-9A-Za-z])")
+    found = [entry for path in log_files(directory) for entry in _matching(path, wanted)]
+    return sorted(found, key=lambda entry: entry.time)
+
+
+def last_errors(directory: Path, count: int) -> list[Entry]:
+    """The last ``count`` entries that tell of an error, from the end of each log."""
+    found = [
+        entry
+        for path in log_files(directory)
+        for entry in _matching(path, _BAD, from_byte=max(0, path.stat().st_size - _TAIL_BYTES))
+    ]
+    return sorted(found, key=lambda entry: entry.time)[-count:]
+
+
+def _matching(path: Path, wanted: re.Pattern[bytes], from_byte: int = 0) -> Iterator[Entry]:
+    lines: list[bytes] = []
+    time = ""
+    try:
+        with path.open("rb") as file:
+            file.seek(from_byte)
+            for line in file:
+                begins = bool(_HEAD.match(line))
+                if lines and begins:
+                    yield Entry(path, time, _text(lines))
+                    lines = []
+                if begins and (stamp := _TIME.search(line)):
+                    time = stamp[0].decode().replace(" ", "T").replace(",", ".")
+                if (lines and len(lines) < MAX_MORE_LINES) or (not lines and wanted.search(line)):
+                    lines.append(line)
+    except OSError:  # rotated away meanwhile, or another user's
+        return
+    if lines:
+        yield Entry(path, time, _text(lines))
+
+
+def _text(lines: list[bytes]) -> str:
+    return b"".join(lines).decode(errors="replace").rstrip()

@@ -1,0 +1,85 @@
+"""Pages in a real browser: headless Chromium, and a gateway that listens for it.
+
+Wants Debian's packages chromium and chromium-driver; CI installs them.
+"""
+
+import asyncio
+import os
+import shutil
+from contextlib import asynccontextmanager
+
+import pytest
+import uvicorn
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+
+
+@asynccontextmanager
+async def listening(app, port=0):
+    """The address at which ``app`` answers HTTP."""
+    config = uvicorn.Config(app, port=port, log_level="error", lifespan="off")
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve())
+    try:
+        async with asyncio.timeout(30):
+            while not server.started:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await serving
+
+
+def start(profile):
+    """A browser with its profile in ``profile``; skips the test where there is none."""
+    if not (CHROMIUM and DRIVER):
+        if os.environ.get("CI"):
+            pytest.fail("CI has no chromium and chromium-driver")
+        pytest.skip("no chromium and chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
+        options.add_argument(argument)
+    options.add_argument(f"--user-data-dir={profile}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    return webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+
+
+class Page:
+    """What a person does with a page, and sees of it."""
+
+    def __init__(self, driver):
+        self.driver = driver
+
+    def open(self, url, scheme="light", width=900, height=900):
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        self.driver.get(url)
+
+    def by(self, name):
+        return self.driver.find_element(By.ID, name)
+
+    def all(self, selector):
+        return self.driver.find_elements(By.CSS_SELECTOR, selector)
+
+    def script(self, source):
+        return self.driver.execute_script(f"return {source}")
+
+    def until(self, condition, timeout_s=60):
+        return WebDriverWait(self.driver, timeout_s, poll_frequency=0.1).until(
+            lambda _: condition()
+        )
+
+    def colors(self):
+        """The brightness of the page's background and of its text."""
+        style = "getComputedStyle(document.body)"
+        return [brightness(self.script(f"{style}.{name}")) for name in ("backgroundColor", "color")]
+
+
+def brightness(color):
+    return sum(int(part) for part in color.strip("rgb()").split(",")) / 3

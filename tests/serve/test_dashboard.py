@@ -1,0 +1,153 @@
+"""The dashboard's data and the journal's lines, from real routers, links and small applications."""
+
+import asyncio
+import json
+import logging
+from typing import Any
+
+import pytest
+
+from cluster.gateway.dashboard import service
+from cluster.gateway.dashboard.history import History
+from cluster.gateway.journal import LOGGER
+from tests import asgi
+from tests.serve.test_gateway import CHAT, World, a_world
+
+
+async def told(world: World, since: int = 0) -> Any:
+    answer = await asgi.get(world.app, f"/dashboard/data?since={since}")
+    assert answer.status == 200
+    return answer.json()
+
+
+async def test_seconds_hold_what_came_since_the_second_before() -> None:
+    async with a_world() as world:
+        await world.add("gen", "gen-1")
+        history = History(world.gateway.registry, world.gateway.pools)
+        history.take(1000.0, 1.0)
+        assert history.since(0) == []
+        for _ in range(3):
+            await asgi.post(world.app, CHAT, {"model": "gen", "stream": 2})
+        await asgi.post(world.app, CHAT, {"model": "gen", "fail": True})
+        await asgi.post(world.app, CHAT, {"model": "nobody"})
+        await asgi.get(world.app, "/ready")
+        history.take(1001.0, 2.0)
+        history.take(1002.1, 3.5)
+        first, second = history.since(0)
+        assert (first.time, first.span_s, second.time, second.span_s) == (1000, 1.0, 1001, 1.5)
+        pool = first.pools["gen"]
+        assert (pool.requests, pool.failed, pool.refused) == (4, 1, 0)
+        assert (first.astray, second.astray) == (1, 0)
+        assert sum(pool.latencies["ttft"].values()) == 3
+        assert sum(pool.latencies["total"].values()) == 4
+        assert second.pools["gen"].requests == 0
+        assert second.pools["gen"].latencies == {}
+        assert history.since(1000) == [second]
+        (change,) = history.changes
+        assert (change.model, change.added, change.removed) == ("gen", ["gen-1"], [])
+        world.take_out("gen", "gen-1")
+        history.take(1003.0, 4.5)
+        assert (history.changes[-1].removed, history.changes[-1].replicas) == (["gen-1"], 0)
+
+
+async def test_history_goes_on_when_the_clock_is_set() -> None:
+    async with a_world() as world:
+        history = History(world.gateway.registry, world.gateway.pools)
+        for number, now in enumerate((1000, 1001, 1000, 1002, 500, 501)):
+            history.take(now, float(number))
+            times = [second.time for second in history.since(0)]
+            assert times == sorted(set(times))
+        assert times == [499, 500]
+
+
+async def test_data_is_of_all_pools_and_names_failures_without_their_text() -> None:
+    async with a_world() as world:
+        await world.add("gen", "gen-1")
+        await asgi.post(world.app, CHAT, {"model": "gen", "stream": 1, "text": "secret"})
+        await asgi.post(
+            world.app, CHAT, {"model": "secret"}, headers={"x-request-id": "wrong-model"}
+        )
+        async with asyncio.timeout(60):
+            while not (found := await told(world))["times"]:  # noqa: ASYNC110
+                await asyncio.sleep(0.2)
+        assert set(found["rows"]) == {"", "gen", "cls"}
+        assert all(len(rows) == len(found["times"]) for rows in found["rows"].values())
+        assert len(found["columns"]) == len(found["rows"][""][0])
+        assert found["routers"] == {"router": True}
+        assert found["pools"]["gen"]["replicas"][0]["id"] == "gen-1"
+        (failure,) = found["failures"]
+        assert (failure["id"], failure["status"]) == ("wrong-model", 404)
+        assert "secret" not in json.dumps(found)
+        assert (await told(world, found["times"][-1]))["times"] in ([], [found["times"][-1] + 1])
+
+
+@pytest.mark.parametrize("since", ["-1", "1e3", "%C2%B2", "9" * 13, "x"])
+async def test_a_wrong_since_is_refused(since: str) -> None:
+    async with a_world() as world:
+        answer = await asgi.get(world.app, "/dashboard/data?since=" + since)
+        assert answer.status == 400
+        assert answer.json()["error"]["param"] == "since"
+
+
+async def test_data_wants_a_key_and_the_page_does_not() -> None:
+    async with a_world(api_keys_sha256=["0" * 64]) as world:
+        for path, status in (("", 200), ("/data", 401), ("/report", 401)):
+            assert (await asgi.get(world.app, f"/dashboard{path}")).status == status
+        page = (await asgi.get(world.app, "/dashboard")).body.decode()
+        assert "uPlot" in page
+        assert "vendor:" not in page
+
+
+async def test_many_viewers_cost_one_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with a_world() as world:
+        refreshed = 0
+        refresh = service.Dashboard._refresh
+
+        async def counted(self: service.Dashboard) -> None:
+            nonlocal refreshed
+            refreshed += 1
+            await refresh(self)
+
+        monkeypatch.setattr(service.Dashboard, "_refresh", counted)
+        monkeypatch.setattr(service, "REFRESH_S", 3600.0)
+        await asyncio.gather(*(told(world) for _ in range(20)))
+        assert refreshed == 1
+
+
+async def test_each_end_of_a_request_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, LOGGER)
+    async with a_world(queue_timeout_s=0.05) as world:
+        replica = await world.add("gen", "gen-1")
+        for name, body in {
+            "fine": {"model": "gen", "stream": 2},
+            "fault": {"model": "gen", "fail": True},
+            "unknown": {"model": "nobody"},
+            "late": {"model": "cls"},
+        }.items():
+            await asgi.post(world.app, CHAT, body, headers={"x-request-id": name})
+        asked = {"model": "gen", "stream": 1, "wait_after": True}
+        left = asgi.start(world.app, "POST", CHAT, asked, {"x-request-id": "left"})
+        await left.chunks(1)
+        await left.cancel()
+        cut = asgi.start(world.app, "POST", CHAT, asked, {"x-request-id": "cut"})
+        await cut.chunks(1)
+        await world.servers["gen-1"].stop()
+        await cut.done()
+        await asgi.get(world.app, "/health")
+        assert replica.cancelled
+    records = [record for record in caplog.records if record.name == LOGGER]
+    lines = {line["id"]: line for line in (json.loads(r.message) for r in records)}
+    assert len(lines) == len(records)
+    told = {name: (line["outcome"], line["status"]) for name, line in lines.items()}
+    assert told == {
+        "fine": ("ok", 200),
+        "fault": ("failed", 500),
+        "unknown": ("refused", 404),
+        "late": ("failed", 503),
+        "left": ("left", 499),
+        "cut": ("cut_off", 200),
+    }
+    fine = lines["fine"]
+    assert (fine["model"], fine["replica"], fine["route"]) == ("gen", "gen-1", CHAT)
+    assert 0 <= fine["queue_s"] <= fine["ttft_s"] <= fine["total_s"] < 60
+    assert [r.levelname for r in records if "fault" in r.message] == ["WARNING"]

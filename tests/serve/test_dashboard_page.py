@@ -1,0 +1,229 @@
+"""The dashboard in a real browser, over two routers, links and simulated engines under load."""
+
+import asyncio
+import base64
+import hashlib
+import os
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from cluster.config import parse
+from cluster.engines.sim import SimEngine
+from cluster.gateway import Gateway, GatewayApp, ReplicaInfo, RouterLinks, Wiring
+from cluster.link import LinkLoad, LinkServer
+from tests import asgi
+from tests.serve.browser import Page, listening, start
+
+SECRET = b"s" * 32
+KEY = "open sesame"
+SIM = {
+    "prefill_s_per_token": 0.0005,
+    "decode_s_per_token": 0.004,
+    "num_kv_blocks": 60,
+    "block_size_tokens": 16,
+    "fail_rate": 0.03,
+}
+CHAT = "/v1/chat/completions"
+
+
+class World:
+    """Two routers of the same two generators, each with a simulated engine."""
+
+    def __init__(self, routers):
+        self.apps = [GatewayApp(router, authenticates=False) for router in routers]
+        self.outside = GatewayApp(routers[0])
+        self._ending = asyncio.Event()
+        self._tasks = []
+
+    def start_load(self, clients):
+        self._tasks = [asyncio.create_task(self._talk(number)) for number in range(clients)]
+
+    async def stop_load(self):
+        self._ending.set()
+        await asyncio.gather(*self._tasks)
+
+    async def _talk(self, number):
+        app = self.apps[number % len(self.apps)]
+        model = "chat" if number % 3 else "draft"
+        turn = 0
+        while not self._ending.is_set():
+            turn += 1
+            words = " ".join(f"word{number}" for _ in range(10 + (turn * 7) % 40))
+            body = {
+                "model": model if turn % 25 else "nobody",
+                "messages": [{"role": "user", "content": words}],
+                "max_tokens": 12 + (turn * 5) % 30,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+            }
+            await asgi.post(app, CHAT, body, timeout_s=600)
+
+
+@asynccontextmanager
+async def world(**router):
+    config = parse(
+        {
+            "generators": [
+                {"name": name, "model": "m", "engine": "sim", "sim": SIM, "max_ongoing": 6}
+                for name in ("chat", "draft")
+            ],
+            "router": router,
+        }
+    )
+    wirings = {generator.name: Wiring(SECRET) for generator in config.generators}
+    async with AsyncExitStack() as stack:
+        links = [RouterLinks(f"router-{number}", SECRET) for number in "ab"]
+        gateways = [Gateway(config, wirings, routers=link) for link in links]
+        infos = []
+        for gateway, link in zip(gateways, links, strict=True):
+            server = LinkServer(GatewayApp(gateway, authenticates=False), SECRET)
+            infos.append(ReplicaInfo(link.own_id, *await server.start()))
+            for closing in (server.stop, link.close, gateway.close):
+                stack.push_async_callback(closing)
+        for link in links:
+            link.update(infos)
+        for generator in config.generators:
+            engine = SimEngine(generator)
+            await engine.start()
+            stack.push_async_callback(engine.stop)
+            server = LinkServer(engine.app, SECRET, load=lambda engine=engine: load(engine))
+            host, port = await server.start()
+            stack.push_async_callback(server.stop)
+            info = ReplicaInfo(f"{generator.name}-1", host, port, engine.routes())
+            for gateway in gateways:
+                gateway.pools[generator.name].update([info])
+        running = World(gateways)
+        stack.push_async_callback(running.stop_load)
+        yield running
+
+
+def load(engine):
+    now = engine.load()
+    return LinkLoad(now.running, now.waiting, now.kv_cache_usage)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    driver = start(tmp_path_factory.mktemp("chromium"))
+    yield DashboardPage(driver)
+    driver.quit()
+
+
+class DashboardPage(Page):
+    """The page with its figures, charts and lists."""
+
+    def tile(self, column):
+        return self.script(f"document.querySelector('[data-column={column}] b').textContent")
+
+    def number(self, column):
+        shown = self.tile(column)
+        return 0.0 if shown == "–" else float(shown.split()[0].replace(",", ""))
+
+    def state(self):
+        return self.by("state").text
+
+    def rows(self, name):
+        return [
+            [cell.text for cell in row.find_elements("tag name", "td")]
+            for row in self.all(f"#{name} tbody tr")
+        ]
+
+    def picture(self, name):
+        """Take a picture for the documentation, where that is asked for."""
+        if folder := os.environ.get("TANDEM_PICTURES"):
+            width, height = self.script("[innerWidth, document.body.scrollHeight]")
+            clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
+            shot = {"captureBeyondViewport": True, "format": "png", "clip": clip}
+            found = self.driver.execute_cdp_cmd("Page.captureScreenshot", shot)
+            (Path(folder) / name).write_bytes(base64.b64decode(found["data"]))
+
+
+async def test_load_is_seen_while_it_happens(page):
+    async with world() as running, listening(running.outside) as url:
+        running.start_load(12)
+
+        def look():
+            page.open(f"{url}/dashboard", width=1100)
+            page.until(lambda: page.state() == "live")
+            page.until(lambda: page.number("requests") > 1 and page.number("completion_tokens") > 1)
+            page.until(lambda: page.rows("failures"))
+            assert page.tile("ttft_p90").endswith("s")
+            assert page.number("ongoing") > 0
+            assert page.number("kv_cache") > 0
+            replicas = page.rows("replicas")
+            assert [row[:3] for row in replicas] == [
+                ["chat", "chat-1", "linked"],
+                ["draft", "draft-1", "linked"],
+            ]
+            statuses = {row[1] for row in page.rows("failures")}
+            assert statuses <= {"404", "500"}
+            assert "word" not in page.by("failures").text
+            assert {row[1] for row in page.rows("changes")} == {"chat", "draft"}
+            assert "2 routers together" in page.by("note").text
+            nodes = page.script("window.kept = [...document.querySelectorAll('td, canvas')]")
+            page.until(lambda: page.script("last > 0 && kept.times.length > 8"))
+            assert page.script("window.kept.every((node) => node.isConnected)"), len(nodes)
+            loaded = page.script("performance.getEntriesByType('resource').map(e => e.name)")
+            assert all(name.startswith(url) for name in loaded)
+            assert page.driver.get_log("browser") == []
+
+        await asyncio.to_thread(look)
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1100), ("dark", 1100), ("dark", 360)])
+async def test_it_is_light_and_dark_and_fits_a_phone(page, scheme, width):
+    async with world() as running, listening(running.outside) as url:
+        running.start_load(12)
+        await asyncio.sleep(float(os.environ.get("TANDEM_PICTURES_AFTER_S", "0")))
+
+        def look():
+            page.open(f"{url}/dashboard", scheme, width, height=1500 if width > 500 else 2600)
+            page.until(lambda: page.number("requests") > 1)
+            assert page.script("document.documentElement.scrollWidth") <= width
+            for plot in page.all(".plot"):
+                assert plot.size["width"] <= width
+            ground, ink = page.colors()
+            assert (ground > 200 > 60 > ink) if scheme == "light" else (ground < 60 < 200 < ink)
+            kind = "phone" if width < 500 else scheme
+            page.picture(f"dashboard-{kind}.png")
+
+        await asyncio.to_thread(look)
+
+
+async def test_it_says_when_the_router_is_gone_and_when_it_is_back(page):
+    async with world() as running:
+        async with listening(running.outside) as url:
+            port = int(url.rsplit(":", 1)[1])
+
+            def begin():
+                page.open(f"{url}/dashboard")
+                page.until(lambda: page.state() == "live")
+
+            await asyncio.to_thread(begin)
+        gone = await asyncio.to_thread(
+            page.until, lambda: "cannot be reached" in page.state() and page.state()
+        )
+        assert "the figures are of" in gone
+        assert "stale" in page.script("document.body.className")
+        async with listening(running.outside, port):
+            await asyncio.to_thread(page.until, lambda: page.state() == "live")
+
+
+async def test_a_key_is_asked_for_and_kept(page):
+    keys = [hashlib.sha256(KEY.encode()).hexdigest()]
+    async with world(api_keys_sha256=keys) as running, listening(running.outside) as url:
+
+        def look():
+            page.open(f"{url}/dashboard")
+            page.until(lambda: "API key is needed" in page.state())
+            for typed, state in (("wrong", "not known"), (KEY, "live")):
+                page.by("key").send_keys(typed)
+                page.by("form").find_element("tag name", "button").click()
+                page.until(lambda state=state: state in page.state())
+            page.open(f"{url}/dashboard")
+            page.until(lambda: page.state() == "live")
+            assert not page.by("form").is_displayed()
+
+        await asyncio.to_thread(look)

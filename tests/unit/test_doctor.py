@@ -1,0 +1,208 @@
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from typer.testing import CliRunner
+
+from cluster import config_file
+from cluster.cli.app import app
+from cluster.config import parse
+from cluster.config_file import LoadedConfig
+from cluster.launch.doctor import machine, running, software
+from cluster.launch.doctor.finding import Finding
+from cluster.launch.processes import Owned
+
+GIB = 1024**3
+SIM = {"generators": [{"name": "gen", "model": "m", "engine": "sim"}]}
+
+
+def levels(findings: Any) -> list[str]:
+    return [finding.level for finding in findings]
+
+
+def loaded(host: str = "127.0.0.1", port: int = 1, **router: Any) -> LoadedConfig:
+    config = parse({**SIM, "router": router})
+    return LoadedConfig(Path("x"), {}, "tandem", config, host, port)
+
+
+def test_whatever_is_not_well_says_what_to_do() -> None:
+    bad = [
+        software.check_python((3, 9)),
+        machine.check_memory(GIB),
+        machine.check_memory(4 * GIB),
+        machine.check_shared_memory(0, GIB),
+        machine.check_disk(Path("/"), GIB, 100 * GIB),
+        machine.check_disk(Path("/"), 4 * GIB, 50 * GIB),
+        running.check_skew(5.0),
+        running.check_steps(running.Clocks(0, 0), running.Clocks(12, 2)),
+        running.check_discovery(httpx.Response(503)),
+        running.check_discovery(httpx.Response(200, json={"error": "x"})),
+        running.check_discovery(httpx.Response(200, json=[])),
+    ]
+    assert all(finding.advice for finding in bad)
+    assert levels(bad) == [
+        *("fail", "fail", "warn", "warn", "fail", "warn"),
+        *("warn", "warn", "fail", "fail", "warn"),
+    ]
+
+
+def test_what_is_well_is_said_too() -> None:
+    targets = [{"targets": ["127.0.0.1:1", "127.0.0.1:2"], "labels": {}}]
+    good = [
+        software.check_python((3, 11)),
+        machine.check_memory(9 * GIB),
+        machine.check_shared_memory(GIB, GIB),
+        machine.check_disk(Path("/"), 50 * GIB, 100 * GIB),
+        running.check_skew(-0.9),
+        running.check_steps(running.Clocks(0, 0), running.Clocks(10.01, 10)),
+        running.check_discovery(httpx.Response(200, json=targets)),
+    ]
+    assert set(levels(good)) == {"ok"}
+    assert "2 targets" in good[-1].message
+
+
+def test_versions_are_compared_with_what_is_required() -> None:
+    wanted = [Requirement("ray[serve]==2.60.0"), Requirement("torch>=2.11"), Requirement("x")]
+    found = {"ray": "2.59.0", "torch": "2.13.0+cpu", "x": None}
+    ray, torch, missing = software.check_versions("tandem", wanted, found)
+    assert (ray.level, torch.level, missing.level) == ("fail", "ok", "fail")
+    assert "2.59.0" in ray.message
+    assert "==2.60.0" in ray.message
+
+
+def test_a_local_build_is_the_version_that_is_pinned() -> None:
+    pinned = [Requirement("torch==2.13.0"), Requirement("torch==2.13.0+cpu")]
+    assert levels(software.check_versions("vllm", pinned, {"torch": "2.13.0+cpu"})) == ["ok", "ok"]
+    assert levels(software.check_versions("vllm", pinned[1:], {"torch": "2.13.0"})) == ["fail"]
+
+
+class Nvml:
+    """What the module ``pynvml`` says of a machine."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, gpus: int = 1, cuda: int = 12080, driver: bool = True) -> None:
+        self.gpus, self.cuda, self.driver = gpus, cuda, driver
+        self.open = 0
+
+    def nvmlInit(self) -> None:  # noqa: N802
+        if not self.driver:
+            raise self.NVMLError("Driver Not Loaded")
+        self.open += 1
+
+    def nvmlShutdown(self) -> None:  # noqa: N802
+        self.open -= 1
+
+    def nvmlSystemGetCudaDriverVersion(self) -> int:  # noqa: N802
+        return self.cuda
+
+    def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802
+        return "570.1"
+
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+        return self.gpus
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
+        return index
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> Any:  # noqa: N802
+        if handle:
+            raise self.NVMLError("GPU is lost")
+        return SimpleNamespace(free=70 * GIB, total=80 * GIB)
+
+    def nvmlDeviceGetName(self, handle: int) -> str:  # noqa: N802
+        return "H100"
+
+
+@pytest.mark.parametrize(
+    ("nvml", "torch_cuda", "wanted", "found"),
+    [
+        (Nvml(), "12.8", True, ["ok", "ok"]),
+        (Nvml(), "13.0", True, ["fail", "ok"]),
+        (Nvml(cuda=13000), "12.8", False, ["ok", "ok"]),
+        (Nvml(), None, True, ["warn", "ok"]),
+        (Nvml(gpus=2), "12.8", True, ["ok", "ok", "fail"]),
+        (Nvml(driver=False), "12.8", True, ["fail"]),
+        (Nvml(driver=False), None, False, ["ok"]),
+    ],
+)
+def test_gpus_and_their_driver(
+    nvml: Any, torch_cuda: str | None, wanted: bool, found: list[str]
+) -> None:
+    assert levels(machine.look_at_gpus(nvml, torch_cuda, wanted=wanted)) == found
+    assert nvml.open == 0
+
+
+def test_models_that_are_not_there_are_named(tmp_path: Path) -> None:
+    config = parse(
+        {
+            "generators": [{"name": "a", "model": str(tmp_path)}],
+            "classifiers": [{"name": "b", "model": str(tmp_path / "nothing")}],
+        }
+    )
+    there, missing = machine.check_models(config)
+    assert (there.level, missing.level) == ("ok", "fail")
+    assert "nothing" in missing.message
+
+
+def test_who_may_use_the_cluster(tmp_path: Path) -> None:
+    nowhere = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t"}
+    assert levels(running.check_auth(nowhere, loaded())) == ["fail", "ok"]
+    assert levels(running.check_auth(token, loaded())) == ["ok", "ok"]
+    assert levels(running.check_auth({}, loaded("0.0.0.0"))) == ["warn", "fail"]
+    keys = loaded("0.0.0.0", api_keys_sha256=["0" * 64])
+    assert levels(running.check_auth(token, keys)) == ["ok", "ok"]
+
+
+def owned(name: str) -> Owned:
+    return Owned(psutil.Process(os.getpid()), name, "id")
+
+
+def test_processes_without_a_head_are_what_a_crash_left(tmp_path: Path) -> None:
+    assert running.check_processes.__doc__
+    home = tmp_path / "home"
+    for names, level in [((), "ok"), (("gcs_server", "raylet"), "ok"), (("raylet",), "fail")]:
+        first = next(iter(running.check_processes(home, [owned(name) for name in names])))
+        assert first.level == level
+    assert "tandem down" in first.advice
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("TANDEM_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(config_file, "_check_serve_level", lambda config: None)
+    path = tmp_path / "config.yaml"
+    applications = [{"name": "tandem", "import_path": "deployments.app:build", "args": SIM}]
+    path.write_text(yaml.safe_dump({"applications": applications}))
+    return str(path)
+
+
+def test_the_command_says_it_all_and_its_exit_code_is_of_the_worst(
+    config: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = CliRunner().invoke(app, ["doctor", "--config", config, "--json"])
+    found = [Finding(**finding) for finding in json.loads(done.stdout)]
+    assert {f.check for f in found} >= {
+        *("python", "ray", "torch", "processes", "ports", "memory", "shared memory", "disk"),
+        *("gpu", "authentication", "clock"),
+    }
+    assert done.exit_code == any(f.level == "fail" for f in found)
+    assert not [f for f in found if "could not be checked" in f.message]
+
+    def broken(*args: object) -> Any:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("cluster.launch.doctor.machine.check_models", broken)
+    done = CliRunner().invoke(app, ["doctor", "--config", config])
+    assert done.exit_code == 1
+    assert "could not be checked" in done.stdout
+    assert "clock: " in done.stdout
