@@ -1,4 +1,3 @@
-from cluster.autoscaling import replicas_for
 from cluster.routing import LeastLoad, ReplicaView
 
 
@@ -19,10 +18,3 @@ def test_full_replicas_are_passed_over() -> None:
     assert LeastLoad().choose(views) == "b"
     assert LeastLoad().choose(views[:1]) is None
     assert LeastLoad().choose([]) is None
-
-
-def test_replicas_for_a_load() -> None:
-    assert replicas_for(0, 32) == 0
-    assert replicas_for(1, 32) == 1
-    assert replicas_for(32, 32) == 1
-    assert replicas_for(32.5, 32) == 2
