@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +22,7 @@ from cluster.link import (
     answer_locally,
 )
 from cluster.metrics import Registry
-from deployments.autoscaling import ONGOING
+from deployments.autoscaling import ONGOING, STARTUP
 from deployments.links import serve_links
 from deployments.metrics import RayExporter
 
@@ -42,6 +43,7 @@ class EngineReplica:
     """
 
     async def _start(self, engine: Engine) -> None:
+        began = time.monotonic()
         confine_serve()
         self._engine = engine
         self._death: asyncio.Task[DrainResult] | None = None
@@ -51,6 +53,7 @@ class EngineReplica:
         registry = Registry()
         registry.on_collect(lambda: engine.observe(registry))
         self._exporter = RayExporter(registry)
+        self._startup_s = time.monotonic() - began
 
     async def answer_call(
         self, replica_id: str, head: RequestHead, body: bytes
@@ -105,8 +108,8 @@ class EngineReplica:
         return info.metadata()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """The load by which the pool is scaled."""
-        return {ONGOING: float(self._server.num_ongoing + self._calls)}
+        """What autoscaling is told of this replica; most of a pool's load comes from routers."""
+        return {ONGOING: float(self._server.num_ongoing + self._calls), STARTUP: self._startup_s}
 
     async def check_health(self) -> None:
         """Raise when the engine is dead, so that Serve replaces this replica."""

@@ -62,7 +62,9 @@ class PoolScaler:
         self.spec = spec
         self.prefill, self.decode, self.requests = Forecast(), Forecast(), Forecast()
         self.capacity = Capacity()
-        self._startup_s = DEFAULT_STARTUP_S
+        self._said_s = DEFAULT_STARTUP_S
+        self._measured_s: float | None = None
+        self._asked: tuple[int, float] | None = None
         self._wants: deque[tuple[float, int]] = deque()
         self._changed_at = -math.inf
         self._replicas = -1
@@ -86,10 +88,10 @@ class PoolScaler:
         """The clock jumped, or nothing was heard for long: delays begin again."""
         self._wants.clear()
         self._changed_at = self._since = now
+        self._asked = None
 
     def _learn(self, now: float, signals: PoolSignals) -> None:
-        if signals.startup_s is not None:
-            self._startup_s = signals.startup_s
+        self._follow_start(now, signals)
         horizon = self.horizon_s
         self.prefill.update(now, signals.prefill_per_s, horizon)
         self.decode.update(now, signals.decode_per_s, horizon)
@@ -107,10 +109,25 @@ class PoolScaler:
                 signals.objectives,
             )
 
+    def _follow_start(self, now: float, signals: PoolSignals) -> None:
+        """Measure from a target that rose until so many answer."""
+        self._said_s = signals.startup_s or self._said_s
+        if self._asked is None:
+            if signals.running < signals.target:
+                self._asked = signals.target, now
+            return
+        asked, at = self._asked
+        if signals.running >= asked:
+            took_s = now - at
+            known_s = took_s if self._measured_s is None else self._measured_s
+            self._measured_s = 0.5 * (known_s + took_s)
+        if signals.running >= asked or signals.target < asked:
+            self._asked = None
+
     @property
     def horizon_s(self) -> float:
-        """How far ahead replicas must be asked for."""
-        return self._startup_s + REPORT_DELAY_S
+        """How far ahead replicas must be asked for: as long as a start takes to be noticed."""
+        return (self._measured_s or self._said_s) + REPORT_DELAY_S
 
     def _needs(self, now: float, signals: PoolSignals) -> list[Need]:
         """Each reason to have replicas."""

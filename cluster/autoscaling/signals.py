@@ -49,7 +49,7 @@ class PoolSignals:
     cores: float = 0.0
     """CPU seconds used each second; known of routers alone."""
     startup_s: float | None = None
-    """How long a replica took from its start to its first request, lately."""
+    """How long the replicas say that they took to start, until it was measured here."""
     objectives: tuple[Objective, ...] = ()
 
     @property

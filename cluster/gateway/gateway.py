@@ -8,6 +8,7 @@ from cluster.config import ClassifierConfig, GeneratorConfig, TandemConfig
 from cluster.errors import InternalError, MethodNotAllowedError, RequestError
 from cluster.gateway.auth import Authenticator
 from cluster.gateway.gauges import watch_pools
+from cluster.gateway.load_report import LoadReports
 from cluster.gateway.messages import Headers, Request, Response, error_response
 from cluster.gateway.metering import PoolMeter
 from cluster.gateway.own import PUBLIC_PATHS, OwnRoutes
@@ -42,6 +43,7 @@ class Gateway:
         """What this router counts."""
         self.pools = _make_pools(config, wirings, self.registry)
         watch_pools(self.registry, self.pools.values())
+        self._load_reports = LoadReports(config, self.pools)
         self._authenticator = Authenticator(config.router.api_keys_sha256)
         self._own = OwnRoutes(self.pools, versions or {}, self.registry)
 
@@ -79,6 +81,15 @@ class Gateway:
             raise
         return await relay(request, pool)
 
+    def load_report(self, now: float, cpu_s: float) -> dict[str, float]:
+        """What autoscaling is told of this router's traffic (``cluster.autoscaling.reports``).
+
+        Args:
+            now: Seconds, of any clock that only goes forward.
+            cpu_s: CPU time that this process has used so far.
+        """
+        return self._load_reports.report(now, cpu_s)
+
     def count(self, route: str, status: int) -> None:
         """Count a request that never came to a pool."""
         self.registry.counter(table.REQUESTS, "", route, str(status)).add()
@@ -94,7 +105,12 @@ def _make_pools(
     router = config.router
 
     def make(kind: Kind, pool: GeneratorConfig | ClassifierConfig) -> Pool:
-        limits = PoolLimits(pool.max_ongoing, router.max_queued, router.queue_timeout_s)
+        limits = PoolLimits(
+            pool.max_ongoing,
+            router.max_queued,
+            router.queue_timeout_s,
+            None if pool.replicas.min else router.start_timeout_s,
+        )
         return Pool(pool.name, kind, limits, wirings[pool.name], PoolMeter(registry, pool.name))
 
     pools = [

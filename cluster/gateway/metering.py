@@ -15,6 +15,9 @@ class PoolMeter:
 
     def __init__(self, registry: Registry, model: str) -> None:
         histogram, counter = registry.histogram, registry.counter
+        self.arrivals = counter(table.ARRIVALS, model)
+        self.counted = 0
+        """Requests that ended with a count of their tokens."""
         self.request_s = histogram(table.REQUEST_SECONDS, model)
         self.queue_s = histogram(table.QUEUE_SECONDS, model)
         self.ttft_s = histogram(table.TTFT_SECONDS, model)
@@ -31,6 +34,7 @@ class PoolMeter:
 
     def watch(self, route: str) -> "Watch":
         """Begin to watch one request."""
+        self.arrivals.add()
         return Watch(self, route)
 
     def requests(self, route: str, status: int) -> Counter:
@@ -76,6 +80,7 @@ class Watch:
         if self._first:
             meter.ttft_s.observe(self._first - self._begun)
         if usage is not None:
+            meter.counted += 1
             meter.prompt_tokens.add(usage.prompt_tokens)
             meter.cached_tokens.add(usage.cached_tokens)
             meter.completion_tokens.add(usage.completion_tokens)

@@ -109,6 +109,8 @@ class PoolLimits:
     """Requests that one replica is given at a time."""
     max_queued: int
     queue_timeout_s: float
+    start_timeout_s: float | None = None
+    """The same as ``queue_timeout_s`` while none runs, of a pool that may be without replicas."""
 
 
 class Replica:
@@ -174,8 +176,14 @@ class Pool:
 
     @property
     def queue_timeout_s(self) -> float:
-        """The longest that a request waits for a place."""
-        return self._limits.queue_timeout_s
+        """The longest that a request that comes now waits for a place."""
+        limits = self._limits
+        return (self.asleep and limits.start_timeout_s) or limits.queue_timeout_s
+
+    @property
+    def asleep(self) -> bool:
+        """Whether it has no replica, as it may; the first request has one started."""
+        return self._limits.start_timeout_s is not None and not self._replicas
 
     @property
     def replicas(self) -> list[Replica]:
@@ -199,6 +207,7 @@ class Pool:
             "kind": self.kind,
             "replicas": len(self._replicas),
             "ready": self.num_ready,
+            "asleep": self.asleep,
             "queued": self.num_queued,
             "ongoing": sum(replica.own for replica in self._replicas.values()),
             "running": sum(load.running for load in loads if load is not None),
@@ -276,7 +285,7 @@ class Pool:
             self.release(place.result())
 
     def _too_late(self) -> OverloadedError | UnavailableError:
-        waited = f"{self._limits.queue_timeout_s:g} s"
+        waited = f"{self.queue_timeout_s:g} s"
         if self.num_ready == 0:
             return UnavailableError(
                 f"{self.name}: no replica became ready within {waited}", retry_after_s=5

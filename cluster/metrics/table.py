@@ -43,6 +43,9 @@ REQUESTS = Metric(
     "Requests that ended, by the status of their answer; 499: the client left.",
     ("model", "route", "status"),
 )
+ARRIVALS = Metric(
+    "tandem_arrivals_total", "counter", "Requests that arrived for a pool, let in or not.", _MODEL
+)
 REQUEST_SECONDS = _histogram("tandem_request_seconds", "From a request to the end of its answer.")
 QUEUE_SECONDS = _histogram("tandem_queue_seconds", "Waiting in the router for a place.")
 TTFT_SECONDS = _histogram("tandem_ttft_seconds", "From a request to the first bytes of its stream.")
@@ -78,6 +81,30 @@ RUNNING = Metric("tandem_running_requests", "gauge", "Requests in the engines' b
 WAITING = Metric("tandem_waiting_requests", "gauge", "Requests waiting in the engines.", _MODEL)
 KV_CACHE = Metric(
     "tandem_kv_cache_usage_ratio", "gauge", "KV blocks in use, mean of the replicas.", _MODEL
+)
+
+# -- autoscaling, in Serve's controller ------------------------------------------------------------
+
+TARGET_REPLICAS = Metric(
+    "tandem_autoscaling_target_replicas", "gauge", "Replicas that were decided on.", _MODEL
+)
+WANTED_REPLICAS = Metric(
+    "tandem_autoscaling_wanted_replicas",
+    "gauge",
+    "Replicas that the pool alone would have, without the budget.",
+    _MODEL,
+)
+SCALINGS = Metric(
+    "tandem_autoscaling_decisions_total",
+    "counter",
+    "Changes of a target, by their cause; the log has the whole reason.",
+    ("model", "cause"),
+)
+STARTUP_SECONDS = Metric(
+    "tandem_startup_seconds",
+    "gauge",
+    "How long each phase of a replica's start took.",
+    ("model", "phase"),
 )
 
 # -- links, at the router's end --------------------------------------------------------------------

@@ -258,3 +258,9 @@ def test_the_least_cached_value_goes_first() -> None:
     ]
     assert least_valuable(replicas, 2) == ["cold", "new"]
     assert least_valuable(replicas, 0) == []
+
+
+def test_a_start_is_measured_from_the_target_to_the_replicas_that_answer() -> None:
+    pool = FluidPool(SPEC, startup_s=90.0)
+    pool.run(900, lambda t: 40.0)
+    assert pool.autoscaler.scalers["pool"].horizon_s == pytest.approx(95, abs=6)
