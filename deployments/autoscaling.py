@@ -116,6 +116,9 @@ class ApplicationPolicy:
         decisions = self._autoscaler.decide(now, signals)
         for part in parts:
             self._tell(part.pool, signals[part.pool].target, decisions[part.pool])
+            if (took_s := self._autoscaler.scalers[part.pool].startup_s) is not None:
+                name = part.pool or "router"
+                self._registry.gauge(table.STARTUP_SECONDS, name, "decision").value = took_s
         self._metrics.export()
         return {part.context.deployment_id: decisions[part.pool].target for part in parts}
 

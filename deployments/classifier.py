@@ -9,4 +9,4 @@ class Classifier(EngineReplica):
     """One replica of a classifier pool."""
 
     async def __init__(self, config: ClassifierConfig) -> None:  # type: ignore[misc]  # Serve awaits it
-        await self._start(make_encoder_engine(config))
+        await self._start(config.name, make_encoder_engine(config))

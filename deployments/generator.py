@@ -9,4 +9,4 @@ class Generator(EngineReplica):
     """One replica of a generator pool."""
 
     async def __init__(self, config: GeneratorConfig) -> None:  # type: ignore[misc]  # Serve awaits it
-        await self._start(make_generator_engine(config, ray_metrics=True))
+        await self._start(config.name, make_generator_engine(config, ray_metrics=True))

@@ -21,7 +21,7 @@ from cluster.link import (
     ResponseHead,
     answer_locally,
 )
-from cluster.metrics import Registry
+from cluster.metrics import Registry, table
 from deployments.autoscaling import ONGOING, STARTUP
 from deployments.links import serve_links
 from deployments.metrics import RayExporter
@@ -42,7 +42,7 @@ class EngineReplica:
     A subclass gives ``_start`` its engine; Ray Serve calls the rest.
     """
 
-    async def _start(self, engine: Engine) -> None:
+    async def _start(self, pool: str, engine: Engine) -> None:
         began = time.monotonic()
         confine_serve()
         self._engine = engine
@@ -52,8 +52,9 @@ class EngineReplica:
         self._server = await serve_links(self._answer, self._load)
         registry = Registry()
         registry.on_collect(lambda: engine.observe(registry))
-        self._exporter = RayExporter(registry)
         self._startup_s = time.monotonic() - began
+        registry.gauge(table.STARTUP_SECONDS, pool, "replica").value = self._startup_s
+        self._exporter = RayExporter(registry)
 
     async def answer_call(
         self, replica_id: str, head: RequestHead, body: bytes

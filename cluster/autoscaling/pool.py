@@ -63,7 +63,8 @@ class PoolScaler:
         self.prefill, self.decode, self.requests = Forecast(), Forecast(), Forecast()
         self.capacity = Capacity()
         self._said_s = DEFAULT_STARTUP_S
-        self._measured_s: float | None = None
+        self.startup_s: float | None = None
+        """From the decision to the replicas that answer, as measured."""
         self._asked: tuple[int, float] | None = None
         self._wants: deque[tuple[float, int]] = deque()
         self._changed_at = -math.inf
@@ -119,15 +120,15 @@ class PoolScaler:
         asked, at = self._asked
         if signals.running >= asked:
             took_s = now - at
-            known_s = took_s if self._measured_s is None else self._measured_s
-            self._measured_s = 0.5 * (known_s + took_s)
+            known_s = took_s if self.startup_s is None else self.startup_s
+            self.startup_s = 0.5 * (known_s + took_s)
         if signals.running >= asked or signals.target < asked:
             self._asked = None
 
     @property
     def horizon_s(self) -> float:
         """How far ahead replicas must be asked for: as long as a start takes to be noticed."""
-        return (self._measured_s or self._said_s) + REPORT_DELAY_S
+        return (self.startup_s or self._said_s) + REPORT_DELAY_S
 
     def _needs(self, now: float, signals: PoolSignals) -> list[Need]:
         """Each reason to have replicas."""

@@ -103,7 +103,7 @@ SCALINGS = Metric(
 STARTUP_SECONDS = Metric(
     "tandem_startup_seconds",
     "gauge",
-    "How long each phase of a replica's start took.",
+    "How long a start took: the engine's phases, the whole replica, and from decision to ready.",
     ("model", "phase"),
 )
 
