@@ -89,9 +89,10 @@ class LoadReports:
 
     def __init__(self, config: TandemConfig, pools: Mapping[str, Pool]) -> None:
         self._pools = pools
+        parts: list[GeneratorConfig | ClassifierConfig] = [*config.generators, *config.classifiers]
         self._reports = {
-            pool.name: _PoolReports(pools[pool.name], _objectives(pool, pools[pool.name]))
-            for pool in (*config.generators, *config.classifiers)
+            part.name: _PoolReports(pools[part.name], _objectives(part, pools[part.name]))
+            for part in parts
         }
         self._last: tuple[float, float] | None = None
 

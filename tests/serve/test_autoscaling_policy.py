@@ -1,4 +1,4 @@
-"""The policy inside Ray Serve's own autoscaling state, with the deployments that ``build`` makes."""
+"""The policy inside Ray Serve's own autoscaling state, with the deployments of ``build``."""
 
 import json
 import subprocess
