@@ -50,7 +50,7 @@ class ReplicasConfig(_Section):
     """Ongoing requests for each replica, until autoscaling has learned what one carries."""
     upscale_delay_s: float = Field(2.0, ge=0)
     """More must be wanted for so long before replicas are added; the first is added at once."""
-    downscale_delay_s: float = Field(180.0, ge=0)
+    downscale_delay_s: float = Field(120.0, ge=0)
     """Fewer must be enough for so long before replicas are taken out."""
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from cluster.autoscaling.signals import Objective
 
-HEADROOM = 0.8
+HEADROOM = 0.9
 """The share of its limit that a latency is planned to take."""
 MEMORY_S = 3600.0
 MIN_SAMPLES = 20.0

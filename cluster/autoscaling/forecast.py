@@ -9,19 +9,25 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
-LEVEL_S = 20.0
+LEVEL_S = 10.0
 """Time constant of the level: long enough for a few arrivals, short beside a start-up."""
-TREND_S = 60.0
+TREND_S = 20.0
 DAMPING_S = 300.0
 """A trend is believed for about so long."""
-FAST_S = 6.0
+CALM_S = 120.0
+"""Time constant of the level that is believed while nothing happens: arrivals are noisy."""
+FAST_S = 15.0
 """Time constant of what counts as having come true."""
 ERROR_S = 1800.0
 OUTLIER = 4.0
 """Deviations beyond which a single value is not believed before a second one says the same."""
-MARGIN_QUANTILE = 0.9
+SIGNIFICANT = 1.5
+"""Mean deviations of single values by which the level must be above the calm one."""
+MARGIN_QUANTILE = 0.97
 MARGIN_STEP = 0.02
-MIN_MARGIN, MAX_MARGIN = 1.0, 3.0
+MAX_MARGIN = 3.0
+MEAN_S = 3600.0
+"""Time constant of the usual rate, against which margins are measured."""
 BINS = 96
 """Parts of a season: quarters of an hour of a day."""
 
@@ -66,8 +72,12 @@ class Forecast:
         self.level = 0.0
         self.trend = 0.0
         """Change of the level each second."""
-        self.margin = 1.15
-        """What a forecast is multiplied with; learned."""
+        self.margin = 0.15
+        """Learned room above a forecast, as a share of it where the rate is the usual one; it grows
+        with the root of the rate, as the noise of arrivals does."""
+        self.calm = 0.0
+        """The level of the last minutes."""
+        self._mean = 0.0
         self._fast = 0.0
         self._scale = 0.0
         self._at: float | None = None
@@ -83,7 +93,7 @@ class Forecast:
         """
         if self._at is None or now <= self._at:
             if self._at is None:
-                self.level = self._fast = value
+                self.level = self._fast = self.calm = self._mean = value
             self._at = now
             self._made.clear()
             return
@@ -96,6 +106,8 @@ class Forecast:
         self.level += (1 - math.exp(-dt / LEVEL_S)) * (value - self.level)
         self.level = max(0.0, self.level)
         self.trend += (1 - math.exp(-dt / TREND_S)) * ((self.level - before) / dt - self.trend)
+        self.calm += (1 - math.exp(-dt / CALM_S)) * (value - self.calm)
+        self._mean += (1 - math.exp(-dt / MEAN_S)) * (value - self._mean)
         self._fast += (1 - math.exp(-dt / FAST_S)) * (value - self._fast)
         self._judge(now, dt)
         self._made.append((now + horizon_s, self._experts(now, horizon_s)))
@@ -106,7 +118,17 @@ class Forecast:
             return 0.0
         guesses = self._experts(self._at, horizon_s)
         best = min(range(len(guesses)), key=self._errors.__getitem__)
-        return max(guesses[best] * self.margin, self.level)
+        return max(
+            guesses[best] + self.margin * self._spread(guesses[best]), self._rising(horizon_s)
+        )
+
+    def _spread(self, guess: float) -> float:
+        return math.sqrt(guess * self._mean)
+
+    def _rising(self, horizon_s: float) -> float:
+        """Where a rise that is more than noise leads; a burst has to be met before it is usual."""
+        significant = self.level - self.calm > SIGNIFICANT * self._scale
+        return self._experts(self._at or 0.0, horizon_s)[1] if significant else 0.0
 
     def _believable(self, value: float) -> float:
         off = value - self.level
@@ -124,8 +146,8 @@ class Forecast:
         usual, then = self._season.at(now), self._season.at(now + horizon_s)
         season = trend
         if usual and then is not None:
-            season = self.level * min(4.0, max(0.25, then / usual))
-        return self.level, trend, season
+            season = self.calm * min(4.0, max(0.25, then / usual))
+        return self.calm, trend, season
 
     def _judge(self, now: float, dt: float) -> None:
         """Compare what was forecast for now with what is."""
@@ -136,8 +158,6 @@ class Forecast:
                 error = abs(guess - self._fast)
                 self._errors[index] += weight * (error - self._errors[index])
             best = guesses[min(range(len(guesses)), key=self._errors.__getitem__)]
-            if best > 0:
-                above = self._fast / best > self.margin
-                step = MARGIN_QUANTILE if above else MARGIN_QUANTILE - 1
-                self.margin += MARGIN_STEP * step
-                self.margin = min(MAX_MARGIN, max(MIN_MARGIN, self.margin))
+            above = self._fast - best > self.margin * self._spread(best)
+            step = MARGIN_QUANTILE if above else MARGIN_QUANTILE - 1
+            self.margin = min(MAX_MARGIN, max(0.0, self.margin + MARGIN_STEP * step))

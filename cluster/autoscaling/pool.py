@@ -31,6 +31,8 @@ DOWN_SLACK = 0.1
 """A replica goes only if a tenth more work would not need it."""
 HELPED = 0.9
 """What more replicas must have left of a latency for still more to be tried."""
+FAILURE_S = 1800.0
+"""So long a load that was too much is not tried again."""
 SETTLED_S = 30.0
 """Latencies are of the last half minute: so long after a change they say nothing of what is."""
 
@@ -73,6 +75,7 @@ class PoolScaler:
         self._since = math.inf
         self._missed = (0, math.inf)
         self._queued_tokens = 0.0
+        self._too_much = (-math.inf, (0.0, 0.0))
 
     def want(self, now: float, signals: PoolSignals) -> Want:
         """The number of replicas for ``signals`` at ``now`` (seconds)."""
@@ -90,6 +93,7 @@ class PoolScaler:
         self._wants.clear()
         self._changed_at = self._since = now
         self._asked = None
+        self._too_much = (-math.inf, (0.0, 0.0))
 
     def _learn(self, now: float, signals: PoolSignals) -> None:
         self._follow_start(now, signals)
@@ -142,8 +146,9 @@ class PoolScaler:
         if signals.kv_usage > FULL:
             full = signals.running * signals.kv_usage / FULL
             needs.append(Need("kv", full, f"the KV caches are {signals.kv_usage:.0%} full"))
-        if (missed := self._by_missed(now, signals)) is not None:
-            needs.append(missed)
+        for need in (self._by_missed(now, signals), self._by_failure(now)):
+            if need is not None:
+                needs.append(need)
         if signals.requests_per_s or signals.ongoing or signals.queued:
             needs.append(Need("busy", 0.5, "there are requests"))
         return needs
@@ -167,6 +172,16 @@ class PoolScaler:
         """Fewer only step by step: each step shows what a replica bears before the next."""
         text = "a replica is not given much more than it was seen to bear"
         return Need("learning", min(proven, signals.running - 1.0), text, slack=0.0)
+
+    def _by_failure(self, now: float) -> Need | None:
+        """More than were too few a while ago, so that the same is not tried again at once."""
+        at, each = self._too_much
+        if now - at > FAILURE_S:
+            return None
+        rates = self.prefill.calm, self.decode.calm
+        loads = [rate / one for rate, one in zip(rates, each, strict=True) if one > 0]
+        text = "an objective was missed at this load of a replica lately"
+        return Need("missed", max(loads, default=0.0) * (1 + DOWN_SLACK / 2), text, slack=0.0)
 
     def _by_little(self, signals: PoolSignals) -> Need:
         """By the configured number of requests, in steps, until what a replica bears is known."""
@@ -201,6 +216,8 @@ class PoolScaler:
             return None
         if signals.running != replicas:
             self._missed = signals.running, worst.ratio
+        each = self.prefill.calm / signals.running, self.decode.calm / signals.running
+        self._too_much = now, each
         more = signals.running * min(1.5, max(1.1, worst.ratio**0.5))
         text = f"{worst.name} is {worst.observed_s:.3g} s of {worst.limit_s:g} s"
         return Need("missed", more, text)

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from benchmarks import classify, engine, handle, link, memory, stream
+from benchmarks import autoscale, classify, engine, handle, link, memory, stream
 from benchmarks.report import Report, print_report, write_json
 from cluster.errors import TandemError
 
@@ -32,6 +32,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "classify": classify,
     "memory": memory,
     "link": link,
+    "autoscale": autoscale,
 }
 
 

@@ -144,11 +144,12 @@ def test_a_clock_that_jumps_only_starts_the_delays_anew(jump_s: float) -> None:
 
 def test_a_short_peak_is_waited_out() -> None:
     autoscaler = Autoscaler({"pool": replace(SPEC, upscale_delay_s=10)})
-    busy = replace(QUIET, ongoing=80.0, requests_per_s=1.0)
+    calm = replace(QUIET, ongoing=20.0, requests_per_s=1.0)
+    busy = replace(calm, ongoing=80.0)
     for at in range(0, 20, 2):
-        decide(autoscaler, at, replace(QUIET, ongoing=20.0))
+        decide(autoscaler, at, calm)
     assert decide(autoscaler, 20, busy) == 3
-    assert decide(autoscaler, 22, replace(QUIET, ongoing=20.0)) == 3
+    assert decide(autoscaler, 22, calm) == 3
     assert [decide(autoscaler, at, busy) for at in range(24, 36, 2)][-2:] == [3, 9]
 
 

@@ -1,8 +1,8 @@
 """Ray Serve's own autoscaling of one deployment, by what its source does (ray 2.60).
 
-``replica_queue_length_autoscaling_policy``: replicas = ongoing requests / ``target_ongoing_requests``,
-the requests being the mean of what was reported over ``look_back_period_s``; a change must be wanted
-without a break for ``upscale_delay_s`` or ``downscale_delay_s``. Replicas report every 10 s.
+``replica_queue_length_autoscaling_policy``: replicas = ongoing / ``target_ongoing_requests``, the
+ongoing requests being the mean of what was reported over ``look_back_period_s``; a change must be
+wanted without a break for ``upscale_delay_s`` or ``downscale_delay_s``. Replicas report every 10 s.
 """
 
 import math

@@ -1,8 +1,8 @@
 """One pool of replicas in simulated time, and a policy that decides how many there are.
 
 A replica prefills one prompt after the other and decodes all its requests together; each further
-request makes a step longer (the simulated engine's ``batch_slowdown``). A request is laid out when it
-arrives, from the requests that its replica has then, so hours take seconds.
+request makes a step longer (the simulated engine's ``batch_slowdown``). A request is laid out when
+it arrives, from the requests that its replica has then, so hours take seconds.
 """
 
 import heapq
