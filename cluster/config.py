@@ -6,7 +6,7 @@ changes it. Knows nothing of Ray, files or the command line (``cluster.config_fi
 
 import difflib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, ByteSize, Field, ValidationError, model_validator
 
@@ -51,12 +51,15 @@ RoutingPolicy = Literal["least-load", "power-of-two", "prefix", "round-robin", "
 class ReplicasConfig(Section):
     """How many replicas a pool may have, and the load at which one more is wanted."""
 
-    min: int = Field(1, ge=1, le=4096)
+    min: int = Field(1, ge=0, le=4096)
+    """0: none while there are no requests; the first one waits in the router for a start."""
     max: int = Field(1, ge=1, le=4096)
     target_ongoing: float = Field(32.0, gt=0)
-    """Ongoing requests for each replica that autoscaling aims at."""
-    upscale_delay_s: float = Field(10.0, ge=0)
-    downscale_delay_s: float = Field(300.0, ge=0)
+    """Ongoing requests for each replica, until autoscaling has learned what one carries."""
+    upscale_delay_s: float = Field(2.0, ge=0)
+    """More must be wanted for so long before replicas are added; the first is added at once."""
+    downscale_delay_s: float = Field(120.0, ge=0)
+    """Fewer must be enough for so long before replicas are taken out."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -74,6 +77,32 @@ class ResourcesConfig(Section):
     cpus: float = Field(0.25, ge=0)
     gpus: float = Field(0.0, ge=0)
     custom: dict[str, float] = Field(default_factory=dict)
+
+
+class GeneratorSlo(Section):
+    """What clients of a generator are to see; None: no objective."""
+
+    ttft_p90_s: float | None = Field(2.0, gt=0)
+    """From a request to the first bytes of its stream."""
+    itl_p90_s: float | None = Field(0.2, gt=0)
+    """Between two writes of a stream."""
+
+
+class ClassifierSlo(Section):
+    """What clients of a classifier are to see; None: no objective."""
+
+    latency_p95_s: float | None = Field(0.5, gt=0)
+    """From a request to the end of its answer."""
+
+
+class BudgetConfig(Section):
+    """What the replicas of all pools and the routers may take together; None: no limit.
+
+    Where it does not suffice, the router goes first, then pools by their ``priority``.
+    """
+
+    cpus: float | None = Field(None, ge=0)
+    gpus: float | None = Field(None, ge=0)
 
 
 class SimConfig(Section):
@@ -133,6 +162,9 @@ class GeneratorConfig(Section):
     """Requests that one replica is given at a time; more wait in the router."""
     routing: RoutingPolicy = "prefix"
     """How a replica is chosen: by cache and load, by load alone, by session, or by neither."""
+    slo: GeneratorSlo = GeneratorSlo()
+    priority: int = 0
+    """Where the budget does not suffice, the pool with the higher number goes first."""
     replicas: ReplicasConfig = ReplicasConfig()
     resources: ResourcesConfig = ResourcesConfig()
 
@@ -181,8 +213,12 @@ class ClassifierConfig(Section):
     result_cache: ResultCacheConfig = ResultCacheConfig()
     max_ongoing: int = Field(256, ge=1)
     routing: RoutingPolicy = "least-load"
+    slo: ClassifierSlo = ClassifierSlo()
+    priority: int = 0
     replicas: ReplicasConfig = ReplicasConfig()
     resources: ResourcesConfig = ResourcesConfig()
+
+    num_workers: ClassVar[int] = 1
 
     @property
     def head(self) -> str | None:
@@ -221,13 +257,24 @@ class RouterConfig(Section):
     max_queued_tokens: float = Field(2_000_000, gt=0)
     """Their estimated work; beyond it 429."""
     queue_timeout_s: float = Field(60.0, gt=0)
-    """The longest wait in the queue; then 429, or 503 where no replica runs."""
+    """The longest wait in the queue while replicas run; then 429."""
+    start_timeout_s: float = Field(300.0, gt=0)
+    """The longest wait for the first replica of a pool that may have none (``min: 0``); then 503.
+    In other pools it is ``queue_timeout_s``."""
     log_requests_per_s: float = Field(10.0, ge=0)
     """Requests that one router logs in a second, and as many more of those that failed."""
     log_prompts: bool = False
     """Whether a request's line in the log holds the first 2000 characters of its body."""
     replicas: ReplicasConfig = ReplicasConfig(min=1, max=2, target_ongoing=256)
     resources: ResourcesConfig = ResourcesConfig(cpus=0.2)
+
+    num_workers: ClassVar[int] = 1
+
+    @model_validator(mode="after")
+    def _at_least_one(self) -> Self:
+        if self.replicas.min < 1:
+            raise ValueError("replicas.min of the router must be at least 1: it holds the requests")
+        return self
 
 
 class ClusterConfig(Section):
@@ -249,6 +296,7 @@ class TandemConfig(Section):
     generators: tuple[GeneratorConfig, ...] = ()
     classifiers: tuple[ClassifierConfig, ...] = ()
     router: RouterConfig = RouterConfig()
+    budget: BudgetConfig = BudgetConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracing: TracingConfig | None = None
     accounting: AccountingConfig = AccountingConfig()
@@ -273,6 +321,23 @@ class TandemConfig(Section):
             raise ValueError("at least one generator or classifier is needed")
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"each name may stand once among generators and classifiers: {twice}")
+        return self
+
+    @model_validator(mode="after")
+    def _floors_fit(self) -> Self:
+        parts: list[GeneratorConfig | ClassifierConfig | RouterConfig]
+        parts = [self.router, *self.generators, *self.classifiers]
+        for kind in ("cpus", "gpus"):
+            limit = getattr(self.budget, kind)
+            floors = [
+                part.replicas.min * part.num_workers * getattr(part.resources, kind)
+                for part in parts
+            ]
+            if limit is not None and sum(floors) > limit + 1e-9:
+                raise ValueError(
+                    f"budget.{kind} ({limit:g}) must hold the replicas.min of every pool and the "
+                    f"router ({sum(floors):g})"
+                )
         return self
 
 

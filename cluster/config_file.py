@@ -23,6 +23,8 @@ from cluster.key_file import read_keys
 from cluster.models.store import home
 
 IMPORT_PATH = "deployments.app:build"
+AUTOSCALING_POLICY = {"policy_function": "deployments.autoscaling:ApplicationPolicy"}
+"""Serve takes the policy of a whole application from its configuration alone."""
 DEFAULT_PORT = 8000
 DEFAULT_HOST = "127.0.0.1"
 KEY_FILE = "keys.yaml"
@@ -49,6 +51,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     """
     serve_config = _read(path)
     application = _application(path, serve_config)
+    application.setdefault("autoscaling_policy", dict(AUTOSCALING_POLICY))
     for override in overrides:
         assign(serve_config, application, override)
     _check_serve_level(serve_config)

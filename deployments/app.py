@@ -4,6 +4,7 @@
 deployment for each pool. Nothing is computed here that a replica needs twice.
 """
 
+import warnings
 from typing import Any
 
 from ray import serve
@@ -11,15 +12,16 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
+from cluster.autoscaling.settings import PoolSettings
 from cluster.config import (
     ClassifierConfig,
     GeneratorConfig,
-    ReplicasConfig,
     ResourcesConfig,
+    RouterConfig,
     TandemConfig,
     parse,
 )
-from cluster.config_operations import OperationsConfig
+from deployments.autoscaling import DECIDE_S
 from deployments.classifier import Classifier
 from deployments.generator import Generator
 from deployments.replica import SHUTDOWN_TIMEOUT_S
@@ -37,15 +39,14 @@ def build(args: dict[str, Any] | TandemConfig) -> Application:
         ConfigError: a value is wrong; one line with the field, the value and what is allowed.
     """
     config = args if isinstance(args, TandemConfig) else parse(args)
-    operations = config.operations
     pools = {
-        **{pool.name: _generator(pool, operations) for pool in config.generators},
-        **{pool.name: _classifier(pool, operations) for pool in config.classifiers},
+        **{generator.name: _generator(config, generator) for generator in config.generators},
+        **{classifier.name: _classifier(config, classifier) for classifier in config.classifiers},
     }
     router = serve.deployment(
         Router,
         name="router",
-        autoscaling_config=_autoscaling(config.router.replicas),
+        autoscaling_config=_autoscaling(config, config.router),
         ray_actor_options=_actor_options(config.router.resources),
         max_ongoing_requests=4096,
         graceful_shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
@@ -57,7 +58,7 @@ def build(args: dict[str, Any] | TandemConfig) -> Application:
     return router.bind(config, pools)
 
 
-def _generator(config: GeneratorConfig, operations: OperationsConfig) -> Application:
+def _generator(whole: TandemConfig, config: GeneratorConfig) -> Application:
     options: dict[str, Any] = {"ray_actor_options": _actor_options(config.resources)}
     if config.num_workers > 1:
         # Serve places the replica itself in the first bundle; a GPU replica computes nothing
@@ -68,27 +69,27 @@ def _generator(config: GeneratorConfig, operations: OperationsConfig) -> Applica
         options["ray_actor_options"] = _actor_options(
             config.resources.model_copy(update={"gpus": 0.0})
         )
-    return _pool(Generator, f"generator-{config.name}", config, operations, options)
+    return _pool(Generator, "generator", whole, config, options)
 
 
-def _classifier(config: ClassifierConfig, operations: OperationsConfig) -> Application:
+def _classifier(whole: TandemConfig, config: ClassifierConfig) -> Application:
     options = {"ray_actor_options": _actor_options(config.resources)}
-    return _pool(Classifier, f"classifier-{config.name}", config, operations, options)
+    return _pool(Classifier, "classifier", whole, config, options)
 
 
 def _pool(
     replica_class: type[Generator] | type[Classifier],
-    name: str,
+    kind: str,
+    whole: TandemConfig,
     config: GeneratorConfig | ClassifierConfig,
-    operations: OperationsConfig,
     options: dict[str, Any],
 ) -> Application:
     deployment = serve.deployment(
         replica_class,
-        name=name,
+        name=f"{kind}-{config.name}",
         # Which replica, the routers choose; over a handle, too.
         request_router_config=RequestRouterConfig(request_router_class=NAMED_REPLICA_ROUTER),
-        autoscaling_config=_autoscaling(config.replicas, reported=True),
+        autoscaling_config=_autoscaling(whole, config),
         # Requests come over the link, which Serve does not count; the router limits them.
         max_ongoing_requests=1000,
         graceful_shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
@@ -97,7 +98,7 @@ def _pool(
         max_surge_percent=SURGE_PERCENT,
         **options,
     )
-    return deployment.bind(config, operations)
+    return deployment.bind(config, whole.operations)
 
 
 def _actor_options(resources: ResourcesConfig) -> dict[str, Any]:
@@ -113,15 +114,28 @@ def _bundle(resources: ResourcesConfig) -> dict[str, float]:
     return {name: amount for name, amount in bundle.items() if amount}
 
 
-def _autoscaling(replicas: ReplicasConfig, *, reported: bool = False) -> AutoscalingConfig:
-    """Serve's autoscaling; ``reported``: by the load that replicas report of their links."""
-    policy = AutoscalingPolicy(policy_function="deployments.autoscaling:by_reported_ongoing")
-    return AutoscalingConfig(
-        min_replicas=replicas.min,
-        max_replicas=replicas.max,
-        target_ongoing_requests=replicas.target_ongoing,
-        upscale_delay_s=replicas.upscale_delay_s,
-        downscale_delay_s=replicas.downscale_delay_s,
-        look_back_period_s=15,
-        **({"policy": policy} if reported else {}),
+def _autoscaling(
+    whole: TandemConfig, part: GeneratorConfig | ClassifierConfig | RouterConfig
+) -> AutoscalingConfig:
+    """Tandem's policy, which keeps delays of its own; Serve's are nothing.
+
+    What stands here decides for one deployment; the application's ``autoscaling_policy`` in the
+    configuration takes its place and decides for all, with these same settings.
+    """
+    policy = AutoscalingPolicy(
+        policy_function="deployments.autoscaling:PoolPolicy",
+        policy_kwargs=PoolSettings.of(whole, part).encoded(),
     )
+    with warnings.catch_warnings():
+        # Serve says that environment variables will replace it; this version does not read them.
+        warnings.filterwarnings("ignore", ".*metrics_interval_s", DeprecationWarning)
+        return AutoscalingConfig(
+            min_replicas=part.replicas.min,
+            max_replicas=part.replicas.max,
+            target_ongoing_requests=part.replicas.target_ongoing,
+            upscale_delay_s=0,
+            downscale_delay_s=0,
+            metrics_interval_s=DECIDE_S,
+            look_back_period_s=5 * DECIDE_S,
+            policy=policy,
+        )

@@ -26,25 +26,33 @@ class RayExporter:
     """Hands a registry's values to Ray every few seconds, from the loop that counts."""
 
     def __init__(self, registry: Registry) -> None:
-        self._registry = registry
-        self._metrics: dict[str, Any] = {}
+        self._metrics = RayMetrics(registry)
         self._task = asyncio.create_task(self._run())
 
     async def close(self) -> None:
         """Hand over the last values and end."""
         self._task.cancel()
         await asyncio.wait([self._task])
-        self._export()
+        self._metrics.export()
 
     async def _run(self) -> None:
         while True:
             await asyncio.sleep(EXPORT_S)
             try:
-                self._export()
+                self._metrics.export()
             except Exception:  # a metric less must not cost the others
                 logger.exception("metrics could not be given to Ray")
 
-    def _export(self) -> None:
+
+class RayMetrics:
+    """Hands a registry's values to Ray when told to."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._metrics: dict[str, Any] = {}
+
+    def export(self) -> None:
+        """Hand over what there is now."""
         for metric, values, child in self._registry.collect():
             labels = dict(zip(metric.labels, values, strict=True))
             if isinstance(child, Histogram):

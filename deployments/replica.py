@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -25,9 +26,9 @@ from cluster.link import (
     ResponseHead,
     answer_locally,
 )
-from cluster.metrics import Registry
+from cluster.metrics import Registry, table
 from cluster.tracing import start_tracer
-from deployments.autoscaling import ONGOING
+from deployments.autoscaling import ONGOING, STARTUP
 from deployments.links import serve_links, watch_certificate
 from deployments.metrics import RayExporter
 from deployments.watching import ReplicaWatch
@@ -55,6 +56,7 @@ class EngineReplica:
         pool: GeneratorConfig | ClassifierConfig,
         operations: OperationsConfig,
     ) -> None:
+        began = time.monotonic()
         confine_serve()
         self._engine = engine
         self._death: asyncio.Task[DrainResult] | None = None
@@ -68,6 +70,8 @@ class EngineReplica:
         registry.on_collect(lambda: engine.observe(registry))
         registry.on_collect(lambda: self._watch.observe(registry))
         watch_certificate(registry)
+        self._startup_s = time.monotonic() - began
+        registry.gauge(table.STARTUP_SECONDS, pool.name, "replica").value = self._startup_s
         self._exporter = RayExporter(registry)
 
     def _traced(
@@ -159,8 +163,8 @@ class EngineReplica:
         return info.metadata()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """The load by which the pool is scaled."""
-        return {ONGOING: float(self._num_ongoing())}
+        """What autoscaling is told of this replica; most of a pool's load comes from routers."""
+        return {ONGOING: float(self._num_ongoing()), STARTUP: self._startup_s}
 
     async def check_health(self) -> None:
         """Raise when the engine or a GPU is dead, or this replica has retired; Serve replaces it.

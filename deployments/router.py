@@ -1,6 +1,7 @@
 """The router deployment: the gateway, fed by Serve's view of the replicas."""
 
 import os
+import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import aclosing
 from functools import partial
@@ -102,6 +103,10 @@ class Router:
         """Where other Ray jobs reach this router."""
         host, port = self._server.address
         return ReplicaInfo(id="", host=host, port=port).metadata()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """The traffic by which pools and routers are scaled."""
+        return self._gateway.load_report(time.monotonic(), time.process_time())
 
     def link_offer(self) -> LinkOffer:
         """What a client needs to open links to all routers."""

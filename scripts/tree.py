@@ -36,6 +36,7 @@ FOLDERS = {
     "requirements": "pinned lists with hashes, written by scripts/lock",
     "scripts": "the commands that a person types",
     "scripts/benchmarks": "what ./scripts/bench measures, and against whom",
+    "scripts/benchmarks/autoscale": "the autoscaling policy and Ray Serve's own, in simulated time",
     "scripts/benchmarks/classify": "texts a second of the classifier, and of its peers",
     "scripts/benchmarks/engine": "SmolLM2 through the cluster, vLLM's server and Ray Serve's",
     "scripts/benchmarks/handle": "the client against a bare handle of Ray Serve",

@@ -30,7 +30,7 @@ from cluster.engines.vllm_events import KvEvents
 from cluster.engines.vllm_prompts import KeepBody, shown
 from cluster.engines.vllm_usage import CountUsage, counted
 from cluster.errors import ConfigError, EngineDeadError
-from cluster.metrics import Registry
+from cluster.metrics import Registry, table
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +162,9 @@ class VllmEngine:
         return EngineLoad(unfinished - waiting, waiting, stats.kv_cache_usage)
 
     def observe(self, registry: Registry) -> None:
-        """Nothing: vLLM gives its metrics to Ray itself (``ray_metrics``)."""
+        """How long the phases of the start took; the rest vLLM gives to Ray (``ray_metrics``)."""
+        for phase, took_s in self.start_phases_s.items():
+            registry.gauge(table.STARTUP_SECONDS, self._config.name, phase).value = took_s
 
     def routes(self) -> tuple[str, ...]:
         """The paths that clients may call; ``app`` serves these and ``OPENAPI_PATH`` only."""

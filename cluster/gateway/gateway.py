@@ -15,6 +15,7 @@ from cluster.gateway.dashboard import Dashboard
 from cluster.gateway.engine_priority import PATHS, with_engine_priority
 from cluster.gateway.gauges import watch_pools
 from cluster.gateway.journal import Ended, Journal, outcome_of
+from cluster.gateway.load_report import LoadReports
 from cluster.gateway.messages import Headers, Request, Response, error_response
 from cluster.gateway.metering import Observers, PoolMeter
 from cluster.gateway.own import PUBLIC_PATHS, OwnRoutes
@@ -66,6 +67,7 @@ class Gateway:
         observers = Observers(self.registry, self._journal, tracer, usage)
         self.pools = _make_pools(config, wirings, observers)
         watch_pools(self.registry, self.pools.values())
+        self._load_reports = LoadReports(config, self.pools)
         self._dashboard = Dashboard(self.registry, self.pools, self._journal, routers)
         key_hashes = router.api_keys_sha256 + router.operator_keys_sha256
         self.admission = Admission(Authenticator(key_hashes, key_file), Accounts(self.registry))
@@ -128,6 +130,15 @@ class Gateway:
         outcome = outcome_of(error.status)
         self._journal.write(Ended(request_id, route, error.status, outcome))
 
+    def load_report(self, now: float, cpu_s: float) -> dict[str, float]:
+        """What autoscaling is told of this router's traffic (``cluster.autoscaling.reports``).
+
+        Args:
+            now: Seconds, of any clock that only goes forward.
+            cpu_s: CPU time that this process has used so far.
+        """
+        return self._load_reports.report(now, cpu_s)
+
     def _count(self, route: str, status: int) -> None:
         self.registry.counter(table.REQUESTS, "", route, str(status)).add()
 
@@ -151,7 +162,8 @@ def _make_pools(
             queue,
             router.queue_timeout_s,
             pool.routing,
-            _schedules_by_priority(pool),
+            engine_priorities=_schedules_by_priority(pool),
+            start_timeout_s=None if pool.replicas.min else router.start_timeout_s,
         )
         meter = PoolMeter(pool.name, observers)
         return Pool(pool.name, kind, limits, wirings[pool.name], meter)

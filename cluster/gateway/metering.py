@@ -47,6 +47,9 @@ class PoolMeter:
         self.usage = observers.usage
         registry = observers.registry
         histogram, counter = registry.histogram, registry.counter
+        self.arrivals = counter(table.ARRIVALS, model)
+        self.counted = 0
+        """Requests that ended with a count of their tokens."""
         self.request_s = histogram(table.REQUEST_SECONDS, model)
         self.queue_s = histogram(table.QUEUE_SECONDS, model)
         self.ttft_s = histogram(table.TTFT_SECONDS, model)
@@ -65,6 +68,7 @@ class PoolMeter:
 
     def watch(self, request: Request, route: str, grant: Ending | None = None) -> "Watch":
         """Begin to watch one request, of whose end ``grant`` is told."""
+        self.arrivals.add()
         return Watch(self, request, route, grant)
 
     def shed(self, reason: ShedReason) -> None:
@@ -137,6 +141,7 @@ class Watch:
         if self._first:
             meter.ttft_s.observe(self._first - self._begun)
         if usage is not None:
+            meter.counted += 1
             meter.prompt_tokens.add(usage.prompt_tokens)
             meter.cached_tokens.add(usage.cached_tokens)
             meter.completion_tokens.add(usage.completion_tokens)

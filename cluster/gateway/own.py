@@ -87,7 +87,7 @@ class OwnRoutes:
 
     async def _ready(self, _request: Request) -> Response:
         pools = {name: pool.status() for name, pool in self._pools.items()}
-        ready = all(pool["ready"] for pool in pools.values())
+        ready = all(pool["ready"] or pool["asleep"] for pool in pools.values())
         body = {"status": "ready" if ready else "not ready", "pools": pools}
         return json_response(body, 200 if ready else 503)
 
@@ -152,6 +152,8 @@ class OwnRoutes:
 
     async def _ask(self, pool: Pool, request: Request, path: str) -> Any:
         """The JSON answer of one of the pool's replicas to a GET; None if it cannot answer now."""
+        if pool.asleep:  # nobody needs a replica for this
+            return None
         asked = Request(request.id, "GET", path, b"", [(b"accept", b"application/json")], b"")
         try:
             expires_s = asyncio.get_running_loop().time() + ASK_TIMEOUT_S

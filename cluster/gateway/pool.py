@@ -130,6 +130,8 @@ class PoolLimits:
     routing: RoutingPolicy
     engine_priorities: bool = False
     """Whether its engines take a class with each request (``engine_priority``)."""
+    start_timeout_s: float | None = None
+    """The same as ``queue_timeout_s`` while none runs, of a pool that may be without replicas."""
 
 
 class Replica:
@@ -235,8 +237,14 @@ class Pool:
 
     @property
     def queue_timeout_s(self) -> float:
-        """The longest that a request waits for a place."""
-        return self.limits.queue_timeout_s
+        """The longest that a request that comes now waits for a place."""
+        limits = self.limits
+        return (self.asleep and limits.start_timeout_s) or limits.queue_timeout_s
+
+    @property
+    def asleep(self) -> bool:
+        """Whether it has no replica, as it may; the first request has one started."""
+        return self.limits.start_timeout_s is not None and not self._replicas
 
     @property
     def replicas(self) -> list[Replica]:
@@ -260,6 +268,7 @@ class Pool:
             "kind": self.kind,
             "replicas": len(self._replicas),
             "ready": self.num_ready,
+            "asleep": self.asleep,
             "queued": self.num_queued,
             "ongoing": sum(replica.own for replica in self._replicas.values()),
             "running": sum(load.running for load in loads if load is not None),

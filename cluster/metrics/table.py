@@ -43,6 +43,12 @@ REQUESTS = Metric(
     "Requests that ended, by the status of their answer; 499: the client left.",
     ("model", "route", "status"),
 )
+ARRIVALS = Metric(
+    "tandem_arrivals_total",
+    "counter",
+    "Requests that came to a pool, whether it had room or not.",
+    _MODEL,
+)
 REQUEST_SECONDS = _histogram("tandem_request_seconds", "From a request to the end of its answer.")
 QUEUE_SECONDS = _histogram("tandem_queue_seconds", "Waiting in the router for a place.")
 TTFT_SECONDS = _histogram("tandem_ttft_seconds", "From a request to the first bytes of its stream.")
@@ -147,12 +153,18 @@ ROUTING_SECONDS = Metric(
     (1e-6, 2.5e-6, 5e-6, 1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 1e-3, 0.01),
 )
 TARGET_REPLICAS = Metric(
-    "tandem_autoscaling_target_replicas", "gauge", "Replicas that autoscaling wants.", _MODEL
+    "tandem_autoscaling_target_replicas", "gauge", "Replicas that were decided on.", _MODEL
+)
+WANTED_REPLICAS = Metric(
+    "tandem_autoscaling_wanted_replicas",
+    "gauge",
+    "Replicas that the pool alone would have, without the budget.",
+    _MODEL,
 )
 SCALING_DECISIONS = Metric(
     "tandem_autoscaling_decisions_total",
     "counter",
-    "Changes of the number of replicas, by their reason.",
+    "Changes of a target, by their reason; the log says more.",
     ("model", "reason"),
 )
 
@@ -246,7 +258,7 @@ ENCODER_DRIFT = Metric(
 STARTUP_SECONDS = Metric(
     "tandem_startup_seconds",
     "gauge",
-    "How long each phase of a replica's start took.",
+    "How long a start took: the engine's phases, the whole replica, and from decision to ready.",
     ("model", "phase"),
 )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from benchmarks import classify, engine, handle, link, memory, overload, routing, stream
+from benchmarks import autoscale, classify, engine, handle, link, memory, overload, routing, stream
 from benchmarks.report import Report, print_report, write_json
 from cluster.errors import TandemError
 
@@ -34,6 +34,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "link": link,
     "routing": routing,
     "overload": overload,
+    "autoscale": autoscale,
 }
 
 

@@ -128,10 +128,15 @@ def fallback(replica_id: str) -> Opener:
 
 
 @asynccontextmanager
-async def a_world(key_file: KeyFile | None = None, **router: Any) -> AsyncIterator[World]:
+async def a_world(
+    key_file: KeyFile | None = None, may_sleep: bool = False, **router: Any
+) -> AsyncIterator[World]:
+    generator: dict[str, Any] = {"name": "gen", "model": "m", "max_ongoing": 2}
+    if may_sleep:
+        generator["replicas"] = {"min": 0, "target_ongoing": 2}
     config = parse(
         {
-            "generators": [{"name": "gen", "model": "m", "max_ongoing": 2}],
+            "generators": [generator],
             "classifiers": [{"name": "cls", "model": "m"}],
             "router": router,
         }
@@ -305,6 +310,20 @@ async def test_with_no_replica_a_request_waits_for_one_then_fails() -> None:
     async with a_world() as world:
         call = asgi.start(world.app, "POST", CHAT, {"model": "gen"})
         await world.until(lambda: world.gateway.pools["gen"].num_queued == 1)
+        await world.add("gen", "gen-1")
+        assert (await call.done()).status == 200
+
+
+async def test_a_pool_without_replicas_is_ready_and_holds_requests_for_the_first() -> None:
+    async with a_world(may_sleep=True, queue_timeout_s=0.05, start_timeout_s=30) as world:
+        await world.add("cls", "cls-1")
+        assert (await asgi.get(world.app, "/ready")).status == 200
+        assert (await asgi.get(world.app, "/v1/models")).status == 200
+        assert (await asgi.get(world.app, "/openapi.json")).status == 200
+        assert world.gateway.pools["gen"].meter.arrivals.value == 0  # nothing woke it
+        call = asgi.start(world.app, "POST", CHAT, {"model": "gen"})
+        await asyncio.sleep(0.1)  # longer than the wait in a pool that has replicas
+        assert world.gateway.load_report(0.0, 0.0)["gen/queued"] == 1
         await world.add("gen", "gen-1")
         assert (await call.done()).status == 200
 

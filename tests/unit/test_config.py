@@ -61,6 +61,14 @@ def test_it_is_frozen() -> None:
         ({"generators": "g"}, ["generators", "'g'"]),
         ({**generator(), "router": {"max_queued": -1}}, ["router.max_queued", "got -1", "0"]),
         ({**generator(), "router": {"api_keys_sha256": ["secret"]}}, ["api_keys_sha256.0"]),
+        ({**generator(), "router": {"replicas": {"min": 0}}}, ["router", "at least 1"]),
+        (generator(slo={"latency_p95_s": 1}), ["slo.latency_p95_s", "itl_p90_s, ttft_p90_s"]),
+        (generator(slo={"ttft_p90_s": 0}), ["slo.ttft_p90_s", "got 0"]),
+        (
+            {**generator(resources={"gpus": 2}, replicas={"min": 2, "max": 2})}
+            | {"budget": {"gpus": 3}},
+            ["budget.gpus (3)", "replicas.min of every pool", "(4)"],
+        ),
         ({**generator(), "rooter": {}}, ["rooter: no such field", "did you mean 'router'"]),
         ({**generator(), "cluster": {"ray_port": 80}}, ["cluster.ray_port", "got 80", "1024"]),
         (

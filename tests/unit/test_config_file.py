@@ -114,6 +114,13 @@ def test_serve_is_told_to_listen_on_loopback_where_the_file_names_no_host(tmp_pa
     assert load(write(tmp_path)).serve_config["http_options"] == {"host": "127.0.0.1"}
 
 
+def test_the_policy_of_all_pools_is_filled_in_where_the_file_names_none(tmp_path: Path) -> None:
+    application = load(write(tmp_path)).serve_config["applications"][0]
+    assert application["autoscaling_policy"] == config_file.AUTOSCALING_POLICY
+    shipped = load(ROOT / "ray-config.yaml").serve_config["applications"][0]
+    assert shipped["autoscaling_policy"] == config_file.AUTOSCALING_POLICY
+
+
 def test_another_address_is_fine_with_an_api_key(tmp_path: Path) -> None:
     digest = hashlib.sha256(b"key").hexdigest()
     overrides = ["http_options.host=0.0.0.0", f"router.api_keys_sha256=[{digest}]"]

@@ -1,0 +1,114 @@
+"""What routers report, as it travels through Ray Serve, and what several of them say together."""
+
+import math
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from cluster.autoscaling.signals import Objective, PoolSignals
+
+_SEPARATOR = "/"
+"""Between a pool's name, which cannot hold it, and a value's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """A percentile and the observations that it is taken from."""
+
+    observed_s: float
+    samples: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """One router's report on one pool; the fields are those of ``PoolSignals``."""
+
+    requests_per_s: float = 0.0
+    prefill_per_s: float = 0.0
+    decode_per_s: float = 0.0
+    ongoing: float = 0.0
+    queued: float = 0.0
+    waiting: float = 0.0
+    """Requests that wait in the engines, of whichever router."""
+    prefill_each: float = 0.0
+    """Prompt tokens to compute of one request, of the mean."""
+    kv_usage: float = 0.0
+    cores: float = 0.0
+    latencies: Mapping[str, Latency] = field(default_factory=dict)
+
+    def flat(self, pool: str) -> dict[str, float]:
+        """One number for each name, as Ray Serve carries it."""
+        flat = {f"{pool}/{name}": getattr(self, name) for name in _NUMBERS}
+        for name, latency in self.latencies.items():
+            flat[f"{pool}/{name}/observed_s"] = latency.observed_s
+            flat[f"{pool}/{name}/samples"] = latency.samples
+        return flat
+
+
+_NUMBERS = [f.name for f in fields(LoadReport) if f.name != "latencies"]
+
+
+def parse_reports(flat: Mapping[str, float]) -> dict[str, LoadReport]:
+    """The reports of one router on each pool; names that are not known are passed over.
+
+    A router that reports what cannot be true (a negative or endless number) reports nothing.
+    """
+    if not all(math.isfinite(value) and value >= 0 for value in flat.values()):
+        return {}
+    numbers: dict[str, dict[str, Any]] = defaultdict(dict)
+    latencies: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    for name, value in flat.items():
+        match name.split(_SEPARATOR):
+            case [pool, number] if number in _NUMBERS:
+                numbers[pool][number] = value
+            case [pool, objective, part] if part in ("observed_s", "samples"):
+                latencies[pool][objective][part] = value
+    return {
+        pool: LoadReport(
+            **found,
+            latencies={
+                objective: Latency(**parts)
+                for objective, parts in latencies[pool].items()
+                if len(parts) == 2
+            },
+        )
+        for pool, found in numbers.items()
+    }
+
+
+def merge(
+    reports: Collection[LoadReport], limits: Mapping[str, float], base: PoolSignals
+) -> PoolSignals:
+    """``base`` with what all routers say of one pool; ``limits``: objectives by their name."""
+
+    def total(name: str) -> float:
+        return math.fsum(getattr(report, name) for report in reports)
+
+    def most(name: str) -> float:
+        return max((getattr(report, name) for report in reports), default=0.0)
+
+    waiting = total("queued") + most("waiting")
+    return PoolSignals(
+        target=base.target,
+        running=base.running,
+        age_s=base.age_s,
+        startup_s=base.startup_s,
+        requests_per_s=total("requests_per_s"),
+        prefill_per_s=total("prefill_per_s"),
+        decode_per_s=total("decode_per_s"),
+        ongoing=total("ongoing"),
+        queued=total("queued"),
+        queued_tokens=waiting * most("prefill_each"),
+        kv_usage=min(1.0, most("kv_usage")),
+        cores=total("cores"),
+        objectives=tuple(_objective(name, limit, reports) for name, limit in limits.items()),
+    )
+
+
+def _objective(name: str, limit_s: float, reports: Iterable[LoadReport]) -> Objective:
+    """The routers' percentiles, each as heavy as it has observations."""
+    known = [found for report in reports if (found := report.latencies.get(name)) is not None]
+    samples = math.fsum(latency.samples for latency in known)
+    weighted = math.fsum(latency.observed_s * latency.samples for latency in known)
+    return Objective(name, limit_s, weighted / samples if samples else 0.0, samples)

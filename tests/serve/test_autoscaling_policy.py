@@ -1,0 +1,181 @@
+"""The policy inside Ray Serve's own autoscaling state, with the deployments of ``build``."""
+
+import json
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+from ray import cloudpickle
+from ray.serve._private.autoscaling_state import ApplicationAutoscalingState
+from ray.serve._private.build_app import build_app
+from ray.serve._private.common import (
+    DeploymentID,
+    ReplicaID,
+    ReplicaMetricReport,
+    TimeStampedValue,
+)
+from ray.serve._private.config import DeploymentConfig
+from ray.serve._private.deployment_info import DeploymentInfo
+from ray.serve.config import AutoscalingPolicy
+
+from cluster.autoscaling.reports import Latency, LoadReport
+from cluster.config_file import AUTOSCALING_POLICY
+from deployments import app as app_module
+from deployments import autoscaling
+
+pytestmark = pytest.mark.filterwarnings(
+    # As in deployments.app: this version of Serve has no other setting.
+    "ignore:.*metrics_interval_s:DeprecationWarning",
+)
+
+POOL, ROUTER = DeploymentID("generator-sim", "tandem"), DeploymentID("router", "tandem")
+ARGS = {
+    "generators": [
+        {
+            "name": "sim",
+            "model": "sim",
+            "engine": "sim",
+            "replicas": {
+                "min": 0,
+                "max": 9,
+                "target_ongoing": 4,
+                "upscale_delay_s": 0,
+                "downscale_delay_s": 6,
+            },
+            "resources": {"cpus": 1},
+        }
+    ],
+    "router": {"replicas": {"min": 1, "max": 3}, "resources": {"cpus": 1}},
+    "budget": {"cpus": 6},
+}
+
+
+class Controller:
+    """Serve's state of one application, as its controller keeps it; the clock is ours."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, application_policy: bool) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(autoscaling.time, "monotonic", lambda: self.now)
+        self.state = ApplicationAutoscalingState("tandem")
+        if application_policy:
+            self.state.register(AutoscalingPolicy(**AUTOSCALING_POLICY))
+        self.targets = {}
+        for deployment in build_app(app_module.build(ARGS), name="tandem").deployments:
+            id = DeploymentID(deployment.name, "tandem")
+            # Through the form in which it reaches the controller.
+            proto = deployment._deployment_config.to_proto_bytes()
+            info = DeploymentInfo(DeploymentConfig.from_proto_bytes(proto), None, 0, "")
+            self.targets[id] = self.state.register_deployment(id, info, 1)
+
+    def report(self, id: DeploymentID, replica: str, values: dict[str, float]) -> None:
+        at = time.time()
+        metrics = {name: [TimeStampedValue(at, value)] for name, value in values.items()}
+        report = ReplicaMetricReport(ReplicaID(replica, id), metrics, at)
+        self.state.record_request_metrics_for_replica(report)
+
+    def run(self, id: DeploymentID, *replicas: str) -> None:
+        self.state.update_running_replica_ids(id, [ReplicaID(name, id) for name in replicas])
+
+    def step(self) -> dict[DeploymentID, int]:
+        self.now += autoscaling.DECIDE_S
+        self.targets = self.state.get_decision_num_replicas(self.targets)
+        return self.targets
+
+
+def busy(ongoing: float, queued: float = 0.0) -> dict[str, float]:
+    report = LoadReport(
+        requests_per_s=5.0,
+        ongoing=ongoing,
+        queued=queued,
+        latencies={"ttft_p90_s": Latency(0.5, 100.0)},
+    )
+    return {**LoadReport(cores=0.1).flat(""), **report.flat("sim")}
+
+
+def test_pools_follow_what_routers_report_within_the_budget(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    controller = Controller(monkeypatch, application_policy=True)
+    controller.run(POOL, "a")
+    controller.run(ROUTER, "r")
+    assert controller.step() == {POOL: 1, ROUTER: 1}  # nobody has said anything
+    controller.report(ROUTER, "r", busy(11.0))
+    controller.report(POOL, "a", {autoscaling.ONGOING: 11.0, autoscaling.STARTUP: 3.0})
+    assert controller.step() == {POOL: 3, ROUTER: 1}
+    controller.run(POOL, "a", "b", "c")
+    controller.report(ROUTER, "r", busy(80.0))
+    assert controller.step() == {POOL: 5, ROUTER: 1}  # one CPU each, six in all
+
+
+def test_a_pool_goes_to_zero_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    controller = Controller(monkeypatch, application_policy=True)
+    controller.run(POOL, "a")
+    controller.run(ROUTER, "r")
+    idle = {**LoadReport().flat(""), **LoadReport().flat("sim")}
+    for _ in range(5):
+        controller.report(ROUTER, "r", idle)
+        controller.step()
+    assert controller.targets[POOL] == 0
+    controller.run(POOL)
+    controller.report(ROUTER, "r", busy(0.0, queued=1.0))
+    assert controller.step()[POOL] == 1
+
+
+def test_reports_that_stop_or_lie_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    controller = Controller(monkeypatch, application_policy=True)
+    controller.run(POOL, "a", "b", "c")
+    controller.run(ROUTER, "r")
+    controller.targets[POOL] = 3
+    controller.report(ROUTER, "r", busy(10.0))
+    for _ in range(60):
+        assert controller.step()[POOL] == 3
+    controller.report(ROUTER, "r", {**busy(0.0), "sim/ongoing": float("nan")})
+    for _ in range(10):
+        assert controller.step()[POOL] == 3
+
+
+def test_it_never_raises_into_the_controller(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    controller = Controller(monkeypatch, application_policy=True)
+
+    def broken(*_args: Any) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(autoscaling.PoolSettings, "decoded", broken)
+    assert controller.step() == {POOL: 1, ROUTER: 1}
+
+
+def test_without_an_application_policy_replicas_are_believed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    controller = Controller(monkeypatch, application_policy=False)
+    controller.run(POOL, "a")
+    controller.run(ROUTER, "r")
+    controller.report(POOL, "a", {autoscaling.ONGOING: 11.0})
+    controller.report(ROUTER, "r", {**LoadReport(cores=0.9).flat("")})
+    controller.step()
+    assert controller.step() == {POOL: 3, ROUTER: 2}
+
+
+def test_settings_are_json_that_others_can_read() -> None:
+    for deployment in build_app(app_module.build(ARGS), name="tandem").deployments:
+        policy = deployment._deployment_config.autoscaling_config.policy
+        json.dumps(policy.policy_kwargs, allow_nan=False)
+
+
+def test_the_controller_loads_nothing_of_a_model() -> None:
+    pickled = AutoscalingPolicy(**AUTOSCALING_POLICY).get_serialized_policy_def()
+    assert pickled is not None
+    assert isinstance(cloudpickle.loads(pickled), type)
+    code = (
+        "import sys; from ray import cloudpickle; cloudpickle.loads(sys.stdin.buffer.read())();"
+        "print([n for n in ('torch', 'transformers', 'vllm') if n in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=pickled, capture_output=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == b"[]"

@@ -1,0 +1,112 @@
+"""What routers tell autoscaling: from meters to flat numbers to the signals of a pool."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.autoscaling import Budget, PoolSignals
+from cluster.autoscaling.reports import Latency, LoadReport, merge, parse_reports
+from cluster.autoscaling.settings import PoolSettings
+from cluster.config import parse
+from cluster.gateway.gateway import Gateway
+from cluster.gateway.load_report import percentile
+from cluster.gateway.messages import Request
+from cluster.gateway.pool import Wiring
+from cluster.link import LinkUsage
+
+CONFIG = parse(
+    {
+        "generators": [
+            {
+                "name": "chat",
+                "model": "m",
+                "slo": {"itl_p90_s": None},
+                "priority": 2,
+                "tensor_parallel_size": 2,
+                "resources": {"cpus": 1, "gpus": 1},
+                "replicas": {"min": 0, "max": 4},
+            }
+        ],
+        "classifiers": [{"name": "labels", "model": "m"}],
+        "budget": {"gpus": 6},
+    }
+)
+
+numbers = st.floats(0, 1e9)
+reports = st.builds(
+    LoadReport,
+    *(numbers for _ in range(9)),
+    latencies=st.dictionaries(st.sampled_from("ab"), st.builds(Latency, numbers, numbers)),
+)
+
+
+@given(st.dictionaries(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,9}", fullmatch=True), reports))
+def test_reports_come_out_as_they_went_in(sent: dict[str, LoadReport]) -> None:
+    flat = {name: value for pool, one in sent.items() for name, value in one.flat(pool).items()}
+    assert parse_reports({**flat, "running_requests": 3.0, "a/b/c/d": 1.0}) == sent
+
+
+@pytest.mark.parametrize("lie", [math.nan, math.inf, -1.0])
+def test_a_router_that_says_what_cannot_be_true_is_not_heard(lie: float) -> None:
+    assert parse_reports({**LoadReport(ongoing=5.0).flat("chat"), "chat/queued": lie}) == {}
+
+
+def test_routers_add_up() -> None:
+    one = LoadReport(1, 10, 20, 3, 4, 6, 100, 0.5, latencies={"ttft_p90_s": Latency(1.0, 30)})
+    two = LoadReport(2, 30, 40, 5, 0, 6, 200, 0.6, latencies={"ttft_p90_s": Latency(2.0, 10)})
+    base = PoolSignals(target=3, running=2, age_s=1.0)
+    merged = merge([one, two], {"ttft_p90_s": 2.5, "itl_p90_s": 0.1}, base)
+    assert (merged.target, merged.running, merged.age_s) == (3, 2, 1.0)
+    assert (merged.requests_per_s, merged.prefill_per_s, merged.decode_per_s) == (3, 40, 60)
+    assert (merged.ongoing, merged.queued, merged.kv_usage) == (8, 4, 0.6)
+    assert merged.queued_tokens == (4 + 6) * 200
+    ttft, itl = merged.objectives
+    assert (ttft.observed_s, ttft.samples, ttft.limit_s) == (1.25, 40, 2.5)
+    assert (itl.observed_s, itl.samples) == (0.0, 0.0)
+    assert merged.sane
+
+
+async def test_a_gateway_reports_rates_lengths_and_percentiles_of_the_last_time() -> None:
+    gateway = Gateway(CONFIG, {name: Wiring(b"secret") for name in ("chat", "labels")})
+    gateway.load_report(100.0, 1.0)
+    meter = gateway.pools["chat"].meter
+    asked = Request("id", "POST", "/v1/completions", b"", [], b"")
+    for _ in range(12):
+        meter.watch(asked, asked.path).end(LinkUsage(100, 40, 20))
+        meter.ttft_s.observe(0.7)
+    report = parse_reports(gateway.load_report(104.0, 3.0))
+    chat = report["chat"]
+    assert chat.requests_per_s == pytest.approx(3.0)
+    assert chat.prefill_per_s == pytest.approx(180.0)
+    assert chat.decode_per_s == pytest.approx(60.0)
+    assert set(chat.latencies) == {"ttft_p90_s"}
+    assert chat.latencies["ttft_p90_s"].samples == 12
+    assert 0.5 < chat.latencies["ttft_p90_s"].observed_s <= 1.0
+    assert set(report["labels"].latencies) == {"latency_p95_s"}
+    assert report[""].cores == pytest.approx(0.5)
+    assert parse_reports(gateway.load_report(104.0, 3.0))["chat"].requests_per_s == 3.0
+    assert parse_reports(gateway.load_report(140.0, 3.0))["chat"].requests_per_s == 0.0
+    quiet = parse_reports(gateway.load_report(142.0, 3.0))["chat"]
+    assert (quiet.requests_per_s, quiet.latencies["ttft_p90_s"]) == (0.0, Latency(0.0, 0.0))
+    await gateway.close()
+
+
+def test_percentiles_lie_inside_their_bucket() -> None:
+    bounds = (1.0, 2.0, 4.0)
+    assert percentile([0, 0, 0, 0], bounds, 0.9) == 0.0
+    assert percentile([10, 0, 0, 0], bounds, 0.5) == pytest.approx(0.5)
+    assert percentile([5, 5, 0, 0], bounds, 0.9) == pytest.approx(1.8)
+    assert percentile([0, 0, 0, 3], bounds, 0.9) == 4.0
+
+
+def test_settings_travel_as_json() -> None:
+    for part in (*CONFIG.generators, *CONFIG.classifiers, CONFIG.router):
+        settings = PoolSettings.of(CONFIG, part)
+        assert PoolSettings.decoded(settings.encoded()) == settings
+    chat = PoolSettings.of(CONFIG, CONFIG.generators[0])
+    assert (chat.spec.min, chat.spec.cpus, chat.spec.gpus, chat.spec.priority) == (0, 2, 2, 2)
+    assert chat.limits == {"ttft_p90_s": 2.0}
+    assert chat.budget == Budget(gpus=6)
+    assert PoolSettings.of(CONFIG, CONFIG.router).spec.is_router
