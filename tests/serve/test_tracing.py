@@ -180,11 +180,13 @@ async def test_a_collector_that_is_not_there_holds_nobody_up() -> None:
 
 def test_opentelemetry_is_not_imported_where_nothing_is_traced() -> None:
     code = """
-import sys
+import asyncio, sys
 from cluster.config import parse
 from cluster.gateway import Gateway, Wiring
 from cluster.tracing import start_tracer
-Gateway(parse({"generators": [{"name": "a", "model": "m"}]}), {"a": Wiring(b"s")}, {})
+async def make():
+    Gateway(parse({"generators": [{"name": "a", "model": "m"}]}), {"a": Wiring(b"s")}, {})
+asyncio.run(make())
 assert start_tracer(None, "a", "b") is None
 print([name for name in sys.modules if name.startswith("opentelemetry")])
 """
