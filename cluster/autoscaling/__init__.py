@@ -1,8 +1,33 @@
-"""Autoscaling policies: pure functions from load to a number of replicas."""
+"""Autoscaling: from signals of the pools to their numbers of replicas.
 
-import math
+Pure: neither Ray nor a clock nor I/O; the time is an argument. ``Autoscaler`` is what the live
+system, the simulator and the benchmark run alike.
+"""
+
+from cluster.autoscaling.autoscaler import Autoscaler, Decision
+from cluster.autoscaling.capacity import Capacity
+from cluster.autoscaling.forecast import Forecast
+from cluster.autoscaling.plan import Budget, allocate
+from cluster.autoscaling.pool import whole
+from cluster.autoscaling.signals import Objective, PoolSignals, PoolSpec
+from cluster.autoscaling.victim import ReplicaValue, least_valuable
+
+__all__ = [
+    "Autoscaler",
+    "Budget",
+    "Capacity",
+    "Decision",
+    "Forecast",
+    "Objective",
+    "PoolSignals",
+    "PoolSpec",
+    "ReplicaValue",
+    "allocate",
+    "least_valuable",
+    "replicas_for",
+]
 
 
 def replicas_for(ongoing: float, target_per_replica: float) -> int:
     """Replicas at which each would serve ``target_per_replica`` of ``ongoing`` requests."""
-    return math.ceil(ongoing / target_per_replica - 1e-9)
+    return whole(ongoing / target_per_replica)

@@ -1,4 +1,28 @@
-from cluster.autoscaling import replicas_for
+"""How many replicas: followed up and down, without flapping, within floors, ceilings, budget."""
+
+import itertools
+import math
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.autoscaling import (
+    Autoscaler,
+    Budget,
+    Objective,
+    PoolSignals,
+    PoolSpec,
+    ReplicaValue,
+    allocate,
+    least_valuable,
+    replicas_for,
+)
+from tests.unit.fluid import FluidPool
+
+SPEC = PoolSpec(min=1, max=64, target_ongoing=8, downscale_delay_s=120)
 
 
 def test_replicas_for_a_load() -> None:
@@ -6,3 +30,231 @@ def test_replicas_for_a_load() -> None:
     assert replicas_for(1, 32) == 1
     assert replicas_for(32, 32) == 1
     assert replicas_for(32.5, 32) == 2
+
+
+def test_targets_follow_eightfold_traffic_and_back() -> None:
+    pool = FluidPool(SPEC)
+    pool.run(900, lambda t: 20.0)
+    low = pool.target
+    pool.run(900, lambda t: 160.0)
+    high = pool.target
+    pool.run(1200, lambda t: 20.0)
+    assert 3 <= low <= 6
+    assert 17 <= high <= 32
+    assert pool.target <= low + 1
+
+
+def test_the_objective_holds_on_traffic_that_rises_and_falls() -> None:
+    pool = FluidPool(SPEC)
+    pool.run(1800, lambda t: 30.0)
+    settled = len(pool.ttfts)
+    pool.run(7200, lambda t: 60 - 40 * math.cos(2 * math.pi * t / 3600))
+    after = pool.ttfts[settled:]
+    assert sum(ttft <= pool.limit_s for ttft in after) / len(after) >= 0.99
+    ideal_s = 60 / (pool.rate * (1 - pool.base_s / pool.limit_s)) * 7200
+    assert pool.replica_s - 1800 * 5 < 2.0 * ideal_s
+
+
+def test_noise_does_not_make_it_flap() -> None:
+    noise = random.Random(1)
+    pool = FluidPool(SPEC)
+    pool.run(1200, lambda t: 50.0)
+    began = len(pool.targets)
+    pool.run(3600, lambda t: max(0.0, noise.gauss(50, 8)))
+    changes = sum(a != b for a, b in itertools.pairwise(pool.targets[began:]))
+    assert changes <= 6
+
+
+def test_the_learned_capacity_is_near_the_true_one() -> None:
+    pool = FluidPool(SPEC)
+    pool.run(7200, lambda t: 60 - 40 * math.cos(2 * math.pi * t / 1800))
+    need = pool.autoscaler.scalers["pool"].capacity.needed(60 * 500.0, 60 * 100.0)
+    assert need is not None
+    true = 60 / (pool.rate * (1 - pool.base_s / (0.8 * pool.limit_s)))
+    assert need.replicas == pytest.approx(true, rel=0.2)
+
+
+def test_replicas_that_become_slower_are_joined_by_more() -> None:
+    pool = FluidPool(SPEC)
+    pool.run(1800, lambda t: 40.0)
+    before = pool.target
+    pool.rate = 5.0
+    pool.run(1800, lambda t: 40.0)
+    assert pool.target >= 10 > before
+    assert pool.ttfts[-1] <= pool.limit_s
+
+
+def test_an_objective_that_no_number_can_meet_does_not_take_the_ceiling() -> None:
+    pool = FluidPool(SPEC, base_s=3.0)
+    pool.run(3600, lambda t: 10.0)
+    assert pool.target < 32
+
+
+def test_it_goes_to_zero_and_comes_back_with_the_first_request() -> None:
+    pool = FluidPool(replace(SPEC, min=0, upscale_delay_s=30))
+    pool.run(300, lambda t: 5.0)
+    assert pool.target >= 1
+    pool.run(600, lambda t: 0.0)
+    assert pool.target == 0
+    pool.step(0.5)
+    assert pool.target == 1
+
+
+QUIET = PoolSignals(target=3, running=3, age_s=1.0)
+
+
+def decide(autoscaler: Autoscaler, now: float, signals: PoolSignals) -> int:
+    return autoscaler.decide(now, {"pool": signals})["pool"].target
+
+
+@pytest.mark.parametrize(
+    "signals",
+    [
+        replace(QUIET, age_s=math.inf),
+        replace(QUIET, age_s=31.0),
+        replace(QUIET, age_s=-5.0),
+        replace(QUIET, requests_per_s=math.nan),
+        replace(QUIET, prefill_per_s=math.inf),
+        replace(QUIET, queued_tokens=-1.0),
+        replace(QUIET, objectives=(Objective("ttft_p90_s", 2.0, math.nan, 100),)),
+    ],
+)
+def test_reports_that_are_missing_or_cannot_be_true_change_nothing(signals: PoolSignals) -> None:
+    autoscaler = Autoscaler({"pool": SPEC})
+    for at in range(0, 1000, 2):
+        decision = autoscaler.decide(float(at), {"pool": signals})["pool"]
+        assert (decision.target, decision.cause) == (3, "stale")
+
+
+def test_nothing_goes_before_a_whole_delay_was_seen() -> None:
+    autoscaler = Autoscaler({"pool": SPEC})
+    assert all(decide(autoscaler, at, QUIET) == 3 for at in range(0, 120, 2))
+    assert decide(autoscaler, 120.0, QUIET) == 1
+
+
+@pytest.mark.parametrize("jump_s", [-1e6, -50.0, 1e6])
+def test_a_clock_that_jumps_only_starts_the_delays_anew(jump_s: float) -> None:
+    autoscaler = Autoscaler({"pool": SPEC})
+    for at in range(0, 100, 2):
+        decide(autoscaler, 1e7 + at, QUIET)
+    began = 1e7 + 100 + jump_s
+    assert all(decide(autoscaler, began + at, QUIET) == 3 for at in range(0, 118, 2))
+    assert decide(autoscaler, began + 124, QUIET) == 1
+
+
+def test_a_short_peak_is_waited_out() -> None:
+    autoscaler = Autoscaler({"pool": replace(SPEC, upscale_delay_s=10)})
+    busy = replace(QUIET, ongoing=80.0, requests_per_s=1.0)
+    for at in range(0, 20, 2):
+        decide(autoscaler, at, replace(QUIET, ongoing=20.0))
+    assert decide(autoscaler, 20, busy) == 3
+    assert decide(autoscaler, 22, replace(QUIET, ongoing=20.0)) == 3
+    assert [decide(autoscaler, at, busy) for at in range(24, 36, 2)][-2:] == [3, 9]
+
+
+def test_a_full_kv_cache_and_a_full_replica_ask_for_more() -> None:
+    full = replace(QUIET, kv_usage=1.0, ongoing=1.0)
+    assert decide(Autoscaler({"pool": SPEC}), 0, full) == 4
+    limited = replace(SPEC, max_ongoing=4, target_ongoing=4)
+    assert decide(Autoscaler({"pool": limited}), 0, replace(QUIET, ongoing=16.0)) == 5
+
+
+def test_routers_follow_their_cpu_and_their_streams() -> None:
+    spec = PoolSpec(min=1, max=8, target_ongoing=256, is_router=True)
+    one = PoolSignals(target=1, running=1, age_s=1.0)
+    assert decide(Autoscaler({"pool": spec}), 0, replace(one, cores=0.9)) == 2
+    assert decide(Autoscaler({"pool": spec}), 0, replace(one, ongoing=1000.0)) == 4
+    assert decide(Autoscaler({"pool": spec}), 0, one) == 1
+
+
+def test_every_decision_says_why() -> None:
+    pool = FluidPool(SPEC)
+    pool.run(1800, lambda t: 40.0)
+    signals = PoolSignals(1, 1, 1.0, 40.0, 20_000.0, 4_000.0)
+    decision = pool.autoscaler.decide(pool.now + 2, {"pool": signals})["pool"]
+    assert decision.cause == "forecast"
+    assert "tokens/s" in decision.reason
+    assert "ttft_p90_s" in decision.reason
+
+
+def test_the_budget_goes_to_the_priority_then_to_whoever_has_least_of_its_wish() -> None:
+    specs = {
+        "chat": PoolSpec(min=1, max=9, gpus=1, priority=1),
+        "batch": PoolSpec(min=0, max=9, gpus=1),
+        "other": PoolSpec(min=1, max=9, gpus=1),
+    }
+    wanted = {"chat": 3, "batch": 8, "other": 4}
+    assert allocate(wanted, specs, Budget(gpus=9)) == {"chat": 3, "batch": 4, "other": 2}
+    assert allocate(wanted, specs, Budget(gpus=2)) == {"chat": 1, "batch": 0, "other": 1}
+
+
+names = st.sampled_from("abc")
+amounts = st.floats(0, 4)
+floats = st.floats(allow_nan=True, allow_infinity=True)
+
+
+@st.composite
+def pools(draw: st.DrawFn) -> tuple[dict[str, PoolSpec], Budget]:
+    specs = {}
+    for name in draw(st.sets(names, min_size=1)):
+        low = draw(st.integers(0, 4))
+        high = draw(st.integers(max(1, low), 12))
+        cpus, gpus = draw(amounts), draw(amounts)
+        specs[name] = PoolSpec(low, high, cpus, gpus, draw(st.integers(-1, 1)))
+    spare = draw(st.tuples(amounts, amounts))
+    cpus = sum(spec.cpus * spec.min for spec in specs.values()) + spare[0]
+    gpus = sum(spec.gpus * spec.min for spec in specs.values()) + spare[1]
+    return specs, Budget(cpus, gpus)
+
+
+@given(pools(), st.data())
+def test_floors_ceilings_and_budget_hold_whatever_is_reported(
+    setting: tuple[dict[str, PoolSpec], Budget], data: st.DataObject
+) -> None:
+    specs, budget = setting
+    autoscaler = Autoscaler(specs, budget)
+    targets = {name: spec.min for name, spec in specs.items()}
+    now = 0.0
+    for _ in range(data.draw(st.integers(1, 8))):
+        now += data.draw(st.floats(-100, 300))
+        signals = {
+            name: PoolSignals(
+                target=targets[name],
+                running=data.draw(st.integers(0, 12)),
+                age_s=data.draw(st.floats(0, 40)),
+                requests_per_s=data.draw(floats),
+                prefill_per_s=data.draw(floats),
+                decode_per_s=data.draw(floats),
+                ongoing=data.draw(floats),
+                queued=data.draw(st.floats(0, 1e6)),
+                kv_usage=data.draw(st.floats(0, 1)),
+                objectives=(Objective("ttft_p90_s", 1.0, data.draw(floats), 100.0),),
+            )
+            for name in specs
+        }
+        decisions = autoscaler.decide(now, signals)
+        targets = {name: decision.target for name, decision in decisions.items()}
+        for name, spec in specs.items():
+            assert spec.min <= targets[name] <= spec.max
+            assert decisions[name].reason
+        assert sum(specs[n].cpus * k for n, k in targets.items()) <= budget.cpus + 1e-6
+        assert sum(specs[n].gpus * k for n, k in targets.items()) <= budget.gpus + 1e-6
+
+
+def test_a_pool_that_says_nothing_keeps_its_floor_of_the_budget() -> None:
+    specs = {"a": PoolSpec(2, 9, gpus=1), "b": PoolSpec(1, 9, gpus=1, target_ongoing=1)}
+    busy = PoolSignals(target=1, running=4, age_s=1.0, ongoing=50.0)
+    decisions = Autoscaler(specs, Budget(gpus=5)).decide(0.0, {"b": busy})
+    assert decisions["b"].target == 3
+    assert decisions["b"].cause == "budget"
+
+
+def test_the_least_cached_value_goes_first() -> None:
+    replicas = [
+        ReplicaValue("warm", ongoing=0, cached_tokens_per_s=900.0, started_at=1),
+        ReplicaValue("cold", ongoing=2, cached_tokens_per_s=5.0, started_at=2),
+        ReplicaValue("old", ongoing=0, cached_tokens_per_s=9.0, started_at=3),
+        ReplicaValue("new", ongoing=0, cached_tokens_per_s=9.0, started_at=4),
+    ]
+    assert least_valuable(replicas, 2) == ["cold", "new"]
+    assert least_valuable(replicas, 0) == []

@@ -1,0 +1,143 @@
+"""What a rate will be when a replica that is asked for now can answer.
+
+Three simple forecasts (it stays; its trend goes on; it goes as it went a day ago) are made all the
+time, and the one that erred least lately is believed. How far the truth lay above it then is
+learned as a margin, so that traffic that jumps is given more room than traffic that glides.
+"""
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+
+LEVEL_S = 20.0
+"""Time constant of the level: long enough for a few arrivals, short beside a start-up."""
+TREND_S = 60.0
+DAMPING_S = 300.0
+"""A trend is believed for about so long."""
+FAST_S = 6.0
+"""Time constant of what counts as having come true."""
+ERROR_S = 1800.0
+OUTLIER = 4.0
+"""Deviations beyond which a single value is not believed before a second one says the same."""
+MARGIN_QUANTILE = 0.9
+MARGIN_STEP = 0.02
+MIN_MARGIN, MAX_MARGIN = 1.0, 3.0
+BINS = 96
+"""Parts of a season: quarters of an hour of a day."""
+
+
+@dataclass(slots=True)
+class _Season:
+    """The mean of each part of the period, of the times that it was seen."""
+
+    period_s: float
+    means: list[float | None] = field(default_factory=lambda: [None] * BINS)
+    _bin: int = -1
+    _sum: float = 0.0
+    _weight: float = 0.0
+
+    def add(self, now: float, value: float, dt: float) -> None:
+        index = int(now % self.period_s / self.period_s * BINS) % BINS
+        if index != self._bin:
+            self._store()
+            self._bin, self._sum, self._weight = index, 0.0, 0.0
+        self._sum += value * dt
+        self._weight += dt
+
+    def _store(self) -> None:
+        if self._weight:
+            mean, old = self._sum / self._weight, self.means[self._bin]
+            self.means[self._bin] = mean if old is None else 0.5 * old + 0.5 * mean
+
+    def at(self, now: float) -> float | None:
+        """The usual value then, between the middles of two parts; None: not seen yet."""
+        place = now % self.period_s / self.period_s * BINS - 0.5
+        low = math.floor(place)
+        before, after = self.means[low % BINS], self.means[(low + 1) % BINS]
+        if before is None or after is None:
+            return None
+        return before + (after - before) * (place - low)
+
+
+class Forecast:
+    """Follows one rate. ``update`` it with every value, then ask ``ahead``."""
+
+    def __init__(self, period_s: float = 86_400.0) -> None:
+        self.level = 0.0
+        self.trend = 0.0
+        """Change of the level each second."""
+        self.margin = 1.15
+        """What a forecast is multiplied with; learned."""
+        self._fast = 0.0
+        self._scale = 0.0
+        self._at: float | None = None
+        self._doubted = 0.0
+        self._season = _Season(period_s)
+        self._made: deque[tuple[float, tuple[float, ...]]] = deque()
+        self._errors = [0.0, 0.0, 0.0]
+
+    def update(self, now: float, value: float, horizon_s: float) -> None:
+        """Take in ``value`` at ``now`` (seconds); a clock that went back only starts anew there.
+
+        ``horizon_s`` is how far ahead forecasts are needed, so that those are judged.
+        """
+        if self._at is None or now <= self._at:
+            if self._at is None:
+                self.level = self._fast = value
+            self._at = now
+            self._made.clear()
+            return
+        dt = min(now - self._at, LEVEL_S)
+        self._at = now
+        value = self._believable(value)
+        self._season.add(now, value, dt)
+        before = self.level
+        self.level += self.trend * dt
+        self.level += (1 - math.exp(-dt / LEVEL_S)) * (value - self.level)
+        self.level = max(0.0, self.level)
+        self.trend += (1 - math.exp(-dt / TREND_S)) * ((self.level - before) / dt - self.trend)
+        self._fast += (1 - math.exp(-dt / FAST_S)) * (value - self._fast)
+        self._judge(now, dt)
+        self._made.append((now + horizon_s, self._experts(now, horizon_s)))
+
+    def ahead(self, horizon_s: float) -> float:
+        """The rate to be ready for ``horizon_s`` from now: the best forecast with its margin."""
+        if self._at is None:
+            return 0.0
+        guesses = self._experts(self._at, horizon_s)
+        best = min(range(len(guesses)), key=self._errors.__getitem__)
+        return max(guesses[best] * self.margin, self.level)
+
+    def _believable(self, value: float) -> float:
+        off = value - self.level
+        limit = OUTLIER * max(self._scale, 0.05 * self.level)
+        doubtful = abs(off) > limit > 0
+        believed = not doubtful or off * self._doubted > 0
+        self._doubted = off if doubtful else 0.0
+        off = off if believed else math.copysign(limit, off)
+        self._scale += 0.05 * (abs(off) - self._scale)
+        return self.level + off
+
+    def _experts(self, now: float, horizon_s: float) -> tuple[float, ...]:
+        rise = self.trend * DAMPING_S * (1 - math.exp(-horizon_s / DAMPING_S))
+        trend = max(0.0, self.level + rise)
+        usual, then = self._season.at(now), self._season.at(now + horizon_s)
+        season = trend
+        if usual and then is not None:
+            season = self.level * min(4.0, max(0.25, then / usual))
+        return self.level, trend, season
+
+    def _judge(self, now: float, dt: float) -> None:
+        """Compare what was forecast for now with what is."""
+        while self._made and self._made[0][0] <= now:
+            _, guesses = self._made.popleft()
+            weight = min(1.0, dt / ERROR_S * 10)
+            for index, guess in enumerate(guesses):
+                error = abs(guess - self._fast)
+                self._errors[index] += weight * (error - self._errors[index])
+            best = guesses[min(range(len(guesses)), key=self._errors.__getitem__)]
+            if best > 0:
+                above = self._fast / best > self.margin
+                step = MARGIN_QUANTILE if above else MARGIN_QUANTILE - 1
+                self.margin += MARGIN_STEP * step
+                self.margin = min(MAX_MARGIN, max(MIN_MARGIN, self.margin))

@@ -1,0 +1,217 @@
+"""How many replicas one pool wants, and why.
+
+Owns what is learned of the pool: its forecast, its capacity, how long it takes to start, and the
+numbers it wanted lately. Knows nothing of other pools or of the budget.
+"""
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from cluster.autoscaling.capacity import MIN_SAMPLES, Capacity
+from cluster.autoscaling.forecast import Forecast
+from cluster.autoscaling.signals import PoolSignals, PoolSpec
+
+STALE_S = 30.0
+"""Reports come every few seconds; without one for so long nothing is known."""
+REPORT_DELAY_S = 5.0
+"""From an arrival to the decision that knows of it."""
+DEFAULT_STARTUP_S = 30.0
+DRAIN_S = 30.0
+"""The time in which what is queued shall be worked off."""
+FULL = 0.9
+"""The share of a hard limit (KV cache, requests at a time) that is planned."""
+ROUTER_CORES = 0.7
+"""Of the one core that a router's event loop can use."""
+MAX_GROWTH = 3.0
+"""Times the replicas that run, while it is not known what one carries: a queue that a few
+replicas built up while others start says nothing of how many are needed."""
+DOWN_SLACK = 0.1
+"""A replica goes only if a tenth more work would not need it."""
+HELPED = 0.9
+"""What more replicas must have left of a latency for still more to be tried."""
+SETTLED_S = 30.0
+"""Latencies are of the last half minute: so long after a change they say nothing of what is."""
+
+
+class Need(NamedTuple):
+    """One reason to have replicas."""
+
+    cause: str
+    replicas: float
+    text: str
+    slack: float = DOWN_SLACK
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """A number of replicas, in words too."""
+
+    replicas: int
+    cause: str
+    """One word, for a metric."""
+    reason: str
+    """A sentence, for a log."""
+
+
+class PoolScaler:
+    """Decides for one pool, again and again."""
+
+    def __init__(self, spec: PoolSpec) -> None:
+        self.spec = spec
+        self.prefill, self.decode, self.requests = Forecast(), Forecast(), Forecast()
+        self.capacity = Capacity()
+        self._startup_s = DEFAULT_STARTUP_S
+        self._wants: deque[tuple[float, int]] = deque()
+        self._changed_at = -math.inf
+        self._replicas = -1
+        self._decided_at = -math.inf
+        self._since = math.inf
+        self._missed = (0, math.inf)
+        self._queued_tokens = 0.0
+
+    def want(self, now: float, signals: PoolSignals) -> Want:
+        """The number of replicas for ``signals`` at ``now`` (seconds)."""
+        if not 0 <= now - self._decided_at <= STALE_S:
+            self._start_anew(now)
+        self._decided_at = now
+        if not signals.sane or signals.age_s > STALE_S:
+            self._start_anew(now)
+            return Want(signals.target, "stale", "no report that can be trusted: nothing changes")
+        self._learn(now, signals)
+        return self._steady(now, signals, self._needs(now, signals))
+
+    def _start_anew(self, now: float) -> None:
+        """The clock jumped, or nothing was heard for long: delays begin again."""
+        self._wants.clear()
+        self._changed_at = self._since = now
+
+    def _learn(self, now: float, signals: PoolSignals) -> None:
+        if signals.startup_s is not None:
+            self._startup_s = signals.startup_s
+        horizon = self.horizon_s
+        self.prefill.update(now, signals.prefill_per_s, horizon)
+        self.decode.update(now, signals.decode_per_s, horizon)
+        self.requests.update(now, signals.requests_per_s, horizon)
+        if signals.running != self._replicas:
+            self._replicas, self._changed_at = signals.running, now
+        # While a queue is worked off, latencies tell of the past and not of the load.
+        relieved = 0 < signals.queued_tokens <= self._queued_tokens
+        self._queued_tokens = signals.queued_tokens
+        if signals.running and now - self._changed_at >= SETTLED_S and not relieved:
+            self.capacity.observe(
+                now,
+                self.prefill.level / signals.running,
+                self.decode.level / signals.running,
+                signals.objectives,
+            )
+
+    @property
+    def horizon_s(self) -> float:
+        """How far ahead replicas must be asked for."""
+        return self._startup_s + REPORT_DELAY_S
+
+    def _needs(self, now: float, signals: PoolSignals) -> list[Need]:
+        """Each reason to have replicas."""
+        if self.spec.is_router:
+            cores = f"{signals.cores:.2f} cores are used"
+            return [
+                Need("cpu", signals.cores / ROUTER_CORES, cores),
+                self._by_ongoing(signals, growth=1.0),
+            ]
+        needs = [*self._by_load(signals), self._by_limit(signals)]
+        if signals.kv_usage > FULL:
+            full = signals.running * signals.kv_usage / FULL
+            needs.append(Need("kv", full, f"the KV caches are {signals.kv_usage:.0%} full"))
+        if (missed := self._by_missed(now, signals)) is not None:
+            needs.append(missed)
+        if signals.requests_per_s or signals.ongoing or signals.queued:
+            needs.append(Need("busy", 0.5, "there are requests"))
+        return needs
+
+    def _by_load(self, signals: PoolSignals) -> list[Need]:
+        """By the tokens that are coming and the replicas that those were seen to take."""
+        horizon = self.horizon_s
+        prefill, decode = self.prefill.ahead(horizon), self.decode.ahead(horizon)
+        prefill += signals.queued_tokens / DRAIN_S
+        found = self.capacity.needed(prefill, decode)
+        if found is None:
+            least = self.capacity.least(prefill, decode)
+            return [self._by_little(signals), self._by_proof(signals, least)]
+        text = (
+            f"in {horizon:.0f} s {prefill:.0f} prompt and {decode:.0f} completion tokens/s"
+            f" at {found.objective}, {signals.queued_tokens:.0f} tokens are queued"
+        )
+        return [Need("forecast", found.replicas, text), self._by_proof(signals, found.proven)]
+
+    def _by_proof(self, signals: PoolSignals, proven: float) -> Need:
+        """Fewer only step by step: each step shows what a replica bears before the next."""
+        text = "a replica is not given much more than it was seen to bear"
+        return Need("learning", min(proven, signals.running - 1.0), text, slack=0.0)
+
+    def _by_little(self, signals: PoolSignals) -> Need:
+        """By the configured number of requests, in steps, until what a replica bears is known."""
+        level = self.requests.level
+        growth = self.requests.ahead(self.horizon_s) / level if level > 0 else 1.0
+        need = self._by_ongoing(signals, growth)
+        return need._replace(replicas=min(need.replicas, max(1.0, signals.running * MAX_GROWTH)))
+
+    def _by_ongoing(self, signals: PoolSignals, growth: float) -> Need:
+        """By the configured number of requests for each replica."""
+        ongoing = (signals.ongoing + signals.queued) * growth
+        text = f"{ongoing:.0f} requests of {self.spec.target_ongoing:g} each"
+        return Need("ongoing", ongoing / self.spec.target_ongoing, text)
+
+    def _by_limit(self, signals: PoolSignals) -> Need:
+        full = (signals.ongoing + signals.queued) / (FULL * self.spec.max_ongoing)
+        return Need("limit", full, f"a replica takes {self.spec.max_ongoing:g} requests at a time")
+
+    def _by_missed(self, now: float, signals: PoolSignals) -> Need | None:
+        """More where an objective is missed though all replicas run: what was learned is wrong.
+
+        Where that did not help the last time, the objective is beyond what replicas can do.
+        """
+        trusted = [o for o in signals.objectives if o.samples >= MIN_SAMPLES]
+        worst = max(trusted, key=lambda o: o.ratio, default=None)
+        settled = now - self._changed_at >= SETTLED_S
+        if worst is None or worst.ratio <= 1 or signals.running < signals.target or not settled:
+            return None
+        replicas, ratio = self._missed
+        helped = worst.ratio <= HELPED * ratio or signals.queued_tokens
+        if signals.running > replicas and not helped:
+            return None
+        if signals.running != replicas:
+            self._missed = signals.running, worst.ratio
+        more = signals.running * min(1.5, max(1.1, worst.ratio**0.5))
+        text = f"{worst.name} is {worst.observed_s:.3g} s of {worst.limit_s:g} s"
+        return Need("missed", more, text)
+
+    def _steady(self, now: float, signals: PoolSignals, needs: list[Need]) -> Want:
+        """Up when it was wanted all through one delay, down when through the other."""
+        spec, target = self.spec, signals.target
+        most = max(needs, key=lambda need: need.replicas)
+        up = spec.bounded(whole(most.replicas))
+        down = spec.bounded(max(whole(need.replicas * (1 + need.slack)) for need in needs))
+        wanted = up if up > target else min(target, down)
+        self._wants.append((now, wanted))
+        longest = max(spec.upscale_delay_s, spec.downscale_delay_s)
+        while self._wants[0][0] < now - longest:
+            self._wants.popleft()
+        if wanted > target:
+            delay_s = spec.upscale_delay_s if target else 0.0
+            steady = max(target, min(self._lately(now, delay_s)))
+        else:
+            delay_s = spec.downscale_delay_s
+            steady = min(target, max(self._lately(now, delay_s)))
+        if steady == target or now - self._since < delay_s:
+            return Want(target, "steady", most.text)
+        return Want(steady, most.cause, most.text)
+
+    def _lately(self, now: float, delay_s: float) -> list[int]:
+        return [wanted for at, wanted in self._wants if at >= now - delay_s]
+
+
+def whole(replicas: float) -> int:
+    """Rounded up, but for what floats add."""
+    return math.ceil(replicas - 1e-9)
