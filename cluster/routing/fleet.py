@@ -31,6 +31,8 @@ LEAST_LEFT = 0.1
 """Of what was expected of a request, the share that it is taken to still generate at least."""
 KV_FULL = 0.95
 """Use of the KV cache at which a new request may have to wait until another one ends."""
+GIVEN_HALF_S = 30.0
+"""Seconds after which work that was given counts half."""
 REFRESH_S = 1.0
 MEAN_WEIGHT = 0.02
 """Of the newest request, in the means that stand for other routers' requests."""
@@ -85,6 +87,7 @@ class Fleet:
         slot = self._free.pop()
         self._rows[replica_id] = row = Row(replica_id, slot, capacity, reach)
         self.ids[slot] = replica_id
+        self.slots.given_s[slot] = self._mean_given()
         self.version += 1
         self._write(row)
 
@@ -104,7 +107,9 @@ class Fleet:
 
     def set_reach(self, replica_id: str, reach: Reach) -> None:
         """Say how a replica can be reached from now on."""
-        row = self._rows[replica_id]
+        row, given_s = self._rows[replica_id], self.slots.given_s
+        if reach > row.reach:  # it is to get its share from now on, not what it missed
+            given_s[row.slot] = max(given_s[row.slot], self._mean_given())
         row.reach = reach
         self._write(row)
 
@@ -151,6 +156,8 @@ class Fleet:
         row.queued_tokens += work
         row.decode_tokens += request.completion_tokens
         self._num_ongoing += 1.0
+        decode_s = request.completion_tokens / float(self.stream_rate.values[row.slot])
+        self.slots.given_s[row.slot] += work * self.miss_s[row.slot] + decode_s / USUAL_BATCH
         row.queue[placement] = None
         if len(row.queue) == 1:
             self._set_head(row)
@@ -258,8 +265,13 @@ class Fleet:
         """Take in that time has passed: what was learned long ago counts less."""
         for rates in self._rates:
             rates.refresh(elapsed_s)
+        self.slots.given_s *= 0.5 ** (elapsed_s / GIVEN_HALF_S)
         for row in self._rows.values():
             self._write(row)
+
+    def _mean_given(self) -> float:
+        open_ones = self.slots.open()
+        return float(self.slots.given_s[open_ones].mean()) if open_ones.any() else 0.0
 
     def _write(self, row: Row) -> None:
         """Write into the arrays what has changed of a replica."""
@@ -323,6 +335,7 @@ class Fleet:
             held = min(float(usage.cached_tokens), placement.cached_tokens)
             self.honesty.observe(slot, held, placement.cached_tokens)
         work = max(0.0, usage.prompt_tokens - usage.cached_tokens) + STEP_TOKENS
+        self.slots.given_s[slot] += (work - placement.work_tokens) * self.miss_s[slot]
         whole_s = self.now_s - placement.begun_at
         if placement.is_first_seen and placement.prefilled_at is not None:
             decode_s = self.now_s - placement.prefilled_at

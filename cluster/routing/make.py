@@ -11,7 +11,7 @@ from cluster.routing.prefix_index import PrefixIndex
 from cluster.routing.session import SessionAffinity
 
 
-def make_policy(name: RoutingPolicy, index: PrefixIndex, seed: int = 0) -> Policy:
+def make_policy(name: str, index: PrefixIndex, seed: int = 0) -> Policy:
     """The policy of that name.
 
     Args:

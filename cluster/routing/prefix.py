@@ -1,8 +1,9 @@
 """Where a prompt's first token would come first.
 
 One cost weighs the cache against load, in seconds: what waits and decodes before the request, and
-what of its prompt is not cached. So a prefix that many ask for is
-computed on a second replica as soon as waiting for the first one takes longer.
+what of its prompt is not cached. So a prefix that many ask for is computed on a second replica as
+soon as waiting for the first one takes longer. Work that a replica was given above its share counts
+too, but never more than the whole prompt: one that hangs gets nothing for having had less.
 """
 
 import numpy as np
@@ -16,14 +17,14 @@ from cluster.routing.ties import Turns
 MISS_WEIGHT = 1.5
 """What computing a token counts against waiting for one: whoever comes after waits for it as well,
 so equal prompts that come at once stay together although each would begin as soon elsewhere."""
-MAX_OVER_MEAN = 1.25
-"""A replica with more work than this times the mean is passed over, however much it has cached."""
+SHARE = 1.0
+"""Of the mean of the work that replicas were given, what each may have, and one prompt more."""
 ADAPTER_LOAD_S = 1.0
 """What loading a LoRA adapter costs; vLLM reads some tens of MB and waits for a step."""
 
 
 class PrefixAffinity:
-    """The replica with the least expected time to the first token, within a bound on load."""
+    """The replica with the least expected time to the first token, where all get their share."""
 
     def __init__(self, index: PrefixIndex, seed: int = 0) -> None:
         self._index = index
@@ -45,9 +46,12 @@ class PrefixAffinity:
         if request.adapter is not None:
             missing = fleet.adapters.missing(request.adapter)
             cost += ADAPTER_LOAD_S if missing is None else ADAPTER_LOAD_S * missing
-        most = MAX_OVER_MEAN * float(work_s.dot(allowed)) / num_open
-        most += request.prompt_tokens / fleet.prefill_rate.prior
-        slot = self._turns.least(cost, allowed & (work_s <= most))
+        whole_s = request.prompt_tokens / fleet.prefill_rate.prior
+        given_s = fleet.slots.given_s
+        share_s = SHARE * float(given_s.dot(allowed)) / num_open + whole_s
+        over_s = np.maximum(given_s - share_s, 0.0)
+        cost += np.minimum(over_s, MISS_WEIGHT * whole_s)
+        slot = self._turns.least(cost, allowed)
         return None if slot is None else fleet.ids[slot]
 
     def _held_tokens(self, levels: list[Level], request: RequestView, fleet: Fleet) -> FloatArray:

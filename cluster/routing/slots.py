@@ -45,6 +45,8 @@ class Slots:
         """The sum of the times at which all streams should end, each had it begun at 0."""
         self.decode_least: FloatArray = np.zeros(0)
         """The least that the sum of what is left of them is taken for."""
+        self.given_s: FloatArray = np.zeros(0)
+        """Work that this router gave it, where what is long ago counts less."""
         self._num_usual = 0
 
     def __len__(self) -> int:

@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> Report:
     return _report(times, args, world)
 
 
-def _decide(world: World, name: RoutingPolicy, decisions: int) -> "np.ndarray":
+def _decide(world: World, name: str, decisions: int) -> "np.ndarray":
     """Microseconds of each decision."""
     policy, clock = make_policy(name, world.index), time.perf_counter_ns
     taken = np.zeros(decisions)
