@@ -84,6 +84,11 @@ class Engine:
         usage = self.cache.used_tokens / self.cache.capacity_tokens
         return EngineLoad(len(self._running), len(self._waiting), min(1.0, usage))
 
+    @property
+    def step(self) -> tuple[float, int]:
+        """How long each step under way takes, and how many streams get a token in it."""
+        return self._step_s, self._num_decoding
+
     def generated(self, sequence: Sequence) -> int:
         """Tokens that a request has by now."""
         joined = sequence._joined
