@@ -19,6 +19,8 @@ from cluster.simulation.cache import PrefixCache
 from cluster.simulation.histogram import Histogram
 from cluster.simulation.requests import TraceRequest
 
+_ENDLESS = 2**62
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
@@ -159,17 +161,17 @@ class Engine:
             steps = min(steps, self._next_end() - self._steps, self.cache.free_tokens // num)
             self.cache.grow(num * steps)  # makes room; what is cut off is not used
             self.cache.private_tokens -= num * steps
-        self._num_steps, self._num_grown = max(1, int(steps)), num
+        self._num_steps, self._num_grown = max(1, steps), num
         alone = self._chunk * self._config.prefill_s_per_token
         alone += (num > 0) * self._config.decode_s_per_token
         crowd = 1 + self._config.batch_slowdown * (len(self._running) - 1)
         self._step_s = alone * crowd * self.slowdown
         self.due_s = now_s + self._num_steps * self._step_s
 
-    def _prefill_steps(self, budget: int) -> tuple[float, int]:
+    def _prefill_steps(self, budget: int) -> tuple[int, int]:
         """How many equal steps of prefill come next, and how many tokens each computes."""
         if not self._prefilling or budget <= 0:
-            return math.inf, 0
+            return _ENDLESS, 0
         head = next(iter(self._prefilling))
         if head._prefill_left > budget:
             return (head._prefill_left - 1) // budget, budget

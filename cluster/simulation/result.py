@@ -55,7 +55,6 @@ class Result:
     scale_events: list[ScaleEvent] = field(default_factory=list)
     itl_s: Histogram = field(default_factory=Histogram)
     """Every time between two tokens."""
-    num_events: int = 0
 
     def count(self, outcome: Outcome) -> int:
         """How many requests ended so."""

@@ -63,7 +63,7 @@ class Settings:
     slo: Slo = field(default_factory=Slo)
     max_ongoing: int = 256
     """Requests that one replica is given at a time."""
-    queue: QueueLimits = QueueLimits(tokens=float("inf"), entries=1024)
+    queue: QueueLimits = field(default_factory=lambda: QueueLimits(float("inf"), 1024))
     """Of each router."""
     queue_timeout_s: float = 60.0
     routers: int = 1

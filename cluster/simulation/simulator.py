@@ -1,5 +1,7 @@
 """The pool: arrivals, routers, replicas that start, leave, fail, and what is measured of them."""
 
+from collections.abc import Callable
+
 from cluster.routing import RequestView
 from cluster.simulation.calls import Call, Outcome
 from cluster.simulation.events import Events
@@ -40,7 +42,8 @@ class Simulation:
             for number in range(settings.routers)
         ]
         scaling = settings.scaling
-        self._signals = scaling and Signals(scaling, settings.slo, settings.engine.startup_s)
+        startup_s = settings.engine.startup_s
+        self._signals = Signals(scaling, settings.slo, startup_s) if scaling else None
 
     def run(self) -> Result:
         """Until nothing is left to happen."""
@@ -141,8 +144,8 @@ class Simulation:
         self._num_sampled = self._num_arrived
         self._again(every_s, self._sample, every_s)
 
-    def _again(self, after_s: float, call: object, *args: object) -> None:
-        if self._num_left and callable(call):
+    def _again(self, after_s: float, call: Callable[..., None], *args: object) -> None:
+        if self._num_left:
             self._events.at(self._events.now_s + after_s, call, *args)
 
     # Replicas come and go

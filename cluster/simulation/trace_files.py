@@ -31,7 +31,7 @@ def read_trace(path: Path) -> Trace:
         with path.open(encoding="utf-8", newline="") as lines:
             read = _burstgpt if is_csv else _mooncake
             requests = list(_parsed(path, read(lines)))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise TraceError(f"{path}: {error}") from None
     if not requests:
         raise TraceError(f"{path}: there is no request in it")
@@ -44,15 +44,14 @@ Parsed = tuple[int, Callable[[], TraceRequest | None]]
 
 
 def _parsed(path: Path, lines: Iterator[Parsed]) -> Iterator[TraceRequest]:
-    number = 0
-    try:
-        for number, read in lines:
+    for number, read in lines:
+        try:
             request = read()
-            if request is not None:
-                yield request
-    except (ValueError, KeyError, TypeError, csv.Error) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise TraceError(f"{path}, line {number}: {reason}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise TraceError(f"{path}, line {number}: {reason}") from None
+        if request is not None:
+            yield request
 
 
 def _mooncake(lines: Iterator[str]) -> Iterator[Parsed]:
@@ -65,7 +64,7 @@ def _from_mooncake(line: str) -> TraceRequest | None:
         return None
     fields = json.loads(line)
     if not isinstance(fields, dict):
-        raise ValueError("an object is expected")  # noqa: TRY004 - all reach the user alike
+        raise ValueError("an object is expected")
     prompt = _count(fields, "input_length", least=1)
     blocks = fields["hash_ids"]
     if not isinstance(blocks, list) or not all(type(block) is int for block in blocks):

@@ -62,7 +62,9 @@ class Known:
 
 KNOWN: Mapping[str, Known] = {
     "conversation": Known("long chats of many turns (Mooncake)", workloads.CONVERSATION),
-    "toolagent": Known("agents with tools, short answers (Mooncake)", workloads.TOOLAGENT, rate=6.5),
+    "toolagent": Known(
+        "agents with tools, short answers (Mooncake)", workloads.TOOLAGENT, rate=6.5
+    ),
     "few-shot": Known("short questions after examples", workloads.FEW_SHOT, rate=20.0),
     "rag": Known("documents before a question", None, rate=10.0),
     "hot-prefix": Known(
@@ -70,7 +72,9 @@ KNOWN: Mapping[str, Known] = {
         replace(workloads.CHAT, hot_from=1 / 3),
         rate=20.0,
     ),
-    "chat": Known("short chats, arrivals in bursts (BurstGPT)", workloads.CHAT, shape=GAMMA_SHAPE, rate=20.0),
+    "chat": Known(
+        "short chats, arrivals in bursts (BurstGPT)", workloads.CHAT, shape=GAMMA_SHAPE, rate=20.0
+    ),
     "daily": Known(
         "the same, up and down once (a day in the time that is simulated)",
         workloads.CHAT,

@@ -83,8 +83,8 @@ TOOLAGENT = Conversations(
     # [MP] tool & agent: prompts of 8,596 tokens, answers of 182, 59 % could be cached. How many
     # tools there are and how popular each is are guesses.
     MOONCAKE_BLOCK,
-    Shared(150, 1.0, Lengths(7.0, 0.6, 40.0)),
-    first=Lengths(1600.0, 1.25, 120_000.0),
+    Shared(150, 1.0, Lengths(5.5, 0.6, 40.0)),
+    first=Lengths(1800.0, 1.25, 120_000.0),
     more=Lengths(800.0, 1.0, 20_000.0),
     answer=Lengths(80.0, 1.35, 2000.0),
     goes_on=0.2,
@@ -115,7 +115,9 @@ def conversations(
 ) -> list[TraceRequest]:
     """All turns before ``duration_s`` of the conversations that begin at ``starts``."""
     ids = itertools.count(1)
-    shared = [_ids(ids, max(1, round(spec.shared.blocks.draw(rng)))) for _ in range(spec.shared.count)]
+    shared = [
+        _ids(ids, max(1, round(spec.shared.blocks.draw(rng)))) for _ in range(spec.shared.count)
+    ]
     picks = _zipf(rng, spec.shared.count, spec.shared.zipf, len(starts))
     tenants = _zipf(rng, NUM_TENANTS, 1.0, len(starts))
     hot = _ids(ids, max(2, 8192 // spec.block_tokens))
