@@ -19,19 +19,10 @@ from cluster.routing import PrefixIndex, make_policy
 from cluster.simulation.plot import draw
 from cluster.simulation.requests import Trace
 from cluster.simulation.result import Result
-from cluster.simulation.settings import Fault, Scaling, Settings, Slo
+from cluster.simulation.settings import LARGE_GPU, Fault, Scaling, Settings, Slo
 from cluster.simulation.simulator import simulate
 from cluster.simulation.traces import load
 
-LARGE_GPU = {
-    "prefill_s_per_token": 1e-4,
-    "decode_s_per_token": 0.012,
-    "batch_slowdown": 0.015,
-    "num_kv_blocks": 12_500,
-    "startup_s": 60.0,
-}
-"""Where the configuration says nothing of the engine's speed: about an 8 B model on one large GPU
-(10,000 prompt tokens/s, 80 tokens/s of one stream, KV memory for 400,000 tokens); a guess."""
 _FAULT = re.compile(r"(die|hang|slow):(\d+)@(\d+(?:\.\d*)?)")
 
 
@@ -109,7 +100,7 @@ def _settings(options: Options, pool: GeneratorConfig, router: RouterConfig) -> 
 def _engine(sim: SimConfig) -> SimConfig:
     if sim.prefill_s_per_token or sim.decode_s_per_token:
         return sim
-    return sim.model_copy(update=LARGE_GPU)
+    return LARGE_GPU
 
 
 def _scaling(pool: GeneratorConfig) -> Scaling:
