@@ -19,8 +19,8 @@ MISS_WEIGHT = 1.5
 so equal prompts that come at once stay together although each would begin as soon elsewhere."""
 DECODE_WEIGHT = 0.5
 """What a second of decoding counts against one of prefill: a first token does not wait for streams,
-they only make steps longer. At 1 chats lose 3 of 65 points of hits for a balance that brings nothing;
-at 0.2 they win 2 more, but a burst of equal prompts stays together for too long."""
+they only make steps longer. At 1 chats lose 3 of 65 points of hits for a balance that brings
+nothing; at 0.2 they win 2 more, but a burst of equal prompts stays together for too long."""
 SHARE = 1.0
 """Of the mean of the work that replicas were given, what each may have, and one prompt more."""
 ADAPTER_LOAD_S = 1.0

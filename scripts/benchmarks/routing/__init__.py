@@ -2,9 +2,9 @@
 
 No cluster: the policies are pure. First every policy's decisions are timed, with 256 replicas and
 a million blocks in the index: every replica has requests under way, and prompts share prefixes of
-every length. What a decision is made by is changed between two decisions, as it is in a router; that
-is not part of the time. Then the simulator serves traces with our policies, those of other routers,
-and an oracle; each round has other seeds.
+every length. What a decision is made by is changed between two decisions, as it is in a router;
+that is not part of the time. Then the simulator serves traces with our policies, those of other
+routers, and an oracle; each round has other seeds.
 """
 
 import argparse

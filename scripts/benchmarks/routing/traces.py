@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from benchmarks.report import Report, Table
+from benchmarks.report import Cell, Report, Table
 from benchmarks.rounds import Summary
 from benchmarks.routing.peers import RayPowerOfTwo, RayPrefixAffinity, VllmRouterCacheAware
 from benchmarks.stream.paths import say
@@ -40,8 +40,8 @@ IMBALANCED = 10.0
 class Oracle:
     """Knows what every cache holds or is computing, and takes the least expected time by that.
 
-    One that looks at the caches alone (``peers.Oracle``) sends all prompts with the same first block
-    to one replica, whose cache is soon too small: it hits less than those that know less.
+    One that looks at the caches alone (``peers.Oracle``) sends all prompts with the same first
+    block to one replica, whose cache is soon too small: it hits less than those that know less.
     """
 
     def __init__(self, cached_tokens: CachedTokens) -> None:
@@ -169,7 +169,7 @@ def _table(found: dict[tuple[str, str], list[Found]], trace: str) -> Table:
         "itl_p90_s",
         "max_over_mean_load",
     )
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
     for name in POLICIES:
         seen = found[trace, name]
         answered = Summary(tuple(f["done"] / max(1, f["requests"]) for f in seen))
