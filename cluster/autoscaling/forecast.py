@@ -21,7 +21,7 @@ FAST_S = 15.0
 ERROR_S = 1800.0
 OUTLIER = 4.0
 """Deviations beyond which a single value is not believed before a second one says the same."""
-SIGNIFICANT = 1.5
+SIGNIFICANT = 2.5
 """Mean deviations of single values by which the level must be above the calm one."""
 MARGIN_QUANTILE = 0.97
 MARGIN_STEP = 0.02
