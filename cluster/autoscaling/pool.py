@@ -177,7 +177,7 @@ class PoolScaler:
         at, each = self._too_much
         if now - at > FAILURE_S:
             return None
-        rates = self.prefill.calm, self.decode.calm
+        rates = self.prefill.steady, self.decode.steady
         loads = [rate / one for rate, one in zip(rates, each, strict=True) if one > 0]
         text = "an objective was missed at this load of a replica lately"
         return Need("missed", max(loads, default=0.0) * (1 + DOWN_SLACK / 2), text, slack=0.0)
@@ -215,7 +215,7 @@ class PoolScaler:
             return None
         if signals.running != replicas:
             self._missed = signals.running, worst.ratio
-        each = self.prefill.calm / signals.running, self.decode.calm / signals.running
+        each = self.prefill.steady / signals.running, self.decode.steady / signals.running
         self._too_much = now, each
         more = signals.running * min(1.5, max(1.1, worst.ratio**0.5))
         text = f"{worst.name} is {worst.observed_s:.3g} s of {worst.limit_s:g} s"
