@@ -2,6 +2,7 @@
 
 TandemError
  ├─ ConfigError                a wrong configuration; names field, value, what is allowed
+ ├─ TraceError                 a trace cannot be read; names the file and the line
  ├─ StartError                 the cluster cannot be started (a busy port, a missing model, ...)
  ├─ LinkError                  the connection between a router and a replica
  │   ├─ LinkProtocolError      the peer broke the frame format
@@ -34,6 +35,10 @@ class TandemError(Exception):
 
 class ConfigError(TandemError):
     """A value in the configuration is wrong."""
+
+
+class TraceError(TandemError):
+    """A trace of requests cannot be read."""
 
 
 class StartError(TandemError):

@@ -43,6 +43,8 @@ class _Line:
     """Features are divided by the largest that were seen, so that the sums are well scaled."""
     products: list[list[float]] = field(default_factory=lambda: [[0.0] * 3 for _ in range(3)])
     answers: list[float] = field(default_factory=lambda: [0.0] * 3)
+    points: float = 0.0
+    """Observations, of which older ones count less."""
     proven: tuple[float, float] = (0.0, 0.0)
     """The heaviest load of one replica (prefill, decode) at which the objective held."""
 
@@ -67,10 +69,13 @@ class _Line:
             if value > self.scale[i]:
                 self._rescale(i, value)
         scaled = [value / scale for value, scale in zip(x, self.scale, strict=True)]
+        # What matters is the line near the limit: there queues bend it down.
+        weight = min(1.0, 1 / y**2)
+        self.points = self.points * keep + 1
         for i in range(3):
-            self.answers[i] = self.answers[i] * keep + scaled[i] * y
+            self.answers[i] = self.answers[i] * keep + weight * scaled[i] * y
             for j in range(3):
-                self.products[i][j] = self.products[i][j] * keep + scaled[i] * scaled[j]
+                self.products[i][j] = self.products[i][j] * keep + weight * scaled[i] * scaled[j]
 
     def _rescale(self, i: int, value: float) -> None:
         shrink = self.scale[i] / value
@@ -80,21 +85,15 @@ class _Line:
             self.products[i][j] *= shrink
             self.products[j][i] *= shrink
 
-    @property
-    def points(self) -> float:
-        return self.products[0][0]
-
     def fit(self) -> Fit | None:
         """``a, b, c`` with b, c >= 0; None while too little was seen."""
         if self.points < MIN_POINTS:
             return None
+        ridge = RIDGE * self.products[0][0]
         used = [0, 1, 2]
         while True:
             found = _solve(
-                [
-                    [self.products[i][j] + (RIDGE * self.points if i == j else 0.0) for j in used]
-                    for i in used
-                ],
+                [[self.products[i][j] + (ridge if i == j else 0.0) for j in used] for i in used],
                 [self.answers[i] for i in used],
             )
             rising = [i for i, value in zip(used, found, strict=True) if i and value > 0]

@@ -21,7 +21,7 @@ FAST_S = 15.0
 ERROR_S = 1800.0
 OUTLIER = 4.0
 """Deviations beyond which a single value is not believed before a second one says the same."""
-SIGNIFICANT = 1.5
+SIGNIFICANT = 2.5
 """Mean deviations of single values by which the level must be above the calm one."""
 MARGIN_QUANTILE = 0.97
 MARGIN_STEP = 0.02
@@ -122,13 +122,21 @@ class Forecast:
             guesses[best] + self.margin * self._spread(guesses[best]), self._rising(horizon_s)
         )
 
+    @property
+    def steady(self) -> float:
+        """The rate without noise: the calm level, or the quick one where that rises in earnest."""
+        return self.level if self._rises else self.calm
+
+    @property
+    def _rises(self) -> bool:
+        return self.level - self.calm > SIGNIFICANT * self._scale
+
     def _spread(self, guess: float) -> float:
         return math.sqrt(guess * self._mean)
 
     def _rising(self, horizon_s: float) -> float:
         """Where a rise that is more than noise leads; a burst has to be met before it is usual."""
-        significant = self.level - self.calm > SIGNIFICANT * self._scale
-        return self._experts(self._at or 0.0, horizon_s)[1] if significant else 0.0
+        return self._experts(self._at or 0.0, horizon_s)[1] if self._rises else 0.0
 
     def _believable(self, value: float) -> float:
         off = value - self.level

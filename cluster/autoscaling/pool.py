@@ -18,8 +18,8 @@ STALE_S = 30.0
 REPORT_DELAY_S = 5.0
 """From an arrival to the decision that knows of it."""
 DEFAULT_STARTUP_S = 30.0
-DRAIN_S = 30.0
-"""The time in which what is queued shall be worked off."""
+DRAIN_S = 60.0
+"""The time in which what is queued shall be worked off; those that start already do so too."""
 FULL = 0.9
 """The share of a hard limit (KV cache, requests at a time) that is planned."""
 ROUTER_CORES = 0.7
@@ -146,8 +146,8 @@ class PoolScaler:
         if signals.kv_usage > FULL:
             full = signals.running * signals.kv_usage / FULL
             needs.append(Need("kv", full, f"the KV caches are {signals.kv_usage:.0%} full"))
-        checks = self._by_missed(now, signals), self._by_failure(now)
-        needs.extend(need for need in checks if need is not None)
+        seen = self._by_missed(now, signals), self._by_failure(now)
+        needs += [need for need in seen if need is not None]
         if signals.requests_per_s or signals.ongoing or signals.queued:
             needs.append(Need("busy", 0.5, "there are requests"))
         return needs
@@ -177,7 +177,7 @@ class PoolScaler:
         at, each = self._too_much
         if now - at > FAILURE_S:
             return None
-        rates = self.prefill.calm, self.decode.calm
+        rates = self.prefill.steady, self.decode.steady
         loads = [rate / one for rate, one in zip(rates, each, strict=True) if one > 0]
         text = "an objective was missed at this load of a replica lately"
         return Need("missed", max(loads, default=0.0) * (1 + DOWN_SLACK / 2), text, slack=0.0)
@@ -215,7 +215,7 @@ class PoolScaler:
             return None
         if signals.running != replicas:
             self._missed = signals.running, worst.ratio
-        each = self.prefill.calm / signals.running, self.decode.calm / signals.running
+        each = self.prefill.steady / signals.running, self.decode.steady / signals.running
         self._too_much = now, each
         more = signals.running * min(1.5, max(1.1, worst.ratio**0.5))
         text = f"{worst.name} is {worst.observed_s:.3g} s of {worst.limit_s:g} s"

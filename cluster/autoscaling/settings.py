@@ -32,7 +32,7 @@ class PoolSettings:
     ) -> "PoolSettings":
         """The settings of one part of ``whole``."""
         router = isinstance(part, RouterConfig)
-        workers = 1 if isinstance(part, RouterConfig) else part.num_workers
+        workers = part.num_workers
         spec = PoolSpec(
             min=part.replicas.min,
             max=part.replicas.max,

@@ -173,6 +173,58 @@ def classify(
     run(texts, model, url, api_key, as_json=as_json)
 
 
+@app.command()
+def simulate(
+    trace: Annotated[
+        str,
+        typer.Option(
+            help="Mooncake's JSON lines, BurstGPT's CSV, or one of: conversation, toolagent, "
+            "few-shot, rag, hot-prefix, chat, daily, bursty."
+        ),
+    ],
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    policy: Annotated[
+        str | None, typer.Option(help="A routing policy.", show_default="the pool's")
+    ] = None,
+    pool: Annotated[str | None, typer.Option(help="A generator.", show_default="the first")] = None,
+    replicas: Annotated[
+        int | None, typer.Option(min=0, help="So many, always.", show_default="autoscaling")
+    ] = None,
+    rate: Annotated[float | None, typer.Option(min=1e-6, help="Mean requests/s.")] = None,
+    duration_s: Annotated[float | None, typer.Option(min=1, help="Length of the trace.")] = None,
+    routers: Annotated[int, typer.Option(min=1)] = 1,
+    ttft_s: Annotated[float, typer.Option(min=0, help="Objective: first token.")] = 2.0,
+    itl_s: Annotated[float, typer.Option(min=0, help="Objective: mean time of a token.")] = 0.2,
+    fault: Annotated[
+        list[str] | None,
+        typer.Option(metavar="die|hang|slow:REPLICA@SECONDS", help="May be repeated."),
+    ] = None,
+    cost: Annotated[float, typer.Option(min=0, help="Of a replica for an hour.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: JsonOption = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it, as PNG.")] = None,
+) -> None:
+    """Simulate hours of traffic on one generator's pool in seconds; starts nothing."""
+    from cluster.cli.simulate import Options, run
+    from cluster.simulation.settings import Slo
+
+    options = Options(
+        trace=trace,
+        policy=policy,
+        pool=pool,
+        replicas=replicas,
+        rate=rate,
+        duration_s=duration_s,
+        routers=routers,
+        slo=Slo(ttft_s, itl_s),
+        faults=fault or (),
+        cost=cost,
+        seed=seed,
+    )
+    run(options, config, overrides or [], as_json, plot)
+
+
 @models_app.command("build")
 def models_build(
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...")] = None,

@@ -243,10 +243,15 @@ class Fleet:
         """Which slots may be given a request now; not to be changed."""
         return self.slots.open()
 
-    def work_s(self) -> FloatArray:
-        """Seconds of prefill and decode that each slot has before it."""
+    def work_s(self, decode_weight: float = 1.0) -> FloatArray:
+        """Seconds of prefill and decode that each slot has before it.
+
+        Args:
+            decode_weight: What a second of decoding counts against one of prefill, above 0.
+        """
         mean_ongoing = self._num_ongoing / max(1, len(self._rows))
-        return self.slots.work_s(self.now_s, max(USUAL_BATCH, mean_ongoing))
+        batch = max(USUAL_BATCH, mean_ongoing) / decode_weight
+        return self.slots.work_s(self.now_s, batch)
 
     # Inner
 

@@ -256,7 +256,8 @@ async def test_limits_and_shares_hold_over_several_routers(keys: Keys) -> None:
             peers.append(peer)
         for peer in peers:
             peer.update(infos)
-        await World.until(lambda: all(link.connected for p in peers for link in p._links.values()))
+        others = [link for peer in peers for link in peer._links.links().values()]
+        await World.until(lambda: all(link.connected for link in others))
         replica = await worlds[0].add("gen", "gen-1")
         assert replica is not None
         for world in worlds[1:]:

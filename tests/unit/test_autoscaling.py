@@ -41,7 +41,7 @@ def test_targets_follow_eightfold_traffic_and_back() -> None:
     pool.run(1200, lambda t: 20.0)
     assert 3 <= low <= 6
     assert 17 <= high <= 32
-    assert pool.target <= low + 1
+    assert pool.target <= low + 2  # some room is kept for a while after such a jump
 
 
 def test_the_objective_holds_on_traffic_that_rises_and_falls() -> None:

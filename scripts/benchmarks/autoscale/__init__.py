@@ -20,7 +20,7 @@ ATTAINMENT = 0.99
 HOUR_S = 3600.0
 SPEC = PoolSpec(min=1, max=64, target_ongoing=8, upscale_delay_s=2, downscale_delay_s=120)
 """The delays are the configuration's defaults."""
-TARGETS = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 14.0)
+TARGETS = (3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 14.0)
 DELAYS = ((30.0, 600.0), (30.0, 120.0), (0.0, 120.0))
 """Serve's defaults (up, down), as fast down as ours, and as fast up too."""
 

@@ -28,7 +28,7 @@ Trace = tuple[Rate, float]
 """A rate and how long it lasts in seconds."""
 
 
-def daily(days: float = 1.0, mean: float = 3.0) -> Trace:
+def daily(days: float = 1.0, mean: float = 9.0) -> Trace:
     """A day that is quiet at night (a quarter of the mean) and has its peak in the afternoon."""
 
     def rate(t: float) -> float:
@@ -37,7 +37,7 @@ def daily(days: float = 1.0, mean: float = 3.0) -> Trace:
     return rate, 24 * HOUR_S * days
 
 
-def bursty(hours: float = 12.0, base: float = 1.5, seed: int = 7) -> Trace:
+def bursty(hours: float = 12.0, base: float = 4.5, seed: int = 7) -> Trace:
     """A base load, and bursts of up to five times it that rise in a minute and last minutes."""
     random = np.random.default_rng(seed)
     until = hours * HOUR_S

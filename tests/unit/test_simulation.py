@@ -1,0 +1,227 @@
+"""A pool in simulated time: every request ends once, the same seed gives the same, faults."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from cluster.admission.fair_queue import QueueLimits
+from cluster.autoscaling import PoolSignals
+from cluster.cli.app import app
+from cluster.config import SimConfig
+from cluster.errors import ConfigError
+from cluster.routing import make_policy
+from cluster.simulation.calls import Outcome
+from cluster.simulation.requests import Trace, TraceRequest
+from cluster.simulation.result import Result
+from cluster.simulation.settings import Fault, MakePolicy, Scaling, Settings, Slo
+from cluster.simulation.simulator import simulate
+from cluster.simulation.traces import load
+
+ENGINE = SimConfig(
+    prefill_s_per_token=1e-4,
+    decode_s_per_token=0.01,
+    batch_slowdown=0.02,
+    num_kv_blocks=4000,
+    startup_s=20,
+)
+
+
+def policy(name: str) -> MakePolicy:
+    return lambda index, _truth, seed: make_policy(name, index, seed)
+
+
+def settings(**more: Any) -> Settings:
+    return replace(Settings(ENGINE, replicas=4, policy=policy("prefix")), **more)
+
+
+def chat(rate: float = 8.0, duration_s: float = 120.0, seed: int = 0) -> Trace:
+    return load("chat", rate, duration_s, seed)
+
+
+def outcomes(result: Result) -> dict[str, int]:
+    return {each.value: result.count(each) for each in Outcome if result.count(each)}
+
+
+def check(result: Result, trace: Trace) -> None:
+    """What is true whatever happened."""
+    assert sum(outcomes(result).values()) == len(trace.requests)
+    for call in result.calls:
+        done = call.outcome is Outcome.DONE
+        assert (call.ended_s is not None) == done
+        if done:
+            assert call.first_s is not None
+            assert call.request.arrival_s <= call.first_s <= (call.ended_s or 0)
+            assert 0 <= call.cached_tokens < call.request.prompt_tokens
+
+
+@pytest.mark.parametrize("name", ["prefix", "least-load", "session", "power-of-two", "round-robin"])
+def test_every_request_ends_once(name: str) -> None:
+    trace = chat()
+    result = simulate(trace, settings(policy=policy(name), routers=2))
+    check(result, trace)
+    assert outcomes(result) == {"done": len(trace.requests)}
+    assert 0 < result.hit_rate < 1
+    tokens = sum(request.completion_tokens - 1 for request in trace.requests)
+    assert result.itl_s.weight == tokens
+
+
+def test_the_same_seed_gives_the_same() -> None:
+    faults = (Fault(40, 1, "die"),)
+    first, again = (simulate(chat(), settings(routers=2, faults=faults)) for _ in range(2))
+    assert first.summary(1.0) == again.summary(1.0)
+    assert [c.first_s for c in first.calls] == [c.first_s for c in again.calls]
+    other = simulate(chat(seed=1), settings(routers=2, faults=faults))
+    assert other.summary(1.0) != first.summary(1.0)
+
+
+@pytest.mark.parametrize("kind", ["die", "hang"])
+def test_a_lost_replica_is_replaced_and_takes_few_requests_with_it(kind: str) -> None:
+    trace = chat()
+    fault = Fault(40, 1, kind)  # type: ignore[arg-type]
+    result = simulate(trace, settings(faults=(fault,), detect_s=10))
+    check(result, trace)
+    failed = result.count(Outcome.FAILED)
+    assert 0 < failed < 0.1 * len(trace.requests)  # the streams that it had begun
+    assert failed + result.count(Outcome.DONE) == len(trace.requests)
+    assert len(result.replicas) == 5
+
+
+def test_a_slow_replica_gets_less() -> None:
+    result = simulate(chat(duration_s=300), settings(faults=(Fault(0, 2, "slow"),)))
+    work = {replica.id: replica.work_s for replica in result.replicas}
+    assert work.pop("r0002") < 0.5 * min(work.values())
+    assert result.count(Outcome.DONE) == len(result.calls)
+
+
+@pytest.mark.parametrize("routers", [1, 3])
+def test_without_replicas_requests_wait_and_are_refused(routers: int) -> None:
+    trace = chat(duration_s=20)
+    queue = QueueLimits(float("inf"), 10)
+    result = simulate(trace, settings(replicas=0, routers=routers, queue=queue, queue_timeout_s=5))
+    check(result, trace)
+    assert set(outcomes(result)) == {"late", "shed"}
+    assert result.slo_attainment == 0
+
+
+def test_the_first_replica_of_a_pool_that_may_have_none_is_waited_for() -> None:
+    trace = chat(duration_s=20)
+    timeouts = {"queue_timeout_s": 5, "start_timeout_s": 60}
+    scaling = Scaling(lambda _now_s, _signals: 1)
+    result = simulate(trace, settings(replicas=0, scaling=scaling, **timeouts))
+    check(result, trace)
+    assert set(outcomes(result)) == {"done"}
+
+
+def test_what_can_never_fit_fails() -> None:
+    huge = TraceRequest(0.0, 10**6, 5)
+    result = simulate(Trace("huge", [huge], 64), settings())
+    assert outcomes(result) == {"failed": 1}
+
+
+def test_nothing_comes_of_nothing() -> None:
+    result = simulate(Trace("empty", [], 64), settings())
+    assert result.summary(1.0)["requests"] == 0
+
+
+def test_more_replicas_come_when_asked_for_and_leave_without_a_loss() -> None:
+    seen: list[PoolSignals] = []
+
+    def decide(now_s: float, signals: PoolSignals) -> int:
+        seen.append(signals)
+        return 6 if 30 <= now_s < 80 else 2
+
+    trace = chat(duration_s=150)
+    result = simulate(trace, settings(replicas=2, scaling=Scaling(decide)))
+    check(result, trace)
+    assert outcomes(result) == {"done": len(trace.requests)}
+    assert [(e.before, e.after) for e in result.scale_events] == [(2, 6), (6, 2)]
+    ready = {round(sample.at_s): sample.ready for sample in result.samples}
+    assert ready[45] == 2
+    assert ready[55] == 6
+    assert ready[100] == 2
+    assert all(signals.sane for signals in seen)
+    rates = [signals.requests_per_s for signals in seen[5:70]]
+    assert sum(rates) / len(rates) == pytest.approx(len(trace.requests) / 150, rel=0.3)
+    busy = seen[50]
+    assert busy.prefill_per_s > 0
+    assert all(objective.samples > 0 for objective in busy.objectives)
+    lived = [replica.lived_s for replica in result.replicas]
+    assert sum(50 <= seconds < 110 for seconds in lived) == 4  # they end their streams
+
+
+def test_from_zero_replicas_held_requests_are_served() -> None:
+    trace = chat(duration_s=60)
+    scaling = Scaling(lambda now_s, signals: 3 if signals.queued or signals.ongoing else 0)
+    result = simulate(trace, settings(replicas=0, scaling=scaling))
+    assert outcomes(result) == {"done": len(trace.requests)}
+
+
+def test_reports_that_are_late_cost_but_lose_nothing() -> None:
+    trace = chat(rate=20.0)
+    fresh, stale = (
+        simulate(trace, settings(routers=3, report_s=report, event_delay_s=delay))
+        for report, delay in ((0.1, 0.01), (30.0, 30.0))
+    )
+    check(stale, trace)
+    assert stale.count(Outcome.DONE) == fresh.count(Outcome.DONE) == len(trace.requests)
+    assert stale.hit_rate <= fresh.hit_rate + 0.02
+
+
+def test_the_objectives_are_of_each_request() -> None:
+    trace = chat()
+    strict = simulate(trace, settings(slo=Slo(ttft_s=1e-3)))
+    easy = simulate(trace, settings(slo=Slo(ttft_s=1e3, itl_s=1e3)))
+    assert (strict.slo_attainment, easy.slo_attainment) == (0.0, 1.0)
+
+
+CONFIG = """
+applications:
+- name: tandem
+  import_path: deployments.app:build
+  args:
+    generators:
+    - {name: gen, model: m, engine: sim, replicas: {min: 1, max: 8, target_ongoing: 16}}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+def test_the_command_prints_json_and_draws(tmp_path: Path, config: str) -> None:
+    picture = tmp_path / "picture.png"
+    args = ["simulate", "--trace", "bursty", "--duration-s", "200", "--rate", "3", "--json"]
+    done = CliRunner().invoke(app, [*args, "--config", config, "--plot", str(picture)])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["requests"] == found["done"] > 100
+    assert {"slo_attainment", "replica_hours", "cost", "scaled", "ttft_p90_s"} <= found.keys()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_prints_a_table(config: str) -> None:
+    args = ["simulate", "--trace", "rag", "--duration-s", "30", "--replicas", "2"]
+    done = CliRunner().invoke(app, [*args, "--config", config, "--fault", "die:0@10"])
+    assert done.exit_code == 0, done.output
+    assert "slo_attainment" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--policy", "best"], "'best'"),
+        (["--pool", "other"], "there are: gen"),
+        (["--fault", "melt:1@2"], "melt:1@2"),
+    ],
+)
+def test_what_is_wrong_is_said(config: str, more: list[str], message: str) -> None:
+    done = CliRunner().invoke(app, ["simulate", "--trace", "rag", "--config", config, *more])
+    assert isinstance(done.exception, ConfigError)
+    assert message in str(done.exception)
