@@ -68,7 +68,8 @@ class PoolMeter:
 
     def watch(self, request: Request, route: str, grant: Ending | None = None) -> "Watch":
         """Begin to watch one request, of whose end ``grant`` is told."""
-        self.arrivals.add()
+        if grant is not None:  # else it is the router's own, which no replica has to be there for
+            self.arrivals.add()
         return Watch(self, request, route, grant)
 
     def shed(self, reason: ShedReason) -> None:

@@ -48,7 +48,7 @@ async def traced_world(
     server = LinkServer(app, SECRET)
     host, port = await server.start()
     gateway = Gateway(
-        parse({"generators": [gen]}), {"gen": Wiring(SECRET)}, {"tandem": "0"}, routers
+        parse({"generators": [gen]}), {"gen": Wiring(SECRET)}, {"tandem": "0"}, tracer=routers
     )
     gateway.pools["gen"].update([ReplicaInfo("gen-1", host, port, routes)])
     try:

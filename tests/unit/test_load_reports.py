@@ -68,13 +68,20 @@ def test_routers_add_up() -> None:
     assert merged.sane
 
 
+class LetIn:
+    """What a tenant's limits give a request, for a tenant without limits."""
+
+    def end(self, status: int, usage: LinkUsage | None) -> None:
+        pass
+
+
 async def test_a_gateway_reports_rates_lengths_and_percentiles_of_the_last_time() -> None:
     gateway = Gateway(CONFIG, {name: Wiring(b"secret") for name in ("chat", "labels")})
     gateway.load_report(100.0, 1.0)
     meter = gateway.pools["chat"].meter
     asked = Request("id", "POST", "/v1/completions", b"", [], b"")
     for _ in range(12):
-        meter.watch(asked, asked.path).end(LinkUsage(100, 40, 20))
+        meter.watch(asked, asked.path, LetIn()).end(LinkUsage(100, 40, 20))
         meter.ttft_s.observe(0.7)
     report = parse_reports(gateway.load_report(104.0, 3.0))
     chat = report["chat"]
