@@ -25,7 +25,7 @@ SIGNIFICANT = 1.5
 """Mean deviations of single values that a rise must have, where jumps are usual (a margin of 1);
 where they are not, as many times more."""
 LEAST_MARGIN = 0.3
-MARGIN_QUANTILE = 0.97
+MARGIN_QUANTILE = 0.985
 MARGIN_STEP = 0.02
 MAX_MARGIN = 3.0
 MEAN_S = 3600.0
