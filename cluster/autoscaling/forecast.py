@@ -9,21 +9,23 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
-LEVEL_S = 10.0
+LEVEL_S = 5.0
 """Time constant of the level: long enough for a few arrivals, short beside a start-up."""
-TREND_S = 20.0
+TREND_S = 10.0
 DAMPING_S = 300.0
 """A trend is believed for about so long."""
 CALM_S = 120.0
 """Time constant of the level that is believed while nothing happens: arrivals are noisy."""
 FAST_S = 15.0
-"""Time constant of what counts as having come true."""
+"""Time constant of what counts as having come true; the mean age of a percentile of 30 s."""
 ERROR_S = 1800.0
 OUTLIER = 4.0
 """Deviations beyond which a single value is not believed before a second one says the same."""
-SIGNIFICANT = 2.5
-"""Mean deviations of single values by which the level must be above the calm one."""
-MARGIN_QUANTILE = 0.97
+SIGNIFICANT = 1.5
+"""Mean deviations of single values that a rise must have, where jumps are usual (a margin of 1);
+where they are not, as many times more."""
+LEAST_MARGIN = 0.3
+MARGIN_QUANTILE = 0.985
 MARGIN_STEP = 0.02
 MAX_MARGIN = 3.0
 MEAN_S = 3600.0
@@ -78,7 +80,8 @@ class Forecast:
         self.calm = 0.0
         """The level of the last minutes."""
         self._mean = 0.0
-        self._fast = 0.0
+        self.recent = 0.0
+        """The rate of the last half minute: of the time that percentiles are taken from."""
         self._scale = 0.0
         self._at: float | None = None
         self._doubted = 0.0
@@ -93,7 +96,7 @@ class Forecast:
         """
         if self._at is None or now <= self._at:
             if self._at is None:
-                self.level = self._fast = self.calm = self._mean = value
+                self.level = self.recent = self.calm = self._mean = value
             self._at = now
             self._made.clear()
             return
@@ -108,7 +111,7 @@ class Forecast:
         self.trend += (1 - math.exp(-dt / TREND_S)) * ((self.level - before) / dt - self.trend)
         self.calm += (1 - math.exp(-dt / CALM_S)) * (value - self.calm)
         self._mean += (1 - math.exp(-dt / MEAN_S)) * (value - self._mean)
-        self._fast += (1 - math.exp(-dt / FAST_S)) * (value - self._fast)
+        self.recent += (1 - math.exp(-dt / FAST_S)) * (value - self.recent)
         self._judge(now, dt)
         self._made.append((now + horizon_s, self._experts(now, horizon_s)))
 
@@ -129,7 +132,8 @@ class Forecast:
 
     @property
     def _rises(self) -> bool:
-        return self.level - self.calm > SIGNIFICANT * self._scale
+        usual = min(1.0, max(LEAST_MARGIN, self.margin))
+        return self.level - self.calm > SIGNIFICANT / usual * self._scale
 
     def _spread(self, guess: float) -> float:
         return math.sqrt(guess * self._mean)
@@ -163,9 +167,9 @@ class Forecast:
             _, guesses = self._made.popleft()
             weight = min(1.0, dt / ERROR_S * 10)
             for index, guess in enumerate(guesses):
-                error = abs(guess - self._fast)
+                error = abs(guess - self.recent)
                 self._errors[index] += weight * (error - self._errors[index])
             best = guesses[min(range(len(guesses)), key=self._errors.__getitem__)]
-            above = self._fast - best > self.margin * self._spread(best)
+            above = self.recent - best > self.margin * self._spread(best)
             step = MARGIN_QUANTILE if above else MARGIN_QUANTILE - 1
             self.margin = min(MAX_MARGIN, max(0.0, self.margin + MARGIN_STEP * step))

@@ -18,7 +18,7 @@ STALE_S = 30.0
 REPORT_DELAY_S = 5.0
 """From an arrival to the decision that knows of it."""
 DEFAULT_STARTUP_S = 30.0
-DRAIN_S = 60.0
+DRAIN_S = 120.0
 """The time in which what is queued shall be worked off; those that start already do so too."""
 FULL = 0.9
 """The share of a hard limit (KV cache, requests at a time) that is planned."""
@@ -109,8 +109,8 @@ class PoolScaler:
         if signals.running and now - self._changed_at >= SETTLED_S and not relieved:
             self.capacity.observe(
                 now,
-                self.prefill.level / signals.running,
-                self.decode.level / signals.running,
+                self.prefill.recent / signals.running,
+                self.decode.recent / signals.running,
                 signals.objectives,
             )
 
@@ -184,7 +184,7 @@ class PoolScaler:
 
     def _by_little(self, signals: PoolSignals) -> Need:
         """By the configured number of requests, in steps, until what a replica bears is known."""
-        level = self.requests.level
+        level = self.requests.recent
         growth = self.requests.ahead(self.horizon_s) / level if level > 0 else 1.0
         need = self._by_ongoing(signals, growth)
         return need._replace(replicas=min(need.replicas, max(1.0, signals.running * MAX_GROWTH)))

@@ -41,7 +41,7 @@ def test_targets_follow_eightfold_traffic_and_back() -> None:
     pool.run(1200, lambda t: 20.0)
     assert 3 <= low <= 6
     assert 17 <= high <= 32
-    assert pool.target <= low + 2  # some room is kept for a while after such a jump
+    assert pool.target <= 2 * low  # room for another such jump is kept for about an hour
 
 
 def test_the_objective_holds_on_traffic_that_rises_and_falls() -> None:
@@ -58,7 +58,7 @@ def test_the_objective_holds_on_traffic_that_rises_and_falls() -> None:
 def test_noise_does_not_make_it_flap() -> None:
     noise = random.Random(1)
     pool = FluidPool(SPEC)
-    pool.run(1200, lambda t: 50.0)
+    pool.run(3600, lambda t: max(0.0, noise.gauss(50, 8)))
     began = len(pool.targets)
     pool.run(3600, lambda t: max(0.0, noise.gauss(50, 8)))
     changes = sum(a != b for a, b in itertools.pairwise(pool.targets[began:]))
