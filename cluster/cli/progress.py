@@ -18,6 +18,7 @@ WORDS = {
     "application": "starting replicas",
     "dashboard": "waiting for the dashboard",
     "HTTP": "waiting for HTTP",
+    "Prometheus": "starting Prometheus",
 }
 
 

@@ -74,7 +74,9 @@ async def test_a_router_hears_what_is_cached_and_what_was_evicted(engine: Engine
         text = text_of(again)
         shared = sum(a == b for a, b in zip(hashes, text.hashes, strict=False))
         assert shared >= 5
-        head = RequestHead(method="POST", path=CHAT)
+        head = RequestHead(
+            method="POST", path=CHAT, headers=[(b"content-type", b"application/json")]
+        )
         async with link.open(head, json.dumps(again).encode()) as stream:
             while await stream.read():
                 pass
