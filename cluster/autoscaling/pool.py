@@ -146,7 +146,7 @@ class PoolScaler:
         if signals.kv_usage > FULL:
             full = signals.running * signals.kv_usage / FULL
             needs.append(Need("kv", full, f"the KV caches are {signals.kv_usage:.0%} full"))
-        seen = self._by_missed(now, signals), self._by_failure(now)
+        seen = self._by_missed(now, signals), self._by_failure(now, signals)
         needs += [need for need in seen if need is not None]
         if signals.requests_per_s or signals.ongoing or signals.queued:
             needs.append(Need("busy", 0.5, "there are requests"))
@@ -172,15 +172,16 @@ class PoolScaler:
         text = "a replica is not given much more than it was seen to bear"
         return Need("learning", min(proven, signals.running - 1.0), text, slack=0.0)
 
-    def _by_failure(self, now: float) -> Need | None:
-        """More than were too few a while ago, so that the same is not tried again at once."""
+    def _by_failure(self, now: float, signals: PoolSignals) -> Need | None:
+        """Those that run, where fewer were too few a while ago: that is not tried again at once."""
         at, each = self._too_much
         if now - at > FAILURE_S:
             return None
         rates = self.prefill.steady, self.decode.steady
         loads = [rate / one for rate, one in zip(rates, each, strict=True) if one > 0]
         text = "an objective was missed at this load of a replica lately"
-        return Need("missed", max(loads, default=0.0) * (1 + DOWN_SLACK / 2), text, slack=0.0)
+        needed = max(loads, default=0.0) * (1 + DOWN_SLACK / 2)
+        return Need("missed", min(needed, float(signals.running)), text, slack=0.0)
 
     def _by_little(self, signals: PoolSignals) -> Need:
         """By the configured number of requests, in steps, until what a replica bears is known."""
