@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import msgspec
 
@@ -64,7 +64,8 @@ class PoolMeter:
         self.choice_s = histogram(table.ROUTING_SECONDS, model)
         self.choices = partial(counter, table.ROUTING_DECISIONS, model)
         self._requests = partial(counter, table.REQUESTS, model)
-        self._shed = partial(counter, table.SHED, model)
+        # All there from the beginning, or a rate would not see the first of each.
+        self._shed = {reason: counter(table.SHED, model, reason) for reason in get_args(ShedReason)}
 
     def watch(self, request: Request, route: str, grant: Ending | None = None) -> "Watch":
         """Begin to watch one request, of whose end ``grant`` is told."""
@@ -74,7 +75,7 @@ class PoolMeter:
 
     def shed(self, reason: ShedReason) -> None:
         """Count a request that is refused."""
-        self._shed(reason).add()
+        self._shed[reason].add()
 
     def requests(self, route: str, status: int) -> Counter:
         """Requests that ended so."""
