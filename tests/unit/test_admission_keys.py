@@ -85,8 +85,9 @@ class Clockwork:
 
 
 def test_a_changed_file_is_taken_up_and_a_broken_one_is_not(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)  # Serve keeps its own
     file = Clockwork(tmp_path / "keys.yaml")
     auth = Authenticator([], KeyFile(file.path, expected=False))
     assert auth.check([]).tenant.name == ""  # no file yet: open
