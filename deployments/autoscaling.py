@@ -72,7 +72,8 @@ class _Hearing:
         for replica, stamp in newest.items():
             if self.seen.get(replica, (None,))[0] != stamp:
                 self.seen[replica] = stamp, now
-        self.seen = {r: s for r, s in self.seen.items() if now - s[1] < 10 * STALE_S}
+        # Serve keeps the last report of a replica that has fallen silent, so it is known here too.
+        self.seen = {r: s for r, s in self.seen.items() if r in newest or now - s[1] < 10 * STALE_S}
         ages = {replica: now - self.seen[replica][1] for replica in newest}
         return {r: (age, values[r]) for r, age in ages.items() if age <= STALE_S}
 

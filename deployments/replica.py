@@ -183,6 +183,14 @@ class EngineReplica:
 
     async def __del__(self) -> None:
         """Drain: Serve awaits this before it ends the replica."""
+        try:
+            await self._end_service()
+        finally:
+            engine = getattr(self, "_engine", None)
+            if engine is not None:
+                await engine.stop()
+
+    async def _end_service(self) -> None:
         server = getattr(self, "_server", None)
         if server is not None:
             finished, cancelled = await server.drain(DRAIN_TIMEOUT_S)
@@ -192,9 +200,6 @@ class EngineReplica:
             await self._exporter.close()
             if self._tracer is not None:
                 await self._tracer.close()
-        engine = getattr(self, "_engine", None)
-        if engine is not None:
-            await engine.stop()
 
 
 def _versions() -> dict[str, str]:

@@ -98,7 +98,7 @@ class UsageLog:
             pending, self._pending = self._pending, {}
             try:
                 await asyncio.shield(asyncio.to_thread(self._write, pending))
-            except sqlite3.Error:
+            except (sqlite3.Error, OSError):
                 for key, sums in self._pending.items():
                     pending.setdefault(key, UsageSums()).add(sums)
                 self._pending = pending
@@ -111,7 +111,7 @@ class UsageLog:
             await asyncio.wait([self._task])
         try:
             await self.write()
-        except sqlite3.Error:
+        except (sqlite3.Error, OSError):
             logger.exception("the last usage could not be written")
 
     async def _run(self) -> None:
@@ -119,7 +119,7 @@ class UsageLog:
             await asyncio.sleep(WRITE_S)
             try:
                 await self.write()
-            except sqlite3.Error:  # the disk is full, or the file is locked for long
+            except (sqlite3.Error, OSError):  # the disk is full, or the file is locked for long
                 logger.exception("usage could not be written; trying on")
 
     def _open(self) -> sqlite3.Connection:

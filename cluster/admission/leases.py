@@ -82,10 +82,17 @@ class Peers:
     def __init__(self) -> None:
         self._routers: frozenset[str] = frozenset()
         self._reports: dict[str, tuple[Report, float]] = {}
+        self._departed: dict[str, Report] = {}
+        """The last words of routers that do not run any more, for what counts by the day."""
 
     def set_routers(self, others: Collection[str]) -> None:
         """Take the names of the other routers that run."""
         self._routers = frozenset(others)
+        known = {**self._departed, **{name: said for name, (said, _) in self._reports.items()}}
+        today = max((said.day for said in known.values()), default=0)
+        self._departed = {
+            name: said for name, said in known.items() if name not in others and said.day >= today
+        }
         self._reports = {name: said for name, said in self._reports.items() if name in others}
 
     def receive(self, report: Report, now_s: float) -> dict[tuple[str, str], float]:
@@ -117,6 +124,9 @@ class Peers:
             if said is not None and theirs is not None:
                 ongoing += theirs.ongoing if fresh else 0
                 day_tokens += theirs.day_tokens if said[0].day == day else 0.0
+        for last in self._departed.values():
+            if last.day == day and tenant in last.tenants:
+                day_tokens += last.tenants[tenant].day_tokens
         even = 1 / (1 + len(self._routers))
         wanted = own.demand / demands if demands > 0 else even
         return Lease(FLOOR * even + (1 - FLOOR) * wanted, ongoing, day_tokens)

@@ -59,7 +59,11 @@ class Admission:
             )
         text = fingerprint(request.path, request.body) if pool.kind == "generator" else EMPTY
         view = pool.estimate.view(
-            len(request.body), text, header(request.headers, SESSION_HEADER), envelope.most_tokens
+            len(request.body),
+            text,
+            header(request.headers, SESSION_HEADER),
+            envelope.most_tokens,
+            streamed=envelope.stream is True,
         )
         work = pool.estimate.work(view)
         priority = asked_priority(request.headers, identity)

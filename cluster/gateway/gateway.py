@@ -110,7 +110,16 @@ class Gateway:
         return await self._relay(request, envelope, pool)
 
     async def _relay(self, request: Request, envelope: Envelope, pool: Pool) -> Response:
-        claim, grant = self.admission.enter(request, envelope, pool)
+        try:
+            claim, grant = self.admission.enter(request, envelope, pool)
+        except RequestError as error:
+            route = pool.routes.find(request.path) or OTHER
+            outcome = outcome_of(error.status)
+            ended = Ended(
+                request.id, route, error.status, outcome, tenant=request.tenant, model=pool.name
+            )
+            self._journal.write(ended)
+            raise
         urgent = claim.priority != 0 or envelope.priority is not None
         if urgent and pool.limits.engine_priorities and request.path in PATHS:
             request = with_engine_priority(request, claim.priority)

@@ -31,6 +31,8 @@ MODEL_PREFIX = "/v1/models/"
 
 ASK_TIMEOUT_S = 1.0
 """How long the router waits for a place at a replica that it asks about itself."""
+KEPT_S = 2.0
+"""How long its answer is kept, so that many who ask cost the replicas nothing."""
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -41,6 +43,14 @@ class OwnRoute(NamedTuple):
     route: str
     """The path as a template."""
     handler: Handler
+
+
+class _Kept(NamedTuple):
+    """What one of a pool's replicas said, and until when that is taken for true."""
+
+    replicas: tuple[str, ...]
+    until_s: float
+    answer: Any
 
 
 class OwnRoutes:
@@ -58,6 +68,7 @@ class OwnRoutes:
         self._versions = versions
         self._registry = registry
         self._created = int(time.time())
+        self._kept: dict[tuple[str, str], _Kept] = {}
         self._explain_page = Page("explain")
         self._dashboard_page = Page("dashboard")
         self._routes: dict[str, Handler] = {
@@ -154,9 +165,19 @@ class OwnRoutes:
         """The JSON answer of one of the pool's replicas to a GET; None if it cannot answer now."""
         if pool.asleep:  # nobody needs a replica for this
             return None
+        now_s = asyncio.get_running_loop().time()
+        replicas = tuple(replica.info.id for replica in pool.replicas)
+        kept = self._kept.get((pool.name, path))
+        if kept is not None and kept.replicas == replicas and now_s < kept.until_s:
+            return kept.answer
+        answer = await self._ask_replica(pool, request, path, now_s + ASK_TIMEOUT_S)
+        if answer is not None:
+            self._kept[pool.name, path] = _Kept(replicas, now_s + KEPT_S, answer)
+        return answer
+
+    async def _ask_replica(self, pool: Pool, request: Request, path: str, expires_s: float) -> Any:
         asked = Request(request.id, "GET", path, b"", [(b"accept", b"application/json")], b"")
         try:
-            expires_s = asyncio.get_running_loop().time() + ASK_TIMEOUT_S
             claim = Claim(priority=MAX_PRIORITY, expires_s=expires_s)
             response = await relay(asked, pool, claim)
             async with aclosing(response.body) as body:

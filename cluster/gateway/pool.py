@@ -303,13 +303,13 @@ class Pool:
         fleet.add(info.id, self.limits.max_ongoing, Reach.NONE)
 
         def on_state(_state: LinkState) -> None:
-            if info.id in fleet:
+            if self._replicas.get(info.id) is replica:  # else it is retired
                 fleet.unknown(info.id)
                 fleet.set_reach(info.id, replica.reach)
                 self.waiting.dispatch()
 
         def on_load(load: LinkLoad) -> None:
-            if info.id in fleet:
+            if self._replicas.get(info.id) is replica:
                 fleet.report(
                     info.id,
                     ongoing=load.ongoing,
@@ -320,7 +320,7 @@ class Pool:
                 self.waiting.dispatch()
 
         def on_prefixes(events: PrefixEvents) -> None:
-            if info.id in fleet:
+            if self._replicas.get(info.id) is replica:
                 self._take_prefixes(info.id, events)
 
         link.on_state, link.on_load, link.on_prefixes = on_state, on_load, on_prefixes

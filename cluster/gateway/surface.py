@@ -22,6 +22,7 @@ class Envelope(msgspec.Struct, frozen=True):
     max_output_tokens: Any = None
     n: Any = None
     priority: Any = None
+    stream: Any = None
 
     @property
     def most_tokens(self) -> float | None:

@@ -183,9 +183,9 @@ def _write_in(document: bytes, usage: LinkUsage | None, currency: str | None) ->
     try:
         whole = json.loads(document)
         whole["usage"]["tandem"] = figures(usage, currency)
-    except (ValueError, KeyError, TypeError):
+        return json.dumps(whole, ensure_ascii=False, separators=(",", ":")).encode()
+    except (ValueError, KeyError, TypeError):  # lone surrogates cannot be encoded, either
         return document
-    return json.dumps(whole, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 async def _hold(body: _Told) -> "_Held":

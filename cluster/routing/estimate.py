@@ -8,6 +8,8 @@ TOKENS_PER_BYTE = 0.25
 PRIOR_BYTES = 4096.0
 COMPLETION_TOKENS = 128.0
 """Of a generator, before anything was measured."""
+MOST_TOKENS = 2**31
+"""What is beyond it, the engine refuses."""
 MEMORY = 0.99
 """What is left of a sum after one more request: about the last 100 count."""
 
@@ -35,6 +37,8 @@ class TokenEstimate:
         text: Fingerprint = EMPTY,
         session: str | None = None,
         max_tokens: float | None = None,
+        *,
+        streamed: bool = False,
     ) -> RequestView:
         """What is known of a request.
 
@@ -43,10 +47,11 @@ class TokenEstimate:
             text: What was read of it.
             session: What it says beside its body of what it belongs to.
             max_tokens: The longest completion that it takes, where ``text`` does not say.
+            streamed: Whether its first token will be seen.
         """
         ratio = 1 / TOKEN_ID_BYTES if text.is_tokens else self.tokens_per_byte
         completion = self._completion
-        most = max_tokens if text.max_tokens is None else float(text.max_tokens)
+        most = max_tokens if text.max_tokens is None else float(min(text.max_tokens, MOST_TOKENS))
         if most is not None:
             completion = max(0.0, min(completion, most))
         return RequestView(
@@ -55,6 +60,7 @@ class TokenEstimate:
             prefix=text.hashes,
             prefix_tokens=tuple([end * ratio for end in text.ends]),
             session=text.session if session is None else session,
+            streamed=streamed,
         )
 
     def work(self, view: RequestView) -> float:

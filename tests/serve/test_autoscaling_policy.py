@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -179,3 +180,12 @@ def test_the_controller_loads_nothing_of_a_model() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == b"[]"
+
+
+def test_a_replica_whose_reports_stand_still_is_never_heard_again() -> None:
+    hearing = _Hearing()
+    said = SimpleNamespace(timestamp=5.0, value=3.0)
+    context: Any = SimpleNamespace(raw_metrics={"ongoing": {"r1": [said]}})  # Serve keeps it
+    assert hearing.fresh(0.0, context) == {"r1": (0.0, {"ongoing": 3.0})}
+    for now in (STALE_S + 1, 9 * STALE_S, 11 * STALE_S, 12 * STALE_S, 30 * STALE_S):
+        assert hearing.fresh(now, context) == {}

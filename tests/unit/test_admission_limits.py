@@ -190,3 +190,18 @@ def test_what_peers_served_is_told_once_and_a_restart_is_no_service() -> None:
     assert say(150) == {}
     assert say(0) == {}
     assert say(100, "stranger") == {}
+
+
+def test_what_a_router_gave_out_today_counts_after_it_is_gone() -> None:
+    peers = Peers()
+    peers.set_routers(["a", "b"])
+    for name in ("a", "b"):
+        peers.receive(Report(name, 7, {"t": TenantReport(day_tokens=100.0)}), 0.0)
+    peers.set_routers(["b"])
+    assert peers.lease("t", TenantReport(), 7, 0.0).peers_day_tokens == 200
+    peers.set_routers(["a", "b"])  # it was there all the time
+    peers.receive(Report("a", 7, {"t": TenantReport(day_tokens=150.0)}), 1.0)
+    assert peers.lease("t", TenantReport(), 7, 1.0).peers_day_tokens == 250
+    peers.set_routers([])
+    assert peers.lease("t", TenantReport(), 7, 1.0).peers_day_tokens == 250
+    assert peers.lease("t", TenantReport(), 8, 1.0).peers_day_tokens == 0

@@ -51,3 +51,8 @@ def test_the_work_leaves_out_what_caches_usually_hold() -> None:
     view = estimate.view(400, max_tokens=1000)
     assert view.prompt_tokens == pytest.approx(100, rel=0.05)
     assert estimate.work(view) == pytest.approx(25 + 10, rel=0.1)
+
+
+def test_a_completion_of_absurd_length_is_an_estimate_too() -> None:
+    asked = Fingerprint((), (), 4, max_tokens=10**400)
+    assert TokenEstimate(generates=True).view(4, asked).completion_tokens == 128
