@@ -183,9 +183,15 @@ def test_the_controller_loads_nothing_of_a_model() -> None:
 
 
 def test_a_replica_whose_reports_stand_still_is_never_heard_again() -> None:
-    hearing = _Hearing()
+    hearing = autoscaling._Hearing()
     said = SimpleNamespace(timestamp=5.0, value=3.0)
     context: Any = SimpleNamespace(raw_metrics={"ongoing": {"r1": [said]}})  # Serve keeps it
     assert hearing.fresh(0.0, context) == {"r1": (0.0, {"ongoing": 3.0})}
-    for now in (STALE_S + 1, 9 * STALE_S, 11 * STALE_S, 12 * STALE_S, 30 * STALE_S):
+    for now in (
+        autoscaling.STALE_S + 1,
+        9 * autoscaling.STALE_S,
+        11 * autoscaling.STALE_S,
+        12 * autoscaling.STALE_S,
+        30 * autoscaling.STALE_S,
+    ):
         assert hearing.fresh(now, context) == {}
