@@ -51,7 +51,7 @@ INFINITY = ("infinity-bf16", "infinity-fp32")
 
 def make(found: Found, num_tokens: float) -> Report:
     """The report of texts of ``num_tokens`` on average."""
-    numbers = {name: Summary(tuple(rounds)) for name, rounds in found.items()}
+    numbers = {name: Summary(tuple(rounds)) for name, rounds in found.items() if rounds}
     keys = {
         key: numbers[ours].over(numbers[theirs])
         for key, (ours, theirs) in RATIOS.items()
