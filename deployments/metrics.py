@@ -33,15 +33,18 @@ class RayExporter:
         """Hand over the last values and end."""
         self._task.cancel()
         await asyncio.wait([self._task])
-        self._metrics.export()
+        self._export()
 
     async def _run(self) -> None:
         while True:
             await asyncio.sleep(EXPORT_S)
-            try:
-                self._metrics.export()
-            except Exception:  # a metric less must not cost the others
-                logger.exception("metrics could not be given to Ray")
+            self._export()
+
+    def _export(self) -> None:
+        try:
+            self._metrics.export()
+        except Exception:  # a metric less must cost neither the others nor an orderly end
+            logger.exception("metrics could not be given to Ray")
 
 
 class RayMetrics:

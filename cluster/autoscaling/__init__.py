@@ -8,7 +8,6 @@ from cluster.autoscaling.autoscaler import Autoscaler, Decision
 from cluster.autoscaling.capacity import Capacity
 from cluster.autoscaling.forecast import Forecast
 from cluster.autoscaling.plan import Budget, allocate
-from cluster.autoscaling.pool import whole
 from cluster.autoscaling.signals import Objective, PoolSignals, PoolSpec
 from cluster.autoscaling.victim import ReplicaValue, least_valuable
 
@@ -24,10 +23,4 @@ __all__ = [
     "ReplicaValue",
     "allocate",
     "least_valuable",
-    "replicas_for",
 ]
-
-
-def replicas_for(ongoing: float, target_per_replica: float) -> int:
-    """Replicas at which each would serve ``target_per_replica`` of ``ongoing`` requests."""
-    return whole(ongoing / target_per_replica)

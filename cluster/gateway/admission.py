@@ -48,7 +48,7 @@ class Admission:
         try:
             return self._enter(request, envelope, pool)
         except RequestError as error:
-            pool.meter.requests(pool.routes.find(request.path) or OTHER, error.status).add()
+            pool.meter.refuse(request, pool.routes.find(request.path) or OTHER, error.status)
             raise
 
     def _enter(self, request: Request, envelope: Envelope, pool: Pool) -> tuple[Claim, Grant]:

@@ -110,16 +110,7 @@ class Gateway:
         return await self._relay(request, envelope, pool)
 
     async def _relay(self, request: Request, envelope: Envelope, pool: Pool) -> Response:
-        try:
-            claim, grant = self.admission.enter(request, envelope, pool)
-        except RequestError as error:
-            route = pool.routes.find(request.path) or OTHER
-            outcome = outcome_of(error.status)
-            ended = Ended(
-                request.id, route, error.status, outcome, tenant=request.tenant, model=pool.name
-            )
-            self._journal.write(ended)
-            raise
+        claim, grant = self.admission.enter(request, envelope, pool)
         urgent = claim.priority != 0 or envelope.priority is not None
         if urgent and pool.limits.engine_priorities and request.path in PATHS:
             request = with_engine_priority(request, claim.priority)
@@ -128,10 +119,7 @@ class Gateway:
     @property
     def num_ongoing(self) -> int:
         """Requests that wait in this router or that it gave to a replica."""
-        return sum(
-            pool.num_queued + sum(replica.own for replica in pool.replicas)
-            for pool in self.pools.values()
-        )
+        return sum(pool.num_queued + pool.num_ongoing for pool in self.pools.values())
 
     def refuse(self, route: str, error: RequestError, request_id: str) -> None:
         """Count and log a request that never came to a pool."""

@@ -15,9 +15,9 @@ def watch_pools(registry: Registry, pools: Iterable[Pool]) -> None:
 
 
 def _collect(registry: Registry, pool: Pool) -> None:
-    loads = [load for r in pool.replicas if (load := r.link.load) is not None]
+    loads = pool.loads
     levels = {
-        table.ONGOING: sum(replica.own for replica in pool.replicas),
+        table.ONGOING: pool.num_ongoing,
         table.QUEUED: pool.num_queued,
         table.QUEUED_TOKENS: pool.waiting.queued_tokens,
         table.CAPACITY_TOKENS: pool.waiting.capacity.limit_tokens,

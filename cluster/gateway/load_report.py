@@ -11,7 +11,7 @@ from cluster.autoscaling.reports import Latency, LoadReport
 from cluster.autoscaling.settings import ROUTER
 from cluster.config import ClassifierConfig, GeneratorConfig, TandemConfig
 from cluster.gateway.pool import Pool
-from cluster.metrics import Histogram
+from cluster.metrics import Histogram, quantile
 
 RATE_WINDOW_S = 6.0
 """Three reports: one late request does not matter much, and a burst is seen at once."""
@@ -50,13 +50,12 @@ class _PoolReports:
         before = next(old for old in self._history if old.at >= now - RATE_WINDOW_S)
         elapsed = now - before.at
         rate = (counts.arrivals - before.arrivals) / elapsed if elapsed > 0 else 0.0
-        replicas = self._pool.replicas
-        loads = [load for replica in replicas if (load := replica.link.load) is not None]
+        loads = self._pool.loads
         return LoadReport(
             requests_per_s=rate,
             prefill_per_s=rate * self._prefill_each,
             decode_per_s=rate * self._decode_each,
-            ongoing=float(sum(replica.own for replica in replicas)),
+            ongoing=float(self._pool.num_ongoing),
             queued=float(self._pool.num_queued),
             waiting=float(sum(load.waiting for load in loads)),
             prefill_each=self._prefill_each,
@@ -78,10 +77,10 @@ class _PoolReports:
             self._decode_each += weight * (completions / ended - self._decode_each)
 
     def _latency(self, name: str, counts: _Counts) -> Latency:
-        quantile, histogram = self._objectives[name]
+        share, histogram = self._objectives[name]
         before = self._history[0].latencies[name]
         lately = [a - b for a, b in zip(counts.latencies[name], before, strict=True)]
-        return Latency(percentile(lately, histogram.bounds, quantile), float(sum(lately)))
+        return Latency(quantile(histogram.bounds, lately, share) or 0.0, float(sum(lately)))
 
 
 class LoadReports:
@@ -122,19 +121,3 @@ def _objectives(
         "latency_p95_s": (0.95, meter.request_s),
     }
     return {name: known[name] for name, limit in config.slo if limit is not None}
-
-
-def percentile(counts: list[int], bounds: tuple[float, ...], quantile: float) -> float:
-    """The value below which a ``quantile`` of the observations lies, even inside a bucket.
-
-    0 without any; of what lies above the last bound only that bound is known.
-    """
-    wanted = quantile * sum(counts)
-    below = 0.0
-    low = 0.0
-    for count, bound in zip(counts, bounds, strict=False):
-        if count and below + count >= wanted:
-            return low + (bound - low) * max(0.0, wanted - below) / count
-        below += count
-        low = bound
-    return bounds[-1] if sum(counts) else 0.0

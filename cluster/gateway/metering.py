@@ -77,6 +77,20 @@ class PoolMeter:
         """Count a request that is refused."""
         self._shed[reason].add()
 
+    def refuse(self, request: Request, route: str, status: int) -> None:
+        """Count and log a request that was not let in."""
+        self.requests(route, status).add()
+        self.journal.write(
+            Ended(
+                request.id,
+                route,
+                status,
+                outcome_of(status),
+                tenant=request.tenant,
+                model=self.model,
+            )
+        )
+
     def requests(self, route: str, status: int) -> Counter:
         """Requests that ended so."""
         return self._requests(route, str(status))

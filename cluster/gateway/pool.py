@@ -257,21 +257,31 @@ class Pool:
         return sum(replica.link.connected for replica in self._replicas.values())
 
     @property
+    def num_ongoing(self) -> int:
+        """Requests that this router gave to the running replicas and that have not ended."""
+        return sum(replica.own for replica in self._replicas.values())
+
+    @property
+    def loads(self) -> list[LinkLoad]:
+        """The last report of each running replica that has made one."""
+        replicas = self._replicas.values()
+        return [load for replica in replicas if (load := replica.link.load) is not None]
+
+    @property
     def num_queued(self) -> int:
         """Requests that wait in this router for a place in this pool."""
         return len(self.waiting)
 
     def status(self) -> dict[str, Any]:
         """The pool in numbers, as this router sees it."""
-        loads = [replica.link.load for replica in self._replicas.values()]
         return {
             "kind": self.kind,
             "replicas": len(self._replicas),
             "ready": self.num_ready,
             "asleep": self.asleep,
             "queued": self.num_queued,
-            "ongoing": sum(replica.own for replica in self._replicas.values()),
-            "running": sum(load.running for load in loads if load is not None),
+            "ongoing": self.num_ongoing,
+            "running": sum(load.running for load in self.loads),
         }
 
     def serves(self, path: str) -> bool | None:
@@ -316,7 +326,7 @@ class Pool:
                     waiting=load.waiting,
                     kv_cache_usage=load.kv_cache_usage,
                 )
-                self.waiting.observe(self._loads())
+                self.waiting.observe(self.loads)
                 self.waiting.dispatch()
 
         def on_prefixes(events: PrefixEvents) -> None:
@@ -382,10 +392,6 @@ class Pool:
         replica = self._replicas[chosen]
         replica.own += 1
         return Place(replica, fleet.placed(chosen, request, cached_tokens), claim, now_s)
-
-    def _loads(self) -> list[LinkLoad]:
-        replicas = self._replicas.values()
-        return [load for replica in replicas if (load := replica.link.load) is not None]
 
     def _end_if_idle(self, replica: Replica) -> None:
         if replica in self._retired and (replica.own == 0 or self._closed):

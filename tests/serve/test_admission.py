@@ -289,3 +289,13 @@ async def test_a_report_that_makes_no_sense_is_refused() -> None:
         assert (await asgi.post(app, "/internal/leases", b"x" * 5_000_000)).status == 400
         assert (await asgi.post(world.app, "/internal/leases", {})).status == 400
         await peers.close()
+
+
+async def test_what_limits_refuse_is_counted_and_remembered() -> None:
+    async with a_world() as world:
+        request = {"model": "gen", "prompt": "x"}
+        headers = {"x-request-timeout-seconds": "never"}
+        answer = await asgi.post(world.app, "/v1/completions", request, headers=headers)
+        assert answer.status == 400
+        (failure,) = world.gateway._journal.failures
+        assert (failure.status, failure.model) == (400, "gen")

@@ -18,18 +18,18 @@ from cluster.autoscaling import (
     ReplicaValue,
     allocate,
     least_valuable,
-    replicas_for,
 )
+from cluster.autoscaling.pool import whole
 from tests.unit.fluid import FluidPool
 
 SPEC = PoolSpec(min=1, max=64, target_ongoing=8, downscale_delay_s=120)
 
 
 def test_replicas_for_a_load() -> None:
-    assert replicas_for(0, 32) == 0
-    assert replicas_for(1, 32) == 1
-    assert replicas_for(32, 32) == 1
-    assert replicas_for(32.5, 32) == 2
+    assert whole(0 / 32) == 0
+    assert whole(1 / 32) == 1
+    assert whole(32 / 32) == 1
+    assert whole(32.5 / 32) == 2
 
 
 def test_targets_follow_eightfold_traffic_and_back() -> None:
