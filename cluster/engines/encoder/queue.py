@@ -96,7 +96,7 @@ class JobQueue:
             if self.queued_tokens + tokens > self._max_queued_tokens:
                 raise self._overloaded()
             self._batcher.add(job, job.task, lengths)
-            self._changed.notify()
+            self._changed.notify_all()
 
     def drop(self, job: Job) -> None:
         """Forget an admitted job that will not be put."""
@@ -116,14 +116,17 @@ class JobQueue:
         with self._changed:
             self._num_streams = num_streams
 
-    def take(self) -> Turn | None:
+    def take(self, leads: bool = True) -> Turn | None:
         """Block until a batch is worth starting and cut it; None once the queue is closed.
 
         Each turn is given back with ``finish``.
+
+        Args:
+            leads: Whether this is the thread that takes what is alone; the others only help it.
         """
         with self._changed:
             while self._closed is None:
-                if turn := self._turn():
+                if turn := self._turn(leads):
                     return turn
                 self._changed.wait()
             return None
@@ -132,11 +135,11 @@ class JobQueue:
         """The batch of a turn is done."""
         with self._changed:
             self._running -= 1
-            self._changed.notify()
+            self._changed.notify_all()
 
-    def _turn(self) -> Turn | None:
+    def _turn(self, leads: bool) -> Turn | None:
         waiting = self._batcher.waiting_tokens
-        if self._running and waiting < MIN_BESIDE_TOKENS:
+        if waiting < MIN_BESIDE_TOKENS and (self._running or not leads):
             return None
         share = -(-waiting // max(1, self._num_streams - self._running))
         batch = self._batcher.cut(max(share, MIN_BESIDE_TOKENS))
@@ -144,7 +147,8 @@ class JobQueue:
             return None
         self._running += 1
         left = self._batcher.waiting_tokens
-        return Turn(batch, alone=self._running == 1 and left < MIN_BESIDE_TOKENS)
+        alone = leads and self._running == 1 and left < MIN_BESIDE_TOKENS
+        return Turn(batch, alone)
 
     def close(self, error: RequestError) -> None:
         """Refuse everything from now on with ``error`` and wake the model threads; idempotent."""

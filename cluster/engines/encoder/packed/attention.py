@@ -42,7 +42,7 @@ class GroupedAttention:
         size = query.shape[1] // self.heads
         queries = query.view(-1, 1, size)
         rows = projected.view(-1, size).index_select(0, self.layout.key_value)
-        context = torch.empty_like(queries)
+        context = torch.zeros_like(queries)  # there may be more rows than texts
         start = first = 0
         for group in self.layout.groups:
             count, stop = group.cells * self.heads, first + group.texts * self.heads

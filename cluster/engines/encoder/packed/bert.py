@@ -48,10 +48,11 @@ class PackedBert:
     def run(self, task: ClassifierTask, ids: Sequence[TokenIds]) -> Rows:
         """See ``EncoderModel``."""
         layout = Layout.of(ids, self._heads, self._mask_dtype)
+        self.padding += len(layout.packed.tokens) - layout.num_tokens
         self.padding += layout.padded_pairs * self._tokens_per_pair
         attention = GroupedAttention(layout, self._heads)
         if task == "classify":
             rows = self._network.scores(layout.packed, attention)
         else:
             rows = self._network.vectors(layout.packed, attention)
-        return np.asarray(rows.numpy(), np.float32)
+        return np.asarray(rows.numpy()[layout.texts], np.float32)

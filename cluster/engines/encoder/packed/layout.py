@@ -4,6 +4,9 @@ The tokens of a batch lie end to end in one [tokens, hidden] matrix. Attention a
 apart from one another: a gather brings each group of texts of like length to [texts * heads,
 length, head size], padded to the longest of the group, and another one brings the result back. The
 indices of both are made here, once for a batch, and serve every layer.
+
+oneDNN compiles a kernel for every shape that it has not seen: some 0.3 ms for each of the 15 to 20
+products of a batch. So every size is rounded up a little, and few shapes come up again and again.
 """
 
 from collections.abc import Sequence
@@ -23,6 +26,13 @@ MAX_PADDING = 0.3
 a call for each tiny group takes more: 32 texts in arrival order gave 320, 350, 420 and 510 texts a
 second with 0, 0.02, 0.1 and 0.3; of like length, 850 whatever the share."""
 
+LANE = 4
+"""Lengths and numbers of rows are multiples of it."""
+ROW_BITS = 6
+"""Significant bits of numbers of rows: 1 % of the rows are padding, and up to 1,024 there are 190."""
+SHAPE_BITS = 4
+"""The same of lengths and numbers of texts in attention, which takes little of the time."""
+
 Indices = NDArray[np.int64]
 
 
@@ -31,8 +41,9 @@ class Group:
     """Texts that attention computes together."""
 
     texts: int
+    """Rounded up; those that are none repeat the last one."""
     length: int
-    """Of the longest; the others are padded to it."""
+    """Of the longest, rounded up; the others are padded to it."""
     mask: Tensor | None
     """[texts, 1, 1, length], minus infinity where there is padding; None where there is none."""
 
@@ -52,6 +63,9 @@ class Layout:
     """Of a [tokens * 3 * heads, head size] matrix, the rows that each group's attention takes."""
     key_value: Tensor
     """The same of a [tokens * 2 * heads, head size] matrix."""
+    texts: NDArray[np.intp]
+    """Of the rows that come out for ``packed.firsts``, the one of each text."""
+    num_tokens: int
     padded_pairs: int
     """Pairs of tokens that attention computes and that are none, as one of the two is padding."""
     back: Tensor
@@ -61,23 +75,53 @@ class Layout:
     def of(cls, ids: Sequence[TokenIds], heads: int, mask_dtype: torch.dtype) -> "Layout":
         """The layout of ``ids``, in ascending order of length; ``~id``: of the second segment."""
         lengths = np.array([len(row) for row in ids])
+        num_tokens = int(lengths.sum())
         firsts = np.cumsum(lengths) - lengths
-        runs = group_by_length(lengths.tolist(), MAX_PADDING)
-        parts = [_Part(firsts[run], lengths[run], heads) for run in runs]
+        rounded = [round_up(length, SHAPE_BITS, LANE) for length in lengths.tolist()]
+        parts = [
+            _Part(firsts[run], lengths[run], rounded[run.stop - 1], heads)
+            for run in group_by_length(rounded, MAX_PADDING)
+        ]
+        texts = _numbers([part.num_texts for part in parts], [part.room for part in parts])
+        num_rows = round_up(num_tokens, ROW_BITS, LANE)
+        num_slots = round_up(sum(part.room for part in parts), ROW_BITS, LANE)
+        slots = np.zeros(num_slots, np.int64)
+        slots[texts] = firsts
         starts = np.cumsum([0, *(part.size for part in parts)])[:-1]
         backs = [start + part.back() for start, part in zip(starts, parts, strict=True)]
-        tokens, second = _segments(np.concatenate(ids))
-        positions = np.arange(lengths.sum()) - np.repeat(firsts, lengths)
-        owners = np.repeat(np.arange(len(ids)), lengths)
-        rest = (torch.from_numpy(array) for array in (positions, firsts, owners))
+        tokens, second = _segments(_padded(np.concatenate(ids), num_rows))
+        positions = np.arange(num_tokens) - np.repeat(firsts, lengths)
+        rest = (
+            _padded(positions, num_rows),
+            slots,
+            _padded(np.repeat(texts, lengths), num_rows, num_slots),
+        )
         return cls(
-            packed=Packed(tokens, second, *rest),
+            packed=Packed(tokens, second, *map(torch.from_numpy, rest)),
             groups=tuple(part.group(mask_dtype) for part in parts),
             query_key_value=torch.from_numpy(np.concatenate([part.rows(3) for part in parts])),
             key_value=torch.from_numpy(np.concatenate([part.rows(2) for part in parts])),
+            texts=texts,
+            num_tokens=num_tokens,
             padded_pairs=sum(part.pairs for part in parts) - int((lengths**2).sum()),
-            back=torch.from_numpy(np.concatenate(backs)),
+            back=torch.from_numpy(_padded(np.concatenate(backs), num_rows * heads)),
         )
+
+
+def round_up(number: int, bits: int, step: int = 1) -> int:
+    """The next number with so few significant bits, and a multiple of ``step``, a power of two."""
+    step = max(step, 1 << max(0, number.bit_length() - bits))
+    return -(-number // step) * step
+
+
+def _padded(numbers: Indices, size: int, filler: int = 0) -> Indices:
+    return np.pad(numbers, (0, size - len(numbers)), constant_values=filler)
+
+
+def _numbers(sizes: Sequence[int], rooms: Sequence[int]) -> NDArray[np.intp]:
+    """The first ``size`` numbers of each ``room``, where the rooms follow one another."""
+    starts = np.cumsum([0, *rooms])[:-1]
+    return np.concatenate([start + np.arange(n) for start, n in zip(starts, sizes, strict=True)])
 
 
 def _segments(tokens: Indices) -> tuple[Tensor, Tensor | None]:
@@ -90,21 +134,21 @@ def _segments(tokens: Indices) -> tuple[Tensor, Tensor | None]:
 class _Part:
     """The indices of one group."""
 
-    def __init__(self, firsts: Indices, lengths: Indices, heads: int) -> None:
-        self._firsts = firsts[:, None]
-        self._heads = np.arange(heads)
-        self._length = int(lengths[-1])
-        self._valid = np.arange(self._length) < lengths[:, None]
-        self._padded = int(lengths[0]) < self._length
+    def __init__(self, firsts: Indices, lengths: Indices, length: int, heads: int) -> None:
+        self.num_texts, self._length, self._heads = len(lengths), length, np.arange(heads)
+        self.room = round_up(self.num_texts, SHAPE_BITS)
+        spare = self.room - self.num_texts
+        self._firsts = np.pad(firsts, (0, spare), "edge")[:, None]
+        self._valid = np.arange(length) < np.pad(lengths, (0, spare), "edge")[:, None]
         self.size = heads * self._valid.size
-        self.pairs = self._valid.size * self._length
+        self.pairs = self._valid.size * length
 
     def group(self, mask_dtype: torch.dtype) -> Group:
         mask = None
-        if self._padded:
+        if not self._valid.all():
             mask = torch.from_numpy(np.where(self._valid, np.float32(0), np.float32(-np.inf)))
             mask = mask.to(mask_dtype)[:, None, None, :]
-        return Group(len(self._valid), self._length, mask)
+        return Group(self.room, self._length, mask)
 
     def rows(self, parts: int) -> Indices:
         """In the order [parts, texts, heads, length]; padding repeats the text's last token."""
@@ -117,6 +161,7 @@ class _Part:
 
     def back(self) -> Indices:
         """In the order [tokens, heads]; of rows in the order [texts, heads, length]."""
-        text = np.arange(len(self._valid))[:, None, None] * len(self._heads)
+        valid = self._valid[: self.num_texts]
+        text = np.arange(self.num_texts)[:, None, None] * len(self._heads)
         rows = (text + self._heads) * self._length + np.arange(self._length)[:, None]
-        return np.asarray(rows[self._valid].reshape(-1), np.int64)
+        return np.asarray(rows[valid].reshape(-1), np.int64)
