@@ -144,6 +144,8 @@ class JobQueue:
             return None
         self._running += 1
         left = self._batcher.waiting_tokens
+        if left >= MIN_BESIDE_TOKENS:
+            self._changed.notify()  # ``put`` woke one thread; this one leaves enough for another
         return Turn(batch, alone=self._running == 1 and left < MIN_BESIDE_TOKENS)
 
     def close(self, error: RequestError) -> None:
