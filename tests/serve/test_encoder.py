@@ -323,6 +323,17 @@ def test_scores_do_not_depend_on_the_company(model_path, network, texts):
     np.testing.assert_allclose([one, *rows], scores, atol=1e-5)
 
 
+async def test_ten_thousand_texts_are_answered_in_order(engine, network):
+    texts = [" ".join(WORDS[i % 10 : i % 10 + i % 7]) for i in range(10_000)]
+    answer = await post(engine, "/classify", {"input": texts, "top_k": 1})
+    assert answer.status_code == 200
+    data = answer.json()["data"]
+    scores, _ = expected(network, texts[:70])
+    assert [item["index"] for item in data] == list(range(10_000))
+    wanted = np.resize(scores.max(1), 10_000)
+    np.testing.assert_allclose([item["score"] for item in data], wanted, atol=1e-5)
+
+
 async def test_many_requests_at_once_get_their_own_answers(engine, network):
     texts = [" ".join(WORDS[i % 10 : i % 10 + i % 7]) for i in range(100)]
     scores, vectors = expected(network, texts)
@@ -551,6 +562,15 @@ async def test_an_encoder_alone_embeds_and_does_not_classify(tmp_path, network):
     assert (await post(engine, "/classify", {"input": "good"})).status_code == 404
     await engine.stop()
     with pytest.raises(ConfigError, match="SequenceClassification"):
+        await EncoderEngine(config(), path).start()
+
+
+async def test_a_tokenizer_with_tokens_of_its_own_is_a_config_error(tmp_path, network):
+    path = save_model(tmp_path, network)
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<user>"])
+    tokenizer.save_pretrained(path)
+    with pytest.raises(ConfigError, match="tokens up to 14, the model up to 13"):
         await EncoderEngine(config(), path).start()
 
 

@@ -1,5 +1,7 @@
 """Every family with every head, against transformers itself, one text at a time."""
 
+import asyncio
+
 import numpy as np
 import pytest
 import torch
@@ -62,6 +64,24 @@ async def test_masks_are_filled_as_by_transformers(tmp_path, family):
             ]
     assert [len(item) for item in wire.candidates(answer)] == [text.count(mask) for text in texts]
     assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_threads_that_share_a_network_do_not_disturb_one_another(tmp_path, family):
+    saved = save(tmp_path, family, "ForMaskedLM")
+    texts = [f"the {saved.tokenizer.mask_token}" + " good" * (index % 5) for index in range(80)]
+    async with running(saved, "fill-mask", "embed", threads=3, max_batch_tokens=512) as engine:
+        encode = engine.service.encode
+        alone = {
+            task: [(await encode(task, [text])).rows[0] for text in texts[:5]]
+            for task in ("fill-mask", "embed")
+        }
+        tasks = [*alone] * 6
+        for task, found in zip(
+            tasks, await asyncio.gather(*(encode(task, texts) for task in tasks)), strict=True
+        ):
+            for index, rows in enumerate(found.rows):
+                np.testing.assert_allclose(rows, alone[task][index % 5], atol=1e-5)
 
 
 async def test_the_next_sentence(tmp_path):

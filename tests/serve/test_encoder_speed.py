@@ -1,6 +1,7 @@
 import asyncio
 import json
 import threading
+from queue import SimpleQueue
 
 import random
 
@@ -178,6 +179,16 @@ def test_the_shapes_of_many_batches_are_few():
     assert counts["groups"] < 300
 
 
+def test_texts_of_less_than_a_register_are_padded_among_themselves(net):
+    layout = Layout.of(texts(13, 15, 16, 17), heads=2, mask_dtype=torch.bfloat16)
+    assert [(group.texts, group.length) for group in layout.groups] == [(2, 15), (2, 17)]
+    model = PackedBert(net, Arithmetic.plain(torch.bfloat16))
+    ids = texts(*[15] * 200, 16, seed=5)
+    together = model.run("embed", ids)
+    alone = np.concatenate([model.run("embed", [row]) for row in ids])
+    np.testing.assert_array_equal(together, alone)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_texts_that_attention_pads_are_pooled_without_padding(net, mode):
     pooling = Pooling((mode,), normalize=False)
@@ -348,6 +359,21 @@ async def test_a_batch_is_cut_for_each_thread_and_small_ones_wait():
     queue.finish()
     put(*[64] * 100)
     assert queue.take().batch.num_tokens == 1024
+
+
+async def test_a_batch_that_leaves_enough_for_another_wakes_the_next_thread():
+    queue = JobQueue(max_batch_tokens=1024, max_queued_tokens=100_000)
+    queue.share(3)
+    taken = SimpleQueue()
+    threads = [threading.Thread(target=lambda: taken.put(queue.take())) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    job = Job("classify", [], None, asyncio.get_running_loop().create_future(), 0.0)
+    job.ids = texts(*[10] * 90)
+    queue.put(job)
+    turns = [await asyncio.to_thread(taken.get, timeout=30) for _ in threads]
+    assert sorted(turn.batch.num_tokens for turn in turns) == [300, 300, 300]
+    assert not any(turn.alone for turn in turns)
 
 
 async def test_threads_that_share_the_work_answer_everyone_once(tmp_path, monkeypatch):

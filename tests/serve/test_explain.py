@@ -188,6 +188,8 @@ async def test_a_stop_fails_what_is_open(slow):
     await stop
     for error in await asyncio.gather(*open_ones, return_exceptions=True):
         assert isinstance(error, UnavailableError)
+    with pytest.raises(UnavailableError):
+        await explainer.explain(["refund"], GRADIENTS)
 
 
 async def test_the_model_is_loaded_when_it_is_needed(model):

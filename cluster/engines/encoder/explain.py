@@ -63,6 +63,7 @@ class Explainer:
             UnavailableError: the engine stops.
             InternalError: the model could not be loaded, or failed.
         """
+        self._check_running()
         if self._open >= MAX_OPEN:
             message = f"{self._open} requests for an explanation wait already"
             raise OverloadedError(message, retry_after_s=RETRY_AFTER_S)
@@ -80,12 +81,15 @@ class Explainer:
         self._stopping.set()
         await asyncio.to_thread(self._pool.shutdown)
 
+    def _check_running(self) -> None:
+        if self._stopping.is_set():
+            raise UnavailableError("the engine stops", retry_after_s=1.0)
+
     def _work(
         self, texts: Sequence[Text], question: Question, left: threading.Event
     ) -> list[Explanation]:
         def check() -> None:
-            if self._stopping.is_set():
-                raise UnavailableError("the engine stops", retry_after_s=1.0)
+            self._check_running()
             if left.is_set():
                 raise _CancelledError
 

@@ -63,6 +63,7 @@ def load_model(config: ClassifierConfig, path: str) -> LoadedModel:
         hf_config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
         network = _load_network(config, path, hf_config).to(device).float().eval()
+        _check_vocabulary(network, tokenizer)
         pooling = read_pooling(path) if "embed" in config.tasks else Pooling()
     except (OSError, ValueError) as error:
         raise ConfigError(f"classifiers.{config.name}: cannot load {path}: {error}") from error
@@ -109,6 +110,13 @@ def _check_tasks(config: ClassifierConfig, hf_config: Any) -> None:
         )
     if hf_config.num_labels != 1 and {"score", "rerank"} & set(config.tasks):
         raise ValueError(f"score and rerank need a single label; it has {hf_config.num_labels}")
+
+
+def _check_vocabulary(network: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer whose tokens the model does not all know: such a text would end it."""
+    rows = network.get_input_embeddings().num_embeddings
+    if (largest := max(tokenizer.get_vocab().values())) >= rows:
+        raise ValueError(f"the tokenizer has tokens up to {largest}, the model up to {rows - 1}")
 
 
 def has_token_types(network: Any, tokenizer: Any) -> bool:

@@ -1,5 +1,6 @@
 """Any architecture through its own forward in transformers, padded in groups of like length."""
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,6 +45,7 @@ class TransformersModel:
         self._pad_id = pad_id
         self._pooling = pooling or Pooling()
         self._mask_id = mask_id
+        self._chosen = _choosing(self._encoder)
         self._heads = {
             "classify": self._classify,
             "embed": self._embed,
@@ -81,17 +83,11 @@ class TransformersModel:
 
     def _fill(self, inputs: Inputs) -> list[Rows]:
         """For each mask of a text, the ids of the best tokens and then their scores."""
-        masks = inputs["input_ids"].eq(self._mask_id)
-
-        def pick(_module: Any, _args: Any, output: Any) -> BaseModelOutput:
-            return BaseModelOutput(last_hidden_state=output[0][masks][None])
-
-        # The vocabulary is by far the widest layer, so its head is given the masks alone.
-        hook = self._encoder.register_forward_hook(pick)
+        masks = self._chosen.tokens = inputs["input_ids"].eq(self._mask_id)
         try:
             logits = self._network(**inputs).logits[0]
         finally:
-            hook.remove()
+            self._chosen.tokens = None
         best = logits.float().softmax(-1).topk(min(MAX_CANDIDATES, logits.shape[-1]))
         rows = torch.cat([best.indices.float(), best.values], -1)  # ids are exact up to 2^24
         return [_numpy(part) for part in torch.split(rows, masks.sum(1).tolist())]
@@ -110,6 +106,29 @@ class TransformersModel:
         inputs["input_ids"] = cells
         device = self._network.device
         return {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
+
+
+class _Chosen(threading.local):
+    """Each thread's own, since the threads' models share a network."""
+
+    tokens: Tensor | None = None
+    """[texts, tokens]; None: all."""
+
+
+def _choosing(encoder: Any) -> _Chosen:
+    """Have ``encoder`` give no more than the chosen tokens, as if of one text, to what follows.
+
+    The vocabulary is by far the widest layer, so its head is to be given the masks alone.
+    """
+    chosen = _Chosen()
+
+    def choose(_module: Any, _args: Any, output: Any) -> BaseModelOutput | None:
+        if chosen.tokens is None:
+            return None
+        return BaseModelOutput(last_hidden_state=output[0][chosen.tokens][None])
+
+    encoder.register_forward_hook(choose)
+    return chosen
 
 
 def _numpy(tensor: Tensor) -> Rows:
