@@ -188,6 +188,34 @@ def test_floods_share_by_weight_of_work_also_where_it_is_underestimated(work: fl
     run(scenario)
 
 
+@pytest.mark.parametrize("num_behind", [0, 1])
+def test_who_has_become_too_late_is_not_served_before_others(num_behind: int) -> None:
+    async def scenario() -> None:
+        engine, loop = Engine(), asyncio.get_running_loop()
+        engine.held = 256  # nobody has room, so that all wait
+        capacity = engine.waiting.capacity
+        for seconds in (*([0.2] * 3), *([1.0] * 50)):  # at best 0.2 s, usually 1
+            capacity.begin(100.0)
+            capacity.end(100.0, 100.0, seconds)
+            capacity.observe([LinkLoad(1)], loop.time())
+            await asyncio.sleep(0.5)
+
+        def claim(timeout_s: float) -> Claim:
+            until_s = loop.time() + timeout_s
+            return Claim(Identity(Tenant("t")), 100.0, 0, 0, until_s, until_s)
+
+        timeouts = (1.5, *([9.0] * num_behind))
+        calls = [asyncio.ensure_future(engine.waiting.place(claim(t))) for t in timeouts]
+        await asyncio.sleep(1.0)  # the first has 0.5 s left: enough only at best
+        engine.held = 0
+        engine.waiting.dispatch()
+        ends = await asyncio.gather(*calls, return_exceptions=True)
+        assert isinstance(ends[0], OverloadedError) == bool(num_behind)
+        assert isinstance(ends[-1], Claim)
+
+    run(scenario)
+
+
 def test_a_pool_that_stalled_recovers() -> None:
     async def scenario() -> None:
         engine = Engine(at_a_time=1)  # as if the others hung
