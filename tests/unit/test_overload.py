@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-import selectors
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.overload.virtual import VirtualLoop
 from cluster.admission import Identity, PoolCapacity, QueueLimits, Tenant
 from cluster.errors import OverloadedError
 from cluster.gateway.claim import Claim
@@ -21,31 +21,6 @@ from cluster.metrics import Registry
 
 AT_A_TIME, SERVICE_S, DEADLINE_S = 16, 0.5, 3.0
 CAPACITY = AT_A_TIME / SERVICE_S
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop whose clock jumps to the next timer when nothing else is to be done."""
-
-    def __init__(self) -> None:
-        self._now = 0.0
-        super().__init__(_Jumping(self))
-
-    def time(self) -> float:
-        return self._now
-
-    def jump(self, seconds: float) -> None:
-        self._now += seconds
-
-
-class _Jumping(selectors.SelectSelector):
-    def __init__(self, loop: VirtualLoop) -> None:
-        super().__init__()
-        self._loop = loop
-
-    def select(self, timeout: float | None = None) -> list[Any]:
-        if timeout:
-            self._loop.jump(timeout)
-        return super().select(0)
 
 
 def run(scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
