@@ -3,7 +3,7 @@
 The limit is learned, not configured. It falls when half of the engines or more keep a standing
 queue of their own or have nearly full KV caches. It rises while it binds and neither is so, unless
 a token takes so much longer than it did lately that more requests would bring nothing. Until it
-first falls, the number of requests is bounded instead, and doubles as fast as the engines take them.
+first falls, the number of requests is bounded instead, and doubles as fast as engines take them.
 """
 
 from collections.abc import Iterable
