@@ -26,6 +26,8 @@ class Outcome:
         """How it counts."""
         if self.status == 200:
             return "good" if self.in_time else "late"
+        if self.status == 408:  # Serve itself ends what is not answered at its deadline
+            return "late"
         return "refused" if self.status in (429, 503) else "failed"
 
 
