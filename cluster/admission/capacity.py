@@ -1,16 +1,19 @@
 """How much work a pool's replicas can hold now, and how fast they work it off. Pure.
 
-The limit is learned, not configured. It falls when the engines keep a standing queue of their own
-or their KV caches are nearly full. It rises while it binds and neither is so, unless a token takes
-so much longer than it did lately that more requests would bring nothing. Until it first falls, the
-number of requests is bounded instead, and doubles as fast as the engines take them.
+The limit is learned, not configured. It falls when half of the engines or more keep a standing
+queue of their own or have nearly full KV caches. It rises while it binds and neither is so, unless
+a token takes so much longer than it did lately that more requests would bring nothing. Until it
+first falls, the number of requests is bounded instead, and doubles as fast as engines take them.
 """
 
 from collections.abc import Iterable
+from statistics import median_low
 from typing import Protocol
 
 ADJUST_S = 0.5
 """The limit is looked at so often; a queue that comes and goes within this time is no queue."""
+SAMPLE_S = 0.01
+"""Reports are looked at so often at most; hundreds of replicas report more often."""
 START_HELD = 32
 """Requests for each replica that a new pool is tried with."""
 DOUBLE_S = 0.1
@@ -59,6 +62,7 @@ class PoolCapacity:
         self._reported = False
         self._doubled_at_s = 0.0
         self._looked_at_s: float | None = None
+        self._sampled_at_s = float("-inf")
         self._least_waiting = float("inf")
         self._seconds = self._work = 0.0  # of finished requests, the newest weighing most
         self._num = 0.0
@@ -111,22 +115,26 @@ class PoolCapacity:
 
     def observe(self, loads: Iterable[ReplicaLoad], now_s: float) -> None:
         """Take in the newest reports of all replicas."""
-        running, waiting, usage = 0, 0, 0.0
-        num = 0
-        for load in loads:
-            running += load.running
-            waiting += load.waiting
-            usage += load.kv_cache_usage
-            num += 1
-        if num and self.limit_tokens == float("inf"):
+        if 0 <= now_s - self._sampled_at_s < SAMPLE_S:
+            return
+        self._sampled_at_s = now_s
+        reports = list(loads)
+        if not reports:
+            return
+        num = len(reports)
+        # What half of the replicas have: one that lags or lies does not hold up the others.
+        running = num * median_low(load.running for load in reports)
+        waiting = num * median_low(load.waiting for load in reports)
+        usage = median_low(load.kv_cache_usage for load in reports)
+        if self.limit_tokens == float("inf"):
             self._start(num, running, waiting, now_s)
         self._least_waiting = min(self._least_waiting, waiting)
         if self._looked_at_s is None or now_s < self._looked_at_s:  # the clock jumped back
             self._looked_at_s = now_s
-        if now_s - self._looked_at_s < ADJUST_S or not num:
+        if now_s - self._looked_at_s < ADJUST_S:
             return
         slow = self._slowdown(now_s) > MAX_SLOWDOWN
-        self._adjust(running, self._least_waiting, usage / num, slow)
+        self._adjust(running, self._least_waiting, usage, slow)
         self._looked_at_s = now_s
         self._least_waiting = float("inf")
 

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from ssl import SSLContext
 from typing import Any, Literal, Protocol
@@ -264,8 +264,11 @@ class Pool:
     @property
     def loads(self) -> list[LinkLoad]:
         """The last report of each running replica that has made one."""
+        return list(self._reports())
+
+    def _reports(self) -> Iterator[LinkLoad]:
         replicas = self._replicas.values()
-        return [load for replica in replicas if (load := replica.link.load) is not None]
+        return (load for replica in replicas if (load := replica.link.load) is not None)
 
     @property
     def num_queued(self) -> int:
@@ -326,7 +329,7 @@ class Pool:
                     waiting=load.waiting,
                     kv_cache_usage=load.kv_cache_usage,
                 )
-                self.waiting.observe(self.loads)
+                self.waiting.observe(self._reports())
                 self.waiting.dispatch()
 
         def on_prefixes(events: PrefixEvents) -> None:

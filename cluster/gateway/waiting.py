@@ -113,7 +113,7 @@ class Waiting(Generic[P]):
             claim, future = entry.item
             if future.done():  # its waiter was cancelled and has not run yet
                 self._queue.remove(entry)
-            elif claim.has_deadline and self._is_hopeless(claim, 0.0):
+            elif claim.has_deadline and self._is_late(claim):
                 self._queue.remove(entry)
                 future.set_exception(self._too_late(claim))
             else:
@@ -201,6 +201,12 @@ class Waiting(Generic[P]):
         # Who waits behind others is judged by what is usual: these go on showing how long it is.
         served = self.capacity.average_s if wait_s else self.capacity.best_s
         return starts_s + served(claim.work_tokens) > claim.deadline_s
+
+    def _is_late(self, claim: Claim) -> bool:
+        """Whether the request that is next would be answered too late, by what is usual; where
+        nobody is behind it, who would be served instead, even the best pace must not suffice."""
+        served = self.capacity.average_s if len(self._queue) > 1 else self.capacity.best_s
+        return asyncio.get_running_loop().time() + served(claim.work_tokens) > claim.deadline_s
 
     def _expire(self, entry: Entry[Waiter[P]]) -> None:
         claim, future = entry.item

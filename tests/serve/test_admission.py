@@ -89,6 +89,30 @@ async def test_limits_say_which_and_when_and_change_while_requests_run(keys: Key
         assert found["tandem_tenant_requests_total", "429", "a"] == 1
 
 
+async def test_a_days_budget_is_over_until_midnight(keys: Keys) -> None:
+    keys.write(a={"tokens_per_day": 5})
+    async with a_world(keys.file) as world:
+        await world.add("gen", "gen-1")
+        first = await ask(world, "a", {"prompt": "a long prompt " * 40}).done()
+        assert first.status == 200  # what is left may be overdrawn, once
+        refused = await ask(world, "a").done()
+        assert refused.status == 429
+        assert "5 tokens per day" in refused.json()["error"]["message"]
+        until_midnight_s = 86400 - time.time() % 86400
+        assert int(refused.headers["retry-after"]) == pytest.approx(until_midnight_s, abs=60)
+
+
+async def test_changed_keys_are_taken_up_when_routers_settle(keys: Keys) -> None:
+    keys.write(a={})
+    async with a_world(keys.file) as world:
+        await world.add("gen", "gen-1")
+        peers = Peers(world.gateway, RouterLinks("r0", SECRET))
+        keys.write(b={})
+        await peers.settle()
+        assert [(await ask(world, name).done()).status for name in "ab"] == [401, 200]
+        await peers.close()
+
+
 async def metrics_inside(world: World) -> dict[tuple[str, ...], float]:
     inside = World.__new__(World)
     inside.app = GatewayApp(world.gateway, authenticates=False)

@@ -94,6 +94,19 @@ def test_replicas_that_report_nothing_change_nothing() -> None:
     assert capacity.has_room(1e9)
 
 
+@pytest.mark.parametrize("odd", [Load(4, 10_000), Load(4, 0, 2.0), Load(16, 16)])
+def test_one_replica_that_lies_or_lags_does_not_hold_up_the_others(odd: Load) -> None:
+    capacity = PoolCapacity(0.25)
+    for _ in range(40):
+        capacity.begin(WORK)
+    for step in range(100):
+        capacity.observe([Load(16, 1, 0.5), odd, Load(16, 2, 0.4)], step * 0.05)
+    assert capacity.limit_tokens == float("inf")
+    for step in range(100, 200):
+        capacity.observe([Load(16, 20), odd, Load(16, 12)], step * 0.05)
+    assert capacity.limit_tokens < 40 * WORK
+
+
 def test_clock_jumps_and_lying_reports_do_no_harm() -> None:
     draw = random.Random(1)
     capacity = PoolCapacity(0.25)

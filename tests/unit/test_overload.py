@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-import selectors
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.overload.virtual import VirtualLoop
 from cluster.admission import Identity, PoolCapacity, QueueLimits, Tenant
 from cluster.errors import OverloadedError
 from cluster.gateway.claim import Claim
@@ -21,31 +21,6 @@ from cluster.metrics import Registry
 
 AT_A_TIME, SERVICE_S, DEADLINE_S = 16, 0.5, 3.0
 CAPACITY = AT_A_TIME / SERVICE_S
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop whose clock jumps to the next timer when nothing else is to be done."""
-
-    def __init__(self) -> None:
-        self._now = 0.0
-        super().__init__(_Jumping(self))
-
-    def time(self) -> float:
-        return self._now
-
-    def jump(self, seconds: float) -> None:
-        self._now += seconds
-
-
-class _Jumping(selectors.SelectSelector):
-    def __init__(self, loop: VirtualLoop) -> None:
-        super().__init__()
-        self._loop = loop
-
-    def select(self, timeout: float | None = None) -> list[Any]:
-        if timeout:
-            self._loop.jump(timeout)
-        return super().select(0)
 
 
 def run(scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -184,6 +159,34 @@ def test_floods_share_by_weight_of_work_also_where_it_is_underestimated(work: fl
         found = await drive(Engine(), loads, seconds=65.0)
         done = {"light": found.good["light"] * 100, "heavy": found.good["heavy"] * work}
         assert done["heavy"] / sum(done.values()) == pytest.approx(0.75, rel=0.1)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("num_behind", [0, 1])
+def test_who_has_become_too_late_is_not_served_before_others(num_behind: int) -> None:
+    async def scenario() -> None:
+        engine, loop = Engine(), asyncio.get_running_loop()
+        engine.held = 256  # nobody has room, so that all wait
+        capacity = engine.waiting.capacity
+        for seconds in (*([0.2] * 3), *([1.0] * 50)):  # at best 0.2 s, usually 1
+            capacity.begin(100.0)
+            capacity.end(100.0, 100.0, seconds)
+            capacity.observe([LinkLoad(1)], loop.time())
+            await asyncio.sleep(0.5)
+
+        def claim(timeout_s: float) -> Claim:
+            until_s = loop.time() + timeout_s
+            return Claim(Identity(Tenant("t")), 100.0, 0, 0, until_s, until_s)
+
+        timeouts = (1.5, *([9.0] * num_behind))
+        calls = [asyncio.ensure_future(engine.waiting.place(claim(t))) for t in timeouts]
+        await asyncio.sleep(1.0)  # the first has 0.5 s left: enough only at best
+        engine.held = 0
+        engine.waiting.dispatch()
+        ends = await asyncio.gather(*calls, return_exceptions=True)
+        assert isinstance(ends[0], OverloadedError) == bool(num_behind)
+        assert isinstance(ends[-1], Claim)
 
     run(scenario)
 

@@ -66,7 +66,9 @@ def test_a_local_model_asks_nobody(tmp_path: object) -> None:
 
 
 def fill(chosen: GeneratorConfig, defaults: dict[str, object] | None = None) -> Namespace:
-    args = Namespace(max_num_seqs=None, block_size=None, kv_cache_memory_bytes=None)
+    args = Namespace(
+        max_num_seqs=None, block_size=None, kv_cache_memory_bytes=None, scheduling_policy="fcfs"
+    )
     vllm_args.fill_args(args, chosen, "/models/m", defaults or {})
     return args
 
@@ -78,6 +80,11 @@ def test_the_configuration_goes_over_the_defaults() -> None:
     )
     assert (args.block_size, args.kv_cache_memory_bytes) == (16, 2 * 1024**2)
     assert (args.model, args.served_model_name) == ("/models/m", ["chat"])
+
+
+def test_the_engine_schedules_by_the_routers_classes_unless_it_is_told_not_to() -> None:
+    assert fill(config()).scheduling_policy == "priority"
+    assert fill(config(engine_args={"scheduling_policy": "fcfs"})).scheduling_policy == "fcfs"
 
 
 def test_an_unknown_argument_is_named_with_its_neighbours() -> None:

@@ -19,38 +19,38 @@ _ANSWER_S = 60.0
 @asynccontextmanager
 async def running() -> AsyncIterator[Ask]:
     """How to ask it."""
-    with _started() as requests:
+    with _started() as endpoints:
 
-        async def ask(tenant: str) -> int:
-            endpoint, request = requests[tenant]
-            return await _ask(endpoint, request)
+        async def ask(tenant: str, tokens: int) -> int:
+            return await _ask(endpoints[tenant], tokens)
 
         yield ask
 
 
 @contextmanager
-def _started() -> Iterator[dict[str, tuple[Endpoint, bytes]]]:
-    """Each tenant's request."""
+def _started() -> Iterator[dict[str, Endpoint]]:
+    """Where each tenant asks."""
     with tempfile.TemporaryDirectory(prefix="bench-overload-") as folder:
         path = Path(folder) / "keys.yaml"
         keys = write_tenants(path)
         pools = {"generators": [generator()]}
         with tandem_of(pools, MODEL, {"keys_file": str(path)}) as cluster:
-            yield {tenant: _request(cluster.endpoint, key) for tenant, key in keys.items()}
+            yield {tenant: _endpoint(cluster.endpoint, key) for tenant, key in keys.items()}
 
 
-def _request(endpoint: Endpoint, key: str) -> tuple[Endpoint, bytes]:
+def _endpoint(endpoint: Endpoint, key: str) -> Endpoint:
     headers = {
         "x-api-key": key,
         "x-request-timeout-seconds": str(Scenario().deadline_s),
         "connection": "close",
     }
-    own = Endpoint(endpoint.port, endpoint.model, headers, endpoint.host)
-    return own, own.request("/v1/completions", {**BODY, "model": endpoint.model})
+    return Endpoint(endpoint.port, endpoint.model, headers, endpoint.host)
 
 
-async def _ask(endpoint: Endpoint, request: bytes) -> int:
+async def _ask(endpoint: Endpoint, tokens: int) -> int:
     """The answer's status; 0 where there is no whole answer."""
+    body = {**BODY, "model": endpoint.model, "max_tokens": tokens}
+    request = endpoint.request("/v1/completions", body)
     try:
         async with asyncio.timeout(_ANSWER_S):
             reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port)

@@ -46,14 +46,14 @@ async def running() -> AsyncIterator[Ask]:
         gateway.pools[MODEL].update([ReplicaInfo("one", host, port, engine.routes())])
         app = GatewayApp(gateway, behind_serve=True)
 
-        async def ask(tenant: str) -> int:
-            return await _ask(app, keys[tenant])
+        async def ask(tenant: str, tokens: int) -> int:
+            return await _ask(app, keys[tenant], tokens)
 
         yield ask
 
 
-async def _ask(app: GatewayApp, key: str) -> int:
-    body = json.dumps({**BODY, "model": MODEL}).encode()
+async def _ask(app: GatewayApp, key: str, tokens: int) -> int:
+    body = json.dumps({**BODY, "model": MODEL, "max_tokens": tokens}).encode()
     timeout = str(Scenario().deadline_s).encode()
     scope: dict[str, Any] = {
         "type": "http",

@@ -1,0 +1,223 @@
+"""Replicas that lie, lag or go under load, and clocks that jump: no request is lost.
+
+Gateway, links and simulated engines in virtual time: what takes a minute here takes a second.
+"""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, cast
+
+import pytest
+
+from benchmarks.overload.virtual import VirtualLoop, virtual_time
+from cluster.config import GeneratorConfig, RoutingPolicy, parse
+from cluster.engines.sim import SimEngine
+from cluster.gateway import Gateway, GatewayApp, ReplicaInfo, Wiring
+from cluster.link import LinkLoad, LinkServer, PrefixEvents
+from cluster.routing import fingerprint
+from tests import asgi
+from tests.serve.link_kit import SECRET, until
+
+PATH = "/v1/completions"
+STEP_S, TOKENS, SEQUENCES = 0.02, 20, 8
+POLICIES: tuple[RoutingPolicy, ...] = ("prefix", "least-load", "round-robin")
+
+Load = Callable[[SimEngine], LinkLoad]
+
+
+def honest(engine: SimEngine) -> LinkLoad:
+    now = engine.load()
+    return LinkLoad(now.running, now.waiting, now.kv_cache_usage)
+
+
+class Boast:
+    """A prefix cache that claims every prompt, and has none."""
+
+    def __init__(self) -> None:
+        self.on_news: Callable[[], None] | None = None
+        self._all = [h for n in range(8) for h in fingerprint(PATH, body(n)).hashes]
+
+    def take(self) -> PrefixEvents | None:
+        return None
+
+    def snapshot(self) -> Sequence[int]:
+        return self._all
+
+
+def body(number: int) -> bytes:
+    prompt = f"Document {number % 8}. " + "It was a long and quiet day. " * 40
+    return b'{"model": "m", "max_tokens": %d, "prompt": "%b"}' % (TOKENS, prompt.encode())
+
+
+class Fleet:
+    """A gateway and its replicas."""
+
+    def __init__(self, policy: RoutingPolicy) -> None:
+        pool = {"name": "m", "model": "none", "engine": "sim", "routing": policy}
+        self.gateway = Gateway(parse({"generators": [pool]}), {"m": Wiring(SECRET)})
+        self.engines: dict[str, SimEngine] = {}
+        self.given: Counter[str] = Counter()
+        """Requests that each replica was asked."""
+        self._servers: dict[str, LinkServer] = {}
+        self._app = GatewayApp(self.gateway)
+
+    async def add(
+        self, name: str, slowness: float = 1.0, load: Load = honest, boasts: bool = False
+    ) -> None:
+        sim = {
+            "decode_s_per_token": STEP_S * slowness,
+            "prefill_s_per_token": 1e-4,
+            "max_num_seqs": SEQUENCES,
+        }
+        config = {"name": "m", "model": "none", "engine": "sim", "sim": sim}
+        engine = self.engines[name] = SimEngine(GeneratorConfig.model_validate(config))
+        await engine.start()
+
+        async def app(*call: Any) -> None:
+            self.given[name] += 1
+            await engine.app(*call)
+
+        server = LinkServer(
+            app,
+            SECRET,
+            load=lambda: load(engine),
+            prefixes=Boast() if boasts else engine.prefixes,
+        )
+        await server.start()
+        self._servers[name] = server
+        await self._update()
+
+    async def remove(self, name: str) -> None:
+        server = self._servers.pop(name)
+        await self._update()
+        await server.drain(60.0)
+        await server.stop()
+        await self.engines.pop(name).stop()
+
+    async def _update(self) -> None:
+        pool = self.gateway.pools["m"]
+        pool.update(ReplicaInfo(n, *s.address, (PATH,)) for n, s in self._servers.items())
+        await until(lambda: pool.num_ready == len(self._servers))
+
+    async def flood(self, num: int, rate: float) -> Counter[int]:
+        """The statuses of so many requests at so many a second; afterwards nothing is held."""
+        draw = random.Random(3)
+        calls = []
+        for number in range(num):
+            calls.append(asyncio.ensure_future(self.ask(number)))
+            await asyncio.sleep(draw.expovariate(rate))
+        async with asyncio.timeout(1e6):
+            statuses = Counter(await asyncio.gather(*calls))
+        pool = self.gateway.pools["m"]
+        assert (pool.num_ongoing, pool.num_queued, pool.waiting.capacity.held) == (0, 0, 0)
+        assert pool.waiting.queued_tokens == pool.waiting.capacity.held_tokens == 0
+        return statuses
+
+    async def ask(self, number: int) -> int:
+        call = asgi.start(self._app, "POST", PATH, body(number))
+        return (await call.done(timeout_s=1e6)).status
+
+    async def close(self) -> None:
+        await self.gateway.close()
+        for server in self._servers.values():
+            await server.stop()
+        for engine in self.engines.values():
+            await engine.stop()
+
+
+@asynccontextmanager
+async def a_fleet(policy: RoutingPolicy, num: int = 0) -> AsyncIterator[Fleet]:
+    async with AsyncExitStack() as stack:
+        fleet = Fleet(policy)
+        stack.push_async_callback(fleet.close)
+        for number in range(num):
+            await fleet.add(f"r{number}")
+        yield fleet
+
+
+def run(scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    with virtual_time() as runner:
+        runner.run(scenario())
+
+
+LIES: dict[str, Load] = {
+    "nothing": lambda _: LinkLoad(),
+    "idle for ever": lambda engine: LinkLoad(engine.load().running, 0, 0.0),
+    "full": lambda _: LinkLoad(0, 1_000_000, 1.0),
+    "nonsense": lambda _: LinkLoad(
+        random.randrange(10**6), random.randrange(10**6), random.random() * 10
+    ),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("lie", LIES)
+def test_a_replica_that_lies_about_its_load(policy: RoutingPolicy, lie: str) -> None:
+    async def scenario() -> None:
+        async with a_fleet(policy, 2) as fleet:
+            await fleet.add("liar", load=LIES[lie])
+            loop = asyncio.get_running_loop()
+            began = loop.time()
+            assert await fleet.flood(300, rate=50) == {200: 300}
+            # The two honest ones alone need 7.5 s for it.
+            assert loop.time() - began < 12
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("policy", ["prefix", "least-load"])
+def test_a_replica_that_claims_blocks_which_it_has_not(policy: RoutingPolicy) -> None:
+    async def scenario() -> None:
+        async with a_fleet(policy, 2) as fleet:
+            await fleet.add("boaster", boasts=True)
+            assert await fleet.flood(300, rate=40) == {200: 300}
+            assert fleet.given["boaster"] < 200
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("policy", ["prefix", "least-load", "power-of-two"])
+def test_a_replica_that_is_ten_times_slower(policy: RoutingPolicy) -> None:
+    async def scenario() -> None:
+        async with a_fleet(policy, 3) as fleet:
+            await fleet.add("slow", slowness=10.0)
+            assert await fleet.flood(600, rate=40) == {200: 600}
+            assert fleet.given["slow"] < 600 / 4 / 2
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("jump_s", [-1000.0, 3.0, 30.0, 1000.0])
+def test_a_clock_that_jumps(jump_s: float) -> None:
+    async def scenario() -> None:
+        async with a_fleet("prefix", 2) as fleet:
+            loop = cast(VirtualLoop, asyncio.get_running_loop())
+            flood = asyncio.ensure_future(fleet.flood(200, rate=30))
+            for _ in range(3):
+                await asyncio.sleep(1.0)
+                loop.jump(jump_s)
+            assert await flood == {200: 200}
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_from_no_replica_to_one_and_back(policy: RoutingPolicy) -> None:
+    async def scenario() -> None:
+        async with a_fleet(policy) as fleet:
+            flood = asyncio.ensure_future(fleet.flood(100, rate=10))
+            await asyncio.sleep(2.0)
+            assert fleet.gateway.pools["m"].num_queued > 0
+            await fleet.add("first")
+            await asyncio.sleep(2.0)
+            await fleet.add("second")
+            await fleet.remove("first")
+            await fleet.remove("second")
+            await asyncio.sleep(2.0)
+            await fleet.add("third")
+            assert await flood == {200: 100}
+
+    run(scenario)
