@@ -74,8 +74,8 @@ SHED = Metric(
 HANDOVERS = Metric(
     "tandem_handovers_total",
     "counter",
-    "Requests given to another replica before their answer began, as the first was lost, refused or "
-    "was unavailable (it stopped, its engine died); drained: finished by one that took nothing new.",
+    "Requests given to another replica before their answer began, as the first was lost, refused "
+    "or was unavailable (it stopped, its engine died); drained: finished by one that took no more.",
     ("model", "reason"),
 )
 CUT_OFF = Metric(
