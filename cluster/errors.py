@@ -8,6 +8,7 @@ TandemError
  │   ├─ LinkProtocolError      the peer broke the frame format
  │   ├─ LinkAuthError          the peer does not know the cluster's secret
  │   └─ LinkClosedError        the connection ended with streams open
+ │       └─ LinkRefusedError       nothing was started: the replica drains, or is not linked
  ├─ ReplicaRetiredError        a replica was drained on purpose; Serve replaces it
  └─ RequestError               one request cannot be answered; has an HTTP status
      ├─ InvalidRequestError        400
@@ -59,6 +60,10 @@ class LinkAuthError(LinkError):
 
 class LinkClosedError(LinkError):
     """The connection ended while streams were open."""
+
+
+class LinkRefusedError(LinkClosedError):
+    """A stream was not started: the replica drains or has too many, or there is no connection."""
 
 
 class ReplicaRetiredError(TandemError):

@@ -42,6 +42,7 @@ FOLDERS = {
     "scripts/benchmarks/engine": "SmolLM2 through the cluster, vLLM's server and Ray Serve's",
     "scripts/benchmarks/handle": "the client against a bare handle of Ray Serve",
     "scripts/benchmarks/memory": "the router's memory",
+    "scripts/benchmarks/metrics": "what counting and tracing cost",
     "scripts/benchmarks/overload": "admission with more load than there is capacity",
     "scripts/benchmarks/routing": "decisions timed, and policies on traces",
     "scripts/benchmarks/stream": "streams of the simulated engine",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cluster.tracing.tracer import Tracer
 
 ShedReason = Literal["queue_full", "too_long", "deadline", "expired"]
+HandoverReason = Literal["lost", "refused", "unavailable", "drained"]
 
 
 class Ending(Protocol):
@@ -58,7 +59,6 @@ class PoolMeter:
         self.prompt_tokens = counter(table.PROMPT_TOKENS, model)
         self.cached_tokens = counter(table.CACHED_TOKENS, model)
         self.completion_tokens = counter(table.COMPLETION_TOKENS, model)
-        self.retries = counter(table.RETRIES, model)
         self.cut_off = counter(table.CUT_OFF, model)
         self.fallbacks = counter(table.LINK_FALLBACKS, model)
         self.choice_s = histogram(table.ROUTING_SECONDS, model)
@@ -66,6 +66,9 @@ class PoolMeter:
         self._requests = partial(counter, table.REQUESTS, model)
         # All there from the beginning, or a rate would not see the first of each.
         self._shed = {reason: counter(table.SHED, model, reason) for reason in get_args(ShedReason)}
+        self._handovers = {
+            reason: counter(table.HANDOVERS, model, reason) for reason in get_args(HandoverReason)
+        }
 
     def watch(self, request: Request, route: str, grant: Ending | None = None) -> "Watch":
         """Begin to watch one request, of whose end ``grant`` is told."""
@@ -76,6 +79,10 @@ class PoolMeter:
     def shed(self, reason: ShedReason) -> None:
         """Count a request that is refused."""
         self._shed[reason].add()
+
+    def handed_over(self, reason: HandoverReason) -> None:
+        """Count a request that outlived its replica's part in the pool."""
+        self._handovers[reason].add()
 
     def refuse(self, request: Request, route: str, status: int) -> None:
         """Count and log a request that was not let in."""

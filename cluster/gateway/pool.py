@@ -143,6 +143,8 @@ class Replica:
         self._fallback = fallback
         self.own = 0
         """Requests that this router gave it and that have not ended."""
+        self.retired = False
+        """Whether Serve has taken it out."""
 
     @property
     def state(self) -> Literal["linked", "fallback", "unlinked"]:
@@ -161,6 +163,11 @@ class Replica:
         if self._fallback is not None and self.state == "fallback":
             return self._fallback(head, body)
         return self.link.open(head, body)
+
+    @property
+    def leaves(self) -> bool:
+        """Whether it only finishes what it has."""
+        return self.retired or self.link.state is LinkState.DRAINING
 
     @property
     def reach(self) -> Reach:
@@ -298,6 +305,7 @@ class Pool:
             replica = self._replicas.pop(gone)
             self.fleet.remove(gone)
             self.prefixes.forget(gone)
+            replica.retired = True
             self._retired.add(replica)
             self._end_if_idle(replica)
         for info in infos.values():

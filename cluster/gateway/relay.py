@@ -6,12 +6,18 @@ Another replica is tried only while nothing of an answer was seen, so nothing is
 import json
 import logging
 
-from cluster.errors import InternalError, LinkError, RequestError, UnavailableError
+from cluster.errors import (
+    InternalError,
+    LinkError,
+    LinkRefusedError,
+    RequestError,
+    UnavailableError,
+)
 from cluster.gateway.accounts import Grant, work_of
 from cluster.gateway.claim import Claim
 from cluster.gateway.journal import CLIENT_LEFT
 from cluster.gateway.messages import Headers, Request, Response
-from cluster.gateway.metering import Watch
+from cluster.gateway.metering import HandoverReason, Watch
 from cluster.gateway.pool import Answer, Place, Pool
 from cluster.gateway.routes import OTHER
 from cluster.gateway.usage import ASKS, tell_usage, wants_usage
@@ -67,18 +73,27 @@ async def relay(request: Request, pool: Pool, claim: Claim, grant: Grant | None 
 
 async def _relay(request: Request, pool: Pool, claim: Claim, watch: Watch) -> Response:
     head = _request_head(request)
+    failed: HandoverReason | None = None
     for _ in range(MAX_ATTEMPTS):
         place = await pool.admit(claim)
+        if failed is not None:
+            pool.meter.handed_over(failed)
         watch.placed(place.replica.info.id)
         body = RelayedBody(pool, place, request.id, watch)
         try:
             return await body.begin(head, request.body)
         except (LinkError, UnavailableError) as error:
-            pool.meter.retries.add()
+            failed = _why(error)
             logger.warning("%s: replica %s: %s", request.id, place.replica.info.id, error)
     raise UnavailableError(
         f"{pool.name}: {MAX_ATTEMPTS} replicas were lost before they answered", retry_after_s=1
     )
+
+
+def _why(error: LinkError | UnavailableError) -> HandoverReason:
+    if isinstance(error, LinkRefusedError):
+        return "refused"
+    return "lost" if isinstance(error, LinkError) else "unavailable"
 
 
 class RelayedBody:
@@ -140,6 +155,8 @@ class RelayedBody:
             await self.aclose()
             raise
         if not chunk:
+            if self._place.replica.leaves:
+                self._pool.meter.handed_over("drained")
             self._end()
             raise StopAsyncIteration
         if self._is_event_stream:

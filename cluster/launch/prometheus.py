@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from cluster.config import RouterConfig
 from cluster.config_file import LoadedConfig
 from cluster.errors import StartError
 from cluster.launch.auth import ray_token
@@ -106,12 +107,17 @@ def start(
 
 
 def _targets(loaded: LoadedConfig, cluster: ClusterState, directory: Path) -> Targets:
-    open_to_all = not loaded.config.router.api_keys_sha256
     return Targets(
         dashboard=cluster.dashboard_url,
-        ingress=urlsplit(cluster.http_url).netloc if open_to_all else None,
+        ingress=ingress(loaded.config.router, cluster.http_url),
         token_file=token_file(directory),
     )
+
+
+def ingress(router: RouterConfig, http_url: str) -> str | None:
+    """The routers' address as ``host:port``; None where its ``/metrics`` asks for a key."""
+    keys = router.api_keys_sha256 or router.operator_keys_sha256 or router.keys_file
+    return None if keys else urlsplit(http_url).netloc
 
 
 def token_file(directory: Path) -> str | None:

@@ -11,7 +11,13 @@ from enum import Enum
 from ssl import SSLContext
 from typing import TypeVar
 
-from cluster.errors import LinkAuthError, LinkClosedError, LinkError, LinkProtocolError
+from cluster.errors import (
+    LinkAuthError,
+    LinkClosedError,
+    LinkError,
+    LinkProtocolError,
+    LinkRefusedError,
+)
 from cluster.link.client_connection import ClientConnection
 from cluster.link.connection import LinkCounts, LinkOptions
 from cluster.link.frames import PREFIXES, LinkLoad, RequestHead
@@ -118,10 +124,10 @@ class LinkClient:
         """Send a request; returns at once.
 
         Raises:
-            LinkClosedError: not connected, or the replica drains.
+            LinkRefusedError: not connected, or the replica drains.
         """
         if self._connection is None or not self.connected:
-            raise LinkClosedError(f"the link to {self.host}:{self.port} is {self.state.value}")
+            raise LinkRefusedError(f"the link to {self.host}:{self.port} is {self.state.value}")
         stream = self._connection.open(head, body)
         if stream._pump is not None:
             self._pumps.add(stream._pump)

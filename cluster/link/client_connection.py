@@ -7,7 +7,13 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from cluster.errors import LinkClosedError, LinkError, LinkProtocolError, request_error_for
+from cluster.errors import (
+    LinkClosedError,
+    LinkError,
+    LinkProtocolError,
+    LinkRefusedError,
+    request_error_for,
+)
 from cluster.link.connection import Connection, LinkCounts, LinkOptions
 from cluster.link.frames import (
     BODY,
@@ -169,5 +175,5 @@ class ClientConnection(Connection):
 def _stream_error(flags: int, payload: bytes) -> Exception:
     status, message = decode_head(payload, tuple[int, str])
     if flags & REFUSED:
-        return LinkClosedError(message)
+        return LinkRefusedError(message)
     return request_error_for(status, message)

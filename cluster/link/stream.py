@@ -87,7 +87,8 @@ class Stream:
         """The response's head.
 
         Raises:
-            LinkClosedError: the connection ended, or the replica drains and did not start this.
+            LinkClosedError: the connection ended.
+            LinkRefusedError: the replica drains and did not start this.
             RequestError: the replica could not answer; of the class that its status has.
         """
         while self._head is None:

@@ -71,8 +71,12 @@ SHED = Metric(
     "Requests refused as too many: queue_full, too_long a wait, deadline, expired while waiting.",
     ("model", "reason"),
 )
-RETRIES = Metric(
-    "tandem_retries_total", "counter", "Replicas that were lost before they answered.", _MODEL
+HANDOVERS = Metric(
+    "tandem_handovers_total",
+    "counter",
+    "Requests given to another replica before their answer began, as the first was lost, refused "
+    "or was unavailable (it stopped, its engine died); drained: finished by one that took no more.",
+    ("model", "reason"),
 )
 CUT_OFF = Metric(
     "tandem_cut_off_requests_total", "counter", "Answers that ended before they were whole.", _MODEL

@@ -8,7 +8,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from benchmarks import autoscale, classify, engine, handle, link, memory, overload, routing, stream
+from benchmarks import (
+    autoscale,
+    classify,
+    engine,
+    handle,
+    link,
+    memory,
+    metrics,
+    overload,
+    routing,
+    stream,
+)
 from benchmarks.report import Report, print_report, write_json
 from cluster.errors import TandemError
 
@@ -32,6 +43,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "classify": classify,
     "memory": memory,
     "link": link,
+    "metrics": metrics,
     "routing": routing,
     "overload": overload,
     "autoscale": autoscale,

@@ -32,9 +32,9 @@ def router() -> Dashboard:
         ),
         lines("Time in the queue", "s", *quantiles("tandem_queue_seconds", 0.5, 0.95, 0.99)),
         lines(
-            "Lost, cut off",
+            "Handed over, cut off",
             "short",
-            Query(rate("tandem_retries_total"), "{{model}} tried again"),
+            Query(rate("tandem_handovers_total", "model, reason"), "{{model}} {{reason}}"),
             Query(rate("tandem_cut_off_requests_total"), "{{model}} cut off"),
         ),
         lines(

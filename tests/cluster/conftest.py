@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import yaml
 
 from cluster.models import store
 
@@ -44,6 +45,36 @@ class Running:
         done = self.tandem("status", "--json")
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
+
+
+def sim_generator(**fields: Any) -> dict[str, Any]:
+    """A pool of the simulated engine that takes next to nothing of the machine."""
+    return {
+        "name": "sim",
+        "model": "sim",
+        "engine": "sim",
+        "resources": {"cpus": 0.1},
+        **fields,
+    }
+
+
+def router_of(num: int, **fields: Any) -> dict[str, Any]:
+    """So many routers, neither more nor fewer."""
+    return {"replicas": {"min": num, "max": num}, "resources": {"cpus": 0.1}, **fields}
+
+
+def serve_config(*more: dict[str, Any], **args: Any) -> dict[str, Any]:
+    """A whole configuration: Tandem's application with ``args``, and ``more`` beside it."""
+    application = {
+        "name": "tandem",
+        "route_prefix": "/",
+        "import_path": "deployments.app:build",
+        "args": args,
+    }
+    return {
+        "http_options": {"host": "127.0.0.1", "port": 8000},
+        "applications": [application, *more],
+    }
 
 
 def free_ports(count: int) -> list[int]:
@@ -103,6 +134,18 @@ def make_cluster(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return running
 
     return make
+
+
+@pytest.fixture(scope="module")
+def sims(
+    request: pytest.FixtureRequest, make_cluster: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
+    """A cluster with the configuration that the test module's ``config()`` gives."""
+    file = tmp_path_factory.mktemp("config") / "config.yaml"
+    file.write_text(yaml.safe_dump(request.module.config()), encoding="utf-8")
+    running: Running = make_cluster("--config", str(file))
+    yield running
+    assert running.tandem("down").returncode == 0
 
 
 @pytest.fixture(scope="session")

@@ -3,14 +3,12 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
-import yaml
 
-from tests.cluster.conftest import Running
+from tests.cluster.conftest import Running, router_of, serve_config, sim_generator
 
 BODY = {"model": "sim", "prompt": "a b c", "max_tokens": 50, "stream": True}
 MAX_REPLICAS = 24
@@ -18,39 +16,21 @@ STREAMS = 24
 
 
 def config() -> dict[str, Any]:
-    sim = {
-        "name": "sim",
-        "model": "sim",
-        "engine": "sim",
-        "sim": {"decode_s_per_token": 0.04, "batch_slowdown": 0.05},
-        "max_ongoing": 32,
-        "slo": {"ttft_p90_s": 2.0, "itl_p90_s": 0.07},
-        "replicas": {
+    sim = sim_generator(
+        sim={"decode_s_per_token": 0.04, "batch_slowdown": 0.05},
+        max_ongoing=32,
+        slo={"ttft_p90_s": 2.0, "itl_p90_s": 0.07},
+        replicas={
             "min": 0,
             "max": MAX_REPLICAS,
             "target_ongoing": 8,
             "upscale_delay_s": 0,
             "downscale_delay_s": 15,
         },
-        "resources": {"cpus": 0.01},
-    }
-    router = {"replicas": {"min": 2, "max": 2}, "resources": {"cpus": 0.01}, "max_queued": 1000}
-    application = {
-        "name": "tandem",
-        "route_prefix": "/",
-        "import_path": "deployments.app:build",
-        "args": {"generators": [sim], "router": router},
-    }
-    return {"http_options": {"host": "127.0.0.1", "port": 8000}, "applications": [application]}
-
-
-@pytest.fixture(scope="module")
-def sims(make_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    file = tmp_path_factory.mktemp("config") / "sim.yaml"
-    file.write_text(yaml.safe_dump(config()), encoding="utf-8")
-    running: Running = make_cluster("--config", str(file))
-    yield running
-    assert running.tandem("down").returncode == 0
+        resources={"cpus": 0.01},
+    )
+    router = router_of(2, resources={"cpus": 0.01}, max_queued=1000)
+    return serve_config(generators=[sim], router=router)
 
 
 class Traffic:

@@ -1,14 +1,11 @@
 """Replicas that leak are drained and replaced, one at a time, and no request fails meanwhile."""
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
-import pytest
-import yaml
 
-from tests.cluster.conftest import Running
+from tests.cluster.conftest import Running, router_of, serve_config, sim_generator
 from tests.cluster.test_scale import replicas, unbroken_load, until
 
 LEAKS = {
@@ -23,34 +20,11 @@ LEAKS = {
 
 
 def config() -> dict[str, Any]:
-    sim = {
-        "name": "sim",
-        "model": "sim",
-        "engine": "sim",
-        "sim": {"decode_s_per_token": 0.02, "leak_bytes_per_request": "1MiB"},
-        "replicas": {"min": 2, "max": 2},
-        "resources": {"cpus": 0.1},
-    }
-    router = {"replicas": {"min": 1, "max": 1}, "resources": {"cpus": 0.1}}
-    application = {
-        "name": "tandem",
-        "route_prefix": "/",
-        "import_path": "deployments.app:build",
-        "args": {"generators": [sim], "router": router, "leaks": LEAKS},
-    }
-    return {
-        "http_options": {"host": "127.0.0.1", "port": 8000},
-        "applications": [application],
-    }
-
-
-@pytest.fixture(scope="module")
-def leaking(make_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    file = tmp_path_factory.mktemp("config") / "leaks.yaml"
-    file.write_text(yaml.safe_dump(config()), encoding="utf-8")
-    running: Running = make_cluster("--config", str(file))
-    yield running
-    assert running.tandem("down").returncode == 0
+    sim = sim_generator(
+        sim={"decode_s_per_token": 0.02, "leak_bytes_per_request": "1MiB"},
+        replicas={"min": 2, "max": 2},
+    )
+    return serve_config(generators=[sim], router=router_of(1), leaks=LEAKS)
 
 
 def generators(cluster: Running) -> set[str]:
@@ -68,24 +42,24 @@ def states(cluster: Running) -> list[str]:
     return [replica["state"] for replica in replicas(cluster)]
 
 
-async def test_leaking_replicas_are_replaced_one_at_a_time(leaking: Running) -> None:
-    before = generators(leaking)
+async def test_leaking_replicas_are_replaced_one_at_a_time(sims: Running) -> None:
+    before = generators(sims)
     assert len(before) == 2
     fewest = 2
-    with httpx.Client(base_url=leaking.http_url, timeout=60) as http:
+    with httpx.Client(base_url=sims.http_url, timeout=60) as http:
 
         def replaced() -> bool:
             nonlocal fewest
             fewest = min(fewest, http.get("/ready").json()["pools"]["sim"]["ready"])
-            return not before & generators(leaking)
+            return not before & generators(sims)
 
-        async with unbroken_load(leaking.http_url, streams=4):
+        async with unbroken_load(sims.http_url, streams=4):
             await until(replaced, 180, "the replacement of both")
     assert fewest >= 1
 
 
-def test_all_replicas_run_then(leaking: Running) -> None:
+def test_all_replicas_run_then(sims: Running) -> None:
     deadline = time.monotonic() + 120
-    while set(states(leaking)) != {"RUNNING"}:  # the last one may still be stopping
-        assert time.monotonic() < deadline, states(leaking)
+    while set(states(sims)) != {"RUNNING"}:  # the last one may still be stopping
+        assert time.monotonic() < deadline, states(sims)
         time.sleep(0.5)

@@ -2,8 +2,11 @@
 
 import json
 import signal
+import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +15,62 @@ import psutil
 import pytest
 import yaml
 
+from cluster.launch.prometheus import executable
 from cluster.metrics import Metric, table
 from cluster.monitoring import prometheus as monitoring
-from tests.cluster.conftest import Running, free_ports
+from tests.cluster.conftest import Running, free_ports, router_of, serve_config, sim_generator
+from tests.monitoring.hurried import hurried
 
 GRAFANA = Path(monitoring.__file__).parent / "grafana"
+FLOODED, LEAKING = "flooded", "leaking"
+FROM_NONE = {"min": 0, "max": 1, "target_ongoing": 8}
 LOAD_S = 60.0
 ARRIVES_S = 90.0
 """A replica's figures come to Prometheus within some 25 s; a busy machine takes longer."""
 
-ABSENT = {  # what a machine without GPU, TLS, tenants or such an event has nothing to say about
-    *(metric.name for metric in table.all_metrics() if "_device_" in metric.name),
-    *("tandem_certificate_expiry_timestamp_seconds", "tandem_encoder_agreement_ratio"),
-    *("tandem_encoder_drift_ratio", "tandem_limits_hit_total", "tandem_energy_joules_total"),
-    *("tandem_cost_total", "tandem_memory_growth_bytes_per_second"),
-    *("tandem_autoscaling_decisions_total", "tandem_capacity_tokens"),
+HURRY = 15.0
+"""How much shorter the durations in the rules are whose alerts take minutes: 15 m are 1 m."""
+SCRAPE_S = 5
+"""Several in the shortest of their windows."""
+
+ABSENT = {
+    **{
+        metric.name: "a GPU"
+        for metric in table.all_metrics()
+        if metric.name.startswith("tandem_device_")
+    },
+    "tandem_certificate_expiry_timestamp_seconds": "TLS between the nodes",
+    "tandem_encoder_agreement_ratio": "a processor that computes in less than float32",
+    "tandem_encoder_drift_ratio": "a classifier with a reference (`tandem models reference`)",
+    "tandem_limits_hit_total": "API keys, without which the address answers all who scrape it",
 }
-SILENT = ("tandem_encoder_cache_hits_total",)
-"""In panels that show nothing where what they show is off."""
+"""What is not there, and what it would take."""
+
+
+def config() -> dict[str, Any]:
+    """A usual generator and the classifier; one that gets too much, and one that leaks."""
+    sim = {"decode_s_per_token": 0.005, "prefill_s_per_token": 0.0005}
+    slow = {"decode_s_per_token": 0.05, "max_num_seqs": 2}
+    sentiment = {
+        "name": "sentiment",
+        "model": "sentiment-minilm",
+        "resources": {"cpus": 0.25},
+        "result_cache": {"max_bytes": "1MiB"},
+    }
+    return serve_config(
+        generators=[
+            sim_generator(name="smollm2", sim=sim),
+            # Its first request has its replica started: a decision of the autoscaler. So many wait
+            # in its engine that the router learns its capacity.
+            sim_generator(name=FLOODED, sim=slow, max_ongoing=12, replicas=FROM_NONE),
+            sim_generator(name=LEAKING, sim={"leak_bytes_per_request": "64KiB"}),
+        ],
+        classifiers=[sentiment],
+        router=router_of(1, max_queued=4),
+        accounting={"watts_per_core": 10, "per_cpu_hour": 0.05},
+        leaks={"sample_s": 1, "window_s": 30, "settle_s": 0, "min_growth_bytes": "1MiB"},
+        cluster={"prometheus_port": free_ports(1)[0]},
+    )
 
 
 class Prometheus:
@@ -56,25 +97,77 @@ class Prometheus:
             time.sleep(2)
         return True
 
-    def firing(self, alert: str) -> bool:
-        return bool(self.query(f'ALERTS{{alertname="{alert}",alertstate="firing"}}'))
+    def firing(self, alert: str, **labels: str) -> bool:
+        wanted = {"alertname": alert, "alertstate": "firing", **labels}
+        matchers = ",".join(f'{name}="{value}"' for name, value in wanted.items())
+        return bool(self.query(f"ALERTS{{{matchers}}}"))
 
 
 @pytest.fixture(scope="module")
-def watched(make_cluster: Any) -> Iterator[Running]:
-    """A simulated generator and the classifier, watched, after a minute of mixed load."""
-    sim = {"decode_s_per_token": 0.005, "prefill_s_per_token": 0.0005}
-    values = {
-        "generators.smollm2.engine": "sim",
-        "generators.smollm2.sim": json.dumps(sim),
-        "cluster.prometheus_port": free_ports(1)[0],
-    }
-    words = [word for path, value in values.items() for word in ("--set", f"{path}={value}")]
-    running: Running = make_cluster("--monitoring", *words)
-    load(running.http_url, LOAD_S)
+def started(make_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    file = tmp_path_factory.mktemp("config") / "config.yaml"
+    file.write_text(yaml.safe_dump(config()), encoding="utf-8")
+    running: Running = make_cluster("--monitoring", "--config", str(file))
     yield running
     assert running.tandem("down").returncode == 0
     assert not any(p.info["name"] == "prometheus" and is_of(p, running) for p in processes())
+
+
+@pytest.fixture(scope="module")
+def hurried_prometheus(
+    started: Running, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Prometheus]:
+    """A second Prometheus of the same cluster, whose rules have shorter durations."""
+    folder = tmp_path_factory.mktemp("prometheus")
+    for path in monitoring.RULES.glob("*.yml"):
+        (folder / path.name).write_text(hurried(path.read_text(), HURRY))
+    targets = monitoring.Targets(started.status()["state"]["dashboard_url"], None)
+    settings = yaml.safe_load(monitoring.configuration(targets, [str(folder / "*.yml")]))
+    settings["global"] = {
+        "scrape_interval": f"{SCRAPE_S}s",
+        "evaluation_interval": f"{SCRAPE_S}s",
+    }
+    file = folder / "prometheus.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    command = [
+        executable(),
+        f"--config.file={file}",
+        f"--storage.tsdb.path={folder / 'data'}",
+        f"--web.listen-address={address}",
+        "--log.level=warn",
+    ]
+    with subprocess.Popen(command) as process:
+        yield Prometheus(f"http://{address}")
+        process.terminate()
+
+
+@pytest.fixture(scope="module")
+def pressed(started: Running, hurried_prometheus: Prometheus) -> Iterator[None]:
+    """More requests than one pool can serve, and some to the one that leaks; until the end."""
+    done = threading.Event()
+    clients = [(FLOODED, 0.2)] * 20 + [(LEAKING, 0.25)]
+    with ThreadPoolExecutor(len(clients)) as pool:
+        asking = [pool.submit(ask_on, started.http_url, done, *client) for client in clients]
+        yield
+        done.set()
+    for client in asking:
+        client.result()
+
+
+def ask_on(url: str, done: threading.Event, model: str, pause_s: float) -> None:
+    """One request after the other; what is refused is asked again after a pause."""
+    body = {"model": model, "prompt": "a b c", "max_tokens": 16}
+    with httpx.Client(base_url=url, timeout=60) as client:
+        while not done.wait(pause_s):
+            client.post("/v1/completions", json=body)
+
+
+@pytest.fixture(scope="module")
+def watched(started: Running, pressed: None) -> Running:
+    """The cluster after a minute of mixed load, which goes on where there is too much of it."""
+    load(started.http_url, LOAD_S)
+    return started
 
 
 def processes() -> list[psutil.Process]:
@@ -93,10 +186,10 @@ def load(url: str, seconds: float) -> None:
     chat = {"model": "smollm2", "max_tokens": 16, "messages": [{"role": "user", "content": "Hi"}]}
     deadline = time.monotonic() + seconds
     with httpx.Client(base_url=url, timeout=60) as client:
-        while time.monotonic() < deadline:
+        while (now := time.monotonic()) < deadline:
             client.post("/v1/chat/completions", json={**chat, "stream": True})
             client.post("/v1/chat/completions", json=chat)
-            client.post("/classify", json={"input": ["good", "bad", "a long and fine film"]})
+            client.post("/classify", json={"input": ["good", "bad", f"the film of {now}"]})
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +218,7 @@ def test_every_panel_has_something_to_show(watched: Running, prometheus: Prometh
         for path in sorted((GRAFANA / "dashboards").glob("*.json"))
         for panel in json.loads(path.read_text())["panels"]
         for target in panel.get("targets", [])
-        if not any(name in target["expr"] for name in (*ABSENT, *SILENT, "ray_vllm_"))
+        if not any(name in target["expr"] for name in (*ABSENT, "ray_vllm_"))
     ]
     load(watched.http_url, 20)
     time.sleep(2 * monitoring.SCRAPE_INTERVAL_S)
@@ -150,6 +243,18 @@ def test_the_rules_are_evaluated(prometheus: Prometheus) -> None:
         for group in yaml.safe_load(path.read_text())["groups"]:
             assert {rule.get("alert") or rule["record"] for rule in group["rules"]} <= loaded
     assert not [rule for group in groups for rule in group["rules"] if rule["health"] == "err"]
+
+
+def test_overload_fires_its_alert(watched: Running, hurried_prometheus: Prometheus) -> None:
+    prometheus = hurried_prometheus
+    assert prometheus.until(lambda: prometheus.firing("TandemShedding", model=FLOODED))
+    assert not prometheus.firing("TandemShedding", model="smollm2")
+
+
+def test_a_leak_fires_its_alert(watched: Running, hurried_prometheus: Prometheus) -> None:
+    prometheus = hurried_prometheus
+    assert prometheus.until(lambda: prometheus.firing("TandemMemoryGrowing", model=LEAKING))
+    assert not prometheus.firing("TandemMemoryGrowing", model="smollm2")
 
 
 def test_a_killed_engine_fires_its_alert(watched: Running, prometheus: Prometheus) -> None:

@@ -5,66 +5,39 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 import yaml
 
-from tests.cluster.conftest import Running
+from tests.cluster.conftest import Running, router_of, serve_config, sim_generator
 
 BODY = {"model": "sim", "prompt": "a b c", "max_tokens": 25, "stream": True}
 
 
 def config(**generator: Any) -> dict[str, Any]:
-    sim = {
-        "name": "sim",
-        "model": "sim",
-        "engine": "sim",
-        "sim": {"decode_s_per_token": 0.02},
-        "max_ongoing": 16,
-        "replicas": {
-            "min": 1,
-            "max": 3,
-            "target_ongoing": 4,
-            "upscale_delay_s": 0,
-            "downscale_delay_s": 1,
-        },
-        "resources": {"cpus": 0.1},
-        **generator,
+    scaled = {
+        "min": 1,
+        "max": 3,
+        "target_ongoing": 4,
+        "upscale_delay_s": 0,
+        "downscale_delay_s": 1,
     }
-    router = {"replicas": {"min": 2, "max": 2}, "resources": {"cpus": 0.1}, "max_queued": 200}
-    application = {
-        "name": "tandem",
-        "route_prefix": "/",
-        "import_path": "deployments.app:build",
-        "args": {"generators": [sim], "router": router},
-    }
+    fields = {"sim": {"decode_s_per_token": 0.02}, "max_ongoing": 16, "replicas": scaled}
+    sim = sim_generator(**{**fields, **generator})
     beside = {
         "name": "beside",
         "route_prefix": "/beside",
         "import_path": "tests.cluster.unlinkable:build",
         "args": {
             "generators": [{**sim, "replicas": {"min": 1, "max": 1}}],
-            "router": {"replicas": {"min": 1, "max": 1}, "resources": {"cpus": 0.1}},
+            "router": router_of(1),
         },
     }
-    return {
-        "http_options": {"host": "127.0.0.1", "port": 8000},
-        "applications": [application, beside],
-    }
-
-
-@pytest.fixture(scope="module")
-def sims(make_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    file = tmp_path_factory.mktemp("config") / "sim.yaml"
-    file.write_text(yaml.safe_dump(config()), encoding="utf-8")
-    running: Running = make_cluster("--config", str(file))
-    yield running
-    assert running.tandem("down").returncode == 0
+    return serve_config(beside, generators=[sim], router=router_of(2, max_queued=200))
 
 
 def num_replicas(http: httpx.Client) -> int:

@@ -11,7 +11,7 @@ import yaml
 
 from cluster.launch import processes
 from cluster.models import store
-from tests.cluster.conftest import Running
+from tests.cluster.conftest import Running, serve_config
 from tests.cluster.tiny_llama import make_tiny_llama
 
 
@@ -27,15 +27,8 @@ def test_two_workers_in_a_placement_group(make_cluster: Any, tmp_path: Path) -> 
         "dtype": "float32",
         "resources": {"cpus": 0.5},
     }
-    application = {
-        "name": "tandem",
-        "route_prefix": "/",
-        "import_path": "deployments.app:build",
-        "args": {"generators": [generator]},
-    }
-    config = {"http_options": {"host": "127.0.0.1", "port": 8000}, "applications": [application]}
     file = tmp_path / "tp.yaml"
-    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    file.write_text(yaml.safe_dump(serve_config(generators=[generator])), encoding="utf-8")
     cluster: Running = make_cluster("--config", str(file))
     try:
         body = {"prompt": "Hello there", "max_tokens": 24, "ignore_eos": True, "temperature": 0}

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from cluster.launch import processes
-from tests.cluster.conftest import ROOT, TANDEM, Running, home_alone
+from tests.cluster.conftest import ROOT, TANDEM, Running, home_alone, serve_config
 
 FOREIGN_RAY = """
 import sys, ray
@@ -56,14 +56,8 @@ def is_alive(ray: subprocess.Popen[str]) -> bool:
 
 def write_config(directory: Path, **sim: Any) -> Path:
     generator = {"name": "sim", "model": "sim", "engine": "sim", "sim": sim}
-    application = {
-        "name": "tandem",
-        "route_prefix": "/",
-        "import_path": "deployments.app:build",
-        "args": {"generators": [generator]},
-    }
     path = directory / "config.yaml"
-    path.write_text(yaml.safe_dump({"applications": [application]}))
+    path.write_text(yaml.safe_dump(serve_config(generators=[generator])))
     return path
 
 

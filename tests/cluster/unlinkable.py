@@ -1,10 +1,11 @@
 """An application whose replica names an address at which no link can be opened."""
 
 from typing import Any
+from unittest.mock import patch
 
 from ray.serve import Application
 
-import deployments.app
+from deployments import app
 from deployments.generator import Generator
 
 
@@ -14,5 +15,5 @@ class Unlinkable(Generator):
 
 
 def build(args: dict[str, Any]) -> Application:
-    deployments.app.Generator = Unlinkable  # type: ignore[misc]
-    return deployments.app.build(args)
+    with patch.object(app, "Generator", Unlinkable):  # Serve may build another one in this process
+        return app.build(args)

@@ -1,5 +1,6 @@
 """The recording and alert rules: right, tested, and each alert with a page that says what to do."""
 
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import yaml
 
 from cluster.monitoring.prometheus import RULES, Targets, configuration
+from tests.monitoring.hurried import hurried
 from tests.monitoring.promql import known, names
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +75,19 @@ def test_rules_ask_only_for_what_is_counted() -> None:
     recorded = {rule["record"] for rule in rules() if "record" in rule}
     for rule in rules():
         assert names(rule["expr"]) <= known() | recorded, rule["expr"]
+
+
+def test_hurried_rules_differ_in_their_durations_alone(tmp_path: Path) -> None:
+    for path in RULES.glob("*.yml"):
+        text = path.read_text()
+        fast = hurried(text, 15)
+        assert fast != text
+        assert re.sub(r"\b\d+[smhd]\b", "", fast) == re.sub(r"\b\d+[smhd]\b", "", text)
+        (tmp_path / path.name).write_text(fast)
+    promtool("check", "rules", *sorted(tmp_path.glob("*.yml")))
+    service = yaml.safe_load((tmp_path / "service.yml").read_text())
+    shedding = next(r for r in service["groups"][0]["rules"] if r["alert"] == "TandemShedding")
+    assert shedding["for"] == "20s"
 
 
 @pytest.mark.parametrize("ingress", [None, "127.0.0.1:8000"])

@@ -81,14 +81,17 @@ class World:
         self.servers: dict[str, LinkServer] = {}
         self.running: dict[str, dict[str, ReplicaInfo]] = {name: {} for name in gateway.pools}
 
-    async def add(self, pool: str, name: str, routes: tuple[str, ...] = ROUTES) -> Replica:
+    async def add(
+        self, pool: str, name: str, routes: tuple[str, ...] = ROUTES, ready: int | None = None
+    ) -> Replica:
         replica = Replica(name)
         server = LinkServer(replica, SECRET)
         host, port = await server.start()
         self.servers[name] = server
         self.running[pool][name] = ReplicaInfo(name, host, port, routes, {"engine": "1"})
         self.update(pool)
-        await self.until(lambda: self.gateway.pools[pool].num_ready == len(self.running[pool]))
+        wanted = len(self.running[pool]) if ready is None else ready
+        await self.until(lambda: self.gateway.pools[pool].num_ready == wanted)
         return replica
 
     def take_out(self, pool: str, name: str) -> None:
@@ -328,17 +331,22 @@ async def test_a_pool_without_replicas_is_ready_and_holds_requests_for_the_first
         assert (await call.done()).status == 200
 
 
-async def test_a_lost_replica_is_replaced_by_another_while_nothing_was_answered() -> None:
+@pytest.mark.parametrize("how", ["lost", "unavailable"])
+async def test_a_lost_replica_is_replaced_by_another_while_nothing_was_answered(how: str) -> None:
     async with a_world() as world:
         await world.add("gen", "gen-1")
         call = asgi.start(world.app, "POST", CHAT, {"wait_before": True})
         await world.until(lambda: world.servers["gen-1"].num_ongoing == 1)
         other = await world.add("gen", "gen-2")
         other.gate.set()
-        await world.servers["gen-1"].stop()
+        if how == "lost":
+            await world.gateway.pools["gen"].replicas[0].link.close()
+        else:
+            await world.servers["gen-1"].stop()
         answer = await call.done()
         assert answer.status == 200
         assert answer.json()["replica"] == "gen-2"
+        assert await handovers(world) == {how: 1}
 
 
 async def test_a_stream_that_is_cut_off_ends_with_an_error_event() -> None:
@@ -371,6 +379,23 @@ async def test_a_replica_that_is_taken_out_finishes_what_it_has() -> None:
         old.gate.set()
         assert (await call.done()).json()["replica"] == "gen-1"
         assert len(old.seen) == len(new.seen) == 1
+        assert await handovers(world) == {"drained": 1}
+
+
+async def test_a_replica_that_retires_finishes_what_it_has_and_refuses_the_rest() -> None:
+    async with a_world() as world:
+        old = await world.add("gen", "gen-1")
+        call = asgi.start(world.app, "POST", CHAT, {"wait_before": True})
+        await world.until(lambda: len(old.seen) == 1)
+        late = asgi.start(world.app, "POST", CHAT, {})
+        while world.gateway.pools["gen"].num_ongoing < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        world.servers["gen-1"].retire()  # the request is on its way, and was not read yet
+        await world.add("gen", "gen-2", ready=1)
+        old.gate.set()
+        assert (await call.done()).json()["replica"] == "gen-1"
+        assert (await late.done()).json()["replica"] == "gen-2"
+        assert await handovers(world) == {"refused": 1, "drained": 1}
 
 
 async def test_load_is_spread() -> None:
@@ -513,6 +538,12 @@ async def metrics(world: World) -> dict[tuple[str, ...], float]:
         for family in text_string_to_metric_families(answer.body.decode())
         for sample in family.samples
     }
+
+
+async def handovers(world: World) -> dict[str, float]:
+    """Those that there were, by their reason."""
+    found = await metrics(world)
+    return {k[2]: n for k, n in found.items() if k[0] == "tandem_handovers_total" and n}
 
 
 async def test_every_request_is_counted_once() -> None:

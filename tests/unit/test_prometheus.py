@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.config import RouterConfig
 from cluster.errors import StartError
 from cluster.launch import prometheus
 
@@ -34,3 +35,18 @@ def test_rays_token_is_written_for_the_user_alone(
         assert path is not None
         assert Path(path).read_text() == "a-token"
         assert stat.S_IMODE(Path(path).stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    ("keys", "asked"),
+    [
+        ({}, "h:1"),
+        ({"api_keys_sha256": ["0" * 64]}, None),
+        ({"operator_keys_sha256": ["0" * 64]}, None),
+        ({"keys_file": "keys.yaml"}, None),
+    ],
+)
+def test_the_routers_address_is_asked_only_where_no_key_is_needed(
+    keys: dict[str, object], asked: str | None
+) -> None:
+    assert prometheus.ingress(RouterConfig.model_validate(keys), "http://h:1") == asked

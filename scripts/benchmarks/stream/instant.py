@@ -2,14 +2,13 @@
 
 import argparse
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 
-from benchmarks import cpu, load
-from benchmarks.load import Load
+from benchmarks import load
 from benchmarks.report import Cell as ReportCell
 from benchmarks.report import Report, Table
 from benchmarks.rounds import Summary, interleaved
+from benchmarks.stream.cell import TOKENS, Cell, chat, measure
 from benchmarks.stream.costs import cost_table
 from benchmarks.stream.paths import (
     BARE,
@@ -20,12 +19,9 @@ from benchmarks.stream.paths import (
     VLLM_ROUTER,
     say,
 )
-from benchmarks.targets.running import Running
 
-TOKENS = 128
 HEADLINE = 32
 """Connections of the keys that carry no number."""
-WARM_UP_S = 1.5
 
 RATIOS = {
     "ratio_vs_bare": (BARE, 1.0),
@@ -34,18 +30,6 @@ RATIOS = {
     "ratio_vs_vllm_router": (VLLM_ROUTER, 1.0),
 }
 """Keys, the peers that the cluster is compared with, and the ratios to reach."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One path under one load in one round."""
-
-    req_s: float
-    load: Load
-    cpu_us_per_token: Mapping[str, float]
-    """By the parts of the target."""
-    client_share: float
-    """wrk's share of a core."""
 
 
 Cells = dict[tuple[str, int], list[Cell]]
@@ -57,42 +41,13 @@ def run(args: argparse.Namespace) -> Report:
     cells: Cells = defaultdict(list)
     for number, name in interleaved(args.targets, args.rounds):
         with TARGETS[name](0.0) as running:
-            request = _request(running)
+            request = chat(running.endpoint)
             size = load.answer_size(running.endpoint, request, TOKENS)
             for connections in args.connections:
-                cell = _cell(running, request, size, connections, args.seconds)
+                cell = measure(running, request, size, connections, args.seconds)
                 cells[name, connections].append(cell)
                 say(number, name, f"{connections:>4} connections {cell.req_s:8.1f} req/s")
     return _report(cells, args.connections)
-
-
-def _request(running: Running) -> bytes:
-    endpoint = running.endpoint
-    body = {
-        "model": endpoint.model,
-        "messages": [{"role": "user", "content": "Tell me something."}],
-        "max_tokens": TOKENS,
-        "stream": True,
-    }
-    return endpoint.request("/v1/chat/completions", body)
-
-
-def _cell(running: Running, request: bytes, size: int, connections: int, seconds: float) -> Cell:
-    load.drive(running.endpoint, request, connections, WARM_UP_S)
-    cpu.settle(running.home.path)
-    client_s = load.client_cpu_s()
-    before = cpu.snapshot(running.home.path)
-    found = load.drive(running.endpoint, request, connections, seconds)
-    spent = cpu.spent(before, cpu.snapshot(running.home.path))
-    client_s = load.client_cpu_s() - client_s
-    cpu.settle(running.home.path)
-    answers = found.answers(size, connections)
-    return Cell(
-        req_s=answers / found.seconds,
-        load=found,
-        cpu_us_per_token={part: s / answers / TOKENS * 1e6 for part, s in spent.items()},
-        client_share=client_s / found.seconds,
-    )
 
 
 def _report(cells: Cells, connections: list[int]) -> Report:
