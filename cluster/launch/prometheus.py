@@ -106,10 +106,10 @@ def start(
 
 
 def _targets(loaded: LoadedConfig, cluster: ClusterState, directory: Path) -> Targets:
-    open_to_all = not loaded.config.router.api_keys_sha256
+    is_open = not loaded.config.router.asks_for_keys
     return Targets(
         dashboard=cluster.dashboard_url,
-        ingress=urlsplit(cluster.http_url).netloc if open_to_all else None,
+        ingress=urlsplit(cluster.http_url).netloc if is_open else None,
         token_file=token_file(directory),
     )
 
