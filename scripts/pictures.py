@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
 """Takes docs/images/dashboard-*.png anew: PYTHONPATH=. python scripts/pictures.py
 
-Starts a cluster of simulated engines with a home and ports of its own, puts load on it for as long as
-the page shows, looks at the page in headless Chromium (Debian's chromium and chromium-driver), ends it.
+Starts a cluster of simulated engines with a home and ports of its own, puts load on it until the
+page's five minutes are full, looks at it in headless Chromium (Debian's chromium and
+chromium-driver), and ends it.
 """
 
 import asyncio
 import base64
 import io
-import json
 import subprocess
 import tempfile
 from contextlib import asynccontextmanager, suppress
+from itertools import cycle
 from pathlib import Path
 
 import httpx
@@ -24,7 +25,10 @@ from tests.serve.browser import Page, start
 IMAGES = ROOT / "docs" / "images"
 PAGES = {"light": ("light", 1100), "dark": ("dark", 1100), "phone": ("dark", 360)}
 LOAD = ((50, 3), (90, 24), (70, 8), (80, 30), (20, 14))
-"""Seconds, and how many streams at a time."""
+"""Seconds, and how many streams at a time; then from the beginning."""
+FULL_S = 280
+"""So much of the past a picture has; where the machine was held up, the page begins anew."""
+WAIT_S = 1200
 SIM = {
     "prefill_s_per_token": 0.001,
     "decode_s_per_token": 0.03,
@@ -83,7 +87,7 @@ async def running():
 
 
 async def stream(http, number):
-    """One chat after the other, of different lengths; now and then for a model that is not there."""
+    """One chat after the other, of different lengths; now and then for an unknown model."""
     turn = number
     while True:
         turn += 1
@@ -99,15 +103,15 @@ async def stream(http, number):
 
 
 async def put_load(http):
-    """Load as ``LOAD`` says; the last streams go on."""
-    streams = []
-    for seconds, wanted in LOAD:
-        while len(streams) > wanted:
-            streams.pop().cancel()
-        for number in range(len(streams), wanted):
-            streams.append(asyncio.create_task(stream(http, number)))
-        await asyncio.sleep(seconds)
-    return streams
+    """Load as ``LOAD`` says, until it is cancelled."""
+    async with asyncio.TaskGroup() as group:
+        streams = []
+        for seconds, wanted in cycle(LOAD):
+            while len(streams) > wanted:
+                streams.pop().cancel()
+            missing = range(len(streams), wanted)
+            streams += [group.create_task(stream(http, number)) for number in missing]
+            await asyncio.sleep(seconds)
 
 
 def take(url):
@@ -118,8 +122,7 @@ def take(url):
             page = Page(driver)
             for name, (scheme, width) in PAGES.items():
                 page.open(f"{url}/dashboard", scheme, width)
-                page.until(lambda: page.by("state").text == "live")
-                page.until(lambda: page.script("kept.times.length > 200"))
+                page.until(lambda: page.script(f"last - kept.times[0] >= {FULL_S}"), WAIT_S)
                 (IMAGES / f"dashboard-{name}.png").write_bytes(picture(page))
         finally:
             driver.quit()
@@ -140,13 +143,12 @@ def picture(page):
 async def main():
     """Take all pictures."""
     async with running() as url, httpx.AsyncClient(base_url=url, timeout=120) as http:
-        streams = await put_load(http)
-        await asyncio.to_thread(take, url)
-        shown = (await http.get("/dashboard/data")).json()
-        print(json.dumps(shown["decisions"], indent=1))
-        for one in streams:
-            one.cancel()
-        await asyncio.wait(streams)
+        load = asyncio.create_task(put_load(http))
+        try:
+            await asyncio.to_thread(take, url)
+        finally:
+            load.cancel()
+            await asyncio.wait([load])
 
 
 if __name__ == "__main__":
