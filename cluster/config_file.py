@@ -41,6 +41,8 @@ class LoadedConfig:
     config: TandemConfig
     http_host: str
     http_port: int
+    overrides: tuple[str, ...] = ()
+    """As they were given."""
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
@@ -73,6 +75,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
         config=config,
         http_host=host,
         http_port=port,
+        overrides=tuple(overrides),
     )
 
 

@@ -14,11 +14,12 @@ from typing import Any
 from ray.serve._private.common import DeploymentID
 from ray.serve.config import AutoscalingContext
 
-from cluster.autoscaling import Autoscaler, Decision, PoolSignals
+from cluster.autoscaling import Autoscaler, Decision, PoolSignals, TargetChange
 from cluster.autoscaling.pool import STALE_S
 from cluster.autoscaling.reports import LoadReport, merge, parse_reports
 from cluster.autoscaling.settings import PoolSettings
 from cluster.metrics import Registry, table
+from deployments.decisions import DecisionLog
 from deployments.metrics import RayMetrics
 
 logger = logging.getLogger("ray.serve.tandem")
@@ -88,6 +89,7 @@ class ApplicationPolicy:
         self._hearing = _Hearing()
         registry = Registry()
         self._registry, self._metrics = registry, RayMetrics(registry)
+        self._log = DecisionLog()
 
     def __call__(
         self, contexts: Mapping[DeploymentID, AutoscalingContext]
@@ -116,7 +118,7 @@ class ApplicationPolicy:
         signals = self._signals(now, parts)
         decisions = self._autoscaler.decide(now, signals)
         for part in parts:
-            self._tell(part.pool, signals[part.pool].target, decisions[part.pool])
+            self._tell(part, signals[part.pool].target, decisions[part.pool])
             if (took_s := self._autoscaler.scalers[part.pool].startup_s) is not None:
                 name = part.pool or "router"
                 self._registry.gauge(table.STARTUP_SECONDS, name, "decision").value = took_s
@@ -159,15 +161,19 @@ class ApplicationPolicy:
         base = self._base(now, part, 0.0 if known else float("inf"))
         return merge([LoadReport(ongoing=value) for value in known], {}, base)
 
-    def _tell(self, pool: str, before: int, decision: Decision) -> None:
-        name = pool or "router"
+    def _tell(self, part: _Part, before: int, decision: Decision) -> None:
+        name = part.pool or "router"
         self._registry.gauge(table.TARGET_REPLICAS, name).value = float(decision.target)
         self._registry.gauge(table.WANTED_REPLICAS, name).value = float(decision.wanted)
+        changes = []
         if decision.target != before:
             self._registry.counter(table.SCALING_DECISIONS, name, decision.cause).add()
             message = "autoscaling: %s from %d to %d replicas (%s): %s"
             change = before, decision.target
-            logger.info(message, name, *change, decision.cause, decision.reason)
+            why = decision.cause, decision.reason
+            logger.info(message, name, *change, *why)
+            changes = [TargetChange(time.time(), name, *change, *why)]
+        self._log.note(part.context.deployment_id, changes)
 
 
 class PoolPolicy:

@@ -39,6 +39,7 @@ from cluster.link import (
 )
 from cluster.models.store import home
 from cluster.tracing import start_tracer
+from deployments.decisions import read_decisions
 from deployments.discovery import Discovery
 from deployments.handles import opener
 from deployments.links import serve_links, watch_certificate
@@ -80,14 +81,24 @@ class Router:
         usage.start()
         keys = KeyFile(key_file_path(router), expected=router.keys_file is not None)
         wirings = _wirings(pools, secret, tls)
+        scaled = {
+            name: DeploymentID(handle.deployment_name, handle.app_name)
+            for name, handle in pools.items()
+        }
         self._gateway = Gateway(
-            config, wirings, _versions(), keys, self._tracer, usage, self._links
+            config,
+            wirings,
+            _versions(),
+            keys,
+            self._tracer,
+            usage,
+            self._links,
+            partial(read_decisions, [own, *scaled.values()]),
         )
         self._routers: list[ReplicaInfo] = []
         self._peers = Peers(self._gateway, self._links)
         listeners = {
-            DeploymentID(handle.deployment_name, handle.app_name): self._gateway.pools[name].update
-            for name, handle in pools.items()
+            deployment: self._gateway.pools[name].update for name, deployment in scaled.items()
         }
         self._discovery = Discovery({**listeners, own: self._on_routers})
         registry = self._gateway.registry

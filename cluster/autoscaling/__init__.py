@@ -4,7 +4,7 @@ Pure: neither Ray nor a clock nor I/O; the time is an argument. ``Autoscaler`` i
 system, the simulator and the benchmark run alike.
 """
 
-from cluster.autoscaling.autoscaler import Autoscaler, Decision
+from cluster.autoscaling.autoscaler import Autoscaler, Decision, TargetChange
 from cluster.autoscaling.capacity import Capacity
 from cluster.autoscaling.forecast import Forecast
 from cluster.autoscaling.plan import Budget, allocate
@@ -21,6 +21,7 @@ __all__ = [
     "PoolSignals",
     "PoolSpec",
     "ReplicaValue",
+    "TargetChange",
     "allocate",
     "least_valuable",
 ]

@@ -21,6 +21,19 @@ class Decision:
     """A sentence, for a log."""
 
 
+@dataclass(frozen=True, slots=True)
+class TargetChange:
+    """A decision that changed a pool's target, for whoever asks later."""
+
+    time: float
+    """Unix time."""
+    pool: str
+    before: int
+    target: int
+    cause: str
+    reason: str
+
+
 class Autoscaler:
     """Decides for all pools of one application; keeps what it learned between the calls."""
 

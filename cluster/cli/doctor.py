@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.text import Text
 
 from cluster.cli.paths import load_config
+from cluster.config_file import LoadedConfig
+from cluster.launch import state
 from cluster.launch.doctor import Finding, Level, examine
 from cluster.models.store import home
 
@@ -22,7 +24,7 @@ def run(config: Path | None, overrides: Sequence[str], *, as_json: bool) -> None
     Raises:
         ConfigError: the configuration is wrong.
     """
-    loaded = load_config(config, overrides)
+    loaded = _load(config, overrides)
     console = Console(soft_wrap=True, highlight=False)
     findings: list[Finding] = []
     for finding in examine(loaded, home()):
@@ -35,6 +37,14 @@ def run(config: Path | None, overrides: Sequence[str], *, as_json: bool) -> None
         console.print("nothing stands in the way")
     if any(finding.level == "fail" for finding in findings):
         raise typer.Exit(1)
+
+
+def _load(config: Path | None, overrides: Sequence[str]) -> LoadedConfig:
+    """What was named, else what the running cluster was started with, else the default."""
+    known = None if config or overrides else state.load(home())
+    if known is not None and Path(known.config_path).is_file():
+        return load_config(Path(known.config_path), known.overrides)
+    return load_config(config, overrides)
 
 
 def _line(finding: Finding) -> Text:

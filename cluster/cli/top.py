@@ -17,6 +17,7 @@ PATH = "/dashboard/data"
 SPARK_S = 30
 """How much of the past a line of blocks shows."""
 MAX_FAILURES = 8
+MAX_DECISIONS = 5
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 Data = Mapping[str, Any]
@@ -57,7 +58,8 @@ def _next(router: Connection, last: Data) -> Group:
 
 def frame(data: Data) -> Group:
     """One frame of what ``/dashboard/data`` answered."""
-    return Group(_head(data), _models(data), "", _replicas(data), "", _failures(data))
+    parts = _models(data), _replicas(data), _failures(data), _decisions(data)
+    return Group(_head(data), *(line for part in parts if part for line in (part, "")))
 
 
 def _head(data: Data) -> Text:
@@ -78,11 +80,13 @@ def _models(data: Data) -> Table:
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column(f"tok/s, {SPARK_S} s", no_wrap=True)
     for name, rows in sorted(data["rows"].items(), key=lambda item: item[0] == ""):
-        table.add_row(name or "all", *_cells(data, rows))
+        table.add_row(name or "all", *_cells(data, rows, data["levels"][name]))
     return table
 
 
-def _cells(data: Data, rows: list[list[float | None]]) -> list[str | Text]:
+def _cells(
+    data: Data, rows: list[list[float | None]], levels: Mapping[str, float]
+) -> list[str | Text]:
     now = dict(zip(data["columns"], rows[-1], strict=True)) if rows else {}
     tokens = data["columns"].index("completion_tokens")
     failed = now.get("failed")
@@ -92,9 +96,9 @@ def _cells(data: Data, rows: list[list[float | None]]) -> list[str | Text]:
         _number(now.get("completion_tokens")),
         *(_seconds(now.get(name)) for name in ("ttft_p50", "ttft_p99", "itl_p50", "itl_p99")),
         _seconds(now.get("total_p90")),
-        _number(now.get("ongoing")),
-        _number(now.get("queued")),
-        _share(now.get("kv_cache")),
+        str(levels["ongoing"]),
+        str(levels["queued"]),
+        _share(levels["kv_cache"]),
         sparkline([row[tokens] or 0.0 for row in rows[-SPARK_S:]]),
     ]
 
@@ -123,6 +127,19 @@ def _failures(data: Data) -> Table | str:
     for failure in data["failures"][:MAX_FAILURES]:
         told = (failure["type"], failure["model"], failure["route"], failure["id"])
         table.add_row(_clock(failure["time"]), str(failure["status"]), *map(Text, told))
+    return table
+
+
+def _decisions(data: Data) -> Table | None:
+    if not data["decisions"]:
+        return None
+    table = Table(box=None, pad_edge=False)
+    for title in ("autoscaling", "pool", "replicas", "reason"):
+        table.add_column(title, no_wrap=True)
+    for change in data["decisions"][:MAX_DECISIONS]:
+        replicas = f"{change['before']} → {change['target']}"
+        told = (change["pool"], replicas, f"{change['cause']}: {change['reason']}")
+        table.add_row(_clock(change["time"]), *map(Text, told))
     return table
 
 

@@ -11,7 +11,7 @@ from cluster.errors import InternalError, MethodNotAllowedError, RequestError
 from cluster.gateway.accounts import Accounts
 from cluster.gateway.admission import Admission
 from cluster.gateway.auth import Authenticator
-from cluster.gateway.dashboard import Dashboard
+from cluster.gateway.dashboard import Dashboard, ReadDecisions
 from cluster.gateway.engine_priority import PATHS, with_engine_priority
 from cluster.gateway.gauges import watch_pools
 from cluster.gateway.journal import Ended, Journal, outcome_of
@@ -47,6 +47,7 @@ class Gateway:
         tracer: What makes the spans of requests; None: they are not traced.
         usage: What remembers who used how much; None: nobody does.
         routers: The other routers, whose figures its dashboard shows too; None: it is alone.
+        read_decisions: What its dashboard shows of autoscaling; None: there is none.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Gateway:
         tracer: "Tracer | None" = None,
         usage: UsageAccount | None = None,
         routers: RouterLinks | None = None,
+        read_decisions: ReadDecisions | None = None,
     ) -> None:
         self.max_body_bytes = int(config.router.max_body_bytes)
         self.registry = Registry()
@@ -68,7 +70,9 @@ class Gateway:
         self.pools = _make_pools(config, wirings, observers)
         watch_pools(self.registry, self.pools.values())
         self._load_reports = LoadReports(config, self.pools)
-        self._dashboard = Dashboard(self.registry, self.pools, self._journal, routers)
+        self._dashboard = Dashboard(
+            self.registry, self.pools, self._journal, routers, read_decisions
+        )
         key_hashes = router.api_keys_sha256 + router.operator_keys_sha256
         self.admission = Admission(Authenticator(key_hashes, key_file), Accounts(self.registry))
         self._own = OwnRoutes(self.pools, versions or {}, self.registry, self._dashboard, usage)

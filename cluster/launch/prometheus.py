@@ -116,8 +116,7 @@ def _targets(loaded: LoadedConfig, cluster: ClusterState, directory: Path) -> Ta
 
 def ingress(router: RouterConfig, http_url: str) -> str | None:
     """The routers' address as ``host:port``; None where its ``/metrics`` asks for a key."""
-    keys = router.api_keys_sha256 or router.operator_keys_sha256 or router.keys_file
-    return None if keys else urlsplit(http_url).netloc
+    return None if router.asks_for_keys else urlsplit(http_url).netloc
 
 
 def token_file(directory: Path) -> str | None:

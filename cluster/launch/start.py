@@ -115,6 +115,7 @@ def _new_state(loaded: LoadedConfig, *, monitoring: bool) -> state.ClusterState:
         config_path=str(loaded.path),
         started_at=time.time(),
         prometheus_url=f"http://{LOOPBACK}:{cluster.prometheus_port}" if monitoring else None,
+        overrides=list(loaded.overrides),
     )
 
 

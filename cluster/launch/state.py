@@ -3,7 +3,7 @@
 import contextlib
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from cluster.errors import StartError
@@ -24,6 +24,8 @@ class ClusterState:
     """Unix time."""
     prometheus_url: str | None = None
     """None: it was started without monitoring."""
+    overrides: list[str] = field(default_factory=list)
+    """What ``--set`` changed of the configuration."""
 
     @property
     def uptime_s(self) -> float:

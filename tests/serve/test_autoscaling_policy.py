@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray import cloudpickle
+from ray.exceptions import RpcError
 from ray.serve._private.autoscaling_state import ApplicationAutoscalingState
 from ray.serve._private.build_app import build_app
 from ray.serve._private.common import (
@@ -24,7 +26,7 @@ from ray.serve.config import AutoscalingPolicy
 from cluster.autoscaling.reports import Latency, LoadReport
 from cluster.config_file import AUTOSCALING_POLICY
 from deployments import app as app_module
-from deployments import autoscaling
+from deployments import autoscaling, decisions
 
 pytestmark = pytest.mark.filterwarnings(
     # As in deployments.app: this version of Serve has no other setting.
@@ -59,6 +61,9 @@ class Controller:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, application_policy: bool) -> None:
         self.now = 1000.0
         monkeypatch.setattr(autoscaling.time, "monotonic", lambda: self.now)
+        self.gcs: dict[bytes, bytes] = {}
+        monkeypatch.setattr(decisions, "_put", self.gcs.__setitem__)
+        monkeypatch.setattr(decisions, "_get", self.found)
         self.state = ApplicationAutoscalingState("tandem")
         if application_policy:
             self.state.register(AutoscalingPolicy(**AUTOSCALING_POLICY))
@@ -78,6 +83,9 @@ class Controller:
 
     def run(self, id: DeploymentID, *replicas: str) -> None:
         self.state.update_running_replica_ids(id, [ReplicaID(name, id) for name in replicas])
+
+    def found(self, keys: list[bytes]) -> list[bytes]:
+        return [self.gcs[key] for key in keys if key in self.gcs]
 
     def step(self) -> dict[DeploymentID, int]:
         self.now += autoscaling.DECIDE_S
@@ -108,6 +116,50 @@ def test_pools_follow_what_routers_report_within_the_budget(
     controller.run(POOL, "a", "b", "c")
     controller.report(ROUTER, "r", busy(80.0))
     assert controller.step() == {POOL: 5, ROUTER: 1}  # one CPU each, six in all
+
+
+async def test_what_was_decided_can_be_read_with_its_reasons(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    controller = Controller(monkeypatch, application_policy=True)
+    assert await decisions.read_decisions([POOL, ROUTER]) is None, "no policy ran"
+    controller.run(POOL, "a")
+    controller.run(ROUTER, "r")
+    controller.step()
+    assert await decisions.read_decisions([POOL, ROUTER]) == []
+    controller.report(ROUTER, "r", busy(11.0))
+    controller.step()
+    (change,) = await decisions.read_decisions([POOL, ROUTER]) or ()
+    assert (change.pool, change.before, change.target, change.cause) == ("sim", 1, 3, "ongoing")
+    assert "11 requests" in change.reason
+    assert abs(change.time - time.time()) < 60
+    assert await decisions.read_decisions([ROUTER]) == []
+    log = decisions.DecisionLog()  # of a controller that took the first one's place
+    log.note(POOL, [replace(change, target=n) for n in range(2 * decisions.KEPT)])
+    kept = await decisions.read_decisions([POOL]) or []
+    assert [one.target for one in kept] == list(range(decisions.KEPT, 2 * decisions.KEPT))
+
+
+async def test_a_gcs_that_does_not_answer_costs_no_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    controller = Controller(monkeypatch, application_policy=True)
+
+    def silent(*_args: Any) -> None:
+        raise RpcError("no answer")
+
+    monkeypatch.setattr(decisions, "_put", silent)
+    monkeypatch.setattr(decisions, "_get", silent)
+    controller.run(POOL, "a")
+    controller.run(ROUTER, "r")
+    controller.report(ROUTER, "r", busy(11.0))
+    assert controller.step()[POOL] == 3
+    assert await decisions.read_decisions([POOL]) is None
+    monkeypatch.setattr(decisions, "_put", controller.gcs.__setitem__)
+    monkeypatch.setattr(decisions, "_get", controller.found)
+    controller.run(POOL, "a", "b", "c")
+    controller.report(ROUTER, "r", busy(80.0))
+    controller.step()
+    told = await decisions.read_decisions([POOL]) or []
+    assert [(one.before, one.target) for one in told] == [(1, 3), (3, 5)]
 
 
 def test_a_pool_goes_to_zero_and_back(monkeypatch: pytest.MonkeyPatch) -> None:

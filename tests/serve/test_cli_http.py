@@ -178,6 +178,13 @@ DATA: dict[str, Any] = {
             ],
         }
     },
+    "levels": {
+        name: {"ongoing": 3, "queued": 0, "running": 2, "waiting": 1, "kv_cache": 0.25}
+        for name in ("", "gen")
+    },
+    "decisions": [
+        {"time": 1e9, "pool": "gen", "before": 1, "target": 2, "cause": "busy", "reason": "[b]"}
+    ],
     "failures": [
         {"time": 1e9, "id": "[red]id", "model": "gen", "route": "/x", "status": 503, "type": "T"}
     ],
@@ -188,9 +195,19 @@ def test_top_prints_a_frame(router: Router) -> None:
     router.answer = lambda path, body: (200, DATA)
     done = CliRunner().invoke(app, ["top", "--once", "--url", router.url], env={"COLUMNS": "160"})
     assert done.exit_code == 0
-    for text in ("2 router(s)", "no answer from b", "gen-1", "1.50 s", "20.0 ms", "25%", "▄█"):
+    for text in (
+        "2 router(s)",
+        "no answer from b",
+        "gen-1",
+        "1.50 s",
+        "20.0 ms",
+        "25%",
+        "▄█",
+        "1 → 2",
+    ):
         assert text in done.stdout
     assert "[red]id" in done.stdout
+    assert "busy: [b]" in done.stdout
     assert router.requests[0][0].startswith("/dashboard/data?since=")
 
 

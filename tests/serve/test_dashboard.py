@@ -1,12 +1,16 @@
 """The dashboard's data and the journal's lines, from real routers, links and small applications."""
 
 import asyncio
+import io
 import json
 import logging
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from cluster.autoscaling import TargetChange
+from cluster.cli import top
 from cluster.gateway.dashboard import service
 from cluster.gateway.dashboard.history import History
 from cluster.gateway.journal import LOGGER
@@ -79,6 +83,59 @@ async def test_data_is_of_all_pools_and_names_failures_without_their_text() -> N
         assert (failure["id"], failure["status"]) == ("wrong-model", 404)
         assert "secret" not in json.dumps(found)
         assert (await told(world, found["times"][-1]))["times"] in ([], [found["times"][-1] + 1])
+
+
+async def test_what_is_shown_as_now_is_of_one_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with a_world() as world:
+        replica = await world.add("gen", "gen-1")
+        held = asgi.start(world.app, "POST", CHAT, {"model": "gen", "wait_before": True})
+        async with asyncio.timeout(60):
+            while not sampled(await told(world)):  # noqa: ASYNC110
+                await asyncio.sleep(0.2)
+        monkeypatch.setattr(service, "REFRESH_S", 3600.0)
+        replica.gate.set()
+        await held.done()
+        found = await told(world)
+        assert sampled(found) == 1, "the second's end, when the request was there"
+        screen = io.StringIO()
+        Console(file=screen, width=200).print(top.frame(found))
+        lines = [line.split() for line in screen.getvalue().splitlines() if line.strip()]
+        shown = {cells[0]: cells for cells in lines}
+        assert shown["gen-1"][3] == "0"
+        for model in ("gen", "all"):
+            ongoing, queued, *_ = shown[model][-4:]
+            assert (ongoing, queued) == ("0", "0")
+
+
+def sampled(data: Any) -> float:
+    rows = data["rows"]["gen"]
+    return float(rows[-1][data["columns"].index("ongoing")]) if rows else 0.0
+
+
+async def test_decisions_are_asked_for_seldom_and_the_last_are_shown() -> None:
+    asked = 0
+
+    async def read() -> list[TargetChange] | None:
+        nonlocal asked
+        asked += 1
+        return [TargetChange(n, "gen", n, n + 1, "busy", "there are requests") for n in range(30)]
+
+    async with a_world() as alone:
+        assert (await told(alone))["decisions"] is None
+    async with a_world(read_decisions=read) as world:
+        found = (await told(world))["decisions"]
+        for _ in range(3):
+            await world.gateway._dashboard._refresh()
+        assert asked == 1
+    assert [one["before"] for one in found] == list(range(29, 9, -1))
+    assert found[0] == {
+        "time": 29,
+        "pool": "gen",
+        "before": 29,
+        "target": 30,
+        "cause": "busy",
+        "reason": "there are requests",
+    }
 
 
 @pytest.mark.parametrize("since", ["-1", "1e3", "%C2%B2", "9" * 13, "x"])

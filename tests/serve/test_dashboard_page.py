@@ -1,14 +1,12 @@
 """The dashboard in a real browser, over two routers, links and simulated engines under load."""
 
 import asyncio
-import base64
 import hashlib
-import os
 from contextlib import AsyncExitStack, asynccontextmanager
-from pathlib import Path
 
 import pytest
 
+from cluster.autoscaling import TargetChange
 from cluster.config import parse
 from cluster.engines.sim import SimEngine
 from cluster.gateway import Gateway, GatewayApp, ReplicaInfo, RouterLinks, Wiring
@@ -75,7 +73,9 @@ async def world(**router):
     wirings = {generator.name: Wiring(SECRET) for generator in config.generators}
     async with AsyncExitStack() as stack:
         links = [RouterLinks(f"router-{number}", SECRET) for number in "ab"]
-        gateways = [Gateway(config, wirings, routers=link) for link in links]
+        gateways = [
+            Gateway(config, wirings, routers=link, read_decisions=decided) for link in links
+        ]
         infos = []
         for gateway, link in zip(gateways, links, strict=True):
             server = LinkServer(GatewayApp(gateway, authenticates=False), SECRET)
@@ -97,6 +97,16 @@ async def world(**router):
         running = World(gateways)
         stack.push_async_callback(running.stop_load)
         yield running
+
+
+DECIDED = [
+    TargetChange(1_700_000_000 + n, pool, 1, 2, "ongoing", f"{n} requests of 4 each <b>")
+    for n, pool in enumerate(["chat", "router"] * 15)
+]
+
+
+async def decided():
+    return DECIDED
 
 
 def load(engine):
@@ -130,15 +140,6 @@ class DashboardPage(Page):
             for row in self.all(f"#{name} tbody tr")
         ]
 
-    def picture(self, name):
-        """Take a picture for the documentation, where that is asked for."""
-        if folder := os.environ.get("TANDEM_PICTURES"):
-            width, height = self.script("[innerWidth, document.body.scrollHeight]")
-            clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
-            shot = {"captureBeyondViewport": True, "format": "png", "clip": clip}
-            found = self.driver.execute_cdp_cmd("Page.captureScreenshot", shot)
-            (Path(folder) / name).write_bytes(base64.b64decode(found["data"]))
-
 
 async def test_load_is_seen_while_it_happens(page):
     async with world() as running, listening(running.outside) as url:
@@ -161,6 +162,9 @@ async def test_load_is_seen_while_it_happens(page):
             assert statuses <= {"404", "500"}
             assert "word" not in page.by("failures").text
             assert {row[1] for row in page.rows("changes")} == {"chat", "draft"}
+            decisions = page.rows("decisions")
+            assert len(decisions) == 20
+            assert decisions[0][1:] == ["router", "1", "2", "ongoing: 29 requests of 4 each <b>"]
             assert "2 routers together" in page.by("note").text
             nodes = page.script("window.kept = [...document.querySelectorAll('td, canvas')]")
             page.until(lambda: page.script("last > 0 && kept.times.length > 8"))
@@ -176,7 +180,6 @@ async def test_load_is_seen_while_it_happens(page):
 async def test_it_is_light_and_dark_and_fits_a_phone(page, scheme, width):
     async with world() as running, listening(running.outside) as url:
         running.start_load(12)
-        await asyncio.sleep(float(os.environ.get("TANDEM_PICTURES_AFTER_S", "0")))
 
         def look():
             page.open(f"{url}/dashboard", scheme, width, height=1500 if width > 500 else 2600)
@@ -186,8 +189,29 @@ async def test_it_is_light_and_dark_and_fits_a_phone(page, scheme, width):
                 assert plot.size["width"] <= width
             ground, ink = page.colors()
             assert (ground > 200 > 60 > ink) if scheme == "light" else (ground < 60 < 200 < ink)
-            kind = "phone" if width < 500 else scheme
-            page.picture(f"dashboard-{kind}.png")
+            for table in page.all("table.list"):
+                beyond = table.size["width"] - table.find_element("xpath", "..").size["width"]
+                assert beyond <= 0 or width < 500, "it can be scrolled, which a phone's user does"
+            assert page.rows("decisions")[0][-1] in page.by("decisions").text
+
+        await asyncio.to_thread(look)
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [([], "No target was changed so far."), (None, "Autoscaling has said nothing here.")],
+)
+async def test_no_decisions_are_told_from_none_known(page, monkeypatch, found, said):
+    async def read():
+        return found
+
+    monkeypatch.setattr("tests.serve.test_dashboard_page.decided", read)
+    async with world() as running, listening(running.outside) as url:
+
+        def look():
+            page.open(f"{url}/dashboard")
+            page.until(lambda: page.state() == "live")
+            page.until(lambda: page.by("decisions").text == said)
 
         await asyncio.to_thread(look)
 

@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from cluster.asgi import Message, Receive, Scope, Send
 from cluster.config import parse
 from cluster.gateway import Gateway, GatewayApp, Opener, ReplicaInfo, Wiring
+from cluster.gateway.dashboard import ReadDecisions
 from cluster.key_file import KeyFile
 from cluster.link import LinkServer, LinkUsage, ResponseHead
 from tests import asgi
@@ -132,7 +133,10 @@ def fallback(replica_id: str) -> Opener:
 
 @asynccontextmanager
 async def a_world(
-    key_file: KeyFile | None = None, may_sleep: bool = False, **router: Any
+    key_file: KeyFile | None = None,
+    may_sleep: bool = False,
+    read_decisions: ReadDecisions | None = None,
+    **router: Any,
 ) -> AsyncIterator[World]:
     generator: dict[str, Any] = {"name": "gen", "model": "m", "max_ongoing": 2}
     if may_sleep:
@@ -145,7 +149,8 @@ async def a_world(
         }
     )
     wirings = {name: Wiring(SECRET, fallback=fallback) for name in ("gen", "cls")}
-    world = World(Gateway(config, wirings, {"tandem": "0"}, key_file))
+    gateway = Gateway(config, wirings, {"tandem": "0"}, key_file, read_decisions=read_decisions)
+    world = World(gateway)
     try:
         yield world
     finally:

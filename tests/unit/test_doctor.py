@@ -15,6 +15,7 @@ from cluster import config_file
 from cluster.cli.app import app
 from cluster.config import parse
 from cluster.config_file import LoadedConfig
+from cluster.launch import state
 from cluster.launch.doctor import machine, running, software
 from cluster.launch.doctor.finding import Finding
 from cluster.launch.processes import Owned
@@ -159,8 +160,40 @@ def test_who_may_use_the_cluster(tmp_path: Path) -> None:
     assert levels(running.check_auth(nowhere, loaded())) == ["fail", "ok"]
     assert levels(running.check_auth(token, loaded())) == ["ok", "ok"]
     assert levels(running.check_auth({}, loaded("0.0.0.0"))) == ["warn", "fail"]
-    keys = loaded("0.0.0.0", api_keys_sha256=["0" * 64])
-    assert levels(running.check_auth(token, keys)) == ["ok", "ok"]
+    for keys in (
+        {"api_keys_sha256": ["0" * 64]},
+        {"operator_keys_sha256": ["0" * 64]},
+        {"keys_file": "keys.yaml"},
+    ):
+        assert levels(running.check_auth(token, loaded("0.0.0.0", **keys))) == ["ok", "ok"]
+
+
+@pytest.mark.parametrize(
+    ("token", "without", "answer", "found", "says"),
+    [
+        (None, 200, 200, [], ""),
+        (None, 401, 401, ["fail"], "gives none"),
+        ("mine", 401, 403, ["fail"], "does not take"),
+        ("mine", 401, 200, ["ok"], "takes"),
+        ("mine", 200, 200, ["fail"], "asks for no token"),
+    ],
+)
+def test_the_shells_token_must_be_the_clusters(
+    token: str | None, without: int, answer: int, found: list[str], says: str
+) -> None:
+    findings = [*running.check_token(token, httpx.Response(without), httpx.Response(answer))]
+    assert levels(findings) == found
+    assert all(says in finding.message for finding in findings)
+
+
+def test_the_running_clusters_configuration_is_the_default(config: str, tmp_path: Path) -> None:
+    set_port = ["http_options.port=8123"]
+    url = "http://127.0.0.1:8123"
+    known = state.ClusterState("id", "tandem", url, url, "", config, 0.0, overrides=set_port)
+    state.save(tmp_path / "home", known)
+    assert "8123 (HTTP)" in CliRunner().invoke(app, ["doctor"]).stdout
+    named = CliRunner().invoke(app, ["doctor", "--config", config])
+    assert "8000 (HTTP)" in named.stdout
 
 
 def owned(name: str) -> Owned:

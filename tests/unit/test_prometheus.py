@@ -3,12 +3,15 @@
 import shutil
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from cluster.config import RouterConfig
+from cluster.config import RouterConfig, parse
+from cluster.config_file import LoadedConfig
 from cluster.errors import StartError
 from cluster.launch import prometheus
+from cluster.launch.state import ClusterState
 
 
 def test_a_missing_prometheus_is_said_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,6 +24,16 @@ def test_rays_dashboard_is_told_where_prometheus_is(tmp_path: Path) -> None:
     told = prometheus.ray_variables(tmp_path, "http://127.0.0.1:9999")
     assert told["RAY_PROMETHEUS_HOST"] == "http://127.0.0.1:9999"
     assert told["RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR"].startswith(str(tmp_path))
+
+
+@pytest.mark.parametrize("keys", [{}, {"keys_file": "k"}, {"api_keys_sha256": ["0" * 64]}])
+def test_routers_that_want_a_key_are_not_scraped(tmp_path: Path, keys: dict[str, Any]) -> None:
+    generator = {"name": "gen", "model": "m", "engine": "sim"}
+    config = parse({"generators": [generator], "router": keys})
+    loaded = LoadedConfig(Path("x"), {}, "tandem", config, "127.0.0.1", 8000)
+    known = ClusterState("id", "tandem", "http://127.0.0.1:8000", "http://d", "", "", 0.0)
+    targets = prometheus._targets(loaded, known, tmp_path)
+    assert targets.ingress == (None if keys else "127.0.0.1:8000")
 
 
 def test_rays_token_is_written_for_the_user_alone(

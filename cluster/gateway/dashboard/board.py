@@ -87,7 +87,7 @@ class Board:
         astray = sum(second.astray for second in recent)
         everything.requests += astray
         everything.refused += astray
-        pools[ALL] = _values(everything, _level_of_all(levels), span_s)
+        pools[ALL] = _values(everything, level_of_all(levels), span_s)
         return Row(time, pools)
 
 
@@ -125,7 +125,8 @@ def _sum_of(seconds: Iterable[PoolSecond | None]) -> PoolSecond:
     return total
 
 
-def _level_of_all(levels: Mapping[str, PoolSecond]) -> PoolSecond:
+def level_of_all(levels: Mapping[str, PoolSecond]) -> PoolSecond:
+    """The levels of all pools together; of KV caches, the fullest pool's."""
     everything = PoolSecond(kv_cache=max((pool.kv_cache for pool in levels.values()), default=0.0))
     for pool in levels.values():
         everything.ongoing += pool.ongoing

@@ -80,7 +80,7 @@ class History:
 
     def now(self) -> dict[str, PoolNow]:
         """The pools at this moment."""
-        return {pool.name: PoolNow(pool.kind, _replicas(pool)) for pool in self._pools.values()}
+        return {name: _now(pool) for name, pool in self._pools.items()}
 
     def _read_totals(self) -> Iterator[tuple[str, _Totals]]:
         endings = {name: [0, 0, 0] for name in self._pools}
@@ -111,20 +111,13 @@ class History:
         )
 
     def _second(self, pool: Pool, before: _Totals, after: _Totals) -> PoolSecond:
-        replicas = _replicas(pool)
-        return PoolSecond(
-            **{key: value - before.counts[key] for key, value in after.counts.items()},
-            latencies={
-                key: grown
-                for key, counts in after.buckets.items()
-                if (grown := _grown(before.buckets[key], counts))
-            },
-            ongoing=sum(replica.ongoing for replica in replicas),
-            queued=pool.num_queued,
-            running=sum(replica.running for replica in replicas),
-            waiting=sum(replica.waiting for replica in replicas),
-            kv_cache=sum(replica.kv_cache for replica in replicas) / max(1, len(replicas)),
-        )
+        second = _now(pool).level()
+        for key, value in after.counts.items():
+            setattr(second, key, value - before.counts[key])
+        for key, counts in after.buckets.items():
+            if grown := _grown(before.buckets[key], counts):
+                second.latencies[key] = grown
+        return second
 
     def _note_changes(self, now: float) -> None:
         for name, pool in self._pools.items():
@@ -146,6 +139,10 @@ def _grown(before: list[int], after: list[int]) -> dict[int, int]:
         return {}
     pairs = enumerate(zip(before, after, strict=True))
     return {index: new - old for index, (old, new) in pairs if new != old}
+
+
+def _now(pool: Pool) -> PoolNow:
+    return PoolNow(pool.kind, _replicas(pool), pool.num_queued)
 
 
 def _replicas(pool: Pool) -> list[ReplicaNow]:

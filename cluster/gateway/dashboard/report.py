@@ -67,6 +67,19 @@ class PoolNow(msgspec.Struct):
 
     kind: str
     replicas: list[ReplicaNow]
+    queued: int = 0
+    """In that router."""
+
+    def level(self) -> PoolSecond:
+        """The levels of this moment, which are all of its replicas' together."""
+        return PoolSecond(
+            ongoing=sum(replica.ongoing for replica in self.replicas),
+            queued=self.queued,
+            running=sum(replica.running for replica in self.replicas),
+            waiting=sum(replica.waiting for replica in self.replicas),
+            kv_cache=sum(replica.kv_cache for replica in self.replicas)
+            / max(1, len(self.replicas)),
+        )
 
 
 class Change(msgspec.Struct):

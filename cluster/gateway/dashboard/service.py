@@ -6,14 +6,15 @@ Owns the sampling task. Nothing is asked of other routers, and no row is made, w
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 from urllib.parse import parse_qs
 
 import msgspec
 
+from cluster.autoscaling import TargetChange
 from cluster.errors import InvalidRequestError, LinkError, RequestError
-from cluster.gateway.dashboard.board import COLUMNS, WINDOW_S, Board
+from cluster.gateway.dashboard.board import ALL, COLUMNS, LEVELS, WINDOW_S, Board, level_of_all
 from cluster.gateway.dashboard.history import History
 from cluster.gateway.dashboard.report import PoolNow, Report
 from cluster.gateway.journal import Failure, Journal
@@ -32,11 +33,17 @@ ASK_TIMEOUT_S = 1.0
 LATE_S = 1
 """How much later than this router another one may end a second."""
 MAX_FAILURES = 50
+MAX_DECISIONS = 20
+DECISIONS_S = 2.0
+"""Autoscaling decides as often as this."""
 REFRESH_S = 0.5
 """However many look, rows are not made more often than this."""
 ALONE = "router"
 _ROWS_AT_ONCE = 10
 """Made in about a millisecond; then the streams have their turn."""
+
+ReadDecisions = Callable[[], Awaitable[list[TargetChange] | None]]
+"""Gives the last changes of targets; None where it is not known whether there were any."""
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Report).decode
@@ -50,6 +57,7 @@ class Dashboard:
         pools: Its pools.
         journal: Which requests failed.
         routers: The other routers; None: it is alone.
+        read_decisions: What autoscaling decided; None: there is none.
     """
 
     def __init__(
@@ -58,12 +66,16 @@ class Dashboard:
         pools: Mapping[str, Pool],
         journal: Journal,
         routers: RouterLinks | None,
+        read_decisions: ReadDecisions | None = None,
     ) -> None:
         self._history = History(registry, pools)
         self._board = Board(pools)
         self._journal = journal
         self._routers = routers
         self._others: dict[str, Report | None] = {}
+        self._read_decisions = read_decisions
+        self._decisions: list[TargetChange] | None = None
+        self._decisions_at = -DECISIONS_S
         self._refreshing: asyncio.Task[None] | None = None
         self._refreshed_at = 0.0
         self._sampling = asyncio.create_task(self._sample())
@@ -116,7 +128,8 @@ class Dashboard:
             self._board.restart_if_set_back(newest)
             links = {} if self._routers is None else dict(self._routers.links())
             asked = [_ask(link, self._board.last) for link in links.values()]
-            self._others = dict(zip(links, await asyncio.gather(*asked), strict=True))
+            answers, _ = await asyncio.gather(asyncio.gather(*asked), self._learn_decisions())
+            self._others = dict(zip(links, answers, strict=True))
             others = [other.seconds for other in self._others.values() if other is not None]
             until = newest - LATE_S if links else newest
             for number, _ in enumerate(self._board.add([own, *others], until), 1):
@@ -127,10 +140,20 @@ class Dashboard:
         finally:
             self._refreshing, self._refreshed_at = None, time.monotonic()
 
+    async def _learn_decisions(self) -> None:
+        now = time.monotonic()
+        if self._read_decisions is None or now < self._decisions_at + DECISIONS_S:
+            return
+        self._decisions_at = now
+        found = await self._read_decisions()
+        newest_first = None if found is None else sorted(found, key=lambda change: -change.time)
+        self._decisions = newest_first and newest_first[:MAX_DECISIONS]
+
     def _data(self, since: int) -> dict[str, Any]:
         own = self._report(self._board.last)
         answered = [own, *(other for other in self._others.values() if other is not None)]
         rows = self._board.since(since)
+        pools = _pools_of_all(answered)
         return {
             "now": time.time(),
             "router": own.router,
@@ -142,9 +165,11 @@ class Dashboard:
             "columns": COLUMNS,
             "times": [row.time for row in rows],
             "rows": {name: [row.pools[name] for row in rows] for name in ("", *own.pools)},
-            "pools": _pools_of_all(answered),
+            "pools": pools,
+            "levels": _levels(pools),
             "failures": _failures_of_all(answered),
             "changes": own.changes,
+            "decisions": self._decisions,
         }
 
 
@@ -171,11 +196,24 @@ def _pools_of_all(reports: list[Report]) -> dict[str, PoolNow]:
     first, *others = reports
     for other in others:
         for name, pool in first.pools.items():
-            theirs = {r.id: r for r in other.pools[name].replicas} if name in other.pools else {}
+            if (theirs := other.pools.get(name)) is None:
+                continue
+            pool.queued += theirs.queued
+            by_id = {replica.id: replica for replica in theirs.replicas}
             for replica in pool.replicas:
-                if (same := theirs.get(replica.id)) is not None:
+                if (same := by_id.get(replica.id)) is not None:
                     replica.ongoing += same.ongoing
     return first.pools
+
+
+def _levels(pools: Mapping[str, PoolNow]) -> dict[str, dict[str, float]]:
+    """What is so now, of each pool and of ``ALL``: of the same moment as the replicas."""
+    levels = {name: pool.level() for name, pool in pools.items()}
+    levels[ALL] = level_of_all(levels)
+    return {
+        name: {key: round(getattr(level, key), 4) for key in LEVELS}
+        for name, level in levels.items()
+    }
 
 
 def _failures_of_all(reports: list[Report]) -> list[Failure]:

@@ -90,17 +90,17 @@ def check_auth(variables: Mapping[str, str], loaded: LoadedConfig) -> Iterator[F
         advice = "set RAY_AUTH_TOKEN, or write one to ~/.ray/auth_token (`ray get-auth-token`)"
         yield fail("authentication", "RAY_AUTH_MODE is token, and there is no token", advice)
     elif mode == "token":
-        yield ok("authentication", "Ray asks for its token")
+        yield ok("authentication", "RAY_AUTH_MODE is token, and there is one")
     else:
         text = "Ray asks for no token: every user of this machine can run jobs in the cluster"
         yield warn("authentication", text, "on shared machines set RAY_AUTH_MODE=token")
-    if loaded.config.router.api_keys_sha256:
+    if loaded.config.router.asks_for_keys:
         yield ok("authentication", "the router asks for API keys")
     elif _is_loopback(loaded.http_host):
         yield ok("authentication", "the router asks for no key, and listens on loopback alone")
     else:
         text = f"the router listens on {loaded.http_host} and asks for no key"
-        yield fail("authentication", text, "list keys in router.api_keys_sha256")
+        yield fail("authentication", text, "make one: `tandem keys add TENANT`")
 
 
 def _is_loopback(host: str) -> bool:
@@ -111,18 +111,24 @@ def _is_loopback(host: str) -> bool:
 
 
 def check_answers(running: state.ClusterState) -> Iterator[Finding]:
-    """The router, Ray's dashboard, its service discovery for Prometheus, and its clock."""
+    """The router, Prometheus, Ray's dashboard with its token, service discovery and clock."""
     token = ray_token(os.environ)
-    headers = {"authorization": f"Bearer {token}"} if token else {}
     with httpx.Client(timeout=TIMEOUT_S, trust_env=False) as client:
         yield _check_router(client, running.http_url)
+        if running.prometheus_url:
+            yield _check_prometheus(client, running.prometheus_url)
+        url = f"{running.dashboard_url}{DISCOVERY}"
         try:
-            answer = client.get(f"{running.dashboard_url}{DISCOVERY}", headers=headers)
+            answer = without = client.get(url)
+            if token:
+                answer = client.get(url, headers={"authorization": f"Bearer {token}"})
         except httpx.HTTPError as error:
             text = f"Ray's dashboard does not answer at {running.dashboard_url} ({error!r})"
             yield fail("service discovery", text, "see dashboard.log (`tandem logs`)")
             return
-    yield check_discovery(answer)
+    yield from check_token(token, without, answer)
+    if not _is_refused(answer):
+        yield check_discovery(answer)
     if date := answer.headers.get("date"):
         yield check_skew(parsedate_to_datetime(date).timestamp() - time.time())
 
@@ -138,6 +144,47 @@ def _check_router(client: httpx.Client, url: str) -> Finding:
     return warn("router", f"a pool is not ready ({url}/ready says {answer.status_code})", advice)
 
 
+def _check_prometheus(client: httpx.Client, url: str) -> Finding:
+    advice = "see monitoring/prometheus.log below Tandem's home, and docs/runbooks/target-down.md"
+    try:
+        answer = client.get(f"{url}/api/v1/targets", params={"state": "active"})
+        targets = answer.json()["data"]["activeTargets"]
+    except (httpx.HTTPError, ValueError, KeyError) as error:
+        return fail("prometheus", f"does not answer at {url} ({error!r})", advice)
+    down = sorted(target["scrapeUrl"] for target in targets if target["health"] == "down")
+    if down or not targets:
+        text = f"gets no answer from {', '.join(down)}" if down else "knows nobody to scrape yet"
+        return warn("prometheus", text, advice)
+    return ok("prometheus", f"scrapes {len(targets)} targets at {url}")
+
+
+def check_token(
+    token: str | None, without: httpx.Response, answer: httpx.Response
+) -> Iterator[Finding]:
+    """Whether this shell's Ray token is the one with which the cluster was started.
+
+    Args:
+        token: This shell's; None: ``RAY_AUTH_MODE`` is not token here.
+        without: What Ray's dashboard answered to a request without a token.
+        answer: And to one with this shell's, where there is one.
+    """
+    if _is_refused(answer):
+        text = f"the cluster that runs does not take this shell's Ray token ({answer.status_code})"
+        if token is None:
+            text = "the cluster that runs asks for Ray's token, and this shell gives none"
+        advice = "set RAY_AUTH_MODE=token and the RAY_AUTH_TOKEN with which it was started"
+        yield fail("authentication", text, advice)
+    elif _is_refused(without):
+        yield ok("authentication", "the cluster that runs takes this shell's Ray token")
+    elif token is not None:
+        text = "the cluster that runs asks for no token: it was started without RAY_AUTH_MODE=token"
+        yield fail("authentication", text, "start it again with RAY_AUTH_MODE=token")
+
+
+def _is_refused(answer: httpx.Response) -> bool:
+    return answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
+
+
 def check_discovery(answer: httpx.Response) -> Finding:
     """Whether Ray tells Prometheus whom to scrape."""
     try:
@@ -145,7 +192,7 @@ def check_discovery(answer: httpx.Response) -> Finding:
         targets = [target for group in groups for target in group["targets"]]
     except (ValueError, TypeError, KeyError):
         text = f"{DISCOVERY} answered {answer.status_code} and no targets"
-        return fail("service discovery", text, "with RAY_AUTH_MODE=token, set Ray's token here too")
+        return fail("service discovery", text, "see dashboard.log (`tandem logs`)")
     if not targets:
         return warn("service discovery", "names nobody to scrape", "wait; Ray refreshes it in 5 s")
     return ok("service discovery", f"{len(targets)} targets for Prometheus")

@@ -34,7 +34,7 @@ alone, by up to 0.002 in bfloat16."""
 LANE = 4
 """Lengths and numbers of rows are multiples of it."""
 ROW_BITS = 6
-"""Significant bits of numbers of rows: 1 % of the rows are padding, and up to 1,024 there are 190."""
+"""Significant bits of numbers of rows: 1 % of the rows is padding; 190 of them up to 1,024."""
 SHAPE_BITS = 4
 """The same of lengths and numbers of texts in attention, which takes little of the time."""
 
