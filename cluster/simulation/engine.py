@@ -1,8 +1,10 @@
 """A replica's engine as a model that jumps: steps that are all alike are one event.
 
 The rules are those of the simulated engine (``cluster.engines.sim.scheduler``): decoding goes
-before prefill, which comes in chunks; first come, first served; the latest is preempted first.
-Tokens are counted and not kept, and KV memory is counted in tokens, so that hours pass in seconds.
+before prefill, which comes in chunks; first come, first served; the latest is preempted first; a
+block is shared when the step that computes it begins, and requests are admitted while a step has
+room. Tokens are counted and not kept; blocks are those of a trace, which are larger than an
+engine's, so KV memory beside them is counted in single tokens. So hours pass in seconds.
 Never sleeps: a caller runs ``commit`` when the time is ``due_s``.
 """
 
@@ -14,8 +16,8 @@ from typing import Protocol
 
 from cluster.config import SimConfig
 from cluster.engines.base import EngineLoad
+from cluster.engines.sim.blocks import BlockPool
 from cluster.engines.sim.scheduler import MAX_STEP_TOKENS
-from cluster.simulation.cache import PrefixCache
 from cluster.simulation.histogram import Histogram
 from cluster.simulation.requests import TraceRequest
 
@@ -58,7 +60,8 @@ class Engine:
     """Continuous batching of one replica."""
 
     def __init__(self, config: SimConfig, block_tokens: int, listener: Listener) -> None:
-        self.cache = PrefixCache(config.num_kv_blocks * config.block_size_tokens, block_tokens)
+        capacity_tokens = config.num_kv_blocks * config.block_size_tokens
+        self.cache = BlockPool(capacity_tokens, block_tokens, self._evicted)
         self.itl_s = Histogram()
         """Seconds between two tokens of a stream."""
         self.due_s = math.inf
@@ -68,6 +71,7 @@ class Engine:
         self.busy_s = 0.0
         self.coming: dict[int, int] = {}
         """Blocks of requests whose prefill has not ended, and how many requests have each."""
+        self._changed: dict[int, bool] = {}
         self._config = config
         self._listener = listener
         self._waiting: deque[Sequence] = deque()
@@ -95,6 +99,15 @@ class Engine:
         """Tokens that a request has by now."""
         joined = sequence._joined
         return sequence.generated + (self._steps - joined if joined >= 0 else 0)
+
+    def changes(self) -> tuple[list[int], list[int]]:
+        """The blocks stored and removed since the last call."""
+        if not self._changed:
+            return [], []
+        stored = [block for block, cached in self._changed.items() if cached]
+        removed = [block for block, cached in self._changed.items() if not cached]
+        self._changed = {}
+        return stored, removed
 
     def add(self, sequence: Sequence, now_s: float) -> None:
         """Take in a request.
@@ -149,13 +162,14 @@ class Engine:
     def _begin(self, now_s: float) -> None:
         """Choose the next steps."""
         self._begun_s = now_s
+        num_running = len(self._running)
         while self._num_decoding and self.cache.free_tokens < self._num_decoding:
             self._preempt(now_s)
-        self._admit_all()
+        num = self._num_decoding
+        self._plan_prefill(MAX_STEP_TOKENS - num, admits=len(self._running) == num_running)
         if not self._running:
             self.due_s = math.inf
             return
-        num = self._num_decoding
         steps, self._chunk = self._prefill_steps(MAX_STEP_TOKENS - num)
         if num:
             steps = min(steps, self._next_end() - self._steps, self.cache.free_tokens // num)
@@ -167,6 +181,23 @@ class Engine:
         crowd = 1 + self._config.batch_slowdown * (len(self._running) - 1)
         self._step_s = alone * crowd * self.slowdown
         self.due_s = now_s + self._num_steps * self._step_s
+
+    def _plan_prefill(self, budget: int, admits: bool) -> None:
+        """Share what the next step computes of prompts, and admit more while it has room."""
+        for sequence in self._prefilling:
+            budget -= self._schedule(sequence, budget)
+        while budget > 0 and admits and self._waiting:
+            if len(self._running) == self._config.max_num_seqs or not self._admit(self._waiting[0]):
+                return
+            sequence = self._waiting.popleft()
+            self._running[sequence] = self._prefilling[sequence] = None
+            budget -= self._schedule(sequence, budget)
+
+    def _schedule(self, sequence: Sequence, budget: int) -> int:
+        """The next step computes the returned number of tokens of a prompt."""
+        chunk = max(0, min(sequence._prefill_left, budget))
+        self._share(sequence, sequence.length - sequence._prefill_left + chunk)
+        return chunk
 
     def _prefill_steps(self, budget: int) -> tuple[int, int]:
         """How many equal steps of prefill come next, and how many tokens each computes."""
@@ -201,7 +232,6 @@ class Engine:
     def _token(self, sequence: Sequence, now_s: float) -> None:
         """The prefill of a request has ended, which gives it a token."""
         if sequence.token_s is None:
-            self._share(sequence, sequence.request.blocks)
             self._arrived(sequence.request)
             self._listener.first_token(sequence, now_s)
         else:
@@ -219,8 +249,7 @@ class Engine:
 
     def _end(self, sequence: Sequence, now_s: float) -> None:
         self._leave(sequence)
-        request = sequence.request
-        self._share(sequence, (*request.blocks, *request.answer_blocks))
+        self._share(sequence, sequence.length - 1)  # the last token is not computed
         self._release(sequence)
         self._listener.ended(sequence, now_s)
 
@@ -239,8 +268,7 @@ class Engine:
         self._leave(sequence)
         if was_decoding:
             sequence.token_s = now_s
-        if sequence.token_s is not None:
-            self._share(sequence, sequence.request.blocks)
+            self._share(sequence, sequence.length - 1)
         self._release(sequence)
         self._waiting.appendleft(sequence)
 
@@ -256,36 +284,37 @@ class Engine:
             self._num_decoding -= 1
         sequence._prefill_left = 0
 
-    def _admit_all(self) -> None:
-        while self._waiting and len(self._running) < self._config.max_num_seqs:
-            if not self._admit(self._waiting[0]):
-                break
-            sequence = self._waiting.popleft()
-            self._running[sequence] = self._prefilling[sequence] = None
-
     def _admit(self, sequence: Sequence) -> bool:
-        request, cache = sequence.request, self.cache
-        held = min(cache.match(request.blocks), (sequence.length - 1) // cache.block_tokens)
+        cache, blocks = self.cache, _blocks(sequence)
+        held = min(cache.match(blocks), (sequence.length - 1) // cache.block_tokens)
         new = sequence.length - held * cache.block_tokens
         # An engine's last block is half empty, on the average.
         private = new + self._config.block_size_tokens // 2
-        if not cache.take(request.blocks[:held], private):
+        if not cache.take(blocks[:held], private):
             return False
         sequence._held, sequence._private, sequence._prefill_left = held, private, new
         if sequence.cached_tokens is None:
             sequence.cached_tokens = held * cache.block_tokens
         return True
 
-    def _share(self, sequence: Sequence, blocks: tuple[int, ...]) -> None:
-        turned = self.cache.share(blocks[sequence._held :])
-        sequence._held += turned
-        sequence._private -= turned * self.cache.block_tokens
+    def _share(self, sequence: Sequence, num_tokens: int) -> None:
+        """Cache the full blocks of the first ``num_tokens``."""
+        blocks = _blocks(sequence)[sequence._held : num_tokens // self.cache.block_tokens]
+        if not blocks:
+            return
+        fresh = self.cache.share(blocks)
+        for block in blocks[len(blocks) - fresh :]:
+            self._changed[block] = True
+        sequence._held += len(blocks)
+        sequence._private -= len(blocks) * self.cache.block_tokens
 
     def _release(self, sequence: Sequence) -> None:
-        request = sequence.request
-        blocks = (*request.blocks, *request.answer_blocks)[: sequence._held]
-        self.cache.release(blocks, sequence._private)
+        self.cache.release(_blocks(sequence)[: sequence._held], sequence._private)
         sequence._held = sequence._private = 0
+
+    def _evicted(self, blocks: list[int]) -> None:
+        for block in blocks:
+            self._changed[block] = False
 
     def _arrived(self, request: TraceRequest) -> None:
         for block in request.blocks:
@@ -296,6 +325,12 @@ class Engine:
 
 def _completion(sequence: Sequence) -> int:
     return sequence.request.completion_tokens
+
+
+def _blocks(sequence: Sequence) -> tuple[int, ...]:
+    """Those of the prompt, and of the answer where there may be some."""
+    request = sequence.request
+    return request.blocks + request.answer_blocks if sequence.generated else request.blocks
 
 
 def _left(engine: Engine, sequence: Sequence) -> int:

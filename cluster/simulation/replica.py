@@ -19,7 +19,7 @@ class Owner(Protocol):
         """The last one is."""
 
     def cache_changed(self, replica: "Replica", stored: list[int], removed: list[int]) -> None:
-        """Blocks were stored, then others removed."""
+        """Blocks were stored, and others removed."""
 
 
 class Replica:
@@ -96,7 +96,7 @@ class Replica:
         self._after_step()
 
     def _after_step(self) -> None:
-        stored, removed = self.engine.cache.changes()
+        stored, removed = self.engine.changes()
         if stored or removed:
             self._owner.cache_changed(self, stored, removed)
         due_s = self.engine.due_s

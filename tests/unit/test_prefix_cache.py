@@ -88,7 +88,7 @@ class Fleet:
         return {
             prefix
             for prefix, blocks in self.asked.items()
-            if any(pool.cached_prefix([block]) for block in blocks)
+            if any(pool.match([block]) for block in blocks)
         }
 
 

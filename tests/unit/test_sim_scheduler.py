@@ -69,6 +69,44 @@ def test_a_known_prefix_is_not_computed_again() -> None:
     assert again.first_token_s == pytest.approx(3.0)
 
 
+def test_a_prompt_is_shared_in_the_step_that_computes_it() -> None:
+    scheduler, clock = make(prefill_s_per_token=1.0, block_size_tokens=4)
+    pair = [request([5] * 9, 1), request([5] * 9, 1)]
+    for one in pair:
+        scheduler.add(one)
+    run(scheduler, clock)
+    assert [one.cached_tokens for one in pair] == [0, 8]
+    assert [one.first_token_s for one in pair] == pytest.approx([10.0, 10.0])
+
+
+def test_who_comes_while_a_long_prompt_is_computed_gets_all_of_it() -> None:
+    scheduler, clock = make(prefill_s_per_token=1.0, block_size_tokens=4)
+    prompt = [5] * (MAX_STEP_TOKENS + 9)
+    pair = [request(list(prompt), 1), request(list(prompt), 1)]
+    for one in pair:
+        scheduler.add(one)
+    step = scheduler.plan()
+    assert step is not None
+    assert scheduler.running == pair[:1]  # the step has no room for another one
+    scheduler.commit(step)
+    run(scheduler, clock)
+    assert pair[1].cached_tokens == MAX_STEP_TOKENS + 8
+
+
+def test_what_is_generated_is_shared_before_its_request_ends() -> None:
+    scheduler, clock = make(block_size_tokens=4)
+    first = request([1] * 4, 20)
+    scheduler.add(first)
+    for _ in range(10):
+        step = scheduler.plan()
+        assert step is not None
+        scheduler.commit(step)
+    following = request([*first.tokens, 2], 1)
+    scheduler.add(following)
+    run(scheduler, clock)
+    assert following.cached_tokens == 12
+
+
 def test_the_last_prompt_token_is_always_computed() -> None:
     scheduler, clock = make(prefill_s_per_token=1.0, block_size_tokens=4)
     for _ in range(2):
@@ -176,31 +214,46 @@ def test_every_request_ends_once_and_gives_its_blocks_back(
             assert one in ended
             assert one.num_generated == one.max_tokens
             assert one.tokens[: one.num_prompt] == plan[index].prompt
-    assert scheduler.blocks.used == 0
+    assert scheduler.blocks.used_tokens == 0
     assert scheduler.load() == type(scheduler.load())()
 
 
 def check_blocks(pool: BlockPool) -> None:
-    assert pool._private >= 0
-    assert all(count > 0 for count in pool._shared.values())
-    assert not pool._shared.keys() & pool._idle.keys()
-    assert pool.used + len(pool._idle) <= pool.num_blocks
+    assert pool.private_tokens >= 0
+    assert all(count > 0 for count in pool._held.values())
+    assert not pool._held.keys() & pool._idle.keys()
+    assert pool.used_tokens + len(pool._idle) * pool.block_tokens <= pool.capacity_tokens
 
 
 def test_the_end_of_an_unused_prefix_is_evicted_first() -> None:
-    pool = BlockPool(3)
+    evicted: list[int] = []
+    pool = BlockPool(6, 2, evicted.extend)
     hashes = block_hashes([1, 2, 3, 4, 5, 6], 2)
-    assert pool.take((), 3)
+    assert pool.take((), 6)
     assert pool.share(hashes) == 3
     pool.release(hashes, 0)
-    assert pool.take((), 1)
-    assert pool.cached_prefix(hashes) == 2
-    assert not pool.take(hashes[:2], 1)
-    assert pool.used == 1
+    assert pool.take((), 2)
+    assert pool.match(hashes) == 2
+    assert evicted == hashes[2:]
+    assert not pool.take(hashes[:2], 2)
+    assert pool.used_tokens == 2
+
+
+def test_what_was_computed_twice_is_kept_once() -> None:
+    pool = BlockPool(12, 2)
+    one, other = block_hashes([1, 2, 3, 4], 2), block_hashes([1, 2, 3, 4, 5, 6], 2)
+    assert pool.take((), 10)
+    assert pool.share(one) == 2
+    assert pool.share(other) == 1
+    assert pool.used_tokens == 6
+    pool.release(one, 0)
+    assert pool.used_tokens == 6
+    pool.release(other, 0)
+    assert (pool.used_tokens, pool.match(other)) == (0, 3)
 
 
 def test_block_hashes_stand_for_all_tokens_before() -> None:
     one, other = block_hashes([1, 2, 3, 4, 9], 2), block_hashes([2, 1, 3, 4], 2)
     assert len(one) == len(other) == 2
     assert one[1] != other[1]
-    assert one == block_hashes([1, 2, 3, 4], 2)
+    assert one == block_hashes([1, 2, 3, 4], 2, one[:1])

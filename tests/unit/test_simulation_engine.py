@@ -60,7 +60,7 @@ def jump(config: SimConfig, trace: list[TraceRequest]) -> tuple[Engine, list[Seq
 def commit(engine: Engine, ends: Ends, until_s: float) -> None:
     while engine.due_s <= until_s:
         engine.commit()
-        stored, removed = engine.cache.changes()
+        stored, removed = engine.changes()
         ends.cached |= set(stored)
         ends.cached -= set(removed)
         ends.num_removed += len(removed)
@@ -149,6 +149,34 @@ def test_what_it_says_of_its_cache_is_so() -> None:
     blocks = {block for request in trace for block in request.blocks}
     assert {block for block in blocks if engine.cache.match((block,))} == ends.cached
     assert ends.num_removed
+
+
+def test_equal_prompts_that_come_together_are_computed_once() -> None:
+    prompt = tuple(range(20))
+    trace = [TraceRequest(at / 1000, 20 * BLOCK + 5, 2, prompt) for at in range(5)]
+    config = SimConfig.model_validate(GPU_LIKE)
+    _, sequences, _ = jump(config, trace)
+    exact, _ = step(config, trace)
+    # The first one takes two steps; the others come before those have ended.
+    assert [one.cached_tokens for one in sequences] == [0] + 4 * [20 * BLOCK]
+    assert [one.cached_tokens for one in exact] == [0] + 4 * [20 * BLOCK]
+
+
+def test_what_a_preempted_request_had_generated_stays_cached() -> None:
+    knobs = {"prefill_s_per_token": 0.01, "decode_s_per_token": 0.01, "num_kv_blocks": 40}
+    config = SimConfig.model_validate(knobs)
+    trace = [
+        TraceRequest(
+            0.0, 2 * BLOCK, 5 * BLOCK, (first, first + 1), tuple(range(first + 2, first + 6))
+        )
+        for first in (10, 20)
+    ]
+    _, sequences, ends = jump(config, trace)
+    exact, _ = step(config, trace)
+    assert sum(one.num_preemptions for one in exact) == 1
+    for one, same in zip(sequences, exact, strict=True):
+        # A trace's block is larger than an engine's: up to one of them is computed again.
+        assert ends.end[one] == pytest.approx(same.finished_s, abs=(BLOCK + 1) * 0.01)
 
 
 def test_an_instant_engine_needs_no_time() -> None:

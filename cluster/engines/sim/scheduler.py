@@ -5,7 +5,7 @@ a caller runs ``plan``, lets the step's time pass on its own clock, then runs ``
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from cluster.config import SimConfig
@@ -38,10 +38,9 @@ class Request:
     finished_s: float | None = None
     num_preemptions: int = 0
     _prefill_left: int = field(default=0, repr=False)
-    _capacity: int = field(default=0, repr=False)
+    _capacity: int = field(default=0, repr=False)  # tokens that its blocks hold
     _hashes: list[int] = field(default_factory=list, repr=False)
-    _held: list[int] = field(default_factory=list, repr=False)
-    _num_private: int = field(default=0, repr=False)
+    _num_held: int = field(default=0, repr=False)
 
     @property
     def num_generated(self) -> int:
@@ -66,6 +65,9 @@ class Step:
 class Scheduler:
     """First come, first served; decoding goes before prefill; the latest is preempted first.
 
+    Blocks are shared when the step that computes them is planned, and requests are admitted while
+    the step has room, so equal prompts that come together are computed once, as by vLLM.
+
     ``prefixes`` is told of each block that is cached or evicted.
     """
 
@@ -77,7 +79,8 @@ class Scheduler:
     ) -> None:
         self.config = config
         on_evicted = prefixes.removed if prefixes is not None else None
-        self.blocks = BlockPool(config.num_kv_blocks, on_evicted)
+        size = config.block_size_tokens
+        self.blocks = BlockPool(config.num_kv_blocks * size, size, on_evicted)
         self._prefixes = prefixes
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -86,14 +89,14 @@ class Scheduler:
     @property
     def max_request_tokens(self) -> int:
         """The longest request, prompt and completion, that the KV cache can hold."""
-        return self.config.num_kv_blocks * self.config.block_size_tokens
+        return self.blocks.capacity_tokens
 
     def load(self) -> EngineLoad:
         """The load now."""
         return EngineLoad(
             running=len(self.running),
             waiting=len(self.waiting),
-            kv_cache_usage=self.blocks.used / self.blocks.num_blocks,
+            kv_cache_usage=self.blocks.used_tokens / self.blocks.capacity_tokens,
         )
 
     def add(self, request: Request) -> None:
@@ -120,21 +123,22 @@ class Scheduler:
 
     def plan(self) -> Step | None:
         """Choose the next step; None: there is nothing to do."""
-        samples = self._grow_decodes()
-        budget = MAX_STEP_TOKENS - len(samples)
-        decodes = bool(samples)
-        prefilled = 0
-        for request in self._prefills():
-            chunk = min(request._prefill_left, budget - prefilled)
-            if chunk <= 0:
-                break
+        samples, preempted = self._decodes()
+        num_decodes = len(samples)
+        left = MAX_STEP_TOKENS - num_decodes
+        for request in self._prefills(admits=not preempted) if left > 0 else ():
+            chunk = min(request._prefill_left, left)
             request._prefill_left -= chunk
-            prefilled += chunk
+            left -= chunk
+            self._share(request, len(request.tokens) - request._prefill_left)
             if not request._prefill_left:
                 samples.append(request)
+            if not left:
+                break
+        prefilled = MAX_STEP_TOKENS - num_decodes - left
         if not samples and not prefilled:
             return None
-        return Step(self._duration(decodes, prefilled), samples)
+        return Step(self._duration(num_decodes > 0, prefilled), samples)
 
     def commit(self, step: Step) -> list[Request]:
         """End the step: every request of it that still runs gets its token; returns those ended."""
@@ -145,7 +149,6 @@ class Scheduler:
                 continue
             if request.first_token_s is None:
                 request.first_token_s = now
-                self._share(request, request._hashes)
             request.tokens.append(request.sample())
             if request.stopped or request.num_generated >= request.max_tokens:
                 request.finished_s = now
@@ -160,81 +163,83 @@ class Scheduler:
         alone = prefilled * config.prefill_s_per_token + decodes * config.decode_s_per_token
         return alone * (1 + config.batch_slowdown * (len(self.running) - 1))
 
-    def _grow_decodes(self) -> list[Request]:
-        """The requests that decode in this step, each with a block for its newest token."""
+    def _decodes(self) -> tuple[list[Request], bool]:
+        """The requests that decode, each with room for a token, and whether any was preempted."""
         samples: list[Request] = []
-        preempted = False
+        num_running = len(self.running)
         for request in tuple(self.running):
             if request._prefill_left or not request._capacity:
                 continue
-            if len(request.tokens) > request._capacity:
-                num_running = len(self.running)
-                grown = self._grow(request)
-                preempted |= len(self.running) < num_running
-                if not grown:
-                    continue
+            if len(request.tokens) > request._capacity and not self._grow(request):
+                continue
+            self._share(request, len(request.tokens))
             samples.append(request)
-        return [r for r in samples if r._capacity] if preempted else samples
+        if len(self.running) == num_running:
+            return samples, False
+        return [request for request in samples if request._capacity], True
 
     def _grow(self, request: Request) -> bool:
         """Give ``request`` one block more; False: it was preempted itself."""
-        while not self.blocks.take((), 1):
+        size = self.config.block_size_tokens
+        while not self.blocks.take((), size):
             victim = self.running.pop()
             victim.num_preemptions += 1
             self._release(victim)
             self.waiting.appendleft(victim)
             if victim is request:
                 return False
-        request._num_private += 1
-        request._capacity += self.config.block_size_tokens
+        request._capacity += size
         return True
 
-    def _prefills(self) -> list[Request]:
-        """Running requests with prompt tokens left, and those that can be admitted now."""
-        found = [request for request in self.running if request._prefill_left]
-        while self.waiting and len(self.running) < self.config.max_num_seqs:
+    def _prefills(self, admits: bool) -> Iterator[Request]:
+        """Running requests with prompt tokens left, then those that can be admitted, one by one."""
+        yield from [request for request in self.running if request._prefill_left]
+        while admits and self.waiting and len(self.running) < self.config.max_num_seqs:
             if not self._admit(self.waiting[0]):
                 break
             request = self.waiting.popleft()
             self.running.append(request)
-            found.append(request)
-        return found
+            yield request
 
     def _admit(self, request: Request) -> bool:
-        size = self.config.block_size_tokens
-        length = len(request.tokens)
-        hashes = block_hashes(request.tokens, size)
+        size, length = self.config.block_size_tokens, len(request.tokens)
+        request._hashes = block_hashes(request.tokens, size, request._hashes)
         # The last token is always computed: its logits give the next one.
-        cached = self.blocks.cached_prefix(hashes[: (length - 1) // size])
-        num_blocks = -(-length // size)
-        if not self.blocks.take(hashes[:cached], num_blocks - cached):
+        cached = self.blocks.match(request._hashes[: (length - 1) // size])
+        capacity = -(-length // size) * size
+        if not self.blocks.take(request._hashes[:cached], capacity - cached * size):
             return False
-        request._hashes = hashes
-        request._held = hashes[:cached]
-        request._num_private = num_blocks - cached
-        request._capacity = num_blocks * size
+        request._num_held = cached
+        request._capacity = capacity
         request._prefill_left = length - cached * size
         if request.started_s is None:
             request.started_s = self._clock()
             request.cached_tokens = cached * size
         return True
 
-    def _share(self, request: Request, hashes: list[int]) -> None:
-        fresh = hashes[len(request._held) :]
-        turned = self.blocks.share(fresh)
-        if turned and self._prefixes is not None:
-            parent = request._held[-1] if request._held else None
-            start = len(request._held) * self.config.block_size_tokens
-            tokens = request.tokens[start : start + turned * self.config.block_size_tokens]
-            self._prefixes.stored(fresh[:turned], parent, tokens)
-        request._held += fresh[:turned]
-        request._num_private -= turned
+    def _share(self, request: Request, num_tokens: int) -> None:
+        """Cache the full blocks of the first ``num_tokens``, which are computed in this step.
+
+        As vLLM does: whoever is admitted from now on, in this step or a later one, has them.
+        """
+        size, held = self.config.block_size_tokens, request._num_held
+        if num_tokens // size == held:
+            return
+        request._hashes = block_hashes(request.tokens, size, request._hashes)
+        more = request._hashes[held : num_tokens // size]
+        request._num_held += len(more)
+        fresh = self.blocks.share(more)
+        if fresh and self._prefixes is not None:
+            first = request._num_held - fresh
+            self._prefixes.stored(
+                request._hashes[first : request._num_held],
+                request._hashes[first - 1] if first else None,
+                request.tokens[first * size : request._num_held * size],
+            )
 
     def _release(self, request: Request) -> None:
         """Free the blocks; what was computed in full blocks stays cached."""
-        if not request._prefill_left and request.first_token_s is not None:
-            computed = request.tokens[:-1]
-            self._share(request, block_hashes(computed, self.config.block_size_tokens))
-        self.blocks.release(request._held, request._num_private)
-        request._held, request._num_private = [], 0
-        request._capacity = request._prefill_left = 0
+        held = request._hashes[: request._num_held]
+        private = request._capacity - len(held) * self.config.block_size_tokens
+        self.blocks.release(held, private)
+        request._num_held = request._capacity = request._prefill_left = 0
