@@ -19,7 +19,7 @@ import httpx
 import yaml
 from PIL import Image
 
-from tests.cluster.conftest import ROOT, TANDEM, home_alone
+from tests.cluster.conftest import ROOT, TANDEM, home_alone, router_of, serve_config, sim_generator
 from tests.serve.browser import Page, start
 
 IMAGES = ROOT / "docs" / "images"
@@ -43,7 +43,7 @@ COLORS = 128
 
 def config():
     """Two generators, of which one follows its load, behind two routers."""
-    resources = {"cpus": 0.01}
+    small = {"resources": {"cpus": 0.01}}
     chat = {
         "replicas": {
             "min": 1,
@@ -54,17 +54,10 @@ def config():
         }
     }
     generators = [
-        {"name": name, "model": "m", "engine": "sim", "sim": SIM, "resources": resources, **more}
+        sim_generator(name=name, sim=SIM, **small, **more)
         for name, more in (("chat", chat), ("draft", {}))
     ]
-    router = {"replicas": {"min": 2, "max": 2}, "resources": resources}
-    application = {
-        "name": "tandem",
-        "route_prefix": "/",
-        "import_path": "deployments.app:build",
-        "args": {"generators": generators, "router": router},
-    }
-    return {"http_options": {"host": "127.0.0.1", "port": 8000}, "applications": [application]}
+    return serve_config(generators=generators, router=router_of(2, **small))
 
 
 @asynccontextmanager
