@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cluster.config import ClassifierTask
 from cluster.engines.encoder.jobs import Rows, TokenIds
+from cluster.engines.encoder.packed.layout import round_up
 from cluster.engines.encoder.packed.linear import Arithmetic
 from cluster.engines.encoder.packed.network import Packed, PackedNetwork
 from cluster.engines.encoder.pooling import Pooling
@@ -142,7 +143,7 @@ class VarlenBert:
     def _slot(self, ids: Sequence[TokenIds]) -> Slot:
         used = sum(map(len, ids))
         wanted = max(MIN_TOKENS, used, len(ids) * TOKENS_PER_TEXT)
-        size = 1 << (wanted - 1).bit_length()
+        size = round_up(wanted, bits=1)
         self.padding += size - used
         if size not in self._slots:
             self._slots[size] = Slot(size, self._device)
