@@ -251,12 +251,6 @@ class RouterConfig(Section):
     keys_file: str | None = None
     """What ``tandem keys`` writes; None: ``keys.yaml`` in Tandem's home, if it is there. With no
     key at all the router is open, which ``up`` allows on loopback alone."""
-
-    @property
-    def asks_for_keys(self) -> bool:
-        """Whether requests need an API key; where a loaded configuration names its key file."""
-        return bool(self.api_keys_sha256 or self.operator_keys_sha256 or self.keys_file)
-
     max_body_bytes: ByteSize = Field(ByteSize(32 * MIB), ge=1024)
     max_queued: int = Field(1024, ge=0)
     """Requests that wait in one router for one pool; beyond it 429."""
@@ -275,6 +269,11 @@ class RouterConfig(Section):
     resources: ResourcesConfig = ResourcesConfig(cpus=0.2)
 
     num_workers: ClassVar[int] = 1
+
+    @property
+    def asks_for_keys(self) -> bool:
+        """Whether requests need an API key; where a loaded configuration names its key file."""
+        return bool(self.api_keys_sha256 or self.operator_keys_sha256 or self.keys_file)
 
     @model_validator(mode="after")
     def _at_least_one(self) -> Self:

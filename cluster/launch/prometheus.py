@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from cluster.config import RouterConfig
 from cluster.config_file import LoadedConfig
 from cluster.errors import StartError
 from cluster.launch.auth import ray_token
@@ -107,16 +106,12 @@ def start(
 
 
 def _targets(loaded: LoadedConfig, cluster: ClusterState, directory: Path) -> Targets:
+    asks_for_keys = loaded.config.router.asks_for_keys
     return Targets(
         dashboard=cluster.dashboard_url,
-        ingress=ingress(loaded.config.router, cluster.http_url),
+        ingress=None if asks_for_keys else urlsplit(cluster.http_url).netloc,
         token_file=token_file(directory),
     )
-
-
-def ingress(router: RouterConfig, http_url: str) -> str | None:
-    """The routers' address as ``host:port``; None where its ``/metrics`` asks for a key."""
-    return None if router.asks_for_keys else urlsplit(http_url).netloc
 
 
 def token_file(directory: Path) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cluster.config import RouterConfig, parse
+from cluster.config import parse
 from cluster.config_file import LoadedConfig
 from cluster.errors import StartError
 from cluster.launch import prometheus
@@ -26,7 +26,15 @@ def test_rays_dashboard_is_told_where_prometheus_is(tmp_path: Path) -> None:
     assert told["RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR"].startswith(str(tmp_path))
 
 
-@pytest.mark.parametrize("keys", [{}, {"keys_file": "k"}, {"api_keys_sha256": ["0" * 64]}])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"keys_file": "k"},
+        {"api_keys_sha256": ["0" * 64]},
+        {"operator_keys_sha256": ["0" * 64]},
+    ],
+)
 def test_routers_that_want_a_key_are_not_scraped(tmp_path: Path, keys: dict[str, Any]) -> None:
     generator = {"name": "gen", "model": "m", "engine": "sim"}
     config = parse({"generators": [generator], "router": keys})
@@ -48,18 +56,3 @@ def test_rays_token_is_written_for_the_user_alone(
         assert path is not None
         assert Path(path).read_text() == "a-token"
         assert stat.S_IMODE(Path(path).stat().st_mode) == 0o600
-
-
-@pytest.mark.parametrize(
-    ("keys", "asked"),
-    [
-        ({}, "h:1"),
-        ({"api_keys_sha256": ["0" * 64]}, None),
-        ({"operator_keys_sha256": ["0" * 64]}, None),
-        ({"keys_file": "keys.yaml"}, None),
-    ],
-)
-def test_the_routers_address_is_asked_only_where_no_key_is_needed(
-    keys: dict[str, object], asked: str | None
-) -> None:
-    assert prometheus.ingress(RouterConfig.model_validate(keys), "http://h:1") == asked
