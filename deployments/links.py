@@ -6,14 +6,14 @@ from collections.abc import Callable
 import ray
 
 from cluster.asgi import ASGIApp
-from cluster.link import LinkLoad, LinkServer, PrefixSource, certificate_expiry, tls_contexts
+from cluster.link import LinkServer, Load, PrefixSource, certificate_expiry, tls_contexts
 from cluster.metrics import Registry, table
 from deployments.secret import link_secret
 
 
 async def serve_links(
     app: ASGIApp,
-    load: Callable[[], LinkLoad] | None = None,
+    load: Callable[[], Load] | None = None,
     prefixes: PrefixSource | None = None,
 ) -> LinkServer:
     """A server that has started; see ``LinkServer``."""

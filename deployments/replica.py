@@ -20,7 +20,6 @@ from cluster.gateway.routes import RouteTable
 from cluster.launch.loopback import confine_serve
 from cluster.link import (
     DrainResult,
-    LinkLoad,
     LinkUsage,
     RequestHead,
     ResponseHead,
@@ -65,7 +64,7 @@ class EngineReplica:
         await engine.start()
         self._app = self._traced(pool, operations)
         self._watch = ReplicaWatch(operations, pool, self._num_ongoing, self._retire)
-        self._server = await serve_links(self._answer, self._load, engine.prefixes)
+        self._server = await serve_links(self._answer, engine.load, engine.prefixes)
         registry = Registry()
         registry.on_collect(lambda: engine.observe(registry))
         registry.on_collect(lambda: self._watch.observe(registry))
@@ -149,10 +148,6 @@ class EngineReplica:
                 while self._num_ongoing():  # noqa: ASYNC110, two counters without an event
                     await asyncio.sleep(_IDLE_POLL_S)
         self._retired = why
-
-    def _load(self) -> LinkLoad:
-        load = self._engine.load()
-        return LinkLoad(load.running, load.waiting, load.kv_cache_usage)
 
     def record_replica_metadata(self) -> dict[str, Any]:
         """Where routers reach this replica and what it serves; Serve tells the routers."""

@@ -8,7 +8,7 @@ from cluster.link.frames import LinkLoad, LinkUsage, RequestHead, ResponseHead
 from cluster.link.handshake import TlsContexts, tls_contexts
 from cluster.link.local import answer_locally
 from cluster.link.prefixes import PrefixEvents, PrefixSource
-from cluster.link.server import DrainResult, LinkServer
+from cluster.link.server import DrainResult, LinkServer, Load
 from cluster.link.stream import Chunk, Stream
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "LinkServer",
     "LinkState",
     "LinkUsage",
+    "Load",
     "PrefixEvents",
     "PrefixSource",
     "RequestHead",

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterable
 from functools import partial
 from ssl import SSLContext
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from cluster.asgi import ASGIApp, Scope
 from cluster.errors import LinkAuthError, LinkError, LinkProtocolError
@@ -43,6 +43,22 @@ PREFIXES_INTERVAL_S = 0.02
 """Changes of the prefix cache are told together at most this late."""
 
 
+class Load(Protocol):
+    """What an engine has to do at one moment."""
+
+    @property
+    def running(self) -> int:
+        """Requests in its batch."""
+
+    @property
+    def waiting(self) -> int:
+        """Requests that it has not started."""
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """Share of KV blocks in use, 0 to 1."""
+
+
 class DrainResult(NamedTuple):
     """How the streams that were ongoing at the start of a drain ended."""
 
@@ -65,7 +81,7 @@ class LinkServer:
         host: str = "127.0.0.1",
         port: int = 0,
         ssl: SSLContext | None = None,
-        load: Callable[[], LinkLoad] | None = None,
+        load: Callable[[], Load] | None = None,
         prefixes: PrefixSource | None = None,
         options: LinkOptions | None = None,
     ) -> None:
@@ -108,7 +124,7 @@ class LinkServer:
 
     def current_load(self) -> LinkLoad:
         """What the engine says, and the ongoing streams."""
-        engine = self._load() if self._load is not None else LinkLoad()
+        engine: Load = self._load() if self._load is not None else LinkLoad()
         return LinkLoad(engine.running, engine.waiting, engine.kv_cache_usage, self.num_ongoing)
 
     def retire(self) -> None:

@@ -16,7 +16,7 @@ from benchmarks.overload.virtual import VirtualLoop, virtual_time
 from cluster.config import GeneratorConfig, RoutingPolicy, parse
 from cluster.engines.sim import SimEngine
 from cluster.gateway import Gateway, GatewayApp, ReplicaInfo, Wiring
-from cluster.link import LinkLoad, LinkServer, PrefixEvents
+from cluster.link import LinkLoad, LinkServer, Load, PrefixEvents
 from cluster.routing import fingerprint
 from tests import asgi
 from tests.serve.link_kit import SECRET, until
@@ -25,12 +25,7 @@ PATH = "/v1/completions"
 STEP_S, TOKENS, SEQUENCES = 0.02, 20, 8
 POLICIES: tuple[RoutingPolicy, ...] = ("prefix", "least-load", "round-robin")
 
-Load = Callable[[SimEngine], LinkLoad]
-
-
-def honest(engine: SimEngine) -> LinkLoad:
-    now = engine.load()
-    return LinkLoad(now.running, now.waiting, now.kv_cache_usage)
+Tell = Callable[[SimEngine], Load]
 
 
 class Boast:
@@ -65,7 +60,7 @@ class Fleet:
         self._app = GatewayApp(self.gateway)
 
     async def add(
-        self, name: str, slowness: float = 1.0, load: Load = honest, boasts: bool = False
+        self, name: str, slowness: float = 1.0, load: Tell = SimEngine.load, boasts: bool = False
     ) -> None:
         sim = {
             "decode_s_per_token": STEP_S * slowness,
@@ -143,7 +138,7 @@ def run(scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
         runner.run(scenario())
 
 
-LIES: dict[str, Load] = {
+LIES: dict[str, Tell] = {
     "nothing": lambda _: LinkLoad(),
     "idle for ever": lambda engine: LinkLoad(engine.load().running, 0, 0.0),
     "full": lambda _: LinkLoad(0, 1_000_000, 1.0),

@@ -10,7 +10,7 @@ from cluster.autoscaling import TargetChange
 from cluster.config import parse
 from cluster.engines.sim import SimEngine
 from cluster.gateway import Gateway, GatewayApp, ReplicaInfo, RouterLinks, Wiring
-from cluster.link import LinkLoad, LinkServer
+from cluster.link import LinkServer
 from tests import asgi
 from tests.serve.browser import Page, listening, start
 
@@ -88,7 +88,7 @@ async def world(**router):
             engine = SimEngine(generator)
             await engine.start()
             stack.push_async_callback(engine.stop)
-            server = LinkServer(engine.app, SECRET, load=lambda engine=engine: load(engine))
+            server = LinkServer(engine.app, SECRET, load=engine.load)
             host, port = await server.start()
             stack.push_async_callback(server.stop)
             info = ReplicaInfo(f"{generator.name}-1", host, port, engine.routes())
@@ -107,11 +107,6 @@ DECIDED = [
 
 async def decided():
     return DECIDED
-
-
-def load(engine):
-    now = engine.load()
-    return LinkLoad(now.running, now.waiting, now.kv_cache_usage)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from cluster.config import parse
 from cluster.engines.sim.engine import SimEngine
 from cluster.gateway import Gateway, GatewayApp, ReplicaInfo, Wiring
 from cluster.key_file import KeyFile
-from cluster.link import LinkLoad, LinkServer
+from cluster.link import LinkServer
 
 _SECRET = b"s" * 32
 _PATH = "/v1/completions"
@@ -32,12 +32,7 @@ async def running() -> AsyncIterator[Ask]:
         engine = SimEngine(config.generators[0])
         await engine.start()
         stack.push_async_callback(engine.stop)
-
-        def load() -> LinkLoad:
-            now = engine.load()
-            return LinkLoad(now.running, now.waiting, now.kv_cache_usage)
-
-        server = LinkServer(engine.app, _SECRET, load=load)
+        server = LinkServer(engine.app, _SECRET, load=engine.load)
         host, port = await server.start()
         stack.push_async_callback(server.stop)
         key_file = KeyFile(home / "keys.yaml", expected=True)
