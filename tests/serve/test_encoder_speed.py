@@ -364,7 +364,10 @@ async def test_a_batch_that_leaves_enough_for_another_wakes_the_next_thread():
     queue = JobQueue(max_batch_tokens=1024, max_queued_tokens=100_000)
     queue.share(3)
     taken = SimpleQueue()
-    threads = [threading.Thread(target=lambda: taken.put(queue.take())) for _ in range(3)]
+    threads = [
+        threading.Thread(target=lambda leads=leads: taken.put(queue.take(leads)))
+        for leads in (True, False, False)
+    ]
     for thread in threads:
         thread.start()
     job = Job("classify", [], None, asyncio.get_running_loop().create_future(), 0.0)

@@ -43,7 +43,9 @@ class JobQueue:
         self._expected_tokens = 0
         self._cancelled_early = 0
         self._closed: RequestError | None = None
-        self._changed = threading.Condition()
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)  # what the leading thread waits for
+        self._enough = threading.Condition(lock)  # the others, whom a lone text need not wake
         self._running = 0
         self._num_streams = 1
 
@@ -96,7 +98,8 @@ class JobQueue:
             if self.queued_tokens + tokens > self._max_queued_tokens:
                 raise self._overloaded()
             self._batcher.add(job, job.task, lengths)
-            self._changed.notify_all()
+            self._changed.notify()
+            self._call_help()
 
     def drop(self, job: Job) -> None:
         """Forget an admitted job that will not be put."""
@@ -128,14 +131,14 @@ class JobQueue:
             while self._closed is None:
                 if turn := self._turn(leads):
                     return turn
-                self._changed.wait()
+                (self._changed if leads else self._enough).wait()
             return None
 
     def finish(self) -> None:
         """The batch of a turn is done."""
         with self._changed:
             self._running -= 1
-            self._changed.notify_all()
+            self._changed.notify()
 
     def _turn(self, leads: bool) -> Turn | None:
         waiting = self._batcher.waiting_tokens
@@ -146,6 +149,7 @@ class JobQueue:
         if batch is None:
             return None
         self._running += 1
+        self._call_help()
         left = self._batcher.waiting_tokens
         alone = leads and self._running == 1 and left < MIN_BESIDE_TOKENS
         return Turn(batch, alone)
@@ -155,6 +159,11 @@ class JobQueue:
         with self._changed:
             self._closed = self._closed or error
             self._changed.notify_all()
+            self._enough.notify_all()
+
+    def _call_help(self) -> None:
+        if self._batcher.waiting_tokens >= MIN_BESIDE_TOKENS:
+            self._enough.notify()
 
     def _release(self, job: Job) -> None:
         self._expected_tokens -= job.expected_tokens
