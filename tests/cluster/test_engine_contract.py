@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from itertools import groupby
 from typing import Any
 
-import psutil
 import pytest
 import pytest_asyncio
 
@@ -18,6 +17,7 @@ from cluster.engines.sim import SimEngine
 from cluster.errors import ConfigError, EngineDeadError
 from cluster.link import LinkClient, LinkServer, RequestHead
 from tests import asgi
+from tests.cluster.engine_processes import engines_of_this_process
 
 MODEL = "smollm2-135m-instruct"
 CONTEXT = 1024
@@ -44,7 +44,7 @@ async def real() -> AsyncIterator[Engine]:
     await engine.start()
     yield engine
     await engine.stop()
-    assert engines_running() == []
+    assert engines_of_this_process() == []
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -60,11 +60,6 @@ def engine(request: pytest.FixtureRequest) -> Engine:
     name = "real" if request.param == "vllm" else "sim"
     found: Engine = request.getfixturevalue(name)
     return found
-
-
-def engines_running() -> list[str]:
-    children = psutil.Process().children(recursive=True)
-    return [p.name() for p in children if "VLLM" in p.name() or "EngineCore" in p.name()]
 
 
 def body(**fields: Any) -> dict[str, Any]:
@@ -434,7 +429,6 @@ async def test_a_real_death(real: Engine) -> None:
     stream = asgi.start(real.app, "POST", CHAT, body(max_tokens=900, stream=True))
     whole = asgi.start(real.app, "POST", CHAT, body(max_tokens=900))
     await stream.chunks(3)
-    for process in psutil.Process().children(recursive=True):
-        if "EngineCore" in process.name():
-            process.kill()
+    (process,) = engines_of_this_process()
+    process.kill()
     await check_death(real, stream, whole)

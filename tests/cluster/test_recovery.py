@@ -1,28 +1,15 @@
 """A dead engine is noticed, its replica replaced, and nothing hangs or is left behind."""
 
-import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
-import psutil
 
 from tests.cluster.conftest import Running
+from tests.cluster.engine_processes import engines_of_cluster
 
 MODEL = "smollm2"
-
-
-def engine_processes(cluster: Running) -> list[psutil.Process]:
-    """vLLM's engine processes among those of this cluster."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get("TANDEM_HOME") != str(cluster.home):
-                continue
-            if "EngineCore" in " ".join([process.name(), *process.cmdline()]):
-                found.append(process)
-    return found
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
@@ -36,7 +23,7 @@ def test_a_dead_engine_is_replaced(cluster: Running) -> None:
     with httpx.Client(base_url=cluster.http_url, timeout=180) as http:
         body = {"model": MODEL, "prompt": "a", "max_tokens": 4}
         assert http.post("/v1/completions", json=body).status_code == 200
-        old = engine_processes(cluster)
+        old = engines_of_cluster(cluster.home)
         assert len(old) == 1
 
         long = {**body, "max_tokens": 300, "ignore_eos": True}
@@ -59,14 +46,14 @@ def test_a_dead_engine_is_replaced(cluster: Running) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.5)
             answer = http.post("/v1/completions", json=body)
-        new = engine_processes(cluster)
+        new = engines_of_cluster(cluster.home)
         assert len(new) == 1
         assert new[0].pid != old[0].pid
         wait_until(lambda: http.get("/ready").status_code == 200, 60, "being ready again")
 
 
 def test_a_replica_that_is_killed_takes_its_engine_with_it(cluster: Running) -> None:
-    (engine,) = engine_processes(cluster)
+    (engine,) = engines_of_cluster(cluster.home)
     replica = engine.parent()
     assert replica is not None
     replica.kill()
