@@ -1,10 +1,12 @@
 """The token-budget batcher: requests of one or thousands of texts in, batches of texts out.
 
-It owns what waits. Fairness is weighted fair queueing between requests (WF2Q+, Bennett and
-Zhang 1997, with equal weights and tokens as the work): each text has a tag, the virtual time at
-which its request's fair share reaches it, and each batch holds the text with the least tag. The
-rest of the batch are texts near to it in length among those that come next. It has no clock,
-no lock and no idea of what a text is.
+It owns what waits, and is fair between requests (fair queueing of Demers, Keshav and Shenker 1989,
+with tokens as the work): a request goes in portions of a batch, and each has a tag, the virtual
+time at which fair sharing would have finished it. A batch holds the text with the least tag; the
+rest of it are texts near to that in length among those that come next. So requests that fit a batch
+are finished one after the other: sharing every batch evenly would finish all of them together,
+late, and leave nothing to compute until their clients ask again. It has no clock, no lock and no
+idea of what a text is.
 """
 
 import bisect
@@ -15,6 +17,9 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 K = TypeVar("K", bound=Hashable)
+
+GRAINS = 4
+"""Of a batch; a request that is less than one larger than another is not put behind it for that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +48,27 @@ class _Request(Generic[K]):
     order: list[int]
     """Indices by descending length, so that neighbours are alike and padding costs least."""
     number: int
+    undrawn_tokens: int
     next: int = 0
+    portion_tokens: int = 0
+    """What is not drawn yet of the portion that was begun."""
     unserved_tokens: int = 0
     unserved_texts: int = 0
     cancelled: bool = False
+
+    def begin_portion(self, max_tokens: int) -> int:
+        """Its work in tokens, in whole grains."""
+        self.portion_tokens = min(self.undrawn_tokens, max_tokens)
+        grain = max(1, max_tokens // GRAINS)
+        return self.portion_tokens // grain * grain
+
+    def draw(self) -> tuple[int, int]:
+        """The next text's place in the order, and its length."""
+        place, length = self.next, self.lengths[self.order[self.next]]
+        self.next += 1
+        self.undrawn_tokens -= length
+        self.portion_tokens -= length
+        return place, length
 
 
 class _Drawn(NamedTuple):
@@ -55,20 +77,20 @@ class _Drawn(NamedTuple):
     length: int
     tag: float
     number: int
+    place: int
+    """Among the request's texts by descending length."""
     request: _Request[Any]
-    text: int
-    """Which of the request's texts."""
 
 
-_turn = operator.itemgetter(1, 2)  # tag and number: a request's tags differ, so no two are equal
+_turn = operator.itemgetter(1, 2, 3)  # no two are equal
 
 
 class Batcher(Generic[K]):
     """Cuts batches of one task, at most ``max_batch_tokens`` long, fairly between requests.
 
     A text longer than the budget makes a batch of its own. A text waits for no more batches
-    than texts stood before it in fair order; a request that arrives later is never given a
-    turn before one that used less than its share.
+    than texts stood before it in fair order; a request that is done later than fair sharing would
+    have done it is so by no more than a batch for each request that waits.
 
     Args:
         max_batch_tokens: Tokens in a batch.
@@ -81,7 +103,7 @@ class Batcher(Generic[K]):
         self._window_tokens = max_batch_tokens * lookahead
         self._requests: dict[K, _Request[K]] = {}
         self._heap: list[tuple[float, int, _Request[K]]] = []
-        """Each request's next text by tag and request number (numbers differ)."""
+        """Requests that have texts to be drawn, by their portion's tag and number (all differ)."""
         self._window: list[_Drawn] = []
         self._virtual_time = 0.0
         self._num_added = 0
@@ -103,13 +125,15 @@ class Batcher(Generic[K]):
         if not lengths:
             return
         order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-        request = _Request(key, task, lengths, order, self._num_added)
-        request.unserved_texts, request.unserved_tokens = len(lengths), sum(lengths)
+        tokens = sum(lengths)
+        request = _Request(key, task, lengths, order, self._num_added, tokens)
+        request.unserved_texts, request.unserved_tokens = len(lengths), tokens
         self._num_added += 1
-        self.waiting_texts += request.unserved_texts
-        self.waiting_tokens += request.unserved_tokens
+        self.waiting_texts += len(lengths)
+        self.waiting_tokens += tokens
         self._requests[key] = request
-        heapq.heappush(self._heap, (self._virtual_time, request.number, request))
+        tag = self._virtual_time + request.begin_portion(self._budget)
+        heapq.heappush(self._heap, (tag, request.number, request))
 
     def cancel(self, key: K) -> int:
         """Skip what still waits of a request; returns how many texts (0 if none or unknown)."""
@@ -134,6 +158,7 @@ class Batcher(Generic[K]):
         run = _run_around(alike, bisect.bisect_left(alike, head), budget)
         self._window = [drawn for drawn in self._window if drawn.request.task != task]
         self._window += alike[: run.start] + alike[run.stop :]
+        self._virtual_time = max(self._virtual_time, head.tag - self._budget)
         return self._serve(task, alike[run])
 
     def _fill_window(self) -> None:
@@ -144,15 +169,14 @@ class Batcher(Generic[K]):
             if request.cancelled:
                 heapq.heappop(self._heap)
                 continue
-            text = request.order[request.next]
-            length = request.lengths[text]
-            self._window.append(_Drawn(length, tag, number, request, text))
+            place, length = request.draw()
+            self._window.append(_Drawn(length, tag, number, place, request))
             tokens += length
-            request.next += 1
-            if request.next < len(request.order):
-                heapq.heapreplace(self._heap, (tag + length, number, request))
-            else:
+            if request.next == len(request.order):
                 heapq.heappop(self._heap)
+            elif request.portion_tokens <= 0:
+                tag += request.begin_portion(self._budget)
+                heapq.heapreplace(self._heap, (tag, number, request))
 
     def _serve(self, task: str, chosen: list[_Drawn]) -> Batch[K]:
         num_requests = len(self._requests)
@@ -165,18 +189,9 @@ class Batcher(Generic[K]):
                 del self._requests[request.key]
         self.waiting_texts -= len(chosen)
         self.waiting_tokens -= tokens
-        self._advance(tokens / num_requests)
-        items = tuple(Item(d.request.key, d.text, d.length) for d in chosen)
+        self._virtual_time += tokens / num_requests  # what fair sharing would give to each
+        items = tuple(Item(d.request.key, d.request.order[d.place], d.length) for d in chosen)
         return Batch(task, items, tokens)
-
-    def _advance(self, share: float) -> None:
-        """Move virtual time on by one request's share, and at least to the least waiting tag."""
-        self._virtual_time += share
-        waiting = [drawn.tag for drawn in self._window if not drawn.request.cancelled]
-        if self._heap:
-            waiting.append(self._heap[0][0])
-        if waiting:
-            self._virtual_time = max(self._virtual_time, min(waiting))
 
 
 def _run_around(alike: list[_Drawn], head: int, budget: int) -> slice:

@@ -106,28 +106,56 @@ def test_a_large_request_keeps_its_share_beside_many_singles():
     assert 25 <= large <= 100
 
 
-def test_requests_of_one_age_share_a_batch_evenly():
+def test_requests_that_fit_a_batch_are_finished_in_the_order_of_their_coming():
+    batcher = Batcher[str](BUDGET, lookahead=1)
+    for key in "abcd":
+        batcher.add(key, "classify", [4] * (BUDGET // 4))
+    assert [{item.key for item in batch.items} for batch in drain(batcher)] == [*map(set, "abcd")]
+
+
+def test_a_smaller_request_overtakes_larger_ones_that_came_before():
+    batcher = Batcher[str](BUDGET, lookahead=1)
+    for key in "abcd":
+        batcher.add(key, "classify", [4] * (BUDGET // 4))
+    batcher.cut()
+    batcher.add("small", "classify", [4])
+    batch = batcher.cut()
+    assert batch
+    assert "small" in {item.key for item in batch.items}
+
+
+def test_a_single_text_is_not_put_behind_shorter_ones_that_come_later():
+    batcher = Batcher[str](BUDGET, lookahead=1)
+    batcher.add("long", "classify", [BUDGET // 4 - 1])
+    for number in range(BUDGET):
+        batcher.add(f"short {number}", "classify", [1])
+    batch = batcher.cut()
+    assert batch
+    assert "long" in {item.key for item in batch.items}
+
+
+def test_large_requests_of_one_age_share_evenly():
     batcher = Batcher[str](BUDGET, lookahead=1)
     for key in "abcd":
         batcher.add(key, "classify", [4] * 100)
     counts = dict.fromkeys("abcd", 0)
-    for _ in range(5):
+    for _ in range(20):
         batch = batcher.cut()
         assert batch
         for item in batch.items:
             counts[item.key] += 1
-    assert set(counts.values()) == {20}
+    assert set(counts.values()) == {20 * BUDGET // 4 // 4}
 
 
 def test_texts_of_like_length_go_together():
     batcher = Batcher[int](BUDGET)
     for key in range(16):
-        batcher.add(key, "classify", [4 if key % 2 else 16])
+        batcher.add(key, "classify", [3 if key % 2 else 8])
     first, second = batcher.cut(), batcher.cut()
     assert first
     assert second
-    assert {item.length for item in first.items} == {16}
-    assert {item.length for item in second.items} == {4, 16}
+    assert {item.length for item in first.items} == {8}
+    assert {item.length for item in second.items} == {3}
 
 
 def test_a_key_waits_once_and_an_unknown_one_cancels_nothing():
