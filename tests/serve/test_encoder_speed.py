@@ -2,6 +2,7 @@ import asyncio
 import json
 import random
 import threading
+import warnings
 from queue import SimpleQueue
 
 import numpy as np
@@ -146,6 +147,15 @@ def test_8_bits_are_near_to_float32(net):
         assert 0 < off.mean() < mean  # zero would mean that nothing was quantized
 
 
+def test_computing_in_8_bits_does_not_touch_the_warnings_of_other_threads(net, monkeypatch):
+    model, _ = in_8_bits(net)
+    with monkeypatch.context() as patch:
+        patch.setattr(warnings, "catch_warnings", None)
+        rows = model.run("classify", texts(3, 9))
+    assert np.isfinite(rows).all()
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_eight_bits_round_and_saturate():
     x = torch.tensor([[-9.0, -1.0, 0.0, 0.24, 0.26, 99.0]])
     assert eight_bits(x, 0.5, 4).tolist() == [[0, 2, 4, 4, 5, 202]]
