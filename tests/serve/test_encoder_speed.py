@@ -32,6 +32,7 @@ from cluster.engines.encoder.padded import TransformersModel
 from cluster.engines.encoder.pooling import Pooling
 from cluster.engines.encoder.precision import Agreement, AgreementStore, batches, measure, require
 from cluster.engines.encoder.queue import JobQueue
+from cluster.engines.encoder.runner import MAX_STREAMS, share_threads
 from cluster.engines.encoder.tasks import TASKS
 from cluster.errors import ConfigError
 from tests.serve.encoder_kit import (  # noqa: F401, the fixture is used by all tests here
@@ -388,10 +389,19 @@ async def test_a_batch_that_leaves_enough_for_another_wakes_the_next_thread():
     assert not any(turn.alone for turn in turns)
 
 
-async def test_threads_that_share_the_work_answer_everyone_once(tmp_path, monkeypatch):
+@given(num_threads=st.integers(1, 300), num_streams=st.integers(1, MAX_STREAMS))
+def test_no_thread_is_left_over_or_given_twice(num_threads, num_streams):
+    shares = share_threads(num_threads, min(num_threads, num_streams))
+    assert sum(shares) == num_threads
+    assert min(shares) >= 1
+    assert max(shares) - min(shares) <= 1
+
+
+@pytest.mark.parametrize("threads", [3, 6])
+async def test_threads_that_share_the_work_answer_everyone_once(tmp_path, monkeypatch, threads):
     monkeypatch.setenv("TANDEM_HOME", str(tmp_path))
     path = save_model(tmp_path / "model", bert())
-    config = ClassifierConfig(name="a", model="a", dtype="float32", threads=3)
+    config = ClassifierConfig(name="a", model="a", dtype="float32", threads=threads)
     async with running_config(config, path) as engine:
         service = engine.service
         lists = [[f"good {'film ' * (i % 20)}"] * (1 + i % 40) for i in range(60)]

@@ -136,7 +136,8 @@ class ModelRunner:
             count = min(self._num_threads, MAX_STREAMS) if loaded.shares_cores else 1
             # A copy shares the weights, and counts for itself.
             models = [loaded.model, *(copy.copy(loaded.model) for _ in range(count - 1))]
-            self._streams = [_Stream(model) for model in models]
+            shares = share_threads(self._num_threads, count)
+            self._streams = [_Stream(*each) for each in zip(models, shares, strict=True)]
             self._queue.share(count)
             self._events.loaded(loaded)
             others = [self._start(stream) for stream in self._streams[1:]]
@@ -182,7 +183,7 @@ class ModelRunner:
     def _step(self, stream: "_Stream", turn: Turn) -> None:
         batch = turn.batch
         stream.current = frozenset(item.key for item in batch.items)
-        stream.use_threads(self._num_threads // (1 if turn.alone else len(self._streams)))
+        stream.use_threads(self._num_threads if turn.alone else stream.share)
         padding, begun_s = stream.model.padding, time.perf_counter()
         ids = [item.key.ids[item.index] for item in batch.items]
         rows = stream.model.run(cast(ClassifierTask, batch.task), ids)
@@ -201,8 +202,10 @@ class ModelRunner:
 class _Stream:
     """What one of the threads owns."""
 
-    def __init__(self, model: EncoderModel) -> None:
+    def __init__(self, model: EncoderModel, share: int) -> None:
         self.model = model
+        self.share = share
+        """Threads that its operations may use beside the others."""
         self.counts = RunnerCounts()
         self.current: frozenset[Job] = frozenset()
         self._threads = 0
@@ -212,6 +215,12 @@ class _Stream:
         if number != self._threads:
             torch.set_num_threads(number)
             self._threads = number
+
+
+def share_threads(num_threads: int, num_streams: int) -> list[int]:
+    """The threads of each stream: all are shared out, as evenly as it goes."""
+    each, more = divmod(num_threads, num_streams)
+    return [each + (index < more) for index in range(num_streams)]
 
 
 def _scatter(batch: Batch[Job], rows: Rows | list[Rows]) -> list[Job]:
