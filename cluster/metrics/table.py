@@ -199,6 +199,9 @@ CERTIFICATE_EXPIRY = Metric(
 # -- encoders, in their replicas -------------------------------------------------------------------
 
 ENCODER_BATCHES = Metric("tandem_encoder_batches_total", "counter", "Batches computed.", _MODEL)
+ENCODER_FAILED_BATCHES = Metric(
+    "tandem_encoder_failed_batches_total", "counter", "Batches that the model failed on.", _MODEL
+)
 ENCODER_TEXTS = Metric("tandem_encoder_texts_total", "counter", "Texts computed.", _MODEL)
 ENCODER_TOKENS = Metric("tandem_encoder_tokens_total", "counter", "Tokens computed.", _MODEL)
 ENCODER_PADDING = Metric(
@@ -230,7 +233,10 @@ ENCODER_SECONDS = Metric(
     "tandem_encoder_compute_seconds_total", "counter", "Time that the model computed.", _MODEL
 )
 ENCODER_SKIPPED = Metric(
-    "tandem_encoder_skipped_texts_total", "counter", "Texts whose client left before.", _MODEL
+    "tandem_encoder_skipped_texts_total",
+    "counter",
+    "Texts not computed, as their client had left or their request had failed.",
+    _MODEL,
 )
 ENCODER_CACHE_HITS = Metric(
     "tandem_encoder_cache_hits_total", "counter", "Texts whose result was kept.", _MODEL

@@ -35,7 +35,12 @@ def classifier() -> Dashboard:
         lines("Tokens", "short", Query(rate("tandem_encoder_tokens_total"))),
         lines("Requests", "s", *quantiles("tandem_request_seconds", 0.5, 0.95, 0.99)),
         row("Batches"),
-        lines("Batches", "short", Query(rate("tandem_encoder_batches_total"))),
+        lines(
+            "Batches",
+            "short",
+            Query(rate("tandem_encoder_batches_total")),
+            Query(rate("tandem_encoder_failed_batches_total"), "{{model}} failed"),
+        ),
         lines("Texts in a batch", "short", *quantiles("tandem_encoder_batch_texts", 0.5, 0.95)),
         lines("Padding", "percentunit", Query(f"{rate('tandem_encoder_padding_total')} / {cells}")),
         lines("Tokens that wait", "short", Query(total("tandem_encoder_queued_tokens"))),

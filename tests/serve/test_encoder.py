@@ -604,3 +604,101 @@ async def test_bodies_may_come_in_pieces_and_clients_may_leave_early(engine):
     sent.clear()
     await engine.app(scope, receiver([pieces[0], {"type": "http.disconnect"}]), send)
     assert not sent
+
+
+POISON = 20
+"""The tokens of a text that the first layer cannot compute."""
+
+
+def poison_packed(model):
+    """Let the first layer of a packed model fail on texts of ``POISON`` tokens."""
+    layers = model._network._layers
+    plain = layers[0]
+
+    def layer(attention, hidden):
+        if any(group.length >= POISON for group in attention.layout.groups):
+            raise RuntimeError("secret details")
+        return plain(attention, hidden)
+
+    layers[0] = layer
+
+
+def poison_transformers(model):
+    """The same for a model of transformers."""
+
+    def refuse(_layer, args):
+        if args[0].shape[1] >= POISON:
+            raise RuntimeError("secret details")
+
+    model._encoder.transformer.layer[0].register_forward_pre_hook(refuse)
+
+
+LONG_TEXT = "film " * (POISON - 2)
+SHORT = [text for text in TEXTS if len(text) < POISON]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    ("make", "poison"), [(bert, poison_packed), (distilbert, poison_transformers)]
+)
+async def test_a_batch_that_fails_takes_its_own_requests_alone(
+    tmp_path, caplog, make, poison, threads
+):
+    async with running(config(threads=threads), save_model(tmp_path, make())) as engine:
+        before = (await engine.service.encode("classify", ["good"])).rows
+        poison(engine.service.model.model)
+        answer = await post(engine, "/classify", {"input": LONG_TEXT})
+        assert answer.status_code == 500
+        assert answer.json()["error"]["type"] == "InternalServerError"
+        assert "secret" not in answer.text
+        await engine.check_health()
+        # Its other texts are skipped, in whichever batch they are or would have been.
+        with pytest.raises(InternalError):
+            await engine.service.encode("classify", ["good", LONG_TEXT] * 100)
+        after = (await engine.service.encode("classify", ["good"])).rows
+        await engine.check_health()
+        assert engine.counts().failed_batches >= 2
+        assert engine.service._queue.queued_tokens == 0
+        assert engine.load().running == engine.load().waiting == 0
+    np.testing.assert_allclose(after, before, atol=1e-5)
+    failures = [record for record in caplog.records if record.exc_info]
+    assert len(failures) == engine.counts().failed_batches
+    assert all("secret details" in str(record.exc_info[1]) for record in failures)
+
+
+async def test_requests_beside_a_batch_that_fails_are_answered(engine, gate, network):
+    poison_packed(engine.service.model.model)
+    release = gate(engine)
+    first = asyncio.create_task(engine.service.encode("classify", ["good"]))
+    await until(lambda: engine.load().running)
+    failing = asyncio.create_task(engine.service.encode("classify", [LONG_TEXT]))
+    # Of another task, and so never in the same batch.
+    others = [asyncio.create_task(engine.service.encode("embed", [text])) for text in SHORT]
+    await until(lambda: engine.load().waiting == 1 + len(SHORT))
+    release.release(1000)
+    with pytest.raises(InternalError):
+        await failing
+    assert (await first).rows.shape == (1, 3)
+    found = [encoded.rows[0] for encoded in await asyncio.gather(*others)]
+    np.testing.assert_allclose(found, expected(network, SHORT)[1], atol=1e-5)
+
+
+async def test_a_model_that_cannot_even_run_special_tokens_is_dead(engine, gate):
+    def fail(attention, hidden):
+        raise RuntimeError("secret details")
+
+    engine.service.model.model._network._layers[0] = fail
+    release = gate(engine)
+    service = engine.service
+    first = asyncio.create_task(service.encode("classify", ["good"]))
+    await until(lambda: engine.load().running)
+    others = [asyncio.create_task(post(engine, "/classify", {"input": "bad"})) for _ in range(3)]
+    await until(lambda: engine.load().waiting == 3)
+    release.release(1000)
+    with pytest.raises(InternalError):
+        await first
+    assert [(await answer).status_code for answer in others] == [503] * 3
+    with pytest.raises(EngineDeadError):
+        await engine.check_health()
+    with pytest.raises(EngineDeadError):
+        await service.encode("classify", ["good"])

@@ -28,6 +28,7 @@ def test_counts_are_set_again_and_again() -> None:
             batch_texts=done.batch_texts,
             tokenize_s=0.5,
             queued_tokens=7,
+            failed_batches=2,
             cache_hits=3,
         )
         write_counts(registry, "m", counts)
@@ -39,6 +40,7 @@ def test_counts_are_set_again_and_again() -> None:
     assert found["tandem_encoder_batch_texts", "m"] == 9
     assert found["tandem_encoder_tokenize_seconds_total", "m"] == 0.5
     assert found["tandem_encoder_queued_tokens", "m"] == 7
+    assert found["tandem_encoder_failed_batches_total", "m"] == 2
     assert ("tandem_encoder_agreement_ratio", "m") not in found
     write_counts(registry, "m", replace(counts, agreement=0.9975))
     assert values(registry)["tandem_encoder_agreement_ratio", "m"] == 0.9975

@@ -2,6 +2,7 @@ import asyncio
 import json
 import random
 import threading
+import warnings
 from queue import SimpleQueue
 
 import numpy as np
@@ -31,6 +32,7 @@ from cluster.engines.encoder.padded import TransformersModel
 from cluster.engines.encoder.pooling import Pooling
 from cluster.engines.encoder.precision import Agreement, AgreementStore, batches, measure, require
 from cluster.engines.encoder.queue import JobQueue
+from cluster.engines.encoder.runner import MAX_STREAMS, share_threads
 from cluster.engines.encoder.tasks import TASKS
 from cluster.errors import ConfigError
 from tests.serve.encoder_kit import (  # noqa: F401, the fixture is used by all tests here
@@ -146,6 +148,15 @@ def test_8_bits_are_near_to_float32(net):
         assert 0 < off.mean() < mean  # zero would mean that nothing was quantized
 
 
+def test_computing_in_8_bits_does_not_touch_the_warnings_of_other_threads(net, monkeypatch):
+    model, _ = in_8_bits(net)
+    with monkeypatch.context() as patch:
+        patch.setattr(warnings, "catch_warnings", None)
+        rows = model.run("classify", texts(3, 9))
+    assert np.isfinite(rows).all()
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_eight_bits_round_and_saturate():
     x = torch.tensor([[-9.0, -1.0, 0.0, 0.24, 0.26, 99.0]])
     assert eight_bits(x, 0.5, 4).tolist() == [[0, 2, 4, 4, 5, 202]]
@@ -378,10 +389,19 @@ async def test_a_batch_that_leaves_enough_for_another_wakes_the_next_thread():
     assert not any(turn.alone for turn in turns)
 
 
-async def test_threads_that_share_the_work_answer_everyone_once(tmp_path, monkeypatch):
+@given(num_threads=st.integers(1, 300), num_streams=st.integers(1, MAX_STREAMS))
+def test_no_thread_is_left_over_or_given_twice(num_threads, num_streams):
+    shares = share_threads(num_threads, min(num_threads, num_streams))
+    assert sum(shares) == num_threads
+    assert min(shares) >= 1
+    assert max(shares) - min(shares) <= 1
+
+
+@pytest.mark.parametrize("threads", [3, 6])
+async def test_threads_that_share_the_work_answer_everyone_once(tmp_path, monkeypatch, threads):
     monkeypatch.setenv("TANDEM_HOME", str(tmp_path))
     path = save_model(tmp_path / "model", bert())
-    config = ClassifierConfig(name="a", model="a", dtype="float32", threads=3)
+    config = ClassifierConfig(name="a", model="a", dtype="float32", threads=threads)
     async with running_config(config, path) as engine:
         service = engine.service
         lists = [[f"good {'film ' * (i % 20)}"] * (1 + i % 40) for i in range(60)]

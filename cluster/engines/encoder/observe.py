@@ -16,6 +16,7 @@ def write_counts(registry: Registry, model: str, counts: EncoderCounts) -> None:
         table.ENCODER_PADDING: counts.padding,
         table.ENCODER_SECONDS: counts.compute_s,
         table.ENCODER_TOKENIZE_SECONDS: counts.tokenize_s,
+        table.ENCODER_FAILED_BATCHES: counts.failed_batches,
         table.ENCODER_SKIPPED: counts.skipped_texts,
         table.ENCODER_CACHE_HITS: counts.cache_hits,
         table.ENCODER_CACHE_MISSES: counts.cache_misses,

@@ -56,7 +56,8 @@ class JobQueue:
 
     @property
     def skipped_texts(self) -> int:
-        """Texts that were not computed because their client left, since the start."""
+        """Texts that were not computed because their client left or their request failed, since the
+        start."""
         return self._cancelled_early + self._batcher.skipped_texts
 
     def admit(self, job: Job) -> None:
@@ -112,6 +113,11 @@ class JobQueue:
         """The job's client has left: what is not computed yet will not be."""
         with self._changed:
             job.abandoned = True
+            self._batcher.cancel(job)
+
+    def withdraw(self, job: Job) -> None:
+        """The job has failed: its texts that still wait will not be computed."""
+        with self._changed:
             self._batcher.cancel(job)
 
     def share(self, num_streams: int) -> None:

@@ -1,8 +1,9 @@
 """The model threads: each takes a batch as soon as it is free, computes it, hands the rows back.
 
 A batch is cut at the last moment, so it holds whatever came while the one before it ran; cutting
-takes less than 1 % of computing. Owns the model, the counters, and each job's rows from its
-first batch on. Knows neither tokenizer nor HTTP.
+takes less than 1 % of computing. A batch that fails takes its own jobs alone, unless the model
+cannot compute anything any more. Owns the model, the counters, and each job's rows from its first
+batch on. Knows neither tokenizer nor HTTP.
 """
 
 import copy
@@ -17,7 +18,7 @@ import torch
 
 from cluster.batching import Batch
 from cluster.config import ClassifierTask
-from cluster.engines.encoder.jobs import EncoderModel, Job, Rows
+from cluster.engines.encoder.jobs import EncoderModel, Job, Rows, TokenIds
 from cluster.engines.encoder.model import LoadedModel
 from cluster.engines.encoder.queue import JobQueue, Turn
 from cluster.metrics import Histogram, table
@@ -37,6 +38,8 @@ class RunnerCounts:
     """What was computed of no token, as the number of tokens it would make."""
     compute_s: float = 0.0
     """By thread: two seconds pass in one where two threads compute."""
+    failed: int = 0
+    """Batches that raised; not among the others."""
     batch_texts: Histogram = field(
         default_factory=lambda: Histogram(table.ENCODER_BATCH_TEXTS.buckets)
     )
@@ -58,6 +61,7 @@ class RunnerCounts:
         self.tokens += other.tokens
         self.padding += other.padding
         self.compute_s += other.compute_s
+        self.failed += other.failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +71,10 @@ class RunnerEvents:
     loaded: Callable[[LoadedModel], None]
     done: Callable[[Sequence[Job]], None]
     """Jobs whose rows are complete."""
+    failed: Callable[[Sequence[Job], Exception], None]
+    """The batch with these jobs failed; they are in no further one."""
     died: Callable[[Exception], None]
-    """Loading or computing failed; nothing further comes."""
+    """Loading failed, or the model computes nothing any more; nothing further comes."""
 
 
 class ModelRunner:
@@ -99,6 +105,7 @@ class ModelRunner:
         self._events = events
         self._num_threads = num_threads
         self._streams: list[_Stream] = []
+        self._probe: list[TokenIds] = []
         self._scattering = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="tandem-model", daemon=True)
         self._thread.start()
@@ -125,10 +132,12 @@ class ModelRunner:
         try:
             torch.set_num_threads(self._num_threads)
             loaded = self._load()
+            self._probe = [loaded.tokenizer.shortest()]
             count = min(self._num_threads, MAX_STREAMS) if loaded.shares_cores else 1
             # A copy shares the weights, and counts for itself.
             models = [loaded.model, *(copy.copy(loaded.model) for _ in range(count - 1))]
-            self._streams = [_Stream(model) for model in models]
+            shares = share_threads(self._num_threads, count)
+            self._streams = [_Stream(*each) for each in zip(models, shares, strict=True)]
             self._queue.share(count)
             self._events.loaded(loaded)
             others = [self._start(stream) for stream in self._streams[1:]]
@@ -148,17 +157,33 @@ class ModelRunner:
     def _compute(self, stream: "_Stream") -> None:
         try:
             while turn := self._queue.take(leads=stream is self._streams[0]):
-                self._step(stream, turn)
+                try:
+                    self._step(stream, turn)
+                except Exception as error:
+                    self._give_up(stream, error)
+                    self._check(stream, turn)
                 self._queue.finish()
         except Exception as error:
             self._events.died(error)
         finally:
             stream.current = frozenset()
 
+    def _give_up(self, stream: "_Stream", error: Exception) -> None:
+        """Fail the jobs of the batch that raised."""
+        stream.counts.failed += 1
+        jobs, stream.current = stream.current, frozenset()
+        for job in jobs:
+            self._queue.withdraw(job)
+        self._events.failed(list(jobs), error)
+
+    def _check(self, stream: "_Stream", turn: Turn) -> None:
+        """Raise if the model cannot compute the shortest text: a device that is lost, say."""
+        stream.model.run(cast(ClassifierTask, turn.batch.task), self._probe)
+
     def _step(self, stream: "_Stream", turn: Turn) -> None:
         batch = turn.batch
         stream.current = frozenset(item.key for item in batch.items)
-        stream.use_threads(self._num_threads // (1 if turn.alone else len(self._streams)))
+        stream.use_threads(self._num_threads if turn.alone else stream.share)
         padding, begun_s = stream.model.padding, time.perf_counter()
         ids = [item.key.ids[item.index] for item in batch.items]
         rows = stream.model.run(cast(ClassifierTask, batch.task), ids)
@@ -177,8 +202,10 @@ class ModelRunner:
 class _Stream:
     """What one of the threads owns."""
 
-    def __init__(self, model: EncoderModel) -> None:
+    def __init__(self, model: EncoderModel, share: int) -> None:
         self.model = model
+        self.share = share
+        """Threads that its operations may use beside the others."""
         self.counts = RunnerCounts()
         self.current: frozenset[Job] = frozenset()
         self._threads = 0
@@ -188,6 +215,12 @@ class _Stream:
         if number != self._threads:
             torch.set_num_threads(number)
             self._threads = number
+
+
+def share_threads(num_threads: int, num_streams: int) -> list[int]:
+    """The threads of each stream: all are shared out, as evenly as it goes."""
+    each, more = divmod(num_threads, num_streams)
+    return [each + (index < more) for index in range(num_streams)]
 
 
 def _scatter(batch: Batch[Job], rows: Rows | list[Rows]) -> list[Job]:

@@ -45,11 +45,13 @@ class EncoderCounts:
     tokens: int
     compute_s: float
     skipped_texts: int
-    """Never computed, because their client left."""
+    """Never computed, because their client left or their request failed."""
     padding: float
     """What was computed of no token, as the number of tokens it would make."""
     agreement: float | None
     """How often low precision answers as float32 does; None: it is float32."""
+    failed_batches: int
+    """Batches that raised."""
     batch_texts: Histogram
     tokenize_s: float
     queued_tokens: int
@@ -78,6 +80,7 @@ class EncoderService:
         events = RunnerEvents(
             loaded=lambda loaded: self._call(self._on_loaded, loaded),
             done=lambda jobs: self._call(self._on_done, jobs),
+            failed=lambda jobs, error: self._call(self._on_failure, jobs, error),
             died=lambda error: self._call(self._on_death, error),
         )
         self._runner = ModelRunner(load, self._queue, events, num_threads(config))
@@ -125,7 +128,7 @@ class EncoderService:
             OverloadedError: too many tokens wait already.
             PayloadTooLargeError: the request alone has more tokens than may wait.
             UnavailableError: the engine stops, or is dead (``EngineDeadError``).
-            InternalError: the model failed on it.
+            InternalError: the model failed on the batch that a text of it was in.
         """
         future: asyncio.Future[Encoded] = self._loop.create_future()
         texts = [item for item in inputs if isinstance(item, (str, tuple))]
@@ -165,6 +168,7 @@ class EncoderService:
             skipped_texts=self._queue.skipped_texts,
             padding=done.padding,
             agreement=agreement.share if agreement else None,
+            failed_batches=done.failed,
             batch_texts=done.batch_texts,
             tokenize_s=self._stage.tokenize_s if self._stage else 0.0,
             queued_tokens=self._queue.queued_tokens,
@@ -205,6 +209,11 @@ class EncoderService:
             if not job.future.done():
                 job.future.set_result(job.encoded(now_s))
 
+    def _on_failure(self, jobs: Sequence[Job], error: Exception) -> None:
+        log.error("the model failed on a batch of %d requests", len(jobs), exc_info=error)
+        for job in jobs:
+            _fail(job, InternalError("the model failed while this request was in it"))
+
     def _on_death(self, error: Exception) -> None:
         if self._loaded.done():
             log.error("the model failed; this engine is dead", exc_info=error)
@@ -215,8 +224,9 @@ class EncoderService:
             log.error("the model could not be loaded", exc_info=error)
             self._loaded.set_exception(EngineDeadError("the model could not be loaded"))
         self._dead = f"the model failed ({type(error).__name__}); see the log"
-        self._queue.close(EngineDeadError(self._dead, retry_after_s=1.0))
-        self._fail_open(InternalError("the model failed while this request was in it"))
+        dead = EngineDeadError(self._dead, retry_after_s=1.0)
+        self._queue.close(dead)
+        self._fail_open(dead)
 
     def _fail_from_thread(self, job: Job, error: RequestError) -> None:
         self._call(_fail, job, error)

@@ -82,6 +82,10 @@ class TextTokenizer:
                 rows.append(self._pair_row(index, ids, next(bodies).ids, side))
         return split_rows(rows)
 
+    def shortest(self) -> TokenIds:
+        """The ids of the shortest input: special tokens alone, or padding if there are none."""
+        return np.array(self._single.join([]) or [self.pad_id], np.int64)
+
     def locate(self, texts: Sequence[Text]) -> list[Any]:
         """Each text's ``tokenizers.Encoding`` with its offsets and without special tokens.
 

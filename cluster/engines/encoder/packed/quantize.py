@@ -76,6 +76,8 @@ def observed(observer: Observer) -> Arithmetic:
 
 def quantized(seen: dict[str, Ranges]) -> Arithmetic:
     """8-bit layers for what an observer saw, and bfloat16 for everything else."""
+    # Here, once: what a thread filters while it computes, it filters for all threads.
+    warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
 
     def make(name: str, weights: Weights) -> Linear:
         if name.rpartition(".")[2] not in QUANTIZED or not seen[name].high.any():
@@ -130,8 +132,6 @@ class QuantizedLinear:
 def eight_bits(x: Tensor, scale: float, zero: int) -> Tensor:
     """float32 ``x / scale + zero``, rounded and cut to 0 … 255, as uint8."""
     # One pass where arithmetic on floats takes five; the bytes are used as they lie in memory.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        quantized = torch.quantize_per_tensor(x, scale, zero, torch.quint8)
+    given = torch.quantize_per_tensor(x, scale, zero, torch.quint8)
     empty = torch.empty(0, dtype=torch.uint8)
-    return empty.set_(quantized.untyped_storage(), 0, x.shape, x.stride())
+    return empty.set_(given.untyped_storage(), 0, x.shape, x.stride())
