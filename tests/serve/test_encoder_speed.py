@@ -32,8 +32,9 @@ from cluster.engines.encoder.padded import TransformersModel
 from cluster.engines.encoder.pooling import Pooling
 from cluster.engines.encoder.precision import Agreement, AgreementStore, batches, measure, require
 from cluster.engines.encoder.queue import JobQueue
-from cluster.engines.encoder.runner import MAX_STREAMS, share_threads
+from cluster.engines.encoder.runner import MAX_STREAMS
 from cluster.engines.encoder.tasks import TASKS
+from cluster.engines.encoder.team import share_threads
 from cluster.errors import ConfigError
 from tests.serve.encoder_kit import (  # noqa: F401, the fixture is used by all tests here
     TEXTS,

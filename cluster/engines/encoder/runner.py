@@ -7,11 +7,12 @@ batch on. Knows neither tokenizer nor HTTP.
 """
 
 import copy
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from cluster.config import ClassifierTask
 from cluster.engines.encoder.jobs import EncoderModel, Job, Rows, TokenIds
 from cluster.engines.encoder.model import LoadedModel
 from cluster.engines.encoder.queue import JobQueue, Turn
+from cluster.engines.encoder.team import share_threads, spread_team
 from cluster.metrics import Histogram, table
 
 MAX_STREAMS = 4
@@ -107,8 +109,8 @@ class ModelRunner:
         self._streams: list[_Stream] = []
         self._probe: list[TokenIds] = []
         self._scattering = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="tandem-model", daemon=True)
-        self._thread.start()
+        self._threads: list[threading.Thread] = []
+        self._start(self._run)
 
     @property
     def counts(self) -> RunnerCounts:
@@ -125,8 +127,10 @@ class ModelRunner:
 
     def join(self, timeout_s: float) -> bool:
         """Wait for the threads, which end after their batch once the queue is closed; have they?"""
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        deadline_s = time.monotonic() + timeout_s
+        for thread in self._threads:  # the one that loads ends first, and has added the others
+            thread.join(max(0.0, deadline_s - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _run(self) -> None:
         try:
@@ -140,23 +144,24 @@ class ModelRunner:
             self._streams = [_Stream(*each) for each in zip(models, shares, strict=True)]
             self._queue.share(count)
             self._events.loaded(loaded)
-            others = [self._start(stream) for stream in self._streams[1:]]
-            self._compute(self._streams[0])
-            for thread in others:
-                thread.join()
+            # This thread ends, and with it the threads that it computed with: were there more of
+            # OpenMP's than cores, it would let all of them sleep at once.
+            for stream in self._streams:
+                self._start(self._compute, stream)
         except Exception as error:
             self._events.died(error)
 
-    def _start(self, stream: "_Stream") -> threading.Thread:
-        thread = threading.Thread(
-            target=self._compute, args=(stream,), name="tandem-model", daemon=True
-        )
+    def _start(self, target: Callable[..., None], *args: Any) -> None:
+        thread = threading.Thread(target=target, args=args, name="tandem-model", daemon=True)
+        self._threads.append(thread)
         thread.start()
-        return thread
 
     def _compute(self, stream: "_Stream") -> None:
+        leads = stream is self._streams[0]
         try:
-            while turn := self._queue.take(leads=stream is self._streams[0]):
+            if leads and self._num_threads == len(self._streams) == len(os.sched_getaffinity(0)):
+                spread_team()
+            while turn := self._queue.take(leads):
                 try:
                     self._step(stream, turn)
                 except Exception as error:
@@ -215,12 +220,6 @@ class _Stream:
         if number != self._threads:
             torch.set_num_threads(number)
             self._threads = number
-
-
-def share_threads(num_threads: int, num_streams: int) -> list[int]:
-    """The threads of each stream: all are shared out, as evenly as it goes."""
-    each, more = divmod(num_threads, num_streams)
-    return [each + (index < more) for index in range(num_streams)]
 
 
 def _scatter(batch: Batch[Job], rows: Rows | list[Rows]) -> list[Job]:
