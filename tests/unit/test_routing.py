@@ -153,7 +153,8 @@ def test_a_replica_that_claims_blocks_it_has_not_loses_its_credit() -> None:
         fleet.ended(placement, Took(4100, int(had), 100))
     assert chosen[0] == "liar"
     assert chosen[-50:].count("honest") > 30
-    assert fleet.hit_s[fleet.slot_of("liar")] < 0.1 * fleet.hit_s[fleet.slot_of("honest")]
+    slots = fleet.slots
+    assert slots.hit_s[fleet.slot_of("liar")] < 0.1 * slots.hit_s[fleet.slot_of("honest")]
 
 
 def test_all_get_their_share_although_one_has_everything_cached() -> None:

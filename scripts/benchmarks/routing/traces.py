@@ -53,7 +53,7 @@ class Oracle:
 
         def cost_s(slot: int) -> float:
             held = self._cached_tokens(fleet.ids[slot] or "", request)
-            uncached_s = (request.prompt_tokens - held) * float(fleet.miss_s[slot])
+            uncached_s = (request.prompt_tokens - held) * float(fleet.slots.miss_s[slot])
             return float(work_s[slot]) + MISS_WEIGHT * uncached_s
 
         free = [int(slot) for slot in np.flatnonzero(fleet.open())]
