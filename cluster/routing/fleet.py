@@ -7,7 +7,6 @@ Time is what ``advance`` was last told. Knows no policy.
 
 import heapq
 import math
-from collections.abc import Iterable
 
 from cluster.routing.adapters import Adapters
 from cluster.routing.arrays import BoolArray, FloatArray
@@ -38,9 +37,13 @@ MEAN_WEIGHT = 0.02
 
 
 class Fleet:
-    """The replicas of one pool; every method is called on one thread."""
+    """The replicas of one pool; every method is called on one thread.
 
-    def __init__(self) -> None:
+    Args:
+        max_adapters: LoRA adapters that a replica has loaded at a time.
+    """
+
+    def __init__(self, max_adapters: int = 1) -> None:
         self.now_s = 0.0
         self.ids: list[str | None] = []
         """The replica of each slot."""
@@ -48,7 +51,7 @@ class Fleet:
         """Grows with each replica that comes or goes."""
         self.slots = Slots()
         """What policies read and nobody else changes."""
-        self.adapters = Adapters()
+        self.adapters = Adapters(max_adapters)
         self.prefill_rate = LearnedRates(PREFILL_PRIOR, 1.0)
         """Prompt tokens a second of each slot, with whatever decodes beside."""
         self.stream_rate = LearnedRates(DECODE_PRIOR, 1.0)
@@ -230,10 +233,6 @@ class Fleet:
     def unknown(self, replica_id: str) -> None:
         """Forget what a replica said of itself."""
         self.report(replica_id, ongoing=0)
-
-    def loaded(self, replica_id: str, adapters: Iterable[str]) -> None:
-        """Take in which adapters a replica has loaded."""
-        self.adapters.replace(self._rows[replica_id].slot, adapters)
 
     # What a decision reads; one number for each slot
 

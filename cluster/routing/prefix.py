@@ -50,8 +50,7 @@ class PrefixAffinity:
             held *= fleet.slots.hit_s
             cost -= held
         if request.adapter is not None:
-            missing = fleet.adapters.missing(request.adapter)
-            cost += ADAPTER_LOAD_S if missing is None else ADAPTER_LOAD_S * missing
+            cost += ADAPTER_LOAD_S * fleet.adapters.loads(request.adapter)
         slot = self._turns.least(cost)
         return None if slot is None else fleet.ids[slot]
 
