@@ -24,6 +24,10 @@ MIB = 1024**2
 PRIORITY_POLICY = "priority"
 """vLLM's ``scheduling_policy`` unless ``engine_args`` names another: the router says each class."""
 
+MAX_LORAS = 8
+"""Adapters that a replica has loaded at a time, where ``engine_args.max_loras`` does not say; each
+takes memory of its engine."""
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 ClassifierTask = Literal[
     "classify",
@@ -118,6 +122,8 @@ class SimConfig(Section):
     num_kv_blocks: int = Field(8192, ge=1)
     block_size_tokens: int = Field(32, ge=1)
     seed: int = 0
+    adapter_load_s: float = Field(0.0, ge=0)
+    """What a step takes longer for each LoRA adapter that has to be loaded."""
     fail_rate: float = Field(0.0, ge=0, le=1)
     """Share of requests that end in a 500 of the engine."""
     fail_startup: bool = False
@@ -155,6 +161,9 @@ class GeneratorConfig(Section):
     """Prompt and completion tokens together; None takes the model's own limit."""
     kv_cache_memory_bytes: ByteSize | None = Field(None, ge=MIB)
     """KV cache of each worker; None lets vLLM decide (on CPUs: 1 GiB)."""
+    adapters: dict[Name, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
+    """LoRA adapters of the model: what clients write in ``model``, and a directory or a Hugging
+    Face id of each."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """Any further argument of vLLM's ``AsyncEngineArgs`` or of its server, by its Python name."""
     sim: SimConfig = SimConfig()
@@ -172,6 +181,17 @@ class GeneratorConfig(Section):
     def num_workers(self) -> int:
         """Processes that compute for one replica."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The model and the adapters that its engine reads."""
+        return (self.model, *self.adapters.values()) if self.engine == "vllm" else ()
+
+    @property
+    def max_loras(self) -> int:
+        """Adapters that one replica has loaded at a time: ``engine_args.max_loras``, or all, up to
+        ``MAX_LORAS``."""
+        return int(self.engine_args.get("max_loras", max(1, min(len(self.adapters), MAX_LORAS))))
 
     @model_validator(mode="after")
     def _can_scale(self) -> Self:
@@ -322,10 +342,13 @@ class TandemConfig(Section):
     def _names(self) -> Self:
         names = [pool.name for pool in self.generators]
         names += [pool.name for pool in self.classifiers]
+        names += [adapter for pool in self.generators for adapter in pool.adapters]
         if not names:
             raise ValueError("at least one generator or classifier is needed")
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"each name may stand once among generators and classifiers: {twice}")
+            raise ValueError(
+                f"each name may stand once among generators, adapters and classifiers: {twice}"
+            )
         return self
 
     @model_validator(mode="after")

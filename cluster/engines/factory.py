@@ -35,6 +35,7 @@ def make_generator_engine(
     return VllmEngine(
         config,
         str(resolve(config.model)),
+        {name: str(resolve(path)) for name, path in config.adapters.items()},
         ray_metrics=ray_metrics,
         traces_endpoint=traces_endpoint,
     )

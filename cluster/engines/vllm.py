@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
@@ -70,6 +70,7 @@ class VllmEngine:
     Args:
         config: The pool's configuration.
         model_path: A model directory or a Hugging Face id.
+        adapter_paths: The same of each LoRA adapter, by its name.
         ray_metrics: Also give vLLM's metrics to Ray, which must run in this process.
         traces_endpoint: Where vLLM sends its own spans (OTLP over HTTP); None: nowhere.
     """
@@ -78,12 +79,14 @@ class VllmEngine:
         self,
         config: GeneratorConfig,
         model_path: str,
+        adapter_paths: Mapping[str, str] | None = None,
         *,
         ray_metrics: bool = False,
         traces_endpoint: str | None = None,
     ) -> None:
         self._config = config
         self._model_path = model_path
+        self._adapter_paths = dict(adapter_paths or {})
         self._ray_metrics = ray_metrics
         self._traces_endpoint = traces_endpoint
         self._llm: Any = None
@@ -235,7 +238,9 @@ class VllmEngine:
             loop.call_soon_threadsafe(answer)
 
     def _start_engine(self) -> tuple[Any, Namespace]:
-        self._environment.add(vllm_args.environment_for(self._model_path))
+        self._environment.add(
+            vllm_args.environment_for(self._model_path, *self._adapter_paths.values())
+        )
         self._mark("")
         args = self._make_args()
         self._mark("imports")
@@ -293,6 +298,10 @@ class VllmEngine:
             self._environment.add(vllm_args.TRACING_ENVIRONMENT)
             defaults["otlp_traces_endpoint"] = self._traces_endpoint
         vllm_args.fill_args(args, self._config, self._model_path, defaults)
+        if self._adapter_paths:
+            from vllm.entrypoints.openai.models.protocol import LoRAModulePath
+
+            args.lora_modules = [LoRAModulePath(*each) for each in self._adapter_paths.items()]
         if args.kv_events_config is None and args.enable_prefix_caching is not False:
             from vllm.config import KVEventsConfig
 

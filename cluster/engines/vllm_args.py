@@ -25,6 +25,8 @@ TRACING_ENVIRONMENT = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}
 _FIELDS = {  # vLLM's names that the configuration has a field for
     "model": "model",
     "served_model_name": "name",
+    "enable_lora": "adapters",
+    "lora_modules": "adapters",
     "tensor_parallel_size": "tensor_parallel_size",
     "pipeline_parallel_size": "pipeline_parallel_size",
     "dtype": "dtype",
@@ -34,12 +36,12 @@ _FIELDS = {  # vLLM's names that the configuration has a field for
 }
 
 
-def environment_for(model_path: str) -> dict[str, str]:
+def environment_for(*paths: str) -> dict[str, str]:
     """What vLLM reads from the environment, to be set before it is imported.
 
     VLLM_LOGGING_LEVEL=WARNING, VLLM_NO_USAGE_STATS=1, DO_NOT_TRACK=1,
-    VLLM_WORKER_MULTIPROC_METHOD=spawn, TANDEM_ENGINE_PARENT (this process), and for a local
-    model HF_HUB_OFFLINE=1.
+    VLLM_WORKER_MULTIPROC_METHOD=spawn, TANDEM_ENGINE_PARENT (this process), and where the
+    model and its adapters are local HF_HUB_OFFLINE=1.
     """
     wanted = {
         PARENT_VARIABLE: str(os.getpid()),
@@ -48,7 +50,7 @@ def environment_for(model_path: str) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
-    if os.path.isdir(model_path):
+    if all(os.path.isdir(path) for path in paths):
         wanted["HF_HUB_OFFLINE"] = "1"
     return wanted
 
@@ -172,6 +174,8 @@ def fill_args(
         chosen["dtype"] = config.dtype
     if config.kv_cache_memory_bytes is not None:
         chosen["kv_cache_memory_bytes"] = int(config.kv_cache_memory_bytes)
+    if config.adapters:
+        chosen |= {"enable_lora": True, "max_loras": config.max_loras}
     for name, value in chosen.items():
         setattr(args, name, value)
 

@@ -71,7 +71,7 @@ class Accounts:
 
         Args:
             identity: Whose it is.
-            model: Its pool.
+            model: Its pool, or an adapter there.
             tokens: Its estimated work.
             prompt: The part of it that is its prompt.
 
@@ -121,7 +121,7 @@ class Accounts:
                 self._served.pop(name, None)
 
     def receive(self, report: Report) -> dict[tuple[str, str], float]:
-        """Take in a peer's report; returns what it served since, by tenant and pool."""
+        """Take in a peer's report; returns what it served since, by tenant and model."""
         return self.peers.receive(report, time.monotonic())
 
     def report(self, router: str) -> Report:

@@ -52,10 +52,10 @@ class Admission:
             raise
 
     def _enter(self, request: Request, envelope: Envelope, pool: Pool) -> tuple[Claim, Grant]:
-        identity = request.identity
-        if not identity.allows(pool.name):
+        identity, model = request.identity, envelope.model or pool.name
+        if not identity.allows(model):
             raise PermissionDeniedError(
-                f"The API key does not allow the model `{pool.name}`.", param="model"
+                f"The API key does not allow the model `{model}`.", param="model"
             )
         text = fingerprint(request.path, request.body) if pool.kind == "generator" else EMPTY
         view = pool.estimate.view(
@@ -64,6 +64,7 @@ class Admission:
             header(request.headers, SESSION_HEADER),
             envelope.most_tokens,
             streamed=envelope.stream is True,
+            adapter=pool.needs_adapter(model),
         )
         work = pool.estimate.work(view)
         priority = asked_priority(request.headers, identity)
@@ -75,7 +76,7 @@ class Admission:
             expires_s = min(expires_s, deadline_s)
         size = len(request.body)
         claim = Claim(identity, work, size, priority, expires_s, deadline_s, view, text)
-        return claim, self._accounts.enter(identity, pool.name, work, view.prompt_tokens)
+        return claim, self._accounts.enter(identity, model, work, view.prompt_tokens)
 
     def report(self, router: str) -> Report:
         """What the other routers are to know; settles this router's part of all limits."""
@@ -90,5 +91,5 @@ class Admission:
         served = self._accounts.receive(report)
         for pool in pools:
             for (tenant, name), tokens in served.items():
-                if name == pool.name:
+                if name in pool.models:
                     pool.waiting.charge(tenant, tokens)

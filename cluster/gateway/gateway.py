@@ -164,6 +164,8 @@ def _make_pools(
             router.queue_timeout_s,
             pool.routing,
             engine_priorities=_schedules_by_priority(pool),
+            adapters=tuple(pool.adapters) if isinstance(pool, GeneratorConfig) else (),
+            max_loras=pool.max_loras if isinstance(pool, GeneratorConfig) else 1,
             start_timeout_s=None if pool.replicas.min else router.start_timeout_s,
         )
         meter = PoolMeter(pool.name, observers)

@@ -125,27 +125,26 @@ class OwnRoutes:
             for card in await self._models_of(pool, request):
                 if card["id"] == name:
                     return json_response(card)
-        known = ", ".join(sorted(pool.name for pool in self._allowed(request)))
+        models = (each for pool in self._allowed(request) for each in pool.models)
+        known = ", ".join(sorted(each for each in models if request.identity.allows(each)))
         raise NotFoundError(f"The model `{name}` does not exist. Known models: {known}")
 
     def _allowed(self, request: Request) -> list[Pool]:
-        """The pools that its key may use."""
-        return [pool for name, pool in self._pools.items() if request.identity.allows(name)]
+        """The pools of which its key may use a model."""
+        allows = request.identity.allows
+        return [pool for pool in self._pools.values() if any(map(allows, pool.models))]
 
     async def _models_of(self, pool: Pool, request: Request) -> list[dict[str, Any]]:
-        """A pool's model card: the engine's own where it has one and has room to say it."""
+        """The cards of a pool's models: the engine's own where it has room to say them."""
+        said = {}
         if pool.serves("/v1/models"):
             listed = await self._ask(pool, request, "/v1/models")
-            cards = [] if listed is None else listed["data"]
-            if own := [card for card in cards if card["id"] == pool.name]:
-                return own
-        card = {
-            "id": pool.name,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "tandem",
-        }
-        return [card]
+            said = {} if listed is None else {card["id"]: card for card in listed["data"]}
+        models = filter(request.identity.allows, pool.models)
+        return [said.get(model) or self._card(model) for model in models]
+
+    def _card(self, model: str) -> dict[str, Any]:
+        return {"id": model, "object": "model", "created": self._created, "owned_by": "tandem"}
 
     async def _openapi(self, request: Request) -> Response:
         documents = [

@@ -130,6 +130,10 @@ class PoolLimits:
     routing: RoutingPolicy
     engine_priorities: bool = False
     """Whether its engines take a class with each request (``engine_priority``)."""
+    adapters: tuple[str, ...] = ()
+    """LoRA adapters of its model, which clients name as they name the model."""
+    max_loras: int = 1
+    """Of these, how many a replica has loaded at a time."""
     start_timeout_s: float | None = None
     """The same as ``queue_timeout_s`` while none runs, of a pool that may be without replicas."""
 
@@ -213,6 +217,8 @@ class Pool:
     ) -> None:
         self.name = name
         self.kind: Kind = kind
+        self.models = (name, *limits.adapters)
+        """What clients may name: the pool, and its adapters."""
         self.meter = meter
         self.routes = RouteTable()
         """What its replicas' engines serve, as far as they have said."""
@@ -233,7 +239,7 @@ class Pool:
         self.prefixes = PrefixIndex()
         """What its replicas have in their KV caches."""
         self.prefix_counts = PrefixCounts()
-        self.fleet = Fleet()
+        self.fleet = Fleet(limits.max_loras)
         """What a choice among them is made by."""
         self._policy = make_policy(limits.routing, self.prefixes, random.getrandbits(16))
         self._choices = meter.choices(limits.routing)
@@ -241,6 +247,11 @@ class Pool:
         self._retired: set[Replica] = set()
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
+
+    def needs_adapter(self, model: str) -> str | None:
+        """The adapter that a request for ``model`` is placed by; None where all are everywhere."""
+        adapters = self.limits.adapters
+        return model if model in adapters and len(adapters) > self.limits.max_loras else None
 
     @property
     def queue_timeout_s(self) -> float:

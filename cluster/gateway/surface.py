@@ -90,7 +90,7 @@ def pick_pool(pools: Mapping[str, Pool], path: str, model: str | None) -> Pool:
 
 
 def _named(pools: Mapping[str, Pool], path: str, model: str) -> Pool:
-    pool = pools.get(model)
+    pool = pools.get(model) or next((p for p in pools.values() if model in p.models), None)
     if pool is None:
         raise NotFoundError(
             f"The model `{model}` does not exist. Known models: {_known(list(pools.values()))}",
@@ -108,7 +108,7 @@ def _named(pools: Mapping[str, Pool], path: str, model: str) -> Pool:
 
 
 def _known(pools: Sequence[Pool]) -> str:
-    return ", ".join(sorted(pool.name for pool in pools))
+    return ", ".join(sorted(name for pool in pools for name in pool.models))
 
 
 def _no_such_path(path: str) -> NotFoundError:

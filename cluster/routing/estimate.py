@@ -39,6 +39,7 @@ class TokenEstimate:
         max_tokens: float | None = None,
         *,
         streamed: bool = False,
+        adapter: str | None = None,
     ) -> RequestView:
         """What is known of a request.
 
@@ -48,6 +49,7 @@ class TokenEstimate:
             session: What it says beside its body of what it belongs to.
             max_tokens: The longest completion that it takes, where ``text`` does not say.
             streamed: Whether its first token will be seen.
+            adapter: The LoRA adapter that it needs, where replicas cannot have all.
         """
         ratio = 1 / TOKEN_ID_BYTES if text.is_tokens else self.tokens_per_byte
         completion = self._completion
@@ -61,6 +63,7 @@ class TokenEstimate:
             prefix_tokens=tuple([end * ratio for end in text.ends]),
             session=text.session if session is None else session,
             streamed=streamed,
+            adapter=adapter,
         )
 
     def work(self, view: RequestView) -> float:

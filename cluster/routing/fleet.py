@@ -6,9 +6,7 @@ Time is what ``advance`` was last told. Knows no policy.
 """
 
 import heapq
-from collections.abc import Iterable
-
-import numpy as np
+import math
 
 from cluster.routing.adapters import Adapters
 from cluster.routing.arrays import BoolArray, FloatArray
@@ -39,9 +37,13 @@ MEAN_WEIGHT = 0.02
 
 
 class Fleet:
-    """The replicas of one pool; every method is called on one thread."""
+    """The replicas of one pool; every method is called on one thread.
 
-    def __init__(self) -> None:
+    Args:
+        max_adapters: LoRA adapters that a replica has loaded at a time.
+    """
+
+    def __init__(self, max_adapters: int = 1) -> None:
         self.now_s = 0.0
         self.ids: list[str | None] = []
         """The replica of each slot."""
@@ -49,20 +51,19 @@ class Fleet:
         """Grows with each replica that comes or goes."""
         self.slots = Slots()
         """What policies read and nobody else changes."""
-        self.adapters = Adapters()
+        self.adapters = Adapters(max_adapters)
         self.prefill_rate = LearnedRates(PREFILL_PRIOR, 1.0)
         """Prompt tokens a second of each slot, with whatever decodes beside."""
         self.stream_rate = LearnedRates(DECODE_PRIOR, 1.0)
         """Tokens a second of one stream of each slot."""
         self.honesty = LearnedRates(1.0, 2000.0, pooled=False)
         """Of the tokens that each slot was expected to have cached, the share that it had."""
-        self.miss_s: FloatArray = np.zeros(0)
-        """Seconds that a prompt token takes at each slot."""
-        self.hit_s: FloatArray = np.zeros(0)
-        """Seconds that each slot saves for a token that it is said to have cached."""
         self._rates = (self.prefill_rate, self.stream_rate, self.honesty)
         self._rows: dict[str, Row] = {}
         self._free: list[int] = []
+        self.mean_given_s = 0.0
+        """The mean of the work that was given to those that are open, in ``slots.given_s``; exact
+        once a second, and between that what is given is added."""
         self._due: list[tuple[float, int, Placement]] = []
         self._num_due = 0
         self._refreshed_at = 0.0
@@ -87,7 +88,7 @@ class Fleet:
         slot = self._free.pop()
         self._rows[replica_id] = row = Row(replica_id, slot, capacity, reach)
         self.ids[slot] = replica_id
-        self.slots.given_s[slot] = self._mean_given()
+        self.slots.given_s[slot] = self.mean_given_s
         self.version += 1
         self._write(row)
 
@@ -109,7 +110,7 @@ class Fleet:
         """Say how a replica can be reached from now on."""
         row, given_s = self._rows[replica_id], self.slots.given_s
         if reach > row.reach:  # it is to get its share from now on, not what it missed
-            given_s[row.slot] = max(given_s[row.slot], self._mean_given())
+            given_s[row.slot] = max(given_s[row.slot], self.mean_given_s)
         row.reach = reach
         self._write(row)
 
@@ -157,7 +158,7 @@ class Fleet:
         row.decode_tokens += request.completion_tokens
         self._num_ongoing += 1.0
         decode_s = request.completion_tokens / float(self.stream_rate.values[row.slot])
-        self.slots.given_s[row.slot] += work * self.miss_s[row.slot] + decode_s / USUAL_BATCH
+        self._give(row, work * float(self.slots.miss_s[row.slot]) + decode_s / USUAL_BATCH)
         row.queue[placement] = None
         if len(row.queue) == 1:
             self._set_head(row)
@@ -233,10 +234,6 @@ class Fleet:
         """Forget what a replica said of itself."""
         self.report(replica_id, ongoing=0)
 
-    def loaded(self, replica_id: str, adapters: Iterable[str]) -> None:
-        """Take in which adapters a replica has loaded."""
-        self.adapters.replace(self._rows[replica_id].slot, adapters)
-
     # What a decision reads; one number for each slot
 
     def open(self) -> BoolArray:
@@ -249,9 +246,25 @@ class Fleet:
         Args:
             decode_weight: What a second of decoding counts against one of prefill, above 0.
         """
-        mean_ongoing = self._num_ongoing / max(1, len(self._rows))
-        batch = max(USUAL_BATCH, mean_ongoing) / decode_weight
-        return self.slots.work_s(self.now_s, batch)
+        return self.slots.work_s(self.now_s, decode_weight / self._batch())
+
+    def costs_s(
+        self,
+        decode_weight: float = 1.0,
+        prompt_tokens: float = 0.0,
+        share_s: float = math.inf,
+        most_s: float = 0.0,
+    ) -> FloatArray:
+        """The same, with more that counts against a slot; inf for one that is not open.
+
+        Args:
+            decode_weight: As for ``work_s``.
+            prompt_tokens: Whose prefill is added.
+            share_s: Of the work that a slot was given, what is above it is added,
+            most_s: but never more than so much.
+        """
+        weight = decode_weight / self._batch()
+        return self.slots.costs_s(self.now_s, weight, prompt_tokens, share_s, most_s)
 
     # Inner
 
@@ -263,28 +276,33 @@ class Fleet:
         self.adapters.grow(size)
         self.ids += [None] * (size - old)
         self._free += range(size - 1, old - 1, -1)
-        self.miss_s = 1.0 / self.prefill_rate.values
-        self.hit_s = self.honesty.values * self.miss_s
+
+    def _batch(self) -> float:
+        """Streams that decode beside each other for about the price of one."""
+        return max(USUAL_BATCH, self._num_ongoing / max(1, len(self._rows)))
 
     def _refresh(self, elapsed_s: float) -> None:
         """Take in that time has passed: what was learned long ago counts less."""
         for rates in self._rates:
             rates.refresh(elapsed_s)
         self.slots.given_s *= 0.5 ** (elapsed_s / GIVEN_HALF_S)
+        allowed = self.slots.open()
+        if allowed.any():
+            self.mean_given_s = float(self.slots.given_s[allowed].mean())
         for row in self._rows.values():
             self._write(row)
 
-    def _mean_given(self) -> float:
-        open_ones = self.slots.open()
-        return float(self.slots.given_s[open_ones].mean()) if open_ones.any() else 0.0
+    def _give(self, row: Row, work_s: float) -> None:
+        self.slots.given_s[row.slot] += work_s
+        self.mean_given_s += work_s / len(self._rows)
 
     def _write(self, row: Row) -> None:
         """Write into the arrays what has changed of a replica."""
         slots, slot = self.slots, row.slot
         token_s = 1.0 / float(self.prefill_rate.values[slot])
         decode_s = 1.0 / float(self.stream_rate.values[slot])
-        self.miss_s[slot] = token_s
-        self.hit_s[slot] = token_s * float(self.honesty.values[slot])
+        slots.miss_s[slot] = token_s
+        slots.hit_s[slot] = token_s * float(self.honesty.values[slot])
         slots.ongoing[slot] = ongoing = row.own + row.others
         slots.set_open(slot, ongoing < row.capacity, row.reach)
         queued = row.queued_tokens + row.others_waiting * self._mean_work
@@ -340,7 +358,7 @@ class Fleet:
             held = min(float(usage.cached_tokens), placement.cached_tokens)
             self.honesty.observe(slot, held, placement.cached_tokens)
         work = max(0.0, usage.prompt_tokens - usage.cached_tokens) + STEP_TOKENS
-        self.slots.given_s[slot] += (work - placement.work_tokens) * self.miss_s[slot]
+        self._give(placement.row, (work - placement.work_tokens) * float(self.slots.miss_s[slot]))
         whole_s = self.now_s - placement.begun_at
         if placement.is_first_seen and placement.prefilled_at is not None:
             decode_s = self.now_s - placement.prefilled_at

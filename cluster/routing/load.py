@@ -17,7 +17,7 @@ class LeastLoad:
 
     def choose(self, request: RequestView, fleet: Fleet) -> str | None:
         """The replica with the least work among those with room; equals take turns."""
-        slot = self._turns.least(fleet.work_s(), fleet.open())
+        slot = self._turns.least(fleet.costs_s())
         return None if slot is None else fleet.ids[slot]
 
 

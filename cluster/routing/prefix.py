@@ -25,6 +25,8 @@ SHARE = 1.0
 """Of the mean of the work that replicas were given, what each may have, and one prompt more."""
 ADAPTER_LOAD_S = 1.0
 """What loading a LoRA adapter costs; vLLM reads some tens of MB and waits for a step."""
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little") + 0.0
+"""The bits of each byte, the lowest first."""
 
 
 class PrefixAffinity:
@@ -39,26 +41,21 @@ class PrefixAffinity:
 
     def choose(self, request: RequestView, fleet: Fleet) -> str | None:
         """The replica with the least cost among those with room; equals take turns."""
-        allowed = fleet.open()
-        num_open = np.count_nonzero(allowed)
-        if num_open == 0:
-            return None
-        cost = fleet.work_s(DECODE_WEIGHT) + fleet.miss_s * (MISS_WEIGHT * request.prompt_tokens)
-        if levels := self._index.levels(request.prefix):
-            cost -= fleet.hit_s * self._held_tokens(levels, request, fleet) * MISS_WEIGHT
-        if request.adapter is not None:
-            missing = fleet.adapters.missing(request.adapter)
-            cost += ADAPTER_LOAD_S if missing is None else ADAPTER_LOAD_S * missing
+        tokens = MISS_WEIGHT * request.prompt_tokens
         whole_s = request.prompt_tokens / fleet.prefill_rate.prior
-        given_s = fleet.slots.given_s
-        share_s = SHARE * float(given_s.dot(allowed)) / num_open + whole_s
-        over_s = np.maximum(given_s - share_s, 0.0)
-        cost += np.minimum(over_s, MISS_WEIGHT * whole_s)
-        slot = self._turns.least(cost, allowed)
+        share_s = SHARE * fleet.mean_given_s + whole_s
+        cost = fleet.costs_s(DECODE_WEIGHT, tokens, share_s, MISS_WEIGHT * whole_s)
+        if levels := self._index.levels(request.prefix):
+            held = self._held_tokens(levels, request, fleet)
+            held *= fleet.slots.hit_s
+            cost -= held
+        if request.adapter is not None:
+            cost += ADAPTER_LOAD_S * fleet.adapters.loads(request.adapter)
+        slot = self._turns.least(cost)
         return None if slot is None else fleet.ids[slot]
 
     def _held_tokens(self, levels: list[Level], request: RequestView, fleet: Fleet) -> FloatArray:
-        """Prompt tokens that each slot has cached."""
+        """Prompt tokens that each slot has cached, by what a miss weighs."""
         versions = (fleet.version, self._index.version)
         if versions != self._bits_of:
             bits = [0 if name is None else self._index.bit_of(name) for name in fleet.ids]
@@ -69,8 +66,8 @@ class PrefixAffinity:
         steps, end = [], 0.0
         for count, _ in levels:
             last, end = end, min(request.prefix_tokens[count - 1], request.prompt_tokens)
-            steps.append(end - last)
+            steps.append(MISS_WEIGHT * (end - last))
         packed = b"".join([(mask & known).to_bytes(size, "little") for _, mask in levels])
-        held = np.unpackbits(np.frombuffer(packed, np.uint8), bitorder="little")
-        tokens: FloatArray = np.dot(steps, held.reshape(len(levels), -1))
-        return tokens[self._bits]
+        held = _BITS.take(np.frombuffer(packed, np.uint8), axis=0).reshape(len(levels), -1)
+        tokens: FloatArray = np.array(steps).dot(held).take(self._bits)
+        return tokens

@@ -21,6 +21,11 @@ SWEEP_SHARDS = 16
 USED = 1
 """The bit of an entry that was asked for since it was last passed over for eviction."""
 
+EXACT_PROBES = 16
+"""Look-ups after which ``PrefixIndex.levels`` is content with less: each is a handful of cache
+misses, about a microsecond of a decision."""
+COARSE = 1 / 16
+
 Level = tuple[int, int]
 """A number of leading prefixes, and the mask of the replicas that hold at least as many."""
 
@@ -34,7 +39,7 @@ class PrefixIndex:
         self._pick = num_shards - 1
         self._shard_max = max(1, max_entries // num_shards)
         self._expected: dict[int, int] = {}
-        self._expected_before: dict[int, int] = {}
+        self._expected_young: dict[int, int] = {}  # of these, what was made since the last turn
         self._turn_s = expected_s / 2
         self._turned_at = 0.0
         self.version = 0
@@ -82,7 +87,7 @@ class PrefixIndex:
         """A replica no longer has these prefixes."""
         bit = self._bits.get(replica_id, 0)
         for prefix in hashes:
-            for entries in (self._shard(prefix), self._expected, self._expected_before):
+            for entries in (self._shard(prefix), self._expected, self._expected_young):
                 if prefix in entries:
                     _take(entries, prefix, bit)
         self._sweep(1)
@@ -105,12 +110,8 @@ class PrefixIndex:
 
         What it is known to have counts as used.
         """
-        bit, shards, pick, expected = (
-            self._bit(replica_id),
-            self._shards,
-            self._pick,
-            self._expected,
-        )
+        bit, shards, pick = self._bit(replica_id), self._shards, self._pick
+        expected, young = self._expected, self._expected_young
         for each in prefix:
             shard = shards[each & pick]
             held = shard.get(each, 0)
@@ -118,7 +119,8 @@ class PrefixIndex:
                 shard[each] = held | USED
             if not held & bit:
                 expected[each] = expected.get(each, 0) | bit
-        if len(expected) > MAX_EXPECTED:
+                young[each] = young.get(each, 0) | bit
+        if len(young) > MAX_EXPECTED:
             self._turn()
 
     # What is asked
@@ -146,30 +148,32 @@ class PrefixIndex:
 
         An engine evicts the end of a prompt before its beginning, so where two prefixes are held
         by the same replicas, all between them are taken to be: the time is the number of levels
-        times the logarithm of the number of prefixes.
+        times the logarithm of the number of prefixes. The longest are sought first; where there
+        are many levels, the counts of shorter ones are less by up to ``COARSE`` of all prefixes.
         """
-        shards, pick, live = self._shards, self._pick, self._live
-        young, old = self._expected, self._expected_before
-        levels: list[Level] = []
         if not prefix or not (first := self._holders(prefix[0])):
-            return levels
-        at, held, to_do = 0, first, [(len(prefix), 0)]
-        while to_do:  # (at, to_do[-1][0]] is looked at; all in held have everything up to at
-            end, at_end = to_do[-1]
-            at_end &= held
-            if at_end == held:
-                at = to_do.pop()[0]
-            elif end - at == 1:
-                levels.append((end, held))
-                at, held = end, at_end
-                to_do.pop()
-            else:
-                middle = (at + end) // 2
-                each = prefix[middle]
-                found = shards[each & pick].get(each, 0)
-                if young or old:
-                    found |= young.get(each, 0) | old.get(each, 0)
-                to_do.append((middle, found & live))
+            return []
+        shards, pick, expected = self._shards, self._pick, self._expected
+        levels: list[Level] = []
+        exact, num_probes = 1, 0
+        to_do = [(0, first, len(prefix), 0)]
+        while to_do:  # who holds the one at ``at``, and who the one at ``end``
+            at, held, end, at_end = to_do.pop()
+            if end - at <= exact:
+                levels.append((at + 1, held))
+                continue
+            middle = (at + end) // 2
+            each = prefix[middle]
+            found = shards[each & pick].get(each, 0) | expected.get(each, 0)
+            found = found & held | at_end
+            num_probes += 1
+            if num_probes == EXACT_PROBES:
+                exact = max(1, int(COARSE * len(prefix)))
+            if found != held:
+                to_do.append((at, held, middle, found))
+            if found != at_end:
+                to_do.append((middle, found, end, at_end))
+        levels.reverse()
         return levels
 
     def bit_of(self, replica_id: str) -> int:
@@ -177,9 +181,7 @@ class PrefixIndex:
         return max(0, self._bits.get(replica_id, 0).bit_length() - 1)
 
     def _holders(self, prefix: int) -> int:
-        held = self._shards[prefix & self._pick].get(prefix, 0)
-        held |= self._expected.get(prefix, 0) | self._expected_before.get(prefix, 0)
-        return held & self._live
+        return (self._shard(prefix).get(prefix, 0) | self._expected.get(prefix, 0)) & self._live
 
     # Inner
 
@@ -187,7 +189,7 @@ class PrefixIndex:
         return self._shards[prefix & self._pick]
 
     def _turn(self) -> None:
-        self._expected, self._expected_before = {}, self._expected
+        self._expected, self._expected_young = self._expected_young, {}
 
     def _bit(self, replica_id: str) -> int:
         """A replica's mask; a new one where nothing was heard of it since it was cleared."""
@@ -216,7 +218,7 @@ class PrefixIndex:
         if self._swept < len(self._shards):
             return
         _take_all(self._expected, self._leaving)
-        _take_all(self._expected_before, self._leaving)
+        _take_all(self._expected_young, self._leaving)
         self._free += [1 << at for at in range(self._num_bits) if self._leaving >> at & 1]
         self._swept = self._leaving = 0
 

@@ -1,8 +1,8 @@
 """The smallest of many costs, where nearly equal ones take turns."""
 
-import numpy as np
+import math
 
-from cluster.routing.arrays import BoolArray, FloatArray
+from cluster.routing.arrays import FloatArray
 
 NEAR_S = 1e-4
 NEAR_SHARE = 0.02
@@ -20,11 +20,10 @@ class Turns:
     def __init__(self, start: int = 0) -> None:
         self._turn = start
 
-    def least(self, costs: FloatArray, allowed: BoolArray) -> int | None:
-        """The index of one of the least costs, in seconds, among those allowed; None: none is."""
-        masked = np.where(allowed, costs, np.inf)
-        if len(masked) == 0 or (least := float(masked[masked.argmin()])) == np.inf:
+    def least(self, costs: FloatArray) -> int | None:
+        """The index of one of the least costs, in seconds; None: all are inf."""
+        if len(costs) == 0 or (least := float(costs[costs.argmin()])) == math.inf:
             return None
-        equals = np.flatnonzero(masked <= least * (1.0 + NEAR_SHARE) + NEAR_S)
+        equals = (costs <= least * (1.0 + NEAR_SHARE) + NEAR_S).nonzero()[0]
         self._turn += 1
         return int(equals[self._turn % len(equals)])

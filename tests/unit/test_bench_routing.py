@@ -7,7 +7,9 @@ from benchmarks.routing.peers import (
     RayPrefixAffinity,
     VllmRouterCacheAware,
 )
+from benchmarks.routing.traces import alone_ttft_p90_s
 from cluster.routing import Fleet, Policy, RequestView
+from cluster.simulation.requests import Trace, TraceRequest
 
 ENDS = (100.0, 200.0, 300.0)
 
@@ -28,6 +30,16 @@ def serve(fleet: Fleet, policy: Policy, request: RequestView) -> str | None:
     if chosen is not None:
         fleet.placed(chosen, request)
     return chosen
+
+
+def test_a_request_alone_computes_what_was_never_seen() -> None:
+    def asks(at_s: float, blocks: tuple[int, ...], answer: tuple[int, ...] = ()) -> TraceRequest:
+        return TraceRequest(at_s, 100 * len(blocks), 10, blocks, answer)
+
+    requests = [asks(0.0, (1, 2), (3,)), asks(1.0, (1, 2, 3)), asks(2.0, (1, 2, 3))]
+    assert alone_ttft_p90_s(Trace("t", requests[:1], 100)) == 200 * 1e-4
+    found = alone_ttft_p90_s(Trace("t", requests, 100))
+    assert 1e-4 < found < 200 * 1e-4
 
 
 def test_every_peer_says_when_there_is_no_room() -> None:

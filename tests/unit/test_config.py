@@ -40,6 +40,15 @@ def test_the_tasks_of_a_pool_say_which_head_its_model_has(
     assert parse(classifier(tasks=tasks)).classifiers[0].head == head
 
 
+def test_all_adapters_are_loaded_unless_there_are_many_or_it_is_said() -> None:
+    def most(number: int, **args: int) -> int:
+        adapters = {f"a{each}": "path" for each in range(number)}
+        config = parse(generator(adapters=adapters, engine_args=args))
+        return config.generators[0].max_loras
+
+    assert [most(0), most(3), most(20), most(3, max_loras=2)] == [1, 3, 8, 2]
+
+
 def test_it_is_frozen() -> None:
     config = parse(generator())
     with pytest.raises(Exception, match="frozen"):
@@ -54,6 +63,9 @@ def test_it_is_frozen() -> None:
         (generator(tensor_parallel_size=0), ["tensor_parallel_size", "got 0", "1"]),
         (generator(max_len=1), ["max_len: no such field", "did you mean 'max_model_len'"]),
         (generator(name="a b"), ["generators.0.name", "'a b'"]),
+        (generator(adapters={"a b": "path"}), ["generators.0.adapters", "'a b'"]),
+        (generator(adapters={"law": ""}), ["generators.0.adapters.law", "''"]),
+        (generator(adapters={"g": "path"}), ["each name may stand once", "['g']"]),
         (generator(replicas={"min": 2, "max": 1}), ["replicas", "max must be at least min (2)"]),
         (generator(replicas={"mni": 2}), ["generators.0.replicas.mni", "did you mean 'min'"]),
         (generator(kv_cache_memory_bytes="lots"), ["kv_cache_memory_bytes", "'lots'"]),

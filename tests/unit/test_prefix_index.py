@@ -64,7 +64,7 @@ def test_expectations_are_bounded() -> None:
     index = PrefixIndex()
     for start in range(0, 200_000, 100):
         index.expect("a", range(start, start + 100))
-    assert len(index._expected) + len(index._expected_before) < 40_000
+    assert len(index._expected) + len(index._expected_young) < 60_000
     assert index.match((199_999,)) == {"a": 1}
 
 
@@ -95,6 +95,20 @@ def test_a_gap_ends_what_is_held() -> None:
     index.stored("a", (1, 2, 4))
     index.stored("b", (1, 2, 3, 4))
     assert index.match((1, 2, 3, 4)) == {"a": 2, "b": 4}
+
+
+def test_of_many_lengths_the_longest_are_exact_and_the_others_nearly() -> None:
+    index, prompt = PrefixIndex(), tuple(range(64))
+    truth = {f"replica-{number}": number * 3 + 1 for number in range(21)}
+    for name, count in truth.items():
+        index.stored(name, prompt[:count])
+    found = index.match(prompt)
+    assert all(count - 4 < found[name] <= count for name, count in truth.items())
+    assert found["replica-20"] == 61
+    few = {name: truth[name] for name in ("replica-3", "replica-11")}
+    for name in truth.keys() - few.keys():
+        index.cleared(name)
+    assert index.match(prompt) == few
 
 
 STEPS = st.lists(

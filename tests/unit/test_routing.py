@@ -1,3 +1,5 @@
+import random
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import get_args
 
@@ -153,7 +155,8 @@ def test_a_replica_that_claims_blocks_it_has_not_loses_its_credit() -> None:
         fleet.ended(placement, Took(4100, int(had), 100))
     assert chosen[0] == "liar"
     assert chosen[-50:].count("honest") > 30
-    assert fleet.hit_s[fleet.slot_of("liar")] < 0.1 * fleet.hit_s[fleet.slot_of("honest")]
+    slots = fleet.slots
+    assert slots.hit_s[fleet.slot_of("liar")] < 0.1 * slots.hit_s[fleet.slot_of("honest")]
 
 
 def test_all_get_their_share_although_one_has_everything_cached() -> None:
@@ -178,26 +181,41 @@ def test_all_get_their_share_although_one_has_everything_cached() -> None:
 
 def test_an_adapter_that_is_loaded_attracts_and_a_hot_one_spreads() -> None:
     policy, fleet = a_policy("prefix"), a_fleet(*"abcd", capacity=1000)
-    fleet.loaded("b", ["law"])
     asked = RequestView(500.0, 100.0, adapter="law")
+    fleet.ended(fleet.placed("b", asked))
     assert policy.choose(asked, fleet) == "b"
     for _ in range(100):
         serve(fleet, policy, asked)
     assert all(fleet.ongoing(name) > 10 for name in "abcd")
-    fleet.loaded("b", [])
-    assert fleet.adapters.missing("law") is not None
 
 
-def test_the_adapter_asked_for_longest_ago_is_taken_to_be_dropped() -> None:
-    fleet = a_fleet("a", "b")
-    for number in range(9):
-        fleet.placed("a", RequestView(1.0, adapter=f"adapter-{number}"))
-    assert fleet.adapters.missing("adapter-0") is None
-    missing = fleet.adapters.missing("adapter-8")
-    assert missing is not None
-    assert missing[fleet.slot_of("a")] == 0.0
+def test_the_adapter_asked_for_longest_ago_makes_room() -> None:
+    fleet = Fleet(max_adapters=2)
+    fleet.add("a", 10)
+    fleet.add("b", 10)
+    slots = [fleet.slot_of(name) for name in "ab"]
+    for adapter in ("law", "art", "law", "tax"):
+        fleet.placed("a", RequestView(1.0, adapter=adapter))
+    loads = {each: list(fleet.adapters.loads(each)[slots]) for each in ("law", "art", "tax")}
+    assert loads == {"law": [0.0, 1.0], "tax": [0.0, 1.0], "art": [2.0, 1.0]}
     fleet.remove("a")
-    assert fleet.adapters.missing("adapter-8") is None
+    assert set(fleet.adapters.loads("law")) == {1.0}
+
+
+def test_adapters_settle_where_each_has_room() -> None:
+    policy, fleet = a_policy("prefix"), Fleet(max_adapters=1)
+    for name in "abcd":
+        fleet.add(name, 1000)
+    adapters, homes = ("law", "art", "tax", "sea"), defaultdict(set)
+    drawn = random.Random(0)
+    for _ in range(400):
+        adapter = drawn.choice(adapters)
+        chosen = policy.choose(RequestView(10.0, 1.0, adapter=adapter), fleet)
+        assert chosen is not None
+        fleet.ended(fleet.placed(chosen, RequestView(10.0, 1.0, adapter=adapter)))
+        homes[adapter].add(chosen)
+    assert sorted(len(each) for each in homes.values()) == [1, 1, 1, 1]
+    assert set.union(*homes.values()) == set("abcd")
 
 
 def test_a_session_stays_and_moves_only_with_its_replica() -> None:

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.config import SimConfig
+from cluster.engines.sim.adapters import AdapterSlots
 from cluster.engines.sim.blocks import BlockPool, block_hashes
 from cluster.engines.sim.scheduler import MAX_STEP_TOKENS, Request, Scheduler
 
@@ -67,6 +68,52 @@ def test_a_known_prefix_is_not_computed_again() -> None:
     run(scheduler, clock)
     assert again.cached_tokens == 8
     assert again.first_token_s == pytest.approx(3.0)
+
+
+def with_adapters(max_loras: int, **knobs: float | int) -> tuple[Scheduler, Clock]:
+    clock = Clock()
+    config = SimConfig.model_validate({"adapter_load_s": 5.0, "decode_s_per_token": 1.0, **knobs})
+    return Scheduler(config, clock, adapters=AdapterSlots(max_loras)), clock
+
+
+def asks_for(adapter: str, max_tokens: int = 1) -> Request:
+    return Request([1, 2, 3, 4, 5], max_tokens, lambda: 7, adapter=adapter)
+
+
+def test_an_adapter_is_loaded_once_and_the_one_used_longest_ago_makes_room() -> None:
+    scheduler, clock = with_adapters(2)
+    times = []
+    for adapter in ("a", "a", "", "b", "a", "c", "a", "b"):
+        before = clock.now_s
+        scheduler.add(asks_for(adapter))
+        run(scheduler, clock)
+        times.append(clock.now_s - before)
+    assert times == [5.0, 0.0, 0.0, 5.0, 0.0, 5.0, 0.0, 5.0]
+
+
+def test_who_finds_no_slot_waits_and_others_pass() -> None:
+    scheduler, clock = with_adapters(1)
+    first, second, plain = asks_for("a", 3), asks_for("b"), asks_for("")
+    for one in (first, second, plain):
+        scheduler.add(one)
+    ended = run(scheduler, clock)
+    assert ended == [plain, first, second]
+    aborted = asks_for("a", 50)
+    scheduler.add(aborted)
+    scheduler.plan()
+    scheduler.abort(aborted)
+    scheduler.add(asks_for("c"))
+    assert len(run(scheduler, clock)) == 1
+
+
+def test_an_adapters_blocks_are_its_own() -> None:
+    scheduler, clock = with_adapters(2, block_size_tokens=2)
+    found = []
+    for adapter in ("", "a", "b", "a", ""):
+        scheduler.add(one := asks_for(adapter))
+        run(scheduler, clock)
+        found.append(one.cached_tokens)
+    assert found == [0, 0, 0, 4, 4]
 
 
 def test_a_prompt_is_shared_in_the_step_that_computes_it() -> None:

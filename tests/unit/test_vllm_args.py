@@ -82,6 +82,14 @@ def test_the_configuration_goes_over_the_defaults() -> None:
     assert (args.model, args.served_model_name) == ("/models/m", ["chat"])
 
 
+def test_adapters_switch_lora_on() -> None:
+    assert not hasattr(fill(config()), "enable_lora")
+    args = fill(config(adapters={"law": "a", "art": "b"}))
+    assert (args.enable_lora, args.max_loras) == (True, 2)
+    with pytest.raises(ConfigError, match=r"lora_modules.*`adapters`"):
+        fill(config(engine_args={"lora_modules": ["law=a"]}))
+
+
 def test_the_engine_schedules_by_the_routers_classes_unless_it_is_told_not_to() -> None:
     assert fill(config()).scheduling_policy == "priority"
     assert fill(config(engine_args={"scheduling_policy": "fcfs"})).scheduling_policy == "fcfs"

@@ -2,6 +2,7 @@
 
 tokenizer  text and token ids, both ways, without a vocabulary file
 blocks     the KV blocks and their prefix cache
+adapters   which LoRA adapters are loaded
 scheduler  continuous batching as a pure model: what a step does and how long it takes
 generation one request's sequences, and the mailbox their tokens come through
 engine     runs the scheduler in an event loop; implements ``Engine``

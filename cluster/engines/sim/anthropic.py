@@ -27,7 +27,7 @@ class AnthropicRefusal(Refusal):
 async def messages(host: Host, exchange: Exchange) -> None:
     """``POST /v1/messages``."""
     body = parse_body(MessagesBody, exchange.body, exchange.content_type)
-    prompt = _prompt(host, body)
+    prompt = _prompt(host, exchange, body)
     try:
         limit = fit(host, prompt, body.max_tokens, "max_completion_tokens")
     except Refusal as refusal:
@@ -41,7 +41,7 @@ async def messages(host: Host, exchange: Exchange) -> None:
     finally:
         host.discard(generation)
     (sequence,) = generation.sequences
-    answer = _message(exchange.new_id("chatcmpl-"), host.config.name)
+    answer = _message(exchange.new_id("chatcmpl-"), exchange.model)
     answer["content"] = [{"type": "text", "text": text}]
     answer |= _ending(sequence) | {"usage": _usage(sequence)}
     await exchange.reply(200, answer)
@@ -50,17 +50,17 @@ async def messages(host: Host, exchange: Exchange) -> None:
 async def count_tokens(host: Host, exchange: Exchange) -> None:
     """``POST /v1/messages/count_tokens``."""
     body = parse_body(CountTokensBody, exchange.body, exchange.content_type)
-    count = len(_prompt(host, body))
+    count = len(_prompt(host, exchange, body))
     context = {"original_input_tokens": count}
     await exchange.reply(200, {"input_tokens": count, "context_management": context})
 
 
-def _prompt(host: Host, body: MessagesBody | CountTokensBody) -> list[int]:
+def _prompt(host: Host, exchange: Exchange, body: MessagesBody | CountTokensBody) -> list[int]:
     turns = list(body.messages)
     if body.system:
         turns.insert(0, Message(role="system", content=body.system))
     try:
-        check_model(host, body.model)
+        check_model(host, exchange, body.model)
         return chat_prompt(turns)
     except Refusal as refusal:
         raise _restyled(refusal) from None
@@ -96,7 +96,7 @@ async def _stream(host: Host, exchange: Exchange, generation: Generation) -> Non
 
     deltas = await generation.take()
     await exchange.begin_stream()
-    opening = _message(exchange.new_id("chatcmpl-"), host.config.name)
+    opening = _message(exchange.new_id("chatcmpl-"), exchange.model)
     opening |= {"stop_reason": None, "stop_sequence": None, "usage": _usage(sequence, 0)}
     await emit("message_start", message=opening)
     block = {"type": "text", "text": ""}

@@ -9,10 +9,19 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 
-def block_hashes(tokens: Sequence[int], block_tokens: int, known: Sequence[int] = ()) -> list[int]:
-    """One number for each full block of ``tokens``; ``known``: those of the first blocks."""
+def block_hashes(
+    tokens: Sequence[int], block_tokens: int, known: Sequence[int] = (), root: int = 0
+) -> list[int]:
+    """One number for each full block of ``tokens``.
+
+    Args:
+        tokens: Of one prompt and its answer.
+        block_tokens: Of each block.
+        known: The numbers of the first blocks.
+        root: What other blocks of the same tokens are told apart by.
+    """
     hashes = list(known)
-    parent = hashes[-1] if hashes else 0
+    parent = hashes[-1] if hashes else root
     start = len(hashes) * block_tokens
     for end in range(start + block_tokens, len(tokens) + 1, block_tokens):
         parent = hash((parent, *tokens[end - block_tokens : end]))

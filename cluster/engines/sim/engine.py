@@ -17,6 +17,7 @@ from cluster.config import GeneratorConfig
 from cluster.engines.base import EngineLoad
 from cluster.engines.prefix_cache import PrefixTracker
 from cluster.engines.sim import tokenizer
+from cluster.engines.sim.adapters import AdapterSlots
 from cluster.engines.sim.app import SimApp
 from cluster.engines.sim.generation import DEAD, Generation, GenerationError
 from cluster.engines.sim.http import Exchange
@@ -39,7 +40,8 @@ class SimEngine:
         self.config = config
         self.max_model_len = DEFAULT_MODEL_LEN
         self._prefixes = PrefixTracker(config.sim.block_size_tokens, tokenizer.byte_lengths)
-        self._scheduler = Scheduler(config.sim, time.monotonic, self._prefixes)
+        adapters = AdapterSlots(config.max_loras, config.adapters)
+        self._scheduler = Scheduler(config.sim, time.monotonic, self._prefixes, adapters)
         self._generations: set[Generation] = set()
         self._num_hung = 0
         self._num_accepted = 0
@@ -112,8 +114,15 @@ class SimEngine:
         if sim.leak_bytes_per_request:
             self._leaked.append(b"\x01" * sim.leak_bytes_per_request)  # zeros may take no memory
         fails = sim.fail_rate > 0 and self._random.random() < sim.fail_rate
+        adapter = exchange.model if exchange.model in self.config.adapters else ""
         generation = Generation(
-            prompts, max_tokens, stop, usage=exchange.usage, seed=sim.seed, fails=fails
+            prompts,
+            max_tokens,
+            stop,
+            usage=exchange.usage,
+            seed=sim.seed,
+            fails=fails,
+            adapter=adapter,
         )
         self._generations.add(generation)
         if sim.hang_after_requests is not None and self._num_accepted > sim.hang_after_requests:
@@ -122,7 +131,8 @@ class SimEngine:
             return generation
         for sequence in generation.sequences:
             self._scheduler.add(sequence.request)
-        self._prefixes.asked(fingerprint(exchange.path, exchange.body), prompts[0])
+        text = fingerprint(exchange.path, exchange.body)
+        self._prefixes.asked(text, prompts[0], adapter)
         self._work.set()
         if sim.die_after_requests is not None and self._num_accepted >= sim.die_after_requests:
             self._die()

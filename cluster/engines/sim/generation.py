@@ -79,12 +79,18 @@ class Generation:
         usage: Usage,
         seed: int,
         fails: bool,
+        adapter: str = "",
     ) -> None:
         self.stop = tuple(stop)
         self.fails = fails
         self.hangs = False
         self.sequences = [
-            SimSequence(self, index, Request(prompt, limit, int), tokenizer.digest(prompt, seed))
+            SimSequence(
+                self,
+                index,
+                Request(prompt, limit, int, adapter=adapter),
+                tokenizer.digest(prompt, seed),
+            )
             for index, (prompt, limit) in enumerate(zip(prompts, max_tokens, strict=True))
         ]
         self._usage = usage

@@ -31,13 +31,18 @@ class Host(Protocol):
 class Exchange:
     """A request whose body has come, and the means to answer it."""
 
-    __slots__ = ("_request_id", "_send", "body", "content_type", "path", "streaming", "usage")
+    __slots__ = (
+        *("_request_id", "_send", "body", "content_type", "model", "path", "streaming"),
+        "usage",
+    )
 
     def __init__(self, scope: Scope, body: bytes, send: Send) -> None:
         headers = dict(scope["headers"])
         self.path: str = scope["path"]
         self.body = body
         self.content_type = headers.get(b"content-type", b"").decode("latin-1")
+        self.model = ""
+        """The model or adapter that answers, once that is known."""
         self.streaming = False
         self.usage = usage_of(scope)
         self._request_id: bytes | None = headers.get(b"x-request-id")

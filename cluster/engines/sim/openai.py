@@ -27,14 +27,14 @@ from cluster.engines.sim.prompts import (
 async def models(host: Host, exchange: Exchange) -> None:
     """``GET /v1/models``."""
     config = host.config
-    body = wire.models(config.name, config.model, int(time.time()), host.max_model_len)
+    body = wire.models(config, int(time.time()), host.max_model_len)
     await exchange.reply(200, body)
 
 
 async def chat(host: Host, exchange: Exchange) -> None:
     """``POST /v1/chat/completions``."""
     body = parse_body(ChatBody, exchange.body, exchange.content_type)
-    check_model(host, body.model)
+    check_model(host, exchange, body.model)
     prompt = chat_prompt(body.messages, body.add_generation_prompt)
     if body.max_completion_tokens is None:
         limit = fit(host, prompt, body.max_tokens)
@@ -45,7 +45,7 @@ async def chat(host: Host, exchange: Exchange) -> None:
     generation = host.submit([prompt], [limit], body.stops(), exchange)
     try:
         if body.stream:
-            await stream(exchange, generation, _writer(ChatChunks, host, body, id_, created))
+            await stream(exchange, generation, _writer(ChatChunks, exchange, body, id_, created))
             return
         (text,) = await collect(generation)
     finally:
@@ -56,13 +56,13 @@ async def chat(host: Host, exchange: Exchange) -> None:
     prompt_ids = request.tokens[: request.num_prompt] if body.return_token_ids else None
     choice = wire.chat_choice(text, sequence, ids)
     counts = wire.full_usage(request.num_prompt, request.num_generated)
-    await exchange.reply(200, wire.chat(id_, created, host.config.name, choice, counts, prompt_ids))
+    await exchange.reply(200, wire.chat(id_, created, exchange.model, choice, counts, prompt_ids))
 
 
 async def completions(host: Host, exchange: Exchange) -> None:
     """``POST /v1/completions``."""
     body = parse_body(CompletionBody, exchange.body, exchange.content_type)
-    check_model(host, body.model)
+    check_model(host, exchange, body.model)
     prompts = completion_prompts(body)
     limits = [fit(host, prompt, body.max_tokens) for prompt in prompts]
     check_sampling(body)
@@ -72,7 +72,9 @@ async def completions(host: Host, exchange: Exchange) -> None:
     generation = host.submit(prompts, limits, body.stops(), exchange)
     try:
         if body.stream:
-            await stream(exchange, generation, _writer(CompletionChunks, host, body, id_, created))
+            await stream(
+                exchange, generation, _writer(CompletionChunks, exchange, body, id_, created)
+            )
             return
         texts = await collect(generation)
     finally:
@@ -80,13 +82,13 @@ async def completions(host: Host, exchange: Exchange) -> None:
     pairs = zip(texts, generation.sequences, strict=True)
     choices = [wire.completion_choice(t, s, bool(body.return_token_ids)) for t, s in pairs]
     counts = wire.full_usage(*totals(generation))
-    await exchange.reply(200, wire.completion(id_, created, host.config.name, choices, counts))
+    await exchange.reply(200, wire.completion(id_, created, exchange.model, choices, counts))
 
 
 async def tokenize(host: Host, exchange: Exchange) -> None:
     """``POST /tokenize``."""
     body = parse_body(TokenizeBody, exchange.body, exchange.content_type)
-    check_model(host, body.model)
+    check_model(host, exchange, body.model)
     if body.messages is not None:
         ids = chat_prompt(body.messages, body.add_generation_prompt)
     elif body.prompt is not None:
@@ -101,7 +103,7 @@ async def tokenize(host: Host, exchange: Exchange) -> None:
 async def detokenize(host: Host, exchange: Exchange) -> None:
     """``POST /detokenize``; ids that stand for nothing give no text, as in vLLM."""
     body = parse_body(DetokenizeBody, exchange.body, exchange.content_type)
-    check_model(host, body.model)
+    check_model(host, exchange, body.model)
     await exchange.reply(200, {"prompt": tokenizer.decode(body.tokens)})
 
 
@@ -147,7 +149,11 @@ def totals(generation: Generation) -> tuple[int, int]:
 
 
 def _writer(
-    kind: type[ChunkWriter], host: Host, body: ChatBody | CompletionBody, id_: str, created: int
+    kind: type[ChunkWriter],
+    exchange: Exchange,
+    body: ChatBody | CompletionBody,
+    id_: str,
+    created: int,
 ) -> ChunkWriter:
     options = body.stream_options
     include = options is not None and bool(options.include_usage)
@@ -155,7 +161,7 @@ def _writer(
     return kind(
         id_,
         created,
-        host.config.name,
+        exchange.model,
         include_usage=include,
         continuous=continuous,
         with_ids=bool(body.return_token_ids),

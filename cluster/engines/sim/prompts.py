@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from cluster.engines.sim import tokenizer
-from cluster.engines.sim.http import Host
+from cluster.engines.sim.http import Exchange, Host
 from cluster.engines.sim.parse import (
     ChatBody,
     CompletionBody,
@@ -13,12 +13,13 @@ from cluster.engines.sim.parse import (
 )
 
 
-def check_model(host: Host, model: str | None) -> None:
-    """Refuse a model that is not served; none named is taken as the one there is."""
+def check_model(host: Host, exchange: Exchange, model: str | None) -> None:
+    """Refuse what is neither the model nor an adapter of it; none named is the model."""
     name = host.config.name
-    if model and model != name:
+    if model and model != name and model not in host.config.adapters:
         message = f"The model `{model}` does not exist. Valid aliases: {name}."
         raise Refusal(message, "model", status=404, type_="NotFoundError")
+    exchange.model = model or name
 
 
 def check_sampling(body: ChatBody | CompletionBody) -> None:

@@ -14,7 +14,7 @@ from cluster.engines.sim.prompts import chat_prompt, check_model, fit
 async def create(host: Host, exchange: Exchange) -> None:
     """``POST /v1/responses``."""
     body = parse_body(ResponsesBody, exchange.body, exchange.content_type)
-    check_model(host, body.model)
+    check_model(host, exchange, body.model)
     turns = body.input
     if isinstance(turns, str):
         turns = [Message(role="user", content=turns)]
@@ -43,7 +43,7 @@ def _response(host: Host, exchange: Exchange, body: ResponsesBody, limit: int) -
         "incomplete_details": None,
         "instructions": body.instructions,
         "metadata": None,
-        "model": host.config.name,
+        "model": exchange.model,
         "object": "response",
         "output": [],
         "parallel_tool_calls": True,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from cluster.config import SimConfig
 from cluster.engines.base import EngineLoad
 from cluster.engines.prefix_cache import PrefixTracker
+from cluster.engines.sim.adapters import AdapterSlots
 from cluster.engines.sim.blocks import BlockPool, block_hashes
 
 MAX_STEP_TOKENS = 2048
@@ -19,7 +20,7 @@ MAX_STEP_TOKENS = 2048
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One sequence. The caller sets the first three; the rest belongs to the scheduler."""
+    """One sequence. The caller sets the first five; the rest belongs to the scheduler."""
 
     tokens: list[int]
     """The prompt's ids; the scheduler appends what is generated."""
@@ -28,6 +29,8 @@ class Request:
     """Gives the next token id; may set ``stopped``."""
     stopped: bool = False
     """No further token is wanted."""
+    adapter: str = ""
+    """The LoRA adapter that it needs."""
 
     num_prompt: int = 0
     cached_tokens: int = 0
@@ -66,7 +69,8 @@ class Scheduler:
     """First come, first served; decoding goes before prefill; the latest is preempted first.
 
     Blocks are shared when the step that computes them is planned, and requests are admitted while
-    the step has room, so equal prompts that come together are computed once, as by vLLM.
+    the step has room, so equal prompts that come together are computed once, as by vLLM. So is it
+    that a request for an adapter that finds no slot is passed by those that need none or another.
 
     ``prefixes`` is told of each block that is cached or evicted.
     """
@@ -76,12 +80,15 @@ class Scheduler:
         config: SimConfig,
         clock: Callable[[], float],
         prefixes: PrefixTracker | None = None,
+        adapters: AdapterSlots | None = None,
     ) -> None:
         self.config = config
         on_evicted = prefixes.removed if prefixes is not None else None
         size = config.block_size_tokens
         self.blocks = BlockPool(config.num_kv_blocks * size, size, on_evicted)
         self._prefixes = prefixes
+        self._adapters = adapters or AdapterSlots(1)
+        self._num_loaded = 0
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._clock = clock
@@ -123,6 +130,7 @@ class Scheduler:
 
     def plan(self) -> Step | None:
         """Choose the next step; None: there is nothing to do."""
+        self._num_loaded = 0
         samples, preempted = self._decodes()
         num_decodes = len(samples)
         left = MAX_STEP_TOKENS - num_decodes
@@ -161,7 +169,8 @@ class Scheduler:
     def _duration(self, decodes: bool, prefilled: int) -> float:
         config = self.config
         alone = prefilled * config.prefill_s_per_token + decodes * config.decode_s_per_token
-        return alone * (1 + config.batch_slowdown * (len(self.running) - 1))
+        crowd = 1 + config.batch_slowdown * (len(self.running) - 1)
+        return alone * crowd + self._num_loaded * config.adapter_load_s
 
     def _decodes(self) -> tuple[list[Request], bool]:
         """The requests that decode, each with room for a token, and whether any was preempted."""
@@ -195,20 +204,23 @@ class Scheduler:
         """Running requests with prompt tokens left, then those that can be admitted, one by one."""
         yield from [request for request in self.running if request._prefill_left]
         while admits and self.waiting and len(self.running) < self.config.max_num_seqs:
-            if not self._admit(self.waiting[0]):
+            fits = self._adapters.fits
+            request = next((each for each in self.waiting if fits(each.adapter)), None)
+            if request is None or not self._admit(request):
                 break
-            request = self.waiting.popleft()
+            self.waiting.remove(request)
             self.running.append(request)
             yield request
 
     def _admit(self, request: Request) -> bool:
         size, length = self.config.block_size_tokens, len(request.tokens)
-        request._hashes = block_hashes(request.tokens, size, request._hashes)
+        request._hashes = self._block_hashes(request)
         # The last token is always computed: its logits give the next one.
         cached = self.blocks.match(request._hashes[: (length - 1) // size])
         capacity = -(-length // size) * size
         if not self.blocks.take(request._hashes[:cached], capacity - cached * size):
             return False
+        self._num_loaded += self._adapters.take(request.adapter)
         request._num_held = cached
         request._capacity = capacity
         request._prefill_left = length - cached * size
@@ -225,7 +237,7 @@ class Scheduler:
         size, held = self.config.block_size_tokens, request._num_held
         if num_tokens // size == held:
             return
-        request._hashes = block_hashes(request.tokens, size, request._hashes)
+        request._hashes = self._block_hashes(request)
         more = request._hashes[held : num_tokens // size]
         request._num_held += len(more)
         fresh = self.blocks.share(more)
@@ -235,11 +247,18 @@ class Scheduler:
                 request._hashes[first : request._num_held],
                 request._hashes[first - 1] if first else None,
                 request.tokens[first * size : request._num_held * size],
+                request.adapter,
             )
+
+    def _block_hashes(self, request: Request) -> list[int]:
+        root = hash(request.adapter) if request.adapter else 0
+        size = self.config.block_size_tokens
+        return block_hashes(request.tokens, size, request._hashes, root)
 
     def _release(self, request: Request) -> None:
         """Free the blocks; what was computed in full blocks stays cached."""
         held = request._hashes[: request._num_held]
         private = request._capacity - len(held) * self.config.block_size_tokens
         self.blocks.release(held, private)
+        self._adapters.give_back(request.adapter)
         request._num_held = request._capacity = request._prefill_left = 0

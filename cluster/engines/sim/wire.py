@@ -7,6 +7,7 @@ import json
 from typing import Any
 from uuid import uuid4
 
+from cluster.config import GeneratorConfig
 from cluster.engines.sim.generation import SimSequence
 
 FINGERPRINT = "vllm-sim"
@@ -56,8 +57,15 @@ def full_usage(prompt_tokens: int, completion_tokens: int) -> Body:
     return usage(prompt_tokens, completion_tokens) | details
 
 
-def models(name: str, root: str, created: int, max_model_len: int) -> Body:
-    """``/v1/models``."""
+def models(config: GeneratorConfig, created: int, max_model_len: int) -> Body:
+    """``/v1/models``: the model, then its adapters."""
+    name, adapters = config.name, config.adapters
+    cards = [_card(name, config.model, created, None, max_model_len)]
+    cards += [_card(each, path, created, name, None) for each, path in adapters.items()]
+    return {"object": "list", "data": cards}
+
+
+def _card(name: str, root: str, created: int, parent: str | None, length: int | None) -> Body:
     permission = {
         "id": f"modelperm-{random_id()}",
         "object": "model_permission",
@@ -72,17 +80,16 @@ def models(name: str, root: str, created: int, max_model_len: int) -> Body:
         "group": None,
         "is_blocking": False,
     }
-    card = {
+    return {
         "id": name,
         "object": "model",
         "created": created,
         "owned_by": "vllm",
         "root": root,
-        "parent": None,
-        "max_model_len": max_model_len,
+        "parent": parent,
+        "max_model_len": length,
         "permission": [permission],
     }
-    return {"object": "list", "data": [card]}
 
 
 def chat(id_: str, created: int, model: str, choice: Body, counts: Body, prompt_ids: Any) -> Body:

@@ -88,13 +88,13 @@ def _existing(path: Path) -> Path:
 
 def check_models(config: TandemConfig) -> Iterator[Finding]:
     """Whether the files of each configured model are there."""
-    models = [generator.model for generator in config.generators if generator.engine == "vllm"]
+    models = [path for generator in config.generators for path in generator.files]
     models += [classifier.model for classifier in config.classifiers]
     for model in dict.fromkeys(models):
         try:
             yield ok("models", f"{model}: {resolve(model)}")
         except TandemError as error:
-            advice = "`tandem models build` makes the default ones; else correct its `model`"
+            advice = "`tandem models build` makes the default ones; else correct its path"
             yield fail("models", str(error), advice)
 
 

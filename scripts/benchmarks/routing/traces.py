@@ -14,6 +14,7 @@ from benchmarks.routing.peers import RayPowerOfTwo, RayPrefixAffinity, VllmRoute
 from benchmarks.stream.paths import say
 from cluster.routing import Fleet, Policy, PrefixIndex, RequestView, make_policy
 from cluster.routing.prefix import DECODE_WEIGHT, MISS_WEIGHT
+from cluster.simulation.requests import Trace
 from cluster.simulation.settings import LARGE_GPU, CachedTokens, MakePolicy, Settings
 from cluster.simulation.simulator import simulate
 from cluster.simulation.traces import load
@@ -53,7 +54,7 @@ class Oracle:
 
         def cost_s(slot: int) -> float:
             held = self._cached_tokens(fleet.ids[slot] or "", request)
-            uncached_s = (request.prompt_tokens - held) * float(fleet.miss_s[slot])
+            uncached_s = (request.prompt_tokens - held) * float(fleet.slots.miss_s[slot])
             return float(work_s[slot]) + MISS_WEIGHT * uncached_s
 
         free = [int(slot) for slot in np.flatnonzero(fleet.open())]
@@ -83,6 +84,7 @@ PEERS: Mapping[str, MakePolicy] = {
     "vllm-router cache-aware": _peer(lambda _seed: VllmRouterCacheAware()),
 }
 ORACLE = "oracle"
+ALONE = "alone"
 POLICIES: Mapping[str, MakePolicy] = {
     **{name: _ours(name) for name in OURS},
     **PEERS,
@@ -106,6 +108,7 @@ def run(args: argparse.Namespace) -> Report:
     for seed in range(args.rounds):
         for trace in args.traces:
             requests = load(trace, RATES[trace], args.trace_s, seed)
+            found[trace, ALONE].append({"ttft_p90_s": alone_ttft_p90_s(requests)})
             for name, make in POLICIES.items():
                 result = simulate(requests, Settings(LARGE_GPU, REPLICAS, make, seed=seed))
                 seen = result.summary(0.0)
@@ -115,10 +118,23 @@ def run(args: argparse.Namespace) -> Report:
     return _report(found, args)
 
 
+def alone_ttft_p90_s(trace: Trace) -> float:
+    """What no choice of replicas goes below: no request waits, and all that was seen is cached."""
+    seen: set[int] = set()
+    taken_s = []
+    for request in trace.requests:
+        held = next((n for n, b in enumerate(request.blocks) if b not in seen), len(request.blocks))
+        computed = max(1, request.prompt_tokens - held * trace.block_tokens)
+        taken_s.append(computed * LARGE_GPU.prefill_s_per_token)
+        seen.update(request.blocks, request.answer_blocks)
+    return float(np.percentile(taken_s, 90)) if taken_s else 0.0
+
+
 def _report(found: dict[tuple[str, str], list[Found]], args: argparse.Namespace) -> Report:
     traces = args.traces
     hits = {t: _ratio(found[t, "prefix"], found[t, ORACLE], "hit_rate") for t in traces}
     ttfts = {t: _vs_best(found, t) for t in traces}
+    bounds = {t: _vs_best(found, t, ALONE) for t in traces}
     loads = {t: Summary(tuple(f["max_over_mean_load"] for f in found[t, "prefix"])) for t in traces}
     keys = {
         "hit_rate_vs_oracle": _over_traces(hits, statistics.geometric_mean),
@@ -126,6 +142,7 @@ def _report(found: dict[tuple[str, str], list[Found]], args: argparse.Namespace)
         "max_over_mean_load": _over_traces(loads, max),
         **{f"hit_rate_vs_oracle_{t}": hits[t] for t in traces},
         **{f"ttft_p90_vs_best_peer_{t}": ttfts[t] for t in traces},
+        **{f"ttft_p90_bound_vs_best_peer_{t}": bounds[t] for t in traces},
         **{f"max_over_mean_load_{t}": loads[t] for t in traces},
     }
     return Report(
@@ -136,6 +153,7 @@ def _report(found: dict[tuple[str, str], list[Found]], args: argparse.Namespace)
             f"{REPLICAS} replicas, one router, {args.trace_s:g} s of each trace, from cold caches",
             "over traces: the geometric mean of the ratios, and the largest load",
             "the best peer: whichever has the smallest p90 and answers 99 % of the requests",
+            "bound: every request alone, with all that was seen before in its cache",
             "load: the mean over time of a replica's ongoing requests",
         ],
     )
@@ -145,10 +163,12 @@ def _ratio(ours: list[Found], other: list[Found], key: str) -> Summary:
     return Summary(tuple(a[key] / max(1e-9, b[key]) for a, b in zip(ours, other, strict=True)))
 
 
-def _vs_best(found: dict[tuple[str, str], list[Found]], trace: str) -> Summary:
+def _vs_best(
+    found: dict[tuple[str, str], list[Found]], trace: str, name: str = "prefix"
+) -> Summary:
     ratios = []
-    for number, ours in enumerate(found[trace, "prefix"]):
-        peers = [found[trace, name][number] for name in PEERS]
+    for number, ours in enumerate(found[trace, name]):
+        peers = [found[trace, peer][number] for peer in PEERS]
         served = [p["ttft_p90_s"] for p in peers if p["done"] >= 0.99 * p["requests"]]
         ratios.append(ours["ttft_p90_s"] / min(served) if served else math.nan)
     return Summary(tuple(ratios))

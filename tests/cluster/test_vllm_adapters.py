@@ -1,0 +1,102 @@
+"""LoRA adapters in real vLLM: each answers as a model whose weights hold it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.config import GeneratorConfig
+from cluster.engines.factory import make_generator_engine
+from cluster.models import store
+from tests import asgi
+from tests.cluster.tiny_llama import make_tiny_llama
+
+RANK, SCALE = 4, 8
+IDS = list(range(100, 140))
+COMPLETION = "/v1/completions"
+
+pytestmark = [
+    pytest.mark.timeout(600),
+    pytest.mark.filterwarnings("default"),  # vLLM's imports warn
+]
+
+
+def make_adapter(directory: Path, model: Any, seed: int) -> None:
+    """Random low-rank changes of the queries and values of each layer, as PEFT writes them."""
+    import torch
+    from safetensors.torch import save_file
+
+    directory.mkdir()
+    torch.manual_seed(seed)
+    weights = {}
+    for name, module in model.named_modules():
+        if name.endswith(("q_proj", "v_proj")):
+            key = f"base_model.model.{name}"
+            weights[f"{key}.lora_A.weight"] = torch.randn(RANK, module.in_features) * 0.2
+            weights[f"{key}.lora_B.weight"] = torch.randn(module.out_features, RANK) * 0.2
+    save_file(weights, directory / "adapter_model.safetensors")
+    described = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": RANK,
+        "lora_alpha": RANK * SCALE,
+        "target_modules": ["q_proj", "v_proj"],
+        "bias": "none",
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(described), encoding="utf-8")
+
+
+def greedy(directory: Path, adapter: Path | None, count: int) -> list[int]:
+    """What transformers continues ``IDS`` with, the adapter added to the weights."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    changes = {} if adapter is None else load_file(adapter / "adapter_model.safetensors")
+    for key in [key for key in changes if ".lora_A." in key]:
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        change = changes[key.replace("lora_A", "lora_B")] @ changes[key]
+        model.get_submodule(name).weight.data += SCALE * change
+    made = model.generate(torch.tensor([IDS]), max_new_tokens=count, do_sample=False)
+    return made[0, len(IDS) :].tolist()
+
+
+async def test_adapters_answer_as_merged_weights_do(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = tmp_path / "base"
+    make_tiny_llama(base, store.resolve("smollm2-135m-instruct"))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    adapters = {name: tmp_path / name for name in ("law", "art")}
+    for seed, path in enumerate(adapters.values()):
+        make_adapter(path, model, seed)
+    config = {
+        "name": "m",
+        "model": str(base),
+        "adapters": {name: str(path) for name, path in adapters.items()},
+        "engine_args": {"max_loras": 1},
+        "max_model_len": 256,
+        "kv_cache_memory_bytes": "64MiB",
+        "dtype": "float32",
+    }
+    engine = make_generator_engine(GeneratorConfig.model_validate(config))
+    await engine.start()
+    try:
+        listed = (await asgi.get(engine.app, "/v1/models")).json()["data"]
+        assert [card["id"] for card in listed] == ["m", "law", "art"]
+        found = {}
+        for name in ("m", "law", "art", "law"):
+            body = {"model": name, "prompt": IDS, "max_tokens": 8, "temperature": 0}
+            body |= {"ignore_eos": True, "return_token_ids": True}
+            answer = (await asgi.post(engine.app, COMPLETION, body)).json()
+            assert answer["model"] == name
+            ids = answer["choices"][0]["token_ids"]
+            assert found.setdefault(name, ids) == ids
+        body = {"model": "tax", "prompt": "Hi"}
+        assert (await asgi.post(engine.app, COMPLETION, body)).status == 404
+    finally:
+        await engine.stop()
+    assert found == {name: greedy(base, adapters.get(name), 8) for name in ("m", "law", "art")}
+    assert len(set(map(tuple, found.values()))) == 3

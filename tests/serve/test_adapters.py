@@ -1,0 +1,146 @@
+"""LoRA adapters as models of their own, over real links, with simulated engines."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+from cluster.admission import Identity, Tenant
+from cluster.config import parse
+from cluster.engines.sim import SimEngine
+from cluster.gateway import Gateway, GatewayApp, ReplicaInfo, Wiring
+from cluster.gateway.messages import Request
+from cluster.link import LinkServer
+from tests import asgi
+from tests.serve.link_kit import SECRET, until
+
+COMPLETION = "/v1/completions"
+ROUTES = (COMPLETION, "/v1/chat/completions", "/v1/messages", "/v1/responses", "/v1/models")
+TEXT = "It was a dark and stormy night. " * 20
+
+
+class World:
+    """Simulated engines with adapters, and a router before them."""
+
+    def __init__(self, adapters: str, max_loras: int, **sim: float) -> None:
+        pool = {
+            "name": "m",
+            "model": "none",
+            "engine": "sim",
+            "adapters": {name: f"/adapters/{name}" for name in adapters.split()},
+            "engine_args": {"max_loras": max_loras},
+            "sim": sim,
+        }
+        self.config = parse({"generators": [pool]})
+        self.engines: list[SimEngine] = []
+        self.gateway = Gateway(self.config, {"m": Wiring(SECRET)})
+
+    async def ask(self, model: str, path: str = COMPLETION, **fields: Any) -> asgi.Answer:
+        prompt = {"prompt": TEXT} if path == COMPLETION else {}
+        body = {"model": model, "max_tokens": 2, **prompt, **fields}
+        return await asgi.call(GatewayApp(self.gateway), "POST", path, body)
+
+    def served(self) -> list[int]:
+        return [engine._num_accepted for engine in self.engines]
+
+
+@asynccontextmanager
+async def a_world(
+    replicas: int, adapters: str, max_loras: int, **sim: float
+) -> AsyncIterator[World]:
+    world = World(adapters, max_loras, **sim)
+    async with AsyncExitStack() as stack:
+
+        def later(close: Callable[[], Awaitable[None]]) -> None:
+            stack.push_async_callback(close)
+
+        infos = []
+        for number in range(replicas):
+            engine = SimEngine(world.config.generators[0])
+            await engine.start()
+            later(engine.stop)
+            world.engines.append(engine)
+            server = LinkServer(engine.app, SECRET, prefixes=engine.prefixes)
+            infos.append(ReplicaInfo(f"r{number}", *await server.start(), ROUTES))
+            later(server.stop)
+        later(world.gateway.close)
+        pool = world.gateway.pools["m"]
+        pool.update(infos)
+        async with asyncio.timeout(30):
+            await until(lambda: pool.num_ready == replicas)
+            yield world
+
+
+async def test_an_adapter_is_a_model_of_its_own() -> None:
+    async with a_world(1, "law art", max_loras=2) as world:
+        app = GatewayApp(world.gateway)
+        cards = (await asgi.get(app, "/v1/models")).json()["data"]
+        found = [(card["id"], card["root"], card["parent"]) for card in cards]
+        assert found == [
+            ("m", "none", None),
+            ("law", "/adapters/law", "m"),
+            ("art", "/adapters/art", "m"),
+        ]
+        assert (await asgi.get(app, "/v1/models/law")).json()["parent"] == "m"
+        user = [{"role": "user", "content": "Hi"}]
+        asked: list[tuple[str, dict[str, Any]]] = [
+            (COMPLETION, {}),
+            ("/v1/chat/completions", {"messages": user}),
+            ("/v1/messages", {"messages": user}),
+            ("/v1/responses", {"input": "Hi"}),
+        ]
+        for path, fields in asked:
+            answer = await world.ask("law", path, **fields)
+            assert (answer.status, answer.json()["model"]) == (200, "law")
+        unknown = await world.ask("tax")
+        assert unknown.status == 404
+        assert "Known models: art, law, m" in unknown.json()["error"]["message"]
+        metrics = (await asgi.get(app, "/metrics")).body.decode()
+        assert 'tandem_requests_total{model="m"' in metrics
+        assert "tax" not in metrics
+
+
+async def test_a_keys_models_are_adapters_too() -> None:
+    async with a_world(1, "law art", max_loras=2) as world:
+        identity = Identity(Tenant("t"), models=frozenset({"law"}))
+
+        async def ask(path: str, body: bytes = b"") -> tuple[int, bytes]:
+            headers = [(b"content-type", b"application/json")]
+            method = "POST" if body else "GET"
+            request = Request("id", method, path, b"", headers, body, identity=identity)
+            response = await world.gateway.respond(request)
+            return response.status, b"".join([chunk async for chunk in response.body])
+
+        for model, status in (("law", 200), ("art", 403), ("m", 403)):
+            body = f'{{"model": "{model}", "prompt": "Hi", "max_tokens": 1}}'.encode()
+            assert (await ask(COMPLETION, body))[0] == status
+        _, listed = await ask("/v1/models")
+        assert [name for name in ("law", "art", "m") if f'"id":"{name}"'.encode() in listed] == [
+            "law"
+        ]
+
+
+async def test_an_adapters_requests_stay_together() -> None:
+    async with a_world(3, "law art tax", max_loras=1, adapter_load_s=0.01) as world:
+        for _ in range(4):
+            for model in ("law", "art", "tax"):
+                assert (await world.ask(model)).status == 200
+        loaded = [list(engine._scheduler._adapters._users) for engine in world.engines]
+        assert sorted(name for names in loaded for name in names) == ["art", "law", "tax"]
+        assert world.served() == [4, 4, 4]
+
+
+async def test_a_hot_adapter_spreads() -> None:
+    async with a_world(3, "law art", max_loras=1, prefill_s_per_token=0.0002) as world:
+        assert (await world.ask("law")).status == 200
+        prompts = [f"{number} {TEXT}" for number in range(60)]
+        answers = await asyncio.gather(*(world.ask("law", prompt=each) for each in prompts))
+        assert {answer.status for answer in answers} == {200}
+        assert min(world.served()) > 0
+
+
+async def test_where_all_adapters_are_loaded_everywhere_none_is_placed_by_them() -> None:
+    for max_loras, wanted in ((1, "law"), (2, None)):
+        async with a_world(0, "law art", max_loras) as world:
+            pool = world.gateway.pools["m"]
+            assert (pool.needs_adapter("law"), pool.needs_adapter("m")) == (wanted, None)
