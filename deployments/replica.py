@@ -30,6 +30,7 @@ from cluster.tracing import start_tracer
 from deployments.autoscaling import ONGOING, STARTUP
 from deployments.links import serve_links, watch_certificate
 from deployments.metrics import RayExporter
+from deployments.serve_log import log_with_serve
 from deployments.watching import ReplicaWatch
 
 logger = logging.getLogger("ray.serve.tandem")
@@ -57,6 +58,7 @@ class EngineReplica:
     ) -> None:
         began = time.monotonic()
         confine_serve()
+        log_with_serve()
         self._engine = engine
         self._death: asyncio.Task[DrainResult] | None = None
         self._retired = ""
