@@ -1,9 +1,9 @@
 """A replica's start: how long its parts took. Knows no engine and no pool."""
 
+import os
 import time
 from collections.abc import Callable, Mapping
-
-import psutil
+from pathlib import Path
 
 
 class Phases:
@@ -34,5 +34,10 @@ class Phases:
 
 
 def process_age_s() -> float:
-    """How long ago this process was made."""
-    return max(0.0, time.time() - psutil.Process().create_time())
+    """How long ago this process was made, to a hundredth of a second.
+
+    psutil tells it by the wall clock of the boot, which the kernel gives in whole seconds.
+    """
+    fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    ticks = int(fields[19])  # starttime, proc(5)
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")

@@ -1,10 +1,13 @@
 import gc
+import subprocess
+import sys
+import time
 
 import pytest
 
 from cluster.autoscaling.starts import UNTOLD_S, Start, StartWatch
 from cluster.engines.importing import without_collections
-from deployments.startup import Phases
+from deployments.startup import Phases, process_age_s
 
 
 def test_phases_follow_one_another_without_a_gap() -> None:
@@ -18,6 +21,14 @@ def test_phases_follow_one_another_without_a_gap() -> None:
     phases.mark("link")
     assert phases.seconds == {"imports": 4.0, "model": 4.0, "link": 4.0}
     assert phases.total_s == 12.0
+
+
+def test_a_process_knows_its_age() -> None:
+    began = time.monotonic()
+    code = "from deployments.startup import process_age_s; print(process_age_s())"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 < float(told.stdout) < time.monotonic() - began + 0.02
+    assert process_age_s() > float(told.stdout)
 
 
 def test_nothing_is_collected_meanwhile_and_what_is_left_is_passed_over() -> None:
