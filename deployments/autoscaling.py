@@ -18,6 +18,7 @@ from cluster.autoscaling import Autoscaler, Decision, PoolSignals, TargetChange
 from cluster.autoscaling.pool import STALE_S
 from cluster.autoscaling.reports import LoadReport, merge, parse_reports
 from cluster.autoscaling.settings import PoolSettings
+from cluster.autoscaling.starts import Start, StartWatch
 from cluster.metrics import Registry, table
 from deployments.decisions import DecisionLog
 from deployments.metrics import RayMetrics
@@ -25,8 +26,9 @@ from deployments.metrics import RayMetrics
 logger = logging.getLogger("ray.serve.tandem")
 
 ONGOING = "ongoing"
-STARTUP = "startup_s"
-"""The names under which a replica reports its requests and how long it took to start."""
+CREATED, STARTUP = "created_at", "startup_s"
+"""The names under which a replica reports its requests, when its process was made (Unix time) and
+how long it took from there until it could answer."""
 DECIDE_S = 2.0
 """The controller asks ten times a second; reports come as often as this."""
 
@@ -87,6 +89,7 @@ class ApplicationPolicy:
         self._made_of: Any = None
         self._decided_at = -DECIDE_S
         self._hearing = _Hearing()
+        self._starts: dict[str, StartWatch] = {}
         registry = Registry()
         self._registry, self._metrics = registry, RayMetrics(registry)
         self._log = DecisionLog()
@@ -119,11 +122,18 @@ class ApplicationPolicy:
         decisions = self._autoscaler.decide(now, signals)
         for part in parts:
             self._tell(part, signals[part.pool].target, decisions[part.pool])
-            if (took_s := self._autoscaler.scalers[part.pool].startup_s) is not None:
-                name = part.pool or "router"
-                self._registry.gauge(table.STARTUP_SECONDS, name, "decision").value = took_s
+            self._follow_start(now, part, decisions[part.pool].target)
         self._metrics.export()
         return {part.context.deployment_id: decisions[part.pool].target for part in parts}
+
+    def _follow_start(self, now: float, part: _Part, target: int) -> None:
+        heard = [values for _, values in self._hearing.fresh(now, part.context).values()]
+        told = [Start(v[CREATED], v[STARTUP]) for v in heard if CREATED in v and STARTUP in v]
+        watch = self._starts.setdefault(part.pool, StartWatch())
+        running = part.context.current_num_replicas
+        for phase, took_s in (watch.follow(time.time(), target, running, told) or {}).items():
+            name = part.pool or "router"
+            self._registry.gauge(table.STARTUP_SECONDS, name, phase).value = took_s
 
     def _signals(self, now: float, parts: list[_Part]) -> dict[str, PoolSignals]:
         routers = [part for part in parts if part.settings.spec.is_router]

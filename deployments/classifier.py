@@ -12,4 +12,4 @@ class Classifier(EngineReplica):
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: ClassifierConfig, operations: OperationsConfig
     ) -> None:
-        await self._start(make_encoder_engine(config), config, operations)
+        await self._start(lambda: make_encoder_engine(config), config, operations)

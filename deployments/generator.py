@@ -1,5 +1,7 @@
 """A generator replica: one language-model engine (vLLM or the simulated one) behind a link."""
 
+from functools import partial
+
 from cluster.config import GeneratorConfig
 from cluster.config_operations import OperationsConfig
 from cluster.engines.factory import make_generator_engine
@@ -14,5 +16,5 @@ class Generator(EngineReplica):
     ) -> None:
         tracing = operations.tracing
         endpoint = tracing.endpoint if tracing is not None else None
-        engine = make_generator_engine(config, ray_metrics=True, traces_endpoint=endpoint)
-        await self._start(engine, config, operations)
+        make = partial(make_generator_engine, config, ray_metrics=True, traces_endpoint=endpoint)
+        await self._start(make, config, operations)

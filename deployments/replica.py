@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -27,9 +27,11 @@ from cluster.link import (
 )
 from cluster.metrics import Registry, table
 from cluster.tracing import start_tracer
-from deployments.autoscaling import ONGOING, STARTUP
+from deployments.autoscaling import CREATED, ONGOING, STARTUP
 from deployments.links import serve_links, watch_certificate
 from deployments.metrics import RayExporter
+from deployments.serve_log import log_with_serve
+from deployments.startup import Phases, process_age_s
 from deployments.watching import ReplicaWatch
 
 logger = logging.getLogger("ray.serve.tandem")
@@ -46,22 +48,26 @@ _IDLE_POLL_S = 0.2
 class EngineReplica:
     """Owns one engine and the link through which routers reach it.
 
-    A subclass gives ``_start`` its engine; Ray Serve calls the rest.
+    A subclass tells ``_start`` how to make its engine; Ray Serve calls the rest.
     """
 
     async def _start(
         self,
-        engine: Engine,
+        make_engine: Callable[[], Engine],
         pool: GeneratorConfig | ClassifierConfig,
         operations: OperationsConfig,
     ) -> None:
-        began = time.monotonic()
+        phases = Phases()
+        self._created_at = time.time() - process_age_s()
         confine_serve()
-        self._engine = engine
+        log_with_serve()
+        self._engine = engine = make_engine()
+        phases.mark("imports")
         self._death: asyncio.Task[DrainResult] | None = None
         self._retired = ""
         self._calls = 0
         await engine.start()
+        phases.add(engine.start_phases_s)
         self._app = self._traced(pool, operations)
         self._watch = ReplicaWatch(operations, pool, self._num_ongoing, self._retire)
         self._server = await serve_links(self._answer, engine.load, engine.prefixes)
@@ -69,8 +75,12 @@ class EngineReplica:
         registry.on_collect(lambda: engine.observe(registry))
         registry.on_collect(lambda: self._watch.observe(registry))
         watch_certificate(registry)
-        self._startup_s = time.monotonic() - began
-        registry.gauge(table.STARTUP_SECONDS, pool.name, "replica").value = self._startup_s
+        phases.mark("link")
+        self._startup_s = time.time() - self._created_at
+        whole_s = phases.total_s
+        parts = {"process": self._startup_s - whole_s, **phases.seconds, "replica": whole_s}
+        for phase, took_s in parts.items():
+            registry.gauge(table.STARTUP_SECONDS, pool.name, phase).value = took_s
         self._exporter = RayExporter(registry)
 
     def _traced(
@@ -159,7 +169,11 @@ class EngineReplica:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What autoscaling is told of this replica; most of a pool's load comes from routers."""
-        return {ONGOING: float(self._num_ongoing()), STARTUP: self._startup_s}
+        return {
+            ONGOING: float(self._num_ongoing()),
+            CREATED: self._created_at,
+            STARTUP: self._startup_s,
+        }
 
     async def check_health(self) -> None:
         """Raise when the engine or a GPU is dead, or this replica has retired; Serve replaces it.

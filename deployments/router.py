@@ -48,6 +48,7 @@ from deployments.metrics import RayExporter
 from deployments.replica import DRAIN_TIMEOUT_S
 from deployments.request_log import close_request_log, open_request_log
 from deployments.secret import link_secret
+from deployments.serve_log import log_with_serve
 
 USAGE_FILE = "usage-{app}.sqlite3"
 """Below the cluster's home; the routers of one machine share it."""
@@ -69,6 +70,7 @@ class Router:
         self, config: TandemConfig, pools: Mapping[str, DeploymentHandle]
     ) -> None:
         confine_serve()
+        log_with_serve()
         secret, tls = link_secret(), tls_contexts(os.environ)
         self._secret = secret
         router = config.router

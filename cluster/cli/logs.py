@@ -1,13 +1,22 @@
 """``tandem logs``: where the logs are and what went wrong last, or every line of one request."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from cluster.errors import NotFoundError
-from cluster.launch.log_files import Entry, entries_of, last_errors, log_directory, log_files
+from cluster.launch import processes
+from cluster.launch.log_files import (
+    Entry,
+    Failures,
+    entries_of,
+    failed_requests,
+    last_errors,
+    log_directory,
+    log_files,
+)
 from cluster.models.store import home
 
 MAX_ERRORS = 20
@@ -22,7 +31,8 @@ def run(request_id: str | None, directory: Path | None, *, as_json: bool) -> Non
     """
     where = directory or log_directory(home())
     if request_id is None:
-        _overview(where, as_json=as_json)
+        running = directory is not None or processes.has_head(processes.find(home()))
+        _overview(where, running=running, as_json=as_json)
         return
     found = entries_of(where, request_id)
     if not found:
@@ -33,22 +43,37 @@ def run(request_id: str | None, directory: Path | None, *, as_json: bool) -> Non
     _print(where, found, as_json=as_json)
 
 
-def _overview(where: Path, *, as_json: bool) -> None:
-    errors = last_errors(where, MAX_ERRORS)
+def _overview(where: Path, *, running: bool, as_json: bool) -> None:
+    errors, failed = last_errors(where, MAX_ERRORS), failed_requests(where)
     files = [path for path in log_files(where) if path.stat().st_size]
     if as_json:
-        sizes = {str(path.relative_to(where)): path.stat().st_size for path in files}
-        told = [_as_dict(where, entry) for entry in errors]
-        print(json.dumps({"directory": str(where), "bytes": sizes, "errors": told}, indent=2))
+        told = {
+            "directory": str(where),
+            "running": running,
+            "bytes": {str(path.relative_to(where)): path.stat().st_size for path in files},
+            "failed_requests": [dataclasses.asdict(failures) for failures in failed],
+            "errors": [_as_dict(where, entry) for entry in errors],
+        }
+        print(json.dumps(told, indent=2))
         return
-    console = Console(soft_wrap=True, highlight=False)
-    table = Table(box=None, pad_edge=False, show_header=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     for path in files:
-        table.add_row(f"{path.stat().st_size / 1024:,.0f} KiB", str(path.relative_to(where)))
-    console.print(f"{where}, the ones written last at the end:")
-    console.print(table)
-    console.print(f"\nthe last errors ({len(errors)}):" if errors else "\nno errors")
+        console.print(f"{path.stat().st_size / 1024:>9,.0f} KiB  {path.relative_to(where)}")
+    console.print(f"\n{where}", style="bold")
+    if not running:
+        console.print("no cluster of this home runs: this is the Ray session that began last")
+    console.print(f"the last errors ({len(errors)}):" if errors else "no errors")
     _print(where, errors, as_json=False)
+    console.print("requests that failed and were logged:" if failed else "no request failed")
+    for failures in failed:
+        console.print(f"  {_told(failures)}")
+
+
+def _told(failures: Failures) -> str:
+    replica = f" at {failures.replica}" if failures.replica else ""
+    how = "cut off" if failures.outcome == "cut_off" else f"status {failures.status}"
+    last = f"the last {failures.last_time[:19]}, {failures.last_id}"
+    return f"{failures.count} of {failures.model or 'no pool'}{replica}, {how}; {last}"
 
 
 def _print(where: Path, entries: list[Entry], *, as_json: bool) -> None:

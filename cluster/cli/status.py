@@ -7,7 +7,7 @@ import time
 from rich.console import Console
 from rich.table import Table
 
-from cluster.launch.serve_api import DeploymentStatus
+from cluster.launch.serve_api import DeploymentStatus, reason
 from cluster.launch.status import ClusterStatus, status
 from cluster.models.store import home
 
@@ -44,16 +44,21 @@ def _print(console: Console, found: ClusterStatus) -> None:
     table.add_row("uptime", _span(state.uptime_s))
     memory = f"{found.rss_bytes / 2**30:.1f} GiB (shared pages counted in each)"
     table.add_row("processes", f"{found.num_processes}, {memory}")
-    table.add_row("application", application.status if application else "Serve does not answer")
+    silent = "not known: Ray's dashboard does not tell (`tandem doctor`)"
+    table.add_row("application", application.status if application else silent)
     console.print(table, highlight=False)
     if application:
         console.print(_deployments(application.deployments), highlight=False)
+        for deployment in application.deployments:
+            if not deployment.healthy and deployment.message:
+                told = f"\n{deployment.name}: {reason(deployment.message)}"
+                console.print(told, style="red", markup=False, highlight=False)
 
 
 def _deployments(deployments: tuple[DeploymentStatus, ...]) -> Table:
-    table = Table(box=None)
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
     for title in ("deployment", "status", "replica", "state", "pid", "node", "up"):
-        table.add_column(title, no_wrap=title == "deployment")
+        table.add_column(title, no_wrap=True)
     for deployment in deployments:
         first = (deployment.name, f"{deployment.status} {deployment.running}/{deployment.target}")
         for replica in deployment.replicas:

@@ -18,6 +18,9 @@ SPARK_S = 30
 """How much of the past a line of blocks shows."""
 MAX_FAILURES = 8
 MAX_DECISIONS = 5
+NARROW, WIDE = 110, 150
+"""Characters: in a narrower terminal medians and what a failure asked for, or the lines of blocks,
+are left out, rather than every word cut short."""
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 Data = Mapping[str, Any]
@@ -32,14 +35,15 @@ def run(url: str | None, key: str | None, *, every_s: float, once: bool) -> None
     console = Console()
     with connect(router_url(url), key) as router:
         data = _ask(router)
+        first = frame(data, console.width)
         if once:
-            console.print(frame(data))
+            console.print(first)
             return
-        with Live(frame(data), console=console, screen=True, auto_refresh=False) as live:
+        with Live(first, console=console, screen=True, auto_refresh=False) as live:
             try:
                 while True:
                     time.sleep(every_s)
-                    live.update(_next(router, data), refresh=True)
+                    live.update(_next(router, data, console.width), refresh=True)
             except KeyboardInterrupt:
                 return
 
@@ -49,16 +53,17 @@ def _ask(router: Connection) -> Data:
     return found
 
 
-def _next(router: Connection, last: Data) -> Group:
+def _next(router: Connection, last: Data, width: int) -> Group:
     try:
-        return frame(_ask(router))
+        return frame(_ask(router), width)
     except TandemError as error:
-        return Group(Text(f"{error}; these are the last figures", style="red"), frame(last))
+        told = Text(f"{error}; these are the last figures", style="red")
+        return Group(told, frame(last, width))
 
 
-def frame(data: Data) -> Group:
-    """One frame of what ``/dashboard/data`` answered."""
-    parts = _models(data), _replicas(data), _failures(data), _decisions(data)
+def frame(data: Data, width: int) -> Group:
+    """One frame of what ``/dashboard/data`` answered, for a terminal of ``width`` characters."""
+    parts = _models(data, width), _replicas(data), _failures(data, width), _decisions(data)
     return Group(_head(data), *(line for part in parts if part for line in (part, "")))
 
 
@@ -72,35 +77,44 @@ def _head(data: Data) -> Text:
     return text
 
 
-def _models(data: Data) -> Table:
-    table = Table(box=None, pad_edge=False)
+def _models(data: Data, width: int) -> Table:
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
     table.add_column("model", no_wrap=True)
-    titles = ("req/s", "failed/s", "tok/s", "TTFT p50", "p99", "ITL p50", "p99", "e2e p90")
-    for title in (*titles, "ongoing", "queued", "KV"):
+    rows: list[list[str | Text]] = []
+    for name, seconds in sorted(data["rows"].items(), key=lambda item: item[0] == ""):
+        cells = _cells(data, seconds, data["levels"][name], width)
+        rows.append([name or "all", *cells.values()])
+        titles = list(cells)
+    for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_column(f"tok/s, {SPARK_S} s", no_wrap=True)
-    for name, rows in sorted(data["rows"].items(), key=lambda item: item[0] == ""):
-        table.add_row(name or "all", *_cells(data, rows, data["levels"][name]))
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
 def _cells(
-    data: Data, rows: list[list[float | None]], levels: Mapping[str, float]
-) -> list[str | Text]:
+    data: Data, rows: list[list[float | None]], levels: Mapping[str, float], width: int
+) -> dict[str, str | Text]:
+    """What the last second says of a model, by the columns' titles."""
     now = dict(zip(data["columns"], rows[-1], strict=True)) if rows else {}
-    tokens = data["columns"].index("completion_tokens")
     failed = now.get("failed")
-    return [
-        _number(now.get("requests")),
-        Text(_number(failed), style="red" if failed else ""),
-        _number(now.get("completion_tokens")),
-        *(_seconds(now.get(name)) for name in ("ttft_p50", "ttft_p99", "itl_p50", "itl_p99")),
-        _seconds(now.get("total_p90")),
-        str(levels["ongoing"]),
-        str(levels["queued"]),
-        _share(levels["kv_cache"]),
-        sparkline([row[tokens] or 0.0 for row in rows[-SPARK_S:]]),
-    ]
+    cells: dict[str, str | Text] = {
+        "req/s": _number(now.get("requests")),
+        "failed/s": Text(_number(failed), style="red" if failed else ""),
+        "tok/s": _number(now.get("completion_tokens")),
+    }
+    for title, name in (("TTFT", "ttft"), ("ITL", "itl")):
+        if width >= NARROW:
+            cells[f"{title} p50"] = _seconds(now.get(f"{name}_p50"))
+        cells[f"{title} p99"] = _seconds(now.get(f"{name}_p99"))
+    cells["e2e p90"] = _seconds(now.get("total_p90"))
+    cells["ongoing"], cells["queued"] = str(levels["ongoing"]), str(levels["queued"])
+    cells["KV"] = _share(levels["kv_cache"])
+    if width >= WIDE:
+        tokens = data["columns"].index("completion_tokens")
+        past = [row[tokens] or 0.0 for row in rows[-SPARK_S:]]
+        cells[f"tok/s, {SPARK_S} s"] = sparkline(past)
+    return cells
 
 
 def _replicas(data: Data) -> Table:
@@ -118,15 +132,18 @@ def _replicas(data: Data) -> Table:
     return table
 
 
-def _failures(data: Data) -> Table | str:
+def _failures(data: Data, width: int) -> Table | str:
     if not data["failures"]:
         return "no request failed or was refused"
+    told = {"type": "type", "model": "model", "path": "route", "request id": "id"}
+    if width < NARROW:
+        del told["type"], told["path"]
     table = Table(box=None, pad_edge=False)
-    for title in ("last failures", "status", "type", "model", "path", "request id"):
+    for title in ("last failures", "status", *told):
         table.add_column(title, no_wrap=True)
     for failure in data["failures"][:MAX_FAILURES]:
-        told = (failure["type"], failure["model"], failure["route"], failure["id"])
-        table.add_row(_clock(failure["time"]), str(failure["status"]), *map(Text, told))
+        cells = (Text(failure[name]) for name in told.values())
+        table.add_row(_clock(failure["time"]), str(failure["status"]), *cells)
     return table
 
 
@@ -134,8 +151,9 @@ def _decisions(data: Data) -> Table | None:
     if not data["decisions"]:
         return None
     table = Table(box=None, pad_edge=False)
-    for title in ("autoscaling", "pool", "replicas", "reason"):
+    for title in ("autoscaling", "pool", "replicas"):
         table.add_column(title, no_wrap=True)
+    table.add_column("reason")
     for change in data["decisions"][:MAX_DECISIONS]:
         replicas = f"{change['before']} → {change['target']}"
         told = (change["pool"], replicas, f"{change['cause']}: {change['reason']}")

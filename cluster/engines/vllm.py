@@ -24,13 +24,14 @@ from cluster.asgi import ASGIApp
 from cluster.config import GeneratorConfig
 from cluster.engines import vllm_args
 from cluster.engines.base import EngineLoad
+from cluster.engines.importing import without_collections
 from cluster.engines.leave import CancelAsLeave
 from cluster.engines.prefix_cache import PrefixTracker, byte_lengths_of
 from cluster.engines.vllm_events import KvEvents
 from cluster.engines.vllm_prompts import KeepBody, shown
 from cluster.engines.vllm_usage import CountUsage, counted
 from cluster.errors import ConfigError, EngineDeadError
-from cluster.metrics import Registry, table
+from cluster.metrics import Registry
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +137,8 @@ class VllmEngine:
             await self.stop()
             raise
         self._tasks.append(asyncio.create_task(self._log_stats(), name="vllm-stats"))
-        logger.info("vLLM is ready: %s", self.start_phases_s)
+        took = ", ".join(f"{phase} {took_s:.1f}" for phase, took_s in self.start_phases_s.items())
+        logger.info("vLLM is ready (seconds: %s)", took)
 
     async def check_health(self) -> None:
         """Raise ``EngineDeadError`` if the engine's process is gone or never was."""
@@ -165,9 +167,7 @@ class VllmEngine:
         return EngineLoad(unfinished - waiting, waiting, stats.kv_cache_usage)
 
     def observe(self, registry: Registry) -> None:
-        """How long the phases of the start took; the rest vLLM gives to Ray (``ray_metrics``)."""
-        for phase, took_s in self.start_phases_s.items():
-            registry.gauge(table.STARTUP_SECONDS, self._config.name, phase).value = took_s
+        """Nothing: vLLM gives its metrics to Ray itself (``ray_metrics``)."""
 
     def routes(self) -> tuple[str, ...]:
         """The paths that clients may call; ``app`` serves these and ``OPENAPI_PATH`` only."""
@@ -242,10 +242,11 @@ class VllmEngine:
             vllm_args.environment_for(self._model_path, *self._adapter_paths.values())
         )
         self._mark("")
-        args = self._make_args()
+        with without_collections():
+            args = self._make_args()
+            from vllm.engine.arg_utils import AsyncEngineArgs
+            from vllm.v1.engine.async_llm import AsyncLLM
         self._mark("imports")
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
 
         try:
             vllm_config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
@@ -271,7 +272,7 @@ class VllmEngine:
         """The time since the last mark was spent on ``phase``."""
         now = time.monotonic()
         if phase:
-            self.start_phases_s[phase] = round(now - self._marked_at, 2)
+            self.start_phases_s[phase] = now - self._marked_at
         self._marked_at = now
 
     def _make_args(self) -> Namespace:

@@ -3,6 +3,7 @@
 Ray keeps the logs of all processes of a node below its session's directory. Reads, owns nothing.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -17,7 +18,10 @@ from cluster.launch import processes
 MAX_MORE_LINES = 200
 """Of one entry of a log: a traceback, say."""
 _HEAD = re.compile(rb"^(?:\{|\[|\(|DEBUG|INFO|WARN|ERROR|CRITICAL|FATAL|\d{4}-\d\d-\d\d)")
-_BAD = re.compile(rb"\b(?:ERROR|CRITICAL|FATAL)\b|\"outcome\":\"(?:failed|cut_off)\"")
+_BAD = re.compile(rb"\b(?:ERROR|CRITICAL|FATAL)\b")
+_FAILED = re.compile(rb"\"outcome\":\"(?:failed|cut_off)\"")
+REQUEST_LOGS = "serve/tandem_requests_*"
+"""What routers wrote of each request (``deployments/request_log.py``)."""
 _TIME = re.compile(rb"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d+)?")
 _TAIL_BYTES = 1024**2
 _LOG_DIR = re.compile(r"^--log[_-]dir=(.+)$")
@@ -31,6 +35,21 @@ class Entry:
     time: str
     """As it stands there; that of the entry before where it has none."""
     text: str
+
+
+@dataclass(slots=True)
+class Failures:
+    """Requests that failed alike, as far as the request logs' ends go back."""
+
+    model: str
+    replica: str
+    """At which they had a place; "" where they had none."""
+    status: int
+    outcome: str
+    count: int = 0
+    """Those that were logged: there may have been more."""
+    last_id: str = ""
+    last_time: str = ""
 
 
 def log_directory(home: Path) -> Path:
@@ -76,6 +95,24 @@ def last_errors(directory: Path, count: int) -> list[Entry]:
         for entry in _matching(path, _BAD, from_byte=max(0, path.stat().st_size - _TAIL_BYTES))
     ]
     return sorted(found, key=lambda entry: entry.time)[-count:]
+
+
+def failed_requests(directory: Path) -> list[Failures]:
+    """The requests that failed or were cut off, by model, replica and status; the most first."""
+    found: dict[tuple[str, str, int, str], Failures] = {}
+    for path in sorted(directory.glob(REQUEST_LOGS)):
+        for entry in _matching(path, _FAILED, from_byte=max(0, path.stat().st_size - _TAIL_BYTES)):
+            try:
+                line = json.loads(entry.text)
+            except ValueError:  # the tail begins in its midst
+                continue
+            place = line.get("model", ""), line.get("replica", "")
+            kind = *place, line["status"], line["outcome"]
+            failures = found.setdefault(kind, Failures(*kind))
+            failures.count += 1
+            if entry.time >= failures.last_time:
+                failures.last_id, failures.last_time = line["id"], entry.time
+    return sorted(found.values(), key=lambda failures: -failures.count)
 
 
 def _matching(path: Path, wanted: re.Pattern[bytes], from_byte: int = 0) -> Iterator[Entry]:

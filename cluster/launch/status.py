@@ -21,7 +21,7 @@ class ClusterStatus:
     rss_bytes: int
     """Memory of all processes; what they share counts in each."""
     application: ApplicationStatus | None
-    """None: Serve does not answer."""
+    """None: Ray's dashboard does not tell."""
 
 
 def status(home: Path) -> ClusterStatus | None:

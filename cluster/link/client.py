@@ -240,7 +240,7 @@ class LinkClient:
         return connection
 
     def _note(self, error: LinkError) -> None:
-        if type(error) is not type(self.last_error):
+        if not self.failures or type(error) is not type(self.last_error):
             logger.warning("link to %s:%d: %s", self.host, self.port, error)
         self.last_error = error
         self._attempted()

@@ -268,7 +268,7 @@ ENCODER_DRIFT = Metric(
 STARTUP_SECONDS = Metric(
     "tandem_startup_seconds",
     "gauge",
-    "How long a start took: the engine's phases, the whole replica, and from decision to ready.",
+    "How long the phases of a start took (docs/autoscaling.md).",
     ("model", "phase"),
 )
 

@@ -231,6 +231,18 @@ def test_every_panel_has_something_to_show(watched: Running, prometheus: Prometh
     assert empty == []
 
 
+def test_the_phases_of_a_start_add_up(prometheus: Prometheus) -> None:
+    def took(*phases: str) -> float:
+        query = f'tandem_startup_seconds{{model="{FLOODED}",phase=~"{"|".join(phases)}"}}'
+        found = {one["metric"]["phase"]: float(one["value"][1]) for one in prometheus.query(query)}
+        return sum(found.values()) if found.keys() == set(phases) else float("nan")
+
+    assert prometheus.until(lambda: took("decision") > 0)
+    assert took("scheduling", "start", "notice") == pytest.approx(took("decision"))
+    assert took("process", "replica") == pytest.approx(took("start"))
+    assert took("imports", "model", "link") == pytest.approx(took("replica"))
+
+
 def test_rays_dashboard_knows_prometheus(watched: Running) -> None:
     url = watched.status()["state"]["dashboard_url"]
     assert httpx.get(f"{url}/api/prometheus_health", timeout=30).status_code == 200

@@ -118,6 +118,30 @@ def test_pools_follow_what_routers_report_within_the_budget(
     assert controller.step() == {POOL: 5, ROUTER: 1}  # one CPU each, six in all
 
 
+def test_a_start_is_exported_by_phases_that_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    unix = 5000.0
+    monkeypatch.setattr(autoscaling.time, "time", lambda: unix)
+    exported: dict[tuple[str, ...], float] = {}
+
+    def export(self: autoscaling.RayMetrics) -> None:
+        for labels, gauge in self._registry.series(autoscaling.table.STARTUP_SECONDS).items():
+            exported[labels] = gauge.value
+
+    monkeypatch.setattr(autoscaling.RayMetrics, "export", export)
+    controller = Controller(monkeypatch, application_policy=True)
+    controller.run(POOL, "a")
+    controller.run(ROUTER, "r")
+    controller.report(ROUTER, "r", busy(5.0))
+    assert controller.step()[POOL] == 2
+    unix += 12.0
+    controller.run(POOL, "a", "b")
+    started = {autoscaling.CREATED: 5003.0, autoscaling.STARTUP: 8.0}
+    controller.report(POOL, "b", {autoscaling.ONGOING: 0.0, **started})
+    controller.step()
+    phases = {labels[1]: value for labels, value in exported.items() if labels[0] == "sim"}
+    assert phases == {"scheduling": 3.0, "start": 8.0, "notice": 1.0, "decision": 12.0}
+
+
 async def test_what_was_decided_can_be_read_with_its_reasons(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

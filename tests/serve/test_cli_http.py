@@ -211,6 +211,28 @@ def test_top_prints_a_frame(router: Router) -> None:
     assert router.requests[0][0].startswith("/dashboard/data?since=")
 
 
+@pytest.mark.parametrize(("columns", "left_out"), [(80, ("p50", "/x", "▄█")), (120, ("▄█",))])
+def test_top_leaves_out_what_a_narrow_terminal_has_no_room_for(
+    router: Router, columns: int, left_out: tuple[str, ...]
+) -> None:
+    failure = {
+        "time": 1e9,
+        "id": "28f87326-8e18-45d0-ad35-a1df7c62fb5d",
+        "model": "sentiment",
+        "route": "/x",
+        "status": 500,
+        "type": "InternalServerError",
+    }
+    router.answer = lambda path, body: (200, {**DATA, "failures": [failure]})
+    done = CliRunner().invoke(
+        app, ["top", "--once", "--url", router.url], env={"COLUMNS": str(columns)}
+    )
+    assert "…" not in done.stdout
+    assert failure["id"] in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= columns
+    assert not [text for text in left_out if text in done.stdout]
+
+
 def test_top_copes_with_a_router_that_has_just_started(router: Router) -> None:
     empty = {**DATA, "rows": {"": [], "gen": []}, "times": [], "failures": [], "pools": {}}
     router.answer = lambda path, body: (200, empty)

@@ -98,12 +98,12 @@ async def test_what_is_shown_as_now_is_of_one_moment(monkeypatch: pytest.MonkeyP
         found = await told(world)
         assert sampled(found) == 1, "the second's end, when the request was there"
         screen = io.StringIO()
-        Console(file=screen, width=200).print(top.frame(found))
+        Console(file=screen, width=120).print(top.frame(found, 120))
         lines = [line.split() for line in screen.getvalue().splitlines() if line.strip()]
         shown = {cells[0]: cells for cells in lines}
         assert shown["gen-1"][3] == "0"
         for model in ("gen", "all"):
-            ongoing, queued, *_ = shown[model][-4:]
+            ongoing, queued, *_ = shown[model][-3:]
             assert (ongoing, queued) == ("0", "0")
 
 

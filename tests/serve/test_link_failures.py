@@ -290,6 +290,22 @@ async def test_a_wrong_secret_is_named_on_both_sides(caplog: pytest.LogCaptureFi
 
 
 @on_both_loops
+async def test_a_replica_that_cannot_be_reached_any_more_is_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    server = LinkServer(echo, SECRET)
+    host, port = await server.start()
+    client = LinkClient(host, port, SECRET)
+    await client.connect()
+    await server.stop()
+    await until(lambda: client.failures > 2)
+    told = [record.getMessage() for record in caplog.records if record.name.endswith("link.client")]
+    assert len(told) == 1
+    assert told[0].startswith(f"link to {host}:{port}: cannot reach")
+    await client.close()
+
+
+@on_both_loops
 async def test_a_replica_that_does_not_know_the_secret_is_not_trusted() -> None:
     async def impostor(peer: RawPeer) -> None:
         hello = handshakes.Handshake("server", b"guess", 1000)

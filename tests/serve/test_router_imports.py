@@ -18,3 +18,19 @@ def test_the_routers_modules_load_nothing_of_a_model() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+MADE = """
+import gc
+from cluster.config import ClassifierConfig
+from cluster.engines.encoder import make_encoder_engine
+make_encoder_engine(ClassifierConfig(name="cls", model="m"), lambda name: name)
+print(gc.isenabled(), gc.get_freeze_count() > 100_000, gc.get_stats()[2]["collections"] < 5)
+"""
+
+
+def test_an_encoders_code_is_imported_without_collections() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", MADE], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout.splitlines()[:1] == ["True True True"], done.stderr

@@ -17,6 +17,8 @@ from cluster.cli.recipes import recipes
 from cluster.config import TandemConfig, parse
 from cluster.launch import state
 from cluster.launch.processes import Ended
+from cluster.launch.serve_api import ApplicationStatus, DeploymentStatus, ReplicaStatus
+from cluster.launch.status import ClusterStatus
 from cluster.launch.stop import Stopped
 
 CONFIG = {
@@ -127,6 +129,25 @@ def test_a_defect_is_one_line_too_unless_debugging(
     monkeypatch.setenv("TANDEM_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         main()
+
+
+def test_status_fits_a_narrow_terminal_and_says_what_serve_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known = state.ClusterState("id", "tandem", "http://h", "http://d", "LOCALHOST:1", "f", 0.0)
+    replica = ReplicaStatus("gbqxaw6d", "STARTING", 10635, "127.0.0.1", time.time() - 92)
+    name = "classifier-sentiment"
+    deployment = DeploymentStatus(name, "UNHEALTHY", "no [room] for it", 2, (replica,))
+    application = ApplicationStatus("tandem", "DEPLOYING", "", (deployment,))
+    found = ClusterStatus(known, True, 28, 1, application)
+    monkeypatch.setattr("cluster.cli.status.status", lambda home: found)
+    shown = CliRunner().invoke(app, ["status"], env={"COLUMNS": "80"}).stdout
+    (line,) = (line for line in shown.splitlines() if line.startswith(name) and "gbqx" in line)
+    assert line.split() == [
+        *(name, "UNHEALTHY", "0/2", "gbqxaw6d", "STARTING", "10635", "127.0.0.1"),
+        *("1", "min", "32", "s"),
+    ]
+    assert f"{name}: no [room] for it" in shown
 
 
 def test_nothing_running_is_an_answer() -> None:

@@ -8,10 +8,15 @@ from typer.testing import CliRunner
 
 from cluster.cli.app import app
 from cluster.errors import NotFoundError, StartError
-from cluster.launch.log_files import entries_of, last_errors, log_directory
+from cluster.launch.log_files import entries_of, failed_requests, last_errors, log_directory
 
 ID = "abc-123"
-REQUEST = {"time": "2026-01-02T03:04:05.500+00:00", "id": ID, "outcome": "failed"}
+REQUEST = {
+    "time": "2026-01-02T03:04:05.500+00:00",
+    "id": ID,
+    "status": 503,
+    "outcome": "failed",
+}
 FILES = {
     "serve/tandem_requests_1_xyz.jsonl": json.dumps(REQUEST, separators=(",", ":")) + "\n",
     "serve/replica_tandem_router_xyz.log": (
@@ -58,11 +63,47 @@ def test_an_id_is_no_pattern(logs: Path) -> None:
 
 
 def test_the_last_errors_are_those_that_say_so(logs: Path) -> None:
-    assert [entry.file.name for entry in last_errors(logs, 10)] == [
-        "replica_tandem_router_xyz.log",
-        "tandem_requests_1_xyz.jsonl",
+    (entry,) = last_errors(logs, 10)
+    assert entry.file.name == "replica_tandem_router_xyz.log"
+    (logs / "later.log").write_text("[2026-01-02 03:04:09,000 E 1 1] x.cc:1: CRITICAL\n")
+    (entry,) = last_errors(logs, 1)
+    assert entry.file.name == "later.log"
+
+
+def test_failed_requests_are_counted_by_where_and_how(logs: Path) -> None:
+    file = logs / "serve" / "tandem_requests_2_uvw.jsonl"
+    kinds = [("a", 500, "failed"), ("b", 200, "cut_off"), ("a", 500, "failed"), ("a", 200, "ok")]
+    lines = [
+        json.dumps(
+            {
+                "time": f"2026-01-02T03:04:0{second}.000+00:00",
+                "id": f"r{second}",
+                "model": "m",
+                "replica": replica,
+                "status": status,
+                "outcome": outcome,
+            },
+            separators=(",", ":"),
+        )
+        for second, (replica, status, outcome) in enumerate(kinds)
     ]
-    assert len(last_errors(logs, 1)) == 1
+    file.write_text('3,"outcome":"failed"}\n' + "\n".join(lines))
+    found = failed_requests(logs)
+    assert [(f.model, f.replica, f.status, f.outcome, f.count, f.last_id) for f in found] == [
+        ("m", "a", 500, "failed", 2, "r2"),
+        ("", "", 503, "failed", 1, ID),
+        ("m", "b", 200, "cut_off", 1, "r1"),
+    ]
+    shown = run("--directory", str(logs)).stdout
+    assert "2 of m at a, status 500; the last 2026-01-02T03:04:02, r2" in shown
+    assert "1 of m at b, cut off" in shown
+    assert len(json.loads(run("--directory", str(logs), "--json").stdout)["failed_requests"]) == 3
+
+
+def test_a_file_keeps_its_whole_name_in_a_narrow_terminal(logs: Path) -> None:
+    name = f"worker-{'0123456789abcdef' * 6}.out"
+    (logs / name).write_text("x")
+    assert name in run("--directory", str(logs)).stdout
 
 
 def test_a_file_that_may_not_be_read_hides_no_other(logs: Path) -> None:
@@ -99,7 +140,7 @@ def test_the_command_prints_text_and_json(logs: Path) -> None:
     assert set(told[0]) == {"file", "time", "text"}
     overview = run("--directory", str(logs))
     assert "worker-1.out" in overview.stdout
-    assert "the last errors (2)" in overview.stdout
+    assert "the last errors (1)" in overview.stdout
     assert len(json.loads(run("--directory", str(logs), "--json").stdout)["bytes"]) == 5
 
 

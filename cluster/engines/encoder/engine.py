@@ -1,5 +1,6 @@
 """The encoder engine as a replica sees it: the ``Engine`` protocol around the service."""
 
+import time
 from dataclasses import replace
 
 from cluster.asgi import ASGIApp
@@ -31,6 +32,7 @@ class EncoderEngine:
         self._computer: Computer | None = None
         self._insight: Insight | None = None
         self._app: ASGIApp | None = None
+        self.start_phases_s: dict[str, float] = {}
 
     @property
     def app(self) -> ASGIApp:
@@ -48,7 +50,9 @@ class EncoderEngine:
 
     async def start(self) -> None:
         """Load the model; see ``Engine.start``."""
+        began = time.monotonic()
         self._service = await EncoderService.start(self._config, self._model_path)
+        self.start_phases_s["model"] = time.monotonic() - began
         self._computer = Computer(self._service, self._config.result_cache)
         self._insight = Insight.of(self._config, self._model_path, self._service.model)
         self._app = EncoderApp(self._config, self._computer, self._insight)

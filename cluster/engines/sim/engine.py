@@ -51,6 +51,7 @@ class SimEngine:
         self._driver: asyncio.Task[None] | None = None
         self._random = random.Random(config.sim.seed)
         self._app = SimApp(self)
+        self.start_phases_s: dict[str, float] = {}
 
     @property
     def app(self) -> ASGIApp:
@@ -71,8 +72,10 @@ class SimEngine:
 
     async def start(self) -> None:
         """Be ready after ``startup_s``."""
+        began = time.monotonic()
         self.max_model_len = self._model_len()
         await asyncio.sleep(self.config.sim.startup_s)
+        self.start_phases_s["model"] = time.monotonic() - began
         if self.config.sim.fail_startup:
             raise EngineDeadError("the simulated engine was told to fail at its start")
         self._driver = asyncio.create_task(self._drive(), name="sim-engine")

@@ -5,6 +5,7 @@ Owns the sampling task. Nothing is asked of other routers, and no row is made, w
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -77,7 +78,7 @@ class Dashboard:
         self._decisions: list[TargetChange] | None = None
         self._decisions_at = -DECISIONS_S
         self._refreshing: asyncio.Task[None] | None = None
-        self._refreshed_at = 0.0
+        self._refreshed_at = -math.inf
         self._sampling = asyncio.create_task(self._sample())
 
     async def close(self) -> None:

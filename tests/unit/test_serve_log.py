@@ -1,0 +1,37 @@
+import logging
+
+import pytest
+
+from deployments.serve_log import PACKAGE, SERVE, log_with_serve
+
+
+class Kept(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+def test_what_the_package_logs_goes_where_serves_own_lines_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    serve, package, outer = (logging.getLogger(name) for name in (SERVE, PACKAGE, None))
+    file, root = Kept(), Kept()
+    monkeypatch.setattr(package, "parent", package.parent)
+    monkeypatch.setattr(serve, "handlers", [file])
+    monkeypatch.setattr(serve, "propagate", False)
+    monkeypatch.setattr(outer, "handlers", [*outer.handlers, root])
+    level = serve.level
+    serve.setLevel(logging.INFO)
+    try:
+        log_with_serve()
+        engine = logging.getLogger(f"{PACKAGE}.engines.some")
+        engine.info("ready")
+        engine.debug("a token")
+        logging.getLogger("another").warning("not ours")
+    finally:
+        serve.setLevel(level)
+    assert [record.getMessage() for record in file.records] == ["ready"]
+    assert [record.getMessage() for record in root.records] == ["not ours"]

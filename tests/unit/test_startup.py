@@ -1,0 +1,75 @@
+import gc
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cluster.autoscaling.starts import UNTOLD_S, Start, StartWatch
+from cluster.engines.importing import without_collections
+from deployments.startup import Phases, process_age_s
+
+
+def test_phases_follow_one_another_without_a_gap() -> None:
+    now = 100.0
+    phases = Phases(lambda: now)
+    now = 103.0
+    phases.mark("imports")
+    now = 110.0
+    phases.add({"imports": 1.0, "model": 4.0})  # as the engine measured
+    now = 112.0
+    phases.mark("link")
+    assert phases.seconds == {"imports": 4.0, "model": 4.0, "link": 4.0}
+    assert phases.total_s == 12.0
+
+
+def test_a_process_knows_its_age() -> None:
+    began = time.monotonic()
+    code = "from deployments.startup import process_age_s; print(process_age_s())"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 < float(told.stdout) < time.monotonic() - began + 0.02
+    assert process_age_s() > float(told.stdout)
+
+
+def test_nothing_is_collected_meanwhile_and_what_is_left_is_passed_over() -> None:
+    before = gc.get_freeze_count()
+    try:
+        with without_collections():
+            assert not gc.isenabled()
+            kept = [[n] for n in range(1000)]
+        assert gc.isenabled()
+        assert gc.get_freeze_count() >= before + len(kept)
+        with pytest.raises(ZeroDivisionError), without_collections():
+            raise ZeroDivisionError
+        assert gc.isenabled()
+    finally:
+        gc.unfreeze()
+
+
+def test_a_start_is_followed_from_the_decision_to_the_replica_that_answers() -> None:
+    watch = StartWatch()
+    old = Start(10.0, 5.0)
+    assert watch.follow(100.0, 1, 1, [old]) is None
+    assert watch.follow(102.0, 2, 1, [old]) is None  # decided
+    assert watch.follow(120.0, 2, 2, [old]) is None  # it answers, and has not reported yet
+    phases = watch.follow(122.0, 2, 2, [old, Start(103.5, 14.5)])
+    assert phases == {"scheduling": 1.5, "start": 14.5, "notice": 2.0, "decision": 18.0}
+    assert watch.follow(124.0, 2, 2, [old, Start(103.5, 14.5)]) is None
+
+
+def test_of_several_replicas_the_last_to_be_ready_counts() -> None:
+    watch = StartWatch()
+    watch.follow(0.0, 3, 1, [])
+    phases = watch.follow(30.0, 3, 3, [Start(1.0, 9.0), Start(2.0, 27.0), Start(-50.0, 9.0)])
+    assert phases == {"scheduling": 2.0, "start": 27.0, "notice": 1.0, "decision": 30.0}
+
+
+def test_a_start_that_is_called_off_or_never_reported_is_forgotten() -> None:
+    watch = StartWatch()
+    watch.follow(0.0, 2, 1, [])
+    assert watch.follow(5.0, 1, 1, []) is None
+    assert watch.follow(50.0, 1, 1, [Start(49.0, 1.0)]) is None  # replaced after a death
+    watch.follow(100.0, 2, 1, [])
+    watch.follow(110.0, 2, 2, [])
+    watch.follow(111.0 + UNTOLD_S, 2, 2, [])
+    assert watch.follow(120.0 + UNTOLD_S, 2, 2, [Start(101.0, 9.0)]) is None
