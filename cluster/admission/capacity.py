@@ -6,12 +6,14 @@ a token takes so much longer than it did lately that more requests would bring n
 first falls, the number of requests is bounded instead, and doubles as fast as engines take them.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable
+from itertools import accumulate, pairwise
 from statistics import median_low
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 ADJUST_S = 0.5
-"""The limit is looked at so often; a queue that comes and goes within this time is no queue."""
+"""The limit is looked at so often; it falls by a queue that stood for half of this time."""
 SAMPLE_S = 0.01
 """Reports are looked at so often at most; hundreds of replicas report more often."""
 START_HELD = 32
@@ -25,7 +27,9 @@ KV_HIGH = 0.95
 MAX_SLOWDOWN = 20.0
 """Of an engine whose latency is a + b * load, this is where it does 95 % of what it ever will."""
 _GROW = 1.1
-_MEMORY = 0.98  # each finished request weighs so much of the next one
+_MEMORY = 0.99  # each finished request weighs so much of the next one
+_ROUNDING_S = 1e-6  # of sums of seconds
+_SHARE_WEIGHT = 0.2  # of one report; the share that runs changes with each step of an engine
 _BEST_S = 60.0  # the best latency is that of the last minute or two: other requests, another best
 
 
@@ -45,6 +49,17 @@ class ReplicaLoad(Protocol):
         """Share of KV blocks in use."""
 
 
+class _Sample(NamedTuple):
+    """What all replicas had at one moment, and what this router had there."""
+
+    at_s: float
+    running: int
+    waiting: int
+    kv_usage: float
+    held: int
+    held_tokens: float
+
+
 class PoolCapacity:
     """What one router may have at one pool's replicas.
 
@@ -61,10 +76,11 @@ class PoolCapacity:
         self._most_held = float("inf")
         self._reported = False
         self._doubled_at_s = 0.0
-        self._looked_at_s: float | None = None
         self._sampled_at_s = float("-inf")
-        self._least_waiting = float("inf")
+        self._samples: list[_Sample] = []  # the first is of when the limit was looked at
+        self._running_share = 1.0  # of the requests that the engines have
         self._seconds = self._work = 0.0  # of finished requests, the newest weighing most
+        self._running_s = 0.0  # the part of these seconds in which engines ran them
         self._num = 0.0
         self._best = self._best_before = float("inf")  # least seconds for a token
         self._best_since_s = 0.0
@@ -86,17 +102,20 @@ class PoolCapacity:
         self.held_tokens = self.held_tokens - work_tokens if self.held else 0.0
         if done_tokens > 0 and seconds > 0:
             self._seconds = self._seconds * _MEMORY + seconds
+            self._running_s = self._running_s * _MEMORY + seconds * self._running_share
             self._work = self._work * _MEMORY + done_tokens
             self._num = self._num * _MEMORY + 1
 
     def drain_rate(self) -> float | None:
-        """Tokens a second that leave, by Little's law: those held over the time that each takes.
+        """Tokens a second that leave, by Little's law: those that run over the time that each runs.
 
-        None until a request has ended, or while none is at a replica.
+        Who waits inside an engine has no part in it: their number changes at once, and the time
+        that they take only when they end. None until a request has ended, or while none is at a
+        replica.
         """
-        if not self.held or not self._seconds:
+        if not self.held or not self._running_s:
             return None
-        return self.held * self._work / self._seconds
+        return self.held * self._running_share * self._work / self._running_s
 
     def average_s(self, work_tokens: float) -> float:
         """How long a request takes at a replica by its work or on average, whichever is less; 0
@@ -128,15 +147,17 @@ class PoolCapacity:
         usage = median_low(load.kv_cache_usage for load in reports)
         if self.limit_tokens == float("inf"):
             self._start(num, running, waiting, now_s)
-        self._least_waiting = min(self._least_waiting, waiting)
-        if self._looked_at_s is None or now_s < self._looked_at_s:  # the clock jumped back
-            self._looked_at_s = now_s
-        if now_s - self._looked_at_s < ADJUST_S:
+        sample = _Sample(now_s, running, waiting, usage, self.held, self.held_tokens)
+        if not self._samples or now_s < self._samples[-1].at_s:  # the clock jumped back
+            self._samples = [sample]
+        self._samples.append(sample)
+        if running:
+            share = running / (running + waiting)
+            self._running_share += _SHARE_WEIGHT * (share - self._running_share)
+        if now_s - self._samples[0].at_s < ADJUST_S:
             return
-        slow = self._slowdown(now_s) > MAX_SLOWDOWN
-        self._adjust(running, self._least_waiting, usage, slow)
-        self._looked_at_s = now_s
-        self._least_waiting = float("inf")
+        self._adjust(self._usual(), slow=self._slowdown(now_s) > MAX_SLOWDOWN)
+        self._samples = [sample]
 
     def _start(self, num: int, running: int, waiting: int, now_s: float) -> None:
         if not self._reported:
@@ -151,22 +172,32 @@ class PoolCapacity:
         """Requests that may wait in the engines."""
         return max(MIN_WAITING, self._waiting_ratio * running)
 
-    def _adjust(self, running: int, waiting: float, kv_usage: float, slow: bool) -> None:
-        allowed = self._allowed(running)
-        one = self.held_tokens / max(1, self.held)
-        binds = self.held_tokens + one > self.limit_tokens
-        if waiting > allowed:
-            self._cut((running + allowed) / (running + waiting))
-        elif kv_usage > KV_HIGH:
-            self._cut(KV_HIGH / kv_usage)
-        elif binds and not slow and waiting <= allowed / 2:
-            self.limit_tokens = self.limit_tokens * _GROW + one
+    def _usual(self) -> _Sample:
+        """The sample with the longest queue that stood for half of the time; the lower median.
 
-    def _cut(self, part: float) -> None:
-        """Allow ``part`` of what the replicas hold, but never less than one request."""
+        One sample as a whole: parts of several, of a load that begins or ends, make a queue of
+        none.
+        """
+        spans = [(one, after.at_s - one.at_s) for one, after in pairwise(self._samples)]
+        spans.sort(key=lambda span: span[0].waiting - self._allowed(span[0].running))
+        until_s = list(accumulate(span_s for _, span_s in spans))
+        return spans[bisect_left(until_s, until_s[-1] / 2 - _ROUNDING_S)][0]
+
+    def _adjust(self, usual: _Sample, *, slow: bool) -> None:
+        allowed = self._allowed(usual.running)
+        one_tokens = usual.held_tokens / max(1, usual.held)
+        binds = usual.held_tokens + one_tokens > self.limit_tokens
+        if usual.waiting > allowed:
+            part = (usual.running + allowed) / (usual.running + usual.waiting)
+            self._cut(max(one_tokens, part * usual.held_tokens))
+        elif usual.kv_usage > KV_HIGH:
+            self._cut(max(one_tokens, KV_HIGH / usual.kv_usage * usual.held_tokens))
+        elif binds and not slow and usual.waiting <= allowed / 2:
+            self.limit_tokens = self.limit_tokens * _GROW + one_tokens
+
+    def _cut(self, tokens: float) -> None:
         self._most_held = float("inf")
-        least = self.held_tokens / max(1, self.held)
-        self.limit_tokens = min(self.limit_tokens, max(least, part * self.held_tokens))
+        self.limit_tokens = min(self.limit_tokens, tokens)
 
     def _slowdown(self, now_s: float) -> float:
         """How much longer a token takes than at best; 1 while that is not known."""

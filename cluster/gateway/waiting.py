@@ -20,7 +20,7 @@ P = TypeVar("P")
 MAX_RETRY_S = 60.0
 _NO_REPLICA_RETRY_S = 5.0
 _MARGIN = 1.5  # a wait is a guess, overload keeps it at the edge, and a shorter queue costs nothing
-_MEMORY = 0.99  # of how waits turned out; slower than the queue itself
+_MEMORY = 0.996  # of how waits turned out; much slower than the queue, or the two swing together
 _MOST_ERROR = 4.0
 _UNKNOWN = (1.0, 1.0)
 

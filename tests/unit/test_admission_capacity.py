@@ -87,6 +87,65 @@ def test_a_queue_that_comes_and_goes_is_no_queue() -> None:
     assert capacity.limit_tokens == float("inf")
 
 
+def test_one_look_that_misses_a_standing_queue_does_not_hide_it() -> None:
+    capacity = PoolCapacity(0.25)
+    for _ in range(100):
+        capacity.begin(WORK)
+    for step in range(200):
+        capacity.observe([Load(50, 50 * (step % 5 > 0))], step * 0.05)
+    assert capacity.limit_tokens == pytest.approx(100 * WORK * (50 + 12.5) / 100)
+
+
+def test_a_burst_after_a_pause_is_no_queue() -> None:
+    capacity = PoolCapacity(0.25)
+    capacity.observe([Load()], 0.0)
+    capacity.observe([Load()], 1.0)
+    for _ in range(32):
+        capacity.begin(WORK)
+    for step in range(3):  # they have come and the engine has not begun its next step
+        capacity.observe([Load(1, 31)], 9.9 + step * 0.05)
+    for step in range(20):
+        capacity.observe([Load(32)], 10.05 + step * 0.05)
+    assert capacity.limit_tokens == float("inf")
+
+
+def test_a_load_that_ends_leaves_the_limit() -> None:
+    capacity = PoolCapacity(0.25)
+    for _ in range(40):
+        capacity.begin(WORK)
+    for step in range(6):
+        capacity.observe([Load(32, 8)], step * 0.05)
+    for step in range(6, 40):
+        if capacity.held:
+            for _ in range(10):
+                capacity.end(WORK, WORK, 1.0)
+        capacity.observe([Load(min(32, capacity.held))], step * 0.05)
+    assert capacity.limit_tokens == float("inf")
+
+
+def test_requests_that_wait_inside_an_engine_do_not_count_as_its_speed() -> None:
+    capacity, now_s = PoolCapacity(0.25), 0.0
+    for _ in range(32):
+        capacity.begin(WORK)
+    for _ in range(200):  # 32 at a time, a second each
+        now_s += 1 / 32
+        capacity.end(WORK, WORK, 1.0)
+        capacity.begin(WORK)
+        capacity.observe([Load(32)], now_s)
+    assert capacity.drain_rate() == pytest.approx(32 * WORK)
+    for _ in range(32):
+        capacity.begin(WORK)
+    for step in range(20):
+        capacity.observe([Load(32, 32)], now_s + step * 0.05)
+    assert capacity.drain_rate() == pytest.approx(32 * WORK, rel=0.02)
+    for _ in range(500):  # all of them take two seconds now, one of them in the engine's queue
+        now_s += 1 / 32
+        capacity.end(WORK, WORK, 2.0)
+        capacity.begin(WORK)
+        capacity.observe([Load(32, 32)], now_s + 1)
+    assert capacity.drain_rate() == pytest.approx(32 * WORK, rel=0.02)
+
+
 def test_replicas_that_report_nothing_change_nothing() -> None:
     capacity = PoolCapacity(0.25)
     for step in range(10):

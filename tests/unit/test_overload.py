@@ -201,3 +201,13 @@ def test_a_pool_that_stalled_recovers() -> None:
         assert found.good["flood"] / 35 >= 0.9 * CAPACITY
 
     run(scenario)
+
+
+def test_a_few_waits_that_turn_out_otherwise_change_guesses_little() -> None:
+    waiting = Engine().waiting
+    for _ in range(1000):
+        waiting._learn("t", 1.0, 1.0)
+    for _ in range(100):
+        waiting._learn("t", 1.0, 2.0)
+    waited_s, guessed_s = waiting._waits["t"]
+    assert 1.2 < waited_s / guessed_s < 1.4  # a queue's worth of them, and as many go by in 2 s
