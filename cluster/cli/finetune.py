@@ -50,8 +50,8 @@ def finetune(base: str | None, data: Data, out: Path, options: FinetuneOptions) 
         raise ConfigError(f"{out} exists; name a new directory with --out")
     rows, console = data.rows(), Console()
     names = finetune_data.label_names(data.path, rows)
-    options = dataclasses.replace(options, label_names=names)
-    encoder = _encoder(base)
+    encoder, base_name = _encoder(base)
+    options = dataclasses.replace(options, label_names=names, base_name=base_name)
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -129,12 +129,14 @@ def _train(
     return ", ".join(f"{name} {value}" for name, value in facts if value is not None)
 
 
-def _encoder(base: str | None) -> Path:
+def _encoder(base: str | None) -> tuple[Path, str]:
+    """Where it is, and its name."""
     if base is not None:
-        return _directory(base)
-    from cluster.models.sentiment import packaged_encoder
+        directory = _directory(base)
+        return directory, directory.resolve().name
+    from cluster.models.sentiment import ENCODER_PACKAGE, packaged_encoder
 
-    return packaged_encoder()
+    return packaged_encoder(), ENCODER_PACKAGE
 
 
 def _directory(model: str) -> Path:

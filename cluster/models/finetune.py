@@ -87,7 +87,7 @@ def finetune(
         metrics = run.measure(parts, out)
         network.save_pretrained(out)
         _save_tokenizer(tokenizer, out)
-        card = report.Card(base.name, options, len(parts.train))
+        card = report.Card(options.base_name or base.name, options, len(parts.train))
         report.write_card(out, card, run.confusion)
     return metrics
 

