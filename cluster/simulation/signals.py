@@ -89,9 +89,11 @@ class Signals:
         return Objective("ttft_p90_s", self._slo.ttft_s, observed_s, lately.weight)
 
     def _itl(self, now_s: float, replicas: Sequence[Replica]) -> Objective:
-        """Of the steps that are under way when it is looked."""
-        steps = [replica.engine.step for replica in replicas]
-        self._steps += [(now_s, step_s, streams) for step_s, streams in steps if streams]
+        """Of the steps that are under way when it is looked; of shorter ones there are more."""
+        for step_s, streams in (replica.engine.step for replica in replicas):
+            if streams and step_s:
+                gaps = round(streams * self._scaling.every_s / step_s)
+                self._steps.append((now_s, step_s, gaps))
         while self._steps and self._steps[0][0] < now_s - self._scaling.latency_window_s:
             self._steps.popleft()
         lately = Histogram()

@@ -159,6 +159,23 @@ def test_more_replicas_come_when_asked_for_and_leave_without_a_loss() -> None:
     assert sum(50 <= seconds < 110 for seconds in lived) == 4  # they end their streams
 
 
+def test_policies_are_told_the_percentile_of_all_gaps_and_not_of_the_time() -> None:
+    """A long prefill stops few tokens: half of the time, but a small part of the gaps."""
+    told_s: list[float] = []
+
+    def decide(_now_s: float, signals: PoolSignals) -> Decision:
+        told_s.extend(o.observed_s for o in signals.objectives if o.name == "itl_p90_s")
+        return told(1)
+
+    long = [TraceRequest(at * 0.471, 2000, 100) for at in range(400)]
+    engine = ENGINE.model_copy(update={"prefill_s_per_token": 1.25e-4})
+    one = settings(engine=engine, replicas=1, scaling=Scaling(decide))
+    result = simulate(Trace("long", long, 64), one)
+    assert result.itl_s.percentile(99) > 10 * result.itl_s.percentile(90)
+    settled = sorted(told_s[20:100])
+    assert settled[len(settled) // 2] == pytest.approx(result.itl_s.percentile(90), rel=0.1)
+
+
 def test_from_zero_replicas_held_requests_are_served() -> None:
     trace = chat(duration_s=60)
     scaling = Scaling(lambda _now_s, seen: told(3 if seen.queued or seen.ongoing else 0))
