@@ -45,6 +45,10 @@ class AccountingConfig(Section):
     keep_days: int = Field(400, ge=1)
     """How long ``/v1/usage`` remembers."""
 
+    def price_per_hour(self, cpus: float, gpus: float) -> float:
+        """Of so many reserved shares, in ``currency``."""
+        return self.per_cpu_hour * cpus + self.per_gpu_hour * gpus
+
 
 class LeaksConfig(Section):
     """When growing memory is taken for a leak, and what is done then."""

@@ -127,7 +127,7 @@ def _accounts(
 ) -> Accounts:
     accounting, resources = config.accounting, pool.resources
     workers = pool.num_workers if isinstance(pool, GeneratorConfig) else 1
-    per_hour = accounting.per_cpu_hour * resources.cpus + accounting.per_gpu_hour * resources.gpus
+    per_hour = accounting.price_per_hour(resources.cpus, resources.gpus)
     joules = devices.joules if devices is not None else None
     if joules is not None and resources.gpus < 1:  # the device is shared; so is what it uses
         joules = _part(joules, resources.gpus)

@@ -9,7 +9,6 @@ from cluster.autoscaling.capacity import Capacity
 from cluster.autoscaling.forecast import Forecast
 from cluster.autoscaling.plan import Budget, allocate
 from cluster.autoscaling.signals import Objective, PoolSignals, PoolSpec
-from cluster.autoscaling.victim import ReplicaValue, least_valuable
 
 __all__ = [
     "Autoscaler",
@@ -20,8 +19,6 @@ __all__ = [
     "Objective",
     "PoolSignals",
     "PoolSpec",
-    "ReplicaValue",
     "TargetChange",
     "allocate",
-    "least_valuable",
 ]

@@ -140,7 +140,7 @@ class PoolScaler:
             cores = f"{signals.cores:.2f} cores are used"
             return [
                 Need("cpu", signals.cores / ROUTER_CORES, cores),
-                self._by_ongoing(signals, growth=1.0),
+                self._by_ongoing(signals),
             ]
         needs = [*self._by_load(signals), self._by_limit(signals)]
         if signals.kv_usage > FULL:
@@ -187,12 +187,14 @@ class PoolScaler:
         """By the configured number of requests, in steps, until what a replica bears is known."""
         level = self.requests.recent
         growth = self.requests.ahead(self.horizon_s) / level if level > 0 else 1.0
-        need = self._by_ongoing(signals, growth)
-        return need._replace(replicas=min(need.replicas, max(1.0, signals.running * MAX_GROWTH)))
+        need = self._by_ongoing(signals)
+        most = max(1.0, signals.running * MAX_GROWTH)
+        text = f"{need.text}, {growth:.2f} times as many in {self.horizon_s:.0f} s"
+        return need._replace(replicas=min(need.replicas * growth, most), text=text)
 
-    def _by_ongoing(self, signals: PoolSignals, growth: float) -> Need:
+    def _by_ongoing(self, signals: PoolSignals) -> Need:
         """By the configured number of requests for each replica."""
-        ongoing = (signals.ongoing + signals.queued) * growth
+        ongoing = signals.ongoing + signals.queued
         text = f"{ongoing:.0f} requests of {self.spec.target_ongoing:g} each"
         return Need("ongoing", ongoing / self.spec.target_ongoing, text)
 

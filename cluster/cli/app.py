@@ -194,20 +194,28 @@ def simulate(
     rate: Annotated[float | None, typer.Option(min=1e-6, help="Mean requests/s.")] = None,
     duration_s: Annotated[float | None, typer.Option(min=1, help="Length of the trace.")] = None,
     routers: Annotated[int, typer.Option(min=1)] = 1,
-    ttft_s: Annotated[float, typer.Option(min=0, help="Objective: first token.")] = 2.0,
-    itl_s: Annotated[float, typer.Option(min=0, help="Objective: mean time of a token.")] = 0.2,
+    ttft_s: Annotated[
+        float | None,
+        typer.Option(min=1e-6, help="Objective: first token.", show_default="the pool's"),
+    ] = None,
+    itl_s: Annotated[
+        float | None,
+        typer.Option(min=1e-6, help="Objective: mean time of a token.", show_default="the pool's"),
+    ] = None,
     fault: Annotated[
         list[str] | None,
         typer.Option(metavar="die|hang|slow:REPLICA@SECONDS", help="May be repeated."),
     ] = None,
-    cost: Annotated[float, typer.Option(min=0, help="Of a replica for an hour.")] = 1.0,
+    cost: Annotated[
+        float | None,
+        typer.Option(min=0, help="Of a replica for an hour.", show_default="by accounting"),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     as_json: JsonOption = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it, as PNG.")] = None,
 ) -> None:
     """Simulate hours of traffic on one generator's pool in seconds; starts nothing."""
     from cluster.cli.simulate import Options, run
-    from cluster.simulation.settings import Slo
 
     options = Options(
         trace=trace,
@@ -217,7 +225,8 @@ def simulate(
         rate=rate,
         duration_s=duration_s,
         routers=routers,
-        slo=Slo(ttft_s, itl_s),
+        ttft_s=ttft_s,
+        itl_s=itl_s,
         faults=fault or (),
         cost=cost,
         seed=seed,

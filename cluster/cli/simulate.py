@@ -1,17 +1,19 @@
 """``tandem simulate``."""
 
 import json
+import math
 import re
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from cluster.admission.fair_queue import QueueLimits
-from cluster.autoscaling import Autoscaler, PoolSignals
+from cluster.autoscaling import Autoscaler, Decision, PoolSignals
 from cluster.autoscaling.settings import PoolSettings
 from cluster.cli.paths import load_config
 from cluster.config import GeneratorConfig, SimConfig, TandemConfig
@@ -38,9 +40,10 @@ class Options:
     rate: float | None
     duration_s: float | None
     routers: int
-    slo: Slo
+    ttft_s: float | None
+    itl_s: float | None
     faults: Sequence[str]
-    cost: float
+    cost: float | None
     seed: int
 
 
@@ -66,10 +69,14 @@ def run(
     took_s = time.perf_counter() - began
     if plot is not None:
         draw(result, f"{trace.name}, {options.policy or pool.routing}", plot)
+    summary = result.summary(_price(tree, pool) if options.cost is None else options.cost)
     if as_json:
-        print(json.dumps(_as_json(result, options), indent=2))
+        scaled = [asdict(event) for event in result.scale_events]
+        print(json.dumps({**summary, "scaled": scaled}, indent=2))
     else:
-        _print(result, options, trace, took_s)
+        _print_events(result)
+        _print(summary, tree.accounting.currency if options.cost is None else "")
+        _print_trace(trace, took_s)
 
 
 def _pool(tree: TandemConfig, name: str | None) -> GeneratorConfig:
@@ -90,7 +97,7 @@ def _settings(options: Options, tree: TandemConfig, pool: GeneratorConfig) -> Se
         policy=lambda index, _truth, seed: make_policy(name, index, seed),
         scaling=_scaling(tree, pool) if options.replicas is None else None,
         faults=tuple(_fault(text) for text in options.faults),
-        slo=options.slo,
+        slo=_slo(options, pool),
         max_ongoing=pool.max_ongoing,
         queue=QueueLimits(router.max_queued_tokens, router.max_queued),
         queue_timeout_s=router.queue_timeout_s,
@@ -107,11 +114,14 @@ def _engine(sim: SimConfig) -> SimConfig:
 
 
 def _scaling(tree: TandemConfig, pool: GeneratorConfig) -> Scaling:
-    spec = PoolSettings.of(tree, pool).spec
-    autoscaler = Autoscaler({pool.name: spec})
+    """By the budget of all pools, of which the others have their floors."""
+    parts = [PoolSettings.of(tree, tree.router)]
+    parts += [PoolSettings.of(tree, generator) for generator in tree.generators]
+    parts += [PoolSettings.of(tree, classifier) for classifier in tree.classifiers]
+    autoscaler = Autoscaler({part.pool: part.spec for part in parts}, parts[0].budget)
 
-    def decide(now_s: float, signals: PoolSignals) -> int:
-        return autoscaler.decide(now_s, {pool.name: signals})[pool.name].target
+    def decide(now_s: float, signals: PoolSignals) -> Decision:
+        return autoscaler.decide(now_s, {pool.name: signals})[pool.name]
 
     return Scaling(decide)
 
@@ -125,17 +135,36 @@ def _fault(text: str) -> Fault:
             return Fault(float(at_s), int(replica), kind)  # type: ignore[arg-type]
 
 
-def _as_json(result: Result, options: Options) -> dict[str, object]:
-    events = [(e.at_s, e.before, e.after) for e in result.scale_events]
-    return {**result.summary(options.cost), "scaled": events}
+def _slo(options: Options, pool: GeneratorConfig) -> Slo:
+    """What the command line says, else the pool's objectives."""
+    said = (options.ttft_s, pool.slo.ttft_p90_s), (options.itl_s, pool.slo.itl_p90_s)
+    limits = (next((value for value in pair if value is not None), math.inf) for pair in said)
+    return Slo(*limits)
 
 
-def _print(result: Result, options: Options, trace: Trace, took_s: float) -> None:
+def _price(tree: TandemConfig, pool: GeneratorConfig) -> float:
+    """Of one replica for an hour."""
+    each = pool.resources
+    return pool.num_workers * tree.accounting.price_per_hour(each.cpus, each.gpus)
+
+
+def _print_events(result: Result) -> None:
+    console = Console(soft_wrap=True)
+    for event in result.scale_events:
+        at = timedelta(seconds=round(event.at_s))
+        text = f"{at} from {event.before} to {event.after} replicas ({event.cause}): {event.reason}"
+        console.print(text, highlight=False, markup=False)
+
+
+def _print(summary: Mapping[str, float], currency: str) -> None:
     table = Table(box=None, show_header=False)
-    for name, value in result.summary(options.cost).items():
-        table.add_row(name, f"{value:,.4g}" if isinstance(value, float) else f"{value:,}")
-    console = Console()
-    console.print(table, highlight=False)
+    for name, value in summary.items():
+        text = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
+        table.add_row(name, f"{text} {currency}" if name == "cost" else text)
+    Console().print(table, highlight=False)
+
+
+def _print_trace(trace: Trace, took_s: float) -> None:
     hours = trace.duration_s / 3600
     text = f"{hours:.2f} h in {took_s:.1f} s; a cache without a bound would hit"
-    console.print(f"{text} {trace.most_hits:.3f}", highlight=False)
+    Console().print(f"{text} {trace.most_hits:.3f}", highlight=False)

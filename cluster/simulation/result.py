@@ -29,6 +29,8 @@ class ScaleEvent:
     at_s: float
     before: int
     after: int
+    cause: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cluster.admission.fair_queue import QueueLimits
-from cluster.autoscaling import PoolSignals
+from cluster.autoscaling import Decision, PoolSignals
 from cluster.config import SimConfig
 from cluster.routing import Policy, PrefixIndex, RequestView
 
@@ -13,8 +13,8 @@ CachedTokens = Callable[[str, RequestView], float]
 """Prompt tokens that a replica has or is computing: the truth, which no router knows."""
 MakePolicy = Callable[[PrefixIndex, CachedTokens, int], Policy]
 """Makes one router's policy from its index, the truth and a seed."""
-ScalingPolicy = Callable[[float, PoolSignals], int]
-"""The target at a time in seconds."""
+ScalingPolicy = Callable[[float, PoolSignals], Decision]
+"""What is decided at a time in seconds."""
 
 LARGE_GPU = SimConfig(
     prefill_s_per_token=1e-4,
@@ -39,24 +39,26 @@ class Fault:
 
 
 @dataclass(frozen=True, slots=True)
+class Slo:
+    """What a client is to see; inf: no objective."""
+
+    ttft_s: float = 2.0
+    itl_s: float = 0.2
+    """The mean of a stream."""
+
+
+@dataclass(frozen=True, slots=True)
 class Scaling:
     """How replicas come and go."""
 
     policy: ScalingPolicy
+    slo: Slo | None = None
+    """The objectives that the policy is told, each for nine tenths; None: those of ``Settings``."""
     every_s: float = 2.0
     """Between two decisions."""
     rate_window_s: float = 6.0
     latency_window_s: float = 30.0
     """What a router's report looks back at."""
-
-
-@dataclass(frozen=True, slots=True)
-class Slo:
-    """What a client is to see."""
-
-    ttft_s: float = 2.0
-    itl_s: float = 0.2
-    """The mean of a stream."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """What autoscaling is told of the simulated pool: what the live routers report of a real one."""
 
+import math
 from collections import deque
 from collections.abc import Sequence
 
@@ -18,7 +19,7 @@ class Signals:
     """Follows arrivals and latencies over the windows of a report."""
 
     def __init__(self, scaling: Scaling, slo: Slo, startup_s: float) -> None:
-        self._scaling, self._slo, self._startup_s = scaling, slo, startup_s
+        self._scaling, self._slo, self._startup_s = scaling, scaling.slo or slo, startup_s
         self._arrived = 0
         self._arrivals: deque[tuple[float, int]] = deque([(0.0, 0)])
         self._ttfts: deque[tuple[float, float]] = deque()
@@ -53,6 +54,7 @@ class Signals:
         rate = (self._arrived - before) / (now_s - since_s) if now_s > since_s else 0.0
         loads = [replica.engine.load for replica in replicas]
         waiting = queued + sum(load.waiting for load in loads)
+        objectives = self._ttft(now_s), self._itl(now_s, replicas)
         return PoolSignals(
             target=target,
             running=len(replicas),
@@ -65,7 +67,7 @@ class Signals:
             queued_tokens=waiting * self._prefill_each,
             kv_usage=sum(load.kv_cache_usage for load in loads) / max(1, len(loads)),
             startup_s=self._startup_s,
-            objectives=(self._ttft(now_s), self._itl(now_s, replicas)),
+            objectives=tuple(each for each in objectives if each.limit_s < math.inf),
         )
 
     def _follow_lengths(self) -> None:
@@ -87,9 +89,11 @@ class Signals:
         return Objective("ttft_p90_s", self._slo.ttft_s, observed_s, lately.weight)
 
     def _itl(self, now_s: float, replicas: Sequence[Replica]) -> Objective:
-        """Of the steps that are under way when it is looked."""
-        steps = [replica.engine.step for replica in replicas]
-        self._steps += [(now_s, step_s, streams) for step_s, streams in steps if streams]
+        """Of the steps that are under way when it is looked; of shorter ones there are more."""
+        for step_s, streams in (replica.engine.step for replica in replicas):
+            if streams and step_s:
+                gaps = round(streams * self._scaling.every_s / step_s)
+                self._steps.append((now_s, step_s, gaps))
         while self._steps and self._steps[0][0] < now_s - self._scaling.latency_window_s:
             self._steps.popleft()
         lately = Histogram()

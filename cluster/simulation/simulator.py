@@ -173,9 +173,11 @@ class Simulation:
         ready = [replica for replica in self._live() if replica.is_ready]
         queued = sum(len(router.queue) for router in self._routers)
         signals = self._signals.read(self._events.now_s, self._target, ready, queued)
-        target = max(0, scaling.policy(self._events.now_s, signals))
+        decision = scaling.policy(self._events.now_s, signals)
+        target = decision.target
         if target != self._target:
-            event = ScaleEvent(self._events.now_s, self._target, target)
+            why = decision.cause, decision.reason
+            event = ScaleEvent(self._events.now_s, self._target, target, *why)
             self._result.scale_events.append(event)
             self._target = target
             self._fill()

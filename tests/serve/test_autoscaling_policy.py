@@ -155,7 +155,7 @@ async def test_what_was_decided_can_be_read_with_its_reasons(
     controller.step()
     (change,) = await decisions.read_decisions([POOL, ROUTER]) or ()
     assert (change.pool, change.before, change.target, change.cause) == ("sim", 1, 3, "ongoing")
-    assert change.reason.endswith("requests of 4 each")
+    assert change.reason == "11 requests of 4 each, 1.15 times as many in 35 s"
     assert abs(change.time - time.time()) < 60
     assert await decisions.read_decisions([ROUTER]) == []
     log = decisions.DecisionLog()  # of a controller that took the first one's place

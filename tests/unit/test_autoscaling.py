@@ -15,9 +15,7 @@ from cluster.autoscaling import (
     Objective,
     PoolSignals,
     PoolSpec,
-    ReplicaValue,
     allocate,
-    least_valuable,
 )
 from cluster.autoscaling.pool import whole
 from tests.unit.fluid import FluidPool
@@ -248,17 +246,6 @@ def test_a_pool_that_says_nothing_keeps_its_floor_of_the_budget() -> None:
     decisions = Autoscaler(specs, Budget(gpus=5)).decide(0.0, {"b": busy})
     assert decisions["b"].target == 3
     assert decisions["b"].cause == "budget"
-
-
-def test_the_least_cached_value_goes_first() -> None:
-    replicas = [
-        ReplicaValue("warm", ongoing=0, cached_tokens_per_s=900.0, started_at=1),
-        ReplicaValue("cold", ongoing=2, cached_tokens_per_s=5.0, started_at=2),
-        ReplicaValue("old", ongoing=0, cached_tokens_per_s=9.0, started_at=3),
-        ReplicaValue("new", ongoing=0, cached_tokens_per_s=9.0, started_at=4),
-    ]
-    assert least_valuable(replicas, 2) == ["cold", "new"]
-    assert least_valuable(replicas, 0) == []
 
 
 def test_a_start_is_measured_from_the_target_to_the_replicas_that_answer() -> None:

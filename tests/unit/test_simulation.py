@@ -1,6 +1,7 @@
 """A pool in simulated time: every request ends once, the same seed gives the same, faults."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cluster.admission.fair_queue import QueueLimits
-from cluster.autoscaling import PoolSignals
+from cluster.autoscaling import Decision, PoolSignals
 from cluster.cli.app import app
 from cluster.config import SimConfig
 from cluster.errors import ConfigError
@@ -36,6 +37,10 @@ def policy(name: str) -> MakePolicy:
 
 def settings(**more: Any) -> Settings:
     return replace(Settings(ENGINE, replicas=4, policy=policy("prefix")), **more)
+
+
+def told(target: int) -> Decision:
+    return Decision(target, target, "told", f"told to have {target}")
 
 
 def chat(rate: float = 8.0, duration_s: float = 120.0, seed: int = 0) -> Trace:
@@ -110,7 +115,7 @@ def test_without_replicas_requests_wait_and_are_refused(routers: int) -> None:
 def test_the_first_replica_of_a_pool_that_may_have_none_is_waited_for() -> None:
     trace = chat(duration_s=20)
     timeouts = {"queue_timeout_s": 5, "start_timeout_s": 60}
-    scaling = Scaling(lambda _now_s, _signals: 1)
+    scaling = Scaling(lambda _now_s, _signals: told(1))
     result = simulate(trace, settings(replicas=0, scaling=scaling, **timeouts))
     check(result, trace)
     assert set(outcomes(result)) == {"done"}
@@ -130,15 +135,16 @@ def test_nothing_comes_of_nothing() -> None:
 def test_more_replicas_come_when_asked_for_and_leave_without_a_loss() -> None:
     seen: list[PoolSignals] = []
 
-    def decide(now_s: float, signals: PoolSignals) -> int:
+    def decide(now_s: float, signals: PoolSignals) -> Decision:
         seen.append(signals)
-        return 6 if 30 <= now_s < 80 else 2
+        return told(6 if 30 <= now_s < 80 else 2)
 
     trace = chat(duration_s=150)
     result = simulate(trace, settings(replicas=2, scaling=Scaling(decide)))
     check(result, trace)
     assert outcomes(result) == {"done": len(trace.requests)}
-    assert [(e.before, e.after) for e in result.scale_events] == [(2, 6), (6, 2)]
+    events = [(e.before, e.after, e.reason) for e in result.scale_events]
+    assert events == [(2, 6, "told to have 6"), (6, 2, "told to have 2")]
     ready = {round(sample.at_s): sample.ready for sample in result.samples}
     assert ready[45] == 2
     assert ready[55] == 6
@@ -153,9 +159,26 @@ def test_more_replicas_come_when_asked_for_and_leave_without_a_loss() -> None:
     assert sum(50 <= seconds < 110 for seconds in lived) == 4  # they end their streams
 
 
+def test_policies_are_told_the_percentile_of_all_gaps_and_not_of_the_time() -> None:
+    """A long prefill stops few tokens: half of the time, but a small part of the gaps."""
+    told_s: list[float] = []
+
+    def decide(_now_s: float, signals: PoolSignals) -> Decision:
+        told_s.extend(o.observed_s for o in signals.objectives if o.name == "itl_p90_s")
+        return told(1)
+
+    long = [TraceRequest(at * 0.471, 2000, 100) for at in range(400)]
+    engine = ENGINE.model_copy(update={"prefill_s_per_token": 1.25e-4})
+    one = settings(engine=engine, replicas=1, scaling=Scaling(decide))
+    result = simulate(Trace("long", long, 64), one)
+    assert result.itl_s.percentile(99) > 10 * result.itl_s.percentile(90)
+    settled = sorted(told_s[20:100])
+    assert settled[len(settled) // 2] == pytest.approx(result.itl_s.percentile(90), rel=0.1)
+
+
 def test_from_zero_replicas_held_requests_are_served() -> None:
     trace = chat(duration_s=60)
-    scaling = Scaling(lambda now_s, signals: 3 if signals.queued or signals.ongoing else 0)
+    scaling = Scaling(lambda _now_s, seen: told(3 if seen.queued or seen.ongoing else 0))
     result = simulate(trace, settings(replicas=0, scaling=scaling))
     assert outcomes(result) == {"done": len(trace.requests)}
 
@@ -173,6 +196,16 @@ def test_reports_that_are_late_cost_but_lose_nothing() -> None:
 
 def test_the_objectives_are_of_each_request() -> None:
     trace = chat()
+    seen: list[PoolSignals] = []
+
+    def decide(_now_s: float, signals: PoolSignals) -> Decision:
+        seen.append(signals)
+        return told(4)
+
+    simulate(trace, settings(slo=Slo(ttft_s=3.0, itl_s=math.inf), scaling=Scaling(decide)))
+    assert {tuple((o.name, o.limit_s) for o in s.objectives) for s in seen} == {
+        (("ttft_p90_s", 3.0),)
+    }
     strict = simulate(trace, settings(slo=Slo(ttft_s=1e-3)))
     easy = simulate(trace, settings(slo=Slo(ttft_s=1e3, itl_s=1e3)))
     assert (strict.slo_attainment, easy.slo_attainment) == (0.0, 1.0)
@@ -184,8 +217,19 @@ applications:
   import_path: deployments.app:build
   args:
     generators:
-    - {name: gen, model: m, engine: sim, replicas: {min: 1, max: 8, target_ongoing: 16}}
+    - name: gen
+      model: m
+      engine: sim
+      resources: {cpus: 2, gpus: 1}
+      slo: {ttft_p90_s: 1.5}
+      replicas: {min: 1, max: 8, target_ongoing: 16}
+    router: {replicas: {min: 1, max: 1}, resources: {cpus: 1}}
+    budget: {cpus: 5}
+    accounting: {per_cpu_hour: 0.1, per_gpu_hour: 2, currency: CHF}
 """
+
+
+CAUSES = {"forecast", "ongoing", "learning", "missed", "kv", "limit", "busy", "budget"}
 
 
 @pytest.fixture
@@ -202,8 +246,40 @@ def test_the_command_prints_json_and_draws(tmp_path: Path, config: str) -> None:
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert found["requests"] == found["done"] > 100
-    assert {"slo_attainment", "replica_hours", "cost", "scaled", "ttft_p90_s"} <= found.keys()
+    assert {"slo_attainment", "ttft_p90_s"} <= found.keys()
+    assert found["cost"] == pytest.approx(2.2 * found["replica_hours"])
+    assert len(found["scaled"]) == found["scale_events"] > 0
+    assert {event["cause"] for event in found["scaled"]} <= CAUSES
+    assert all(event["reason"] for event in found["scaled"])
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_keeps_to_the_budget_of_all_pools(config: str) -> None:
+    args = ["simulate", "--trace", "chat", "--duration-s", "200", "--rate", "40"]
+    done = CliRunner().invoke(app, [*args, "--config", config])
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    (change,) = [line for line in lines if "replicas (" in line]
+    assert "from 1 to 2 replicas (budget): " in change, "4 CPUs beside the router"
+    (cost,) = [line.split() for line in lines if line.startswith(" cost")]
+    assert cost[2] == "CHF"
+
+
+@pytest.mark.parametrize(
+    ("more", "attained"),
+    [
+        ([], True),
+        (["--set", "generators.gen.slo.ttft_p90_s=0.0001"], False),
+        (["--set", "generators.gen.slo.ttft_p90_s=0.0001", "--ttft-s", "100"], True),
+        (["--set", "generators.gen.slo.ttft_p90_s=null"], True),
+        (["--itl-s", "0.0001"], False),
+    ],
+)
+def test_the_objectives_are_the_pools_own(config: str, more: list[str], attained: bool) -> None:
+    args = ["simulate", "--trace", "rag", "--duration-s", "10", "--replicas", "8", "--json"]
+    done = CliRunner().invoke(app, [*args, "--config", config, *more])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["slo_attainment"] == (1.0 if attained else 0.0)
 
 
 def test_the_command_prints_a_table(config: str) -> None:

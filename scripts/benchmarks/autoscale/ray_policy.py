@@ -9,7 +9,7 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
-from cluster.autoscaling import PoolSignals
+from cluster.autoscaling import Decision, PoolSignals
 
 METRICS_INTERVAL_S = 10.0
 LOOK_BACK_S = 30.0
@@ -34,8 +34,12 @@ class RayPolicy:
         self._wanted_since: float | None = None
         self._up = False
 
-    def target(self, now: float, signals: PoolSignals) -> int:
+    def decide(self, now: float, signals: PoolSignals) -> Decision:
         """The target at ``now`` (seconds)."""
+        target = self._target(now, signals)
+        return Decision(target, target, "ongoing", f"{signals.ongoing:.0f} requests")
+
+    def _target(self, now: float, signals: PoolSignals) -> int:
         if not self._reports or now - self._reports[-1][0] >= METRICS_INTERVAL_S:
             self._reports.append((now, signals.ongoing + signals.queued))
         while self._reports[0][0] < now - LOOK_BACK_S:

@@ -4,40 +4,49 @@ Lengths are log-normal. Arrivals are a gamma renewal process that a rate modulat
 (Wang et al., 2024) models bursts: a shape below 1 is burstier than Poisson's.
 """
 
-import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from cluster.simulation.arrivals import Curve, arrivals
+from cluster.simulation.arrivals import daily as day
+from cluster.simulation.requests import Trace, TraceRequest
+from cluster.simulation.traces import GAMMA_SHAPE
+from cluster.simulation.workloads import MOONCAKE_BLOCK, Lengths
+
 HOUR_S = 3600.0
+PROMPT = Lengths(2340.0, 0.7, 16_000.0)
+"""Tokens; 3,000 of the mean, none of them shared."""
+COMPLETION = Lengths(360.0, 0.8, 4000.0)
+"""Tokens; 500 of the mean."""
 
 
 @dataclass(frozen=True, slots=True)
-class Arrival:
-    """One request."""
+class Load:
+    """How a rate goes."""
 
-    at_s: float
-    prompt_tokens: int
-    completion_tokens: int
+    curve: Curve
+    """Requests/s at a time in seconds."""
+    hours: float
+
+    def trace(self, name: str, seed: int) -> Trace:
+        """The requests of a seed."""
+        rng = np.random.default_rng(seed)
+        times = arrivals(rng, 1.0, self.hours * HOUR_S, self.curve, GAMMA_SHAPE)
+        requests = [
+            TraceRequest(at, 1 + round(PROMPT.draw(rng)), 1 + round(COMPLETION.draw(rng)))
+            for at in times
+        ]
+        return Trace(name, requests, MOONCAKE_BLOCK)
 
 
-Rate = Callable[[float], float]
-"""Requests/s at a time in seconds."""
-Trace = tuple[Rate, float]
-"""A rate and how long it lasts in seconds."""
-
-
-def daily(days: float = 1.0, mean: float = 9.0) -> Trace:
+def daily(mean: float = 5.0) -> Load:
     """A day that is quiet at night (a quarter of the mean) and has its peak in the afternoon."""
-
-    def rate(t: float) -> float:
-        return mean * (1 - 0.75 * math.cos(2 * math.pi * t / (24 * HOUR_S)))
-
-    return rate, 24 * HOUR_S * days
+    curve = day(24 * HOUR_S, low=0.25)
+    return Load(lambda t: mean * curve(t), 24.0)
 
 
-def bursty(hours: float = 12.0, base: float = 4.5, seed: int = 7) -> Trace:
+def bursty(seed: int, hours: float = 12.0, base: float = 3.0) -> Load:
     """A base load, and bursts of up to five times it that rise in a minute and last minutes."""
     random = np.random.default_rng(seed)
     until = hours * HOUR_S
@@ -50,24 +59,4 @@ def bursty(hours: float = 12.0, base: float = 4.5, seed: int = 7) -> Trace:
         began, lasts, high = burst
         return high * max(0.0, min(1.0, (t - began) / 60, (began + lasts - t) / 60))
 
-    by_second = [
-        base + max((height(burst, t) for burst in bursts), default=0.0) for t in range(int(until))
-    ]
-    return lambda t: by_second[int(t)], until
-
-
-def arrivals(trace: Trace, seed: int, shape: float = 0.5) -> Iterator[Arrival]:
-    """The requests of a trace, in order; ``shape`` of the gamma process, 1 is Poisson's."""
-    rate, until = trace
-    random = np.random.default_rng(seed)
-    at = 0.0
-    while True:
-        count = 4096
-        gaps = random.gamma(shape, 1 / shape, count).tolist()
-        prompts = random.lognormal(math.log(1500) - 0.245, 0.7, count).astype(int).tolist()
-        completions = random.lognormal(math.log(250) - 0.32, 0.8, count).astype(int).tolist()
-        for gap, prompt, completion in zip(gaps, prompts, completions, strict=True):
-            at += gap / rate(at)
-            if at >= until:
-                return
-            yield Arrival(at, min(1 + prompt, 16_000), min(1 + completion, 4_000))
+    return Load(lambda t: base + max((height(burst, t) for burst in bursts), default=0.0), hours)
