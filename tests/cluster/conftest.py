@@ -2,11 +2,9 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
+from benchmarks.targets.home import free_ports
 from cluster.models import store
 
 ROOT = Path(__file__).parents[2]
@@ -75,17 +74,6 @@ def serve_config(*more: dict[str, Any], **args: Any) -> dict[str, Any]:
         "http_options": {"host": "127.0.0.1", "port": 8000},
         "applications": [application, *more],
     }
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            closing(one).__exit__()
 
 
 class Alone(NamedTuple):

@@ -15,10 +15,11 @@ import psutil
 import pytest
 import yaml
 
+from benchmarks.targets.home import free_ports
 from cluster.launch.prometheus import executable
 from cluster.metrics import Metric, table
 from cluster.monitoring import prometheus as monitoring
-from tests.cluster.conftest import Running, free_ports, router_of, serve_config, sim_generator
+from tests.cluster.conftest import Running, router_of, serve_config, sim_generator
 from tests.monitoring.hurried import hurried
 
 GRAFANA = Path(monitoring.__file__).parent / "grafana"

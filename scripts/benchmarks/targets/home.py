@@ -7,6 +7,7 @@ engine cores.
 
 import contextlib
 import os
+import random
 import socket
 import subprocess
 import tempfile
@@ -126,9 +127,16 @@ def new_home(name: str) -> Iterator[Home]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that are free now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
+    """Ports that are free now.
+
+    They are below those that Linux gives to clients' connections, one of which may otherwise take
+    the port before it is listened on, and above those that Ray gives to its workers.
+    """
+    found: list[int] = []
+    for port in random.sample(range(20_000, 32_768), 100 + count):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise TargetError(f"{count} free ports were not found")
