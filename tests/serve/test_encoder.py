@@ -394,6 +394,21 @@ async def test_a_full_queue_refuses_at_once(model_path, gate):
         assert engine.service._queue.queued_tokens == 0
 
 
+async def test_a_text_that_is_cut_waits_for_room_for_what_is_left_of_it(model_path, gate):
+    async with running(config(max_queued_tokens=200), model_path) as engine:
+        release, most = gate(engine), engine.service.model.tokenizer.max_tokens
+        first = asyncio.create_task(engine.service.encode("classify", ["good"]))
+        await until(lambda: engine.load().running)
+        second = asyncio.create_task(engine.service.encode("classify", ["bad film"]))
+        await until(lambda: engine.service._queue.queued_tokens == 4)
+        long = "good " * 10_000
+        third = asyncio.create_task(engine.service.encode("classify", [long], truncate=True))
+        await until(lambda: third.done() or engine.service._queue.queued_tokens == 4 + most)
+        release.release(10)
+        assert (await third).num_tokens == most
+        await asyncio.gather(first, second)
+
+
 async def test_stop_ends_what_is_open_and_refuses_more(model_path, gate):
     engine = EncoderEngine(config(), model_path)
     await engine.start()

@@ -77,6 +77,7 @@ async def test_the_best_documents_come_with_their_texts(engine, saved):
         "top_n": 2,
         "return_documents": True,
         "max_tokens_per_doc": 4096,
+        "priority": 3,
     }
     results = (await ask(engine, "/rerank", body))["results"]
     assert len(results) == 2

@@ -211,3 +211,31 @@ def test_a_few_waits_that_turn_out_otherwise_change_guesses_little() -> None:
         waiting._learn("t", 1.0, 2.0)
     waited_s, guessed_s = waiting._waits["t"]
     assert 1.2 < waited_s / guessed_s < 1.4  # a queue's worth of them, and as many go by in 2 s
+
+
+def test_a_refusal_says_when_the_work_before_it_is_done() -> None:
+    async def scenario() -> None:
+        engine, loop = Engine(), asyncio.get_running_loop()
+        engine.held = 256  # nobody has room, so that all wait
+        capacity = engine.waiting.capacity
+        for _ in range(20):
+            capacity.begin(100.0)
+        for _ in range(10):  # ten are left, of 100 tokens, each takes a second: 1000 a second
+            capacity.end(100.0, 100.0, 1.0)
+
+        def claim(timeout_s: float) -> Claim:
+            until_s = loop.time() + timeout_s
+            return Claim(Identity(Tenant("t")), 100.0, 0, 0, until_s, until_s)
+
+        calls = [asyncio.ensure_future(engine.waiting.place(claim(900.0))) for _ in range(80)]
+        await asyncio.sleep(0)
+        began_s = loop.time()
+        with pytest.raises(OverloadedError) as refused:
+            await engine.waiting.place(claim(5.0))
+        assert loop.time() == began_s
+        assert refused.value.retry_after_s == pytest.approx(8.0)
+        for call in calls:
+            call.cancel()
+        await asyncio.wait(calls)
+
+    run(scenario)

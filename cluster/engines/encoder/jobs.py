@@ -25,6 +25,10 @@ Rows = NDArray[np.float32]
 class TextReader(Protocol):
     """Makes token ids of texts."""
 
+    @property
+    def most_tokens(self) -> float:
+        """That it makes of one text; infinite where a text may have several rows."""
+
     def read(self, texts: Sequence[Text], first: int) -> list[TokenIds]:
         """The rows of each text, one or more, special tokens included.
 

@@ -67,7 +67,8 @@ class JobQueue:
             OverloadedError: too much waits already.
             RequestError: the queue is closed; the error it was closed with.
         """
-        expected = sum(num_chars(text) // CHARS_PER_TOKEN + 2 for text in job.texts)
+        most = job.reader.most_tokens
+        expected = sum(int(min(most, num_chars(text) // CHARS_PER_TOKEN + 2)) for text in job.texts)
         with self._changed:
             self._check_open()
             if self.queued_tokens and self.queued_tokens + expected > self._max_queued_tokens:

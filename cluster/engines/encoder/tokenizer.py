@@ -45,9 +45,9 @@ class TextTokenizer:
             )
         self._single = single
         self._pair = pair_template(self._backend, marks_pair)
+        self.max_tokens = max_tokens
         sides: tuple[Side | None, ...] = (None, "left", "right")
         self._readers = {side: PlainReader(self, side) for side in sides}
-        self.max_tokens = max_tokens
         self.mask_token: str | None = tokenizer.mask_token
         self.mask_id: int = -1 if tokenizer.mask_token_id is None else tokenizer.mask_token_id
         """-1: there is no mask."""
@@ -146,6 +146,7 @@ class PlainReader:
     """
 
     def __init__(self, tokenizer: TextTokenizer, side: Side | None) -> None:
+        self.most_tokens = float(tokenizer.max_tokens)
         self._tokenizer = tokenizer
         self._side = side
 

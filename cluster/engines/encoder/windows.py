@@ -29,6 +29,7 @@ class WindowReader:
     """
 
     def __init__(self, tokenizer: TextTokenizer, side: Side | None, stride: int | None) -> None:
+        self.most_tokens = float(tokenizer.max_tokens) if stride is None else float("inf")
         self._tokenizer = tokenizer
         self._side = side
         self._stride = stride

@@ -31,6 +31,8 @@ class RerankRequest(WindowedRequest, frozen=True, kw_only=True):
     return_documents: bool = False
     max_tokens_per_doc: schema.AtLeastOne | None = None
     """Cohere's; no model here takes a document as long as its clients let it be."""
+    priority: int | None = None
+    """Cohere's; not looked at, since a request's class here is its key's or its header's."""
 
 
 class Ranked(Struct, frozen=True):
