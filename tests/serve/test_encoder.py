@@ -28,6 +28,7 @@ from cluster.engines.encoder.engine import EncoderEngine
 from cluster.engines.encoder.packed import PackedBert
 from cluster.engines.encoder.padded import TransformersModel
 from cluster.engines.encoder.precision import Agreement
+from cluster.engines.encoder.tasks.embed import Embed
 from cluster.errors import (
     ConfigError,
     EngineDeadError,
@@ -216,6 +217,26 @@ async def test_embeddings_formats_agree(engine):
     short = await post(engine, "/v1/embeddings", {**body, "dimensions": 4})
     vector = np.array(short.json()["data"][0]["embedding"])
     np.testing.assert_allclose(vector, np.array(plain[:4]) / np.linalg.norm(plain[:4]), atol=1e-6)
+
+
+@pytest.mark.parametrize(("texts", "aside"), [(2, False), (4096, True)])
+async def test_large_replies_are_written_beside_the_event_loop(engine, monkeypatch, texts, aside):
+    threads = []
+    plain = Embed.reply
+
+    def reply(*args):
+        threads.append(threading.get_ident())
+        return plain(*args)
+
+    monkeypatch.setattr(Embed, "reply", reply)
+    answer = (
+        await post(engine, "/v1/embeddings", {"input": ["good", "bad"] * (texts // 2)})
+    ).json()
+    assert (threads != [threading.get_ident()]) == aside
+    data = answer["data"]
+    assert [item["index"] for item in data] == list(range(texts))
+    for item in (data[-2], data[-1]):
+        assert item["embedding"] == pytest.approx(data[item["index"] % 2]["embedding"], abs=1e-6)
 
 
 async def test_token_ids_are_as_good_as_texts(engine):
