@@ -344,6 +344,27 @@ def test_scores_do_not_depend_on_the_company(model_path, network, texts):
     np.testing.assert_allclose([one, *rows], scores, atol=1e-5)
 
 
+async def test_a_text_that_takes_long_to_read_holds_nobody_up(engine):
+    plain, release, begun = engine.service.model.tokenizer.reader(True), threading.Event(), []
+
+    class Slow:
+        def read(self, texts, first):
+            begun.append(texts)
+            assert release.wait(30)
+            return plain.read(texts, first)
+
+    large = engine.service.encode("classify", ["film " * 20_000], reader=Slow())
+    task = asyncio.create_task(large)
+    await until(lambda: begun)
+    try:
+        async with asyncio.timeout(20):
+            assert (await engine.service.encode("classify", ["good"])).rows.shape == (1, 3)
+        assert not task.done()
+    finally:
+        release.set()
+    assert (await task).num_tokens == MAX_TOKENS
+
+
 async def test_ten_thousand_texts_are_answered_in_order(engine, network):
     texts = [" ".join(WORDS[i % 10 : i % 10 + i % 7]) for i in range(10_000)]
     answer = await post(engine, "/classify", {"input": texts, "top_k": 1})
