@@ -28,6 +28,7 @@ from cluster.engines.encoder.engine import EncoderEngine
 from cluster.engines.encoder.packed import PackedBert
 from cluster.engines.encoder.padded import TransformersModel
 from cluster.engines.encoder.precision import Agreement
+from cluster.engines.encoder.tasks.embed import Embed
 from cluster.errors import (
     ConfigError,
     EngineDeadError,
@@ -218,6 +219,26 @@ async def test_embeddings_formats_agree(engine):
     np.testing.assert_allclose(vector, np.array(plain[:4]) / np.linalg.norm(plain[:4]), atol=1e-6)
 
 
+@pytest.mark.parametrize(("texts", "aside"), [(2, False), (4096, True)])
+async def test_large_replies_are_written_beside_the_event_loop(engine, monkeypatch, texts, aside):
+    threads = []
+    plain = Embed.reply
+
+    def reply(*args):
+        threads.append(threading.get_ident())
+        return plain(*args)
+
+    monkeypatch.setattr(Embed, "reply", reply)
+    answer = (
+        await post(engine, "/v1/embeddings", {"input": ["good", "bad"] * (texts // 2)})
+    ).json()
+    assert (threads != [threading.get_ident()]) == aside
+    data = answer["data"]
+    assert [item["index"] for item in data] == list(range(texts))
+    for item in (data[-2], data[-1]):
+        assert item["embedding"] == pytest.approx(data[item["index"] % 2]["embedding"], abs=1e-6)
+
+
 async def test_token_ids_are_as_good_as_texts(engine):
     texts = ["good film", "the plot was dull"]
     ids = make_tokenizer()(texts)["input_ids"]
@@ -321,6 +342,27 @@ def test_scores_do_not_depend_on_the_company(model_path, network, texts):
     one, rows = asyncio.run(compare())
     scores, _ = expected(network, ["good film", *texts])
     np.testing.assert_allclose([one, *rows], scores, atol=1e-5)
+
+
+async def test_a_text_that_takes_long_to_read_holds_nobody_up(engine):
+    plain, release, begun = engine.service.model.tokenizer.reader(True), threading.Event(), []
+
+    class Slow:
+        def read(self, texts, first):
+            begun.append(texts)
+            assert release.wait(30)
+            return plain.read(texts, first)
+
+    large = engine.service.encode("classify", ["film " * 20_000], reader=Slow())
+    task = asyncio.create_task(large)
+    await until(lambda: begun)
+    try:
+        async with asyncio.timeout(20):
+            assert (await engine.service.encode("classify", ["good"])).rows.shape == (1, 3)
+        assert not task.done()
+    finally:
+        release.set()
+    assert (await task).num_tokens == MAX_TOKENS
 
 
 async def test_ten_thousand_texts_are_answered_in_order(engine, network):

@@ -15,11 +15,11 @@ import numpy as np
 from cluster.config import ClassifierConfig, ClassifierTask
 from cluster.engines.base import EngineLoad
 from cluster.engines.encoder.device import num_threads
-from cluster.engines.encoder.jobs import Encoded, Job, Text, TextReader, TokenIds
+from cluster.engines.encoder.jobs import Encoded, Job, Text, TextReader, TokenIds, num_chars
 from cluster.engines.encoder.model import LoadedModel, load_model
 from cluster.engines.encoder.queue import JobQueue
 from cluster.engines.encoder.runner import ModelRunner, RunnerEvents
-from cluster.engines.encoder.stage import TokenizerStage
+from cluster.engines.encoder.stage import PASS_CHARS, TokenizerStage
 from cluster.engines.encoder.template import Side
 from cluster.errors import (
     ConfigError,
@@ -62,7 +62,7 @@ class EncoderCounts:
 
 
 class EncoderService:
-    """One loaded model and the three threads (event loop, tokenizer, model) that feed it.
+    """One loaded model and the threads (event loop, tokenizers, model) that feed it.
 
     Use ``start`` to make one; all methods are called on the loop that made it.
 
@@ -84,7 +84,7 @@ class EncoderService:
             died=lambda error: self._call(self._on_death, error),
         )
         self._runner = ModelRunner(load, self._queue, events, num_threads(config))
-        self._stage: TokenizerStage | None = None
+        self._stages: tuple[TokenizerStage, ...] = ()
         self.model: LoadedModel
 
     @classmethod
@@ -103,8 +103,8 @@ class EncoderService:
         except BaseException:
             self._queue.close(UnavailableError("the engine did not start"))
             raise
-        fail = self._fail_from_thread
-        self._stage = TokenizerStage(self._queue, fail)
+        # A text that takes long to read is read beside the others, not before them.
+        self._stages = tuple(TokenizerStage(self._queue, self._fail_from_thread) for _ in range(2))
         return self
 
     async def encode(
@@ -170,7 +170,7 @@ class EncoderService:
             agreement=agreement.share if agreement else None,
             failed_batches=done.failed,
             batch_texts=done.batch_texts,
-            tokenize_s=self._stage.tokenize_s if self._stage else 0.0,
+            tokenize_s=sum(stage.tokenize_s for stage in self._stages),
             queued_tokens=self._queue.queued_tokens,
         )
 
@@ -179,15 +179,16 @@ class EncoderService:
         error = UnavailableError("the engine stops", retry_after_s=1.0)
         self._queue.close(error)
         self._fail_open(error)
-        if self._stage is not None:
-            await asyncio.to_thread(self._stage.stop)
+        for stage in self._stages:
+            await asyncio.to_thread(stage.stop)
         if not await asyncio.to_thread(self._runner.join, STOP_TIMEOUT_S):
             log.warning("the model did not end within %s s; its thread is left", STOP_TIMEOUT_S)
 
     def _hand_over(self, job: Job) -> None:
         if job.texts:
-            assert self._stage is not None
-            self._stage.submit(job)
+            short, long = self._stages
+            stage = long if max(map(num_chars, job.texts)) > PASS_CHARS else short
+            stage.submit(job)
         else:
             job.tokenized_s = job.begun_s
             self._queue.put(job)

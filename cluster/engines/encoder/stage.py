@@ -1,4 +1,4 @@
-"""The tokenizer stage: one thread between the event loop and the queue.
+"""A tokenizer stage: one thread between the event loop and the queue.
 
 It takes all texts that wait at once, a share from each job, so that many small jobs cost one
 call of the tokenizer and a large one does not hold them up. Owns the jobs until it puts them in

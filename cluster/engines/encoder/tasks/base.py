@@ -1,7 +1,7 @@
 """What a task is: its paths, its bodies, which texts it wants computed, and what it answers.
 
-A task is made once for a loaded model and keeps nothing of requests; all of it runs on the event
-loop, so it must be quick.
+A task is made once for a loaded model and keeps nothing of requests. All of it runs on the event
+loop, so it must be quick; but ``reply`` runs in a thread when there is much to write.
 """
 
 from abc import ABC, abstractmethod

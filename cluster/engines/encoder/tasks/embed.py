@@ -2,10 +2,11 @@
 
 import base64
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Raw, Struct, UnsetType
+from msgspec.json import Encoder
 from msgspec.structs import replace
 
 from cluster.engines.encoder import schema
@@ -19,6 +20,8 @@ from cluster.engines.encoder.tasks.base import (
 )
 from cluster.engines.encoder.windows import merge_rows
 from cluster.errors import InvalidRequestError
+
+encode_json = Encoder().encode
 
 DECIMALS = 8
 """Of a float in JSON: float32 has 7 or 8 that mean something, and would be written with 17."""
@@ -99,8 +102,9 @@ class Embed(Task[EmbeddingsRequest]):
             rows = to_unit(rows) if self.model.pooling.normalize else rows
         if request.encoding_format == "base64":
             return [_base64(row) for row in rows]
-        vectors: list[list[float]] = rows.astype(np.float64).round(DECIMALS).tolist()
-        return vectors
+        # One by one and as JSON already: thousands at once would keep every thread from running.
+        rounded = rows.astype(np.float64).round(DECIMALS)
+        return [cast(list[float], Raw(encode_json(row.tolist()))) for row in rounded]
 
     def _windows(self, request: EmbeddingsRequest, encoded: Encoded) -> list[list[EmbeddedWindow]]:
         vectors = self._written(request, np.asarray(encoded.rows))
