@@ -16,18 +16,22 @@ DAMPING_S = 300.0
 """A trend is believed for about so long."""
 CALM_S = 120.0
 """Time constant of the level that is believed while nothing happens: arrivals are noisy."""
+FALL_S = 30.0
+"""The same while the quick level is far below it: a burst has ended."""
 FAST_S = 15.0
 """Time constant of what counts as having come true; the mean age of a percentile of 30 s."""
 ERROR_S = 1800.0
 OUTLIER = 4.0
 """Deviations beyond which a single value is not believed before a second one says the same."""
-SIGNIFICANT = 1.5
+SIGNIFICANT = 2.5
 """Mean deviations of single values that a rise must have, where jumps are usual (a margin of 1);
 where they are not, as many times more."""
 LEAST_MARGIN = 0.3
 MARGIN_QUANTILE = 0.985
 MARGIN_STEP = 0.02
 MAX_MARGIN = 3.0
+PEAK_S = 4 * 3600.0
+"""Time constant with which the highest rate is forgotten."""
 MEAN_S = 3600.0
 """Time constant of the usual rate, against which margins are measured."""
 BINS = 96
@@ -79,7 +83,7 @@ class Forecast:
         with the root of the rate, as the noise of arrivals does."""
         self.calm = 0.0
         """The level of the last minutes."""
-        self._mean = 0.0
+        self._mean = self._peak = 0.0
         self.recent = 0.0
         """The rate of the last half minute: of the time that percentiles are taken from."""
         self._scale = 0.0
@@ -109,9 +113,11 @@ class Forecast:
         self.level += (1 - math.exp(-dt / LEVEL_S)) * (value - self.level)
         self.level = max(0.0, self.level)
         self.trend += (1 - math.exp(-dt / TREND_S)) * ((self.level - before) / dt - self.trend)
-        self.calm += (1 - math.exp(-dt / CALM_S)) * (value - self.calm)
+        calm_s = FALL_S if self._falls else CALM_S
+        self.calm += (1 - math.exp(-dt / calm_s)) * (value - self.calm)
         self._mean += (1 - math.exp(-dt / MEAN_S)) * (value - self._mean)
         self.recent += (1 - math.exp(-dt / FAST_S)) * (value - self.recent)
+        self._peak = max(self.recent, self._peak * math.exp(-dt / PEAK_S))
         self._judge(now, dt)
         self._made.append((now + horizon_s, self._experts(now, horizon_s)))
 
@@ -121,9 +127,10 @@ class Forecast:
             return 0.0
         guesses = self._experts(self._at, horizon_s)
         best = min(range(len(guesses)), key=self._errors.__getitem__)
-        return max(
-            guesses[best] + self.margin * self._spread(guesses[best]), self._rising(horizon_s)
-        )
+        guess, spread = guesses[best], self._spread(guesses[best])
+        # A burst is given room for its noise, but not for another burst on top of it.
+        most = max(self._peak, guess + LEAST_MARGIN * spread)
+        return max(min(guess + self.margin * spread, most), self._rising(horizon_s))
 
     @property
     def steady(self) -> float:
@@ -134,6 +141,10 @@ class Forecast:
     def _rises(self) -> bool:
         usual = min(1.0, max(LEAST_MARGIN, self.margin))
         return self.level - self.calm > SIGNIFICANT / usual * self._scale
+
+    @property
+    def _falls(self) -> bool:
+        return self.calm - self.level > SIGNIFICANT * self._scale
 
     def _spread(self, guess: float) -> float:
         return math.sqrt(guess * self._mean)

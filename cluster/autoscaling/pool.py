@@ -165,7 +165,10 @@ class PoolScaler:
             f"in {horizon:.0f} s {prefill:.0f} prompt and {decode:.0f} completion tokens/s"
             f" at {found.objective}, {signals.queued_tokens:.0f} tokens are queued"
         )
-        return [Need("forecast", found.replicas, text), self._by_proof(signals, found.proven)]
+        # By what is and not by what may come: that would never be seen while there is room for it.
+        rates = self.prefill.steady, self.decode.steady
+        proven = self.capacity.proven(found.objective, *rates)
+        return [Need("forecast", found.replicas, text), self._by_proof(signals, proven)]
 
     def _by_proof(self, signals: PoolSignals, proven: float) -> Need:
         """Fewer only step by step: each step shows what a replica bears before the next."""

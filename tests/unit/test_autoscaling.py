@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from cluster.autoscaling import (
     Autoscaler,
     Budget,
+    Forecast,
     Objective,
     PoolSignals,
     PoolSpec,
@@ -54,13 +55,15 @@ def test_the_objective_holds_on_traffic_that_rises_and_falls() -> None:
 
 
 def test_noise_does_not_make_it_flap() -> None:
-    noise = random.Random(1)
-    pool = FluidPool(SPEC)
-    pool.run(3600, lambda t: max(0.0, noise.gauss(50, 8)))
-    began = len(pool.targets)
-    pool.run(3600, lambda t: max(0.0, noise.gauss(50, 8)))
-    changes = sum(a != b for a, b in itertools.pairwise(pool.targets[began:]))
-    assert changes <= 6
+    changes = []
+    for seed in range(1, 6):
+        noise = random.Random(seed)
+        pool = FluidPool(SPEC)
+        pool.run(3600, lambda t, noise=noise: max(0.0, noise.gauss(50, 8)))
+        began = len(pool.targets)
+        pool.run(3600, lambda t, noise=noise: max(0.0, noise.gauss(50, 8)))
+        changes.append(sum(a != b for a, b in itertools.pairwise(pool.targets[began:])))
+    assert sum(changes) / len(changes) <= 5, changes
 
 
 def test_the_learned_capacity_is_near_the_true_one() -> None:
@@ -252,3 +255,27 @@ def test_a_start_is_measured_from_the_target_to_the_replicas_that_answer() -> No
     pool = FluidPool(SPEC, startup_s=90.0)
     pool.run(900, lambda t: 40.0)
     assert pool.autoscaler.scalers["pool"].horizon_s == pytest.approx(95, abs=6)
+
+
+def followed(rates: list[float], horizon_s: float = 60.0) -> list[float]:
+    """What one forecast says to be ready for, after each of the values, two seconds apart."""
+    forecast, said = Forecast(), []
+    for number, rate in enumerate(rates):
+        forecast.update(2.0 * number, rate, horizon_s)
+        said.append(forecast.ahead(horizon_s))
+    return said
+
+
+def test_a_burst_is_given_no_room_for_another_one_on_top_of_it() -> None:
+    calm, burst = [100.0] * 900, [400.0] * 200
+    said = followed([*(calm + burst) * 4, *calm])
+    assert said[-1] > 130, "it is not known when the next one comes"
+    in_burst = said[-len(calm) - 20]
+    assert 400 < in_burst < 1.2 * 400
+
+
+def test_the_end_of_a_burst_is_seen_within_a_minute() -> None:
+    forecast = Forecast()
+    for number, rate in enumerate([*[100.0] * 900, *[400.0] * 200, *[100.0] * 30]):
+        forecast.update(2.0 * number, rate, horizon_s=60.0)
+    assert 100 <= forecast.steady < 200

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> Report:
     for seed in range(SEED, SEED + args.rounds):
         rounds.append({})
         for name in names:
-            load = daily() if name == "daily" else bursty(seed, 2.0 if args.quick else 12.0)
+            load = daily() if name == "daily" else bursty(seed, 0.5 if args.quick else 12.0)
             trace = load.trace(name, seed)
             found = _ours(trace, engine), best_of_ray(trace, engine), best_oracle(trace, engine)
             rounds[-1][name] = found
