@@ -348,6 +348,8 @@ async def test_a_text_that_takes_long_to_read_holds_nobody_up(engine):
     plain, release, begun = engine.service.model.tokenizer.reader(True), threading.Event(), []
 
     class Slow:
+        most_tokens = plain.most_tokens
+
         def read(self, texts, first):
             begun.append(texts)
             assert release.wait(30)
