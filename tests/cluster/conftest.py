@@ -117,8 +117,12 @@ def make_cluster(tmp_path_factory: pytest.TempPathFactory) -> Any:
         (home / "models").symlink_to(store.models_dir())
         env, settings, http_url, ray_address = home_alone(home)
         running = Running(home, env, http_url, ray_address)
-        done = running.tandem("up", "-d", *settings, *args, timeout_s=900)
-        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        try:
+            done = running.tandem("up", "-d", *settings, *args, timeout_s=900)
+            assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        except BaseException:  # a time-out of the test's, above all
+            running.tandem("down")
+            raise
         return running
 
     return make
