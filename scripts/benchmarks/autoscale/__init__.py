@@ -8,6 +8,7 @@ well, the cheapest is what ours is compared with. No cluster is started.
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from benchmarks.autoscale.oracle import Oracle, work_rates
 from benchmarks.autoscale.ray_policy import RayPolicy, RaySettings
@@ -131,7 +132,7 @@ def best_of_ray(trace: Trace, engine: SimConfig) -> Tried:
         label = f"Ray: {target:g} each, +{up_s:g} s, -{down_s:g} s"
         return Tried(label, served(trace, engine, policy.decide))
 
-    swept = [highest(TARGETS, lambda t, d=delays: tried(*d, t)) for delays in DELAYS]
+    swept = [highest(TARGETS, partial(tried, *delays)) for delays in DELAYS]
     return min(swept, key=lambda found: found.order)
 
 
