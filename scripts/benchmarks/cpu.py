@@ -26,6 +26,7 @@ _PARTS = {
     ":router": "router",
     ":ingress": "ingress",
     ":generator-": "engine",
+    ":classifier-": "classifier",
     ":engine": "engine",
 }
 """Words of a command line, and what the process is then."""

@@ -47,6 +47,7 @@ def test_chunks_that_are_cut_otherwise_make_no_difference() -> None:
         ("/tmp/tandem-1/haproxy -db -f /tmp/tandem-1/haproxy.cfg", "haproxy"),
         ("ray::ServeReplica:tandem:router", "router"),
         ("ray::ServeReplica:tandem:generator-sim", "engine"),
+        ("ray::ServeReplica:tandem:classifier-mood", "classifier"),
         ("ray::ServeReplica:peer:engine", "engine"),
         ("ray::ServeReplica:peer:ingress.handle_request_streaming", "ingress"),
         ("ray::ProxyActor", "proxy"),

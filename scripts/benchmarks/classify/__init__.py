@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.classify import report, texts
-from benchmarks.classify.servers import SERVERS, infinity_installed
+from benchmarks.classify.servers import SERVERS, SPLIT, infinity_installed
 from benchmarks.endpoint import TargetError
 from benchmarks.load import drive, require_wrk
+from benchmarks.memory.watch import Memory, processes_of
 from benchmarks.report import Report
 from benchmarks.rounds import interleaved
 from benchmarks.targets.home import new_home
@@ -41,7 +42,11 @@ WHOLE_TIMEOUT_S = 120.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``bench classify``."""
-    parser.add_argument("--servers", nargs="*", choices=list(SERVERS), default=list(SERVERS))
+    usual = [name for name in SERVERS if name != SPLIT]
+    parser.add_argument("--servers", nargs="*", choices=list(SERVERS), default=usual)
+    parser.add_argument(
+        "--only-servers", action="store_true", help="leave out what one process computes"
+    )
     parser.add_argument("--loads", nargs="+", choices=list(LOADS), default=list(LOADS))
     parser.add_argument("--seconds", type=float, default=6.0, help="of load in each cell")
 
@@ -58,7 +63,7 @@ def run(args: argparse.Namespace) -> Report:
         worker = stack.enter_context(_in_process())
         num_tokens = worker.ask("tokens")
         up = {name: stack.enter_context(SERVERS[name]()) for name in args.servers}
-        names = ["in process", *up]
+        names = [*up] if args.only_servers else ["in process", *up]
         for number, name in interleaved(names, args.rounds):
             _say(f"round {number + 1}: {name}")
             if name == "in process":
@@ -84,7 +89,11 @@ def _measure(found: report.Found, name: str, server: Running, args: argparse.Nam
         found[name, load_name].append(load.requests * size / load.seconds)
         found[name, f"{load_name} p50"].append(load.p50_ms)
         found[name, f"{load_name} p99"].append(load.p99_ms)
-    if server.ray_address:
+    replicas = [Memory.of(pid) for pid in processes_of(server.home.path, "classifier")]
+    if replicas:
+        found[name, "replica RSS"].append(max(memory.rss_mb for memory in replicas))
+        found[name, "replica PSS"].append(max(memory.pss_mb for memory in replicas))
+    if server.ray_address and name != SPLIT:
         for load_name in ("1x64", "32x8"):
             found["ray job", load_name].append(_job(server, *LOADS[load_name], args.seconds))
 

@@ -19,6 +19,7 @@ GOALS = {
     "padding_waste": "<= 0.02",
     "single_ms_p50": "<= 5",
     "single_in_process_ms": "<= 2.5",
+    "replica_rss_mb": "<= 1200",
 }
 RATIOS = {
     "ratio_vs_kernel": (("tandem", "32x8"), ("in process", "bf16 sorted")),
@@ -26,6 +27,8 @@ RATIOS = {
     "ratio_vs_pipeline": (("tandem", "32x8"), ("in process", "pipeline")),
     "ratio_vs_vllm": (("tandem", "32x8"), ("vllm", "32x8")),
     "ratio_vs_vllm_single": (("tandem", "1x64"), ("vllm", "1x64")),
+    "ratio_split_vs_one": (("tandem-split", "32x8"), ("tandem", "32x8")),
+    "ratio_split_vs_one_single": (("tandem-split", "1x64"), ("tandem", "1x64")),
     "ratio_job_vs_http": (("ray job", "32x8"), ("tandem", "32x8")),
     "ratio_fifo_vs_transformers_bf16": (
         ("in process", "bf16 fifo"),
@@ -42,6 +45,8 @@ VALUES = {
     "single_ms_p50": ("tandem", "1x1 p50"),
     "single_ms_p99": ("tandem", "1x1 p99"),
     "single_in_process_ms": ("in process", "bf16 single"),
+    "replica_rss_mb": ("tandem", "replica RSS"),
+    "replica_pss_mb": ("tandem", "replica PSS"),
     "agreement_bf16": ("in process", "bf16 agreement"),
     "agreement_int8": ("in process", "int8 agreement"),
     "padding_waste": ("in process", "padding waste"),
@@ -67,10 +72,14 @@ def make(found: Found, num_tokens: float) -> Report:
     return Report(
         keys=keys,
         goals={key: goal for key, goal in GOALS.items() if key in keys},
-        tables=[_table(numbers, kind) for kind in ("in process", "servers")],
+        tables=[
+            table for kind in ("in process", "servers") if (table := _table(numbers, kind)).rows
+        ],
         details={"classify": {f"{name}: {what}": rounds for (name, what), rounds in found.items()}},
         notes=[
             f"texts of {num_tokens:.1f} tokens on average; A x B: A texts in a request, B clients",
+            "tandem-split: a replica of one thread for each core, for one replica with all cores; "
+            "a replica's memory is taken after its loads, the largest replica's",
             "the load is wrk with one thread, on the same cores as the servers; all of them were "
             "up, and one was measured at a time",
         ],
@@ -88,5 +97,5 @@ def _table(numbers: Mapping[tuple[str, str], Summary], kind: str) -> Table:
         for (name, what), value in numbers.items()
         if (name == "in process") == (kind == "in process")
     ]
-    title = "texts/s (single, p50, p99: ms)"
+    title = "texts/s (single, p50, p99: ms; RSS, PSS: MB)"
     return Table(f"{kind}: {title}", ("what", "median (lowest – highest)"), rows)

@@ -1,6 +1,7 @@
 """The servers that ``bench classify`` compares: each a context manager, all with one model."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -14,15 +15,20 @@ from benchmarks.targets.tandem import tandem_of
 from cluster.models.store import models_dir
 
 MODEL = "sentiment-minilm"
+SPLIT = "tandem-split"
+"""A replica of one thread for each core."""
 READY_S = 300.0
 INFINITY = "infinity-emb[server]==0.0.78"
 INFINITY_WANTS = (INFINITY, "transformers<5", "sentence-transformers<5.2")
 
 
-def tandem() -> AbstractContextManager[Running]:
+def tandem(
+    replicas: int = 1, threads: int | None = None
+) -> Callable[[], AbstractContextManager[Running]]:
     """The cluster as ``tandem up`` starts it, with one classifier and no generator."""
-    classifier = {"name": MODEL, "model": MODEL, "replicas": {"min": 1, "max": 1}}
-    return tandem_of({"classifiers": [classifier]}, MODEL)
+    pool = {"min": replicas, "max": replicas}
+    classifier = {"name": MODEL, "model": MODEL, "replicas": pool, "threads": threads}
+    return lambda: tandem_of({"classifiers": [classifier]}, MODEL)
 
 
 def infinity(dtype: str) -> Callable[[], AbstractContextManager[Running]]:
@@ -82,7 +88,8 @@ def vllm() -> Iterator[Running]:
 
 
 SERVERS: Mapping[str, Callable[[], AbstractContextManager[Running]]] = {
-    "tandem": tandem,
+    "tandem": tandem(),
+    SPLIT: tandem(replicas=len(os.sched_getaffinity(0)), threads=1),
     "infinity-bf16": infinity("bfloat16"),
     "infinity-fp32": infinity("float32"),
     "vllm": vllm,

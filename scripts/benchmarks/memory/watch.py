@@ -50,14 +50,19 @@ def process_of(home: Path, part: str) -> int:
     Raises:
         TargetError: there is none, or more than one.
     """
-    found = [
+    found = processes_of(home, part)
+    if len(found) != 1:
+        raise TargetError(f"{len(found)} processes play the {part}")
+    return found[0]
+
+
+def processes_of(home: Path, part: str) -> list[int]:
+    """The ids of all processes of ``home`` that play ``part``."""
+    return [
         owned.process.pid
         for owned in processes.find(home)
         if part_of(" ".join(owned.process.cmdline())) == part
     ]
-    if len(found) != 1:
-        raise TargetError(f"{len(found)} processes play the {part}")
-    return found[0]
 
 
 class Watch:
