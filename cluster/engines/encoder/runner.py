@@ -6,7 +6,9 @@ cannot compute anything any more. Owns the model, the counters, and each job's r
 batch on. Knows neither tokenizer nor HTTP.
 """
 
+import contextlib
 import copy
+import ctypes
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -132,6 +134,7 @@ class ModelRunner:
         try:
             torch.set_num_threads(self._num_threads)
             loaded = self._load()
+            _trim_memory()
             self._probe = [loaded.tokenizer.shortest()]
             count = min(self._num_threads, MAX_STREAMS) if loaded.shares_cores else 1
             # A copy shares the weights, and counts for itself.
@@ -215,6 +218,12 @@ class _Stream:
         if number != self._threads:
             torch.set_num_threads(number)
             self._threads = number
+
+
+def _trim_memory() -> None:
+    """Give back to the system what loading took and left: 0.25 GB after measuring agreement."""
+    with contextlib.suppress(OSError, AttributeError):  # only glibc has it
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def share_threads(num_threads: int, num_streams: int) -> list[int]:
