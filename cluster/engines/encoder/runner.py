@@ -6,7 +6,9 @@ cannot compute anything any more. Owns the model, the counters, and each job's r
 batch on. Knows neither tokenizer nor HTTP.
 """
 
+import contextlib
 import copy
+import ctypes
 import os
 import threading
 import time
@@ -136,6 +138,7 @@ class ModelRunner:
         try:
             torch.set_num_threads(self._num_threads)
             loaded = self._load()
+            _trim_memory()
             self._probe = [loaded.tokenizer.shortest()]
             count = min(self._num_threads, MAX_STREAMS) if loaded.shares_cores else 1
             # A copy shares the weights, and counts for itself.
@@ -220,6 +223,12 @@ class _Stream:
         if number != self._threads:
             torch.set_num_threads(number)
             self._threads = number
+
+
+def _trim_memory() -> None:
+    """Give back to the system what loading took and left: 0.25 GB after measuring agreement."""
+    with contextlib.suppress(OSError, AttributeError):  # only glibc has it
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _scatter(batch: Batch[Job], rows: Rows | list[Rows]) -> list[Job]:
