@@ -3,17 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from cluster.engines.encoder import tokenizer as tokenizers
-from cluster.engines.encoder.tokenizer import TextTokenizer
 from tests.serve.encoder_kit import (  # noqa: F401
     FAMILIES,
     LABELS,
     MAX_TOKENS,
     ask,
-    make_tokenizer,
     one_thread,
     refused,
     running,
@@ -53,49 +48,6 @@ async def test_texts_and_pairs_are_cut_as_by_transformers(tmp_path, family, side
         logits = saved.logits(*texts, truncation="longest_first", max_length=MAX_TOKENS)
         assert scores_of(item) == pytest.approx(logits.softmax(-1).tolist(), abs=1e-5)
     assert answer["usage"]["total_tokens"] == 4 * MAX_TOKENS
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def tokenizer(request):
-    *_, make = FAMILIES[request.param]
-    return TextTokenizer(make_tokenizer(make), MAX_TOKENS)
-
-
-WORDS = ["the good film", "unforgettable", "Berlin,", "\x00", "\u00e9", "."]
-BLANKS = [" ", "   ", "\n", " \n\t "]
-
-
-@given(
-    pieces=st.lists(st.sampled_from(WORDS + BLANKS), max_size=40),
-    glue=st.sampled_from([" ", "", "\n"]),
-    times=st.sampled_from([1, 3, 20]),
-    side=st.sampled_from(["left", "right"]),
-)
-@settings(max_examples=30, deadline=None)
-def test_what_is_read_of_a_long_text_suffices(tokenizer, pieces, glue, times, side):
-    text = glue.join(pieces * times)
-    inputs = [text, (text, "good film"), ("", text), (text, text[::-1])]
-    found = tokenizer.encode(inputs, 0, side)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizers, "CHARS_PER_TOKEN", 1_000_000)
-        wanted = tokenizer.encode(inputs, 0, side)
-    assert [row.tolist() for row in found] == [row.tolist() for row in wanted]
-
-
-def test_only_the_beginning_of_a_very_long_text_is_read(saved):
-    tokenizer = TextTokenizer(saved.tokenizer, MAX_TOKENS)
-    texts = []
-    plain = tokenizer._backend
-
-    class Watched:
-        def encode_batch_fast(self, given, **options):
-            texts.extend(given)
-            return plain.encode_batch_fast(given, **options)
-
-    tokenizer._backend = Watched()
-    for side in ("left", "right"):
-        tokenizer.encode([SENTENCES * 1000], 0, side)
-    assert max(map(len, texts)) < 20 * MAX_TOKENS
 
 
 @pytest.mark.parametrize("stride", [0, 7, 19])

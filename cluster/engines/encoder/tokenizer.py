@@ -17,12 +17,6 @@ from cluster.engines.encoder.template import (
 )
 from cluster.errors import ConfigError, InvalidRequestError
 
-CHARS_PER_TOKEN = 8
-"""English has 4 to 5. So many are read first of a text that will be cut, and more if they are too
-few: a request with a megabyte of text would keep all others from the tokenizer for 0.2 s."""
-SPARE = 8
-"""Tokens that are read beyond those that may be kept, for the last ones before the cut."""
-
 
 class TextTokenizer:
     """Adds a model's special tokens around each text and cuts it to the model's length.
@@ -78,14 +72,14 @@ class TextTokenizer:
         Raises:
             InvalidRequestError: a text is too long, or has a pair and the model takes none.
         """
-        bodies = iter(self._bodies(flatten(texts), side))
+        bodies = iter(self._backend.encode_batch_fast(flatten(texts), add_special_tokens=False))
         rows: list[list[int]] = []
         for index, text in enumerate(texts, first):
-            ids = next(bodies)
+            ids = next(bodies).ids
             if isinstance(text, str):
                 rows.append(self._row(index, ids, side))
             else:
-                rows.append(self._pair_row(index, ids, next(bodies), side))
+                rows.append(self._pair_row(index, ids, next(bodies).ids, side))
         return split_rows(rows)
 
     def shortest(self) -> TokenIds:
@@ -121,33 +115,6 @@ class TextTokenizer:
             "(truncate: true cuts it)",
             param="input",
         )
-
-    def _bodies(self, texts: Sequence[str], side: Side | None) -> list[list[int]]:
-        """The tokens of each text; of one that will be cut, those that may be kept."""
-        parts = [self._part(text, CHARS_PER_TOKEN, side) for text in texts]
-        found = self._backend.encode_batch_fast(parts, add_special_tokens=False)
-        bodies = [encoding.ids for encoding in found]
-        for index, text in enumerate(texts):
-            chars_per_token = CHARS_PER_TOKEN
-            while len(parts[index]) < len(text) and len(bodies[index]) < self.max_tokens + SPARE:
-                chars_per_token *= 4
-                parts[index] = self._part(text, chars_per_token, side)
-                bodies[index] = self._backend.encode(parts[index], add_special_tokens=False).ids
-        return bodies
-
-    def _part(self, text: str, chars_per_token: int, side: Side | None) -> str:
-        """What of a text is tokenized; its tokens are those that it has in the whole text.
-
-        It ends (``right``) or begins (``left``) at a blank, across which no token is made.
-        """
-        limit = chars_per_token * self.max_tokens
-        if side is None or len(text) <= limit:
-            return text
-        if side == "right":
-            at = text.find(" ", limit)
-            return text[:at].rstrip() if at >= 0 else text
-        at = text.rfind(" ", 0, len(text) - limit)
-        return text[len(text[:at].rstrip()) :] if at >= 0 else text
 
     def _row(self, index: int, ids: list[int], side: Side | None) -> list[int]:
         room = self.max_tokens - self._single.num_tokens
