@@ -3,6 +3,9 @@
 import math
 from dataclasses import dataclass, fields
 
+MOST = 1e15
+"""Of tokens, requests, seconds; what is more is no measurement, and its square may be infinite."""
+
 
 @dataclass(frozen=True, slots=True)
 class Objective:
@@ -55,10 +58,10 @@ class PoolSignals:
     @property
     def sane(self) -> bool:
         """Whether every number can be true."""
-        numbers = [v for f in fields(self) if isinstance(v := getattr(self, f.name), float)]
-        finite = all(math.isfinite(n) and n >= 0 for n in numbers if n is not self.age_s)
+        values = (getattr(self, field.name) for field in fields(self) if field.name != "age_s")
+        numbers = [value for value in values if isinstance(value, float)]
         latencies = [n for o in self.objectives for n in (o.observed_s, o.samples)]
-        return finite and self.age_s >= 0 and all(math.isfinite(n) and n >= 0 for n in latencies)
+        return self.age_s >= 0 and all(0 <= n <= MOST for n in (*numbers, *latencies))
 
 
 @dataclass(frozen=True, slots=True)

@@ -190,6 +190,13 @@ def test_the_budget_goes_to_the_priority_then_to_whoever_has_least_of_its_wish()
     assert allocate(wanted, specs, Budget(gpus=2)) == {"chat": 1, "batch": 0, "other": 1}
 
 
+@pytest.mark.parametrize("number", [-1.0, float("nan"), float("inf"), 1e154])
+def test_a_number_that_cannot_be_true_is_not_used(number: float) -> None:
+    assert PoolSignals(1, 1, 1.0, 40.0).sane
+    assert not PoolSignals(1, 1, 1.0, number).sane
+    assert not PoolSignals(1, 1, 1.0, objectives=(Objective("x", 1.0, number),)).sane
+
+
 names = st.sampled_from("abc")
 amounts = st.floats(0, 4)
 floats = st.floats(allow_nan=True, allow_infinity=True)
