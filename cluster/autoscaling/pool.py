@@ -142,13 +142,16 @@ class PoolScaler:
                 Need("cpu", signals.cores / ROUTER_CORES, cores),
                 self._by_ongoing(signals),
             ]
+        asked_for = signals.requests_per_s or signals.ongoing or signals.queued
+        if signals.target <= 1 and not asked_for:  # the last one is not kept by what was
+            return [Need("busy", 0.0, "nothing is asked for")]
         needs = [*self._by_load(signals), self._by_limit(signals)]
         if signals.kv_usage > FULL:
             full = signals.running * signals.kv_usage / FULL
             needs.append(Need("kv", full, f"the KV caches are {signals.kv_usage:.0%} full"))
         seen = self._by_missed(now, signals), self._by_failure(now, signals)
         needs += [need for need in seen if need is not None]
-        if signals.requests_per_s or signals.ongoing or signals.queued:
+        if asked_for:
             needs.append(Need("busy", 0.5, "there are requests"))
         return needs
 
