@@ -175,7 +175,8 @@ class Batcher(Generic[K]):
             if request.next == len(request.order):
                 heapq.heappop(self._heap)
             elif request.portion_tokens <= 0:
-                tag += request.begin_portion(self._budget)
+                overdrawn = -request.portion_tokens  # by the end of a text
+                tag += overdrawn + request.begin_portion(self._budget)
                 heapq.heapreplace(self._heap, (tag, number, request))
 
     def _serve(self, task: str, chosen: list[_Drawn]) -> Batch[K]:

@@ -147,6 +147,21 @@ def test_large_requests_of_one_age_share_evenly():
     assert set(counts.values()) == {20 * BUDGET // 4 // 4}
 
 
+@given(st.integers(1, 4 * BUDGET), st.integers(1, 4 * BUDGET))
+def test_large_requests_get_the_same_whatever_the_lengths_of_their_texts(one, other):
+    """While both have texts that wait, neither is ahead by more than portions and batches are."""
+    batcher = Batcher[int](BUDGET, lookahead=1)
+    batcher.add(0, "classify", [one] * (40 * BUDGET // one + 1))
+    batcher.add(1, "classify", [other] * (40 * BUDGET // other + 1))
+    served = [0, 0]
+    while batcher.waiting_requests == 2:
+        batch = batcher.cut()
+        assert batch
+        for item in batch.items:
+            served[item.key] += item.length
+        assert abs(served[0] - served[1]) <= 2 * (2 * BUDGET + max(one, other))
+
+
 def test_texts_of_like_length_go_together():
     batcher = Batcher[int](BUDGET)
     for key in range(16):
