@@ -196,6 +196,9 @@ class GeneratorConfig(Section):
     @model_validator(mode="after")
     def _can_scale(self) -> Self:
         _check_scaling(self.max_ongoing, self.replicas)
+        max_loras = self.engine_args.get("max_loras", 1)
+        if not isinstance(max_loras, int) or isinstance(max_loras, bool) or max_loras < 1:
+            raise ValueError(f"engine_args.max_loras: got {max_loras!r}; 1 or more is allowed")
         if self.num_workers > 1 and not (self.resources.cpus or self.resources.gpus):
             raise ValueError("resources must reserve something for each of several workers")
         return self

@@ -12,4 +12,6 @@ def log_with_serve() -> None:
     Serve configures its own logger alone; of others a warning would go to the worker's stderr
     without a time, and how an engine started nowhere.
     """
-    logging.getLogger(PACKAGE).parent = logging.getLogger(SERVE)
+    package = logging.getLogger(PACKAGE)
+    package.parent = logging.getLogger(SERVE)
+    package.setLevel(logging.NOTSET)  # loggers forget what level they remembered

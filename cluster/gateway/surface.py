@@ -47,7 +47,7 @@ def read_envelope(request: Request) -> Envelope:
     Raises:
         InvalidRequestError: the body is not a JSON object, or ``model`` is not a string.
     """
-    if not request.body or not _is_json(request):
+    if not request.body or not is_json(request):
         return _EMPTY
     try:
         return _decode(request.body)
@@ -57,9 +57,10 @@ def read_envelope(request: Request) -> Envelope:
         raise InvalidRequestError(f"The request body is not valid JSON: {error}") from None
 
 
-def _is_json(request: Request) -> bool:
-    content_type = header(request.headers, b"content-type")
-    return content_type is None or "json" in content_type or "text/plain" in content_type
+def is_json(request: Request) -> bool:
+    """Whether engines read the body as JSON."""
+    content_type = (header(request.headers, b"content-type") or "json").lower()
+    return "json" in content_type or "text/plain" in content_type
 
 
 def pick_pool(pools: Mapping[str, Pool], path: str, model: str | None) -> Pool:

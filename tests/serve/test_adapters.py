@@ -104,8 +104,10 @@ async def test_a_keys_models_are_adapters_too() -> None:
     async with a_world(1, "law art", max_loras=2) as world:
         identity = Identity(Tenant("t"), models=frozenset({"law"}))
 
-        async def ask(path: str, body: bytes = b"") -> tuple[int, bytes]:
-            headers = [(b"content-type", b"application/json")]
+        async def ask(
+            path: str, body: bytes = b"", kind: str = "application/json"
+        ) -> tuple[int, bytes]:
+            headers = [(b"content-type", kind.encode())]
             method = "POST" if body else "GET"
             request = Request("id", method, path, b"", headers, body, identity=identity)
             response = await world.gateway.respond(request)
@@ -114,6 +116,9 @@ async def test_a_keys_models_are_adapters_too() -> None:
         for model, status in (("law", 200), ("art", 403), ("m", 403)):
             body = f'{{"model": "{model}", "prompt": "Hi", "max_tokens": 1}}'.encode()
             assert (await ask(COMPLETION, body))[0] == status
+            assert (await ask(COMPLETION, body, "Application/JSON"))[0] == status
+            # What the router does not read might name any of them.
+            assert (await ask(COMPLETION, body, "multipart/form-data; boundary=x"))[0] == 403
         _, listed = await ask("/v1/models")
         assert [name for name in ("law", "art", "m") if f'"id":"{name}"'.encode() in listed] == [
             "law"

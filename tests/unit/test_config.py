@@ -49,6 +49,12 @@ def test_all_adapters_are_loaded_unless_there_are_many_or_it_is_said() -> None:
     assert [most(0), most(3), most(20), most(3, max_loras=2)] == [1, 3, 8, 2]
 
 
+@pytest.mark.parametrize("max_loras", [None, "abc", 0, -1, True])
+def test_a_wrong_number_of_loaded_adapters_is_refused(max_loras: object) -> None:
+    with pytest.raises(ConfigError, match="max_loras"):
+        parse(generator(engine_args={"max_loras": max_loras}))
+
+
 def test_it_is_frozen() -> None:
     config = parse(generator())
     with pytest.raises(Exception, match="frozen"):

@@ -24,10 +24,11 @@ def test_what_the_package_logs_goes_where_serves_own_lines_go(
     monkeypatch.setattr(serve, "propagate", False)
     monkeypatch.setattr(outer, "handlers", [*outer.handlers, root])
     level = serve.level
+    engine = logging.getLogger(f"{PACKAGE}.engines.some")
+    assert not engine.isEnabledFor(logging.INFO)  # as it was asked before, and remembers
     serve.setLevel(logging.INFO)
     try:
         log_with_serve()
-        engine = logging.getLogger(f"{PACKAGE}.engines.some")
         engine.info("ready")
         engine.debug("a token")
         logging.getLogger("another").warning("not ours")
