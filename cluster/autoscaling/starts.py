@@ -30,7 +30,8 @@ class StartWatch:
     """Follows one pool."""
 
     def __init__(self) -> None:
-        self._asked: tuple[int, float] | None = None
+        self._target: int | None = None
+        self._asked: tuple[int, int, float] | None = None  # replicas, how many are new, and when
         self._answered_at: float | None = None
 
     def follow(
@@ -41,11 +42,13 @@ class StartWatch:
         ``scheduling`` (until the process was made), ``start`` (until the replica could answer) and
         ``notice`` (until Serve's controller knew) add up to ``decision``, but for the clocks.
         """
+        before, self._target = self._target, target
         if self._asked is None:
-            if running < target:
-                self._asked = target, now
+            rises = before is None or target > before
+            if rises and running < target:  # else one that was lost is replaced
+                self._asked = target, target - running, now
             return None
-        asked, decided_at = self._asked
+        asked, num_new, decided_at = self._asked
         if self._answered_at is None:
             if target < asked:
                 self._forget()
@@ -55,11 +58,11 @@ class StartWatch:
             self._answered_at = now
         answered_at = self._answered_at
         told = [start for start in starts if start.ready_at >= decided_at - CLOCK_S]
-        if not told:
-            if now - answered_at > UNTOLD_S:
-                self._forget()
+        if len(told) < num_new and now - answered_at <= UNTOLD_S:
             return None
         self._forget()
+        if not told:
+            return None
         last = max(told, key=lambda start: start.ready_at)
         phases = {
             "scheduling": max(0.0, last.created_at - decided_at),

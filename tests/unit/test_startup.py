@@ -64,6 +64,22 @@ def test_of_several_replicas_the_last_to_be_ready_counts() -> None:
     assert phases == {"scheduling": 2.0, "start": 27.0, "notice": 1.0, "decision": 30.0}
 
 
+def test_all_new_replicas_are_waited_for_before_one_is_the_last() -> None:
+    watch = StartWatch()
+    watch.follow(0.0, 3, 1, [])
+    assert watch.follow(30.0, 3, 2, [Start(1.0, 28.0)]) is None
+    assert watch.follow(61.0, 3, 3, [Start(1.0, 28.0)]) is None
+    phases = watch.follow(62.0, 3, 3, [Start(1.0, 28.0), Start(2.0, 58.0)])
+    assert phases == {"scheduling": 2.0, "start": 58.0, "notice": 1.0, "decision": 61.0}
+
+
+def test_a_replica_that_is_replaced_is_no_rise_of_the_target() -> None:
+    watch = StartWatch()
+    watch.follow(0.0, 2, 2, [])
+    assert watch.follow(100.0, 2, 1, []) is None
+    assert watch.follow(112.0, 2, 2, [Start(101.0, 9.0)]) is None
+
+
 def test_a_start_that_is_called_off_or_never_reported_is_forgotten() -> None:
     watch = StartWatch()
     watch.follow(0.0, 2, 1, [])
