@@ -1,6 +1,5 @@
 """The router deployment: the gateway, fed by Serve's view of the replicas."""
 
-import gc
 import os
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -112,10 +111,6 @@ class Router:
         # Inside the cluster, so no API key is asked for.
         self._inside = self._peers.app(GatewayApp(self._gateway, authenticates=False))
         self._server = await serve_links(self._inside)
-        # What is there now stays: a full collection would go through it, and hold up all streams
-        # for 80 ms.
-        gc.collect()
-        gc.freeze()
 
     def record_replica_metadata(self) -> dict[str, Any]:
         """Where other Ray jobs reach this router."""

@@ -109,7 +109,7 @@ def _decide(world: World, name: str, decisions: int) -> "np.ndarray":
     policy, clock = make_policy(name, world.index), time.thread_time_ns
     taken = np.zeros(decisions)
     gc.collect()
-    gc.freeze()  # as a router does when it has started
+    gc.freeze()  # as Serve does when a router has started
     for number in range(decisions):
         request = world.request()
         begun = clock()
