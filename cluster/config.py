@@ -332,6 +332,12 @@ class TandemConfig(Section):
     devices: DevicesConfig = DevicesConfig()
 
     @property
+    def files(self) -> tuple[str, ...]:
+        """The models and adapters that engines read, each once."""
+        read = [path for pool in self.generators for path in pool.files]
+        return tuple(dict.fromkeys([*read, *(pool.model for pool in self.classifiers)]))
+
+    @property
     def operations(self) -> OperationsConfig:
         """The part of it that every replica gets."""
         return OperationsConfig(

@@ -19,8 +19,7 @@ _TEXT = TextColumn("{task.description}", markup=False)
 
 def build_missing(console: Console, config: TandemConfig) -> None:
     """Build those default models that ``config`` names and that are not built."""
-    named = {g.model for g in config.generators if g.engine != "sim"}
-    named |= {c.model for c in config.classifiers}
+    named = config.files
     missing = [n for n, model in CATALOGUE.items() if n in named and manifest(model) is None]
     if missing:
         console.print(f"building {', '.join(missing)}; this is done once")

@@ -47,9 +47,8 @@ def run(config: Path | None, overrides: Sequence[str], *, detach: bool, monitori
 
 def _check_models(config: TandemConfig) -> None:
     """Raise ConfigError where a model's directory is not there, before anything starts."""
-    served = [path for generator in config.generators for path in generator.files]
-    for model in (*served, *(classifier.model for classifier in config.classifiers)):
-        resolve(model)
+    for path in config.files:
+        resolve(path)
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

@@ -88,9 +88,7 @@ def _existing(path: Path) -> Path:
 
 def check_models(config: TandemConfig) -> Iterator[Finding]:
     """Whether the files of each configured model are there."""
-    models = [path for generator in config.generators for path in generator.files]
-    models += [classifier.model for classifier in config.classifiers]
-    for model in dict.fromkeys(models):
+    for model in config.files:
         try:
             yield ok("models", f"{model}: {resolve(model)}")
         except TandemError as error:
