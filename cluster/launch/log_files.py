@@ -89,11 +89,7 @@ def entries_of(directory: Path, request_id: str) -> list[Entry]:
 
 def last_errors(directory: Path, count: int) -> list[Entry]:
     """The last ``count`` entries that tell of an error, from the end of each log."""
-    found = [
-        entry
-        for path in log_files(directory)
-        for entry in _matching(path, _BAD, from_byte=max(0, path.stat().st_size - _TAIL_BYTES))
-    ]
+    found = [entry for path in log_files(directory) for entry in _at_end(path, _BAD)]
     return sorted(found, key=lambda entry: entry.time)[-count:]
 
 
@@ -101,7 +97,7 @@ def failed_requests(directory: Path) -> list[Failures]:
     """The requests that failed or were cut off, by model, replica and status; the most first."""
     found: dict[tuple[str, str, int, str], Failures] = {}
     for path in sorted(directory.glob(REQUEST_LOGS)):
-        for entry in _matching(path, _FAILED, from_byte=max(0, path.stat().st_size - _TAIL_BYTES)):
+        for entry in _at_end(path, _FAILED):
             try:
                 line = json.loads(entry.text)
             except ValueError:  # the tail begins in its midst
@@ -115,12 +111,19 @@ def failed_requests(directory: Path) -> list[Failures]:
     return sorted(found.values(), key=lambda failures: -failures.count)
 
 
-def _matching(path: Path, wanted: re.Pattern[bytes], from_byte: int = 0) -> Iterator[Entry]:
+def _at_end(path: Path, wanted: re.Pattern[bytes]) -> Iterator[Entry]:
+    return _matching(path, wanted, tail_bytes=_TAIL_BYTES)
+
+
+def _matching(
+    path: Path, wanted: re.Pattern[bytes], tail_bytes: int | None = None
+) -> Iterator[Entry]:
     lines: list[bytes] = []
     time = ""
     try:
         with path.open("rb") as file:
-            file.seek(from_byte)
+            if tail_bytes is not None:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - tail_bytes))
             for line in file:
                 begins = bool(_HEAD.match(line))
                 if lines and begins:
