@@ -12,7 +12,7 @@ from cluster.gateway.claim import SESSION_HEADER, Claim, asked_priority, asked_t
 from cluster.gateway.messages import Headers, Request, header
 from cluster.gateway.pool import Pool
 from cluster.gateway.routes import OTHER
-from cluster.gateway.surface import Envelope, is_json
+from cluster.gateway.surface import UNREAD, Envelope
 from cluster.routing import fingerprint
 from cluster.routing.fingerprint import EMPTY
 
@@ -53,9 +53,8 @@ class Admission:
 
     def _enter(self, request: Request, envelope: Envelope, pool: Pool) -> tuple[Claim, Grant]:
         identity, model = request.identity, envelope.model or pool.name
-        # What another kind of body names is not read here: it may be any of the pool's models.
-        unread = request.body and not is_json(request)
-        for each in pool.models if unread else (model,):
+        # What is not read may name any of the pool's models.
+        for each in pool.models if envelope is UNREAD else (model,):
             if not identity.allows(each):
                 raise PermissionDeniedError(
                     f"The API key does not allow the model `{each}`.", param="model"

@@ -34,6 +34,8 @@ class Envelope(msgspec.Struct, frozen=True):
 
 
 _EMPTY = Envelope()
+UNREAD = Envelope()
+"""Of a body that is not JSON: what it names is not known."""
 _decode = msgspec.json.Decoder(Envelope).decode
 
 
@@ -42,13 +44,15 @@ def _is_count(value: Any) -> bool:
 
 
 def read_envelope(request: Request) -> Envelope:
-    """What the router reads of the body; empty where there is no JSON body.
+    """What the router reads of the body; empty where there is none, ``UNREAD`` where it is no JSON.
 
     Raises:
         InvalidRequestError: the body is not a JSON object, or ``model`` is not a string.
     """
-    if not request.body or not is_json(request):
+    if not request.body:
         return _EMPTY
+    if not _is_json(request):
+        return UNREAD
     try:
         return _decode(request.body)
     except msgspec.ValidationError as error:
@@ -57,7 +61,7 @@ def read_envelope(request: Request) -> Envelope:
         raise InvalidRequestError(f"The request body is not valid JSON: {error}") from None
 
 
-def is_json(request: Request) -> bool:
+def _is_json(request: Request) -> bool:
     """Whether engines read the body as JSON."""
     content_type = (header(request.headers, b"content-type") or "json").lower()
     return "json" in content_type or "text/plain" in content_type
