@@ -94,10 +94,11 @@ class EncoderApp:
         self._check_model(request.model)
         how, inputs = task.how(request), task.inputs(request)
         encoded = await self._computer.compute(how, inputs, tenant)
-        reply = await _aside(encoded, lambda: task.reply(request, encoded))
+        large = _is_large(encoded)
+        reply = await _run(lambda: task.reply(request, encoded), in_a_thread=large)
         if isinstance(request, ClassifyRequest) and isinstance(reply, ClassifyReply):
             reply = await self._insight.add(request, encoded, reply)
-        return await _aside(encoded, lambda: encode_json(reply)), encoded
+        return await _run(lambda: encode_json(reply), in_a_thread=large), encoded
 
     def _tenant(self, scope: Scope) -> bytes:
         if not self._computer.isolates_tenants:
@@ -111,11 +112,14 @@ class EncoderApp:
             )
 
 
-async def _aside(encoded: Encoded, function: Callable[[], T]) -> T:
-    """What ``function`` makes of a result, in a thread if it is a large one."""
+def _is_large(encoded: Encoded) -> bool:
     rows = encoded.rows
     numbers = rows.size if isinstance(rows, np.ndarray) else sum(row.size for row in rows)
-    return function() if numbers < MANY_NUMBERS else await asyncio.to_thread(function)
+    return numbers >= MANY_NUMBERS
+
+
+async def _run(function: Callable[[], T], *, in_a_thread: bool) -> T:
+    return await asyncio.to_thread(function) if in_a_thread else function()
 
 
 class _ClientLeftError(Exception):

@@ -103,6 +103,7 @@ class Embed(Task[EmbeddingsRequest]):
         if request.encoding_format == "base64":
             return [_base64(row) for row in rows]
         # One by one and as JSON already: thousands at once would keep every thread from running.
+        # What clients see are numbers, so the field's type, which they are told, does not say Raw.
         rounded = rows.astype(np.float64).round(DECIMALS)
         return [cast(list[float], Raw(encode_json(row.tolist()))) for row in rounded]
 
