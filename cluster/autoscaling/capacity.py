@@ -115,6 +115,15 @@ class Need:
     replicas: float
     """What the fit says."""
     objective: str
+    _fit: Fit
+    _shown: float
+    """What the most that a replica was seen to bear takes of the objective."""
+
+    def proven(self, prefill: float, decode: float) -> float:
+        """At how few replicas the load of each is near to one at which the objective held."""
+        if self._shown <= 0:
+            return math.inf
+        return _loss(self._fit, prefill, decode) / (EXPLORE * self._shown)
 
 
 class Capacity:
@@ -150,18 +159,6 @@ class Capacity:
         ]
         return max(needs, key=lambda need: need.replicas, default=None)
 
-    def proven(self, objective: str, prefill: float, decode: float) -> float:
-        """At how few replicas the load of each is near to one at which the objective held.
-
-        The objective is one that ``needed`` named.
-        """
-        line = self._lines[objective]
-        fit = line.fit()
-        shown = _loss(fit, *line.proven) if fit is not None else 0.0
-        if fit is None or shown <= 0:
-            return math.inf
-        return _loss(fit, prefill, decode) / (EXPLORE * shown)
-
     def least(self, prefill: float, decode: float) -> float:
         """Replicas that keep a replica's load near to what one was seen to bear; 0: not seen."""
         loads = [
@@ -188,7 +185,7 @@ def _need(name: str, line: _Line, prefill: float, decode: float) -> Need | None:
     allowed = fit[0] - 1 / HEADROOM
     if loss <= 0 or allowed <= 0:  # it does not depend on the load, or cannot be met at any
         return None
-    return Need(loss / allowed, name)
+    return Need(loss / allowed, name, fit, _loss(fit, *line.proven))
 
 
 def _solve(matrix: list[list[float]], right: list[float]) -> list[float]:

@@ -170,8 +170,8 @@ class PoolScaler:
         )
         # By what is and not by what may come: that would never be seen while there is room for it.
         rates = self.prefill.steady, self.decode.steady
-        proven = self.capacity.proven(found.objective, *rates)
-        return [Need("forecast", found.replicas, text), self._by_proof(signals, proven)]
+        proof = self._by_proof(signals, found.proven(*rates))
+        return [Need("forecast", found.replicas, text), proof]
 
     def _by_proof(self, signals: PoolSignals, proven: float) -> Need:
         """Fewer only step by step: each step shows what a replica bears before the next."""
