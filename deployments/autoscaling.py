@@ -31,6 +31,8 @@ CREATED, STARTUP = "created_at", "startup_s"
 how long it took from there until it could answer."""
 DECIDE_S = 2.0
 """The controller asks ten times a second; reports come as often as this."""
+Heard = list[tuple[float, dict[str, float]]]
+"""What each replica of a deployment said last, with its age in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,58 +120,23 @@ class ApplicationPolicy:
         made_of = specs, parts[0].settings.budget
         if self._autoscaler is None or made_of != self._made_of:
             self._autoscaler, self._made_of = Autoscaler(*made_of), made_of
-        signals = self._signals(now, parts)
+        fresh = self._hearing.fresh
+        heard = {part.pool: list(fresh(now, part.context).values()) for part in parts}
+        signals = _signals(parts, heard)
         decisions = self._autoscaler.decide(now, signals)
         for part in parts:
             self._tell(part, signals[part.pool].target, decisions[part.pool])
-            self._follow_start(now, part, decisions[part.pool].target)
+            self._follow_start(part, heard[part.pool], decisions[part.pool].target)
         self._metrics.export()
         return {part.context.deployment_id: decisions[part.pool].target for part in parts}
 
-    def _follow_start(self, now: float, part: _Part, target: int) -> None:
-        heard = [values for _, values in self._hearing.fresh(now, part.context).values()]
-        told = [Start(v[CREATED], v[STARTUP]) for v in heard if CREATED in v and STARTUP in v]
+    def _follow_start(self, part: _Part, heard: Heard, target: int) -> None:
+        told = [Start(v[CREATED], v[STARTUP]) for _, v in heard if CREATED in v and STARTUP in v]
         watch = self._starts.setdefault(part.pool, StartWatch())
         running = part.context.current_num_replicas
         for phase, took_s in (watch.follow(time.time(), target, running, told) or {}).items():
             name = part.pool or "router"
             self._registry.gauge(table.STARTUP_SECONDS, name, phase).value = took_s
-
-    def _signals(self, now: float, parts: list[_Part]) -> dict[str, PoolSignals]:
-        routers = [part for part in parts if part.settings.spec.is_router]
-        heard = [report for part in routers for report in self._reports(now, part)]
-        by_router = [reports for _, reports in heard if reports]
-        age_s = min((age for age, reports in heard if reports), default=None)
-        signals = {}
-        for part in parts:
-            reports = [r[part.pool] for r in by_router if part.pool in r]
-            if routers and age_s is not None:
-                base = self._base(now, part, age_s)
-                signals[part.pool] = merge(reports, part.settings.limits, base)
-            else:
-                signals[part.pool] = self._by_replicas(now, part)
-        return signals
-
-    def _reports(self, now: float, part: _Part) -> list[tuple[float, dict[str, LoadReport]]]:
-        heard = self._hearing.fresh(now, part.context).values()
-        return [(age, parse_reports(values)) for age, values in heard]
-
-    def _base(self, now: float, part: _Part, age_s: float) -> PoolSignals:
-        replicas = self._hearing.fresh(now, part.context).values()
-        startups = [values[STARTUP] for _, values in replicas if values.get(STARTUP)]
-        return PoolSignals(
-            target=part.context.target_num_replicas,
-            running=part.context.current_num_replicas,
-            age_s=age_s,
-            startup_s=max(startups, default=None),
-        )
-
-    def _by_replicas(self, now: float, part: _Part) -> PoolSignals:
-        """What replicas say alone, where no router does: the requests that they have."""
-        heard = [values for _, values in self._hearing.fresh(now, part.context).values()]
-        known = [values[ONGOING] for values in heard if ONGOING in values]
-        base = self._base(now, part, 0.0 if known else float("inf"))
-        return merge([LoadReport(ongoing=value) for value in known], {}, base)
 
     def _tell(self, part: _Part, before: int, decision: Decision) -> None:
         name = part.pool or "router"
@@ -199,3 +166,36 @@ class PoolPolicy:
         """The target of the deployment."""
         given, _ = self._policy({context.deployment_id: context})
         return given[context.deployment_id], {}
+
+
+def _signals(parts: list[_Part], heard: Mapping[str, Heard]) -> dict[str, PoolSignals]:
+    routers = [part for part in parts if part.settings.spec.is_router]
+    told = [(age, parse_reports(v)) for part in routers for age, v in heard[part.pool]]
+    by_router = [reports for _, reports in told if reports]
+    age_s = min((age for age, reports in told if reports), default=None)
+    signals = {}
+    for part in parts:
+        if age_s is None:
+            signals[part.pool] = _by_replicas(part, heard[part.pool])
+            continue
+        reports = [r[part.pool] for r in by_router if part.pool in r]
+        base = _base(part, heard[part.pool], age_s)
+        signals[part.pool] = merge(reports, part.settings.limits, base)
+    return signals
+
+
+def _by_replicas(part: _Part, heard: Heard) -> PoolSignals:
+    """What replicas say alone, where no router does: the requests that they have."""
+    known = [values[ONGOING] for _, values in heard if ONGOING in values]
+    base = _base(part, heard, 0.0 if known else float("inf"))
+    return merge([LoadReport(ongoing=value) for value in known], {}, base)
+
+
+def _base(part: _Part, heard: Heard, age_s: float) -> PoolSignals:
+    startups = [values[STARTUP] for _, values in heard if values.get(STARTUP)]
+    return PoolSignals(
+        target=part.context.target_num_replicas,
+        running=part.context.current_num_replicas,
+        age_s=age_s,
+        startup_s=max(startups, default=None),
+    )
