@@ -14,6 +14,7 @@ from cluster.asgi import ASGIApp, Message, Receive, Scope, Send
 from cluster.config import ClassifierConfig, GeneratorConfig
 from cluster.config_operations import OperationsConfig
 from cluster.engines.base import Engine
+from cluster.engines.phases import Phases
 from cluster.errors import DeviceFailedError, EngineDeadError, ReplicaRetiredError
 from cluster.gateway.pool import ReplicaInfo
 from cluster.gateway.routes import RouteTable
@@ -31,7 +32,7 @@ from deployments.autoscaling import CREATED, ONGOING, STARTUP
 from deployments.links import serve_links, watch_certificate
 from deployments.metrics import RayExporter
 from deployments.serve_log import log_with_serve
-from deployments.startup import Phases, process_age_s
+from deployments.startup import process_age_s
 from deployments.watching import ReplicaWatch
 
 logger = logging.getLogger("ray.serve.tandem")

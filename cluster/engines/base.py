@@ -42,8 +42,9 @@ class Engine(Protocol):
     def prefixes(self) -> PrefixSource | None:
         """What it has in its prefix cache; None where it has none. Valid after ``start``."""
 
-    start_phases_s: dict[str, float]
-    """How long each part of ``start`` took, in their order; what it does not tell is {}."""
+    @property
+    def start_phases_s(self) -> dict[str, float]:
+        """How long each part of ``start`` took, in their order; {}: it does not tell."""
 
     async def start(self) -> None:
         """Load the model and return when it can answer.

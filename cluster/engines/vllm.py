@@ -11,7 +11,6 @@ import logging
 import os
 import sys
 import threading
-import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -26,6 +25,7 @@ from cluster.engines import vllm_args
 from cluster.engines.base import EngineLoad
 from cluster.engines.importing import without_collections
 from cluster.engines.leave import CancelAsLeave
+from cluster.engines.phases import Phases
 from cluster.engines.prefix_cache import PrefixTracker, byte_lengths_of
 from cluster.engines.vllm_events import KvEvents
 from cluster.engines.vllm_prompts import KeepBody, shown
@@ -101,9 +101,12 @@ class VllmEngine:
         self._keeper: threading.Thread | None = None
         self._stopping = threading.Event()
         self._environment = vllm_args.Environment()
-        self._marked_at = 0.0
-        self.start_phases_s: dict[str, float] = {}
-        """How long each part of ``start`` took, in their order."""
+        self._phases = Phases()
+
+    @property
+    def start_phases_s(self) -> dict[str, float]:
+        """See ``Engine``."""
+        return self._phases.seconds
 
     @property
     def app(self) -> ASGIApp:
@@ -132,7 +135,7 @@ class VllmEngine:
                 await self._follow_cache(self._events_endpoint)
             self._app = await _build_app(self._llm, args)
             self._asgi = CountUsage(KeepBody(CancelAsLeave(self._app)))
-            self._mark("application")
+            self._phases.mark("application")
         except BaseException:
             await self.stop()
             raise
@@ -241,12 +244,12 @@ class VllmEngine:
         self._environment.add(
             vllm_args.environment_for(self._model_path, *self._adapter_paths.values())
         )
-        self._mark("")
+        self._phases = Phases()
         with without_collections():
             args = self._make_args()
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.v1.engine.async_llm import AsyncLLM
-        self._mark("imports")
+        self._phases.mark("imports")
 
         try:
             vllm_config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
@@ -255,7 +258,7 @@ class VllmEngine:
             raise ConfigError(f"generator {self._config.name!r}: vLLM refuses: {reason}") from error
         if not vllm_config.cache_config.enable_prefix_caching:
             self._events_endpoint = None
-        self._mark("configuration")
+        self._phases.mark("configuration")
         if self._stopping.is_set():
             raise EngineDeadError("the engine was stopped while it started")
         imports = threading.Thread(target=_import_all, args=(_APP_MODULES,), name="vllm-imports")
@@ -265,15 +268,8 @@ class VllmEngine:
         except Exception as error:
             raise EngineDeadError(f"vLLM's engine did not start: {error}") from error
         imports.join()
-        self._mark("engine process and model")
+        self._phases.mark("engine process and model")
         return llm, args
-
-    def _mark(self, phase: str) -> None:
-        """The time since the last mark was spent on ``phase``."""
-        now = time.monotonic()
-        if phase:
-            self.start_phases_s[phase] = now - self._marked_at
-        self._marked_at = now
 
     def _make_args(self) -> Namespace:
         from vllm.entrypoints.launchers.cli_args import make_arg_parser

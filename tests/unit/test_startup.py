@@ -7,7 +7,8 @@ import pytest
 
 from cluster.autoscaling.starts import UNTOLD_S, Start, StartWatch
 from cluster.engines.importing import without_collections
-from deployments.startup import Phases, process_age_s
+from cluster.engines.phases import Phases
+from deployments.startup import process_age_s
 
 
 def test_phases_follow_one_another_without_a_gap() -> None:

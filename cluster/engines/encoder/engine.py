@@ -1,6 +1,5 @@
 """The encoder engine as a replica sees it: the ``Engine`` protocol around the service."""
 
-import time
 from dataclasses import replace
 
 from cluster.asgi import ASGIApp
@@ -13,6 +12,7 @@ from cluster.engines.encoder.insight import Insight
 from cluster.engines.encoder.observe import write_counts, write_drift
 from cluster.engines.encoder.service import EncoderCounts, EncoderService
 from cluster.engines.encoder.tasks import routes
+from cluster.engines.phases import Phases
 from cluster.errors import UnavailableError
 from cluster.metrics import Registry
 
@@ -50,9 +50,10 @@ class EncoderEngine:
 
     async def start(self) -> None:
         """Load the model; see ``Engine.start``."""
-        began = time.monotonic()
+        phases = Phases()
         self._service = await EncoderService.start(self._config, self._model_path)
-        self.start_phases_s["model"] = time.monotonic() - began
+        phases.mark("model")
+        self.start_phases_s = phases.seconds
         self._computer = Computer(self._service, self._config.result_cache)
         self._insight = Insight.of(self._config, self._model_path, self._service.model)
         self._app = EncoderApp(self._config, self._computer, self._insight)

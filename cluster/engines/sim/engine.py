@@ -15,6 +15,7 @@ from dataclasses import replace
 from cluster.asgi import ASGIApp
 from cluster.config import GeneratorConfig
 from cluster.engines.base import EngineLoad
+from cluster.engines.phases import Phases
 from cluster.engines.prefix_cache import PrefixTracker
 from cluster.engines.sim import tokenizer
 from cluster.engines.sim.adapters import AdapterSlots
@@ -72,10 +73,11 @@ class SimEngine:
 
     async def start(self) -> None:
         """Be ready after ``startup_s``."""
-        began = time.monotonic()
+        phases = Phases()
         self.max_model_len = self._model_len()
         await asyncio.sleep(self.config.sim.startup_s)
-        self.start_phases_s["model"] = time.monotonic() - began
+        phases.mark("model")
+        self.start_phases_s = phases.seconds
         if self.config.sim.fail_startup:
             raise EngineDeadError("the simulated engine was told to fail at its start")
         self._driver = asyncio.create_task(self._drive(), name="sim-engine")
