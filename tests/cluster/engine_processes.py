@@ -16,13 +16,13 @@ from cluster.engines.lifeline import PARENT_VARIABLE
 
 def engines_of_this_process() -> list[psutil.Process]:
     """Those that this process, which starts nothing else, has started."""
-    return list(_without_trackers(psutil.Process().children()))
+    return list(without_trackers(psutil.Process().children()))
 
 
 def engines_of_cluster(home: Path) -> list[psutil.Process]:
     """Those of the cluster whose TANDEM_HOME is ``home``."""
     found = []
-    for process in _without_trackers(list(psutil.process_iter())):
+    for process in without_trackers(list(psutil.process_iter())):
         with contextlib.suppress(psutil.Error):
             environ = process.environ()
             started_by_replica = environ.get(PARENT_VARIABLE) == str(process.ppid())
@@ -31,7 +31,8 @@ def engines_of_cluster(home: Path) -> list[psutil.Process]:
     return found
 
 
-def _without_trackers(processes: list[psutil.Process]) -> Iterator[psutil.Process]:
+def without_trackers(processes: list[psutil.Process]) -> Iterator[psutil.Process]:
+    """Those that are not multiprocessing's own helper."""
     for process in processes:
         with contextlib.suppress(psutil.Error):
             if "multiprocessing.resource_tracker" not in " ".join(process.cmdline()):

@@ -15,6 +15,7 @@ from cluster.config import GeneratorConfig
 from cluster.engines.factory import make_generator_engine
 from cluster.models import store
 from tests import asgi
+from tests.cluster.engine_processes import without_trackers
 from tests.cluster.tiny_llama import make_tiny_llama
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.filterwarnings("default")]
@@ -52,8 +53,7 @@ def make_config(model: Path, **fields: Any) -> GeneratorConfig:
 
 
 def children() -> list[psutil.Process]:
-    found = psutil.Process().children(recursive=True)
-    return [process for process in found if "resource_tracker" not in " ".join(process.cmdline())]
+    return list(without_trackers(psutil.Process().children(recursive=True)))
 
 
 async def text_of(config: GeneratorConfig, num_processes: int) -> str:

@@ -2,7 +2,7 @@
 
 A job belongs to one stage at a time (loop → tokenizer thread → queue → model thread → loop), and
 only that stage writes to it; ``future`` is touched on the event loop alone. A reader is called on
-the tokenizer's thread.
+the tokenizers' threads, perhaps on two at once.
 """
 
 import asyncio

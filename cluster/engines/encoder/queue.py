@@ -1,6 +1,6 @@
 """The queue of jobs, and the only owner of the batcher.
 
-The event loop admits and cancels, the tokenizer thread puts, the model threads take; every
+The event loop admits and cancels, the tokenizer threads put, the model threads take; every
 method is safe from any thread and holds the lock for at most some milliseconds. What waits is
 bounded in tokens. Knows nothing of models or replies.
 """
