@@ -143,7 +143,7 @@ class PoolScaler:
                 self._by_ongoing(signals),
             ]
         asked_for = signals.requests_per_s or signals.ongoing or signals.queued
-        if signals.target <= 1 and not asked_for:  # the last one is not kept by what was
+        if not asked_for:  # through the whole delay: what was and may come keeps no replica
             return [Need("busy", 0.0, "nothing is asked for")]
         needs = [*self._by_load(signals), self._by_limit(signals)]
         if signals.kv_usage > FULL:
@@ -151,9 +151,7 @@ class PoolScaler:
             needs.append(Need("kv", full, f"the KV caches are {signals.kv_usage:.0%} full"))
         seen = self._by_missed(now, signals), self._by_failure(now, signals)
         needs += [need for need in seen if need is not None]
-        if asked_for:
-            needs.append(Need("busy", 0.5, "there are requests"))
-        return needs
+        return [*needs, Need("busy", 0.5, "there are requests")]
 
     def _by_load(self, signals: PoolSignals) -> list[Need]:
         """By the tokens that are coming and the replicas that those were seen to take."""

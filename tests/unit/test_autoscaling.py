@@ -101,14 +101,11 @@ def test_it_goes_to_zero_and_comes_back_with_the_first_request() -> None:
     assert pool.target == 1
 
 
-def test_what_was_seen_does_not_keep_the_last_replica_when_nothing_is_asked_for() -> None:
+def test_what_was_seen_keeps_no_replica_when_nothing_is_asked_for() -> None:
     pool = FluidPool(replace(SPEC, min=0, downscale_delay_s=15))
     for rate in (20.0, 160.0, 20.0):
         pool.run(600, lambda t, rate=rate: rate)
-    for _ in range(600):
-        pool.run(2, lambda t: 0.0)
-        if pool.target == 1:
-            break
+    assert pool.target > 1
     pool.run(60, lambda t: 0.0)
     assert pool.target == 0
 
