@@ -62,6 +62,7 @@ class EngineReplica:
         self._created_at = time.time() - process_age_s()
         confine_serve()
         log_with_serve()
+        self._adapters = tuple(pool.adapters) if isinstance(pool, GeneratorConfig) else ()
         self._engine = engine = make_engine()
         phases.mark("imports")
         self._death: asyncio.Task[DrainResult] | None = None
@@ -164,7 +165,12 @@ class EngineReplica:
         """Where routers reach this replica and what it serves; Serve tells the routers."""
         host, port = self._server.address
         info = ReplicaInfo(
-            id="", host=host, port=port, routes=self._engine.routes(), versions=_versions()
+            id="",
+            host=host,
+            port=port,
+            routes=self._engine.routes(),
+            versions=_versions(),
+            adapters=self._adapters,
         )
         return info.metadata()
 

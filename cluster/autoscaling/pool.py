@@ -12,6 +12,7 @@ from typing import NamedTuple
 from cluster.autoscaling.capacity import MIN_SAMPLES, Capacity
 from cluster.autoscaling.forecast import Forecast
 from cluster.autoscaling.signals import PoolSignals, PoolSpec
+from cluster.autoscaling.starts import Rises
 
 STALE_S = 30.0
 """Reports come every few seconds; without one for so long nothing is known."""
@@ -67,7 +68,7 @@ class PoolScaler:
         self._said_s = DEFAULT_STARTUP_S
         self.startup_s: float | None = None
         """From the decision to the replicas that answer, as measured."""
-        self._asked: tuple[int, float] | None = None
+        self._rises = Rises()
         self._wants: deque[tuple[float, int]] = deque()
         self._changed_at = -math.inf
         self._replicas = -1
@@ -92,7 +93,7 @@ class PoolScaler:
         """The clock jumped, or nothing was heard for long: delays begin again."""
         self._wants.clear()
         self._changed_at = self._since = now
-        self._asked = None
+        self._rises = Rises()
         self._too_much = (-math.inf, (0.0, 0.0))
 
     def _learn(self, now: float, signals: PoolSignals) -> None:
@@ -117,17 +118,11 @@ class PoolScaler:
     def _follow_start(self, now: float, signals: PoolSignals) -> None:
         """Measure from a target that rose until so many answer."""
         self._said_s = signals.startup_s or self._said_s
-        if self._asked is None:
-            if signals.running < signals.target:
-                self._asked = signals.target, now
-            return
-        asked, at = self._asked
-        if signals.running >= asked:
-            took_s = now - at
+        rise = self._rises.follow(now, signals.target, signals.running)
+        if rise is not None:
+            took_s = now - rise.at
             known_s = took_s if self.startup_s is None else self.startup_s
             self.startup_s = 0.5 * (known_s + took_s)
-        if signals.running >= asked or signals.target < asked:
-            self._asked = None
 
     @property
     def horizon_s(self) -> float:

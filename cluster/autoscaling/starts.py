@@ -1,7 +1,7 @@
 """How long it takes from a decision to the replica that answers, and where that time goes.
 
-Owns the one rise of a pool's target that is being followed. Times are Unix times, as they come from
-several processes; their clocks must agree to about a second.
+Owns the one rise of a pool's target that is being followed. What replicas say are Unix times, so
+``StartWatch`` is told these too; the clocks of processes must agree to about a second.
 """
 
 from collections.abc import Iterable
@@ -26,13 +26,43 @@ class Start(NamedTuple):
         return self.created_at + self.took_s
 
 
-class StartWatch:
-    """Follows one pool."""
+class Rise(NamedTuple):
+    """A pool's target that rose above the replicas that answered."""
+
+    target: int
+    num_new: int
+    """How many replicas more that is."""
+    at: float
+
+
+class Rises:
+    """Follows a pool's target, one rise at a time."""
 
     def __init__(self) -> None:
         self._target: int | None = None
-        self._asked: tuple[int, int, float] | None = None  # replicas, how many are new, and when
-        self._answered_at: float | None = None
+        self._rise: Rise | None = None
+
+    def follow(self, now: float, target: int, running: int) -> Rise | None:
+        """The rise that has been answered since the last call; one that is called off is none."""
+        before, self._target = self._target, target
+        rise = self._rise
+        if rise is None:
+            rises = before is None or target > before
+            if rises and running < target:  # else one that was lost is replaced
+                self._rise = Rise(target, target - running, now)
+            return None
+        if running < rise.target <= target:
+            return None
+        self._rise = None
+        return rise if running >= rise.target else None
+
+
+class StartWatch:
+    """Tells the phases of the starts of one pool."""
+
+    def __init__(self) -> None:
+        self._rises = Rises()
+        self._answered: tuple[Rise, float] | None = None
 
     def follow(
         self, now: float, target: int, running: int, starts: Iterable[Start]
@@ -42,34 +72,22 @@ class StartWatch:
         ``scheduling`` (until the process was made), ``start`` (until the replica could answer) and
         ``notice`` (until Serve's controller knew) add up to ``decision``, but for the clocks.
         """
-        before, self._target = self._target, target
-        if self._asked is None:
-            rises = before is None or target > before
-            if rises and running < target:  # else one that was lost is replaced
-                self._asked = target, target - running, now
+        rise = self._rises.follow(now, target, running)
+        if rise is not None:
+            self._answered = rise, now
+        if self._answered is None:
             return None
-        asked, num_new, decided_at = self._asked
-        if self._answered_at is None:
-            if target < asked:
-                self._forget()
-                return None
-            if running < asked:
-                return None
-            self._answered_at = now
-        answered_at = self._answered_at
-        told = [start for start in starts if start.ready_at >= decided_at - CLOCK_S]
-        if len(told) < num_new and now - answered_at <= UNTOLD_S:
+        rise, answered_at = self._answered
+        told = [start for start in starts if start.ready_at >= rise.at - CLOCK_S]
+        if len(told) < rise.num_new and now - answered_at <= UNTOLD_S:
             return None
-        self._forget()
+        self._answered = None
         if not told:
             return None
         last = max(told, key=lambda start: start.ready_at)
         phases = {
-            "scheduling": max(0.0, last.created_at - decided_at),
+            "scheduling": max(0.0, last.created_at - rise.at),
             "start": last.took_s,
             "notice": max(0.0, answered_at - last.ready_at),
         }
         return {**phases, "decision": sum(phases.values())}
-
-    def _forget(self) -> None:
-        self._asked = self._answered_at = None

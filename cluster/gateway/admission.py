@@ -77,7 +77,8 @@ class Admission:
             deadline_s = now_s + timeout_s
             expires_s = min(expires_s, deadline_s)
         size = len(request.body)
-        claim = Claim(identity, work, size, priority, expires_s, deadline_s, view, text)
+        adapter = model if model in pool.limits.adapters else None
+        claim = Claim(identity, work, size, priority, expires_s, deadline_s, view, text, adapter)
         return claim, self._accounts.enter(identity, model, work, view.prompt_tokens)
 
     def report(self, router: str) -> Report:

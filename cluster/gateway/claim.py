@@ -31,6 +31,8 @@ class Claim:
     """What a choice of a replica is made by."""
     text: Fingerprint = EMPTY
     """What was read of its prompt."""
+    adapter: str | None = None
+    """The LoRA adapter that it names; only replicas that have it can answer."""
 
     @property
     def has_deadline(self) -> bool:

@@ -10,12 +10,14 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from ssl import SSLContext
 from typing import Any, Literal, Protocol
 
 from cluster.admission import PoolCapacity, QueueLimits
 from cluster.config import RoutingPolicy
+from cluster.errors import UnavailableError
 from cluster.gateway.claim import Claim
 from cluster.gateway.metering import PoolMeter
 from cluster.gateway.routes import RouteTable
@@ -46,6 +48,8 @@ Kind = Literal["generator", "classifier"]
 FALLBACK_AFTER = 2
 """Attempts to open a link that must have failed before the replica is asked in another way."""
 
+_NO_ADAPTER_RETRY_S = 5.0
+
 WAITING_RATIO: Mapping[Kind, float] = {"generator": 0.25, "classifier": 2.0}
 """Requests that may wait in the engines for each that runs. An encoder makes its next batches of
 those that wait; a language model's batch takes in a new one whenever one ends."""
@@ -61,6 +65,8 @@ class ReplicaInfo:
     routes: tuple[str, ...] = ()
     """The paths that its engine serves."""
     versions: dict[str, str] = field(default_factory=dict)
+    adapters: tuple[str, ...] = ()
+    """LoRA adapters that its engine serves: in a rolling update not always the router's."""
 
     def metadata(self) -> dict[str, Any]:
         """The form in which it travels through Ray Serve."""
@@ -69,6 +75,7 @@ class ReplicaInfo:
             "port": self.port,
             "routes": list(self.routes),
             "versions": self.versions,
+            "adapters": list(self.adapters),
         }
 
     @classmethod
@@ -84,6 +91,7 @@ class ReplicaInfo:
             port=metadata["port"],
             routes=tuple(metadata["routes"]),
             versions=dict(metadata["versions"]),
+            adapters=tuple(metadata.get("adapters", ())),
         )
 
 
@@ -244,6 +252,7 @@ class Pool:
         self._policy = make_policy(limits.routing, self.prefixes, random.getrandbits(16))
         self._choices = meter.choices(limits.routing)
         self._replicas: dict[str, Replica] = {}
+        self._without: dict[str, frozenset[str]] = {}  # of each adapter, the replicas that lack it
         self._retired: set[Replica] = set()
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -322,7 +331,12 @@ class Pool:
         for info in infos.values():
             if info.id not in self._replicas:
                 self._replicas[info.id] = self._connect(info)
+        self._without = {
+            adapter: frozenset(id for id, info in infos.items() if adapter not in info.adapters)
+            for adapter in self.limits.adapters
+        }
         self.routes = RouteTable(route for info in infos.values() for route in info.routes)
+        self.waiting.dispatch()
 
     def _connect(self, info: ReplicaInfo) -> Replica:
         wiring = self._wiring
@@ -371,7 +385,8 @@ class Pool:
 
         Raises:
             OverloadedError: the queue is full, or the place would come or came too late.
-            UnavailableError: the wait was too long and no replica runs, or the router stops.
+            UnavailableError: the wait was too long and no replica runs, none that runs has the
+                adapter, or the router stops.
         """
         return await self.waiting.place(claim)
 
@@ -399,11 +414,22 @@ class Pool:
         self.waiting.dispatch()
 
     def _take(self, claim: Claim) -> Place | None:
-        """A place at a replica with room; without a link only where all that have one are full."""
+        """A place at a replica with room; without a link only where all that have one are full.
+
+        Raises:
+            UnavailableError: replicas run, but none of them has the adapter.
+        """
         fleet, request, now_s = self.fleet, claim.view, time.monotonic()
         fleet.advance(now_s)
         self.prefixes.advance(now_s)
-        chosen = self._policy.choose(request, fleet)
+        without = self._without.get(claim.adapter or "", ())
+        if without and len(without) == len(self._replicas):
+            raise UnavailableError(
+                f"{self.name}: no replica has the adapter `{claim.adapter}` now",
+                retry_after_s=_NO_ADAPTER_RETRY_S,
+            )
+        with fleet.hidden(without) if without else nullcontext():
+            chosen = self._policy.choose(request, fleet)
         self.meter.choice_s.observe(time.monotonic() - now_s)
         if chosen is None:
             return None

@@ -30,7 +30,8 @@ class Places(Generic[P]):
     """How places at a pool's replicas are taken and given back."""
 
     take: Callable[[Claim], P | None]
-    """A place, already counted as taken; None where no replica has room."""
+    """A place, already counted as taken; None where no replica has room. UnavailableError where
+    none can have any."""
     give_back: Callable[[P], None]
     """One that its request did not want any more; may call ``dispatch``."""
     any_ready: Callable[[], bool]
@@ -74,7 +75,8 @@ class Waiting(Generic[P]):
 
         Raises:
             OverloadedError: the queue is full, or the place would come or came too late.
-            UnavailableError: the wait was too long and no replica runs, or the router stops.
+            UnavailableError: the wait was too long and no replica runs, none that runs can answer,
+                or the router stops.
         """
         if self._closed:
             raise stopping()
@@ -117,11 +119,22 @@ class Waiting(Generic[P]):
                 self._queue.remove(entry)
                 future.set_exception(self._too_late(claim))
             else:
-                place = self._take(claim)
-                if place is None:
+                self._give(entry)
+                if not future.done():
                     return
-                self._queue.pop()
-                future.set_result(place)
+
+    def _give(self, entry: Entry[Waiter[P]]) -> None:
+        """Give the first in the queue a place, if there is one; an error, if none can come."""
+        claim, future = entry.item
+        try:
+            place = self._take(claim)
+        except UnavailableError as error:
+            self._queue.remove(entry)
+            future.set_exception(error)
+            return
+        if place is not None:
+            self._queue.pop()
+            future.set_result(place)
 
     def _take(self, claim: Claim) -> P | None:
         if not self.capacity.has_room(claim.work_tokens):

@@ -7,6 +7,10 @@ Time is what ``advance`` was last told. Knows no policy.
 
 import heapq
 import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
 
 from cluster.routing.adapters import Adapters
 from cluster.routing.arrays import BoolArray, FloatArray
@@ -113,6 +117,14 @@ class Fleet:
             given_s[row.slot] = max(given_s[row.slot], self.mean_given_s)
         row.reach = reach
         self._write(row)
+
+    @contextmanager
+    def hidden(self, replica_ids: Iterable[str]) -> Iterator[None]:
+        """For one choice, have these replicas pass for ones that cannot be reached."""
+        hidden = np.zeros(len(self.slots), np.bool_)
+        hidden[[self._rows[each].slot for each in replica_ids]] = True
+        with self.slots.hidden(hidden):
+            yield
 
     def set_capacity(self, replica_id: str, capacity: int) -> None:
         """Say how many requests a replica may be given at a time from now on."""

@@ -156,23 +156,28 @@ class PrefixIndex:
         shards, pick, expected = self._shards, self._pick, self._expected
         levels: list[Level] = []
         exact, num_probes = 1, 0
-        to_do = [(0, first, len(prefix), 0)]
-        while to_do:  # who holds the one at ``at``, and who the one at ``end``
+        at, held, end, at_end = 0, first, len(prefix), 0
+        to_do: list[tuple[int, int, int, int]] = []
+        while True:  # who holds the one at ``at``, and who the one at ``end``
+            while end - at > exact:
+                middle = (at + end) // 2
+                each = prefix[middle]
+                found = shards[each & pick].get(each, 0) & held
+                if found != held:
+                    found |= expected.get(each, 0) & held | at_end
+                num_probes += 1
+                if num_probes == EXACT_PROBES:
+                    exact = max(1, int(COARSE * len(prefix)))
+                if found == at_end:
+                    end = middle
+                    continue
+                if found != held:
+                    to_do.append((at, held, middle, found))
+                at, held = middle, found
+            levels.append((at + 1, held))
+            if not to_do:
+                break
             at, held, end, at_end = to_do.pop()
-            if end - at <= exact:
-                levels.append((at + 1, held))
-                continue
-            middle = (at + end) // 2
-            each = prefix[middle]
-            found = shards[each & pick].get(each, 0) | expected.get(each, 0)
-            found = found & held | at_end
-            num_probes += 1
-            if num_probes == EXACT_PROBES:
-                exact = max(1, int(COARSE * len(prefix)))
-            if found != held:
-                to_do.append((at, held, middle, found))
-            if found != at_end:
-                to_do.append((middle, found, end, at_end))
         levels.reverse()
         return levels
 

@@ -5,6 +5,8 @@ What goes on as time passes is stored as the time when it ends, so that nothing 
 while nothing happens. Times and durations are in seconds.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 
 import numpy as np
@@ -76,6 +78,19 @@ class Slots:
         if had_usual == (self._num_usual > 0):
             self._shut_s[slot] = 0.0 if self.open()[slot] else np.inf
         else:
+            self._shut()
+
+    @contextmanager
+    def hidden(self, slots: BoolArray) -> Iterator[None]:
+        """Have these slots shut meanwhile; nothing may change there."""
+        kept = self.usual, self.last_resort, self._num_usual
+        self.usual, self.last_resort = self.usual & ~slots, self.last_resort & ~slots
+        self._num_usual = int(np.count_nonzero(self.usual))
+        self._shut()
+        try:
+            yield
+        finally:
+            self.usual, self.last_resort, self._num_usual = kept
             self._shut()
 
     def open(self) -> BoolArray:

@@ -76,6 +76,24 @@ async def unbroken_load(url: str, streams: int) -> AsyncIterator[None]:
     assert set(load.ends) == {"whole"}, load.ends
 
 
+@asynccontextmanager
+async def asked_all_along(url: str, model: str) -> AsyncIterator[list[httpx.Response]]:
+    """Short requests for a model go on inside; yields the growing list of answers."""
+    answers: list[httpx.Response] = []
+
+    async def ask() -> None:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+            while True:
+                body = {"model": model, "prompt": "a", "max_tokens": 1}
+                answers.append(await http.post("/v1/completions", json=body))
+                await asyncio.sleep(0.1)
+
+    asking = asyncio.create_task(ask())
+    yield answers
+    asking.cancel()
+    await asyncio.wait([asking])
+
+
 async def until(condition: Any, timeout_s: float, what: str) -> None:
     deadline = time.monotonic() + timeout_s
     while not await asyncio.to_thread(condition):
@@ -110,9 +128,14 @@ async def test_a_replica_without_a_link_is_reached_over_the_handle(sims: Running
 
 
 async def test_an_update_leaves_no_gap(sims: Running, tmp_path: Path) -> None:
-    """``serve deploy`` of a changed file replaces every replica while streams run."""
+    """``serve deploy`` of a changed file replaces every replica while streams run.
+
+    It adds an adapter, and no replica of before is asked for that: it would answer 404 itself.
+    """
     port = int(sims.http_url.rsplit(":", 1)[1])
-    changed = config(sim={"decode_s_per_token": 0.01}, replicas={"min": 1, "max": 1})
+    changed = config(
+        sim={"decode_s_per_token": 0.01}, replicas={"min": 1, "max": 1}, adapters={"law": "none"}
+    )
     changed["http_options"]["port"] = port
     file = tmp_path / "changed.yaml"
     file.write_text(yaml.safe_dump(changed), encoding="utf-8")
@@ -125,12 +148,23 @@ async def test_an_update_leaves_no_gap(sims: Running, tmp_path: Path) -> None:
         ids = {replica["id"] for replica in now}
         return not before & ids and all(replica["state"] == "RUNNING" for replica in now)
 
-    async with unbroken_load(sims.http_url, streams=4):
+    async with (
+        unbroken_load(sims.http_url, streams=4),
+        asked_all_along(sims.http_url, "law") as told,
+    ):
         done = await asyncio.to_thread(
             subprocess.run, command, env=sims.env, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
         await until(replaced, 150, "the update")
+        await until(lambda: told[-1].status_code == 200, 30, "the adapter")
+    for answer in told:
+        if answer.status_code == 404:
+            assert "Known models: sim" in answer.text  # a router of before
+        elif answer.status_code == 503:
+            assert int(answer.headers["retry-after"]) > 0
+        else:
+            assert answer.status_code == 200
 
 
 def replicas(cluster: Running) -> list[Any]:

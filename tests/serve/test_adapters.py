@@ -3,10 +3,12 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from typing import Any, get_args
+
+import pytest
 
 from cluster.admission import Identity, Tenant
-from cluster.config import parse
+from cluster.config import RoutingPolicy, parse
 from cluster.engines.sim import SimEngine
 from cluster.gateway import Gateway, GatewayApp, ReplicaInfo, Wiring
 from cluster.gateway.messages import Request
@@ -22,17 +24,19 @@ TEXT = "It was a dark and stormy night. " * 20
 class World:
     """Simulated engines with adapters, and a router before them."""
 
-    def __init__(self, adapters: str, max_loras: int, **sim: float) -> None:
+    def __init__(self, adapters: str, max_loras: int, routing: str, **sim: float) -> None:
         pool = {
             "name": "m",
             "model": "none",
             "engine": "sim",
+            "routing": routing,
             "adapters": {name: f"/adapters/{name}" for name in adapters.split()},
             "engine_args": {"max_loras": max_loras},
             "sim": sim,
         }
         self.config = parse({"generators": [pool]})
         self.engines: list[SimEngine] = []
+        self.infos: list[ReplicaInfo] = []
         self.gateway = Gateway(self.config, {"m": Wiring(SECRET)})
 
     async def ask(self, model: str, path: str = COMPLETION, **fields: Any) -> asgi.Answer:
@@ -46,26 +50,37 @@ class World:
 
 @asynccontextmanager
 async def a_world(
-    replicas: int, adapters: str, max_loras: int, **sim: float
+    replicas: int,
+    adapters: str,
+    max_loras: int,
+    *,
+    old_replicas: int = 0,
+    routing: str = "prefix",
+    **sim: float,
 ) -> AsyncIterator[World]:
-    world = World(adapters, max_loras, **sim)
+    """The first ``old_replicas`` are of a configuration without adapters."""
+    world = World(adapters, max_loras, routing, **sim)
+    new = world.config.generators[0]
+    old = new.model_copy(update={"adapters": {}})
     async with AsyncExitStack() as stack:
 
         def later(close: Callable[[], Awaitable[None]]) -> None:
             stack.push_async_callback(close)
 
-        infos = []
         for number in range(replicas):
-            engine = SimEngine(world.config.generators[0])
+            config = old if number < old_replicas else new
+            engine = SimEngine(config)
             await engine.start()
             later(engine.stop)
             world.engines.append(engine)
             server = LinkServer(engine.app, SECRET, prefixes=engine.prefixes)
-            infos.append(ReplicaInfo(f"r{number}", *await server.start(), ROUTES))
+            host, port = await server.start()
+            told = ReplicaInfo("", host, port, ROUTES, adapters=tuple(config.adapters)).metadata()
+            world.infos.append(ReplicaInfo.from_metadata(f"r{number}", told))
             later(server.stop)
         later(world.gateway.close)
         pool = world.gateway.pools["m"]
-        pool.update(infos)
+        pool.update(world.infos)
         async with asyncio.timeout(30):
             await until(lambda: pool.num_ready == replicas)
             yield world
@@ -149,3 +164,42 @@ async def test_where_all_adapters_are_loaded_everywhere_none_is_placed_by_them()
         async with a_world(0, "law art", max_loras) as world:
             pool = world.gateway.pools["m"]
             assert (pool.needs_adapter("law"), pool.needs_adapter("m")) == (wanted, None)
+
+
+@pytest.mark.parametrize("routing", get_args(RoutingPolicy))
+async def test_while_replicas_are_replaced_only_those_with_the_adapter_are_asked(
+    routing: str,
+) -> None:
+    async with a_world(3, "law", max_loras=1, old_replicas=2, routing=routing) as world:
+        answers = await asyncio.gather(*(world.ask("law") for _ in range(12)))
+        assert {answer.status for answer in answers} == {200}
+        assert world.served() == [0, 0, 12]
+        answers = await asyncio.gather(*(world.ask("m", prompt=f"{n} {TEXT}") for n in range(12)))
+        assert {answer.status for answer in answers} == {200}
+        assert max(world.served()[:2]) > 0
+
+
+async def test_an_adapter_that_no_replica_has_yet_is_to_be_asked_for_again() -> None:
+    async with a_world(1, "law", max_loras=1, old_replicas=1) as world:
+        answer = await world.ask("law")
+        assert answer.status == 503
+        assert int(answer.headers["retry-after"]) > 0
+        assert "`law`" in answer.json()["error"]["message"]
+        assert (await world.ask("m")).status == 200
+
+
+async def test_what_waits_for_an_adapter_holds_nobody_up_once_no_replica_has_it() -> None:
+    async with a_world(2, "law", max_loras=1, old_replicas=1, decode_s_per_token=0.05) as world:
+        pool = world.gateway.pools["m"]
+        pool.fleet.set_capacity("r1", 1)
+        long = asyncio.create_task(world.ask("law", max_tokens=100))
+        await until(lambda: world.served()[1] == 1)
+        waits = asyncio.create_task(world.ask("law"))
+        await until(lambda: pool.num_queued == 1)
+        behind = asyncio.create_task(world.ask("m"))
+        await until(lambda: pool.num_queued == 2)
+        pool.update(world.infos[:1])
+        assert (await waits).status == 503
+        assert (await behind).status == 200
+        long.cancel()
+        await asyncio.wait([long])

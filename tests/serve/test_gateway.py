@@ -136,9 +136,15 @@ async def a_world(
     key_file: KeyFile | None = None,
     may_sleep: bool = False,
     read_decisions: ReadDecisions | None = None,
+    routing: str = "prefix",
     **router: Any,
 ) -> AsyncIterator[World]:
-    generator: dict[str, Any] = {"name": "gen", "model": "m", "max_ongoing": 2}
+    generator: dict[str, Any] = {
+        "name": "gen",
+        "model": "m",
+        "max_ongoing": 2,
+        "routing": routing,
+    }
     if may_sleep:
         generator["replicas"] = {"min": 0, "target_ongoing": 2}
     config = parse(
@@ -157,6 +163,30 @@ async def a_world(
         await world.gateway.close()
         for server in world.servers.values():
             await server.stop()
+
+
+async def test_a_session_stays_at_its_replica_by_header_and_by_user() -> None:
+    async with a_world(routing="session") as world:
+        names = [f"gen-{number}" for number in range(4)]
+        for name in names:
+            await world.add("gen", name)
+
+        async def replica_of(user: str | None = None, **headers: str) -> str:
+            body = {"model": "gen", "messages": [{"role": "user", "content": "Hi"}], "user": user}
+            sent = {name.replace("_", "-"): value for name, value in headers.items()}
+            answer = await asgi.post(world.app, CHAT, body, headers=sent)
+            return str(answer.json()["replica"])
+
+        sessions = [str(number) for number in range(24)]
+        homes = {each: await replica_of(x_session_id=each) for each in sessions}
+        assert set(homes.values()) == set(names)
+        for each in sessions:
+            assert await replica_of(user=each) == homes[each]
+            assert await replica_of(user="0", x_session_id=each) == homes[each]
+        world.take_out("gen", "gen-0")
+        for each in sessions:
+            now = await replica_of(x_session_id=each)
+            assert now != "gen-0" if homes[each] == "gen-0" else now == homes[each]
 
 
 async def test_a_request_is_relayed_and_its_answer_untouched() -> None:

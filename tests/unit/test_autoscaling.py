@@ -290,6 +290,19 @@ def test_a_burst_is_given_no_room_for_another_one_on_top_of_it() -> None:
     assert 400 < in_burst < 1.2 * 400
 
 
+def test_what_comes_at_the_same_time_each_day_is_met_before_it_comes() -> None:
+    """A jump at a fixed hour: the level and the trend know nothing of it beforehand."""
+    period_s, step_s, horizon_s = 9600.0, 2.0, 200.0
+    forecast, said = Forecast(period_s), {}
+    for number in range(int(6 * period_s / step_s)):
+        now = number * step_s
+        forecast.update(now, 400.0 if now % period_s > period_s / 2 else 100.0, horizon_s)
+        said[now] = forecast.ahead(horizon_s)
+    jump_s = 5.5 * period_s
+    assert said[jump_s - 0.5 * horizon_s] > 300
+    assert said[jump_s - 10 * horizon_s] < 200
+
+
 def test_the_end_of_a_burst_is_seen_within_a_minute() -> None:
     forecast = Forecast()
     for number, rate in enumerate([*[100.0] * 900, *[400.0] * 200, *[100.0] * 30]):

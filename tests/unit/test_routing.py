@@ -78,6 +78,18 @@ def test_a_last_resort_is_taken_only_where_the_others_are_full(name: RoutingPoli
 
 
 @pytest.mark.parametrize("name", POLICIES)
+def test_what_is_hidden_is_not_chosen_meanwhile(name: RoutingPolicy) -> None:
+    policy, fleet = a_policy(name), a_fleet("a", "b", capacity=1000)
+    fleet.add("c", 1000, Reach.LAST_RESORT)
+    wanted = {"": {"a", "b"}, "a": {"b"}, "ab": {"c"}, "abc": {None}, "c": {"a", "b"}}
+    for hidden, left in wanted.items():
+        with fleet.hidden(hidden):
+            requests = [RequestView(10.0, session=str(number)) for number in range(50)]
+            assert {policy.choose(request, fleet) for request in requests} == left
+    assert list(fleet.open()) == [True, True, *[False] * 6]
+
+
+@pytest.mark.parametrize("name", POLICIES)
 def test_equals_share_the_load(name: RoutingPolicy) -> None:
     policy, fleet = a_policy(name), a_fleet(*"abcd", capacity=1000)
     chosen = [serve(fleet, policy) for _ in range(400)]
