@@ -70,9 +70,12 @@ class UsageLog:
         """Count a request that ended."""
         hour = int(self._clock()) // HOUR_S * HOUR_S
         key = UsageKey(hour, tenant or ANONYMOUS, model, source)
-        if key not in self._pending and len(self._pending) >= MAX_PENDING:
-            key = UsageKey(hour, OTHER, model, source)
-        self._pending.setdefault(key, UsageSums()).add(sums)
+        known = self._pending.get(key)
+        if known is None:
+            if len(self._pending) >= MAX_PENDING:
+                key = UsageKey(hour, OTHER, model, source)
+            known = self._pending.setdefault(key, UsageSums())
+        known.add(sums)
 
     async def find(self, start: float, end: float, tenant: str | None) -> list[Row]:
         """The sums of the hours that begin in [start's hour, end), of one tenant or of all.
@@ -130,7 +133,7 @@ class UsageLog:
 
     def _write(self, sums: dict[UsageKey, UsageSums]) -> None:
         rows: Iterable[tuple[object, ...]] = [
-            (*astuple(key), *astuple(value)) for key, value in sums.items()
+            (*key, *astuple(value)) for key, value in sums.items()
         ]
         with closing(self._open()) as connection, connection:
             connection.executemany(_ADD, rows)
