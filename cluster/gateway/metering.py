@@ -66,7 +66,8 @@ class PoolMeter:
         self.choices = partial(counter, table.ROUTING_DECISIONS, model)
         self._registry = registry
         self._requests: dict[tuple[str, int], Counter] = {}
-        self._watched: set[Watch] = set()
+        self.watched: set[Watch] = set()
+        """Requests that have not ended."""
         registry.on_collect(self.count_gaps)
         # All there from the beginning, or a rate would not see the first of each.
         self._shed = {reason: counter(table.SHED, model, reason) for reason in get_args(ShedReason)}
@@ -79,17 +80,13 @@ class PoolMeter:
         if grant is not None:  # else it is the router's own, which no replica has to be there for
             self.arrivals.add()
         watch = Watch(self, request, route, grant)
-        self._watched.add(watch)
+        self.watched.add(watch)
         return watch
 
     def count_gaps(self) -> None:
         """Count the gaps of streams that go on; to be called before ``itl_s`` is read."""
-        for watch in self._watched:
+        for watch in self.watched:
             watch.count_gaps()
-
-    def ended(self, watch: "Watch") -> None:
-        """A request is watched no longer."""
-        self._watched.discard(watch)
 
     def shed(self, reason: ShedReason) -> None:
         """Count a request that is refused."""
@@ -177,7 +174,7 @@ class Watch:
         if self._grant is not None:
             self._grant.end(self.status, usage)
         meter = self._meter
-        meter.ended(self)
+        meter.watched.discard(self)
         self.count_gaps()
         elapsed = perf_counter() - self._begun
         meter.request_s.observe(elapsed)
