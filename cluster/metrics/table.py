@@ -110,6 +110,9 @@ QUEUED = Metric("tandem_queued_requests", "gauge", "Requests waiting for a place
 QUEUED_TOKENS = Metric(
     "tandem_queued_tokens", "gauge", "Estimated work that waits for a place.", _MODEL
 )
+ONGOING_TOKENS = Metric(
+    "tandem_ongoing_tokens", "gauge", "Estimated work of the requests being served.", _MODEL
+)
 CAPACITY_TOKENS = Metric(
     "tandem_capacity_tokens",
     "gauge",

@@ -29,7 +29,8 @@ def overview() -> Dashboard:
     served = rate("tandem_requests_total", where='model=~"$model",status!="499"')
     # As the rules count it: answers that break off are in it, whose status is 200.
     failed = (
-        'sum by (model) (rate(tandem_requests_total{model=~"$model",status=~"5.."}[$__rate_interval])'
+        "sum by (model) ("
+        'rate(tandem_requests_total{model=~"$model",status=~"5.."}[$__rate_interval])'
         ' or rate(tandem_cut_off_requests_total{model=~"$model"}[$__rate_interval]))'
     )
     panels = [

@@ -564,6 +564,9 @@ async def test_every_request_is_counted_once() -> None:
         await asgi.get(world.app, "/health")
         call = asgi.start(world.app, "POST", CHAT, {"wait_before": True})
         await world.until(lambda: len(replica.seen) == 4)
+        served = await metrics(world)
+        assert served["tandem_ongoing_requests", "gen"] == 1
+        assert served["tandem_ongoing_tokens", "gen"] > 0
         await call.cancel()
         found = await metrics(world)
         requests = {key[1:]: value for key, value in found.items() if key[0] == REQUESTS_TOTAL}
@@ -579,6 +582,7 @@ async def test_every_request_is_counted_once() -> None:
         assert found["tandem_request_seconds_count", "gen"] == 4
         assert found["tandem_ttft_seconds_count", "gen"] == 1
         assert found["tandem_ongoing_requests", "gen"] == 0
+        assert found["tandem_ongoing_tokens", "gen"] == 0
         assert found["tandem_replicas", "gen", "linked"] == 1
         assert found["tandem_link_connects_total", "gen"] == 1
         assert found["tandem_link_bytes_total", "received", "gen"] > 0
