@@ -125,6 +125,12 @@ DRAIN_RATE = Metric(
     "Work that leaves the replicas while they are busy; 0 while that is not known.",
     _MODEL,
 )
+OBJECTIVE = Metric(
+    "tandem_objective_seconds",
+    "gauge",
+    "Latency that a pool is to keep to (slo): ttft_p90, itl_p90 or latency_p95.",
+    ("model", "of"),
+)
 REPLICAS = Metric(
     "tandem_replicas", "gauge", "Replicas by what this router can do with them.", ("model", "state")
 )

@@ -61,6 +61,11 @@ def overview() -> Dashboard:
         lines("Error ratio", "percentunit", Query(f"{failed} / ({served} > 0) or {served} * 0")),
         lines("First bytes", "s", *quantiles("tandem_ttft_seconds", 0.5, 0.95)),
         lines("Whole requests", "s", *quantiles("tandem_request_seconds", 0.5, 0.95)),
+        lines(
+            "Latency by its objective",
+            "short",
+            Query('model:tandem_objective:ratio_rate5m{model=~"$model"}', "{{model}} {{of}}"),
+        ),
         row("Capacity"),
         lines(
             "Ongoing and queued",

@@ -545,6 +545,20 @@ async def metrics(world: World) -> dict[tuple[str, ...], float]:
     }
 
 
+async def test_objectives_are_shown_where_there_are_any() -> None:
+    async with a_world() as world:
+        found = {
+            key[1:]: value
+            for key, value in (await metrics(world)).items()
+            if key[0] == "tandem_objective_seconds"
+        }
+    assert found == {
+        ("gen", "ttft_p90"): 2.0,
+        ("gen", "itl_p90"): 0.2,
+        ("cls", "latency_p95"): 0.5,
+    }
+
+
 async def test_requests_that_are_served_are_shown_with_their_tokens() -> None:
     async with a_world() as world:
         replica = await world.add("gen", "gen-1")
