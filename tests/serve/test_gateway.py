@@ -373,6 +373,17 @@ async def test_an_application_that_breaks_shows_no_internals() -> None:
         assert answer.json()["error"]["code"] == 500
 
 
+async def test_a_replicas_traceback_is_found_by_the_requests_id(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with a_world() as world:
+        await world.add("gen", "gen-1")
+        headers = {"x-request-id": "6b3f2f52"}
+        await asgi.post(world.app, CHAT, {"fail": True}, headers=headers)
+    (record,) = [record for record in caplog.records if record.exc_info]
+    assert "6b3f2f52" in record.message
+
+
 async def test_a_replica_that_is_taken_out_finishes_what_it_has() -> None:
     async with a_world() as world:
         old = await world.add("gen", "gen-1")
