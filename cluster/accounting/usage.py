@@ -5,7 +5,7 @@ import io
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster.accounting import REASONS
 from cluster.errors import InvalidRequestError
@@ -13,9 +13,8 @@ from cluster.errors import InvalidRequestError
 HOUR_S = 3600
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class UsageKey:
-    """Which sum."""
+class UsageKey(NamedTuple):
+    """Which sum; a tuple, as one is looked up at the end of each request."""
 
     hour: int
     """Its first second, Unix time."""
@@ -38,8 +37,12 @@ class UsageSums:
 
     def add(self, other: "UsageSums") -> None:
         """Take in further requests."""
-        for field in fields(UsageSums):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+        self.requests += other.requests
+        self.prompt_tokens += other.prompt_tokens
+        self.cached_tokens += other.cached_tokens
+        self.completion_tokens += other.completion_tokens
+        self.joules += other.joules
+        self.cost += other.cost
 
 
 Row = tuple[UsageKey, UsageSums]

@@ -18,6 +18,9 @@ from cluster.errors import InvalidRequestError
 
 logger = logging.getLogger("ray.serve.tandem")
 
+_Pending = dict[tuple[int, str, str, str], UsageSums]
+"""By the fields of a ``UsageKey``."""
+
 WRITE_S = 5.0
 MAX_PENDING = 5000
 """Sums that wait for a file that cannot be written; the tenants of further ones are ``other``."""
@@ -58,7 +61,7 @@ class UsageLog:
         self._path = path
         self._keep_s = keep_days * 24 * HOUR_S
         self._clock = clock
-        self._pending: dict[UsageKey, UsageSums] = {}
+        self._pending: _Pending = {}
         self._writing = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
 
@@ -69,10 +72,11 @@ class UsageLog:
     def add(self, tenant: str, model: str, source: str, sums: UsageSums) -> None:
         """Count a request that ended."""
         hour = int(self._clock()) // HOUR_S * HOUR_S
-        key = UsageKey(hour, tenant or ANONYMOUS, model, source)
-        if key not in self._pending and len(self._pending) >= MAX_PENDING:
-            key = UsageKey(hour, OTHER, model, source)
-        self._pending.setdefault(key, UsageSums()).add(sums)
+        known = self._pending.get((hour, tenant or ANONYMOUS, model, source))
+        if known is None:
+            kept = OTHER if len(self._pending) >= MAX_PENDING else tenant or ANONYMOUS
+            known = self._pending.setdefault((hour, kept, model, source), UsageSums())
+        known.add(sums)
 
     async def find(self, start: float, end: float, tenant: str | None) -> list[Row]:
         """The sums of the hours that begin in [start's hour, end), of one tenant or of all.
@@ -128,9 +132,9 @@ class UsageLog:
         connection.execute(_TABLE)
         return connection
 
-    def _write(self, sums: dict[UsageKey, UsageSums]) -> None:
+    def _write(self, sums: _Pending) -> None:
         rows: Iterable[tuple[object, ...]] = [
-            (*astuple(key), *astuple(value)) for key, value in sums.items()
+            (*key, *astuple(value)) for key, value in sums.items()
         ]
         with closing(self._open()) as connection, connection:
             connection.executemany(_ADD, rows)

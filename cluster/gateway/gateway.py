@@ -169,6 +169,10 @@ def _make_pools(
             start_timeout_s=None if pool.replicas.min else router.start_timeout_s,
         )
         meter = PoolMeter(pool.name, observers)
+        for name, limit_s in pool.slo:
+            if limit_s is not None:
+                of = name.removesuffix("_s")
+                observers.registry.gauge(table.OBJECTIVE, pool.name, of).value = limit_s
         return Pool(pool.name, kind, limits, wirings[pool.name], meter)
 
     pools = [

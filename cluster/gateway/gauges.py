@@ -20,6 +20,7 @@ def _collect(registry: Registry, pool: Pool) -> None:
         table.ONGOING: pool.num_ongoing,
         table.QUEUED: pool.num_queued,
         table.QUEUED_TOKENS: pool.waiting.queued_tokens,
+        table.ONGOING_TOKENS: pool.waiting.capacity.held_tokens,
         table.CAPACITY_TOKENS: pool.waiting.capacity.limit_tokens,
         table.DRAIN_RATE: pool.waiting.capacity.drain_rate() or 0.0,
         table.RUNNING: sum(load.running for load in loads),

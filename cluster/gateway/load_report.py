@@ -38,6 +38,7 @@ class _PoolReports:
         self._prefill_each = self._decode_each = 0.0
 
     def report(self, now: float) -> LoadReport:
+        self._pool.meter.count_gaps()
         counts = _Counts(
             now,
             self._pool.meter.arrivals.value,

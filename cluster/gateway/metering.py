@@ -1,8 +1,9 @@
-"""What a router counts of its requests: bound once for each pool, a few additions a chunk."""
+"""What a router counts of its requests: bound once for each pool, a time noted for each chunk."""
 
-import time
 from dataclasses import dataclass
 from functools import partial
+from operator import sub
+from time import perf_counter
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import msgspec
@@ -63,7 +64,11 @@ class PoolMeter:
         self.fallbacks = counter(table.LINK_FALLBACKS, model)
         self.choice_s = histogram(table.ROUTING_SECONDS, model)
         self.choices = partial(counter, table.ROUTING_DECISIONS, model)
-        self._requests = partial(counter, table.REQUESTS, model)
+        self._registry = registry
+        self._requests: dict[tuple[str, int], Counter] = {}
+        self.watched: set[Watch] = set()
+        """Requests that have not ended."""
+        registry.on_collect(self.count_gaps)
         # All there from the beginning, or a rate would not see the first of each.
         self._shed = {reason: counter(table.SHED, model, reason) for reason in get_args(ShedReason)}
         self._handovers = {
@@ -74,7 +79,14 @@ class PoolMeter:
         """Begin to watch one request, of whose end ``grant`` is told."""
         if grant is not None:  # else it is the router's own, which no replica has to be there for
             self.arrivals.add()
-        return Watch(self, request, route, grant)
+        watch = Watch(self, request, route, grant)
+        self.watched.add(watch)
+        return watch
+
+    def count_gaps(self) -> None:
+        """Count the gaps of streams that go on; to be called before ``itl_s`` is read."""
+        for watch in self.watched:
+            watch.count_gaps()
 
     def shed(self, reason: ShedReason) -> None:
         """Count a request that is refused."""
@@ -100,15 +112,19 @@ class PoolMeter:
 
     def requests(self, route: str, status: int) -> Counter:
         """Requests that ended so."""
-        return self._requests(route, str(status))
+        counter = self._requests.get((route, status))
+        if counter is None:
+            counter = self._registry.counter(table.REQUESTS, self.model, route, str(status))
+            self._requests[route, status] = counter
+        return counter
 
 
 class Watch:
     """One request from its arrival to its end."""
 
     __slots__ = (
-        *("_begun", "_first", "_grant", "_itl", "_last", "_meter", "_placed", "_replica"),
-        *("_request", "_route", "_trace", "cut_off", "status"),
+        *("_begun", "_first", "_grant", "_meter", "_placed", "_replica"),
+        *("_request", "_route", "_trace", "cut_off", "status", "writes"),
     )
 
     def __init__(
@@ -119,9 +135,11 @@ class Watch:
         self._grant = grant
         self._route = route
         self._trace = None if meter.tracer is None else _trace(meter.tracer, request, route)
-        self._itl = meter.itl_s
-        self._begun = time.perf_counter()
-        self._placed = self._first = self._last = 0.0
+        self._begun = perf_counter()
+        self._placed = self._first = 0.0
+        self.writes: list[float] = []
+        """When pieces of its stream went out, for the relay to append to: a call for each would
+        take as long as counting it. Those whose gaps are counted leave, but the last."""
         self.status = CLIENT_LEFT
         """The status of its answer; until one is known, that of a client who leaves."""
         self._replica: str | None = None
@@ -130,7 +148,7 @@ class Watch:
 
     def placed(self, replica: str) -> None:
         """It has a place at a replica; where that one is lost, at another."""
-        self._placed = time.perf_counter()
+        self._placed = perf_counter()
         self._replica = replica
 
     def asks(
@@ -142,21 +160,23 @@ class Watch:
         headers = self._trace.attempt(head.headers, replica_id, address, way)
         return msgspec.structs.replace(head, headers=headers)
 
-    def chunk(self) -> None:
-        """A piece of its stream goes out."""
-        now = time.perf_counter()
-        if self._last:
-            self._itl.observe(now - self._last)
-        else:
-            self._first = now
-        self._last = now
+    def count_gaps(self) -> None:
+        """Count the gaps between the writes until now."""
+        writes = self.writes
+        if writes and not self._first:
+            self._first = writes[0]
+        if len(writes) > 1:
+            self._meter.itl_s.observe_all(map(sub, writes[1:], writes))
+            del writes[:-1]
 
     def end(self, usage: LinkUsage | None) -> None:
         """It has ended, in whatever way."""
         if self._grant is not None:
             self._grant.end(self.status, usage)
         meter = self._meter
-        elapsed = time.perf_counter() - self._begun
+        meter.watched.discard(self)
+        self.count_gaps()
+        elapsed = perf_counter() - self._begun
         meter.request_s.observe(elapsed)
         meter.requests(self._route, self.status).add()
         if self._placed:
@@ -169,7 +189,7 @@ class Watch:
             meter.cached_tokens.add(usage.cached_tokens)
             meter.completion_tokens.add(usage.completion_tokens)
             if self._first and usage.completion_tokens > 1:
-                generating = self._last - self._first
+                generating = self.writes[-1] - self._first
                 meter.tpot_s.observe(generating / (usage.completion_tokens - 1))
             if meter.usage is not None:
                 meter.usage.add(self._request.tenant, meter.model, usage)

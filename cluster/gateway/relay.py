@@ -5,6 +5,7 @@ Another replica is tried only while nothing of an answer was seen, so nothing is
 
 import json
 import logging
+from time import perf_counter
 
 from cluster.errors import (
     InternalError,
@@ -160,7 +161,7 @@ class RelayedBody:
             self._end()
             raise StopAsyncIteration
         if self._is_event_stream:
-            self._watch.chunk()
+            self._watch.writes.append(perf_counter())
             if self._is_first:
                 self._is_first = False
                 self._pool.first_token(self._place)

@@ -201,7 +201,8 @@ class Exchange:
         elif isinstance(error, RequestError):
             self._fail(error.status, error.message)
         elif not self.gone:
-            logger.error("%s %s failed", self.head.method, self.head.path, exc_info=error)
+            head = self.head
+            logger.error("%s: %s %s failed", head.id, head.method, head.path, exc_info=error)
             self._fail(500, "the replica failed to answer; its log says why")
 
     # -- inside --

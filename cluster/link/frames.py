@@ -91,6 +91,12 @@ class RequestHead(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     scheme: str = "http"
     client: tuple[str, int] | None = None
 
+    @property
+    def id(self) -> str:
+        """The header ``x-request-id``, else ``request_id``."""
+        given = (value for name, value in self.headers if name == b"x-request-id")
+        return next(given, self.request_id.encode()).decode("latin-1")
+
 
 class ResponseHead(msgspec.Struct, frozen=True, array_like=True):
     """A response without its body."""

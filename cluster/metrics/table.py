@@ -110,6 +110,9 @@ QUEUED = Metric("tandem_queued_requests", "gauge", "Requests waiting for a place
 QUEUED_TOKENS = Metric(
     "tandem_queued_tokens", "gauge", "Estimated work that waits for a place.", _MODEL
 )
+ONGOING_TOKENS = Metric(
+    "tandem_ongoing_tokens", "gauge", "Estimated work of the requests being served.", _MODEL
+)
 CAPACITY_TOKENS = Metric(
     "tandem_capacity_tokens",
     "gauge",
@@ -121,6 +124,12 @@ DRAIN_RATE = Metric(
     "gauge",
     "Work that leaves the replicas while they are busy; 0 while that is not known.",
     _MODEL,
+)
+OBJECTIVE = Metric(
+    "tandem_objective_seconds",
+    "gauge",
+    "Latency that a pool is to keep to (slo): ttft_p90, itl_p90 or latency_p95.",
+    ("model", "of"),
 )
 REPLICAS = Metric(
     "tandem_replicas", "gauge", "Replicas by what this router can do with them.", ("model", "state")

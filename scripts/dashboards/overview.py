@@ -27,7 +27,12 @@ def overview() -> Dashboard:
         [variable("model", "tandem_ongoing_requests")],
     )
     served = rate("tandem_requests_total", where='model=~"$model",status!="499"')
-    failed = rate("tandem_requests_total", where='model=~"$model",status=~"5.."')
+    # As the rules count it: answers that break off are in it, whose status is 200.
+    failed = (
+        "sum by (model) ("
+        'rate(tandem_requests_total{model=~"$model",status=~"5.."}[$__rate_interval])'
+        ' or rate(tandem_cut_off_requests_total{model=~"$model"}[$__rate_interval]))'
+    )
     panels = [
         number("Requests per second", "reqps", Query(f"sum({served})", "")),
         number(
@@ -56,6 +61,11 @@ def overview() -> Dashboard:
         lines("Error ratio", "percentunit", Query(f"{failed} / ({served} > 0) or {served} * 0")),
         lines("First bytes", "s", *quantiles("tandem_ttft_seconds", 0.5, 0.95)),
         lines("Whole requests", "s", *quantiles("tandem_request_seconds", 0.5, 0.95)),
+        lines(
+            "Latency by its objective",
+            "short",
+            Query('model:tandem_objective:ratio_rate5m{model=~"$model"}', "{{model}} {{of}}"),
+        ),
         row("Capacity"),
         lines(
             "Ongoing and queued",

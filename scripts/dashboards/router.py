@@ -38,8 +38,9 @@ def router() -> Dashboard:
             Query(rate("tandem_cut_off_requests_total"), "{{model}} cut off"),
         ),
         lines(
-            "Queued tokens and capacity",
+            "Tokens of requests, and capacity",
             "short",
+            Query(total("tandem_ongoing_tokens"), "{{model}} ongoing"),
             Query(total("tandem_queued_tokens"), "{{model}} queued"),
             Query(total("tandem_capacity_tokens"), "{{model}} capacity"),
         ),

@@ -3,6 +3,7 @@
 import base64
 import concurrent.futures
 import json
+import re
 import struct
 import time
 from typing import Any
@@ -12,6 +13,7 @@ import httpx
 import openai
 import pytest
 
+from cluster.monitoring.foreign import VLLM
 from tests.cluster.conftest import Running
 
 MODEL = "smollm2"
@@ -284,3 +286,21 @@ def test_requests_at_the_same_time_share_the_engine(client: openai.OpenAI) -> No
 
     with concurrent.futures.ThreadPoolExecutor(16) as threads:
         assert list(threads.map(ask, range(32))) == [16] * 32
+
+
+def test_vllms_own_metrics_come_through_rays_agents(
+    cluster: Running, client: openai.OpenAI
+) -> None:
+    url = f"{cluster.status()['state']['dashboard_url']}/api/prometheus/sd"
+    targets = [target for group in httpx.get(url).json() for target in group["targets"]]
+    # Ray shows no counter before its first event: nothing has been preempted here.
+    wanted = VLLM.keys() - {"ray_vllm_num_preemptions_total"}
+    found: set[str] = set()
+    deadline = time.monotonic() + 120
+    # Gauges leave while the engine has nothing to do, so it is kept busy.
+    while not wanted <= found and time.monotonic() < deadline:
+        client.chat.completions.create(model=MODEL, messages=PARIS, max_tokens=32)
+        for target in targets:
+            page = httpx.get(f"http://{target}/metrics", timeout=30).text
+            found |= set(re.findall(r"^(ray_vllm_\w+)", page, re.MULTILINE))
+    assert sorted(wanted - found) == []

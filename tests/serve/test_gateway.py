@@ -403,6 +403,17 @@ async def test_an_application_that_breaks_shows_no_internals() -> None:
         assert answer.json()["error"]["code"] == 500
 
 
+async def test_a_replicas_traceback_is_found_by_the_requests_id(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with a_world() as world:
+        await world.add("gen", "gen-1")
+        headers = {"x-request-id": "6b3f2f52"}
+        await asgi.post(world.app, CHAT, {"fail": True}, headers=headers)
+    (record,) = [record for record in caplog.records if record.exc_info]
+    assert "6b3f2f52" in record.message
+
+
 async def test_a_replica_that_is_taken_out_finishes_what_it_has() -> None:
     async with a_world() as world:
         old = await world.add("gen", "gen-1")
@@ -573,6 +584,32 @@ async def metrics(world: World) -> dict[tuple[str, ...], float]:
         for family in text_string_to_metric_families(answer.body.decode())
         for sample in family.samples
     }
+
+
+async def test_objectives_are_shown_where_there_are_any() -> None:
+    async with a_world() as world:
+        found = {
+            key[1:]: value
+            for key, value in (await metrics(world)).items()
+            if key[0] == "tandem_objective_seconds"
+        }
+    assert found == {
+        ("gen", "ttft_p90"): 2.0,
+        ("gen", "itl_p90"): 0.2,
+        ("cls", "latency_p95"): 0.5,
+    }
+
+
+async def test_requests_that_are_served_are_shown_with_their_tokens() -> None:
+    async with a_world() as world:
+        replica = await world.add("gen", "gen-1")
+        call = asgi.start(world.app, "POST", CHAT, {"wait_before": True})
+        await world.until(lambda: len(replica.seen) == 1)
+        served = await metrics(world)
+        assert served["tandem_ongoing_requests", "gen"] == 1
+        assert served["tandem_ongoing_tokens", "gen"] > 0
+        await call.cancel()
+        assert (await metrics(world))["tandem_ongoing_tokens", "gen"] == 0
 
 
 async def handovers(world: World) -> dict[str, float]:

@@ -89,6 +89,7 @@ class History:
                 for index, counted in enumerate(_kinds(int(status))):
                     endings[model][index] += int(child.value) * counted
         for name, (requests, failed, refused) in endings.items():
+            self._pools[name].meter.count_gaps()
             cut_off = self._registry.counter(table.CUT_OFF, name)
             counts = {
                 "requests": requests,

@@ -1,0 +1,90 @@
+"""What a request's watch counts of a stream, and that each reader of it sees it."""
+
+from itertools import pairwise
+from time import perf_counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.autoscaling.reports import parse_reports
+from cluster.config import parse
+from cluster.gateway.dashboard.history import History
+from cluster.gateway.gateway import Gateway
+from cluster.gateway.journal import Journal
+from cluster.gateway.messages import Request
+from cluster.gateway.metering import Observers, PoolMeter
+from cluster.gateway.pool import Wiring
+from cluster.link import LinkUsage
+from cluster.metrics import Histogram, Registry, exposition
+
+REQUEST = Request("id", "POST", "/v1/completions", b"", [], b"")
+
+portions = st.lists(st.tuples(st.lists(st.floats(0, 400), max_size=30), st.booleans()), max_size=6)
+
+
+def one_by_one(times: list[float], like: Histogram) -> Histogram:
+    """The gaps between these times, each counted alone."""
+    histogram = Histogram(like.bounds)
+    for before, after in pairwise(times):
+        histogram.observe(after - before)
+    return histogram
+
+
+def check(found: Histogram, times: list[float]) -> None:
+    expected = one_by_one(times, found)
+    assert found.counts == expected.counts
+    assert found.total == pytest.approx(expected.total)
+
+
+@given(portions)
+def test_each_gap_is_counted_once_whenever_somebody_reads(
+    portions: list[tuple[list[float], bool]],
+) -> None:
+    meter = PoolMeter("m", Observers(Registry(), Journal(1.0)))
+    watch = meter.watch(REQUEST, REQUEST.path)
+    begun = now = perf_counter()
+    times: list[float] = []
+    for gaps, read in portions:
+        for gap in gaps:
+            now += gap
+            times.append(now)
+            watch.writes.append(now)
+        if read:
+            meter.count_gaps()
+            check(meter.itl_s, times)
+            assert len(watch.writes) <= 1  # what is counted is not kept
+    watch.end(LinkUsage(1, 0, len(times)))
+    meter.count_gaps()
+    check(meter.itl_s, times)
+    assert sum(meter.ttft_s.counts) == bool(times)
+    assert sum(meter.tpot_s.counts) == (len(times) > 1)
+    if times:
+        assert meter.ttft_s.total >= times[0] - begun
+    if len(times) > 1:
+        mean_s = (times[-1] - times[0]) / (len(times) - 1)
+        assert meter.tpot_s.total == pytest.approx(mean_s)
+
+
+async def test_each_reader_sees_the_gaps_of_a_stream_that_goes_on() -> None:
+    generator = {"name": "chat", "model": "m", "slo": {"itl_p90_s": 0.1}}
+    gateway = Gateway(parse({"generators": [generator]}), {"chat": Wiring(b"secret")})
+    history = History(gateway.registry, gateway.pools)
+    history.take(100.0, 100.0)
+    gateway.load_report(100.0, 1.0)
+    watch = gateway.pools["chat"].meter.watch(REQUEST, REQUEST.path)
+
+    watch.writes += [1.0, 1.5]
+    history.take(101.0, 101.0)
+    (second,) = history.since(0)
+    assert sum(second.pools["chat"].latencies["itl"].values()) == 1
+
+    watch.writes += [2.0]
+    report = parse_reports(gateway.load_report(102.0, 1.0))["chat"]
+    assert report.latencies["itl_p90_s"].samples == 2
+
+    watch.writes += [3.0]
+    text = exposition(gateway.registry).decode()
+    assert 'tandem_itl_seconds_count{model="chat"} 3.0' in text
+    assert 'tandem_itl_seconds_sum{model="chat"} 2.0' in text
+    await gateway.close()
