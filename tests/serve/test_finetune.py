@@ -55,8 +55,9 @@ async def test_every_family_is_trained_and_served(tmp_path, family):
     rows += [("good " * 600 + end, label) for label in "ab" for end in ("", "film", "plot")]
     out = tmp_path / "out"
     data = write_csv(tmp_path / "rows.csv", rows)
-    tandem("models", "finetune", "--base", saved.path, "--data", data, "--out", out, "--threads", 1,
-           "--max-tokens", 512, "--epochs", 1, "--frozen-layers", 1, "--keep-embeddings", 1)  # fmt: skip
+    tandem("models", "finetune", "--base", saved.path, "--data", data, "--out", out,
+           "--max-tokens", 512, "--epochs", 1, "--frozen-layers", 1, "--keep-embeddings", 1,
+           "--threads", 1)  # fmt: skip
     texts = [text for text, _ in rows[:5]]
     made = loaded(out)
     async with running(made, "classify", "embed") as engine:
