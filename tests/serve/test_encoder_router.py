@@ -1,4 +1,4 @@
-"""Every task of encoders from the configuration to the client: router, links and engines are real."""
+"""Every task of encoders from configuration to client: router, links and engines are real."""
 
 import asyncio
 import threading
