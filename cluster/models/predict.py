@@ -21,8 +21,8 @@ from cluster.models.store import Progress
 
 BATCH = 64  # texts of like length
 MAX_TOKENS = 512  # of a text; what is longer is cut
-
-
+UNLIMITED_TOKENS = 1_000_000
+"""Tokenizers without a length of their own say 1e30."""
 SINGLE_LABEL = (None, "single_label_classification")  # problem types
 
 
@@ -98,8 +98,18 @@ class Classifier:
 
 def max_tokens(network: Any, tokenizer: Any) -> int:
     """The longest text that is read whole."""
-    positions = getattr(network.config, "max_position_embeddings", MAX_TOKENS)
-    return int(min(MAX_TOKENS, positions, tokenizer.model_max_length))
+    return min(MAX_TOKENS, max_tokens_of(network, tokenizer))
+
+
+def max_tokens_of(network: Any, tokenizer: Any) -> int:
+    """The longest text that both the tokenizer and the position embeddings take."""
+    positions = getattr(network.config, "max_position_embeddings", None) or UNLIMITED_TOKENS
+    embeddings = getattr(network.base_model, "embeddings", None)
+    table = getattr(embeddings, "position_embeddings", None)
+    padding_idx = getattr(table, "padding_idx", None)
+    if padding_idx is not None:  # RoBERTa counts its positions from padding_idx + 1
+        positions -= padding_idx + 1
+    return int(min(tokenizer.model_max_length, positions, UNLIMITED_TOKENS))
 
 
 @contextmanager

@@ -243,6 +243,12 @@ def save(path, family="bert", head="ForSequenceClassification", max_tokens=MAX_T
     return Saved(path, network, tokenizer)
 
 
+def loaded(path):
+    """A classifier that lies on disk."""
+    network = transformers.AutoModelForSequenceClassification.from_pretrained(path).eval()
+    return Saved(path, network, transformers.AutoTokenizer.from_pretrained(path))
+
+
 def config(**changes):
     fields = {"name": "tiny", "model": "tiny", "dtype": "float32", "threads": 1}
     return ClassifierConfig(**{**fields, "max_batch_tokens": 64, **changes})

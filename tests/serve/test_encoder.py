@@ -1,6 +1,7 @@
 import asyncio
 import base64
 import json
+import shutil
 import threading
 
 import httpx
@@ -636,6 +637,14 @@ async def test_a_tokenizer_with_tokens_of_its_own_is_a_config_error(tmp_path, ne
 async def test_a_missing_model_is_a_config_error(tmp_path):
     with pytest.raises(ConfigError, match="cannot load"):
         await EncoderEngine(config(), str(tmp_path / "none")).start()
+
+
+async def test_weights_that_are_no_safetensors_are_refused(tmp_path, network, model_path):
+    shutil.copytree(model_path, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(network.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"cannot load.*safetensors"):
+        await EncoderEngine(config(), str(tmp_path)).start()
 
 
 async def test_bodies_may_come_in_pieces_and_clients_may_leave_early(engine):

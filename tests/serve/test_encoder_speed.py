@@ -279,6 +279,30 @@ def test_agreement_compares_each_token_and_the_best_token_of_each_mask():
     assert measure("fill-mask", lambda *_: swapped, lambda *_: masks, ids) == Agreement(0.5, 2)
 
 
+def test_agreement_of_several_labels_is_that_of_all_of_them():
+    wanted = np.array([[0.9, 0.6, 0.1], [0.9, 0.6, 0.1], [0.3, 0.2, 0.1]], np.float32)
+    found = np.array([[0.7, 0.51, 0.4], [0.9, 0.49, 0.1], [0.2, 0.3, 0.1]], np.float32)
+    ids = texts(2, 3, 4)
+    several = "multi_label_classification"
+    same = measure("classify", lambda *_: found, lambda *_: wanted, ids, several)
+    assert same == Agreement(2 / 3, 3)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_agreement_of_numbers_is_nearness_by_their_spread_over_all_texts(width):
+    ids = texts(*range(2, 35))  # one more than a batch
+    numbers = {len(row): np.full(width, len(row) / 10, np.float32) for row in ids}
+
+    def full(task, some):
+        return np.stack([numbers[len(row)] for row in some])
+
+    def low(task, some):
+        rows = full(task, some) + 0.01
+        return rows + [[0.1 * (len(row) == 20)] * width for row in some]
+
+    assert measure("classify", low, full, ids, "regression") == Agreement(32 / 33, 33)
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_what_is_measured_is_what_the_tasks_ask_for(name):
     pool = ClassifierConfig(name="one", model="one", tasks=(name,))

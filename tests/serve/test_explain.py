@@ -15,8 +15,13 @@ from cluster.engines.encoder.explain_model import ExplainModel
 from cluster.engines.encoder.explain_schema import Question
 from cluster.errors import InternalError, OverloadedError, UnavailableError
 from tests.serve import tiny_encoder
-from tests.serve.encoder_kit import (  # noqa: F401, the fixture is used by all tests here
+from tests.serve.encoder_kit import (  # noqa: F401, one_thread is used by all tests here
+    FAMILIES,
+    LABELS,
+    PAIRS,
+    TEXTS,
     one_thread,
+    save,
 )
 from tests.serve.planted import FILLER, TELLING, texts
 
@@ -85,6 +90,25 @@ def test_pairs_and_both_sides_of_a_cut(model):
     assert len(left) == len(right) + 1 - 2 == 29
     assert (left[-1].text, left[-1].start) == ("refund", 180)
     assert right[0].start == 0
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # DeBERTa's, as imported
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_explained_is_the_score_of_the_classifier(tmp_path, family):
+    saved = save(tmp_path, family, max_tokens=60)
+    model = ExplainModel.load(saved.path, torch.device("cpu"), max_tokens=60)
+    for text in [*TEXTS, *PAIRS]:
+        parts = (text,) if isinstance(text, str) else text
+        logits = saved.logits(*parts)
+        best = int(logits.argmax())
+        found = model.explain(text, BEST, nothing)
+        assert found.labels[0].label == LABELS[best]
+        assert found.labels[0].score == pytest.approx(logits.softmax(-1)[best].item(), abs=1e-5)
+        rolled = model.explain(text, ROLLOUT, nothing)
+        assert sum(rolled.weights) == pytest.approx(1 if rolled.words else 0)
+        for word in found.words:
+            assert parts[word.in_pair][word.start : word.end] == word.text
+            assert word.text.strip() == word.text
 
 
 @pytest.mark.parametrize("text", ["", " ", "\x00", "word1 " * 100])

@@ -13,6 +13,7 @@ from cluster.errors import ConfigError
 from cluster.models import calibration
 from cluster.models.finetune_data import DataError
 from cluster.models.reference import Reference
+from tests.serve.encoder_kit import FAMILIES, WORDS, ask, loaded, running, save
 from tests.serve.planted import FAST, tandem, texts, write_csv
 
 
@@ -43,6 +44,29 @@ def test_it_stops_early(trained):
     _, said = trained
     epochs = int(said.split("epochs ")[1].split(",")[0])
     assert 3 <= epochs <= 10
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # DeBERTa's, as imported
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_every_family_is_trained_and_served(tmp_path, family):
+    saved = save(tmp_path / "base", family, "ForMaskedLM", max_tokens=10_000)
+    rng = random.Random(0)
+    rows = [(" ".join(rng.sample(WORDS, 5)), rng.choice("ab")) for _ in range(40)]
+    rows += [("good " * 600 + end, label) for label in "ab" for end in ("", "film", "plot")]
+    out = tmp_path / "out"
+    data = write_csv(tmp_path / "rows.csv", rows)
+    tandem("models", "finetune", "--base", saved.path, "--data", data, "--out", out,
+           "--max-tokens", 512, "--epochs", 1, "--frozen-layers", 1, "--keep-embeddings", 1,
+           "--threads", 1)  # fmt: skip
+    texts = [text for text, _ in rows[:5]]
+    made = loaded(out)
+    async with running(made, "classify", "embed") as engine:
+        answer = await ask(engine, "/classify", {"input": texts})
+    for text, item in zip(texts, answer["data"], strict=True):
+        logits = made.logits(text)
+        wanted = dict(zip("ab", logits.softmax(-1).tolist(), strict=True))
+        found = {score["label"]: score["score"] for score in item["scores"]}
+        assert found == pytest.approx(wanted, abs=1e-5)
 
 
 async def test_the_result_is_served_at_once(trained):

@@ -86,8 +86,9 @@ def test_adapters_switch_lora_on() -> None:
     assert not hasattr(fill(config()), "enable_lora")
     args = fill(config(adapters={"law": "a", "art": "b"}))
     assert (args.enable_lora, args.max_loras) == (True, 2)
-    with pytest.raises(ConfigError, match=r"lora_modules.*`adapters`"):
-        fill(config(engine_args={"lora_modules": ["law=a"]}))
+    for name, value in (("lora_modules", ["law=a"]), ("enable_lora", True)):
+        with pytest.raises(ConfigError, match=rf"{name}.*`adapters`"):
+            fill(config(engine_args={name: value}))
 
 
 def test_the_engine_schedules_by_the_routers_classes_unless_it_is_told_not_to() -> None:

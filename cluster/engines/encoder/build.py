@@ -151,7 +151,11 @@ class Builder:
         if (known := kept.read()) is not None:
             return known
         full = self._in(torch.float32)
-        found = [measure(head, model.run, full.run, self._check_ids(head)) for head in self._heads]
+        problem = self._network.config.problem_type
+        found = [
+            measure(head, model.run, full.run, self._check_ids(head), problem)
+            for head in self._heads
+        ]
         worst = min(found, key=lambda agreement: agreement.share)
         kept.write(worst)
         return worst

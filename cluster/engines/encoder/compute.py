@@ -14,6 +14,7 @@ from cluster.engines.encoder.jobs import Encoded, Text, Timings, TokenIds
 from cluster.engines.encoder.model import LoadedModel
 from cluster.engines.encoder.service import EncoderService
 from cluster.engines.encoder.template import Side
+from cluster.engines.encoder.tokenizer import PlainReader
 from cluster.engines.encoder.windows import WindowReader
 from cluster.errors import InvalidRequestError
 
@@ -29,6 +30,8 @@ class How:
     """Tokens that neighbouring windows share."""
     located: bool = False
     """Whether the places of the tokens are wanted."""
+    most_second: int | None = None
+    """Tokens of a pair's second text that are read; None: all that fit."""
 
 
 class Computer:
@@ -91,11 +94,13 @@ class Computer:
             raise
 
     async def _encode(self, how: How, inputs: Sequence[Text] | Sequence[TokenIds]) -> Encoded:
-        if how.stride is None and not how.located:
-            return await self._service.encode(how.head, inputs, how.side or False)
-        reader = WindowReader(self._service.model.tokenizer, how.side, how.stride)
-        encoded = await self._service.encode(how.head, inputs, reader=reader)
-        return replace(encoded, windows=reader.windows)
+        texts = self._service.model.tokenizer
+        if how.stride is not None or how.located:
+            windows = WindowReader(texts, how.side, how.stride, how.most_second)
+            encoded = await self._service.encode(how.head, inputs, reader=windows)
+            return replace(encoded, windows=windows.windows)
+        own = PlainReader(texts, how.side, how.most_second) if how.most_second else None
+        return await self._service.encode(how.head, inputs, how.side or False, own)
 
 
 def _split(encoded: Encoded) -> list[Encoded]:

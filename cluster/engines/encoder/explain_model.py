@@ -150,8 +150,9 @@ class ExplainModel:
     def _read(self, text: Text, side: Side) -> _Read:
         parts = (text,) if isinstance(text, str) else text
         self._tokenizer.truncation_side = side
+        # In a list, because transformers takes an empty pair for none where it stands alone.
         encoding = self._tokenizer(
-            *parts, truncation="longest_first", max_length=self._max_tokens
+            [text], truncation="longest_first", max_length=self._max_tokens
         ).encodings[0]
         special = np.array(encoding.special_tokens_mask, bool)
         words, word_of = _words(parts, encoding, special)
@@ -175,6 +176,9 @@ def _words(
         part = encoding.sequence_ids[token] or 0
         if word is not None and last == (part, word):
             start = words.pop().start
+        # Some tokenizers count the blank before a word to it.
+        bare = parts[part][start:end].lstrip()
+        start = end - len(bare) if bare else start
         words.append(Word(parts[part][start:end], start, end, part == 1))
         last, word_of[token] = (part, word), len(words) - 1
     return words, word_of

@@ -22,11 +22,10 @@ from cluster.engines.encoder.precision import Agreement
 from cluster.engines.encoder.scores import apply_calibration
 from cluster.engines.encoder.tokenizer import TextTokenizer
 from cluster.errors import ConfigError
+from cluster.models.predict import max_tokens_of
 
 log = logging.getLogger(__name__)
 
-UNLIMITED_TOKENS = 1_000_000
-"""Tokenizers without a length of their own say 1e30."""
 LABELLED = ("ForSequenceClassification", "ForTokenClassification")
 
 
@@ -123,14 +122,3 @@ def has_token_types(network: Any, tokenizer: Any) -> bool:
     """Whether the model tells a text from its pair by token types."""
     told = "token_type_ids" in tokenizer.model_input_names
     return told and getattr(network.config, "type_vocab_size", 0) > 1
-
-
-def max_tokens_of(network: Any, tokenizer: Any) -> int:
-    """The longest text that both the tokenizer and the position embeddings take."""
-    positions = getattr(network.config, "max_position_embeddings", None) or UNLIMITED_TOKENS
-    embeddings = getattr(network.base_model, "embeddings", None)
-    table = getattr(embeddings, "position_embeddings", None)
-    padding_idx = getattr(table, "padding_idx", None)
-    if padding_idx is not None:  # RoBERTa counts its positions from padding_idx + 1
-        positions -= padding_idx + 1
-    return int(min(tokenizer.model_max_length, positions, UNLIMITED_TOKENS))

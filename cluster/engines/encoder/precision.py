@@ -26,8 +26,9 @@ log = logging.getLogger(__name__)
 MIN_AGREEMENT = 0.995
 MIN_COSINE = 0.99
 BATCH_TEXTS = 32
-RECIPE = "2"
-"""Changes when the low-precision arithmetic does, so that agreement is measured anew."""
+RECIPE = "3"
+"""Changes when the low-precision arithmetic or the comparison does, so that agreement is measured
+anew."""
 
 Run = Callable[[ClassifierTask, Sequence[TokenIds]], Any]
 """See ``EncoderModel.run``."""
@@ -38,8 +39,8 @@ class Agreement:
     """How often the low-precision model answers as the float32 one does."""
 
     share: float
-    """Of texts or tokens with the same label, of masks with the same best token, of embeddings
-    with a cosine of at least 0.99."""
+    """Of texts or tokens with the same label (or all of several), of masks with the same best
+    token, of numbers within 2 % of their spread, of embeddings with a cosine of at least 0.99."""
     answers: int
     """That were compared."""
 
@@ -68,12 +69,25 @@ def require(config: ClassifierConfig, agreement: Agreement, precision: str) -> N
     log.info("%s: %s", config.name, found)
 
 
-def measure(head: ClassifierTask, low: Run, full: Run, ids: Sequence[TokenIds]) -> Agreement:
-    """Run ``ids`` through both; for ``fill-mask`` there is a mask in them."""
-    same: list[np.bool_] = []
-    for batch in batches(ids):
-        found, wanted = _rows(low(head, batch)), _rows(full(head, batch))
-        same.extend(_same(head, found, wanted))
+def measure(
+    head: ClassifierTask,
+    low: Run,
+    full: Run,
+    ids: Sequence[TokenIds],
+    problem_type: str | None = None,
+) -> Agreement:
+    """Run ``ids`` through both; for ``fill-mask`` there is a mask in them.
+
+    Args:
+        head: What is computed.
+        low: In low precision.
+        full: In float32.
+        ids: The texts.
+        problem_type: That of the network's configuration.
+    """
+    runs = [(low(head, batch), full(head, batch)) for batch in batches(ids)]
+    found, wanted = (np.concatenate([_rows(run[i]) for run in runs]) for i in (0, 1))
+    same = _same(head, problem_type, found, wanted)
     return Agreement(float(np.mean(same)), len(same))
 
 
@@ -87,15 +101,18 @@ def _rows(result: Rows | list[Rows]) -> Rows:
     return np.concatenate(result) if isinstance(result, list) else result
 
 
-def _same(head: ClassifierTask, found: Rows, wanted: Rows) -> Any:
+def _same(head: ClassifierTask, problem_type: str | None, found: Rows, wanted: Rows) -> Any:
     if head == "fill-mask":  # the ids come first, the best one's before the others'
         return found[:, 0] == wanted[:, 0]
     if head == "embed":
         lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(wanted, axis=1)
         return (found * wanted).sum(1) >= MIN_COSINE * lengths
-    if wanted.shape[1] == 1:  # one score, whatever its range: near enough not to change an order
-        spread = max(1e-6, float(np.ptp(wanted)))
-        return np.abs(found - wanted)[:, 0] <= 0.02 * spread
+    if problem_type == "regression" or wanted.shape[1] == 1:
+        # Numbers, whatever their range: near enough not to change an order.
+        spread = np.maximum(1e-6, np.ptp(wanted, axis=0))
+        return (np.abs(found - wanted) <= 0.02 * spread).all(1)
+    if problem_type == "multi_label_classification":
+        return ((found >= 0.5) == (wanted >= 0.5)).all(1)
     return found.argmax(1) == wanted.argmax(1)
 
 

@@ -60,7 +60,13 @@ class TextTokenizer:
         """The reader that cuts texts so (True: at their end), or refuses long ones."""
         return self._readers["right" if truncate is True else truncate or None]
 
-    def encode(self, texts: Sequence[Text], first: int, side: Side | None) -> list[TokenIds]:
+    def encode(
+        self,
+        texts: Sequence[Text],
+        first: int,
+        side: Side | None,
+        most_second: int | None = None,
+    ) -> list[TokenIds]:
         """The ids of each text, special tokens included.
 
         Args:
@@ -68,6 +74,7 @@ class TextTokenizer:
             first: Where ``texts[0]`` stands in the request, for messages.
             side: Where a text that is too long is cut; None refuses it. Of a text and its pair,
                 the longer one is cut first.
+            most_second: The tokens of a pair's second text; what is more is cut before.
 
         Raises:
             InvalidRequestError: a text is too long, or has a pair and the model takes none.
@@ -79,7 +86,7 @@ class TextTokenizer:
             if isinstance(text, str):
                 rows.append(self._row(index, ids, side))
             else:
-                rows.append(self._pair_row(index, ids, next(bodies).ids, side))
+                rows.append(self._pair_row(index, ids, next(bodies).ids[:most_second], side))
         return split_rows(rows)
 
     def shortest(self) -> TokenIds:
@@ -143,16 +150,20 @@ class PlainReader:
     Args:
         tokenizer: The model's.
         side: See ``TextTokenizer.encode``.
+        most_second: See there.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, side: Side | None) -> None:
+    def __init__(
+        self, tokenizer: TextTokenizer, side: Side | None, most_second: int | None = None
+    ) -> None:
         self.most_tokens = float(tokenizer.max_tokens)
         self._tokenizer = tokenizer
         self._side = side
+        self._most_second = most_second
 
     def read(self, texts: Sequence[Text], first: int) -> list[TokenIds]:
         """See ``TextReader``."""
-        return self._tokenizer.encode(texts, first, self._side)
+        return self._tokenizer.encode(texts, first, self._side, self._most_second)
 
 
 def flatten(texts: Sequence[Text]) -> list[str]:

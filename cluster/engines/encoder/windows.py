@@ -26,13 +26,21 @@ class WindowReader:
         tokenizer: The model's.
         side: Where a text that is too long is cut; None refuses it, unless there is a stride.
         stride: How many tokens neighbouring windows share; None: one window for each text.
+        most_second: The tokens of a pair's second text that are read; None: all.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, side: Side | None, stride: int | None) -> None:
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        side: Side | None,
+        stride: int | None,
+        most_second: int | None = None,
+    ) -> None:
         self.most_tokens = float(tokenizer.max_tokens) if stride is None else float("inf")
         self._tokenizer = tokenizer
         self._side = side
         self._stride = stride
+        self._most_second = most_second
         self.windows: list[list[Window]] = []
         """By text, in the order of the request."""
 
@@ -66,7 +74,7 @@ class WindowReader:
                 param="input",
             )
         room = self._room(template.num_tokens) - len(head)
-        pieces = self._pieces(index, len(body.ids), room)
+        pieces = self._pieces(index, len(body.ids[: self._most_second]), room)
         self._note(text[1], body, pieces, len(template.prefix) + len(head) + len(template.middle))
         return [template.join(head, body.ids[piece]) for piece in pieces]
 

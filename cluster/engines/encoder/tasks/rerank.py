@@ -1,14 +1,15 @@
 """``/rerank``: documents by their relevance to a query; the format of Cohere and of Jina."""
 
+from dataclasses import replace
 from uuid import uuid4
 
 from msgspec import UNSET, Struct, UnsetType
 
 from cluster.engines.encoder import schema
+from cluster.engines.encoder.compute import How
 from cluster.engines.encoder.jobs import Encoded, Text
 from cluster.engines.encoder.tasks.base import Task, Usage, WindowedRequest, column, usage
 from cluster.engines.encoder.tasks.score import ScoredWindow, scored_windows
-from cluster.errors import InvalidRequestError
 
 
 class Document(Struct, frozen=True):
@@ -30,7 +31,7 @@ class RerankRequest(WindowedRequest, frozen=True, kw_only=True):
     """How many documents to give, the best first; None: all."""
     return_documents: bool = False
     max_tokens_per_doc: schema.AtLeastOne | None = None
-    """Cohere's; no model here takes a document as long as its clients let it be."""
+    """Cohere's: what of a document is more is not read."""
     priority: int | None = None
     """Cohere's; not looked at, since a request's class here is its key's or its header's."""
 
@@ -85,16 +86,13 @@ class Rerank(Task[RerankRequest]):
     request = RerankRequest
     response = RerankReply
 
+    def how(self, request: RerankRequest) -> How:
+        """See ``Task``."""
+        return replace(super().how(request), most_second=request.max_tokens_per_doc)
+
     def inputs(self, request: RerankRequest) -> list[Text]:
         """See ``Task``."""
         schema.check_count(len(request.documents), self.config.max_texts, "documents")
-        limit = self.model.tokenizer.max_tokens
-        if request.max_tokens_per_doc and request.max_tokens_per_doc < limit:
-            raise InvalidRequestError(
-                f"max_tokens_per_doc is {request.max_tokens_per_doc}; documents are cut at the "
-                f"model's length, {limit} tokens with the query, and not before",
-                param="max_tokens_per_doc",
-            )
         return [(request.query, _text(document)) for document in request.documents]
 
     def reply(self, request: RerankRequest, encoded: Encoded) -> RerankReply:

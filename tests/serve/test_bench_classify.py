@@ -1,0 +1,47 @@
+"""The keys of ``bench classify``; beside the tests that load torch, as its package does."""
+
+import pytest
+
+from benchmarks.classify import IN_PROCESS, LOADS, report
+
+KEYS = {
+    "ratio_vs_kernel", "ratio_vs_kernel_single", "ratio_vs_pipeline", "ratio_vs_infinity",
+    "ratio_vs_infinity_single", "ratio_vs_vllm", "single_ms_p50", "single_ms_p99",
+    "padding_waste", "accuracy_delta",
+}  # fmt: skip
+
+
+def found() -> report.Found:
+    """Two rounds of everything that is measured; the second on a machine half as fast."""
+    rounds = {("in process", name): [1000.0, 500.0] for name in IN_PROCESS}
+    for server, rate in (("tandem", 900.0), ("infinity-bf16", 300.0), ("infinity-fp32", 450.0),
+                         ("vllm", 100.0)):  # fmt: skip
+        for load in LOADS:
+            rounds[server, load] = [rate, rate / 2]
+            rounds[server, f"{load} p50"] = [4.0, 8.0]
+            rounds[server, f"{load} p99"] = [6.0, 12.0]
+    rounds["in process", "bf16 accuracy"] = [0.91, 0.91]
+    rounds["in process", "fp32 accuracy"] = [0.92, 0.92]
+    rounds["in process", "padding waste"] = [0.01, 0.01]
+    return rounds
+
+
+def test_every_key_is_there_and_compares_within_a_round() -> None:
+    made = report.make(found(), num_tokens=27)
+    assert made.keys.keys() >= KEYS
+    assert made.keys["ratio_vs_kernel"].rounds == (0.9, 0.9)
+    assert made.keys["accuracy_delta"].rounds == pytest.approx((-0.01, -0.01))
+    assert made.keys["single_ms_p99"].rounds == (6.0, 12.0)
+    assert made.goals.keys() <= made.keys.keys()
+
+
+def test_the_better_one_of_infinitys_types_counts() -> None:
+    rounds = found()
+    assert report.make(rounds, 27).keys["ratio_vs_infinity"].rounds == (2.0, 2.0)
+    rounds["infinity-bf16", "1x64"] = [900.0, 450.0]
+    assert report.make(rounds, 27).keys["ratio_vs_infinity_single"].rounds == (1.0, 1.0)
+
+
+def test_what_was_not_measured_has_no_key() -> None:
+    rounds = {name: numbers for name, numbers in found().items() if name[0] == "tandem"}
+    assert report.make(rounds, 27).keys.keys() == {"single_ms_p50", "single_ms_p99"}
