@@ -12,10 +12,16 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from cluster.engines.encoder.check_texts import check_texts
 from cluster.engines.encoder.packed import PackedBert
 from cluster.engines.encoder.packed.linear import Arithmetic
+from cluster.engines.encoder.padded import TransformersModel
 from cluster.engines.encoder.tokenizer import TextTokenizer
 from cluster.models.build import build
 from cluster.models.store import resolve
-from tests.serve.encoder_kit import one_thread  # noqa: F401, the fixture is used by all tests here
+from tests.serve.encoder_kit import (  # noqa: F401, one_thread is used by all tests here
+    FAMILIES,
+    MAX_TOKENS,
+    one_thread,
+    save,
+)
 
 MODEL = "sentiment-minilm"
 NEAR = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
@@ -72,3 +78,20 @@ def test_a_text_has_the_scores_in_company_that_it_has_alone(dtype, lengths, seed
     together = model(dtype).run("classify", ids)
     alone = np.concatenate([model(dtype).run("classify", [row]) for row in ids])
     np.testing.assert_allclose(alone, together, rtol=0, atol=NEAR[dtype])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # DeBERTa's, as imported
+@pytest.mark.parametrize("dtype", NEAR, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_so_it_is_with_every_family_through_transformers(tmp_path, family, dtype):
+    saved = save(tmp_path, family)
+    network = saved.network.to(dtype)
+    model = TransformersModel(network, saved.tokenizer.pad_token_id)
+    random = np.random.default_rng(0)
+    for _ in range(5):
+        lengths = sorted(random.integers(1, MAX_TOKENS + 1, 20))
+        ids = [random.integers(5, len(saved.tokenizer), length) for length in lengths]
+        for task in ("classify", "embed"):
+            together = model.run(task, ids)
+            alone = np.concatenate([model.run(task, [row]) for row in ids])
+            np.testing.assert_allclose(alone, together, rtol=0, atol=NEAR[dtype])

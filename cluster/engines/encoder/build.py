@@ -119,7 +119,9 @@ class Builder:
                 return VarlenBert(network, Arithmetic.plain(dtype), self._pooling)
             network = copy.deepcopy(network).to(dtype)
         texts = self._tokenizer
-        return TransformersModel(network, texts.pad_id, self._pooling, texts.mask_id)
+        return TransformersModel(
+            network, texts.pad_id, self._pooling, texts.mask_id, texts.max_tokens
+        )
 
     def _packed(self, how: Arithmetic) -> PackedBert:
         return PackedBert(self._network, how, self._pooling)

@@ -1,4 +1,7 @@
-"""Any architecture through its own forward in transformers, padded in groups of like length."""
+"""Any architecture through its own forward in transformers, padded in groups of like length.
+
+How far a text is padded hangs on its own length alone: in bfloat16 each padding rounds differently.
+"""
 
 import threading
 from collections.abc import Sequence
@@ -12,11 +15,14 @@ from transformers.modeling_outputs import BaseModelOutput
 from cluster.batching import group_by_length
 from cluster.config import ClassifierTask
 from cluster.engines.encoder.jobs import Rows, TokenIds
+from cluster.engines.encoder.packed.layout import round_up
 from cluster.engines.encoder.pooling import Pooling
 from cluster.engines.encoder.scores import to_scores
+from cluster.models.predict import UNLIMITED_TOKENS
 
-MAX_PADDING = 0.05
-"""Share of padding in one padded forward; a smaller one makes more and smaller forwards."""
+PADDED_BITS = 4
+"""Texts are padded to lengths with so many significant bits, by 3 % on average; with fewer lengths
+there would be more padding, with more of them more and smaller forwards."""
 MAX_CANDIDATES = 100
 """Tokens that are kept for each mask: a whole vocabulary for each would be up to a megabyte."""
 
@@ -31,6 +37,7 @@ class TransformersModel:
         pad_id: The id that padding cells hold.
         pooling: How embeddings are made.
         mask_id: The id of the mask, for networks that fill it; -1: there is none.
+        max_tokens: The longest text; nothing is padded beyond it.
     """
 
     def __init__(
@@ -39,12 +46,14 @@ class TransformersModel:
         pad_id: int,
         pooling: Pooling | None = None,
         mask_id: int = -1,
+        max_tokens: int = UNLIMITED_TOKENS,
     ) -> None:
         self._network = network
         self._encoder = network.base_model
         self._pad_id = pad_id
         self._pooling = pooling or Pooling()
         self._mask_id = mask_id
+        self._max_tokens = max_tokens
         self._chosen = _choosing(self._encoder)
         self._heads = {
             "classify": self._classify,
@@ -60,8 +69,9 @@ class TransformersModel:
         head = self._heads[task]
         rows: list[Rows] = []
         with torch.inference_mode():
-            for group in group_by_length([len(row) for row in ids], MAX_PADDING):
-                rows += head(self._pad(ids[group]))
+            widths = [min(round_up(len(row), PADDED_BITS), self._max_tokens) for row in ids]
+            for group in group_by_length(widths):
+                rows += head(self._pad(ids[group], widths[group.start]))
         return np.stack(rows) if task in ("classify", "embed") else rows
 
     def _classify(self, inputs: Inputs) -> list[Rows]:
@@ -92,8 +102,8 @@ class TransformersModel:
         rows = torch.cat([best.indices.float(), best.values], -1)  # ids are exact up to 2^24
         return [_numpy(part) for part in torch.split(rows, masks.sum(1).tolist())]
 
-    def _pad(self, ids: Sequence[TokenIds]) -> Inputs:
-        cells = np.full((len(ids), len(ids[-1])), self._pad_id, np.int64)
+    def _pad(self, ids: Sequence[TokenIds], width: int) -> Inputs:
+        cells = np.full((len(ids), width), self._pad_id, np.int64)
         mask = np.zeros(cells.shape, np.int64)
         for row, text in enumerate(ids):
             cells[row, : len(text)] = text
