@@ -1,8 +1,10 @@
 import asyncio
+import copy
 import json
 import random
 import threading
 import warnings
+from dataclasses import replace
 from queue import SimpleQueue
 
 import numpy as np
@@ -14,9 +16,10 @@ from torch.nn import functional
 from transformers import BertConfig, BertForSequenceClassification
 
 from cluster.config import ClassifierConfig
-from cluster.engines.encoder import build, precision
+from cluster.engines.encoder import build, precision, service
 from cluster.engines.encoder.check_texts import FILE, check_texts
 from cluster.engines.encoder.jobs import Job
+from cluster.engines.encoder.model import load_model
 from cluster.engines.encoder.packed import PackedBert
 from cluster.engines.encoder.packed.layout import Layout
 from cluster.engines.encoder.packed.linear import (
@@ -27,7 +30,7 @@ from cluster.engines.encoder.packed.linear import (
     make_linear,
 )
 from cluster.engines.encoder.packed.quantize import Observer, eight_bits, observed, quantized
-from cluster.engines.encoder.packed.varlen import VarlenBert
+from cluster.engines.encoder.packed.varlen import Slot, VarlenBert
 from cluster.engines.encoder.padded import TransformersModel
 from cluster.engines.encoder.pooling import Pooling
 from cluster.engines.encoder.precision import Agreement, AgreementStore, batches, measure, require
@@ -241,6 +244,62 @@ def test_slots_of_variable_length_give_what_groups_give(net, lengths, seed):
             np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
+def test_copies_compute_at_the_same_time_each_in_slots_of_its_own(net):
+    how = Arithmetic.plain(torch.float32)
+    first = VarlenBert(net, how, Pooling(), attend_one_by_one, graphs=False)
+    second, found = copy.copy(first), {}
+    models = enumerate((first, second))
+    loads = {model: [texts(*range(3, 30), seed=seed)] * 20 for seed, model in models}
+
+    def work(model):
+        found[model] = [model.run("classify", batch) for batch in loads[model]]
+
+    threads = [threading.Thread(target=work, args=(model,)) for model in loads]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for model, batches_ in loads.items():
+        wanted = PackedBert(net, how).run("classify", batches_[0])
+        for rows in found[model]:
+            np.testing.assert_allclose(rows, wanted, atol=1e-5)
+
+
+async def test_an_engine_on_a_gpu_prepares_beside_what_it_computes(tmp_path, monkeypatch):
+    monkeypatch.setenv("TANDEM_HOME", str(tmp_path))
+    path = save_model(tmp_path / "model", bert())
+    config = ClassifierConfig(name="a", model="a", dtype="float32", max_batch_tokens=64)
+
+    filled, overlaps, fill = [], threading.Event(), Slot.fill
+
+    def note(slot, ids):
+        fill(slot, ids)
+        filled.append(slot)
+        if len(filled) == 2:
+            overlaps.set()
+
+    def attend(*args):
+        assert overlaps.wait(30)  # the first batch is not computed before the second is laid out
+        return attend_one_by_one(*args)
+
+    def load(*args):
+        loaded = load_model(*args)
+        net = BertForSequenceClassification.from_pretrained(path).eval()
+        how = Arithmetic.plain(torch.float32)
+        model = VarlenBert(net, how, Pooling(), attend, graphs=False)
+        return replace(loaded, model=model, shares_cores=False)
+
+    monkeypatch.setattr(Slot, "fill", note)
+    monkeypatch.setattr(service, "load_model", load)
+    async with running_config(config, path) as engine:
+        encode = engine.service.encode
+        answers = await asyncio.gather(*(encode("classify", [TEXTS[0]] * 40) for _ in range(4)))
+        assert overlaps.is_set()
+        alone = await encode("classify", [TEXTS[0]])
+    for answer in answers:
+        np.testing.assert_allclose(answer.rows, np.tile(alone.rows, (40, 1)), atol=1e-5)
+
+
 def test_second_segments_have_the_other_token_type(net):
     plain, marked = texts(12)[0], texts(12)[0].copy()
     marked[5:] = ~marked[5:]
@@ -394,6 +453,28 @@ async def test_a_batch_is_cut_for_each_thread_and_small_ones_wait():
     queue.finish()
     put(*[64] * 100)
     assert queue.take().batch.num_tokens == 1024
+
+
+async def test_beside_a_batch_on_a_gpu_only_a_full_one_is_prepared():
+    queue = JobQueue(max_batch_tokens=1024, max_queued_tokens=100_000)
+    queue.share(2, in_turn=True)
+    taken = SimpleQueue()
+    thread = threading.Thread(target=lambda: taken.put(queue.take(leads=False)))
+    thread.start()
+
+    def put(*lengths):
+        job = Job("classify", [], False, asyncio.get_running_loop().create_future(), 0.0)
+        job.ids = texts(*lengths)
+        queue.put(job)
+
+    put(*[10] * 60)
+    assert queue.take().batch.num_tokens == 600
+    put(*[10] * 100)
+    assert taken.empty()
+    put(*[10] * 10)
+    turn = await asyncio.to_thread(taken.get, timeout=30)
+    assert turn.batch.num_tokens == 1020
+    thread.join()
 
 
 async def test_a_batch_that_leaves_enough_for_another_wakes_the_next_thread():

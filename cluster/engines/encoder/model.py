@@ -41,7 +41,8 @@ class LoadedModel:
     hidden_size: int
     pooling: Pooling
     shares_cores: bool = True
-    """Whether several threads may each run a copy: on a CPU; a GPU is kept busy by one."""
+    """Whether several threads compute at once, each with a copy and cores of its own: on a CPU. A
+    GPU computes one batch after the other."""
     agreement: Agreement | None = None
     """Of low precision with float32."""
 

@@ -39,6 +39,7 @@ class JobQueue:
 
     def __init__(self, max_batch_tokens: int, max_queued_tokens: int) -> None:
         self._batcher = Batcher[Job](max_batch_tokens)
+        self._max_batch_tokens = max_batch_tokens
         self._max_queued_tokens = max_queued_tokens
         self._expected_tokens = 0
         self._cancelled_early = 0
@@ -48,6 +49,7 @@ class JobQueue:
         self._enough = threading.Condition(lock)  # the others, whom a lone text need not wake
         self._running = 0
         self._num_streams = 1
+        self._min_beside_tokens = MIN_BESIDE_TOKENS
 
     @property
     def queued_tokens(self) -> int:
@@ -121,10 +123,17 @@ class JobQueue:
         with self._changed:
             self._batcher.cancel(job)
 
-    def share(self, num_streams: int) -> None:
-        """Say how many threads take batches; they are cut so that each has one."""
+    def share(self, num_streams: int, *, in_turn: bool = False) -> None:
+        """Say how many threads take batches; they are cut so that each has one.
+
+        Args:
+            num_streams: Threads.
+            in_turn: Whether what they compute with takes one batch at a time, as a GPU does: a
+                further one is only prepared beside it, and not before it is full.
+        """
         with self._changed:
             self._num_streams = num_streams
+            self._min_beside_tokens = self._max_batch_tokens if in_turn else MIN_BESIDE_TOKENS
 
     def take(self, leads: bool = True) -> Turn | None:
         """Block until a batch is worth starting and cut it; None once the queue is closed.
@@ -149,16 +158,16 @@ class JobQueue:
 
     def _turn(self, leads: bool) -> Turn | None:
         waiting = self._batcher.waiting_tokens
-        if waiting < MIN_BESIDE_TOKENS and (self._running or not leads):
+        if waiting < self._min_beside_tokens and (self._running or not leads):
             return None
         share = -(-waiting // max(1, self._num_streams - self._running))
-        batch = self._batcher.cut(max(share, MIN_BESIDE_TOKENS))
+        batch = self._batcher.cut(max(share, self._min_beside_tokens))
         if batch is None:
             return None
         self._running += 1
         self._call_help()
         left = self._batcher.waiting_tokens
-        alone = leads and self._running == 1 and left < MIN_BESIDE_TOKENS
+        alone = leads and self._running == 1 and left < self._min_beside_tokens
         return Turn(batch, alone)
 
     def close(self, error: RequestError) -> None:
@@ -169,7 +178,7 @@ class JobQueue:
             self._enough.notify_all()
 
     def _call_help(self) -> None:
-        if self._batcher.waiting_tokens >= MIN_BESIDE_TOKENS:
+        if self._batcher.waiting_tokens >= self._min_beside_tokens:
             self._enough.notify()
 
     def _release(self, job: Job) -> None:

@@ -27,6 +27,8 @@ from cluster.engines.encoder.queue import JobQueue, Turn
 from cluster.engines.encoder.team import share_threads, spread_team
 from cluster.metrics import Histogram, table
 
+GPU_STREAMS = 2
+"""One has its batch computed, the other prepares the next."""
 MAX_STREAMS = 4
 """More would wait for one another's Python: it takes a tenth of a thread's time."""
 
@@ -90,6 +92,9 @@ class ModelRunner:
     cores, and always the first thread takes it: a second one with threads of OpenMP's would make
     them more than cores, and OpenMP then lets them sleep at once (a lone text took 5.7 ms for 4.0).
 
+    On a GPU there are two threads: while its batch is computed for one, the other lays out the next
+    and uploads it, as soon as a full one waits.
+
     Args:
         load: Loads the model; called in the thread.
         queue: Where batches come from.
@@ -110,6 +115,7 @@ class ModelRunner:
         self._num_threads = num_threads
         self._streams: list[_Stream] = []
         self._probe: list[TokenIds] = []
+        self._spreads = False
         self._scattering = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._start(self._run)
@@ -140,12 +146,15 @@ class ModelRunner:
             loaded = self._load()
             _trim_memory()
             self._probe = [loaded.tokenizer.shortest()]
-            count = min(self._num_threads, MAX_STREAMS) if loaded.shares_cores else 1
+            shares = [self._num_threads] * GPU_STREAMS
+            if loaded.shares_cores:
+                shares = share_threads(self._num_threads, min(self._num_threads, MAX_STREAMS))
             # A copy shares the weights, and counts for itself.
-            models = [loaded.model, *(copy.copy(loaded.model) for _ in range(count - 1))]
-            shares = share_threads(self._num_threads, count)
+            models = [loaded.model, *(copy.copy(loaded.model) for _ in shares[1:])]
             self._streams = [_Stream(*each) for each in zip(models, shares, strict=True)]
-            self._queue.share(count)
+            self._queue.share(len(shares), in_turn=not loaded.shares_cores)
+            cores = len(os.sched_getaffinity(0))
+            self._spreads = loaded.shares_cores and self._num_threads == len(shares) == cores
             self._events.loaded(loaded)
             # This thread ends, and with it the threads that it computed with: were there more of
             # OpenMP's than cores, it would let all of them sleep at once.
@@ -162,7 +171,7 @@ class ModelRunner:
     def _compute(self, stream: "_Stream") -> None:
         leads = stream is self._streams[0]
         try:
-            if leads and self._num_threads == len(self._streams) == len(os.sched_getaffinity(0)):
+            if leads and self._spreads:
                 spread_team()
             while turn := self._queue.take(leads):
                 try:

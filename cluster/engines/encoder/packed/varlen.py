@@ -1,11 +1,13 @@
 """BERT without padding, on a GPU: attention of variable length, and CUDA graphs.
 
-A graph wants the same shapes and the same memory each time, so there is a slot of buffers for each
-power of two of tokens. A batch is written into the smallest slot that holds it, from pinned memory
-and on a stream of its own; what is left over in the slot belongs to a text that nobody reads.
+A graph wants the same shapes and the same memory each time, so there are slots of buffers for a few
+numbers of tokens. A batch is written into the smallest slot that holds it, from pinned memory and
+on a stream of its own; what is left over in the slot belongs to a text that nobody reads. Copies
+have slots and streams of their own, so that one can fill and upload while another computes.
 ``graphs`` and ``attend`` stand apart from the rest, so that a CPU can run all but these two.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +24,9 @@ from cluster.engines.encoder.packed.network import Packed, PackedNetwork
 from cluster.engines.encoder.pooling import Pooling
 
 MIN_TOKENS = 64
+SLOT_BITS = 3
+"""Significant bits of a slot's tokens: at most a fifth is left over, a tenth on average, and there
+are four slots, each with a graph for each task, for every doubling of tokens."""
 TOKENS_PER_TEXT = 4
 """A slot has room for one text in so many tokens; more and shorter texts take a larger one."""
 
@@ -125,6 +130,17 @@ class VarlenBert:
         self._heads = int(network.config.num_attention_heads)
         self._device: torch.device = network.device
         self._attend, self._graphs = attend, graphs
+        self._launching = threading.Lock()  # of all copies: a capture wants nobody beside it
+        self._own()
+
+    def __copy__(self) -> "VarlenBert":
+        """One that shares the weights and may run at the same time."""
+        made = object.__new__(VarlenBert)
+        made.__dict__.update(self.__dict__)
+        made._own()
+        return made
+
+    def _own(self) -> None:
         on_gpu = self._device.type == "cuda"
         self._input = torch.cuda.Stream() if on_gpu else None  # type: ignore[no-untyped-call]
         self._slots: dict[int, Slot] = {}
@@ -136,14 +152,15 @@ class VarlenBert:
         """See ``EncoderModel``."""
         slot = self._slot(ids)
         slot.fill(ids)
-        self._upload(slot)
-        rows = self._replay(task, slot) if self._graphs else self._forward(task, slot)
+        with self._launching:
+            self._upload(slot)
+            rows = self._replay(task, slot) if self._graphs else self._forward(task, slot)
         return np.asarray(rows[: len(ids)].cpu().numpy(), np.float32)
 
     def _slot(self, ids: Sequence[TokenIds]) -> Slot:
         used = sum(map(len, ids))
         wanted = max(MIN_TOKENS, used, len(ids) * TOKENS_PER_TEXT)
-        size = round_up(wanted, bits=1)
+        size = round_up(wanted, SLOT_BITS)
         self.padding += size - used
         if size not in self._slots:
             self._slots[size] = Slot(size, self._device)
@@ -161,7 +178,7 @@ class VarlenBert:
             self._forward(task, slot)  # libraries choose and load their kernels
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 rows = self._forward(task, slot)
             slot.graphs[task] = graph, rows
         graph, rows = slot.graphs[task]
