@@ -132,14 +132,14 @@ def alone_ttft_p90_s(trace: Trace) -> float:
 
 def _report(found: dict[tuple[str, str], list[Found]], args: argparse.Namespace) -> Report:
     traces = args.traces
-    hits = {t: _ratio(found[t, "prefix"], found[t, ORACLE], "hit_rate") for t in traces}
+    hits = {t: ratio(found[t, "prefix"], found[t, ORACLE], "hit_rate") for t in traces}
     ttfts = {t: _vs_best(found, t) for t in traces}
     bounds = {t: _vs_best(found, t, ALONE) for t in traces}
     loads = {t: Summary(tuple(f["max_over_mean_load"] for f in found[t, "prefix"])) for t in traces}
     keys = {
-        "hit_rate_vs_oracle": _over_traces(hits, statistics.geometric_mean),
-        "ttft_p90_vs_best_peer": _over_traces(ttfts, statistics.geometric_mean),
-        "max_over_mean_load": _over_traces(loads, max),
+        "hit_rate_vs_oracle": over_traces(hits, statistics.geometric_mean),
+        "ttft_p90_vs_best_peer": over_traces(ttfts, statistics.geometric_mean),
+        "max_over_mean_load": over_traces(loads, max),
         **{f"hit_rate_vs_oracle_{t}": hits[t] for t in traces},
         **{f"ttft_p90_vs_best_peer_{t}": ttfts[t] for t in traces},
         **{f"ttft_p90_bound_vs_best_peer_{t}": bounds[t] for t in traces},
@@ -159,7 +159,8 @@ def _report(found: dict[tuple[str, str], list[Found]], args: argparse.Namespace)
     )
 
 
-def _ratio(ours: list[Found], other: list[Found], key: str) -> Summary:
+def ratio(ours: list[Found], other: list[Found], key: str) -> Summary:
+    """Of one number, round by round."""
     return Summary(tuple(a[key] / max(1e-9, b[key]) for a, b in zip(ours, other, strict=True)))
 
 
@@ -174,7 +175,7 @@ def _vs_best(
     return Summary(tuple(ratios))
 
 
-def _over_traces(of: dict[str, Summary], join: Callable[[list[float]], float]) -> Summary:
+def over_traces(of: dict[str, Summary], join: Callable[[list[float]], float]) -> Summary:
     """One number for each round; a trace that no peer can serve says nothing."""
     rounds = zip(*(summary.rounds for summary in of.values()), strict=True)
     return Summary(tuple(join([v for v in values if not math.isnan(v)]) for values in rounds))

@@ -1,0 +1,99 @@
+import argparse
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import routing
+from benchmarks.routing import live
+from benchmarks.routing.live_cluster import BY_SLUG, OURS, REPLICAS, choosing_as, generator, slug
+from benchmarks.routing.peers import RayPrefixAffinity
+from benchmarks.routing.replay import prompt
+from benchmarks.routing.traces import ratio
+from cluster.config import parse
+from cluster.gateway import Gateway, Wiring
+from cluster.routing.prefix import PrefixAffinity
+from cluster.simulation.requests import Trace, TraceRequest
+
+
+def asks(*blocks: int, prompt_tokens: int) -> TraceRequest:
+    return TraceRequest(0.0, prompt_tokens, 1, blocks)
+
+
+def test_prompts_begin_alike_as_far_as_their_blocks_do() -> None:
+    requests = [asks(1, 2, prompt_tokens=20), asks(1, 3, prompt_tokens=17), asks(prompt_tokens=5)]
+    trace = Trace("t", requests, 8)
+    first, second, third = (prompt(trace, number) for number in range(3))
+    assert [len(text) for text in (first, second, third)] == [80, 68, 20]
+    assert first[:32] == second[:32]
+    assert first[32:36] != second[32:36]
+    assert first[:20] != third
+    assert prompt(replace(trace, name="u"), 0)[:32] != first[:32]
+
+
+def test_of_a_log_come_the_hits_and_the_load_of_the_busiest() -> None:
+    def line(replica: str, seconds: float, cached: int) -> dict[str, object]:
+        times = {"queue_s": 1.0, "total_s": 1.0 + seconds}
+        return {"replica": replica, **times, "cached_tokens": cached, "prompt_tokens": 100}
+
+    found = live.of_log([line("a", 3.0, 50), line("a", 3.0, 0), line("b", 2.0, 25)])
+    assert found["hit_rate"] == pytest.approx(0.25)
+    # Replicas that got nothing are part of the mean.
+    assert found["max_over_mean_load"] == pytest.approx(6.0 / (8.0 / REPLICAS))
+
+
+def test_every_policy_but_the_oracle_is_a_pool_of_its_own() -> None:
+    for name in live.NAMES:
+        policy = name if name in OURS else "prefix"
+        pool = slug(name)
+        assert name in OURS or pool in BY_SLUG
+        (made,) = parse({"generators": [generator(pool, policy)]}).generators
+        assert (made.name, made.routing) == (pool, policy)
+    assert len({slug(name) for name in live.NAMES}) == len(live.NAMES)
+
+
+async def test_a_pool_chooses_as_the_peer_that_it_is_named_after() -> None:
+    peer = slug("ray prefix-aware")
+    config = parse({"generators": [generator(peer)]})
+
+    with choosing_as(peer):
+        theirs = Gateway(config, {peer: Wiring(b"secret")})
+    ours = Gateway(config, {peer: Wiring(b"secret")})
+    assert isinstance(theirs.pools[peer]._policy, RayPrefixAffinity)
+    assert isinstance(ours.pools[peer]._policy, PrefixAffinity)
+    for gateway in (theirs, ours):
+        await gateway.close()
+
+
+def test_the_trace_of_a_replay_has_no_answers_in_later_prompts() -> None:
+    trace = live.made("chat", 20.0, seed=0)
+    assert trace.requests
+    assert not any(request.answer_blocks for request in trace.requests)
+    found = live.foretold("prefix", trace)
+    assert 0.0 < found["hit_rate"] <= trace.most_hits
+
+
+def test_ratios_are_of_each_round_and_geometric_over_traces() -> None:
+    parser = argparse.ArgumentParser()
+    routing.add_arguments(parser)
+    policies = ["--policies", "prefix", "round-robin"]
+    args = parser.parse_args(["--live", "few-shot", "chat", *policies])
+    args.rounds = 2
+
+    def rounds(*ttfts_s: float) -> list[dict[str, float]]:
+        return [dict.fromkeys((*live.SHOWN, "late_s"), ttft_s) for ttft_s in ttfts_s]
+
+    found = {
+        ("few-shot", "prefix", live.LIVE): rounds(2.0, 3.0),
+        ("few-shot", "prefix", live.SIMULATED): rounds(1.0, 3.0),
+        ("few-shot", "round-robin", live.LIVE): rounds(4.0, 3.0),
+        ("few-shot", "round-robin", live.SIMULATED): rounds(4.0, 3.0),
+        ("chat", "prefix", live.LIVE): rounds(8.0, 1.0),
+        ("chat", "prefix", live.SIMULATED): rounds(1.0, 1.0),
+        ("chat", "round-robin", live.LIVE): rounds(8.0, 4.0),
+        ("chat", "round-robin", live.SIMULATED): rounds(8.0, 1.0),
+    }
+    keys = live.report(found, args).keys
+    assert keys["live_over_simulated_ttft_p90"].rounds == pytest.approx((4.0, 1.0))
+    assert keys["live_over_simulated_ttft_p90_round-robin"].rounds == pytest.approx((1.0, 2.0))
+    assert keys["live_ttft_p90_prefix_vs_round_robin"].rounds == pytest.approx((0.5**0.5, 0.5))
+    assert ratio(rounds(2.0), rounds(4.0), "hit_rate").rounds == (0.5,)
