@@ -2,6 +2,7 @@
 
 import base64
 import concurrent.futures
+import contextlib
 import json
 import re
 import struct
@@ -301,6 +302,7 @@ def test_vllms_own_metrics_come_through_rays_agents(
     while not wanted <= found and time.monotonic() < deadline:
         client.chat.completions.create(model=MODEL, messages=PARIS, max_tokens=32)
         for target in targets:
-            page = httpx.get(f"http://{target}/metrics", timeout=30).text
-            found |= set(re.findall(r"^(ray_vllm_\w+)", page, re.MULTILINE))
+            with contextlib.suppress(httpx.ConnectError):  # test_monitoring has that all answer
+                page = httpx.get(f"http://{target}/metrics", timeout=30).text
+                found |= set(re.findall(r"^(ray_vllm_\w+)", page, re.MULTILINE))
     assert sorted(wanted - found) == []
