@@ -171,26 +171,30 @@ def test_the_layout_groups_texts_of_like_length():
     layout = Layout.of(texts(19, 20, 20, 40), heads=2, mask_dtype=torch.float32)
     assert [(group.texts, group.length) for group in layout.groups] == [(3, 20), (1, 40)]
     assert layout.padded_pairs == 20**2 - 19**2
-    assert layout.texts.tolist() == [0, 1, 2, 3]
+    assert layout.packed.firsts.tolist()[: layout.num_texts] == [0, 19, 39, 59]
     assert layout.num_tokens == 99
     gathered = layout.back.tolist()[: 99 * 2]
     assert len(set(gathered)) == len(gathered)
 
 
 def test_the_shapes_of_many_batches_are_few():
-    shapes = {"rows": set(), "slots": set(), "groups": set()}
+    shapes = {"rows": set(), "slots": set(), "products": set()}
     for seed in range(200):
         lengths = sorted(random.Random(seed).choices(range(5, 120), k=20 + seed % 13))
         layout = Layout.of(texts(*lengths), heads=2, mask_dtype=torch.float32)
         shapes["rows"].add(len(layout.packed.tokens))
         shapes["slots"].add(len(layout.packed.firsts))
-        shapes["groups"] |= {(group.texts, group.length) for group in layout.groups}
+        for group in layout.groups:
+            parts = group.portions(heads=2)
+            shapes["products"] |= {(part.stop - part.start, group.length) for part in parts}
+            covered = [row for part in parts for row in range(part.start, part.stop)]
+            assert covered == list(range(2 * group.texts))
         assert len(layout.packed.tokens) <= 1.04 * sum(lengths) + 3
         assert len(layout.back) == 2 * len(layout.packed.tokens)
     counts = {kind: len(found) for kind, found in shapes.items()}
     assert counts["rows"] < 60
     assert counts["slots"] < 10
-    assert counts["groups"] < 300
+    assert counts["products"] < 100
 
 
 def test_texts_of_less_than_a_register_are_padded_among_themselves(net):

@@ -33,7 +33,8 @@ class GroupedAttention:
             count = group.cells * self.heads
             operands = rows[3 * start : 3 * (start + count)].view(3, -1, group.length, size)
             query, key, value = operands.unbind(0)
-            _attend(group, query, key, value, context[start : start + count].view_as(query))
+            into = context[start : start + count].view_as(query)
+            _attend(group, self.heads, query, key, value, into)
             start += count
         return context.index_select(0, self.layout.back).view(-1, width)
 
@@ -48,17 +49,25 @@ class GroupedAttention:
             count, stop = group.cells * self.heads, first + group.texts * self.heads
             operands = rows[2 * start : 2 * (start + count)].view(2, -1, group.length, size)
             key, value = operands.unbind(0)
-            _attend(group, queries[first:stop], key, value, context[first:stop])
+            _attend(group, self.heads, queries[first:stop], key, value, context[first:stop])
             start, first = start + count, stop
         return context.view_as(query)
 
 
-def _attend(group: Group, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
+def _attend(
+    group: Group, heads: int, query: Tensor, key: Tensor, value: Tensor, out: Tensor
+) -> None:
     """[texts * heads, queries, size] and [texts * heads, length, size] twice, to ``out``."""
-    scores = torch.bmm(query, key.transpose(1, 2))
+    keys = key.transpose(1, 2)
+    scores = query.new_empty(len(query), query.shape[1], group.length)
+    portions = group.portions(heads)
+    for part in portions:
+        torch.bmm(query[part], keys[part], out=scores[part])
     if group.mask is not None:
         scores.view(group.texts, -1, *scores.shape[1:]).add_(group.mask)
-    torch.bmm(_softmax(scores), value, out=out)
+    weights = _softmax(scores)
+    for part in portions:
+        torch.bmm(weights[part], value[part], out=out[part])
 
 
 def _softmax(scores: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ apart from one another: a gather brings each group of texts of like length to [t
 length, head size], padded to the longest of the group, and another one brings the result back. The
 indices of both are made here, once for a batch, and serve every layer.
 
-oneDNN compiles a kernel for every shape that it has not seen: some 0.3 ms for each of the 15 to 20
-products of a batch. So every size is rounded up a little, and few shapes come up again and again.
+oneDNN makes a kernel for every shape that it has not seen: some 0.3 ms and 0.6 MB for each of the
+products of a batch. So numbers of rows and lengths are rounded up a little, a group's texts go
+through a product in powers of two, and few shapes come up again and again.
 """
 
 import bisect
@@ -35,8 +36,8 @@ LANE = 4
 """Lengths and numbers of rows are multiples of it."""
 ROW_BITS = 6
 """Significant bits of numbers of rows: 1 % of the rows is padding; 190 of them up to 1,024."""
-SHAPE_BITS = 4
-"""The same of lengths and numbers of texts in attention, which takes little of the time."""
+LENGTH_BITS = 4
+"""The same of lengths in attention, which takes little of the time."""
 
 Indices = NDArray[np.int64]
 
@@ -46,7 +47,6 @@ class Group:
     """Texts that attention computes together."""
 
     texts: int
-    """Rounded up; those that are none repeat the last one."""
     length: int
     """Of the longest, rounded up; the others are padded to it."""
     mask: Tensor | None
@@ -56,6 +56,16 @@ class Group:
     def cells(self) -> int:
         """Tokens, and what pads them."""
         return self.texts * self.length
+
+    def portions(self, heads: int) -> list[slice]:
+        """The rows of [texts * heads, ...] in runs of a power of two of texts, largest first."""
+        found, start = [], 0
+        for bit in reversed(range(self.texts.bit_length())):
+            if self.texts >> bit & 1:
+                stop = start + (heads << bit)
+                found.append(slice(start, stop))
+                start = stop
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +78,8 @@ class Layout:
     """Of a [tokens * 3 * heads, head size] matrix, the rows that each group's attention takes."""
     key_value: Tensor
     """The same of a [tokens * 2 * heads, head size] matrix."""
-    texts: NDArray[np.intp]
-    """Of the rows that come out for ``packed.firsts``, the one of each text."""
+    num_texts: int
+    """Of the rows that come out for ``packed.firsts``, the first so many are those of texts."""
     num_tokens: int
     padded_pairs: int
     """Pairs of tokens that attention computes and that are none, as one of the two is padding."""
@@ -82,31 +92,28 @@ class Layout:
         lengths = np.array([len(row) for row in ids])
         num_tokens = int(lengths.sum())
         firsts = np.cumsum(lengths) - lengths
-        rounded = [round_up(length, SHAPE_BITS, LANE) for length in lengths.tolist()]
+        rounded = [round_up(length, LENGTH_BITS, LANE) for length in lengths.tolist()]
         parts = [
             _Part(firsts[run], lengths[run], rounded[run.stop - 1], heads)
             for run in _groups(rounded)
         ]
-        texts = _numbers([part.num_texts for part in parts], [part.room for part in parts])
         num_rows = round_up(num_tokens, ROW_BITS, LANE)
-        num_slots = round_up(sum(part.room for part in parts), ROW_BITS, LANE)
-        slots = np.zeros(num_slots, np.int64)
-        slots[texts] = firsts
+        num_slots = round_up(len(ids), ROW_BITS, LANE)
         starts = np.cumsum([0, *(part.size for part in parts)])[:-1]
         backs = [start + part.back() for start, part in zip(starts, parts, strict=True)]
         tokens, second = _segments(_padded(np.concatenate(ids), num_rows))
         positions = np.arange(num_tokens) - np.repeat(firsts, lengths)
         rest = (
             _padded(positions, num_rows),
-            slots,
-            _padded(np.repeat(texts, lengths), num_rows, num_slots),
+            _padded(firsts, num_slots),
+            _padded(np.repeat(np.arange(len(ids)), lengths), num_rows, num_slots),
         )
         return cls(
             packed=Packed(tokens, second, *map(torch.from_numpy, rest)),
             groups=tuple(part.group(mask_dtype) for part in parts),
             query_key_value=torch.from_numpy(np.concatenate([part.rows(3) for part in parts])),
             key_value=torch.from_numpy(np.concatenate([part.rows(2) for part in parts])),
-            texts=texts,
+            num_texts=len(ids),
             num_tokens=num_tokens,
             padded_pairs=sum(part.pairs for part in parts) - int((lengths**2).sum()),
             back=torch.from_numpy(_padded(np.concatenate(backs), num_rows * heads)),
@@ -121,12 +128,6 @@ def round_up(number: int, bits: int, step: int = 1) -> int:
 
 def _padded(numbers: Indices, size: int, filler: int = 0) -> Indices:
     return np.pad(numbers, (0, size - len(numbers)), constant_values=filler)
-
-
-def _numbers(sizes: Sequence[int], rooms: Sequence[int]) -> NDArray[np.intp]:
-    """The first ``size`` numbers of each ``room``, where the rooms follow one another."""
-    starts = np.cumsum([0, *rooms])[:-1]
-    return np.concatenate([start + np.arange(n) for start, n in zip(starts, sizes, strict=True)])
 
 
 def _groups(lengths: Sequence[int]) -> list[slice]:
@@ -150,11 +151,9 @@ class _Part:
     """The indices of one group."""
 
     def __init__(self, firsts: Indices, lengths: Indices, length: int, heads: int) -> None:
-        self.num_texts, self._length, self._heads = len(lengths), length, np.arange(heads)
-        self.room = round_up(self.num_texts, SHAPE_BITS)
-        spare = self.room - self.num_texts
-        self._firsts = np.pad(firsts, (0, spare), "edge")[:, None]
-        self._valid = np.arange(length) < np.pad(lengths, (0, spare), "edge")[:, None]
+        self._length, self._heads = length, np.arange(heads)
+        self._firsts = firsts[:, None]
+        self._valid = np.arange(length) < lengths[:, None]
         self.size = heads * self._valid.size
         self.pairs = self._valid.size * length
 
@@ -163,7 +162,7 @@ class _Part:
         if not self._valid.all():
             mask = torch.from_numpy(np.where(self._valid, np.float32(0), np.float32(-np.inf)))
             mask = mask.to(mask_dtype)[:, None, None, :]
-        return Group(self.room, self._length, mask)
+        return Group(len(self._firsts), self._length, mask)
 
     def rows(self, parts: int) -> Indices:
         """In the order [parts, texts, heads, length]; padding repeats the text's last token."""
@@ -176,7 +175,6 @@ class _Part:
 
     def back(self) -> Indices:
         """In the order [tokens, heads]; of rows in the order [texts, heads, length]."""
-        valid = self._valid[: self.num_texts]
-        text = np.arange(self.num_texts)[:, None, None] * len(self._heads)
+        text = np.arange(len(self._firsts))[:, None, None] * len(self._heads)
         rows = (text + self._heads) * self._length + np.arange(self._length)[:, None]
-        return np.asarray(rows[valid].reshape(-1), np.int64)
+        return np.asarray(rows[self._valid].reshape(-1), np.int64)
