@@ -151,6 +151,13 @@ class Gateway:
             await self._usage.close()
 
 
+_OBSERVED_BY = {
+    "ttft_p90": table.TTFT_SECONDS,
+    "itl_p90": table.ITL_SECONDS,
+    "latency_p95": table.REQUEST_SECONDS,
+}
+
+
 def _make_pools(
     config: TandemConfig, wirings: Mapping[str, Wiring], observers: Observers
 ) -> dict[str, Pool]:
@@ -172,7 +179,8 @@ def _make_pools(
         for name, limit_s in pool.slo:
             if limit_s is not None:
                 of = name.removesuffix("_s")
-                observers.registry.gauge(table.OBJECTIVE, pool.name, of).value = limit_s
+                bound = _OBSERVED_BY[of].bound_above(limit_s)
+                observers.registry.gauge(table.OBJECTIVE, pool.name, of).value = bound
         return Pool(pool.name, kind, limits, wirings[pool.name], meter)
 
     pools = [

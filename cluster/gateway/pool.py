@@ -65,8 +65,13 @@ class ReplicaInfo:
     routes: tuple[str, ...] = ()
     """The paths that its engine serves."""
     versions: dict[str, str] = field(default_factory=dict)
-    adapters: tuple[str, ...] = ()
-    """LoRA adapters that its engine serves: in a rolling update not always the router's."""
+    adapters: tuple[str, ...] | None = ()
+    """LoRA adapters that its engine serves: in a rolling update not always the router's. None: it
+    does not say, which older versions do not, and may have all."""
+
+    def lacks(self, adapter: str) -> bool:
+        """Whether requests for this adapter are not for it."""
+        return self.adapters is not None and adapter not in self.adapters
 
     def metadata(self) -> dict[str, Any]:
         """The form in which it travels through Ray Serve."""
@@ -75,7 +80,7 @@ class ReplicaInfo:
             "port": self.port,
             "routes": list(self.routes),
             "versions": self.versions,
-            "adapters": list(self.adapters),
+            "adapters": None if self.adapters is None else list(self.adapters),
         }
 
     @classmethod
@@ -91,7 +96,7 @@ class ReplicaInfo:
             port=metadata["port"],
             routes=tuple(metadata["routes"]),
             versions=dict(metadata["versions"]),
-            adapters=tuple(metadata.get("adapters", ())),
+            adapters=None if (told := metadata.get("adapters")) is None else tuple(told),
         )
 
 
@@ -332,7 +337,7 @@ class Pool:
             if info.id not in self._replicas:
                 self._replicas[info.id] = self._connect(info)
         self._without = {
-            adapter: frozenset(id for id, info in infos.items() if adapter not in info.adapters)
+            adapter: frozenset(id for id, info in infos.items() if info.lacks(adapter))
             for adapter in self.limits.adapters
         }
         self.routes = RouteTable(route for info in infos.values() for route in info.routes)
@@ -417,21 +422,21 @@ class Pool:
         """A place at a replica with room; without a link only where all that have one are full.
 
         Raises:
-            UnavailableError: replicas run, but none of them has the adapter.
+            UnavailableError: replicas run, but none of them has the adapter, or only others have
+                room: the request would hold up all that could be served there.
         """
         fleet, request, now_s = self.fleet, claim.view, time.monotonic()
         fleet.advance(now_s)
         self.prefixes.advance(now_s)
         without = self._without.get(claim.adapter or "", ())
         if without and len(without) == len(self._replicas):
-            raise UnavailableError(
-                f"{self.name}: no replica has the adapter `{claim.adapter}` now",
-                retry_after_s=_NO_ADAPTER_RETRY_S,
-            )
+            raise self._lacking(claim, "no replica has")
         with fleet.hidden(without) if without else nullcontext():
             chosen = self._policy.choose(request, fleet)
         self.meter.choice_s.observe(time.monotonic() - now_s)
         if chosen is None:
+            if without and self._policy.choose(request, fleet) is not None:
+                raise self._lacking(claim, "no replica with room has")
             return None
         self._choices.add()
         held = self.prefixes.count(chosen, request.prefix)
@@ -440,6 +445,12 @@ class Pool:
         replica = self._replicas[chosen]
         replica.own += 1
         return Place(replica, fleet.placed(chosen, request, cached_tokens), claim, now_s)
+
+    def _lacking(self, claim: Claim, who: str) -> UnavailableError:
+        return UnavailableError(
+            f"{self.name}: {who} the adapter `{claim.adapter}` now",
+            retry_after_s=_NO_ADAPTER_RETRY_S,
+        )
 
     def _end_if_idle(self, replica: Replica) -> None:
         if replica in self._retired and (replica.own == 0 or self._closed):

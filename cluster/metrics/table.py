@@ -19,6 +19,10 @@ class Metric:
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
 
+    def bound_above(self, value: float) -> float:
+        """The least bound of a bucket that is not below ``value``; ``value`` itself above all."""
+        return next((bound for bound in self.buckets if bound >= value), value)
+
 
 _SECONDS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
@@ -128,7 +132,8 @@ DRAIN_RATE = Metric(
 OBJECTIVE = Metric(
     "tandem_objective_seconds",
     "gauge",
-    "Latency that a pool is to keep to (slo): ttft_p90, itl_p90 or latency_p95.",
+    "Latency that a pool is to keep to (slo): ttft_p90, itl_p90 or latency_p95; rounded up to a "
+    "bound of its histogram, as a percentile is exact there alone.",
     ("model", "of"),
 )
 REPLICAS = Metric(

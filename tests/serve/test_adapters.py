@@ -188,12 +188,35 @@ async def test_an_adapter_that_no_replica_has_yet_is_to_be_asked_for_again() -> 
         assert (await world.ask("m")).status == 200
 
 
-async def test_what_waits_for_an_adapter_holds_nobody_up_once_no_replica_has_it() -> None:
+async def test_what_asks_for_an_adapter_holds_nobody_up_where_only_others_have_room() -> None:
     async with a_world(2, "law", max_loras=1, old_replicas=1, decode_s_per_token=0.05) as world:
         pool = world.gateway.pools["m"]
         pool.fleet.set_capacity("r1", 1)
         long = asyncio.create_task(world.ask("law", max_tokens=100))
         await until(lambda: world.served()[1] == 1)
+        answer = await world.ask("law")
+        assert answer.status == 503
+        assert int(answer.headers["retry-after"]) > 0
+        assert (await world.ask("m")).status == 200
+        long.cancel()
+        await asyncio.wait([long])
+
+
+async def test_a_replica_that_does_not_say_which_adapters_it_has_may_have_all() -> None:
+    told = ReplicaInfo("r0", "127.0.0.1", 1, adapters=("law",)).metadata()
+    assert not ReplicaInfo.from_metadata("r0", told).lacks("law")
+    assert ReplicaInfo.from_metadata("r0", told).lacks("art")
+    del told["adapters"]
+    assert not ReplicaInfo.from_metadata("r0", told).lacks("law")
+
+
+async def test_what_waits_for_an_adapter_holds_nobody_up_once_no_replica_has_it() -> None:
+    async with a_world(2, "law", max_loras=1, old_replicas=1, decode_s_per_token=0.05) as world:
+        pool = world.gateway.pools["m"]
+        for replica in ("r0", "r1"):
+            pool.fleet.set_capacity(replica, 1)
+        longs = [asyncio.create_task(world.ask(model, max_tokens=100)) for model in ("m", "law")]
+        await until(lambda: world.served() == [1, 1])
         waits = asyncio.create_task(world.ask("law"))
         await until(lambda: pool.num_queued == 1)
         behind = asyncio.create_task(world.ask("m"))
@@ -201,5 +224,6 @@ async def test_what_waits_for_an_adapter_holds_nobody_up_once_no_replica_has_it(
         pool.update(world.infos[:1])
         assert (await waits).status == 503
         assert (await behind).status == 200
-        long.cancel()
-        await asyncio.wait([long])
+        for long in longs:
+            long.cancel()
+        await asyncio.wait(longs)
