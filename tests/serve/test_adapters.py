@@ -215,7 +215,9 @@ async def test_what_waits_for_an_adapter_holds_nobody_up_once_no_replica_has_it(
         pool = world.gateway.pools["m"]
         for replica in ("r0", "r1"):
             pool.fleet.set_capacity(replica, 1)
-        longs = [asyncio.create_task(world.ask(model, max_tokens=100)) for model in ("m", "law")]
+        longs = [asyncio.create_task(world.ask("law", max_tokens=100))]
+        await until(lambda: world.served() == [0, 1])  # so the next one finds room elsewhere alone
+        longs.append(asyncio.create_task(world.ask("m", max_tokens=100)))
         await until(lambda: world.served() == [1, 1])
         waits = asyncio.create_task(world.ask("law"))
         await until(lambda: pool.num_queued == 1)
