@@ -14,7 +14,7 @@ HOUR_S = 3600
 
 
 class UsageKey(NamedTuple):
-    """Which sum; a tuple, as one is looked up at the end of each request."""
+    """Which sum; sorts by its fields."""
 
     hour: int
     """Its first second, Unix time."""

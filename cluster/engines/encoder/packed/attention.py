@@ -34,7 +34,7 @@ class GroupedAttention:
             operands = rows[3 * start : 3 * (start + count)].view(3, -1, group.length, size)
             query, key, value = operands.unbind(0)
             into = context[start : start + count].view_as(query)
-            _attend(group, self.heads, query, key, value, into)
+            _attend(group, query, key, value, into)
             start += count
         return context.index_select(0, self.layout.back).view(-1, width)
 
@@ -49,24 +49,21 @@ class GroupedAttention:
             count, stop = group.cells * self.heads, first + group.texts * self.heads
             operands = rows[2 * start : 2 * (start + count)].view(2, -1, group.length, size)
             key, value = operands.unbind(0)
-            _attend(group, self.heads, queries[first:stop], key, value, context[first:stop])
+            _attend(group, queries[first:stop], key, value, context[first:stop])
             start, first = start + count, stop
         return context.view_as(query)
 
 
-def _attend(
-    group: Group, heads: int, query: Tensor, key: Tensor, value: Tensor, out: Tensor
-) -> None:
+def _attend(group: Group, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
     """[texts * heads, queries, size] and [texts * heads, length, size] twice, to ``out``."""
     keys = key.transpose(1, 2)
     scores = query.new_empty(len(query), query.shape[1], group.length)
-    portions = group.portions(heads)
-    for part in portions:
+    for part in group.portions:
         torch.bmm(query[part], keys[part], out=scores[part])
     if group.mask is not None:
         scores.view(group.texts, -1, *scores.shape[1:]).add_(group.mask)
     weights = _softmax(scores)
-    for part in portions:
+    for part in group.portions:
         torch.bmm(weights[part], value[part], out=out[part])
 
 

@@ -55,4 +55,4 @@ class PackedBert:
             rows = self._network.scores(layout.packed, attention)
         else:
             rows = self._network.vectors(layout.packed, attention)
-        return np.asarray(rows.numpy()[: layout.num_texts], np.float32)
+        return np.asarray(rows.numpy()[: len(ids)], np.float32)

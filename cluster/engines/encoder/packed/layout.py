@@ -51,21 +51,13 @@ class Group:
     """Of the longest, rounded up; the others are padded to it."""
     mask: Tensor | None
     """[texts, 1, 1, length], minus infinity where there is padding; None where there is none."""
+    portions: tuple[slice, ...]
+    """The rows of [texts * heads, ...] in runs of a power of two of texts, largest first."""
 
     @property
     def cells(self) -> int:
         """Tokens, and what pads them."""
         return self.texts * self.length
-
-    def portions(self, heads: int) -> list[slice]:
-        """The rows of [texts * heads, ...] in runs of a power of two of texts, largest first."""
-        found, start = [], 0
-        for bit in reversed(range(self.texts.bit_length())):
-            if self.texts >> bit & 1:
-                stop = start + (heads << bit)
-                found.append(slice(start, stop))
-                start = stop
-        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +70,6 @@ class Layout:
     """Of a [tokens * 3 * heads, head size] matrix, the rows that each group's attention takes."""
     key_value: Tensor
     """The same of a [tokens * 2 * heads, head size] matrix."""
-    num_texts: int
-    """Of the rows that come out for ``packed.firsts``, the first so many are those of texts."""
     num_tokens: int
     padded_pairs: int
     """Pairs of tokens that attention computes and that are none, as one of the two is padding."""
@@ -113,7 +103,6 @@ class Layout:
             groups=tuple(part.group(mask_dtype) for part in parts),
             query_key_value=torch.from_numpy(np.concatenate([part.rows(3) for part in parts])),
             key_value=torch.from_numpy(np.concatenate([part.rows(2) for part in parts])),
-            num_texts=len(ids),
             num_tokens=num_tokens,
             padded_pairs=sum(part.pairs for part in parts) - int((lengths**2).sum()),
             back=torch.from_numpy(_padded(np.concatenate(backs), num_rows * heads)),
@@ -128,6 +117,16 @@ def round_up(number: int, bits: int, step: int = 1) -> int:
 
 def _padded(numbers: Indices, size: int, filler: int = 0) -> Indices:
     return np.pad(numbers, (0, size - len(numbers)), constant_values=filler)
+
+
+def _portions(texts: int, heads: int) -> tuple[slice, ...]:
+    found, start = [], 0
+    for bit in reversed(range(texts.bit_length())):
+        if texts >> bit & 1:
+            stop = start + (heads << bit)
+            found.append(slice(start, stop))
+            start = stop
+    return tuple(found)
 
 
 def _groups(lengths: Sequence[int]) -> list[slice]:
@@ -162,7 +161,8 @@ class _Part:
         if not self._valid.all():
             mask = torch.from_numpy(np.where(self._valid, np.float32(0), np.float32(-np.inf)))
             mask = mask.to(mask_dtype)[:, None, None, :]
-        return Group(len(self._firsts), self._length, mask)
+        texts = len(self._firsts)
+        return Group(texts, self._length, mask, _portions(texts, len(self._heads)))
 
     def rows(self, parts: int) -> Indices:
         """In the order [parts, texts, heads, length]; padding repeats the text's last token."""
