@@ -1,3 +1,5 @@
+import threading
+
 import pytest
 
 from tests.serve import tiny_encoder
@@ -22,3 +24,26 @@ def trained(tmp_path_factory, base, data):
     out = tmp_path_factory.mktemp("models") / "mine"
     said = tandem("models", "finetune", "--base", base, "--data", data, "--out", out, *FAST)
     return out, said
+
+
+@pytest.fixture
+def gate():
+    """``gate(engine)`` lets the model wait before each batch until it is released."""
+    semaphores = []
+
+    def close(engine):
+        semaphore = threading.Semaphore(0)
+        semaphores.append(semaphore)
+        model = engine.service.model.model
+        plain = model.run
+
+        def run(task, ids):
+            semaphore.acquire()
+            return plain(task, ids)
+
+        model.run = run
+        return semaphore
+
+    yield close
+    for semaphore in semaphores:  # a test that failed must not leave the model waiting
+        semaphore.release(1000)

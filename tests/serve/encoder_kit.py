@@ -1,5 +1,6 @@
 """Tiny random models of every family, with tokenizers of their kinds, and engines around them."""
 
+import asyncio
 import contextlib
 
 import httpx
@@ -283,3 +284,9 @@ async def refused(engine, path, body, status):
     answer = await post(engine, path, body)
     assert answer.status_code == status, answer.text
     return answer.json()["error"]
+
+
+async def until(condition):
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)

@@ -41,6 +41,7 @@ from cluster.errors import (
 )
 from tests.serve.encoder_kit import (  # noqa: F401, the fixture is used by all tests here
     one_thread,
+    until,
 )
 
 WORDS = ["good", "bad", "film", "the", "a", "plot", "dull", "fine", "was", "not"]
@@ -148,35 +149,6 @@ def expected(network, texts):
 
 
 TEXTS = ["good film", "", "the plot was dull", "unknown words", "a " * 20, "good\x00\x07 film", "é"]
-
-
-@pytest.fixture
-def gate():
-    """``gate(engine)`` lets the model wait before each batch until it is released."""
-    semaphores = []
-
-    def close(engine):
-        semaphore = threading.Semaphore(0)
-        semaphores.append(semaphore)
-        model = engine.service.model.model
-        plain = model.run
-
-        def run(task, ids):
-            semaphore.acquire()
-            return plain(task, ids)
-
-        model.run = run
-        return semaphore
-
-    yield close
-    for semaphore in semaphores:  # a test that failed must not leave the model waiting
-        semaphore.release(1000)
-
-
-async def until(condition):
-    async with asyncio.timeout(30):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
 
 
 async def test_classify_gives_the_scores_of_transformers(engine, network):

@@ -1,7 +1,5 @@
 """Every task of encoders from configuration to client: router, links and engines are real."""
 
-import asyncio
-import threading
 from contextlib import AsyncExitStack
 
 import pytest
@@ -12,7 +10,11 @@ from cluster.gateway import Gateway, GatewayApp, ReplicaInfo, Wiring
 from cluster.link import LinkServer
 from tests import asgi
 from tests.serve import encoder_kit
-from tests.serve.encoder_kit import one_thread, save  # noqa: F401, all tests here use one_thread
+from tests.serve.encoder_kit import (  # noqa: F401, the fixture is used by all tests here
+    one_thread,
+    save,
+    until,
+)
 
 SECRET = b"s" * 32
 ONE_LABEL = {"labels": {0: "relevance"}}
@@ -114,31 +116,15 @@ async def test_odd_inputs_have_a_defined_answer(site):
         assert (await ask({"input": text}))[0] == 200
 
 
-async def test_a_client_that_leaves_the_router_is_skipped_by_the_engine(site):
+async def test_a_client_that_leaves_the_router_is_skipped_by_the_engine(site, gate):
     engine = site.engines["labels"]
-    go_on = threading.Semaphore(0)
-    model = engine.service.model.model
-    compute = model.run
-
-    def held(task, ids):
-        go_on.acquire()
-        return compute(task, ids)
-
-    model.run = held
-    try:
-        first = asgi.start(site.app, "POST", "/classify", {"input": "good"})
-        await until(lambda: engine.load().running)
-        second = asgi.start(site.app, "POST", "/classify", {"input": ["dull film"] * 100})
-        await until(lambda: engine.counts().queued_tokens)
-        await second.cancel()  # as Serve does
-        await until(lambda: engine.counts().skipped_texts == 100)
-    finally:
-        go_on.release(1000)
+    go_on = gate(engine)
+    first = asgi.start(site.app, "POST", "/classify", {"input": "good"})
+    await until(lambda: engine.load().running)
+    second = asgi.start(site.app, "POST", "/classify", {"input": ["dull film"] * 100})
+    await until(lambda: engine.counts().queued_tokens)
+    await second.cancel()  # as Serve does
+    await until(lambda: engine.counts().skipped_texts == 100)
+    go_on.release(1000)
     assert (await first.done()).status == 200
     assert engine.counts().texts == 1
-
-
-async def until(condition):
-    async with asyncio.timeout(30):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
