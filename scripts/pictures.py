@@ -19,7 +19,14 @@ import httpx
 import yaml
 from PIL import Image
 
-from tests.cluster.conftest import ROOT, TANDEM, home_alone, router_of, serve_config, sim_generator
+from tests.cluster.conftest import (
+    ROOT,
+    TANDEM,
+    isolated_home,
+    router_config,
+    serve_config,
+    sim_generator,
+)
 from tests.serve.browser import Page, start
 
 IMAGES = ROOT / "docs" / "images"
@@ -57,7 +64,7 @@ def config():
         sim_generator(name=name, sim=SIM, **small, **more)
         for name, more in (("chat", chat), ("draft", {}))
     ]
-    return serve_config(generators=generators, router=router_of(2, **small))
+    return serve_config(generators=generators, router=router_config(2, **small))
 
 
 @asynccontextmanager
@@ -65,16 +72,16 @@ async def running():
     """The cluster's HTTP address."""
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
-        alone = home_alone(home)
+        isolated = isolated_home(home)
         file = home / "pictures.yaml"
         file.write_text(yaml.safe_dump(config()), encoding="utf-8")
 
         def tandem(*words):
-            subprocess.run([TANDEM, *words], env=alone.env, cwd=ROOT, check=True)
+            subprocess.run([TANDEM, *words], env=isolated.env, cwd=ROOT, check=True)
 
         try:
-            await asyncio.to_thread(tandem, "up", "-d", "--config", str(file), *alone.settings)
-            yield alone.http_url
+            await asyncio.to_thread(tandem, "up", "-d", "--config", str(file), *isolated.settings)
+            yield isolated.http_url
         finally:
             await asyncio.to_thread(tandem, "down")
 

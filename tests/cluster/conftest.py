@@ -20,7 +20,7 @@ TANDEM = Path(sys.executable).with_name("tandem")
 
 
 @dataclass(frozen=True)
-class Running:
+class RunningCluster:
     """A cluster of the tests' own, beside any that the machine may run already."""
 
     home: Path
@@ -57,7 +57,7 @@ def sim_generator(**fields: Any) -> dict[str, Any]:
     }
 
 
-def router_of(num: int, **fields: Any) -> dict[str, Any]:
+def router_config(num: int, **fields: Any) -> dict[str, Any]:
     """So many routers, neither more nor fewer."""
     return {"replicas": {"min": num, "max": num}, "resources": {"cpus": 0.1}, **fields}
 
@@ -76,7 +76,7 @@ def serve_config(*more: dict[str, Any], **args: Any) -> dict[str, Any]:
     }
 
 
-class Alone(NamedTuple):
+class IsolatedHome(NamedTuple):
     """The environment, the ``--set`` words and the addresses of a cluster that shares nothing."""
 
     env: dict[str, str]
@@ -85,7 +85,7 @@ class Alone(NamedTuple):
     ray_address: str
 
 
-def home_alone(home: Path) -> Alone:
+def isolated_home(home: Path) -> IsolatedHome:
     """What a cluster with a home and ports of its own is started with."""
     http, gcs, dashboard, stats, metrics, fallback = free_ports(6)
     env = {
@@ -104,19 +104,19 @@ def home_alone(home: Path) -> Alone:
     }
     settings = [word for path, port in values.items() for word in ("--set", f"{path}={port}")]
     # Ray takes 127.0.0.1 for the machine's outward address, where this Ray does not listen.
-    return Alone(env, settings, f"http://127.0.0.1:{http}", f"LOCALHOST:{gcs}")
+    return IsolatedHome(env, settings, f"http://127.0.0.1:{http}", f"LOCALHOST:{gcs}")
 
 
 @pytest.fixture(scope="session")
 def make_cluster(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Starts a cluster with a home, a state and ports of its own; the models are shared."""
 
-    def make(*args: str) -> Running:
+    def make(*args: str) -> RunningCluster:
         home = tmp_path_factory.mktemp("home")
         store.models_dir().mkdir(parents=True, exist_ok=True)
         (home / "models").symlink_to(store.models_dir())
-        env, settings, http_url, ray_address = home_alone(home)
-        running = Running(home, env, http_url, ray_address)
+        env, settings, http_url, ray_address = isolated_home(home)
+        running = RunningCluster(home, env, http_url, ray_address)
         try:
             done = running.tandem("up", "-d", *settings, *args, timeout_s=900)
             assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
@@ -129,21 +129,21 @@ def make_cluster(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="module")
-def sims(
+def sim_cluster(
     request: pytest.FixtureRequest, make_cluster: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Running]:
+) -> Iterator[RunningCluster]:
     """A cluster with the configuration that the test module's ``config()`` gives."""
     file = tmp_path_factory.mktemp("config") / "config.yaml"
     file.write_text(yaml.safe_dump(request.module.config()), encoding="utf-8")
-    running: Running = make_cluster("--config", str(file))
+    running: RunningCluster = make_cluster("--config", str(file))
     yield running
     assert running.tandem("down").returncode == 0
 
 
 @pytest.fixture(scope="session")
-def cluster(make_cluster: Any) -> Iterator[Running]:
+def cluster(make_cluster: Any) -> Iterator[RunningCluster]:
     """The default deployment: SmolLM2 on vLLM, the sentiment classifier, one router."""
-    running: Running = make_cluster()
+    running: RunningCluster = make_cluster()
     yield running
     done = running.tandem("down")
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.cluster.conftest import Running, router_of, serve_config, sim_generator
+from tests.cluster.conftest import RunningCluster, router_config, serve_config, sim_generator
 
 BODY = {"model": "sim", "prompt": "a b c", "max_tokens": 50, "stream": True}
 MAX_REPLICAS = 24
@@ -29,7 +29,7 @@ def config() -> dict[str, Any]:
         },
         resources={"cpus": 0.01},
     )
-    router = router_of(2, resources={"cpus": 0.01}, max_queued=1000)
+    router = router_config(2, resources={"cpus": 0.01}, max_queued=1000)
     return serve_config(generators=[sim], router=router)
 
 
@@ -71,15 +71,17 @@ async def until(url: str, low: int, high: int, timeout_s: float) -> int:
 
 
 @pytest.mark.timeout(900)
-async def test_replicas_follow_eightfold_traffic_and_back_and_nothing_fails(sims: Running) -> None:
-    traffic = Traffic(sims.http_url)
-    await until(sims.http_url, 0, 0, 60)
+async def test_replicas_follow_eightfold_traffic_and_back_and_nothing_fails(
+    sim_cluster: RunningCluster,
+) -> None:
+    traffic = Traffic(sim_cluster.http_url)
+    await until(sim_cluster.http_url, 0, 0, 60)
     await traffic.set(STREAMS)  # the first ones wait for the first replica
-    low = await until(sims.http_url, 2, 6, 120)
+    low = await until(sim_cluster.http_url, 2, 6, 120)
     await traffic.set(8 * STREAMS)
-    await until(sims.http_url, 3 * low, MAX_REPLICAS, 300)
+    await until(sim_cluster.http_url, 3 * low, MAX_REPLICAS, 300)
     await traffic.set(STREAMS)
-    await until(sims.http_url, 1, 8, 300)
+    await until(sim_cluster.http_url, 1, 8, 300)
     await traffic.set(0)
     assert set(traffic.ends) == {"whole"}, traffic.ends
-    await until(sims.http_url, 0, 0, 120)
+    await until(sim_cluster.http_url, 0, 0, 120)

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-from tests.cluster.conftest import ROOT, Running
+from tests.cluster.conftest import ROOT, RunningCluster
 
 DRIVER = """
 import asyncio, json, sys
@@ -62,7 +62,7 @@ print(json.dumps(out))
 """
 
 
-def test_everything_from_another_job(cluster: Running) -> None:
+def test_everything_from_another_job(cluster: RunningCluster) -> None:
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, cluster.ray_address],
         env=cluster.env,

@@ -15,20 +15,20 @@ import openai
 import pytest
 
 from cluster.monitoring.foreign import VLLM
-from tests.cluster.conftest import Running
+from tests.cluster.conftest import RunningCluster
 
 MODEL = "smollm2"
 PARIS: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 @pytest.fixture(scope="module")
-def http(cluster: Running) -> Any:
+def http(cluster: RunningCluster) -> Any:
     with httpx.Client(base_url=cluster.http_url, timeout=120) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def client(cluster: Running) -> Any:
+def client(cluster: RunningCluster) -> Any:
     with openai.OpenAI(
         base_url=f"{cluster.http_url}/v1", api_key="none", max_retries=0, timeout=120
     ) as made:
@@ -88,7 +88,7 @@ def test_responses(client: openai.OpenAI) -> None:
     assert "Paris" in answer.output_text
 
 
-def test_anthropic_messages(cluster: Running) -> None:
+def test_anthropic_messages(cluster: RunningCluster) -> None:
     with anthropic.Anthropic(
         base_url=cluster.http_url, api_key="none", max_retries=0, timeout=120
     ) as client:
@@ -290,7 +290,7 @@ def test_requests_at_the_same_time_share_the_engine(client: openai.OpenAI) -> No
 
 
 def test_vllms_own_metrics_come_through_rays_agents(
-    cluster: Running, client: openai.OpenAI
+    cluster: RunningCluster, client: openai.OpenAI
 ) -> None:
     url = f"{cluster.status()['state']['dashboard_url']}/api/prometheus/sd"
     targets = [target for group in httpx.get(url).json() for target in group["targets"]]

@@ -5,7 +5,7 @@ from typing import Any
 
 import httpx
 
-from tests.cluster.conftest import Running, router_of, serve_config, sim_generator
+from tests.cluster.conftest import RunningCluster, router_config, serve_config, sim_generator
 from tests.cluster.test_scale import replicas, unbroken_load, until
 
 LEAKS = {
@@ -24,10 +24,10 @@ def config() -> dict[str, Any]:
         sim={"decode_s_per_token": 0.02, "leak_bytes_per_request": "1MiB"},
         replicas={"min": 2, "max": 2},
     )
-    return serve_config(generators=[sim], router=router_of(1), leaks=LEAKS)
+    return serve_config(generators=[sim], router=router_config(1), leaks=LEAKS)
 
 
-def generators(cluster: Running) -> set[str]:
+def generators(cluster: RunningCluster) -> set[str]:
     deployments = cluster.status()["application"]["deployments"]
     return {
         replica["id"]
@@ -38,28 +38,28 @@ def generators(cluster: Running) -> set[str]:
     }
 
 
-def states(cluster: Running) -> list[str]:
+def states(cluster: RunningCluster) -> list[str]:
     return [replica["state"] for replica in replicas(cluster)]
 
 
-async def test_leaking_replicas_are_replaced_one_at_a_time(sims: Running) -> None:
-    before = generators(sims)
+async def test_leaking_replicas_are_replaced_one_at_a_time(sim_cluster: RunningCluster) -> None:
+    before = generators(sim_cluster)
     assert len(before) == 2
     fewest = 2
-    with httpx.Client(base_url=sims.http_url, timeout=60) as http:
+    with httpx.Client(base_url=sim_cluster.http_url, timeout=60) as http:
 
         def replaced() -> bool:
             nonlocal fewest
             fewest = min(fewest, http.get("/ready").json()["pools"]["sim"]["ready"])
-            return not before & generators(sims)
+            return not before & generators(sim_cluster)
 
-        async with unbroken_load(sims.http_url, streams=4):
+        async with unbroken_load(sim_cluster.http_url, streams=4):
             await until(replaced, 180, "the replacement of both")
     assert fewest >= 1
 
 
-def test_all_replicas_run_then(sims: Running) -> None:
+def test_all_replicas_run_then(sim_cluster: RunningCluster) -> None:
     deadline = time.monotonic() + 120
-    while set(states(sims)) != {"RUNNING"}:  # the last one may still be stopping
-        assert time.monotonic() < deadline, states(sims)
+    while set(states(sim_cluster)) != {"RUNNING"}:  # the last one may still be stopping
+        assert time.monotonic() < deadline, states(sim_cluster)
         time.sleep(0.5)

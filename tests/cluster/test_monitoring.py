@@ -19,7 +19,7 @@ from benchmarks.targets.home import free_ports
 from cluster.launch.prometheus import executable
 from cluster.metrics import Metric, table
 from cluster.monitoring import prometheus as monitoring
-from tests.cluster.conftest import Running, router_of, serve_config, sim_generator
+from tests.cluster.conftest import RunningCluster, router_config, serve_config, sim_generator
 from tests.monitoring.hurried import hurried
 
 GRAFANA = Path(monitoring.__file__).parent / "grafana"
@@ -67,7 +67,7 @@ def config() -> dict[str, Any]:
             sim_generator(name=LEAKING, sim={"leak_bytes_per_request": "64KiB"}),
         ],
         classifiers=[sentiment],
-        router=router_of(1, max_queued=4),
+        router=router_config(1, max_queued=4),
         accounting={"watts_per_core": 10, "per_cpu_hour": 0.05},
         leaks={"sample_s": 1, "window_s": 30, "settle_s": 0, "min_growth_bytes": "1MiB"},
         cluster={"prometheus_port": free_ports(1)[0]},
@@ -105,10 +105,12 @@ class Prometheus:
 
 
 @pytest.fixture(scope="module")
-def started(make_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def started(
+    make_cluster: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningCluster]:
     file = tmp_path_factory.mktemp("config") / "config.yaml"
     file.write_text(yaml.safe_dump(config()), encoding="utf-8")
-    running: Running = make_cluster("--monitoring", "--config", str(file))
+    running: RunningCluster = make_cluster("--monitoring", "--config", str(file))
     yield running
     assert running.tandem("down").returncode == 0
     assert not any(p.info["name"] == "prometheus" and is_of(p, running) for p in processes())
@@ -116,7 +118,7 @@ def started(make_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture(scope="module")
 def hurried_prometheus(
-    started: Running, tmp_path_factory: pytest.TempPathFactory
+    started: RunningCluster, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Prometheus]:
     """A second Prometheus of the same cluster, whose rules have shorter durations."""
     folder = tmp_path_factory.mktemp("prometheus")
@@ -144,7 +146,7 @@ def hurried_prometheus(
 
 
 @pytest.fixture(scope="module")
-def pressed(started: Running, hurried_prometheus: Prometheus) -> Iterator[None]:
+def pressed(started: RunningCluster, hurried_prometheus: Prometheus) -> Iterator[None]:
     """More requests than one pool can serve, and some to the one that leaks; until the end."""
     done = threading.Event()
     clients = [(FLOODED, 0.2)] * 20 + [(LEAKING, 0.25)]
@@ -165,7 +167,7 @@ def ask_on(url: str, done: threading.Event, model: str, pause_s: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def watched(started: Running, pressed: None) -> Running:
+def watched(started: RunningCluster, pressed: None) -> RunningCluster:
     """The cluster after a minute of mixed load, which goes on where there is too much of it."""
     load(started.http_url, LOAD_S)
     return started
@@ -175,7 +177,7 @@ def processes() -> list[psutil.Process]:
     return list(psutil.process_iter(["name"]))
 
 
-def is_of(process: psutil.Process, running: Running) -> bool:
+def is_of(process: psutil.Process, running: RunningCluster) -> bool:
     try:
         return process.environ().get("TANDEM_HOME") == str(running.home)
     except psutil.Error:
@@ -194,7 +196,7 @@ def load(url: str, seconds: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def prometheus(watched: Running) -> Prometheus:
+def prometheus(watched: RunningCluster) -> Prometheus:
     return Prometheus(watched.status()["state"]["prometheus_url"])
 
 
@@ -213,7 +215,7 @@ def test_every_metric_of_the_table_arrives(prometheus: Prometheus) -> None:
     assert sorted(wanted - prometheus.names()) == []
 
 
-def test_every_panel_has_something_to_show(watched: Running, prometheus: Prometheus) -> None:
+def test_every_panel_has_something_to_show(watched: RunningCluster, prometheus: Prometheus) -> None:
     panels = [
         (path.stem, panel["title"], target["expr"])
         for path in sorted((GRAFANA / "dashboards").glob("*.json"))
@@ -244,7 +246,7 @@ def test_the_phases_of_a_start_add_up(prometheus: Prometheus) -> None:
     assert took("imports", "model", "link") == pytest.approx(took("replica"))
 
 
-def test_rays_dashboard_knows_prometheus(watched: Running) -> None:
+def test_rays_dashboard_knows_prometheus(watched: RunningCluster) -> None:
     url = watched.status()["state"]["dashboard_url"]
     assert httpx.get(f"{url}/api/prometheus_health", timeout=30).status_code == 200
 
@@ -258,19 +260,19 @@ def test_the_rules_are_evaluated(prometheus: Prometheus) -> None:
     assert not [rule for group in groups for rule in group["rules"] if rule["health"] == "err"]
 
 
-def test_overload_fires_its_alert(watched: Running, hurried_prometheus: Prometheus) -> None:
+def test_overload_fires_its_alert(watched: RunningCluster, hurried_prometheus: Prometheus) -> None:
     prometheus = hurried_prometheus
     assert prometheus.until(lambda: prometheus.firing("TandemShedding", model=FLOODED))
     assert not prometheus.firing("TandemShedding", model="smollm2")
 
 
-def test_a_leak_fires_its_alert(watched: Running, hurried_prometheus: Prometheus) -> None:
+def test_a_leak_fires_its_alert(watched: RunningCluster, hurried_prometheus: Prometheus) -> None:
     prometheus = hurried_prometheus
     assert prometheus.until(lambda: prometheus.firing("TandemMemoryGrowing", model=LEAKING))
     assert not prometheus.firing("TandemMemoryGrowing", model="smollm2")
 
 
-def test_a_killed_engine_fires_its_alert(watched: Running, prometheus: Prometheus) -> None:
+def test_a_killed_engine_fires_its_alert(watched: RunningCluster, prometheus: Prometheus) -> None:
     assert not prometheus.firing("TandemEngineDied")
     deployments = watched.status()["application"]["deployments"]
     victim = next(d for d in deployments if d["name"] == "generator-smollm2")["replicas"][0]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import ROOT, Running
+from tests.cluster.conftest import ROOT, RunningCluster
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
@@ -19,7 +19,7 @@ COMMANDS = [(kind, code) for kind, code in BLOCKS if not code.startswith(NOT_HER
 
 
 @pytest.mark.parametrize(("kind", "code"), COMMANDS, ids=lambda value: value[:60])
-def test_a_block_of_the_readme(cluster: Running, kind: str, code: str) -> None:
+def test_a_block_of_the_readme(cluster: RunningCluster, kind: str, code: str) -> None:
     code = code.replace("http://127.0.0.1:8000", cluster.http_url)
     # Fail where HTTP does, which a shell that pastes the command does not need.
     code = code.replace("curl -s", "curl --fail-with-body -sS")

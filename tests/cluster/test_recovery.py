@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 
-from tests.cluster.conftest import Running
+from tests.cluster.conftest import RunningCluster
 from tests.cluster.engine_processes import engines_of_cluster
 
 MODEL = "smollm2"
@@ -19,7 +19,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> No
         time.sleep(0.2)
 
 
-def test_a_dead_engine_is_replaced(cluster: Running) -> None:
+def test_a_dead_engine_is_replaced(cluster: RunningCluster) -> None:
     with httpx.Client(base_url=cluster.http_url, timeout=180) as http:
         body = {"model": MODEL, "prompt": "a", "max_tokens": 4}
         assert http.post("/v1/completions", json=body).status_code == 200
@@ -52,7 +52,7 @@ def test_a_dead_engine_is_replaced(cluster: Running) -> None:
         wait_until(lambda: http.get("/ready").status_code == 200, 60, "being ready again")
 
 
-def test_a_replica_that_is_killed_takes_its_engine_with_it(cluster: Running) -> None:
+def test_a_replica_that_is_killed_takes_its_engine_with_it(cluster: RunningCluster) -> None:
     (engine,) = engines_of_cluster(cluster.home)
     replica = engine.parent()
     assert replica is not None

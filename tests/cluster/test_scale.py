@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import yaml
 
-from tests.cluster.conftest import Running, router_of, serve_config, sim_generator
+from tests.cluster.conftest import RunningCluster, router_config, serve_config, sim_generator
 
 BODY = {"model": "sim", "prompt": "a b c", "max_tokens": 25, "stream": True}
 
@@ -34,10 +34,10 @@ def config(**generator: Any) -> dict[str, Any]:
         "import_path": "tests.cluster.unlinkable:build",
         "args": {
             "generators": [{**sim, "replicas": {"min": 1, "max": 1}}],
-            "router": router_of(1),
+            "router": router_config(1),
         },
     }
-    return serve_config(beside, generators=[sim], router=router_of(2, max_queued=200))
+    return serve_config(beside, generators=[sim], router=router_config(2, max_queued=200))
 
 
 def num_replicas(http: httpx.Client) -> int:
@@ -101,18 +101,20 @@ async def until(condition: Any, timeout_s: float, what: str) -> None:
         await asyncio.sleep(0.5)
 
 
-async def test_replicas_follow_the_load_up_and_down(sims: Running) -> None:
-    with httpx.Client(base_url=sims.http_url, timeout=60) as http:
+async def test_replicas_follow_the_load_up_and_down(sim_cluster: RunningCluster) -> None:
+    with httpx.Client(base_url=sim_cluster.http_url, timeout=60) as http:
         assert num_replicas(http) == 1
-        async with unbroken_load(sims.http_url, streams=16):
+        async with unbroken_load(sim_cluster.http_url, streams=16):
             await until(lambda: num_replicas(http) == 3, 120, "scaling up")
         # A few streams go on while replicas are taken out; none of them may break.
-        async with unbroken_load(sims.http_url, streams=2):
+        async with unbroken_load(sim_cluster.http_url, streams=2):
             await until(lambda: num_replicas(http) == 1, 120, "scaling down")
 
 
-async def test_a_replica_without_a_link_is_reached_over_the_handle(sims: Running) -> None:
-    async with httpx.AsyncClient(base_url=f"{sims.http_url}/beside", timeout=60) as http:
+async def test_a_replica_without_a_link_is_reached_over_the_handle(
+    sim_cluster: RunningCluster,
+) -> None:
+    async with httpx.AsyncClient(base_url=f"{sim_cluster.http_url}/beside", timeout=60) as http:
         answers = await asyncio.gather(*(http.post("/v1/completions", json=BODY) for _ in range(4)))
         for answer in answers:
             assert answer.text.count('"text"') == 25
@@ -127,33 +129,38 @@ async def test_a_replica_without_a_link_is_reached_over_the_handle(sims: Running
         assert 'tandem_completion_tokens_total{model="sim"} 125.0' in metrics
 
 
-async def test_an_update_leaves_no_gap(sims: Running, tmp_path: Path) -> None:
+async def test_an_update_leaves_no_gap(sim_cluster: RunningCluster, tmp_path: Path) -> None:
     """``serve deploy`` of a changed file replaces every replica while streams run.
 
     It adds an adapter, and no replica of before is asked for that: it would answer 404 itself.
     """
-    port = int(sims.http_url.rsplit(":", 1)[1])
+    port = int(sim_cluster.http_url.rsplit(":", 1)[1])
     changed = config(
         sim={"decode_s_per_token": 0.01}, replicas={"min": 1, "max": 1}, adapters={"law": "none"}
     )
     changed["http_options"]["port"] = port
     file = tmp_path / "changed.yaml"
     file.write_text(yaml.safe_dump(changed), encoding="utf-8")
-    before = {replica["id"] for replica in replicas(sims)}
+    before = {replica["id"] for replica in replicas(sim_cluster)}
     serve = Path(sys.executable).with_name("serve")
-    command = [serve, "deploy", "-a", sims.status()["state"]["dashboard_url"], str(file)]
+    command = [serve, "deploy", "-a", sim_cluster.status()["state"]["dashboard_url"], str(file)]
 
     def replaced() -> bool:
-        now = replicas(sims)
+        now = replicas(sim_cluster)
         ids = {replica["id"] for replica in now}
         return not before & ids and all(replica["state"] == "RUNNING" for replica in now)
 
     async with (
-        unbroken_load(sims.http_url, streams=4),
-        asked_all_along(sims.http_url, "law") as told,
+        unbroken_load(sim_cluster.http_url, streams=4),
+        asked_all_along(sim_cluster.http_url, "law") as told,
     ):
         done = await asyncio.to_thread(
-            subprocess.run, command, env=sims.env, capture_output=True, text=True, check=False
+            subprocess.run,
+            command,
+            env=sim_cluster.env,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         await until(replaced, 150, "the update")
@@ -167,6 +174,6 @@ async def test_an_update_leaves_no_gap(sims: Running, tmp_path: Path) -> None:
             assert answer.status_code == 200
 
 
-def replicas(cluster: Running) -> list[Any]:
+def replicas(cluster: RunningCluster) -> list[Any]:
     deployments = cluster.status()["application"]["deployments"]
     return [replica for deployment in deployments for replica in deployment["replicas"]]

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.routing.replay import Replay
 from cluster.simulation.trace_files import MOONCAKE_BLOCK, read_trace
-from tests.cluster.conftest import Running, router_of, serve_config, sim_generator
+from tests.cluster.conftest import RunningCluster, router_config, serve_config, sim_generator
 
 REPLICAS = 2
 
@@ -30,7 +30,7 @@ def config() -> dict[str, Any]:
         max_ongoing=8,
         replicas={"min": REPLICAS, "max": REPLICAS},
     )
-    return serve_config(generators=[sim], router=router_of(1))
+    return serve_config(generators=[sim], router=router_config(1))
 
 
 def write_trace(path: Path, requests: int = 70, rate: float = 6.0) -> None:
@@ -64,14 +64,16 @@ def hit_rate(url: str) -> float:
     return cached / prompts
 
 
-async def test_the_simulator_says_what_the_cluster_does(sims: Running, tmp_path: Path) -> None:
+async def test_the_simulator_says_what_the_cluster_does(
+    sim_cluster: RunningCluster, tmp_path: Path
+) -> None:
     file, trace = tmp_path / "config.json", tmp_path / "trace.jsonl"
     file.write_text(json.dumps(config()), encoding="utf-8")
     write_trace(trace)
-    done = sims.tandem("simulate", "--trace", str(trace), "--config", str(file), "--json")
+    done = sim_cluster.tandem("simulate", "--trace", str(trace), "--config", str(file), "--json")
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
-    live = Replay(sims.http_url, "sim")
+    live = Replay(sim_cluster.http_url, "sim")
     await live.run(read_trace(trace))
     measured = {
         f"{name}_p{percent}_s": found.percentile(percent)
@@ -80,4 +82,4 @@ async def test_the_simulator_says_what_the_cluster_does(sims: Running, tmp_path:
     }
     assert measured["ttft_p50_s"] > 1, "the trace was to keep requests waiting"
     assert {name: said[name] for name in measured} == pytest.approx(measured, rel=0.15)
-    assert said["hit_rate"] == pytest.approx(hit_rate(sims.http_url), rel=0.15)
+    assert said["hit_rate"] == pytest.approx(hit_rate(sim_cluster.http_url), rel=0.15)

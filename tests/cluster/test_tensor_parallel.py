@@ -11,7 +11,7 @@ import yaml
 
 from cluster.launch import processes
 from cluster.models import store
-from tests.cluster.conftest import Running, serve_config
+from tests.cluster.conftest import RunningCluster, serve_config
 from tests.cluster.tiny_llama import make_tiny_llama
 
 
@@ -29,7 +29,7 @@ def test_two_workers_in_a_placement_group(make_cluster: Any, tmp_path: Path) -> 
     }
     file = tmp_path / "tp.yaml"
     file.write_text(yaml.safe_dump(serve_config(generators=[generator])), encoding="utf-8")
-    cluster: Running = make_cluster("--config", str(file))
+    cluster: RunningCluster = make_cluster("--config", str(file))
     try:
         body = {"prompt": "Hello there", "max_tokens": 24, "ignore_eos": True, "temperature": 0}
         texts = set()

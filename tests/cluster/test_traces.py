@@ -5,7 +5,7 @@ from typing import Any
 import httpx
 
 from tests import otlp
-from tests.cluster.conftest import Running
+from tests.cluster.conftest import RunningCluster
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = "b7ad6b7169203331"
@@ -14,7 +14,7 @@ TEXT = "a-secret-text"
 
 def test_vllms_span_is_below_the_engines(make_cluster: Any) -> None:
     with otlp.receiver() as received:
-        cluster: Running = make_cluster("--set", f"tracing.endpoint={received.url}")
+        cluster: RunningCluster = make_cluster("--set", f"tracing.endpoint={received.url}")
         try:
             with httpx.Client(base_url=cluster.http_url, timeout=120) as http:
                 answer = http.post(

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from cluster.launch import processes
-from tests.cluster.conftest import ROOT, TANDEM, Running, home_alone, serve_config
+from tests.cluster.conftest import ROOT, TANDEM, RunningCluster, isolated_home, serve_config
 
 FOREIGN_RAY = """
 import sys, ray
@@ -64,15 +64,15 @@ def write_config(directory: Path, **sim: Any) -> Path:
 @pytest.fixture(scope="module")
 def running(
     foreign_ray: subprocess.Popen[str], make_cluster: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Running]:
+) -> Iterator[RunningCluster]:
     """A cluster that the tests up to the crash use, in their order."""
     config = write_config(tmp_path_factory.mktemp("config"))
-    cluster: Running = make_cluster("--config", str(config))
+    cluster: RunningCluster = make_cluster("--config", str(config))
     yield cluster
     cluster.tandem("down", "--drain-s", "0")
 
 
-def test_status_shows_every_replica_and_its_process(running: Running) -> None:
+def test_status_shows_every_replica_and_its_process(running: RunningCluster) -> None:
     found = running.status()
     assert found["running"]
     assert found["application"]["status"] == "RUNNING"
@@ -89,7 +89,7 @@ def test_status_shows_every_replica_and_its_process(running: Running) -> None:
     assert "HEALTHY 1/1" in shown
 
 
-def test_every_process_of_the_tree_is_marked(running: Running) -> None:
+def test_every_process_of_the_tree_is_marked(running: RunningCluster) -> None:
     marked = {owned.process.pid: owned.process for owned in processes.find(running.home)}
     names = {process.name() for process in marked.values()}
     assert {"gcs_server", "raylet", "haproxy"} <= names
@@ -102,7 +102,7 @@ def test_every_process_of_the_tree_is_marked(running: Running) -> None:
     assert alive == set()
 
 
-def test_nothing_listens_beyond_loopback(running: Running) -> None:
+def test_nothing_listens_beyond_loopback(running: RunningCluster) -> None:
     listening = [
         (owned.name, connection.laddr.ip, connection.laddr.port)
         for owned in processes.find(running.home)
@@ -114,7 +114,7 @@ def test_nothing_listens_beyond_loopback(running: Running) -> None:
     assert [found for found in listening if found[1] not in loopback] == []
 
 
-def test_chat_over_a_pipe_streams_an_answer(running: Running) -> None:
+def test_chat_over_a_pipe_streams_an_answer(running: RunningCluster) -> None:
     done = subprocess.run(
         [TANDEM, "chat", "--max-tokens", "5"],
         input="Hello\n",
@@ -126,7 +126,7 @@ def test_chat_over_a_pipe_streams_an_answer(running: Running) -> None:
     assert done.stdout.strip()
 
 
-def test_a_second_up_says_that_one_runs(running: Running) -> None:
+def test_a_second_up_says_that_one_runs(running: RunningCluster) -> None:
     done = running.tandem("up", "-d")
     assert done.returncode == 1
     assert "error: a cluster runs already, since " in done.stderr
@@ -135,9 +135,9 @@ def test_a_second_up_says_that_one_runs(running: Running) -> None:
 
 
 def test_up_on_a_busy_port_names_port_and_process(
-    running: Running, tmp_path: Path, foreign_ray: subprocess.Popen[str]
+    running: RunningCluster, tmp_path: Path, foreign_ray: subprocess.Popen[str]
 ) -> None:
-    env, settings, *_ = home_alone(tmp_path)
+    env, settings, *_ = isolated_home(tmp_path)
     port = running.http_url.rpartition(":")[2]
     command = [TANDEM, "up", "-d", *settings, "--set", f"http_options.port={port}"]
     config = ["--config", str(write_config(tmp_path))]
@@ -151,7 +151,7 @@ def test_up_on_a_busy_port_names_port_and_process(
 
 
 def test_down_ends_everything_after_a_crash_and_nothing_else(
-    running: Running, foreign_ray: subprocess.Popen[str]
+    running: RunningCluster, foreign_ray: subprocess.Popen[str]
 ) -> None:
     with decoy(running.env) as bystander:
         for owned in processes.find(running.home):
@@ -182,7 +182,7 @@ def decoy(env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
 def test_ctrl_c_lets_requests_finish_and_ends_everything(
     tmp_path: Path, foreign_ray: subprocess.Popen[str]
 ) -> None:
-    env, settings, *_ = home_alone(tmp_path)
+    env, settings, *_ = isolated_home(tmp_path)
     config = write_config(tmp_path, decode_s_per_token=0.05)
     up = subprocess.Popen(
         [TANDEM, "up", "--config", str(config), *settings],
@@ -227,7 +227,7 @@ def read_until(process: subprocess.Popen[str], words: str) -> str:
 
 
 def test_a_failed_start_says_why_and_leaves_nothing(tmp_path: Path) -> None:
-    env, settings, *_ = home_alone(tmp_path)
+    env, settings, *_ = isolated_home(tmp_path)
     config = write_config(tmp_path, fail_startup=True)
     began = time.monotonic()
     done = subprocess.run(
