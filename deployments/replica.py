@@ -16,8 +16,8 @@ from cluster.config_operations import OperationsConfig
 from cluster.engines.base import Engine
 from cluster.engines.phases import Phases
 from cluster.errors import DeviceFailedError, EngineDeadError, ReplicaRetiredError
-from cluster.gateway.pool import ReplicaInfo
-from cluster.gateway.routes import RouteTable
+from cluster.gateway.pools.pool import ReplicaInfo
+from cluster.gateway.pools.routes import RouteTable
 from cluster.launch.loopback import confine_serve
 from cluster.link import (
     DrainResult,

@@ -5,7 +5,7 @@ import os
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
-from cluster.gateway.journal import LOGGER
+from cluster.gateway.recording.request_log import LOGGER
 
 MAX_BYTES = 32 * 1024**2
 BACKUPS = 3

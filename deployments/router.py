@@ -20,7 +20,7 @@ from cluster.config_file import key_file_path
 from cluster.gateway import (
     Gateway,
     GatewayApp,
-    Peers,
+    QuotaSync,
     ReplicaInfo,
     RouterLinks,
     UsageAccount,
@@ -98,13 +98,13 @@ class Router:
             partial(read_decisions, [own, *scaled.values()]),
         )
         self._routers: list[ReplicaInfo] = []
-        self._peers = Peers(self._gateway, self._links)
+        self._peers = QuotaSync(self._gateway, self._links)
         listeners = {
             deployment: self._gateway.pools[name].update for name, deployment in scaled.items()
         }
         self._discovery = Discovery({**listeners, own: self._on_routers})
         registry = self._gateway.registry
-        self._memory = MemoryWatch(config.leaks, "router", lambda: self._gateway.num_ongoing)
+        self._memory = MemoryWatch(config.leaks, "router", lambda: self._gateway.num_open_requests)
         registry.on_collect(lambda: self._memory.observe(registry))
         watch_certificate(registry)
         self._exporter = RayExporter(registry)

@@ -22,7 +22,7 @@ FOLDERS = {
     "cluster/engines/encoder/tasks": "one module for each thing that an encoder does",
     "cluster/engines/sim": "the simulated engine",
     "cluster/gateway": "what the router does with a request, without Ray",
-    "cluster/gateway/pages": "the router's own pages",
+    "cluster/gateway/builtin/pages": "the router's own pages",
     "cluster/launch": "starting and stopping a local cluster",
     "cluster/leaks": "memory that grows while the traffic does not",
     "cluster/link": "one connection for each router and replica",

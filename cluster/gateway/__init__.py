@@ -5,20 +5,20 @@ the queues of one router, and must not know Ray Serve: ``deployments.router`` fe
 replicas and drives it from HTTP and from handles.
 """
 
+from cluster.gateway.admission.quota_sync import QuotaSync
 from cluster.gateway.asgi import GatewayApp
 from cluster.gateway.gateway import Gateway
 from cluster.gateway.messages import Request, Response
-from cluster.gateway.peers import Peers
-from cluster.gateway.pool import Answer, Opener, ReplicaInfo, Wiring
+from cluster.gateway.pools.pool import Answer, Opener, ReplicaInfo, Wiring
+from cluster.gateway.recording.usage import UsageAccount
 from cluster.gateway.router_links import RouterLinks
-from cluster.gateway.usage import UsageAccount
 
 __all__ = [
     "Answer",
     "Gateway",
     "GatewayApp",
     "Opener",
-    "Peers",
+    "QuotaSync",
     "ReplicaInfo",
     "Request",
     "Response",

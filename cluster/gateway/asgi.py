@@ -8,7 +8,7 @@ from cluster.asgi import Receive, Scope, Send
 from cluster.errors import LinkError, PayloadTooLargeError, RequestError
 from cluster.gateway.gateway import Gateway
 from cluster.gateway.messages import Headers, Request, Response, error_response, header, request_id
-from cluster.gateway.routes import OTHER
+from cluster.gateway.pools.routes import OTHER
 
 
 class GatewayApp:

@@ -8,23 +8,23 @@ from typing import TYPE_CHECKING
 from cluster.admission import OPEN, Identity, QueueLimits
 from cluster.config import PRIORITY_POLICY, ClassifierConfig, GeneratorConfig, TandemConfig
 from cluster.errors import InternalError, MethodNotAllowedError, RequestError
-from cluster.gateway.accounts import Accounts
-from cluster.gateway.admission import Admission
-from cluster.gateway.auth import Authenticator
-from cluster.gateway.dashboard import Dashboard, ReadDecisions
-from cluster.gateway.engine_priority import PATHS, with_engine_priority
-from cluster.gateway.gauges import watch_pools
-from cluster.gateway.journal import Ended, Journal, outcome_of
-from cluster.gateway.load_report import LoadReports
+from cluster.gateway.admission.admission import Admission
+from cluster.gateway.admission.authenticator import Authenticator
+from cluster.gateway.admission.quotas import TenantQuotas
+from cluster.gateway.builtin.routes import PUBLIC_PATHS, BuiltinRoutes
 from cluster.gateway.messages import Headers, Request, Response, error_response
-from cluster.gateway.metering import Observers, PoolMeter
-from cluster.gateway.own import PUBLIC_PATHS, OwnRoutes
-from cluster.gateway.pool import Kind, Pool, PoolLimits, Wiring
-from cluster.gateway.relay import relay
+from cluster.gateway.pools.engine_priority import PATHS, with_engine_priority
+from cluster.gateway.pools.pool import Kind, Pool, PoolLimits, Wiring
+from cluster.gateway.pools.relay import relay
+from cluster.gateway.pools.routes import OTHER
+from cluster.gateway.pools.selection import Envelope, read_envelope, select_pool
+from cluster.gateway.recording.observer import Observers, PoolMeter
+from cluster.gateway.recording.request_log import RequestLog, RequestRecord, outcome_of
+from cluster.gateway.recording.usage import UsageAccount
+from cluster.gateway.reporting.dashboard import Dashboard, ReadDecisions
+from cluster.gateway.reporting.load_reports import LoadReports
+from cluster.gateway.reporting.pool_gauges import watch_pools
 from cluster.gateway.router_links import RouterLinks
-from cluster.gateway.routes import OTHER
-from cluster.gateway.surface import Envelope, pick_pool, read_envelope
-from cluster.gateway.usage import UsageAccount
 from cluster.key_file import KeyFile
 from cluster.metrics import Registry, table
 
@@ -65,7 +65,7 @@ class Gateway:
         self.registry = Registry()
         """What this router counts."""
         router = config.router
-        self._journal = Journal(router.log_requests_per_s, log_prompts=router.log_prompts)
+        self._journal = RequestLog(router.log_requests_per_s, log_prompts=router.log_prompts)
         observers = Observers(self.registry, self._journal, tracer, usage)
         self.pools = _make_pools(config, wirings, observers)
         watch_pools(self.registry, self.pools.values())
@@ -74,8 +74,8 @@ class Gateway:
             self.registry, self.pools, self._journal, routers, read_decisions
         )
         key_hashes = router.api_keys_sha256 + router.operator_keys_sha256
-        self.admission = Admission(Authenticator(key_hashes, key_file), Accounts(self.registry))
-        self._own = OwnRoutes(self.pools, versions or {}, self.registry, self._dashboard, usage)
+        self.admission = Admission(Authenticator(key_hashes, key_file), TenantQuotas(self.registry))
+        self._own = BuiltinRoutes(self.pools, versions or {}, self.registry, self._dashboard, usage)
         self._usage = usage
 
     def authenticate(self, path: str, headers: Headers) -> Identity:
@@ -101,7 +101,7 @@ class Gateway:
         try:
             if own is None:
                 envelope = read_envelope(request)
-                pool = pick_pool(self.pools, request.path, envelope.model)
+                pool = select_pool(self.pools, request.path, envelope.model)
             elif request.method not in ("GET", "HEAD"):
                 raise MethodNotAllowedError(f"{request.path} takes GET, not {request.method}.")
             else:
@@ -121,15 +121,15 @@ class Gateway:
         return await relay(request, pool, claim, grant)
 
     @property
-    def num_ongoing(self) -> int:
+    def num_open_requests(self) -> int:
         """Requests that wait in this router or that it gave to a replica."""
-        return sum(pool.num_queued + pool.num_ongoing for pool in self.pools.values())
+        return sum(pool.num_queued + pool.num_in_flight for pool in self.pools.values())
 
     def refuse(self, route: str, error: RequestError, request_id: str) -> None:
         """Count and log a request that never came to a pool."""
         self._count(route, error.status)
         outcome = outcome_of(error.status)
-        self._journal.write(Ended(request_id, route, error.status, outcome))
+        self._journal.write(RequestRecord(request_id, route, error.status, outcome))
 
     def load_report(self, now: float, cpu_s: float) -> dict[str, float]:
         """What autoscaling is told of this router's traffic (``cluster.autoscaling.reports``).

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Iterable, Mapping
 from ssl import SSLContext
 
-from cluster.gateway.pool import ReplicaInfo
+from cluster.gateway.pools.pool import ReplicaInfo
 from cluster.link import LinkClient
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from cluster.admission.keys import digest
-from cluster.gateway import GatewayApp, Peers, ReplicaInfo, RouterLinks
-from cluster.gateway.engine_priority import with_engine_priority
+from cluster.gateway import GatewayApp, QuotaSync, ReplicaInfo, RouterLinks
 from cluster.gateway.messages import Request
+from cluster.gateway.pools.engine_priority import with_engine_priority
 from cluster.key_file import KeyFile
 from cluster.link import LinkServer
 from tests import asgi
@@ -106,7 +106,7 @@ async def test_changed_keys_are_taken_up_when_routers_settle(keys: Keys) -> None
     keys.write(a={})
     async with a_world(keys.file) as world:
         await world.add("gen", "gen-1")
-        peers = Peers(world.gateway, RouterLinks("r0", SECRET))
+        peers = QuotaSync(world.gateway, RouterLinks("r0", SECRET))
         keys.write(b={})
         await peers.settle()
         assert [(await ask(world, name).done()).status for name in "ab"] == [401, 200]
@@ -184,7 +184,7 @@ async def test_a_request_that_cannot_make_its_deadline_is_refused_at_once() -> N
             await call.done()
             replica.gate.clear()
         running = [ask(world, "", {"wait_before": True}) for _ in range(2)]
-        await world.until(lambda: pool.replicas[0].own == 2)
+        await world.until(lambda: pool.replicas[0].in_flight == 2)
         waiting = [ask(world, "", {"wait_before": True}) for _ in range(20)]
         await world.until(lambda: pool.num_queued == 20)
         began = time.monotonic()
@@ -204,7 +204,7 @@ async def test_a_deadline_that_passes_in_the_queue_ends_the_wait() -> None:
         replica = await world.add("gen", "gen-1")
         pool = world.gateway.pools["gen"]
         running = [ask(world, "", {"wait_before": True}) for _ in range(2)]
-        await world.until(lambda: pool.replicas[0].own == 2)
+        await world.until(lambda: pool.replicas[0].in_flight == 2)
         late = await ask(world, "", x_request_timeout_seconds="0.1").done()
         assert late.status == 429
         assert len(pool.waiting) == 0
@@ -233,7 +233,7 @@ async def test_tokens_wait_within_their_bound() -> None:
         replica = await world.add("gen", "gen-1")
         pool = world.gateway.pools["gen"]
         running = [ask(world, "", {"wait_before": True, "max_tokens": 1}) for _ in range(2)]
-        await world.until(lambda: pool.replicas[0].own == 2)
+        await world.until(lambda: pool.replicas[0].in_flight == 2)
         calls = [ask(world, "", {"max_tokens": 100}) for _ in range(40)]
         statuses: Counter[int] = Counter()
         await world.until(lambda: sum(c.answer.ended for c in calls) + pool.num_queued == 40)
@@ -269,7 +269,7 @@ async def test_limits_and_shares_hold_over_several_routers(keys: Keys) -> None:
         for number in range(3):
             world = await stack.enter_async_context(a_world(KeyFile(keys.path, expected=True)))
             links = RouterLinks(f"r{number}", SECRET)
-            peer = Peers(world.gateway, links)
+            peer = QuotaSync(world.gateway, links)
             stack.push_async_callback(links.close)
             stack.push_async_callback(peer.close)
             server = LinkServer(peer.app(GatewayApp(world.gateway, authenticates=False)), SECRET)
@@ -307,7 +307,7 @@ async def test_limits_and_shares_hold_over_several_routers(keys: Keys) -> None:
 
 async def test_a_report_that_makes_no_sense_is_refused() -> None:
     async with a_world() as world:
-        peers = Peers(world.gateway, RouterLinks("r0", SECRET))
+        peers = QuotaSync(world.gateway, RouterLinks("r0", SECRET))
         app = peers.app(world.app)
         assert (await asgi.post(app, "/internal/leases", b"\xff\x00junk")).status == 400
         assert (await asgi.post(app, "/internal/leases", b"x" * 5_000_000)).status == 400

@@ -11,9 +11,9 @@ from rich.console import Console
 
 from cluster.autoscaling import TargetChange
 from cluster.cli import top
-from cluster.gateway.dashboard import service
-from cluster.gateway.dashboard.history import History
-from cluster.gateway.journal import LOGGER
+from cluster.gateway.recording.request_log import LOGGER
+from cluster.gateway.reporting.dashboard import service
+from cluster.gateway.reporting.dashboard.history import History
 from tests import asgi
 from tests.serve.test_gateway import CHAT, World, a_world
 
@@ -41,7 +41,7 @@ async def test_seconds_hold_what_came_since_the_second_before() -> None:
         assert (first.time, first.span_s, second.time, second.span_s) == (1000, 1.0, 1001, 1.5)
         pool = first.pools["gen"]
         assert (pool.requests, pool.failed, pool.refused) == (4, 1, 0)
-        assert (first.astray, second.astray) == (1, 0)
+        assert (first.unrouted, second.unrouted) == (1, 0)
         assert sum(pool.latencies["ttft"].values()) == 3
         assert sum(pool.latencies["total"].values()) == 4
         assert second.pools["gen"].requests == 0

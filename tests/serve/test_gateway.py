@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from cluster.asgi import Message, Receive, Scope, Send
 from cluster.config import parse
 from cluster.gateway import Gateway, GatewayApp, Opener, ReplicaInfo, Wiring
-from cluster.gateway.dashboard import ReadDecisions
+from cluster.gateway.reporting.dashboard import ReadDecisions
 from cluster.key_file import KeyFile
 from cluster.link import LinkServer, LinkUsage, ResponseHead
 from tests import asgi
@@ -308,7 +308,7 @@ async def test_a_client_that_leaves_cancels_its_work_and_frees_its_place() -> No
         await call.chunks(1)
         await call.cancel()
         await world.until(lambda: replica.cancelled == 1)
-        assert world.gateway.pools["gen"].replicas[0].own == 0
+        assert world.gateway.pools["gen"].replicas[0].in_flight == 0
 
 
 async def test_requests_beyond_capacity_wait_in_order_and_the_queue_is_bounded() -> None:
@@ -337,7 +337,7 @@ async def test_a_queued_client_that_leaves_gives_up_its_place() -> None:
         for call in calls[:2]:
             await call.done()
         assert (await asgi.post(world.app, CHAT, {})).status == 200
-        assert pool.replicas[0].own == 0
+        assert pool.replicas[0].in_flight == 0
 
 
 async def test_with_no_replica_a_request_waits_for_one_then_fails() -> None:
@@ -434,7 +434,7 @@ async def test_a_replica_that_retires_finishes_what_it_has_and_refuses_the_rest(
         call = asgi.start(world.app, "POST", CHAT, {"wait_before": True})
         await world.until(lambda: len(old.seen) == 1)
         late = asgi.start(world.app, "POST", CHAT, {})
-        while world.gateway.pools["gen"].num_ongoing < 2:  # noqa: ASYNC110
+        while world.gateway.pools["gen"].num_in_flight < 2:  # noqa: ASYNC110
             await asyncio.sleep(0)
         world.servers["gen-1"].retire()  # the request is on its way, and was not read yet
         await world.add("gen", "gen-2", ready=1)

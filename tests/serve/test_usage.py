@@ -160,7 +160,7 @@ async def test_without_a_counter_the_figure_is_missing_with_the_reason(tmp_path:
 async def test_a_long_answer_goes_out_unread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.gateway.usage.MAX_HELD_BYTES", 10)
+    monkeypatch.setattr("cluster.gateway.recording.usage.MAX_HELD_BYTES", 10)
     async with a_world(tmp_path) as world:
         answer = await asgi.post(world.app, COMPLETIONS, BODY, headers=ASKS)
         assert answer.json()["usage"]["completion_tokens"] == 6
@@ -241,7 +241,7 @@ async def test_a_client_that_leaves_while_its_answer_is_held_frees_the_place(
         gateway: Gateway = world.app._gateway
         call = asgi.start(world.app, "POST", COMPLETIONS, {**BODY, "max_tokens": 8000}, ASKS)
         async with asyncio.timeout(10):
-            while not gateway.num_ongoing:  # noqa: ASYNC110
+            while not gateway.num_open_requests:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
         await call.cancel()
-        assert gateway.num_ongoing == 0
+        assert gateway.num_open_requests == 0

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from cluster.admission.keys import digest, new_key, parse_keys
 from cluster.cli.app import app
 from cluster.errors import AuthenticationError, ConfigError
-from cluster.gateway.auth import Authenticator
+from cluster.gateway.admission.authenticator import Authenticator
 from cluster.key_file import KeyFile
 
 TEXT = """

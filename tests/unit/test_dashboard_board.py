@@ -1,9 +1,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.gateway.dashboard.board import COLUMNS, WINDOW_S, Board, Row
-from cluster.gateway.dashboard.history import HISTORY_S
-from cluster.gateway.dashboard.report import PoolSecond, Second
+from cluster.gateway.reporting.dashboard.board import COLUMNS, WINDOW_S, Board, BoardRow
+from cluster.gateway.reporting.dashboard.history import HISTORY_S
+from cluster.gateway.reporting.dashboard.report import PoolSecond, Second
 
 T = 1_700_000_000
 
@@ -19,7 +19,7 @@ def board(*routers: list[Second], until: int = T + 10_000) -> Board:
     return made
 
 
-def value(row: Row, column: str, model: str = "m") -> float | None:
+def value(row: BoardRow, column: str, model: str = "m") -> float | None:
     return row.pools[model][COLUMNS.index(column)]
 
 
@@ -56,7 +56,7 @@ def test_routers_add_up_but_what_replicas_said_to_both_does_not() -> None:
 
 
 def test_requests_without_a_pool_are_refused_ones_of_all() -> None:
-    stray = Second(T, 1.0, {"m": PoolSecond(requests=1)}, astray=2)
+    stray = Second(T, 1.0, {"m": PoolSecond(requests=1)}, unrouted=2)
     (row,) = board([stray], [stray]).since(0)
     assert (value(row, "requests"), value(row, "refused")) == (2, 0)
     assert (value(row, "requests", ""), value(row, "refused", "")) == (6, 4)

@@ -4,7 +4,13 @@ from typing import Any
 
 import pytest
 
-from cluster.gateway.journal import LOGGER, MAX_FAILURES, Ended, Journal, outcome_of
+from cluster.gateway.recording.request_log import (
+    LOGGER,
+    MAX_FAILURES,
+    RequestLog,
+    RequestRecord,
+    outcome_of,
+)
 
 
 class Clock:
@@ -21,10 +27,12 @@ def lines(caplog: pytest.LogCaptureFixture) -> Any:
     return lambda: [json.loads(record.message) for record in caplog.records]
 
 
-def end(journal: Journal, identity: str, status: int = 200, body: bytes = b"") -> None:
+def end(journal: RequestLog, identity: str, status: int = 200, body: bytes = b"") -> None:
     outcome = outcome_of(status)
     if journal.wants(outcome):
-        journal.write(Ended(identity, "/v1/chat/completions", status, outcome, model="m"), body)
+        journal.write(
+            RequestRecord(identity, "/v1/chat/completions", status, outcome, model="m"), body
+        )
 
 
 @pytest.mark.parametrize(
@@ -37,7 +45,7 @@ def test_the_status_says_how_it_ended(status: int, outcome: str) -> None:
 
 
 def test_a_line_is_json_without_any_text_of_the_request(lines: Any) -> None:
-    end(Journal(10), "abc", body=b'{"prompt": "secret"}')
+    end(RequestLog(10), "abc", body=b'{"prompt": "secret"}')
     (line,) = lines()
     assert line.pop("time").endswith("+00:00")
     assert line == {
@@ -50,7 +58,7 @@ def test_a_line_is_json_without_any_text_of_the_request(lines: Any) -> None:
 
 
 def test_a_prompt_is_logged_where_that_is_wanted_and_no_more_of_it_than_so_much(lines: Any) -> None:
-    journal = Journal(10, log_prompts=True)
+    journal = RequestLog(10, log_prompts=True)
     end(journal, "a", body=b'{"prompt": "short"}')
     end(journal, "b", body="é".encode() * 5000)
     first, second = lines()
@@ -60,7 +68,7 @@ def test_a_prompt_is_logged_where_that_is_wanted_and_no_more_of_it_than_so_much(
 
 def test_above_the_rate_a_sample_is_logged_and_the_rest_counted(lines: Any) -> None:
     clock = Clock()
-    journal = Journal(5, clock=clock)
+    journal = RequestLog(5, clock=clock)
     for number in range(1000):
         end(journal, str(number))
     assert [line["id"] for line in lines()] == ["0", "1", "2", "3", "4"]
@@ -75,7 +83,7 @@ def test_above_the_rate_a_sample_is_logged_and_the_rest_counted(lines: Any) -> N
 
 
 def test_failures_are_logged_when_there_are_many_other_requests_and_bounded_too(lines: Any) -> None:
-    journal = Journal(2, clock=Clock())
+    journal = RequestLog(2, clock=Clock())
     for number in range(100):
         end(journal, str(number))
     for number in range(100):
@@ -84,7 +92,7 @@ def test_failures_are_logged_when_there_are_many_other_requests_and_bounded_too(
 
 
 def test_a_rate_of_nothing_logs_nothing(lines: Any) -> None:
-    journal = Journal(0)
+    journal = RequestLog(0)
     end(journal, "a")
     end(journal, "b", 500)
     assert lines() == []
@@ -92,7 +100,7 @@ def test_a_rate_of_nothing_logs_nothing(lines: Any) -> None:
 
 
 def test_refusals_do_not_push_failures_out() -> None:
-    journal = Journal(1)
+    journal = RequestLog(1)
     end(journal, "broken", 500)
     for number in range(10 * MAX_FAILURES):
         end(journal, str(number), 429)

@@ -12,7 +12,7 @@ from cluster.autoscaling.settings import PoolSettings
 from cluster.config import parse
 from cluster.gateway.gateway import Gateway
 from cluster.gateway.messages import Request
-from cluster.gateway.pool import Wiring
+from cluster.gateway.pools.pool import Wiring
 from cluster.link import LinkUsage
 from cluster.metrics import quantile
 

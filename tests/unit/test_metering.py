@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from cluster.autoscaling.reports import parse_reports
 from cluster.config import parse
-from cluster.gateway.dashboard.history import History
 from cluster.gateway.gateway import Gateway
-from cluster.gateway.journal import Journal
 from cluster.gateway.messages import Request
-from cluster.gateway.metering import Observers, PoolMeter
-from cluster.gateway.pool import Wiring
+from cluster.gateway.pools.pool import Wiring
+from cluster.gateway.recording.observer import Observers, PoolMeter
+from cluster.gateway.recording.request_log import RequestLog
+from cluster.gateway.reporting.dashboard.history import History
 from cluster.link import LinkUsage
 from cluster.metrics import Histogram, Registry, exposition
 
@@ -41,7 +41,7 @@ def check(found: Histogram, times: list[float]) -> None:
 def test_each_gap_is_counted_once_whenever_somebody_reads(
     portions: list[tuple[list[float], bool]],
 ) -> None:
-    meter = PoolMeter("m", Observers(Registry(), Journal(1.0)))
+    meter = PoolMeter("m", Observers(Registry(), RequestLog(1.0)))
     watch = meter.watch(REQUEST, REQUEST.path)
     begun = now = perf_counter()
     times: list[float] = []

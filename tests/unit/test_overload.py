@@ -12,10 +12,10 @@ import pytest
 from benchmarks.overload.virtual import VirtualLoop
 from cluster.admission import Identity, PoolCapacity, QueueLimits, Tenant
 from cluster.errors import OverloadedError
-from cluster.gateway.claim import Claim
-from cluster.gateway.journal import Journal
-from cluster.gateway.metering import Observers, PoolMeter
-from cluster.gateway.waiting import Places, Waiting
+from cluster.gateway.pools.claim import Claim
+from cluster.gateway.pools.queue import AdmissionQueue, SlotSource
+from cluster.gateway.recording.observer import Observers, PoolMeter
+from cluster.gateway.recording.request_log import RequestLog
 from cluster.link import LinkLoad
 from cluster.metrics import Registry
 
@@ -32,19 +32,19 @@ def run(scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
 class Engine:
     """Serves so many at a time, first come, first served; tells its load every 50 ms."""
 
-    waiting: Waiting[Claim] = field(init=False)
+    waiting: AdmissionQueue[Claim] = field(init=False)
     at_a_time: int = AT_A_TIME
     running: int = 0
     held: int = 0
     _queue: deque[asyncio.Future[None]] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
-        self.waiting = Waiting(
+        self.waiting = AdmissionQueue(
             "pool",
             QueueLimits(2e6, 1024),
             PoolCapacity(0.25),
-            Places(self._take, lambda _: None, lambda: True),
-            PoolMeter("pool", Observers(Registry(), Journal(0.0))),
+            SlotSource(self._take, lambda _: None, lambda: True),
+            PoolMeter("pool", Observers(Registry(), RequestLog(0.0))),
         )
 
     def _take(self, claim: Claim) -> Claim | None:

@@ -17,10 +17,10 @@ from cluster.accounting.usage_log import UsageLog
 from cluster.admission import OPEN
 from cluster.config import parse
 from cluster.gateway import UsageAccount
-from cluster.gateway.accounts import Accounts
-from cluster.gateway.journal import LOGGER, Journal
+from cluster.gateway.admission.quotas import TenantQuotas
 from cluster.gateway.messages import Request
-from cluster.gateway.metering import Observers, PoolMeter
+from cluster.gateway.recording.observer import Observers, PoolMeter
+from cluster.gateway.recording.request_log import LOGGER, RequestLog
 from cluster.link import LinkUsage
 from cluster.metrics import Registry
 from deployments.request_log import close_request_log, open_request_log
@@ -42,7 +42,7 @@ def us_per_token(streams: int = STREAMS) -> float:
     return spent / (streams * TOKENS) * 1e6
 
 
-def _count(meter: PoolMeter, accounts: Accounts, streams: int) -> None:
+def _count(meter: PoolMeter, accounts: TenantQuotas, streams: int) -> None:
     for _ in range(streams):
         watch = meter.watch(_REQUEST, PATH, accounts.enter(OPEN, MODEL, 144.0, 16.0))
         watch.placed("replica")
@@ -53,16 +53,19 @@ def _count(meter: PoolMeter, accounts: Accounts, streams: int) -> None:
 
 
 @contextmanager
-def _counters() -> Iterator[tuple[PoolMeter, Accounts]]:
+def _counters() -> Iterator[tuple[PoolMeter, TenantQuotas]]:
     """A router's, with its configuration's defaults; nothing is written but the request log."""
     config = parse({"generators": [generator(0.0)]})
     registry = Registry()
-    journal = Journal(config.router.log_requests_per_s)
+    journal = RequestLog(config.router.log_requests_per_s)
     with tempfile.TemporaryDirectory(prefix="bench-metrics-") as folder:
         usage = UsageAccount(config, UsageLog(Path(folder) / "usage", config.accounting.keep_days))
         log = open_request_log(Path(folder), "benchmark")
         try:
-            yield PoolMeter(MODEL, Observers(registry, journal, usage=usage)), Accounts(registry)
+            yield (
+                PoolMeter(MODEL, Observers(registry, journal, usage=usage)),
+                TenantQuotas(registry),
+            )
         finally:
             close_request_log(log)
             logging.getLogger(LOGGER).setLevel(logging.NOTSET)

@@ -2,7 +2,7 @@
 
 Not a setting: autoscaling by SLO, the dashboard and ``/v1/usage`` read what is counted. So this
 puts parts that do nothing in the place of those that count, inside the replicas' own processes.
-What limits requests (``cluster.gateway.accounts``) stays, with its counts.
+What limits requests (``cluster.gateway.admission.quotas``) stays, with its counts.
 """
 
 from collections.abc import Mapping
@@ -13,10 +13,11 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import TandemConfig
-from cluster.gateway import gateway, relay
-from cluster.gateway.journal import CLIENT_LEFT
+from cluster.gateway import gateway
 from cluster.gateway.messages import Request
-from cluster.gateway.metering import Ending, Observers, PoolMeter, Watch
+from cluster.gateway.pools import relay
+from cluster.gateway.recording.observer import Ending, Observers, PoolMeter, RequestObserver
+from cluster.gateway.recording.request_log import CLIENT_LEFT
 from cluster.link import LinkUsage, RequestHead
 from cluster.metrics import Histogram, Registry
 from deployments import app, replica, router
@@ -35,7 +36,7 @@ class _Unkept(list[float]):
         pass
 
 
-class Unwatched(Watch):
+class Unwatched(RequestObserver):
     """A request that nobody counts, logs or traces; its limits are told of its end."""
 
     __slots__ = ()
@@ -76,7 +77,7 @@ class UncountingMeter(PoolMeter):
         super().__init__(model, observers)
         self.choice_s = _Blind(())
 
-    def watch(self, request: Request, route: str, grant: Ending | None = None) -> Watch:
+    def watch(self, request: Request, route: str, grant: Ending | None = None) -> RequestObserver:
         """The same for every request."""
         return Unwatched(grant)
 

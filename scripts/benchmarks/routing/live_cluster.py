@@ -16,7 +16,7 @@ from benchmarks.routing.traces import PEERS
 from benchmarks.targets.running import MODEL
 from benchmarks.targets.tandem import Beside, tandem_of
 from cluster.config import RoutingPolicy
-from cluster.gateway import pool
+from cluster.gateway.pools import pool
 from cluster.launch.log_files import REQUEST_LOGS, log_directory
 from cluster.routing import Policy, PrefixIndex
 

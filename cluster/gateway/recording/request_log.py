@@ -26,7 +26,7 @@ logger = logging.getLogger(LOGGER)
 Outcome = Literal["ok", "left", "refused", "failed", "cut_off"]
 
 
-class Ended(msgspec.Struct):
+class RequestRecord(msgspec.Struct):
     """A request that has ended; what is not known of it is None."""
 
     id: str
@@ -68,7 +68,7 @@ def outcome_of(status: int, *, cut_off: bool = False) -> Outcome:
     return "failed" if status >= 500 else "refused" if status >= 400 else "ok"
 
 
-class Journal:
+class RequestLog:
     """Told of the end of every request of one router.
 
     Args:
@@ -103,7 +103,7 @@ class Journal:
         self._skipped += 1
         return False
 
-    def write(self, ended: Ended, body: bytes = b"") -> None:
+    def write(self, ended: RequestRecord, body: bytes = b"") -> None:
         """Log a request that is wanted, and remember it where it failed or was refused."""
         fault = ended.outcome in ("failed", "cut_off")
         if fault or ended.outcome == "refused":
@@ -115,7 +115,7 @@ class Journal:
         if logger.isEnabledFor(level):
             logger.log(level, "%s", self._line(ended, body))
 
-    def _line(self, ended: Ended, body: bytes) -> str:
+    def _line(self, ended: RequestRecord, body: bytes) -> str:
         line: dict[str, object] = {"time": datetime.now(UTC).isoformat(timespec="milliseconds")}
         known = msgspec.structs.asdict(ended).items()
         line |= {key: value for key, value in known if value is not None and value != ""}
@@ -126,7 +126,7 @@ class Journal:
         return msgspec.json.encode(line).decode()
 
 
-def _failure(ended: Ended) -> Failure:
+def _failure(ended: RequestRecord) -> Failure:
     kind = "CutOff" if ended.outcome == "cut_off" else request_error_for(ended.status, "").type
     return Failure(time.time(), ended.id, ended.model, ended.route, ended.status, kind)
 

@@ -18,10 +18,10 @@ from typing import Any, Literal, Protocol
 from cluster.admission import PoolCapacity, QueueLimits
 from cluster.config import RoutingPolicy
 from cluster.errors import UnavailableError
-from cluster.gateway.claim import Claim
-from cluster.gateway.metering import PoolMeter
-from cluster.gateway.routes import RouteTable
-from cluster.gateway.waiting import Places, Waiting
+from cluster.gateway.pools.claim import Claim
+from cluster.gateway.pools.queue import AdmissionQueue, SlotSource
+from cluster.gateway.pools.routes import RouteTable
+from cluster.gateway.recording.observer import PoolMeter
 from cluster.link import (
     LinkClient,
     LinkCounts,
@@ -158,7 +158,7 @@ class Replica:
         self.info = info
         self.link = link
         self._fallback = fallback
-        self.own = 0
+        self.in_flight = 0
         """Requests that this router gave it and that have not ended."""
         self.retired = False
         """Whether Serve has taken it out."""
@@ -182,7 +182,7 @@ class Replica:
         return self.link.open(head, body)
 
     @property
-    def leaves(self) -> bool:
+    def is_draining(self) -> bool:
         """Whether it only finishes what it has."""
         return self.retired or self.link.state is LinkState.DRAINING
 
@@ -211,7 +211,7 @@ class PrefixCounts:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Slot:
     """A request's place at a replica; give it back with ``Pool.release``."""
 
     replica: Replica
@@ -238,11 +238,11 @@ class Pool:
         self.link_counts = LinkCounts()
         """What passed on all links to its replicas, present and past."""
         self.limits = limits
-        self.waiting = Waiting(
+        self.waiting = AdmissionQueue(
             name,
             limits.queue,
             PoolCapacity(WAITING_RATIO[kind]),
-            Places(self._take, self.release, lambda: self.num_ready > 0),
+            SlotSource(self._take, self.release, lambda: self.num_ready > 0),
             meter,
         )
         """The requests that have no place yet."""
@@ -289,9 +289,9 @@ class Pool:
         return sum(replica.link.connected for replica in self._replicas.values())
 
     @property
-    def num_ongoing(self) -> int:
+    def num_in_flight(self) -> int:
         """Requests that this router gave to the running replicas and that have not ended."""
-        return sum(replica.own for replica in self._replicas.values())
+        return sum(replica.in_flight for replica in self._replicas.values())
 
     @property
     def loads(self) -> list[LinkLoad]:
@@ -315,7 +315,7 @@ class Pool:
             "ready": self.num_ready,
             "asleep": self.asleep,
             "queued": self.num_queued,
-            "ongoing": self.num_ongoing,
+            "ongoing": self.num_in_flight,
             "running": sum(load.running for load in self.loads),
         }
 
@@ -385,7 +385,7 @@ class Pool:
         self.prefixes.stored(replica_id, events.stored)
         self.prefix_counts.add(events)
 
-    async def admit(self, claim: Claim) -> Place:
+    async def admit(self, claim: Claim) -> Slot:
         """A place at a replica, at once or after a wait; give it back with ``release``.
 
         Raises:
@@ -395,13 +395,13 @@ class Pool:
         """
         return await self.waiting.place(claim)
 
-    def first_token(self, place: Place) -> None:
+    def first_token(self, place: Slot) -> None:
         """Note that the first token came of a request that has a place."""
         self.fleet.advance(time.monotonic())
         self.fleet.first_token(place.placement)
 
     def release(
-        self, place: Place, done_tokens: float | None = 0.0, usage: LinkUsage | None = None
+        self, place: Slot, done_tokens: float | None = 0.0, usage: LinkUsage | None = None
     ) -> None:
         """Give back a place that ``admit`` gave.
 
@@ -413,12 +413,12 @@ class Pool:
         now_s = time.monotonic()
         self.fleet.advance(now_s)
         self.fleet.ended(place.placement, usage)
-        place.replica.own -= 1
+        place.replica.in_flight -= 1
         self.waiting.leave(place.claim, done_tokens, now_s - place.since_s)
         self._end_if_idle(place.replica)
         self.waiting.dispatch()
 
-    def _take(self, claim: Claim) -> Place | None:
+    def _take(self, claim: Claim) -> Slot | None:
         """A place at a replica with room; without a link only where all that have one are full.
 
         Raises:
@@ -443,8 +443,8 @@ class Pool:
         cached_tokens = request.prefix_tokens[held - 1] if held else 0.0
         self.prefixes.expect(chosen, request.prefix)
         replica = self._replicas[chosen]
-        replica.own += 1
-        return Place(replica, fleet.placed(chosen, request, cached_tokens), claim, now_s)
+        replica.in_flight += 1
+        return Slot(replica, fleet.placed(chosen, request, cached_tokens), claim, now_s)
 
     def _lacking(self, claim: Claim, who: str) -> UnavailableError:
         return UnavailableError(
@@ -453,7 +453,7 @@ class Pool:
         )
 
     def _end_if_idle(self, replica: Replica) -> None:
-        if replica in self._retired and (replica.own == 0 or self._closed):
+        if replica in self._retired and (replica.in_flight == 0 or self._closed):
             self._retired.discard(replica)
             task = asyncio.ensure_future(replica.link.close())
             self._closing.add(task)

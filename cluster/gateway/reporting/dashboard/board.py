@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from cluster.gateway.dashboard.history import HISTORY_S, MAX_DRIFT_S
-from cluster.gateway.dashboard.report import LATENCIES, PoolSecond, Second
+from cluster.gateway.reporting.dashboard.history import HISTORY_S, MAX_DRIFT_S
+from cluster.gateway.reporting.dashboard.report import LATENCIES, PoolSecond, Second
 from cluster.metrics import quantile
 
 WINDOW_S = 5
@@ -26,7 +26,7 @@ Values = list[float | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class BoardRow:
     """One second of every pool, and of ``ALL``."""
 
     time: int
@@ -38,7 +38,7 @@ class Board:
 
     def __init__(self, models: Iterable[str]) -> None:
         self._models = tuple(models)
-        self._rows: deque[Row] = deque(maxlen=HISTORY_S)
+        self._rows: deque[BoardRow] = deque(maxlen=HISTORY_S)
         self._window: deque[Second] = deque(maxlen=WINDOW_S)
 
     @property
@@ -46,7 +46,7 @@ class Board:
         """Of the newest row, its time (Unix); 0 before there is one."""
         return self._rows[-1].time if self._rows else 0
 
-    def since(self, time: int) -> list[Row]:
+    def since(self, time: int) -> list[BoardRow]:
         """The rows after ``time``, the oldest first."""
         return [row for row in self._rows if row.time > time]
 
@@ -75,7 +75,7 @@ class Board:
             self._rows.append(self._row(time))
             yield
 
-    def _row(self, time: int) -> Row:
+    def _row(self, time: int) -> BoardRow:
         recent = [second for second in self._window if second.time > time - WINDOW_S]
         span_s = sum(second.span_s for second in recent) or 1.0
         levels = recent[-1].pools
@@ -84,11 +84,11 @@ class Board:
         for name, total in sums.items():
             pools[name] = _values(total, levels.get(name, PoolSecond()), span_s)
         everything = _sum_of(sums.values())
-        astray = sum(second.astray for second in recent)
-        everything.requests += astray
-        everything.refused += astray
+        unrouted = sum(second.unrouted for second in recent)
+        everything.requests += unrouted
+        everything.refused += unrouted
         pools[ALL] = _values(everything, level_of_all(levels), span_s)
-        return Row(time, pools)
+        return BoardRow(time, pools)
 
 
 def _together(first: Second, second: Second) -> Second:
@@ -98,7 +98,7 @@ def _together(first: Second, second: Second) -> Second:
         known = pools.get(name)
         pools[name] = pool if known is None else _both(known, pool)
     span_s = max(first.span_s, second.span_s)
-    return Second(first.time, span_s, pools, first.astray + second.astray)
+    return Second(first.time, span_s, pools, first.unrouted + second.unrouted)
 
 
 def _both(one: PoolSecond, other: PoolSecond) -> PoolSecond:

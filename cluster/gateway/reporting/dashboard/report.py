@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from cluster.gateway.journal import Failure
+from cluster.gateway.recording.request_log import Failure
 from cluster.metrics import table
 
 LATENCIES: Mapping[str, table.Metric] = {
@@ -46,7 +46,7 @@ class Second(msgspec.Struct):
     span_s: float
     """How long it really was."""
     pools: dict[str, PoolSecond]
-    astray: int = 0
+    unrouted: int = 0
     """Requests that were refused before they came to a pool: no such model, no key."""
 
 

@@ -4,7 +4,9 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from cluster.gateway.dashboard.report import (
+from cluster.gateway.pools.pool import Pool
+from cluster.gateway.recording.request_log import CLIENT_LEFT
+from cluster.gateway.reporting.dashboard.report import (
     LATENCIES,
     Change,
     PoolNow,
@@ -12,8 +14,6 @@ from cluster.gateway.dashboard.report import (
     ReplicaNow,
     Second,
 )
-from cluster.gateway.journal import CLIENT_LEFT
-from cluster.gateway.pool import Pool
 from cluster.metrics import Counter, Registry, table
 
 HISTORY_S = 300
@@ -61,7 +61,7 @@ class History:
             now: Unix time.
             monotonic: A clock that is never set, in seconds.
         """
-        totals, astray = dict(self._read_totals()), self._read_astray()
+        totals, unrouted = dict(self._read_totals()), self._read_astray()
         if self._read_at is not None:
             began = int(now) - 1
             if self._seconds and abs(began - self._seconds[-1].time) > MAX_DRIFT_S:
@@ -73,9 +73,9 @@ class History:
                 for name, pool in self._pools.items()
             }
             self._seconds.append(
-                Second(began, monotonic - self._read_at, pools, astray - self._astray)
+                Second(began, monotonic - self._read_at, pools, unrouted - self._astray)
             )
-        self._totals, self._astray, self._read_at = totals, astray, monotonic
+        self._totals, self._astray, self._read_at = totals, unrouted, monotonic
         self._note_changes(now)
 
     def now(self) -> dict[str, PoolNow]:
@@ -149,7 +149,7 @@ def _now(pool: Pool) -> PoolNow:
 def _replicas(pool: Pool) -> list[ReplicaNow]:
     found = []
     for replica in pool.replicas:
-        now = ReplicaNow(replica.info.id, replica.state, replica.own)
+        now = ReplicaNow(replica.info.id, replica.state, replica.in_flight)
         if (load := replica.link.load) is not None:
             now.running, now.waiting = load.running, load.waiting
             now.kv_cache = load.kv_cache_usage

@@ -15,12 +15,19 @@ import msgspec
 
 from cluster.autoscaling import TargetChange
 from cluster.errors import InvalidRequestError, LinkError, RequestError
-from cluster.gateway.dashboard.board import ALL, COLUMNS, LEVELS, WINDOW_S, Board, level_of_all
-from cluster.gateway.dashboard.history import History
-from cluster.gateway.dashboard.report import PoolNow, Report
-from cluster.gateway.journal import Failure, Journal
 from cluster.gateway.messages import Request, Response, bytes_response
-from cluster.gateway.pool import Pool
+from cluster.gateway.pools.pool import Pool
+from cluster.gateway.recording.request_log import Failure, RequestLog
+from cluster.gateway.reporting.dashboard.board import (
+    ALL,
+    COLUMNS,
+    LEVELS,
+    WINDOW_S,
+    Board,
+    level_of_all,
+)
+from cluster.gateway.reporting.dashboard.history import History
+from cluster.gateway.reporting.dashboard.report import PoolNow, Report
 from cluster.gateway.router_links import RouterLinks
 from cluster.link import LinkClient, RequestHead
 from cluster.metrics import Registry
@@ -65,7 +72,7 @@ class Dashboard:
         self,
         registry: Registry,
         pools: Mapping[str, Pool],
-        journal: Journal,
+        journal: RequestLog,
         routers: RouterLinks | None,
         read_decisions: ReadDecisions | None = None,
     ) -> None:

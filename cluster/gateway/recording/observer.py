@@ -8,9 +8,15 @@ from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import msgspec
 
-from cluster.gateway.journal import CLIENT_LEFT, Ended, Journal, Outcome, outcome_of
 from cluster.gateway.messages import Request
-from cluster.gateway.usage import UsageAccount
+from cluster.gateway.recording.request_log import (
+    CLIENT_LEFT,
+    Outcome,
+    RequestLog,
+    RequestRecord,
+    outcome_of,
+)
+from cluster.gateway.recording.usage import UsageAccount
 from cluster.link import LinkUsage, RequestHead
 from cluster.metrics import Counter, Registry, table
 
@@ -19,7 +25,7 @@ if TYPE_CHECKING:
     from cluster.tracing.tracer import Tracer
 
 ShedReason = Literal["queue_full", "too_long", "deadline", "expired"]
-HandoverReason = Literal["lost", "refused", "unavailable", "drained"]
+FailoverReason = Literal["lost", "refused", "unavailable", "drained"]
 
 
 class Ending(Protocol):
@@ -34,7 +40,7 @@ class Observers:
     """What a router tells of its requests."""
 
     registry: Registry
-    journal: Journal
+    journal: RequestLog
     tracer: "Tracer | None" = None
     usage: UsageAccount | None = None
 
@@ -66,20 +72,20 @@ class PoolMeter:
         self.choices = partial(counter, table.ROUTING_DECISIONS, model)
         self._registry = registry
         self._requests: dict[tuple[str, int], Counter] = {}
-        self.watched: set[Watch] = set()
+        self.watched: set[RequestObserver] = set()
         """Requests that have not ended."""
         registry.on_collect(self.count_gaps)
         # All there from the beginning, or a rate would not see the first of each.
         self._shed = {reason: counter(table.SHED, model, reason) for reason in get_args(ShedReason)}
         self._handovers = {
-            reason: counter(table.HANDOVERS, model, reason) for reason in get_args(HandoverReason)
+            reason: counter(table.HANDOVERS, model, reason) for reason in get_args(FailoverReason)
         }
 
-    def watch(self, request: Request, route: str, grant: Ending | None = None) -> "Watch":
+    def watch(self, request: Request, route: str, grant: Ending | None = None) -> "RequestObserver":
         """Begin to watch one request, of whose end ``grant`` is told."""
         if grant is not None:  # else it is the router's own, which no replica has to be there for
             self.arrivals.add()
-        watch = Watch(self, request, route, grant)
+        watch = RequestObserver(self, request, route, grant)
         self.watched.add(watch)
         return watch
 
@@ -92,7 +98,7 @@ class PoolMeter:
         """Count a request that is refused."""
         self._shed[reason].add()
 
-    def handed_over(self, reason: HandoverReason) -> None:
+    def failed_over(self, reason: FailoverReason) -> None:
         """Count a request that outlived its replica's part in the pool."""
         self._handovers[reason].add()
 
@@ -100,7 +106,7 @@ class PoolMeter:
         """Count and log a request that was not let in."""
         self.requests(route, status).add()
         self.journal.write(
-            Ended(
+            RequestRecord(
                 request.id,
                 route,
                 status,
@@ -119,7 +125,7 @@ class PoolMeter:
         return counter
 
 
-class Watch:
+class RequestObserver:
     """One request from its arrival to its end."""
 
     __slots__ = (
@@ -201,8 +207,8 @@ class Watch:
         if meter.journal.wants(outcome):
             meter.journal.write(self._ended(outcome, elapsed, usage), self._request.body)
 
-    def _ended(self, outcome: Outcome, elapsed: float, usage: LinkUsage | None) -> Ended:
-        return Ended(
+    def _ended(self, outcome: Outcome, elapsed: float, usage: LinkUsage | None) -> RequestRecord:
+        return RequestRecord(
             id=self._request.id,
             tenant=self._request.tenant,
             model=self._meter.model,

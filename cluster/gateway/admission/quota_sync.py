@@ -15,7 +15,7 @@ from cluster.admission.leases import SETTLE_S, Report
 from cluster.asgi import ASGIApp, Receive, Scope, Send
 from cluster.errors import LinkError, RequestError
 from cluster.gateway.gateway import Gateway
-from cluster.gateway.pool import ReplicaInfo
+from cluster.gateway.pools.pool import ReplicaInfo
 from cluster.gateway.router_links import RouterLinks
 from cluster.link import LinkClient, RequestHead
 
@@ -28,7 +28,7 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Report).decode
 
 
-class Peers:
+class QuotaSync:
     """This router among the others.
 
     Args:

@@ -8,7 +8,7 @@ from cluster.admission import Account, Identity, Refusal, Tenant
 from cluster.admission.leases import Demand, Peers, Report, TenantReport
 from cluster.admission.limits import DAY_S
 from cluster.errors import OverloadedError
-from cluster.gateway.journal import CLIENT_LEFT
+from cluster.gateway.recording.request_log import CLIENT_LEFT
 from cluster.link import LinkUsage
 from cluster.metrics import Counter, Registry, table
 
@@ -20,13 +20,13 @@ _LIMITS = {
 }
 
 
-class Grant:
+class QuotaTicket:
     """One request that its tenant's limits have let in; ``end`` it once."""
 
     __slots__ = ("_account", "_estimate", "_ledger", "_model", "_prompt_estimate")
 
     def __init__(
-        self, ledger: "Accounts", account: Account, model: str, estimate: float, prompt: float
+        self, ledger: "TenantQuotas", account: Account, model: str, estimate: float, prompt: float
     ) -> None:
         self._ledger = ledger
         self._account = account
@@ -54,7 +54,7 @@ def work_of(usage: LinkUsage) -> float:
     return float(usage.prompt_tokens - usage.cached_tokens + usage.completion_tokens)
 
 
-class Accounts:
+class TenantQuotas:
     """The accounts of all tenants, this router's part of their limits, and its counts."""
 
     def __init__(self, registry: Registry) -> None:
@@ -66,7 +66,7 @@ class Accounts:
         self._tokens: dict[tuple[str, str], tuple[Counter, Counter]] = {}
         self.peers = Peers()
 
-    def enter(self, identity: Identity, model: str, tokens: float, prompt: float) -> Grant:
+    def enter(self, identity: Identity, model: str, tokens: float, prompt: float) -> QuotaTicket:
         """Let a request in.
 
         Args:
@@ -85,7 +85,7 @@ class Accounts:
             self._registry.counter(table.LIMITS_HIT, name, refusal.limit).add()
             self._registry.counter(table.TENANT_REQUESTS, name, str(OverloadedError.status)).add()
             raise _limited(refusal, identity.tenant)
-        return Grant(self, account, model, tokens, prompt)
+        return QuotaTicket(self, account, model, tokens, prompt)
 
     def count(self, tenant: str, model: str, status: int, usage: LinkUsage | None) -> None:
         """Count a request that has ended."""

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from functools import partial
 
-from cluster.gateway.pool import Pool
+from cluster.gateway.pools.pool import Pool
 from cluster.metrics import Registry, table
 
 
@@ -17,7 +17,7 @@ def watch_pools(registry: Registry, pools: Iterable[Pool]) -> None:
 def _collect(registry: Registry, pool: Pool) -> None:
     loads = pool.loads
     levels = {
-        table.ONGOING: pool.num_ongoing,
+        table.ONGOING: pool.num_in_flight,
         table.QUEUED: pool.num_queued,
         table.QUEUED_TOKENS: pool.waiting.queued_tokens,
         table.ONGOING_TOKENS: pool.waiting.capacity.held_tokens,

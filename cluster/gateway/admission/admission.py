@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from cluster.admission import Identity
 from cluster.admission.leases import Report
 from cluster.errors import PermissionDeniedError, RequestError
-from cluster.gateway.accounts import Accounts, Grant
-from cluster.gateway.auth import Authenticator
-from cluster.gateway.claim import SESSION_HEADER, Claim, asked_priority, asked_timeout_s
+from cluster.gateway.admission.authenticator import Authenticator
+from cluster.gateway.admission.quotas import QuotaTicket, TenantQuotas
 from cluster.gateway.messages import Headers, Request, header
-from cluster.gateway.pool import Pool
-from cluster.gateway.routes import OTHER
-from cluster.gateway.surface import UNREAD, Envelope
+from cluster.gateway.pools.claim import SESSION_HEADER, Claim, asked_priority, asked_timeout_s
+from cluster.gateway.pools.pool import Pool
+from cluster.gateway.pools.routes import OTHER
+from cluster.gateway.pools.selection import UNREAD, Envelope
 from cluster.routing import fingerprint
 from cluster.routing.fingerprint import EMPTY
 
@@ -20,7 +20,7 @@ from cluster.routing.fingerprint import EMPTY
 class Admission:
     """Lets requests in, or says why not."""
 
-    def __init__(self, authenticator: Authenticator, accounts: Accounts) -> None:
+    def __init__(self, authenticator: Authenticator, accounts: TenantQuotas) -> None:
         self._authenticator = authenticator
         self._accounts = accounts
 
@@ -37,7 +37,7 @@ class Admission:
         if self._authenticator.refresh():
             self._accounts.change(self._authenticator.identities)
 
-    def enter(self, request: Request, envelope: Envelope, pool: Pool) -> tuple[Claim, Grant]:
+    def enter(self, request: Request, envelope: Envelope, pool: Pool) -> tuple[Claim, QuotaTicket]:
         """What a request asks of its pool, and what its tenant's limits give it.
 
         Raises:
@@ -51,7 +51,7 @@ class Admission:
             pool.meter.refuse(request, pool.routes.find(request.path) or OTHER, error.status)
             raise
 
-    def _enter(self, request: Request, envelope: Envelope, pool: Pool) -> tuple[Claim, Grant]:
+    def _enter(self, request: Request, envelope: Envelope, pool: Pool) -> tuple[Claim, QuotaTicket]:
         identity, model = request.identity, envelope.model or pool.name
         # What is not read may name any of the pool's models.
         for each in pool.models if envelope is UNREAD else (model,):

@@ -14,14 +14,14 @@ from cluster.errors import (
     RequestError,
     UnavailableError,
 )
-from cluster.gateway.accounts import Grant, work_of
-from cluster.gateway.claim import Claim
-from cluster.gateway.journal import CLIENT_LEFT
+from cluster.gateway.admission.quotas import QuotaTicket, work_of
 from cluster.gateway.messages import Headers, Request, Response
-from cluster.gateway.metering import HandoverReason, Watch
-from cluster.gateway.pool import Answer, Place, Pool
-from cluster.gateway.routes import OTHER
-from cluster.gateway.usage import ASKS, tell_usage, wants_usage
+from cluster.gateway.pools.claim import Claim
+from cluster.gateway.pools.pool import Answer, Pool, Slot
+from cluster.gateway.pools.routes import OTHER
+from cluster.gateway.recording.observer import FailoverReason, RequestObserver
+from cluster.gateway.recording.request_log import CLIENT_LEFT
+from cluster.gateway.recording.usage import ASKS, tell_usage, wants_usage
 from cluster.link import LinkUsage, RequestHead
 
 logger = logging.getLogger("ray.serve.tandem")
@@ -39,7 +39,9 @@ _NOT_FORWARDED = _HOP_HEADERS | _CREDENTIALS | _OWN | {b"host", b"expect"}
 _NOT_RETURNED = _HOP_HEADERS | {b"server", b"date", b"x-request-id"}
 
 
-async def relay(request: Request, pool: Pool, claim: Claim, grant: Grant | None = None) -> Response:
+async def relay(
+    request: Request, pool: Pool, claim: Claim, grant: QuotaTicket | None = None
+) -> Response:
     """Admit ``request`` to ``pool`` and return a replica's answer, whose body is still growing.
 
     Args:
@@ -72,13 +74,13 @@ async def relay(request: Request, pool: Pool, claim: Claim, grant: Grant | None 
     return response if wanted is None else await tell_usage(request, response, wanted)
 
 
-async def _relay(request: Request, pool: Pool, claim: Claim, watch: Watch) -> Response:
+async def _relay(request: Request, pool: Pool, claim: Claim, watch: RequestObserver) -> Response:
     head = _request_head(request)
-    failed: HandoverReason | None = None
+    failed: FailoverReason | None = None
     for _ in range(MAX_ATTEMPTS):
         place = await pool.admit(claim)
         if failed is not None:
-            pool.meter.handed_over(failed)
+            pool.meter.failed_over(failed)
         watch.placed(place.replica.info.id)
         body = RelayedBody(pool, place, request.id, watch)
         try:
@@ -91,7 +93,7 @@ async def _relay(request: Request, pool: Pool, claim: Claim, watch: Watch) -> Re
     )
 
 
-def _why(error: LinkError | UnavailableError) -> HandoverReason:
+def _why(error: LinkError | UnavailableError) -> FailoverReason:
     if isinstance(error, LinkRefusedError):
         return "refused"
     return "lost" if isinstance(error, LinkError) else "unavailable"
@@ -100,7 +102,7 @@ def _why(error: LinkError | UnavailableError) -> HandoverReason:
 class RelayedBody:
     """A replica's answer on its way out; frees the replica's place when it ends in whatever way."""
 
-    def __init__(self, pool: Pool, place: Place, request_id: str, watch: Watch) -> None:
+    def __init__(self, pool: Pool, place: Slot, request_id: str, watch: RequestObserver) -> None:
         self._pool = pool
         self._place = place
         self._is_first = True
@@ -156,8 +158,8 @@ class RelayedBody:
             await self.aclose()
             raise
         if not chunk:
-            if self._place.replica.leaves:
-                self._pool.meter.handed_over("drained")
+            if self._place.replica.is_draining:
+                self._pool.meter.failed_over("drained")
             self._end()
             raise StopAsyncIteration
         if self._is_event_stream:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from cluster.autoscaling.reports import Latency, LoadReport
 from cluster.autoscaling.settings import ROUTER
 from cluster.config import ClassifierConfig, GeneratorConfig, TandemConfig
-from cluster.gateway.pool import Pool
+from cluster.gateway.pools.pool import Pool
 from cluster.metrics import Histogram, quantile
 
 RATE_WINDOW_S = 6.0
@@ -56,7 +56,7 @@ class _PoolReports:
             requests_per_s=rate,
             prefill_per_s=rate * self._prefill_each,
             decode_per_s=rate * self._decode_each,
-            ongoing=float(self._pool.num_ongoing),
+            ongoing=float(self._pool.num_in_flight),
             queued=float(self._pool.num_queued),
             waiting=float(sum(load.waiting for load in loads)),
             prefill_each=self._prefill_each,

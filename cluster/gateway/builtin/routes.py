@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 from cluster.admission import MAX_PRIORITY
 from cluster.errors import NotFoundError, TandemError
-from cluster.gateway.claim import Claim
-from cluster.gateway.dashboard import DATA_PATH, REPORT_PATH, Dashboard
+from cluster.gateway.builtin.openapi import merge
+from cluster.gateway.builtin.pages import Page
 from cluster.gateway.messages import Request, Response, bytes_response, json_response
-from cluster.gateway.openapi import merge
-from cluster.gateway.pages import Page
-from cluster.gateway.pool import Pool
-from cluster.gateway.relay import relay
-from cluster.gateway.usage import UsageAccount
+from cluster.gateway.pools.claim import Claim
+from cluster.gateway.pools.pool import Pool
+from cluster.gateway.pools.relay import relay
+from cluster.gateway.recording.usage import UsageAccount
+from cluster.gateway.reporting.dashboard import DATA_PATH, REPORT_PATH, Dashboard
 from cluster.metrics import Registry, exposition
 from cluster.metrics.exposition import CONTENT_TYPE
 
@@ -37,7 +37,7 @@ KEPT_S = 2.0
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-class OwnRoute(NamedTuple):
+class BuiltinRoute(NamedTuple):
     """One of the router's own paths."""
 
     route: str
@@ -53,7 +53,7 @@ class _Kept(NamedTuple):
     answer: Any
 
 
-class OwnRoutes:
+class BuiltinRoutes:
     """Finds and runs the router's own handlers."""
 
     def __init__(
@@ -86,12 +86,12 @@ class OwnRoutes:
         if usage is not None:
             self._routes["/v1/usage"] = usage.answer
 
-    def find(self, path: str) -> OwnRoute | None:
+    def find(self, path: str) -> BuiltinRoute | None:
         """The route that ``path`` is; None where the path belongs to an engine."""
         if path.startswith(MODEL_PREFIX):
-            return OwnRoute(MODEL_PREFIX + "{model}", self._model)
+            return BuiltinRoute(MODEL_PREFIX + "{model}", self._model)
         handler = self._routes.get(path)
-        return None if handler is None else OwnRoute(path, handler)
+        return None if handler is None else BuiltinRoute(path, handler)
 
     async def _health(self, _request: Request) -> Response:
         return json_response({"status": "ok"})

@@ -7,7 +7,7 @@ import msgspec
 
 from cluster.errors import InvalidRequestError, NotFoundError
 from cluster.gateway.messages import Request, header
-from cluster.gateway.pool import Pool
+from cluster.gateway.pools.pool import Pool
 
 
 class Envelope(msgspec.Struct, frozen=True):
@@ -67,7 +67,7 @@ def _is_json(request: Request) -> bool:
     return "json" in content_type or "text/plain" in content_type
 
 
-def pick_pool(pools: Mapping[str, Pool], path: str, model: str | None) -> Pool:
+def select_pool(pools: Mapping[str, Pool], path: str, model: str | None) -> Pool:
     """The pool that answers ``path`` for ``model``.
 
     A pool of which no replica has described itself yet is taken to serve every path: the request

@@ -12,8 +12,8 @@ from typing import Generic, TypeVar
 from cluster.admission import Entry, FairQueue, PoolCapacity, QueueLimits
 from cluster.admission.capacity import ReplicaLoad
 from cluster.errors import OverloadedError, RequestError, UnavailableError
-from cluster.gateway.claim import Claim
-from cluster.gateway.metering import PoolMeter
+from cluster.gateway.pools.claim import Claim
+from cluster.gateway.recording.observer import PoolMeter
 
 P = TypeVar("P")
 
@@ -26,7 +26,7 @@ _UNKNOWN = (1.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Places(Generic[P]):
+class SlotSource(Generic[P]):
     """How places at a pool's replicas are taken and given back."""
 
     take: Callable[[Claim], P | None]
@@ -41,7 +41,7 @@ class Places(Generic[P]):
 Waiter = tuple[Claim, asyncio.Future[P]]
 
 
-class Waiting(Generic[P]):
+class AdmissionQueue(Generic[P]):
     """Gives places to requests in the queue's order, as far as the pool's capacity goes."""
 
     def __init__(
@@ -49,7 +49,7 @@ class Waiting(Generic[P]):
         name: str,
         limits: QueueLimits,
         capacity: PoolCapacity,
-        places: Places[P],
+        places: SlotSource[P],
         meter: PoolMeter,
     ) -> None:
         self.capacity = capacity
@@ -217,7 +217,8 @@ class Waiting(Generic[P]):
 
     def _is_late(self, claim: Claim) -> bool:
         """Whether the request that is next would be answered too late, by what is usual; where
-        nobody is behind it, who would be served instead, even the best pace must not suffice."""
+        nobody is behind it, who would be served instead, even the best pace must not suffice.
+        """
         served = self.capacity.average_s if len(self._queue) > 1 else self.capacity.best_s
         return asyncio.get_running_loop().time() + served(claim.work_tokens) > claim.deadline_s
 

@@ -4,6 +4,11 @@
 rates and percentiles of them, ``service`` samples, asks the other routers and answers requests.
 """
 
-from cluster.gateway.dashboard.service import DATA_PATH, REPORT_PATH, Dashboard, ReadDecisions
+from cluster.gateway.reporting.dashboard.service import (
+    DATA_PATH,
+    REPORT_PATH,
+    Dashboard,
+    ReadDecisions,
+)
 
 __all__ = ["DATA_PATH", "REPORT_PATH", "Dashboard", "ReadDecisions"]

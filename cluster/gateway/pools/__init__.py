@@ -1,0 +1,1 @@
+"""Pools of replicas: selection by model and path, queue, choice of a replica, relay."""

@@ -1,0 +1,1 @@
+"""Records of requests: metrics, traces, the request log, and usage."""

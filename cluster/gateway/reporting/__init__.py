@@ -1,0 +1,1 @@
+"""Reports on a router's pools: gauges, the load for autoscaling, and the dashboard."""
