@@ -132,7 +132,7 @@ def _autoscaling(
         return AutoscalingConfig(
             min_replicas=part.replicas.min,
             max_replicas=part.replicas.max,
-            target_ongoing_requests=part.replicas.target_ongoing,
+            target_ongoing_requests=part.replicas.target_in_flight,
             upscale_delay_s=0,
             downscale_delay_s=0,
             metrics_interval_s=DECIDE_S,

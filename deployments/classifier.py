@@ -1,7 +1,7 @@
 """A classifier replica: one encoder engine behind a link."""
 
 from cluster.config import ClassifierConfig
-from cluster.config_operations import OperationsConfig
+from cluster.config.operations import OperationsConfig
 from cluster.engines.encoder import make_encoder_engine
 from deployments.replica import EngineReplica
 

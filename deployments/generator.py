@@ -3,7 +3,7 @@
 from functools import partial
 
 from cluster.config import GeneratorConfig
-from cluster.config_operations import OperationsConfig
+from cluster.config.operations import OperationsConfig
 from cluster.engines.factory import make_generator_engine
 from deployments.replica import EngineReplica
 

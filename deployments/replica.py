@@ -12,7 +12,7 @@ from ray import serve
 
 from cluster.asgi import ASGIApp, Message, Receive, Scope, Send
 from cluster.config import ClassifierConfig, GeneratorConfig
-from cluster.config_operations import OperationsConfig
+from cluster.config.operations import OperationsConfig
 from cluster.engines.base import Engine
 from cluster.engines.phases import Phases
 from cluster.errors import DeviceFailedError, EngineDeadError, ReplicaRetiredError

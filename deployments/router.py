@@ -16,7 +16,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.accounting.usage_log import UsageLog
 from cluster.config import TandemConfig
-from cluster.config_file import key_file_path
+from cluster.config.file import key_file_path
 from cluster.gateway import (
     Gateway,
     GatewayApp,

@@ -16,7 +16,7 @@ from ray.experimental import internal_kv
 from cluster.accounting.accounts import Accounts
 from cluster.accounting.meter import find_meter
 from cluster.config import ClassifierConfig, GeneratorConfig
-from cluster.config_operations import OperationsConfig
+from cluster.config.operations import OperationsConfig
 from cluster.devices import DeviceWatch, load_nvml
 from cluster.leaks import Growth, MemoryWatch, Turns
 from cluster.metrics import Registry

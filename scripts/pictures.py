@@ -55,7 +55,7 @@ def config():
         "replicas": {
             "min": 1,
             "max": 4,
-            "target_ongoing": 6,
+            "target_in_flight": 6,
             "upscale_delay_s": 4,
             "downscale_delay_s": 20,
         }

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from cluster.accounting import ESTIMATE
 from cluster.accounting.counters import Grown, ProcessTree, Rapl, machine_busy_s
 from cluster.accounting.ledger import Measured
-from cluster.config_operations import AccountingConfig
+from cluster.config.operations import AccountingConfig
 
 Counter = Callable[[], float]
 

@@ -194,12 +194,12 @@ class PoolScaler:
     def _by_ongoing(self, signals: PoolSignals) -> Need:
         """By the configured number of requests for each replica."""
         ongoing = signals.ongoing + signals.queued
-        text = f"{ongoing:.0f} requests of {self.spec.target_ongoing:g} each"
-        return Need("ongoing", ongoing / self.spec.target_ongoing, text)
+        text = f"{ongoing:.0f} requests of {self.spec.target_in_flight:g} each"
+        return Need("ongoing", ongoing / self.spec.target_in_flight, text)
 
     def _by_limit(self, signals: PoolSignals) -> Need:
-        full = (signals.ongoing + signals.queued) / (FULL * self.spec.max_ongoing)
-        return Need("limit", full, f"a replica takes {self.spec.max_ongoing:g} requests at a time")
+        full = (signals.ongoing + signals.queued) / (FULL * self.spec.max_in_flight)
+        return Need("limit", full, f"a replica takes {self.spec.max_in_flight:g} requests at a time")
 
     def _by_missed(self, now: float, signals: PoolSignals) -> Need | None:
         """More where an objective is missed though all replicas run: what was learned is wrong.

@@ -75,9 +75,9 @@ class PoolSpec:
     """Of one replica with all its workers."""
     priority: int = 0
     """Where the budget does not suffice, the pool with the higher number goes first."""
-    target_ongoing: float = 32.0
+    target_in_flight: float = 32.0
     """Ongoing requests for each replica, until its capacity is learned."""
-    max_ongoing: float = math.inf
+    max_in_flight: float = math.inf
     """Requests that one replica is given at a time."""
     upscale_delay_s: float = 0.0
     downscale_delay_s: float = 120.0

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cluster.cli.paths import load_config
-from cluster.config_file import LoadedConfig
+from cluster.config.file import LoadedConfig
 from cluster.launch import state
 from cluster.launch.doctor import Finding, Level, examine
 from cluster.models.store import home

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from cluster.admission.keys import KeyFileContents, TenantEntry, digest, new_key, parse_keys
 from cluster.cli.paths import load_config
-from cluster.config_file import key_file_path
+from cluster.config.file import key_file_path
 from cluster.errors import ConfigError
 from cluster.key_file import read_keys, write_keys
 

@@ -19,7 +19,7 @@ _TEXT = TextColumn("{task.description}", markup=False)
 
 def build_missing(console: Console, config: TandemConfig) -> None:
     """Build those default models that ``config`` names and that are not built."""
-    named = config.files
+    named = config.model_files
     missing = [n for n, model in CATALOGUE.items() if n in named and manifest(model) is None]
     if missing:
         console.print(f"building {', '.join(missing)}; this is done once")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.config_file import LoadedConfig, load
+from cluster.config.file import LoadedConfig, load
 from cluster.errors import ConfigError
 from cluster.launch import state
 from cluster.models.store import home

@@ -24,7 +24,7 @@ def print_recipes(console: Console, config: TandemConfig, state: ClusterState) -
 
 def recipes(config: TandemConfig, url: str) -> list[tuple[str, str]]:
     """(what it does, a command to paste) for everything that ``config``'s cluster can do."""
-    key = config.router.asks_for_keys
+    key = config.router.requires_keys
     found = [("the models", _curl(url, "/v1/models", key=key))]
     if config.generators:
         name = config.generators[0].name

@@ -98,7 +98,7 @@ def _settings(options: Options, tree: TandemConfig, pool: GeneratorConfig) -> Se
         scaling=_scaling(tree, pool) if options.replicas is None else None,
         faults=tuple(_fault(text) for text in options.faults),
         slo=_slo(options, pool),
-        max_ongoing=pool.max_ongoing,
+        max_in_flight=pool.max_in_flight,
         queue=QueueLimits(router.max_queued_tokens, router.max_queued),
         queue_timeout_s=router.queue_timeout_s,
         start_timeout_s=None if pool.replicas.min else router.start_timeout_s,

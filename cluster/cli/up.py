@@ -47,7 +47,7 @@ def run(config: Path | None, overrides: Sequence[str], *, detach: bool, monitori
 
 def _check_models(config: TandemConfig) -> None:
     """Raise ConfigError where a model's directory is not there, before anything starts."""
-    for path in config.files:
+    for path in config.model_files:
         resolve(path)
 
 

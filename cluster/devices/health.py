@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from cluster.config_operations import DevicesConfig
+from cluster.config.operations import DevicesConfig
 from cluster.devices.nvml import DeviceReading
 from cluster.errors import DeviceFailedError
 from cluster.metrics import Registry, table

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Sequence
 
-from cluster.config_operations import DevicesConfig
+from cluster.config.operations import DevicesConfig
 from cluster.devices.health import DeviceHealth
 from cluster.devices.nvml import Nvml, NvmlReader
 from cluster.metrics import Registry

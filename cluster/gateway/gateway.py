@@ -166,7 +166,7 @@ def _make_pools(
     def make(kind: Kind, pool: GeneratorConfig | ClassifierConfig) -> Pool:
         queue = QueueLimits(router.max_queued_tokens, router.max_queued)
         limits = PoolLimits(
-            pool.max_ongoing,
+            pool.max_in_flight,
             queue,
             router.queue_timeout_s,
             pool.routing,

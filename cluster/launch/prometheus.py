@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from cluster.config_file import LoadedConfig
+from cluster.config.file import LoadedConfig
 from cluster.errors import StartError
 from cluster.launch.auth import ray_token
 from cluster.launch.starter import HOUSEKEEPING_NICE
@@ -106,10 +106,10 @@ def start(
 
 
 def _targets(loaded: LoadedConfig, cluster: ClusterState, directory: Path) -> Targets:
-    asks_for_keys = loaded.config.router.asks_for_keys
+    requires_keys = loaded.config.router.requires_keys
     return Targets(
         dashboard=cluster.dashboard_url,
-        ingress=None if asks_for_keys else urlsplit(cluster.http_url).netloc,
+        ingress=None if requires_keys else urlsplit(cluster.http_url).netloc,
         token_file=token_file(directory),
     )
 

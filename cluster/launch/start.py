@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 
-from cluster.config_file import LoadedConfig
+from cluster.config.file import LoadedConfig
 from cluster.errors import StartError
 from cluster.launch import environment, ports, prometheus, state
 from cluster.launch.head import LOOPBACK, Starter, ray_params

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-from cluster.config_operations import LeaksConfig
+from cluster.config.operations import LeaksConfig
 from cluster.leaks.slope import Point, theil_sen
 
 MIN_RISING = 0.8

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import psutil
 
-from cluster.config_operations import LeaksConfig
+from cluster.config.operations import LeaksConfig
 from cluster.leaks.detector import Growth, LeakDetector
 from cluster.metrics import Registry, table
 from cluster.periodic import Periodic

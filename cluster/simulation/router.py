@@ -48,7 +48,7 @@ class Router:
 
     def add(self, replica: Replica) -> None:
         """A replica can be given requests."""
-        self.fleet.add(replica.id, self._settings.max_ongoing, Reach.USUAL)
+        self.fleet.add(replica.id, self._settings.max_in_flight, Reach.USUAL)
         self._dispatch()
 
     def remove(self, replica: Replica) -> None:

@@ -73,7 +73,7 @@ class Settings:
     """None: replicas stay as they are; dead ones are replaced."""
     faults: tuple[Fault, ...] = ()
     slo: Slo = field(default_factory=Slo)
-    max_ongoing: int = 256
+    max_in_flight: int = 256
     """Requests that one replica is given at a time."""
     queue: QueueLimits = field(default_factory=lambda: QueueLimits(float("inf"), 1024))
     """Of each router."""

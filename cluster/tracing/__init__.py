@@ -7,7 +7,7 @@ holds a text.
 
 from typing import TYPE_CHECKING
 
-from cluster.config_operations import TracingConfig
+from cluster.config.operations import TracingConfig
 
 if TYPE_CHECKING:
     from cluster.tracing.tracer import Tracer

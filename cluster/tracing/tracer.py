@@ -20,7 +20,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
-from cluster.config_operations import TracingConfig
+from cluster.config.operations import TracingConfig
 from cluster.tracing import Headers, names
 
 logger = logging.getLogger("ray.serve.tandem")

@@ -18,12 +18,12 @@ STREAMS = 24
 def config() -> dict[str, Any]:
     sim = sim_generator(
         sim={"decode_s_per_token": 0.04, "batch_slowdown": 0.05},
-        max_ongoing=32,
+        max_in_flight=32,
         slo={"ttft_p90_s": 2.0, "itl_p90_s": 0.07},
         replicas={
             "min": 0,
             "max": MAX_REPLICAS,
-            "target_ongoing": 8,
+            "target_in_flight": 8,
             "upscale_delay_s": 0,
             "downscale_delay_s": 15,
         },

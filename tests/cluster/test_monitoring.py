@@ -24,7 +24,7 @@ from tests.monitoring.hurried import hurried
 
 GRAFANA = Path(monitoring.__file__).parent / "grafana"
 FLOODED, LEAKING = "flooded", "leaking"
-FROM_NONE = {"min": 0, "max": 1, "target_ongoing": 8}
+FROM_NONE = {"min": 0, "max": 1, "target_in_flight": 8}
 LOAD_S = 60.0
 ARRIVES_S = 90.0
 """A replica's figures come to Prometheus within some 25 s; a busy machine takes longer."""
@@ -63,7 +63,7 @@ def config() -> dict[str, Any]:
             sim_generator(name="smollm2", sim=sim),
             # Its first request has its replica started: a decision of the autoscaler. So many wait
             # in its engine that the router learns its capacity.
-            sim_generator(name=FLOODED, sim=slow, max_ongoing=12, replicas=FROM_NONE),
+            sim_generator(name=FLOODED, sim=slow, max_in_flight=12, replicas=FROM_NONE),
             sim_generator(name=LEAKING, sim={"leak_bytes_per_request": "64KiB"}),
         ],
         classifiers=[sentiment],

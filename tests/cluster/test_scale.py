@@ -22,11 +22,11 @@ def config(**generator: Any) -> dict[str, Any]:
     scaled = {
         "min": 1,
         "max": 3,
-        "target_ongoing": 4,
+        "target_in_flight": 4,
         "upscale_delay_s": 0,
         "downscale_delay_s": 1,
     }
-    fields = {"sim": {"decode_s_per_token": 0.02}, "max_ongoing": 16, "replicas": scaled}
+    fields = {"sim": {"decode_s_per_token": 0.02}, "max_in_flight": 16, "replicas": scaled}
     sim = sim_generator(**{**fields, **generator})
     beside = {
         "name": "beside",

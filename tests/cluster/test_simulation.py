@@ -27,7 +27,7 @@ def config() -> dict[str, Any]:
             "batch_slowdown": 0.05,
             "max_num_seqs": 6,
         },
-        max_ongoing=8,
+        max_in_flight=8,
         replicas={"min": REPLICAS, "max": REPLICAS},
     )
     return serve_config(generators=[sim], router=router_config(1))

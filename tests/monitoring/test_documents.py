@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import typer
 
-from cluster import config_file
 from cluster.cli.app import app
+from cluster.config import file as config_file
 from cluster.errors import ConfigError
 from tests.monitoring.promql import known, names
 from tests.monitoring.test_rules import promtool, rules

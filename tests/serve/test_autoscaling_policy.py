@@ -24,7 +24,7 @@ from ray.serve._private.deployment_info import DeploymentInfo
 from ray.serve.config import AutoscalingPolicy
 
 from cluster.autoscaling.reports import Latency, LoadReport
-from cluster.config_file import AUTOSCALING_POLICY
+from cluster.config.file import AUTOSCALING_POLICY
 from deployments import app as app_module
 from deployments import autoscaling, decisions
 
@@ -43,7 +43,7 @@ ARGS = {
             "replicas": {
                 "min": 0,
                 "max": 9,
-                "target_ongoing": 4,
+                "target_in_flight": 4,
                 "upscale_delay_s": 0,
                 "downscale_delay_s": 6,
             },

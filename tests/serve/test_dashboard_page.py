@@ -64,7 +64,7 @@ async def world(**router):
     config = parse(
         {
             "generators": [
-                {"name": name, "model": "m", "engine": "sim", "sim": SIM, "max_ongoing": 6}
+                {"name": name, "model": "m", "engine": "sim", "sim": SIM, "max_in_flight": 6}
                 for name in ("chat", "draft")
             ],
             "router": router,

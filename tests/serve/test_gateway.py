@@ -142,11 +142,11 @@ async def a_world(
     generator: dict[str, Any] = {
         "name": "gen",
         "model": "m",
-        "max_ongoing": 2,
+        "max_in_flight": 2,
         "routing": routing,
     }
     if may_sleep:
-        generator["replicas"] = {"min": 0, "target_ongoing": 2}
+        generator["replicas"] = {"min": 0, "target_in_flight": 2}
     config = parse(
         {
             "generators": [generator],

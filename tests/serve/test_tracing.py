@@ -9,7 +9,7 @@ from typing import Any
 
 from cluster.asgi import ASGIApp, Receive, Scope, Send
 from cluster.config import GeneratorConfig, parse
-from cluster.config_operations import TracingConfig
+from cluster.config.operations import TracingConfig
 from cluster.engines.sim import SimEngine
 from cluster.gateway import Gateway, GatewayApp, ReplicaInfo, Wiring
 from cluster.link import LinkServer

@@ -11,7 +11,7 @@ from cluster.accounting import IDLE
 from cluster.accounting.accounts import Accounts
 from cluster.accounting.meter import find_meter
 from cluster.config import GeneratorConfig
-from cluster.config_operations import AccountingConfig, DevicesConfig, LeaksConfig
+from cluster.config.operations import AccountingConfig, DevicesConfig, LeaksConfig
 from cluster.devices import DeviceWatch
 from cluster.engines.sim import SimEngine
 from cluster.errors import DeviceFailedError

@@ -21,7 +21,7 @@ from cluster.autoscaling import (
 from cluster.autoscaling.pool import whole
 from tests.unit.fluid import FluidPool
 
-SPEC = PoolSpec(min=1, max=64, target_ongoing=8, downscale_delay_s=120)
+SPEC = PoolSpec(min=1, max=64, target_in_flight=8, downscale_delay_s=120)
 
 
 def test_replicas_for_a_load() -> None:
@@ -166,12 +166,12 @@ def test_a_short_peak_is_waited_out() -> None:
 def test_a_full_kv_cache_and_a_full_replica_ask_for_more() -> None:
     full = replace(QUIET, kv_usage=1.0, ongoing=1.0)
     assert decide(Autoscaler({"pool": SPEC}), 0, full) == 4
-    limited = replace(SPEC, max_ongoing=4, target_ongoing=4)
+    limited = replace(SPEC, max_in_flight=4, target_in_flight=4)
     assert decide(Autoscaler({"pool": limited}), 0, replace(QUIET, ongoing=16.0)) == 5
 
 
 def test_routers_follow_their_cpu_and_their_streams() -> None:
-    spec = PoolSpec(min=1, max=8, target_ongoing=256, is_router=True)
+    spec = PoolSpec(min=1, max=8, target_in_flight=256, is_router=True)
     one = PoolSignals(target=1, running=1, age_s=1.0)
     assert decide(Autoscaler({"pool": spec}), 0, replace(one, cores=0.9)) == 2
     assert decide(Autoscaler({"pool": spec}), 0, replace(one, ongoing=1000.0)) == 4
@@ -260,7 +260,7 @@ def test_floors_ceilings_and_budget_hold_whatever_is_reported(
 
 
 def test_a_pool_that_says_nothing_keeps_its_floor_of_the_budget() -> None:
-    specs = {"a": PoolSpec(2, 9, gpus=1), "b": PoolSpec(1, 9, gpus=1, target_ongoing=1)}
+    specs = {"a": PoolSpec(2, 9, gpus=1), "b": PoolSpec(1, 9, gpus=1, target_in_flight=1)}
     busy = PoolSignals(target=1, running=4, age_s=1.0, ongoing=50.0)
     decisions = Autoscaler(specs, Budget(gpus=5)).decide(0.0, {"b": busy})
     assert decisions["b"].target == 3

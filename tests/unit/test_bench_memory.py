@@ -26,5 +26,5 @@ def test_only_the_lines_that_are_sizes_are_fields() -> None:
 def test_an_engine_takes_all_of_its_streams_at_a_time(name: str) -> None:
     config = GeneratorConfig.model_validate(LOADS[name].generator)
     streams = int(name.partition("_")[0])
-    assert config.max_ongoing >= streams
+    assert config.max_in_flight >= streams
     assert config.sim.max_num_seqs >= streams

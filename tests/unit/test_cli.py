@@ -9,12 +9,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from cluster import config_file
 from cluster.cli import main
 from cluster.cli.app import app
 from cluster.cli.down import describe
 from cluster.cli.recipes import recipes
 from cluster.config import TandemConfig, parse
+from cluster.config import file as config_file
 from cluster.launch import state
 from cluster.launch.processes import Ended
 from cluster.launch.serve_api import ApplicationStatus, DeploymentStatus, ReplicaStatus
@@ -90,7 +90,7 @@ def test_config_show_fills_in_defaults_and_overrides(config: str) -> None:
     args = ("config", "show", "--config", config, "--set", "router.max_queued=7")
     shown = yaml.safe_load(run(*args).stdout)
     assert shown["router"]["max_queued"] == 7
-    assert shown["generators"][0]["max_ongoing"] == 256
+    assert shown["generators"][0]["max_in_flight"] == 256
     assert json.loads(run(*args, "--json").stdout) == shown
 
 

@@ -1,8 +1,10 @@
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, get_args
 
 import pytest
 
-from cluster.config import parse
+from cluster.config import TandemConfig, parse
+from cluster.config.section import Section
 from cluster.errors import ConfigError
 
 
@@ -71,7 +73,7 @@ def test_it_is_frozen() -> None:
         (generator(name="a b"), ["generators.0.name", "'a b'"]),
         (generator(adapters={"a b": "path"}), ["generators.0.adapters", "'a b'"]),
         (generator(adapters={"law": ""}), ["generators.0.adapters.law", "''"]),
-        (generator(adapters={"g": "path"}), ["each name may stand once", "['g']"]),
+        (generator(adapters={"g": "path"}), ["must be unique", "duplicates: g"]),
         (generator(replicas={"min": 2, "max": 1}), ["replicas", "max must be at least min (2)"]),
         (generator(replicas={"mni": 2}), ["generators.0.replicas.mni", "did you mean 'min'"]),
         (generator(kv_cache_memory_bytes="lots"), ["kv_cache_memory_bytes", "'lots'"]),
@@ -85,13 +87,13 @@ def test_it_is_frozen() -> None:
         (
             {**generator(resources={"gpus": 2}, replicas={"min": 2, "max": 2})}
             | {"budget": {"gpus": 3}},
-            ["budget.gpus (3)", "replicas.min of every pool", "(4)"],
+            ["budget.gpus (3)", "the 4 that replicas.min"],
         ),
         ({**generator(), "rooter": {}}, ["rooter: no such field", "did you mean 'router'"]),
         ({**generator(), "cluster": {"ray_port": 80}}, ["cluster.ray_port", "got 80", "1024"]),
         (
             {**generator(), "classifiers": [{"name": "g", "model": "m"}]},
-            ["each name may stand once", "['g']"],
+            ["must be unique", "duplicates: g"],
         ),
         (classifier(tasks=["classify", "ner"]), ["classifiers.0.tasks.1", "'ner'", "'rerank'"]),
         (classifier(tasks=[]), ["classifiers.0.tasks", "at least 1"]),
@@ -110,3 +112,42 @@ def test_a_wrong_value_gives_one_line_with_field_value_and_what_is_allowed(
     message = str(caught.value)
     assert "\n" not in message
     assert [word for word in words if word not in message] == []
+
+
+def test_deprecated_names_are_accepted_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    config = parse(generator(max_ongoing=8, replicas={"max": 2, "target_ongoing": 4}))
+    (pool,) = config.generators
+    assert (pool.max_in_flight, pool.replicas.target_in_flight) == (8, 4)
+    assert "max_ongoing is deprecated; use max_in_flight" in caplog.text
+    assert "target_ongoing is deprecated; use target_in_flight" in caplog.text
+
+
+def test_old_and_new_name_together_are_an_error() -> None:
+    with pytest.raises(ConfigError, match="set only max_in_flight"):
+        parse(generator(max_ongoing=8, max_in_flight=8))
+
+
+def sections() -> Iterator[type[Section]]:
+    remaining: list[type[Section]] = [TandemConfig]
+    while remaining:
+        section = remaining.pop()
+        yield section
+        for field in section.model_fields.values():
+            types = (field.annotation, *get_args(field.annotation))
+            remaining += [t for t in types if isinstance(t, type) and issubclass(t, Section)]
+
+
+def test_every_field_has_a_description() -> None:
+    missing = [
+        f"{section.__name__}.{name}"
+        for section in sections()
+        for name, field in section.model_fields.items()
+        if not field.description
+    ]
+    assert missing == []
+
+
+def test_deprecated_names_stand_for_existing_fields() -> None:
+    for section in sections():
+        assert section.renamed_fields.keys().isdisjoint(section.model_fields)
+        assert section.model_fields.keys() >= set(section.renamed_fields.values())

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster import config_file
-from cluster.config_file import load
+from cluster.config import file as config_file
+from cluster.config.file import load
 from cluster.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -80,6 +80,20 @@ def test_a_later_set_wins_and_what_serve_gets_has_it_too(tmp_path: Path) -> None
     assert loaded.serve_config["applications"][0]["args"]["router"] == {"max_queued": 8}
 
 
+@pytest.mark.parametrize("override", ["max_ongoing=9", "max_in_flight=9"])
+@pytest.mark.parametrize("in_file", ["max_ongoing", "max_in_flight"])
+def test_set_accepts_deprecated_and_current_names(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, override: str, in_file: str
+) -> None:
+    pool = {"name": "one", "model": "m", "engine": "sim", in_file: 64}
+    app = {"import_path": "deployments.app:build", "args": {"generators": [pool]}}
+    path = write(tmp_path, applications=[app])
+    loaded = load(path, [f"generators.one.{override}"])
+    assert loaded.config.generators[0].max_in_flight == 9
+    is_deprecated = "max_ongoing" in (in_file, override.partition("=")[0])
+    assert ("max_ongoing is deprecated; use max_in_flight" in caplog.text) == is_deprecated
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -87,7 +101,7 @@ def test_a_later_set_wins_and_what_serve_gets_has_it_too(tmp_path: Path) -> None
         ("router.max_queue=1", ["'max_queue'", "did you mean 'max_queued'"]),
         ("generators.two.model=x", ["'two'", "allowed: one, v1.5"]),
         ("generators.7.model=x", ["'7'", "allowed: one, v1.5"]),
-        ("generators.one.model.x=1", ["model holds 'm'"]),
+        ("generators.one.model.x=1", ["model is 'm'"]),
         ("http_options.prot=1", ["'prot'", "did you mean 'port'"]),
         ("http_options.port=99999", ["http_options.port", "99999", "1 to 65535"]),
         ("http_options.port=http", ["http_options.port", "'http'", "1 to 65535"]),
@@ -153,7 +167,7 @@ def test_another_address_is_fine_with_a_key_file_which_the_router_must_then_find
         ("- 1", ["a mapping", "list"]),
         ("", ["a mapping", "NoneType"]),
         ("applications: 3", ["a list of applications"]),
-        ("applications: []", ["one with import_path 'deployments.app:build'", "0 are there"]),
+        ("applications: []", ["exactly one with import_path 'deployments.app:build'", "found 0"]),
     ],
 )
 def test_a_broken_file_gives_one_line(tmp_path: Path, text: str, words: list[str]) -> None:

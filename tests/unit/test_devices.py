@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cluster.config_operations import DevicesConfig
+from cluster.config.operations import DevicesConfig
 from cluster.devices.health import DeviceHealth
 from cluster.devices.nvml import DeviceReading, NvmlReader
 from cluster.errors import DeviceFailedError

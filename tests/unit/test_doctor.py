@@ -11,10 +11,10 @@ import yaml
 from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
-from cluster import config_file
 from cluster.cli.app import app
+from cluster.config import file as config_file
 from cluster.config import parse
-from cluster.config_file import LoadedConfig
+from cluster.config.file import LoadedConfig
 from cluster.launch import state
 from cluster.launch.doctor import machine, running, software
 from cluster.launch.doctor.finding import Finding

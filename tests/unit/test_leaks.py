@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.config_operations import LeaksConfig
+from cluster.config.operations import LeaksConfig
 from cluster.leaks.detector import Growth, LeakDetector
 from cluster.leaks.slope import MAX_POINTS, Point, theil_sen
 from cluster.leaks.turns import Turns

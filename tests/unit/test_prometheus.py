@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.config import parse
-from cluster.config_file import LoadedConfig
+from cluster.config.file import LoadedConfig
 from cluster.errors import StartError
 from cluster.launch import prometheus
 from cluster.launch.state import ClusterState

@@ -222,7 +222,7 @@ applications:
       engine: sim
       resources: {cpus: 2, gpus: 1}
       slo: {ttft_p90_s: 1.5}
-      replicas: {min: 1, max: 8, target_ongoing: 16}
+      replicas: {min: 1, max: 8, target_in_flight: 16}
     router: {replicas: {min: 1, max: 1}, resources: {cpus: 1}}
     budget: {cpus: 5}
     accounting: {per_cpu_hour: 0.1, per_gpu_hour: 2, currency: CHF}

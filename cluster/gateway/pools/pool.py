@@ -136,7 +136,7 @@ class Wiring:
 class PoolLimits:
     """How much one pool takes from one router."""
 
-    max_ongoing: int
+    max_in_flight: int
     """Requests that one replica is given at a time."""
     queue: QueueLimits
     queue_timeout_s: float
@@ -351,7 +351,7 @@ class Pool:
         replica = Replica(info, link, wiring.fallback and wiring.fallback(info.id))
 
         fleet = self.fleet
-        fleet.add(info.id, self.limits.max_ongoing, Reach.NONE)
+        fleet.add(info.id, self.limits.max_in_flight, Reach.NONE)
 
         def on_state(_state: LinkState) -> None:
             if self._replicas.get(info.id) is replica:  # else it is retired

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from cluster.config_file import LoadedConfig
+from cluster.config.file import LoadedConfig
 from cluster.launch import processes, state
 from cluster.launch.doctor import machine, running
 from cluster.launch.doctor.finding import Finding, fail

@@ -88,7 +88,7 @@ def _existing(path: Path) -> Path:
 
 def check_models(config: TandemConfig) -> Iterator[Finding]:
     """Whether the files of each configured model are there."""
-    for model in config.files:
+    for model in config.model_files:
         try:
             yield ok("models", f"{model}: {resolve(model)}")
         except TandemError as error:

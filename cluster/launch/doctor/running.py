@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import psutil
 
-from cluster.config_file import LoadedConfig
+from cluster.config.file import LoadedConfig
 from cluster.launch import environment, ports, processes, state
 from cluster.launch.auth import ray_token
 from cluster.launch.doctor.finding import Finding, fail, ok, warn
@@ -94,7 +94,7 @@ def check_auth(variables: Mapping[str, str], loaded: LoadedConfig) -> Iterator[F
     else:
         text = "Ray asks for no token: every user of this machine can run jobs in the cluster"
         yield warn("authentication", text, "on shared machines set RAY_AUTH_MODE=token")
-    if loaded.config.router.asks_for_keys:
+    if loaded.config.router.requires_keys:
         yield ok("authentication", "the router asks for API keys")
     elif _is_loopback(loaded.http_host):
         yield ok("authentication", "the router asks for no key, and listens on loopback alone")

@@ -28,7 +28,7 @@ SERVED_WELL = Slo(ttft_s=4.0, itl_s=0.2)
 """Of each request."""
 OBJECTIVES = Slo(ttft_s=2.0, itl_s=0.2)
 """What ours is told, each for nine tenths of the requests: the configuration's defaults."""
-SPEC = PoolSpec(min=1, max=64, target_ongoing=8, upscale_delay_s=2, downscale_delay_s=120)
+SPEC = PoolSpec(min=1, max=64, target_in_flight=8, upscale_delay_s=2, downscale_delay_s=120)
 """The delays are the configuration's defaults."""
 TARGETS = tuple(float(target) for target in range(2, 25))
 DELAYS = ((30.0, 600.0), (30.0, 120.0), (0.0, 120.0))

@@ -19,7 +19,7 @@ LOOK_BACK_S = 30.0
 class RaySettings:
     """The fields of ``AutoscalingConfig`` that are tuned; the delays have Serve's defaults."""
 
-    target_ongoing: float
+    target_in_flight: float
     upscale_delay_s: float = 30.0
     downscale_delay_s: float = 600.0
 
@@ -47,7 +47,7 @@ class RayPolicy:
         mean = math.fsum(value for _, value in self._reports) / len(self._reports)
         if signals.running == 0:
             return max(1, signals.target) if mean else signals.target
-        desired = math.ceil(mean / self._settings.target_ongoing - 1e-9)
+        desired = math.ceil(mean / self._settings.target_in_flight - 1e-9)
         return max(self._low, min(self._high, self._delayed(now, desired, signals.target)))
 
     def _delayed(self, now: float, desired: int, target: int) -> int:

@@ -116,7 +116,7 @@ def _generator(decode_s: float, num_streams: int) -> dict[str, Any]:
     """An engine that runs all the streams at a time."""
     one = generator(decode_s)
     sim = {**one["sim"], "max_num_seqs": num_streams, "num_kv_blocks": 1 << 17}
-    return {**one, "sim": sim, "max_ongoing": num_streams}
+    return {**one, "sim": sim, "max_in_flight": num_streams}
 
 
 LOADS: Mapping[str, Load] = {

@@ -120,7 +120,7 @@ def foretold(policy: str, trace: Trace) -> Found:
         engine=pool.sim,
         replicas=REPLICAS,
         policy=POLICIES[policy],
-        max_ongoing=pool.max_ongoing,
+        max_in_flight=pool.max_in_flight,
         queue=QueueLimits(router.max_queued_tokens, router.max_queued),
         queue_timeout_s=router.queue_timeout_s,
     )

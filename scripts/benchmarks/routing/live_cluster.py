@@ -85,7 +85,7 @@ def generator(name: str = MODEL, policy: str = "prefix") -> dict[str, Any]:
             "batch_slowdown": 0.05,
             "num_kv_blocks": 2000,
         },
-        "max_ongoing": 64,
+        "max_in_flight": 64,
         "routing": policy,
         "replicas": {"min": REPLICAS, "max": REPLICAS},
         "resources": {"cpus": 0.05},

@@ -1,7 +1,7 @@
-"""``ray-config.yaml`` and ``--set``: from a file to a checked Serve config and a ``TandemConfig``.
+"""Loading of ``ray-config.yaml`` with ``--set`` overrides.
 
-The file is a Ray Serve config; Tandem's own part is the ``args`` of its one application whose
-``import_path`` is ours. Owns nothing but a note of Serve-level parts that Serve found valid.
+The file is a Ray Serve config. Tandem's configuration is the ``args`` of the application whose
+``import_path`` is ``deployments.app:build``.
 """
 
 import hashlib
@@ -16,15 +16,16 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from cluster.config import RouterConfig, TandemConfig, parse
-from cluster.config_path import assign
+from cluster.config.application import TandemConfig, parse
+from cluster.config.overrides import apply_override
+from cluster.config.router import RouterConfig
 from cluster.errors import ConfigError
 from cluster.key_file import read_keys
 from cluster.models.store import home
 
 IMPORT_PATH = "deployments.app:build"
 AUTOSCALING_POLICY = {"policy_function": "deployments.autoscaling:ApplicationPolicy"}
-"""Serve takes the policy of a whole application from its configuration alone."""
+"""Policy of all deployments. Serve accepts an application-level policy only in its config."""
 DEFAULT_PORT = 8000
 DEFAULT_HOST = "127.0.0.1"
 KEY_FILE = "keys.yaml"
@@ -32,41 +33,42 @@ KEY_FILE = "keys.yaml"
 
 @dataclass(frozen=True, slots=True)
 class LoadedConfig:
-    """A configuration in which every value has been checked."""
+    """Validated configuration."""
 
     path: Path
     serve_config: dict[str, Any]
-    """What Serve deploys: the file with the overrides in it."""
+    """Serve config to deploy: the file with the overrides applied."""
     application: str
     config: TandemConfig
     http_host: str
     http_port: int
     overrides: tuple[str, ...] = ()
-    """As they were given."""
+    """``path=value`` strings from the command line."""
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
-    """Read ``path``, apply each ``path=value`` of ``overrides``, and check everything.
+    """Read ``path``, apply the ``path=value`` overrides, and validate the result.
 
     Raises:
-        ConfigError: one line that names the field, the value and what is allowed.
+        ConfigError: one line with the field, the value and what is allowed.
     """
     serve_config = _read(path)
-    application = _application(path, serve_config)
+    application = _find_application(path, serve_config)
     application.setdefault("autoscaling_policy", dict(AUTOSCALING_POLICY))
     for override in overrides:
-        assign(serve_config, application, override)
+        apply_override(serve_config, application, override)
     _check_serve_level(serve_config)
     config = parse(application.get("args") or {})
-    host, port = _listen_on(serve_config)
+    host, port = _http_address(serve_config)
     keys = key_file_path(config.router)
     _check_exposure(host, config, keys)
     if config.router.keys_file or keys.exists():
-        # Named in what Serve gets, so that a router that does not find it lets nobody in.
+        # Explicit in the deployed config: a router that cannot find the file rejects all requests.
         args = application["args"] = {**(application.get("args") or {})}
         args["router"] = {**(args.get("router") or {}), "keys_file": str(keys)}
-        config = parse(args)
-    # With HAProxy, Serve's own default is every address.
+        router = config.router.model_copy(update={"keys_file": str(keys)})
+        config = config.model_copy(update={"router": router})
+    # With HAProxy, Serve listens on all addresses by default.
     serve_config["http_options"] = {**(serve_config.get("http_options") or {}), "host": host}
     return LoadedConfig(
         path=path,
@@ -80,99 +82,99 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
 
 
 def key_file_path(router: RouterConfig) -> Path:
-    """Where the keys of this configuration lie: ``router.keys_file``, else in Tandem's home."""
+    """Return the path of the key file: ``router.keys_file``, or ``keys.yaml`` in Tandem's home."""
     return Path(router.keys_file).expanduser() if router.keys_file else home() / KEY_FILE
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         with path.open(encoding="utf-8") as stream:
-            found = yaml.safe_load(stream)
+            content = yaml.safe_load(stream)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}{_where(error)}: not valid YAML: {_problem(error)}") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path}: a Serve config is a mapping, got {type(found).__name__}")
-    return found
+        raise ConfigError(
+            f"{path}{_yaml_line(error)}: not valid YAML: {_yaml_problem(error)}"
+        ) from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: a Serve config must be a mapping, got {type(content).__name__}")
+    return content
 
 
-def _where(error: yaml.YAMLError) -> str:
+def _yaml_line(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     return "" if mark is None else f", line {mark.line + 1}"
 
 
-def _problem(error: yaml.YAMLError) -> str:
+def _yaml_problem(error: yaml.YAMLError) -> str:
     return str(getattr(error, "problem", None) or error).splitlines()[0]
 
 
-def _application(path: Path, serve_config: dict[str, Any]) -> dict[str, Any]:
+def _find_application(path: Path, serve_config: dict[str, Any]) -> dict[str, Any]:
     applications = serve_config.get("applications")
     if not isinstance(applications, list) or not all(isinstance(a, dict) for a in applications):
-        raise ConfigError(f"{path}: applications: a list of applications is needed")
+        raise ConfigError(f"{path}: applications: a list of applications is required")
     ours: list[dict[str, Any]] = [a for a in applications if a.get("import_path") == IMPORT_PATH]
     if len(ours) != 1:
         raise ConfigError(
-            f"{path}: applications: one with import_path {IMPORT_PATH!r} is needed, "
-            f"{len(ours)} are there"
+            f"{path}: applications: exactly one with import_path {IMPORT_PATH!r} is required, "
+            f"found {len(ours)}"
         )
     return ours[0]
 
 
 def _check_serve_level(serve_config: dict[str, Any]) -> None:
-    """Let Serve's own schema check everything but our ``args``.
-
-    Importing the schema takes seconds, so what it once found valid is noted by its digest.
-    """
+    """Validate everything but our ``args`` against Serve's schema."""
     bare = {
         **serve_config,
         "applications": [_without_args(a) for a in serve_config["applications"]],
     }
     text = json.dumps([version("ray"), bare], sort_keys=True, default=str)
-    note = home() / "run" / f"serve-config-{hashlib.sha256(text.encode()).hexdigest()[:16]}.ok"
-    if note.exists():
+    # Importing Serve's schema takes seconds, so valid configs are remembered by their digest.
+    marker = home() / "run" / f"serve-config-{hashlib.sha256(text.encode()).hexdigest()[:16]}.ok"
+    if marker.exists():
         return
     from ray.serve.schema import ServeDeploySchema
 
     try:
         ServeDeploySchema.model_validate(bare)
     except ValidationError as error:
-        raise ConfigError(_one_line(error)) from None
-    note.parent.mkdir(parents=True, exist_ok=True)
-    note.touch()
+        raise ConfigError(_describe(error)) from None
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    marker.touch()
 
 
 def _without_args(application: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in application.items() if key != "args"}
 
 
-def _one_line(error: ValidationError) -> str:
+def _describe(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     path = ".".join(str(part) for part in first["loc"]) or "Serve config"
     problem = " ".join(first["msg"].removeprefix("Value error, ").split())
     if first["type"] == "extra_forbidden":
-        return f"{path}: no such field (value {first['input']!r}) in a Serve config"
+        return f"{path}: no such field in a Serve config (value {first['input']!r})"
     return f"{path}: got {str(first['input'])[:80]!r}; {problem[0].lower()}{problem[1:]}"
 
 
-def _listen_on(serve_config: dict[str, Any]) -> tuple[str, int]:
+def _http_address(serve_config: dict[str, Any]) -> tuple[str, int]:
     http = serve_config.get("http_options") or {}
     host = http.get("host") or DEFAULT_HOST
     port = http.get("port", DEFAULT_PORT)
-    if not isinstance(port, int) or not 1 <= port <= 65535:  # Serve takes any number
+    if not isinstance(port, int) or not 1 <= port <= 65535:  # Serve does not check the range
         raise ConfigError(f"http_options.port: got {port!r}; allowed: 1 to 65535")
     return host, port
 
 
 def _check_exposure(host: str, config: TandemConfig, keys: Path) -> None:
     contents = read_keys(keys)
-    known = config.router.api_keys_sha256 or (contents and contents.keys)
-    if not known and not _is_loopback(host):
+    has_keys = config.router.api_keys_sha256 or (contents and contents.keys)
+    if not has_keys and not _is_loopback(host):
         raise ConfigError(
-            f"http_options.host: got {host!r}, which others can reach, without API keys; allowed: "
-            f"a loopback address, or any once there is a key (`tandem keys add TENANT`, or "
+            f"http_options.host: got {host!r}, which is reachable from other machines, but there "
+            f"are no API keys; use a loopback address or add a key (`tandem keys add TENANT` or "
             f"router.api_keys_sha256)"
         )
 

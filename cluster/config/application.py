@@ -1,0 +1,153 @@
+"""Root of the configuration: the ``args`` of Tandem's application in ``ray-config.yaml``."""
+
+import difflib
+from typing import Any, Self, get_args
+
+from pydantic import BaseModel, ByteSize, Field, ValidationError, model_validator
+
+from cluster.config.operations import (
+    AccountingConfig,
+    DevicesConfig,
+    LeaksConfig,
+    OperationsConfig,
+    TracingConfig,
+)
+from cluster.config.pools import ClassifierConfig, GeneratorConfig
+from cluster.config.resources import BudgetConfig
+from cluster.config.router import RouterConfig
+from cluster.config.section import Section
+from cluster.errors import ConfigError
+
+MIB = 1024**2
+
+
+class ClusterConfig(Section):
+    """Local Ray cluster started by `tandem up`; ignored on other clusters."""
+
+    num_cpus: int | None = Field(None, ge=1)
+    """Logical CPUs of the cluster. Default: the machine's cores, at least 2."""
+    ray_port: int = Field(6379, ge=1024, le=65535)
+    """Port of the Ray head (GCS)."""
+    dashboard_port: int = Field(8265, ge=1024, le=65535)
+    """Port of Ray's dashboard."""
+    prometheus_port: int = Field(9090, ge=1024, le=65535)
+    """Port of Prometheus, which `tandem up --monitoring` starts."""
+    object_store_memory_bytes: ByteSize = Field(ByteSize(256 * MIB), ge=80 * MIB)
+    """Size of Ray's object store, in bytes or with a unit (`256MiB`)."""
+    ready_timeout_s: float = Field(600.0, gt=0)
+    """Maximum time in seconds until all pools have their minimum of replicas."""
+
+
+class TandemConfig(Section):
+    """Configuration of one Tandem application."""
+
+    generators: tuple[GeneratorConfig, ...] = ()
+    """Pools of language models."""
+    classifiers: tuple[ClassifierConfig, ...] = ()
+    """Pools of BERT-like models."""
+    router: RouterConfig = RouterConfig()
+    """Routers."""
+    budget: BudgetConfig = BudgetConfig()
+    """Limit on the resources of all pools and routers together."""
+    cluster: ClusterConfig = ClusterConfig()
+    """Local Ray cluster."""
+    tracing: TracingConfig | None = None
+    """Export of traces. Default: none."""
+    accounting: AccountingConfig = AccountingConfig()
+    """Energy and cost of requests."""
+    leaks: LeaksConfig = LeaksConfig()
+    """Leak detection."""
+    devices: DevicesConfig = DevicesConfig()
+    """GPU health checks."""
+
+    @property
+    def model_files(self) -> tuple[str, ...]:
+        """Models and adapters that the engines load, without duplicates."""
+        paths = [path for pool in self.generators for path in pool.model_files]
+        return tuple(dict.fromkeys([*paths, *(pool.model for pool in self.classifiers)]))
+
+    @property
+    def operations(self) -> OperationsConfig:
+        """Sections that every replica receives."""
+        return OperationsConfig(
+            tracing=self.tracing,
+            accounting=self.accounting,
+            leaks=self.leaks,
+            devices=self.devices,
+        )
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        names = [pool.name for pool in self.generators]
+        names += [pool.name for pool in self.classifiers]
+        names += [adapter for pool in self.generators for adapter in pool.adapters]
+        if not names:
+            raise ValueError("at least one generator or classifier is required")
+        if duplicates := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"names of generators, adapters and classifiers must be unique; "
+                f"duplicates: {', '.join(duplicates)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> Self:
+        parts: list[GeneratorConfig | ClassifierConfig | RouterConfig]
+        parts = [self.router, *self.generators, *self.classifiers]
+        for kind in ("cpus", "gpus"):
+            limit = getattr(self.budget, kind)
+            minimum = sum(
+                part.replicas.min * part.num_workers * getattr(part.resources, kind)
+                for part in parts
+            )
+            if limit is not None and minimum > limit + 1e-9:
+                raise ValueError(
+                    f"budget.{kind} ({limit:g}) is less than the {minimum:g} that replicas.min of "
+                    f"the router and all pools require"
+                )
+        return self
+
+
+def parse(args: Any) -> TandemConfig:
+    """Validate the ``args`` of Tandem's application.
+
+    Raises:
+        ConfigError: one line with the field, the value and what is allowed.
+    """
+    try:
+        return TandemConfig.model_validate(args)
+    except ValidationError as error:
+        raise ConfigError(_describe(error)) from None
+
+
+def _describe(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    path = ".".join(str(part) for part in first["loc"]) or "args"
+    value = _shorten(first["input"])
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{path}: no such field (value {value}); allowed: {', '.join(known)}{hint}"
+    if first["type"] == "missing":
+        return f"{path}: missing; this field is required"
+    allowed = first["msg"].removeprefix("Value error, ")
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{path}: got {value}; {allowed[0].lower()}{allowed[1:]}{more}"
+
+
+def _shorten(value: Any, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def _fields_at(loc: tuple[int | str, ...]) -> list[str]:
+    """Return the field names of the section at a pydantic error location."""
+    section: type[BaseModel] = TandemConfig
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        annotation: Any = section.model_fields[part].annotation
+        inner = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type)]
+        section = next(a for a in inner if issubclass(a, BaseModel))
+    return sorted(section.model_fields)

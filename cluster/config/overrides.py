@@ -1,0 +1,124 @@
+"""``--set path=value``: setting a field of a Serve config by its path.
+
+Paths are Tandem's (``generators.smollm2.replicas.max``, ``router.max_queued``) or those of the Serve
+config (``http_options.port``). Names are checked here, values when the configuration is validated.
+"""
+
+import difflib
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+
+from cluster.config.application import TandemConfig
+from cluster.config.section import Section
+from cluster.errors import ConfigError
+
+SERVE_LEVEL = (
+    "http_options", "grpc_options", "logging_config", "proxy_location", "target_capacity",
+    "controller_options",
+)  # fmt: skip
+HTTP_OPTIONS = ("host", "port", "root_path", "request_timeout_s", "keep_alive_timeout_s")
+
+
+def apply_override(
+    serve_config: dict[str, Any], application: dict[str, Any], override: str
+) -> None:
+    """Apply one ``path=value`` to a Serve config in place; the value is parsed as YAML.
+
+    Raises:
+        ConfigError: there is no ``=``, the value is not YAML, or the path does not exist.
+    """
+    path, equals, text = override.partition("=")
+    parts = path.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"--set {override}: expected path=value, such as router.max_queued=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override}: the value {text!r} is not valid YAML") from None
+    if parts[0] in SERVE_LEVEL:
+        _set_serve_field(serve_config, parts, value, override)
+    else:
+        args = application["args"] = application.get("args") or {}
+        _set_field(args, parts, value, override)
+
+
+def _set_serve_field(config: dict[str, Any], parts: list[str], value: Any, override: str) -> None:
+    if parts[0] == "http_options" and len(parts) > 1 and parts[1] not in HTTP_OPTIONS:
+        raise _unknown(override, parts[1], HTTP_OPTIONS)
+    node = config
+    for part in parts[:-1]:
+        node = _submapping(node, part, override)
+    node[parts[-1]] = value
+
+
+def _set_field(args: dict[str, Any], parts: list[str], value: Any, override: str) -> None:
+    node: Any = args
+    kind: Any = TandemConfig
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(node, list):
+            index = _index(node, part, override)
+            kind = get_args(kind)[0]
+            if last:
+                node[index] = value
+            node = node[index]
+            continue
+        name = _current_name(kind, node, part, override)
+        kind = _field_type(kind, name, override, top=depth == 0)
+        if last:
+            node[name] = value
+        elif get_origin(kind) is tuple:
+            node = node.setdefault(name, [])
+        else:
+            node = _submapping(node, name, override)
+
+
+def _current_name(kind: Any, node: dict[str, Any], name: str, override: str) -> str:
+    """Return the current name of a field, after renaming deprecated fields in the file."""
+    if not (isinstance(kind, type) and issubclass(kind, Section)):
+        return name
+    try:
+        renamed = kind.rename_deprecated(node)
+        ((current, _),) = kind.rename_deprecated({name: None}).items()
+    except ValueError as error:
+        raise ConfigError(f"--set {override}: {error}") from None
+    node.clear()
+    node.update(renamed)
+    return current
+
+
+def _field_type(kind: Any, name: str, override: str, *, top: bool) -> Any:
+    """Return the type of a field; free-form mappings such as engine_args accept any name."""
+    if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+        return Any
+    if name not in kind.model_fields:
+        known = [*kind.model_fields, *(SERVE_LEVEL if top else ())]
+        raise _unknown(override, name, known)
+    return kind.model_fields[name].annotation
+
+
+def _submapping(node: dict[str, Any], name: str, override: str) -> dict[str, Any]:
+    if node.get(name) is None:
+        node[name] = {}
+    child = node[name]
+    if not isinstance(child, dict):
+        raise ConfigError(f"--set {override}: {name} is {child!r}, which has no fields")
+    return child
+
+
+def _index(items: list[Any], key: str, override: str) -> int:
+    """Return the index of the element with this ``name``, or ``key`` itself if it is an index."""
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if key in names:
+        return names.index(key)
+    if key.isdigit() and int(key) < len(items):
+        return int(key)
+    raise _unknown(override, key, [name for name in names if name])
+
+
+def _unknown(override: str, name: str, known: Any) -> ConfigError:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return ConfigError(f"--set {override}: no {name!r}; allowed: {', '.join(known)}{hint}")

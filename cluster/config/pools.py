@@ -1,0 +1,245 @@
+"""Configuration of the pools: generators (language models) and classifiers (BERT-like models)."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import ByteSize, Field, model_validator
+
+from cluster.config.resources import ReplicasConfig, ResourcesConfig
+from cluster.config.section import Section
+
+MIB = 1024**2
+
+PRIORITY_POLICY = "priority"
+"""vLLM's ``scheduling_policy`` unless ``engine_args`` sets another; the router sends priorities."""
+
+MAX_LORAS = 8
+"""Default limit on the LoRA adapters that a replica keeps loaded; each takes engine memory."""
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+ClassifierTask = Literal[
+    "classify",
+    "embed",
+    "fill-mask",
+    "next-sentence",
+    "rerank",
+    "score",
+    "token-classification",
+]
+TASK_HEADS: Mapping[ClassifierTask, str | None] = {
+    "classify": "ForSequenceClassification",
+    "score": "ForSequenceClassification",
+    "rerank": "ForSequenceClassification",
+    "token-classification": "ForTokenClassification",
+    "fill-mask": "ForMaskedLM",
+    "next-sentence": "ForNextSentencePrediction",
+    "embed": None,
+}
+"""Suffix of the transformers architectures that support each task; None: every encoder."""
+
+RoutingPolicy = Literal["least-load", "power-of-two", "prefix", "round-robin", "session"]
+
+
+class GeneratorSlo(Section):
+    """Service level objectives of a generator pool, measured in the router. null: no objective."""
+
+    ttft_p90_s: float | None = Field(2.0, gt=0)
+    """90th percentile of the time to first token, in seconds."""
+    itl_p90_s: float | None = Field(0.2, gt=0)
+    """90th percentile of the inter-token latency (the gap between two writes of a stream), in
+    seconds."""
+
+
+class ClassifierSlo(Section):
+    """Service level objectives of a classifier pool, measured in the router. null: no objective."""
+
+    latency_p95_s: float | None = Field(0.5, gt=0)
+    """95th percentile of the time from the request to the end of its response, in seconds."""
+
+
+class SimConfig(Section):
+    """Simulated engine. Times are in seconds; 0 is instant."""
+
+    startup_s: float = Field(0.0, ge=0)
+    """Duration of a cold start, in seconds."""
+    prefill_s_per_token: float = Field(0.0, ge=0)
+    """Prefill time per prompt token whose KV block is not cached, in seconds."""
+    decode_s_per_token: float = Field(0.0, ge=0)
+    """Duration of a decode step with one running request, in seconds."""
+    batch_slowdown: float = Field(0.0, ge=0)
+    """Slowdown s of a decode step per further running request: t(n) = t(1) * (1 + s * (n - 1))."""
+    max_num_seqs: int = Field(256, ge=1)
+    """Maximum number of running requests; others wait in the engine."""
+    num_kv_blocks: int = Field(8192, ge=1)
+    """Size of the KV cache, in blocks."""
+    block_size_tokens: int = Field(32, ge=1)
+    """Size of a KV block, in tokens."""
+    seed: int = 0
+    """Seed of the generated tokens and of the failures."""
+    adapter_load_s: float = Field(0.0, ge=0)
+    """Time that loading one LoRA adapter adds to a step, in seconds."""
+    fail_rate: float = Field(0.0, ge=0, le=1)
+    """Share of requests (0 to 1) that the engine fails with HTTP status 500."""
+    fail_startup: bool = False
+    """True makes every start of the engine fail."""
+    die_after_requests: int | None = Field(None, ge=1)
+    """Number of accepted requests after which the engine dies, as a vLLM engine would. Default:
+    never."""
+    hang_after_requests: int | None = Field(None, ge=1)
+    """Number of requests after which further ones are accepted but never answered. Default:
+    never."""
+    leak_bytes_per_request: ByteSize = Field(ByteSize(0), ge=0)
+    """Memory that each request leaks, in bytes."""
+
+
+def _check_scaling(max_in_flight: int, replicas: ReplicasConfig) -> None:
+    # A replica that never reaches its target would never trigger an upscale.
+    if replicas.max > replicas.min and replicas.target_in_flight > max_in_flight:
+        raise ValueError(
+            f"replicas.target_in_flight ({replicas.target_in_flight:g}) must be at most "
+            f"max_in_flight ({max_in_flight})"
+        )
+
+
+class GeneratorConfig(Section):
+    """Pool of language-model replicas."""
+
+    renamed_fields: ClassVar[Mapping[str, str]] = {"max_ongoing": "max_in_flight"}
+
+    name: Name
+    """Name of the pool, and the value of `model` in requests."""
+    model: str = Field(min_length=1)
+    """Name of a default model (`tandem models list`), Hugging Face id, or local directory."""
+    engine: Literal["vllm", "sim"] = "vllm"
+    """Inference engine; `sim` simulates one without a model."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """Number of workers that share each layer."""
+    pipeline_parallel_size: int = Field(1, ge=1)
+    """Number of pipeline stages into which the layers are divided."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Type of weights and activations. `auto` is the model's own type, but float32 on processors
+    that only emulate bfloat16."""
+    quantization: str | None = None
+    """vLLM's quantization method. Default: the one in the model's configuration."""
+    max_model_len: int | None = Field(None, ge=1)
+    """Context length: prompt and completion tokens together. Default: the model's maximum."""
+    kv_cache_memory_bytes: ByteSize | None = Field(None, ge=MIB)
+    """KV cache of each worker, in bytes or with a unit (`512MiB`). Default: chosen by vLLM (1 GiB
+    on CPUs)."""
+    adapters: dict[Name, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
+    """LoRA adapters: the value of `model` in requests, and the adapter's directory or Hugging Face
+    id."""
+    engine_args: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of vLLM's `AsyncEngineArgs` or of its API server, by their Python names."""
+    sim: SimConfig = SimConfig()
+    """Settings of `engine: sim`."""
+    max_in_flight: int = Field(256, ge=1)
+    """Maximum number of requests in flight at one replica; others wait in the router."""
+    routing: RoutingPolicy = "prefix"
+    """Policy that selects a replica for a request."""
+    slo: GeneratorSlo = GeneratorSlo()
+    """Objectives that autoscaling and the dashboard use."""
+    priority: int = 0
+    """Precedence when the budget is exhausted: pools with a higher number get replicas first."""
+    replicas: ReplicasConfig = ReplicasConfig()
+    """Replica counts and autoscaling."""
+    resources: ResourcesConfig = ResourcesConfig()
+    """Resources of each worker."""
+
+    @property
+    def num_workers(self) -> int:
+        """Worker processes of one replica."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def model_files(self) -> tuple[str, ...]:
+        """Model and adapters that the engine loads; empty for a simulated engine."""
+        return (self.model, *self.adapters.values()) if self.engine == "vllm" else ()
+
+    @property
+    def max_loras(self) -> int:
+        """Adapters that a replica keeps loaded: ``engine_args.max_loras``, or all, at most 8."""
+        return int(self.engine_args.get("max_loras", max(1, min(len(self.adapters), MAX_LORAS))))
+
+    @model_validator(mode="after")
+    def _check_limits(self) -> Self:
+        _check_scaling(self.max_in_flight, self.replicas)
+        max_loras = self.engine_args.get("max_loras", 1)
+        if not isinstance(max_loras, int) or isinstance(max_loras, bool) or max_loras < 1:
+            raise ValueError(f"engine_args.max_loras is {max_loras!r}; it must be at least 1")
+        if self.num_workers > 1 and not (self.resources.cpus or self.resources.gpus):
+            raise ValueError(
+                f"resources must reserve CPUs or GPUs for each of the {self.num_workers} workers"
+            )
+        return self
+
+
+class ResultCacheConfig(Section):
+    """LRU cache of results by text, in each classifier replica."""
+
+    max_bytes: ByteSize = Field(ByteSize(0), ge=0)
+    """Memory for cached texts and results, in bytes or with a unit. 0 turns the cache off."""
+    isolate_tenants: bool = False
+    """True if a tenant (header `x-tandem-tenant`) gets only results computed for itself."""
+
+
+class ClassifierConfig(Section):
+    """Pool of classifier replicas: BERT-like models that classify, embed or rank texts."""
+
+    renamed_fields: ClassVar[Mapping[str, str]] = {"max_ongoing": "max_in_flight"}
+
+    name: Name
+    """Name of the pool, and the value of `model` in requests."""
+    model: str = Field(min_length=1)
+    """Name of a default model (`tandem models list`), Hugging Face id, or local directory."""
+    tasks: tuple[ClassifierTask, ...] = Field(("classify", "embed"), min_length=1)
+    """Tasks that the pool serves. All but `embed` need a model trained for the task."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32", "int8"] = "auto"
+    """Type of weights and activations. `auto` is bfloat16 on processors with native bfloat16, else
+    float32. At start-up, every type but float32 must agree with float32 on 99.5 % of the test
+    texts. `int8` is for BERT on CPUs."""
+    max_batch_tokens: int = Field(1024, ge=16)
+    """Maximum number of tokens in a batch. On CPUs, larger batches add latency but no
+    throughput."""
+    max_queued_tokens: int = Field(1_000_000, ge=16)
+    """Maximum number of tokens queued in one replica; beyond it requests are shed (429)."""
+    max_texts: int = Field(10_000, ge=1)
+    """Maximum number of texts in one request."""
+    threads: int | None = Field(None, ge=1)
+    """Compute threads of one replica. Default: one per core."""
+    result_cache: ResultCacheConfig = ResultCacheConfig()
+    """Cache of results."""
+    max_in_flight: int = Field(256, ge=1)
+    """Maximum number of requests in flight at one replica; others wait in the router."""
+    routing: RoutingPolicy = "least-load"
+    """Policy that selects a replica for a request."""
+    slo: ClassifierSlo = ClassifierSlo()
+    """Objectives that autoscaling and the dashboard use."""
+    priority: int = 0
+    """Precedence when the budget is exhausted: pools with a higher number get replicas first."""
+    replicas: ReplicasConfig = ReplicasConfig()
+    """Replica counts and autoscaling."""
+    resources: ResourcesConfig = ResourcesConfig()
+    """Resources of one replica."""
+
+    num_workers: ClassVar[int] = 1
+
+    @property
+    def head(self) -> str | None:
+        """Required suffix of the model's architecture; None if every encoder will do."""
+        return next((TASK_HEADS[task] for task in self.tasks if TASK_HEADS[task]), None)
+
+    @model_validator(mode="after")
+    def _check_head(self) -> Self:
+        heads = {head: task for task in self.tasks if (head := TASK_HEADS[task])}
+        if len(heads) > 1:
+            raise ValueError(
+                f"the tasks {' and '.join(heads.values())} need two different models; make a pool "
+                "for each"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_limits(self) -> Self:
+        _check_scaling(self.max_in_flight, self.replicas)
+        return self

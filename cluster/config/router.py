@@ -1,0 +1,56 @@
+"""Configuration of the router: API keys, queue limits, timeouts and request log."""
+
+from typing import Annotated, ClassVar, Self
+
+from pydantic import ByteSize, Field, model_validator
+
+from cluster.config.resources import ReplicasConfig, ResourcesConfig
+from cluster.config.section import Section
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class RouterConfig(Section):
+    """Routers, which receive all HTTP requests. Limits are per router."""
+
+    api_keys_sha256: tuple[Sha256, ...] = ()
+    """SHA-256 digests (hex) of API keys accepted in addition to the key file's. Each is a tenant
+    without limits."""
+    operator_keys_sha256: tuple[Sha256, ...] = ()
+    """SHA-256 digests (hex) of further accepted keys that may read every tenant's usage."""
+    keys_file: str | None = None
+    """Key file written by `tandem keys`. Default: `keys.yaml` in Tandem's home, if it exists.
+    Without any key the router accepts every request, which is allowed on loopback only."""
+    max_body_bytes: ByteSize = Field(ByteSize(32 * 1024**2), ge=1024)
+    """Maximum size of a request body, in bytes or with a unit; larger ones get status 413."""
+    max_queued: int = Field(1024, ge=0)
+    """Maximum number of queued requests per pool; beyond it requests are shed (429)."""
+    max_queued_tokens: float = Field(2_000_000, gt=0)
+    """Maximum estimated work of the queued requests per pool, in tokens; beyond it requests are
+    shed (429)."""
+    queue_timeout_s: float = Field(60.0, gt=0)
+    """Maximum time in the queue in seconds while the pool has replicas; then 429."""
+    start_timeout_s: float = Field(300.0, gt=0)
+    """Maximum time in the queue in seconds for the first replica of a pool with `min: 0`; then
+    503. Other pools use `queue_timeout_s`."""
+    log_requests_per_s: float = Field(10.0, ge=0)
+    """Maximum number of logged requests per second, and the same number again of failed ones."""
+    log_prompts: bool = False
+    """True if the log contains the first 2,000 characters of each logged request's body."""
+    replicas: ReplicasConfig = ReplicasConfig(min=1, max=2, target_in_flight=256)
+    """Number of routers and their autoscaling; `min` must be at least 1."""
+    resources: ResourcesConfig = ResourcesConfig(cpus=0.2)
+    """Resources of one router."""
+
+    num_workers: ClassVar[int] = 1
+
+    @property
+    def requires_keys(self) -> bool:
+        """True if requests need an API key. Valid after loading, which fills in ``keys_file``."""
+        return bool(self.api_keys_sha256 or self.operator_keys_sha256 or self.keys_file)
+
+    @model_validator(mode="after")
+    def _check_min(self) -> Self:
+        if self.replicas.min < 1:
+            raise ValueError("replicas.min of the router must be at least 1: it queues requests")
+        return self
