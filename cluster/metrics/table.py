@@ -282,7 +282,7 @@ ENCODER_DRIFT = Metric(
 STARTUP_SECONDS = Metric(
     "tandem_startup_seconds",
     "gauge",
-    "How long the phases of a start took (docs/autoscaling.md).",
+    "How long the phases of a start took (docs/explanation/autoscaling.md).",
     ("model", "phase"),
 )
 

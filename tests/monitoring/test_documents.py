@@ -18,7 +18,7 @@ from tests.monitoring.test_rules import promtool, rules
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RUNBOOKS = sorted((ROOT / "docs" / "runbooks").glob("*.md"))
-_BLOCK = re.compile(r"^```bash\n(.*?)^```|((?:^    .*\n)+)", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(r"^```(?:bash|sh)\n(.*?)^```|((?:^    .*\n)+)", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`([^`]+)`")
 _COMMAND = re.compile(r"(?:^|[\s(|/;])tandem ([a-z](?:[^\n#;)>&|\\]|\\\|)*)")
 _METRIC = re.compile(r"(?<![\w:/.])(?:tandem_|ray_serve_|ray_vllm_|ray_node_|model:tandem_)[\w:]+")
@@ -30,8 +30,7 @@ RECORDED = {rule["record"] for rule in rules() if "record" in rule}
 
 
 def text_of(path: Path) -> str:
-    """The document without README's list of files."""
-    return path.read_text(encoding="utf-8").split("## Where things are")[0]
+    return path.read_text(encoding="utf-8")
 
 
 def commands(text: str) -> Iterator[tuple[str, bool]]:

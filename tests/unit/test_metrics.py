@@ -1,7 +1,5 @@
 """The table of metrics, the registry, and what Prometheus reads of it."""
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +7,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.metrics import Metric, Registry, exposition, table
 from cluster.metrics.registry import MAX_SERIES
-from cluster.monitoring.docs import markdown
 
 COUNT = Metric("tandem_things_total", "counter", "Things.", ("kind",))
 LEVEL = Metric("tandem_level", "gauge", "A level.")
@@ -77,11 +74,6 @@ def test_labels_are_bounded_and_complete() -> None:
     assert len(list(registry.collect())) == MAX_SERIES + 1
     with pytest.raises(ValueError, match="has the labels"):
         registry.counter(COUNT, "a", "b")
-
-
-def test_the_documented_metrics_are_those_of_the_table() -> None:
-    page = Path(__file__).parents[2] / "docs" / "metrics.md"
-    assert page.read_text() == markdown(), "run `python -m cluster.monitoring.docs`"
 
 
 def test_histograms_add_up_and_are_taken_over() -> None:
