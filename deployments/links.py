@@ -6,7 +6,8 @@ from collections.abc import Callable
 import ray
 
 from cluster.asgi import ASGIApp
-from cluster.link import LinkServer, Load, PrefixSource, certificate_expiry, tls_contexts
+from cluster.link import LinkServer, PrefixSource, certificate_expiry, tls_contexts
+from cluster.load import Load
 from cluster.metrics import Registry, table
 from deployments.secret import link_secret
 

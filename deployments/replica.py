@@ -19,15 +19,10 @@ from cluster.errors import DeviceFailedError, EngineDeadError, ReplicaRetiredErr
 from cluster.gateway.pools.pool import ReplicaInfo
 from cluster.gateway.pools.routes import RouteTable
 from cluster.launch.loopback import confine_serve
-from cluster.link import (
-    DrainResult,
-    LinkUsage,
-    RequestHead,
-    ResponseHead,
-    answer_locally,
-)
+from cluster.link import DrainResult, RequestHead, ResponseHead, answer_locally
 from cluster.metrics import Registry, table
 from cluster.tracing import start_tracer
+from cluster.usage import Usage
 from deployments.autoscaling import CREATED, ONGOING, STARTUP
 from deployments.links import serve_links, watch_certificate
 from deployments.metrics import RayExporter
@@ -102,7 +97,7 @@ class EngineReplica:
 
     async def answer_call(
         self, replica_id: str, head: RequestHead, body: bytes
-    ) -> AsyncIterator[ResponseHead | bytes | LinkUsage]:
+    ) -> AsyncIterator[ResponseHead | bytes | Usage]:
         """A request of a router that cannot open a link; ``replica_id`` chose this replica."""
         self._calls += 1
         try:

@@ -29,16 +29,10 @@ from cluster.gateway import (
 from cluster.key_file import KeyFile
 from cluster.launch.loopback import confine_serve
 from cluster.leaks import MemoryWatch
-from cluster.link import (
-    LinkUsage,
-    RequestHead,
-    ResponseHead,
-    TlsContexts,
-    answer_locally,
-    tls_contexts,
-)
+from cluster.link import RequestHead, ResponseHead, TlsContexts, answer_locally, tls_contexts
 from cluster.models.store import home
 from cluster.tracing import start_tracer
+from cluster.usage import Usage
 from deployments.decisions import read_decisions
 from deployments.discovery import Discovery
 from deployments.handles import opener
@@ -136,7 +130,7 @@ class Router:
 
     async def call(
         self, head: RequestHead, body: bytes
-    ) -> AsyncIterator[ResponseHead | bytes | LinkUsage]:
+    ) -> AsyncIterator[ResponseHead | bytes | Usage]:
         """A request of another Ray job that cannot open a link."""
         async with aclosing(answer_locally(self._inside, head, body)) as items:
             async for item in items:

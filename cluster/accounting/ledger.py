@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from cluster.accounting import ANONYMOUS, IDLE, LEARNING, OTHER, REASONS
 from cluster.accounting.costs import TokenCosts, Work
-from cluster.asgi import Usage
+from cluster.usage import UsageCounter
 
 MAX_TENANTS = 500
 
@@ -38,7 +38,7 @@ class RequestWork:
 
     __slots__ = ("_decode", "_ledger", "_prefill", "cost", "ended", "joules", "tenant", "usage")
 
-    def __init__(self, ledger: "Ledger", usage: Usage, tenant: str) -> None:
+    def __init__(self, ledger: "Ledger", usage: UsageCounter, tenant: str) -> None:
         self.usage = usage
         self.tenant = tenant
         self.joules = 0.0
@@ -90,7 +90,7 @@ class Ledger:
         self._cost_per_effort = 0.0
         self._open: list[RequestWork] = []
 
-    def begin(self, usage: Usage, tenant: str) -> RequestWork:
+    def begin(self, usage: UsageCounter, tenant: str) -> RequestWork:
         """A request begins, whose tokens ``usage`` counts."""
         work = RequestWork(self, usage, tenant or ANONYMOUS)
         usage.settle = work.settle

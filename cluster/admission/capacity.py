@@ -10,7 +10,9 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from itertools import accumulate, pairwise
 from statistics import median_low
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
+
+from cluster.load import Load
 
 ADJUST_S = 0.5
 """The limit is looked at so often; it falls by a queue that stood for half of this time."""
@@ -31,22 +33,6 @@ _MEMORY = 0.99  # each finished request weighs so much of the next one
 _ROUNDING_S = 1e-6  # of sums of seconds
 _SHARE_WEIGHT = 0.2  # of one report; the share that runs changes with each step of an engine
 _BEST_S = 60.0  # the best latency is that of the last minute or two: other requests, another best
-
-
-class ReplicaLoad(Protocol):
-    """What a replica reports."""
-
-    @property
-    def running(self) -> int:
-        """Requests in the engine's batch."""
-
-    @property
-    def waiting(self) -> int:
-        """Requests that the engine has not started."""
-
-    @property
-    def kv_cache_usage(self) -> float:
-        """Share of KV blocks in use."""
 
 
 class _Sample(NamedTuple):
@@ -132,7 +118,7 @@ class PoolCapacity:
         best = min(self._best, self._best_before)
         return min(self.average_s(work_tokens), work_tokens * best) if self._num else 0.0
 
-    def observe(self, loads: Iterable[ReplicaLoad], now_s: float) -> None:
+    def observe(self, loads: Iterable[Load], now_s: float) -> None:
         """Take in the newest reports of all replicas."""
         if 0 <= now_s - self._sampled_at_s < SAMPLE_S:
             return

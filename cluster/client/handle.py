@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from cluster.errors import LinkClosedError, RequestError
-from cluster.link import LinkUsage, ResponseHead
+from cluster.link import ResponseHead
+from cluster.usage import Usage
 
-Item = ResponseHead | bytes | LinkUsage
+Item = ResponseHead | bytes | Usage
 """What the other end yields for one request: its head, its chunks, and at last what it took."""
 
 
@@ -17,7 +18,7 @@ class HandleAnswer:
     """The answer to a streaming call of a handle; like ``cluster.link.Stream``."""
 
     def __init__(self, items: Any) -> None:
-        self.usage: LinkUsage | None = None
+        self.usage: Usage | None = None
         self._items = items
         self._iterator: AsyncIterator[Item] = aiter(items)
 
@@ -32,7 +33,7 @@ class HandleAnswer:
         while not isinstance(item := await self._next(), bytes):
             if item is None:
                 return b""
-            if isinstance(item, LinkUsage):
+            if isinstance(item, Usage):
                 self.usage = item
         return item
 

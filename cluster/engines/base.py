@@ -4,24 +4,12 @@ A replica owns one engine and knows it through this protocol alone, so vLLM, the
 engine and the encoder are interchangeable above it.
 """
 
-from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.asgi import ASGIApp
 from cluster.link import PrefixSource
+from cluster.load import Load
 from cluster.metrics import Registry
-
-
-@dataclass(frozen=True, slots=True)
-class EngineLoad:
-    """What an engine has to do at one moment."""
-
-    running: int = 0
-    """Requests in the engine's current batch."""
-    waiting: int = 0
-    """Requests that the engine accepted and has not started."""
-    kv_cache_usage: float = 0.0
-    """Share of KV blocks in use, 0 to 1."""
 
 
 class Engine(Protocol):
@@ -61,7 +49,7 @@ class Engine(Protocol):
             EngineDeadError: it does not, and will not again.
         """
 
-    def load(self) -> EngineLoad:
+    def load(self) -> Load:
         """The load now; never blocks."""
 
     def observe(self, registry: Registry) -> None:

@@ -22,7 +22,6 @@ import psutil
 from cluster.asgi import ASGIApp
 from cluster.config import GeneratorConfig
 from cluster.engines import vllm_args
-from cluster.engines.base import EngineLoad
 from cluster.engines.importing import without_collections
 from cluster.engines.leave import CancelAsLeave
 from cluster.engines.phases import Phases
@@ -31,6 +30,7 @@ from cluster.engines.vllm_events import KvEvents
 from cluster.engines.vllm_prompts import KeepBody, shown
 from cluster.engines.vllm_usage import CountUsage, counted
 from cluster.errors import ConfigError, EngineDeadError
+from cluster.load import Load
 from cluster.metrics import Registry
 
 logger = logging.getLogger(__name__)
@@ -154,20 +154,20 @@ class VllmEngine:
         except VllmEngineDeadError as error:
             raise EngineDeadError(str(error)) from None
 
-    def load(self) -> EngineLoad:
+    def load(self) -> Load:
         """The load now.
 
         vLLM tells its load with each step, so not after an abort that leaves it idle; how many
         requests it has is known here at once.
         """
         if self._llm is None:
-            return EngineLoad()
+            return Load()
         unfinished = self._llm.get_num_unfinished_requests()
         stats = self._scheduler_stats
         if stats is None or not unfinished:
-            return EngineLoad(running=unfinished)
+            return Load(running=unfinished)
         waiting = min(stats.num_waiting_reqs, unfinished)
-        return EngineLoad(unfinished - waiting, waiting, stats.kv_cache_usage)
+        return Load(unfinished - waiting, waiting, stats.kv_cache_usage)
 
     def observe(self, registry: Registry) -> None:
         """Nothing: vLLM gives its metrics to Ray itself (``ray_metrics``)."""

@@ -10,9 +10,10 @@ from contextvars import ContextVar
 from functools import wraps
 from typing import Any
 
-from cluster.asgi import ASGIApp, Receive, Scope, Send, Usage, usage_of
+from cluster.asgi import ASGIApp, Receive, Scope, Send, usage_of
+from cluster.usage import UsageCounter
 
-_usage: ContextVar[Usage | None] = ContextVar("usage", default=None)
+_usage: ContextVar[UsageCounter | None] = ContextVar("usage", default=None)
 
 Generate = Callable[..., AsyncGenerator[Any, None]]
 """``AsyncLLM.generate``: yields vLLM's ``RequestOutput``s, each with the tokens that are new."""
@@ -35,7 +36,7 @@ def counted(generate: Generate) -> Generate:
 
     @wraps(generate)
     async def count(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-        usage = _usage.get() or Usage()
+        usage = _usage.get() or UsageCounter()
         async with aclosing(generate(*args, **kwargs)) as outputs:
             first = True
             async for output in outputs:

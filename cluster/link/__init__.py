@@ -4,11 +4,11 @@ from cluster.link.certificate import certificate_expiry
 from cluster.link.client import LinkClient, LinkState
 from cluster.link.connection import LinkCounts, LinkOptions
 from cluster.link.exchange import TOKEN_IDS
-from cluster.link.frames import LinkLoad, LinkUsage, RequestHead, ResponseHead
+from cluster.link.frames import RequestHead, ResponseHead
 from cluster.link.handshake import TlsContexts, tls_contexts
 from cluster.link.local import answer_locally
 from cluster.link.prefixes import PrefixEvents, PrefixSource
-from cluster.link.server import DrainResult, LinkServer, Load
+from cluster.link.server import DrainResult, LinkServer
 from cluster.link.stream import Chunk, Stream
 
 __all__ = [
@@ -17,12 +17,9 @@ __all__ = [
     "DrainResult",
     "LinkClient",
     "LinkCounts",
-    "LinkLoad",
     "LinkOptions",
     "LinkServer",
     "LinkState",
-    "LinkUsage",
-    "Load",
     "PrefixEvents",
     "PrefixSource",
     "RequestHead",

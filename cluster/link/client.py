@@ -20,9 +20,10 @@ from cluster.errors import (
 )
 from cluster.link.client_connection import ClientConnection
 from cluster.link.connection import LinkCounts, LinkOptions
-from cluster.link.frames import PREFIXES, LinkLoad, RequestHead
+from cluster.link.frames import PREFIXES, RequestHead
 from cluster.link.prefixes import PrefixEvents
 from cluster.link.stream import Stream
+from cluster.load import Load
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class LinkClient:
         self.host = host
         self.port = port
         self.state = LinkState.CONNECTING
-        self.load: LinkLoad | None = None
+        self.load: Load | None = None
         """What the replica said last on this connection."""
         self.last_error: LinkError | None = None
         """Why the last attempt or connection ended; None once one has come about."""
@@ -74,7 +75,7 @@ class LinkClient:
         self.counts = counts or LinkCounts()
         """What passed; several links may share them."""
         self.on_state: Callable[[LinkState], None] | None = None
-        self.on_load: Callable[[LinkLoad], None] | None = None
+        self.on_load: Callable[[Load], None] | None = None
         self.on_prefixes: Callable[[PrefixEvents], None] | None = None
         self._secret = secret
         self._ssl = ssl
@@ -155,7 +156,7 @@ class LinkClient:
         self._set_state(LinkState.CONNECTED)
         self._attempted()
 
-    def on_loaded(self, load: LinkLoad) -> None:
+    def on_loaded(self, load: Load) -> None:
         """The replica said what it has to do."""
         self.load = load
         self._tell(self.on_load, load)

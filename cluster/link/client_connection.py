@@ -30,8 +30,6 @@ from cluster.link.frames import (
     USAGE,
     WINDOW,
     Frame,
-    LinkLoad,
-    LinkUsage,
     RequestHead,
     decode_credit,
     decode_head,
@@ -40,6 +38,8 @@ from cluster.link.frames import (
 from cluster.link.handshake import Handshake
 from cluster.link.prefixes import PrefixEvents, decode_prefixes
 from cluster.link.stream import Stream
+from cluster.load import Load
+from cluster.usage import Usage
 
 _MAX_STREAM_ID = 2**32 - 1
 FEW_FRAMES = 8
@@ -52,7 +52,7 @@ class Owner(Protocol):
     def on_connected(self, connection: "ClientConnection") -> None:
         """The replica has proved itself; streams may be opened."""
 
-    def on_loaded(self, load: LinkLoad) -> None:
+    def on_loaded(self, load: Load) -> None:
         """The replica said what it has to do."""
 
     def on_told(self, events: PrefixEvents) -> None:
@@ -137,7 +137,7 @@ class ClientConnection(Connection):
 
     def _on_frame(self, stream_id: int, kind: int, flags: int, payload: bytes) -> None:
         if kind == LOAD:
-            self._owner.on_loaded(decode_head(payload, LinkLoad))
+            self._owner.on_loaded(decode_head(payload, Load))
         elif kind == PREFIXES:
             self._on_prefixes(payload)
         elif kind == GOAWAY:
@@ -151,7 +151,7 @@ class ClientConnection(Connection):
         elif kind == WINDOW:
             stream.sender.grant(decode_credit(payload))
         elif kind == USAGE:
-            stream.usage = decode_head(payload, LinkUsage)
+            stream.usage = decode_head(payload, Usage)
         else:
             stream.fail(_stream_error(flags, payload))
 

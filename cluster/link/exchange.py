@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
 
-from cluster.asgi import USAGE, Message, Scope, Usage
+from cluster.asgi import USAGE, Message, Scope
 from cluster.errors import LinkClosedError, LinkProtocolError, RequestError
 from cluster.link import frames
 from cluster.link.connection import Connection
@@ -24,13 +24,13 @@ from cluster.link.frames import (
     RESPONSE,
     TOKENS,
     WINDOW,
-    LinkUsage,
     RequestHead,
     ResponseHead,
     encode_credit,
     encode_head,
     encode_tokens,
 )
+from cluster.usage import UsageCounter
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ TOKEN_IDS = "tandem.token_ids"
 
 
 def scope_of(
-    head: RequestHead, usage: Usage, server: tuple[str, int], client: tuple[str, int]
+    head: RequestHead, usage: UsageCounter, server: tuple[str, int], client: tuple[str, int]
 ) -> Scope:
     """The ASGI scope; spec 2.4, so Starlette streams without a task that waits for the end."""
     headers: list[tuple[bytes, bytes]] = list(head.headers)
@@ -61,22 +61,6 @@ def scope_of(
         "state": {},
         "extensions": {USAGE: usage},
     }
-
-
-def usage_said(usage: Usage) -> LinkUsage | None:
-    """What is said of a request's tokens; None where the application counted none."""
-    if not (usage.prompt_tokens or usage.completion_tokens):
-        return None
-    if usage.settle is not None:
-        usage.settle()
-    return LinkUsage(
-        usage.prompt_tokens,
-        usage.cached_tokens,
-        usage.completion_tokens,
-        usage.joules,
-        usage.cost,
-        usage.source,
-    )
 
 
 class Exchange:
@@ -107,7 +91,7 @@ class Exchange:
     ) -> None:
         self.stream_id = stream_id
         self.head = head
-        self.usage = Usage()
+        self.usage = UsageCounter()
         self.task: asyncio.Task[None] | None = None
         self.started = False
         self.complete = False
@@ -254,7 +238,7 @@ class Exchange:
         return rest
 
     def _send_usage(self) -> None:
-        if (said := usage_said(self.usage)) is not None:
+        if (said := self.usage.report()) is not None:
             self._connection.write(self.stream_id, frames.USAGE, 0, encode_head(said))
 
     def _check_open(self) -> None:

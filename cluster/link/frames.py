@@ -8,7 +8,7 @@ A frame is a header of 10 bytes, little-endian, and a payload::
 HELLO      0    magic "TNDM" | version u16 | receive window u32 | nonce, 32 bytes
 AUTH       0    HMAC-SHA256 over both hellos, 32 bytes (see ``handshake``)
 PING PONG  0    nothing; a PING is answered by a PONG at once
-LOAD       0    replica to router, unasked: ``LinkLoad``
+LOAD       0    replica to router, unasked: ``Load``
 PREFIXES   0    router to replica, once: nothing; asks for what the engine's prefix cache holds.
                 Replica to router, from then on: number u64, from 0 | stored u32, a count |
                 cleared u8, 0 or 1 | hashes u64, the stored ones, then the removed (see
@@ -21,7 +21,7 @@ DATA       id   replica to router: a piece of the response's body; END: the last
                 TOKENS: begins with count u16 | count x u32, the ids that the bytes belong to
 CANCEL     id   router to replica: the stream is of no interest any more
 WINDOW     id   u32, bytes by which the other end may send more on this stream
-USAGE      id   replica to router, before the end: ``LinkUsage``, what the request took
+USAGE      id   replica to router, before the end: ``Usage``
 ERROR      id   replica to router, ends the stream: [status, message];
                 REFUSED: nothing was started. On stream 0, instead of AUTH: the proof was wrong
 =========  ===  ===========================================================================
@@ -38,6 +38,8 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from cluster.errors import LinkProtocolError
+from cluster.load import Load
+from cluster.usage import Usage
 
 HELLO: Final = 1
 AUTH: Final = 2
@@ -105,39 +107,12 @@ class ResponseHead(msgspec.Struct, frozen=True, array_like=True):
     headers: list[tuple[bytes, bytes]] = []
 
 
-class LinkLoad(msgspec.Struct, frozen=True, array_like=True):
-    """What a replica has to do at one moment."""
-
-    running: int = 0
-    """Requests in the engine's current batch."""
-    waiting: int = 0
-    """Requests that the engine accepted and has not started."""
-    kv_cache_usage: float = 0.0
-    """Share of KV blocks in use, 0 to 1."""
-    ongoing: int = 0
-    """Streams open on the replica, from all routers; the server fills it in."""
-
-
-class LinkUsage(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
-    """The tokens that one request took, and what they cost where that is accounted for."""
-
-    prompt_tokens: int
-    cached_tokens: int
-    """Prompt tokens that needed no computing."""
-    completion_tokens: int
-    joules: float | None = None
-    cost: float | None = None
-    """In the configured currency."""
-    source: str = ""
-    """What measured the joules, or why there are none."""
-
-
-Head = TypeVar("Head", RequestHead, ResponseHead, LinkLoad, LinkUsage, tuple[int, str])
+Head = TypeVar("Head", RequestHead, ResponseHead, Load, Usage, tuple[int, str])
 
 encode_head = msgspec.msgpack.Encoder().encode
 _DECODERS: dict[Any, msgspec.msgpack.Decoder[Any]] = {
     kind: msgspec.msgpack.Decoder(kind)
-    for kind in (RequestHead, ResponseHead, LinkLoad, LinkUsage, tuple[int, str])
+    for kind in (RequestHead, ResponseHead, Load, Usage, tuple[int, str])
 }
 
 

@@ -3,10 +3,11 @@
 import asyncio
 from collections.abc import AsyncGenerator
 
-from cluster.asgi import ASGIApp, Message, Usage
+from cluster.asgi import ASGIApp, Message
 from cluster.errors import InternalError
-from cluster.link.exchange import scope_of, usage_said
-from cluster.link.frames import LinkUsage, RequestHead, ResponseHead
+from cluster.link.exchange import scope_of
+from cluster.link.frames import RequestHead, ResponseHead
+from cluster.usage import Usage, UsageCounter
 
 MAX_WAITING_BYTES = 256 * 1024
 """What the application may be ahead of the reader, and one chunk, before it has to wait."""
@@ -15,7 +16,7 @@ _ADDRESS = ("127.0.0.1", 0)
 
 async def answer_locally(
     app: ASGIApp, head: RequestHead, body: bytes
-) -> AsyncGenerator[ResponseHead | bytes | LinkUsage, None]:
+) -> AsyncGenerator[ResponseHead | bytes | Usage, None]:
     """The response's head, its bytes with all that has come in one piece, and what it took.
 
     Closing the generator cancels the application.
@@ -42,7 +43,7 @@ async def answer_locally(
         await task
         if call.head is None:
             raise InternalError("the application ended without a response")
-        if (said := usage_said(call.usage)) is not None:
+        if (said := call.usage.report()) is not None:
             yield said
     finally:
         task.cancel()
@@ -53,7 +54,7 @@ class _LocalCall:
 
     def __init__(self, body: bytes) -> None:
         self.head: ResponseHead | None = None
-        self.usage = Usage()
+        self.usage = UsageCounter()
         self.news = asyncio.Event()
         self._body: bytes | None = body
         self._chunks: list[bytes] = []

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterable
 from functools import partial
 from ssl import SSLContext
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from cluster.asgi import ASGIApp, Scope
 from cluster.errors import LinkAuthError, LinkError, LinkProtocolError
@@ -27,7 +27,6 @@ from cluster.link.frames import (
     REQUEST,
     WINDOW,
     Frame,
-    LinkLoad,
     RequestHead,
     decode_credit,
     decode_head,
@@ -35,28 +34,13 @@ from cluster.link.frames import (
 )
 from cluster.link.handshake import Handshake
 from cluster.link.prefixes import PrefixEvents, PrefixSource, encode_prefixes, pieces_of
+from cluster.load import Load
 
 logger = logging.getLogger(__name__)
 
 _CLOSE_TIMEOUT_S = 1.0
 PREFIXES_INTERVAL_S = 0.02
 """Changes of the prefix cache are told together at most this late."""
-
-
-class Load(Protocol):
-    """What an engine has to do at one moment."""
-
-    @property
-    def running(self) -> int:
-        """Requests in its batch."""
-
-    @property
-    def waiting(self) -> int:
-        """Requests that it has not started."""
-
-    @property
-    def kv_cache_usage(self) -> float:
-        """Share of KV blocks in use, 0 to 1."""
 
 
 class DrainResult(NamedTuple):
@@ -122,10 +106,10 @@ class LinkServer:
         """Streams whose application has not returned."""
         return len(self._tasks)
 
-    def current_load(self) -> LinkLoad:
+    def current_load(self) -> Load:
         """What the engine says, and the ongoing streams."""
-        engine: Load = self._load() if self._load is not None else LinkLoad()
-        return LinkLoad(engine.running, engine.waiting, engine.kv_cache_usage, self.num_ongoing)
+        engine: Load = self._load() if self._load is not None else Load()
+        return Load(engine.running, engine.waiting, engine.kv_cache_usage, self.num_ongoing)
 
     def retire(self) -> None:
         """Refuse new streams from now on; the ongoing ones and the connections stay.
@@ -217,7 +201,7 @@ class _ServerConnection(Connection):
         self._connections = connections
         self._exchanges: dict[int, Exchange] = {}
         self._client = ("", 0)
-        self._load: LinkLoad | None = None
+        self._load: Load | None = None
         self._load_said = 0.0
         self._num_prefixes = 0
         self._wants_prefixes = False

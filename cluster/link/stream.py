@@ -19,13 +19,13 @@ from cluster.link.frames import (
     MAX_PAYLOAD_BYTES,
     TOKENS,
     WINDOW,
-    LinkUsage,
     ResponseHead,
     decode_head,
     decode_tokens,
     encode_credit,
     tokens_end,
 )
+from cluster.usage import Usage
 
 
 class Chunk(NamedTuple):
@@ -66,7 +66,7 @@ class Stream:
     ) -> None:
         self.stream_id = stream_id
         self.sender = SendSide(connection, stream_id)
-        self.usage: LinkUsage | None = None
+        self.usage: Usage | None = None
         """The tokens that it took; known at its end, where the application counts them."""
         self._connection = connection
         self._create_future = connection.loop.create_future

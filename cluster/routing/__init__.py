@@ -11,8 +11,9 @@ from cluster.routing.make import make_policy
 from cluster.routing.placement import Placement
 from cluster.routing.policy import Policy
 from cluster.routing.prefix_index import PrefixIndex
-from cluster.routing.request import RequestView, Usage
+from cluster.routing.request import RequestView
 from cluster.routing.slots import Reach
+from cluster.usage import Usage
 
 __all__ = [
     "Fingerprint",

@@ -1,7 +1,8 @@
 """How many tokens a request will take, before anybody has counted them."""
 
 from cluster.routing.fingerprint import EMPTY, TOKEN_ID_BYTES, Fingerprint
-from cluster.routing.request import RequestView, Usage
+from cluster.routing.request import RequestView
+from cluster.usage import Usage
 
 TOKENS_PER_BYTE = 0.25
 """Of a prompt's text, before anything was measured; English has about this."""

@@ -12,12 +12,16 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from cluster.load import Load
 from cluster.routing.adapters import Adapters
 from cluster.routing.arrays import BoolArray, FloatArray
 from cluster.routing.placement import Placement, Row
 from cluster.routing.rates import LearnedRates
-from cluster.routing.request import RequestView, Usage
+from cluster.routing.request import RequestView
 from cluster.routing.slots import Reach, Slots
+from cluster.usage import Usage
+
+_UNKNOWN_LOAD = Load()
 
 STEP_TOKENS = 64.0
 """What a request costs beside its uncached tokens, in prompt tokens: a step of the engine has a
@@ -219,32 +223,24 @@ class Fleet:
             row.decode_tokens = row.first_at_sum = row.queued_tokens = 0.0
         self._write(row)
 
-    def report(
-        self, replica_id: str, *, ongoing: int, waiting: int = 0, kv_cache_usage: float = 0.0
-    ) -> None:
-        """Take in what a replica says of itself.
+    def update_load(self, replica_id: str, load: Load) -> None:
+        """Take in a replica's load report.
 
-        It can only add to what this router knows that it gave: a replica that claims to be idle is
-        not believed, and one that claims more than it can hold is taken for full.
-
-        Args:
-            replica_id: Which replica.
-            ongoing: Requests that it has, from all routers.
-            waiting: Of these, the ones whose prefill has not begun.
-            kv_cache_usage: Share of its KV cache in use, 0 to 1.
+        A report can only add to this router's own count: a replica that claims to be idle is not
+        believed, and one that claims more than its capacity counts as full.
         """
         row = self._rows[replica_id]
-        others = min(max(0.0, float(ongoing - row.own)), float(row.capacity))
+        others = min(max(0.0, float(load.in_flight - row.own)), float(row.capacity))
         self._num_ongoing += others - row.others
         row.others = others
         share = others / max(1.0, row.own + others)
-        row.others_waiting = min(max(0.0, waiting * share), others)
-        row.is_kv_full = kv_cache_usage > KV_FULL
+        row.others_waiting = min(max(0.0, load.waiting * share), others)
+        row.is_kv_full = load.kv_cache_usage > KV_FULL
         self._write(row)
 
-    def unknown(self, replica_id: str) -> None:
-        """Forget what a replica said of itself."""
-        self.report(replica_id, ongoing=0)
+    def forget_load(self, replica_id: str) -> None:
+        """Forget a replica's last load report."""
+        self.update_load(replica_id, _UNKNOWN_LOAD)
 
     # What a decision reads; one number for each slot
 

@@ -1,7 +1,6 @@
 """What is known of a request before it is placed, and after it ended."""
 
 from dataclasses import dataclass
-from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,19 +25,3 @@ class RequestView:
 
 UNREAD = RequestView(prompt_tokens=0.0)
 """A request of which nothing is known."""
-
-
-class Usage(Protocol):
-    """The tokens that a request took; ``cluster.link.LinkUsage`` is one."""
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Of the whole prompt."""
-
-    @property
-    def cached_tokens(self) -> int:
-        """Prompt tokens that needed no computing."""
-
-    @property
-    def completion_tokens(self) -> int:
-        """Generated."""

@@ -49,12 +49,3 @@ class Call:
         if self.first_s is None or self.ended_s is None or not gaps:
             return 0.0
         return (self.ended_s - self.first_s) / gaps
-
-
-@dataclass(frozen=True, slots=True)
-class TakenTokens:
-    """``cluster.routing.Usage`` of a request that ended well."""
-
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from cluster.config import SimConfig
-from cluster.engines.base import EngineLoad
 from cluster.engines.sim.blocks import BlockPool
 from cluster.engines.sim.scheduler import MAX_STEP_TOKENS
+from cluster.load import Load
 from cluster.simulation.histogram import Histogram
 from cluster.simulation.requests import TraceRequest
 
@@ -85,10 +85,11 @@ class Engine:
         self._num_steps = self._chunk = self._num_grown = 0
 
     @property
-    def load(self) -> EngineLoad:
+    def load(self) -> Load:
         """The load now."""
         usage = self.cache.used_tokens / self.cache.capacity_tokens
-        return EngineLoad(len(self._running), len(self._waiting), min(1.0, usage))
+        running, waiting = len(self._running), len(self._waiting)
+        return Load(running, waiting, min(1.0, usage), in_flight=running + waiting)
 
     @property
     def step(self) -> tuple[float, int]:

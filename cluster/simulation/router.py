@@ -4,11 +4,12 @@ from typing import Protocol
 
 from cluster.admission.fair_queue import Entry, FairQueue
 from cluster.routing import Fleet, PrefixIndex, Reach, RequestView, TokenEstimate
-from cluster.simulation.calls import Call, Outcome, TakenTokens
+from cluster.simulation.calls import Call, Outcome
 from cluster.simulation.events import Events
 from cluster.simulation.replica import Replica
 from cluster.simulation.requests import TraceRequest
 from cluster.simulation.settings import CachedTokens, Settings
+from cluster.usage import Usage
 
 MAX_ATTEMPTS = 3
 """Replicas that a request is given to until one answers, as in the gateway."""
@@ -66,13 +67,7 @@ class Router:
     def report(self, replica: Replica) -> None:
         """What a replica says of its load."""
         if replica.id in self.fleet:
-            load = replica.engine.load
-            self.fleet.report(
-                replica.id,
-                ongoing=load.running + load.waiting,
-                waiting=load.waiting,
-                kv_cache_usage=load.kv_cache_usage,
-            )
+            self.fleet.update_load(replica.id, replica.engine.load)
 
     def admit(self, call: Call) -> None:
         """Place a request, or let it wait."""
@@ -98,7 +93,7 @@ class Router:
     def ended(self, call: Call) -> None:
         """The answer has ended well."""
         request, placement = call.request, call.placement
-        taken = TakenTokens(request.prompt_tokens, call.cached_tokens, request.completion_tokens)
+        taken = Usage(request.prompt_tokens, call.cached_tokens, request.completion_tokens)
         self._estimate.learn(request.prompt_tokens * BYTES_PER_TOKEN, taken)
         if placement is not None:
             self.fleet.advance(self._events.now_s)

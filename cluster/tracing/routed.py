@@ -7,7 +7,6 @@ from opentelemetry.util.types import AttributeValue
 
 from cluster.tracing import Headers, names
 from cluster.tracing.tracer import (
-    Tokens,
     Tracer,
     fail,
     headers_under,
@@ -15,6 +14,7 @@ from cluster.tracing.tracer import (
     set_http_status,
     set_usage,
 )
+from cluster.usage import Usage
 
 
 class RoutedTrace:
@@ -68,7 +68,7 @@ class RoutedTrace:
         status: int,
         queue_s: float | None,
         first_chunk_s: float | None,
-        usage: Tokens | None,
+        usage: Usage | None,
     ) -> None:
         """It has ended; the times are since its arrival, None where they never came about."""
         span = self._span

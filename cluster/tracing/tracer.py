@@ -8,7 +8,6 @@ import asyncio
 import logging
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
-from typing import Protocol
 
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -22,6 +21,7 @@ from opentelemetry.util.types import AttributeValue
 
 from cluster.config.operations import TracingConfig
 from cluster.tracing import Headers, names
+from cluster.usage import Usage, UsageCounter
 
 logger = logging.getLogger("ray.serve.tandem")
 
@@ -31,22 +31,6 @@ MAX_BATCH_SPANS = 512
 
 _CONTEXT_HEADERS = (b"traceparent", b"tracestate")
 _PROPAGATOR = TraceContextTextMapPropagator()
-
-
-class Tokens(Protocol):
-    """What a request took; ``Usage`` and ``LinkUsage`` are."""
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Of the prompt, cached ones included."""
-
-    @property
-    def cached_tokens(self) -> int:
-        """Prompt tokens that needed no computing."""
-
-    @property
-    def completion_tokens(self) -> int:
-        """Of all completions together."""
 
 
 class Tracer:
@@ -120,7 +104,7 @@ def set_http_status(span: Span, status: int) -> None:
         fail(span, str(status))
 
 
-def set_usage(span: Span, usage: Tokens) -> None:
+def set_usage(span: Span, usage: Usage | UsageCounter) -> None:
     """Note the tokens that a request took."""
     span.set_attribute(names.INPUT_TOKENS, usage.prompt_tokens)
     span.set_attribute(names.CACHED_TOKENS, usage.cached_tokens)

@@ -11,11 +11,12 @@ import pytest
 import pytest_asyncio
 
 from cluster.config import GeneratorConfig
-from cluster.engines.base import Engine, EngineLoad
+from cluster.engines.base import Engine
 from cluster.engines.factory import make_generator_engine
 from cluster.engines.sim import SimEngine
 from cluster.errors import ConfigError, EngineDeadError
 from cluster.link import LinkClient, LinkServer, RequestHead
+from cluster.load import Load
 from tests import asgi
 from tests.cluster.engine_processes import engines_of_this_process
 
@@ -67,7 +68,7 @@ def body(**fields: Any) -> dict[str, Any]:
     return fields if "prompt" in fields else {"messages": USER, **fields}
 
 
-async def load_becomes(engine: Engine, wanted: EngineLoad, within_s: float = 1.0) -> None:
+async def load_becomes(engine: Engine, wanted: Load, within_s: float = 1.0) -> None:
     async with asyncio.timeout(within_s):
         while engine.load() != wanted:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
@@ -332,7 +333,7 @@ async def test_many_at_once_all_end(engine: Engine) -> None:
     answers = await asyncio.gather(*[asgi.post(engine.app, COMPLETION, one) for one in asked])
     counts = [answer.data()[-1]["usage"]["completion_tokens"] for answer in answers]
     assert counts == [one["max_tokens"] for one in asked]
-    await load_becomes(engine, EngineLoad())
+    await load_becomes(engine, Load())
 
 
 @pytest.mark.parametrize("how", ["cancel", "disconnect"])
@@ -349,7 +350,7 @@ async def test_who_leaves_frees_the_engine(engine: Engine, how: str, stream: boo
         await call.cancel()
     else:
         call.disconnect()
-    await load_becomes(engine, EngineLoad())
+    await load_becomes(engine, Load())
     await engine.check_health()
     assert (await asgi.post(engine.app, CHAT, body())).status == 200
 
@@ -405,7 +406,7 @@ async def test_simulated_failures() -> None:
         await hung.done(0.1)
     assert engine.load().running == 1
     await hung.cancel()
-    assert engine.load() == EngineLoad()
+    assert engine.load() == Load()
     await engine.stop()
 
     with pytest.raises(EngineDeadError):

@@ -14,6 +14,9 @@ from typing import Any, cast
 
 import atheris
 
+from cluster.load import Load
+from cluster.usage import Usage
+
 with atheris.instrument_imports(include=["cluster.link"]):
     from cluster.link import LinkClient, LinkServer, RequestHead
     from cluster.link import frames as f
@@ -27,8 +30,8 @@ SECRET = b"fuzz"
 HEADS = (
     f.encode_head(RequestHead(path="/x")),
     f.encode_head(f.ResponseHead(200, [(b"a", b"b")])),
-    f.encode_head(f.LinkLoad(1, 2, 0.5, 3)),
-    f.encode_head(f.LinkUsage(1, 2, 3)),
+    f.encode_head(Load(1, 2, 0.5, 3)),
+    f.encode_head(Usage(1, 2, 3)),
     f.encode_head((503, "gone")),
     f.encode_credit(1000),
     f.encode_tokens([1, 2, 3]) + b"abc",

@@ -11,17 +11,10 @@ import pytest
 import uvloop
 
 from cluster.asgi import ASGIApp, Message, Receive, Scope, Send
-from cluster.link import (
-    TOKEN_IDS,
-    LinkClient,
-    LinkLoad,
-    LinkOptions,
-    LinkServer,
-    RequestHead,
-    Stream,
-)
+from cluster.link import TOKEN_IDS, LinkClient, LinkOptions, LinkServer, RequestHead, Stream
 from cluster.link.frames import MAX_PAYLOAD_BYTES, Decoder, Frame
 from cluster.link.handshake import Handshake
+from cluster.load import Load
 
 SECRET = b"the cluster's secret"
 
@@ -55,7 +48,7 @@ async def linked(
     app: ASGIApp,
     *,
     options: LinkOptions | None = None,
-    load: Callable[[], LinkLoad] | None = None,
+    load: Callable[[], Load] | None = None,
 ) -> AsyncIterator[tuple[LinkServer, LinkClient]]:
     server = LinkServer(app, SECRET, options=options, load=load)
     host, port = await server.start()

@@ -16,7 +16,8 @@ from benchmarks.overload.virtual import VirtualLoop, virtual_time
 from cluster.config import GeneratorConfig, RoutingPolicy, parse
 from cluster.engines.sim import SimEngine
 from cluster.gateway import Gateway, GatewayApp, ReplicaInfo, Wiring
-from cluster.link import LinkLoad, LinkServer, Load, PrefixEvents
+from cluster.link import LinkServer, PrefixEvents
+from cluster.load import Load
 from cluster.routing import fingerprint
 from tests import asgi
 from tests.serve.link_kit import SECRET, until
@@ -139,10 +140,10 @@ def run(scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 
 LIES: dict[str, Tell] = {
-    "nothing": lambda _: LinkLoad(),
-    "idle for ever": lambda engine: LinkLoad(engine.load().running, 0, 0.0),
-    "full": lambda _: LinkLoad(0, 1_000_000, 1.0),
-    "nonsense": lambda _: LinkLoad(
+    "nothing": lambda _: Load(),
+    "idle for ever": lambda engine: Load(engine.load().running, 0, 0.0),
+    "full": lambda _: Load(0, 1_000_000, 1.0),
+    "nonsense": lambda _: Load(
         random.randrange(10**6), random.randrange(10**6), random.random() * 10
     ),
 }

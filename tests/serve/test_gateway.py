@@ -15,7 +15,8 @@ from cluster.config import parse
 from cluster.gateway import Gateway, GatewayApp, Opener, ReplicaInfo, Wiring
 from cluster.gateway.reporting.dashboard import ReadDecisions
 from cluster.key_file import KeyFile
-from cluster.link import LinkServer, LinkUsage, ResponseHead
+from cluster.link import LinkServer, ResponseHead
+from cluster.usage import Usage
 from tests import asgi
 
 SECRET = b"s" * 32
@@ -112,7 +113,7 @@ class World:
 class Beside:
     """A way to a replica that needs no link: answers with the replica's id."""
 
-    usage = LinkUsage(3, 1, 2)
+    usage = Usage(3, 1, 2)
 
     def __init__(self, replica_id: str) -> None:
         self._left = [replica_id.encode()]

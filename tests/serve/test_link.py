@@ -13,17 +13,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from cluster.asgi import USAGE, Message, Receive, Scope, Send, Usage, usage_of
+from cluster.asgi import USAGE, Message, Receive, Scope, Send, usage_of
 from cluster.errors import InternalError, InvalidRequestError, LinkClosedError, UnavailableError
-from cluster.link import (
-    LinkClient,
-    LinkLoad,
-    LinkOptions,
-    LinkServer,
-    LinkState,
-    LinkUsage,
-    RequestHead,
-)
+from cluster.link import LinkClient, LinkOptions, LinkServer, LinkState, RequestHead
+from cluster.load import Load
+from cluster.usage import Usage, UsageCounter
 from tests.serve.link_kit import (
     SECRET,
     all_of,
@@ -80,7 +74,7 @@ async def test_the_application_sees_the_request_as_an_asgi_scope() -> None:
         "headers": [(b"host", b"tandem"), (b"x-request-id", b"r-1")],
         "client": ("10.0.0.9", 555),
         "state": {},
-        "extensions": {USAGE: Usage()},
+        "extensions": {USAGE: UsageCounter()},
     }
 
 
@@ -411,7 +405,7 @@ async def test_what_a_request_took_is_known_at_its_end() -> None:
             stream = client.open(RequestHead(path=path))
             await stream.head()
             await all_of(stream)
-            assert stream.usage == LinkUsage(100, 32, 7)
+            assert stream.usage == Usage(100, 32, 7)
     async with linked(echo) as (_, client):
         stream = client.open(RequestHead())
         await all_of(stream)
@@ -468,18 +462,18 @@ async def test_large_and_mutable_messages_arrive_whole() -> None:
 @on_both_loops
 async def test_load_is_pushed_when_it_changes() -> None:
     running = 1
-    seen: list[LinkLoad] = []
+    seen: list[Load] = []
     options = LinkOptions(load_interval_s=0)
-    load = lambda: LinkLoad(running=running, kv_cache_usage=0.5)  # noqa: E731
+    load = lambda: Load(running=running, kv_cache_usage=0.5)  # noqa: E731
     async with linked(hang, options=options, load=load) as (_, client):
         client.on_load = seen.append
-        await until(lambda: client.load == LinkLoad(1, 0, 0.5, 0))
+        await until(lambda: client.load == Load(1, 0, 0.5, 0))
         stream = client.open(RequestHead())
-        await until(lambda: client.load == LinkLoad(1, 0, 0.5, 1))
+        await until(lambda: client.load == Load(1, 0, 0.5, 1))
         running = 5  # changes by itself; the heartbeat says it
-        await until(lambda: client.load == LinkLoad(5, 0, 0.5, 1))
+        await until(lambda: client.load == Load(5, 0, 0.5, 1))
         stream.cancel()
-        await until(lambda: client.load == LinkLoad(5, 0, 0.5, 0))
+        await until(lambda: client.load == Load(5, 0, 0.5, 0))
         assert seen[-1] == client.load
 
 

@@ -25,6 +25,7 @@ from cluster.link import (
 )
 from cluster.link import frames as f
 from cluster.link import handshake as handshakes
+from cluster.load import Load
 from tests.serve.link_kit import (
     SECRET,
     RawPeer,
@@ -116,7 +117,7 @@ async def test_a_peer_that_answers_pings_or_only_sends_is_alive() -> None:
         await peer.shake("server")
         while True:  # never answers a ping
             await asyncio.sleep(0.05)
-            peer.writer.write(f.encode_frame(0, f.LOAD, 0, f.encode_head(f.LinkLoad())))
+            peer.writer.write(f.encode_frame(0, f.LOAD, 0, f.encode_head(Load())))
 
     options = LinkOptions(dead_after_s=0.3)
     async with raw_server(chatty) as (host, port), linked(hang, options=options) as (_, quiet):

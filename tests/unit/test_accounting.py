@@ -15,8 +15,8 @@ from cluster.accounting.ledger import Ledger, Measured, RequestWork
 from cluster.accounting.meter import Meter
 from cluster.accounting.usage import UsageKey, UsageSums, as_csv, as_json, parse_time
 from cluster.accounting.usage_log import UsageLog
-from cluster.asgi import Usage
 from cluster.errors import InvalidRequestError
+from cluster.usage import UsageCounter
 
 SECONDS = 2.0
 
@@ -84,7 +84,7 @@ def test_every_joule_and_every_cent_goes_to_exactly_one_tenant(
         for request in requests:
             request.usage.completion_tokens += 1
         for tenant, prompt, completion in arrivals:
-            usage = Usage()
+            usage = UsageCounter()
             requests.append(ledger.begin(usage, f"t{tenant}"))
             usage.prompt_tokens, usage.completion_tokens = prompt, completion
             if completion % 2:
@@ -99,7 +99,7 @@ def test_every_joule_and_every_cent_goes_to_exactly_one_tenant(
 def test_joules_are_divided_by_tokens_and_idling_is_nobodys() -> None:
     ledger = Ledger()
     ledger.divide(SECONDS, measured(10))
-    one, two = Usage(), Usage()
+    one, two = UsageCounter(), UsageCounter()
     first, second = ledger.begin(one, "a"), ledger.begin(two, "")
     one.prompt_tokens = 400
     one.cached_tokens = 100
@@ -115,11 +115,11 @@ def test_joules_are_divided_by_tokens_and_idling_is_nobodys() -> None:
 
 def test_a_request_is_told_what_was_divided_and_an_estimate_of_the_rest() -> None:
     ledger = Ledger(price_per_s=1.0)
-    early = Usage(prompt_tokens=5)
+    early = UsageCounter(prompt_tokens=5)
     ledger.begin(early, "a").settle()
     assert (early.joules, early.source) == (None, LEARNING)
 
-    usage = Usage(prompt_tokens=95)
+    usage = UsageCounter(prompt_tokens=95)
     ledger.begin(usage, "a")
     ledger.divide(SECONDS, measured(50))  # 100 tokens: half a joule and 2 cents for each
     usage.prompt_tokens += 10  # after the division
@@ -132,7 +132,7 @@ def test_a_request_is_told_what_was_divided_and_an_estimate_of_the_rest() -> Non
 
 def test_without_a_counter_money_is_divided_by_cpu_time_and_joules_are_missing() -> None:
     ledger = Ledger(price_per_s=1.0)
-    usage = Usage(prompt_tokens=10)
+    usage = UsageCounter(prompt_tokens=10)
     request = ledger.begin(usage, "a")
     ledger.divide(SECONDS, measured(None, cpu_s=1.5, source="no-counter"))
     request.settle()
@@ -143,7 +143,7 @@ def test_without_a_counter_money_is_divided_by_cpu_time_and_joules_are_missing()
 
 def test_tokens_that_turn_out_to_be_cached_are_not_taken_back() -> None:
     ledger = Ledger()
-    usage = Usage(prompt_tokens=10)
+    usage = UsageCounter(prompt_tokens=10)
     request = ledger.begin(usage, "a")
     ledger.divide(SECONDS, measured(1))
     usage.cached_tokens = 10

@@ -1,17 +1,9 @@
 import random
-from dataclasses import dataclass
 
 import pytest
 
 from cluster.admission.capacity import ADJUST_S, KV_HIGH, PoolCapacity
-
-
-@dataclass
-class Load:
-    running: int = 0
-    waiting: int = 0
-    kv_cache_usage: float = 0.0
-
+from cluster.load import Load
 
 WORK = 100.0
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import LinkProtocolError
 from cluster.link import frames as f
+from cluster.load import Load
 
 payloads = st.binary(max_size=300)
 some_frames = st.lists(
@@ -69,7 +70,7 @@ def test_the_largest_payload_is_accepted_in_pieces() -> None:
 
 @given(st.binary(max_size=100))
 def test_malformed_payloads_raise_protocol_errors_only(payload: bytes) -> None:
-    kinds: list[Any] = [f.RequestHead, f.ResponseHead, f.LinkLoad, tuple[int, str]]
+    kinds: list[Any] = [f.RequestHead, f.ResponseHead, Load, tuple[int, str]]
     for kind in kinds:
         with contextlib.suppress(LinkProtocolError):
             f.decode_head(payload, kind)
@@ -93,8 +94,8 @@ def test_heads_round_trip() -> None:
     assert f.decode_head(f.encode_head(request), f.RequestHead) == request
     response = f.ResponseHead(200, [(b"a", b"b"), (b"a", b"c")])
     assert f.decode_head(f.encode_head(response), f.ResponseHead) == response
-    load = f.LinkLoad(1, 2, 0.5, 3)
-    assert f.decode_head(f.encode_head(load), f.LinkLoad) == load
+    load = Load(1, 2, 0.5, 3)
+    assert f.decode_head(f.encode_head(load), Load) == load
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), max_size=50), st.binary(max_size=50))

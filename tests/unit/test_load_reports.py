@@ -13,8 +13,8 @@ from cluster.config import parse
 from cluster.gateway.gateway import Gateway
 from cluster.gateway.messages import Request
 from cluster.gateway.pools.pool import Wiring
-from cluster.link import LinkUsage
 from cluster.metrics import quantile
+from cluster.usage import Usage
 
 CONFIG = parse(
     {
@@ -71,7 +71,7 @@ def test_routers_add_up() -> None:
 class LetIn:
     """What a tenant's limits give a request, for a tenant without limits."""
 
-    def end(self, status: int, usage: LinkUsage | None) -> None:
+    def end(self, status: int, usage: Usage | None) -> None:
         pass
 
 
@@ -81,7 +81,7 @@ async def test_a_gateway_reports_rates_lengths_and_percentiles_of_the_last_time(
     meter = gateway.pools["chat"].meter
     asked = Request("id", "POST", "/v1/completions", b"", [], b"")
     for _ in range(12):
-        meter.watch(asked, asked.path, LetIn()).end(LinkUsage(100, 40, 20))
+        meter.watch(asked, asked.path, LetIn()).end(Usage(100, 40, 20))
         meter.ttft_s.observe(0.7)
     report = parse_reports(gateway.load_report(104.0, 3.0))
     chat = report["chat"]

@@ -15,8 +15,8 @@ from cluster.gateway.pools.pool import Wiring
 from cluster.gateway.recording.observer import Observers, PoolMeter
 from cluster.gateway.recording.request_log import RequestLog
 from cluster.gateway.reporting.dashboard.history import History
-from cluster.link import LinkUsage
 from cluster.metrics import Histogram, Registry, exposition
+from cluster.usage import Usage
 
 REQUEST = Request("id", "POST", "/v1/completions", b"", [], b"")
 
@@ -54,7 +54,7 @@ def test_each_gap_is_counted_once_whenever_somebody_reads(
             meter.count_gaps()
             check(meter.itl_s, times)
             assert len(watch.writes) <= 1  # what is counted is not kept
-    watch.end(LinkUsage(1, 0, len(times)))
+    watch.end(Usage(1, 0, len(times)))
     meter.count_gaps()
     check(meter.itl_s, times)
     assert sum(meter.ttft_s.counts) == bool(times)

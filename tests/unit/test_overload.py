@@ -16,7 +16,7 @@ from cluster.gateway.pools.claim import Claim
 from cluster.gateway.pools.queue import AdmissionQueue, SlotSource
 from cluster.gateway.recording.observer import Observers, PoolMeter
 from cluster.gateway.recording.request_log import RequestLog
-from cluster.link import LinkLoad
+from cluster.load import Load
 from cluster.metrics import Registry
 
 AT_A_TIME, SERVICE_S, DEADLINE_S = 16, 0.5, 3.0
@@ -75,7 +75,7 @@ class Engine:
     async def report(self) -> None:
         while True:
             await asyncio.sleep(0.05)
-            self.waiting.observe([LinkLoad(self.running, len(self._queue))])
+            self.waiting.observe([Load(self.running, len(self._queue))])
             self.waiting.dispatch()
 
 
@@ -88,19 +88,19 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Load:
+class Traffic:
     tenant: Tenant
     times: float
     """The capacity."""
     work: float = 100.0
 
 
-async def drive(engine: Engine, loads: list[Load], seconds: float = 40.0) -> Found:
+async def drive(engine: Engine, loads: list[Traffic], seconds: float = 40.0) -> Found:
     """Offer the loads for a while, the first 5 s not counted."""
     found, draw, loop = Found(), random.Random(7), asyncio.get_running_loop()
     began = loop.time()
 
-    async def one(load: Load, counted: bool) -> None:
+    async def one(load: Traffic, counted: bool) -> None:
         now = loop.time()
         deadline = now + DEADLINE_S
         # What is expected of each is what they take on average, not what this one takes.
@@ -116,7 +116,7 @@ async def drive(engine: Engine, loads: list[Load], seconds: float = 40.0) -> Fou
         elif counted:
             found.late += 1
 
-    async def of(load: Load, group: asyncio.TaskGroup) -> None:
+    async def of(load: Traffic, group: asyncio.TaskGroup) -> None:
         while (now := loop.time() - began) < seconds:
             counted = now >= 5.0
             found.asked[load.tenant.name] += counted
@@ -134,7 +134,7 @@ async def drive(engine: Engine, loads: list[Load], seconds: float = 40.0) -> Fou
 @pytest.mark.parametrize("times", [2.0, 5.0])
 def test_goodput_stays_at_its_peak(times: float) -> None:
     async def scenario() -> None:
-        found = await drive(Engine(), [Load(Tenant("flood"), times)])
+        found = await drive(Engine(), [Traffic(Tenant("flood"), times)])
         assert found.good["flood"] / 35 >= 0.95 * CAPACITY
         at_once = sum(seconds <= 0.05 for seconds in found.refused_s)
         assert at_once >= 0.99 * len(found.refused_s)
@@ -145,7 +145,9 @@ def test_goodput_stays_at_its_peak(times: float) -> None:
 
 def test_a_small_tenant_beside_a_flood_gets_what_it_asks_for() -> None:
     async def scenario() -> None:
-        found = await drive(Engine(), [Load(Tenant("flood"), 5.0), Load(Tenant("small"), 0.25)])
+        found = await drive(
+            Engine(), [Traffic(Tenant("flood"), 5.0), Traffic(Tenant("small"), 0.25)]
+        )
         assert found.good["small"] >= 0.9 * found.asked["small"]
         assert found.good.total() / 35 >= 0.95 * CAPACITY
 
@@ -155,7 +157,7 @@ def test_a_small_tenant_beside_a_flood_gets_what_it_asks_for() -> None:
 @pytest.mark.parametrize("work", [100.0, 200.0])
 def test_floods_share_by_weight_of_work_also_where_it_is_underestimated(work: float) -> None:
     async def scenario() -> None:
-        loads = [Load(Tenant("light", 1.0), 3.0), Load(Tenant("heavy", 3.0), 3.0, work)]
+        loads = [Traffic(Tenant("light", 1.0), 3.0), Traffic(Tenant("heavy", 3.0), 3.0, work)]
         found = await drive(Engine(), loads, seconds=65.0)
         done = {"light": found.good["light"] * 100, "heavy": found.good["heavy"] * work}
         assert done["heavy"] / sum(done.values()) == pytest.approx(0.75, rel=0.1)
@@ -172,7 +174,7 @@ def test_who_has_become_too_late_is_not_served_before_others(num_behind: int) ->
         for seconds in (*([0.2] * 3), *([1.0] * 50)):  # at best 0.2 s, usually 1
             capacity.begin(100.0)
             capacity.end(100.0, 100.0, seconds)
-            capacity.observe([LinkLoad(1)], loop.time())
+            capacity.observe([Load(1)], loop.time())
             await asyncio.sleep(0.5)
 
         def claim(timeout_s: float) -> Claim:
@@ -194,10 +196,10 @@ def test_who_has_become_too_late_is_not_served_before_others(num_behind: int) ->
 def test_a_pool_that_stalled_recovers() -> None:
     async def scenario() -> None:
         engine = Engine(at_a_time=1)  # as if the others hung
-        await drive(engine, [Load(Tenant("flood"), 5.0)], seconds=20.0)
+        await drive(engine, [Traffic(Tenant("flood"), 5.0)], seconds=20.0)
         engine.at_a_time = AT_A_TIME
         engine.running = 0
-        found = await drive(engine, [Load(Tenant("flood"), 5.0)])
+        found = await drive(engine, [Traffic(Tenant("flood"), 5.0)])
         assert found.good["flood"] / 35 >= 0.9 * CAPACITY
 
     run(scenario)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from cluster.config import RoutingPolicy
 from cluster.errors import ConfigError
+from cluster.load import Load
 from cluster.routing import Fleet, Policy, PrefixIndex, Reach, RequestView, make_policy
 
 POLICIES: tuple[RoutingPolicy, ...] = get_args(RoutingPolicy)
@@ -251,15 +252,17 @@ def test_a_session_with_too_many_requests_goes_elsewhere_too() -> None:
 
 
 @given(
-    ongoing=st.integers(-(10**12), 10**12),
+    in_flight=st.integers(-(10**12), 10**12),
     waiting=st.integers(-(10**12), 10**12),
     usage=st.floats(),
 )
-def test_whatever_a_replica_says_a_choice_is_made(ongoing: int, waiting: int, usage: float) -> None:
+def test_whatever_a_replica_says_a_choice_is_made(
+    in_flight: int, waiting: int, usage: float
+) -> None:
     for name in POLICIES:
         policy, fleet = a_policy(name), a_fleet("a", "b")
         fleet.placed("a", PROMPT)
-        fleet.report("a", ongoing=ongoing, waiting=waiting, kv_cache_usage=usage)
+        fleet.update_load("a", Load(0, waiting, usage, in_flight))
         assert fleet.ongoing("a") >= 1
         assert policy.choose(PROMPT, fleet) in ("a", "b")
 
@@ -268,16 +271,16 @@ def test_a_replica_that_says_it_is_idle_is_not_believed() -> None:
     policy, fleet = a_policy("least-load"), a_fleet("liar", "b", capacity=1000)
     for _ in range(100):
         serve(fleet, policy)
-        fleet.report("liar", ongoing=0)
+        fleet.update_load("liar", Load())
     assert fleet.ongoing("liar") == 50
 
 
 def test_other_routers_requests_count() -> None:
     policy, fleet = a_policy("least-load"), a_fleet("a", "b")
-    fleet.report("a", ongoing=6, waiting=4, kv_cache_usage=0.5)
+    fleet.update_load("a", Load(2, 4, 0.5, in_flight=6))
     assert policy.choose(PROMPT, fleet) == "b"
-    fleet.unknown("a")
-    fleet.report("b", ongoing=6, waiting=4)
+    fleet.forget_load("a")
+    fleet.update_load("b", Load(2, 4, in_flight=6))
     assert policy.choose(PROMPT, fleet) == "a"
 
 

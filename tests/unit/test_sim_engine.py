@@ -3,8 +3,8 @@ import asyncio
 import pytest
 
 from cluster.config import GeneratorConfig
-from cluster.engines.base import EngineLoad
 from cluster.engines.sim import SimEngine
+from cluster.load import Load
 from tests import asgi
 
 CHAT = "/v1/chat/completions"
@@ -27,7 +27,7 @@ async def test_every_token_is_a_chunk_of_its_own() -> None:
         assert answer.events()[-1][1] == "[DONE]"
     texts = {"".join(c["choices"][0]["delta"]["content"] for c in a.data()) for a in answers}
     assert len(texts) == 1
-    assert engine.load() == EngineLoad()
+    assert engine.load() == Load()
     await engine.stop()
 
 
@@ -43,7 +43,7 @@ async def test_who_leaves_frees_what_was_held(how: str) -> None:
     else:
         call.disconnect()
         await call.done()
-    assert engine.load() == EngineLoad()
+    assert engine.load() == Load()
     await engine.stop()
 
 

@@ -5,7 +5,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from cluster.asgi import Usage
 from cluster.engines.sim import tokenizer, wire
 from cluster.engines.sim.chunks import ChatChunks, CompletionChunks
 from cluster.engines.sim.generation import Generation
@@ -16,6 +15,7 @@ from cluster.engines.sim.parse import (
     Refusal,
     parse_body,
 )
+from cluster.usage import UsageCounter
 
 JSON = "application/json"
 
@@ -54,7 +54,9 @@ def test_special_tokens_do_not_come_from_text() -> None:
 
 
 def generate(prompt: list[int], count: int, seed: int = 0) -> list[int]:
-    (sequence,) = Generation([prompt], [count], (), usage=Usage(), seed=seed, fails=False).sequences
+    (sequence,) = Generation(
+        [prompt], [count], (), usage=UsageCounter(), seed=seed, fails=False
+    ).sequences
     return [sequence.sample() for _ in range(count)]
 
 
@@ -71,7 +73,9 @@ async def test_stop_strings_are_cut_out_and_never_shown_in_part() -> None:
     prompt = tokenizer.encode("Tell me a story")
     text = tokenizer.decode(generate(prompt, 12))
     stop = text[9:14]
-    generation = Generation([prompt], [12], (stop, "never"), usage=Usage(), seed=0, fails=False)
+    generation = Generation(
+        [prompt], [12], (stop, "never"), usage=UsageCounter(), seed=0, fails=False
+    )
     (sequence,) = generation.sequences
     while not sequence.request.stopped:
         sequence.sample()
@@ -84,7 +88,7 @@ async def test_stop_strings_are_cut_out_and_never_shown_in_part() -> None:
 def test_held_back_text_comes_at_the_end() -> None:
     prompt = tokenizer.encode("Tell me a story")
     generation = Generation(
-        [prompt], [6], ("nowhere to be found",), usage=Usage(), seed=0, fails=False
+        [prompt], [6], ("nowhere to be found",), usage=UsageCounter(), seed=0, fails=False
     )
     (sequence,) = generation.sequences
     ids = [sequence.sample() for _ in range(6)]
@@ -95,7 +99,7 @@ def test_held_back_text_comes_at_the_end() -> None:
 def test_the_quick_and_the_full_encoding_of_a_chunk_agree(
     kind: type[ChatChunks] | type[CompletionChunks],
 ) -> None:
-    (sequence,) = Generation([[1]], [5], (), usage=Usage(), seed=0, fails=False).sequences
+    (sequence,) = Generation([[1]], [5], (), usage=UsageCounter(), seed=0, fails=False).sequences
     writer = kind("id-1", 5, 'a "model"', include_usage=False, continuous=False, with_ids=False)
     assert writer.token((sequence, " word", False)) == writer._slow(sequence, " word", False)
 

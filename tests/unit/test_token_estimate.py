@@ -1,7 +1,7 @@
 import pytest
 
-from cluster.link import LinkUsage
 from cluster.routing import Fingerprint, TokenEstimate
+from cluster.usage import Usage
 
 TEXT = Fingerprint((1, 2), (128, 256), 400, session="u", max_tokens=5)
 
@@ -9,7 +9,7 @@ TEXT = Fingerprint((1, 2), (128, 256), 400, session="u", max_tokens=5)
 def test_the_ratio_of_tokens_to_text_is_learned() -> None:
     estimate = TokenEstimate(generates=True)
     for _ in range(500):
-        estimate.learn(2000, LinkUsage(200, 0, 50), TEXT)
+        estimate.learn(2000, Usage(200, 0, 50), TEXT)
     view = estimate.view(2000, TEXT)
     assert view.prompt_tokens == pytest.approx(200, rel=0.02)
     assert view.prefix == (1, 2)
@@ -24,7 +24,7 @@ def test_token_ids_are_exact_and_teach_nothing_of_text() -> None:
     estimate = TokenEstimate(generates=True)
     ids = Fingerprint((1,), (128,), 400, is_tokens=True)
     before = estimate.tokens_per_byte
-    estimate.learn(9000, LinkUsage(100, 0, 1), ids)
+    estimate.learn(9000, Usage(100, 0, 1), ids)
     assert estimate.tokens_per_byte == before
     view = estimate.view(9000, ids)
     assert (view.prompt_tokens, view.prefix_tokens) == (100, (32,))
@@ -47,7 +47,7 @@ def test_the_work_leaves_out_what_caches_usually_hold() -> None:
     assert estimate.work(estimate.view(400)) == pytest.approx(100 + 128)
     assert estimate.work(estimate.view(0, max_tokens=0)) == 1
     for _ in range(500):
-        estimate.learn(400, LinkUsage(100, 75, 10))
+        estimate.learn(400, Usage(100, 75, 10))
     view = estimate.view(400, max_tokens=1000)
     assert view.prompt_tokens == pytest.approx(100, rel=0.05)
     assert estimate.work(view) == pytest.approx(25 + 10, rel=0.1)

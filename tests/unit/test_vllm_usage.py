@@ -5,8 +5,9 @@ from collections.abc import AsyncGenerator
 from types import SimpleNamespace
 from typing import Any
 
-from cluster.asgi import USAGE, Receive, Scope, Send, Usage
+from cluster.asgi import USAGE, Receive, Scope, Send
 from cluster.engines.vllm_usage import CountUsage, counted
+from cluster.usage import UsageCounter
 
 
 class Engine:
@@ -27,7 +28,9 @@ class Engine:
             self.closed += 1
 
 
-async def ask(generate: Any, prompts: list[list[int]], tokens: int, leave_after: int) -> Usage:
+async def ask(
+    generate: Any, prompts: list[list[int]], tokens: int, leave_after: int
+) -> UsageCounter:
     async def one(prompt: list[int]) -> None:
         outputs = generate(prompt, tokens)
         async for output in outputs:
@@ -38,7 +41,7 @@ async def ask(generate: Any, prompts: list[list[int]], tokens: int, leave_after:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await asyncio.gather(*map(one, prompts))  # as vLLM does for several prompts
 
-    usage = Usage()
+    usage = UsageCounter()
     scope = {"type": "http", "extensions": {USAGE: usage}}
     await CountUsage(app)(scope, None, None)  # type: ignore[arg-type]
     return usage
@@ -51,8 +54,8 @@ async def test_each_request_is_counted_alone() -> None:
         asyncio.create_task(ask(generate, [[1, 2, 3]], tokens=5, leave_after=0)),
         asyncio.create_task(ask(generate, [[1], [2, 2]], tokens=9, leave_after=2)),
     )
-    assert first == Usage(prompt_tokens=3, cached_tokens=1, completion_tokens=5)
-    assert second == Usage(prompt_tokens=3, cached_tokens=2, completion_tokens=4)
+    assert first == UsageCounter(prompt_tokens=3, cached_tokens=1, completion_tokens=5)
+    assert second == UsageCounter(prompt_tokens=3, cached_tokens=2, completion_tokens=4)
     assert engine.closed == 3
 
 

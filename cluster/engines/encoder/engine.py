@@ -4,7 +4,6 @@ from dataclasses import replace
 
 from cluster.asgi import ASGIApp
 from cluster.config import ClassifierConfig
-from cluster.engines.base import EngineLoad
 from cluster.engines.encoder.app import EncoderApp
 from cluster.engines.encoder.compute import Computer
 from cluster.engines.encoder.drift import DriftSnapshot
@@ -14,6 +13,7 @@ from cluster.engines.encoder.service import EncoderCounts, EncoderService
 from cluster.engines.encoder.tasks import routes
 from cluster.engines.phases import Phases
 from cluster.errors import UnavailableError
+from cluster.load import Load
 from cluster.metrics import Registry
 
 
@@ -62,9 +62,9 @@ class EncoderEngine:
         """Raise ``EngineDeadError`` if the model thread failed."""
         self.service.check_health()
 
-    def load(self) -> EngineLoad:
+    def load(self) -> Load:
         """Running: requests with a text in the current batch. Waiting: all other admitted ones."""
-        return self._service.load() if self._service else EngineLoad()
+        return self._service.load() if self._service else Load()
 
     def counts(self) -> EncoderCounts:
         """What the engine did since its start, for metrics."""

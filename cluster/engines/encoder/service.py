@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from cluster.config import ClassifierConfig, ClassifierTask
-from cluster.engines.base import EngineLoad
 from cluster.engines.encoder.device import num_threads
 from cluster.engines.encoder.jobs import Encoded, Job, Text, TextReader, TokenIds, num_chars
 from cluster.engines.encoder.model import LoadedModel, load_model
@@ -28,6 +27,7 @@ from cluster.errors import (
     RequestError,
     UnavailableError,
 )
+from cluster.load import Load
 from cluster.metrics import Histogram
 
 log = logging.getLogger(__name__)
@@ -151,10 +151,10 @@ class EncoderService:
         if self._dead is not None:
             raise EngineDeadError(self._dead)
 
-    def load(self) -> EngineLoad:
+    def load(self) -> Load:
         """Requests with a text in the batch that runs, and the other admitted ones."""
         running = len(self._open & self._runner.current)
-        return EngineLoad(running=running, waiting=len(self._open) - running)
+        return Load(running=running, waiting=len(self._open) - running)
 
     def counts(self) -> EncoderCounts:
         """The counters, at one moment."""

@@ -14,7 +14,6 @@ from dataclasses import replace
 
 from cluster.asgi import ASGIApp
 from cluster.config import GeneratorConfig
-from cluster.engines.base import EngineLoad
 from cluster.engines.phases import Phases
 from cluster.engines.prefix_cache import PrefixTracker
 from cluster.engines.sim import tokenizer
@@ -24,6 +23,7 @@ from cluster.engines.sim.generation import DEAD, Generation, GenerationError
 from cluster.engines.sim.http import Exchange
 from cluster.engines.sim.scheduler import Scheduler
 from cluster.errors import ConfigError, EngineDeadError
+from cluster.load import Load
 from cluster.metrics import Registry
 from cluster.routing import fingerprint
 
@@ -87,7 +87,7 @@ class SimEngine:
         if self._dead or self._driver is None or self._driver.done():
             raise EngineDeadError(DEAD)
 
-    def load(self) -> EngineLoad:
+    def load(self) -> Load:
         """The load now."""
         load = self._scheduler.load()
         return replace(load, running=load.running + self._num_hung) if self._num_hung else load

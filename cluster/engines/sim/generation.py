@@ -7,9 +7,9 @@ HTTP and nothing of time.
 import asyncio
 from collections.abc import Sequence
 
-from cluster.asgi import Usage
 from cluster.engines.sim import tokenizer
 from cluster.engines.sim.scheduler import Request
+from cluster.usage import UsageCounter
 
 DEAD = "EngineCore encountered an issue. See stack trace (above) for the root cause."
 FAILED = "Internal server error"
@@ -76,7 +76,7 @@ class Generation:
         max_tokens: Sequence[int],
         stop: Sequence[str],
         *,
-        usage: Usage,
+        usage: UsageCounter,
         seed: int,
         fails: bool,
         adapter: str = "",

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from cluster.config import SimConfig
-from cluster.engines.base import EngineLoad
 from cluster.engines.prefix_cache import PrefixTracker
 from cluster.engines.sim.adapters import AdapterSlots
 from cluster.engines.sim.blocks import BlockPool, block_hashes
+from cluster.load import Load
 
 MAX_STEP_TOKENS = 2048
 """Tokens in one step (vLLM's max_num_batched_tokens on CPUs); longer prompts take several."""
@@ -98,9 +98,9 @@ class Scheduler:
         """The longest request, prompt and completion, that the KV cache can hold."""
         return self.blocks.capacity_tokens
 
-    def load(self) -> EngineLoad:
+    def load(self) -> Load:
         """The load now."""
-        return EngineLoad(
+        return Load(
             running=len(self.running),
             waiting=len(self.waiting),
             kv_cache_usage=self.blocks.used_tokens / self.blocks.capacity_tokens,

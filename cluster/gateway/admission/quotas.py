@@ -9,8 +9,8 @@ from cluster.admission.leases import Demand, Peers, Report, TenantReport
 from cluster.admission.limits import DAY_S
 from cluster.errors import OverloadedError
 from cluster.gateway.recording.request_log import CLIENT_LEFT
-from cluster.link import LinkUsage
 from cluster.metrics import Counter, Registry, table
+from cluster.usage import Usage
 
 _LIMITS = {
     "requests_per_minute": "requests per minute",
@@ -34,7 +34,7 @@ class QuotaTicket:
         self._estimate = estimate
         self._prompt_estimate = prompt
 
-    def end(self, status: int, usage: LinkUsage | None) -> None:
+    def end(self, status: int, usage: Usage | None) -> None:
         """The request has ended: it is charged what it took, or where that is unknown, the guess.
 
         One that failed is charged nothing.
@@ -49,7 +49,7 @@ class QuotaTicket:
         self._ledger.count(self._account.tenant.name, self._model, status, usage)
 
 
-def work_of(usage: LinkUsage) -> float:
+def work_of(usage: Usage) -> float:
     """The tokens that had to be computed for a request."""
     return float(usage.prompt_tokens - usage.cached_tokens + usage.completion_tokens)
 
@@ -87,7 +87,7 @@ class TenantQuotas:
             raise _limited(refusal, identity.tenant)
         return QuotaTicket(self, account, model, tokens, prompt)
 
-    def count(self, tenant: str, model: str, status: int, usage: LinkUsage | None) -> None:
+    def count(self, tenant: str, model: str, status: int, usage: Usage | None) -> None:
         """Count a request that has ended."""
         ended = self._ended.get((tenant, status))
         if ended is None:

@@ -22,16 +22,8 @@ from cluster.gateway.pools.claim import Claim
 from cluster.gateway.pools.queue import AdmissionQueue, SlotSource
 from cluster.gateway.pools.routes import RouteTable
 from cluster.gateway.recording.observer import PoolMeter
-from cluster.link import (
-    LinkClient,
-    LinkCounts,
-    LinkLoad,
-    LinkState,
-    LinkUsage,
-    PrefixEvents,
-    RequestHead,
-    ResponseHead,
-)
+from cluster.link import LinkClient, LinkCounts, LinkState, PrefixEvents, RequestHead, ResponseHead
+from cluster.load import Load
 from cluster.routing import (
     Fleet,
     Placement,
@@ -40,6 +32,7 @@ from cluster.routing import (
     TokenEstimate,
     make_policy,
 )
+from cluster.usage import Usage
 
 logger = logging.getLogger("ray.serve.tandem")
 
@@ -104,7 +97,7 @@ class Answer(Protocol):
     """An open request at a replica; ``cluster.link.Stream`` is the usual one."""
 
     @property
-    def usage(self) -> LinkUsage | None:
+    def usage(self) -> Usage | None:
         """The tokens that it took; known at its end, where the application counts them."""
 
     async def head(self) -> ResponseHead:
@@ -294,11 +287,11 @@ class Pool:
         return sum(replica.in_flight for replica in self._replicas.values())
 
     @property
-    def loads(self) -> list[LinkLoad]:
+    def loads(self) -> list[Load]:
         """The last report of each running replica that has made one."""
         return list(self._reports())
 
-    def _reports(self) -> Iterator[LinkLoad]:
+    def _reports(self) -> Iterator[Load]:
         replicas = self._replicas.values()
         return (load for replica in replicas if (load := replica.link.load) is not None)
 
@@ -355,18 +348,13 @@ class Pool:
 
         def on_state(_state: LinkState) -> None:
             if self._replicas.get(info.id) is replica:  # else it is retired
-                fleet.unknown(info.id)
+                fleet.forget_load(info.id)
                 fleet.set_reach(info.id, replica.reach)
                 self.waiting.dispatch()
 
-        def on_load(load: LinkLoad) -> None:
+        def on_load(load: Load) -> None:
             if self._replicas.get(info.id) is replica:
-                fleet.report(
-                    info.id,
-                    ongoing=load.ongoing,
-                    waiting=load.waiting,
-                    kv_cache_usage=load.kv_cache_usage,
-                )
+                fleet.update_load(info.id, load)
                 self.waiting.observe(self._reports())
                 self.waiting.dispatch()
 
@@ -401,7 +389,7 @@ class Pool:
         self.fleet.first_token(place.placement)
 
     def release(
-        self, place: Slot, done_tokens: float | None = 0.0, usage: LinkUsage | None = None
+        self, place: Slot, done_tokens: float | None = 0.0, usage: Usage | None = None
     ) -> None:
         """Give back a place that ``admit`` gave.
 

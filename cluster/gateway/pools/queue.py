@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from cluster.admission import Entry, FairQueue, PoolCapacity, QueueLimits
-from cluster.admission.capacity import ReplicaLoad
 from cluster.errors import OverloadedError, RequestError, UnavailableError
 from cluster.gateway.pools.claim import Claim
 from cluster.gateway.recording.observer import PoolMeter
+from cluster.load import Load
 
 P = TypeVar("P")
 
@@ -105,7 +105,7 @@ class AdmissionQueue(Generic[P]):
         """Another router served a tenant that waits here, so the others here go first for that."""
         self._queue.charge_all(tenant, tokens)
 
-    def observe(self, loads: Iterable[ReplicaLoad]) -> None:
+    def observe(self, loads: Iterable[Load]) -> None:
         """Take in the replicas' reports."""
         self.capacity.observe(loads, asyncio.get_running_loop().time())
 

@@ -22,7 +22,8 @@ from cluster.gateway.pools.routes import OTHER
 from cluster.gateway.recording.observer import FailoverReason, RequestObserver
 from cluster.gateway.recording.request_log import CLIENT_LEFT
 from cluster.gateway.recording.usage import ASKS, tell_usage, wants_usage
-from cluster.link import LinkUsage, RequestHead
+from cluster.link import RequestHead
+from cluster.usage import Usage
 
 logger = logging.getLogger("ray.serve.tandem")
 
@@ -139,7 +140,7 @@ class RelayedBody:
         return Response(given.status, headers, self)
 
     @property
-    def usage(self) -> LinkUsage | None:
+    def usage(self) -> Usage | None:
         """What the request took, once its answer has ended."""
         return self._answer.usage if self._answer is not None else None
 
@@ -195,7 +196,7 @@ class RelayedBody:
         self._free(self._done_tokens(usage), usage)
         self._watch.end(usage)
 
-    def _done_tokens(self, usage: LinkUsage | None) -> float | None:
+    def _done_tokens(self, usage: Usage | None) -> float | None:
         """The work that was done; where the replica did not say, what was expected."""
         if usage is not None:
             return work_of(usage)
@@ -203,7 +204,7 @@ class RelayedBody:
             return None
         return 0.0 if self._watch.status >= 400 else self._place.claim.work_tokens
 
-    def _free(self, done_tokens: float | None, usage: LinkUsage | None = None) -> None:
+    def _free(self, done_tokens: float | None, usage: Usage | None = None) -> None:
         self._ended = True
         if self._answer is not None:
             self._answer.cancel()

@@ -17,8 +17,9 @@ from cluster.gateway.recording.request_log import (
     outcome_of,
 )
 from cluster.gateway.recording.usage import UsageAccount
-from cluster.link import LinkUsage, RequestHead
+from cluster.link import RequestHead
 from cluster.metrics import Counter, Registry, table
+from cluster.usage import Usage
 
 if TYPE_CHECKING:
     from cluster.tracing.routed import RoutedTrace
@@ -31,7 +32,7 @@ FailoverReason = Literal["lost", "refused", "unavailable", "drained"]
 class Ending(Protocol):
     """Who is told of a request's end."""
 
-    def end(self, status: int, usage: LinkUsage | None) -> None:
+    def end(self, status: int, usage: Usage | None) -> None:
         """The request has ended with this status; ``usage`` is None where it is not known."""
 
 
@@ -175,7 +176,7 @@ class RequestObserver:
             self._meter.itl_s.observe_all(map(sub, writes[1:], writes))
             del writes[:-1]
 
-    def end(self, usage: LinkUsage | None) -> None:
+    def end(self, usage: Usage | None) -> None:
         """It has ended, in whatever way."""
         if self._grant is not None:
             self._grant.end(self.status, usage)
@@ -207,7 +208,7 @@ class RequestObserver:
         if meter.journal.wants(outcome):
             meter.journal.write(self._ended(outcome, elapsed, usage), self._request.body)
 
-    def _ended(self, outcome: Outcome, elapsed: float, usage: LinkUsage | None) -> RequestRecord:
+    def _ended(self, outcome: Outcome, elapsed: float, usage: Usage | None) -> RequestRecord:
         return RequestRecord(
             id=self._request.id,
             tenant=self._request.tenant,

@@ -29,7 +29,7 @@ from cluster.gateway.messages import (
     header,
     json_response,
 )
-from cluster.link import LinkUsage
+from cluster.usage import Usage
 
 DAY_S = 24 * 3600.0
 ASKS = b"x-tandem-usage"
@@ -68,7 +68,7 @@ class UsageAccount:
         """Write the rest."""
         await self._log.close()
 
-    def add(self, tenant: str, model: str, usage: LinkUsage) -> None:
+    def add(self, tenant: str, model: str, usage: Usage) -> None:
         """Remember a request that ended."""
         sums = UsageSums(
             1,
@@ -138,7 +138,7 @@ def wants_usage(request: Request, account: UsageAccount | None) -> UsageAccount 
     return account if wanted else None
 
 
-def figures(usage: LinkUsage | None, currency: str | None) -> dict[str, Any]:
+def figures(usage: Usage | None, currency: str | None) -> dict[str, Any]:
     """The object ``usage.tandem``; a figure that is missing is null, with the reason."""
     if usage is None:
         return {"joules": None, "joules_missing": "the engine counted no tokens", "cost": None}
@@ -150,7 +150,7 @@ def figures(usage: LinkUsage | None, currency: str | None) -> dict[str, Any]:
 
 class _Told(Body, Protocol):
     @property
-    def usage(self) -> LinkUsage | None: ...
+    def usage(self) -> Usage | None: ...
 
 
 async def tell_usage(request: Request, response: Response, account: UsageAccount) -> Response:
@@ -179,7 +179,7 @@ async def tell_usage(request: Request, response: Response, account: UsageAccount
     return Response(response.status, headers, held)
 
 
-def _write_in(document: bytes, usage: LinkUsage | None, currency: str | None) -> bytes:
+def _write_in(document: bytes, usage: Usage | None, currency: str | None) -> bytes:
     try:
         whole = json.loads(document)
         whole["usage"]["tandem"] = figures(usage, currency)

@@ -21,12 +21,12 @@ from cluster.gateway.admission.quotas import TenantQuotas
 from cluster.gateway.messages import Request
 from cluster.gateway.recording.observer import Observers, PoolMeter
 from cluster.gateway.recording.request_log import LOGGER, RequestLog
-from cluster.link import LinkUsage
 from cluster.metrics import Registry
+from cluster.usage import Usage
 from deployments.request_log import close_request_log, open_request_log
 
 STREAMS = 2000
-_USAGE = LinkUsage(prompt_tokens=16, cached_tokens=0, completion_tokens=TOKENS)
+_USAGE = Usage(prompt_tokens=16, cached_tokens=0, completion_tokens=TOKENS)
 _REQUEST = Request("id", "POST", PATH, b"", [], b"{}")
 
 

@@ -18,8 +18,9 @@ from cluster.gateway.messages import Request
 from cluster.gateway.pools import relay
 from cluster.gateway.recording.observer import Ending, Observers, PoolMeter, RequestObserver
 from cluster.gateway.recording.request_log import CLIENT_LEFT
-from cluster.link import LinkUsage, RequestHead
+from cluster.link import RequestHead
 from cluster.metrics import Histogram, Registry
+from cluster.usage import Usage
 from deployments import app, replica, router
 from deployments.generator import Generator
 from deployments.router import Router
@@ -56,7 +57,7 @@ class Unwatched(RequestObserver):
         """The head as it is."""
         return head
 
-    def end(self, usage: LinkUsage | None) -> None:
+    def end(self, usage: Usage | None) -> None:
         """Give back what the tenant's limits gave."""
         if self._grant is not None:
             self._grant.end(self.status, usage)

@@ -47,8 +47,8 @@ class WindowedRequest(LongRequest, frozen=True, kw_only=True):
     """Give the result of each window too."""
 
 
-class Usage(Struct, frozen=True, gc=False):
-    """The tokens that were computed; special ones are included."""
+class ReplyUsage(Struct, frozen=True, gc=False):
+    """OpenAI-style ``usage`` of a reply; special tokens are included."""
 
     prompt_tokens: int
     total_tokens: int
@@ -65,7 +65,7 @@ class Listing(Struct, Generic[T], frozen=True, kw_only=True):
     object: str = "list"
     data: list[T]
     model: str
-    usage: Usage
+    usage: ReplyUsage
 
 
 class Task(ABC, Generic[B]):
@@ -142,6 +142,6 @@ def column(encoded: Encoded, how: Merge) -> list[float]:
     return first
 
 
-def usage(encoded: Encoded) -> Usage:
+def usage(encoded: Encoded) -> ReplyUsage:
     """The ``usage`` of a reply."""
-    return Usage(encoded.num_tokens, encoded.num_tokens)
+    return ReplyUsage(encoded.num_tokens, encoded.num_tokens)

@@ -8,7 +8,7 @@ from msgspec import UNSET, Struct, UnsetType
 from cluster.engines.encoder import schema
 from cluster.engines.encoder.compute import How
 from cluster.engines.encoder.jobs import Encoded, Text
-from cluster.engines.encoder.tasks.base import Task, Usage, WindowedRequest, column, usage
+from cluster.engines.encoder.tasks.base import ReplyUsage, Task, WindowedRequest, column, usage
 from cluster.engines.encoder.tasks.score import ScoredWindow, scored_windows
 
 
@@ -70,7 +70,7 @@ class RerankReply(Struct, frozen=True):
     id: str
     model: str
     results: list[Ranked]
-    usage: Usage
+    usage: ReplyUsage
     meta: RerankMeta
     object: str = "list"
 

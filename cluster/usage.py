@@ -1,0 +1,50 @@
+"""Tokens, energy and cost of one request."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+
+class Usage(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """Usage of a finished request; also the payload of the link's USAGE frame."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    """Prompt tokens that the prefix cache saved from being computed."""
+    completion_tokens: int
+    joules: float | None = None
+    """The request's share of the measured energy; None if there is no measurement."""
+    cost: float | None = None
+    """The request's share of the replica's cost, in the configured currency."""
+    source: str = ""
+    """Source of ``joules``, or the reason why it is None; see ``cluster.accounting``."""
+
+
+@dataclass(slots=True)
+class UsageCounter:
+    """Usage of a request while an engine serves it; the fields are those of ``Usage``."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    joules: float | None = None
+    cost: float | None = None
+    source: str = ""
+    settle: Callable[[], None] | None = None
+    """Called once before the usage is reported; may fill in ``joules``, ``cost`` and ``source``."""
+
+    def report(self) -> Usage | None:
+        """Settle and return the usage; None if the application counted no tokens."""
+        if not (self.prompt_tokens or self.completion_tokens):
+            return None
+        if self.settle is not None:
+            self.settle()
+        return Usage(
+            self.prompt_tokens,
+            self.cached_tokens,
+            self.completion_tokens,
+            self.joules,
+            self.cost,
+            self.source,
+        )
