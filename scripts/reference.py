@@ -48,7 +48,12 @@ def tandem_metrics() -> str:
     return _table(
         ("metric", "kind", "labels", "meaning"),
         (
-            (f"`{one.name}`", one.kind, _codes(one.labels), f"{one.help}{_buckets(one)}")
+            (
+                f"`{one.name}`",
+                one.kind,
+                _codes(one.labels),
+                f"{one.help}{_buckets(one)}{_former_name(one)}",
+            )
             for one in table.all_metrics()
         ),
     )
@@ -63,6 +68,10 @@ def _buckets(metric: Metric) -> str:
     if not metric.buckets:
         return ""
     return f" {len(metric.buckets)} buckets from {metric.buckets[0]:g} to {metric.buckets[-1]:g}."
+
+
+def _former_name(metric: Metric) -> str:
+    return f" Formerly `{metric.deprecated_name}`." if metric.deprecated_name else ""
 
 
 # -- configuration ---------------------------------------------------------------------------------

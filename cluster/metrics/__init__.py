@@ -1,7 +1,7 @@
-"""What Tandem counts: one table of metrics, and the registry that counts them.
+"""Metric definitions and the registry that holds their values.
 
-Pure and lock-free: a registry belongs to one event loop. ``exposition`` writes a registry for
-Prometheus; ``deployments.metrics`` gives it to Ray.
+A registry belongs to one event loop and has no locks. ``exposition`` writes it in Prometheus' text
+format; ``deployments.metrics`` exports it through Ray.
 """
 
 from cluster.metrics import table

@@ -1,4 +1,4 @@
-"""A registry in Prometheus' text format, written by prometheus-client."""
+"""Prometheus text format of a registry, written by prometheus-client."""
 
 from collections.abc import Iterable
 from itertools import accumulate, groupby
@@ -20,7 +20,7 @@ Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 
 
 def exposition(registry: Registry) -> bytes:
-    """The registry's present values."""
+    """Return the current values of the registry in Prometheus' text format."""
     collected = CollectorRegistry()
     collected.register(_Families(registry))
     return generate_latest(collected)
@@ -32,18 +32,18 @@ class _Families(Collector):
 
     def collect(self) -> Iterable[Family]:
         for metric, children in groupby(self._registry.collect(), key=lambda entry: entry[0]):
-            family = _family(metric)
+            family = _new_family(metric)
             for _, labels, child in children:
                 if isinstance(family, HistogramMetricFamily):
                     assert isinstance(child, Histogram)
-                    family.add_metric(labels, _buckets(child), child.total)
+                    family.add_metric(labels, _cumulative_buckets(child), child.total)
                 else:
                     assert not isinstance(child, Histogram)
                     family.add_metric(labels, child.value)
             yield family
 
 
-def _family(metric: Metric) -> Family:
+def _new_family(metric: Metric) -> Family:
     kinds = {
         "counter": CounterMetricFamily,
         "gauge": GaugeMetricFamily,
@@ -53,6 +53,6 @@ def _family(metric: Metric) -> Family:
     return family
 
 
-def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
+def _cumulative_buckets(histogram: Histogram) -> list[tuple[str, float]]:
     bounds = [*map(str, histogram.bounds), "+Inf"]
     return list(zip(bounds, map(float, accumulate(histogram.counts)), strict=True))

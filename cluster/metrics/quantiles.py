@@ -1,18 +1,18 @@
-"""Quantiles of what a histogram counted, as Prometheus' ``histogram_quantile`` gives them."""
+"""Quantile estimates from histogram buckets, as PromQL's ``histogram_quantile`` computes them."""
 
 from collections.abc import Sequence
 
 
 def quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> float | None:
-    """The value that ``share`` (0 to 1) of the observations do not exceed; None without any.
+    """Return the value that ``share`` of the observations do not exceed, or None if there are none.
 
-    Values are taken to lie evenly between a bucket's bounds. What is above all bounds counts as
-    the highest bound, so a result that is equal to it may be too low.
+    Interpolates linearly within a bucket. Observations above the highest bound count as that
+    bound, so a result equal to it may be too low.
 
     Args:
         bounds: Upper bounds, ascending.
-        counts: Observations of each bucket alone; one more than bounds.
-        share: Which quantile; 0.5 is the median.
+        counts: Observations per bucket, not cumulative; one more than ``bounds``.
+        share: Quantile, 0 to 1; 0.5 is the median.
     """
     rank = share * sum(counts)
     if not rank:

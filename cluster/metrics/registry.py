@@ -1,7 +1,7 @@
-"""Counts, kept where they are made: plain numbers on one event loop, read when somebody asks.
+"""Counters, gauges and histograms as plain numbers, updated on one event loop and read on scrape.
 
-prometheus-client's own classes lock on each count and search their buckets one by one, several
-times what a router may spend on a token.
+prometheus-client's own classes take a lock per update and search buckets linearly, which costs
+several times what a router may spend on a token.
 """
 
 from bisect import bisect_left, bisect_right
@@ -11,12 +11,12 @@ from typing import TypeVar
 from cluster.metrics.table import Metric
 
 MAX_SERIES = 1000
-"""Label sets of one metric; what is beyond them is counted under ``other``."""
+"""Label sets per metric; further ones are counted under the label value ``other``."""
 OTHER = "other"
 
 
 class Counter:
-    """A sum that only grows."""
+    """Monotonically increasing sum."""
 
     __slots__ = ("value",)
 
@@ -24,12 +24,12 @@ class Counter:
         self.value = 0.0
 
     def add(self, amount: float = 1.0) -> None:
-        """Add what happened since the last call."""
+        """Increase the sum by ``amount``."""
         self.value += amount
 
 
 class Gauge:
-    """A value that comes and goes."""
+    """Value that can go up and down."""
 
     __slots__ = ("value",)
 
@@ -38,14 +38,14 @@ class Gauge:
 
 
 class Histogram:
-    """How often values fell between bounds."""
+    """Number of observations per bucket, and their sum."""
 
     __slots__ = ("bounds", "counts", "total")
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self.bounds = bounds
         self.counts = [0] * (len(bounds) + 1)
-        """Observations for each bucket alone, not cumulated; the last is above all bounds."""
+        """Observations per bucket, not cumulative; the last bucket has no upper bound."""
         self.total = 0.0
 
     def observe(self, value: float) -> None:
@@ -54,7 +54,7 @@ class Histogram:
         self.total += value
 
     def observe_all(self, values: Iterable[float]) -> None:
-        """Count many values, bucket by bucket: half the time of one call for each."""
+        """Count many values; takes half the time of one ``observe`` per value."""
         ascending = sorted(values)
         self.total += sum(ascending)
         done = 0
@@ -67,12 +67,12 @@ class Histogram:
             done = end
 
     def add(self, other: "Histogram") -> None:
-        """Count what ``other`` did, too; its bounds are the same."""
+        """Add the observations of ``other``, which has the same bounds."""
         self.counts = [mine + its for mine, its in zip(self.counts, other.counts, strict=True)]
         self.total += other.total
 
     def set(self, other: "Histogram") -> None:
-        """Take over what ``other`` counted since the beginning."""
+        """Replace the observations with those of ``other``."""
         self.counts, self.total = list(other.counts), other.total
 
 
@@ -81,38 +81,42 @@ T = TypeVar("T", Counter, Gauge, Histogram)
 
 
 class Registry:
-    """The children of every metric, made when they are first asked for."""
+    """Children of every metric by label values, created on first use."""
 
     def __init__(self) -> None:
         self._children: dict[Metric, dict[tuple[str, ...], Child]] = {}
         self._collectors: list[Callable[[], None]] = []
 
     def counter(self, metric: Metric, *labels: str) -> Counter:
-        """The counter for these label values, in the metric's order."""
+        """Return the counter for these label values, given in the metric's order."""
         return self._child(metric, labels, Counter)
 
     def gauge(self, metric: Metric, *labels: str) -> Gauge:
-        """The gauge for these label values."""
+        """Return the gauge for these label values."""
         return self._child(metric, labels, Gauge)
 
     def histogram(self, metric: Metric, *labels: str) -> Histogram:
-        """The histogram for these label values."""
+        """Return the histogram for these label values."""
         return self._child(metric, labels, lambda: Histogram(metric.buckets))
 
     def on_collect(self, collector: Callable[[], None]) -> None:
-        """Have ``collector`` called before each reading, to set what is not counted as it goes."""
+        """Call ``collector`` before each ``collect``, to set values that are not kept current."""
         self._collectors.append(collector)
 
     def collect(self) -> Iterator[tuple[Metric, tuple[str, ...], Child]]:
-        """Every child with its label values, grouped by metric."""
+        """Yield every child with its label values, grouped by metric.
+
+        Children of a renamed metric come twice: under its name and under its deprecated name.
+        """
         for collector in self._collectors:
             collector()
         for metric, children in self._children.items():
-            for labels, child in children.items():
-                yield metric, labels, child
+            for name in metric, metric.deprecated_alias:
+                if name is not None:
+                    yield from ((name, labels, child) for labels, child in children.items())
 
     def series(self, metric: Metric) -> Mapping[tuple[str, ...], Child]:
-        """The children of one metric by their label values, as they are now."""
+        """Return the current children of one metric by label values."""
         return self._children.get(metric, {})
 
     def _child(self, metric: Metric, labels: tuple[str, ...], make: Callable[[], T]) -> T:
@@ -120,8 +124,8 @@ class Registry:
         child = children.get(labels)
         if child is None:
             if len(labels) != len(metric.labels):
-                raise ValueError(f"{metric.name} has the labels {metric.labels}, not {labels}")
+                raise ValueError(f"{metric.name} has the labels {metric.labels}, got {labels}")
             if len(children) >= MAX_SERIES:
                 labels = (OTHER,) * len(labels)
             child = children.setdefault(labels, make())
-        return child  # type: ignore[return-value]  # one metric has children of one kind
+        return child  # type: ignore[return-value]  # all children of a metric have one type

@@ -1,26 +1,37 @@
-"""Every metric of Tandem: its name, kind, labels, buckets and meaning. Nothing else names one.
+"""Definitions of all metrics: name, kind, labels, buckets and description.
 
-Names are in base units under the prefix ``tandem_``; counters end in ``_total``. Ray's agents
-put ``ray_`` before them and the replica's labels beside them. The label ``model`` is a pool's
-name and ``route`` one of its paths, so a client cannot make a new series.
+Names use base units and the prefix ``tandem_``; counters end in ``_total``. Ray's agents prepend
+``ray_`` and add labels for the replica. ``model`` is the name of a pool and ``route`` one of its
+paths, so clients cannot create series.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One metric; a histogram's ``buckets`` are upper bounds, ascending."""
+    """Definition of one metric."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
     help: str
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
+    """Upper bounds of a histogram's buckets, ascending."""
+    deprecated_name: str = ""
+    """Former name, which is still exported; empty if the metric was not renamed."""
+
+    @property
+    def deprecated_alias(self) -> "Metric | None":
+        """The metric under its former name, marked as deprecated in its help text."""
+        if not self.deprecated_name:
+            return None
+        text = f"Deprecated, use {self.name}. {self.help}"
+        return replace(self, name=self.deprecated_name, help=text, deprecated_name="")
 
     def bound_above(self, value: float) -> float:
-        """The least bound of a bucket that is not below ``value``; ``value`` itself above all."""
+        """Return the lowest bucket bound that is at least ``value``, or ``value`` if above all."""
         return next((bound for bound in self.buckets if bound >= value), value)
 
 
@@ -35,63 +46,74 @@ _GAPS = (
 _MODEL = ("model",)
 
 
-def _histogram(name: str, text: str, buckets: tuple[float, ...] = _SECONDS) -> Metric:
-    return Metric(name, "histogram", text, _MODEL, buckets)
+def _counter(name: str, text: str, *more_labels: str, deprecated_name: str = "") -> Metric:
+    labels = (*_MODEL, *more_labels)
+    return Metric(name, "counter", text, labels, deprecated_name=deprecated_name)
 
 
-# -- requests, as a router sees them ---------------------------------------------------------------
+def _gauge(name: str, text: str, *more_labels: str, deprecated_name: str = "") -> Metric:
+    labels = (*_MODEL, *more_labels)
+    return Metric(name, "gauge", text, labels, deprecated_name=deprecated_name)
 
-REQUESTS = Metric(
+
+def _histogram(
+    name: str, text: str, buckets: tuple[float, ...] = _SECONDS, deprecated_name: str = ""
+) -> Metric:
+    return Metric(name, "histogram", text, _MODEL, buckets, deprecated_name)
+
+
+# -- requests, measured in the router --------------------------------------------------------------
+
+REQUESTS = _counter(
     "tandem_requests_total",
-    "counter",
-    "Requests that ended, by the status of their answer; 499: the client left.",
-    ("model", "route", "status"),
+    "Finished requests by HTTP status; 499: the client disconnected.",
+    *("route", "status"),
 )
-ARRIVALS = Metric(
-    "tandem_arrivals_total",
-    "counter",
-    "Requests that came to a pool, whether it had room or not.",
-    _MODEL,
+ARRIVALS = _counter("tandem_arrivals_total", "Requests received, including those shed.")
+REQUEST_SECONDS = _histogram(
+    "tandem_request_seconds", "Time from receiving a request to the end of its response."
 )
-REQUEST_SECONDS = _histogram("tandem_request_seconds", "From a request to the end of its answer.")
-QUEUE_SECONDS = _histogram("tandem_queue_seconds", "Waiting in the router for a place.")
-TTFT_SECONDS = _histogram("tandem_ttft_seconds", "From a request to the first bytes of its stream.")
+QUEUE_SECONDS = _histogram("tandem_queue_seconds", "Time in the router's queue.")
+TTFT_SECONDS = _histogram(
+    "tandem_ttft_seconds", "Time from receiving a request to the first bytes of its stream."
+)
 ITL_SECONDS = _histogram(
-    "tandem_itl_seconds", "Between two writes of a stream; one may hold several tokens.", _GAPS
+    "tandem_itl_seconds",
+    "Gap between two writes of a stream; a write may hold several tokens.",
+    _GAPS,
 )
 TPOT_SECONDS = _histogram(
-    "tandem_tpot_seconds", "(end to end - TTFT) / (completion tokens - 1) of a stream.", _GAPS
+    "tandem_tpot_seconds",
+    "(end-to-end time - TTFT) / (completion tokens - 1) of a stream.",
+    _GAPS,
 )
-PROMPT_TOKENS = Metric("tandem_prompt_tokens_total", "counter", "Prompt tokens.", _MODEL)
-CACHED_TOKENS = Metric(
-    "tandem_cached_tokens_total", "counter", "Prompt tokens that the prefix cache held.", _MODEL
-)
-COMPLETION_TOKENS = Metric(
-    "tandem_completion_tokens_total", "counter", "Completion tokens.", _MODEL
-)
-SHED = Metric(
+PROMPT_TOKENS = _counter("tandem_prompt_tokens_total", "Prompt tokens.")
+CACHED_TOKENS = _counter("tandem_cached_tokens_total", "Prompt tokens found in the prefix cache.")
+COMPLETION_TOKENS = _counter("tandem_completion_tokens_total", "Completion tokens.")
+SHED = _counter(
     "tandem_shed_requests_total",
-    "counter",
-    "Requests refused as too many: queue_full, too_long a wait, deadline, expired while waiting.",
-    ("model", "reason"),
+    "Requests rejected for load. Reasons: queue_full; too_long (estimated wait exceeds the limit); "
+    "deadline (cannot be met); expired (in the queue).",
+    "reason",
 )
-HANDOVERS = Metric(
-    "tandem_handovers_total",
-    "counter",
-    "Requests given to another replica before their answer began, as the first was lost, refused "
-    "or was unavailable (it stopped, its engine died); drained: finished by one that took no more.",
-    ("model", "reason"),
+FAILOVERS = _counter(
+    "tandem_failovers_total",
+    "Requests retried on another replica before the first byte. Reasons: lost (the link broke); "
+    "refused (by the replica); unavailable (the replica stopped or its engine died). The reason "
+    "drained counts requests that a draining replica completed.",
+    "reason",
+    deprecated_name="tandem_handovers_total",
 )
-CUT_OFF = Metric(
-    "tandem_cut_off_requests_total", "counter", "Answers that ended before they were whole.", _MODEL
+CUT_OFF = _counter(
+    "tandem_cut_off_requests_total", "Responses that broke off after they had started."
 )
 
-# -- tenants; those that have keys, and "" where none is needed ------------------------------------
+# -- tenants: those with keys, and "" if no key is required ----------------------------------------
 
 TENANT_REQUESTS = Metric(
     "tandem_tenant_requests_total",
     "counter",
-    "Requests to models that ended, by tenant and status.",
+    "Finished requests to models by tenant and HTTP status.",
     ("tenant", "status"),
 )
 TENANT_TOKENS = Metric(
@@ -103,234 +125,234 @@ TENANT_TOKENS = Metric(
 LIMITS_HIT = Metric(
     "tandem_limits_hit_total",
     "counter",
-    "Requests refused because a limit of their tenant was reached.",
+    "Requests rejected because their tenant reached a limit.",
     ("tenant", "limit"),
 )
 
-# -- pools, as a router sees them ------------------------------------------------------------------
+# -- pools, measured in the router -----------------------------------------------------------------
 
-ONGOING = Metric("tandem_ongoing_requests", "gauge", "Requests being served.", _MODEL)
-QUEUED = Metric("tandem_queued_requests", "gauge", "Requests waiting for a place.", _MODEL)
-QUEUED_TOKENS = Metric(
-    "tandem_queued_tokens", "gauge", "Estimated work that waits for a place.", _MODEL
+IN_FLIGHT = _gauge(
+    "tandem_in_flight_requests",
+    "Requests given to a replica and not finished.",
+    deprecated_name="tandem_ongoing_requests",
 )
-ONGOING_TOKENS = Metric(
-    "tandem_ongoing_tokens", "gauge", "Estimated work of the requests being served.", _MODEL
+QUEUED = _gauge("tandem_queued_requests", "Requests in the router's queue.")
+QUEUED_TOKENS = _gauge("tandem_queued_tokens", "Estimated tokens of the queued requests.")
+IN_FLIGHT_TOKENS = _gauge(
+    "tandem_in_flight_tokens",
+    "Estimated tokens of the requests in flight.",
+    deprecated_name="tandem_ongoing_tokens",
 )
-CAPACITY_TOKENS = Metric(
+CAPACITY_TOKENS = _gauge(
     "tandem_capacity_tokens",
-    "gauge",
-    "Work that the router lets the replicas hold; +Inf until they hold too much.",
-    _MODEL,
+    "Limit on the estimated tokens in flight; +Inf until the replicas have been overloaded once.",
 )
-DRAIN_RATE = Metric(
+DRAIN_RATE = _gauge(
     "tandem_drain_tokens_per_second",
-    "gauge",
-    "Work that leaves the replicas while they are busy; 0 while that is not known.",
-    _MODEL,
+    "Estimated tokens that busy replicas finish per second; 0 while unknown.",
 )
-OBJECTIVE = Metric(
+OBJECTIVE = _gauge(
     "tandem_objective_seconds",
-    "gauge",
-    "Latency that a pool is to keep to (slo): ttft_p90, itl_p90 or latency_p95; rounded up to a "
-    "bound of its histogram, as a percentile is exact there alone.",
-    ("model", "of"),
+    "Latency objective (slo): ttft_p90, itl_p90 or latency_p95. Rounded up to a bucket bound of "
+    "its histogram, where percentiles are exact.",
+    "of",
 )
-REPLICAS = Metric(
-    "tandem_replicas", "gauge", "Replicas by what this router can do with them.", ("model", "state")
+REPLICAS = _gauge(
+    "tandem_replicas",
+    "Replicas by state at this router: linked, fallback (reached through Serve's handle) or "
+    "unlinked (not reachable).",
+    "state",
 )
-RUNNING = Metric("tandem_running_requests", "gauge", "Requests in the engines' batches.", _MODEL)
-WAITING = Metric("tandem_waiting_requests", "gauge", "Requests waiting in the engines.", _MODEL)
-KV_CACHE = Metric(
-    "tandem_kv_cache_usage_ratio", "gauge", "KV blocks in use, mean of the replicas.", _MODEL
+RUNNING = _gauge("tandem_running_requests", "Requests in the engines' batches.")
+WAITING = _gauge("tandem_waiting_requests", "Requests waiting in the engines.")
+KV_CACHE = _gauge(
+    "tandem_kv_cache_usage_ratio", "Share of KV blocks in use, mean over the replicas."
 )
 
-PREFIX_ENTRIES = Metric(
-    "tandem_prefix_index_entries", "gauge", "Prefixes of prompts that some replica holds.", _MODEL
+PREFIX_ENTRIES = _gauge(
+    "tandem_prefix_index_entries", "Prompt prefixes cached by at least one replica."
 )
-PREFIX_EVENTS = Metric(
+PREFIX_EVENTS = _counter(
     "tandem_prefix_events_total",
-    "counter",
-    "Prefixes that replicas stored or removed, and how often one began anew.",
-    ("model", "event"),
+    "Prompt prefixes that replicas stored or removed; cleared: replicas that started over.",
+    "event",
 )
 
-# -- choices among replicas and of their number ---------------------------------------------------
+# -- routing and autoscaling -----------------------------------------------------------------------
 
-ROUTING_DECISIONS = Metric(
-    "tandem_routing_decisions_total",
-    "counter",
-    "Replicas chosen for requests, by what decided.",
-    ("model", "policy"),
+ROUTING_DECISIONS = _counter(
+    "tandem_routing_decisions_total", "Replica choices by the policy that decided.", "policy"
 )
-ROUTING_SECONDS = Metric(
+ROUTING_SECONDS = _histogram(
     "tandem_routing_decision_seconds",
-    "histogram",
-    "Time that one choice of a replica takes.",
-    _MODEL,
+    "Time to choose a replica.",
     (1e-6, 2.5e-6, 5e-6, 1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 1e-3, 0.01),
 )
-TARGET_REPLICAS = Metric(
-    "tandem_autoscaling_target_replicas", "gauge", "Replicas that were decided on.", _MODEL
+TARGET_REPLICAS = _gauge(
+    "tandem_autoscaling_target_replicas", "Replica count set by the autoscaler."
 )
-WANTED_REPLICAS = Metric(
-    "tandem_autoscaling_wanted_replicas",
-    "gauge",
-    "Replicas that the pool alone would have, without the budget.",
-    _MODEL,
+WANTED_REPLICAS = _gauge(
+    "tandem_autoscaling_wanted_replicas", "Replica count the pool needs, before the budget applies."
 )
-SCALING_DECISIONS = Metric(
+SCALING_DECISIONS = _counter(
     "tandem_autoscaling_decisions_total",
-    "counter",
-    "Changes of a target, by their reason; the log says more.",
-    ("model", "reason"),
+    "Changes of the target replica count by reason; details are in the log.",
+    "reason",
 )
 
-# -- links, at the router's end --------------------------------------------------------------------
+# -- links, measured in the router -----------------------------------------------------------------
 
-LINK_FRAMES = Metric(
-    "tandem_link_frames_total", "counter", "Frames on the links.", ("model", "direction")
-)
-LINK_BYTES = Metric(
-    "tandem_link_bytes_total", "counter", "Bytes on the links.", ("model", "direction")
-)
-LINK_CONNECTS = Metric(
-    "tandem_link_connects_total", "counter", "Links that came about, first and again.", _MODEL
-)
-LINK_FALLBACKS = Metric(
+LINK_FRAMES = _counter("tandem_link_frames_total", "Frames sent over links.", "direction")
+LINK_BYTES = _counter("tandem_link_bytes_total", "Bytes sent over links.", "direction")
+LINK_CONNECTS = _counter("tandem_link_connects_total", "Links opened, including reconnects.")
+LINK_FALLBACKS = _counter(
     "tandem_link_fallbacks_total",
-    "counter",
-    "Requests that went over Serve's handle, because a link could not be opened.",
-    _MODEL,
+    "Requests sent through Serve's handle because the link could not be opened.",
 )
 
 CERTIFICATE_EXPIRY = Metric(
     "tandem_certificate_expiry_timestamp_seconds",
     "gauge",
-    "Unix time at which the certificate of the links expires; absent without TLS.",
+    "Expiry of the links' certificate as Unix time; absent without TLS.",
 )
 
-# -- encoders, in their replicas -------------------------------------------------------------------
+# -- classifiers, measured in their replicas -------------------------------------------------------
 
-ENCODER_BATCHES = Metric("tandem_encoder_batches_total", "counter", "Batches computed.", _MODEL)
-ENCODER_FAILED_BATCHES = Metric(
-    "tandem_encoder_failed_batches_total", "counter", "Batches that the model failed on.", _MODEL
+CLASSIFIER_BATCHES = _counter(
+    "tandem_classifier_batches_total",
+    "Batches computed.",
+    deprecated_name="tandem_encoder_batches_total",
 )
-ENCODER_TEXTS = Metric("tandem_encoder_texts_total", "counter", "Texts computed.", _MODEL)
-ENCODER_TOKENS = Metric("tandem_encoder_tokens_total", "counter", "Tokens computed.", _MODEL)
-ENCODER_PADDING = Metric(
-    "tandem_encoder_padding_total", "counter", "Cells computed that held no token.", _MODEL
+CLASSIFIER_FAILED_BATCHES = _counter(
+    "tandem_classifier_failed_batches_total",
+    "Batches on which the model raised an error.",
+    deprecated_name="tandem_encoder_failed_batches_total",
 )
-ENCODER_BATCH_TEXTS = Metric(
-    "tandem_encoder_batch_texts",
-    "histogram",
-    "Texts in a batch.",
-    _MODEL,
+CLASSIFIER_TEXTS = _counter(
+    "tandem_classifier_texts_total", "Texts computed.", deprecated_name="tandem_encoder_texts_total"
+)
+CLASSIFIER_TOKENS = _counter(
+    "tandem_classifier_tokens_total",
+    "Tokens computed, padding excluded.",
+    deprecated_name="tandem_encoder_tokens_total",
+)
+CLASSIFIER_PADDING = _counter(
+    "tandem_classifier_padding_total",
+    "Padding tokens computed.",
+    deprecated_name="tandem_encoder_padding_total",
+)
+CLASSIFIER_BATCH_TEXTS = _histogram(
+    "tandem_classifier_batch_texts",
+    "Texts per batch.",
     tuple(float(2**power) for power in range(11)),
+    deprecated_name="tandem_encoder_batch_texts",
 )
-ENCODER_TOKENIZE_SECONDS = Metric(
-    "tandem_encoder_tokenize_seconds_total", "counter", "Time that the tokenizer took.", _MODEL
+CLASSIFIER_TOKENIZE_SECONDS = _counter(
+    "tandem_classifier_tokenize_seconds_total",
+    "Time spent tokenizing.",
+    deprecated_name="tandem_encoder_tokenize_seconds_total",
 )
-ENCODER_QUEUED_TOKENS = Metric(
-    "tandem_encoder_queued_tokens",
-    "gauge",
-    "Tokens that wait for the model, those being tokenized by estimate.",
-    _MODEL,
+CLASSIFIER_QUEUED_TOKENS = _gauge(
+    "tandem_classifier_queued_tokens",
+    "Tokens waiting for the model; texts not tokenized yet are estimated.",
+    deprecated_name="tandem_encoder_queued_tokens",
 )
-ENCODER_AGREEMENT = Metric(
-    "tandem_encoder_agreement_ratio",
-    "gauge",
-    "How often low precision answers as float32 does; absent where it is float32.",
-    _MODEL,
+CLASSIFIER_AGREEMENT = _gauge(
+    "tandem_classifier_agreement_ratio",
+    "Share of answers in low precision that agree with float32; absent if the model runs in "
+    "float32.",
+    deprecated_name="tandem_encoder_agreement_ratio",
 )
-ENCODER_SECONDS = Metric(
-    "tandem_encoder_compute_seconds_total", "counter", "Time that the model computed.", _MODEL
+CLASSIFIER_SECONDS = _counter(
+    "tandem_classifier_compute_seconds_total",
+    "Time spent computing the model.",
+    deprecated_name="tandem_encoder_compute_seconds_total",
 )
-ENCODER_SKIPPED = Metric(
-    "tandem_encoder_skipped_texts_total",
-    "counter",
-    "Texts not computed, as their client had left or their request had failed.",
-    _MODEL,
+CLASSIFIER_SKIPPED = _counter(
+    "tandem_classifier_skipped_texts_total",
+    "Texts not computed because their client disconnected or their request failed.",
+    deprecated_name="tandem_encoder_skipped_texts_total",
 )
-ENCODER_CACHE_HITS = Metric(
-    "tandem_encoder_cache_hits_total", "counter", "Texts whose result was kept.", _MODEL
+CLASSIFIER_CACHE_HITS = _counter(
+    "tandem_classifier_cache_hits_total",
+    "Texts answered from the result cache.",
+    deprecated_name="tandem_encoder_cache_hits_total",
 )
-ENCODER_CACHE_MISSES = Metric(
-    "tandem_encoder_cache_misses_total", "counter", "Texts whose result was not kept.", _MODEL
+CLASSIFIER_CACHE_MISSES = _counter(
+    "tandem_classifier_cache_misses_total",
+    "Texts not found in the result cache.",
+    deprecated_name="tandem_encoder_cache_misses_total",
 )
-ENCODER_LABELS = Metric(
-    "tandem_encoder_labels_total", "counter", "Texts by their strongest label.", ("model", "label")
+CLASSIFIER_LABELS = _counter(
+    "tandem_classifier_labels_total",
+    "Texts by highest-scoring label.",
+    "label",
+    deprecated_name="tandem_encoder_labels_total",
 )
-ENCODER_CONFIDENCE = Metric(
-    "tandem_encoder_confidence_total",
-    "counter",
-    "Texts whose strongest label's score was at most so much.",
-    ("model", "le"),
+CLASSIFIER_CONFIDENCE = _counter(
+    "tandem_classifier_confidence_total",
+    "Texts whose highest score is at most `le`.",
+    "le",
+    deprecated_name="tandem_encoder_confidence_total",
 )
-ENCODER_CHARACTERS = Metric(
-    "tandem_encoder_characters_total", "counter", "Texts of fewer characters.", ("model", "le")
+CLASSIFIER_CHARACTERS = _counter(
+    "tandem_classifier_characters_total",
+    "Texts shorter than `le` characters.",
+    "le",
+    deprecated_name="tandem_encoder_characters_total",
 )
-ENCODER_DRIFT = Metric(
-    "tandem_encoder_drift_ratio",
-    "gauge",
-    "Population stability index against the reference; above 0.25 is a marked change.",
-    ("model", "of"),
+CLASSIFIER_DRIFT = _gauge(
+    "tandem_classifier_drift_ratio",
+    "Population stability index against the reference; above 0.25 is a significant shift.",
+    "of",
+    deprecated_name="tandem_encoder_drift_ratio",
 )
 
 # -- replicas --------------------------------------------------------------------------------------
 
-STARTUP_SECONDS = Metric(
+STARTUP_SECONDS = _gauge(
     "tandem_startup_seconds",
-    "gauge",
-    "How long the phases of a start took (docs/explanation/autoscaling.md).",
-    ("model", "phase"),
+    "Duration of each startup phase (docs/explanation/autoscaling.md).",
+    "phase",
 )
 
-# -- what a deployment uses and costs, in its replicas ---------------------------------------------
+# -- energy and cost, measured in replicas ---------------------------------------------------------
 
-ENERGY = Metric(
+ENERGY = _counter(
     "tandem_energy_joules_total",
-    "counter",
-    "Energy by who used it; source: what measured it, or estimate.",
-    ("model", "tenant", "source"),
+    "Energy by model and tenant; source names the meter, or is estimate.",
+    *("tenant", "source"),
 )
-COST = Metric(
-    "tandem_cost_total", "counter", "Price of the reserved resources.", ("model", "tenant")
-)
+COST = _counter("tandem_cost_total", "Price of the reserved resources.", "tenant")
 
-# -- memory and devices, in every process ----------------------------------------------------------
+# -- memory and devices, measured in every process -------------------------------------------------
 
-RESIDENT_MEMORY = Metric(
+RESIDENT_MEMORY = _gauge(
     "tandem_process_resident_memory_bytes",
-    "gauge",
-    "Resident memory of a replica's or router's own process, and of all that it started.",
-    ("model", "process"),
+    "Resident memory of a replica or router process and its descendants.",
+    "process",
 )
-MEMORY_GROWTH = Metric(
+MEMORY_GROWTH = _gauge(
     "tandem_memory_growth_bytes_per_second",
-    "gauge",
-    "Theil-Sen slope of the resident memory while the traffic does not grow.",
-    ("model", "process"),
+    "Theil-Sen slope of resident memory while traffic does not grow.",
+    "process",
 )
-_DEVICE = ("model", "device")
-DEVICE_TEMPERATURE = Metric(
-    "tandem_device_temperature_celsius", "gauge", "Temperature of a GPU.", _DEVICE
+DEVICE_TEMPERATURE = _gauge("tandem_device_temperature_celsius", "GPU temperature.", "device")
+DEVICE_POWER = _gauge("tandem_device_power_watts", "GPU power draw.", "device")
+DEVICE_MEMORY = _gauge("tandem_device_memory_used_bytes", "GPU memory in use.", "device")
+DEVICE_THROTTLED = _gauge(
+    "tandem_device_throttled",
+    "1 while the GPU is slowed down by heat or a power failure.",
+    "device",
 )
-DEVICE_POWER = Metric("tandem_device_power_watts", "gauge", "Power of a GPU.", _DEVICE)
-DEVICE_MEMORY = Metric(
-    "tandem_device_memory_used_bytes", "gauge", "Memory in use on a GPU.", _DEVICE
+DEVICE_ECC_ERRORS = _counter(
+    "tandem_device_ecc_errors_total", "Uncorrected memory errors of the GPU.", "device"
 )
-DEVICE_THROTTLED = Metric(
-    "tandem_device_throttled", "gauge", "1 while heat or a power failure slows a GPU down.", _DEVICE
-)
-DEVICE_ECC_ERRORS = Metric(
-    "tandem_device_ecc_errors_total", "counter", "Uncorrected memory errors of a GPU.", _DEVICE
-)
-DEVICE_XID_ERRORS = Metric(
-    "tandem_device_xid_errors_total", "counter", "NVIDIA's XID errors.", (*_DEVICE, "xid")
+DEVICE_XID_ERRORS = _counter(
+    "tandem_device_xid_errors_total", "XID errors reported by NVIDIA's driver.", *("device", "xid")
 )
 
 
 def all_metrics() -> list[Metric]:
-    """Every metric of the table, in its order."""
+    """Return all metrics in the order of this module."""
     return [value for value in globals().values() if isinstance(value, Metric)]

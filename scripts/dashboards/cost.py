@@ -11,7 +11,7 @@ def cost() -> Dashboard:
         "cost",
         "Tandem: cost and energy",
         "Energy, cost and devices. What no counter measures is absent.",
-        [variable("model", "tandem_ongoing_requests")],
+        [variable("model", "tandem_in_flight_requests")],
     )
     energy, tokens = rate("tandem_energy_joules_total"), rate("tandem_completion_tokens_total")
     panels = [

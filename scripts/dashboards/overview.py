@@ -24,7 +24,7 @@ def overview() -> Dashboard:
         "overview",
         "Tandem: overview",
         "Objectives, traffic, errors and capacity of the whole deployment.",
-        [variable("model", "tandem_ongoing_requests")],
+        [variable("model", "tandem_in_flight_requests")],
     )
     served = rate("tandem_requests_total", where='model=~"$model",status!="499"')
     # As the rules count it: answers that break off are in it, whose status is 200.
@@ -40,7 +40,7 @@ def overview() -> Dashboard:
             "percentunit",
             Query("max(model:tandem_errors:ratio_rate1h) or vector(0)"),
         ),
-        number("Ongoing", "short", Query("sum(tandem_ongoing_requests)", "")),
+        number("Ongoing", "short", Query("sum(tandem_in_flight_requests)", "")),
         number("Queued", "short", Query("sum(tandem_queued_requests)", "")),
         number("Reachable replicas", "short", Query("model:tandem_reachable_replicas:max")),
         number("Alerts", "short", Query('count(ALERTS{alertstate="firing"}) or vector(0)', "")),
@@ -70,7 +70,7 @@ def overview() -> Dashboard:
         lines(
             "Ongoing and queued",
             "short",
-            Query(total("tandem_ongoing_requests"), "{{model}} ongoing"),
+            Query(total("tandem_in_flight_requests"), "{{model}} ongoing"),
             Query(total("tandem_queued_requests"), "{{model}} queued"),
         ),
         lines("Refused", "reqps", Query(rate("tandem_shed_requests_total"))),

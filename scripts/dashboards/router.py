@@ -23,7 +23,7 @@ def router() -> Dashboard:
         "router",
         "Tandem: router and links",
         "Queues, choices among replicas, and the links to them.",
-        [variable("model", "tandem_ongoing_requests")],
+        [variable("model", "tandem_in_flight_requests")],
     )
     panels = [
         row("Router"),
@@ -34,13 +34,13 @@ def router() -> Dashboard:
         lines(
             "Handed over, cut off",
             "short",
-            Query(rate("tandem_handovers_total", "model, reason"), "{{model}} {{reason}}"),
+            Query(rate("tandem_failovers_total", "model, reason"), "{{model}} {{reason}}"),
             Query(rate("tandem_cut_off_requests_total"), "{{model}} cut off"),
         ),
         lines(
             "Tokens of requests, and capacity",
             "short",
-            Query(total("tandem_ongoing_tokens"), "{{model}} ongoing"),
+            Query(total("tandem_in_flight_tokens"), "{{model}} ongoing"),
             Query(total("tandem_queued_tokens"), "{{model}} queued"),
             Query(total("tandem_capacity_tokens"), "{{model}} capacity"),
         ),

@@ -41,8 +41,8 @@ ABSENT = {
         if metric.name.startswith("tandem_device_")
     },
     "tandem_certificate_expiry_timestamp_seconds": "TLS between the nodes",
-    "tandem_encoder_agreement_ratio": "a processor that computes in less than float32",
-    "tandem_encoder_drift_ratio": "a classifier with a reference (`tandem models reference`)",
+    "tandem_classifier_agreement_ratio": "a processor that computes in less than float32",
+    "tandem_classifier_drift_ratio": "a classifier with a reference (`tandem models reference`)",
     "tandem_limits_hit_total": "API keys, without which the address answers all who scrape it",
 }
 """What is not there, and what it would take."""

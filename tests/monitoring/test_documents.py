@@ -12,6 +12,7 @@ import typer
 from cluster.cli.app import app
 from cluster.config import file as config_file
 from cluster.errors import ConfigError
+from cluster.metrics import table
 from tests.monitoring.promql import known, names
 from tests.monitoring.test_rules import promtool, rules
 
@@ -23,8 +24,10 @@ _INLINE = re.compile(r"`([^`]+)`")
 _COMMAND = re.compile(r"(?:^|[\s(|/;])tandem ([a-z](?:[^\n#;)>&|\\]|\\\|)*)")
 _METRIC = re.compile(r"(?<![\w:/.])(?:tandem_|ray_serve_|ray_vllm_|ray_node_|model:tandem_)[\w:]+")
 _QUERY = re.compile(r"--data-urlencode 'query=([^']*)'|`((?:[a-z_]+ by \([^)]*\) |rate)\(?[^`]*)`")
-NOT_METRICS = {"tandem_requests_PID_REPLICA"}
-"""The file of the request log."""
+NOT_METRICS = {
+    "tandem_requests_PID_REPLICA",  # the file name of the request log
+    *(metric.deprecated_name for metric in table.all_metrics()),
+}
 USAGE_ERROR: Any = typer.BadParameter.__base__
 RECORDED = {rule["record"] for rule in rules() if "record" in rule}
 

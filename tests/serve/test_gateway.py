@@ -607,16 +607,16 @@ async def test_requests_that_are_served_are_shown_with_their_tokens() -> None:
         call = asgi.start(world.app, "POST", CHAT, {"wait_before": True})
         await world.until(lambda: len(replica.seen) == 1)
         served = await metrics(world)
-        assert served["tandem_ongoing_requests", "gen"] == 1
-        assert served["tandem_ongoing_tokens", "gen"] > 0
+        assert served["tandem_in_flight_requests", "gen"] == 1
+        assert served["tandem_in_flight_tokens", "gen"] > 0
         await call.cancel()
-        assert (await metrics(world))["tandem_ongoing_tokens", "gen"] == 0
+        assert (await metrics(world))["tandem_in_flight_tokens", "gen"] == 0
 
 
 async def handovers(world: World) -> dict[str, float]:
     """Those that there were, by their reason."""
     found = await metrics(world)
-    return {k[2]: n for k, n in found.items() if k[0] == "tandem_handovers_total" and n}
+    return {k[2]: n for k, n in found.items() if k[0] == "tandem_failovers_total" and n}
 
 
 async def test_every_request_is_counted_once() -> None:
@@ -646,7 +646,7 @@ async def test_every_request_is_counted_once() -> None:
         }
         assert found["tandem_request_seconds_count", "gen"] == 4
         assert found["tandem_ttft_seconds_count", "gen"] == 1
-        assert found["tandem_ongoing_requests", "gen"] == 0
+        assert found["tandem_in_flight_requests", "gen"] == 0
         assert found["tandem_replicas", "gen", "linked"] == 1
         assert found["tandem_link_connects_total", "gen"] == 1
         assert found["tandem_link_bytes_total", "received", "gen"] > 0

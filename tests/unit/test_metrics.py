@@ -76,6 +76,26 @@ def test_labels_are_bounded_and_complete() -> None:
         registry.counter(COUNT, "a", "b")
 
 
+def test_renamed_metrics_are_exported_under_both_names() -> None:
+    renamed = Metric(
+        "tandem_new_seconds",
+        "histogram",
+        "Times.",
+        (),
+        (1.0,),
+        deprecated_name="tandem_old_seconds",
+    )
+    registry = Registry()
+    registry.histogram(renamed).observe(0.5)
+    values = read(registry)
+    for name, labels in (("bucket", "1.0"), ("bucket", "+Inf"), ("sum", ""), ("count", "")):
+        old, new = (values[f"tandem_{age}_seconds_{name}", labels] for age in ("old", "new"))
+        assert old == new > 0
+    text = exposition(registry).decode()
+    assert "# HELP tandem_old_seconds Deprecated, use tandem_new_seconds. Times." in text
+    assert "# HELP tandem_new_seconds Times." in text
+
+
 def test_histograms_add_up_and_are_taken_over() -> None:
     one, other = (Registry().histogram(TIMES, "x") for _ in range(2))
     one.observe(0.05)

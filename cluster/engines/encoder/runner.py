@@ -47,7 +47,7 @@ class RunnerCounts:
     failed: int = 0
     """Batches that raised; not among the others."""
     batch_texts: Histogram = field(
-        default_factory=lambda: Histogram(table.ENCODER_BATCH_TEXTS.buckets)
+        default_factory=lambda: Histogram(table.CLASSIFIER_BATCH_TEXTS.buckets)
     )
 
     def batch(self, texts: int, tokens: int, padding: float, compute_s: float) -> None:

@@ -79,7 +79,7 @@ class PoolMeter:
         # All there from the beginning, or a rate would not see the first of each.
         self._shed = {reason: counter(table.SHED, model, reason) for reason in get_args(ShedReason)}
         self._handovers = {
-            reason: counter(table.HANDOVERS, model, reason) for reason in get_args(FailoverReason)
+            reason: counter(table.FAILOVERS, model, reason) for reason in get_args(FailoverReason)
         }
 
     def watch(self, request: Request, route: str, grant: Ending | None = None) -> "RequestObserver":

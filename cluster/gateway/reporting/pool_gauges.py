@@ -17,10 +17,10 @@ def watch_pools(registry: Registry, pools: Iterable[Pool]) -> None:
 def _collect(registry: Registry, pool: Pool) -> None:
     loads = pool.loads
     levels = {
-        table.ONGOING: pool.num_in_flight,
+        table.IN_FLIGHT: pool.num_in_flight,
         table.QUEUED: pool.num_queued,
         table.QUEUED_TOKENS: pool.waiting.queued_tokens,
-        table.ONGOING_TOKENS: pool.waiting.capacity.held_tokens,
+        table.IN_FLIGHT_TOKENS: pool.waiting.capacity.held_tokens,
         table.CAPACITY_TOKENS: pool.waiting.capacity.limit_tokens,
         table.DRAIN_RATE: pool.waiting.capacity.drain_rate() or 0.0,
         table.RUNNING: sum(load.running for load in loads),
