@@ -199,7 +199,9 @@ class PoolScaler:
 
     def _by_limit(self, signals: PoolSignals) -> Need:
         full = (signals.ongoing + signals.queued) / (FULL * self.spec.max_in_flight)
-        return Need("limit", full, f"a replica takes {self.spec.max_in_flight:g} requests at a time")
+        return Need(
+            "limit", full, f"a replica takes {self.spec.max_in_flight:g} requests at a time"
+        )
 
     def _by_missed(self, now: float, signals: PoolSignals) -> Need | None:
         """More where an objective is missed though all replicas run: what was learned is wrong.

@@ -12,7 +12,7 @@ from typing import Any
 from cluster.asgi import ASGIApp, Message, Receive, Scope, Send
 from cluster.engines.prefix_cache import PrefixTracker
 from cluster.engines.vllm_usage import Generate
-from cluster.routing.fingerprint import PATHS, Fingerprint, fingerprint
+from cluster.routing.fingerprint import PROMPT_PATHS, Fingerprint, fingerprint
 
 
 class _Body:
@@ -21,7 +21,7 @@ class _Body:
     def __init__(self, path: str, receive: Receive) -> None:
         self._path = path
         self._receive = receive
-        self._pieces: list[bytes] | None = [] if path in PATHS else None
+        self._pieces: list[bytes] | None = [] if path in PROMPT_PATHS else None
 
     async def receive(self) -> Message:
         message = await self._receive()

@@ -1,6 +1,6 @@
 """How many tokens a request will take, before anybody has counted them."""
 
-from cluster.routing.fingerprint import EMPTY, TOKEN_ID_BYTES, Fingerprint
+from cluster.routing.fingerprint import EMPTY_FINGERPRINT, TOKEN_ID_BYTES, Fingerprint
 from cluster.routing.request import RequestView
 from cluster.usage import Usage
 
@@ -35,7 +35,7 @@ class TokenEstimate:
     def view(
         self,
         body_bytes: int,
-        text: Fingerprint = EMPTY,
+        text: Fingerprint = EMPTY_FINGERPRINT,
         session: str | None = None,
         max_tokens: float | None = None,
         *,
@@ -73,7 +73,7 @@ class TokenEstimate:
             1.0, view.prompt_tokens * self._computed / self._prompts + view.completion_tokens
         )
 
-    def learn(self, body_bytes: int, usage: Usage, text: Fingerprint = EMPTY) -> None:
+    def learn(self, body_bytes: int, usage: Usage, text: Fingerprint = EMPTY_FINGERPRINT) -> None:
         """Take in what a request took."""
         if not text.is_tokens:
             self._tokens = self._tokens * MEMORY + max(0, usage.prompt_tokens)

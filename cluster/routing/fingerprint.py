@@ -1,7 +1,8 @@
-"""What a router and a replica both know a prompt by: hashes of growing prefixes of its text.
+"""Fingerprint of a prompt: hashes of growing prefixes of its text.
 
-Pure, and the same in every process, so that neither has to send it to the other. No tokenizer: a
-replica ties the prefixes to the tokens that its engine made of them.
+The result is the same in every process, so router and replicas compute it independently instead of
+exchanging it. No tokenizer is involved: a replica maps the prefixes to the tokens that its engine
+made of them (``cluster.engines.prefix_cache``). Pure.
 """
 
 from array import array
@@ -13,46 +14,48 @@ import msgspec
 from xxhash import xxh3_64_intdigest as digest
 
 MAX_BODY_BYTES = 1024 * 1024
-"""Longer bodies are not read: few engines have a context for their text, and it would take long."""
-_STEPS = ((2048, 128), (16 * 1024, 512), (64 * 1024, 2048), (MAX_BODY_BYTES, 8192))
-"""Up to so many bytes a prefix ends after each of so many: beginnings are what prompts share."""
+"""Longer bodies get no fingerprint: few models have a context that long, and hashing takes long."""
 TOKEN_ID_BYTES = 4
 
+# (limit, step): up to ``limit`` bytes, a prefix ends every ``step`` bytes. The steps are finest at
+# the start, the part that prompts share most often.
+_PREFIX_STEPS = ((2048, 128), (16 * 1024, 512), (64 * 1024, 2048), (MAX_BODY_BYTES, 8192))
 
-def _all_ends() -> tuple[int, ...]:
+
+def _prefix_ends() -> tuple[int, ...]:
     ends: list[int] = []
     start = 0
-    for stop, step in _STEPS:
-        ends += range(start + step, stop + 1, step)
-        start = stop
+    for limit, step in _PREFIX_STEPS:
+        ends += range(start + step, limit + 1, step)
+        start = limit
     return tuple(ends)
 
 
-ENDS = _all_ends()
-"""Where prefixes end, in bytes of the prompt's text."""
+PREFIX_ENDS = _prefix_ends()
+"""Ends of all prefixes, in bytes of the prompt's text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """What was read of one request's body."""
+    """Facts about one request, read from its body."""
 
     hashes: tuple[int, ...] = ()
     """64-bit hashes of growing prefixes of the (first) prompt, the shortest first."""
     ends: tuple[int, ...] = ()
-    """Where each of them ends, in bytes."""
+    """End of each prefix, in bytes."""
     total_bytes: int = 0
-    """Of the prompt's text, all parts together; 4 for each token id."""
+    """Length of the prompt's text; ``TOKEN_ID_BYTES`` for each token id."""
     is_tokens: bool = False
-    """The prompt was given as token ids."""
+    """True if the prompt was given as token ids."""
     session: str | None = None
     """The body's ``user``."""
     max_tokens: int | None = None
-    """The most that may be generated for one prompt."""
+    """Limit of the completion of one prompt, in tokens."""
     model: str = ""
-    """The model or adapter that is asked for."""
+    """Requested model or adapter."""
 
 
-EMPTY = Fingerprint()
+EMPTY_FINGERPRINT = Fingerprint()
 
 
 class _Part(msgspec.Struct):
@@ -99,57 +102,56 @@ _chat = msgspec.json.Decoder(_Chat).decode
 _completion = msgspec.json.Decoder(_Completion).decode
 _responses = msgspec.json.Decoder(_Responses).decode
 
-PATHS = ("/v1/chat/completions", "/v1/messages", "/v1/completions", "/v1/responses")
-"""Of requests whose prompt is understood."""
+PROMPT_PATHS = ("/v1/chat/completions", "/v1/messages", "/v1/completions", "/v1/responses")
+"""Paths whose bodies have a prompt that ``fingerprint`` can read."""
 
 
 def fingerprint(path: str, body: bytes) -> Fingerprint:
-    """The fingerprint of one request; an empty one where its prompt is not understood.
+    """Return the fingerprint of a request, or ``EMPTY_FINGERPRINT`` if its prompt is unreadable.
 
-    What is wrong with a body, the engine says.
+    Never raises: reporting what is wrong with a body is left to the engine.
     """
-    if len(body) > MAX_BODY_BYTES or path not in PATHS:
-        return EMPTY
+    if len(body) > MAX_BODY_BYTES or path not in PROMPT_PATHS:
+        return EMPTY_FINGERPRINT
     try:
         if path == "/v1/completions":
-            return _of_completion(_completion(body))
+            return _read_completion(_completion(body))
         if path == "/v1/responses":
-            return _of_responses(_responses(body))
-        return _of_chat(_chat(body))
+            return _read_responses(_responses(body))
+        return _read_chat(_chat(body))
     except (msgspec.DecodeError, UnicodeError, OverflowError, TypeError, RecursionError):
-        return EMPTY
+        return EMPTY_FINGERPRINT
 
 
-def _of_chat(body: _Chat) -> Fingerprint:
-    most = body.max_completion_tokens or body.max_tokens
-    return _of_text(body, _conversation(body, body.system, body.messages), most)
+def _read_chat(body: _Chat) -> Fingerprint:
+    max_tokens = body.max_completion_tokens or body.max_tokens
+    return _hash_text(body, _conversation(body, body.system, body.messages), max_tokens)
 
 
-def _of_responses(body: _Responses) -> Fingerprint:
-    if body.previous_response_id is not None:  # what comes before this is not known here
+def _read_responses(body: _Responses) -> Fingerprint:
+    if body.previous_response_id is not None:  # the earlier turns are unknown here
         return Fingerprint(session=body.user, max_tokens=body.max_output_tokens)
-    given = body.input
-    messages = [_Message("user", given)] if isinstance(given, str) else given
+    messages = [_Message("user", body.input)] if isinstance(body.input, str) else body.input
     texts = _conversation(body, body.instructions, messages)
-    return _of_text(body, texts, body.max_output_tokens)
+    return _hash_text(body, texts, body.max_output_tokens)
 
 
-def _of_completion(body: _Completion) -> Fingerprint:
+def _read_completion(body: _Completion) -> Fingerprint:
     prompt: Any = body.prompt
     if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
         prompt = prompt[0]
     if isinstance(prompt, str):
-        return _of_text(body, (prompt,), body.max_tokens)
-    ids = array("I", prompt)  # what is no token id raises
-    return _of_bytes(body, ids.tobytes(), body.max_tokens, is_tokens=True)
+        return _hash_text(body, (prompt,), body.max_tokens)
+    ids = array("I", prompt)  # raises if an item is not a token id
+    return _hash_bytes(body, ids.tobytes(), body.max_tokens, is_tokens=True)
 
 
 def _conversation(
     body: _Body, system: str | list[_Part] | None, messages: list[_Message]
 ) -> Iterator[str]:
-    """The texts in the order of chat templates: system, tools, then turn by turn.
+    """Yield the texts in the order of chat templates: system, tools, then turn by turn.
 
-    Roles and line breaks stand where most templates have them, so that lengths nearly agree.
+    Roles and line breaks are placed as in most templates, so that lengths nearly agree.
     """
     start = 0
     if system is not None:
@@ -177,7 +179,7 @@ def _turn(role: str, content: str | list[_Part] | None) -> Iterator[str]:
 
 
 def _part(part: _Part) -> Iterator[str]:
-    """The text of a part; of an image and the like a short mark, since its tokens are others."""
+    """Yield the text of a part; for an image, a hash, because its tokens are not text."""
     if part.text is not None:
         yield part.text
         return
@@ -193,23 +195,25 @@ def _text(raw: msgspec.Raw) -> str:
     return bytes(raw).decode()
 
 
-def _of_text(body: _Body, texts: Sequence[str] | Iterator[str], most: int | None) -> Fingerprint:
-    return _of_bytes(body, "".join(texts).encode(), most)
+def _hash_text(
+    body: _Body, texts: Sequence[str] | Iterator[str], max_tokens: int | None
+) -> Fingerprint:
+    return _hash_bytes(body, "".join(texts).encode(), max_tokens)
 
 
-def _of_bytes(
-    body: _Body, data: bytes, most: int | None, *, is_tokens: bool = False
+def _hash_bytes(
+    body: _Body, data: bytes, max_tokens: int | None, *, is_tokens: bool = False
 ) -> Fingerprint:
     model = body.model or ""
     seed = digest("\0".join((model, body.cache_salt or "", str(is_tokens))).encode())
     ends: list[int] = []
     hashes: list[int] = []
     view, size, start = memoryview(data), len(data), 0
-    for end in ENDS:
+    for end in PREFIX_ENDS:
         if end > size:
             break
         seed = digest(view[start:end], seed)
         hashes.append(seed)
         ends.append(end)
         start = end
-    return Fingerprint(tuple(hashes), tuple(ends), size, is_tokens, body.user, most, model)
+    return Fingerprint(tuple(hashes), tuple(ends), size, is_tokens, body.user, max_tokens, model)

@@ -12,7 +12,7 @@ from cluster.config import GeneratorConfig
 from cluster.engines.base import Engine
 from cluster.engines.factory import make_generator_engine
 from cluster.link import LinkClient, LinkServer, PrefixEvents, RequestHead
-from cluster.routing.fingerprint import ENDS, Fingerprint, fingerprint
+from cluster.routing.fingerprint import PREFIX_ENDS, Fingerprint, fingerprint
 from tests import asgi
 
 CHAT = "/v1/chat/completions"
@@ -81,7 +81,7 @@ async def test_a_router_hears_what_is_cached_and_what_was_evicted(engine: Engine
             while await stream.read():
                 pass
         assert stream.usage is not None
-        believed = ENDS[shared - 1] * stream.usage.prompt_tokens / text.total_bytes
+        believed = PREFIX_ENDS[shared - 1] * stream.usage.prompt_tokens / text.total_bytes
         assert stream.usage.cached_tokens == pytest.approx(believed, abs=64)
 
         for number in range(40):  # until the first prompt is evicted

@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.routing.fingerprint import (
-    EMPTY,
-    ENDS,
+    EMPTY_FINGERPRINT,
     MAX_BODY_BYTES,
-    PATHS,
+    PREFIX_ENDS,
+    PROMPT_PATHS,
     Fingerprint,
     fingerprint,
 )
@@ -40,7 +40,7 @@ def test_a_common_beginning_has_common_hashes_and_nothing_else(
     for number, end in enumerate(a.ends[: len(b.ends)]):
         assert (a.hashes[number] == b.hashes[number]) == (data[0][:end] == data[1][:end])
     assert a.total_bytes == len(data[0])
-    assert a.ends == tuple(end for end in ENDS if end <= len(data[0]))
+    assert a.ends == tuple(end for end in PREFIX_ENDS if end <= len(data[0]))
 
 
 def test_a_conversation_goes_on_with_the_same_hashes() -> None:
@@ -70,7 +70,7 @@ def test_tools_stand_behind_the_system_prompt_and_before_the_turns() -> None:
     messages = [turn("system", SYSTEM), turn("user", SYSTEM)]
     without = of(messages=messages)
     tools = of(messages=messages, tools=[{"type": "function", "function": {"name": "f"}}])
-    num_system = sum(end <= len(SYSTEM) for end in ENDS)
+    num_system = sum(end <= len(SYSTEM) for end in PREFIX_ENDS)
     assert num_shared(without, tools) == num_system < len(without.hashes)
 
 
@@ -133,18 +133,18 @@ BAD_BODIES = [
 ]
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", PROMPT_PATHS)
 @pytest.mark.parametrize("body", BAD_BODIES, ids=range(len(BAD_BODIES)))
 def test_a_malformed_body_has_no_hashes_and_raises_nothing(path: str, body: bytes) -> None:
     assert fingerprint(path, body).hashes == ()
 
 
-@given(st.sampled_from(PATHS), st.binary(max_size=200))
+@given(st.sampled_from(PROMPT_PATHS), st.binary(max_size=200))
 def test_garbage_raises_nothing(path: str, body: bytes) -> None:
     fingerprint(path, body)
 
 
 def test_what_is_not_read() -> None:
-    assert fingerprint("/tokenize", b'{"prompt": "a"}') == EMPTY
-    assert of(messages=[turn("user", "a" * MAX_BODY_BYTES)]) == EMPTY
-    assert len([end for end in ENDS if end <= 100_000]) <= 128
+    assert fingerprint("/tokenize", b'{"prompt": "a"}') == EMPTY_FINGERPRINT
+    assert of(messages=[turn("user", "a" * MAX_BODY_BYTES)]) == EMPTY_FINGERPRINT
+    assert len([end for end in PREFIX_ENDS if end <= 100_000]) <= 128

@@ -14,7 +14,7 @@ from cluster.gateway.pools.pool import Pool
 from cluster.gateway.pools.routes import OTHER
 from cluster.gateway.pools.selection import UNREAD, Envelope
 from cluster.routing import fingerprint
-from cluster.routing.fingerprint import EMPTY
+from cluster.routing.fingerprint import EMPTY_FINGERPRINT
 
 
 class Admission:
@@ -59,7 +59,11 @@ class Admission:
                 raise PermissionDeniedError(
                     f"The API key does not allow the model `{each}`.", param="model"
                 )
-        text = fingerprint(request.path, request.body) if pool.kind == "generator" else EMPTY
+        text = (
+            fingerprint(request.path, request.body)
+            if pool.kind == "generator"
+            else EMPTY_FINGERPRINT
+        )
         view = pool.estimate.view(
             len(request.body),
             text,

@@ -6,7 +6,7 @@ from cluster.admission import MIN_PRIORITY, OPEN, Identity
 from cluster.errors import InvalidRequestError
 from cluster.gateway.messages import Headers, header
 from cluster.routing import Fingerprint, RequestView
-from cluster.routing.fingerprint import EMPTY
+from cluster.routing.fingerprint import EMPTY_FINGERPRINT
 from cluster.routing.request import UNREAD
 
 TIMEOUT_HEADER = b"x-request-timeout-seconds"
@@ -29,7 +29,7 @@ class Claim:
     """When its whole answer must be there; infinite where it did not say."""
     view: RequestView = UNREAD
     """What a choice of a replica is made by."""
-    text: Fingerprint = EMPTY
+    text: Fingerprint = EMPTY_FINGERPRINT
     """What was read of its prompt."""
     adapter: str | None = None
     """The LoRA adapter that it names; only replicas that have it can answer."""
