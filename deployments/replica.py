@@ -14,7 +14,7 @@ from cluster.asgi import ASGIApp, Message, Receive, Scope, Send
 from cluster.config import ClassifierConfig, GeneratorConfig
 from cluster.config.operations import OperationsConfig
 from cluster.engines.base import Engine
-from cluster.engines.phases import Phases
+from cluster.engines.startup import StartupTimer
 from cluster.errors import DeviceFailedError, EngineDeadError, ReplicaRetiredError
 from cluster.gateway.pools.pool import ReplicaInfo
 from cluster.gateway.pools.routes import RouteTable
@@ -53,18 +53,18 @@ class EngineReplica:
         pool: GeneratorConfig | ClassifierConfig,
         operations: OperationsConfig,
     ) -> None:
-        phases = Phases()
+        timer = StartupTimer()
         self._created_at = time.time() - process_age_s()
         confine_serve()
         log_with_serve()
         self._adapters = tuple(pool.adapters) if isinstance(pool, GeneratorConfig) else ()
         self._engine = engine = make_engine()
-        phases.mark("imports")
+        timer.mark("imports")
         self._death: asyncio.Task[DrainResult] | None = None
         self._retired = ""
         self._calls = 0
         await engine.start()
-        phases.add(engine.start_phases_s)
+        timer.add_measured(engine.start_phases_s)
         self._app = self._traced(pool, operations)
         self._watch = ReplicaWatch(operations, pool, self._num_ongoing, self._retire)
         self._server = await serve_links(self._answer, engine.load, engine.prefixes)
@@ -72,10 +72,10 @@ class EngineReplica:
         registry.on_collect(lambda: engine.observe(registry))
         registry.on_collect(lambda: self._watch.observe(registry))
         watch_certificate(registry)
-        phases.mark("link")
+        timer.mark("link")
         self._startup_s = time.time() - self._created_at
-        whole_s = phases.total_s
-        parts = {"process": self._startup_s - whole_s, **phases.seconds, "replica": whole_s}
+        whole_s = timer.total_s
+        parts = {"process": self._startup_s - whole_s, **timer.phases_s, "replica": whole_s}
         for phase, took_s in parts.items():
             registry.gauge(table.STARTUP_SECONDS, pool.name, phase).value = took_s
         self._exporter = RayExporter(registry)

@@ -22,10 +22,9 @@ import psutil
 from cluster.asgi import ASGIApp
 from cluster.config import GeneratorConfig
 from cluster.engines import vllm_args
-from cluster.engines.importing import without_collections
 from cluster.engines.leave import CancelAsLeave
-from cluster.engines.phases import Phases
 from cluster.engines.prefix_cache import PrefixTracker, byte_lengths_of
+from cluster.engines.startup import StartupTimer, gc_disabled
 from cluster.engines.vllm_events import KvEvents
 from cluster.engines.vllm_prompts import KeepBody, shown
 from cluster.engines.vllm_usage import CountUsage, counted
@@ -101,12 +100,12 @@ class VllmEngine:
         self._keeper: threading.Thread | None = None
         self._stopping = threading.Event()
         self._environment = vllm_args.Environment()
-        self._phases = Phases()
+        self._timer = StartupTimer()
 
     @property
     def start_phases_s(self) -> dict[str, float]:
         """See ``Engine``."""
-        return self._phases.seconds
+        return self._timer.phases_s
 
     @property
     def app(self) -> ASGIApp:
@@ -135,7 +134,7 @@ class VllmEngine:
                 await self._follow_cache(self._events_endpoint)
             self._app = await _build_app(self._llm, args)
             self._asgi = CountUsage(KeepBody(CancelAsLeave(self._app)))
-            self._phases.mark("application")
+            self._timer.mark("application")
         except BaseException:
             await self.stop()
             raise
@@ -244,12 +243,12 @@ class VllmEngine:
         self._environment.add(
             vllm_args.environment_for(self._model_path, *self._adapter_paths.values())
         )
-        self._phases = Phases()
-        with without_collections():
+        self._timer = StartupTimer()
+        with gc_disabled():
             args = self._make_args()
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.v1.engine.async_llm import AsyncLLM
-        self._phases.mark("imports")
+        self._timer.mark("imports")
 
         try:
             vllm_config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
@@ -258,7 +257,7 @@ class VllmEngine:
             raise ConfigError(f"generator {self._config.name!r}: vLLM refuses: {reason}") from error
         if not vllm_config.cache_config.enable_prefix_caching:
             self._events_endpoint = None
-        self._phases.mark("configuration")
+        self._timer.mark("configuration")
         if self._stopping.is_set():
             raise EngineDeadError("the engine was stopped while it started")
         imports = threading.Thread(target=_import_all, args=(_APP_MODULES,), name="vllm-imports")
@@ -268,7 +267,7 @@ class VllmEngine:
         except Exception as error:
             raise EngineDeadError(f"vLLM's engine did not start: {error}") from error
         imports.join()
-        self._phases.mark("engine process and model")
+        self._timer.mark("engine process and model")
         return llm, args
 
     def _make_args(self) -> Namespace:

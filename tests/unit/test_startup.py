@@ -7,22 +7,21 @@ import weakref
 import pytest
 
 from cluster.autoscaling.starts import UNTOLD_S, Start, StartWatch
-from cluster.engines.importing import without_collections
-from cluster.engines.phases import Phases
+from cluster.engines.startup import StartupTimer, gc_disabled
 from deployments.startup import process_age_s
 
 
 def test_phases_follow_one_another_without_a_gap() -> None:
     now = 100.0
-    phases = Phases(lambda: now)
+    timer = StartupTimer(lambda: now)
     now = 103.0
-    phases.mark("imports")
+    timer.mark("imports")
     now = 110.0
-    phases.add({"imports": 1.0, "model": 4.0})  # as the engine measured
+    timer.add_measured({"imports": 1.0, "model": 4.0})  # as the engine measured
     now = 112.0
-    phases.mark("link")
-    assert phases.seconds == {"imports": 4.0, "model": 4.0, "link": 4.0}
-    assert phases.total_s == 12.0
+    timer.mark("link")
+    assert timer.phases_s == {"imports": 4.0, "model": 4.0, "link": 4.0}
+    assert timer.total_s == 12.0
 
 
 def test_a_process_knows_its_age() -> None:
@@ -36,12 +35,12 @@ def test_a_process_knows_its_age() -> None:
 def test_nothing_is_collected_meanwhile_and_what_is_left_is_passed_over() -> None:
     gc.unfreeze()  # what tests before this one froze
     try:
-        with without_collections():
+        with gc_disabled():
             assert not gc.isenabled()
             kept = [[n] for n in range(1000)]
         assert gc.isenabled()
         assert gc.get_freeze_count() >= len(kept)
-        with pytest.raises(ZeroDivisionError), without_collections():
+        with pytest.raises(ZeroDivisionError), gc_disabled():
             raise ZeroDivisionError
         assert gc.isenabled()
     finally:
@@ -58,11 +57,11 @@ class Engine:
 def test_a_second_engine_does_not_keep_what_the_first_one_left() -> None:
     gc.unfreeze()
     try:
-        with without_collections():
+        with gc_disabled():
             pass
         engine = Engine()
         left = weakref.ref(engine)
-        with without_collections():
+        with gc_disabled():
             del engine
         gc.collect()
         assert left() is None

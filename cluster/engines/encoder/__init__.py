@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from cluster.config import ClassifierConfig
 from cluster.engines.base import Engine
-from cluster.engines.importing import without_collections
+from cluster.engines.startup import gc_disabled
 
 
 def make_encoder_engine(
@@ -24,7 +24,7 @@ def make_encoder_engine(
     # doubles a lone text's time (7 ms for 3.6); the default, a millisecond, burns others' cores.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    with without_collections():
+    with gc_disabled():
         from cluster.engines.encoder.engine import EncoderEngine  # torch is slow to import
 
     if resolve is None:

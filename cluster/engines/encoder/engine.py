@@ -11,7 +11,7 @@ from cluster.engines.encoder.insight import Insight
 from cluster.engines.encoder.observe import write_counts, write_drift
 from cluster.engines.encoder.service import EncoderCounts, EncoderService
 from cluster.engines.encoder.tasks import routes
-from cluster.engines.phases import Phases
+from cluster.engines.startup import StartupTimer
 from cluster.errors import UnavailableError
 from cluster.load import Load
 from cluster.metrics import Registry
@@ -50,10 +50,10 @@ class EncoderEngine:
 
     async def start(self) -> None:
         """Load the model; see ``Engine.start``."""
-        phases = Phases()
+        timer = StartupTimer()
         self._service = await EncoderService.start(self._config, self._model_path)
-        phases.mark("model")
-        self.start_phases_s = phases.seconds
+        timer.mark("model")
+        self.start_phases_s = timer.phases_s
         self._computer = Computer(self._service, self._config.result_cache)
         self._insight = Insight.of(self._config, self._model_path, self._service.model)
         self._app = EncoderApp(self._config, self._computer, self._insight)

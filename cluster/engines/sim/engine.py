@@ -14,7 +14,6 @@ from dataclasses import replace
 
 from cluster.asgi import ASGIApp
 from cluster.config import GeneratorConfig
-from cluster.engines.phases import Phases
 from cluster.engines.prefix_cache import PrefixTracker
 from cluster.engines.sim import tokenizer
 from cluster.engines.sim.adapters import AdapterSlots
@@ -22,6 +21,7 @@ from cluster.engines.sim.app import SimApp
 from cluster.engines.sim.generation import DEAD, Generation, GenerationError
 from cluster.engines.sim.http import Exchange
 from cluster.engines.sim.scheduler import Scheduler
+from cluster.engines.startup import StartupTimer
 from cluster.errors import ConfigError, EngineDeadError
 from cluster.load import Load
 from cluster.metrics import Registry
@@ -73,11 +73,11 @@ class SimEngine:
 
     async def start(self) -> None:
         """Be ready after ``startup_s``."""
-        phases = Phases()
+        timer = StartupTimer()
         self.max_model_len = self._model_len()
         await asyncio.sleep(self.config.sim.startup_s)
-        phases.mark("model")
-        self.start_phases_s = phases.seconds
+        timer.mark("model")
+        self.start_phases_s = timer.phases_s
         if self.config.sim.fail_startup:
             raise EngineDeadError("the simulated engine was told to fail at its start")
         self._driver = asyncio.create_task(self._drive(), name="sim-engine")
