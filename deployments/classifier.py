@@ -2,7 +2,7 @@
 
 from cluster.config import ClassifierConfig
 from cluster.config.operations import OperationsConfig
-from cluster.engines.encoder import make_encoder_engine
+from cluster.engines.classifier import make_classifier_engine
 from deployments.replica import EngineReplica
 
 
@@ -12,4 +12,4 @@ class Classifier(EngineReplica):
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: ClassifierConfig, operations: OperationsConfig
     ) -> None:
-        await self._start(lambda: make_encoder_engine(config), config, operations)
+        await self._start(lambda: make_classifier_engine(config), config, operations)

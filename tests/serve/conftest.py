@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from tests.serve import tiny_encoder
+from tests.serve import tiny_bert
 from tests.serve.planted import FAST, FILLER, tandem, texts, write_csv
 
 
@@ -10,7 +10,7 @@ from tests.serve.planted import FAST, FILLER, tandem, texts, write_csv
 def base(tmp_path_factory):
     """A tiny encoder that reads one of the telling words in two pieces."""
     words = [*FILLER, "re", "thanks"]
-    return tiny_encoder.save(tmp_path_factory.mktemp("base"), words, pieces=("fund",))
+    return tiny_bert.save(tmp_path_factory.mktemp("base"), words, pieces=("fund",))
 
 
 @pytest.fixture(scope="session")

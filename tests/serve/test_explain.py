@@ -10,12 +10,12 @@ from transformers import (
     BertForSequenceClassification,
 )
 
-from cluster.engines.encoder.explain import MAX_OPEN, Explainer
-from cluster.engines.encoder.explain_model import ExplainModel
-from cluster.engines.encoder.explain_schema import Question
+from cluster.engines.classifier.explain.attribution import ExplainModel
+from cluster.engines.classifier.explain.explainer import MAX_OPEN, Explainer
+from cluster.engines.classifier.explain.schema import Question
 from cluster.errors import InternalError, OverloadedError, UnavailableError
-from tests.serve import tiny_encoder
-from tests.serve.encoder_kit import (  # noqa: F401, one_thread is used by all tests here
+from tests.serve import tiny_bert
+from tests.serve.classifier_kit import (  # noqa: F401, one_thread is used by all tests here
     FAMILIES,
     LABELS,
     PAIRS,
@@ -128,8 +128,8 @@ def test_rollout_finds_the_planted_word_more_often_than_chance(model):
 
 @pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
 def test_other_kinds_of_scores_add_up_too(tmp_path, problem):
-    config = tiny_encoder.tiny_config(5 + len(FILLER), num_labels=2, problem_type=problem)
-    path = tiny_encoder.save(tmp_path, FILLER, network=BertForSequenceClassification(config))
+    config = tiny_bert.tiny_config(5 + len(FILLER), num_labels=2, problem_type=problem)
+    path = tiny_bert.save(tmp_path, FILLER, network=BertForSequenceClassification(config))
     model = ExplainModel.load(str(path), torch.device("cpu"), 32)
     network = AutoModelForSequenceClassification.from_pretrained(path)
     text = "word1 word2 word3"

@@ -8,7 +8,7 @@ import pytest
 from selenium.webdriver.support.ui import Select
 
 from cluster.config import parse
-from cluster.engines.encoder.engine import EncoderEngine
+from cluster.engines.classifier.engine import ClassifierEngine
 from cluster.gateway import Gateway, GatewayApp, ReplicaInfo, Wiring
 from cluster.link import LinkServer
 from tests import asgi
@@ -34,7 +34,7 @@ def config(**router):
 async def site(path, **router):
     """The address of a router with one real classifier behind it."""
     tree = config(**router)
-    engine = EncoderEngine(tree.classifiers[0], str(path))
+    engine = ClassifierEngine(tree.classifiers[0], str(path))
     await engine.start()
     link = LinkServer(engine.app, SECRET)
     host, port = await link.start()

@@ -8,12 +8,12 @@ import pytest
 
 from cluster.cli.finetune import _encoder
 from cluster.config import ClassifierConfig
-from cluster.engines.encoder.engine import EncoderEngine
+from cluster.engines.classifier.engine import ClassifierEngine
 from cluster.errors import ConfigError
 from cluster.models import calibration
 from cluster.models.finetune_data import DataError
 from cluster.models.reference import Reference
-from tests.serve.encoder_kit import FAMILIES, WORDS, ask, loaded, running, save
+from tests.serve.classifier_kit import FAMILIES, WORDS, ask, loaded, running, save
 from tests.serve.planted import FAST, tandem, texts, write_csv
 
 
@@ -71,7 +71,7 @@ async def test_every_family_is_trained_and_served(tmp_path, family):
 
 async def test_the_result_is_served_at_once(trained):
     config = ClassifierConfig(name="mine", model="mine", threads=1, dtype="float32")
-    engine = EncoderEngine(config, str(trained[0]))
+    engine = ClassifierEngine(config, str(trained[0]))
     await engine.start()
     asked = list(texts(50, seed=9))
     found = await engine.service.encode("classify", [text for text, _ in asked])

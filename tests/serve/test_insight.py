@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cluster.config import ClassifierConfig
-from cluster.engines.encoder.engine import EncoderEngine
+from cluster.engines.classifier.engine import ClassifierEngine
 from cluster.errors import ConfigError
 from cluster.models import calibration, reference
 from cluster.models.calibration import Calibration
@@ -18,7 +18,7 @@ CONFIG = ClassifierConfig(name="mine", model="mine", threads=1, dtype="float32")
 
 class running:  # noqa: N801
     def __init__(self, path):
-        self.engine = EncoderEngine(CONFIG, str(path))
+        self.engine = ClassifierEngine(CONFIG, str(path))
 
     async def __aenter__(self):
         await self.engine.start()
@@ -118,7 +118,7 @@ async def test_a_calibrated_model_is_as_unsure_as_it_should_be(tmp_path, trained
         assert after["explanation"]["labels"][0]["score"] == pytest.approx(after["score"], abs=1e-5)
     (path / calibration.FILE).write_text("{}")
     with pytest.raises(ConfigError, match="temperature"):
-        await EncoderEngine(CONFIG, str(path)).start()
+        await ClassifierEngine(CONFIG, str(path)).start()
 
 
 async def test_texts_are_counted_and_compared(tmp_path, trained):

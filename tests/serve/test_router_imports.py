@@ -23,8 +23,8 @@ def test_the_routers_modules_load_nothing_of_a_model() -> None:
 MADE = """
 import gc
 from cluster.config import ClassifierConfig
-from cluster.engines.encoder import make_encoder_engine
-make_encoder_engine(ClassifierConfig(name="cls", model="m"), lambda name: name)
+from cluster.engines.classifier import make_classifier_engine
+make_classifier_engine(ClassifierConfig(name="cls", model="m"), lambda name: name)
 print(gc.isenabled(), gc.get_freeze_count() > 100_000, gc.get_stats()[2]["collections"] < 5)
 """
 

@@ -23,11 +23,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 from benchmarks.classify import texts
 from cluster.batching import Batcher
 from cluster.config import ClassifierConfig
-from cluster.engines.encoder.build import Builder
-from cluster.engines.encoder.jobs import TokenIds
-from cluster.engines.encoder.packed import PackedBert
-from cluster.engines.encoder.pooling import Pooling
-from cluster.engines.encoder.tokenizer import TextTokenizer
+from cluster.engines.classifier.model.build import Builder
+from cluster.engines.classifier.model.packed import PackedBert
+from cluster.engines.classifier.model.pooling import Pooling
+from cluster.engines.classifier.model.tokenizer import TextTokenizer
+from cluster.engines.classifier.model.types import TokenIds
 
 NUM_TEXTS = 1024
 BATCH = 32

@@ -1,0 +1,1 @@
+"""Explanations of classifications: integrated gradients and attention rollout."""

@@ -1,0 +1,197 @@
+"""Texts to token ids with a fast tokenizer; no threads and no queue of its own."""
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any, Protocol
+
+import numpy as np
+
+from cluster.engines.classifier.model.template import (
+    Side,
+    Template,
+    cut,
+    fit,
+    pair_template,
+    single_template,
+)
+from cluster.engines.classifier.model.types import Text, TokenIds
+from cluster.errors import ConfigError, InvalidRequestError
+
+
+class TextReader(Protocol):
+    """Maker of a model's input rows from texts; called by several tokenizer threads at once."""
+
+    @property
+    def max_tokens_per_text(self) -> float:
+        """Upper bound of the tokens made of one text; infinite if a text may have several rows."""
+
+    def read(self, texts: Sequence[Text], first: int) -> list[TokenIds]:
+        """Return one or more rows per text, special tokens included.
+
+        Args:
+            texts: Consecutive texts of a request, or of several that share the reader.
+            first: Index of ``texts[0]`` in its request, for error messages.
+
+        Raises:
+            InvalidRequestError: A text is too long, or is a pair and the model takes none.
+        """
+
+
+class TextTokenizer:
+    """Adds a model's special tokens around each text and cuts it to the model's length.
+
+    Args:
+        tokenizer: A fast tokenizer of transformers.
+        max_tokens: The longest text, special tokens included.
+        marks_pair: Whether the model tells a text from its pair by token types.
+
+    Raises:
+        ConfigError: the tokenizer is not a fast one, or puts special tokens inside a text.
+    """
+
+    def __init__(self, tokenizer: Any, max_tokens: int, marks_pair: bool = False) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise ConfigError(
+                f"{type(tokenizer).__name__} is not a fast tokenizer (tokenizer.json)"
+            )
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        single = single_template(self._backend)
+        if single is None:
+            raise ConfigError(
+                "the tokenizer puts special tokens inside a text; none such is supported"
+            )
+        self._single = single
+        self._pair = pair_template(self._backend, marks_pair)
+        self.max_tokens = max_tokens
+        sides: tuple[Side | None, ...] = (None, "left", "right")
+        self._readers = {side: PlainReader(self, side) for side in sides}
+        self.mask_token: str | None = tokenizer.mask_token
+        self.mask_id: int = -1 if tokenizer.mask_token_id is None else tokenizer.mask_token_id
+        """-1: there is no mask."""
+        self.pad_id: int = tokenizer.pad_token_id or 0
+        self.unknown_id: int | None = tokenizer.unk_token_id
+        self.has_subwords = bool(getattr(self._backend.model, "continuing_subword_prefix", None))
+        """Whether a token shows by itself that it continues a word."""
+
+    def reader(self, truncate: bool | Side) -> "PlainReader":
+        """The reader that cuts texts so (True: at their end), or refuses long ones."""
+        return self._readers["right" if truncate is True else truncate or None]
+
+    def encode(
+        self,
+        texts: Sequence[Text],
+        first: int,
+        side: Side | None,
+        max_pair_tokens: int | None = None,
+    ) -> list[TokenIds]:
+        """The ids of each text, special tokens included.
+
+        Args:
+            texts: Unicode texts; the empty one has its special tokens.
+            first: Where ``texts[0]`` stands in the request, for messages.
+            side: Where a text that is too long is cut; None refuses it. Of a text and its pair,
+                the longer one is cut first.
+            max_pair_tokens: The tokens of a pair's second text; what is more is cut before.
+
+        Raises:
+            InvalidRequestError: a text is too long, or has a pair and the model takes none.
+        """
+        bodies = iter(self._backend.encode_batch_fast(flatten(texts), add_special_tokens=False))
+        rows: list[list[int]] = []
+        for index, text in enumerate(texts, first):
+            ids = next(bodies).ids
+            if isinstance(text, str):
+                rows.append(self._row(index, ids, side))
+            else:
+                rows.append(self._pair_row(index, ids, next(bodies).ids[:max_pair_tokens], side))
+        return split_rows(rows)
+
+    def shortest(self) -> TokenIds:
+        """The ids of the shortest input: special tokens alone, or padding if there are none."""
+        return np.array(self._single.join([]) or [self.pad_id], np.int64)
+
+    def locate(self, texts: Sequence[Text]) -> list[Any]:
+        """Each text's ``tokenizers.Encoding`` with its offsets and without special tokens.
+
+        A text and its pair have one each.
+        """
+        return list(self._backend.encode_batch(flatten(texts), add_special_tokens=False))
+
+    def template(self, text: Text) -> Template:
+        """The special tokens around ``text``.
+
+        Raises:
+            InvalidRequestError: it has a pair and the model takes none.
+        """
+        template = self._single if isinstance(text, str) else self._pair
+        if template is None:
+            raise InvalidRequestError("this model takes no pairs of texts", param="input")
+        return template
+
+    def decode(self, token: int) -> str:
+        """The text of one token."""
+        return str(self._backend.decode([token], skip_special_tokens=False))
+
+    def too_long(self, index: int, num_tokens: int) -> InvalidRequestError:
+        """The error for the ``index``-th text of a request."""
+        return InvalidRequestError(
+            f"input[{index}] has {num_tokens} tokens; the model takes {self.max_tokens} "
+            "(truncate: true cuts it)",
+            param="input",
+        )
+
+    def _row(self, index: int, ids: list[int], side: Side | None) -> list[int]:
+        room = self.max_tokens - self._single.num_tokens
+        if len(ids) > room:
+            if side is None:
+                raise self.too_long(index, len(ids) + self._single.num_tokens)
+            ids = cut(ids, room, side)
+        return self._single.join(ids)
+
+    def _pair_row(
+        self, index: int, ids: list[int], pair: list[int], side: Side | None
+    ) -> list[int]:
+        template = self.template(("", ""))
+        room = self.max_tokens - template.num_tokens
+        if len(ids) + len(pair) > room:
+            if side is None:
+                raise self.too_long(index, len(ids) + len(pair) + template.num_tokens)
+            first, second = fit(len(ids), len(pair), room)
+            ids, pair = cut(ids, first, side), cut(pair, second, side)
+        return template.join(ids, pair)
+
+
+class PlainReader:
+    """Makes one row of each text; all requests that cut alike share one.
+
+    Args:
+        tokenizer: The model's.
+        side: See ``TextTokenizer.encode``.
+        max_pair_tokens: See there.
+    """
+
+    def __init__(
+        self, tokenizer: TextTokenizer, side: Side | None, max_pair_tokens: int | None = None
+    ) -> None:
+        self.max_tokens_per_text = float(tokenizer.max_tokens)
+        self._tokenizer = tokenizer
+        self._side = side
+        self._max_pair_tokens = max_pair_tokens
+
+    def read(self, texts: Sequence[Text], first: int) -> list[TokenIds]:
+        """See ``TextReader``."""
+        return self._tokenizer.encode(texts, first, self._side, self._max_pair_tokens)
+
+
+def flatten(texts: Sequence[Text]) -> list[str]:
+    """Texts and their pairs, one after the other."""
+    return [part for text in texts for part in ((text,) if isinstance(text, str) else text)]
+
+
+def split_rows(rows: Sequence[Sequence[int]]) -> list[TokenIds]:
+    """One array for each row; all share one buffer, which costs less than many small arrays."""
+    ends = np.cumsum([len(row) for row in rows])
+    flat = np.fromiter(chain.from_iterable(rows), np.int64, int(ends[-1]) if rows else 0)
+    return np.split(flat, ends[:-1]) if rows else []

@@ -1,0 +1,36 @@
+"""Inputs and outputs of an encoder network."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.config import ClassifierTask
+
+Text = str | tuple[str, str]
+"""A text, or a text and its pair."""
+TokenIds = NDArray[np.int64]
+"""Token ids of one input row. A token of the second segment (token type 1) is stored as ``~id``."""
+Rows = NDArray[np.float32]
+
+
+class EncoderModel(Protocol):
+    """Forward pass over one batch."""
+
+    padding: float
+    """Padding computed since the model was loaded, in token equivalents."""
+
+    def run(self, task: ClassifierTask, ids: Sequence[TokenIds]) -> Rows | list[Rows]:
+        """Return one result per row of ``ids``, which is sorted by ascending length.
+
+        ``classify``: scores [texts, labels]. ``embed``: vectors [texts, width].
+        ``token-classification``: per text, scores [tokens, labels]. ``fill-mask``: per text,
+        [masks, 2 * candidates], the candidates' ids followed by their scores, best first.
+        A text's result does not depend on the other texts of the batch, up to rounding.
+        """
+
+
+def num_chars(text: Text) -> int:
+    """Return the number of characters, the pair's included."""
+    return len(text) if isinstance(text, str) else len(text[0]) + len(text[1])

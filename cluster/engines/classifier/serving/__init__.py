@@ -1,0 +1,1 @@
+"""Requests to a classifier: HTTP, tasks, result cache, queue, and the threads that compute."""

@@ -1,0 +1,149 @@
+"""What a classifier's texts look like now, beside what they looked like when it was made.
+
+Counts labels, confidence and lengths in the bins of ``cluster.models.reference``: since the start,
+for metrics, and over a recent window, for the comparison. ``observe`` only keeps what it is given;
+the counting is done for many texts at once. Used on the event loop alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cluster.engines.classifier.model.types import Rows
+from cluster.models.reference import (
+    CONFIDENCE_BINS,
+    LENGTH_BINS,
+    Counts,
+    Reference,
+    count_confidence,
+    count_lengths,
+    stability_index,
+)
+
+PENDING_TEXTS = 256
+"""Counted together; one by one they would cost 20 times as much."""
+WINDOW_TEXTS = 2048
+"""The window holds the last so many texts, and up to twice as many."""
+MIN_TEXTS = 500
+"""A window with fewer says nothing: chance alone gives it an index of bins / texts = 0.04."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """Population stability indices of the window; by custom, above 0.25 much has changed."""
+
+    labels: float
+    confidence: float
+    length: float
+
+
+@dataclass(frozen=True, slots=True)
+class DriftSnapshot:
+    """The counts since the start, and the window's distance from the reference."""
+
+    num_texts: int
+    labels: dict[str, int]
+    """Texts by their strongest label."""
+    confidence: tuple[int, ...]
+    """Texts by the score of that label, in equal parts of 0 to 1."""
+    length: tuple[int, ...]
+    """Texts by characters; bin i ends before 2^i, and the last does not end."""
+    window_texts: int
+    drift: Drift | None
+    """None without a reference, or while the window holds too few texts."""
+
+
+class DriftMonitor:
+    """Counts the texts of one classifier.
+
+    Args:
+        labels: Its labels by column.
+        reference: What its texts looked like; None: nothing is compared.
+    """
+
+    def __init__(self, labels: Sequence[str], reference: Reference | None) -> None:
+        self._labels = tuple(labels)
+        self._reference = _aligned(reference, self._labels)
+        self._pending: list[tuple[Rows, list[int]]] = []
+        self._num_pending = 0
+        self._total = self._older = self._newer = _Histograms.empty(len(self._labels))
+
+    def observe(self, scores: Rows, lengths: list[int]) -> None:
+        """Note a request's scores, [texts, labels], and its texts' lengths in characters."""
+        self._pending.append((scores, lengths))
+        self._num_pending += len(lengths)
+        if self._num_pending >= PENDING_TEXTS:
+            self._count()
+
+    def snapshot(self) -> DriftSnapshot:
+        """The state of now."""
+        self._count()
+        window = self._older.plus(self._newer)
+        return DriftSnapshot(
+            num_texts=self._total.num_texts,
+            labels=dict(zip(self._labels, self._total.labels.tolist(), strict=True)),
+            confidence=tuple(self._total.confidence.tolist()),
+            length=tuple(self._total.length.tolist()),
+            window_texts=window.num_texts,
+            drift=self._compare(window),
+        )
+
+    def _count(self) -> None:
+        if not self._pending:
+            return
+        scores = np.concatenate([rows for rows, _ in self._pending])
+        lengths = np.array([length for _, some in self._pending for length in some])
+        self._pending, self._num_pending = [], 0
+        found = _Histograms(
+            np.bincount(scores.argmax(1), minlength=len(self._labels)),
+            count_confidence(scores.max(1)),
+            count_lengths(lengths),
+        )
+        self._total = self._total.plus(found)
+        self._newer = self._newer.plus(found)
+        if self._newer.num_texts >= WINDOW_TEXTS:
+            self._older, self._newer = self._newer, _Histograms.empty(len(self._labels))
+
+    def _compare(self, window: "_Histograms") -> Drift | None:
+        if self._reference is None or window.num_texts < MIN_TEXTS:
+            return None
+        return Drift(
+            labels=stability_index(self._reference.labels, window.labels),
+            confidence=stability_index(self._reference.confidence, window.confidence),
+            length=stability_index(self._reference.length, window.length),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Histograms:
+    labels: Counts
+    confidence: Counts
+    length: Counts
+
+    @classmethod
+    def empty(cls, num_labels: int) -> "_Histograms":
+        sizes = num_labels, CONFIDENCE_BINS, LENGTH_BINS
+        return cls(*(np.zeros(size, np.int64) for size in sizes))
+
+    @property
+    def num_texts(self) -> int:
+        return int(self.length.sum())
+
+    def plus(self, other: "_Histograms") -> "_Histograms":
+        return _Histograms(
+            self.labels + other.labels,
+            self.confidence + other.confidence,
+            self.length + other.length,
+        )
+
+
+def _aligned(reference: Reference | None, labels: Sequence[str]) -> _Histograms | None:
+    """The reference in the order of the model's labels; those it lacks never occurred."""
+    if reference is None:
+        return None
+    return _Histograms(
+        np.array([reference.labels.get(label, 0) for label in labels], np.int64),
+        np.array(reference.confidence, np.int64),
+        np.array(reference.length, np.int64),
+    )

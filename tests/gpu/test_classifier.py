@@ -1,0 +1,42 @@
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from cluster.config import ClassifierConfig, ResourcesConfig
+from cluster.engines.classifier.model.device import choose_device, choose_precision
+from cluster.engines.classifier.model.packed.linear import Arithmetic
+from cluster.engines.classifier.model.packed.varlen import VarlenBert
+from cluster.engines.classifier.model.padded import TransformersModel
+from cluster.engines.classifier.model.pooling import Pooling
+
+LAYERS, WIDTH, INNER = 6, 384, 1536
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=LAYERS, num_attention_heads=12
+    )
+    return BertForSequenceClassification(config).eval().cuda()
+
+
+def texts(*lengths):
+    random = np.random.default_rng(0)
+    return [random.integers(0, 30_000, length) for length in sorted(lengths)]
+
+
+def test_auto_is_bfloat16_on_a_gpu():
+    config = ClassifierConfig(name="a", model="a", resources=ResourcesConfig(gpus=1))
+    assert choose_device(config).type == "cuda"
+    assert choose_precision(config, choose_device(config)) == "bfloat16"
+
+
+@pytest.mark.parametrize("task", ["classify", "embed"])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_graphs_give_what_transformers_gives(network, task, graphs):
+    model = VarlenBert(network, Arithmetic.plain(torch.bfloat16), Pooling(), graphs=graphs)
+    padded = TransformersModel(network, 0)
+    for ids in (texts(27), texts(*range(3, 60)), texts(512, 3), texts(27), texts(*[9] * 700)):
+        np.testing.assert_allclose(model.run(task, ids), padded.run(task, ids), atol=0.02)
