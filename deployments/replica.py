@@ -141,7 +141,7 @@ class EngineReplica:
             self._death = asyncio.create_task(self._server.drain(_DEAD_ENGINE_DRAIN_S))
 
     def _num_ongoing(self) -> int:
-        return self._server.num_ongoing + self._calls
+        return self._server.num_streams + self._calls
 
     async def _retire(self, why: str) -> None:
         """Take nothing new, finish what there is, then have Serve replace this replica.

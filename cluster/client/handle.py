@@ -15,7 +15,7 @@ Item = ResponseHead | bytes | Usage
 
 
 class HandleAnswer:
-    """The answer to a streaming call of a handle; like ``cluster.link.Stream``."""
+    """The answer to a streaming call of a handle; like ``cluster.link.ClientStream``."""
 
     def __init__(self, items: Any) -> None:
         self.usage: Usage | None = None
@@ -23,7 +23,7 @@ class HandleAnswer:
         self._iterator: AsyncIterator[Item] = aiter(items)
 
     async def head(self) -> ResponseHead:
-        """The response's head; see ``Stream.head``."""
+        """The response's head; see ``ClientStream.head``."""
         head = await self._next()
         assert isinstance(head, ResponseHead)
         return head

@@ -10,7 +10,7 @@ import os
 from collections.abc import Awaitable, Callable, Sequence
 
 from cluster.errors import LinkClosedError
-from cluster.link import LinkClient, RequestHead, Stream, tls_contexts
+from cluster.link import ClientStream, LinkClient, RequestHead, tls_contexts
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Links:
         """Links that can be used now."""
         return sum(link.connected for link in self._links.values())
 
-    async def open(self, head: RequestHead, body: bytes) -> Stream:
+    async def open(self, head: RequestHead, body: bytes) -> ClientStream:
         """Send a request; returns once a link took it.
 
         Raises:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from cluster.client.handle import HandleAnswer
 from cluster.client.links import Links, Offer
 from cluster.errors import LinkClosedError
-from cluster.link import RequestHead, ResponseHead, Stream
+from cluster.link import ClientStream, RequestHead, ResponseHead
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
 T = TypeVar("T")
 
-Answer = Stream | HandleAnswer
+Answer = ClientStream | HandleAnswer
 
 _HEADERS = [(b"content-type", b"application/json")]
 

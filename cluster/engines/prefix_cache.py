@@ -62,7 +62,7 @@ class PrefixTracker:
         self, block_size: int, byte_lengths: ByteLengths, max_prefixes: int = MAX_PREFIXES
     ) -> None:
         self.block_size = block_size
-        self.on_news: Callable[[], None] | None = None
+        self.on_change: Callable[[], None] | None = None
         self._byte_lengths = byte_lengths
         self._max_prefixes = max_prefixes
         self._keys: dict[Hashable, int] = {}  # of each cached block, from its tokens
@@ -153,7 +153,7 @@ class PrefixTracker:
 
     # What routers are told
 
-    def take(self) -> PrefixEvents | None:
+    def take_events(self) -> PrefixEvents | None:
         """What changed since the last call; None: nothing."""
         if self._all_is_news:
             self._all_is_news = False
@@ -247,8 +247,8 @@ class PrefixTracker:
             self._call()
 
     def _call(self) -> None:
-        if self.on_news is not None:
-            self.on_news()
+        if self.on_change is not None:
+            self.on_change()
 
 
 def _root(adapter: str) -> int:

@@ -1,19 +1,17 @@
-"""The link: one TCP connection for each pair of router and replica, with many requests on it."""
+"""The link: one TCP connection for each pair of router and replica, shared by many requests."""
 
-from cluster.link.certificate import certificate_expiry
 from cluster.link.client import LinkClient, LinkState
+from cluster.link.client_stream import Chunk, ClientStream
 from cluster.link.connection import LinkCounts, LinkOptions
-from cluster.link.exchange import TOKEN_IDS
-from cluster.link.frames import RequestHead, ResponseHead
-from cluster.link.handshake import TlsContexts, tls_contexts
-from cluster.link.local import answer_locally
-from cluster.link.prefixes import PrefixEvents, PrefixSource
-from cluster.link.server import DrainResult, LinkServer
-from cluster.link.stream import Chunk, Stream
+from cluster.link.frames import PrefixEvents, RequestHead, ResponseHead
+from cluster.link.handshake import TlsContexts, certificate_expiry, tls_contexts
+from cluster.link.server import DrainResult, LinkServer, PrefixSource
+from cluster.link.server_stream import TOKEN_IDS, answer_locally
 
 __all__ = [
     "TOKEN_IDS",
     "Chunk",
+    "ClientStream",
     "DrainResult",
     "LinkClient",
     "LinkCounts",
@@ -24,7 +22,6 @@ __all__ = [
     "PrefixSource",
     "RequestHead",
     "ResponseHead",
-    "Stream",
     "TlsContexts",
     "answer_locally",
     "certificate_expiry",

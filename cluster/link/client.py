@@ -1,6 +1,7 @@
-"""The router's end of a link: keeps one connection to one replica, and opens streams on it.
+"""The router's end of a link: one connection to one replica, kept open, with streams on it.
 
-Owns the connection, its open streams and the task that reconnects. Does not choose replicas.
+``LinkClient`` connects and reconnects; ``ClientConnection`` is one of its connections and passes
+arriving frames to the streams. Choosing a replica is not done here.
 """
 
 import asyncio
@@ -17,13 +18,35 @@ from cluster.errors import (
     LinkError,
     LinkProtocolError,
     LinkRefusedError,
+    request_error_for,
 )
-from cluster.link.client_connection import ClientConnection
-from cluster.link.connection import LinkCounts, LinkOptions
-from cluster.link.frames import PREFIXES, RequestHead
-from cluster.link.prefixes import PrefixEvents
-from cluster.link.stream import Stream
+from cluster.link.client_stream import ClientStream
+from cluster.link.connection import Connection, LinkCounts, LinkOptions
+from cluster.link.frames import (
+    BODY,
+    CHUNK_BYTES,
+    DATA,
+    END,
+    ERROR,
+    GOAWAY,
+    LOAD,
+    PREFIXES,
+    REFUSED,
+    REQUEST,
+    RESPONSE,
+    USAGE,
+    WINDOW,
+    Frame,
+    PrefixEvents,
+    RequestHead,
+    decode_credit,
+    decode_head,
+    decode_prefixes,
+    encode_head,
+)
+from cluster.link.handshake import Handshake
 from cluster.load import Load
+from cluster.usage import Usage
 
 logger = logging.getLogger(__name__)
 
@@ -31,26 +54,28 @@ T = TypeVar("T")
 
 _BACKOFF_MIN_S = 0.05
 _BACKOFF_MAX_S = 2.0
+_MAX_STREAM_ID = 2**32 - 1
+_MAX_UNSORTED_FRAMES = 8  # batches of more frames are sorted; see ClientConnection.on_frames
 
 
 class LinkState(Enum):
-    """What a link can be used for."""
+    """State of a link; new streams can be opened only while it is CONNECTED."""
 
     CONNECTING = "connecting"
     CONNECTED = "connected"
     SILENT = "silent"
-    """Connected, but the replica has not answered for a while; it gets nothing new."""
+    """Connected, but nothing has been received for ``silent_after_s``."""
     DRAINING = "draining"
-    """The replica finishes the open streams and takes no new one."""
+    """The replica finishes its open streams and takes no new one."""
     CLOSED = "closed"
 
 
 class LinkClient:
     """A link to the replica at one address.
 
-    ``on_state`` and ``on_load`` may be set to functions that are called, on the event loop, after
-    ``state`` (or ``failures``) or ``load`` changed; ``on_prefixes``, before ``start``, to one that
-    is told what the replica says of its prefix cache. Each connection begins with all that it has.
+    The callbacks run on the event loop: ``on_state`` after ``state`` or ``failures`` changed,
+    ``on_load`` after ``load`` changed, ``on_prefixes`` with changes of the replica's prefix cache.
+    ``on_prefixes`` must be set before ``start``; each connection starts with a snapshot.
     """
 
     def __init__(
@@ -67,13 +92,13 @@ class LinkClient:
         self.port = port
         self.state = LinkState.CONNECTING
         self.load: Load | None = None
-        """What the replica said last on this connection."""
+        """Last load that the replica reported on this connection."""
         self.last_error: LinkError | None = None
-        """Why the last attempt or connection ended; None once one has come about."""
+        """Reason why the last attempt or connection ended; None while connected."""
         self.failures = 0
-        """Attempts that failed since the last connection."""
+        """Failed attempts since the last connection."""
         self.counts = counts or LinkCounts()
-        """What passed; several links may share them."""
+        """Traffic; several links may share one object."""
         self.on_state: Callable[[LinkState], None] | None = None
         self.on_load: Callable[[Load], None] | None = None
         self.on_prefixes: Callable[[PrefixEvents], None] | None = None
@@ -82,12 +107,12 @@ class LinkClient:
         self._options = options or LinkOptions()
         self._connection: ClientConnection | None = None
         self._runner: asyncio.Task[None] | None = None
-        self._attempt: asyncio.Future[None] | None = None
-        self._pumps: set[asyncio.Task[None]] = set()
+        self._attempt: asyncio.Future[None] | None = None  # done when the next attempt has ended
+        self._uploads: set[asyncio.Task[None]] = set()
 
     @property
     def connected(self) -> bool:
-        """Whether ``open`` works now."""
+        """True while streams can be opened."""
         return self.state is LinkState.CONNECTED
 
     @property
@@ -96,16 +121,16 @@ class LinkClient:
         return len(self._connection.streams) if self._connection else 0
 
     def start(self) -> None:
-        """Connect in the background, again and again until ``close``."""
+        """Connect in the background, and reconnect until ``close``."""
         if self._runner is None:
             self._runner = asyncio.create_task(self._run())
 
     async def connect(self, timeout_s: float = 5.0) -> None:
-        """Start, and wait for the first connection; ``close`` is due also where this raises.
+        """Start, and wait for the first connection; call ``close`` even if this raises.
 
         Raises:
             LinkAuthError, LinkProtocolError: the peer is no replica of this cluster.
-            LinkClosedError: nobody answered in time; it goes on trying in the background.
+            LinkClosedError: no connection within the timeout; attempts go on in the background.
         """
         self.start()
         try:
@@ -121,19 +146,25 @@ class LinkClient:
                 f"no link to {self.host}:{self.port} within {timeout_s} s: {self.last_error}"
             ) from None
 
-    def open(self, head: RequestHead, body: bytes | AsyncIterator[bytes] = b"") -> Stream:
-        """Send a request; returns at once.
+    def open(self, head: RequestHead, body: bytes | AsyncIterator[bytes] = b"") -> ClientStream:
+        """Send a request without waiting.
 
         Raises:
             LinkRefusedError: not connected, or the replica drains.
         """
         if self._connection is None or not self.connected:
             raise LinkRefusedError(f"the link to {self.host}:{self.port} is {self.state.value}")
-        stream = self._connection.open(head, body)
-        if stream._pump is not None:
-            self._pumps.add(stream._pump)
-            stream._pump.add_done_callback(self._pumps.discard)
-        return stream
+        return self._connection.open(head, body)
+
+    def new_connection(self) -> "ClientConnection":
+        """Return the protocol of one attempt to connect."""
+        return ClientConnection(self, self._secret, self._options, self.counts)
+
+    def start_upload(self, stream: ClientStream, body: bytes | AsyncIterator[bytes]) -> None:
+        """Send the body of a stream in a task that ``close`` waits for."""
+        upload = stream.start_upload(body)
+        self._uploads.add(upload)
+        upload.add_done_callback(self._uploads.discard)
 
     async def close(self) -> None:
         """End the connection; open streams fail with LinkClosedError. Safe to call twice."""
@@ -141,59 +172,59 @@ class LinkClient:
         if self._runner is not None:
             self._runner.cancel()
             await asyncio.wait([self._runner])
-        if self._pumps:
-            await asyncio.wait(self._pumps)
+        if self._uploads:
+            await asyncio.wait(self._uploads)
 
     # -- for the connection --
 
-    def on_connected(self, connection: ClientConnection) -> None:
-        """The replica has proved itself."""
+    def handle_ready(self, connection: "ClientConnection") -> None:
+        """Use a connection whose peer has authenticated."""
         self._connection = connection
         if self.on_prefixes is not None:
             connection.write(0, PREFIXES)
         self.last_error = None
         self.failures = 0
         self._set_state(LinkState.CONNECTED)
-        self._attempted()
+        self._end_attempt()
 
-    def on_loaded(self, load: Load) -> None:
-        """The replica said what it has to do."""
+    def handle_load(self, load: Load) -> None:
+        """Store the replica's load."""
         self.load = load
-        self._tell(self.on_load, load)
+        self._notify(self.on_load, load)
 
-    def on_told(self, events: PrefixEvents) -> None:
-        """The replica said what changed in its prefix cache."""
-        self._tell(self.on_prefixes, events)
+    def handle_prefixes(self, events: PrefixEvents) -> None:
+        """Pass on changes of the replica's prefix cache."""
+        self._notify(self.on_prefixes, events)
 
-    def on_silent(self, silent: bool) -> None:
-        """The replica has fallen silent, or is heard again."""
+    def handle_silence(self, silent: bool) -> None:
+        """Suspend the link while the replica is silent."""
         if self.state is not LinkState.DRAINING:
             self._set_state(LinkState.SILENT if silent else LinkState.CONNECTED)
 
-    def on_goaway(self) -> None:
-        """The replica drains."""
+    def handle_goaway(self) -> None:
+        """Open no new stream: the replica drains."""
         self._set_state(LinkState.DRAINING)
 
-    def on_lost(self, error: LinkError) -> None:
-        """The connection that worked ended."""
+    def handle_lost(self, error: LinkError) -> None:
+        """Forget a connection that had been ready."""
         self._connection = None
         self.load = None
         self.last_error = error
         self._set_state(LinkState.CONNECTING)
 
-    # -- inside --
+    # -- internals --
 
     def _set_state(self, state: LinkState) -> None:
         if state is self.state or self.state is LinkState.CLOSED:
             return
         self.state = state
-        self._tell(self.on_state, state)
+        self._notify(self.on_state, state)
 
-    def _tell(self, callback: Callable[[T], None] | None, news: T) -> None:
+    def _notify(self, callback: Callable[[T], None] | None, value: T) -> None:
         try:
             if callback is not None:
-                callback(news)
-        except Exception:  # a defect of the listener must not end the link
+                callback(value)
+        except Exception:  # an error in a callback must not end the link
             logger.exception("a callback of the link to %s:%d failed", self.host, self.port)
 
     async def _next_attempt(self) -> None:
@@ -201,19 +232,23 @@ class LinkClient:
             self._attempt = asyncio.get_running_loop().create_future()
         await asyncio.shield(self._attempt)
 
+    def _end_attempt(self) -> None:
+        if self._attempt is not None and not self._attempt.done():
+            self._attempt.set_result(None)
+
     async def _run(self) -> None:
         try:
             while True:
-                if not await self._live():
+                if not await self._connect_once():
                     self.failures += 1
-                    self._tell(self.on_state, self.state)
-                longest_s = min(_BACKOFF_MAX_S, _BACKOFF_MIN_S * 2 ** min(self.failures + 1, 10))
-                await asyncio.sleep(random.uniform(_BACKOFF_MIN_S, longest_s))
+                    self._notify(self.on_state, self.state)
+                max_s = min(_BACKOFF_MAX_S, _BACKOFF_MIN_S * 2 ** min(self.failures + 1, 10))
+                await asyncio.sleep(random.uniform(_BACKOFF_MIN_S, max_s))
         finally:
-            self._attempted()
+            self._end_attempt()
 
-    async def _live(self) -> bool:
-        """One connection from its first to its last byte; False where none came about."""
+    async def _connect_once(self) -> bool:
+        """Connect and wait for the end of the connection; return False if it failed."""
         connection: ClientConnection | None = None
         try:
             connection = await self._dial()
@@ -221,31 +256,140 @@ class LinkClient:
             if connection.error is None:
                 await connection.wait_closed()
                 return True
-            self._note(connection.error)
-        except (OSError, ValueError) as error:  # ValueError: no host name at all
-            self._note(LinkClosedError(f"cannot reach {self.host}:{self.port}: {error}"))
+            self._record_failure(connection.error)
+        except (OSError, ValueError) as error:  # ValueError: an invalid host name
+            self._record_failure(LinkClosedError(f"cannot reach {self.host}:{self.port}: {error}"))
         finally:
             if connection is not None:
                 connection.fail(LinkClosedError("the link was closed"))
                 await connection.wait_closed()
         return False
 
-    async def _dial(self) -> ClientConnection:
+    async def _dial(self) -> "ClientConnection":
         async with asyncio.timeout(self._options.handshake_timeout_s):
             _, connection = await asyncio.get_running_loop().create_connection(
-                lambda: ClientConnection(self, self._secret, self._options, self.counts),
-                self.host,
-                self.port,
-                ssl=self._ssl,
+                self.new_connection, self.host, self.port, ssl=self._ssl
             )
         return connection
 
-    def _note(self, error: LinkError) -> None:
+    def _record_failure(self, error: LinkError) -> None:
         if not self.failures or type(error) is not type(self.last_error):
             logger.warning("link to %s:%d: %s", self.host, self.port, error)
         self.last_error = error
-        self._attempted()
+        self._end_attempt()
 
-    def _attempted(self) -> None:
-        if self._attempt is not None and not self._attempt.done():
-            self._attempt.set_result(None)
+
+class ClientConnection(Connection):
+    """One connection of a ``LinkClient`` and its open streams by id."""
+
+    def __init__(
+        self, link: LinkClient, secret: bytes, options: LinkOptions, counts: LinkCounts
+    ) -> None:
+        super().__init__(Handshake("client", secret, options.window_bytes), options, counts)
+        self.streams: dict[int, ClientStream] = {}
+        self._ready: asyncio.Future[None] = self.loop.create_future()
+        self._link = link
+        self._last_id = 0
+        self._num_prefixes = 0  # PREFIXES frames received
+
+    async def wait_ready(self) -> None:
+        """Return once the peer has authenticated, or once ``error`` is set."""
+        await asyncio.wait([self._ready])
+
+    def open(self, head: RequestHead, body: bytes | AsyncIterator[bytes]) -> ClientStream:
+        """Send a request on a new stream."""
+        stream_id = self._next_id()
+        stream = ClientStream(self, stream_id, self._remove_stream)
+        self.streams[stream_id] = stream
+        self.write(stream_id, REQUEST, 0 if body else END, encode_head(head))
+        if isinstance(body, bytes) and len(body) <= CHUNK_BYTES:
+            if body:
+                stream.sender.credit -= len(body)
+                self.write(stream_id, BODY, END, body)
+        else:
+            self._link.start_upload(stream, body)
+        return stream
+
+    def on_ready(self) -> None:
+        """Tell the link that streams can be opened."""
+        self._ready.set_result(None)
+        self._link.handle_ready(self)
+
+    def on_frames(self, frames: list[Frame]) -> None:
+        """Handle frames; in large batches the streams whose response starts come first.
+
+        Otherwise a first token would wait for the handling of one token of every other stream.
+        """
+        if len(frames) > _MAX_UNSORTED_FRAMES and (
+            starting := {frame[0] for frame in frames if frame[1] == RESPONSE}
+        ):
+            self._dispatch([frame for frame in frames if frame[0] in starting])
+            frames = [frame for frame in frames if frame[0] not in starting]
+        self._dispatch(frames)
+
+    def _dispatch(self, frames: list[Frame]) -> None:
+        # Hot path: once for each token.
+        streams = self.streams
+        for stream_id, kind, flags, payload in frames:
+            if kind == DATA:
+                stream = streams.get(stream_id)
+                if stream is not None:
+                    stream.on_data(flags, payload)
+            else:
+                self._on_frame(stream_id, kind, flags, payload)
+
+    def on_silent(self, silent: bool) -> None:
+        """Tell the link."""
+        self._link.handle_silence(silent)
+
+    def on_closed(self, error: LinkError) -> None:
+        """Fail every open stream."""
+        if not self._ready.done():
+            self._ready.set_result(None)
+            return
+        for stream in list(self.streams.values()):
+            stream.fail(LinkClosedError(str(error)))
+        self._link.handle_lost(error)
+
+    def _on_frame(self, stream_id: int, kind: int, flags: int, payload: bytes) -> None:
+        if kind == LOAD:
+            self._link.handle_load(decode_head(payload, Load))
+        elif kind == PREFIXES:
+            self._on_prefixes(payload)
+        elif kind == GOAWAY:
+            self._link.handle_goaway()
+        elif kind not in (RESPONSE, WINDOW, ERROR, USAGE):
+            self.handle_ping(kind)
+        elif (stream := self.streams.get(stream_id)) is None:
+            return  # the stream ended or was cancelled while the frame was in transit
+        elif kind == RESPONSE:
+            stream.on_response(payload)
+        elif kind == WINDOW:
+            stream.sender.add_credit(decode_credit(payload))
+        elif kind == USAGE:
+            stream.usage = decode_head(payload, Usage)
+        else:
+            stream.fail(_stream_error(flags, payload))
+
+    def _on_prefixes(self, payload: bytes) -> None:
+        number, events = decode_prefixes(payload)
+        if number != self._num_prefixes or (number == 0 and not events.cleared):
+            raise LinkProtocolError(f"PREFIXES frame {number} instead of {self._num_prefixes}")
+        self._num_prefixes += 1
+        self._link.handle_prefixes(events)
+
+    def _remove_stream(self, stream_id: int) -> None:
+        self.streams.pop(stream_id, None)
+
+    def _next_id(self) -> int:
+        self._last_id = self._last_id % _MAX_STREAM_ID + 1
+        while self._last_id in self.streams:
+            self._last_id = self._last_id % _MAX_STREAM_ID + 1
+        return self._last_id
+
+
+def _stream_error(flags: int, payload: bytes) -> Exception:
+    status, message = decode_head(payload, tuple[int, str])
+    if flags & REFUSED:
+        return LinkRefusedError(message)
+    return request_error_for(status, message)

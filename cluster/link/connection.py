@@ -1,9 +1,8 @@
-"""What both ends of a link share: one TCP connection, its handshake, its flushes, its heartbeat.
+"""One end of a link's TCP connection: handshake, batched writes, heartbeat and flow control.
 
-Frames that are written during one pass of the event loop leave in one ``transport.write`` at the
-start of the next: no timer, and a step of an engine that feeds many streams costs one system
-call. Owns the transport and the unsent frames. Does not know requests; ``client`` and ``server``
-give the frames a meaning.
+Frames written during one pass of the event loop are sent together by one ``transport.write`` at
+the start of the next pass. No timer is involved, and an engine step that feeds many streams costs
+one system call. ``client`` and ``server`` subclass ``Connection`` and handle the frames.
 """
 
 import asyncio
@@ -12,45 +11,53 @@ from dataclasses import dataclass
 from typing import cast
 
 from cluster.errors import LinkAuthError, LinkClosedError, LinkError, LinkProtocolError
-from cluster.link.flow import Signal
-from cluster.link.frames import MAX_PAYLOAD_BYTES, PING, PONG, Decoder, Frame, pack_header
+from cluster.link.frames import (
+    CHUNK_BYTES,
+    END,
+    MAX_PAYLOAD_BYTES,
+    PING,
+    PONG,
+    Frame,
+    FrameDecoder,
+    pack_header,
+)
 from cluster.link.handshake import PRE_AUTH_BYTES, Handshake
 
 logger = logging.getLogger(__name__)
 
 _TICK_S = 0.25
-_TICKS_MIN = 8
+_MIN_TICKS = 8  # ticks within the shorter of the two silence limits
 _WRITE_BUFFER_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class LinkOptions:
-    """The link's constants; both ends may have their own."""
+    """Tunables of one end of a link; the two ends may differ."""
 
     window_bytes: int = 256 * 1024
-    """What the peer may send on one stream before this end's consumer has read it."""
+    """Bytes that the peer may send on one stream before this end has consumed them."""
     silent_after_s: float = 2.0
-    """A peer that sent nothing for so long, not even an answer to a ping, gets nothing new.
+    """Seconds without any byte, pongs included, after which the peer gets no new stream.
 
-    Counted in ticks of this end's loop, so a stall here (an import, a collection) blames nobody.
+    Counted in ticks of this end's event loop, so that a stall here does not blame the peer.
     """
     dead_after_s: float = 10.0
-    """A peer that was silent for so long is dead, and what it was doing is lost.
+    """Seconds of silence after which the connection is closed and its streams fail.
 
-    A process that dies shows at once as the end of its connection. Silence means a hang or a lost
-    network, or just an event loop that starved: on two cores, another replica's start can take
-    both for seconds. Set it above the longest synchronous call that the peer makes.
+    A process that dies closes its connection at once. Silence means a hang, a lost network or a
+    starved event loop: on two cores, the start of another replica can starve this one for seconds.
+    Keep this above the longest synchronous call that the peer makes.
     """
     handshake_timeout_s: float = 5.0
     load_interval_s: float = 0.05
-    """A replica says its load at most this often."""
+    """Minimum seconds between two LOAD frames of a replica."""
     max_streams: int = 16384
-    """Streams that a replica serves at a time on one link; further ones are refused."""
+    """Maximum of open streams on one link; a replica refuses further ones."""
 
 
 @dataclass(slots=True)
 class LinkCounts:
-    """What passed on one end of a link since its beginning; heads and payloads, not TLS."""
+    """Traffic of one end of a link since it was created: headers and payloads, without TLS."""
 
     connects: int = 0
     frames_sent: int = 0
@@ -59,114 +66,150 @@ class LinkCounts:
     bytes_received: int = 0
 
 
+class Signal:
+    """Wakes all current waiters; unlike ``asyncio.Event`` it keeps no state."""
+
+    __slots__ = ("_waiters",)
+
+    def __init__(self) -> None:
+        self._waiters: list[asyncio.Future[None]] | None = None
+
+    async def wait(self) -> None:
+        """Return at the next ``fire``."""
+        waiter = asyncio.get_running_loop().create_future()
+        if self._waiters is None:
+            self._waiters = []
+        self._waiters.append(waiter)
+        try:
+            await waiter
+        finally:
+            if self._waiters is not None and waiter in self._waiters:
+                self._waiters.remove(waiter)
+
+    def fire(self) -> None:
+        """Wake all current waiters."""
+        waiters, self._waiters = self._waiters, None
+        for waiter in waiters or ():
+            if not waiter.done():
+                waiter.set_result(None)
+
+
 class Connection(asyncio.Protocol):
     """One end of one TCP connection.
 
-    ``on_ready`` is called once the peer has proved itself, then ``on_frames`` with what arrives,
-    then ``on_closed`` exactly once, also where ``on_ready`` never was.
+    ``on_ready`` is called once the peer is authenticated, then ``on_frames`` for arriving frames,
+    then ``on_closed`` exactly once, even if ``on_ready`` never was.
 
     Args:
-        handshake: This end's part of it.
-        options: The link's constants.
-        counts: Where this end counts what passes; it may be that of earlier connections.
+        handshake: This end of the handshake.
+        options: Tunables of the link.
+        counts: Counters to update; consecutive connections may share them.
     """
 
     def __init__(self, handshake: Handshake, options: LinkOptions, counts: LinkCounts) -> None:
         self.options = options
         self.counts = counts
         self.silent = False
-        """Whether the peer has been silent for ``silent_after_s``."""
+        """True while the peer has been silent for at least ``silent_after_s``."""
         self.writable = False
-        """False while the transport holds more than it should; ``on_writable`` says when not."""
+        """False while the transport's buffer is full; ``on_writable`` fires when it has drained."""
         self.on_writable = Signal()
         self.error: LinkError | None = None
-        """Why the connection ended; None while it lives."""
+        """Reason why the connection ended; None while it is open."""
         self.peer_window_bytes = 0
         self.loop = asyncio.get_running_loop()
         self._closed: asyncio.Future[None] = self.loop.create_future()
         self._handshake: Handshake | None = handshake
-        self._decoder = Decoder(PRE_AUTH_BYTES)
-        self._early_bytes = 0
-        self._out: list[bytes | memoryview] = []
+        self._decoder = FrameDecoder(PRE_AUTH_BYTES)
+        self._pre_auth_bytes = 0
+        self._unsent: list[bytes | memoryview] = []  # header and payload alternate
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._heard = False
+        self._heard = False  # anything received since the last tick
         self._silent_ticks = 0
-        self._tick_s = min(_TICK_S, min(options.silent_after_s, options.dead_after_s) / _TICKS_MIN)
+        self._tick_s = min(_TICK_S, min(options.silent_after_s, options.dead_after_s) / _MIN_TICKS)
         self._silent_at = int(options.silent_after_s / self._tick_s) - 1
         self._dead_at = int(options.dead_after_s / self._tick_s) - 1
 
-    # -- for the two ends to fill in --
+    @property
+    def unsent_bytes(self) -> int:
+        """Bytes that were written and not yet passed to the operating system."""
+        buffered = self._transport.get_write_buffer_size() if self._transport is not None else 0
+        return sum(map(len, self._unsent)) + buffered
+
+    # -- hooks of the subclasses --
 
     def on_ready(self) -> None:
-        """The peer has proved itself."""
+        """Handle the end of the handshake."""
 
     def on_frames(self, frames: list[Frame]) -> None:
-        """Frames arrived; a LinkError raised here ends the connection."""
+        """Handle arriving frames; raising a LinkError closes the connection."""
 
     def on_closed(self, error: LinkError) -> None:
-        """The connection ended; nothing can be written any more."""
+        """Handle the end of the connection; nothing can be written any more."""
 
     def on_silent(self, silent: bool) -> None:
-        """The peer has fallen silent, or is heard again."""
+        """Handle a change of ``silent``."""
 
     def on_tick(self) -> None:
-        """Called every quarter of a second, or more often where ``dead_after_s`` is short."""
+        """Do periodic work: every 0.25 s, or more often if the silence limits are short."""
 
     # -- writing --
 
     def write(
         self, stream_id: int, kind: int, flags: int = 0, payload: bytes | memoryview = b""
     ) -> None:
-        """Queue one frame for the next flush; after the end this does nothing.
+        """Queue one frame for the next flush; do nothing once the connection has ended.
 
         A memoryview must not change until the flush.
         """
-        out = self._out
-        if not out:
+        unsent = self._unsent
+        if not unsent:
             if self.error is not None:
                 return
             self.loop.call_soon(self._flush)
-        out.append(pack_header(len(payload), stream_id, kind, flags))
-        out.append(payload)
+        unsent.append(pack_header(len(payload), stream_id, kind, flags))
+        unsent.append(payload)
 
     def _flush(self) -> None:
-        # While the transport is full the frames stay here; resume_writing comes back for them.
-        if self._out and self.writable and self._transport is not None:
-            data = b"".join(self._out)
-            self.counts.frames_sent += len(self._out) // 2
+        # While the transport is full the frames stay here; resume_writing flushes them.
+        if self._unsent and self.writable and self._transport is not None:
+            data = b"".join(self._unsent)
+            self.counts.frames_sent += len(self._unsent) // 2
             self.counts.bytes_sent += len(data)
-            self._out.clear()
+            self._unsent.clear()
             self._transport.write(data)
 
     def pause_writing(self) -> None:
-        """The transport is full."""
+        """Stop flushing: the transport's buffer is full."""
         self.writable = False
 
     def resume_writing(self) -> None:
-        """The transport has room again."""
+        """Flush again: the transport's buffer has drained."""
         self.writable = self._handshake is None and self.error is None
         self._flush()
         if self.writable:
             self.on_writable.fire()
 
-    # -- the connection's life --
+    # -- lifecycle --
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Say hello."""
+        """Start the handshake."""
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=_WRITE_BUFFER_BYTES)
         assert self._handshake is not None
         self._transport.write(self._handshake.hello())
-        self._timer = self.loop.call_later(self.options.handshake_timeout_s, self._too_late)
+        self._timer = self.loop.call_later(
+            self.options.handshake_timeout_s, self._on_handshake_timeout
+        )
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The TCP connection is gone."""
+        """End the connection after the transport has closed."""
         self.fail(LinkClosedError(f"the connection was lost: {exc or 'closed by the peer'}"))
         self._closed.set_result(None)
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes from the peer."""
+        """Decode and handle bytes from the peer."""
         self._heard = True
         try:
             if self._handshake is None:
@@ -175,12 +218,12 @@ class Connection(asyncio.Protocol):
                 self.counts.bytes_received += len(data)
                 self.on_frames(frames)
             else:
-                self._shake(self._handshake, data)
+                self._continue_handshake(self._handshake, data)
         except LinkError as error:
             self.fail(error)
 
     def fail(self, error: LinkError) -> None:
-        """End the connection now, for this reason; only the first call counts."""
+        """End the connection at once with this error; only the first call has an effect."""
         if self.error is not None:
             return
         self._end(error)
@@ -188,10 +231,10 @@ class Connection(asyncio.Protocol):
             if self._handshake is None:
                 self._transport.abort()
             else:
-                self._transport.close()  # lets the peer read why: HELLO, or the refusal
+                self._transport.close()  # the peer can still read the HELLO or the refusal
 
     async def shut(self, timeout_s: float, reason: str) -> None:
-        """End the connection once what was written has left, or after the timeout."""
+        """End the connection once all written frames are sent, or after the timeout."""
         if self.error is None and self._transport is not None:
             self.writable = True
             self._flush()
@@ -203,22 +246,22 @@ class Connection(asyncio.Protocol):
             await self.wait_closed()
 
     async def wait_closed(self) -> None:
-        """Return when the transport is gone; cancelling this leaves the connection alone."""
+        """Wait until the transport is closed; cancelling the wait has no effect on it."""
         await asyncio.wait([self._closed])
 
     def _end(self, error: LinkError) -> None:
         self.error = error
         self.writable = False
-        self._out.clear()
+        self._unsent.clear()
         if self._timer is not None:
             self._timer.cancel()
         self.on_closed(error)
         self.on_writable.fire()
 
-    def _shake(self, handshake: Handshake, data: bytes) -> None:
+    def _continue_handshake(self, handshake: Handshake, data: bytes) -> None:
         assert self._transport is not None
-        self._early_bytes += len(data)
-        if self._early_bytes > PRE_AUTH_BYTES:
+        self._pre_auth_bytes += len(data)
+        if self._pre_auth_bytes > PRE_AUTH_BYTES:
             raise LinkProtocolError(f"more than {PRE_AUTH_BYTES} bytes before the handshake")
         frames = self._decoder.feed(data)
         for number, (_, kind, _, payload) in enumerate(frames, 1):
@@ -228,11 +271,11 @@ class Connection(asyncio.Protocol):
                 self._transport.write(handshake.refusal())
                 raise
             if handshake.done:
-                self._start(handshake)
+                self._end_handshake(handshake)
                 self.on_frames(frames[number:])
                 return
 
-    def _start(self, handshake: Handshake) -> None:
+    def _end_handshake(self, handshake: Handshake) -> None:
         self._handshake = None
         self.counts.connects += 1
         self._decoder.max_payload_bytes = MAX_PAYLOAD_BYTES
@@ -242,18 +285,18 @@ class Connection(asyncio.Protocol):
         self._timer.cancel()
         self._tick()
         self.on_ready()
-        self._flush()  # what was written before had no flush that could send it
+        self._flush()  # sends frames written during the handshake, whose flush did nothing
 
-    def _too_late(self) -> None:
+    def _on_handshake_timeout(self) -> None:
         timeout_s = self.options.handshake_timeout_s
-        self.fail(LinkAuthError(f"the peer did not prove itself within {timeout_s} s"))
+        self.fail(LinkAuthError(f"the peer did not authenticate within {timeout_s} s"))
 
     def _tick(self) -> None:
-        # Ticks count, not seconds: a loop that stalled ticks once and reads before it judges.
+        # Counts ticks, not seconds: after a stall the loop reads before it ticks a second time.
         self._silent_ticks = 0 if self._heard else self._silent_ticks + 1
         self._heard = False
         if self._silent_ticks >= self._dead_at:
-            self.fail(LinkClosedError(f"no answer for {self.options.dead_after_s} s"))
+            self.fail(LinkClosedError(f"the peer was silent for {self.options.dead_after_s} s"))
             return
         if self._silent_ticks % 2:
             self.write(0, PING)
@@ -263,9 +306,77 @@ class Connection(asyncio.Protocol):
         self.on_tick()
         self._timer = self.loop.call_later(self._tick_s, self._tick)
 
-    def answer(self, kind: int) -> None:
-        """Handle a frame that both ends treat alike, PING or PONG; refuse any other."""
+    def handle_ping(self, kind: int) -> None:
+        """Answer a PING and ignore a PONG.
+
+        Raises:
+            LinkProtocolError: a frame of another kind, which the peer may not send.
+        """
         if kind == PING:
             self.write(0, PONG)
         elif kind != PONG:
-            raise LinkProtocolError(f"the peer must not send frames of kind {kind} now")
+            raise LinkProtocolError(f"the peer may not send frames of kind {kind}")
+
+
+class StreamSender:
+    """Sending half of one stream, with its flow control.
+
+    A slow consumer holds back only its own stream, because each stream has its own credit; a slow
+    connection holds back all streams. ``credit`` is the number of bytes that may still be sent;
+    the last frame may overdraw it.
+    """
+
+    __slots__ = ("_credit_added", "connection", "credit", "open", "stream_id")
+
+    def __init__(self, connection: Connection, stream_id: int) -> None:
+        self.connection = connection
+        self.stream_id = stream_id
+        self.credit = connection.peer_window_bytes
+        self.open = True
+        self._credit_added = Signal()
+
+    def add_credit(self, credit_bytes: int) -> None:
+        """Add bytes that the peer's consumer has read to the credit."""
+        self.credit += credit_bytes
+        self._credit_added.fire()
+
+    def close(self) -> None:
+        """Send nothing more and wake waiting senders."""
+        self.open = False
+        self._credit_added.fire()
+
+    async def send(self, kind: int, payload: bytes, end: bool) -> None:
+        """Send a payload of any size in pieces, as credit and transport allow.
+
+        Raises:
+            LinkClosedError: the stream ended meanwhile.
+        """
+        view = memoryview(payload)
+        start, size = 0, len(payload)
+        while True:
+            await self.wait_ready()
+            piece = view[start : start + CHUNK_BYTES]
+            start += CHUNK_BYTES
+            last = start >= size
+            self.credit -= len(piece)
+            self.connection.write(self.stream_id, kind, END if last and end else 0, piece)
+            if last:
+                return
+            await asyncio.sleep(0)  # let other streams write between two pieces
+
+    async def wait_ready(self) -> None:
+        """Wait until a frame may be sent.
+
+        Raises:
+            LinkClosedError: the stream ended meanwhile.
+        """
+        while self.open:
+            if self.credit <= 0:
+                await self._credit_added.wait()
+            elif not self.connection.writable:
+                await self.connection.on_writable.wait()
+                if self.connection.error is not None:
+                    self.open = False
+            else:
+                return
+        raise LinkClosedError("the stream ended")

@@ -1,37 +1,43 @@
-"""The link's wire format: what one frame is, and what each kind carries.
+"""The link's wire format: frames and their payloads.
 
 A frame is a header of 10 bytes, little-endian, and a payload::
 
     payload length u32 | stream id u32 | kind u8 | flags u8 | payload
 
-=========  ===  ===========================================================================
-HELLO      0    magic "TNDM" | version u16 | receive window u32 | nonce, 32 bytes
-AUTH       0    HMAC-SHA256 over both hellos, 32 bytes (see ``handshake``)
-PING PONG  0    nothing; a PING is answered by a PONG at once
-LOAD       0    replica to router, unasked: ``Load``
-PREFIXES   0    router to replica, once: nothing; asks for what the engine's prefix cache holds.
-                Replica to router, from then on: number u64, from 0 | stored u32, a count |
-                cleared u8, 0 or 1 | hashes u64, the stored ones, then the removed (see
-                ``prefixes``); the first one says ``cleared``, and all there is begins with it
-GOAWAY     0    replica to router: opens no further stream; the open ones go on
-REQUEST    id   router to replica: ``RequestHead``; END: there is no body
-BODY       id   router to replica: a piece of the request's body; END: the last one
-RESPONSE   id   replica to router: ``ResponseHead``
-DATA       id   replica to router: a piece of the response's body; END: the last one;
-                TOKENS: begins with count u16 | count x u32, the ids that the bytes belong to
-CANCEL     id   router to replica: the stream is of no interest any more
-WINDOW     id   u32, bytes by which the other end may send more on this stream
-USAGE      id   replica to router, before the end: ``Usage``
-ERROR      id   replica to router, ends the stream: [status, message];
-                REFUSED: nothing was started. On stream 0, instead of AUTH: the proof was wrong
-=========  ===  ===========================================================================
+=========  ======  ========================================================================
+Kind       Stream  Payload
+=========  ======  ========================================================================
+HELLO      0       magic "TNDM" | version u16 | receive window u32 | nonce, 32 bytes
+AUTH       0       HMAC-SHA256 over both HELLOs, 32 bytes (see ``handshake``)
+PING PONG  0       empty; the receiver of a PING sends a PONG at once
+LOAD       0       replica to router, unsolicited: ``Load``
+PREFIXES   0       router to replica, once: empty; subscribes to the engine's prefix cache.
+                   Replica to router from then on: sequence number u64, from 0 | number of
+                   stored hashes u32 | cleared u8, 0 or 1 | hashes u64, first the stored
+                   ones, then the removed ones. Number 0 is cleared and starts a snapshot
+GOAWAY     0       replica to router: takes no new stream; open streams continue
+REQUEST    id      router to replica: ``RequestHead``; with END there is no body
+BODY       id      router to replica: a piece of the request's body; END: the last one
+RESPONSE   id      replica to router: ``ResponseHead``
+DATA       id      replica to router: a piece of the response's body; END: the last one;
+                   TOKENS: starts with count u16 | count x u32, the ids of its tokens
+CANCEL     id      router to replica: stop working on this stream
+WINDOW     id      u32, bytes that the peer may send in addition on this stream
+USAGE      id      replica to router, before the end: ``Usage``
+ERROR      id      replica to router, ends the stream: [status, message]; REFUSED: the
+                   request was not started. On stream 0, instead of AUTH: wrong secret
+=========  ======  ========================================================================
 
 Heads are msgpack arrays. A sender may start a BODY or DATA frame while its credit on that stream
-is positive; the frame's payload is then taken off the credit, which starts at the window that the
-receiver's HELLO names. Frames of a stream that has ended are ignored. Pure: no I/O and no clock.
+is positive; the payload's size is then subtracted. Credit starts at the window in the receiver's
+HELLO. Frames of a stream that has ended are ignored. No I/O and no clock in this module.
+
+Only tests send TOKENS frames today (``encode_tokens``, ``decode_tokens``). They stay because
+handing over a running stream to another replica needs the generated token ids.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from struct import Struct, error, pack, unpack_from
 from typing import Any, Final, TypeVar
 
@@ -66,38 +72,38 @@ _ALL_FLAGS: Final = 7
 HEADER_BYTES: Final = 10
 MAX_PAYLOAD_BYTES: Final = 1024 * 1024
 CHUNK_BYTES: Final = 64 * 1024
-"""Longer bodies are cut into pieces of this size, so that other streams' frames get between."""
+"""Size of the pieces of a longer body; frames of other streams are sent between the pieces."""
 
 Frame = tuple[int, int, int, bytes]
-"""Stream id, kind, flags, payload. The payload is a copy: it stays valid as long as it is held."""
+"""Stream id, kind, flags, payload. The payload is a copy and stays valid."""
 
 _HEADER = Struct("<IIBB")
 _U32 = Struct("<I")
 pack_header = _HEADER.pack
-"""Payload length, stream id, kind, flags -> the header's 10 bytes."""
+"""Pack payload length, stream id, kind and flags into the header's 10 bytes."""
 
 
 class RequestHead(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
-    """A request without its body, as an ASGI scope names its parts."""
+    """A request without its body; the fields are those of an ASGI scope."""
 
     method: str = "GET"
     path: str = "/"
     """Percent-decoded."""
     raw_path: bytes = b""
-    """As the client sent it, without the query; empty: made from ``path``."""
+    """Path as the client sent it, without the query; derived from ``path`` if empty."""
     query_string: bytes = b""
     headers: list[tuple[bytes, bytes]] = []
-    """Names in lower case."""
+    """Header names are in lower case."""
     request_id: str = ""
-    """Becomes the header ``x-request-id`` where the headers have none."""
+    """Value of ``x-request-id`` if the headers have none."""
     scheme: str = "http"
     client: tuple[str, int] | None = None
 
     @property
     def id(self) -> str:
-        """The header ``x-request-id``, else ``request_id``."""
-        given = (value for name, value in self.headers if name == b"x-request-id")
-        return next(given, self.request_id.encode()).decode("latin-1")
+        """The header ``x-request-id``, or ``request_id`` if there is no such header."""
+        values = (value for name, value in self.headers if name == b"x-request-id")
+        return next(values, self.request_id.encode()).decode("latin-1")
 
 
 class ResponseHead(msgspec.Struct, frozen=True, array_like=True):
@@ -117,7 +123,11 @@ _DECODERS: dict[Any, msgspec.msgpack.Decoder[Any]] = {
 
 
 def decode_head(payload: bytes, kind: type[Head]) -> Head:
-    """The head of that type in a payload; LinkProtocolError if it holds something else."""
+    """Decode a payload as the given type.
+
+    Raises:
+        LinkProtocolError: the payload is not of that type.
+    """
     try:
         head: Head = _DECODERS[kind].decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError) as problem:
@@ -126,7 +136,7 @@ def decode_head(payload: bytes, kind: type[Head]) -> Head:
 
 
 def encode_frame(stream_id: int, kind: int, flags: int = 0, payload: bytes = b"") -> bytes:
-    """One whole frame."""
+    """Return one frame, header and payload."""
     return _HEADER.pack(len(payload), stream_id, kind, flags) + payload
 
 
@@ -134,14 +144,14 @@ encode_credit = _U32.pack
 
 
 def decode_credit(payload: bytes) -> int:
-    """The bytes that a WINDOW frame grants."""
+    """Return the number of bytes that a WINDOW frame grants."""
     if len(payload) != _U32.size:
         raise LinkProtocolError(f"a WINDOW frame carries 4 bytes, not {len(payload)}")
     return int(_U32.unpack(payload)[0])
 
 
 def encode_tokens(token_ids: Sequence[int]) -> bytes:
-    """The prefix of a DATA payload that says which tokens its bytes belong to.
+    """Return the token ids in the form that starts the payload of a TOKENS frame.
 
     Raises:
         ValueError: more than 65535 ids, or one that is no u32.
@@ -153,7 +163,11 @@ def encode_tokens(token_ids: Sequence[int]) -> bytes:
 
 
 def tokens_end(payload: bytes) -> int:
-    """Where the bytes begin in the payload of a DATA frame with the flag TOKENS."""
+    """Return the offset of the body in the payload of a TOKENS frame.
+
+    Raises:
+        LinkProtocolError: the payload is shorter than its token ids.
+    """
     if len(payload) >= 2:
         end = 2 + 4 * (payload[0] | payload[1] << 8)
         if end <= len(payload):
@@ -162,15 +176,69 @@ def tokens_end(payload: bytes) -> int:
 
 
 def decode_tokens(payload: bytes) -> tuple[int, ...]:
-    """The token ids in a payload that ``tokens_end`` accepted."""
+    """Return the token ids of a payload that ``tokens_end`` has accepted."""
     return unpack_from(f"<{payload[0] | payload[1] << 8}I", payload, 2)
 
 
-class Decoder:
-    """Turns a TCP byte stream into frames, however it is cut.
+MAX_HASHES: Final = 8192
+"""Maximum of stored and of removed hashes in one frame: 128 KiB in all, so that a snapshot does not
+delay the frames of other streams."""
 
-    After a LinkProtocolError the decoder is spent. ``max_payload_bytes`` may be changed between
-    two feeds. It never holds more than one incomplete frame.
+_PREFIXES_HEAD = Struct("<QI?")  # sequence number, number of stored hashes, cleared
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixEvents:
+    """Changes of one replica's prefix cache, as 64-bit hashes of prefixes of prompt texts.
+
+    Applied in this order: ``cleared`` drops everything received before, then ``removed``, then
+    ``stored``. Repeating a hash is harmless.
+    """
+
+    stored: Sequence[int] = ()
+    removed: Sequence[int] = ()
+    cleared: bool = False
+
+
+def split_events(events: PrefixEvents) -> Iterator[PrefixEvents]:
+    """Yield the events in pieces of at most one frame each; at least one piece."""
+    yield PrefixEvents(events.stored[:MAX_HASHES], events.removed[:MAX_HASHES], events.cleared)
+    longest = max(len(events.stored), len(events.removed))
+    for start in range(MAX_HASHES, longest, MAX_HASHES):
+        piece = slice(start, start + MAX_HASHES)
+        yield PrefixEvents(events.stored[piece], events.removed[piece])
+
+
+def encode_prefixes(number: int, events: PrefixEvents) -> bytes:
+    """Return the payload of the PREFIXES frame with this sequence number."""
+    stored, removed = events.stored, events.removed
+    hashes = pack(f"<{len(stored) + len(removed)}Q", *stored, *removed)
+    return _PREFIXES_HEAD.pack(number, len(stored), events.cleared) + hashes
+
+
+def decode_prefixes(payload: bytes) -> tuple[int, PrefixEvents]:
+    """Return the sequence number and the events of a PREFIXES frame.
+
+    Raises:
+        LinkProtocolError: the payload is malformed.
+    """
+    num_hashes, rest = divmod(len(payload) - _PREFIXES_HEAD.size, 8)
+    if num_hashes < 0 or rest:
+        raise LinkProtocolError(f"a PREFIXES frame has an invalid size of {len(payload)} bytes")
+    number, num_stored, cleared = _PREFIXES_HEAD.unpack_from(payload)
+    if num_stored > num_hashes:
+        raise LinkProtocolError(
+            f"a PREFIXES frame announces {num_stored} stored hashes but has {num_hashes} in all"
+        )
+    hashes = unpack_from(f"<{num_hashes}Q", payload, _PREFIXES_HEAD.size)
+    return number, PrefixEvents(hashes[:num_stored], hashes[num_stored:], cleared)
+
+
+class FrameDecoder:
+    """Incremental decoder: bytes of a TCP stream in pieces of any size, out come frames.
+
+    It buffers at most one incomplete frame and must not be used after a LinkProtocolError.
+    ``max_payload_bytes`` may be changed between two feeds.
     """
 
     __slots__ = ("_held", "_need", "_pieces", "max_payload_bytes")
@@ -182,7 +250,7 @@ class Decoder:
         self._need = 0
 
     def feed(self, data: bytes) -> list[Frame]:
-        """The frames that these bytes complete, in order.
+        """Return the frames that these bytes complete, in order.
 
         Raises:
             LinkProtocolError: an unknown kind or flag, or a payload over the limit.
@@ -200,7 +268,7 @@ class Decoder:
         while (start := position + HEADER_BYTES) <= size:
             length, stream_id, kind, flags = unpack(data, position)
             if length > limit or kind > _LAST_KIND or flags > _ALL_FLAGS or not kind:
-                raise LinkProtocolError(_reason(length, limit, kind, flags))
+                raise LinkProtocolError(_header_error(length, limit, kind, flags))
             end = start + length
             if end > size:
                 need = HEADER_BYTES + length
@@ -214,9 +282,9 @@ class Decoder:
         return frames
 
 
-def _reason(length: int, limit: int, kind: int, flags: int) -> str:
+def _header_error(length: int, limit: int, kind: int, flags: int) -> str:
     if not 0 < kind <= _LAST_KIND:
         return f"unknown frame kind {kind}"
     if flags > _ALL_FLAGS:
         return f"unknown frame flags {flags:#x}"
-    return f"a frame of {length} bytes; at most {limit} are allowed here"
+    return f"a frame of {length} bytes exceeds the limit of {limit} bytes"

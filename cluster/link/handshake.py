@@ -1,11 +1,12 @@
-"""How both ends of a link prove that they know the cluster's secret, before anything else.
+"""Mutual authentication of a link's two ends, and TLS contexts.
 
-Each end sends HELLO at once. The client then sends AUTH, the server checks it and answers with
-its own AUTH; each is an HMAC-SHA256 with the secret over the sender's role and both hellos (so
-over both versions, windows and nonces: neither a replay nor a reflection helps). The client goes
-first, so a stranger that dials a replica gets nothing made with the secret. Sans I/O.
+Both ends send HELLO at once. The client then sends AUTH; the server verifies it and answers with
+its own AUTH. Each AUTH is an HMAC-SHA256, keyed with the cluster's secret, over the sender's role
+and both HELLOs, so it covers versions, windows and nonces and can be neither replayed nor
+reflected. The client goes first: a stranger that connects to a replica receives nothing derived
+from the secret. ``Handshake`` does no I/O.
 
-Also the TLS contexts for a cluster whose own connections use TLS (``RAY_USE_TLS``).
+The TLS contexts are for clusters that encrypt their own connections (``RAY_USE_TLS``).
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from cluster.link.frames import AUTH, ERROR, HELLO, encode_frame, encode_head
 
 VERSION = 2
 PRE_AUTH_BYTES = 512
-"""A peer may send this much in all before it has proved itself (it needs 94)."""
+"""Limit of the bytes that an unauthenticated peer may send; the handshake needs 94."""
 
 Role = Literal["client", "server"]
 
@@ -32,7 +33,13 @@ _PEER: dict[Role, Role] = {"client": "server", "server": "client"}
 
 
 class Handshake:
-    """One end's part. ``nonce`` (32 bytes) is given by tests alone.
+    """One end of a handshake.
+
+    Args:
+        role: This end's role.
+        secret: The cluster's secret.
+        window_bytes: Receive window that this end announces.
+        nonce: 32 bytes; random except in tests.
 
     Raises:
         ConfigError: the secret is empty.
@@ -45,35 +52,35 @@ class Handshake:
             raise ConfigError("the link's secret must not be empty")
         self.done = False
         self.peer_window_bytes = 0
-        """Initial credit on each stream; valid once ``done``."""
+        """Initial credit of each stream; valid once ``done``."""
         self._role = role
         self._secret = secret
-        own = _HELLO.pack(_MAGIC, VERSION, window_bytes, nonce or secrets.token_bytes(32))
-        self._hellos: dict[Role, bytes] = {role: own}
+        hello = _HELLO.pack(_MAGIC, VERSION, window_bytes, nonce or secrets.token_bytes(32))
+        self._hellos: dict[Role, bytes] = {role: hello}
 
     def hello(self) -> bytes:
-        """The bytes to send when the connection is made."""
+        """Return the bytes to send when the connection is made."""
         return encode_frame(0, HELLO, 0, self._hellos[self._role])
 
     def refusal(self) -> bytes:
-        """The bytes to send before closing on a LinkAuthError."""
+        """Return the bytes to send before closing after a LinkAuthError."""
         return encode_frame(0, ERROR, 0, encode_head((401, "wrong secret")))
 
     def receive(self, kind: int, payload: bytes) -> bytes:
-        """Take the peer's next frame; returns the bytes to send now.
+        """Process the peer's next frame and return the bytes to send.
 
         Raises:
-            LinkProtocolError: no frame of this handshake, or another version.
-            LinkAuthError: the peer does not know the secret, or says that this end does not.
+            LinkProtocolError: an unexpected frame, or another protocol version.
+            LinkAuthError: the peer does not know the secret, or rejects this end's proof.
         """
         if _PEER[self._role] not in self._hellos:
             if kind != HELLO:
-                raise LinkProtocolError(f"the peer began with a frame of kind {kind}, not HELLO")
+                raise LinkProtocolError(f"the peer sent a frame of kind {kind} instead of HELLO")
             return self._receive_hello(payload)
         if kind == ERROR:
-            raise LinkAuthError("the peer refused this end's proof: the secrets differ")
+            raise LinkAuthError("the peer rejected this end's proof: the secrets differ")
         if kind != AUTH:
-            raise LinkProtocolError(f"a frame of kind {kind} before the peer's AUTH")
+            raise LinkProtocolError(f"the peer sent a frame of kind {kind} before its AUTH")
         if not hmac.compare_digest(payload, self._proof(_PEER[self._role])):
             raise LinkAuthError("the peer does not know the cluster's secret")
         self.done = True
@@ -81,17 +88,18 @@ class Handshake:
 
     def _receive_hello(self, payload: bytes) -> bytes:
         if len(payload) < _PREFIX.size or not payload.startswith(_MAGIC):
-            raise LinkProtocolError("the peer does not speak the link's protocol")
+            raise LinkProtocolError("the peer does not speak the link protocol")
         version = _PREFIX.unpack_from(payload)[1]
         if version != VERSION:
             raise LinkProtocolError(
-                f"the peer speaks version {version} of the link, this end version {VERSION}"
+                f"the peer speaks version {version} of the link protocol, this end version "
+                f"{VERSION}"
             )
         if len(payload) != _HELLO.size:
             raise LinkProtocolError(f"a HELLO carries {_HELLO.size} bytes, not {len(payload)}")
         self.peer_window_bytes = _HELLO.unpack(payload)[2]
         if not self.peer_window_bytes:
-            raise LinkProtocolError("the peer's window is 0 bytes")
+            raise LinkProtocolError("the peer announced a window of 0 bytes")
         self._hellos[_PEER[self._role]] = payload
         return self._auth() if self._role == "client" else b""
 
@@ -99,8 +107,8 @@ class Handshake:
         return encode_frame(0, AUTH, 0, self._proof(self._role))
 
     def _proof(self, role: Role) -> bytes:
-        said = b"tandem link\0" + role.encode() + self._hellos["client"] + self._hellos["server"]
-        return hmac.digest(self._secret, said, hashlib.sha256)
+        signed = b"tandem link\0" + role.encode() + self._hellos["client"] + self._hellos["server"]
+        return hmac.digest(self._secret, signed, hashlib.sha256)
 
 
 class TlsContexts(NamedTuple):
@@ -111,10 +119,7 @@ class TlsContexts(NamedTuple):
 
 
 def tls_contexts(env: Mapping[str, str]) -> TlsContexts | None:
-    """The contexts that Ray's TLS variables describe; None where TLS is off.
-
-    Both ends show a certificate of the cluster's CA. Host names are not checked: replicas move
-    between nodes, and a certificate of this CA is what makes a member, as in Ray itself.
+    """Return the contexts that Ray's TLS variables describe, or None if TLS is off.
 
     Raises:
         ConfigError: a variable is missing or its file cannot be used.
@@ -127,6 +132,7 @@ def tls_contexts(env: Mapping[str, str]) -> TlsContexts | None:
     )
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    # Replicas move between nodes. As in Ray, a certificate of the cluster's CA proves membership.
     client.check_hostname = False
     for context in (server, client):
         context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -140,6 +146,24 @@ def tls_contexts(env: Mapping[str, str]) -> TlsContexts | None:
                 f"RAY_TLS_CA_CERT={authority}: {problem}"
             ) from None
     return TlsContexts(server, client)
+
+
+def certificate_expiry(tls: TlsContexts) -> float:
+    """Return the Unix time at which this process' certificate expires; 0 if it is not valid."""
+    # The ssl module cannot read a certificate file, so take it from a handshake in memory.
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = tls.client.wrap_bio(to_client, to_server)
+    server = tls.server.wrap_bio(to_server, to_client, server_side=True)
+    for end in (client, server, client):
+        try:
+            end.do_handshake()
+        except ssl.SSLWantReadError:
+            continue
+        except ssl.SSLCertVerificationError:
+            return 0.0
+    certificate = client.getpeercert()
+    assert certificate is not None
+    return float(ssl.cert_time_to_seconds(str(certificate["notAfter"])))
 
 
 def _tls_path(env: Mapping[str, str], name: str) -> str:

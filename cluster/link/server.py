@@ -1,20 +1,18 @@
 """The replica's end of a link: answers the streams of all routers with one ASGI application.
 
-Owns the listening socket, the connections and one task for each stream. Does not know which
-application it serves, nor who asks.
+Owns the listening socket, the connections and one task for each stream.
 """
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from ssl import SSLContext
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from cluster.asgi import ASGIApp, Scope
 from cluster.errors import LinkAuthError, LinkError, LinkProtocolError
 from cluster.link.connection import Connection, LinkCounts, LinkOptions
-from cluster.link.exchange import Exchange
 from cluster.link.frames import (
     BODY,
     CANCEL,
@@ -27,34 +25,57 @@ from cluster.link.frames import (
     REQUEST,
     WINDOW,
     Frame,
+    PrefixEvents,
     RequestHead,
     decode_credit,
     decode_head,
     encode_head,
+    encode_prefixes,
+    split_events,
 )
 from cluster.link.handshake import Handshake
-from cluster.link.prefixes import PrefixEvents, PrefixSource, encode_prefixes, pieces_of
+from cluster.link.server_stream import ServerStream
 from cluster.load import Load
 
 logger = logging.getLogger(__name__)
 
 _CLOSE_TIMEOUT_S = 1.0
 PREFIXES_INTERVAL_S = 0.02
-"""Changes of the prefix cache are told together at most this late."""
+"""Seconds for which changes of the prefix cache are collected before they are sent."""
+
+
+class PrefixSource(Protocol):
+    """A replica's prefix cache as the server sees it; on one event loop and never blocking."""
+
+    on_change: Callable[[], None] | None
+    """Called when there is something to take; set by the server."""
+
+    def take_events(self) -> PrefixEvents | None:
+        """Return the changes since the last call; None if there are no changes."""
+
+    def snapshot(self) -> Sequence[int]:
+        """Return all cached hashes, including those not yet returned by ``take_events``."""
 
 
 class DrainResult(NamedTuple):
-    """How the streams that were ongoing at the start of a drain ended."""
+    """Outcome of the streams that were open when a drain began."""
 
     finished: int
     cancelled: int
 
 
 class LinkServer:
-    """Serves ``app`` to every router that knows the secret.
+    """Serves an application to every router that knows the secret.
 
-    ``load`` is asked for what the engine has to do; it must not block. ``prefixes`` knows the
-    engine's prefix cache, where it has one, and is used by this server alone.
+    Args:
+        app: The ASGI application.
+        secret: The cluster's secret.
+        host: Address to listen on.
+        port: Port to listen on; 0 picks a free one.
+        ssl: TLS context; None: no TLS.
+        load: Returns the engine's load without blocking.
+        prefixes: The engine's prefix cache, if it has one; used by this server alone.
+        options: Tunables of the link.
     """
 
     def __init__(
@@ -71,25 +92,26 @@ class LinkServer:
     ) -> None:
         self.app = app
         self.address = (host, port)
-        """Where to reach it; the port is true once it was started."""
+        """Host and port; the port is the actual one after ``start``."""
         self.draining = False
         self.counts = LinkCounts()
-        """Of all connections."""
+        """Traffic of all connections."""
         self._secret = secret
         self._load = load
         self._prefixes = prefixes
-        self._telling: asyncio.TimerHandle | None = None
+        self._prefixes_timer: asyncio.TimerHandle | None = None
         self._ssl = ssl
         self._options = options or LinkOptions()
         self._server: asyncio.Server | None = None
-        self._connections: set[_ServerConnection] = set()
+        self.connections: set[ServerConnection] = set()
+        """Open connections, unauthenticated ones included."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> tuple[str, int]:
-        """Listen; returns the address. Port 0 takes a free one."""
+        """Listen and return the address."""
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
-            self._accept,
+            self.new_connection,
             *self.address,
             ssl=self._ssl,
             ssl_handshake_timeout=self._options.handshake_timeout_s if self._ssl else None,
@@ -97,207 +119,211 @@ class LinkServer:
         )
         self.address = self._server.sockets[0].getsockname()[:2]
         if self._prefixes is not None:
-            self._prefixes.take()  # nobody was there to be told; news begin now
-            self._prefixes.on_news = self._tell_later
+            self._prefixes.take_events()  # no subscriber has missed them
+            self._prefixes.on_change = self._schedule_prefixes
         return self.address
 
     @property
-    def num_ongoing(self) -> int:
+    def num_streams(self) -> int:
         """Streams whose application has not returned."""
         return len(self._tasks)
 
     def current_load(self) -> Load:
-        """What the engine says, and the ongoing streams."""
+        """Return the engine's load and the number of streams."""
         engine: Load = self._load() if self._load is not None else Load()
-        return Load(engine.running, engine.waiting, engine.kv_cache_usage, self.num_ongoing)
+        return Load(engine.running, engine.waiting, engine.kv_cache_usage, self.num_streams)
 
     def retire(self) -> None:
-        """Refuse new streams from now on; the ongoing ones and the connections stay.
+        """Refuse new streams; open streams and the connections stay.
 
-        Routers look elsewhere, and nobody takes this for an address that does not answer.
+        A closed port would look like a failure; a GOAWAY makes routers use other replicas.
         """
         self.draining = True
-        for connection in self._connections:
+        for connection in self.connections:
             connection.write(0, GOAWAY)
 
     async def drain(self, timeout_s: float) -> DrainResult:
-        """Refuse new streams, wait for the ongoing ones, cancel what is left, close.
+        """Refuse new streams, wait for the open ones, cancel the rest and close.
 
         A cancelled stream ends with an error (503) on the router's side.
         """
         if self._server is not None:
             self._server.close()
         if self._prefixes is not None:
-            self._prefixes.on_news = None
-        if self._telling is not None:
-            self._telling.cancel()
+            self._prefixes.on_change = None
+        if self._prefixes_timer is not None:
+            self._prefixes_timer.cancel()
         self.retire()
-        tasks, left = set(self._tasks), set[asyncio.Task[None]]()
+        tasks, unfinished = set(self._tasks), set[asyncio.Task[None]]()
         if tasks:
-            _, left = await asyncio.wait(tasks, timeout=timeout_s)
-        for task in left:
+            _, unfinished = await asyncio.wait(tasks, timeout=timeout_s)
+        for task in unfinished:
             task.cancel()
-        if left:
-            await asyncio.wait(left, timeout=_CLOSE_TIMEOUT_S)
-        shuts = [c.shut(_CLOSE_TIMEOUT_S, "the replica stopped") for c in self._connections]
-        await asyncio.gather(*shuts)
+        if unfinished:
+            await asyncio.wait(unfinished, timeout=_CLOSE_TIMEOUT_S)
+        closing = [c.shut(_CLOSE_TIMEOUT_S, "the replica stopped") for c in self.connections]
+        await asyncio.gather(*closing)
         if self._server is not None:
             await self._server.wait_closed()
-        return DrainResult(finished=len(tasks) - len(left), cancelled=len(left))
+        return DrainResult(finished=len(tasks) - len(unfinished), cancelled=len(unfinished))
 
     async def stop(self) -> None:
-        """Cancel everything and close."""
+        """Cancel all streams and close."""
         await self.drain(0)
 
     # -- for the connections --
 
-    def run(self, exchange: Exchange, client: tuple[str, int]) -> asyncio.Task[None]:
-        """Answer one stream in a task of its own."""
-        scope = exchange.scope(self.address, client)
-        task = asyncio.get_running_loop().create_task(self._answer(exchange, scope))
+    def new_connection(self) -> "ServerConnection":
+        """Return the protocol of a connection that a router has opened."""
+        return ServerConnection(self, self._secret, self._options)
+
+    def run_app(self, stream: ServerStream, client: tuple[str, int]) -> asyncio.Task[None]:
+        """Answer one stream in a new task."""
+        scope = stream.scope(self.address, client)
+        task = asyncio.get_running_loop().create_task(self._answer(stream, scope))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def prefixes_now(self) -> PrefixEvents | None:
-        """All that the engine has cached; None where it caches no prefixes."""
+    def prefix_snapshot(self) -> PrefixEvents | None:
+        """Return everything that the engine has cached; None if it has no prefix cache."""
         if self._prefixes is None:
             return None
         return PrefixEvents(stored=self._prefixes.snapshot(), cleared=True)
 
-    def _tell_later(self) -> None:
-        if self._telling is None:
-            loop = asyncio.get_running_loop()
-            self._telling = loop.call_later(PREFIXES_INTERVAL_S, self._tell_prefixes)
-
-    def _tell_prefixes(self) -> None:
-        self._telling = None
-        events = self._prefixes.take() if self._prefixes is not None else None
+    def send_prefixes(self) -> None:
+        """Send the collected changes of the prefix cache to all routers."""
+        self._prefixes_timer = None
+        events = self._prefixes.take_events() if self._prefixes is not None else None
         if events is not None:
-            pieces = list(pieces_of(events))
-            for connection in self._connections:
-                connection.tell(pieces)
+            pieces = list(split_events(events))
+            for connection in self.connections:
+                connection.send_prefixes(pieces)
 
-    async def _answer(self, exchange: Exchange, scope: Scope) -> None:
-        await self.app(scope, exchange.receive, exchange.send)
+    def _schedule_prefixes(self) -> None:
+        if self._prefixes_timer is None:
+            loop = asyncio.get_running_loop()
+            self._prefixes_timer = loop.call_later(PREFIXES_INTERVAL_S, self.send_prefixes)
 
-    def _accept(self) -> "_ServerConnection":
-        return _ServerConnection(self, self._connections, self._secret, self._options)
+    async def _answer(self, stream: ServerStream, scope: Scope) -> None:
+        await self.app(scope, stream.receive, stream.send)
 
 
-class _ServerConnection(Connection):
-    """One router's connection to a LinkServer, with the streams that it has open."""
+class ServerConnection(Connection):
+    """One router's connection to a ``LinkServer``, with its open streams."""
 
-    def __init__(
-        self,
-        server: LinkServer,
-        connections: "set[_ServerConnection]",
-        secret: bytes,
-        options: LinkOptions,
-    ) -> None:
+    def __init__(self, server: LinkServer, secret: bytes, options: LinkOptions) -> None:
         handshake = Handshake("server", secret, options.window_bytes)
         super().__init__(handshake, options, server.counts)
         self._server = server
-        self._connections = connections
-        self._exchanges: dict[int, Exchange] = {}
+        self._streams: dict[int, ServerStream] = {}
         self._client = ("", 0)
-        self._load: Load | None = None
-        self._load_said = 0.0
-        self._num_prefixes = 0
+        self._sent_load: Load | None = None
+        self._load_checked_at = 0.0
+        self._num_prefixes = 0  # PREFIXES frames sent
         self._wants_prefixes = False
-        self._must_tell_all = False
+        self._needs_snapshot = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._connections.add(self)
+        """Register the connection with the server."""
+        self._server.connections.add(self)
         self._client = transport.get_extra_info("peername")[:2]
         super().connection_made(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Remove the connection from the server."""
         super().connection_lost(exc)
-        self._connections.discard(self)
+        self._server.connections.discard(self)
 
     def on_ready(self) -> None:
+        """Send the state that every router must know first."""
         if self._server.draining:
             self.write(0, GOAWAY)
-        self._say_load()
+        self._send_load()
 
-    def tell(self, pieces: Iterable[PrefixEvents]) -> None:
-        """Say what changed in the prefix cache; a router that is behind gets all of it later."""
+    def send_prefixes(self, pieces: Iterable[PrefixEvents]) -> None:
+        """Send changes of the prefix cache; a router that falls behind gets a snapshot later."""
         if not self._wants_prefixes:
             return
         if not self.writable:
-            self._must_tell_all = True
-        elif not self._must_tell_all:
+            self._needs_snapshot = True
+        elif not self._needs_snapshot:
             for piece in pieces:
                 self.write(0, PREFIXES, 0, encode_prefixes(self._num_prefixes, piece))
                 self._num_prefixes += 1
 
     def resume_writing(self) -> None:
+        """Flush, and send the snapshot that had to wait."""
         super().resume_writing()
-        if self.writable and self._must_tell_all:
-            self._tell_all()
+        if self.writable and self._needs_snapshot:
+            self._send_snapshot()
 
     def on_frames(self, frames: list[Frame]) -> None:
+        """Handle a router's frames."""
         for stream_id, kind, flags, payload in frames:
             if kind == REQUEST:
                 self._on_request(stream_id, flags, payload)
             elif kind == PREFIXES and not self._wants_prefixes:
                 self._wants_prefixes = True
-                self._tell_all()
+                self._send_snapshot()
             elif kind not in (WINDOW, BODY, CANCEL):
-                self.answer(kind)
-            elif (exchange := self._exchanges.get(stream_id)) is None:
-                continue  # it ended while the frame was on its way
+                self.handle_ping(kind)
+            elif (stream := self._streams.get(stream_id)) is None:
+                continue  # the stream ended while the frame was in transit
             elif kind == WINDOW:
-                exchange.on_credit(decode_credit(payload))
+                stream.on_credit(decode_credit(payload))
             elif kind == BODY:
-                exchange.on_body(payload, bool(flags & END))
+                stream.on_body(payload, bool(flags & END))
             else:
-                exchange.leave()
+                stream.disconnect()
 
     def on_closed(self, error: LinkError) -> None:
+        """Cancel the applications of all open streams."""
         if isinstance(error, LinkAuthError | LinkProtocolError):
-            logger.warning("link from %s:%d: %s", *self._client, error)
-        for exchange in list(self._exchanges.values()):
-            exchange.leave()
+            logger.warning("closed the link from %s:%d: %s", *self._client, error)
+        for stream in list(self._streams.values()):
+            stream.disconnect()
 
     def on_tick(self) -> None:
-        self._say_load()
+        """Send the load if it has changed."""
+        self._send_load()
 
     def _flush(self) -> None:
-        if self.loop.time() - self._load_said > self.options.load_interval_s:
-            self._say_load()
+        # A LOAD that leaves with other frames costs no system call.
+        self._send_load_if_due()
         super()._flush()
 
     def _on_request(self, stream_id: int, flags: int, payload: bytes) -> None:
-        if not stream_id or stream_id in self._exchanges:
+        if not stream_id or stream_id in self._streams:
             raise LinkProtocolError(f"REQUEST on stream {stream_id}, which is in use")
-        if self._server.draining or len(self._exchanges) >= self.options.max_streams:
+        if self._server.draining or len(self._streams) >= self.options.max_streams:
             reason = "drains" if self._server.draining else "has too many streams"
             refusal = encode_head((503, f"the replica {reason}"))
             self.write(stream_id, ERROR, REFUSED, refusal)
             return
         head = decode_head(payload, RequestHead)
-        exchange = Exchange(self, stream_id, head, has_body=not flags & END)
-        self._exchanges[stream_id] = exchange
-        exchange.task = self._server.run(exchange, self._client)
-        exchange.task.add_done_callback(partial(self._settle, exchange))
-        if self.loop.time() - self._load_said > self.options.load_interval_s:
-            self._say_load()
+        stream = ServerStream(self, stream_id, head, has_body=not flags & END)
+        self._streams[stream_id] = stream
+        stream.task = self._server.run_app(stream, self._client)
+        stream.task.add_done_callback(partial(self._on_task_done, stream))
+        self._send_load_if_due()
 
-    def _settle(self, exchange: Exchange, task: asyncio.Task[None]) -> None:
-        del self._exchanges[exchange.stream_id]
-        exchange.settle(task)
+    def _on_task_done(self, stream: ServerStream, task: asyncio.Task[None]) -> None:
+        del self._streams[stream.stream_id]
+        stream.on_task_done(task)
 
-    def _tell_all(self) -> None:
-        if (events := self._server.prefixes_now()) is not None:
-            self._must_tell_all = False
-            self.tell(pieces_of(events))
+    def _send_snapshot(self) -> None:
+        if (events := self._server.prefix_snapshot()) is not None:
+            self._needs_snapshot = False
+            self.send_prefixes(split_events(events))
 
-    def _say_load(self) -> None:
-        """Write LOAD if it is news; between two flushes this is free of system calls."""
-        self._load_said = self.loop.time()
+    def _send_load_if_due(self) -> None:
+        if self.loop.time() - self._load_checked_at > self.options.load_interval_s:
+            self._send_load()
+
+    def _send_load(self) -> None:
+        self._load_checked_at = self.loop.time()
         load = self._server.current_load()
-        if load != self._load:
-            self._load = load
+        if load != self._sent_load:
+            self._sent_load = load
             self.write(0, LOAD, 0, encode_head(load))

@@ -18,10 +18,9 @@ from cluster.load import Load
 from cluster.usage import Usage
 
 with atheris.instrument_imports(include=["cluster.link"]):
-    from cluster.link import LinkClient, LinkServer, RequestHead
+    from cluster.link import LinkClient, LinkServer, PrefixEvents, RequestHead
     from cluster.link import frames as f
     from cluster.link.handshake import Handshake, Role
-    from cluster.link.prefixes import PrefixEvents, encode_prefixes
 
 from cluster.asgi import Receive, Scope, Send
 from cluster.errors import LinkError, RequestError
@@ -35,8 +34,8 @@ HEADS = (
     f.encode_head((503, "gone")),
     f.encode_credit(1000),
     f.encode_tokens([1, 2, 3]) + b"abc",
-    encode_prefixes(0, PrefixEvents(stored=[1, 2**64 - 1], cleared=True)),
-    encode_prefixes(1, PrefixEvents(stored=[3], removed=[1, 2])),
+    f.encode_prefixes(0, PrefixEvents(stored=[1, 2**64 - 1], cleared=True)),
+    f.encode_prefixes(1, PrefixEvents(stored=[3], removed=[1, 2])),
 )
 
 
@@ -90,7 +89,7 @@ def hostile_bytes(data: atheris.FuzzedDataProvider) -> bytes:
 
 def shake(connection: Any, transport: FakeTransport, role: Role) -> None:
     """Be a true peer until the connection is ready."""
-    peer, decoder = Handshake(role, SECRET, 5000), f.Decoder()
+    peer, decoder = Handshake(role, SECRET, 5000), f.FrameDecoder()
     connection.data_received(peer.hello())
     while not peer.done:
         said = bytes(transport.written)
@@ -122,21 +121,19 @@ async def attack(connection: Any, data: atheris.FuzzedDataProvider, role: Role) 
 async def attack_replica(data: atheris.FuzzedDataProvider) -> None:
     """A router that proved itself turns hostile."""
     server = LinkServer(app, SECRET)
-    await attack(server._accept(), data, "client")
+    await attack(server.new_connection(), data, "client")
     async with asyncio.timeout(5):
-        while server.num_ongoing:  # noqa: ASYNC110
+        while server.num_streams:  # noqa: ASYNC110
             await asyncio.sleep(0)
-    assert not server._connections
+    assert not server.connections
 
 
 async def attack_router(data: atheris.FuzzedDataProvider) -> None:
     """A replica that proved itself turns hostile while three streams are open."""
     client = LinkClient("127.0.0.1", 1, SECRET)
-    from cluster.link.client_connection import ClientConnection
-
-    told: list[PrefixEvents] = []
-    connection = ClientConnection(client, SECRET, client._options, client.counts)
-    client.on_prefixes = told.append
+    received: list[PrefixEvents] = []
+    connection = client.new_connection()
+    client.on_prefixes = received.append
     streams: list[Any] = []
     client.on_state = lambda _: (
         streams
@@ -151,9 +148,9 @@ async def attack_router(data: atheris.FuzzedDataProvider) -> None:
                     pass
         assert stream.ended
     assert not connection.streams
-    assert all(0 <= prefix < 2**64 for e in told for prefix in (*e.stored, *e.removed))
-    if client._pumps:
-        await asyncio.wait(client._pumps, timeout=5)
+    assert all(0 <= prefix < 2**64 for e in received for prefix in (*e.stored, *e.removed))
+    async with asyncio.timeout(5):
+        await client.close()
 
 
 def main() -> None:

@@ -11,8 +11,15 @@ import pytest
 import uvloop
 
 from cluster.asgi import ASGIApp, Message, Receive, Scope, Send
-from cluster.link import TOKEN_IDS, LinkClient, LinkOptions, LinkServer, RequestHead, Stream
-from cluster.link.frames import MAX_PAYLOAD_BYTES, Decoder, Frame
+from cluster.link import (
+    TOKEN_IDS,
+    ClientStream,
+    LinkClient,
+    LinkOptions,
+    LinkServer,
+    RequestHead,
+)
+from cluster.link.frames import MAX_PAYLOAD_BYTES, Frame, FrameDecoder
 from cluster.link.handshake import Handshake
 from cluster.load import Load
 
@@ -96,7 +103,7 @@ async def hang(scope: Scope, receive: Receive, send: Send) -> None:
     await asyncio.Future()
 
 
-async def all_of(stream: Stream) -> bytes:
+async def all_of(stream: ClientStream) -> bytes:
     pieces = []
     while piece := await stream.read():
         pieces.append(piece)
@@ -120,7 +127,7 @@ class RawPeer:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
         self.writer = writer
-        self._decoder = Decoder(MAX_PAYLOAD_BYTES)
+        self._decoder = FrameDecoder(MAX_PAYLOAD_BYTES)
         self._frames: list[Frame] = []
 
     @classmethod

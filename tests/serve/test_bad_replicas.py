@@ -33,10 +33,10 @@ class Boast:
     """A prefix cache that claims every prompt, and has none."""
 
     def __init__(self) -> None:
-        self.on_news: Callable[[], None] | None = None
+        self.on_change: Callable[[], None] | None = None
         self._all = [h for n in range(8) for h in fingerprint(PATH, body(n)).hashes]
 
-    def take(self) -> PrefixEvents | None:
+    def take_events(self) -> PrefixEvents | None:
         return None
 
     def snapshot(self) -> Sequence[int]:

@@ -143,7 +143,7 @@ async def test_whoever_leaves_cancels_the_work() -> None:
     server = LinkServer(slow, SECRET)
     transport = Transport(FakeHandle(slow, [await server.start()]))  # type: ignore[arg-type]
     asking = asyncio.create_task(transport.ask("POST", "/", b""))
-    await until(lambda: server.num_ongoing == 1)
+    await until(lambda: server.num_streams == 1)
     asking.cancel()
     await cancelled.wait()
     await asyncio.wait([asking])

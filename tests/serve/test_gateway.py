@@ -372,7 +372,7 @@ async def test_a_lost_replica_is_replaced_by_another_while_nothing_was_answered(
     async with a_world() as world:
         await world.add("gen", "gen-1")
         call = asgi.start(world.app, "POST", CHAT, {"wait_before": True})
-        await world.until(lambda: world.servers["gen-1"].num_ongoing == 1)
+        await world.until(lambda: world.servers["gen-1"].num_streams == 1)
         other = await world.add("gen", "gen-2")
         other.gate.set()
         if how == "lost":

@@ -106,8 +106,8 @@ async def test_a_router_that_stops_answering_is_noticed_and_its_work_cancelled()
         peer = await RawPeer.dial(server.address)
         await peer.shake("client", window_bytes=100_000)
         peer.writer.write(f.encode_frame(1, f.REQUEST, f.END, f.encode_head(RequestHead())))
-        await until(lambda: server.num_ongoing == 1)
-        await until(lambda: server.num_ongoing == 0)
+        await until(lambda: server.num_streams == 1)
+        await until(lambda: server.num_streams == 0)
         await peer.close()
 
 
@@ -150,12 +150,11 @@ async def test_a_lost_connection_fails_every_open_stream_at_once() -> None:
         for stream in streams:
             await stream.head()
         reads = [asyncio.create_task(all_of(stream)) for stream in streams]
-        (connection,) = server._connections
-        assert connection._transport is not None
-        connection._transport.abort()
+        (connection,) = server.connections
+        connection.fail(LinkClosedError("lost"))
         done, _ = await asyncio.wait(reads)
         assert {type(task.exception()) for task in done} == {LinkClosedError}
-        await until(lambda: server.num_ongoing == 0)
+        await until(lambda: server.num_streams == 0)
 
 
 @on_both_loops
@@ -190,7 +189,7 @@ async def test_a_router_that_arrives_during_a_drain_is_told() -> None:
     async with linked(hang) as (server, client):
         await client.open(RequestHead()).head()
         late = await RawPeer.dial(server.address)
-        await until(lambda: len(server._connections) == 2)
+        await until(lambda: len(server.connections) == 2)
         drain = asyncio.create_task(server.drain(0.2))
         await late.shake("client")
         assert f.GOAWAY in [(await late.next_frame())[1] for _ in range(2)]
@@ -274,7 +273,7 @@ async def test_closing_the_client_fails_its_streams_and_cancels_their_work() -> 
         client.open(RequestHead())
     with pytest.raises(LinkClosedError, match="closed"):
         await client.connect()
-    await until(lambda: server.num_ongoing == 0)
+    await until(lambda: server.num_streams == 0)
     await server.stop()
 
 
@@ -363,7 +362,7 @@ async def test_a_stranger_is_sent_away_and_harms_nobody(said: bytes) -> None:
         await stranger.wait_closed_by_peer()
         await stranger.close()
         assert await ask(client, "/", b"still here") == (200, b"still here")
-        await until(lambda: len(server._connections) == 1)
+        await until(lambda: len(server.connections) == 1)
 
 
 REQUEST = f.encode_frame(1, f.REQUEST, 0, f.encode_head(RequestHead()))
@@ -391,13 +390,13 @@ async def test_a_router_that_breaks_the_protocol_loses_its_connection_alone(said
 
     async with linked(sleepy) as (server, client):
         stream = client.open(RequestHead())
-        await until(lambda: server.num_ongoing == 1)
+        await until(lambda: server.num_streams == 1)
         peer = await RawPeer.dial(server.address)
         await peer.shake("client")
         peer.writer.write(said)
         await peer.wait_closed_by_peer()
         await peer.close()
-        await until(lambda: server.num_ongoing == 1 and len(server._connections) == 1)
+        await until(lambda: server.num_streams == 1 and len(server.connections) == 1)
         assert client.connected
         assert not stream.ended
 

@@ -13,8 +13,7 @@ from cluster.engines.sim import SimEngine
 from cluster.errors import LinkProtocolError
 from cluster.gateway import Gateway, GatewayApp, ReplicaInfo, Wiring
 from cluster.link import LinkClient, LinkOptions, LinkServer, PrefixEvents
-from cluster.link.frames import PREFIXES, encode_frame
-from cluster.link.prefixes import encode_prefixes
+from cluster.link.frames import PREFIXES, encode_frame, encode_prefixes
 from cluster.routing import fingerprint
 from tests import asgi
 from tests.serve.link_kit import SECRET, RawPeer, echo, on_both_loops, raw_server, until
@@ -29,10 +28,10 @@ class Source:
 
     def __init__(self) -> None:
         self.held: dict[int, None] = {}
-        self.on_news: Callable[[], None] | None = None
+        self.on_change: Callable[[], None] | None = None
         self._events: list[PrefixEvents] = []
 
-    def take(self) -> PrefixEvents | None:
+    def take_events(self) -> PrefixEvents | None:
         stored = [h for e in self._events for h in e.stored]
         removed = [h for e in self._events for h in e.removed if h not in self.held]
         self._events.clear()
@@ -46,8 +45,8 @@ class Source:
             del self.held[prefix]
         self.held |= dict.fromkeys(stored)
         self._events.append(PrefixEvents(stored, removed))
-        if self.on_news is not None:
-            self.on_news()
+        if self.on_change is not None:
+            self.on_change()
 
 
 class Router:
@@ -136,7 +135,7 @@ async def test_a_link_that_was_cut_begins_with_all_there_is() -> None:
     source.change(range(10))
     async with serving(source) as server, routers(server, 1) as (router,):
         await until(lambda: len(router.held) == 10)
-        for connection in list(server._connections):
+        for connection in list(server.connections):
             assert connection._transport is not None
             connection._transport.abort()
         source.change([11], [1, 2])
@@ -154,12 +153,12 @@ async def test_a_router_that_is_behind_gets_all_of_it_once_it_reads() -> None:
     try:
         await router.link.connect()
         await until(lambda: router.cleared == 1)
-        (connection,) = server._connections
+        (connection,) = server.connections
         connection.pause_writing()  # as the transport does when it is full
         for start in range(0, 30_000, 1000):
             source.change(range(start, start + 1000), range(max(0, start - 1000), start))
-            server._tell_prefixes()
-        assert not connection._out  # nothing piles up
+            server.send_prefixes()
+        assert not connection.unsent_bytes  # nothing piles up
         connection.resume_writing()
         await until(lambda: router.held == set(source.held))
         assert router.cleared == 2

@@ -25,20 +25,20 @@ def cut(data: bytes, cuts: list[int]) -> list[bytes]:
 @given(some_frames, st.lists(st.integers(0, 10_000), max_size=30))
 def test_frames_survive_any_cut_of_the_stream(sent: list[f.Frame], cuts: list[int]) -> None:
     data = b"".join(f.encode_frame(*frame) for frame in sent)
-    decoder = f.Decoder()
+    decoder = f.FrameDecoder()
     assert [frame for piece in cut(data, cuts) for frame in decoder.feed(piece)] == sent
 
 
 @given(some_frames)
 def test_frames_survive_byte_by_byte(sent: list[f.Frame]) -> None:
-    decoder = f.Decoder()
+    decoder = f.FrameDecoder()
     data = b"".join(f.encode_frame(*frame) for frame in sent)
     assert [frame for i in range(len(data)) for frame in decoder.feed(data[i : i + 1])] == sent
 
 
 @given(st.lists(st.binary(max_size=200), max_size=10))
 def test_garbage_is_refused_or_awaited_and_never_crashes(pieces: list[bytes]) -> None:
-    decoder = f.Decoder()
+    decoder = f.FrameDecoder()
     with contextlib.suppress(LinkProtocolError):
         for piece in pieces:
             for _, kind, flags, _ in decoder.feed(piece):
@@ -57,13 +57,13 @@ def test_garbage_is_refused_or_awaited_and_never_crashes(pieces: list[bytes]) ->
 )
 def test_a_bad_header_is_refused_before_its_payload_arrives(header: bytes, reason: str) -> None:
     with pytest.raises(LinkProtocolError, match=reason):
-        f.Decoder(max_payload_bytes=100).feed(header)
+        f.FrameDecoder(max_payload_bytes=100).feed(header)
 
 
 def test_the_largest_payload_is_accepted_in_pieces() -> None:
     payload = bytes(f.MAX_PAYLOAD_BYTES)
     data = f.encode_frame(3, f.DATA, 0, payload)
-    decoder = f.Decoder()
+    decoder = f.FrameDecoder()
     got = [frame for i in range(0, len(data), 999) for frame in decoder.feed(data[i : i + 999])]
     assert got == [(3, f.DATA, 0, payload)]
 

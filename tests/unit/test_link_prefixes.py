@@ -3,13 +3,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import LinkProtocolError
-from cluster.link.frames import MAX_PAYLOAD_BYTES
-from cluster.link.prefixes import (
-    PIECE_HASHES,
+from cluster.link.frames import (
+    MAX_HASHES,
+    MAX_PAYLOAD_BYTES,
     PrefixEvents,
     decode_prefixes,
     encode_prefixes,
-    pieces_of,
+    split_events,
 )
 
 hashes = st.lists(st.integers(0, 2**64 - 1), max_size=20)
@@ -25,11 +25,11 @@ def test_events_survive(number: int, stored: list[int], removed: list[int], clea
 @pytest.mark.parametrize(("num_stored", "num_removed"), [(0, 0), (1, 20_000), (20_000, 9_000)])
 def test_pieces_fit_frames_and_lose_nothing(num_stored: int, num_removed: int) -> None:
     events = PrefixEvents(range(num_stored), range(num_removed), cleared=True)
-    pieces = list(pieces_of(events))
+    pieces = list(split_events(events))
     assert [piece.cleared for piece in pieces] == [True, *[False] * (len(pieces) - 1)]
     assert [h for piece in pieces for h in piece.stored] == list(range(num_stored))
     assert [h for piece in pieces for h in piece.removed] == list(range(num_removed))
-    most = 2 * PIECE_HASHES * 8 + 100
+    most = 2 * MAX_HASHES * 8 + 100
     assert max(len(encode_prefixes(0, piece)) for piece in pieces) < most < MAX_PAYLOAD_BYTES
 
 

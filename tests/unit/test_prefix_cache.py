@@ -74,7 +74,7 @@ class Fleet:
             self.scheduler.commit(step)
 
     def tell(self) -> None:
-        events = self.tracker.take()
+        events = self.tracker.take_events()
         for router in self.routers:
             router.take(events)
 
@@ -129,15 +129,15 @@ def test_a_prefix_is_held_as_soon_as_its_last_whole_block_is() -> None:
     ids = list(range(0x20202020, 0x20202020 + 12))
     text = Fingerprint((1, 2, 3), (14, 35, 48), 48)  # 3.5, 8.75 and 12 tokens
     it.asked(text, ids)
-    assert it.take() is None
+    assert it.take_events() is None
     it.stored(["a"], None, ids[:4])
-    assert it.take() == PrefixEvents(stored=[1], removed=[])
+    assert it.take_events() == PrefixEvents(stored=[1], removed=[])
     it.stored(["b", "c"], "a", ids[4:])
-    assert it.take() == PrefixEvents(stored=[3, 2], removed=[])
+    assert it.take_events() == PrefixEvents(stored=[3, 2], removed=[])
     it.removed(["c"])
-    assert it.take() == PrefixEvents(stored=[], removed=[3])
+    assert it.take_events() == PrefixEvents(stored=[], removed=[3])
     it.removed(["b", "a"])
-    assert it.take() == PrefixEvents(stored=[], removed=[2, 1])
+    assert it.take_events() == PrefixEvents(stored=[], removed=[2, 1])
     assert it.snapshot() == []
 
 
@@ -202,8 +202,8 @@ def test_cleared_begins_anew() -> None:
         it.stored(["a"], None, ids)
         assert it.snapshot() == [1]
         it.cleared()
-        assert it.take() == PrefixEvents(stored=[], cleared=True)
-        assert it.take() is None
+        assert it.take_events() == PrefixEvents(stored=[], cleared=True)
+        assert it.take_events() is None
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +220,7 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(it.snapshot()) == list(range(80, 100))
     assert len(it._awaited) <= 10
     assert len(it._resting) <= 110
-    events = it.take()
+    events = it.take_events()
     assert events is not None
     assert events.cleared  # more changed than is told one by one
     router.take(events)
@@ -241,12 +241,12 @@ def test_for_want_of_room_the_ends_of_prompts_go_before_their_beginnings() -> No
 
 def test_news_are_called_once_until_they_are_taken() -> None:
     it, calls = tracker(), []
-    it.on_news = lambda: calls.append(1)
+    it.on_change = lambda: calls.append(1)
     ids = list(range(0x20202020, 0x20202020 + 8))
     it.asked(Fingerprint((1, 2), (16, 32), 32), ids)
     it.stored(["a", "b"], None, ids)
     assert len(calls) == 1
-    it.take()
+    it.take_events()
     it.cleared()
     assert len(calls) == 2
 

@@ -94,14 +94,14 @@ class ReplicaInfo:
 
 
 class Answer(Protocol):
-    """An open request at a replica; ``cluster.link.Stream`` is the usual one."""
+    """An open request at a replica; ``cluster.link.ClientStream`` is the usual one."""
 
     @property
     def usage(self) -> Usage | None:
         """The tokens that it took; known at its end, where the application counts them."""
 
     async def head(self) -> ResponseHead:
-        """The response's head; raises as ``Stream.head`` does."""
+        """The response's head; raises as ``ClientStream.head`` does."""
 
     async def read(self) -> bytes:
         """Everything that has arrived, waiting only if that is nothing; b"" at the end."""

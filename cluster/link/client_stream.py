@@ -1,7 +1,7 @@
-"""One request as the router sees it: its response head, its bytes, its tokens, its end.
+"""The router's side of one request: response head, body, token ids, usage and end.
 
-Owns what arrived and was not read yet (at most the window and one frame), and the task that
-sends a large body. Does not know how a connection comes about.
+Buffers what has arrived and was not read (at most the window and one frame), and owns the task
+that sends a large request body.
 """
 
 import asyncio
@@ -10,8 +10,7 @@ from types import TracebackType
 from typing import NamedTuple, Self, cast
 
 from cluster.errors import LinkClosedError, LinkProtocolError
-from cluster.link.connection import Connection
-from cluster.link.flow import SendSide
+from cluster.link.connection import Connection, StreamSender
 from cluster.link.frames import (
     BODY,
     CANCEL,
@@ -29,15 +28,15 @@ from cluster.usage import Usage
 
 
 class Chunk(NamedTuple):
-    """A piece of a response as the application sent it."""
+    """A piece of a response, cut as the application sent it."""
 
     data: bytes
     token_ids: tuple[int, ...]
-    """The tokens that the bytes belong to; empty where the application named none."""
+    """Ids of the tokens in ``data``; empty if the application sent none."""
 
 
-class Stream:
-    """An open request. Exactly one task reads it.
+class ClientStream:
+    """An open request, read by exactly one task.
 
     Leaving it as a context manager cancels it unless it has ended. A stream that is neither read
     to its end nor cancelled stays open on the replica.
@@ -47,14 +46,14 @@ class Stream:
         "_chunks",
         "_connection",
         "_create_future",
-        "_due",
         "_ended",
         "_error",
-        "_forget",
-        "_half",
+        "_half_window",
+        "_has_tokens",
         "_head",
-        "_pump",
-        "_tagged",
+        "_on_end",
+        "_uncredited",
+        "_upload",
         "_waiter",
         "sender",
         "stream_id",
@@ -62,45 +61,47 @@ class Stream:
     )
 
     def __init__(
-        self, connection: Connection, stream_id: int, forget: Callable[[int], object]
+        self, connection: Connection, stream_id: int, on_end: Callable[[int], object]
     ) -> None:
         self.stream_id = stream_id
-        self.sender = SendSide(connection, stream_id)
+        self.sender = StreamSender(connection, stream_id)
         self.usage: Usage | None = None
-        """The tokens that it took; known at its end, where the application counts them."""
+        """Usage of the request; set at its end if the application reports it."""
         self._connection = connection
         self._create_future = connection.loop.create_future
-        self._forget = forget
-        self._half = connection.options.window_bytes // 2
+        self._on_end = on_end
+        self._half_window = connection.options.window_bytes // 2
         self._head: ResponseHead | None = None
-        self._chunks: list[bytes | tuple[bytes, int]] = []  # the pair: payload, end of its ids
-        self._tagged = False
-        self._due = 0  # bytes that the peer has not been credited for
+        # A payload, or a payload of a TOKENS frame with the offset of its body.
+        self._chunks: list[bytes | tuple[bytes, int]] = []
+        self._has_tokens = False
+        self._uncredited = 0  # received bytes for which the peer has not got new credit
         self._ended = False
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._pump: asyncio.Task[None] | None = None
+        self._upload: asyncio.Task[None] | None = None
 
-    # -- for the one who reads --
+    # -- for the reader --
 
     async def head(self) -> ResponseHead:
-        """The response's head.
+        """Return the response's head.
 
         Raises:
             LinkClosedError: the connection ended.
-            LinkRefusedError: the replica drains and did not start this.
-            RequestError: the replica could not answer; of the class that its status has.
+            LinkRefusedError: the replica drains and did not start the request.
+            RequestError: the replica failed; the class matches its HTTP status.
         """
         while self._head is None:
             if self._error is not None:
                 raise self._error
-            await self._next()
+            await self._wait()
         return self._head
 
     async def read(self) -> bytes:
-        """Everything that has arrived, waiting only if that is nothing; b"" at the end.
+        """Return everything that has arrived, waiting for at least one byte; b"" at the end.
 
-        Raises what ``head`` does, after all that arrived before was read.
+        Raises:
+            Exception: as ``head`` does, after everything that arrived before has been read.
         """
         while True:
             chunks = self._chunks
@@ -109,25 +110,25 @@ class Stream:
                     raise self._error
                 if self._ended:
                     return b""
-                await self._next()
-            self._take()
-            if not self._tagged:
+                await self._wait()
+            self._clear_chunks()
+            if not self._has_tokens:
                 plain = cast(list[bytes], chunks)
                 return plain[0] if len(plain) == 1 else b"".join(plain)
             data = b"".join([c if isinstance(c, bytes) else c[0][c[1] :] for c in chunks])
-            if data:  # tokens may come without bytes, which must not look like the end
+            if data:  # a frame may hold token ids only, which must not look like the end
                 return data
 
     async def read_chunks(self) -> list[Chunk]:
-        """Like ``read``, but in the application's chunks and with their tokens; [] at the end."""
+        """Return what ``read`` does, as the application's chunks with token ids; [] at the end."""
         chunks = self._chunks
         while not chunks:
             if self._error is not None:
                 raise self._error
             if self._ended:
                 return []
-            await self._next()
-        self._take()
+            await self._wait()
+        self._clear_chunks()
         return [
             Chunk(c, ()) if isinstance(c, bytes) else Chunk(c[0][c[1] :], decode_tokens(c[0]))
             for c in chunks
@@ -135,11 +136,11 @@ class Stream:
 
     @property
     def ended(self) -> bool:
-        """Whether the replica is done with this stream; what arrived may still be read."""
+        """True once the replica has finished; data that arrived before can still be read."""
         return self._ended or self._error is not None
 
     def cancel(self) -> None:
-        """End the work on the replica; nothing more can be read. Safe to call at any time."""
+        """Stop the work on the replica and drop unread data; safe to call at any time."""
         self._chunks.clear()
         self._abort(LinkClosedError("the stream was cancelled"))
 
@@ -157,22 +158,22 @@ class Stream:
     # -- for the connection --
 
     def on_response(self, payload: bytes) -> None:
-        """The head arrived."""
+        """Handle the response's head."""
         if self._head is not None:
             raise LinkProtocolError("a second RESPONSE on one stream")
         self._head = decode_head(payload, ResponseHead)
         self._wake()
 
     def on_data(self, flags: int, payload: bytes) -> None:
-        """A piece of the response arrived."""
+        """Handle a piece of the response's body."""
         if self._head is None:
             raise LinkProtocolError("DATA before RESPONSE")
         if payload:
-            self._due += len(payload)
-            if self._due > 2 * self._half + MAX_PAYLOAD_BYTES:
+            self._uncredited += len(payload)
+            if self._uncredited > 2 * self._half_window + MAX_PAYLOAD_BYTES:
                 raise LinkProtocolError("the peer sent more than the stream's window")
             if flags & TOKENS:
-                self._tagged = True
+                self._has_tokens = True
                 self._chunks.append((payload, tokens_end(payload)))
             else:
                 self._chunks.append(payload)
@@ -180,6 +181,7 @@ class Stream:
             self._ended = True
             self._finish()
         else:
+            # ``_wake`` inlined: this runs once for each token.
             waiter = self._waiter
             if waiter is not None:
                 self._waiter = None
@@ -187,15 +189,15 @@ class Stream:
                     waiter.set_result(None)
 
     def fail(self, error: Exception) -> None:
-        """The stream ended before its time."""
+        """End the stream with an error unless it has ended."""
         if not self.ended:
             self._error = error
             self._finish()
 
-    def pump(self, body: bytes | AsyncIterator[bytes]) -> asyncio.Task[None]:
-        """Start to send a body that is large or not there yet."""
-        self._pump = asyncio.create_task(self._send_body(body))
-        return self._pump
+    def start_upload(self, body: bytes | AsyncIterator[bytes]) -> asyncio.Task[None]:
+        """Send a large or asynchronous request body in the background."""
+        self._upload = asyncio.create_task(self._send_body(body))
+        return self._upload
 
     async def _send_body(self, body: bytes | AsyncIterator[bytes]) -> None:
         try:
@@ -211,8 +213,8 @@ class Stream:
                 if isinstance(body, AsyncGenerator):
                     await body.aclose()
         except LinkClosedError:
-            pass  # the response ended first, or its reader knows why not
-        except Exception as error:  # whatever the body's source raises fails this stream alone
+            pass  # the response ended first, or the reader gets the connection's error
+        except Exception as error:  # an error of the body's source fails only this stream
             self._abort(error)
 
     def _abort(self, error: Exception) -> None:
@@ -221,19 +223,19 @@ class Stream:
             self.fail(error)
 
     def _finish(self) -> None:
-        self._forget(self.stream_id)
+        self._on_end(self.stream_id)
         self.sender.close()
-        if self._pump is not None:
-            self._pump.cancel()
+        if self._upload is not None:
+            self._upload.cancel()
         self._wake()
 
-    def _take(self) -> None:
+    def _clear_chunks(self) -> None:
         self._chunks = []
-        if self._due >= self._half and not self._ended:
-            self._connection.write(self.stream_id, WINDOW, 0, encode_credit(self._due))
-            self._due = 0
+        if self._uncredited >= self._half_window and not self._ended:
+            self._connection.write(self.stream_id, WINDOW, 0, encode_credit(self._uncredited))
+            self._uncredited = 0
 
-    def _next(self) -> asyncio.Future[None]:
+    def _wait(self) -> asyncio.Future[None]:
         if self._waiter is not None and not self._waiter.done():
             raise RuntimeError("two tasks read one stream")
         self._waiter = self._create_future()
