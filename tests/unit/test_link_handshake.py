@@ -71,10 +71,10 @@ def test_another_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     client, _ = pair()
     monkeypatch.setattr(h, "VERSION", 7)
     _, newer = pair()
-    with pytest.raises(LinkProtocolError, match="version 2 .* this end version 7"):
+    with pytest.raises(LinkProtocolError, match=r"version 2 .* this end version 7"):
         give(newer, client.hello())
     monkeypatch.undo()
-    with pytest.raises(LinkProtocolError, match="version 7 .* this end version 2"):
+    with pytest.raises(LinkProtocolError, match=r"version 7 .* this end version 2"):
         give(client, newer.hello())
 
 
