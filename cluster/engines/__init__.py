@@ -1,1 +1,1 @@
-"""Engines: the things that compute. Only this package imports vllm, torch or transformers."""
+"""Engines, which run the models. Only this package and ``cluster.models`` load torch or vLLM."""

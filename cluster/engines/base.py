@@ -1,8 +1,4 @@
-"""What every engine offers: an ASGI application, its health and its load.
-
-A replica owns one engine and knows it through this protocol alone, so vLLM, the simulated
-engine and the encoder are interchangeable above it.
-"""
+"""Interface of all engines: an ASGI application, health, load and prefix cache contents."""
 
 from typing import Protocol
 
@@ -13,50 +9,50 @@ from cluster.metrics import Registry
 
 
 class Engine(Protocol):
-    """One model, ready to answer HTTP-shaped requests in this process.
+    """One model that serves HTTP-shaped requests in this process.
 
-    Life: ``start`` once, then any number of concurrent calls of ``app``, then ``stop`` once.
+    Life cycle: ``start`` once, then any number of concurrent calls of ``app``, then ``stop`` once.
     Cancelling the task that runs ``app`` aborts the request in the engine.
     """
 
     @property
     def app(self) -> ASGIApp:
-        """The ASGI application; valid between ``start`` and ``stop``.
+        """ASGI application; valid between ``start`` and ``stop``.
 
-        It also serves its part of the OpenAPI document, at ``/openapi.json``.
+        It also serves an OpenAPI document of its routes at ``/openapi.json``.
         """
 
     @property
     def prefixes(self) -> PrefixSource | None:
-        """What it has in its prefix cache; None where it has none. Valid after ``start``."""
+        """Contents of the prefix cache; None if there is no such cache. Valid after ``start``."""
 
     @property
     def start_phases_s(self) -> dict[str, float]:
-        """How long each part of ``start`` took, in their order; {}: it does not tell."""
+        """Duration of each phase of ``start`` in seconds, in order; empty if not measured."""
 
     async def start(self) -> None:
-        """Load the model and return when it can answer.
+        """Load the model; return when the engine can serve.
 
         Raises:
-            ConfigError: the model or an argument is wrong.
-            EngineDeadError: the engine's process ended during the start.
+            ConfigError: The model or an argument is invalid.
+            EngineDeadError: The engine's process ended during the start.
         """
 
     async def check_health(self) -> None:
         """Return if the engine works.
 
         Raises:
-            EngineDeadError: it does not, and will not again.
+            EngineDeadError: The engine has failed for good.
         """
 
     def load(self) -> Load:
-        """The load now; never blocks."""
+        """Return the current load; never blocks."""
 
     def observe(self, registry: Registry) -> None:
-        """Write what the engine counted into the registry; called before that is read."""
+        """Write the engine's metrics to the registry; called before each scrape."""
 
     def routes(self) -> tuple[str, ...]:
-        """The paths that ``app`` serves, as path templates (``/v1/responses/{response_id}``)."""
+        """Return the path templates that ``app`` serves, such as ``/v1/responses/{id}``."""
 
     async def stop(self) -> None:
-        """End the engine and every process of it; safe to call twice and after death."""
+        """Stop the engine and all its processes; safe to call twice and after a failure."""

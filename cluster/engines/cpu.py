@@ -1,9 +1,9 @@
-"""What the processor can do; loads torch."""
+"""CPU capabilities; imports torch."""
 
 import torch
 
 
-def computes_in_bfloat16() -> bool:
-    """Whether it multiplies bfloat16 matrices natively; elsewhere that is emulated, and slow."""
+def has_native_bfloat16() -> bool:
+    """Return True if the CPU multiplies bfloat16 matrices natively; emulation is slow."""
     found = torch.cpu.get_capabilities()
     return any(found.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))

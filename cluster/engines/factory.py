@@ -1,4 +1,4 @@
-"""Makes the engine that a generator's configuration names, and imports no other."""
+"""Construction of the engine that a generator's configuration selects."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ from cluster.engines.base import Engine
 
 
 def resolve_model(name: str) -> str:
-    """The directory of a model, or its Hugging Face id; from the model store."""
+    """Return the model's directory in the model store, or its Hugging Face id."""
     from cluster.models import store
 
     return store.resolve(name)
@@ -21,16 +21,17 @@ def make_generator_engine(
     ray_metrics: bool = False,
     traces_endpoint: str | None = None,
 ) -> Engine:
-    """The engine for ``config``, not yet started; the rest as of ``VllmEngine``.
+    """Return the engine for ``config``, not started; see ``VllmEngine`` for the other arguments.
 
     Raises:
-        ConfigError: there is no such model.
+        ConfigError: The model does not exist.
     """
+    # Only the selected engine is imported.
     if config.engine == "sim":
         from cluster.engines.sim import SimEngine
 
         return SimEngine(config)
-    from cluster.engines.vllm import VllmEngine
+    from cluster.engines.vllm.engine import VllmEngine
 
     return VllmEngine(
         config,

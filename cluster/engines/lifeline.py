@@ -1,8 +1,8 @@
-"""Ties the life of vLLM's processes to the replica that started them.
+"""vLLM plugin that kills vLLM's processes when the replica that started them dies.
 
-vLLM loads ``bind_to_parent`` as a plugin (see ``pyproject.toml``) in every process it starts.
-Owns no state. Must stay cheap to import: it also loads in processes that have nothing to do
-with Tandem, where it does nothing.
+vLLM calls ``bind_to_parent`` in every process it starts (see ``pyproject.toml``). Keep this module
+cheap to import: vLLM also loads it in processes that have nothing to do with Tandem, where it does
+nothing.
 """
 
 import ctypes
@@ -12,23 +12,23 @@ import signal
 import sys
 
 PARENT_VARIABLE = "TANDEM_ENGINE_PARENT"
-"""Environment variable with the replica's process id; only where it is set is anything bound."""
+"""Environment variable with the replica's process id; without it, nothing is bound."""
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def bind_to_parent() -> None:
-    """End this process, by the kernel's hand, as soon as the process that spawned it is gone.
+    """Make the kernel kill this process when its parent dies.
 
-    It binds each process to its direct parent, so a whole tree of them falls from the root. The
-    kernel watches the parent's *thread* that forked: that thread must live as long as the child
-    (``VllmEngine`` keeps one for this).
+    Each process is bound to its direct parent, so a whole process tree falls from the root. The
+    kernel watches the parent's *thread* that forked, which must live as long as the child
+    (``vllm.launcher`` ensures that).
     """
     parent = multiprocessing.parent_process()
     if parent is None or not sys.platform.startswith("linux") or not _is_bound():
         return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent.pid:  # it went before the kernel was told to watch it
+    if os.getppid() != parent.pid:  # the parent died before prctl
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -1,8 +1,8 @@
-"""Which prefixes of prompts' texts an engine has in its KV cache: ties texts to KV blocks.
+"""Map from prompt prefixes, as text, to the blocks in an engine's KV cache.
 
-An engine says which blocks it stores and removes, each with its tokens; a request shows which text
-became which tokens. A prefix of a text is held while the last block is cached that lies within
-it. Owns what is held and what routers were not told yet; bounded. Knows no engine and no link.
+The engine reports which blocks it stores and removes, each with its tokens. Each request shows the
+tokens of a text. A prefix of a text counts as cached while the last block within it is cached.
+Bounded; independent of the engine and of the link.
 """
 
 import re
@@ -16,46 +16,46 @@ from xxhash import xxh3_64_intdigest as digest
 
 from cluster.link import PrefixEvents
 from cluster.routing import Fingerprint
+from cluster.routing.fingerprint import TOKEN_ID_BYTES
 
 MAX_PREFIXES = 2**17
-"""Prefixes that are held; the one asked for longest ago makes room. Some 10 million tokens."""
-MAX_AWAITED = 2**14
-"""Blocks that requests have asked for and the engine has not stored, or has evicted since."""
-MAX_NEWS = 2**14
-"""Changes that are told one by one; after more, all that is held is told again."""
-MAX_RESTING = 64
-"""Prefixes that rest on one block: more differ in what is not in the tokens."""
-_ID_BYTES = 4
+"""Cached prefixes, about 10 million tokens; the one requested longest ago is dropped first."""
+MAX_AWAITED_BLOCKS = 2**14
+"""Blocks that requests have used and that the engine has not stored yet, or has evicted."""
+MAX_CHANGES = 2**14
+"""Changes reported one by one; after more, all cached prefixes are reported again."""
+MAX_PREFIXES_PER_BLOCK = 64
+"""Prefixes with the same last block; more of them differ only in text that makes no tokens."""
 _BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 
 Lengths = NDArray[np.int64]
 ByteLengths = Callable[[NDArray[np.uint32]], Lengths]
-"""Token ids -> how many bytes of text each of them is; 0 for special tokens."""
+"""Maps token ids to their text lengths in bytes; special tokens have length 0."""
 
 
-def byte_lengths_of(vocabulary: Mapping[str, int], special: Iterable[int]) -> ByteLengths:
-    """The lengths of a tokenizer's pieces, byte-level BPE or SentencePiece by their looks."""
+def make_byte_lengths(vocabulary: Mapping[str, int], special: Iterable[int]) -> ByteLengths:
+    """Return the byte lengths of a tokenizer's pieces, byte-level BPE or SentencePiece."""
     is_byte_level = any("\u0120" in piece for piece in vocabulary)
-    table = np.zeros(max(vocabulary.values(), default=0) + 2, np.int64)  # the last is of others
+    table = np.zeros(max(vocabulary.values(), default=0) + 2, np.int64)  # last: unknown ids
     for piece, token in vocabulary.items():
-        if is_byte_level:  # one character stands for each byte
+        if is_byte_level:  # one character per byte
             table[token] = len(piece)
         elif _BYTE_PIECE.fullmatch(piece):
             table[token] = 1
         else:
             table[token] = len(piece.replace("\u2581", " ").encode())
-    others = len(table) - 1
-    table[[token for token in special if token < others]] = 0
-    return lambda ids: table[np.minimum(ids, others)]
+    unknown = len(table) - 1
+    table[[token for token in special if token < unknown]] = 0
+    return lambda ids: table[np.minimum(ids, unknown)]
 
 
 class PrefixTracker:
-    """Follows one engine's cache.
+    """Prefixes in the cache of one engine; a ``PrefixSource``.
 
     Args:
-        block_size: Tokens in a block.
-        byte_lengths: The tokenizer's, by which the place of a prefix among the tokens is found.
-        max_prefixes: How many are held at most.
+        block_size: Tokens per block.
+        byte_lengths: Byte lengths of the tokenizer's pieces, to find a prefix among the tokens.
+        max_prefixes: Limit on cached prefixes.
     """
 
     def __init__(
@@ -65,191 +65,191 @@ class PrefixTracker:
         self.on_change: Callable[[], None] | None = None
         self._byte_lengths = byte_lengths
         self._max_prefixes = max_prefixes
-        self._keys: dict[Hashable, int] = {}  # of each cached block, from its tokens
-        self._copies: dict[Hashable, int] = {}  # of blocks that are cached more than once
-        self._cached: set[int] = set()
-        self._awaited: dict[int, None] = {}  # blocks that prefixes rest on, not cached
-        self._resting: dict[int, dict[int, None]] = {}  # the prefixes of each block
-        self._held: dict[int, int] = {}  # on how many cached blocks each prefix rests
-        self._news: dict[int, bool] = {}  # whether what changed is held now
-        self._all_is_news = False
+        # A block's key is a hash of its tokens and all tokens before it.
+        self._keys: dict[Hashable, int] = {}  # key of each cached block
+        self._copies: dict[Hashable, int] = {}  # number of copies, for blocks cached repeatedly
+        self._cached_keys: set[int] = set()
+        self._awaited: dict[int, None] = {}  # keys that prefixes need and that are not cached
+        self._prefixes_of: dict[int, dict[int, None]] = {}  # prefixes by the key they need
+        self._cached: dict[int, int] = {}  # number of cached blocks of each prefix, oldest first
+        self._changes: dict[int, bool] = {}  # changed prefixes; True if cached now
+        self._report_all = False
 
-    # What the engine says
+    # -- events of the engine --
 
-    def stored(
+    def add_blocks(
         self,
         blocks: Sequence[Hashable],
         parent: Hashable | None,
         token_ids: Sequence[int],
         adapter: str = "",
     ) -> None:
-        """Blocks were filled and can be shared.
+        """Record consecutive blocks that were filled and can be shared.
 
         Args:
-            blocks: Their names in the engine, each after the one before.
-            parent: The block before the first; None: there is none.
-            token_ids: Of all of them; where that is no multiple of the block size, they are
-                passed over.
-            adapter: The LoRA adapter that they were computed with.
+            blocks: The engine's names of the blocks, in order.
+            parent: Block before the first one; None at the start of a prompt.
+            token_ids: Tokens of all blocks. If their number does not match, nothing is recorded.
+            adapter: LoRA adapter the blocks were computed with.
         """
-        before = _root(adapter) if parent is None else self._keys.get(parent)
-        if before is None or len(token_ids) != len(blocks) * self.block_size:
+        parent_key = _root_key(adapter) if parent is None else self._keys.get(parent)
+        if parent_key is None or len(token_ids) != len(blocks) * self.block_size:
             return
-        keys = list(self._chain(before, array("I", token_ids)))
-        # Backwards here and in ``asked``: what is forgotten for want of room is a prompt's end.
+        keys = list(self._block_keys(parent_key, array("I", token_ids)))
+        # In reverse order, as in ``add_prompt``: the limits then drop ends of prompts first.
         for block, key in zip(reversed(blocks), reversed(keys), strict=True):
             if block in self._keys:
                 self._copies[block] = self._copies.get(block, 1) + 1
                 continue
             self._keys[block] = key
-            self._cached.add(key)
+            self._cached_keys.add(key)
             self._awaited.pop(key, None)
-            for prefix in self._resting.get(key, ()):
-                self._hold(prefix)
+            for prefix in self._prefixes_of.get(key, ()):
+                self._increment(prefix)
 
-    def removed(self, blocks: Iterable[Hashable]) -> None:
-        """Blocks were evicted; who still waits for one of them will have it stored again."""
+    def remove_blocks(self, blocks: Iterable[Hashable]) -> None:
+        """Record blocks that were evicted."""
         for block in blocks:
             copies = self._copies.pop(block, 1)
             if copies > 2:
                 self._copies[block] = copies - 1
             if copies > 1 or (key := self._keys.pop(block, None)) is None:
                 continue
-            self._cached.discard(key)
-            if resting := self._resting.get(key):
+            self._cached_keys.discard(key)
+            if prefixes := self._prefixes_of.get(key):
                 self._awaited[key] = None
-                for prefix in resting:
-                    self._let_go(prefix)
-        self._forget_awaited()
+                for prefix in prefixes:
+                    self._decrement(prefix)
+        self._limit_awaited()
 
-    def cleared(self) -> None:
-        """Nothing is cached any more."""
+    def clear(self) -> None:
+        """Forget everything: the cache was emptied, or events were lost."""
         self._keys.clear()
         self._copies.clear()
-        self._cached.clear()
-        self._resting.clear()
+        self._cached_keys.clear()
+        self._prefixes_of.clear()
         self._awaited.clear()
-        self._held.clear()
-        self._tell_all()
+        self._cached.clear()
+        self._report_everything()
 
-    # What a request shows
+    # -- requests --
 
-    def asked(self, text: Fingerprint, token_ids: Sequence[int], adapter: str = "") -> None:
-        """A prompt was ``text``, and ``token_ids`` to the engine."""
+    def add_prompt(self, text: Fingerprint, token_ids: Sequence[int], adapter: str = "") -> None:
+        """Record that the prompt ``text`` was tokenized to ``token_ids``."""
         num_blocks = len(token_ids) // self.block_size
         if not text.hashes or not num_blocks:
             return
         ids = array("I", token_ids)
-        counts = self._leading_blocks(text, ids)
-        used = ids[: counts[-1] * self.block_size]
-        keys = list(self._chain(_root(adapter), used))
+        counts = self._count_blocks(text, ids)
+        covered = ids[: counts[-1] * self.block_size]
+        keys = list(self._block_keys(_root_key(adapter), covered))
         for prefix, count in zip(reversed(text.hashes), reversed(counts), strict=True):
-            self._rest(prefix, keys[count - 1])
-        while len(self._held) > self._max_prefixes:
-            oldest = next(iter(self._held))
-            del self._held[oldest]
-            self._tell(oldest, False)
-        self._forget_awaited()
+            self._link(prefix, keys[count - 1])
+        while len(self._cached) > self._max_prefixes:
+            oldest = next(iter(self._cached))
+            del self._cached[oldest]
+            self._report(oldest, False)
+        self._limit_awaited()
 
-    # What routers are told
+    # -- PrefixSource --
 
     def take_events(self) -> PrefixEvents | None:
-        """What changed since the last call; None: nothing."""
-        if self._all_is_news:
-            self._all_is_news = False
-            self._news.clear()
+        """Return the changes since the last call, or None."""
+        if self._report_all:
+            self._report_all = False
+            self._changes.clear()
             return PrefixEvents(stored=self.snapshot(), cleared=True)
-        if not self._news:
+        if not self._changes:
             return None
-        news, self._news = self._news, {}
+        changes, self._changes = self._changes, {}
         return PrefixEvents(
-            stored=[prefix for prefix, held in news.items() if held],
-            removed=[prefix for prefix, held in news.items() if not held],
+            stored=[prefix for prefix, cached in changes.items() if cached],
+            removed=[prefix for prefix, cached in changes.items() if not cached],
         )
 
     def snapshot(self) -> Sequence[int]:
-        """The prefixes that are held now."""
-        return list(self._held)
+        """Return all cached prefixes."""
+        return list(self._cached)
 
-    # Inner
+    # -- private --
 
-    def _chain(self, key: int, ids: "array[int]") -> Iterable[int]:
-        """The key of each full block: a hash of its tokens and of all before them."""
+    def _block_keys(self, key: int, ids: "array[int]") -> Iterable[int]:
+        """Yield the key of each full block, continuing from the key of the block before."""
         view, size = memoryview(ids), self.block_size
         for start in range(0, len(ids) - size + 1, size):
             key = digest(view[start : start + size], key)
             yield key
 
-    def _leading_blocks(self, text: Fingerprint, ids: "array[int]") -> list[int]:
-        """How many blocks lie within each prefix; 1 also where the first one is longer.
+    def _count_blocks(self, text: Fingerprint, ids: "array[int]") -> list[int]:
+        """Return the number of whole blocks within each prefix, at least 1.
 
-        A template adds text to a prompt. Where is not known, so it is spread over all of it.
+        A chat template adds text at unknown positions, which is assumed to be spread evenly.
         """
         ends: Any = np.array(text.ends, np.float64)
         if text.is_tokens:
-            tokens = ends // _ID_BYTES
+            tokens = ends // TOKEN_ID_BYTES
         else:
             before = np.cumsum(self._byte_lengths(np.frombuffer(ids, np.uint32)))
             tokens = np.searchsorted(before, ends * (before[-1] / text.total_bytes), side="right")
-        most = len(ids) // self.block_size
-        counts: list[int] = np.clip(tokens // self.block_size, 1, most).astype(int).tolist()
-        return counts
+        max_blocks = len(ids) // self.block_size
+        counts = np.clip(tokens // self.block_size, 1, max_blocks)
+        return counts.astype(int).tolist()  # type: ignore[no-any-return]
 
-    def _rest(self, prefix: int, key: int) -> None:
-        """A prefix is held while the block with that key is cached."""
-        resting = self._resting.setdefault(key, {})
-        cached = key in self._cached
-        if not cached:
+    def _link(self, prefix: int, key: int) -> None:
+        """Let ``prefix`` count as cached while the block with ``key`` is cached."""
+        prefixes = self._prefixes_of.setdefault(key, {})
+        is_cached = key in self._cached_keys
+        if not is_cached:
             self._awaited.pop(key, None)
             self._awaited[key] = None
-        if prefix in resting:
-            if prefix in self._held:  # move it behind those asked for longer ago
-                self._held[prefix] = self._held.pop(prefix)
+        if prefix in prefixes:
+            if prefix in self._cached:  # move it to the end of the eviction order
+                self._cached[prefix] = self._cached.pop(prefix)
                 return
-        elif len(resting) >= MAX_RESTING:
+        elif len(prefixes) >= MAX_PREFIXES_PER_BLOCK:
             return
-        resting[prefix] = None
-        if cached:
-            self._hold(prefix)
+        prefixes[prefix] = None
+        if is_cached:
+            self._increment(prefix)
 
-    def _forget_awaited(self) -> None:
-        while len(self._awaited) > MAX_AWAITED:
+    def _limit_awaited(self) -> None:
+        while len(self._awaited) > MAX_AWAITED_BLOCKS:
             oldest = next(iter(self._awaited))
-            del self._awaited[oldest], self._resting[oldest]
+            del self._awaited[oldest], self._prefixes_of[oldest]
 
-    def _hold(self, prefix: int) -> None:
-        count = self._held.pop(prefix, 0)
-        self._held[prefix] = count + 1
+    def _increment(self, prefix: int) -> None:
+        count = self._cached.pop(prefix, 0)
+        self._cached[prefix] = count + 1
         if not count:
-            self._tell(prefix, True)
+            self._report(prefix, True)
 
-    def _let_go(self, prefix: int) -> None:
-        count = self._held.get(prefix, 0)
+    def _decrement(self, prefix: int) -> None:
+        count = self._cached.get(prefix, 0)
         if count > 1:
-            self._held[prefix] = count - 1
+            self._cached[prefix] = count - 1
         elif count:
-            del self._held[prefix]
-            self._tell(prefix, False)
+            del self._cached[prefix]
+            self._report(prefix, False)
 
-    def _tell(self, prefix: int, held: bool) -> None:
-        if self._all_is_news:
+    def _report(self, prefix: int, cached: bool) -> None:
+        if self._report_all:
             return
-        self._news[prefix] = held
-        if len(self._news) > MAX_NEWS:
-            self._tell_all()
-        elif len(self._news) == 1:
-            self._call()
+        self._changes[prefix] = cached
+        if len(self._changes) > MAX_CHANGES:
+            self._report_everything()
+        elif len(self._changes) == 1:
+            self._notify()
 
-    def _tell_all(self) -> None:
-        self._news.clear()
-        if not self._all_is_news:
-            self._all_is_news = True
-            self._call()
+    def _report_everything(self) -> None:
+        self._changes.clear()
+        if not self._report_all:
+            self._report_all = True
+            self._notify()
 
-    def _call(self) -> None:
+    def _notify(self) -> None:
         if self.on_change is not None:
             self.on_change()
 
 
-def _root(adapter: str) -> int:
+def _root_key(adapter: str) -> int:
     return digest(adapter.encode())

@@ -21,7 +21,7 @@ class Op(NamedTuple):
 def ops() -> tuple[Op, Op]:
     from vllm import ir
 
-    from cluster.engines.cpu_worker import PROVIDER
+    from cluster.engines.vllm.cpu_worker import PROVIDER
 
     found = []
     for op in (ir.ops.rms_norm, ir.ops.fused_add_rms_norm):

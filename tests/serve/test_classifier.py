@@ -571,7 +571,7 @@ async def test_low_precision_that_disagrees_is_refused_or_not_chosen(
 ):
     path = with_check_texts(tmp_path / "model", network, TEXTS)
     monkeypatch.setattr(build, "measure", lambda *_: Agreement(0.9, len(TEXTS)))
-    monkeypatch.setattr(device, "computes_in_bfloat16", lambda: True)
+    monkeypatch.setattr(device, "has_native_bfloat16", lambda: True)
     with pytest.raises(ConfigError, match=r"bfloat16 agrees with float32 on 90\.00% of 7 answers"):
         await ClassifierEngine(config(dtype="bfloat16"), path).start()
     async with running(config(dtype="auto"), path) as engine:

@@ -10,7 +10,8 @@ import random
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from cluster.asgi import ASGIApp
 from cluster.config import GeneratorConfig
@@ -137,7 +138,7 @@ class SimEngine:
         for sequence in generation.sequences:
             self._scheduler.add(sequence.request)
         text = fingerprint(exchange.path, exchange.body)
-        self._prefixes.asked(text, prompts[0], adapter)
+        self._prefixes.add_prompt(text, prompts[0], adapter)
         self._work.set()
         if sim.die_after_requests is not None and self._num_accepted >= sim.die_after_requests:
             self._die()

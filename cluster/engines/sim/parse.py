@@ -38,7 +38,7 @@ class Refusal(Exception):  # noqa: N818
 
 
 def refuse_value(message: str, param: str, value: Any = None) -> Refusal:
-    """vLLM's own validation error: it names the parameter at its end."""
+    """VLLM's own validation error: it names the parameter at its end."""
     shown = "" if value is None else f", value={value}"
     return Refusal(f"{message} (parameter={param}{shown})", param)
 

@@ -83,7 +83,7 @@ class Scheduler:
         adapters: AdapterSlots | None = None,
     ) -> None:
         self.config = config
-        on_evicted = prefixes.removed if prefixes is not None else None
+        on_evicted = prefixes.remove_blocks if prefixes is not None else None
         size = config.block_size_tokens
         self.blocks = BlockPool(config.num_kv_blocks * size, size, on_evicted)
         self._prefixes = prefixes
@@ -243,7 +243,7 @@ class Scheduler:
         fresh = self.blocks.share(more)
         if fresh and self._prefixes is not None:
             first = request._num_held - fresh
-            self._prefixes.stored(
+            self._prefixes.add_blocks(
                 request._hashes[first : request._num_held],
                 request._hashes[first - 1] if first else None,
                 request.tokens[first * size : request._num_held * size],

@@ -6,7 +6,7 @@ import os
 import torch
 
 from cluster.config import ClassifierConfig
-from cluster.engines.cpu import computes_in_bfloat16
+from cluster.engines.cpu import has_native_bfloat16
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def choose_precision(config: ClassifierConfig, device: torch.device) -> str:
     """The configured one; ``auto`` is bfloat16 where the device computes in it, else float32."""
     if config.dtype != "auto":
         return config.dtype
-    native = device.type == "cuda" or computes_in_bfloat16()
+    native = device.type == "cuda" or has_native_bfloat16()
     return "bfloat16" if native else "float32"
 
 

@@ -1,0 +1,100 @@
+"""vLLM's arguments, from a generator's configuration and the platform."""
+
+import difflib
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterable
+from typing import Any
+from uuid import uuid4
+
+from cluster.config import PRIORITY_POLICY, GeneratorConfig
+from cluster.errors import ConfigError
+
+DEFAULT_CPU_KV_BYTES = 1024**3
+EAGER_CPU_WORKER = "cluster.engines.vllm.cpu_worker.EagerCPUWorker"
+CPU_BLOCK_SIZE_TOKENS = 32  # vLLM's default on CPUs, 128, is too coarse for sharing prefixes
+
+_FIELDS = {  # vLLM's argument -> field of the configuration that sets it
+    "model": "model",
+    "served_model_name": "name",
+    "enable_lora": "adapters",
+    "lora_modules": "adapters",
+    "tensor_parallel_size": "tensor_parallel_size",
+    "pipeline_parallel_size": "pipeline_parallel_size",
+    "dtype": "dtype",
+    "quantization": "quantization",
+    "max_model_len": "max_model_len",
+    "kv_cache_memory_bytes": "kv_cache_memory_bytes",
+}
+
+
+def platform_defaults(
+    config: GeneratorConfig, *, on_cpu: bool, in_ray: bool, native_bfloat16: bool = True
+) -> dict[str, Any]:
+    """Return arguments that apply where the configuration does not set them."""
+    parallel = config.num_workers > 1
+    if on_cpu:
+        # Eager mode with a fixed cache size skips vLLM's warm-up.
+        eager = config.engine_args.get("enforce_eager", True)
+        return {
+            "enforce_eager": True,
+            **({"worker_cls": EAGER_CPU_WORKER} if eager else {}),
+            "block_size": CPU_BLOCK_SIZE_TOKENS,
+            "kv_cache_memory_bytes": DEFAULT_CPU_KV_BYTES,
+            # vLLM's Ray executor does not support CPUs.
+            "distributed_executor_backend": "mp" if parallel else None,
+            # vLLM uses the model's own dtype, mostly bfloat16, even if the CPU emulates it:
+            # SmolLM2 ran at half the speed of float32 on a CPU with AVX-512 but no AMX.
+            "dtype": "auto" if native_bfloat16 else "float32",
+        }
+    if not parallel:
+        return {}
+    # In a Serve replica, the workers must use the GPUs that its placement group reserved.
+    return {"distributed_executor_backend": "ray" if in_ray else "mp"}
+
+
+def kv_events_endpoint() -> str:
+    """Return a new address for KV events: a Unix socket in the temporary directory."""
+    return f"ipc://{tempfile.gettempdir()}/tandem-kv-{uuid4().hex}"
+
+
+def fill_args(
+    args: Namespace, config: GeneratorConfig, model_path: str, defaults: dict[str, Any]
+) -> None:
+    """Write the configuration into ``args``, which hold vLLM's defaults.
+
+    Raises:
+        ConfigError: ``engine_args`` has an unknown name, or one with a field of its own.
+    """
+    _check_names(config, vars(args))
+    chosen: dict[str, Any] = {
+        **defaults,
+        "enable_request_id_headers": True,
+        "scheduling_policy": PRIORITY_POLICY,
+        **config.engine_args,
+        "model": model_path,
+        "served_model_name": [config.name],
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "pipeline_parallel_size": config.pipeline_parallel_size,
+        "quantization": config.quantization,
+        "max_model_len": config.max_model_len,
+    }
+    if config.dtype != "auto":
+        chosen["dtype"] = config.dtype
+    if config.kv_cache_memory_bytes is not None:
+        chosen["kv_cache_memory_bytes"] = int(config.kv_cache_memory_bytes)
+    if config.adapters:
+        chosen |= {"enable_lora": True, "max_loras": config.max_loras}
+    for name, value in chosen.items():
+        setattr(args, name, value)
+
+
+def _check_names(config: GeneratorConfig, known: Iterable[str]) -> None:
+    for name, value in config.engine_args.items():
+        where = f"generator {config.name!r}: engine_args.{name}"
+        if name in _FIELDS:
+            raise ConfigError(f"{where}: got {value!r}; set the generator's `{_FIELDS[name]}`")
+        if name not in known:
+            near = difflib.get_close_matches(name, list(known), n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ConfigError(f"{where}: vLLM has no such argument (value {value!r}){hint}")

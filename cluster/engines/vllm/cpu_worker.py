@@ -1,0 +1,79 @@
+"""vLLM worker for CPUs that uses vLLM's own C++ kernels for RMSNorm.
+
+vLLM imports it by name (``arguments.EAGER_CPU_WORKER``) in the process that runs the worker. vLLM
+0.32 builds these kernels for CPUs but selects them on GPUs only; on CPUs it computes RMSNorm with
+seven PyTorch operations, which are meant to be compiled. Importing this module registers the
+kernels; the worker selects them.
+"""
+
+from typing import Any
+
+import torch
+
+from cluster.engines.vllm.internals import CPUWorker, ir
+
+PROVIDER = "tandem"
+_VECTOR_ELEMENTS = 16  # per step of the kernels
+
+
+class EagerCPUWorker(CPUWorker):  # type: ignore[misc]  # vLLM is not typed
+    """Worker for models that are not compiled."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for op in (ir.ops.rms_norm, ir.ops.fused_add_rms_norm):
+            op.set_default([PROVIDER, "native"])
+
+
+def _supports(
+    x: torch.Tensor, weight: torch.Tensor | None, variance_size: int | None, *others: torch.Tensor
+) -> bool:
+    # The kernels do not check their arguments.
+    return (
+        weight is not None
+        and variance_size is None
+        and x.shape[-1] % _VECTOR_ELEMENTS == 0
+        and all(other.dtype == x.dtype for other in (weight, *others))
+        and all(each.is_contiguous() for each in (x, weight, *others))
+    )
+
+
+def _supports_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, variance_size: int | None = None
+) -> bool:
+    return _supports(x, weight, variance_size)
+
+
+@ir.ops.rms_norm.register_impl(  # type: ignore[untyped-decorator]
+    PROVIDER, supports_args=_supports_norm
+)
+def _rms_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, variance_size: int | None = None
+) -> torch.Tensor:
+    out = torch.empty_like(x)
+    torch.ops._C.rms_norm(out, x, weight, epsilon)
+    return out
+
+
+def _supports_add_norm(
+    x: torch.Tensor,
+    x_residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    epsilon: float,
+    variance_size: int | None = None,
+) -> bool:
+    return _supports(x, weight, variance_size, x_residual)
+
+
+@ir.ops.fused_add_rms_norm.register_impl(  # type: ignore[untyped-decorator]
+    PROVIDER, supports_args=_supports_add_norm, inplace=True
+)
+def _fused_add_rms_norm(
+    x: torch.Tensor,
+    x_residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    epsilon: float,
+    variance_size: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.ops._C.fused_add_rms_norm(x, x_residual, weight, epsilon)
+    return x, x_residual

@@ -1,0 +1,157 @@
+"""vLLM as an ``Engine``; one per process. Knows neither Ray Serve nor HTTP servers."""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.asgi import ASGIApp
+from cluster.config import GeneratorConfig
+from cluster.engines.prefix_cache import PrefixTracker, make_byte_lengths
+from cluster.engines.vllm import internals
+from cluster.engines.vllm.app import build_app, public_routes
+from cluster.engines.vllm.disconnect import CancelAsDisconnect
+from cluster.engines.vllm.kv_events import KvEventReader
+from cluster.engines.vllm.launcher import LlmLauncher
+from cluster.engines.vllm.requests import TrackRequest, count_usage, observe_prompts
+from cluster.errors import EngineDeadError
+from cluster.load import Load
+from cluster.metrics import Registry
+
+logger = logging.getLogger(__name__)
+
+
+class VllmEngine:
+    """``Engine`` over vLLM.
+
+    Args:
+        config: Configuration of the pool.
+        model_path: Model directory or Hugging Face id.
+        adapter_paths: Directory or id of each LoRA adapter, by name.
+        ray_metrics: Export vLLM's metrics through Ray, which must run in this process.
+        traces_endpoint: OTLP/HTTP endpoint for vLLM's spans; None disables them.
+    """
+
+    def __init__(
+        self,
+        config: GeneratorConfig,
+        model_path: str,
+        adapter_paths: Mapping[str, str] | None = None,
+        *,
+        ray_metrics: bool = False,
+        traces_endpoint: str | None = None,
+    ) -> None:
+        self._launcher = LlmLauncher(config, model_path, dict(adapter_paths or {}), traces_endpoint)
+        self._ray_metrics = ray_metrics
+        self._llm: Any = None
+        self._vllm_app: Any = None
+        self._app: ASGIApp
+        self._scheduler_stats: Any = None
+        self._prefixes: PrefixTracker | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def start_phases_s(self) -> dict[str, float]:
+        """See ``Engine``."""
+        return self._launcher.timer.phases_s
+
+    @property
+    def app(self) -> ASGIApp:
+        """VLLM's application; valid between ``start`` and ``stop``."""
+        return self._app
+
+    @property
+    def prefixes(self) -> PrefixTracker | None:
+        """See ``Engine``; None if prefix caching is off, or KV events are published elsewhere."""
+        return self._prefixes
+
+    async def start(self) -> None:
+        """Start vLLM's processes, load the model and build the application."""
+        try:
+            started = await self._launcher.start(self._make_stat_loggers)
+            self._llm = started.llm
+            if started.kv_events_endpoint is not None:
+                await self._track_prefixes(started.kv_events_endpoint)
+            self._llm.generate = count_usage(self._llm.generate)
+            self._vllm_app = await build_app(self._llm, started.args)
+            self._app = TrackRequest(CancelAsDisconnect(self._vllm_app))
+            self._launcher.timer.mark("application")
+        except BaseException:
+            await self.stop()
+            raise
+        self._tasks.append(asyncio.create_task(self._log_stats(), name="vllm-stats"))
+        phases = ", ".join(f"{phase} {took_s:.1f}" for phase, took_s in self.start_phases_s.items())
+        logger.info("vLLM is ready; startup phases in seconds: %s", phases)
+
+    async def check_health(self) -> None:
+        """Raise ``EngineDeadError`` if the engine's process does not run."""
+        if self._llm is None or self._launcher.is_stopping:
+            raise EngineDeadError("the engine is not running")
+        try:
+            await self._llm.check_health()
+        except internals.EngineDeadError as error:
+            raise EngineDeadError(str(error)) from None
+
+    def load(self) -> Load:
+        """Return the current load."""
+        if self._llm is None:
+            return Load()
+        # vLLM reports its statistics with each step, so they are stale after an abort that leaves
+        # it idle. The number of unfinished requests is always current.
+        unfinished = self._llm.get_num_unfinished_requests()
+        stats = self._scheduler_stats
+        if stats is None or not unfinished:
+            return Load(running=unfinished)
+        waiting = min(stats.num_waiting_reqs, unfinished)
+        return Load(unfinished - waiting, waiting, stats.kv_cache_usage)
+
+    def observe(self, registry: Registry) -> None:
+        """Do nothing: vLLM exports its metrics to Ray itself (``ray_metrics``)."""
+
+    def routes(self) -> tuple[str, ...]:
+        """Return the paths that clients may call; ``app`` serves these and ``/openapi.json``."""
+        return public_routes(self._vllm_app)
+
+    async def stop(self) -> None:
+        """Stop vLLM's processes; kill those that do not exit in time."""
+        for task in self._tasks:
+            task.cancel()
+        await self._launcher.stop()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _track_prefixes(self, kv_events_endpoint: str) -> None:
+        tokenizer = self._llm.tokenizer
+        if tokenizer is None:
+            return
+        byte_lengths = await asyncio.to_thread(
+            make_byte_lengths,
+            tokenizer.get_vocab(),
+            (*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())),
+        )
+        block_size = self._llm.vllm_config.cache_config.block_size
+        self._prefixes = PrefixTracker(block_size, byte_lengths)
+        self._llm.generate = observe_prompts(self._llm.generate, self._prefixes)
+        reading = KvEventReader(self._prefixes, kv_events_endpoint).run()
+        self._tasks.append(asyncio.create_task(reading, name="vllm-kv-events"))
+
+    def _make_stat_loggers(self) -> list[Any]:
+        engine = self
+
+        class LoadLogger(internals.StatLoggerBase):  # type: ignore[misc]
+            def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+                pass
+
+            def record(self, scheduler_stats: Any, *args: Any, **kwargs: Any) -> None:
+                if scheduler_stats is not None:
+                    engine._scheduler_stats = scheduler_stats
+
+            def log_engine_initialized(self) -> None:
+                pass
+
+        return [LoadLogger, *([internals.RayPrometheusStatLogger] if self._ray_metrics else [])]
+
+    async def _log_stats(self) -> None:
+        # Normally a task of the lifespan of vLLM's application, which does not run here.
+        while True:
+            await asyncio.sleep(internals.envs.VLLM_LOG_STATS_INTERVAL)
+            await self._llm.do_log_stats()

@@ -1,0 +1,98 @@
+"""Environment variables for vLLM and the processes it starts."""
+
+import os
+from collections.abc import Mapping, MutableMapping
+
+from cluster.config import GeneratorConfig
+from cluster.engines.lifeline import PARENT_VARIABLE
+
+BINDING_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
+TRACING_ENVIRONMENT = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}
+"""Makes vLLM export spans over HTTP, like Tandem, instead of gRPC."""
+
+
+class Environment:
+    """Environment variables that are set while an engine runs."""
+
+    def __init__(self, variables: MutableMapping[str, str] = os.environ) -> None:
+        self._variables = variables
+        self._before: dict[str, str | None] = {}
+
+    def set_defaults(self, wanted: Mapping[str, str]) -> None:
+        """Set the variables of ``wanted`` that are not set."""
+        self.set_all({n: value for n, value in wanted.items() if n not in self._variables})
+
+    def set_all(self, wanted: Mapping[str, str]) -> None:
+        """Set the variables of ``wanted``, replacing present values."""
+        for name, value in wanted.items():
+            self._before.setdefault(name, self._variables.get(name))
+            self._variables[name] = value
+
+    def restore(self) -> None:
+        """Restore the original values."""
+        for name, value in self._before.items():
+            self._variables.pop(name, None)
+            if value is not None:
+                self._variables[name] = value
+        self._before.clear()
+
+
+def base_environment(*model_paths: str) -> dict[str, str]:
+    """Return the variables to set before vLLM is imported.
+
+    Args:
+        model_paths: Directories or Hugging Face ids of the model and its adapters.
+    """
+    wanted = {
+        PARENT_VARIABLE: str(os.getpid()),
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    }
+    if all(os.path.isdir(path) for path in model_paths):
+        wanted["HF_HUB_OFFLINE"] = "1"
+    return wanted
+
+
+def cpu_environment(config: GeneratorConfig) -> dict[str, str]:
+    """Return the variables for running on CPUs."""
+    return {
+        # Run a single worker inside the engine's process, which saves starting one.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # Use all cores; vLLM's default leaves one idle.
+        BINDING_VARIABLE: bind_threads(sorted(os.sched_getaffinity(0)), config.num_workers),
+    }
+
+
+def threads_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return OMP_NUM_THREADS for the cores in VLLM_CPU_OMP_THREADS_BIND; empty if it names none."""
+    # vLLM sets it only for workers in separate processes. It must replace the present value: Ray
+    # sets it to the replica's CPUs rounded down, which is 1 for replicas that share cores.
+    threads = count_threads(environment[BINDING_VARIABLE])
+    return {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+
+
+def count_threads(binding: str) -> int | None:
+    """Return the threads of the first worker in a binding such as ``0,1|2-3``.
+
+    None if vLLM decides (``auto``, ``nobind``).
+    """
+    threads = 0
+    for part in binding.split("|")[0].split(","):
+        first, _, last = part.partition("-")
+        if not first.isdigit() or not (last or first).isdigit():
+            return None
+        threads += int(last or first) - int(first) + 1
+    return threads
+
+
+def bind_threads(cores: list[int], num_workers: int) -> str:
+    """Return a binding of ``cores`` to workers: ``0,1`` for one worker, ``0|1`` for two.
+
+    Workers share cores if there are fewer cores than workers.
+    """
+    share = max(1, len(cores) // num_workers)
+    assigned = [cores[i % len(cores)] for i in range(share * num_workers)]
+    parts = [assigned[i : i + share] for i in range(0, len(assigned), share)]
+    return "|".join(",".join(map(str, part)) for part in parts)

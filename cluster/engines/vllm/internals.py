@@ -1,0 +1,85 @@
+"""Non-public names of vLLM that Tandem uses, imported on first access.
+
+``internals.AsyncLLM`` imports ``vllm.v1.engine.async_llm`` and returns ``AsyncLLM``. Read from vLLM
+0.32. After an upgrade, ``tests/cluster/test_vllm_internals.py`` names what is missing.
+"""
+
+import pkgutil
+from typing import Any
+
+NAMES = {
+    # Start of the engine
+    "AsyncEngineArgs": "vllm.engine.arg_utils:AsyncEngineArgs",  # arguments -> VllmConfig
+    "AsyncLLM": "vllm.v1.engine.async_llm:AsyncLLM",
+    "EngineDeadError": "vllm.v1.engine.exceptions:EngineDeadError",  # raised by check_health
+    "FlexibleArgumentParser": "vllm.utils.argparse_utils:FlexibleArgumentParser",
+    "KVEventsConfig": "vllm.config:KVEventsConfig",
+    "LoRAModulePath": "vllm.entrypoints.openai.models.protocol:LoRAModulePath",
+    "current_platform": "vllm.platforms:current_platform",  # is_cpu
+    "make_arg_parser": "vllm.entrypoints.launchers.cli_args:make_arg_parser",  # the defaults
+    # Application
+    "build_app": "vllm.entrypoints.launchers.app:build_app",
+    "init_app_state": "vllm.entrypoints.launchers.api_server.app_state:init_app_state",
+    # Statistics
+    "RayPrometheusStatLogger": "vllm.v1.metrics.ray_wrappers:RayPrometheusStatLogger",
+    "StatLoggerBase": "vllm.v1.metrics.loggers:StatLoggerBase",
+    "envs": "vllm.envs",  # VLLM_LOG_STATS_INTERVAL
+    # CPU worker
+    "CPUWorker": "vllm.v1.worker.cpu_worker:CPUWorker",  # its import registers torch.ops._C
+    "ir": "vllm.ir",  # ops.rms_norm, ops.fused_add_rms_norm
+    # Types of objects that vLLM hands out; only their attributes are used
+    "AllBlocksCleared": "vllm.distributed.kv_events:AllBlocksCleared",
+    "BackgroundResources": "vllm.v1.engine.core_client:BackgroundResources",
+    "BlockRemoved": "vllm.distributed.kv_events:BlockRemoved",
+    "BlockStored": "vllm.distributed.kv_events:BlockStored",
+    "CacheConfig": "vllm.config:CacheConfig",
+    "CompletionOutput": "vllm.outputs:CompletionOutput",
+    "CoreEngineProcManager": "vllm.v1.engine.utils:CoreEngineProcManager",
+    "EventBatch": "vllm.distributed.kv_events:EventBatch",
+    "LoRARequest": "vllm.lora.request:LoRARequest",
+    "MPClient": "vllm.v1.engine.core_client:MPClient",
+    "RequestOutput": "vllm.outputs:RequestOutput",
+    "SchedulerStats": "vllm.v1.metrics.stats:SchedulerStats",
+}
+"""Where each name is defined, in the form of ``pkgutil.resolve_name``."""
+
+ATTRIBUTES = {
+    "AsyncEngineArgs": ("from_cli_args", "create_engine_config"),
+    "AsyncLLM": (
+        *("from_vllm_config", "generate", "check_health", "shutdown", "do_log_stats"),
+        *("get_num_unfinished_requests", "get_supported_tasks"),
+        *("tokenizer", "vllm_config", "model_config", "engine_core"),
+    ),
+    "BackgroundResources": ("ctx", "engine_manager"),
+    "BlockRemoved": ("block_hashes", "medium", "group_idx"),
+    "BlockStored": (
+        *("block_hashes", "parent_block_hash", "token_ids", "block_size"),
+        *("medium", "lora_name", "extra_keys", "group_idx"),
+    ),
+    "CacheConfig": ("block_size", "enable_prefix_caching"),
+    "CompletionOutput": ("token_ids",),
+    "CoreEngineProcManager": ("processes",),
+    "EventBatch": ("ts", "events"),
+    "KVEventsConfig": ("enable_kv_cache_events", "endpoint"),
+    "LoRARequest": ("lora_name",),
+    "MPClient": ("resources",),
+    "RequestOutput": ("prompt_token_ids", "num_cached_tokens", "outputs"),
+    "SchedulerStats": ("num_waiting_reqs", "kv_cache_usage"),
+    "StatLoggerBase": ("record", "log_engine_initialized"),
+}
+"""Attributes that Tandem uses, by the name of their class."""
+
+APP_MODULES = (
+    "vllm.entrypoints.launchers.app",
+    "vllm.entrypoints.launchers.api_server.app_state",
+    "vllm.entrypoints.generate.api_router",
+    "vllm.entrypoints.scale_out.factories",
+    "vllm.entrypoints.serve",
+)
+"""Modules that the application imports; loaded early, while the engine's process starts."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return pkgutil.resolve_name(NAMES[name])

@@ -1,0 +1,227 @@
+"""Start and stop of vLLM's engine and its processes."""
+
+import asyncio
+import importlib
+import logging
+import os
+import sys
+import threading
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from cluster.config import GeneratorConfig
+from cluster.engines.startup import StartupTimer, gc_disabled
+from cluster.engines.vllm import arguments, environment, internals
+from cluster.errors import ConfigError, EngineDeadError
+
+logger = logging.getLogger(__name__)
+
+_STOP_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class StartedLlm:
+    """``AsyncLLM`` with running processes."""
+
+    llm: Any
+    args: Namespace
+    """All arguments of vLLM's server."""
+    kv_events_endpoint: str | None
+    """Address of the KV events; None if there are none, or they go elsewhere."""
+
+
+class LlmLauncher:
+    """Owner of vLLM's engine, its processes and the thread that starts them.
+
+    The kernel kills vLLM's processes when the thread that forked them ends (``lifeline``), so one
+    thread starts them and then only waits until they are to stop.
+    """
+
+    def __init__(
+        self,
+        config: GeneratorConfig,
+        model_path: str,
+        adapter_paths: Mapping[str, str],
+        traces_endpoint: str | None,
+    ) -> None:
+        self._config = config
+        self._model_path = model_path
+        self._adapter_paths = adapter_paths
+        self._traces_endpoint = traces_endpoint
+        self._thread: threading.Thread | None = None
+        self._stop_requested = threading.Event()
+        self._environment = environment.Environment()
+        self._sockets: Any = None
+        self.timer = StartupTimer()
+
+    @property
+    def is_stopping(self) -> bool:
+        """True after ``stop`` was called."""
+        return self._stop_requested.is_set()
+
+    async def start(self, make_stat_loggers: Callable[[], list[Any]]) -> StartedLlm:
+        """Start vLLM's processes and load the model.
+
+        Sets environment variables of this process until ``stop`` (``environment``).
+        """
+        loop = asyncio.get_running_loop()
+        started: asyncio.Future[StartedLlm] = loop.create_future()
+        self._thread = threading.Thread(
+            target=self._run,
+            args=(loop, started, make_stat_loggers),
+            name="vllm-engine",
+            daemon=True,
+        )
+        self._thread.start()
+        return await started
+
+    async def stop(self) -> None:
+        """Stop vLLM's processes; kill those that do not exit in time."""
+        self._stop_requested.set()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+        if self._sockets is not None:
+            # vLLM closes its sockets in the event loop, but never destroys their context.
+            await asyncio.sleep(0)
+            self._sockets.destroy(linger=0)
+        self._environment.restore()
+
+    def _run(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        started: "asyncio.Future[StartedLlm]",
+        make_stat_loggers: Callable[[], list[Any]],
+    ) -> None:
+        try:
+            result = self._start_llm(make_stat_loggers)
+        except BaseException as error:  # raised by ``start``
+            _resolve(loop, started.set_exception, error)
+            return
+        llm = result.llm
+        self._sockets = llm.engine_core.resources.ctx
+        processes = _processes_of(llm)
+        _resolve(loop, started.set_result, result)
+        self._stop_requested.wait()
+        try:
+            llm.shutdown(timeout=_STOP_TIMEOUT_S)
+        finally:
+            _kill(processes)
+
+    def _start_llm(self, make_stat_loggers: Callable[[], list[Any]]) -> StartedLlm:
+        model_paths = self._model_path, *self._adapter_paths.values()
+        self._environment.set_defaults(environment.base_environment(*model_paths))
+        self.timer = StartupTimer()
+        with gc_disabled():
+            args, kv_events_endpoint = self._make_args()
+            async_llm = internals.AsyncLLM
+        self.timer.mark("imports")
+
+        vllm_config = self._make_vllm_config(args)
+        if not vllm_config.cache_config.enable_prefix_caching:
+            kv_events_endpoint = None
+        self.timer.mark("configuration")
+        if self.is_stopping:
+            raise EngineDeadError("the engine was stopped while it started")
+        # The application's modules are imported while the engine's process starts.
+        imports = threading.Thread(target=_import_app, name="vllm-imports")
+        imports.start()
+        try:
+            llm = async_llm.from_vllm_config(vllm_config, stat_loggers=make_stat_loggers())
+        except Exception as error:
+            raise EngineDeadError(f"vLLM's engine did not start: {error}") from error
+        imports.join()
+        self.timer.mark("engine process and model")
+        return StartedLlm(llm, args, kv_events_endpoint)
+
+    def _make_vllm_config(self, args: Namespace) -> Any:
+        try:
+            return internals.AsyncEngineArgs.from_cli_args(args).create_engine_config()
+        except (ValueError, OSError, TypeError, AssertionError, NotImplementedError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"generator {self._config.name!r}: vLLM rejects the configuration: {reason}"
+            ) from error
+
+    def _make_args(self) -> tuple[Namespace, str | None]:
+        """Return vLLM's arguments, and the address of the KV events if this replica reads them."""
+        from cluster.engines.cpu import has_native_bfloat16
+
+        on_cpu = bool(internals.current_platform.is_cpu())
+        if on_cpu:
+            self._environment.set_defaults(environment.cpu_environment(self._config))
+            self._environment.set_all(environment.threads_environment(os.environ))
+        ray_address = _ray_address()
+        if ray_address is not None:  # for an engine process that uses Ray's executor
+            self._environment.set_defaults({"RAY_ADDRESS": ray_address})
+        args: Namespace = internals.make_arg_parser(internals.FlexibleArgumentParser()).parse_args(
+            []
+        )
+        defaults = arguments.platform_defaults(
+            self._config,
+            on_cpu=on_cpu,
+            in_ray=ray_address is not None,
+            native_bfloat16=has_native_bfloat16(),
+        )
+        if self._traces_endpoint is not None:
+            self._environment.set_defaults(environment.TRACING_ENVIRONMENT)
+            defaults["otlp_traces_endpoint"] = self._traces_endpoint
+        arguments.fill_args(args, self._config, self._model_path, defaults)
+        if self._adapter_paths:
+            args.lora_modules = [
+                internals.LoRAModulePath(name, path) for name, path in self._adapter_paths.items()
+            ]
+        if args.kv_events_config is not None or args.enable_prefix_caching is False:
+            return args, None
+        endpoint = arguments.kv_events_endpoint()
+        args.kv_events_config = internals.KVEventsConfig(
+            enable_kv_cache_events=True, endpoint=endpoint
+        )
+        return args, endpoint
+
+
+def _import_app() -> None:
+    for module in internals.APP_MODULES:
+        importlib.import_module(module)
+
+
+def _ray_address() -> str | None:
+    """Return the address of the Ray cluster that this process is part of, if any."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return None
+    address: str = ray.get_runtime_context().gcs_address
+    return address
+
+
+def _resolve(loop: asyncio.AbstractEventLoop, setter: Callable[[Any], None], value: Any) -> None:
+    def resolve() -> None:
+        with suppress(asyncio.InvalidStateError):  # ``start`` was cancelled
+            setter(value)
+
+    with suppress(RuntimeError):  # the loop is closed
+        loop.call_soon_threadsafe(resolve)
+
+
+def _processes_of(llm: Any) -> list[psutil.Process]:
+    """Return the engine's processes and their workers."""
+    manager = getattr(llm.engine_core.resources, "engine_manager", None)
+    found: list[psutil.Process] = []
+    for process in getattr(manager, "processes", ()):
+        with suppress(psutil.NoSuchProcess):
+            core = psutil.Process(process.pid)
+            found += [*core.children(recursive=True), core]
+    return found
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=2.0)
+    for process in alive:
+        logger.warning("killing %s: it did not exit with its engine", process)
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=2.0)

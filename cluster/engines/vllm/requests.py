@@ -1,0 +1,98 @@
+"""Usage and prompts of each HTTP request, observed where vLLM generates its tokens.
+
+A context variable links a request to its calls of ``AsyncLLM.generate``: vLLM calls it in the task
+that runs the application, or in a task started from there.
+"""
+
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any
+
+from cluster.asgi import ASGIApp, Message, Receive, Scope, Send, usage_of
+from cluster.engines.prefix_cache import PrefixTracker
+from cluster.routing.fingerprint import PROMPT_PATHS, Fingerprint, fingerprint
+from cluster.usage import UsageCounter
+
+Generate = Callable[..., AsyncGenerator[Any, None]]
+"""``AsyncLLM.generate``; each ``RequestOutput`` it yields holds the new tokens only."""
+
+
+class _Request:
+    """One HTTP request: its usage, and the part of its body received so far."""
+
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        self.usage = usage_of(scope)
+        self._path = scope["path"]
+        self._receive = receive
+        self._pieces: list[bytes] | None = [] if self._path in PROMPT_PATHS else None
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if self._pieces is not None and message["type"] == "http.request":
+            self._pieces.append(message.get("body", b""))
+        return message
+
+    def pop_fingerprint(self) -> Fingerprint | None:
+        """Return the fingerprint on the first call only: it describes the first prompt."""
+        if self._pieces is None:
+            return None
+        body, self._pieces = b"".join(self._pieces), None
+        return fingerprint(self._path, body)
+
+
+_request: ContextVar[_Request | None] = ContextVar("request", default=None)
+
+
+class TrackRequest:
+    """Middleware that makes the request known to ``count_usage`` and ``observe_prompts``."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application for one request."""
+        request = _Request(scope, receive)
+        _request.set(request)
+        await self._app(scope, request.receive, send)
+
+
+def count_usage(generate: Generate) -> Generate:
+    """Wrap ``generate`` to add its tokens to the usage of the current request."""
+
+    @wraps(generate)
+    async def wrapper(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        request = _request.get()
+        usage = UsageCounter() if request is None else request.usage
+        async with aclosing(generate(*args, **kwargs)) as outputs:
+            first = True
+            async for output in outputs:
+                if first:
+                    first = False
+                    usage.prompt_tokens += len(output.prompt_token_ids or ())
+                    usage.cached_tokens += output.num_cached_tokens or 0
+                for completion in output.outputs:
+                    usage.completion_tokens += len(completion.token_ids)
+                yield output
+
+    return wrapper
+
+
+def observe_prompts(generate: Generate, tracker: PrefixTracker) -> Generate:
+    """Wrap ``generate`` to add each request's first prompt to ``tracker``."""
+
+    @wraps(generate)
+    async def wrapper(prompt: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        request = _request.get()
+        if request is not None and (text := request.pop_fingerprint()) is not None:
+            fields = prompt if isinstance(prompt, dict) else {}
+            token_ids = fields.get("prompt_token_ids")
+            lora = kwargs.get("lora_request")
+            if token_ids and not fields.get("cache_salt"):  # salted blocks are not shared
+                tracker.add_prompt(text, token_ids, lora.lora_name if lora is not None else "")
+        async with aclosing(generate(prompt, *args, **kwargs)) as outputs:
+            async for output in outputs:
+                yield output
+
+    return wrapper
