@@ -1,19 +1,23 @@
-"""Routing policies: pure choices over what a router knows of its replicas.
+"""Routing: the choice of a replica for each request. No Ray, no clock, no I/O.
 
-``Fleet`` and ``PrefixIndex`` are kept up to date by events and told the time; a ``Policy`` reads
-them. No Ray, no clock, no I/O.
+A ``Fleet`` (load and speed of a pool's replicas) and a ``PrefixIndex`` (contents of their prefix
+caches) are kept up to date by events; a ``Policy`` reads them. Reading order:
+
+request           view of a request, and the estimate of its tokens
+fingerprint       prefix hashes of a request's prompt
+fleet             events of the replicas; uses replica_state, rates (learned speeds), adapters
+table             numbers of all replicas that a decision reads, as arrays
+prefix_index      cached prefixes of all replicas
+policy            interface and names of the policies in the ``*_policy`` modules
 """
 
-from cluster.routing.estimate import TokenEstimate
 from cluster.routing.fingerprint import Fingerprint, fingerprint
 from cluster.routing.fleet import Fleet
-from cluster.routing.make import make_policy
-from cluster.routing.placement import Placement
-from cluster.routing.policy import Policy
+from cluster.routing.policy import Policy, make_policy
 from cluster.routing.prefix_index import PrefixIndex
-from cluster.routing.request import RequestView
-from cluster.routing.slots import Reach
-from cluster.usage import Usage
+from cluster.routing.replica_state import Placement
+from cluster.routing.request import RequestView, TokenEstimator
+from cluster.routing.table import Reach
 
 __all__ = [
     "Fingerprint",
@@ -23,8 +27,7 @@ __all__ = [
     "PrefixIndex",
     "Reach",
     "RequestView",
-    "TokenEstimate",
-    "Usage",
+    "TokenEstimator",
     "fingerprint",
     "make_policy",
 ]

@@ -1,58 +1,58 @@
-"""Which LoRA adapters each replica has loaded, as far as a router knows: by what it gave them."""
+"""LoRA adapters that each replica has loaded, inferred from the requests that it was given."""
 
 import numpy as np
 
-from cluster.routing.arrays import FloatArray
+from cluster.routing.table import FloatArray
 
 
-class Adapters:
-    """For each adapter the slots that have it, for each slot its adapters.
+class LoadedAdapters:
+    """Adapters of each row, and rows of each adapter.
 
     Args:
-        max_loaded: Adapters that a replica has; what it was asked for longest ago goes first.
+        max_loaded: Adapters that a replica keeps loaded; the least recently used one is evicted.
     """
 
     def __init__(self, max_loaded: int) -> None:
         self._max_loaded = max_loaded
-        self._full: FloatArray = np.zeros(0)
-        self._missing: dict[str, FloatArray] = {}
-        self._loaded: dict[int, dict[str, None]] = {}  # the one used longest ago first
+        self._full: FloatArray = np.zeros(0)  # 1.0 for rows with ``max_loaded`` adapters
+        self._missing: dict[str, FloatArray] = {}  # 1.0 for rows without the adapter
+        self._loaded: dict[int, dict[str, None]] = {}  # the least recently used one first
 
     def grow(self, size: int) -> None:
-        """Make room for ``size`` slots."""
-        more = size - len(self._full)
-        self._full = np.concatenate((self._full, np.zeros(more)))
+        """Make room for ``size`` rows."""
+        num_new = size - len(self._full)
+        self._full = np.concatenate((self._full, np.zeros(num_new)))
         for name, array in self._missing.items():
-            self._missing[name] = np.concatenate((array, np.ones(more)))
+            self._missing[name] = np.concatenate((array, np.ones(num_new)))
 
-    def loads(self, adapter: str) -> FloatArray:
-        """What a request for it makes each slot load: 0, 1, or 2 where another one has to go.
+    def num_loads(self, adapter: str) -> FloatArray:
+        """Return the loads that a request for the adapter causes on each row: 0, 1 or 2.
 
-        That one will have to be loaded again, here or elsewhere.
+        Two where another adapter is evicted, which will have to be loaded again somewhere.
         """
         missing = self._missing.get(adapter)
         return 1.0 + self._full if missing is None else missing * (1.0 + self._full)
 
-    def note(self, slot: int, adapter: str) -> None:
-        """A slot was given a request for an adapter, so it has it or loads it."""
-        loaded = self._loaded.setdefault(slot, {})
+    def record_use(self, row: int, adapter: str) -> None:
+        """Record that a row got a request for an adapter, so it has it or loads it."""
+        loaded = self._loaded.setdefault(row, {})
         if loaded.pop(adapter, 0) == 0:
-            self._missing.setdefault(adapter, np.ones(len(self._full)))[slot] = 0.0
+            self._missing.setdefault(adapter, np.ones(len(self._full)))[row] = 0.0
         loaded[adapter] = None
         if len(loaded) > self._max_loaded:
-            self._drop(slot, next(iter(loaded)))
-        self._full[slot] = len(loaded) == self._max_loaded
+            self._evict(row, next(iter(loaded)))
+        self._full[row] = len(loaded) == self._max_loaded
 
-    def forget(self, slot: int) -> None:
-        """A slot has none any more."""
-        for adapter in list(self._loaded.get(slot, ())):
-            self._drop(slot, adapter)
-        self._loaded.pop(slot, None)
-        self._full[slot] = 0.0
+    def forget_row(self, row: int) -> None:
+        """Forget the adapters of a row."""
+        for adapter in list(self._loaded.get(row, ())):
+            self._evict(row, adapter)
+        self._loaded.pop(row, None)
+        self._full[row] = 0.0
 
-    def _drop(self, slot: int, adapter: str) -> None:
-        del self._loaded[slot][adapter]
+    def _evict(self, row: int, adapter: str) -> None:
+        del self._loaded[row][adapter]
         missing = self._missing[adapter]
-        missing[slot] = 1.0
+        missing[row] = 1.0
         if missing.all():
             del self._missing[adapter]

@@ -1,8 +1,8 @@
-"""The replicas of one pool as the policies see them.
+"""Replicas of one pool as the routing policies see them.
 
-Owns what this router gave to each replica, what each says of itself, and how fast each was found
-to be. Everything is kept up to date by events, so a decision reads a few arrays and builds none.
-Time is what ``advance`` was last told. Knows no policy.
+Keeps three things of each replica: what this router placed there, the last load report, and the
+speed learned from finished requests. Events keep the table of numbers up to date, so a decision
+only reads arrays. The clock is the time of the last ``advance``. Knows no policy.
 """
 
 import heapq
@@ -13,215 +13,211 @@ from contextlib import contextmanager
 import numpy as np
 
 from cluster.load import Load
-from cluster.routing.adapters import Adapters
-from cluster.routing.arrays import BoolArray, FloatArray
-from cluster.routing.placement import Placement, Row
+from cluster.routing.adapters import LoadedAdapters
 from cluster.routing.rates import LearnedRates
+from cluster.routing.replica_state import Placement, ReplicaState
 from cluster.routing.request import RequestView
-from cluster.routing.slots import Reach, Slots
+from cluster.routing.table import BoolArray, FloatArray, Reach, ReplicaTable
 from cluster.usage import Usage
 
-_UNKNOWN_LOAD = Load()
-
 STEP_TOKENS = 64.0
-"""What a request costs beside its uncached tokens, in prompt tokens: a step of the engine has a
-price of its own. A guess between a CPU's (about 40) and a large GPU's (some hundreds)."""
+"""Fixed cost of a request beside its uncached tokens, in prompt tokens: an engine step has a price
+even if it computes little. A guess between a CPU's (about 40) and a large GPU's (some hundreds)."""
 PREFILL_PRIOR = 4000.0
-"""Prompt tokens a second, before anything was measured."""
+"""Prompt tokens/s before anything was measured."""
 DECODE_PRIOR = 30.0
-"""Tokens a second of one stream, before anything was measured."""
+"""Tokens/s of one stream before anything was measured."""
 USUAL_BATCH = 64.0
-"""Streams that an engine decodes beside each other for about the price of one; a guess that gives
-way to the pool's mean where that is larger."""
-LEAST_LEFT = 0.1
-"""Of what was expected of a request, the share that it is taken to still generate at least."""
-KV_FULL = 0.95
-"""Use of the KV cache at which a new request may have to wait until another one ends."""
-GIVEN_HALF_S = 30.0
-"""Seconds after which work that was given counts half."""
+"""Streams that an engine decodes together for about the price of one. A guess; the pool's mean
+number of requests per replica replaces it if that is larger."""
+MIN_LEFT = 0.1
+"""Share of a request's expected completion that is assumed to be left until the request ends."""
+ASSIGNED_HALF_LIFE_S = 30.0
+"""Time after which assigned work counts half."""
 REFRESH_S = 1.0
 MEAN_WEIGHT = 0.02
-"""Of the newest request, in the means that stand for other routers' requests."""
+"""Weight of the newest request in the means that stand for other routers' requests."""
+CLAIM_WEIGHT_TOKENS = 2000.0
+"""Cached tokens that the belief in a replica's cache claims is worth before any was tested."""
+_UNKNOWN_LOAD = Load()
 
 
 class Fleet:
-    """The replicas of one pool; every method is called on one thread.
+    """Replicas of one pool; not thread-safe.
+
+    Methods that take a replica's id raise KeyError if the replica is unknown.
 
     Args:
-        max_adapters: LoRA adapters that a replica has loaded at a time.
+        max_adapters: LoRA adapters that a replica keeps loaded at a time.
     """
 
     def __init__(self, max_adapters: int = 1) -> None:
         self.now_s = 0.0
         self.ids: list[str | None] = []
-        """The replica of each slot."""
+        """Replica id of each row."""
         self.version = 0
-        """Grows with each replica that comes or goes."""
-        self.slots = Slots()
-        """What policies read and nobody else changes."""
-        self.adapters = Adapters(max_adapters)
+        """Number of replicas ever added or removed."""
+        self.table = ReplicaTable()
+        """Numbers that policies read; only the fleet writes them."""
+        self.adapters = LoadedAdapters(max_adapters)
         self.prefill_rate = LearnedRates(PREFILL_PRIOR, 1.0)
-        """Prompt tokens a second of each slot, with whatever decodes beside."""
+        """Prompt tokens/s of each row, under the decode load that it has."""
         self.stream_rate = LearnedRates(DECODE_PRIOR, 1.0)
-        """Tokens a second of one stream of each slot."""
-        self.honesty = LearnedRates(1.0, 2000.0, pooled=False)
-        """Of the tokens that each slot was expected to have cached, the share that it had."""
-        self._rates = (self.prefill_rate, self.stream_rate, self.honesty)
-        self._rows: dict[str, Row] = {}
-        self._free: list[int] = []
-        self.mean_given_s = 0.0
-        """The mean of the work that was given to those that are open, in ``slots.given_s``; exact
-        once a second, and between that what is given is added."""
-        self._due: list[tuple[float, int, Placement]] = []
-        self._num_due = 0
-        self._refreshed_at = 0.0
-        self._num_ongoing = 0.0
-        self._mean_work = 512.0
-        self._mean_completion = 0.0
+        """Tokens/s of one stream of each row."""
+        self.cache_claim_accuracy = LearnedRates(1.0, CLAIM_WEIGHT_TOKENS, pooled=False)
+        """Share of the tokens expected in each row's cache that were found there, 0 to 1."""
+        self.mean_assigned_s = 0.0
+        """Mean of ``table.assigned_s`` over the open rows; exact after each refresh, and
+        approximated between two."""
+        self._rates = (self.prefill_rate, self.stream_rate, self.cache_claim_accuracy)
+        self._replicas: dict[str, ReplicaState] = {}
+        self._free_rows: list[int] = []
+        # Heap of (expected end of the prefill, number, request) for unobservable first tokens.
+        self._expected_first_tokens: list[tuple[float, int, Placement]] = []
+        self._num_expected = 0
+        self._refreshed_s = 0.0
+        self._num_in_flight = 0.0  # other routers' included
+        self._mean_work_tokens = 512.0  # of a request's prefill; a guess until requests come
+        self._mean_completion_tokens = 0.0
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._replicas)
 
     def __contains__(self, replica_id: object) -> bool:
-        return replica_id in self._rows
+        return replica_id in self._replicas
 
-    # Which replicas there are. An unknown replica is a KeyError.
+    # -- membership --
 
     def add(self, replica_id: str, capacity: int, reach: Reach = Reach.USUAL) -> None:
-        """Take in a replica that may be given ``capacity`` requests at a time; once."""
-        if replica_id in self._rows:
-            raise ValueError(f"{replica_id} is in the fleet already")
-        if not self._free:
+        """Add a replica that may have ``capacity`` requests in flight.
+
+        Raises:
+            ValueError: the fleet has the replica already.
+        """
+        if replica_id in self._replicas:
+            raise ValueError(f"replica {replica_id} is already in the fleet")
+        if not self._free_rows:
             self._grow()
-        slot = self._free.pop()
-        self._rows[replica_id] = row = Row(replica_id, slot, capacity, reach)
-        self.ids[slot] = replica_id
-        self.slots.given_s[slot] = self.mean_given_s
+        row = self._free_rows.pop()
+        self._replicas[replica_id] = replica = ReplicaState(replica_id, row, capacity, reach)
+        self.ids[row] = replica_id
+        self.table.assigned_s[row] = self.mean_assigned_s
         self.version += 1
-        self._write(row)
+        self._update_row(replica)
 
     def remove(self, replica_id: str) -> None:
-        """Forget a replica; what it still has to end may end later, and counts no more."""
-        row = self._rows.pop(replica_id)
-        self._num_ongoing -= row.own + row.others
-        self.slots.clear(row.slot)
-        self.adapters.forget(row.slot)
+        """Remove a replica; its requests in flight may still end, without any effect."""
+        replica = self._replicas.pop(replica_id)
+        self._num_in_flight -= replica.in_flight + replica.others_in_flight
+        self.table.clear_row(replica.row)
+        self.adapters.forget_row(replica.row)
         for rates in self._rates:
-            rates.reset(row.slot)
-        self.ids[row.slot] = None
-        self._free.append(row.slot)
-        row.queue.clear()
-        row.slot = -1
+            rates.reset_row(replica.row)
+        self.ids[replica.row] = None
+        self._free_rows.append(replica.row)
+        replica.queue.clear()
+        replica.row = -1
         self.version += 1
 
     def set_reach(self, replica_id: str, reach: Reach) -> None:
-        """Say how a replica can be reached from now on."""
-        row, given_s = self._rows[replica_id], self.slots.given_s
-        if reach > row.reach:  # it is to get its share from now on, not what it missed
-            given_s[row.slot] = max(given_s[row.slot], self.mean_given_s)
-        row.reach = reach
-        self._write(row)
-
-    @contextmanager
-    def hidden(self, replica_ids: Iterable[str]) -> Iterator[None]:
-        """For one choice, have these replicas pass for ones that cannot be reached."""
-        hidden = np.zeros(len(self.slots), np.bool_)
-        hidden[[self._rows[each].slot for each in replica_ids]] = True
-        with self.slots.hidden(hidden):
-            yield
+        """Set how a replica can be reached from now on."""
+        replica, assigned_s = self._replicas[replica_id], self.table.assigned_s
+        if reach > replica.reach:  # gets its share from now on, and nothing for the past
+            assigned_s[replica.row] = max(assigned_s[replica.row], self.mean_assigned_s)
+        replica.reach = reach
+        self._update_row(replica)
 
     def set_capacity(self, replica_id: str, capacity: int) -> None:
-        """Say how many requests a replica may be given at a time from now on."""
-        row = self._rows[replica_id]
-        row.capacity = capacity
-        self._write(row)
+        """Set the number of requests that a replica may have in flight."""
+        replica = self._replicas[replica_id]
+        replica.capacity = capacity
+        self._update_row(replica)
 
-    def slot_of(self, replica_id: str) -> int:
-        """The place of a replica in the arrays."""
-        return self._rows[replica_id].slot
+    @contextmanager
+    def hide(self, replica_ids: Iterable[str]) -> Iterator[None]:
+        """Treat these replicas as unreachable within the context, which makes one choice."""
+        rows = np.zeros(len(self.table), np.bool_)
+        rows[[self._replicas[each].row for each in replica_ids]] = True
+        with self.table.hide_rows(rows):
+            yield
 
-    def ongoing(self, replica_id: str) -> int:
-        """Requests that a replica has, this router's and the others'."""
-        return int(self.slots.ongoing[self._rows[replica_id].slot])
+    def row_of(self, replica_id: str) -> int:
+        """Return a replica's index in the arrays."""
+        return self._replicas[replica_id].row
 
-    # What happens
+    def in_flight(self, replica_id: str) -> int:
+        """Return a replica's requests in flight, other routers' included."""
+        return int(self.table.in_flight[self._replicas[replica_id].row])
+
+    # -- events --
 
     def advance(self, now_s: float) -> None:
-        """Say what time it is; a clock that jumps is followed."""
-        elapsed = now_s - self._refreshed_at
+        """Set the clock, which may jump in either direction."""
+        elapsed_s = now_s - self._refreshed_s
         self.now_s = now_s
-        while self._due and self._due[0][0] <= now_s:
-            self._prefilled(heapq.heappop(self._due)[2])
-        if not 0.0 <= elapsed < REFRESH_S:
-            self._refresh(max(0.0, elapsed))
-            self._refreshed_at = now_s
+        expected = self._expected_first_tokens
+        while expected and expected[0][0] <= now_s:
+            self._end_prefill(heapq.heappop(expected)[2])
+        if not 0.0 <= elapsed_s < REFRESH_S:
+            self._refresh(max(0.0, elapsed_s))
+            self._refreshed_s = now_s
 
-    def placed(
-        self, replica_id: str, request: RequestView, cached_tokens: float = 0.0
-    ) -> Placement:
-        """Note that a replica is given a request.
+    def place(self, replica_id: str, request: RequestView, cached_tokens: float = 0.0) -> Placement:
+        """Record that a request goes to a replica.
 
         Args:
-            replica_id: Which replica.
-            request: What it is given.
-            cached_tokens: Prompt tokens that it is expected to have cached.
+            replica_id: The chosen replica.
+            request: The request.
+            cached_tokens: Prompt tokens that the replica is expected to have cached.
         """
-        row = self._rows[replica_id]
-        work = max(0.0, request.prompt_tokens - cached_tokens) + STEP_TOKENS
-        placement = Placement(row, request, cached_tokens, work, self.now_s)
-        row.own += 1
-        row.queued_tokens += work
-        row.decode_tokens += request.completion_tokens
-        self._num_ongoing += 1.0
-        decode_s = request.completion_tokens / float(self.stream_rate.values[row.slot])
-        self._give(row, work * float(self.slots.miss_s[row.slot]) + decode_s / USUAL_BATCH)
-        row.queue[placement] = None
-        if len(row.queue) == 1:
-            self._set_head(row)
+        replica = self._replicas[replica_id]
+        work_tokens = max(0.0, request.prompt_tokens - cached_tokens) + STEP_TOKENS
+        placement = Placement(replica, request, cached_tokens, work_tokens, self.now_s)
+        replica.push(placement)
+        self._num_in_flight += 1.0
+        decode_s = request.completion_tokens / float(self.stream_rate.values[replica.row])
+        prefill_s = work_tokens * float(self.table.miss_s[replica.row])
+        self._assign(replica, prefill_s + decode_s / USUAL_BATCH)
+        if len(replica.queue) == 1:
+            self._start_head(replica)
         if request.adapter is not None:
-            self.adapters.note(row.slot, request.adapter)
-        self._mean_work += MEAN_WEIGHT * (work - self._mean_work)
-        self._mean_completion += MEAN_WEIGHT * (request.completion_tokens - self._mean_completion)
-        self._write(row)
+            self.adapters.record_use(replica.row, request.adapter)
+        self._mean_work_tokens += MEAN_WEIGHT * (work_tokens - self._mean_work_tokens)
+        completion_excess = request.completion_tokens - self._mean_completion_tokens
+        self._mean_completion_tokens += MEAN_WEIGHT * completion_excess
+        self._update_row(replica)
         return placement
 
-    def first_token(self, placement: Placement) -> None:
-        """Note that the first token of a request came; later calls are nothing."""
-        row = placement.row
-        if row.slot < 0 or placement.is_over or placement.is_first_seen:
+    def record_first_token(self, placement: Placement) -> None:
+        """Record that the first token of a request came; repeated calls have no effect."""
+        replica = placement.replica
+        if replica.row < 0 or placement.is_over or placement.is_first_token_seen:
             return
-        if placement.prefilled_at is None:
-            self._prefilled(placement)
+        if placement.prefilled_s is None:
+            self._end_prefill(placement)
         else:  # it was expected sooner
-            row.first_at_sum += self.now_s - placement.prefilled_at
-            placement.prefilled_at = self.now_s
-            self._write(row)
-        placement.is_first_seen = True
+            replica.correct_first_token(placement, self.now_s)
+            self._update_row(replica)
+        placement.is_first_token_seen = True
 
-    def ended(self, placement: Placement, usage: Usage | None = None) -> None:
-        """Note that a request ended, in whatever way; a second time is nothing.
+    def end(self, placement: Placement, usage: Usage | None = None) -> None:
+        """Record that a request ended; repeated calls have no effect.
 
         Args:
-            placement: What ``placed`` gave.
-            usage: What it took, where it ended well; the replica's rates are learned from it.
+            placement: The result of ``place``.
+            usage: Usage of a successful request, from which the replica's rates are learned.
         """
-        row = placement.row
-        if placement.is_over or row.slot < 0:
+        replica = placement.replica
+        if placement.is_over or replica.row < 0:
             return
         placement.is_over = True
-        if placement.prefilled_at is None:
+        if placement.prefilled_s is None:
             self._leave_queue(placement)
-        else:
-            row.decoding -= 1
-            row.first_at_sum -= placement.prefilled_at
         if usage is not None:
-            self._learn(placement, usage)
-        row.own -= 1
-        self._num_ongoing -= 1.0
-        row.decode_tokens -= placement.request.completion_tokens
-        if row.own == 0:  # what rounding left goes too
-            row.decode_tokens = row.first_at_sum = row.queued_tokens = 0.0
-        self._write(row)
+            self._learn_rates(placement, usage)
+        replica.discard(placement)
+        self._num_in_flight -= 1.0
+        self._update_row(replica)
 
     def update_load(self, replica_id: str, load: Load) -> None:
         """Take in a replica's load report.
@@ -229,152 +225,157 @@ class Fleet:
         A report can only add to this router's own count: a replica that claims to be idle is not
         believed, and one that claims more than its capacity counts as full.
         """
-        row = self._rows[replica_id]
-        others = min(max(0.0, float(load.in_flight - row.own)), float(row.capacity))
-        self._num_ongoing += others - row.others
-        row.others = others
-        share = others / max(1.0, row.own + others)
-        row.others_waiting = min(max(0.0, load.waiting * share), others)
-        row.is_kv_full = load.kv_cache_usage > KV_FULL
-        self._write(row)
+        replica = self._replicas[replica_id]
+        before = replica.others_in_flight
+        replica.update_load(load)
+        self._num_in_flight += replica.others_in_flight - before
+        self._update_row(replica)
 
     def forget_load(self, replica_id: str) -> None:
         """Forget a replica's last load report."""
         self.update_load(replica_id, _UNKNOWN_LOAD)
 
-    # What a decision reads; one number for each slot
+    # -- decisions: one number for each row --
 
-    def open(self) -> BoolArray:
-        """Which slots may be given a request now; not to be changed."""
-        return self.slots.open()
+    def open_rows(self) -> BoolArray:
+        """Return a mask of the rows that may be given a request now; read-only."""
+        return self.table.open_rows()
 
     def work_s(self, decode_weight: float = 1.0) -> FloatArray:
-        """Seconds of prefill and decode that each slot has before it.
+        """Return the seconds of prefill and decode work ahead of a new request, per row.
 
         Args:
-            decode_weight: What a second of decoding counts against one of prefill, above 0.
+            decode_weight: Cost of a second of decoding relative to a second of prefill, above 0.
         """
-        return self.slots.work_s(self.now_s, decode_weight / self._batch())
+        return self.table.work_s(self.now_s, decode_weight / self._batch_size())
 
     def costs_s(
         self,
         decode_weight: float = 1.0,
         prompt_tokens: float = 0.0,
         share_s: float = math.inf,
-        most_s: float = 0.0,
+        max_excess_s: float = 0.0,
     ) -> FloatArray:
-        """The same, with more that counts against a slot; inf for one that is not open.
+        """Return ``work_s`` with further costs, per row; inf if the row is closed.
 
         Args:
             decode_weight: As for ``work_s``.
-            prompt_tokens: Whose prefill is added.
-            share_s: Of the work that a slot was given, what is above it is added,
-            most_s: but never more than so much.
+            prompt_tokens: Tokens whose prefill time is added.
+            share_s: Assigned work above which the excess is added,
+            max_excess_s: up to this limit.
         """
-        weight = decode_weight / self._batch()
-        return self.slots.costs_s(self.now_s, weight, prompt_tokens, share_s, most_s)
+        weight = decode_weight / self._batch_size()
+        return self.table.costs_s(self.now_s, weight, prompt_tokens, share_s, max_excess_s)
 
-    # Inner
+    # -- internals --
 
     def _grow(self) -> None:
-        old = len(self.slots)
-        size = self.slots.grow()
+        old_size = len(self.table)
+        size = self.table.grow()
         for rates in self._rates:
             rates.grow(size)
         self.adapters.grow(size)
-        self.ids += [None] * (size - old)
-        self._free += range(size - 1, old - 1, -1)
+        self.ids += [None] * (size - old_size)
+        self._free_rows += range(size - 1, old_size - 1, -1)
 
-    def _batch(self) -> float:
-        """Streams that decode beside each other for about the price of one."""
-        return max(USUAL_BATCH, self._num_ongoing / max(1, len(self._rows)))
+    def _batch_size(self) -> float:
+        """Return the number of streams that decode together for about the price of one."""
+        return max(USUAL_BATCH, self._num_in_flight / max(1, len(self._replicas)))
 
     def _refresh(self, elapsed_s: float) -> None:
-        """Take in that time has passed: what was learned long ago counts less."""
+        """Decay what was learned and assigned."""
         for rates in self._rates:
             rates.refresh(elapsed_s)
-        self.slots.given_s *= 0.5 ** (elapsed_s / GIVEN_HALF_S)
-        allowed = self.slots.open()
-        if allowed.any():
-            self.mean_given_s = float(self.slots.given_s[allowed].mean())
-        for row in self._rows.values():
-            self._write(row)
+        self.table.assigned_s *= 0.5 ** (elapsed_s / ASSIGNED_HALF_LIFE_S)
+        open_rows = self.table.open_rows()
+        if open_rows.any():
+            self.mean_assigned_s = float(self.table.assigned_s[open_rows].mean())
+        for replica in self._replicas.values():
+            self._update_row(replica)
 
-    def _give(self, row: Row, work_s: float) -> None:
-        self.slots.given_s[row.slot] += work_s
-        self.mean_given_s += work_s / len(self._rows)
+    def _assign(self, replica: ReplicaState, work_s: float) -> None:
+        self.table.assigned_s[replica.row] += work_s
+        self.mean_assigned_s += work_s / len(self._replicas)
 
-    def _write(self, row: Row) -> None:
-        """Write into the arrays what has changed of a replica."""
-        slots, slot = self.slots, row.slot
-        token_s = 1.0 / float(self.prefill_rate.values[slot])
-        decode_s = 1.0 / float(self.stream_rate.values[slot])
-        slots.miss_s[slot] = token_s
-        slots.hit_s[slot] = token_s * float(self.honesty.values[slot])
-        slots.ongoing[slot] = ongoing = row.own + row.others
-        slots.set_open(slot, ongoing < row.capacity, row.reach)
-        queued = row.queued_tokens + row.others_waiting * self._mean_work
-        if row.queue:
-            head_tokens = next(iter(row.queue)).work_tokens
-            queued -= head_tokens
-            slots.busy[slot], slots.first_at[slot] = 1.0, row.head_since + head_tokens * token_s
+    def _update_row(self, replica: ReplicaState) -> None:
+        """Write a replica's numbers into the table."""
+        table, row = self.table, replica.row
+        prefill_token_s = 1.0 / float(self.prefill_rate.values[row])
+        decode_token_s = 1.0 / float(self.stream_rate.values[row])
+        table.miss_s[row] = prefill_token_s
+        table.hit_s[row] = prefill_token_s * float(self.cache_claim_accuracy.values[row])
+        in_flight = replica.in_flight + replica.others_in_flight
+        table.in_flight[row] = in_flight
+        table.set_available(row, in_flight < replica.capacity, replica.reach)
+        queued_tokens = replica.queued_tokens + replica.others_waiting * self._mean_work_tokens
+        if replica.queue:
+            head_tokens = next(iter(replica.queue)).work_tokens
+            queued_tokens -= head_tokens
+            table.has_head[row] = 1.0
+            table.head_due_s[row] = replica.head_since_s + head_tokens * prefill_token_s
         else:
-            slots.busy[slot] = slots.first_at[slot] = 0.0
-        full_s = self._mean_completion * decode_s if row.is_kv_full else 0.0
-        slots.behind_s[slot] = max(0.0, queued) * token_s + full_s
-        others = row.others * 0.5 * self._mean_completion
-        slots.decoding[slot] = row.decoding
-        slots.decode_ends[slot] = (row.decode_tokens + others) * decode_s + row.first_at_sum
-        slots.decode_least[slot] = (row.decode_tokens * LEAST_LEFT + others) * decode_s
+            table.has_head[row] = table.head_due_s[row] = 0.0
+        # With a full KV cache, a new request waits until about one other has ended.
+        full_s = self._mean_completion_tokens * decode_token_s if replica.is_kv_full else 0.0
+        table.behind_s[row] = max(0.0, queued_tokens) * prefill_token_s + full_s
+        # Other routers' requests are taken to be half done, on average.
+        others_tokens = replica.others_in_flight * 0.5 * self._mean_completion_tokens
+        table.num_decoding[row] = replica.num_decoding
+        table.decode_end_sum_s[row] = (
+            replica.completion_tokens + others_tokens
+        ) * decode_token_s + replica.first_token_sum_s
+        min_left = replica.completion_tokens * MIN_LEFT + others_tokens
+        table.decode_floor_s[row] = min_left * decode_token_s
 
-    def _prefilled(self, placement: Placement) -> None:
-        """The prefill of a request has ended, unless that or its end is known already."""
-        row = placement.row
-        if placement.prefilled_at is None and placement in row.queue:
+    def _end_prefill(self, placement: Placement) -> None:
+        """Move a request from the queue to decoding, unless it has moved or ended."""
+        replica = placement.replica
+        if placement.prefilled_s is None and placement in replica.queue:
             self._leave_queue(placement)
-            placement.prefilled_at = self.now_s
-            row.decoding += 1
-            row.first_at_sum += self.now_s
-            self._write(row)
+            replica.begin_decoding(placement, self.now_s)
+            self._update_row(replica)
 
     def _leave_queue(self, placement: Placement) -> None:
-        row = placement.row
-        placement.begun_at = max(placement.begun_at, row.last_first_at)
-        row.last_first_at = self.now_s
-        was_head = next(iter(row.queue)) is placement
-        del row.queue[placement]
-        row.queued_tokens -= placement.work_tokens
+        replica = placement.replica
+        placement.begun_s = max(placement.begun_s, replica.last_first_token_s)
+        replica.last_first_token_s = self.now_s
+        was_head = next(iter(replica.queue)) is placement
+        del replica.queue[placement]
+        replica.queued_tokens -= placement.work_tokens
         if was_head:
-            self._set_head(row)
+            self._start_head(replica)
 
-    def _set_head(self, row: Row) -> None:
-        """Another request is first in line now."""
-        head = next(iter(row.queue), None)
+    def _start_head(self, replica: ReplicaState) -> None:
+        """Begin the prefill of the request that is the queue's head now."""
+        head = next(iter(replica.queue), None)
         if head is None:
-            row.queued_tokens = 0.0  # what rounding left goes too
+            replica.queued_tokens = 0.0  # clears rounding errors
             return
-        row.head_since = max(head.begun_at, row.last_first_at)
+        replica.head_since_s = max(head.begun_s, replica.last_first_token_s)
         if not head.request.streamed:
-            expected_s = head.work_tokens / float(self.prefill_rate.values[row.slot])
-            self._num_due += 1
-            heapq.heappush(self._due, (row.head_since + expected_s, self._num_due, head))
+            prefill_s = head.work_tokens / float(self.prefill_rate.values[replica.row])
+            self._num_expected += 1
+            expected = (replica.head_since_s + prefill_s, self._num_expected, head)
+            heapq.heappush(self._expected_first_tokens, expected)
 
-    def _learn(self, placement: Placement, usage: Usage) -> None:
-        """Take in how fast a replica was; a late answer to a wrong guess is not held against it."""
-        slot, completion = placement.row.slot, usage.completion_tokens
+    def _learn_rates(self, placement: Placement, usage: Usage) -> None:
+        """Learn a replica's speed and the accuracy of its cache claims from a finished request."""
+        row, completion_tokens = placement.replica.row, usage.completion_tokens
         if placement.cached_tokens > 0.0:
-            held = min(float(usage.cached_tokens), placement.cached_tokens)
-            self.honesty.observe(slot, held, placement.cached_tokens)
-        work = max(0.0, usage.prompt_tokens - usage.cached_tokens) + STEP_TOKENS
-        self._give(placement.row, (work - placement.work_tokens) * float(self.slots.miss_s[slot]))
-        whole_s = self.now_s - placement.begun_at
-        if placement.is_first_seen and placement.prefilled_at is not None:
-            decode_s = self.now_s - placement.prefilled_at
-            completion -= 1
-        else:  # only the whole is known; each part is taken to be as late as the whole
-            expected_s = work / float(self.prefill_rate.values[slot])
-            decode_s = completion / float(self.stream_rate.values[slot])
-            decode_s *= whole_s / (expected_s + decode_s)
-        self.prefill_rate.observe(slot, work, whole_s - decode_s)
-        if completion > 0:
-            self.stream_rate.observe(slot, completion, decode_s)
+            found = min(float(usage.cached_tokens), placement.cached_tokens)
+            self.cache_claim_accuracy.observe(row, found, placement.cached_tokens)
+        work_tokens = max(0.0, usage.prompt_tokens - usage.cached_tokens) + STEP_TOKENS
+        # A wrong estimate is corrected, so the replica does not pay for it.
+        surplus_tokens = work_tokens - placement.work_tokens
+        self._assign(placement.replica, surplus_tokens * float(self.table.miss_s[row]))
+        whole_s = self.now_s - placement.begun_s
+        if placement.is_first_token_seen and placement.prefilled_s is not None:
+            decode_s = self.now_s - placement.prefilled_s
+            completion_tokens -= 1
+        else:  # only the whole is known: both phases are taken to be equally late
+            prefill_s = work_tokens / float(self.prefill_rate.values[row])
+            decode_s = completion_tokens / float(self.stream_rate.values[row])
+            decode_s *= whole_s / (prefill_s + decode_s)
+        self.prefill_rate.observe(row, work_tokens, whole_s - decode_s)
+        if completion_tokens > 0:
+            self.stream_rate.observe(row, completion_tokens, decode_s)

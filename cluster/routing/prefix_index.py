@@ -1,9 +1,9 @@
-"""Which prefixes of prompts each replica has in its KV cache.
+"""Index of the prompt prefixes that each replica has in its KV cache.
 
-Replicas say what they store and remove (``stored``, ``removed``, ``cleared``); a router adds what
-it expects of the requests that it placed (``expect``), until the replica says otherwise or a time
-has passed. An entry is a prefix's hash and a bit mask of the replicas that hold it, in many small
-dictionaries, so that none of them is ever slow to grow, to search or to clean. Knows nothing of
+Replicas report the prefixes that they store and remove. A router adds the prefixes of the requests
+that it placed as expectations, which end when the replica reports otherwise or after some seconds.
+An entry maps a prefix's hash to a bit mask of replicas. Entries are spread over many small
+dictionaries (shards), so that growing, searching or cleaning one never takes long. Knows nothing of
 text, tokens or load.
 """
 
@@ -11,242 +11,258 @@ from collections.abc import Iterable, Sequence
 
 MAX_ENTRIES = 2**20
 SHARD_ENTRIES = 1024
-"""About how many entries a shard has at most; cleaning one takes some 50 µs."""
+"""Approximate size of a full shard; cleaning one takes about 50 µs."""
 EXPECTED_S = 10.0
-"""How long an expectation holds at most, and half of it at least: longer than a long prefill."""
+"""Longest life of an expectation, which lives at least half as long; above a long prefill."""
 MAX_EXPECTED = 2**14
-"""Expectations that are made within half of that time; more let the older half go sooner."""
+"""Expectations made within half of ``EXPECTED_S``; more drop the older half early."""
 SWEEP_SHARDS = 16
-"""Shards that are cleaned for each replica that is forgotten."""
+"""Shards that are cleaned for each replica that is cleared."""
 USED = 1
-"""The bit of an entry that was asked for since it was last passed over for eviction."""
+"""Lowest bit of a mask: the entry was used since it was last considered for eviction."""
 
 EXACT_PROBES = 16
-"""Look-ups after which ``PrefixIndex.levels`` is content with less: each is a handful of cache
-misses, about a microsecond of a decision."""
+"""Look-ups after which ``PrefixIndex.find_levels`` becomes approximate. A look-up is a handful of
+cache misses, about a microsecond of a decision."""
 COARSE = 1 / 16
+"""Error of an approximate count, as a share of the number of prefixes."""
 
 Level = tuple[int, int]
 """A number of leading prefixes, and the mask of the replicas that hold at least as many."""
 
 
 class PrefixIndex:
-    """Prefix hashes of at most ``max_entries``; the least recently used ones make room."""
+    """Index of at most ``max_entries`` prefix hashes; the least recently used ones are evicted."""
 
     def __init__(self, max_entries: int = MAX_ENTRIES, expected_s: float = EXPECTED_S) -> None:
         num_shards = 1 << max(0, (max_entries // SHARD_ENTRIES).bit_length() - 1)
         self._shards: list[dict[int, int]] = [{} for _ in range(num_shards)]
-        self._pick = num_shards - 1
-        self._shard_max = max(1, max_entries // num_shards)
+        self._shard_mask = num_shards - 1  # of a hash, gives its shard
+        self._max_shard_entries = max(1, max_entries // num_shards)
+        # All expectations, and those made since the last rotation; a rotation drops the others.
         self._expected: dict[int, int] = {}
-        self._expected_young: dict[int, int] = {}  # of these, what was made since the last turn
-        self._turn_s = expected_s / 2
-        self._turned_at = 0.0
+        self._young_expected: dict[int, int] = {}
+        self._rotate_s = expected_s / 2
+        self._rotated_s = 0.0
         self.version = 0
-        """Grows when a replica gets another bit."""
-        self._bits: dict[str, int] = {}  # each replica's mask, of one bit
-        self._live = 0
-        self._free: list[int] = []
+        """Grows when a replica gets or loses its bit."""
+        self._masks: dict[str, int] = {}  # of each replica, with one bit set
+        self._live_mask = 0
+        # Bits of cleared replicas wait to be swept out of the shards before they are free again.
+        self._cleared_mask = self._sweeping_mask = 0
+        self._next_sweep_shard = 0
+        self._free_masks: list[int] = []
         self._num_bits = 1  # the lowest one is USED
-        self._retired = self._leaving = 0
-        self._swept = 0
 
     @property
     def num_entries(self) -> int:
-        """Prefixes that some replica was said to have; expectations are not counted."""
+        """Number of prefixes that replicas reported; expectations are not counted."""
         return sum(len(shard) for shard in self._shards)
 
-    # What is told
+    @property
+    def num_expected(self) -> int:
+        """Number of expected prefixes."""
+        return len(self._expected)
+
+    @property
+    def num_bits(self) -> int:
+        """Bits in use, which bounds the length of a mask."""
+        return self._num_bits
+
+    # -- updates --
 
     def advance(self, now_s: float) -> None:
-        """Say what time it is; expectations that are too old are dropped."""
-        elapsed = now_s - self._turned_at
-        if 0.0 <= elapsed < self._turn_s:
+        """Set the clock and drop expectations that are too old."""
+        elapsed_s = now_s - self._rotated_s
+        if 0.0 <= elapsed_s < self._rotate_s:
             return
-        self._turn()
-        if elapsed >= 2 * self._turn_s:
-            self._turn()
-        self._turned_at = now_s
+        self._rotate_expected()
+        if elapsed_s >= 2 * self._rotate_s:
+            self._rotate_expected()
+        self._rotated_s = now_s
 
-    def stored(self, replica_id: str, hashes: Iterable[int]) -> None:
-        """A replica has stored these prefixes."""
-        bit = self._bit(replica_id)
-        shards, pick, most = self._shards, self._pick, self._shard_max
+    def add_stored(self, replica_id: str, hashes: Iterable[int]) -> None:
+        """Record that a replica has stored these prefixes."""
+        mask = self._mask_of(replica_id)
+        shards, shard_mask, limit = self._shards, self._shard_mask, self._max_shard_entries
         for prefix in hashes:
-            shard = shards[prefix & pick]
-            held = shard.get(prefix)
-            if held is None:
-                if len(shard) >= most:
+            shard = shards[prefix & shard_mask]
+            holders = shard.get(prefix)
+            if holders is None:
+                if len(shard) >= limit:
                     _evict(shard)
-                shard[prefix] = bit
+                shard[prefix] = mask
             else:
-                shard[prefix] = held | bit | USED
+                shard[prefix] = holders | mask | USED
         self._sweep(1)
 
-    def removed(self, replica_id: str, hashes: Iterable[int]) -> None:
-        """A replica no longer has these prefixes."""
-        bit = self._bits.get(replica_id, 0)
+    def remove_stored(self, replica_id: str, hashes: Iterable[int]) -> None:
+        """Record that a replica no longer has these prefixes."""
+        mask = self._masks.get(replica_id, 0)
         for prefix in hashes:
-            for entries in (self._shard(prefix), self._expected, self._expected_young):
+            for entries in (self._shard_of(prefix), self._expected, self._young_expected):
                 if prefix in entries:
-                    _take(entries, prefix, bit)
+                    _unset(entries, prefix, mask)
         self._sweep(1)
 
-    def cleared(self, replica_id: str) -> None:
-        """A replica has nothing stored any more."""
-        bit = self._bits.pop(replica_id, 0)
-        if bit:
-            self._live &= ~bit
-            self._retired |= bit
+    def clear(self, replica_id: str) -> None:
+        """Forget all prefixes of a replica, which emptied its cache or is gone."""
+        mask = self._masks.pop(replica_id, 0)
+        if mask:
+            self._live_mask &= ~mask
+            self._cleared_mask |= mask
             self.version += 1
             self._sweep(SWEEP_SHARDS)
 
-    def forget(self, replica_id: str) -> None:
-        """A replica is gone."""
-        self.cleared(replica_id)
+    def expect(self, replica_id: str, prefixes: Iterable[int]) -> None:
+        """Expect a replica to have these prefixes, because it was given a prompt with them.
 
-    def expect(self, replica_id: str, prefix: Iterable[int]) -> None:
-        """A replica is given a prompt with these prefixes, so it has or will soon have them.
-
-        What it is known to have counts as used.
+        Entries that the replica has reported count as used.
         """
-        bit, shards, pick = self._bit(replica_id), self._shards, self._pick
-        expected, young = self._expected, self._expected_young
-        for each in prefix:
-            shard = shards[each & pick]
-            held = shard.get(each, 0)
-            if held and not held & USED:
-                shard[each] = held | USED
-            if not held & bit:
-                expected[each] = expected.get(each, 0) | bit
-                young[each] = young.get(each, 0) | bit
+        mask, shards, shard_mask = self._mask_of(replica_id), self._shards, self._shard_mask
+        expected, young = self._expected, self._young_expected
+        for prefix in prefixes:
+            shard = shards[prefix & shard_mask]
+            holders = shard.get(prefix, 0)
+            if holders and not holders & USED:
+                shard[prefix] = holders | USED
+            if not holders & mask:
+                expected[prefix] = expected.get(prefix, 0) | mask
+                young[prefix] = young.get(prefix, 0) | mask
         if len(young) > MAX_EXPECTED:
-            self._turn()
+            self._rotate_expected()
 
-    # What is asked
+    # -- queries --
 
-    def match(self, prefix: Sequence[int]) -> dict[str, int]:
-        """How many leading prefixes each replica holds, of those that hold any."""
+    def match(self, prefixes: Sequence[int]) -> dict[str, int]:
+        """Return the number of leading prefixes that each replica holds, if it holds any."""
         counts: dict[str, int] = {}
-        for count, mask in self.levels(prefix):
-            counts |= {name: count for name, bit in self._bits.items() if bit & mask}
+        for count, holders in self.find_levels(prefixes):
+            counts |= {name: count for name, mask in self._masks.items() if mask & holders}
         return counts
 
-    def count(self, replica_id: str, prefix: Sequence[int]) -> int:
-        """How many leading prefixes one replica holds."""
-        bit, low, high = self._bits.get(replica_id, 0), 0, len(prefix)
+    def count(self, replica_id: str, prefixes: Sequence[int]) -> int:
+        """Return the number of leading prefixes that one replica holds."""
+        mask, low, high = self._masks.get(replica_id, 0), 0, len(prefixes)
         while low < high:
             middle = (low + high) // 2
-            if self._holders(prefix[middle]) & bit:
+            if self._holders(prefixes[middle]) & mask:
                 low = middle + 1
             else:
                 high = middle
         return low
 
-    def levels(self, prefix: Sequence[int]) -> list[Level]:
-        """The same as ``match`` with masks: counts rise, and each mask is part of the one before.
+    def find_levels(self, prefixes: Sequence[int]) -> list[Level]:
+        """Return ``match`` as masks, by rising counts; each mask is a subset of the one before.
 
-        An engine evicts the end of a prompt before its beginning, so where two prefixes are held
-        by the same replicas, all between them are taken to be: the time is the number of levels
-        times the logarithm of the number of prefixes. The longest are sought first; where there
-        are many levels, the counts of shorter ones are less by up to ``COARSE`` of all prefixes.
+        Engines evict the end of a prompt before its start. So if two prefixes have the same
+        holders, those between them are assumed to have them too, and a bisection finds the levels
+        in O(levels * log(prefixes)). The longest are found first; after ``EXACT_PROBES`` look-ups,
+        the remaining counts may be too low by up to ``COARSE`` of all prefixes.
         """
-        if not prefix or not (first := self._holders(prefix[0])):
+        if not prefixes or not (first := self._holders(prefixes[0])):
             return []
-        shards, pick, expected = self._shards, self._pick, self._expected
+        shards, shard_mask, expected = self._shards, self._shard_mask, self._expected
         levels: list[Level] = []
-        exact, num_probes = 1, 0
-        at, held, end, at_end = 0, first, len(prefix), 0
-        to_do: list[tuple[int, int, int, int]] = []
-        while True:  # who holds the one at ``at``, and who the one at ``end``
-            while end - at > exact:
-                middle = (at + end) // 2
-                each = prefix[middle]
-                found = shards[each & pick].get(each, 0) & held
-                if found != held:
-                    found |= expected.get(each, 0) & held | at_end
+        tolerance, num_probes = 1, 0
+        # Holders of the prefix at ``low``, and of the one at ``high`` (none at the end).
+        low, low_mask, high, high_mask = 0, first, len(prefixes), 0
+        pending: list[tuple[int, int, int, int]] = []
+        while True:
+            while high - low > tolerance:
+                middle = (low + high) // 2
+                prefix = prefixes[middle]
+                mask = shards[prefix & shard_mask].get(prefix, 0) & low_mask
+                if mask != low_mask:
+                    mask |= expected.get(prefix, 0) & low_mask | high_mask
                 num_probes += 1
                 if num_probes == EXACT_PROBES:
-                    exact = max(1, int(COARSE * len(prefix)))
-                if found == at_end:
-                    end = middle
+                    tolerance = max(1, int(COARSE * len(prefixes)))
+                if mask == high_mask:
+                    high = middle
                     continue
-                if found != held:
-                    to_do.append((at, held, middle, found))
-                at, held = middle, found
-            levels.append((at + 1, held))
-            if not to_do:
+                if mask != low_mask:
+                    pending.append((low, low_mask, middle, mask))
+                low, low_mask = middle, mask
+            levels.append((low + 1, low_mask))
+            if not pending:
                 break
-            at, held, end, at_end = to_do.pop()
+            low, low_mask, high, high_mask = pending.pop()
         levels.reverse()
         return levels
 
     def bit_of(self, replica_id: str) -> int:
-        """The place of a replica's bit in masks, for this ``version``; 0, never set: has none."""
-        return max(0, self._bits.get(replica_id, 0).bit_length() - 1)
+        """Return the position of a replica's bit in masks; 0, which is never set, if it has none.
+
+        Valid for one ``version``.
+        """
+        return max(0, self._masks.get(replica_id, 0).bit_length() - 1)
+
+    # -- internals --
 
     def _holders(self, prefix: int) -> int:
-        return (self._shard(prefix).get(prefix, 0) | self._expected.get(prefix, 0)) & self._live
+        stored, expected = self._shard_of(prefix).get(prefix, 0), self._expected.get(prefix, 0)
+        return (stored | expected) & self._live_mask
 
-    # Inner
+    def _shard_of(self, prefix: int) -> dict[int, int]:
+        return self._shards[prefix & self._shard_mask]
 
-    def _shard(self, prefix: int) -> dict[int, int]:
-        return self._shards[prefix & self._pick]
+    def _rotate_expected(self) -> None:
+        self._expected, self._young_expected = self._young_expected, {}
 
-    def _turn(self) -> None:
-        self._expected, self._expected_young = self._expected_young, {}
-
-    def _bit(self, replica_id: str) -> int:
-        """A replica's mask; a new one where nothing was heard of it since it was cleared."""
-        bit = self._bits.get(replica_id)
-        if bit is None:
-            if not self._free:
-                self._free.append(1 << self._num_bits)
+    def _mask_of(self, replica_id: str) -> int:
+        """Return a replica's mask; give it a bit if it has none."""
+        mask = self._masks.get(replica_id)
+        if mask is None:
+            if not self._free_masks:
+                self._free_masks.append(1 << self._num_bits)
                 self._num_bits += 1
-            bit = self._bits[replica_id] = self._free.pop()
-            self._live |= bit
+            mask = self._masks[replica_id] = self._free_masks.pop()
+            self._live_mask |= mask
             self.version += 1
-        return bit
+        return mask
 
     def _sweep(self, num_shards: int) -> None:
-        """Take the bits of replicas that are gone out of some shards; at the end they are free.
+        """Remove cleared replicas' bits from some shards; free the bits after the last shard.
 
-        Spread over what else happens, since a pass over all entries would hold everything up.
+        Spread over other updates, because one pass over all entries would stall the router.
         """
-        if self._swept == 0:
-            self._leaving, self._retired = self._retired, 0
-        if not self._leaving:
+        if self._next_sweep_shard == 0:
+            self._sweeping_mask, self._cleared_mask = self._cleared_mask, 0
+        if not self._sweeping_mask:
             return
-        for shard in self._shards[self._swept : self._swept + num_shards]:
-            _take_all(shard, self._leaving)
-        self._swept += num_shards
-        if self._swept < len(self._shards):
+        end = self._next_sweep_shard + num_shards
+        for shard in self._shards[self._next_sweep_shard : end]:
+            _unset_all(shard, self._sweeping_mask)
+        self._next_sweep_shard = end
+        if end < len(self._shards):
             return
-        _take_all(self._expected, self._leaving)
-        _take_all(self._expected_young, self._leaving)
-        self._free += [1 << at for at in range(self._num_bits) if self._leaving >> at & 1]
-        self._swept = self._leaving = 0
+        _unset_all(self._expected, self._sweeping_mask)
+        _unset_all(self._young_expected, self._sweeping_mask)
+        bits = range(self._num_bits)
+        self._free_masks += [1 << bit for bit in bits if self._sweeping_mask >> bit & 1]
+        self._next_sweep_shard = self._sweeping_mask = 0
 
 
-def _take(entries: dict[int, int], prefix: int, bits: int) -> None:
-    """Take bits out of an entry; one that nobody holds goes."""
-    held = entries[prefix] & ~bits
-    if held > USED:
-        entries[prefix] = held
+def _unset(entries: dict[int, int], prefix: int, mask: int) -> None:
+    """Remove holders from an entry; delete the entry if none is left."""
+    holders = entries[prefix] & ~mask
+    if holders > USED:
+        entries[prefix] = holders
     else:
         del entries[prefix]
 
 
-def _take_all(entries: dict[int, int], bits: int) -> None:
-    for prefix in [prefix for prefix, held in entries.items() if held & bits]:
-        _take(entries, prefix, bits)
+def _unset_all(entries: dict[int, int], mask: int) -> None:
+    for prefix in [prefix for prefix, holders in entries.items() if holders & mask]:
+        _unset(entries, prefix, mask)
 
 
 def _evict(shard: dict[int, int]) -> None:
-    """Drop the oldest entry that was not used; those that were get another turn (CLOCK)."""
+    """Evict the oldest entry that was not used; used ones get another round (CLOCK)."""
     while True:
         prefix = next(iter(shard))
-        held = shard.pop(prefix)
-        if not held & USED:
+        holders = shard.pop(prefix)
+        if not holders & USED:
             return
-        shard[prefix] = held ^ USED
+        shard[prefix] = holders ^ USED

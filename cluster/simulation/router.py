@@ -3,7 +3,7 @@
 from typing import Protocol
 
 from cluster.admission.fair_queue import Entry, FairQueue
-from cluster.routing import Fleet, PrefixIndex, Reach, RequestView, TokenEstimate
+from cluster.routing import Fleet, PrefixIndex, Reach, RequestView, TokenEstimator
 from cluster.simulation.calls import Call, Outcome
 from cluster.simulation.events import Events
 from cluster.simulation.replica import Replica
@@ -44,7 +44,7 @@ class Router:
         self.policy = settings.policy(self.index, truth, settings.seed + number)
         self._settings, self._events, self._owner = settings, events, owner
         self._block_tokens = block_tokens
-        self._estimate = TokenEstimate(generates=True)
+        self._estimate = TokenEstimator(generates=True)
         self._ends: tuple[float, ...] = ()
 
     def add(self, replica: Replica) -> None:
@@ -56,13 +56,13 @@ class Router:
         """It is given no more."""
         if replica.id in self.fleet:
             self.fleet.remove(replica.id)
-            self.index.forget(replica.id)
+            self.index.clear(replica.id)
 
     def cache_changed(self, replica_id: str, stored: list[int], removed: list[int]) -> None:
         """What a replica says of its cache."""
         if replica_id in self.fleet:
-            self.index.stored(replica_id, stored)
-            self.index.removed(replica_id, removed)
+            self.index.add_stored(replica_id, stored)
+            self.index.remove_stored(replica_id, removed)
 
     def report(self, replica: Replica) -> None:
         """What a replica says of its load."""
@@ -88,23 +88,23 @@ class Router:
         """The first token passes."""
         if call.placement is not None:
             self.fleet.advance(self._events.now_s)
-            self.fleet.first_token(call.placement)
+            self.fleet.record_first_token(call.placement)
 
     def ended(self, call: Call) -> None:
         """The answer has ended well."""
         request, placement = call.request, call.placement
         taken = Usage(request.prompt_tokens, call.cached_tokens, request.completion_tokens)
-        self._estimate.learn(request.prompt_tokens * BYTES_PER_TOKEN, taken)
+        self._estimate.learn_usage(request.prompt_tokens * BYTES_PER_TOKEN, taken)
         if placement is not None:
             self.fleet.advance(self._events.now_s)
-            self.fleet.ended(placement, taken)
+            self.fleet.end(placement, taken)
         self._owner.over(call, Outcome.DONE)
         self._dispatch()
 
     def lost(self, call: Call) -> None:
         """The replica of a request is gone: another one may answer while no token has passed."""
         if call.placement is not None:
-            self.fleet.ended(call.placement)
+            self.fleet.end(call.placement)
         if call.first_s is not None or call.attempts >= MAX_ATTEMPTS:
             self._owner.over(call, Outcome.FAILED)
         else:
@@ -122,7 +122,7 @@ class Router:
         tokens = request.prompt_tokens * BYTES_PER_TOKEN * self._estimate.tokens_per_byte
         return RequestView(
             prompt_tokens=tokens,
-            completion_tokens=self._estimate.view(0).completion_tokens,
+            completion_tokens=self._estimate.view_request(0).completion_tokens,
             prefix=blocks,
             prefix_tokens=self._ends[: len(blocks)],
             session=request.session,
@@ -140,10 +140,10 @@ class Router:
         held = self.index.count(chosen, view.prefix)
         self.index.expect(chosen, view.prefix)
         cached = view.prefix_tokens[held - 1] if held else 0.0
-        call.placement = self.fleet.placed(chosen, view, cached)
+        call.placement = self.fleet.place(chosen, view, cached)
         call.attempts += 1
         if not self._owner.give(call, chosen):
-            self.fleet.ended(call.placement)
+            self.fleet.end(call.placement)
             self._owner.over(call, Outcome.FAILED)
         return True
 

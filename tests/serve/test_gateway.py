@@ -512,7 +512,7 @@ async def test_a_place_that_another_router_frees_goes_to_the_one_who_waits() -> 
         await other.until(lambda: other.gateway.pools["gen"].num_ready == 1)
         calls = [asgi.start(world.app, "POST", CHAT, {"wait_before": True}) for _ in range(2)]
         await world.until(lambda: len(replica.seen) == 2)
-        await other.until(lambda: other.gateway.pools["gen"].fleet.ongoing("gen-1") == 2)
+        await other.until(lambda: other.gateway.pools["gen"].fleet.in_flight("gen-1") == 2)
         waiting = asgi.start(other.app, "POST", CHAT, {})
         await other.until(lambda: other.gateway.pools["gen"].num_queued == 1)
         replica.gate.set()

@@ -28,7 +28,7 @@ def asked(*prefix: int) -> RequestView:
 def serve(fleet: Fleet, policy: Policy, request: RequestView) -> str | None:
     chosen = policy.choose(request, fleet)
     if chosen is not None:
-        fleet.placed(chosen, request)
+        fleet.place(chosen, request)
     return chosen
 
 

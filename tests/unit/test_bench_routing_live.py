@@ -11,7 +11,7 @@ from benchmarks.routing.replay import prompt
 from benchmarks.routing.traces import ratio
 from cluster.config import parse
 from cluster.gateway import Gateway, Wiring
-from cluster.routing.prefix import PrefixAffinity
+from cluster.routing.prefix_policy import PrefixAffinity
 from cluster.simulation.requests import Trace, TraceRequest
 
 

@@ -12,27 +12,27 @@ CHAINS = (*CHAINS, (*CHAINS[0][:4], 300, 301, 302, 303))
 
 def test_what_is_stored_is_found() -> None:
     index = PrefixIndex()
-    index.stored("a", (1, 2, 3))
-    index.stored("b", (1,))
+    index.add_stored("a", (1, 2, 3))
+    index.add_stored("b", (1,))
     assert index.match((1, 2, 3, 4)) == {"a": 3, "b": 1}
     assert index.match((1, 5)) == {"a": 1, "b": 1}
     assert index.match((9,)) == index.match(()) == {}
-    index.removed("a", (3,))
+    index.remove_stored("a", (3,))
     assert index.match((1, 2, 3, 4)) == {"a": 2, "b": 1}
-    assert index.levels((1, 2)) == [(1, 0b110), (2, 0b010)]
+    assert index.find_levels((1, 2)) == [(1, 0b110), (2, 0b010)]
 
 
 def test_one_that_is_cleared_or_forgotten_has_nothing_and_may_come_again() -> None:
     index = PrefixIndex()
-    for end in (index.cleared, index.forget):
-        index.stored("a", (1, 2))
-        index.stored("b", (1, 2))
-        end("a")
+    for _ in range(2):
+        index.add_stored("a", (1, 2))
+        index.add_stored("b", (1, 2))
+        index.clear("a")
         assert index.match((1, 2)) == {"b": 2}
-        index.stored("a", (1,))
+        index.add_stored("a", (1,))
         assert index.match((1, 2)) == {"a": 1, "b": 2}
-    index.forget("never seen")
-    index.removed("never seen", (1,))
+    index.clear("never seen")
+    index.remove_stored("never seen", (1,))
     assert index.match((1, 2)) == {"a": 1, "b": 2}
 
 
@@ -43,9 +43,9 @@ def test_an_expectation_holds_for_a_time_or_until_the_replica_says_otherwise() -
     index.expect("b", (1, 2))
     index.advance(104.9)
     assert index.match((1, 2)) == {"a": 2, "b": 2}
-    index.removed("a", (2,))
+    index.remove_stored("a", (2,))
     assert index.match((1, 2)) == {"a": 1, "b": 2}
-    index.stored("b", (1,))
+    index.add_stored("b", (1,))
     index.advance(111.0)
     assert index.match((1, 2)) == {"b": 1}
 
@@ -64,16 +64,16 @@ def test_expectations_are_bounded() -> None:
     index = PrefixIndex()
     for start in range(0, 200_000, 100):
         index.expect("a", range(start, start + 100))
-    assert len(index._expected) + len(index._expected_young) < 60_000
+    assert index.num_expected < 60_000
     assert index.match((199_999,)) == {"a": 1}
 
 
 def test_the_oldest_make_room_and_what_is_used_stays() -> None:
     index = PrefixIndex(max_entries=100)
-    index.stored("a", range(100))
+    index.add_stored("a", range(100))
     for start in range(100, 1000, 10):
         index.expect("a", (0, 1, 2))
-        index.stored("a", range(start, start + 10))
+        index.add_stored("a", range(start, start + 10))
     assert index.num_entries == 100
     assert index.match((0, 1, 2)) == {"a": 3}
     assert index.match((50,)) == {}
@@ -82,18 +82,18 @@ def test_the_oldest_make_room_and_what_is_used_stays() -> None:
 
 def test_replicas_that_come_and_go_take_no_more_bits() -> None:
     index = PrefixIndex()
-    index.stored("stays", range(5000))
+    index.add_stored("stays", range(5000))
     for number in range(2000):
-        index.stored(f"replica-{number}", range(10))
-        index.forget(f"replica-{number}")
-    assert max(mask for _, mask in index.levels((1,))) == 0b10
-    assert index._num_bits < 200
+        index.add_stored(f"replica-{number}", range(10))
+        index.clear(f"replica-{number}")
+    assert max(mask for _, mask in index.find_levels((1,))) == 0b10
+    assert index.num_bits < 200
 
 
 def test_a_gap_ends_what_is_held() -> None:
     index = PrefixIndex()
-    index.stored("a", (1, 2, 4))
-    index.stored("b", (1, 2, 3, 4))
+    index.add_stored("a", (1, 2, 4))
+    index.add_stored("b", (1, 2, 3, 4))
     assert index.match((1, 2, 3, 4)) == {"a": 2, "b": 4}
 
 
@@ -101,13 +101,13 @@ def test_of_many_lengths_the_longest_are_exact_and_the_others_nearly() -> None:
     index, prompt = PrefixIndex(), tuple(range(64))
     truth = {f"replica-{number}": number * 3 + 1 for number in range(21)}
     for name, count in truth.items():
-        index.stored(name, prompt[:count])
+        index.add_stored(name, prompt[:count])
     found = index.match(prompt)
     assert all(count - 4 < found[name] <= count for name, count in truth.items())
     assert found["replica-20"] == 61
     few = {name: truth[name] for name in ("replica-3", "replica-11")}
     for name in truth.keys() - few.keys():
-        index.cleared(name)
+        index.clear(name)
     assert index.match(prompt) == few
 
 
@@ -133,18 +133,18 @@ def test_the_index_never_says_more_than_it_was_told(
     expected: dict[str, set[int]] = defaultdict(set)
     for now, (step, name, chain, count) in enumerate(steps):
         if step == "stored":
-            index.stored(name, chain[:count])
+            index.add_stored(name, chain[:count])
             stored[name].update(chain[:count])
         elif step == "expect":
             index.expect(name, chain[:count])
             expected[name].update(chain[:count])
         elif step == "removed":  # as engines do: the end of a chain first
             gone = set().union(*(each[count - 1 :] for each in CHAINS if each[0] == chain[0]))
-            index.removed(name, gone)
+            index.remove_stored(name, gone)
             stored[name] -= gone
             expected[name] -= gone
         elif step == "cleared":
-            index.cleared(name)
+            index.clear(name)
             stored[name].clear()
             expected[name].clear()
         else:

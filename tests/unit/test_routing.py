@@ -1,6 +1,5 @@
 import random
 from collections import defaultdict
-from dataclasses import dataclass
 from typing import get_args
 
 import pytest
@@ -11,16 +10,11 @@ from cluster.config import RoutingPolicy
 from cluster.errors import ConfigError
 from cluster.load import Load
 from cluster.routing import Fleet, Policy, PrefixIndex, Reach, RequestView, make_policy
+from cluster.usage import Usage
 
 POLICIES: tuple[RoutingPolicy, ...] = get_args(RoutingPolicy)
 PROMPT = RequestView(1000.0, 100.0, streamed=True)
-
-
-@dataclass(frozen=True)
-class Took:
-    prompt_tokens: int = 1000
-    cached_tokens: int = 0
-    completion_tokens: int = 100
+USAGE = Usage(1000, 0, 100)
 
 
 def a_fleet(*names: str, capacity: int = 8) -> Fleet:
@@ -44,7 +38,7 @@ def serve(fleet: Fleet, policy: Policy, request: RequestView = PROMPT) -> str:
     """Place a request where the policy says."""
     chosen = policy.choose(request, fleet)
     assert chosen is not None
-    fleet.placed(chosen, request)
+    fleet.place(chosen, request)
     return chosen
 
 
@@ -55,14 +49,14 @@ def test_a_replica_that_is_full_or_unreachable_is_passed_over(name: RoutingPolic
     assert policy.choose(asked, fleet) is None
     fleet.add("a", 1)
     assert policy.choose(asked, fleet) == "a"
-    placement = fleet.placed("a", asked)
+    placement = fleet.place("a", asked)
     assert policy.choose(asked, fleet) is None
     fleet.add("b", 1, Reach.LAST_RESORT)
     assert policy.choose(asked, fleet) == "b"
     fleet.add("c", 1, Reach.NONE)
     fleet.set_reach("b", Reach.NONE)
     assert policy.choose(asked, fleet) is None
-    fleet.ended(placement)
+    fleet.end(placement)
     assert policy.choose(asked, fleet) == "a"
     fleet.set_capacity("a", 0)
     assert policy.choose(asked, fleet) is None
@@ -84,10 +78,10 @@ def test_what_is_hidden_is_not_chosen_meanwhile(name: RoutingPolicy) -> None:
     fleet.add("c", 1000, Reach.LAST_RESORT)
     wanted = {"": {"a", "b"}, "a": {"b"}, "ab": {"c"}, "abc": {None}, "c": {"a", "b"}}
     for hidden, left in wanted.items():
-        with fleet.hidden(hidden):
+        with fleet.hide(hidden):
             requests = [RequestView(10.0, session=str(number)) for number in range(50)]
             assert {policy.choose(request, fleet) for request in requests} == left
-    assert list(fleet.open()) == [True, True, *[False] * 6]
+    assert list(fleet.open_rows()) == [True, True, *[False] * 6]
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -105,23 +99,23 @@ def test_an_unknown_policy_is_refused() -> None:
 
 def test_load_is_work_and_not_a_count() -> None:
     policy, fleet = a_policy("least-load"), a_fleet("a", "b")
-    fleet.placed("a", RequestView(20_000.0))
+    fleet.place("a", RequestView(20_000.0))
     for _ in range(3):
-        fleet.placed("b", RequestView(100.0))
+        fleet.place("b", RequestView(100.0))
     assert policy.choose(PROMPT, fleet) == "b"
 
 
 def test_a_long_answer_is_load_too() -> None:
     policy, fleet = a_policy("least-load"), a_fleet("a", "b")
     for name, expected in (("a", 4000.0), ("b", 10.0)):
-        fleet.first_token(fleet.placed(name, RequestView(100.0, expected)))
+        fleet.record_first_token(fleet.place(name, RequestView(100.0, expected)))
     assert policy.choose(PROMPT, fleet) == "b"
 
 
 def test_a_cached_prefix_attracts_until_its_replica_has_too_much_to_do() -> None:
     index = PrefixIndex()
     policy, fleet = a_policy("prefix", index), a_fleet(*"abcdefgh", capacity=1000)
-    index.stored("c", (1, 2, 3))
+    index.add_stored("c", (1, 2, 3))
     asked = with_prefix(1, 2, 3, 4)
     assert policy.choose(asked, fleet) == "c"
     assert policy.choose(with_prefix(1, 2, 9), fleet) == "c"
@@ -129,9 +123,9 @@ def test_a_cached_prefix_attracts_until_its_replica_has_too_much_to_do() -> None
         chosen = policy.choose(asked, fleet)
         assert chosen is not None
         held = index.count(chosen, asked.prefix)
-        fleet.placed(chosen, asked, asked.prefix_tokens[held - 1] if held else 0.0)
+        fleet.place(chosen, asked, asked.prefix_tokens[held - 1] if held else 0.0)
         index.expect(chosen, asked.prefix)
-    ongoing = [fleet.ongoing(name) for name in "abcdefgh"]
+    ongoing = [fleet.in_flight(name) for name in "abcdefgh"]
     assert min(ongoing) > 0
     assert max(ongoing) <= 1.4 * sum(ongoing) / len(ongoing)
 
@@ -150,9 +144,9 @@ def test_a_replica_that_claims_blocks_it_has_not_loses_its_credit() -> None:
     policy, fleet = a_policy("prefix", index), a_fleet("liar", "honest")
     for start in range(0, 400, 4):
         prefix = tuple(range(start, start + 4))
-        index.stored("liar", prefix)
+        index.add_stored("liar", prefix)
         if start >= 200:
-            index.stored("honest", prefix[:3])
+            index.add_stored("honest", prefix[:3])
     now, chosen = 100.0, []
     for start in range(0, 400, 4):
         asked = with_prefix(*range(start, start + 4))
@@ -160,23 +154,23 @@ def test_a_replica_that_claims_blocks_it_has_not_loses_its_credit() -> None:
         assert name is not None
         chosen.append(name)
         cached = asked.prefix_tokens[index.count(name, asked.prefix) - 1]
-        placement = fleet.placed(name, asked, cached)
+        placement = fleet.place(name, asked, cached)
         fleet.advance(now := now + 1.0)
-        fleet.first_token(placement)
+        fleet.record_first_token(placement)
         fleet.advance(now := now + 1.0)
         had = cached if name == "honest" else 0
-        fleet.ended(placement, Took(4100, int(had), 100))
+        fleet.end(placement, Usage(4100, int(had), 100))
     assert chosen[0] == "liar"
     assert chosen[-50:].count("honest") > 30
-    slots = fleet.slots
-    assert slots.hit_s[fleet.slot_of("liar")] < 0.1 * slots.hit_s[fleet.slot_of("honest")]
+    hit_s = fleet.table.hit_s
+    assert hit_s[fleet.row_of("liar")] < 0.1 * hit_s[fleet.row_of("honest")]
 
 
 def test_all_get_their_share_although_one_has_everything_cached() -> None:
     index = PrefixIndex()
     policy, fleet = a_policy("prefix", index), a_fleet(*"abcd")
     asked = with_prefix(1, 2, 3, 4)
-    index.stored("a", asked.prefix)
+    index.add_stored("a", asked.prefix)
     index.advance(100.0)
     counts = dict.fromkeys("abcd", 0)
     for step in range(2000):
@@ -184,10 +178,10 @@ def test_all_get_their_share_although_one_has_everything_cached() -> None:
         chosen = policy.choose(asked, fleet)
         assert chosen is not None
         held = index.count(chosen, asked.prefix)
-        placement = fleet.placed(chosen, asked, asked.prefix_tokens[held - 1] if held else 0.0)
-        index.stored(chosen, asked.prefix)
-        fleet.first_token(placement)
-        fleet.ended(placement)
+        placement = fleet.place(chosen, asked, asked.prefix_tokens[held - 1] if held else 0.0)
+        index.add_stored(chosen, asked.prefix)
+        fleet.record_first_token(placement)
+        fleet.end(placement)
         counts[chosen] += step >= 1000
     assert max(counts.values()) <= 1.25 * 250
 
@@ -195,24 +189,24 @@ def test_all_get_their_share_although_one_has_everything_cached() -> None:
 def test_an_adapter_that_is_loaded_attracts_and_a_hot_one_spreads() -> None:
     policy, fleet = a_policy("prefix"), a_fleet(*"abcd", capacity=1000)
     asked = RequestView(500.0, 100.0, adapter="law")
-    fleet.ended(fleet.placed("b", asked))
+    fleet.end(fleet.place("b", asked))
     assert policy.choose(asked, fleet) == "b"
     for _ in range(100):
         serve(fleet, policy, asked)
-    assert all(fleet.ongoing(name) > 10 for name in "abcd")
+    assert all(fleet.in_flight(name) > 10 for name in "abcd")
 
 
 def test_the_adapter_asked_for_longest_ago_makes_room() -> None:
     fleet = Fleet(max_adapters=2)
     fleet.add("a", 10)
     fleet.add("b", 10)
-    slots = [fleet.slot_of(name) for name in "ab"]
+    rows = [fleet.row_of(name) for name in "ab"]
     for adapter in ("law", "art", "law", "tax"):
-        fleet.placed("a", RequestView(1.0, adapter=adapter))
-    loads = {each: list(fleet.adapters.loads(each)[slots]) for each in ("law", "art", "tax")}
+        fleet.place("a", RequestView(1.0, adapter=adapter))
+    loads = {each: list(fleet.adapters.num_loads(each)[rows]) for each in ("law", "art", "tax")}
     assert loads == {"law": [0.0, 1.0], "tax": [0.0, 1.0], "art": [2.0, 1.0]}
     fleet.remove("a")
-    assert set(fleet.adapters.loads("law")) == {1.0}
+    assert set(fleet.adapters.num_loads("law")) == {1.0}
 
 
 def test_adapters_settle_where_each_has_room() -> None:
@@ -225,7 +219,7 @@ def test_adapters_settle_where_each_has_room() -> None:
         adapter = drawn.choice(adapters)
         chosen = policy.choose(RequestView(10.0, 1.0, adapter=adapter), fleet)
         assert chosen is not None
-        fleet.ended(fleet.placed(chosen, RequestView(10.0, 1.0, adapter=adapter)))
+        fleet.end(fleet.place(chosen, RequestView(10.0, 1.0, adapter=adapter)))
         homes[adapter].add(chosen)
     assert sorted(len(each) for each in homes.values()) == [1, 1, 1, 1]
     assert set.union(*homes.values()) == set("abcd")
@@ -248,7 +242,7 @@ def test_a_session_with_too_many_requests_goes_elsewhere_too() -> None:
     policy, fleet = a_policy("session"), a_fleet(*"abcd", capacity=1000)
     for _ in range(100):
         serve(fleet, policy, RequestView(10.0, session="one"))
-    assert max(fleet.ongoing(name) for name in "abcd") <= 1.25 * 101 / 4 + 1
+    assert max(fleet.in_flight(name) for name in "abcd") <= 1.25 * 101 / 4 + 1
 
 
 @given(
@@ -261,9 +255,9 @@ def test_whatever_a_replica_says_a_choice_is_made(
 ) -> None:
     for name in POLICIES:
         policy, fleet = a_policy(name), a_fleet("a", "b")
-        fleet.placed("a", PROMPT)
+        fleet.place("a", PROMPT)
         fleet.update_load("a", Load(0, waiting, usage, in_flight))
-        assert fleet.ongoing("a") >= 1
+        assert fleet.in_flight("a") >= 1
         assert policy.choose(PROMPT, fleet) in ("a", "b")
 
 
@@ -272,7 +266,7 @@ def test_a_replica_that_says_it_is_idle_is_not_believed() -> None:
     for _ in range(100):
         serve(fleet, policy)
         fleet.update_load("liar", Load())
-    assert fleet.ongoing("liar") == 50
+    assert fleet.in_flight("liar") == 50
 
 
 def test_other_routers_requests_count() -> None:
@@ -299,12 +293,12 @@ def test_a_replica_that_gives_no_sign_is_left_alone() -> None:
         fleet.advance(100.0 + step * 0.1)
         chosen = policy.choose(PROMPT, fleet)
         assert chosen is not None
-        placement = fleet.placed(chosen, PROMPT)
+        placement = fleet.place(chosen, PROMPT)
         if chosen == "hung":
             hung += 1
         else:
-            fleet.first_token(placement)
-            fleet.ended(placement, Took())
+            fleet.record_first_token(placement)
+            fleet.end(placement, USAGE)
     assert hung <= 10
 
 
@@ -312,11 +306,11 @@ def test_a_replica_that_gives_no_sign_is_left_alone() -> None:
 @pytest.mark.parametrize("jump_s", [-1e9, -50.0, 50.0, 1e9])
 def test_a_clock_that_jumps_stops_nothing(name: RoutingPolicy, jump_s: float) -> None:
     policy, fleet = a_policy(name), a_fleet("a", "b", capacity=1000)
-    before = [fleet.placed(serve(fleet, policy), PROMPT) for _ in range(10)]
+    before = [fleet.place(serve(fleet, policy), PROMPT) for _ in range(10)]
     fleet.advance(100.0 + jump_s)
     for placement in before:
-        fleet.first_token(placement)
-        fleet.ended(placement, Took())
+        fleet.record_first_token(placement)
+        fleet.end(placement, USAGE)
     chosen = [serve(fleet, policy) for _ in range(20)]
     assert min(chosen.count("a"), chosen.count("b")) >= 4
 
@@ -329,20 +323,19 @@ def test_the_accounts_are_even_when_everything_has_ended(steps: list[tuple[str, 
         fleet.advance(100.0 + count * 0.05)
         if step == "p" and name in fleet:
             asked = RequestView(100.0 * number, 10.1 * number, streamed=bool(number % 2))
-            open_ones.append(fleet.placed(name, asked))
+            open_ones.append(fleet.place(name, asked))
         elif step == "f" and open_ones:
-            fleet.first_token(open_ones[number % len(open_ones)])
+            fleet.record_first_token(open_ones[number % len(open_ones)])
         elif step == "e" and open_ones:
-            fleet.ended(open_ones[number % len(open_ones)], Took())
+            fleet.end(open_ones[number % len(open_ones)], USAGE)
         elif step == "r" and name in fleet:
             fleet.remove(name)
         elif step == "a" and name not in fleet:
             fleet.add(name, 10)
     for placement in open_ones:
-        fleet.ended(placement)
-    slots = fleet.slots
-    assert not slots.ongoing.any()
-    assert not slots.decoding.any()
+        fleet.end(placement)
+    assert not fleet.table.in_flight.any()
+    assert not fleet.table.num_decoding.any()
     assert not fleet.work_s().any()
 
 
@@ -361,12 +354,12 @@ def simulate(policy: Policy, *, streamed: bool, slowness: dict[str, float]) -> d
         fleet.advance(now)
         name = policy.choose(asked, fleet)
         assert name is not None
-        placement = fleet.placed(name, asked)
+        placement = fleet.place(name, asked)
         shares[name] += 1
         slow = slowness.get(name, 1.0)
         free_at[name] = first = max(now, free_at[name]) + 0.1 * slow
         if streamed:
-            events.append((first, number, lambda it=placement: fleet.first_token(it)))
+            events.append((first, number, lambda it=placement: fleet.record_first_token(it)))
         done = first + 0.5 * slow
-        events.append((done, number, lambda it=placement: fleet.ended(it, Took(1000, 0, 50))))
+        events.append((done, number, lambda it=placement: fleet.end(it, Usage(1000, 0, 50))))
     return shares

@@ -1,58 +1,58 @@
 import pytest
 
-from cluster.routing import Fingerprint, TokenEstimate
+from cluster.routing import Fingerprint, TokenEstimator
 from cluster.usage import Usage
 
 TEXT = Fingerprint((1, 2), (128, 256), 400, session="u", max_tokens=5)
 
 
 def test_the_ratio_of_tokens_to_text_is_learned() -> None:
-    estimate = TokenEstimate(generates=True)
+    estimate = TokenEstimator(generates=True)
     for _ in range(500):
-        estimate.learn(2000, Usage(200, 0, 50), TEXT)
-    view = estimate.view(2000, TEXT)
+        estimate.learn_usage(2000, Usage(200, 0, 50), TEXT)
+    view = estimate.view_request(2000, TEXT)
     assert view.prompt_tokens == pytest.approx(200, rel=0.02)
     assert view.prefix == (1, 2)
     assert view.prefix_tokens == pytest.approx((64, 128), rel=0.02)
 
 
 def test_without_a_text_the_body_counts() -> None:
-    assert TokenEstimate(generates=False).view(4000).prompt_tokens == 1000
+    assert TokenEstimator(generates=False).view_request(4000).prompt_tokens == 1000
 
 
 def test_token_ids_are_exact_and_teach_nothing_of_text() -> None:
-    estimate = TokenEstimate(generates=True)
+    estimate = TokenEstimator(generates=True)
     ids = Fingerprint((1,), (128,), 400, is_tokens=True)
     before = estimate.tokens_per_byte
-    estimate.learn(9000, Usage(100, 0, 1), ids)
+    estimate.learn_usage(9000, Usage(100, 0, 1), ids)
     assert estimate.tokens_per_byte == before
-    view = estimate.view(9000, ids)
+    view = estimate.view_request(9000, ids)
     assert (view.prompt_tokens, view.prefix_tokens) == (100, (32,))
 
 
 @pytest.mark.parametrize(("most", "expected"), [(5, 5), (10**9, 128), (0, 0), (-3, 0)])
 def test_no_more_is_expected_than_may_be_generated(most: int, expected: float) -> None:
-    view = TokenEstimate(generates=True).view(10, Fingerprint(max_tokens=most))
+    view = TokenEstimator(generates=True).view_request(10, Fingerprint(max_tokens=most))
     assert view.completion_tokens == expected
 
 
 def test_a_header_names_the_session_before_the_body_does() -> None:
-    estimate = TokenEstimate(generates=True)
-    assert estimate.view(10, TEXT).session == "u"
-    assert estimate.view(10, TEXT, "header").session == "header"
+    estimate = TokenEstimator(generates=True)
+    assert estimate.view_request(10, TEXT).session == "u"
+    assert estimate.view_request(10, TEXT, "header").session == "header"
 
 
 def test_the_work_leaves_out_what_caches_usually_hold() -> None:
-    estimate = TokenEstimate(generates=True)
-    assert estimate.work(estimate.view(400)) == pytest.approx(100 + 128)
-    assert estimate.work(estimate.view(0, max_tokens=0)) == 1
+    estimate = TokenEstimator(generates=True)
+    assert estimate.work_tokens(estimate.view_request(400)) == pytest.approx(100 + 128)
+    assert estimate.work_tokens(estimate.view_request(0, max_tokens=0)) == 1
     for _ in range(500):
-        estimate.learn(400, Usage(100, 75, 10))
-    view = estimate.view(400, max_tokens=1000)
+        estimate.learn_usage(400, Usage(100, 75, 10))
+    view = estimate.view_request(400, max_tokens=1000)
     assert view.prompt_tokens == pytest.approx(100, rel=0.05)
-    assert estimate.work(view) == pytest.approx(25 + 10, rel=0.1)
+    assert estimate.work_tokens(view) == pytest.approx(25 + 10, rel=0.1)
 
 
 def test_a_completion_of_absurd_length_is_an_estimate_too() -> None:
     asked = Fingerprint((), (), 4, max_tokens=10**400)
-    assert TokenEstimate(generates=True).view(4, asked).completion_tokens == 128
+    assert TokenEstimator(generates=True).view_request(4, asked).completion_tokens == 128

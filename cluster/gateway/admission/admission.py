@@ -64,7 +64,7 @@ class Admission:
             if pool.kind == "generator"
             else EMPTY_FINGERPRINT
         )
-        view = pool.estimate.view(
+        view = pool.estimate.view_request(
             len(request.body),
             text,
             header(request.headers, SESSION_HEADER),
@@ -72,7 +72,7 @@ class Admission:
             streamed=envelope.stream is True,
             adapter=pool.needs_adapter(model),
         )
-        work = pool.estimate.work(view)
+        work = pool.estimate.work_tokens(view)
         priority = asked_priority(request.headers, identity)
         timeout_s = asked_timeout_s(request.headers)
         now_s = asyncio.get_running_loop().time()

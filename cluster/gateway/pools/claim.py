@@ -7,7 +7,7 @@ from cluster.errors import InvalidRequestError
 from cluster.gateway.messages import Headers, header
 from cluster.routing import Fingerprint, RequestView
 from cluster.routing.fingerprint import EMPTY_FINGERPRINT
-from cluster.routing.request import UNREAD
+from cluster.routing.request import UNKNOWN_REQUEST
 
 TIMEOUT_HEADER = b"x-request-timeout-seconds"
 PRIORITY_HEADER = b"x-tandem-priority"
@@ -27,7 +27,7 @@ class Claim:
     """When its place must be there, on the event loop's clock."""
     deadline_s: float = float("inf")
     """When its whole answer must be there; infinite where it did not say."""
-    view: RequestView = UNREAD
+    view: RequestView = UNKNOWN_REQUEST
     """What a choice of a replica is made by."""
     text: Fingerprint = EMPTY_FINGERPRINT
     """What was read of its prompt."""

@@ -29,7 +29,7 @@ from cluster.routing import (
     Placement,
     PrefixIndex,
     Reach,
-    TokenEstimate,
+    TokenEstimator,
     make_policy,
 )
 from cluster.usage import Usage
@@ -240,7 +240,7 @@ class Pool:
         )
         """The requests that have no place yet."""
         self._wiring = wiring
-        self.estimate = TokenEstimate(generates=kind == "generator")
+        self.estimate = TokenEstimator(generates=kind == "generator")
         """How many tokens a request takes."""
         self.prefixes = PrefixIndex()
         """What its replicas have in their KV caches."""
@@ -322,7 +322,7 @@ class Pool:
         for gone in self._replicas.keys() - infos.keys():
             replica = self._replicas.pop(gone)
             self.fleet.remove(gone)
-            self.prefixes.forget(gone)
+            self.prefixes.clear(gone)
             replica.retired = True
             self._retired.add(replica)
             self._end_if_idle(replica)
@@ -368,9 +368,9 @@ class Pool:
 
     def _take_prefixes(self, replica_id: str, events: PrefixEvents) -> None:
         if events.cleared:
-            self.prefixes.cleared(replica_id)
-        self.prefixes.removed(replica_id, events.removed)
-        self.prefixes.stored(replica_id, events.stored)
+            self.prefixes.clear(replica_id)
+        self.prefixes.remove_stored(replica_id, events.removed)
+        self.prefixes.add_stored(replica_id, events.stored)
         self.prefix_counts.add(events)
 
     async def admit(self, claim: Claim) -> Slot:
@@ -386,7 +386,7 @@ class Pool:
     def first_token(self, place: Slot) -> None:
         """Note that the first token came of a request that has a place."""
         self.fleet.advance(time.monotonic())
-        self.fleet.first_token(place.placement)
+        self.fleet.record_first_token(place.placement)
 
     def release(
         self, place: Slot, done_tokens: float | None = 0.0, usage: Usage | None = None
@@ -400,7 +400,7 @@ class Pool:
         """
         now_s = time.monotonic()
         self.fleet.advance(now_s)
-        self.fleet.ended(place.placement, usage)
+        self.fleet.end(place.placement, usage)
         place.replica.in_flight -= 1
         self.waiting.leave(place.claim, done_tokens, now_s - place.since_s)
         self._end_if_idle(place.replica)
@@ -419,7 +419,7 @@ class Pool:
         without = self._without.get(claim.adapter or "", ())
         if without and len(without) == len(self._replicas):
             raise self._lacking(claim, "no replica has")
-        with fleet.hidden(without) if without else nullcontext():
+        with fleet.hide(without) if without else nullcontext():
             chosen = self._policy.choose(request, fleet)
         self.meter.choice_s.observe(time.monotonic() - now_s)
         if chosen is None:
@@ -432,7 +432,7 @@ class Pool:
         self.prefixes.expect(chosen, request.prefix)
         replica = self._replicas[chosen]
         replica.in_flight += 1
-        return Slot(replica, fleet.placed(chosen, request, cached_tokens), claim, now_s)
+        return Slot(replica, fleet.place(chosen, request, cached_tokens), claim, now_s)
 
     def _lacking(self, claim: Claim, who: str) -> UnavailableError:
         return UnavailableError(

@@ -192,7 +192,7 @@ class RelayedBody:
         usage = self._answer.usage
         if usage is not None:
             claim = self._place.claim
-            self._pool.estimate.learn(claim.body_bytes, usage, claim.text)
+            self._pool.estimate.learn_usage(claim.body_bytes, usage, claim.text)
         self._free(self._done_tokens(usage), usage)
         self._watch.end(usage)
 

@@ -47,11 +47,11 @@ class World:
         for family in range(64):
             common = self._beginning(family)
             for name in self._names:
-                self.index.stored(name, common)
+                self.index.add_stored(name, common)
         while self.index.num_entries < 0.98 * blocks:
             for _ in range(200):
                 name = self._random.choice(self._names)
-                self.index.stored(name, self.request().prefix)
+                self.index.add_stored(name, self.request().prefix)
 
     def _beginning(self, family: int) -> tuple[int, ...]:
         drawn = random.Random(family)
@@ -75,13 +75,13 @@ class World:
         self.index.advance(self._now_s)
         held = self.index.count(name, request.prefix)
         cached = request.prefix_tokens[held - 1] if held else 0.0
-        self._open.append(self.fleet.placed(name, request, cached))
+        self._open.append(self.fleet.place(name, request, cached))
         self.index.expect(name, request.prefix)
-        self.fleet.first_token(self._random.choice(self._open))
+        self.fleet.record_first_token(self._random.choice(self._open))
         if len(self._open) > 16 * len(self._names):
             ended = self._random.randrange(len(self._open))
             self._open[ended], self._open[-1] = self._open[-1], self._open[ended]
-            self.fleet.ended(self._open.pop())
+            self.fleet.end(self._open.pop())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

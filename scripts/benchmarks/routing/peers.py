@@ -61,7 +61,7 @@ class RayPrefixAffinity:
     def choose(self, request: RequestView, fleet: Fleet) -> str | None:
         """The least busy candidate; None where it has no room."""
         names = [name for name in fleet.ids if name is not None]
-        queues = [fleet.ongoing(name) for name in names]
+        queues = [fleet.in_flight(name) for name in names]
         if not names:
             return None
         if max(queues) - min(queues) > self._imbalanced:
@@ -70,7 +70,7 @@ class RayPrefixAffinity:
             rate, owners = self._tree.match(request, names)
             if rate < self._match_rate:
                 owners = self._tree.smallest(names)
-            slot = _shortest_queue([fleet.slot_of(name) for name in owners], fleet)
+            slot = _shortest_queue([fleet.row_of(name) for name in owners], fleet)
             chosen = None if slot is None else fleet.ids[slot]
         if chosen is not None:
             self._tree.insert(request, chosen)
@@ -107,14 +107,14 @@ class VllmRouterCacheAware:
         names = [name for name in fleet.ids if name is not None]
         if not names:
             return None
-        queues = {name: fleet.ongoing(name) for name in names}
+        queues = {name: fleet.in_flight(name) for name in names}
         most, least = max(queues.values()), min(queues.values())
         chosen = min(names, key=queues.__getitem__)
         if most - least <= self._abs_threshold or most <= least * self._rel_threshold:
             rate, owners = self._tree.match(request, names)
             if rate > self._cache_threshold:
                 chosen = owners[0]
-        if not fleet.open()[fleet.slot_of(chosen)]:
+        if not fleet.open_rows()[fleet.row_of(chosen)]:
             return None
         self._tree.insert(request, chosen)
         return chosen
@@ -140,7 +140,7 @@ class Oracle:
         def order(slot: int) -> tuple[float, float]:
             return -self._cached_tokens(fleet.ids[slot] or "", request), float(work_s[slot])
 
-        free = [int(slot) for slot in np.flatnonzero(fleet.open())]
+        free = [int(slot) for slot in np.flatnonzero(fleet.open_rows())]
         return fleet.ids[min(free, key=order)] if free else None
 
 
@@ -180,5 +180,5 @@ class PromptTree:
 
 def _shortest_queue(slots: Iterable[int], fleet: Fleet) -> int | None:
     """The slot with the fewest ongoing requests among those with room."""
-    free, ongoing = fleet.open(), fleet.slots.ongoing
+    free, ongoing = fleet.open_rows(), fleet.table.in_flight
     return min((slot for slot in slots if free[slot]), key=ongoing.__getitem__, default=None)

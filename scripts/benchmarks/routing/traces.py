@@ -13,7 +13,7 @@ from benchmarks.rounds import Summary
 from benchmarks.routing.peers import RayPowerOfTwo, RayPrefixAffinity, VllmRouterCacheAware
 from benchmarks.stream.paths import say
 from cluster.routing import Fleet, Policy, PrefixIndex, RequestView, make_policy
-from cluster.routing.prefix import DECODE_WEIGHT, MISS_WEIGHT
+from cluster.routing.prefix_policy import DECODE_WEIGHT, MISS_WEIGHT
 from cluster.simulation.requests import Trace
 from cluster.simulation.settings import LARGE_GPU, CachedTokens, MakePolicy, Settings
 from cluster.simulation.simulator import simulate
@@ -54,10 +54,10 @@ class Oracle:
 
         def cost_s(slot: int) -> float:
             held = self._cached_tokens(fleet.ids[slot] or "", request)
-            uncached_s = (request.prompt_tokens - held) * float(fleet.slots.miss_s[slot])
+            uncached_s = (request.prompt_tokens - held) * float(fleet.table.miss_s[slot])
             return float(work_s[slot]) + MISS_WEIGHT * uncached_s
 
-        free = [int(slot) for slot in np.flatnonzero(fleet.open())]
+        free = [int(slot) for slot in np.flatnonzero(fleet.open_rows())]
         return fleet.ids[min(free, key=cost_s)] if free else None
 
 
