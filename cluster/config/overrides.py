@@ -1,7 +1,7 @@
 """``--set path=value``: setting a field of a Serve config by its path.
 
-Paths are Tandem's (``generators.smollm2.replicas.max``, ``router.max_queued``) or those of the Serve
-config (``http_options.port``). Names are checked here, values when the configuration is validated.
+Paths lead to Tandem's fields (``generators.smollm2.replicas.max``, ``router.max_queued``) or to those
+of the Serve config (``http_options.port``). Only names are checked here; values are validated later.
 """
 
 import difflib
