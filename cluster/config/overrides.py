@@ -1,7 +1,7 @@
 """``--set path=value``: setting a field of a Serve config by its path.
 
-Paths lead to Tandem's fields (``generators.smollm2.replicas.max``, ``router.max_queued``) or to those
-of the Serve config (``http_options.port``). Only names are checked here; values are validated later.
+Paths lead to Tandem's fields (``generators.smollm2.replicas.max``, ``router.max_queued``) or to
+those of the Serve config (``http_options.port``). Names are checked here, values on validation.
 """
 
 import difflib
