@@ -1,6 +1,6 @@
-"""The ``tandem`` command. ``main`` is the console script's entry point.
+"""The ``tandem`` command line; ``main`` is the console script's entry point.
 
-Each command imports what it needs when it runs, so that ``--help`` answers at once.
+Commands import their dependencies when they run, so that ``--help`` is fast.
 """
 
 import os
@@ -8,7 +8,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line; any error becomes one line on stderr and exit code 1."""
+    """Run the command line; an error is one line on stderr and exit code 1."""
     from cluster.cli.app import app
 
     try:
@@ -16,16 +16,16 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("TANDEM_DEBUG") == "1":
             raise
-        _complain(error)
+        _print_error(error)
         sys.exit(1)
 
 
-def _complain(error: Exception) -> None:
+def _print_error(error: Exception) -> None:
     from rich.console import Console
 
     from cluster.errors import TandemError
 
     text = " ".join(str(error).split())
-    if not isinstance(error, TandemError):  # a defect
-        text = f"{type(error).__name__}: {text} (TANDEM_DEBUG=1 shows where)"
+    if not isinstance(error, TandemError):  # a bug
+        text = f"{type(error).__name__}: {text} (set TANDEM_DEBUG=1 for a traceback)"
     Console(stderr=True, soft_wrap=True).print(f"error: {text}", style="red", markup=False)

@@ -1,4 +1,4 @@
-"""``tandem models finetune``, ``calibrate`` and ``reference``: a classifier of the user's own."""
+"""``tandem models finetune``, ``calibrate`` and ``reference``."""
 
 import dataclasses
 import shutil
@@ -8,46 +8,49 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cluster.cli.models import reported
+from cluster.cli.models import show_progress
 from cluster.errors import ConfigError
 from cluster.models import finetune_data
-from cluster.models.finetune_data import DataError, Row
-from cluster.models.finetune_options import FinetuneOptions
+from cluster.models.finetune_data import DataError, DataRow, FinetuneOptions
 from cluster.models.reference import MIN_TEXTS, Reference
 from cluster.models.store import Progress, resolve
 
 
 @dataclass(frozen=True, slots=True)
-class Data:
-    """A file of texts and where in it they are."""
+class DataFile:
+    """File of texts, and the columns to read."""
 
     path: Path
     text_column: str
     label_column: str | None
 
-    def rows(self, at_least: int = 0) -> list[Row]:
-        """Its rows; see ``read_rows``."""
+    def rows(self, minimum: int = 0) -> list[DataRow]:
+        """Read the rows.
+
+        Raises:
+            DataError: the file is invalid, or has fewer than ``minimum`` rows.
+        """
         rows = finetune_data.read_rows(self.path, self.text_column, self.label_column)
-        if len(rows) < at_least:
-            raise DataError(f"{self.path}: got {len(rows)} rows; at least {at_least} are needed")
+        if len(rows) < minimum:
+            raise DataError(f"{self.path}: got {len(rows)} rows; at least {minimum} are required")
         return rows
 
 
-def finetune(base: str | None, data: Data, out: Path, options: FinetuneOptions) -> None:
-    """``tandem models finetune``: a model directory, whole or not at all.
+def finetune(base: str | None, data: DataFile, out: Path, options: FinetuneOptions) -> None:
+    """Fine-tune a classifier; ``out`` is complete or does not exist.
 
     Args:
-        base: A model directory or a default model's name; None: the packaged encoder.
-        data: Texts and labels.
-        out: Where the model goes.
-        options: How to train; the label names come from the data.
+        base: Model directory, or name of a default model; None: the packaged encoder.
+        data: Labeled texts.
+        out: New model directory.
+        options: Options of the training; ``label_names`` is taken from the data.
 
     Raises:
-        ConfigError: there is no such base, or ``out`` exists.
+        ConfigError: the base does not exist, or ``out`` does.
         DataError: the file cannot be used.
     """
     if out.exists():
-        raise ConfigError(f"{out} exists; name a new directory with --out")
+        raise ConfigError(f"{out} already exists; choose a new directory with --out")
     rows, console = data.rows(), Console()
     names = finetune_data.label_names(data.path, rows)
     encoder, base_name = _encoder(base)
@@ -55,22 +58,22 @@ def finetune(base: str | None, data: Data, out: Path, options: FinetuneOptions) 
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        with reported(console) as progress:
+        with show_progress(console) as progress:
             facts = _train(encoder, rows, scratch, options, progress)
         scratch.chmod(0o755)
         scratch.rename(out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    _say(console, f"{out}: {facts}")
-    _say(console, f"serve it as a classifier with `model: {out.absolute()}`")
+    _print(console, f"{out}: {facts}")
+    _print(console, f"To serve it, add a classifier with `model: {out.absolute()}`.")
 
 
-def calibrate(model: str, data: Data) -> None:
-    """``tandem models calibrate``: a temperature, and with it the reference of drift anew.
+def calibrate(model: str, data: DataFile) -> None:
+    """Fit a model's temperature, and renew its drift reference for the calibrated scores.
 
     Raises:
-        ConfigError: there is no such model.
-        DataError: the file cannot be used, or has a label that the model does not know.
+        ConfigError: the model does not exist.
+        DataError: the file cannot be used, or has an unknown label.
     """
     from cluster.models import calibration
     from cluster.models.predict import Classifier
@@ -80,24 +83,24 @@ def calibrate(model: str, data: Data) -> None:
     classifier = Classifier.load(directory)
     truth = finetune_data.label_ids(data.path, rows, classifier.names)
     texts = [row.text for row in rows]
-    with reported(console) as progress:
+    with show_progress(console) as progress:
         logits = classifier.logits(texts, progress)
-    found = calibration.calibrate(logits, truth)
-    calibration.write(directory, found)
-    scores = calibration.softmax(logits / found.temperature)
-    Reference.of(scores, list(map(len, texts)), classifier.names).write(directory)
-    _say(
+    result = calibration.calibrate(logits, truth)
+    calibration.write(directory, result)
+    scores = calibration.softmax(logits / result.temperature)
+    Reference.from_scores(scores, list(map(len, texts)), classifier.names).write(directory)
+    _print(
         console,
-        f"temperature {found.temperature:.3f}: expected calibration error "
-        f"{found.ece_before:.4f} before, {found.ece_after:.4f} after, on {found.num_texts} texts",
+        f"temperature {result.temperature:.3f}; expected calibration error {result.ece_before:.4f} "
+        f"before, {result.ece_after:.4f} after, on {result.num_texts} texts",
     )
 
 
-def reference(model: str, data: Data) -> None:
-    """``tandem models reference``: what the model's texts look like now, to measure drift against.
+def record_reference(model: str, data: DataFile) -> None:
+    """Record a model's drift reference from a file of typical texts.
 
     Raises:
-        ConfigError: there is no such model.
+        ConfigError: the model does not exist.
         DataError: the file cannot be used.
     """
     from cluster.models.calibration import read_temperature, softmax
@@ -107,18 +110,18 @@ def reference(model: str, data: Data) -> None:
     directory = _directory(model)
     classifier = Classifier.load(directory)
     texts = [row.text for row in rows]
-    with reported(console) as progress:
+    with show_progress(console) as progress:
         logits = classifier.logits(texts, progress)
-    found = Reference.of(
+    reference = Reference.from_scores(
         softmax(logits / read_temperature(directory)), list(map(len, texts)), classifier.names
     )
-    found.write(directory)
-    labels = ", ".join(f"{name} {count}" for name, count in found.labels.items())
-    _say(console, f"the reference of {len(texts)} texts: {labels}")
+    reference.write(directory)
+    labels = ", ".join(f"{name} {count}" for name, count in reference.labels.items())
+    _print(console, f"recorded a reference of {len(texts)} texts: {labels}")
 
 
 def _train(
-    encoder: Path, rows: list[Row], out: Path, options: FinetuneOptions, progress: Progress
+    encoder: Path, rows: list[DataRow], out: Path, options: FinetuneOptions, progress: Progress
 ) -> str:
     progress("loading PyTorch", None)
     from cluster.models.finetune import finetune as train
@@ -130,7 +133,7 @@ def _train(
 
 
 def _encoder(base: str | None) -> tuple[Path, str]:
-    """Where it is, and its name."""
+    """Return the directory and the name of the base model."""
     if base is not None:
         directory = _directory(base)
         return directory, directory.resolve().name
@@ -142,9 +145,9 @@ def _encoder(base: str | None) -> tuple[Path, str]:
 def _directory(model: str) -> Path:
     directory = Path(resolve(model))
     if not directory.is_dir():
-        raise ConfigError(f"{model}: no such directory")
+        raise ConfigError(f"{model}: no such directory; download the model first")
     return directory
 
 
-def _say(console: Console, text: str) -> None:
+def _print(console: Console, text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)

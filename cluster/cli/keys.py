@@ -1,4 +1,4 @@
-"""``tandem keys``: the key file, changed one line at a time; a running router takes it up."""
+"""``tandem keys``: changes to the key file, which running routers pick up."""
 
 import json
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.admission.keys import KeyFileContents, TenantEntry, digest, new_key, parse_keys
-from cluster.cli.paths import load_config
+from cluster.cli.defaults import load_config
 from cluster.config.file import key_file_path
 from cluster.errors import ConfigError
 from cluster.key_file import read_keys, write_keys
@@ -17,41 +17,41 @@ from cluster.key_file import read_keys, write_keys
 
 @dataclass(frozen=True, slots=True)
 class NewKey:
-    """What ``tandem keys add`` was told."""
+    """Arguments of ``tandem keys add``."""
 
     tenant: str
     priority: int
     models: list[str] | None
-    changes: dict[str, float | int | None]
-    """Of the tenant, by field; None: as it is."""
+    limits: dict[str, float | int | None]
+    """Changes to the tenant by field; None keeps a field."""
 
 
-def path_of(file: Path | None, config: Path | None) -> Path:
-    """The key file: the one that is named, else the configuration's."""
+def key_file(file: Path | None, config: Path | None) -> Path:
+    """Return ``file``, or by default the key file of the configuration."""
     return file or key_file_path(load_config(config, []).config.router)
 
 
-def add(path: Path, wanted: NewKey) -> None:
-    """Make a key and print it, once."""
+def add(path: Path, new: NewKey) -> None:
+    """Create a key and print it."""
     key = new_key()
     contents = _read(path).model_dump(mode="json")
-    tenant = contents["tenants"].setdefault(wanted.tenant, {})
-    tenant |= {name: value for name, value in wanted.changes.items() if value is not None}
+    tenant = contents["tenants"].setdefault(new.tenant, {})
+    tenant |= {name: value for name, value in new.limits.items() if value is not None}
     contents["keys"].append(
         {
             "sha256": digest(key),
-            "tenant": wanted.tenant,
-            "priority": wanted.priority,
-            "models": wanted.models or None,
+            "tenant": new.tenant,
+            "priority": new.priority,
+            "models": new.models or None,
         }
     )
     write_keys(path, parse_keys(json.dumps(contents), "the new key"))
     typer.echo(key)
-    typer.echo(f"added to {path}; it is not shown again", err=True)
+    typer.echo(f"Added to {path}. The key cannot be shown again.", err=True)
 
 
 def show(path: Path, *, as_json: bool) -> None:
-    """List the keys and what they may."""
+    """Print the keys and the limits of their tenants."""
     contents = _read(path)
     rows = [
         {
@@ -75,21 +75,21 @@ def show(path: Path, *, as_json: bool) -> None:
 
 
 def revoke(path: Path, key_id: str) -> None:
-    """Take a key out, by the beginning of its id or by the key itself.
+    """Delete a key, given by a prefix of its id or by the key itself.
 
     Raises:
-        ConfigError: no key, or more than one, is meant.
+        ConfigError: no key, or more than one, matches.
     """
     contents = _read(path)
-    whole = digest(key_id)
-    meant = [k for k in contents.keys if k.sha256 == whole or k.sha256.startswith(key_id)]
-    if not key_id or len(meant) != 1:
+    sha256 = digest(key_id)
+    matches = [k for k in contents.keys if k.sha256 == sha256 or k.sha256.startswith(key_id)]
+    if not key_id or len(matches) != 1:
         known = ", ".join(key.id for key in contents.keys) or "none"
-        found = "no key has" if not meant else f"{len(meant)} keys have"
+        found = "no key matches" if not matches else f"{len(matches)} keys match"
         raise ConfigError(f"{found} the id {key_id!r} in {path}; keys: {known}")
-    left = tuple(key for key in contents.keys if key != meant[0])
-    write_keys(path, KeyFileContents(tenants=contents.tenants, keys=left))
-    typer.echo(f"revoked {meant[0].id} of {meant[0].tenant}")
+    remaining = tuple(key for key in contents.keys if key != matches[0])
+    write_keys(path, KeyFileContents(tenants=contents.tenants, keys=remaining))
+    typer.echo(f"revoked key {matches[0].id} of tenant {matches[0].tenant}")
 
 
 def _read(path: Path) -> KeyFileContents:

@@ -1,4 +1,4 @@
-"""``tandem logs``: where the logs are and what went wrong last, or every line of one request."""
+"""``tandem logs``: overview of log files and failures, or all lines of one request."""
 
 import dataclasses
 import json
@@ -9,9 +9,9 @@ from rich.console import Console
 from cluster.errors import NotFoundError
 from cluster.launch import processes
 from cluster.launch.log_files import (
-    Entry,
-    Failures,
-    entries_of,
+    FailureGroup,
+    LogEntry,
+    entries_for_request,
     failed_requests,
     last_errors,
     log_directory,
@@ -23,71 +23,70 @@ MAX_ERRORS = 20
 
 
 def run(request_id: str | None, directory: Path | None, *, as_json: bool) -> None:
-    """Print what ``tandem logs`` was asked for.
+    """Print the overview, or the lines of one request.
 
     Raises:
         StartError: there are no logs.
-        NotFoundError: no line has the request's id.
+        NotFoundError: no line contains the request id.
     """
-    where = directory or log_directory(home())
+    root = directory or log_directory(home())
     if request_id is None:
         running = directory is not None or processes.has_head(processes.find(home()))
-        _overview(where, running=running, as_json=as_json)
+        _overview(root, running=running, as_json=as_json)
         return
-    found = entries_of(where, request_id)
+    found = entries_for_request(root, request_id)
     if not found:
         raise NotFoundError(
-            f"no line of {where} has the request id {request_id!r}: above "
-            "router.log_requests_per_s only a sample is logged, and other nodes keep their own"
+            f"request id {request_id!r} not found in {root}. Routers log a sample above "
+            "router.log_requests_per_s; logs of other nodes are on these nodes."
         )
-    _print(where, found, as_json=as_json)
+    _print(root, found, as_json=as_json)
 
 
-def _overview(where: Path, *, running: bool, as_json: bool) -> None:
-    errors, failed = last_errors(where, MAX_ERRORS), failed_requests(where)
-    files = [path for path in log_files(where) if path.stat().st_size]
+def _overview(root: Path, *, running: bool, as_json: bool) -> None:
+    errors, failed = last_errors(root, MAX_ERRORS), failed_requests(root)
+    files = [path for path in log_files(root) if path.stat().st_size]
     if as_json:
-        told = {
-            "directory": str(where),
+        overview = {
+            "directory": str(root),
             "running": running,
-            "bytes": {str(path.relative_to(where)): path.stat().st_size for path in files},
-            "failed_requests": [dataclasses.asdict(failures) for failures in failed],
-            "errors": [_as_dict(where, entry) for entry in errors],
+            "bytes": {str(path.relative_to(root)): path.stat().st_size for path in files},
+            "failed_requests": [dataclasses.asdict(group) for group in failed],
+            "errors": [_as_dict(root, entry) for entry in errors],
         }
-        print(json.dumps(told, indent=2))
+        print(json.dumps(overview, indent=2))
         return
     console = Console(soft_wrap=True, highlight=False, markup=False)
     for path in files:
-        console.print(f"{path.stat().st_size / 1024:>9,.0f} KiB  {path.relative_to(where)}")
-    console.print(f"\n{where}", style="bold")
+        console.print(f"{path.stat().st_size / 1024:>9,.0f} KiB  {path.relative_to(root)}")
+    console.print(f"\n{root}", style="bold")
     if not running:
-        console.print("no cluster of this home runs: this is the Ray session that began last")
-    console.print(f"the last errors ({len(errors)}):" if errors else "no errors")
-    _print(where, errors, as_json=False)
-    console.print("requests that failed and were logged:" if failed else "no request failed")
-    for failures in failed:
-        console.print(f"  {_told(failures)}")
+        console.print("No cluster is running; these are the logs of the latest Ray session.")
+    console.print(f"Last {len(errors)} errors:" if errors else "No errors.")
+    _print(root, errors, as_json=False)
+    console.print("Failed requests:" if failed else "No failed requests.")
+    for group in failed:
+        console.print(f"  {_format(group)}")
 
 
-def _told(failures: Failures) -> str:
-    replica = f" at {failures.replica}" if failures.replica else ""
-    how = "cut off" if failures.outcome == "cut_off" else f"status {failures.status}"
-    last = f"the last {failures.last_time[:19]}, {failures.last_id}"
-    return f"{failures.count} of {failures.model or 'no pool'}{replica}, {how}; {last}"
+def _format(group: FailureGroup) -> str:
+    target = " at ".join(name for name in (group.model or "no model", group.replica) if name)
+    outcome = "cut off" if group.outcome == "cut_off" else f"status {group.status}"
+    return f"{group.count} × {target}, {outcome}; last {group.last_time[:19]}, {group.last_id}"
 
 
-def _print(where: Path, entries: list[Entry], *, as_json: bool) -> None:
+def _print(root: Path, entries: list[LogEntry], *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps([_as_dict(where, entry) for entry in entries], indent=2))
+        print(json.dumps([_as_dict(root, entry) for entry in entries], indent=2))
         return
     console = Console(soft_wrap=True, highlight=False)
-    seen: Path | None = None
+    current: Path | None = None
     for entry in entries:
-        if entry.file != seen:
-            console.print(str(entry.file.relative_to(where)), style="bold", markup=False)
-            seen = entry.file
+        if entry.file != current:
+            console.print(str(entry.file.relative_to(root)), style="bold", markup=False)
+            current = entry.file
         console.print(f"  {entry.text}", markup=False)
 
 
-def _as_dict(where: Path, entry: Entry) -> dict[str, str]:
-    return {"file": str(entry.file.relative_to(where)), "time": entry.time, "text": entry.text}
+def _as_dict(root: Path, entry: LogEntry) -> dict[str, str]:
+    return {"file": str(entry.file.relative_to(root)), "time": entry.time, "text": entry.text}

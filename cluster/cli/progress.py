@@ -1,4 +1,4 @@
-"""What is shown while a cluster starts: a live table on a terminal, else one line a change."""
+"""Progress of a cluster start: a live table on a terminal, otherwise a line per change."""
 
 import time
 from types import TracebackType
@@ -11,7 +11,7 @@ from rich.table import Table
 
 from cluster.launch.serve_api import ApplicationStatus, DeploymentStatus, reason
 
-WORDS = {
+PHASE_TEXTS = {
     "checks": "checking ports",
     "Ray": "starting Ray",
     "Serve": "starting Ray Serve",
@@ -23,15 +23,15 @@ WORDS = {
 
 
 class StartProgress:
-    """Shows the phases of a start and each deployment's replicas."""
+    """Display of the current phase and of each deployment's replicas."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._began = time.monotonic()
+        self._started_at = time.monotonic()
         self._spinner = Spinner("dots")
         self._phase = ""
         self._rows: dict[str, str] = {}
-        self._said: dict[str, str] = {}
+        self._printed: dict[str, str] = {}
         self._live = Live(
             console=console, transient=True, refresh_per_second=8, get_renderable=self._table
         )
@@ -51,33 +51,32 @@ class StartProgress:
             self._live.__exit__(kind, error, trace)
 
     def show(self, phase: str, application: ApplicationStatus | None) -> None:
-        """Show the current phase and, where there is one, the application's deployments."""
+        """Show the current phase and the application's deployments, if known."""
         deployments = application.deployments if application else ()
-        self._phase = WORDS[phase]
-        self._rows = {deployment.name: _words(deployment) for deployment in deployments}
+        self._phase = PHASE_TEXTS[phase]
+        self._rows = {deployment.name: _describe(deployment) for deployment in deployments}
         if self._console.is_terminal:
             return
-        for name, words in {"start": self._phase, **self._rows}.items():
-            if self._said.get(name) != words:
-                self._said[name] = words
-                seconds = time.monotonic() - self._began
+        for name, text in {"start": self._phase, **self._rows}.items():
+            if self._printed.get(name) != text:
+                self._printed[name] = text
+                seconds = time.monotonic() - self._started_at
                 self._console.print(
-                    f"{seconds:6.1f} s  {name}: {words}", highlight=False, soft_wrap=True
+                    f"{seconds:6.1f} s  {name}: {text}", highlight=False, soft_wrap=True
                 )
 
     def _table(self) -> Table:
-        """What Live draws, several times a second."""
-        seconds = time.monotonic() - self._began
+        seconds = time.monotonic() - self._started_at
         self._spinner.update(text=f"{self._phase}, {seconds:.0f} s")
         table = Table.grid(padding=(0, 2))
         table.add_row(self._spinner)
-        for name, words in self._rows.items():
-            table.add_row(f"  {name}", words)
+        for name, text in self._rows.items():
+            table.add_row(f"  {name}", text)
         return table
 
 
-def _words(deployment: DeploymentStatus) -> str:
-    words = f"{deployment.running}/{deployment.target} replicas"
+def _describe(deployment: DeploymentStatus) -> str:
+    text = f"{deployment.running}/{deployment.target} replicas"
     if not deployment.healthy and deployment.message:
-        return f"{words}; {reason(deployment.message, limit=160)}"
-    return words
+        return f"{text}; {reason(deployment.message, limit=160)}"
+    return text

@@ -1,4 +1,4 @@
-"""What ``tandem up`` prints at its end: the addresses, and one command for each thing it does."""
+"""Output of ``tandem up`` after the start: addresses, and example commands for each API."""
 
 import json
 from typing import Any
@@ -13,7 +13,7 @@ REVIEWS = ["A warm, funny and wonderful film.", "Two hours of my life that I wil
 
 
 def print_recipes(console: Console, config: TandemConfig, state: ClusterState) -> None:
-    """Print where the cluster is and how to use it."""
+    """Print the cluster's addresses and example commands."""
     console.print(f"\nHTTP       {state.http_url}", highlight=False)
     console.print(f"dashboard  {state.dashboard_url}", highlight=False)
     console.print(f"Ray jobs   export RAY_ADDRESS={state.ray_address}\n", highlight=False)
@@ -23,19 +23,19 @@ def print_recipes(console: Console, config: TandemConfig, state: ClusterState) -
 
 
 def recipes(config: TandemConfig, url: str) -> list[tuple[str, str]]:
-    """(what it does, a command to paste) for everything that ``config``'s cluster can do."""
+    """Return (title, command) pairs for every API that the configuration serves."""
     key = config.router.requires_keys
-    found = [("the models", _curl(url, "/v1/models", key=key))]
+    found = [("list models", _curl(url, "/v1/models", key=key))]
     if config.generators:
         name = config.generators[0].name
-        found += [(what, _curl(url, *call, key=key)) for what, *call in _generator_calls(name)]
-    labelling = [c.name for c in config.classifiers if "classify" in c.tasks]
-    embedding = [c.name for c in config.classifiers if "embed" in c.tasks]
-    if labelling:
-        body = {"model": labelling[0], "input": REVIEWS}
+        found += [(title, _curl(url, *call, key=key)) for title, *call in _generator_calls(name)]
+    classify = [c.name for c in config.classifiers if "classify" in c.tasks]
+    embed = [c.name for c in config.classifiers if "embed" in c.tasks]
+    if classify:
+        body = {"model": classify[0], "input": REVIEWS}
         found.append(("classify", _curl(url, "/classify", body, key=key)))
-    if embedding:
-        body = {"model": embedding[0], "input": "a sentence"}
+    if embed:
+        body = {"model": embed[0], "input": "a sentence"}
         found.append(("embeddings", _curl(url, "/v1/embeddings", body, key=key)))
     return [*found, ("from Python, in any Ray job", _python(config))]
 
@@ -45,15 +45,15 @@ def _generator_calls(model: str) -> list[tuple[Any, ...]]:
     chat = {"model": model, "temperature": 0, "messages": question}
     return [
         ("chat", "/v1/chat/completions", chat),
-        ("chat, as a stream", "/v1/chat/completions", {**chat, "stream": True}),
+        ("streaming chat", "/v1/chat/completions", {**chat, "stream": True}),
         (
             "completions",
             "/v1/completions",
             {"model": model, "prompt": "Paris is", "max_tokens": 16},
         ),
-        ("OpenAI's responses", "/v1/responses", {"model": model, "input": QUESTION}),
+        ("OpenAI responses API", "/v1/responses", {"model": model, "input": QUESTION}),
         (
-            "Anthropic's messages",
+            "Anthropic messages API",
             "/v1/messages",
             {"model": model, "max_tokens": 64, "messages": question},
         ),

@@ -15,7 +15,7 @@ from rich.table import Table
 from cluster.admission.fair_queue import QueueLimits
 from cluster.autoscaling import Autoscaler, Decision, PoolSignals
 from cluster.autoscaling.settings import PoolSettings
-from cluster.cli.paths import load_config
+from cluster.cli.defaults import load_config
 from cluster.config import GeneratorConfig, SimConfig, TandemConfig
 from cluster.errors import ConfigError
 from cluster.routing import PrefixIndex, make_policy
@@ -30,8 +30,8 @@ _FAULT = re.compile(r"(die|hang|slow):(\d+)@(\d+(?:\.\d*)?)")
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """What the command line says."""
+class SimulateOptions:
+    """Arguments of ``tandem simulate``."""
 
     trace: str
     policy: str | None
@@ -48,25 +48,25 @@ class Options:
 
 
 def run(
-    options: Options,
+    options: SimulateOptions,
     config: Path | None,
     overrides: Sequence[str],
     as_json: bool,
     plot: Path | None,
 ) -> None:
-    """Simulate, and print what came of it.
+    """Simulate a trace and print the result.
 
     Raises:
-        ConfigError: the configuration or an option is wrong.
-        TraceError: the trace is no name, or its file is malformed.
+        ConfigError: the configuration or an option is invalid.
+        TraceError: the trace is neither a known name nor a valid file.
     """
     tree = load_config(config, overrides).config
     pool = _pool(tree, options.pool)
     settings = _settings(options, tree, pool)
     trace = load(options.trace, options.rate, options.duration_s, options.seed)
-    began = time.perf_counter()
+    started = time.perf_counter()
     result = simulate(trace, settings)
-    took_s = time.perf_counter() - began
+    took_s = time.perf_counter() - started
     if plot is not None:
         draw(result, f"{trace.name}, {options.policy or pool.routing}", plot)
     summary = result.summary(_price(tree, pool) if options.cost is None else options.cost)
@@ -84,13 +84,13 @@ def _pool(tree: TandemConfig, name: str | None) -> GeneratorConfig:
     for generator in tree.generators:
         if name in (None, generator.name):
             return generator
-    raise ConfigError(f"--pool: no generator is called {name!r}; there are: {', '.join(names)}")
+    raise ConfigError(f"--pool: no generator {name!r}; allowed: {', '.join(names)}")
 
 
-def _settings(options: Options, tree: TandemConfig, pool: GeneratorConfig) -> Settings:
+def _settings(options: SimulateOptions, tree: TandemConfig, pool: GeneratorConfig) -> Settings:
     router = tree.router
     name = options.policy or pool.routing
-    make_policy(name, PrefixIndex())  # says whether there is such a one
+    make_policy(name, PrefixIndex())  # raises if the policy is unknown
     return Settings(
         engine=_engine(pool.sim),
         replicas=pool.replicas.min if options.replicas is None else options.replicas,
@@ -114,7 +114,7 @@ def _engine(sim: SimConfig) -> SimConfig:
 
 
 def _scaling(tree: TandemConfig, pool: GeneratorConfig) -> Scaling:
-    """By the budget of all pools, of which the others have their floors."""
+    # The budget covers all pools; the pools that are not simulated stay at their minimum.
     parts = [PoolSettings.of(tree, tree.router)]
     parts += [PoolSettings.of(tree, generator) for generator in tree.generators]
     parts += [PoolSettings.of(tree, classifier) for classifier in tree.classifiers]
@@ -135,17 +135,16 @@ def _fault(text: str) -> Fault:
             return Fault(float(at_s), int(replica), kind)  # type: ignore[arg-type]
 
 
-def _slo(options: Options, pool: GeneratorConfig) -> Slo:
-    """What the command line says, else the pool's objectives."""
-    said = (options.ttft_s, pool.slo.ttft_p90_s), (options.itl_s, pool.slo.itl_p90_s)
-    limits = (next((value for value in pair if value is not None), math.inf) for pair in said)
+def _slo(options: SimulateOptions, pool: GeneratorConfig) -> Slo:
+    candidates = (options.ttft_s, pool.slo.ttft_p90_s), (options.itl_s, pool.slo.itl_p90_s)
+    limits = (next((value for value in pair if value is not None), math.inf) for pair in candidates)
     return Slo(*limits)
 
 
 def _price(tree: TandemConfig, pool: GeneratorConfig) -> float:
-    """Of one replica for an hour."""
-    each = pool.resources
-    return pool.num_workers * tree.accounting.price_per_hour(each.cpus, each.gpus)
+    """Return the price of a replica per hour."""
+    worker = pool.resources
+    return pool.num_workers * tree.accounting.price_per_hour(worker.cpus, worker.gpus)
 
 
 def _print_events(result: Result) -> None:
@@ -166,5 +165,5 @@ def _print(summary: Mapping[str, float], currency: str) -> None:
 
 def _print_trace(trace: Trace, took_s: float) -> None:
     hours = trace.duration_s / 3600
-    text = f"{hours:.2f} h in {took_s:.1f} s; a cache without a bound would hit"
+    text = f"simulated {hours:.2f} h in {took_s:.1f} s; hit rate of an unlimited prefix cache:"
     Console().print(f"{text} {trace.most_hits:.3f}", highlight=False)

@@ -1,4 +1,4 @@
-"""``tandem top``: the routers' last seconds on the terminal, as ``/dashboard`` has them."""
+"""``tandem top``: live view of the routers, from the data of ``/dashboard``."""
 
 import time
 from collections.abc import Mapping
@@ -9,32 +9,31 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cluster.cli.http import Connection, connect
-from cluster.cli.paths import router_url
+from cluster.cli.defaults import router_url
+from cluster.cli.router_client import RouterClient, connect
 from cluster.errors import TandemError
 
-PATH = "/dashboard/data"
-SPARK_S = 30
-"""How much of the past a line of blocks shows."""
+DATA_PATH = "/dashboard/data"
+SPARKLINE_S = 30
 MAX_FAILURES = 8
 MAX_DECISIONS = 5
+# Terminal widths in characters: below NARROW, medians and the failures' type and path are omitted;
+# below WIDE, sparklines are.
 NARROW, WIDE = 110, 150
-"""Characters: in a narrower terminal medians and what a failure asked for, or the lines of blocks,
-are left out, rather than every word cut short."""
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
-Data = Mapping[str, Any]
+DashboardData = Mapping[str, Any]
 
 
 def run(url: str | None, key: str | None, *, every_s: float, once: bool) -> None:
-    """Show a frame every ``every_s`` seconds until Ctrl-C; with ``once``, one.
+    """Update the view every ``every_s`` seconds until Ctrl-C, or print it once.
 
     Raises:
-        TandemError: the router does not answer, or refuses, at the start; later that is shown.
+        TandemError: the first request fails; later errors are displayed.
     """
     console = Console()
     with connect(router_url(url), key) as router:
-        data = _ask(router)
+        data = _fetch(router)
         first = frame(data, console.width)
         if once:
             console.print(first)
@@ -48,36 +47,36 @@ def run(url: str | None, key: str | None, *, every_s: float, once: bool) -> None
                 return
 
 
-def _ask(router: Connection) -> Data:
-    found: Data = router.get(f"{PATH}?since={int(time.time()) - SPARK_S}")
-    return found
+def _fetch(router: RouterClient) -> DashboardData:
+    data: DashboardData = router.get(f"{DATA_PATH}?since={int(time.time()) - SPARKLINE_S}")
+    return data
 
 
-def _next(router: Connection, last: Data, width: int) -> Group:
+def _next(router: RouterClient, last: DashboardData, width: int) -> Group:
     try:
-        return frame(_ask(router), width)
+        return frame(_fetch(router), width)
     except TandemError as error:
-        told = Text(f"{error}; these are the last figures", style="red")
-        return Group(told, frame(last, width))
+        message = Text(f"{error}; showing the last data received", style="red")
+        return Group(message, frame(last, width))
 
 
-def frame(data: Data, width: int) -> Group:
-    """One frame of what ``/dashboard/data`` answered, for a terminal of ``width`` characters."""
+def frame(data: DashboardData, width: int) -> Group:
+    """Render the response of ``/dashboard/data`` for a terminal of ``width`` characters."""
     parts = _models(data, width), _replicas(data), _failures(data, width), _decisions(data)
     return Group(_head(data), *(line for part in parts if part for line in (part, "")))
 
 
-def _head(data: Data) -> Text:
-    silent = [name for name, answers in data["routers"].items() if not answers]
+def _head(data: DashboardData) -> Text:
+    silent = [name for name, responds in data["routers"].items() if not responds]
     text = Text.assemble(
         ("tandem top", "bold"), f"  {_clock(data['now'])}  {len(data['routers'])} router(s)"
     )
     if silent:
-        text.append(f"  no answer from {', '.join(silent)}", style="red")
+        text.append(f"  no response from {', '.join(silent)}", style="red")
     return text
 
 
-def _models(data: Data, width: int) -> Table:
+def _models(data: DashboardData, width: int) -> Table:
     table = Table(box=None, pad_edge=False, collapse_padding=True)
     table.add_column("model", no_wrap=True)
     rows: list[list[str | Text]] = []
@@ -93,9 +92,9 @@ def _models(data: Data, width: int) -> Table:
 
 
 def _cells(
-    data: Data, rows: list[list[float | None]], levels: Mapping[str, float], width: int
+    data: DashboardData, rows: list[list[float | None]], levels: Mapping[str, float], width: int
 ) -> dict[str, str | Text]:
-    """What the last second says of a model, by the columns' titles."""
+    """Return the values of the last second by column title."""
     now = dict(zip(data["columns"], rows[-1], strict=True)) if rows else {}
     failed = now.get("failed")
     cells: dict[str, str | Text] = {
@@ -112,12 +111,12 @@ def _cells(
     cells["KV"] = _share(levels["kv_cache"])
     if width >= WIDE:
         tokens = data["columns"].index("completion_tokens")
-        past = [row[tokens] or 0.0 for row in rows[-SPARK_S:]]
-        cells[f"tok/s, {SPARK_S} s"] = sparkline(past)
+        past = [row[tokens] or 0.0 for row in rows[-SPARKLINE_S:]]
+        cells[f"tok/s, {SPARKLINE_S} s"] = sparkline(past)
     return cells
 
 
-def _replicas(data: Data) -> Table:
+def _replicas(data: DashboardData) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("replica", no_wrap=True)
     for title in ("model", "link"):
@@ -132,22 +131,22 @@ def _replicas(data: Data) -> Table:
     return table
 
 
-def _failures(data: Data, width: int) -> Table | str:
+def _failures(data: DashboardData, width: int) -> Table | str:
     if not data["failures"]:
-        return "no request failed or was refused"
-    told = {"type": "type", "model": "model", "path": "route", "request id": "id"}
+        return "no failed requests"
+    fields = {"type": "type", "model": "model", "path": "route", "request id": "id"}
     if width < NARROW:
-        del told["type"], told["path"]
+        del fields["type"], fields["path"]
     table = Table(box=None, pad_edge=False)
-    for title in ("last failures", "status", *told):
+    for title in ("last failures", "status", *fields):
         table.add_column(title, no_wrap=True)
     for failure in data["failures"][:MAX_FAILURES]:
-        cells = (Text(failure[name]) for name in told.values())
+        cells = (Text(failure[name]) for name in fields.values())
         table.add_row(_clock(failure["time"]), str(failure["status"]), *cells)
     return table
 
 
-def _decisions(data: Data) -> Table | None:
+def _decisions(data: DashboardData) -> Table | None:
     if not data["decisions"]:
         return None
     table = Table(box=None, pad_edge=False)
@@ -156,13 +155,13 @@ def _decisions(data: Data) -> Table | None:
     table.add_column("reason")
     for change in data["decisions"][:MAX_DECISIONS]:
         replicas = f"{change['before']} → {change['target']}"
-        told = (change["pool"], replicas, f"{change['cause']}: {change['reason']}")
-        table.add_row(_clock(change["time"]), *map(Text, told))
+        cells = (change["pool"], replicas, f"{change['cause']}: {change['reason']}")
+        table.add_row(_clock(change["time"]), *map(Text, cells))
     return table
 
 
 def sparkline(values: list[float]) -> str:
-    """One block for each value, as high as it is beside the highest."""
+    """Render values as block characters, scaled to the highest."""
     highest = max(values, default=0.0)
     if highest <= 0:
         return _BLOCKS[1] * len(values)

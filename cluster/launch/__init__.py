@@ -1,6 +1,6 @@
-"""Starting and stopping of the local Ray cluster that ``tandem up`` runs everything in.
+"""Start, stop and diagnosis of the local Ray cluster of ``tandem up``.
 
-Every process of the cluster carries ``TANDEM_CLUSTER_ID`` in its environment; that alone says
-what ``down`` ends. Knows nothing of the command line: progress goes to a callback, results are
-values, and what cannot be done is a ``StartError``.
+Every process of the cluster has ``TANDEM_CLUSTER_ID`` in its environment; ``down`` ends exactly
+these. The package is independent of the command line: progress goes to a callback, results are
+returned, and failures raise ``StartError``.
 """

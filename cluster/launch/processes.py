@@ -1,7 +1,7 @@
-"""The processes of a cluster: found by their environment, and ended.
+"""Processes of a cluster: found by an environment variable, and ended.
 
-Ray's workers, HAProxy and the engines' processes all inherit ``TANDEM_CLUSTER_ID``, whoever their
-parent is by now, so they are found after any crash. Owns no state.
+Ray's workers, HAProxy and the engines inherit ``TANDEM_CLUSTER_ID`` even when their parent has
+died, so they are found after any crash.
 """
 
 import contextlib
@@ -21,107 +21,103 @@ POLL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
-    """How the processes of a cluster ended."""
+class EndedProcesses:
+    """Number of ended processes by signal."""
 
     terminated: int
-    """On SIGTERM."""
+    """Processes that ended on SIGTERM."""
     killed: int
-    """By SIGKILL, because SIGTERM did not end them in time."""
+    """Processes that SIGTERM did not end in time and SIGKILL did."""
 
 
 @dataclass(frozen=True, slots=True)
-class Owned:
-    """A process that carries a cluster's mark."""
+class ClusterProcess:
+    """Process with ``TANDEM_CLUSTER_ID`` in its environment."""
 
     process: psutil.Process
     name: str
     cluster_id: str
 
 
-def find(home: Path) -> list[Owned]:
-    """The processes of every cluster that was started with ``home``, this one and its parents
-    left out."""
+def find(home: Path) -> list[ClusterProcess]:
+    """Return the processes of all clusters started with ``home``, except this one's ancestry."""
     return list(_scan(str(home)))
 
 
-def _scan(home: str) -> Iterator[Owned]:
-    mine = _own_line()
+def _scan(home: str) -> Iterator[ClusterProcess]:
+    current = psutil.Process()
+    excluded = {current.pid, *(parent.pid for parent in current.parents())}
     for entry in os.listdir("/proc"):
-        if not entry.isdigit() or int(entry) in mine:
+        if not entry.isdigit() or int(entry) in excluded:
             continue
         environment = environment_of(int(entry))
         if CLUSTER_ID in environment and environment.get(HOME) == home:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process = psutil.Process(int(entry))
-                yield Owned(process, process.name(), environment[CLUSTER_ID])
+                yield ClusterProcess(process, process.name(), environment[CLUSTER_ID])
 
 
-def has_head(found: list[Owned]) -> bool:
-    """Whether Ray's GCS is among them: without it a cluster is dead, whatever else runs."""
-    return any(owned.name == "gcs_server" for owned in found)
+def has_head(owned: list[ClusterProcess]) -> bool:
+    """Return True if Ray's GCS is among the processes; without it a cluster is dead."""
+    return any(process.name == "gcs_server" for process in owned)
 
 
 def environment_of(pid: int) -> dict[str, str]:
-    """The environment that a process was started with; empty where it may not be read."""
+    """Return the initial environment of a cluster's process; empty for any other process."""
     try:
         block = Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:
         return {}
-    if CLUSTER_ID.encode() not in block:  # nearly all of them; the rest is worth parsing
+    if CLUSTER_ID.encode() not in block:  # true of nearly all; saves parsing
         return {}
     pairs = (entry.partition("=") for entry in block.decode(errors="replace").split("\0"))
     return {name: value for name, _, value in pairs}
 
 
-def _own_line() -> set[int]:
-    me = psutil.Process()
-    return {me.pid, *(parent.pid for parent in me.parents())}
-
-
-def end(home: Path, *, grace_s: float, kill_s: float = 10.0) -> Ended:
-    """End all processes of ``home``'s clusters: SIGTERM, ``grace_s`` later SIGKILL.
-
-    Looks again until none is left, since a dying cluster still starts processes.
+def end_all(home: Path, *, grace_s: float, kill_s: float = 10.0) -> EndedProcesses:
+    """End the processes of ``home``'s clusters: SIGTERM, and SIGKILL ``grace_s`` later.
 
     Raises:
-        StartError: one is still there ``kill_s`` after SIGKILL.
+        StartError: a process still exists ``kill_s`` after SIGKILL.
     """
-    asked: set[psutil.Process] = set()
+    terminated: set[psutil.Process] = set()
     killed: set[psutil.Process] = set()
     kill_at = time.monotonic() + grace_s
-    while found := [owned.process for owned in find(home)]:
+    # A dying cluster still starts processes, so search again until none is left.
+    while remaining := [owned.process for owned in find(home)]:
         now = time.monotonic()
         if now >= kill_at + kill_s:
-            raise StartError(f"these processes cannot be ended: {describe(found)}")
-        for process in found:
+            raise StartError(
+                f"processes still run {kill_s:g} s after SIGKILL: {describe(remaining)}"
+            )
+        for process in remaining:
             with contextlib.suppress(psutil.NoSuchProcess):
                 if now >= kill_at:
                     process.kill()
                     killed.add(process)
-                elif process not in asked:
+                elif process not in terminated:
                     process.terminate()
-                    asked.add(process)
+                    terminated.add(process)
         time.sleep(POLL_S)
-    return Ended(terminated=len(asked - killed), killed=len(killed))
+    return EndedProcesses(terminated=len(terminated - killed), killed=len(killed))
 
 
-def rss_bytes(found: list[Owned]) -> int:
-    """Memory of all processes; what they share counts in each."""
+def rss_bytes(owned: list[ClusterProcess]) -> int:
+    """Return the memory of all processes in bytes; shared pages count once per process."""
     total = 0
-    for owned in found:
+    for member in owned:
         with contextlib.suppress(psutil.Error):
-            total += owned.process.memory_info().rss
+            total += member.process.memory_info().rss
     return total
 
 
 def describe(processes: list[psutil.Process]) -> str:
-    """Process ids and command lines, for a message."""
+    """Format process ids and command lines for a message."""
     return ", ".join(f"{process.pid} ({command(process)})" for process in processes)
 
 
 def command(process: psutil.Process, limit: int = 70) -> str:
-    """A process' command line, shortened."""
+    """Return the command line of a process, shortened to ``limit`` characters."""
     try:
         line = " ".join(process.cmdline()).strip() or process.name()
     except psutil.Error:

@@ -1,7 +1,6 @@
-"""Starts Debian's Prometheus beside a cluster.
+"""Start of Prometheus next to a cluster, with its files in ``<home>/monitoring``.
 
-Its process carries the cluster's mark, so ``stop`` ends it with the rest; its data stays. Owns
-``monitoring`` below the home.
+The process has the cluster's id in its environment, so ``stop`` ends it too; its data stays.
 """
 
 import os
@@ -14,57 +13,56 @@ from urllib.parse import urlsplit
 
 from cluster.config.file import LoadedConfig
 from cluster.errors import StartError
-from cluster.launch.auth import ray_token
+from cluster.launch.serve_api import ray_token
 from cluster.launch.starter import HOUSEKEEPING_NICE
 from cluster.launch.state import ClusterState
 from cluster.monitoring.prometheus import RULES, Targets, configuration
 
-PACKAGE = "prometheus"
-"""Debian's and Ubuntu's."""
+PACKAGE = "prometheus"  # of Debian and Ubuntu
 RETENTION_TIME = "15d"
 RETENTION_SIZE = "2GB"
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
-    """A Prometheus that was started."""
+class PrometheusProcess:
+    """Started Prometheus."""
 
     process: "subprocess.Popen[bytes]"
     log: Path
 
     def check(self) -> None:
-        """Raise StartError, with its last words, if it has ended."""
+        """Raise StartError with the last line of the log if the process has ended."""
         if self.process.poll() is not None:
             lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-            said = lines[-1] if lines else "it said nothing"
-            raise StartError(f"Prometheus ended at once: {said} (log: {self.log})")
+            last_line = lines[-1] if lines else "no output"
+            raise StartError(f"Prometheus exited during its start: {last_line} (log: {self.log})")
 
-    def leave(self) -> None:
-        """Let it be: it ends with the cluster, and nobody waits for it."""
+    def detach(self) -> None:
+        """Give up the process, which ends with the cluster."""
         self.process.returncode = 0
 
 
 def executable() -> str:
-    """Where Prometheus is.
+    """Return the path of Prometheus.
 
     Raises:
-        StartError: it is not installed.
+        StartError: Prometheus is not installed.
     """
     if (found := shutil.which("prometheus")) is None:
         raise StartError(
-            f"--monitoring needs Prometheus, which is not installed; on Debian and Ubuntu: "
-            f"apt-get install --no-install-recommends {PACKAGE}"
+            f"--monitoring needs Prometheus, which is not installed. On Debian and Ubuntu, run "
+            f"`apt-get install --no-install-recommends {PACKAGE}`."
         )
     return found
 
 
 def monitoring_dir(home: Path) -> Path:
-    """Where Prometheus' configuration, log and data lie."""
+    """Return the directory of Prometheus' configuration, log and data."""
     return home / "monitoring"
 
 
 def ray_variables(home: Path, url: str) -> dict[str, str]:
-    """How Ray's dashboard finds this Prometheus, and where it writes its own Grafana dashboards."""
+    """Return the variables with which Ray's dashboard finds this Prometheus."""
     return {
         "RAY_PROMETHEUS_HOST": url,
         "RAY_PROMETHEUS_NAME": "Prometheus",
@@ -74,11 +72,11 @@ def ray_variables(home: Path, url: str) -> dict[str, str]:
 
 def start(
     loaded: LoadedConfig, home: Path, cluster: ClusterState, variables: Mapping[str, str]
-) -> Running:
-    """Start Prometheus on loopback for ``cluster``, whose environment is ``variables``.
+) -> PrometheusProcess:
+    """Start Prometheus on loopback, with ``variables`` as its environment.
 
     Raises:
-        StartError: it is not installed.
+        StartError: Prometheus is not installed.
     """
     assert cluster.prometheus_url is not None
     directory = monitoring_dir(home)
@@ -87,7 +85,7 @@ def start(
     rules = sorted(str(path) for path in RULES.glob("*.yml"))
     config.write_text(configuration(_targets(loaded, cluster, directory), rules), encoding="utf-8")
     command = [
-        *("nice", "-n", str(HOUSEKEEPING_NICE)),  # it yields to what serves
+        *("nice", "-n", str(HOUSEKEEPING_NICE)),  # lower priority than serving
         executable(),
         f"--config.file={config}",
         f"--storage.tsdb.path={directory / 'data'}",
@@ -102,7 +100,7 @@ def start(
             command, env=dict(variables), cwd=directory, stdin=subprocess.DEVNULL, stdout=output,
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-    return Running(process, log)
+    return PrometheusProcess(process, log)
 
 
 def _targets(loaded: LoadedConfig, cluster: ClusterState, directory: Path) -> Targets:
@@ -110,12 +108,12 @@ def _targets(loaded: LoadedConfig, cluster: ClusterState, directory: Path) -> Ta
     return Targets(
         dashboard=cluster.dashboard_url,
         ingress=None if requires_keys else urlsplit(cluster.http_url).netloc,
-        token_file=token_file(directory),
+        token_file=write_token_file(directory),
     )
 
 
-def token_file(directory: Path) -> str | None:
-    """A file for the user alone with Ray's token; None where Ray asks for none."""
+def write_token_file(directory: Path) -> str | None:
+    """Write Ray's token to a file that only the user can read; return None without a token."""
     if (token := ray_token(os.environ)) is None:
         return None
     path = directory / "ray-token"

@@ -1,26 +1,36 @@
-"""The dashboard's REST interface to Ray Serve, and its answers as values.
-
-Ends and watches the applications of a cluster without importing Ray. Owns one HTTP
-client.
-"""
+"""Client of the Ray dashboard's REST API for Ray Serve, without importing Ray."""
 
 import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import httpx
 
 APPLICATIONS = "/api/serve/applications/"
 POLL_S = 0.1
+# On the first request the dashboard imports Serve, which takes seconds.
 REQUEST_TIMEOUT_S = 30.0
-"""The first question takes seconds: the dashboard imports Serve for it."""
+
+
+def ray_token(environment: Mapping[str, str]) -> str | None:
+    """Return the token that Ray reads from ``environment``; None without RAY_AUTH_MODE=token."""
+    if environment.get("RAY_AUTH_MODE", "").lower() != "token":
+        return None
+    if token := environment.get("RAY_AUTH_TOKEN"):
+        return token
+    path = Path(environment.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    try:
+        return path.read_text(encoding="utf-8").strip() or None
+    except OSError:
+        return None
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaStatus:
-    """One replica of a deployment."""
+    """Replica of a deployment."""
 
     id: str
     state: str
@@ -32,28 +42,29 @@ class ReplicaStatus:
 
 @dataclass(frozen=True, slots=True)
 class DeploymentStatus:
-    """One deployment."""
+    """Deployment and its replicas."""
 
     name: str
     status: str
     message: str
     target: int
+    """Number of replicas that Serve aims at."""
     replicas: tuple[ReplicaStatus, ...]
 
     @property
     def running(self) -> int:
-        """Replicas that serve."""
+        """Number of running replicas."""
         return sum(replica.state == "RUNNING" for replica in self.replicas)
 
     @property
     def healthy(self) -> bool:
-        """Whether as many replicas run as are wanted."""
+        """True if the target number of replicas runs."""
         return self.status == "HEALTHY"
 
 
 @dataclass(frozen=True, slots=True)
 class ApplicationStatus:
-    """One application, as Serve sees it."""
+    """Application and its deployments."""
 
     name: str
     status: str
@@ -62,12 +73,12 @@ class ApplicationStatus:
 
     @property
     def running(self) -> bool:
-        """Whether the application and each of its deployments run as configured."""
+        """True if the application runs and all its deployments are healthy."""
         return self.status == "RUNNING" and all(d.healthy for d in self.deployments)
 
     @property
     def failure(self) -> str | None:
-        """Why Serve has given up on the application, in one or two lines; None while it has not."""
+        """Reason for which Serve has given up on the application; None while it has not."""
         for deployment in self.deployments:
             if deployment.status == "DEPLOY_FAILED":
                 return f"{deployment.name}: {reason(deployment.message)}"
@@ -75,16 +86,16 @@ class ApplicationStatus:
 
 
 class ServeApi:
-    """A client of one cluster's dashboard.
+    """Client of one cluster's dashboard.
 
     Args:
-        url: The dashboard's address.
-        token: Ray's own token, where ``RAY_AUTH_MODE=token``.
+        url: URL of the dashboard.
+        token: Ray's token with ``RAY_AUTH_MODE=token``, else None.
     """
 
     def __init__(self, url: str, token: str | None = None) -> None:
         headers = {"authorization": f"Bearer {token}"} if token else {}
-        # trust_env: a proxy of the environment is not for our own loopback address.
+        # The dashboard listens on loopback: ignore a proxy set in the environment.
         self._http = httpx.Client(
             base_url=url, headers=headers, timeout=REQUEST_TIMEOUT_S, trust_env=False
         )
@@ -96,10 +107,9 @@ class ServeApi:
         self._http.close()
 
     def drain(self, timeout_s: float) -> bool:
-        """End every application once its requests are done; whether it was done in time.
+        """Delete every application after its requests; return False on timeout or failure.
 
-        Deletes the applications and leaves Serve: its own shutdown ends HAProxy at once, and with
-        it every answer that is still on its way.
+        Serve itself keeps running: its shutdown would end HAProxy, and with it open responses.
         """
         deadline = time.monotonic() + timeout_s
         try:
@@ -108,12 +118,12 @@ class ServeApi:
                 if time.monotonic() > deadline:
                     return False
                 time.sleep(POLL_S)
-        except (httpx.TransportError, ValueError, KeyError):  # it dies, or is no dashboard
+        except (httpx.TransportError, ValueError, KeyError):  # it died, or is not a dashboard
             return False
         return True
 
     def application(self, name: str) -> ApplicationStatus | None:
-        """The application's status; None where it, or the dashboard, is not there (yet)."""
+        """Return the application's status; None if it or the dashboard does not exist (yet)."""
         try:
             response = self._http.get(APPLICATIONS)
         except httpx.TransportError:
@@ -125,7 +135,7 @@ class ServeApi:
 
 
 def parse_application(raw: Mapping[str, Any]) -> ApplicationStatus:
-    """An application's status as Serve's instance details hold it."""
+    """Return an application's status from Serve's instance details."""
     deployments = sorted(raw.get("deployments", {}).items(), key=lambda item: item[0] != "router")
     return ApplicationStatus(
         name=raw["name"],
@@ -154,15 +164,15 @@ def _deployment(name: str, raw: Mapping[str, Any]) -> DeploymentStatus:
     )
 
 
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-_RAISED = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt)\b.*")
+_ANSI_COLOR = re.compile(r"\x1b\[[0-9;]*m")
+_EXCEPTION_LINE = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt)\b.*")
 
 
 def reason(message: str, limit: int = 400) -> str:
-    """What went wrong, out of a message of Serve that holds a traceback or several."""
-    lines = [line.rstrip() for line in _COLOUR.sub("", message).splitlines() if line.strip()]
-    raised = [index for index, line in enumerate(lines) if _RAISED.match(line)]
-    if raised:  # the last exception, and what it says in further lines
+    """Extract the cause from a message of Serve, which may contain several tracebacks."""
+    lines = [line.rstrip() for line in _ANSI_COLOR.sub("", message).splitlines() if line.strip()]
+    raised = [index for index, line in enumerate(lines) if _EXCEPTION_LINE.match(line)]
+    if raised:  # the last exception, with at most two more lines of its message
         lines = lines[raised[-1] : raised[-1] + 3]
     text = " ".join(line.strip() for line in lines) or "Serve gave no reason"
     return text if len(text) <= limit else f"{text[: limit - 1]}…"

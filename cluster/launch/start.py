@@ -1,4 +1,4 @@
-"""``start``: from a configuration to a healthy local cluster, and back again if that fails."""
+"""Start of a healthy local cluster from a configuration; a failed start is rolled back."""
 
 import contextlib
 import fcntl
@@ -13,84 +13,91 @@ import httpx
 
 from cluster.config.file import LoadedConfig
 from cluster.errors import StartError
-from cluster.launch import environment, ports, prometheus, state
-from cluster.launch.head import LOOPBACK, Starter, ray_params
-from cluster.launch.processes import find, has_head
+from cluster.launch import environment, ports, processes, prometheus, state
 from cluster.launch.serve_api import ApplicationStatus, parse_application
+from cluster.launch.starter_process import LOOPBACK, StarterProcess, ray_params
 from cluster.launch.stop import stop
 
 POLL_S = 0.1
 
-Watcher = Callable[[str, ApplicationStatus | None], None]
-"""Called with the current phase and, once there is one, the application's status."""
+StartObserver = Callable[[str, ApplicationStatus | None], None]
+"""Callback with the current phase and the application's status, once it has one."""
+
+RAY_HOST = "LOCALHOST"
+"""Host of ``RAY_ADDRESS``. Ray replaces "127.0.0.1" and "localhost", but no other spelling, by the
+machine's external address, on which this cluster does not listen."""
 
 
 @dataclass(slots=True)
-class Phases:
-    """How long each part of a start took, in seconds."""
+class PhaseTimer:
+    """Durations of the phases of a start."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    """Duration by phase, in seconds."""
     _began: float = field(default_factory=time.monotonic)
 
     @property
     def total_s(self) -> float:
-        """Seconds since the beginning."""
+        """Time since the start began, in seconds."""
         return time.monotonic() - self._began
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count what happens inside as ``name``."""
+        """Measure the duration of the ``with`` block."""
         began = time.monotonic()
         yield
         self.seconds[name] = time.monotonic() - began
 
 
 @dataclass(frozen=True, slots=True)
-class Started:
-    """A healthy cluster."""
+class StartResult:
+    """State of a started cluster, and the durations of its start."""
 
     state: state.ClusterState
-    phases: Phases
+    phases: PhaseTimer
 
 
-def start(loaded: LoadedConfig, home: Path, watch: Watcher, *, monitoring: bool = False) -> Started:
-    """Start a cluster for ``loaded`` and return when every deployment is healthy.
+def start(
+    loaded: LoadedConfig, home: Path, observe: StartObserver, *, monitoring: bool = False
+) -> StartResult:
+    """Start a cluster and return once all deployments are healthy.
+
+    After any exception, everything already started is stopped again.
 
     Args:
-        loaded: What is to run.
-        home: Where its state lies.
-        watch: Is told how far it is.
-        monitoring: Start Prometheus beside it.
+        loaded: Configuration of the cluster.
+        home: Tandem's home directory.
+        observe: Called on progress.
+        monitoring: True to start Prometheus as well.
 
     Raises:
-        StartError: a cluster runs already, a port is taken, Prometheus is not installed, or
-            something did not become healthy. Nothing that was started is left then, nor after
-            any other exception.
+        StartError: a cluster runs already, a port is in use, Prometheus is not installed, or a
+            part did not become healthy in time.
     """
-    phases = Phases()
-    with _only_one_start(home):
+    phases = PhaseTimer()
+    with _start_lock(home):
         with phases.phase("checks"):
-            watch("checks", None)
+            observe("checks", None)
             _check(loaded, home, monitoring=monitoring)
         started = _new_state(loaded, monitoring=monitoring)
         try:
-            _start(loaded, home, started, phases, watch)
+            _start(loaded, home, started, phases, observe)
         except BaseException:
             stop(home, drain_s=0)
             raise
-    return Started(started, phases)
+    return StartResult(started, phases)
 
 
 def _check(loaded: LoadedConfig, home: Path, *, monitoring: bool) -> None:
     running = state.load(home)
-    if owned := find(home):
-        if running and has_head(owned):
+    if owned := processes.find(home):
+        if running and processes.has_head(owned):
             raise StartError(
-                f"a cluster runs already, since {running.uptime_s / 60:.0f} min, at "
-                f"{running.http_url}; `tandem status` shows it, `tandem down` ends it"
+                f"a cluster has been running for {running.uptime_s / 60:.0f} min at "
+                f"{running.http_url}. See `tandem status`, or stop it with `tandem down`."
             )
-        stop(home, drain_s=0)  # what a crash left
-    needed = ports.needed(
+        stop(home, drain_s=0)  # leftovers of a crash
+    required = ports.required_ports(
         loaded.config.cluster,
         loaded.http_host,
         loaded.http_port,
@@ -99,8 +106,8 @@ def _check(loaded: LoadedConfig, home: Path, *, monitoring: bool) -> None:
     )
     if monitoring:
         prometheus.executable()
-    if taken := ports.busy(needed):
-        raise StartError("; ".join(map(str, taken)))
+    if busy := ports.find_busy(required):
+        raise StartError(" ".join(map(str, busy)))
 
 
 def _new_state(loaded: LoadedConfig, *, monitoring: bool) -> state.ClusterState:
@@ -119,13 +126,12 @@ def _new_state(loaded: LoadedConfig, *, monitoring: bool) -> state.ClusterState:
     )
 
 
-RAY_HOST = "LOCALHOST"
-"""Loopback as other Ray jobs must write it: Ray replaces "127.0.0.1" and "localhost" by the
-machine's outer address, where nothing of this cluster listens, and leaves other spellings alone."""
-
-
 def _start(
-    loaded: LoadedConfig, home: Path, new: state.ClusterState, phases: Phases, watch: Watcher
+    loaded: LoadedConfig,
+    home: Path,
+    new: state.ClusterState,
+    phases: PhaseTimer,
+    observe: StartObserver,
 ) -> None:
     haproxy = environment.uses_haproxy()
     state.save(home, new)
@@ -134,8 +140,8 @@ def _start(
     variables = environment.cluster_environment(os.environ, home, new.cluster_id, haproxy=haproxy)
     if new.prometheus_url:
         variables |= prometheus.ray_variables(home, new.prometheus_url)
-    starter = Starter(
-        order={
+    starter = StarterProcess(
+        request={
             "ray": ray_params(loaded.config.cluster),
             "ray_address": new.ray_address,
             "serve": loaded.serve_config,
@@ -145,20 +151,22 @@ def _start(
         log=state.run_dir(home) / "start.log",
     )
     deadline = time.monotonic() + loaded.config.cluster.ready_timeout_s
-    _follow(starter, deadline, phases, watch)
+    _follow(starter, deadline, phases, observe)
     with phases.phase("HTTP"):
-        watch("HTTP", None)
+        observe("HTTP", None)
         _wait_for_http(f"{new.http_url}/-/healthz", deadline)
     if new.prometheus_url:
         with phases.phase("Prometheus"):
-            watch("Prometheus", None)
-            running = prometheus.start(loaded, home, new, variables)
-            _wait_for_http(f"{new.prometheus_url}/-/ready", deadline, running.check)
-            running.leave()
+            observe("Prometheus", None)
+            process = prometheus.start(loaded, home, new, variables)
+            _wait_for_http(f"{new.prometheus_url}/-/ready", deadline, process.check)
+            process.detach()
 
 
-def _follow(starter: Starter, deadline: float, phases: Phases, watch: Watcher) -> None:
-    """Read the starter's reports until everything runs."""
+def _follow(
+    starter: StarterProcess, deadline: float, phases: PhaseTimer, observe: StartObserver
+) -> None:
+    """Follow the starter's reports until the application runs."""
     seen: ApplicationStatus | None = None
     phase, began = "Ray", time.monotonic()
     try:
@@ -170,17 +178,19 @@ def _follow(starter: Starter, deadline: float, phases: Phases, watch: Watcher) -
             if found := report.get("application"):
                 seen = parse_application(found)
                 if failure := seen.failure:
-                    raise StartError(f"the application could not be started: {failure}")
+                    raise StartError(f"the application failed to start: {failure}")
             if phase != "done":
-                watch(phase, seen)
+                observe(phase, seen)
     except TimeoutError:
-        missing = _missing(seen) if phase == "application" else f"{phase} was not ready"
-        raise StartError(f"nothing healthy within cluster.ready_timeout_s: {missing}") from None
+        missing = _unhealthy(seen) if phase == "application" else f"{phase} was not ready"
+        raise StartError(
+            f"the cluster was not healthy within cluster.ready_timeout_s: {missing}"
+        ) from None
 
 
-def _missing(status: ApplicationStatus | None) -> str:
+def _unhealthy(status: ApplicationStatus | None) -> str:
     if status is None or not status.deployments:
-        return "its deployments were not made"
+        return "no deployments were created"
     return ", ".join(
         f"{d.name} has {d.running} of {d.target} replicas ({d.status})"
         for d in status.deployments
@@ -189,11 +199,11 @@ def _missing(status: ApplicationStatus | None) -> str:
 
 
 def _wait_for_http(url: str, deadline: float, check: Callable[[], None] = lambda: None) -> None:
-    """Wait until ``url`` answers; ``check`` raises where it never will."""
+    """Wait until ``url`` responds; ``check`` raises if it never will."""
     while not _is_ok(url):
         check()
         if time.monotonic() > deadline:
-            raise StartError(f"{url} did not answer within cluster.ready_timeout_s")
+            raise StartError(f"{url} did not respond within cluster.ready_timeout_s")
         time.sleep(POLL_S)
 
 
@@ -205,13 +215,13 @@ def _is_ok(url: str) -> bool:
 
 
 @contextlib.contextmanager
-def _only_one_start(home: Path) -> Iterator[None]:
-    """Refuse a second start with the same home while one is under way."""
+def _start_lock(home: Path) -> Iterator[None]:
+    """Hold the lock that prevents concurrent starts with the same home."""
     lock = state.run_dir(home) / "start.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StartError("another `tandem up` is starting a cluster right now") from None
+            raise StartError("another `tandem up` is already starting a cluster") from None
         yield

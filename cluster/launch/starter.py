@@ -1,10 +1,9 @@
-"""Runs as ``python -m cluster.launch.starter FD``: starts Ray and Serve, deploys, and reports.
+"""Child process that starts Ray and Serve (``python -m cluster.launch.starter FD``).
 
-The order of a job comes as JSON on stdin, reports go as JSON lines to the file descriptor. Does
-what ``ray start --head`` and ``serve deploy`` do, and no more of what those do one after the
-other than must be: the raylet and the workers start while the dashboard does, Serve is imported
-meanwhile, and replicas start while the proxies do. Uses Ray's private names for it (Ray is pinned
-to one version); no other module of Tandem starts anything.
+It reads a JSON ``StarterInput`` from stdin and writes progress reports as JSON lines to the file
+descriptor. It replaces ``ray start --head`` and ``serve deploy`` but does more in parallel: workers
+start while the dashboard starts, Serve is imported meanwhile, and replicas start along with the
+proxies. This needs private names of Ray, which is pinned to one version.
 """
 
 import json
@@ -17,28 +16,28 @@ from typing import Any, TextIO, TypedDict
 
 POLL_S = 0.15
 HOUSEKEEPING_NICE = 10
-"""For the dashboard, the autoscaler's monitor and the log monitor: they yield to what serves."""
+"""Niceness of the dashboard, the autoscaler's monitor and the log monitor."""
 
 
-class Order(TypedDict):
-    """What is to be started."""
+class StarterInput(TypedDict):
+    """Description of the cluster to start."""
 
     ray: dict[str, Any]
     """Fields of Ray's ``RayParams``."""
     ray_address: str
-    """What ``ray.init()`` of other jobs shall connect to."""
+    """Address to which ``ray.init()`` of other jobs connects."""
     serve: dict[str, Any]
-    """A Serve config."""
+    """Serve config."""
     application: str
-    """The application whose status is reported."""
+    """Application whose status is reported."""
 
 
-class Background:
-    """A call in a thread of its own, whose exception is not lost.
+class BackgroundCall:
+    """Call in a separate thread.
 
     Args:
-        call: What to do.
-        nice: Added to the niceness of the thread, and so of the processes that it starts.
+        call: Function to call.
+        nice: Increment of the niceness of the thread and of the processes it starts.
     """
 
     def __init__(self, call: Callable[[], object], *, nice: int = 0) -> None:
@@ -50,33 +49,33 @@ class Background:
 
     def _run(self) -> None:
         try:
-            if self._nice:  # on Linux, of this thread alone
+            if self._nice:  # on Linux this affects the thread only
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._nice)
             self._call()
         except Exception as error:
             self._error = error
 
     def join(self) -> None:
-        """Wait for the call; raises what it raised."""
+        """Wait for the call and re-raise its exception."""
         self._thread.join()
         if self._error is not None:
             raise self._error
 
 
-def main(order: Order, reports: TextIO) -> None:
-    """Start everything, then report the application's status until it runs."""
+def main(request: StarterInput, reports: TextIO) -> None:
+    """Start the cluster and report the application's status until it runs."""
 
-    def report(**what: Any) -> None:
-        print(json.dumps(what, default=str), file=reports, flush=True)
+    def report(**fields: Any) -> None:
+        print(json.dumps(fields, default=str), file=reports, flush=True)
 
-    serve = Background(_import_serve)  # while the rest of Ray starts
+    serve = BackgroundCall(_import_serve)  # in parallel with the start of Ray
     report(phase="Ray")
-    dashboard = _start_ray(order)
+    dashboard = _start_ray(request)
     report(phase="Serve")
     serve.join()
-    controller = _deploy(order["serve"])
+    controller = _deploy(request["serve"])
     report(phase="application")
-    while not _report_status(controller, order["application"], report):
+    while not _report_status(controller, request["application"], report):
         time.sleep(POLL_S)
     report(phase="dashboard")
     dashboard.join()
@@ -88,8 +87,8 @@ def _import_serve() -> None:
     import ray.serve.schema  # noqa: F401
 
 
-def _start_ray(order: Order) -> Background:
-    """Start a head node, whose processes outlive this one; the dashboard is still starting."""
+def _start_ray(request: StarterInput) -> BackgroundCall:
+    """Start a head node that outlives this process; return the start of the dashboard."""
     import ray
     from ray._private.node import Node
     from ray._private.parameter import RayParams
@@ -98,43 +97,43 @@ def _start_ray(order: Order) -> Background:
     class HeadNode(Node):  # type: ignore[misc]  # Ray is not typed
         def start_api_server(self, **options: Any) -> None:
             start = super().start_api_server
-            self.dashboard = Background(lambda: start(**options), nice=HOUSEKEEPING_NICE)
+            self.dashboard = BackgroundCall(lambda: start(**options), nice=HOUSEKEEPING_NICE)
 
         def start_monitor(self) -> None:
-            Background(super().start_monitor, nice=HOUSEKEEPING_NICE).join()
+            BackgroundCall(super().start_monitor, nice=HOUSEKEEPING_NICE).join()
 
         def start_log_monitor(self) -> None:
-            Background(super().start_log_monitor, nice=HOUSEKEEPING_NICE).join()
+            BackgroundCall(super().start_log_monitor, nice=HOUSEKEEPING_NICE).join()
 
-    params = RayParams(**order["ray"])
+    params = RayParams(**request["ray"])
     node = HeadNode(params, head=True, shutdown_at_exit=False, spawn_reaper=False)
-    write_ray_address(order["ray_address"])
+    write_ray_address(request["ray_address"])
     ray.init(address=node.address, namespace="serve", log_to_driver=False, logging_level="ERROR")
-    dashboard: Background = node.dashboard
+    dashboard: BackgroundCall = node.dashboard
     return dashboard
 
 
 def _deploy(config: Mapping[str, Any]) -> Any:
-    """Start Serve's controller, make ``config`` its goal, and return its handle."""
+    """Start Serve's controller, apply ``config``, and return the controller's handle."""
     import ray
     from ray.serve._private import api
     from ray.serve.schema import ServeDeploySchema
 
-    wanted = ServeDeploySchema.model_validate(config)
+    schema = ServeDeploySchema.model_validate(config)
     controller, _ = api._create_controller_and_proxy_refs(
-        http_options=wanted.http_options.model_dump(),
-        grpc_options=wanted.grpc_options.model_dump(),
-        global_logging_config=wanted.logging_config,
+        http_options=schema.http_options.model_dump(),
+        grpc_options=schema.grpc_options.model_dump(),
+        global_logging_config=schema.logging_config,
         global_tracing_config=None,
-        controller_options=api._coerce_controller_options(wanted.controller_options),
-        proxy_location=wanted.proxy_location,
+        controller_options=api._coerce_controller_options(schema.controller_options),
+        proxy_location=schema.proxy_location,
     )
-    ray.get(controller.apply_config.remote(wanted))
+    ray.get(controller.apply_config.remote(schema))
     return controller
 
 
 def _report_status(controller: Any, application: str, report: Callable[..., None]) -> bool:
-    """Report the application's status; whether it runs."""
+    """Report the application's status and return True once it runs."""
     import ray
 
     details = ray.get(controller.get_serve_instance_details.remote())
@@ -144,7 +143,7 @@ def _report_status(controller: Any, application: str, report: Callable[..., None
 
 
 if __name__ == "__main__":
-    os.set_inheritable(int(sys.argv[1]), False)  # not for the processes that are started here
+    os.set_inheritable(int(sys.argv[1]), False)  # child processes must not hold it open
     with os.fdopen(int(sys.argv[1]), "w") as channel:
         try:
             main(json.load(sys.stdin), channel)

@@ -1,40 +1,43 @@
-"""What ``up`` leaves on disk for ``status``, ``down`` and the client: ``run/cluster.json``."""
+"""State of a cluster: the file that ``up`` writes (``run/cluster.json``), and its live status."""
 
 import contextlib
 import json
+import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from cluster.errors import StartError
+from cluster.launch import processes
+from cluster.launch.serve_api import ApplicationStatus, ServeApi, ray_token
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterState:
-    """A cluster that was started."""
+    """Addresses and configuration of a started cluster."""
 
     cluster_id: str
     application: str
     http_url: str
     dashboard_url: str
     ray_address: str
-    """What other Ray jobs give to ``ray.init``."""
+    """Value of ``RAY_ADDRESS`` for other Ray jobs."""
     config_path: str
     started_at: float
     """Unix time."""
     prometheus_url: str | None = None
-    """None: it was started without monitoring."""
+    """None without ``--monitoring``."""
     overrides: list[str] = field(default_factory=list)
-    """What ``--set`` changed of the configuration."""
+    """``--set`` arguments."""
 
     @property
     def uptime_s(self) -> float:
-        """Seconds since the start began."""
+        """Time since the start in seconds."""
         return max(0.0, time.time() - self.started_at)
 
 
 def run_dir(home: Path) -> Path:
-    """Where a cluster's own files lie: its state, and the log of its start."""
+    """Return the directory of the cluster's state file, lock and start log."""
     return home / "run"
 
 
@@ -43,7 +46,7 @@ def _path(home: Path) -> Path:
 
 
 def save(home: Path, state: ClusterState) -> None:
-    """Write the state, whole or not at all."""
+    """Write the state atomically."""
     path = _path(home)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".tmp")
@@ -52,20 +55,49 @@ def save(home: Path, state: ClusterState) -> None:
 
 
 def load(home: Path) -> ClusterState | None:
-    """The state that the last ``up`` wrote, or None; the cluster may be dead by now.
+    """Return the state written by the last ``up``, or None. The cluster may have died since.
 
     Raises:
-        StartError: the file may not be read.
+        StartError: the file cannot be read.
     """
     try:
         return ClusterState(**json.loads(_path(home).read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, TypeError):  # none, or one of another version
+    except (FileNotFoundError, ValueError, TypeError):  # missing, or written by another version
         return None
     except OSError as error:
         raise StartError(f"{_path(home)} cannot be read: {error.strerror}") from None
 
 
 def forget(home: Path) -> None:
-    """Remove the state."""
+    """Delete the state file."""
     with contextlib.suppress(FileNotFoundError):
         _path(home).unlink()
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterStatus:
+    """Live status of a cluster."""
+
+    state: ClusterState | None
+    """None if processes exist without a state file."""
+    alive: bool
+    """True if Ray's GCS runs; otherwise the processes are left over from a crash."""
+    num_processes: int
+    rss_bytes: int
+    """Memory of all processes in bytes; shared pages count once per process."""
+    application: ApplicationStatus | None
+    """None if Ray's dashboard does not respond."""
+
+
+def read_status(home: Path) -> ClusterStatus | None:
+    """Return the status of the cluster with this home; None if no process of it exists."""
+    owned = processes.find(home)
+    if not owned:
+        return None
+    known = load(home)
+    alive = processes.has_head(owned)
+    application = None
+    if known and alive:
+        with ServeApi(known.dashboard_url, ray_token(os.environ)) as api:
+            application = api.application(known.application)
+    return ClusterStatus(known, alive, len(owned), processes.rss_bytes(owned), application)

@@ -1,4 +1,4 @@
-"""``stop``: end everything that ``start`` started, and nothing else; also after a crash."""
+"""Stop of a cluster, also after a crash."""
 
 import os
 import shutil
@@ -7,31 +7,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.launch import processes, state
-from cluster.launch.auth import ray_token
 from cluster.launch.environment import sockets_dir
-from cluster.launch.serve_api import ServeApi
+from cluster.launch.serve_api import ServeApi, ray_token
 
+# Time from SIGTERM to SIGKILL. Replicas have drained by then and Ray keeps no state on disk; a
+# regular exit of the raylet would take 10 s.
 TERM_S = 1.0
-"""After SIGTERM. Nothing that is left by then has anything to lose: the replicas have drained, and
-Ray keeps no state on disk; its raylet would take 10 s."""
 
 
 @dataclass(frozen=True, slots=True)
-class Stopped:
-    """What ``stop`` did."""
+class StopResult:
+    """Result of a stop."""
 
     drained: bool
-    """Whether every replica finished its requests first."""
-    ended: processes.Ended
+    """True if all requests finished before the end."""
+    ended: processes.EndedProcesses
     seconds: float
 
 
-def stop(home: Path, *, drain_s: float) -> Stopped | None:
-    """End the cluster of ``home``; None where none of its processes was found.
+def stop(home: Path, *, drain_s: float) -> StopResult | None:
+    """End all processes of the clusters started with ``home``; return None if there are none.
 
     Args:
-        home: What the cluster was started with.
-        drain_s: How long replicas may take to finish their requests; 0 ends them at once.
+        home: Tandem's home directory.
+        drain_s: Time for running requests to finish, in seconds; 0 cancels them.
 
     Raises:
         StartError: a process cannot be ended.
@@ -43,10 +42,11 @@ def stop(home: Path, *, drain_s: float) -> Stopped | None:
     if drain_s > 0 and running and processes.has_head(owned):
         with ServeApi(running.dashboard_url, ray_token(os.environ)) as api:
             drained = api.drain(drain_s)
-    ended = processes.end(home, grace_s=TERM_S)
-    for cluster_id in {o.cluster_id for o in owned} | ({running.cluster_id} if running else set()):
+    ended = processes.end_all(home, grace_s=TERM_S)
+    cluster_ids = {process.cluster_id for process in owned}
+    for cluster_id in cluster_ids | ({running.cluster_id} if running else set()):
         shutil.rmtree(sockets_dir(cluster_id), ignore_errors=True)
     state.forget(home)
     if not owned:
         return None
-    return Stopped(drained, ended, time.monotonic() - began)
+    return StopResult(drained, ended, time.monotonic() - began)

@@ -1,1 +1,1 @@
-"""Models on disk: the default ones, how they are built, and where every model is found."""
+"""Models on disk: location, default models, fine-tuning, calibration and drift references."""

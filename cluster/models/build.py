@@ -1,8 +1,8 @@
-"""Building of the default models, so that a model is either whole or not there.
+"""Atomic builds of the default models.
 
-A model is built in a temporary directory beside its place, under a file lock, and renamed into
-place with its manifest written. What a killed build leaves is not taken for a model, and is
-removed by the next build. Knows nothing of how a model is made: the catalogue's builders do.
+A model is built in a temporary directory next to its destination, under a file lock, and renamed
+into place with its manifest. Leftovers of a killed build are not used, and the next build deletes
+them. How a model is made is up to the catalogue's builders.
 """
 
 import dataclasses
@@ -33,15 +33,15 @@ from cluster.models.store import (
 
 @dataclass(frozen=True, slots=True)
 class BuiltModel:
-    """A default model that now lies in the store."""
+    """Default model that exists in the store."""
 
     name: str
     path: Path
     facts: Facts
     build_s: float
-    """How long the build took, whenever it was."""
+    """Duration of the build in seconds."""
     fresh: bool
-    """Whether this call built it."""
+    """True if this call built it."""
 
 
 def _silent(message: str, fraction: float | None) -> None:
@@ -55,22 +55,22 @@ def build(
     progress: Progress = _silent,
     catalogue: Mapping[str, DefaultModel] = CATALOGUE,
 ) -> list[BuiltModel]:
-    """Build the default models that are not built yet, and return all that were asked for.
+    """Build default models that are not built yet, and return all requested models.
 
     Args:
-        names: Names in the catalogue; None for all.
-        force: Build again what is built.
-        progress: Called with ``"<name>: <what is done now>"`` and the share of that which is done.
-        catalogue: The models there are.
+        names: Names from the catalogue; None for all.
+        force: True to rebuild existing models.
+        progress: Called with ``"<name>: <step>"`` and the completed share of the step.
+        catalogue: Models by name.
 
     Raises:
-        ConfigError: a name is not in the catalogue; nothing is built then.
-        BuildError: a package is missing, a download fails, or the result is not good enough.
+        ConfigError: a name is not in the catalogue; nothing is built.
+        BuildError: a package is missing, a download fails, or the model is not accurate enough.
     """
     wanted = list(dict.fromkeys(catalogue if names is None else names))
     if unknown := [name for name in wanted if name not in catalogue]:
         known = ", ".join(catalogue)
-        raise ConfigError(f"models: got {', '.join(map(repr, unknown))}; allowed: {known}")
+        raise ConfigError(f"unknown models: {', '.join(map(repr, unknown))}; allowed: {known}")
     return [_build_one(catalogue[name], force, progress) for name in wanted]
 
 
@@ -104,7 +104,7 @@ def _build_into_place(model: DefaultModel, report: Progress) -> Manifest:
         build_s = round(time.monotonic() - started, 1)
         result = Manifest(model.name, model.recipe, build_s, _sizes(fresh), facts)
         if not result.files:
-            raise BuildError(f"model {model.name!r}: its recipe wrote no files")
+            raise BuildError(f"model {model.name!r}: the recipe wrote no files")
         _write_manifest(fresh, result)
         if target.exists():
             target.rename(scratch / "old")
@@ -130,20 +130,20 @@ def _temp_prefix(name: str) -> str:
 
 
 def _remove_stale(name: str) -> None:
-    """Remove what killed builds left; whoever holds the lock knows that nobody uses it."""
+    # Leftovers of killed builds; the lock guarantees that no build uses them.
     for left in models_dir().glob(f"{_temp_prefix(name)}*"):
         shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager
 def _lock(name: str, report: Progress) -> Iterator[None]:
-    """Hold the build lock of a model; the kernel frees it when its holder dies."""
+    # The kernel releases a flock when its process dies.
     handle = os.open(models_dir() / f".{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            report("waiting for another build of it", None)
+            report("waiting for another build of this model", None)
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:

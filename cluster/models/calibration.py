@@ -1,7 +1,7 @@
-"""Temperature scaling: one number by which logits are divided, so that confidence means accuracy.
+"""Temperature scaling: division of the logits by one number, so that confidence means accuracy.
 
-It changes no label, for it keeps the order of the logits (Guo et al., arXiv:1706.04599). Pure but
-for ``read`` and ``write``, which own one file in a model's directory.
+It changes no label, since it keeps the order of the logits (Guo et al., arXiv:1706.04599). The
+temperature is stored in the model's directory.
 """
 
 import json
@@ -16,35 +16,37 @@ from numpy.typing import NDArray
 from cluster.errors import ConfigError
 
 FILE = "calibration.json"
-NUM_BINS = 15
-"""Of the expected calibration error; the usual number since Guo et al."""
+NUM_BINS = 15  # of the expected calibration error, as in Guo et al.
+# Beyond these, the texts are unsuitable for calibration.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
-"""Beyond them it is the texts that are wrong, not the confidence."""
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """A temperature and what it did to the texts that it was fitted on."""
+    """Temperature, and its effect on the texts it was fitted to."""
 
     temperature: float
     ece_before: float
+    """Expected calibration error without the temperature."""
     ece_after: float
+    """Expected calibration error with the temperature."""
     num_texts: int
 
 
 def calibrate(logits: Floats, truth: NDArray[np.integer[Any]]) -> Calibration:
-    """Fit the temperature to logits, [texts, labels], and the labels that are true, [texts].
+    """Fit the temperature to logits, [texts, labels], and true label ids, [texts].
 
     Raises:
-        ConfigError: the texts have no likeliest temperature, as when every label is right.
+        ConfigError: no temperature is optimal, e.g. because every label is correct.
     """
     temperature = fit_temperature(logits, truth)
     if not MIN_TEMPERATURE * 1.01 < temperature < MAX_TEMPERATURE / 1.01:
         raise ConfigError(
-            f"the {len(truth)} texts tell no temperature: the model is right about "
-            f"{np.mean(logits.argmax(1) == truth):.0%} of them; use texts that are new to it"
+            f"cannot fit a temperature to these {len(truth)} texts: the model labels "
+            f"{np.mean(logits.argmax(1) == truth):.0%} of them correctly. Use texts that were not "
+            f"in its training data."
         )
     return Calibration(
         temperature=temperature,
@@ -55,11 +57,8 @@ def calibrate(logits: Floats, truth: NDArray[np.integer[Any]]) -> Calibration:
 
 
 def fit_temperature(logits: Floats, truth: NDArray[np.integer[Any]]) -> float:
-    """The temperature of least cross-entropy.
-
-    The cross-entropy is convex in 1 / temperature, so its slope there has one sign change, and
-    halving the interval finds it.
-    """
+    """Return the temperature with the lowest cross-entropy."""
+    # The cross-entropy is convex in 1 / temperature, so its slope changes sign once: bisect.
     chosen = logits[np.arange(len(truth)), truth]
 
     def slope(inverse: float) -> float:
@@ -73,31 +72,31 @@ def fit_temperature(logits: Floats, truth: NDArray[np.integer[Any]]) -> float:
 
 
 def expected_calibration_error(scores: Floats, truth: NDArray[np.integer[Any]]) -> float:
-    """Mean distance of confidence and accuracy over equal bins of confidence, by their texts."""
+    """Return the mean gap between confidence and accuracy over equal-width confidence bins."""
     confidence = scores.max(1)
-    right = scores.argmax(1) == truth
+    correct = scores.argmax(1) == truth
     bins = np.minimum((confidence * NUM_BINS).astype(int), NUM_BINS - 1)
-    gaps = np.bincount(bins, confidence - right, NUM_BINS)
+    gaps = np.bincount(bins, confidence - correct, NUM_BINS)
     return float(np.abs(gaps).sum() / len(truth))
 
 
 def softmax(logits: Floats) -> Floats:
-    """Scores that add up to 1 in each row."""
+    """Normalize logits to probabilities, [texts, labels]."""
     powers = np.exp(logits - logits.max(1, keepdims=True))
     return np.asarray(powers / powers.sum(1, keepdims=True))
 
 
 def write(directory: Path, calibration: Calibration) -> None:
-    """Leave it in a model's directory, where the engine looks for it."""
+    """Write the calibration to a model's directory, where the engine reads it."""
     text = json.dumps(asdict(calibration), indent=2)
     (directory / FILE).write_text(f"{text}\n", encoding="utf-8")
 
 
 def read_temperature(directory: Path) -> float:
-    """The temperature of a model's directory; 1 where it was never calibrated.
+    """Return the temperature of a model's directory; 1 without calibration.
 
     Raises:
-        ConfigError: the file there is not one that ``write`` wrote.
+        ConfigError: the file is damaged.
     """
     path = directory / FILE
     try:
@@ -105,7 +104,7 @@ def read_temperature(directory: Path) -> float:
     except (FileNotFoundError, NotADirectoryError):
         return 1.0
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: no temperature can be read from it: {error!r}") from None
+        raise ConfigError(f"{path}: cannot read the temperature: {error!r}") from None
     if not MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE:
         allowed = f"{MIN_TEMPERATURE} to {MAX_TEMPERATURE}"
         raise ConfigError(f"{path}: temperature: got {temperature}; allowed: {allowed}")

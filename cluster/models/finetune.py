@@ -1,8 +1,8 @@
-"""Fine-tuning of an encoder into a classifier of texts: the whole way from texts to a directory.
+"""Fine-tuning of an encoder into a text classifier.
 
-The default classifier and a user's own are made here alike. The directory holds the model in
-safetensors, its tokenizer, a card (README.md), a picture of what it confuses, and the reference
-that drift is measured against. Knows nothing of files of texts or of the model store. Loads torch.
+It makes both the default classifier and the users' own. The resulting directory has the model in
+safetensors, its tokenizer, a model card (README.md) with a confusion matrix, and the reference for
+drift detection. Loads torch.
 """
 
 import tempfile
@@ -20,29 +20,33 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 from cluster.errors import ConfigError
 from cluster.models import finetune_report as report
 from cluster.models.calibration import softmax
-from cluster.models.finetune_data import Split, split
-from cluster.models.finetune_options import FinetuneOptions
-from cluster.models.finetune_trainer import Anchor, FinetuneTrainer, make_trainer, part
-from cluster.models.predict import compute_threads, forwards, max_tokens
-from cluster.models.quiet import quiet_transformers
+from cluster.models.finetune_data import FinetuneOptions, Split, split
+from cluster.models.finetune_trainer import (
+    EmbeddingAnchor,
+    FinetuneTrainer,
+    freeze_layers,
+    make_trainer,
+)
+from cluster.models.predict import compute_threads, max_tokens, quiet_transformers, run_batches
 from cluster.models.reference import MIN_TEXTS, Reference
 from cluster.models.store import Progress
 
 
 @dataclass(frozen=True, slots=True)
 class FinetuneMetrics:
-    """What came out, measured on the held-out texts."""
+    """Metrics on the held-out texts."""
 
     accuracy: float
     macro_f1: float
     embedding_similarity: float | None
-    """Mean cosine of the new and the base's mean-pooled embedding of the same text; None where
-    they were free to drift."""
+    """Mean cosine similarity of mean-pooled embeddings to the base's; None if the loss did not
+    preserve them."""
     num_train: int
     num_held_out: int
     epochs: int
-    """Those that were run."""
+    """Number of completed epochs."""
     train_s: float
+    """Duration of the training in seconds."""
 
 
 def finetune(
@@ -53,21 +57,21 @@ def finetune(
     options: FinetuneOptions,
     progress: Progress,
 ) -> FinetuneMetrics:
-    """Train a classifier of ``texts`` on top of the encoder in ``base`` and save it to ``out``.
+    """Fine-tune the encoder in ``base`` to classify texts, and save the model to ``out``.
 
-    Each text counts once, with its first label, so none stands on both sides of the split. The
-    same input gives the same model on the same machine.
+    Duplicate texts count once, so none is in both parts of the split. The result is deterministic
+    on the same machine.
 
     Args:
-        texts: The texts, in any order.
-        labels: For each text one of ``options.label_names``.
-        base: A model directory of an encoder with its tokenizer.
-        out: A directory that exists.
-        options: How to train.
-        progress: Called often, with the share of the training that is done.
+        texts: Texts in any order.
+        labels: Label of each text, one of ``options.label_names``.
+        base: Model directory of an encoder with its tokenizer.
+        out: Existing directory for the result.
+        options: Options of the fine-tuning.
+        progress: Called with the current step and its completed share.
 
     Raises:
-        DataError: the labels do not fit the texts, or there are too few of either.
+        DataError: a label is unknown, or there are too few texts.
         ConfigError: the base cannot be fine-tuned.
     """
     validation = options.held_out if options.patience else 0.0
@@ -87,14 +91,12 @@ def finetune(
         metrics = run.measure(parts, out)
         network.save_pretrained(out)
         _save_tokenizer(tokenizer, out)
-        card = report.Card(options.base_name or base.name, options, len(parts.train))
+        card = report.ModelCard(options.base_name or base.name, options, len(parts.train))
         report.write_card(out, card, run.confusion)
     return metrics
 
 
 class _Run:
-    """One fine-tuning: the network, how it is trained, and how it is measured."""
-
     def __init__(
         self, network: Any, tokenizer: Any, options: FinetuneOptions, scratch: str
     ) -> None:
@@ -102,8 +104,8 @@ class _Run:
         self._tokenizer = tokenizer
         self._options = options
         self._scratch = scratch
-        self._parts = part(network, options.frozen_layers)
-        self._anchor = Anchor(self._parts.tuned) if options.keep_embeddings else None
+        self._parts = freeze_layers(network, options.frozen_layers)
+        self._anchor = EmbeddingAnchor(self._parts.tuned) if options.keep_embeddings else None
         self._trainer: FinetuneTrainer
         self._train_s = 0.0
         self.confusion: NDArray[np.int64]
@@ -121,7 +123,7 @@ class _Run:
         self._train_s = time.monotonic() - started
 
     def measure(self, parts: Split, out: Path) -> FinetuneMetrics:
-        """Measure on the held-out texts, and write what is measured there to ``out``."""
+        """Measure on the held-out texts; write the confusion matrix and the reference."""
         logits, similarity = self._predict([text for text, _ in parts.held_out])
         truth = np.array([label for _, label in parts.held_out])
         names = self._options.label_names
@@ -139,17 +141,17 @@ class _Run:
         )
 
     def _write_reference(self, parts: Split, held_out: NDArray[np.float64], out: Path) -> None:
-        """Texts that were trained on would look surer than any that come later."""
+        # Held-out texts only: the model is more confident about its training texts.
         texts = [text for text, _ in parts.held_out]
         if len(texts) >= MIN_TEXTS:
             names = self._options.label_names
-            Reference.of(softmax(held_out), list(map(len, texts)), names).write(out)
+            Reference.from_scores(softmax(held_out), list(map(len, texts)), names).write(out)
 
     def _predict(self, texts: Sequence[str]) -> tuple[NDArray[np.float64], float | None]:
-        """Logits, [texts, labels], and the mean similarity of the embeddings to the base's."""
+        """Return logits, [texts, labels], and the mean similarity of embeddings to the base's."""
         logits = np.empty((len(texts), len(self._options.label_names)))
         similarity = 0.0
-        for batch in forwards(self._network, self._tokenizer, self._ids(texts)):
+        for batch in run_batches(self._network, self._tokenizer, self._ids(texts)):
             logits[batch.indices] = batch.logits.cpu().numpy()
             if self._anchor is not None:
                 similarity += float(self._anchor.similarity(batch.mask).sum())
@@ -160,8 +162,8 @@ class _Run:
         return [{"input_ids": i, "labels": label} for i, (_, label) in zip(ids, rows, strict=True)]
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        cut = min(self._options.max_tokens, max_tokens(self._network, self._tokenizer))
-        ids = self._tokenizer(list(texts), truncation=True, max_length=cut)["input_ids"]
+        limit = min(self._options.max_tokens, max_tokens(self._network, self._tokenizer))
+        ids = self._tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
         assert isinstance(ids, list)
         return ids
 
@@ -175,17 +177,17 @@ def _load(base: Path, options: FinetuneOptions) -> tuple[Any, Any]:
             use_safetensors=True,
             id2label=dict(enumerate(names)),
             label2id={name: i for i, name in enumerate(names)},
-            ignore_mismatched_sizes=True,  # the head of another classifier
+            ignore_mismatched_sizes=True,  # base may have another classifier's head
         )
         tokenizer = AutoTokenizer.from_pretrained(base)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{base}: no encoder that can be fine-tuned: {error}") from None
+        raise ConfigError(f"{base}: not an encoder that can be fine-tuned: {error}") from None
     network.config.problem_type = "single_label_classification"
     return network, tokenizer
 
 
 def _save_tokenizer(tokenizer: Any, out: Path) -> None:
-    # It would keep the cut that training made, and whoever reads tokenizer.json would make it too.
+    # Otherwise tokenizer.json would keep the truncation set during training.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(out)

@@ -1,6 +1,6 @@
-"""Texts and labels out of a user's file, and their parts to train on and to measure with.
+"""Inputs of a fine-tuning: options, texts and labels from a file, and their split.
 
-Every row that cannot be used is named by its file and line. Pure: no torch, nothing is kept.
+Errors name the file and line of a bad row. Loads no torch.
 """
 
 import csv
@@ -17,86 +17,114 @@ from numpy.typing import NDArray
 
 from cluster.errors import TandemError
 
-MIN_ROWS = 10
-"""Different texts in all; fewer neither train nor measure anything."""
+MIN_TEXTS = 10  # distinct texts; fewer can neither train a model nor measure it
 
 
 class DataError(TandemError):
-    """A file of texts and labels is not as it must be."""
+    """A file of texts and labels cannot be used."""
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One text of a file."""
+class FinetuneOptions:
+    """Options of a fine-tuning; the defaults suit MiniLM-L6 and about 10,000 short texts."""
+
+    label_names: tuple[str, ...]
+    """Labels in the order of their ids."""
+    base_name: str = ""
+    """Name of the base model in the model card; empty: the name of its directory."""
+    epochs: int = 1
+    """Maximum number of passes over the training texts."""
+    patience: int = 0
+    """Epochs without a lower validation loss before training stops; 0: no early stop."""
+    batch_size: int = 32
+    max_tokens: int = 48
+    """Length in tokens to which texts are truncated."""
+    learning_rate: float = 3e-4
+    head_learning_rate: float = 1e-3
+    frozen_layers: int = 4
+    """Number of lowest encoder layers that are not trained; word embeddings never are."""
+    keep_embeddings: float = 2.0
+    """Loss weight of the cosine distance to the base's mean-pooled embeddings; 0: none."""
+    held_out: float = 0.1
+    """Share of the texts for the final measurement. With early stopping, the same share again is
+    for validation."""
+    seed: int = 0
+    threads: int | None = None
+    """Compute threads; None: PyTorch's default."""
+
+
+@dataclass(frozen=True, slots=True)
+class DataRow:
+    """Text of a file, with its label."""
 
     line: int
-    """Where it begins in the file, from 1."""
+    """Line in the file at which the row starts, from 1."""
     text: str
     label: str
-    """Empty where no labels were asked for."""
+    """Empty if no labels are read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Texts with their label ids, shuffled; no text stands in two parts."""
+    """Shuffled texts with label ids; no text is in two parts."""
 
     train: list[tuple[str, int]]
     validation: list[tuple[str, int]]
-    """Says when to stop; empty if nothing asks it."""
+    """Texts for early stopping; empty without it."""
     held_out: list[tuple[str, int]]
-    """Measures the result and decides nothing."""
+    """Texts for the final measurement only."""
 
 
 def read_rows(
     path: Path, text_column: str = "text", label_column: str | None = "label"
-) -> list[Row]:
-    """The rows of a CSV, TSV or JSONL file, blank lines left out.
+) -> list[DataRow]:
+    """Read the rows of a CSV, TSV or JSONL file, without blank lines.
 
     Args:
-        path: The file, UTF-8; its ending tells the format.
-        text_column: The column (or key) of the texts.
-        label_column: That of the labels, numbers allowed; None: none are wanted.
+        path: UTF-8 file; its extension selects the format.
+        text_column: Column (or key) of the texts.
+        label_column: Column (or key) of the labels, which may be numbers; None: no labels.
 
     Raises:
-        DataError: it cannot be read, or a line is wrong; the message names the line.
+        DataError: the file cannot be read, or a line is invalid; the message names the line.
     """
     records = _FORMATS.get(path.suffix.lower())
     if records is None:
-        raise DataError(f"{path}: the name must end in one of {', '.join(_FORMATS)}")
+        raise DataError(f"{path}: the file extension must be one of {', '.join(_FORMATS)}")
     columns = [text_column] if label_column is None else [text_column, label_column]
     rows = []
     for line, record in records(path, _read(path), columns):
         text, *label = (_cell(path, line, column, record[column]) for column in columns)
-        rows.append(Row(line, text, "".join(label)))
+        rows.append(DataRow(line, text, "".join(label)))
     return rows
 
 
-def label_names(path: Path, rows: Sequence[Row]) -> tuple[str, ...]:
-    """The labels that occur, in the order of their ids: numbers by value, else by the alphabet.
+def label_names(path: Path, rows: Sequence[DataRow]) -> tuple[str, ...]:
+    """Return the distinct labels in the order of their ids: numerically, or else by name.
 
     Raises:
-        DataError: there are fewer than two.
+        DataError: there are fewer than two labels.
     """
     names = {row.label for row in rows}
     if len(names) < 2:
-        found = f"all {len(rows)} rows have the label {min(names)!r}" if names else "it has no rows"
-        raise DataError(f"{path}: {found}; at least two labels are needed")
+        found = f"all {len(rows)} rows have the label {min(names)!r}" if names else "no rows"
+        raise DataError(f"{path}: {found}; at least two labels are required")
     if all(name.isdecimal() for name in names):
         return tuple(sorted(names, key=lambda name: (int(name), name)))
     return tuple(sorted(names))
 
 
-def label_ids(path: Path, rows: Sequence[Row], names: Sequence[str]) -> NDArray[np.int64]:
-    """The place of each row's label among ``names``.
+def label_ids(path: Path, rows: Sequence[DataRow], names: Sequence[str]) -> NDArray[np.int64]:
+    """Return each row's label as its index in ``names``.
 
     Raises:
-        DataError: a label is not among them; the message names its line.
+        DataError: a label is not in ``names``; the message names its line.
     """
     ids = {name: i for i, name in enumerate(names)}
     for row in rows:
         if row.label not in ids:
             known = ", ".join(ids)
-            raise DataError(f"{path}:{row.line}: label {row.label!r}; the model knows {known}")
+            raise DataError(f"{path}:{row.line}: unknown label {row.label!r}; allowed: {known}")
     return np.array([ids[row.label] for row in rows], np.int64)
 
 
@@ -108,20 +136,20 @@ def split(
     validation: float = 0.0,
     seed: int = 0,
 ) -> Split:
-    """Part the texts, each label by the same shares.
+    """Split texts into parts, with the same shares of every label.
 
-    A text counts once, with its first label, however it is spaced and capitalized.
+    Duplicates (up to case and white space) count once, with their first label.
 
     Args:
-        texts: In any order.
-        labels: For each text one of ``names``.
-        names: The labels in the order of their ids.
-        held_out: Share that measures the result.
-        validation: Share that says when to stop; may be 0.
-        seed: Of the shuffling.
+        texts: Texts in any order.
+        labels: Label of each text, one of ``names``.
+        names: Labels in the order of their ids.
+        held_out: Share for the final measurement.
+        validation: Share for early stopping; may be 0.
+        seed: Seed of the shuffle.
 
     Raises:
-        DataError: the labels do not fit, or a label has too few texts for all parts.
+        DataError: a label is unknown, or has too few texts for all parts.
     """
     by_label = _unique_by_label(texts, labels, names)
     shares = [held_out, validation] if validation else [held_out]
@@ -137,8 +165,8 @@ def split(
         parts[2] += [(text, label) for text in members[start:]]
         if start >= len(members):
             raise DataError(
-                f"the label {names[label]!r} has {len(members)} different texts; "
-                f"at least {start + 1} are needed"
+                f"label {names[label]!r} has {len(members)} distinct texts; "
+                f"at least {start + 1} are required"
             )
     for part_rows in parts:
         rng.shuffle(part_rows)
@@ -149,15 +177,15 @@ def _unique_by_label(
     texts: Sequence[str], labels: Sequence[str], names: Sequence[str]
 ) -> list[list[str]]:
     if len(texts) != len(labels):
-        raise DataError(f"labels: got {len(labels)} for {len(texts)} texts; one each is needed")
+        raise DataError(f"got {len(labels)} labels for {len(texts)} texts")
     ids = {name: i for i, name in enumerate(names)}
     if unknown := sorted(set(labels) - ids.keys()):
-        raise DataError(f"labels: got {unknown[0]!r}; allowed: {', '.join(ids)}")
+        raise DataError(f"unknown label {unknown[0]!r}; allowed: {', '.join(ids)}")
     unique: dict[str, tuple[str, str]] = {}
     for text, label in zip(texts, labels, strict=True):
         unique.setdefault(" ".join(text.casefold().split()), (text, label))
-    if len(unique) < MIN_ROWS:
-        raise DataError(f"got {len(unique)} different texts; at least {MIN_ROWS} are needed")
+    if len(unique) < MIN_TEXTS:
+        raise DataError(f"got {len(unique)} distinct texts; at least {MIN_TEXTS} are required")
     by_label: list[list[str]] = [[] for _ in names]
     for text, label in unique.values():
         by_label[ids[label]].append(text)
@@ -212,7 +240,7 @@ def _jsonl(path: Path, text: str, columns: Sequence[str]) -> Records:
         try:
             record = json.loads(written)
         except (ValueError, RecursionError) as error:
-            why = error.msg if isinstance(error, json.JSONDecodeError) else "too deep or too long"
+            why = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
             raise DataError(f"{path}:{line}: not valid JSON: {why}") from None
         if not isinstance(record, dict):
             raise DataError(f"{path}:{line}: expected an object, got {written.strip()[:40]!r}")
@@ -228,22 +256,22 @@ _FORMATS: dict[str, Callable[[Path, str, Sequence[str]], Records]] = {
 }
 
 
-def _require(path: Path, line: int, columns: Sequence[str], there: Collection[str]) -> None:
+def _require(path: Path, line: int, columns: Sequence[str], present: Collection[str]) -> None:
     for column in columns:
-        if column not in there:
-            known = ", ".join(map(repr, there))
-            raise DataError(f"{path}:{line}: no column {column!r}; there are {known or 'none'}")
+        if column not in present:
+            known = ", ".join(map(repr, present))
+            raise DataError(f"{path}:{line}: no column {column!r}; columns: {known or 'none'}")
 
 
 def _cell(path: Path, line: int, column: str, value: Any) -> str:
-    if isinstance(value, int):  # a label may be a number or a truth value
+    if isinstance(value, int):  # labels may be numbers or booleans
         return str(value).lower() if isinstance(value, bool) else str(value)
     if not isinstance(value, str):
-        raise DataError(f"{path}:{line}: {column}: expected a text, got {json.dumps(value)[:40]}")
+        raise DataError(f"{path}:{line}: {column}: expected a string, got {json.dumps(value)[:40]}")
     if not value.strip():
         raise DataError(f"{path}:{line}: {column} is empty")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise DataError(f"{path}:{line}: {column}: holds a lone surrogate") from None
+        raise DataError(f"{path}:{line}: {column} contains a lone surrogate") from None
     return value

@@ -1,6 +1,6 @@
-"""What is said of a fine-tuned classifier: its figures, a picture of its mistakes, its card.
+"""Report of a fine-tuned classifier: metrics, confusion matrix and model card.
 
-The figures are pure functions of the confusion matrix, whose rows are the true labels.
+Metrics are functions of the confusion matrix, whose rows are the true labels.
 """
 
 from collections.abc import Sequence
@@ -11,16 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.models.finetune_options import FinetuneOptions
+from cluster.models.finetune_data import FinetuneOptions
 
 PICTURE = "confusion_matrix.png"
-MAX_WRITTEN = 20
-"""Labels; a larger matrix is drawn without numbers in its cells."""
+MAX_NUMBERED_LABELS = 20  # larger matrices are drawn without numbers in the cells
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
-    """What the model card says beside the figures."""
+class ModelCard:
+    """Content of the model card besides the metrics."""
 
     base: str
     options: FinetuneOptions
@@ -28,36 +27,36 @@ class Card:
 
 
 def confusion_matrix(
-    truth: NDArray[np.integer[Any]], found: NDArray[np.integer[Any]], num_labels: int
+    truth: NDArray[np.integer[Any]], predicted: NDArray[np.integer[Any]], num_labels: int
 ) -> NDArray[np.int64]:
-    """How often each true label (row) was taken for each label (column)."""
+    """Count the texts by true label (row) and predicted label (column), [labels, labels]."""
     matrix = np.zeros((num_labels, num_labels), np.int64)
-    np.add.at(matrix, (truth, found), 1)
+    np.add.at(matrix, (truth, predicted), 1)
     return matrix
 
 
 def accuracy(confusion: NDArray[np.int64]) -> float:
-    """Share of the texts whose label is right."""
+    """Return the share of correctly labeled texts."""
     return float(np.trace(confusion) / max(1, confusion.sum()))
 
 
-def by_label(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Precision, recall and F1 of each label, [labels, 3]; 0 where there is nothing to divide."""
-    right = np.diag(confusion).astype(float)
-    precision = right / np.maximum(1, confusion.sum(0))
-    recall = right / np.maximum(1, confusion.sum(1))
-    f1 = 2 * right / np.maximum(1, confusion.sum(0) + confusion.sum(1))
+def metrics_by_label(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return precision, recall and F1 of each label, [labels, 3]; undefined values are 0."""
+    correct = np.diag(confusion).astype(float)
+    precision = correct / np.maximum(1, confusion.sum(0))
+    recall = correct / np.maximum(1, confusion.sum(1))
+    f1 = 2 * correct / np.maximum(1, confusion.sum(0) + confusion.sum(1))
     return np.stack([precision, recall, f1], axis=1)
 
 
 def macro_f1(confusion: NDArray[np.int64]) -> float:
-    """The mean of the labels' F1, whatever their share of the texts."""
-    return float(by_label(confusion)[:, 2].mean())
+    """Return the unweighted mean of the labels' F1."""
+    return float(metrics_by_label(confusion)[:, 2].mean())
 
 
 def draw_confusion(confusion: NDArray[np.int64], names: Sequence[str], path: Path) -> None:
-    """Write the matrix as a PNG: shares of each true label, with the counts."""
-    from matplotlib.figure import Figure  # half a second to import
+    """Draw the matrix as a PNG: shares of each true label, with counts."""
+    from matplotlib.figure import Figure  # takes 0.5 s to import
 
     shares = confusion / np.maximum(1, confusion.sum(1, keepdims=True))
     side = min(12.0, 2.2 + 0.6 * len(names))
@@ -67,22 +66,22 @@ def draw_confusion(confusion: NDArray[np.int64], names: Sequence[str], path: Pat
     ticks = range(len(names))
     axes.set_xticks(ticks, [_short(name) for name in names], rotation=45, ha="right")
     axes.set_yticks(ticks, [_short(name) for name in names])
-    axes.set_xlabel("found")
+    axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    if len(names) <= MAX_WRITTEN:
+    if len(names) <= MAX_NUMBERED_LABELS:
         for (row, column), count in np.ndenumerate(confusion):
             color = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(count), ha="center", va="center", color=color)
     figure.savefig(path, dpi=120)
 
 
-def write_card(out: Path, card: Card, confusion: NDArray[np.int64]) -> None:
-    """Write ``README.md``: what the model is, how good, how it was made, how it is served."""
-    held_out, right = int(confusion.sum()), accuracy(confusion)
+def write_card(out: Path, card: ModelCard, confusion: NDArray[np.int64]) -> None:
+    """Write the model card (``README.md``): base, metrics, settings and use."""
+    held_out, share = int(confusion.sum()), accuracy(confusion)
     rows = [
         f"| {_cell(name)} | {precision:.3f} | {recall:.3f} | {f1:.3f} | {count} |"
         for name, (precision, recall, f1), count in zip(
-            card.options.label_names, by_label(confusion), confusion.sum(1), strict=True
+            card.options.label_names, metrics_by_label(confusion), confusion.sum(1), strict=True
         )
     ]
     settings = asdict(card.options)
@@ -92,9 +91,9 @@ def write_card(out: Path, card: Card, confusion: NDArray[np.int64]) -> None:
         num_labels=len(card.options.label_names),
         num_train=card.num_train,
         held_out=held_out,
-        accuracy=right,
+        accuracy=share,
         macro_f1=macro_f1(confusion),
-        interval=1.96 * np.sqrt(right * (1 - right) / max(1, held_out)),
+        interval=1.96 * np.sqrt(share * (1 - share) / max(1, held_out)),
         picture=PICTURE,
         labels="\n".join(rows),
         settings="\n".join(f"| {name} | {value} |" for name, value in settings.items()),
@@ -117,20 +116,20 @@ pipeline_tag: text-classification
 tags: [text-classification]
 ---
 
-# A classifier of texts
+# Text classifier
 
-`{base}`, fine-tuned to give a text one of {num_labels} labels. Trained on {num_train} texts and
-measured on {held_out} others, which it never saw and which decided nothing.
+`{base}`, fine-tuned to classify texts into {num_labels} labels. Trained on {num_train} texts and
+evaluated on {held_out} held-out texts that were not used for training or model selection.
 
-Accuracy **{accuracy:.3f}** (± {interval:.3f}, 95 %), macro F1 **{macro_f1:.3f}**.
+Accuracy **{accuracy:.3f}** (± {interval:.3f}, 95 % CI), macro F1 **{macro_f1:.3f}**.
 
 | label | precision | recall | F1 | texts |
 |---|---|---|---|---|
 {labels}
 
-![Which labels it confuses]({picture})
+![Confusion matrix]({picture})
 
-## How it was made
+## Training
 
 | setting | value |
 |---|---|
@@ -144,6 +143,6 @@ classifiers:
     model: /path/to/this/directory
 ```
 
-It knows texts like those it was trained on. Its scores are probabilities only as far as they were
-calibrated (`tandem models calibrate`); what it does to other kinds of texts was not measured.
+The metrics hold for texts similar to the training data. Scores are reliable probabilities only
+after calibration (`tandem models calibrate`).
 """

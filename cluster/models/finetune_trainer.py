@@ -1,8 +1,8 @@
-"""transformers' Trainer with two additions: frozen lower layers, and embeddings that stay useful.
+"""transformers' Trainer with frozen lower layers and a loss that preserves the embeddings.
 
-The embeddings are held near to the base's by a copy of the layers that are trained. It starts from
-what the frozen layers gave the model itself, so those run once for both: that is what makes a run
-on two cores short. Works on any stack of like layers. Loads torch.
+A copy of the untrained upper layers computes the base's embeddings, to which the trained ones are
+held close. It starts from the frozen layers' output, so these run only once per batch, which makes
+training on two cores fast. Works with any stack of equal layers. Loads torch.
 """
 
 import copy
@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from cluster.errors import ConfigError
-from cluster.models.finetune_options import FinetuneOptions
+from cluster.models.finetune_data import FinetuneOptions
 from cluster.models.store import Progress
 
 WARMUP = 0.06  # share of the steps, as in RoBERTa's fine-tuning (arXiv:1907.11692, table 10)
@@ -30,85 +30,89 @@ WEIGHT_DECAY = 0.01
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
-    """What of a network is trained and how fast."""
+class LayerGroups:
+    """Parts of a network with different learning rates."""
 
     frozen: list[nn.Module]
     """Embeddings and lower layers: no gradients, no dropout."""
     tuned: nn.ModuleList
+    """Upper layers."""
     head: list[nn.Parameter]
-    """All that comes after the layers; new, so it learns faster."""
+    """Parameters after the layers; they are new and learn faster."""
 
 
-def part(network: Any, num_frozen: int) -> Parts:
+def freeze_layers(network: Any, num_frozen: int) -> LayerGroups:
     """Freeze the embeddings and the lowest ``num_frozen`` layers of a network.
 
     Raises:
-        ConfigError: it has no stack of layers, or none would be left to train.
+        ConfigError: the network has no stack of layers, or no layer would remain to train.
     """
     base, count = network.base_model, network.config.num_hidden_layers
     stacks = (m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
     layers = next(stacks, None)
     if layers is None:
-        raise ConfigError(f"{type(base).__name__} has no stack of {count} layers to train")
+        raise ConfigError(
+            f"{type(base).__name__} cannot be fine-tuned: it has no stack of {count} layers"
+        )
     if num_frozen >= count:
-        raise ConfigError(f"frozen layers: got {num_frozen}; the encoder has {count}")
+        raise ConfigError(
+            f"frozen_layers is {num_frozen}, but the encoder has {count} layers; one must remain"
+        )
     frozen = [getattr(base, "embeddings", base.get_input_embeddings()), *layers[:num_frozen]]
     for module in frozen:
         module.requires_grad_(False)
     tuned = layers[num_frozen:]
     inside = {id(p) for p in tuned.parameters()}
     head = [p for p in network.parameters() if p.requires_grad and id(p) not in inside]
-    return Parts(frozen, tuned, head)
+    return LayerGroups(frozen, tuned, head)
 
 
-class Anchor:
-    """The layers as they were before training, run beside the model on the same inputs.
+class EmbeddingAnchor:
+    """Copy of the trained layers in their initial state, to compare embeddings.
 
     Args:
-        tuned: The layers that are trained; hooks on them read what goes in and comes out.
+        tuned: Layers that will be trained; hooks on them record inputs and outputs.
     """
 
     def __init__(self, tuned: nn.ModuleList) -> None:
         self._reference = copy.deepcopy(tuned).eval().requires_grad_(False)
-        self._entered: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-        self._left: Any = None
-        tuned[0].register_forward_pre_hook(self._enter, with_kwargs=True)
-        tuned[-1].register_forward_hook(self._leave)
+        self._inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self._output: Any = None
+        tuned[0].register_forward_pre_hook(self._record_inputs, with_kwargs=True)
+        tuned[-1].register_forward_hook(self._record_output)
 
-    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._entered = args, kwargs
+    def _record_inputs(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._inputs = args, kwargs
 
-    def _leave(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        self._left = _hidden(output)
+    def _record_output(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        self._output = _hidden(output)
 
     def similarity(self, mask: Tensor) -> Tensor:
-        """Cosine of the model's and the base's mean embeddings of the last batch, [texts]."""
-        (hidden, *others), kwargs = self._entered
+        """Return the cosine similarity of the last batch's embeddings to the base's, [texts]."""
+        (hidden, *others), kwargs = self._inputs
         with torch.no_grad():
             for layer in self._reference:
                 hidden = _hidden(layer(hidden, *others, **kwargs))
-        return functional.cosine_similarity(_mean(self._left, mask), _mean(hidden, mask))
+        return functional.cosine_similarity(_mean(self._output, mask), _mean(hidden, mask))
 
 
 def _hidden(output: Any) -> Tensor:
-    found = output[0] if isinstance(output, tuple) else output
-    assert isinstance(found, Tensor)
-    return found
+    hidden = output[0] if isinstance(output, tuple) else output
+    assert isinstance(hidden, Tensor)
+    return hidden
 
 
 def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the hidden states of the tokens that are not padding, [texts, width]."""
     weights = mask[:, :, None].to(hidden.dtype)
     return (hidden * weights).sum(1) / weights.sum(1)
 
 
 class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
-    """The Trainer; ``make_trainer`` makes one, and ``anchor`` may be set before ``train``."""
+    """Trainer created by ``make_trainer``; ``anchor`` may be set before ``train``."""
 
     loss_is_scaled_for_ga = False
-    parts: Parts
-    anchor: Anchor | None = None
+    parts: LayerGroups
+    anchor: EmbeddingAnchor | None = None
     keep_embeddings: float = 0.0
 
     def compute_loss(
@@ -118,8 +122,8 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers is not typ
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The model's own loss and, with an anchor, the drift of its embeddings."""
-        for module in self.parts.frozen:  # the Trainer turns dropout on everywhere, each step
+        """Return the model's loss plus, with an anchor, the weighted drift of the embeddings."""
+        for module in self.parts.frozen:  # the Trainer enables dropout everywhere at each step
             module.eval()
         outputs = model(**inputs)
         loss = outputs.loss
@@ -129,13 +133,11 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers is not typ
         return (loss, outputs) if return_outputs else loss
 
     def report_to(self, progress: Progress) -> None:
-        """Have ``progress`` called after every step and every epoch."""
-        self.add_callback(_Reported(progress))
+        """Call ``progress`` after every step and every epoch."""
+        self.add_callback(_ProgressCallback(progress))
 
 
-class _Reported(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
-    """Tells a ``Progress`` where the training is."""
-
+class _ProgressCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
 
@@ -151,13 +153,22 @@ class _Reported(TrainerCallback):  # type: ignore[misc]  # transformers is not t
 
 def make_trainer(
     network: Any,
-    parts: Parts,
+    parts: LayerGroups,
     data: tuple[Sequence[Any], Sequence[Any]],
     collator: Any,
     options: FinetuneOptions,
     scratch: str,
 ) -> FinetuneTrainer:
-    """A trainer of ``network`` on (train, validation) examples; checkpoints go to ``scratch``."""
+    """Create a trainer of ``network`` on (train, validation) examples.
+
+    Args:
+        network: Network to train.
+        parts: Parts of the network, as returned by ``freeze_layers``.
+        data: Training and validation examples.
+        collator: Collator that pads a batch.
+        options: Options of the fine-tuning.
+        scratch: Directory for checkpoints.
+    """
     train, validation = data
     stops_early = bool(options.patience and validation)
     each = "epoch" if stops_early else "no"
@@ -194,7 +205,7 @@ def make_trainer(
     return trainer
 
 
-def _optimizer(parts: Parts, options: FinetuneOptions) -> torch.optim.Optimizer:
+def _optimizer(parts: LayerGroups, options: FinetuneOptions) -> torch.optim.Optimizer:
     groups = [
         {"params": list(parts.tuned.parameters()), "lr": options.learning_rate},
         {"params": parts.head, "lr": options.head_learning_rate},

@@ -1,6 +1,6 @@
-"""A classifier's plain forward pass over many texts, for measuring it. Loads torch.
+"""Plain forward pass of a classifier over many texts, for measurements. Loads torch.
 
-Knows transformers' own networks alone; the engine that serves has a faster way.
+It uses transformers' own networks; the serving engine has a faster implementation.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,49 +14,48 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
 
 from cluster.errors import ConfigError
-from cluster.models.quiet import quiet_transformers
 from cluster.models.store import Progress
 
-BATCH = 64  # texts of like length
-MAX_TOKENS = 512  # of a text; what is longer is cut
+BATCH_TEXTS = 64  # texts of similar length
+MAX_TOKENS = 512  # longer texts are truncated
 UNLIMITED_TOKENS = 1_000_000
-"""Tokenizers without a length of their own say 1e30."""
+"""Stands for no limit; tokenizers without a limit report 1e30."""
 SINGLE_LABEL = (None, "single_label_classification")  # problem types
 
 
 @dataclass(frozen=True, slots=True)
-class Forward:
-    """One batch of texts that went through a network."""
+class ForwardBatch:
+    """Result of a batch of texts."""
 
     indices: list[int]
-    """Where its texts stand among all."""
+    """Positions of the texts in the input."""
     mask: Tensor
-    """[texts, longest], 1 where a token is."""
+    """Attention mask, [texts, longest text]; 0 is padding."""
     logits: Tensor
-    """[texts, labels]"""
+    """Logits, [texts, labels]."""
 
 
 @torch.no_grad()
-def forwards(network: Any, tokenizer: Any, ids: Sequence[Sequence[int]]) -> Iterator[Forward]:
-    """Run ``ids`` through a network, texts of like length together."""
+def run_batches(
+    network: Any, tokenizer: Any, ids: Sequence[Sequence[int]]
+) -> Iterator[ForwardBatch]:
+    """Run texts (as token ids) through a network in batches of similar length."""
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     network.eval()
-    for start in range(0, len(order), BATCH):
-        indices = order[start : start + BATCH]
+    for start in range(0, len(order), BATCH_TEXTS):
+        indices = order[start : start + BATCH_TEXTS]
         batch = tokenizer.pad({"input_ids": [list(ids[i]) for i in indices]}, return_tensors="pt")
         inputs, mask = batch["input_ids"].to(network.device), batch["attention_mask"]
         mask = mask.to(network.device)
         logits = network(input_ids=inputs, attention_mask=mask).logits
-        yield Forward(indices, mask, logits.float())
+        yield ForwardBatch(indices, mask, logits.float())
 
 
 class Classifier:
-    """A model directory that gives each text one label of several.
-
-    Use ``load`` to make one.
-    """
+    """Loaded single-label classifier; use ``load`` to create one."""
 
     def __init__(self, network: Any, tokenizer: Any) -> None:
         self._network = network
@@ -66,10 +65,10 @@ class Classifier:
 
     @classmethod
     def load(cls, directory: Path) -> "Classifier":
-        """Load it in float32.
+        """Load a model directory in float32.
 
         Raises:
-            ConfigError: there is no such classifier in safetensors.
+            ConfigError: the directory has no single-label classifier in safetensors.
         """
         try:
             with quiet_transformers():
@@ -78,18 +77,20 @@ class Classifier:
                 )
                 tokenizer = AutoTokenizer.from_pretrained(directory)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{directory}: not a classifier to load: {error}") from None
+            raise ConfigError(f"{directory}: cannot be loaded as a classifier: {error}") from None
         if network.config.problem_type not in SINGLE_LABEL or network.config.num_labels < 2:
-            raise ConfigError(f"{directory}: it does not give one label of several to a text")
+            raise ConfigError(
+                f"{directory}: not a single-label classifier with at least two labels"
+            )
         return cls(network, tokenizer)
 
     def logits(self, texts: Sequence[str], progress: Progress) -> NDArray[np.float64]:
-        """[texts, labels]; long texts are cut."""
-        cut = max_tokens(self._network, self._tokenizer)
-        ids = self._tokenizer(list(texts), truncation=True, max_length=cut)["input_ids"]
+        """Return logits, [texts, labels]; long texts are truncated."""
+        limit = max_tokens(self._network, self._tokenizer)
+        ids = self._tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
         rows = np.empty((len(texts), len(self.names)))
         done = 0
-        for batch in forwards(self._network, self._tokenizer, ids):
+        for batch in run_batches(self._network, self._tokenizer, ids):
             rows[batch.indices] = batch.logits.cpu().numpy()
             done += len(batch.indices)
             progress("classifying the texts", done / len(texts))
@@ -97,27 +98,41 @@ class Classifier:
 
 
 def max_tokens(network: Any, tokenizer: Any) -> int:
-    """The longest text that is read whole."""
+    """Return the number of tokens to which texts are truncated."""
     return min(MAX_TOKENS, max_tokens_of(network, tokenizer))
 
 
 def max_tokens_of(network: Any, tokenizer: Any) -> int:
-    """The longest text that both the tokenizer and the position embeddings take."""
+    """Return the maximum text length of both tokenizer and position embeddings, in tokens."""
     positions = getattr(network.config, "max_position_embeddings", None) or UNLIMITED_TOKENS
     embeddings = getattr(network.base_model, "embeddings", None)
     table = getattr(embeddings, "position_embeddings", None)
     padding_idx = getattr(table, "padding_idx", None)
-    if padding_idx is not None:  # RoBERTa counts its positions from padding_idx + 1
+    if padding_idx is not None:  # RoBERTa numbers positions from padding_idx + 1
         positions -= padding_idx + 1
     return int(min(tokenizer.model_max_length, positions, UNLIMITED_TOKENS))
 
 
 @contextmanager
 def compute_threads(count: int | None) -> Iterator[None]:
-    """torch's threads inside, and what they were outside; None leaves them."""
+    """Set torch's number of threads within the ``with`` block; None keeps it."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Turn off transformers' progress bars and warnings within the ``with`` block."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,8 +1,8 @@
-"""What a model's texts looked like when it was made: the reference that drift is measured against.
+"""Reference for drift detection: statistics of a model's texts at the time it was made.
 
-Three bounded histograms: the labels found, how sure they were, how long the texts are. The bins are
-the same for every model, so that histograms of different times and replicas can be added. Pure but
-for ``read`` and ``write``, which own one file in a model's directory.
+It has three histograms: predicted labels, confidence, and text length. All models have the same
+bins, so histograms of different times and replicas can be added. The reference is stored in the
+model's directory.
 """
 
 import json
@@ -16,34 +16,30 @@ from numpy.typing import NDArray
 from cluster.errors import ConfigError
 
 FILE = "reference.json"
-CONFIDENCE_BINS = 20
-"""Equal parts of 0 to 1."""
-LENGTH_BINS = 18
-"""Bin i holds the lengths from 2^(i-1) up to 2^i - 1 characters; the first 0, the last the rest."""
-MIN_TEXTS = 100
-"""Fewer say little: by chance alone, their index against any others is about bins / texts."""
-HALF_TEXT = 0.5
-"""Added to every bin, so that an empty one has a logarithm (the Krichevsky-Trofimov estimate)."""
+CONFIDENCE_BINS = 20  # of equal width
+LENGTH_BINS = 18  # bin 0: empty; bin i: 2^(i-1) to 2^i - 1 characters; last bin: all longer
+MIN_TEXTS = 100  # chance alone gives a stability index of about bins / texts
+SMOOTHING_TEXTS = 0.5  # added to each bin, so that logarithms are finite (Krichevsky-Trofimov)
 
 Counts = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Counts of the texts by label, confidence and length."""
+    """Text counts by label, confidence and length."""
 
     labels: dict[str, int]
-    """How many texts have each label; empty for a regression."""
+    """Texts by predicted label; empty for a regression."""
     confidence: list[int]
-    """By the score of the strongest label; empty for a regression."""
+    """Texts by the score of the predicted label; empty for a regression."""
     length: list[int]
-    """By characters."""
+    """Texts by length in characters."""
 
     @classmethod
-    def of(
+    def from_scores(
         cls, scores: NDArray[np.floating], lengths: Sequence[int], names: Sequence[str]
     ) -> "Reference":
-        """The counts of texts with these scores, [texts, labels], and lengths in characters."""
+        """Count texts with these scores, [texts, labels], and lengths in characters."""
         found = np.bincount(scores.argmax(1), minlength=len(names))
         return cls(
             labels=dict(zip(names, found.tolist(), strict=True)),
@@ -52,15 +48,15 @@ class Reference:
         )
 
     def write(self, directory: Path) -> None:
-        """Leave it in a model's directory, where the engine looks for it."""
+        """Write the reference to a model's directory, where the engine reads it."""
         (directory / FILE).write_text(f"{json.dumps(asdict(self))}\n", encoding="utf-8")
 
     @classmethod
     def read(cls, directory: Path) -> "Reference | None":
-        """That of a model's directory; None where there is none.
+        """Read the reference of a model's directory; return None if it has none.
 
         Raises:
-            ConfigError: the file there is not one that ``write`` wrote.
+            ConfigError: the file is damaged, or was written by another version.
         """
         path = directory / FILE
         try:
@@ -71,34 +67,36 @@ class Reference:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{path}: no reference can be read from it: {error!r}") from None
+            raise ConfigError(f"{path}: not a valid reference: {error!r}") from None
         if len(confidence) not in (0, CONFIDENCE_BINS) or len(length) != LENGTH_BINS:
-            raise ConfigError(f"{path}: it has other bins; `tandem models reference` makes it anew")
+            raise ConfigError(
+                f"{path}: written with other bins; run `tandem models reference` again"
+            )
         return cls(labels, confidence, length)
 
 
 def count_confidence(confidence: NDArray[np.floating]) -> Counts:
-    """Texts by confidence, [CONFIDENCE_BINS]."""
+    """Count texts by confidence, [CONFIDENCE_BINS]."""
     bins = np.clip((confidence * CONFIDENCE_BINS).astype(np.int64), 0, CONFIDENCE_BINS - 1)
     return np.bincount(bins, minlength=CONFIDENCE_BINS)
 
 
 def count_lengths(lengths: NDArray[np.integer]) -> Counts:
-    """Texts by length in characters, [LENGTH_BINS]."""
+    """Count texts by length in characters, [LENGTH_BINS]."""
     _, exponents = np.frexp(lengths.astype(np.float64))  # n = m * 2^e with m in [1/2, 1)
     return np.bincount(np.minimum(exponents, LENGTH_BINS - 1), minlength=LENGTH_BINS)
 
 
 def stability_index(reference: Sequence[int] | Counts, current: Sequence[int] | Counts) -> float:
-    """The population stability index of two histograms with the same bins.
+    """Return the population stability index of two histograms with the same bins.
 
-    The sum over the bins of (p - q) ln(p / q), in nats: 0 when they are alike, by custom below 0.1
-    when nothing changed and above 0.25 when much did.
+    It is the sum over bins of (p - q) ln(p / q). By convention, values below 0.1 mean no change and
+    above 0.25 a major shift.
     """
     p, q = _shares(reference), _shares(current)
     return float(((p - q) * np.log(p / q)).sum())
 
 
 def _shares(counts: Sequence[int] | Counts) -> NDArray[np.float64]:
-    smoothed = np.asarray(counts, np.float64) + HALF_TEXT
+    smoothed = np.asarray(counts, np.float64) + SMOOTHING_TEXTS
     return np.asarray(smoothed / smoothed.sum())

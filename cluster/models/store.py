@@ -1,8 +1,8 @@
-"""The model store: where models lie, which default models there are, and which are built.
+"""Model store: default models, their directories, and resolution of model names.
 
-A default model lies in ``<home>/models/<name>`` and counts as built when its manifest names the
-current recipe and every file it lists has the listed size. Reads only; ``cluster.models.build``
-writes. Importing this module loads neither torch nor transformers: builders import them.
+A default model is in ``<home>/models/<name>``. It counts as built when its manifest names the
+current recipe and every listed file has the listed size. This module only reads
+(``cluster.models.build`` writes) and loads neither torch nor transformers.
 """
 
 import json
@@ -22,9 +22,9 @@ Kind = Literal["generator", "classifier"]
 Fact = str | int | float
 Facts = dict[str, Fact]
 Progress = Callable[[str, float | None], None]
-"""Called with what is being done, and the share of it that is done (None: not known)."""
+"""Callback with the current step and its completed share (None: unknown)."""
 Builder = Callable[[Path, Progress], Facts]
-"""Writes a model into an empty directory; returns what is worth knowing about the result."""
+"""Function that writes a model into an empty directory and returns facts about it."""
 
 # A Hugging Face id: "name" or "owner/name" (huggingface_hub.utils.validate_repo_id, shortened).
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -36,19 +36,19 @@ class BuildError(TandemError):
 
 @dataclass(frozen=True, slots=True)
 class DefaultModel:
-    """A model that ``tandem models build`` makes from packages of the Python index."""
+    """Model that ``tandem models build`` builds from packages of the Python index."""
 
     name: str
     kind: Kind
     description: str
     recipe: str
-    """Version of the recipe; a model that another version built is built again."""
+    """Version of the recipe; models built by another version are rebuilt."""
     builder: Builder
 
 
 @dataclass(frozen=True, slots=True)
-class ModelRow:
-    """What ``tandem models list`` says of one default model."""
+class ModelStatus:
+    """Default model and its state on disk."""
 
     name: str
     kind: Kind
@@ -56,19 +56,20 @@ class ModelRow:
     path: Path
     built: bool
     size_bytes: int
-    """Of all files of the model; 0 when it is not built."""
+    """Size of all files in bytes; 0 if not built."""
     facts: Facts = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a builder left behind, read back from ``manifest.json``."""
+    """Content of ``manifest.json``, the record of a build."""
 
     name: str
     recipe: str
     build_s: float
+    """Duration of the build in seconds."""
     files: dict[str, int]
-    """Relative path to size in bytes, the manifest left out."""
+    """Size in bytes by relative path, without the manifest."""
     facts: Facts
 
 
@@ -98,7 +99,7 @@ CATALOGUE: Mapping[str, DefaultModel] = MappingProxyType(
             DefaultModel(
                 name="sentiment-minilm",
                 kind="classifier",
-                description="MiniLM-L6 fine-tuned to tell negative from positive texts",
+                description="MiniLM-L6 fine-tuned for sentiment: NEGATIVE or POSITIVE",
                 recipe="2",
                 builder=_build_sentiment,
             ),
@@ -108,28 +109,28 @@ CATALOGUE: Mapping[str, DefaultModel] = MappingProxyType(
 
 
 def home() -> Path:
-    """The cache directory: ``TANDEM_HOME``, or ``~/.cache/tandem``."""
+    """Return Tandem's home directory: ``TANDEM_HOME``, or ``~/.cache/tandem``."""
     return Path(os.environ.get("TANDEM_HOME") or "~/.cache/tandem").expanduser().absolute()
 
 
 def models_dir() -> Path:
-    """The directory that holds the built models, one directory each."""
+    """Return the directory of the built models."""
     return home() / "models"
 
 
 def resolve(model: str, catalogue: Mapping[str, DefaultModel] = CATALOGUE) -> str:
-    """What to hand to vLLM or transformers for a ``model`` of the configuration.
+    """Resolve a ``model`` of the configuration to a path or id for vLLM and transformers.
 
-    A default model's name gives its directory, an existing directory its absolute path;
-    anything else that can be a Hugging Face id comes back unchanged.
+    A default model resolves to its directory, an existing directory to its absolute path. Anything
+    else that is a valid Hugging Face id is returned unchanged.
 
     Raises:
-        ConfigError: the default model is not built, or there is no such directory.
+        ConfigError: the default model is not built, or the directory does not exist.
     """
     if model in catalogue:
         path = models_dir() / model
         if manifest(catalogue[model]) is None:
-            raise ConfigError(f"model {model!r} is not built in {path}; run `tandem models build`")
+            raise ConfigError(f"model {model!r} is not built ({path}); run `tandem models build`")
         return str(path)
     path = Path(model).expanduser()
     if model and path.is_dir():
@@ -142,14 +143,14 @@ def resolve(model: str, catalogue: Mapping[str, DefaultModel] = CATALOGUE) -> st
     return model
 
 
-def list_models(catalogue: Mapping[str, DefaultModel] = CATALOGUE) -> list[ModelRow]:
-    """One row for each default model, in the catalogue's order."""
-    return [_row(model) for model in catalogue.values()]
+def list_models(catalogue: Mapping[str, DefaultModel] = CATALOGUE) -> list[ModelStatus]:
+    """Return all default models and their state, in the catalogue's order."""
+    return [_status(model) for model in catalogue.values()]
 
 
-def _row(model: DefaultModel) -> ModelRow:
+def _status(model: DefaultModel) -> ModelStatus:
     found = manifest(model)
-    return ModelRow(
+    return ModelStatus(
         name=model.name,
         kind=model.kind,
         description=model.description,
@@ -161,15 +162,15 @@ def _row(model: DefaultModel) -> ModelRow:
 
 
 def manifest(model: DefaultModel) -> Manifest | None:
-    """The manifest of ``model``, or None where its current recipe has not been built whole."""
+    """Return the manifest of ``model``; None unless its current recipe is completely built."""
     directory = models_dir() / model.name
     try:
         found = _parse((directory / MANIFEST).read_text(encoding="utf-8"))
-        whole = all((directory / f).stat().st_size == size for f, size in found.files.items())
+        complete = all((directory / f).stat().st_size == size for f, size in found.files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # absent, or not ours: to be built
+        return None  # missing or damaged: to be built
     current = (found.name, found.recipe) == (model.name, model.recipe)
-    return found if current and whole else None
+    return found if current and complete else None
 
 
 def _parse(text: str) -> Manifest:

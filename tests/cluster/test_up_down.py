@@ -129,7 +129,7 @@ def test_chat_over_a_pipe_streams_an_answer(running: RunningCluster) -> None:
 def test_a_second_up_says_that_one_runs(running: RunningCluster) -> None:
     done = running.tandem("up", "-d")
     assert done.returncode == 1
-    assert "error: a cluster runs already, since " in done.stderr
+    assert "error: a cluster has been running for " in done.stderr
     assert f"at {running.http_url}; `tandem status` shows it" in done.stderr
     assert running.status()["running"]
 
@@ -164,7 +164,7 @@ def test_down_ends_everything_after_a_crash_and_nothing_else(
         assert processes.find(running.home) == []
         assert bystander.poll() is None
     assert is_alive(foreign_ray)
-    assert running.tandem("down").stdout == "nothing runs\n"
+    assert running.tandem("down").stdout == "No cluster is running.\n"
     assert list(Path("/tmp").glob("tandem-*/haproxy.cfg")) == []
 
 
@@ -239,7 +239,7 @@ def test_a_failed_start_says_why_and_leaves_nothing(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: the application could not be started: generator-sim: ")
+    assert line.startswith("error: the application failed to start: generator-sim: ")
     assert time.monotonic() - began < 240
     assert processes.find(tmp_path) == []
     assert json.loads(subprocess.check_output([TANDEM, "status", "--json"], env=env)) == {

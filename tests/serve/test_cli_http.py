@@ -1,4 +1,4 @@
-"""``tandem chat`` and ``tandem classify`` against a router that answers from a script."""
+"""``tandem chat``, ``classify`` and ``top`` against a scripted router."""
 
 import json
 import threading
@@ -15,8 +15,8 @@ from cluster.errors import AuthenticationError, NotFoundError, OverloadedError, 
 Answer = tuple[int, Any]
 
 
-class Router:
-    """Records what was asked, answers by path; a list is sent as server-sent events."""
+class FakeRouter:
+    """Records requests and responds by path; a list is sent as server-sent events."""
 
     def __init__(self) -> None:
         self.requests: list[tuple[str, Any]] = []
@@ -54,8 +54,8 @@ class Router:
 
 
 @pytest.fixture
-def router() -> Iterator[Router]:
-    router = Router()
+def router() -> Iterator[FakeRouter]:
+    router = FakeRouter()
     thread = threading.Thread(target=router.server.serve_forever)
     thread.start()
     yield router
@@ -78,7 +78,7 @@ def talk(path: str, body: Any) -> Answer:
     return 200, [{"choices": [{"delta": {"role": "assistant"}}]}, delta("Yes"), delta("!")]
 
 
-def test_chat_streams_answers_and_remembers_them(router: Router) -> None:
+def test_chat_streams_answers_and_remembers_them(router: FakeRouter) -> None:
     router.answer = talk
     done = run("chat", "--url", router.url, stdin="One?\n\nTwo?\n/exit\nThree?\n")
     assert (done.exit_code, done.stdout) == (0, "Yes!\nYes!\n")
@@ -96,7 +96,7 @@ def test_chat_streams_answers_and_remembers_them(router: Router) -> None:
     ]
 
 
-def test_chat_passes_its_options_on(router: Router) -> None:
+def test_chat_sends_its_options(router: FakeRouter) -> None:
     router.answer = talk
     options = ("--model", "m", "--max-tokens", "5", "--temperature", "0", "--api-key", "k")
     run("chat", "--url", router.url, *options, stdin="Hi\n")
@@ -106,7 +106,7 @@ def test_chat_passes_its_options_on(router: Router) -> None:
     assert router.headers[0]["authorization"] == "Bearer k"
 
 
-def test_piped_chat_fails_with_the_request(router: Router) -> None:
+def test_piped_chat_fails_if_a_request_fails(router: FakeRouter) -> None:
     message = {"error": {"message": "no such model", "code": 404}}
     router.answer = lambda path, body: (404, message)
     done = run("chat", "--url", router.url, "--model", "m", stdin="Hi\n")
@@ -114,7 +114,7 @@ def test_piped_chat_fails_with_the_request(router: Router) -> None:
     assert str(done.exception) == "no such model"
 
 
-def test_a_stream_that_fails_half_way_is_an_error(router: Router) -> None:
+def test_an_error_within_a_stream_is_raised(router: FakeRouter) -> None:
     error = {"error": {"message": "the engine died", "code": 503}}
     router.answer = lambda path, body: (200, [delta("Ye"), error])
     done = run("chat", "--url", router.url, "--model", "m", stdin="Hi\n")
@@ -125,7 +125,7 @@ def test_a_stream_that_fails_half_way_is_an_error(router: Router) -> None:
 ROW = {"index": 0, "label": "POSITIVE", "score": 0.987654, "scores": []}
 
 
-def test_classify_prints_a_line_for_each_text(router: Router) -> None:
+def test_classify_prints_a_line_per_text(router: FakeRouter) -> None:
     answer = {"data": [ROW, {**ROW, "index": 1, "label": "NEGATIVE"}]}
     router.answer = lambda path, body: (200, answer)
     done = run("classify", "--url", router.url, "good [film]", "bad")
@@ -137,7 +137,7 @@ def test_classify_prints_a_line_for_each_text(router: Router) -> None:
     assert router.requests == [("/classify", {"input": ["good [film]", "bad"]})]
 
 
-def test_classify_prints_json(router: Router) -> None:
+def test_classify_prints_json(router: FakeRouter) -> None:
     router.answer = lambda path, body: (200, {"data": [ROW]})
     done = run("classify", "--url", router.url, "--json", "--model", "c", "good")
     assert json.loads(done.stdout) == {"data": [ROW]}
@@ -145,17 +145,19 @@ def test_classify_prints_json(router: Router) -> None:
 
 
 @pytest.mark.parametrize(("status", "kind"), [(401, AuthenticationError), (429, OverloadedError)])
-def test_refusals_are_typed(router: Router, status: int, kind: type[Exception]) -> None:
+def test_error_responses_raise_typed_errors(
+    router: FakeRouter, status: int, kind: type[Exception]
+) -> None:
     router.answer = lambda path, body: (status, "not our format")
     done = run("classify", "--url", router.url, "x")
     assert isinstance(done.exception, kind)
     assert done.exit_code == 1
 
 
-def test_nobody_there_is_said_so() -> None:
+def test_an_unreachable_router_is_reported() -> None:
     done = run("classify", "--url", "http://127.0.0.1:9", "x")
     assert isinstance(done.exception, UnavailableError)
-    assert "is the cluster up?" in str(done.exception)
+    assert "no router responds" in str(done.exception)
 
 
 COLUMNS = ["requests", "failed", "completion_tokens", "ttft_p50", "ttft_p99", "itl_p50"]
@@ -191,13 +193,13 @@ DATA: dict[str, Any] = {
 }
 
 
-def test_top_prints_a_frame(router: Router) -> None:
+def test_top_prints_a_frame(router: FakeRouter) -> None:
     router.answer = lambda path, body: (200, DATA)
     done = CliRunner().invoke(app, ["top", "--once", "--url", router.url], env={"COLUMNS": "160"})
     assert done.exit_code == 0
     for text in (
         "2 router(s)",
-        "no answer from b",
+        "no response from b",
         "gen-1",
         "1.50 s",
         "20.0 ms",
@@ -211,9 +213,9 @@ def test_top_prints_a_frame(router: Router) -> None:
     assert router.requests[0][0].startswith("/dashboard/data?since=")
 
 
-@pytest.mark.parametrize(("columns", "left_out"), [(80, ("p50", "/x", "▄█")), (120, ("▄█",))])
-def test_top_leaves_out_what_a_narrow_terminal_has_no_room_for(
-    router: Router, columns: int, left_out: tuple[str, ...]
+@pytest.mark.parametrize(("columns", "omitted"), [(80, ("p50", "/x", "▄█")), (120, ("▄█",))])
+def test_top_omits_columns_on_narrow_terminals(
+    router: FakeRouter, columns: int, omitted: tuple[str, ...]
 ) -> None:
     failure = {
         "time": 1e9,
@@ -230,15 +232,15 @@ def test_top_leaves_out_what_a_narrow_terminal_has_no_room_for(
     assert "…" not in done.stdout
     assert failure["id"] in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= columns
-    assert not [text for text in left_out if text in done.stdout]
+    assert not [text for text in omitted if text in done.stdout]
 
 
-def test_top_copes_with_a_router_that_has_just_started(router: Router) -> None:
+def test_top_works_without_data(router: FakeRouter) -> None:
     empty = {**DATA, "rows": {"": [], "gen": []}, "times": [], "failures": [], "pools": {}}
     router.answer = lambda path, body: (200, empty)
     assert run("top", "--once", "--url", router.url).exit_code == 0
 
 
-def test_top_says_what_is_wrong_at_once(router: Router) -> None:
+def test_top_raises_the_error_of_its_first_request(router: FakeRouter) -> None:
     router.answer = lambda path, body: (401, {"error": {"message": "no key", "code": 401}})
     assert isinstance(run("top", "--url", router.url).exception, AuthenticationError)

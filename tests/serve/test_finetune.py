@@ -116,13 +116,13 @@ def test_what_cannot_be_trained_leaves_nothing(tmp_path, base, data, trained):
     with pytest.raises(ConfigError, match="not a directory"):
         finetune(base="no/such/base/at-all")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="no encoder that can be fine-tuned"):
+    with pytest.raises(ConfigError, match="not an encoder that can be fine-tuned"):
         finetune(base=tmp_path / "empty")
     with pytest.raises(DataError, match=":3: label is empty"):
         finetune(data=write_csv(tmp_path / "a.csv", [("a", "b"), ("c", "")]))
-    with pytest.raises(DataError, match="got 2 different texts; at least 10 are needed"):
+    with pytest.raises(DataError, match="got 2 distinct texts; at least 10 are required"):
         finetune(data=write_csv(tmp_path / "b.csv", [("a", "b"), ("c", "d")]))
-    with pytest.raises(ConfigError, match="frozen layers: got 2; the encoder has 2"):
+    with pytest.raises(ConfigError, match="frozen_layers is 2, but the encoder has 2 layers"):
         finetune(**{"frozen-layers": 2})
     assert {path.name for path in tmp_path.iterdir()} == {"a.csv", "b.csv", "empty"}
 
@@ -154,6 +154,6 @@ def test_calibration_and_reference_by_their_commands(tmp_path, trained):
     with pytest.raises(DataError, match="got 2 rows; at least 100"):
         tandem("models", "calibrate", "--model", model,
                "--data", write_csv(tmp_path / "d.csv", noisy[:2]))  # fmt: skip
-    with pytest.raises(DataError, match=":2: label 'other'; the model knows complaint, praise"):
+    with pytest.raises(DataError, match=":2: unknown label 'other'; allowed: complaint, praise"):
         tandem("models", "calibrate", "--model", model,
                "--data", write_csv(tmp_path / "e.csv", [("a", "other")] * 100))  # fmt: skip

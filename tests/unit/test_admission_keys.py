@@ -166,7 +166,7 @@ def test_the_command_line_adds_lists_and_revokes(tmp_path: Path) -> None:
     [
         (["add", "a b"], "tenants"),
         (["add", "a", "--tokens-per-day", "0"], "tokens_per_day"),
-        (["revoke", "abc"], "no key has the id 'abc'"),
+        (["revoke", "abc"], "no key matches the id 'abc'"),
         (["revoke", ""], "the id ''"),
     ],
 )

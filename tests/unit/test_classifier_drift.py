@@ -18,7 +18,7 @@ def rows(count, share_yes, seed=0, confidence=0.9):
 
 @pytest.fixture
 def reference():
-    return Reference.of(*rows(5000, 0.3), LABELS)
+    return Reference.from_scores(*rows(5000, 0.3), LABELS)
 
 
 def test_the_counts_are_those_of_a_reference_however_the_texts_come(reference):

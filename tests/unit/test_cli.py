@@ -11,15 +11,15 @@ from typer.testing import CliRunner
 
 from cluster.cli import main
 from cluster.cli.app import app
-from cluster.cli.down import describe
+from cluster.cli.lifecycle import describe_stop
 from cluster.cli.recipes import recipes
 from cluster.config import TandemConfig, parse
 from cluster.config import file as config_file
 from cluster.launch import state
-from cluster.launch.processes import Ended
+from cluster.launch.processes import EndedProcesses
 from cluster.launch.serve_api import ApplicationStatus, DeploymentStatus, ReplicaStatus
-from cluster.launch.status import ClusterStatus
-from cluster.launch.stop import Stopped
+from cluster.launch.state import ClusterStatus
+from cluster.launch.stop import StopResult
 
 CONFIG = {
     "applications": [
@@ -36,7 +36,7 @@ CONFIG = {
 
 
 @pytest.fixture(autouse=True)
-def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def isolated_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TANDEM_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("TANDEM_DEBUG", raising=False)
     monkeypatch.setattr(config_file, "_check_serve_level", lambda config: None)
@@ -80,10 +80,10 @@ def test_wrong_usage_is_exit_code_2() -> None:
     assert run("classify").exit_code == 2
 
 
-def test_config_check_says_what_is_served(config: str) -> None:
+def test_config_check_lists_the_served_models(config: str) -> None:
     done = run("config", "check", "--config", config)
     assert done.exit_code == 0
-    assert "it serves gen, cls" in done.stdout
+    assert "serves gen, cls" in done.stdout
 
 
 def test_config_show_fills_in_defaults_and_overrides(config: str) -> None:
@@ -94,7 +94,7 @@ def test_config_show_fills_in_defaults_and_overrides(config: str) -> None:
     assert json.loads(run(*args, "--json").stdout) == shown
 
 
-def test_what_is_shown_can_be_read_again(config: str) -> None:
+def test_shown_configuration_can_be_parsed_again(config: str) -> None:
     shown = yaml.safe_load(run("config", "show", "--config", config).stdout)
     assert parse(shown) == parse(CONFIG["applications"][0]["args"])
 
@@ -114,7 +114,7 @@ def test_an_error_is_one_red_line_on_stderr(
     assert err.count("\n") == 1
 
 
-def test_a_defect_is_one_line_too_unless_debugging(
+def test_a_bug_is_one_line_unless_debugging(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*args: object, **options: object) -> None:
@@ -124,14 +124,14 @@ def test_a_defect_is_one_line_too_unless_debugging(
     monkeypatch.setattr(sys, "argv", ["tandem", "status"])
     with pytest.raises(SystemExit):
         main()
-    line = "error: ZeroDivisionError: two lines (TANDEM_DEBUG=1 shows where)\n"
+    line = "error: ZeroDivisionError: two lines (set TANDEM_DEBUG=1 for a traceback)\n"
     assert capfd.readouterr().err == line
     monkeypatch.setenv("TANDEM_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         main()
 
 
-def test_status_fits_a_narrow_terminal_and_says_what_serve_says(
+def test_status_fits_a_narrow_terminal_and_shows_messages_of_serve(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     known = state.ClusterState("id", "tandem", "http://h", "http://d", "LOCALHOST:1", "f", 0.0)
@@ -140,7 +140,7 @@ def test_status_fits_a_narrow_terminal_and_says_what_serve_says(
     deployment = DeploymentStatus(name, "UNHEALTHY", "no [room] for it", 2, (replica,))
     application = ApplicationStatus("tandem", "DEPLOYING", "", (deployment,))
     found = ClusterStatus(known, True, 28, 1, application)
-    monkeypatch.setattr("cluster.cli.status.status", lambda home: found)
+    monkeypatch.setattr("cluster.cli.status.read_status", lambda home: found)
     shown = CliRunner().invoke(app, ["status"], env={"COLUMNS": "80"}).stdout
     (line,) = (line for line in shown.splitlines() if line.startswith(name) and "gbqx" in line)
     assert line.split() == [
@@ -150,26 +150,26 @@ def test_status_fits_a_narrow_terminal_and_says_what_serve_says(
     assert f"{name}: no [room] for it" in shown
 
 
-def test_nothing_running_is_an_answer() -> None:
-    assert run("status").stdout == "nothing runs\n"
+def test_no_running_cluster_is_not_an_error() -> None:
+    assert run("status").stdout == "No cluster is running.\n"
     assert json.loads(run("status", "--json").stdout) == {"running": False}
-    assert run("down").stdout == "nothing runs\n"
+    assert run("down").stdout == "No cluster is running.\n"
 
 
-def test_down_says_how_it_went() -> None:
-    assert describe(None) == "nothing runs"
-    stopped = Stopped(drained=True, ended=Ended(terminated=5, killed=1), seconds=2.0)
-    assert describe(stopped) == "ended 6 processes in 2.0 s; every request finished"
+def test_down_reports_processes_and_requests() -> None:
+    assert describe_stop(None) == "No cluster is running."
+    stopped = StopResult(drained=True, ended=EndedProcesses(terminated=5, killed=1), seconds=2.0)
+    assert describe_stop(stopped) == "Stopped 6 processes in 2.0 s; all requests finished."
 
 
-def test_models_list_knows_the_defaults() -> None:
+def test_models_list_shows_the_default_models() -> None:
     rows = json.loads(run("models", "list", "--json").stdout)
     assert {row["name"] for row in rows} == {"smollm2-135m-instruct", "sentiment-minilm"}
     assert not any(row["built"] for row in rows)
     assert "sentiment-minilm" in run("models", "list").stdout
 
 
-def test_models_build_refuses_unknown_names() -> None:
+def test_models_build_rejects_unknown_names() -> None:
     done = run("models", "build", "gpt")
     assert done.exit_code == 1
     assert "'gpt'" in str(done.exception)
@@ -179,7 +179,7 @@ def commands(config: TandemConfig) -> dict[str, str]:
     return dict(recipes(config, "http://127.0.0.1:8000"))
 
 
-def test_there_is_a_command_for_each_thing_that_is_configured() -> None:
+def test_each_configured_api_has_an_example() -> None:
     found = commands(parse(CONFIG["applications"][0]["args"]))
     for path in (
         "/v1/models",
@@ -197,20 +197,20 @@ def test_there_is_a_command_for_each_thing_that_is_configured() -> None:
     assert "from cluster.client import Tandem" in found["from Python, in any Ray job"]
 
 
-def test_what_is_not_configured_has_no_command() -> None:
+def test_unconfigured_apis_have_no_example() -> None:
     found = commands(parse({"classifiers": [{"name": "c", "model": "m", "tasks": ["embed"]}]}))
-    assert set(found) == {"the models", "embeddings", "from Python, in any Ray job"}
+    assert set(found) == {"list models", "embeddings", "from Python, in any Ray job"}
 
 
-def test_commands_carry_the_key_where_one_is_needed() -> None:
+def test_examples_send_an_api_key_if_one_is_required() -> None:
     args = {"classifiers": [{"name": "c", "model": "m"}], "router": {"api_keys_sha256": ["0" * 64]}}
     assert all(
         "$TANDEM_API_KEY" in c for n, c in commands(parse(args)).items() if "Python" not in n
     )
 
 
-def test_the_running_clusters_address_is_the_default(tmp_path: Path) -> None:
-    from cluster.cli.paths import router_url
+def test_default_url_is_that_of_the_running_cluster(tmp_path: Path) -> None:
+    from cluster.cli.defaults import router_url
 
     assert router_url(None) == "http://127.0.0.1:8000"
     state.save(

@@ -18,7 +18,7 @@ from cluster.config.file import LoadedConfig
 from cluster.launch import state
 from cluster.launch.doctor import machine, running, software
 from cluster.launch.doctor.finding import Finding
-from cluster.launch.processes import Owned
+from cluster.launch.processes import ClusterProcess
 
 GIB = 1024**3
 SIM = {"generators": [{"name": "gen", "model": "m", "engine": "sim"}]}
@@ -33,7 +33,7 @@ def loaded(host: str = "127.0.0.1", port: int = 1, **router: Any) -> LoadedConfi
     return LoadedConfig(Path("x"), {}, "tandem", config, host, port)
 
 
-def test_whatever_is_not_well_says_what_to_do() -> None:
+def test_every_problem_comes_with_advice() -> None:
     bad = [
         software.check_python((3, 9)),
         machine.check_memory(GIB),
@@ -42,7 +42,7 @@ def test_whatever_is_not_well_says_what_to_do() -> None:
         machine.check_disk(Path("/"), GIB, 100 * GIB),
         machine.check_disk(Path("/"), 4 * GIB, 50 * GIB),
         running.check_skew(5.0),
-        running.check_steps(running.Clocks(0, 0), running.Clocks(12, 2)),
+        running.check_clock_steps(running.Clocks(0, 0), running.Clocks(12, 2)),
         running.check_discovery(httpx.Response(503)),
         running.check_discovery(httpx.Response(200, json={"error": "x"})),
         running.check_discovery(httpx.Response(200, json=[])),
@@ -54,7 +54,7 @@ def test_whatever_is_not_well_says_what_to_do() -> None:
     ]
 
 
-def test_what_is_well_is_said_too() -> None:
+def test_checks_without_problems_are_reported() -> None:
     targets = [{"targets": ["127.0.0.1:1", "127.0.0.1:2"], "labels": {}}]
     good = [
         software.check_python((3, 11)),
@@ -62,14 +62,14 @@ def test_what_is_well_is_said_too() -> None:
         machine.check_shared_memory(GIB, GIB),
         machine.check_disk(Path("/"), 50 * GIB, 100 * GIB),
         running.check_skew(-0.9),
-        running.check_steps(running.Clocks(0, 0), running.Clocks(10.01, 10)),
+        running.check_clock_steps(running.Clocks(0, 0), running.Clocks(10.01, 10)),
         running.check_discovery(httpx.Response(200, json=targets)),
     ]
     assert set(levels(good)) == {"ok"}
     assert "2 targets" in good[-1].message
 
 
-def test_versions_are_compared_with_what_is_required() -> None:
+def test_installed_versions_are_compared_with_requirements() -> None:
     wanted = [Requirement("ray[serve]==2.60.0"), Requirement("torch>=2.11"), Requirement("x")]
     found = {"ray": "2.59.0", "torch": "2.13.0+cpu", "x": None}
     ray, torch, missing = software.check_versions("tandem", wanted, found)
@@ -78,14 +78,14 @@ def test_versions_are_compared_with_what_is_required() -> None:
     assert "==2.60.0" in ray.message
 
 
-def test_a_local_build_is_the_version_that_is_pinned() -> None:
+def test_a_local_build_satisfies_a_pin_of_its_public_version() -> None:
     pinned = [Requirement("torch==2.13.0"), Requirement("torch==2.13.0+cpu")]
     assert levels(software.check_versions("vllm", pinned, {"torch": "2.13.0+cpu"})) == ["ok", "ok"]
     assert levels(software.check_versions("vllm", pinned[1:], {"torch": "2.13.0"})) == ["fail"]
 
 
 class Nvml:
-    """What the module ``pynvml`` says of a machine."""
+    """Fake of the module ``pynvml``."""
 
     class NVMLError(Exception):
         pass
@@ -124,7 +124,7 @@ class Nvml:
 
 
 @pytest.mark.parametrize(
-    ("nvml", "torch_cuda", "wanted", "found"),
+    ("nvml", "torch_cuda", "needed", "found"),
     [
         (Nvml(), "12.8", True, ["ok", "ok"]),
         (Nvml(), "13.0", True, ["fail", "ok"]),
@@ -136,13 +136,13 @@ class Nvml:
     ],
 )
 def test_gpus_and_their_driver(
-    nvml: Any, torch_cuda: str | None, wanted: bool, found: list[str]
+    nvml: Any, torch_cuda: str | None, needed: bool, found: list[str]
 ) -> None:
-    assert levels(machine.look_at_gpus(nvml, torch_cuda, wanted=wanted)) == found
+    assert levels(machine.check_gpus_with(nvml, torch_cuda, needed=needed)) == found
     assert nvml.open == 0
 
 
-def test_models_that_are_not_there_are_named(tmp_path: Path) -> None:
+def test_missing_models_are_named(tmp_path: Path) -> None:
     config = parse(
         {
             "generators": [{"name": "a", "model": str(tmp_path)}],
@@ -154,7 +154,7 @@ def test_models_that_are_not_there_are_named(tmp_path: Path) -> None:
     assert "nothing" in missing.message
 
 
-def test_who_may_use_the_cluster(tmp_path: Path) -> None:
+def test_missing_authentication_is_reported(tmp_path: Path) -> None:
     nowhere = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t"}
     assert levels(running.check_auth(nowhere, loaded())) == ["fail", "ok"]
@@ -169,24 +169,24 @@ def test_who_may_use_the_cluster(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("token", "without", "answer", "found", "says"),
+    ("token", "anonymous", "response", "found", "text"),
     [
         (None, 200, 200, [], ""),
-        (None, 401, 401, ["fail"], "gives none"),
-        ("mine", 401, 403, ["fail"], "does not take"),
-        ("mine", 401, 200, ["ok"], "takes"),
-        ("mine", 200, 200, ["fail"], "asks for no token"),
+        (None, 401, 401, ["fail"], "this shell has none"),
+        ("mine", 401, 403, ["fail"], "rejects"),
+        ("mine", 401, 200, ["ok"], "accepts"),
+        ("mine", 200, 200, ["fail"], "requires no token"),
     ],
 )
-def test_the_shells_token_must_be_the_clusters(
-    token: str | None, without: int, answer: int, found: list[str], says: str
+def test_the_shell_needs_the_token_of_the_cluster(
+    token: str | None, anonymous: int, response: int, found: list[str], text: str
 ) -> None:
-    findings = [*running.check_token(token, httpx.Response(without), httpx.Response(answer))]
+    findings = [*running.check_token(token, httpx.Response(anonymous), httpx.Response(response))]
     assert levels(findings) == found
-    assert all(says in finding.message for finding in findings)
+    assert all(text in finding.message for finding in findings)
 
 
-def test_the_running_clusters_configuration_is_the_default(config: str, tmp_path: Path) -> None:
+def test_doctor_uses_the_configuration_of_the_running_cluster(config: str, tmp_path: Path) -> None:
     set_port = ["http_options.port=8123"]
     url = "http://127.0.0.1:8123"
     known = state.ClusterState("id", "tandem", url, url, "", config, 0.0, overrides=set_port)
@@ -196,12 +196,11 @@ def test_the_running_clusters_configuration_is_the_default(config: str, tmp_path
     assert "8000 (HTTP)" in named.stdout
 
 
-def owned(name: str) -> Owned:
-    return Owned(psutil.Process(os.getpid()), name, "id")
+def owned(name: str) -> ClusterProcess:
+    return ClusterProcess(psutil.Process(os.getpid()), name, "id")
 
 
-def test_processes_without_a_head_are_what_a_crash_left(tmp_path: Path) -> None:
-    assert running.check_processes.__doc__
+def test_processes_without_a_head_are_leftovers_of_a_crash(tmp_path: Path) -> None:
     home = tmp_path / "home"
     for names, level in [((), "ok"), (("gcs_server", "raylet"), "ok"), (("raylet",), "fail")]:
         first = next(iter(running.check_processes(home, [owned(name) for name in names])))
@@ -219,7 +218,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(path)
 
 
-def test_the_command_says_it_all_and_its_exit_code_is_of_the_worst(
+def test_the_command_prints_all_findings_and_fails_if_one_does(
     config: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = CliRunner().invoke(app, ["doctor", "--config", config, "--json"])
@@ -229,7 +228,7 @@ def test_the_command_says_it_all_and_its_exit_code_is_of_the_worst(
         *("gpu", "authentication", "clock"),
     }
     assert done.exit_code == any(f.level == "fail" for f in found)
-    assert not [f for f in found if "could not be checked" in f.message]
+    assert not [f for f in found if "check failed" in f.message]
 
     def broken(*args: object) -> Any:
         raise ZeroDivisionError
@@ -237,5 +236,5 @@ def test_the_command_says_it_all_and_its_exit_code_is_of_the_worst(
     monkeypatch.setattr("cluster.launch.doctor.machine.check_models", broken)
     done = CliRunner().invoke(app, ["doctor", "--config", config])
     assert done.exit_code == 1
-    assert "could not be checked" in done.stdout
+    assert "check failed" in done.stdout
     assert "clock: " in done.stdout

@@ -4,7 +4,7 @@ import pytest
 from cluster.models.finetune_data import DataError, label_ids, label_names, read_rows, split
 
 
-def written(tmp_path, name, text):
+def write(tmp_path, name, text):
     path = tmp_path / name
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
@@ -21,20 +21,20 @@ def written(tmp_path, name, text):
     ],
 )  # fmt: skip
 def test_formats_give_the_same_rows(tmp_path, name, text):
-    rows = read_rows(written(tmp_path, name, text))
+    rows = read_rows(write(tmp_path, name, text))
     assert [(row.text, row.label) for row in rows] == [("good", "yes"), ('bad, "very"\nbad', "no")]
     assert [row.line for row in rows] == [2, 4]
 
 
-def test_columns_and_kinds_of_labels(tmp_path):
-    path = written(tmp_path, "a.jsonl", '{"t": "x", "l": 3}\n{"t": "y", "l": true}')
+def test_columns_are_selectable_and_labels_may_be_numbers_or_booleans(tmp_path):
+    path = write(tmp_path, "a.jsonl", '{"t": "x", "l": 3}\n{"t": "y", "l": true}')
     assert [row.label for row in read_rows(path, "t", "l")] == ["3", "true"]
     assert [row.label for row in read_rows(path, "t", None)] == ["", ""]
 
 
 BAD = [
-    ("a.txt", "text,label\n", "must end in one of .csv, .tsv, .jsonl"),
-    ("a.csv", "text,class\na,b\n", ":1: no column 'label'; there are 'text', 'class'"),
+    ("a.txt", "text,label\n", "extension must be one of .csv, .tsv, .jsonl"),
+    ("a.csv", "text,class\na,b\n", ":1: no column 'label'; columns: 'text', 'class'"),
     ("a.csv", "text,label\na,b\nc\n", ":3: got 1 cells; expected 2"),
     ("a.csv", "text,label\na,b\nc,d,e\n", ":3: got 3 cells; expected 2"),
     ("a.csv", 'text,label\na,b\n\n"c\n,d\n', ":4: not valid CSV: unexpected end of data"),
@@ -45,51 +45,51 @@ BAD = [
     ("a.csv", "text,label\n" + "a" * 200_000 + ",b\n", ":2: not valid CSV: field larger"),
     ("a.jsonl", '{"text": "a", "label": "b"}\n{"text": "a"\n', ":2: not valid JSON"),
     ("a.jsonl", '{"text": "a", "label": "b"}\n["a"]\n', ":2: expected an object, got '[\"a\"]'"),
-    ("a.jsonl", '{"text": "a"}\n', ":1: no column 'label'; there are 'text'"),
-    ("a.jsonl", '{"text": null, "label": "b"}\n', ":1: text: expected a text, got null"),
-    ("a.jsonl", '{"text": "\\ud800", "label": "b"}\n', ":1: text: holds a lone surrogate"),
+    ("a.jsonl", '{"text": "a"}\n', ":1: no column 'label'; columns: 'text'"),
+    ("a.jsonl", '{"text": null, "label": "b"}\n', ":1: text: expected a string, got null"),
+    ("a.jsonl", '{"text": "\\ud800", "label": "b"}\n', ":1: text contains a lone surrogate"),
     ("a.jsonl", "[" * 100_000, ":1: not valid JSON"),
 ]
 
 
-@pytest.mark.parametrize(("name", "text", "why"), BAD)
-def test_what_is_wrong_is_named_by_line(tmp_path, name, text, why):
-    path = written(tmp_path, name, text)
+@pytest.mark.parametrize(("name", "text", "message"), BAD)
+def test_errors_name_file_and_line(tmp_path, name, text, message):
+    path = write(tmp_path, name, text)
     with pytest.raises(DataError) as caught:
         read_rows(path)
     assert str(caught.value).startswith(str(path))
-    assert why in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_not_there(tmp_path):
+def test_a_missing_file_is_an_error(tmp_path):
     with pytest.raises(DataError, match="No such file"):
         read_rows(tmp_path / "none.csv")
 
 
-def test_labels_stand_in_a_fixed_order(tmp_path):
+def test_labels_have_a_fixed_order(tmp_path):
     def names(*labels):
         text = "text,label\n" + "".join(f"t,{label}\n" for label in labels)
-        path = written(tmp_path, "a.csv", text)
+        path = write(tmp_path, "a.csv", text)
         return label_names(path, read_rows(path))
 
     assert names("yes", "no", "yes") == ("no", "yes")
     assert names("10", "9", "0") == ("0", "9", "10")
     with pytest.raises(DataError, match="all 2 rows have the label 'yes'; at least two"):
         names("yes", "yes")
-    with pytest.raises(DataError, match="has no rows"):
+    with pytest.raises(DataError, match="no rows"):
         names()
 
 
-def test_labels_that_the_model_does_not_know(tmp_path):
-    path = written(tmp_path, "a.csv", "text,label\na,yes\nb,no\n")
+def test_labels_unknown_to_the_model_are_errors(tmp_path):
+    path = write(tmp_path, "a.csv", "text,label\na,yes\nb,no\n")
     rows = read_rows(path)
     np.testing.assert_array_equal(label_ids(path, rows, ("no", "yes")), [1, 0])
-    with pytest.raises(DataError, match=":3: label 'no'; the model knows yes, maybe"):
+    with pytest.raises(DataError, match=":3: unknown label 'no'; allowed: yes, maybe"):
         label_ids(path, rows, ("yes", "maybe"))
 
 
-def test_the_split_has_no_text_on_both_sides():
+def test_split_has_no_text_in_two_parts():
     texts = [f"text {i % 50}" if i % 2 else f" TEXT  {i % 50}" for i in range(200)]
     labels = ["yes" if i % 50 < 20 else "no" for i in range(200)]
     parts = split(texts, labels, ("no", "yes"), 0.1, 0.2)
@@ -112,15 +112,15 @@ def test_the_split_has_no_text_on_both_sides():
 
 
 @pytest.mark.parametrize(
-    ("texts", "labels", "why"),
+    ("texts", "labels", "message"),
     [
-        (["a", "b"], ["no"], "got 1 for 2 texts"),
-        (["a"], ["maybe"], "got 'maybe'; allowed: no, yes"),
-        (["a", "A"], ["no", "yes"], "got 1 different texts; at least 10"),
-        ([str(i) for i in range(50)], ["no"] * 50, "the label 'yes' has 0 different texts"),
-        ([str(i) for i in range(50)], ["no"] * 49 + ["yes"], "the label 'yes' has 1 different"),
+        (["a", "b"], ["no"], "got 1 labels for 2 texts"),
+        (["a"], ["maybe"], "unknown label 'maybe'; allowed: no, yes"),
+        (["a", "A"], ["no", "yes"], "got 1 distinct texts; at least 10"),
+        ([str(i) for i in range(50)], ["no"] * 50, "label 'yes' has 0 distinct texts"),
+        ([str(i) for i in range(50)], ["no"] * 49 + ["yes"], "label 'yes' has 1 distinct"),
     ],
 )
-def test_labels_that_do_not_fit_are_refused(texts, labels, why):
-    with pytest.raises(DataError, match=why):
+def test_split_rejects_bad_labels(texts, labels, message):
+    with pytest.raises(DataError, match=message):
         split(texts, labels, ("no", "yes"), 0.1)

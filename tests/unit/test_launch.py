@@ -1,4 +1,4 @@
-"""The parts of a start that need no Ray: state, environment, HAProxy's wrapper, Serve's answers."""
+"""Parts of a start that do not need Ray: state, environment, HAProxy wrapper, Serve API."""
 
 import shutil
 import subprocess
@@ -10,9 +10,8 @@ import httpx
 import pytest
 
 from cluster.config import ClusterConfig
-from cluster.launch import environment, head, state
-from cluster.launch.auth import ray_token
-from cluster.launch.serve_api import ServeApi, reason
+from cluster.launch import environment, starter_process, state
+from cluster.launch.serve_api import ServeApi, ray_token, reason
 
 STATE = state.ClusterState(
     cluster_id="0f3a",
@@ -25,7 +24,7 @@ STATE = state.ClusterState(
 )
 
 
-def test_the_state_is_read_back(tmp_path: Path) -> None:
+def test_state_is_read_back(tmp_path: Path) -> None:
     assert state.load(tmp_path) is None
     state.save(tmp_path, STATE)
     assert state.load(tmp_path) == STATE
@@ -35,7 +34,7 @@ def test_the_state_is_read_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "{}", "[]", '{"cluster_id": "x"}'])
-def test_a_damaged_state_counts_as_none(tmp_path: Path, text: str) -> None:
+def test_a_damaged_state_is_ignored(tmp_path: Path, text: str) -> None:
     state.save(tmp_path, STATE)
     (state.run_dir(tmp_path) / "cluster.json").write_text(text)
     assert state.load(tmp_path) is None
@@ -45,7 +44,7 @@ def variables(base: dict[str, str], *, haproxy: bool = True) -> dict[str, str]:
     return environment.cluster_environment(base, Path("/home/h"), "0f3a-77", haproxy=haproxy)
 
 
-def test_every_process_is_marked_and_keeps_its_mark() -> None:
+def test_environment_identifies_the_cluster() -> None:
     found = variables({"TANDEM_CLUSTER_ID": "old", "RAY_ADDRESS": "elsewhere:1", "KEPT": "1"})
     assert found["TANDEM_CLUSTER_ID"] == "0f3a-77"
     assert found["TANDEM_HOME"] == "/home/h"
@@ -54,19 +53,19 @@ def test_every_process_is_marked_and_keeps_its_mark() -> None:
     assert "RAY_ADDRESS" not in found
 
 
-def test_what_the_user_set_wins_but_not_over_safety() -> None:
+def test_user_variables_win_except_over_loopback() -> None:
     name = "RAY_SERVE_HAPROXY_NBTHREAD"
     assert variables({name: "8"})[name] == "8"
     loopback = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
     assert variables({loopback: "1"})[loopback] == "0"
 
 
-def test_without_haproxy_nothing_of_it_is_set() -> None:
+def test_without_haproxy_its_variables_are_not_set() -> None:
     assert not [name for name in variables({}, haproxy=False) if "HAPROXY" in name]
 
 
-def test_haproxys_sockets_fit_into_an_address() -> None:
-    node = "f" * 56  # Serve puts the node's id before the file's name, HAProxy a suffix after it
+def test_haproxy_socket_paths_fit_the_limit() -> None:
+    node = "f" * 56  # Serve inserts the node id as a directory; HAProxy appends a suffix
     path = Path(variables({})["RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH"])
     assert len(f"{path.parent}/{node}/{path.name}.1234567.tmp") <= 107
 
@@ -81,7 +80,7 @@ def wrapper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     shutil.rmtree(environment.sockets_dir(cluster_id))
 
 
-def test_haproxy_listens_on_loopback_alone(wrapper: Path) -> None:
+def test_haproxy_listens_on_loopback_only(wrapper: Path) -> None:
     config = wrapper / "haproxy.cfg"
     config.write_text(
         "frontend prometheus\n    bind :9101\n"
@@ -105,7 +104,7 @@ def test_haproxy_listens_on_loopback_alone(wrapper: Path) -> None:
     assert wrapper.stat().st_mode & 0o777 == 0o700
 
 
-def test_the_templates_lines_that_the_wrapper_rewrites_are_still_there() -> None:
+def test_serves_template_still_has_the_lines_that_the_wrapper_rewrites() -> None:
     from importlib.metadata import files
 
     (template,) = [f for f in files("ray") or [] if f.name == "haproxy_templates.py"]
@@ -116,11 +115,11 @@ def test_the_templates_lines_that_the_wrapper_rewrites_are_still_there() -> None
 
 def test_there_are_at_least_two_logical_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 1)
-    assert head.num_cpus(ClusterConfig()) == 2
-    assert head.num_cpus(ClusterConfig(num_cpus=1)) == 1
+    assert starter_process.num_cpus(ClusterConfig()) == 2
+    assert starter_process.num_cpus(ClusterConfig(num_cpus=1)) == 1
 
 
-def test_rays_token_is_where_ray_looks(tmp_path: Path) -> None:
+def test_ray_token_is_read_where_ray_reads_it(tmp_path: Path) -> None:
     path = tmp_path / "token"
     path.write_text("from-file\n")
     mode = {"RAY_AUTH_MODE": "token"}
@@ -150,7 +149,7 @@ def deployment(status: str, message: str = "", states: tuple[str, ...] = ()) -> 
     }
 
 
-def test_serves_answer_becomes_values(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_application_status_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     deployments = {
         "generator-g": deployment("UPDATING", states=("RUNNING", "STARTING")),
         "router": deployment("HEALTHY", states=("RUNNING", "RUNNING")),
@@ -170,7 +169,7 @@ def test_serves_answer_becomes_values(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.failure is None
 
 
-def test_a_failed_deployment_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_names_the_failed_deployment(monkeypatch: pytest.MonkeyPatch) -> None:
     deployments = {"generator-g": deployment("DEPLOY_FAILED", "ValueError: no such model")}
     tandem = {"name": "tandem", "status": "DEPLOY_FAILED", "deployments": deployments}
     body = {"applications": {"tandem": tandem}}
@@ -180,7 +179,7 @@ def test_a_failed_deployment_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.failure == "generator-g: ValueError: no such model"
 
 
-def test_a_dashboard_that_is_not_there_is_no_application(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_dashboard_gives_no_application(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(request: httpx.Request) -> httpx.Response:
         raise httpx.ConnectError("refused", request=request)
 
@@ -189,7 +188,7 @@ def test_a_dashboard_that_is_not_there_is_no_application(monkeypatch: pytest.Mon
         assert not serve.drain(1)
 
 
-def test_draining_ends_when_the_applications_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drain_returns_when_all_applications_are_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
     left = [{"tandem": {}}, {"tandem": {}}, {}]
     put: list[bytes] = []
 
@@ -206,7 +205,7 @@ def test_draining_ends_when_the_applications_are_gone(monkeypatch: pytest.Monkey
     assert left == []
 
 
-def test_draining_ends_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drain_stops_at_its_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     def answer(request: httpx.Request) -> httpx.Response:
         return httpx.Response(200, json={"applications": {"tandem": {}}})
 
@@ -232,12 +231,12 @@ cluster.errors.ConfigError: model 'x' is not built; run `tandem models build`
 """
 
 
-def test_the_reason_is_the_last_exception_of_a_traceback() -> None:
+def test_reason_is_the_last_exception_of_a_traceback() -> None:
     expected = "cluster.errors.ConfigError: model 'x' is not built; run `tandem models build`"
     assert reason(TRACEBACK) == expected
 
 
-def test_a_message_without_a_traceback_is_its_own_reason() -> None:
+def test_reason_is_the_message_without_a_traceback() -> None:
     assert reason("waiting for\nresources") == "waiting for resources"
     assert reason("") == "Serve gave no reason"
     assert len(reason("x" * 1000)) == 400

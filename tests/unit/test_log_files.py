@@ -8,7 +8,12 @@ from typer.testing import CliRunner
 
 from cluster.cli.app import app
 from cluster.errors import NotFoundError, StartError
-from cluster.launch.log_files import entries_of, failed_requests, last_errors, log_directory
+from cluster.launch.log_files import (
+    entries_for_request,
+    failed_requests,
+    last_errors,
+    log_directory,
+)
 
 ID = "abc-123"
 REQUEST = {
@@ -46,8 +51,8 @@ def run(*args: str) -> Any:
     return CliRunner().invoke(app, ["logs", *args])
 
 
-def test_every_line_of_a_request_is_found_with_what_goes_on_below_it(logs: Path) -> None:
-    found = entries_of(logs, ID)
+def test_all_entries_of_a_request_are_found_with_continuation_lines(logs: Path) -> None:
+    found = entries_for_request(logs, ID)
     assert [str(entry.file.relative_to(logs)) for entry in found] == [
         "binary.log",
         "worker-1.out",
@@ -58,11 +63,11 @@ def test_every_line_of_a_request_is_found_with_what_goes_on_below_it(logs: Path)
     assert found[2].time == "2026-01-02T03:04:05.400"
 
 
-def test_an_id_is_no_pattern(logs: Path) -> None:
-    assert entries_of(logs, ".*") == []
+def test_a_request_id_is_not_a_regular_expression(logs: Path) -> None:
+    assert entries_for_request(logs, ".*") == []
 
 
-def test_the_last_errors_are_those_that_say_so(logs: Path) -> None:
+def test_last_errors_are_selected_by_level(logs: Path) -> None:
     (entry,) = last_errors(logs, 10)
     assert entry.file.name == "replica_tandem_router_xyz.log"
     (logs / "later.log").write_text("[2026-01-02 03:04:09,000 E 1 1] x.cc:1: CRITICAL\n")
@@ -70,7 +75,7 @@ def test_the_last_errors_are_those_that_say_so(logs: Path) -> None:
     assert entry.file.name == "later.log"
 
 
-def test_failed_requests_are_counted_by_where_and_how(logs: Path) -> None:
+def test_failed_requests_are_grouped_by_replica_and_outcome(logs: Path) -> None:
     file = logs / "serve" / "tandem_requests_2_uvw.jsonl"
     kinds = [("a", 500, "failed"), ("b", 200, "cut_off"), ("a", 500, "failed"), ("a", 200, "ok")]
     lines = [
@@ -95,34 +100,34 @@ def test_failed_requests_are_counted_by_where_and_how(logs: Path) -> None:
         ("m", "b", 200, "cut_off", 1, "r1"),
     ]
     shown = run("--directory", str(logs)).stdout
-    assert "2 of m at a, status 500; the last 2026-01-02T03:04:02, r2" in shown
-    assert "1 of m at b, cut off" in shown
+    assert "2 × m at a, status 500; last 2026-01-02T03:04:02, r2" in shown
+    assert "1 × m at b, cut off" in shown
     assert len(json.loads(run("--directory", str(logs), "--json").stdout)["failed_requests"]) == 3
 
 
-def test_a_file_keeps_its_whole_name_in_a_narrow_terminal(logs: Path) -> None:
+def test_file_names_are_not_truncated_on_narrow_terminals(logs: Path) -> None:
     name = f"worker-{'0123456789abcdef' * 6}.out"
     (logs / name).write_text("x")
     assert name in run("--directory", str(logs)).stdout
 
 
-def test_a_file_that_may_not_be_read_hides_no_other(logs: Path) -> None:
+def test_unreadable_files_are_skipped(logs: Path) -> None:
     (logs / "gone.log").symlink_to(logs / "nowhere")
     os.mkfifo(logs / "pipe.log")
-    assert len(entries_of(logs, ID)) == 4
+    assert len(entries_for_request(logs, ID)) == 4
 
 
-def test_an_entry_is_bounded(tmp_path: Path) -> None:
+def test_entries_are_limited_in_length(tmp_path: Path) -> None:
     (tmp_path / "long.log").write_text(f"ERROR {ID}\n" + "more\n" * 100_000)
-    (entry,) = entries_of(tmp_path, ID)
+    (entry,) = entries_for_request(tmp_path, ID)
     assert len(entry.text.splitlines()) == 200
 
 
-def test_logs_are_of_the_last_session_where_no_cluster_runs(
+def test_without_a_cluster_logs_of_the_latest_session_are_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    with pytest.raises(StartError, match="no cluster runs"):
+    with pytest.raises(StartError, match="no cluster is running"):
         log_directory(tmp_path / "home")
     for number, name in enumerate(("session_b", "session_a")):
         directory = tmp_path / "ray" / name
@@ -131,18 +136,18 @@ def test_logs_are_of_the_last_session_where_no_cluster_runs(
     assert log_directory(tmp_path / "home") == tmp_path / "ray" / "session_a" / "logs"
 
 
-def test_the_command_prints_text_and_json(logs: Path) -> None:
+def test_command_prints_text_and_json(logs: Path) -> None:
     shown = run("--directory", str(logs), "--request", ID)
     assert shown.exit_code == 0
     assert "ZeroDivisionError" in shown.stdout
-    told = json.loads(run("--directory", str(logs), "--request", ID, "--json").stdout)
-    assert len(told) == 4
-    assert set(told[0]) == {"file", "time", "text"}
+    entries = json.loads(run("--directory", str(logs), "--request", ID, "--json").stdout)
+    assert len(entries) == 4
+    assert set(entries[0]) == {"file", "time", "text"}
     overview = run("--directory", str(logs))
     assert "worker-1.out" in overview.stdout
-    assert "the last errors (1)" in overview.stdout
+    assert "Last 1 errors:" in overview.stdout
     assert len(json.loads(run("--directory", str(logs), "--json").stdout)["bytes"]) == 5
 
 
-def test_an_id_that_nobody_logged_is_an_error(logs: Path) -> None:
+def test_an_unknown_request_id_is_an_error(logs: Path) -> None:
     assert isinstance(run("--directory", str(logs), "--request", "zzz").exception, NotFoundError)

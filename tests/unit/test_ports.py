@@ -38,7 +38,7 @@ def test_a_busy_port_says_who_has_it_and_what_to_do(
     listener: tuple[subprocess.Popen[bytes], int],
 ) -> None:
     process, number = listener
-    (busy,) = ports.busy([port(number)])
+    (busy,) = ports.find_busy([port(number)])
     message = str(busy)
     assert f"port {number} (HTTP)" in message
     assert f"process {process.pid} ({sys.executable} -c import socket" in message
@@ -51,7 +51,7 @@ def test_a_busy_port_says_who_has_it_and_what_to_do(
     indirect=True,
 )
 def test_another_tandem_cluster_is_named(listener: tuple[subprocess.Popen[bytes], int]) -> None:
-    (busy,) = ports.busy([port(listener[1])])
+    (busy,) = ports.find_busy([port(listener[1])])
     assert "another Tandem cluster" in str(busy)
     assert "TANDEM_HOME=/elsewhere tandem down" in str(busy)
 
@@ -62,20 +62,20 @@ def test_a_free_port_is_free_also_just_after_its_use() -> None:
         client = socket.create_connection(("127.0.0.1", number))
         server.accept()[0].close()  # leaves a connection in TIME_WAIT
         client.close()
-    assert ports.busy([port(number)]) == []
+    assert ports.find_busy([port(number)]) == []
 
 
 def test_a_process_that_cannot_be_seen_is_another_users() -> None:
-    assert "a process of another user" in str(ports.Busy(port(1), None))
+    assert "a process of another user" in str(ports.BusyPort(port(1), None))
 
 
 def test_haproxys_ports_are_needed_only_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_SERVE_HAPROXY_STATS_PORT", "18404")
     config = ClusterConfig(ray_port=16379, dashboard_port=18265)
     where = (config, "127.0.0.1", 18000)
-    with_it = {p.number for p in ports.needed(*where, haproxy=True, monitoring=False)}
-    without = {p.number for p in ports.needed(*where, haproxy=False, monitoring=False)}
-    watched = {p.number for p in ports.needed(*where, haproxy=False, monitoring=True)}
+    with_it = {p.number for p in ports.required_ports(*where, haproxy=True, monitoring=False)}
+    without = {p.number for p in ports.required_ports(*where, haproxy=False, monitoring=False)}
+    watched = {p.number for p in ports.required_ports(*where, haproxy=False, monitoring=True)}
     assert watched - without == {9090}
     assert without == {18000, 16379, 18265}
     assert with_it - without == {8500, 18404, 9101}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.launch import processes
-from cluster.launch.processes import Ended
+from cluster.launch.processes import EndedProcesses
 
 Spawn = Callable[..., subprocess.Popen[bytes]]
 READY = "print('ready', flush=True); "
@@ -67,7 +67,7 @@ def test_a_grandchild_is_found_when_its_parent_is_gone(tmp_path: Path, spawn: Sp
     parent.kill()
     parent.wait()
     (orphan,) = found(tmp_path)
-    assert processes.end(tmp_path, grace_s=5) == Ended(terminated=1, killed=0)
+    assert processes.end_all(tmp_path, grace_s=5) == EndedProcesses(terminated=1, killed=0)
     assert found(tmp_path) == set()
     assert orphan != parent.pid
 
@@ -76,13 +76,13 @@ def test_all_are_ended_and_nothing_else(tmp_path: Path, spawn: Spawn) -> None:
     for number in range(3):
         spawn(**mark(tmp_path, f"cluster-{number}"))  # an earlier start's too
     decoys = [spawn(), spawn(**mark(tmp_path / "other"))]
-    assert processes.end(tmp_path, grace_s=5) == Ended(terminated=3, killed=0)
+    assert processes.end_all(tmp_path, grace_s=5) == EndedProcesses(terminated=3, killed=0)
     assert [decoy.poll() for decoy in decoys] == [None, None]
 
 
 def test_who_ignores_sigterm_is_killed(tmp_path: Path, spawn: Spawn) -> None:
     stubborn = spawn(STUBBORN, **mark(tmp_path))
-    assert processes.end(tmp_path, grace_s=0.2) == Ended(terminated=0, killed=1)
+    assert processes.end_all(tmp_path, grace_s=0.2) == EndedProcesses(terminated=0, killed=1)
     assert stubborn.wait() == -signal.SIGKILL
 
 
@@ -90,7 +90,7 @@ def test_who_is_stopped_is_ended(tmp_path: Path, spawn: Spawn) -> None:
     stopped = spawn(**mark(tmp_path))
     stopped.send_signal(signal.SIGSTOP)
     os.waitpid(stopped.pid, os.WUNTRACED)  # until it has stopped, SIGTERM would still end it
-    assert processes.end(tmp_path, grace_s=0.2).killed == 1
+    assert processes.end_all(tmp_path, grace_s=0.2).killed == 1
 
 
 def test_the_caller_and_its_parents_are_spared(tmp_path: Path, spawn: Spawn) -> None:
@@ -111,4 +111,4 @@ def test_the_caller_and_its_parents_are_spared(tmp_path: Path, spawn: Spawn) -> 
 
 def test_nothing_is_nothing(tmp_path: Path) -> None:
     assert processes.find(tmp_path) == []
-    assert processes.end(tmp_path, grace_s=1) == Ended(terminated=0, killed=0)
+    assert processes.end_all(tmp_path, grace_s=1) == EndedProcesses(terminated=0, killed=0)

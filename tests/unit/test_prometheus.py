@@ -48,11 +48,11 @@ def test_rays_token_is_written_for_the_user_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
-    assert prometheus.token_file(tmp_path) is None
+    assert prometheus.write_token_file(tmp_path) is None
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "a-token")
     for _ in range(2):  # a second start writes it again
-        path = prometheus.token_file(tmp_path)
+        path = prometheus.write_token_file(tmp_path)
         assert path is not None
         assert Path(path).read_text() == "a-token"
         assert stat.S_IMODE(Path(path).stat().st_mode) == 0o600

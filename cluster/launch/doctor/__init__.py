@@ -1,9 +1,47 @@
-"""``doctor``: looks at everything that a cluster hangs on, and says of each what to do.
+"""Diagnosis of everything a cluster depends on (``tandem doctor``).
 
-Each module looks at one kind of thing and changes nothing; a check that itself fails is a finding.
+Checks change nothing. A check that raises becomes a finding itself.
 """
 
-from cluster.launch.doctor.examine import examine
-from cluster.launch.doctor.finding import Finding, Level
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
-__all__ = ["Finding", "Level", "examine"]
+from cluster.config.file import LoadedConfig
+from cluster.launch import processes, state
+from cluster.launch.doctor import machine, running
+from cluster.launch.doctor.finding import Finding, Level, fail
+from cluster.launch.doctor.software import check_software
+
+__all__ = ["Finding", "Level", "run_checks"]
+
+
+def run_checks(loaded: LoadedConfig, home: Path) -> Iterator[Finding]:
+    """Run all checks and yield their findings as they arrive.
+
+    Args:
+        loaded: Configuration of the running cluster, or of the one to start.
+        home: Tandem's home directory.
+    """
+    clocks = running.Clocks.read()
+    owned = processes.find(home)
+    alive = processes.has_head(owned)
+    known = state.load(home) if alive else None
+    config = loaded.config
+    checks: list[tuple[str, Callable[[], Iterable[Finding]]]] = [
+        ("software", lambda: check_software(config)),
+        ("processes", lambda: running.check_processes(home, owned)),
+        ("ports", lambda: running.check_ports(loaded, owned)),
+        ("machine", lambda: machine.check_machine(config, home, is_running=alive)),
+        ("gpu", lambda: machine.check_gpus(config)),
+        ("models", lambda: machine.check_models(config)),
+        ("authentication", lambda: running.check_auth(os.environ, loaded)),
+    ]
+    if known is not None:
+        checks.append(("cluster", lambda: running.check_endpoints(known)))
+    checks.append(("clock", lambda: [running.check_clock_steps(clocks, running.Clocks.read())]))
+    for name, check in checks:
+        try:
+            yield from check()
+        except Exception as error:  # a failing check must not hide the findings of the others
+            yield fail(name, f"check failed: {error!r}", "Please report this as a bug.")

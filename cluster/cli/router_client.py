@@ -1,4 +1,4 @@
-"""The command line's HTTP client: one request at a time, errors as ``TandemError``."""
+"""HTTP client of the command line; errors are raised as ``TandemError``."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,33 +14,33 @@ READ_TIMEOUT_S = 600.0
 
 
 @contextmanager
-def connect(url: str, key: str | None) -> Iterator["Connection"]:
-    """A connection to the router at ``url``."""
+def connect(url: str, key: str | None) -> Iterator["RouterClient"]:
+    """Connect to the router at ``url``."""
     headers = {"authorization": f"Bearer {key}"} if key else {}
     timeout = httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
     with httpx.Client(base_url=url, headers=headers, timeout=timeout) as client:
-        yield Connection(url, client)
+        yield RouterClient(url, client)
 
 
-class Connection:
-    """Requests to one router."""
+class RouterClient:
+    """Sends requests to one router."""
 
     def __init__(self, url: str, client: httpx.Client) -> None:
         self._url = url
         self._client = client
 
     def get(self, path: str) -> Any:
-        """The JSON answer of a GET."""
+        """Send a GET request and return the JSON response."""
         with self._errors():
             return _checked(self._client.get(path)).json()
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """The JSON answer of a POST."""
+        """Send a POST request and return the JSON response."""
         with self._errors():
             return _checked(self._client.post(path, json=body)).json()
 
     def events(self, path: str, body: Mapping[str, Any]) -> Iterator[Any]:
-        """The JSON of each server-sent event of a POST's answer, until ``[DONE]``."""
+        """Send a POST request and yield the JSON of each server-sent event until ``[DONE]``."""
         with self._errors(), self._client.stream("POST", path, json=body) as response:
             if not response.is_success:
                 response.read()
@@ -57,7 +57,7 @@ class Connection:
             yield
         except httpx.ConnectError:
             raise UnavailableError(
-                f"nothing answers at {self._url}; is the cluster up? (`tandem status`)"
+                f"no router responds at {self._url}; check the cluster with `tandem status`"
             ) from None
         except httpx.TransportError as error:
             raise TandemError(f"{self._url}: {error!r}") from None

@@ -1,4 +1,4 @@
-"""Where the command line finds things: the configuration, and the running router."""
+"""Default configuration file, and default URL of the router."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,29 +8,29 @@ from cluster.errors import ConfigError
 from cluster.launch import state
 from cluster.models.store import home
 
-NAME = "ray-config.yaml"
+CONFIG_NAME = "ray-config.yaml"
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 def load_config(path: Path | None, overrides: Sequence[str]) -> LoadedConfig:
-    """Load ``path``, else ``ray-config.yaml`` of this directory or of Tandem's own checkout.
+    """Load ``path``, or by default ``ray-config.yaml`` of this directory or Tandem's checkout.
 
     Raises:
-        ConfigError: there is none, or a value in it is wrong.
+        ConfigError: the file does not exist, or a value in it is invalid.
     """
-    return load(path or _default(), overrides)
+    return load(path or _default_config(), overrides)
 
 
-def _default() -> Path:
+def _default_config() -> Path:
     checkout = Path(__file__).parents[2]
     for directory in (Path.cwd(), checkout):
-        if (directory / NAME).is_file():
-            return directory / NAME
-    raise ConfigError(f"no {NAME} in {Path.cwd()}; name a file with --config")
+        if (directory / CONFIG_NAME).is_file():
+            return directory / CONFIG_NAME
+    raise ConfigError(f"no {CONFIG_NAME} in {Path.cwd()}; pass a file with --config")
 
 
 def router_url(url: str | None) -> str:
-    """``url``, else where the running cluster's router listens."""
+    """Return ``url``, or by default the URL of the running cluster's router."""
     if url is not None:
         return url.rstrip("/")
     running = state.load(home())

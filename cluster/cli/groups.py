@@ -1,0 +1,227 @@
+"""Command groups ``tandem models``, ``tandem keys`` and ``tandem config``: arguments and help."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.cli.options import (
+    ConfigOption,
+    DataOption,
+    JsonOption,
+    KeyFileOption,
+    LabelColumn,
+    ModelOption,
+    SetOption,
+    TextColumn,
+)
+
+
+def _group(help_text: str) -> typer.Typer:
+    return typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=help_text)
+
+
+models_app = _group("Build, list and fine-tune models.")
+keys_app = _group("Manage API keys and the limits of tenants.")
+config_app = _group("Check and show the configuration.")
+
+
+@models_app.command("build")
+def models_build(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Rebuild existing models.")] = False,
+) -> None:
+    """Build the default models that do not exist yet."""
+    from cluster.cli.models import build
+
+    build(names or None, force=force)
+
+
+@models_app.command("list")
+def models_list(as_json: JsonOption = False) -> None:
+    """List the default models and their directories."""
+    from cluster.cli.models import show
+
+    show(as_json=as_json)
+
+
+@models_app.command("finetune")
+def models_finetune(
+    data: DataOption,
+    out: Annotated[Path, typer.Option("--out", help="New directory for the model.")],
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="Directory of an encoder.", show_default="MiniLM-L6"),
+    ] = None,
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "label",
+    epochs: Annotated[int, typer.Option(min=1, help="Maximum passes over the texts.")] = 10,
+    patience: Annotated[
+        int, typer.Option(min=0, help="Epochs without improvement before stopping; 0: never stop.")
+    ] = 2,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts per training step.")] = 32,
+    max_tokens: Annotated[
+        int, typer.Option(min=8, help="Length in tokens to which texts are truncated.")
+    ] = 128,
+    learning_rate: Annotated[
+        float, typer.Option(min=1e-8, max=1.0, help="Peak learning rate.")
+    ] = 1e-4,
+    frozen_layers: Annotated[
+        int,
+        typer.Option(min=0, help="Lowest layers that are not trained; faster, less accurate."),
+    ] = 0,
+    keep_embeddings: Annotated[
+        float,
+        typer.Option(min=0, help="Weight of keeping /v1/embeddings close to the base model's."),
+    ] = 0.0,
+    held_out: Annotated[
+        float, typer.Option(min=0.01, max=0.4, help="Share of the texts used for evaluation.")
+    ] = 0.1,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Compute threads.", show_default="one per core")
+    ] = None,
+) -> None:
+    """Train a classifier on a file of labeled texts."""
+    from cluster.cli.finetune import DataFile, finetune
+    from cluster.models.finetune_data import FinetuneOptions
+
+    options = FinetuneOptions(
+        label_names=(),
+        epochs=epochs,
+        patience=patience,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        learning_rate=learning_rate,
+        frozen_layers=frozen_layers,
+        keep_embeddings=keep_embeddings,
+        held_out=held_out,
+        seed=seed,
+        threads=threads,
+    )
+    finetune(base, DataFile(data, text_column, label_column), out, options)
+
+
+@models_app.command("calibrate")
+def models_calibrate(
+    model: ModelOption,
+    data: DataOption,
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "label",
+) -> None:
+    """Calibrate a classifier's scores on labeled texts that it was not trained on."""
+    from cluster.cli.finetune import DataFile, calibrate
+
+    calibrate(model, DataFile(data, text_column, label_column))
+
+
+@models_app.command("reference")
+def models_reference(
+    model: ModelOption, data: DataOption, text_column: TextColumn = "text"
+) -> None:
+    """Record statistics of typical texts, against which drift is measured."""
+    from cluster.cli.finetune import DataFile, record_reference
+
+    record_reference(model, DataFile(data, text_column, None))
+
+
+@keys_app.command("add")
+def keys_add(
+    tenant: Annotated[str, typer.Argument(help="Tenant that the key belongs to.")],
+    priority: Annotated[
+        int, typer.Option(min=-8, max=8, help="Highest priority of its requests; 0 is normal.")
+    ] = 0,
+    models: Annotated[
+        list[str] | None,
+        typer.Option("--model", help="Model that the key may use; repeatable.", show_default="all"),
+    ] = None,
+    weight: Annotated[
+        float | None, typer.Option(min=0, help="Share relative to other tenants under load.")
+    ] = None,
+    requests_per_minute: Annotated[
+        float | None, typer.Option(help="Rate limit of the tenant.")
+    ] = None,
+    tokens_per_minute: Annotated[
+        float | None, typer.Option(help="Token rate limit of the tenant.")
+    ] = None,
+    max_concurrent: Annotated[
+        int | None,
+        typer.Option(
+            "--max-concurrent", help="Concurrent requests of the tenant, queued included."
+        ),
+    ] = None,
+    max_ongoing: Annotated[
+        int | None, typer.Option(hidden=True, help="Deprecated name of --max-concurrent.")
+    ] = None,
+    tokens_per_day: Annotated[
+        float | None, typer.Option(help="Token quota of the tenant per UTC day.")
+    ] = None,
+    file: KeyFileOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Create a key and print it once; running routers accept it at once."""
+    from cluster.cli.keys import NewKey, add, key_file
+
+    if max_ongoing is not None:
+        typer.echo("--max-ongoing is deprecated; use --max-concurrent.", err=True)
+    limits = {
+        "weight": weight,
+        "requests_per_minute": requests_per_minute,
+        "tokens_per_minute": tokens_per_minute,
+        "max_concurrent": max_ongoing if max_concurrent is None else max_concurrent,
+        "tokens_per_day": tokens_per_day,
+    }
+    add(key_file(file, config), NewKey(tenant, priority, models, limits))
+
+
+@keys_app.command("list")
+def keys_list(
+    file: KeyFileOption = None, config: ConfigOption = None, as_json: JsonOption = False
+) -> None:
+    """List the keys by id, with their tenants' limits."""
+    from cluster.cli.keys import key_file, show
+
+    show(key_file(file, config), as_json=as_json)
+
+
+@keys_app.command("revoke")
+def keys_revoke(
+    key_id: Annotated[
+        str, typer.Argument(metavar="ID", help="Id from `tandem keys list`, or the key itself.")
+    ],
+    file: KeyFileOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Delete a key; running routers reject it at once."""
+    from cluster.cli.keys import key_file, revoke
+
+    revoke(key_file(file, config), key_id)
+
+
+@config_app.command("check")
+def config_check(config: ConfigOption = None, overrides: SetOption = None) -> None:
+    """Check the configuration and print the models it serves."""
+    from cluster.cli.defaults import load_config
+
+    loaded = load_config(config, overrides or [])
+    names = [pool.name for pool in loaded.config.generators]
+    names += [pool.name for pool in loaded.config.classifiers]
+    typer.echo(f"{loaded.path}: valid; serves {', '.join(names)}")
+
+
+@config_app.command("show")
+def config_show(
+    config: ConfigOption = None, overrides: SetOption = None, as_json: JsonOption = False
+) -> None:
+    """Print the configuration, including all defaults."""
+    from cluster.cli.defaults import load_config
+
+    loaded = load_config(config, overrides or [])
+    complete = json.loads(loaded.config.model_dump_json())
+    if as_json:
+        typer.echo(json.dumps(complete, indent=2))
+        return
+    import yaml
+
+    typer.echo(yaml.safe_dump(complete, sort_keys=False), nl=False)
