@@ -18,7 +18,7 @@ from cluster.accounting.meter import find_meter
 from cluster.config import ClassifierConfig, GeneratorConfig
 from cluster.config.operations import OperationsConfig
 from cluster.devices import DeviceWatch, load_nvml
-from cluster.leaks import Growth, MemoryWatch, Turns
+from cluster.leaks import Growth, MemoryWatch, ReplacementLease
 from cluster.metrics import Registry
 
 logger = logging.getLogger("ray.serve.tandem")
@@ -28,15 +28,15 @@ _SECONDS_PER_HOUR = 3600.0
 
 
 class RayKeys:
-    """``cluster.leaks.Keys`` in the cluster's GCS; each call blocks for one round trip."""
+    """``cluster.leaks.KeyStore`` in the cluster's GCS; each call blocks for one round trip."""
 
     def put_if_absent(self, key: str, value: str) -> bool:
-        """See ``Keys``."""
+        """See ``KeyStore``."""
         # GCS says whether the key was there before.
         return not internal_kv._internal_kv_put(key, value, overwrite=False, namespace=_NAMESPACE)
 
     def has(self, key: str) -> bool:
-        """See ``Keys``."""
+        """See ``KeyStore``."""
         return bool(internal_kv._internal_kv_exists(key, namespace=_NAMESPACE))
 
 
@@ -65,7 +65,7 @@ class ReplicaWatch:
         self._memory = MemoryWatch(config.leaks, pool.name, ongoing, self._on_leak)
         deployment = identity.deployment_id
         name = f"{deployment.app_name}/{deployment.name}"
-        self._turns = Turns(RayKeys(), name, config.leaks.pause_s, time.time)
+        self._lease = ReplacementLease(RayKeys(), name, config.leaks.pause_s, time.time)
         self._replaces = config.leaks.replace
         self._retiring: asyncio.Task[None] | None = None
         self._warned = False
@@ -102,7 +102,7 @@ class ReplicaWatch:
             logger.warning("%s and the traffic does not; leaks.replace is off", rate)
 
     async def _replace(self, rate: str) -> None:
-        if await asyncio.to_thread(self._turns.take, self._id):
+        if await asyncio.to_thread(self._lease.acquire, self._id):
             await self._retire(rate)
         else:
             logger.info("%s; another replica of the pool is being replaced", rate)

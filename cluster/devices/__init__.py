@@ -1,7 +1,6 @@
-"""The GPUs of a replica: what NVML says of them, and when one of them has failed.
+"""GPUs of a replica: readings through NVML, and detection of failed devices.
 
-``nvml`` reads, with NVIDIA's library given to it; ``health`` decides and is pure; ``watch`` does
-both every few seconds. Without a GPU there is no watch and no figure.
+``nvml`` reads, ``health`` decides (pure), ``watch`` runs both periodically.
 """
 
 from cluster.devices.nvml import load_nvml

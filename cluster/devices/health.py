@@ -1,4 +1,4 @@
-"""Whether a replica's devices work, and what metrics say of them. Pure."""
+"""Health and metrics of a replica's devices. Pure."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,38 +10,38 @@ from cluster.metrics import Registry, table
 
 
 class DeviceHealth:
-    """What is known of the devices of one replica of ``model``.
+    """State of the devices of one replica.
 
-    A failure stays: a device that answers again after its errors is not trusted by this replica,
-    and the one that follows looks at it anew.
+    A failure is permanent: the replica does not trust a device again that recovered from errors.
+    Its successor starts from scratch.
     """
 
     def __init__(self, config: DevicesConfig, model: str) -> None:
         self.failure: str | None = None
-        """Why the replica cannot go on; None: it can."""
+        """Reason why the replica must stop, or None."""
         self._config = config
         self._model = model
         self._readings: Sequence[DeviceReading] = ()
         self._first_ecc: dict[str, int] = {}
         self._xids: Counter[tuple[str, int]] = Counter()
 
-    def take(self, readings: Sequence[DeviceReading]) -> None:
-        """Take in a reading of all devices."""
+    def add_readings(self, readings: Sequence[DeviceReading]) -> None:
+        """Add one reading of each device."""
         self._readings = readings
         for reading in readings:
             self._xids.update((reading.device, xid) for xid in reading.xids)
             if reading.ecc_errors is not None:
                 self._first_ecc.setdefault(reading.device, reading.ecc_errors)
-            if self.failure is None and (why := self._why_failed(reading)) is not None:
-                self.failure = f"GPU {reading.device}: {why}"
+            if self.failure is None and (reason := self._failure_of(reading)) is not None:
+                self.failure = f"GPU {reading.device}: {reason}"
 
     def check(self) -> None:
-        """Raise ``DeviceFailedError`` once a device has failed."""
+        """Raise ``DeviceFailedError`` if a device has failed."""
         if self.failure is not None:
             raise DeviceFailedError(self.failure)
 
     def observe(self, registry: Registry) -> None:
-        """Write what the devices said into the registry; nothing of what they did not."""
+        """Write the last readings to the registry; values that a device lacks stay absent."""
         for reading in self._readings:
             levels = {
                 table.DEVICE_TEMPERATURE: reading.temperature_celsius,
@@ -55,19 +55,19 @@ class DeviceHealth:
             if reading.ecc_errors is not None:
                 errors = registry.counter(table.DEVICE_ECC_ERRORS, self._model, reading.device)
                 errors.value = float(reading.ecc_errors)
-        for (device, xid), times in self._xids.items():
+        for (device, xid), occurrences in self._xids.items():
             count = registry.counter(table.DEVICE_XID_ERRORS, self._model, device, str(xid))
-            count.value = float(times)
+            count.value = float(occurrences)
 
-    def _why_failed(self, reading: DeviceReading) -> str | None:
+    def _failure_of(self, reading: DeviceReading) -> str | None:
         if reading.lost:
-            return "it does not answer any more"
+            return "it stopped responding"
         if fatal := sorted(set(reading.xids) & set(self._config.fatal_xids)):
             return f"XID {', '.join(map(str, fatal))}"
-        grown = (reading.ecc_errors or 0) - self._first_ecc.get(reading.device, 0)
-        if reading.ecc_errors is not None and grown > 0:
-            return f"{grown} uncorrected ECC errors"
-        hottest = self._config.max_temperature_celsius
-        if hottest is not None and (reading.temperature_celsius or 0.0) > hottest:
-            return f"{reading.temperature_celsius:g} °C, above {hottest:g} °C"
+        new_errors = (reading.ecc_errors or 0) - self._first_ecc.get(reading.device, 0)
+        if reading.ecc_errors is not None and new_errors > 0:
+            return f"{new_errors} uncorrected ECC errors"
+        limit = self._config.max_temperature_celsius
+        if limit is not None and (reading.temperature_celsius or 0.0) > limit:
+            return f"temperature {reading.temperature_celsius:g} °C exceeds {limit:g} °C"
         return None

@@ -1,6 +1,6 @@
-"""Reads NVIDIA's GPUs through NVML; the library (nvidia-ml-py) is an argument.
+"""Readings of NVIDIA GPUs through NVML.
 
-What a device does not support is None, and so absent from the metrics, never zero.
+Values that a device does not support are None, so they are absent from the metrics, not zero.
 """
 
 import logging
@@ -14,41 +14,41 @@ logger = logging.getLogger("ray.serve.tandem")
 T = TypeVar("T")
 
 Nvml = Any
-"""The module ``pynvml``, or what behaves like it."""
+"""The module ``pynvml`` of nvidia-ml-py, or a fake."""
 
-_THROTTLES = (  # that something is wrong; being idle or at the set limit is not
+_THROTTLE_REASONS = (  # faults only; not idle clocks or the power limit
     "nvmlClocksEventReasonSwThermalSlowdown",
     "nvmlClocksThrottleReasonHwSlowdown",
     "nvmlClocksThrottleReasonHwThermalSlowdown",
     "nvmlClocksThrottleReasonHwPowerBrakeSlowdown",
 )
 _MAX_EVENTS = 100
-"""XID events of one reading; further ones come with the next."""
+"""XID events per reading; the next reading gets further ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceReading:
-    """One device at one moment; None: it cannot say."""
+    """State of one device; None for values it does not support."""
 
     device: str
-    """Its UUID."""
+    """UUID of the device."""
     lost: bool = False
-    """It does not answer any more."""
+    """True if the device stopped responding."""
     temperature_celsius: float | None = None
     power_watts: float | None = None
     memory_used_bytes: int | None = None
     energy_joules: float | None = None
-    """Since its driver was loaded."""
+    """Energy since the driver was loaded."""
     ecc_errors: int | None = None
-    """Uncorrected ones since the driver was loaded."""
+    """Uncorrected errors since the driver was loaded."""
     throttled: bool | None = None
-    """Heat or a power failure slows it down."""
+    """True while heat or a power failure slows the device down."""
     xids: tuple[int, ...] = ()
-    """NVIDIA's error numbers since the last reading."""
+    """XID error numbers since the last reading."""
 
 
 def load_nvml() -> Nvml | None:
-    """The library, initialized; None where it or the driver is missing."""
+    """Return the initialized library, or None if it or the driver is missing."""
     try:
         import pynvml
     except ImportError:
@@ -56,20 +56,20 @@ def load_nvml() -> Nvml | None:
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
-        logger.info("no NVIDIA device can be read: %s", error)
+        logger.info("NVML is not available, GPUs are not monitored: %s", error)
         return None
     return pynvml
 
 
 class NvmlReader:
-    """Reads the devices that a replica was given.
+    """Reader of the devices assigned to a replica.
 
     Args:
-        nvml: The library, initialized.
-        ids: Which devices: indices or UUIDs, as in CUDA_VISIBLE_DEVICES.
+        nvml: The initialized library.
+        ids: Indices or UUIDs of the devices, as in CUDA_VISIBLE_DEVICES.
 
     Raises:
-        nvml.NVMLError: there is no such device.
+        nvml.NVMLError: There is no such device.
     """
 
     def __init__(self, nvml: Nvml, ids: Sequence[str]) -> None:
@@ -79,21 +79,21 @@ class NvmlReader:
         self._events = self._watch_xids()
 
     def read(self) -> list[DeviceReading]:
-        """All of them now; blocks for some milliseconds."""
+        """Return the state of all devices; blocks for some milliseconds."""
         xids = self._take_xids()
         return [self._read(uuid, handle, xids.get(uuid, ())) for uuid, handle in self._devices]
 
     def joules(self) -> float:
-        """What all devices used since their driver was loaded.
+        """Return the energy of all devices since their driver was loaded.
 
         Raises:
-            nvml.NVMLError: one has no such counter, or is lost.
+            nvml.NVMLError: A device has no energy counter, or is lost.
         """
         energy = self._nvml.nvmlDeviceGetTotalEnergyConsumption
         return sum(float(energy(handle)) for _, handle in self._devices) / 1e3
 
     def counts_energy(self) -> bool:
-        """Whether ``joules`` works."""
+        """Return True if all devices have an energy counter."""
         try:
             self.joules()
         except self._nvml.NVMLError:
@@ -101,7 +101,7 @@ class NvmlReader:
         return bool(self._devices)
 
     def close(self) -> None:
-        """Let go of the events."""
+        """Free the event set."""
         if self._events is not None:
             with suppress(self._nvml.NVMLError):
                 self._nvml.nvmlEventSetFree(self._events)
@@ -117,27 +117,27 @@ class NvmlReader:
         try:
             return DeviceReading(
                 uuid,
-                temperature_celsius=self._ask(
+                temperature_celsius=self._get(
                     lambda: float(nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU))
                 ),
-                power_watts=self._ask(lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1e3),
-                memory_used_bytes=self._ask(lambda: int(nvml.nvmlDeviceGetMemoryInfo(handle).used)),
-                energy_joules=self._ask(
+                power_watts=self._get(lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1e3),
+                memory_used_bytes=self._get(lambda: int(nvml.nvmlDeviceGetMemoryInfo(handle).used)),
+                energy_joules=self._get(
                     lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
                 ),
-                ecc_errors=self._ask(lambda: self._ecc_errors(handle)),
-                throttled=self._ask(lambda: self._throttled(handle)),
+                ecc_errors=self._get(lambda: self._ecc_errors(handle)),
+                throttled=self._get(lambda: self._throttled(handle)),
                 xids=xids,
             )
         except nvml.NVMLError as error:
-            logger.error("GPU %s does not answer: %s", uuid, error)
+            logger.error("GPU %s does not respond: %s", uuid, error)
             return DeviceReading(uuid, lost=True, xids=xids)
 
-    def _ask(self, question: Callable[[], T]) -> T | None:
-        """The answer; None where the device cannot say. Being lost is raised."""
+    def _get(self, query: Callable[[], T]) -> T | None:
+        """Return None if the device does not support the query; raise if it is lost."""
         nvml = self._nvml
         try:
-            return question()
+            return query()
         except nvml.NVMLError as error:
             if error.value in (nvml.NVML_ERROR_GPU_IS_LOST, nvml.NVML_ERROR_RESET_REQUIRED):
                 raise
@@ -153,10 +153,10 @@ class NvmlReader:
 
     def _throttled(self, handle: Any) -> bool:
         reasons = self._nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
-        return any(reasons & getattr(self._nvml, name, 0) for name in _THROTTLES)
+        return any(reasons & getattr(self._nvml, name, 0) for name in _THROTTLE_REASONS)
 
     def _watch_xids(self) -> Any:
-        """The set of events in which critical XIDs come; None where there are none to be had."""
+        """Return an event set for critical XIDs, or None if the driver has no events."""
         nvml = self._nvml
         try:
             events = nvml.nvmlEventSetCreate()
@@ -166,7 +166,7 @@ class NvmlReader:
             try:
                 nvml.nvmlDeviceRegisterEvents(handle, nvml.nvmlEventTypeXidCriticalError, events)
             except nvml.NVMLError as error:  # virtual and MIG devices
-                logger.info("GPU %s does not tell its XID errors: %s", uuid, error)
+                logger.info("GPU %s does not report XID errors: %s", uuid, error)
         return events
 
     def _take_xids(self) -> dict[str, tuple[int, ...]]:
@@ -175,7 +175,7 @@ class NvmlReader:
         for _ in range(_MAX_EVENTS if self._events is not None else 0):
             try:
                 event = nvml.nvmlEventSetWait_v2(self._events, 0)
-            except nvml.NVMLError:  # none is there: a timeout, as NVML has it
+            except nvml.NVMLError:  # NVML reports a timeout if there is no event
                 break
             with suppress(nvml.NVMLError):
                 uuid = _text(nvml.nvmlDeviceGetUUID(event.device))
@@ -183,5 +183,5 @@ class NvmlReader:
         return found
 
 
-def _text(given: str | bytes) -> str:
-    return given.decode() if isinstance(given, bytes) else given
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value

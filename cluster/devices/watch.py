@@ -1,4 +1,4 @@
-"""Reads a replica's GPUs every few seconds; nothing is here where it has none."""
+"""Periodic readings of a replica's GPUs."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -11,16 +11,16 @@ from cluster.periodic import Periodic
 
 
 class DeviceWatch:
-    """The devices of one replica; ``close`` is due.
+    """Devices of one replica; call ``close`` at the end.
 
     Args:
-        config: How often, and what is a failure.
-        model: The pool's name.
-        nvml: The library, initialized.
-        ids: As of ``NvmlReader``.
+        config: Reading interval and definition of a failure.
+        model: Name of the pool.
+        nvml: The initialized library.
+        ids: Devices; see ``NvmlReader``.
 
     Raises:
-        nvml.NVMLError: there is no such device.
+        nvml.NVMLError: There is no such device.
     """
 
     def __init__(self, config: DevicesConfig, model: str, nvml: Nvml, ids: Sequence[str]) -> None:
@@ -30,22 +30,22 @@ class DeviceWatch:
 
     @property
     def joules(self) -> Callable[[], float] | None:
-        """A running sum of what the devices use; None where they do not count it."""
+        """Running sum of the devices' energy in joules; None if they do not count it."""
         return self._reader.joules if self._reader.counts_energy() else None
 
     async def read(self) -> None:
         """Read all devices."""
-        self._health.take(await asyncio.to_thread(self._reader.read))
+        self._health.add_readings(await asyncio.to_thread(self._reader.read))
 
     def check(self) -> None:
-        """Raise ``DeviceFailedError`` once a device has failed."""
+        """Raise ``DeviceFailedError`` if a device has failed."""
         self._health.check()
 
     def observe(self, registry: Registry) -> None:
-        """Write the last reading into the registry."""
+        """Write the last readings to the registry."""
         self._health.observe(registry)
 
     async def close(self) -> None:
-        """End the reading."""
+        """Stop reading."""
         await self._periodic.close()
         self._reader.close()

@@ -1,11 +1,10 @@
-"""Memory leaks: which processes grow without end, and which replica may be replaced for it.
+"""Memory leaks: find processes that grow without bound, and replace their replicas one at a time.
 
-``slope`` and ``detector`` decide and are pure; ``watch`` samples; ``turns`` lets one replica of a
-pool go at a time.
+``watch`` samples memory, ``detector`` decides (pure), ``lease`` limits replacements.
 """
 
 from cluster.leaks.detector import Growth
-from cluster.leaks.turns import Keys, Turns
+from cluster.leaks.lease import KeyStore, ReplacementLease
 from cluster.leaks.watch import MemoryWatch
 
-__all__ = ["Growth", "Keys", "MemoryWatch", "Turns"]
+__all__ = ["Growth", "KeyStore", "MemoryWatch", "ReplacementLease"]

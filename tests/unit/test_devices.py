@@ -1,4 +1,4 @@
-"""What NVML says of GPUs, from an object with its functions, and when a replica has to go."""
+"""Readings through a fake NVML, and the failures that stop a replica."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +32,7 @@ class Gpu:
 
 
 class Nvml:
-    """nvidia-ml-py's functions as far as they are used, over GPUs that the test makes up."""
+    """The functions of nvidia-ml-py that are used, over fake GPUs."""
 
     NVMLError = NVMLError
     NVML_TEMPERATURE_GPU = 0
@@ -86,7 +86,7 @@ class Nvml:
         self.freed = True
 
 
-def test_a_device_is_read_in_base_units() -> None:
+def test_readings_are_in_base_units() -> None:
     nvml = Nvml(Gpu("GPU-a"), Gpu("GPU-b"))
     reader = NvmlReader(nvml, ["1"])
     nvml.events = [(nvml.gpus[1], 13), (nvml.gpus[1], 79)]
@@ -101,7 +101,7 @@ def test_a_device_is_read_in_base_units() -> None:
     assert nvml.freed
 
 
-def test_heat_is_throttling_and_the_power_limit_is_not() -> None:
+def test_throttling_is_caused_by_heat_and_not_by_the_power_limit() -> None:
     gpu = Gpu("GPU-a")
     reader = NvmlReader(Nvml(gpu), ["0"])
     for reasons, throttled in ((0x40, True), (0x41, True), (0x4, False), (0x1, False)):
@@ -109,7 +109,7 @@ def test_heat_is_throttling_and_the_power_limit_is_not() -> None:
         assert reader.read()[0].throttled is throttled
 
 
-def test_what_a_device_cannot_say_is_absent() -> None:
+def test_unsupported_values_are_absent() -> None:
     gpu = Gpu("GPU-a")
     for name in gpu.answers:
         gpu.answers[name] = NVMLError(Nvml.NVML_ERROR_NOT_SUPPORTED)
@@ -118,18 +118,20 @@ def test_what_a_device_cannot_say_is_absent() -> None:
     assert reading == DeviceReading("GPU-a")
     assert not reader.counts_energy()
     health = DeviceHealth(DevicesConfig(), "m")
-    health.take([reading])
+    health.add_readings([reading])
     health.check()
     registry = Registry()
     health.observe(registry)
     assert b"tandem_device" not in exposition(registry)
 
 
-def test_metrics_have_what_the_devices_said() -> None:
+def test_readings_become_metrics() -> None:
     health = DeviceHealth(DevicesConfig(), "m")
     registry = Registry()
     for _ in range(2):
-        health.take([DeviceReading("GPU-a", False, 61.0, 250.5, 100, 5.0, 2, True, xids=(13,))])
+        health.add_readings(
+            [DeviceReading("GPU-a", False, 61.0, 250.5, 100, 5.0, 2, True, xids=(13,))]
+        )
     health.observe(registry)
     text = exposition(registry).decode()
     for line in (
@@ -145,22 +147,22 @@ def test_metrics_have_what_the_devices_said() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bad", "why"),
+    ("bad", "reason"),
     [
         (DeviceReading("GPU-a", xids=(13, 79)), "XID 79"),
         (DeviceReading("GPU-a", ecc_errors=5), "3 uncorrected ECC errors"),
-        (DeviceReading("GPU-a", lost=True), "does not answer"),
-        (DeviceReading("GPU-a", temperature_celsius=96.0), "96 °C, above 95 °C"),
+        (DeviceReading("GPU-a", lost=True), "stopped responding"),
+        (DeviceReading("GPU-a", temperature_celsius=96.0), "temperature 96 °C exceeds 95 °C"),
     ],
 )
-def test_a_device_that_fails_takes_its_replica_out_for_good(bad: DeviceReading, why: str) -> None:
+def test_a_failed_device_stops_its_replica_for_good(bad: DeviceReading, reason: str) -> None:
     health = DeviceHealth(DevicesConfig(max_temperature_celsius=95.0), "m")
     good = DeviceReading("GPU-a", temperature_celsius=90.0, ecc_errors=2, xids=(31, 43))
-    health.take([good])
+    health.add_readings([good])
     health.check()
-    health.take([bad])
-    health.take([good])
-    with pytest.raises(DeviceFailedError, match=why):
+    health.add_readings([bad])
+    health.add_readings([good])
+    with pytest.raises(DeviceFailedError, match=reason):
         health.check()
 
 
