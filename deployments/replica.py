@@ -125,7 +125,7 @@ class EngineReplica:
             if dead is None:
                 await send(message)
 
-        work = self._watch.accounts.begin(scope)
+        work = self._watch.accounts.open_request(scope)
         try:
             await self._app(scope, receive, send_if_alive)
         finally:

@@ -13,8 +13,8 @@ import ray
 from ray import serve
 from ray.experimental import internal_kv
 
-from cluster.accounting.accounts import Accounts
 from cluster.accounting.meter import find_meter
+from cluster.accounting.replica import ReplicaAccounting
 from cluster.config import ClassifierConfig, GeneratorConfig
 from cluster.config.operations import OperationsConfig
 from cluster.devices import DeviceWatch, load_nvml
@@ -124,7 +124,7 @@ def _accounts(
     config: OperationsConfig,
     pool: GeneratorConfig | ClassifierConfig,
     devices: DeviceWatch | None,
-) -> Accounts:
+) -> ReplicaAccounting:
     accounting, resources = config.accounting, pool.resources
     workers = pool.num_workers if isinstance(pool, GeneratorConfig) else 1
     per_hour = accounting.price_per_hour(resources.cpus, resources.gpus)
@@ -133,7 +133,7 @@ def _accounts(
         joules = _part(joules, resources.gpus)
     meter = find_meter(accounting, joules, gpus_reserved=resources.gpus > 0)
     price_per_s = workers * per_hour / _SECONDS_PER_HOUR
-    return Accounts(pool.name, meter, price_per_s, accounting.interval_s)
+    return ReplicaAccounting(pool.name, meter, price_per_s, accounting.interval_s)
 
 
 def _part(joules: Callable[[], float], share: float) -> Callable[[], float]:

@@ -1,31 +1,33 @@
-"""What requests cost, in joules and in money.
+"""Energy and cost of requests.
 
-costs     what a prefill and a decode token cost, learned from what was measured; pure
-ledger    the division of what was measured among a replica's requests; pure
-counters  the energy counters and CPU clocks of this machine
-meter     what a replica used since the last reading, from the best counters there are
-usage     hourly sums by tenant and model; ``usage_log`` keeps them in a file
+replica    accounting of one replica: meter and ledger, run periodically
+meter      energy and CPU time of a replica, from the best counters available
+counters   energy counters and CPU clocks of this machine
+ledger     division of the measured energy and cost among requests; pure
+costs      cost per prefill and decode token, learned from measurements; pure
+usage      hourly sums by tenant and model, as JSON and CSV; pure
+usage_log  file with the hourly sums
 
-A figure that no counter gives is missing, with the reason; an estimate is named an estimate.
+A value without a counter is missing, and the reason is reported. Estimates are marked as such.
 """
 
 ANONYMOUS = "_anonymous"
-"""Stands for the tenant of requests that had none."""
+"""Tenant of requests without a tenant."""
 IDLE = "_idle"
-"""Stands for the tenant of what was used while no request was computed."""
+"""Tenant of energy and cost while no request was computed."""
 OTHER = "other"
-"""Stands for tenants beyond the number that is told apart."""
+"""Tenant label beyond the limit on distinct tenants."""
 
 ESTIMATE = "estimate"
-"""Source of joules that are a CPU time times a configured power, not measured."""
+"""Source of joules computed from CPU time and a configured power."""
 LEARNING = "learning"
-"""Source of a request that ended before the first figures of its replica were divided."""
+"""Source of requests that ended before the replica's first measurement."""
 REASONS = {
-    "": "the replica does not account for energy (accounting.energy is false)",
-    "no-counter": "the machine has neither a GPU's energy counter nor RAPL, and "
+    "": "energy accounting is disabled (accounting.energy is false)",
+    "no-counter": "the machine has neither a GPU energy counter nor RAPL, and "
     "accounting.watts_per_core is not set",
-    "rapl-unreadable": "RAPL's counters (/sys/class/powercap) may be read by root alone",
-    "nvml-unsupported": "the GPU has no energy counter (they came with Volta)",
+    "rapl-unreadable": "RAPL counters (/sys/class/powercap) are readable by root only",
+    "nvml-unsupported": "the GPU has no energy counter (introduced with Volta)",
     LEARNING: "the replica had just started",
 }
-"""Sources that stand for no figure, and what each means."""
+"""Sources that give no joules, and their meaning."""

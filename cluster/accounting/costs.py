@@ -1,74 +1,73 @@
-"""What a prefill token and a decode token cost, learned from measured intervals. Pure."""
+"""Cost per prefill token and per decode token, learned from measured intervals. Pure."""
 
 from dataclasses import dataclass
 
+import numpy as np
+
 FORGETTING = 0.995
-"""Weight of an interval against the next one with work; 200 intervals of 2 s are 7 minutes."""
-IDLE_SHARE = 0.1
-"""How much one interval without work moves the idle power."""
+"""Weight of an interval relative to the next busy one; 200 intervals of 2 s are 7 minutes."""
+IDLE_WEIGHT = 0.1
+"""Weight of one idle interval in the moving average of the idle power."""
 RIDGE = 1e-4
-"""Pull of the two costs towards each other, as a share of what was seen. It decides where the
-intervals cannot: only one kind of token was there, or both always in one proportion."""
+"""Regularization that pulls both costs together, relative to the observed tokens.
+
+It decides if the intervals cannot: with one kind of token, or both in a constant proportion.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Tokens that an engine computed."""
+    """Tokens computed by an engine."""
 
     prefill: float = 0.0
-    """Prompt tokens that no cache held."""
+    """Prompt tokens that were not cached."""
     decode: float = 0.0
 
 
 class TokenCosts:
-    """Least squares with forgetting: effort - idle = prefill_cost * prefill + decode_cost * decode.
+    """Fit of effort = idle_power * seconds + prefill_cost * prefill + decode_cost * decode.
 
-    Both costs are at least 0. The unit is that of the effort (joules; CPU seconds where no energy
-    is measured); until something was learned, each token counts 1 and ``known`` is False.
+    Least squares with exponential forgetting; both costs are non-negative. The unit is that of the
+    effort: joules, or CPU seconds if energy is not measured.
     """
 
     def __init__(self) -> None:
         self.prefill_cost = 1.0
         self.decode_cost = 1.0
         self.idle_power = 0.0
-        """Effort for each second without work."""
+        """Effort per second without work."""
         self.known = False
-        self._pp = self._pd = self._dd = self._py = self._dy = 0.0
+        """True once the costs were learned; until then, each token costs 1."""
+        # Normal equations of the fit: gram @ costs = moments.
+        self._gram = np.zeros((2, 2))
+        self._moments = np.zeros(2)
 
     def learn(self, seconds: float, work: Work, effort: float) -> None:
-        """Take in one interval: its length, the tokens computed in it and what it took."""
-        p, d = work.prefill, work.decode
-        if not (p or d):
+        """Add one interval: its length, the tokens computed and the effort measured."""
+        if not (work.prefill or work.decode):
             if seconds > 0:
-                self.idle_power += IDLE_SHARE * (effort / seconds - self.idle_power)
+                self.idle_power += IDLE_WEIGHT * (effort / seconds - self.idle_power)
             return
-        y = max(0.0, effort - self.idle_power * seconds)
-        self._pp = FORGETTING * self._pp + p * p
-        self._pd = FORGETTING * self._pd + p * d
-        self._dd = FORGETTING * self._dd + d * d
-        self._py = FORGETTING * self._py + p * y
-        self._dy = FORGETTING * self._dy + d * y
+        tokens = np.array([work.prefill, work.decode], float)
+        busy_effort = max(0.0, effort - self.idle_power * seconds)
+        self._gram = FORGETTING * self._gram + np.outer(tokens, tokens)
+        self._moments = FORGETTING * self._moments + tokens * busy_effort
         self._solve()
 
-    def of(self, work: Work) -> float:
-        """The effort that the work takes, without what idling takes."""
+    def estimate_effort(self, work: Work) -> float:
+        """Return the effort of the work, idle power excluded."""
         return self.prefill_cost * work.prefill + self.decode_cost * work.decode
 
     def _solve(self) -> None:
-        """Solve the normal equations; a cost that comes out negative is 0, and the other refitted.
-
-        With the ridge they are positive definite wherever a token was seen.
-        """
-        ridge = RIDGE * (self._pp + self._dd)
-        pp, dd, pd = self._pp + ridge, self._dd + ridge, self._pd - ridge
-        determinant = pp * dd - pd * pd
-        if determinant <= 0:  # the sums have decayed to nothing
+        # The ridge makes the matrix positive definite as soon as there was one token.
+        gram = self._gram + RIDGE * np.trace(self._gram) * np.array([[1.0, -1.0], [-1.0, 1.0]])
+        if np.linalg.det(gram) <= 0:  # the sums have decayed to zero
             return
-        prefill = (self._py * dd - self._dy * pd) / determinant
-        decode = (self._dy * pp - self._py * pd) / determinant
-        if prefill < 0:
-            prefill, decode = 0.0, self._dy / dd
-        elif decode < 0:
-            prefill, decode = self._py / pp, 0.0
-        if prefill or decode:
-            self.prefill_cost, self.decode_cost, self.known = prefill, decode, True
+        costs = np.linalg.solve(gram, self._moments)
+        if costs.min() < 0:  # a negative cost becomes 0, and the other one is fitted alone
+            other = costs.argmax()
+            costs = np.zeros(2)
+            costs[other] = self._moments[other] / gram[other, other]
+        if costs.any():
+            self.prefill_cost, self.decode_cost = map(float, costs)
+            self.known = True

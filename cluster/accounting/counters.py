@@ -1,4 +1,4 @@
-"""The energy counters and CPU clocks of this machine, as running sums."""
+"""Energy counters and CPU clocks of this machine, as running sums."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -7,22 +7,22 @@ from pathlib import Path
 import psutil
 
 POWERCAP = Path("/sys/class/powercap")
-CHILDREN_EVERY = 15
-"""Readings between two searches for new child processes; a search looks at every process."""
+READINGS_PER_SEARCH = 15
+"""Readings between searches for new child processes; a search visits all processes."""
 
 
 class Rapl:
-    """The energy of all CPU packages since the start (Intel's and AMD's RAPL, through powercap).
+    """Energy of all CPU packages since construction (Intel and AMD RAPL, through powercap).
 
     Raises:
-        PermissionError: the counters are there, but may not be read.
-        FileNotFoundError: there are none.
+        PermissionError: The counters exist but are not readable.
+        FileNotFoundError: There are no counters.
     """
 
     def __init__(self, root: Path | None = None) -> None:
         root = root or POWERCAP
-        # A zone's parts (core, uncore, dram of package 0) are named intel-rapl:0:1; the packages
-        # alone count each joule once.
+        # Subzones (core, uncore, dram of package 0) are named intel-rapl:0:1; counting packages
+        # only counts each joule once.
         zones = sorted(root.glob("intel-rapl:*")) if root.is_dir() else []
         self._zones = [zone for zone in zones if zone.name.count(":") == 1]
         if not self._zones:
@@ -32,11 +32,11 @@ class Rapl:
         self._sum = 0
 
     def joules(self) -> float:
-        """Since this was made."""
+        """Return the energy since construction; call at least once an hour."""
         now = self._read()
-        for before, after, whole in zip(self._last, now, self._ranges, strict=True):
-            # The counters wrap; at 60 J/s, not more often than every hour or so.
-            self._sum += after - before + (whole if after < before else 0)
+        for before, after, counter_range in zip(self._last, now, self._ranges, strict=True):
+            # The counters wrap around; at 60 W, about once an hour.
+            self._sum += after - before + (counter_range if after < before else 0)
         self._last = now
         return self._sum / 1e6
 
@@ -49,7 +49,7 @@ def _microjoules(file: Path) -> int:
 
 
 class ProcessTree:
-    """The CPU time and the memory of this process and of all that it started."""
+    """CPU time of this process and its descendants."""
 
     def __init__(self) -> None:
         self._own = psutil.Process()
@@ -59,8 +59,8 @@ class ProcessTree:
         self._sum = 0.0
 
     def cpu_s(self) -> float:
-        """User and system time since the first reading; blocks for some milliseconds."""
-        if self._readings % CHILDREN_EVERY == 0:
+        """Return user and system time since the first call; blocks for some milliseconds."""
+        if self._readings % READINGS_PER_SEARCH == 0:
             self._children = self._own.children(recursive=True)
         self._readings += 1
         now: dict[int, float] = {}
@@ -68,7 +68,7 @@ class ProcessTree:
             with suppress(psutil.Error):  # it ended
                 times = process.cpu_times()
                 now[process.pid] = times.user + times.system
-        # One that was not there before has brought its time since its start, but at the first.
+        # A new process counts from its start, except in the first reading.
         new = 0.0 if self._last else None
         for pid, spent in now.items():
             before = self._last.get(pid, new)
@@ -78,23 +78,23 @@ class ProcessTree:
 
 
 def machine_busy_s() -> float:
-    """CPU time that all cores of the machine have been busy since its start."""
+    """Return the busy CPU time of all cores since the machine started."""
     times = psutil.cpu_times()
     idle = times.idle + getattr(times, "iowait", 0.0)
-    # A guest's time stands within user's, too.
-    twice = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
-    return float(sum(times) - idle - twice)
+    # Linux includes guest time in user time.
+    guest = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
+    return float(sum(times) - idle - guest)
 
 
-class Grown:
-    """By how much a running sum has grown since the last look; never less than 0."""
+class Increase:
+    """Increase of a running sum between calls, at least 0."""
 
     def __init__(self, read: Callable[[], float]) -> None:
         self._read = read
         self._last = read()
 
     def __call__(self) -> float:
-        """The growth since the last call."""
+        """Return the increase since the last call."""
         now = self._read()
-        grown, self._last = now - self._last, now
-        return max(0.0, grown)
+        increase, self._last = now - self._last, now
+        return max(0.0, increase)

@@ -1,54 +1,54 @@
-"""What a replica used since the last reading, from the best counters that the machine has."""
+"""Energy and CPU time of a replica, from the best counters of the machine."""
 
 from collections.abc import Callable
 
 from cluster.accounting import ESTIMATE
-from cluster.accounting.counters import Grown, ProcessTree, Rapl, machine_busy_s
-from cluster.accounting.ledger import Measured
+from cluster.accounting.counters import Increase, ProcessTree, Rapl, machine_busy_s
+from cluster.accounting.ledger import Measurement
 from cluster.config.operations import AccountingConfig
 
-Counter = Callable[[], float]
+RunningSum = Callable[[], float]
 
 
 class Meter:
-    """Reads a replica's joules; they are its GPUs', its share of the packages', or an estimate.
+    """Meter of a replica's joules: GPU energy plus a share of RAPL's, or an estimate.
 
-    RAPL counts whole packages, so a replica gets the share that its processes have of the
-    machine's busy CPU time. What a GPU's and RAPL's counters say is added up.
+    RAPL counts whole CPU packages. A replica's share is that of its processes in the machine's
+    busy CPU time.
 
     Args:
-        watts_per_core: For an estimate where neither counter is there; None: no figure then.
-        gpu_joules: A running sum over the replica's GPUs; None: it has none that counts.
-        rapl_joules: A running sum of the machine's packages; None: not to be read.
-        reason: Why there are no joules, where there are none (``accounting.REASONS``).
-        own_cpu_s: A running sum of the replica's CPU time.
-        machine_cpu_s: One of the machine's busy CPU time.
+        watts_per_core: Power for an estimate if there is no counter; None disables it.
+        gpu_joules: Energy of the replica's GPUs; None if they have no counter.
+        rapl_joules: Energy of the machine's CPU packages; None if it cannot be read.
+        reason: Reason to report if there are no joules (``accounting.REASONS``).
+        own_cpu_s: CPU time of the replica's processes.
+        machine_cpu_s: Busy CPU time of the machine.
     """
 
     def __init__(
         self,
         *,
         watts_per_core: float | None,
-        gpu_joules: Counter | None,
-        rapl_joules: Counter | None,
+        gpu_joules: RunningSum | None,
+        rapl_joules: RunningSum | None,
         reason: str,
-        own_cpu_s: Counter,
-        machine_cpu_s: Counter,
+        own_cpu_s: RunningSum,
+        machine_cpu_s: RunningSum,
     ) -> None:
         self._watts_per_core = watts_per_core
-        self._gpu = gpu_joules and Grown(gpu_joules)
-        self._rapl = rapl_joules and Grown(rapl_joules)
+        self._gpu = gpu_joules and Increase(gpu_joules)
+        self._rapl = rapl_joules and Increase(rapl_joules)
         self._reason = reason
-        self._own = Grown(own_cpu_s)
-        self._machine = Grown(machine_cpu_s)
+        self._own = Increase(own_cpu_s)
+        self._machine = Increase(machine_cpu_s)
 
     @property
-    def counts(self) -> bool:
-        """Whether there will be joules, be they an estimate."""
+    def has_joules(self) -> bool:
+        """True if there are joules, measured or estimated."""
         return self.source != self._reason
 
-    def read(self) -> Measured:
-        """What was used since the last reading; blocks for some milliseconds."""
+    def read(self) -> Measurement:
+        """Return the energy and CPU time since the last call; blocks for some milliseconds."""
         own, machine = self._own(), self._machine()
         joules: float | None = None
         if self._gpu is not None or self._rapl is not None:
@@ -57,11 +57,11 @@ class Meter:
                 joules += self._rapl() * min(1.0, own / machine if machine else 0.0)
         elif self._watts_per_core is not None:
             joules = own * self._watts_per_core
-        return Measured(joules, own, self.source)
+        return Measurement(joules, own, self.source)
 
     @property
     def source(self) -> str:
-        """What measures the joules, or why there are none (``accounting.REASONS``)."""
+        """Source of the joules, or the reason why there are none (``accounting.REASONS``)."""
         found = [name for name, counter in (("nvml", self._gpu), ("rapl", self._rapl)) if counter]
         if found:
             return "+".join(found)
@@ -69,9 +69,9 @@ class Meter:
 
 
 def find_meter(
-    config: AccountingConfig, gpu_joules: Counter | None, *, gpus_reserved: bool
+    config: AccountingConfig, gpu_joules: RunningSum | None, *, gpus_reserved: bool
 ) -> Meter:
-    """The meter for this process and what it starts; ``gpu_joules`` as of ``Meter``."""
+    """Return the meter for this process and its descendants; see ``Meter`` for ``gpu_joules``."""
     rapl: Rapl | None = None
     reason = "nvml-unsupported" if gpus_reserved else "no-counter"
     if config.energy:

@@ -1,4 +1,4 @@
-"""Hourly sums of what requests took, by tenant and model, and their JSON and CSV forms. Pure."""
+"""Hourly sums of usage by tenant and model, and their JSON and CSV forms. Pure."""
 
 import csv
 import io
@@ -14,19 +14,19 @@ HOUR_S = 3600
 
 
 class UsageKey(NamedTuple):
-    """Which sum; sorts by its fields."""
+    """Key of one sum."""
 
     hour: int
-    """Its first second, Unix time."""
+    """Start of the hour, Unix time in seconds."""
     tenant: str
     model: str
     source: str
-    """What measured its joules, or why there are none."""
+    """Source of the joules, or the reason why there are none (``REASONS``)."""
 
 
 @dataclass(slots=True)
 class UsageSums:
-    """The sums of one hour."""
+    """Sums of one hour."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -36,7 +36,7 @@ class UsageSums:
     cost: float = 0.0
 
     def add(self, other: "UsageSums") -> None:
-        """Take in further requests."""
+        """Add the sums of further requests."""
         self.requests += other.requests
         self.prompt_tokens += other.prompt_tokens
         self.cached_tokens += other.cached_tokens
@@ -45,20 +45,20 @@ class UsageSums:
         self.cost += other.cost
 
 
-Row = tuple[UsageKey, UsageSums]
+UsageRow = tuple[UsageKey, UsageSums]
 
 
 def parse_time(text: str, param: str) -> float:
-    """Unix time of a query's ``start`` or ``end``: seconds, or ISO 8601 (UTC where it says none).
+    """Return the Unix time of Unix seconds or an ISO 8601 time, which is UTC unless it says else.
 
     Raises:
-        InvalidRequestError: it is neither.
+        InvalidRequestError: The text is neither.
     """
     try:
         time = _from_seconds(text) or datetime.fromisoformat(text)
     except (ValueError, OverflowError, OSError):
         raise InvalidRequestError(
-            f"{param}: got {text[:40]!r}; Unix seconds or an ISO 8601 time are allowed", param=param
+            f"{param}: got {text[:40]!r}, expected Unix seconds or an ISO 8601 time", param=param
         ) from None
     return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
 
@@ -71,28 +71,28 @@ def _from_seconds(text: str) -> datetime | None:
     return datetime.fromtimestamp(seconds, UTC)
 
 
-def as_json(rows: Iterable[Row], currency: str | None) -> dict[str, Any]:
-    """The answer of ``GET /v1/usage``; a figure that is missing is null, with the reason.
+def as_json(rows: Iterable[UsageRow], currency: str | None) -> dict[str, Any]:
+    """Return the response of ``GET /v1/usage``; missing values are null, with the reason.
 
     Args:
-        rows: What was found.
-        currency: Of the costs; None: no price is configured, and there are none.
+        rows: Hourly sums.
+        currency: Currency of the costs; None if no price is configured.
     """
     rows = list(rows)
-    whole = UsageSums()
+    total = UsageSums()
     for _, sums in rows:
-        whole.add(sums)
+        total.add(sums)
     return {
         "object": "list",
         "currency": currency,
         "data": [_row(*row, currency is not None) for row in rows],
         "total": {
-            "requests": whole.requests,
-            "prompt_tokens": whole.prompt_tokens,
-            "cached_tokens": whole.cached_tokens,
-            "completion_tokens": whole.completion_tokens,
-            "joules": whole.joules if any(key.source not in REASONS for key, _ in rows) else None,
-            "cost": whole.cost if currency is not None else None,
+            "requests": total.requests,
+            "prompt_tokens": total.prompt_tokens,
+            "cached_tokens": total.cached_tokens,
+            "completion_tokens": total.completion_tokens,
+            "joules": total.joules if any(key.source not in REASONS for key, _ in rows) else None,
+            "cost": total.cost if currency is not None else None,
         },
     }
 
@@ -114,19 +114,19 @@ def _row(key: UsageKey, sums: UsageSums, priced: bool) -> dict[str, Any]:
     return {**row, "joules_source": key.source}
 
 
-def as_csv(rows: Iterable[Row]) -> str:
-    """One line for each row; ``joules`` is empty where it is missing."""
+def as_csv(rows: Iterable[UsageRow]) -> str:
+    """Return one line per row; missing ``joules`` are empty."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\r\n")
     names = [field.name for field in fields(UsageSums)]
     writer.writerow(["hour", "tenant", "model", *names, "joules_source"])
     for key, sums in rows:
-        figures: dict[str, Any] = dict(zip(names, astuple(sums), strict=True))
+        cells: dict[str, Any] = dict(zip(names, astuple(sums), strict=True))
         if key.source in REASONS:
-            figures["joules"] = ""
-        # A spreadsheet would run what begins like a formula.
+            cells["joules"] = ""
+        # Spreadsheets run cells that start like a formula.
         tenant = f"'{key.tenant}" if key.tenant.startswith(("=", "+", "-", "@")) else key.tenant
-        writer.writerow([_hour(key), tenant, key.model, *figures.values(), key.source])
+        writer.writerow([_hour(key), tenant, key.model, *cells.values(), key.source])
     return out.getvalue()
 
 

@@ -1,7 +1,4 @@
-"""Keeps the hourly sums of one router, and with them those of all routers, in a SQLite file.
-
-Owns the sums since the last write. Routers of one machine share the file: each adds to its rows.
-"""
+"""SQLite file with the hourly sums of usage, shared by the routers of a machine."""
 
 import asyncio
 import logging
@@ -13,19 +10,19 @@ from dataclasses import astuple
 from pathlib import Path
 
 from cluster.accounting import ANONYMOUS, OTHER
-from cluster.accounting.usage import HOUR_S, Row, UsageKey, UsageSums
+from cluster.accounting.usage import HOUR_S, UsageKey, UsageRow, UsageSums
 from cluster.errors import InvalidRequestError
 
 logger = logging.getLogger("ray.serve.tandem")
 
 _Pending = dict[tuple[int, str, str, str], UsageSums]
-"""By the fields of a ``UsageKey``."""
+"""Sums by the fields of a ``UsageKey``."""
 
 WRITE_S = 5.0
 MAX_PENDING = 5000
-"""Sums that wait for a file that cannot be written; the tenants of further ones are ``other``."""
+"""Sums kept while the file cannot be written; further tenants are counted as ``other``."""
 MAX_ROWS = 10_000
-"""Of one answer."""
+"""Rows per response."""
 _BUSY_TIMEOUT_S = 10.0
 
 _TABLE = """
@@ -49,11 +46,11 @@ ORDER BY hour, tenant, model, source LIMIT ?
 
 
 class UsageLog:
-    """See the module. ``start`` and ``close`` are due.
+    """Hourly sums of one router, added to the shared file; call ``start`` and ``close``.
 
     Args:
-        path: The file; it and its directory are made.
-        keep_days: Older rows are deleted.
+        path: The file; created with its directory.
+        keep_days: Age at which rows are deleted.
         clock: Unix time.
     """
 
@@ -66,36 +63,36 @@ class UsageLog:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Write every ``WRITE_S`` from now on."""
+        """Start writing every ``WRITE_S`` seconds."""
         self._task = asyncio.create_task(self._run(), name="usage-log")
 
-    def add(self, tenant: str, model: str, source: str, sums: UsageSums) -> None:
-        """Count a request that ended."""
+    def add_request(self, tenant: str, model: str, source: str, sums: UsageSums) -> None:
+        """Add a finished request."""
         hour = int(self._clock()) // HOUR_S * HOUR_S
         known = self._pending.get((hour, tenant or ANONYMOUS, model, source))
         if known is None:
-            kept = OTHER if len(self._pending) >= MAX_PENDING else tenant or ANONYMOUS
-            known = self._pending.setdefault((hour, kept, model, source), UsageSums())
+            tenant = OTHER if len(self._pending) >= MAX_PENDING else tenant or ANONYMOUS
+            known = self._pending.setdefault((hour, tenant, model, source), UsageSums())
         known.add(sums)
 
-    async def find(self, start: float, end: float, tenant: str | None) -> list[Row]:
-        """The sums of the hours that begin in [start's hour, end), of one tenant or of all.
+    async def find(self, start: float, end: float, tenant: str | None) -> list[UsageRow]:
+        """Return the sums of the hours from that of ``start`` up to ``end``, of one tenant or all.
 
         Raises:
-            InvalidRequestError: they are more than ``MAX_ROWS``.
-            sqlite3.Error: the file cannot be read or written.
+            InvalidRequestError: There are more than ``MAX_ROWS`` rows.
+            sqlite3.Error: The file cannot be read or written.
         """
         await self.write()
         first = int(start // HOUR_S * HOUR_S)
         rows = await asyncio.to_thread(self._find, first, end, tenant)
         if len(rows) > MAX_ROWS:
             raise InvalidRequestError(
-                f"more than {MAX_ROWS} rows; ask for a shorter time or for one tenant", param="end"
+                f"more than {MAX_ROWS} rows; request a shorter time or one tenant", param="end"
             )
         return rows
 
     async def write(self) -> None:
-        """Add what has come to the file; what cannot be written is kept and tried again."""
+        """Write the pending sums; keep them for the next write if that fails."""
         async with self._writing:
             if not self._pending:
                 return
@@ -109,22 +106,22 @@ class UsageLog:
                 raise
 
     async def close(self) -> None:
-        """Write the rest and end."""
+        """Write the pending sums and stop."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
         try:
             await self.write()
         except (sqlite3.Error, OSError):
-            logger.exception("the last usage could not be written")
+            logger.exception("cannot write the last usage, which is lost")
 
     async def _run(self) -> None:
         while True:
             await asyncio.sleep(WRITE_S)
             try:
                 await self.write()
-            except (sqlite3.Error, OSError):  # the disk is full, or the file is locked for long
-                logger.exception("usage could not be written; trying on")
+            except (sqlite3.Error, OSError):  # disk full, or file locked
+                logger.exception("cannot write usage; retrying in %g s", WRITE_S)
 
     def _open(self) -> sqlite3.Connection:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +138,7 @@ class UsageLog:
             oldest = self._clock() - self._keep_s
             connection.execute("DELETE FROM usage WHERE hour < ?", (oldest,))
 
-    def _find(self, first: int, end: float, tenant: str | None) -> list[Row]:
+    def _find(self, first: int, end: float, tenant: str | None) -> list[UsageRow]:
         with closing(self._open()) as connection:
             found = connection.execute(_FIND, (first, end, tenant, tenant, MAX_ROWS + 1))
             return [(UsageKey(*row[:4]), UsageSums(*row[4:])) for row in found]

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from cluster.accounting.accounts import Accounts
 from cluster.accounting.meter import Meter
+from cluster.accounting.replica import ReplicaAccounting
 from cluster.accounting.usage_log import UsageLog
 from cluster.asgi import Receive, Scope, Send
 from cluster.config import GeneratorConfig, parse
@@ -30,7 +30,7 @@ ASKS = {"x-tandem-usage": "1"}
 
 
 class World:
-    def __init__(self, app: GatewayApp, accounts: Accounts, cpu: list[float]) -> None:
+    def __init__(self, app: GatewayApp, accounts: ReplicaAccounting, cpu: list[float]) -> None:
         self.app = app
         self.accounts = accounts
         self._cpu = cpu
@@ -57,10 +57,10 @@ async def a_world(tmp_path: Path, watts: float | None = WATTS, **more: Any) -> A
         own_cpu_s=lambda: cpu[0],
         machine_cpu_s=lambda: 0.0,
     )
-    accounts = Accounts("gen", meter, price_per_s=1.0, interval_s=3600)
+    accounts = ReplicaAccounting("gen", meter, price_per_s=1.0, interval_s=3600)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        work = accounts.begin(scope)
+        work = accounts.open_request(scope)
         try:
             await engine.app(scope, receive, send)
         finally:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from cluster.accounting import IDLE
-from cluster.accounting.accounts import Accounts
 from cluster.accounting.meter import find_meter
+from cluster.accounting.replica import ReplicaAccounting
 from cluster.config import GeneratorConfig
 from cluster.config.operations import AccountingConfig, DevicesConfig, LeaksConfig
 from cluster.devices import DeviceWatch
@@ -119,7 +119,7 @@ async def test_an_idle_replica_without_counters_costs_its_price(
 ) -> None:
     monkeypatch.setattr("cluster.accounting.counters.POWERCAP", tmp_path / "none")
     meter = find_meter(AccountingConfig(), None, gpus_reserved=False)
-    accounts = Accounts("g", meter, price_per_s=2.0, interval_s=3600)
+    accounts = ReplicaAccounting("g", meter, price_per_s=2.0, interval_s=3600)
     try:
         await accounts.divide()
         registry = Registry()
@@ -133,7 +133,7 @@ async def test_an_idle_replica_without_counters_costs_its_price(
 async def test_nothing_runs_where_nothing_is_to_be_divided(tmp_path: Path) -> None:
     meter = find_meter(AccountingConfig(energy=False), None, gpus_reserved=False)
     before = asyncio.all_tasks()
-    accounts = Accounts("g", meter, price_per_s=0.0, interval_s=3600)
+    accounts = ReplicaAccounting("g", meter, price_per_s=0.0, interval_s=3600)
     assert asyncio.all_tasks() == before
-    assert accounts.begin({"headers": [], "extensions": {}}) is None
+    assert accounts.open_request({"headers": [], "extensions": {}}) is None
     await accounts.close()

@@ -1,4 +1,4 @@
-"""Joules and money: learned costs, their division, the meters, and the hourly sums."""
+"""Energy and cost: learned token costs, their division, meters, and hourly sums."""
 
 import random
 import sqlite3
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cluster.accounting import ANONYMOUS, IDLE, LEARNING
 from cluster.accounting.costs import TokenCosts, Work
 from cluster.accounting.counters import ProcessTree, Rapl, machine_busy_s
-from cluster.accounting.ledger import Ledger, Measured, RequestWork
+from cluster.accounting.ledger import Ledger, Measurement, RequestWork
 from cluster.accounting.meter import Meter
 from cluster.accounting.usage import UsageKey, UsageSums, as_csv, as_json, parse_time
 from cluster.accounting.usage_log import UsageLog
@@ -21,14 +21,14 @@ from cluster.usage import UsageCounter
 SECONDS = 2.0
 
 
-def measured(joules: float | None, cpu_s: float = 0.0, source: str = "rapl") -> Measured:
-    return Measured(joules, cpu_s, source)
+def measure(joules: float | None, cpu_s: float = 0.0, source: str = "rapl") -> Measurement:
+    return Measurement(joules, cpu_s, source)
 
 
 # -- costs -----------------------------------------------------------------------------------------
 
 
-def test_the_costs_of_tokens_are_learned_with_what_idling_takes() -> None:
+def test_token_costs_and_idle_power_are_learned() -> None:
     rng = random.Random(7)
     costs = TokenCosts()
     for _ in range(300):
@@ -40,7 +40,7 @@ def test_the_costs_of_tokens_are_learned_with_what_idling_takes() -> None:
     assert costs.decode_cost == pytest.approx(0.3, rel=0.1)
 
 
-def test_a_kind_of_token_that_never_came_costs_what_the_other_does() -> None:
+def test_a_kind_of_token_never_seen_costs_as_much_as_the_other() -> None:
     costs = TokenCosts()
     assert not costs.known
     for _ in range(20):
@@ -54,7 +54,7 @@ interval = st.tuples(st.integers(0, 10**6), st.integers(0, 10**5), st.floats(0, 
 
 
 @given(st.lists(interval, max_size=60))
-def test_no_cost_is_ever_negative(intervals: list[tuple[int, int, float]]) -> None:
+def test_costs_are_never_negative(intervals: list[tuple[int, int, float]]) -> None:
     costs = TokenCosts()
     for prefill, decode, effort in intervals:
         costs.learn(SECONDS, Work(prefill, decode), effort)
@@ -75,7 +75,7 @@ def test_no_cost_is_ever_negative(intervals: list[tuple[int, int, float]]) -> No
         max_size=12,
     )
 )
-def test_every_joule_and_every_cent_goes_to_exactly_one_tenant(
+def test_all_energy_and_cost_is_charged_exactly_once(
     intervals: list[tuple[float, list[tuple[int, int, int]]]],
 ) -> None:
     ledger = Ledger(price_per_s=0.25)
@@ -85,26 +85,26 @@ def test_every_joule_and_every_cent_goes_to_exactly_one_tenant(
             request.usage.completion_tokens += 1
         for tenant, prompt, completion in arrivals:
             usage = UsageCounter()
-            requests.append(ledger.begin(usage, f"t{tenant}"))
+            requests.append(ledger.open_request(usage, f"t{tenant}"))
             usage.prompt_tokens, usage.completion_tokens = prompt, completion
             if completion % 2:
                 requests.pop().end()
-        ledger.divide(SECONDS, measured(joules))
+        ledger.divide(SECONDS, measure(joules))
     sums = ledger.sums.values()
     assert all(one.joules >= 0 for one in sums)
     assert sum(one.joules for one in sums) == pytest.approx(sum(j for j, _ in intervals))
     assert sum(one.cost for one in sums) == pytest.approx(0.25 * SECONDS * len(intervals))
 
 
-def test_joules_are_divided_by_tokens_and_idling_is_nobodys() -> None:
+def test_joules_are_divided_by_tokens_and_idle_energy_is_separate() -> None:
     ledger = Ledger()
-    ledger.divide(SECONDS, measured(10))
+    ledger.divide(SECONDS, measure(10))
     one, two = UsageCounter(), UsageCounter()
-    first, second = ledger.begin(one, "a"), ledger.begin(two, "")
+    first, second = ledger.open_request(one, "a"), ledger.open_request(two, "")
     one.prompt_tokens = 400
     one.cached_tokens = 100
     two.prompt_tokens = 100
-    ledger.divide(SECONDS, measured(40))
+    ledger.divide(SECONDS, measure(40))
     assert ledger.sums["a"].joules == pytest.approx(30)
     assert ledger.sums[ANONYMOUS].joules == pytest.approx(10)
     assert ledger.sums[IDLE].joules == pytest.approx(10)
@@ -113,15 +113,15 @@ def test_joules_are_divided_by_tokens_and_idling_is_nobodys() -> None:
     assert two.settle is None
 
 
-def test_a_request_is_told_what_was_divided_and_an_estimate_of_the_rest() -> None:
+def test_a_request_reports_charged_energy_plus_an_estimate_of_the_rest() -> None:
     ledger = Ledger(price_per_s=1.0)
     early = UsageCounter(prompt_tokens=5)
-    ledger.begin(early, "a").settle()
+    ledger.open_request(early, "a").settle()
     assert (early.joules, early.source) == (None, LEARNING)
 
     usage = UsageCounter(prompt_tokens=95)
-    ledger.begin(usage, "a")
-    ledger.divide(SECONDS, measured(50))  # 100 tokens: half a joule and 2 cents for each
+    ledger.open_request(usage, "a")
+    ledger.divide(SECONDS, measure(50))  # 100 tokens: half a joule and 0.02 each
     usage.prompt_tokens += 10  # after the division
     assert usage.settle is not None
     usage.settle()
@@ -130,24 +130,24 @@ def test_a_request_is_told_what_was_divided_and_an_estimate_of_the_rest() -> Non
     assert usage.cost == pytest.approx(2.1, rel=0.01)
 
 
-def test_without_a_counter_money_is_divided_by_cpu_time_and_joules_are_missing() -> None:
+def test_without_a_counter_cost_is_divided_and_joules_are_missing() -> None:
     ledger = Ledger(price_per_s=1.0)
     usage = UsageCounter(prompt_tokens=10)
-    request = ledger.begin(usage, "a")
-    ledger.divide(SECONDS, measured(None, cpu_s=1.5, source="no-counter"))
+    request = ledger.open_request(usage, "a")
+    ledger.divide(SECONDS, measure(None, cpu_s=1.5, source="no-counter"))
     request.settle()
     assert (usage.joules, usage.source) == (None, "no-counter")
     assert usage.cost == pytest.approx(2.0)
     assert ledger.sums["a"].joules == 0
 
 
-def test_tokens_that_turn_out_to_be_cached_are_not_taken_back() -> None:
+def test_tokens_found_cached_after_charging_stay_charged() -> None:
     ledger = Ledger()
     usage = UsageCounter(prompt_tokens=10)
-    request = ledger.begin(usage, "a")
-    ledger.divide(SECONDS, measured(1))
+    request = ledger.open_request(usage, "a")
+    ledger.divide(SECONDS, measure(1))
     usage.cached_tokens = 10
-    assert request.due() == Work(0, 0)
+    assert request.uncharged_work() == Work(0, 0)
 
 
 # -- counters and meter ----------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def rapl_zone(root: Path, name: str, energy_uj: int) -> None:
     (zone / "max_energy_range_uj").write_text("10000000\n")
 
 
-def test_rapl_adds_up_packages_and_survives_wrapping(tmp_path: Path) -> None:
+def test_rapl_adds_up_packages_and_handles_wraparound(tmp_path: Path) -> None:
     rapl_zone(tmp_path, "intel-rapl:0", 9_000_000)
     rapl_zone(tmp_path, "intel-rapl:0:0", 0)
     rapl_zone(tmp_path, "intel-rapl:1", 0)
@@ -174,8 +174,8 @@ def test_rapl_adds_up_packages_and_survives_wrapping(tmp_path: Path) -> None:
         Rapl(tmp_path / "none")
 
 
-class Running:
-    """A running sum under the test's control."""
+class FakeSum:
+    """A running sum controlled by the test."""
 
     def __init__(self) -> None:
         self.value = 0.0
@@ -184,8 +184,8 @@ class Running:
         return self.value
 
 
-def test_a_replica_gets_its_share_of_the_packages_and_all_of_its_gpus() -> None:
-    gpu, rapl, own, machine = Running(), Running(), Running(), Running()
+def test_a_replica_gets_its_share_of_rapl_and_all_of_its_gpus() -> None:
+    gpu, rapl, own, machine = FakeSum(), FakeSum(), FakeSum(), FakeSum()
     meter = Meter(
         watts_per_core=99.0,
         gpu_joules=gpu,
@@ -195,44 +195,44 @@ def test_a_replica_gets_its_share_of_the_packages_and_all_of_its_gpus() -> None:
         machine_cpu_s=machine,
     )
     gpu.value, rapl.value, own.value, machine.value = 100.0, 40.0, 1.0, 4.0
-    assert meter.counts
-    assert meter.read() == Measured(110.0, 1.0, "nvml+rapl")
-    assert meter.read() == Measured(0.0, 0.0, "nvml+rapl")
+    assert meter.has_joules
+    assert meter.read() == Measurement(110.0, 1.0, "nvml+rapl")
+    assert meter.read() == Measurement(0.0, 0.0, "nvml+rapl")
 
 
 @pytest.mark.parametrize(
     ("watts", "joules", "source"), [(20.0, 60.0, "estimate"), (None, None, "no-counter")]
 )
-def test_an_estimate_is_named_one_and_a_missing_figure_is_missing(
+def test_without_counters_joules_are_estimated_or_missing(
     watts: float | None, joules: float | None, source: str
 ) -> None:
-    own = Running()
+    own = FakeSum()
     meter = Meter(
         watts_per_core=watts,
         gpu_joules=None,
         rapl_joules=None,
         reason="no-counter",
         own_cpu_s=own,
-        machine_cpu_s=Running(),
+        machine_cpu_s=FakeSum(),
     )
     own.value = 3.0
-    assert meter.counts == (watts is not None)
-    assert meter.read() == Measured(joules, 3.0, source)
+    assert meter.has_joules == (watts is not None)
+    assert meter.read() == Measurement(joules, 3.0, source)
 
 
-def test_the_clocks_of_this_process_run() -> None:
+def test_cpu_clocks_of_this_process_advance() -> None:
     tree = ProcessTree()
     tree.cpu_s()
     busy = machine_busy_s()
-    sum(range(3_000_000))
-    assert 0 < tree.cpu_s() < 60
+    sum(range(3_000_000))  # tens of milliseconds of CPU time
+    assert tree.cpu_s() > 0
     assert machine_busy_s() >= busy
 
 
 # -- usage -----------------------------------------------------------------------------------------
 
 
-def test_times_are_seconds_or_iso() -> None:
+def test_times_are_unix_seconds_or_iso_8601() -> None:
     assert parse_time("3600", "start") == 3600
     assert parse_time("1970-01-01T01:00:00", "start") == 3600
     assert parse_time("1970-01-01T02:00:00+01:00", "start") == 3600
@@ -241,7 +241,7 @@ def test_times_are_seconds_or_iso() -> None:
             parse_time(wrong, "end")
 
 
-def test_a_missing_figure_is_null_with_its_reason_and_empty_in_csv() -> None:
+def test_missing_joules_are_null_with_a_reason_and_empty_in_csv() -> None:
     sums = UsageSums(1, 10, 0, 5, 0.0, 0.5)
     rows = [(UsageKey(0, "a", "m", "no-counter"), sums)]
     whole = as_json(rows, "EUR")
@@ -258,18 +258,18 @@ def test_a_missing_figure_is_null_with_its_reason_and_empty_in_csv() -> None:
 
 
 @pytest.mark.parametrize("name", ["=cmd()", "+1", "-1", "@x"])
-def test_a_spreadsheet_takes_no_tenant_for_a_formula(name: str) -> None:
+def test_tenants_that_look_like_formulas_are_escaped_in_csv(name: str) -> None:
     line = as_csv([(UsageKey(0, name, "m", "rapl"), UsageSums())]).splitlines()[1]
     assert line.split(",")[1].startswith("'")
 
 
-async def test_several_routers_add_to_one_file_and_old_hours_go(tmp_path: Path) -> None:
+async def test_routers_share_a_file_and_old_hours_are_deleted(tmp_path: Path) -> None:
     now = 100 * 24 * 3600.0
     one = UsageLog(tmp_path / "home" / "usage", 10, lambda: now)
     two = UsageLog(tmp_path / "home" / "usage", 10, lambda: now)
-    one.add("a", "m", "rapl", UsageSums(1, 10, 1, 5, 2.0, 0.5))
-    two.add("a", "m", "rapl", UsageSums(1, 20, 2, 6, 3.0, 0.5))
-    two.add("", "m", "rapl", UsageSums(1, 1, 0, 0))
+    one.add_request("a", "m", "rapl", UsageSums(1, 10, 1, 5, 2.0, 0.5))
+    two.add_request("a", "m", "rapl", UsageSums(1, 20, 2, 6, 3.0, 0.5))
+    two.add_request("", "m", "rapl", UsageSums(1, 1, 0, 0))
     await two.close()
     found = dict(await one.find(now, now + 1, None))
     hour = int(now)
@@ -280,12 +280,12 @@ async def test_several_routers_add_to_one_file_and_old_hours_go(tmp_path: Path) 
     assert [key.tenant for key, _ in await one.find(now + 60, now + 61, "a")] == ["a"]
     assert await one.find(now - 3600, now, None) == []
     now += 11 * 24 * 3600
-    one.add("b", "m", "", UsageSums(1))
+    one.add_request("b", "m", "", UsageSums(1))
     assert [key.tenant for key, _ in await one.find(0, now + 1, None)] == ["b"]
     await one.close()
 
 
-async def test_what_cannot_be_written_is_kept_and_bounded(
+async def test_sums_that_cannot_be_written_are_kept_up_to_a_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cluster.accounting.usage_log.MAX_PENDING", 2)
@@ -293,7 +293,7 @@ async def test_what_cannot_be_written_is_kept_and_bounded(
     blocked.mkdir()
     log = UsageLog(blocked, 10, lambda: 0.0)
     for tenant in ("a", "b", "c", "d", "a"):
-        log.add(tenant, "m", "", UsageSums(1))
+        log.add_request(tenant, "m", "", UsageSums(1))
     with pytest.raises(sqlite3.OperationalError, match="unable to open"):
         await log.write()
     blocked.rmdir()

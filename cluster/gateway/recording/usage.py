@@ -78,7 +78,7 @@ class UsageAccount:
             usage.joules or 0.0,
             usage.cost or 0.0,
         )
-        self._log.add(tenant, model, usage.source, sums)
+        self._log.add_request(tenant, model, usage.source, sums)
 
     async def answer(self, request: Request) -> Response:
         """``GET /v1/usage``.

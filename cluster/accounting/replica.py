@@ -1,4 +1,4 @@
-"""The accounts of one replica: its meter, read every few seconds, and the ledger that divides."""
+"""Accounting of one replica: its meter, read periodically, and its ledger."""
 
 import asyncio
 import time
@@ -13,14 +13,16 @@ from cluster.periodic import Periodic
 _TENANT = b"x-tandem-tenant"
 
 
-class Accounts:
-    """Accounts for a replica's requests where there is something to divide; ``close`` is due.
+class ReplicaAccounting:
+    """Energy and cost of a replica's requests; call ``close`` at the end.
+
+    Does nothing if there is neither a meter nor a price.
 
     Args:
-        model: The pool's name.
-        meter: What reads the replica's use.
-        price_per_s: What the replica costs a second.
-        interval_s: How often it is divided.
+        model: Name of the pool.
+        meter: Meter of the replica.
+        price_per_s: Price of the replica per second.
+        interval_s: Interval between divisions, in seconds.
     """
 
     def __init__(self, model: str, meter: Meter, price_per_s: float, interval_s: float) -> None:
@@ -29,30 +31,30 @@ class Accounts:
         self._priced = price_per_s > 0
         self._ledger: Ledger | None = None
         self._periodic: Periodic | None = None
-        if meter.counts or self._priced:
+        if meter.has_joules or self._priced:
             self._ledger = Ledger(price_per_s)
             self._periodic = Periodic("accounting", interval_s, self.divide)
         self._divided_at = time.monotonic()
 
-    def begin(self, scope: Scope) -> RequestWork | None:
-        """A request begins; ``end`` of what is returned is due. None: nothing is divided."""
+    def open_request(self, scope: Scope) -> RequestWork | None:
+        """Return an account for a request, to be ended by the caller; None if accounting is off."""
         usage = usage_of(scope)
         if self._ledger is None:
             usage.source = self._meter.source
             return None
         tenant = next((value for name, value in scope["headers"] if name == _TENANT), b"")
-        return self._ledger.begin(usage, tenant.decode("latin-1"))
+        return self._ledger.open_request(usage, tenant.decode("latin-1"))
 
     async def divide(self) -> None:
-        """Divide what was used since the last time."""
+        """Divide energy and cost since the last call among the requests."""
         assert self._ledger is not None
-        measured = await asyncio.to_thread(self._meter.read)
+        measurement = await asyncio.to_thread(self._meter.read)
         now = time.monotonic()
-        self._ledger.divide(now - self._divided_at, measured)
+        self._ledger.divide(now - self._divided_at, measurement)
         self._divided_at = now
 
     def observe(self, registry: Registry) -> None:
-        """Write the sums by tenant into the registry."""
+        """Write the sums by tenant to the registry."""
         if self._ledger is None:
             return
         source = self._ledger.source
@@ -64,6 +66,6 @@ class Accounts:
                 registry.counter(table.COST, self._model, tenant).value = sums.cost
 
     async def close(self) -> None:
-        """End the dividing; what was used since the last time belongs to nobody."""
+        """Stop; energy and cost since the last division are not charged to anyone."""
         if self._periodic is not None:
             await self._periodic.close()
