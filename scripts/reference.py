@@ -90,12 +90,13 @@ def _section(path: str, model: type[BaseModel], preset: BaseModel | None) -> Ite
         section = next(models_in(field.annotation), None)
         description = field.description or described.get(name, "")
         value = getattr(preset, name) if preset else field.get_default(call_default_factory=True)
+        kind = _type(field)
         if section is not None:
             child = f"{path}.{name}".removeprefix("args.")
             nested.append((child, section, value if isinstance(value, BaseModel) else None))
-            description = description or f"See [{child}](#{_anchor(child)})."
+            kind = f"[{kind}](#{_anchor(child)})"
         default = "required" if field.is_required() else _yaml(value)
-        rows.append((f"`{name}`", _type(field), default, description))
+        rows.append((f"`{name}`", kind, default, description))
     yield f"## `{path}` {{ #{_anchor(path)} }}\n"
     yield f"{_prose(inspect.getdoc(model))}\n"
     yield _table(("field", "type", "default", "description"), rows)
