@@ -1,4 +1,4 @@
-"""The spans that an OTLP receiver in the test's process got."""
+"""OTLP receiver that collects spans in the test's process."""
 
 import threading
 from collections.abc import Iterator
@@ -9,11 +9,11 @@ from typing import Any
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue
 
-from benchmarks import otlp
+from benchmarks.otlp import receive_traces
 
 
 @dataclass(frozen=True)
-class Received:
+class ReceivedSpan:
     service: str
     name: str
     kind: int
@@ -24,38 +24,41 @@ class Received:
     attributes: dict[str, Any]
 
 
-class Receiver:
-    """What came in, from any number of processes."""
+class SpanCollector:
+    """Spans received from any number of processes."""
 
     def __init__(self) -> None:
         self.url = ""
         self.raw: list[bytes] = []
-        self.spans: list[Received] = []
-        self._news = threading.Condition()
+        self.spans: list[ReceivedSpan] = []
+        self._received = threading.Condition()
 
-    def take(self, body: bytes) -> None:
+    def add_export(self, body: bytes) -> None:
         request = ExportTraceServiceRequest.FromString(body)
-        with self._news:
+        with self._received:
             self.raw.append(body)
             for resource in request.resource_spans:
                 service = _attributes(resource.resource.attributes)["service.name"]
                 for scope in resource.scope_spans:
-                    self.spans += [_received(service, span) for span in scope.spans]
-            self._news.notify_all()
+                    self.spans += [_span(service, span) for span in scope.spans]
+            self._received.notify_all()
 
-    def wait_named(self, name: str, timeout_s: float = 30.0) -> Received:
-        """A span of that name; blocks the calling thread."""
-        with self._news:
-            came = self._news.wait_for(lambda: name in [s.name for s in self.spans], timeout_s)
-            assert came, f"{[span.name for span in self.spans]} after {timeout_s} s"
+    def wait_named(self, name: str, timeout_s: float = 30.0) -> ReceivedSpan:
+        """Block until a span of this name has arrived, and return it."""
+        with self._received:
+            found = self._received.wait_for(lambda: name in [s.name for s in self.spans], timeout_s)
+            assert found, f"no span {name!r} after {timeout_s} s, only {self._names()}"
             return next(span for span in self.spans if span.name == name)
 
-    def wait(self, count: int, timeout_s: float = 30.0) -> list[Received]:
-        """So many spans or more; blocks the calling thread."""
-        with self._news:
-            came = self._news.wait_for(lambda: len(self.spans) >= count, timeout_s)
-            assert came, f"{[span.name for span in self.spans]} after {timeout_s} s"
+    def wait(self, count: int, timeout_s: float = 30.0) -> list[ReceivedSpan]:
+        """Block until at least ``count`` spans have arrived, and return all."""
+        with self._received:
+            found = self._received.wait_for(lambda: len(self.spans) >= count, timeout_s)
+            assert found, f"{len(self.spans)} of {count} spans after {timeout_s} s: {self._names()}"
             return list(self.spans)
+
+    def _names(self) -> list[str]:
+        return [span.name for span in self.spans]
 
 
 def _value(value: AnyValue) -> Any:
@@ -66,8 +69,8 @@ def _attributes(pairs: Any) -> dict[str, Any]:
     return {pair.key: _value(pair.value) for pair in pairs}
 
 
-def _received(service: str, span: Any) -> Received:
-    return Received(
+def _span(service: str, span: Any) -> ReceivedSpan:
+    return ReceivedSpan(
         service,
         span.name,
         span.kind,
@@ -80,7 +83,7 @@ def _received(service: str, span: Any) -> Received:
 
 
 @contextmanager
-def receiver() -> Iterator[Receiver]:
-    received = Receiver()
-    with otlp.receive(received.take) as received.url:
-        yield received
+def collect_spans() -> Iterator[SpanCollector]:
+    collector = SpanCollector()
+    with receive_traces(collector.add_export) as collector.url:
+        yield collector

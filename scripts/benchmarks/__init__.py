@@ -1,13 +1,13 @@
-"""Benchmarks: Tandem beside its peers, in interleaved rounds, on one machine, in one run.
+"""Benchmarks of Tandem and its peers, side by side on one machine, in interleaved rounds.
 
 A benchmark is a module in ``__main__.BENCHMARKS`` with
 
-- a docstring whose first line is its help;
-- ``add_arguments(parser)``: its own options, beside ``--rounds``, ``--quick`` and ``--json``;
-- ``run(args) -> Report``: measures; ``args`` is the parsed command line. A report's ``keys`` are
-  numbers by name, each with its rounds (``rounds.Summary``); its tables go to the screen.
+- a docstring whose first line is its help text;
+- ``add_arguments(parser)``, which adds options besides ``--rounds``, ``--quick`` and ``--json``;
+- ``run(args) -> Report``, which measures. ``args`` is the parsed command line. ``Report.keys`` are
+  the numbers that are compared between runs; its tables are printed.
 
-A peer is a context manager in ``targets`` that yields an ``Endpoint``; whatever it starts carries
-the mark of its ``Home`` (``targets.home``), and has ended when the ``with`` block has.
-A benchmark prints and asserts nothing about time.
+A peer is a context manager in ``targets`` that yields a ``RunningTarget``. Every process it starts
+carries the mark of its ``Home`` (``targets.home``) and has ended when the ``with`` block exits.
+Benchmarks print ratios; they never fail because something was slow.
 """

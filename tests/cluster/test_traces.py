@@ -13,7 +13,7 @@ TEXT = "a-secret-text"
 
 
 def test_vllms_span_is_below_the_engines(make_cluster: Any) -> None:
-    with otlp.receiver() as received:
+    with otlp.collect_spans() as received:
         cluster: RunningCluster = make_cluster("--set", f"tracing.endpoint={received.url}")
         try:
             with httpx.Client(base_url=cluster.http_url, timeout=120) as http:

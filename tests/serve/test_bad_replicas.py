@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 
-from benchmarks.overload.virtual import VirtualLoop, virtual_time
+from benchmarks.overload.virtual_time import VirtualLoop, virtual_time
 from cluster.config import GeneratorConfig, RoutingPolicy, parse
 from cluster.engines.sim import SimEngine
 from cluster.gateway import Gateway, GatewayApp, ReplicaInfo, Wiring
@@ -194,7 +194,7 @@ def test_a_clock_that_jumps(jump_s: float) -> None:
             flood = asyncio.ensure_future(fleet.flood(200, rate=30))
             for _ in range(3):
                 await asyncio.sleep(1.0)
-                loop.jump(jump_s)
+                loop.advance(jump_s)
             assert await flood == {200: 200}
 
     run(scenario)

@@ -1,8 +1,8 @@
-"""The keys of ``bench classify``; beside the tests that load torch, as its package does."""
+"""Keys of ``bench classify``. In tests/serve because the package imports torch."""
 
 import pytest
 
-from benchmarks.classify import IN_PROCESS, LOADS, report
+from benchmarks.classify import IN_PROCESS_MEASUREMENTS, LOADS, report
 
 KEYS = {
     "ratio_vs_kernel", "ratio_vs_kernel_single", "ratio_vs_pipeline", "ratio_vs_infinity",
@@ -11,9 +11,9 @@ KEYS = {
 }  # fmt: skip
 
 
-def found() -> report.Found:
-    """Two rounds of everything that is measured; the second on a machine half as fast."""
-    rounds = {("in process", name): [1000.0, 500.0] for name in IN_PROCESS}
+def make_results() -> report.Results:
+    """Return two rounds of every measurement; in the second, the machine is half as fast."""
+    rounds = {("in process", name): [1000.0, 500.0] for name in IN_PROCESS_MEASUREMENTS}
     for server, rate in (("tandem", 900.0), ("infinity-bf16", 300.0), ("infinity-fp32", 450.0),
                          ("vllm", 100.0)):  # fmt: skip
         for load in LOADS:
@@ -26,8 +26,8 @@ def found() -> report.Found:
     return rounds
 
 
-def test_every_key_is_there_and_compares_within_a_round() -> None:
-    made = report.make(found(), num_tokens=27)
+def test_every_key_exists_and_ratios_are_taken_within_a_round() -> None:
+    made = report.make_report(make_results(), num_tokens=27)
     assert made.keys.keys() >= KEYS
     assert made.keys["ratio_vs_kernel"].rounds == (0.9, 0.9)
     assert made.keys["accuracy_delta"].rounds == pytest.approx((-0.01, -0.01))
@@ -35,13 +35,13 @@ def test_every_key_is_there_and_compares_within_a_round() -> None:
     assert made.goals.keys() <= made.keys.keys()
 
 
-def test_the_better_one_of_infinitys_types_counts() -> None:
-    rounds = found()
-    assert report.make(rounds, 27).keys["ratio_vs_infinity"].rounds == (2.0, 2.0)
+def test_the_faster_dtype_of_infinity_counts() -> None:
+    rounds = make_results()
+    assert report.make_report(rounds, 27).keys["ratio_vs_infinity"].rounds == (2.0, 2.0)
     rounds["infinity-bf16", "1x64"] = [900.0, 450.0]
-    assert report.make(rounds, 27).keys["ratio_vs_infinity_single"].rounds == (1.0, 1.0)
+    assert report.make_report(rounds, 27).keys["ratio_vs_infinity_single"].rounds == (1.0, 1.0)
 
 
-def test_what_was_not_measured_has_no_key() -> None:
-    rounds = {name: numbers for name, numbers in found().items() if name[0] == "tandem"}
-    assert report.make(rounds, 27).keys.keys() == {"single_ms_p50", "single_ms_p99"}
+def test_missing_measurements_have_no_key() -> None:
+    rounds = {name: numbers for name, numbers in make_results().items() if name[0] == "tandem"}
+    assert report.make_report(rounds, 27).keys.keys() == {"single_ms_p50", "single_ms_p99"}

@@ -2,17 +2,18 @@
 
 import pytest
 
-from benchmarks.overload import inprocess
-from benchmarks.overload.scenario import Scenario, numbers
-from benchmarks.overload.virtual import virtual_time
+from benchmarks.overload import GOALS, servers
+from benchmarks.overload.scenario import Scenario, compute_keys
+from benchmarks.overload.virtual_time import virtual_time
 
 
-@pytest.mark.parametrize("seed", [1, 3, 6])  # those that failed most clearly; all ten take longer
-def test_overload_costs_neither_goodput_nor_anybodys_share(seed: int) -> None:
+# These seeds failed most clearly during development; more seeds take too long.
+@pytest.mark.parametrize("seed", [1, 3, 6])
+def test_overload_reduces_neither_goodput_nor_fairness(seed: int) -> None:
     scenario = Scenario(seconds=12.0)
     with virtual_time() as runner:
-        measured = runner.run(scenario.run(inprocess.running(), seed))
-    found = numbers(scenario, measured)
-    assert found["goodput_ratio"] >= 0.95
-    assert found["fair_share_error"] <= 0.10
-    assert found["failed_requests"] == 0
+        results = runner.run(scenario.run(servers.in_process(), seed))
+    keys = compute_keys(scenario, results)
+    assert keys["goodput_ratio"] >= float(GOALS["goodput_ratio"].removeprefix(">= "))
+    assert keys["fair_share_error"] <= float(GOALS["fair_share_error"].removeprefix("<= "))
+    assert keys["failed_requests"] == 0

@@ -62,7 +62,7 @@ async def traced_world(
 
 
 async def test_one_request_is_four_spans_of_one_trace() -> None:
-    with otlp.receiver() as received:
+    with otlp.collect_spans() as received:
         async with traced_world(received.url) as app:
             headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "x-request-id": "id-1"}
             body = {**BODY, "stream": True, "max_tokens": 5}
@@ -105,7 +105,7 @@ async def test_the_engine_is_told_its_own_span() -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"{}"})
 
-    with otlp.receiver() as received:
+    with otlp.collect_spans() as received:
         async with traced_world(received.url, app) as gateway:
             await asgi.post(gateway, CHAT, BODY)
             spans = await asyncio.to_thread(received.wait, 4)
@@ -123,7 +123,7 @@ async def test_a_caller_that_does_not_sample_is_followed_and_its_context_passed_
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"{}"})
 
-    with otlp.receiver() as received:
+    with otlp.collect_spans() as received:
         async with traced_world(received.url, app) as gateway:
             unsampled = {"traceparent": f"00-{TRACE}-{PARENT}-00"}
             await asgi.post(gateway, CHAT, BODY, headers=unsampled)
@@ -133,7 +133,7 @@ async def test_a_caller_that_does_not_sample_is_followed_and_its_context_passed_
 
 
 async def test_nothing_is_sampled_at_ratio_zero_and_a_malformed_parent_is_none() -> None:
-    with otlp.receiver() as received:
+    with otlp.collect_spans() as received:
         async with traced_world(received.url, sample_ratio=0.0) as app:
             for parent in ("nonsense", f"00-{'0' * 32}-{PARENT}-01"):
                 answer = await asgi.post(app, CHAT, BODY, headers={"traceparent": parent})
@@ -145,7 +145,7 @@ async def test_failures_are_marked_without_their_message() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         raise RuntimeError("a-secret-text")
 
-    with otlp.receiver() as received:
+    with otlp.collect_spans() as received:
         async with traced_world(received.url, app) as gateway:
             assert (await asgi.post(gateway, CHAT, BODY)).status == 500
             spans = await asyncio.to_thread(received.wait, 4)
@@ -160,7 +160,7 @@ async def test_a_client_that_leaves_ends_every_span() -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await asyncio.Future()
 
-    with otlp.receiver() as received:
+    with otlp.collect_spans() as received:
         async with traced_world(received.url, app) as gateway:
             call = asgi.start(gateway, "POST", CHAT, BODY)
             async with asyncio.timeout(10):

@@ -1,47 +1,64 @@
-"""The autoscaling benchmark's parts: the sweep, the oracle, Ray's policy."""
+"""Parts of ``bench autoscale``: the sweep, the oracle, Ray's policy, the traces."""
 
-from types import SimpleNamespace
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks.autoscale import LOADS, highest
-from benchmarks.autoscale.oracle import STEP_S, Oracle, work_rates
-from benchmarks.autoscale.ray_policy import RayPolicy, RaySettings
+from benchmarks.autoscale import LOADS, MIN_ATTAINMENT, bisect_highest
+from benchmarks.autoscale.policies import (
+    METRICS_INTERVAL_S,
+    STEP_S,
+    OraclePolicy,
+    RayPolicy,
+    RaySettings,
+    work_rates,
+)
 from benchmarks.autoscale.traces import bursty, daily
 from cluster.autoscaling import PoolSignals
 from cluster.config import SimConfig
 from cluster.simulation.requests import Trace, TraceRequest
 
 
-@pytest.mark.parametrize(("limit", "found"), [(0.7, 0.7), (2.0, 1.0), (0.1, 0.4)])
-def test_a_sweep_ends_at_the_highest_value_that_attains_enough(limit: float, found: float) -> None:
+@dataclass(frozen=True)
+class FakeRun:
+    value: float
+    attainment: float
+
+    @property
+    def order(self) -> tuple[bool, float]:
+        return self.attainment < MIN_ATTAINMENT, 1 / self.value
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(0.7, 0.7), (2.0, max(LOADS)), (0.1, min(LOADS))])
+def test_bisection_finds_the_highest_value_with_enough_attainment(
+    limit: float, expected: float
+) -> None:
     tried: list[float] = []
 
-    def once(value: float) -> Any:
+    def run_with(value: float) -> Any:
         tried.append(value)
-        attainment = 1.0 if value <= limit else 0.9
-        hours = 1 / value
-        order = (attainment < 0.99, hours)
-        return SimpleNamespace(value=value, attainment=attainment, hours=hours, order=order)
+        return FakeRun(value, 1.0 if value <= limit else 0.9)
 
-    assert highest(LOADS, once).value == found
-    assert len(tried) <= 7
+    best: Any = bisect_highest(LOADS, run_with)
+    assert best.value == expected
+    assert len(tried) <= 1 + math.ceil(math.log2(len(LOADS)))  # the lowest value, then bisection
 
 
-def test_the_oracle_has_replicas_when_they_are_needed_and_not_after() -> None:
+def test_the_oracle_scales_up_one_startup_time_early_and_down_at_once() -> None:
     rates = np.array([1.0] * 100 + [3.0] * 50 + [1.0] * 100)
-    oracle = Oracle(rates, load=0.5, startup_s=60.0)
-    targets = {
-        step: oracle.decide(step * STEP_S, PoolSignals(0, 0)).target for step in range(len(rates))
-    }
-    assert {targets[step] for step in range(0, 68)} == {2}
-    assert {targets[step] for step in range(70, 150)} == {6}
-    assert {targets[step] for step in range(150, 250)} == {2}
+    oracle = OraclePolicy(rates, load=0.5, startup_s=60.0)
+    targets = [oracle.decide(step * STEP_S, PoolSignals(0, 0)).target for step in range(250)]
+    first = targets.index(6)
+    needed = 100 - 60 / STEP_S  # the step at which a start is in time for step 100
+    assert needed - 2 <= first <= needed
+    assert targets == [2] * first + [6] * (150 - first) + [2] * 100
 
 
-def test_the_work_of_all_requests_is_known() -> None:
+def test_work_rates_are_the_replicas_kept_busy() -> None:
+    # Each second, one request: 100 tokens of 1 ms prefill, and 10 of 10 ms decoding.
     engine = SimConfig(prefill_s_per_token=1e-3, decode_s_per_token=0.1, batch_slowdown=0.1)
     requests = [TraceRequest(float(at), 100, 10) for at in range(200)]
     rates = work_rates(Trace("even", requests, 512), engine)
@@ -53,21 +70,29 @@ def test_rays_policy_waits_for_its_delays() -> None:
     target, targets = 1, []
     for tick in range(100):
         ongoing = 16.0 if tick < 40 else 4.0
-        seen = PoolSignals(target=target, running=target, ongoing=ongoing)
-        target = policy.decide(2.0 * tick, seen).target
+        signals = PoolSignals(target=target, running=target, ongoing=ongoing)
+        target = policy.decide(2.0 * tick, signals).target
         targets.append(target)
-    assert targets[:15] == [1] * 15
-    assert targets[15:40] == [4] * 25
+    up = 30 // 2
+    assert targets[:up] == [1] * up
+    assert targets[up:40] == [4] * (40 - up)
+    # The mean falls below the target with the first report after the load fell, at 80 s.
+    fell_s = targets.index(3, 40) * 2.0 if 3 in targets[40:] else targets.index(1, 40) * 2.0
+    assert fell_s >= 80.0 + 60.0
+    assert fell_s <= 80.0 + METRICS_INTERVAL_S + 60.0
     assert targets[-1] == 1
-    assert targets.index(1, 40) * 2.0 >= 80.0 + 60.0
 
 
-def test_traces_have_the_rates_that_they_say() -> None:
-    quiet = daily(mean=0.2).trace("daily", 3)
-    hours = np.histogram([r.arrival_s for r in quiet.requests], bins=24, range=(0, 86_400))[0]
-    assert len(quiet.requests) == pytest.approx(0.2 * 86_400, rel=0.05)
+def test_a_day_has_its_mean_rate_and_a_peak_at_noon() -> None:
+    trace = daily(mean=0.2).make_trace("daily", 3)
+    hours = np.histogram([r.arrival_s for r in trace.requests], bins=24, range=(0, 86_400))[0]
+    assert len(trace.requests) == pytest.approx(0.2 * 86_400, rel=0.05)
+    # The rate at night is a quarter of the mean, so the peak is at least four times as high.
     assert hours[11:13].sum() > 4 * (hours[0] + hours[-1])
-    first, again = (bursty(3, hours=1.0).trace("bursty", 3) for _ in range(2))
+
+
+def test_bursty_traces_depend_on_the_seed_and_have_at_least_the_base_rate() -> None:
+    first, again = (bursty(3, hours=1.0, base=3.0).make_trace("bursty", 3) for _ in range(2))
     assert first == again
-    assert first != bursty(4, hours=1.0).trace("bursty", 4)
-    assert len(first.requests) >= 0.9 * 3.0 * 3600
+    assert first != bursty(4, hours=1.0, base=3.0).make_trace("bursty", 4)
+    assert len(first.requests) >= 0.9 * 3.0 * 3600  # 10 % for chance

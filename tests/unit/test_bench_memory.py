@@ -1,7 +1,7 @@
 import pytest
 
 from benchmarks.memory.loads import LOADS
-from benchmarks.memory.watch import Memory, fields
+from benchmarks.processes import ProcessMemory, parse_sizes
 from cluster.config import GeneratorConfig
 
 ROLLUP = """\
@@ -14,16 +14,16 @@ Shared_Clean:     100000 kB
 STATUS = "Name:\tray::Router\nVmHWM:\t  260000 kB\nThreads:\t34\nVmRSS:\t  250000 kB\n"
 
 
-def test_memory_is_read_from_the_kernels_sum() -> None:
-    assert Memory.parse(ROLLUP) == Memory(rss_mb=256.0, pss_mb=128.0)
+def test_memory_is_parsed_from_smaps_rollup() -> None:
+    assert ProcessMemory.parse(ROLLUP) == ProcessMemory(rss_mb=256.0, pss_mb=128.0)
 
 
-def test_only_the_lines_that_are_sizes_are_fields() -> None:
-    assert fields(STATUS) == {"VmHWM": 260000, "VmRSS": 250000}
+def test_lines_without_a_size_are_ignored() -> None:
+    assert parse_sizes(STATUS) == {"VmHWM": 260000, "VmRSS": 250000}
 
 
 @pytest.mark.parametrize("name", LOADS)
-def test_an_engine_takes_all_of_its_streams_at_a_time(name: str) -> None:
+def test_the_engine_runs_all_streams_at_the_same_time(name: str) -> None:
     config = GeneratorConfig.model_validate(LOADS[name].generator)
     streams = int(name.partition("_")[0])
     assert config.max_in_flight >= streams

@@ -2,23 +2,23 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from benchmarks import metrics
-from benchmarks.load import Load
 from benchmarks.metrics import counting
-from benchmarks.metrics.spans import Spans
-from benchmarks.stream.cell import Cell
+from benchmarks.otlp import SpanCounter
+from benchmarks.stream.measure import StreamResult
+from benchmarks.wrk import WrkResult
 
 
-def turns(off: list[float], on: list[float]) -> metrics.Turns:
-    def cells(rates: list[float]) -> list[Cell]:
-        return [Cell(rate, Load(1, 1, 1.0, 1.0, 1.0, 0, 0), {}, 0.5) for rate in rates]
+def make_turns(off: list[float], on: list[float]) -> metrics.Turns:
+    def results(rates: list[float]) -> list[StreamResult]:
+        return [StreamResult(rate, WrkResult(1, 1, 1.0, 1.0, 1.0, 0, 0), {}, 0.5) for rate in rates]
 
-    return {metrics.OFF: cells(off), metrics.ON: cells(on)}
+    return {metrics.OFF: results(off), metrics.ON: results(on)}
 
 
-def test_a_ratio_compares_turns_that_were_beside_each_other() -> None:
-    # The machine was half as fast in the second turn, and one turn was disturbed.
-    found = turns([100.0, 50.0, 100.0], [98.0, 49.0, 60.0])
-    assert metrics.ratio(found, metrics.ON) == pytest.approx(0.98)
+def test_the_ratio_compares_neighbouring_turns() -> None:
+    # The machine was half as fast in the second turn, and the third turn of one was disturbed.
+    turns = make_turns([100.0, 50.0, 100.0], [98.0, 49.0, 60.0])
+    assert metrics.ratio_to_off(turns, metrics.ON) == pytest.approx(0.98)
 
 
 def test_spans_are_counted_over_all_exports() -> None:
@@ -28,11 +28,11 @@ def test_spans_are_counted_over_all_exports() -> None:
         scope.spans.add()
         scope.spans.add()
     body = export.SerializeToString()
-    spans = Spans()
-    spans.take(body)
-    spans.take(body)
+    spans = SpanCounter()
+    spans.add_export(body)
+    spans.add_export(body)
     assert (spans.count, spans.num_bytes) == (8, 2 * len(body))
 
 
-def test_each_token_is_counted() -> None:
+def test_counting_takes_cpu_time() -> None:
     assert counting.us_per_token(streams=10) > 0

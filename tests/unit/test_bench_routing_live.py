@@ -5,9 +5,16 @@ import pytest
 
 from benchmarks import routing
 from benchmarks.routing import live
-from benchmarks.routing.live_cluster import BY_SLUG, OURS, REPLICAS, choosing_as, generator, slug
+from benchmarks.routing.live_cluster import (
+    OUR_POLICIES,
+    PEERS_BY_SLUG,
+    REPLICAS,
+    generator,
+    peer_policy,
+    slug,
+)
 from benchmarks.routing.peers import RayPrefixAffinity
-from benchmarks.routing.replay import prompt
+from benchmarks.routing.replay import make_prompt
 from benchmarks.routing.traces import ratio
 from cluster.config import parse
 from cluster.gateway import Gateway, Wiring
@@ -15,47 +22,51 @@ from cluster.routing.prefix_policy import PrefixAffinity
 from cluster.simulation.requests import Trace, TraceRequest
 
 
-def asks(*blocks: int, prompt_tokens: int) -> TraceRequest:
+def trace_request(*blocks: int, prompt_tokens: int) -> TraceRequest:
     return TraceRequest(0.0, prompt_tokens, 1, blocks)
 
 
-def test_prompts_begin_alike_as_far_as_their_blocks_do() -> None:
-    requests = [asks(1, 2, prompt_tokens=20), asks(1, 3, prompt_tokens=17), asks(prompt_tokens=5)]
+def test_equal_blocks_have_equal_text() -> None:
+    requests = [
+        trace_request(1, 2, prompt_tokens=20),
+        trace_request(1, 3, prompt_tokens=17),
+        trace_request(prompt_tokens=5),
+    ]
     trace = Trace("t", requests, 8)
-    first, second, third = (prompt(trace, number) for number in range(3))
+    first, second, third = (make_prompt(trace, number) for number in range(3))
     assert [len(text) for text in (first, second, third)] == [80, 68, 20]
     assert first[:32] == second[:32]
     assert first[32:36] != second[32:36]
     assert first[:20] != third
-    assert prompt(replace(trace, name="u"), 0)[:32] != first[:32]
+    assert make_prompt(replace(trace, name="u"), 0)[:32] != first[:32]
 
 
-def test_of_a_log_come_the_hits_and_the_load_of_the_busiest() -> None:
+def test_hit_rate_and_highest_load_are_computed_from_the_log() -> None:
     def line(replica: str, seconds: float, cached: int) -> dict[str, object]:
         times = {"queue_s": 1.0, "total_s": 1.0 + seconds}
         return {"replica": replica, **times, "cached_tokens": cached, "prompt_tokens": 100}
 
-    found = live.of_log([line("a", 3.0, 50), line("a", 3.0, 0), line("b", 2.0, 25)])
+    found = live.summarize_log([line("a", 3.0, 50), line("a", 3.0, 0), line("b", 2.0, 25)])
     assert found["hit_rate"] == pytest.approx(0.25)
-    # Replicas that got nothing are part of the mean.
+    # Replicas without requests are part of the mean.
     assert found["max_over_mean_load"] == pytest.approx(6.0 / (8.0 / REPLICAS))
 
 
-def test_every_policy_but_the_oracle_is_a_pool_of_its_own() -> None:
-    for name in live.NAMES:
-        policy = name if name in OURS else "prefix"
+def test_each_live_policy_has_a_separate_pool() -> None:
+    for name in live.LIVE_POLICIES:
+        policy = name if name in OUR_POLICIES else "prefix"
         pool = slug(name)
-        assert name in OURS or pool in BY_SLUG
+        assert name in OUR_POLICIES or pool in PEERS_BY_SLUG
         (made,) = parse({"generators": [generator(pool, policy)]}).generators
         assert (made.name, made.routing) == (pool, policy)
-    assert len({slug(name) for name in live.NAMES}) == len(live.NAMES)
+    assert len({slug(name) for name in live.LIVE_POLICIES}) == len(live.LIVE_POLICIES)
 
 
-async def test_a_pool_chooses_as_the_peer_that_it_is_named_after() -> None:
+async def test_the_name_of_a_pool_selects_the_peers_policy() -> None:
     peer = slug("ray prefix-aware")
     config = parse({"generators": [generator(peer)]})
 
-    with choosing_as(peer):
+    with peer_policy(peer):
         theirs = Gateway(config, {peer: Wiring(b"secret")})
     ours = Gateway(config, {peer: Wiring(b"secret")})
     assert isinstance(theirs.pools[peer]._policy, RayPrefixAffinity)
@@ -64,15 +75,15 @@ async def test_a_pool_chooses_as_the_peer_that_it_is_named_after() -> None:
         await gateway.close()
 
 
-def test_the_trace_of_a_replay_has_no_answers_in_later_prompts() -> None:
-    trace = live.made("chat", 20.0, seed=0)
+def test_replayed_traces_have_no_completions_in_later_prompts() -> None:
+    trace = live.make_trace("chat", 20.0, seed=0)
     assert trace.requests
     assert not any(request.answer_blocks for request in trace.requests)
-    found = live.foretold("prefix", trace)
+    found = live.simulate_same("prefix", trace)
     assert 0.0 < found["hit_rate"] <= trace.most_hits
 
 
-def test_ratios_are_of_each_round_and_geometric_over_traces() -> None:
+def test_ratios_are_per_round_and_geometric_means_over_traces() -> None:
     parser = argparse.ArgumentParser()
     routing.add_arguments(parser)
     policies = ["--policies", "prefix", "round-robin"]
@@ -80,7 +91,7 @@ def test_ratios_are_of_each_round_and_geometric_over_traces() -> None:
     args.rounds = 2
 
     def rounds(*ttfts_s: float) -> list[dict[str, float]]:
-        return [dict.fromkeys((*live.SHOWN, "late_s"), ttft_s) for ttft_s in ttfts_s]
+        return [dict.fromkeys((*live.COMPARED, "late_s"), ttft_s) for ttft_s in ttfts_s]
 
     found = {
         ("few-shot", "prefix", live.LIVE): rounds(2.0, 3.0),
@@ -92,7 +103,7 @@ def test_ratios_are_of_each_round_and_geometric_over_traces() -> None:
         ("chat", "round-robin", live.LIVE): rounds(8.0, 4.0),
         ("chat", "round-robin", live.SIMULATED): rounds(8.0, 1.0),
     }
-    keys = live.report(found, args).keys
+    keys = live.make_report(found, args).keys
     assert keys["live_over_simulated_ttft_p90"].rounds == pytest.approx((4.0, 1.0))
     assert keys["live_over_simulated_ttft_p90_round-robin"].rounds == pytest.approx((1.0, 2.0))
     assert keys["live_ttft_p90_prefix_vs_round_robin"].rounds == pytest.approx((0.5**0.5, 0.5))

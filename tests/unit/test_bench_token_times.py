@@ -14,8 +14,8 @@ def event(text: str) -> bytes:
     return b'data: {"choices":[{"text":"' + text.encode() + b'"}]}\n\n'
 
 
-def test_times_are_those_of_the_tokens() -> None:
-    reader = StreamReader(asked_s=10.0)
+def test_ttft_and_itl_are_measured_at_each_token() -> None:
+    reader = StreamReader(sent_s=10.0)
     assert not reader.feed(HEAD, 10.5)
     assert reader.ttft_s is None
     assert not reader.feed(chunk(event("a")), 11.0)
@@ -27,14 +27,14 @@ def test_times_are_those_of_the_tokens() -> None:
     assert reader.itl_s == [0.25, 1.0, 0.0]
 
 
-def test_the_end_of_an_answer_is_not_seen_in_its_text() -> None:
+def test_text_that_looks_like_the_last_chunk_does_not_end_the_response() -> None:
     reader = StreamReader(0.0)
     assert not reader.feed(HEAD + chunk(event("a")) + b"x\r\n0\r\n\r\n", 1.0)
     assert reader.feed(chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n", 2.0)
 
 
 @given(st.lists(st.integers(1, 400)), st.integers(1, 9))
-def test_it_does_not_matter_where_the_bytes_are_cut(cuts: list[int], num_tokens: int) -> None:
+def test_results_do_not_depend_on_how_the_bytes_are_split(cuts: list[int], num_tokens: int) -> None:
     events = [event(f"w{index}") for index in range(num_tokens)]
     whole = HEAD + b"".join(map(chunk, [*events, b"data: [DONE]\n\n"])) + b"0\r\n\r\n"
     reader, ends = StreamReader(0.0), []

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.overload.virtual import VirtualLoop
+from benchmarks.overload.virtual_time import VirtualLoop
 from cluster.admission import Identity, PoolCapacity, QueueLimits, Tenant
 from cluster.errors import OverloadedError
 from cluster.gateway.pools.claim import Claim

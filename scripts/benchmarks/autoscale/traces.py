@@ -1,7 +1,7 @@
-"""Requests over hours: a day with its peak, and a base load with sudden bursts. Seeds are fixed.
+"""Request traces of several hours: a day with a peak, and a base load with bursts. Fixed seeds.
 
-Lengths are log-normal. Arrivals are a gamma renewal process that a rate modulates, as BurstGPT
-(Wang et al., 2024) models bursts: a shape below 1 is burstier than Poisson's.
+Lengths are log-normal. Arrivals are a gamma renewal process modulated by a rate, as BurstGPT (Wang
+et al., 2024) models bursts: a shape below 1 is burstier than a Poisson process.
 """
 
 from dataclasses import dataclass
@@ -9,28 +9,28 @@ from dataclasses import dataclass
 import numpy as np
 
 from cluster.simulation.arrivals import Curve, arrivals
-from cluster.simulation.arrivals import daily as day
+from cluster.simulation.arrivals import daily as daily_curve
 from cluster.simulation.requests import Trace, TraceRequest
 from cluster.simulation.traces import GAMMA_SHAPE
 from cluster.simulation.workloads import MOONCAKE_BLOCK, Lengths
 
 HOUR_S = 3600.0
 PROMPT = Lengths(2340.0, 0.7, 16_000.0)
-"""Tokens; 3,000 of the mean, none of them shared."""
+"""Prompt tokens; the mean is 3,000. Prompts share no prefix."""
 COMPLETION = Lengths(360.0, 0.8, 4000.0)
-"""Tokens; 500 of the mean."""
+"""Completion tokens; the mean is 500."""
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """How a rate goes."""
+class RateCurve:
+    """Arrival rate over time."""
 
     curve: Curve
     """Requests/s at a time in seconds."""
     hours: float
 
-    def trace(self, name: str, seed: int) -> Trace:
-        """The requests of a seed."""
+    def make_trace(self, name: str, seed: int) -> Trace:
+        """Draw the requests for a seed."""
         rng = np.random.default_rng(seed)
         times = arrivals(rng, 1.0, self.hours * HOUR_S, self.curve, GAMMA_SHAPE)
         requests = [
@@ -40,23 +40,25 @@ class Load:
         return Trace(name, requests, MOONCAKE_BLOCK)
 
 
-def daily(mean: float = 5.0) -> Load:
-    """A day that is quiet at night (a quarter of the mean) and has its peak in the afternoon."""
-    curve = day(24 * HOUR_S, low=0.25)
-    return Load(lambda t: mean * curve(t), 24.0)
+def daily(mean: float = 5.0) -> RateCurve:
+    """Return a day with a quarter of the mean rate at night and a peak in the afternoon."""
+    curve = daily_curve(24 * HOUR_S, low=0.25)
+    return RateCurve(lambda t: mean * curve(t), 24.0)
 
 
-def bursty(seed: int, hours: float = 12.0, base: float = 3.0) -> Load:
-    """A base load, and bursts of up to five times it that rise in a minute and last minutes."""
-    random = np.random.default_rng(seed)
+def bursty(seed: int, hours: float = 12.0, base: float = 3.0) -> RateCurve:
+    """Return a base rate with bursts: up to five times the base, a minute to rise, minutes long."""
+    rng = np.random.default_rng(seed)
     until = hours * HOUR_S
     bursts: list[tuple[float, float, float]] = []
     at = 0.0
-    while (at := at + float(random.exponential(2400.0))) < until:
-        bursts.append((at, float(random.uniform(240, 900)), float(random.uniform(1, 4)) * base))
+    while (at := at + float(rng.exponential(2400.0))) < until:
+        bursts.append((at, float(rng.uniform(240, 900)), float(rng.uniform(1, 4)) * base))
 
     def height(burst: tuple[float, float, float], t: float) -> float:
-        began, lasts, high = burst
-        return high * max(0.0, min(1.0, (t - began) / 60, (began + lasts - t) / 60))
+        began, duration, peak = burst
+        return peak * max(0.0, min(1.0, (t - began) / 60, (began + duration - t) / 60))
 
-    return Load(lambda t: base + max((height(burst, t) for burst in bursts), default=0.0), hours)
+    return RateCurve(
+        lambda t: base + max((height(burst, t) for burst in bursts), default=0.0), hours
+    )

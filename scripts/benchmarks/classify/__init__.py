@@ -1,6 +1,6 @@
-"""Texts a second of the classifier: over HTTP, from a Ray job, in process, and its peers'.
+"""Classifier throughput over HTTP, from a Ray job and in process, compared with its peers.
 
-All servers stay up, idle but for the one that is measured; each is measured once in every round.
+All servers run all the time, but only one is measured at a time, each once in every round.
 """
 
 import argparse
@@ -18,113 +18,127 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.classify import report, texts
-from benchmarks.classify.servers import SERVERS, SPLIT, infinity_installed
+from benchmarks.classify.servers import SERVERS, SPLIT, install_infinity
 from benchmarks.endpoint import TargetError
-from benchmarks.load import drive, require_wrk
-from benchmarks.memory.watch import Memory, processes_of
+from benchmarks.processes import ProcessMemory, find_processes
 from benchmarks.report import Report
-from benchmarks.rounds import interleaved
+from benchmarks.rounds import interleave
 from benchmarks.targets.home import new_home
-from benchmarks.targets.running import Running
+from benchmarks.targets.running import RunningTarget
+from benchmarks.wrk import require_wrk, run_wrk
 from cluster.models.store import models_dir
 
 LOADS = {"1x64": (1, 64), "32x8": (32, 8), "1x1": (1, 1), "4096x1": (4096, 1)}
-"""Texts in a request, and connections."""
+"""Texts per request and connections, by name."""
 NUM_BODIES = 128
-IN_PROCESS = (
+IN_PROCESS_MEASUREMENTS = (
     "bf16 sorted", "bf16 fifo", "bf16 single", "fp32 fifo", "int8 fifo", "int8 sorted",
     "hf-fp32 fifo", "hf-bf16 fifo", "hf-bf16 single", "pipeline",
     "bf16 agreement", "int8 agreement", "fp32 accuracy", "bf16 accuracy", "padding waste",
 )  # fmt: skip
 JOB_TIMEOUT_S = 120.0
-WHOLE_TIMEOUT_S = 120.0
+LARGE_REQUEST_TIMEOUT_S = 120.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``bench classify``."""
-    usual = [name for name in SERVERS if name != SPLIT]
-    parser.add_argument("--servers", nargs="*", choices=list(SERVERS), default=usual)
+    """Add the options of ``bench classify``."""
+    default = [name for name in SERVERS if name != SPLIT]
+    parser.add_argument("--servers", nargs="*", choices=list(SERVERS), default=default)
     parser.add_argument(
-        "--only-servers", action="store_true", help="leave out what one process computes"
+        "--only-servers", action="store_true", help="skip the measurements without a server"
     )
-    parser.add_argument("--loads", nargs="+", choices=list(LOADS), default=list(LOADS))
-    parser.add_argument("--seconds", type=float, default=6.0, help="of load in each cell")
+    parser.add_argument(
+        "--loads",
+        nargs="+",
+        choices=list(LOADS),
+        default=list(LOADS),
+        help="AxB: A texts per request, B connections",
+    )
+    parser.add_argument("--seconds", type=float, default=6.0, help="duration of each load")
 
 
 def run(args: argparse.Namespace) -> Report:
     """Measure everything in every round."""
     require_wrk()
     if any(name.startswith("infinity") for name in args.servers):
-        infinity_installed()
+        install_infinity()
     if args.quick:
         args.seconds = min(args.seconds, 3.0)
-    found: report.Found = defaultdict(list)
+    results: report.Results = defaultdict(list)
     with ExitStack() as stack:
-        worker = stack.enter_context(_in_process())
-        num_tokens = worker.ask("tokens")
-        up = {name: stack.enter_context(SERVERS[name]()) for name in args.servers}
-        names = [*up] if args.only_servers else ["in process", *up]
-        for number, name in interleaved(names, args.rounds):
+        worker = stack.enter_context(_start_worker())
+        num_tokens = worker.measure("tokens")
+        running = {name: stack.enter_context(SERVERS[name]()) for name in args.servers}
+        names = [*running] if args.only_servers else ["in process", *running]
+        for number, name in interleave(names, args.rounds):
             _say(f"round {number + 1}: {name}")
             if name == "in process":
-                for measurement in IN_PROCESS:
-                    found[name, measurement].append(worker.ask(measurement))
+                for measurement in IN_PROCESS_MEASUREMENTS:
+                    results[name, measurement].append(worker.measure(measurement))
             else:
-                _measure(found, name, up[name], args)
-    return report.make(found, num_tokens)
+                _measure_server(results, name, running[name], args)
+    return report.make_report(results, num_tokens)
 
 
-def _measure(found: report.Found, name: str, server: Running, args: argparse.Namespace) -> None:
+def _measure_server(
+    results: report.Results, name: str, server: RunningTarget, args: argparse.Namespace
+) -> None:
     for load_name in args.loads:
         size, connections = LOADS[load_name]
         requests = _requests(server, size)
         if size > 32:
             try:
-                found[name, load_name].append(_whole(server, requests[0], size))
-            except TargetError as error:  # a peer may take fewer texts in a request
+                results[name, load_name].append(_measure_large_request(server, requests[0], size))
+            except TargetError as error:  # some peers limit the texts per request
                 _say(f"  {error}"[:200])
             continue
-        drive(server.endpoint, requests, connections, max(1.0, args.seconds / 4))
-        load = drive(server.endpoint, requests, connections, args.seconds)
-        found[name, load_name].append(load.requests * size / load.seconds)
-        found[name, f"{load_name} p50"].append(load.p50_ms)
-        found[name, f"{load_name} p99"].append(load.p99_ms)
-    replicas = [Memory.of(pid) for pid in processes_of(server.home.path, "classifier")]
+        run_wrk(server.endpoint, requests, connections, max(1.0, args.seconds / 4))
+        load = run_wrk(server.endpoint, requests, connections, args.seconds)
+        results[name, load_name].append(load.requests * size / load.seconds)
+        results[name, f"{load_name} p50"].append(load.p50_ms)
+        results[name, f"{load_name} p99"].append(load.p99_ms)
+    replicas = [ProcessMemory.read(pid) for pid in find_processes(server.home.path, "classifier")]
     if replicas:
-        found[name, "replica RSS"].append(max(memory.rss_mb for memory in replicas))
-        found[name, "replica PSS"].append(max(memory.pss_mb for memory in replicas))
+        results[name, "replica RSS"].append(max(memory.rss_mb for memory in replicas))
+        results[name, "replica PSS"].append(max(memory.pss_mb for memory in replicas))
     if server.ray_address and name != SPLIT:
         for load_name in ("1x64", "32x8"):
-            found["ray job", load_name].append(_job(server, *LOADS[load_name], args.seconds))
+            results["ray job", load_name].append(
+                _measure_job(server, *LOADS[load_name], args.seconds)
+            )
 
 
-def _whole(server: Running, request: bytes, size: int) -> float:
-    """The rate of one request of many texts."""
+def _measure_large_request(server: RunningTarget, request: bytes, size: int) -> float:
+    """Return the texts per second of one request with many texts."""
     endpoint = server.endpoint
-    begun = time.perf_counter()
-    with socket.create_connection((endpoint.host, endpoint.port), WHOLE_TIMEOUT_S) as connection:
+    began = time.perf_counter()
+    with socket.create_connection(
+        (endpoint.host, endpoint.port), LARGE_REQUEST_TIMEOUT_S
+    ) as connection:
         connection.sendall(request)
         response = http.client.HTTPResponse(connection)
         response.begin()
         body = response.read()
     if response.status != http.client.OK:
-        raise TargetError(f"{endpoint.url}: {size} texts: {response.status} {body[:300]!r}")
-    return size / (time.perf_counter() - begun)
+        raise TargetError(f"{endpoint.url}, {size} texts: status {response.status}, {body[:300]!r}")
+    return size / (time.perf_counter() - began)
 
 
-def _requests(server: Running, size: int) -> list[bytes]:
-    wanted = texts.load(size * min(NUM_BODIES, max(1, 4096 // size)))
+def _requests(server: RunningTarget, size: int) -> list[bytes]:
+    loaded = texts.load(size * min(NUM_BODIES, max(1, 4096 // size)))
     return [
-        server.endpoint.request("/classify", {"model": server.endpoint.model, "input": chunk})
-        for chunk in texts.chunks(wanted, size)
+        server.endpoint.encode_request(
+            "/classify", {"model": server.endpoint.model, "input": chunk}
+        )
+        for chunk in texts.chunks(loaded, size)
     ]
 
 
-def _job(server: Running, size: int, at_a_time: int, seconds: float) -> float:
+def _measure_job(server: RunningTarget, size: int, concurrency: int, seconds: float) -> float:
     result = server.home.path / "job.json"
     server.home.run(
         *(sys.executable, "-m", "benchmarks.classify.job", server.ray_address),
-        *(str(size), str(at_a_time), str(seconds), result),
+        *(str(size), str(concurrency), str(seconds), result),
         timeout_s=JOB_TIMEOUT_S,
     )
     return float(json.loads(result.read_text(encoding="utf-8")))
@@ -132,12 +146,12 @@ def _job(server: Running, size: int, at_a_time: int, seconds: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Worker:
-    """The process that measures models without a server."""
+    """Process that measures models without a server (``benchmarks.classify.inprocess``)."""
 
     child: subprocess.Popen[str]
 
-    def ask(self, measurement: str) -> float:
-        """One number."""
+    def measure(self, measurement: str) -> float:
+        """Return the result of one measurement."""
         assert self.child.stdin is not None
         assert self.child.stdout is not None
         self.child.stdin.write(f"{measurement}\n")
@@ -147,11 +161,11 @@ class _Worker:
             if word == "RESULT":
                 _say(f"  {measurement:<16} {float(number):10.4g}")
                 return float(number)
-        raise TargetError(f"the process that measures {measurement!r} ended")
+        raise TargetError(f"The worker process exited while measuring {measurement!r}.")
 
 
 @contextlib.contextmanager
-def _in_process() -> Iterator[_Worker]:
+def _start_worker() -> Iterator[_Worker]:
     with new_home("inprocess") as home, (home.path / "log").open("w") as log:
         model = models_dir() / "sentiment-minilm"
         command: list[str | Path] = [sys.executable, "-m", "benchmarks.classify.inprocess", model]

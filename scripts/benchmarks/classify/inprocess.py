@@ -1,9 +1,9 @@
-"""What one process computes without HTTP: the engine's model, transformers, and its pipeline.
+"""Classification without a server: our engine's model, transformers, and its pipeline.
 
-Runs as ``python -m benchmarks.classify.inprocess MODEL_DIR``: reads the name of a measurement from
-each line of its input and answers with a number on a line. All models stay loaded; the texts are
-tokenized beforehand, except for the pipeline. Every model may use the cores as it likes best: all
-for one batch, or one for each of several; the better counts.
+Runs as ``python -m benchmarks.classify.inprocess MODEL_DIR``: each line on stdin names a
+measurement, each line on stdout is its result. All models stay loaded. Texts are tokenized in
+advance, except for the pipeline. Each model runs with all cores on one batch and with one core per
+batch; the faster way counts.
 """
 
 import itertools
@@ -33,14 +33,15 @@ NUM_TEXTS = 1024
 BATCH = 32
 CORES = len(os.sched_getaffinity(0))
 BUDGET_TOKENS = 1024
-"""The engine's own batches."""
-SINGLES = 60
+"""Token budget of the engine's batches."""
+NUM_SINGLES = 60
+"""Texts whose latency is measured one by one."""
 Batch = Sequence[TokenIds]
 Run = Callable[[Batch], Any]
 
 
 class InProcess:
-    """Every model, loaded on first use."""
+    """Models to measure, loaded on first use."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -52,31 +53,36 @@ class InProcess:
         self._models: dict[str, Run] = {}
 
     def measure(self, name: str) -> float:
-        """``tokens``; ``fp32``, ``bf16``, ``int8`` or ``hf-…`` with ``fifo``, ``sorted`` or
-        ``single``: texts a second, or the milliseconds of one text; ``agreement`` with float32 or
-        ``accuracy``; ``pipeline``."""
+        """Return the result of a measurement.
+
+        ``MODEL fifo`` and ``MODEL sorted`` are texts per second in arrival order and sorted by
+        length; ``MODEL single`` is the latency of one text in ms; ``MODEL agreement`` is the share
+        of labels equal to float32's; ``MODEL accuracy`` is the share of correct labels. MODEL is
+        fp32, bf16, int8 or, for transformers, hf-fp32 or hf-bf16. ``tokens`` is the mean length of
+        a text; ``pipeline`` is texts per second; ``padding waste`` is a share.
+        """
         if name == "tokens":
             return statistics.fmean(map(len, self._ids))
         if name == "pipeline":
-            return self._pipeline()
+            return self._pipeline_rate()
         if name == "padding waste":
             return self._padding_waste()
         torch.set_num_threads(CORES)
         model, _, order = name.partition(" ")
-        run = self._loaded(model)
+        run = self._get_model(model)
         if order == "single":
-            return self._single(run)
+            return self._single_ms(run)
         if order == "agreement":
-            return float(np.mean(self._labels(run) == self._labels(self._loaded("fp32"))))
+            return float(np.mean(self._labels(run) == self._labels(self._get_model("fp32"))))
         if order == "accuracy":
-            truth = np.array([praise for _, praise in texts.labelled(NUM_TEXTS)])
+            truth = np.array([positive for _, positive in texts.load_labelled(NUM_TEXTS)])
             return float(np.mean(self._labels(run) == truth))
-        batches = self._fifo() if order == "fifo" else self._sorted()
+        batches = self._fifo_batches() if order == "fifo" else self._sorted_batches()
         return max(_rate_of_threads(run, batches, 1), _rate_of_threads(run, batches, CORES))
 
-    def _loaded(self, name: str) -> Run:
+    def _get_model(self, name: str) -> Run:
         if name not in self._models:
-            self._models[name] = self._model(name)
+            self._models[name] = self._load_model(name)
         return self._models[name]
 
     def _labels(self, run: Run) -> NDArray[np.intp]:
@@ -87,7 +93,7 @@ class InProcess:
             labels[some] = np.asarray(run([self._ids[index] for index in some])).argmax(1)
         return labels
 
-    def _model(self, name: str) -> Run:
+    def _load_model(self, name: str) -> Run:
         if name.startswith("hf-"):
             dtype = {"hf-fp32": torch.float32, "hf-bf16": torch.bfloat16}[name]
             network = AutoModelForSequenceClassification.from_pretrained(self._path, dtype=dtype)
@@ -97,11 +103,11 @@ class InProcess:
         model = builder.low({"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}[name])
         return lambda batch: model.run("classify", batch)
 
-    def _fifo(self) -> list[Batch]:
+    def _fifo_batches(self) -> list[Batch]:
         ids = self._ids
         return [sorted(ids[i : i + BATCH], key=len) for i in range(0, len(ids), BATCH)]
 
-    def _sorted(self) -> list[Batch]:
+    def _sorted_batches(self) -> list[Batch]:
         batches: list[list[TokenIds]] = [[]]
         for row in sorted(self._ids, key=len):
             if sum(map(len, batches[-1])) + len(row) > BUDGET_TOKENS:
@@ -110,7 +116,7 @@ class InProcess:
         return list(batches)
 
     def _padding_waste(self) -> float:
-        """Share of what is computed that is of no token, in the engine's own batches."""
+        """Return the share of computed positions that are padding, in the engine's batches."""
         batcher = Batcher[int](BUDGET_TOKENS)
         for number in range(0, len(self._ids), BATCH):
             lengths = [len(row) for row in self._ids[number : number + BATCH]]
@@ -120,25 +126,25 @@ class InProcess:
             model.run("classify", [self._ids[item.key + item.index] for item in batch.items])
         return model.padding / (model.padding + sum(map(len, self._ids)))
 
-    def _single(self, run: Run) -> float:
+    def _single_ms(self, run: Run) -> float:
         found = []
-        for row in self._ids[:SINGLES]:
-            begun = time.perf_counter()
+        for row in self._ids[:NUM_SINGLES]:
+            began = time.perf_counter()
             run([row])
-            found.append(time.perf_counter() - begun)
+            found.append(time.perf_counter() - began)
         return statistics.median(found) * 1e3
 
-    def _pipeline(self) -> float:
+    def _pipeline_rate(self) -> float:
         classify = pipeline("text-classification", model=self._path, device="cpu", top_k=None)
         some = self._texts[: NUM_TEXTS // 4]
         classify(some[:BATCH], batch_size=BATCH)
-        begun = time.perf_counter()
+        began = time.perf_counter()
         classify(some, batch_size=BATCH)
-        return len(some) / (time.perf_counter() - begun)
+        return len(some) / (time.perf_counter() - began)
 
 
 def _rate_of_threads(run: Run, batches: Sequence[Batch], count: int, seconds: float = 2.0) -> float:
-    """Texts a second of ``count`` threads, each with its share of the cores."""
+    """Return texts per second of ``count`` threads that share the cores equally."""
     turns, done = itertools.count(), [0] * count
     end = 0.0
 
@@ -149,19 +155,19 @@ def _rate_of_threads(run: Run, batches: Sequence[Batch], count: int, seconds: fl
             run(batch)
             done[number] += len(batch)
 
-    for part in (seconds / 4, seconds):  # the first one warms up
-        turns, done, begun = itertools.count(), [0] * count, time.perf_counter()
-        end = begun + part
+    for part in (seconds / 4, seconds):  # the first run warms up
+        turns, done, began = itertools.count(), [0] * count, time.perf_counter()
+        end = began + part
         threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    return sum(done) / (time.perf_counter() - begun)
+    return sum(done) / (time.perf_counter() - began)
 
 
 def _padded(network: Any) -> Run:
-    """Padded to the longest, as a loop around transformers does it."""
+    """Wrap a network so that each batch is padded to its longest text, as usual."""
 
     @torch.inference_mode()
     def run(batch: Batch) -> Any:

@@ -1,12 +1,12 @@
-"""The keys and tables of ``bench classify``, from the numbers of each round."""
+"""Keys and tables of ``bench classify``."""
 
 from collections.abc import Mapping
 
-from benchmarks.report import Cell, Report, Table
+from benchmarks.report import CellValue, Report, Table
 from benchmarks.rounds import Summary
 
-Found = dict[tuple[str, str], list[float]]
-"""The rounds of each path and measurement."""
+Results = dict[tuple[str, str], list[float]]
+"""Values of all rounds, by server and measurement."""
 
 GOALS = {
     "ratio_vs_kernel": ">= 0.9",
@@ -40,8 +40,8 @@ RATIOS = {
     ),
     "ratio_int8_vs_bf16": (("in process", "int8 sorted"), ("in process", "bf16 sorted")),
 }
-"""Keys, and the two measurements whose ratio they are."""
-VALUES = {
+"""Numerator and denominator of each ratio."""
+PLAIN_KEYS = {
     "single_ms_p50": ("tandem", "1x1 p50"),
     "single_ms_p99": ("tandem", "1x1 p99"),
     "single_in_process_ms": ("in process", "bf16 single"),
@@ -54,48 +54,51 @@ VALUES = {
 INFINITY = ("infinity-bf16", "infinity-fp32")
 
 
-def make(found: Found, num_tokens: float) -> Report:
-    """The report of texts of ``num_tokens`` on average."""
-    numbers = {name: Summary(tuple(rounds)) for name, rounds in found.items() if rounds}
+def make_report(results: Results, num_tokens: float) -> Report:
+    """Return the report; ``num_tokens`` is the mean length of the texts."""
+    summaries = {name: Summary(tuple(rounds)) for name, rounds in results.items() if rounds}
     keys = {
-        key: numbers[ours].over(numbers[theirs])
+        key: summaries[ours].over(summaries[theirs])
         for key, (ours, theirs) in RATIOS.items()
-        if ours in numbers and theirs in numbers
+        if ours in summaries and theirs in summaries
     }
     for key, load in (("ratio_vs_infinity", "32x8"), ("ratio_vs_infinity_single", "1x64")):
-        if (best := _best(numbers, load)) and ("tandem", load) in numbers:
-            keys[key] = numbers["tandem", load].over(best)
-    accuracies = [numbers.get(("in process", f"{dtype} accuracy")) for dtype in ("bf16", "fp32")]
+        if (best := _best_infinity(summaries, load)) and ("tandem", load) in summaries:
+            keys[key] = summaries["tandem", load].over(best)
+    accuracies = [summaries.get(("in process", f"{dtype} accuracy")) for dtype in ("bf16", "fp32")]
     if accuracies[0] and accuracies[1]:
         keys["accuracy_delta"] = accuracies[0].minus(accuracies[1])
-    keys |= {key: numbers[name] for key, name in VALUES.items() if name in numbers}
+    keys |= {key: summaries[name] for key, name in PLAIN_KEYS.items() if name in summaries}
     return Report(
         keys=keys,
         goals={key: goal for key, goal in GOALS.items() if key in keys},
         tables=[
-            table for kind in ("in process", "servers") if (table := _table(numbers, kind)).rows
+            table for kind in ("in process", "servers") if (table := _table(summaries, kind)).rows
         ],
-        details={"classify": {f"{name}: {what}": rounds for (name, what), rounds in found.items()}},
+        details={
+            "classify": {f"{name}: {what}": rounds for (name, what), rounds in results.items()}
+        },
         notes=[
-            f"texts of {num_tokens:.1f} tokens on average; A x B: A texts in a request, B clients",
-            "tandem-split: a replica of one thread for each core, for one replica with all cores; "
-            "a replica's memory is taken after its loads, the largest replica's",
-            "the load is wrk with one thread, on the same cores as the servers; all of them were "
-            "up, and one was measured at a time",
+            f"Texts have {num_tokens:.1f} tokens on average. AxB: A texts per request, "
+            "B connections.",
+            "tandem-split: one replica with one thread per core, instead of one replica with all "
+            "cores. Memory is that of the largest replica after its loads.",
+            "The load is wrk with one thread, on the same cores as the servers. All servers were "
+            "running, and one was measured at a time.",
         ],
     )
 
 
-def _best(numbers: Mapping[tuple[str, str], Summary], load: str) -> Summary | None:
-    found = [numbers[name, load] for name in INFINITY if (name, load) in numbers]
+def _best_infinity(summaries: Mapping[tuple[str, str], Summary], load: str) -> Summary | None:
+    found = [summaries[name, load] for name in INFINITY if (name, load) in summaries]
     return max(found, key=lambda summary: summary.median) if found else None
 
 
-def _table(numbers: Mapping[tuple[str, str], Summary], kind: str) -> Table:
-    rows: list[list[Cell]] = [
+def _table(summaries: Mapping[tuple[str, str], Summary], kind: str) -> Table:
+    rows: list[list[CellValue]] = [
         [what if kind == "in process" else f"{name}, {what}", value]
-        for (name, what), value in numbers.items()
+        for (name, what), value in summaries.items()
         if (name == "in process") == (kind == "in process")
     ]
     title = "texts/s (single, p50, p99: ms; RSS, PSS: MB)"
-    return Table(f"{kind}: {title}", ("what", "median (lowest – highest)"), rows)
+    return Table(f"{kind}: {title}", ("measurement", "median (lowest – highest)"), rows)

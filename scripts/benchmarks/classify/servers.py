@@ -1,4 +1,4 @@
-"""The servers that ``bench classify`` compares: each a context manager, all with one model."""
+"""Servers that ``bench classify`` compares, all with the same model."""
 
 import contextlib
 import os
@@ -9,34 +9,34 @@ from pathlib import Path
 
 from benchmarks.endpoint import Endpoint
 from benchmarks.targets.home import free_ports, new_home
-from benchmarks.targets.own_environment import own_environment
-from benchmarks.targets.running import Running
-from benchmarks.targets.tandem import tandem_of
+from benchmarks.targets.peer_environment import install_peer
+from benchmarks.targets.running import RunningTarget
+from benchmarks.targets.tandem import tandem_with_pools
 from cluster.models.store import models_dir
 
 MODEL = "sentiment-minilm"
 SPLIT = "tandem-split"
-"""A replica of one thread for each core."""
+"""Cluster with one replica per core, each with one thread."""
 READY_S = 300.0
 INFINITY = "infinity-emb[server]==0.0.78"
-INFINITY_WANTS = (INFINITY, "transformers<5", "sentence-transformers<5.2")
+INFINITY_REQUIREMENTS = (INFINITY, "transformers<5", "sentence-transformers<5.2")
 
 
 def tandem(
     replicas: int = 1, threads: int | None = None
-) -> Callable[[], AbstractContextManager[Running]]:
-    """The cluster as ``tandem up`` starts it, with one classifier and no generator."""
+) -> Callable[[], AbstractContextManager[RunningTarget]]:
+    """Return a start function of a cluster with one classifier and no generator."""
     pool = {"min": replicas, "max": replicas}
     classifier = {"name": MODEL, "model": MODEL, "replicas": pool, "threads": threads}
-    return lambda: tandem_of({"classifiers": [classifier]}, MODEL)
+    return lambda: tandem_with_pools({"classifiers": [classifier]}, MODEL)
 
 
-def infinity(dtype: str) -> Callable[[], AbstractContextManager[Running]]:
-    """Infinity with its PyTorch engine, in one type."""
+def infinity(dtype: str) -> Callable[[], AbstractContextManager[RunningTarget]]:
+    """Return a start function of Infinity with its PyTorch engine."""
 
     @contextlib.contextmanager
-    def server() -> Iterator[Running]:
-        binary = infinity_installed()
+    def server() -> Iterator[RunningTarget]:
+        binary = install_infinity()
         (port,) = free_ports(1)
         endpoint = Endpoint(port, MODEL)
         with new_home("infinity") as home:
@@ -47,27 +47,26 @@ def infinity(dtype: str) -> Callable[[], AbstractContextManager[Running]]:
                 environment={"PYTHONPATH": "", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"},
             )  # fmt: skip
             home.wait_ready(endpoint, READY_S, "/health")
-            yield Running(endpoint, home)
+            yield RunningTarget(endpoint, home)
 
     return server
 
 
-def infinity_installed() -> Path:
-    """Infinity's program, installed now if it is not there yet.
+def install_infinity() -> Path:
+    """Return Infinity's executable; install it if it is missing.
 
-    Its environment has everything of its own but PyTorch, which it shares with this one: the same
-    kernels for both.
+    It uses this environment's PyTorch, so that both run the same kernels.
     """
-    place = own_environment("infinity-emb-0.0.78", INFINITY_WANTS, leave_out="torch")
-    (own,) = (place / "lib").glob("python*/site-packages")
-    ours = Path(sys.prefix) / "lib" / own.parent.name / "site-packages"
-    (own / "zz_torch.pth").write_text(f"{ours}\n", encoding="utf-8")
-    return place / "bin" / "infinity_emb"
+    environment = install_peer("infinity-emb-0.0.78", INFINITY_REQUIREMENTS, leave_out="torch")
+    (theirs,) = (environment / "lib").glob("python*/site-packages")
+    ours = Path(sys.prefix) / "lib" / theirs.parent.name / "site-packages"
+    (theirs / "zz_torch.pth").write_text(f"{ours}\n", encoding="utf-8")
+    return environment / "bin" / "infinity_emb"
 
 
 @contextlib.contextmanager
-def vllm() -> Iterator[Running]:
-    """vLLM's own server with the same model, eager as the processor wants it."""
+def vllm() -> Iterator[RunningTarget]:
+    """Run vLLM's own server with the same model, in eager mode for CPUs."""
     (port,) = free_ports(1)
     endpoint = Endpoint(port, MODEL)
     with new_home("vllm") as home:
@@ -84,10 +83,10 @@ def vllm() -> Iterator[Running]:
             },
         )  # fmt: skip
         home.wait_ready(endpoint, READY_S, "/health")
-        yield Running(endpoint, home)
+        yield RunningTarget(endpoint, home)
 
 
-SERVERS: Mapping[str, Callable[[], AbstractContextManager[Running]]] = {
+SERVERS: Mapping[str, Callable[[], AbstractContextManager[RunningTarget]]] = {
     "tandem": tandem(),
     SPLIT: tandem(replicas=len(os.sched_getaffinity(0)), threads=1),
     "infinity-bf16": infinity("bfloat16"),

@@ -1,8 +1,8 @@
-"""The client in another Ray job against a bare handle of Ray Serve to the same engine.
+"""Tandem's client in another Ray job, compared with a plain Ray Serve handle to the same engine.
 
-Both call the instant simulated engine from a driver of their own: 32 at a time and awaited,
-streaming and not; and one after the other, synchronously. The client comes through a router with
-all that it does, the handle calls the engine's deployment itself.
+Both call the instant simulated engine from a separate driver: 32 concurrent async calls, streaming
+and not, and single synchronous run. The client goes through the router; the handle calls the
+engine's deployment directly.
 """
 
 import argparse
@@ -13,17 +13,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from benchmarks.handle.driver import CONCURRENT, TOKENS
-from benchmarks.report import Cell as ReportCell
-from benchmarks.report import Report, Table
-from benchmarks.rounds import Summary, interleaved
-from benchmarks.stream.paths import say
-from benchmarks.targets.running import Running, Target
+from benchmarks.report import CellValue, Report, Table, print_progress
+from benchmarks.rounds import Summary, interleave
+from benchmarks.targets.running import RunningTarget, SimTarget
 from benchmarks.targets.serve_handle import serve_default, serve_handle
 from benchmarks.targets.tandem import tandem
 
 CLIENT, HANDLE, HANDLE_DEFAULT = "client", "handle", "handle-default"
 
-TARGETS: Mapping[str, Target] = {
+TARGETS: Mapping[str, SimTarget] = {
     CLIENT: tandem,
     HANDLE: serve_handle,
     HANDLE_DEFAULT: serve_default,
@@ -31,72 +29,75 @@ TARGETS: Mapping[str, Target] = {
 RATES = {
     "stream_req_s": "streams/s",
     "stream_tokens_s": "tokens/s",
-    "unary_req_s": "answers/s",
+    "unary_req_s": "responses/s",
 }
-TIMES = {
+LATENCIES = {
     "first_ms_p50": "first token, ms",
-    "stream_ms_p50": "stream, ms",
-    "unary_ms_p50": "answer, ms",
-    "unary_ms_p99": "p99",
+    "stream_ms_p50": "complete stream, ms",
+    "unary_ms_p50": "unary, ms",
+    "unary_ms_p99": "unary p99, ms",
 }
-JOIN_S = 60.0
-"""For a driver to start and end."""
+DRIVER_START_S = 60.0
+"""Time for a driver to start and exit."""
 
 Rounds = dict[str, list[dict[str, float]]]
+"""Results of each round, by caller."""
 
 
 @dataclass(frozen=True, slots=True)
-class Calls:
-    """A driver's run: which caller, and how it calls."""
+class DriverRun:
+    """Parameters of one run of the driver."""
 
     caller: str
-    how: str
+    mode: str
     """``concurrent`` or ``single``."""
     seconds: float
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``bench handle``."""
-    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each kind of call")
+    """Add the options of ``bench handle``."""
+    parser.add_argument(
+        "--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="callers"
+    )
+    parser.add_argument("--seconds", type=float, default=5.0, help="duration of each measurement")
 
 
 def run(args: argparse.Namespace) -> Report:
     """Measure every caller in every round."""
     if args.quick:
         args.seconds = min(args.seconds, 2.0)
-    found: Rounds = defaultdict(list)
-    for number, name in interleaved(args.targets, args.rounds):
+    results: Rounds = defaultdict(list)
+    for number, name in interleave(args.targets, args.rounds):
         caller = CLIENT if name == CLIENT else HANDLE
         with TARGETS[name](0.0) as running:
-            numbers = _drive(running, Calls(caller, "concurrent", args.seconds))
-            numbers |= _drive(running, Calls(caller, "single", args.seconds))
-        found[name].append(numbers)
-        say(number, name, f"{numbers['stream_tokens_s']:10,.0f} tokens/s")
-    return report(found)
+            numbers = _run_driver(running, DriverRun(caller, "concurrent", args.seconds))
+            numbers |= _run_driver(running, DriverRun(caller, "single", args.seconds))
+        results[name].append(numbers)
+        print_progress(number, name, f"{numbers['stream_tokens_s']:10,.0f} tokens/s")
+    return make_report(results)
 
 
-def _drive(running: Running, calls: Calls) -> dict[str, float]:
-    """Run a driver that joins the Ray of ``running``; what it measured, by name."""
-    out = running.home.path / f"{calls.how}.json"
-    words = (calls.caller, calls.how, running.ray_address, str(calls.seconds), str(out))
+def _run_driver(running: RunningTarget, run: DriverRun) -> dict[str, float]:
+    """Run a driver as a Ray job of the target; return its results."""
+    out = running.home.path / f"{run.mode}.json"
+    words = (run.caller, run.mode, running.ray_address, str(run.seconds), str(out))
     environment = dict(running.job_environment)
-    if calls.how == "single":  # a caller without an event loop cannot run the handle's router
+    if run.mode == "single":  # without an event loop, the handle needs one in a thread
         environment["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] = "1"
     running.home.run(
         *(sys.executable, "-m", "benchmarks.handle.driver", *words),
-        timeout_s=JOIN_S + 4 * calls.seconds,
+        timeout_s=DRIVER_START_S + 4 * run.seconds,
         environment=environment,
     )
     numbers: dict[str, float] = json.loads(out.read_text(encoding="ascii"))
     return numbers
 
 
-def report(found: Rounds) -> Report:
-    """Ratios round by round, and the numbers of each caller."""
+def make_report(results: Rounds) -> Report:
+    """Return the ratios per round and the results of each caller."""
     numbers = {
-        name: {key: Summary(tuple(one[key] for one in rounds)) for key in (*RATES, *TIMES)}
-        for name, rounds in found.items()
+        name: {key: Summary(tuple(one[key] for one in rounds)) for key in (*RATES, *LATENCIES)}
+        for name, rounds in results.items()
     }
     keys = {
         f"{name.replace('-', '_')}_{key}": value
@@ -106,13 +107,13 @@ def report(found: Rounds) -> Report:
     return Report(
         keys=_ratios(numbers) | keys,
         tables=[
-            _table(f"{CONCURRENT} at a time, {TOKENS} tokens each", RATES, numbers),
-            _table(f"One at a time, {TOKENS} tokens each", TIMES, numbers),
+            _table(f"{CONCURRENT} concurrent calls of {TOKENS} tokens", RATES, numbers),
+            _table(f"Single calls of {TOKENS} tokens", LATENCIES, numbers),
         ],
-        details={"handle": dict(found)},
+        details={"handle": dict(results)},
         notes=[
-            "handle: Serve with its settings for throughput; handle-default: without",
-            "the client's answers are parsed, the chunks that a handle yields are not",
+            "handle: Serve with throughput settings; handle-default: Serve with its defaults.",
+            "The client parses its responses; the chunks of a handle are not parsed.",
         ],
     )
 
@@ -130,7 +131,7 @@ def _ratios(numbers: Mapping[str, Mapping[str, Summary]]) -> dict[str, Summary]:
 def _table(
     title: str, columns: Mapping[str, str], numbers: Mapping[str, Mapping[str, Summary]]
 ) -> Table:
-    rows: list[list[ReportCell]] = [
+    rows: list[list[CellValue]] = [
         [name, *(of_one[key] for key in columns)] for name, of_one in numbers.items()
     ]
     return Table(title, ("caller", *columns.values()), rows)

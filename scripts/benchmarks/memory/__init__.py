@@ -1,11 +1,11 @@
-"""Memory of the router's process under idle, active and stalled streams.
+"""Memory of the router process with idle, active and stalled streams.
 
-Each load has a cluster of its own, so that no peak hides behind an earlier one. The clients come
-through HAProxy. What they do:
+Each load runs on a separate cluster, so that an earlier peak does not hide a later one. The clients
+connect through HAProxy:
 
-- idle: 1,000 streams are open; each has had its first token, and the next one is seconds away;
-- active: 256 streams get a token every 20 ms, and ask again when their answer is whole;
-- stalled: 100 clients ask for several megabytes each and never read a byte.
+- idle: 1,000 open streams; each has had its first token, and the next one is seconds away;
+- active: 256 streams with a token every 20 ms; a finished stream is followed by the next one;
+- stalled: 100 clients that request several megabytes each and never read.
 """
 
 import argparse
@@ -13,60 +13,63 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from benchmarks.memory.loads import LOADS
-from benchmarks.memory.watch import Memory, Watch, process_of
-from benchmarks.report import Report, Table
-from benchmarks.rounds import Summary, interleaved
-from benchmarks.stream.paths import say
-from benchmarks.targets.running import MODEL
-from benchmarks.targets.tandem import tandem_of
+from benchmarks.processes import PeakMemory, ProcessMemory, find_process
+from benchmarks.report import Report, Table, print_progress
+from benchmarks.rounds import Summary, interleave
+from benchmarks.targets.running import SIM_MODEL
+from benchmarks.targets.tandem import tandem_with_pools
 
 GOAL = "<= 250"
 HEADLINE = "router_rss_mb_256_active"
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class MemoryResult:
     """One load in one round."""
 
-    before: Memory
-    """Of a cluster that has answered one request, and has no client."""
-    peak: Memory
+    before: ProcessMemory
+    """Memory after one request, without a client."""
+    peak: ProcessMemory
     said: str
-    """What the load reports of itself."""
+    """Description of the load."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``bench memory``."""
-    parser.add_argument("--loads", nargs="+", choices=list(LOADS), default=list(LOADS))
-    parser.add_argument("--seconds", type=float, default=10.0, help="that each load is watched")
+    """Add the options of ``bench memory``."""
+    parser.add_argument(
+        "--loads", nargs="+", choices=list(LOADS), default=list(LOADS), help="loads to measure"
+    )
+    parser.add_argument("--seconds", type=float, default=10.0, help="duration of each load")
 
 
 def run(args: argparse.Namespace) -> Report:
-    """Put each load on a cluster of its own, in every round."""
+    """Run each load on a new cluster, in every round."""
     if args.quick:
         args.seconds = min(args.seconds, 3.0)
-    cells: dict[str, list[Cell]] = defaultdict(list)
-    for number, name in interleaved(args.loads, args.rounds):
-        cell = _cell(name, args.seconds)
-        cells[name].append(cell)
-        say(number, name, f"{cell.before.rss_mb:.0f} MB before, {cell.peak.rss_mb:.0f} MB at most")
-    return _report(cells)
+    results: dict[str, list[MemoryResult]] = defaultdict(list)
+    for number, name in interleave(args.loads, args.rounds):
+        result = _measure(name, args.seconds)
+        results[name].append(result)
+        print_progress(
+            number, name, f"{result.before.rss_mb:.0f} MB before, peak {result.peak.rss_mb:.0f} MB"
+        )
+    return _report(results)
 
 
-def _cell(name: str, seconds: float) -> Cell:
+def _measure(name: str, seconds: float) -> MemoryResult:
     load = LOADS[name]
-    with tandem_of({"generators": [load.generator]}, MODEL) as running:
-        router = process_of(running.home.path, "router")
-        before = Memory.of(router)
-        with Watch(router) as watch:
-            said = load.put(running.endpoint, seconds)
-        return Cell(before, watch.peak, said)
+    with tandem_with_pools({"generators": [load.generator]}, SIM_MODEL) as running:
+        router = find_process(running.home.path, "router")
+        before = ProcessMemory.read(router)
+        with PeakMemory(router) as memory:
+            description = load.run(running.endpoint, seconds)
+        return MemoryResult(before, memory.peak, description)
 
 
-def _report(cells: dict[str, list[Cell]]) -> Report:
-    before = [cell.before for rounds in cells.values() for cell in rounds]
+def _report(results: dict[str, list[MemoryResult]]) -> Report:
+    before = [result.before for rounds in results.values() for result in rounds]
     found = {"idle_cluster": before}
-    found |= {name: [cell.peak for cell in rounds] for name, rounds in cells.items()}
+    found |= {name: [result.peak for result in rounds] for name, rounds in results.items()}
     keys: dict[str, Summary] = {}
     rows: list[tuple[str, Summary, Summary]] = []
     for name, memories in found.items():
@@ -77,7 +80,7 @@ def _report(cells: dict[str, list[Cell]]) -> Report:
     return Report(
         keys=keys,
         goals={HEADLINE: GOAL} if HEADLINE in keys else {},
-        tables=[Table("The router's process at its peak, in MB", ("load", "RSS", "PSS"), rows)],
-        details={"memory": dict(cells)},
-        notes=[f"{name.replace('_', ' ')}: {rounds[-1].said}" for name, rounds in cells.items()],
+        tables=[Table("Peak memory of the router process in MB", ("load", "RSS", "PSS"), rows)],
+        details={"memory": dict(results)},
+        notes=[f"{name.replace('_', ' ')}: {rounds[-1].said}" for name, rounds in results.items()],
     )

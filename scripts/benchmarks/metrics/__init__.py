@@ -1,8 +1,8 @@
-"""The cost of metrics and of tracing: streams with both off, with metrics, with tracing too.
+"""Cost of metrics and tracing: streams with both off, with metrics, and with tracing as well.
 
-One cluster has three applications, each with a router and an instant engine of its own: one that
-counts nothing, the usual one, and one that sends the spans of every request to a receiver on
-loopback. They take turns of a few seconds, so that what slows the machine slows all of them.
+One cluster has three applications, each with a router and an instant engine: one without metrics,
+the usual one, and one that exports the spans of every request to a receiver on loopback. They take
+turns of a few seconds, so that a slow phase of the machine affects all of them.
 """
 
 import argparse
@@ -10,118 +10,119 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from benchmarks import load, otlp
+from benchmarks import wrk
 from benchmarks.endpoint import TargetError
 from benchmarks.metrics import counting
-from benchmarks.metrics.spans import Spans
 from benchmarks.metrics.uncounted import ARGS
-from benchmarks.report import Cell as ReportCell
-from benchmarks.report import Report, Table
-from benchmarks.rounds import Summary, interleaved
-from benchmarks.stream.cell import PATH, TOKENS, Cell, chat, measure
-from benchmarks.stream.costs import cost_table
-from benchmarks.stream.paths import say
-from benchmarks.targets.running import MODEL, Running, generator
-from benchmarks.targets.tandem import Beside, tandem_of
+from benchmarks.otlp import SpanCounter, receive_traces
+from benchmarks.report import CellValue, Report, Table, print_progress
+from benchmarks.rounds import Summary, interleave
+from benchmarks.stream.measure import (
+    PATH,
+    TOKENS,
+    StreamResult,
+    cpu_cost_table,
+    encode_chat,
+    measure,
+)
+from benchmarks.targets.running import SIM_MODEL, RunningTarget, sim_generator
+from benchmarks.targets.tandem import ExtraApplication, tandem_with_pools
 
 OFF, ON, TRACED = "off", "metrics", "metrics, tracing"
 PATHS: Mapping[str, str] = {OFF: "/off", ON: "", TRACED: "/traced"}
-"""Where each application answers."""
+"""Route prefix of each application."""
 CONNECTIONS = 32
 GOALS = {"ratio_metrics_on_off": ">= 0.98", "metrics_us_per_token": "<= 2"}
 
-Turns = Mapping[str, Sequence[Cell]]
-"""Of each application in one round, in their order."""
+Turns = Mapping[str, Sequence[StreamResult]]
+"""Results of one round by application, one per turn."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``bench metrics``."""
-    parser.add_argument("--turns", type=int, default=5, help="of each application in a round")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of load in each turn")
+    """Add the options of ``bench metrics``."""
+    parser.add_argument("--turns", type=int, default=5, help="turns of each application in a round")
+    parser.add_argument("--seconds", type=float, default=4.0, help="duration of a turn")
 
 
 def run(args: argparse.Namespace) -> Report:
-    """Measure in a fresh cluster in each round."""
-    load.require_wrk()
+    """Measure on a new cluster in each round."""
+    wrk.require_wrk()
     if args.quick:
         args.turns, args.seconds = 1, min(args.seconds, 2.0)
-    rounds, counted, spans = [], [], Spans()
+    rounds, counting_us, spans = [], [], SpanCounter()
     for number in range(args.rounds):
-        counted.append(counting.us_per_token())
-        with otlp.receive(spans.take) as url, _cluster(url) as running:
-            rounds.append(_turns(running, number, args))
-    _check(spans, rounds)
-    return _report(rounds, counted, spans)
+        counting_us.append(counting.us_per_token())
+        with receive_traces(spans.add_export) as url, _cluster(url) as running:
+            rounds.append(_run_turns(running, number, args))
+    if not spans.count:
+        raise TargetError(f"No span arrived in {len(rounds)} rounds with tracing.")
+    return _report(rounds, counting_us, spans)
 
 
 @contextmanager
-def _cluster(url: str) -> Iterator[Running]:
-    beside = [
-        Beside(PATHS[OFF], "benchmarks.metrics.uncounted:build", ARGS),
-        # The usual import path is taken; Serve takes this spelling, too.
-        Beside(PATHS[TRACED], "deployments.app.build", {"tracing": {"endpoint": url}}),
+def _cluster(url: str) -> Iterator[RunningTarget]:
+    extra = [
+        ExtraApplication(PATHS[OFF], "benchmarks.metrics.uncounted:build", ARGS),
+        # Serve requires distinct import paths; "app.build" is the same function as "app:build".
+        ExtraApplication(PATHS[TRACED], "deployments.app.build", {"tracing": {"endpoint": url}}),
     ]
-    with tandem_of({"generators": [generator(0.0)]}, MODEL, beside=beside) as running:
+    pools = {"generators": [sim_generator(0.0)]}
+    with tandem_with_pools(pools, SIM_MODEL, extra_applications=extra) as running:
         yield running
 
 
-def _turns(running: Running, number: int, args: argparse.Namespace) -> Turns:
-    cells: dict[str, list[Cell]] = defaultdict(list)
-    requests = {name: chat(running.endpoint, path + PATH) for name, path in PATHS.items()}
+def _run_turns(running: RunningTarget, number: int, args: argparse.Namespace) -> Turns:
+    results: dict[str, list[StreamResult]] = defaultdict(list)
+    requests = {name: encode_chat(running.endpoint, path + PATH) for name, path in PATHS.items()}
     sizes = {
-        name: load.answer_size(running.endpoint, request, TOKENS)
+        name: wrk.measure_response_bytes(running.endpoint, request, TOKENS)
         for name, request in requests.items()
     }
-    for _, name in interleaved(list(PATHS), args.turns):
-        cell = measure(running, requests[name], sizes[name], CONNECTIONS, args.seconds)
-        cells[name].append(cell)
-        say(number, name, f"{cell.req_s:8.1f} req/s")
-    return cells
+    for _, name in interleave(list(PATHS), args.turns):
+        result = measure(running, requests[name], sizes[name], CONNECTIONS, args.seconds)
+        results[name].append(result)
+        print_progress(number, name, f"{result.req_s:8.1f} req/s")
+    return results
 
 
-def _check(spans: Spans, rounds: Sequence[Turns]) -> None:
-    if not spans.count:
-        raise TargetError(f"no span came of {len(rounds)} rounds with tracing")
-
-
-def ratio(turns: Turns, name: str) -> float:
-    """The median over the turns of one round of ``name``'s rate to that with everything off."""
+def ratio_to_off(turns: Turns, name: str) -> float:
+    """Return the rate of ``name`` over that of ``OFF``: the median of the turns of one round."""
     return _rates(turns[name]).over(_rates(turns[OFF])).median
 
 
-def _rates(cells: Sequence[Cell]) -> Summary:
-    return Summary(tuple(cell.req_s for cell in cells))
+def _rates(results: Sequence[StreamResult]) -> Summary:
+    return Summary(tuple(result.req_s for result in results))
 
 
-def _report(rounds: Sequence[Turns], counted: Sequence[float], spans: Spans) -> Report:
-    rows: list[list[ReportCell]] = [
+def _report(rounds: Sequence[Turns], counting_us: Sequence[float], spans: SpanCounter) -> Report:
+    rows: list[list[CellValue]] = [
         [name, Summary(tuple(_rates(turns[name]).median for turns in rounds))] for name in PATHS
     ]
-    costs = {name: [cell.cpu_us_per_token for t in rounds for cell in t[name]] for name in PATHS}
+    costs = {name: [one.cpu_us_per_token for t in rounds for one in t[name]] for name in PATHS}
     return Report(
         keys={
-            "ratio_metrics_on_off": Summary(tuple(ratio(turns, ON) for turns in rounds)),
-            "ratio_tracing_on_off": Summary(tuple(ratio(turns, TRACED) for turns in rounds)),
-            "metrics_us_per_token": Summary(tuple(counted)),
+            "ratio_metrics_on_off": Summary(tuple(ratio_to_off(turns, ON) for turns in rounds)),
+            "ratio_tracing_on_off": Summary(tuple(ratio_to_off(turns, TRACED) for turns in rounds)),
+            "metrics_us_per_token": Summary(tuple(counting_us)),
         },
         goals=GOALS,
         tables=[
             Table(
-                f"Streams of {TOKENS} tokens a second, instant engine, {CONNECTIONS} connections",
+                f"Streams of {TOKENS} tokens per second, instant engine, {CONNECTIONS} connections",
                 ("application", "req/s"),
                 rows,
             ),
-            cost_table("CPU us for a token", costs),
+            cpu_cost_table("CPU time per token in µs", costs),
         ],
         details={"turns": rounds, "spans": spans.count, "export_bytes": spans.num_bytes},
         notes=[_note(rounds, spans)],
     )
 
 
-def _note(rounds: Sequence[Turns], spans: Spans) -> str:
-    requests = sum(cell.load.requests for turns in rounds for cell in turns[TRACED])
+def _note(rounds: Sequence[Turns], spans: SpanCounter) -> str:
+    requests = sum(result.load.requests for turns in rounds for result in turns[TRACED])
     return (
-        f"{spans.count} spans came for {requests} measured requests and those of the warm-ups, "
-        "four for each that loses none; metrics_us_per_token is of the counting functions in "
-        "process, one write a token; a round's ratio is the median of its turns'"
+        f"{spans.count} spans arrived for {requests} measured requests and those of the warm-ups; "
+        "a request without lost spans has four. metrics_us_per_token times the metrics code alone, "
+        "in process, with one write per token. The ratio of a round is the median of its turns."
     )

@@ -1,7 +1,8 @@
-"""What counting one streamed token takes, in process: everything that a stream's life triggers.
+"""CPU time of the metrics code per streamed token, measured in process.
 
-The meter of a pool, the tenant's account, the sums of ``/v1/usage`` and the request log, as a
-router has them. Each token is a write of its own here, where a busy router puts several into one.
+Includes everything that a router updates for a stream: the meter of the pool, the tenant's quotas,
+the sums of ``/v1/usage`` and the request log. Each token is a separate write here; a busy router
+puts several into one.
 """
 
 import logging
@@ -11,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter, thread_time
 
-from benchmarks.stream.cell import PATH, TOKENS
-from benchmarks.targets.running import MODEL, generator
+from benchmarks.stream.measure import PATH, TOKENS
+from benchmarks.targets.running import SIM_MODEL, sim_generator
 from cluster.accounting.usage_log import UsageLog
 from cluster.admission import OPEN
 from cluster.config import parse
@@ -31,41 +32,41 @@ _REQUEST = Request("id", "POST", PATH, b"", [], b"{}")
 
 
 def us_per_token(streams: int = STREAMS) -> float:
-    """CPU microseconds for a token, with its share of what each stream takes once."""
-    with _counters() as (meter, accounts):
-        _count(meter, accounts, streams // 10)  # every series is there then
-        begun = thread_time()
-        _count(meter, accounts, streams)
-        spent = thread_time() - begun
+    """Return CPU microseconds per token, including a share of the costs per stream."""
+    with _make_counters() as (meter, quotas):
+        _count_streams(meter, quotas, streams // 10)  # creates every series
+        began = thread_time()
+        _count_streams(meter, quotas, streams)
+        used_s = thread_time() - began
     counted = sum(meter.itl_s.counts) + sum(meter.ttft_s.counts)
     assert counted == (streams + streams // 10) * TOKENS
-    return spent / (streams * TOKENS) * 1e6
+    return used_s / (streams * TOKENS) * 1e6
 
 
-def _count(meter: PoolMeter, accounts: TenantQuotas, streams: int) -> None:
+def _count_streams(meter: PoolMeter, quotas: TenantQuotas, streams: int) -> None:
     for _ in range(streams):
-        watch = meter.watch(_REQUEST, PATH, accounts.enter(OPEN, MODEL, 144.0, 16.0))
-        watch.placed("replica")
-        watch.status = 200
+        observer = meter.watch(_REQUEST, PATH, quotas.enter(OPEN, SIM_MODEL, 144.0, 16.0))
+        observer.placed("replica")
+        observer.status = 200
         for _ in range(TOKENS):
-            watch.writes.append(perf_counter())
-        watch.end(_USAGE)
+            observer.writes.append(perf_counter())
+        observer.end(_USAGE)
 
 
 @contextmanager
-def _counters() -> Iterator[tuple[PoolMeter, TenantQuotas]]:
-    """A router's, with its configuration's defaults; nothing is written but the request log."""
-    config = parse({"generators": [generator(0.0)]})
+def _make_counters() -> Iterator[tuple[PoolMeter, TenantQuotas]]:
+    """Yield a router's counters in the default configuration; only the request log is written."""
+    config = parse({"generators": [sim_generator(0.0)]})
     registry = Registry()
-    journal = RequestLog(config.router.log_requests_per_s)
+    request_log = RequestLog(config.router.log_requests_per_s)
     with tempfile.TemporaryDirectory(prefix="bench-metrics-") as folder:
         usage = UsageAccount(config, UsageLog(Path(folder) / "usage", config.accounting.keep_days))
-        log = open_request_log(Path(folder), "benchmark")
+        handler = open_request_log(Path(folder), "benchmark")
         try:
             yield (
-                PoolMeter(MODEL, Observers(registry, journal, usage=usage)),
+                PoolMeter(SIM_MODEL, Observers(registry, request_log, usage=usage)),
                 TenantQuotas(registry),
             )
         finally:
-            close_request_log(log)
+            close_request_log(handler)
             logging.getLogger(LOGGER).setLevel(logging.NOTSET)

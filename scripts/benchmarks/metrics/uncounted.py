@@ -1,8 +1,8 @@
-"""A deployment that counts nothing, for the benchmark alone.
+"""Deployment without metrics, only for the benchmark.
 
-Not a setting: autoscaling by SLO, the dashboard and ``/v1/usage`` read what is counted. So this
-puts parts that do nothing in the place of those that count, inside the replicas' own processes.
-What limits requests (``cluster.gateway.admission.quotas``) stays, with its counts.
+Metrics cannot be turned off by configuration, because SLO autoscaling, the dashboard and
+``/v1/usage`` need them. This module replaces the metrics code by code that does nothing, inside the
+processes of router and replicas. Quotas (``cluster.gateway.admission.quotas``) and their counters stay.
 """
 
 from collections.abc import Mapping
@@ -29,58 +29,58 @@ ARGS: Mapping[str, Any] = {
     "accounting": {"energy": False},
     "leaks": {"sample_s": 1e6, "window_s": 1e7},
 }
-"""What the configuration itself can turn off."""
+"""Configuration that turns off energy accounting and memory sampling."""
 
 
-class _Unkept(list[float]):
+class _DiscardingList(list[float]):
     def append(self, value: float) -> None:
         pass
 
 
-class Unwatched(RequestObserver):
-    """A request that nobody counts, logs or traces; its limits are told of its end."""
+class UncountedRequest(RequestObserver):
+    """Request without metrics, log and trace; only its quotas see its end."""
 
     __slots__ = ()
 
     def __init__(self, grant: Ending | None) -> None:
         self.status = CLIENT_LEFT
         self.cut_off = False
-        self.writes = _UNKEPT
+        self.writes = _DISCARDED
         self._grant = grant
 
     def placed(self, replica: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def asks(
         self, head: RequestHead, replica_id: str, address: tuple[str, int], way: str
     ) -> RequestHead:
-        """The head as it is."""
+        """Return the head unchanged."""
         return head
 
     def end(self, usage: Usage | None) -> None:
-        """Give back what the tenant's limits gave."""
+        """Return the tenant's quotas."""
         if self._grant is not None:
             self._grant.end(self.status, usage)
 
 
-_UNKEPT = _Unkept()
+_DISCARDED = _DiscardingList()
 
 
-class _Blind(Histogram):
+class _DiscardingHistogram(Histogram):
     def observe(self, value: float) -> None:
         pass
 
 
 class UncountingMeter(PoolMeter):
-    """Watches no request."""
+    """Meter that counts no request."""
 
     def __init__(self, model: str, observers: Observers) -> None:
         super().__init__(model, observers)
-        self.choice_s = _Blind(())
+        self.choice_s = _DiscardingHistogram(())
 
     def watch(self, request: Request, route: str, grant: Ending | None = None) -> RequestObserver:
-        """The same for every request."""
-        return Unwatched(grant)
+        """Return an observer without metrics."""
+        return UncountedRequest(grant)
 
 
 class _NoExporter:
@@ -92,7 +92,7 @@ class _NoExporter:
 
 
 class UncountingRouter(Router):
-    """A router without meters; its figures go nowhere."""
+    """Router without meters and without an exporter."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: TandemConfig, pools: Mapping[str, DeploymentHandle]
@@ -102,11 +102,11 @@ class UncountingRouter(Router):
             patch.object(router, "RayExporter", _NoExporter),
         ):
             await super().__init__(config, pools)
-        patch.object(relay, "perf_counter", float).start()  # nobody wants the times of writes
+        patch.object(relay, "perf_counter", float).start()  # saves reading the clock per write
 
 
 class UncountingGenerator(Generator):
-    """A generator whose figures go nowhere."""
+    """Generator without an exporter."""
 
     async def _start(self, *args: Any) -> None:
         with patch.object(replica, "RayExporter", _NoExporter):
@@ -114,8 +114,8 @@ class UncountingGenerator(Generator):
 
 
 def build(args: dict[str, Any]) -> Application:
-    """The usual application of other deployments."""
-    # Taken back: Serve may build another application in this process.
+    """Build the usual application with these deployments."""
+    # Undo the patches: Serve may build another application in this process.
     with (
         patch.object(app, "Router", UncountingRouter),
         patch.object(app, "Generator", UncountingGenerator),

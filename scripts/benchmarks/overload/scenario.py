@@ -1,189 +1,230 @@
-"""The load: how much of whom, and what its outcomes say. Knows no server.
+"""Load phases of the overload benchmark and what their outcomes mean. Independent of the server.
 
-The engine is paced, so that the machine sets no limit: a step of 40 ms is long beside an event
-loop's lag of 2 ms, and 250 requests a second at five times the capacity take a tenth of a core.
-Answers differ in length, or the whole batch would end at once and a window of 10 s would hold one
-batch more or less, which is 6 % of it. Therefore tokens are counted, not requests.
+The engine is paced so that the machine is not the limit: a step of 40 ms is long compared with an
+event loop's lag of 2 ms, and 250 requests/s at five times the capacity use a tenth of a core.
+Response lengths vary. With equal lengths, the whole batch would end at once, and a window of 10 s
+would have one batch more or less, which is 6 % of it. For the same reason, rates count tokens, not
+requests.
 """
 
 import asyncio
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from typing import Literal
 
 from benchmarks.endpoint import TargetError
-from benchmarks.overload.outcome import Ask, Measured, Outcome, Result
 from benchmarks.rounds import percentile
 
 SEQUENCES = 32
-"""Requests in the engine's batch."""
-TOKENS = 16
-"""Of an answer on average; each has half of it to one and a half times it."""
+"""Batch size of the engine in requests."""
+MEAN_TOKENS = 16
+"""Mean completion tokens; requests have half to one and a half times as many."""
 STEP_S = 0.04
-"""For one token of each of them."""
+"""Duration of an engine step, which generates one token for each request of the batch."""
 WEIGHTS: Mapping[str, float] = {"flood": 1.0, "small": 1.0, "heavy": 3.0}
+"""Fair-share weight by tenant."""
 BODY = {"prompt": "Tell me something.", "temperature": 0, "ignore_eos": True}
 
 _TICK_S = 0.01
-_LAG_S = 0.02  # a loop that is later than this was kept from running
+_MAX_LAG_S = 0.02  # a larger lag means that the process did not get the CPU
 _GRACE_S = 30.0
+
+Outcome = Literal["good", "late", "refused", "failed"]
+
+SendRequest = Callable[[str, int], Awaitable[int]]
+"""Send a request of a tenant for a number of tokens; return the status of the full response."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestResult:
+    """One finished request."""
+
+    tenant: str
+    tokens: int
+    """Requested completion tokens."""
+    sent_s: float
+    """Time since the start of the phase."""
+    seconds: float
+    """Time until the response was complete."""
+    status: int
+    in_time: bool
+
+    @property
+    def outcome(self) -> Outcome:
+        """Outcome by status and deadline."""
+        if self.status == 200:
+            return "good" if self.in_time else "late"
+        if self.status == 408:  # Serve ends requests at their deadline with 408
+            return "late"
+        return "refused" if self.status in (429, 503) else "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseResult:
+    """All requests of one phase."""
+
+    requests: Sequence[RequestResult]
+    stalled_s: float
+    """Time in which the client's event loop did not run because the machine was busy."""
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """So many times the capacity, by tenant."""
+    """Load as a multiple of the capacity, by tenant."""
 
     name: str
     load: tuple[tuple[str, float], ...]
 
 
 LEVELS = tuple(Phase(f"{times}x", (("flood", float(times)),)) for times in (1, 2, 5))
-SMALL = Phase("5x beside 0.25x", (("flood", 5.0), ("small", 0.25)))
-FLOODS = Phase("3x beside 3x of weight 3", (("flood", 3.0), ("heavy", 3.0)))
+SMALL = Phase("5x and 0.25x", (("flood", 5.0), ("small", 0.25)))
+FLOODS = Phase("3x and 3x with weight 3", (("flood", 3.0), ("heavy", 3.0)))
 
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """Every phase, one after the other."""
+    """Phases that run one after the other."""
 
     seconds: float = 12.0
+    """Duration of each phase."""
     warm_up_s: float = 2.0
-    """Of each phase; what is asked in it is not counted."""
+    """Time at the start of each phase whose requests do not count."""
     deadline_s: float = 3.0
     pause_s: float = 0.5
     phases: Sequence[Phase] = field(default=(*LEVELS, SMALL, FLOODS))
 
     @property
     def capacity(self) -> float:
-        """Tokens a second that the engine can make; it prefills in no time."""
+        """Tokens per second that the engine can generate; its prefill takes no time."""
         return SEQUENCES / STEP_S
 
     @property
-    def most_s(self) -> float:
-        """How long a round takes at most: each phase ends with its last answer."""
+    def max_round_s(self) -> float:
+        """Longest duration of a round; each phase ends with its last response."""
         return len(self.phases) * (self.seconds + self.deadline_s + self.pause_s)
 
     async def run(
-        self, running: AbstractAsyncContextManager[Ask], seed: int
-    ) -> dict[Phase, Measured]:
-        """Every phase, measured.
+        self, server: AbstractAsyncContextManager[SendRequest], seed: int
+    ) -> dict[Phase, PhaseResult]:
+        """Run every phase.
 
         Raises:
-            TargetError: answers are missing long after their deadline.
+            TargetError: Responses are missing long after their deadline.
         """
-        draw = random.Random(seed)
-        found = {}
-        async with running as ask:
+        rng = random.Random(seed)
+        results = {}
+        async with server as send:
             for phase in self.phases:
-                found[phase] = await self._phase(phase, ask, draw)
+                results[phase] = await self._run_phase(phase, send, rng)
                 await asyncio.sleep(self.pause_s)
-        return found
+        return results
 
-    def rate(self, measured: Measured, result: Result, tenant: str = "") -> float:
-        """Tokens a second that were asked for by requests which ended so, by when they ended."""
+    def rate(self, result: PhaseResult, outcome: Outcome, tenant: str = "") -> float:
+        """Return tokens per second of the requests that ended with an outcome after the warm-up."""
         num = sum(
             one.tokens
-            for one in measured.outcomes
-            if one.result == result
+            for one in result.requests
+            if one.outcome == outcome
             and tenant in ("", one.tenant)
-            and self.warm_up_s <= one.asked_s + one.seconds < self.seconds
+            and self.warm_up_s <= one.sent_s + one.seconds < self.seconds
         )
         return num / (self.seconds - self.warm_up_s)
 
-    def counted(self, measured: Measured) -> list[Outcome]:
-        """Those that were asked after the warm-up."""
-        return [one for one in measured.outcomes if one.asked_s >= self.warm_up_s]
+    def after_warm_up(self, result: PhaseResult) -> list[RequestResult]:
+        """Return the requests that were sent after the warm-up."""
+        return [one for one in result.requests if one.sent_s >= self.warm_up_s]
 
-    async def _phase(self, phase: Phase, ask: Ask, draw: random.Random) -> Measured:
-        outcomes: list[Outcome] = []
-        lag = _Lag()
-        watch = asyncio.create_task(lag.watch())
+    async def _run_phase(self, phase: Phase, send: SendRequest, rng: random.Random) -> PhaseResult:
+        results: list[RequestResult] = []
+        lag = _LagMonitor()
+        monitor = asyncio.create_task(lag.run())
         limit_s = self.seconds + self.deadline_s + _GRACE_S
         try:
             async with asyncio.timeout(limit_s):
-                await self._offer(phase, ask, draw, outcomes)
+                await self._send_requests(phase, send, rng, results)
         except TimeoutError:
-            raise TargetError(f"{phase.name}: answers are missing after {limit_s:g} s") from None
+            raise TargetError(f"Phase {phase.name}: no response within {limit_s:g} s.") from None
         finally:
-            watch.cancel()
-        return Measured(outcomes, lag.stalled_s)
+            monitor.cancel()
+        return PhaseResult(results, lag.stalled_s)
 
-    async def _offer(
-        self, phase: Phase, ask: Ask, draw: random.Random, outcomes: list[Outcome]
+    async def _send_requests(
+        self, phase: Phase, send: SendRequest, rng: random.Random, results: list[RequestResult]
     ) -> None:
         arrivals = sorted(
-            (at_s, tenant, draw.randint(TOKENS // 2, TOKENS * 3 // 2))
+            (at_s, tenant, rng.randint(MEAN_TOKENS // 2, MEAN_TOKENS * 3 // 2))
             for tenant, times in phase.load
-            for at_s in self._arrivals(times, draw)
+            for at_s in self._draw_arrivals(times, rng)
         )
         began = time.perf_counter()
 
-        async def one(tenant: str, at_s: float, tokens: int) -> None:
-            asked = time.perf_counter()
-            status = await ask(tenant, tokens)
-            seconds = time.perf_counter() - asked
+        async def send_one(tenant: str, at_s: float, tokens: int) -> None:
+            sent = time.perf_counter()
+            status = await send(tenant, tokens)
+            seconds = time.perf_counter() - sent
             in_time = seconds <= self.deadline_s
-            outcomes.append(Outcome(tenant, tokens, at_s, seconds, status, in_time))
+            results.append(RequestResult(tenant, tokens, at_s, seconds, status, in_time))
 
         async with asyncio.TaskGroup() as group:
             for at_s, tenant, tokens in arrivals:
                 await asyncio.sleep(at_s - (time.perf_counter() - began))
-                group.create_task(one(tenant, at_s, tokens))
+                group.create_task(send_one(tenant, at_s, tokens))
 
-    def _arrivals(self, times: float, draw: random.Random) -> list[float]:
-        rate, at_s, found = times * self.capacity / TOKENS, 0.0, []
-        while (at_s := at_s + draw.expovariate(rate)) < self.seconds:
-            found.append(at_s)
-        return found
+    def _draw_arrivals(self, times: float, rng: random.Random) -> list[float]:
+        rate, at_s, arrivals = times * self.capacity / MEAN_TOKENS, 0.0, []
+        while (at_s := at_s + rng.expovariate(rate)) < self.seconds:
+            arrivals.append(at_s)
+        return arrivals
 
 
-class _Lag:
-    """How long this event loop was kept from running."""
+class _LagMonitor:
+    """Sum of the times in which the event loop did not run."""
 
     def __init__(self) -> None:
         self.stalled_s = 0.0
 
-    async def watch(self) -> None:
+    async def run(self) -> None:
         while True:
             began = time.perf_counter()
             await asyncio.sleep(_TICK_S)
             late_s = time.perf_counter() - began - _TICK_S
-            self.stalled_s += late_s if late_s > _LAG_S else 0.0
+            self.stalled_s += late_s if late_s > _MAX_LAG_S else 0.0
 
 
-def numbers(scenario: Scenario, measured: Mapping[Phase, Measured]) -> dict[str, float]:
-    """The benchmark's keys."""
-    goodputs = [scenario.rate(measured[level], "good") for level in LEVELS]
-    refused = [
+def compute_keys(scenario: Scenario, results: Mapping[Phase, PhaseResult]) -> dict[str, float]:
+    """Return the benchmark's keys for one round."""
+    goodputs = [scenario.rate(results[level], "good") for level in LEVELS]
+    refused_ms = [
         one.seconds * 1e3
-        for of_phase in measured.values()
-        for one in scenario.counted(of_phase)
-        if one.result == "refused"
+        for result in results.values()
+        for one in scenario.after_warm_up(result)
+        if one.outcome == "refused"
     ]
-    every = [one for of_phase in measured.values() for one in of_phase.outcomes]
-    small_error = _small_error(scenario, measured[SMALL])
+    requests = [one for result in results.values() for one in result.requests]
+    small_error = _small_tenant_error(scenario, results[SMALL])
     return {
         "goodput_ratio": goodputs[-1] / max(goodputs),
-        "fair_share_error": max(small_error, _floods_error(scenario, measured[FLOODS])),
+        "fair_share_error": max(small_error, _weights_error(scenario, results[FLOODS])),
         "small_share_error": small_error,
-        "refused_ms_p99": percentile(refused, 99) if refused else 0.0,
-        "failed_requests": float(sum(one.result == "failed" for one in every)),
-        "stalled_share": max(one.stalled_s for one in measured.values()) / scenario.seconds,
+        "refused_ms_p99": percentile(refused_ms, 99) if refused_ms else 0.0,
+        "failed_requests": float(sum(one.outcome == "failed" for one in requests)),
+        "stalled_share": max(one.stalled_s for one in results.values()) / scenario.seconds,
     }
 
 
-def _small_error(scenario: Scenario, measured: Measured) -> float:
-    """The part of what it asked for, and is entitled to, that the small tenant did not get."""
-    asked = [one for one in scenario.counted(measured) if one.tenant == "small"]
-    return 1 - sum(one.result == "good" for one in asked) / max(1, len(asked))
+def _small_tenant_error(scenario: Scenario, result: PhaseResult) -> float:
+    """Return the share of the small tenant's requests, all within its fair share, that failed."""
+    sent = [one for one in scenario.after_warm_up(result) if one.tenant == "small"]
+    return 1 - sum(one.outcome == "good" for one in sent) / max(1, len(sent))
 
 
-def _floods_error(scenario: Scenario, measured: Measured) -> float:
-    """How far the shares of two floods lie from their weights', relative to these."""
+def _weights_error(scenario: Scenario, result: PhaseResult) -> float:
+    """Return the largest relative deviation of the floods' shares from their weights."""
     tenants = [tenant for tenant, _ in FLOODS.load]
-    good = {tenant: scenario.rate(measured, "good", tenant) for tenant in tenants}
+    good = {tenant: scenario.rate(result, "good", tenant) for tenant in tenants}
     total = sum(good.values()) or 1.0
     weights = {tenant: WEIGHTS[tenant] for tenant in tenants}
     return max(

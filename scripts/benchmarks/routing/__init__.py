@@ -1,12 +1,12 @@
-"""Routing: the time that a decision takes, and what the decisions are worth on traces.
+"""Time per routing decision, and cache hits and latency of routing policies on traces.
 
-No cluster: the policies are pure. First every policy's decisions are timed, with 256 replicas and
-a million blocks in the index: every replica has requests under way, and prompts share prefixes of
-every length. What a decision is made by is changed between two decisions, as it is in a router;
-that is not part of the time. Then the simulator serves traces with our policies, those of other
-routers, and an oracle; each round has other seeds.
+No cluster is needed. The first part times every policy's decisions with 256 replicas and a million
+blocks in the prefix index: every replica has requests in flight, and prompts share prefixes of all
+lengths. Updates of this state between two decisions are not timed. The second part simulates traces
+with our policies, those of other routers, and an oracle; each round has other seeds.
 
-With ``--live`` instead: a cluster of simulated engines with each policy beside the simulator.
+``--live`` instead runs each policy on a cluster of simulated engines and compares the results with
+the simulator's.
 """
 
 import argparse
@@ -16,15 +16,15 @@ from benchmarks.routing import decisions, live, traces
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``bench routing``."""
-    parser.add_argument("--only", choices=("decisions", "traces"), help="one part of it")
+    """Add the options of ``bench routing``."""
+    parser.add_argument("--only", choices=("decisions", "traces"), help="run only one part")
     decisions.add_arguments(parser)
     traces.add_arguments(parser)
     live.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> Report:
-    """Both parts, or the live one."""
+    """Run both parts, or the live comparison."""
     if args.live is not None:
         return live.run(args)
     report = Report(keys={})

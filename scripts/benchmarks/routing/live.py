@@ -1,8 +1,8 @@
-"""``bench routing --live``: the same traces by a real cluster and by the simulator.
+"""``bench routing --live``: the same traces on a real cluster and in the simulator.
 
-A fresh cluster for each policy: HAProxy, an API key, one router, replicas of the simulated engine.
-The replay is over HTTP with streams; the simulator has the same trace and configuration. Steps
-take 50 ms and prefills up to seconds, so what the machine adds is small beside them.
+Each policy gets a new cluster: HAProxy, an API key, one router, replicas of the simulated engine.
+Requests are streamed over HTTP; the simulator has the same trace and configuration. Engine steps
+take 50 ms and prefills up to seconds, so the machine's own latency is small in comparison.
 """
 
 import argparse
@@ -13,12 +13,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.report import Cell, Report, Table
-from benchmarks.rounds import Summary, interleaved
-from benchmarks.routing.live_cluster import REPLICAS, ROUTER, Live, cluster, generator, slug
+from benchmarks.report import CellValue, Report, Table, print_progress
+from benchmarks.rounds import Summary, interleave
+from benchmarks.routing.live_cluster import (
+    REPLICAS,
+    ROUTER,
+    LiveCluster,
+    generator,
+    live_cluster,
+    slug,
+)
 from benchmarks.routing.replay import Replay
-from benchmarks.routing.traces import ORACLE, POLICIES, Found, over_traces, ratio
-from benchmarks.stream.paths import say
+from benchmarks.routing.traces import ORACLE, POLICIES, SimulationSummary, over_traces, ratio
 from cluster.admission.fair_queue import QueueLimits
 from cluster.config import parse
 from cluster.simulation.requests import Trace
@@ -28,92 +34,94 @@ from cluster.simulation.traces import load
 
 RATES: Mapping[str, float] = {"few-shot": 5.0, "chat": 5.0, "hot-prefix": 3.0}
 """Requests/s for all replicas."""
-NAMES = tuple(name for name in POLICIES if name != ORACLE)
-"""No router can know every cache."""
-HEADLINE, BASE = "prefix", "round-robin"
-SEEDS = 9
-"""Of the policy in the simulator, whose median counts: equals are told apart by chance."""
-SHOWN = ("ttft_p50_s", "ttft_p90_s", "hit_rate", "max_over_mean_load")
+LIVE_POLICIES = tuple(name for name in POLICIES if name != ORACLE)
+"""All policies but the oracle: no router knows every cache."""
+HEADLINE, BASELINE = "prefix", "round-robin"
+NUM_SEEDS = 9
+"""Seeds of the policy in the simulator; the median counts, because ties are broken at random."""
+COMPARED = ("ttft_p50_s", "ttft_p90_s", "hit_rate", "max_over_mean_load")
 
 LIVE, SIMULATED = "live", "simulated"
-Findings = Mapping[tuple[str, str, str], list[Found]]
-"""Of each trace, policy, and one of these two: the numbers of every round."""
+LiveResults = Mapping[tuple[str, str, str], list[SimulationSummary]]
+"""Numbers of each round, by trace, policy, and LIVE or SIMULATED."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this part."""
+    """Add the options of this part."""
     traces = ", ".join(RATES)
     parser.add_argument(
         "--live",
         nargs="*",
         choices=RATES,
         metavar="TRACE",
-        help=f"a live cluster beside the simulator, and nothing else; {traces} (else the first)",
+        help=f"only compare a live cluster with the simulator; {traces} (default: the first)",
     )
-    parser.add_argument("--live-s", type=float, default=60.0, help="length of each such trace")
+    parser.add_argument(
+        "--live-s", type=float, default=60.0, help="duration of each trace of --live"
+    )
     parser.add_argument(
         "--policies",
         nargs="+",
-        choices=NAMES,
-        default=list(NAMES),
+        choices=LIVE_POLICIES,
+        default=list(LIVE_POLICIES),
         metavar="NAME",
-        help=f"of --live: {'; '.join(NAMES)}",
+        help=f"policies of --live: {'; '.join(LIVE_POLICIES)}",
     )
 
 
 def run(args: argparse.Namespace) -> Report:
-    """Each policy in a cluster of its own; each round has other seeds."""
+    """Run each policy on a new cluster; each round has other seeds."""
     if args.quick:
         args.live_s = min(args.live_s, 15.0)
     args.live = args.live or list(RATES)[:1]
-    found: dict[tuple[str, str, str], list[Found]] = defaultdict(list)
-    for seed, policy in interleaved(args.policies, args.rounds):
-        with cluster(policy) as live:
+    found: dict[tuple[str, str, str], list[SimulationSummary]] = defaultdict(list)
+    for seed, policy in interleave(args.policies, args.rounds):
+        with live_cluster(policy) as live:
             for name in args.live:
-                trace = made(name, args.live_s, seed)
+                trace = make_trace(name, args.live_s, seed)
                 for where, seen in (
-                    (LIVE, served(live, trace)),
-                    (SIMULATED, foretold(policy, trace)),
+                    (LIVE, replay_live(live, trace)),
+                    (SIMULATED, simulate_same(policy, trace)),
                 ):
                     found[name, policy, where].append(seen)
-                    say(seed, f"{name}, {policy}, {where}", _text(seen))
-    return report(found, args)
+                    print_progress(seed, f"{name}, {policy}, {where}", _text(seen))
+    return make_report(found, args)
 
 
-def made(name: str, duration_s: float, seed: int) -> Trace:
-    """A trace whose prompts hold no answers: a replay cannot know what it will be answered."""
+def make_trace(name: str, duration_s: float, seed: int) -> Trace:
+    """Return a trace whose prompts contain no completions, since a replay cannot know them."""
     trace = load(name, RATES[name], duration_s, seed)
     return replace(trace, requests=[replace(r, answer_blocks=()) for r in trace.requests])
 
 
-def served(live: Live, trace: Trace) -> Found:
-    """What a cluster makes of a trace."""
+def replay_live(live: LiveCluster, trace: Trace) -> SimulationSummary:
+    """Replay a trace on a cluster and return the numbers."""
     replay = Replay(live.url, live.model, live.headers)
     asyncio.run(replay.run(trace))
     return {
         "ttft_p50_s": replay.ttft_s.percentile(50),
         "ttft_p90_s": replay.ttft_s.percentile(90),
         "late_s": replay.late_s,
-        **of_log(live.logged(trace.name, len(trace.requests))),
+        **summarize_log(live.read_log(trace.name, len(trace.requests))),
     }
 
 
-def of_log(lines: Iterable[Mapping[str, Any]]) -> Found:
-    """Hits, and the load of the busiest replica over the mean, from lines of a request log."""
-    ongoing_s: Counter[str] = Counter()
+def summarize_log(lines: Iterable[Mapping[str, Any]]) -> SimulationSummary:
+    """Return the hit rate and the busiest replica's load over the mean, from a request log."""
+    in_flight_s: Counter[str] = Counter()
     cached = prompts = 0
     for line in lines:
-        ongoing_s[line["replica"]] += line["total_s"] - line["queue_s"]
+        in_flight_s[line["replica"]] += line["total_s"] - line["queue_s"]
         cached += line["cached_tokens"]
         prompts += line["prompt_tokens"]
     return {
         "hit_rate": cached / prompts,
-        "max_over_mean_load": max(ongoing_s.values()) * REPLICAS / ongoing_s.total(),
+        "max_over_mean_load": max(in_flight_s.values()) * REPLICAS / in_flight_s.total(),
     }
 
 
-def foretold(policy: str, trace: Trace) -> Found:
-    """What the simulator makes of it: the medians over seeds of the policy."""
+def simulate_same(policy: str, trace: Trace) -> SimulationSummary:
+    """Simulate the trace and return the medians over the seeds of the policy."""
     config = parse({"generators": [generator()], "router": ROUTER})
     (pool,), router = config.generators, config.router
     settings = Settings(
@@ -124,17 +132,16 @@ def foretold(policy: str, trace: Trace) -> Found:
         queue=QueueLimits(router.max_queued_tokens, router.max_queued),
         queue_timeout_s=router.queue_timeout_s,
     )
-    runs = [simulate(trace, replace(settings, seed=seed)).summary(0.0) for seed in range(SEEDS)]
-    return {name: statistics.median(run[name] for run in runs) for name in SHOWN}
+    runs = [simulate(trace, replace(settings, seed=seed)).summary(0.0) for seed in range(NUM_SEEDS)]
+    return {name: statistics.median(run[name] for run in runs) for name in COMPARED}
 
 
-def report(found: Findings, args: argparse.Namespace) -> Report:
-    """Ratios are taken in each round; over several traces they are geometric means."""
+def make_report(found: LiveResults, args: argparse.Namespace) -> Report:
+    """Return ratios per round; over several traces, their geometric means."""
 
     def over(ours: tuple[str, str], other: tuple[str, str], key: str) -> Summary:
-        """One policy, live or simulated, over another."""
-        of = {t: ratio(found[t, *ours], found[t, *other], key) for t in args.live}
-        return over_traces(of, statistics.geometric_mean)
+        by_trace = {t: ratio(found[t, *ours], found[t, *other], key) for t in args.live}
+        return over_traces(by_trace, statistics.geometric_mean)
 
     keys: dict[str, Summary] = {}
     for policy in args.policies:
@@ -143,39 +150,39 @@ def report(found: Findings, args: argparse.Namespace) -> Report:
         keys[f"live_over_simulated_ttft_p50{end}"] = over(*pair, "ttft_p50_s")
         keys[f"live_over_simulated_ttft_p90{end}"] = over(*pair, "ttft_p90_s")
         keys[f"live_hit_rate_vs_simulated{end}"] = over(*pair, "hit_rate")
-    if {HEADLINE, BASE} <= set(args.policies):
+    if {HEADLINE, BASELINE} <= set(args.policies):
         for where in (LIVE, SIMULATED):
             name = f"{where}_ttft_p90_prefix_vs_round_robin"
-            keys[name] = over((HEADLINE, where), (BASE, where), "ttft_p90_s")
+            keys[name] = over((HEADLINE, where), (BASELINE, where), "ttft_p90_s")
     return Report(
         keys=keys,
         tables=[_table(found, trace, args) for trace in args.live],
         details={"found": {" | ".join(key): rounds for key, rounds in found.items()}},
         notes=[
-            f"{REPLICAS} replicas, one router, {args.live_s:g} s of each trace, from cold caches; "
-            f"of the simulator the medians of {SEEDS} seeds of the policy",
-            "load: the mean over time of a replica's ongoing requests, the busiest over the mean",
-            "late: by how much the client sent a request too late at worst; above some 0.1 s the "
-            "machine was busy with other things",
+            f"{REPLICAS} replicas, one router, {args.live_s:g} s of each trace, from cold caches. "
+            f"Simulated numbers are medians over {NUM_SEEDS} seeds of the policy.",
+            "Load: mean number of requests in flight over time, busiest replica over the mean.",
+            "Late: largest delay of the client in sending a request. Above about 0.1 s, the "
+            "machine was busy with other work.",
         ],
     )
 
 
-def _table(found: Findings, trace: str, args: argparse.Namespace) -> Table:
-    rows: list[list[Cell]] = []
+def _table(found: LiveResults, trace: str, args: argparse.Namespace) -> Table:
+    rows: list[list[CellValue]] = []
     for policy in args.policies:
         live, simulated = found[trace, policy, LIVE], found[trace, policy, SIMULATED]
-        row: list[Cell] = [policy]
-        for key in SHOWN:
+        row: list[CellValue] = [policy]
+        for key in COMPARED:
             row += [Summary(tuple(f[key] for f in side)) for side in (live, simulated)]
         rows.append([*row, Summary(tuple(f["late_s"] for f in live))])
-    names = ("TTFT p50 s", "TTFT p90 s", "hits", "load")
+    names = ("TTFT p50 s", "TTFT p90 s", "hit rate", "load")
     columns = ["policy", *(text for name in names for text in (name, "simulated")), "late s"]
     return Table(f"{trace}, {RATES[trace]:g} requests/s, live and simulated", columns, rows)
 
 
-def _text(found: Found) -> str:
+def _text(summary: SimulationSummary) -> str:
     return (
-        f"hits {found['hit_rate']:.3f}, TTFT {found['ttft_p50_s']:.3f} and "
-        f"{found['ttft_p90_s']:.3f} s, load {found['max_over_mean_load']:.2f}"
+        f"hit rate {summary['hit_rate']:.3f}, TTFT {summary['ttft_p50_s']:.3f} and "
+        f"{summary['ttft_p90_s']:.3f} s, load {summary['max_over_mean_load']:.2f}"
     )

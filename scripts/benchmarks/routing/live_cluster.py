@@ -1,4 +1,4 @@
-"""A cluster with one routing policy, ours or a peer's, for ``bench routing --live``."""
+"""Cluster with one routing policy, ours or a peer's, for ``bench routing --live``."""
 
 import json
 import time
@@ -13,26 +13,26 @@ import httpx
 
 from benchmarks.endpoint import TargetError
 from benchmarks.routing.traces import PEERS
-from benchmarks.targets.running import MODEL
-from benchmarks.targets.tandem import Beside, tandem_of
+from benchmarks.targets.running import SIM_MODEL
+from benchmarks.targets.tandem import ExtraApplication, tandem_with_pools
 from cluster.config import RoutingPolicy
 from cluster.gateway.pools import pool
 from cluster.launch.log_files import REQUEST_LOGS, log_directory
 from cluster.routing import Policy, PrefixIndex
 
 REPLICAS = 8
-OURS: tuple[str, ...] = get_args(RoutingPolicy)
+OUR_POLICIES: tuple[str, ...] = get_args(RoutingPolicy)
 ROUTER = {"log_requests_per_s": 1000, "queue_timeout_s": 300, "resources": {"cpus": 0.1}}
 READY_S = 120.0
-LOG_S = 10.0
-"""Until the last request is in the router's log."""
+LOG_TIMEOUT_S = 10.0
+"""Time until the last request is in the router's log."""
 POLL_S = 0.2
 PEER_PATH, PEER_APP = "/peer", "benchmarks.routing.peer_app:build"
 
 
 @dataclass(frozen=True, slots=True)
-class Live:
-    """A cluster that answers."""
+class LiveCluster:
+    """Running cluster and its request logs."""
 
     url: str
     model: str
@@ -40,10 +40,10 @@ class Live:
     logs: Path
 
     def wait_ready(self) -> None:
-        """Return once the router has a link to every replica.
+        """Wait until the router has a link to every replica.
 
         Raises:
-            TargetError: that took too long.
+            TargetError: It has not within ``READY_S``.
         """
         deadline_s = time.monotonic() + READY_S
         while True:
@@ -51,33 +51,35 @@ class Live:
             if found["ready"] == REPLICAS:
                 return
             if time.monotonic() > deadline_s:
-                raise TargetError(f"{self.url}/ready after {READY_S:g} s: {found}")
+                raise TargetError(f"{self.url}/ready reports {found} after {READY_S:g} s.")
             time.sleep(POLL_S)
 
-    def logged(self, trace: str, count: int) -> list[dict[str, Any]]:
-        """What the router's log says of each of so many requests of a trace's replay.
+    def read_log(self, trace: str, count: int) -> list[dict[str, Any]]:
+        """Return the router's log lines of the ``count`` requests of a replayed trace.
 
         Raises:
-            TargetError: there are not as many.
+            TargetError: The number of lines differs.
         """
-        deadline_s = time.monotonic() + LOG_S
-        while len(lines := self._lines(f"{trace}-")) < count and time.monotonic() < deadline_s:
+        deadline_s = time.monotonic() + LOG_TIMEOUT_S
+        while len(lines := self._read_lines(f"{trace}-")) < count and time.monotonic() < deadline_s:
             time.sleep(POLL_S)
         if len(lines) != count:
-            raise TargetError(f"{self.logs} has {len(lines)} requests of {trace}, not {count}")
+            raise TargetError(
+                f"{self.logs} has {len(lines)} requests of {trace}, expected {count}."
+            )
         return lines
 
-    def _lines(self, prefix: str) -> list[dict[str, Any]]:
+    def _read_lines(self, prefix: str) -> list[dict[str, Any]]:
         texts = (path.read_text("utf-8") for path in self.logs.glob(REQUEST_LOGS))
         whole = (line for text in texts for line in text.splitlines() if line.endswith("}"))
         return [line for line in map(json.loads, whole) if line["id"].startswith(prefix)]
 
 
-def generator(name: str = MODEL, policy: str = "prefix") -> dict[str, Any]:
-    """A pool whose replicas stay as many as they are."""
+def generator(name: str = SIM_MODEL, policy: str = "prefix") -> dict[str, Any]:
+    """Return the configuration of a pool with a fixed number of replicas."""
     return {
         "name": name,
-        "model": MODEL,
+        "model": SIM_MODEL,
         "engine": "sim",
         "sim": {
             "prefill_s_per_token": 6e-4,
@@ -93,37 +95,37 @@ def generator(name: str = MODEL, policy: str = "prefix") -> dict[str, Any]:
 
 
 def slug(peer: str) -> str:
-    """A peer's name as the name of a pool."""
+    """Return the name of a peer's pool."""
     return peer.replace(",", "").replace(" ", "-")
 
 
-BY_SLUG = {slug(name): make for name, make in PEERS.items()}
+PEERS_BY_SLUG = {slug(name): make for name, make in PEERS.items()}
 
 
 @contextmanager
-def choosing_as(peer: str) -> Iterator[None]:
-    """Pools that are made here and now choose as the peer with that slug."""
-    make = BY_SLUG[peer]
+def peer_policy(peer: str) -> Iterator[None]:
+    """Make pools that are created in this context use a peer's policy; ``peer`` is its slug."""
+    make = PEERS_BY_SLUG[peer]
 
     def make_policy(_name: str, index: PrefixIndex, seed: int) -> Policy:
-        return make(index, lambda _replica, _request: 0.0, seed)  # nobody knows the caches
+        return make(index, lambda _replica, _request: 0.0, seed)  # peers do not know the caches
 
     with patch.object(pool, "make_policy", make_policy):
         yield
 
 
 @contextmanager
-def cluster(policy: str) -> Iterator[Live]:
-    """A fresh one, all its replicas ready."""
-    if policy in OURS:
-        name, path = MODEL, ""
-        usual, beside = generator(policy=policy), []
+def live_cluster(policy: str) -> Iterator[LiveCluster]:
+    """Start a cluster and wait until all replicas are ready."""
+    if policy in OUR_POLICIES:
+        name, path = SIM_MODEL, ""
+        main, extra = generator(policy=policy), []
     else:
         name, path = slug(policy), PEER_PATH
-        usual = {**generator(), "replicas": {"min": 0, "max": 1}}  # which nobody asks
-        beside = [Beside(path, PEER_APP, {"generators": [generator(name)]})]
-    with tandem_of({"generators": [usual]}, name, ROUTER, beside) as running:
+        main = {**generator(), "replicas": {"min": 0, "max": 1}}  # gets no requests
+        extra = [ExtraApplication(path, PEER_APP, {"generators": [generator(name)]})]
+    with tandem_with_pools({"generators": [main]}, name, ROUTER, extra) as running:
         at = running.endpoint
-        live = Live(at.url + path, name, at.headers, log_directory(running.home.path))
+        live = LiveCluster(at.url + path, name, at.headers, log_directory(running.home.path))
         live.wait_ready()
         yield live

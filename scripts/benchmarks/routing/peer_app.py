@@ -1,7 +1,7 @@
-"""A deployment whose router chooses as another one does, for the benchmark alone.
+"""Deployment whose router uses a peer's policy, only for the benchmark.
 
-Peers' policies are no setting of the product: a router of this application asks the one that its
-pool is named after (``live_cluster.slug``), with the fleet and the prefixes that ours would have.
+Peers' policies cannot be configured. The name of the pool selects the policy (see
+``live_cluster.slug``), which gets the same fleet and prefix index as ours.
 """
 
 from collections.abc import Mapping
@@ -11,24 +11,24 @@ from unittest.mock import patch
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
-from benchmarks.routing.live_cluster import choosing_as
+from benchmarks.routing.live_cluster import peer_policy
 from cluster.config import TandemConfig
 from deployments import app
 from deployments.router import Router
 
 
 class PeerRouter(Router):
-    """A router with a peer's policy."""
+    """Router with a peer's policy."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: TandemConfig, pools: Mapping[str, DeploymentHandle]
     ) -> None:
-        with choosing_as(config.generators[0].name):
+        with peer_policy(config.generators[0].name):
             await super().__init__(config, pools)
 
 
 def build(args: dict[str, Any]) -> Application:
-    """The usual application with another router."""
-    # Taken back: Serve may build another application in this process.
+    """Build the usual application with this router."""
+    # Undo the patch: Serve may build another application in this process.
     with patch.object(app, "Router", PeerRouter):
         return app.build(args)

@@ -1,4 +1,4 @@
-"""A trace sent over HTTP, each request when it is due, its answer read as it streams."""
+"""Replay of a trace over HTTP: each request is sent at its arrival time and streamed."""
 
 import asyncio
 import json
@@ -13,53 +13,54 @@ from cluster.simulation.histogram import Histogram
 from cluster.simulation.requests import Trace, TraceRequest
 
 PATH = "/v1/completions"
-ANSWER_S = 300.0
-"""The longest wait for the next bytes of an answer."""
-MAX_WORD = 4096
+READ_TIMEOUT_S = 300.0
+"""Longest wait for the next bytes of a response."""
+NUM_WORDS = 4096
+"""Distinct words; each has four bytes with its space, which are one simulated token."""
 
 
-def prompt(trace: Trace, number: int) -> str:
-    """The text of a trace's request: so many tokens of four bytes each for the simulated engine.
+def make_prompt(trace: Trace, number: int) -> str:
+    """Return the text of a request: four bytes per token for the simulated engine.
 
-    Blocks that are the same in one trace have the same text, others another one.
+    Equal blocks of a trace have equal text, different blocks have different text.
     """
     request, size = trace.requests[number], trace.block_tokens
     parts = [(f"{trace.name} {block}", size) for block in request.blocks]
-    own = request.prompt_tokens - len(parts) * size
-    parts.append((f"{trace.name} own {number}", own))
+    rest = request.prompt_tokens - len(parts) * size
+    parts.append((f"{trace.name} own {number}", rest))
     return "".join(
         f" {word:03x}"
         for seed, tokens in parts
-        for word in random.Random(seed).choices(range(MAX_WORD), k=tokens)
+        for word in random.Random(seed).choices(range(NUM_WORDS), k=tokens)
     )
 
 
 class Replay:
-    """One replay of a trace, and what its client saw.
+    """Client that replays a trace and measures latencies.
 
     Args:
-        url: Of the server, with a prefix of its paths if it has one.
-        model: What is asked for.
-        headers: Of every request: an API key.
+        url: Base URL of the server, including a route prefix if there is one.
+        model: Model of every request.
+        headers: Headers of every request, such as an API key.
     """
 
     def __init__(self, url: str, model: str, headers: Mapping[str, str] | None = None) -> None:
         self._url, self._model, self._headers = url, model, dict(headers or {})
         self.ttft_s, self.itl_s = Histogram(), Histogram()
         self.late_s = 0.0
-        """By how much the latest request was sent after it was due."""
+        """Largest delay between a request's arrival time and its sending."""
 
     async def run(self, trace: Trace) -> None:
-        """Send all, and read every answer to its end. A request's id is ``TRACE-NUMBER``.
+        """Send all requests and read the complete responses. Request ids are ``TRACE-NUMBER``.
 
         Raises:
-            TargetError: one was not answered, or not with the tokens that the trace says.
+            TargetError: A request failed, or its token counts differ from the trace's.
         """
-        texts = [prompt(trace, number) for number in range(len(trace.requests))]
+        texts = [make_prompt(trace, number) for number in range(len(trace.requests))]
         client = httpx.AsyncClient(
             headers=self._headers,
             limits=httpx.Limits(max_connections=None),
-            timeout=ANSWER_S,
+            timeout=READ_TIMEOUT_S,
         )
         try:
             async with client as http, asyncio.TaskGroup() as tasks:
@@ -68,12 +69,12 @@ class Replay:
                     due_s = began_s + request.arrival_s
                     await asyncio.sleep(due_s - time.monotonic())
                     self.late_s = max(self.late_s, time.monotonic() - due_s)
-                    sent = self._one(http, f"{trace.name}-{number}", request, texts[number])
-                    tasks.create_task(sent)
-        except* (TargetError, httpx.HTTPError) as failed:
-            raise TargetError(f"{self._url}: {failed.exceptions[0]!r}") from None
+                    send = self._send(http, f"{trace.name}-{number}", request, texts[number])
+                    tasks.create_task(send)
+        except* (TargetError, httpx.HTTPError) as errors:
+            raise TargetError(f"{self._url}: {errors.exceptions[0]!r}") from None
 
-    async def _one(
+    async def _send(
         self, http: httpx.AsyncClient, name: str, request: TraceRequest, text: str
     ) -> None:
         body = {
@@ -89,10 +90,10 @@ class Replay:
         gaps_s: list[float] = []
         usage: dict[str, int] = {}
         last_s = time.monotonic()
-        async with http.stream("POST", self._url + PATH, json=body, headers=headers) as answer:
-            if answer.status_code != httpx.codes.OK:
-                raise TargetError(f"{name}: {answer.status_code} {await answer.aread()!r}")
-            async for line in answer.aiter_lines():
+        async with http.stream("POST", self._url + PATH, json=body, headers=headers) as response:
+            if response.status_code != httpx.codes.OK:
+                raise TargetError(f"{name}: {response.status_code} {await response.aread()!r}")
+            async for line in response.aiter_lines():
                 if not line.startswith("data: {"):
                     continue
                 chunk, now_s = json.loads(line.removeprefix("data: ")), time.monotonic()
@@ -100,10 +101,12 @@ class Replay:
                     gaps_s.append(now_s - last_s)
                     last_s = now_s
                 usage = chunk.get("usage") or usage
-        taken = usage.get("prompt_tokens"), usage.get("completion_tokens"), len(gaps_s)
-        wanted = request.prompt_tokens, request.completion_tokens, request.completion_tokens
-        if taken != wanted:
-            raise TargetError(f"{name}: prompt, completion tokens, chunks {taken}, not {wanted}")
+        actual = usage.get("prompt_tokens"), usage.get("completion_tokens"), len(gaps_s)
+        expected = request.prompt_tokens, request.completion_tokens, request.completion_tokens
+        if actual != expected:
+            raise TargetError(
+                f"{name}: prompt tokens, completion tokens, chunks: {actual}, not {expected}"
+            )
         self.ttft_s.add(gaps_s[0])
         for gap_s in gaps_s[1:]:
             self.itl_s.add(gap_s)

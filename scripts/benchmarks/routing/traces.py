@@ -1,4 +1,4 @@
-"""Part 2 of ``bench routing``: our policies, other routers' and an oracle on the same traces."""
+"""Part 2 of ``bench routing``: our policies, those of peers and an oracle on the same traces."""
 
 import argparse
 import math
@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from benchmarks.report import Cell, Report, Table
+from benchmarks.report import CellValue, Report, Table, print_progress
 from benchmarks.rounds import Summary
 from benchmarks.routing.peers import RayPowerOfTwo, RayPrefixAffinity, VllmRouterCacheAware
-from benchmarks.stream.paths import say
 from cluster.routing import Fleet, Policy, PrefixIndex, RequestView, make_policy
 from cluster.routing.prefix_policy import DECODE_WEIGHT, MISS_WEIGHT
 from cluster.simulation.requests import Trace
@@ -28,113 +27,128 @@ RATES = {
     "hot-prefix": 55.0,
     "chat": 55.0,
 }
-"""Requests/s for all replicas: so many that where a request goes matters, and all can be served."""
+"""Requests/s for all replicas: high enough that routing matters, low enough to be served."""
 GOALS = {
     "hit_rate_vs_oracle": ">= 0.95",
     "ttft_p90_vs_best_peer": "<= 0.7",
     "max_over_mean_load": "<= 1.25",
 }
-IMBALANCED = 10.0
-"""Ray's threshold, which is the user's to set: by default load is never looked at."""
+RAY_IMBALANCE_THRESHOLD = 10.0
+"""Setting of Ray's prefix-aware router for one of the peers; its default ignores load."""
 
 
-class Oracle:
-    """Knows what every cache holds or is computing, and takes the least expected time by that.
+class OracleRouting:
+    """Policy that knows the content of every cache and takes the least expected time.
 
-    One that looks at the caches alone (``peers.Oracle``) sends all prompts with the same first
-    block to one replica, whose cache is soon too small: it hits less than those that know less.
+    Taking the longest cached prefix instead would send all prompts with the same first block to one
+    replica, whose cache then becomes too small, and would have fewer hits.
     """
 
     def __init__(self, cached_tokens: CachedTokens) -> None:
         self._cached_tokens = cached_tokens
 
     def choose(self, request: RequestView, fleet: Fleet) -> str | None:
-        """The replica with the least work and uncached prompt together."""
+        """Return the replica with the least work, counting the uncached part of the prompt."""
         work_s = fleet.work_s(DECODE_WEIGHT)
 
-        def cost_s(slot: int) -> float:
-            held = self._cached_tokens(fleet.ids[slot] or "", request)
-            uncached_s = (request.prompt_tokens - held) * float(fleet.table.miss_s[slot])
-            return float(work_s[slot]) + MISS_WEIGHT * uncached_s
+        def cost_s(row: int) -> float:
+            held = self._cached_tokens(fleet.ids[row] or "", request)
+            uncached_s = (request.prompt_tokens - held) * float(fleet.table.miss_s[row])
+            return float(work_s[row]) + MISS_WEIGHT * uncached_s
 
-        free = [int(slot) for slot in np.flatnonzero(fleet.open_rows())]
+        free = [int(row) for row in np.flatnonzero(fleet.open_rows())]
         return fleet.ids[min(free, key=cost_s)] if free else None
 
 
 OURS = ("prefix", "least-load", "session", "power-of-two")
 
 
-def _ours(name: str) -> MakePolicy:
+def _our_policy(name: str) -> MakePolicy:
     return lambda index, _truth, seed: make_policy(name, index, seed)
 
 
-def _peer(make: Callable[[int], Policy]) -> MakePolicy:
+def _peer_policy(make: Callable[[int], Policy]) -> MakePolicy:
     return lambda _index, _truth, seed: make(seed)
 
 
-def _oracle(_index: PrefixIndex, truth: CachedTokens, _seed: int) -> Policy:
-    return Oracle(truth)
+def _oracle_policy(_index: PrefixIndex, truth: CachedTokens, _seed: int) -> Policy:
+    return OracleRouting(truth)
 
 
 PEERS: Mapping[str, MakePolicy] = {
-    "round-robin": _ours("round-robin"),
-    "ray power-of-two": _peer(RayPowerOfTwo),
-    "ray prefix-aware": _peer(RayPrefixAffinity),
-    "ray prefix-aware, 10": _peer(lambda seed: RayPrefixAffinity(seed, IMBALANCED)),
-    "vllm-router cache-aware": _peer(lambda _seed: VllmRouterCacheAware()),
+    "round-robin": _our_policy("round-robin"),
+    "ray power-of-two": _peer_policy(RayPowerOfTwo),
+    "ray prefix-aware": _peer_policy(RayPrefixAffinity),
+    "ray prefix-aware, 10": _peer_policy(
+        lambda seed: RayPrefixAffinity(seed, RAY_IMBALANCE_THRESHOLD)
+    ),
+    "vllm-router cache-aware": _peer_policy(lambda _seed: VllmRouterCacheAware()),
 }
 ORACLE = "oracle"
-ALONE = "alone"
+IDEAL = "alone"
+"""Name of the lower bound without queueing, see ``ideal_ttft_p90_s``."""
 POLICIES: Mapping[str, MakePolicy] = {
-    **{name: _ours(name) for name in OURS},
+    **{name: _our_policy(name) for name in OURS},
     **PEERS,
-    ORACLE: _oracle,
+    ORACLE: _oracle_policy,
 }
 
-Found = dict[str, float]
+SimulationSummary = dict[str, float]
+"""Named numbers of one simulation."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this part."""
-    parser.add_argument("--trace-s", type=float, default=600.0, help="length of each trace")
-    parser.add_argument("--traces", nargs="+", choices=RATES, default=list(RATES), metavar="NAME")
+    """Add the options of this part."""
+    parser.add_argument("--trace-s", type=float, default=600.0, help="duration of each trace")
+    parser.add_argument(
+        "--traces",
+        nargs="+",
+        choices=RATES,
+        default=list(RATES),
+        metavar="NAME",
+        help=", ".join(RATES),
+    )
 
 
 def run(args: argparse.Namespace) -> Report:
-    """Serve every trace with every policy, with another seed in every round."""
+    """Simulate every trace with every policy; each round has another seed."""
     if args.quick:
         args.trace_s = min(args.trace_s, 120.0)
-    found: dict[tuple[str, str], list[Found]] = defaultdict(list)
+    found: dict[tuple[str, str], list[SimulationSummary]] = defaultdict(list)
     for seed in range(args.rounds):
         for trace in args.traces:
             requests = load(trace, RATES[trace], args.trace_s, seed)
-            found[trace, ALONE].append({"ttft_p90_s": alone_ttft_p90_s(requests)})
+            found[trace, IDEAL].append({"ttft_p90_s": ideal_ttft_p90_s(requests)})
             for name, make in POLICIES.items():
                 result = simulate(requests, Settings(LARGE_GPU, REPLICAS, make, seed=seed))
                 seen = result.summary(0.0)
                 found[trace, name].append(seen)
-                text = f"hits {seen['hit_rate']:.3f}, TTFT p90 {seen['ttft_p90_s']:.3f} s"
-                say(seed, f"{trace}, {name}", text)
+                text = f"hit rate {seen['hit_rate']:.3f}, TTFT p90 {seen['ttft_p90_s']:.3f} s"
+                print_progress(seed, f"{trace}, {name}", text)
     return _report(found, args)
 
 
-def alone_ttft_p90_s(trace: Trace) -> float:
-    """What no choice of replicas goes below: no request waits, and all that was seen is cached."""
+def ideal_ttft_p90_s(trace: Trace) -> float:
+    """Return a lower bound for any routing: no queueing, and every earlier token is cached."""
     seen: set[int] = set()
-    taken_s = []
+    prefill_s = []
     for request in trace.requests:
-        held = next((n for n, b in enumerate(request.blocks) if b not in seen), len(request.blocks))
-        computed = max(1, request.prompt_tokens - held * trace.block_tokens)
-        taken_s.append(computed * LARGE_GPU.prefill_s_per_token)
+        cached = next(
+            (n for n, b in enumerate(request.blocks) if b not in seen), len(request.blocks)
+        )
+        computed = max(1, request.prompt_tokens - cached * trace.block_tokens)
+        prefill_s.append(computed * LARGE_GPU.prefill_s_per_token)
         seen.update(request.blocks, request.answer_blocks)
-    return float(np.percentile(taken_s, 90)) if taken_s else 0.0
+    return float(np.percentile(prefill_s, 90)) if prefill_s else 0.0
 
 
-def _report(found: dict[tuple[str, str], list[Found]], args: argparse.Namespace) -> Report:
+def _report(
+    found: dict[tuple[str, str], list[SimulationSummary]], args: argparse.Namespace
+) -> Report:
     traces = args.traces
     hits = {t: ratio(found[t, "prefix"], found[t, ORACLE], "hit_rate") for t in traces}
     ttfts = {t: _vs_best(found, t) for t in traces}
-    bounds = {t: _vs_best(found, t, ALONE) for t in traces}
+    bounds = {t: _vs_best(found, t, IDEAL) for t in traces}
     loads = {t: Summary(tuple(f["max_over_mean_load"] for f in found[t, "prefix"])) for t in traces}
     keys = {
         "hit_rate_vs_oracle": over_traces(hits, statistics.geometric_mean),
@@ -150,22 +164,22 @@ def _report(found: dict[tuple[str, str], list[Found]], args: argparse.Namespace)
         goals=GOALS,
         tables=[_table(found, trace) for trace in traces],
         notes=[
-            f"{REPLICAS} replicas, one router, {args.trace_s:g} s of each trace, from cold caches",
-            "over traces: the geometric mean of the ratios, and the largest load",
-            "the best peer: whichever has the smallest p90 and answers 99 % of the requests",
-            "bound: every request alone, with all that was seen before in its cache",
-            "load: the mean over time of a replica's ongoing requests",
+            f"{REPLICAS} replicas, one router, {args.trace_s:g} s of each trace, from cold caches.",
+            "Keys over all traces: geometric mean of the ratios, and the largest load.",
+            "Best peer: smallest p90 TTFT of those that finish 99 % of the requests.",
+            "Bound: no queueing, and every earlier token is cached.",
+            "Load: mean number of requests in flight at a replica over time.",
         ],
     )
 
 
-def ratio(ours: list[Found], other: list[Found], key: str) -> Summary:
-    """Of one number, round by round."""
+def ratio(ours: list[SimulationSummary], other: list[SimulationSummary], key: str) -> Summary:
+    """Return the ratio of one number in each round."""
     return Summary(tuple(a[key] / max(1e-9, b[key]) for a, b in zip(ours, other, strict=True)))
 
 
 def _vs_best(
-    found: dict[tuple[str, str], list[Found]], trace: str, name: str = "prefix"
+    found: dict[tuple[str, str], list[SimulationSummary]], trace: str, name: str = "prefix"
 ) -> Summary:
     ratios = []
     for number, ours in enumerate(found[trace, name]):
@@ -175,13 +189,13 @@ def _vs_best(
     return Summary(tuple(ratios))
 
 
-def over_traces(of: dict[str, Summary], join: Callable[[list[float]], float]) -> Summary:
-    """One number for each round; a trace that no peer can serve says nothing."""
-    rounds = zip(*(summary.rounds for summary in of.values()), strict=True)
+def over_traces(by_trace: dict[str, Summary], join: Callable[[list[float]], float]) -> Summary:
+    """Join the traces' values in each round; skip traces that no peer can serve (NaN)."""
+    rounds = zip(*(summary.rounds for summary in by_trace.values()), strict=True)
     return Summary(tuple(join([v for v in values if not math.isnan(v)]) for values in rounds))
 
 
-def _table(found: dict[tuple[str, str], list[Found]], trace: str) -> Table:
+def _table(found: dict[tuple[str, str], list[SimulationSummary]], trace: str) -> Table:
     shown = (
         "hit_rate",
         "ttft_p50_s",
@@ -190,11 +204,20 @@ def _table(found: dict[tuple[str, str], list[Found]], trace: str) -> Table:
         "itl_p90_s",
         "max_over_mean_load",
     )
-    rows: list[tuple[Cell, ...]] = []
+    rows: list[tuple[CellValue, ...]] = []
     for name in POLICIES:
         seen = found[trace, name]
-        answered = Summary(tuple(f["done"] / max(1, f["requests"]) for f in seen))
-        rows.append((name, *(Summary(tuple(f[key] for f in seen)) for key in shown), answered))
+        finished = Summary(tuple(f["done"] / max(1, f["requests"]) for f in seen))
+        rows.append((name, *(Summary(tuple(f[key] for f in seen)) for key in shown), finished))
     title = f"{trace}, {RATES[trace]:g} requests/s"
-    columns = ("policy", "hits", "TTFT p50 s", "p90", "p99", "ITL p90 s", "max/mean load", "done")
+    columns = (
+        "policy",
+        "hit rate",
+        "TTFT p50 s",
+        "p90",
+        "p99",
+        "ITL p90 s",
+        "max/mean load",
+        "done",
+    )
     return Table(title, columns, rows)

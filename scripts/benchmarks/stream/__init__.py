@@ -1,28 +1,32 @@
-"""Streams of an instant engine through the cluster and through its peers; and a paced engine's.
+"""Streaming throughput with an instant engine and latency with a paced one, for all peers.
 
 The servers run one after the other, each alone on the machine, all of them in every round.
 """
 
 import argparse
 
-from benchmarks.load import require_wrk
 from benchmarks.report import Report
 from benchmarks.stream import instant, paced
-from benchmarks.stream.paths import TARGETS, prepare
+from benchmarks.stream.targets import TARGETS, prepare
+from benchmarks.wrk import require_wrk
 
 PARTS = ("instant", "paced")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``bench stream``."""
-    parser.add_argument("--part", choices=PARTS, help="of the two engines that one alone")
-    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
-    parser.add_argument("--connections", nargs="+", type=int, default=[1, 32, 256])
-    parser.add_argument("--seconds", type=float, default=6.0, help="of load in each cell")
+    """Add the options of ``bench stream``."""
+    parser.add_argument("--part", choices=PARTS, help="measure with one kind of engine only")
+    parser.add_argument(
+        "--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="servers"
+    )
+    parser.add_argument(
+        "--connections", nargs="+", type=int, default=[1, 32, 256], help="concurrent streams"
+    )
+    parser.add_argument("--seconds", type=float, default=6.0, help="duration of each measurement")
 
 
 def run(args: argparse.Namespace) -> Report:
-    """Measure both parts, or the one that was asked for."""
+    """Measure with both engines, or with the chosen one."""
     require_wrk()
     prepare(args.targets)
     if args.quick:

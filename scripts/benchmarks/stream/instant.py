@@ -1,27 +1,24 @@
-"""How many streams a second each path carries when the engine itself takes no time."""
+"""Streams per second of each server when the engine itself takes no time."""
 
 import argparse
 from collections import defaultdict
 from collections.abc import Callable
 
-from benchmarks import load
-from benchmarks.report import Cell as ReportCell
-from benchmarks.report import Report, Table
-from benchmarks.rounds import Summary, interleaved
-from benchmarks.stream.cell import TOKENS, Cell, chat, measure
-from benchmarks.stream.costs import cost_table
-from benchmarks.stream.paths import (
+from benchmarks import wrk
+from benchmarks.report import CellValue, Report, Table, print_progress
+from benchmarks.rounds import Summary, interleave
+from benchmarks.stream.measure import TOKENS, StreamResult, cpu_cost_table, encode_chat, measure
+from benchmarks.stream.targets import (
     BARE,
     CLUSTER,
     SERVE_DEFAULT,
     SERVE_HANDLE,
     TARGETS,
     VLLM_ROUTER,
-    say,
 )
 
 HEADLINE = 32
-"""Connections of the keys that carry no number."""
+"""Connections of the keys without a suffix."""
 
 RATIOS = {
     "ratio_vs_bare": (BARE, 1.0),
@@ -29,106 +26,111 @@ RATIOS = {
     "ratio_vs_serve_default": (SERVE_DEFAULT, 30.0),
     "ratio_vs_vllm_router": (VLLM_ROUTER, 1.0),
 }
-"""Keys, the peers that the cluster is compared with, and the ratios to reach."""
+"""Peer and goal of each ratio."""
 
-
-Cells = dict[tuple[str, int], list[Cell]]
-"""The rounds of each path and number of connections."""
+Results = dict[tuple[str, int], list[StreamResult]]
+"""One result per round, by server and number of connections."""
 
 
 def run(args: argparse.Namespace) -> Report:
-    """Measure every path in every round."""
-    cells: Cells = defaultdict(list)
-    for number, name in interleaved(args.targets, args.rounds):
+    """Measure every server in every round."""
+    results: Results = defaultdict(list)
+    for number, name in interleave(args.targets, args.rounds):
         with TARGETS[name](0.0) as running:
-            request = chat(running.endpoint)
-            size = load.answer_size(running.endpoint, request, TOKENS)
+            request = encode_chat(running.endpoint)
+            size = wrk.measure_response_bytes(running.endpoint, request, TOKENS)
             for connections in args.connections:
-                cell = measure(running, request, size, connections, args.seconds)
-                cells[name, connections].append(cell)
-                say(number, name, f"{connections:>4} connections {cell.req_s:8.1f} req/s")
-    return _report(cells, args.connections)
+                result = measure(running, request, size, connections, args.seconds)
+                results[name, connections].append(result)
+                print_progress(
+                    number, name, f"{connections:>4} connections {result.req_s:8.1f} req/s"
+                )
+    return _report(results, args.connections)
 
 
-def _report(cells: Cells, connections: list[int]) -> Report:
+def _report(results: Results, connections: list[int]) -> Report:
     keys: dict[str, Summary] = {}
     for number in sorted(connections, key=lambda number: number != HEADLINE):
         suffix = "" if number == HEADLINE else f"_at_{number}"
-        keys |= {f"{name}{suffix}": value for name, value in _keys(cells, number).items()}
+        keys |= {f"{name}{suffix}": value for name, value in _keys(results, number).items()}
     return Report(
         keys=keys,
         goals={key: f">= {goal:g}" for key, (_, goal) in RATIOS.items() if key in keys},
         tables=[
-            _rates(cells, connections),
-            _times(cells, connections),
-            *(_costs(cells, number) for number in connections),
+            _rate_table(results, connections),
+            _latency_table(results, connections),
+            *(_cpu_table(results, number) for number in connections),
         ],
-        details={"instant": {f"{name} at {n}": rounds for (name, n), rounds in cells.items()}},
-        notes=[_note(cells)],
+        details={"instant": {f"{name} at {n}": rounds for (name, n), rounds in results.items()}},
+        notes=[_note(results)],
     )
 
 
-def _of(rounds: list[Cell], number: Callable[[Cell], float]) -> Summary:
-    return Summary(tuple(map(number, rounds)))
+def _summary(rounds: list[StreamResult], value: Callable[[StreamResult], float]) -> Summary:
+    return Summary(tuple(map(value, rounds)))
 
 
-def _rate(cell: Cell) -> float:
-    return cell.req_s
+def _rate(result: StreamResult) -> float:
+    return result.req_s
 
 
-def _keys(cells: Cells, connections: int) -> dict[str, Summary]:
-    ours = cells.get((CLUSTER, connections))
+def _total_cpu_us(result: StreamResult) -> float:
+    return sum(result.cpu_us_per_token.values())
+
+
+def _keys(results: Results, connections: int) -> dict[str, Summary]:
+    ours = results.get((CLUSTER, connections))
     if not ours:
         return {}
-    keys = {"router_req_s": _of(ours, _rate)}
+    keys = {"router_req_s": _summary(ours, _rate)}
     for key, (peer, _) in RATIOS.items():
-        if theirs := cells.get((peer, connections)):
-            keys[key] = _of(ours, _rate).over(_of(theirs, _rate))
-    return {**keys, "cpu_us_per_token": _of(ours, lambda cell: sum(cell.cpu_us_per_token.values()))}
+        if theirs := results.get((peer, connections)):
+            keys[key] = _summary(ours, _rate).over(_summary(theirs, _rate))
+    return {**keys, "cpu_us_per_token": _summary(ours, _total_cpu_us)}
 
 
-def _rates(cells: Cells, connections: list[int]) -> Table:
-    names = dict.fromkeys(name for name, _ in cells)
-    rows: list[list[ReportCell]] = [
-        [name, *(_of(cells[name, n], _rate) for n in connections)] for name in names
+def _rate_table(results: Results, connections: list[int]) -> Table:
+    names = dict.fromkeys(name for name, _ in results)
+    rows: list[list[CellValue]] = [
+        [name, *(_summary(results[name, n], _rate) for n in connections)] for name in names
     ]
-    columns = ("path", *(f"{number} connections" for number in connections))
-    return Table(f"Streams of {TOKENS} tokens a second, instant engine", columns, rows)
+    columns = ("server", *(f"{number} connections" for number in connections))
+    return Table(f"Streams of {TOKENS} tokens per second, instant engine", columns, rows)
 
 
-def _times(cells: Cells, connections: list[int]) -> Table:
-    names = dict.fromkeys(name for name, _ in cells)
-    rows: list[list[ReportCell]] = [
-        [name, *(_of(cells[name, n], pick) for n in connections for pick in (_p50, _p99))]
+def _latency_table(results: Results, connections: list[int]) -> Table:
+    names = dict.fromkeys(name for name, _ in results)
+    rows: list[list[CellValue]] = [
+        [name, *(_summary(results[name, n], value) for n in connections for value in (_p50, _p99))]
         for name in names
     ]
-    columns = [f"{number}: {which}" for number in connections for which in ("p50", "p99")]
-    return Table("Time of a whole stream in ms", ("path", *columns), rows)
+    columns = [f"{number}: {quantile}" for number in connections for quantile in ("p50", "p99")]
+    return Table("Latency of a complete stream in ms", ("server", *columns), rows)
 
 
-def _p50(cell: Cell) -> float:
-    return cell.load.p50_ms
+def _p50(result: StreamResult) -> float:
+    return result.load.p50_ms
 
 
-def _p99(cell: Cell) -> float:
-    return cell.load.p99_ms
+def _p99(result: StreamResult) -> float:
+    return result.load.p99_ms
 
 
-def _costs(cells: Cells, connections: int) -> Table:
-    title = f"CPU us for a token, instant engine, {connections} connections"
-    return cost_table(
+def _cpu_table(results: Results, connections: int) -> Table:
+    title = f"CPU time per token in µs, instant engine, {connections} connections"
+    return cpu_cost_table(
         title,
         {
-            name: [cell.cpu_us_per_token for cell in rounds]
-            for (name, number), rounds in cells.items()
+            name: [result.cpu_us_per_token for result in rounds]
+            for (name, number), rounds in results.items()
             if number == connections
         },
     )
 
 
-def _note(cells: Cells) -> str:
-    shares = [cell.client_share for rounds in cells.values() for cell in rounds]
+def _note(results: Results) -> str:
+    shares = [result.client_share for rounds in results.values() for result in rounds]
     return (
-        f"the load is wrk with one thread, which took {min(shares):.0%} to {max(shares):.0%} of a "
-        f"core; the servers ran one at a time, and the cluster asked for an API key"
+        f"The load is wrk with one thread, which used {min(shares):.0%} to {max(shares):.0%} of a "
+        "core. The servers ran one at a time. The cluster required an API key."
     )

@@ -1,4 +1,4 @@
-"""What each path adds to the latency of an engine that takes its time."""
+"""Latency that each server adds to an engine with a fixed time per token."""
 
 import argparse
 from collections import defaultdict
@@ -6,24 +6,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import repeat
 
-from benchmarks import cpu, token_times
-from benchmarks.report import Cell as ReportCell
-from benchmarks.report import Report, Table
-from benchmarks.rounds import Summary, interleaved, percentile
-from benchmarks.stream.costs import cost_table
-from benchmarks.stream.paths import BARE, CLUSTER, TARGETS, say
-from benchmarks.targets.running import Running
-from benchmarks.token_times import Streams, TokenTimes
+from benchmarks import processes, token_times
+from benchmarks.report import CellValue, Report, Table, print_progress
+from benchmarks.rounds import Summary, interleave, percentile
+from benchmarks.stream.measure import cpu_cost_table
+from benchmarks.stream.targets import BARE, CLUSTER, TARGETS
+from benchmarks.targets.running import RunningTarget
+from benchmarks.token_times import StreamLoad, TokenTimes
 
 PACE_S = 0.020
 STREAMS = 64
 TOKENS = 32
-"""Fewer than in the other part: more requests, so more first tokens, in the same time."""
+"""Completion tokens; short, so that a run has many first tokens."""
 WARM_UP_S = 2.0
-SECONDS = 2
-"""How much longer than a cell of the instant engine this one takes."""
+DURATION_FACTOR = 2
+"""Duration relative to a measurement with the instant engine."""
 
-NUMBERS = {
+PERCENTILES = {
     "ttft_ms_p50": ("ttft_s", 50),
     "ttft_ms_p99": ("ttft_s", 99),
     "itl_ms_p50": ("itl_s", 50),
@@ -33,30 +32,32 @@ GOALS = {"added_ttft_ms_p50": 1.0, "added_ttft_ms_p99": 3.0, "added_itl_ms_p99":
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
-    """One path in one round."""
+class PacedResult:
+    """One server in one round."""
 
     times: TokenTimes
     cpu_us_per_token: Mapping[str, float]
-    """By the parts of the target."""
+    """CPU microseconds per token by role of the target's processes."""
 
 
-Cells = dict[str, list[Cell]]
+Results = dict[str, list[PacedResult]]
+"""One result per round, by server."""
 
 
 def run(args: argparse.Namespace) -> Report:
-    """Measure the cluster and the bare process, and whoever else was asked for."""
+    """Measure the chosen servers, and the bare process as the baseline."""
     names = list(dict.fromkeys((*args.targets, BARE)))
-    cells: Cells = defaultdict(list)
-    for number, name in interleaved(names, args.rounds):
+    results: Results = defaultdict(list)
+    for number, name in interleave(names, args.rounds):
         with TARGETS[name](PACE_S) as running:
-            cell = _cell(running, args.seconds * SECONDS)
-        cells[name].append(cell)
-        say(number, name, f"TTFT p50 {percentile(cell.times.ttft_s, 50) * 1e3:6.2f} ms")
-    return _report(cells)
+            result = _measure(running, args.seconds * DURATION_FACTOR)
+        results[name].append(result)
+        ttft_ms = percentile(result.times.ttft_s, 50) * 1e3
+        print_progress(number, name, f"TTFT p50 {ttft_ms:6.2f} ms")
+    return _report(results)
 
 
-def _cell(running: Running, seconds: float) -> Cell:
+def _measure(running: RunningTarget, seconds: float) -> PacedResult:
     endpoint = running.endpoint
     body = {
         "model": endpoint.model,
@@ -64,48 +65,48 @@ def _cell(running: Running, seconds: float) -> Cell:
         "max_tokens": TOKENS,
         "stream": True,
     }
-    request = endpoint.request("/v1/completions", body)
-    streams = Streams(repeat(request), STREAMS, PACE_S, WARM_UP_S, seconds)
-    before = cpu.snapshot(running.home.path)
-    times = token_times.measure(endpoint, streams)
-    spent = cpu.spent(before, cpu.snapshot(running.home.path))
-    return Cell(times, {part: s / times.num_tokens * 1e6 for part, s in spent.items()})
+    request = endpoint.encode_request("/v1/completions", body)
+    load = StreamLoad(repeat(request), STREAMS, PACE_S, WARM_UP_S, seconds)
+    before = processes.take_cpu_snapshot(running.home.path)
+    times = token_times.measure(endpoint, load)
+    used = processes.cpu_used(before, processes.take_cpu_snapshot(running.home.path))
+    return PacedResult(times, {role: s / times.num_tokens * 1e6 for role, s in used.items()})
 
 
-def _report(cells: Cells) -> Report:
-    numbers = {
+def _report(results: Results) -> Report:
+    latencies = {
         name: {
-            key: Summary(tuple(percentile(getattr(c.times, values), p) * 1e3 for c in rounds))
-            for key, (values, p) in NUMBERS.items()
+            key: Summary(tuple(percentile(getattr(r.times, times), p) * 1e3 for r in rounds))
+            for key, (times, p) in PERCENTILES.items()
         }
-        for name, rounds in cells.items()
+        for name, rounds in results.items()
     }
     keys = {}
-    if CLUSTER in numbers:
+    if CLUSTER in latencies:
         for key in ("ttft_ms_p50", "ttft_ms_p99", "itl_ms_p99"):
-            keys[f"added_{key}"] = numbers[CLUSTER][key].minus(numbers[BARE][key])
-    rows: list[list[ReportCell]] = [[name, *columns.values()] for name, columns in numbers.items()]
-    title = f"Latency in ms: {STREAMS} streams, an engine that takes {PACE_S * 1e3:.0f} ms a token"
-    costs = {name: [cell.cpu_us_per_token for cell in rounds] for name, rounds in cells.items()}
+            keys[f"added_{key}"] = latencies[CLUSTER][key].minus(latencies[BARE][key])
+    rows: list[list[CellValue]] = [[name, *row.values()] for name, row in latencies.items()]
+    title = f"Latency in ms: {STREAMS} streams, engine with {PACE_S * 1e3:.0f} ms per token"
+    costs = {name: [r.cpu_us_per_token for r in rounds] for name, rounds in results.items()}
     return Report(
         keys=keys,
         goals={key: f"<= {goal:g}" for key, goal in GOALS.items() if key in keys},
         tables=[
-            Table(title, ("path", *NUMBERS), rows),
-            cost_table("CPU us for a token, paced engine", costs),
+            Table(title, ("server", *PERCENTILES), rows),
+            cpu_cost_table("CPU time per token in µs, paced engine", costs),
         ],
-        details={"paced": numbers, "paced_cpu_us_per_token": costs},
-        notes=[_note(cells)],
+        details={"paced": latencies, "paced_cpu_us_per_token": costs},
+        notes=[_note(results)],
     )
 
 
-def _note(cells: Cells) -> str:
-    rounds = [cell.times for of_one in cells.values() for cell in of_one]
-    cpu_s = sum(times.client_cpu_s for times in rounds)
-    cpu_us = cpu_s / sum(times.num_tokens for times in rounds) * 1e6
+def _note(results: Results) -> str:
+    all_times = [result.times for rounds in results.values() for result in rounds]
+    cpu_s = sum(times.client_cpu_s for times in all_times)
+    cpu_us = cpu_s / sum(times.num_tokens for times in all_times) * 1e6
+    share = cpu_s / sum(times.wall_s for times in all_times)
     return (
-        f"the client of the paced streams took {cpu_us:.0f} us of CPU a token, "
-        f"{cpu_s / sum(times.wall_s for times in rounds):.0%} of a core; its requests begin at "
-        f"every phase of the engine's steps, {min(len(times.ttft_s) for times in rounds)} of them "
-        f"or more in a round"
+        f"The client of the paced streams used {cpu_us:.0f} µs of CPU per token, {share:.0%} of a "
+        "core. Its requests arrive at every phase of the engine's steps; each round has at least "
+        f"{min(len(times.ttft_s) for times in all_times)} of them."
     )

@@ -1,1 +1,1 @@
-"""The servers that are measured: each a context manager that yields where it answers."""
+"""Servers under test, each a context manager that starts one and yields a ``RunningTarget``."""

@@ -1,7 +1,7 @@
-"""One uvicorn process around the simulated engine: no router, no Ray.
+"""Single uvicorn process with the simulated engine: no router, no Ray.
 
-Runs as ``python -m benchmarks.targets.bare PORT DECODE_S``. uvicorn gets the options that Ray
-Serve gives it, and uvloop and httptools where they are installed.
+Runs as ``python -m benchmarks.targets.bare PORT DECODE_S``. uvicorn gets the same options as in
+Ray Serve, and uvloop and httptools if they are installed.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import uvicorn
 
 from benchmarks.endpoint import Endpoint
 from benchmarks.targets.home import Home, free_ports, new_home
-from benchmarks.targets.running import MODEL, Running, generator
+from benchmarks.targets.running import SIM_MODEL, RunningTarget, sim_generator
 from cluster.asgi import ASGIApp, Receive, Scope, Send
 from cluster.config import GeneratorConfig
 from cluster.engines.sim import SimEngine
@@ -22,23 +22,23 @@ READY_S = 30.0
 
 
 @contextlib.contextmanager
-def bare(decode_s: float) -> Iterator[Running]:
-    """The engine's application under uvicorn."""
+def bare(decode_s: float) -> Iterator[RunningTarget]:
+    """Run the engine's ASGI application under uvicorn."""
     with new_home("bare") as home:
-        yield Running(spawn_bare(home, decode_s), home)
+        yield RunningTarget(spawn_bare(home, decode_s), home)
 
 
 def spawn_bare(home: Home, decode_s: float) -> Endpoint:
     """Start the process in ``home`` and wait until it answers."""
     (port,) = free_ports(1)
-    endpoint = Endpoint(port, MODEL)
+    endpoint = Endpoint(port, SIM_MODEL)
     home.spawn(sys.executable, "-m", "benchmarks.targets.bare", str(port), str(decode_s))
     home.wait_ready(endpoint, READY_S)
     return endpoint
 
 
 class _WithHealth:
-    """Answers ``/health`` as vLLM's server does: ``vllm-router`` asks it of its workers."""
+    """Adds ``/health``, which ``vllm-router`` polls on its workers."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -53,7 +53,7 @@ class _WithHealth:
 
 
 async def _serve(port: int, decode_s: float) -> None:
-    engine = SimEngine(GeneratorConfig.model_validate(generator(decode_s)))
+    engine = SimEngine(GeneratorConfig.model_validate(sim_generator(decode_s)))
     await engine.start()
     config = uvicorn.Config(
         _WithHealth(engine.app),

@@ -1,8 +1,7 @@
-"""A target's own directory, environment and processes; all of them end with it.
+"""Directory, environment and processes of one target.
 
-Every process carries the mark of ``cluster.launch.processes`` in its environment, so whatever a
-target starts is found and ended, whoever its parent is by then: Ray's workers, HAProxy, vLLM's
-engine cores.
+Every process carries the mark of ``cluster.launch.processes`` in its environment. The mark finds
+processes whose parent has exited, such as Ray workers, HAProxy and vLLM's engine cores.
 """
 
 import contextlib
@@ -23,12 +22,12 @@ from cluster.launch.stop import stop
 
 ROOT = Path(__file__).parents[3]
 POLL_S = 0.05
-LAST_WORDS = 15
-"""Lines of its log that are shown of a target that failed."""
+LOG_LINES = 15
+"""Last log lines of a failed target that are shown."""
 
 
 class Home:
-    """A directory and a mark for the processes of one target."""
+    """Directory and process mark of one target."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -39,9 +38,9 @@ class Home:
             **os.environ,
             processes.CLUSTER_ID: self.cluster_id,
             processes.HOME: str(path),
-            # Ray retitles its processes; without this the title overwrites the mark.
+            # Ray renames its processes; without this, the title overwrites the mark.
             "SPT_NOENV": "1",
-            # Ray on loopback alone, as Tandem's own.
+            # Keep Ray on loopback, as Tandem does.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
             "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}",
@@ -51,7 +50,7 @@ class Home:
     def spawn(
         self, *command: str | Path, environment: Mapping[str, str] | None = None
     ) -> subprocess.Popen[bytes]:
-        """Start a process of the target; what it says goes to ``log``."""
+        """Start a process of the target; its output goes to ``log``."""
         with self.log.open("ab") as log:
             child = subprocess.Popen(
                 command,
@@ -60,7 +59,7 @@ class Home:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C in our terminal must reach us alone
+                start_new_session=True,  # Ctrl-C must reach only this process
             )
         self._children.append(child)
         return child
@@ -71,41 +70,41 @@ class Home:
         timeout_s: float,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Run a process of the target to its end.
+        """Run a process of the target and wait until it exits.
 
         Raises:
-            TargetError: it failed, or the time is over.
+            TargetError: It failed or did not exit within ``timeout_s``.
         """
         child = self.spawn(*command, environment=environment)
         try:
             status = child.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            self.fail(f"{child.args!r} took more than {timeout_s:g} s")
+            self.fail(f"{child.args!r} did not exit within {timeout_s:g} s.")
         if status:
-            self.fail(f"{child.args!r} ended with {status}")
+            self.fail(f"{child.args!r} exited with {status}.")
 
     def wait_ready(self, endpoint: Endpoint, timeout_s: float, path: str = "/v1/models") -> None:
-        """Return once ``path`` answers with 200.
+        """Wait until ``path`` returns 200.
 
         Raises:
-            TargetError: a process of the target failed, or the time is over.
+            TargetError: A process of the target failed, or ``timeout_s`` have passed.
         """
         deadline = time.monotonic() + timeout_s
-        while not endpoint.answers(path):
+        while not endpoint.returns_ok(path):
             for child in self._children:
                 if child.poll():
-                    self.fail(f"{child.args!r} ended with {child.returncode}")
+                    self.fail(f"{child.args!r} exited with {child.returncode}.")
             if time.monotonic() > deadline:
-                self.fail(f"{endpoint.url}{path} did not answer within {timeout_s:g} s")
+                self.fail(f"{endpoint.url}{path} did not return 200 within {timeout_s:g} s.")
             time.sleep(POLL_S)
 
     def fail(self, problem: str) -> NoReturn:
-        """Raise ``TargetError`` with the target's last words."""
+        """Raise ``TargetError`` with the end of the target's log."""
         text = self.log.read_text("utf-8", "replace") if self.log.exists() else ""
-        raise TargetError("\n".join([problem, *text.strip().splitlines()[-LAST_WORDS:]]))
+        raise TargetError("\n".join([problem, *text.strip().splitlines()[-LOG_LINES:]]))
 
-    def end(self) -> None:
-        """End every process that carries the mark."""
+    def stop(self) -> None:
+        """Stop every process that carries the mark."""
         stop(self.path, drain_s=0)
         for child in self._children:
             child.wait()
@@ -113,24 +112,24 @@ class Home:
 
 @contextlib.contextmanager
 def new_home(name: str) -> Iterator[Home]:
-    """A fresh home; its processes and its directory are gone afterwards, whatever happens."""
+    """Yield a new home; stop its processes and delete its directory on exit."""
     with tempfile.TemporaryDirectory(prefix=f"bench-{name}-", ignore_cleanup_errors=True) as path:
         home = Home(Path(path))
         try:
             yield home
         finally:
             try:
-                home.end()
+                home.stop()
             except KeyboardInterrupt:  # a second Ctrl-C
-                home.end()
+                home.stop()
                 raise
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that are free now.
+    """Return ports that are free now.
 
-    They are below those that Linux gives to clients' connections, one of which may otherwise take
-    the port before it is listened on, and above those that Ray gives to its workers.
+    They lie below Linux's ephemeral ports, which a client connection could occupy before the server
+    listens, and above the ports of Ray's workers.
     """
     found: list[int] = []
     for port in random.sample(range(20_000, 32_768), 100 + count):
@@ -139,4 +138,4 @@ def free_ports(count: int) -> list[int]:
             found.append(port)
         if len(found) == count:
             return found
-    raise TargetError(f"{count} free ports were not found")
+    raise TargetError(f"Found only {len(found)} of {count} free ports.")

@@ -1,38 +1,69 @@
-"""What every target yields, and the engine that stands behind all of them."""
+"""Types that targets yield, and the engine configuration that all of them use."""
 
+import contextlib
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.endpoint import Endpoint
-from benchmarks.targets.home import Home
+from benchmarks.endpoint import Endpoint, TargetError, send_request
+from benchmarks.targets.home import POLL_S, Home
 
-MODEL = "sim"
+SIM_MODEL = "sim"
+REAL_MODEL = "smollm2"
+"""Served name of the real model."""
+READY_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
-    """A server that answers."""
+class RunningTarget:
+    """Server that answers requests."""
 
     endpoint: Endpoint
     home: Home
-    """All of its processes."""
     ray_address: str = ""
-    """Of its Ray cluster, where it has one: for a job that joins it."""
+    """Address for Ray jobs; empty if the target does not use Ray."""
     job_environment: Mapping[str, str] = field(default_factory=dict)
-    """What such a job needs in its environment beside that of the home."""
+    """Environment variables of such a job, in addition to those of the home."""
 
 
-Target = Callable[[float], AbstractContextManager[Running]]
-"""Starts a server before a simulated engine that takes so many seconds for a token."""
+@dataclass(frozen=True, slots=True)
+class ReadyTarget:
+    """Server of a real model that has generated a token."""
+
+    running: RunningTarget
+    ready_s: float
+    """Seconds from the start of its first process to the first token."""
 
 
-def generator(decode_s: float) -> dict[str, Any]:
-    """The simulated engine, as the configuration of a generator."""
+SimTarget = Callable[[float], AbstractContextManager[RunningTarget]]
+"""Start a server with a simulated engine; the argument is its decode time per token in seconds."""
+
+
+def sim_generator(decode_s: float) -> dict[str, Any]:
+    """Return the generator configuration of the simulated engine."""
     return {
-        "name": MODEL,
-        "model": MODEL,
+        "name": SIM_MODEL,
+        "model": SIM_MODEL,
         "engine": "sim",
         "sim": {"decode_s_per_token": decode_s},
     }
+
+
+def wait_first_token(home: Home, endpoint: Endpoint, health: str) -> None:
+    """Wait until ``health`` returns 200 and a request for one token succeeds.
+
+    Raises:
+        TargetError: A process of the target failed, or ``READY_S`` have passed.
+    """
+    deadline = time.monotonic() + READY_S
+    body = {"model": endpoint.model, "prompt": "Hello", "max_tokens": 1, "stream": True}
+    request = endpoint.encode_request("/v1/completions", body)
+    home.wait_ready(endpoint, READY_S, health)
+    while time.monotonic() < deadline:
+        with contextlib.suppress(TargetError):
+            send_request(endpoint, request)
+            return
+        time.sleep(POLL_S)
+    home.fail(f"{endpoint.url} generated no token within {READY_S:g} s.")

@@ -1,7 +1,6 @@
-"""Ray Serve as its users build it: an ingress deployment that streams from an engine's handle.
+"""Plain Ray Serve application: an ingress deployment that streams from an engine's handle.
 
-Runs as ``python -m benchmarks.targets.serve_handle PORT DECODE_S``: a Ray of its own and the
-application on it.
+Runs as ``python -m benchmarks.targets.serve_handle PORT DECODE_S``, which starts a separate Ray.
 """
 
 import asyncio
@@ -16,28 +15,27 @@ from typing import Any
 
 from benchmarks.endpoint import Endpoint
 from benchmarks.targets.home import Home, free_ports, new_home
-from benchmarks.targets.running import MODEL, Running, generator
+from benchmarks.targets.running import SIM_MODEL, RunningTarget, sim_generator
 from cluster.launch.environment import cluster_environment, write_haproxy_wrapper
 
 READY_S = 120.0
 SETTLE_S = 3.0
-"""HAProxy is started anew while replicas come up, and drops connections that were kept."""
+"""Pause after the start: HAProxy reloads while replicas start, and drops open connections."""
 MAX_ONGOING = 4096
 APPLICATION, ENGINE = "peer", "engine"
-ADDRESS = "ray-address"
-"""The file, in the home."""
+ADDRESS_FILE = "ray-address"
 
 
 @contextlib.contextmanager
-def serve_default(decode_s: float) -> Iterator[Running]:
-    """Serve's defaults: the Python proxy, and Ray's object plane between the deployments."""
+def serve_default(decode_s: float) -> Iterator[RunningTarget]:
+    """Run Serve with its defaults: Python proxy, responses through Ray's object plane."""
     with new_home("serve") as home:
         yield _start(home, decode_s, {})
 
 
 @contextlib.contextmanager
-def serve_handle(decode_s: float) -> Iterator[Running]:
-    """Serve at its fastest: HAProxy as Tandem sets it up, and the settings for throughput."""
+def serve_handle(decode_s: float) -> Iterator[RunningTarget]:
+    """Run Serve at its fastest: HAProxy as Tandem configures it, and throughput settings."""
     stats, metrics, fallback = map(str, free_ports(3))
     with new_home("handle") as home:
         write_haproxy_wrapper(home.cluster_id)
@@ -50,22 +48,22 @@ def serve_handle(decode_s: float) -> Iterator[Running]:
         yield _start(home, decode_s, {**tuned, **ports, "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"})
 
 
-def _start(home: Home, decode_s: float, environment: Mapping[str, str]) -> Running:
+def _start(home: Home, decode_s: float, environment: Mapping[str, str]) -> RunningTarget:
     (port,) = free_ports(1)
-    endpoint = Endpoint(port, MODEL)
+    endpoint = Endpoint(port, SIM_MODEL)
     command = (sys.executable, "-m", "benchmarks.targets.serve_handle", str(port), str(decode_s))
     home.spawn(*command, environment=environment)
     home.wait_ready(endpoint, READY_S)
     time.sleep(SETTLE_S)
-    # A Ray that ``ray.init`` starts asks for a token, and looks for it where it left it.
+    # A Ray that ``ray.init`` starts requires a token, which jobs read from the same file.
     job_environment = {**environment, "RAY_AUTH_MODE": "token"}
-    return Running(endpoint, home, ray_address(home), job_environment)
+    return RunningTarget(endpoint, home, ray_address(home), job_environment)
 
 
 def ray_address(home: Home) -> str:
-    """Where jobs join the Ray that was started in ``home``."""
-    found = (home.path / ADDRESS).read_text(encoding="ascii")
-    # Ray takes 127.0.0.1 for the machine's outward address, where this Ray does not listen.
+    """Return the address for jobs of the Ray that was started in ``home``."""
+    found = (home.path / ADDRESS_FILE).read_text(encoding="ascii")
+    # Ray replaces 127.0.0.1 by the machine's outward address, where this Ray does not listen.
     return found.replace("127.0.0.1", "LOCALHOST")
 
 
@@ -81,7 +79,7 @@ def _main(port: int, decode_s: float) -> None:
         _node_ip_address="127.0.0.1",
     )
     address = str(context.address_info["gcs_address"])
-    Path(os.environ["TANDEM_HOME"], ADDRESS).write_text(address, encoding="ascii")
+    Path(os.environ["TANDEM_HOME"], ADDRESS_FILE).write_text(address, encoding="ascii")
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     serve.run(_application(decode_s), name=APPLICATION, route_prefix="/")
     signal.pause()
@@ -101,7 +99,7 @@ def _application(decode_s: float) -> Any:
     class Engine:
         async def __init__(self) -> None:  # type: ignore[misc]  # Serve awaits it
             confine_serve()
-            self._engine = SimEngine(GeneratorConfig.model_validate(generator(decode_s)))
+            self._engine = SimEngine(GeneratorConfig.model_validate(sim_generator(decode_s)))
             await self._engine.start()
 
         async def stream(self, path: str, body: bytes) -> AsyncIterator[bytes]:
@@ -119,7 +117,7 @@ def _application(decode_s: float) -> Any:
 
         async def __call__(self, request: Request) -> Response:
             if request.method == "GET":
-                return JSONResponse({"data": [{"id": MODEL}]})
+                return JSONResponse({"data": [{"id": SIM_MODEL}]})
             chunks = self._engine.stream.remote(request.url.path, await request.body())
             return StreamingResponse(chunks, media_type="text/event-stream")
 
@@ -128,7 +126,7 @@ def _application(decode_s: float) -> Any:
 
 
 async def _chunks(app: Any, path: str, body: bytes) -> AsyncIterator[bytes]:
-    """What an ASGI application answers, chunk by chunk."""
+    """Yield the body chunks of an ASGI application's response."""
     messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     requests: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     requests.put_nowait({"type": "http.request", "body": body, "more_body": False})

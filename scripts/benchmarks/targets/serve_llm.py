@@ -1,7 +1,6 @@
-"""``ray.serve.llm``: Ray Serve's own application for vLLM, with its defaults.
+"""``ray.serve.llm``, Ray Serve's own application for vLLM, with its defaults.
 
-Runs as ``python -m benchmarks.targets.serve_llm PORT MODEL``: a Ray of its own and the
-application on it.
+Runs as ``python -m benchmarks.targets.serve_llm PORT MODEL``, which starts a separate Ray.
 """
 
 import contextlib
@@ -12,24 +11,23 @@ import time
 from collections.abc import Iterator
 
 from benchmarks.endpoint import Endpoint
-from benchmarks.targets.first_token import NAME, Ready, wait_first_token
 from benchmarks.targets.home import free_ports, new_home
-from benchmarks.targets.running import Running
+from benchmarks.targets.running import REAL_MODEL, ReadyTarget, RunningTarget, wait_first_token
 
 LOGICAL_CPUS = 8
-"""Its ingress and its engine ask for more than the two CPUs of a small machine."""
+"""CPUs that Ray is told to have: ingress and engine reserve more than two."""
 
 
 @contextlib.contextmanager
-def serve_llm(model: str) -> Iterator[Ready]:
-    """One replica of the model in this directory."""
+def serve_llm(model: str) -> Iterator[ReadyTarget]:
+    """Run one replica of a model. ``model`` is the model's directory."""
     (port,) = free_ports(1)
-    endpoint = Endpoint(port, NAME)
+    endpoint = Endpoint(port, REAL_MODEL)
     with new_home("llm") as home:
         began = time.monotonic()
         home.spawn(sys.executable, "-m", "benchmarks.targets.serve_llm", str(port), model)
         wait_first_token(home, endpoint, "/v1/models")  # it has no /health
-        yield Ready(Running(endpoint, home), time.monotonic() - began)
+        yield ReadyTarget(RunningTarget(endpoint, home), time.monotonic() - began)
 
 
 def _main(port: int, model: str) -> None:
@@ -45,9 +43,9 @@ def _main(port: int, model: str) -> None:
     )
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     config = LLMConfig(
-        model_loading_config={"model_id": NAME, "model_source": model},
+        model_loading_config={"model_id": REAL_MODEL, "model_source": model},
         accelerator_config={"kind": "cpu"},
-        # For its KV cache it would take 92 % of the machine's memory, or not start.
+        # The default KV cache is 92 % of the machine's memory, which may not be free.
         engine_kwargs={"gpu_memory_utilization": 0.5},
         deployment_config={"autoscaling_config": {"min_replicas": 1, "max_replicas": 1}},
     )

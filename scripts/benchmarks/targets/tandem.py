@@ -1,9 +1,10 @@
-"""The full cluster as ``tandem up`` starts it: HAProxy, router, link, replica; with an API key."""
+"""Full Tandem cluster as ``tandem up`` starts it: HAProxy, router, link, replicas."""
 
 import contextlib
 import hashlib
 import secrets
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,40 +13,51 @@ from typing import Any
 
 import yaml
 
-from benchmarks.endpoint import Endpoint
-from benchmarks.targets.home import free_ports, new_home
-from benchmarks.targets.running import MODEL, Running, generator
+from benchmarks.endpoint import Endpoint, TargetError
+from benchmarks.targets.home import ROOT, Home, free_ports, new_home
+from benchmarks.targets.running import (
+    READY_S,
+    REAL_MODEL,
+    SIM_MODEL,
+    ReadyTarget,
+    RunningTarget,
+    sim_generator,
+    wait_first_token,
+)
+from cluster.models.store import home as cache
 from cluster.models.store import models_dir
 
-READY_S = 300.0
-
-
-def tandem(decode_s: float) -> AbstractContextManager[Running]:
-    """One router and one replica of the simulated engine."""
-    return tandem_of({"generators": [generator(decode_s)]}, MODEL)
+TANDEM = Path(sys.executable).with_name("tandem")
+NOT_SHARED = {"run", "bench"}
+"""Entries of the cache directory that a new home must not share: cluster state and peers."""
 
 
 @dataclass(frozen=True, slots=True)
-class Beside:
-    """A further application of the same cluster, with the same pools and router."""
+class ExtraApplication:
+    """Further Serve application in the same cluster, with the same pools and router."""
 
     path: str
-    """Below which it answers, as ``/traced``."""
+    """Route prefix, such as ``/traced``."""
     import_path: str
     args: Mapping[str, Any]
-    """More of its configuration."""
+    """Configuration that is added to that of the main application."""
+
+
+def tandem(decode_s: float) -> AbstractContextManager[RunningTarget]:
+    """Run one router and one replica of the simulated engine."""
+    return tandem_with_pools({"generators": [sim_generator(decode_s)]}, SIM_MODEL)
 
 
 @contextlib.contextmanager
-def tandem_of(
+def tandem_with_pools(
     pools: Mapping[str, Any],
     model: str,
     router: Mapping[str, Any] | None = None,
-    beside: Sequence[Beside] = (),
-) -> Iterator[Running]:
-    """One router and these pools, of which ``model`` is asked for; the user's own models.
+    extra_applications: Sequence[ExtraApplication] = (),
+) -> Iterator[RunningTarget]:
+    """Run one router with an API key and the given pools; models come from the user's store.
 
-    ``router`` is more of its configuration.
+    ``model`` is the pool that requests name. ``router`` is added to the router's configuration.
     """
     key = secrets.token_urlsafe(24)
     http, gcs, dashboard, stats, metrics, fallback = free_ports(6)
@@ -58,26 +70,61 @@ def tandem_of(
         },
         "cluster": {"ray_port": gcs, "dashboard_port": dashboard},
     }
-    applications = [_application("/", "deployments.app:build", args)]
-    applications += [_application(b.path, b.import_path, {**args, **b.args}) for b in beside]
+    applications = [
+        _application("/", "deployments.app:build", args),
+        *(_application(a.path, a.import_path, {**args, **a.args}) for a in extra_applications),
+    ]
     with new_home("tandem") as home:
         (home.path / "models").symlink_to(models_dir())
         config = home.path / "config.yaml"
         config.write_text(_serve_config(http, applications), encoding="utf-8")
         home.run(
-            Path(sys.executable).with_name("tandem"), "up", "-d", "--config", config,
+            TANDEM, "up", "-d", "--config", config,
             timeout_s=READY_S,
-            environment=haproxy_ports(stats, metrics, fallback),
+            environment=_haproxy_ports(stats, metrics, fallback),
         )  # fmt: skip
         endpoint = Endpoint(http, model, {"authorization": f"Bearer {key}"})
-        for path in ("", *(b.path for b in beside)):
+        for path in ("", *(extra.path for extra in extra_applications)):
             home.wait_ready(endpoint, READY_S, f"{path}/v1/models")
-        # Ray takes 127.0.0.1 for the machine's outward address, where this Ray does not listen.
-        yield Running(endpoint, home, ray_address=f"LOCALHOST:{gcs}")
+        # Ray replaces 127.0.0.1 by the machine's outward address, where this Ray does not listen.
+        yield RunningTarget(endpoint, home, ray_address=f"LOCALHOST:{gcs}")
 
 
-def haproxy_ports(stats: int, metrics: int, fallback: int) -> dict[str, str]:
-    """Serve's settings of the ports that HAProxy opens beside the one for requests."""
+@contextlib.contextmanager
+def tandem_default() -> Iterator[ReadyTarget]:
+    """Run the default configuration, as ``./scripts/up`` does, on other ports."""
+    http, gcs, dashboard, *haproxy = free_ports(6)
+    settings = {
+        "http_options.port": http,
+        "cluster.ray_port": gcs,
+        "cluster.dashboard_port": dashboard,
+    }
+    options = [word for path, port in settings.items() for word in ("--set", f"{path}={port}")]
+    with new_home("default") as home:
+        _share_cache(home)
+        endpoint = Endpoint(http, REAL_MODEL)
+        began = time.monotonic()
+        up = home.spawn(
+            *(TANDEM, "up", "-d"),
+            *("--config", ROOT / "ray-config.yaml"),
+            *options,
+            environment=_haproxy_ports(*haproxy),
+        )
+        wait_first_token(home, endpoint, "/health")
+        ready_s = time.monotonic() - began
+        if up.wait(READY_S):
+            raise TargetError(f"tandem up exited with {up.returncode}.")
+        running = RunningTarget(endpoint, home, ray_address=f"LOCALHOST:{gcs}")
+        yield ReadyTarget(running, ready_s)
+
+
+def _share_cache(home: Home) -> None:
+    for entry in cache().iterdir():
+        if entry.name not in NOT_SHARED:
+            (home.path / entry.name).symlink_to(entry)
+
+
+def _haproxy_ports(stats: int, metrics: int, fallback: int) -> dict[str, str]:
     return {
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),

@@ -1,6 +1,6 @@
-"""A clock that jumps to the next timer when nothing is left to do: hours without any waiting.
+"""Event loop with a simulated clock that jumps to the next timer when no task can run.
 
-What runs under it is the code itself on one event loop; only the machine's speed has no part in it.
+The real code runs on one event loop, in seconds instead of hours, independent of the machine.
 """
 
 import asyncio
@@ -12,22 +12,22 @@ from typing import Any
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop with such a clock."""
+    """Event loop with a simulated clock."""
 
     def __init__(self) -> None:
         self._now = time.monotonic()
-        super().__init__(_Jumping(self))
+        super().__init__(_JumpingSelector(self))
 
     def time(self) -> float:
-        """Seconds on its clock."""
+        """Return the simulated time in seconds."""
         return self._now
 
-    def jump(self, seconds: float) -> None:
-        """Let time pass in which nothing runs."""
+    def advance(self, seconds: float) -> None:
+        """Advance the clock without running any task."""
         self._now += seconds
 
 
-class _Jumping(selectors.DefaultSelector):  # type: ignore[misc, valid-type, unused-ignore]
+class _JumpingSelector(selectors.DefaultSelector):  # type: ignore[misc, valid-type, unused-ignore]
     def __init__(self, loop: VirtualLoop) -> None:
         super().__init__()
         self._loop = loop
@@ -35,13 +35,13 @@ class _Jumping(selectors.DefaultSelector):  # type: ignore[misc, valid-type, unu
     def select(self, timeout: float | None = None) -> list[Any]:
         ready: list[Any] = super().select(0)
         if timeout and not ready:
-            self._loop.jump(timeout)
+            self._loop.advance(timeout)
         return ready
 
 
 @contextmanager
 def virtual_time() -> Iterator[asyncio.Runner]:
-    """Runs coroutines by this clock, which is the whole process' monotonic one meanwhile."""
+    """Yield a runner with a virtual clock, which replaces the process's monotonic clocks."""
     real = time.monotonic, time.perf_counter
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         time.monotonic = time.perf_counter = runner.get_loop().time

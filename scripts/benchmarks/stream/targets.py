@@ -1,13 +1,12 @@
-"""The paths that ``bench stream`` compares, by the names that its options and tables use."""
+"""Servers that ``bench stream`` compares, by the names in its options and tables."""
 
-import sys
 from collections.abc import Mapping, Sequence
 
 from benchmarks.targets.bare import bare
-from benchmarks.targets.running import Target
+from benchmarks.targets.running import SimTarget
 from benchmarks.targets.serve_handle import serve_default, serve_handle
 from benchmarks.targets.tandem import tandem
-from benchmarks.targets.vllm_router import installed, vllm_router
+from benchmarks.targets.vllm import install_vllm_router, vllm_router
 
 CLUSTER = "cluster"
 BARE = "bare"
@@ -15,7 +14,7 @@ SERVE_HANDLE = "serve-handle"
 SERVE_DEFAULT = "serve-default"
 VLLM_ROUTER = "vllm-router"
 
-TARGETS: Mapping[str, Target] = {
+TARGETS: Mapping[str, SimTarget] = {
     CLUSTER: tandem,
     BARE: bare,
     SERVE_HANDLE: serve_handle,
@@ -25,11 +24,6 @@ TARGETS: Mapping[str, Target] = {
 
 
 def prepare(names: Sequence[str]) -> None:
-    """Install what a target needs, so that nothing fails minutes later for want of it."""
+    """Install missing peers, so that a failed installation shows before the first measurement."""
     if VLLM_ROUTER in names:
-        installed()
-
-
-def say(number: int, name: str, found: str) -> None:
-    """Show how far it is."""
-    print(f"round {number + 1}: {name:<14} {found}", file=sys.stderr, flush=True)
+        install_vllm_router()
