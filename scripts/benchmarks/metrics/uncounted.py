@@ -2,7 +2,8 @@
 
 Metrics cannot be turned off by configuration, because SLO autoscaling, the dashboard and
 ``/v1/usage`` need them. This module replaces the metrics code by code that does nothing, inside the
-processes of router and replicas. Quotas (``cluster.gateway.admission.quotas``) and their counters stay.
+processes of router and replicas. Quotas and their counters (``cluster.gateway.admission.quotas``)
+stay.
 """
 
 from collections.abc import Mapping
