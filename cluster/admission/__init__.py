@@ -1,11 +1,18 @@
-"""Who is let in, and in which order: keys, limits, fair queueing, capacity. No Ray, clock or I/O.
+"""Admission: API keys, tenants' quotas, fair queueing, and the capacity of a pool's replicas.
 
-Time is always an argument: seconds of a clock that only goes forward, and Unix time where a
-limit is of a day.
+No Ray, no clock, no I/O. Every time is an argument: seconds on a monotonic clock, and Unix time for
+limits per day. Modules:
+
+identity      tenant, its limits, and the rights of a key
+keys          contents of a key file
+limits        a tenant's quota at one router
+leases        division of the quotas among routers
+fair_queue    order in which queued requests are served
+capacity      work that a router may have at a pool's replicas
 """
 
 from cluster.admission.capacity import PoolCapacity
-from cluster.admission.fair_queue import Entry, FairQueue, QueueLimits
+from cluster.admission.fair_queue import FairQueue, QueueEntry, QueueLimits
 from cluster.admission.identity import (
     MAX_PRIORITY,
     MIN_PRIORITY,
@@ -14,19 +21,19 @@ from cluster.admission.identity import (
     Tenant,
     TenantLimits,
 )
-from cluster.admission.limits import Account, Refusal
+from cluster.admission.limits import QuotaRefusal, TenantQuota
 
 __all__ = [
     "MAX_PRIORITY",
     "MIN_PRIORITY",
     "OPEN",
-    "Account",
-    "Entry",
     "FairQueue",
     "Identity",
     "PoolCapacity",
+    "QueueEntry",
     "QueueLimits",
-    "Refusal",
+    "QuotaRefusal",
     "Tenant",
     "TenantLimits",
+    "TenantQuota",
 ]

@@ -1,9 +1,12 @@
-"""How much work a pool's replicas can hold now, and how fast they work it off. Pure.
+"""Work that a router may have at a pool's replicas, and the speed at which they finish it. Pure.
 
-The limit is learned, not configured. It falls when half of the engines or more keep a standing
-queue of their own or have nearly full KV caches. It rises while it binds and neither is so, unless
-a token takes so much longer than it did lately that more requests would bring nothing. Until it
-first falls, the number of requests is bounded instead, and doubles as fast as engines take them.
+The limit is learned, not configured:
+
+- It falls if at least half of the engines have a standing queue or nearly full KV caches.
+- It rises while it binds and neither is the case, unless tokens have become so slow that more
+  requests would not raise the throughput.
+- Before it first falls, the number of requests is bounded instead. That bound doubles as fast as
+  the engines take the requests.
 """
 
 from bisect import bisect_left
@@ -15,125 +18,148 @@ from typing import NamedTuple
 from cluster.load import Load
 
 ADJUST_S = 0.5
-"""The limit is looked at so often; it falls by a queue that stood for half of this time."""
+"""Interval of adjusting the limit, which falls if a queue stood for half of it."""
 SAMPLE_S = 0.01
-"""Reports are looked at so often at most; hundreds of replicas report more often."""
-START_HELD = 32
-"""Requests for each replica that a new pool is tried with."""
+"""Minimum interval between two samples; hundreds of replicas report more often."""
+START_REQUESTS = 32
+"""Requests per replica with which a new pool is tried."""
 DOUBLE_S = 0.1
-"""Their number is doubled so often at most."""
+"""Minimum interval between two doublings of that number."""
 MIN_WAITING = 4.0
-"""Requests that may always wait in the engines, so that none ever lacks one."""
+"""Requests that may always wait in the engines, so that no engine runs dry."""
 KV_HIGH = 0.95
-"""Above this use of the KV cache an engine soon preempts what it runs."""
+"""KV cache usage (0 to 1) above which an engine is about to preempt running requests."""
 MAX_SLOWDOWN = 20.0
-"""Of an engine whose latency is a + b * load, this is where it does 95 % of what it ever will."""
-_GROW = 1.1
-_MEMORY = 0.99  # each finished request weighs so much of the next one
-_ROUNDING_S = 1e-6  # of sums of seconds
-_SHARE_WEIGHT = 0.2  # of one report; the share that runs changes with each step of an engine
-_BEST_S = 60.0  # the best latency is that of the last minute or two: other requests, another best
+"""Latency per token, relative to the best, above which the limit does not rise. An engine with the
+latency a + b * load does 95 % of its maximum throughput at this point."""
+_GROWTH = 1.1
+_DECAY = 0.99  # share of the sums over finished requests that is kept at each request
+_ROUNDING_S = 1e-6  # rounding error of sums of seconds
+_SHARE_WEIGHT = 0.2  # weight of one report; the running share changes with each engine step
+_BEST_S = 60.0  # the best latency is that of the last one to two minutes, as workloads change
 
 
 class _Sample(NamedTuple):
-    """What all replicas had at one moment, and what this router had there."""
+    """Load of all replicas at one moment, and this router's part of it."""
 
     at_s: float
     running: int
     waiting: int
-    kv_usage: float
-    held: int
-    held_tokens: float
+    kv_cache_usage: float
+    in_flight: int
+    in_flight_tokens: float
 
 
 class PoolCapacity:
-    """What one router may have at one pool's replicas.
+    """Work that one router may have at one pool's replicas.
 
     Args:
-        waiting_ratio: Requests that may wait in the engines for each that runs.
+        waiting_ratio: Requests that may wait in the engines, per running request.
     """
 
     def __init__(self, waiting_ratio: float) -> None:
         self.limit_tokens = float("inf")
-        self.held_tokens = 0.0
-        """Estimated work of the requests at the replicas."""
-        self.held = 0
+        """Learned limit of ``in_flight_tokens``."""
+        self.in_flight = 0
+        """This router's requests at the replicas."""
+        self.in_flight_tokens = 0.0
+        """Estimated work of these requests."""
         self._waiting_ratio = waiting_ratio
-        self._most_held = float("inf")
-        self._reported = False
-        self._doubled_at_s = 0.0
-        self._sampled_at_s = float("-inf")
-        self._samples: list[_Sample] = []  # the first is of when the limit was looked at
-        self._running_share = 1.0  # of the requests that the engines have
-        self._seconds = self._work = 0.0  # of finished requests, the newest weighing most
-        self._running_s = 0.0  # the part of these seconds in which engines ran them
-        self._num = 0.0
-        self._best = self._best_before = float("inf")  # least seconds for a token
+        self._max_in_flight = float("inf")  # bounds a new pool until ``limit_tokens`` falls
+        self._has_report = False
+        self._doubled_s = 0.0
+        self._sampled_s = float("-inf")
+        self._samples: list[_Sample] = []  # since the last adjustment, whose sample is the first
+        self._running_share = 1.0  # of the requests that are in the engines
+        # Decaying sums over finished requests.
+        self._num_finished = self._finished_s = self._finished_tokens = 0.0
+        self._finished_running_s = 0.0  # part of ``_finished_s`` in which an engine ran them
+        # Lowest latency (s per token) in the current and in the previous period of ``_BEST_S``.
+        self._best_token_s = self._previous_best_token_s = float("inf")
         self._best_since_s = 0.0
 
     def has_room(self, work_tokens: float) -> bool:
-        """Whether one more such request may go to a replica."""
-        return self.held == 0 or (
-            self.held < self._most_held and self.held_tokens + work_tokens <= self.limit_tokens
+        """Return True if a request of this size may go to a replica."""
+        return self.in_flight == 0 or (
+            self.in_flight < self._max_in_flight
+            and self.in_flight_tokens + work_tokens <= self.limit_tokens
         )
 
-    def begin(self, work_tokens: float) -> None:
-        """A request goes to a replica."""
-        self.held += 1
-        self.held_tokens += work_tokens
+    def add_request(self, work_tokens: float) -> None:
+        """Count a request that goes to a replica."""
+        self.in_flight += 1
+        self.in_flight_tokens += work_tokens
 
-    def end(self, work_tokens: float, done_tokens: float, seconds: float) -> None:
-        """It has left; ``work_tokens`` as in ``begin``, ``done_tokens`` 0 where it failed."""
-        self.held -= 1
-        self.held_tokens = self.held_tokens - work_tokens if self.held else 0.0
+    def remove_request(self, work_tokens: float, done_tokens: float, seconds: float) -> None:
+        """Remove a request that ended.
+
+        Args:
+            work_tokens: Its estimated work, as in ``add_request``.
+            done_tokens: The work that was done; 0 if it failed.
+            seconds: Time that it spent at the replica.
+        """
+        self.in_flight -= 1
+        self.in_flight_tokens = self.in_flight_tokens - work_tokens if self.in_flight else 0.0
         if done_tokens > 0 and seconds > 0:
-            self._seconds = self._seconds * _MEMORY + seconds
-            self._running_s = self._running_s * _MEMORY + seconds * self._running_share
-            self._work = self._work * _MEMORY + done_tokens
-            self._num = self._num * _MEMORY + 1
+            self._finished_s = self._finished_s * _DECAY + seconds
+            self._finished_running_s = (
+                self._finished_running_s * _DECAY + seconds * self._running_share
+            )
+            self._finished_tokens = self._finished_tokens * _DECAY + done_tokens
+            self._num_finished = self._num_finished * _DECAY + 1
 
-    def drain_rate(self) -> float | None:
-        """Tokens a second that leave, by Little's law: those that run over the time that each runs.
+    def drain_tokens_per_s(self) -> float | None:
+        """Return the work in tokens that the replicas finish each second, for this router.
 
-        Who waits inside an engine has no part in it: their number changes at once, and the time
-        that they take only when they end. None until a request has ended, or while none is at a
-        replica.
+        By Little's law: running requests * (tokens per request) / (running time per request).
+        Requests that wait inside an engine are left out, because their number changes at once and
+        their waiting time is only known when they end. None before a request has ended, or while
+        none is in flight.
         """
-        if not self.held or not self._running_s:
+        if not self.in_flight or not self._finished_running_s:
             return None
-        return self.held * self._running_share * self._work / self._running_s
+        num_running = self.in_flight * self._running_share
+        return num_running * self._finished_tokens / self._finished_running_s
 
-    def average_s(self, work_tokens: float) -> float:
-        """How long a request takes at a replica by its work or on average, whichever is less; 0
-        while that is not known."""
-        if not self._num:
-            return 0.0
-        return min(self._seconds / self._num, work_tokens * self._seconds / self._work)
+    def average_request_s(self, work_tokens: float) -> float:
+        """Return the expected time of a request at a replica; 0 before one has ended.
 
-    def best_s(self, work_tokens: float) -> float:
-        """The same at the best pace lately: for who would find the replicas idle.
-
-        An estimate that were too high would refuse everybody, and nothing would ever correct it.
+        The mean, or the time in proportion to its work if that is less.
         """
-        best = min(self._best, self._best_before)
-        return min(self.average_s(work_tokens), work_tokens * best) if self._num else 0.0
+        if not self._num_finished:
+            return 0.0
+        by_work_s = work_tokens * self._finished_s / self._finished_tokens
+        return min(self._finished_s / self._num_finished, by_work_s)
 
-    def observe(self, loads: Iterable[Load], now_s: float) -> None:
-        """Take in the newest reports of all replicas."""
-        if 0 <= now_s - self._sampled_at_s < SAMPLE_S:
+    def best_request_s(self, work_tokens: float) -> float:
+        """Return the time of a request at the best recent latency, for idle replicas.
+
+        Rejecting requests by a time that is too long would reject all of them, and no request
+        would ever correct the estimate.
+        """
+        if not self._num_finished:
+            return 0.0
+        best_token_s = min(self._best_token_s, self._previous_best_token_s)
+        return min(self.average_request_s(work_tokens), work_tokens * best_token_s)
+
+    def observe_loads(self, loads: Iterable[Load], now_s: float) -> None:
+        """Take in the newest load reports of all replicas and adjust the limit."""
+        if 0 <= now_s - self._sampled_s < SAMPLE_S:
             return
-        self._sampled_at_s = now_s
+        self._sampled_s = now_s
         reports = list(loads)
         if not reports:
             return
+        # Medians, so that one replica that lags or lies does not hold up the others.
         num = len(reports)
-        # What half of the replicas have: one that lags or lies does not hold up the others.
         running = num * median_low(load.running for load in reports)
         waiting = num * median_low(load.waiting for load in reports)
-        usage = median_low(load.kv_cache_usage for load in reports)
+        kv_cache_usage = median_low(load.kv_cache_usage for load in reports)
         if self.limit_tokens == float("inf"):
-            self._start(num, running, waiting, now_s)
-        sample = _Sample(now_s, running, waiting, usage, self.held, self.held_tokens)
+            self._raise_initial_bound(num, running, waiting, now_s)
+        sample = _Sample(
+            now_s, running, waiting, kv_cache_usage, self.in_flight, self.in_flight_tokens
+        )
         if not self._samples or now_s < self._samples[-1].at_s:  # the clock jumped back
             self._samples = [sample]
         self._samples.append(sample)
@@ -142,56 +168,57 @@ class PoolCapacity:
             self._running_share += _SHARE_WEIGHT * (share - self._running_share)
         if now_s - self._samples[0].at_s < ADJUST_S:
             return
-        self._adjust(self._usual(), slow=self._slowdown(now_s) > MAX_SLOWDOWN)
+        self._adjust(self._standing_queue(), is_slow=self._slowdown(now_s) > MAX_SLOWDOWN)
         self._samples = [sample]
 
-    def _start(self, num: int, running: int, waiting: int, now_s: float) -> None:
-        if not self._reported:
-            self._reported, self._most_held = True, 0.0
-        if abs(now_s - self._doubled_at_s) >= DOUBLE_S and self.held >= self._most_held:
-            if waiting <= self._allowed(running):
-                self._most_held *= 2
-            self._doubled_at_s = now_s
-        self._most_held = max(self._most_held, START_HELD * num)
+    def _raise_initial_bound(self, num: int, running: int, waiting: int, now_s: float) -> None:
+        if not self._has_report:
+            self._has_report, self._max_in_flight = True, 0.0
+        if abs(now_s - self._doubled_s) >= DOUBLE_S and self.in_flight >= self._max_in_flight:
+            if waiting <= self._allowed_waiting(running):
+                self._max_in_flight *= 2
+            self._doubled_s = now_s
+        self._max_in_flight = max(self._max_in_flight, START_REQUESTS * num)
 
-    def _allowed(self, running: int) -> float:
-        """Requests that may wait in the engines."""
+    def _allowed_waiting(self, running: int) -> float:
+        """Return the number of requests that may wait in the engines."""
         return max(MIN_WAITING, self._waiting_ratio * running)
 
-    def _usual(self) -> _Sample:
-        """The sample with the longest queue that stood for half of the time; the lower median.
+    def _standing_queue(self) -> _Sample:
+        """Return the sample whose excess of waiting requests was reached for half of the time.
 
-        One sample as a whole: parts of several, of a load that begins or ends, make a queue of
-        none.
+        This is the lower median of the samples by their excess, weighted by time. It is one whole
+        sample: mixing parts of several, while load begins or ends, would make up a queue.
         """
         spans = [(one, after.at_s - one.at_s) for one, after in pairwise(self._samples)]
-        spans.sort(key=lambda span: span[0].waiting - self._allowed(span[0].running))
-        until_s = list(accumulate(span_s for _, span_s in spans))
-        return spans[bisect_left(until_s, until_s[-1] / 2 - _ROUNDING_S)][0]
+        spans.sort(key=lambda span: span[0].waiting - self._allowed_waiting(span[0].running))
+        sums_s = list(accumulate(span_s for _, span_s in spans))
+        return spans[bisect_left(sums_s, sums_s[-1] / 2 - _ROUNDING_S)][0]
 
-    def _adjust(self, usual: _Sample, *, slow: bool) -> None:
-        allowed = self._allowed(usual.running)
-        one_tokens = usual.held_tokens / max(1, usual.held)
-        binds = usual.held_tokens + one_tokens > self.limit_tokens
-        if usual.waiting > allowed:
-            part = (usual.running + allowed) / (usual.running + usual.waiting)
-            self._cut(max(one_tokens, part * usual.held_tokens))
-        elif usual.kv_usage > KV_HIGH:
-            self._cut(max(one_tokens, KV_HIGH / usual.kv_usage * usual.held_tokens))
-        elif binds and not slow and usual.waiting <= allowed / 2:
-            self.limit_tokens = self.limit_tokens * _GROW + one_tokens
+    def _adjust(self, standing: _Sample, *, is_slow: bool) -> None:
+        allowed = self._allowed_waiting(standing.running)
+        request_tokens = standing.in_flight_tokens / max(1, standing.in_flight)
+        binds = standing.in_flight_tokens + request_tokens > self.limit_tokens
+        if standing.waiting > allowed:
+            share = (standing.running + allowed) / (standing.running + standing.waiting)
+            self._lower_limit(max(request_tokens, share * standing.in_flight_tokens))
+        elif standing.kv_cache_usage > KV_HIGH:
+            share = KV_HIGH / standing.kv_cache_usage
+            self._lower_limit(max(request_tokens, share * standing.in_flight_tokens))
+        elif binds and not is_slow and standing.waiting <= allowed / 2:
+            self.limit_tokens = self.limit_tokens * _GROWTH + request_tokens
 
-    def _cut(self, tokens: float) -> None:
-        self._most_held = float("inf")
+    def _lower_limit(self, tokens: float) -> None:
+        self._max_in_flight = float("inf")
         self.limit_tokens = min(self.limit_tokens, tokens)
 
     def _slowdown(self, now_s: float) -> float:
-        """How much longer a token takes than at best; 1 while that is not known."""
-        if not self._work:
+        """Return the latency per token relative to the best; 1 before a request has ended."""
+        if not self._finished_tokens:
             return 1.0
         if not 0 <= now_s - self._best_since_s < _BEST_S:
-            self._best_before, self._best = self._best, float("inf")
+            self._previous_best_token_s, self._best_token_s = self._best_token_s, float("inf")
             self._best_since_s = now_s
-        latency = self._seconds / self._work
-        self._best = min(self._best, latency)
-        return latency / min(self._best, self._best_before)
+        token_s = self._finished_s / self._finished_tokens
+        self._best_token_s = min(self._best_token_s, token_s)
+        return token_s / min(self._best_token_s, self._previous_best_token_s)

@@ -1,10 +1,10 @@
-"""The queue before a pool: priority classes, weighted fair sharing, deadlines. Pure, O(log n).
+"""Queue of one pool: priority classes, weighted fair sharing, deadlines. Pure; O(log n).
 
-Classes are strict: nothing of a lower one is served while a higher one waits. In a class tenants
-share by start-time fair queueing (Goyal, Vin and Cheng, 1996) of token work: each has a tag, the
-virtual time at which its next request starts; the smallest goes next and grows by work / weight.
-Inside a tenant the earliest deadline goes first. Weight 0 waits below every class, so it is
-served only when nobody else waits.
+Priority classes are strict: a class is served only while all higher ones are empty. Within a class,
+tenants share by start-time fair queueing (Goyal, Vin and Cheng, 1996) of token work: each tenant
+has a tag, the virtual time at which its next request starts. The smallest tag is served next and
+grows by work / weight. Within a tenant, the earliest deadline is served first. Tenants of weight 0
+are in a class below all others, so they are served only if no other tenant waits.
 """
 
 from bisect import insort
@@ -16,67 +16,71 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 BACKGROUND_RANK = -1000
-"""The class of tenants with weight 0, below every priority."""
+"""Rank of the class of tenants with weight 0, below every priority."""
 THRESHOLD = 8.0
-"""A tenant may hold so many times what is free (dynamic thresholds, Choudhury and Hahne, 1998):
-one flood takes 8/9 of the queue, n floods leave 1 / (8n + 1) of it to whoever comes."""
+"""Limit of a tenant's part of the queue, as a multiple of the free space (dynamic thresholds,
+Choudhury and Hahne, 1998). One flooding tenant fills 8/9 of the queue; n of them leave 1 / (8n + 1)
+of it to others."""
 
-_SLACK = 16  # stale places that are not worth sweeping
+_SLACK = 16  # stale heap items that are not worth sweeping
 
 
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
-    """What a queue holds at most."""
+    """Bounds of a queue."""
 
     tokens: float
+    """Estimated work of all entries."""
     entries: int
 
 
 @dataclass(slots=True, eq=False)
-class Entry(Generic[T]):
-    """One request that waits."""
+class QueueEntry(Generic[T]):
+    """A queued request."""
 
     item: T
     tenant: str
     work_tokens: float
-    """Its estimated work; above 0."""
+    """Estimated work, above 0."""
     expires_s: float
-    """When it is of no use any more, on the caller's clock."""
+    """Deadline by which it must be served, on the caller's clock."""
     weight: float = 1.0
     priority: int = 0
-    """Higher goes first."""
-    _flow: "_Flow[T] | None" = field(default=None, repr=False)
+    """Higher is served first."""
+    _flow: "_Flow[T] | None" = field(default=None, repr=False)  # set while it is queued
 
     @property
     def rank(self) -> int:
-        """Its class; the highest is served first."""
+        """Rank of its class; the highest is served first."""
         return _rank(self.weight, self.priority)
 
 
 @dataclass(slots=True, eq=False)
 class _Flow(Generic[T]):
-    """One tenant in one class."""
+    """One tenant's entries in one class."""
 
-    share: float
+    weight: float
     tag: float
-    entries: list[tuple[float, int, Entry[T]]] = field(default_factory=list)
+    entries: list[tuple[float, int, QueueEntry[T]]] = field(default_factory=list)
+    """Heap by deadline; removed entries stay until they are swept."""
     tokens: float = 0.0
     num: int = 0
     ticket: int = -1
-    """Of its valid place in the class' heap; older places are skipped."""
+    """Identifies the flow's valid item in the class's heap; older ones are skipped."""
 
 
 @dataclass(slots=True, eq=False)
 class _Class(Generic[T]):
     rank: int
-    now: float = 0.0
-    """Virtual time: the tag of the last request that was served."""
+    virtual_time: float = 0.0
+    """Tag of the last request that was served."""
     flows: dict[str, _Flow[T]] = field(default_factory=dict)
     heap: list[tuple[float, int, _Flow[T]]] = field(default_factory=list)
+    """Flows by tag."""
     tokens: float = 0.0
     num: int = 0
-    shares: float = 0.0
-    """Sum over the tenants that wait."""
+    weights: float = 0.0
+    """Sum over the flows that have entries."""
 
 
 class FairQueue(Generic[T]):
@@ -85,7 +89,7 @@ class FairQueue(Generic[T]):
     def __init__(self, limits: QueueLimits) -> None:
         self.limits = limits
         self.tokens = 0.0
-        """Work that waits."""
+        """Estimated work of all entries."""
         self._num = 0
         self._classes: dict[int, _Class[T]] = {}
         self._ranks: list[int] = []  # ascending
@@ -94,54 +98,55 @@ class FairQueue(Generic[T]):
     def __len__(self) -> int:
         return self._num
 
-    def push(self, entry: Entry[T]) -> bool:
-        """Queue an entry; False: it finds no room, in the queue or in its tenant's part of it."""
-        group = self._class(entry.rank)
+    def push(self, entry: QueueEntry[T]) -> bool:
+        """Queue an entry; return False if the queue or its tenant's part of it is full."""
+        group = self._class_of(entry.rank)
         flow = group.flows.get(entry.tenant)
         if not self._has_room(flow, entry.work_tokens):
             return False
+        weight = _effective_weight(entry.weight)
         if flow is None:
-            flow = group.flows[entry.tenant] = _Flow(_share(entry.weight), group.now)
+            flow = group.flows[entry.tenant] = _Flow(weight, group.virtual_time)
         if not flow.num:
-            flow.share, flow.tag = _share(entry.weight), max(flow.tag, group.now)
-            group.shares += flow.share
-            self._place(group, flow)
-        elif flow.share != _share(entry.weight):  # its weight was changed
-            group.shares += _share(entry.weight) - flow.share
-            flow.share = _share(entry.weight)
+            flow.weight, flow.tag = weight, max(flow.tag, group.virtual_time)
+            group.weights += weight
+            self._schedule(group, flow)
+        elif flow.weight != weight:  # the tenant's weight was changed
+            group.weights += weight - flow.weight
+            flow.weight = weight
         entry._flow = flow
         heappush(flow.entries, (entry.expires_s, next(self._sequence), entry))
         self._count(group, flow, 1, entry.work_tokens)
         return True
 
-    def peek(self) -> Entry[T] | None:
-        """The entry to serve next; None where nothing waits."""
+    def peek(self) -> QueueEntry[T] | None:
+        """Return the entry to serve next; None if the queue is empty."""
         for rank in reversed(self._ranks):
             group = self._classes[rank]
-            if group.num and (flow := self._first(group)) is not None:
-                return self._head(flow)
+            if group.num and (flow := self._first_flow(group)) is not None:
+                return self._first_entry(flow)
         return None
 
-    def pop(self) -> Entry[T]:
-        """Take what ``peek`` shows; its tenant is charged for it.
+    def pop(self) -> QueueEntry[T]:
+        """Remove and return the entry of ``peek``, and charge its tenant.
 
         Raises:
-            IndexError: nothing waits.
+            IndexError: the queue is empty.
         """
         entry = self.peek()
         if entry is None:
-            raise IndexError("nothing waits")
+            raise IndexError("the queue is empty")
         group, flow = self._classes[entry.rank], entry._flow
         assert flow is not None
-        group.now = max(group.now, flow.tag)
-        flow.tag += entry.work_tokens / flow.share
+        group.virtual_time = max(group.virtual_time, flow.tag)
+        flow.tag += entry.work_tokens / flow.weight
         self.remove(entry)
         if flow.num:
-            self._place(group, flow)
+            self._schedule(group, flow)
         return entry
 
-    def remove(self, entry: Entry[T]) -> None:
-        """Take an entry out unserved; one that is not in the queue is left alone."""
+    def remove(self, entry: QueueEntry[T]) -> None:
+        """Remove an entry without serving it; no effect if it is not queued."""
         flow = entry._flow
         if flow is None:
             return
@@ -149,49 +154,58 @@ class FairQueue(Generic[T]):
         entry._flow = None
         self._count(group, flow, -1, -entry.work_tokens)
         if not flow.num:
-            group.shares -= flow.share
+            group.weights -= flow.weight
             flow.entries.clear()
         elif len(flow.entries) > 2 * flow.num + _SLACK:
             flow.entries = [one for one in flow.entries if one[2]._flow is flow]
             heapify(flow.entries)
-        if not group.num:  # nobody is owed anything
+        if not group.num:  # an empty class forgets its tags: no tenant is owed anything
             self._classes[group.rank] = _Class(group.rank)
 
     def charge(self, tenant: str, priority: int, weight: float, tokens: float) -> None:
-        """Charge a waiting tenant for work that no entry stood for, or (below 0) pay it back:
-        an estimate that was wrong, or what another router served it."""
+        """Correct a queued tenant's tag by work that its entries did not stand for.
+
+        Args:
+            tenant: The tenant; no effect if it has no entry in the class.
+            priority: Priority of the class.
+            weight: The tenant's weight.
+            tokens: The work; below 0 if a request did less than estimated.
+        """
         group = self._classes.get(_rank(weight, priority))
         flow = group.flows.get(tenant) if group else None
         if group is None or flow is None:
             return
-        flow.tag = max(group.now, flow.tag + tokens / flow.share)
+        flow.tag = max(group.virtual_time, flow.tag + tokens / flow.weight)
         if flow.num:
-            self._place(group, flow)
+            self._schedule(group, flow)
 
     def charge_all(self, tenant: str, tokens: float) -> None:
-        """Charge a tenant in every class in which it waits, in proportion to what it has there."""
+        """Charge a tenant in every class where it waits, in proportion to its queued work there."""
         flows = [(g, f) for g in self._classes.values() if (f := g.flows.get(tenant)) and f.num]
-        waiting = sum(flow.tokens for _, flow in flows)
+        queued_tokens = sum(flow.tokens for _, flow in flows)
         for group, flow in flows:
-            flow.tag += tokens * flow.tokens / waiting / flow.share
-            self._place(group, flow)
+            flow.tag += tokens * flow.tokens / queued_tokens / flow.weight
+            self._schedule(group, flow)
 
-    def tokens_before(self, entry: Entry[T]) -> float:
-        """The work that is served before a new ``entry``, if nobody else comes."""
-        before = sum(self._classes[rank].tokens for rank in self._ranks if rank > entry.rank)
+    def tokens_before(self, entry: QueueEntry[T]) -> float:
+        """Return the work that is served before a new ``entry`` if no other request arrives."""
+        higher = sum(self._classes[rank].tokens for rank in self._ranks if rank > entry.rank)
         group = self._classes.get(entry.rank)
         if group is None:
-            return before
-        flow, share = group.flows.get(entry.tenant), _share(entry.weight)
-        own, shares = (flow.tokens, group.shares) if flow and flow.num else (0.0, group.shares)
-        if not (flow and flow.num):
-            shares += share
-        # While it works off its own tokens, the others get their shares and no more than they have.
-        others = min(group.tokens - own, (own + entry.work_tokens) * (shares - share) / share)
-        return before + own + others
+            return higher
+        weight, weights, same_tenant = _effective_weight(entry.weight), group.weights, 0.0
+        flow = group.flows.get(entry.tenant)
+        if flow and flow.num:
+            same_tenant = flow.tokens
+        else:
+            weights += weight
+        # While the tenant's tokens are worked off, the others get their shares, but no more than
+        # they have queued.
+        others_share = (same_tenant + entry.work_tokens) * (weights - weight) / weight
+        return higher + same_tenant + min(group.tokens - same_tenant, others_share)
 
-    def drain(self) -> list[Entry[T]]:
-        """Take out everything, in no order."""
+    def drain(self) -> list[QueueEntry[T]]:
+        """Remove and return all entries, in no order."""
         left = [
             entry
             for group in self._classes.values()
@@ -203,23 +217,24 @@ class FairQueue(Generic[T]):
             self.remove(entry)
         return left
 
-    def _has_room(self, flow: _Flow[T] | None, work: float) -> bool:
-        own_num, own_tokens = (flow.num, flow.tokens) if flow else (0, 0.0)
-        if own_num + 1 > THRESHOLD * (self.limits.entries - self._num):
+    def _has_room(self, flow: _Flow[T] | None, work_tokens: float) -> bool:
+        flow_num, flow_tokens = (flow.num, flow.tokens) if flow else (0, 0.0)
+        if flow_num + 1 > THRESHOLD * (self.limits.entries - self._num):
             return False
-        # A request that is larger than the queue may wait alone.
-        free = self.limits.tokens - self.tokens
-        return not self._num or (work <= free and own_tokens + work <= THRESHOLD * free)
+        if not self._num:  # a request larger than the queue may wait alone
+            return True
+        free_tokens = self.limits.tokens - self.tokens
+        return work_tokens <= free_tokens and flow_tokens + work_tokens <= THRESHOLD * free_tokens
 
-    def _class(self, rank: int) -> _Class[T]:
+    def _class_of(self, rank: int) -> _Class[T]:
         group = self._classes.get(rank)
         if group is None:
             group = self._classes[rank] = _Class(rank)
             insort(self._ranks, rank)
         return group
 
-    def _first(self, group: _Class[T]) -> _Flow[T] | None:
-        """The flow with the smallest tag; drops places that are not valid any more."""
+    def _first_flow(self, group: _Class[T]) -> _Flow[T] | None:
+        """Return the flow with the smallest tag; drop stale heap items on the way."""
         heap = group.heap
         while heap:
             _, ticket, flow = heap[0]
@@ -228,16 +243,17 @@ class FairQueue(Generic[T]):
             heappop(heap)
         return None
 
-    def _head(self, flow: _Flow[T]) -> Entry[T]:
+    def _first_entry(self, flow: _Flow[T]) -> QueueEntry[T]:
         while flow.entries[0][2]._flow is not flow:  # it was removed
             heappop(flow.entries)
         return flow.entries[0][2]
 
-    def _place(self, group: _Class[T], flow: _Flow[T]) -> None:
+    def _schedule(self, group: _Class[T], flow: _Flow[T]) -> None:
+        """Put a flow into its class's heap under its current tag."""
         flow.ticket = next(self._sequence)
         heappush(group.heap, (flow.tag, flow.ticket, flow))
         if len(group.heap) > 2 * len(group.flows) + _SLACK:
-            group.heap = [place for place in group.heap if place[1] == place[2].ticket]
+            group.heap = [item for item in group.heap if item[1] == item[2].ticket]
             heapify(group.heap)
 
     def _count(self, group: _Class[T], flow: _Flow[T], num: int, tokens: float) -> None:
@@ -252,6 +268,6 @@ def _rank(weight: float, priority: int) -> int:
     return priority if weight > 0 else BACKGROUND_RANK
 
 
-def _share(weight: float) -> float:
-    """Tenants of weight 0 share evenly among themselves."""
+def _effective_weight(weight: float) -> float:
+    """Return the weight within a class; tenants of weight 0 share their class evenly."""
     return weight if weight > 0 else 1.0

@@ -1,47 +1,47 @@
-"""Who asks, and what it may: a tenant's share and limits, and what its key narrows."""
+"""Tenants, their limits, and the rights of an API key."""
 
 from dataclasses import dataclass, field
 
 MIN_PRIORITY, MAX_PRIORITY = -8, 8
-"""Classes of requests; higher goes first, 0 is usual."""
+"""Bounds of a request's priority; higher is served first, the default is 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class TenantLimits:
-    """What a tenant may take from the whole cluster, all its keys together; None: no limit."""
+    """Limits of a tenant in the whole cluster, over all its keys; None: no limit."""
 
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
-    max_ongoing: int | None = None
-    """Requests at a time, waiting ones included."""
+    max_concurrent: int | None = None
+    """Requests at the same time, queued ones included."""
     tokens_per_day: float | None = None
-    """Of UTC."""
+    """Tokens per day in UTC."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """One party among which capacity is shared."""
+    """A party that shares the cluster with others."""
 
     name: str
     weight: float = 1.0
-    """Its share beside the others'; 0: served only when nobody else waits."""
+    """Share of the capacity, relative to other tenants; 0: served only if no other waits."""
     limits: TenantLimits = field(default_factory=TenantLimits)
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Whom a request comes from, and what its key allows."""
+    """Tenant of a request, and the rights of its key."""
 
     tenant: Tenant
     priority: int = 0
-    """The highest class that its requests may have, and the one that they have."""
+    """Highest priority of the key's requests, and their default."""
     models: frozenset[str] | None = None
-    """The models that it may use; None: every one."""
+    """Models that the key may use; None: all."""
 
     def allows(self, model: str) -> bool:
-        """Whether it may use the model of this name."""
+        """Return True if the key may use the model."""
         return self.models is None or model in self.models
 
 
 OPEN = Identity(Tenant(""))
-"""Whoever asks where no key is needed."""
+"""Identity of all requests if no key is required."""

@@ -1,17 +1,17 @@
-"""API keys and tenants, as a key file describes them. Pure: text in, text out.
+"""Contents of a key file: API keys and tenants. Pure: text in, text out.
 
-Keys are kept as SHA-256 digests. They are random and long, so a slow hash would protect nothing
-more, and comparing digests in a mapping leaks nothing useful through timing: an attacker cannot
-steer the digest of a guess.
+Keys are stored as SHA-256 digests. A slow hash would not protect them better, because they are long
+and random. Looking up digests in a mapping leaks nothing useful through timing, because an attacker
+cannot choose the digest of a guess.
 """
 
 import secrets
 from collections.abc import Iterable, Mapping
 from hashlib import sha256
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from cluster.admission.identity import (
     MAX_PRIORITY,
@@ -20,11 +20,12 @@ from cluster.admission.identity import (
     Tenant,
     TenantLimits,
 )
+from cluster.config.section import Section
 from cluster.errors import ConfigError
 
 KEY_PREFIX = "tnd-"
 ID_CHARS = 16
-"""Of its digest, by which a key is named where the key itself must not be seen."""
+"""Characters of a key's digest that identify the key in lists and logs."""
 _KEY_BYTES = 32
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -32,55 +33,53 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 Limit = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class TenantEntry(Section):
+    """A tenant in a key file; a limit that is not set does not apply."""
 
-
-class TenantEntry(_Section):
-    """A tenant in a key file; a limit that is left out is none."""
+    renamed_fields: ClassVar[Mapping[str, str]] = {"max_ongoing": "max_concurrent"}
 
     weight: float = Field(1.0, ge=0, le=1e6, allow_inf_nan=False)
     requests_per_minute: Limit | None = None
     tokens_per_minute: Limit | None = None
-    max_ongoing: int | None = Field(None, ge=1)
+    max_concurrent: int | None = Field(None, ge=1)
     tokens_per_day: Limit | None = None
 
     def tenant(self, name: str) -> Tenant:
-        """The tenant of this name."""
+        """Return the tenant under this name."""
         limits = self.model_dump(exclude={"weight"})
         return Tenant(name, self.weight, TenantLimits(**limits))
 
 
-class KeyEntry(_Section):
+class KeyEntry(Section):
     """A key in a key file."""
 
     sha256: Digest
     tenant: Name
     priority: int = Field(0, ge=MIN_PRIORITY, le=MAX_PRIORITY)
     models: tuple[Name, ...] | None = None
-    """The models that it may use; left out: every one."""
+    """Models that the key may use; None: all."""
 
     @property
     def id(self) -> str:
-        """What it is called in lists."""
+        """Identifier of the key in lists."""
         return self.sha256[:ID_CHARS]
 
 
-class KeyFileContents(_Section):
-    """A whole key file. A tenant that is not described has weight 1 and no limit."""
+class KeyFileContents(Section):
+    """A whole key file; a tenant without an entry has weight 1 and no limits."""
 
-    tenants: dict[Name, TenantEntry] = {}
+    tenants: dict[Name, TenantEntry] = Field(default_factory=dict)
     keys: tuple[KeyEntry, ...] = ()
 
     @model_validator(mode="after")
-    def _each_once(self) -> Self:
+    def _check_unique(self) -> Self:
         digests = [key.sha256 for key in self.keys]
         if len(set(digests)) < len(digests):
-            raise ValueError("each key may stand once")
+            raise ValueError("a key is listed twice")
         return self
 
     def identities(self) -> dict[bytes, Identity]:
-        """Whom each key belongs to, by the key's digest."""
+        """Return the identity of each key, by the key's digest."""
         names = {*self.tenants, *(key.tenant for key in self.keys)}
         tenants = {name: self.tenants.get(name, TenantEntry()).tenant(name) for name in names}
         return {
@@ -93,16 +92,16 @@ class KeyFileContents(_Section):
         }
 
     def dump(self) -> str:
-        """The file's text."""
+        """Return the file's text."""
         plain = self.model_dump(mode="json", exclude_defaults=True)
         return yaml.safe_dump(plain, sort_keys=False)
 
 
 def parse_keys(text: str, where: str) -> KeyFileContents:
-    """A key file's contents; JSON is YAML too.
+    """Parse a key file, YAML or JSON.
 
     Raises:
-        ConfigError: one line that names ``where``, the field and what is wrong.
+        ConfigError: the text is invalid; the message names ``where``, the field and the problem.
     """
     try:
         found: Any = yaml.safe_load(text)
@@ -118,15 +117,15 @@ def parse_keys(text: str, where: str) -> KeyFileContents:
 
 
 def bare_identities(digests: Iterable[str]) -> Mapping[bytes, Identity]:
-    """Of keys without a file: each is a tenant of its own, named by its digest's beginning."""
+    """Return identities for keys without a key file: one tenant per key, named by the key's id."""
     return {bytes.fromhex(digest): Identity(Tenant(digest[:ID_CHARS])) for digest in digests}
 
 
 def new_key() -> str:
-    """A key of 256 random bits."""
+    """Return a new key of 256 random bits."""
     return KEY_PREFIX + secrets.token_urlsafe(_KEY_BYTES)
 
 
 def digest(key: str) -> str:
-    """Under what a key is kept."""
+    """Return the digest under which a key is stored."""
     return sha256(key.encode()).hexdigest()

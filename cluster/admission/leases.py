@@ -1,137 +1,162 @@
-"""Dividing every tenant's limits among the routers. Pure; how reports travel is not known here.
+"""Division of every tenant's limits among the routers. Pure; the transport is the caller's.
 
-Each router leases a part of each limit and settles every second by a report to all others: what
-each tenant asks of it, has open and took today. From the same reports every router computes the
-same parts, so nobody leads and nothing is lost with a router but what it had not yet reported.
+Each router leases a share of each limit. Once a second (a settlement) it reports to all others what
+each tenant requests of it, has in flight there and used today. All routers compute the same shares
+from the same reports, so there is no leader, and a crashed router loses only what it had not yet
+reported.
 
-Bounds, for N routers: from equal reports the parts add up to the limit. While a demand moves, each
-may take all of it for at most the whole, until the next report: N - 1 times what the rate gives in
-one settlement (1 s) too much, once. Concurrency is rounded up, so N - 1 requests too many at most
-when it is settled. A day's budget is exceeded by what all routers serve in one settlement, and by
-what the requests of that time were underestimated.
+Bounds for N routers: with equal reports, the shares add up to the limit. While demand moves, each
+router may take the whole demand as its own until the next report: that exceeds a rate once by at
+most N - 1 times its amount per settlement. Concurrency is rounded up, so at most N - 1 requests too
+many are admitted. A daily budget is exceeded by at most what all routers serve in one settlement,
+plus the underestimates of the requests of that time.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 
 SETTLE_S = 1.0
-"""How often routers report."""
+"""Interval of the routers' reports."""
 STALE_S = 3.0
-"""A peer that is silent for longer is taken to ask for as much as this router."""
-FLOOR = 0.1
-"""The part of each limit that is divided evenly, so that a router without demand can begin."""
-_MEMORY_S = 5.0  # demand is what was asked for in the last seconds
+"""Silence after which a peer is assumed to have the same demand as this router."""
+EVEN_SHARE = 0.1
+"""Part of each limit that is divided evenly, so that a router without demand can start."""
+_DEMAND_WINDOW_S = 5.0  # time constant of the demand
 
 
 class TenantReport(msgspec.Struct, frozen=True, array_like=True):
-    """One tenant at one router."""
+    """State of one tenant at one router."""
 
     demand: float = 0.0
-    """Tokens a second that it asks for."""
-    ongoing: int = 0
+    """Requested tokens/s."""
+    concurrent: int = 0
+    """Requests at this moment."""
     day_tokens: float = 0.0
+    """Tokens used today."""
     served: dict[str, float] = {}
-    """Tokens that each pool ever served it through this router."""
+    """Tokens that each pool ever served to the tenant through this router."""
 
 
-class Report(msgspec.Struct, frozen=True, array_like=True):
-    """What one router tells the others."""
+_NO_REPORT = TenantReport()
+
+
+class QuotaReport(msgspec.Struct, frozen=True, array_like=True):
+    """Report of one router to the others."""
 
     router: str
     day: int
-    """Of UTC, since 1970: which day ``day_tokens`` are of."""
+    """Day of ``day_tokens``: days since 1970 in UTC."""
     tenants: dict[str, TenantReport] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """One router's part of one tenant's limits, and what the others have given out."""
+    """One router's share of one tenant's limits, and what the other routers have given out."""
 
     share: float
-    peers_ongoing: int
+    """Between 0 and 1."""
+    peers_concurrent: int
     peers_day_tokens: float
 
 
 class Demand:
-    """The rate at which a counter grows, over the last seconds."""
+    """Rate at which a counter grows, as an exponential mean over some seconds."""
 
-    __slots__ = ("_at_s", "_total", "rate")
+    __slots__ = ("_total", "_updated_s", "rate")
 
     def __init__(self, total: float, now_s: float) -> None:
         self.rate = 0.0
         self._total = total
-        self._at_s = now_s
+        self._updated_s = now_s
 
     def update(self, total: float, now_s: float) -> float:
-        """Take in the counter; a clock that stands or jumps back changes nothing."""
-        elapsed_s = now_s - self._at_s
+        """Take in the counter and return the rate; a clock that jumps back changes nothing."""
+        elapsed_s = now_s - self._updated_s
         if elapsed_s > 0:
-            weight = min(1.0, elapsed_s / _MEMORY_S)
+            weight = min(1.0, elapsed_s / _DEMAND_WINDOW_S)
             self.rate += weight * ((total - self._total) / elapsed_s - self.rate)
-            self._total, self._at_s = total, now_s
+            self._total, self._updated_s = total, now_s
         elif elapsed_s < 0:
-            self._at_s = now_s
+            self._updated_s = now_s
         return self.rate
 
 
-class Peers:
-    """What this router knows of the others."""
+class _Received(NamedTuple):
+    report: QuotaReport
+    at_s: float
+
+
+class PeerReports:
+    """Latest reports of the other routers."""
 
     def __init__(self) -> None:
         self._routers: frozenset[str] = frozenset()
-        self._reports: dict[str, tuple[Report, float]] = {}
-        self._departed: dict[str, Report] = {}
-        """The last words of routers that do not run any more, for what counts by the day."""
+        self._received: dict[str, _Received] = {}
+        # Last reports of routers that are gone, for the daily budget.
+        self._departed: dict[str, QuotaReport] = {}
 
     def set_routers(self, others: Collection[str]) -> None:
-        """Take the names of the other routers that run."""
+        """Set the names of the other running routers."""
         self._routers = frozenset(others)
-        known = {**self._departed, **{name: said for name, (said, _) in self._reports.items()}}
-        today = max((said.day for said in known.values()), default=0)
+        known = self._departed | {name: each.report for name, each in self._received.items()}
+        today = max((report.day for report in known.values()), default=0)
         self._departed = {
-            name: said for name, said in known.items() if name not in others and said.day >= today
+            name: report
+            for name, report in known.items()
+            if name not in others and report.day >= today
         }
-        self._reports = {name: said for name, said in self._reports.items() if name in others}
+        self._received = {name: each for name, each in self._received.items() if name in others}
 
-    def receive(self, report: Report, now_s: float) -> dict[tuple[str, str], float]:
-        """Take in a peer's report; returns what it served since its last one, by tenant and pool.
+    def add_report(self, report: QuotaReport, now_s: float) -> dict[tuple[str, str], float]:
+        """Take in a peer's report.
 
-        A router that is not known to run is not heard; it reports again.
+        Reports of routers that are not known to run are ignored; they report again.
+
+        Returns:
+            The tokens that the peer served since its previous report, by tenant and pool.
         """
         if report.router not in self._routers:
             return {}
-        before = self._reports.get(report.router)
-        self._reports[report.router] = report, now_s
+        before = self._received.get(report.router)
+        self._received[report.router] = _Received(report, now_s)
         if before is None:
             return {}
         return {
             (name, pool): grown
             for name, tenant in report.tenants.items()
             for pool, total in tenant.served.items()
-            if (grown := total - _served(before[0], name, pool)) > 0
+            if (grown := total - _served_tokens(before.report, name, pool)) > 0
         }
 
-    def lease(self, tenant: str, own: TenantReport, day: int, now_s: float) -> Lease:
-        """This router's part of a tenant's limits."""
-        demands, ongoing, day_tokens = own.demand, 0, 0.0
+    def lease_for(self, tenant: str, own: TenantReport, day: int, now_s: float) -> Lease:
+        """Return this router's share of a tenant's limits.
+
+        Args:
+            tenant: Name of the tenant.
+            own: The tenant's state at this router.
+            day: Today, as in ``QuotaReport``.
+            now_s: Current time.
+        """
+        demands, concurrent, day_tokens = own.demand, 0, 0.0
         for name in self._routers:
-            said = self._reports.get(name)
-            theirs = said[0].tenants.get(tenant, TenantReport()) if said else None
-            fresh = said is not None and 0 <= now_s - said[1] <= STALE_S
-            demands += theirs.demand if theirs is not None and fresh else own.demand
-            if said is not None and theirs is not None:
-                ongoing += theirs.ongoing if fresh else 0
-                day_tokens += theirs.day_tokens if said[0].day == day else 0.0
-        for last in self._departed.values():
-            if last.day == day and tenant in last.tenants:
-                day_tokens += last.tenants[tenant].day_tokens
+            received = self._received.get(name)
+            theirs, is_fresh = _NO_REPORT, False
+            if received is not None:
+                theirs = received.report.tenants.get(tenant, _NO_REPORT)
+                is_fresh = 0 <= now_s - received.at_s <= STALE_S
+                day_tokens += theirs.day_tokens if received.report.day == day else 0.0
+            demands += theirs.demand if is_fresh else own.demand
+            concurrent += theirs.concurrent if is_fresh else 0
+        for report in self._departed.values():
+            if report.day == day and tenant in report.tenants:
+                day_tokens += report.tenants[tenant].day_tokens
         even = 1 / (1 + len(self._routers))
-        wanted = own.demand / demands if demands > 0 else even
-        return Lease(FLOOR * even + (1 - FLOOR) * wanted, ongoing, day_tokens)
+        by_demand = own.demand / demands if demands > 0 else even
+        return Lease(EVEN_SHARE * even + (1 - EVEN_SHARE) * by_demand, concurrent, day_tokens)
 
 
-def _served(report: Report, tenant: str, pool: str) -> float:
-    said: Mapping[str, TenantReport] = report.tenants
-    return said[tenant].served.get(pool, 0.0) if tenant in said else 0.0
+def _served_tokens(report: QuotaReport, tenant: str, pool: str) -> float:
+    return report.tenants[tenant].served.get(pool, 0.0) if tenant in report.tenants else 0.0

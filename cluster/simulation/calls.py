@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum
 
-from cluster.admission.fair_queue import Entry
+from cluster.admission.fair_queue import QueueEntry
 from cluster.routing import Placement, RequestView
 from cluster.simulation.requests import TraceRequest
 
@@ -29,7 +29,7 @@ class Call:
     attempts: int = 0
     view: RequestView | None = None
     placement: Placement | None = None
-    entry: "Entry[Call] | None" = None
+    entry: "QueueEntry[Call] | None" = None
     """While it waits."""
     first_s: float | None = None
     """When its client has the first token."""

@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from cluster.admission.fair_queue import Entry, FairQueue
+from cluster.admission.fair_queue import FairQueue, QueueEntry
 from cluster.routing import Fleet, PrefixIndex, Reach, RequestView, TokenEstimator
 from cluster.simulation.calls import Call, Outcome
 from cluster.simulation.events import Events
@@ -77,7 +77,7 @@ class Router:
         now_s = self._events.now_s
         work = call.view.prompt_tokens + call.view.completion_tokens
         expires_s = now_s + self._timeout_s()
-        entry = Entry(call, call.request.tenant, work, expires_s)
+        entry = QueueEntry(call, call.request.tenant, work, expires_s)
         if not self.queue.push(entry):
             self._owner.over(call, Outcome.SHED)
             return
@@ -155,7 +155,7 @@ class Router:
                 return
             self.queue.pop()
 
-    def _expire(self, entry: Entry[Call]) -> None:
+    def _expire(self, entry: QueueEntry[Call]) -> None:
         if entry.item.entry is entry:
             entry.item.entry = None
             self.queue.remove(entry)

@@ -66,7 +66,7 @@ async def test_a_key_that_does_not_allow_the_model_is_refused(keys: Keys) -> Non
 
 
 async def test_limits_say_which_and_when_and_change_while_requests_run(keys: Keys) -> None:
-    keys.write(a={"max_ongoing": 1}, b={"requests_per_minute": 6})
+    keys.write(a={"max_concurrent": 1}, b={"requests_per_minute": 6})
     async with a_world(keys.file) as world:
         replica = await world.add("gen", "gen-1")
         running = ask(world, "a", {"wait_before": True})
@@ -74,7 +74,7 @@ async def test_limits_say_which_and_when_and_change_while_requests_run(keys: Key
         refused = await ask(world, "a").done()
         assert refused.status == 429
         assert "1 requests at a time" in refused.json()["error"]["message"]
-        keys.write(a={"max_ongoing": 2}, b={"requests_per_minute": 6})
+        keys.write(a={"max_concurrent": 2}, b={"requests_per_minute": 6})
         world.gateway.admission.refresh()
         assert (await ask(world, "a").done()).status == 200
         replica.gate.set()
@@ -83,7 +83,7 @@ async def test_limits_say_which_and_when_and_change_while_requests_run(keys: Key
         refused = await ask(world, "b").done()
         assert (refused.status, refused.headers["retry-after"]) == (429, "10")
         found = await metrics_inside(world)
-        assert found["tandem_limits_hit_total", "max_ongoing", "a"] == 1
+        assert found["tandem_limits_hit_total", "max_concurrent", "a"] == 1
         assert found["tandem_limits_hit_total", "requests_per_minute", "b"] == 1
         assert found["tandem_tenant_requests_total", "200", "a"] == 2
         assert found["tandem_tenant_requests_total", "429", "a"] == 1

@@ -19,27 +19,27 @@ class Engine:
         self._running: list[tuple[float, float]] = []
 
     def tick(self, tick_s: float = 0.05) -> None:
-        while self.capacity.has_room(WORK) and self.capacity.held < 256:
-            self.capacity.begin(WORK)
+        while self.capacity.has_room(WORK) and self.capacity.in_flight < 256:
+            self.capacity.add_request(WORK)
             self._waiting.append(self.now_s)
         while self._waiting and len(self._running) < self.at_a_time:
             self._running.append((self._waiting.pop(0), self.now_s))
         self.now_s += tick_s
         for given, started in [r for r in self._running if self.now_s - r[1] >= 1.0]:
             self._running.remove((given, started))
-            self.capacity.end(WORK, WORK, self.now_s - given)
+            self.capacity.remove_request(WORK, WORK, self.now_s - given)
         usage = min(1.0, len(self._running) * WORK / self.kv_tokens)
         load = Load(len(self._running), len(self._waiting), usage)
-        self.capacity.observe([load], self.now_s)
+        self.capacity.observe_loads([load], self.now_s)
 
 
 def test_the_replicas_get_what_they_run_and_a_little_more() -> None:
     engine = Engine(16)
     for _ in range(2000):
         engine.tick()
-    held = engine.capacity.held
+    held = engine.capacity.in_flight
     assert 16 <= held <= 16 * 1.6 + 16  # all end at once here, so that 16 are on their way
-    assert engine.capacity.drain_rate() == pytest.approx(16 * WORK, rel=0.2)
+    assert engine.capacity.drain_tokens_per_s() == pytest.approx(16 * WORK, rel=0.2)
 
 
 def test_a_pool_that_grows_is_filled_again() -> None:
@@ -49,15 +49,15 @@ def test_a_pool_that_grows_is_filled_again() -> None:
     engine.at_a_time = 64
     for _ in range(1000):
         engine.tick()
-    assert engine.capacity.held >= 64
+    assert engine.capacity.in_flight >= 64
 
 
 def test_a_full_kv_cache_stops_the_flow() -> None:
     capacity = PoolCapacity(0.25)
     for _ in range(10):
-        capacity.begin(WORK)
+        capacity.add_request(WORK)
     for step in range(5):
-        capacity.observe([Load(10, 0, 0.99)], step * ADJUST_S)
+        capacity.observe_loads([Load(10, 0, 0.99)], step * ADJUST_S)
     assert capacity.limit_tokens == pytest.approx(10 * WORK * KV_HIGH / 0.99)
     assert not capacity.has_room(WORK)
 
@@ -66,82 +66,82 @@ def test_one_request_is_always_let_through() -> None:
     capacity = PoolCapacity(0.25)
     capacity.limit_tokens = 1.0
     assert capacity.has_room(1e9)
-    capacity.begin(1e9)
+    capacity.add_request(1e9)
     assert not capacity.has_room(1.0)
 
 
 def test_a_queue_that_comes_and_goes_is_no_queue() -> None:
     capacity = PoolCapacity(0.25)
     for _ in range(100):
-        capacity.begin(WORK)
+        capacity.add_request(WORK)
     for step in range(200):
-        capacity.observe([Load(50, 50 * (step % 2))], step * 0.05)
+        capacity.observe_loads([Load(50, 50 * (step % 2))], step * 0.05)
     assert capacity.limit_tokens == float("inf")
 
 
 def test_one_look_that_misses_a_standing_queue_does_not_hide_it() -> None:
     capacity = PoolCapacity(0.25)
     for _ in range(100):
-        capacity.begin(WORK)
+        capacity.add_request(WORK)
     for step in range(200):
-        capacity.observe([Load(50, 50 * (step % 5 > 0))], step * 0.05)
+        capacity.observe_loads([Load(50, 50 * (step % 5 > 0))], step * 0.05)
     assert capacity.limit_tokens == pytest.approx(100 * WORK * (50 + 12.5) / 100)
 
 
 def test_a_burst_after_a_pause_is_no_queue() -> None:
     capacity = PoolCapacity(0.25)
-    capacity.observe([Load()], 0.0)
-    capacity.observe([Load()], 1.0)
+    capacity.observe_loads([Load()], 0.0)
+    capacity.observe_loads([Load()], 1.0)
     for _ in range(32):
-        capacity.begin(WORK)
+        capacity.add_request(WORK)
     for step in range(3):  # they have come and the engine has not begun its next step
-        capacity.observe([Load(1, 31)], 9.9 + step * 0.05)
+        capacity.observe_loads([Load(1, 31)], 9.9 + step * 0.05)
     for step in range(20):
-        capacity.observe([Load(32)], 10.05 + step * 0.05)
+        capacity.observe_loads([Load(32)], 10.05 + step * 0.05)
     assert capacity.limit_tokens == float("inf")
 
 
 def test_a_load_that_ends_leaves_the_limit() -> None:
     capacity = PoolCapacity(0.25)
     for _ in range(40):
-        capacity.begin(WORK)
+        capacity.add_request(WORK)
     for step in range(6):
-        capacity.observe([Load(32, 8)], step * 0.05)
+        capacity.observe_loads([Load(32, 8)], step * 0.05)
     for step in range(6, 40):
-        if capacity.held:
+        if capacity.in_flight:
             for _ in range(10):
-                capacity.end(WORK, WORK, 1.0)
-        capacity.observe([Load(min(32, capacity.held))], step * 0.05)
+                capacity.remove_request(WORK, WORK, 1.0)
+        capacity.observe_loads([Load(min(32, capacity.in_flight))], step * 0.05)
     assert capacity.limit_tokens == float("inf")
 
 
 def test_requests_that_wait_inside_an_engine_do_not_count_as_its_speed() -> None:
     capacity, now_s = PoolCapacity(0.25), 0.0
     for _ in range(32):
-        capacity.begin(WORK)
+        capacity.add_request(WORK)
     for _ in range(200):  # 32 at a time, a second each
         now_s += 1 / 32
-        capacity.end(WORK, WORK, 1.0)
-        capacity.begin(WORK)
-        capacity.observe([Load(32)], now_s)
-    assert capacity.drain_rate() == pytest.approx(32 * WORK)
+        capacity.remove_request(WORK, WORK, 1.0)
+        capacity.add_request(WORK)
+        capacity.observe_loads([Load(32)], now_s)
+    assert capacity.drain_tokens_per_s() == pytest.approx(32 * WORK)
     for _ in range(32):
-        capacity.begin(WORK)
+        capacity.add_request(WORK)
     for step in range(20):
-        capacity.observe([Load(32, 32)], now_s + step * 0.05)
-    assert capacity.drain_rate() == pytest.approx(32 * WORK, rel=0.02)
+        capacity.observe_loads([Load(32, 32)], now_s + step * 0.05)
+    assert capacity.drain_tokens_per_s() == pytest.approx(32 * WORK, rel=0.02)
     for _ in range(500):  # all of them take two seconds now, one of them in the engine's queue
         now_s += 1 / 32
-        capacity.end(WORK, WORK, 2.0)
-        capacity.begin(WORK)
-        capacity.observe([Load(32, 32)], now_s + 1)
-    assert capacity.drain_rate() == pytest.approx(32 * WORK, rel=0.02)
+        capacity.remove_request(WORK, WORK, 2.0)
+        capacity.add_request(WORK)
+        capacity.observe_loads([Load(32, 32)], now_s + 1)
+    assert capacity.drain_tokens_per_s() == pytest.approx(32 * WORK, rel=0.02)
 
 
 def test_replicas_that_report_nothing_change_nothing() -> None:
     capacity = PoolCapacity(0.25)
     for step in range(10):
-        capacity.observe([], float(step))
+        capacity.observe_loads([], float(step))
     assert capacity.has_room(1e9)
 
 
@@ -149,12 +149,12 @@ def test_replicas_that_report_nothing_change_nothing() -> None:
 def test_one_replica_that_lies_or_lags_does_not_hold_up_the_others(odd: Load) -> None:
     capacity = PoolCapacity(0.25)
     for _ in range(40):
-        capacity.begin(WORK)
+        capacity.add_request(WORK)
     for step in range(100):
-        capacity.observe([Load(16, 1, 0.5), odd, Load(16, 2, 0.4)], step * 0.05)
+        capacity.observe_loads([Load(16, 1, 0.5), odd, Load(16, 2, 0.4)], step * 0.05)
     assert capacity.limit_tokens == float("inf")
     for step in range(100, 200):
-        capacity.observe([Load(16, 20), odd, Load(16, 12)], step * 0.05)
+        capacity.observe_loads([Load(16, 20), odd, Load(16, 12)], step * 0.05)
     assert capacity.limit_tokens < 40 * WORK
 
 
@@ -162,37 +162,37 @@ def test_clock_jumps_and_lying_reports_do_no_harm() -> None:
     draw = random.Random(1)
     capacity = PoolCapacity(0.25)
     for _ in range(20):
-        capacity.begin(WORK)
+        capacity.add_request(WORK)
     for _ in range(1000):
         load = Load(draw.randrange(300), draw.randrange(10_000), draw.random() * 2)
-        capacity.observe([load], draw.uniform(-1e6, 1e6))
+        capacity.observe_loads([load], draw.uniform(-1e6, 1e6))
     assert capacity.limit_tokens >= WORK
     for _ in range(20):
-        capacity.end(WORK, WORK, draw.uniform(-1, 1))
-    assert capacity.held_tokens == 0
+        capacity.remove_request(WORK, WORK, draw.uniform(-1, 1))
+    assert capacity.in_flight_tokens == 0
     assert capacity.has_room(WORK)
 
 
 def test_what_failed_teaches_nothing() -> None:
     capacity = PoolCapacity(0.25)
-    capacity.begin(WORK)
-    capacity.end(WORK, 0.0, 5.0)
-    capacity.begin(WORK)
-    assert capacity.drain_rate() is None
-    assert capacity.average_s(WORK) == 0
-    capacity.end(WORK, WORK, 2.0)
-    assert capacity.drain_rate() is None  # nothing is held
-    assert capacity.average_s(10 * WORK) == pytest.approx(2.0)
-    assert capacity.average_s(WORK / 10) == pytest.approx(0.2)
+    capacity.add_request(WORK)
+    capacity.remove_request(WORK, 0.0, 5.0)
+    capacity.add_request(WORK)
+    assert capacity.drain_tokens_per_s() is None
+    assert capacity.average_request_s(WORK) == 0
+    capacity.remove_request(WORK, WORK, 2.0)
+    assert capacity.drain_tokens_per_s() is None  # nothing is held
+    assert capacity.average_request_s(10 * WORK) == pytest.approx(2.0)
+    assert capacity.average_request_s(WORK / 10) == pytest.approx(0.2)
 
 
 def test_the_best_pace_is_remembered_for_a_while() -> None:
     capacity = PoolCapacity(0.25)
     for step in range(400):
-        capacity.begin(WORK)
-        capacity.end(WORK, WORK, 1.0 if step < 5 else 10.0)
-        capacity.observe([Load(1)], step * ADJUST_S)
+        capacity.add_request(WORK)
+        capacity.remove_request(WORK, WORK, 1.0 if step < 5 else 10.0)
+        capacity.observe_loads([Load(1)], step * ADJUST_S)
         if step == 60:
-            assert capacity.best_s(WORK) == pytest.approx(1.0)
-            assert capacity.average_s(WORK) > 5
-    assert capacity.best_s(WORK) == pytest.approx(10.0, rel=0.1)
+            assert capacity.best_request_s(WORK) == pytest.approx(1.0)
+            assert capacity.average_request_s(WORK) > 5
+    assert capacity.best_request_s(WORK) == pytest.approx(10.0, rel=0.1)

@@ -15,7 +15,7 @@ from cluster.key_file import KeyFile
 
 TEXT = """
 tenants:
-  acme: {weight: 2, requests_per_minute: 600, max_ongoing: 8}
+  acme: {weight: 2, requests_per_minute: 600, max_concurrent: 8}
 keys:
   - {sha256: %s, tenant: acme, priority: 3, models: [gen]}
   - {sha256: %s, tenant: other}
@@ -34,7 +34,7 @@ def test_a_key_file_says_who_a_key_belongs_to() -> None:
     assert one.allows("gen")
     assert not one.allows("cls")
     two = found[bytes.fromhex(digest("two"))]
-    assert (two.tenant.weight, two.tenant.limits.max_ongoing) == (1, None)
+    assert (two.tenant.weight, two.tenant.limits.max_concurrent) == (1, None)
     assert two.allows("cls")
 
 
@@ -43,6 +43,14 @@ def test_what_is_written_can_be_read_and_json_is_fine_too() -> None:
     assert parse_keys(contents.dump(), "f") == contents
     assert parse_keys(contents.model_dump_json(), "f") == contents
     assert parse_keys("", "f").keys == ()
+
+
+def test_the_deprecated_name_of_a_limit_is_accepted_with_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    contents = parse_keys("tenants: {acme: {max_ongoing: 8}}", "f")
+    assert contents.tenants["acme"].max_concurrent == 8
+    assert "max_ongoing is deprecated; use max_concurrent" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -54,10 +62,10 @@ def test_what_is_written_can_be_read_and_json_is_fine_too() -> None:
         ("keys: [{tenant: a}]", "keys.0.sha256"),
         ("tenants: {a: {weight: -1}}", "tenants.a.weight"),
         ("tenants: {a: {wait: 1}}", "tenants.a.wait"),
-        ("tenants: {a: {max_ongoing: 0}}", "tenants.a.max_ongoing"),
+        ("tenants: {a: {max_concurrent: 0}}", "tenants.a.max_concurrent"),
         ("tenants: {a: {tokens_per_day: .inf}}", "tenants.a.tokens_per_day"),
         ("keys: [{sha256: %(d)s, tenant: a, priority: 99}]", "keys.0.priority"),
-        ("keys: [{sha256: %(d)s, tenant: a}, {sha256: %(d)s, tenant: b}]", "each key may stand"),
+        ("keys: [{sha256: %(d)s, tenant: a}, {sha256: %(d)s, tenant: b}]", "a key is listed twice"),
     ],
 )
 def test_a_wrong_key_file_gets_one_line(wrong: str, says: str) -> None:

@@ -3,18 +3,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.admission.identity import Tenant, TenantLimits
-from cluster.admission.leases import STALE_S, Demand, Peers, Report, TenantReport
-from cluster.admission.limits import BURST_S, DAY_S, Account, TokenBucket
+from cluster.admission.leases import STALE_S, Demand, PeerReports, QuotaReport, TenantReport
+from cluster.admission.limits import BURST_S, DAY_S, TenantQuota, TokenBucket
 
 NOON = 20_000 * DAY_S + DAY_S / 2
 
 
-def account(share: float = 1.0, **limits: float) -> Account:
-    return Account(Tenant("t", 1, TenantLimits(**limits)), 0.0, NOON, share)  # type: ignore[arg-type]
+def account(share: float = 1.0, **limits: float) -> TenantQuota:
+    return TenantQuota(Tenant("t", 1, TenantLimits(**limits)), 0.0, NOON, share)  # type: ignore[arg-type]
 
 
-def admitted(account: Account, num: int, now_s: float, tokens: float = 1) -> int:
-    return sum(account.enter(tokens, now_s, NOON) is None for _ in range(num))
+def admitted(account: TenantQuota, num: int, now_s: float, tokens: float = 1) -> int:
+    return sum(account.try_admit(tokens, now_s, NOON) is None for _ in range(num))
 
 
 @given(st.floats(0.1, 1000), st.lists(st.floats(0, 5), max_size=50))
@@ -33,7 +33,7 @@ def test_a_bucket_never_gives_more_than_its_burst_and_its_rate(
 def test_requests_per_minute_hold_and_say_when_to_come_again() -> None:
     tenant = account(requests_per_minute=60)
     assert admitted(tenant, 100, 0.0) == 10
-    refusal = tenant.enter(1, 0.0, NOON)
+    refusal = tenant.try_admit(1, 0.0, NOON)
     assert refusal is not None
     assert (refusal.limit, refusal.retry_after_s) == ("requests_per_minute", pytest.approx(1))
     assert sum(admitted(tenant, 5, float(second)) for second in range(1, 61)) == 60
@@ -41,29 +41,29 @@ def test_requests_per_minute_hold_and_say_when_to_come_again() -> None:
 
 def test_tokens_may_be_overdrawn_once_and_the_debt_delays_the_next() -> None:
     tenant = account(tokens_per_minute=600)
-    assert tenant.enter(1000, 0.0, NOON) is None
-    refusal = tenant.enter(1, 0.0, NOON)
+    assert tenant.try_admit(1000, 0.0, NOON) is None
+    refusal = tenant.try_admit(1, 0.0, NOON)
     assert refusal is not None
     assert refusal.retry_after_s == pytest.approx((1000 - 100 + 1) / 10)
-    tenant.leave(1000, 50)  # it took far less
-    assert tenant.enter(1, 0.0, NOON) is None
+    tenant.release(1000, 50)  # it took far less
+    assert tenant.try_admit(1, 0.0, NOON) is None
 
 
 def test_requests_at_a_time() -> None:
-    tenant = account(max_ongoing=2)
+    tenant = account(max_concurrent=2)
     assert admitted(tenant, 5, 0.0) == 2
-    tenant.leave(1, 1)
+    tenant.release(1, 1)
     assert admitted(tenant, 5, 0.0) == 1
 
 
 def test_a_days_budget_begins_anew_at_midnight_and_not_when_the_clock_jumps_back() -> None:
     tenant = account(tokens_per_day=100)
-    assert tenant.enter(100, 0.0, NOON) is None
-    refusal = tenant.enter(1, 1.0, NOON)
+    assert tenant.try_admit(100, 0.0, NOON) is None
+    refusal = tenant.try_admit(1, 1.0, NOON)
     assert refusal is not None
     assert (refusal.limit, refusal.retry_after_s) == ("tokens_per_day", DAY_S / 2)
-    assert tenant.enter(1, 1.0, NOON - 2 * DAY_S) is not None
-    assert tenant.enter(1, 1.0, NOON + DAY_S) is None
+    assert tenant.try_admit(1, 1.0, NOON - 2 * DAY_S) is not None
+    assert tenant.try_admit(1, 1.0, NOON + DAY_S) is None
 
 
 @pytest.mark.parametrize("jump_s", [-1e6, -1.0, 1e9])
@@ -75,14 +75,14 @@ def test_a_clock_that_jumps_gives_a_burst_at_most(jump_s: float) -> None:
 
 
 def test_limits_that_change_keep_what_was_taken() -> None:
-    tenant = account(requests_per_minute=60, max_ongoing=100)
+    tenant = account(requests_per_minute=60, max_concurrent=100)
     assert admitted(tenant, 10, 0.0) == 10
-    tenant.change(Tenant("t", 1, TenantLimits(requests_per_minute=600, max_ongoing=12)), 0.0)
+    tenant.set_tenant(Tenant("t", 1, TenantLimits(requests_per_minute=600, max_concurrent=12)), 0.0)
     assert admitted(tenant, 10, 0.0) == 0
     assert admitted(tenant, 10, 1.0) == 2  # then 12 are ongoing
-    tenant.change(Tenant("t", 1, TenantLimits(max_ongoing=5)), 1.0)
+    tenant.set_tenant(Tenant("t", 1, TenantLimits(max_concurrent=5)), 1.0)
     assert admitted(tenant, 1, 1.0) == 0
-    tenant.change(Tenant("t"), 1.0)
+    tenant.set_tenant(Tenant("t"), 1.0)
     assert admitted(tenant, 1000, 1.0) == 1000
 
 
@@ -95,7 +95,7 @@ class Routers:
     def __init__(self, num: int, **limits: float) -> None:
         self.now_s = 0.0
         names = [f"r{number}" for number in range(num)]
-        self.peers = {name: Peers() for name in names}
+        self.peers = {name: PeerReports() for name in names}
         for name, peer in self.peers.items():
             peer.set_routers([other for other in names if other != name])
         self.accounts = {name: account(1 / num, **limits) for name in names}
@@ -105,17 +105,19 @@ class Routers:
         day = int(NOON // DAY_S)
         owns = {
             name: TenantReport(
-                self.demands[name].update(one.asked_tokens, self.now_s), one.ongoing, one.day_tokens
+                self.demands[name].update(one.requested_tokens, self.now_s),
+                one.concurrent,
+                one.day_tokens,
             )
             for name, one in self.accounts.items()
         }
         for name, own in owns.items():
             for other, peer in self.peers.items():
                 if other != name and not deaf & {name, other}:
-                    peer.receive(Report(name, day, {"t": own}), self.now_s)
+                    peer.add_report(QuotaReport(name, day, {"t": own}), self.now_s)
         for name, one in self.accounts.items():
-            lease = self.peers[name].lease("t", owns[name], day, self.now_s)
-            one.settle(lease.share, lease.peers_ongoing, lease.peers_day_tokens, self.now_s)
+            lease = self.peers[name].lease_for("t", owns[name], day, self.now_s)
+            one.settle(lease, self.now_s)
 
     def run(self, asks: dict[str, int], seconds: int, tokens: float = 1, **settle: object) -> int:
         """Let each router be asked so often a second; returns how many were let in."""
@@ -179,15 +181,15 @@ def test_a_router_that_is_gone_gives_its_part_back() -> None:
     routers.run({"r0": 50, "r1": 50}, 30)
     routers.peers["r0"].set_routers([])
     routers.now_s += 1
-    lease = routers.peers["r0"].lease("t", TenantReport(5.0), 0, routers.now_s)
+    lease = routers.peers["r0"].lease_for("t", TenantReport(5.0), 0, routers.now_s)
     assert lease.share == 1
 
 
 @pytest.mark.parametrize("num", [1, 2, 3])
 def test_concurrency_over_all_routers_is_exceeded_by_one_a_router_at_most(num: int) -> None:
-    routers = Routers(num, max_ongoing=10)
+    routers = Routers(num, max_concurrent=10)
     routers.run(dict.fromkeys(routers.accounts, 10), 10)
-    ongoing = sum(one.ongoing for one in routers.accounts.values())
+    ongoing = sum(one.concurrent for one in routers.accounts.values())
     assert 10 <= ongoing <= 10 + num - 1
 
 
@@ -199,11 +201,13 @@ def test_a_days_budget_over_all_routers(num: int) -> None:
 
 
 def test_what_peers_served_is_told_once_and_a_restart_is_no_service() -> None:
-    peers = Peers()
+    peers = PeerReports()
     peers.set_routers(["b"])
 
     def say(total: float, router: str = "b") -> dict[tuple[str, str], float]:
-        return peers.receive(Report(router, 0, {"t": TenantReport(served={"gen": total})}), 0.0)
+        return peers.add_report(
+            QuotaReport(router, 0, {"t": TenantReport(served={"gen": total})}), 0.0
+        )
 
     assert say(100) == {}
     assert say(150) == {("t", "gen"): 50}
@@ -213,15 +217,15 @@ def test_what_peers_served_is_told_once_and_a_restart_is_no_service() -> None:
 
 
 def test_what_a_router_gave_out_today_counts_after_it_is_gone() -> None:
-    peers = Peers()
+    peers = PeerReports()
     peers.set_routers(["a", "b"])
     for name in ("a", "b"):
-        peers.receive(Report(name, 7, {"t": TenantReport(day_tokens=100.0)}), 0.0)
+        peers.add_report(QuotaReport(name, 7, {"t": TenantReport(day_tokens=100.0)}), 0.0)
     peers.set_routers(["b"])
-    assert peers.lease("t", TenantReport(), 7, 0.0).peers_day_tokens == 200
+    assert peers.lease_for("t", TenantReport(), 7, 0.0).peers_day_tokens == 200
     peers.set_routers(["a", "b"])  # it was there all the time
-    peers.receive(Report("a", 7, {"t": TenantReport(day_tokens=150.0)}), 1.0)
-    assert peers.lease("t", TenantReport(), 7, 1.0).peers_day_tokens == 250
+    peers.add_report(QuotaReport("a", 7, {"t": TenantReport(day_tokens=150.0)}), 1.0)
+    assert peers.lease_for("t", TenantReport(), 7, 1.0).peers_day_tokens == 250
     peers.set_routers([])
-    assert peers.lease("t", TenantReport(), 7, 1.0).peers_day_tokens == 250
-    assert peers.lease("t", TenantReport(), 8, 1.0).peers_day_tokens == 0
+    assert peers.lease_for("t", TenantReport(), 7, 1.0).peers_day_tokens == 250
+    assert peers.lease_for("t", TenantReport(), 8, 1.0).peers_day_tokens == 0

@@ -5,15 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.admission.fair_queue import THRESHOLD, Entry, FairQueue, QueueLimits
+from cluster.admission.fair_queue import THRESHOLD, FairQueue, QueueEntry, QueueLimits
 
 ROOMY = QueueLimits(tokens=1e9, entries=10**6)
 
 
 def entry(
     tenant: str, work: float = 10, *, expires: float = 60, weight: float = 1, priority: int = 0
-) -> Entry[str]:
-    return Entry(tenant, tenant, work, expires, weight, priority)
+) -> QueueEntry[str]:
+    return QueueEntry(tenant, tenant, work, expires, weight, priority)
 
 
 def order(queue: FairQueue[str]) -> list[str]:
@@ -23,7 +23,7 @@ def order(queue: FairQueue[str]) -> list[str]:
 def test_a_single_tenant_is_served_in_the_order_of_arrival() -> None:
     queue: FairQueue[int] = FairQueue(ROOMY)
     for number in range(5):
-        assert queue.push(Entry(number, "a", 1, 60))
+        assert queue.push(QueueEntry(number, "a", 1, 60))
     assert [queue.pop().item for _ in range(5)] == [0, 1, 2, 3, 4]
     assert queue.peek() is None
     with pytest.raises(IndexError):
@@ -33,7 +33,7 @@ def test_a_single_tenant_is_served_in_the_order_of_arrival() -> None:
 def test_the_earliest_deadline_of_a_tenant_goes_first() -> None:
     queue: FairQueue[float] = FairQueue(ROOMY)
     for expires in (30.0, 10.0, 20.0):
-        queue.push(Entry(expires, "a", 1, expires))
+        queue.push(QueueEntry(expires, "a", 1, expires))
     assert [queue.pop().item for _ in range(3)] == [10, 20, 30]
 
 
@@ -177,10 +177,10 @@ def test_a_weight_that_changes_counts_from_the_next_request_on() -> None:
 @given(st.lists(st.tuples(st.sampled_from("pqrx"), st.integers(0, 5), st.integers(0, 3))))
 def test_nothing_is_lost_or_served_twice(steps: list[tuple[str, int, int]]) -> None:
     queue: FairQueue[int] = FairQueue(QueueLimits(tokens=500, entries=40))
-    waiting: dict[int, Entry[int]] = {}
+    waiting: dict[int, QueueEntry[int]] = {}
     for number, (step, tenant, priority) in enumerate(steps):
         if step in "pq":
-            one = Entry(number, f"t{tenant}", 10.0 + tenant, 60.0, float(tenant % 3), priority)
+            one = QueueEntry(number, f"t{tenant}", 10.0 + tenant, 60.0, float(tenant % 3), priority)
             if queue.push(one):
                 waiting[number] = one
         elif step == "r" and waiting:

@@ -172,9 +172,9 @@ def test_who_has_become_too_late_is_not_served_before_others(num_behind: int) ->
         engine.held = 256  # nobody has room, so that all wait
         capacity = engine.waiting.capacity
         for seconds in (*([0.2] * 3), *([1.0] * 50)):  # at best 0.2 s, usually 1
-            capacity.begin(100.0)
-            capacity.end(100.0, 100.0, seconds)
-            capacity.observe([Load(1)], loop.time())
+            capacity.add_request(100.0)
+            capacity.remove_request(100.0, 100.0, seconds)
+            capacity.observe_loads([Load(1)], loop.time())
             await asyncio.sleep(0.5)
 
         def claim(timeout_s: float) -> Claim:
@@ -221,9 +221,9 @@ def test_a_refusal_says_when_the_work_before_it_is_done() -> None:
         engine.held = 256  # nobody has room, so that all wait
         capacity = engine.waiting.capacity
         for _ in range(20):
-            capacity.begin(100.0)
+            capacity.add_request(100.0)
         for _ in range(10):  # ten are left, of 100 tokens, each takes a second: 1000 a second
-            capacity.end(100.0, 100.0, 1.0)
+            capacity.remove_request(100.0, 100.0, 1.0)
 
         def claim(timeout_s: float) -> Claim:
             until_s = loop.time() + timeout_s

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Iterable
 
 from cluster.admission import Identity
-from cluster.admission.leases import Report
+from cluster.admission.leases import QuotaReport
 from cluster.errors import PermissionDeniedError, RequestError
 from cluster.gateway.admission.authenticator import Authenticator
 from cluster.gateway.admission.quotas import QuotaTicket, TenantQuotas
@@ -85,7 +85,7 @@ class Admission:
         claim = Claim(identity, work, size, priority, expires_s, deadline_s, view, text, adapter)
         return claim, self._accounts.enter(identity, model, work, view.prompt_tokens)
 
-    def report(self, router: str) -> Report:
+    def report(self, router: str) -> QuotaReport:
         """What the other routers are to know; settles this router's part of all limits."""
         return self._accounts.report(router)
 
@@ -93,7 +93,7 @@ class Admission:
         """Take the names of the other routers that run."""
         self._accounts.peers.set_routers(frozenset(routers))
 
-    def receive(self, report: Report, pools: Iterable[Pool]) -> None:
+    def receive(self, report: QuotaReport, pools: Iterable[Pool]) -> None:
         """Take in another router's report: whom it served waits for the others here."""
         served = self._accounts.receive(report)
         for pool in pools:

@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import msgspec
 
-from cluster.admission.leases import SETTLE_S, Report
+from cluster.admission.leases import SETTLE_S, QuotaReport
 from cluster.asgi import ASGIApp, Receive, Scope, Send
 from cluster.errors import LinkError, RequestError
 from cluster.gateway.gateway import Gateway
@@ -25,7 +25,7 @@ LEASES_PATH = "/internal/leases"
 MAX_REPORT_BYTES = 4 * 1024**2
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(Report).decode
+_decode = msgspec.msgpack.Decoder(QuotaReport).decode
 
 
 class QuotaSync:

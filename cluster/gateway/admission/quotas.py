@@ -4,8 +4,8 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable
 
-from cluster.admission import Account, Identity, Refusal, Tenant
-from cluster.admission.leases import Demand, Peers, Report, TenantReport
+from cluster.admission import Identity, QuotaRefusal, Tenant, TenantQuota
+from cluster.admission.leases import Demand, PeerReports, QuotaReport, TenantReport
 from cluster.admission.limits import DAY_S
 from cluster.errors import OverloadedError
 from cluster.gateway.recording.request_log import CLIENT_LEFT
@@ -15,7 +15,7 @@ from cluster.usage import Usage
 _LIMITS = {
     "requests_per_minute": "requests per minute",
     "tokens_per_minute": "tokens per minute",
-    "max_ongoing": "requests at a time",
+    "max_concurrent": "requests at a time",
     "tokens_per_day": "tokens per day",
 }
 
@@ -26,7 +26,12 @@ class QuotaTicket:
     __slots__ = ("_account", "_estimate", "_ledger", "_model", "_prompt_estimate")
 
     def __init__(
-        self, ledger: "TenantQuotas", account: Account, model: str, estimate: float, prompt: float
+        self,
+        ledger: "TenantQuotas",
+        account: TenantQuota,
+        model: str,
+        estimate: float,
+        prompt: float,
     ) -> None:
         self._ledger = ledger
         self._account = account
@@ -45,7 +50,7 @@ class QuotaTicket:
             taken = self._estimate
         else:
             taken = self._prompt_estimate if status < 400 else 0.0
-        self._account.leave(self._estimate, taken)
+        self._account.release(self._estimate, taken)
         self._ledger.count(self._account.tenant.name, self._model, status, usage)
 
 
@@ -59,12 +64,12 @@ class TenantQuotas:
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        self._accounts: dict[str, Account] = {}
+        self._accounts: dict[str, TenantQuota] = {}
         self._demands: dict[str, Demand] = {}
         self._served: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self._ended: dict[tuple[str, int], Counter] = {}  # the counters, bound once
         self._tokens: dict[tuple[str, str], tuple[Counter, Counter]] = {}
-        self.peers = Peers()
+        self.peers = PeerReports()
 
     def enter(self, identity: Identity, model: str, tokens: float, prompt: float) -> QuotaTicket:
         """Let a request in.
@@ -79,7 +84,7 @@ class TenantQuotas:
             OverloadedError: a limit of the tenant is reached.
         """
         account = self._account(identity.tenant)
-        refusal = account.enter(tokens, time.monotonic(), time.time())
+        refusal = account.try_admit(tokens, time.monotonic(), time.time())
         if refusal is not None:
             name = identity.tenant.name
             self._registry.counter(table.LIMITS_HIT, name, refusal.limit).add()
@@ -114,46 +119,46 @@ class TenantQuotas:
         tenants = {identity.tenant.name: identity.tenant for identity in identities}
         for name, account in list(self._accounts.items()):
             if name in tenants:
-                account.change(tenants[name], time.monotonic())
-            elif not account.ongoing:
+                account.set_tenant(tenants[name], time.monotonic())
+            elif not account.concurrent:
                 del self._accounts[name]
                 self._demands.pop(name, None)
                 self._served.pop(name, None)
 
-    def receive(self, report: Report) -> dict[tuple[str, str], float]:
+    def receive(self, report: QuotaReport) -> dict[tuple[str, str], float]:
         """Take in a peer's report; returns what it served since, by tenant and model."""
-        return self.peers.receive(report, time.monotonic())
+        return self.peers.add_report(report, time.monotonic())
 
-    def report(self, router: str) -> Report:
+    def report(self, router: str) -> QuotaReport:
         """What the other routers are to know, and this router's parts of the limits by it."""
         now_s, utc_s = time.monotonic(), time.time()
         day = int(utc_s // DAY_S)
         tenants = {}
         for name, account in self._accounts.items():
-            account.begin_day(utc_s)
+            account.start_day(utc_s)
             demand = self._demands.setdefault(name, Demand(0.0, now_s))
             own = TenantReport(
-                demand.update(account.asked_tokens, now_s),
-                account.ongoing,
+                demand.update(account.requested_tokens, now_s),
+                account.concurrent,
                 account.day_tokens,
                 dict(self._served[name]),
             )
-            lease = self.peers.lease(name, own, day, now_s)
-            account.settle(lease.share, lease.peers_ongoing, lease.peers_day_tokens, now_s)
+            lease = self.peers.lease_for(name, own, day, now_s)
+            account.settle(lease, now_s)
             tenants[name] = own
-        return Report(router, day, tenants)
+        return QuotaReport(router, day, tenants)
 
-    def _account(self, tenant: Tenant) -> Account:
+    def _account(self, tenant: Tenant) -> TenantQuota:
         account = self._accounts.get(tenant.name)
         if account is None:
             now_s, utc_s = time.monotonic(), time.time()
-            lease = self.peers.lease(tenant.name, TenantReport(), int(utc_s // DAY_S), now_s)
-            account = Account(tenant, now_s, utc_s, lease.share)
+            lease = self.peers.lease_for(tenant.name, TenantReport(), int(utc_s // DAY_S), now_s)
+            account = TenantQuota(tenant, now_s, utc_s, lease.share)
             self._accounts[tenant.name] = account
         return account
 
 
-def _limited(refusal: Refusal, tenant: Tenant) -> OverloadedError:
+def _limited(refusal: QuotaRefusal, tenant: Tenant) -> OverloadedError:
     most = getattr(tenant.limits, refusal.limit)
     return OverloadedError(
         f"The limit of {most:g} {_LIMITS[refusal.limit]} is reached.",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from cluster.admission import Entry, FairQueue, PoolCapacity, QueueLimits
+from cluster.admission import FairQueue, PoolCapacity, QueueEntry, QueueLimits
 from cluster.errors import OverloadedError, RequestError, UnavailableError
 from cluster.gateway.pools.claim import Claim
 from cluster.gateway.recording.observer import PoolMeter
@@ -95,7 +95,7 @@ class AdmissionQueue(Generic[P]):
             done_tokens: What it took; 0 where it failed, None where that is not known.
             seconds: How long it had the place.
         """
-        self.capacity.end(claim.work_tokens, done_tokens or 0.0, seconds)
+        self.capacity.remove_request(claim.work_tokens, done_tokens or 0.0, seconds)
         if done_tokens is not None:
             tenant = claim.identity.tenant
             excess = done_tokens - claim.work_tokens
@@ -107,7 +107,7 @@ class AdmissionQueue(Generic[P]):
 
     def observe(self, loads: Iterable[Load]) -> None:
         """Take in the replicas' reports."""
-        self.capacity.observe(loads, asyncio.get_running_loop().time())
+        self.capacity.observe_loads(loads, asyncio.get_running_loop().time())
 
     def dispatch(self) -> None:
         """Give what places there are to those who wait."""
@@ -123,7 +123,7 @@ class AdmissionQueue(Generic[P]):
                 if not future.done():
                     return
 
-    def _give(self, entry: Entry[Waiter[P]]) -> None:
+    def _give(self, entry: QueueEntry[Waiter[P]]) -> None:
         """Give the first in the queue a place, if there is one; an error, if none can come."""
         claim, future = entry.item
         try:
@@ -141,7 +141,7 @@ class AdmissionQueue(Generic[P]):
             return None
         place = self._places.take(claim)
         if place is not None:
-            self.capacity.begin(claim.work_tokens)
+            self.capacity.add_request(claim.work_tokens)
         return place
 
     def close(self) -> None:
@@ -155,7 +155,7 @@ class AdmissionQueue(Generic[P]):
         loop = asyncio.get_running_loop()
         future: asyncio.Future[P] = loop.create_future()
         tenant = claim.identity.tenant
-        entry: Entry[Waiter[P]] = Entry(
+        entry: QueueEntry[Waiter[P]] = QueueEntry(
             (claim, future),
             tenant.name,
             claim.work_tokens,
@@ -192,9 +192,9 @@ class AdmissionQueue(Generic[P]):
             waited, guessed = self._waits.get(tenant, _UNKNOWN)
             self._waits[tenant] = waited * _MEMORY + waited_s, guessed * _MEMORY + guess_s
 
-    def _wait_s(self, entry: Entry[Waiter[P]]) -> float:
+    def _wait_s(self, entry: QueueEntry[Waiter[P]]) -> float:
         """How long it will take until a new entry is served; 0 while that is not known."""
-        rate = self.capacity.drain_rate() if self._places.any_ready() else None
+        rate = self.capacity.drain_tokens_per_s() if self._places.any_ready() else None
         return self._queue.tokens_before(entry) / rate if rate else 0.0
 
     def _refuse_hopeless(self, claim: Claim, wait_s: float) -> None:
@@ -212,17 +212,21 @@ class AdmissionQueue(Generic[P]):
         if starts_s > claim.expires_s:
             return True
         # Who waits behind others is judged by what is usual: these go on showing how long it is.
-        served = self.capacity.average_s if wait_s else self.capacity.best_s
+        served = self.capacity.average_request_s if wait_s else self.capacity.best_request_s
         return starts_s + served(claim.work_tokens) > claim.deadline_s
 
     def _is_late(self, claim: Claim) -> bool:
         """Whether the request that is next would be answered too late, by what is usual; where
         nobody is behind it, who would be served instead, even the best pace must not suffice.
         """
-        served = self.capacity.average_s if len(self._queue) > 1 else self.capacity.best_s
+        served = (
+            self.capacity.average_request_s
+            if len(self._queue) > 1
+            else self.capacity.best_request_s
+        )
         return asyncio.get_running_loop().time() + served(claim.work_tokens) > claim.deadline_s
 
-    def _expire(self, entry: Entry[Waiter[P]]) -> None:
+    def _expire(self, entry: QueueEntry[Waiter[P]]) -> None:
         claim, future = entry.item
         self._queue.remove(entry)
         if not future.done():
@@ -235,7 +239,7 @@ class AdmissionQueue(Generic[P]):
                 retry_after_s=_NO_REPLICA_RETRY_S,
             )
         self._meter.shed("expired")
-        rate = self.capacity.drain_rate()
+        rate = self.capacity.drain_tokens_per_s()
         wait_s = self._queue.tokens / rate if rate else _NO_REPLICA_RETRY_S
         return OverloadedError(f"{self._name}: no place in time", retry_after_s=_retry_s(wait_s))
 
