@@ -1,4 +1,4 @@
-"""Tandem: one Ray cluster that serves generators and classifiers behind one autoscaling router."""
+"""Tandem: generators and classifiers behind one autoscaling router, on one Ray cluster."""
 
 from importlib.metadata import version
 

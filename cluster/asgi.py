@@ -1,4 +1,4 @@
-"""ASGI's types: what engines offer, the link carries and the router serves."""
+"""ASGI types, and the usage counter in the scope."""
 
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any

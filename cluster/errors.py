@@ -1,49 +1,60 @@
-"""Every error that Tandem raises, and the one place that gives each its HTTP form.
+"""Exceptions of Tandem, and their HTTP form.
 
 TandemError
- ├─ ConfigError                a wrong configuration; names field, value, what is allowed
- ├─ TraceError                 a trace cannot be read; names the file and the line
- ├─ StartError                 the cluster cannot be started (a busy port, a missing model, ...)
- ├─ LinkError                  the connection between a router and a replica
- │   ├─ LinkProtocolError      the peer broke the frame format
- │   ├─ LinkAuthError          the peer does not know the cluster's secret
- │   └─ LinkClosedError        the connection ended with streams open
- │       └─ LinkRefusedError       nothing was started: the replica drains, or is not linked
- ├─ ReplicaRetiredError        a replica was drained on purpose; Serve replaces it
- └─ RequestError               one request cannot be answered; has an HTTP status
-     ├─ InvalidRequestError        400
-     ├─ AuthenticationError        401
-     ├─ PermissionDeniedError      403
-     ├─ NotFoundError              404
-     ├─ MethodNotAllowedError      405
-     ├─ PayloadTooLargeError       413
-     ├─ UnprocessableError         422
-     ├─ OverloadedError            429, with Retry-After
-     ├─ InternalError              500, a defect; the message never holds a traceback
-     └─ UnavailableError           503, with Retry-After
-         ├─ EngineDeadError        the engine of a replica is gone
-         └─ DeviceFailedError      a GPU of a replica failed
+ ├─ ConfigError                    invalid configuration; names field, value and allowed values
+ ├─ TraceError                     unreadable request trace; names file and line
+ ├─ StartError                     the cluster cannot be started or stopped
+ ├─ BuildError                     a default model cannot be built
+ ├─ DataError                      unusable file of training texts; names file and line
+ ├─ LinkError                      connection between a router and a replica failed
+ │   ├─ LinkProtocolError              the peer violated the protocol
+ │   ├─ LinkAuthError                  the peer does not have the cluster's secret
+ │   └─ LinkClosedError                the connection closed with open streams
+ │       └─ LinkRefusedError               the stream did not start and can be retried elsewhere
+ ├─ ReplicaRetiredError            a drained replica asks Serve to replace it
+ └─ RequestError                   a request fails with an HTTP status
+     ├─ InvalidRequestError            400
+     ├─ AuthenticationError            401
+     ├─ PermissionDeniedError          403
+     ├─ NotFoundError                  404
+     ├─ MethodNotAllowedError          405
+     ├─ PayloadTooLargeError           413
+     ├─ UnprocessableError             422
+     ├─ OverloadedError                429, with Retry-After
+     ├─ InternalError                  500, a bug
+     └─ UnavailableError               503, with Retry-After
+         ├─ EngineDeadError                the engine of a replica died
+         └─ DeviceFailedError              a GPU of a replica failed
 
-HTTP bodies have OpenAI's shape as vLLM writes it: ``{"error": {message, type, param, code}}``.
+HTTP bodies have OpenAI's format as vLLM writes it: ``{"error": {message, type, param, code}}``.
+``request_error_for`` maps HTTP statuses of upstream servers back to these classes.
 """
 
 from typing import Any, ClassVar
 
 
 class TandemError(Exception):
-    """Base of all errors that Tandem raises."""
+    """Base class of all exceptions of Tandem."""
 
 
 class ConfigError(TandemError):
-    """A value in the configuration is wrong."""
+    """The configuration is invalid."""
 
 
 class TraceError(TandemError):
-    """A trace of requests cannot be read."""
+    """A request trace cannot be read."""
 
 
 class StartError(TandemError):
-    """The cluster cannot be started."""
+    """The cluster cannot be started or stopped."""
+
+
+class BuildError(TandemError):
+    """A default model cannot be built."""
+
+
+class DataError(TandemError):
+    """A file of training texts cannot be used."""
 
 
 class LinkError(TandemError):
@@ -51,32 +62,32 @@ class LinkError(TandemError):
 
 
 class LinkProtocolError(LinkError):
-    """The peer broke the frame format."""
+    """The peer violated the protocol."""
 
 
 class LinkAuthError(LinkError):
-    """The peer does not know the cluster's secret."""
+    """The peer does not have the cluster's secret."""
 
 
 class LinkClosedError(LinkError):
-    """The connection ended while streams were open."""
+    """The connection closed with open streams."""
 
 
 class LinkRefusedError(LinkClosedError):
-    """A stream was not started: the replica drains or has too many, or there is no connection."""
+    """The stream did not start: no connection, or the replica is draining or full."""
 
 
 class ReplicaRetiredError(TandemError):
-    """A replica has drained and wants to be replaced."""
+    """A drained replica asks Serve to replace it."""
 
 
 class RequestError(TandemError):
-    """One request cannot be answered.
+    """A request fails with an HTTP status.
 
     Args:
-        message: What was wrong and what is allowed, for the caller to read.
-        param: The request's field at fault, if one is.
-        retry_after_s: Seconds after which trying again makes sense, if it does.
+        message: Description of the problem and the remedy, for the client.
+        param: Invalid field of the request, if any.
+        retry_after_s: Time in seconds after which a retry may succeed, if any.
     """
 
     status: ClassVar[int] = 500
@@ -94,7 +105,7 @@ class RequestError(TandemError):
         return _rebuild, (type(self), self.message, self.param, self.retry_after_s)
 
     def body(self) -> dict[str, Any]:
-        """The JSON body of the HTTP answer."""
+        """Return the JSON body of the HTTP response."""
         return {
             "error": {
                 "message": self.message,
@@ -105,7 +116,7 @@ class RequestError(TandemError):
         }
 
     def headers(self) -> dict[str, str]:
-        """Further HTTP headers of the answer."""
+        """Return additional HTTP headers of the response."""
         if self.retry_after_s is None:
             return {}
         return {"retry-after": str(max(1, round(self.retry_after_s)))}
@@ -118,74 +129,74 @@ def _rebuild(
 
 
 class InvalidRequestError(RequestError):
-    """The request is malformed or asks for something impossible."""
+    """The request is invalid."""
 
     status = 400
     type = "BadRequestError"
 
 
 class AuthenticationError(RequestError):
-    """No API key, or one that is not known."""
+    """The API key is missing or unknown."""
 
     status = 401
     type = "AuthenticationError"
 
 
 class PermissionDeniedError(RequestError):
-    """The API key does not allow this."""
+    """The API key does not permit the request."""
 
     status = 403
     type = "PermissionDeniedError"
 
 
 class NotFoundError(RequestError):
-    """No such model or path."""
+    """The model or path does not exist."""
 
     status = 404
     type = "NotFoundError"
 
 
 class MethodNotAllowedError(RequestError):
-    """The path exists, the HTTP method on it does not."""
+    """The path does not support the HTTP method."""
 
     status = 405
     type = "MethodNotAllowedError"
 
 
 class PayloadTooLargeError(RequestError):
-    """The body is larger than the router takes."""
+    """The request body exceeds the limit."""
 
     status = 413
     type = "PayloadTooLargeError"
 
 
 class UnprocessableError(RequestError):
-    """The body is JSON, but not of the shape that the endpoint takes."""
+    """The JSON body does not match the endpoint's schema."""
 
     status = 422
     type = "UnprocessableEntityError"
 
 
 class OverloadedError(RequestError):
-    """The queue is full; nothing was admitted."""
+    """A limit of load or quota was reached; the request was not admitted."""
 
     status = 429
     type = "RateLimitError"
 
 
 class InternalError(RequestError):
-    """A defect of the server."""
+    """A bug in the server; the message never contains a traceback."""
 
 
 class UnavailableError(RequestError):
-    """No replica can answer now."""
+    """No replica can serve the request now."""
 
     status = 503
     type = "ServiceUnavailableError"
 
 
 class EngineDeadError(UnavailableError):
-    """The engine of a replica is gone; Serve replaces the replica."""
+    """The engine of a replica died; Serve replaces the replica."""
 
 
 class DeviceFailedError(UnavailableError):
@@ -193,22 +204,7 @@ class DeviceFailedError(UnavailableError):
 
 
 def request_error_for(status: int, message: str, param: str | None = None) -> RequestError:
-    """The typed error for an HTTP status that an upstream gave; unknown ones map by their class."""
-    exact = {cls.status: cls for cls in _leaf_classes()}
-    cls = exact.get(status) or (InvalidRequestError if 400 <= status < 500 else InternalError)
-    return cls(message, param=param)
-
-
-def _leaf_classes() -> list[type[RequestError]]:
-    return [
-        InvalidRequestError,
-        AuthenticationError,
-        PermissionDeniedError,
-        NotFoundError,
-        MethodNotAllowedError,
-        PayloadTooLargeError,
-        UnprocessableError,
-        OverloadedError,
-        InternalError,
-        UnavailableError,
-    ]
+    """Return the exception for an upstream HTTP status; unknown ones become 400 or 500."""
+    by_status = {cls.status: cls for cls in RequestError.__subclasses__()}
+    default = InvalidRequestError if 400 <= status < 500 else InternalError
+    return by_status.get(status, default)(message, param=param)

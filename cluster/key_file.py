@@ -1,4 +1,4 @@
-"""The key file on disk: written as a whole, and read again when it has changed."""
+"""Key file on disk: atomic writes, and reloads when it changes."""
 
 import logging
 import os
@@ -16,10 +16,10 @@ Stamp = tuple[int, int, int]
 
 
 def read_keys(path: Path) -> KeyFileContents | None:
-    """What a key file says; None where there is none.
+    """Read a key file; return None if it does not exist.
 
     Raises:
-        ConfigError: it cannot be read, or is wrong.
+        ConfigError: the file cannot be read or is invalid.
     """
     try:
         return parse_keys(path.read_text(encoding="utf-8"), str(path))
@@ -30,67 +30,67 @@ def read_keys(path: Path) -> KeyFileContents | None:
 
 
 def write_keys(path: Path, contents: KeyFileContents) -> None:
-    """Replace a key file at once, readable by its owner alone.
+    """Replace a key file atomically; only its owner can read it.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(
             "w", dir=path.parent, prefix=f".{path.name}-", delete=False, encoding="utf-8"
-        ) as fresh:
-            fresh.write(contents.dump())
-        os.replace(fresh.name, path)
+        ) as temporary:
+            temporary.write(contents.dump())
+        os.replace(temporary.name, path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error}") from None
 
 
 class KeyFile:
-    """A key file that is read again whenever it has changed.
+    """Key file that is reloaded when it changes.
 
     Args:
-        path: Where it lies.
-        expected: Whether it must be there; where it is not, no key is known and one is needed.
+        path: Path of the file.
+        expected: True if the file must exist. If it does not, every request is rejected.
     """
 
     def __init__(self, path: Path, *, expected: bool) -> None:
         self._path = path
         self._stamp: Stamp | None = None
-        self._complained: Stamp | str | None = None
+        self._logged_problem: Stamp | str | None = None
         self.identities: Mapping[bytes, Identity] = {}
-        """Of the last state of the file that was right."""
-        self.seen = expected
-        """Whether keys are needed: also after the file was emptied, broken or deleted."""
+        """Identities by key digest, from the last valid state of the file."""
+        self.required = expected
+        """True if requests need a key: also after the file became empty, invalid or missing."""
 
     def refresh(self) -> bool:
-        """Read the file if it has changed; whether there are other keys now.
+        """Reload the file if it has changed; return True if the keys were replaced.
 
-        A file that is wrong or gone leaves the keys as they are; the log says so once.
+        An invalid or missing file leaves the keys unchanged, and is logged once.
         """
         try:
-            found = os.stat(self._path)
+            info = os.stat(self._path)
         except OSError as error:
-            if self.seen:
-                self._complain(str(error), error)
+            if self.required:
+                self._log_problem(str(error), error)
             return False
-        stamp = (found.st_mtime_ns, found.st_size, found.st_ino)
-        if stamp in (self._stamp, self._complained):
+        stamp = (info.st_mtime_ns, info.st_size, info.st_ino)
+        if stamp in (self._stamp, self._logged_problem):
             return False
-        self.seen = True
+        self.required = True
         try:
             contents = read_keys(self._path)
         except ConfigError as error:
-            self._complain(stamp, error)
+            self._log_problem(stamp, error)
             return False
-        if contents is None:  # deleted since
+        if contents is None:  # deleted meanwhile
             return False
-        self._stamp, self._complained = stamp, None
+        self._stamp, self._logged_problem = stamp, None
         self.identities = contents.identities()
-        logger.info("%s: %d API keys", self._path, len(self.identities))
+        logger.info("Loaded %s: %d API keys", self._path, len(self.identities))
         return True
 
-    def _complain(self, cause: Stamp | str, error: Exception) -> None:
-        if cause != self._complained:
-            self._complained = cause
-            logger.error("the API keys stay as they were: %s", error)
+    def _log_problem(self, cause: Stamp | str, error: Exception) -> None:
+        if cause != self._logged_problem:
+            self._logged_problem = cause
+            logger.error("API keys remain unchanged: %s", error)

@@ -1,4 +1,4 @@
-"""Something that is done again and again in the background, and outlives its own failures."""
+"""Periodic background task that survives failures."""
 
 import asyncio
 import logging
@@ -8,7 +8,10 @@ logger = logging.getLogger("ray.serve.tandem")
 
 
 class Periodic:
-    """Runs ``action`` every ``period_s`` until it is closed; a failure is logged, once in a row."""
+    """Runs ``action`` every ``period_s`` seconds until closed.
+
+    Consecutive failures are logged once.
+    """
 
     def __init__(self, name: str, period_s: float, action: Callable[[], Awaitable[None]]) -> None:
         self._name = name
@@ -18,7 +21,7 @@ class Periodic:
         self._task = asyncio.create_task(self._run(), name=name)
 
     async def close(self) -> None:
-        """End it; an action under way is cancelled."""
+        """Stop; a running action is cancelled."""
         self._task.cancel()
         await asyncio.wait([self._task])
 
@@ -30,5 +33,5 @@ class Periodic:
                 self._failing = False
             except Exception:
                 if not self._failing:
-                    logger.exception("%s failed; trying on", self._name)
+                    logger.exception("%s failed; retrying", self._name)
                 self._failing = True

@@ -9,9 +9,9 @@ from pathlib import Path
 from rich.console import Console
 
 from cluster.cli.models import show_progress
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, DataError
 from cluster.models import finetune_data
-from cluster.models.finetune_data import DataError, DataRow, FinetuneOptions
+from cluster.models.finetune_data import DataRow, FinetuneOptions
 from cluster.models.reference import MIN_TEXTS, Reference
 from cluster.models.store import Progress, resolve
 

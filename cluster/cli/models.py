@@ -10,9 +10,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from cluster.config import TandemConfig
+from cluster.errors import BuildError
 from cluster.models import store
 from cluster.models.build import build as build_models
-from cluster.models.store import CATALOGUE, BuildError, list_models, manifest
+from cluster.models.store import CATALOGUE, list_models, manifest
 
 _TEXT = TextColumn("{task.description}", markup=False)
 

@@ -17,11 +17,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.errors import ConfigError
+from cluster.errors import BuildError, ConfigError
 from cluster.models.store import (
     CATALOGUE,
     MANIFEST,
-    BuildError,
     DefaultModel,
     Facts,
     Manifest,

@@ -15,13 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.errors import TandemError
+from cluster.errors import DataError
 
 MIN_TEXTS = 10  # distinct texts; fewer can neither train a model nor measure it
-
-
-class DataError(TandemError):
-    """A file of texts and labels cannot be used."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 
-from cluster.models.store import BuildError, home
+from cluster.errors import BuildError
+from cluster.models.store import home
 
 DOWNLOAD_TIMEOUT_S = 300.0  # for a few MB, including the retries of pip
 

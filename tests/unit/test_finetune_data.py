@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from cluster.models.finetune_data import DataError, label_ids, label_names, read_rows, split
+from cluster.errors import DataError
+from cluster.models.finetune_data import label_ids, label_names, read_rows, split
 
 
 def write(tmp_path, name, text):

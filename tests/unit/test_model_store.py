@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import ConfigError
+from cluster.errors import BuildError, ConfigError
 from cluster.models import store
 from cluster.models.build import build
-from cluster.models.store import BuildError, DefaultModel, Facts, Progress, list_models, resolve
+from cluster.models.store import DefaultModel, Facts, Progress, list_models, resolve
 
 
 class FakeBuilder:

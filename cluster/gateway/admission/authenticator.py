@@ -42,7 +42,7 @@ class Authenticator:
         Raises:
             AuthenticationError: there is no key, or it is not known.
         """
-        if not self._bare and (self._file is None or not self._file.seen):
+        if not self._bare and (self._file is None or not self._file.required):
             return OPEN
         key = _key(headers)
         if key is None:
