@@ -218,10 +218,7 @@ def client() -> str:
             continue
         else:
             text = _prose(ast.get_docstring(method))
-        result = f" -> {ast.unparse(method.returns)}" if method.returns else ""
-        signature = textwrap.fill(
-            f"{name}({_parameters(method)}){result}", 88, subsequent_indent="    "
-        )
+        signature = _signature(method)
         parts.append(f"### {name}\n\n```python\n{signature}\n```\n\n{text}\n")
     parts.append("## Results\n")
     for name in sorted(set(cluster.client.__all__) - {"Tandem"}):
@@ -250,8 +247,16 @@ def _methods(owner: type) -> dict[str, ast.FunctionDef | ast.AsyncFunctionDef]:
     }
 
 
-def _parameters(method: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
-    return ast.unparse(method.args).removeprefix("self").removeprefix(", ")
+def _signature(method: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    """Return a method's signature, with one parameter per line if it does not fit in one line."""
+    parameters = ast.unparse(method.args).removeprefix("self").removeprefix(", ")
+    parameters = parameters.replace("=", " = ").replace("wire.", "")
+    result = f" -> {ast.unparse(method.returns)}" if method.returns else ""
+    line = f"{method.name}({parameters}){result}"
+    if len(line) <= 72:
+        return line
+    lines = re.sub(r", (?=[*\w]+(?::|,|$))", ",\n    ", parameters)
+    return f"{method.name}(\n    {lines},\n){result}"
 
 
 # -- helpers ---------------------------------------------------------------------------------------
