@@ -1,8 +1,7 @@
-"""Spans of requests, router → link → replica → engine, sent by OTLP; off unless configured.
+"""Request spans (router, link, replica, engine), exported over OTLP; off unless configured.
 
-``start_tracer`` is the one way in: it alone imports opentelemetry, and only where an endpoint is
-configured, so that a process without tracing pays one ``is None`` for each request. No span ever
-holds a text.
+Only ``start_tracer`` imports opentelemetry, and only if an endpoint is configured: without tracing,
+a request costs one ``is None``. Spans never contain prompts or completions.
 """
 
 from typing import TYPE_CHECKING
@@ -16,12 +15,12 @@ Headers = list[tuple[bytes, bytes]]
 
 
 def start_tracer(config: TracingConfig | None, service: str, instance: str) -> "Tracer | None":
-    """What makes and sends this process' spans; None where tracing is not configured.
+    """Return the tracer of this process, or None if tracing is not configured.
 
     Args:
-        config: Where to.
-        service: What the process is (``tandem.router``); OpenTelemetry's ``service.name``.
-        instance: Which of them; ``service.instance.id``.
+        config: Endpoint, sampling and limits.
+        service: Kind of process (``tandem.router``); OpenTelemetry's ``service.name``.
+        instance: Process; OpenTelemetry's ``service.instance.id``.
     """
     if config is None:
         return None

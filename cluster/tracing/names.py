@@ -1,6 +1,6 @@
-"""What spans and their attributes are called: OpenTelemetry's conventions for HTTP and GenAI.
+"""Names of spans and attributes, from OpenTelemetry's conventions for HTTP and GenAI.
 
-GenAI's are still experimental there, so they are written down here and nowhere else.
+The GenAI conventions are experimental, so they appear in this module only.
 """
 
 from typing import Final
@@ -24,7 +24,7 @@ REQUEST_ID: Final = "tandem.request_id"
 TENANT: Final = "tandem.tenant"
 QUEUE: Final = "tandem.queue_s"
 REPLICA: Final = "tandem.replica"
-WAY: Final = "tandem.link.way"
+LINK_WAY: Final = "tandem.link.way"
 ATTEMPT: Final = "tandem.attempt"
 
 _OPERATIONS = {
@@ -37,7 +37,7 @@ _OPERATIONS = {
 
 
 def operation_of(route: str) -> str:
-    """The operation that a route is: the convention's name, else the route's last fixed part."""
+    """Return the GenAI operation of a route; by default, the route's last fixed segment."""
     known = _OPERATIONS.get(route)
     parts = [part for part in route.split("/") if part and not part.startswith("{")]
     return known or (parts[-1] if parts else route)

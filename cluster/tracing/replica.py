@@ -1,4 +1,4 @@
-"""A replica's spans of one request: its own part, and the engine's work inside of it."""
+"""Spans of a request in a replica: one for the replica, one for its engine."""
 
 import time
 from collections.abc import Callable
@@ -18,16 +18,16 @@ from cluster.tracing.tracer import (
 
 
 class TracedApp:
-    """An engine's application, each call of which is a span of the replica and one of the engine.
+    """Middleware that records a replica span and an engine span per request.
 
-    The engine is told the latter as ``traceparent``, so that what it traces itself comes below.
+    The engine gets its span as ``traceparent``, so spans that it records itself become children.
 
     Args:
-        app: The engine's application.
-        tracer: The process'.
-        model: The pool's name.
-        provider: Which engine it is (``gen_ai.provider.name``).
-        route_of: The template of a path; None where it is not one of the engine's.
+        app: Application of the engine.
+        tracer: Tracer of this process.
+        model: Name of the pool.
+        provider: Kind of engine (``gen_ai.provider.name``).
+        route_of: Returns the template of a path, or None if the engine does not serve it.
     """
 
     def __init__(
@@ -40,22 +40,22 @@ class TracedApp:
     ) -> None:
         self._app = app
         self._tracer = tracer
-        self._known = {names.REQUEST_MODEL: model, names.PROVIDER: provider}
+        self._model_attributes = {names.REQUEST_MODEL: model, names.PROVIDER: provider}
         self._route_of = route_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Run the application for one request."""
         method, route = scope["method"], self._route_of(scope["path"]) or "other"
         http = {names.METHOD: method, names.ROUTE: route}
         parent = parent_of(scope["headers"])
         replica = self._tracer.start(f"{method} {route}", SpanKind.SERVER, parent, http)
         operation = names.operation_of(route)
-        known = {names.OPERATION: operation, **self._known}
-        name = f"{operation} {known[names.REQUEST_MODEL]}"
-        engine = self._tracer.start(name, SpanKind.INTERNAL, replica, known)
-        inside = {**scope, "headers": headers_under(engine, scope["headers"])}
+        attributes = {names.OPERATION: operation, **self._model_attributes}
+        name = f"{operation} {attributes[names.REQUEST_MODEL]}"
+        engine = self._tracer.start(name, SpanKind.INTERNAL, replica, attributes)
+        engine_scope = {**scope, "headers": headers_under(engine, scope["headers"])}
         try:
-            await self._app(inside, receive, _watched(send, replica, engine))
+            await self._app(engine_scope, receive, _observe_send(send, replica, engine))
         except BaseException as error:
             fail(engine, type(error).__name__)
             fail(replica, type(error).__name__)
@@ -66,20 +66,20 @@ class TracedApp:
             replica.end()
 
 
-def _watched(send: Send, replica: Span, engine: Span) -> Send:
-    """``send`` that notes the status and the first chunk; itself where nothing is recorded."""
+def _observe_send(send: Send, replica: Span, engine: Span) -> Send:
+    """Wrap ``send`` to record the status and the time to the first chunk."""
     if not engine.is_recording():
         return send
-    begun = time.perf_counter()
-    first_due = True
+    started = time.perf_counter()
+    is_first = True
 
-    async def watch(message: Message) -> None:
-        nonlocal first_due
+    async def wrapper(message: Message) -> None:
+        nonlocal is_first
         if message["type"] == "http.response.start":
             set_http_status(replica, message["status"])
-        elif first_due and message.get("body"):
-            first_due = False
-            engine.set_attribute(names.FIRST_CHUNK, time.perf_counter() - begun)
+        elif is_first and message.get("body"):
+            is_first = False
+            engine.set_attribute(names.FIRST_CHUNK, time.perf_counter() - started)
         await send(message)
 
-    return watch
+    return wrapper

@@ -1,7 +1,6 @@
-"""Makes the spans of one process and sends them by OTLP over HTTP, in a thread of the SDK's.
+"""Span creation and export over OTLP/HTTP, in a thread of the OpenTelemetry SDK.
 
-Owns the provider, whose queue is bounded: spans that a slow collector leaves no room for are
-dropped, and no request ever waits for one. Not the global provider: that may be vLLM's or Ray's.
+The export queue is bounded: if the collector is slow, spans are dropped and requests never wait.
 """
 
 import asyncio
@@ -26,7 +25,7 @@ from cluster.usage import Usage, UsageCounter
 logger = logging.getLogger("ray.serve.tandem")
 
 EXPORT_TIMEOUT_S = 5.0
-"""For one export, and for the last one when the process ends."""
+"""Timeout of an export, and of the last one when the process stops, in seconds."""
 MAX_BATCH_SPANS = 512
 
 _CONTEXT_HEADERS = (b"traceparent", b"tracestate")
@@ -34,11 +33,12 @@ _PROPAGATOR = TraceContextTextMapPropagator()
 
 
 class Tracer:
-    """The spans of one process; see ``start_tracer`` for the arguments."""
+    """Spans of one process; see ``start_tracer`` for the arguments."""
 
     def __init__(self, config: TracingConfig, service: str, instance: str) -> None:
         resource = Resource.create({"service.name": service, "service.instance.id": instance})
         sampler = ParentBased(TraceIdRatioBased(config.sample_ratio))
+        # Not the global provider, which vLLM or Ray may use.
         self._provider = TracerProvider(sampler, resource, shutdown_on_exit=False)
         exporter = OTLPSpanExporter(
             config.endpoint, headers=config.headers, timeout=EXPORT_TIMEOUT_S
@@ -59,22 +59,24 @@ class Tracer:
         parent: Span | Context | None,
         attributes: Mapping[str, AttributeValue],
     ) -> Span:
-        """Begin a span; ``end`` is due."""
+        """Start a span, to be ended by the caller."""
         context = set_span_in_context(parent) if isinstance(parent, Span) else parent
-        # An empty context where there is no parent: what happens to be current is not one.
+        # Without a parent, use an empty context: the current span is unrelated.
         return self._tracer.start_span(name, context or Context(), kind, attributes)
 
     async def close(self) -> None:
-        """Send what is left, as far as the collector takes it within ``EXPORT_TIMEOUT_S``."""
+        """Export the remaining spans, for at most ``EXPORT_TIMEOUT_S``."""
         try:
             async with asyncio.timeout(EXPORT_TIMEOUT_S):
                 await asyncio.to_thread(self._provider.shutdown)
         except TimeoutError:
-            logger.warning("the last spans could not be sent within %g s", EXPORT_TIMEOUT_S)
+            logger.warning(
+                "the last spans were not exported within %g s and are lost", EXPORT_TIMEOUT_S
+            )
 
 
 def parent_of(headers: Iterable[tuple[bytes, bytes]]) -> Context:
-    """The context that a request's ``traceparent`` names; an empty one where that is not valid."""
+    """Return the context of a request's ``traceparent``, empty if that is missing or invalid."""
     carrier = {
         name.decode(): value.decode("latin-1")
         for name, value in headers
@@ -84,7 +86,7 @@ def parent_of(headers: Iterable[tuple[bytes, bytes]]) -> Context:
 
 
 def headers_under(span: Span, headers: Iterable[tuple[bytes, bytes]]) -> Headers:
-    """``headers``, whose receiver's spans become children of ``span``."""
+    """Return ``headers`` with ``span`` as the parent for the receiver's spans."""
     carrier: dict[str, str] = {}
     _PROPAGATOR.inject(carrier, set_span_in_context(span, Context()))
     kept = [pair for pair in headers if pair[0] not in _CONTEXT_HEADERS]
@@ -92,20 +94,20 @@ def headers_under(span: Span, headers: Iterable[tuple[bytes, bytes]]) -> Headers
 
 
 def fail(span: Span, error_type: str) -> None:
-    """Mark a span as failed; the error's message may hold a text and stays out."""
+    """Mark a span as failed, without the error's message, which may contain a prompt."""
     span.set_attribute(names.ERROR_TYPE, error_type)
     span.set_status(Status(StatusCode.ERROR))
 
 
 def set_http_status(span: Span, status: int) -> None:
-    """Note the status of an answer; one of 500 or more is a failure of the server's."""
+    """Record the status of a response; from 500 on, the span has failed."""
     span.set_attribute(names.STATUS, status)
     if status >= 500:
         fail(span, str(status))
 
 
 def set_usage(span: Span, usage: Usage | UsageCounter) -> None:
-    """Note the tokens that a request took."""
+    """Record the tokens of a request."""
     span.set_attribute(names.INPUT_TOKENS, usage.prompt_tokens)
     span.set_attribute(names.CACHED_TOKENS, usage.cached_tokens)
     span.set_attribute(names.OUTPUT_TOKENS, usage.completion_tokens)

@@ -1,4 +1,4 @@
-"""Spans of router, link, replica and engine, as an OTLP receiver sees them."""
+"""Spans of router, link, replica and engine, received over OTLP."""
 
 import asyncio
 import subprocess
@@ -26,21 +26,24 @@ SERVER, CLIENT, INTERNAL = 2, 3, 1
 
 
 @asynccontextmanager
-async def traced_world(
+async def traced_pool(
     url: str, engine_app: ASGIApp | None = None, **tracing: Any
 ) -> AsyncIterator[ASGIApp]:
-    """A router and one replica of the simulated engine, each with a tracer of its own."""
+    """Run a router and a replica of the simulated engine, each with its own tracer."""
     config = TracingConfig(endpoint=url, export_interval_s=0.05, **tracing)
     gen = {"name": "gen", "model": "m", "engine": "sim"}
-    routers, replicas = start_tracer(config, "router", "r1"), start_tracer(config, "replica", "g1")
-    assert routers is not None
-    assert replicas is not None
+    router_tracer, replica_tracer = (
+        start_tracer(config, "router", "r1"),
+        start_tracer(config, "replica", "g1"),
+    )
+    assert router_tracer is not None
+    assert replica_tracer is not None
     engine = SimEngine(GeneratorConfig.model_validate(gen))
     await engine.start()
     routes = engine.routes()
     app = TracedApp(
         engine_app or engine.app,
-        replicas,
+        replica_tracer,
         "gen",
         "sim",
         lambda path: path if path in routes else None,
@@ -48,7 +51,7 @@ async def traced_world(
     server = LinkServer(app, SECRET)
     host, port = await server.start()
     gateway = Gateway(
-        parse({"generators": [gen]}), {"gen": Wiring(SECRET)}, {"tandem": "0"}, tracer=routers
+        parse({"generators": [gen]}), {"gen": Wiring(SECRET)}, {"tandem": "0"}, tracer=router_tracer
     )
     gateway.pools["gen"].update([ReplicaInfo("gen-1", host, port, routes)])
     try:
@@ -57,13 +60,13 @@ async def traced_world(
         await gateway.close()
         await server.stop()
         await engine.stop()
-        await routers.close()
-        await replicas.close()
+        await router_tracer.close()
+        await replica_tracer.close()
 
 
-async def test_one_request_is_four_spans_of_one_trace() -> None:
+async def test_a_request_records_four_spans_of_one_trace() -> None:
     with otlp.collect_spans() as received:
-        async with traced_world(received.url) as app:
+        async with traced_pool(received.url) as app:
             headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "x-request-id": "id-1"}
             body = {**BODY, "stream": True, "max_tokens": 5}
             answer = await asgi.post(app, CHAT, body, headers=headers)
@@ -97,7 +100,7 @@ async def test_one_request_is_four_spans_of_one_trace() -> None:
     assert engine.attributes["gen_ai.response.time_to_first_chunk"] > 0
 
 
-async def test_the_engine_is_told_its_own_span() -> None:
+async def test_the_engine_receives_its_span_as_traceparent() -> None:
     seen: list[dict[bytes, bytes]] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -106,16 +109,16 @@ async def test_the_engine_is_told_its_own_span() -> None:
         await send({"type": "http.response.body", "body": b"{}"})
 
     with otlp.collect_spans() as received:
-        async with traced_world(received.url, app) as gateway:
+        async with traced_pool(received.url, app) as gateway:
             await asgi.post(gateway, CHAT, BODY)
             spans = await asyncio.to_thread(received.wait, 4)
     engine = next(span for span in spans if span.name == "chat gen")
-    told = seen[0][b"traceparent"].decode().split("-")
-    assert told[:3] == ["00", engine.trace_id, engine.span_id]
-    assert int(told[3], 16) & 1
+    traceparent = seen[0][b"traceparent"].decode().split("-")
+    assert traceparent[:3] == ["00", engine.trace_id, engine.span_id]
+    assert int(traceparent[3], 16) & 1
 
 
-async def test_a_caller_that_does_not_sample_is_followed_and_its_context_passed_on() -> None:
+async def test_an_unsampled_caller_is_respected_and_its_context_passed_on() -> None:
     seen: list[dict[bytes, bytes]] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -124,7 +127,7 @@ async def test_a_caller_that_does_not_sample_is_followed_and_its_context_passed_
         await send({"type": "http.response.body", "body": b"{}"})
 
     with otlp.collect_spans() as received:
-        async with traced_world(received.url, app) as gateway:
+        async with traced_pool(received.url, app) as gateway:
             unsampled = {"traceparent": f"00-{TRACE}-{PARENT}-00"}
             await asgi.post(gateway, CHAT, BODY, headers=unsampled)
         assert received.spans == []
@@ -132,9 +135,9 @@ async def test_a_caller_that_does_not_sample_is_followed_and_its_context_passed_
     assert seen[0][b"traceparent"].endswith(b"-00")
 
 
-async def test_nothing_is_sampled_at_ratio_zero_and_a_malformed_parent_is_none() -> None:
+async def test_ratio_zero_samples_nothing_and_malformed_parents_are_ignored() -> None:
     with otlp.collect_spans() as received:
-        async with traced_world(received.url, sample_ratio=0.0) as app:
+        async with traced_pool(received.url, sample_ratio=0.0) as app:
             for parent in ("nonsense", f"00-{'0' * 32}-{PARENT}-01"):
                 answer = await asgi.post(app, CHAT, BODY, headers={"traceparent": parent})
                 assert answer.status == 200
@@ -146,7 +149,7 @@ async def test_failures_are_marked_without_their_message() -> None:
         raise RuntimeError("a-secret-text")
 
     with otlp.collect_spans() as received:
-        async with traced_world(received.url, app) as gateway:
+        async with traced_pool(received.url, app) as gateway:
             assert (await asgi.post(gateway, CHAT, BODY)).status == 500
             spans = await asyncio.to_thread(received.wait, 4)
         assert not any(b"a-secret-text" in raw for raw in received.raw)
@@ -155,13 +158,13 @@ async def test_failures_are_marked_without_their_message() -> None:
     assert engine.attributes["error.type"] == "RuntimeError"
 
 
-async def test_a_client_that_leaves_ends_every_span() -> None:
+async def test_a_client_disconnect_ends_all_spans() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await asyncio.Future()
 
     with otlp.collect_spans() as received:
-        async with traced_world(received.url, app) as gateway:
+        async with traced_pool(received.url, app) as gateway:
             call = asgi.start(gateway, "POST", CHAT, BODY)
             async with asyncio.timeout(10):
                 while not call.answer.status:  # noqa: ASYNC110
@@ -172,13 +175,13 @@ async def test_a_client_that_leaves_ends_every_span() -> None:
     assert router.attributes["http.response.status_code"] == 499
 
 
-async def test_a_collector_that_is_not_there_holds_nobody_up() -> None:
-    async with asyncio.timeout(20), traced_world("http://127.0.0.1:9/v1/traces") as app:
+async def test_an_unreachable_collector_does_not_delay_requests() -> None:
+    async with asyncio.timeout(20), traced_pool("http://127.0.0.1:9/v1/traces") as app:
         answer = await asgi.post(app, CHAT, BODY)
         assert answer.status == 200
 
 
-def test_opentelemetry_is_not_imported_where_nothing_is_traced() -> None:
+def test_opentelemetry_is_not_imported_without_tracing() -> None:
     code = """
 import asyncio, sys
 from cluster.config import parse

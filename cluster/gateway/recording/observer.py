@@ -22,7 +22,7 @@ from cluster.metrics import Counter, Registry, table
 from cluster.usage import Usage
 
 if TYPE_CHECKING:
-    from cluster.tracing.routed import RoutedTrace
+    from cluster.tracing.router import RequestTrace
     from cluster.tracing.tracer import Tracer
 
 ShedReason = Literal["queue_full", "too_long", "deadline", "expired"]
@@ -164,7 +164,7 @@ class RequestObserver:
         """A replica is asked, over its link or a handle; returns the head that it gets."""
         if self._trace is None:
             return head
-        headers = self._trace.attempt(head.headers, replica_id, address, way)
+        headers = self._trace.start_attempt(head.headers, replica_id, address, way)
         return msgspec.structs.replace(head, headers=headers)
 
     def count_gaps(self) -> None:
@@ -226,9 +226,9 @@ class RequestObserver:
         )
 
 
-def _trace(tracer: "Tracer", request: Request, route: str) -> "RoutedTrace":
+def _trace(tracer: "Tracer", request: Request, route: str) -> "RequestTrace":
     from cluster.tracing import names
-    from cluster.tracing.routed import RoutedTrace
+    from cluster.tracing.router import RequestTrace
 
     attributes = {names.REQUEST_ID: request.id, names.TENANT: request.tenant}
-    return RoutedTrace(tracer, request.headers, request.method, route, attributes)
+    return RequestTrace(tracer, request.headers, request.method, route, attributes)

@@ -1,4 +1,4 @@
-"""A router's spans of one request: the request as a whole, and each attempt over a link."""
+"""Spans of a request in the router: one for the request, one per attempt on a replica."""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,15 +17,15 @@ from cluster.tracing.tracer import (
 from cluster.usage import Usage
 
 
-class RoutedTrace:
-    """From a request's admission to the end of its answer; ``end`` is due.
+class RequestTrace:
+    """Spans of one request, from its admission to the end of its response; call ``end``.
 
     Args:
-        tracer: The process'.
-        headers: The request's, in which a ``traceparent`` may name the caller's span.
-        method: Its HTTP method.
-        route: Its path as a template.
-        attributes: What else is known of it.
+        tracer: Tracer of this process.
+        headers: Headers of the request; ``traceparent`` may name the caller's span.
+        method: HTTP method.
+        route: Template of the path.
+        attributes: Further attributes of the request span.
     """
 
     __slots__ = ("_attempts", "_link", "_span", "_tracer")
@@ -38,17 +38,17 @@ class RoutedTrace:
         route: str,
         attributes: Mapping[str, AttributeValue],
     ) -> None:
-        known = {names.METHOD: method, names.ROUTE: route, **attributes}
+        all_attributes = {names.METHOD: method, names.ROUTE: route, **attributes}
         parent = parent_of(headers)
-        self._span = tracer.start(f"{method} {route}", SpanKind.SERVER, parent, known)
+        self._span = tracer.start(f"{method} {route}", SpanKind.SERVER, parent, all_attributes)
         self._tracer = tracer
         self._link: Span | None = None
         self._attempts = 0
 
-    def attempt(
+    def start_attempt(
         self, headers: Headers, replica_id: str, address: tuple[str, int], way: str
     ) -> Headers:
-        """A replica is asked; returns the headers that it gets. Ends an attempt that was before."""
+        """Start the span of an attempt, ending the previous one as lost; return headers to send."""
         if self._link is not None:
             fail(self._link, "lost")
             self._link.end()
@@ -57,7 +57,7 @@ class RoutedTrace:
             names.REPLICA: replica_id,
             names.SERVER_ADDRESS: address[0],
             names.SERVER_PORT: address[1],
-            names.WAY: way,
+            names.LINK_WAY: way,
             names.ATTEMPT: self._attempts,
         }
         self._link = self._tracer.start("link", SpanKind.CLIENT, self._span, attributes)
@@ -70,7 +70,14 @@ class RoutedTrace:
         first_chunk_s: float | None,
         usage: Usage | None,
     ) -> None:
-        """It has ended; the times are since its arrival, None where they never came about."""
+        """End the spans.
+
+        Args:
+            status: HTTP status of the response.
+            queue_s: Time in the queue; None if the request never left it.
+            first_chunk_s: Time to the first chunk; None if there was none.
+            usage: Usage of the request, if known.
+        """
         span = self._span
         if queue_s is not None:
             span.set_attribute(names.QUEUE, queue_s)
@@ -78,7 +85,7 @@ class RoutedTrace:
             span.set_attribute(names.FIRST_CHUNK, first_chunk_s)
         if usage is not None:
             set_usage(span, usage)
-        for ended in (self._link, span):
-            if ended is not None:
-                set_http_status(ended, status)
-                ended.end()
+        for open_span in (self._link, span):
+            if open_span is not None:
+                set_http_status(open_span, status)
+                open_span.end()
