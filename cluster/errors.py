@@ -4,6 +4,7 @@ TandemError
  ├─ ConfigError                    invalid configuration; names field, value and allowed values
  ├─ TraceError                     unreadable request trace; names file and line
  ├─ StartError                     the cluster cannot be started or stopped
+ │   └─ RayIncompatibleError           the installed Ray lacks something that Tandem relies on
  ├─ BuildError                     a default model cannot be built
  ├─ DataError                      unusable file of training texts; names file and line
  ├─ LinkError                      connection between a router and a replica failed
@@ -55,6 +56,10 @@ class BuildError(TandemError):
 
 class DataError(TandemError):
     """A file of training texts cannot be used."""
+
+
+class RayIncompatibleError(StartError):
+    """The installed Ray lacks a private name that Tandem uses; see ``cluster.ray_internals``."""
 
 
 class LinkError(TandemError):

@@ -20,6 +20,11 @@ class Usage(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
     source: str = ""
     """Source of ``joules``, or the reason why it is None; see ``cluster.accounting``."""
 
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and completion tokens."""
+        return self.prompt_tokens + self.completion_tokens
+
 
 @dataclass(slots=True)
 class UsageCounter:

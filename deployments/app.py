@@ -1,7 +1,6 @@
-"""The composition root: ``ray-config.yaml``'s ``import_path``.
+"""The Serve application; ``build`` is the ``import_path`` in ``ray-config.yaml``.
 
-``build`` turns the checked configuration into one Serve application: a router deployment and one
-deployment for each pool. Nothing is computed here that a replica needs twice.
+One router deployment, and one deployment for each pool.
 """
 
 import warnings
@@ -21,22 +20,20 @@ from cluster.config import (
     TandemConfig,
     parse,
 )
-from deployments.autoscaling import DECIDE_S
-from deployments.classifier import Classifier
-from deployments.generator import Generator
-from deployments.replica import SHUTDOWN_TIMEOUT_S
+from deployments.autoscaling import DECISION_INTERVAL_S
+from deployments.replica import SHUTDOWN_TIMEOUT_S, Classifier, Generator
 from deployments.router import Router
 
-NAMED_REPLICA_ROUTER = "deployments.handles:NamedReplicaRouter"
+NAMED_REPLICA_ROUTER = "deployments.discovery:NamedReplicaRouter"
 SURGE_PERCENT = 100
-"""On an update the new replicas start beside the old ones, so that there is no gap."""
+"""Share of the replicas that an update starts before it stops the old ones; 100 avoids a gap."""
 
 
 def build(args: dict[str, Any] | TandemConfig) -> Application:
-    """The Serve application for ``args``.
+    """Return the Serve application for a configuration.
 
     Raises:
-        ConfigError: a value is wrong; one line with the field, the value and what is allowed.
+        ConfigError: a value is invalid; names the field, the value and what is allowed.
     """
     config = args if isinstance(args, TandemConfig) else parse(args)
     pools = {
@@ -52,45 +49,45 @@ def build(args: dict[str, Any] | TandemConfig) -> Application:
         graceful_shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
         health_check_period_s=5,
         max_surge_percent=SURGE_PERCENT,
-        # The router logs requests itself, and says more of them (deployments/request_log.py).
+        # The router's own request log has more detail (deployments/logs.py).
         logging_config=LoggingConfig(enable_access_log=False),
     )
     return router.bind(config, pools)
 
 
-def _generator(whole: TandemConfig, config: GeneratorConfig) -> Application:
-    options: dict[str, Any] = {"ray_actor_options": _actor_options(config.resources)}
-    if config.num_workers > 1:
-        # Serve places the replica itself in the first bundle; a GPU replica computes nothing
-        # there, its workers take one bundle each.
-        bundle = _bundle(config.resources)
-        options["placement_group_bundles"] = [bundle] * config.num_workers
+def _generator(config: TandemConfig, pool: GeneratorConfig) -> Application:
+    options: dict[str, Any] = {"ray_actor_options": _actor_options(pool.resources)}
+    if pool.num_workers > 1:
+        # Serve places the replica in the first bundle. The replica of a GPU engine computes
+        # nothing itself; its workers take one bundle each.
+        bundle = _bundle(pool.resources)
+        options["placement_group_bundles"] = [bundle] * pool.num_workers
         options["placement_group_strategy"] = "PACK"
         options["ray_actor_options"] = _actor_options(
-            config.resources.model_copy(update={"gpus": 0.0})
+            pool.resources.model_copy(update={"gpus": 0.0})
         )
-    return _pool(Generator, "generator", whole, config, options)
+    return _pool(Generator, "generator", config, pool, options)
 
 
-def _classifier(whole: TandemConfig, config: ClassifierConfig) -> Application:
-    options = {"ray_actor_options": _actor_options(config.resources)}
-    return _pool(Classifier, "classifier", whole, config, options)
+def _classifier(config: TandemConfig, pool: ClassifierConfig) -> Application:
+    options = {"ray_actor_options": _actor_options(pool.resources)}
+    return _pool(Classifier, "classifier", config, pool, options)
 
 
 def _pool(
     replica_class: type[Generator] | type[Classifier],
     kind: str,
-    whole: TandemConfig,
-    config: GeneratorConfig | ClassifierConfig,
+    config: TandemConfig,
+    pool: GeneratorConfig | ClassifierConfig,
     options: dict[str, Any],
 ) -> Application:
     deployment = serve.deployment(
         replica_class,
-        name=f"{kind}-{config.name}",
-        # Which replica, the routers choose; over a handle, too.
+        name=f"{kind}-{pool.name}",
+        # Tandem's routers choose the replica, also for requests over the handle.
         request_router_config=RequestRouterConfig(request_router_class=NAMED_REPLICA_ROUTER),
-        autoscaling_config=_autoscaling(whole, config),
-        # Requests come over the link, which Serve does not count; the router limits them.
+        autoscaling_config=_autoscaling(config, pool),
+        # The routers limit the requests; Serve does not see those that come over links.
         max_ongoing_requests=1000,
         graceful_shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
         health_check_period_s=1,
@@ -98,7 +95,7 @@ def _pool(
         max_surge_percent=SURGE_PERCENT,
         **options,
     )
-    return deployment.bind(config, whole.operations)
+    return deployment.bind(pool, config.operations)
 
 
 def _actor_options(resources: ResourcesConfig) -> dict[str, Any]:
@@ -115,27 +112,28 @@ def _bundle(resources: ResourcesConfig) -> dict[str, float]:
 
 
 def _autoscaling(
-    whole: TandemConfig, part: GeneratorConfig | ClassifierConfig | RouterConfig
+    config: TandemConfig, part: GeneratorConfig | ClassifierConfig | RouterConfig
 ) -> AutoscalingConfig:
-    """Tandem's policy, which keeps delays of its own; Serve's are nothing.
+    """Return Tandem's policy for one deployment.
 
-    What stands here decides for one deployment; the application's ``autoscaling_policy`` in the
-    configuration takes its place and decides for all, with these same settings.
+    If the application has an ``autoscaling_policy``, that one decides for all deployments instead,
+    with the settings given here.
     """
     policy = AutoscalingPolicy(
         policy_function="deployments.autoscaling:PoolPolicy",
-        policy_kwargs=PoolSettings.of(whole, part).encoded(),
+        policy_kwargs=PoolSettings.of(config, part).encoded(),
     )
     with warnings.catch_warnings():
-        # Serve says that environment variables will replace it; this version does not read them.
+        # Serve announces environment variables instead, but this version does not read them.
         warnings.filterwarnings("ignore", ".*metrics_interval_s", DeprecationWarning)
         return AutoscalingConfig(
             min_replicas=part.replicas.min,
             max_replicas=part.replicas.max,
             target_ongoing_requests=part.replicas.target_in_flight,
+            # The policy applies the configured delays itself.
             upscale_delay_s=0,
             downscale_delay_s=0,
-            metrics_interval_s=DECIDE_S,
-            look_back_period_s=5 * DECIDE_S,
+            metrics_interval_s=DECISION_INTERVAL_S,
+            look_back_period_s=5 * DECISION_INTERVAL_S,
             policy=policy,
         )

@@ -1,17 +1,16 @@
-"""The autoscaling policy of a Tandem application, as Ray Serve's controller calls it.
+"""The autoscaling policy of a Tandem application, called by Ray Serve's controller.
 
-Owns what is learned of the pools (``cluster.autoscaling``) between the calls. It must never raise
-and must import neither torch nor vllm: an exception would stop the controller's loop for all
-applications. Each deployment's ``policy_kwargs`` tell what it is (``settings``).
+Keeps the state that ``cluster.autoscaling`` learns between the calls. The policy must never raise:
+an exception would stop the controller's loop for all applications. It must not import torch or
+vLLM. The settings of each deployment arrive in its ``policy_kwargs``.
 """
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ray.serve._private.common import DeploymentID
 from ray.serve.config import AutoscalingContext
 
 from cluster.autoscaling import Autoscaler, Decision, PoolSignals, TargetChange
@@ -20,30 +19,35 @@ from cluster.autoscaling.reports import LoadReport, merge, parse_reports
 from cluster.autoscaling.settings import PoolSettings
 from cluster.autoscaling.starts import Start, StartWatch
 from cluster.metrics import Registry, table
+from cluster.ray_internals import DeploymentID
 from deployments.decisions import DecisionLog
 from deployments.metrics import RayMetrics
 
 logger = logging.getLogger("ray.serve.tandem")
 
 ONGOING = "ongoing"
-CREATED, STARTUP = "created_at", "startup_s"
-"""The names under which a replica reports its requests, when its process was made (Unix time) and
-how long it took from there until it could answer."""
-DECIDE_S = 2.0
-"""The controller asks ten times a second; reports come as often as this."""
-Heard = list[tuple[float, dict[str, float]]]
-"""What each replica of a deployment said last, with its age in seconds."""
+"""Key of a replica's report: its requests in flight."""
+CREATED = "created_at"
+"""Key of a replica's report: Unix time at which its process was created."""
+STARTUP = "startup_s"
+"""Key of a replica's report: seconds from then until it could serve."""
+DECISION_INTERVAL_S = 2.0
+"""Seconds between decisions, as between reports; the controller calls ten times a second."""
+_PAUSE_AFTER_ERROR_S = 10 * DECISION_INTERVAL_S
+
+ReplicaReports = list[tuple[float, dict[str, float]]]
+"""Last report of each replica of a deployment, with its age in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
-    """One deployment in one call."""
+class _Deployment:
+    """One deployment in one call of the policy."""
 
     context: AutoscalingContext
     settings: PoolSettings
 
     @classmethod
-    def of(cls, context: AutoscalingContext) -> "_Part":
+    def from_context(cls, context: AutoscalingContext) -> "_Deployment":
         settings = PoolSettings.decoded(context.config.policy.policy_kwargs)
         spec = replace(
             settings.spec,
@@ -54,148 +58,175 @@ class _Part:
 
     @property
     def pool(self) -> str:
+        """Name of the pool; "" for the router."""
         return self.settings.pool
 
+    @property
+    def label(self) -> str:
+        """Value of the metrics' label for the pool."""
+        return self.pool or "router"
 
-@dataclass(slots=True)
-class _Hearing:
-    """When each source was last heard: by this process' clock, as others may be wrong."""
 
-    seen: dict[Any, tuple[float, float]] = field(default_factory=dict)
+class ReportClock:
+    """Ages of the replicas' reports, measured by this process' clock.
 
-    def fresh(
-        self, now: float, context: AutoscalingContext
-    ) -> dict[Any, tuple[float, dict[str, float]]]:
-        """The newest values of each replica that was heard lately, with their age in seconds."""
+    A report's own timestamp only tells whether it is new, because other nodes' clocks may be off.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[Any, tuple[float, float]] = {}  # timestamp, and when it was first seen
+
+    def fresh_reports(self, now: float, context: AutoscalingContext) -> ReplicaReports:
+        """Return the last report of each replica that is at most ``STALE_S`` old."""
         values: dict[Any, dict[str, float]] = {}
-        newest: dict[Any, float] = {}
+        timestamps: dict[Any, float] = {}
         for name, by_replica in (context.raw_metrics or {}).items():
             for replica, series in by_replica.items():
                 if series:
                     values.setdefault(replica, {})[name] = series[-1].value
-                    newest[replica] = max(newest.get(replica, 0.0), series[-1].timestamp)
-        for replica, stamp in newest.items():
-            if self.seen.get(replica, (None,))[0] != stamp:
-                self.seen[replica] = stamp, now
-        # Serve keeps the last report of a replica that has fallen silent, so it is known here too.
-        self.seen = {r: s for r, s in self.seen.items() if r in newest or now - s[1] < 10 * STALE_S}
-        ages = {replica: now - self.seen[replica][1] for replica in newest}
-        return {r: (age, values[r]) for r, age in ages.items() if age <= STALE_S}
+                    timestamps[replica] = max(timestamps.get(replica, 0.0), series[-1].timestamp)
+        for replica, timestamp in timestamps.items():
+            if self._seen.get(replica, (None,))[0] != timestamp:
+                self._seen[replica] = timestamp, now
+        # Serve keeps the last report of a silent replica. Forgetting it here would make it new.
+        self._seen = {
+            replica: seen
+            for replica, seen in self._seen.items()
+            if replica in timestamps or now - seen[1] < 10 * STALE_S
+        }
+        ages = {replica: now - self._seen[replica][1] for replica in timestamps}
+        return [(age, values[replica]) for replica, age in ages.items() if age <= STALE_S]
 
 
 class ApplicationPolicy:
-    """Decides for all deployments of an application at once: its ``autoscaling_policy``."""
+    """The ``autoscaling_policy`` of an application: decides for all its deployments at once."""
 
     def __init__(self) -> None:
         self._autoscaler: Autoscaler | None = None
-        self._made_of: Any = None
-        self._decided_at = -DECIDE_S
-        self._hearing = _Hearing()
+        self._autoscaler_settings: Any = None
+        self._next_decision_at = 0.0
+        self._clock = ReportClock()
         self._starts: dict[str, StartWatch] = {}
-        registry = Registry()
-        self._registry, self._metrics = registry, RayMetrics(registry)
+        self._registry = Registry()
+        self._metrics = RayMetrics(self._registry)
         self._log = DecisionLog()
 
     def __call__(
         self, contexts: Mapping[DeploymentID, AutoscalingContext]
     ) -> tuple[dict[DeploymentID, int], dict[DeploymentID, dict[str, Any]]]:
-        """The target of each deployment; what it was, where anything goes wrong."""
-        try:
-            targets = self._decide(time.monotonic(), list(contexts.values()))
-        except Exception:
-            logger.exception("autoscaling failed; nothing changes")
-            self._decided_at = time.monotonic() + 10 * DECIDE_S
-            targets = {}
-        given = {id: targets.get(id, c.target_num_replicas) for id, c in contexts.items()}
-        return given, {}
+        """Return the target of each deployment; the present targets if anything fails."""
+        targets: dict[DeploymentID, int] = {}
+        now = time.monotonic()
+        if now >= self._next_decision_at:
+            self._next_decision_at = now + DECISION_INTERVAL_S
+            try:
+                targets = self._decide(
+                    now, [_Deployment.from_context(c) for c in contexts.values()]
+                )
+            except Exception:
+                logger.exception("autoscaling failed; the targets stay as they are")
+                self._next_decision_at = now + _PAUSE_AFTER_ERROR_S
+        return {id: targets.get(id, c.target_num_replicas) for id, c in contexts.items()}, {}
 
-    def _decide(
-        self, now: float, contexts: Iterable[AutoscalingContext]
-    ) -> dict[DeploymentID, int]:
-        if now - self._decided_at < DECIDE_S:
-            return {}
-        self._decided_at = now
-        parts = [_Part.of(context) for context in contexts]
-        specs = {part.pool: part.settings.spec for part in parts}
-        made_of = specs, parts[0].settings.budget
-        if self._autoscaler is None or made_of != self._made_of:
-            self._autoscaler, self._made_of = Autoscaler(*made_of), made_of
-        fresh = self._hearing.fresh
-        heard = {part.pool: list(fresh(now, part.context).values()) for part in parts}
-        signals = _signals(parts, heard)
-        decisions = self._autoscaler.decide(now, signals)
-        for part in parts:
-            self._tell(part, signals[part.pool].target, decisions[part.pool])
-            self._follow_start(part, heard[part.pool], decisions[part.pool].target)
+    def _decide(self, now: float, deployments: list[_Deployment]) -> dict[DeploymentID, int]:
+        reports = {d.pool: self._clock.fresh_reports(now, d.context) for d in deployments}
+        signals = _signals(deployments, reports)
+        decisions = self._current_autoscaler(deployments).decide(now, signals)
+        for deployment in deployments:
+            decision = decisions[deployment.pool]
+            self._record(deployment, signals[deployment.pool].target, decision)
+            self._follow_start(deployment, reports[deployment.pool], decision.target)
         self._metrics.export()
-        return {part.context.deployment_id: decisions[part.pool].target for part in parts}
+        return {d.context.deployment_id: decisions[d.pool].target for d in deployments}
 
-    def _follow_start(self, part: _Part, heard: Heard, target: int) -> None:
-        told = [Start(v[CREATED], v[STARTUP]) for _, v in heard if CREATED in v and STARTUP in v]
-        watch = self._starts.setdefault(part.pool, StartWatch())
-        running = part.context.current_num_replicas
-        for phase, took_s in (watch.follow(time.time(), target, running, told) or {}).items():
-            name = part.pool or "router"
-            self._registry.gauge(table.STARTUP_SECONDS, name, phase).value = took_s
+    def _current_autoscaler(self, deployments: list[_Deployment]) -> Autoscaler:
+        """Return the autoscaler; a new one if the configuration has changed."""
+        specs = {d.pool: d.settings.spec for d in deployments}
+        settings = specs, deployments[0].settings.budget
+        if self._autoscaler is None or settings != self._autoscaler_settings:
+            self._autoscaler, self._autoscaler_settings = Autoscaler(*settings), settings
+        return self._autoscaler
 
-    def _tell(self, part: _Part, before: int, decision: Decision) -> None:
-        name = part.pool or "router"
-        self._registry.gauge(table.TARGET_REPLICAS, name).value = float(decision.target)
-        self._registry.gauge(table.WANTED_REPLICAS, name).value = float(decision.wanted)
+    def _follow_start(self, deployment: _Deployment, reports: ReplicaReports, target: int) -> None:
+        """Export the phases of a start of replicas once it is complete."""
+        starts = [
+            Start(values[CREATED], values[STARTUP])
+            for _, values in reports
+            if CREATED in values and STARTUP in values
+        ]
+        watch = self._starts.setdefault(deployment.pool, StartWatch())
+        running = deployment.context.current_num_replicas
+        phases = watch.follow(time.time(), target, running, starts) or {}
+        for phase, duration_s in phases.items():
+            gauge = self._registry.gauge(table.STARTUP_SECONDS, deployment.label, phase)
+            gauge.value = duration_s
+
+    def _record(self, deployment: _Deployment, before: int, decision: Decision) -> None:
+        """Export a decision; log and store it if it changes the target."""
+        label = deployment.label
+        self._registry.gauge(table.TARGET_REPLICAS, label).value = float(decision.target)
+        self._registry.gauge(table.WANTED_REPLICAS, label).value = float(decision.wanted)
         changes = []
         if decision.target != before:
-            self._registry.counter(table.SCALING_DECISIONS, name, decision.cause).add()
+            self._registry.counter(table.SCALING_DECISIONS, label, decision.cause).add()
             message = "autoscaling: %s from %d to %d replicas (%s): %s"
-            change = before, decision.target
-            why = decision.cause, decision.reason
-            logger.info(message, name, *change, *why)
-            changes = [TargetChange(time.time(), name, *change, *why)]
-        self._log.note(part.context.deployment_id, changes)
+            change = label, before, decision.target, decision.cause, decision.reason
+            logger.info(message, *change)
+            changes = [TargetChange(time.time(), *change)]
+        self._log.record(deployment.context.deployment_id, changes)
 
 
 class PoolPolicy:
-    """Decides for one deployment by what its own replicas say.
+    """The policy of a single deployment, for applications without an ``autoscaling_policy``.
 
-    It stands in where the application has no ``autoscaling_policy``; then there is no forecast.
+    It knows only the reports of the deployment's own replicas, so it has no forecast.
     """
 
     def __init__(self, **_settings: Any) -> None:
         self._policy = ApplicationPolicy()
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        """The target of the deployment."""
-        given, _ = self._policy({context.deployment_id: context})
-        return given[context.deployment_id], {}
+        """Return the target of the deployment."""
+        targets, _ = self._policy({context.deployment_id: context})
+        return targets[context.deployment_id], {}
 
 
-def _signals(parts: list[_Part], heard: Mapping[str, Heard]) -> dict[str, PoolSignals]:
-    routers = [part for part in parts if part.settings.spec.is_router]
-    told = [(age, parse_reports(v)) for part in routers for age, v in heard[part.pool]]
-    by_router = [reports for _, reports in told if reports]
-    age_s = min((age for age, reports in told if reports), default=None)
+def _signals(
+    deployments: list[_Deployment], reports: Mapping[str, ReplicaReports]
+) -> dict[str, PoolSignals]:
+    """Return the signals of each pool, from the routers' reports if there are any."""
+    from_routers = [
+        (age_s, by_pool)
+        for deployment in deployments
+        if deployment.settings.spec.is_router
+        for age_s, values in reports[deployment.pool]
+        if (by_pool := parse_reports(values))
+    ]
+    if not from_routers:
+        return {d.pool: _signals_of_replicas(d, reports[d.pool]) for d in deployments}
+    age_s = min(age for age, _ in from_routers)
     signals = {}
-    for part in parts:
-        if age_s is None:
-            signals[part.pool] = _by_replicas(part, heard[part.pool])
-            continue
-        reports = [r[part.pool] for r in by_router if part.pool in r]
-        base = _base(part, heard[part.pool], age_s)
-        signals[part.pool] = merge(reports, part.settings.limits, base)
+    for deployment in deployments:
+        pool = deployment.pool
+        of_pool = [by_pool[pool] for _, by_pool in from_routers if pool in by_pool]
+        base = _base_signals(deployment, reports[pool], age_s)
+        signals[pool] = merge(of_pool, deployment.settings.limits, base)
     return signals
 
 
-def _by_replicas(part: _Part, heard: Heard) -> PoolSignals:
-    """What replicas say alone, where no router does: the requests that they have."""
-    known = [values[ONGOING] for _, values in heard if ONGOING in values]
-    base = _base(part, heard, 0.0 if known else float("inf"))
-    return merge([LoadReport(ongoing=value) for value in known], {}, base)
+def _signals_of_replicas(deployment: _Deployment, reports: ReplicaReports) -> PoolSignals:
+    """Return the signals that the replicas alone give: their requests in flight."""
+    in_flight = [values[ONGOING] for _, values in reports if ONGOING in values]
+    base = _base_signals(deployment, reports, 0.0 if in_flight else float("inf"))
+    return merge([LoadReport(ongoing=value) for value in in_flight], {}, base)
 
 
-def _base(part: _Part, heard: Heard, age_s: float) -> PoolSignals:
-    startups = [values[STARTUP] for _, values in heard if values.get(STARTUP)]
+def _base_signals(deployment: _Deployment, reports: ReplicaReports, age_s: float) -> PoolSignals:
+    """Return the signals without traffic."""
+    startups = [values[STARTUP] for _, values in reports if values.get(STARTUP)]
     return PoolSignals(
-        target=part.context.target_num_replicas,
-        running=part.context.current_num_replicas,
+        target=deployment.context.target_num_replicas,
+        running=deployment.context.current_num_replicas,
         age_s=age_s,
         startup_s=max(startups, default=None),
     )

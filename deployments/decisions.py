@@ -1,8 +1,7 @@
-"""What autoscaling decided last: from the policy in Serve's controller to the routers' dashboard.
+"""Recent autoscaling decisions: from the policy in Serve's controller to the routers' dashboard.
 
-The policy writes each deployment's last changes below one key of the cluster's GCS when there is
-one; a router reads the keys while somebody looks. Where no policy ran there is no key. That the GCS
-does not answer costs nobody anything but this.
+The policy stores the last changes of each deployment under one key in the cluster's GCS; a router
+reads the keys while a dashboard is open. If the GCS is down, only this panel is affected.
 """
 
 import asyncio
@@ -12,67 +11,57 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 from ray.exceptions import RayError
-from ray.experimental import internal_kv
-from ray.serve._private.common import DeploymentID
 
+from cluster import ray_internals
 from cluster.autoscaling import TargetChange
+from cluster.ray_internals import DeploymentID
 
 logger = logging.getLogger("ray.serve.tandem")
 
-KEPT = 20
-"""Changes of each deployment."""
+MAX_CHANGES = 20
+"""Stored changes of each deployment."""
 TIMEOUT_S = 1.0
-"""Serve's controller waits as long at most, when a target changes."""
-_NAMESPACE = b"tandem"
+"""Maximum time for which a change of a target blocks Serve's controller."""
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(list[TargetChange]).decode
 
 
 class DecisionLog:
-    """The last changes of each deployment; goes on where the controller before ended."""
+    """Last changes of each deployment, including those that an earlier controller stored."""
 
     def __init__(self) -> None:
         self._changes: dict[DeploymentID, deque[TargetChange]] = {}
 
-    def note(self, deployment: DeploymentID, changes: Sequence[TargetChange]) -> None:
-        """Keep what was decided now, which may be nothing; a change blocks for a round trip."""
-        kept = self._changes.get(deployment)
-        if kept is None:
-            kept = self._changes[deployment] = deque(_read([deployment]) or (), maxlen=KEPT)
+    def record(self, deployment: DeploymentID, changes: Sequence[TargetChange]) -> None:
+        """Store the changes of one decision, possibly none; blocks for a round trip if any."""
+        stored = self._changes.get(deployment)
+        if stored is None:
+            stored = deque(_read([deployment]) or (), maxlen=MAX_CHANGES)
+            self._changes[deployment] = stored
         elif not changes:
             return
-        kept.extend(changes)
+        stored.extend(changes)
         try:
-            _put(_key(deployment), _encode(list(kept)))
-        except RayError as error:  # the next change brings these along
-            logger.warning("what autoscaling decided could not be written down: %s", error)
+            ray_internals.kv_put(_key(deployment), _encode(list(stored)), TIMEOUT_S)
+        except RayError as error:  # the next change stores these too
+            logger.warning("could not store autoscaling decisions: %s", error)
 
 
 async def read_decisions(deployments: Sequence[DeploymentID]) -> list[TargetChange] | None:
-    """The last changes of all ``deployments``; None where no policy is known to have run."""
+    """Return the last changes of all deployments; None if no policy has run."""
     return await asyncio.to_thread(_read, deployments)
 
 
 def _read(deployments: Iterable[DeploymentID]) -> list[TargetChange] | None:
+    keys = [_key(deployment) for deployment in deployments]
     try:
-        found = [_decode(one) for one in _get([_key(deployment) for deployment in deployments])]
-    except (RayError, msgspec.DecodeError) as error:  # no answer, or of another version
-        logger.warning("what autoscaling decided could not be read: %s", error)
+        found = [_decode(value) for value in ray_internals.kv_get_many(keys, TIMEOUT_S)]
+    except (RayError, msgspec.DecodeError) as error:  # no answer, or written by another version
+        logger.warning("could not read autoscaling decisions: %s", error)
         return None
     return [change for changes in found for change in changes] if found else None
 
 
 def _key(deployment: DeploymentID) -> bytes:
     return f"decisions:{deployment.app_name}:{deployment.name}".encode()
-
-
-def _put(key: bytes, value: bytes) -> None:
-    gcs = internal_kv.internal_kv_get_gcs_client()
-    gcs.internal_kv_put(key, value, True, namespace=_NAMESPACE, timeout=TIMEOUT_S)
-
-
-def _get(keys: list[bytes]) -> list[bytes]:
-    gcs = internal_kv.internal_kv_get_gcs_client()
-    found = gcs.internal_kv_multi_get(keys, namespace=_NAMESPACE, timeout=TIMEOUT_S)
-    return list(found.values())

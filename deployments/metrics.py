@@ -1,9 +1,8 @@
-"""Gives what a replica counts to Ray's agents, and with that to Ray's dashboard and Prometheus.
+"""Export of a registry to Ray's metric agents, and so to Ray's dashboard and Prometheus.
 
-Counters and histograms become gauges with the names of Prometheus' series (``_total``; ``_bucket``,
-``_sum``, ``_count``). Ray's own counter has no series before its first event, so an alert could not
-see that one happen; its histogram takes one call for each observation, and there is one for each
-token.
+Counters and histograms are exported as gauges with Prometheus' series names (``_total``;
+``_bucket``, ``_sum``, ``_count``). Ray's own counter has no series before its first event, so an
+alert would miss that event; its histogram takes one call per observation, here one per token.
 """
 
 import asyncio
@@ -19,18 +18,18 @@ from cluster.metrics import Histogram, Metric, Registry
 logger = logging.getLogger("ray.serve.tandem")
 
 EXPORT_S = 5.0
-"""Ray's agents are scraped less often than this."""
+"""Seconds between exports; Prometheus scrapes Ray's agents less often."""
 
 
 class RayExporter:
-    """Hands a registry's values to Ray every few seconds, from the loop that counts."""
+    """Exports a registry periodically, on the event loop that updates it."""
 
     def __init__(self, registry: Registry) -> None:
         self._metrics = RayMetrics(registry)
         self._task = asyncio.create_task(self._run())
 
     async def close(self) -> None:
-        """Hand over the last values and end."""
+        """Export the last values and stop."""
         self._task.cancel()
         await asyncio.wait([self._task])
         self._export()
@@ -43,19 +42,19 @@ class RayExporter:
     def _export(self) -> None:
         try:
             self._metrics.export()
-        except Exception:  # a metric less must cost neither the others nor an orderly end
-            logger.exception("metrics could not be given to Ray")
+        except Exception:  # a failing metric must not end the export or the shutdown
+            logger.exception("could not export metrics to Ray")
 
 
 class RayMetrics:
-    """Hands a registry's values to Ray when told to."""
+    """A registry's metrics as gauges of Ray."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._metrics: dict[str, Any] = {}
 
     def export(self) -> None:
-        """Hand over what there is now."""
+        """Export the current values."""
         for metric, values, child in self._registry.collect():
             labels = dict(zip(metric.labels, values, strict=True))
             if isinstance(child, Histogram):
@@ -68,10 +67,10 @@ class RayMetrics:
     ) -> None:
         bucket = self._gauge(f"{metric.name}_bucket", metric, "le")
         bounds = [*map(str, child.bounds), "+Inf"]
-        cumulated = list(accumulate(child.counts))
-        for bound, count in zip(bounds, cumulated, strict=True):
+        cumulative = list(accumulate(child.counts))
+        for bound, count in zip(bounds, cumulative, strict=True):
             bucket.set(float(count), tags={**labels, "le": bound})
-        self._gauge(f"{metric.name}_count", metric).set(float(cumulated[-1]), tags=labels)
+        self._gauge(f"{metric.name}_count", metric).set(float(cumulative[-1]), tags=labels)
         self._gauge(f"{metric.name}_sum", metric).set(child.total, tags=labels)
 
     def _gauge(self, name: str, metric: Metric, *more_labels: str) -> Any:

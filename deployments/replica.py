@@ -1,10 +1,11 @@
-"""What the replicas of every pool have in common: an engine, and a link that serves it."""
+"""The replicas of all pools: an engine, and a link server through which routers reach it."""
 
 import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -14,37 +15,37 @@ from cluster.asgi import ASGIApp, Message, Receive, Scope, Send
 from cluster.config import ClassifierConfig, GeneratorConfig
 from cluster.config.operations import OperationsConfig
 from cluster.engines.base import Engine
-from cluster.engines.startup import StartupTimer
+from cluster.engines.classifier import make_classifier_engine
+from cluster.engines.factory import make_generator_engine
+from cluster.engines.startup import StartupTimer, process_age_s
 from cluster.errors import DeviceFailedError, EngineDeadError, ReplicaRetiredError
 from cluster.gateway.pools.pool import ReplicaInfo
 from cluster.gateway.pools.routes import RouteTable
-from cluster.launch.loopback import confine_serve
 from cluster.link import DrainResult, RequestHead, ResponseHead, answer_locally
 from cluster.metrics import Registry, table
+from cluster.ray_internals import confine_replica_to_loopback
 from cluster.tracing import start_tracer
 from cluster.usage import Usage
 from deployments.autoscaling import CREATED, ONGOING, STARTUP
-from deployments.links import serve_links, watch_certificate
+from deployments.links import record_certificate_expiry, start_link_server
+from deployments.logs import log_with_serve
 from deployments.metrics import RayExporter
-from deployments.serve_log import log_with_serve
-from deployments.startup import process_age_s
 from deployments.watching import ReplicaWatch
 
 logger = logging.getLogger("ray.serve.tandem")
 
 SHUTDOWN_TIMEOUT_S = 60.0
-"""How long Serve waits for a replica that it takes out."""
+"""Seconds that Serve waits for a replica to shut down."""
 DRAIN_TIMEOUT_S = SHUTDOWN_TIMEOUT_S - 20.0
-"""The part of it that requests may take to finish; the rest is for ending the engine."""
-_DEAD_ENGINE_DRAIN_S = 1.0
-"""Time for requests of a dead engine to be told so."""
+"""Seconds of it in which requests may finish; the rest is for stopping the engine."""
+_DEAD_ENGINE_DRAIN_S = 1.0  # for sending errors to the requests of a dead engine
 _IDLE_POLL_S = 0.2
 
 
 class EngineReplica:
-    """Owns one engine and the link through which routers reach it.
+    """Owner of one engine and of its link server.
 
-    A subclass tells ``_start`` how to make its engine; Ray Serve calls the rest.
+    Subclasses create the engine through ``_start``. Ray Serve calls the public methods.
     """
 
     async def _start(
@@ -55,35 +56,42 @@ class EngineReplica:
     ) -> None:
         timer = StartupTimer()
         self._created_at = time.time() - process_age_s()
-        confine_serve()
+        confine_replica_to_loopback()
         log_with_serve()
         self._adapters = tuple(pool.adapters) if isinstance(pool, GeneratorConfig) else ()
         self._engine = engine = make_engine()
         timer.mark("imports")
-        self._death: asyncio.Task[DrainResult] | None = None
-        self._retired = ""
-        self._calls = 0
+        self._dead_drain: asyncio.Task[DrainResult] | None = None
+        self._retired_reason = ""
+        self._num_handle_calls = 0
         await engine.start()
         timer.add_measured(engine.start_phases_s)
-        self._app = self._traced(pool, operations)
-        self._watch = ReplicaWatch(operations, pool, self._num_ongoing, self._retire)
-        self._server = await serve_links(self._answer, engine.load, engine.prefixes)
+        self._app = self._traced_app(pool, operations)
+        self._watch = ReplicaWatch(operations, pool, self._num_in_flight, self._retire)
+        self._server = await start_link_server(self._answer, engine.load, engine.prefixes)
         registry = Registry()
         registry.on_collect(lambda: engine.observe(registry))
         registry.on_collect(lambda: self._watch.observe(registry))
-        watch_certificate(registry)
+        record_certificate_expiry(registry)
         timer.mark("link")
         self._startup_s = time.time() - self._created_at
-        whole_s = timer.total_s
-        parts = {"process": self._startup_s - whole_s, **timer.phases_s, "replica": whole_s}
-        for phase, took_s in parts.items():
-            registry.gauge(table.STARTUP_SECONDS, pool.name, phase).value = took_s
+        self._record_startup(registry, pool.name, timer)
         self._exporter = RayExporter(registry)
 
-    def _traced(
+    def _record_startup(self, registry: Registry, pool: str, timer: StartupTimer) -> None:
+        constructor_s = timer.total_s
+        phases_s = {
+            "process": self._startup_s - constructor_s,  # before the constructor ran
+            **timer.phases_s,
+            "replica": constructor_s,
+        }
+        for phase, duration_s in phases_s.items():
+            registry.gauge(table.STARTUP_SECONDS, pool, phase).value = duration_s
+
+    def _traced_app(
         self, pool: GeneratorConfig | ClassifierConfig, operations: OperationsConfig
     ) -> ASGIApp:
-        """The engine's application, which makes spans where that is configured."""
+        """Return the engine's application, with spans if tracing is configured."""
         identity = serve.get_replica_context().replica_id
         service = f"tandem.{identity.deployment_id.name}"
         self._tracer = start_tracer(operations.tracing, service, identity.unique_id)
@@ -98,17 +106,23 @@ class EngineReplica:
     async def answer_call(
         self, replica_id: str, head: RequestHead, body: bytes
     ) -> AsyncIterator[ResponseHead | bytes | Usage]:
-        """A request of a router that cannot open a link; ``replica_id`` chose this replica."""
-        self._calls += 1
+        """Answer a request of a router that cannot open a link.
+
+        Args:
+            replica_id: This replica, for ``NamedReplicaRouter``.
+            head: The request without its body.
+            body: The request's body.
+        """
+        self._num_handle_calls += 1
         try:
             async with aclosing(answer_locally(self._answer, head, body)) as items:
                 async for item in items:
                     yield item
         finally:
-            self._calls -= 1
+            self._num_handle_calls -= 1
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let the engine answer; one that turns out to be dead answers nothing.
+        """Answer a request, unless the engine turns out to be dead.
 
         Raises:
             EngineDeadError: the engine is dead; routers try another replica.
@@ -132,32 +146,30 @@ class EngineReplica:
             if work is not None:
                 work.end()
         if dead is not None:
-            self._leave_routers()
+            self._drain_dead_engine()
             raise dead
 
-    def _leave_routers(self) -> None:
-        """Tell routers to look elsewhere, at once and once; what the engine had is lost anyway."""
-        if self._death is None:
-            self._death = asyncio.create_task(self._server.drain(_DEAD_ENGINE_DRAIN_S))
+    def _drain_dead_engine(self) -> None:
+        """Send routers to other replicas at once; the requests in the engine are lost anyway."""
+        if self._dead_drain is None:
+            self._dead_drain = asyncio.create_task(self._server.drain(_DEAD_ENGINE_DRAIN_S))
 
-    def _num_ongoing(self) -> int:
-        return self._server.num_streams + self._calls
+    def _num_in_flight(self) -> int:
+        return self._server.num_streams + self._num_handle_calls
 
-    async def _retire(self, why: str) -> None:
-        """Take nothing new, finish what there is, then have Serve replace this replica.
-
-        The links stay open meanwhile: a router that cannot open one would come over the handle.
-        """
-        logger.warning("this replica retires: %s", why)
+    async def _retire(self, reason: str) -> None:
+        """Finish the requests in flight, take no new ones, then have Serve replace this replica."""
+        logger.warning("this replica retires: %s", reason)
+        # The links stay open: a router that cannot open one would use the handle.
         self._server.retire()
         with suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_TIMEOUT_S):
-                while self._num_ongoing():  # noqa: ASYNC110, two counters without an event
+                while self._num_in_flight():  # noqa: ASYNC110, two counters without an event
                     await asyncio.sleep(_IDLE_POLL_S)
-        self._retired = why
+        self._retired_reason = reason
 
     def record_replica_metadata(self) -> dict[str, Any]:
-        """Where routers reach this replica and what it serves; Serve tells the routers."""
+        """Return this replica's link address and endpoints, which Serve passes to the routers."""
         host, port = self._server.address
         info = ReplicaInfo(
             id="",
@@ -170,38 +182,40 @@ class EngineReplica:
         return info.metadata()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What autoscaling is told of this replica; most of a pool's load comes from routers."""
+        """Return this replica's report for autoscaling, which has more detail from the routers."""
         return {
-            ONGOING: float(self._num_ongoing()),
+            ONGOING: float(self._num_in_flight()),
             CREATED: self._created_at,
             STARTUP: self._startup_s,
         }
 
     async def check_health(self) -> None:
-        """Raise when the engine or a GPU is dead, or this replica has retired; Serve replaces it.
+        """Raise if Serve must replace this replica.
 
         Raises:
-            EngineDeadError, DeviceFailedError, ReplicaRetiredError: which of them.
+            EngineDeadError: the engine is dead.
+            DeviceFailedError: a GPU failed.
+            ReplicaRetiredError: the replica has retired.
         """
         try:
             await self._engine.check_health()
             self._watch.check()
         except (EngineDeadError, DeviceFailedError):
-            self._leave_routers()
+            self._drain_dead_engine()
             raise
-        if self._retired:
-            raise ReplicaRetiredError(self._retired)
+        if self._retired_reason:
+            raise ReplicaRetiredError(self._retired_reason)
 
     async def __del__(self) -> None:
-        """Drain: Serve awaits this before it ends the replica."""
+        """Drain and stop; Serve awaits this before it ends the process."""
         try:
-            await self._end_service()
+            await self._stop_serving()
         finally:
             engine = getattr(self, "_engine", None)
             if engine is not None:
                 await engine.stop()
 
-    async def _end_service(self) -> None:
+    async def _stop_serving(self) -> None:
         server = getattr(self, "_server", None)
         if server is not None:
             finished, cancelled = await server.drain(DRAIN_TIMEOUT_S)
@@ -211,6 +225,27 @@ class EngineReplica:
             await self._exporter.close()
             if self._tracer is not None:
                 await self._tracer.close()
+
+
+class Generator(EngineReplica):
+    """Replica of a generator pool: vLLM or the simulated engine."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: GeneratorConfig, operations: OperationsConfig
+    ) -> None:
+        tracing = operations.tracing
+        endpoint = tracing.endpoint if tracing is not None else None
+        make = partial(make_generator_engine, config, ray_metrics=True, traces_endpoint=endpoint)
+        await self._start(make, config, operations)
+
+
+class Classifier(EngineReplica):
+    """Replica of a classifier pool."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: ClassifierConfig, operations: OperationsConfig
+    ) -> None:
+        await self._start(lambda: make_classifier_engine(config), config, operations)
 
 
 def _versions() -> dict[str, str]:

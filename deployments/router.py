@@ -1,4 +1,4 @@
-"""The router deployment: the gateway, fed by Serve's view of the replicas."""
+"""The router deployment: a gateway that follows Serve's view of the running replicas."""
 
 import os
 import time
@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ray import serve
-from ray.serve._private.common import DeploymentID
-from ray.serve._private.logging_utils import get_serve_logs_dir
 from ray.serve.handle import DeploymentHandle
 
 from cluster.accounting.usage_log import UsageLog
@@ -27,125 +25,117 @@ from cluster.gateway import (
     Wiring,
 )
 from cluster.key_file import KeyFile
-from cluster.launch.loopback import confine_serve
 from cluster.leaks import MemoryWatch
 from cluster.link import RequestHead, ResponseHead, TlsContexts, answer_locally, tls_contexts
 from cluster.models.store import home
+from cluster.ray_internals import DeploymentID, confine_replica_to_loopback, get_serve_logs_dir
 from cluster.tracing import start_tracer
 from cluster.usage import Usage
 from deployments.decisions import read_decisions
-from deployments.discovery import Discovery
-from deployments.handles import opener
-from deployments.links import serve_links, watch_certificate
+from deployments.discovery import Discovery, handle_opener
+from deployments.links import link_secret, record_certificate_expiry, start_link_server
+from deployments.logs import close_request_log, log_with_serve, open_request_log
 from deployments.metrics import RayExporter
 from deployments.replica import DRAIN_TIMEOUT_S
-from deployments.request_log import close_request_log, open_request_log
-from deployments.secret import link_secret
-from deployments.serve_log import log_with_serve
 
 USAGE_FILE = "usage-{app}.sqlite3"
-"""Below the cluster's home; the routers of one machine share it."""
+"""Name of the usage file in the cluster's home; all routers of a machine share it."""
 
 
 class LinkOffer(NamedTuple):
-    """How another Ray job reaches the routers without Serve's handle."""
+    """Secret and addresses with which another Ray job opens links to the routers."""
 
     secret: bytes
     addresses: list[tuple[str, int]]
-    """Of every router that runs."""
+    """Host and port of every running router."""
 
 
 @serve.ingress()
 class Router:
-    """One replica of the router; HTTP comes through ``__serve_build_asgi_app__``."""
+    """Replica of the router; HTTP requests come through ``__serve_build_asgi_app__``."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: TandemConfig, pools: Mapping[str, DeploymentHandle]
     ) -> None:
-        confine_serve()
+        confine_replica_to_loopback()
         log_with_serve()
-        secret, tls = link_secret(), tls_contexts(os.environ)
-        self._secret = secret
-        router = config.router
+        self._secret, tls = link_secret(), tls_contexts(os.environ)
         identity = serve.get_replica_context().replica_id
-        own = identity.deployment_id
-        self._links = RouterLinks(identity.unique_id, secret, tls.client if tls else None)
+        self._links = RouterLinks(identity.unique_id, self._secret, tls.client if tls else None)
         self._log = open_request_log(Path(get_serve_logs_dir()), identity.unique_id)
         self._tracer = start_tracer(config.tracing, "tandem.router", identity.unique_id)
-        file = home() / USAGE_FILE.format(app=own.app_name)
-        usage = UsageAccount(config, UsageLog(file, config.accounting.keep_days))
-        usage.start()
-        keys = KeyFile(key_file_path(router), expected=router.keys_file is not None)
-        wirings = _wirings(pools, secret, tls)
-        scaled = {
+        router_deployment = identity.deployment_id
+        pool_deployments = {
             name: DeploymentID(handle.deployment_name, handle.app_name)
             for name, handle in pools.items()
         }
+        keys_file = config.router.keys_file
         self._gateway = Gateway(
             config,
-            wirings,
+            _wirings(pools, self._secret, tls),
             _versions(),
-            keys,
+            KeyFile(key_file_path(config.router), expected=keys_file is not None),
             self._tracer,
-            usage,
+            _start_usage(config, router_deployment.app_name),
             self._links,
-            partial(read_decisions, [own, *scaled.values()]),
+            partial(read_decisions, [router_deployment, *pool_deployments.values()]),
         )
         self._routers: list[ReplicaInfo] = []
-        self._peers = QuotaSync(self._gateway, self._links)
+        self._quota_sync = QuotaSync(self._gateway, self._links)
         listeners = {
-            deployment: self._gateway.pools[name].update for name, deployment in scaled.items()
+            deployment: self._gateway.pools[name].update
+            for name, deployment in pool_deployments.items()
         }
-        self._discovery = Discovery({**listeners, own: self._on_routers})
+        self._discovery = Discovery({**listeners, router_deployment: self._on_routers})
         registry = self._gateway.registry
         self._memory = MemoryWatch(config.leaks, "router", lambda: self._gateway.num_open_requests)
         registry.on_collect(lambda: self._memory.observe(registry))
-        watch_certificate(registry)
+        record_certificate_expiry(registry)
         self._exporter = RayExporter(registry)
-        # Inside the cluster, so no API key is asked for.
-        self._inside = self._peers.app(GatewayApp(self._gateway, authenticates=False))
-        self._server = await serve_links(self._inside)
+        # Links and handles come from inside the cluster and need no API key.
+        self._internal_app = self._quota_sync.app(GatewayApp(self._gateway, authenticates=False))
+        self._server = await start_link_server(self._internal_app)
 
     def record_replica_metadata(self) -> dict[str, Any]:
-        """Where other Ray jobs reach this router."""
+        """Return this router's link address, which Serve passes to the other routers."""
         host, port = self._server.address
         return ReplicaInfo(id="", host=host, port=port).metadata()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """The traffic by which pools and routers are scaled."""
+        """Return the traffic by which pools and routers are scaled."""
         return self._gateway.load_report(time.monotonic(), time.process_time())
 
     def link_offer(self) -> LinkOffer:
-        """What a client needs to open links to all routers."""
+        """Return what a client needs to open links to all routers."""
         others = [(router.host, router.port) for router in self._routers]
         return LinkOffer(self._secret, list({self._server.address, *others}))
 
     def _on_routers(self, running: Iterable[ReplicaInfo]) -> None:
         self._routers = list(running)
-        self._peers.update(self._routers)
+        self._quota_sync.update(self._routers)
 
     def __serve_build_asgi_app__(self) -> GatewayApp:
-        """The ASGI application that Serve runs in this replica."""
+        """Return the ASGI application that Serve runs in this replica."""
         return GatewayApp(self._gateway, behind_serve=True)
 
     async def call(
         self, head: RequestHead, body: bytes
     ) -> AsyncIterator[ResponseHead | bytes | Usage]:
-        """A request of another Ray job that cannot open a link."""
-        async with aclosing(answer_locally(self._inside, head, body)) as items:
+        """Answer a request of another Ray job that cannot open a link."""
+        async with aclosing(answer_locally(self._internal_app, head, body)) as items:
             async for item in items:
                 yield item
 
     def check_health(self) -> None:
-        """Raise when this router would not learn of replicas any more; Serve then replaces it."""
+        """Raise if updates of the replicas no longer arrive; Serve then replaces this router."""
         self._discovery.check_health()
 
     async def __del__(self) -> None:
-        """Drain and close the links; Serve awaits this after the last request ended."""
+        """Drain and close the links; Serve awaits this after the last HTTP request has ended."""
         if hasattr(self, "_server"):
             await self._server.drain(DRAIN_TIMEOUT_S)
             await self._discovery.close()
-            await self._peers.close()
+            await self._quota_sync.close()
             await self._gateway.close()
             await self._links.close()
             await self._memory.close()
@@ -155,12 +145,19 @@ class Router:
             close_request_log(self._log)
 
 
+def _start_usage(config: TandemConfig, application: str) -> UsageAccount:
+    file = home() / USAGE_FILE.format(app=application)
+    usage = UsageAccount(config, UsageLog(file, config.accounting.keep_days))
+    usage.start()
+    return usage
+
+
 def _wirings(
     pools: Mapping[str, DeploymentHandle], secret: bytes, tls: TlsContexts | None
 ) -> dict[str, Wiring]:
     ssl = tls.client if tls else None
     return {
-        name: Wiring(secret, ssl, fallback=partial(opener, handle))
+        name: Wiring(secret, ssl, fallback=partial(handle_opener, handle))
         for name, handle in pools.items()
     }
 

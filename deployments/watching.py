@@ -1,7 +1,7 @@
-"""What watches one replica beside its work: accounts, memory and devices.
+"""Monitoring of one replica: cost accounting, memory leaks and devices.
 
-Each part knows neither Ray nor the others; here they get what Ray knows of the replica: its
-name, its GPUs, and the store by which the replicas of a pool agree whose turn it is.
+The monitors do not know Ray. This module gives them the replica's name and GPUs, and the key-value
+store through which the replicas of a pool take turns at being replaced.
 """
 
 import asyncio
@@ -11,7 +11,6 @@ from collections.abc import Awaitable, Callable
 
 import ray
 from ray import serve
-from ray.experimental import internal_kv
 
 from cluster.accounting.meter import find_meter
 from cluster.accounting.replica import ReplicaAccounting
@@ -20,41 +19,40 @@ from cluster.config.operations import OperationsConfig
 from cluster.devices import DeviceWatch, load_nvml
 from cluster.leaks import Growth, MemoryWatch, ReplacementLease
 from cluster.metrics import Registry
+from cluster.ray_internals import kv_exists, kv_put_if_absent
 
 logger = logging.getLogger("ray.serve.tandem")
 
-_NAMESPACE = b"tandem"
 _SECONDS_PER_HOUR = 3600.0
 
 
 class RayKeys:
-    """``cluster.leaks.KeyStore`` in the cluster's GCS; each call blocks for one round trip."""
+    """``cluster.leaks.KeyStore`` in the cluster's GCS; each call blocks for a round trip."""
 
     def put_if_absent(self, key: str, value: str) -> bool:
         """See ``KeyStore``."""
-        # GCS says whether the key was there before.
-        return not internal_kv._internal_kv_put(key, value, overwrite=False, namespace=_NAMESPACE)
+        return kv_put_if_absent(key.encode(), value.encode())
 
     def has(self, key: str) -> bool:
         """See ``KeyStore``."""
-        return bool(internal_kv._internal_kv_exists(key, namespace=_NAMESPACE))
+        return kv_exists(key.encode())
 
 
 class ReplicaWatch:
-    """Watches this replica; ``close`` is due.
+    """All monitors of this replica; call ``close`` at the end.
 
     Args:
-        config: What is watched, and how.
-        pool: The pool that it is a replica of.
-        ongoing: How many requests it is serving.
-        retire: Drains it and has it replaced.
+        config: Settings of the monitors.
+        pool: Pool of the replica.
+        num_in_flight: Returns the replica's requests in flight.
+        retire: Drains the replica and has it replaced; takes the reason.
     """
 
     def __init__(
         self,
         config: OperationsConfig,
         pool: GeneratorConfig | ClassifierConfig,
-        ongoing: Callable[[], int],
+        num_in_flight: Callable[[], int],
         retire: Callable[[str], Awaitable[None]],
     ) -> None:
         identity = serve.get_replica_context().replica_id
@@ -62,7 +60,7 @@ class ReplicaWatch:
         self._retire = retire
         self._devices = _devices(config, pool.name)
         self.accounts = _accounts(config, pool, self._devices)
-        self._memory = MemoryWatch(config.leaks, pool.name, ongoing, self._on_leak)
+        self._memory = MemoryWatch(config.leaks, pool.name, num_in_flight, self._on_leak)
         deployment = identity.deployment_id
         name = f"{deployment.app_name}/{deployment.name}"
         self._lease = ReplacementLease(RayKeys(), name, config.leaks.pause_s, time.time)
@@ -76,14 +74,14 @@ class ReplicaWatch:
             self._devices.check()
 
     def observe(self, registry: Registry) -> None:
-        """Write what was seen into the registry."""
+        """Update the monitors' metrics."""
         self.accounts.observe(registry)
         self._memory.observe(registry)
         if self._devices is not None:
             self._devices.observe(registry)
 
     async def close(self) -> None:
-        """End the watching."""
+        """Stop monitoring."""
         await self.accounts.close()
         await self._memory.close()
         if self._devices is not None:
@@ -99,7 +97,7 @@ class ReplicaWatch:
             self._retiring = asyncio.create_task(self._replace(rate), name="leak")
         elif not self._warned:
             self._warned = True
-            logger.warning("%s and the traffic does not; leaks.replace is off", rate)
+            logger.warning("%s without more traffic; leaks.replace is off", rate)
 
     async def _replace(self, rate: str) -> None:
         if await asyncio.to_thread(self._lease.acquire, self._id):
@@ -115,8 +113,8 @@ def _devices(config: OperationsConfig, model: str) -> DeviceWatch | None:
         return None
     try:
         return DeviceWatch(config.devices, model, nvml, ids)
-    except nvml.NVMLError as error:  # other names for devices than NVML's, such as MIG's
-        logger.warning("the GPUs %s cannot be watched: %s", ids, error)
+    except nvml.NVMLError as error:  # device names that NVML does not know, such as MIG's
+        logger.warning("cannot monitor the GPUs %s: %s", ids, error)
         return None
 
 
@@ -129,12 +127,12 @@ def _accounts(
     workers = pool.num_workers if isinstance(pool, GeneratorConfig) else 1
     per_hour = accounting.price_per_hour(resources.cpus, resources.gpus)
     joules = devices.joules if devices is not None else None
-    if joules is not None and resources.gpus < 1:  # the device is shared; so is what it uses
-        joules = _part(joules, resources.gpus)
+    if joules is not None and resources.gpus < 1:  # the device is shared, and so is its energy
+        joules = _scaled(joules, resources.gpus)
     meter = find_meter(accounting, joules, gpus_reserved=resources.gpus > 0)
     price_per_s = workers * per_hour / _SECONDS_PER_HOUR
     return ReplicaAccounting(pool.name, meter, price_per_s, accounting.interval_s)
 
 
-def _part(joules: Callable[[], float], share: float) -> Callable[[], float]:
+def _scaled(joules: Callable[[], float], share: float) -> Callable[[], float]:
     return lambda: share * joules()

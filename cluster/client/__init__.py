@@ -1,4 +1,4 @@
-"""The client for other Ray jobs: finds the running application from any job and namespace.
+"""Client for other Ray jobs; finds the running application from any job and namespace.
 
     from cluster.client import Tandem
 
@@ -6,7 +6,7 @@
     tandem.chat("What is the capital of France?").text
     tandem.classify(["A joy.", "A bore."])
 
-It needs Ray, and neither vLLM nor torch. Errors are those of ``cluster.errors``.
+The client needs Ray, but neither vLLM nor torch. It raises the errors of ``cluster.errors``.
 """
 
 from cluster.client.client import Tandem
@@ -19,8 +19,8 @@ from cluster.client.results import (
     Entity,
     LabelScore,
     Ranked,
-    Usage,
 )
+from cluster.usage import Usage
 
 __all__ = [
     "Candidate",

@@ -1,4 +1,4 @@
-"""``Tandem``: generate, chat, stream, classify and embed from any Ray job, sync and async."""
+"""``Tandem``: generate, chat, stream, classify and embed from any Ray job; sync and async."""
 
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any, TypeVar, overload
 
 from cluster.client import wire
-from cluster.client.calls import MODELS, Call, chat_call, generate_calls, stream_body, text_calls
 from cluster.client.results import (
     Candidate,
     Classification,
@@ -17,6 +16,14 @@ from cluster.client.results import (
     Ranked,
 )
 from cluster.client.session import Session
+from cluster.client.wire import (
+    MODELS,
+    ApiRequest,
+    chat_request,
+    generate_requests,
+    stream_body,
+    text_requests,
+)
 
 T = TypeVar("T")
 
@@ -24,12 +31,12 @@ T = TypeVar("T")
 class Tandem:
     """The running Tandem application, called from any job of its Ray cluster.
 
-    May be used from several threads and event loops, and may be pickled. ``close`` ends its
-    connections; so does the end of the process.
+    An instance may be shared by threads and event loops and may be pickled. ``close`` is optional:
+    the connections also end with the process.
 
     Args:
-        app: The Serve application's name.
-        address: Passed to ``ray.init`` where this process has not connected to Ray yet.
+        app: Name of the Serve application.
+        address: Passed to ``ray.init`` if this process is not connected to Ray.
     """
 
     def __init__(self, app: str = "tandem", *, address: str = "auto") -> None:
@@ -39,11 +46,11 @@ class Tandem:
         return partial(Tandem, self._session.app, address=self._session.address), ()
 
     def close(self) -> None:
-        """End the connections of the synchronous calls."""
+        """Close the connections of synchronous calls."""
         self._session.close()
 
     async def aclose(self) -> None:
-        """End the connections of this event loop."""
+        """Close the connections of this event loop."""
         await self._session.aclose()
 
     # -- generate -----------------------------------------------------------------------------
@@ -57,8 +64,8 @@ class Tandem:
     def generate(
         self, prompt: str | Sequence[str], *, model: str | None = None, **sampling: Any
     ) -> Completion | list[Completion]:
-        """Continue a text, or each of a list; ``sampling`` is what ``/v1/completions`` takes."""
-        return _unlist(prompt, self._run(generate_calls(prompt, model, sampling)))
+        """Continue one or many prompts; ``sampling`` are parameters of ``/v1/completions``."""
+        return _unlist(prompt, self._run(generate_requests(prompt, model, sampling)))
 
     @overload
     async def agenerate(
@@ -71,21 +78,21 @@ class Tandem:
     async def agenerate(
         self, prompt: str | Sequence[str], *, model: str | None = None, **sampling: Any
     ) -> Completion | list[Completion]:
-        """``generate``, awaited."""
-        return _unlist(prompt, await self._session.run(generate_calls(prompt, model, sampling)))
+        """Async form of ``generate``."""
+        return _unlist(prompt, await self._session.run(generate_requests(prompt, model, sampling)))
 
     # -- chat ---------------------------------------------------------------------------------
 
     def chat(
         self, conversation: wire.Conversation, *, model: str | None = None, **sampling: Any
     ) -> Completion:
-        """Answer a conversation: a text, or messages with role and content."""
+        """Answer a conversation: a string, or messages with role and content."""
         return self.chats([conversation], model=model, **sampling)[0]
 
     async def achat(
         self, conversation: wire.Conversation, *, model: str | None = None, **sampling: Any
     ) -> Completion:
-        """``chat``, awaited."""
+        """Async form of ``chat``."""
         return (await self.achats([conversation], model=model, **sampling))[0]
 
     def chats(
@@ -95,8 +102,8 @@ class Tandem:
         model: str | None = None,
         **sampling: Any,
     ) -> list[Completion]:
-        """Answer each of many conversations, in order."""
-        return self._run([chat_call(one, model, sampling) for one in conversations])
+        """Answer many conversations concurrently; the answers are in order."""
+        return self._run([chat_request(one, model, sampling) for one in conversations])
 
     async def achats(
         self,
@@ -105,18 +112,17 @@ class Tandem:
         model: str | None = None,
         **sampling: Any,
     ) -> list[Completion]:
-        """``chats``, awaited."""
-        return await self._session.run([chat_call(one, model, sampling) for one in conversations])
+        """Async form of ``chats``."""
+        return await self._session.run(
+            [chat_request(one, model, sampling) for one in conversations]
+        )
 
     # -- stream -------------------------------------------------------------------------------
 
     def stream(
         self, conversation: wire.Conversation, *, model: str | None = None, **sampling: Any
     ) -> Iterator[Delta]:
-        """Answer a conversation piece by piece, as the model makes it.
-
-        Whoever reads slowly gets all that has come since in one piece after the other, at once.
-        """
+        """Answer a conversation and yield the pieces as the model generates them."""
         batches = self._session.delta_batches(stream_body(conversation, model, sampling))
         wait_for = self._session.wait_for
         try:
@@ -128,7 +134,7 @@ class Tandem:
     async def astream(
         self, conversation: wire.Conversation, *, model: str | None = None, **sampling: Any
     ) -> AsyncIterator[Delta]:
-        """``stream``, as an async iterator."""
+        """Async form of ``stream``."""
         body = stream_body(conversation, model, sampling)
         async with aclosing(self._session.delta_batches(body)) as batches:
             async for deltas in batches:
@@ -144,9 +150,9 @@ class Tandem:
     def classify(
         self, text: str | Sequence[str], **options: Any
     ) -> Classification | list[Classification]:
-        """Label a text, or each of a list; options: ``model``, ``top_k``, ``truncate``."""
-        calls = text_calls("/classify", text, options, wire.classifications)
-        return _unlist(text, self._run(calls))
+        """Classify one or many texts; options: ``model``, ``top_k``, ``truncate``."""
+        requests = text_requests("/classify", text, options, wire.classifications)
+        return _unlist(text, self._run(requests))
 
     @overload
     async def aclassify(self, text: str, **options: Any) -> Classification: ...
@@ -155,18 +161,18 @@ class Tandem:
     async def aclassify(
         self, text: str | Sequence[str], **options: Any
     ) -> Classification | list[Classification]:
-        """``classify``, awaited."""
-        calls = text_calls("/classify", text, options, wire.classifications)
-        return _unlist(text, await self._session.run(calls))
+        """Async form of ``classify``."""
+        requests = text_requests("/classify", text, options, wire.classifications)
+        return _unlist(text, await self._session.run(requests))
 
     @overload
     def embed(self, text: str, **options: Any) -> Embedding: ...
     @overload
     def embed(self, text: Sequence[str], **options: Any) -> list[Embedding]: ...
     def embed(self, text: str | Sequence[str], **options: Any) -> Embedding | list[Embedding]:
-        """Embed a text, or each of a list; options: ``model``, ``dimensions``."""
-        calls = text_calls("/v1/embeddings", text, options, wire.embeddings)
-        return _unlist(text, self._run(calls))
+        """Embed one or many texts; options: ``model``, ``dimensions``."""
+        requests = text_requests("/v1/embeddings", text, options, wire.embeddings)
+        return _unlist(text, self._run(requests))
 
     @overload
     async def aembed(self, text: str, **options: Any) -> Embedding: ...
@@ -175,66 +181,66 @@ class Tandem:
     async def aembed(
         self, text: str | Sequence[str], **options: Any
     ) -> Embedding | list[Embedding]:
-        """``embed``, awaited."""
-        calls = text_calls("/v1/embeddings", text, options, wire.embeddings)
-        return _unlist(text, await self._session.run(calls))
+        """Async form of ``embed``."""
+        requests = text_requests("/v1/embeddings", text, options, wire.embeddings)
+        return _unlist(text, await self._session.run(requests))
 
-    # -- what other encoders do ---------------------------------------------------------------
+    # -- other classifier tasks ---------------------------------------------------------------
 
     def entities(self, texts: Sequence[str], **options: Any) -> list[list[Entity]]:
-        """The entities of each text; options: ``model``, ``aggregation_strategy``, ``stride``."""
-        return self._run(text_calls("/token-classification", texts, options, wire.entities))
+        """Find entities in each text; options: ``model``, ``aggregation_strategy``, ``stride``."""
+        return self._run(text_requests("/token-classification", texts, options, wire.entities))
 
     async def aentities(self, texts: Sequence[str], **options: Any) -> list[list[Entity]]:
-        """``entities``, awaited."""
-        calls = text_calls("/token-classification", texts, options, wire.entities)
-        return await self._session.run(calls)
+        """Async form of ``entities``."""
+        requests = text_requests("/token-classification", texts, options, wire.entities)
+        return await self._session.run(requests)
 
     def fill_mask(self, texts: Sequence[str], **options: Any) -> list[list[list[Candidate]]]:
-        """Candidates for each mask of each text; options: ``model``, ``top_k``."""
-        return self._run(text_calls("/fill-mask", texts, options, wire.candidates))
+        """Fill each mask of each text with candidates; options: ``model``, ``top_k``."""
+        return self._run(text_requests("/fill-mask", texts, options, wire.candidates))
 
     async def afill_mask(self, texts: Sequence[str], **options: Any) -> list[list[list[Candidate]]]:
-        """``fill_mask``, awaited."""
-        return await self._session.run(text_calls("/fill-mask", texts, options, wire.candidates))
+        """Async form of ``fill_mask``."""
+        return await self._session.run(text_requests("/fill-mask", texts, options, wire.candidates))
 
     def score(self, text: str, others: Sequence[str], **options: Any) -> list[float]:
-        """How well ``text`` goes with each of ``others``."""
+        """Score the similarity of ``text`` to each of ``others``."""
         body = {"text_1": text, "text_2": list(others), **options}
-        return self._run([Call("/score", body, wire.scores)])
+        return self._run([ApiRequest("/score", body, wire.scores)])
 
     async def ascore(self, text: str, others: Sequence[str], **options: Any) -> list[float]:
-        """``score``, awaited."""
+        """Async form of ``score``."""
         body = {"text_1": text, "text_2": list(others), **options}
-        return await self._session.run([Call("/score", body, wire.scores)])
+        return await self._session.run([ApiRequest("/score", body, wire.scores)])
 
     def rerank(self, query: str, documents: Sequence[str], **options: Any) -> list[Ranked]:
-        """The documents by their relevance to ``query``, the best first; options: ``top_n``."""
+        """Rank documents by relevance to ``query``, best first; options: ``top_n``."""
         body = {"query": query, "documents": list(documents), **options}
-        return self._run([Call("/rerank", body, wire.rankings)])
+        return self._run([ApiRequest("/rerank", body, wire.rankings)])
 
     async def arerank(self, query: str, documents: Sequence[str], **options: Any) -> list[Ranked]:
-        """``rerank``, awaited."""
+        """Async form of ``rerank``."""
         body = {"query": query, "documents": list(documents), **options}
-        return await self._session.run([Call("/rerank", body, wire.rankings)])
+        return await self._session.run([ApiRequest("/rerank", body, wire.rankings)])
 
     # -- models -------------------------------------------------------------------------------
 
     def models(self) -> list[str]:
-        """The names that ``model`` may have."""
+        """List the names of the models."""
         return self._run([MODELS])
 
     async def amodels(self) -> list[str]:
-        """``models``, awaited."""
+        """Async form of ``models``."""
         return await self._session.run([MODELS])
 
-    def _run(self, calls: Sequence[Call]) -> list[Any]:
-        return self._session.wait_for(self._session.run(calls))
+    def _run(self, requests: Sequence[ApiRequest]) -> list[Any]:
+        return self._session.wait_for(self._session.run(requests))
 
 
 async def _next(batches: AsyncGenerator[list[Delta], None]) -> list[Delta] | None:
     return await anext(batches, None)
 
 
-def _unlist(given: str | Sequence[str], results: list[T]) -> T | list[T]:
-    return results[0] if isinstance(given, str) else results
+def _unlist(argument: str | Sequence[str], results: list[T]) -> T | list[T]:
+    return results[0] if isinstance(argument, str) else results

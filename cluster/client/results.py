@@ -1,19 +1,8 @@
-"""What the client returns."""
+"""Results that the client returns."""
 
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Tokens that a request took."""
-
-    prompt_tokens: int
-    completion_tokens: int = 0
-
-    @property
-    def total_tokens(self) -> int:
-        """Prompt and completion together."""
-        return self.prompt_tokens + self.completion_tokens
+from cluster.usage import Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,21 +11,21 @@ class Completion:
 
     text: str
     finish_reason: str | None
-    """``stop`` (the model ended it), ``length`` (``max_tokens`` did), ``tool_calls`` ..."""
+    """``stop`` (by the model), ``length`` (by ``max_tokens``), ``tool_calls``, …"""
     model: str
     id: str
     usage: Usage
-    """Of the whole request; prompts that were sent in one list share one request."""
+    """Usage of the whole request; prompts sent in one list share one request."""
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """A piece of an answer that is still being made."""
+    """A piece of a streamed answer."""
 
     text: str
     finish_reason: str | None = None
     usage: Usage | None = None
-    """In the last piece alone."""
+    """Usage of the request; in the last piece only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +38,14 @@ class LabelScore:
 
 @dataclass(frozen=True, slots=True)
 class Classification:
-    """The labels of one text."""
+    """Labels of one text."""
 
     label: str
-    """The best one."""
+    """Best label."""
     score: float
+    """Score of the best label."""
     scores: tuple[LabelScore, ...]
-    """Best first."""
+    """Labels and scores, best first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +57,7 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True)
 class Entity:
-    """What stands in a text from the character ``start`` up to ``end``."""
+    """An entity in a text, from character ``start`` up to but not including ``end``."""
 
     label: str
     score: float
@@ -78,15 +68,16 @@ class Entity:
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """A document's relevance; ``index`` is its place in the list that was given."""
+    """Relevance of one document."""
 
     index: int
+    """Position in the list of documents that was passed."""
     score: float
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A token for a mask, and its probability."""
+    """A token for a mask and its probability."""
 
     text: str
     score: float

@@ -1,7 +1,7 @@
-"""One process' way to the running application: finds it, keeps its connections, runs its calls.
+"""Connections of one process to the running application.
 
-Owns a transport for each event loop that asks, and a loop in the background for synchronous
-callers. Imports Ray only once something is asked.
+Owns a transport for each event loop that sends requests, and a background event loop for
+synchronous callers. Imports Ray on the first request.
 """
 
 import asyncio
@@ -14,10 +14,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster.client import wire
-from cluster.client.calls import CHAT, Call
 from cluster.client.results import Delta
-from cluster.client.transport import Answer, BackgroundLoop, Transport
+from cluster.client.transport import Answer, Transport
+from cluster.client.wire import CHAT, ApiRequest
 from cluster.errors import LinkError, UnavailableError
+from cluster.ray_internals import init_handle
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -25,15 +26,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_CONCURRENT = 64
-"""Requests of one call that are under way at a time; the rest of a long list waits here."""
+"""Requests of one method call that are sent at the same time; the others wait in the client."""
 
 
 class Session:
     """Connections to one application.
 
     Args:
-        app: The Serve application's name.
-        address: Passed to ``ray.init`` where this process has not connected to Ray yet.
+        app: Name of the Serve application.
+        address: Passed to ``ray.init`` if this process is not connected to Ray.
     """
 
     def __init__(self, app: str, address: str) -> None:
@@ -43,45 +44,46 @@ class Session:
         self._transports: dict[asyncio.AbstractEventLoop, Transport] = {}
 
     def wait_for(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run ``work``, which uses this session, for a synchronous caller."""
+        """Run a coroutine that uses this session, for a synchronous caller."""
         try:
             with self._lock:
-                assert self._router is not None  # found in this thread, which may wait for Ray
+                assert self._router is not None  # found here, where waiting for Ray is allowed
                 background = self._background
         except BaseException:
             work.close()
             raise
         return background.run(work)
 
-    async def run(self, calls: Sequence[Call]) -> list[Any]:
-        """The results of all calls, in order; where one fails, the others are cancelled.
+    async def run(self, requests: Sequence[ApiRequest]) -> list[Any]:
+        """Return the results of all requests, in order; if one fails, the others are cancelled.
 
         Raises:
-            RequestError: the answer's typed error; UnavailableError where none came.
+            RequestError: an answer is an error, or none arrived (UnavailableError).
         """
         transport = self._transport()
-        places = asyncio.Semaphore(MAX_CONCURRENT)
+        limit = asyncio.Semaphore(MAX_CONCURRENT)
 
-        async def one(call: Call) -> list[Any]:
-            method, body = ("GET", b"") if call.body is None else ("POST", wire.encode(call.body))
-            async with places:
-                head, answer = await transport.ask(method, call.path, body)
-            return call.parse(wire.decode(head.status, head.headers, answer))
+        async def send(request: ApiRequest) -> list[Any]:
+            is_get = request.body is None
+            body = b"" if request.body is None else wire.encode(request.body)
+            async with limit:
+                head, answer = await transport.ask("GET" if is_get else "POST", request.path, body)
+            return request.parse(wire.decode(head.status, head.headers, answer))
 
-        tasks = [asyncio.ensure_future(one(call)) for call in calls]
+        tasks = [asyncio.ensure_future(send(request)) for request in requests]
         try:
-            with _translated(self.app):
+            with _ray_errors_translated(self.app):
                 parts = await asyncio.gather(*tasks)
         except BaseException:
-            for task in tasks:  # nobody waits for these any more
+            for task in tasks:  # gather leaves the others running
                 task.cancel()
             raise
         return [result for part in parts for result in part]
 
     async def delta_batches(self, body: bytes) -> AsyncGenerator[list[Delta], None]:
-        """The pieces of a streamed chat, all that have come since the last ones at once."""
+        """Yield the pieces of a streamed chat, in batches of those that arrived together."""
         reader = wire.DeltaReader()
-        with _translated(self.app):
+        with _ray_errors_translated(self.app):
             head, answer = await self._transport().open("POST", CHAT, body)
             try:
                 if head.status != 200:
@@ -93,13 +95,13 @@ class Session:
                 answer.cancel()
 
     def close(self) -> None:
-        """End the connections of the synchronous calls."""
+        """Close the connections of synchronous calls."""
         if "_background" in self.__dict__:
             self._background.close()
             del self.__dict__["_background"]
 
     async def aclose(self) -> None:
-        """End the connections of this event loop."""
+        """Close the connections of this event loop."""
         with self._lock:
             transport = self._transports.pop(asyncio.get_running_loop(), None)
         if transport is not None:
@@ -107,24 +109,19 @@ class Session:
 
     @cached_property
     def _router(self) -> "DeploymentHandle":
-        # Imported here, so that importing the client stays cheap.
-        import_serve()
+        import_serve()  # here, so that importing the client stays cheap
         import ray
         from ray import serve
 
-        with _translated(self.app):
+        with _ray_errors_translated(self.app):
             if not ray.is_initialized():
                 ray.init(address=self.address, logging_level="WARNING", log_to_driver=False)
             handle = serve.get_app_handle(self.app)
-            # A cluster that is tuned for throughput tells its jobs to run handles in the caller's
-            # own event loop, which a synchronous caller has none of.
-            if not handle.is_initialized:  # Serve gives the same handle to all of a process
-                handle._init(_run_router_in_separate_loop=True)
+            init_handle(handle)
             return handle
 
     @cached_property
-    def _background(self) -> BackgroundLoop:
-        """Where the synchronous calls run."""
+    def _background(self) -> "BackgroundLoop":
         background = BackgroundLoop()
         weakref.finalize(self, background.close)
         return background
@@ -133,18 +130,53 @@ class Session:
         loop, router = asyncio.get_running_loop(), self._router
         with self._lock:
             if loop not in self._transports:
-                for ended in [other for other in self._transports if other.is_closed()]:
-                    del self._transports[ended]
+                for closed in [other for other in self._transports if other.is_closed()]:
+                    del self._transports[closed]
                 self._transports[loop] = Transport(router)
             return self._transports[loop]
 
 
-def import_serve() -> None:
-    """Import Ray Serve, in a thread of its own.
+class BackgroundLoop:
+    """An event loop in its own thread, for synchronous callers."""
 
-    Ray cancels a task by interrupting its worker's main thread, and an import that is cut off
-    there leaves a package without its modules, on which each later task of the worker fails.
-    """
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="tandem-client", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine and wait for it; an interrupt cancels it."""
+        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def _run(self) -> None:
+        self.loop.run_forever()
+        self.loop.close()
+
+    def close(self) -> None:
+        """Cancel running work and stop the loop."""
+
+        async def stop() -> None:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            self.loop.stop()
+
+        if self.loop.is_running():
+            asyncio.run_coroutine_threadsafe(stop(), self.loop)
+            if threading.current_thread() is not self._thread:
+                self._thread.join()
+
+
+def import_serve() -> None:
+    """Import Ray Serve in a separate thread."""
+    # Ray cancels a task by interrupting its worker's main thread. An import that is interrupted
+    # leaves a package without some of its modules, and every later task of the worker would fail.
     thread = threading.Thread(target=importlib.import_module, args=("ray.serve",), daemon=True)
     thread.start()
     thread.join()
@@ -156,17 +188,13 @@ async def _chunks(answer: Answer) -> AsyncIterator[bytes]:
 
 
 @contextmanager
-def _translated(app: str) -> Iterator[None]:
-    """Turn Ray's own errors into ours.
-
-    Raises:
-        UnavailableError: there is no cluster or no such application, or its router was lost.
-    """
+def _ray_errors_translated(app: str) -> Iterator[None]:
+    """Turn errors of Ray, links and connections into UnavailableError."""
     try:
         yield
     except Exception as error:
-        of_ray = type(error).__module__.partition(".")[0] == "ray"
-        if not (of_ray or isinstance(error, LinkError | ConnectionError)):
+        is_ray_error = type(error).__module__.partition(".")[0] == "ray"
+        if not (is_ray_error or isinstance(error, LinkError | ConnectionError)):
             raise
         raise UnavailableError(
             f"The application {app!r} cannot be reached on this Ray cluster "

@@ -1,27 +1,160 @@
-"""How the client's requests reach a router: over links, else through Ray Serve's handle."""
+"""Transport of the client's requests to a router: over links, or over Ray Serve's handle."""
 
 import asyncio
-import threading
-from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+import logging
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cluster.client.handle import HandleAnswer
-from cluster.client.links import Links, Offer
-from cluster.errors import LinkClosedError
-from cluster.link import ClientStream, RequestHead, ResponseHead
+from cluster.errors import LinkClosedError, RequestError
+from cluster.link import ClientStream, LinkClient, RequestHead, ResponseHead, tls_contexts
+from cluster.usage import Usage
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
-T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+REFRESH_S = 5.0
+"""Seconds between updates of the list of routers, while requests are sent."""
+CONNECT_TIMEOUT_S = 1.0
+BLOCKED_S = 30.0
+"""Seconds without new attempts after no link could be opened, for example because of a firewall."""
+_HEADERS = [(b"content-type", b"application/json")]
+
+LinkOffer = tuple[bytes, Sequence[tuple[str, int]]]
+"""The cluster's secret, and host and port of every router."""
+Item = ResponseHead | bytes | Usage
+"""Item of a streaming call over a handle: the head, then pieces of the body, then the usage."""
+
+
+class HandleAnswer:
+    """Response of a streaming call over Ray Serve's handle, with the interface of ``ClientStream``.
+
+    Far slower than a link, because each item crosses Ray's object plane, but it works wherever Ray
+    does.
+    """
+
+    def __init__(self, items: Any) -> None:
+        self.usage: Usage | None = None
+        self._items = items
+        self._iterator: AsyncIterator[Item] = aiter(items)
+
+    async def head(self) -> ResponseHead:
+        """Return the response's head; see ``ClientStream.head``."""
+        head = await self._next()
+        assert isinstance(head, ResponseHead)
+        return head
+
+    async def read(self) -> bytes:
+        """Return the next piece of the body; b"" at the end."""
+        while not isinstance(item := await self._next(), bytes):
+            if item is None:
+                return b""
+            if isinstance(item, Usage):
+                self.usage = item
+        return item
+
+    def cancel(self) -> None:
+        """Stop the work at the other end."""
+        self._items.cancel()
+
+    async def _next(self) -> Item | None:
+        from ray.exceptions import RayError, RayTaskError
+        from ray.serve.exceptions import RayServeException
+
+        try:
+            return await anext(self._iterator)
+        except StopAsyncIteration:
+            return None
+        except RayTaskError as error:
+            if isinstance(error.cause, RequestError):
+                raise error.cause from error
+            raise LinkClosedError(f"the other end failed: {error.cause}") from error
+        except (RayError, RayServeException) as error:
+            reason = str(error).splitlines()[0]
+            raise LinkClosedError(f"{type(error).__name__}: {reason}") from error
+
 
 Answer = ClientStream | HandleAnswer
 
-_HEADERS = [(b"content-type", b"application/json")]
+
+class ClientLinks:
+    """Links from one event loop to every router; each request takes the least used one.
+
+    Args:
+        get_offer: Asks a router for the current ``LinkOffer``.
+    """
+
+    def __init__(self, get_offer: Callable[[], Awaitable[LinkOffer]]) -> None:
+        self._get_offer = get_offer
+        self._loop = asyncio.get_running_loop()
+        self._links: dict[tuple[str, int], LinkClient] = {}
+        self._refresh_at = self._retry_at = self._loop.time()
+        self._refresh: asyncio.Task[None] | None = None
+
+    @property
+    def num_connected(self) -> int:
+        """Links on which requests can be sent."""
+        return sum(link.connected for link in self._links.values())
+
+    async def open(self, head: RequestHead, body: bytes) -> ClientStream:
+        """Send a request; wait only if no link is connected.
+
+        Raises:
+            LinkClosedError: no link can be opened.
+        """
+        link = self._least_used()
+        due_at = self._refresh_at if link is not None else self._retry_at
+        if self._refresh is None and self._loop.time() >= due_at:
+            self._refresh = asyncio.create_task(self._refresh_links())
+        if link is None and self._refresh is not None:
+            await asyncio.wait([self._refresh])
+            link = self._least_used()
+        if link is None:
+            raise LinkClosedError("no link to a router")
+        return link.open(head, body)
+
+    async def close(self) -> None:
+        """Close every link."""
+        if self._refresh is not None:
+            self._refresh.cancel()
+            await asyncio.wait([self._refresh])
+        await asyncio.gather(*(link.close() for link in self._links.values()))
+
+    def _least_used(self) -> LinkClient | None:
+        usable = [link for link in self._links.values() if link.connected]
+        return min(usable, key=lambda link: link.num_open, default=None)
+
+    async def _refresh_links(self) -> None:
+        try:
+            await self._apply_offer(await self._get_offer())
+        except Exception:  # any error of Ray or the network; requests use the handle meanwhile
+            logger.debug("could not update the list of routers", exc_info=True)
+        finally:
+            self._refresh = None
+            now = self._loop.time()
+            self._refresh_at = now + REFRESH_S
+            self._retry_at = now if self.num_connected else now + BLOCKED_S
+
+    async def _apply_offer(self, offer: LinkOffer) -> None:
+        secret, addresses = offer
+        wanted = {(host, port) for host, port in addresses}
+        for gone in self._links.keys() - wanted:
+            if not self._links[gone].num_open:  # a draining router finishes its streams
+                await self._links.pop(gone).close()
+        tls = tls_contexts(os.environ)
+        new = [
+            LinkClient(host, port, secret, ssl=tls.client if tls else None)
+            for host, port in wanted - self._links.keys()
+        ]
+        self._links.update({(link.host, link.port): link for link in new})
+        connects = [link.connect(CONNECT_TIMEOUT_S) for link in new]
+        await asyncio.gather(*connects, return_exceptions=True)
 
 
 class Opened(NamedTuple):
-    """A request whose answer has begun; ``answer`` must be read to its end or cancelled."""
+    """A request whose response has started; ``answer`` must be read to its end or cancelled."""
 
     head: ResponseHead
     answer: Answer
@@ -32,10 +165,10 @@ class Transport:
 
     def __init__(self, router: "DeploymentHandle") -> None:
         self._router = router
-        self.links = Links(self._offer)
+        self.links = ClientLinks(self._get_offer)
 
     async def open(self, method: str, path: str, body: bytes) -> Opened:
-        """Send a request, and again over the handle where the link breaks before an answer.
+        """Send a request, and once more over the handle if the link fails before a response.
 
         Raises:
             LinkError: the routers cannot be reached.
@@ -43,13 +176,13 @@ class Transport:
         path, _, query = path.partition("?")
         head = RequestHead(method=method, path=path, query_string=query.encode(), headers=_HEADERS)
         try:
-            return await _begun(await self.links.open(head, body))
+            return await _wait_for_head(await self.links.open(head, body))
         except LinkClosedError:
             items = self._router.options(stream=True).call.remote(head, body)
-            return await _begun(HandleAnswer(items))
+            return await _wait_for_head(HandleAnswer(items))
 
     async def ask(self, method: str, path: str, body: bytes) -> tuple[ResponseHead, bytes]:
-        """A request and its whole answer; raises what ``open`` does."""
+        """Send a request and return the whole response; raises as ``open`` does."""
         head, answer = await self.open(method, path, body)
         try:
             chunks = []
@@ -60,54 +193,17 @@ class Transport:
         return head, b"".join(chunks)
 
     async def close(self) -> None:
-        """End the links."""
+        """Close the links."""
         await self.links.close()
 
-    async def _offer(self) -> Offer:
+    async def _get_offer(self) -> LinkOffer:
         secret, addresses = await self._router.link_offer.remote()
         return secret, addresses
 
 
-async def _begun(answer: Answer) -> Opened:
+async def _wait_for_head(answer: Answer) -> Opened:
     try:
         return Opened(await answer.head(), answer)
     except BaseException:
         answer.cancel()
         raise
-
-
-class BackgroundLoop:
-    """An event loop in a thread of its own, for callers that have none."""
-
-    def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name="tandem-client", daemon=True)
-        self._thread.start()
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Wait for ``work`` there; an interrupt here cancels it."""
-        future = asyncio.run_coroutine_threadsafe(work, self.loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-
-    def _run(self) -> None:
-        self.loop.run_forever()
-        self.loop.close()
-
-    def close(self) -> None:
-        """End the loop, and what still runs in it."""
-
-        async def end() -> None:
-            others = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in others:
-                task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
-            self.loop.stop()
-
-        if self.loop.is_running():
-            asyncio.run_coroutine_threadsafe(end(), self.loop)
-            if threading.current_thread() is not self._thread:
-                self._thread.join()

@@ -1,7 +1,8 @@
-"""The bodies that the client sends and how it reads the answers. Pure; knows nothing of Ray."""
+"""Requests of the client as JSON bodies, and the parsing of the answers; no I/O and no Ray."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.client.results import (
@@ -13,31 +14,101 @@ from cluster.client.results import (
     Entity,
     LabelScore,
     Ranked,
-    Usage,
 )
 from cluster.errors import InternalError, RequestError, request_error_for
+from cluster.usage import Usage
+
+TEXTS_PER_REQUEST = 1000
+"""Texts per request; longer lists are split."""
+PROMPTS_PER_REQUEST = 8
+"""Prompts per request; longer lists are split, so that several replicas can share them."""
+CHAT = "/v1/chat/completions"
 
 Message = Mapping[str, Any]
 Conversation = str | Sequence[Message]
 
 
-def encode(body: Mapping[str, Any]) -> bytes:
-    """The JSON form of a body, without what was left at None."""
-    return json.dumps({key: value for key, value in body.items() if value is not None}).encode()
+# -- requests ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ApiRequest:
+    """One HTTP request and the parser of its answer."""
+
+    path: str
+    body: Mapping[str, Any] | None
+    """JSON body of a POST; None: a GET."""
+    parse: Callable[[Mapping[str, Any]], list[Any]]
+
+
+MODELS = ApiRequest("/v1/models", None, lambda answer: [card["id"] for card in answer["data"]])
+
+
+def generate_requests(
+    prompt: str | Sequence[str], model: str | None, sampling: Mapping[str, Any]
+) -> list[ApiRequest]:
+    """Return the requests that continue one or many prompts."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    return [
+        ApiRequest("/v1/completions", {"model": model, "prompt": part, **sampling}, completions)
+        for part in _split(prompts, PROMPTS_PER_REQUEST)
+    ]
+
+
+def chat_request(
+    conversation: Conversation, model: str | None, sampling: Mapping[str, Any]
+) -> ApiRequest:
+    """Return the request that answers a conversation."""
+    body = {"model": model, "messages": messages(conversation), **sampling}
+    return ApiRequest(CHAT, body, completions)
+
+
+def stream_body(
+    conversation: Conversation, model: str | None, sampling: Mapping[str, Any]
+) -> bytes:
+    """Return the body of a streamed chat whose last event holds the usage."""
+    body = {"model": model, "messages": messages(conversation), **sampling}
+    return encode({**body, "stream": True, "stream_options": {"include_usage": True}})
+
+
+def text_requests(
+    path: str,
+    text: str | Sequence[str],
+    options: Mapping[str, Any],
+    parse: Callable[[Mapping[str, Any]], list[Any]],
+) -> list[ApiRequest]:
+    """Return the requests that send one or many texts to a classifier."""
+    texts = [text] if isinstance(text, str) else list(text)
+    return [
+        ApiRequest(path, {"input": part, **options}, parse)
+        for part in _split(texts, TEXTS_PER_REQUEST)
+    ]
+
+
+def _split(items: list[str], size: int) -> list[list[str]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def messages(conversation: Conversation) -> list[Message]:
-    """Chat messages; a bare text is what the user says."""
+    """Return chat messages; a bare string is one user message."""
     if isinstance(conversation, str):
         return [{"role": "user", "content": conversation}]
     return list(conversation)
 
 
+def encode(body: Mapping[str, Any]) -> bytes:
+    """Return the JSON form of a body without its None values."""
+    return json.dumps({key: value for key, value in body.items() if value is not None}).encode()
+
+
+# -- answers ----------------------------------------------------------------------------------
+
+
 def decode(status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> Any:
-    """The JSON answer.
+    """Return the JSON of an answer.
 
     Raises:
-        RequestError: the typed error that the answer carries.
+        RequestError: the answer is an error; the class matches its status.
     """
     if status != 200:
         raise error_from(status, headers, body)
@@ -45,10 +116,10 @@ def decode(status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> 
 
 
 def error_from(status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> RequestError:
-    """The typed error of an answer that is not a success."""
+    """Return the typed error of an unsuccessful answer."""
     try:
-        said = json.loads(body)["error"]
-        message, param = str(said["message"]), said.get("param")
+        error_body = json.loads(body)["error"]
+        message, param = str(error_body["message"]), error_body.get("param")
     except (ValueError, KeyError, TypeError):
         message, param = body.decode(errors="replace") or f"HTTP {status}", None
     error = request_error_for(status, message, param)
@@ -59,7 +130,7 @@ def error_from(status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes)
 
 
 def completions(answer: Mapping[str, Any]) -> list[Completion]:
-    """One ``Completion`` for each choice of a chat or completions answer, in order."""
+    """Return one ``Completion`` for each choice of a chat or completions answer, in order."""
     choices = sorted(answer["choices"], key=lambda choice: choice["index"])
     return [
         Completion(
@@ -74,82 +145,89 @@ def completions(answer: Mapping[str, Any]) -> list[Completion]:
 
 
 def classifications(answer: Mapping[str, Any]) -> list[Classification]:
-    """One ``Classification`` for each text, in order."""
-    rows = sorted(answer["data"], key=lambda row: row["index"])
+    """Return one ``Classification`` for each text, in order."""
     return [
         Classification(
             label=row["label"],
             score=row["score"],
             scores=tuple(LabelScore(score["label"], score["score"]) for score in row["scores"]),
         )
-        for row in rows
+        for row in _rows(answer)
     ]
 
 
 def embeddings(answer: Mapping[str, Any]) -> list[Embedding]:
-    """One ``Embedding`` for each text, in order."""
-    rows = sorted(answer["data"], key=lambda row: row["index"])
-    return [Embedding(tuple(row["embedding"])) for row in rows]
+    """Return one ``Embedding`` for each text, in order."""
+    return [Embedding(tuple(row["embedding"])) for row in _rows(answer)]
 
 
 def entities(answer: Mapping[str, Any]) -> list[list[Entity]]:
-    """The entities of each text, in order."""
-    rows = sorted(answer["data"], key=lambda row: row["index"])
-    return [[Entity(**entity) for entity in row["entities"]] for row in rows]
+    """Return the entities of each text, in order."""
+    return [[Entity(**entity) for entity in row["entities"]] for row in _rows(answer)]
 
 
 def scores(answer: Mapping[str, Any]) -> list[float]:
-    """The score of each pair, in order."""
-    return [row["score"] for row in sorted(answer["data"], key=lambda row: row["index"])]
+    """Return the score of each pair, in order."""
+    return [row["score"] for row in _rows(answer)]
 
 
 def rankings(answer: Mapping[str, Any]) -> list[Ranked]:
-    """The documents, the most relevant first."""
+    """Return the documents, most relevant first."""
     return [Ranked(row["index"], row["relevance_score"]) for row in answer["results"]]
 
 
 def candidates(answer: Mapping[str, Any]) -> list[list[list[Candidate]]]:
-    """For each text, in order, the candidates of each of its masks."""
-    rows = sorted(answer["data"], key=lambda row: row["index"])
+    """Return the candidates for each mask of each text, in order."""
     return [
         [[Candidate(one["token_str"], one["score"]) for one in mask] for mask in row["masks"]]
-        for row in rows
+        for row in _rows(answer)
     ]
 
 
+def _rows(answer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return sorted(answer["data"], key=lambda row: row["index"])
+
+
 def _usage(usage: Mapping[str, Any]) -> Usage:
-    return Usage(usage["prompt_tokens"], usage.get("completion_tokens") or 0)
+    return Usage(
+        prompt_tokens=usage["prompt_tokens"],
+        cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
+        completion_tokens=usage.get("completion_tokens") or 0,
+    )
+
+
+# -- streams ----------------------------------------------------------------------------------
 
 
 class DeltaReader:
-    """Turns the bytes of an event stream, cut anywhere, into ``Delta``s."""
+    """Incremental parser of an event stream, whose bytes may be cut anywhere."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._incomplete = b""
 
     def feed(self, chunk: bytes) -> Iterator[Delta]:
-        """The pieces that ``chunk`` completes.
+        """Yield the pieces of the answer that ``chunk`` completes.
 
         Raises:
-            RequestError: the stream says that the request failed.
+            RequestError: the stream contains an error event.
         """
-        *lines, self._rest = (self._rest + chunk).split(b"\n")
+        *lines, self._incomplete = (self._incomplete + chunk).split(b"\n")
         for line in lines:
             if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
                 yield from _deltas(event(line[6:]))
 
 
 def event(data: str | bytes) -> Any:
-    """The JSON of one server-sent event.
+    """Return the JSON of one server-sent event.
 
     Raises:
-        RequestError: it says that the request failed.
+        RequestError: the event is an error.
     """
-    said = json.loads(data)
-    if error := said.get("error"):
+    decoded = json.loads(data)
+    if error := decoded.get("error"):
         code, message = error.get("code"), str(error.get("message"))
         raise request_error_for(code, message) if isinstance(code, int) else InternalError(message)
-    return said
+    return decoded
 
 
 def _deltas(event: Mapping[str, Any]) -> Iterator[Delta]:

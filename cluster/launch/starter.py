@@ -83,16 +83,16 @@ def main(request: StarterInput, reports: TextIO) -> None:
 
 
 def _import_serve() -> None:
-    import ray.serve._private.api
     import ray.serve.schema  # noqa: F401
+
+    from cluster.ray_internals import create_controller  # noqa: F401
 
 
 def _start_ray(request: StarterInput) -> BackgroundCall:
     """Start a head node that outlives this process; return the start of the dashboard."""
     import ray
-    from ray._private.node import Node
-    from ray._private.parameter import RayParams
-    from ray._private.utils import write_ray_address
+
+    from cluster.ray_internals import Node, RayParams, write_ray_address
 
     class HeadNode(Node):  # type: ignore[misc]  # Ray is not typed
         def start_api_server(self, **options: Any) -> None:
@@ -116,16 +116,17 @@ def _start_ray(request: StarterInput) -> BackgroundCall:
 def _deploy(config: Mapping[str, Any]) -> Any:
     """Start Serve's controller, apply ``config``, and return the controller's handle."""
     import ray
-    from ray.serve._private import api
     from ray.serve.schema import ServeDeploySchema
 
+    from cluster.ray_internals import coerce_controller_options, create_controller
+
     schema = ServeDeploySchema.model_validate(config)
-    controller, _ = api._create_controller_and_proxy_refs(
+    controller, _ = create_controller(
         http_options=schema.http_options.model_dump(),
         grpc_options=schema.grpc_options.model_dump(),
         global_logging_config=schema.logging_config,
         global_tracing_config=None,
-        controller_options=api._coerce_controller_options(schema.controller_options),
+        controller_options=coerce_controller_options(schema.controller_options),
         proxy_location=schema.proxy_location,
     )
     ray.get(controller.apply_config.remote(schema))

@@ -6,7 +6,7 @@ from unittest.mock import patch
 from ray.serve import Application
 
 from deployments import app
-from deployments.generator import Generator
+from deployments.replica import Generator
 
 
 class Unlinkable(Generator):

@@ -23,6 +23,7 @@ from ray.serve._private.config import DeploymentConfig
 from ray.serve._private.deployment_info import DeploymentInfo
 from ray.serve.config import AutoscalingPolicy
 
+from cluster import ray_internals
 from cluster.autoscaling.reports import Latency, LoadReport
 from cluster.config.file import AUTOSCALING_POLICY
 from deployments import app as app_module
@@ -62,8 +63,7 @@ class Controller:
         self.now = 1000.0
         monkeypatch.setattr(autoscaling.time, "monotonic", lambda: self.now)
         self.gcs: dict[bytes, bytes] = {}
-        monkeypatch.setattr(decisions, "_put", self.gcs.__setitem__)
-        monkeypatch.setattr(decisions, "_get", self.found)
+        self.connect_gcs(monkeypatch)
         self.state = ApplicationAutoscalingState("tandem")
         if application_policy:
             self.state.register(AutoscalingPolicy(**AUTOSCALING_POLICY))
@@ -84,11 +84,18 @@ class Controller:
     def run(self, id: DeploymentID, *replicas: str) -> None:
         self.state.update_running_replica_ids(id, [ReplicaID(name, id) for name in replicas])
 
-    def found(self, keys: list[bytes]) -> list[bytes]:
-        return [self.gcs[key] for key in keys if key in self.gcs]
+    def connect_gcs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def put(key: bytes, value: bytes, timeout_s: float) -> None:
+            self.gcs[key] = value
+
+        def get_many(keys: list[bytes], timeout_s: float) -> list[bytes]:
+            return [self.gcs[key] for key in keys if key in self.gcs]
+
+        monkeypatch.setattr(ray_internals, "kv_put", put)
+        monkeypatch.setattr(ray_internals, "kv_get_many", get_many)
 
     def step(self) -> dict[DeploymentID, int]:
-        self.now += autoscaling.DECIDE_S
+        self.now += autoscaling.DECISION_INTERVAL_S
         self.targets = self.state.get_decision_num_replicas(self.targets)
         return self.targets
 
@@ -159,9 +166,10 @@ async def test_what_was_decided_can_be_read_with_its_reasons(
     assert abs(change.time - time.time()) < 60
     assert await decisions.read_decisions([ROUTER]) == []
     log = decisions.DecisionLog()  # of a controller that took the first one's place
-    log.note(POOL, [replace(change, target=n) for n in range(2 * decisions.KEPT)])
+    limit = decisions.MAX_CHANGES
+    log.record(POOL, [replace(change, target=n) for n in range(2 * limit)])
     kept = await decisions.read_decisions([POOL]) or []
-    assert [one.target for one in kept] == list(range(decisions.KEPT, 2 * decisions.KEPT))
+    assert [one.target for one in kept] == list(range(limit, 2 * limit))
 
 
 async def test_a_gcs_that_does_not_answer_costs_no_target(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,15 +178,14 @@ async def test_a_gcs_that_does_not_answer_costs_no_target(monkeypatch: pytest.Mo
     def silent(*_args: Any) -> None:
         raise RpcError("no answer")
 
-    monkeypatch.setattr(decisions, "_put", silent)
-    monkeypatch.setattr(decisions, "_get", silent)
+    monkeypatch.setattr(ray_internals, "kv_put", silent)
+    monkeypatch.setattr(ray_internals, "kv_get_many", silent)
     controller.run(POOL, "a")
     controller.run(ROUTER, "r")
     controller.report(ROUTER, "r", busy(11.0))
     assert controller.step()[POOL] == 3
     assert await decisions.read_decisions([POOL]) is None
-    monkeypatch.setattr(decisions, "_put", controller.gcs.__setitem__)
-    monkeypatch.setattr(decisions, "_get", controller.found)
+    controller.connect_gcs(monkeypatch)
     controller.run(POOL, "a", "b", "c")
     controller.report(ROUTER, "r", busy(80.0))
     controller.step()
@@ -259,10 +266,10 @@ def test_the_controller_loads_nothing_of_a_model() -> None:
 
 
 def test_a_replica_whose_reports_stand_still_is_never_heard_again() -> None:
-    hearing = autoscaling._Hearing()
+    clock = autoscaling.ReportClock()
     said = SimpleNamespace(timestamp=5.0, value=3.0)
     context: Any = SimpleNamespace(raw_metrics={"ongoing": {"r1": [said]}})  # Serve keeps it
-    assert hearing.fresh(0.0, context) == {"r1": (0.0, {"ongoing": 3.0})}
+    assert clock.fresh_reports(0.0, context) == [(0.0, {"ongoing": 3.0})]
     for now in (
         autoscaling.STALE_S + 1,
         9 * autoscaling.STALE_S,
@@ -270,4 +277,4 @@ def test_a_replica_whose_reports_stand_still_is_never_heard_again() -> None:
         12 * autoscaling.STALE_S,
         30 * autoscaling.STALE_S,
     ):
-        assert hearing.fresh(now, context) == {}
+        assert clock.fresh_reports(now, context) == []

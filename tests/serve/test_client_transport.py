@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from cluster.asgi import ASGIApp, Receive, Scope, Send
-from cluster.client.calls import Call
-from cluster.client.session import Session
-from cluster.client.transport import BackgroundLoop, Transport
+from cluster.client.session import BackgroundLoop, Session
+from cluster.client.transport import Transport
+from cluster.client.wire import ApiRequest
 from cluster.errors import LinkClosedError
 from cluster.link import LinkServer, RequestHead, answer_locally
 from tests.serve.link_kit import SECRET, body_of, on_both_loops, say, start, until
@@ -157,9 +157,9 @@ def test_a_session_forgets_the_event_loops_that_have_ended() -> None:
     session.__dict__["_router"] = handle  # found already
 
     async def once() -> list[str]:
-        call = Call("/p", {}, lambda answer: [answer])
+        request = ApiRequest("/p", {}, lambda answer: [answer])
         with pytest.raises(json.JSONDecodeError):  # it answers in plain text
-            await session.run([call])
+            await session.run([request])
         return list(map(str, session._transports))
 
     assert [len(asyncio.run(once())) for _ in range(3)] == [1, 1, 1]

@@ -3,8 +3,9 @@ import json
 import pytest
 
 from cluster.client import wire
-from cluster.client.results import Candidate, Delta, Entity, LabelScore, Ranked, Usage
+from cluster.client.results import Candidate, Delta, Entity, LabelScore, Ranked
 from cluster.errors import InvalidRequestError, OverloadedError, UnavailableError
+from cluster.usage import Usage
 
 
 def test_a_bare_text_is_what_the_user_says() -> None:
@@ -26,7 +27,7 @@ def test_completions_come_in_the_order_of_the_prompts() -> None:
     }
     first, second = wire.completions(answer)
     assert (first.text, second.text) == ("a", "b")
-    assert first.usage == Usage(3, 4)
+    assert first.usage == Usage(3, 0, 4)
     assert first.usage.total_tokens == 7
 
 
@@ -94,7 +95,7 @@ def test_deltas_do_not_depend_on_where_the_stream_is_cut(size: int) -> None:
     assert [delta for chunk in chunks for delta in reader.feed(chunk)] == [
         Delta("Pa\nris"),
         Delta("", "stop"),
-        Delta("", usage=Usage(1, 2)),
+        Delta("", usage=Usage(1, 0, 2)),
     ]
 
 

@@ -85,7 +85,7 @@ def test_haproxy_listens_on_loopback_only(wrapper: Path) -> None:
     config.write_text(
         "frontend prometheus\n    bind :9101\n"
         "frontend http_frontend\n    bind 127.0.0.1:8000\n"
-        "frontend open\n    bind *:8001 proto h2\n"
+        "frontend grpc_frontend\n    bind *:8001 proto h2\n"
         "listen stats\n  bind *:8404\n  stats enable\n"
     )
     ran = subprocess.run(
@@ -98,19 +98,23 @@ def test_haproxy_listens_on_loopback_only(wrapper: Path) -> None:
     assert config.read_text() == (
         "frontend prometheus\n    bind 127.0.0.1:9101\n"
         "frontend http_frontend\n    bind 127.0.0.1:8000\n"
-        "frontend open\n    bind *:8001 proto h2\n"  # the user's own choice of host
+        "frontend grpc_frontend\n    bind *:8001 proto h2\n"  # the user's own choice of host
         "listen stats\n  bind 127.0.0.1:8404\n  stats enable\n"
     )
     assert wrapper.stat().st_mode & 0o777 == 0o700
 
 
-def test_serves_template_still_has_the_lines_that_the_wrapper_rewrites() -> None:
-    from importlib.metadata import files
-
-    (template,) = [f for f in files("ray") or [] if f.name == "haproxy_templates.py"]
-    text = template.read_text()
-    assert "    bind :{{ config.metrics_port }}\n" in text
-    assert "  bind *:{{ config.stats_port }}\n" in text
+@pytest.mark.parametrize("bind", ["*:8404 proto h2", "0.0.0.0:8404", ":::8404", "[::]:8404"])
+def test_haproxy_is_not_started_if_it_would_listen_beyond_loopback(
+    wrapper: Path, bind: str
+) -> None:
+    config = wrapper / "haproxy.cfg"
+    config.write_text(f"listen stats\n  bind {bind}\n  stats enable\n")
+    ran = subprocess.run(
+        [wrapper / "haproxy", "-db", "-f", config], capture_output=True, text=True, check=False
+    )
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert f"listen stats listens beyond loopback:   bind {bind}" in ran.stderr
 
 
 def test_there_are_at_least_two_logical_cpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@ import logging
 
 import pytest
 
-from deployments.serve_log import PACKAGE, SERVE, log_with_serve
+from deployments.logs import PACKAGE_LOGGER, SERVE_LOGGER, log_with_serve
+
+LOGGERS = (SERVE_LOGGER, PACKAGE_LOGGER, None)
 
 
 class Kept(logging.Handler):
@@ -17,14 +19,14 @@ class Kept(logging.Handler):
 def test_what_the_package_logs_goes_where_serves_own_lines_go(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    serve, package, outer = (logging.getLogger(name) for name in (SERVE, PACKAGE, None))
+    serve, package, outer = (logging.getLogger(name) for name in LOGGERS)
     file, root = Kept(), Kept()
     monkeypatch.setattr(package, "parent", package.parent)
     monkeypatch.setattr(serve, "handlers", [file])
     monkeypatch.setattr(serve, "propagate", False)
     monkeypatch.setattr(outer, "handlers", [*outer.handlers, root])
     level = serve.level
-    engine = logging.getLogger(f"{PACKAGE}.engines.some")
+    engine = logging.getLogger(f"{PACKAGE_LOGGER}.engines.some")
     assert not engine.isEnabledFor(logging.INFO)  # as it was asked before, and remembers
     serve.setLevel(logging.INFO)
     try:

@@ -7,8 +7,7 @@ import weakref
 import pytest
 
 from cluster.autoscaling.starts import UNTOLD_S, Start, StartWatch
-from cluster.engines.startup import StartupTimer, gc_disabled
-from deployments.startup import process_age_s
+from cluster.engines.startup import StartupTimer, gc_disabled, process_age_s
 
 
 def test_phases_follow_one_another_without_a_gap() -> None:
@@ -26,7 +25,7 @@ def test_phases_follow_one_another_without_a_gap() -> None:
 
 def test_a_process_knows_its_age() -> None:
     began = time.monotonic()
-    code = "from deployments.startup import process_age_s; print(process_age_s())"
+    code = "from cluster.engines.startup import process_age_s; print(process_age_s())"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 0 < float(told.stdout) < time.monotonic() - began + 0.02
     assert process_age_s() > float(told.stdout)

@@ -24,7 +24,7 @@ from cluster.gateway.recording.observer import Observers, PoolMeter
 from cluster.gateway.recording.request_log import LOGGER, RequestLog
 from cluster.metrics import Registry
 from cluster.usage import Usage
-from deployments.request_log import close_request_log, open_request_log
+from deployments.logs import close_request_log, open_request_log
 
 STREAMS = 2000
 _USAGE = Usage(prompt_tokens=16, cached_tokens=0, completion_tokens=TOKENS)

@@ -23,7 +23,7 @@ from cluster.link import RequestHead
 from cluster.metrics import Histogram, Registry
 from cluster.usage import Usage
 from deployments import app, replica, router
-from deployments.generator import Generator
+from deployments.replica import Generator
 from deployments.router import Router
 
 ARGS: Mapping[str, Any] = {

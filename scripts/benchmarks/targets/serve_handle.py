@@ -93,12 +93,12 @@ def _application(decode_s: float) -> Any:
 
     from cluster.config import GeneratorConfig
     from cluster.engines.sim import SimEngine
-    from cluster.launch.loopback import confine_serve
+    from cluster.ray_internals import confine_replica_to_loopback
 
     @serve.deployment(name=ENGINE, max_ongoing_requests=MAX_ONGOING)
     class Engine:
         async def __init__(self) -> None:  # type: ignore[misc]  # Serve awaits it
-            confine_serve()
+            confine_replica_to_loopback()
             self._engine = SimEngine(GeneratorConfig.model_validate(sim_generator(decode_s)))
             await self._engine.start()
 
@@ -112,7 +112,7 @@ def _application(decode_s: float) -> Any:
     @serve.deployment(name="ingress", max_ongoing_requests=MAX_ONGOING)
     class Ingress:
         def __init__(self, engine: DeploymentHandle) -> None:
-            confine_serve()
+            confine_replica_to_loopback()
             self._engine = engine.options(stream=True)
 
         async def __call__(self, request: Request) -> Response:

@@ -1,4 +1,4 @@
-"""The file of a router's request lines, in Ray's log directory beside Serve's own logs."""
+"""Log files of a replica's process: Serve's own, and the router's request log."""
 
 import logging
 import os
@@ -7,16 +7,29 @@ from pathlib import Path
 
 from cluster.gateway.recording.request_log import LOGGER
 
+SERVE_LOGGER = "ray.serve"
+PACKAGE_LOGGER = "cluster"
 MAX_BYTES = 32 * 1024**2
 BACKUPS = 3
 
 
+def log_with_serve() -> None:
+    """Send the log of package ``cluster`` to the file of this Serve replica.
+
+    Serve configures only its own logger. Without this, warnings of other loggers go to the
+    worker's stderr without a time, and their info lines are lost.
+    """
+    package = logging.getLogger(PACKAGE_LOGGER)
+    package.parent = logging.getLogger(SERVE_LOGGER)
+    package.setLevel(logging.NOTSET)  # also clears the levels that child loggers have cached
+
+
 def open_request_log(directory: Path, replica_id: str) -> logging.Handler:
-    """Have this process' request lines written to a file of its own, and nowhere else.
+    """Write the request log of this router to its own file only.
 
     Args:
-        directory: Where logs are.
-        replica_id: Of the router; part of the file's name.
+        directory: Directory of the file.
+        replica_id: Part of the file's name.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"tandem_requests_{os.getpid()}_{replica_id}.jsonl"
@@ -30,6 +43,6 @@ def open_request_log(directory: Path, replica_id: str) -> logging.Handler:
 
 
 def close_request_log(handler: logging.Handler) -> None:
-    """Write no more to the file."""
+    """Close the file of the request log."""
     logging.getLogger(LOGGER).removeHandler(handler)
     handler.close()

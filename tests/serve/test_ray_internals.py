@@ -1,0 +1,170 @@
+"""Private names of Ray: each exists in the installed release, and a missing one is reported."""
+
+import importlib.util
+import inspect
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from cluster import ray_internals
+from cluster.errors import RayIncompatibleError
+from cluster.launch import environment
+from cluster.ray_internals import EXPORTED, MEMBERS, PrivateName
+
+ROOT = Path(__file__).parents[2]
+NAMES = [*EXPORTED.values(), *MEMBERS]
+
+
+@pytest.mark.parametrize("private", NAMES, ids=lambda private: private.name)
+def test_the_installed_ray_has(private: PrivateName) -> None:
+    ray_internals.resolve(private)
+
+
+def test_the_names_were_read_from_the_installed_release() -> None:
+    assert version("ray") == ray_internals.RAY_VERSION
+
+
+def test_the_key_value_client_has_the_methods_in_use() -> None:
+    from ray._raylet import InnerGcsClient  # the client passes on what it does not define
+
+    for method in ("internal_kv_put", "internal_kv_multi_get"):
+        assert hasattr(InnerGcsClient, method), method
+
+
+def test_serve_reads_the_environment_variables_of_a_cluster() -> None:
+    spec = importlib.util.find_spec("ray")
+    assert spec is not None
+    (folder,) = spec.submodule_search_locations or ()
+    constants = Path(folder, "serve/_private/constants.py").read_text()
+    variables = environment.cluster_environment({}, Path("/home"), "id", haproxy=True)
+    unknown = [
+        name for name in variables if name.startswith("RAY_SERVE_") and name not in constants
+    ]
+    assert unknown == []
+
+
+@pytest.mark.parametrize(
+    ("private", "missing"),
+    [
+        (PrivateName("ray.no_such_module", "x", "tests"), "`x` in ray.no_such_module"),
+        (PrivateName("json", "Absent", "tests"), "`Absent` in json"),
+        (PrivateName("json", "JSONDecoder.absent", "tests"), "`JSONDecoder.absent` in json"),
+        (PrivateName("json", "dumps", "tests", ("absent",)), "parameter `absent` of json.dumps"),
+    ],
+)
+def test_a_missing_name_is_reported_with_ray_version_and_purpose(
+    private: PrivateName, missing: str
+) -> None:
+    with pytest.raises(RayIncompatibleError, match=re.escape(missing)) as caught:
+        ray_internals.resolve(private)
+    assert f"Ray {version('ray')} does not have" in str(caught.value)
+    assert "(tests)" in str(caught.value)
+
+
+def test_unknown_attributes_raise_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="nothing"):
+        ray_internals.nothing  # noqa: B018
+
+
+def test_importing_the_module_does_not_import_ray() -> None:
+    code = "import sys, cluster.ray_internals; print('ray' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_no_other_module_uses_private_names() -> None:
+    private = re.compile(r"\bray(\.\w+)*\._\w+|internal_kv\b|\._init\(")
+    users = [
+        str(path.relative_to(ROOT))
+        for folder in ("cluster", "deployments")
+        for path in (ROOT / folder).rglob("*.py")
+        if private.search(path.read_text())
+    ]
+    assert users == ["cluster/ray_internals.py"]
+
+
+# -- HAProxy's template -----------------------------------------------------------------------
+
+
+def fake_ray(monkeypatch: pytest.MonkeyPatch, folder: Path, template: str | None) -> None:
+    if template is not None:
+        path = folder / "serve" / "_private" / "haproxy_templates.py"
+        path.parent.mkdir(parents=True)
+        path.write_text(template)
+    spec = importlib.util.spec_from_file_location(
+        "ray", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+
+
+def test_the_installed_template_is_accepted() -> None:
+    ray_internals.check_haproxy_template()
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        None,
+        "",
+        "\n".join(ray_internals.HAPROXY_BINDS).replace("bind *:{{", "bind 0.0.0.0:{{"),
+        "\n".join([*ray_internals.HAPROXY_BINDS, "    bind *:{{ config.new_port }}"]),
+    ],
+    ids=["no-file", "no-binds", "changed", "added"],
+)
+def test_a_template_with_other_ports_is_refused(
+    template: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake_ray(monkeypatch, tmp_path, template)
+    with pytest.raises(RayIncompatibleError, match="stats_port") as caught:
+        ray_internals.check_haproxy_template()
+    assert version("ray") in str(caught.value)
+
+
+def test_a_cluster_is_not_started_with_an_unknown_template(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake_ray(monkeypatch, tmp_path, "")
+    with pytest.raises(RayIncompatibleError):
+        environment.write_haproxy_wrapper("unit-test-unknown-template")
+    assert not environment.sockets_dir("unit-test-unknown-template").exists()
+
+
+# -- gRPC port of the replicas ----------------------------------------------------------------
+
+
+@pytest.fixture
+def addresses(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Addresses that the gRPC server of a replica is bound to."""
+    from ray.serve._private import replica
+
+    bound: list[str] = []
+    monkeypatch.setattr(
+        replica, "add_port_to_grpc_server", lambda _, address: bound.append(address) or 7
+    )
+    return bound
+
+
+@pytest.mark.parametrize(("value", "address"), [("0", "127.0.0.1:0"), ("1", "[::]:0")])
+def test_a_replica_listens_on_loopback_if_the_cluster_does(
+    value: str, address: str, addresses: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.serve._private import replica
+
+    monkeypatch.setenv(ray_internals.LOOPBACK_VARIABLE, value)
+    ray_internals.confine_replica_to_loopback()
+    assert replica.add_port_to_grpc_server(object(), "[::]:0") == 7
+    assert addresses == [address]
+
+
+def test_a_replica_does_not_start_if_serve_opens_the_port_in_another_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(ray_internals.LOOPBACK_VARIABLE, "0")
+    monkeypatch.setattr(inspect, "getsource", lambda module: "server.add_insecure_port(address)")
+    with pytest.raises(RayIncompatibleError, match="add_port_to_grpc_server") as caught:
+        ray_internals.confine_replica_to_loopback()
+    assert version("ray") in str(caught.value)
