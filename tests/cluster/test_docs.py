@@ -22,7 +22,7 @@ BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", flags=re.MULTILINE | re.DOT
 COVERED_BY_CI = ("./scripts/up", "./scripts/test", "./scripts/check")
 # Each block once, under the first page that has it.
 BLOCKS = {
-    (kind, code): f"{page.stem}: {code[:60]}"
+    (kind, code): f"{page.stem}: {code.splitlines()[0][:60]}"
     for page in reversed(PAGES)
     if page.parent.name != "runbooks"
     for kind, code in BLOCK.findall(page.read_text(encoding="utf-8"))
