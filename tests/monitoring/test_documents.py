@@ -1,4 +1,4 @@
-"""What the documents tell people to type and to look at: each command and each metric exists."""
+"""Commands, metrics and links in the documentation exist."""
 
 import re
 import shlex
@@ -17,7 +17,7 @@ from tests.monitoring.promql import known, names
 from tests.monitoring.test_rules import promtool, rules
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RUNBOOKS = sorted((ROOT / "docs" / "runbooks").glob("*.md"))
 _BLOCK = re.compile(r"^```(?:bash|sh)\n(.*?)^```|((?:^    .*\n)+)", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`([^`]+)`")
@@ -28,6 +28,7 @@ NOT_METRICS = {
     "tandem_requests_PID_REPLICA",  # the file name of the request log
     *(metric.deprecated_name for metric in table.all_metrics()),
 }
+_LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 USAGE_ERROR: Any = typer.BadParameter.__base__
 RECORDED = {rule["record"] for rule in rules() if "record" in rule}
 
@@ -37,7 +38,7 @@ def text_of(path: Path) -> str:
 
 
 def commands(text: str) -> Iterator[tuple[str, bool]]:
-    """The words after ``tandem``, and whether they are to be typed as they stand."""
+    """Yield the words after ``tandem``, and whether they are a complete command."""
     for block in _BLOCK.finditer(text):
         lines = (block[1] or block[2]).replace("\\\n", " ")
         yield from ((found[1], True) for found in _COMMAND.finditer(lines))
@@ -49,7 +50,7 @@ def commands(text: str) -> Iterator[tuple[str, bool]]:
 
 
 def check(words: str, *, whole: bool) -> None:
-    """Parse as the command line does, without running anything."""
+    """Parse a command as the command line does, without running it."""
     command: Any = typer.main.get_command(app)
     context = command.make_context("tandem", shlex.split(words))
     while hasattr(command, "resolve_command"):
@@ -71,16 +72,10 @@ def test_every_command_exists(path: Path) -> None:
         check(words, whole=whole)
 
 
-def test_commands_are_found_and_wrong_ones_noticed() -> None:
+def test_commands_are_found_and_wrong_ones_are_rejected() -> None:
     found = [words for path in DOCUMENTS for words, _ in commands(text_of(path))]
-    assert {words.split()[0] for words in found} >= {
-        "up",
-        "down",
-        "status",
-        "top",
-        "doctor",
-        "logs",
-    }
+    names_found = {words.split()[0] for words in found}
+    assert names_found >= {"up", "down", "status", "top", "doctor", "logs"}
     for wrong in ("stats", "logs --requests ID", "models bake", "up --set router.max=1"):
         with pytest.raises((USAGE_ERROR, ConfigError)):
             check(wrong, whole=True)
@@ -95,11 +90,16 @@ def test_every_metric_exists(path: Path) -> None:
     assert not wrong
 
 
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
+def test_every_relative_link_leads_to_a_file(path: Path) -> None:
+    assert not [link for link in _LINK.findall(text_of(path)) if not (path.parent / link).exists()]
+
+
 def is_prefix(name: str, series: set[str]) -> bool:
     return name.endswith("_") and any(one.startswith(name) for one in series)
 
 
-def test_every_query_of_a_runbook_is_right(tmp_path: Path) -> None:
+def test_every_query_of_a_runbook_is_valid(tmp_path: Path) -> None:
     queries = [
         " ".join((found[1] or found[2]).split())
         for path in RUNBOOKS
