@@ -1,4 +1,4 @@
-"""What watches a deployment from outside: Prometheus' configuration, its rules, the dashboards.
+"""Monitoring files of a deployment: Prometheus' configuration and rules, Grafana's dashboards.
 
-Knows the names of the metrics and nothing of the processes; ``cluster.launch`` starts those.
+Knows metric names but no processes; ``cluster.launch`` starts Prometheus.
 """

@@ -1,4 +1,4 @@
-"""Prometheus' configuration: whom it asks, how often, and which rules it evaluates. Pure."""
+"""Prometheus' configuration: scrape targets, intervals and rule files. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,27 +8,27 @@ from typing import Any
 import yaml
 
 RULES = Path(__file__).parent / "rules"
-"""The recording and alert rules."""
+"""Directory of the recording and alert rules."""
 SCRAPE_INTERVAL_S = 10
-"""Ray's agents have new values this often, and forget a value after twice this time."""
+"""Export interval of Ray's agents, which drop a value after twice this time."""
 SERVICE_DISCOVERY = "/api/prometheus/sd"
-"""Of Ray's dashboard: every node's agent."""
+"""Path on Ray's dashboard that lists the agents of all nodes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """Whom Prometheus asks."""
+    """Scrape targets of Prometheus."""
 
     dashboard: str
-    """Ray's, as a URL."""
+    """URL of Ray's dashboard."""
     ingress: str | None
-    """The routers' common address as ``host:port``; None where ``/metrics`` asks for a key."""
+    """Address of the routers as ``host:port``; None if ``/metrics`` requires a key."""
     token_file: str | None = None
-    """Holds Ray's token, where its dashboard asks for one."""
+    """File with Ray's token; None if the dashboard requires none."""
 
 
 def configuration(targets: Targets, rules: Sequence[str]) -> str:
-    """Prometheus' configuration file, with the rules in the files ``rules``."""
+    """Return Prometheus' configuration as YAML; ``rules`` are paths or globs of rule files."""
     jobs = [_ray(targets)]
     if targets.ingress is not None:
         jobs.append(_ingress(targets.ingress))
@@ -44,14 +44,14 @@ def configuration(targets: Targets, rules: Sequence[str]) -> str:
 
 
 def _ray(targets: Targets) -> dict[str, Any]:
-    """Everything: Ray's agents have the figures of all processes, each with its labels."""
+    """Return the job that scrapes all metrics: Ray's agents export those of all processes."""
     discovery: dict[str, Any] = {
         "url": f"{targets.dashboard}{SERVICE_DISCOVERY}",
         "refresh_interval": f"{SCRAPE_INTERVAL_S}s",
     }
     if targets.token_file is not None:
         discovery["authorization"] = {"credentials_file": targets.token_file}
-    # Tandem's metrics get back the names of the table, which Ray's agents put `ray_` before.
+    # Remove the prefix that Ray's agents add, so that Tandem's metrics have their documented names.
     rename = {
         "source_labels": ["__name__"],
         "regex": "ray_(tandem_.+)",
@@ -60,17 +60,14 @@ def _ray(targets: Targets) -> dict[str, Any]:
     return {
         "job_name": "ray",
         "http_sd_configs": [discovery],
-        # The discovery names the job "ray" too; the node's address is a label of each series.
+        # Each series has the node's address as a label.
         "metric_relabel_configs": [rename],
     }
 
 
 def _ingress(address: str) -> dict[str, Any]:
-    """Whether a router answers over HTTP.
-
-    Behind one address answers now one router, now another, so their counters would jump; the
-    figures come from the agents, and here from no router twice.
-    """
+    """Return the job that checks whether a router responds over HTTP."""
+    # Drop all values: several routers share the address, so their counters would appear to jump.
     drop = {"source_labels": ["__name__"], "regex": ".+", "action": "drop"}
     return {
         "job_name": "ingress",

@@ -20,7 +20,7 @@ from cluster.launch.prometheus import executable
 from cluster.metrics import Metric, table
 from cluster.monitoring import prometheus as monitoring
 from tests.cluster.conftest import RunningCluster, router_config, serve_config, sim_generator
-from tests.monitoring.hurried import hurried
+from tests.monitoring.fast_rules import speed_up
 
 GRAFANA = Path(monitoring.__file__).parent / "grafana"
 FLOODED, LEAKING = "flooded", "leaking"
@@ -86,7 +86,7 @@ class Prometheus:
         found: list[dict[str, Any]] = answer.json()["data"]["result"]
         return found
 
-    def names(self) -> set[str]:
+    def metric_names(self) -> set[str]:
         answer = httpx.get(f"{self.url}/api/v1/label/__name__/values", timeout=30)
         return set(answer.json()["data"])
 
@@ -117,13 +117,13 @@ def started(
 
 
 @pytest.fixture(scope="module")
-def hurried_prometheus(
+def fast_prometheus(
     started: RunningCluster, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Prometheus]:
     """A second Prometheus of the same cluster, whose rules have shorter durations."""
     folder = tmp_path_factory.mktemp("prometheus")
     for path in monitoring.RULES.glob("*.yml"):
-        (folder / path.name).write_text(hurried(path.read_text(), HURRY))
+        (folder / path.name).write_text(speed_up(path.read_text(), HURRY))
     targets = monitoring.Targets(started.status()["state"]["dashboard_url"], None)
     settings = yaml.safe_load(monitoring.configuration(targets, [str(folder / "*.yml")]))
     settings["global"] = {
@@ -146,7 +146,7 @@ def hurried_prometheus(
 
 
 @pytest.fixture(scope="module")
-def pressed(started: RunningCluster, hurried_prometheus: Prometheus) -> Iterator[None]:
+def pressed(started: RunningCluster, fast_prometheus: Prometheus) -> Iterator[None]:
     """More requests than one pool can serve, and some to the one that leaks; until the end."""
     done = threading.Event()
     clients = [(FLOODED, 0.2)] * 20 + [(LEAKING, 0.25)]
@@ -211,8 +211,8 @@ def test_every_target_answers(prometheus: Prometheus) -> None:
 
 def test_every_metric_of_the_table_arrives(prometheus: Prometheus) -> None:
     wanted = {series(metric) for metric in table.all_metrics() if metric.name not in ABSENT}
-    prometheus.until(lambda: wanted <= prometheus.names())
-    assert sorted(wanted - prometheus.names()) == []
+    prometheus.until(lambda: wanted <= prometheus.metric_names())
+    assert sorted(wanted - prometheus.metric_names()) == []
 
 
 def test_every_panel_has_something_to_show(watched: RunningCluster, prometheus: Prometheus) -> None:
@@ -260,14 +260,14 @@ def test_the_rules_are_evaluated(prometheus: Prometheus) -> None:
     assert not [rule for group in groups for rule in group["rules"] if rule["health"] == "err"]
 
 
-def test_overload_fires_its_alert(watched: RunningCluster, hurried_prometheus: Prometheus) -> None:
-    prometheus = hurried_prometheus
+def test_overload_fires_its_alert(watched: RunningCluster, fast_prometheus: Prometheus) -> None:
+    prometheus = fast_prometheus
     assert prometheus.until(lambda: prometheus.firing("TandemShedding", model=FLOODED))
     assert not prometheus.firing("TandemShedding", model="smollm2")
 
 
-def test_a_leak_fires_its_alert(watched: RunningCluster, hurried_prometheus: Prometheus) -> None:
-    prometheus = hurried_prometheus
+def test_a_leak_fires_its_alert(watched: RunningCluster, fast_prometheus: Prometheus) -> None:
+    prometheus = fast_prometheus
     assert prometheus.until(lambda: prometheus.firing("TandemMemoryGrowing", model=LEAKING))
     assert not prometheus.firing("TandemMemoryGrowing", model="smollm2")
 

@@ -1,4 +1,4 @@
-"""What a PromQL expression asks for, as far as the tests want to know."""
+"""Names of the metrics in PromQL expressions, and of the series that exist."""
 
 import re
 
@@ -18,16 +18,16 @@ _REMOVED = (
 )
 
 
-def names(expr: str) -> set[str]:
-    """The metrics in an expression."""
+def metric_names(expr: str) -> set[str]:
+    """Return the names of the metrics in an expression."""
     for pattern in _REMOVED:
         expr = re.sub(pattern, " ", expr)
     found = re.findall(r"([a-zA-Z_][\w:]*)(\s*\()?", expr)
     return {name for name, is_call in found if not is_call and name not in _NOT_NAMES}
 
 
-def known() -> set[str]:
-    """Every series that there can be, but for recorded ones."""
+def known_series() -> set[str]:
+    """Return the names of all series that Tandem, Ray and vLLM export."""
     series = {*FOREIGN, "ALERTS"}
     for metric in table.all_metrics():
         if metric.kind == "histogram":

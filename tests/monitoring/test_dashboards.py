@@ -1,4 +1,4 @@
-"""Grafana's pages: what is committed is what the code makes, and asks only for what is counted."""
+"""Grafana's files, as committed: valid queries for existing metrics, and all alerts."""
 
 import json
 from collections.abc import Iterator
@@ -9,63 +9,61 @@ import yaml
 
 from dashboards.__main__ import ROOT
 from dashboards.files import files
-from tests.monitoring.promql import known, names
+from tests.monitoring.promql import known_series, metric_names
 from tests.monitoring.test_rules import ALERTS, promtool, rules
-
-FILES = files()
 
 
 def panels() -> Iterator[tuple[str, dict[str, Any]]]:
-    for path, text in FILES.items():
-        if path.endswith(".json"):
-            for panel in json.loads(text)["panels"]:
-                yield path, panel
+    for path in sorted(ROOT.rglob("*.json")):
+        for panel in json.loads(path.read_text())["panels"]:
+            yield path.name, panel
 
 
 def queries() -> list[str]:
     return [target["expr"] for _, panel in panels() for target in panel.get("targets", [])]
 
 
-def test_committed_files_are_what_the_code_makes() -> None:
-    for path, text in FILES.items():
+def test_committed_files_are_up_to_date() -> None:
+    generated = files()
+    for path, text in generated.items():
         assert (ROOT / path).read_text() == text, f"{path}: run `python -m dashboards`"
     committed = {str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file()}
-    assert committed == {*FILES, "compose.yml"}
+    assert committed == {*generated, "compose.yml"}
 
 
-def test_every_query_is_promql_and_asks_only_for_what_is_counted(tmp_path: Path) -> None:
+def test_queries_are_valid_and_use_existing_metrics(tmp_path: Path) -> None:
     recorded = {rule["record"] for rule in rules() if "record" in rule}
     checked = []
     for number, query in enumerate(queries()):
         expr = query.replace("$__rate_interval", "1m").replace("$model", ".*")
         expr = expr.replace("$tenant", ".*")
         assert "$" not in expr
-        assert names(expr) <= known() | recorded, query
+        assert metric_names(expr) <= known_series() | recorded, query
         checked.append({"record": f"query_{number}", "expr": expr})
     path = tmp_path / "queries.yml"
     path.write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": checked}]}))
     promtool("check", "rules", path)
 
 
-def test_panels_have_room_and_a_source() -> None:
+def test_panels_fit_the_grid_and_have_a_data_source() -> None:
     for path, panel in panels():
-        place = panel["gridPos"]
-        assert place["x"] + place["w"] <= 24, (path, panel["title"])
+        position = panel["gridPos"]
+        assert position["x"] + position["w"] <= 24, (path, panel["title"])
         if panel["type"] != "row":
             assert panel["targets"]
             assert panel["datasource"]["uid"] == "prometheus"
 
 
-def test_every_alert_is_grafanas_too() -> None:
-    groups = yaml.safe_load(FILES["provisioning/alerting/tandem.yml"])["groups"]
-    theirs = {rule["title"]: rule for group in groups for rule in group["rules"]}
-    assert theirs.keys() == {rule["alert"] for rule in ALERTS}
+def test_every_alert_rule_exists_in_grafana() -> None:
+    groups = yaml.safe_load((ROOT / "provisioning/alerting/tandem.yml").read_text())["groups"]
+    grafana_rules = {rule["title"]: rule for group in groups for rule in group["rules"]}
+    assert grafana_rules.keys() == {rule["alert"] for rule in ALERTS}
     for rule in ALERTS:
-        assert theirs[rule["alert"]]["data"][0]["model"]["expr"] == rule["expr"]
-        assert "$value " not in theirs[rule["alert"]]["annotations"]["summary"]
+        assert grafana_rules[rule["alert"]]["data"][0]["model"]["expr"] == rule["expr"]
+        assert "$value " not in grafana_rules[rule["alert"]]["annotations"]["summary"]
 
 
-def test_what_compose_mounts_is_there() -> None:
+def test_files_mounted_by_compose_exist() -> None:
     services = yaml.safe_load((ROOT / "compose.yml").read_text())["services"]
     for service in services.values():
         for mount in service["volumes"]:

@@ -13,7 +13,7 @@ from cluster.cli.app import app
 from cluster.config import file as config_file
 from cluster.errors import ConfigError
 from cluster.metrics import table
-from tests.monitoring.promql import known, names
+from tests.monitoring.promql import known_series, metric_names
 from tests.monitoring.test_rules import promtool, rules
 
 ROOT = Path(__file__).parents[2]
@@ -83,7 +83,7 @@ def test_commands_are_found_and_wrong_ones_are_rejected() -> None:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
 def test_every_metric_exists(path: Path) -> None:
-    series = known() | RECORDED
+    series = known_series() | RECORDED
     families = series | {re.sub(r"_(bucket|sum|count)$", "", name) for name in series}
     mentioned = set(_METRIC.findall(text_of(path))) - NOT_METRICS
     wrong = {name for name in mentioned if name not in families and not is_prefix(name, series)}
@@ -107,7 +107,7 @@ def test_every_query_of_a_runbook_is_valid(tmp_path: Path) -> None:
     ]
     assert len(queries) > len(RUNBOOKS)
     for query in queries:
-        assert names(query) <= known() | RECORDED, query
+        assert metric_names(query) <= known_series() | RECORDED, query
     lines = [f"      - record: of:runbook\n        expr: {query!r}" for query in queries]
     file = tmp_path / "queries.yml"
     file.write_text("groups:\n  - name: runbooks\n    rules:\n" + "\n".join(lines))

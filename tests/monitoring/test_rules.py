@@ -1,4 +1,4 @@
-"""The recording and alert rules: right, tested, and each alert with a page that says what to do."""
+"""Rules are valid and behave as their cases say; each alert has a runbook."""
 
 import re
 import subprocess
@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from cluster.monitoring.prometheus import RULES, Targets, configuration
-from tests.monitoring.hurried import hurried
-from tests.monitoring.promql import known, names
+from tests.monitoring.fast_rules import speed_up
+from tests.monitoring.promql import known_series, metric_names
 
 ROOT = Path(__file__).parents[2]
 CASES = sorted(Path(__file__).parent.glob("*.yml"))
@@ -35,12 +35,12 @@ def rules() -> list[dict[str, Any]]:
 ALERTS = [rule for rule in rules() if "alert" in rule]
 
 
-def test_prometheus_takes_the_rules() -> None:
+def test_rules_are_valid() -> None:
     promtool("check", "rules", *sorted(RULES.glob("*.yml")))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda path: path.stem)
-def test_alerts_fire_when_they_should_and_only_then(case: Path) -> None:
+def test_alerts_fire_as_the_cases_say(case: Path) -> None:
     promtool("test", "rules", case.name, cwd=case.parent)
 
 
@@ -52,8 +52,8 @@ def test_each_alert_has_a_case_that_fires_it_and_one_that_does_not() -> None:
         for check in test["alert_rule_test"]
     ]
     fired = {check["alertname"] for check in cases if check["exp_alerts"]}
-    calm = {check["alertname"] for check in cases if not check["exp_alerts"]}
-    assert fired == calm == {rule["alert"] for rule in ALERTS}
+    silent = {check["alertname"] for check in cases if not check["exp_alerts"]}
+    assert fired == silent == {rule["alert"] for rule in ALERTS}
 
 
 @pytest.mark.parametrize("rule", ALERTS, ids=lambda rule: rule["alert"])
@@ -71,16 +71,16 @@ def test_every_runbook_belongs_to_an_alert() -> None:
     assert pages == {rule["annotations"]["runbook_url"] for rule in ALERTS}
 
 
-def test_rules_ask_only_for_what_is_counted() -> None:
+def test_rules_use_existing_metrics() -> None:
     recorded = {rule["record"] for rule in rules() if "record" in rule}
     for rule in rules():
-        assert names(rule["expr"]) <= known() | recorded, rule["expr"]
+        assert metric_names(rule["expr"]) <= known_series() | recorded, rule["expr"]
 
 
-def test_hurried_rules_differ_in_their_durations_alone(tmp_path: Path) -> None:
+def test_fast_rules_differ_in_durations_only(tmp_path: Path) -> None:
     for path in RULES.glob("*.yml"):
         text = path.read_text()
-        fast = hurried(text, 15)
+        fast = speed_up(text, 15)
         assert fast != text
         assert re.sub(r"\b\d+[smhd]\b", "", fast) == re.sub(r"\b\d+[smhd]\b", "", text)
         (tmp_path / path.name).write_text(fast)
@@ -91,7 +91,7 @@ def test_hurried_rules_differ_in_their_durations_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ingress", [None, "127.0.0.1:8000"])
-def test_prometheus_takes_its_configuration(tmp_path: Path, ingress: str | None) -> None:
+def test_the_configuration_of_prometheus_is_valid(tmp_path: Path, ingress: str | None) -> None:
     token = tmp_path / "token"
     token.write_text("t")
     targets = Targets("http://127.0.0.1:8265", ingress, str(token))

@@ -1,4 +1,4 @@
-"""How Prometheus is started, up to its process."""
+"""Preparations for starting Prometheus."""
 
 import shutil
 import stat
@@ -14,16 +14,16 @@ from cluster.launch import prometheus
 from cluster.launch.state import ClusterState
 
 
-def test_a_missing_prometheus_is_said_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_prometheus_is_reported_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(StartError, match="apt-get install --no-install-recommends prometheus"):
         prometheus.executable()
 
 
-def test_rays_dashboard_is_told_where_prometheus_is(tmp_path: Path) -> None:
-    told = prometheus.ray_variables(tmp_path, "http://127.0.0.1:9999")
-    assert told["RAY_PROMETHEUS_HOST"] == "http://127.0.0.1:9999"
-    assert told["RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR"].startswith(str(tmp_path))
+def test_rays_dashboard_gets_the_address_of_prometheus(tmp_path: Path) -> None:
+    variables = prometheus.ray_variables(tmp_path, "http://127.0.0.1:9999")
+    assert variables["RAY_PROMETHEUS_HOST"] == "http://127.0.0.1:9999"
+    assert variables["RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR"].startswith(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_rays_dashboard_is_told_where_prometheus_is(tmp_path: Path) -> None:
         {"operator_keys_sha256": ["0" * 64]},
     ],
 )
-def test_routers_that_want_a_key_are_not_scraped(tmp_path: Path, keys: dict[str, Any]) -> None:
+def test_routers_that_require_a_key_are_not_scraped(tmp_path: Path, keys: dict[str, Any]) -> None:
     generator = {"name": "gen", "model": "m", "engine": "sim"}
     config = parse({"generators": [generator], "router": keys})
     loaded = LoadedConfig(Path("x"), {}, "tandem", config, "127.0.0.1", 8000)
@@ -44,7 +44,7 @@ def test_routers_that_want_a_key_are_not_scraped(tmp_path: Path, keys: dict[str,
     assert targets.ingress == (None if keys else "127.0.0.1:8000")
 
 
-def test_rays_token_is_written_for_the_user_alone(
+def test_rays_token_file_is_readable_by_the_user_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
