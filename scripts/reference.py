@@ -25,7 +25,14 @@ from cluster.metrics import Metric, table
 from cluster.monitoring.foreign import RAY, VLLM
 
 MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
-_TYPE_NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", ByteSize: "bytes"}
+_TYPE_NAMES = {
+    Any: "any value",
+    str: "string",
+    int: "integer",
+    float: "number",
+    bool: "boolean",
+    ByteSize: "bytes",
+}
 _LINK = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)]*)\)")
 
 
@@ -79,11 +86,17 @@ def _former_name(metric: Metric) -> str:
 
 def configuration() -> str:
     """Return a section with a table of fields for each section of the configuration."""
-    return "\n".join(_section("args", TandemConfig, None))
+    return "\n".join(_section("args", TandemConfig, None, {}))
 
 
-def _section(path: str, model: type[BaseModel], preset: BaseModel | None) -> Iterator[str]:
-    """Yield one section and those below it; ``preset`` has the defaults that its parent sets."""
+def _section(
+    path: str, model: type[BaseModel], preset: BaseModel | None, anchors: dict[str, str]
+) -> Iterator[str]:
+    """Yield one section and those below it.
+
+    ``preset`` has the defaults that the parent sets. ``anchors`` has the sections that exist; one
+    that would be equal is linked instead of repeated.
+    """
     described = _attribute_docs(model)
     rows, nested = [], []
     for name, field in model.model_fields.items():
@@ -93,15 +106,18 @@ def _section(path: str, model: type[BaseModel], preset: BaseModel | None) -> Ite
         kind = _type(field)
         if section is not None:
             child = f"{path}.{name}".removeprefix("args.")
-            nested.append((child, section, value if isinstance(value, BaseModel) else None))
-            kind = f"[{kind}](#{_anchor(child)})"
+            preset_below = value if isinstance(value, BaseModel) else None
+            key = f"{section.__name__} {preset_below!r}"
+            if key not in anchors:
+                nested.append((child, section, preset_below))
+            kind = f"[{kind}](#{anchors.setdefault(key, _anchor(child))})"
         default = "required" if field.is_required() else _yaml(value)
         rows.append((f"`{name}`", kind, default, description))
     yield f"## `{path}` {{ #{_anchor(path)} }}\n"
     yield f"{_prose(inspect.getdoc(model))}\n"
     yield _table(("field", "type", "default", "description"), rows)
     for child in nested:
-        yield from _section(*child)
+        yield from _section(*child, anchors)
 
 
 def _anchor(path: str) -> str:
@@ -142,12 +158,15 @@ def _type_name(annotation: Any) -> str:
 
 def _bounds(field: FieldInfo) -> str:
     symbols = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    found = [
-        f"{symbol} {getattr(one, bound)}"
-        for one in field.metadata
-        for bound, symbol in symbols.items()
-        if getattr(one, bound, None) is not None
-    ]
+    is_size = ByteSize in (field.annotation, *typing.get_args(field.annotation))
+    found = []
+    for one in field.metadata:
+        for bound, symbol in symbols.items():
+            value = getattr(one, bound, None)
+            if value:
+                found.append(f"{symbol} {_yaml(ByteSize(value)) if is_size else value}")
+            elif value == 0 and not is_size:
+                found.append(f"{symbol} 0")
     return f", {', '.join(found)}" if found else ""
 
 
@@ -301,7 +320,9 @@ def _table(head: tuple[str, ...], rows: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    return re.sub(r"(?<!\\)\|", r"\\|", text.replace("``", "`").replace("\n", " "))
+    # Python-Markdown takes a pipe inside a code span as text, backslash included.
+    parts = re.split("(`[^`]*`)", text.replace("``", "`").replace("\n", " "))
+    return "".join(part if part[:1] == "`" else part.replace("|", "\\|") for part in parts)
 
 
 GENERATORS = {
