@@ -5,10 +5,10 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from cluster.config import ClassifierConfig, ResourcesConfig
 from cluster.engines.classifier.model.device import choose_device, choose_precision
+from cluster.engines.classifier.model.outputs import Pooling
+from cluster.engines.classifier.model.packed.gpu import VarlenBert
 from cluster.engines.classifier.model.packed.linear import Arithmetic
-from cluster.engines.classifier.model.packed.varlen import VarlenBert
 from cluster.engines.classifier.model.padded import TransformersModel
-from cluster.engines.classifier.model.pooling import Pooling
 
 LAYERS, WIDTH, INNER = 6, 384, 1536
 

@@ -26,10 +26,11 @@ from cluster.config import ClassifierConfig
 from cluster.engines.classifier import make_classifier_engine
 from cluster.engines.classifier.engine import ClassifierEngine
 from cluster.engines.classifier.model import build, device
+from cluster.engines.classifier.model.agreement import Agreement
 from cluster.engines.classifier.model.check_texts import FILE
-from cluster.engines.classifier.model.packed import PackedBert
+from cluster.engines.classifier.model.packed.cpu import PackedBert
+from cluster.engines.classifier.model.packed.network import supports
 from cluster.engines.classifier.model.padded import TransformersModel
-from cluster.engines.classifier.model.precision import Agreement
 from cluster.engines.classifier.serving.tasks.embed import Embed
 from cluster.errors import (
     ConfigError,
@@ -259,7 +260,7 @@ BAD = [
     ("/v1/embeddings", {"input": [1, "a"]}, 422, "mixture", "input"),
     ("/v1/embeddings", {"input": [[1], 2]}, 422, "mixture", "input"),
     ("/v1/embeddings", {"input": [14]}, 400, "token id 14; allowed: 0 to 13", "input"),
-    ("/v1/embeddings", {"input": [[1], [-1]]}, 400, "input[1] holds the token id -1", "input"),
+    ("/v1/embeddings", {"input": [[1], [-1]]}, 400, "input[1] has the token id -1", "input"),
     ("/v1/embeddings", {"input": [10**30]}, 400, "allowed: 0 to 13", "input"),
     ("/v1/embeddings", {"input": [1] * 33}, 400, "input[0] has 33 tokens", "input"),
     ("/v1/embeddings", {"input": "a", "dimensions": 17}, 400, "16", "dimensions"),
@@ -402,7 +403,7 @@ async def test_a_full_queue_refuses_at_once(model_path, gate):
         answer = await post(engine, "/classify", {"input": ["bad film"] * 20})
         assert answer.status_code == 429
         assert int(answer.headers["retry-after"]) >= 1
-        with pytest.raises(OverloadedError, match="80 tokens wait"):
+        with pytest.raises(OverloadedError, match="80 tokens are waiting"):
             await engine.service.encode("classify", ["a b c d e f g h i j k l m n o p q r s t"])
         release.release(10)
         await asyncio.gather(first, second)
@@ -540,10 +541,10 @@ def test_packed_and_padded_agree(network, lengths, seed, task):
 
 
 def test_only_plain_bert_is_packed(network):
-    assert PackedBert.supports(network)
-    assert PackedBert.supports(network.base_model)
-    assert not PackedBert.supports(roberta())
-    assert not PackedBert.supports(distilbert())
+    assert supports(network)
+    assert supports(network.base_model)
+    assert not supports(roberta())
+    assert not supports(distilbert())
 
 
 @pytest.fixture
@@ -570,7 +571,7 @@ async def test_low_precision_that_disagrees_is_refused_or_not_chosen(
     own_home, tmp_path, network, monkeypatch
 ):
     path = with_check_texts(tmp_path / "model", network, TEXTS)
-    monkeypatch.setattr(build, "measure", lambda *_: Agreement(0.9, len(TEXTS)))
+    monkeypatch.setattr(build, "measure_agreement", lambda *_: Agreement(0.9, len(TEXTS)))
     monkeypatch.setattr(device, "has_native_bfloat16", lambda: True)
     with pytest.raises(ConfigError, match=r"bfloat16 agrees with float32 on 90\.00% of 7 answers"):
         await ClassifierEngine(config(dtype="bfloat16"), path).start()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from cluster.engines.classifier.model.check_texts import check_texts
-from cluster.engines.classifier.model.packed import PackedBert
+from cluster.engines.classifier.model.packed.cpu import PackedBert
 from cluster.engines.classifier.model.packed.linear import Arithmetic
 from cluster.engines.classifier.model.padded import TransformersModel
 from cluster.engines.classifier.model.tokenizer import TextTokenizer

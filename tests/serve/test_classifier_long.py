@@ -113,7 +113,7 @@ async def test_many_long_texts_keep_their_order(engine):
 @pytest.mark.parametrize(
     ("body", "status", "says", "param"),
     [
-        ({"stride": 20}, 400, "stride is 20; with this model it may be 19", "stride"),
+        ({"stride": 20}, 400, "stride is 20; the limit of this model is 19", "stride"),
         ({"stride": -1}, 422, ">= 0", "stride"),
         ({"stride": 5, "truncate": True}, 400, "exclude each other", "stride"),
         ({"windows": True}, 400, "needs a stride", "windows"),

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from cluster.engines.classifier.serving.drift import Drift, DriftSnapshot
 from cluster.engines.classifier.serving.metrics import write_counts, write_drift
-from cluster.engines.classifier.serving.runner import RunnerCounts
+from cluster.engines.classifier.serving.runner import BatchCounts
 from cluster.engines.classifier.serving.service import ClassifierCounts
 from cluster.metrics import Histogram, Registry
 
@@ -18,9 +18,9 @@ def values(registry: Registry) -> dict[tuple[str, ...], float]:
 
 def test_counts_are_set_again_and_again() -> None:
     registry = Registry()
-    done = RunnerCounts()
+    done = BatchCounts()
     for texts in (5, 4):
-        done.batch(texts, 35, padding=2, compute_s=0.125)
+        done.add_batch(texts, 35, padding=2, compute_s=0.125)
         counts = ClassifierCounts(
             *(done.batches, done.texts, done.tokens, done.compute_s, 1),
             padding=done.padding,

@@ -16,10 +16,20 @@ from torch.nn import functional
 from transformers import BertConfig, BertForSequenceClassification
 
 from cluster.config import ClassifierConfig
-from cluster.engines.classifier.model import build, precision
+from cluster.engines.classifier.model import agreement, build
+from cluster.engines.classifier.model.agreement import (
+    Agreement,
+    AgreementStore,
+    batches_by_length,
+    measure_agreement,
+    require_agreement,
+)
 from cluster.engines.classifier.model.check_texts import FILE, check_texts
+from cluster.engines.classifier.model.device import share_threads
 from cluster.engines.classifier.model.load import load_model
-from cluster.engines.classifier.model.packed import PackedBert
+from cluster.engines.classifier.model.outputs import Pooling
+from cluster.engines.classifier.model.packed.cpu import PackedBert
+from cluster.engines.classifier.model.packed.gpu import Buffers, VarlenBert
 from cluster.engines.classifier.model.packed.layout import Layout
 from cluster.engines.classifier.model.packed.linear import (
     Arithmetic,
@@ -29,22 +39,12 @@ from cluster.engines.classifier.model.packed.linear import (
     make_linear,
 )
 from cluster.engines.classifier.model.packed.quantize import (
-    Observer,
-    eight_bits,
-    observed,
-    quantized,
+    RangeObserver,
+    observed_arithmetic,
+    quantize,
+    quantized_arithmetic,
 )
-from cluster.engines.classifier.model.packed.varlen import Slot, VarlenBert
 from cluster.engines.classifier.model.padded import TransformersModel
-from cluster.engines.classifier.model.pooling import Pooling
-from cluster.engines.classifier.model.precision import (
-    Agreement,
-    AgreementStore,
-    batches,
-    measure,
-    require,
-)
-from cluster.engines.classifier.model.team import share_threads
 from cluster.engines.classifier.serving import service
 from cluster.engines.classifier.serving.jobs import Job
 from cluster.engines.classifier.serving.queue import JobQueue
@@ -104,7 +104,9 @@ def test_prepacked_layers_compute_what_plain_ones_do(dtype, activation):
     close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.03}
     torch.testing.assert_close(packed(x), plain(x), **close)
     if activation is None:
-        torch.testing.assert_close(packed.plus(x, residual), plain.plus(x, residual), **close)
+        torch.testing.assert_close(
+            packed.with_residual(x, residual), plain.with_residual(x, residual), **close
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -149,11 +151,11 @@ def test_scores_in_8_bits_do_not_depend_on_company(net):
 
 
 def in_8_bits(net):
-    observer = Observer()
-    full = PackedBert(net, observed(observer))
+    observer = RangeObserver()
+    full = PackedBert(net, observed_arithmetic(observer))
     for task in ("classify", "embed"):
         full.run(task, texts(*range(1, 60), seed=7))
-    return PackedBert(net, quantized(observer.seen)), full
+    return PackedBert(net, quantized_arithmetic(observer.ranges)), full
 
 
 def test_8_bits_are_near_to_float32(net):
@@ -161,7 +163,7 @@ def test_8_bits_are_near_to_float32(net):
     ids = texts(*range(5, 60), seed=8)
     for task, mean in (("classify", 0.02), ("embed", 0.01)):
         off = np.abs(model.run(task, ids) - full.run(task, ids))
-        assert 0 < off.mean() < mean  # zero would mean that nothing was quantized
+        assert 0 < off.mean() < mean  # zero would mean that nothing was quantized_arithmetic
 
 
 def test_computing_in_8_bits_does_not_touch_the_warnings_of_other_threads(net, monkeypatch):
@@ -175,15 +177,15 @@ def test_computing_in_8_bits_does_not_touch_the_warnings_of_other_threads(net, m
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_eight_bits_round_and_saturate():
     x = torch.tensor([[-9.0, -1.0, 0.0, 0.24, 0.26, 99.0]])
-    assert eight_bits(x, 0.5, 4).tolist() == [[0, 2, 4, 4, 5, 202]]
-    assert eight_bits(x, 0.1, 4).tolist()[0][-1] == 255
+    assert quantize(x, 0.5, 4).tolist() == [[0, 2, 4, 4, 5, 202]]
+    assert quantize(x, 0.1, 4).tolist()[0][-1] == 255
 
 
 def test_the_layout_groups_texts_of_like_length():
-    layout = Layout.of(texts(19, 20, 20, 40), heads=2, mask_dtype=torch.float32)
+    layout = Layout.for_batch(texts(19, 20, 20, 40), heads=2, mask_dtype=torch.float32)
     assert [(group.texts, group.length) for group in layout.groups] == [(3, 20), (1, 40)]
     assert layout.padded_pairs == 20**2 - 19**2
-    assert layout.packed.firsts.tolist()[:4] == [0, 19, 39, 59]
+    assert layout.packed.starts.tolist()[:4] == [0, 19, 39, 59]
     assert layout.num_tokens == 99
     gathered = layout.back.tolist()[: 99 * 2]
     assert len(set(gathered)) == len(gathered)
@@ -193,9 +195,9 @@ def test_the_shapes_of_many_batches_are_few():
     shapes = {"rows": set(), "slots": set(), "products": set()}
     for seed in range(200):
         lengths = sorted(random.Random(seed).choices(range(5, 120), k=20 + seed % 13))
-        layout = Layout.of(texts(*lengths), heads=2, mask_dtype=torch.float32)
+        layout = Layout.for_batch(texts(*lengths), heads=2, mask_dtype=torch.float32)
         shapes["rows"].add(len(layout.packed.tokens))
-        shapes["slots"].add(len(layout.packed.firsts))
+        shapes["slots"].add(len(layout.packed.starts))
         for group in layout.groups:
             parts = group.portions
             shapes["products"] |= {(part.stop - part.start, group.length) for part in parts}
@@ -210,7 +212,7 @@ def test_the_shapes_of_many_batches_are_few():
 
 
 def test_texts_of_less_than_a_register_are_padded_among_themselves(net):
-    layout = Layout.of(texts(9, 12, 13, 16), heads=2, mask_dtype=torch.bfloat16)
+    layout = Layout.for_batch(texts(9, 12, 13, 16), heads=2, mask_dtype=torch.bfloat16)
     assert [(group.texts, group.length) for group in layout.groups] == [(2, 12), (2, 16)]
     model = PackedBert(net, Arithmetic.plain(torch.bfloat16))
     ids = texts(*[11] * 200, 13, seed=5)
@@ -286,7 +288,7 @@ async def test_an_engine_on_a_gpu_prepares_beside_what_it_computes(tmp_path, mon
     path = save_model(tmp_path / "model", bert())
     config = ClassifierConfig(name="a", model="a", dtype="float32", max_batch_tokens=64)
 
-    filled, overlaps, fill = [], threading.Event(), Slot.fill
+    filled, overlaps, fill = [], threading.Event(), Buffers.fill
 
     def note(slot, ids):
         fill(slot, ids)
@@ -305,7 +307,7 @@ async def test_an_engine_on_a_gpu_prepares_beside_what_it_computes(tmp_path, mon
         model = VarlenBert(net, how, Pooling(), attend, graphs=False)
         return replace(loaded, model=model, shares_cores=False)
 
-    monkeypatch.setattr(Slot, "fill", note)
+    monkeypatch.setattr(Buffers, "fill", note)
     monkeypatch.setattr(service, "load_model", load)
     async with running_config(config, path) as engine:
         encode = engine.service.encode
@@ -338,20 +340,22 @@ def test_agreement_counts_labels_and_cosines():
         return rows
 
     ids = texts(3, 4, 5, 6)
-    assert measure("classify", low, full, ids) == Agreement(0.75, 4)
-    assert measure("embed", low, full, ids) == Agreement(0.75, 4)
-    assert measure("classify", full, full, ids).share == 1.0
+    assert measure_agreement("classify", low, full, ids) == Agreement(0.75, 4)
+    assert measure_agreement("embed", low, full, ids) == Agreement(0.75, 4)
+    assert measure_agreement("classify", full, full, ids).share == 1.0
 
 
 def test_agreement_compares_each_token_and_the_best_token_of_each_mask():
     ids = texts(2, 2)
     tokens = [np.eye(3, dtype=np.float32)[row] for row in ([0, 1, 2], [2])]
     other = [tokens[0], tokens[0][:1]]
-    same = measure("token-classification", lambda *_: other, lambda *_: tokens, ids)
+    same = measure_agreement("token-classification", lambda *_: other, lambda *_: tokens, ids)
     assert same == Agreement(0.75, 4)
     masks = [np.array([[7, 3, 0.9, 0.1]]), np.array([[5, 3, 0.6, 0.4]])]
     swapped = [masks[0], np.array([[3, 5, 0.5, 0.5]])]
-    assert measure("fill-mask", lambda *_: swapped, lambda *_: masks, ids) == Agreement(0.5, 2)
+    assert measure_agreement("fill-mask", lambda *_: swapped, lambda *_: masks, ids) == Agreement(
+        0.5, 2
+    )
 
 
 def test_agreement_of_several_labels_is_that_of_all_of_them():
@@ -359,7 +363,7 @@ def test_agreement_of_several_labels_is_that_of_all_of_them():
     found = np.array([[0.7, 0.51, 0.4], [0.9, 0.49, 0.1], [0.2, 0.3, 0.1]], np.float32)
     ids = texts(2, 3, 4)
     several = "multi_label_classification"
-    same = measure("classify", lambda *_: found, lambda *_: wanted, ids, several)
+    same = measure_agreement("classify", lambda *_: found, lambda *_: wanted, ids, several)
     assert same == Agreement(2 / 3, 3)
 
 
@@ -375,13 +379,13 @@ def test_agreement_of_numbers_is_nearness_by_their_spread_over_all_texts(width):
         rows = full(task, some) + 0.01
         return rows + [[0.1 * (len(row) == 20)] * width for row in some]
 
-    assert measure("classify", low, full, ids, "regression") == Agreement(32 / 33, 33)
+    assert measure_agreement("classify", low, full, ids, "regression") == Agreement(32 / 33, 33)
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_what_is_measured_is_what_the_tasks_ask_for(name):
     pool = ClassifierConfig(name="one", model="one", tasks=(name,))
-    assert build.computed(pool) == (TASKS[name].head,)
+    assert build.computed_heads(pool) == (TASKS[name].head,)
 
 
 @pytest.mark.parametrize(
@@ -397,7 +401,7 @@ async def test_every_head_is_measured_before_it_computes_in_bfloat16(
     tmp_path, monkeypatch, tasks, head, labels
 ):
     monkeypatch.setenv("TANDEM_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(precision, "MIN_AGREEMENT", 0)  # a random network's answers are close
+    monkeypatch.setattr(agreement, "MIN_AGREEMENT", 0)  # a random network's answers are close
     model = save(tmp_path / "model", head=head, labels=labels)
     (tmp_path / "model" / FILE).write_text("".join(f'{{"text": "{t}"}}\n' for t in TEXTS))
     async with running(model, *tasks, dtype="bfloat16") as engine:
@@ -406,9 +410,9 @@ async def test_every_head_is_measured_before_it_computes_in_bfloat16(
 
 def test_too_little_agreement_is_refused():
     pool = ClassifierConfig(name="mood", model="mood", dtype="int8")
-    require(pool, Agreement(0.995, 400), "int8")
+    require_agreement(pool, Agreement(0.995, 400), "int8")
     with pytest.raises(ConfigError, match=r"mood\.dtype: int8 agrees .* 99\.00% of 400 .* 99\.5%"):
-        require(pool, Agreement(0.99, 400), "int8")
+        require_agreement(pool, Agreement(0.99, 400), "int8")
 
 
 def test_agreement_is_kept_until_the_model_changes(tmp_path, monkeypatch):
@@ -438,7 +442,7 @@ def test_the_model_brings_its_own_texts_or_has_ours(tmp_path):
 
 
 def test_batches_ascend():
-    made = batches(texts(*range(1, 71)))
+    made = batches_by_length(texts(*range(1, 71)))
     assert [len(batch) for batch in made] == [32, 32, 6]
     assert [len(row) for batch in made for row in batch] == list(range(1, 71))
 
@@ -446,41 +450,41 @@ def test_batches_ascend():
 def put(queue, *lengths):
     job = Job("classify", [], None, asyncio.get_running_loop().create_future(), 0.0)
     job.ids = texts(*lengths)
-    queue.put(job)
+    queue.put_job(job)
 
 
 async def test_a_batch_is_cut_for_each_thread_and_small_ones_wait():
     queue = JobQueue(max_batch_tokens=1024, max_queued_tokens=100_000)
-    queue.share(2)
+    queue.set_streams(2)
 
     put(queue, *[10] * 60)
-    first, second = queue.take(), queue.take()
+    first, second = queue.take_batch(), queue.take_batch()
     assert [turn.batch.num_tokens for turn in (first, second)] == [300, 300]
-    assert not first.alone
+    assert not first.uses_all_cores
     put(queue, *[10] * 5)
     taken = []
-    thread = threading.Thread(target=lambda: taken.append(queue.take()))
+    thread = threading.Thread(target=lambda: taken.append(queue.take_batch()))
     thread.start()
-    queue.finish()
+    queue.finish_batch()
     assert not taken  # 50 tokens wait for the one that still runs
-    queue.finish()
+    queue.finish_batch()
     thread.join()
-    assert taken[0].alone
+    assert taken[0].uses_all_cores
     assert taken[0].batch.num_tokens == 50
-    queue.finish()
+    queue.finish_batch()
     put(queue, *[64] * 100)
-    assert queue.take().batch.num_tokens == 1024
+    assert queue.take_batch().batch.num_tokens == 1024
 
 
 async def test_beside_a_batch_on_a_gpu_only_a_full_one_is_prepared():
     queue = JobQueue(max_batch_tokens=1024, max_queued_tokens=100_000)
-    queue.share(2, in_turn=True)
+    queue.set_streams(2, one_at_a_time=True)
     taken = SimpleQueue()
-    thread = threading.Thread(target=lambda: taken.put(queue.take(leads=False)))
+    thread = threading.Thread(target=lambda: taken.put(queue.take_batch(is_leader=False)))
     thread.start()
 
     put(queue, *[10] * 60)
-    assert queue.take().batch.num_tokens == 600
+    assert queue.take_batch().batch.num_tokens == 600
     put(queue, *[10] * 100)
     assert taken.empty()
     put(queue, *[10] * 10)
@@ -491,10 +495,10 @@ async def test_beside_a_batch_on_a_gpu_only_a_full_one_is_prepared():
 
 async def test_a_batch_that_leaves_enough_for_another_wakes_the_next_thread():
     queue = JobQueue(max_batch_tokens=1024, max_queued_tokens=100_000)
-    queue.share(3)
+    queue.set_streams(3)
     taken = SimpleQueue()
     threads = [
-        threading.Thread(target=lambda leads=leads: taken.put(queue.take(leads)))
+        threading.Thread(target=lambda leads=leads: taken.put(queue.take_batch(leads)))
         for leads in (True, False, False)
     ]
     for thread in threads:
@@ -502,7 +506,7 @@ async def test_a_batch_that_leaves_enough_for_another_wakes_the_next_thread():
     put(queue, *[10] * 90)
     turns = [await asyncio.to_thread(taken.get, timeout=30) for _ in threads]
     assert sorted(turn.batch.num_tokens for turn in turns) == [300, 300, 300]
-    assert not any(turn.alone for turn in turns)
+    assert not any(turn.uses_all_cores for turn in turns)
 
 
 @given(num_threads=st.integers(1, 300), num_streams=st.integers(1, MAX_STREAMS))

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from cluster.engines.classifier.model.team import pin_threads
+from cluster.engines.classifier.model.device import pin_threads
 
 
 def in_a_thread(function):

@@ -16,7 +16,7 @@ requests = st.lists(
 
 def drain(batcher: Batcher[int]) -> list[Batch[int]]:
     batches = []
-    while batch := batcher.cut():
+    while batch := batcher.cut_batch():
         batches.append(batch)
     return batches
 
@@ -25,7 +25,7 @@ def drain(batcher: Batcher[int]) -> list[Batch[int]]:
 def test_every_text_comes_once_within_the_budget(reqs, lookahead):
     batcher = Batcher[int](BUDGET, lookahead)
     for key, (task, lengths) in enumerate(reqs):
-        batcher.add(key, task, lengths)
+        batcher.add_request(key, task, lengths)
     assert batcher.waiting_tokens == sum(sum(lengths) for _, lengths in reqs)
     seen = []
     for batch in drain(batcher):
@@ -45,10 +45,10 @@ def test_every_text_comes_once_within_the_budget(reqs, lookahead):
 def test_cancelled_texts_are_skipped_and_counted(reqs, data):
     batcher = Batcher[int](BUDGET)
     for key, (task, lengths) in enumerate(reqs):
-        batcher.add(key, task, lengths)
-    first = batcher.cut()
+        batcher.add_request(key, task, lengths)
+    first = batcher.cut_batch()
     gone = data.draw(st.sets(st.sampled_from(range(len(reqs))))) if reqs else set()
-    skipped = sum(batcher.cancel(key) for key in gone)
+    skipped = sum(batcher.cancel_request(key) for key in gone)
     rest = drain(batcher)
     assert all(item.key not in gone for batch in rest for item in batch.items)
     served = sum(len(batch.items) for batch in [first, *rest] if batch)
@@ -66,13 +66,13 @@ def test_no_text_starves_under_an_endless_flood(old, random):
     requests); after ``sum(old)`` cuts nothing newer comes before it, and each cut serves the first.
     """
     batcher = Batcher[int](BUDGET)
-    batcher.add(0, "classify", old)
+    batcher.add_request(0, "classify", old)
     key, left, cuts = 0, len(old), 0
     while left:
         while batcher.waiting_requests < 32:
             key += 1
-            batcher.add(key, "classify", [random.choice([1, 2, 30, 31, 32])])
-        batch = batcher.cut()
+            batcher.add_request(key, "classify", [random.choice([1, 2, 30, 31, 32])])
+        batch = batcher.cut_batch()
         assert batch
         cuts += 1
         left -= sum(item.key == 0 for item in batch.items)
@@ -81,25 +81,25 @@ def test_no_text_starves_under_an_endless_flood(old, random):
 
 def test_a_single_text_overtakes_a_large_request():
     batcher = Batcher[str](BUDGET)
-    batcher.add("large", "classify", [16] * 1000)
+    batcher.add_request("large", "classify", [16] * 1000)
     for _ in range(20):
-        batcher.cut()
+        batcher.cut_batch()
     for length in (3, 16, 60):
-        batcher.add(f"single {length}", "classify", [length])
-    keys = {item.key for _ in range(4) if (batch := batcher.cut()) for item in batch.items}
+        batcher.add_request(f"single {length}", "classify", [length])
+    keys = {item.key for _ in range(4) if (batch := batcher.cut_batch()) for item in batch.items}
     assert {"single 3", "single 16", "single 60"} <= keys
 
 
 def test_a_large_request_keeps_its_share_beside_many_singles():
     """63 singles wait at every moment; the large request gets at least half of a 64th."""
     batcher = Batcher[int](BUDGET, lookahead=1)
-    batcher.add(0, "classify", [16] * 100)
+    batcher.add_request(0, "classify", [16] * 100)
     number, served, large = 0, 0, 0
     while served < 64 * 50:
         while batcher.waiting_requests < 64:
             number += 1
-            batcher.add(number, "classify", [16])
-        batch = batcher.cut()
+            batcher.add_request(number, "classify", [16])
+        batch = batcher.cut_batch()
         assert batch
         served += len(batch.items)
         large += sum(item.key == 0 for item in batch.items)
@@ -109,27 +109,27 @@ def test_a_large_request_keeps_its_share_beside_many_singles():
 def test_requests_that_fit_a_batch_are_finished_in_the_order_of_their_coming():
     batcher = Batcher[str](BUDGET, lookahead=1)
     for key in "abcd":
-        batcher.add(key, "classify", [4] * (BUDGET // 4))
+        batcher.add_request(key, "classify", [4] * (BUDGET // 4))
     assert [{item.key for item in batch.items} for batch in drain(batcher)] == [*map(set, "abcd")]
 
 
 def test_a_smaller_request_overtakes_larger_ones_that_came_before():
     batcher = Batcher[str](BUDGET, lookahead=1)
     for key in "abcd":
-        batcher.add(key, "classify", [4] * (BUDGET // 4))
-    batcher.cut()
-    batcher.add("small", "classify", [4])
-    batch = batcher.cut()
+        batcher.add_request(key, "classify", [4] * (BUDGET // 4))
+    batcher.cut_batch()
+    batcher.add_request("small", "classify", [4])
+    batch = batcher.cut_batch()
     assert batch
     assert "small" in {item.key for item in batch.items}
 
 
 def test_a_single_text_is_not_put_behind_shorter_ones_that_come_later():
     batcher = Batcher[str](BUDGET, lookahead=1)
-    batcher.add("long", "classify", [BUDGET // 4 - 1])
+    batcher.add_request("long", "classify", [BUDGET // 4 - 1])
     for number in range(BUDGET):
-        batcher.add(f"short {number}", "classify", [1])
-    batch = batcher.cut()
+        batcher.add_request(f"short {number}", "classify", [1])
+    batch = batcher.cut_batch()
     assert batch
     assert "long" in {item.key for item in batch.items}
 
@@ -137,10 +137,10 @@ def test_a_single_text_is_not_put_behind_shorter_ones_that_come_later():
 def test_large_requests_of_one_age_share_evenly():
     batcher = Batcher[str](BUDGET, lookahead=1)
     for key in "abcd":
-        batcher.add(key, "classify", [4] * 100)
+        batcher.add_request(key, "classify", [4] * 100)
     counts = dict.fromkeys("abcd", 0)
     for _ in range(20):
-        batch = batcher.cut()
+        batch = batcher.cut_batch()
         assert batch
         for item in batch.items:
             counts[item.key] += 1
@@ -151,11 +151,11 @@ def test_large_requests_of_one_age_share_evenly():
 def test_large_requests_get_the_same_whatever_the_lengths_of_their_texts(one, other):
     """While both have texts that wait, neither is ahead by more than portions and batches are."""
     batcher = Batcher[int](BUDGET, lookahead=1)
-    batcher.add(0, "classify", [one] * (40 * BUDGET // one + 1))
-    batcher.add(1, "classify", [other] * (40 * BUDGET // other + 1))
+    batcher.add_request(0, "classify", [one] * (40 * BUDGET // one + 1))
+    batcher.add_request(1, "classify", [other] * (40 * BUDGET // other + 1))
     served = [0, 0]
     while batcher.waiting_requests == 2:
-        batch = batcher.cut()
+        batch = batcher.cut_batch()
         assert batch
         for item in batch.items:
             served[item.key] += item.length
@@ -165,8 +165,8 @@ def test_large_requests_get_the_same_whatever_the_lengths_of_their_texts(one, ot
 def test_texts_of_like_length_go_together():
     batcher = Batcher[int](BUDGET)
     for key in range(16):
-        batcher.add(key, "classify", [3 if key % 2 else 8])
-    first, second = batcher.cut(), batcher.cut()
+        batcher.add_request(key, "classify", [3 if key % 2 else 8])
+    first, second = batcher.cut_batch(), batcher.cut_batch()
     assert first
     assert second
     assert {item.length for item in first.items} == {8}
@@ -175,14 +175,14 @@ def test_texts_of_like_length_go_together():
 
 def test_a_key_waits_once_and_an_unknown_one_cancels_nothing():
     batcher = Batcher[str](BUDGET)
-    batcher.add("a", "classify", [1])
-    with pytest.raises(ValueError, match="waits already"):
-        batcher.add("a", "classify", [1])
-    assert batcher.cancel("b") == 0
-    assert batcher.cancel("a") == 1
-    assert batcher.cut() is None
-    batcher.add("a", "classify", [1])
-    assert batcher.cut()
+    batcher.add_request("a", "classify", [1])
+    with pytest.raises(ValueError, match="already waiting"):
+        batcher.add_request("a", "classify", [1])
+    assert batcher.cancel_request("b") == 0
+    assert batcher.cancel_request("a") == 1
+    assert batcher.cut_batch() is None
+    batcher.add_request("a", "classify", [1])
+    assert batcher.cut_batch()
 
 
 @given(st.lists(st.integers(1, 512)).map(sorted), st.floats(0, 1))

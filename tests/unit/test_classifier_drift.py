@@ -80,7 +80,7 @@ def test_what_waits_to_be_counted_is_bounded():
     monitor = DriftMonitor(LABELS, None)
     for _ in range(1000):
         monitor.observe(*rows(3, 0.5))
-        assert monitor._num_pending < drift.PENDING_TEXTS
+        assert monitor.num_pending < drift.PENDING_TEXTS
 
 
 def test_labels_that_the_reference_lacks_are_new_ones(reference):

@@ -3,15 +3,20 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from cluster.engines.classifier.serving.spans import Span, Strategy, Tokens, find_spans
+from cluster.engines.classifier.serving.tasks.token_classification import (
+    Span,
+    Strategy,
+    TokenScores,
+    find_spans,
+)
 
 LABELS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 
 
-def tokens(*rows: tuple[str, int, int, bool, dict[str, float]]) -> Tokens:
+def tokens(*rows: tuple[str, int, int, bool, dict[str, float]]) -> TokenScores:
     """(text, start, end, continues, scores by label); what is not named has 0."""
     scores = [[row[4].get(label, 0.0) for label in LABELS] for row in rows]
-    return Tokens(
+    return TokenScores(
         np.array(scores, np.float32),
         np.array([row[1:3] for row in rows], np.int64),
         np.array([row[3] for row in rows], np.bool_),
@@ -56,7 +61,7 @@ def test_the_score_is_the_mean_of_what_was_joined() -> None:
 def test_labels_without_prefix_are_joined_and_o_separates() -> None:
     scores = np.array([[0, 1], [0, 1], [1, 0], [0, 1]], np.float32)
     spans = np.array([[0, 1], [2, 3], [4, 5], [6, 7]])
-    given = Tokens(scores, spans, np.zeros(4, np.bool_))
+    given = TokenScores(scores, spans, np.zeros(4, np.bool_))
     assert find_spans(given, ("O", "noun"), "simple") == [
         Span("noun", 1.0, 0, 3),
         Span("noun", 1.0, 6, 7),

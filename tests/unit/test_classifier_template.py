@@ -4,8 +4,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from cluster.engines.classifier.model.template import (
     Template,
-    cut,
-    fit,
+    cut_ids,
+    fit_pair,
     pair_template,
     single_template,
 )
@@ -44,10 +44,10 @@ def test_two_texts_are_cut_as_tokenizers_cuts_them(first: int, second: int, room
     backend.enable_truncation(room, strategy="longest_first")
     encoding = backend.encode(" ".join("a" * first), " ".join("b" * second))
     lengths = encoding.ids.count(3), encoding.ids.count(4)
-    assert fit(first, second, room) == lengths
+    assert fit_pair(first, second, room) == lengths
 
 
 def test_cutting_on_either_side() -> None:
-    assert cut([1, 2, 3], 2, "right") == [1, 2]
-    assert cut([1, 2, 3], 2, "left") == [2, 3]
-    assert cut([1, 2, 3], 0, "left") == cut([1, 2, 3], 0, "right") == []
+    assert cut_ids([1, 2, 3], 2, "right") == [1, 2]
+    assert cut_ids([1, 2, 3], 2, "left") == [2, 3]
+    assert cut_ids([1, 2, 3], 0, "left") == cut_ids([1, 2, 3], 0, "right") == []

@@ -1,7 +1,7 @@
-"""The encoder engine: BERT and its relatives for every task, behind the ``Engine`` protocol.
+"""Classifier engine: BERT-like models for every task, behind the ``Engine`` protocol.
 
-Imports run one way: ``jobs → queue, tokenizer, model → stage, runner → service → compute → tasks →
-app → engine``.
+``serving`` turns HTTP requests into batches and replies, ``explain`` computes explanations,
+``model`` holds the networks. Imports run ``serving → explain → model``.
 """
 
 import os
@@ -15,13 +15,17 @@ from cluster.engines.startup import gc_disabled
 def make_classifier_engine(
     config: ClassifierConfig, resolve: Callable[[str], str] | None = None
 ) -> Engine:
-    """The engine for ``config``, not yet started; ``resolve`` turns a model's name into a path.
+    """Return an engine for ``config`` that is not started yet.
+
+    Args:
+        config: The pool.
+        resolve: Maps a model's name to its directory; None looks it up in the model store.
 
     Raises:
-        ConfigError: there is no such model.
+        ConfigError: There is no such model.
     """
-    # OpenMP reads this when torch loads: how long threads spin before they sleep. Not at all
-    # doubles a lone text's time (7 ms for 3.6); the default, a millisecond, burns others' cores.
+    # Spin count of OpenMP threads before they sleep, read when torch loads. Without spinning, a
+    # single text takes twice as long (7 ms instead of 3.6); the default, 1 ms, wastes cores.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     with gc_disabled():

@@ -1,4 +1,4 @@
-"""The encoder engine as a replica sees it: the ``Engine`` protocol around the service."""
+"""Classifier engine: the ``Engine`` protocol around service, cache and HTTP app."""
 
 from dataclasses import replace
 
@@ -8,8 +8,8 @@ from cluster.engines.classifier.serving.app import ClassifierApp
 from cluster.engines.classifier.serving.cache import CachingService
 from cluster.engines.classifier.serving.drift import DriftSnapshot
 from cluster.engines.classifier.serving.insight import Insight
-from cluster.engines.classifier.serving.metrics import write_counts, write_drift
-from cluster.engines.classifier.serving.service import ClassifierCounts, ClassifierService
+from cluster.engines.classifier.serving.metrics import ClassifierCounts, write_counts, write_drift
+from cluster.engines.classifier.serving.service import ClassifierService
 from cluster.engines.classifier.serving.tasks import routes
 from cluster.engines.startup import StartupTimer
 from cluster.errors import UnavailableError
@@ -18,11 +18,11 @@ from cluster.metrics import Registry
 
 
 class ClassifierEngine:
-    """One encoder that classifies, embeds, or both; see ``cluster.engines.base.Engine``.
+    """Engine of one BERT-like model; see ``cluster.engines.base.Engine``.
 
     Args:
-        config: The pool it belongs to.
-        model_path: A model directory of transformers with safetensors and a fast tokenizer.
+        config: The pool.
+        model_path: Directory of a transformers model with safetensors and a fast tokenizer.
     """
 
     def __init__(self, config: ClassifierConfig, model_path: str) -> None:
@@ -36,14 +36,14 @@ class ClassifierEngine:
 
     @property
     def app(self) -> ASGIApp:
-        """The ASGI application; valid between ``start`` and ``stop``."""
+        """ASGI application, valid between ``start`` and ``stop``."""
         if self._app is None:
             raise UnavailableError("the engine is not started")
         return self._app
 
     @property
     def service(self) -> ClassifierService:
-        """The same model without HTTP; valid between ``start`` and ``stop``."""
+        """The model without HTTP, valid between ``start`` and ``stop``."""
         if self._service is None:
             raise UnavailableError("the engine is not started")
         return self._service
@@ -55,7 +55,7 @@ class ClassifierEngine:
         timer.mark("model")
         self.start_phases_s = timer.phases_s
         self._caching = CachingService(self._service, self._config.result_cache)
-        self._insight = Insight.of(self._config, self._model_path, self._service.model)
+        self._insight = Insight.for_model(self._config, self._model_path, self._service.model)
         self._app = ClassifierApp(self._config, self._caching, self._insight)
 
     async def check_health(self) -> None:
@@ -63,11 +63,11 @@ class ClassifierEngine:
         self.service.check_health()
 
     def load(self) -> Load:
-        """Running: requests with a text in the current batch. Waiting: all other admitted ones."""
+        """Return the load: running requests have a text in a current batch, the others wait."""
         return self._service.load() if self._service else Load()
 
     def counts(self) -> ClassifierCounts:
-        """What the engine did since its start, for metrics."""
+        """Return the counters since the start."""
         counts = self.service.counts()
         cache = self._caching and self._caching.cache
         if not cache:
@@ -75,26 +75,26 @@ class ClassifierEngine:
         return replace(counts, cache_hits=cache.hits, cache_misses=cache.misses)
 
     def drift(self) -> DriftSnapshot | None:
-        """What the classified texts looked like, for metrics; None where nothing is classified."""
+        """Return statistics of the classified texts; None if the model does not classify."""
         return self._insight.drift() if self._insight else None
 
     @property
     def prefixes(self) -> None:
-        """Nothing: whole results are kept, not prefixes."""
+        """None: whole results are cached, not prefixes."""
         return None
 
     def observe(self, registry: Registry) -> None:
-        """Write the counters into the registry."""
+        """Write the counters to the registry."""
         write_counts(registry, self._config.name, self.counts())
-        if (seen := self.drift()) is not None:
-            write_drift(registry, self._config.name, seen)
+        if (snapshot := self.drift()) is not None:
+            write_drift(registry, self._config.name, snapshot)
 
     def routes(self) -> tuple[str, ...]:
-        """The paths of the configured tasks."""
+        """Return the paths of the configured tasks."""
         return routes(self._config)
 
     async def stop(self) -> None:
-        """Fail what is open with ``UnavailableError`` and end the threads; safe to call twice."""
+        """Fail open requests with ``UnavailableError`` and end the threads; safe to call twice."""
         if self._insight is not None:
             await self._insight.stop()
         if self._service is not None:

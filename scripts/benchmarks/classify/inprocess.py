@@ -23,9 +23,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 from benchmarks.classify import texts
 from cluster.batching import Batcher
 from cluster.config import ClassifierConfig
-from cluster.engines.classifier.model.build import Builder
-from cluster.engines.classifier.model.packed import PackedBert
-from cluster.engines.classifier.model.pooling import Pooling
+from cluster.engines.classifier.model.build import ModelBuilder
+from cluster.engines.classifier.model.outputs import Pooling
+from cluster.engines.classifier.model.packed.cpu import PackedBert
 from cluster.engines.classifier.model.tokenizer import TextTokenizer
 from cluster.engines.classifier.model.types import TokenIds
 
@@ -48,8 +48,8 @@ class InProcess:
         self._tokenizer = AutoTokenizer.from_pretrained(path)
         self._texts = texts.load(NUM_TEXTS)
         self._network = AutoModelForSequenceClassification.from_pretrained(path).eval()
-        self._encoder = TextTokenizer(self._tokenizer, 512)
-        self._ids = self._encoder.encode(self._texts, 0, "right")
+        self._text_tokenizer = TextTokenizer(self._tokenizer, 512)
+        self._ids = self._text_tokenizer.encode(self._texts, 0, "right")
         self._models: dict[str, Run] = {}
 
     def measure(self, name: str) -> float:
@@ -99,8 +99,10 @@ class InProcess:
             network = AutoModelForSequenceClassification.from_pretrained(self._path, dtype=dtype)
             return _padded(network.eval())
         config = ClassifierConfig(name="bench", model=self._path, tasks=("classify",))
-        builder = Builder(config, self._path, self._network, self._encoder, Pooling())
-        model = builder.low({"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}[name])
+        builder = ModelBuilder(config, self._path, self._network, self._text_tokenizer, Pooling())
+        model = builder.build_unchecked(
+            {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}[name]
+        )
         return lambda batch: model.run("classify", batch)
 
     def _fifo_batches(self) -> list[Batch]:
@@ -120,9 +122,9 @@ class InProcess:
         batcher = Batcher[int](BUDGET_TOKENS)
         for number in range(0, len(self._ids), BATCH):
             lengths = [len(row) for row in self._ids[number : number + BATCH]]
-            batcher.add(number, "classify", lengths)
+            batcher.add_request(number, "classify", lengths)
         model = PackedBert(self._network)
-        while batch := batcher.cut():
+        while batch := batcher.cut_batch():
             model.run("classify", [self._ids[item.key + item.index] for item in batch.items])
         return model.padding / (model.padding + sum(map(len, self._ids)))
 

@@ -1,8 +1,7 @@
-"""Explanations as a service of the engine, by a model of their own that is loaded when needed.
+"""Explanations by a separate copy of the model, loaded on first use.
 
-One thread computes them, one text after another and below everything else's priority, so that
-plain requests are not held up. Few requests may wait; beyond that they are refused at once. Owns
-the thread and the explaining model. All methods are called on one event loop.
+One thread computes them, one text after the other and at low priority, so that plain requests are
+not delayed. Few requests may wait; others are refused at once.
 """
 
 import asyncio
@@ -27,70 +26,75 @@ from cluster.errors import (
 log = logging.getLogger(__name__)
 
 MAX_OPEN = 8
-"""Requests being explained or waiting for it; an explanation takes as long as some 50 texts."""
+"""Requests being explained or waiting; explaining a text takes as long as classifying about 50."""
 NICENESS = 10
 RETRY_AFTER_S = 5.0
 
 
 class _CancelledError(Exception):
-    """The client has left."""
+    """The client disconnected."""
 
 
 class Explainer:
-    """Explains texts in a thread of its own.
+    """Explains texts in a thread; used on one event loop.
 
     Args:
-        load: Makes the explaining model; called in the thread, once it is needed.
+        load: Loads the explaining model; called in the thread on first use.
     """
 
     def __init__(self, load: Callable[[], ExplainModel]) -> None:
         self._load = load
         self._model: ExplainModel | None = None
-        self._pool = ThreadPoolExecutor(1, "tandem-explain", initializer=_settle)
+        self._pool = ThreadPoolExecutor(1, "tandem-explain", initializer=_lower_priority)
         self._open = 0
         self._stopping = threading.Event()
 
+    @property
+    def is_loaded(self) -> bool:
+        """True after the explaining model was loaded."""
+        return self._model is not None
+
     async def explain(self, texts: Sequence[Text], question: Question) -> list[Explanation]:
-        """Explain each text; what is longer than the model takes is cut. Cancelling ends the work.
+        """Explain each text; long ones are cut. Cancelling ends the work.
 
         Args:
-            texts: A few, with their pairs or without.
-            question: What is asked about each.
+            texts: A few texts or pairs.
+            question: Explanation to compute for each.
 
         Raises:
-            InvalidRequestError: the model cannot be explained so.
-            OverloadedError: too many explanations wait already.
-            UnavailableError: the engine stops.
-            InternalError: the model could not be loaded, or failed.
+            InvalidRequestError: The model does not support the method.
+            OverloadedError: Too many requests for explanations are open.
+            UnavailableError: The engine is stopping.
+            InternalError: The model could not be loaded, or failed.
         """
         self._check_running()
         if self._open >= MAX_OPEN:
-            message = f"{self._open} requests for an explanation wait already"
+            message = f"{self._open} requests for explanations are open; the limit is {MAX_OPEN}"
             raise OverloadedError(message, retry_after_s=RETRY_AFTER_S)
-        left = threading.Event()
+        cancelled = threading.Event()
         self._open += 1
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._pool, self._work, texts, question, left)
+            return await loop.run_in_executor(self._pool, self._work, texts, question, cancelled)
         finally:
-            left.set()
+            cancelled.set()
             self._open -= 1
 
     async def stop(self) -> None:
-        """Fail what is open and end the thread; safe to call twice."""
+        """Fail open requests and end the thread; safe to call twice."""
         self._stopping.set()
         await asyncio.to_thread(self._pool.shutdown)
 
     def _check_running(self) -> None:
         if self._stopping.is_set():
-            raise UnavailableError("the engine stops", retry_after_s=1.0)
+            raise UnavailableError("the engine is stopping", retry_after_s=1.0)
 
     def _work(
-        self, texts: Sequence[Text], question: Question, left: threading.Event
+        self, texts: Sequence[Text], question: Question, cancelled: threading.Event
     ) -> list[Explanation]:
         def check() -> None:
             self._check_running()
-            if left.is_set():
+            if cancelled.is_set():
                 raise _CancelledError
 
         try:
@@ -105,7 +109,7 @@ class Explainer:
             raise InternalError("the explanation failed; see the log") from None
 
 
-def _settle() -> None:
-    """Make the thread a quiet one: a single core, and only what others leave of it."""
+def _lower_priority() -> None:
+    """Limit the calling thread to one core and to CPU time that other threads leave."""
     torch.set_num_threads(1)
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)  # Linux: of the thread
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)  # per thread on Linux

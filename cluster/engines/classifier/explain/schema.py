@@ -1,4 +1,4 @@
-"""What may be asked about a classification, and the answer."""
+"""Options and results of explanations."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,67 +8,69 @@ import msgspec
 from cluster.engines.classifier.model.template import Side
 
 MAX_TEXTS = 16
-"""Of one request with an explanation, each of which takes as long as some 50 texts."""
+"""Texts in a request with explanations; explaining one takes as long as classifying about 50."""
 
 Method = Literal["integrated_gradients", "rollout"]
 
 
 class ExplainOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How to explain."""
+    """Options of an explanation."""
 
     method: Method = "integrated_gradients"
-    """integrated_gradients: what each word adds to each label's score. rollout: how far the
-    attention reaches each word; one forward pass, no labels, no sign."""
+    """integrated_gradients: each word's contribution to each label's score. rollout: how much
+    attention reaches each word; one forward pass, without labels or signs."""
 
 
 class Word(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
-    """A word as the tokenizer splits them."""
+    """Word as the tokenizer splits the text."""
 
     text: str
     start: int
     end: int
-    """Characters (Unicode code points) of the text, the end excluded."""
+    """Characters (Unicode code points) of the text, end excluded."""
     in_pair: bool = False
-    """Whether it stands in the pair of the text."""
+    """True if the word is in the second text of a pair."""
 
 
 class LabelContributions(msgspec.Struct, frozen=True):
-    """Why one label has its score."""
+    """Explanation of one label's score."""
 
     label: str
     score: float
     baseline: float
-    """The score of the same text with every word masked."""
+    """Score of the text with every word masked."""
     error: float
-    """By how much the contributions' sum misses ``score - baseline``."""
+    """Sum of the contributions minus ``score - baseline``."""
     contributions: list[float]
-    """By word."""
+    """Contribution of each word."""
 
 
 class Explanation(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Why one text has its labels."""
+    """Explanation of one text's labels."""
 
     method: Method
     words: list[Word]
     labels: list[LabelContributions] = msgspec.field(default_factory=list)
-    """Of integrated gradients: the best label first."""
+    """Result of integrated gradients, best label first."""
     weights: list[float] = msgspec.field(default_factory=list)
-    """Of rollout: each word's share of the attention, 1 in all."""
+    """Result of rollout: each word's share of the attention; they sum to 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked about each text of a request."""
+    """Explanation requested for each text."""
 
     method: Method = "integrated_gradients"
     top_k: int | None = None
-    """Labels to explain, the best first; None: all."""
+    """Number of labels to explain, best first; None explains all."""
     side: Side = "right"
-    """Where a text that is too long was cut."""
+    """Side on which a long text was cut."""
 
 
-def question(explain: bool | ExplainOptions, top_k: int | None, side: Side) -> Question | None:
-    """What a request asks; None: nothing is to be explained."""
+def make_question(
+    explain: bool | ExplainOptions, top_k: int | None, side: Side
+) -> Question | None:
+    """Return the question of a request; None if it asks for no explanation."""
     if not explain:
         return None
     options = explain if isinstance(explain, ExplainOptions) else ExplainOptions()

@@ -1,5 +1,5 @@
 """Encoder networks: loading, tokenizing, and forward passes in the configured precision.
 
-Imports run ``types → template → tokenizer → windows`` for texts and ``types → pooling, scores →
-padded, packed → precision → build → load`` for networks.
+Imports run ``types → template → tokenizer → windows`` for texts and ``types, outputs → packed →
+padded → agreement → build → load`` for networks.
 """

@@ -1,9 +1,8 @@
-"""Texts on which a model in low precision is compared with itself in float32.
+"""Texts on which a low-precision model is compared with its float32 original.
 
-A model directory may bring its own, ``held_out.jsonl`` with one ``{"text": …}`` a line. For the
-others there are sentences put together here: of 3 to some 120 words, the same ones every time. They
-speak of products, films, people and the news, for or against, so that most classifiers of English
-have different answers to them.
+A model directory may bring texts in ``held_out.jsonl``, one ``{"text": …}`` per line. The default
+is 400 generated texts of 3 to about 120 words, the same every time: opinions for and against
+products, films, people and news, on which most English classifiers give different answers.
 """
 
 import json
@@ -81,21 +80,21 @@ _TAILS = [
 
 
 def check_texts(model_path: str) -> list[str]:
-    """The model's own texts, or the sentences made here."""
+    """Return the model's own texts, or the generated ones."""
     own = Path(model_path) / FILE
     if own.is_file():
         lines = own.read_text(encoding="utf-8").splitlines()
         return [json.loads(line)["text"] for line in lines if line.strip()]
-    return list(_made())
+    return list(_generate())
 
 
-def _made() -> Iterator[str]:
-    chance = random.Random(SEED)
+def _generate() -> Iterator[str]:
+    rng = random.Random(SEED)
     for _ in range(NUM_TEXTS):
-        yield " ".join(_sentence(chance) for _ in range(chance.choice((1, 1, 1, 2, 2, 3, 5, 8))))
+        yield " ".join(_sentence(rng) for _ in range(rng.choice((1, 1, 1, 2, 2, 3, 5, 8))))
 
 
-def _sentence(chance: random.Random) -> str:
-    words = (chance.choice(_THINGS), chance.choice(_VERBS), chance.choice(_VIEWS))
-    text = " ".join(words) + chance.choice(_TAILS)
+def _sentence(rng: random.Random) -> str:
+    words = (rng.choice(_THINGS), rng.choice(_VERBS), rng.choice(_VIEWS))
+    text = " ".join(words) + rng.choice(_TAILS)
     return text[0].upper() + text[1:] + ("" if text.endswith("!") else ".")

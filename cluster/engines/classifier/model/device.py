@@ -1,4 +1,4 @@
-"""Where a model computes and in which numbers; reads the machine once, at the engine's start."""
+"""Device, precision and threads that a model computes with."""
 
 import logging
 import os
@@ -12,16 +12,16 @@ log = logging.getLogger(__name__)
 
 
 def choose_device(config: ClassifierConfig) -> torch.device:
-    """CUDA if the configuration reserves GPUs and torch sees one, else the processor."""
+    """Return CUDA if the configuration reserves GPUs and torch sees one, else the CPU."""
     if config.resources.gpus > 0:
         if torch.cuda.is_available():
             return torch.device("cuda")
-        log.warning("%s reserves GPUs, but torch sees none: it runs on the CPU", config.name)
+        log.warning("%s reserves GPUs, but torch finds none; running on the CPU", config.name)
     return torch.device("cpu")
 
 
 def choose_precision(config: ClassifierConfig, device: torch.device) -> str:
-    """The configured one; ``auto`` is bfloat16 where the device computes in it, else float32."""
+    """Return the configured dtype; ``auto`` is bfloat16 on devices with native support."""
     if config.dtype != "auto":
         return config.dtype
     native = device.type == "cuda" or has_native_bfloat16()
@@ -29,5 +29,31 @@ def choose_precision(config: ClassifierConfig, device: torch.device) -> str:
 
 
 def num_threads(config: ClassifierConfig) -> int:
-    """Compute threads: the configured number, or one for each core this process may use."""
+    """Return the configured number of compute threads, or one per core of this process."""
     return config.threads or len(os.sched_getaffinity(0))
+
+
+def share_threads(num_threads: int, num_streams: int) -> list[int]:
+    """Return the number of threads for each stream, as even as possible."""
+    each, more = divmod(num_threads, num_streams)
+    return [each + (index < more) for index in range(num_streams)]
+
+
+def pin_threads() -> None:
+    """Pin the calling thread to the first core and its OpenMP team to the others.
+
+    Linux sometimes wakes two threads of a team on one core and takes tens of milliseconds to
+    separate them, while one spins waiting for the other. Call this before the thread computes
+    anything, and only if it uses either all cores or one: threads added to the team later would
+    inherit the first core. Without effect on one core, or if a sandbox forbids it.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) == 1:
+        return
+    torch.set_num_threads(len(cores))
+    try:
+        os.sched_setaffinity(0, cores[1:])
+        torch.ones(len(cores) << 16).sum()  # starts the team, which inherits these cores
+        os.sched_setaffinity(0, cores[:1])
+    except OSError as error:
+        log.warning("cannot pin compute threads to cores: %s", error)

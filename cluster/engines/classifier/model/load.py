@@ -1,7 +1,6 @@
-"""Loading an encoder: the network with the head that the tasks need, and what to know of it.
+"""Loading of a model directory: the network with the head that the tasks need.
 
-Everything here runs on the model thread. A model takes the token ids of some texts and gives one
-row for each, or one for each of its tokens; it owns its weights and knows nothing of requests.
+Runs on the model thread.
 """
 
 import logging
@@ -14,11 +13,10 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from cluster.config import TASK_HEADS, ClassifierConfig
-from cluster.engines.classifier.model.build import Builder
+from cluster.engines.classifier.model.agreement import Agreement
+from cluster.engines.classifier.model.build import ModelBuilder
 from cluster.engines.classifier.model.device import choose_device
-from cluster.engines.classifier.model.pooling import Pooling, read_pooling
-from cluster.engines.classifier.model.precision import Agreement
-from cluster.engines.classifier.model.scores import apply_calibration
+from cluster.engines.classifier.model.outputs import Pooling, apply_calibration, read_pooling
 from cluster.engines.classifier.model.tokenizer import TextTokenizer
 from cluster.engines.classifier.model.types import EncoderModel
 from cluster.errors import ConfigError
@@ -27,28 +25,29 @@ from cluster.models.predict import max_tokens_of
 log = logging.getLogger(__name__)
 
 LABELLED = ("ForSequenceClassification", "ForTokenClassification")
+"""Heads whose scores have labels."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model and what its callers must know of it."""
+    """A model with the properties that its callers need."""
 
     model: EncoderModel
     tokenizer: TextTokenizer
     labels: tuple[str, ...]
-    """By column of the scores; empty if the model does not classify."""
+    """Label of each column of the scores; empty if the model does not classify."""
     vocab_size: int
     hidden_size: int
     pooling: Pooling
     shares_cores: bool = True
-    """Whether several threads compute at once, each with a copy and cores of its own: on a CPU. A
-    GPU computes one batch after the other."""
+    """True on a CPU: several threads compute at once, each with a copy of the model and its share
+    of the cores. A GPU computes one batch after the other."""
     agreement: Agreement | None = None
-    """Of low precision with float32."""
+    """Agreement of low precision with float32; None for float32."""
 
     @property
     def embedding_size(self) -> int:
-        """The width of an embedding."""
+        """Width of an embedding."""
         return self.hidden_size * len(self.pooling.modes)
 
 
@@ -56,7 +55,7 @@ def load_model(config: ClassifierConfig, path: str) -> LoadedModel:
     """Load the model directory ``path``; takes seconds and blocks.
 
     Raises:
-        ConfigError: there is no such model, or it cannot do the configured tasks.
+        ConfigError: There is no such model, or it cannot do the configured tasks.
     """
     device = choose_device(config)
     try:
@@ -70,9 +69,9 @@ def load_model(config: ClassifierConfig, path: str) -> LoadedModel:
     apply_calibration(network.config, Path(path))
     max_tokens = max_tokens_of(network, tokenizer)
     texts = TextTokenizer(tokenizer, max_tokens, has_token_types(network, tokenizer))
-    built = Builder(config, path, network, texts, pooling).build()
+    built = ModelBuilder(config, path, network, texts, pooling).build()
     kind = type(built.model).__name__
-    log.info("%s: %s in %s on %s", config.name, kind, built.precision, device)
+    log.info("%s: loaded %s in %s on %s", config.name, kind, built.precision, device)
     labels = tuple(str(hf_config.id2label[i]) for i in range(hf_config.num_labels))
     return LoadedModel(
         model=built.model,
@@ -93,12 +92,12 @@ def _load_network(config: ClassifierConfig, path: str, hf_config: Any) -> Any:
     network, info = auto.from_pretrained(path, use_safetensors=True, output_loading_info=True)
     if config.head and info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ValueError(f"the weights lack {missing}; a head of random numbers answers nothing")
+        raise ValueError(f"the weights lack {missing}, and a random head gives random answers")
     return network
 
 
 def _check_tasks(config: ClassifierConfig, hf_config: Any) -> None:
-    """Refuse tasks for which the model has no head."""
+    """Raise if the model has no head for the tasks."""
     if config.head is None:
         return
     architecture = (hf_config.architectures or ["none"])[0]
@@ -109,17 +108,19 @@ def _check_tasks(config: ClassifierConfig, hf_config: Any) -> None:
             f"whose tasks are {', '.join(able)}"
         )
     if hf_config.num_labels != 1 and {"score", "rerank"} & set(config.tasks):
-        raise ValueError(f"score and rerank need a single label; it has {hf_config.num_labels}")
+        raise ValueError(
+            f"score and rerank need a single label; the model has {hf_config.num_labels}"
+        )
 
 
 def _check_vocabulary(network: Any, tokenizer: Any) -> None:
-    """Refuse a tokenizer whose tokens the model does not all know: such a text would end it."""
+    """Raise if the tokenizer has tokens without an embedding; they would crash the model."""
     rows = network.get_input_embeddings().num_embeddings
     if (largest := max(tokenizer.get_vocab().values())) >= rows:
         raise ValueError(f"the tokenizer has tokens up to {largest}, the model up to {rows - 1}")
 
 
 def has_token_types(network: Any, tokenizer: Any) -> bool:
-    """Whether the model tells a text from its pair by token types."""
-    told = "token_type_ids" in tokenizer.model_input_names
-    return told and getattr(network.config, "type_vocab_size", 0) > 1
+    """Return True if the model distinguishes a text from its pair by token types."""
+    makes_types = "token_type_ids" in tokenizer.model_input_names
+    return makes_types and getattr(network.config, "type_vocab_size", 0) > 1

@@ -1,6 +1,6 @@
-"""Any architecture through its own forward in transformers, padded in groups of like length.
+"""Models of any architecture through transformers' forward, padded in groups of similar length.
 
-How far a text is padded hangs on its own length alone: in bfloat16 each padding rounds differently.
+The padded length depends on a text's own length alone: in bfloat16, padding changes rounding.
 """
 
 import threading
@@ -14,30 +14,29 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from cluster.batching import group_by_length
 from cluster.config import ClassifierTask
+from cluster.engines.classifier.model.outputs import Pooling, to_scores
 from cluster.engines.classifier.model.packed.layout import round_up
-from cluster.engines.classifier.model.pooling import Pooling
-from cluster.engines.classifier.model.scores import to_scores
 from cluster.engines.classifier.model.types import Rows, TokenIds
 from cluster.models.predict import UNLIMITED_TOKENS
 
 PADDED_BITS = 4
-"""Texts are padded to lengths with so many significant bits, by 3 % on average; with fewer lengths
-there would be more padding, with more of them more and smaller forwards."""
+"""Significant bits of padded lengths. With 4, padding is 3 % on average; fewer bits mean more
+padding, more bits mean more and smaller forwards."""
 MAX_CANDIDATES = 100
-"""Tokens that are kept for each mask: a whole vocabulary for each would be up to a megabyte."""
+"""Candidates kept per mask; keeping the whole vocabulary would take up to 1 MB per mask."""
 
 Inputs = dict[str, Tensor]
 
 
 class TransformersModel:
-    """An ``EncoderModel`` of any architecture.
+    """``EncoderModel`` of any architecture.
 
     Args:
-        network: A network with a head, or an encoder if it need only embed.
-        pad_id: The id that padding cells hold.
-        pooling: How embeddings are made.
-        mask_id: The id of the mask, for networks that fill it; -1: there is none.
-        max_tokens: The longest text; nothing is padded beyond it.
+        network: A network with a head, or a plain encoder for embeddings.
+        pad_id: Token id of padding.
+        pooling: Pooling of embeddings.
+        mask_id: Token id of the mask; -1 if the model fills no masks.
+        max_tokens: Length of the longest text, and the limit of padding.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class TransformersModel:
         self._pooling = pooling or Pooling()
         self._mask_id = mask_id
         self._max_tokens = max_tokens
-        self._chosen = _choosing(self._encoder)
+        self._selection = _select_encoder_output(self._encoder)
         self._heads = {
             "classify": self._classify,
             "embed": self._embed,
@@ -62,10 +61,9 @@ class TransformersModel:
             "fill-mask": self._fill,
         }
         self.padding = 0.0
-        """See ``EncoderModel``."""
 
     def run(self, task: ClassifierTask, ids: Sequence[TokenIds]) -> Rows | list[Rows]:
-        """See ``EncoderModel``."""
+        """Compute one batch; see ``EncoderModel``."""
         head = self._heads[task]
         rows: list[Rows] = []
         with torch.inference_mode():
@@ -81,10 +79,11 @@ class TransformersModel:
     def _embed(self, inputs: Inputs) -> list[Rows]:
         hidden = self._encoder(**inputs).last_hidden_state
         mask = inputs["attention_mask"]
-        owners, positions = mask.nonzero(as_tuple=True)
+        text_index, positions = mask.nonzero(as_tuple=True)
         lengths = mask.sum(1)
-        firsts = lengths.cumsum(0) - lengths
-        return list(_numpy(self._pooling(hidden[owners, positions], owners, positions, firsts)))
+        starts = lengths.cumsum(0) - lengths
+        tokens = hidden[text_index, positions]
+        return list(_numpy(self._pooling(tokens, text_index, positions, starts)))
 
     def _label_tokens(self, inputs: Inputs) -> list[Rows]:
         scores = _numpy(self._network(**inputs).logits.float().softmax(-1))
@@ -92,14 +91,14 @@ class TransformersModel:
         return [row[:length] for row, length in zip(scores, lengths, strict=True)]
 
     def _fill(self, inputs: Inputs) -> list[Rows]:
-        """For each mask of a text, the ids of the best tokens and then their scores."""
-        masks = self._chosen.tokens = inputs["input_ids"].eq(self._mask_id)
+        """Return, per mask, the ids of the best tokens followed by their scores."""
+        masks = self._selection.tokens = inputs["input_ids"].eq(self._mask_id)
         try:
             logits = self._network(**inputs).logits[0]
         finally:
-            self._chosen.tokens = None
+            self._selection.tokens = None
         best = logits.float().softmax(-1).topk(min(MAX_CANDIDATES, logits.shape[-1]))
-        rows = torch.cat([best.indices.float(), best.values], -1)  # ids are exact up to 2^24
+        rows = torch.cat([best.indices.float(), best.values], -1)  # float32 is exact up to 2^24
         return [_numpy(part) for part in torch.split(rows, masks.sum(1).tolist())]
 
     def _pad(self, ids: Sequence[TokenIds], width: int) -> Inputs:
@@ -118,27 +117,27 @@ class TransformersModel:
         return {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
 
 
-class _Chosen(threading.local):
-    """Each thread's own, since the threads' models share a network."""
+class _Selection(threading.local):
+    """Tokens passed to the head. Thread-local, because the threads' models share a network."""
 
     tokens: Tensor | None = None
-    """[texts, tokens]; None: all."""
+    """True for the selected tokens, [texts, tokens]; None selects all."""
 
 
-def _choosing(encoder: Any) -> _Chosen:
-    """Have ``encoder`` give no more than the chosen tokens, as if of one text, to what follows.
+def _select_encoder_output(encoder: Any) -> _Selection:
+    """Make ``encoder`` return only the selected tokens, as one text, to the layers that follow.
 
-    The vocabulary is by far the widest layer, so its head is to be given the masks alone.
+    The vocabulary is by far the widest layer, so its head should compute the masks alone.
     """
-    chosen = _Chosen()
+    selection = _Selection()
 
-    def choose(_module: Any, _args: Any, output: Any) -> BaseModelOutput | None:
-        if chosen.tokens is None:
+    def select(_module: Any, _args: Any, output: Any) -> BaseModelOutput | None:
+        if selection.tokens is None:
             return None
-        return BaseModelOutput(last_hidden_state=output[0][chosen.tokens][None])
+        return BaseModelOutput(last_hidden_state=output[0][selection.tokens][None])
 
-    encoder.register_forward_hook(choose)
-    return chosen
+    encoder.register_forward_hook(select)
+    return selection
 
 
 def _numpy(tensor: Tensor) -> Rows:

@@ -1,4 +1,4 @@
-"""Texts to token ids with a fast tokenizer; no threads and no queue of its own."""
+"""Token ids of texts, made by a fast tokenizer; starts no threads."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -9,8 +9,8 @@ import numpy as np
 from cluster.engines.classifier.model.template import (
     Side,
     Template,
-    cut,
-    fit,
+    cut_ids,
+    fit_pair,
     pair_template,
     single_template,
 )
@@ -38,30 +38,28 @@ class TextReader(Protocol):
 
 
 class TextTokenizer:
-    """Adds a model's special tokens around each text and cuts it to the model's length.
+    """Tokenizer that adds a model's special tokens and cuts texts to the model's length.
 
     Args:
         tokenizer: A fast tokenizer of transformers.
-        max_tokens: The longest text, special tokens included.
-        marks_pair: Whether the model tells a text from its pair by token types.
+        max_tokens: Length of the longest text, special tokens included.
+        marks_pair: True if the model has a token type for the second segment.
 
     Raises:
-        ConfigError: the tokenizer is not a fast one, or puts special tokens inside a text.
+        ConfigError: The tokenizer is not a fast one, or puts special tokens inside a text.
     """
 
     def __init__(self, tokenizer: Any, max_tokens: int, marks_pair: bool = False) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError(
-                f"{type(tokenizer).__name__} is not a fast tokenizer (tokenizer.json)"
+                f"{type(tokenizer).__name__} is not a fast tokenizer; tokenizer.json is required"
             )
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
         single = single_template(self._backend)
         if single is None:
-            raise ConfigError(
-                "the tokenizer puts special tokens inside a text; none such is supported"
-            )
+            raise ConfigError("the tokenizer puts special tokens inside a text: not supported")
         self._single = single
         self._pair = pair_template(self._backend, marks_pair)
         self.max_tokens = max_tokens
@@ -69,14 +67,14 @@ class TextTokenizer:
         self._readers = {side: PlainReader(self, side) for side in sides}
         self.mask_token: str | None = tokenizer.mask_token
         self.mask_id: int = -1 if tokenizer.mask_token_id is None else tokenizer.mask_token_id
-        """-1: there is no mask."""
+        """Token id of the mask; -1 if the tokenizer has none."""
         self.pad_id: int = tokenizer.pad_token_id or 0
         self.unknown_id: int | None = tokenizer.unk_token_id
         self.has_subwords = bool(getattr(self._backend.model, "continuing_subword_prefix", None))
-        """Whether a token shows by itself that it continues a word."""
+        """True if a token's own text shows that it continues a word."""
 
     def reader(self, truncate: bool | Side) -> "PlainReader":
-        """The reader that cuts texts so (True: at their end), or refuses long ones."""
+        """Return the shared reader that cuts long texts on a side (True: right) or refuses them."""
         return self._readers["right" if truncate is True else truncate or None]
 
     def encode(
@@ -86,17 +84,17 @@ class TextTokenizer:
         side: Side | None,
         max_pair_tokens: int | None = None,
     ) -> list[TokenIds]:
-        """The ids of each text, special tokens included.
+        """Return the input row of each text, special tokens included.
 
         Args:
-            texts: Unicode texts; the empty one has its special tokens.
-            first: Where ``texts[0]`` stands in the request, for messages.
-            side: Where a text that is too long is cut; None refuses it. Of a text and its pair,
-                the longer one is cut first.
-            max_pair_tokens: The tokens of a pair's second text; what is more is cut before.
+            texts: Unicode texts; an empty one consists of special tokens.
+            first: Index of ``texts[0]`` in its request, for error messages.
+            side: Side on which long texts are cut; None refuses them. In a pair, the longer text is
+                cut first.
+            max_pair_tokens: Limit on a pair's second text, applied before ``side``.
 
         Raises:
-            InvalidRequestError: a text is too long, or has a pair and the model takes none.
+            InvalidRequestError: A text is too long, or is a pair and the model takes none.
         """
         bodies = iter(self._backend.encode_batch_fast(flatten(texts), add_special_tokens=False))
         rows: list[list[int]] = []
@@ -108,22 +106,19 @@ class TextTokenizer:
                 rows.append(self._pair_row(index, ids, next(bodies).ids[:max_pair_tokens], side))
         return split_rows(rows)
 
-    def shortest(self) -> TokenIds:
-        """The ids of the shortest input: special tokens alone, or padding if there are none."""
+    def encode_shortest(self) -> TokenIds:
+        """Return the shortest input: the special tokens, or padding if there are none."""
         return np.array(self._single.join([]) or [self.pad_id], np.int64)
 
-    def locate(self, texts: Sequence[Text]) -> list[Any]:
-        """Each text's ``tokenizers.Encoding`` with its offsets and without special tokens.
-
-        A text and its pair have one each.
-        """
+    def encode_with_offsets(self, texts: Sequence[Text]) -> list[Any]:
+        """Return a ``tokenizers.Encoding`` without special tokens for each text and each pair."""
         return list(self._backend.encode_batch(flatten(texts), add_special_tokens=False))
 
     def template(self, text: Text) -> Template:
-        """The special tokens around ``text``.
+        """Return the special tokens around ``text``.
 
         Raises:
-            InvalidRequestError: it has a pair and the model takes none.
+            InvalidRequestError: It is a pair and the model takes none.
         """
         template = self._single if isinstance(text, str) else self._pair
         if template is None:
@@ -131,14 +126,14 @@ class TextTokenizer:
         return template
 
     def decode(self, token: int) -> str:
-        """The text of one token."""
+        """Return the text of one token."""
         return str(self._backend.decode([token], skip_special_tokens=False))
 
-    def too_long(self, index: int, num_tokens: int) -> InvalidRequestError:
-        """The error for the ``index``-th text of a request."""
+    def too_long_error(self, index: int, num_tokens: int) -> InvalidRequestError:
+        """Return the error for text number ``index`` of a request."""
         return InvalidRequestError(
-            f"input[{index}] has {num_tokens} tokens; the model takes {self.max_tokens} "
-            "(truncate: true cuts it)",
+            f"input[{index}] has {num_tokens} tokens; the model takes {self.max_tokens}. "
+            "Shorten it or set `truncate`.",
             param="input",
         )
 
@@ -146,8 +141,8 @@ class TextTokenizer:
         room = self.max_tokens - self._single.num_tokens
         if len(ids) > room:
             if side is None:
-                raise self.too_long(index, len(ids) + self._single.num_tokens)
-            ids = cut(ids, room, side)
+                raise self.too_long_error(index, len(ids) + self._single.num_tokens)
+            ids = cut_ids(ids, room, side)
         return self._single.join(ids)
 
     def _pair_row(
@@ -157,19 +152,19 @@ class TextTokenizer:
         room = self.max_tokens - template.num_tokens
         if len(ids) + len(pair) > room:
             if side is None:
-                raise self.too_long(index, len(ids) + len(pair) + template.num_tokens)
-            first, second = fit(len(ids), len(pair), room)
-            ids, pair = cut(ids, first, side), cut(pair, second, side)
+                raise self.too_long_error(index, len(ids) + len(pair) + template.num_tokens)
+            first, second = fit_pair(len(ids), len(pair), room)
+            ids, pair = cut_ids(ids, first, side), cut_ids(pair, second, side)
         return template.join(ids, pair)
 
 
 class PlainReader:
-    """Makes one row of each text; all requests that cut alike share one.
+    """``TextReader`` that makes one row per text.
 
     Args:
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         side: See ``TextTokenizer.encode``.
-        max_pair_tokens: See there.
+        max_pair_tokens: See ``TextTokenizer.encode``.
     """
 
     def __init__(
@@ -181,17 +176,17 @@ class PlainReader:
         self._max_pair_tokens = max_pair_tokens
 
     def read(self, texts: Sequence[Text], first: int) -> list[TokenIds]:
-        """See ``TextReader``."""
+        """Return one row per text; see ``TextReader``."""
         return self._tokenizer.encode(texts, first, self._side, self._max_pair_tokens)
 
 
 def flatten(texts: Sequence[Text]) -> list[str]:
-    """Texts and their pairs, one after the other."""
+    """Return all texts, each pair as two."""
     return [part for text in texts for part in ((text,) if isinstance(text, str) else text)]
 
 
 def split_rows(rows: Sequence[Sequence[int]]) -> list[TokenIds]:
-    """One array for each row; all share one buffer, which costs less than many small arrays."""
+    """Return an array per row; all share one buffer, which is cheaper than many small arrays."""
     ends = np.cumsum([len(row) for row in rows])
     flat = np.fromiter(chain.from_iterable(rows), np.int64, int(ends[-1]) if rows else 0)
     return np.split(flat, ends[:-1]) if rows else []

@@ -1,7 +1,6 @@
-"""Texts with the places of their tokens, and long ones in windows that overlap.
+"""Long texts in overlapping windows, tokens with character offsets, and merging of window results.
 
-A ``WindowReader`` belongs to one request; ``merge_rows`` and ``merge_tokens`` put together again
-what the model gave for its windows. Knows no model.
+A ``WindowReader`` serves one request.
 """
 
 from collections.abc import Iterator, Sequence
@@ -45,13 +44,13 @@ class Window:
 
 
 class WindowReader:
-    """Reads the texts of one request, each as one window or as several.
+    """``TextReader`` of one request that keeps offsets and reads long texts in windows.
 
     Args:
-        tokenizer: The model's.
-        side: Where a text that is too long is cut; None refuses it, unless there is a stride.
-        stride: How many tokens neighbouring windows share; None: one window for each text.
-        max_pair_tokens: The tokens of a pair's second text that are read; None: all.
+        tokenizer: The model's tokenizer.
+        side: Side on which long texts are cut; None refuses them, unless there is a stride.
+        stride: Overlap of neighbouring windows in tokens; None makes one window per text.
+        max_pair_tokens: Limit on the tokens read of a pair's second text; None reads all.
     """
 
     def __init__(
@@ -67,75 +66,77 @@ class WindowReader:
         self._stride = stride
         self._max_pair_tokens = max_pair_tokens
         self.windows: list[list[Window]] = []
-        """By text, in the order of the request."""
+        """Windows of each text read so far, in the order of the request."""
 
     def read(self, texts: Sequence[Text], first: int) -> list[TokenIds]:
-        """See ``TextReader``."""
-        encodings = iter(self._tokenizer.locate(texts))
+        """Return one row per window; see ``TextReader``."""
+        encodings = iter(self._tokenizer.encode_with_offsets(texts))
         rows: list[list[int]] = []
         for index, text in enumerate(texts, first):
             if isinstance(text, str):
-                rows += self._text(index, text, next(encodings))
+                rows += self._read_text(index, text, next(encodings))
             else:
-                rows += self._pair(index, text, next(encodings).ids, next(encodings))
+                rows += self._read_pair(index, text, next(encodings).ids, next(encodings))
         return split_rows(rows)
 
-    def _text(self, index: int, text: str, body: Any) -> list[list[int]]:
+    def _read_text(self, index: int, text: str, body: Any) -> list[list[int]]:
         template = self._tokenizer.template(text)
-        pieces = self._pieces(index, len(body.ids), self._room(template.num_tokens))
-        self._note(text, body, pieces, len(template.prefix))
+        pieces = self._cut(index, len(body.ids), self._room(template.num_tokens))
+        self._add_windows(text, body, pieces, len(template.prefix))
         return [template.join(body.ids[piece]) for piece in pieces]
 
-    def _pair(
+    def _read_pair(
         self, index: int, text: tuple[str, str], head: list[int], body: Any
     ) -> list[list[int]]:
-        """The windows are cut from the pair; each has the first text whole."""
+        """Cut the second text into windows; each row repeats the whole first text."""
         template = self._tokenizer.template(text)
-        limit = self._room(template.num_tokens) // 2  # so that windows do not multiply the tokens
+        # A longer first text would leave windows so small that their number explodes.
+        limit = self._room(template.num_tokens) // 2
         if len(head) > limit:
             raise InvalidRequestError(
-                f"the first text of input[{index}] has {len(head)} tokens; beside windows of its "
+                f"the first text of input[{index}] has {len(head)} tokens; with windows of its "
                 f"pair it may have {limit}",
                 param="input",
             )
         room = self._room(template.num_tokens) - len(head)
-        pieces = self._pieces(index, len(body.ids[: self._max_pair_tokens]), room)
-        self._note(text[1], body, pieces, len(template.prefix) + len(head) + len(template.middle))
+        pieces = self._cut(index, len(body.ids[: self._max_pair_tokens]), room)
+        lead = len(template.prefix) + len(head) + len(template.middle)
+        self._add_windows(text[1], body, pieces, lead)
         return [template.join(head, body.ids[piece]) for piece in pieces]
 
     def _room(self, num_special: int) -> int:
         return self._tokenizer.max_tokens - num_special
 
-    def _pieces(self, index: int, length: int, room: int) -> list[slice]:
+    def _cut(self, index: int, length: int, room: int) -> list[slice]:
         if length <= room:
             return [slice(0, length)]
         if self._stride is not None:
             return list(_overlapping(length, room, self._stride))
         if self._side is None:
             special = self._tokenizer.max_tokens - room
-            raise self._tokenizer.too_long(index, length + special)
+            raise self._tokenizer.too_long_error(index, length + special)
         return [slice(0, room) if self._side == "right" else slice(length - room, length)]
 
-    def _note(self, text: str, body: Any, pieces: Sequence[slice], lead: int) -> None:
+    def _add_windows(self, text: str, body: Any, pieces: Sequence[slice], lead: int) -> None:
         spans = np.array(body.offsets, np.int64).reshape(-1, 2)
-        continues = self._continues(text, body)
+        continues = self._continues_word(text, body)
         self.windows.append([Window(p.start, lead, spans[p], continues[p]) for p in pieces])
 
-    def _continues(self, text: str, body: Any) -> NDArray[np.bool_]:
-        """Which tokens continue the word of the one before, as transformers' pipeline decides it.
+    def _continues_word(self, text: str, body: Any) -> NDArray[np.bool_]:
+        """Return True for each token that continues a word, as transformers' pipeline decides it.
 
-        Where tokens do not show it, all that no blank precedes do.
+        If the tokens themselves do not show it, every token without a blank before it does.
         """
-        unknown, marked = self._tokenizer.unknown_id, self._tokenizer.has_subwords
+        unknown, has_subwords = self._tokenizer.unknown_id, self._tokenizer.has_subwords
         return np.array(
             [
-                number != unknown
+                token_id != unknown
                 and (
                     len(token) != end - start
-                    if marked
+                    if has_subwords
                     else start > 0 and " " not in text[start - 1 : start + 1]
                 )
-                for number, token, (start, end) in zip(
+                for token_id, token, (start, end) in zip(
                     body.ids, body.tokens, body.offsets, strict=True
                 )
             ],
@@ -144,7 +145,7 @@ class WindowReader:
 
 
 def max_stride(tokenizer: TextTokenizer) -> int:
-    """The largest overlap; a larger one would compute each token more than twice."""
+    """Return the largest overlap at which no token is computed more than twice."""
     return (tokenizer.max_tokens - tokenizer.template("").num_tokens) // 2
 
 
@@ -159,8 +160,8 @@ def merge_rows(rows: Rows, windows: Sequence[Sequence[Window]], merge: Merge) ->
     return np.asarray(np.add.reduceat(rows, starts) / counts[:, None], np.float32)
 
 
-def merge_tokens(rows: Sequence[Rows], windows: Sequence[Window], how: Merge) -> Rows:
-    """The rows of one text's tokens [tokens, width]; those in several windows are merged."""
+def merge_tokens(rows: Sequence[Rows], windows: Sequence[Window], merge: Merge) -> Rows:
+    """Return the rows of one text's tokens, [tokens, width], with overlaps merged."""
     first = windows[0].first
     parts = [
         (window.first - first, row[window.lead : window.lead + len(window.spans)])
@@ -168,18 +169,18 @@ def merge_tokens(rows: Sequence[Rows], windows: Sequence[Window], how: Merge) ->
     ]
     if len(parts) == 1:
         return parts[0][1]
-    at, last = parts[-1]
-    merged = np.zeros((at + len(last), last.shape[1]), np.float32)
+    start, last = parts[-1]
+    merged = np.zeros((start + len(last), last.shape[1]), np.float32)
     counts = np.zeros((len(merged), 1), np.float32)
-    for at, part in parts:
-        place = merged[at : at + len(part)]
-        np.copyto(place, np.maximum(place, part) if how == "max" else place + part)
-        counts[at : at + len(part)] += 1
-    return merged if how == "max" else np.asarray(merged / counts, np.float32)
+    for start, part in parts:
+        target = merged[start : start + len(part)]
+        np.copyto(target, np.maximum(target, part) if merge == "max" else target + part)
+        counts[start : start + len(part)] += 1
+    return merged if merge == "max" else np.asarray(merged / counts, np.float32)
 
 
 def merge_spans(windows: Sequence[Window]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """The spans of one text's tokens [tokens, 2], and which of them continue a word [tokens]."""
+    """Return ``spans`` and ``continues`` of one text's tokens, without the windows' overlaps."""
     if len(windows) == 1:
         return windows[0].spans, windows[0].continues
     new = [later.first - window.first for window, later in pairwise(windows)] + [None]

@@ -1,25 +1,25 @@
-"""The encoder's HTTP surface as one plain ASGI callable: the paths of the configured tasks.
+"""HTTP interface of a classifier: an ASGI app with the paths of the configured tasks.
 
-Reads a body, asks the service, writes a body; every error leaves here in OpenAI's shape. Holds no
-state of requests. Whoever drives it cancels the task when the client leaves.
+Errors are returned in OpenAI's format. The app keeps no state of requests; its caller cancels the
+task of a request whose client disconnects.
 """
 
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
 
 from cluster.asgi import Receive, Scope, Send, usage_of
 from cluster.config import ClassifierConfig
-from cluster.engines.classifier.serving import openapi, schema
+from cluster.engines.classifier.serving import schema
 from cluster.engines.classifier.serving.cache import CachingService
 from cluster.engines.classifier.serving.insight import Insight
 from cluster.engines.classifier.serving.jobs import Encoded, Timings
 from cluster.engines.classifier.serving.tasks import make_tasks
-from cluster.engines.classifier.serving.tasks.base import B, Task
+from cluster.engines.classifier.serving.tasks.base import RequestT, Task
 from cluster.engines.classifier.serving.tasks.classify import ClassifyReply, ClassifyRequest
 from cluster.errors import (
     InternalError,
@@ -32,44 +32,46 @@ log = logging.getLogger(__name__)
 
 encode_json = msgspec.json.Encoder().encode
 
-TENANT = b"x-tandem-tenant"
-"""The header in which the router says whose request it is."""
+OPENAPI_PATH = "/openapi.json"
+TENANT_HEADER = b"x-tandem-tenant"
+"""Header in which the router names the tenant."""
 
-MANY_NUMBERS = 50_000
-"""Results of so many make a reply in a thread: some 5 ms, in which the loop serves nobody else."""
+LARGE_RESULT = 50_000
+"""Numbers in a result from which the reply is made in a thread; on the event loop it would block
+other requests for about 5 ms."""
 
 T = TypeVar("T")
 Reply = tuple[bytes, Encoded]
-"""A body, and what it was made of."""
+"""A reply's body, and the results it was made from."""
 
 
 class ClassifierApp:
-    """The ASGI application of one encoder.
+    """ASGI application of one classifier.
 
     Args:
-        config: The pool; its name is the model's name in requests and answers.
-        service: What computes.
-        insight: What watches and explains the same model.
+        config: The pool; its name is the model's name in requests and replies.
+        service: Computes the results.
+        insight: Explains classifications and counts drift.
     """
 
     def __init__(self, config: ClassifierConfig, service: CachingService, insight: Insight) -> None:
         self._config = config
-        self._caching = service
+        self._service = service
         self._insight = insight
         self._tasks = make_tasks(config, service.model)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one HTTP request."""
         if scope["type"] != "http":
-            raise ValueError(f"only HTTP is served here, not {scope['type']}")
+            raise ValueError(f"expected an HTTP request, got {scope['type']}")
         try:
-            if scope["path"] == openapi.PATH:
-                await _send(send, 200, encode_json(openapi.document(self._tasks)), {})
+            if scope["path"] == OPENAPI_PATH:
+                await _send(send, 200, encode_json(openapi_document(self._tasks)), {})
                 return
             body, encoded = await self._answer(scope, receive)
             usage_of(scope).prompt_tokens = encoded.num_tokens
             await _send(send, 200, body, _timing_headers(encoded.timings))
-        except _ClientLeftError:
+        except _ClientDisconnectedError:
             return
         except RequestError as error:
             await _send(send, error.status, encode_json(error.body()), error.headers())
@@ -77,33 +79,37 @@ class ClassifierApp:
     async def _answer(self, scope: Scope, receive: Receive) -> Reply:
         task = self._tasks.get(scope["path"])
         if task is None:
-            raise NotFoundError(f"no such path; {self._config.name} serves {list(self._tasks)}")
+            raise NotFoundError(
+                f"no such path: {scope['path']}; {self._config.name} serves "
+                f"{', '.join(self._tasks)}"
+            )
         if scope["method"] != "POST":
-            raise MethodNotAllowedError(f"{scope['path']} takes POST alone")
+            raise MethodNotAllowedError(f"{scope['path']} takes only POST, not {scope['method']}")
         body = await _read(receive)
         try:
-            return await self._do(task, body, self._tenant(scope))
+            return await self._run_task(task, body, self._tenant(scope))
         except RequestError:
             raise
         except Exception:
             log.exception("%s failed", scope["path"])
             raise InternalError("the request failed; see the log") from None
 
-    async def _do(self, task: Task[B], body: bytes, tenant: bytes) -> Reply:
+    async def _run_task(self, task: Task[RequestT], body: bytes, tenant: bytes) -> Reply:
         request = schema.parse(task.decoder, body)
         self._check_model(request.model)
-        how, inputs = task.how(request), task.inputs(request)
-        encoded = await self._caching.encode(how, inputs, tenant)
-        large = _is_large(encoded)
-        reply = await _run(lambda: task.reply(request, encoded), in_a_thread=large)
+        options, inputs = task.options(request), task.inputs(request)
+        encoded = await self._service.encode(options, inputs, tenant)
+        is_large = _is_large(encoded)
+        reply = await _run(lambda: task.reply(request, encoded), in_thread=is_large)
         if isinstance(request, ClassifyRequest) and isinstance(reply, ClassifyReply):
             reply = await self._insight.add(request, encoded, reply)
-        return await _run(lambda: encode_json(reply), in_a_thread=large), encoded
+        return await _run(lambda: encode_json(reply), in_thread=is_large), encoded
 
     def _tenant(self, scope: Scope) -> bytes:
-        if not self._caching.isolates_tenants:
+        if not self._service.isolates_tenants:
             return b""
-        return next((value for name, value in scope["headers"] if name.lower() == TENANT), b"")
+        headers = scope["headers"]
+        return next((value for name, value in headers if name.lower() == TENANT_HEADER), b"")
 
     def _check_model(self, model: str | None) -> None:
         if model is not None and model != self._config.name:
@@ -112,27 +118,51 @@ class ClassifierApp:
             )
 
 
+def openapi_document(tasks: Mapping[str, Task[Any]]) -> dict[str, Any]:
+    """Return the OpenAPI document of ``tasks``, by path."""
+    bodies = [body for task in tasks.values() for body in (task.request, task.response)]
+    reference = "#/components/schemas/{name}"
+    schemas, components = msgspec.json.schema_components(bodies, ref_template=reference)
+    pairs = zip(schemas[::2], schemas[1::2], strict=True)
+    paths = {
+        path: {"post": _operation(task.summary, body, reply)}
+        for (path, task), (body, reply) in zip(tasks.items(), pairs, strict=True)
+    }
+    return {"openapi": "3.1.0", "paths": paths, "components": {"schemas": components}}
+
+
+def _operation(summary: str, body: dict[str, Any], reply: dict[str, Any]) -> dict[str, Any]:
+    def as_json(body_schema: dict[str, Any]) -> dict[str, Any]:
+        return {"application/json": {"schema": body_schema}}
+
+    return {
+        "summary": summary,
+        "requestBody": {"required": True, "content": as_json(body)},
+        "responses": {"200": {"description": "OK", "content": as_json(reply)}},
+    }
+
+
 def _is_large(encoded: Encoded) -> bool:
     rows = encoded.rows
     numbers = rows.size if isinstance(rows, np.ndarray) else sum(row.size for row in rows)
-    return numbers >= MANY_NUMBERS
+    return numbers >= LARGE_RESULT
 
 
-async def _run(function: Callable[[], T], *, in_a_thread: bool) -> T:
-    return await asyncio.to_thread(function) if in_a_thread else function()
+async def _run(function: Callable[[], T], *, in_thread: bool) -> T:
+    return await asyncio.to_thread(function) if in_thread else function()
 
 
-class _ClientLeftError(Exception):
-    """The client left before its body was complete."""
+class _ClientDisconnectedError(Exception):
+    """The client disconnected before its body was complete."""
 
 
 async def _read(receive: Receive) -> bytes:
-    """The whole body; the router bounds it."""
+    """Return the whole body; the router limits its size."""
     chunks: list[bytes] = []
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise _ClientLeftError
+            raise _ClientDisconnectedError
         chunks.append(message.get("body", b""))
         if not message.get("more_body", False):
             return chunks[0] if len(chunks) == 1 else b"".join(chunks)

@@ -1,8 +1,7 @@
-"""What a classifier's texts look like now, beside what they looked like when it was made.
+"""Drift of classified texts: comparison with a reference made with the model.
 
-Counts labels, confidence and lengths in the bins of ``cluster.models.reference``: since the start,
-for metrics, and over a recent window, for the comparison. ``observe`` only keeps what it is given;
-the counting is done for many texts at once. Used on the event loop alone.
+Counts labels, confidence and lengths in the bins of ``cluster.models.reference``: since the start
+for metrics, and over a recent window for the comparison. Used on the event loop only.
 """
 
 from collections.abc import Sequence
@@ -22,16 +21,17 @@ from cluster.models.reference import (
 )
 
 PENDING_TEXTS = 256
-"""Counted together; one by one they would cost 20 times as much."""
+"""Texts counted together; counting them one by one costs 20 times as much."""
 WINDOW_TEXTS = 2048
-"""The window holds the last so many texts, and up to twice as many."""
+"""Least number of recent texts in the window, which holds up to twice as many."""
 MIN_TEXTS = 500
-"""A window with fewer says nothing: chance alone gives it an index of bins / texts = 0.04."""
+"""Least number of texts to compare. With fewer, chance alone gives an index over
+bins / texts = 0.04."""
 
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """Population stability indices of the window; by custom, above 0.25 much has changed."""
+    """Population stability indices of the window; above 0.25 is commonly called a major change."""
 
     labels: float
     confidence: float
@@ -40,44 +40,45 @@ class Drift:
 
 @dataclass(frozen=True, slots=True)
 class DriftSnapshot:
-    """The counts since the start, and the window's distance from the reference."""
+    """Counts since the start, and the window's drift."""
 
     num_texts: int
     labels: dict[str, int]
-    """Texts by their strongest label."""
+    """Texts by best label."""
     confidence: tuple[int, ...]
-    """Texts by the score of that label, in equal parts of 0 to 1."""
+    """Texts by the best label's score, in bins of equal width from 0 to 1."""
     length: tuple[int, ...]
-    """Texts by characters; bin i ends before 2^i, and the last does not end."""
+    """Texts by characters; bin i ends before 2^i, the last bin is open."""
     window_texts: int
     drift: Drift | None
-    """None without a reference, or while the window holds too few texts."""
+    """None without a reference, or with too few texts in the window."""
 
 
 class DriftMonitor:
     """Counts the texts of one classifier.
 
     Args:
-        labels: Its labels by column.
-        reference: What its texts looked like; None: nothing is compared.
+        labels: Labels by column.
+        reference: Statistics of the model's original texts; None compares nothing.
     """
 
     def __init__(self, labels: Sequence[str], reference: Reference | None) -> None:
         self._labels = tuple(labels)
-        self._reference = _aligned(reference, self._labels)
+        self._reference = _align(reference, self._labels)
         self._pending: list[tuple[Rows, list[int]]] = []
-        self._num_pending = 0
+        self.num_pending = 0
+        """Texts observed and not counted yet; at most ``PENDING_TEXTS``."""
         self._total = self._older = self._newer = _Histograms.empty(len(self._labels))
 
     def observe(self, scores: Rows, lengths: list[int]) -> None:
-        """Note a request's scores, [texts, labels], and its texts' lengths in characters."""
+        """Observe a request's scores, [texts, labels], and its texts' lengths in characters."""
         self._pending.append((scores, lengths))
-        self._num_pending += len(lengths)
-        if self._num_pending >= PENDING_TEXTS:
+        self.num_pending += len(lengths)
+        if self.num_pending >= PENDING_TEXTS:
             self._count()
 
     def snapshot(self) -> DriftSnapshot:
-        """The state of now."""
+        """Return the current counts and drift."""
         self._count()
         window = self._older.plus(self._newer)
         return DriftSnapshot(
@@ -94,14 +95,14 @@ class DriftMonitor:
             return
         scores = np.concatenate([rows for rows, _ in self._pending])
         lengths = np.array([length for _, some in self._pending for length in some])
-        self._pending, self._num_pending = [], 0
-        found = _Histograms(
+        self._pending, self.num_pending = [], 0
+        counted = _Histograms(
             np.bincount(scores.argmax(1), minlength=len(self._labels)),
             count_confidence(scores.max(1)),
             count_lengths(lengths),
         )
-        self._total = self._total.plus(found)
-        self._newer = self._newer.plus(found)
+        self._total = self._total.plus(counted)
+        self._newer = self._newer.plus(counted)
         if self._newer.num_texts >= WINDOW_TEXTS:
             self._older, self._newer = self._newer, _Histograms.empty(len(self._labels))
 
@@ -138,8 +139,8 @@ class _Histograms:
         )
 
 
-def _aligned(reference: Reference | None, labels: Sequence[str]) -> _Histograms | None:
-    """The reference in the order of the model's labels; those it lacks never occurred."""
+def _align(reference: Reference | None, labels: Sequence[str]) -> _Histograms | None:
+    """Order the reference's counts by the model's labels; labels it lacks count as 0."""
     if reference is None:
         return None
     return _Histograms(

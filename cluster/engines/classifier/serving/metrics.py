@@ -1,15 +1,77 @@
-"""What an encoder counted, written into the registry of its replica when that is read."""
+"""Counters of a classifier, and their export to the replica's registry on scrape."""
 
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 from cluster.engines.classifier.serving.drift import DriftSnapshot
-from cluster.engines.classifier.serving.service import ClassifierCounts
-from cluster.metrics import Registry, table
+from cluster.metrics import Histogram, Registry, table
+
+
+@dataclass(slots=True)
+class BatchCounts:
+    """Batches computed since the start; each model thread writes its own."""
+
+    batches: int = 0
+    texts: int = 0
+    tokens: int = 0
+    padding: float = 0.0
+    """Computed padding, in token equivalents."""
+    compute_s: float = 0.0
+    """Summed over threads, so two threads can add two seconds per second."""
+    failed: int = 0
+    """Batches that raised; not included in ``batches``."""
+    batch_texts: Histogram = field(
+        default_factory=lambda: Histogram(table.CLASSIFIER_BATCH_TEXTS.buckets)
+    )
+
+    def add_batch(self, texts: int, tokens: int, padding: float, compute_s: float) -> None:
+        """Count one batch."""
+        self.batches += 1
+        self.texts += texts
+        self.tokens += tokens
+        self.padding += padding
+        self.compute_s += compute_s
+        self.batch_texts.observe(texts)
+
+    def add_counts(self, other: "BatchCounts") -> None:
+        """Add the counts of another thread."""
+        self.batch_texts.add(other.batch_texts)
+        self.batches += other.batches
+        self.texts += other.texts
+        self.tokens += other.tokens
+        self.padding += other.padding
+        self.compute_s += other.compute_s
+        self.failed += other.failed
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifierCounts:
+    """Counters of an engine since its start."""
+
+    batches: int
+    texts: int
+    tokens: int
+    compute_s: float
+    skipped_texts: int
+    """Texts not computed because their client disconnected or their request failed."""
+    padding: float
+    """Computed padding, in token equivalents."""
+    agreement: float | None
+    """Share of answers that are equal to float32's; None for float32."""
+    failed_batches: int
+    """Batches that raised."""
+    batch_texts: Histogram
+    tokenize_s: float
+    queued_tokens: int
+    """Tokens waiting now."""
+    cache_hits: int = 0
+    """Texts found in the result cache; 0 without a cache."""
+    cache_misses: int = 0
 
 
 def write_counts(registry: Registry, model: str, counts: ClassifierCounts) -> None:
-    """Set the counters to what was counted since the start, and how exact the answers are."""
-    sums = {
+    """Set the metrics of batches, queue, cache and agreement."""
+    totals = {
         table.CLASSIFIER_BATCHES: counts.batches,
         table.CLASSIFIER_TEXTS: counts.texts,
         table.CLASSIFIER_TOKENS: counts.tokens,
@@ -21,7 +83,7 @@ def write_counts(registry: Registry, model: str, counts: ClassifierCounts) -> No
         table.CLASSIFIER_CACHE_HITS: counts.cache_hits,
         table.CLASSIFIER_CACHE_MISSES: counts.cache_misses,
     }
-    for metric, total in sums.items():
+    for metric, total in totals.items():
         registry.counter(metric, model).value = float(total)
     registry.histogram(table.CLASSIFIER_BATCH_TEXTS, model).set(counts.batch_texts)
     registry.gauge(table.CLASSIFIER_QUEUED_TOKENS, model).value = float(counts.queued_tokens)
@@ -29,21 +91,18 @@ def write_counts(registry: Registry, model: str, counts: ClassifierCounts) -> No
         registry.gauge(table.CLASSIFIER_AGREEMENT, model).value = counts.agreement
 
 
-def write_drift(registry: Registry, model: str, seen: DriftSnapshot) -> None:
-    """Set what the classified texts looked like, and how far that is from the reference."""
-    for label, texts in seen.labels.items():
+def write_drift(registry: Registry, model: str, snapshot: DriftSnapshot) -> None:
+    """Set the metrics of labels, confidence and length, and their drift."""
+    for label, texts in snapshot.labels.items():
         registry.counter(table.CLASSIFIER_LABELS, model, label).value = float(texts)
-    parts = len(seen.confidence)
-    for part, texts in enumerate(accumulate(seen.confidence), 1):
-        below = registry.counter(table.CLASSIFIER_CONFIDENCE, model, f"{part / parts:g}")
+    bins = len(snapshot.confidence)
+    for number, texts in enumerate(accumulate(snapshot.confidence), 1):
+        below = registry.counter(table.CLASSIFIER_CONFIDENCE, model, f"{number / bins:g}")
         below.value = float(texts)
-    for power, texts in enumerate(accumulate(seen.length)):
-        end = "+Inf" if power == len(seen.length) - 1 else str(2**power)
+    for power, texts in enumerate(accumulate(snapshot.length)):
+        end = "+Inf" if power == len(snapshot.length) - 1 else str(2**power)
         registry.counter(table.CLASSIFIER_CHARACTERS, model, end).value = float(texts)
-    if seen.drift is not None:
-        for of, psi in (
-            ("labels", seen.drift.labels),
-            ("confidence", seen.drift.confidence),
-            ("length", seen.drift.length),
-        ):
-            registry.gauge(table.CLASSIFIER_DRIFT, model, of).value = psi
+    if (drift := snapshot.drift) is not None:
+        indices = {"labels": drift.labels, "confidence": drift.confidence, "length": drift.length}
+        for quantity, index in indices.items():
+            registry.gauge(table.CLASSIFIER_DRIFT, model, quantity).value = index

@@ -1,9 +1,9 @@
-"""The model threads: each takes a batch as soon as it is free, computes it, hands the rows back.
+"""Model threads: whenever one is free, it takes a batch, computes it and returns the rows.
 
-A batch is cut at the last moment, so it holds whatever came while the one before it ran; cutting
-takes less than 1 % of computing. A batch that fails takes its own jobs alone, unless the model
-cannot compute anything any more. Owns the model, the counters, and each job's rows from its first
-batch on. Knows neither tokenizer nor HTTP.
+Batches are cut at the last moment, so that they contain everything that arrived meanwhile; cutting
+takes less than 1 % of computing. A failing batch fails only its own jobs, unless the model cannot
+compute anything any more. The runner owns the model, the counters, and the rows of each job from
+its first batch on.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -21,86 +21,49 @@ import torch
 
 from cluster.batching import Batch
 from cluster.config import ClassifierTask
+from cluster.engines.classifier.model.device import pin_threads, share_threads
 from cluster.engines.classifier.model.load import LoadedModel
-from cluster.engines.classifier.model.team import pin_threads, share_threads
 from cluster.engines.classifier.model.types import EncoderModel, Rows, TokenIds
 from cluster.engines.classifier.serving.jobs import Job
-from cluster.engines.classifier.serving.queue import JobQueue, Turn
-from cluster.metrics import Histogram, table
+from cluster.engines.classifier.serving.metrics import BatchCounts
+from cluster.engines.classifier.serving.queue import JobQueue, ScheduledBatch
 
 GPU_STREAMS = 2
-"""One has its batch computed, the other prepares the next."""
+"""One has its batch computed while the other prepares the next."""
 MAX_STREAMS = 4
-"""More would wait for one another's Python: it takes a tenth of a thread's time."""
-
-
-@dataclass(slots=True)
-class RunnerCounts:
-    """What one thread computed since the start; written by that thread alone."""
-
-    batches: int = 0
-    texts: int = 0
-    tokens: int = 0
-    padding: float = 0.0
-    """What was computed of no token, as the number of tokens it would make."""
-    compute_s: float = 0.0
-    """By thread: two seconds pass in one where two threads compute."""
-    failed: int = 0
-    """Batches that raised; not among the others."""
-    batch_texts: Histogram = field(
-        default_factory=lambda: Histogram(table.CLASSIFIER_BATCH_TEXTS.buckets)
-    )
-
-    def batch(self, texts: int, tokens: int, padding: float, compute_s: float) -> None:
-        """Count a batch."""
-        self.batches += 1
-        self.texts += texts
-        self.tokens += tokens
-        self.padding += padding
-        self.compute_s += compute_s
-        self.batch_texts.observe(texts)
-
-    def add(self, other: "RunnerCounts") -> None:
-        """Count what ``other`` did, too."""
-        self.batch_texts.add(other.batch_texts)
-        self.batches += other.batches
-        self.texts += other.texts
-        self.tokens += other.tokens
-        self.padding += other.padding
-        self.compute_s += other.compute_s
-        self.failed += other.failed
+"""Limit on threads on a CPU; Python takes a tenth of a thread's time, so more wait for the GIL."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunnerEvents:
-    """Whom the model threads tell, from one of them."""
+    """Callbacks, called from the model threads."""
 
-    loaded: Callable[[LoadedModel], None]
-    done: Callable[[Sequence[Job]], None]
-    """Jobs whose rows are complete."""
-    failed: Callable[[Sequence[Job], Exception], None]
-    """The batch with these jobs failed; they are in no further one."""
-    died: Callable[[Exception], None]
-    """Loading failed, or the model computes nothing any more; nothing further comes."""
+    on_loaded: Callable[[LoadedModel], None]
+    on_done: Callable[[Sequence[Job]], None]
+    """Receives jobs whose rows are complete."""
+    on_failed: Callable[[Sequence[Job], Exception], None]
+    """Receives the jobs of a batch that raised; they are withdrawn from the queue."""
+    on_died: Callable[[Exception], None]
+    """Called last, if loading failed or the model cannot compute anything any more."""
 
 
 class ModelRunner:
-    """Loads a model in a thread of its own and computes batches until the queue is closed.
+    """Loads a model in a thread and computes batches until the queue is closed.
 
-    On a CPU there is a thread for each core, up to some, and while enough waits each computes a
-    batch of its own with its share of the cores: threads that meet at the end of every operation
-    lose much, most of all where other processes want the cores too. A batch that is alone gets all
-    cores, and always the first thread takes it: a second one with threads of OpenMP's would make
-    them more than cores, and OpenMP then lets them sleep at once (a lone text took 5.7 ms for 4.0).
+    On a CPU there is a thread per core, up to ``MAX_STREAMS``. If enough is waiting, each computes
+    its own batch on its share of the cores, because threads that meet after every operation
+    waste time, most of all if other processes use the cores too. A single batch gets all cores and
+    is always taken by the first thread: a second thread with an OpenMP team would make more threads
+    than cores, and OpenMP would then stop spinning (a single text took 5.7 ms instead of 4.0).
 
-    On a GPU there are two threads: while its batch is computed for one, the other lays out the next
-    and uploads it, as soon as a full one waits.
+    On a GPU there are two threads. While one has its batch computed, the other lays out and uploads
+    the next, as soon as a full one is waiting.
 
     Args:
         load: Loads the model; called in the thread.
-        queue: Where batches come from.
-        events: Called from the threads.
-        num_threads: Cores for everything that is computed.
+        queue: Source of batches.
+        events: Callbacks, called from the threads.
+        num_threads: Cores for all computing.
     """
 
     def __init__(
@@ -116,28 +79,30 @@ class ModelRunner:
         self._num_threads = num_threads
         self._streams: list[_Stream] = []
         self._probe: list[TokenIds] = []
-        self._spreads = False
-        self._scattering = threading.Lock()
+        self._pins_threads = False
+        self._scatter_lock = threading.Lock()
         self._threads: list[threading.Thread] = []
-        self._start(self._run)
+        self._start_thread(self._run)
 
     @property
-    def counts(self) -> RunnerCounts:
-        """Of all threads."""
-        total = RunnerCounts()
+    def counts(self) -> BatchCounts:
+        """Sum over all threads."""
+        total = BatchCounts()
         for stream in self._streams:
-            total.add(stream.counts)
+            total.add_counts(stream.counts)
         return total
 
     @property
-    def current(self) -> frozenset[Job]:
-        """The jobs that have a text in a batch that runs."""
-        return frozenset().union(*(stream.current for stream in self._streams))
+    def current_jobs(self) -> frozenset[Job]:
+        """Jobs with a text in a running batch."""
+        return frozenset().union(*(stream.jobs for stream in self._streams))
 
     def join(self, timeout_s: float) -> bool:
-        """Wait for the threads, which end after their batch once the queue is closed; have they?"""
+        """Wait until the threads end, after the queue is closed; return False on timeout."""
         deadline_s = time.monotonic() + timeout_s
-        for thread in self._threads:  # the one that loads ends first, and has added the others
+        for (
+            thread
+        ) in self._threads:  # the loading thread, first, has added the others before it ends
             thread.join(max(0.0, deadline_s - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
@@ -146,108 +111,108 @@ class ModelRunner:
             torch.set_num_threads(self._num_threads)
             loaded = self._load()
             _trim_memory()
-            self._probe = [loaded.tokenizer.shortest()]
+            self._probe = [loaded.tokenizer.encode_shortest()]
             shares = [self._num_threads] * GPU_STREAMS
             if loaded.shares_cores:
                 shares = share_threads(self._num_threads, min(self._num_threads, MAX_STREAMS))
-            # A copy shares the weights, and counts for itself.
+            # Copies share the weights and count their own padding.
             models = [loaded.model, *(copy.copy(loaded.model) for _ in shares[1:])]
             self._streams = [_Stream(*each) for each in zip(models, shares, strict=True)]
-            self._queue.share(len(shares), in_turn=not loaded.shares_cores)
+            self._queue.set_streams(len(shares), one_at_a_time=not loaded.shares_cores)
             cores = len(os.sched_getaffinity(0))
-            self._spreads = loaded.shares_cores and self._num_threads == len(shares) == cores
-            self._events.loaded(loaded)
-            # This thread ends, and with it the threads that it computed with: were there more of
-            # OpenMP's than cores, it would let all of them sleep at once.
+            self._pins_threads = loaded.shares_cores and self._num_threads == len(shares) == cores
+            self._events.on_loaded(loaded)
+            # This thread ends, and with it its OpenMP team. With more OpenMP threads than cores,
+            # all of them would stop spinning.
             for stream in self._streams:
-                self._start(self._compute, stream)
+                self._start_thread(self._compute_batches, stream)
         except Exception as error:
-            self._events.died(error)
+            self._events.on_died(error)
 
-    def _start(self, target: Callable[..., None], *args: Any) -> None:
+    def _start_thread(self, target: Callable[..., None], *args: Any) -> None:
         thread = threading.Thread(target=target, args=args, name="tandem-model", daemon=True)
         self._threads.append(thread)
         thread.start()
 
-    def _compute(self, stream: "_Stream") -> None:
-        leads = stream is self._streams[0]
+    def _compute_batches(self, stream: "_Stream") -> None:
+        is_leader = stream is self._streams[0]
         try:
-            if leads and self._spreads:
+            if is_leader and self._pins_threads:
                 pin_threads()
-            while turn := self._queue.take(leads):
+            while scheduled := self._queue.take_batch(is_leader):
                 try:
-                    self._step(stream, turn)
+                    self._compute(stream, scheduled)
                 except Exception as error:
-                    self._give_up(stream, error)
-                    self._check(stream, turn)
-                self._queue.finish()
+                    self._fail_batch(stream, error)
+                    self._check_model(stream, scheduled)
+                self._queue.finish_batch()
         except Exception as error:
-            self._events.died(error)
+            self._events.on_died(error)
         finally:
-            stream.current = frozenset()
+            stream.jobs = frozenset()
 
-    def _give_up(self, stream: "_Stream", error: Exception) -> None:
-        """Fail the jobs of the batch that raised."""
-        stream.counts.failed += 1
-        jobs, stream.current = stream.current, frozenset()
-        for job in jobs:
-            self._queue.withdraw(job)
-        self._events.failed(list(jobs), error)
-
-    def _check(self, stream: "_Stream", turn: Turn) -> None:
-        """Raise if the model cannot compute the shortest text: a device that is lost, say."""
-        stream.model.run(cast(ClassifierTask, turn.batch.task), self._probe)
-
-    def _step(self, stream: "_Stream", turn: Turn) -> None:
-        batch = turn.batch
-        stream.current = frozenset(item.key for item in batch.items)
-        stream.use_threads(self._num_threads if turn.alone else stream.share)
-        padding, begun_s = stream.model.padding, time.perf_counter()
+    def _compute(self, stream: "_Stream", scheduled: ScheduledBatch) -> None:
+        batch = scheduled.batch
+        stream.jobs = frozenset(item.key for item in batch.items)
+        stream.use_threads(self._num_threads if scheduled.uses_all_cores else stream.share)
+        padding, started_s = stream.model.padding, time.perf_counter()
         ids = [item.key.ids[item.index] for item in batch.items]
         rows = stream.model.run(cast(ClassifierTask, batch.task), ids)
-        elapsed_s = time.perf_counter() - begun_s
-        with self._scattering:  # a job's texts may be in two batches at once
-            for job in stream.current:
+        elapsed_s = time.perf_counter() - started_s
+        with self._scatter_lock:  # a job may have texts in two running batches
+            for job in stream.jobs:
                 job.compute_s += elapsed_s
             done = _scatter(batch, rows)
-        padding = stream.model.padding - padding  # it may have computed before, as a check
-        stream.counts.batch(len(ids), batch.num_tokens, padding, elapsed_s)
-        stream.current = frozenset()
+        # Only the difference: the model may have computed batches while it was loaded.
+        padding = stream.model.padding - padding
+        stream.counts.add_batch(len(ids), batch.num_tokens, padding, elapsed_s)
+        stream.jobs = frozenset()
         if done:
-            self._events.done(done)
+            self._events.on_done(done)
+
+    def _fail_batch(self, stream: "_Stream", error: Exception) -> None:
+        stream.counts.failed += 1
+        jobs, stream.jobs = stream.jobs, frozenset()
+        for job in jobs:
+            self._queue.withdraw_job(job)
+        self._events.on_failed(list(jobs), error)
+
+    def _check_model(self, stream: "_Stream", scheduled: ScheduledBatch) -> None:
+        """Raise if the model cannot compute even the shortest text, e.g. on a lost device."""
+        stream.model.run(cast(ClassifierTask, scheduled.batch.task), self._probe)
 
 
 class _Stream:
-    """What one of the threads owns."""
+    """State of one model thread."""
 
     def __init__(self, model: EncoderModel, share: int) -> None:
         self.model = model
         self.share = share
-        """Threads that its operations may use beside the others."""
-        self.counts = RunnerCounts()
-        self.current: frozenset[Job] = frozenset()
+        """Threads for its operations while other streams compute."""
+        self.counts = BatchCounts()
+        self.jobs: frozenset[Job] = frozenset()
         self._threads = 0
 
     def use_threads(self, number: int) -> None:
-        """Let this thread's operations use so many; torch counts them for each calling thread."""
+        """Set the threads of this thread's operations; torch keeps the number per thread."""
         if number != self._threads:
             torch.set_num_threads(number)
             self._threads = number
 
 
 def _trim_memory() -> None:
-    """Give back to the system what loading took and left: 0.25 GB after measuring agreement."""
-    with contextlib.suppress(OSError, AttributeError):  # only glibc has it
+    """Return freed memory to the system: 0.25 GB after measuring agreement."""
+    with contextlib.suppress(OSError, AttributeError):  # glibc only
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _scatter(batch: Batch[Job], rows: Rows | list[Rows]) -> list[Job]:
-    """Give each row to its job; returns the jobs that have all theirs."""
+    """Store each row in its job and return the jobs that are complete."""
     done = []
     for item, row in zip(batch.items, rows, strict=True):
         job = item.key
         if job.rows is None:
-            job.rows = _room_for(len(job.ids), rows)
+            job.rows = _empty_like(rows, len(job.ids))
         job.rows[item.index] = row
         job.num_done += 1
         if job.num_done == len(job.ids):
@@ -255,7 +220,7 @@ def _scatter(batch: Batch[Job], rows: Rows | list[Rows]) -> list[Job]:
     return done
 
 
-def _room_for(num_rows: int, rows: Rows | list[Rows]) -> Rows | list[Rows]:
+def _empty_like(rows: Rows | list[Rows], num_rows: int) -> Rows | list[Rows]:
     if isinstance(rows, list):
         return [rows[0]] * num_rows
     return np.empty((num_rows, rows.shape[1]), np.float32)

@@ -1,7 +1,7 @@
-"""Reading and checking the bodies of the encoder's endpoints; the tasks say what is in them.
+"""Parsing of request bodies, and the parts that several endpoints share.
 
-JSON that cannot be read is a 400, JSON of the wrong shape a 422 that names the field, and a
-request that is well-formed but impossible a 400.
+Errors: 400 if the body is not JSON or the request is impossible, 422 with the field's name if JSON
+has the wrong shape.
 """
 
 import re
@@ -9,45 +9,85 @@ from collections.abc import Sequence
 from typing import Annotated, TypeVar
 
 import numpy as np
-from msgspec import DecodeError, Meta, ValidationError
+from msgspec import DecodeError, Meta, Struct, ValidationError
 from msgspec.json import Decoder
 
-from cluster.engines.classifier.model.types import TokenIds
-from cluster.errors import InvalidRequestError, RequestError, UnprocessableError
+from cluster.engines.classifier.model.types import Text, TokenIds
+from cluster.errors import InvalidRequestError, UnprocessableError
 
 AtLeastOne = Annotated[int, Meta(ge=1)]
 T = TypeVar("T")
 
 
+class Pair(Struct, frozen=True, forbid_unknown_fields=True):
+    """A text, with or without its pair."""
+
+    text: str
+    text_pair: str | None = None
+
+
+PairList = Annotated[list[str], Meta(min_length=2, max_length=2)]
+"""A text and its pair as a list."""
+Item = str | Pair | PairList
+ItemOrList = str | Pair | list[Item]
+
+
 def parse(decoder: Decoder[T], body: bytes) -> T:
-    """Read a body.
+    """Parse a body.
 
     Raises:
-        InvalidRequestError: it is not JSON, or not UTF-8 (lone surrogates included).
-        UnprocessableError: a field is unknown, missing or of the wrong type.
+        InvalidRequestError: It is not JSON, or not UTF-8 (lone surrogates included).
+        UnprocessableError: A field is unknown, missing or of the wrong type.
     """
     try:
         return decoder.decode(body)
     except ValidationError as error:
-        raise _unprocessable(str(error)) from None
+        raise _unprocessable_error(str(error)) from None
     except UnicodeDecodeError:
         raise InvalidRequestError("the body is not valid UTF-8") from None
     except (DecodeError, RecursionError) as error:
         raise InvalidRequestError(f"the body is not valid JSON: {error}") from None
 
 
-def _unprocessable(message: str) -> UnprocessableError:
-    """msgspec's message as ours: "Expected `str`, got `int` - at `$.input[1]`"."""
-    what, _, where = message.partition(" - at ")
-    path = where.strip("`").removeprefix("$").lstrip(".")
-    named = re.search(r"field `([^`]+)`", what)
+def _unprocessable_error(message: str) -> UnprocessableError:
+    """Translate msgspec's message, e.g. "Expected `str`, got `int` - at `$.input[1]`"."""
+    problem, _, location = message.partition(" - at ")
+    path = location.strip("`").removeprefix("$").lstrip(".")
+    named = re.search(r"field `([^`]+)`", problem)
     param = path or (named[1] if named else None)
-    text = f"{path}: {what[0].lower()}{what[1:]}" if path else what
+    text = f"{path}: {problem[0].lower()}{problem[1:]}" if path else problem
     return UnprocessableError(text, param=param)
 
 
+def to_texts(value: ItemOrList) -> list[Text]:
+    """Return the texts of an ``input`` with or without pairs."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Pair):
+        return [_to_text(value)]
+    return [item if isinstance(item, str) else _to_text(item) for item in value]
+
+
+def _to_text(item: Pair | Sequence[str]) -> Text:
+    if isinstance(item, Pair):
+        return item.text if item.text_pair is None else (item.text, item.text_pair)
+    first, second = item
+    return first, second
+
+
+def single_texts(value: str | list[str], max_texts: int) -> list[str]:
+    """Return the texts of an ``input`` without pairs.
+
+    Raises:
+        InvalidRequestError: There are none or too many.
+    """
+    texts = [value] if isinstance(value, str) else value
+    check_count(len(texts), max_texts)
+    return texts
+
+
 def check_count(count: int, max_texts: int, param: str = "input") -> None:
-    """Refuse an empty list and one that is too long."""
+    """Raise ``InvalidRequestError`` if a list is empty or too long."""
     if not count:
         raise InvalidRequestError(f"{param} is empty; at least one text is needed", param=param)
     if count > max_texts:
@@ -55,22 +95,11 @@ def check_count(count: int, max_texts: int, param: str = "input") -> None:
         raise InvalidRequestError(message, param=param)
 
 
-def texts_of(given: str | list[str], max_texts: int) -> list[str]:
-    """The texts of an ``input`` without pairs.
-
-    Raises:
-        InvalidRequestError: there are none or too many.
-    """
-    texts = [given] if isinstance(given, str) else given
-    check_count(len(texts), max_texts)
-    return texts
-
-
 def split_input(items: str | Sequence[str | int | list[int]]) -> list[str] | list[list[int]]:
-    """The four shapes of OpenAI's ``input`` as a list of texts or of lists of token ids.
+    """Return the four shapes of OpenAI's ``input`` as a list of texts or of lists of token ids.
 
     Raises:
-        UnprocessableError: the list mixes them.
+        UnprocessableError: The list mixes them.
     """
     if isinstance(items, str):
         return [items]
@@ -89,18 +118,19 @@ def split_input(items: str | Sequence[str | int | list[int]]) -> list[str] | lis
 
 
 def check_ids(index: int, ids: list[int], vocab_size: int) -> TokenIds:
-    """The ids of one text as an array.
+    """Return the token ids of one text as an array.
 
     Raises:
-        RequestError: there are none, or one is not in the vocabulary.
+        InvalidRequestError: There are none, or one is not in the vocabulary.
     """
     if not ids:
-        raise _bad_ids(f"input[{index}] is empty; at least one token id is needed")
+        raise InvalidRequestError(
+            f"input[{index}] is empty; at least one token id is needed", param="input"
+        )
     if min(ids) < 0 or max(ids) >= vocab_size:
         wrong = min(ids) if min(ids) < 0 else max(ids)
-        raise _bad_ids(f"input[{index}] holds the token id {wrong}; allowed: 0 to {vocab_size - 1}")
+        raise InvalidRequestError(
+            f"input[{index}] has the token id {wrong}; allowed: 0 to {vocab_size - 1}",
+            param="input",
+        )
     return np.array(ids, np.int64)
-
-
-def _bad_ids(message: str) -> RequestError:
-    return InvalidRequestError(message, param="input")

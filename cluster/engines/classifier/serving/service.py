@@ -1,6 +1,7 @@
-"""Requests in, rows out: the stages put together, on the event loop's side.
+"""Classifier without HTTP: texts in, rows out.
 
-Owns every admitted job until its future has a result, a typed error or a cancel. Knows no HTTP.
+The service connects tokenizer threads, queue and model threads to the event loop. It owns every
+admitted job until its future has a result, a typed error or a cancellation.
 """
 
 import asyncio
@@ -8,7 +9,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from cluster.engines.classifier.model.template import Side
 from cluster.engines.classifier.model.tokenizer import TextReader
 from cluster.engines.classifier.model.types import Text, TokenIds, num_chars
 from cluster.engines.classifier.serving.jobs import Encoded, Job
+from cluster.engines.classifier.serving.metrics import ClassifierCounts
 from cluster.engines.classifier.serving.queue import JobQueue
 from cluster.engines.classifier.serving.runner import ModelRunner, RunnerEvents
 from cluster.engines.classifier.serving.tokenizer_stage import PASS_CHARS, TokenizerStage
@@ -30,43 +31,15 @@ from cluster.errors import (
     UnavailableError,
 )
 from cluster.load import Load
-from cluster.metrics import Histogram
 
 log = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 10.0
-"""The longest wait for the batch that runs; a batch takes about a second on slow processors."""
-
-
-@dataclass(frozen=True, slots=True)
-class ClassifierCounts:
-    """What the engine did since its start, for metrics."""
-
-    batches: int
-    texts: int
-    tokens: int
-    compute_s: float
-    skipped_texts: int
-    """Never computed, because their client left or their request failed."""
-    padding: float
-    """What was computed of no token, as the number of tokens it would make."""
-    agreement: float | None
-    """How often low precision answers as float32 does; None: it is float32."""
-    failed_batches: int
-    """Batches that raised."""
-    batch_texts: Histogram
-    tokenize_s: float
-    queued_tokens: int
-    """Tokens that wait now."""
-    cache_hits: int = 0
-    """Texts whose result was kept from before; 0 without a result cache."""
-    cache_misses: int = 0
+"""Longest wait for the running batch, which takes about 1 s on a slow CPU."""
 
 
 class ClassifierService:
-    """One loaded model and the threads (event loop, tokenizers, model) that feed it.
-
-    Use ``start`` to make one; all methods are called on the loop that made it.
+    """One loaded model with its threads. Make one with ``start``, and use it on one event loop.
 
     Args:
         config: The pool.
@@ -80,10 +53,10 @@ class ClassifierService:
         self._queue = JobQueue(config.max_batch_tokens, config.max_queued_tokens)
         self._loaded: asyncio.Future[LoadedModel] = self._loop.create_future()
         events = RunnerEvents(
-            loaded=lambda loaded: self._call(self._on_loaded, loaded),
-            done=lambda jobs: self._call(self._on_done, jobs),
-            failed=lambda jobs, error: self._call(self._on_failure, jobs, error),
-            died=lambda error: self._call(self._on_death, error),
+            on_loaded=lambda loaded: self._call_on_loop(self._on_loaded, loaded),
+            on_done=lambda jobs: self._call_on_loop(self._on_done, jobs),
+            on_failed=lambda jobs, error: self._call_on_loop(self._on_failed, jobs, error),
+            on_died=lambda error: self._call_on_loop(self._on_died, error),
         )
         self._runner = ModelRunner(load, self._queue, events, num_threads(config))
         self._stages: tuple[TokenizerStage, ...] = ()
@@ -94,10 +67,10 @@ class ClassifierService:
         """Load the model at ``path`` and return when it can answer.
 
         Raises:
-            ConfigError: the model is wrong.
-            EngineDeadError: loading failed in another way.
+            ConfigError: The model or its configuration is wrong.
+            EngineDeadError: Loading failed for another reason.
         """
-        # Tokenizing is 100 times faster than the model: threads for it would only take its cores.
+        # Tokenizing is 100 times faster than the model; more threads would only take its cores.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self = cls(config, lambda: load_model(config, path))
         try:
@@ -105,7 +78,7 @@ class ClassifierService:
         except BaseException:
             self._queue.close(UnavailableError("the engine did not start"))
             raise
-        # A text that takes long to read is read beside the others, not before them.
+        # The second stage tokenizes long texts, so that short ones do not wait for them.
         self._stages = tuple(TokenizerStage(self._queue, self._fail_from_thread) for _ in range(2))
         return self
 
@@ -116,34 +89,33 @@ class ClassifierService:
         truncate: bool | Side = False,
         reader: TextReader | None = None,
     ) -> Encoded:
-        """Compute a row for each input; cancelling skips what is not computed yet.
+        """Compute a row per input; cancelling skips everything that is not computed yet.
 
         Args:
-            task: What the model is to compute: the head of one of the configured tasks.
-            inputs: Texts, with pairs or without, or token ids within the vocabulary and the
-                model's length.
-            truncate: Cut texts that are too long, where otherwise they are refused.
-            reader: Reads the texts in another way than as one row each, cut as ``truncate`` says.
+            task: Head to compute; one that the configured tasks need.
+            inputs: Texts, pairs of texts, or rows of valid token ids up to the model's length.
+            truncate: Side on which long texts are cut (True: right); False refuses them.
+            reader: Reads the texts instead of the default reader for ``truncate``.
 
         Raises:
-            InvalidRequestError: a text is too long or no valid Unicode.
-            OverloadedError: too many tokens wait already.
-            PayloadTooLargeError: the request alone has more tokens than may wait.
-            UnavailableError: the engine stops, or is dead (``EngineDeadError``).
-            InternalError: the model failed on the batch that a text of it was in.
+            InvalidRequestError: A text is too long or not valid Unicode.
+            OverloadedError: Too many tokens are waiting.
+            PayloadTooLargeError: The request alone exceeds the limit on waiting tokens.
+            UnavailableError: The engine is stopping, or dead (``EngineDeadError``).
+            InternalError: The model failed on a batch with a text of the request.
         """
         future: asyncio.Future[Encoded] = self._loop.create_future()
         texts = [item for item in inputs if isinstance(item, (str, tuple))]
         reader = reader or self.model.tokenizer.reader(truncate)
         job = Job(task, texts, reader, future, time.perf_counter())
         job.ids = [item for item in inputs if isinstance(item, np.ndarray)]
-        self._queue.admit(job)
+        self._queue.admit_job(job)
         self._open.add(job)
         try:
-            self._hand_over(job)
+            self._submit(job)
             return await future
         except asyncio.CancelledError:
-            self._queue.cancel(job)
+            self._queue.cancel_job(job)
             raise
         finally:
             self._open.discard(job)
@@ -154,53 +126,52 @@ class ClassifierService:
             raise EngineDeadError(self._dead)
 
     def load(self) -> Load:
-        """Requests with a text in the batch that runs, and the other admitted ones."""
-        running = len(self._open & self._runner.current)
+        """Return the requests with a text in a running batch, and the other admitted ones."""
+        running = len(self._open & self._runner.current_jobs)
         return Load(running=running, waiting=len(self._open) - running)
 
     def counts(self) -> ClassifierCounts:
-        """The counters, at one moment."""
-        done = self._runner.counts
+        """Return the counters since the start."""
+        computed = self._runner.counts
         agreement = self.model.agreement
         return ClassifierCounts(
-            batches=done.batches,
-            texts=done.texts,
-            tokens=done.tokens,
-            compute_s=done.compute_s,
+            batches=computed.batches,
+            texts=computed.texts,
+            tokens=computed.tokens,
+            compute_s=computed.compute_s,
             skipped_texts=self._queue.skipped_texts,
-            padding=done.padding,
+            padding=computed.padding,
             agreement=agreement.share if agreement else None,
-            failed_batches=done.failed,
-            batch_texts=done.batch_texts,
+            failed_batches=computed.failed,
+            batch_texts=computed.batch_texts,
             tokenize_s=sum(stage.tokenize_s for stage in self._stages),
             queued_tokens=self._queue.queued_tokens,
         )
 
     async def stop(self) -> None:
-        """Refuse new requests, fail those that are open, and end the threads."""
-        error = UnavailableError("the engine stops", retry_after_s=1.0)
+        """Refuse new requests, fail open ones, and end the threads."""
+        error = UnavailableError("the engine is stopping", retry_after_s=1.0)
         self._queue.close(error)
         self._fail_open(error)
         for stage in self._stages:
             await asyncio.to_thread(stage.stop)
         if not await asyncio.to_thread(self._runner.join, STOP_TIMEOUT_S):
-            log.warning("the model did not end within %s s; its thread is left", STOP_TIMEOUT_S)
+            log.warning("the model thread did not end within %s s; leaving it", STOP_TIMEOUT_S)
 
-    def _hand_over(self, job: Job) -> None:
+    def _submit(self, job: Job) -> None:
         if job.texts:
             short, long = self._stages
             stage = long if max(map(num_chars, job.texts)) > PASS_CHARS else short
             stage.submit(job)
         else:
             job.tokenized_s = job.admitted_s
-            self._queue.put(job)
+            self._queue.put_job(job)
 
-    def _call(self, function: Callable[..., None], *args: object) -> None:
-        """Run ``function`` on the event loop, from another thread."""
+    def _call_on_loop(self, function: Callable[..., None], *args: object) -> None:
         try:
             self._loop.call_soon_threadsafe(function, *args)
-        except RuntimeError:  # the loop is closed, so nobody waits for this
-            log.warning("the event loop ended before the engine was stopped")
+        except RuntimeError:  # the loop is closed, so no one awaits the result
+            log.warning("the event loop was closed before the engine was stopped")
 
     def _on_loaded(self, loaded: LoadedModel) -> None:
         if not self._loaded.done():
@@ -212,12 +183,12 @@ class ClassifierService:
             if not job.future.done():
                 job.future.set_result(job.to_encoded(now_s))
 
-    def _on_failure(self, jobs: Sequence[Job], error: Exception) -> None:
+    def _on_failed(self, jobs: Sequence[Job], error: Exception) -> None:
         log.error("the model failed on a batch of %d requests", len(jobs), exc_info=error)
         for job in jobs:
-            _fail(job, InternalError("the model failed while this request was in it"))
+            _fail(job, InternalError("the model failed on this request"))
 
-    def _on_death(self, error: Exception) -> None:
+    def _on_died(self, error: Exception) -> None:
         if self._loaded.done():
             log.error("the model failed; this engine is dead", exc_info=error)
         elif isinstance(error, ConfigError):
@@ -232,7 +203,7 @@ class ClassifierService:
         self._fail_open(dead)
 
     def _fail_from_thread(self, job: Job, error: RequestError) -> None:
-        self._call(_fail, job, error)
+        self._call_on_loop(_fail, job, error)
 
     def _fail_open(self, error: RequestError) -> None:
         for job in self._open:

@@ -1,8 +1,8 @@
-"""A tokenizer stage: one thread between the event loop and the queue.
+"""Tokenizer stage: a thread between the event loop and the queue.
 
-It takes all texts that wait at once, a share from each job, so that many small jobs cost one
-call of the tokenizer and a large one does not hold them up. Owns the jobs until it puts them in
-the queue or fails them. Knows no model.
+The thread takes all waiting texts at once, up to ``PASS_CHARS`` per job. Many small jobs then cost
+one tokenizer call, and a large job does not delay them. The stage owns its jobs until it puts them
+in the queue or fails them.
 """
 
 import logging
@@ -21,24 +21,26 @@ from cluster.errors import InternalError, InvalidRequestError, RequestError
 log = logging.getLogger(__name__)
 
 PASS_CHARS = 50_000
-"""Characters tokenized for one job before the others have their turn: about 10 ms."""
+"""Characters of one job that are tokenized before other jobs continue; takes about 10 ms."""
 
 Fail = Callable[[Job, RequestError], None]
 
 
 @dataclass(slots=True)
 class _Piece:
+    """Texts ``first`` to ``stop`` of a job."""
+
     job: Job
     first: int
     stop: int
 
 
 class TokenizerStage:
-    """Tokenizes jobs in a thread of its own and puts them in the queue.
+    """Tokenizes jobs in a thread and puts them in the queue.
 
     Args:
-        queue: Where tokenized jobs go.
-        fail: Called from the thread with each job that cannot go there.
+        queue: Destination of tokenized jobs.
+        fail: Called from the thread with each job that cannot be queued.
     """
 
     def __init__(self, queue: JobQueue, fail: Fail) -> None:
@@ -47,7 +49,7 @@ class TokenizerStage:
         self._jobs: deque[Job] = deque()
         self._stopping = False
         self.tokenize_s = 0.0
-        """Time that the tokenizer took since the start."""
+        """Tokenizing time since the start."""
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="tandem-tokenizer", daemon=True)
         self._thread.start()
@@ -59,7 +61,7 @@ class TokenizerStage:
             self._changed.notify()
 
     def stop(self) -> None:
-        """End the thread; jobs that it still has are left as they are."""
+        """End the thread; jobs still waiting are left as they are."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -67,13 +69,13 @@ class TokenizerStage:
 
     def _run(self) -> None:
         while jobs := self._next_jobs():
-            pieces = [self._piece(job) for job in jobs if not self._drop_cancelled(job)]
-            for alike in _by_reader(pieces):
-                begun_s = time.perf_counter()
-                tokenized = self._tokenize(alike)
-                self.tokenize_s += time.perf_counter() - begun_s
+            pieces = [self._next_piece(job) for job in jobs if not self._drop_if_cancelled(job)]
+            for same_reader in _by_reader(pieces):
+                started_s = time.perf_counter()
+                tokenized = self._tokenize(same_reader)
+                self.tokenize_s += time.perf_counter() - started_s
                 for piece in tokenized:
-                    self._pass_on(piece.job)
+                    self._queue_or_resubmit(piece.job)
 
     def _next_jobs(self) -> list[Job]:
         with self._changed:
@@ -83,12 +85,12 @@ class TokenizerStage:
             self._jobs.clear()
             return jobs
 
-    def _drop_cancelled(self, job: Job) -> bool:
+    def _drop_if_cancelled(self, job: Job) -> bool:
         if job.cancelled:
-            self._queue.drop(job)
+            self._queue.drop_job(job)
         return job.cancelled
 
-    def _piece(self, job: Job) -> _Piece:
+    def _next_piece(self, job: Job) -> _Piece:
         first = stop = job.num_tokenized
         chars = 0
         while stop < len(job.texts) and chars < PASS_CHARS:
@@ -97,47 +99,48 @@ class TokenizerStage:
         return _Piece(job, first, stop)
 
     def _tokenize(self, pieces: list[_Piece]) -> list[_Piece]:
-        """Tokenize pieces of one reader; those that failed are not among the ones returned."""
+        """Tokenize pieces that share a reader, and return those that did not fail."""
         if len(pieces) == 1:
             return pieces if self._tokenize_alone(pieces[0]) else []
         texts = [text for piece in pieces for text in piece.job.texts[piece.first : piece.stop]]
         try:
             rows = iter(pieces[0].job.reader.read(texts, 0))
-        except Exception:
+        except Exception:  # find out whose text it was
             return [piece for piece in pieces if self._tokenize_alone(piece)]
-        for piece in pieces:  # jobs that share a reader have one row for each text
+        for piece in pieces:  # a shared reader makes one row per text
             piece.job.ids.extend(next(rows) for _ in range(piece.first, piece.stop))
             piece.job.num_tokenized = piece.stop
         return pieces
 
     def _tokenize_alone(self, piece: _Piece) -> bool:
-        """Tokenize one piece, or fail its job."""
+        """Tokenize one piece; on an error, fail its job and return False."""
         job = piece.job
         try:
             job.ids += job.reader.read(job.texts[piece.first : piece.stop], piece.first)
             job.num_tokenized = piece.stop
         except RequestError as error:
-            self._give_up(job, error)
+            self._drop_and_fail(job, error)
         except (TypeError, UnicodeError):
-            self._give_up(job, InvalidRequestError("input is not valid Unicode", param="input"))
+            invalid = InvalidRequestError("input is not valid Unicode", param="input")
+            self._drop_and_fail(job, invalid)
         except Exception:
             log.exception("the tokenizer failed")
-            self._give_up(job, InternalError("the tokenizer failed"))
+            self._drop_and_fail(job, InternalError("the tokenizer failed"))
         else:
             return True
         return False
 
-    def _pass_on(self, job: Job) -> None:
+    def _queue_or_resubmit(self, job: Job) -> None:
         if job.num_tokenized < len(job.texts):
             return self.submit(job)
         job.tokenized_s = time.perf_counter()
         try:
-            self._queue.put(job)
+            self._queue.put_job(job)
         except RequestError as error:
             self._fail(job, error)
 
-    def _give_up(self, job: Job, error: RequestError) -> None:
-        self._queue.drop(job)
+    def _drop_and_fail(self, job: Job, error: RequestError) -> None:
+        self._queue.drop_job(job)
         self._fail(job, error)
 
 

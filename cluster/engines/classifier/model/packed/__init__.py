@@ -1,8 +1,4 @@
-"""BERT without padding; see ``network`` for how it computes and ``linear`` for what makes it fast.
+"""BERT without padding, on CPUs (``cpu``) and on GPUs (``gpu``).
 
-Imports run one way: ``linear → layer, quantize → network → layout → attention → bert, varlen``.
+Imports run ``linear → quantize, network → layout → cpu, gpu``. ``linear`` is the fast part.
 """
-
-from cluster.engines.classifier.model.packed.bert import PackedBert
-
-__all__ = ["PackedBert"]

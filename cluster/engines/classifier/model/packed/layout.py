@@ -1,13 +1,13 @@
-"""Where the texts of a batch lie in its matrices, and how attention's operands come out of them.
+"""Layout of a batch: rows of its texts, and the gather indices of attention's operands.
 
-The tokens of a batch lie end to end in one [tokens, hidden] matrix. Attention alone wants texts
-apart from one another: a gather brings each group of texts of like length to [texts * heads,
-length, head size], padded to the longest of the group, and another one brings the result back. The
-indices of both are made here, once for a batch, and serve every layer.
+The tokens of a batch are the rows of one [tokens, hidden] matrix. Only attention needs the texts
+apart. One gather brings each group of texts of similar length to [texts * heads, length, head
+size], padded to the longest text of the group; another gather brings the result back. The indices
+of both are made here, once per batch, and used by every layer.
 
-oneDNN makes a kernel for every shape that it has not seen: some 0.3 ms and 0.6 MB for each of the
-products of a batch. So numbers of rows and lengths are rounded up a little, a group's texts go
-through a product in powers of two, and few shapes come up again and again.
+oneDNN compiles a kernel for every new shape, which costs about 0.3 ms and 0.6 MB for each product
+of a batch. Numbers of rows and lengths are therefore rounded up, and a group's texts are split into
+powers of two, so that few shapes occur.
 """
 
 import bisect
@@ -24,20 +24,20 @@ from cluster.engines.classifier.model.packed.network import Packed
 from cluster.engines.classifier.model.types import TokenIds
 
 MAX_PADDING = 0.3
-"""Share of a group's cells in attention that may be padding. It takes little of the time there, and
-a call for each tiny group takes more: 32 texts in arrival order gave 320, 350, 420 and 510 texts a
-second with 0, 0.02, 0.1 and 0.3; of like length, 850 whatever the share."""
+"""Share of a group's cells in attention that may be padding. Attention takes little of the time,
+and a call for each tiny group takes more: with 0, 0.02, 0.1 and 0.3, batches of 32 texts in arrival
+order gave 320, 350, 420 and 510 texts/s. Texts of equal length gave 850 with any share."""
 FLOAT32_LANES = 16
-"""Numbers in a register of 512 bits. PyTorch's softmax adds up a row that does not fill one in
-another order, so a shorter text is never padded to this length: it would have other scores than
-alone, by up to 0.002 in bfloat16."""
+"""Values in a 512-bit register. PyTorch's softmax sums a row shorter than that in another order, so
+shorter texts are never padded to this length: their scores would change by up to 0.002 in
+bfloat16."""
 
 LANE = 4
-"""Lengths and numbers of rows are multiples of it."""
+"""Lengths and numbers of rows are multiples of this."""
 ROW_BITS = 6
-"""Significant bits of numbers of rows: 1 % of the rows is padding; 190 of them up to 1,024."""
+"""Significant bits of numbers of rows: 1 % padding, and 190 possible numbers up to 1,024."""
 LENGTH_BITS = 4
-"""The same of lengths in attention, which takes little of the time."""
+"""Significant bits of lengths in attention."""
 
 Indices = NDArray[np.int64]
 
@@ -48,55 +48,55 @@ class Group:
 
     texts: int
     length: int
-    """Of the longest, rounded up; the others are padded to it."""
+    """Length of the longest text, rounded up; the others are padded to it."""
     mask: Tensor | None
-    """[texts, 1, 1, length], minus infinity where there is padding; None where there is none."""
+    """Minus infinity for padding, [texts, 1, 1, length]; None if there is no padding."""
     portions: tuple[slice, ...]
-    """The rows of [texts * heads, ...] in runs of a power of two of texts, largest first."""
+    """Runs of rows of [texts * heads, ...], each of a power of two of texts, largest first."""
 
     @property
     def cells(self) -> int:
-        """Tokens, and what pads them."""
+        """Number of tokens, padding included."""
         return self.texts * self.length
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One batch's layout for a model with ``heads`` heads."""
+    """Layout of one batch for a model with a given number of heads."""
 
     packed: Packed
     groups: tuple[Group, ...]
     query_key_value: Tensor
-    """Of a [tokens * 3 * heads, head size] matrix, the rows that each group's attention takes."""
+    """Rows of the [tokens * 3 * heads, head size] matrix in the order of the groups' operands."""
     key_value: Tensor
-    """The same of a [tokens * 2 * heads, head size] matrix."""
+    """Rows of the [tokens * 2 * heads, head size] matrix in the order of the groups' operands."""
     num_tokens: int
     padded_pairs: int
-    """Pairs of tokens that attention computes and that are none, as one of the two is padding."""
+    """Pairs of tokens in attention of which at least one is padding."""
     back: Tensor
-    """Of the groups' outputs end to end, the rows that make up [tokens * heads, head size]."""
+    """Rows of the groups' outputs, end to end, in the order [tokens * heads]."""
 
     @classmethod
-    def of(cls, ids: Sequence[TokenIds], heads: int, mask_dtype: torch.dtype) -> "Layout":
-        """The layout of ``ids``, in ascending order of length; ``~id``: of the second segment."""
+    def for_batch(cls, ids: Sequence[TokenIds], heads: int, mask_dtype: torch.dtype) -> "Layout":
+        """Lay out ``ids``, which ascend in length; ``~id`` is a token of the second segment."""
         lengths = np.array([len(row) for row in ids])
         num_tokens = int(lengths.sum())
-        firsts = np.cumsum(lengths) - lengths
+        starts = np.cumsum(lengths) - lengths
         rounded = [round_up(length, LENGTH_BITS, LANE) for length in lengths.tolist()]
         parts = [
-            _Part(firsts[run], lengths[run], rounded[run.stop - 1], heads)
-            for run in _groups(rounded)
+            _GroupIndices(starts[run], lengths[run], rounded[run.stop - 1], heads)
+            for run in _group_runs(rounded)
         ]
         num_rows = round_up(num_tokens, ROW_BITS, LANE)
-        num_slots = round_up(len(ids), ROW_BITS, LANE)
-        starts = np.cumsum([0, *(part.size for part in parts)])[:-1]
-        backs = [start + part.back() for start, part in zip(starts, parts, strict=True)]
-        tokens, second = _segments(_padded(np.concatenate(ids), num_rows))
-        positions = np.arange(num_tokens) - np.repeat(firsts, lengths)
+        num_texts = round_up(len(ids), ROW_BITS, LANE)
+        offsets = np.cumsum([0, *(part.size for part in parts)])[:-1]
+        backs = [offset + part.back() for offset, part in zip(offsets, parts, strict=True)]
+        tokens, second = _split_segments(_pad(np.concatenate(ids), num_rows))
+        positions = np.arange(num_tokens) - np.repeat(starts, lengths)
         rest = (
-            _padded(positions, num_rows),
-            _padded(firsts, num_slots),
-            _padded(np.repeat(np.arange(len(ids)), lengths), num_rows, num_slots),
+            _pad(positions, num_rows),
+            _pad(starts, num_texts),
+            _pad(np.repeat(np.arange(len(ids)), lengths), num_rows, num_texts),
         )
         return cls(
             packed=Packed(tokens, second, *map(torch.from_numpy, rest)),
@@ -104,33 +104,33 @@ class Layout:
             query_key_value=torch.from_numpy(np.concatenate([part.rows(3) for part in parts])),
             key_value=torch.from_numpy(np.concatenate([part.rows(2) for part in parts])),
             num_tokens=num_tokens,
-            padded_pairs=sum(part.pairs for part in parts) - int((lengths**2).sum()),
-            back=torch.from_numpy(_padded(np.concatenate(backs), num_rows * heads)),
+            padded_pairs=sum(part.num_pairs for part in parts) - int((lengths**2).sum()),
+            back=torch.from_numpy(_pad(np.concatenate(backs), num_rows * heads)),
         )
 
 
 def round_up(number: int, bits: int, step: int = 1) -> int:
-    """The next number with so few significant bits, and a multiple of ``step``, a power of two."""
+    """Round up to ``bits`` significant bits and to a multiple of ``step``, a power of two."""
     step = max(step, 1 << max(0, number.bit_length() - bits))
     return -(-number // step) * step
 
 
-def _padded(numbers: Indices, size: int, filler: int = 0) -> Indices:
+def _pad(numbers: Indices, size: int, filler: int = 0) -> Indices:
     return np.pad(numbers, (0, size - len(numbers)), constant_values=filler)
 
 
 def _portions(texts: int, heads: int) -> tuple[slice, ...]:
-    found, start = [], 0
+    portions, start = [], 0
     for bit in reversed(range(texts.bit_length())):
         if texts >> bit & 1:
             stop = start + (heads << bit)
-            found.append(slice(start, stop))
+            portions.append(slice(start, stop))
             start = stop
-    return tuple(found)
+    return tuple(portions)
 
 
-def _groups(lengths: Sequence[int]) -> list[slice]:
-    """Runs of ascending ``lengths`` that attention computes together."""
+def _group_runs(lengths: Sequence[int]) -> list[slice]:
+    """Return the runs of ascending ``lengths`` that attention computes together."""
     split = bisect.bisect_left(lengths, FLOAT32_LANES)
     return [
         slice(start + run.start, start + run.stop)
@@ -139,42 +139,43 @@ def _groups(lengths: Sequence[int]) -> list[slice]:
     ]
 
 
-def _segments(tokens: Indices) -> tuple[Tensor, Tensor | None]:
+def _split_segments(tokens: Indices) -> tuple[Tensor, Tensor | None]:
+    """Return the plain token ids, and which of them are of the second segment."""
     marked = tokens < 0
     if not marked.any():
         return torch.from_numpy(tokens), None
     return torch.from_numpy(np.where(marked, ~tokens, tokens)), torch.from_numpy(marked[:, None])
 
 
-class _Part:
-    """The indices of one group."""
+class _GroupIndices:
+    """Gather indices of one group."""
 
-    def __init__(self, firsts: Indices, lengths: Indices, length: int, heads: int) -> None:
+    def __init__(self, starts: Indices, lengths: Indices, length: int, heads: int) -> None:
         self._length, self._heads = length, np.arange(heads)
-        self._firsts = firsts[:, None]
+        self._starts = starts[:, None]
         self._valid = np.arange(length) < lengths[:, None]
         self.size = heads * self._valid.size
-        self.pairs = self._valid.size * length
+        self.num_pairs = self._valid.size * length
 
     def group(self, mask_dtype: torch.dtype) -> Group:
         mask = None
         if not self._valid.all():
             mask = torch.from_numpy(np.where(self._valid, np.float32(0), np.float32(-np.inf)))
             mask = mask.to(mask_dtype)[:, None, None, :]
-        texts = len(self._firsts)
+        texts = len(self._starts)
         return Group(texts, self._length, mask, _portions(texts, len(self._heads)))
 
     def rows(self, parts: int) -> Indices:
-        """In the order [parts, texts, heads, length]; padding repeats the text's last token."""
+        """Return rows in the order [parts, texts, heads, length]; padding is the last token."""
         inside = self._valid.cumsum(1) - 1
-        tokens = (self._firsts + inside)[None, :, None, :]
+        tokens = (self._starts + inside)[None, :, None, :]
         part = np.arange(parts)[:, None, None, None]
         heads = len(self._heads)
         rows = (tokens * parts + part) * heads + self._heads[:, None]
         return np.asarray(rows.reshape(-1), np.int64)
 
     def back(self) -> Indices:
-        """In the order [tokens, heads]; of rows in the order [texts, heads, length]."""
-        text = np.arange(len(self._firsts))[:, None, None] * len(self._heads)
+        """Return rows of [texts, heads, length] in the order [tokens, heads]."""
+        text = np.arange(len(self._starts))[:, None, None] * len(self._heads)
         rows = (text + self._heads) * self._length + np.arange(self._length)[:, None]
         return np.asarray(rows[self._valid].reshape(-1), np.int64)

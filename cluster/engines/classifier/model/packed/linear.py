@@ -1,7 +1,7 @@
-"""Linear layers as the packed model calls them, and oneDNN's as the fast way.
+"""Linear layers of the packed model, by oneDNN if possible.
 
-oneDNN's operators are private to PyTorch, so they are tried on the layer itself before they are
-used; where they are missing or disagree, plain PyTorch computes the same.
+oneDNN's operators are private to PyTorch. Each layer is therefore checked when it is made; if the
+operators are missing or give other results, plain PyTorch computes the layer.
 """
 
 import logging
@@ -16,126 +16,126 @@ from torch.nn import functional
 log = logging.getLogger(__name__)
 
 FUSED_ACTIVATIONS = {"gelu": ("gelu", "none"), "relu": ("relu", "")}
-"""transformers' names of activations that oneDNN computes within the matrix product, and its."""
+"""Activations that oneDNN fuses into the matrix product, by transformers' name."""
 PROBE_ROWS = 16
 PROBE_TOLERANCE = 16
-"""In units of the type's rounding error, at the largest number of the result."""
+"""Largest accepted difference from PyTorch, in rounding errors of the largest result."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A linear layer and the activation that follows it."""
+    """Weights of a linear layer, and the activation after it."""
 
     weight: Tensor
     """[outputs, inputs]"""
     bias: Tensor
     activation: str | None = None
-    """transformers' name of it."""
+    """Activation by transformers' name."""
 
     @classmethod
-    def of(cls, *modules: Any, activation: str | None = None) -> "Weights":
-        """One layer that gives the outputs of all ``modules`` side by side."""
+    def from_modules(cls, *modules: Any, activation: str | None = None) -> "Weights":
+        """Return one layer that computes the outputs of all ``modules`` side by side."""
         weight = torch.cat([module.weight.detach() for module in modules])
         bias = torch.cat([module.bias.detach() for module in modules])
         return cls(weight, bias, activation)
 
     def rows(self, start: int, stop: int | None) -> "Weights":
-        """The part of the layer that gives these outputs."""
+        """Return the part of the layer that computes the outputs ``start`` to ``stop``."""
         return Weights(self.weight[start:stop], self.bias[start:stop], self.activation)
 
     def scaled(self, factor: float, stop: int) -> "Weights":
-        """With the first ``stop`` outputs multiplied by ``factor``."""
+        """Return the layer with its first ``stop`` outputs multiplied by ``factor``."""
         factors = torch.ones_like(self.bias)
         factors[:stop] = factor
         weight = self.weight * factors.unsqueeze(1)
         return Weights(weight, self.bias * factors, self.activation)
 
     def to(self, dtype: torch.dtype) -> "Weights":
-        """In another type."""
+        """Return the layer in another type."""
         return Weights(self.weight.to(dtype), self.bias.to(dtype), self.activation)
 
 
 class Linear(Protocol):
-    """A linear layer with its activation."""
+    """Linear layer with its activation."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[rows, inputs] → [rows, outputs]"""
+        """Map [rows, inputs] to [rows, outputs]."""
 
-    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
-        """The same, and ``residual`` [rows, outputs] added; for layers without activation."""
+    def with_residual(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Return ``self(x) + residual``, [rows, outputs]; for layers without activation."""
 
 
 MakeLinear = Callable[[str, Weights], Linear]
-"""Makes the layer that has this name within the model."""
+"""Maker of the layer with a given name within the model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
-    """How a packed model computes."""
+    """Number types and linear layers of a packed model."""
 
     hidden: torch.dtype
-    """The type of the residual stream, the norms, and the weights that ``make`` is given."""
+    """Type of the residual stream, the norms, and the weights passed to ``make``."""
     attention: torch.dtype
-    """The type of what the query, key and value layers give."""
+    """Type of the query, key and value layers' outputs."""
     make: MakeLinear
 
     @classmethod
     def plain(cls, dtype: torch.dtype) -> "Arithmetic":
-        """Everything in one type."""
+        """Return arithmetic in a single type."""
         return cls(dtype, dtype, make_linear)
 
     def linear(self, name: str, weights: Weights) -> Linear:
-        """The layer ``name``."""
+        """Return the layer ``name``."""
         return self.make(name, weights.to(self.hidden))
 
 
 class PlainLinear:
-    """With PyTorch's public functions."""
+    """``Linear`` by PyTorch's public functions."""
 
     def __init__(self, weights: Weights) -> None:
         self._weight, self._bias = weights.weight, weights.bias
-        self._activation = activation_of(weights.activation)
+        self._activation = activation_function(weights.activation)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """See ``Linear``."""
+        """Map [rows, inputs] to [rows, outputs]."""
         y = functional.linear(x, self._weight, self._bias)
         return self._activation(y) if self._activation else y
 
-    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
-        """See ``Linear``."""
+    def with_residual(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Return ``self(x) + residual``."""
         return functional.linear(x, self._weight, self._bias).add_(residual)
 
 
 class PrepackedLinear:
-    """With weights laid out for oneDNN once; activation and residual within the product.
+    """``Linear`` by oneDNN: weights in its own layout, activation and residual fused.
 
     Raises:
-        AttributeError, RuntimeError: this PyTorch or this processor has no such operator.
+        AttributeError, RuntimeError: This PyTorch or this CPU has no such operator.
     """
 
     def __init__(self, weights: Weights) -> None:
         operator = torch.ops.mkldnn._linear_pointwise
-        self._linear, self._linear_plus = operator.default, operator.binary
+        self._linear, self._linear_binary = operator.default, operator.binary
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weights.weight.contiguous(), None)
         self._bias = weights.bias
         fused = FUSED_ACTIVATIONS.get(weights.activation or "")
         attribute, algorithm = fused or ("none", "")
         self._fused: tuple[str, list[Any], str] = attribute, [], algorithm
-        self._activation = None if fused else activation_of(weights.activation)
+        self._activation = None if fused else activation_function(weights.activation)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """See ``Linear``."""
+        """Map [rows, inputs] to [rows, outputs]."""
         y: Tensor = self._linear(x, self._weight, self._bias, *self._fused)
         return self._activation(y) if self._activation else y
 
-    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
-        """See ``Linear``."""
-        y: Tensor = self._linear_plus(x, residual, self._weight, self._bias, "add")
+    def with_residual(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Return ``self(x) + residual``."""
+        y: Tensor = self._linear_binary(x, residual, self._weight, self._bias, "add")
         return y
 
 
 def make_linear(name: str, weights: Weights) -> Linear:
-    """The fastest layer that computes ``weights`` where they are."""
+    """Return the fastest correct layer on the weights' device."""
     plain = PlainLinear(weights)
     if weights.weight.device.type != "cpu":
         return plain
@@ -143,14 +143,14 @@ def make_linear(name: str, weights: Weights) -> Linear:
         packed = PrepackedLinear(weights)
         if _agree(packed, plain, weights):
             return packed
-        log.warning("%s: oneDNN's result differs from PyTorch's, which is used", name)
+        log.warning("%s: oneDNN and PyTorch give different results; using PyTorch", name)
     except (AttributeError, RuntimeError, TypeError) as error:
-        log.info("%s: no prepacked weights here (%s)", name, error)
+        log.info("%s: oneDNN is not available (%s); using PyTorch", name, error)
     return plain
 
 
-def activation_of(name: str | None) -> Callable[[Tensor], Tensor] | None:
-    """The function of an activation that transformers knows by ``name``."""
+def activation_function(name: str | None) -> Callable[[Tensor], Tensor] | None:
+    """Return the function of an activation by transformers' name."""
     if name is None:
         return None
     from transformers.activations import ACT2FN
@@ -165,8 +165,8 @@ def _agree(one: Linear, other: Linear, weights: Weights) -> bool:
     x = torch.linspace(-1, 1, PROBE_ROWS * inputs).view(PROBE_ROWS, inputs).to(weights.bias.dtype)
     pairs = [(one(x), other(x))]
     if weights.activation is None:
-        residual = pairs[0][1]  # not its negative: differences of rounding would remain
-        pairs.append((one.plus(x, residual), other.plus(x, residual)))
+        residual = pairs[0][1]  # not its negative, which would leave only rounding errors
+        pairs.append((one.with_residual(x, residual), other.with_residual(x, residual)))
     return all(_near(found.float(), wanted.float(), x.dtype) for found, wanted in pairs)
 
 

@@ -1,10 +1,10 @@
-"""Linear layers in 8-bit integers: weights signed by output, activations unsigned by layer.
+"""Linear layers in 8-bit integers: signed weights per output, unsigned activations per layer.
 
-Scales are fixed when the model is loaded, from what each layer was given while some texts went
-through the float32 model, so a text's scores do not depend on the texts beside it. An input channel
-with large numbers is divided by a factor that its weights are multiplied by (SmoothQuant,
-arXiv:2211.10438). Layers that give the residual stream stay in bfloat16: what GELU leaves has a few
-numbers so large that 8 bits do not hold the others (see docs/performance.md).
+Scales are fixed when the model is loaded, from the activations that some texts cause in the float32
+model. A text's scores therefore do not depend on the other texts of its batch. Input channels with
+large values are divided by a factor that their weights are multiplied by (SmoothQuant,
+arXiv:2211.10438). Layers that write to the residual stream stay in bfloat16: GELU leaves a few
+values so large that 8 bits do not resolve the others (see docs/performance.md).
 """
 
 import warnings
@@ -23,82 +23,84 @@ from cluster.engines.classifier.model.packed.linear import (
     make_linear,
 )
 
-LEVELS = 255
+ACTIVATION_LEVELS = 255
 WEIGHT_LEVELS = 127
 SMOOTHING = 0.5
+"""SmoothQuant's alpha."""
 QUANTIZED = ("query_key_value", "query", "key_value", "up")
-"""Seven twelfths of the multiplications of a layer."""
-RESULT = torch.bfloat16
+"""Quantized layers; together 7/12 of the multiplications of an encoder layer."""
+RESULT_DTYPE = torch.bfloat16
 
 
 @dataclass(slots=True)
-class Ranges:
-    """The least and the greatest number seen by input channel; both include zero."""
+class ActivationRange:
+    """Smallest and largest value per input channel, zero included."""
 
     low: Tensor
     high: Tensor
 
-    def see(self, x: Tensor) -> None:
-        """Widen them to what is in ``x``, [rows, inputs]."""
+    def widen(self, x: Tensor) -> None:
+        """Extend the range to the values in ``x``, [rows, inputs]."""
         self.low = torch.minimum(self.low, x.amin(0))
         self.high = torch.maximum(self.high, x.amax(0))
 
 
 @dataclass(frozen=True, slots=True)
-class Observer:
-    """Makes plain layers that note what they are given, by name."""
+class RangeObserver:
+    """Maker of plain layers that record the range of their inputs."""
 
-    seen: dict[str, Ranges] = field(default_factory=dict)
+    ranges: dict[str, ActivationRange] = field(default_factory=dict)
+    """Ranges by layer name."""
 
     def __call__(self, name: str, weights: Weights) -> Linear:
-        """See ``MakeLinear``."""
-        nothing = torch.zeros(weights.weight.shape[1])
-        self.seen[name] = Ranges(nothing, nothing)
-        return _ObservedLinear(PlainLinear(weights), self.seen[name])
+        """Return an observed layer; see ``MakeLinear``."""
+        zeros = torch.zeros(weights.weight.shape[1])
+        self.ranges[name] = ActivationRange(zeros, zeros)
+        return _ObservedLinear(PlainLinear(weights), self.ranges[name])
 
 
 class _ObservedLinear:
-    def __init__(self, linear: Linear, seen: Ranges) -> None:
+    def __init__(self, linear: Linear, seen: ActivationRange) -> None:
         self._linear, self._seen = linear, seen
 
     def __call__(self, x: Tensor) -> Tensor:
-        self._seen.see(x)
+        self._seen.widen(x)
         return self._linear(x)
 
-    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self._linear.plus(x, residual)
+    def with_residual(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self._linear.with_residual(x, residual)
 
 
-def observed(observer: Observer) -> Arithmetic:
-    """Float32 that ``observer`` watches."""
+def observed_arithmetic(observer: RangeObserver) -> Arithmetic:
+    """Return float32 arithmetic that ``observer`` records."""
     return Arithmetic(torch.float32, torch.float32, observer)
 
 
-def quantized(seen: dict[str, Ranges]) -> Arithmetic:
-    """8-bit layers for what an observer saw, and bfloat16 for everything else."""
-    # Here, once: what a thread filters while it computes, it filters for all threads.
+def quantized_arithmetic(ranges: dict[str, ActivationRange]) -> Arithmetic:
+    """Return arithmetic with 8-bit layers for observed ranges and bfloat16 for the others."""
+    # Filter once, here: filters set during computing would apply to all threads.
     warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
 
     def make(name: str, weights: Weights) -> Linear:
-        if name.rpartition(".")[2] not in QUANTIZED or not seen[name].high.any():
+        if name.rpartition(".")[2] not in QUANTIZED or not ranges[name].high.any():
             return make_linear(name, weights)
-        return QuantizedLinear(weights, seen[name])
+        return QuantizedLinear(weights, ranges[name])
 
-    return Arithmetic(RESULT, RESULT, make)
+    return Arithmetic(RESULT_DTYPE, RESULT_DTYPE, make)
 
 
 class QuantizedLinear:
-    """One layer with oneDNN's 8-bit product; gives bfloat16.
+    """``Linear`` by oneDNN's 8-bit product; returns bfloat16.
 
     Args:
-        weights: Any floating type.
-        seen: What it is given.
+        weights: Weights of any floating type.
+        seen: Range of the layer's inputs.
 
     Raises:
-        AttributeError, RuntimeError: this PyTorch or this processor has no such operator.
+        AttributeError, RuntimeError: This PyTorch or this CPU has no such operator.
     """
 
-    def __init__(self, weights: Weights, seen: Ranges) -> None:
+    def __init__(self, weights: Weights, seen: ActivationRange) -> None:
         self._linear = torch.ops.onednn.qlinear_pointwise.default
         weight = weights.weight.float()
         largest = torch.maximum(seen.high, -seen.low).clamp(min=1e-5)
@@ -107,31 +109,32 @@ class QuantizedLinear:
         scales = weight.abs().amax(1).clamp(min=1e-12) / WEIGHT_LEVELS
         rounded = (weight / scales.unsqueeze(1)).round().to(torch.int8)
         low, high = (seen.low / smooth).min().item(), (seen.high / smooth).max().item()
-        self._scale = (high - low) / LEVELS
+        self._scale = (high - low) / ACTIVATION_LEVELS
         self._zero = round(-low / self._scale)
         self._smooth = smooth.reciprocal()
         zeros = torch.zeros(len(scales), dtype=torch.int32)
         packed = torch.ops.onednn.qlinear_prepack(rounded, None)
         attribute, algorithm = FUSED_ACTIVATIONS.get(weights.activation or "", ("none", ""))
         if weights.activation and attribute == "none":
-            raise RuntimeError(f"the activation {weights.activation} is not fused")
-        self._rest = (packed, scales, zeros, weights.bias.float(), 1.0, 0, RESULT)
+            raise RuntimeError(f"oneDNN does not fuse the activation {weights.activation}")
+        self._fixed = (packed, scales, zeros, weights.bias.float(), 1.0, 0, RESULT_DTYPE)
         self._activation: tuple[str, list[Any], str] = attribute, [], algorithm
 
     def __call__(self, x: Tensor) -> Tensor:
-        """See ``Linear``."""
-        given = eight_bits(x * self._smooth, self._scale, self._zero)
-        y: Tensor = self._linear(given, self._scale, self._zero, *self._rest, *self._activation)
+        """Map [rows, inputs] to [rows, outputs]."""
+        bits = quantize(x * self._smooth, self._scale, self._zero)
+        y: Tensor = self._linear(bits, self._scale, self._zero, *self._fixed, *self._activation)
         return y
 
-    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
-        """See ``Linear``."""
+    def with_residual(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Return ``self(x) + residual``."""
         return self(x).add_(residual)
 
 
-def eight_bits(x: Tensor, scale: float, zero: int) -> Tensor:
-    """float32 ``x / scale + zero``, rounded and cut to 0 … 255, as uint8."""
-    # One pass where arithmetic on floats takes five; the bytes are used as they lie in memory.
-    given = torch.quantize_per_tensor(x, scale, zero, torch.quint8)
+def quantize(x: Tensor, scale: float, zero: int) -> Tensor:
+    """Return float32 ``x / scale + zero``, rounded and clamped to 0 … 255, as uint8."""
+    # quantize_per_tensor takes one pass where float arithmetic takes five. Its storage holds the
+    # bytes in the order of x, so they can be viewed as uint8.
+    quantized = torch.quantize_per_tensor(x, scale, zero, torch.quint8)
     empty = torch.empty(0, dtype=torch.uint8)
-    return empty.set_(given.untyped_storage(), 0, x.shape, x.stride())
+    return empty.set_(quantized.untyped_storage(), 0, x.shape, x.stride())

@@ -1,4 +1,4 @@
-"""The encoder's tasks: each module says its paths, its bodies, its inputs and its reply."""
+"""Tasks of classifiers; each module has a task's paths, bodies, inputs and reply."""
 
 from typing import Any
 
@@ -26,11 +26,11 @@ TASKS: dict[ClassifierTask, type[Task[Any]]] = {task.name: task for task in _ALL
 
 
 def make_tasks(config: ClassifierConfig, model: LoadedModel) -> dict[str, Task[Any]]:
-    """The configured tasks by their paths."""
+    """Return the configured tasks by path."""
     tasks = [TASKS[name](config, model) for name in config.tasks]
     return {path: task for task in tasks for path in task.paths}
 
 
 def routes(config: ClassifierConfig) -> tuple[str, ...]:
-    """The paths of the configured tasks."""
+    """Return the paths of the configured tasks."""
     return tuple(path for name in config.tasks for path in TASKS[name].paths)

@@ -1,7 +1,7 @@
-"""What a task is: its paths, its bodies, which texts it wants computed, and what it answers.
+"""Base of all tasks: paths, request and reply bodies, inputs of the model, and the reply.
 
-A task is made once for a loaded model and keeps nothing of requests. All of it runs on the event
-loop, so it must be quick; but ``reply`` runs in a thread when there is much to write.
+A task is made once per loaded model and keeps no state of requests. It runs on the event loop and
+must be quick, except ``reply``, which runs in a thread for large results.
 """
 
 from abc import ABC, abstractmethod
@@ -22,28 +22,28 @@ from cluster.errors import InvalidRequestError
 AtLeastZero = Annotated[int, Meta(ge=0)]
 
 
-class Request(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What the bodies of all tasks have in common."""
+class TaskRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Fields of every task's request."""
 
     model: str | None = None
     truncate: bool | Side | UnsetType = UNSET
-    """Cut texts that are too long, at their end unless it says left; false refuses them."""
+    """Side on which long texts are cut (true: right); false refuses them."""
 
 
-class LongRequest(Request, frozen=True, kw_only=True):
-    """And of those that read long texts in windows."""
+class LongTextRequest(TaskRequest, frozen=True, kw_only=True):
+    """Request of a task that can read long texts in windows."""
 
     stride: AtLeastZero | None = None
-    """Read texts that are too long in windows, of which neighbours share so many tokens."""
+    """Overlap of neighbouring windows in tokens; null reads no windows."""
     aggregate: Merge = "mean"
-    """How the windows of a text make one result."""
+    """Merging of a text's windows into one result."""
 
 
-class WindowedRequest(LongRequest, frozen=True, kw_only=True):
-    """And of those that give the windows' own results."""
+class WindowedRequest(LongTextRequest, frozen=True, kw_only=True):
+    """Request of a task that can also return the result of each window."""
 
     windows: bool = False
-    """Give the result of each window too."""
+    """True to return the result of each window."""
 
 
 class ReplyUsage(Struct, frozen=True, gc=False):
@@ -53,13 +53,13 @@ class ReplyUsage(Struct, frozen=True, gc=False):
     total_tokens: int
 
 
-Inputs = Sequence[Text] | Sequence[TokenIds]
+ModelInputs = Sequence[Text] | Sequence[TokenIds]
 T = TypeVar("T")
-B = TypeVar("B", bound=Request)
+RequestT = TypeVar("RequestT", bound=TaskRequest)
 
 
-class Listing(Struct, Generic[T], frozen=True, kw_only=True):
-    """The reply of most tasks: one entry for each input, in order."""
+class ListReply(Struct, Generic[T], frozen=True, kw_only=True):
+    """Reply of most tasks, with one entry per input, in order."""
 
     object: str = "list"
     data: list[T]
@@ -67,25 +67,25 @@ class Listing(Struct, Generic[T], frozen=True, kw_only=True):
     usage: ReplyUsage
 
 
-class Task(ABC, Generic[B]):
-    """One thing that an encoder does.
+class Task(ABC, Generic[RequestT]):
+    """One task of a classifier.
 
     Args:
         config: The pool.
-        model: The loaded model, which can do the task.
+        model: A loaded model that can do the task.
     """
 
     name: ClassVar[ClassifierTask]
     head: ClassVar[ClassifierTask]
-    """What the model is asked to compute for each input."""
+    """Result that the model computes for each input."""
     with_offsets: ClassVar[bool] = False
-    """Whether the reply says where in a text something is."""
+    """True if the reply has character offsets."""
     truncate: ClassVar[bool] = False
-    """Whether texts that are too long are cut where the request does not say."""
+    """Treatment of long texts if the request does not specify it."""
     paths: ClassVar[tuple[str, ...]]
     summary: ClassVar[str]
     """One line for the OpenAPI document."""
-    request: type[B]
+    request: type[RequestT]
     response: type[Struct]
 
     def __init__(self, config: ClassifierConfig, model: LoadedModel) -> None:
@@ -93,57 +93,54 @@ class Task(ABC, Generic[B]):
         self.model = model
         self.decoder = Decoder(self.request)
 
-    def how(self, request: B) -> EncodeOptions:
-        """What to compute of each input, and how texts are read.
+    def options(self, request: RequestT) -> EncodeOptions:
+        """Return the result to compute per input, and how to treat long texts.
 
         Raises:
-            InvalidRequestError: the stride is too large, or it stands beside ``truncate``, or
-                windows are asked for without one.
+            InvalidRequestError: The stride is too large or combined with ``truncate``, or
+                windows are requested without a stride.
         """
-        if isinstance(request, LongRequest) and request.stride is not None:
-            return EncodeOptions(
-                self.head, None, self._stride(request, request.stride), self.with_offsets
-            )
+        if isinstance(request, LongTextRequest) and request.stride is not None:
+            self._check_stride(request, request.stride)
+            return EncodeOptions(self.head, None, request.stride, self.with_offsets)
         if isinstance(request, WindowedRequest) and request.windows:
             raise InvalidRequestError("windows: true needs a stride", param="windows")
         truncate = self.truncate if request.truncate is UNSET else request.truncate
-        return EncodeOptions(
-            self.head, "right" if truncate is True else truncate or None, None, self.with_offsets
-        )
+        side: Side | None = "right" if truncate is True else truncate or None
+        return EncodeOptions(self.head, side, None, self.with_offsets)
 
-    def _stride(self, request: LongRequest, stride: int) -> int:
+    def _check_stride(self, request: LongTextRequest, stride: int) -> None:
         if request.truncate:
             raise InvalidRequestError("truncate and stride exclude each other", param="stride")
         if stride > (limit := max_stride(self.model.tokenizer)):
-            message = f"stride is {stride}; with this model it may be {limit}"
+            message = f"stride is {stride}; the limit of this model is {limit}"
             raise InvalidRequestError(message, param="stride")
-        return stride
 
     @abstractmethod
-    def inputs(self, request: B) -> Inputs:
-        """What the model has to compute.
+    def inputs(self, request: RequestT) -> ModelInputs:
+        """Return the inputs of the model.
 
         Raises:
-            RequestError: the request is impossible.
+            RequestError: The request is impossible.
         """
 
     @abstractmethod
-    def reply(self, request: B, encoded: Encoded) -> Struct:
-        """The answer, once everything is computed."""
+    def reply(self, request: RequestT, encoded: Encoded) -> Struct:
+        """Return the reply for the model's results."""
 
 
 def split_windows(encoded: Encoded, rows: Sequence[T]) -> list[list[tuple[Window, T]]]:
-    """Each text's windows with what ``rows`` has for them."""
+    """Return each text's windows with their entries of ``rows``."""
     left = iter(rows)
     return [[(window, next(left)) for window in windows] for windows in encoded.windows]
 
 
-def column(encoded: Encoded, how: Merge) -> list[float]:
-    """The first column of each text's row, the windows of a text merged."""
-    first: list[float] = encoded.rows_by_text(how)[:, 0].tolist()
-    return first
+def first_column(encoded: Encoded, merge: Merge) -> list[float]:
+    """Return the first column of each text's row."""
+    column: list[float] = encoded.rows_by_text(merge)[:, 0].tolist()
+    return column
 
 
 def usage(encoded: Encoded) -> ReplyUsage:
-    """The ``usage`` of a reply."""
+    """Return the ``usage`` of a reply."""
     return ReplyUsage(encoded.num_tokens, encoded.num_tokens)

@@ -1,4 +1,4 @@
-"""``/classify``: the labels of texts or of pairs of texts, the best first."""
+"""``/classify``: labels of texts or of pairs of texts, best first."""
 
 from collections.abc import Sequence
 
@@ -11,35 +11,34 @@ from cluster.engines.classifier.model.types import Rows, Text
 from cluster.engines.classifier.serving import schema
 from cluster.engines.classifier.serving.jobs import Encoded
 from cluster.engines.classifier.serving.tasks.base import (
-    Listing,
+    ListReply,
     Task,
     WindowedRequest,
     split_windows,
     usage,
 )
-from cluster.engines.classifier.serving.texts import ItemOrList, to_texts
 from cluster.errors import InvalidRequestError
 
 
 class ClassifyRequest(WindowedRequest, frozen=True, kw_only=True):
-    """The body of ``POST /classify``."""
+    """Body of ``POST /classify``."""
 
-    input: ItemOrList
+    input: schema.ItemOrList
     top_k: schema.AtLeastOne | None = None
-    """How many labels to give for each text; None: all."""
+    """Number of labels per text; null returns all."""
     explain: bool | ExplainOptions = False
-    """Say why: what each word adds to the score of each label that is given."""
+    """True or options to return each word's contribution to each returned label's score."""
 
 
 class Score(Struct, frozen=True, gc=False):
-    """A label and how strongly it holds."""
+    """A label and its score."""
 
     label: str
     score: float
 
 
 class ClassifiedWindow(Struct, frozen=True):
-    """The labels of the characters from ``start`` up to ``end``."""
+    """Labels of the characters from ``start`` up to ``end``."""
 
     start: int
     end: int
@@ -49,7 +48,7 @@ class ClassifiedWindow(Struct, frozen=True):
 
 
 class Classified(Struct, frozen=True):
-    """One text's labels, the best first."""
+    """Labels of one text, best first."""
 
     index: int
     label: str
@@ -59,23 +58,23 @@ class Classified(Struct, frozen=True):
     explanation: Explanation | UnsetType = UNSET
 
 
-class ClassifyReply(Listing[Classified], frozen=True, kw_only=True):
-    """The answer of ``POST /classify``."""
+class ClassifyReply(ListReply[Classified], frozen=True, kw_only=True):
+    """Reply of ``POST /classify``."""
 
 
 class Classify(Task[ClassifyRequest]):
-    """See the module."""
+    """Task ``classify``."""
 
     name = "classify"
     head = "classify"
     paths = ("/classify",)
-    summary = "The labels of a text, or of each of a list."
+    summary = "Classify one or more texts."
     request = ClassifyRequest
     response = ClassifyReply
 
     def inputs(self, request: ClassifyRequest) -> list[Text]:
-        """See ``Task``."""
-        texts = to_texts(request.input)
+        """Return the texts and pairs; see ``Task``."""
+        texts = schema.to_texts(request.input)
         most = MAX_TEXTS if request.explain else self.config.max_texts
         schema.check_count(len(texts), min(most, self.config.max_texts))
         if request.explain and request.stride is not None:
@@ -83,7 +82,7 @@ class Classify(Task[ClassifyRequest]):
         return texts
 
     def reply(self, request: ClassifyRequest, encoded: Encoded) -> ClassifyReply:
-        """See ``Task``."""
+        """Return the best labels of each text; see ``Task``."""
         scores = best(encoded.rows_by_text(request.aggregate), self.model.labels, request.top_k)
         data = [Classified(i, row[0].label, row[0].score, row) for i, row in enumerate(scores)]
         if request.windows:
@@ -103,7 +102,7 @@ class Classify(Task[ClassifyRequest]):
 
 
 def best(rows: Rows, labels: Sequence[str], top_k: int | None) -> list[list[Score]]:
-    """Each row's ``top_k`` labels, the best first; equal ones in the model's order."""
+    """Return the ``top_k`` best labels of each row; ties keep the model's order."""
     order = np.argsort(-rows, axis=1, kind="stable")[:, :top_k]
     values = np.take_along_axis(rows, order, axis=1)
     return [

@@ -1,4 +1,4 @@
-"""``/v1/embeddings``: texts, or token ids, as vectors; OpenAI's format."""
+"""``/v1/embeddings``: vectors of texts or token ids, in OpenAI's format."""
 
 import base64
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from cluster.engines.classifier.model.types import Rows, TokenIds
 from cluster.engines.classifier.serving import schema
 from cluster.engines.classifier.serving.jobs import Encoded
 from cluster.engines.classifier.serving.tasks.base import (
-    Listing,
+    ListReply,
     Task,
     WindowedRequest,
     split_windows,
@@ -24,11 +24,11 @@ from cluster.errors import InvalidRequestError
 encode_json = Encoder().encode
 
 DECIMALS = 8
-"""Of a float in JSON: float32 has 7 or 8 that mean something, and would be written with 17."""
+"""Decimals of a float in JSON. float32 has 7 or 8 significant ones; the default writes 17."""
 
 
 class EmbeddingsRequest(WindowedRequest, frozen=True, kw_only=True):
-    """The body of ``POST /v1/embeddings``: OpenAI's, and what concerns long texts."""
+    """Body of ``POST /v1/embeddings``: OpenAI's fields and those for long texts."""
 
     input: str | list[str | int | list[int]]
     encoding_format: Literal["float", "base64"] = "float"
@@ -37,7 +37,7 @@ class EmbeddingsRequest(WindowedRequest, frozen=True, kw_only=True):
 
 
 class EmbeddedWindow(Struct, frozen=True):
-    """The vector of the characters from ``start`` up to ``end``."""
+    """Vector of the characters from ``start`` up to ``end``."""
 
     start: int
     end: int
@@ -45,7 +45,7 @@ class EmbeddedWindow(Struct, frozen=True):
 
 
 class Embedding(Struct, frozen=True):
-    """One text's vector; as a string it is base64 of little-endian float32."""
+    """Vector of one text; a string is base64 of little-endian float32."""
 
     index: int
     embedding: list[float] | str
@@ -53,22 +53,22 @@ class Embedding(Struct, frozen=True):
     windows: list[EmbeddedWindow] | UnsetType = UNSET
 
 
-class EmbeddingsReply(Listing[Embedding], frozen=True, kw_only=True):
-    """The answer of ``POST /v1/embeddings``."""
+class EmbeddingsReply(ListReply[Embedding], frozen=True, kw_only=True):
+    """Reply of ``POST /v1/embeddings``."""
 
 
 class Embed(Task[EmbeddingsRequest]):
-    """See the module."""
+    """Task ``embed``."""
 
     name = "embed"
     head = "embed"
     paths = ("/v1/embeddings",)
-    summary = "A text, or each of a list, as a vector."
+    summary = "Compute the embedding of one or more texts."
     request = EmbeddingsRequest
     response = EmbeddingsReply
 
     def inputs(self, request: EmbeddingsRequest) -> list[str] | list[TokenIds]:
-        """See ``Task``."""
+        """Return the texts or token ids; see ``Task``."""
         width = self.model.embedding_size
         if request.dimensions and request.dimensions > width:
             message = f"dimensions is {request.dimensions}; the model has {width}"
@@ -83,31 +83,31 @@ class Embed(Task[EmbeddingsRequest]):
         return [self._token_ids(index, row, request) for index, row in enumerate(ids)]
 
     def reply(self, request: EmbeddingsRequest, encoded: Encoded) -> EmbeddingsReply:
-        """See ``Task``."""
+        """Return the vector of each text; see ``Task``."""
         rows = encoded.rows_by_text(request.aggregate)
         if encoded.windows and self.model.pooling.normalize:
             rows = to_unit(rows)
-        vectors = self._written(request, rows)
+        vectors = self._to_json(request, rows)
         data = [Embedding(index, vector) for index, vector in enumerate(vectors)]
         if request.windows:
             pairs = zip(data, self._windows(request, encoded), strict=True)
             data = [replace(item, windows=windows) for item, windows in pairs]
         return EmbeddingsReply(data=data, model=self.config.name, usage=usage(encoded))
 
-    def _written(self, request: EmbeddingsRequest, rows: Rows) -> Sequence[list[float] | str]:
-        """The vectors in the form that was asked for."""
+    def _to_json(self, request: EmbeddingsRequest, rows: Rows) -> Sequence[list[float] | str]:
+        """Return the vectors with the requested dimensions and format."""
         if request.dimensions is not None and request.dimensions < rows.shape[1]:
             rows = rows[:, : request.dimensions]
             rows = to_unit(rows) if self.model.pooling.normalize else rows
         if request.encoding_format == "base64":
             return [_base64(row) for row in rows]
-        # One by one and as JSON already: thousands at once would keep every thread from running.
-        # What clients see are numbers, so the field's type, which they are told, does not say Raw.
+        # Encode row by row: encoding thousands of rows in one call would hold the GIL throughout.
+        # The cast keeps the field's type, which appears in the OpenAPI document, a list of numbers.
         rounded = rows.astype(np.float64).round(DECIMALS)
         return [cast(list[float], Raw(encode_json(row.tolist()))) for row in rounded]
 
     def _windows(self, request: EmbeddingsRequest, encoded: Encoded) -> list[list[EmbeddedWindow]]:
-        vectors = self._written(request, np.asarray(encoded.rows))
+        vectors = self._to_json(request, np.asarray(encoded.rows))
         return [
             [EmbeddedWindow(window.start, window.end, vector) for window, vector in windows]
             for windows in split_windows(encoded, vectors)
@@ -115,18 +115,18 @@ class Embed(Task[EmbeddingsRequest]):
 
     def _token_ids(self, index: int, ids: list[int], request: EmbeddingsRequest) -> TokenIds:
         if request.stride is not None:
-            raise InvalidRequestError("windows are made of texts, not of token ids", param="stride")
+            raise InvalidRequestError("token ids cannot be read in windows", param="stride")
         row = schema.check_ids(index, ids, self.model.vocab_size)
         limit = self.model.tokenizer.max_tokens
         if len(row) <= limit:
             return row
         if not request.truncate:
-            raise self.model.tokenizer.too_long(index, len(row))
+            raise self.model.tokenizer.too_long_error(index, len(row))
         return row[len(row) - limit :] if request.truncate == "left" else row[:limit]
 
 
 def to_unit(rows: Rows) -> Rows:
-    """The rows at unit length."""
+    """Return the rows at unit length."""
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.asarray(rows / np.maximum(norms, 1e-12), np.float32)
 

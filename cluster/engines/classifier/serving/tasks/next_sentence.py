@@ -1,46 +1,51 @@
-"""``/next-sentence``: whether one sentence follows another (BERT's second training goal)."""
+"""``/next-sentence``: probability that one sentence follows another (a training goal of BERT)."""
 
 from msgspec import Struct
 
 from cluster.engines.classifier.model.types import Text
 from cluster.engines.classifier.serving import schema
 from cluster.engines.classifier.serving.jobs import Encoded
-from cluster.engines.classifier.serving.tasks.base import Listing, Request, Task, column, usage
-from cluster.engines.classifier.serving.texts import ItemOrList, to_texts
+from cluster.engines.classifier.serving.tasks.base import (
+    ListReply,
+    Task,
+    TaskRequest,
+    first_column,
+    usage,
+)
 from cluster.errors import InvalidRequestError
 
 
-class NextSentenceRequest(Request, frozen=True, kw_only=True):
-    """The body of ``POST /next-sentence``: a pair of sentences, or a list of pairs."""
+class NextSentenceRequest(TaskRequest, frozen=True, kw_only=True):
+    """Body of ``POST /next-sentence``: one or more pairs of sentences."""
 
-    input: ItemOrList
+    input: schema.ItemOrList
 
 
 class Followed(Struct, frozen=True, gc=False):
-    """Whether the second sentence of a pair follows the first, and how likely that is."""
+    """Probability that the second sentence of a pair follows the first."""
 
     index: int
     is_next: bool
     score: float
 
 
-class NextSentenceReply(Listing[Followed], frozen=True, kw_only=True):
-    """The answer of ``POST /next-sentence``."""
+class NextSentenceReply(ListReply[Followed], frozen=True, kw_only=True):
+    """Reply of ``POST /next-sentence``."""
 
 
 class NextSentence(Task[NextSentenceRequest]):
-    """See the module."""
+    """Task ``next-sentence``."""
 
     name = "next-sentence"
     head = "classify"
     paths = ("/next-sentence",)
-    summary = "Whether one sentence follows another, for a pair or each of a list."
+    summary = "Decide whether the second sentence of each pair follows the first."
     request = NextSentenceRequest
     response = NextSentenceReply
 
     def inputs(self, request: NextSentenceRequest) -> list[Text]:
-        """See ``Task``."""
-        texts = to_texts(request.input)
+        """Return the pairs; see ``Task``."""
+        texts = schema.to_texts(request.input)
         schema.check_count(len(texts), self.config.max_texts)
         for index, text in enumerate(texts):
             if isinstance(text, str):
@@ -51,7 +56,8 @@ class NextSentence(Task[NextSentenceRequest]):
         return texts
 
     def reply(self, request: NextSentenceRequest, encoded: Encoded) -> NextSentenceReply:
-        """See ``Task``."""
-        # Of BERT's two labels the first means that the second sentence follows.
-        data = [Followed(i, score >= 0.5, score) for i, score in enumerate(column(encoded, "mean"))]
+        """Return the probability of each pair; see ``Task``."""
+        # The first of BERT's two labels means that the second sentence follows.
+        scores = first_column(encoded, "mean")
+        data = [Followed(index, score >= 0.5, score) for index, score in enumerate(scores)]
         return NextSentenceReply(data=data, model=self.config.name, usage=usage(encoded))

@@ -1,4 +1,4 @@
-"""``/rerank``: documents by their relevance to a query; the format of Cohere and of Jina."""
+"""``/rerank``: documents by relevance to a query, in the format of Cohere and Jina."""
 
 from dataclasses import replace
 from uuid import uuid4
@@ -12,38 +12,38 @@ from cluster.engines.classifier.serving.tasks.base import (
     ReplyUsage,
     Task,
     WindowedRequest,
-    column,
+    first_column,
     usage,
 )
 from cluster.engines.classifier.serving.tasks.score import ScoredWindow, scored_windows
 
 
 class Document(Struct, frozen=True):
-    """A document; further fields are not looked at."""
+    """A document; other fields are ignored."""
 
     text: str
 
 
 class RerankRequest(WindowedRequest, frozen=True, kw_only=True):
-    """The body of ``POST /rerank``.
+    """Body of ``POST /rerank``.
 
-    Long documents are cut unless ``truncate`` is false or there is a stride: clients of Cohere
-    and Jina do not expect to be refused.
+    Long documents are cut unless ``truncate`` is false or a stride is set, because clients of
+    Cohere and Jina do not expect an error.
     """
 
     query: str
     documents: list[str | Document]
     top_n: schema.AtLeastOne | None = None
-    """How many documents to give, the best first; None: all."""
+    """Number of documents to return, best first; null returns all."""
     return_documents: bool = False
     max_tokens_per_doc: schema.AtLeastOne | None = None
-    """Cohere's: what of a document is more is not read."""
+    """Number of tokens read of each document (Cohere)."""
     priority: int | None = None
-    """Cohere's; not looked at, since a request's class here is its key's or its header's."""
+    """Ignored (Cohere); a request's class comes from its key or its header."""
 
 
 class Ranked(Struct, frozen=True):
-    """One document's relevance; ``index`` is its place in the request."""
+    """Relevance of one document; ``index`` is its index in the request."""
 
     index: int
     relevance_score: float
@@ -52,26 +52,26 @@ class Ranked(Struct, frozen=True):
 
 
 class RerankTokens(Struct, frozen=True):
-    """The tokens, as Cohere writes them."""
+    """Number of tokens in Cohere's format."""
 
     input_tokens: int
 
 
 class ApiVersion(Struct, frozen=True):
-    """Whose format this is: version 2 of Cohere's."""
+    """Version of Cohere's API that the format follows."""
 
     version: str = "2"
 
 
 class RerankMeta(Struct, frozen=True):
-    """What Cohere's clients read."""
+    """Metadata that Cohere's clients read."""
 
     tokens: RerankTokens
     api_version: ApiVersion = ApiVersion()
 
 
 class RerankReply(Struct, frozen=True):
-    """The answer of ``POST /rerank``, the most relevant document first."""
+    """Reply of ``POST /rerank``, most relevant document first."""
 
     id: str
     model: str
@@ -82,38 +82,37 @@ class RerankReply(Struct, frozen=True):
 
 
 class Rerank(Task[RerankRequest]):
-    """See the module."""
+    """Task ``rerank``."""
 
     name = "rerank"
     head = "classify"
     truncate = True
     paths = ("/rerank", "/v1/rerank", "/v2/rerank")
-    summary = "Documents by their relevance to a query."
+    summary = "Sort documents by their relevance to a query."
     request = RerankRequest
     response = RerankReply
 
-    def how(self, request: RerankRequest) -> EncodeOptions:
-        """See ``Task``."""
-        return replace(super().how(request), max_pair_tokens=request.max_tokens_per_doc)
+    def options(self, request: RerankRequest) -> EncodeOptions:
+        """Return the options with the limit on documents; see ``Task``."""
+        return replace(super().options(request), max_pair_tokens=request.max_tokens_per_doc)
 
     def inputs(self, request: RerankRequest) -> list[Text]:
-        """See ``Task``."""
+        """Return pairs of query and document; see ``Task``."""
         schema.check_count(len(request.documents), self.config.max_texts, "documents")
         return [(request.query, _text(document)) for document in request.documents]
 
     def reply(self, request: RerankRequest, encoded: Encoded) -> RerankReply:
-        """See ``Task``."""
-        scores = column(encoded, request.aggregate)
+        """Return the documents by relevance; see ``Task``."""
+        scores = first_column(encoded, request.aggregate)
         windows = scored_windows(encoded) if request.windows else [UNSET] * len(scores)
         order = sorted(range(len(scores)), key=lambda index: -scores[index])[: request.top_n]
         results = [
             Ranked(index, scores[index], self._document(request, index), windows[index])
             for index in order
         ]
-        spent = usage(encoded)
-        meta = RerankMeta(RerankTokens(spent.total_tokens))
-        name = self.config.name
-        return RerankReply(f"rerank-{uuid4().hex}", name, results, spent, meta)
+        tokens = usage(encoded)
+        meta = RerankMeta(RerankTokens(tokens.total_tokens))
+        return RerankReply(f"rerank-{uuid4().hex}", self.config.name, results, tokens, meta)
 
     def _document(self, request: RerankRequest, index: int) -> Document | UnsetType:
         return Document(_text(request.documents[index])) if request.return_documents else UNSET

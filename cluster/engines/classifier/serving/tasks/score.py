@@ -1,4 +1,4 @@
-"""``/score``: how well pairs of texts go together; vLLM's format."""
+"""``/score``: similarity or relevance of pairs of texts, in vLLM's format."""
 
 import time
 from uuid import uuid4
@@ -10,29 +10,29 @@ from cluster.engines.classifier.model.types import Text
 from cluster.engines.classifier.serving import schema
 from cluster.engines.classifier.serving.jobs import Encoded
 from cluster.engines.classifier.serving.tasks.base import (
-    Listing,
+    ListReply,
     Task,
     WindowedRequest,
-    column,
+    first_column,
     split_windows,
     usage,
 )
 from cluster.errors import InvalidRequestError, UnprocessableError
 
-Texts = str | list[str]
+TextOrList = str | list[str]
 
 
 class ScoreRequest(WindowedRequest, frozen=True, kw_only=True):
-    """The body of ``POST /score``: ``text_1`` and ``text_2``, or ``queries`` and ``documents``."""
+    """Body of ``POST /score``: ``text_1`` and ``text_2``, or ``queries`` and ``documents``."""
 
-    text_1: Texts | UnsetType = UNSET
-    text_2: Texts | UnsetType = UNSET
-    queries: Texts | UnsetType = UNSET
-    documents: Texts | UnsetType = UNSET
+    text_1: TextOrList | UnsetType = UNSET
+    text_2: TextOrList | UnsetType = UNSET
+    queries: TextOrList | UnsetType = UNSET
+    documents: TextOrList | UnsetType = UNSET
 
 
 class ScoredWindow(Struct, frozen=True, gc=False):
-    """The score of the second text's characters from ``start`` up to ``end``."""
+    """Score of the second text's characters from ``start`` up to ``end``."""
 
     start: int
     end: int
@@ -40,7 +40,7 @@ class ScoredWindow(Struct, frozen=True, gc=False):
 
 
 class Scored(Struct, frozen=True):
-    """The score of one pair."""
+    """Score of one pair."""
 
     index: int
     score: float
@@ -48,39 +48,40 @@ class Scored(Struct, frozen=True):
     windows: list[ScoredWindow] | UnsetType = UNSET
 
 
-class ScoreReply(Listing[Scored], frozen=True, kw_only=True):
-    """The answer of ``POST /score``."""
+class ScoreReply(ListReply[Scored], frozen=True, kw_only=True):
+    """Reply of ``POST /score``."""
 
     id: str
     created: int
 
 
 class ScorePairs(Task[ScoreRequest]):
-    """See the module."""
+    """Task ``score``."""
 
     name = "score"
     head = "classify"
     paths = ("/score", "/v1/score")
-    summary = "How well two texts go together: one with one, one with each of many, or in pairs."
+    summary = "Score pairs of texts: one with one, one with each of many, or two lists."
     request = ScoreRequest
     response = ScoreReply
 
     def inputs(self, request: ScoreRequest) -> list[Text]:
-        """See ``Task``."""
+        """Return the pairs; see ``Task``."""
         first, second = _both(request)
         if len(first) == 1:
             first = first * len(second)
         if len(first) != len(second):
             raise InvalidRequestError(
-                f"{len(first)} texts cannot be paired with {len(second)}: give one, or as many",
+                f"text_1 has {len(first)} texts and text_2 has {len(second)}; text_1 must have one "
+                "text or as many as text_2",
                 param="text_1",
             )
         schema.check_count(len(first), self.config.max_texts, "text_2")
         return list(zip(first, second, strict=True))
 
     def reply(self, request: ScoreRequest, encoded: Encoded) -> ScoreReply:
-        """See ``Task``."""
-        scores = column(encoded, request.aggregate)
+        """Return the score of each pair; see ``Task``."""
+        scores = first_column(encoded, request.aggregate)
         data = [Scored(index, score) for index, score in enumerate(scores)]
         if request.windows:
             pairs = zip(data, scored_windows(encoded), strict=True)
@@ -95,7 +96,7 @@ class ScorePairs(Task[ScoreRequest]):
 
 
 def scored_windows(encoded: Encoded) -> list[list[ScoredWindow]]:
-    """For each pair the scores of its windows."""
+    """Return the scores of each pair's windows."""
     scores = [float(row[0]) for row in encoded.rows]
     return [
         [ScoredWindow(window.start, window.end, score) for window, score in windows]
@@ -107,9 +108,9 @@ def _both(request: ScoreRequest) -> tuple[list[str], list[str]]:
     for names in (("text_1", "text_2"), ("queries", "documents")):
         first, second = (getattr(request, name) for name in names)
         if first is not UNSET and second is not UNSET:
-            return _list(first), _list(second)
+            return _to_list(first), _to_list(second)
     raise UnprocessableError("text_1 and text_2 are required", param="text_1")
 
 
-def _list(texts: Texts) -> list[str]:
+def _to_list(texts: TextOrList) -> list[str]:
     return [texts] if isinstance(texts, str) else texts

@@ -1,0 +1,154 @@
+"""Agreement of a low-precision model with its float32 original.
+
+The agreement is measured when a model is first loaded, on its own held-out texts or on generated
+ones (``check_texts``). The result is saved in the Tandem home by model, precision and PyTorch
+version, and reused.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cluster.config import ClassifierConfig, ClassifierTask
+from cluster.engines.classifier.model.types import Rows, TokenIds
+from cluster.errors import ConfigError
+from cluster.models.store import home
+
+log = logging.getLogger(__name__)
+
+MIN_AGREEMENT = 0.995
+"""Smallest share of equal answers at which a low precision is used."""
+MIN_COSINE = 0.99
+"""Cosine from which two embeddings count as equal."""
+MAX_DEVIATION = 0.02
+"""Difference up to which two numbers count as equal, as a share of the numbers' spread."""
+BATCH_TEXTS = 32
+RECIPE = "3"
+"""Version of the low-precision arithmetic and of the comparison. A change makes saved agreements
+invalid."""
+
+Run = Callable[[ClassifierTask, Sequence[TokenIds]], Any]
+"""See ``EncoderModel.run``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Result of comparing a low-precision model with float32."""
+
+    share: float
+    """Share of equal answers. Equal are texts or tokens with the same label (or the same set of
+    labels), masks with the same best token, numbers within 2 % of their spread, and embeddings with
+    a cosine of at least 0.99."""
+    answers: int
+    """Number of compared answers."""
+
+    @property
+    def suffices(self) -> bool:
+        """True if the low precision may be used."""
+        return self.share >= MIN_AGREEMENT
+
+    def __str__(self) -> str:
+        return f"agrees with float32 on {self.share:.2%} of {self.answers} answers"
+
+
+def require_agreement(config: ClassifierConfig, agreement: Agreement, precision: str) -> None:
+    """Log the agreement.
+
+    Raises:
+        ConfigError: It is too low.
+    """
+    result = f"{precision} {agreement}"
+    if not agreement.suffices:
+        raise ConfigError(
+            f"classifiers.{config.name}.dtype: {result}; the minimum is {MIN_AGREEMENT:.1%}. "
+            "Use a higher precision."
+        )
+    log.info("%s: %s", config.name, result)
+
+
+def measure_agreement(
+    head: ClassifierTask,
+    low: Run,
+    full: Run,
+    ids: Sequence[TokenIds],
+    problem_type: str | None = None,
+) -> Agreement:
+    """Compare two models on the same texts.
+
+    Args:
+        head: Result to compare.
+        low: The low-precision model.
+        full: The float32 model.
+        ids: Input rows; for ``fill-mask``, each has a mask.
+        problem_type: ``problem_type`` of the network's configuration.
+    """
+    runs = [(low(head, batch), full(head, batch)) for batch in batches_by_length(ids)]
+    found, wanted = (np.concatenate([_as_array(run[i]) for run in runs]) for i in (0, 1))
+    equal = _equal(head, problem_type, found, wanted)
+    return Agreement(float(np.mean(equal)), len(equal))
+
+
+def batches_by_length(ids: Sequence[TokenIds]) -> list[list[TokenIds]]:
+    """Return ``ids`` in ascending order of length, in batches."""
+    ordered = sorted(ids, key=len)
+    return [ordered[i : i + BATCH_TEXTS] for i in range(0, len(ordered), BATCH_TEXTS)]
+
+
+def _as_array(result: Rows | list[Rows]) -> Rows:
+    return np.concatenate(result) if isinstance(result, list) else result
+
+
+def _equal(head: ClassifierTask, problem_type: str | None, found: Rows, wanted: Rows) -> Any:
+    if head == "fill-mask":  # the first column is the id of the best token
+        return found[:, 0] == wanted[:, 0]
+    if head == "embed":
+        lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(wanted, axis=1)
+        return (found * wanted).sum(1) >= MIN_COSINE * lengths
+    if problem_type == "regression" or wanted.shape[1] == 1:
+        # The range of numbers is unknown; what matters is that they keep their order.
+        spread = np.maximum(1e-6, np.ptp(wanted, axis=0))
+        return (np.abs(found - wanted) <= MAX_DEVIATION * spread).all(1)
+    if problem_type == "multi_label_classification":
+        return ((found >= 0.5) == (wanted >= 0.5)).all(1)
+    return found.argmax(1) == wanted.argmax(1)
+
+
+class AgreementStore:
+    """Saved agreement of one model in one setting.
+
+    Args:
+        path: The model's directory.
+        settings: Everything else that the agreement depends on.
+    """
+
+    def __init__(self, path: str, *settings: object) -> None:
+        files = sorted(Path(path).glob("*.safetensors")) + sorted(Path(path).glob("*.json*"))
+        facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        machine = torch.__version__, torch.backends.cpu.get_cpu_capability()
+        key = repr((RECIPE, str(Path(path).absolute()), facts, machine, settings))
+        digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+        self._file = home() / "agreement" / f"{Path(path).name}-{digest}.json"
+
+    def read(self) -> Agreement | None:
+        """Return the saved agreement; None if there is no readable file."""
+        try:
+            return Agreement(**json.loads(self._file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def write(self, agreement: Agreement) -> None:
+        """Save the agreement; log a warning if the home is not writable."""
+        fresh = self._file.with_suffix(f".{id(self)}")
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            fresh.write_text(json.dumps(asdict(agreement)) + "\n", encoding="utf-8")
+            fresh.replace(self._file)
+        except OSError as error:
+            log.warning("cannot save the agreement, it will be measured again: %s", error)

@@ -1,0 +1,117 @@
+"""BERT without padding on a CPU.
+
+Every linear layer and LayerNorm runs once over the [tokens, hidden] matrix of a batch. Attention
+runs once per group of texts of similar length, as batched matrix products over contiguous operands.
+PyTorch's own attention calls two tiny products per head and text: 65 to 75 µs for 26 tokens and 12
+heads on one core, against 40 µs here, gathers included.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cluster.config import ClassifierTask
+from cluster.engines.classifier.model.outputs import Pooling
+from cluster.engines.classifier.model.packed.layout import Group, Layout
+from cluster.engines.classifier.model.packed.linear import Arithmetic
+from cluster.engines.classifier.model.packed.network import PackedNetwork
+from cluster.engines.classifier.model.types import Rows, TokenIds
+
+BFLOAT16_LANES = 32
+"""Values in a 512-bit register. PyTorch's softmax computes the remainder of a row one by one."""
+
+
+class PackedBert:
+    """``EncoderModel`` of BERT on a CPU, for networks that ``packed.network.supports``.
+
+    Args:
+        network: The model to copy; it is not changed.
+        arithmetic: Number types and linear layers; None uses the network's type.
+        pooling: Pooling of embeddings.
+    """
+
+    def __init__(
+        self, network: Any, arithmetic: Arithmetic | None = None, pooling: Pooling | None = None
+    ) -> None:
+        arithmetic = arithmetic or Arithmetic.plain(network.dtype)
+        self._network = PackedNetwork(network, arithmetic, pooling or Pooling())
+        self._heads = int(network.config.num_attention_heads)
+        self._mask_dtype = arithmetic.attention
+        # Multiplications per layer: 12 * width**2 per token, 2 * width per pair in attention.
+        self._tokens_per_pair = 1 / (6 * network.config.hidden_size)
+        self.padding = 0.0
+
+    @torch.inference_mode()
+    def run(self, task: ClassifierTask, ids: Sequence[TokenIds]) -> Rows:
+        """Compute one batch; see ``EncoderModel``."""
+        layout = Layout.for_batch(ids, self._heads, self._mask_dtype)
+        self.padding += len(layout.packed.tokens) - layout.num_tokens
+        self.padding += layout.padded_pairs * self._tokens_per_pair
+        attention = GroupedAttention(layout, self._heads)
+        if task == "classify":
+            rows = self._network.scores(layout.packed, attention)
+        else:
+            rows = self._network.embeddings(layout.packed, attention)
+        return np.asarray(rows.numpy()[: len(ids)], np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedAttention:
+    """``Attention`` of one batch, group by group."""
+
+    layout: Layout
+    heads: int
+
+    def attend_all(self, projected: Tensor) -> Tensor:
+        """Attend from every token; see ``Attention``."""
+        width = projected.shape[1] // 3
+        size = width // self.heads
+        rows = projected.view(-1, size).index_select(0, self.layout.query_key_value)
+        context = rows.new_empty(len(rows) // 3, size)
+        start = 0
+        for group in self.layout.groups:
+            count = group.cells * self.heads
+            operands = rows[3 * start : 3 * (start + count)].view(3, -1, group.length, size)
+            query, key, value = operands.unbind(0)
+            out = context[start : start + count].view_as(query)
+            _attend(group, query, key, value, out)
+            start += count
+        return context.index_select(0, self.layout.back).view(-1, width)
+
+    def attend_first(self, query: Tensor, projected: Tensor) -> Tensor:
+        """Attend from each text's first token; see ``Attention``."""
+        size = query.shape[1] // self.heads
+        queries = query.view(-1, 1, size)
+        rows = projected.view(-1, size).index_select(0, self.layout.key_value)
+        context = torch.zeros_like(queries)  # rows after the last text stay zero
+        start = first = 0
+        for group in self.layout.groups:
+            count, stop = group.cells * self.heads, first + group.texts * self.heads
+            operands = rows[2 * start : 2 * (start + count)].view(2, -1, group.length, size)
+            key, value = operands.unbind(0)
+            _attend(group, queries[first:stop], key, value, context[first:stop])
+            start, first = start + count, stop
+        return context.view_as(query)
+
+
+def _attend(group: Group, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
+    """Write the attention of ``query``, [texts * heads, queries, size], to ``out``."""
+    keys = key.transpose(1, 2)
+    scores = query.new_empty(len(query), query.shape[1], group.length)
+    for part in group.portions:
+        torch.bmm(query[part], keys[part], out=scores[part])
+    if group.mask is not None:
+        scores.view(group.texts, -1, *scores.shape[1:]).add_(group.mask)
+    weights = _softmax(scores)
+    for part in group.portions:
+        torch.bmm(weights[part], value[part], out=out[part])
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    if scores.dtype == torch.float32 or scores.shape[-1] % BFLOAT16_LANES == 0:
+        return torch.softmax(scores, -1)
+    return torch.softmax(scores, -1, torch.float32).to(scores.dtype)

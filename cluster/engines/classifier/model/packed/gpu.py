@@ -1,0 +1,204 @@
+"""BERT without padding on a GPU: variable-length attention and CUDA graphs.
+
+A graph needs the same shapes and the same memory on every replay. There are buffers for a few
+numbers of tokens. A batch is written into the smallest buffers that fit, in pinned memory, and
+uploaded on a stream; the rest of the buffers becomes a text whose result is dropped. Each copy of
+the model has buffers and a stream, so one can fill and upload while another computes. ``graphs``
+and ``attend`` are parameters, so that a CPU can test everything else.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cluster.config import ClassifierTask
+from cluster.engines.classifier.model.outputs import Pooling
+from cluster.engines.classifier.model.packed.layout import round_up
+from cluster.engines.classifier.model.packed.linear import Arithmetic
+from cluster.engines.classifier.model.packed.network import Packed, PackedNetwork
+from cluster.engines.classifier.model.types import Rows, TokenIds
+
+MIN_TOKENS = 64
+SIZE_BITS = 3
+"""Significant bits of buffer sizes. At most a fifth of a buffer is unused, a tenth on average;
+there are four sizes per doubling of tokens, each with a graph per task."""
+TOKENS_PER_TEXT = 4
+"""Tokens per text for which buffers have room; batches of more and shorter texts use larger
+ones."""
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
+"""Variable-length attention: query, key and value [tokens, heads, size]; the start of each text's
+queries and of its keys, followed by the end of the last; the longest text. Returns [queries, heads,
+size]."""
+
+
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, max_length: int
+) -> Tensor:
+    """Compute PyTorch's variable-length flash attention; see ``Attend``."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    context = varlen_attn(q, k, v, starts_q, starts_k, max_length, max_length, scale=1.0)
+    assert isinstance(context, Tensor)
+    return context
+
+
+@dataclass(frozen=True, slots=True)
+class VarlenAttention:
+    """``Attention`` of one batch by an ``Attend`` function."""
+
+    attend: Attend
+    heads: int
+    starts: Tensor
+    """First token of each text and the end of the last, [texts + 1], int32."""
+    max_length: int
+    """Tokens of the buffers, an upper bound of a text's length."""
+
+    def attend_all(self, projected: Tensor) -> Tensor:
+        """Attend from every token; see ``Attention``."""
+        query, key, value = projected.view(len(projected), 3, self.heads, -1).unbind(1)
+        context = self.attend(query, key, value, self.starts, self.starts, self.max_length)
+        return context.reshape(len(projected), -1)
+
+    def attend_first(self, query: Tensor, projected: Tensor) -> Tensor:
+        """Attend from each text's first token; see ``Attention``."""
+        key, value = projected.view(len(projected), 2, self.heads, -1).unbind(1)
+        queries = query.view(len(query), self.heads, -1)
+        ones = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)
+        starts = self.starts[: len(query) + 1]  # without the text that fills the buffers
+        context = self.attend(queries, key, value, ones, starts, self.max_length)
+        return context.reshape(len(query), -1)
+
+
+class Buffers:
+    """Host and device buffers for batches of up to ``tokens`` tokens."""
+
+    def __init__(self, tokens: int, device: torch.device) -> None:
+        self.tokens, self.texts = tokens, tokens // TOKENS_PER_TEXT
+        pinned = device.type == "cuda"
+        shapes = {"ids": tokens, "positions": tokens, "second": tokens, "text_index": tokens}
+        shapes |= {"first_rows": self.texts, "starts": self.texts + 2}
+        types = dict.fromkeys(shapes, torch.int64) | {"starts": torch.int32}
+        self.host = {
+            name: torch.zeros(size, dtype=types[name], pin_memory=pinned)
+            for name, size in shapes.items()
+        }
+        self.device = {name: buffer.to(device) for name, buffer in self.host.items()}
+        self.graphs: dict[ClassifierTask, tuple[Any, Tensor]] = {}
+
+    def fill(self, ids: Sequence[TokenIds]) -> None:
+        """Write a batch into the host buffers."""
+        lengths = np.array([len(row) for row in ids])
+        ends = np.cumsum(lengths)
+        used, texts = int(ends[-1]), len(ids)
+        tokens = np.concatenate(ids)
+        host = {name: buffer.numpy() for name, buffer in self.host.items()}
+        for name in ("ids", "positions", "second"):
+            host[name][used:] = 0
+        host["ids"][:used] = np.where(tokens < 0, ~tokens, tokens)
+        host["second"][:used] = tokens < 0
+        host["positions"][:used] = np.arange(used) - np.repeat(ends - lengths, lengths)
+        host["text_index"][:used] = np.repeat(np.arange(texts), lengths)
+        host["text_index"][used:] = self.texts
+        host["first_rows"][:texts], host["first_rows"][texts:] = ends - lengths, 0
+        host["starts"][0] = 0
+        host["starts"][1 : texts + 1], host["starts"][texts + 1 :] = ends, used
+        host["starts"][-1] = self.tokens
+
+
+class VarlenBert:
+    """``EncoderModel`` of BERT on a GPU, for networks that ``packed.network.supports``.
+
+    Args:
+        network: The model to copy; it is not changed.
+        arithmetic: Number types and linear layers.
+        pooling: Pooling of embeddings.
+        attend: Variable-length attention.
+        graphs: True to capture CUDA graphs.
+    """
+
+    def __init__(
+        self,
+        network: Any,
+        arithmetic: Arithmetic,
+        pooling: Pooling,
+        attend: Attend = flash_attention,
+        graphs: bool = True,
+    ) -> None:
+        self._network = PackedNetwork(network, arithmetic, pooling)
+        self._heads = int(network.config.num_attention_heads)
+        self._device: torch.device = network.device
+        self._attend, self._graphs = attend, graphs
+        # Shared by all copies: nothing else may run on the device during a capture.
+        self._launch_lock = threading.Lock()
+        self._allocate()
+
+    def __copy__(self) -> "VarlenBert":
+        """Return a model that shares the weights and may run at the same time."""
+        made = object.__new__(VarlenBert)
+        made.__dict__.update(self.__dict__)
+        made._allocate()
+        return made
+
+    def _allocate(self) -> None:
+        on_gpu = self._device.type == "cuda"
+        self._upload_stream = torch.cuda.Stream() if on_gpu else None  # type: ignore[no-untyped-call]
+        self._buffers: dict[int, Buffers] = {}
+        self.padding = 0.0
+
+    @torch.inference_mode()
+    def run(self, task: ClassifierTask, ids: Sequence[TokenIds]) -> Rows:
+        """Compute one batch; see ``EncoderModel``."""
+        buffers = self._buffers_for(ids)
+        buffers.fill(ids)
+        with self._launch_lock:
+            self._upload(buffers)
+            rows = self._replay(task, buffers) if self._graphs else self._forward(task, buffers)
+        return np.asarray(rows[: len(ids)].cpu().numpy(), np.float32)
+
+    def _buffers_for(self, ids: Sequence[TokenIds]) -> Buffers:
+        used = sum(map(len, ids))
+        wanted = max(MIN_TOKENS, used, len(ids) * TOKENS_PER_TEXT)
+        size = round_up(wanted, SIZE_BITS)
+        self.padding += size - used
+        if size not in self._buffers:
+            self._buffers[size] = Buffers(size, self._device)
+        return self._buffers[size]
+
+    def _upload(self, buffers: Buffers) -> None:
+        with torch.cuda.stream(self._upload_stream):  # does nothing for None
+            for name, buffer in buffers.host.items():
+                buffers.device[name].copy_(buffer, non_blocking=True)
+        if self._upload_stream is not None:
+            torch.cuda.current_stream().wait_stream(self._upload_stream)
+
+    def _replay(self, task: ClassifierTask, buffers: Buffers) -> Tensor:
+        if task not in buffers.graphs:
+            self._forward(task, buffers)  # libraries choose and load their kernels
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                rows = self._forward(task, buffers)
+            buffers.graphs[task] = graph, rows
+        graph, rows = buffers.graphs[task]
+        graph.replay()
+        return rows
+
+    def _forward(self, task: ClassifierTask, buffers: Buffers) -> Tensor:
+        batch = buffers.device
+        packed = Packed(
+            tokens=batch["ids"],
+            second=batch["second"].unsqueeze(1),
+            positions=batch["positions"],
+            starts=batch["first_rows"],
+            text_index=batch["text_index"],
+        )
+        attention = VarlenAttention(self._attend, self._heads, batch["starts"], buffers.tokens)
+        if task == "classify":
+            return self._network.scores(packed, attention)
+        return self._network.embeddings(packed, attention)
