@@ -174,7 +174,7 @@ class Engine:
         steps, self._chunk = self._prefill_steps(MAX_STEP_TOKENS - num)
         if num:
             steps = min(steps, self._next_end() - self._steps, self.cache.free_tokens // num)
-            self.cache.grow(num * steps)  # makes room; what is cut off is not used
+            self.cache.add_private(num * steps)  # makes room; what is cut off is not used
             self.cache.private_tokens -= num * steps
         self._num_steps, self._num_grown = max(1, steps), num
         alone = self._chunk * self._config.prefill_s_per_token
@@ -287,11 +287,11 @@ class Engine:
 
     def _admit(self, sequence: Sequence) -> bool:
         cache, blocks = self.cache, _blocks(sequence)
-        held = min(cache.match(blocks), (sequence.length - 1) // cache.block_tokens)
+        held = min(cache.count_cached(blocks), (sequence.length - 1) // cache.block_tokens)
         new = sequence.length - held * cache.block_tokens
         # An engine's last block is half empty, on the average.
         private = new + self._config.block_size_tokens // 2
-        if not cache.take(blocks[:held], private):
+        if not cache.acquire(blocks[:held], private):
             return False
         sequence._held, sequence._private, sequence._prefill_left = held, private, new
         if sequence.cached_tokens is None:

@@ -65,7 +65,7 @@ class Simulation:
     def cached_tokens(self, replica_id: str, view: RequestView) -> float:
         """The truth: what a replica has of a prompt, or is computing."""
         engine = self._by_id[replica_id].engine
-        held = engine.cache.match(view.prefix)
+        held = engine.cache.count_cached(view.prefix)
         while held < len(view.prefix) and view.prefix[held] in engine.coming:
             held += 1
         return view.prefix_tokens[held - 1] if held else 0.0

@@ -88,7 +88,7 @@ class Fleet:
         return {
             prefix
             for prefix, blocks in self.last_blocks.items()
-            if any(pool.match([block]) for block in blocks)
+            if any(pool.count_cached([block]) for block in blocks)
         }
 
 

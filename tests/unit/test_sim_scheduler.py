@@ -276,27 +276,27 @@ def test_the_end_of_an_unused_prefix_is_evicted_first() -> None:
     evicted: list[int] = []
     pool = BlockPool(6, 2, evicted.extend)
     hashes = block_hashes([1, 2, 3, 4, 5, 6], 2)
-    assert pool.take((), 6)
+    assert pool.acquire((), 6)
     assert pool.share(hashes) == 3
     pool.release(hashes, 0)
-    assert pool.take((), 2)
-    assert pool.match(hashes) == 2
+    assert pool.acquire((), 2)
+    assert pool.count_cached(hashes) == 2
     assert evicted == hashes[2:]
-    assert not pool.take(hashes[:2], 2)
+    assert not pool.acquire(hashes[:2], 2)
     assert pool.used_tokens == 2
 
 
 def test_what_was_computed_twice_is_kept_once() -> None:
     pool = BlockPool(12, 2)
     one, other = block_hashes([1, 2, 3, 4], 2), block_hashes([1, 2, 3, 4, 5, 6], 2)
-    assert pool.take((), 10)
+    assert pool.acquire((), 10)
     assert pool.share(one) == 2
     assert pool.share(other) == 1
     assert pool.used_tokens == 6
     pool.release(one, 0)
     assert pool.used_tokens == 6
     pool.release(other, 0)
-    assert (pool.used_tokens, pool.match(other)) == (0, 3)
+    assert (pool.used_tokens, pool.count_cached(other)) == (0, 3)
 
 
 def test_block_hashes_stand_for_all_tokens_before() -> None:

@@ -1,8 +1,7 @@
-"""The KV cache as counts of tokens: blocks shared by content, the least recently used evicted.
+"""KV cache of the simulated engine: blocks shared by content, with LRU eviction. Pure.
 
-Owns the state of all blocks: held (cached, used by some requests), idle (cached, used by nobody),
-or private tokens of one request. A block's number stands for all tokens up to its end, so whoever
-holds one holds those before it, and they are evicted after it. Knows nothing of requests or time.
+Only counts and content hashes are kept. A block's hash covers all tokens up to its end, so a
+request that holds a block also holds the ones before it, and blocks are evicted from the end.
 """
 
 from collections import OrderedDict
@@ -12,13 +11,13 @@ from collections.abc import Callable, Sequence
 def block_hashes(
     tokens: Sequence[int], block_tokens: int, known: Sequence[int] = (), root: int = 0
 ) -> list[int]:
-    """One number for each full block of ``tokens``.
+    """Return one hash per full block of ``tokens``.
 
     Args:
-        tokens: Of one prompt and its answer.
-        block_tokens: Of each block.
-        known: The numbers of the first blocks.
-        root: What other blocks of the same tokens are told apart by.
+        tokens: Tokens of one prompt and its completion.
+        block_tokens: Tokens per block.
+        known: Hashes of the first blocks, if known.
+        root: Distinguishes blocks with equal tokens, such as those of adapters.
     """
     hashes = list(known)
     parent = hashes[-1] if hashes else root
@@ -30,7 +29,10 @@ def block_hashes(
 
 
 class BlockPool:
-    """At most ``capacity_tokens``; ``on_evicted`` is called with blocks that are cached no more."""
+    """Blocks that are held (in use), idle (cached, not in use) or private to one request.
+
+    ``on_evicted`` is called with blocks that are no longer cached.
+    """
 
     def __init__(
         self,
@@ -41,23 +43,28 @@ class BlockPool:
         self.capacity_tokens = capacity_tokens
         self.block_tokens = block_tokens
         self.private_tokens = 0
-        """Tokens of single requests, which no other can use."""
+        """Tokens private to single requests."""
         self._on_evicted = on_evicted
-        self._held: dict[int, int] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._held: dict[int, int] = {}  # number of requests by block
+        self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
 
     @property
     def used_tokens(self) -> int:
-        """Tokens that some request holds."""
+        """Tokens held by requests."""
         return self.private_tokens + len(self._held) * self.block_tokens
 
     @property
+    def idle_tokens(self) -> int:
+        """Tokens cached but not held by a request."""
+        return len(self._idle) * self.block_tokens
+
+    @property
     def free_tokens(self) -> int:
-        """Tokens that can be taken, cached blocks that nobody holds included."""
+        """Tokens that can be acquired, idle blocks included."""
         return self.capacity_tokens - self.used_tokens
 
-    def match(self, blocks: Sequence[int]) -> int:
-        """How many of the leading blocks are cached."""
+    def count_cached(self, blocks: Sequence[int]) -> int:
+        """Return the number of leading blocks that are cached."""
         low, high = 0, len(blocks)
         while low < high:
             middle = (low + high) // 2
@@ -67,8 +74,8 @@ class BlockPool:
                 high = middle
         return low
 
-    def take(self, blocks: Sequence[int], private_tokens: int) -> bool:
-        """Hold cached ``blocks`` and private tokens; False, and nothing changes: no room."""
+    def acquire(self, blocks: Sequence[int], private_tokens: int) -> bool:
+        """Hold cached ``blocks`` and private tokens; return False and change nothing if full."""
         revived = [block for block in blocks if block in self._idle]
         if len(revived) * self.block_tokens + private_tokens > self.free_tokens:
             return False
@@ -76,15 +83,15 @@ class BlockPool:
             del self._idle[block]
         for block in blocks:
             self._held[block] = self._held.get(block, 0) + 1
-        self.grow(private_tokens)
+        self.add_private(private_tokens)
         return True
 
-    def grow(self, tokens: int) -> None:
-        """Take private tokens, of which there must be as many free."""
+    def add_private(self, tokens: int) -> None:
+        """Add private tokens, evicting idle blocks; the tokens must be free."""
         self.private_tokens += tokens
-        most_idle = self.free_tokens // self.block_tokens
+        max_idle = self.free_tokens // self.block_tokens
         evicted = []
-        while len(self._idle) > most_idle:
+        while len(self._idle) > max_idle:
             evicted.append(self._idle.popitem(last=False)[0])
         if evicted and self._on_evicted is not None:
             self._on_evicted(evicted)
@@ -92,8 +99,8 @@ class BlockPool:
     def share(self, blocks: Sequence[int]) -> int:
         """Turn private tokens of the caller into cached blocks that it holds.
 
-        Returns how many of them, which are the last ones, were not cached before; the caller's own
-        copies of the others are given up.
+        Returns the number of blocks that were not cached before, which are the last ones. The
+        caller's copies of the others are dropped.
         """
         fresh = 0
         for block in blocks:
@@ -109,7 +116,7 @@ class BlockPool:
         return fresh
 
     def release(self, blocks: Sequence[int], private_tokens: int) -> None:
-        """Give back what is held; blocks stay cached, the end of a prompt goes first."""
+        """Release blocks and private tokens; blocks stay cached, ends of prompts go first."""
         self.private_tokens -= private_tokens
         for block in reversed(blocks):
             self._held[block] -= 1

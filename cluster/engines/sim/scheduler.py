@@ -190,7 +190,7 @@ class Scheduler:
     def _grow(self, request: Request) -> bool:
         """Give ``request`` one block more; False: it was preempted itself."""
         size = self.config.block_size_tokens
-        while not self.blocks.take((), size):
+        while not self.blocks.acquire((), size):
             victim = self.running.pop()
             victim.num_preemptions += 1
             self._release(victim)
@@ -216,9 +216,9 @@ class Scheduler:
         size, length = self.config.block_size_tokens, len(request.tokens)
         request._hashes = self._block_hashes(request)
         # The last token is always computed: its logits give the next one.
-        cached = self.blocks.match(request._hashes[: (length - 1) // size])
+        cached = self.blocks.count_cached(request._hashes[: (length - 1) // size])
         capacity = -(-length // size) * size
-        if not self.blocks.take(request._hashes[:cached], capacity - cached * size):
+        if not self.blocks.acquire(request._hashes[:cached], capacity - cached * size):
             return False
         self._num_loaded += self._adapters.take(request.adapter)
         request._num_held = cached
