@@ -1,1 +1,1 @@
-"""Grafana's dashboards and alerts as code: ``python -m dashboards`` writes them for Grafana."""
+"""Grafana dashboards and alert rules as code; ``python -m dashboards`` writes the JSON and YAML."""

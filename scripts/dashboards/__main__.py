@@ -1,13 +1,28 @@
-"""``python -m dashboards``: write every file below ``cluster/monitoring/grafana`` again."""
+"""Write the generated files of ``cluster/monitoring/grafana``: ``python -m dashboards [--check]``.
 
-from pathlib import Path
+With ``--check``, write nothing and fail if a file is out of date.
+"""
 
-import cluster.monitoring
-from dashboards.files import files
+import sys
 
-ROOT = Path(cluster.monitoring.__file__).parent / "grafana"
+from dashboards.files import ROOT, make_files
 
-if __name__ == "__main__":
-    for path, text in files().items():
+
+def main(arguments: list[str]) -> int:
+    """Write the files, or with ``--check`` report those that differ; return the exit status."""
+    stale = {
+        path: text
+        for path, text in make_files().items()
+        if not (ROOT / path).exists() or (ROOT / path).read_text(encoding="utf-8") != text
+    }
+    for path, text in stale.items():
+        if "--check" in arguments:
+            print(f"{ROOT / path} is out of date; run `python -m dashboards`")
+            continue
         (ROOT / path).parent.mkdir(parents=True, exist_ok=True)
         (ROOT / path).write_text(text, encoding="utf-8")
+    return 1 if stale and "--check" in arguments else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Grafana's alert rules, from those of Prometheus, for Grafana to tell whom it is told to tell."""
+"""Convert Prometheus alert rules to Grafana alert rules."""
 
 from pathlib import Path
 from typing import Any
@@ -6,15 +6,15 @@ from typing import Any
 import yaml
 
 from cluster.monitoring.prometheus import RULES
-from dashboards.panels import SOURCE
+from dashboards.panels import DATA_SOURCE
 
 FOLDER = "Tandem"
 
 
-def alerting() -> str:
-    """A provisioning file with every alert of the rule files."""
+def make_alert_rules() -> str:
+    """Return a Grafana provisioning file with all alerts of ``cluster/monitoring/rules``."""
     groups = [
-        _group(group)
+        _convert_group(group)
         for path in sorted(Path(RULES).glob("*.yml"))
         for group in yaml.safe_load(path.read_text(encoding="utf-8"))["groups"]
         if any("alert" in rule for rule in group["rules"])
@@ -22,16 +22,16 @@ def alerting() -> str:
     return yaml.safe_dump({"apiVersion": 1, "groups": groups}, sort_keys=False, width=100)
 
 
-def _group(group: dict[str, Any]) -> dict[str, Any]:
-    rules = [_rule(rule) for rule in group["rules"] if "alert" in rule]
+def _convert_group(group: dict[str, Any]) -> dict[str, Any]:
+    rules = [_convert_rule(rule) for rule in group["rules"] if "alert" in rule]
     return {
         **{"orgId": 1, "name": group["name"], "folder": FOLDER, "interval": "30s"},
         "rules": rules,
     }
 
 
-def _rule(rule: dict[str, Any]) -> dict[str, Any]:
-    # Prometheus fires where there is a result, whatever its value; Grafana where one is not zero.
+def _convert_rule(rule: dict[str, Any]) -> dict[str, Any]:
+    # Prometheus fires for any result, Grafana only for a non-zero value. So make each result 1.
     query = {"expr": rule["expr"], "instant": True, "refId": "A"}
     fires = {"type": "math", "expression": "$A * 0 + 1", "refId": "B"}
     return {
@@ -41,7 +41,7 @@ def _rule(rule: dict[str, Any]) -> dict[str, Any]:
         "data": [
             {
                 "refId": "A",
-                "datasourceUid": SOURCE.uid,
+                "datasourceUid": DATA_SOURCE.uid,
                 "relativeTimeRange": {"from": 600, "to": 0},
                 "model": query,
             },

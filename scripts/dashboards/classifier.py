@@ -1,91 +1,105 @@
-"""Encoders: batches, padding, where their time goes, what they say."""
+"""Classifier dashboard: batches, padding, compute time, results."""
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
 from dashboards.panels import (
     Query,
-    chosen,
-    filled,
-    lines,
-    page,
-    quantiles,
-    rate,
-    row,
-    total,
-    variable,
+    add_panels,
+    make_dashboard,
+    make_variable,
+    quantile_queries,
+    rate_of,
+    section,
+    select_model,
+    sum_of,
+    time_series,
 )
 
 
 def classifier() -> Dashboard:
-    """The page."""
-    board = page(
+    """Return the dashboard."""
+    board = make_dashboard(
         "classifier",
         "Tandem: classifier",
-        "Batches, padding, time and answers of encoders.",
-        [variable("model", "tandem_classifier_texts_total")],
+        "Batches, padding, compute time and results of classifiers.",
+        [make_variable("model", "tandem_classifier_texts_total")],
     )
-    padding = rate("tandem_classifier_padding_total")
-    cells = f"({rate('tandem_classifier_tokens_total')} + {padding} > 0)"
+    padding = rate_of("tandem_classifier_padding_total")
+    computed = f"({rate_of('tandem_classifier_tokens_total')} + {padding} > 0)"
     hits, misses = (
-        rate("tandem_classifier_cache_hits_total"),
-        rate("tandem_classifier_cache_misses_total"),
+        rate_of("tandem_classifier_cache_hits_total"),
+        rate_of("tandem_classifier_cache_misses_total"),
     )
     panels = [
-        row("Work"),
-        lines("Texts", "short", Query(rate("tandem_classifier_texts_total"))),
-        lines("Tokens", "short", Query(rate("tandem_classifier_tokens_total"))),
-        lines("Requests", "s", *quantiles("tandem_request_seconds", 0.5, 0.95, 0.99)),
-        row("Batches"),
-        lines(
-            "Batches",
-            "short",
-            Query(rate("tandem_classifier_batches_total")),
-            Query(rate("tandem_classifier_failed_batches_total"), "{{model}} failed"),
+        section("Throughput"),
+        time_series("Texts per second", "short", Query(rate_of("tandem_classifier_texts_total"))),
+        time_series("Tokens per second", "short", Query(rate_of("tandem_classifier_tokens_total"))),
+        time_series(
+            "Request duration", "s", *quantile_queries("tandem_request_seconds", 0.5, 0.95, 0.99)
         ),
-        lines("Texts in a batch", "short", *quantiles("tandem_classifier_batch_texts", 0.5, 0.95)),
-        lines("Padding", "percentunit", Query(f"{padding} / {cells}")),
-        lines("Tokens that wait", "short", Query(total("tandem_classifier_queued_tokens"))),
-        lines(
-            "Time per second",
+        section("Batching"),
+        time_series(
+            "Batches per second",
+            "short",
+            Query(rate_of("tandem_classifier_batches_total")),
+            Query(rate_of("tandem_classifier_failed_batches_total"), "{{model}} failed"),
+        ),
+        time_series(
+            "Texts per batch",
+            "short",
+            *quantile_queries("tandem_classifier_batch_texts", 0.5, 0.95),
+        ),
+        time_series("Padding share", "percentunit", Query(f"{padding} / {computed}")),
+        time_series("Queued tokens", "short", Query(sum_of("tandem_classifier_queued_tokens"))),
+        time_series(
+            "Busy time per second",
             "s",
-            Query(rate("tandem_classifier_compute_seconds_total"), "{{model}} computing"),
-            Query(rate("tandem_classifier_tokenize_seconds_total"), "{{model}} tokenizing"),
+            Query(rate_of("tandem_classifier_compute_seconds_total"), "{{model}} computing"),
+            Query(rate_of("tandem_classifier_tokenize_seconds_total"), "{{model}} tokenizing"),
         ),
-        lines("Texts skipped", "short", Query(rate("tandem_classifier_skipped_texts_total"))),
-        row("Answers"),
-        lines(
-            "Labels",
+        time_series(
+            "Skipped texts per second",
             "short",
-            Query(rate("tandem_classifier_labels_total", "model, label"), "{{model}} {{label}}"),
+            Query(rate_of("tandem_classifier_skipped_texts_total")),
         ),
-        lines("Scores below", "percentunit", _share("tandem_classifier_confidence_total", "1")),
-        lines(
-            "Texts shorter than",
+        section("Results"),
+        time_series(
+            "Labels per second",
+            "short",
+            Query(rate_of("tandem_classifier_labels_total", "model, label"), "{{model}} {{label}}"),
+        ),
+        time_series(
+            "Texts by top score, cumulative",
             "percentunit",
-            _share("tandem_classifier_characters_total", "+Inf"),
+            _share_below("tandem_classifier_confidence_total", "1"),
         ),
-        lines(
-            "Drift",
+        time_series(
+            "Texts by length in characters, cumulative",
+            "percentunit",
+            _share_below("tandem_classifier_characters_total", "+Inf"),
+        ),
+        time_series(
+            "Drift (population stability index)",
             "short",
             Query(
-                f"max by (model, of) ({chosen('tandem_classifier_drift_ratio')})",
+                f"max by (model, of) ({select_model('tandem_classifier_drift_ratio')})",
                 "{{model}} {{of}}",
             ),
         ),
-        lines(
+        time_series(
             "Agreement with float32",
             "percentunit",
-            Query(f"min by (model) ({chosen('tandem_classifier_agreement_ratio')})"),
+            Query(f"min by (model) ({select_model('tandem_classifier_agreement_ratio')})"),
         ),
-        lines(
-            "Results found in the cache", "percentunit", Query(f"{hits} / ({hits} + {misses} > 0)")
+        time_series(
+            "Result cache hit rate", "percentunit", Query(f"{hits} / ({hits} + {misses} > 0)")
         ),
     ]
-    return filled(board, panels)
+    return add_panels(board, panels)
 
 
-def _share(metric: str, most: str) -> Query:
-    """Of what is below each bound, by what is below the largest one."""
-    everything = rate(metric, where=f'model=~"$model",le="{most}"')
-    share = f"{rate(metric, 'model, le')} / on (model) group_left () ({everything} > 0)"
-    return Query(share, "{{model}} {{le}}")
+def _share_below(metric: str, largest: str) -> Query:
+    """Return each bucket over the bucket with the largest bound."""
+    everything = rate_of(metric, where=f'model=~"$model",le="{largest}"')
+    share = f"{rate_of(metric, 'model, le')} / on (model) group_left () ({everything} > 0)"
+    return Query(share, "{{model}} ≤ {{le}}")

@@ -1,62 +1,90 @@
-"""What it takes: energy, money, devices."""
+"""Cost dashboard: energy, money, devices."""
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
-from dashboards.panels import Query, chosen, filled, lines, page, rate, row, variable
+from dashboards.panels import (
+    Query,
+    add_panels,
+    make_dashboard,
+    make_variable,
+    rate_of,
+    section,
+    select_model,
+    time_series,
+)
 
 
 def cost() -> Dashboard:
-    """The page."""
-    board = page(
+    """Return the dashboard."""
+    board = make_dashboard(
         "cost",
         "Tandem: cost and energy",
-        "Energy, cost and devices. What no counter measures is absent.",
-        [variable("model", "tandem_in_flight_requests")],
+        "Energy, cost and devices. Panels without a hardware counter stay empty.",
+        [make_variable("model", "tandem_in_flight_requests")],
     )
-    energy, tokens = rate("tandem_energy_joules_total"), rate("tandem_completion_tokens_total")
+    energy, tokens = (
+        rate_of("tandem_energy_joules_total"),
+        rate_of("tandem_completion_tokens_total"),
+    )
     panels = [
-        row("Energy and cost"),
-        lines(
+        section("Energy and cost"),
+        time_series(
             "Power by model",
             "watt",
-            Query(rate("tandem_energy_joules_total", "model, source"), "{{model}} ({{source}})"),
+            Query(rate_of("tandem_energy_joules_total", "model, source"), "{{model}} ({{source}})"),
         ),
-        lines(
+        time_series(
             "Power by tenant",
             "watt",
-            Query(rate("tandem_energy_joules_total", "tenant, source"), "{{tenant}} ({{source}})"),
+            Query(
+                rate_of("tandem_energy_joules_total", "tenant, source"), "{{tenant}} ({{source}})"
+            ),
         ),
-        lines("Energy of a completion token", "joule", Query(f"{energy} / ({tokens} > 0)")),
-        lines("Cost an hour by model", "short", Query(f"3600 * {rate('tandem_cost_total')}")),
-        lines(
-            "Cost an hour by tenant",
+        time_series("Energy per completion token", "joule", Query(f"{energy} / ({tokens} > 0)")),
+        time_series(
+            "Cost per hour by model", "short", Query(f"3600 * {rate_of('tandem_cost_total')}")
+        ),
+        time_series(
+            "Cost per hour by tenant",
             "short",
-            Query(f"3600 * {rate('tandem_cost_total', 'tenant')}", "{{tenant}}"),
+            Query(f"3600 * {rate_of('tandem_cost_total', 'tenant')}", "{{tenant}}"),
         ),
-        lines(
-            "Cost of a million completion tokens",
+        time_series(
+            "Cost per million completion tokens",
             "short",
-            Query(f"1e6 * {rate('tandem_cost_total')} / ({tokens} > 0)"),
+            Query(f"1e6 * {rate_of('tandem_cost_total')} / ({tokens} > 0)"),
         ),
-        row("Devices"),
-        lines("Power", "watt", Query(chosen("tandem_device_power_watts"), "{{device}}")),
-        lines(
-            "Temperature",
+        section("Devices"),
+        time_series(
+            "Power of devices",
+            "watt",
+            Query(select_model("tandem_device_power_watts"), "{{device}}"),
+        ),
+        time_series(
+            "Temperature of devices",
             "celsius",
-            Query(chosen("tandem_device_temperature_celsius"), "{{device}}"),
+            Query(select_model("tandem_device_temperature_celsius"), "{{device}}"),
         ),
-        lines("Memory", "bytes", Query(chosen("tandem_device_memory_used_bytes"), "{{device}}")),
-        lines("Slowed down", "short", Query(chosen("tandem_device_throttled"), "{{device}}")),
-        lines(
-            "Errors",
+        time_series(
+            "Memory of devices",
+            "bytes",
+            Query(select_model("tandem_device_memory_used_bytes"), "{{device}}"),
+        ),
+        time_series(
+            "Throttled devices",
             "short",
-            Query(chosen("tandem_device_xid_errors_total"), "{{device}} XID {{xid}}"),
-            Query(chosen("tandem_device_ecc_errors_total"), "{{device}} ECC"),
+            Query(select_model("tandem_device_throttled"), "{{device}}"),
         ),
-        lines(
-            "Memory growth",
+        time_series(
+            "Device errors",
+            "short",
+            Query(select_model("tandem_device_xid_errors_total"), "{{device}} XID {{xid}}"),
+            Query(select_model("tandem_device_ecc_errors_total"), "{{device}} ECC"),
+        ),
+        time_series(
+            "Memory growth of processes",
             "Bps",
             Query("tandem_memory_growth_bytes_per_second", "{{deployment}} {{process}}"),
         ),
     ]
-    return filled(board, panels)
+    return add_panels(board, panels)

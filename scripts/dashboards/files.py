@@ -1,14 +1,18 @@
-"""Every file that Grafana and the compose file's Prometheus read, by its path."""
+"""All generated files for Grafana and for the Prometheus of ``compose.yml``."""
+
+from pathlib import Path
 
 import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
+import cluster.monitoring
 from cluster.monitoring.prometheus import Targets, configuration
 from dashboards import classifier, cost, generator, overview, router, tenant
-from dashboards.alerting import FOLDER, alerting
-from dashboards.panels import SOURCE
+from dashboards.alerting import FOLDER, make_alert_rules
+from dashboards.panels import DATA_SOURCE
 
-PAGES = {
+ROOT = Path(cluster.monitoring.__file__).parent / "grafana"
+DASHBOARDS = {
     "overview": overview.overview,
     "generator": generator.generator,
     "classifier": classifier.classifier,
@@ -16,21 +20,21 @@ PAGES = {
     "cost": cost.cost,
     "tenant": tenant.tenant,
 }
-DASHBOARDS = "/var/lib/grafana/dashboards"
-"""Where the compose file mounts the pages."""
+MOUNT_POINT = "/var/lib/grafana/dashboards"
+"""Directory in the container where ``compose.yml`` mounts the dashboards."""
 
 
-def files() -> dict[str, str]:
-    """Contents by path below ``cluster/monitoring/grafana``."""
-    pages = {
+def make_files() -> dict[str, str]:
+    """Return the content of each file by its path below ``ROOT``."""
+    dashboards = {
         f"dashboards/{name}.json": JSONEncoder(sort_keys=True, indent=2).encode(make().build())
-        for name, make in PAGES.items()
+        for name, make in DASHBOARDS.items()
     }
     return {
-        **{path: f"{text}\n" for path, text in pages.items()},
+        **{path: f"{text}\n" for path, text in dashboards.items()},
         "provisioning/datasources/prometheus.yml": _yaml(_data_source()),
         "provisioning/dashboards/tandem.yml": _yaml(_provider()),
-        "provisioning/alerting/tandem.yml": alerting(),
+        "provisioning/alerting/tandem.yml": make_alert_rules(),
         "prometheus.yml": configuration(
             Targets(dashboard="http://127.0.0.1:8265", ingress="127.0.0.1:8000"),
             ["/etc/prometheus/rules/*.yml"],
@@ -39,11 +43,11 @@ def files() -> dict[str, str]:
 
 
 def _data_source() -> dict[str, object]:
-    # Ray's own dashboards ask for a source of this name.
+    # Ray's own dashboards expect a data source of this name.
     source = {
         "name": "Prometheus",
-        "uid": SOURCE.uid,
-        "type": SOURCE.type_val,
+        "uid": DATA_SOURCE.uid,
+        "type": DATA_SOURCE.type_val,
         "url": "http://127.0.0.1:9090",
         "access": "proxy",
         "isDefault": True,
@@ -59,8 +63,8 @@ def _provider() -> dict[str, object]:
     return {
         "apiVersion": 1,
         "providers": [
-            provider(FOLDER, f"{DASHBOARDS}/tandem"),
-            provider("Ray", f"{DASHBOARDS}/ray"),
+            provider(FOLDER, f"{MOUNT_POINT}/tandem"),
+            provider("Ray", f"{MOUNT_POINT}/ray"),
         ],
     }
 

@@ -1,75 +1,75 @@
-"""Models that generate: latency, KV cache, batch."""
+"""Generator dashboard: latency, KV cache and batches of LLMs."""
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
 from dashboards.panels import (
     Query,
-    chosen,
-    filled,
-    heat,
-    lines,
-    page,
-    quantiles,
-    rate,
-    row,
-    total,
-    variable,
+    add_panels,
+    heatmap_panel,
+    make_dashboard,
+    make_variable,
+    quantile_queries,
+    rate_of,
+    section,
+    select_model,
+    sum_of,
+    time_series,
 )
 
 
 def generator() -> Dashboard:
-    """The page."""
-    board = page(
+    """Return the dashboard."""
+    board = make_dashboard(
         "generator",
         "Tandem: generator",
-        "Latency, KV cache and batches of language models.",
-        [variable("model", "tandem_kv_cache_usage_ratio")],
+        "Latency, KV cache and batches of LLMs.",
+        [make_variable("model", "tandem_kv_cache_usage_ratio")],
     )
+    cached = rate_of("tandem_cached_tokens_total")
+    prompts = rate_of("tandem_prompt_tokens_total")
     hits = "ray_vllm_prefix_cache_hits_total"
     queries = "ray_vllm_prefix_cache_queries_total"
     panels = [
-        row("Latency"),
-        heat("Time to the first bytes (TTFT)", "tandem_ttft_seconds"),
-        heat("Between writes of a stream (ITL)", "tandem_itl_seconds"),
-        lines("TTFT", "s", *quantiles("tandem_ttft_seconds", 0.5, 0.95, 0.99)),
-        lines("ITL", "s", *quantiles("tandem_itl_seconds", 0.5, 0.95, 0.99)),
-        lines("TPOT", "s", *quantiles("tandem_tpot_seconds", 0.5, 0.95, 0.99)),
-        row("KV cache"),
-        lines(
-            "Blocks in use",
+        section("Latency"),
+        heatmap_panel("Time to first byte (TTFT)", "tandem_ttft_seconds"),
+        heatmap_panel("Inter-token latency (ITL)", "tandem_itl_seconds"),
+        time_series("TTFT", "s", *quantile_queries("tandem_ttft_seconds", 0.5, 0.95, 0.99)),
+        time_series("ITL", "s", *quantile_queries("tandem_itl_seconds", 0.5, 0.95, 0.99)),
+        time_series("TPOT", "s", *quantile_queries("tandem_tpot_seconds", 0.5, 0.95, 0.99)),
+        section("KV cache"),
+        time_series(
+            "KV cache usage",
             "percentunit",
-            Query(f"max by (model) ({chosen('tandem_kv_cache_usage_ratio')})"),
+            Query(f"max by (model) ({select_model('tandem_kv_cache_usage_ratio')})"),
         ),
-        lines(
-            "Prompt tokens found in the cache",
+        time_series(
+            "Prefix cache hit rate (tokens)",
             "percentunit",
-            Query(
-                f"{rate('tandem_cached_tokens_total')} / ({rate('tandem_prompt_tokens_total')} > 0)"
-            ),
+            Query(f"{cached} / ({prompts} > 0)"),
         ),
-        lines(
-            "Preemptions",
+        time_series(
+            "Preemptions per second",
             "short",
             Query(
                 _by_model("ray_vllm_num_preemptions_total"),
                 "{{model_name}}",
             ),
         ),
-        lines(
-            "vLLM: blocks in use",
+        time_series(
+            "vLLM: KV cache usage",
             "percentunit",
             Query("ray_vllm_kv_cache_usage_perc", "{{model_name}} {{ReplicaId}}"),
         ),
-        lines(
-            "vLLM: prefix hits",
+        time_series(
+            "vLLM: prefix cache hit rate",
             "percentunit",
             Query(
                 f"{_by_model(hits)} / ({_by_model(queries)} > 0)",
                 "{{model_name}}",
             ),
         ),
-        lines(
-            "vLLM: tokens",
+        time_series(
+            "vLLM: tokens per second",
             "short",
             Query(
                 _by_model("ray_vllm_prompt_tokens_total"),
@@ -77,37 +77,37 @@ def generator() -> Dashboard:
             ),
             Query(
                 _by_model("ray_vllm_generation_tokens_total"),
-                "{{model_name}} generated",
+                "{{model_name}} completion",
             ),
         ),
-        row("Batch"),
-        lines(
-            "Running and waiting",
+        section("Batches"),
+        time_series(
+            "Running and waiting requests",
             "short",
-            Query(total("tandem_running_requests"), "{{model}} running"),
-            Query(total("tandem_waiting_requests"), "{{model}} waiting"),
+            Query(sum_of("tandem_running_requests"), "{{model}} running"),
+            Query(sum_of("tandem_waiting_requests"), "{{model}} waiting"),
         ),
-        lines(
-            "vLLM: running and waiting",
+        time_series(
+            "vLLM: running and waiting requests",
             "short",
             Query("ray_vllm_num_requests_running", "{{model_name}} running"),
             Query("ray_vllm_num_requests_waiting", "{{model_name}} waiting"),
         ),
-        lines(
-            "vLLM: tokens in a step",
+        time_series(
+            "vLLM: tokens per step",
             "short",
             Query(
                 _vllm_quantile(0.5, "iteration_tokens_total"),
                 "{{model_name}} median",
             ),
         ),
-        lines(
-            "vLLM: where a request's time goes, p95",
+        time_series(
+            "vLLM: request time by phase, p95",
             "s",
             *(_vllm_p95(part) for part in ("queue", "prefill", "decode")),
         ),
     ]
-    return filled(board, panels)
+    return add_panels(board, panels)
 
 
 def _by_model(counter: str) -> str:

@@ -1,4 +1,4 @@
-"""The kinds of panels and variables that the dashboards are made of."""
+"""Panels, variables and queries that the dashboards are made of."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,25 +11,27 @@ from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
 P = TypeVar("P", timeseries.Panel, stat.Panel)
 
-SOURCE = DataSourceRef(type_val="prometheus", uid="prometheus")
-REPLICAS = (
+DATA_SOURCE = DataSourceRef(type_val="prometheus", uid="prometheus")
+REPLICAS_BY_STATE = (
     'max by (model, state) (sum by (model, state, replica) (tandem_replicas{model=~"$model"}))'
 )
-"""Replicas by state, as the router that sees most of them sees them."""
-HEIGHT = 8
-"""In Grafana's grid, whose width is 24."""
+"""PromQL for the replicas by state. Routers may know different numbers; the highest counts."""
+PANEL_HEIGHT = 8
+"""Height in units of Grafana's grid, which is 24 units wide."""
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """One PromQL expression, and how its series are called."""
+    """PromQL expression and the legend of its series."""
 
     expr: str
     legend: str = "{{model}}"
 
 
-def page(uid: str, title: str, description: str, variables: Sequence[QueryVariable]) -> Dashboard:
-    """An empty dashboard of the last hour."""
+def make_dashboard(
+    uid: str, title: str, description: str, variables: Sequence[QueryVariable]
+) -> Dashboard:
+    """Return an empty dashboard that shows the last hour."""
     board = (
         Dashboard(title)
         .uid(f"tandem-{uid}")
@@ -44,13 +46,13 @@ def page(uid: str, title: str, description: str, variables: Sequence[QueryVariab
     return board
 
 
-def variable(label: str, metric: str) -> QueryVariable:
-    """A choice among the values that ``label`` has in ``metric``; all of them at first."""
+def make_variable(label: str, metric: str) -> QueryVariable:
+    """Return a drop-down with the values of ``label`` in ``metric``; all are selected at first."""
     return (
         QueryVariable(label)
         .label(label)
         .query(f"label_values({metric}, {label})")
-        .datasource(SOURCE)
+        .datasource(DATA_SOURCE)
         .refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)
         .multi(True)
         .include_all(True)
@@ -58,61 +60,61 @@ def variable(label: str, metric: str) -> QueryVariable:
     )
 
 
-def lines(title: str, unit: str, *queries: Query, width: int = 8) -> timeseries.Panel:
-    """Lines over time."""
+def time_series(title: str, unit: str, *queries: Query, width: int = 8) -> timeseries.Panel:
+    """Return a panel with lines over time."""
     return _queried(timeseries.Panel().fill_opacity(8).min(0), title, unit, queries, width)
 
 
-def number(title: str, unit: str, query: Query, width: int = 4) -> stat.Panel:
-    """The present value, large."""
+def stat_panel(title: str, unit: str, query: Query, width: int = 4) -> stat.Panel:
+    """Return a panel that shows the current value."""
     return _queried(stat.Panel(), title, unit, [query], width).height(5)
 
 
-def heat(title: str, histogram: str, width: int = 12) -> heatmap.Panel:
-    """How a histogram's values are spread over time."""
+def heatmap_panel(title: str, histogram: str, width: int = 12) -> heatmap.Panel:
+    """Return a heat map of a histogram's buckets over time."""
     expr = f'sum by (le) (increase({histogram}_bucket{{model=~"$model"}}[$__rate_interval]))'
     target = _target(Query(expr, "{{le}}"), "A").format(PromQueryFormat.HEATMAP)
-    panel = heatmap.Panel().title(title).datasource(SOURCE).calculate(False)
-    return panel.unit("s").span(width).height(HEIGHT).with_target(target)
+    panel = heatmap.Panel().title(title).datasource(DATA_SOURCE).calculate(False)
+    return panel.unit("s").span(width).height(PANEL_HEIGHT).with_target(target)
 
 
-def row(title: str) -> Row:
-    """A heading."""
+def section(title: str) -> Row:
+    """Return a heading above a group of panels."""
     return Row(title)
 
 
-def quantiles(metric: str, *wanted: float) -> list[Query]:
-    """Quantiles of a histogram of the chosen models, by model."""
+def quantile_queries(metric: str, *levels: float) -> list[Query]:
+    """Return queries for quantiles of a histogram, per selected model."""
     rate = f'sum by (model, le) (rate({metric}_bucket{{model=~"$model"}}[$__rate_interval]))'
     return [
-        Query(f"histogram_quantile({q:g}, {rate})", f"{{{{model}}}} p{q * 100:g}") for q in wanted
+        Query(f"histogram_quantile({q:g}, {rate})", f"{{{{model}}}} p{q * 100:g}") for q in levels
     ]
 
 
-def rate(metric: str, by: str = "model", where: str = 'model=~"$model"') -> str:
-    """The rate of a counter, summed over all processes."""
+def rate_of(metric: str, by: str = "model", where: str = 'model=~"$model"') -> str:
+    """Return the rate per second of a counter, summed over all processes."""
     return f"sum by ({by}) (rate({metric}{{{where}}}[$__rate_interval]))"
 
 
-def total(metric: str, by: str = "model", where: str = 'model=~"$model"') -> str:
-    """A gauge, summed over all processes."""
+def sum_of(metric: str, by: str = "model", where: str = 'model=~"$model"') -> str:
+    """Return a gauge, summed over all processes."""
     return f"sum by ({by}) ({metric}{{{where}}})"
 
 
-def chosen(metric: str) -> str:
-    """A gauge of each process, of the chosen models."""
+def select_model(metric: str) -> str:
+    """Return a metric of every process, restricted to the selected models."""
     return f'{metric}{{model=~"$model"}}'
 
 
-def filled(board: Dashboard, panels: Sequence[Any]) -> Dashboard:
-    """``board`` with these panels and rows, from left to right."""
+def add_panels(board: Dashboard, panels: Sequence[Any]) -> Dashboard:
+    """Return the dashboard with these panels and headings, from left to right."""
     for panel in panels:
         board = board.with_row(panel) if isinstance(panel, Row) else board.with_panel(panel)
     return board
 
 
 def _queried(panel: P, title: str, unit: str, queries: Sequence[Query], width: int) -> P:
-    panel = panel.title(title).unit(unit).datasource(SOURCE).span(width).height(HEIGHT)
+    panel = panel.title(title).unit(unit).datasource(DATA_SOURCE).span(width).height(PANEL_HEIGHT)
     for name, query in zip("ABCDEFGH", queries, strict=False):
         panel = panel.with_target(_target(query, name))
     return panel

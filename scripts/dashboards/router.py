@@ -1,87 +1,99 @@
-"""The routers, and the links to the replicas."""
+"""Router dashboard: queues, routing decisions, links to replicas."""
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
 from dashboards.panels import (
-    REPLICAS,
+    REPLICAS_BY_STATE,
     Query,
-    filled,
-    lines,
-    number,
-    page,
-    quantiles,
-    rate,
-    row,
-    total,
-    variable,
+    add_panels,
+    make_dashboard,
+    make_variable,
+    quantile_queries,
+    rate_of,
+    section,
+    stat_panel,
+    sum_of,
+    time_series,
 )
 
 
 def router() -> Dashboard:
-    """The page."""
-    board = page(
+    """Return the dashboard."""
+    board = make_dashboard(
         "router",
         "Tandem: router and links",
-        "Queues, choices among replicas, and the links to them.",
-        [variable("model", "tandem_in_flight_requests")],
+        "Queues, routing decisions, and the links to the replicas.",
+        [make_variable("model", "tandem_in_flight_requests")],
     )
     panels = [
-        row("Router"),
-        lines(
-            "Requests by route", "reqps", Query(rate("tandem_requests_total", "route"), "{{route}}")
+        section("Router"),
+        time_series(
+            "Requests by route",
+            "reqps",
+            Query(rate_of("tandem_requests_total", "route"), "{{route}}"),
         ),
-        lines("Time in the queue", "s", *quantiles("tandem_queue_seconds", 0.5, 0.95, 0.99)),
-        lines(
-            "Handed over, cut off",
+        time_series("Queue time", "s", *quantile_queries("tandem_queue_seconds", 0.5, 0.95, 0.99)),
+        time_series(
+            "Failovers and cut-off responses per second",
             "short",
-            Query(rate("tandem_failovers_total", "model, reason"), "{{model}} {{reason}}"),
-            Query(rate("tandem_cut_off_requests_total"), "{{model}} cut off"),
+            Query(rate_of("tandem_failovers_total", "model, reason"), "{{model}} {{reason}}"),
+            Query(rate_of("tandem_cut_off_requests_total"), "{{model}} cut off"),
         ),
-        lines(
-            "Tokens of requests, and capacity",
+        time_series(
+            "Tokens in flight, queued, and capacity",
             "short",
-            Query(total("tandem_in_flight_tokens"), "{{model}} ongoing"),
-            Query(total("tandem_queued_tokens"), "{{model}} queued"),
-            Query(total("tandem_capacity_tokens"), "{{model}} capacity"),
+            Query(sum_of("tandem_in_flight_tokens"), "{{model}} in flight"),
+            Query(sum_of("tandem_queued_tokens"), "{{model}} queued"),
+            Query(sum_of("tandem_capacity_tokens"), "{{model}} capacity"),
         ),
-        lines(
-            "Tokens that leave the replicas",
+        time_series(
+            "Drain rate in tokens per second",
             "short",
-            Query(total("tandem_drain_tokens_per_second")),
+            Query(sum_of("tandem_drain_tokens_per_second")),
         ),
-        lines(
-            "Choices by what decided",
+        time_series(
+            "Routing decisions per second by policy",
             "short",
-            Query(rate("tandem_routing_decisions_total", "model, policy"), "{{model}} {{policy}}"),
+            Query(
+                rate_of("tandem_routing_decisions_total", "model, policy"), "{{model}} {{policy}}"
+            ),
         ),
-        lines("Time of a choice", "s", *quantiles("tandem_routing_decision_seconds", 0.5, 0.99)),
-        lines(
+        time_series(
+            "Time per routing decision",
+            "s",
+            *quantile_queries("tandem_routing_decision_seconds", 0.5, 0.99),
+        ),
+        time_series(
             "Replicas by state",
             "short",
-            Query(REPLICAS, "{{model}} {{state}}"),
+            Query(REPLICAS_BY_STATE, "{{model}} {{state}}"),
         ),
-        row("Links"),
-        lines(
-            "Frames",
+        section("Links"),
+        time_series(
+            "Frames per second",
             "short",
-            Query(rate("tandem_link_frames_total", "model, direction"), "{{model}} {{direction}}"),
+            Query(
+                rate_of("tandem_link_frames_total", "model, direction"), "{{model}} {{direction}}"
+            ),
         ),
-        lines(
-            "Bytes",
+        time_series(
+            "Link traffic",
             "Bps",
-            Query(rate("tandem_link_bytes_total", "model, direction"), "{{model}} {{direction}}"),
+            Query(
+                rate_of("tandem_link_bytes_total", "model, direction"), "{{model}} {{direction}}"
+            ),
         ),
-        lines(
-            "Connects and fallbacks",
+        time_series(
+            "Connects and fallbacks per second",
             "short",
-            Query(rate("tandem_link_connects_total"), "{{model}} connects"),
-            Query(rate("tandem_link_fallbacks_total"), "{{model}} fallbacks"),
+            Query(rate_of("tandem_link_connects_total"), "{{model}} connects"),
+            Query(rate_of("tandem_link_fallbacks_total"), "{{model}} fallbacks"),
         ),
-        number(
-            "Certificate",
+        stat_panel(
+            "Certificate expires in",
             "s",
-            Query("min(tandem_certificate_expiry_timestamp_seconds) - time()", "left"),
+            Query("min(tandem_certificate_expiry_timestamp_seconds) - time()", "remaining"),
             width=8,
         ),
     ]
-    return filled(board, panels)
+    return add_panels(board, panels)

@@ -1,53 +1,56 @@
-"""One tenant: its traffic, tokens, limits and cost."""
+"""Tenant dashboard: traffic, tokens, limits and cost."""
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
-from dashboards.panels import Query, filled, lines, page, rate, variable
+from dashboards.panels import Query, add_panels, make_dashboard, make_variable, rate_of, time_series
 
 
 def tenant() -> Dashboard:
-    """The page."""
-    board = page(
+    """Return the dashboard."""
+    board = make_dashboard(
         "tenant",
         "Tandem: tenant",
-        "What one tenant sends, gets and costs.",
-        [variable("tenant", "tandem_tenant_requests_total")],
+        "Traffic, tokens, limits and cost of one tenant.",
+        [make_variable("tenant", "tandem_tenant_requests_total")],
     )
-    mine = 'tenant=~"$tenant"'
+    selected = 'tenant=~"$tenant"'
     panels = [
-        lines(
+        time_series(
             "Requests by status",
             "reqps",
             Query(
-                rate("tandem_tenant_requests_total", "tenant, status", mine),
+                rate_of("tandem_tenant_requests_total", "tenant, status", selected),
                 "{{tenant}} {{status}}",
             ),
         ),
-        lines(
-            "Tokens",
+        time_series(
+            "Tokens per second",
             "short",
             Query(
-                rate("tandem_tenant_tokens_total", "tenant, model, kind", mine),
+                rate_of("tandem_tenant_tokens_total", "tenant, model, kind", selected),
                 "{{tenant}} {{model}} {{kind}}",
             ),
         ),
-        lines(
-            "Refused at a limit",
+        time_series(
+            "Rejected at a limit",
             "reqps",
-            Query(rate("tandem_limits_hit_total", "tenant, limit", mine), "{{tenant}} {{limit}}"),
+            Query(
+                rate_of("tandem_limits_hit_total", "tenant, limit", selected),
+                "{{tenant}} {{limit}}",
+            ),
         ),
-        lines(
+        time_series(
             "Power",
             "watt",
             Query(
-                rate("tandem_energy_joules_total", "tenant, source", mine),
+                rate_of("tandem_energy_joules_total", "tenant, source", selected),
                 "{{tenant}} ({{source}})",
             ),
         ),
-        lines(
-            "Cost an hour",
+        time_series(
+            "Cost per hour",
             "short",
-            Query(f"3600 * {rate('tandem_cost_total', 'tenant', mine)}", "{{tenant}}"),
+            Query(f"3600 * {rate_of('tandem_cost_total', 'tenant', selected)}", "{{tenant}}"),
         ),
     ]
-    return filled(board, panels)
+    return add_panels(board, panels)
