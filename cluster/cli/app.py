@@ -92,7 +92,7 @@ def top(
 def doctor(
     config: ConfigOption = None, overrides: SetOption = None, as_json: JsonOption = False
 ) -> None:
-    """Check versions, ports, memory, disks, GPUs, models and clocks, and give advice."""
+    """Check versions, ports, memory, disks, GPUs and models."""
     from cluster.cli.doctor import run
 
     run(config, overrides or [], as_json=as_json)
@@ -112,7 +112,10 @@ def logs(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the log files, latest errors and failed requests, or trace one request."""
+    """Show log files, recent errors and failed requests.
+
+    With --request, show all log lines of one request instead.
+    """
     from cluster.cli.logs import run
 
     run(request, directory, as_json=as_json)
@@ -139,7 +142,7 @@ def chat(
 
 @app.command()
 def classify(
-    texts: Annotated[list[str], typer.Argument(metavar="TEXT...")],
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="Texts to classify.")],
     model: Annotated[
         str | None, typer.Option(help="Name of a classifier.", show_default="the first")
     ] = None,
@@ -215,7 +218,7 @@ def simulate(
     as_json: JsonOption = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a chart as PNG.")] = None,
 ) -> None:
-    """Simulate hours of traffic on a generator pool within seconds; needs no cluster."""
+    """Simulate traffic on a generator pool, without a cluster."""
     from cluster.cli.simulate import SimulateOptions, run
 
     options = SimulateOptions(

@@ -29,7 +29,9 @@ config_app = _group("Check and show the configuration.")
 
 @models_app.command("build")
 def models_build(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Default: all.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Rebuild existing models.")] = False,
 ) -> None:
     """Build the default models that do not exist yet."""
@@ -110,7 +112,10 @@ def models_calibrate(
     text_column: TextColumn = "text",
     label_column: LabelColumn = "label",
 ) -> None:
-    """Calibrate a classifier's scores on labeled texts that it was not trained on."""
+    """Calibrate a classifier's scores on labeled texts.
+
+    Use texts that were not in its training data.
+    """
     from cluster.cli.finetune import DataFile, calibrate
 
     calibrate(model, DataFile(data, text_column, label_column))
@@ -120,7 +125,7 @@ def models_calibrate(
 def models_reference(
     model: ModelOption, data: DataOption, text_column: TextColumn = "text"
 ) -> None:
-    """Record statistics of typical texts, against which drift is measured."""
+    """Record statistics of typical texts for drift detection."""
     from cluster.cli.finetune import DataFile, record_reference
 
     record_reference(model, DataFile(data, text_column, None))

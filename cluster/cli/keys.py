@@ -14,6 +14,13 @@ from cluster.config.file import key_file_path
 from cluster.errors import ConfigError
 from cluster.key_file import read_keys, write_keys
 
+_TITLES = {
+    "requests_per_minute": "requests/min",
+    "tokens_per_minute": "tokens/min",
+    "max_concurrent": "concurrent",
+    "tokens_per_day": "tokens/day",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class NewKey:
@@ -68,9 +75,11 @@ def show(path: Path, *, as_json: bool) -> None:
     elif not rows:
         typer.echo(f"no keys in {path}")
     else:
-        table = Table(*rows[0])
+        table = Table(box=None)
+        for field in rows[0]:
+            table.add_column(_TITLES.get(field, field), no_wrap=field == "id")
         for row in rows:
-            table.add_row(*("–" if value is None else _text(value) for value in row.values()))
+            table.add_row(*("–" if value is None else _format(value) for value in row.values()))
         Console().print(table)
 
 
@@ -96,7 +105,7 @@ def _read(path: Path) -> KeyFileContents:
     return read_keys(path) or KeyFileContents()
 
 
-def _text(value: object) -> str:
+def _format(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     return f"{value:g}" if isinstance(value, float) else str(value)

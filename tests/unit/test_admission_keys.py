@@ -141,6 +141,14 @@ def test_keys_of_the_configuration_stand_beside_the_file(tmp_path: Path) -> None
     assert auth.check(bearer("two")).tenant.name == "other"
 
 
+def test_the_deprecated_name_of_max_concurrent_is_accepted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    contents = parse_keys("tenants: {a: {max_ongoing: 3}}", "file")
+    assert contents.tenants["a"].max_concurrent == 3
+    assert "max_ongoing is deprecated; use max_concurrent" in caplog.text
+
+
 def run(path: Path, *args: str) -> Any:
     return CliRunner().invoke(app, ["keys", args[0], "--file", str(path), *args[1:]])
 
@@ -154,10 +162,12 @@ def test_the_command_line_adds_lists_and_revokes(tmp_path: Path) -> None:
     assert len(key) > 40
     assert key not in path.read_text()
     assert path.stat().st_mode & 0o077 == 0
-    second = run(path, "add", "acme", "--tokens-per-minute", "1000").stdout.splitlines()[0]
+    limits = ("--tokens-per-minute", "1000", "--max-ongoing", "7")
+    second = run(path, "add", "acme", *limits).stdout.splitlines()[0]
     rows = json.loads(run(path, "list", "--json").stdout)
     assert [row["tenant"] for row in rows] == ["acme", "acme"]
     assert (rows[0]["weight"], rows[0]["tokens_per_minute"]) == (2, 1000)
+    assert rows[0]["max_concurrent"] == 7
     assert rows[0]["models"] == ["gen"]
     assert rows[1]["id"] == digest(second)[:16]
     assert "acme" in run(path, "list").stdout
