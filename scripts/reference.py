@@ -116,8 +116,8 @@ def _section(
     yield f"## `{path}` {{ #{_anchor(path)} }}\n"
     yield f"{_prose(inspect.getdoc(model))}\n"
     yield _table(("field", "type", "default", "description"), rows)
-    for child in nested:
-        yield from _section(*child, anchors)
+    for below in nested:
+        yield from _section(*below, anchors)
 
 
 def _anchor(path: str) -> str:
