@@ -25,6 +25,11 @@ class Usage(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
         """Prompt and completion tokens."""
         return self.prompt_tokens + self.completion_tokens
 
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that were computed: completion tokens, and prompt tokens not in the cache."""
+        return self.prompt_tokens - self.cached_tokens + self.completion_tokens
+
 
 @dataclass(slots=True)
 class UsageCounter:

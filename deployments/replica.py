@@ -19,7 +19,7 @@ from cluster.engines.classifier import make_classifier_engine
 from cluster.engines.factory import make_generator_engine
 from cluster.engines.startup import StartupTimer, process_age_s
 from cluster.errors import DeviceFailedError, EngineDeadError, ReplicaRetiredError
-from cluster.gateway.pools.pool import ReplicaInfo
+from cluster.gateway.pools.replica import ReplicaInfo
 from cluster.gateway.pools.routes import RouteTable
 from cluster.link import DrainResult, RequestHead, ResponseHead, answer_locally
 from cluster.metrics import Registry, table
@@ -179,7 +179,7 @@ class EngineReplica:
             versions=_versions(),
             adapters=self._adapters,
         )
-        return info.metadata()
+        return info.to_metadata()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Return this replica's report for autoscaling, which has more detail from the routers."""

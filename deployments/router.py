@@ -81,7 +81,7 @@ class Router:
             partial(read_decisions, [router_deployment, *pool_deployments.values()]),
         )
         self._routers: list[ReplicaInfo] = []
-        self._quota_sync = QuotaSync(self._gateway, self._links)
+        self._quota_sync = QuotaSync(self._gateway.admission, self._gateway.pools, self._links)
         listeners = {
             deployment: self._gateway.pools[name].update
             for name, deployment in pool_deployments.items()
@@ -93,13 +93,13 @@ class Router:
         record_certificate_expiry(registry)
         self._exporter = RayExporter(registry)
         # Links and handles come from inside the cluster and need no API key.
-        self._internal_app = self._quota_sync.app(GatewayApp(self._gateway, authenticates=False))
+        self._internal_app = self._quota_sync.wrap(GatewayApp(self._gateway, authenticates=False))
         self._server = await start_link_server(self._internal_app)
 
     def record_replica_metadata(self) -> dict[str, Any]:
         """Return this router's link address, which Serve passes to the other routers."""
         host, port = self._server.address
-        return ReplicaInfo(id="", host=host, port=port).metadata()
+        return ReplicaInfo(id="", host=host, port=port).to_metadata()
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the traffic by which pools and routers are scaled."""
@@ -112,7 +112,7 @@ class Router:
 
     def _on_routers(self, running: Iterable[ReplicaInfo]) -> None:
         self._routers = list(running)
-        self._quota_sync.update(self._routers)
+        self._quota_sync.update_routers(self._routers)
 
     def __serve_build_asgi_app__(self) -> GatewayApp:
         """Return the ASGI application that Serve runs in this replica."""

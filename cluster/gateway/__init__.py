@@ -1,15 +1,25 @@
-"""The gateway: what the router does with a request, without Ray.
+"""Request handling of one router, independent of Ray.
 
-parse → authenticate → pick the pool → admit → choose a replica → relay. It owns the links and
-the queues of one router, and must not know Ray Serve: ``deployments.router`` feeds it the running
-replicas and drives it from HTTP and from handles.
+``deployments.router`` feeds it the running replicas and serves it over HTTP and links. A request
+passes, in this order:
+
+1. ``asgi``: request id, authentication (``admission``), body;
+2. ``gateway``: ``builtin`` answers the router's own paths; all others go on;
+3. ``body`` and ``pools.selection``: the requested model, and its pool;
+4. ``admission``: allowed models, quotas of the tenant, and the claim on the pool;
+5. ``pools.relay``: takes a slot (``pools.queue``, ``pools.replica_set``), sends the request to the
+   replica, and passes the response on as it grows;
+6. ``recording``: metrics, traces, the request log, and usage.
+
+Outside this path, ``reporting`` exports the state of the pools, and ``router_links`` connects
+routers for ``reporting.dashboard`` and ``admission.quota_sync``.
 """
 
 from cluster.gateway.admission.quota_sync import QuotaSync
 from cluster.gateway.asgi import GatewayApp
 from cluster.gateway.gateway import Gateway
 from cluster.gateway.messages import Request, Response
-from cluster.gateway.pools.pool import Answer, Opener, ReplicaInfo, Wiring
+from cluster.gateway.pools.replica import Answer, Opener, ReplicaInfo, Wiring
 from cluster.gateway.recording.usage import UsageAccount
 from cluster.gateway.router_links import RouterLinks
 

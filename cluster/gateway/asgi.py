@@ -1,4 +1,4 @@
-"""The gateway as an ASGI application: HTTP in, one write for each chunk that the relay gives."""
+"""ASGI application of the gateway: reads requests, and writes each chunk of a response at once."""
 
 from contextlib import aclosing
 from typing import Any
@@ -12,13 +12,12 @@ from cluster.gateway.pools.routes import OTHER
 
 
 class GatewayApp:
-    """Serves a gateway over HTTP; a lifespan is accepted and does nothing.
+    """ASGI application that serves a gateway; the lifespan protocol has no effect.
 
     Args:
-        gateway: What answers.
-        authenticates: Whether requests need an API key, where any is configured.
-        behind_serve: Whether Ray Serve's own server calls this; it sends ``x-request-id`` back
-            itself.
+        gateway: The gateway to serve.
+        authenticates: True if requests need an API key, provided that any is configured.
+        behind_serve: True if called by Ray Serve's HTTP server, which sets ``x-request-id`` itself.
     """
 
     def __init__(
@@ -29,7 +28,7 @@ class GatewayApp:
         self._behind_serve = behind_serve
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one connection event of ASGI."""
+        """Handle one ASGI scope."""
         if scope["type"] == "lifespan":
             await _lifespan(receive, send)
         elif scope["type"] == "websocket":
@@ -41,40 +40,44 @@ class GatewayApp:
         headers = [(name.lower(), value) for name, value in scope["headers"]]
         method = scope["method"]
         path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/")) or "/"
-        name, identity = "", OPEN
+        id_, identity = "", OPEN
         try:
-            name = request_id(header(headers, b"x-request-id"))
+            id_ = request_id(header(headers, b"x-request-id"))
+            # Before the body is read, so that a client without a key cannot make us buffer one.
             if self._authenticates:
                 identity = self._gateway.authenticate(path, headers)
             body = await _read_body(headers, receive, self._gateway.max_body_bytes)
         except RequestError as error:
-            self._gateway.refuse(OTHER, error, name)
-            # What is left of the body is not read, so the connection cannot be used again.
+            self._gateway.record_rejection(OTHER, error, id_)
+            # The rest of the body is not read, so the connection cannot be reused.
             response = error_response(error)
             response.headers.append((b"connection", b"close"))
         else:
             response = await self._gateway.respond(
-                Request(name, method, path, scope["query_string"], headers, body, identity)
+                Request(id_, method, path, scope["query_string"], headers, body, identity)
             )
-        if name and not self._behind_serve:
-            response.headers.append((b"x-request-id", name.encode()))
+        if id_ and not self._behind_serve:
+            response.headers.append((b"x-request-id", id_.encode()))
         await _send(response, method, send)
 
 
 async def _read_body(headers: Headers, receive: Receive, limit: int) -> bytes:
     declared = header(headers, b"content-length") or ""
     chunks: list[bytes] = []
-    size = 0
+    size = int(declared) if declared.isdigit() else 0
+    received = 0
     while True:
-        if max(size, int(declared) if declared.isdigit() else 0) > limit:
-            raise PayloadTooLargeError(f"The request body may have at most {limit} bytes.")
+        if max(size, received) > limit:
+            raise PayloadTooLargeError(
+                f"Request body is {max(size, received)} bytes or more; the limit is {limit} bytes."
+            )
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise ConnectionResetError("the client left before its request was complete")
+            raise ConnectionResetError("the client disconnected before its request was complete")
         chunk = message.get("body", b"")
-        size += len(chunk)
+        received += len(chunk)
         chunks.append(chunk)
-        if not message.get("more_body", False) and size <= limit:
+        if not message.get("more_body", False) and received <= limit:
             return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
@@ -87,7 +90,7 @@ async def _send(response: Response, method: str, send: Send) -> None:
                 async for chunk in body:
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
             except (LinkError, RequestError) as error:
-                # The head is out, so the only honest end is to break the connection.
+                # The status is sent already; only closing the connection still shows the error.
                 raise ConnectionResetError(str(error)) from error
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

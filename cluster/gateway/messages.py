@@ -1,4 +1,4 @@
-"""One request and one response inside the gateway, whichever way they came."""
+"""Requests and responses inside the gateway, over HTTP or links."""
 
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
@@ -16,26 +16,26 @@ MAX_REQUEST_ID_CHARS = 128
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A whole request: it is read before it is admitted and never changed after."""
+    """A complete request, body included; not changed after admission."""
 
     id: str
     method: str
     path: str
     query: bytes
     headers: Headers
-    """Names in lower case, as ASGI gives them."""
+    """Names are in lower case, as in ASGI."""
     body: bytes
     identity: Identity = OPEN
-    """Who sent it."""
+    """Sender, by API key."""
 
     @property
     def tenant(self) -> str:
-        """The name of its tenant; "" where no key was asked for."""
+        """Name of the sender's tenant; empty if no keys are configured."""
         return self.identity.tenant.name
 
 
 def header(headers: Headers, name: bytes) -> str | None:
-    """The first header of that (lower-case) name."""
+    """Return the first header with this lower-case name."""
     for key, value in headers:
         if key == name:
             return value.decode("latin-1")
@@ -43,22 +43,21 @@ def header(headers: Headers, name: bytes) -> str | None:
 
 
 class Body(Protocol):
-    """Chunks of an answer; ``aclose`` ends it early and may be called at any time."""
+    """Chunks of a response's body."""
 
     def __aiter__(self) -> AsyncIterator[bytes]: ...
 
     async def __anext__(self) -> bytes: ...
 
     async def aclose(self) -> None:
-        """End the answer here; nothing more is made of it."""
+        """Cancel the rest of the body; may be called at any time."""
 
 
 @dataclass(slots=True)
 class Response:
-    """An answer whose body may still be growing.
+    """A response whose body may still be growing.
 
-    Whoever takes it must exhaust or ``aclose`` the body: that is what frees the replica's place
-    and cancels work that nobody waits for.
+    Its receiver must exhaust or ``aclose`` the body: only that releases the slot at the replica.
     """
 
     status: int
@@ -66,44 +65,45 @@ class Response:
     body: Body
 
 
-def request_id(given: str | None) -> str:
-    """The caller's request id, or a new one where it gave none.
+def request_id(client_id: str | None) -> str:
+    """Return the client's request id, or a new one if it sent none.
 
     Raises:
-        InvalidRequestError: it is not fit to be logged and sent back.
+        InvalidRequestError: The id is too long, or not printable ASCII.
     """
-    if not given:
+    if not client_id:
         return uuid4().hex
-    if len(given) > MAX_REQUEST_ID_CHARS or not (given.isascii() and given.isprintable()):
+    is_printable = client_id.isascii() and client_id.isprintable()
+    if len(client_id) > MAX_REQUEST_ID_CHARS or not is_printable:
         raise InvalidRequestError(
-            f"x-request-id may have at most {MAX_REQUEST_ID_CHARS} printable ASCII characters",
+            f"x-request-id must be at most {MAX_REQUEST_ID_CHARS} printable ASCII characters",
             param="x-request-id",
         )
-    return given
+    return client_id
 
 
-async def _once(chunk: bytes) -> AsyncGenerator[bytes, None]:
+async def _single_chunk(chunk: bytes) -> AsyncGenerator[bytes, None]:
     yield chunk
 
 
 def bytes_response(
     status: int, content_type: bytes, body: bytes, headers: Iterable[tuple[bytes, bytes]] = ()
 ) -> Response:
-    """A response whose body is complete."""
+    """Return a response with a complete body."""
     length = str(len(body)).encode()
     base = [(b"content-type", content_type), (b"content-length", length)]
-    return Response(status, [*base, *headers], _once(body))
+    return Response(status, [*base, *headers], _single_chunk(body))
 
 
 def json_response(
     body: Any, status: int = 200, headers: Iterable[tuple[bytes, bytes]] = ()
 ) -> Response:
-    """A complete JSON response."""
+    """Return a response with a JSON body."""
     encoded = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
     return bytes_response(status, b"application/json", encoded, headers)
 
 
 def error_response(error: RequestError) -> Response:
-    """The HTTP form of a typed error."""
+    """Return the HTTP form of an error."""
     extra = [(name.encode(), value.encode()) for name, value in error.headers().items()]
     return json_response(error.body(), error.status, extra)

@@ -4,14 +4,14 @@ A ``Fleet`` (load and speed of a pool's replicas) and a ``PrefixIndex`` (content
 caches) are kept up to date by events; a ``Policy`` reads them. Reading order:
 
 request           view of a request, and the estimate of its tokens
-fingerprint       prefix hashes of a request's prompt
+fingerprint       decoding of a request's body, and prefix hashes of its prompt
 fleet             events of the replicas; uses replica_state, rates (learned speeds), adapters
 table             numbers of all replicas that a decision reads, as arrays
 prefix_index      cached prefixes of all replicas
 policy            interface and names of the policies in the ``*_policy`` modules
 """
 
-from cluster.routing.fingerprint import Fingerprint, fingerprint
+from cluster.routing.fingerprint import Fingerprint, RequestBody, decode_body, fingerprint
 from cluster.routing.fleet import Fleet
 from cluster.routing.policy import Policy, make_policy
 from cluster.routing.prefix_index import PrefixIndex
@@ -26,8 +26,10 @@ __all__ = [
     "Policy",
     "PrefixIndex",
     "Reach",
+    "RequestBody",
     "RequestView",
     "TokenEstimator",
+    "decode_body",
     "fingerprint",
     "make_policy",
 ]

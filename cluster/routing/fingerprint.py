@@ -1,4 +1,4 @@
-"""Fingerprint of a prompt: hashes of growing prefixes of its text.
+"""Decoding of request bodies, and fingerprints of prompts: hashes of growing prefixes of a text.
 
 The result is the same in every process, so router and replicas compute it independently instead of
 exchanging it. No tokenizer is involved: a replica maps the prefixes to the tokens that its engine
@@ -6,7 +6,7 @@ made of them (``cluster.engines.prefix_cache``). Pure.
 """
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,37 +73,109 @@ class _Message(msgspec.Struct):
     tool_calls: msgspec.Raw = msgspec.Raw()
 
 
-class _Body(msgspec.Struct):
+class RequestBody(msgspec.Struct):
+    """Fields of a JSON body that a router reads; decoding skips the rest.
+
+    All but ``model`` may have any type here, because the engine reports wrong values.
+    """
+
     model: str | None = None
+    max_tokens: Any = None
+    max_completion_tokens: Any = None
+    max_output_tokens: Any = None
+    n: Any = None
+    priority: Any = None
+    stream: Any = None
+
+    @property
+    def completion_limit(self) -> float | None:
+        """Limit of all completions together, in tokens; None if the body sets none."""
+        for limit in (self.max_completion_tokens, self.max_tokens, self.max_output_tokens):
+            if _is_count(limit):
+                return float(limit * (self.n if _is_count(self.n) else 1))
+        return None
+
+    def fingerprint(self) -> Fingerprint:
+        """Return the fingerprint of the prompt, or ``EMPTY_FINGERPRINT`` if it is unreadable."""
+        return EMPTY_FINGERPRINT
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and 0 < value < 2**31
+
+
+class _PromptBody(RequestBody):
+    max_tokens: int | None = None
     cache_salt: str | None = None
     user: str | None = None
-    max_tokens: int | None = None
     tools: msgspec.Raw = msgspec.Raw()
 
+    def fingerprint(self) -> Fingerprint:
+        try:
+            return self._fingerprint()
+        except (UnicodeError, OverflowError, TypeError):  # lone surrogates, bad token ids
+            return EMPTY_FINGERPRINT
 
-class _Chat(_Body):
+    def _fingerprint(self) -> Fingerprint:
+        raise NotImplementedError
+
+
+class _Chat(_PromptBody):
+    max_completion_tokens: int | None = None
     messages: list[_Message] = []
     system: str | list[_Part] | None = None
-    max_completion_tokens: int | None = None
+
+    def _fingerprint(self) -> Fingerprint:
+        max_tokens = self.max_completion_tokens or self.max_tokens
+        return _hash_text(self, _conversation(self, self.system, self.messages), max_tokens)
 
 
-class _Completion(_Body):
+class _Completion(_PromptBody):
     prompt: str | list[str | int | list[int]] = ""
 
+    def _fingerprint(self) -> Fingerprint:
+        prompt: Any = self.prompt
+        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+            prompt = prompt[0]
+        if isinstance(prompt, str):
+            return _hash_text(self, (prompt,), self.max_tokens)
+        ids = array("I", prompt)  # raises if an item is not a token id
+        return _hash_bytes(self, ids.tobytes(), self.max_tokens, is_tokens=True)
 
-class _Responses(_Body):
+
+class _Responses(_PromptBody):
+    max_output_tokens: int | None = None
     input: str | list[_Message] = ""
     instructions: str | None = None
     previous_response_id: str | None = None
-    max_output_tokens: int | None = None
+
+    def _fingerprint(self) -> Fingerprint:
+        if self.previous_response_id is not None:  # the earlier turns are unknown here
+            return Fingerprint(session=self.user, max_tokens=self.max_output_tokens)
+        messages = [_Message("user", self.input)] if isinstance(self.input, str) else self.input
+        texts = _conversation(self, self.instructions, messages)
+        return _hash_text(self, texts, self.max_output_tokens)
 
 
-_chat = msgspec.json.Decoder(_Chat).decode
-_completion = msgspec.json.Decoder(_Completion).decode
-_responses = msgspec.json.Decoder(_Responses).decode
+_decode_chat = msgspec.json.Decoder(_Chat).decode
+_decode_fields = msgspec.json.Decoder(RequestBody).decode
+_DECODE_PROMPT: Mapping[str, Callable[[bytes], _PromptBody]] = {
+    "/v1/chat/completions": _decode_chat,
+    "/v1/messages": _decode_chat,
+    "/v1/completions": msgspec.json.Decoder(_Completion).decode,
+    "/v1/responses": msgspec.json.Decoder(_Responses).decode,
+}
+PROMPT_PATHS = tuple(_DECODE_PROMPT)
+"""Paths whose bodies have a prompt that gets a fingerprint."""
 
-PROMPT_PATHS = ("/v1/chat/completions", "/v1/messages", "/v1/completions", "/v1/responses")
-"""Paths whose bodies have a prompt that ``fingerprint`` can read."""
+
+def decode_body(path: str, body: bytes) -> RequestBody:
+    """Decode a body once, with its prompt if ``path`` has one and the prompt is readable.
+
+    Raises:
+        msgspec.DecodeError: The body is not valid JSON, not an object, or has a wrong ``model``.
+    """
+    return _decode_with_prompt(path, body) or _decode_fields(body)
 
 
 def fingerprint(path: str, body: bytes) -> Fingerprint:
@@ -111,43 +183,22 @@ def fingerprint(path: str, body: bytes) -> Fingerprint:
 
     Never raises: reporting what is wrong with a body is left to the engine.
     """
-    if len(body) > MAX_BODY_BYTES or path not in PROMPT_PATHS:
-        return EMPTY_FINGERPRINT
+    decoded = _decode_with_prompt(path, body)
+    return EMPTY_FINGERPRINT if decoded is None else decoded.fingerprint()
+
+
+def _decode_with_prompt(path: str, body: bytes) -> _PromptBody | None:
+    decode = _DECODE_PROMPT.get(path)
+    if decode is None or len(body) > MAX_BODY_BYTES:
+        return None
     try:
-        if path == "/v1/completions":
-            return _read_completion(_completion(body))
-        if path == "/v1/responses":
-            return _read_responses(_responses(body))
-        return _read_chat(_chat(body))
+        return decode(body)
     except (msgspec.DecodeError, UnicodeError, OverflowError, TypeError, RecursionError):
-        return EMPTY_FINGERPRINT
-
-
-def _read_chat(body: _Chat) -> Fingerprint:
-    max_tokens = body.max_completion_tokens or body.max_tokens
-    return _hash_text(body, _conversation(body, body.system, body.messages), max_tokens)
-
-
-def _read_responses(body: _Responses) -> Fingerprint:
-    if body.previous_response_id is not None:  # the earlier turns are unknown here
-        return Fingerprint(session=body.user, max_tokens=body.max_output_tokens)
-    messages = [_Message("user", body.input)] if isinstance(body.input, str) else body.input
-    texts = _conversation(body, body.instructions, messages)
-    return _hash_text(body, texts, body.max_output_tokens)
-
-
-def _read_completion(body: _Completion) -> Fingerprint:
-    prompt: Any = body.prompt
-    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
-        prompt = prompt[0]
-    if isinstance(prompt, str):
-        return _hash_text(body, (prompt,), body.max_tokens)
-    ids = array("I", prompt)  # raises if an item is not a token id
-    return _hash_bytes(body, ids.tobytes(), body.max_tokens, is_tokens=True)
+        return None
 
 
 def _conversation(
-    body: _Body, system: str | list[_Part] | None, messages: list[_Message]
+    body: _PromptBody, system: str | list[_Part] | None, messages: list[_Message]
 ) -> Iterator[str]:
     """Yield the texts in the order of chat templates: system, tools, then turn by turn.
 
@@ -196,13 +247,13 @@ def _text(raw: msgspec.Raw) -> str:
 
 
 def _hash_text(
-    body: _Body, texts: Sequence[str] | Iterator[str], max_tokens: int | None
+    body: _PromptBody, texts: Sequence[str] | Iterator[str], max_tokens: int | None
 ) -> Fingerprint:
     return _hash_bytes(body, "".join(texts).encode(), max_tokens)
 
 
 def _hash_bytes(
-    body: _Body, data: bytes, max_tokens: int | None, *, is_tokens: bool = False
+    body: _PromptBody, data: bytes, max_tokens: int | None, *, is_tokens: bool = False
 ) -> Fingerprint:
     model = body.model or ""
     seed = digest("\0".join((model, body.cache_salt or "", str(is_tokens))).encode())

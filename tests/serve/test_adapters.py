@@ -75,7 +75,9 @@ async def a_world(
             world.engines.append(engine)
             server = LinkServer(engine.app, SECRET, prefixes=engine.prefixes)
             host, port = await server.start()
-            told = ReplicaInfo("", host, port, ROUTES, adapters=tuple(config.adapters)).metadata()
+            told = ReplicaInfo(
+                "", host, port, ROUTES, adapters=tuple(config.adapters)
+            ).to_metadata()
             world.infos.append(ReplicaInfo.from_metadata(f"r{number}", told))
             later(server.stop)
         later(world.gateway.close)
@@ -191,7 +193,7 @@ async def test_an_adapter_that_no_replica_has_yet_is_to_be_asked_for_again() -> 
 async def test_what_asks_for_an_adapter_holds_nobody_up_where_only_others_have_room() -> None:
     async with a_world(2, "law", max_loras=1, old_replicas=1, decode_s_per_token=0.05) as world:
         pool = world.gateway.pools["m"]
-        pool.fleet.set_capacity("r1", 1)
+        pool.replica_set.fleet.set_capacity("r1", 1)
         long = asyncio.create_task(world.ask("law", max_tokens=100))
         await until(lambda: world.served()[1] == 1)
         answer = await world.ask("law")
@@ -203,18 +205,18 @@ async def test_what_asks_for_an_adapter_holds_nobody_up_where_only_others_have_r
 
 
 async def test_a_replica_that_does_not_say_which_adapters_it_has_may_have_all() -> None:
-    told = ReplicaInfo("r0", "127.0.0.1", 1, adapters=("law",)).metadata()
-    assert not ReplicaInfo.from_metadata("r0", told).lacks("law")
-    assert ReplicaInfo.from_metadata("r0", told).lacks("art")
+    told = ReplicaInfo("r0", "127.0.0.1", 1, adapters=("law",)).to_metadata()
+    assert not ReplicaInfo.from_metadata("r0", told).lacks_adapter("law")
+    assert ReplicaInfo.from_metadata("r0", told).lacks_adapter("art")
     del told["adapters"]
-    assert not ReplicaInfo.from_metadata("r0", told).lacks("law")
+    assert not ReplicaInfo.from_metadata("r0", told).lacks_adapter("law")
 
 
 async def test_what_waits_for_an_adapter_holds_nobody_up_once_no_replica_has_it() -> None:
     async with a_world(2, "law", max_loras=1, old_replicas=1, decode_s_per_token=0.05) as world:
         pool = world.gateway.pools["m"]
         for replica in ("r0", "r1"):
-            pool.fleet.set_capacity(replica, 1)
+            pool.replica_set.fleet.set_capacity(replica, 1)
         longs = [asyncio.create_task(world.ask("law", max_tokens=100))]
         await until(lambda: world.served() == [0, 1])  # so the next one finds room elsewhere alone
         longs.append(asyncio.create_task(world.ask("m", max_tokens=100)))

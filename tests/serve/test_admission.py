@@ -14,7 +14,7 @@ import pytest
 from cluster.admission.keys import digest
 from cluster.gateway import GatewayApp, QuotaSync, ReplicaInfo, RouterLinks
 from cluster.gateway.messages import Request
-from cluster.gateway.pools.engine_priority import with_engine_priority
+from cluster.gateway.pools.relay import with_engine_priority
 from cluster.key_file import KeyFile
 from cluster.link import LinkServer
 from tests import asgi
@@ -73,9 +73,9 @@ async def test_limits_say_which_and_when_and_change_while_requests_run(keys: Key
         await world.until(lambda: len(replica.seen) == 1)
         refused = await ask(world, "a").done()
         assert refused.status == 429
-        assert "1 requests at a time" in refused.json()["error"]["message"]
+        assert "1 concurrent requests" in refused.json()["error"]["message"]
         keys.write(a={"max_concurrent": 2}, b={"requests_per_minute": 6})
-        world.gateway.admission.refresh()
+        world.gateway.admission.refresh_keys()
         assert (await ask(world, "a").done()).status == 200
         replica.gate.set()
         assert (await running.done()).status == 200
@@ -106,7 +106,7 @@ async def test_changed_keys_are_taken_up_when_routers_settle(keys: Keys) -> None
     keys.write(a={})
     async with a_world(keys.file) as world:
         await world.add("gen", "gen-1")
-        peers = QuotaSync(world.gateway, RouterLinks("r0", SECRET))
+        peers = QuotaSync(world.gateway.admission, world.gateway.pools, RouterLinks("r0", SECRET))
         keys.write(b={})
         await peers.settle()
         assert [(await ask(world, name).done()).status for name in "ab"] == [401, 200]
@@ -127,7 +127,7 @@ async def test_keys_are_added_and_revoked_while_requests_run(keys: Keys) -> None
         await world.until(lambda: len(replica.seen) == 1)
         assert (await ask(world, "b").done()).status == 401
         keys.write(b={})
-        world.gateway.admission.refresh()
+        world.gateway.admission.refresh_keys()
         assert (await ask(world, "a").done()).status == 401
         assert (await ask(world, "b").done()).status == 200
         replica.gate.set()
@@ -207,7 +207,7 @@ async def test_a_deadline_that_passes_in_the_queue_ends_the_wait() -> None:
         await world.until(lambda: pool.replicas[0].in_flight == 2)
         late = await ask(world, "", x_request_timeout_seconds="0.1").done()
         assert late.status == 429
-        assert len(pool.waiting) == 0
+        assert len(pool.queue) == 0
         replica.gate.set()
         for call in running:
             assert (await call.done()).status == 200
@@ -238,7 +238,7 @@ async def test_tokens_wait_within_their_bound() -> None:
         statuses: Counter[int] = Counter()
         await world.until(lambda: sum(c.answer.ended for c in calls) + pool.num_queued == 40)
         assert 0 < pool.num_queued < 10
-        assert pool.waiting.queued_tokens <= 1000
+        assert pool.queue.queued_tokens <= 1000
         replica.gate.set()
         for call in [*running, *calls]:
             statuses[(await call.done()).status] += 1
@@ -269,17 +269,17 @@ async def test_limits_and_shares_hold_over_several_routers(keys: Keys) -> None:
         for number in range(3):
             world = await stack.enter_async_context(a_world(KeyFile(keys.path, expected=True)))
             links = RouterLinks(f"r{number}", SECRET)
-            peer = QuotaSync(world.gateway, links)
+            peer = QuotaSync(world.gateway.admission, world.gateway.pools, links)
             stack.push_async_callback(links.close)
             stack.push_async_callback(peer.close)
-            server = LinkServer(peer.app(GatewayApp(world.gateway, authenticates=False)), SECRET)
+            server = LinkServer(peer.wrap(GatewayApp(world.gateway, authenticates=False)), SECRET)
             host, port = await server.start()
             stack.push_async_callback(server.stop)
             infos.append(ReplicaInfo(f"r{number}", host, port))
             worlds.append(world)
             peers.append(peer)
         for peer in peers:
-            peer.update(infos)
+            peer.update_routers(infos)
         others = [link for peer in peers for link in peer._links.links().values()]
         await World.until(lambda: all(link.connected for link in others))
         replica = await worlds[0].add("gen", "gen-1")
@@ -295,20 +295,20 @@ async def test_limits_and_shares_hold_over_several_routers(keys: Keys) -> None:
         assert 9 <= let_in <= 10 + 3 + 2  # 10 s of the rate, one a router, and what came since
         for peer in peers * 3:
             await peer.settle()
-        shares = [w.gateway.admission._accounts._accounts["a"].share for w in worlds]
+        shares = [w.gateway.admission._quotas._accounts["a"].share for w in worlds]
         assert sum(shares) == pytest.approx(1, abs=0.1)
         # A router that ends leaves its part to the others.
         for peer in peers[:2] * 2:
-            peer.update(infos[:2])
+            peer.update_routers(infos[:2])
             await peer.settle()
-        shares = [w.gateway.admission._accounts._accounts["a"].share for w in worlds[:2]]
+        shares = [w.gateway.admission._quotas._accounts["a"].share for w in worlds[:2]]
         assert sum(shares) == pytest.approx(1, abs=0.1)
 
 
 async def test_a_report_that_makes_no_sense_is_refused() -> None:
     async with a_world() as world:
-        peers = QuotaSync(world.gateway, RouterLinks("r0", SECRET))
-        app = peers.app(world.app)
+        peers = QuotaSync(world.gateway.admission, world.gateway.pools, RouterLinks("r0", SECRET))
+        app = peers.wrap(world.app)
         assert (await asgi.post(app, "/internal/leases", b"\xff\x00junk")).status == 400
         assert (await asgi.post(app, "/internal/leases", b"x" * 5_000_000)).status == 400
         assert (await asgi.post(world.app, "/internal/leases", {})).status == 400
@@ -321,5 +321,5 @@ async def test_what_limits_refuse_is_counted_and_remembered() -> None:
         headers = {"x-request-timeout-seconds": "never"}
         answer = await asgi.post(world.app, "/v1/completions", request, headers=headers)
         assert answer.status == 400
-        (failure,) = world.gateway._journal.failures
+        (failure,) = world.gateway.request_log.failures
         assert (failure.status, failure.model) == (400, "gen")

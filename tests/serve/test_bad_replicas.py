@@ -108,8 +108,8 @@ class Fleet:
         async with asyncio.timeout(1e6):
             statuses = Counter(await asyncio.gather(*calls))
         pool = self.gateway.pools["m"]
-        assert (pool.num_in_flight, pool.num_queued, pool.waiting.capacity.in_flight) == (0, 0, 0)
-        assert pool.waiting.queued_tokens == pool.waiting.capacity.in_flight_tokens == 0
+        assert (pool.num_in_flight, pool.num_queued, pool.queue.capacity.in_flight) == (0, 0, 0)
+        assert pool.queue.queued_tokens == pool.queue.capacity.in_flight_tokens == 0
         return statuses
 
     async def ask(self, number: int) -> int:

@@ -28,15 +28,15 @@ async def test_seconds_hold_what_came_since_the_second_before() -> None:
     async with a_world() as world:
         await world.add("gen", "gen-1")
         history = History(world.gateway.registry, world.gateway.pools)
-        history.take(1000.0, 1.0)
+        history.sample(1000.0, 1.0)
         assert history.since(0) == []
         for _ in range(3):
             await asgi.post(world.app, CHAT, {"model": "gen", "stream": 2})
         await asgi.post(world.app, CHAT, {"model": "gen", "fail": True})
         await asgi.post(world.app, CHAT, {"model": "nobody"})
         await asgi.get(world.app, "/ready")
-        history.take(1001.0, 2.0)
-        history.take(1002.1, 3.5)
+        history.sample(1001.0, 2.0)
+        history.sample(1002.1, 3.5)
         first, second = history.since(0)
         assert (first.time, first.span_s, second.time, second.span_s) == (1000, 1.0, 1001, 1.5)
         pool = first.pools["gen"]
@@ -50,7 +50,7 @@ async def test_seconds_hold_what_came_since_the_second_before() -> None:
         (change,) = history.changes
         assert (change.model, change.added, change.removed) == ("gen", ["gen-1"], [])
         world.take_out("gen", "gen-1")
-        history.take(1003.0, 4.5)
+        history.sample(1003.0, 4.5)
         assert (history.changes[-1].removed, history.changes[-1].replicas) == (["gen-1"], 0)
 
 
@@ -58,7 +58,7 @@ async def test_history_goes_on_when_the_clock_is_set() -> None:
     async with a_world() as world:
         history = History(world.gateway.registry, world.gateway.pools)
         for number, now in enumerate((1000, 1001, 1000, 1002, 500, 501)):
-            history.take(now, float(number))
+            history.sample(now, float(number))
             times = [second.time for second in history.since(0)]
             assert times == sorted(set(times))
         assert times == [499, 500]
@@ -92,7 +92,7 @@ async def test_what_is_shown_as_now_is_of_one_moment(monkeypatch: pytest.MonkeyP
         async with asyncio.timeout(60):
             while not sampled(await told(world)):  # noqa: ASYNC110
                 await asyncio.sleep(0.2)
-        monkeypatch.setattr(service, "REFRESH_S", 3600.0)
+        monkeypatch.setattr(service, "REFRESH_INTERVAL_S", 3600.0)
         replica.gate.set()
         await held.done()
         found = await told(world)
@@ -166,7 +166,7 @@ async def test_many_viewers_cost_one_refresh(monkeypatch: pytest.MonkeyPatch) ->
             await refresh(self)
 
         monkeypatch.setattr(service.Dashboard, "_refresh", counted)
-        monkeypatch.setattr(service, "REFRESH_S", 3600.0)
+        monkeypatch.setattr(service, "REFRESH_INTERVAL_S", 3600.0)
         await asyncio.gather(*(told(world) for _ in range(20)))
         assert refreshed == 1
 

@@ -247,8 +247,8 @@ async def test_the_model_chooses_the_pool() -> None:
         ("/nowhere", {}, 404, "No such path"),
         ("/nowhere", {"model": "gen"}, 404, "No such path"),
         ("/load", {}, 404, "No such path"),
-        ("/v1/models", {}, 405, "takes GET"),
-        (CHAT, b" " * 2000, 413, "at most 1024 bytes"),
+        ("/v1/models", {}, 405, "supports GET"),
+        (CHAT, b" " * 2000, 413, "limit is 1024 bytes"),
     ],
 )
 async def test_bad_requests_get_a_typed_error(path: str, body: Any, status: int, says: str) -> None:
@@ -512,7 +512,9 @@ async def test_a_place_that_another_router_frees_goes_to_the_one_who_waits() -> 
         await other.until(lambda: other.gateway.pools["gen"].num_ready == 1)
         calls = [asgi.start(world.app, "POST", CHAT, {"wait_before": True}) for _ in range(2)]
         await world.until(lambda: len(replica.seen) == 2)
-        await other.until(lambda: other.gateway.pools["gen"].fleet.in_flight("gen-1") == 2)
+        await other.until(
+            lambda: other.gateway.pools["gen"].replica_set.fleet.in_flight("gen-1") == 2
+        )
         waiting = asgi.start(other.app, "POST", CHAT, {})
         await other.until(lambda: other.gateway.pools["gen"].num_queued == 1)
         replica.gate.set()

@@ -160,7 +160,7 @@ async def test_without_a_counter_the_figure_is_missing_with_the_reason(tmp_path:
 async def test_a_long_answer_goes_out_unread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.gateway.recording.usage.MAX_HELD_BYTES", 10)
+    monkeypatch.setattr("cluster.gateway.pools.response_usage.MAX_HELD_BYTES", 10)
     async with a_world(tmp_path) as world:
         answer = await asgi.post(world.app, COMPLETIONS, BODY, headers=ASKS)
         assert answer.json()["usage"]["completion_tokens"] == 6

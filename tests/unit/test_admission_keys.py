@@ -97,13 +97,13 @@ def test_a_changed_file_is_taken_up_and_a_broken_one_is_not(
 ) -> None:
     file = Clockwork(tmp_path / "keys.yaml")
     auth = Authenticator([], KeyFile(file.path, expected=False))
-    assert auth.check([]).tenant.name == ""  # no file yet: open
+    assert auth.authenticate([]).tenant.name == ""  # no file yet: open
     file.write(text())
     assert auth.refresh()
     assert not auth.refresh()
-    assert auth.check(bearer("one")).tenant.name == "acme"
+    assert auth.authenticate(bearer("one")).tenant.name == "acme"
     with pytest.raises(AuthenticationError):
-        auth.check([])
+        auth.authenticate([])
     file.write("keys: [")
     with caplog.at_level(logging.ERROR):
         assert not auth.refresh()
@@ -111,34 +111,34 @@ def test_a_changed_file_is_taken_up_and_a_broken_one_is_not(
     said = {id(one) for one in caplog.records if one.levelno >= logging.ERROR}
     assert len(said) == 1  # a record comes once for each logger that passes it on
     assert "remain unchanged" in caplog.text
-    assert auth.check(bearer("one")).tenant.name == "acme"
+    assert auth.authenticate(bearer("one")).tenant.name == "acme"
     file.write(text("three", "two"))
     assert auth.refresh()
-    assert auth.check(bearer("three")).tenant.name == "acme"
+    assert auth.authenticate(bearer("three")).tenant.name == "acme"
     with pytest.raises(AuthenticationError):
-        auth.check(bearer("one"))
+        auth.authenticate(bearer("one"))
     file.path.unlink()
     assert not auth.refresh()
-    assert auth.check(bearer("three"))
+    assert auth.authenticate(bearer("three"))
     file.write("")  # no keys: nobody may pass, which is not open
     assert auth.refresh()
     for headers in ([], bearer("three")):
         with pytest.raises(AuthenticationError):
-            auth.check(headers)
+            auth.authenticate(headers)
 
 
 def test_an_expected_file_that_is_not_there_lets_nobody_in(tmp_path: Path) -> None:
     auth = Authenticator([], KeyFile(tmp_path / "keys.yaml", expected=True))
     with pytest.raises(AuthenticationError):
-        auth.check(bearer("one"))
+        auth.authenticate(bearer("one"))
 
 
 def test_keys_of_the_configuration_stand_beside_the_file(tmp_path: Path) -> None:
     file = Clockwork(tmp_path / "keys.yaml")
     file.write(text())
     auth = Authenticator([digest("bare")], KeyFile(file.path, expected=False))
-    assert auth.check(bearer("bare")).tenant.name == digest("bare")[:16]
-    assert auth.check(bearer("two")).tenant.name == "other"
+    assert auth.authenticate(bearer("bare")).tenant.name == digest("bare")[:16]
+    assert auth.authenticate(bearer("two")).tenant.name == "other"
 
 
 def test_the_deprecated_name_of_max_concurrent_is_accepted(
@@ -176,7 +176,7 @@ def test_the_command_line_adds_lists_and_revokes(tmp_path: Path) -> None:
     assert json.loads(run(path, "list", "--json").stdout) == []
     auth = Authenticator([], KeyFile(path, expected=False))
     with pytest.raises(AuthenticationError):
-        auth.check(bearer(second))
+        auth.authenticate(bearer(second))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ def second(time: int, span_s: float = 1.0, **pool: object) -> Second:
 
 def board(*routers: list[Second], until: int = T + 10_000) -> Board:
     made = Board(["m"])
-    for _ in made.add(routers, until):
+    for _ in made.add_rows(routers, until):
         pass
     return made
 
@@ -24,7 +24,7 @@ def value(row: BoardRow, column: str, model: str = "m") -> float | None:
 
 
 def test_rates_are_over_the_window_and_levels_of_its_end() -> None:
-    rows = board([second(T + n, requests=n, ongoing=n) for n in range(10)]).since(0)
+    rows = board([second(T + n, requests=n, in_flight=n) for n in range(10)]).since(0)
     assert [row.time for row in rows] == [T + n for n in range(10)]
     assert value(rows[0], "requests") == 0
     assert value(rows[-1], "requests") == (5 + 6 + 7 + 8 + 9) / WINDOW_S
@@ -70,7 +70,7 @@ def test_a_router_without_that_second_takes_nothing_away() -> None:
 def test_no_row_is_made_twice_and_none_before_its_time() -> None:
     found = board([second(T), second(T + 1), second(T + 2)], until=T + 1)
     assert found.last == T + 1
-    for _ in found.add([[second(T + 1, requests=9), second(T + 2)]], T + 2):
+    for _ in found.add_rows([[second(T + 1, requests=9), second(T + 2)]], T + 2):
         pass
     assert [row.time for row in found.since(T)] == [T + 1, T + 2]
     assert value(found.since(T)[0], "requests") == 0
@@ -82,7 +82,7 @@ def test_after_the_clock_was_set_back_rows_begin_again() -> None:
     assert found.last == T
     found.restart_if_set_back(T - 3600)
     assert found.last == 0
-    for _ in found.add([[second(T - 3600)]], T - 3600):
+    for _ in found.add_rows([[second(T - 3600)]], T - 3600):
         pass
     assert found.last == T - 3600
 

@@ -1,1 +1,1 @@
-"""Admission of a request: API key, tenant quotas, and its claim on a pool."""
+"""Admission of requests: API keys, quotas of tenants, and the exchange of quotas among routers."""

@@ -1,102 +1,136 @@
-"""Who is let in: keys, models, limits, and each request's claim on its pool."""
+"""Admission of a request: API key, allowed models, quotas, and its claim on the pool."""
 
 import asyncio
 from collections.abc import Iterable
 
-from cluster.admission import Identity
+from cluster.admission import MIN_PRIORITY, Identity
 from cluster.admission.leases import QuotaReport
-from cluster.errors import PermissionDeniedError, RequestError
+from cluster.errors import InvalidRequestError, PermissionDeniedError, RequestError
 from cluster.gateway.admission.authenticator import Authenticator
 from cluster.gateway.admission.quotas import QuotaTicket, TenantQuotas
+from cluster.gateway.body import UNREAD_BODY
 from cluster.gateway.messages import Headers, Request, header
-from cluster.gateway.pools.claim import SESSION_HEADER, Claim, asked_priority, asked_timeout_s
 from cluster.gateway.pools.pool import Pool
 from cluster.gateway.pools.routes import OTHER
-from cluster.gateway.pools.selection import UNREAD, Envelope
-from cluster.routing import fingerprint
+from cluster.gateway.pools.slots import Claim
+from cluster.routing import RequestBody
 from cluster.routing.fingerprint import EMPTY_FINGERPRINT
+
+TIMEOUT_HEADER = b"x-request-timeout-seconds"
+PRIORITY_HEADER = b"x-tandem-priority"
+SESSION_HEADER = b"x-session-id"
 
 
 class Admission:
-    """Lets requests in, or says why not."""
+    """Admission of requests to pools."""
 
-    def __init__(self, authenticator: Authenticator, accounts: TenantQuotas) -> None:
+    def __init__(self, authenticator: Authenticator, quotas: TenantQuotas) -> None:
         self._authenticator = authenticator
-        self._accounts = accounts
+        self._quotas = quotas
 
     def authenticate(self, headers: Headers) -> Identity:
-        """Whose request this is.
+        """Return the sender of a request.
 
         Raises:
-            AuthenticationError: it has no API key, or one that is not known.
+            AuthenticationError: The API key is missing or unknown.
         """
-        return self._authenticator.check(headers)
+        return self._authenticator.authenticate(headers)
 
-    def refresh(self) -> None:
-        """Look whether there are other keys or limits."""
+    def refresh_keys(self) -> None:
+        """Apply changed keys and quotas."""
         if self._authenticator.refresh():
-            self._accounts.change(self._authenticator.identities)
+            self._quotas.set_tenants(self._authenticator.identities)
 
-    def enter(self, request: Request, envelope: Envelope, pool: Pool) -> tuple[Claim, QuotaTicket]:
-        """What a request asks of its pool, and what its tenant's limits give it.
+    def admit(self, request: Request, body: RequestBody, pool: Pool) -> tuple[Claim, QuotaTicket]:
+        """Return the request's claim on its pool and the ticket of its tenant's quotas.
 
         Raises:
-            PermissionDeniedError: its key does not allow the model.
-            OverloadedError: a limit of its tenant is reached.
-            InvalidRequestError: a header of it is wrong.
+            PermissionDeniedError: The API key does not allow the model.
+            OverloadedError: A quota of the tenant is exhausted.
+            InvalidRequestError: A header is invalid.
         """
         try:
-            return self._enter(request, envelope, pool)
+            return self._admit(request, body, pool)
         except RequestError as error:
-            pool.meter.refuse(request, pool.routes.find(request.path) or OTHER, error.status)
+            pool.meter.reject(request, pool.routes.find(request.path) or OTHER, error.status)
             raise
 
-    def _enter(self, request: Request, envelope: Envelope, pool: Pool) -> tuple[Claim, QuotaTicket]:
-        identity, model = request.identity, envelope.model or pool.name
-        # What is not read may name any of the pool's models.
-        for each in pool.models if envelope is UNREAD else (model,):
-            if not identity.allows(each):
-                raise PermissionDeniedError(
-                    f"The API key does not allow the model `{each}`.", param="model"
-                )
-        text = (
-            fingerprint(request.path, request.body)
-            if pool.kind == "generator"
-            else EMPTY_FINGERPRINT
-        )
-        view = pool.estimate.view_request(
-            len(request.body),
-            text,
-            header(request.headers, SESSION_HEADER),
-            envelope.most_tokens,
-            streamed=envelope.stream is True,
-            adapter=pool.needs_adapter(model),
-        )
-        work = pool.estimate.work_tokens(view)
-        priority = asked_priority(request.headers, identity)
-        timeout_s = asked_timeout_s(request.headers)
-        now_s = asyncio.get_running_loop().time()
-        expires_s, deadline_s = now_s + pool.queue_timeout_s, float("inf")
-        if timeout_s is not None:
-            deadline_s = now_s + timeout_s
-            expires_s = min(expires_s, deadline_s)
-        size = len(request.body)
-        adapter = model if model in pool.limits.adapters else None
-        claim = Claim(identity, work, size, priority, expires_s, deadline_s, view, text, adapter)
-        return claim, self._accounts.enter(identity, model, work, view.prompt_tokens)
+    def settle(self, router_id: str) -> QuotaReport:
+        """Update this router's share of every quota; return its report for the other routers."""
+        return self._quotas.settle(router_id)
 
-    def report(self, router: str) -> QuotaReport:
-        """What the other routers are to know; settles this router's part of all limits."""
-        return self._accounts.report(router)
-
-    def set_peers(self, routers: Iterable[str]) -> None:
-        """Take the names of the other routers that run."""
-        self._accounts.peers.set_routers(frozenset(routers))
+    def set_peers(self, router_ids: Iterable[str]) -> None:
+        """Set the ids of the other running routers."""
+        self._quotas.peers.set_routers(frozenset(router_ids))
 
     def receive(self, report: QuotaReport, pools: Iterable[Pool]) -> None:
-        """Take in another router's report: whom it served waits for the others here."""
-        served = self._accounts.receive(report)
+        """Store another router's report, and charge its tenants in this router's queues."""
+        served = self._quotas.receive(report)
         for pool in pools:
-            for (tenant, name), tokens in served.items():
-                if name in pool.models:
-                    pool.waiting.charge(tenant, tokens)
+            for (tenant, model), tokens in served.items():
+                if model in pool.models:
+                    pool.queue.charge_tenant(tenant, tokens)
+
+    def _admit(self, request: Request, body: RequestBody, pool: Pool) -> tuple[Claim, QuotaTicket]:
+        identity, model = request.identity, body.model or pool.name
+        # An unread body may name any of the pool's models, so all of them must be allowed.
+        for name in pool.models if body is UNREAD_BODY else (model,):
+            if not identity.allows(name):
+                raise PermissionDeniedError(
+                    f"The API key does not allow the model `{name}`.", param="model"
+                )
+        claim = _claim(request, body, pool, model)
+        ticket = self._quotas.admit(identity, model, claim.work_tokens, claim.view.prompt_tokens)
+        return claim, ticket
+
+
+def _claim(request: Request, body: RequestBody, pool: Pool, model: str) -> Claim:
+    prompt = body.fingerprint() if pool.kind == "generator" else EMPTY_FINGERPRINT
+    view = pool.estimate.view_request(
+        len(request.body),
+        prompt,
+        header(request.headers, SESSION_HEADER),
+        body.completion_limit,
+        streamed=body.stream is True,
+        adapter=pool.needs_adapter(model),
+    )
+    timeout_s = _requested_timeout_s(request.headers)
+    now_s = asyncio.get_running_loop().time()
+    deadline_s = float("inf") if timeout_s is None else now_s + timeout_s
+    return Claim(
+        identity=request.identity,
+        work_tokens=pool.estimate.work_tokens(view),
+        body_bytes=len(request.body),
+        priority=_requested_priority(request.headers, request.identity),
+        expires_s=min(now_s + pool.queue_timeout_s, deadline_s),
+        deadline_s=deadline_s,
+        view=view,
+        prompt=prompt,
+        adapter=model if model in pool.limits.adapters else None,
+    )
+
+
+def _requested_timeout_s(headers: Headers) -> float | None:
+    value = header(headers, TIMEOUT_HEADER)
+    if value is None:
+        return None
+    try:
+        timeout_s = float(value)
+    except ValueError:
+        timeout_s = 0.0
+    if not 0 < timeout_s < float("inf"):
+        name = TIMEOUT_HEADER.decode()
+        raise InvalidRequestError(f"{name} must be a number of seconds above 0", param=name)
+    return timeout_s
+
+
+def _requested_priority(headers: Headers, identity: Identity) -> int:
+    """Return the requested priority, limited to that of the key."""
+    value = header(headers, PRIORITY_HEADER)
+    if value is None:
+        return identity.priority
+    try:
+        return max(MIN_PRIORITY, min(int(value), identity.priority))
+    except ValueError:
+        name = PRIORITY_HEADER.decode()
+        raise InvalidRequestError(f"{name} must be an integer", param=name) from None

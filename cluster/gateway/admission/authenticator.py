@@ -1,4 +1,4 @@
-"""API keys: who may use the router, and as whom."""
+"""Authentication by API key."""
 
 from collections.abc import Iterable, Mapping
 from hashlib import sha256
@@ -11,11 +11,11 @@ from cluster.key_file import KeyFile
 
 
 class Authenticator:
-    """Finds whom a request comes from, by the hash of its API key.
+    """Lookup of a request's sender by the digest of its API key.
 
     Args:
-        key_hashes: Of keys without a file; each is a tenant of its own.
-        file: Further keys, read again when they change.
+        key_hashes: SHA-256 digests (hex) of keys without limits; each forms its own tenant.
+        file: Further keys, reloaded when the file changes.
     """
 
     def __init__(self, key_hashes: Iterable[str], file: KeyFile | None = None) -> None:
@@ -25,38 +25,38 @@ class Authenticator:
         self.refresh()
 
     def refresh(self) -> bool:
-        """Look at the key file; whether there are other keys now."""
-        changed = self._file is not None and self._file.refresh()
-        if changed and self._file is not None:
-            self._identities = {**self._bare, **self._file.identities}
-        return changed
+        """Reload the key file if it changed; return True if it did."""
+        if self._file is None or not self._file.refresh():
+            return False
+        self._identities = {**self._bare, **self._file.identities}
+        return True
 
     @property
     def identities(self) -> Iterable[Identity]:
-        """Everybody who has a key."""
+        """Identities of all keys."""
         return self._identities.values()
 
-    def check(self, headers: Headers) -> Identity:
-        """Whose request this is; ``OPEN`` where no keys are configured, and each may pass.
+    def authenticate(self, headers: Headers) -> Identity:
+        """Return the sender of a request; ``OPEN`` if no keys are configured.
 
         Raises:
-            AuthenticationError: there is no key, or it is not known.
+            AuthenticationError: The API key is missing or unknown.
         """
         if not self._bare and (self._file is None or not self._file.required):
             return OPEN
-        key = _key(headers)
+        key = _api_key(headers)
         if key is None:
             raise AuthenticationError(
-                "An API key is needed: 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
+                "Missing API key; send 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
             )
         identity = self._identities.get(sha256(key.encode()).digest())
         if identity is None:
-            raise AuthenticationError("The API key is not known.")
+            raise AuthenticationError("Unknown API key.")
         return identity
 
 
-def _key(headers: Headers) -> str | None:
-    if given := header(headers, b"x-api-key"):
-        return given
+def _api_key(headers: Headers) -> str | None:
+    if key := header(headers, b"x-api-key"):
+        return key
     scheme, _, key = (header(headers, b"authorization") or "").partition(" ")
     return key.strip() if scheme.lower() == "bearer" and key.strip() else None

@@ -1,12 +1,12 @@
-"""The routers among themselves: each tells the others every second what its tenants take.
+"""Exchange of quota reports between routers, once per second, over links.
 
-Owns the task that reports. A router that cannot be reached
-counts as one that is silent (``cluster.admission.leases``); nothing waits for it.
+A router that cannot be reached counts as silent (``cluster.admission.leases``); nothing waits
+for it.
 """
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
 import msgspec
@@ -14,8 +14,9 @@ import msgspec
 from cluster.admission.leases import SETTLE_S, QuotaReport
 from cluster.asgi import ASGIApp, Receive, Scope, Send
 from cluster.errors import LinkError, RequestError
-from cluster.gateway.gateway import Gateway
-from cluster.gateway.pools.pool import ReplicaInfo
+from cluster.gateway.admission.admission import Admission
+from cluster.gateway.pools.pool import Pool
+from cluster.gateway.pools.replica import ReplicaInfo
 from cluster.gateway.router_links import RouterLinks
 from cluster.link import LinkClient, RequestHead
 
@@ -29,45 +30,47 @@ _decode = msgspec.msgpack.Decoder(QuotaReport).decode
 
 
 class QuotaSync:
-    """This router among the others.
+    """Task that reloads keys, settles quotas and reports to the other routers.
 
     Args:
-        gateway: Whose tenants these are; it looks for changed keys at the same time.
-        links: To the other routers.
+        admission: Admission of this router.
+        pools: Its pools, by name.
+        links: Links to the other routers.
     """
 
-    def __init__(self, gateway: Gateway, links: RouterLinks) -> None:
-        self._gateway = gateway
+    def __init__(self, admission: Admission, pools: Mapping[str, Pool], links: RouterLinks) -> None:
+        self._admission = admission
+        self._pools = pools
         self._links = links
         self._task = asyncio.create_task(self._run())
 
-    def update(self, running: Iterable[ReplicaInfo]) -> None:
-        """Take the routers that run, with or without this one."""
+    def update_routers(self, running: Iterable[ReplicaInfo]) -> None:
+        """Set the running routers; this router's own entry is ignored."""
         self._links.update(running)
-        self._gateway.admission.set_peers(self._links.links())
+        self._admission.set_peers(self._links.links())
 
-    def app(self, inside: ASGIApp) -> ASGIApp:
-        """``inside`` and the path on which other routers report."""
+    def wrap(self, app: ASGIApp) -> ASGIApp:
+        """Return ``app`` with the path on which other routers report."""
 
-        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        async def with_reports(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] == "http" and scope["path"] == LEASES_PATH:
-                status = 204 if self._receive(await _body(receive)) else 400
+                status = 204 if self._receive(await _read_body(receive)) else 400
                 await send({"type": "http.response.start", "status": status, "headers": []})
                 await send({"type": "http.response.body", "body": b""})
             else:
-                await inside(scope, receive, send)
+                await app(scope, receive, send)
 
-        return answer
+        return with_reports
 
     async def settle(self) -> None:
-        """Look for changed keys, settle this router's parts of all limits, tell the others."""
-        self._gateway.admission.refresh()
-        report = _encode(self._gateway.admission.report(self._links.own_id))
+        """Reload changed keys, settle this router's quotas, and report to the others."""
+        self._admission.refresh_keys()
+        report = _encode(self._admission.settle(self._links.own_id))
         links = [link for link in self._links.links().values() if link.connected]
-        await asyncio.gather(*(_tell(link, report) for link in links))
+        await asyncio.gather(*(_send_report(link, report) for link in links))
 
     async def close(self) -> None:
-        """End the task."""
+        """Stop the task."""
         self._task.cancel()
         await asyncio.wait([self._task])
 
@@ -76,22 +79,22 @@ class QuotaSync:
             await asyncio.sleep(SETTLE_S)
             try:
                 await self.settle()
-            except Exception:  # the next second may be better
-                logger.exception("tenants' limits could not be settled")
+            except Exception:  # keep the old shares and retry
+                logger.exception("Settling the tenants' quotas failed; retrying in %g s.", SETTLE_S)
 
     def _receive(self, body: bytes | None) -> bool:
         if body is None:
             return False
         try:
             report = _decode(body)
-        except msgspec.DecodeError as error:  # of another version
-            logger.warning("a router's report cannot be read: %s", error)
+        except msgspec.DecodeError as error:
+            logger.warning("Cannot decode a router's report (of another version?): %s", error)
             return False
-        self._gateway.admission.receive(report, self._gateway.pools.values())
+        self._admission.receive(report, self._pools.values())
         return True
 
 
-async def _tell(link: LinkClient, report: bytes) -> None:
+async def _send_report(link: LinkClient, report: bytes) -> None:
     with suppress(LinkError, RequestError, TimeoutError):
         stream = link.open(RequestHead(method="POST", path=LEASES_PATH), report)
         try:
@@ -101,8 +104,8 @@ async def _tell(link: LinkClient, report: bytes) -> None:
             stream.cancel()
 
 
-async def _body(receive: Receive) -> bytes | None:
-    """The whole body; None where it is too large or its sender left."""
+async def _read_body(receive: Receive) -> bytes | None:
+    """Return the body; None if it is too large or incomplete."""
     body = bytearray()
     while len(body) <= MAX_REPORT_BYTES:
         message = await receive()

@@ -1,4 +1,8 @@
-"""Every tenant's account at one router: lets requests in, and counts what they took."""
+"""Quotas of all tenants at one router, and the counts of their requests.
+
+Each router grants its share of every quota (``cluster.admission.leases``); ``quota_sync`` exchanges
+the reports from which the shares are computed.
+"""
 
 import time
 from collections import defaultdict
@@ -8,114 +12,104 @@ from cluster.admission import Identity, QuotaRefusal, Tenant, TenantQuota
 from cluster.admission.leases import Demand, PeerReports, QuotaReport, TenantReport
 from cluster.admission.limits import DAY_S
 from cluster.errors import OverloadedError
-from cluster.gateway.recording.request_log import CLIENT_LEFT
+from cluster.gateway.recording.request_log import CLIENT_DISCONNECTED
 from cluster.metrics import Counter, Registry, table
 from cluster.usage import Usage
 
-_LIMITS = {
+_QUOTA_NAMES = {
     "requests_per_minute": "requests per minute",
     "tokens_per_minute": "tokens per minute",
-    "max_concurrent": "requests at a time",
+    "max_concurrent": "concurrent requests",
     "tokens_per_day": "tokens per day",
 }
 
 
 class QuotaTicket:
-    """One request that its tenant's limits have let in; ``end`` it once."""
+    """One request that its tenant's quotas admitted; ``end`` it once."""
 
-    __slots__ = ("_account", "_estimate", "_ledger", "_model", "_prompt_estimate")
+    __slots__ = ("_account", "_estimate", "_model", "_prompt_estimate", "_quotas")
 
     def __init__(
         self,
-        ledger: "TenantQuotas",
+        quotas: "TenantQuotas",
         account: TenantQuota,
         model: str,
-        estimate: float,
-        prompt: float,
+        estimated_tokens: float,
+        prompt_tokens: float,
     ) -> None:
-        self._ledger = ledger
+        self._quotas = quotas
         self._account = account
         self._model = model
-        self._estimate = estimate
-        self._prompt_estimate = prompt
+        self._estimate = estimated_tokens
+        self._prompt_estimate = prompt_tokens
 
     def end(self, status: int, usage: Usage | None) -> None:
-        """The request has ended: it is charged what it took, or where that is unknown, the guess.
+        """Charge the request's usage instead of its estimate; a failed request is free.
 
-        One that failed is charged nothing.
+        Without a usage, a disconnect is charged the whole estimate and a success its prompt.
         """
         if usage is not None:
-            taken = float(usage.prompt_tokens + usage.completion_tokens)
-        elif status == CLIENT_LEFT:
-            taken = self._estimate
+            charged = float(usage.total_tokens)
+        elif status == CLIENT_DISCONNECTED:
+            charged = self._estimate
         else:
-            taken = self._prompt_estimate if status < 400 else 0.0
-        self._account.release(self._estimate, taken)
-        self._ledger.count(self._account.tenant.name, self._model, status, usage)
-
-
-def work_of(usage: Usage) -> float:
-    """The tokens that had to be computed for a request."""
-    return float(usage.prompt_tokens - usage.cached_tokens + usage.completion_tokens)
+            charged = self._prompt_estimate if status < 400 else 0.0
+        self._account.release(self._estimate, charged)
+        self._quotas.count(self._account.tenant.name, self._model, status, usage)
 
 
 class TenantQuotas:
-    """The accounts of all tenants, this router's part of their limits, and its counts."""
+    """Quotas of all tenants; counts their requests and tokens."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._accounts: dict[str, TenantQuota] = {}
         self._demands: dict[str, Demand] = {}
         self._served: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-        self._ended: dict[tuple[str, int], Counter] = {}  # the counters, bound once
-        self._tokens: dict[tuple[str, str], tuple[Counter, Counter]] = {}
+        self._request_counters: dict[tuple[str, int], Counter] = {}
+        self._token_counters: dict[tuple[str, str], tuple[Counter, Counter]] = {}
         self.peers = PeerReports()
+        """Reports of the other routers."""
 
-    def enter(self, identity: Identity, model: str, tokens: float, prompt: float) -> QuotaTicket:
-        """Let a request in.
+    def admit(
+        self, identity: Identity, model: str, estimated_tokens: float, prompt_tokens: float
+    ) -> QuotaTicket:
+        """Admit a request.
 
         Args:
-            identity: Whose it is.
-            model: Its pool, or an adapter there.
-            tokens: Its estimated work.
-            prompt: The part of it that is its prompt.
+            identity: The request's sender.
+            model: Pool or adapter.
+            estimated_tokens: Estimated work.
+            prompt_tokens: The prompt's part of it.
 
         Raises:
-            OverloadedError: a limit of the tenant is reached.
+            OverloadedError: A quota of the tenant is exhausted.
         """
         account = self._account(identity.tenant)
-        refusal = account.try_admit(tokens, time.monotonic(), time.time())
+        refusal = account.try_admit(estimated_tokens, time.monotonic(), time.time())
         if refusal is not None:
             name = identity.tenant.name
             self._registry.counter(table.LIMITS_HIT, name, refusal.limit).add()
             self._registry.counter(table.TENANT_REQUESTS, name, str(OverloadedError.status)).add()
-            raise _limited(refusal, identity.tenant)
-        return QuotaTicket(self, account, model, tokens, prompt)
+            raise _quota_exhausted(refusal, identity.tenant)
+        return QuotaTicket(self, account, model, estimated_tokens, prompt_tokens)
 
     def count(self, tenant: str, model: str, status: int, usage: Usage | None) -> None:
-        """Count a request that has ended."""
-        ended = self._ended.get((tenant, status))
-        if ended is None:
-            ended = self._registry.counter(table.TENANT_REQUESTS, tenant, str(status))
-            self._ended[tenant, status] = ended
-        ended.add()
+        """Count a finished request."""
+        requests = self._request_counters.get((tenant, status))
+        if requests is None:
+            requests = self._registry.counter(table.TENANT_REQUESTS, tenant, str(status))
+            self._request_counters[tenant, status] = requests
+        requests.add()
         if usage is not None:
-            prompt, completion = self._tokens.get((tenant, model)) or self._bind(tenant, model)
+            counters = self._token_counters.get((tenant, model))
+            prompt, completion = counters or self._bind_token_counters(tenant, model)
             prompt.add(usage.prompt_tokens)
             completion.add(usage.completion_tokens)
-            self._served[tenant][model] += work_of(usage)
+            self._served[tenant][model] += usage.computed_tokens
 
-    def _bind(self, tenant: str, model: str) -> tuple[Counter, Counter]:
-        counter = self._registry.counter
-        bound = (
-            counter(table.TENANT_TOKENS, tenant, model, "prompt"),
-            counter(table.TENANT_TOKENS, tenant, model, "completion"),
-        )
-        self._tokens[tenant, model] = bound
-        return bound
-
-    def change(self, identities: Iterable[Identity]) -> None:
-        """Take other tenants and limits; who is gone is forgotten once nothing of it runs."""
+    def set_tenants(self, identities: Iterable[Identity]) -> None:
+        """Apply changed tenants and quotas; a removed tenant is dropped when it is idle."""
         tenants = {identity.tenant.name: identity.tenant for identity in identities}
         for name, account in list(self._accounts.items()):
             if name in tenants:
@@ -126,27 +120,31 @@ class TenantQuotas:
                 self._served.pop(name, None)
 
     def receive(self, report: QuotaReport) -> dict[tuple[str, str], float]:
-        """Take in a peer's report; returns what it served since, by tenant and model."""
+        """Store another router's report.
+
+        Returns:
+            Tokens that it computed since its last report, by tenant and model.
+        """
         return self.peers.add_report(report, time.monotonic())
 
-    def report(self, router: str) -> QuotaReport:
-        """What the other routers are to know, and this router's parts of the limits by it."""
+    def settle(self, router_id: str) -> QuotaReport:
+        """Update this router's share of every quota; return its report for the other routers."""
         now_s, utc_s = time.monotonic(), time.time()
         day = int(utc_s // DAY_S)
-        tenants = {}
+        reports = {}
         for name, account in self._accounts.items():
             account.start_day(utc_s)
             demand = self._demands.setdefault(name, Demand(0.0, now_s))
-            own = TenantReport(
+            report = TenantReport(
                 demand.update(account.requested_tokens, now_s),
                 account.concurrent,
                 account.day_tokens,
                 dict(self._served[name]),
             )
-            lease = self.peers.lease_for(name, own, day, now_s)
+            lease = self.peers.lease_for(name, report, day, now_s)
             account.settle(lease, now_s)
-            tenants[name] = own
-        return QuotaReport(router, day, tenants)
+            reports[name] = report
+        return QuotaReport(router_id, day, reports)
 
     def _account(self, tenant: Tenant) -> TenantQuota:
         account = self._accounts.get(tenant.name)
@@ -157,10 +155,19 @@ class TenantQuotas:
             self._accounts[tenant.name] = account
         return account
 
+    def _bind_token_counters(self, tenant: str, model: str) -> tuple[Counter, Counter]:
+        counter = self._registry.counter
+        counters = (
+            counter(table.TENANT_TOKENS, tenant, model, "prompt"),
+            counter(table.TENANT_TOKENS, tenant, model, "completion"),
+        )
+        self._token_counters[tenant, model] = counters
+        return counters
 
-def _limited(refusal: QuotaRefusal, tenant: Tenant) -> OverloadedError:
-    most = getattr(tenant.limits, refusal.limit)
+
+def _quota_exhausted(refusal: QuotaRefusal, tenant: Tenant) -> OverloadedError:
+    quota = getattr(tenant.limits, refusal.limit)
     return OverloadedError(
-        f"The limit of {most:g} {_LIMITS[refusal.limit]} is reached.",
+        f"Quota of {quota:g} {_QUOTA_NAMES[refusal.limit]} is exhausted.",
         retry_after_s=refusal.retry_after_s,
     )

@@ -1,1 +1,1 @@
-"""Paths that the router answers itself."""
+"""Paths that the router answers itself: health, models, OpenAPI, metrics, usage and HTML pages."""

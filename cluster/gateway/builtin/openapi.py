@@ -1,25 +1,25 @@
-"""The OpenAPI document of the whole: the router's own paths and those of its engines."""
+"""OpenAPI document of the router's paths and its engines' paths."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-_OWN_PATHS: Mapping[str, str] = {
-    "/health": "The router works.",
-    "/ready": "Every pool has a replica that can answer; 503 where one has not.",
-    "/version": "Versions of Tandem and of what it runs on.",
-    "/v1/models": "Every model that can be named in `model`.",
+_BUILTIN_PATHS: Mapping[str, str] = {
+    "/health": "Liveness of the router.",
+    "/ready": "State of every pool; 503 if a pool has no ready replica.",
+    "/version": "Versions of Tandem and its components.",
+    "/v1/models": "Models that can be named in `model`.",
     "/openapi.json": "This document.",
     "/dashboard/data": "The last minutes of all routers, second by second.",
-    "/metrics": "What this router counts, in Prometheus' text format.",
+    "/metrics": "Metrics of this router in Prometheus' text format.",
 }
 
 
-def merge(version: str, documents: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """One document out of the router's own paths and those of ``documents``.
+def merge_documents(version: str, documents: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return one document with the router's paths and those of ``documents``.
 
-    Where two define the same path or schema, the first one stands.
+    The first definition of a path or schema wins.
     """
-    paths: dict[str, Any] = {path: _get(summary) for path, summary in _OWN_PATHS.items()}
+    paths: dict[str, Any] = {path: _get(summary) for path, summary in _BUILTIN_PATHS.items()}
     components: dict[str, dict[str, Any]] = {}
     for document in documents:
         for path, item in document.get("paths", {}).items():

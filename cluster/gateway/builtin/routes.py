@@ -1,4 +1,4 @@
-"""The paths that the router answers itself: health, versions, models, usage, OpenAPI, pages."""
+"""Handlers of the paths that the router answers itself."""
 
 import asyncio
 import json
@@ -6,16 +6,17 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
+from itertools import chain
 from typing import Any, NamedTuple
 
 from cluster.admission import MAX_PRIORITY
 from cluster.errors import NotFoundError, TandemError
-from cluster.gateway.builtin.openapi import merge
+from cluster.gateway.builtin.openapi import merge_documents
 from cluster.gateway.builtin.pages import Page
 from cluster.gateway.messages import Request, Response, bytes_response, json_response
-from cluster.gateway.pools.claim import Claim
 from cluster.gateway.pools.pool import Pool
 from cluster.gateway.pools.relay import relay
+from cluster.gateway.pools.slots import Claim
 from cluster.gateway.recording.usage import UsageAccount
 from cluster.gateway.reporting.dashboard import DATA_PATH, REPORT_PATH, Dashboard
 from cluster.metrics import Registry, exposition
@@ -24,37 +25,36 @@ from cluster.metrics.exposition import CONTENT_TYPE
 logger = logging.getLogger("ray.serve.tandem")
 
 PUBLIC_PATHS = frozenset({"/health", "/ready", "/version", "/explain", "/dashboard"})
-"""Answered without an API key: what load balancers and probes ask for, and pages, which hold
-nothing and send the key that is typed into them."""
+"""Paths that need no API key: probes, and pages, which contain no data and send the key that the
+user enters."""
 
 MODEL_PREFIX = "/v1/models/"
 
-ASK_TIMEOUT_S = 1.0
-"""How long the router waits for a place at a replica that it asks about itself."""
-KEPT_S = 2.0
-"""How long its answer is kept, so that many who ask cost the replicas nothing."""
+REPLICA_TIMEOUT_S = 1.0
+"""Longest wait for a slot when the router queries a replica."""
+CACHE_S = 2.0
+"""Time for which the replica's answer is cached, to limit the load by clients that poll."""
 
 Handler = Callable[[Request], Awaitable[Response]]
 
 
 class BuiltinRoute(NamedTuple):
-    """One of the router's own paths."""
+    """One of the router's paths."""
 
     route: str
-    """The path as a template."""
+    """Template of the path."""
     handler: Handler
 
 
-class _Kept(NamedTuple):
-    """What one of a pool's replicas said, and until when that is taken for true."""
-
+class _CachedAnswer(NamedTuple):
     replicas: tuple[str, ...]
-    until_s: float
+    """Replicas of the pool when it was asked; another set invalidates the answer."""
+    expires_s: float
     answer: Any
 
 
 class BuiltinRoutes:
-    """Finds and runs the router's own handlers."""
+    """Routing table and handlers of the built-in paths."""
 
     def __init__(
         self,
@@ -68,14 +68,14 @@ class BuiltinRoutes:
         self._versions = versions
         self._registry = registry
         self._created = int(time.time())
-        self._kept: dict[tuple[str, str], _Kept] = {}
+        self._cache: dict[tuple[str, str], _CachedAnswer] = {}
         self._explain_page = Page("explain")
         self._dashboard_page = Page("dashboard")
-        self._routes: dict[str, Handler] = {
+        self._handlers: dict[str, Handler] = {
             "/health": self._health,
             "/ready": self._ready,
             "/version": self._version,
-            "/v1/models": self._models,
+            "/v1/models": self._list_models,
             "/openapi.json": self._openapi,
             "/metrics": self._metrics,
             "/explain": self._explain,
@@ -84,13 +84,13 @@ class BuiltinRoutes:
             REPORT_PATH: dashboard.report,
         }
         if usage is not None:
-            self._routes["/v1/usage"] = usage.answer
+            self._handlers["/v1/usage"] = usage.handle
 
     def find(self, path: str) -> BuiltinRoute | None:
-        """The route that ``path`` is; None where the path belongs to an engine."""
+        """Return the built-in route of a path, or None if the engines answer it."""
         if path.startswith(MODEL_PREFIX):
-            return BuiltinRoute(MODEL_PREFIX + "{model}", self._model)
-        handler = self._routes.get(path)
+            return BuiltinRoute(MODEL_PREFIX + "{model}", self._get_model)
+        handler = self._handlers.get(path)
         return None if handler is None else BuiltinRoute(path, handler)
 
     async def _health(self, _request: Request) -> Response:
@@ -112,47 +112,6 @@ class BuiltinRoutes:
     async def _metrics(self, _request: Request) -> Response:
         return bytes_response(200, CONTENT_TYPE, exposition(self._registry))
 
-    async def _models(self, request: Request) -> Response:
-        allowed = self._allowed(request)
-        lists = await asyncio.gather(*(self._models_of(pool, request) for pool in allowed))
-        return json_response(
-            {"object": "list", "data": [card for cards in lists for card in cards]}
-        )
-
-    async def _model(self, request: Request) -> Response:
-        name = request.path.removeprefix(MODEL_PREFIX)
-        for pool in self._allowed(request):
-            for card in await self._models_of(pool, request):
-                if card["id"] == name:
-                    return json_response(card)
-        models = (each for pool in self._allowed(request) for each in pool.models)
-        known = ", ".join(sorted(each for each in models if request.identity.allows(each)))
-        raise NotFoundError(f"The model `{name}` does not exist. Known models: {known}")
-
-    def _allowed(self, request: Request) -> list[Pool]:
-        """The pools of which its key may use a model."""
-        allows = request.identity.allows
-        return [pool for pool in self._pools.values() if any(map(allows, pool.models))]
-
-    async def _models_of(self, pool: Pool, request: Request) -> list[dict[str, Any]]:
-        """The cards of a pool's models: the engine's own where it has room to say them."""
-        said = {}
-        if pool.serves("/v1/models"):
-            listed = await self._ask(pool, request, "/v1/models")
-            said = {} if listed is None else {card["id"]: card for card in listed["data"]}
-        models = filter(request.identity.allows, pool.models)
-        return [said.get(model) or self._card(model) for model in models]
-
-    def _card(self, model: str) -> dict[str, Any]:
-        return {"id": model, "object": "model", "created": self._created, "owned_by": "tandem"}
-
-    async def _openapi(self, request: Request) -> Response:
-        documents = [
-            await self._ask(pool, request, "/openapi.json") for pool in self._pools.values()
-        ]
-        version = self._versions.get("tandem", "")
-        return json_response(merge(version, [known for known in documents if known is not None]))
-
     async def _explain(self, _request: Request) -> Response:
         classifiers = [pool.name for pool in self._pools.values() if pool.kind == "classifier"]
         return self._explain_page.response(classifiers)
@@ -160,28 +119,71 @@ class BuiltinRoutes:
     async def _show_dashboard(self, _request: Request) -> Response:
         return self._dashboard_page.response(self._pools)
 
-    async def _ask(self, pool: Pool, request: Request, path: str) -> Any:
-        """The JSON answer of one of the pool's replicas to a GET; None if it cannot answer now."""
-        if pool.asleep:  # nobody needs a replica for this
+    async def _list_models(self, request: Request) -> Response:
+        pools = self._allowed_pools(request)
+        lists = await asyncio.gather(*(self._model_cards(pool, request) for pool in pools))
+        return json_response({"object": "list", "data": list(chain.from_iterable(lists))})
+
+    async def _get_model(self, request: Request) -> Response:
+        name = request.path.removeprefix(MODEL_PREFIX)
+        pools = self._allowed_pools(request)
+        for pool in pools:
+            for card in await self._model_cards(pool, request):
+                if card["id"] == name:
+                    return json_response(card)
+        names = filter(request.identity.allows, (model for pool in pools for model in pool.models))
+        raise NotFoundError(
+            f"The model `{name}` does not exist. Known models: {', '.join(sorted(names))}"
+        )
+
+    def _allowed_pools(self, request: Request) -> list[Pool]:
+        """Return the pools with at least one model that the API key allows."""
+        allows = request.identity.allows
+        return [pool for pool in self._pools.values() if any(map(allows, pool.models))]
+
+    async def _model_cards(self, pool: Pool, request: Request) -> list[dict[str, Any]]:
+        """Return the engine's description of each model, or a minimal one if it cannot answer."""
+        cards = {}
+        if pool.serves("/v1/models"):
+            listing = await self._query(pool, request, "/v1/models")
+            cards = {} if listing is None else {card["id"]: card for card in listing["data"]}
+        models = filter(request.identity.allows, pool.models)
+        return [cards.get(model) or self._minimal_card(model) for model in models]
+
+    def _minimal_card(self, model: str) -> dict[str, Any]:
+        return {"id": model, "object": "model", "created": self._created, "owned_by": "tandem"}
+
+    async def _openapi(self, request: Request) -> Response:
+        documents = [
+            await self._query(pool, request, "/openapi.json") for pool in self._pools.values()
+        ]
+        version = self._versions.get("tandem", "")
+        return json_response(merge_documents(version, filter(None, documents)))
+
+    async def _query(self, pool: Pool, request: Request, path: str) -> Any:
+        """Return a replica's JSON answer to a GET; None if no replica can answer now."""
+        if pool.is_asleep:  # not worth starting a replica
             return None
         now_s = asyncio.get_running_loop().time()
         replicas = tuple(replica.info.id for replica in pool.replicas)
-        kept = self._kept.get((pool.name, path))
-        if kept is not None and kept.replicas == replicas and now_s < kept.until_s:
-            return kept.answer
-        answer = await self._ask_replica(pool, request, path, now_s + ASK_TIMEOUT_S)
+        cached = self._cache.get((pool.name, path))
+        if cached is not None and cached.replicas == replicas and now_s < cached.expires_s:
+            return cached.answer
+        answer = await self._query_replica(pool, request, path, now_s + REPLICA_TIMEOUT_S)
         if answer is not None:
-            self._kept[pool.name, path] = _Kept(replicas, now_s + KEPT_S, answer)
+            self._cache[pool.name, path] = _CachedAnswer(replicas, now_s + CACHE_S, answer)
         return answer
 
-    async def _ask_replica(self, pool: Pool, request: Request, path: str, expires_s: float) -> Any:
-        asked = Request(request.id, "GET", path, b"", [(b"accept", b"application/json")], b"")
+    async def _query_replica(
+        self, pool: Pool, request: Request, path: str, expires_s: float
+    ) -> Any:
+        query = Request(request.id, "GET", path, b"", [(b"accept", b"application/json")], b"")
         try:
             claim = Claim(priority=MAX_PRIORITY, expires_s=expires_s)
-            response = await relay(asked, pool, claim)
+            response = await relay(query, pool, claim)
             async with aclosing(response.body) as body:
-                whole = b"".join([chunk async for chunk in body])
-            return json.loads(whole) if response.status == 200 else None
+                content = b"".join([chunk async for chunk in body])
+            return json.loads(content) if response.status == 200 else None
         except (TandemError, ValueError) as error:
-            logger.warning("%s: %s of %s: %s", request.id, path, pool.name, error)
+            logger.warning("%s: GET %s at pool %s failed: %s", request.id, path, pool.name, error)
             return None

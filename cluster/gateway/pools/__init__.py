@@ -1,1 +1,5 @@
-"""Pools of replicas: selection by model and path, queue, choice of a replica, relay."""
+"""Pools of replicas. A request passes ``selection``, ``queue``, ``replica_set`` and ``relay``.
+
+``factory`` builds the pools from the configuration; ``slots`` has the types that the queue and the
+replica set exchange.
+"""

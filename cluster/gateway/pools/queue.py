@@ -1,65 +1,53 @@
-"""The requests that wait for a place in one pool: the fair queue, its timers and its refusals.
+"""Admission queue of one pool: fair order, deadlines, and the refusals.
 
-Knows no replica: how a place is found is given to it. Every request that comes in ends here
-exactly once, with a place or a typed error.
+Every request ends here exactly once, with a slot or a typed error. A request is refused as soon as
+its estimated wait exceeds its timeout, so that clients can go elsewhere at once.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from collections.abc import Iterable
 
 from cluster.admission import FairQueue, PoolCapacity, QueueEntry, QueueLimits
 from cluster.errors import OverloadedError, RequestError, UnavailableError
-from cluster.gateway.pools.claim import Claim
+from cluster.gateway.pools.slots import Claim, Slot, SlotSource
 from cluster.gateway.recording.observer import PoolMeter
 from cluster.load import Load
-
-P = TypeVar("P")
+from cluster.usage import Usage
 
 MAX_RETRY_S = 60.0
+"""Upper limit of the ``Retry-After`` header."""
 _NO_REPLICA_RETRY_S = 5.0
-_MARGIN = 1.5  # a wait is a guess, overload keeps it at the edge, and a shorter queue costs nothing
-_MEMORY = 0.996  # of how waits turned out; much slower than the queue, or the two swing together
-_MOST_ERROR = 4.0
-_UNKNOWN = (1.0, 1.0)
+# Refuse if 1.5 times the estimated wait exceeds the timeout: the estimate is uncertain, overload
+# keeps every wait at the limit, and a shorter queue costs no throughput.
+_WAIT_MARGIN = 1.5
+# Decay per request of the estimates' past errors. Much slower than the queue turns over: at the
+# same speed, queue length and correction oscillate together.
+_ERROR_DECAY = 0.996
+_MAX_CORRECTION = 4.0
+_NO_WAITS = (1.0, 1.0)
+
+Waiter = tuple[Claim, asyncio.Future[Slot]]
 
 
-@dataclass(frozen=True, slots=True)
-class SlotSource(Generic[P]):
-    """How places at a pool's replicas are taken and given back."""
-
-    take: Callable[[Claim], P | None]
-    """A place, already counted as taken; None where no replica has room. UnavailableError where
-    none can have any."""
-    give_back: Callable[[P], None]
-    """One that its request did not want any more; may call ``dispatch``."""
-    any_ready: Callable[[], bool]
-    """Whether any replica runs."""
-
-
-Waiter = tuple[Claim, asyncio.Future[P]]
-
-
-class AdmissionQueue(Generic[P]):
-    """Gives places to requests in the queue's order, as far as the pool's capacity goes."""
+class AdmissionQueue:
+    """Assigns slots to requests in fair order, up to the capacity of the pool."""
 
     def __init__(
         self,
-        name: str,
+        pool_name: str,
         limits: QueueLimits,
         capacity: PoolCapacity,
-        places: SlotSource[P],
+        slots: SlotSource,
         meter: PoolMeter,
     ) -> None:
         self.capacity = capacity
-        self._name = name
-        self._places = places
+        self._pool_name = pool_name
+        self._slots = slots
         self._meter = meter
-        self._queue: FairQueue[Waiter[P]] = FairQueue(limits)
+        self._queue: FairQueue[Waiter] = FairQueue(limits)
         self._closed = False
-        # By tenant, the seconds that it waited and that were guessed; the ratio is above 1 mostly
-        # because others go on coming.
+        # Actual and estimated seconds that each tenant waited. Their ratio corrects the next
+        # estimate; it is mostly above 1, because requests of other tenants keep arriving.
         self._waits: dict[str, tuple[float, float]] = {}
 
     def __len__(self) -> int:
@@ -67,95 +55,99 @@ class AdmissionQueue(Generic[P]):
 
     @property
     def queued_tokens(self) -> float:
-        """Estimated work that waits."""
+        """Estimated work of the requests in the queue, in tokens."""
         return self._queue.tokens
 
-    async def place(self, claim: Claim) -> P:
-        """A place, at once or after a wait.
+    async def take_slot(self, claim: Claim) -> Slot:
+        """Return a slot, at once or after a wait; give it back with ``release_slot``.
 
         Raises:
-            OverloadedError: the queue is full, or the place would come or came too late.
-            UnavailableError: the wait was too long and no replica runs, none that runs can answer,
-                or the router stops.
+            OverloadedError: The queue is full, or the slot would come or came too late.
+            UnavailableError: No replica became ready in time, no running replica can serve the
+                request, or the router is stopping.
         """
         if self._closed:
-            raise stopping()
+            raise _stopping()
         if not self._queue:
             if claim.has_deadline:
-                self._refuse_hopeless(claim, 0.0)
-            if (place := self._take(claim)) is not None:
-                return place
+                self._refuse_if_late(claim, 0.0)
+            if (slot := self._try_slot(claim)) is not None:
+                return slot
         return await self._wait(claim)
 
-    def leave(self, claim: Claim, done_tokens: float | None, seconds: float) -> None:
-        """A request that had a place has ended.
+    def release_slot(
+        self, slot: Slot, done_tokens: float | None = 0.0, usage: Usage | None = None
+    ) -> None:
+        """Release the slot of a request that has ended.
 
         Args:
-            claim: The request's.
-            done_tokens: What it took; 0 where it failed, None where that is not known.
-            seconds: How long it had the place.
+            slot: Returned by ``take_slot``.
+            done_tokens: Work that was done; 0 if the request failed, None if unknown.
+            usage: Usage of the request, if the replica reported it.
         """
-        self.capacity.remove_request(claim.work_tokens, done_tokens or 0.0, seconds)
+        claim, held_s = slot.claim, self._slots.release_slot(slot, usage)
+        self.capacity.remove_request(claim.work_tokens, done_tokens or 0.0, held_s)
         if done_tokens is not None:
             tenant = claim.identity.tenant
             excess = done_tokens - claim.work_tokens
             self._queue.charge(tenant.name, claim.priority, tenant.weight, excess)
+        self.dispatch()
 
-    def charge(self, tenant: str, tokens: float) -> None:
-        """Another router served a tenant that waits here, so the others here go first for that."""
+    def charge_tenant(self, tenant: str, tokens: float) -> None:
+        """Charge a tenant for work at another router; other tenants then go first here."""
         self._queue.charge_all(tenant, tokens)
 
-    def observe(self, loads: Iterable[Load]) -> None:
-        """Take in the replicas' reports."""
+    def observe_loads(self, loads: Iterable[Load]) -> None:
+        """Adapt the capacity to the replicas' loads, and dispatch."""
         self.capacity.observe_loads(loads, asyncio.get_running_loop().time())
+        self.dispatch()
 
     def dispatch(self) -> None:
-        """Give what places there are to those who wait."""
+        """Assign free slots to the requests in the queue."""
         while (entry := self._queue.peek()) is not None:
             claim, future = entry.item
-            if future.done():  # its waiter was cancelled and has not run yet
+            if future.done():  # cancelled, but its task has not run since
                 self._queue.remove(entry)
-            elif claim.has_deadline and self._is_late(claim):
+            elif claim.has_deadline and self._will_miss_deadline(claim):
                 self._queue.remove(entry)
-                future.set_exception(self._too_late(claim))
+                future.set_exception(self._too_late())
             else:
-                self._give(entry)
+                self._offer_slot(entry)
                 if not future.done():
                     return
 
-    def _give(self, entry: QueueEntry[Waiter[P]]) -> None:
-        """Give the first in the queue a place, if there is one; an error, if none can come."""
+    def close(self) -> None:
+        """Reject the requests in the queue and all later ones: the router is stopping."""
+        self._closed = True
+        for entry in self._queue.drain():
+            if not entry.item[1].done():
+                entry.item[1].set_exception(_stopping())
+
+    def _offer_slot(self, entry: QueueEntry[Waiter]) -> None:
         claim, future = entry.item
         try:
-            place = self._take(claim)
+            slot = self._try_slot(claim)
         except UnavailableError as error:
             self._queue.remove(entry)
             future.set_exception(error)
             return
-        if place is not None:
+        if slot is not None:
             self._queue.pop()
-            future.set_result(place)
+            future.set_result(slot)
 
-    def _take(self, claim: Claim) -> P | None:
+    def _try_slot(self, claim: Claim) -> Slot | None:
         if not self.capacity.has_room(claim.work_tokens):
             return None
-        place = self._places.take(claim)
-        if place is not None:
+        slot = self._slots.take_slot(claim)
+        if slot is not None:
             self.capacity.add_request(claim.work_tokens)
-        return place
+        return slot
 
-    def close(self) -> None:
-        """Tell all who wait, and all who still come, that the router stops."""
-        self._closed = True
-        for entry in self._queue.drain():
-            if not entry.item[1].done():
-                entry.item[1].set_exception(stopping())
-
-    async def _wait(self, claim: Claim) -> P:
+    async def _wait(self, claim: Claim) -> Slot:
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[P] = loop.create_future()
+        future: asyncio.Future[Slot] = loop.create_future()
         tenant = claim.identity.tenant
-        entry: QueueEntry[Waiter[P]] = QueueEntry(
+        entry: QueueEntry[Waiter] = QueueEntry(
             (claim, future),
             tenant.name,
             claim.work_tokens,
@@ -163,90 +155,91 @@ class AdmissionQueue(Generic[P]):
             tenant.weight,
             claim.priority,
         )
-        guess_s = self._wait_s(entry)
-        waited_s, guessed_s = self._waits.get(tenant.name, _UNKNOWN)
-        wait_s = guess_s * min(_MOST_ERROR, waited_s / guessed_s)
-        self._refuse_hopeless(claim, wait_s)
+        estimated_s = self._estimate_wait_s(entry)
+        actual_sum_s, estimated_sum_s = self._waits.get(tenant.name, _NO_WAITS)
+        wait_s = estimated_s * min(_MAX_CORRECTION, actual_sum_s / estimated_sum_s)
+        self._refuse_if_late(claim, wait_s)
         if not self._queue.push(entry):
             self._meter.shed("queue_full")
             raise OverloadedError(
-                f"{self._name}: too many requests are waiting already",
-                retry_after_s=_retry_s(wait_s),
+                f"{self._pool_name}: the queue is full", retry_after_s=_retry_s(wait_s)
             )
         timer = loop.call_at(claim.expires_s, self._expire, entry)
-        began_s = loop.time()
+        since_s = loop.time()
         try:
             return await future
         except asyncio.CancelledError:
             self._queue.remove(entry)
-            # The place may have been granted in the same pass in which its waiter left.
+            # The slot may have been assigned in the same loop iteration as the cancellation.
             if future.done() and not future.cancelled() and future.exception() is None:
-                self._places.give_back(future.result())
+                self.release_slot(future.result())
             raise
         finally:
             timer.cancel()
-            self._learn(tenant.name, guess_s, loop.time() - began_s)
+            self._learn_wait(tenant.name, estimated_s, loop.time() - since_s)
 
-    def _learn(self, tenant: str, guess_s: float, waited_s: float) -> None:
-        if guess_s > 0:
-            waited, guessed = self._waits.get(tenant, _UNKNOWN)
-            self._waits[tenant] = waited * _MEMORY + waited_s, guessed * _MEMORY + guess_s
-
-    def _wait_s(self, entry: QueueEntry[Waiter[P]]) -> float:
-        """How long it will take until a new entry is served; 0 while that is not known."""
-        rate = self.capacity.drain_tokens_per_s() if self._places.any_ready() else None
-        return self._queue.tokens_before(entry) / rate if rate else 0.0
-
-    def _refuse_hopeless(self, claim: Claim, wait_s: float) -> None:
-        if self._is_hopeless(claim, wait_s):
-            in_time = claim.has_deadline
-            self._meter.shed("deadline" if in_time else "too_long")
-            what = "answered within its time" if in_time else "served in time"
-            raise OverloadedError(
-                f"{self._name}: it cannot be {what}; {wait_s:.1f} s of work are before it",
-                retry_after_s=_retry_s(wait_s),
+    def _learn_wait(self, tenant: str, estimated_s: float, actual_s: float) -> None:
+        if estimated_s > 0:
+            actual_sum_s, estimated_sum_s = self._waits.get(tenant, _NO_WAITS)
+            self._waits[tenant] = (
+                actual_sum_s * _ERROR_DECAY + actual_s,
+                estimated_sum_s * _ERROR_DECAY + estimated_s,
             )
 
-    def _is_hopeless(self, claim: Claim, wait_s: float) -> bool:
-        starts_s = asyncio.get_running_loop().time() + wait_s * _MARGIN
-        if starts_s > claim.expires_s:
-            return True
-        # Who waits behind others is judged by what is usual: these go on showing how long it is.
-        served = self.capacity.average_request_s if wait_s else self.capacity.best_request_s
-        return starts_s + served(claim.work_tokens) > claim.deadline_s
+    def _estimate_wait_s(self, entry: QueueEntry[Waiter]) -> float:
+        """Return the wait of a new entry in seconds; 0 if no drain rate is known yet."""
+        rate = self.capacity.drain_tokens_per_s() if self._slots.any_ready else None
+        return self._queue.tokens_before(entry) / rate if rate else 0.0
 
-    def _is_late(self, claim: Claim) -> bool:
-        """Whether the request that is next would be answered too late, by what is usual; where
-        nobody is behind it, who would be served instead, even the best pace must not suffice.
-        """
-        served = (
-            self.capacity.average_request_s
-            if len(self._queue) > 1
-            else self.capacity.best_request_s
+    def _refuse_if_late(self, claim: Claim, wait_s: float) -> None:
+        if not self._would_be_late(claim, wait_s):
+            return
+        reason = "deadline cannot be met" if claim.has_deadline else "wait would exceed the timeout"
+        self._meter.shed("deadline" if claim.has_deadline else "too_long")
+        raise OverloadedError(
+            f"{self._pool_name}: {reason}; estimated queue wait is {wait_s:.1f} s",
+            retry_after_s=_retry_s(wait_s),
         )
-        return asyncio.get_running_loop().time() + served(claim.work_tokens) > claim.deadline_s
 
-    def _expire(self, entry: QueueEntry[Waiter[P]]) -> None:
-        claim, future = entry.item
+    def _would_be_late(self, claim: Claim, wait_s: float) -> bool:
+        start_s = asyncio.get_running_loop().time() + wait_s * _WAIT_MARGIN
+        if start_s > claim.expires_s:
+            return True
+        # Use the best duration only for a request that would start now: if every request were
+        # refused, no new duration would be measured and a bad average would stay.
+        duration_s = self.capacity.average_request_s if wait_s else self.capacity.best_request_s
+        return start_s + duration_s(claim.work_tokens) > claim.deadline_s
+
+    def _will_miss_deadline(self, claim: Claim) -> bool:
+        # An average duration suffices to skip the first request if another one can have its slot.
+        alone = len(self._queue) <= 1
+        duration_s = self.capacity.best_request_s if alone else self.capacity.average_request_s
+        end_s = asyncio.get_running_loop().time() + duration_s(claim.work_tokens)
+        return end_s > claim.deadline_s
+
+    def _expire(self, entry: QueueEntry[Waiter]) -> None:
+        _, future = entry.item
         self._queue.remove(entry)
         if not future.done():
-            future.set_exception(self._too_late(claim))
+            future.set_exception(self._too_late())
 
-    def _too_late(self, claim: Claim) -> RequestError:
-        if not self._places.any_ready():
+    def _too_late(self) -> RequestError:
+        if not self._slots.any_ready:
             return UnavailableError(
-                f"{self._name}: no replica became ready in time",
+                f"{self._pool_name}: no replica became ready in time",
                 retry_after_s=_NO_REPLICA_RETRY_S,
             )
         self._meter.shed("expired")
         rate = self.capacity.drain_tokens_per_s()
         wait_s = self._queue.tokens / rate if rate else _NO_REPLICA_RETRY_S
-        return OverloadedError(f"{self._name}: no place in time", retry_after_s=_retry_s(wait_s))
+        return OverloadedError(
+            f"{self._pool_name}: no slot became free in time", retry_after_s=_retry_s(wait_s)
+        )
 
 
-def stopping() -> UnavailableError:
-    """The error of requests that a router which stops cannot answer."""
-    return UnavailableError("the router is stopping", retry_after_s=1)
+def _stopping() -> UnavailableError:
+    """Return the error for requests that a stopping router rejects."""
+    return UnavailableError("The router is stopping.", retry_after_s=1)
 
 
 def _retry_s(wait_s: float) -> float:

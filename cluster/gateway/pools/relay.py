@@ -1,10 +1,12 @@
-"""Passing one request to a replica and its answer back, bytes untouched.
+"""Relay of a request to a replica and of its response back, without changing the bytes.
 
-Another replica is tried only while nothing of an answer was seen, so nothing is answered twice.
+A request fails over to another replica only until the head of a response has arrived, so no
+request is answered twice.
 """
 
 import json
 import logging
+from dataclasses import replace
 from time import perf_counter
 
 from cluster.errors import (
@@ -14,134 +16,151 @@ from cluster.errors import (
     RequestError,
     UnavailableError,
 )
-from cluster.gateway.admission.quotas import QuotaTicket, work_of
 from cluster.gateway.messages import Headers, Request, Response
-from cluster.gateway.pools.claim import Claim
-from cluster.gateway.pools.pool import Answer, Pool, Slot
+from cluster.gateway.pools.pool import Pool
+from cluster.gateway.pools.replica import Answer
+from cluster.gateway.pools.response_usage import USAGE_HEADER, add_usage, usage_requested
 from cluster.gateway.pools.routes import OTHER
-from cluster.gateway.recording.observer import FailoverReason, RequestObserver
-from cluster.gateway.recording.request_log import CLIENT_LEFT
-from cluster.gateway.recording.usage import ASKS, tell_usage, wants_usage
+from cluster.gateway.pools.slots import Claim, Slot
+from cluster.gateway.recording.observer import FailoverReason, OnEnd, RequestObserver
+from cluster.gateway.recording.request_log import CLIENT_DISCONNECTED
 from cluster.link import RequestHead
 from cluster.usage import Usage
 
 logger = logging.getLogger("ray.serve.tandem")
 
 MAX_ATTEMPTS = 3
-"""Replicas that a request is offered to before it fails."""
+"""Replicas that a request is sent to before it fails."""
 
-_LOST = "The replica was lost while it answered."
+PRIORITY_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses"})
+"""Paths on which vLLM reads ``priority`` from the body."""
 
 _HOP_HEADERS = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"te", b"upgrade"})
 _CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
 _TENANT = b"x-tandem-tenant"
-_OWN = frozenset({b"x-request-id", _TENANT, ASKS})
-_NOT_FORWARDED = _HOP_HEADERS | _CREDENTIALS | _OWN | {b"host", b"expect"}
+_SET_BY_ROUTER = frozenset({b"x-request-id", _TENANT, USAGE_HEADER})
+_NOT_FORWARDED = _HOP_HEADERS | _CREDENTIALS | _SET_BY_ROUTER | {b"host", b"expect"}
 _NOT_RETURNED = _HOP_HEADERS | {b"server", b"date", b"x-request-id"}
 
 
 async def relay(
-    request: Request, pool: Pool, claim: Claim, grant: QuotaTicket | None = None
+    request: Request, pool: Pool, claim: Claim, on_end: OnEnd | None = None
 ) -> Response:
-    """Admit ``request`` to ``pool`` and return a replica's answer, whose body is still growing.
+    """Send a request to a replica of the pool; return its response, whose body is still growing.
 
     Args:
-        request: What to relay.
-        pool: Which replicas may answer.
-        claim: What it asks of the pool.
-        grant: What its tenant's limits gave it; ended here. None: it is the router's own.
+        request: The request to relay.
+        pool: Pool whose replicas may answer.
+        claim: The request's demand on the pool.
+        on_end: Called once at the end with the status and the usage. None for requests that the
+            router itself makes.
 
     Raises:
-        InvalidRequestError: it has a header that is for the router, with a wrong value.
-        OverloadedError: the pool's queue is full.
-        UnavailableError: no replica is there, or each that was tried was lost.
+        InvalidRequestError: A header for the router has an invalid value.
+        OverloadedError: The queue is full, or the wait too long.
+        UnavailableError: No replica is available, or ``MAX_ATTEMPTS`` replicas were lost.
     """
-    meter = pool.meter
-    watch = meter.watch(request, pool.routes.find(request.path) or OTHER, grant)
+    observer = pool.meter.observe(request, pool.routes.find(request.path) or OTHER, on_end)
     try:
-        wanted = wants_usage(request, meter.usage)
-        response = await _relay(request, pool, claim, watch)
-    except RequestError as error:
-        watch.status = error.status
-        watch.end(None)
+        account = usage_requested(request, pool.meter.usage)
+        response = await _send_with_failover(request, pool, claim, observer)
+    except BaseException as error:
+        if isinstance(error, RequestError):
+            observer.status = error.status
+        elif isinstance(error, Exception):  # a defect
+            observer.status = InternalError.status
+        observer.end(None)  # a cancellation keeps the status of a disconnect
         raise
-    except Exception:  # a defect
-        watch.status = InternalError.status
-        watch.end(None)
-        raise
-    except BaseException:
-        watch.end(None)
-        raise
-    return response if wanted is None else await tell_usage(request, response, wanted)
+    return response if account is None else await add_usage(request, response, account)
 
 
-async def _relay(request: Request, pool: Pool, claim: Claim, watch: RequestObserver) -> Response:
+def with_engine_priority(request: Request, priority: int) -> Request:
+    """Return the request with ``priority`` in its JSON body, in the form that vLLM expects.
+
+    vLLM runs the smallest value first. Its parsers take the last of duplicate fields, so appending
+    one overrides the client's without decoding the body.
+    """
+    body = request.body.rstrip()
+    if not body.endswith(b"}"):
+        return request
+    body = body[:-1].rstrip()
+    comma = b"" if body.endswith(b"{") else b","
+    body = b'%b%b"priority":%d}' % (body, comma, -priority)
+    headers = [pair for pair in request.headers if pair[0] != b"content-length"]
+    headers.append((b"content-length", str(len(body)).encode()))
+    return replace(request, headers=headers, body=body)
+
+
+async def _send_with_failover(
+    request: Request, pool: Pool, claim: Claim, observer: RequestObserver
+) -> Response:
     head = _request_head(request)
-    failed: FailoverReason | None = None
+    failure: FailoverReason | None = None
     for _ in range(MAX_ATTEMPTS):
-        place = await pool.admit(claim)
-        if failed is not None:
-            pool.meter.failed_over(failed)
-        watch.placed(place.replica.info.id)
-        body = RelayedBody(pool, place, request.id, watch)
+        slot = await pool.queue.take_slot(claim)
+        if failure is not None:
+            pool.meter.failed_over(failure)
+        observer.slot_taken(slot.replica.info.id)
+        body = RelayedBody(pool, slot, request.id, observer)
         try:
-            return await body.begin(head, request.body)
+            return await body.open(head, request.body)
         except (LinkError, UnavailableError) as error:
-            failed = _why(error)
-            logger.warning("%s: replica %s: %s", request.id, place.replica.info.id, error)
+            failure = _failover_reason(error)
+            logger.warning("%s: replica %s: %s", request.id, slot.replica.info.id, error)
     raise UnavailableError(
         f"{pool.name}: {MAX_ATTEMPTS} replicas were lost before they answered", retry_after_s=1
     )
 
 
-def _why(error: LinkError | UnavailableError) -> FailoverReason:
+def _failover_reason(error: LinkError | UnavailableError) -> FailoverReason:
     if isinstance(error, LinkRefusedError):
         return "refused"
     return "lost" if isinstance(error, LinkError) else "unavailable"
 
 
 class RelayedBody:
-    """A replica's answer on its way out; frees the replica's place when it ends in whatever way."""
+    """Body of a replica's response; releases the request's slot when it ends, in any way."""
 
-    def __init__(self, pool: Pool, place: Slot, request_id: str, watch: RequestObserver) -> None:
+    def __init__(self, pool: Pool, slot: Slot, request_id: str, observer: RequestObserver) -> None:
         self._pool = pool
-        self._place = place
-        self._is_first = True
+        self._slot = slot
         self._request_id = request_id
-        self._watch = watch
+        self._observer = observer
         self._answer: Answer | None = None
         self._is_event_stream = False
+        self._is_first = True
         self._ended = False
 
-    async def begin(self, head: RequestHead, body: bytes) -> Response:
-        """Send the request; returns the answer that this is the body of.
+    async def open(self, head: RequestHead, body: bytes) -> Response:
+        """Send the request and return the response that has this body.
 
         Raises:
-            LinkError, UnavailableError: the replica was lost, or does not take it.
-            RequestError: it could not answer.
+            LinkError: The replica was lost or refused the request.
+            UnavailableError: The replica cannot answer now.
+            RequestError: The replica answered with an error.
         """
         try:
-            replica = self._place.replica
-            info, way = replica.info, replica.state
-            if way == "fallback":
+            replica = self._slot.replica
+            info, state = replica.info, replica.state
+            if state == "fallback":
                 self._pool.meter.fallbacks.add()
-            head = self._watch.asks(head, info.id, (info.host, info.port), way)
+            head = self._observer.trace_attempt(head, info.id, (info.host, info.port), state)
             self._answer = replica.open(head, body)
-            given = await self._answer.head()
+            response = await self._answer.head()
         except BaseException:
-            self._free(0.0)
+            self._release_slot(0.0)
             raise
-        headers = [pair for pair in given.headers if pair[0] not in _NOT_RETURNED]
+        headers = [pair for pair in response.headers if pair[0] not in _NOT_RETURNED]
         self._is_event_stream = any(
             name == b"content-type" and value.startswith(b"text/event-stream")
             for name, value in headers
         )
-        self._watch.status = given.status
-        return Response(given.status, headers, self)
+        self._observer.status = response.status
+        return Response(response.status, headers, self)
 
     @property
     def usage(self) -> Usage | None:
-        """What the request took, once its answer has ended."""
+        """Usage of the request; known once its response has ended."""
         return self._answer.usage if self._answer is not None else None
 
     def __aiter__(self) -> "RelayedBody":
@@ -159,56 +178,56 @@ class RelayedBody:
             await self.aclose()
             raise
         if not chunk:
-            if self._place.replica.is_draining:
+            if self._slot.replica.is_draining:
                 self._pool.meter.failed_over("drained")
             self._end()
             raise StopAsyncIteration
         if self._is_event_stream:
-            self._watch.writes.append(perf_counter())
+            self._observer.write_times.append(perf_counter())
             if self._is_first:
                 self._is_first = False
-                self._pool.first_token(self._place)
+                self._pool.replica_set.first_token(self._slot)
         return chunk
 
     async def aclose(self) -> None:
-        """Cancel what is left of the answer and give the replica's place back; once."""
+        """Cancel the rest of the response, if any, and release the slot."""
         if not self._ended:
-            self._watch.status = CLIENT_LEFT
+            self._observer.status = CLIENT_DISCONNECTED
             self._end()
 
     def _cut_off(self, error: LinkError | RequestError) -> bytes:
-        """What a client is told of an answer that breaks off, where its format can say it."""
+        """Return the error event that ends a cut-off stream; raise ``error`` for other formats."""
         self._pool.meter.cut_off.add()
-        self._watch.cut_off = True
+        self._observer.is_cut_off = True
         self._end()
-        logger.warning("%s: answer cut off: %s", self._request_id, error)
+        logger.warning("%s: response cut off: %s", self._request_id, error)
         if not self._is_event_stream:
             raise error
-        lost = error if isinstance(error, RequestError) else UnavailableError(_LOST)
-        return b"data: " + json.dumps(lost.body()).encode() + b"\n\n"
+        if isinstance(error, LinkError):
+            error = UnavailableError("The replica was lost during the response.")
+        return b"data: " + json.dumps(error.body()).encode() + b"\n\n"
 
     def _end(self) -> None:
-        assert self._answer is not None
-        usage = self._answer.usage
+        usage = self.usage
         if usage is not None:
-            claim = self._place.claim
-            self._pool.estimate.learn_usage(claim.body_bytes, usage, claim.text)
-        self._free(self._done_tokens(usage), usage)
-        self._watch.end(usage)
+            claim = self._slot.claim
+            self._pool.estimate.learn_usage(claim.body_bytes, usage, claim.prompt)
+        self._release_slot(self._done_tokens(usage), usage)
+        self._observer.end(usage)
 
     def _done_tokens(self, usage: Usage | None) -> float | None:
-        """The work that was done; where the replica did not say, what was expected."""
+        """Return the work that was done; None if unknown."""
         if usage is not None:
-            return work_of(usage)
-        if self._watch.status == CLIENT_LEFT:
+            return float(usage.computed_tokens)
+        if self._observer.status == CLIENT_DISCONNECTED:
             return None
-        return 0.0 if self._watch.status >= 400 else self._place.claim.work_tokens
+        return 0.0 if self._observer.status >= 400 else self._slot.claim.work_tokens
 
-    def _free(self, done_tokens: float | None, usage: Usage | None = None) -> None:
+    def _release_slot(self, done_tokens: float | None, usage: Usage | None = None) -> None:
         self._ended = True
         if self._answer is not None:
             self._answer.cancel()
-        self._pool.release(self._place, done_tokens, usage)
+        self._pool.queue.release_slot(self._slot, done_tokens, usage)
 
 
 def _request_head(request: Request) -> RequestHead:

@@ -1,9 +1,9 @@
-"""The paths that a pool's engines serve, and which of them a request's path is."""
+"""Route templates of a pool's engines."""
 
 from collections.abc import Iterable
 
 OTHER = "other"
-"""Stands for every path that no engine serves, so that clients cannot make new labels."""
+"""Metric label of all paths that no engine serves; clients cannot create further series."""
 
 
 class RouteTable:
@@ -18,16 +18,16 @@ class RouteTable:
         return bool(self._exact or self._templates)
 
     def find(self, path: str) -> str | None:
-        """The route that a path fits; None where none does."""
+        """Return the route that matches a path, or None."""
         if path in self._exact:
             return path
         return next((t for t in self._templates if _matches(t, path)), None)
 
 
 def _matches(template: str, path: str) -> bool:
-    wanted, given = template.split("/"), path.split("/")
-    if "{" in wanted[-1] and ":path}" in wanted[-1]:
-        given = [*given[: len(wanted) - 1], "/".join(given[len(wanted) - 1 :])]
-    return len(wanted) == len(given) and all(
-        part.startswith("{") or part == piece for part, piece in zip(wanted, given, strict=True)
+    expected, actual = template.split("/"), path.split("/")
+    if "{" in expected[-1] and ":path}" in expected[-1]:  # matches the rest, slashes included
+        actual = [*actual[: len(expected) - 1], "/".join(actual[len(expected) - 1 :])]
+    return len(expected) == len(actual) and all(
+        part.startswith("{") or part == piece for part, piece in zip(expected, actual, strict=True)
     )

@@ -1,1 +1,1 @@
-"""Records of requests: metrics, traces, the request log, and usage."""
+"""Records of single requests: metrics, traces, the request log, and usage."""

@@ -1,16 +1,20 @@
-"""What a router counts of its requests: bound once for each pool, a time noted for each chunk."""
+"""Observation of requests: metrics, traces, request log and usage.
 
+A ``PoolMeter`` binds the series of one pool once. A ``RequestObserver`` follows one request; on the
+path of a streamed token it costs one appended timestamp.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from operator import sub
 from time import perf_counter
-from typing import TYPE_CHECKING, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import msgspec
 
 from cluster.gateway.messages import Request
 from cluster.gateway.recording.request_log import (
-    CLIENT_LEFT,
+    CLIENT_DISCONNECTED,
     Outcome,
     RequestLog,
     RequestRecord,
@@ -18,7 +22,7 @@ from cluster.gateway.recording.request_log import (
 )
 from cluster.gateway.recording.usage import UsageAccount
 from cluster.link import RequestHead
-from cluster.metrics import Counter, Registry, table
+from cluster.metrics import Counter, Histogram, Registry, table
 from cluster.usage import Usage
 
 if TYPE_CHECKING:
@@ -28,191 +32,213 @@ if TYPE_CHECKING:
 ShedReason = Literal["queue_full", "too_long", "deadline", "expired"]
 FailoverReason = Literal["lost", "refused", "unavailable", "drained"]
 
+OnEnd = Callable[[int, Usage | None], None]
+"""Called at the end of a request with its status and, if known, its usage."""
 
-class Ending(Protocol):
-    """Who is told of a request's end."""
-
-    def end(self, status: int, usage: Usage | None) -> None:
-        """The request has ended with this status; ``usage`` is None where it is not known."""
+SLO_METRICS: Mapping[str, tuple[float, table.Metric]] = {
+    "ttft_p90_s": (0.9, table.TTFT_SECONDS),
+    "itl_p90_s": (0.9, table.ITL_SECONDS),
+    "latency_p95_s": (0.95, table.REQUEST_SECONDS),
+}
+"""Percentile and histogram of each SLO in the configuration."""
 
 
 @dataclass(frozen=True, slots=True)
-class Observers:
-    """What a router tells of its requests."""
+class RequestSinks:
+    """Destinations of a router's observations."""
 
     registry: Registry
-    journal: RequestLog
+    log: RequestLog
     tracer: "Tracer | None" = None
     usage: UsageAccount | None = None
 
 
 class PoolMeter:
-    """The counters of one pool, and what else is told of its requests."""
+    """Metrics of one pool, and the observers of its requests."""
 
-    def __init__(self, model: str, observers: Observers) -> None:
-        self.model = model
-        self.journal = observers.journal
-        self.tracer = observers.tracer
-        self.usage = observers.usage
-        registry = observers.registry
-        histogram, counter = registry.histogram, registry.counter
-        self.arrivals = counter(table.ARRIVALS, model)
-        self.counted = 0
-        """Requests that ended with a count of their tokens."""
-        self.request_s = histogram(table.REQUEST_SECONDS, model)
-        self.queue_s = histogram(table.QUEUE_SECONDS, model)
-        self.ttft_s = histogram(table.TTFT_SECONDS, model)
-        self.itl_s = histogram(table.ITL_SECONDS, model)
-        self.tpot_s = histogram(table.TPOT_SECONDS, model)
-        self.prompt_tokens = counter(table.PROMPT_TOKENS, model)
-        self.cached_tokens = counter(table.CACHED_TOKENS, model)
-        self.completion_tokens = counter(table.COMPLETION_TOKENS, model)
-        self.cut_off = counter(table.CUT_OFF, model)
-        self.fallbacks = counter(table.LINK_FALLBACKS, model)
-        self.choice_s = histogram(table.ROUTING_SECONDS, model)
-        self.choices = partial(counter, table.ROUTING_DECISIONS, model)
-        self._registry = registry
+    def __init__(self, pool_name: str, sinks: RequestSinks) -> None:
+        self.pool_name = pool_name
+        self.log = sinks.log
+        self.tracer = sinks.tracer
+        self.usage = sinks.usage
+        self._registry = sinks.registry
+        counter, histogram = self._counter, self.histogram
+        self.arrivals = counter(table.ARRIVALS)
+        self.num_with_usage = 0
+        """Requests that ended with a known usage."""
+        self.request_s = histogram(table.REQUEST_SECONDS)
+        self.queue_s = histogram(table.QUEUE_SECONDS)
+        self.ttft_s = histogram(table.TTFT_SECONDS)
+        self.itl_s = histogram(table.ITL_SECONDS)
+        self.tpot_s = histogram(table.TPOT_SECONDS)
+        self.prompt_tokens = counter(table.PROMPT_TOKENS)
+        self.cached_tokens = counter(table.CACHED_TOKENS)
+        self.completion_tokens = counter(table.COMPLETION_TOKENS)
+        self.cut_off = counter(table.CUT_OFF)
+        self.fallbacks = counter(table.LINK_FALLBACKS)
+        self.routing_s = histogram(table.ROUTING_SECONDS)
         self._requests: dict[tuple[str, int], Counter] = {}
-        self.watched: set[RequestObserver] = set()
-        """Requests that have not ended."""
-        registry.on_collect(self.count_gaps)
-        # All there from the beginning, or a rate would not see the first of each.
-        self._shed = {reason: counter(table.SHED, model, reason) for reason in get_args(ShedReason)}
-        self._handovers = {
-            reason: counter(table.FAILOVERS, model, reason) for reason in get_args(FailoverReason)
+        # Created now, at 0: a rate over a series that appears with its first event misses it.
+        self._shed = {reason: counter(table.SHED, reason) for reason in get_args(ShedReason)}
+        self._failovers = {
+            reason: counter(table.FAILOVERS, reason) for reason in get_args(FailoverReason)
         }
+        self.open_requests: set[RequestObserver] = set()
+        """Observers of the requests that have not ended."""
+        sinks.registry.on_collect(self.count_gaps)
 
-    def watch(self, request: Request, route: str, grant: Ending | None = None) -> "RequestObserver":
-        """Begin to watch one request, of whose end ``grant`` is told."""
-        if grant is not None:  # else it is the router's own, which no replica has to be there for
+    def histogram(self, metric: table.Metric) -> Histogram:
+        """Return the pool's histogram of a metric."""
+        return self._registry.histogram(metric, self.pool_name)
+
+    def observe(
+        self, request: Request, route: str, on_end: OnEnd | None = None
+    ) -> "RequestObserver":
+        """Return the observer of a request that has just arrived."""
+        # Without on_end the router itself asks; autoscaling must not start a replica for that.
+        if on_end is not None:
             self.arrivals.add()
-        watch = RequestObserver(self, request, route, grant)
-        self.watched.add(watch)
-        return watch
+        observer = RequestObserver(self, request, route, on_end)
+        self.open_requests.add(observer)
+        return observer
 
     def count_gaps(self) -> None:
-        """Count the gaps of streams that go on; to be called before ``itl_s`` is read."""
-        for watch in self.watched:
-            watch.count_gaps()
+        """Count the inter-token gaps of open streams; call this before reading ``itl_s``."""
+        for observer in self.open_requests:
+            observer.count_gaps()
+
+    def decisions(self, policy: str) -> Counter:
+        """Return the counter of routing decisions of one policy."""
+        return self._counter(table.ROUTING_DECISIONS, policy)
 
     def shed(self, reason: ShedReason) -> None:
-        """Count a request that is refused."""
+        """Count a request that is rejected for load."""
         self._shed[reason].add()
 
     def failed_over(self, reason: FailoverReason) -> None:
-        """Count a request that outlived its replica's part in the pool."""
-        self._handovers[reason].add()
+        """Count a failover, or a request that ended on a draining replica."""
+        self._failovers[reason].add()
 
-    def refuse(self, request: Request, route: str, status: int) -> None:
-        """Count and log a request that was not let in."""
+    def reject(self, request: Request, route: str, status: int) -> None:
+        """Count and log a request that was rejected before it asked for a slot."""
         self.requests(route, status).add()
-        self.journal.write(
-            RequestRecord(
-                request.id,
-                route,
-                status,
-                outcome_of(status),
-                tenant=request.tenant,
-                model=self.model,
-            )
+        outcome, tenant = outcome_of(status), request.tenant
+        record = RequestRecord(
+            request.id, route, status, outcome, tenant=tenant, model=self.pool_name
         )
+        self.log.write(record)
 
     def requests(self, route: str, status: int) -> Counter:
-        """Requests that ended so."""
+        """Return the counter of finished requests with this route and status."""
         counter = self._requests.get((route, status))
         if counter is None:
-            counter = self._registry.counter(table.REQUESTS, self.model, route, str(status))
+            counter = self._counter(table.REQUESTS, route, str(status))
             self._requests[route, status] = counter
         return counter
+
+    def _counter(self, metric: table.Metric, *labels: str) -> Counter:
+        return self._registry.counter(metric, self.pool_name, *labels)
 
 
 class RequestObserver:
     """One request from its arrival to its end."""
 
     __slots__ = (
-        *("_begun", "_first", "_grant", "_meter", "_placed", "_replica"),
-        *("_request", "_route", "_trace", "cut_off", "status", "writes"),
+        *("_arrived", "_first_write", "_meter", "_on_end", "_replica", "_request", "_route"),
+        *("_slot_taken", "_trace", "is_cut_off", "status", "write_times"),
     )
 
     def __init__(
-        self, meter: PoolMeter, request: Request, route: str, grant: Ending | None
+        self, meter: PoolMeter, request: Request, route: str, on_end: OnEnd | None
     ) -> None:
         self._meter = meter
         self._request = request
-        self._grant = grant
+        self._on_end = on_end
         self._route = route
         self._trace = None if meter.tracer is None else _trace(meter.tracer, request, route)
-        self._begun = perf_counter()
-        self._placed = self._first = 0.0
-        self.writes: list[float] = []
-        """When pieces of its stream went out, for the relay to append to: a call for each would
-        take as long as counting it. Those whose gaps are counted leave, but the last."""
-        self.status = CLIENT_LEFT
-        """The status of its answer; until one is known, that of a client who leaves."""
+        self._arrived = perf_counter()
+        self._slot_taken = self._first_write = 0.0
+        self.write_times: list[float] = []
+        """Times of the stream's writes. The relay appends to it directly, because a method call
+        costs as much as the counting; ``count_gaps`` then drops all but the last."""
+        self.status = CLIENT_DISCONNECTED
+        """Status of the response; until that is known, the status of a disconnect."""
         self._replica: str | None = None
-        self.cut_off = False
-        """Whether its answer ended before it was whole."""
+        self.is_cut_off = False
+        """True if the response ended before it was complete."""
 
-    def placed(self, replica: str) -> None:
-        """It has a place at a replica; where that one is lost, at another."""
-        self._placed = perf_counter()
-        self._replica = replica
+    def slot_taken(self, replica_id: str) -> None:
+        """Note that the request got a slot; after a failover, again."""
+        self._slot_taken = perf_counter()
+        self._replica = replica_id
 
-    def asks(
-        self, head: RequestHead, replica_id: str, address: tuple[str, int], way: str
+    def trace_attempt(
+        self, head: RequestHead, replica_id: str, address: tuple[str, int], state: str
     ) -> RequestHead:
-        """A replica is asked, over its link or a handle; returns the head that it gets."""
+        """Begin the span of an attempt at a replica; return the head with its trace context."""
         if self._trace is None:
             return head
-        headers = self._trace.start_attempt(head.headers, replica_id, address, way)
+        headers = self._trace.start_attempt(head.headers, replica_id, address, state)
         return msgspec.structs.replace(head, headers=headers)
 
     def count_gaps(self) -> None:
         """Count the gaps between the writes until now."""
-        writes = self.writes
-        if writes and not self._first:
-            self._first = writes[0]
-        if len(writes) > 1:
-            self._meter.itl_s.observe_all(map(sub, writes[1:], writes))
-            del writes[:-1]
+        times = self.write_times
+        if times and not self._first_write:
+            self._first_write = times[0]
+        if len(times) > 1:
+            self._meter.itl_s.observe_all(map(sub, times[1:], times))
+            del times[:-1]
 
     def end(self, usage: Usage | None) -> None:
-        """It has ended, in whatever way."""
-        if self._grant is not None:
-            self._grant.end(self.status, usage)
+        """Record the end of the request; call this exactly once."""
+        if self._on_end is not None:
+            self._on_end(self.status, usage)
         meter = self._meter
-        meter.watched.discard(self)
+        meter.open_requests.discard(self)
         self.count_gaps()
-        elapsed = perf_counter() - self._begun
-        meter.request_s.observe(elapsed)
+        total_s = perf_counter() - self._arrived
+        meter.request_s.observe(total_s)
         meter.requests(self._route, self.status).add()
-        if self._placed:
-            meter.queue_s.observe(self._placed - self._begun)
-        if self._first:
-            meter.ttft_s.observe(self._first - self._begun)
+        queue_s = self._slot_taken - self._arrived if self._slot_taken else None
+        ttft_s = self._first_write - self._arrived if self._first_write else None
+        if queue_s is not None:
+            meter.queue_s.observe(queue_s)
+        if ttft_s is not None:
+            meter.ttft_s.observe(ttft_s)
         if usage is not None:
-            meter.counted += 1
-            meter.prompt_tokens.add(usage.prompt_tokens)
-            meter.cached_tokens.add(usage.cached_tokens)
-            meter.completion_tokens.add(usage.completion_tokens)
-            if self._first and usage.completion_tokens > 1:
-                generating = self.writes[-1] - self._first
-                meter.tpot_s.observe(generating / (usage.completion_tokens - 1))
-            if meter.usage is not None:
-                meter.usage.add(self._request.tenant, meter.model, usage)
+            self._count_usage(usage)
         if self._trace is not None:
-            queue_s = self._placed - self._begun if self._placed else None
-            first_s = self._first - self._begun if self._first else None
-            self._trace.end(self.status, queue_s, first_s, usage)
-        outcome = outcome_of(self.status, cut_off=self.cut_off)
-        if meter.journal.wants(outcome):
-            meter.journal.write(self._ended(outcome, elapsed, usage), self._request.body)
+            self._trace.end(self.status, queue_s, ttft_s, usage)
+        outcome = outcome_of(self.status, cut_off=self.is_cut_off)
+        if meter.log.wants(outcome):
+            record = self._record(outcome, usage, queue_s, ttft_s, total_s)
+            meter.log.write(record, self._request.body)
 
-    def _ended(self, outcome: Outcome, elapsed: float, usage: Usage | None) -> RequestRecord:
+    def _count_usage(self, usage: Usage) -> None:
+        meter = self._meter
+        meter.num_with_usage += 1
+        meter.prompt_tokens.add(usage.prompt_tokens)
+        meter.cached_tokens.add(usage.cached_tokens)
+        meter.completion_tokens.add(usage.completion_tokens)
+        if self._first_write and usage.completion_tokens > 1:
+            decode_s = self.write_times[-1] - self._first_write
+            meter.tpot_s.observe(decode_s / (usage.completion_tokens - 1))
+        if meter.usage is not None:
+            meter.usage.add(self._request.tenant, meter.pool_name, usage)
+
+    def _record(
+        self,
+        outcome: Outcome,
+        usage: Usage | None,
+        queue_s: float | None,
+        ttft_s: float | None,
+        total_s: float,
+    ) -> RequestRecord:
         return RequestRecord(
             id=self._request.id,
             tenant=self._request.tenant,
-            model=self._meter.model,
+            model=self._meter.pool_name,
             route=self._route,
             status=self.status,
             outcome=outcome,
@@ -220,9 +246,9 @@ class RequestObserver:
             prompt_tokens=usage.prompt_tokens if usage else None,
             cached_tokens=usage.cached_tokens if usage else None,
             completion_tokens=usage.completion_tokens if usage else None,
-            queue_s=round(self._placed - self._begun, 6) if self._placed else None,
-            ttft_s=round(self._first - self._begun, 6) if self._first else None,
-            total_s=round(elapsed, 6),
+            queue_s=None if queue_s is None else round(queue_s, 6),
+            ttft_s=None if ttft_s is None else round(ttft_s, 6),
+            total_s=round(total_s, 6),
         )
 
 

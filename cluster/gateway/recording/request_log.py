@@ -1,7 +1,7 @@
-"""The end of each request: a line in the log, sampled above a rate, and a short memory of failures.
+"""Request log: a JSON line for each finished request, rate-limited, and the last failures.
 
-A line is JSON and holds no text of the request, unless that is configured. Owns the limits and
-the last failures. Where the logger ``tandem.requests`` writes to, is not known here.
+A line contains no text of the request unless ``log_prompts`` is set. The handler of the logger
+``tandem.requests`` is configured by ``deployments.request_log``.
 """
 
 import logging
@@ -16,18 +16,19 @@ import msgspec
 from cluster.errors import request_error_for
 
 LOGGER = "tandem.requests"
-CLIENT_LEFT = 499
-"""Not a status that is sent: who would get it has left."""
+CLIENT_DISCONNECTED = 499
+"""Status of a request whose client disconnected; counted and logged, never sent."""
 MAX_FAILURES = 50
 MAX_PROMPT_CHARS = 2000
 
 logger = logging.getLogger(LOGGER)
 
 Outcome = Literal["ok", "left", "refused", "failed", "cut_off"]
+"""``left``: the client disconnected."""
 
 
 class RequestRecord(msgspec.Struct):
-    """A request that has ended; what is not known of it is None."""
+    """A finished request; unknown values are None."""
 
     id: str
     route: str
@@ -35,9 +36,9 @@ class RequestRecord(msgspec.Struct):
     outcome: Outcome
     tenant: str = ""
     model: str = ""
-    """"" where it came to no pool."""
+    """Pool; empty if the request was rejected before one was selected."""
     replica: str | None = None
-    """The last at which it had a place."""
+    """The last replica at which the request had a slot."""
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
     completion_tokens: int | None = None
@@ -47,34 +48,35 @@ class RequestRecord(msgspec.Struct):
 
 
 class Failure(msgspec.Struct):
-    """A request that was not answered as its sender wished; nothing of its text."""
+    """A failed or rejected request, without its text."""
 
     time: float
     """Unix time of its end."""
     id: str
     model: str
-    """"" where it came to no pool."""
+    """Pool; empty if the request was rejected before one was selected."""
     route: str
     status: int
     type: str
 
 
 def outcome_of(status: int, *, cut_off: bool = False) -> Outcome:
-    """How a request ended, by the status of its answer."""
+    """Return the outcome of a request by the status of its response."""
     if cut_off:
         return "cut_off"
-    if status == CLIENT_LEFT:
+    if status == CLIENT_DISCONNECTED:
         return "left"
     return "failed" if status >= 500 else "refused" if status >= 400 else "ok"
 
 
 class RequestLog:
-    """Told of the end of every request of one router.
+    """Log of one router's requests.
 
     Args:
-        lines_per_s: Lines in a second for requests that ended well, and as many for the others.
-        log_prompts: Whether a line has the beginning of the request's body.
-        clock: Seconds that never go back.
+        lines_per_s: Limit on lines per second for requests that ended well, and the same limit
+            again for all others.
+        log_prompts: True to include the beginning of each request's body.
+        clock: Monotonic clock, in seconds.
     """
 
     def __init__(
@@ -84,68 +86,70 @@ class RequestLog:
         log_prompts: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._usual = _Limit(lines_per_s, clock)
-        self._unusual = _Limit(lines_per_s, clock)
+        self._ok_limit = _RateLimit(lines_per_s, clock)
+        self._failure_limit = _RateLimit(lines_per_s, clock)
         self._log_prompts = log_prompts
         self._skipped = 0
-        self._faults: deque[Failure] = deque(maxlen=MAX_FAILURES)
-        self._refusals: deque[Failure] = deque(maxlen=MAX_FAILURES)
+        self._failed: deque[Failure] = deque(maxlen=MAX_FAILURES)
+        self._refused: deque[Failure] = deque(maxlen=MAX_FAILURES)
 
     @property
     def failures(self) -> list[Failure]:
-        """The last requests that failed and the last that were refused, the oldest first."""
-        return sorted((*self._faults, *self._refusals), key=lambda failure: failure.time)
+        """The last failed and the last refused requests, oldest first."""
+        return sorted((*self._failed, *self._refused), key=lambda failure: failure.time)
 
     def wants(self, outcome: Outcome) -> bool:
-        """Whether ``write`` is to be called for a request; asked once, as that is counted."""
-        if outcome not in ("ok", "left") or self._usual.allows():
+        """Return whether to call ``write``; call this once per request, as it uses up the limit."""
+        if outcome not in ("ok", "left") or self._ok_limit.allows():
             return True
         self._skipped += 1
         return False
 
-    def write(self, ended: RequestRecord, body: bytes = b"") -> None:
-        """Log a request that is wanted, and remember it where it failed or was refused."""
-        fault = ended.outcome in ("failed", "cut_off")
-        if fault or ended.outcome == "refused":
-            (self._faults if fault else self._refusals).append(_failure(ended))
-            if not self._unusual.allows():
+    def write(self, record: RequestRecord, body: bytes = b"") -> None:
+        """Log a request, and remember it if it failed or was refused."""
+        has_failed = record.outcome in ("failed", "cut_off")
+        if has_failed or record.outcome == "refused":
+            (self._failed if has_failed else self._refused).append(_failure(record))
+            if not self._failure_limit.allows():
                 self._skipped += 1
                 return
-        level = logging.WARNING if fault else logging.INFO
+        level = logging.WARNING if has_failed else logging.INFO
         if logger.isEnabledFor(level):
-            logger.log(level, "%s", self._line(ended, body))
+            logger.log(level, "%s", self._line(record, body))
 
-    def _line(self, ended: RequestRecord, body: bytes) -> str:
+    def _line(self, record: RequestRecord, body: bytes) -> str:
         line: dict[str, object] = {"time": datetime.now(UTC).isoformat(timespec="milliseconds")}
-        known = msgspec.structs.asdict(ended).items()
-        line |= {key: value for key, value in known if value is not None and value != ""}
+        fields = msgspec.structs.asdict(record).items()
+        line |= {key: value for key, value in fields if value is not None and value != ""}
         if self._skipped:
             line["skipped"], self._skipped = self._skipped, 0
-        if self._log_prompts:
+        if self._log_prompts:  # a character has at most 4 bytes
             line["body"] = body[: 4 * MAX_PROMPT_CHARS].decode(errors="replace")[:MAX_PROMPT_CHARS]
         return msgspec.json.encode(line).decode()
 
 
-def _failure(ended: RequestRecord) -> Failure:
-    kind = "CutOff" if ended.outcome == "cut_off" else request_error_for(ended.status, "").type
-    return Failure(time.time(), ended.id, ended.model, ended.route, ended.status, kind)
+def _failure(record: RequestRecord) -> Failure:
+    is_cut_off = record.outcome == "cut_off"
+    kind = "CutOff" if is_cut_off else request_error_for(record.status, "").type
+    return Failure(time.time(), record.id, record.model, record.route, record.status, kind)
 
 
-class _Limit:
-    """So many in a second, and after a pause as many at once."""
+class _RateLimit:
+    """Token bucket with a burst of one second's events."""
 
-    def __init__(self, rate: float, clock: Callable[[], float]) -> None:
-        self._rate = rate
-        self._burst = max(1.0, rate) if rate else 0.0
-        self._left = self._burst
+    def __init__(self, rate_per_s: float, clock: Callable[[], float]) -> None:
+        self._rate_per_s = rate_per_s
+        self._burst = max(1.0, rate_per_s) if rate_per_s else 0.0
+        self._tokens = self._burst
         self._clock = clock
-        self._at = clock()
+        self._updated_s = clock()
 
     def allows(self) -> bool:
-        now = self._clock()
-        self._left = min(self._burst, self._left + (now - self._at) * self._rate)
-        self._at = now
-        if self._left < 1.0:
+        now_s = self._clock()
+        grown = (now_s - self._updated_s) * self._rate_per_s
+        self._tokens = min(self._burst, self._tokens + grown)
+        self._updated_s = now_s
+        if self._tokens < 1.0:
             return False
-        self._left -= 1.0
+        self._tokens -= 1.0
         return True

@@ -1,1 +1,1 @@
-"""Reports on a router's pools: gauges, the load for autoscaling, and the dashboard."""
+"""Reports on the state of pools: gauges, load reports for autoscaling, and the dashboard."""

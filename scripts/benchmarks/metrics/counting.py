@@ -20,7 +20,7 @@ from cluster.config import parse
 from cluster.gateway import UsageAccount
 from cluster.gateway.admission.quotas import TenantQuotas
 from cluster.gateway.messages import Request
-from cluster.gateway.recording.observer import Observers, PoolMeter
+from cluster.gateway.recording.observer import PoolMeter, RequestSinks
 from cluster.gateway.recording.request_log import LOGGER, RequestLog
 from cluster.metrics import Registry
 from cluster.usage import Usage
@@ -45,11 +45,12 @@ def us_per_token(streams: int = STREAMS) -> float:
 
 def _count_streams(meter: PoolMeter, quotas: TenantQuotas, streams: int) -> None:
     for _ in range(streams):
-        observer = meter.watch(_REQUEST, PATH, quotas.enter(OPEN, SIM_MODEL, 144.0, 16.0))
-        observer.placed("replica")
+        ticket = quotas.admit(OPEN, SIM_MODEL, 144.0, 16.0)
+        observer = meter.observe(_REQUEST, PATH, ticket.end)
+        observer.slot_taken("replica")
         observer.status = 200
         for _ in range(TOKENS):
-            observer.writes.append(perf_counter())
+            observer.write_times.append(perf_counter())
         observer.end(_USAGE)
 
 
@@ -64,7 +65,7 @@ def _make_counters() -> Iterator[tuple[PoolMeter, TenantQuotas]]:
         handler = open_request_log(Path(folder), "benchmark")
         try:
             yield (
-                PoolMeter(SIM_MODEL, Observers(registry, request_log, usage=usage)),
+                PoolMeter(SIM_MODEL, RequestSinks(registry, request_log, usage=usage)),
                 TenantQuotas(registry),
             )
         finally:

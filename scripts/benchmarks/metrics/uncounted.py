@@ -14,11 +14,10 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import TandemConfig
-from cluster.gateway import gateway
 from cluster.gateway.messages import Request
-from cluster.gateway.pools import relay
-from cluster.gateway.recording.observer import Ending, Observers, PoolMeter, RequestObserver
-from cluster.gateway.recording.request_log import CLIENT_LEFT
+from cluster.gateway.pools import factory, relay
+from cluster.gateway.recording.observer import OnEnd, PoolMeter, RequestObserver, RequestSinks
+from cluster.gateway.recording.request_log import CLIENT_DISCONNECTED
 from cluster.link import RequestHead
 from cluster.metrics import Histogram, Registry
 from cluster.usage import Usage
@@ -43,25 +42,25 @@ class UncountedRequest(RequestObserver):
 
     __slots__ = ()
 
-    def __init__(self, grant: Ending | None) -> None:
-        self.status = CLIENT_LEFT
-        self.cut_off = False
-        self.writes = _DISCARDED
-        self._grant = grant
+    def __init__(self, on_end: OnEnd | None) -> None:
+        self.status = CLIENT_DISCONNECTED
+        self.is_cut_off = False
+        self.write_times = _DISCARDED
+        self._on_end = on_end
 
-    def placed(self, replica: str) -> None:
+    def slot_taken(self, replica_id: str) -> None:
         """Do nothing."""
 
-    def asks(
-        self, head: RequestHead, replica_id: str, address: tuple[str, int], way: str
+    def trace_attempt(
+        self, head: RequestHead, replica_id: str, address: tuple[str, int], state: str
     ) -> RequestHead:
         """Return the head unchanged."""
         return head
 
     def end(self, usage: Usage | None) -> None:
         """Return the tenant's quotas."""
-        if self._grant is not None:
-            self._grant.end(self.status, usage)
+        if self._on_end is not None:
+            self._on_end(self.status, usage)
 
 
 _DISCARDED = _DiscardingList()
@@ -75,13 +74,13 @@ class _DiscardingHistogram(Histogram):
 class UncountingMeter(PoolMeter):
     """Meter that counts no request."""
 
-    def __init__(self, model: str, observers: Observers) -> None:
-        super().__init__(model, observers)
-        self.choice_s = _DiscardingHistogram(())
+    def __init__(self, model: str, sinks: RequestSinks) -> None:
+        super().__init__(model, sinks)
+        self.routing_s = _DiscardingHistogram(())
 
-    def watch(self, request: Request, route: str, grant: Ending | None = None) -> RequestObserver:
+    def observe(self, request: Request, route: str, on_end: OnEnd | None = None) -> RequestObserver:
         """Return an observer without metrics."""
-        return UncountedRequest(grant)
+        return UncountedRequest(on_end)
 
 
 class _NoExporter:
@@ -99,7 +98,7 @@ class UncountingRouter(Router):
         self, config: TandemConfig, pools: Mapping[str, DeploymentHandle]
     ) -> None:
         with (
-            patch.object(gateway, "PoolMeter", UncountingMeter),
+            patch.object(factory, "PoolMeter", UncountingMeter),
             patch.object(router, "RayExporter", _NoExporter),
         ):
             await super().__init__(config, pools)

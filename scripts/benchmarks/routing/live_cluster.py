@@ -16,7 +16,7 @@ from benchmarks.routing.traces import PEERS
 from benchmarks.targets.running import SIM_MODEL
 from benchmarks.targets.tandem import ExtraApplication, tandem_with_pools
 from cluster.config import RoutingPolicy
-from cluster.gateway.pools import pool
+from cluster.gateway.pools import replica_set
 from cluster.launch.log_files import REQUEST_LOGS, log_directory
 from cluster.routing import Policy, PrefixIndex
 
@@ -110,7 +110,7 @@ def peer_policy(peer: str) -> Iterator[None]:
     def make_policy(_name: str, index: PrefixIndex, seed: int) -> Policy:
         return make(index, lambda _replica, _request: 0.0, seed)  # peers do not know the caches
 
-    with patch.object(pool, "make_policy", make_policy):
+    with patch.object(replica_set, "make_policy", make_policy):
         yield
 
 

@@ -1,7 +1,7 @@
-"""The router's own pages: one self-contained HTML file each, which fetches nothing from elsewhere.
+"""HTML pages of the router: self-contained files that load nothing from elsewhere.
 
-A page's scripts and styles stand in it, and its security policy allows just those, by their hash.
-``/*vendor:FILE*/`` in a page stands for a file of others' below ``vendor``.
+Scripts and styles are inline; the content security policy allows exactly these, by their hashes.
+``/*vendor:FILE*/`` in a page is replaced by a third-party file from ``vendor``.
 """
 
 import base64
@@ -14,28 +14,28 @@ from importlib import resources
 from cluster.gateway.messages import Response, bytes_response
 
 MODELS = "<!--models-->"
-"""Where a page wants its choice of models."""
+"""Placeholder in a page for the options of its model selection."""
 _VENDORED = re.compile(r"/\*vendor:([\w.-]+)\*/")
 
 
 class Page:
-    """One page, read once.
+    """One page, loaded once.
 
     Args:
-        name: Its file, without the ending.
+        name: File name without ``.html``.
     """
 
     def __init__(self, name: str) -> None:
         files = resources.files(__package__)
         vendor = files / "vendor"
         self._text = _VENDORED.sub(
-            lambda found: (vendor / found[1]).read_text(encoding="utf-8"),
+            lambda match: (vendor / match[1]).read_text(encoding="utf-8"),
             (files / f"{name}.html").read_text(encoding="utf-8"),
         )
         self._policy = _policy(self._text)
 
     def response(self, models: Iterable[str]) -> Response:
-        """The page with these models to choose from."""
+        """Return the page with these models in its selection."""
         options = "".join(f"<option>{html.escape(name)}</option>" for name in models)
         headers = [
             (b"content-security-policy", self._policy),
@@ -56,6 +56,6 @@ def _policy(text: str) -> bytes:
 
 
 def _hashes(text: str, tag: str) -> str:
-    found = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
-    digests = (hashlib.sha256(inside.encode()).digest() for inside in found)
+    contents = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+    digests = (hashlib.sha256(content.encode()).digest() for content in contents)
     return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)

@@ -1,7 +1,7 @@
-"""What ``GET /dashboard`` and ``tandem top`` show: the last minutes of all routers.
+"""Data of ``GET /dashboard`` and ``tandem top``: the last minutes of all routers.
 
-``history`` keeps each second of this router, ``board`` adds up the seconds of all routers and makes
-rates and percentiles of them, ``service`` samples, asks the other routers and answers requests.
+``history`` samples this router every second, ``board`` merges the seconds of all routers into rates
+and percentiles, and ``service`` queries the other routers and answers requests.
 """
 
 from cluster.gateway.reporting.dashboard.service import (

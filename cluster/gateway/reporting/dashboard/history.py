@@ -1,16 +1,16 @@
-"""The last minutes of one router, a second at a time. Owns a bounded ring; time is an argument."""
+"""The last minutes of one router, second by second."""
 
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from cluster.gateway.pools.pool import Pool
-from cluster.gateway.recording.request_log import CLIENT_LEFT
+from cluster.gateway.recording.request_log import CLIENT_DISCONNECTED
 from cluster.gateway.reporting.dashboard.report import (
     LATENCIES,
-    Change,
     PoolNow,
     PoolSecond,
+    ReplicaChange,
     ReplicaNow,
     Second,
 )
@@ -18,53 +18,56 @@ from cluster.metrics import Counter, Registry, table
 
 HISTORY_S = 300
 MAX_CHANGES = 50
-MAX_DRIFT_S = 10
-"""Where the clock was set by more than this, what was kept cannot be told from what comes."""
+MAX_CLOCK_STEP_S = 10
+"""A larger step of the wall clock clears the history, whose times would overlap the new ones."""
 
-_COUNTS = {"prompt_tokens": table.PROMPT_TOKENS, "completion_tokens": table.COMPLETION_TOKENS}
+_TOKEN_COUNTERS = {
+    "prompt_tokens": table.PROMPT_TOKENS,
+    "completion_tokens": table.COMPLETION_TOKENS,
+}
 
 
 @dataclass(slots=True)
 class _Totals:
-    """Everything of a pool that only grows."""
+    """Counters of a pool, which only grow."""
 
     counts: dict[str, int]
     buckets: dict[str, list[int]] = field(default_factory=dict)
 
 
 class History:
-    """Reads the registry once a second and keeps what came since the reading before."""
+    """Ring of seconds; each is the difference between two readings of the registry."""
 
     def __init__(self, registry: Registry, pools: Mapping[str, Pool]) -> None:
         self._registry = registry
         self._pools = pools
         self._seconds: deque[Second] = deque(maxlen=HISTORY_S)
-        self._changes: deque[Change] = deque(maxlen=MAX_CHANGES)
-        self._replicas: dict[str, frozenset[str]] = {name: frozenset() for name in pools}
+        self._changes: deque[ReplicaChange] = deque(maxlen=MAX_CHANGES)
+        self._replica_ids: dict[str, frozenset[str]] = {name: frozenset() for name in pools}
         self._read_at: float | None = None
         self._totals: dict[str, _Totals] = {}
-        self._astray = 0
+        self._unrouted = 0
 
     @property
-    def changes(self) -> list[Change]:
-        """When replicas came or went, the oldest first."""
+    def changes(self) -> list[ReplicaChange]:
+        """Changes of the running replicas, oldest first."""
         return list(self._changes)
 
     def since(self, time: int) -> list[Second]:
-        """The seconds that began after ``time`` (Unix time), the oldest first."""
+        """Return the seconds that began after ``time`` (Unix time), oldest first."""
         return [second for second in self._seconds if second.time > time]
 
-    def take(self, now: float, monotonic: float) -> None:
-        """A second has ended: keep it.
+    def sample(self, now: float, monotonic: float) -> None:
+        """Record the second that has just ended.
 
         Args:
             now: Unix time.
-            monotonic: A clock that is never set, in seconds.
+            monotonic: Monotonic time in seconds.
         """
-        totals, unrouted = dict(self._read_totals()), self._read_astray()
+        totals, unrouted = dict(self._read_totals()), self._read_unrouted()
         if self._read_at is not None:
             began = int(now) - 1
-            if self._seconds and abs(began - self._seconds[-1].time) > MAX_DRIFT_S:
+            if self._seconds and abs(began - self._seconds[-1].time) > MAX_CLOCK_STEP_S:
                 self._seconds.clear()
             if self._seconds:
                 began = max(began, self._seconds[-1].time + 1)
@@ -73,22 +76,22 @@ class History:
                 for name, pool in self._pools.items()
             }
             self._seconds.append(
-                Second(began, monotonic - self._read_at, pools, unrouted - self._astray)
+                Second(began, monotonic - self._read_at, pools, unrouted - self._unrouted)
             )
-        self._totals, self._astray, self._read_at = totals, unrouted, monotonic
-        self._note_changes(now)
+        self._totals, self._unrouted, self._read_at = totals, unrouted, monotonic
+        self._record_changes(now)
 
     def now(self) -> dict[str, PoolNow]:
-        """The pools at this moment."""
-        return {name: _now(pool) for name, pool in self._pools.items()}
+        """Return the current state of the pools."""
+        return {name: _pool_now(pool) for name, pool in self._pools.items()}
 
     def _read_totals(self) -> Iterator[tuple[str, _Totals]]:
-        endings = {name: [0, 0, 0] for name in self._pools}
+        ended = {name: [0, 0, 0] for name in self._pools}
         for (model, _, status), child in self._registry.series(table.REQUESTS).items():
-            if model in endings and status.isdigit() and isinstance(child, Counter):
-                for index, counted in enumerate(_kinds(int(status))):
-                    endings[model][index] += int(child.value) * counted
-        for name, (requests, failed, refused) in endings.items():
+            if model in ended and status.isdigit() and isinstance(child, Counter):
+                for index, counted in enumerate(_classify(int(status))):
+                    ended[model][index] += int(child.value) * counted
+        for name, (requests, failed, refused) in ended.items():
             self._pools[name].meter.count_gaps()
             cut_off = self._registry.counter(table.CUT_OFF, name)
             counts = {
@@ -96,7 +99,7 @@ class History:
                 "failed": failed + int(cut_off.value),
                 "refused": refused,
             }
-            for key, metric in _COUNTS.items():
+            for key, metric in _TOKEN_COUNTERS.items():
                 counts[key] = int(self._registry.counter(metric, name).value)
             buckets = {
                 key: list(self._registry.histogram(metric, name).counts)
@@ -104,54 +107,50 @@ class History:
             }
             yield name, _Totals(counts, buckets)
 
-    def _read_astray(self) -> int:
+    def _read_unrouted(self) -> int:
         return sum(
             int(child.value)
             for (model, _, status), child in self._registry.series(table.REQUESTS).items()
-            if not model and isinstance(child, Counter) and _kinds(int(status))[2]
+            if not model and isinstance(child, Counter) and _classify(int(status))[2]
         )
 
     def _second(self, pool: Pool, before: _Totals, after: _Totals) -> PoolSecond:
-        second = _now(pool).level()
+        second = _pool_now(pool).level()
         for key, value in after.counts.items():
             setattr(second, key, value - before.counts[key])
         for key, counts in after.buckets.items():
-            if grown := _grown(before.buckets[key], counts):
+            if grown := _growth(before.buckets[key], counts):
                 second.latencies[key] = grown
         return second
 
-    def _note_changes(self, now: float) -> None:
+    def _record_changes(self, now: float) -> None:
         for name, pool in self._pools.items():
             ids = frozenset(replica.info.id for replica in pool.replicas)
-            before = self._replicas[name]
+            before = self._replica_ids[name]
             if ids != before:
                 added, removed = sorted(ids - before), sorted(before - ids)
-                self._changes.append(Change(now, name, added, removed, len(ids)))
-                self._replicas[name] = ids
+                self._changes.append(ReplicaChange(now, name, added, removed, len(ids)))
+                self._replica_ids[name] = ids
 
 
-def _kinds(status: int) -> tuple[bool, bool, bool]:
-    """Whether a status counts as a request, a failed one, a refused one."""
-    return True, status >= 500, 400 <= status < CLIENT_LEFT
+def _classify(status: int) -> tuple[bool, bool, bool]:
+    """Return whether a status counts as a request, as failed, and as refused."""
+    return True, status >= 500, 400 <= status < CLIENT_DISCONNECTED
 
 
-def _grown(before: list[int], after: list[int]) -> dict[int, int]:
+def _growth(before: list[int], after: list[int]) -> dict[int, int]:
     if before == after:
         return {}
     pairs = enumerate(zip(before, after, strict=True))
     return {index: new - old for index, (old, new) in pairs if new != old}
 
 
-def _now(pool: Pool) -> PoolNow:
-    return PoolNow(pool.kind, _replicas(pool), pool.num_queued)
-
-
-def _replicas(pool: Pool) -> list[ReplicaNow]:
-    found = []
+def _pool_now(pool: Pool) -> PoolNow:
+    replicas = []
     for replica in pool.replicas:
         now = ReplicaNow(replica.info.id, replica.state, replica.in_flight)
         if (load := replica.link.load) is not None:
             now.running, now.waiting = load.running, load.waiting
             now.kv_cache = load.kv_cache_usage
-        found.append(now)
-    return found
+        replicas.append(now)
+    return PoolNow(pool.kind, replicas, pool.num_queued)

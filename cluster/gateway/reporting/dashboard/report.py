@@ -1,4 +1,4 @@
-"""What one router tells of itself: to the page that it serves, and to the other routers."""
+"""A router's report on itself, for its own page and for the other routers' pages."""
 
 from collections.abc import Mapping
 
@@ -13,29 +13,32 @@ LATENCIES: Mapping[str, table.Metric] = {
     "total": table.REQUEST_SECONDS,
     "queue": table.QUEUE_SECONDS,
 }
-"""The histograms whose percentiles are shown, by the names that they have there."""
+"""Histograms whose percentiles the dashboard shows, by their names there."""
 
 
 class PoolSecond(msgspec.Struct, omit_defaults=True):
-    """One second of one pool, as one router saw it."""
+    """One second of one pool in one router."""
 
     requests: int = 0
-    """That ended, in whatever way."""
+    """Requests that ended."""
     failed: int = 0
-    """With a status of 500 or more, or cut off."""
+    """Requests with a status of 500 or above, or cut off."""
     refused: int = 0
-    """With a status of 400 to 498."""
+    """Requests with a status of 400 to 498."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     latencies: dict[str, dict[int, int]] = msgspec.field(default_factory=dict)
-    """Of each of ``LATENCIES``, the observations by the index of their bucket."""
-    ongoing: int = 0
-    """This router's own, at the end of the second; the same for ``queued``."""
+    """For each of ``LATENCIES``, the observations by bucket index."""
+    in_flight: int = msgspec.field(default=0, name="ongoing")
+    """Requests of this router at the end of the second."""
     queued: int = 0
+    """Requests in this router's queue at the end of the second."""
     running: int = 0
-    """In the engines, whichever router they came from; the same for the rest."""
+    """Requests in the engines' batches, from all routers."""
     waiting: int = 0
+    """Requests waiting in the engines, from all routers."""
     kv_cache: float = 0.0
+    """Mean share of the KV caches in use."""
 
 
 class Second(msgspec.Struct):
@@ -44,36 +47,36 @@ class Second(msgspec.Struct):
     time: int
     """Unix time of its beginning."""
     span_s: float
-    """How long it really was."""
+    """Actual duration in seconds."""
     pools: dict[str, PoolSecond]
     unrouted: int = 0
-    """Requests that were refused before they came to a pool: no such model, no key."""
+    """Requests rejected before a pool was selected, such as an unknown model or no API key."""
 
 
 class ReplicaNow(msgspec.Struct):
-    """A replica as a router sees it now."""
+    """Current state of a replica."""
 
     id: str
     state: str
-    ongoing: int
-    """Requests of that router."""
+    in_flight: int = msgspec.field(name="ongoing")
+    """Requests of the reporting router."""
     running: int = 0
     waiting: int = 0
     kv_cache: float = 0.0
 
 
 class PoolNow(msgspec.Struct):
-    """A pool as a router sees it now."""
+    """Current state of a pool."""
 
     kind: str
     replicas: list[ReplicaNow]
     queued: int = 0
-    """In that router."""
+    """Requests in the reporting router's queue."""
 
     def level(self) -> PoolSecond:
-        """The levels of this moment, which are all of its replicas' together."""
+        """Return the current levels, summed over the replicas."""
         return PoolSecond(
-            ongoing=sum(replica.ongoing for replica in self.replicas),
+            in_flight=sum(replica.in_flight for replica in self.replicas),
             queued=self.queued,
             running=sum(replica.running for replica in self.replicas),
             waiting=sum(replica.waiting for replica in self.replicas),
@@ -82,24 +85,25 @@ class PoolNow(msgspec.Struct):
         )
 
 
-class Change(msgspec.Struct):
-    """The replicas of a pool became more or fewer, or were replaced."""
+class ReplicaChange(msgspec.Struct):
+    """A change of the set of running replicas of a pool."""
 
     time: float
     """Unix time."""
     model: str
     added: list[str]
-    """Ids of replicas; the same for ``removed``."""
+    """Ids of new replicas."""
     removed: list[str]
+    """Ids of replicas that are gone."""
     replicas: int
-    """How many there are then."""
+    """Number of replicas after the change."""
 
 
-class Report(msgspec.Struct):
-    """Everything that one router tells."""
+class RouterReport(msgspec.Struct):
+    """Everything that one router reports."""
 
     router: str
     seconds: list[Second]
     pools: dict[str, PoolNow]
     failures: list[Failure]
-    changes: list[Change]
+    changes: list[ReplicaChange]

@@ -11,8 +11,8 @@ from cluster.autoscaling.reports import parse_reports
 from cluster.config import parse
 from cluster.gateway.gateway import Gateway
 from cluster.gateway.messages import Request
-from cluster.gateway.pools.pool import Wiring
-from cluster.gateway.recording.observer import Observers, PoolMeter
+from cluster.gateway.pools.replica import Wiring
+from cluster.gateway.recording.observer import PoolMeter, RequestSinks
 from cluster.gateway.recording.request_log import RequestLog
 from cluster.gateway.reporting.dashboard.history import History
 from cluster.metrics import Histogram, Registry, exposition
@@ -41,19 +41,19 @@ def check(found: Histogram, times: list[float]) -> None:
 def test_each_gap_is_counted_once_whenever_somebody_reads(
     portions: list[tuple[list[float], bool]],
 ) -> None:
-    meter = PoolMeter("m", Observers(Registry(), RequestLog(1.0)))
-    watch = meter.watch(REQUEST, REQUEST.path)
+    meter = PoolMeter("m", RequestSinks(Registry(), RequestLog(1.0)))
+    watch = meter.observe(REQUEST, REQUEST.path)
     begun = now = perf_counter()
     times: list[float] = []
     for gaps, read in portions:
         for gap in gaps:
             now += gap
             times.append(now)
-            watch.writes.append(now)
+            watch.write_times.append(now)
         if read:
             meter.count_gaps()
             check(meter.itl_s, times)
-            assert len(watch.writes) <= 1  # what is counted is not kept
+            assert len(watch.write_times) <= 1  # what is counted is not kept
     watch.end(Usage(1, 0, len(times)))
     meter.count_gaps()
     check(meter.itl_s, times)
@@ -70,20 +70,20 @@ async def test_each_reader_sees_the_gaps_of_a_stream_that_goes_on() -> None:
     generator = {"name": "chat", "model": "m", "slo": {"itl_p90_s": 0.1}}
     gateway = Gateway(parse({"generators": [generator]}), {"chat": Wiring(b"secret")})
     history = History(gateway.registry, gateway.pools)
-    history.take(100.0, 100.0)
+    history.sample(100.0, 100.0)
     gateway.load_report(100.0, 1.0)
-    watch = gateway.pools["chat"].meter.watch(REQUEST, REQUEST.path)
+    watch = gateway.pools["chat"].meter.observe(REQUEST, REQUEST.path)
 
-    watch.writes += [1.0, 1.5]
-    history.take(101.0, 101.0)
+    watch.write_times += [1.0, 1.5]
+    history.sample(101.0, 101.0)
     (second,) = history.since(0)
     assert sum(second.pools["chat"].latencies["itl"].values()) == 1
 
-    watch.writes += [2.0]
+    watch.write_times += [2.0]
     report = parse_reports(gateway.load_report(102.0, 1.0))["chat"]
     assert report.latencies["itl_p90_s"].samples == 2
 
-    watch.writes += [3.0]
+    watch.write_times += [3.0]
     text = exposition(gateway.registry).decode()
     assert 'tandem_itl_seconds_count{model="chat"} 3.0' in text
     assert 'tandem_itl_seconds_sum{model="chat"} 2.0' in text

@@ -1,0 +1,140 @@
+"""One replica as a router sees it: its address, its link, and the fallback without a link."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from ssl import SSLContext
+from typing import Any, Literal, Protocol
+
+from cluster.link import LinkClient, LinkState, RequestHead, ResponseHead
+from cluster.routing import Reach
+from cluster.usage import Usage
+
+FALLBACK_AFTER = 2
+"""Failed attempts to open a link before requests go through the fallback."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaInfo:
+    """A running replica, as it describes itself to Ray Serve."""
+
+    id: str
+    host: str
+    port: int
+    routes: tuple[str, ...] = ()
+    """Paths that its engine serves."""
+    versions: dict[str, str] = field(default_factory=dict)
+    adapters: tuple[str, ...] | None = ()
+    """LoRA adapters that its engine serves, which can differ from the router's configuration
+    during a rolling update. None if unknown (older versions); it may then have all of them."""
+
+    def lacks_adapter(self, adapter: str) -> bool:
+        """Return True if the replica is known not to serve the adapter."""
+        return self.adapters is not None and adapter not in self.adapters
+
+    def to_metadata(self) -> dict[str, Any]:
+        """Return the form that Ray Serve passes to the routers."""
+        return {
+            "host": self.host,
+            "port": self.port,
+            "routes": list(self.routes),
+            "versions": self.versions,
+            "adapters": None if self.adapters is None else list(self.adapters),
+        }
+
+    @classmethod
+    def from_metadata(cls, replica_id: str, metadata: dict[str, Any]) -> "ReplicaInfo":
+        """Return the inverse of ``to_metadata``.
+
+        Raises:
+            KeyError: The replica did not describe itself.
+        """
+        adapters = metadata.get("adapters")
+        return cls(
+            id=replica_id,
+            host=metadata["host"],
+            port=metadata["port"],
+            routes=tuple(metadata["routes"]),
+            versions=dict(metadata["versions"]),
+            adapters=None if adapters is None else tuple(adapters),
+        )
+
+
+class Answer(Protocol):
+    """An open request at a replica, over its link or through the fallback."""
+
+    @property
+    def usage(self) -> Usage | None:
+        """Usage of the request; None before its end, or if the application counts no tokens."""
+
+    async def head(self) -> ResponseHead:
+        """Wait for the head of the response.
+
+        Raises:
+            LinkError: The replica was lost or refused the request.
+            RequestError: The replica answered with an error.
+        """
+
+    async def read(self) -> bytes:
+        """Return all bytes that have arrived, waiting only if there are none; b"" at the end."""
+
+    def cancel(self) -> None:
+        """Stop the work on the replica; may be called at any time and more than once."""
+
+
+Opener = Callable[[RequestHead, bytes], Answer]
+"""Sends a request to one replica; raises LinkClosedError if it cannot be reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """Parameters for reaching the replicas of one pool."""
+
+    secret: bytes
+    """Shared secret of the link's handshake."""
+    ssl: SSLContext | None = None
+    fallback: Callable[[str], Opener] | None = None
+    """Returns, for a replica's id, the opener used when no link can be opened."""
+
+
+class Replica:
+    """One replica with its link."""
+
+    def __init__(self, info: ReplicaInfo, link: LinkClient, fallback: Opener | None) -> None:
+        self.info = info
+        self.link = link
+        self._fallback = fallback
+        self.in_flight = 0
+        """Requests that this router sent to it and that have not ended."""
+        self.is_retired = False
+        """True once Ray Serve no longer lists the replica as running."""
+
+    @property
+    def state(self) -> Literal["linked", "fallback", "unlinked"]:
+        """Connectivity: over its link, through the fallback only, or not at all."""
+        if self.link.connected:
+            return "linked"
+        link_failed = self.link.failures >= FALLBACK_AFTER
+        return "fallback" if self._fallback is not None and link_failed else "unlinked"
+
+    def open(self, head: RequestHead, body: bytes) -> Answer:
+        """Send a request to the replica.
+
+        Raises:
+            LinkClosedError: The replica cannot be reached now.
+        """
+        if self._fallback is not None and self.state == "fallback":
+            return self._fallback(head, body)
+        return self.link.open(head, body)
+
+    @property
+    def is_draining(self) -> bool:
+        """True if the replica only finishes its requests and gets no new ones."""
+        return self.is_retired or self.link.state is LinkState.DRAINING
+
+    @property
+    def reach(self) -> Reach:
+        """Eligibility for new requests, by connectivity."""
+        return _REACH[self.state]
+
+
+_REACH = {"linked": Reach.USUAL, "fallback": Reach.LAST_RESORT, "unlinked": Reach.NONE}

@@ -1,0 +1,222 @@
+"""The running replicas of one pool: their links, and the choice of a replica for a request.
+
+``update`` is the only source of the list of running replicas. Links report state, load and prefix
+caches; the set passes these to ``cluster.routing``, then calls ``on_change`` or ``on_load``.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+from cluster.admission import QueueLimits
+from cluster.config import RoutingPolicy
+from cluster.errors import UnavailableError
+from cluster.gateway.pools.replica import Replica, ReplicaInfo, Wiring
+from cluster.gateway.pools.slots import Claim, Slot
+from cluster.gateway.recording.observer import PoolMeter
+from cluster.link import LinkClient, LinkCounts, LinkState, PrefixEvents
+from cluster.load import Load
+from cluster.routing import Fleet, PrefixIndex, Reach, make_policy
+from cluster.usage import Usage
+
+_NO_ADAPTER_RETRY_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class PoolLimits:
+    """Settings of one pool in one router."""
+
+    max_in_flight: int
+    """Requests that one replica may have at a time."""
+    queue: QueueLimits
+    queue_timeout_s: float
+    routing: RoutingPolicy
+    engine_priorities: bool = False
+    """True if the engines schedule by the ``priority`` field of a request's body."""
+    adapters: tuple[str, ...] = ()
+    """LoRA adapters of the model, which clients name like a model."""
+    max_loras: int = 1
+    """Adapters that a replica keeps loaded at a time."""
+    start_timeout_s: float | None = None
+    """Replaces ``queue_timeout_s`` while the pool is scaled to zero. None if it never is."""
+
+
+@dataclass(slots=True)
+class PrefixCounts:
+    """Number of prefix-cache events received from the replicas, by kind."""
+
+    stored: int = 0
+    removed: int = 0
+    cleared: int = 0
+
+
+class ReplicaSet:
+    """Slots at the running replicas of one pool."""
+
+    def __init__(self, name: str, limits: PoolLimits, wiring: Wiring, meter: PoolMeter) -> None:
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when a replica's connectivity changed."""
+        self.on_load: Callable[[Iterable[Load]], None] = lambda _: None
+        """Called with the loads of all replicas when one of them reported its load."""
+        self.link_counts = LinkCounts()
+        """Traffic on the links to all replicas, past ones included."""
+        self.prefixes = PrefixIndex()
+        """Prefixes in the replicas' KV caches."""
+        self.prefix_counts = PrefixCounts()
+        self.fleet = Fleet(limits.max_loras)
+        """Routing's view of the replicas."""
+        self._name = name
+        self._limits = limits
+        self._wiring = wiring
+        self._meter = meter
+        self.policy = make_policy(limits.routing, self.prefixes, random.getrandbits(16))
+        self._decisions = meter.decisions(limits.routing)
+        self._replicas: dict[str, Replica] = {}
+        self._lacking: dict[str, frozenset[str]] = {}  # by adapter, the replicas without it
+        self._retired: set[Replica] = set()
+        self._closing: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    @property
+    def running(self) -> list[Replica]:
+        """The replicas that Ray Serve lists as running."""
+        return list(self._replicas.values())
+
+    @property
+    def loads(self) -> list[Load]:
+        """The last load of each running replica that has reported one."""
+        return list(self._reported_loads())
+
+    @property
+    def any_ready(self) -> bool:
+        """True if the link to at least one replica is open."""
+        return any(replica.link.connected for replica in self._replicas.values())
+
+    def update(self, infos: Mapping[str, ReplicaInfo]) -> None:
+        """Set the running replicas, by id: open links to new ones, retire those that are gone."""
+        for gone in self._replicas.keys() - infos.keys():
+            replica = self._replicas.pop(gone)
+            self.fleet.remove(gone)
+            self.prefixes.clear(gone)
+            replica.is_retired = True
+            self._retired.add(replica)
+            self._close_if_idle(replica)
+        for info in infos.values():
+            if info.id not in self._replicas:
+                self._replicas[info.id] = self._connect(info)
+        self._lacking = {
+            adapter: frozenset(id for id, info in infos.items() if info.lacks_adapter(adapter))
+            for adapter in self._limits.adapters
+        }
+
+    def take_slot(self, claim: Claim) -> Slot | None:
+        """Take a slot at a replica with room, or return None if all are full.
+
+        Replicas without a link are used only when all linked ones are full.
+
+        Raises:
+            UnavailableError: No running replica has the adapter, or those that have it are full
+                while others have room; the request would block the queue behind it.
+        """
+        fleet, request, now_s = self.fleet, claim.view, time.monotonic()
+        fleet.advance(now_s)
+        self.prefixes.advance(now_s)
+        lacking = self._lacking.get(claim.adapter or "", ())
+        if lacking and len(lacking) == len(self._replicas):
+            raise self._adapter_missing(claim, "no replica serves")
+        with fleet.hide(lacking) if lacking else nullcontext():
+            chosen = self.policy.choose(request, fleet)
+        self._meter.routing_s.observe(time.monotonic() - now_s)
+        if chosen is None:
+            if lacking and self.policy.choose(request, fleet) is not None:
+                raise self._adapter_missing(claim, "no replica with room serves")
+            return None
+        self._decisions.add()
+        held = self.prefixes.count(chosen, request.prefix)
+        cached_tokens = request.prefix_tokens[held - 1] if held else 0.0
+        self.prefixes.expect(chosen, request.prefix)
+        replica = self._replicas[chosen]
+        replica.in_flight += 1
+        return Slot(replica, fleet.place(chosen, request, cached_tokens), claim, now_s)
+
+    def first_token(self, slot: Slot) -> None:
+        """Note that the first token of a request has arrived."""
+        self.fleet.advance(time.monotonic())
+        self.fleet.record_first_token(slot.placement)
+
+    def release_slot(self, slot: Slot, usage: Usage | None) -> float:
+        """Release a slot and return the seconds for which it was taken."""
+        now_s = time.monotonic()
+        self.fleet.advance(now_s)
+        self.fleet.end(slot.placement, usage)
+        slot.replica.in_flight -= 1
+        if slot.replica.is_retired:
+            self._close_if_idle(slot.replica)
+        return now_s - slot.since_s
+
+    async def close(self) -> None:
+        """Close every link at once, also those with requests in flight."""
+        self._closed = True
+        self.update({})
+        for replica in list(self._retired):
+            self._close_if_idle(replica)
+        if self._closing:
+            await asyncio.wait(self._closing)
+
+    def _connect(self, info: ReplicaInfo) -> Replica:
+        wiring = self._wiring
+        link = LinkClient(
+            info.host, info.port, wiring.secret, ssl=wiring.ssl, counts=self.link_counts
+        )
+        replica = Replica(info, link, wiring.fallback and wiring.fallback(info.id))
+        fleet = self.fleet
+        fleet.add(info.id, self._limits.max_in_flight, Reach.NONE)
+
+        def on_state(_state: LinkState) -> None:
+            if not replica.is_retired:
+                fleet.forget_load(info.id)
+                fleet.set_reach(info.id, replica.reach)
+                self.on_change()
+
+        def on_load(load: Load) -> None:
+            if not replica.is_retired:
+                fleet.update_load(info.id, load)
+                self.on_load(self._reported_loads())
+
+        def on_prefixes(events: PrefixEvents) -> None:
+            if not replica.is_retired:
+                self._index_prefixes(info.id, events)
+
+        link.on_state, link.on_load, link.on_prefixes = on_state, on_load, on_prefixes
+        link.start()
+        return replica
+
+    def _reported_loads(self) -> Iterator[Load]:
+        replicas = self._replicas.values()
+        return (load for replica in replicas if (load := replica.link.load) is not None)
+
+    def _index_prefixes(self, replica_id: str, events: PrefixEvents) -> None:
+        if events.cleared:
+            self.prefixes.clear(replica_id)
+        self.prefixes.remove_stored(replica_id, events.removed)
+        self.prefixes.add_stored(replica_id, events.stored)
+        counts = self.prefix_counts
+        counts.stored += len(events.stored)
+        counts.removed += len(events.removed)
+        counts.cleared += events.cleared
+
+    def _adapter_missing(self, claim: Claim, reason: str) -> UnavailableError:
+        return UnavailableError(
+            f"{self._name}: {reason} the adapter `{claim.adapter}` now",
+            retry_after_s=_NO_ADAPTER_RETRY_S,
+        )
+
+    def _close_if_idle(self, replica: Replica) -> None:
+        if replica in self._retired and (replica.in_flight == 0 or self._closed):
+            self._retired.discard(replica)
+            task = asyncio.ensure_future(replica.link.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)

@@ -1,0 +1,66 @@
+"""A request's claim on a pool, and the slot that it gets at one of the replicas."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from cluster.admission import OPEN, Identity
+from cluster.gateway.pools.replica import Replica
+from cluster.routing import Fingerprint, Placement, RequestView
+from cluster.routing.fingerprint import EMPTY_FINGERPRINT
+from cluster.routing.request import UNKNOWN_REQUEST
+from cluster.usage import Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One request's demand on its pool. Times are on the event loop's clock, in seconds."""
+
+    identity: Identity = OPEN
+    work_tokens: float = 1.0
+    """Estimated tokens to compute."""
+    body_bytes: int = 0
+    priority: int = 0
+    expires_s: float = float("inf")
+    """Time until which the request may wait for a slot."""
+    deadline_s: float = float("inf")
+    """Time by which the client needs the whole response; infinite if it set no timeout."""
+    view: RequestView = UNKNOWN_REQUEST
+    """Input of the routing policy."""
+    prompt: Fingerprint = EMPTY_FINGERPRINT
+    adapter: str | None = None
+    """LoRA adapter that the request names; only replicas that serve it can answer."""
+
+    @property
+    def has_deadline(self) -> bool:
+        """True if the client set a timeout."""
+        return self.deadline_s < float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A request's slot at a replica; give it back with ``AdmissionQueue.release_slot``."""
+
+    replica: Replica
+    placement: Placement
+    """Routing's record of the request."""
+    claim: Claim
+    since_s: float
+    """Time at which the slot was taken (monotonic clock)."""
+
+
+class SlotSource(Protocol):
+    """Source of an admission queue's slots: the replicas of a pool, or a test's engine."""
+
+    @property
+    def any_ready(self) -> bool:
+        """True if at least one replica can take requests."""
+
+    def take_slot(self, claim: Claim) -> Slot | None:
+        """Take a slot, or return None if no replica has room.
+
+        Raises:
+            UnavailableError: No replica can serve this request, however long it waits.
+        """
+
+    def release_slot(self, slot: Slot, usage: Usage | None) -> float:
+        """Release a slot and return the seconds for which it was taken."""

@@ -1,0 +1,252 @@
+"""Admission queue and capacity under overload, with a simulated engine in virtual time."""
+
+import asyncio
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from benchmarks.overload.virtual_time import VirtualLoop
+from cluster.admission import Identity, PoolCapacity, QueueLimits, Tenant
+from cluster.errors import OverloadedError
+from cluster.gateway.pools.queue import AdmissionQueue
+from cluster.gateway.pools.slots import Claim, Slot
+from cluster.gateway.recording.observer import PoolMeter, RequestSinks
+from cluster.gateway.recording.request_log import RequestLog
+from cluster.load import Load
+from cluster.metrics import Registry
+from cluster.usage import Usage
+
+MAX_RUNNING, SERVICE_S, DEADLINE_S = 16, 0.5, 3.0
+MAX_IN_FLIGHT = 256
+CAPACITY = MAX_RUNNING / SERVICE_S  # requests per second
+REQUEST_TOKENS = 100.0
+WARM_UP_S = 5.0
+
+
+def run(scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        runner.run(scenario())
+
+
+@dataclass
+class Engine:
+    """Slot source of one engine that serves first come, first served, and reports every 50 ms."""
+
+    queue: AdmissionQueue = field(init=False)
+    max_running: int = MAX_RUNNING
+    any_ready: bool = True
+    running: int = 0
+    in_flight: int = 0
+    _waiting: deque[asyncio.Future[None]] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        meter = PoolMeter("pool", RequestSinks(Registry(), RequestLog(0.0)))
+        limits = QueueLimits(2e6, 1024)
+        self.queue = AdmissionQueue("pool", limits, PoolCapacity(0.25), self, meter)
+
+    def take_slot(self, claim: Claim) -> Slot | None:
+        if self.in_flight >= MAX_IN_FLIGHT:
+            return None
+        self.in_flight += 1
+        return Slot(None, None, claim, asyncio.get_running_loop().time())
+
+    def release_slot(self, slot: Slot, usage: Usage | None) -> float:
+        self.in_flight -= 1
+        return asyncio.get_running_loop().time() - slot.since_s
+
+    async def serve(self, claim: Claim, work_tokens: float) -> None:
+        slot = await self.queue.take_slot(claim)
+        if self.running == self.max_running:
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append(turn)
+            await turn
+        else:
+            self.running += 1
+        await asyncio.sleep(SERVICE_S * work_tokens / REQUEST_TOKENS)
+        if self._waiting:
+            self._waiting.popleft().set_result(None)
+        else:
+            self.running -= 1
+        self.queue.release_slot(slot, work_tokens)
+
+    async def report(self) -> None:
+        while True:
+            await asyncio.sleep(0.05)
+            self.queue.observe_loads([Load(self.running, len(self._waiting))])
+
+
+@dataclass
+class Result:
+    """Requests by tenant, and how they ended, without those of the warm-up."""
+
+    sent: Counter[str] = field(default_factory=Counter)
+    in_time: Counter[str] = field(default_factory=Counter)
+    num_late: int = 0
+    refused_after_s: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Poisson arrivals of one tenant."""
+
+    tenant: Tenant
+    rate: float
+    """Requests, in multiples of the engine's capacity."""
+    mean_tokens: float = REQUEST_TOKENS
+
+
+async def drive(engine: Engine, traffics: list[Traffic], seconds: float = 40.0) -> Result:
+    result, draw, loop = Result(), random.Random(7), asyncio.get_running_loop()
+    started_s = loop.time()
+
+    async def send(traffic: Traffic, is_counted: bool) -> None:
+        now_s = loop.time()
+        deadline_s = now_s + DEADLINE_S
+        # The estimate is the usual mean, not this request's actual work.
+        claim = Claim(Identity(traffic.tenant), REQUEST_TOKENS, 0, 0, deadline_s, deadline_s)
+        try:
+            await engine.serve(claim, traffic.mean_tokens * draw.uniform(0.5, 1.5))
+        except OverloadedError:
+            if is_counted:
+                result.refused_after_s.append(loop.time() - now_s)
+            return
+        if is_counted and loop.time() <= deadline_s:
+            result.in_time[traffic.tenant.name] += 1
+        elif is_counted:
+            result.num_late += 1
+
+    async def send_all(traffic: Traffic, group: asyncio.TaskGroup) -> None:
+        while (elapsed_s := loop.time() - started_s) < seconds:
+            is_counted = elapsed_s >= WARM_UP_S
+            result.sent[traffic.tenant.name] += is_counted
+            group.create_task(send(traffic, is_counted))
+            await asyncio.sleep(draw.expovariate(traffic.rate * CAPACITY))
+
+    reporting = asyncio.ensure_future(engine.report())
+    async with asyncio.TaskGroup() as group:
+        for traffic in traffics:
+            group.create_task(send_all(traffic, group))
+    reporting.cancel()
+    return result
+
+
+def goodput(result: Result, seconds: float = 40.0) -> float:
+    """Requests per second that ended before their deadline."""
+    return result.in_time.total() / (seconds - WARM_UP_S)
+
+
+def claim_with_timeout(timeout_s: float) -> Claim:
+    until_s = asyncio.get_running_loop().time() + timeout_s
+    return Claim(Identity(Tenant("t")), REQUEST_TOKENS, 0, 0, until_s, until_s)
+
+
+@pytest.mark.parametrize("rate", [2.0, 5.0])
+def test_goodput_stays_at_capacity_under_overload(rate: float) -> None:
+    async def scenario() -> None:
+        result = await drive(Engine(), [Traffic(Tenant("flood"), rate)])
+        assert goodput(result) >= 0.95 * CAPACITY
+        at_once = sum(seconds <= 0.05 for seconds in result.refused_after_s)
+        assert at_once >= 0.99 * len(result.refused_after_s)
+        assert result.num_late <= 0.02 * result.in_time["flood"]
+
+    run(scenario)
+
+
+def test_small_tenant_is_served_next_to_a_flood() -> None:
+    async def scenario() -> None:
+        flood, small = Traffic(Tenant("flood"), 5.0), Traffic(Tenant("small"), 0.25)
+        result = await drive(Engine(), [flood, small])
+        assert result.in_time["small"] >= 0.9 * result.sent["small"]
+        assert goodput(result) >= 0.95 * CAPACITY
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("heavy_tokens", [REQUEST_TOKENS, 2 * REQUEST_TOKENS])
+def test_floods_share_by_weight_even_if_work_is_underestimated(heavy_tokens: float) -> None:
+    async def scenario() -> None:
+        light = Traffic(Tenant("light", 1.0), 3.0)
+        heavy = Traffic(Tenant("heavy", 3.0), 3.0, heavy_tokens)
+        result = await drive(Engine(), [light, heavy], seconds=65.0)
+        light_work = result.in_time["light"] * REQUEST_TOKENS
+        heavy_work = result.in_time["heavy"] * heavy_tokens
+        assert heavy_work / (light_work + heavy_work) == pytest.approx(3 / 4, rel=0.1)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("num_behind", [0, 1])
+def test_late_request_gives_way_only_if_another_one_waits(num_behind: int) -> None:
+    async def scenario() -> None:
+        engine = Engine(in_flight=MAX_IN_FLIGHT)  # full, so that all requests wait
+        capacity = engine.queue.capacity
+        for seconds in (*([0.2] * 3), *([1.0] * 50)):  # 0.2 s at best, 1 s on average
+            capacity.add_request(REQUEST_TOKENS)
+            capacity.remove_request(REQUEST_TOKENS, REQUEST_TOKENS, seconds)
+            capacity.observe_loads([Load(1)], asyncio.get_running_loop().time())
+            await asyncio.sleep(0.5)
+        timeouts = (1.5, *([9.0] * num_behind))
+        tasks = [
+            asyncio.ensure_future(engine.queue.take_slot(claim_with_timeout(timeout)))
+            for timeout in timeouts
+        ]
+        await asyncio.sleep(1.0)  # leaves the first 0.5 s: enough at best, not on average
+        engine.in_flight = 0
+        engine.queue.dispatch()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(results[0], OverloadedError) == bool(num_behind)
+        assert isinstance(results[-1], Slot)
+
+    run(scenario)
+
+
+def test_pool_recovers_from_a_stall() -> None:
+    async def scenario() -> None:
+        engine = Engine(max_running=1)
+        await drive(engine, [Traffic(Tenant("flood"), 5.0)], seconds=20.0)
+        engine.max_running = MAX_RUNNING
+        engine.running = 0
+        result = await drive(engine, [Traffic(Tenant("flood"), 5.0)])
+        assert goodput(result) >= 0.9 * CAPACITY
+
+    run(scenario)
+
+
+def test_wait_estimate_is_corrected_slowly() -> None:
+    queue = Engine().queue
+    for _ in range(1000):
+        queue._learn_wait("t", 1.0, 1.0)
+    for _ in range(100):
+        queue._learn_wait("t", 1.0, 2.0)
+    actual_s, estimated_s = queue._waits["t"]
+    # 0.996 ** 100 = 0.67, so a third of the weight is on the last 100 waits, which were doubled.
+    assert actual_s / estimated_s == pytest.approx(1.33, abs=0.01)
+
+
+def test_refusal_says_when_to_retry() -> None:
+    async def scenario() -> None:
+        engine, loop = Engine(in_flight=MAX_IN_FLIGHT), asyncio.get_running_loop()
+        capacity = engine.queue.capacity
+        for _ in range(20):
+            capacity.add_request(REQUEST_TOKENS)
+        for _ in range(10):  # leaves 10 requests of 100 tokens, each takes 1 s: 1000 tokens/s
+            capacity.remove_request(REQUEST_TOKENS, REQUEST_TOKENS, 1.0)
+        tasks = [
+            asyncio.ensure_future(engine.queue.take_slot(claim_with_timeout(900.0)))
+            for _ in range(80)
+        ]
+        await asyncio.sleep(0)
+        before_s = loop.time()
+        with pytest.raises(OverloadedError) as refused:
+            await engine.queue.take_slot(claim_with_timeout(5.0))
+        assert loop.time() == before_s
+        assert refused.value.retry_after_s == pytest.approx(80 * REQUEST_TOKENS / 1000)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+    run(scenario)
