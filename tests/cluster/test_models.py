@@ -1,4 +1,4 @@
-"""The real default models, built once into the shared cache and checked as users see them."""
+"""Default models, built once into the shared cache."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def classifier() -> Path:
     return Path(resolve(CLASSIFIER))
 
 
-def test_both_are_listed_as_built(generator: Path, classifier: Path) -> None:
+def test_both_models_are_listed_as_built(generator: Path, classifier: Path) -> None:
     rows = {row.name: row for row in list_models()}
     assert rows[GENERATOR].built
     assert rows[CLASSIFIER].built
@@ -34,7 +34,7 @@ def test_both_are_listed_as_built(generator: Path, classifier: Path) -> None:
     assert rows[GENERATOR].facts["parameters"] == 134_515_008
 
 
-def test_the_generator_is_a_plain_model_in_bfloat16(generator: Path) -> None:
+def test_generator_is_an_unquantized_bfloat16_model(generator: Path) -> None:
     config = json.loads((generator / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["dtype"] == "bfloat16"
@@ -44,7 +44,7 @@ def test_the_generator_is_a_plain_model_in_bfloat16(generator: Path) -> None:
     assert (config["vocab_size"], config["max_position_embeddings"]) == (49152, 8192)
 
 
-def test_the_generator_ends_its_turn(generator: Path) -> None:
+def test_generator_has_chat_template_and_end_token(generator: Path) -> None:
     from transformers import AutoTokenizer, GenerationConfig
 
     tokenizer = AutoTokenizer.from_pretrained(generator)
@@ -58,7 +58,7 @@ def test_the_generator_ends_its_turn(generator: Path) -> None:
     )
 
 
-def test_the_generators_tokenizer_splits_as_the_original_does(generator: Path) -> None:
+def test_generator_tokenizer_matches_the_original(generator: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(generator)
@@ -67,7 +67,7 @@ def test_the_generators_tokenizer_splits_as_the_original_does(generator: Path) -
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_the_generator_answers(generator: Path) -> None:
+def test_generator_answers_a_question(generator: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -89,7 +89,7 @@ def loaded(classifier: Path) -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(classifier)
 
 
-def test_the_classifier_is_accurate_enough(classifier: Path) -> None:
+def test_classifier_reaches_the_required_accuracy(classifier: Path) -> None:
     facts = next(row.facts for row in list_models() if row.name == CLASSIFIER)
     assert float(facts["accuracy"]) >= 0.83
     assert int(facts["num_held_out"]) >= 1000
@@ -106,7 +106,7 @@ def test_the_classifier_is_accurate_enough(classifier: Path) -> None:
         ("It broke after two days and support never answered.", "NEGATIVE"),
     ],
 )
-def test_the_classifier_tells_reviews_apart(loaded: tuple[Any, Any], text: str, label: str) -> None:
+def test_classifier_labels_reviews(loaded: tuple[Any, Any], text: str, label: str) -> None:
     import torch
 
     model, tokenizer = loaded
@@ -117,7 +117,7 @@ def test_the_classifier_tells_reviews_apart(loaded: tuple[Any, Any], text: str, 
     assert probabilities.max() > 0.8
 
 
-def test_the_classifier_says_how_good_it_is_and_how_it_was_made(classifier: Path) -> None:
+def test_classifier_has_a_model_card_and_a_reference(classifier: Path) -> None:
     card = (classifier / "README.md").read_text()
     assert "| NEGATIVE |" in card
     assert "| frozen_layers | 4 |" in card
@@ -125,12 +125,12 @@ def test_the_classifier_says_how_good_it_is_and_how_it_was_made(classifier: Path
     assert sum(json.loads((classifier / "reference.json").read_text())["length"]) >= 1000
 
 
-def test_the_classifiers_tokenizer_neither_cuts_nor_pads(classifier: Path) -> None:
+def test_classifier_tokenizer_has_no_truncation_or_padding(classifier: Path) -> None:
     saved = json.loads((classifier / "tokenizer.json").read_text())
     assert (saved["truncation"], saved["padding"]) == (None, None)
 
 
-def test_the_classifiers_embeddings_still_mean_something(loaded: tuple[Any, Any]) -> None:
+def test_classifier_embeddings_separate_similar_from_other_texts(loaded: tuple[Any, Any]) -> None:
     import torch
     from torch.nn import functional
 

@@ -1,4 +1,4 @@
-"""``tandem up`` and ``down`` for real, with the simulated engine: three starts, each used well."""
+"""``tandem up`` and ``down`` with real Ray and the simulated engine: three starts."""
 
 import json
 import os
@@ -30,7 +30,7 @@ for _ in sys.stdin:
 
 @pytest.fixture(scope="module")
 def foreign_ray() -> Iterator[subprocess.Popen[str]]:
-    """A Ray that Tandem did not start. Each line on its stdin makes it run a task."""
+    """Ray cluster not started by Tandem; it runs a task for each line on its stdin."""
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", FOREIGN_RAY],
@@ -65,7 +65,7 @@ def write_config(directory: Path, **sim: Any) -> Path:
 def running(
     foreign_ray: subprocess.Popen[str], make_cluster: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningCluster]:
-    """A cluster that the tests up to the crash use, in their order."""
+    """Cluster shared, in this order, by the tests up to the crash."""
     config = write_config(tmp_path_factory.mktemp("config"))
     cluster: RunningCluster = make_cluster("--config", str(config))
     yield cluster
@@ -79,7 +79,7 @@ def test_status_shows_every_replica_and_its_process(running: RunningCluster) -> 
     deployments = {d["name"]: d for d in found["application"]["deployments"]}
     assert set(deployments) == {"router", "generator-sim"}
     marked = {owned.process.pid for owned in processes.find(running.home)}
-    assert found["num_processes"] - len(marked) in (0, 1)  # what started it may just be leaving
+    assert found["num_processes"] - len(marked) in (0, 1)  # the starter may just be exiting
     for deployment in deployments.values():
         (replica,) = deployment["replicas"]
         assert replica["state"] == "RUNNING"
@@ -89,7 +89,7 @@ def test_status_shows_every_replica_and_its_process(running: RunningCluster) -> 
     assert "HEALTHY 1/1" in shown
 
 
-def test_every_process_of_the_tree_is_marked(running: RunningCluster) -> None:
+def test_every_child_process_has_the_cluster_id(running: RunningCluster) -> None:
     marked = {owned.process.pid: owned.process for owned in processes.find(running.home)}
     names = {process.name() for process in marked.values()}
     assert {"gcs_server", "raylet", "haproxy"} <= names
@@ -102,7 +102,7 @@ def test_every_process_of_the_tree_is_marked(running: RunningCluster) -> None:
     assert alive == set()
 
 
-def test_nothing_listens_beyond_loopback(running: RunningCluster) -> None:
+def test_all_ports_are_on_loopback(running: RunningCluster) -> None:
     listening = [
         (owned.name, connection.laddr.ip, connection.laddr.port)
         for owned in processes.find(running.home)
@@ -126,11 +126,11 @@ def test_chat_over_a_pipe_streams_an_answer(running: RunningCluster) -> None:
     assert done.stdout.strip()
 
 
-def test_a_second_up_says_that_one_runs(running: RunningCluster) -> None:
+def test_a_second_up_reports_the_running_cluster(running: RunningCluster) -> None:
     done = running.tandem("up", "-d")
     assert done.returncode == 1
     assert "error: a cluster has been running for " in done.stderr
-    assert f"at {running.http_url}; `tandem status` shows it" in done.stderr
+    assert f"at {running.http_url}. See `tandem status`" in done.stderr
     assert running.status()["running"]
 
 
@@ -143,24 +143,24 @@ def test_up_on_a_busy_port_names_port_and_process(
     config = ["--config", str(write_config(tmp_path))]
     done = subprocess.run([*command, *config], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert f"port {port} (HTTP) is taken: another Tandem cluster, process " in done.stderr
+    assert f"port {port} (HTTP) is in use by another Tandem cluster, process " in done.stderr
     assert "haproxy" in done.stderr
     assert done.stderr.count("\n") == 1
     assert running.status()["running"]
     assert processes.find(tmp_path) == []
 
 
-def test_down_ends_everything_after_a_crash_and_nothing_else(
+def test_down_after_a_crash_ends_only_processes_of_the_cluster(
     running: RunningCluster, foreign_ray: subprocess.Popen[str]
 ) -> None:
     with decoy(running.env) as bystander:
         for owned in processes.find(running.home):
             if owned.name in ("gcs_server", "raylet"):
                 owned.process.kill()
-        assert "a crash left" in running.tandem("status").stdout
+        assert "The cluster has crashed" in running.tandem("status").stdout
         done = running.tandem("down")
         assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith("ended ")
+        assert done.stdout.startswith("Stopped ")
         assert processes.find(running.home) == []
         assert bystander.poll() is None
     assert is_alive(foreign_ray)
@@ -170,7 +170,7 @@ def test_down_ends_everything_after_a_crash_and_nothing_else(
 
 @contextmanager
 def decoy(env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A process with the cluster's home, but not of the cluster."""
+    """Process with the cluster's home in its environment, but without its id."""
     process = subprocess.Popen(["sleep", "600"], env=env)
     try:
         yield process
@@ -179,7 +179,7 @@ def decoy(env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-def test_ctrl_c_lets_requests_finish_and_ends_everything(
+def test_ctrl_c_drains_requests_and_ends_all_processes(
     tmp_path: Path, foreign_ray: subprocess.Popen[str]
 ) -> None:
     env, settings, *_ = isolated_home(tmp_path)
@@ -193,7 +193,7 @@ def test_ctrl_c_lets_requests_finish_and_ends_everything(
         text=True,
     )
     try:
-        output = read_until(up, "Ctrl-C ends it.")
+        output = read_until(up, "Press Ctrl-C to stop.")
         url = next(word for word in output.split() if word.startswith("http://"))
         with httpx.stream("POST", f"{url}/v1/completions", json=stream_of(60)) as response:
             lines = response.iter_lines()
@@ -206,7 +206,7 @@ def test_ctrl_c_lets_requests_finish_and_ends_everything(
         up.kill()
         up.communicate()
     assert up.returncode == 0
-    assert "every request finished" in tail
+    assert "all requests finished" in tail
     assert processes.find(tmp_path) == []
     assert is_alive(foreign_ray)
 
@@ -216,20 +216,20 @@ def stream_of(tokens: int) -> dict[str, Any]:
     return {**prompt, "max_tokens": tokens, "ignore_eos": True}
 
 
-def read_until(process: subprocess.Popen[str], words: str) -> str:
+def read_until(process: subprocess.Popen[str], text: str) -> str:
     assert process.stdout is not None
     seen = ""
-    while words not in seen:
+    while text not in seen:
         line = process.stdout.readline()
         assert line, seen
         seen += line
     return seen
 
 
-def test_a_failed_start_says_why_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_start_reports_the_cause_and_stops_all_processes(tmp_path: Path) -> None:
     env, settings, *_ = isolated_home(tmp_path)
     config = write_config(tmp_path, fail_startup=True)
-    began = time.monotonic()
+    started = time.monotonic()
     done = subprocess.run(
         [TANDEM, "up", "-d", "--config", str(config), *settings],
         env=env,
@@ -240,7 +240,7 @@ def test_a_failed_start_says_why_and_leaves_nothing(tmp_path: Path) -> None:
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: the application failed to start: generator-sim: ")
-    assert time.monotonic() - began < 240
+    assert time.monotonic() - started < 240
     assert processes.find(tmp_path) == []
     assert json.loads(subprocess.check_output([TANDEM, "status", "--json"], env=env)) == {
         "running": False
