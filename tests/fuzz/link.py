@@ -1,9 +1,9 @@
 """Coverage-guided fuzzing of both ends of a link: `python -m tests.fuzz.link replica|router`.
 
-After a true handshake, a peer sends whatever the fuzzer makes, in pieces of any size: frames of
-every kind on a few streams, and bytes that are none. Whatever it is, nothing may be raised, the
-connection must live or have ended with a typed error, and once it has ended no stream may be
-left. Arguments after the first are libFuzzer's, such as -max_total_time=300.
+After a valid handshake, the peer sends frames of every kind on a few streams, or arbitrary bytes,
+in pieces of any size. Nothing may be raised, the connection must be open or have ended with a typed
+error, and no stream may stay open after its end. Further arguments are libFuzzer's, such as
+-max_total_time=300.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ HEADS = (
 
 
 class FakeTransport:
-    """Takes what is written, and closes when told."""
+    """Transport that records writes."""
 
     def __init__(self) -> None:
         self.protocol: Any = None
@@ -64,7 +64,7 @@ class FakeTransport:
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
-    """Echoes what comes until it is told that nobody listens."""
+    """Echo the request's body until the end or a disconnect."""
     await send({"type": "http.response.start", "status": 200, "headers": []})
     while (message := await receive())["type"] == "http.request":
         more = message.get("more_body", False)
@@ -75,7 +75,7 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def hostile_bytes(data: atheris.FuzzedDataProvider) -> bytes:
-    """The next piece: mostly whole frames, so that what is behind the decoder is reached."""
+    """Return the next input: mostly whole frames, to reach the code behind the decoder."""
     if data.ConsumeIntInRange(0, 9) == 0:
         return data.ConsumeBytes(data.ConsumeIntInRange(0, 40))
     stream_id = data.ConsumeIntInRange(0, 3)
@@ -87,24 +87,24 @@ def hostile_bytes(data: atheris.FuzzedDataProvider) -> bytes:
     return f.encode_frame(stream_id, kind, flags, payload)
 
 
-def shake(connection: Any, transport: FakeTransport, role: Role) -> None:
-    """Be a true peer until the connection is ready."""
+def complete_handshake(connection: Any, transport: FakeTransport, role: Role) -> None:
+    """Complete the handshake as a valid peer."""
     peer, decoder = Handshake(role, SECRET, 5000), f.FrameDecoder()
     connection.data_received(peer.hello())
     while not peer.done:
-        said = bytes(transport.written)
+        received = bytes(transport.written)
         transport.written.clear()
-        for _, kind, _, payload in decoder.feed(said):
+        for _, kind, _, payload in decoder.feed(received):
             if not peer.done:
                 connection.data_received(peer.receive(kind, payload))
 
 
 async def attack(connection: Any, data: atheris.FuzzedDataProvider, role: Role) -> None:
-    """One connection's life."""
+    """Run one connection from handshake to close."""
     transport = FakeTransport()
     transport.protocol = connection
     connection.connection_made(cast(asyncio.BaseTransport, transport))
-    shake(connection, transport, role)
+    complete_handshake(connection, transport, role)
     while data.remaining_bytes() and connection.error is None:
         piece = hostile_bytes(data)
         cut = data.ConsumeIntInRange(0, len(piece))
@@ -119,7 +119,7 @@ async def attack(connection: Any, data: atheris.FuzzedDataProvider, role: Role) 
 
 
 async def attack_replica(data: atheris.FuzzedDataProvider) -> None:
-    """A router that proved itself turns hostile."""
+    """Attack a replica after authenticating as a router."""
     server = LinkServer(app, SECRET)
     await attack(server.new_connection(), data, "client")
     async with asyncio.timeout(5):
@@ -129,7 +129,7 @@ async def attack_replica(data: atheris.FuzzedDataProvider) -> None:
 
 
 async def attack_router(data: atheris.FuzzedDataProvider) -> None:
-    """A replica that proved itself turns hostile while three streams are open."""
+    """Attack a router with three open streams after authenticating as a replica."""
     client = LinkClient("127.0.0.1", 1, SECRET)
     received: list[PrefixEvents] = []
     connection = client.new_connection()
@@ -141,7 +141,7 @@ async def attack_router(data: atheris.FuzzedDataProvider) -> None:
     )
     await attack(connection, data, "server")
     for stream in streams:
-        async with asyncio.timeout(5):  # each ends, and whoever reads it is told how
+        async with asyncio.timeout(5):  # each stream ends, with an error or without
             with suppress(LinkError, RequestError):
                 await stream.head()
                 while await stream.read():
@@ -154,9 +154,9 @@ async def attack_router(data: atheris.FuzzedDataProvider) -> None:
 
 
 def main() -> None:
-    """Fuzz the end that the first argument names."""
+    """Fuzz one end, given by the first argument."""
     target = {"replica": attack_replica, "router": attack_router}[sys.argv.pop(1)]
-    logging.disable()  # each broken connection is logged, with its reason
+    logging.disable()  # every closed connection logs its reason
     runner = asyncio.Runner()
 
     def one(data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""What the link's tests share: applications, a linked pair of ends, and raw peers."""
+"""Helpers of the link tests: applications, a linked client and server, and raw peers."""
 
 import asyncio
 import functools
@@ -27,11 +27,13 @@ SECRET = b"the cluster's secret"
 
 
 def on_both_loops(test: Callable[..., Coroutine[Any, Any, None]]) -> Any:
-    """Run a test on asyncio's loop and on uvloop, and let it leave no task behind."""
+    """Run a test on asyncio's loop and on uvloop; fail if it leaves tasks or unhandled errors."""
 
     async def guarded(kwargs: dict[str, Any]) -> None:
         problems: list[dict[str, Any]] = []
-        asyncio.get_running_loop().set_exception_handler(lambda _, what: problems.append(what))
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _, context: problems.append(context)
+        )
         async with asyncio.timeout(30):
             await test(**kwargs)
         assert asyncio.all_tasks() == {asyncio.current_task()}
@@ -68,7 +70,7 @@ async def linked(
         await server.stop()
 
 
-async def body_of(receive: Receive) -> bytes:
+async def receive_body(receive: Receive) -> bytes:
     pieces: list[bytes] = []
     while True:
         message = await receive()
@@ -77,12 +79,14 @@ async def body_of(receive: Receive) -> bytes:
             return b"".join(pieces)
 
 
-async def start(send: Send, status: int = 200) -> None:
+async def send_head(send: Send, status: int = 200) -> None:
     headers = [(b"content-type", b"text/plain")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
 
 
-async def say(send: Send, body: bytes, *, more: bool = True, token_ids: Sequence[int] = ()) -> None:
+async def send_body(
+    send: Send, body: bytes, *, more: bool = True, token_ids: Sequence[int] = ()
+) -> None:
     message: Message = {"type": "http.response.body", "body": body, "more_body": more}
     if token_ids:
         message[TOKEN_IDS] = token_ids
@@ -90,20 +94,20 @@ async def say(send: Send, body: bytes, *, more: bool = True, token_ids: Sequence
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers with the body, in one message."""
-    body = await body_of(receive)
-    await start(send)
-    await say(send, body, more=False)
+    """Send the request's body back in one message."""
+    body = await receive_body(receive)
+    await send_head(send)
+    await send_body(send, body, more=False)
 
 
 async def hang(scope: Scope, receive: Receive, send: Send) -> None:
-    """Sends a head and one byte, then nothing for ever."""
-    await start(send)
-    await say(send, b"!")
+    """Send a head and one byte, then hang."""
+    await send_head(send)
+    await send_body(send, b"!")
     await asyncio.Future()
 
 
-async def all_of(stream: ClientStream) -> bytes:
+async def read_all(stream: ClientStream) -> bytes:
     pieces = []
     while piece := await stream.read():
         pieces.append(piece)
@@ -112,17 +116,17 @@ async def all_of(stream: ClientStream) -> bytes:
 
 async def ask(client: LinkClient, path: str = "/", body: Any = b"") -> tuple[int, bytes]:
     stream = client.open(RequestHead(method="POST", path=path), body)
-    return (await stream.head()).status, await all_of(stream)
+    return (await stream.head()).status, await read_all(stream)
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Return when the condition holds; the loop goes on meanwhile."""
-    while not condition():  # noqa: ASYNC110, what is waited for is the inside of another object
+    """Wait until the condition holds."""
+    while not condition():  # noqa: ASYNC110, the condition has no event
         await asyncio.sleep(0.001)
 
 
 class RawPeer:
-    """A peer under the test's control, on plain streams."""
+    """A peer that the test controls frame by frame."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
@@ -164,7 +168,7 @@ class RawPeer:
 async def raw_server(
     serve: Callable[[RawPeer], Awaitable[None]],
 ) -> AsyncIterator[tuple[str, int]]:
-    """A listening socket whose every connection is given to ``serve``, then closed."""
+    """Listen, and pass each connection to ``serve``, then close it."""
     tasks: set[asyncio.Task[None]] = set()
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -173,7 +177,7 @@ async def raw_server(
         tasks.add(task)
         peer = RawPeer(reader, writer)
         try:
-            with suppress(asyncio.CancelledError):  # asyncio's streams take it for a failure
+            with suppress(asyncio.CancelledError):  # asyncio.start_server logs it as an error
                 await serve(peer)
                 await peer.close()
         finally:

@@ -1,4 +1,7 @@
-"""Ray cancels a task by interrupting its worker's main thread, wherever that is just then."""
+"""Import of Serve in a Ray worker whose task is cancelled.
+
+Ray cancels a task by interrupting its worker's main thread, also during an import.
+"""
 
 import subprocess
 import sys
@@ -9,30 +12,30 @@ from contextlib import suppress
 
 from cluster.client.session import import_serve
 
-in_time = []
+interrupted = []
 
-def interrupt_within_the_import():
+def interrupt_during_import():
     while "ray.serve._private" not in sys.modules:
         time.sleep(0.0001)
     _thread.interrupt_main()
-    in_time.append("ray.serve.handle" not in sys.modules)
+    interrupted.append("ray.serve.handle" not in sys.modules)
 
-interrupter = threading.Thread(target=interrupt_within_the_import)
+interrupter = threading.Thread(target=interrupt_during_import)
 with suppress(KeyboardInterrupt):
     interrupter.start()
     import_serve()
     time.sleep(60)
 interrupter.join()
-assert in_time == [True], "the interrupt came too late to test anything"
+assert interrupted == [True], "the import ended before the interrupt"
 
-import_serve()  # what the worker's next task does
+import_serve()  # as the next task of the worker does
 from ray import serve
 
 serve._private.default_impl.get_request_metadata
 """
 
 
-def test_a_worker_whose_import_of_serve_was_cancelled_can_still_call() -> None:
+def test_serve_can_be_used_after_a_cancelled_import() -> None:
     done = subprocess.run(
         [sys.executable, "-c", INTERRUPTED_IMPORT], capture_output=True, text=True, check=False
     )

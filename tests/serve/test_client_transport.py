@@ -1,4 +1,4 @@
-"""How the client's requests reach routers: over links to all of them, else over the handle."""
+"""Transport of the client: links to all routers, and the handle without them."""
 
 import asyncio
 import json
@@ -14,11 +14,11 @@ from cluster.client.transport import Transport
 from cluster.client.wire import ApiRequest
 from cluster.errors import LinkClosedError
 from cluster.link import LinkServer, RequestHead, answer_locally
-from tests.serve.link_kit import SECRET, body_of, on_both_loops, say, start, until
+from tests.serve.link_kit import SECRET, on_both_loops, receive_body, send_body, send_head, until
 
 
 class FakeHandle:
-    """A Serve handle to routers that answer in this process."""
+    """A Serve handle to a router in this process."""
 
     def __init__(self, app: ASGIApp, addresses: list[tuple[str, int]]) -> None:
         self.addresses = addresses
@@ -69,12 +69,12 @@ class _Items:
 
 def named(name: bytes) -> ASGIApp:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        body = await body_of(receive)
-        await start(send)
-        await say(send, name + b" " + scope["path"].encode() + b"?" + scope["query_string"])
+        body = await receive_body(receive)
+        await send_head(send)
+        await send_body(send, name + b" " + scope["path"].encode() + b"?" + scope["query_string"])
         if scope["path"] == "/hang":
             await asyncio.Future()
-        await say(send, body, more=False)
+        await send_body(send, body, more=False)
 
     return app
 
@@ -104,7 +104,7 @@ async def test_requests_take_the_least_used_link() -> None:
 
 
 @on_both_loops
-async def test_without_a_link_the_handle_is_taken_and_links_are_left_alone_for_a_while() -> None:
+async def test_without_a_link_requests_use_the_handle_and_links_are_not_retried() -> None:
     handle = FakeHandle(named(b"handle"), [("127.0.0.1", 1)])
     transport = Transport(handle)  # type: ignore[arg-type]
     assert await ask(transport) == b"handle /p?q=1b"
@@ -114,7 +114,7 @@ async def test_without_a_link_the_handle_is_taken_and_links_are_left_alone_for_a
 
 
 @on_both_loops
-async def test_a_router_that_ends_is_replaced_by_the_ones_that_run() -> None:
+async def test_links_follow_the_running_routers() -> None:
     old, new = LinkServer(named(b"old"), SECRET), LinkServer(named(b"new"), SECRET)
     handle = FakeHandle(named(b"handle"), [await old.start()])
     transport = Transport(handle)  # type: ignore[arg-type]
@@ -129,12 +129,12 @@ async def test_a_router_that_ends_is_replaced_by_the_ones_that_run() -> None:
 
 
 @on_both_loops
-async def test_whoever_leaves_cancels_the_work() -> None:
+async def test_cancelling_a_request_cancels_its_work() -> None:
     cancelled = asyncio.Event()
 
     async def slow(scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await start(send)
+            await send_head(send)
             await asyncio.Future()
         except asyncio.CancelledError:
             cancelled.set()
@@ -151,14 +151,14 @@ async def test_whoever_leaves_cancels_the_work() -> None:
     await server.stop()
 
 
-def test_a_session_forgets_the_event_loops_that_have_ended() -> None:
+def test_a_session_drops_the_transports_of_closed_event_loops() -> None:
     session = Session("app", "auto")
     handle = FakeHandle(named(b"handle"), [("127.0.0.1", 1)])
-    session.__dict__["_router"] = handle  # found already
+    session.__dict__["_router"] = handle  # the cached property
 
     async def once() -> list[str]:
         request = ApiRequest("/p", {}, lambda answer: [answer])
-        with pytest.raises(json.JSONDecodeError):  # it answers in plain text
+        with pytest.raises(json.JSONDecodeError):  # the application answers in plain text
             await session.run([request])
         return list(map(str, session._transports))
 
@@ -166,7 +166,7 @@ def test_a_session_forgets_the_event_loops_that_have_ended() -> None:
     assert handle.calls == 3
 
 
-async def test_an_application_that_fails_locally_raises() -> None:
+async def test_an_error_of_a_local_application_is_raised() -> None:
     async def broken(scope: Scope, receive: Receive, send: Send) -> None:
         raise LinkClosedError("broken")
 
@@ -175,7 +175,7 @@ async def test_an_application_that_fails_locally_raises() -> None:
             pass
 
 
-def test_work_in_the_background_returns_raises_and_ends() -> None:
+def test_the_background_loop_returns_results_and_raises_errors() -> None:
     background = BackgroundLoop()
 
     async def value() -> int:

@@ -1,4 +1,4 @@
-"""Fuzzing the link finds nothing in its first inputs; ./scripts/fuzz goes on from there."""
+"""First inputs of the link's fuzzer; ./scripts/fuzz runs it for longer."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("end", ["replica", "router"])
-def test_a_hostile_peer_is_survived(end: str, tmp_path: Path) -> None:
+def test_a_hostile_peer_does_no_harm(end: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.fuzz.link", end, "-runs=3000", "-seed=1"]
     done = subprocess.run(
         [*command, f"-artifact_prefix={tmp_path}/"],

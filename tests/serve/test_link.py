@@ -1,4 +1,4 @@
-"""The link over loopback: what streams promise while both ends are well."""
+"""The link over loopback while both ends are healthy."""
 
 import asyncio
 import random
@@ -28,15 +28,15 @@ from cluster.load import Load
 from cluster.usage import Usage, UsageCounter
 from tests.serve.link_kit import (
     SECRET,
-    all_of,
     ask,
-    body_of,
     echo,
     hang,
     linked,
     on_both_loops,
-    say,
-    start,
+    read_all,
+    receive_body,
+    send_body,
+    send_head,
     until,
 )
 
@@ -63,7 +63,7 @@ async def test_the_application_sees_the_request_as_an_asgi_scope() -> None:
         stream = client.open(head, b"body")
         response = await stream.head()
         assert (response.status, response.headers) == (200, [(b"content-type", b"text/plain")])
-        assert await all_of(stream) == b"body"
+        assert await read_all(stream) == b"body"
         assert await stream.read() == b""
         assert stream.ended
         assert client.num_open == server.num_streams == 0
@@ -89,14 +89,14 @@ async def test_the_application_sees_the_request_as_an_asgi_scope() -> None:
 @on_both_loops
 async def test_interleaved_streams_keep_their_order_and_content() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await body_of(receive)
+        await receive_body(receive)
         seed = random.Random(scope["path"])
-        await start(send)
+        await send_head(send)
         for number in range(60):
-            await say(send, b"%s:%d;" % (scope["path"].encode(), number))
+            await send_body(send, b"%s:%d;" % (scope["path"].encode(), number))
             for _ in range(seed.randrange(3)):
                 await asyncio.sleep(0)
-        await say(send, b"", more=False)
+        await send_body(send, b"", more=False)
 
     async with linked(app) as (_, client):
         answers = await asyncio.gather(*(ask(client, f"/{n}", b"x" * n) for n in range(200)))
@@ -105,14 +105,14 @@ async def test_interleaved_streams_keep_their_order_and_content() -> None:
 
 
 @on_both_loops
-async def test_ten_thousand_streams_lose_double_and_reorder_nothing() -> None:
+async def test_ten_thousand_streams_arrive_complete_and_in_order() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        body = await body_of(receive)
-        await start(send)
+        body = await receive_body(receive)
+        await send_head(send)
         for number in range(3):
-            await say(send, b"%s.%d " % (body, number))
+            await send_body(send, b"%s.%d " % (body, number))
             await asyncio.sleep(0)
-        await say(send, b"", more=False)
+        await send_body(send, b"", more=False)
 
     async with linked(app) as (server, client):
         answers = await asyncio.gather(*(ask(client, "/", b"%d" % n) for n in range(10_000)))
@@ -149,9 +149,9 @@ async def test_frames_of_one_event_loop_pass_are_sent_in_one_write(
     step = asyncio.Event()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await start(send)
+        await send_head(send)
         await step.wait()
-        await say(send, b"x" * 100)
+        await send_body(send, b"x" * 100)
         await asyncio.Future()
 
     async with linked(app) as (_, client):
@@ -166,13 +166,13 @@ async def test_frames_of_one_event_loop_pass_are_sent_in_one_write(
 
 
 @on_both_loops
-async def test_a_reader_that_was_away_gets_everything_at_once() -> None:
+async def test_a_late_reader_gets_everything_in_one_read() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await start(send)
+        await send_head(send)
         for _ in range(100):
-            await say(send, b"ab")
+            await send_body(send, b"ab")
             await asyncio.sleep(0)
-        await say(send, b"", more=False)
+        await send_body(send, b"", more=False)
 
     async with linked(app) as (_, client):
         stream = client.open(RequestHead())
@@ -182,17 +182,17 @@ async def test_a_reader_that_was_away_gets_everything_at_once() -> None:
 
 
 @on_both_loops
-async def test_a_reader_that_does_not_read_holds_back_its_own_stream_alone() -> None:
+async def test_an_idle_reader_blocks_only_its_own_stream() -> None:
     sent = 0
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         nonlocal sent
-        await start(send)
+        await send_head(send)
         if scope["path"] == "/big":
             for _ in range(10 * MIB // 8192):
-                await say(send, b"x" * 8192)
+                await send_body(send, b"x" * 8192)
                 sent += 8192
-        await say(send, b"done", more=False)
+        await send_body(send, b"done", more=False)
 
     options = LinkOptions(window_bytes=128 * 1024)
     async with linked(app, options=options) as (server, client):
@@ -202,11 +202,11 @@ async def test_a_reader_that_does_not_read_holds_back_its_own_stream_alone() -> 
         assert sent == 128 * 1024
         (connection,) = server.connections
         assert connection.unsent_bytes < 1024
-        assert len(await all_of(slow)) == 10 * MIB + 4
+        assert len(await read_all(slow)) == 10 * MIB + 4
 
 
 @on_both_loops
-async def test_a_body_that_is_not_received_stops_at_the_window() -> None:
+async def test_an_unread_request_body_stops_at_the_window() -> None:
     given = 0
     go_on = asyncio.Event()
 
@@ -219,8 +219,8 @@ async def test_a_body_that_is_not_received_stops_at_the_window() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] == "/late":
             await go_on.wait()
-        await start(send)
-        await say(send, b"%d" % len(await body_of(receive)), more=False)
+        await send_head(send)
+        await send_body(send, b"%d" % len(await receive_body(receive)), more=False)
 
     async with linked(app) as (_, client):
         late = asyncio.create_task(ask(client, "/late", body()))
@@ -233,7 +233,7 @@ async def test_a_body_that_is_not_received_stops_at_the_window() -> None:
 
 
 @on_both_loops
-async def test_a_body_of_10_mb_lets_small_streams_pass() -> None:
+async def test_small_streams_overtake_a_body_of_10_mb() -> None:
     order: list[str] = []
 
     async def one(client: Any, name: str, body: bytes) -> None:
@@ -256,14 +256,14 @@ async def test_cancelling_a_stream_cancels_the_application_and_disconnects_it() 
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await receive()
-        await start(send)
+        await send_head(send)
         listener = asyncio.ensure_future(receive())
         try:
             await asyncio.Future()
         except asyncio.CancelledError:
             messages.append(await listener)
             with pytest.raises(OSError, match="gone"):
-                await say(send, b"too late")
+                await send_body(send, b"too late")
             cancelled.set()
             raise
 
@@ -287,7 +287,7 @@ async def ask_once_more(client: Any) -> int:
 
 
 @on_both_loops
-async def test_cancelling_before_the_application_began_is_quiet() -> None:
+async def test_a_stream_can_be_cancelled_before_the_application_starts() -> None:
     async with linked(echo) as (server, client):
         for _ in range(50):
             client.open(RequestHead(), b"x").cancel()
@@ -296,7 +296,7 @@ async def test_cancelling_before_the_application_began_is_quiet() -> None:
 
 
 @on_both_loops
-async def test_an_early_answer_ends_a_body_that_is_still_sent() -> None:
+async def test_an_early_response_stops_the_upload() -> None:
     closed = asyncio.Event()
 
     async def body() -> AsyncIterator[bytes]:
@@ -307,8 +307,8 @@ async def test_an_early_answer_ends_a_body_that_is_still_sent() -> None:
             closed.set()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await start(send, 413)
-        await say(send, b"too large", more=False)
+        await send_head(send, 413)
+        await send_body(send, b"too large", more=False)
 
     async with linked(app) as (_, client):
         assert await ask(client, "/", body()) == (413, b"too large")
@@ -316,7 +316,7 @@ async def test_an_early_answer_ends_a_body_that_is_still_sent() -> None:
 
 
 @on_both_loops
-async def test_a_body_that_fails_fails_its_stream_and_cancels_the_application() -> None:
+async def test_a_failing_upload_fails_its_stream_and_cancels_the_application() -> None:
     began, cancelled = asyncio.Event(), asyncio.Event()
 
     async def body() -> AsyncIterator[bytes]:
@@ -327,7 +327,7 @@ async def test_a_body_that_fails_fails_its_stream_and_cancels_the_application() 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         began.set()
         try:
-            await body_of(receive)
+            await receive_body(receive)
         except asyncio.CancelledError:
             cancelled.set()
             raise
@@ -339,15 +339,15 @@ async def test_a_body_that_fails_fails_its_stream_and_cancels_the_application() 
 
 
 @on_both_loops
-async def test_failures_of_the_application_reach_the_reader_without_a_traceback(
+async def test_application_errors_reach_the_reader_without_a_traceback(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] == "/typed":
             raise InvalidRequestError("too long")
         if scope["path"] == "/late":
-            await start(send)
-            await say(send, b"some")
+            await send_head(send)
+            await send_body(send, b"some")
         if scope["path"] == "/cancel":
             raise asyncio.CancelledError
         if scope["path"] != "/silent":
@@ -373,16 +373,16 @@ async def test_failures_of_the_application_reach_the_reader_without_a_traceback(
 
 
 @on_both_loops
-async def test_misuse_of_send_is_an_error_of_the_application() -> None:
+async def test_misuse_of_send_raises_in_the_application() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         with pytest.raises(RuntimeError, match="before"):
-            await say(send, b"")
-        await start(send)
+            await send_body(send, b"")
+        await send_head(send)
         with pytest.raises(RuntimeError, match="unexpected"):
-            await start(send)
-        await say(send, b"ok", more=False)
+            await send_head(send)
+        await send_body(send, b"ok", more=False)
         with pytest.raises(RuntimeError, match="after the end"):
-            await say(send, b"")
+            await send_body(send, b"")
         assert await receive() == {"type": "http.disconnect"}
 
     async with linked(app) as (_, client):
@@ -390,14 +390,14 @@ async def test_misuse_of_send_is_an_error_of_the_application() -> None:
 
 
 @on_both_loops
-async def test_token_ids_travel_beside_their_bytes() -> None:
+async def test_token_ids_arrive_with_their_bytes() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await start(send)
-        await say(send, b"plain")
-        await say(send, b"two", token_ids=[7, 2**32 - 1])
-        await say(send, b"", token_ids=[8])
-        await say(send, b"L" * 100_000, token_ids=range(3))
-        await say(send, b"end", more=False, token_ids=(9,))
+        await send_head(send)
+        await send_body(send, b"plain")
+        await send_body(send, b"two", token_ids=[7, 2**32 - 1])
+        await send_body(send, b"", token_ids=[8])
+        await send_body(send, b"L" * 100_000, token_ids=range(3))
+        await send_body(send, b"end", more=False, token_ids=(9,))
 
     async with linked(app) as (_, client):
         assert await ask(client) == (200, b"plaintwo" + b"L" * 100_000 + b"end")
@@ -410,27 +410,27 @@ async def test_token_ids_travel_beside_their_bytes() -> None:
 
 
 @on_both_loops
-async def test_what_a_request_took_is_known_at_its_end() -> None:
+async def test_usage_is_known_at_the_end_of_a_stream() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         usage = usage_of(scope)
         usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens = 100, 32, 7
-        await start(send)
-        await say(send, b"x" * (200_000 if scope["path"] == "/large" else 2), more=False)
+        await send_head(send)
+        await send_body(send, b"x" * (200_000 if scope["path"] == "/large" else 2), more=False)
 
     async with linked(app) as (_, client):
         for path in ("/small", "/large"):
             stream = client.open(RequestHead(path=path))
             await stream.head()
-            await all_of(stream)
+            await read_all(stream)
             assert stream.usage == Usage(100, 32, 7)
     async with linked(echo) as (_, client):
         stream = client.open(RequestHead())
-        await all_of(stream)
+        await read_all(stream)
         assert stream.usage is None
 
 
 @on_both_loops
-async def test_what_passes_is_counted() -> None:
+async def test_traffic_is_counted_on_both_ends() -> None:
     async with linked(echo) as (server, client):
         await ask(client, body=b"x" * 1000)
         assert client.counts.connects == server.counts.connects == 1
@@ -442,42 +442,43 @@ async def test_what_passes_is_counted() -> None:
 
 @on_both_loops
 async def test_tokens_without_bytes_do_not_look_like_the_end() -> None:
-    alone = asyncio.Event()
+    go_on = asyncio.Event()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await start(send)
-        await say(send, b"", token_ids=[1])
-        await alone.wait()
-        await say(send, b"x", more=False, token_ids=[2])
+        await send_head(send)
+        if scope["path"] == "/tokens":
+            await send_body(send, b"", token_ids=[1])
+            await go_on.wait()
+        await send_body(send, b"x", more=False, token_ids=[2])
 
     async with linked(app) as (_, client):
-        stream = client.open(RequestHead())
-        await until(lambda: stream._chunks)
+        stream = client.open(RequestHead(path="/tokens"))
         reading = asyncio.create_task(stream.read())
-        await until(lambda: not stream._chunks)
-        alone.set()
+        await ask(client)  # its frames arrive after the first ones of the stream
+        assert not reading.done()
+        go_on.set()
         assert await reading == b"x"
         assert await stream.read() == b""
 
 
 @on_both_loops
-async def test_large_and_mutable_messages_arrive_whole() -> None:
+async def test_large_and_mutable_messages_arrive_intact() -> None:
     data = random.Random(2).randbytes(3 * MIB)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await start(send)
+        await send_head(send)
         buffer = bytearray(b"first")
         await send({"type": "http.response.body", "body": buffer, "more_body": True})
         buffer[:] = b"FIRST"
         await send({"type": "http.response.body", "body": memoryview(data), "more_body": True})
-        await say(send, data, more=False)
+        await send_body(send, data, more=False)
 
     async with linked(app) as (_, client):
         assert await ask(client) == (200, b"first" + data + data)
 
 
 @on_both_loops
-async def test_load_is_pushed_when_it_changes() -> None:
+async def test_the_load_is_sent_when_it_changes() -> None:
     running = 1
     seen: list[Load] = []
     options = LinkOptions(load_interval_s=0)
@@ -487,7 +488,7 @@ async def test_load_is_pushed_when_it_changes() -> None:
         await until(lambda: client.load == Load(1, 0, 0.5, 0))
         stream = client.open(RequestHead())
         await until(lambda: client.load == Load(1, 0, 0.5, 1))
-        running = 5  # changes by itself; the heartbeat says it
+        running = 5  # no frame is due; the heartbeat sends the load
         await until(lambda: client.load == Load(5, 0, 0.5, 1))
         stream.cancel()
         await until(lambda: client.load == Load(5, 0, 0.5, 0))
@@ -495,15 +496,15 @@ async def test_load_is_pushed_when_it_changes() -> None:
 
 
 @on_both_loops
-async def test_drain_lets_streams_finish_refuses_new_ones_and_counts() -> None:
+async def test_drain_finishes_open_streams_and_refuses_new_ones() -> None:
     go_on = asyncio.Event()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await start(send)
+        await send_head(send)
         if scope["path"] == "/hang":
             await asyncio.Future()
         await go_on.wait()
-        await say(send, b"finished" * 10_000, more=False)
+        await send_body(send, b"finished" * 10_000, more=False)
 
     async with linked(app) as (server, client):
         streams = [client.open(RequestHead(path=path)) for path in ("/", "/", "/hang")]
@@ -512,7 +513,7 @@ async def test_drain_lets_streams_finish_refuses_new_ones_and_counts() -> None:
         drain = asyncio.create_task(server.drain(0.3))
         raced = None
         while client.connected:
-            raced = client.open(RequestHead())  # some are on their way when the drain begins
+            raced = client.open(RequestHead())  # some are in transit when the drain begins
             await asyncio.sleep(0)
         assert client.state.value == "draining"
         with pytest.raises(LinkClosedError, match="draining"):
@@ -522,7 +523,7 @@ async def test_drain_lets_streams_finish_refuses_new_ones_and_counts() -> None:
                 await raced.head()
         go_on.set()
         assert await drain == (2, 1)
-        assert [await all_of(stream) for stream in streams[:2]] == [b"finished" * 10_000] * 2
+        assert [await read_all(stream) for stream in streams[:2]] == [b"finished" * 10_000] * 2
         with pytest.raises(UnavailableError):
             await streams[2].read()
         assert server.num_streams == 0
@@ -546,7 +547,7 @@ async def test_starlette_with_middleware_streams_and_stops_on_cancel() -> None:
             for number in range(3):
                 yield f"data: {number}\n\n"
             stepping.set()
-            await asyncio.Future()  # as an engine does between two tokens
+            await asyncio.Future()  # like an engine between two tokens
         finally:
             stopped.set()
 
@@ -566,7 +567,7 @@ async def test_starlette_with_middleware_streams_and_stops_on_cancel() -> None:
     )
     async with linked(app) as (server, client):
         head = RequestHead(method="POST", path="/json", query_string=b"q=1")
-        assert await all_of(client.open(head, b"[1]")) == b'{"got":[1],"q":"1"}'
+        assert await read_all(client.open(head, b"[1]")) == b'{"got":[1],"q":"1"}'
         assert (await ask(client, "/nowhere"))[0] == 404
         async with client.open(RequestHead(path="/stream")) as response:
             assert (await response.head()).status == 200
@@ -586,7 +587,7 @@ async def test_stop_is_safe_before_start_and_twice() -> None:
 
 
 @on_both_loops
-async def test_a_server_that_retires_takes_nothing_new_and_keeps_its_connections() -> None:
+async def test_a_retired_server_refuses_streams_and_keeps_connections() -> None:
     async with linked(hang) as (server, client):
         stream = client.open(RequestHead())
         assert await stream.read() == b"!"

@@ -1,4 +1,4 @@
-"""The router's process holds no model, so it must not load what models are run with."""
+"""Imports of the processes: no model libraries in the router, no collections in replicas."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ print([name for name in {HEAVY} if name in sys.modules])
 """
 
 
-def test_the_routers_modules_load_nothing_of_a_model() -> None:
+def test_the_router_imports_no_model_library() -> None:
     done = subprocess.run(
         [sys.executable, "-c", LOADED], capture_output=True, text=True, timeout=120, check=False
     )
