@@ -1,4 +1,4 @@
-"""Label a data set with the running cluster's classifier, from Ray Data.
+"""Label a Ray Data data set with the classifier of the running cluster.
 
 Run it as a job of the cluster: `RAY_ADDRESS=... python examples/ray_data.py`.
 """

@@ -1,4 +1,4 @@
-# Shared by the scripts beside it; sourced, never run. Owns .venv and the stamp in it.
+# Functions of the other scripts; sourced, not run. Creates and updates .venv.
 
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -12,11 +12,11 @@ die() {
     exit 1
 }
 
-# What is installed: cpu or gpu. TANDEM_EXTRA decides; else a GPU that answers does.
+# Prints the extra to install, cpu or gpu: TANDEM_EXTRA, or gpu if nvidia-smi finds a GPU.
 extra() {
     if [[ -n ${TANDEM_EXTRA:-} ]]; then
         [[ $TANDEM_EXTRA == cpu || $TANDEM_EXTRA == gpu ]] ||
-            die "TANDEM_EXTRA: got '$TANDEM_EXTRA'; allowed: cpu, gpu"
+            die "TANDEM_EXTRA must be cpu or gpu, not '$TANDEM_EXTRA'"
         echo "$TANDEM_EXTRA"
     elif nvidia-smi -L >/dev/null 2>&1; then
         echo gpu
@@ -25,7 +25,7 @@ extra() {
     fi
 }
 
-# Makes .venv with everything in it. Does nothing when what it depends on has not changed.
+# Creates .venv with all dependencies. Does nothing if the requirements have not changed.
 set_up() {
     local wanted
     wanted=$(extra) || exit 1
@@ -42,18 +42,18 @@ set_up() {
     say "set up in $SECONDS s"
 }
 
-# A venv of Python 3.11 with uv in it. Where there is no Python 3.11, uv brings one.
+# Creates a Python 3.11 venv that contains uv. If there is no Python 3.11, uv downloads it.
 make_venv() {
     [[ -x $venv/bin/uv ]] && "$venv/bin/python" -c 'import sys; assert sys.version_info[:2] == (3, 11)' 2>/dev/null && return
     rm -rf "$venv"
     if command -v python3.11 >/dev/null && python3.11 -c '' 2>/dev/null; then
-        say "making .venv"
-        python3.11 -m venv "$venv" || die "no venv; on Debian: apt-get install python3.11-venv"
+        say "creating .venv"
+        python3.11 -m venv "$venv" || die "cannot create a venv; on Debian: apt-get install python3.11-venv"
     else
-        say "no python3.11 here: uv brings one"
+        say "python3.11 not found; uv downloads it"
         local tools
         tools=$(mktemp -d)
-        python3 -m venv "$tools" || die "python3 with venv is needed; on Debian: apt-get install python3-venv"
+        python3 -m venv "$tools" || die "cannot create a venv with python3; on Debian: apt-get install python3-venv"
         install_uv "$tools"
         "$tools/bin/uv" venv -q --python 3.11 --seed "$venv"
         rm -rf "$tools"
@@ -65,27 +65,27 @@ install_uv() { "$1/bin/python" -m pip install -q --require-hashes -r requirement
 
 uv_install() { "$venv/bin/uv" pip install -q --python "$venv/bin/python" "$@"; }
 
-# The pinned list; --no-deps, since vLLM asks for torchvision and its like, whose builds on the
-# package index are for CUDA and break beside the CPU's torch.
+# Installs the pinned list. --no-deps because vLLM requires torchvision and similar packages, whose
+# wheels on the package index are built for CUDA and fail with the CPU build of torch.
 install_cpu() {
-    say "installing packages and torch (some minutes on a slow line)"
+    say "installing packages and torch (takes minutes on a slow connection)"
     install_torch &
     local torch=$!
-    # Compiled once here, else each of the first start's processes would compile the same modules.
-    uv_install --no-deps --require-hashes --compile-bytecode -r requirements/cpu.txt || { wait "$torch" || true; die "the packages could not be installed"; }
-    wait "$torch" || die "torch could not be installed"
+    # Compile to bytecode now; otherwise every process of the first start compiles the same modules.
+    uv_install --no-deps --require-hashes --compile-bytecode -r requirements/cpu.txt || { wait "$torch" || true; die "cannot install the packages"; }
+    wait "$torch" || die "cannot install torch"
     uv_install --no-deps --no-build-isolation --editable .
     "$venv/bin/python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null ||
-        say "vLLM needs libnuma; on Debian: apt-get install libnuma1"
+        say "vLLM requires libnuma; on Debian: apt-get install libnuma1"
 }
 
-# torch comes from where pip is set up to look, else from PyTorch's own index, for it alone.
+# Installs torch from pip's configured index, or else from PyTorch's index.
 install_torch() {
     local pip=("$venv/bin/python" -m pip install -q --no-deps --require-hashes -r requirements/torch-cpu.txt)
     "${pip[@]}" 2>/dev/null || "${pip[@]}" --index-url https://download.pytorch.org/whl/cpu
 }
 
-# On GPUs the wheels of the package index are the right ones. Not pinned.
+# On GPUs, the wheels of the package index fit. Versions are not pinned.
 install_gpu() {
     say "installing for GPUs"
     uv_install --editable ".[gpu,dev]"

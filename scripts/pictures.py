@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Takes docs/images/dashboard-*.png anew: PYTHONPATH=. python scripts/pictures.py
+"""Take the screenshots docs/images/dashboard-*.png: ``PYTHONPATH=. python scripts/pictures.py``.
 
-Starts a cluster of simulated engines with a home and ports of its own, puts load on it until the
-page's five minutes are full, looks at it in headless Chromium (Debian's chromium and
-chromium-driver), and ends it.
+Starts an isolated cluster of simulated engines and runs load until the page's five-minute charts
+are full. Then takes the screenshots in headless Chromium (Debian packages chromium and
+chromium-driver) and stops the cluster.
 """
 
 import asyncio
@@ -32,10 +32,11 @@ from tests.serve.browser import Page, start
 IMAGES = ROOT / "docs" / "images"
 PAGES = {"light": ("light", 1100), "dark": ("dark", 1100), "phone": ("dark", 360)}
 LOAD = ((50, 3), (90, 24), (70, 8), (80, 30), (20, 14))
-"""Seconds, and how many streams at a time; then from the beginning."""
-FULL_S = 280
-"""So much of the past a picture has; where the machine was held up, the page begins anew."""
+"""Duration in seconds and number of concurrent streams of each phase, repeated."""
+CHART_S = 280
+"""Length of the charts in a screenshot; after a long stall, the page starts them again."""
 WAIT_S = 1200
+"""Longest wait for full charts."""
 SIM = {
     "prefill_s_per_token": 0.001,
     "decode_s_per_token": 0.03,
@@ -45,11 +46,11 @@ SIM = {
     "fail_rate": 0.005,
 }
 COLORS = 128
-"""A page has few; a picture of so many is a third as large."""
+"""Palette size. The pages have few colors, and 128 reduce the file size to a third."""
 
 
-def config():
-    """Two generators, of which one follows its load, behind two routers."""
+def cluster_config():
+    """Return the configuration: two generators, one of them autoscaled, and two routers."""
     small = {"resources": {"cpus": 0.01}}
     chat = {
         "replicas": {
@@ -68,16 +69,16 @@ def config():
 
 
 @asynccontextmanager
-async def running():
-    """The cluster's HTTP address."""
+async def running_cluster():
+    """Start the cluster and yield its HTTP address."""
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         isolated = isolated_home(home)
         file = home / "pictures.yaml"
-        file.write_text(yaml.safe_dump(config()), encoding="utf-8")
+        file.write_text(yaml.safe_dump(cluster_config()), encoding="utf-8")
 
-        def tandem(*words):
-            subprocess.run([TANDEM, *words], env=isolated.env, cwd=ROOT, check=True)
+        def tandem(*arguments):
+            subprocess.run([TANDEM, *arguments], env=isolated.env, cwd=ROOT, check=True)
 
         try:
             await asyncio.to_thread(tandem, "up", "-d", "--config", str(file), *isolated.settings)
@@ -86,14 +87,14 @@ async def running():
             await asyncio.to_thread(tandem, "down")
 
 
-async def stream(http, number):
-    """One chat after the other, of different lengths; now and then for an unknown model."""
+async def send_chats(http, number):
+    """Send chats of different lengths one after the other, a few of them to an unknown model."""
     turn = number
     while True:
         turn += 1
         words = " ".join(f"word{number}" for _ in range(10 + turn * 7 % 60))
         body = {
-            "model": "nobody" if turn % 40 == 0 else "draft" if number % 4 == 1 else "chat",
+            "model": "unknown" if turn % 40 == 0 else "draft" if number % 4 == 1 else "chat",
             "messages": [{"role": "user", "content": words}],
             "max_tokens": 20 + turn * 5 % 60,
             "stream": True,
@@ -102,50 +103,50 @@ async def stream(http, number):
             await http.post("/v1/chat/completions", json=body)
 
 
-async def put_load(http):
-    """Load as ``LOAD`` says, until it is cancelled."""
+async def run_load(http):
+    """Run the phases of ``LOAD`` until cancelled."""
     async with asyncio.TaskGroup() as group:
         streams = []
-        for seconds, wanted in cycle(LOAD):
-            while len(streams) > wanted:
+        for seconds, num_streams in cycle(LOAD):
+            while len(streams) > num_streams:
                 streams.pop().cancel()
-            missing = range(len(streams), wanted)
-            streams += [group.create_task(stream(http, number)) for number in missing]
+            missing = range(len(streams), num_streams)
+            streams += [group.create_task(send_chats(http, number)) for number in missing]
             await asyncio.sleep(seconds)
 
 
-def take(url):
-    """Write a picture of each kind of page."""
+def take_screenshots(url):
+    """Write a screenshot of each page variant."""
     with tempfile.TemporaryDirectory() as profile:
         driver = start(profile)
         try:
             page = Page(driver)
             for name, (scheme, width) in PAGES.items():
                 page.open(f"{url}/dashboard", scheme, width)
-                page.until(lambda: page.script(f"last - kept.times[0] >= {FULL_S}"), WAIT_S)
-                (IMAGES / f"dashboard-{name}.png").write_bytes(picture(page))
+                page.until(lambda: page.script(f"last - kept.times[0] >= {CHART_S}"), WAIT_S)
+                (IMAGES / f"dashboard-{name}.png").write_bytes(screenshot(page))
         finally:
             driver.quit()
 
 
-def picture(page):
-    """The whole page as PNG with a palette."""
+def screenshot(page):
+    """Return the whole page as PNG with a palette."""
     width, height = page.script("[innerWidth, document.body.scrollHeight]")
     clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
-    shot = {"captureBeyondViewport": True, "format": "png", "clip": clip}
-    found = page.driver.execute_cdp_cmd("Page.captureScreenshot", shot)
-    image = Image.open(io.BytesIO(base64.b64decode(found["data"]))).convert("RGB")
-    written = io.BytesIO()
-    image.quantize(COLORS, dither=Image.Dither.NONE).save(written, "png", optimize=True)
-    return written.getvalue()
+    options = {"captureBeyondViewport": True, "format": "png", "clip": clip}
+    captured = page.driver.execute_cdp_cmd("Page.captureScreenshot", options)
+    image = Image.open(io.BytesIO(base64.b64decode(captured["data"]))).convert("RGB")
+    png = io.BytesIO()
+    image.quantize(COLORS, dither=Image.Dither.NONE).save(png, "png", optimize=True)
+    return png.getvalue()
 
 
 async def main():
-    """Take all pictures."""
-    async with running() as url, httpx.AsyncClient(base_url=url, timeout=120) as http:
-        load = asyncio.create_task(put_load(http))
+    """Run the cluster and the load, and take all screenshots."""
+    async with running_cluster() as url, httpx.AsyncClient(base_url=url, timeout=120) as http:
+        load = asyncio.create_task(run_load(http))
         try:
-            await asyncio.to_thread(take, url)
+            await asyncio.to_thread(take_screenshots, url)
         finally:
             load.cancel()
             await asyncio.wait([load])

@@ -1,7 +1,7 @@
-"""Drives an ASGI application without a server: keeps each body chunk, and can leave early.
+"""ASGI client without a server that keeps each body chunk and can disconnect early.
 
-httpx's transport joins a body before it returns it, so a stream's chunks, their order in time
-and a client that goes away cannot be seen through it.
+httpx's ASGI transport joins the body before it returns, so it shows neither the chunks of a stream
+and their order in time nor a disconnect.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ class Answer:
         return json.loads(self.body)
 
     def events(self) -> list[tuple[str | None, str]]:
-        """The server-sent events as (event name, data)."""
+        """Return the server-sent events as (event name, data)."""
         found = []
         for block in self.body.decode().split("\n\n"):
             lines = [line.split(": ", 1) for line in block.splitlines() if ": " in line]
@@ -38,7 +38,7 @@ class Answer:
         return found
 
     def data(self) -> list[Any]:
-        """The parsed data of each event but the closing ``[DONE]``."""
+        """Return the parsed data of each event except the final ``[DONE]``."""
         return [json.loads(data) for _, data in self.events() if data != "[DONE]"]
 
 
@@ -48,16 +48,16 @@ class Call:
     def __init__(self, app: ASGIApp, scope: dict[str, Any], body: bytes) -> None:
         self.answer = Answer()
         self._body: bytes | None = body
-        self._left = asyncio.Event()
-        self._news = asyncio.Event()
+        self._disconnected = asyncio.Event()
+        self._changed = asyncio.Event()
         self._task = asyncio.ensure_future(app(scope, self._receive, self._send))
-        self._task.add_done_callback(lambda _: self._news.set())
+        self._task.add_done_callback(lambda _: self._changed.set())
 
     async def _receive(self) -> Message:
         if self._body is not None:
             body, self._body = self._body, None
             return {"type": "http.request", "body": body, "more_body": False}
-        await self._left.wait()
+        await self._disconnected.wait()
         return {"type": "http.disconnect"}
 
     async def _send(self, message: Message) -> None:
@@ -71,25 +71,25 @@ class Call:
             if body := message.get("body", b""):
                 self.answer.chunks.append(body)
             self.answer.ended = not message.get("more_body", False)
-        self._news.set()
+        self._changed.set()
 
     async def done(self, timeout_s: float = 60.0) -> Answer:
         await asyncio.wait_for(asyncio.shield(self._task), timeout_s)
         return self.answer
 
     async def chunks(self, count: int, timeout_s: float = 60.0) -> None:
-        """Wait until ``count`` chunks came, or the answer ended."""
+        """Wait until ``count`` chunks have arrived, or the response has ended."""
         async with asyncio.timeout(timeout_s):
             while len(self.answer.chunks) < count and not self._task.done():
-                self._news.clear()
-                await self._news.wait()
+                self._changed.clear()
+                await self._changed.wait()
 
     def disconnect(self) -> None:
-        """The client leaves; the application is told, as a server tells it."""
-        self._left.set()
+        """Disconnect: the application receives ``http.disconnect``, as from a server."""
+        self._disconnected.set()
 
     async def cancel(self) -> None:
-        """The task that runs the application is cancelled."""
+        """Cancel the task that runs the application."""
         self._task.cancel()
         with suppress(asyncio.CancelledError):
             await self._task
@@ -102,7 +102,7 @@ def start(
     body: Any = None,
     headers: dict[str, str] | None = None,
 ) -> Call:
-    """Begin a request; ``body`` is sent as JSON unless it is bytes."""
+    """Start a request; ``body`` is sent as JSON unless it is bytes."""
     raw = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
     path, _, query = path.partition("?")
     sent = {"content-type": "application/json", "content-length": str(len(raw)), **(headers or {})}
@@ -133,7 +133,7 @@ async def call(
     headers: dict[str, str] | None = None,
     timeout_s: float = 60.0,
 ) -> Answer:
-    """Make a request and wait for the whole answer."""
+    """Send a request and wait for the complete response."""
     return await start(app, method, path, body, headers).done(timeout_s)
 
 

@@ -1,4 +1,4 @@
-"""What holds for all tests: none depends on the machine's speed."""
+"""Settings of all tests: hypothesis must not fail because the machine is slow."""
 
 from hypothesis import HealthCheck, settings
 

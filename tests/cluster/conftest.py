@@ -1,4 +1,4 @@
-"""One real cluster for all tests that can share it: real Ray, real vLLM, the default models."""
+"""Real clusters for the tests: real Ray, real vLLM, the default models."""
 
 import json
 import os
@@ -21,7 +21,7 @@ TANDEM = Path(sys.executable).with_name("tandem")
 
 @dataclass(frozen=True)
 class RunningCluster:
-    """A cluster of the tests' own, beside any that the machine may run already."""
+    """Cluster that shares no ports or state with others on this machine."""
 
     home: Path
     env: dict[str, str]
@@ -47,7 +47,7 @@ class RunningCluster:
 
 
 def sim_generator(**fields: Any) -> dict[str, Any]:
-    """A pool of the simulated engine that takes next to nothing of the machine."""
+    """Return a generator pool with the simulated engine, which needs almost no CPU."""
     return {
         "name": "sim",
         "model": "sim",
@@ -58,12 +58,12 @@ def sim_generator(**fields: Any) -> dict[str, Any]:
 
 
 def router_config(num: int, **fields: Any) -> dict[str, Any]:
-    """So many routers, neither more nor fewer."""
+    """Return a router configuration with a fixed number of replicas."""
     return {"replicas": {"min": num, "max": num}, "resources": {"cpus": 0.1}, **fields}
 
 
 def serve_config(*more: dict[str, Any], **args: Any) -> dict[str, Any]:
-    """A whole configuration: Tandem's application with ``args``, and ``more`` beside it."""
+    """Return a full configuration: Tandem's application with ``args``, and more applications."""
     application = {
         "name": "tandem",
         "route_prefix": "/",
@@ -77,7 +77,7 @@ def serve_config(*more: dict[str, Any], **args: Any) -> dict[str, Any]:
 
 
 class IsolatedHome(NamedTuple):
-    """The environment, the ``--set`` words and the addresses of a cluster that shares nothing."""
+    """Environment, ``--set`` options and addresses of an isolated cluster."""
 
     env: dict[str, str]
     settings: list[str]
@@ -86,7 +86,7 @@ class IsolatedHome(NamedTuple):
 
 
 def isolated_home(home: Path) -> IsolatedHome:
-    """What a cluster with a home and ports of its own is started with."""
+    """Choose free ports and make the environment for a cluster in ``home``."""
     http, gcs, dashboard, stats, metrics, fallback = free_ports(6)
     env = {
         **os.environ,
@@ -103,13 +103,13 @@ def isolated_home(home: Path) -> IsolatedHome:
         "cluster.dashboard_port": dashboard,
     }
     settings = [word for path, port in values.items() for word in ("--set", f"{path}={port}")]
-    # Ray takes 127.0.0.1 for the machine's outward address, where this Ray does not listen.
+    # Ray replaces 127.0.0.1 by the machine's outward address, where this Ray does not listen.
     return IsolatedHome(env, settings, f"http://127.0.0.1:{http}", f"LOCALHOST:{gcs}")
 
 
 @pytest.fixture(scope="session")
 def make_cluster(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Starts a cluster with a home, a state and ports of its own; the models are shared."""
+    """Return a function that starts an isolated cluster; only the models are shared."""
 
     def make(*args: str) -> RunningCluster:
         home = tmp_path_factory.mktemp("home")
@@ -120,7 +120,7 @@ def make_cluster(tmp_path_factory: pytest.TempPathFactory) -> Any:
         try:
             done = running.tandem("up", "-d", *settings, *args, timeout_s=900)
             assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-        except BaseException:  # a time-out of the test's, above all
+        except BaseException:  # above all pytest's timeout
             running.tandem("down")
             raise
         return running
@@ -132,7 +132,7 @@ def make_cluster(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def sim_cluster(
     request: pytest.FixtureRequest, make_cluster: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningCluster]:
-    """A cluster with the configuration that the test module's ``config()`` gives."""
+    """Start a cluster with the configuration returned by the test module's ``config()``."""
     file = tmp_path_factory.mktemp("config") / "config.yaml"
     file.write_text(yaml.safe_dump(request.module.config()), encoding="utf-8")
     running: RunningCluster = make_cluster("--config", str(file))
@@ -142,7 +142,7 @@ def sim_cluster(
 
 @pytest.fixture(scope="session")
 def cluster(make_cluster: Any) -> Iterator[RunningCluster]:
-    """The default deployment: SmolLM2 on vLLM, the sentiment classifier, one router."""
+    """Start the default deployment: SmolLM2 on vLLM, the sentiment classifier, one router."""
     running: RunningCluster = make_cluster()
     yield running
     done = running.tandem("down")

@@ -1,4 +1,4 @@
-"""The HTTP surface of a real cluster, through the clients that its users use."""
+"""HTTP API of a real cluster, through the vendors' clients."""
 
 import base64
 import concurrent.futures
@@ -31,8 +31,8 @@ def http(cluster: RunningCluster) -> Any:
 def client(cluster: RunningCluster) -> Any:
     with openai.OpenAI(
         base_url=f"{cluster.http_url}/v1", api_key="none", max_retries=0, timeout=120
-    ) as made:
-        yield made
+    ) as openai_client:
+        yield openai_client
 
 
 def test_chat(client: openai.OpenAI) -> None:
@@ -45,7 +45,7 @@ def test_chat(client: openai.OpenAI) -> None:
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 
-def test_a_stream_gives_each_token_when_it_exists(client: openai.OpenAI) -> None:
+def test_tokens_are_streamed_as_they_are_generated(client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(
         model=MODEL,
         messages=[{"role": "user", "content": "Count to fifty."}],
@@ -64,8 +64,9 @@ def test_a_stream_gives_each_token_when_it_exists(client: openai.OpenAI) -> None
         usage = chunk.usage or usage
     assert usage is not None
     assert usage.completion_tokens == 48
+    # Below 48 because vLLM merges the tokens of two steps if the stream was not read in between.
     assert len(pieces) > 40
-    # No piece may be held back until the end: the longest wait is a part of the whole.
+    # If the tokens arrived together at the end, the longest gap would be the whole time.
     assert longest < total * 0.8
 
 
@@ -119,9 +120,9 @@ def test_json_schema_output(client: openai.OpenAI) -> None:
             "json_schema": {"name": "city", "schema": schema, "strict": True},
         },
     )
-    said = json.loads(str(answer.choices[0].message.content))
-    assert set(said) == {"city", "big"}
-    assert isinstance(said["big"], bool)
+    parsed = json.loads(str(answer.choices[0].message.content))
+    assert set(parsed) == {"city", "big"}
+    assert isinstance(parsed["big"], bool)
 
 
 TOOL: Any = {
@@ -133,7 +134,7 @@ TOOL: Any = {
 @pytest.mark.parametrize(
     "choice", ["auto", {"type": "function", "function": {"name": "weather"}}], ids=["auto", "named"]
 )
-def test_tools_are_refused_as_vllm_does_without_a_parser(
+def test_tools_without_a_parser_are_rejected_with_vllms_message(
     client: openai.OpenAI, choice: Any
 ) -> None:
     with pytest.raises(openai.BadRequestError, match="tool-call-parser"):
@@ -165,7 +166,7 @@ def test_classify(http: httpx.Client) -> None:
     assert len(top["data"][0]["scores"]) == 1
 
 
-def test_a_label_is_explained_also_by_the_page(http: httpx.Client) -> None:
+def test_a_label_is_explained_by_words_and_the_page_is_served(http: httpx.Client) -> None:
     body = {"input": "It broke after two days and support never answered.", "explain": True}
     why = http.post("/classify", json=body).json()["data"][0]["explanation"]
     negative = why["labels"][0]
@@ -179,7 +180,7 @@ def test_a_label_is_explained_also_by_the_page(http: httpx.Client) -> None:
     assert "<option>sentiment</option>" in page.text
 
 
-def test_a_text_that_is_too_long_is_refused_or_truncated(http: httpx.Client) -> None:
+def test_a_text_over_the_context_length_is_rejected_or_truncated(http: httpx.Client) -> None:
     long = "word " * 3000
     refused = http.post("/classify", json={"input": long})
     assert refused.status_code == 400
@@ -209,7 +210,7 @@ def test_models(client: openai.OpenAI) -> None:
     assert client.models.retrieve("sentiment").id == "sentiment"
 
 
-def test_own_paths(http: httpx.Client) -> None:
+def test_builtin_paths(http: httpx.Client) -> None:
     assert http.get("/health").status_code == 200
     assert http.get("/ready").json()["status"] == "ready"
     assert {"tandem", "ray", "torch"} <= http.get("/version").json().keys()
@@ -234,7 +235,7 @@ def test_own_paths(http: httpx.Client) -> None:
         ("/metrics", {}, 405),
     ],
 )
-def test_errors_have_openais_shape(http: httpx.Client, path: str, body: Any, status: int) -> None:
+def test_errors_have_openais_format(http: httpx.Client, path: str, body: Any, status: int) -> None:
     content = body if isinstance(body, str) else json.dumps(body)
     answer = http.post(path, content=content, headers={"content-type": "application/json"})
     assert answer.status_code == status, answer.text
@@ -243,12 +244,14 @@ def test_errors_have_openais_shape(http: httpx.Client, path: str, body: Any, sta
     assert "Traceback" not in answer.text
 
 
-def test_a_body_that_is_too_large_is_refused(http: httpx.Client) -> None:
+def test_a_body_over_the_size_limit_is_rejected(http: httpx.Client) -> None:
     answer = http.post("/classify", content=b'{"input": "' + b"x" * 33 * 1024**2 + b'"}')
     assert answer.status_code == 413
 
 
-def test_a_request_id_is_returned_once_and_names_the_completion(http: httpx.Client) -> None:
+def test_the_request_id_is_returned_once_and_is_part_of_the_completion_id(
+    http: httpx.Client,
+) -> None:
     answer = http.post(
         "/v1/completions",
         json={"model": MODEL, "prompt": "a", "max_tokens": 1},
@@ -259,7 +262,7 @@ def test_a_request_id_is_returned_once_and_names_the_completion(http: httpx.Clie
     assert len(http.get("/health").headers.get_list("x-request-id")) == 1
 
 
-def test_a_client_that_leaves_aborts_its_request_in_the_engine(http: httpx.Client) -> None:
+def test_a_disconnect_aborts_the_request_in_the_engine(http: httpx.Client) -> None:
     body = {"model": MODEL, "prompt": "a", "max_tokens": 1900, "stream": True, "ignore_eos": True}
     with http.stream("POST", "/v1/completions", json=body) as stream:
         next(stream.iter_lines())
@@ -267,14 +270,14 @@ def test_a_client_that_leaves_aborts_its_request_in_the_engine(http: httpx.Clien
     wait_for_running(http, 0)
 
 
-def wait_for_running(http: httpx.Client, wanted: int) -> None:
+def wait_for_running(http: httpx.Client, expected: int) -> None:
     deadline = time.monotonic() + 10
-    while (running := http.get("/ready").json()["pools"][MODEL]["running"]) != wanted:
+    while (running := http.get("/ready").json()["pools"][MODEL]["running"]) != expected:
         assert time.monotonic() < deadline, running
         time.sleep(0.05)
 
 
-def test_requests_at_the_same_time_share_the_engine(client: openai.OpenAI) -> None:
+def test_concurrent_requests_share_the_engine(client: openai.OpenAI) -> None:
     def ask(number: int) -> int:
         answer = client.completions.create(
             model=MODEL,
@@ -289,20 +292,20 @@ def test_requests_at_the_same_time_share_the_engine(client: openai.OpenAI) -> No
         assert list(threads.map(ask, range(32))) == [16] * 32
 
 
-def test_vllms_own_metrics_come_through_rays_agents(
+def test_vllms_metrics_are_exported_by_rays_agents(
     cluster: RunningCluster, client: openai.OpenAI
 ) -> None:
     url = f"{cluster.status()['state']['dashboard_url']}/api/prometheus/sd"
     targets = [target for group in httpx.get(url).json() for target in group["targets"]]
-    # Ray shows no counter before its first event: nothing has been preempted here.
+    # Ray exports a counter only after its first event, and nothing is preempted here.
     wanted = VLLM.keys() - {"ray_vllm_num_preemptions_total"}
     found: set[str] = set()
     deadline = time.monotonic() + 120
-    # Gauges leave while the engine has nothing to do, so it is kept busy.
+    # Ray drops gauges of an idle engine, so keep it busy.
     while not wanted <= found and time.monotonic() < deadline:
         client.chat.completions.create(model=MODEL, messages=PARIS, max_tokens=32)
         for target in targets:
-            with contextlib.suppress(httpx.ConnectError):  # test_monitoring has that all answer
+            with contextlib.suppress(httpx.ConnectError):  # test_monitoring checks that all respond
                 page = httpx.get(f"http://{target}/metrics", timeout=30).text
                 found |= set(re.findall(r"^(ray_vllm_\w+)", page, re.MULTILINE))
     assert sorted(wanted - found) == []

@@ -15,7 +15,7 @@ from benchmarks.targets.home import free_ports, new_home
 from benchmarks.targets.running import REAL_MODEL, ReadyTarget, RunningTarget, wait_first_token
 
 LOGICAL_CPUS = 8
-"""CPUs that Ray is told to have: ingress and engine reserve more than two."""
+"""CPUs that Ray reports: ingress and engine reserve more than two."""
 
 
 @contextlib.contextmanager
