@@ -53,7 +53,7 @@ def finetune(base: str | None, data: DataFile, out: Path, options: FinetuneOptio
         raise ConfigError(f"{out} already exists; choose a new directory with --out")
     rows, console = data.rows(), Console()
     names = finetune_data.label_names(data.path, rows)
-    encoder, base_name = _encoder(base)
+    encoder, base_name = base_encoder(base)
     options = dataclasses.replace(options, label_names=names, base_name=base_name)
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -132,8 +132,8 @@ def _train(
     return ", ".join(f"{name} {value}" for name, value in facts if value is not None)
 
 
-def _encoder(base: str | None) -> tuple[Path, str]:
-    """Return the directory and the name of the base model."""
+def base_encoder(base: str | None) -> tuple[Path, str]:
+    """Return directory and name of the encoder to fine-tune; None selects the packaged one."""
     if base is not None:
         directory = _directory(base)
         return directory, directory.resolve().name

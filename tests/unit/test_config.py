@@ -36,28 +36,26 @@ def test_defaults_are_filled_in() -> None:
         (["next-sentence"], "ForNextSentencePrediction"),
     ],
 )
-def test_the_tasks_of_a_pool_say_which_head_its_model_has(
-    tasks: list[str], head: str | None
-) -> None:
+def test_tasks_determine_the_required_head(tasks: list[str], head: str | None) -> None:
     assert parse(classifier(tasks=tasks)).classifiers[0].head == head
 
 
-def test_all_adapters_are_loaded_unless_there_are_many_or_it_is_said() -> None:
-    def most(number: int, **args: int) -> int:
+def test_max_loras_is_the_number_of_adapters_up_to_a_default_limit() -> None:
+    def max_loras(number: int, **args: int) -> int:
         adapters = {f"a{each}": "path" for each in range(number)}
         config = parse(generator(adapters=adapters, engine_args=args))
         return config.generators[0].max_loras
 
-    assert [most(0), most(3), most(20), most(3, max_loras=2)] == [1, 3, 8, 2]
+    assert [max_loras(0), max_loras(3), max_loras(20), max_loras(3, max_loras=2)] == [1, 3, 8, 2]
 
 
 @pytest.mark.parametrize("max_loras", [None, "abc", 0, -1, True])
-def test_a_wrong_number_of_loaded_adapters_is_refused(max_loras: object) -> None:
+def test_invalid_max_loras_is_rejected(max_loras: object) -> None:
     with pytest.raises(ConfigError, match="max_loras"):
         parse(generator(engine_args={"max_loras": max_loras}))
 
 
-def test_it_is_frozen() -> None:
+def test_configuration_is_frozen() -> None:
     config = parse(generator())
     with pytest.raises(Exception, match="frozen"):
         config.router.max_queued = 1  # type: ignore[misc]
@@ -104,7 +102,7 @@ def test_it_is_frozen() -> None:
         (classifier(result_cache={"max_bytes": -1}), ["result_cache.max_bytes", "got -1"]),
     ],
 )
-def test_a_wrong_value_gives_one_line_with_field_value_and_what_is_allowed(
+def test_errors_are_one_line_with_field_value_and_allowed_values(
     args: dict[str, Any], words: list[str]
 ) -> None:
     with pytest.raises(ConfigError) as caught:

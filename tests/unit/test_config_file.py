@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def without_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Serve's own schema takes seconds to import; tests/cluster has it."""
+    """Skip Serve's schema, which takes seconds to import; tests/cluster covers it."""
     monkeypatch.setattr(config_file, "_check_serve_level", lambda config: None)
 
 
@@ -35,7 +35,7 @@ def write(directory: Path, **changes: Any) -> Path:
     return path
 
 
-def test_the_config_that_is_shipped_is_valid() -> None:
+def test_the_shipped_config_is_valid() -> None:
     loaded = load(ROOT / "ray-config.yaml")
     assert (loaded.application, loaded.http_host, loaded.http_port) == (
         "tandem",
@@ -46,7 +46,7 @@ def test_the_config_that_is_shipped_is_valid() -> None:
     assert [pool.name for pool in pools] == ["smollm2", "sentiment"]
 
 
-def test_two_cpus_hold_a_second_replica_of_everything() -> None:
+def test_two_cpus_suffice_for_two_replicas_of_everything() -> None:
     config = load(ROOT / "ray-config.yaml").config
     parts = [*config.generators, *config.classifiers, config.router]
     assert all(part.replicas.max == 2 for part in parts)
@@ -75,7 +75,7 @@ def test_set_changes_one_value(tmp_path: Path, override: str, read: Any) -> None
     assert read(load(write(tmp_path), [override]))
 
 
-def test_a_later_set_wins_and_what_serve_gets_has_it_too(tmp_path: Path) -> None:
+def test_the_last_set_wins_and_is_in_the_serve_config(tmp_path: Path) -> None:
     loaded = load(write(tmp_path), ["router.max_queued=7", "router.max_queued=8"])
     assert loaded.serve_config["applications"][0]["args"]["router"] == {"max_queued": 8}
 
@@ -114,7 +114,7 @@ def test_set_accepts_deprecated_and_current_names(
         ("http_options.host=example.org", ["'example.org'", "API keys"]),
     ],
 )
-def test_a_wrong_set_gives_one_line(tmp_path: Path, override: str, words: list[str]) -> None:
+def test_errors_in_set_are_one_line(tmp_path: Path, override: str, words: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         load(write(tmp_path), [override])
     message = str(caught.value)
@@ -122,26 +122,26 @@ def test_a_wrong_set_gives_one_line(tmp_path: Path, override: str, words: list[s
     assert [word for word in words if word not in message] == []
 
 
-def test_serve_is_told_to_listen_on_loopback_where_the_file_names_no_host(tmp_path: Path) -> None:
+def test_the_default_host_is_loopback(tmp_path: Path) -> None:
     loaded = load(write(tmp_path, http_options={"port": 8001, "host": None}))
     assert loaded.serve_config["http_options"] == {"port": 8001, "host": "127.0.0.1"}
     assert load(write(tmp_path)).serve_config["http_options"] == {"host": "127.0.0.1"}
 
 
-def test_the_policy_of_all_pools_is_filled_in_where_the_file_names_none(tmp_path: Path) -> None:
+def test_the_autoscaling_policy_is_filled_in(tmp_path: Path) -> None:
     application = load(write(tmp_path)).serve_config["applications"][0]
     assert application["autoscaling_policy"] == config_file.AUTOSCALING_POLICY
     shipped = load(ROOT / "ray-config.yaml").serve_config["applications"][0]
     assert shipped["autoscaling_policy"] == config_file.AUTOSCALING_POLICY
 
 
-def test_another_address_is_fine_with_an_api_key(tmp_path: Path) -> None:
+def test_other_addresses_are_allowed_with_an_api_key(tmp_path: Path) -> None:
     digest = hashlib.sha256(b"key").hexdigest()
     overrides = ["http_options.host=0.0.0.0", f"router.api_keys_sha256=[{digest}]"]
     assert load(write(tmp_path), overrides).http_host == "0.0.0.0"
 
 
-def test_another_address_is_fine_with_a_key_file_which_the_router_must_then_find(
+def test_other_addresses_are_allowed_with_a_key_file_that_becomes_mandatory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TANDEM_HOME", str(tmp_path))
@@ -170,7 +170,7 @@ def test_another_address_is_fine_with_a_key_file_which_the_router_must_then_find
         ("applications: []", ["exactly one with import_path 'deployments.app:build'", "found 0"]),
     ],
 )
-def test_a_broken_file_gives_one_line(tmp_path: Path, text: str, words: list[str]) -> None:
+def test_errors_in_the_file_are_one_line(tmp_path: Path, text: str, words: list[str]) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
@@ -186,6 +186,6 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load(tmp_path / "nowhere.yaml")
 
 
-def test_a_directory_is_no_config(tmp_path: Path) -> None:
+def test_a_directory_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         load(tmp_path)

@@ -50,7 +50,7 @@ def names_in(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir() if not path.name.endswith(".lock"))
 
 
-def test_home_is_read_from_the_environment_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_is_read_from_the_environment_on_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TANDEM_HOME", "/elsewhere")
     assert store.models_dir() == Path("/elsewhere/models")
     monkeypatch.setenv("TANDEM_HOME", "")
@@ -58,7 +58,7 @@ def test_home_is_read_from_the_environment_each_time(monkeypatch: pytest.MonkeyP
     assert store.home() == Path("/people/ada/.cache/tandem")
 
 
-def test_a_build_is_found_listed_and_resolved(home: Path) -> None:
+def test_a_built_model_is_listed_and_resolved(home: Path) -> None:
     models = catalogue(FakeBuilder())
     seen: list[tuple[str, float | None]] = []
     (built,) = build(progress=lambda *step: seen.append(step), catalogue=models)
@@ -73,7 +73,7 @@ def test_a_build_is_found_listed_and_resolved(home: Path) -> None:
     assert names_in(home / "models") == ["fake-0"]
 
 
-def test_what_is_built_is_not_built_again_unless_forced() -> None:
+def test_an_existing_model_is_rebuilt_only_with_force() -> None:
     builder = FakeBuilder()
     models = catalogue(builder)
     build(catalogue=models)
@@ -95,7 +95,7 @@ def test_an_unknown_name_builds_nothing() -> None:
     assert builder.calls == 0
 
 
-def test_a_changed_recipe_is_built_again(home: Path) -> None:
+def test_a_changed_recipe_is_rebuilt(home: Path) -> None:
     builder = FakeBuilder()
     build(catalogue=catalogue(builder))
     (home / "models" / "fake-0" / "left_over").touch()
@@ -108,7 +108,7 @@ def test_a_changed_recipe_is_built_again(home: Path) -> None:
 
 
 @pytest.mark.parametrize("failure", [BuildError("too bad"), KeyboardInterrupt()])
-def test_a_failed_build_leaves_nothing(home: Path, failure: BaseException) -> None:
+def test_a_failed_build_leaves_no_files(home: Path, failure: BaseException) -> None:
     models = catalogue(FakeBuilder(failure))
     with pytest.raises(type(failure)):
         build(catalogue=models)
@@ -116,7 +116,7 @@ def test_a_failed_build_leaves_nothing(home: Path, failure: BaseException) -> No
     assert not list_models(models)[0].built
 
 
-def test_a_failed_rebuild_keeps_the_model_that_was_there() -> None:
+def test_a_failed_rebuild_keeps_the_old_model() -> None:
     models = catalogue(FakeBuilder())
     build(catalogue=models)
     broken = {"fake-0": replace(models["fake-0"], builder=FakeBuilder(BuildError("no")))}
@@ -131,7 +131,7 @@ def test_a_recipe_that_writes_nothing_is_an_error() -> None:
         build(catalogue={"empty": empty})
 
 
-def test_what_a_killed_build_left_is_not_taken_and_is_removed(home: Path) -> None:
+def test_leftovers_of_a_killed_build_are_ignored_and_removed(home: Path) -> None:
     models = catalogue(FakeBuilder())
     stale = home / "models" / ".fake-0.tmp-dead"
     (stale / "new").mkdir(parents=True)
@@ -153,7 +153,7 @@ def test_what_a_killed_build_left_is_not_taken_and_is_removed(home: Path) -> Non
         lambda path: (path / "model.bin").write_bytes(b"short"),
     ],
 )
-def test_a_damaged_model_is_built_again(damage: Callable[[Path], None]) -> None:
+def test_a_damaged_model_is_rebuilt(damage: Callable[[Path], None]) -> None:
     models = catalogue(FakeBuilder())
     damage(build(catalogue=models)[0].path)
     assert not list_models(models)[0].built
@@ -161,7 +161,7 @@ def test_a_damaged_model_is_built_again(damage: Callable[[Path], None]) -> None:
     assert list_models(models)[0].built
 
 
-def test_a_second_builder_waits_and_then_builds_nothing(home: Path) -> None:
+def test_a_concurrent_build_waits_and_reuses_the_result(home: Path) -> None:
     builder, waiting = FakeBuilder(), threading.Event()
     models = catalogue(builder)
     (home / "models").mkdir(parents=True)
@@ -196,20 +196,20 @@ def test_resolve_of_directories_and_ids(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "wrong", ["", "/no/such", "./nope", "../nope", "~/nope", "a/b/c", "f.gguf"]
 )
-def test_resolve_refuses_what_is_neither(tmp_path: Path, wrong: str) -> None:
+def test_resolve_rejects_other_names(tmp_path: Path, wrong: str) -> None:
     (tmp_path / "f.gguf").touch()
     with pytest.raises(ConfigError, match="not a directory"):
         resolve(wrong)
 
 
-def test_resolve_says_how_to_build_a_default_model() -> None:
+def test_resolve_advises_to_build_a_default_model() -> None:
     for name in ("smollm2-135m-instruct", "sentiment-minilm"):
         with pytest.raises(ConfigError, match="run `tandem models build`") as error:
             resolve(name)
         assert "\n" not in str(error.value)
 
 
-def test_the_store_loads_no_torch() -> None:
+def test_the_store_does_not_import_torch() -> None:
     code = (
         "import sys, cluster.models.store, cluster.models.build;"
         "print([m for m in ('torch', 'transformers') if m in sys.modules])"

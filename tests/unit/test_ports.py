@@ -34,7 +34,7 @@ def port(number: int) -> Port:
     return Port(number, "HTTP", "--set http_options.port=…")
 
 
-def test_a_busy_port_says_who_has_it_and_what_to_do(
+def test_a_busy_port_names_its_process_and_the_remedy(
     listener: tuple[subprocess.Popen[bytes], int],
 ) -> None:
     process, number = listener
@@ -56,7 +56,7 @@ def test_another_tandem_cluster_is_named(listener: tuple[subprocess.Popen[bytes]
     assert "TANDEM_HOME=/elsewhere tandem down" in str(busy)
 
 
-def test_a_free_port_is_free_also_just_after_its_use() -> None:
+def test_a_port_is_free_right_after_its_use() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         number = server.getsockname()[1]
         client = socket.create_connection(("127.0.0.1", number))
@@ -65,11 +65,11 @@ def test_a_free_port_is_free_also_just_after_its_use() -> None:
     assert ports.find_busy([port(number)]) == []
 
 
-def test_a_process_that_cannot_be_seen_is_another_users() -> None:
+def test_an_invisible_process_belongs_to_another_user() -> None:
     assert "a process of another user" in str(ports.BusyPort(port(1), None))
 
 
-def test_haproxys_ports_are_needed_only_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_haproxy_ports_are_required_only_with_haproxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_SERVE_HAPROXY_STATS_PORT", "18404")
     config = ClusterConfig(ray_port=16379, dashboard_port=18265)
     where = (config, "127.0.0.1", 18000)

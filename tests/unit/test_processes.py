@@ -45,9 +45,9 @@ def found(home: Path) -> set[int]:
     return {owned.process.pid for owned in processes.find(home)}
 
 
-def test_processes_are_found_by_mark_and_home(tmp_path: Path, spawn: Spawn) -> None:
+def test_processes_are_found_by_cluster_id_and_home(tmp_path: Path, spawn: Spawn) -> None:
     ours = spawn(**mark(tmp_path))
-    spawn()  # no mark
+    spawn()  # without a cluster id
     spawn(**mark(tmp_path / "other"))
     spawn(**{processes.HOME: str(tmp_path)})
     assert found(tmp_path) == {ours.pid}
@@ -56,7 +56,7 @@ def test_processes_are_found_by_mark_and_home(tmp_path: Path, spawn: Spawn) -> N
     assert not processes.has_head([owned])
 
 
-def test_a_grandchild_is_found_when_its_parent_is_gone(tmp_path: Path, spawn: Spawn) -> None:
+def test_a_grandchild_is_found_after_its_parent_exited(tmp_path: Path, spawn: Spawn) -> None:
     code = (
         "import subprocess, sys; "
         f"p = subprocess.Popen([sys.executable, '-c', {SLEEP!r}], stdout=subprocess.PIPE, "
@@ -72,28 +72,28 @@ def test_a_grandchild_is_found_when_its_parent_is_gone(tmp_path: Path, spawn: Sp
     assert orphan != parent.pid
 
 
-def test_all_are_ended_and_nothing_else(tmp_path: Path, spawn: Spawn) -> None:
+def test_end_all_ends_only_processes_of_this_home(tmp_path: Path, spawn: Spawn) -> None:
     for number in range(3):
-        spawn(**mark(tmp_path, f"cluster-{number}"))  # an earlier start's too
+        spawn(**mark(tmp_path, f"cluster-{number}"))  # also of an earlier start
     decoys = [spawn(), spawn(**mark(tmp_path / "other"))]
     assert processes.end_all(tmp_path, grace_s=5) == EndedProcesses(terminated=3, killed=0)
     assert [decoy.poll() for decoy in decoys] == [None, None]
 
 
-def test_who_ignores_sigterm_is_killed(tmp_path: Path, spawn: Spawn) -> None:
+def test_a_process_that_ignores_sigterm_is_killed(tmp_path: Path, spawn: Spawn) -> None:
     stubborn = spawn(STUBBORN, **mark(tmp_path))
     assert processes.end_all(tmp_path, grace_s=0.2) == EndedProcesses(terminated=0, killed=1)
     assert stubborn.wait() == -signal.SIGKILL
 
 
-def test_who_is_stopped_is_ended(tmp_path: Path, spawn: Spawn) -> None:
+def test_a_suspended_process_is_ended(tmp_path: Path, spawn: Spawn) -> None:
     stopped = spawn(**mark(tmp_path))
     stopped.send_signal(signal.SIGSTOP)
-    os.waitpid(stopped.pid, os.WUNTRACED)  # until it has stopped, SIGTERM would still end it
+    os.waitpid(stopped.pid, os.WUNTRACED)  # before it has stopped, SIGTERM would end it
     assert processes.end_all(tmp_path, grace_s=0.2).killed == 1
 
 
-def test_the_caller_and_its_parents_are_spared(tmp_path: Path, spawn: Spawn) -> None:
+def test_the_caller_and_its_ancestors_are_excluded(tmp_path: Path, spawn: Spawn) -> None:
     code = (
         "from pathlib import Path; from cluster.launch import processes; "
         f"print(len(processes.find(Path({str(tmp_path)!r}))), flush=True); " + SLEEP
@@ -109,6 +109,6 @@ def test_the_caller_and_its_parents_are_spared(tmp_path: Path, spawn: Spawn) -> 
     process.communicate()
 
 
-def test_nothing_is_nothing(tmp_path: Path) -> None:
+def test_end_all_without_processes(tmp_path: Path) -> None:
     assert processes.find(tmp_path) == []
     assert processes.end_all(tmp_path, grace_s=1) == EndedProcesses(terminated=0, killed=0)
