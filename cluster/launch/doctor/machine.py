@@ -62,7 +62,7 @@ def check_shared_memory(free: int, needed: int) -> Finding:
 def check_disk(path: Path, free: int, total: int) -> Finding:
     """Check the free space on the disk of ``path``; sizes in bytes."""
     text = f"{free / GIB:.1f} GiB free for {path}"
-    advice = "Delete files that are no longer needed, such as /tmp/ray/session_*."
+    advice = "Delete unneeded files, such as old Ray sessions (/tmp/ray/session_*)."
     if free < MIN_DISK_SHARE * total:
         limit = f"below {MIN_DISK_SHARE:.0%} of the disk, where Ray stops working"
         return fail("disk", f"{text}, {limit}", advice)
