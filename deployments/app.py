@@ -121,7 +121,7 @@ def _autoscaling(
     """
     policy = AutoscalingPolicy(
         policy_function="deployments.autoscaling:PoolPolicy",
-        policy_kwargs=PoolSettings.of(config, part).encoded(),
+        policy_kwargs=PoolSettings.from_config(config, part).encode(),
     )
     with warnings.catch_warnings():
         # Serve announces environment variables instead, but this version does not read them.

@@ -15,9 +15,9 @@ from ray.serve.config import AutoscalingContext
 
 from cluster.autoscaling import Autoscaler, Decision, PoolSignals, TargetChange
 from cluster.autoscaling.pool import STALE_S
-from cluster.autoscaling.reports import LoadReport, merge, parse_reports
+from cluster.autoscaling.reports import LoadReport, merge_reports, parse_reports
 from cluster.autoscaling.settings import PoolSettings
-from cluster.autoscaling.starts import Start, StartWatch
+from cluster.autoscaling.starts import ReplicaStart, StartTracker
 from cluster.metrics import Registry, table
 from cluster.ray_internals import DeploymentID
 from deployments.decisions import DecisionLog
@@ -48,7 +48,7 @@ class _Deployment:
 
     @classmethod
     def from_context(cls, context: AutoscalingContext) -> "_Deployment":
-        settings = PoolSettings.decoded(context.config.policy.policy_kwargs)
+        settings = PoolSettings.decode(context.config.policy.policy_kwargs)
         spec = replace(
             settings.spec,
             min=context.capacity_adjusted_min_replicas,
@@ -106,7 +106,7 @@ class ApplicationPolicy:
         self._autoscaler_settings: Any = None
         self._next_decision_at = 0.0
         self._clock = ReportClock()
-        self._starts: dict[str, StartWatch] = {}
+        self._starts: dict[str, StartTracker] = {}
         self._registry = Registry()
         self._metrics = RayMetrics(self._registry)
         self._log = DecisionLog()
@@ -150,11 +150,11 @@ class ApplicationPolicy:
     def _follow_start(self, deployment: _Deployment, reports: ReplicaReports, target: int) -> None:
         """Export the phases of a start of replicas once it is complete."""
         starts = [
-            Start(values[CREATED], values[STARTUP])
+            ReplicaStart(values[CREATED], values[STARTUP])
             for _, values in reports
             if CREATED in values and STARTUP in values
         ]
-        watch = self._starts.setdefault(deployment.pool, StartWatch())
+        watch = self._starts.setdefault(deployment.pool, StartTracker())
         running = deployment.context.current_num_replicas
         phases = watch.follow(time.time(), target, running, starts) or {}
         for phase, duration_s in phases.items():
@@ -210,7 +210,7 @@ def _signals(
         pool = deployment.pool
         of_pool = [by_pool[pool] for _, by_pool in from_routers if pool in by_pool]
         base = _base_signals(deployment, reports[pool], age_s)
-        signals[pool] = merge(of_pool, deployment.settings.limits, base)
+        signals[pool] = merge_reports(of_pool, deployment.settings.limits, base)
     return signals
 
 
@@ -218,7 +218,7 @@ def _signals_of_replicas(deployment: _Deployment, reports: ReplicaReports) -> Po
     """Return the signals that the replicas alone give: their requests in flight."""
     in_flight = [values[ONGOING] for _, values in reports if ONGOING in values]
     base = _base_signals(deployment, reports, 0.0 if in_flight else float("inf"))
-    return merge([LoadReport(ongoing=value) for value in in_flight], {}, base)
+    return merge_reports([LoadReport(in_flight=value) for value in in_flight], {}, base)
 
 
 def _base_signals(deployment: _Deployment, reports: ReplicaReports, age_s: float) -> PoolSignals:

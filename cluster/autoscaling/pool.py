@@ -1,7 +1,7 @@
-"""How many replicas one pool wants, and why.
+"""Replicas that one pool requires, and why.
 
-Owns what is learned of the pool: its forecast, its capacity, how long it takes to start, and the
-numbers it wanted lately. Knows nothing of other pools or of the budget.
+Keeps what is learned about the pool: forecasts of its rates, the capacity of its replicas, its
+start-up time, and the numbers wanted recently. Does not know other pools or the budget.
 """
 
 import math
@@ -9,47 +9,49 @@ from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from cluster.autoscaling.capacity import MIN_SAMPLES, Capacity
 from cluster.autoscaling.forecast import Forecast
+from cluster.autoscaling.replica_capacity import MIN_SAMPLES, ReplicaCapacity
 from cluster.autoscaling.signals import PoolSignals, PoolSpec
-from cluster.autoscaling.starts import Rises
+from cluster.autoscaling.starts import ScaleUpTracker
 
 STALE_S = 30.0
-"""Reports come every few seconds; without one for so long nothing is known."""
+"""Age from which reports are ignored; they come every few seconds."""
 REPORT_DELAY_S = 5.0
-"""From an arrival to the decision that knows of it."""
+"""Time from an arrival to the decision that knows about it."""
 DEFAULT_STARTUP_S = 30.0
 DRAIN_S = 120.0
-"""The time in which what is queued shall be worked off; those that start already do so too."""
+"""Time in which a queue is to be worked off; starting replicas contribute as well."""
 FULL = 0.9
-"""The share of a hard limit (KV cache, requests at a time) that is planned."""
+"""Planned share of a hard limit (KV cache, requests in flight)."""
 ROUTER_CORES = 0.7
-"""Of the one core that a router's event loop can use."""
+"""Planned share of the one core that a router's event loop can use."""
 MAX_GROWTH = 3.0
-"""Times the replicas that run, while it is not known what one carries: a queue that a few
-replicas built up while others start says nothing of how many are needed."""
+"""Limit of one step, as a multiple of the running replicas, before their capacity is known: a queue
+that a few replicas built up while others start says nothing about how many are required."""
 DOWN_SLACK = 0.1
-"""A replica goes only if a tenth more work would not need it."""
+"""Extra load that the remaining replicas must bear before one is removed, as a share."""
 HELPED = 0.9
-"""What more replicas must have left of a latency for still more to be tried."""
+"""Latency after adding replicas, relative to before, above which adding more is not tried."""
 FAILURE_S = 1800.0
-"""So long a load that was too much is not tried again."""
+"""Time for which a load that was too much for a replica is not tried again."""
 SETTLED_S = 30.0
-"""Latencies are of the last half minute: so long after a change they say nothing of what is."""
+"""Time after a change in which latencies, which span half a minute, belong to the past."""
+_NO_FAILURE = (-math.inf, (0.0, 0.0))
 
 
-class Need(NamedTuple):
+class Requirement(NamedTuple):
     """One reason to have replicas."""
 
     cause: str
     replicas: float
     text: str
     slack: float = DOWN_SLACK
+    """Extra load to allow for before scaling down, as a share."""
 
 
 @dataclass(frozen=True, slots=True)
-class Want:
-    """A number of replicas, in words too."""
+class Proposal:
+    """Number of replicas for one pool, with its explanation."""
 
     replicas: int
     cause: str
@@ -59,55 +61,65 @@ class Want:
 
 
 class PoolScaler:
-    """Decides for one pool, again and again."""
+    """Decisions for one pool over time."""
 
     def __init__(self, spec: PoolSpec) -> None:
         self.spec = spec
         self.prefill, self.decode, self.requests = Forecast(), Forecast(), Forecast()
-        self.capacity = Capacity()
-        self._said_s = DEFAULT_STARTUP_S
+        self.capacity = ReplicaCapacity()
         self.startup_s: float | None = None
-        """From the decision to the replicas that answer, as measured."""
-        self._rises = Rises()
-        self._wants: deque[tuple[float, int]] = deque()
-        self._changed_at = -math.inf
-        self._replicas = -1
+        """Measured time from a decision to the replicas that serve."""
+        self._reported_startup_s = DEFAULT_STARTUP_S
+        self._scale_ups = ScaleUpTracker()
+        self._wanted: deque[tuple[float, int]] = deque()  # (time, replicas) of recent decisions
         self._decided_at = -math.inf
-        self._since = math.inf
-        self._missed = (0, math.inf)
+        self._restarted_at = math.inf
+        # The last change of the running replicas.
+        self._running = -1
+        self._running_changed_at = -math.inf
         self._queued_tokens = 0.0
-        self._too_much = (-math.inf, (0.0, 0.0))
+        # Running replicas and latency ratio when an objective was last missed.
+        self._missed = (0, math.inf)
+        # Time and load of a replica (prefill, decode) of the last missed objective.
+        self._failure = _NO_FAILURE
 
-    def want(self, now: float, signals: PoolSignals) -> Want:
-        """The number of replicas for ``signals`` at ``now`` (seconds)."""
+    def propose(self, now: float, signals: PoolSignals) -> Proposal:
+        """Return the number of replicas for ``signals`` at ``now`` (seconds)."""
         if not 0 <= now - self._decided_at <= STALE_S:
-            self._start_anew(now)
+            self._restart(now)
         self._decided_at = now
-        if not signals.sane or signals.age_s > STALE_S:
-            self._start_anew(now)
-            return Want(signals.target, "stale", "no report that can be trusted: nothing changes")
+        if not signals.is_plausible or signals.age_s > STALE_S:
+            self._restart(now)
+            return Proposal(signals.target, "stale", "no trustworthy report; nothing changes")
         self._learn(now, signals)
-        return self._steady(now, signals, self._needs(now, signals))
+        return self._apply_delays(now, signals, self._requirements(now, signals))
 
-    def _start_anew(self, now: float) -> None:
-        """The clock jumped, or nothing was heard for long: delays begin again."""
-        self._wants.clear()
-        self._changed_at = self._since = now
-        self._rises = Rises()
-        self._too_much = (-math.inf, (0.0, 0.0))
+    @property
+    def horizon_s(self) -> float:
+        """Time ahead for which replicas are requested: a start-up and the delay of reports."""
+        return (self.startup_s or self._reported_startup_s) + REPORT_DELAY_S
+
+    # -- learning --
+
+    def _restart(self, now: float) -> None:
+        """Restart delays after a clock jump or a long silence."""
+        self._wanted.clear()
+        self._running_changed_at = self._restarted_at = now
+        self._scale_ups = ScaleUpTracker()
+        self._failure = _NO_FAILURE
 
     def _learn(self, now: float, signals: PoolSignals) -> None:
-        self._follow_start(now, signals)
-        horizon = self.horizon_s
-        self.prefill.update(now, signals.prefill_per_s, horizon)
-        self.decode.update(now, signals.decode_per_s, horizon)
-        self.requests.update(now, signals.requests_per_s, horizon)
-        if signals.running != self._replicas:
-            self._replicas, self._changed_at = signals.running, now
-        # While a queue is worked off, latencies tell of the past and not of the load.
-        relieved = 0 < signals.queued_tokens <= self._queued_tokens
+        self._measure_startup(now, signals)
+        horizon_s = self.horizon_s
+        self.prefill.update(now, signals.prefill_per_s, horizon_s)
+        self.decode.update(now, signals.decode_per_s, horizon_s)
+        self.requests.update(now, signals.requests_per_s, horizon_s)
+        if signals.running != self._running:
+            self._running, self._running_changed_at = signals.running, now
+        # While a queue shrinks, latencies belong to the past and not to the present load.
+        is_recovering = 0 < signals.queued_tokens <= self._queued_tokens
         self._queued_tokens = signals.queued_tokens
-        if signals.running and now - self._changed_at >= SETTLED_S and not relieved:
+        if signals.running and self._has_settled(now) and not is_recovering:
             self.capacity.observe(
                 now,
                 self.prefill.recent / signals.running,
@@ -115,141 +127,148 @@ class PoolScaler:
                 signals.objectives,
             )
 
-    def _follow_start(self, now: float, signals: PoolSignals) -> None:
-        """Measure from a target that rose until so many answer."""
-        self._said_s = signals.startup_s or self._said_s
-        rise = self._rises.follow(now, signals.target, signals.running)
-        if rise is not None:
-            took_s = now - rise.at
+    def _measure_startup(self, now: float, signals: PoolSignals) -> None:
+        self._reported_startup_s = signals.startup_s or self._reported_startup_s
+        scale_up = self._scale_ups.follow(now, signals.target, signals.running)
+        if scale_up is not None:
+            took_s = now - scale_up.at
             known_s = took_s if self.startup_s is None else self.startup_s
             self.startup_s = 0.5 * (known_s + took_s)
 
-    @property
-    def horizon_s(self) -> float:
-        """How far ahead replicas must be asked for: as long as a start takes to be noticed."""
-        return (self.startup_s or self._said_s) + REPORT_DELAY_S
+    def _has_settled(self, now: float) -> bool:
+        return now - self._running_changed_at >= SETTLED_S
 
-    def _needs(self, now: float, signals: PoolSignals) -> list[Need]:
-        """Each reason to have replicas."""
+    # -- reasons to have replicas --
+
+    def _requirements(self, now: float, signals: PoolSignals) -> list[Requirement]:
         if self.spec.is_router:
-            cores = f"{signals.cores:.2f} cores are used"
+            text = f"{signals.cores:.2f} cores are used"
             return [
-                Need("cpu", signals.cores / ROUTER_CORES, cores),
-                self._by_ongoing(signals),
+                Requirement("cpu", signals.cores / ROUTER_CORES, text),
+                self._by_in_flight(signals),
             ]
-        asked_for = signals.requests_per_s or signals.ongoing or signals.queued
-        if not asked_for:  # through the whole delay: what was and may come keeps no replica
-            return [Need("busy", 0.0, "nothing is asked for")]
-        needs = [*self._by_load(signals), self._by_limit(signals)]
+        if not (signals.requests_per_s or signals.in_flight or signals.queued):
+            # Forecasts keep no replica without traffic, so a pool can scale to zero.
+            return [Requirement("busy", 0.0, "there are no requests")]
+        required = [*self._by_forecast(signals), self._by_max_in_flight(signals)]
         if signals.kv_usage > FULL:
-            full = signals.running * signals.kv_usage / FULL
-            needs.append(Need("kv", full, f"the KV caches are {signals.kv_usage:.0%} full"))
-        seen = self._by_missed(now, signals), self._by_failure(now, signals)
-        needs += [need for need in seen if need is not None]
-        return [*needs, Need("busy", 0.5, "there are requests")]
+            replicas = signals.running * signals.kv_usage / FULL
+            text = f"the KV caches are {signals.kv_usage:.0%} full"
+            required.append(Requirement("kv", replicas, text))
+        # In this order: a missed objective is also a failure.
+        missed = self._by_missed_objective(now, signals), self._by_failure(now, signals)
+        required += [each for each in missed if each is not None]
+        return [*required, Requirement("busy", 0.5, "there are requests")]
 
-    def _by_load(self, signals: PoolSignals) -> list[Need]:
-        """By the tokens that are coming and the replicas that those were seen to take."""
-        horizon = self.horizon_s
-        prefill, decode = self.prefill.ahead(horizon), self.decode.ahead(horizon)
+    def _by_forecast(self, signals: PoolSignals) -> list[Requirement]:
+        """Require replicas for the expected tokens, by their learned capacity."""
+        horizon_s = self.horizon_s
+        prefill, decode = self.prefill.ahead(horizon_s), self.decode.ahead(horizon_s)
         prefill += signals.queued_tokens / DRAIN_S
-        found = self.capacity.needed(prefill, decode)
+        found = self.capacity.required(prefill, decode)
         if found is None:
-            least = self.capacity.least(prefill, decode)
-            return [self._by_little(signals), self._by_proof(signals, least)]
+            proven = self.capacity.proven_replicas(prefill, decode)
+            return [self._by_growth(signals), self._by_proven_load(signals, proven)]
         text = (
-            f"in {horizon:.0f} s {prefill:.0f} prompt and {decode:.0f} completion tokens/s"
+            f"in {horizon_s:.0f} s {prefill:.0f} prompt and {decode:.0f} completion tokens/s"
             f" at {found.objective}, {signals.queued_tokens:.0f} tokens are queued"
         )
-        # By what is and not by what may come: that would never be seen while there is room for it.
-        rates = self.prefill.steady, self.decode.steady
-        proof = self._by_proof(signals, found.proven(*rates))
-        return [Need("forecast", found.replicas, text), proof]
+        # By the present load: a forecast's margin is not seen while there is room for it.
+        proven = found.proven_replicas(self.prefill.steady, self.decode.steady)
+        return [
+            Requirement("forecast", found.replicas, text),
+            self._by_proven_load(signals, proven),
+        ]
 
-    def _by_proof(self, signals: PoolSignals, proven: float) -> Need:
-        """Fewer only step by step: each step shows what a replica bears before the next."""
+    def _by_proven_load(self, signals: PoolSignals, proven: float) -> Requirement:
+        """Scale down by single steps; each shows what a replica bears before the next."""
         text = "a replica is not given much more than it was seen to bear"
-        return Need("learning", min(proven, signals.running - 1.0), text, slack=0.0)
+        return Requirement("learning", min(proven, signals.running - 1.0), text, slack=0.0)
 
-    def _by_failure(self, now: float, signals: PoolSignals) -> Need | None:
-        """Those that run, where fewer were too few a while ago: that is not tried again at once."""
-        at, each = self._too_much
-        if now - at > FAILURE_S:
+    def _by_failure(self, now: float, signals: PoolSignals) -> Requirement | None:
+        """Keep the replica count after a recent failed scale-down."""
+        failed_at, failed_rates = self._failure
+        if now - failed_at > FAILURE_S:
             return None
         rates = self.prefill.steady, self.decode.steady
-        loads = [rate / one for rate, one in zip(rates, each, strict=True) if one > 0]
-        text = "an objective was missed at this load of a replica lately"
-        needed = max(loads, default=0.0) * (1 + DOWN_SLACK / 2)
-        return Need("missed", min(needed, float(signals.running)), text, slack=0.0)
+        loads = [
+            rate / failed for rate, failed in zip(rates, failed_rates, strict=True) if failed > 0
+        ]
+        text = "an objective was recently missed at this load of a replica"
+        required = max(loads, default=0.0) * (1 + DOWN_SLACK / 2)
+        return Requirement("missed", min(required, float(signals.running)), text, slack=0.0)
 
-    def _by_little(self, signals: PoolSignals) -> Need:
-        """By the configured number of requests, in steps, until what a replica bears is known."""
-        level = self.requests.recent
-        growth = self.requests.ahead(self.horizon_s) / level if level > 0 else 1.0
-        need = self._by_ongoing(signals)
-        most = max(1.0, signals.running * MAX_GROWTH)
-        text = f"{need.text}, {growth:.2f} times as many in {self.horizon_s:.0f} s"
-        return need._replace(replicas=min(need.replicas * growth, most), text=text)
+    def _by_growth(self, signals: PoolSignals) -> Requirement:
+        """Require ``target_in_flight`` per replica in limited steps, until capacity is learned."""
+        rate = self.requests.recent
+        growth = self.requests.ahead(self.horizon_s) / rate if rate > 0 else 1.0
+        required = self._by_in_flight(signals)
+        cap = max(1.0, signals.running * MAX_GROWTH)
+        text = f"{required.text}, {growth:.2f} times as many in {self.horizon_s:.0f} s"
+        return required._replace(replicas=min(required.replicas * growth, cap), text=text)
 
-    def _by_ongoing(self, signals: PoolSignals) -> Need:
-        """By the configured number of requests for each replica."""
-        ongoing = signals.ongoing + signals.queued
-        text = f"{ongoing:.0f} requests of {self.spec.target_in_flight:g} each"
-        return Need("ongoing", ongoing / self.spec.target_in_flight, text)
+    def _by_in_flight(self, signals: PoolSignals) -> Requirement:
+        num_requests = signals.in_flight + signals.queued
+        text = f"{num_requests:.0f} requests, {self.spec.target_in_flight:g} per replica"
+        return Requirement("in_flight", num_requests / self.spec.target_in_flight, text)
 
-    def _by_limit(self, signals: PoolSignals) -> Need:
-        full = (signals.ongoing + signals.queued) / (FULL * self.spec.max_in_flight)
-        return Need(
-            "limit", full, f"a replica takes {self.spec.max_in_flight:g} requests at a time"
-        )
+    def _by_max_in_flight(self, signals: PoolSignals) -> Requirement:
+        limit = self.spec.max_in_flight
+        replicas = (signals.in_flight + signals.queued) / (FULL * limit)
+        return Requirement("limit", replicas, f"a replica may have {limit:g} requests in flight")
 
-    def _by_missed(self, now: float, signals: PoolSignals) -> Need | None:
-        """More where an objective is missed though all replicas run: what was learned is wrong.
+    def _by_missed_objective(self, now: float, signals: PoolSignals) -> Requirement | None:
+        """Add replicas if an objective is missed while all run: what was learned is wrong.
 
-        Where that did not help the last time, the objective is beyond what replicas can do.
+        If that did not help the last time, the objective cannot be met by adding replicas.
         """
         trusted = [o for o in signals.objectives if o.samples >= MIN_SAMPLES]
         worst = max(trusted, key=lambda o: o.ratio, default=None)
-        settled = now - self._changed_at >= SETTLED_S
-        if worst is None or worst.ratio <= 1 or signals.running < signals.target or not settled:
+        if worst is None or worst.ratio <= 1 or signals.running < signals.target:
+            return None
+        if not self._has_settled(now):
             return None
         replicas, ratio = self._missed
-        helped = worst.ratio <= HELPED * ratio or signals.queued_tokens
-        if signals.running > replicas and not helped:
+        has_helped = worst.ratio <= HELPED * ratio or signals.queued_tokens
+        if signals.running > replicas and not has_helped:
             return None
         if signals.running != replicas:
             self._missed = signals.running, worst.ratio
-        each = self.prefill.steady / signals.running, self.decode.steady / signals.running
-        self._too_much = now, each
+        rates = self.prefill.steady / signals.running, self.decode.steady / signals.running
+        self._failure = now, rates
         more = signals.running * min(1.5, max(1.1, worst.ratio**0.5))
-        text = f"{worst.name} is {worst.observed_s:.3g} s of {worst.limit_s:g} s"
-        return Need("missed", more, text)
+        text = f"{worst.name} is {worst.observed_s:.3g} s, its limit is {worst.limit_s:g} s"
+        return Requirement("missed", more, text)
 
-    def _steady(self, now: float, signals: PoolSignals, needs: list[Need]) -> Want:
-        """Up when it was wanted all through one delay, down when through the other."""
+    # -- delays --
+
+    def _apply_delays(
+        self, now: float, signals: PoolSignals, required: list[Requirement]
+    ) -> Proposal:
+        """Scale up after the upscale delay, down after the downscale delay."""
         spec, target = self.spec, signals.target
-        most = max(needs, key=lambda need: need.replicas)
-        up = spec.bounded(whole(most.replicas))
-        down = spec.bounded(max(whole(need.replicas * (1 + need.slack)) for need in needs))
+        highest = max(required, key=lambda each: each.replicas)
+        up = spec.clamp(round_up(highest.replicas))
+        down = spec.clamp(max(round_up(each.replicas * (1 + each.slack)) for each in required))
         wanted = up if up > target else min(target, down)
-        self._wants.append((now, wanted))
-        longest = max(spec.upscale_delay_s, spec.downscale_delay_s)
-        while self._wants[0][0] < now - longest:
-            self._wants.popleft()
+        self._wanted.append((now, wanted))
+        longest_s = max(spec.upscale_delay_s, spec.downscale_delay_s)
+        while self._wanted[0][0] < now - longest_s:
+            self._wanted.popleft()
         if wanted > target:
-            delay_s = spec.upscale_delay_s if target else 0.0
-            steady = max(target, min(self._lately(now, delay_s)))
+            delay_s = spec.upscale_delay_s if target else 0.0  # from zero at once
+            steady = max(target, min(self._wanted_within(now, delay_s)))
         else:
             delay_s = spec.downscale_delay_s
-            steady = min(target, max(self._lately(now, delay_s)))
-        if steady == target or now - self._since < delay_s:
-            return Want(target, "steady", most.text)
-        return Want(steady, most.cause, most.text)
+            steady = min(target, max(self._wanted_within(now, delay_s)))
+        if steady == target or now - self._restarted_at < delay_s:
+            return Proposal(target, "steady", highest.text)
+        return Proposal(steady, highest.cause, highest.text)
 
-    def _lately(self, now: float, delay_s: float) -> list[int]:
-        return [wanted for at, wanted in self._wants if at >= now - delay_s]
+    def _wanted_within(self, now: float, delay_s: float) -> list[int]:
+        return [wanted for at, wanted in self._wanted if at >= now - delay_s]
 
 
-def whole(replicas: float) -> int:
-    """Rounded up, but for what floats add."""
+def round_up(replicas: float) -> int:
+    """Return the next integer, with a tolerance for rounding errors."""
     return math.ceil(replicas - 1e-9)

@@ -1,4 +1,4 @@
-"""What routers report, as it travels through Ray Serve, and what several of them say together."""
+"""Load reports of routers: their form in Ray Serve's metrics, and their sum over all routers."""
 
 import math
 from collections import defaultdict
@@ -9,12 +9,12 @@ from typing import Any
 from cluster.autoscaling.signals import Objective, PoolSignals
 
 _SEPARATOR = "/"
-"""Between a pool's name, which cannot hold it, and a value's."""
+"""Separates a pool's name, which cannot contain it, from the name of a value."""
 
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """A percentile and the observations that it is taken from."""
+    """A percentile and the number of observations behind it."""
 
     observed_s: float
     samples: float
@@ -27,18 +27,18 @@ class LoadReport:
     requests_per_s: float = 0.0
     prefill_per_s: float = 0.0
     decode_per_s: float = 0.0
-    ongoing: float = 0.0
+    in_flight: float = 0.0
     queued: float = 0.0
     waiting: float = 0.0
-    """Requests that wait in the engines, of whichever router."""
+    """Requests that wait in the engines, other routers' included."""
     prefill_each: float = 0.0
-    """Prompt tokens to compute of one request, of the mean."""
+    """Mean uncached prompt tokens of a request."""
     kv_usage: float = 0.0
     cores: float = 0.0
     latencies: Mapping[str, Latency] = field(default_factory=dict)
 
-    def flat(self, pool: str) -> dict[str, float]:
-        """One number for each name, as Ray Serve carries it."""
+    def flatten(self, pool: str) -> dict[str, float]:
+        """Return one number per name, the form that Ray Serve carries."""
         flat = {f"{pool}/{name}": getattr(self, name) for name in _NUMBERS}
         for name, latency in self.latencies.items():
             flat[f"{pool}/{name}/observed_s"] = latency.observed_s
@@ -50,9 +50,9 @@ _NUMBERS = [f.name for f in fields(LoadReport) if f.name != "latencies"]
 
 
 def parse_reports(flat: Mapping[str, float]) -> dict[str, LoadReport]:
-    """The reports of one router on each pool; names that are not known are passed over.
+    """Return one router's reports by pool; unknown names are ignored.
 
-    A router that reports what cannot be true (a negative or endless number) reports nothing.
+    If any number is negative or not finite, the router is not trusted and there are no reports.
     """
     if not all(math.isfinite(value) and value >= 0 for value in flat.values()):
         return {}
@@ -77,18 +77,24 @@ def parse_reports(flat: Mapping[str, float]) -> dict[str, LoadReport]:
     }
 
 
-def merge(
+def merge_reports(
     reports: Collection[LoadReport], limits: Mapping[str, float], base: PoolSignals
 ) -> PoolSignals:
-    """``base`` with what all routers say of one pool; ``limits``: objectives by their name."""
+    """Return ``base`` with all routers' reports on one pool.
+
+    Args:
+        reports: One report per router.
+        limits: Objectives in seconds, by name.
+        base: Signals that do not come from routers.
+    """
 
     def total(name: str) -> float:
         return math.fsum(getattr(report, name) for report in reports)
 
-    def most(name: str) -> float:
+    def highest(name: str) -> float:
         return max((getattr(report, name) for report in reports), default=0.0)
 
-    waiting = total("queued") + most("waiting")
+    waiting = total("queued") + highest("waiting")
     return PoolSignals(
         target=base.target,
         running=base.running,
@@ -97,17 +103,17 @@ def merge(
         requests_per_s=total("requests_per_s"),
         prefill_per_s=total("prefill_per_s"),
         decode_per_s=total("decode_per_s"),
-        ongoing=total("ongoing"),
+        in_flight=total("in_flight"),
         queued=total("queued"),
-        queued_tokens=waiting * most("prefill_each"),
-        kv_usage=min(1.0, most("kv_usage")),
+        queued_tokens=waiting * highest("prefill_each"),
+        kv_usage=min(1.0, highest("kv_usage")),
         cores=total("cores"),
-        objectives=tuple(_objective(name, limit, reports) for name, limit in limits.items()),
+        objectives=tuple(_merge_latency(name, limit, reports) for name, limit in limits.items()),
     )
 
 
-def _objective(name: str, limit_s: float, reports: Iterable[LoadReport]) -> Objective:
-    """The routers' percentiles, each as heavy as it has observations."""
+def _merge_latency(name: str, limit_s: float, reports: Iterable[LoadReport]) -> Objective:
+    """Return the mean of the routers' percentiles, weighted by their observations."""
     known = [found for report in reports if (found := report.latencies.get(name)) is not None]
     samples = math.fsum(latency.samples for latency in known)
     weighted = math.fsum(latency.observed_s * latency.samples for latency in known)

@@ -1,36 +1,36 @@
-"""What a deployment is to autoscaling, in the form in which Ray Serve hands it to the policy."""
+"""A deployment's part of the configuration, in the form in which Ray Serve carries it."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cluster.autoscaling.plan import Budget
+from cluster.autoscaling.autoscaler import Budget
 from cluster.autoscaling.signals import PoolSpec
 from cluster.config import ClassifierConfig, GeneratorConfig, RouterConfig, TandemConfig
 
 ROUTER = ""
-"""The routers' name among the pools, which no pool can have."""
+"""Name of the routers among the pools; no pool can have it."""
 _ROUTER_PRIORITY = 2**31
-"""Without a router nothing is served, whatever a pool's priority is."""
+"""Above every pool's priority, because nothing is served without a router."""
 
 
 @dataclass(frozen=True, slots=True)
 class PoolSettings:
-    """One pool's part of the configuration."""
+    """Settings of one pool, or of the routers."""
 
     pool: str
     spec: PoolSpec
     limits: Mapping[str, float]
-    """The objectives in seconds, by their names in the configuration."""
+    """Objectives in seconds, by their names in the configuration."""
     budget: Budget
-    """Of the whole application."""
+    """Budget of the whole application."""
 
     @classmethod
-    def of(
-        cls, whole: TandemConfig, part: GeneratorConfig | ClassifierConfig | RouterConfig
+    def from_config(
+        cls, config: TandemConfig, part: GeneratorConfig | ClassifierConfig | RouterConfig
     ) -> "PoolSettings":
-        """The settings of one part of ``whole``."""
+        """Return the settings of one part of the configuration."""
         router = isinstance(part, RouterConfig)
         workers = part.num_workers
         spec = PoolSpec(
@@ -47,10 +47,10 @@ class PoolSettings:
         )
         limits = {} if isinstance(part, RouterConfig) else part.slo.model_dump(exclude_none=True)
         name = ROUTER if isinstance(part, RouterConfig) else part.name
-        return cls(name, spec, limits, Budget(**whole.budget.model_dump(exclude_none=True)))
+        return cls(name, spec, limits, Budget(**config.budget.model_dump(exclude_none=True)))
 
-    def encoded(self) -> dict[str, Any]:
-        """A JSON object; what has no limit is left out."""
+    def encode(self) -> dict[str, Any]:
+        """Return a JSON object; infinite values are left out."""
         return {
             "pool": self.pool,
             "spec": _finite(asdict(self.spec)),
@@ -59,8 +59,8 @@ class PoolSettings:
         }
 
     @classmethod
-    def decoded(cls, encoded: Mapping[str, Any]) -> "PoolSettings":
-        """The inverse of ``encoded``."""
+    def decode(cls, encoded: Mapping[str, Any]) -> "PoolSettings":
+        """Return the settings from the result of ``encode``."""
         return cls(
             encoded["pool"],
             PoolSpec(**encoded["spec"]),

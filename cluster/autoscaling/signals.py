@@ -1,48 +1,49 @@
-"""What is known of a pool when its number of replicas is decided, and what it may have."""
+"""Signals of a pool, from which its number of replicas is decided, and its specification."""
 
 import math
 from dataclasses import dataclass, fields
 
-MOST = 1e15
-"""Of tokens, requests, seconds; what is more is no measurement, and its square may be infinite."""
+MAX_PLAUSIBLE = 1e15
+"""Bound of tokens, requests and seconds; larger numbers are not measurements, and their squares may
+overflow."""
 
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """One service level objective: a percentile of a latency, its limit, what is measured."""
+    """A service level objective: a percentile of a latency, its limit and its measurement."""
 
     name: str
-    """As in the configuration: ``ttft_p90_s``."""
+    """Name in the configuration, such as ``ttft_p90_s``."""
     limit_s: float
     observed_s: float = 0.0
-    """The percentile over the last half minute, of all routers."""
+    """Percentile over the last half minute and all routers."""
     samples: float = 0.0
-    """Observations that it is taken from; too few say nothing."""
+    """Number of observations behind ``observed_s``."""
 
     @property
     def ratio(self) -> float:
-        """What is measured in units of the limit; above 1 the objective is missed."""
+        """Measurement in units of the limit; above 1 the objective is missed."""
         return self.observed_s / self.limit_s
 
 
 @dataclass(frozen=True, slots=True)
 class PoolSignals:
-    """One pool, or the routers, at one moment; sums are over all replicas and all routers."""
+    """State of one pool, or of the routers; sums are over all replicas and all routers."""
 
     target: int
-    """Replicas that were asked for last."""
+    """Replicas requested last."""
     running: int
-    """Replicas that can answer; the rest of ``target`` is starting."""
+    """Replicas that can serve; the rest of ``target`` is starting."""
     age_s: float = math.inf
-    """Since the newest report of a router; inf: none has come."""
+    """Age of the newest router report; inf if no report came."""
     requests_per_s: float = 0.0
-    """Requests that arrived, whether they were admitted or not."""
+    """Arriving requests, rejected ones included."""
     prefill_per_s: float = 0.0
-    """Prompt tokens that arrived and no cache held."""
+    """Arriving prompt tokens that no cache holds."""
     decode_per_s: float = 0.0
-    """Completion tokens that the arrived requests will take."""
-    ongoing: float = 0.0
-    """Requests being served."""
+    """Expected completion tokens of the arriving requests."""
+    in_flight: float = 0.0
+    """Requests at the replicas."""
     queued: float = 0.0
     """Requests that wait in the routers."""
     queued_tokens: float = 0.0
@@ -50,39 +51,40 @@ class PoolSignals:
     kv_usage: float = 0.0
     """KV blocks in use, 0 to 1, mean of the replicas."""
     cores: float = 0.0
-    """CPU seconds used each second; known of routers alone."""
+    """CPU seconds used per second; only known for routers."""
     startup_s: float | None = None
-    """How long the replicas say that they took to start, until it was measured here."""
+    """Start-up time that the replicas report; used until it was measured here."""
     objectives: tuple[Objective, ...] = ()
 
     @property
-    def sane(self) -> bool:
-        """Whether every number can be true."""
+    def is_plausible(self) -> bool:
+        """True if every number can be a measurement."""
         values = (getattr(self, field.name) for field in fields(self) if field.name != "age_s")
         numbers = [value for value in values if isinstance(value, float)]
         latencies = [n for o in self.objectives for n in (o.observed_s, o.samples)]
-        return self.age_s >= 0 and all(0 <= n <= MOST for n in (*numbers, *latencies))
+        return self.age_s >= 0 and all(0 <= n <= MAX_PLAUSIBLE for n in (*numbers, *latencies))
 
 
 @dataclass(frozen=True, slots=True)
 class PoolSpec:
-    """What one pool may have, and what one replica of it takes."""
+    """Bounds of one pool, and the resources of one of its replicas."""
 
     min: int = 1
     max: int = 1
     cpus: float = 0.0
+    """CPU cores of one replica, all its workers included."""
     gpus: float = 0.0
-    """Of one replica with all its workers."""
+    """GPUs of one replica, all its workers included."""
     priority: int = 0
-    """Where the budget does not suffice, the pool with the higher number goes first."""
+    """Order in which pools share the budget; the highest number first."""
     target_in_flight: float = 32.0
-    """Ongoing requests for each replica, until its capacity is learned."""
+    """Requests per replica until the replica's capacity is learned."""
     max_in_flight: float = math.inf
-    """Requests that one replica is given at a time."""
+    """Limit of one replica's requests in flight."""
     upscale_delay_s: float = 0.0
     downscale_delay_s: float = 120.0
     is_router: bool = False
 
-    def bounded(self, replicas: int) -> int:
-        """``replicas``, but not below the floor or above the ceiling."""
+    def clamp(self, replicas: int) -> int:
+        """Return ``replicas`` within the floor and the ceiling."""
         return max(self.min, min(self.max, replicas))

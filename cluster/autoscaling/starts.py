@@ -1,93 +1,99 @@
-"""How long it takes from a decision to the replica that answers, and where that time goes.
+"""Duration of start-ups, from the decision to the replica that serves, by phase.
 
-Owns the one rise of a pool's target that is being followed. What replicas say are Unix times, so
-``StartWatch`` is told these too; the clocks of processes must agree to about a second.
+Replicas report Unix times, so ``StartTracker`` is given Unix times as well; the clocks of the
+machines must agree to about a second.
 """
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
-UNTOLD_S = 60.0
-"""So long after a replica answers its own report is waited for."""
-CLOCK_S = 1.0
+REPORT_TIMEOUT_S = 60.0
+"""Time for which a replica's own report is awaited after it serves."""
+CLOCK_TOLERANCE_S = 1.0
 
 
-class Start(NamedTuple):
-    """What a replica says of its own start."""
+class ReplicaStart(NamedTuple):
+    """A replica's report on its own start."""
 
     created_at: float
-    """When its process was made."""
+    """Unix time at which its process was created."""
     took_s: float
-    """From there until it could answer."""
+    """Time from there until it could serve."""
 
     @property
     def ready_at(self) -> float:
-        """When it could answer."""
+        """Unix time at which it could serve."""
         return self.created_at + self.took_s
 
 
-class Rise(NamedTuple):
-    """A pool's target that rose above the replicas that answered."""
+class ScaleUp(NamedTuple):
+    """A pool's target that rose above the number of running replicas."""
 
     target: int
     num_new: int
-    """How many replicas more that is."""
+    """Number of replicas that had to start."""
     at: float
+    """Time of the decision."""
 
 
-class Rises:
-    """Follows a pool's target, one rise at a time."""
+class ScaleUpTracker:
+    """The scale-up of a pool that is under way, one at a time."""
 
     def __init__(self) -> None:
         self._target: int | None = None
-        self._rise: Rise | None = None
+        self._current: ScaleUp | None = None
 
-    def follow(self, now: float, target: int, running: int) -> Rise | None:
-        """The rise that has been answered since the last call; one that is called off is none."""
+    def follow(self, now: float, target: int, running: int) -> ScaleUp | None:
+        """Return the scale-up that has completed since the last call, if any.
+
+        A scale-up whose target was lowered again does not complete.
+        """
         before, self._target = self._target, target
-        rise = self._rise
-        if rise is None:
-            rises = before is None or target > before
-            if rises and running < target:  # else one that was lost is replaced
-                self._rise = Rise(target, target - running, now)
+        current = self._current
+        if current is None:
+            has_risen = before is None or target > before
+            if has_risen and running < target:  # otherwise a lost replica is being replaced
+                self._current = ScaleUp(target, target - running, now)
             return None
-        if running < rise.target <= target:
+        if running < current.target <= target:
             return None
-        self._rise = None
-        return rise if running >= rise.target else None
+        self._current = None
+        return current if running >= current.target else None
 
 
-class StartWatch:
-    """Tells the phases of the starts of one pool."""
+class StartTracker:
+    """Durations of one pool's starts."""
 
     def __init__(self) -> None:
-        self._rises = Rises()
-        self._answered: tuple[Rise, float] | None = None
+        self._tracker = ScaleUpTracker()
+        self._completed: tuple[ScaleUp, float] | None = None  # and when it completed
 
     def follow(
-        self, now: float, target: int, running: int, starts: Iterable[Start]
+        self, now: float, target: int, running: int, starts: Iterable[ReplicaStart]
     ) -> dict[str, float] | None:
-        """The phases of a start that has ended, once its last replica has reported; else None.
+        """Return the phases in seconds of a completed scale-up, after its last replica's report.
 
-        ``scheduling`` (until the process was made), ``start`` (until the replica could answer) and
-        ``notice`` (until Serve's controller knew) add up to ``decision``, but for the clocks.
+        ``scheduling`` (until the process was created), ``start`` (until the replica could serve)
+        and ``notice`` (until Serve's controller knew) add up to ``decision``, except for clock
+        differences.
         """
-        rise = self._rises.follow(now, target, running)
-        if rise is not None:
-            self._answered = rise, now
-        if self._answered is None:
+        scale_up = self._tracker.follow(now, target, running)
+        if scale_up is not None:
+            self._completed = scale_up, now
+        if self._completed is None:
             return None
-        rise, answered_at = self._answered
-        told = [start for start in starts if start.ready_at >= rise.at - CLOCK_S]
-        if len(told) < rise.num_new and now - answered_at <= UNTOLD_S:
+        scale_up, completed_at = self._completed
+        earliest = scale_up.at - CLOCK_TOLERANCE_S
+        reported = [start for start in starts if start.ready_at >= earliest]
+        if len(reported) < scale_up.num_new and now - completed_at <= REPORT_TIMEOUT_S:
             return None
-        self._answered = None
-        if not told:
+        self._completed = None
+        if not reported:
             return None
-        last = max(told, key=lambda start: start.ready_at)
+        last = max(reported, key=lambda start: start.ready_at)
         phases = {
-            "scheduling": max(0.0, last.created_at - rise.at),
+            "scheduling": max(0.0, last.created_at - scale_up.at),
             "start": last.took_s,
-            "notice": max(0.0, answered_at - last.ready_at),
+            "notice": max(0.0, completed_at - last.ready_at),
         }
         return {**phases, "decision": sum(phases.values())}

@@ -115,9 +115,9 @@ def _engine(sim: SimConfig) -> SimConfig:
 
 def _scaling(tree: TandemConfig, pool: GeneratorConfig) -> Scaling:
     # The budget covers all pools; the pools that are not simulated stay at their minimum.
-    parts = [PoolSettings.of(tree, tree.router)]
-    parts += [PoolSettings.of(tree, generator) for generator in tree.generators]
-    parts += [PoolSettings.of(tree, classifier) for classifier in tree.classifiers]
+    parts = [PoolSettings.from_config(tree, tree.router)]
+    parts += [PoolSettings.from_config(tree, generator) for generator in tree.generators]
+    parts += [PoolSettings.from_config(tree, classifier) for classifier in tree.classifiers]
     autoscaler = Autoscaler({part.pool: part.spec for part in parts}, parts[0].budget)
 
     def decide(now_s: float, signals: PoolSignals) -> Decision:

@@ -62,7 +62,7 @@ class Signals:
             requests_per_s=rate,
             prefill_per_s=rate * self._prefill_each,
             decode_per_s=rate * self._decode_each,
-            ongoing=float(sum(load.running + load.waiting for load in loads)),
+            in_flight=float(sum(load.running + load.waiting for load in loads)),
             queued=float(queued),
             queued_tokens=waiting * self._prefill_each,
             kv_usage=sum(load.kv_cache_usage for load in loads) / max(1, len(loads)),

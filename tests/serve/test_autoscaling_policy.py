@@ -103,11 +103,11 @@ class Controller:
 def busy(ongoing: float, queued: float = 0.0) -> dict[str, float]:
     report = LoadReport(
         requests_per_s=5.0,
-        ongoing=ongoing,
+        in_flight=ongoing,
         queued=queued,
         latencies={"ttft_p90_s": Latency(0.5, 100.0)},
     )
-    return {**LoadReport(cores=0.1).flat(""), **report.flat("sim")}
+    return {**LoadReport(cores=0.1).flatten(""), **report.flatten("sim")}
 
 
 def test_pools_follow_what_routers_report_within_the_budget(
@@ -161,8 +161,8 @@ async def test_what_was_decided_can_be_read_with_its_reasons(
     controller.report(ROUTER, "r", busy(11.0))
     controller.step()
     (change,) = await decisions.read_decisions([POOL, ROUTER]) or ()
-    assert (change.pool, change.before, change.target, change.cause) == ("sim", 1, 3, "ongoing")
-    assert change.reason == "11 requests of 4 each, 1.15 times as many in 35 s"
+    assert (change.pool, change.before, change.target, change.cause) == ("sim", 1, 3, "in_flight")
+    assert change.reason == "11 requests, 4 per replica, 1.15 times as many in 35 s"
     assert abs(change.time - time.time()) < 60
     assert await decisions.read_decisions([ROUTER]) == []
     log = decisions.DecisionLog()  # of a controller that took the first one's place
@@ -197,7 +197,7 @@ def test_a_pool_goes_to_zero_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
     controller = Controller(monkeypatch, application_policy=True)
     controller.run(POOL, "a")
     controller.run(ROUTER, "r")
-    idle = {**LoadReport().flat(""), **LoadReport().flat("sim")}
+    idle = {**LoadReport().flatten(""), **LoadReport().flatten("sim")}
     for _ in range(5):
         controller.report(ROUTER, "r", idle)
         controller.step()
@@ -215,7 +215,7 @@ def test_reports_that_stop_or_lie_change_nothing(monkeypatch: pytest.MonkeyPatch
     controller.report(ROUTER, "r", busy(10.0))
     for _ in range(60):
         assert controller.step()[POOL] == 3
-    controller.report(ROUTER, "r", {**busy(0.0), "sim/ongoing": float("nan")})
+    controller.report(ROUTER, "r", {**busy(0.0), "sim/in_flight": float("nan")})
     for _ in range(10):
         assert controller.step()[POOL] == 3
 
@@ -239,7 +239,7 @@ def test_without_an_application_policy_replicas_are_believed(
     controller.run(POOL, "a")
     controller.run(ROUTER, "r")
     controller.report(POOL, "a", {autoscaling.ONGOING: 11.0})
-    controller.report(ROUTER, "r", {**LoadReport(cores=0.9).flat("")})
+    controller.report(ROUTER, "r", {**LoadReport(cores=0.9).flatten("")})
     controller.step()
     assert controller.step() == {POOL: 3, ROUTER: 2}
 

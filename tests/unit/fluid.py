@@ -58,7 +58,7 @@ class FluidPool:
             requests_per_s=arriving,
             prefill_per_s=arriving * PROMPT,
             decode_per_s=arriving * COMPLETION,
-            ongoing=min(arriving * ttft, 1e4),
+            in_flight=min(arriving * ttft, 1e4),
             queued=self.backlog,
             queued_tokens=self.backlog * PROMPT,
             startup_s=self.startup_s,

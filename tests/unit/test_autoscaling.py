@@ -18,17 +18,17 @@ from cluster.autoscaling import (
     PoolSpec,
     allocate,
 )
-from cluster.autoscaling.pool import whole
+from cluster.autoscaling.pool import round_up
 from tests.unit.fluid import FluidPool
 
 SPEC = PoolSpec(min=1, max=64, target_in_flight=8, downscale_delay_s=120)
 
 
 def test_replicas_for_a_load() -> None:
-    assert whole(0 / 32) == 0
-    assert whole(1 / 32) == 1
-    assert whole(32 / 32) == 1
-    assert whole(32.5 / 32) == 2
+    assert round_up(0 / 32) == 0
+    assert round_up(1 / 32) == 1
+    assert round_up(32 / 32) == 1
+    assert round_up(32.5 / 32) == 2
 
 
 def test_targets_follow_eightfold_traffic_and_back() -> None:
@@ -69,7 +69,7 @@ def test_noise_does_not_make_it_flap() -> None:
 def test_the_learned_capacity_is_near_the_true_one() -> None:
     pool = FluidPool(SPEC)
     pool.run(7200, lambda t: 60 - 40 * math.cos(2 * math.pi * t / 1800))
-    need = pool.autoscaler.scalers["pool"].capacity.needed(60 * 500.0, 60 * 100.0)
+    need = pool.autoscaler.scalers["pool"].capacity.required(60 * 500.0, 60 * 100.0)
     assert need is not None
     true = 60 / (pool.rate * (1 - pool.base_s / (0.8 * pool.limit_s)))
     assert need.replicas == pytest.approx(true, rel=0.2)
@@ -154,8 +154,8 @@ def test_a_clock_that_jumps_only_starts_the_delays_anew(jump_s: float) -> None:
 
 def test_a_short_peak_is_waited_out() -> None:
     autoscaler = Autoscaler({"pool": replace(SPEC, upscale_delay_s=10)})
-    calm = replace(QUIET, ongoing=20.0, requests_per_s=1.0)
-    busy = replace(calm, ongoing=80.0)
+    calm = replace(QUIET, in_flight=20.0, requests_per_s=1.0)
+    busy = replace(calm, in_flight=80.0)
     for at in range(0, 20, 2):
         decide(autoscaler, at, calm)
     assert decide(autoscaler, 20, busy) == 3
@@ -164,17 +164,17 @@ def test_a_short_peak_is_waited_out() -> None:
 
 
 def test_a_full_kv_cache_and_a_full_replica_ask_for_more() -> None:
-    full = replace(QUIET, kv_usage=1.0, ongoing=1.0)
+    full = replace(QUIET, kv_usage=1.0, in_flight=1.0)
     assert decide(Autoscaler({"pool": SPEC}), 0, full) == 4
     limited = replace(SPEC, max_in_flight=4, target_in_flight=4)
-    assert decide(Autoscaler({"pool": limited}), 0, replace(QUIET, ongoing=16.0)) == 5
+    assert decide(Autoscaler({"pool": limited}), 0, replace(QUIET, in_flight=16.0)) == 5
 
 
 def test_routers_follow_their_cpu_and_their_streams() -> None:
     spec = PoolSpec(min=1, max=8, target_in_flight=256, is_router=True)
     one = PoolSignals(target=1, running=1, age_s=1.0)
     assert decide(Autoscaler({"pool": spec}), 0, replace(one, cores=0.9)) == 2
-    assert decide(Autoscaler({"pool": spec}), 0, replace(one, ongoing=1000.0)) == 4
+    assert decide(Autoscaler({"pool": spec}), 0, replace(one, in_flight=1000.0)) == 4
     assert decide(Autoscaler({"pool": spec}), 0, one) == 1
 
 
@@ -201,9 +201,9 @@ def test_the_budget_goes_to_the_priority_then_to_whoever_has_least_of_its_wish()
 
 @pytest.mark.parametrize("number", [-1.0, float("nan"), float("inf"), 1e154])
 def test_a_number_that_cannot_be_true_is_not_used(number: float) -> None:
-    assert PoolSignals(1, 1, 1.0, 40.0).sane
-    assert not PoolSignals(1, 1, 1.0, number).sane
-    assert not PoolSignals(1, 1, 1.0, objectives=(Objective("x", 1.0, number),)).sane
+    assert PoolSignals(1, 1, 1.0, 40.0).is_plausible
+    assert not PoolSignals(1, 1, 1.0, number).is_plausible
+    assert not PoolSignals(1, 1, 1.0, objectives=(Objective("x", 1.0, number),)).is_plausible
 
 
 names = st.sampled_from("abc")
@@ -243,7 +243,7 @@ def test_floors_ceilings_and_budget_hold_whatever_is_reported(
                 requests_per_s=data.draw(floats),
                 prefill_per_s=data.draw(floats),
                 decode_per_s=data.draw(floats),
-                ongoing=data.draw(floats),
+                in_flight=data.draw(floats),
                 queued=data.draw(st.floats(0, 1e6)),
                 kv_usage=data.draw(st.floats(0, 1)),
                 objectives=(Objective("ttft_p90_s", 1.0, data.draw(floats), 100.0),),
@@ -261,7 +261,7 @@ def test_floors_ceilings_and_budget_hold_whatever_is_reported(
 
 def test_a_pool_that_says_nothing_keeps_its_floor_of_the_budget() -> None:
     specs = {"a": PoolSpec(2, 9, gpus=1), "b": PoolSpec(1, 9, gpus=1, target_in_flight=1)}
-    busy = PoolSignals(target=1, running=4, age_s=1.0, ongoing=50.0)
+    busy = PoolSignals(target=1, running=4, age_s=1.0, in_flight=50.0)
     decisions = Autoscaler(specs, Budget(gpus=5)).decide(0.0, {"b": busy})
     assert decisions["b"].target == 3
     assert decisions["b"].cause == "budget"

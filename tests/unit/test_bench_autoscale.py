@@ -70,7 +70,7 @@ def test_rays_policy_waits_for_its_delays() -> None:
     target, targets = 1, []
     for tick in range(100):
         ongoing = 16.0 if tick < 40 else 4.0
-        signals = PoolSignals(target=target, running=target, ongoing=ongoing)
+        signals = PoolSignals(target=target, running=target, in_flight=ongoing)
         target = policy.decide(2.0 * tick, signals).target
         targets.append(target)
     up = 30 // 2

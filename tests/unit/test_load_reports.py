@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.autoscaling import Budget, PoolSignals
-from cluster.autoscaling.reports import Latency, LoadReport, merge, parse_reports
+from cluster.autoscaling.reports import Latency, LoadReport, merge_reports, parse_reports
 from cluster.autoscaling.settings import PoolSettings
 from cluster.config import parse
 from cluster.gateway.gateway import Gateway
@@ -44,28 +44,28 @@ reports = st.builds(
 
 @given(st.dictionaries(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,9}", fullmatch=True), reports))
 def test_reports_come_out_as_they_went_in(sent: dict[str, LoadReport]) -> None:
-    flat = {name: value for pool, one in sent.items() for name, value in one.flat(pool).items()}
+    flat = {name: value for pool, one in sent.items() for name, value in one.flatten(pool).items()}
     assert parse_reports({**flat, "running_requests": 3.0, "a/b/c/d": 1.0}) == sent
 
 
 @pytest.mark.parametrize("lie", [math.nan, math.inf, -1.0])
 def test_a_router_that_says_what_cannot_be_true_is_not_heard(lie: float) -> None:
-    assert parse_reports({**LoadReport(ongoing=5.0).flat("chat"), "chat/queued": lie}) == {}
+    assert parse_reports({**LoadReport(in_flight=5.0).flatten("chat"), "chat/queued": lie}) == {}
 
 
 def test_routers_add_up() -> None:
     one = LoadReport(1, 10, 20, 3, 4, 6, 100, 0.5, latencies={"ttft_p90_s": Latency(1.0, 30)})
     two = LoadReport(2, 30, 40, 5, 0, 6, 200, 0.6, latencies={"ttft_p90_s": Latency(2.0, 10)})
     base = PoolSignals(target=3, running=2, age_s=1.0)
-    merged = merge([one, two], {"ttft_p90_s": 2.5, "itl_p90_s": 0.1}, base)
+    merged = merge_reports([one, two], {"ttft_p90_s": 2.5, "itl_p90_s": 0.1}, base)
     assert (merged.target, merged.running, merged.age_s) == (3, 2, 1.0)
     assert (merged.requests_per_s, merged.prefill_per_s, merged.decode_per_s) == (3, 40, 60)
-    assert (merged.ongoing, merged.queued, merged.kv_usage) == (8, 4, 0.6)
+    assert (merged.in_flight, merged.queued, merged.kv_usage) == (8, 4, 0.6)
     assert merged.queued_tokens == (4 + 6) * 200
     ttft, itl = merged.objectives
     assert (ttft.observed_s, ttft.samples, ttft.limit_s) == (1.25, 40, 2.5)
     assert (itl.observed_s, itl.samples) == (0.0, 0.0)
-    assert merged.sane
+    assert merged.is_plausible
 
 
 async def test_a_gateway_reports_rates_lengths_and_percentiles_of_the_last_time() -> None:
@@ -103,10 +103,10 @@ def test_percentiles_lie_inside_their_bucket() -> None:
 
 def test_settings_travel_as_json() -> None:
     for part in (*CONFIG.generators, *CONFIG.classifiers, CONFIG.router):
-        settings = PoolSettings.of(CONFIG, part)
-        assert PoolSettings.decoded(settings.encoded()) == settings
-    chat = PoolSettings.of(CONFIG, CONFIG.generators[0])
+        settings = PoolSettings.from_config(CONFIG, part)
+        assert PoolSettings.decode(settings.encode()) == settings
+    chat = PoolSettings.from_config(CONFIG, CONFIG.generators[0])
     assert (chat.spec.min, chat.spec.cpus, chat.spec.gpus, chat.spec.priority) == (0, 2, 2, 2)
     assert chat.limits == {"ttft_p90_s": 2.0}
     assert chat.budget == Budget(gpus=6)
-    assert PoolSettings.of(CONFIG, CONFIG.router).spec.is_router
+    assert PoolSettings.from_config(CONFIG, CONFIG.router).spec.is_router

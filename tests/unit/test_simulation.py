@@ -149,7 +149,7 @@ def test_more_replicas_come_when_asked_for_and_leave_without_a_loss() -> None:
     assert ready[45] == 2
     assert ready[55] == 6
     assert ready[100] == 2
-    assert all(signals.sane for signals in seen)
+    assert all(signals.is_plausible for signals in seen)
     rates = [signals.requests_per_s for signals in seen[5:70]]
     assert sum(rates) / len(rates) == pytest.approx(len(trace.requests) / 150, rel=0.3)
     busy = seen[50]
@@ -178,7 +178,7 @@ def test_policies_are_told_the_percentile_of_all_gaps_and_not_of_the_time() -> N
 
 def test_from_zero_replicas_held_requests_are_served() -> None:
     trace = chat(duration_s=60)
-    scaling = Scaling(lambda _now_s, seen: told(3 if seen.queued or seen.ongoing else 0))
+    scaling = Scaling(lambda _now_s, seen: told(3 if seen.queued or seen.in_flight else 0))
     result = simulate(trace, settings(replicas=0, scaling=scaling))
     assert outcomes(result) == {"done": len(trace.requests)}
 
@@ -229,7 +229,7 @@ applications:
 """
 
 
-CAUSES = {"forecast", "ongoing", "learning", "missed", "kv", "limit", "busy", "budget"}
+CAUSES = {"forecast", "in_flight", "learning", "missed", "kv", "limit", "busy", "budget"}
 
 
 @pytest.fixture
@@ -293,7 +293,7 @@ def test_the_command_prints_a_table(config: str) -> None:
     ("more", "message"),
     [
         (["--policy", "best"], "'best'"),
-        (["--pool", "other"], "there are: gen"),
+        (["--pool", "other"], "allowed: gen"),
         (["--fault", "melt:1@2"], "melt:1@2"),
     ],
 )

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 
-from cluster.autoscaling.starts import UNTOLD_S, Start, StartWatch
+from cluster.autoscaling.starts import REPORT_TIMEOUT_S, ReplicaStart, StartTracker
 from cluster.engines.startup import StartupTimer, gc_disabled, process_age_s
 
 
@@ -69,45 +69,47 @@ def test_a_second_engine_does_not_keep_what_the_first_one_left() -> None:
 
 
 def test_a_start_is_followed_from_the_decision_to_the_replica_that_answers() -> None:
-    watch = StartWatch()
-    old = Start(10.0, 5.0)
+    watch = StartTracker()
+    old = ReplicaStart(10.0, 5.0)
     assert watch.follow(100.0, 1, 1, [old]) is None
     assert watch.follow(102.0, 2, 1, [old]) is None  # decided
     assert watch.follow(120.0, 2, 2, [old]) is None  # it answers, and has not reported yet
-    phases = watch.follow(122.0, 2, 2, [old, Start(103.5, 14.5)])
+    phases = watch.follow(122.0, 2, 2, [old, ReplicaStart(103.5, 14.5)])
     assert phases == {"scheduling": 1.5, "start": 14.5, "notice": 2.0, "decision": 18.0}
-    assert watch.follow(124.0, 2, 2, [old, Start(103.5, 14.5)]) is None
+    assert watch.follow(124.0, 2, 2, [old, ReplicaStart(103.5, 14.5)]) is None
 
 
 def test_of_several_replicas_the_last_to_be_ready_counts() -> None:
-    watch = StartWatch()
+    watch = StartTracker()
     watch.follow(0.0, 3, 1, [])
-    phases = watch.follow(30.0, 3, 3, [Start(1.0, 9.0), Start(2.0, 27.0), Start(-50.0, 9.0)])
+    phases = watch.follow(
+        30.0, 3, 3, [ReplicaStart(1.0, 9.0), ReplicaStart(2.0, 27.0), ReplicaStart(-50.0, 9.0)]
+    )
     assert phases == {"scheduling": 2.0, "start": 27.0, "notice": 1.0, "decision": 30.0}
 
 
 def test_all_new_replicas_are_waited_for_before_one_is_the_last() -> None:
-    watch = StartWatch()
+    watch = StartTracker()
     watch.follow(0.0, 3, 1, [])
-    assert watch.follow(30.0, 3, 2, [Start(1.0, 28.0)]) is None
-    assert watch.follow(61.0, 3, 3, [Start(1.0, 28.0)]) is None
-    phases = watch.follow(62.0, 3, 3, [Start(1.0, 28.0), Start(2.0, 58.0)])
+    assert watch.follow(30.0, 3, 2, [ReplicaStart(1.0, 28.0)]) is None
+    assert watch.follow(61.0, 3, 3, [ReplicaStart(1.0, 28.0)]) is None
+    phases = watch.follow(62.0, 3, 3, [ReplicaStart(1.0, 28.0), ReplicaStart(2.0, 58.0)])
     assert phases == {"scheduling": 2.0, "start": 58.0, "notice": 1.0, "decision": 61.0}
 
 
 def test_a_replica_that_is_replaced_is_no_rise_of_the_target() -> None:
-    watch = StartWatch()
+    watch = StartTracker()
     watch.follow(0.0, 2, 2, [])
     assert watch.follow(100.0, 2, 1, []) is None
-    assert watch.follow(112.0, 2, 2, [Start(101.0, 9.0)]) is None
+    assert watch.follow(112.0, 2, 2, [ReplicaStart(101.0, 9.0)]) is None
 
 
 def test_a_start_that_is_called_off_or_never_reported_is_forgotten() -> None:
-    watch = StartWatch()
+    watch = StartTracker()
     watch.follow(0.0, 2, 1, [])
     assert watch.follow(5.0, 1, 1, []) is None
-    assert watch.follow(50.0, 1, 1, [Start(49.0, 1.0)]) is None  # replaced after a death
+    assert watch.follow(50.0, 1, 1, [ReplicaStart(49.0, 1.0)]) is None  # replaced after a death
     watch.follow(100.0, 2, 1, [])
     watch.follow(110.0, 2, 2, [])
-    watch.follow(111.0 + UNTOLD_S, 2, 2, [])
-    assert watch.follow(120.0 + UNTOLD_S, 2, 2, [Start(101.0, 9.0)]) is None
+    watch.follow(111.0 + REPORT_TIMEOUT_S, 2, 2, [])
+    assert watch.follow(120.0 + REPORT_TIMEOUT_S, 2, 2, [ReplicaStart(101.0, 9.0)]) is None

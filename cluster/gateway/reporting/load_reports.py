@@ -60,7 +60,7 @@ class _PoolReporter:
             requests_per_s=rate,
             prefill_per_s=rate * self._prefill_mean,
             decode_per_s=rate * self._decode_mean,
-            ongoing=float(pool.num_in_flight),
+            in_flight=float(pool.num_in_flight),
             queued=float(pool.num_queued),
             waiting=float(sum(load.waiting for load in loads)),
             prefill_each=self._prefill_mean,
@@ -116,12 +116,12 @@ class LoadReports:
         elapsed_s = now - last_at
         reports = {name: reporter.report(now) for name, reporter in self._reporters.items()}
         router = LoadReport(
-            ongoing=sum(report.ongoing + report.queued for report in reports.values()),
+            in_flight=sum(report.in_flight + report.queued for report in reports.values()),
             cores=(cpu_s - last_cpu_s) / elapsed_s if elapsed_s > 0 else 0.0,
         )
-        flat = router.flat(ROUTER)
+        flat = router.flatten(ROUTER)
         for name, report in reports.items():
-            flat |= report.flat(name)
+            flat |= report.flatten(name)
         return flat
 
 

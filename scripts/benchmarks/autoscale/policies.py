@@ -47,11 +47,11 @@ class RayPolicy:
     def decide(self, now: float, signals: PoolSignals) -> Decision:
         """Return the target at ``now`` (seconds)."""
         target = self._target(now, signals)
-        return Decision(target, target, "ongoing", f"{signals.ongoing:.0f} requests")
+        return Decision(target, target, "in_flight", f"{signals.in_flight:.0f} requests")
 
     def _target(self, now: float, signals: PoolSignals) -> int:
         if not self._reports or now - self._reports[-1][0] >= METRICS_INTERVAL_S:
-            self._reports.append((now, signals.ongoing + signals.queued))
+            self._reports.append((now, signals.in_flight + signals.queued))
         while self._reports[0][0] < now - LOOK_BACK_S:
             self._reports.popleft()
         mean = math.fsum(value for _, value in self._reports) / len(self._reports)

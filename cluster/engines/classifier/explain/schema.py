@@ -67,9 +67,7 @@ class Question:
     """Side on which a long text was cut."""
 
 
-def make_question(
-    explain: bool | ExplainOptions, top_k: int | None, side: Side
-) -> Question | None:
+def make_question(explain: bool | ExplainOptions, top_k: int | None, side: Side) -> Question | None:
     """Return the question of a request; None if it asks for no explanation."""
     if not explain:
         return None
