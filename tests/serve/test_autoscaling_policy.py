@@ -228,7 +228,7 @@ def test_it_never_raises_into_the_controller(
     def broken(*_args: Any) -> None:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(autoscaling.PoolSettings, "decoded", broken)
+    monkeypatch.setattr(autoscaling.PoolSettings, "decode", broken)
     assert controller.step() == {POOL: 1, ROUTER: 1}
 
 
