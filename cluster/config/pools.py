@@ -92,17 +92,8 @@ class SimConfig(Section):
     """Memory that each request leaks, in bytes."""
 
 
-def _check_scaling(max_in_flight: int, replicas: ReplicasConfig) -> None:
-    # A replica that never reaches its target would never trigger an upscale.
-    if replicas.max > replicas.min and replicas.target_in_flight > max_in_flight:
-        raise ValueError(
-            f"replicas.target_in_flight ({replicas.target_in_flight:g}) must be at most "
-            f"max_in_flight ({max_in_flight})"
-        )
-
-
-class GeneratorConfig(Section):
-    """Pool of language-model replicas."""
+class PoolConfig(Section):
+    """Settings that generator and classifier pools share."""
 
     renamed_fields: ClassVar[Mapping[str, str]] = {"max_ongoing": "max_in_flight"}
 
@@ -110,6 +101,35 @@ class GeneratorConfig(Section):
     """Name of the pool, and the value of `model` in requests."""
     model: str = Field(min_length=1)
     """Name of a default model (`tandem models list`), Hugging Face id, or local directory."""
+    max_in_flight: int = Field(256, ge=1)
+    """Maximum number of requests in flight at one replica; others wait in the router."""
+    priority: int = 0
+    """Precedence when the budget is exhausted: pools with a higher number get replicas first."""
+    replicas: ReplicasConfig = ReplicasConfig()
+    """Replica counts and autoscaling."""
+    resources: ResourcesConfig = ResourcesConfig()
+    """Resources of one replica; in generator pools, of each worker."""
+
+    @property
+    def num_workers(self) -> int:
+        """Worker processes of one replica."""
+        return 1
+
+    @model_validator(mode="after")
+    def _check_scaling(self) -> Self:
+        replicas = self.replicas
+        # A replica that never reaches its target would never trigger an upscale.
+        if replicas.max > replicas.min and replicas.target_in_flight > self.max_in_flight:
+            raise ValueError(
+                f"replicas.target_in_flight ({replicas.target_in_flight:g}) must be at most "
+                f"max_in_flight ({self.max_in_flight})"
+            )
+        return self
+
+
+class GeneratorConfig(PoolConfig):
+    """Pool of language-model replicas."""
+
     engine: Literal["vllm", "sim"] = "vllm"
     """Inference engine; `sim` simulates one without a model."""
     tensor_parallel_size: int = Field(1, ge=1)
@@ -133,18 +153,10 @@ class GeneratorConfig(Section):
     """Further arguments of vLLM's `AsyncEngineArgs` or of its API server, by their Python names."""
     sim: SimConfig = SimConfig()
     """Settings of `engine: sim`."""
-    max_in_flight: int = Field(256, ge=1)
-    """Maximum number of requests in flight at one replica; others wait in the router."""
     routing: RoutingPolicy = "prefix"
     """Policy that selects a replica for a request."""
     slo: GeneratorSlo = GeneratorSlo()
     """Objectives that autoscaling and the dashboard use."""
-    priority: int = 0
-    """Precedence when the budget is exhausted: pools with a higher number get replicas first."""
-    replicas: ReplicasConfig = ReplicasConfig()
-    """Replica counts and autoscaling."""
-    resources: ResourcesConfig = ResourcesConfig()
-    """Resources of each worker."""
 
     @property
     def num_workers(self) -> int:
@@ -162,8 +174,7 @@ class GeneratorConfig(Section):
         return int(self.engine_args.get("max_loras", max(1, min(len(self.adapters), MAX_LORAS))))
 
     @model_validator(mode="after")
-    def _check_limits(self) -> Self:
-        _check_scaling(self.max_in_flight, self.replicas)
+    def _check_workers(self) -> Self:
         max_loras = self.engine_args.get("max_loras", 1)
         if not isinstance(max_loras, int) or isinstance(max_loras, bool) or max_loras < 1:
             raise ValueError(f"engine_args.max_loras is {max_loras!r}; it must be at least 1")
@@ -183,15 +194,9 @@ class ResultCacheConfig(Section):
     """True if a tenant (header `x-tandem-tenant`) gets only results computed for itself."""
 
 
-class ClassifierConfig(Section):
+class ClassifierConfig(PoolConfig):
     """Pool of classifier replicas: BERT-like models that classify, embed or rank texts."""
 
-    renamed_fields: ClassVar[Mapping[str, str]] = {"max_ongoing": "max_in_flight"}
-
-    name: Name
-    """Name of the pool, and the value of `model` in requests."""
-    model: str = Field(min_length=1)
-    """Name of a default model (`tandem models list`), Hugging Face id, or local directory."""
     tasks: tuple[ClassifierTask, ...] = Field(("classify", "embed"), min_length=1)
     """Tasks that the pool serves. All but `embed` need a model trained for the task."""
     dtype: Literal["auto", "bfloat16", "float16", "float32", "int8"] = "auto"
@@ -209,20 +214,10 @@ class ClassifierConfig(Section):
     """Compute threads of one replica. Default: one per core."""
     result_cache: ResultCacheConfig = ResultCacheConfig()
     """Cache of results."""
-    max_in_flight: int = Field(256, ge=1)
-    """Maximum number of requests in flight at one replica; others wait in the router."""
     routing: RoutingPolicy = "least-load"
     """Policy that selects a replica for a request."""
     slo: ClassifierSlo = ClassifierSlo()
     """Objectives that autoscaling and the dashboard use."""
-    priority: int = 0
-    """Precedence when the budget is exhausted: pools with a higher number get replicas first."""
-    replicas: ReplicasConfig = ReplicasConfig()
-    """Replica counts and autoscaling."""
-    resources: ResourcesConfig = ResourcesConfig()
-    """Resources of one replica."""
-
-    num_workers: ClassVar[int] = 1
 
     @property
     def head(self) -> str | None:
@@ -237,9 +232,4 @@ class ClassifierConfig(Section):
                 f"the tasks {' and '.join(heads.values())} need two different models; make a pool "
                 "for each"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_limits(self) -> Self:
-        _check_scaling(self.max_in_flight, self.replicas)
         return self
