@@ -1,4 +1,4 @@
-"""The policy inside Ray Serve's own autoscaling state, with the deployments of ``build``."""
+"""The autoscaling policy in Serve's own autoscaling state, with the deployments of ``build``."""
 
 import json
 import subprocess
@@ -57,7 +57,7 @@ ARGS = {
 
 
 class Controller:
-    """Serve's state of one application, as its controller keeps it; the clock is ours."""
+    """Autoscaling state of Serve's controller for one application, with a fake clock and GCS."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, application_policy: bool) -> None:
         self.now = 1000.0
@@ -70,7 +70,7 @@ class Controller:
         self.targets = {}
         for deployment in build_app(app_module.build(ARGS), name="tandem").deployments:
             id = DeploymentID(deployment.name, "tandem")
-            # Through the form in which it reaches the controller.
+            # The controller receives it in this form.
             proto = deployment._deployment_config.to_proto_bytes()
             info = DeploymentInfo(DeploymentConfig.from_proto_bytes(proto), None, 0, "")
             self.targets[id] = self.state.register_deployment(id, info, 1)
@@ -116,7 +116,7 @@ def test_pools_follow_what_routers_report_within_the_budget(
     controller = Controller(monkeypatch, application_policy=True)
     controller.run(POOL, "a")
     controller.run(ROUTER, "r")
-    assert controller.step() == {POOL: 1, ROUTER: 1}  # nobody has said anything
+    assert controller.step() == {POOL: 1, ROUTER: 1}  # no reports yet
     controller.report(ROUTER, "r", busy(11.0))
     controller.report(POOL, "a", {autoscaling.ONGOING: 11.0, autoscaling.STARTUP: 3.0})
     assert controller.step() == {POOL: 3, ROUTER: 1}
@@ -125,7 +125,7 @@ def test_pools_follow_what_routers_report_within_the_budget(
     assert controller.step() == {POOL: 5, ROUTER: 1}  # one CPU each, six in all
 
 
-def test_a_start_is_exported_by_phases_that_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_phases_of_a_start_are_exported_and_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     unix = 5000.0
     monkeypatch.setattr(autoscaling.time, "time", lambda: unix)
     exported: dict[tuple[str, ...], float] = {}
@@ -149,7 +149,7 @@ def test_a_start_is_exported_by_phases_that_add_up(monkeypatch: pytest.MonkeyPat
     assert phases == {"scheduling": 3.0, "start": 8.0, "notice": 1.0, "decision": 12.0}
 
 
-async def test_what_was_decided_can_be_read_with_its_reasons(
+async def test_decisions_can_be_read_with_their_reasons(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     controller = Controller(monkeypatch, application_policy=True)
@@ -165,14 +165,14 @@ async def test_what_was_decided_can_be_read_with_its_reasons(
     assert change.reason == "11 requests, 4 per replica, 1.15 times as many in 35 s"
     assert abs(change.time - time.time()) < 60
     assert await decisions.read_decisions([ROUTER]) == []
-    log = decisions.DecisionLog()  # of a controller that took the first one's place
+    log = decisions.DecisionLog()  # in a restarted controller
     limit = decisions.MAX_CHANGES
     log.record(POOL, [replace(change, target=n) for n in range(2 * limit)])
     kept = await decisions.read_decisions([POOL]) or []
     assert [one.target for one in kept] == list(range(limit, 2 * limit))
 
 
-async def test_a_gcs_that_does_not_answer_costs_no_target(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_decisions_are_made_while_the_gcs_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
     controller = Controller(monkeypatch, application_policy=True)
 
     def silent(*_args: Any) -> None:
@@ -189,11 +189,11 @@ async def test_a_gcs_that_does_not_answer_costs_no_target(monkeypatch: pytest.Mo
     controller.run(POOL, "a", "b", "c")
     controller.report(ROUTER, "r", busy(80.0))
     controller.step()
-    told = await decisions.read_decisions([POOL]) or []
-    assert [(one.before, one.target) for one in told] == [(1, 3), (3, 5)]
+    changes = await decisions.read_decisions([POOL]) or []
+    assert [(one.before, one.target) for one in changes] == [(1, 3), (3, 5)]
 
 
-def test_a_pool_goes_to_zero_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pool_scales_to_zero_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
     controller = Controller(monkeypatch, application_policy=True)
     controller.run(POOL, "a")
     controller.run(ROUTER, "r")
@@ -207,7 +207,7 @@ def test_a_pool_goes_to_zero_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert controller.step()[POOL] == 1
 
 
-def test_reports_that_stop_or_lie_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_or_invalid_reports_change_no_target(monkeypatch: pytest.MonkeyPatch) -> None:
     controller = Controller(monkeypatch, application_policy=True)
     controller.run(POOL, "a", "b", "c")
     controller.run(ROUTER, "r")
@@ -220,19 +220,25 @@ def test_reports_that_stop_or_lie_change_nothing(monkeypatch: pytest.MonkeyPatch
         assert controller.step()[POOL] == 3
 
 
-def test_it_never_raises_into_the_controller(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_errors_do_not_reach_the_controller_and_pause_the_decisions(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     controller = Controller(monkeypatch, application_policy=True)
+    controller.run(POOL, "a")
+    controller.run(ROUTER, "r")
 
     def broken(*_args: Any) -> None:
-        raise RuntimeError("a defect")
+        raise RuntimeError("a bug")
 
-    monkeypatch.setattr(autoscaling.PoolSettings, "decode", broken)
-    assert controller.step() == {POOL: 1, ROUTER: 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(autoscaling.PoolSettings, "decode", broken)
+        assert controller.step() == {POOL: 1, ROUTER: 1}
+    controller.report(ROUTER, "r", busy(11.0))
+    steps = [controller.step()[POOL] for _ in range(10)]
+    assert steps == [1] * 9 + [3]  # paused for ten intervals
 
 
-def test_without_an_application_policy_replicas_are_believed(
+def test_without_an_application_policy_the_replicas_reports_decide(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     controller = Controller(monkeypatch, application_policy=False)
@@ -244,13 +250,13 @@ def test_without_an_application_policy_replicas_are_believed(
     assert controller.step() == {POOL: 3, ROUTER: 2}
 
 
-def test_settings_are_json_that_others_can_read() -> None:
+def test_the_settings_are_valid_json() -> None:
     for deployment in build_app(app_module.build(ARGS), name="tandem").deployments:
         policy = deployment._deployment_config.autoscaling_config.policy
         json.dumps(policy.policy_kwargs, allow_nan=False)
 
 
-def test_the_controller_loads_nothing_of_a_model() -> None:
+def test_the_policy_imports_no_model_library() -> None:
     pickled = AutoscalingPolicy(**AUTOSCALING_POLICY).get_serialized_policy_def()
     assert pickled is not None
     assert isinstance(cloudpickle.loads(pickled), type)
@@ -265,10 +271,10 @@ def test_the_controller_loads_nothing_of_a_model() -> None:
     assert done.stdout.splitlines()[-1] == b"[]"
 
 
-def test_a_replica_whose_reports_stand_still_is_never_heard_again() -> None:
+def test_an_unchanged_report_stays_stale() -> None:
     clock = autoscaling.ReportClock()
-    said = SimpleNamespace(timestamp=5.0, value=3.0)
-    context: Any = SimpleNamespace(raw_metrics={"ongoing": {"r1": [said]}})  # Serve keeps it
+    report = SimpleNamespace(timestamp=5.0, value=3.0)
+    context: Any = SimpleNamespace(raw_metrics={"ongoing": {"r1": [report]}})  # Serve keeps it
     assert clock.fresh_reports(0.0, context) == [(0.0, {"ongoing": 3.0})]
     for now in (
         autoscaling.STALE_S + 1,

@@ -8,16 +8,16 @@ from cluster.errors import InvalidRequestError, OverloadedError, UnavailableErro
 from cluster.usage import Usage
 
 
-def test_a_bare_text_is_what_the_user_says() -> None:
+def test_a_string_becomes_a_user_message() -> None:
     assert wire.messages("hi") == [{"role": "user", "content": "hi"}]
     assert wire.messages([{"role": "system", "content": "s"}])[0]["role"] == "system"
 
 
-def test_what_is_left_at_none_is_not_sent() -> None:
+def test_none_values_are_not_sent() -> None:
     assert json.loads(wire.encode({"model": None, "n": 0})) == {"n": 0}
 
 
-def test_completions_come_in_the_order_of_the_prompts() -> None:
+def test_completions_are_in_the_order_of_the_prompts() -> None:
     choice = {"finish_reason": "stop"}
     answer = {
         "id": "cmpl-1",
@@ -31,26 +31,26 @@ def test_completions_come_in_the_order_of_the_prompts() -> None:
     assert first.usage.total_tokens == 7
 
 
-def test_entities() -> None:
+def test_entities_are_in_the_order_of_the_texts() -> None:
     anna = {"label": "PER", "score": 0.9, "text": "Anna", "start": 0, "end": 4}
     rows = [{"index": 1, "entities": []}, {"index": 0, "entities": [anna]}]
     assert wire.entities({"data": rows}) == [[Entity("PER", 0.9, "Anna", 0, 4)], []]
 
 
-def test_scores_come_in_order_and_rankings_as_they_are() -> None:
+def test_scores_are_in_order_of_the_pairs_and_rankings_by_relevance() -> None:
     rows = [{"index": 1, "score": 0.5}, {"index": 0, "score": 0.25}]
     assert wire.scores({"data": rows}) == [0.25, 0.5]
     results = [{"index": 2, "relevance_score": 0.5}, {"index": 0, "relevance_score": 0.25}]
     assert wire.rankings({"results": results}) == [Ranked(2, 0.5), Ranked(0, 0.25)]
 
 
-def test_candidates() -> None:
+def test_candidates_are_grouped_by_mask() -> None:
     masks = [[{"token": 7, "token_str": "good", "score": 0.5}], []]
     rows = [{"index": 0, "masks": masks}]
     assert wire.candidates({"data": rows}) == [[[Candidate("good", 0.5)], []]]
 
 
-def test_classifications() -> None:
+def test_classifications_have_all_scores() -> None:
     row = {
         "index": 0,
         "label": "POSITIVE",
@@ -62,7 +62,7 @@ def test_classifications() -> None:
     assert result.scores[1] == LabelScore("NEGATIVE", 0.1)
 
 
-def test_errors_are_typed() -> None:
+def test_errors_have_types_and_details() -> None:
     body = InvalidRequestError("no", param="messages").body()
     with pytest.raises(InvalidRequestError, match="no") as caught:
         wire.decode(400, [], json.dumps(body).encode())
@@ -89,7 +89,7 @@ STREAM = (
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 50, len(STREAM)])
-def test_deltas_do_not_depend_on_where_the_stream_is_cut(size: int) -> None:
+def test_deltas_do_not_depend_on_the_pieces_of_the_stream(size: int) -> None:
     reader = wire.DeltaReader()
     chunks = [STREAM[at : at + size] for at in range(0, len(STREAM), size)]
     assert [delta for chunk in chunks for delta in reader.feed(chunk)] == [
@@ -99,7 +99,7 @@ def test_deltas_do_not_depend_on_where_the_stream_is_cut(size: int) -> None:
     ]
 
 
-def test_an_error_in_the_stream_is_raised() -> None:
+def test_an_error_event_is_raised() -> None:
     event = b"data: " + json.dumps(UnavailableError("lost").body()).encode() + b"\n\n"
     with pytest.raises(UnavailableError, match="lost"):
         list(wire.DeltaReader().feed(event))

@@ -23,21 +23,21 @@ def cut(data: bytes, cuts: list[int]) -> list[bytes]:
 
 
 @given(some_frames, st.lists(st.integers(0, 10_000), max_size=30))
-def test_frames_survive_any_cut_of_the_stream(sent: list[f.Frame], cuts: list[int]) -> None:
+def test_frames_are_decoded_from_pieces_of_any_size(sent: list[f.Frame], cuts: list[int]) -> None:
     data = b"".join(f.encode_frame(*frame) for frame in sent)
     decoder = f.FrameDecoder()
     assert [frame for piece in cut(data, cuts) for frame in decoder.feed(piece)] == sent
 
 
 @given(some_frames)
-def test_frames_survive_byte_by_byte(sent: list[f.Frame]) -> None:
+def test_frames_are_decoded_from_single_bytes(sent: list[f.Frame]) -> None:
     decoder = f.FrameDecoder()
     data = b"".join(f.encode_frame(*frame) for frame in sent)
     assert [frame for i in range(len(data)) for frame in decoder.feed(data[i : i + 1])] == sent
 
 
 @given(st.lists(st.binary(max_size=200), max_size=10))
-def test_garbage_is_refused_or_awaited_and_never_crashes(pieces: list[bytes]) -> None:
+def test_garbage_gives_frames_or_a_protocol_error(pieces: list[bytes]) -> None:
     decoder = f.FrameDecoder()
     with contextlib.suppress(LinkProtocolError):
         for piece in pieces:
@@ -55,7 +55,9 @@ def test_garbage_is_refused_or_awaited_and_never_crashes(pieces: list[bytes]) ->
         (f.pack_header(0, 1, f.DATA, 8), "flags 0x8"),
     ],
 )
-def test_a_bad_header_is_refused_before_its_payload_arrives(header: bytes, reason: str) -> None:
+def test_an_invalid_header_is_refused_before_its_payload_arrives(
+    header: bytes, reason: str
+) -> None:
     with pytest.raises(LinkProtocolError, match=reason):
         f.FrameDecoder(max_payload_bytes=100).feed(header)
 
@@ -109,3 +111,38 @@ def test_token_ids_round_trip(token_ids: list[int], data: bytes) -> None:
 def test_token_ids_that_do_not_fit_are_refused(token_ids: list[int]) -> None:
     with pytest.raises(ValueError, match="token ids"):
         f.encode_tokens(token_ids)
+
+
+hashes = st.lists(st.integers(0, 2**64 - 1), max_size=20)
+
+
+@given(st.integers(0, 2**64 - 1), hashes, hashes, st.booleans())
+def test_prefix_events_round_trip(
+    number: int, stored: list[int], removed: list[int], cleared: bool
+) -> None:
+    payload = f.encode_prefixes(number, f.PrefixEvents(stored, removed, cleared))
+    events = f.PrefixEvents(tuple(stored), tuple(removed), cleared)
+    assert f.decode_prefixes(payload) == (number, events)
+
+
+@pytest.mark.parametrize(("num_stored", "num_removed"), [(0, 0), (1, 20_000), (20_000, 9_000)])
+def test_pieces_of_prefix_events_fit_into_frames_and_are_complete(
+    num_stored: int, num_removed: int
+) -> None:
+    events = f.PrefixEvents(range(num_stored), range(num_removed), cleared=True)
+    pieces = list(f.split_events(events))
+    assert [piece.cleared for piece in pieces] == [True, *[False] * (len(pieces) - 1)]
+    assert [h for piece in pieces for h in piece.stored] == list(range(num_stored))
+    assert [h for piece in pieces for h in piece.removed] == list(range(num_removed))
+    largest = max(len(f.encode_prefixes(0, piece)) for piece in pieces)
+    head, hash_bytes = 13, 8
+    assert largest <= head + 2 * f.MAX_HASHES * hash_bytes < f.MAX_PAYLOAD_BYTES
+
+
+@given(st.binary(max_size=60))
+def test_malformed_prefix_events_are_refused(payload: bytes) -> None:
+    try:
+        _, events = f.decode_prefixes(payload)
+    except LinkProtocolError:
+        return
+    assert len(payload) == 13 + 8 * (len(events.stored) + len(events.removed))

@@ -15,67 +15,67 @@ def frames(data: bytes) -> list[Frame]:
     return FrameDecoder(h.PRE_AUTH_BYTES).feed(data)
 
 
-def give(to: h.Handshake, data: bytes) -> bytes:
+def deliver(to: h.Handshake, data: bytes) -> bytes:
     return b"".join(to.receive(kind, payload) for _, kind, _, payload in frames(data))
 
 
-def test_both_ends_prove_themselves_and_learn_the_windows() -> None:
+def test_both_ends_authenticate_and_learn_the_windows() -> None:
     client, server = pair()
-    assert give(server, client.hello()) == b""
-    proof = give(client, server.hello())
+    assert deliver(server, client.hello()) == b""
+    proof = deliver(client, server.hello())
     assert not server.done
-    answer = give(server, proof)
+    answer = deliver(server, proof)
     assert server.done
     assert not client.done
-    assert give(client, answer) == b""
+    assert deliver(client, answer) == b""
     assert client.done
     assert (client.peer_window_bytes, server.peer_window_bytes) == (2000, 1000)
 
 
-def test_a_client_with_a_wrong_secret_is_refused_and_told() -> None:
+def test_a_client_with_a_wrong_secret_is_refused_and_informed() -> None:
     client, server = pair(client=b"guess")
-    give(server, client.hello())
-    proof = give(client, server.hello())
+    deliver(server, client.hello())
+    proof = deliver(client, server.hello())
     with pytest.raises(LinkAuthError, match="does not know"):
-        give(server, proof)
+        deliver(server, proof)
     with pytest.raises(LinkAuthError, match="secrets differ"):
-        give(client, server.refusal())
+        deliver(client, server.refusal())
 
 
 def test_a_server_that_reflects_the_clients_proof_is_refused() -> None:
     client, server = pair()
-    proof = give(client, server.hello())
+    proof = deliver(client, server.hello())
     with pytest.raises(LinkAuthError):
-        give(client, proof)
+        deliver(client, proof)
 
 
-def test_a_recorded_proof_is_worth_nothing_later() -> None:
+def test_a_replayed_proof_is_refused() -> None:
     client, server = pair()
-    recorded_hello, recorded_proof = client.hello(), give(client, server.hello())
+    recorded_hello, recorded_proof = client.hello(), deliver(client, server.hello())
     _, fresh = pair()
-    give(fresh, recorded_hello)
+    deliver(fresh, recorded_hello)
     with pytest.raises(LinkAuthError):
-        give(fresh, recorded_proof)
+        deliver(fresh, recorded_proof)
 
 
-def test_a_changed_hello_breaks_the_proof() -> None:
+def test_a_modified_hello_invalidates_the_proof() -> None:
     client, server = pair()
     changed = bytearray(client.hello())
     changed[-33] ^= 1  # the window's last byte
-    give(server, bytes(changed))
+    deliver(server, bytes(changed))
     with pytest.raises(LinkAuthError):
-        give(server, give(client, server.hello()))
+        deliver(server, deliver(client, server.hello()))
 
 
-def test_another_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     client, _ = pair()
     monkeypatch.setattr(h, "VERSION", 7)
     _, newer = pair()
     with pytest.raises(LinkProtocolError, match=r"version 2 .* this end version 7"):
-        give(newer, client.hello())
+        deliver(newer, client.hello())
     monkeypatch.undo()
     with pytest.raises(LinkProtocolError, match=r"version 7 .* this end version 2"):
-        give(client, newer.hello())
+        deliver(client, newer.hello())
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_another_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         (HELLO, b"TNDM\x01\x00" + bytes(36)),  # a window of 0
     ],
 )
-def test_anything_but_a_sound_hello_first_is_refused(kind: int, payload: bytes) -> None:
+def test_the_first_frame_must_be_a_valid_hello(kind: int, payload: bytes) -> None:
     for end in pair():
         with pytest.raises(LinkProtocolError):
             end.receive(kind, payload)
@@ -98,7 +98,7 @@ def test_anything_but_a_sound_hello_first_is_refused(kind: int, payload: bytes) 
 
 def test_only_auth_may_follow_hello() -> None:
     client, server = pair()
-    give(server, client.hello())
+    deliver(server, client.hello())
     with pytest.raises(LinkProtocolError, match="before its AUTH"):
         server.receive(DATA, b"")
 
@@ -108,11 +108,11 @@ def test_an_empty_secret_is_refused() -> None:
         h.Handshake("client", b"", 1)
 
 
-def test_the_whole_handshake_fits_the_limit() -> None:
+def test_the_handshake_fits_into_its_limit() -> None:
     client, server = pair()
-    give(server, client.hello())
-    said = client.hello() + give(client, server.hello())
-    assert len(said) == 94 < h.PRE_AUTH_BYTES
+    deliver(server, client.hello())
+    sent = client.hello() + deliver(client, server.hello())
+    assert len(sent) == 94 < h.PRE_AUTH_BYTES
 
 
 def test_tls_is_off_unless_ray_uses_it() -> None:
@@ -120,7 +120,7 @@ def test_tls_is_off_unless_ray_uses_it() -> None:
     assert h.tls_contexts({"RAY_USE_TLS": "0"}) is None
 
 
-def test_tls_names_the_variable_or_file_at_fault(tmp_path: Path) -> None:
+def test_tls_errors_name_the_variable_or_file(tmp_path: Path) -> None:
     env = {"RAY_USE_TLS": "1", "RAY_TLS_SERVER_CERT": str(tmp_path / "cert")}
     with pytest.raises(ConfigError, match="RAY_TLS_SERVER_KEY"):
         h.tls_contexts(env)
