@@ -25,11 +25,11 @@ from deployments.metrics import RayMetrics
 
 logger = logging.getLogger("ray.serve.tandem")
 
-ONGOING = "ongoing"
+IN_FLIGHT = "in_flight"
 """Key of a replica's report: its requests in flight."""
-CREATED = "created_at"
+CREATED_AT = "created_at"
 """Key of a replica's report: Unix time at which its process was created."""
-STARTUP = "startup_s"
+STARTUP_S = "startup_s"
 """Key of a replica's report: seconds from then until it could serve."""
 DECISION_INTERVAL_S = 2.0
 """Seconds between decisions, as between reports; the controller calls ten times a second."""
@@ -150,9 +150,9 @@ class ApplicationPolicy:
     def _follow_start(self, deployment: _Deployment, reports: ReplicaReports, target: int) -> None:
         """Export the phases of a start of replicas once it is complete."""
         starts = [
-            ReplicaStart(values[CREATED], values[STARTUP])
+            ReplicaStart(values[CREATED_AT], values[STARTUP_S])
             for _, values in reports
-            if CREATED in values and STARTUP in values
+            if CREATED_AT in values and STARTUP_S in values
         ]
         watch = self._starts.setdefault(deployment.pool, StartTracker())
         running = deployment.context.current_num_replicas
@@ -216,14 +216,14 @@ def _signals(
 
 def _signals_of_replicas(deployment: _Deployment, reports: ReplicaReports) -> PoolSignals:
     """Return the signals that the replicas alone give: their requests in flight."""
-    in_flight = [values[ONGOING] for _, values in reports if ONGOING in values]
+    in_flight = [values[IN_FLIGHT] for _, values in reports if IN_FLIGHT in values]
     base = _base_signals(deployment, reports, 0.0 if in_flight else float("inf"))
     return merge_reports([LoadReport(in_flight=value) for value in in_flight], {}, base)
 
 
 def _base_signals(deployment: _Deployment, reports: ReplicaReports, age_s: float) -> PoolSignals:
     """Return the signals without traffic."""
-    startups = [values[STARTUP] for _, values in reports if values.get(STARTUP)]
+    startups = [values[STARTUP_S] for _, values in reports if values.get(STARTUP_S)]
     return PoolSignals(
         target=deployment.context.target_num_replicas,
         running=deployment.context.current_num_replicas,

@@ -26,7 +26,7 @@ from cluster.metrics import Registry, table
 from cluster.ray_internals import confine_replica_to_loopback
 from cluster.tracing import start_tracer
 from cluster.usage import Usage
-from deployments.autoscaling import CREATED, ONGOING, STARTUP
+from deployments.autoscaling import CREATED_AT, IN_FLIGHT, STARTUP_S
 from deployments.links import record_certificate_expiry, start_link_server
 from deployments.logs import log_with_serve
 from deployments.metrics import RayExporter
@@ -184,9 +184,9 @@ class EngineReplica:
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Return this replica's report for autoscaling, which has more detail from the routers."""
         return {
-            ONGOING: float(self._num_in_flight()),
-            CREATED: self._created_at,
-            STARTUP: self._startup_s,
+            IN_FLIGHT: float(self._num_in_flight()),
+            CREATED_AT: self._created_at,
+            STARTUP_S: self._startup_s,
         }
 
     async def check_health(self) -> None:

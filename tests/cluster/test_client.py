@@ -1,4 +1,4 @@
-"""The client, from a second driver process in a namespace of its own."""
+"""The client in a second driver process with a different namespace."""
 
 import json
 import subprocess
@@ -62,7 +62,7 @@ print(json.dumps(out))
 """
 
 
-def test_everything_from_another_job(cluster: RunningCluster) -> None:
+def test_all_methods_work_from_another_job(cluster: RunningCluster) -> None:
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, cluster.ray_address],
         env=cluster.env,

@@ -1,4 +1,4 @@
-"""An application whose replica names an address at which no link can be opened."""
+"""An application whose replica publishes an address where no link can be opened."""
 
 from typing import Any
 from unittest.mock import patch
@@ -15,5 +15,5 @@ class Unlinkable(Generator):
 
 
 def build(args: dict[str, Any]) -> Application:
-    with patch.object(app, "Generator", Unlinkable):  # Serve may build another one in this process
+    with patch.object(app, "Generator", Unlinkable):  # this process may build other applications
         return app.build(args)

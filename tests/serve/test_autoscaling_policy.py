@@ -118,7 +118,7 @@ def test_pools_follow_what_routers_report_within_the_budget(
     controller.run(ROUTER, "r")
     assert controller.step() == {POOL: 1, ROUTER: 1}  # no reports yet
     controller.report(ROUTER, "r", busy(11.0))
-    controller.report(POOL, "a", {autoscaling.ONGOING: 11.0, autoscaling.STARTUP: 3.0})
+    controller.report(POOL, "a", {autoscaling.IN_FLIGHT: 11.0, autoscaling.STARTUP_S: 3.0})
     assert controller.step() == {POOL: 3, ROUTER: 1}
     controller.run(POOL, "a", "b", "c")
     controller.report(ROUTER, "r", busy(80.0))
@@ -142,8 +142,8 @@ def test_the_phases_of_a_start_are_exported_and_add_up(monkeypatch: pytest.Monke
     assert controller.step()[POOL] == 2
     unix += 12.0
     controller.run(POOL, "a", "b")
-    started = {autoscaling.CREATED: 5003.0, autoscaling.STARTUP: 8.0}
-    controller.report(POOL, "b", {autoscaling.ONGOING: 0.0, **started})
+    started = {autoscaling.CREATED_AT: 5003.0, autoscaling.STARTUP_S: 8.0}
+    controller.report(POOL, "b", {autoscaling.IN_FLIGHT: 0.0, **started})
     controller.step()
     phases = {labels[1]: value for labels, value in exported.items() if labels[0] == "sim"}
     assert phases == {"scheduling": 3.0, "start": 8.0, "notice": 1.0, "decision": 12.0}
@@ -244,7 +244,7 @@ def test_without_an_application_policy_the_replicas_reports_decide(
     controller = Controller(monkeypatch, application_policy=False)
     controller.run(POOL, "a")
     controller.run(ROUTER, "r")
-    controller.report(POOL, "a", {autoscaling.ONGOING: 11.0})
+    controller.report(POOL, "a", {autoscaling.IN_FLIGHT: 11.0})
     controller.report(ROUTER, "r", {**LoadReport(cores=0.9).flatten("")})
     controller.step()
     assert controller.step() == {POOL: 3, ROUTER: 2}

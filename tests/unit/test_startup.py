@@ -10,13 +10,13 @@ from cluster.autoscaling.starts import REPORT_TIMEOUT_S, ReplicaStart, StartTrac
 from cluster.engines.startup import StartupTimer, gc_disabled, process_age_s
 
 
-def test_phases_follow_one_another_without_a_gap() -> None:
+def test_startup_phases_leave_no_gap() -> None:
     now = 100.0
     timer = StartupTimer(lambda: now)
     now = 103.0
     timer.mark("imports")
     now = 110.0
-    timer.add_measured({"imports": 1.0, "model": 4.0})  # as the engine measured
+    timer.add_measured({"imports": 1.0, "model": 4.0})  # measured by the engine
     now = 112.0
     timer.mark("link")
     assert timer.phases_s == {"imports": 4.0, "model": 4.0, "link": 4.0}
@@ -26,13 +26,13 @@ def test_phases_follow_one_another_without_a_gap() -> None:
 def test_a_process_knows_its_age() -> None:
     began = time.monotonic()
     code = "from cluster.engines.startup import process_age_s; print(process_age_s())"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert 0 < float(told.stdout) < time.monotonic() - began + 0.02
-    assert process_age_s() > float(told.stdout)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 < float(done.stdout) < time.monotonic() - began + 0.02
+    assert process_age_s() > float(done.stdout)
 
 
-def test_nothing_is_collected_meanwhile_and_what_is_left_is_passed_over() -> None:
-    gc.unfreeze()  # what tests before this one froze
+def test_garbage_collection_is_disabled_and_survivors_are_frozen() -> None:
+    gc.unfreeze()  # objects that earlier tests froze
     try:
         with gc_disabled():
             assert not gc.isenabled()
@@ -47,13 +47,13 @@ def test_nothing_is_collected_meanwhile_and_what_is_left_is_passed_over() -> Non
 
 
 class Engine:
-    """In a cycle with itself, as models are."""
+    """An object in a reference cycle, as models are."""
 
     def __init__(self) -> None:
         self.itself = self
 
 
-def test_a_second_engine_does_not_keep_what_the_first_one_left() -> None:
+def test_a_second_engine_does_not_freeze_garbage_of_the_first() -> None:
     gc.unfreeze()
     try:
         with gc_disabled():
