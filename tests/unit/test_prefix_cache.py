@@ -12,7 +12,7 @@ from cluster.engines import prefix_cache
 from cluster.engines.prefix_cache import PrefixTracker, make_byte_lengths
 from cluster.engines.sim import tokenizer
 from cluster.engines.sim.blocks import block_hashes
-from cluster.engines.sim.scheduler import Request, Scheduler
+from cluster.engines.sim.scheduler import Scheduler, SimRequest
 from cluster.link import PrefixEvents
 from cluster.routing import Fingerprint
 
@@ -53,12 +53,12 @@ class Fleet:
         self.routers = [Router()]
         self.last_blocks: dict[int, set[int]] = {}  # last blocks of each prefix
 
-    def ask(self, text: str, max_tokens: int) -> Request | None:
+    def ask(self, text: str, max_tokens: int) -> SimRequest | None:
         ids = tokenizer.encode(text)
         if not ids or len(ids) + max_tokens > self.scheduler.max_request_tokens:
             return None
-        request = Request(list(ids), max_tokens, lambda: 7)
-        self.scheduler.add(request)
+        request = SimRequest(list(ids), max_tokens, lambda: 7)
+        self.scheduler.add_request(request)
         prefixes = make_fingerprint(text)
         self.tracker.add_prompt(prefixes, ids)
         blocks = block_hashes(ids, BLOCK)
@@ -108,7 +108,7 @@ moves = st.one_of(
 @given(st.integers(12, 60), st.lists(moves, min_size=12, max_size=60))
 def test_routers_know_exactly_the_cached_prefixes(num_blocks: int, moves: Sequence[tuple]) -> None:  # type: ignore[type-arg]
     fleet = Fleet(num_blocks)
-    requests: list[Request] = []
+    requests: list[SimRequest] = []
     for name, *arguments in moves:
         if name == "ask" and (request := fleet.ask(*arguments)) is not None:
             requests.append(request)

@@ -1,3 +1,5 @@
+"""The simulated engine over ASGI: chunks, limits, disconnects and shutdown."""
+
 import asyncio
 
 import pytest
@@ -11,17 +13,17 @@ CHAT = "/v1/chat/completions"
 USER = [{"role": "user", "content": "Hi"}]
 
 
-async def started(**knobs: float | int) -> SimEngine:
-    config = {"name": "m", "model": "none", "engine": "sim", "sim": knobs}
+async def start_engine(**sim: float | int) -> SimEngine:
+    config = {"name": "m", "model": "none", "engine": "sim", "sim": sim}
     engine = SimEngine(GeneratorConfig.model_validate(config))
     await engine.start()
     return engine
 
 
-async def test_every_token_is_a_chunk_of_its_own() -> None:
-    engine = await started()
-    asked = {"messages": USER, "max_tokens": 40, "stream": True}
-    answers = await asyncio.gather(*[asgi.post(engine.app, CHAT, asked) for _ in range(20)])
+async def test_every_token_is_a_separate_chunk() -> None:
+    engine = await start_engine()
+    body = {"messages": USER, "max_tokens": 40, "stream": True}
+    answers = await asyncio.gather(*[asgi.post(engine.app, CHAT, body) for _ in range(20)])
     for answer in answers:
         assert len(answer.chunks) == 1 + 40 + 1  # the role, the tokens, [DONE]
         assert answer.events()[-1][1] == "[DONE]"
@@ -32,8 +34,8 @@ async def test_every_token_is_a_chunk_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("how", ["cancel", "disconnect"])
-async def test_who_leaves_frees_what_was_held(how: str) -> None:
-    engine = await started(decode_s_per_token=3600)
+async def test_a_client_that_goes_away_frees_its_blocks(how: str) -> None:
+    engine = await start_engine(decode_s_per_token=3600)
     call = asgi.start(engine.app, "POST", CHAT, {"messages": USER, "stream": True})
     await call.chunks(2)
     assert engine.load().running == 1
@@ -47,8 +49,8 @@ async def test_who_leaves_frees_what_was_held(how: str) -> None:
     await engine.stop()
 
 
-async def test_no_more_run_than_may() -> None:
-    engine = await started(decode_s_per_token=3600, max_num_seqs=2)
+async def test_max_num_seqs_limits_the_running_requests() -> None:
+    engine = await start_engine(decode_s_per_token=3600, max_num_seqs=2)
     calls = [asgi.start(engine.app, "POST", CHAT, {"messages": USER}) for _ in range(5)]
     while not engine.load().running:  # noqa: ASYNC110
         await asyncio.sleep(0)
@@ -58,8 +60,8 @@ async def test_no_more_run_than_may() -> None:
     await engine.stop()
 
 
-async def test_stopping_ends_what_runs_with_an_error() -> None:
-    engine = await started(decode_s_per_token=3600)
+async def test_stopping_fails_running_requests() -> None:
+    engine = await start_engine(decode_s_per_token=3600)
     call = asgi.start(engine.app, "POST", CHAT, {"messages": USER})
     while not engine.load().running:  # noqa: ASYNC110
         await asyncio.sleep(0)

@@ -1,3 +1,5 @@
+"""Text of the simulated engine: tokenizer, generated words, stream chunks and error responses."""
+
 import json
 
 import pytest
@@ -9,10 +11,10 @@ from cluster.engines.sim import tokenizer, wire
 from cluster.engines.sim.chunks import ChatChunks, CompletionChunks
 from cluster.engines.sim.generation import Generation
 from cluster.engines.sim.parse import (
+    ApiError,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
-    Refusal,
     parse_body,
 )
 from cluster.usage import UsageCounter
@@ -21,7 +23,7 @@ JSON = "application/json"
 
 
 @given(st.text())
-def test_text_survives_the_tokenizer(text: str) -> None:
+def test_decode_inverts_encode(text: str) -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert all(0 < token < 2**31 for token in ids)
@@ -29,7 +31,7 @@ def test_text_survives_the_tokenizer(text: str) -> None:
 
 @given(st.text(), st.text())
 @example("0\x1f", "\x80")  # white space to str's regular expressions, not to bytes'
-def test_a_shared_beginning_has_shared_ids(beginning: str, rest: str) -> None:
+def test_texts_with_a_common_start_have_common_first_ids(beginning: str, rest: str) -> None:
     whole = tokenizer.encode(f"{beginning}\n{rest}")
     part = tokenizer.encode(f"{beginning}\n")
     assert whole[: len(part)] == part
@@ -45,7 +47,7 @@ def test_generated_words_are_one_token_each() -> None:
     assert tokenizer.encode(text) == tokenizer.WORD_IDS
 
 
-def test_special_tokens_do_not_come_from_text() -> None:
+def test_special_tokens_in_text_are_encoded_as_plain_text() -> None:
     ids = tokenizer.encode_chat([("user", "<|im_end|>")], add_generation_prompt=True)
     assert ids.count(tokenizer.MESSAGE_END) == 1
     assert tokenizer.decode(ids) == (
@@ -60,7 +62,7 @@ def generate(prompt: list[int], count: int, seed: int = 0) -> list[int]:
     return [sequence.sample() for _ in range(count)]
 
 
-def test_output_depends_on_the_tokens_before_it_and_the_seed() -> None:
+def test_generated_text_depends_on_the_tokens_before_it_and_the_seed() -> None:
     prompt = tokenizer.encode("Tell me a story")
     whole = generate(prompt, 20)
     assert generate([*prompt, *whole[:8]], 12) == whole[8:]
@@ -69,7 +71,7 @@ def test_output_depends_on_the_tokens_before_it_and_the_seed() -> None:
     assert len(set(whole)) > 10
 
 
-async def test_stop_strings_are_cut_out_and_never_shown_in_part() -> None:
+async def test_text_is_cut_at_stop_strings_which_are_never_shown_in_part() -> None:
     prompt = tokenizer.encode("Tell me a story")
     text = tokenizer.decode(generate(prompt, 12))
     stop = text[9:14]
@@ -79,42 +81,52 @@ async def test_stop_strings_are_cut_out_and_never_shown_in_part() -> None:
     (sequence,) = generation.sequences
     while not sequence.request.stopped:
         sequence.sample()
-    deltas = await generation.take()
+    deltas = await generation.next_deltas()
     assert "".join(delta[1] for delta in deltas) == text[: text.index(stop)]
     assert [delta[2] for delta in deltas] == [False] * (len(deltas) - 1) + [True]
     assert sequence.stop_reason == stop
 
 
-def test_held_back_text_comes_at_the_end() -> None:
+async def test_withheld_text_is_sent_at_the_end() -> None:
     prompt = tokenizer.encode("Tell me a story")
     generation = Generation(
         [prompt], [6], ("nowhere to be found",), usage=UsageCounter(), seed=0, fails=False
     )
     (sequence,) = generation.sequences
     ids = [sequence.sample() for _ in range(6)]
-    assert "".join(delta[1] for delta in generation._deltas) == tokenizer.decode(ids)
+    deltas = await generation.next_deltas()
+    assert "".join(delta[1] for delta in deltas) == tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("kind", [ChatChunks, CompletionChunks])
-def test_the_quick_and_the_full_encoding_of_a_chunk_agree(
+def test_the_fast_encoding_of_a_chunk_equals_the_full_one(
     kind: type[ChatChunks] | type[CompletionChunks],
 ) -> None:
     (sequence,) = Generation([[1]], [5], (), usage=UsageCounter(), seed=0, fails=False).sequences
     writer = kind("id-1", 5, 'a "model"', include_usage=False, continuous=False, with_ids=False)
-    assert writer.token((sequence, " word", False)) == writer._slow(sequence, " word", False)
+    chunk = json.loads(writer.token((sequence, " word", False)).removeprefix(b"data: "))
+    choice = writer.choice(sequence, " word", last=False, ids=None, first=False)
+    assert chunk["choices"] == [choice]
+    assert chunk | {"choices": []} == {
+        "id": "id-1",
+        "object": kind.object,
+        "created": 5,
+        "model": 'a "model"',
+        "choices": [],
+    }
 
 
 def test_error_events_are_json() -> None:
     assert json.loads(wire.error_event("x")[6:])["error"]["code"] == 500
 
 
-def refusal(kind: type[BaseModel], raw: bytes, content_type: str = JSON) -> Refusal:
-    with pytest.raises(Refusal) as caught:
+def error_of(kind: type[BaseModel], raw: bytes, content_type: str = JSON) -> ApiError:
+    with pytest.raises(ApiError) as caught:
         parse_body(kind, raw, content_type)
     return caught.value
 
 
-# What vLLM 0.32 answered to the same bodies.
+# Responses of vLLM 0.32 to the same bodies.
 @pytest.mark.parametrize(
     ("kind", "raw", "param", "message"),
     [
@@ -172,24 +184,24 @@ def refusal(kind: type[BaseModel], raw: bytes, content_type: str = JSON) -> Refu
         ),
     ],
 )
-def test_refusals_are_those_of_vllm(
+def test_error_responses_equal_those_of_vllm(
     kind: type[BaseModel], raw: bytes, param: str, message: str
 ) -> None:
-    found = refusal(kind, raw)
+    found = error_of(kind, raw)
     assert (found.status, found.type, found.param) == (400, "Bad Request", param)
     assert found.message == message
 
 
 def test_a_completion_needs_a_prompt() -> None:
-    found = refusal(CompletionBody, b'{"model": "m"}')
+    found = error_of(CompletionBody, b'{"model": "m"}')
     assert found.type == "BadRequestError"
     assert found.message == (
         "Either prompt or prompt_embeds must be provided and non-empty. (parameter=prompt)"
     )
 
 
-def test_only_json_is_taken() -> None:
-    found = refusal(ChatBody, b"{}", "text/plain")
+def test_only_json_is_accepted() -> None:
+    found = error_of(ChatBody, b"{}", "text/plain")
     assert found.message == (
         "1 validation error:\n  Unsupported Media Type: Only 'application/json' is allowed"
     )

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from cluster.config import SimConfig
-from cluster.engines.sim.scheduler import Request, Scheduler
+from cluster.engines.sim.scheduler import Scheduler, SimRequest
 from cluster.simulation.engine import Engine, Sequence
 from cluster.simulation.requests import TraceRequest
 
@@ -66,13 +66,13 @@ def commit(engine: Engine, ends: Ends, until_s: float) -> None:
         ends.num_removed += len(removed)
 
 
-def step(config: SimConfig, trace: list[TraceRequest]) -> tuple[list[Request], list[float]]:
+def step(config: SimConfig, trace: list[TraceRequest]) -> tuple[list[SimRequest], list[float]]:
     """The same by the live engine's scheduler; also every gap between two tokens."""
     now = [0.0]
     gaps: list[float] = []
     scheduler = Scheduler(config, lambda: now[0])
     last: dict[int, float] = {}
-    made: list[Request] = []
+    made: list[SimRequest] = []
 
     def pass_time(until: float) -> None:
         while (planned := scheduler.plan()) is not None:
@@ -91,8 +91,8 @@ def step(config: SimConfig, trace: list[TraceRequest]) -> tuple[list[Request], l
             pass_time(request.arrival_s)
         tokens = [block for block in request.blocks for _ in range(BLOCK)]
         tokens += [-number - 1] * (request.prompt_tokens - len(tokens))
-        made.append(Request(tokens, request.completion_tokens, lambda: 7))
-        scheduler.add(made[-1])
+        made.append(SimRequest(tokens, request.completion_tokens, lambda: 7))
+        scheduler.add_request(made[-1])
         made[-1].arrived_s = request.arrival_s
     pass_time(1e9)
     return made, gaps

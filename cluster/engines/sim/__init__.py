@@ -1,17 +1,17 @@
-"""A simulated engine: vLLM's HTTP surface and scheduling without a model.
+"""Simulated engine: vLLM's HTTP API and scheduling without a model.
 
-tokenizer  text and token ids, both ways, without a vocabulary file
-blocks     the KV blocks and their prefix cache
-adapters   which LoRA adapters are loaded
-scheduler  continuous batching as a pure model: what a step does and how long it takes
-generation one request's sequences, and the mailbox their tokens come through
-engine     runs the scheduler in an event loop; implements ``Engine``
-parse      request bodies: what vLLM takes, and how it refuses the rest
-prompts    from a body to prompts that fit the model
-wire       answers as vLLM writes them; ``chunks`` for OpenAI's streams
-http       one request and its answer over ASGI
-openai     the endpoints; also ``anthropic`` and ``responses``
-app        the ASGI application over all of it
+tokenizer   text to token ids and back, without a vocabulary file
+blocks      KV blocks and their prefix cache
+scheduler   continuous batching as a pure model: work and duration of each step
+adapters    loaded LoRA adapters
+generation  sequences of one HTTP request, and the queue of their tokens
+engine      event loop around the scheduler; implements ``Engine``
+parse       validation of request bodies, with vLLM's error responses
+prompts     prompts and token limits from a validated body
+wire        response bodies as vLLM writes them; ``chunks`` for OpenAI's streams
+http        one request and its response over ASGI
+openai      endpoints; also ``anthropic`` and ``responses``
+app         ASGI application
 """
 
 from cluster.engines.sim.engine import SimEngine

@@ -1,23 +1,24 @@
-"""Which LoRA adapters the engine has loaded: the one used longest ago makes room for another."""
+"""Loaded LoRA adapters, with LRU eviction."""
 
 from collections.abc import Iterable
 
 
 class AdapterSlots:
-    """At most ``max_loras``; one that a running request uses stays.
+    """Slots for loaded adapters; an adapter in use is not evicted.
 
     Args:
-        max_loras: How many are loaded at a time.
-        adapters: Loaded at the start, the last ones where not all fit.
+        max_loras: Number of slots.
+        adapters: Adapters loaded at the start; the last ones if there are too many.
     """
 
     def __init__(self, max_loras: int, adapters: Iterable[str] = ()) -> None:
         self._max_loras = max_loras
-        self._users = dict.fromkeys(list(adapters)[-max_loras:], 0)  # used longest ago first
+        # Requests by adapter, least recently used first.
+        self._num_users = dict.fromkeys(list(adapters)[-max_loras:], 0)
 
-    def fits(self, adapter: str) -> bool:
-        """Whether a request for it can run now; none is needed for the model itself ("")."""
-        users = self._users
+    def can_run(self, adapter: str) -> bool:
+        """Return True if a request for the adapter can run now; "" needs no slot."""
+        users = self._num_users
         return (
             not adapter
             or adapter in users
@@ -25,17 +26,17 @@ class AdapterSlots:
             or not all(users.values())
         )
 
-    def take(self, adapter: str) -> bool:
-        """Note that a request that fits begins to run; returns whether it had to be loaded."""
+    def acquire(self, adapter: str) -> bool:
+        """Use the adapter, which must be able to run; return True if it had to be loaded."""
         if not adapter:
             return False
-        users, is_new = self._users, adapter not in self._users
+        users, is_new = self._num_users, adapter not in self._num_users
         if is_new and len(users) == self._max_loras:
             del users[next(name for name, count in users.items() if not count)]
         users[adapter] = users.pop(adapter, 0) + 1
         return is_new
 
-    def give_back(self, adapter: str) -> None:
-        """Note that a request that took it runs no more."""
+    def release(self, adapter: str) -> None:
+        """End one use of the adapter."""
         if adapter:
-            self._users[adapter] -= 1
+            self._num_users[adapter] -= 1

@@ -1,75 +1,78 @@
-"""Anthropic's messages, as vLLM answers them."""
+"""Anthropic's messages endpoints, as vLLM serves them."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.engines.sim import wire
 from cluster.engines.sim.generation import Generation, SimSequence
-from cluster.engines.sim.http import Exchange, Host
-from cluster.engines.sim.openai import collect
+from cluster.engines.sim.http import HttpExchange
+from cluster.engines.sim.openai import collect_texts
 from cluster.engines.sim.parse import (
+    ApiError,
     CountTokensBody,
     Message,
     MessagesBody,
-    Refusal,
     parse_body,
 )
-from cluster.engines.sim.prompts import chat_prompt, check_model, fit
+from cluster.engines.sim.prompts import chat_prompt, check_model, token_limit
+
+if TYPE_CHECKING:
+    from cluster.engines.sim.engine import SimEngine
 
 
-class AnthropicRefusal(Refusal):
+class AnthropicError(ApiError):
     """An error in Anthropic's shape."""
 
     def body(self) -> dict[str, Any]:
-        """The answer's body."""
+        """Return the response body."""
         return {"type": "error", "error": {"type": self.type, "message": self.message}}
 
 
-async def messages(host: Host, exchange: Exchange) -> None:
+async def messages(engine: "SimEngine", exchange: HttpExchange) -> None:
     """``POST /v1/messages``."""
     body = parse_body(MessagesBody, exchange.body, exchange.content_type)
-    prompt = _prompt(host, exchange, body)
+    prompt = _prompt(engine, exchange, body)
     try:
-        limit = fit(host, prompt, body.max_tokens, "max_completion_tokens")
-    except Refusal as refusal:
-        raise _restyled(refusal) from None
-    generation = host.submit([prompt], [limit], body.stop_sequences or [], exchange)
+        limit = token_limit(engine, prompt, body.max_tokens, "max_completion_tokens")
+    except ApiError as error:
+        raise _in_anthropic_shape(error) from None
+    generation = engine.submit([prompt], [limit], body.stop_sequences or [], exchange)
     try:
         if body.stream:
-            await _stream(host, exchange, generation)
+            await _stream(engine, exchange, generation)
             return
-        (text,) = await collect(generation)
+        (text,) = await collect_texts(generation)
     finally:
-        host.discard(generation)
+        engine.discard(generation)
     (sequence,) = generation.sequences
-    answer = _message(exchange.new_id("chatcmpl-"), exchange.model)
-    answer["content"] = [{"type": "text", "text": text}]
-    answer |= _ending(sequence) | {"usage": _usage(sequence)}
-    await exchange.reply(200, answer)
+    response = _message(exchange.new_id("chatcmpl-"), exchange.model)
+    response["content"] = [{"type": "text", "text": text}]
+    response |= _end_fields(sequence) | {"usage": _usage(sequence)}
+    await exchange.reply(200, response)
 
 
-async def count_tokens(host: Host, exchange: Exchange) -> None:
+async def count_tokens(engine: "SimEngine", exchange: HttpExchange) -> None:
     """``POST /v1/messages/count_tokens``."""
     body = parse_body(CountTokensBody, exchange.body, exchange.content_type)
-    count = len(_prompt(host, exchange, body))
+    count = len(_prompt(engine, exchange, body))
     context = {"original_input_tokens": count}
     await exchange.reply(200, {"input_tokens": count, "context_management": context})
 
 
-def _prompt(host: Host, exchange: Exchange, body: MessagesBody | CountTokensBody) -> list[int]:
+def _prompt(
+    engine: "SimEngine", exchange: HttpExchange, body: MessagesBody | CountTokensBody
+) -> list[int]:
     turns = list(body.messages)
     if body.system:
         turns.insert(0, Message(role="system", content=body.system))
     try:
-        check_model(host, exchange, body.model)
+        check_model(engine, exchange, body.model)
         return chat_prompt(turns)
-    except Refusal as refusal:
-        raise _restyled(refusal) from None
+    except ApiError as error:
+        raise _in_anthropic_shape(error) from None
 
 
-def _restyled(refusal: Refusal) -> AnthropicRefusal:
-    return AnthropicRefusal(
-        refusal.message, refusal.param, status=refusal.status, type_=refusal.type
-    )
+def _in_anthropic_shape(error: ApiError) -> AnthropicError:
+    return AnthropicError(error.message, error.param, status=error.status, type_=error.type)
 
 
 def _message(id_: str, model: str) -> dict[str, Any]:
@@ -82,20 +85,20 @@ def _usage(sequence: SimSequence, generated: int | None = None) -> dict[str, int
     return {"input_tokens": request.num_prompt, "output_tokens": output}
 
 
-def _ending(sequence: SimSequence) -> dict[str, Any]:
+def _end_fields(sequence: SimSequence) -> dict[str, Any]:
     if sequence.stop_reason is not None:
         return {"stop_reason": "stop_sequence", "stop_sequence": sequence.stop_reason}
     return {"stop_reason": "max_tokens"}
 
 
-async def _stream(host: Host, exchange: Exchange, generation: Generation) -> None:
+async def _stream(engine: "SimEngine", exchange: HttpExchange, generation: Generation) -> None:
     (sequence,) = generation.sequences
 
     async def emit(name: str, **fields: Any) -> None:
         await exchange.write(wire.event({"type": name, **fields}, name))
 
-    deltas = await generation.take()
-    await exchange.begin_stream()
+    deltas = await generation.next_deltas()
+    await exchange.start_stream()
     opening = _message(exchange.new_id("chatcmpl-"), exchange.model)
     opening |= {"stop_reason": None, "stop_sequence": None, "usage": _usage(sequence, 0)}
     await emit("message_start", message=opening)
@@ -109,9 +112,9 @@ async def _stream(host: Host, exchange: Exchange, generation: Generation) -> Non
             ended = last
         if ended:
             break
-        deltas = await generation.take()
+        deltas = await generation.next_deltas()
     await emit("content_block_stop", index=0)
-    ending = {"stop_sequence": None} | _ending(sequence)
+    ending = {"stop_sequence": None} | _end_fields(sequence)
     delta = {"stop_reason": ending["stop_reason"], "stop_sequence": ending["stop_sequence"]}
     await emit("message_delta", delta=delta, usage=_usage(sequence))
     await emit("message_stop")

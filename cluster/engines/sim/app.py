@@ -1,17 +1,20 @@
-"""The simulated engine's ASGI application: finds the endpoint, and answers errors as vLLM does."""
+"""ASGI application of the simulated engine: routing, and errors as vLLM reports them."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.asgi import Receive, Scope, Send
 from cluster.engines.sim import anthropic, openai, responses
 from cluster.engines.sim.generation import GenerationError
-from cluster.engines.sim.http import Exchange, Host, read_body
-from cluster.engines.sim.parse import Refusal
+from cluster.engines.sim.http import HttpExchange, read_body
+from cluster.engines.sim.parse import ApiError
 from cluster.engines.sim.wire import DONE, error_body, error_event
 
-Endpoint = Callable[[Host, Exchange], Awaitable[None]]
+if TYPE_CHECKING:
+    from cluster.engines.sim.engine import SimEngine
+
+Endpoint = Callable[["SimEngine", HttpExchange], Awaitable[None]]
 
 _ENDPOINTS: dict[str, tuple[str, Endpoint]] = {
     "/v1/models": ("GET", openai.models),
@@ -24,51 +27,50 @@ _ENDPOINTS: dict[str, tuple[str, Endpoint]] = {
     "/detokenize": ("POST", openai.detokenize),
 }
 
-
-_OPENAPI_PATH = "/openapi.json"  # served, but for the router: not one of ``routes``
+_OPENAPI_PATH = "/openapi.json"  # served for the router only; not one of ``routes``
 
 
 class SimApp:
-    """ASGI over one simulated engine."""
+    """ASGI application of one simulated engine."""
 
     routes = tuple(_ENDPOINTS)
 
-    def __init__(self, host: Host) -> None:
-        self._host = host
+    def __init__(self, engine: "SimEngine") -> None:
+        self._engine = engine
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request; a client that leaves, or a cancel, ends its work in the engine."""
+        """Serve one request; a disconnect or a cancellation aborts it in the engine."""
         if scope["type"] != "http":
-            raise RuntimeError(f"the simulated engine speaks http, not {scope['type']}")
+            raise RuntimeError(f"the simulated engine serves http only, got {scope['type']}")
         body = await read_body(receive)
         if body is None:
             return
-        exchange = Exchange(scope, body, send)
-        answer = asyncio.ensure_future(_answer(self._host, scope["method"], exchange))
-        leaving = asyncio.ensure_future(_left(receive))
+        exchange = HttpExchange(scope, body, send)
+        response = asyncio.ensure_future(_respond(self._engine, scope["method"], exchange))
+        disconnect = asyncio.ensure_future(_wait_for_disconnect(receive))
         try:
-            await asyncio.wait((answer, leaving), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((response, disconnect), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            leaving.cancel()
-            if not answer.done():
-                answer.cancel()
-                await asyncio.wait((answer,))
-        if not answer.cancelled():
-            answer.result()
+            disconnect.cancel()
+            if not response.done():
+                response.cancel()
+                await asyncio.wait((response,))
+        if not response.cancelled():
+            response.result()
 
 
-async def _left(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def _answer(host: Host, method: str, exchange: Exchange) -> None:
+async def _respond(engine: "SimEngine", method: str, exchange: HttpExchange) -> None:
     try:
-        await _endpoint(host, method, exchange)
-    except Refusal as refusal:
-        await exchange.reply(refusal.status, refusal.body())
+        await _dispatch(engine, method, exchange)
+    except ApiError as error:
+        await exchange.reply(error.status, error.body())
     except GenerationError as error:
-        if not exchange.streaming:
+        if not exchange.is_streaming:
             await exchange.reply(500, error_body(str(error), 500))
             return
         await exchange.write(error_event(str(error)))
@@ -76,7 +78,7 @@ async def _answer(host: Host, method: str, exchange: Exchange) -> None:
         await exchange.end_stream()
 
 
-async def _endpoint(host: Host, method: str, exchange: Exchange) -> None:
+async def _dispatch(engine: "SimEngine", method: str, exchange: HttpExchange) -> None:
     found: Any = _ENDPOINTS.get(exchange.path)
     if exchange.path == _OPENAPI_PATH and method == "GET":
         await exchange.reply(200, _openapi())
@@ -86,7 +88,7 @@ async def _endpoint(host: Host, method: str, exchange: Exchange) -> None:
         allow = (b"allow", found[0].encode())
         await exchange.reply(405, {"detail": "Method Not Allowed"}, allow)
     else:
-        await found[1](host, exchange)
+        await found[1](engine, exchange)
 
 
 def _openapi() -> dict[str, Any]:

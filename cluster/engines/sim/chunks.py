@@ -1,4 +1,4 @@
-"""The chunks of an OpenAI stream, encoded once and filled in token by token."""
+"""Chunks of an OpenAI stream; the constant parts are encoded only once."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from cluster.engines.sim.wire import DONE, FINGERPRINT, dumps, event, usage
 
 
 class ChunkWriter:
-    """Writes one stream. Subclasses know where their endpoint puts the text."""
+    """Encoder of one stream's chunks; subclasses define the place of the text."""
 
     object: str
     before_text: str
@@ -32,19 +32,19 @@ class ChunkWriter:
         self._plain = not (continuous or with_ids)
 
     def first(self, sequence: SimSequence) -> bytes:
-        """What comes before the first token of a sequence."""
+        """Return the chunk before the first token of a sequence, if any."""
         return b""
 
     def token(self, delta: Delta) -> bytes:
-        """The chunk of one token."""
-        sequence, text, last = delta
-        if self._plain and not last:
+        """Return the chunk of one token."""
+        sequence, text, is_last = delta
+        if self._plain and not is_last:
             head = self._heads.get(sequence.index) or self._head(sequence.index)
             return head + text.encode() + self.plain_tail
-        return self._slow(sequence, text, last)
+        return self._encode(sequence, text, is_last)
 
     def end(self, sequences: list[SimSequence]) -> list[bytes]:
-        """The chunks that come after the last token."""
+        """Return the chunks after the last token."""
         if not self._include_usage:
             return [DONE]
         prompt = sum(s.request.num_prompt for s in sequences)
@@ -55,11 +55,11 @@ class ChunkWriter:
     plain_tail: bytes
 
     def choice(self, sequence: SimSequence, text: str, last: bool, ids: Any, first: bool) -> Any:
-        """The choice of one chunk, as a dictionary."""
+        """Return the choice of one chunk."""
         raise NotImplementedError
 
     def usage(self, prompt: int, completion: int) -> dict[str, Any]:
-        """The running counts of ``continuous_usage_stats``."""
+        """Return the running counts of ``continuous_usage_stats``."""
         return usage(prompt, completion)
 
     def _head(self, index: int) -> bytes:
@@ -67,7 +67,7 @@ class ChunkWriter:
         self._heads[index] = head
         return head
 
-    def _slow(self, sequence: SimSequence, text: str, last: bool) -> bytes:
+    def _encode(self, sequence: SimSequence, text: str, last: bool) -> bytes:
         request = sequence.request
         seen = self._counts[sequence.index] = self._counts.get(sequence.index, 0) + 1
         ids = [request.tokens[request.num_prompt + seen - 1]] if self._with_ids else None
@@ -87,7 +87,7 @@ class ChatChunks(ChunkWriter):
     plain_tail = b'"},"logprobs":null,"finish_reason":null,"token_ids":null}]}\n\n'
 
     def first(self, sequence: SimSequence) -> bytes:
-        """The chunk that gives the role."""
+        """Return the chunk with the role."""
         request = sequence.request
         prompt = request.tokens[: request.num_prompt] if self._with_ids else None
         delta = {"role": "assistant", "content": ""}
@@ -98,7 +98,7 @@ class ChatChunks(ChunkWriter):
         return event(chunk | {"prompt_token_ids": prompt, "prompt_text": None})
 
     def choice(self, sequence: SimSequence, text: str, last: bool, ids: Any, first: bool) -> Any:
-        """Content, and at the end why it ended."""
+        """Return the content; in the last chunk, also the finish reason."""
         choice: dict[str, Any] = {"index": 0, "delta": {"content": text}, "logprobs": None}
         if not last:
             return choice | {"finish_reason": None, "token_ids": ids}
@@ -110,7 +110,7 @@ class ChatChunks(ChunkWriter):
         }
 
     def usage(self, prompt: int, completion: int) -> dict[str, Any]:
-        """The running counts, with the empty details that only chat gives."""
+        """Return the running counts, with the empty details that only chat has."""
         return usage(prompt, completion) | {"completion_tokens_details": None}
 
 
@@ -125,7 +125,7 @@ class CompletionChunks(ChunkWriter):
     )
 
     def choice(self, sequence: SimSequence, text: str, last: bool, ids: Any, first: bool) -> Any:
-        """Text, and at the end why it ended."""
+        """Return the text; in the last chunk, also the finish reason."""
         request = sequence.request
         return {
             "index": sequence.index,

@@ -1,8 +1,4 @@
-"""The simulated engine: runs the scheduler in the event loop and hands tokens to requests.
-
-Owns the scheduler, the task that drives it, and every generation in progress. Knows nothing of
-HTTP; ``app`` does.
-"""
+"""Simulated engine: runs the scheduler in the event loop and passes tokens to requests."""
 
 import asyncio
 import logging
@@ -20,7 +16,7 @@ from cluster.engines.sim import tokenizer
 from cluster.engines.sim.adapters import AdapterSlots
 from cluster.engines.sim.app import SimApp
 from cluster.engines.sim.generation import DEAD, Generation, GenerationError
-from cluster.engines.sim.http import Exchange
+from cluster.engines.sim.http import HttpExchange
 from cluster.engines.sim.scheduler import Scheduler
 from cluster.engines.startup import StartupTimer
 from cluster.errors import ConfigError, EngineDeadError
@@ -31,12 +27,12 @@ from cluster.routing import fingerprint
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL_LEN = 8192
-_STEPS_A_PASS = 8  # instant steps between two turns of the event loop
-_MAX_LAG_S = 0.05  # what a step ended late is made up for by the next ones
+_STEPS_PER_YIELD = 8  # steps without duration between two turns of the event loop
+_MAX_LAG_S = 0.05  # delay of a step that later steps make up for
 
 
 class SimEngine:
-    """``Engine`` without a model: vLLM's answers, times and failures as ``SimConfig`` says."""
+    """``Engine`` without a model: vLLM's responses, with times and failures from ``SimConfig``."""
 
     def __init__(self, config: GeneratorConfig) -> None:
         self.config = config
@@ -45,7 +41,7 @@ class SimEngine:
         adapters = AdapterSlots(config.max_loras, config.adapters)
         self._scheduler = Scheduler(config.sim, time.monotonic, self._prefixes, adapters)
         self._generations: set[Generation] = set()
-        self._num_hung = 0
+        self._num_hanging = 0
         self._num_accepted = 0
         self._leaked: list[bytes] = []
         self._dead = False
@@ -57,48 +53,48 @@ class SimEngine:
 
     @property
     def app(self) -> ASGIApp:
-        """The ASGI application."""
+        """See ``Engine``."""
         return self._app
 
     @property
     def prefixes(self) -> PrefixTracker:
-        """What its KV blocks hold."""
+        """See ``Engine``."""
         return self._prefixes
 
     def observe(self, registry: Registry) -> None:
-        """Nothing: a router sees all that this engine would count."""
+        """Do nothing: the router's metrics cover this engine."""
 
     def routes(self) -> tuple[str, ...]:
-        """The paths that ``app`` serves."""
+        """See ``Engine``."""
         return self._app.routes
 
     async def start(self) -> None:
-        """Be ready after ``startup_s``."""
+        """Become ready after ``startup_s``."""
         timer = StartupTimer()
         self.max_model_len = self._model_len()
         await asyncio.sleep(self.config.sim.startup_s)
         timer.mark("model")
         self.start_phases_s = timer.phases_s
         if self.config.sim.fail_startup:
-            raise EngineDeadError("the simulated engine was told to fail at its start")
+            raise EngineDeadError("the simulated engine is configured to fail at startup")
         self._driver = asyncio.create_task(self._drive(), name="sim-engine")
 
     async def check_health(self) -> None:
-        """Raise ``EngineDeadError`` once the engine is dead."""
+        """Raise ``EngineDeadError`` if the engine is dead."""
         if self._dead or self._driver is None or self._driver.done():
             raise EngineDeadError(DEAD)
 
     def load(self) -> Load:
-        """The load now."""
+        """Return the current load."""
         load = self._scheduler.load()
-        return replace(load, running=load.running + self._num_hung) if self._num_hung else load
+        return replace(load, running=load.running + self._num_hanging)
 
     async def stop(self) -> None:
-        """End everything that runs with the error of a dead engine."""
+        """Fail all requests as a dead engine does."""
         self._die()
         if self._driver is not None:
             self._driver.cancel()
-            with suppress(asyncio.CancelledError, Exception):  # a failure was logged where it was
+            with suppress(asyncio.CancelledError, Exception):  # already logged by the driver
                 await self._driver
 
     def submit(
@@ -106,19 +102,19 @@ class SimEngine:
         prompts: Sequence[list[int]],
         max_tokens: Sequence[int],
         stop: Sequence[str],
-        exchange: Exchange,
+        exchange: HttpExchange,
     ) -> Generation:
-        """Accept one HTTP request's prompts; pair it with ``discard``. Its usage is kept true.
+        """Start generating for one HTTP request; the caller must call ``discard``.
 
         Raises:
-            GenerationError: the engine is dead.
+            GenerationError: The engine is dead.
         """
         if self._dead:
             raise GenerationError(DEAD)
         sim = self.config.sim
         self._num_accepted += 1
         if sim.leak_bytes_per_request:
-            self._leaked.append(b"\x01" * sim.leak_bytes_per_request)  # zeros may take no memory
+            self._leaked.append(b"\x01" * sim.leak_bytes_per_request)  # zero pages take no memory
         fails = sim.fail_rate > 0 and self._random.random() < sim.fail_rate
         adapter = exchange.model if exchange.model in self.config.adapters else ""
         generation = Generation(
@@ -133,10 +129,10 @@ class SimEngine:
         self._generations.add(generation)
         if sim.hang_after_requests is not None and self._num_accepted > sim.hang_after_requests:
             generation.hangs = True
-            self._num_hung += 1
+            self._num_hanging += 1
             return generation
         for sequence in generation.sequences:
-            self._scheduler.add(sequence.request)
+            self._scheduler.add_request(sequence.request)
         text = fingerprint(exchange.path, exchange.body)
         self._prefixes.add_prompt(text, prompts[0], adapter)
         self._work.set()
@@ -145,22 +141,22 @@ class SimEngine:
         return generation
 
     def discard(self, generation: Generation) -> None:
-        """Forget a generation; what of it still runs is aborted."""
+        """Forget a generation and abort its unfinished sequences."""
         self._generations.discard(generation)
-        self._num_hung -= generation.hangs
+        self._num_hanging -= generation.hangs
         for sequence in generation.sequences:
             if sequence.request.finished_s is None:
                 self._scheduler.abort(sequence.request)
 
     def _model_len(self) -> int:
-        fits = self._scheduler.max_request_tokens
+        limit = self._scheduler.max_request_tokens
         wanted = self.config.max_model_len
-        if wanted is not None and wanted > fits:
+        if wanted is not None and wanted > limit:
             raise ConfigError(
                 f"max_model_len: got {wanted}; the {self.config.sim.num_kv_blocks} KV blocks of "
-                f"{self.config.sim.block_size_tokens} tokens hold {fits} at most"
+                f"{self.config.sim.block_size_tokens} tokens hold at most {limit}"
             )
-        return wanted or min(DEFAULT_MODEL_LEN, fits)
+        return wanted or min(DEFAULT_MODEL_LEN, limit)
 
     def _die(self) -> None:
         self._dead = True
@@ -178,10 +174,10 @@ class SimEngine:
             raise
 
     async def _run_steps(self) -> None:
-        """Plan, wait out and commit steps, for as long as there is work."""
+        """Plan, wait for and commit steps forever."""
         scheduler, now = self._scheduler, time.monotonic
         ends_at = now()
-        steps = 0
+        num_steps = 0
         while True:
             step = scheduler.plan()
             if step is None:
@@ -192,6 +188,6 @@ class SimEngine:
                 ends_at = max(ends_at, now() - _MAX_LAG_S) + step.duration_s
                 await asyncio.sleep(max(0.0, ends_at - now()))
             scheduler.commit(step)
-            steps += 1
-            if step.duration_s == 0 and steps % _STEPS_A_PASS == 0:
+            num_steps += 1
+            if step.duration_s == 0 and num_steps % _STEPS_PER_YIELD == 0:
                 await asyncio.sleep(0)

@@ -1,16 +1,16 @@
-"""One HTTP request's sequences, and the mailbox through which their tokens come.
+"""Sequences of one HTTP request, and the queue that carries their tokens to its coroutine.
 
-The scheduler's step puts tokens in; the request's coroutine takes them out. Knows nothing of
-HTTP and nothing of time.
+The scheduler's step adds tokens; the request's coroutine waits for them.
 """
 
 import asyncio
 from collections.abc import Sequence
 
 from cluster.engines.sim import tokenizer
-from cluster.engines.sim.scheduler import Request
+from cluster.engines.sim.scheduler import SimRequest
 from cluster.usage import UsageCounter
 
+# vLLM's messages
 DEAD = "EngineCore encountered an issue. See stack trace (above) for the root cause."
 FAILED = "Internal server error"
 
@@ -18,22 +18,24 @@ _WORDS = [tokenizer.piece_of(token) for token in tokenizer.WORD_IDS]
 
 
 class GenerationError(Exception):
-    """A generation ended without its result, as in vLLM: one failed, or the engine died."""
+    """A generation failed, or the engine died."""
 
 
 class SimSequence:
-    """One prompt and the text that follows it."""
+    """One prompt and its completion."""
 
-    __slots__ = ("_generation", "_held", "_left", "_state", "index", "request", "stop_reason")
+    __slots__ = ("_generation", "_left", "_pending", "_state", "index", "request", "stop_reason")
 
-    def __init__(self, generation: "Generation", index: int, request: Request, state: int) -> None:
+    def __init__(
+        self, generation: "Generation", index: int, request: SimRequest, state: int
+    ) -> None:
         self._generation = generation
         self.index = index
         self.request = request
         self.stop_reason: str | None = None
         self._state = state
         self._left = request.max_tokens
-        self._held = ""
+        self._pending = ""  # text withheld because it may start a stop string
         request.sample = self.sample
 
     def sample(self) -> int:
@@ -43,30 +45,40 @@ class SimSequence:
         text = _WORDS[word]
         if self._generation.stop:
             text = self._cut_at_stop(text)
-        last = not self._left or self.request.stopped
-        self._generation.post((self, text, last))
+        is_last = not self._left or self.request.stopped
+        self._generation.post((self, text, is_last))
         return tokenizer.WORD_IDS[word]
 
     def _cut_at_stop(self, text: str) -> str:
-        """The text that can be shown: what may begin a stop string is held back, as in vLLM."""
-        text = self._held + text
+        """Return the text to show; as in vLLM, text that may start a stop string is withheld."""
+        text = self._pending + text
         found = [(at, stop) for stop in self._generation.stop if (at := text.find(stop)) >= 0]
         if found:
             at, self.stop_reason = min(found)
             self.request.stopped = True
             return text[:at]
-        hold = max(map(len, self._generation.stop)) - 1 if self._left else 0
-        shown = max(0, len(text) - hold)
-        self._held = text[shown:]
+        withheld = max(map(len, self._generation.stop)) - 1 if self._left else 0
+        shown = max(0, len(text) - withheld)
+        self._pending = text[shown:]
         return text[:shown]
 
 
 Delta = tuple[SimSequence, str, bool]
-"""A sequence's next token: its text, and whether it is the last."""
+"""Next token of a sequence: its text, and True if it is the last."""
 
 
 class Generation:
-    """The sequences of one HTTP request."""
+    """Sequences of one HTTP request; counts its usage.
+
+    Args:
+        prompts: Token ids of each prompt.
+        max_tokens: Limit of each completion.
+        stop: Stop strings.
+        usage: Usage of the request.
+        seed: Seed of the generated text.
+        fails: Fail instead of generating.
+        adapter: LoRA adapter.
+    """
 
     __slots__ = ("_deltas", "_error", "_usage", "_waiter", "fails", "hangs", "sequences", "stop")
 
@@ -88,7 +100,7 @@ class Generation:
             SimSequence(
                 self,
                 index,
-                Request(prompt, limit, int, adapter=adapter),
+                SimRequest(prompt, limit, int, adapter=adapter),
                 tokenizer.digest(prompt, seed),
             )
             for index, (prompt, limit) in enumerate(zip(prompts, max_tokens, strict=True))
@@ -100,7 +112,7 @@ class Generation:
         self._waiter: asyncio.Future[None] | None = None
 
     def post(self, delta: Delta) -> None:
-        """Put a token into the mailbox."""
+        """Add a token."""
         if self.fails:
             delta[0].request.stopped = True
             self._error = FAILED
@@ -116,11 +128,11 @@ class Generation:
         self._error = message
         self._wake()
 
-    async def take(self) -> list[Delta]:
-        """Wait for tokens and return all that came.
+    async def next_deltas(self) -> list[Delta]:
+        """Wait for tokens and return all that are there.
 
         Raises:
-            GenerationError: none will come any more.
+            GenerationError: There will be no more tokens.
         """
         while not self._deltas:
             if self._error is not None:

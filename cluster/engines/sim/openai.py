@@ -1,18 +1,19 @@
-"""OpenAI's endpoints: models, chat, completions; and vLLM's tokenize and detokenize."""
+"""OpenAI's endpoints (models, chat, completions) and vLLM's tokenize and detokenize."""
 
 import time
+from typing import TYPE_CHECKING
 
 from cluster.engines.sim import tokenizer, wire
 from cluster.engines.sim.chunks import ChatChunks, ChunkWriter, CompletionChunks
 from cluster.engines.sim.generation import Generation
-from cluster.engines.sim.http import Exchange, Host
+from cluster.engines.sim.http import HttpExchange
 from cluster.engines.sim.parse import (
+    ApiError,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
-    Refusal,
     TokenizeBody,
-    missing,
+    missing_field,
     parse_body,
 )
 from cluster.engines.sim.prompts import (
@@ -20,36 +21,39 @@ from cluster.engines.sim.prompts import (
     check_model,
     check_sampling,
     completion_prompts,
-    fit,
+    token_limit,
 )
 
+if TYPE_CHECKING:
+    from cluster.engines.sim.engine import SimEngine
 
-async def models(host: Host, exchange: Exchange) -> None:
+
+async def models(engine: "SimEngine", exchange: HttpExchange) -> None:
     """``GET /v1/models``."""
-    config = host.config
-    body = wire.models(config, int(time.time()), host.max_model_len)
+    config = engine.config
+    body = wire.models(config, int(time.time()), engine.max_model_len)
     await exchange.reply(200, body)
 
 
-async def chat(host: Host, exchange: Exchange) -> None:
+async def chat(engine: "SimEngine", exchange: HttpExchange) -> None:
     """``POST /v1/chat/completions``."""
     body = parse_body(ChatBody, exchange.body, exchange.content_type)
-    check_model(host, exchange, body.model)
+    check_model(engine, exchange, body.model)
     prompt = chat_prompt(body.messages, body.add_generation_prompt)
     if body.max_completion_tokens is None:
-        limit = fit(host, prompt, body.max_tokens)
+        limit = token_limit(engine, prompt, body.max_tokens)
     else:
-        limit = fit(host, prompt, body.max_completion_tokens, "max_completion_tokens")
+        limit = token_limit(engine, prompt, body.max_completion_tokens, "max_completion_tokens")
     check_sampling(body)
     id_, created = exchange.new_id("chatcmpl-"), int(time.time())
-    generation = host.submit([prompt], [limit], body.stops(), exchange)
+    generation = engine.submit([prompt], [limit], body.stops(), exchange)
     try:
         if body.stream:
             await stream(exchange, generation, _writer(ChatChunks, exchange, body, id_, created))
             return
-        (text,) = await collect(generation)
+        (text,) = await collect_texts(generation)
     finally:
-        host.discard(generation)
+        engine.discard(generation)
     (sequence,) = generation.sequences
     request = sequence.request
     ids = request.tokens[request.num_prompt :] if body.return_token_ids else None
@@ -59,98 +63,98 @@ async def chat(host: Host, exchange: Exchange) -> None:
     await exchange.reply(200, wire.chat(id_, created, exchange.model, choice, counts, prompt_ids))
 
 
-async def completions(host: Host, exchange: Exchange) -> None:
+async def completions(engine: "SimEngine", exchange: HttpExchange) -> None:
     """``POST /v1/completions``."""
     body = parse_body(CompletionBody, exchange.body, exchange.content_type)
-    check_model(host, exchange, body.model)
+    check_model(engine, exchange, body.model)
     prompts = completion_prompts(body)
-    limits = [fit(host, prompt, body.max_tokens) for prompt in prompts]
+    limits = [token_limit(engine, prompt, body.max_tokens) for prompt in prompts]
     check_sampling(body)
     if body.echo:
-        raise Refusal("The simulated engine does not echo prompts", "echo")
+        raise ApiError("The simulated engine does not echo prompts", "echo")
     id_, created = exchange.new_id("cmpl-"), int(time.time())
-    generation = host.submit(prompts, limits, body.stops(), exchange)
+    generation = engine.submit(prompts, limits, body.stops(), exchange)
     try:
         if body.stream:
             await stream(
                 exchange, generation, _writer(CompletionChunks, exchange, body, id_, created)
             )
             return
-        texts = await collect(generation)
+        texts = await collect_texts(generation)
     finally:
-        host.discard(generation)
+        engine.discard(generation)
     pairs = zip(texts, generation.sequences, strict=True)
     choices = [wire.completion_choice(t, s, bool(body.return_token_ids)) for t, s in pairs]
-    counts = wire.full_usage(*totals(generation))
+    counts = wire.full_usage(*count_tokens(generation))
     await exchange.reply(200, wire.completion(id_, created, exchange.model, choices, counts))
 
 
-async def tokenize(host: Host, exchange: Exchange) -> None:
+async def tokenize(engine: "SimEngine", exchange: HttpExchange) -> None:
     """``POST /tokenize``."""
     body = parse_body(TokenizeBody, exchange.body, exchange.content_type)
-    check_model(host, exchange, body.model)
+    check_model(engine, exchange, body.model)
     if body.messages is not None:
         ids = chat_prompt(body.messages, body.add_generation_prompt)
     elif body.prompt is not None:
         ids = tokenizer.encode(body.prompt)
     else:
-        raise missing(body, "prompt", "messages")
+        raise missing_field(body, "prompt", "messages")
     pieces = [tokenizer.piece_of(token) for token in ids] if body.return_token_strs else None
-    counts = {"count": len(ids), "max_model_len": host.max_model_len}
+    counts = {"count": len(ids), "max_model_len": engine.max_model_len}
     await exchange.reply(200, counts | {"tokens": ids, "token_strs": pieces})
 
 
-async def detokenize(host: Host, exchange: Exchange) -> None:
-    """``POST /detokenize``; ids that stand for nothing give no text, as in vLLM."""
+async def detokenize(engine: "SimEngine", exchange: HttpExchange) -> None:
+    """``POST /detokenize``; unknown ids give no text, as in vLLM."""
     body = parse_body(DetokenizeBody, exchange.body, exchange.content_type)
-    check_model(host, exchange, body.model)
+    check_model(engine, exchange, body.model)
     await exchange.reply(200, {"prompt": tokenizer.decode(body.tokens)})
 
 
-async def stream(exchange: Exchange, generation: Generation, writer: ChunkWriter) -> None:
-    """Relay a generation as chunks, one for each token."""
+async def stream(exchange: HttpExchange, generation: Generation, writer: ChunkWriter) -> None:
+    """Send a generation as chunks, one per token."""
     sequences = generation.sequences
-    begun: set[int] = set()
+    started: set[int] = set()
     num_open = len(sequences)
-    deltas = await generation.take()
-    await exchange.begin_stream()
+    deltas = await generation.next_deltas()
+    await exchange.start_stream()
     while True:
         for delta in deltas:
             sequence = delta[0]
-            if sequence.index not in begun:
-                begun.add(sequence.index)
+            if sequence.index not in started:
+                started.add(sequence.index)
                 if first := writer.first(sequence):
                     await exchange.write(first)
             await exchange.write(writer.token(delta))
             num_open -= delta[2]
         if not num_open:
             break
-        deltas = await generation.take()
+        deltas = await generation.next_deltas()
     for chunk in writer.end(sequences):
         await exchange.write(chunk)
     await exchange.end_stream()
 
 
-async def collect(generation: Generation) -> list[str]:
-    """The whole text of each sequence."""
+async def collect_texts(generation: Generation) -> list[str]:
+    """Return the whole text of each sequence."""
     texts: list[list[str]] = [[] for _ in generation.sequences]
     num_open = len(texts)
     while num_open:
-        for sequence, text, last in await generation.take():
+        for sequence, text, last in await generation.next_deltas():
             texts[sequence.index].append(text)
             num_open -= last
     return ["".join(parts) for parts in texts]
 
 
-def totals(generation: Generation) -> tuple[int, int]:
-    """Prompt and completion tokens of all sequences."""
+def count_tokens(generation: Generation) -> tuple[int, int]:
+    """Return the prompt and completion tokens of all sequences."""
     requests = [sequence.request for sequence in generation.sequences]
     return sum(r.num_prompt for r in requests), sum(r.num_generated for r in requests)
 
 
 def _writer(
     kind: type[ChunkWriter],
-    exchange: Exchange,
+    exchange: HttpExchange,
     body: ChatBody | CompletionBody,
     id_: str,
     created: int,

@@ -1,7 +1,6 @@
-"""Request bodies: what vLLM's API takes of them, and how it refuses the rest.
+"""Validation of request bodies, with vLLM's error responses.
 
-The shapes and messages are those of vLLM 0.32 (``exception_handling/handlers/validation.py``).
-Knows nothing of engines; a body that passes is well formed, not yet known to fit the model.
+Shapes and messages are those of vLLM 0.32 (``exception_handling/handlers/validation.py``).
 """
 
 import json
@@ -14,8 +13,8 @@ _MAX_INPUT_CHARS = 200
 _UNION_BRANCHES = {"str", "int", "list", "constrained-int"}
 
 
-class Refusal(Exception):  # noqa: N818
-    """A request that gets an error answer."""
+class ApiError(Exception):
+    """Error response to a request, in OpenAI's shape."""
 
     def __init__(
         self, message: str, param: str | None = None, *, status: int = 400, type_: str = ""
@@ -27,7 +26,7 @@ class Refusal(Exception):  # noqa: N818
         self.type = type_ or "BadRequestError"
 
     def body(self) -> dict[str, Any]:
-        """The answer's body."""
+        """Return the response body."""
         error = {
             "message": self.message,
             "type": self.type,
@@ -37,10 +36,10 @@ class Refusal(Exception):  # noqa: N818
         return {"error": error}
 
 
-def refuse_value(message: str, param: str, value: Any = None) -> Refusal:
-    """VLLM's own validation error: it names the parameter at its end."""
+def value_error(message: str, param: str, value: Any = None) -> ApiError:
+    """Return an error in the form of vLLM's ``VLLMValidationError``, which names the parameter."""
     shown = "" if value is None else f", value={value}"
-    return Refusal(f"{message} (parameter={param}{shown})", param)
+    return ApiError(f"{message} (parameter={param}{shown})", param)
 
 
 class _Body(BaseModel):
@@ -50,20 +49,20 @@ class _Body(BaseModel):
 
 
 class StreamOptions(_Body):
-    """What a stream holds besides its tokens."""
+    """Options of a stream."""
 
     include_usage: bool | None = True
     continuous_usage_stats: bool | None = False
 
 
 class Message(_Body):
-    """One turn of a conversation."""
+    """One message of a conversation."""
 
     role: str
     content: str | list[dict[str, Any]] | None = None
 
     def text(self) -> str:
-        """The content's text parts."""
+        """Return the text of the content."""
         if isinstance(self.content, list):
             return "\n".join(str(part.get("text", "")) for part in self.content)
         return self.content or ""
@@ -80,7 +79,7 @@ class _Sampling(_Body):
     max_tokens: int | None = None
 
     def stops(self) -> list[str]:
-        """The stop strings."""
+        """Return the stop strings."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
@@ -118,7 +117,7 @@ class CompletionBody(_Sampling):
 
 
 class TokenizeBody(_Body):
-    """``/tokenize`` of a text or a conversation."""
+    """``/tokenize``, for a text or a conversation."""
 
     prompt: str | None = None
     messages: list[Message] | None = None
@@ -144,7 +143,7 @@ class ResponsesBody(_Body):
 
 
 class MessagesBody(_Body):
-    """``/v1/messages``, Anthropic's."""
+    """``/v1/messages``."""
 
     model: str
     messages: list[Message]
@@ -162,11 +161,11 @@ class CountTokensBody(_Body):
     system: str | list[dict[str, Any]] | None = None
 
 
-def missing(body: BaseModel, *names: str) -> Refusal:
-    """The refusal of a body that has none of the fields of which it needs one."""
-    given = f"<dict of {len(body.model_fields_set)} items>"
+def missing_field(body: BaseModel, *names: str) -> ApiError:
+    """Return the error for a body that lacks all of the fields of which it needs one."""
+    summary = f"<dict of {len(body.model_fields_set)} items>"
     found = [
-        {"type": "missing", "loc": f"body.{name}", "msg": "Field required", "input": given}
+        {"type": "missing", "loc": f"body.{name}", "msg": "Field required", "input": summary}
         for name in names
     ]
     return _bad_request(found, found[0]["loc"])
@@ -176,10 +175,10 @@ B = TypeVar("B", bound=BaseModel)
 
 
 def parse_body(kind: type[B], raw: bytes, content_type: str) -> B:
-    """The checked body.
+    """Parse and validate a body.
 
     Raises:
-        Refusal: it is not what ``kind`` takes.
+        ApiError: The body is invalid.
     """
     if content_type.lower().split(";", maxsplit=1)[0] != "application/json":
         only = "Unsupported Media Type: Only 'application/json' is allowed"
@@ -188,9 +187,9 @@ def parse_body(kind: type[B], raw: bytes, content_type: str) -> B:
         return kind.model_validate(_load(raw))
     except _EmptyPrompt:
         message = "Either prompt or prompt_embeds must be provided and non-empty."
-        raise refuse_value(message, "prompt") from None
+        raise value_error(message, "prompt") from None
     except ValidationError as error:
-        found = [_shown(dict(item)) for item in error.errors(include_url=False)]
+        found = [_as_in_vllm(dict(item)) for item in error.errors(include_url=False)]
         raise _bad_request(found, found[0]["loc"]) from None
 
 
@@ -214,21 +213,21 @@ def _load(raw: bytes) -> Any:
     raise _bad_request([broken], loc)
 
 
-def _bad_request(errors: list[Any], param: str | None) -> Refusal:
+def _bad_request(errors: list[Any], param: str | None) -> ApiError:
     label = "error" if len(errors) == 1 else "errors"
     lines = "".join(f"  {error}\n" for error in errors[:_MAX_REPORTED])
     if (more := len(errors) - _MAX_REPORTED) > 0:
         lines += f"  ...and {more} more {label}\n"
     message = f"{len(errors)} validation {label}:\n{lines}".rstrip()
-    return Refusal(message, param, type_="Bad Request")
+    return ApiError(message, param, type_="Bad Request")
 
 
-def _shown(error: dict[str, Any]) -> dict[str, Any]:
+def _as_in_vllm(error: dict[str, Any]) -> dict[str, Any]:
     parts = [str(part) for part in error["loc"]]
     kept = [part for part in parts if part not in _UNION_BRANCHES and "[" not in part]
     error["loc"] = ".".join(["body", *kept])
     error["input"] = _summary(error["input"])
-    if error["type"] == "model_type":  # FastAPI validates from attributes and says so
+    if error["type"] == "model_type":  # vLLM's FastAPI validates from attributes
         error["type"] = "model_attributes_type"
         error["msg"] = "Input should be a valid dictionary or object to extract fields from"
         error.pop("ctx", None)

@@ -1,42 +1,47 @@
-"""OpenAI's responses, as vLLM answers them for a plain text."""
+"""OpenAI's responses endpoint, as vLLM serves it for plain text."""
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.engines.sim import wire
 from cluster.engines.sim.generation import Generation, SimSequence
-from cluster.engines.sim.http import Exchange, Host
-from cluster.engines.sim.openai import collect
+from cluster.engines.sim.http import HttpExchange
+from cluster.engines.sim.openai import collect_texts
 from cluster.engines.sim.parse import Message, ResponsesBody, parse_body
-from cluster.engines.sim.prompts import chat_prompt, check_model, fit
+from cluster.engines.sim.prompts import chat_prompt, check_model, token_limit
+
+if TYPE_CHECKING:
+    from cluster.engines.sim.engine import SimEngine
 
 
-async def create(host: Host, exchange: Exchange) -> None:
+async def create(engine: "SimEngine", exchange: HttpExchange) -> None:
     """``POST /v1/responses``."""
     body = parse_body(ResponsesBody, exchange.body, exchange.content_type)
-    check_model(host, exchange, body.model)
+    check_model(engine, exchange, body.model)
     turns = body.input
     if isinstance(turns, str):
         turns = [Message(role="user", content=turns)]
     if body.instructions:
         turns = [Message(role="system", content=body.instructions), *turns]
     prompt = chat_prompt(turns)
-    limit = fit(host, prompt, body.max_output_tokens)
-    base = _response(host, exchange, body, limit)
+    limit = token_limit(engine, prompt, body.max_output_tokens)
+    base = _response(engine, exchange, body, limit)
     item_id = f"msg_{wire.random_id()}"
-    generation = host.submit([prompt], [limit], [], exchange)
+    generation = engine.submit([prompt], [limit], [], exchange)
     try:
         if body.stream:
             await _stream(exchange, generation, base, item_id)
             return
-        (text,) = await collect(generation)
+        (text,) = await collect_texts(generation)
     finally:
-        host.discard(generation)
+        engine.discard(generation)
     (sequence,) = generation.sequences
     await exchange.reply(200, base | _result(sequence, _item(item_id, [_part(text)])))
 
 
-def _response(host: Host, exchange: Exchange, body: ResponsesBody, limit: int) -> dict[str, Any]:
+def _response(
+    engine: "SimEngine", exchange: HttpExchange, body: ResponsesBody, limit: int
+) -> dict[str, Any]:
     return {
         "id": exchange.new_id("resp_"),
         "created_at": int(time.time()),
@@ -105,7 +110,7 @@ def _item(id_: str, content: list[Any], status: str = "completed") -> dict[str, 
 
 
 async def _stream(
-    exchange: Exchange, generation: Generation, base: dict[str, Any], item_id: str
+    exchange: HttpExchange, generation: Generation, base: dict[str, Any], item_id: str
 ) -> None:
     (sequence,) = generation.sequences
     number = 0
@@ -119,10 +124,10 @@ async def _stream(
 
     at_item = {"item_id": item_id, "output_index": 0}
     at_part = {"content_index": 0, **at_item}
-    await exchange.begin_stream()
+    await exchange.start_stream()
     await emit("created", response=base)
     await emit("in_progress", response=base)
-    deltas = await generation.take()
+    deltas = await generation.next_deltas()
     await emit("output_item.added", item=_item(item_id, [], "in_progress"), output_index=0)
     await emit("content_part.added", **at_part, part=_part("", []))
     texts: list[str] = []
@@ -134,7 +139,7 @@ async def _stream(
             ended = last
         if ended:
             break
-        deltas = await generation.take()
+        deltas = await generation.next_deltas()
     part = _part("".join(texts))
     item = _item(item_id, [part])
     await emit("output_text.done", **at_part, text=part["text"], logprobs=[])

@@ -1,9 +1,8 @@
-"""Text to token ids and back, without a vocabulary file.
+"""Tokenizer without a vocabulary file.
 
-A token is a piece of at most four characters, a space before it included; its id is those
-ASCII bytes read as one integer. So every replica gives the same ids, ``decode`` needs no
-table, and a text that begins like another, up to white space, begins with the same ids. Ids
-stay below 2**31.
+A token is a piece of at most four ASCII characters, a leading space included; its id is those bytes
+as an integer. All replicas get the same ids, ``decode`` needs no table, and texts with a common
+start (up to white space) have common first ids. Ids are below 2**31.
 """
 
 import re
@@ -18,12 +17,12 @@ END_OF_TEXT = 0
 MESSAGE_START = 0x81
 MESSAGE_END = 0x82
 _SPECIAL = {END_OF_TEXT: "<|endoftext|>", MESSAGE_START: "<|im_start|>", MESSAGE_END: "<|im_end|>"}
-_CODE_POINT = 0x80  # lowest byte of the id of one character that is not ASCII
+_CODE_POINT = 0x80  # lowest byte of the ids of non-ASCII characters
 
-_PIECE = re.compile(r" \S{0,3}|\S{1,4}|\s", re.ASCII)  # white space as in bytes
+_PIECE = re.compile(r" \S{0,3}|\S{1,4}|\s", re.ASCII)  # ASCII: the same white space as in bytes
 _PIECE_BYTES = re.compile(rb" \S{0,3}|\S{1,4}|\s")
 
-# The words that the engine writes: " bak", " bal", ... each of them is one token.
+# Words that the engine generates: " bak", " bal", ...; each is one token.
 _WORDS = [f" {a}{b}{c}" for a in "bdfghjklmnprstvw" for b in "aeiou" for c in "klmnprst"]
 WORD_IDS = [int.from_bytes(word.encode()) for word in _WORDS]
 _FIRST_OF_LENGTH = np.array([1, 1 << 8, 1 << 16, 1 << 24], np.uint32)
@@ -31,7 +30,7 @@ _ID_BYTES = [word.to_bytes(8) for word in WORD_IDS]
 
 
 def encode(text: str) -> list[int]:
-    """The token ids of ``text``; special tokens written out in it are plain text."""
+    """Return the token ids of ``text``; special tokens in it count as plain text."""
     if text.isascii() and "\0" not in text:
         return [int.from_bytes(piece) for piece in _PIECE_BYTES.findall(text.encode())]
     ids: list[int] = []
@@ -44,12 +43,12 @@ def encode(text: str) -> list[int]:
 
 
 def decode(ids: Iterable[int]) -> str:
-    """The text of ``ids``; the inverse of ``encode``. An id that no text gives adds none."""
+    """Return the text of ``ids``; unknown ids give no text."""
     return "".join(map(piece_of, ids))
 
 
 def piece_of(token_id: int) -> str:
-    """The text of one token."""
+    """Return the text of one token."""
     if token_id in _SPECIAL:
         return _SPECIAL[token_id]
     if token_id & 0xFF == _CODE_POINT and token_id >> 8 <= sys.maxunicode:
@@ -59,17 +58,17 @@ def piece_of(token_id: int) -> str:
 
 
 def byte_lengths(ids: NDArray[np.uint32]) -> NDArray[np.int64]:
-    """How many bytes of UTF-8 text each id is."""
+    """Return the length of each token's text in bytes of UTF-8."""
     lengths = np.searchsorted(_FIRST_OF_LENGTH, ids, side="right")
-    odd = np.flatnonzero(ids & 0x80)  # the lowest byte is no ASCII: not a piece
+    odd = np.flatnonzero(ids & 0x80)  # not an ASCII piece
     codes = ids[odd] >> 8
-    of_character = 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF)
-    lengths[odd] = np.where(ids[odd] & 0xFF == _CODE_POINT, of_character, 0)
+    character_bytes = 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF)
+    lengths[odd] = np.where(ids[odd] & 0xFF == _CODE_POINT, character_bytes, 0)
     return lengths
 
 
 def encode_chat(messages: Sequence[tuple[str, str]], add_generation_prompt: bool) -> list[int]:
-    """The ids of a conversation of (role, content), in the ChatML template."""
+    """Return the ids of (role, content) messages in the ChatML template."""
     ids: list[int] = []
     for role, content in messages:
         ids += [MESSAGE_START, *encode(f"{role}\n{content}"), MESSAGE_END, *encode("\n")]
@@ -79,15 +78,15 @@ def encode_chat(messages: Sequence[tuple[str, str]], add_generation_prompt: bool
 
 
 def digest(ids: Sequence[int], seed: int) -> int:
-    """A number that stands for ``ids`` in ``next_word``; grows with ``extend``."""
+    """Return the initial state of ``next_word`` after a prompt."""
     return zlib.crc32(b"".join([token.to_bytes(8) for token in ids]), seed & 0xFFFFFFFF)
 
 
 def next_word(state: int) -> tuple[int, int]:
-    """The word (an index into ``WORD_IDS``) that follows the text of ``state``, and the new state.
+    """Return the next word (an index into ``WORD_IDS``) and the new state.
 
-    It depends on the tokens before it alone, so a text that is cut and sent again as a prompt
-    goes on as it would have.
+    The word depends only on the tokens before it, so a partial completion sent again as part of a
+    prompt continues as before.
     """
     word = (state ^ state >> 16) % len(_WORDS)
     return word, zlib.crc32(_ID_BYTES[word], state)

@@ -1,7 +1,4 @@
-"""Answers as vLLM 0.32 writes them: bodies as dictionaries, stream chunks as bytes.
-
-Pure. A stream's chunks differ in a few bytes only, so all the rest of them is encoded once.
-"""
+"""Response bodies as vLLM 0.32 writes them. Pure."""
 
 import json
 from typing import Any
@@ -16,34 +13,34 @@ Body = dict[str, Any]
 
 
 def dumps(value: Any) -> bytes:
-    """Compact JSON."""
+    """Return compact JSON."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def event(value: Any, name: str | None = None) -> bytes:
-    """A server-sent event."""
+    """Return a server-sent event."""
     head = b"" if name is None else b"event: " + name.encode() + b"\n"
     return head + b"data: " + dumps(value) + b"\n\n"
 
 
 def error_event(message: str) -> bytes:
-    """What a stream that broke off ends with, before ``[DONE]``."""
+    """Return the last event of a failed stream, before ``[DONE]``."""
     return b"data: " + json.dumps(error_body(message, 500)).encode() + b"\n\n"
 
 
 def error_body(message: str, status: int) -> Body:
-    """The body of an error of the engine."""
+    """Return the body of an engine error."""
     kind = "InternalServerError"
     return {"error": {"message": message, "type": kind, "param": None, "code": status}}
 
 
 def random_id() -> str:
-    """An id as vLLM makes them: 16 hexadecimal digits."""
+    """Return an id of 16 hexadecimal digits, as vLLM's."""
     return uuid4().hex[:16]
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> Body:
-    """Token counts, without the details."""
+    """Return token counts without details."""
     return {
         "prompt_tokens": prompt_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
@@ -52,13 +49,13 @@ def usage(prompt_tokens: int, completion_tokens: int) -> Body:
 
 
 def full_usage(prompt_tokens: int, completion_tokens: int) -> Body:
-    """Token counts of an answer that is not streamed; the details are off, as by vLLM's default."""
+    """Return token counts of a response that is not streamed, with empty details as by default."""
     details = {"prompt_tokens_details": None, "completion_tokens_details": None}
     return usage(prompt_tokens, completion_tokens) | details
 
 
 def models(config: GeneratorConfig, created: int, max_model_len: int) -> Body:
-    """``/v1/models``: the model, then its adapters."""
+    """Return the body of ``/v1/models``: the model, then its adapters."""
     name, adapters = config.name, config.adapters
     cards = [_card(name, config.model, created, None, max_model_len)]
     cards += [_card(each, path, created, name, None) for each, path in adapters.items()]
@@ -93,7 +90,7 @@ def _card(name: str, root: str, created: int, parent: str | None, length: int | 
 
 
 def chat(id_: str, created: int, model: str, choice: Body, counts: Body, prompt_ids: Any) -> Body:
-    """``/v1/chat/completions``."""
+    """Return the body of ``/v1/chat/completions``."""
     return {
         "id": id_,
         "object": "chat.completion",
@@ -113,7 +110,7 @@ def chat(id_: str, created: int, model: str, choice: Body, counts: Body, prompt_
 
 
 def chat_choice(text: str, sequence: SimSequence, token_ids: list[int] | None) -> Body:
-    """The one choice of a chat answer."""
+    """Return the only choice of a chat response."""
     message = {
         "role": "assistant",
         "content": text,
@@ -135,7 +132,7 @@ def chat_choice(text: str, sequence: SimSequence, token_ids: list[int] | None) -
 
 
 def completion(id_: str, created: int, model: str, choices: list[Body], counts: Body) -> Body:
-    """``/v1/completions``."""
+    """Return the body of ``/v1/completions``."""
     return {
         "id": id_,
         "object": "text_completion",
@@ -152,7 +149,7 @@ def completion(id_: str, created: int, model: str, choices: list[Body], counts: 
 
 
 def completion_choice(text: str, sequence: SimSequence, with_ids: bool) -> Body:
-    """One choice of a completion; there is one for each prompt."""
+    """Return one choice of a completion, which has one per prompt."""
     request = sequence.request
     prompt, generated = request.tokens[: request.num_prompt], request.tokens[request.num_prompt :]
     return {

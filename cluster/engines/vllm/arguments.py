@@ -64,7 +64,7 @@ def fill_args(
     """Write the configuration into ``args``, which hold vLLM's defaults.
 
     Raises:
-        ConfigError: ``engine_args`` has an unknown name, or one with a field of its own.
+        ConfigError: ``engine_args`` has an unknown name, or one that another field sets.
     """
     _check_names(config, vars(args))
     chosen: dict[str, Any] = {

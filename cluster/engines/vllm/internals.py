@@ -41,7 +41,7 @@ NAMES = {
     "RequestOutput": "vllm.outputs:RequestOutput",
     "SchedulerStats": "vllm.v1.metrics.stats:SchedulerStats",
 }
-"""Where each name is defined, in the form of ``pkgutil.resolve_name``."""
+"""Definition of each name, in the form of ``pkgutil.resolve_name``."""
 
 ATTRIBUTES = {
     "AsyncEngineArgs": ("from_cli_args", "create_engine_config"),
