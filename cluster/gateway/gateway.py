@@ -87,7 +87,7 @@ class Gateway:
         Raises:
             AuthenticationError: The API key is missing or unknown.
         """
-        return OPEN if path in PUBLIC_PATHS else self.admission.authenticate(headers)
+        return OPEN if path in PUBLIC_PATHS else self.admission.authenticator.authenticate(headers)
 
     async def respond(self, request: Request) -> Response:
         """Return the response to a request; errors become responses, never exceptions."""

@@ -84,7 +84,7 @@ async def a_world(
         pool = world.gateway.pools["m"]
         pool.update(world.infos)
         async with asyncio.timeout(30):
-            await until(lambda: pool.num_ready == replicas)
+            await until(lambda: pool.replicas.num_ready == replicas)
             yield world
 
 
@@ -193,7 +193,7 @@ async def test_an_adapter_that_no_replica_has_yet_is_to_be_asked_for_again() -> 
 async def test_what_asks_for_an_adapter_holds_nobody_up_where_only_others_have_room() -> None:
     async with a_world(2, "law", max_loras=1, old_replicas=1, decode_s_per_token=0.05) as world:
         pool = world.gateway.pools["m"]
-        pool.replica_set.fleet.set_capacity("r1", 1)
+        pool.replicas.fleet.set_capacity("r1", 1)
         long = asyncio.create_task(world.ask("law", max_tokens=100))
         await until(lambda: world.served()[1] == 1)
         answer = await world.ask("law")
@@ -216,7 +216,7 @@ async def test_what_waits_for_an_adapter_holds_nobody_up_once_no_replica_has_it(
     async with a_world(2, "law", max_loras=1, old_replicas=1, decode_s_per_token=0.05) as world:
         pool = world.gateway.pools["m"]
         for replica in ("r0", "r1"):
-            pool.replica_set.fleet.set_capacity(replica, 1)
+            pool.replicas.fleet.set_capacity(replica, 1)
         longs = [asyncio.create_task(world.ask("law", max_tokens=100))]
         await until(lambda: world.served() == [0, 1])  # so the next one finds room elsewhere alone
         longs.append(asyncio.create_task(world.ask("m", max_tokens=100)))

@@ -184,7 +184,7 @@ async def test_a_request_that_cannot_make_its_deadline_is_refused_at_once() -> N
             await call.done()
             replica.gate.clear()
         running = [ask(world, "", {"wait_before": True}) for _ in range(2)]
-        await world.until(lambda: pool.replicas[0].in_flight == 2)
+        await world.until(lambda: pool.replicas.running[0].in_flight == 2)
         waiting = [ask(world, "", {"wait_before": True}) for _ in range(20)]
         await world.until(lambda: pool.num_queued == 20)
         began = time.monotonic()
@@ -204,7 +204,7 @@ async def test_a_deadline_that_passes_in_the_queue_ends_the_wait() -> None:
         replica = await world.add("gen", "gen-1")
         pool = world.gateway.pools["gen"]
         running = [ask(world, "", {"wait_before": True}) for _ in range(2)]
-        await world.until(lambda: pool.replicas[0].in_flight == 2)
+        await world.until(lambda: pool.replicas.running[0].in_flight == 2)
         late = await ask(world, "", x_request_timeout_seconds="0.1").done()
         assert late.status == 429
         assert len(pool.queue) == 0
@@ -233,7 +233,7 @@ async def test_tokens_wait_within_their_bound() -> None:
         replica = await world.add("gen", "gen-1")
         pool = world.gateway.pools["gen"]
         running = [ask(world, "", {"wait_before": True, "max_tokens": 1}) for _ in range(2)]
-        await world.until(lambda: pool.replicas[0].in_flight == 2)
+        await world.until(lambda: pool.replicas.running[0].in_flight == 2)
         calls = [ask(world, "", {"max_tokens": 100}) for _ in range(40)]
         statuses: Counter[int] = Counter()
         await world.until(lambda: sum(c.answer.ended for c in calls) + pool.num_queued == 40)
@@ -287,7 +287,7 @@ async def test_limits_and_shares_hold_over_several_routers(keys: Keys) -> None:
         for world in worlds[1:]:
             world.running["gen"] = worlds[0].running["gen"]
             world.update("gen")
-            await world.until(lambda w=world: w.gateway.pools["gen"].num_ready == 1)
+            await world.until(lambda w=world: w.gateway.pools["gen"].replicas.num_ready == 1)
         for peer in peers:
             await peer.settle()
         answers = [await ask(world, "a").done() for _ in range(12) for world in worlds]
@@ -295,13 +295,13 @@ async def test_limits_and_shares_hold_over_several_routers(keys: Keys) -> None:
         assert 9 <= let_in <= 10 + 3 + 2  # 10 s of the rate, one a router, and what came since
         for peer in peers * 3:
             await peer.settle()
-        shares = [w.gateway.admission._quotas._accounts["a"].share for w in worlds]
+        shares = [w.gateway.admission.quotas.accounts["a"].share for w in worlds]
         assert sum(shares) == pytest.approx(1, abs=0.1)
         # A router that ends leaves its part to the others.
         for peer in peers[:2] * 2:
             peer.update_routers(infos[:2])
             await peer.settle()
-        shares = [w.gateway.admission._quotas._accounts["a"].share for w in worlds[:2]]
+        shares = [w.gateway.admission.quotas.accounts["a"].share for w in worlds[:2]]
         assert sum(shares) == pytest.approx(1, abs=0.1)
 
 

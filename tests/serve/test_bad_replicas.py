@@ -96,7 +96,7 @@ class Fleet:
     async def _update(self) -> None:
         pool = self.gateway.pools["m"]
         pool.update(ReplicaInfo(n, *s.address, (PATH,)) for n, s in self._servers.items())
-        await until(lambda: pool.num_ready == len(self._servers))
+        await until(lambda: pool.replicas.num_ready == len(self._servers))
 
     async def flood(self, num: int, rate: float) -> Counter[int]:
         """The statuses of so many requests at so many a second; afterwards nothing is held."""

@@ -93,7 +93,7 @@ class World:
         self.running[pool][name] = ReplicaInfo(name, host, port, routes, {"engine": "1"})
         self.update(pool)
         wanted = len(self.running[pool]) if ready is None else ready
-        await self.until(lambda: self.gateway.pools[pool].num_ready == wanted)
+        await self.until(lambda: self.gateway.pools[pool].replicas.num_ready == wanted)
         return replica
 
     def take_out(self, pool: str, name: str) -> None:
@@ -309,7 +309,7 @@ async def test_a_client_that_leaves_cancels_its_work_and_frees_its_place() -> No
         await call.chunks(1)
         await call.cancel()
         await world.until(lambda: replica.cancelled == 1)
-        assert world.gateway.pools["gen"].replicas[0].in_flight == 0
+        assert world.gateway.pools["gen"].replicas.running[0].in_flight == 0
 
 
 async def test_requests_beyond_capacity_wait_in_order_and_the_queue_is_bounded() -> None:
@@ -338,7 +338,7 @@ async def test_a_queued_client_that_leaves_gives_up_its_place() -> None:
         for call in calls[:2]:
             await call.done()
         assert (await asgi.post(world.app, CHAT, {})).status == 200
-        assert pool.replicas[0].in_flight == 0
+        assert pool.replicas.running[0].in_flight == 0
 
 
 async def test_with_no_replica_a_request_waits_for_one_then_fails() -> None:
@@ -376,7 +376,7 @@ async def test_a_lost_replica_is_replaced_by_another_while_nothing_was_answered(
         other = await world.add("gen", "gen-2")
         other.gate.set()
         if how == "lost":
-            await world.gateway.pools["gen"].replicas[0].link.close()
+            await world.gateway.pools["gen"].replicas.running[0].link.close()
         else:
             await world.servers["gen-1"].stop()
         answer = await call.done()
@@ -509,12 +509,10 @@ async def test_a_place_that_another_router_frees_goes_to_the_one_who_waits() -> 
         replica = await world.add("gen", "gen-1")
         other.running["gen"] = world.running["gen"]
         other.update("gen")
-        await other.until(lambda: other.gateway.pools["gen"].num_ready == 1)
+        await other.until(lambda: other.gateway.pools["gen"].replicas.num_ready == 1)
         calls = [asgi.start(world.app, "POST", CHAT, {"wait_before": True}) for _ in range(2)]
         await world.until(lambda: len(replica.seen) == 2)
-        await other.until(
-            lambda: other.gateway.pools["gen"].replica_set.fleet.in_flight("gen-1") == 2
-        )
+        await other.until(lambda: other.gateway.pools["gen"].replicas.fleet.in_flight("gen-1") == 2)
         waiting = asgi.start(other.app, "POST", CHAT, {})
         await other.until(lambda: other.gateway.pools["gen"].num_queued == 1)
         replica.gate.set()
@@ -572,7 +570,7 @@ async def test_a_replica_without_a_link_is_asked_beside_it() -> None:
         answer = await asgi.post(world.app, CHAT, {})
         assert (answer.status, answer.body) == (200, b"gen-1")
         assert (await metrics(world))["tandem_link_fallbacks_total", "gen"] == 1
-        await world.gateway.pools["gen"].replicas[0].link.close()  # it was no replica
+        await world.gateway.pools["gen"].replicas.running[0].link.close()  # it was no replica
         del world.running["gen"]["gen-1"]
         await world.add("gen", "gen-2")
         answer = await asgi.post(world.app, CHAT, {})

@@ -222,7 +222,7 @@ class Cluster:
                 for name, server in self.servers.items()
             )
         pools = [gateway.pools["m"] for gateway in self.gateways]
-        await until(lambda: all(pool.num_ready == len(self.servers) for pool in pools))
+        await until(lambda: all(pool.replicas.num_ready == len(self.servers) for pool in pools))
 
     async def ask(self, router: int, path: str = COMPLETION, **fields: object) -> asgi.Answer:
         body = {"model": "m", "max_tokens": 2, **fields}
@@ -234,7 +234,7 @@ class Cluster:
         await until(lambda: all(self._believed(gateway) for gateway in self.gateways))
 
     def _believed(self, gateway: Gateway) -> bool:
-        index = gateway.pools["m"].replica_set.prefixes
+        index = gateway.pools["m"].replicas.prefixes
         index.advance(1e9)  # what it only expects is forgotten
         held = {name: set(engine.prefixes.snapshot()) for name, engine in self.engines.items()}
         return all(
@@ -284,7 +284,7 @@ async def test_routers_converge_on_what_every_engine_holds() -> None:
             prompt = f"Story {number % 12}. " + "It was a dark and stormy night. " * 10
             assert (await cluster.ask(number % 2, prompt=prompt)).status == 200
             await cluster.settle()
-        assert all(g.pools["m"].replica_set.prefix_counts.removed for g in cluster.gateways)
+        assert all(g.pools["m"].replicas.prefix_counts.removed for g in cluster.gateways)
 
 
 async def test_a_replica_that_goes_is_forgotten_and_a_new_router_learns_all() -> None:
@@ -295,7 +295,7 @@ async def test_a_replica_that_goes_is_forgotten_and_a_new_router_learns_all() ->
         held = cluster.engines[holder].prefixes.snapshot()
         await cluster.add_router()
         await cluster.settle()
-        index = cluster.gateways[1].pools["m"].replica_set.prefixes
+        index = cluster.gateways[1].pools["m"].replicas.prefixes
         assert index.count(holder, held) == len(held)
         await cluster.remove(holder)
         await cluster.update()

@@ -38,7 +38,7 @@ class Engine:
 
     queue: AdmissionQueue = field(init=False)
     max_running: int = MAX_RUNNING
-    any_ready: bool = True
+    num_ready: int = 1
     running: int = 0
     in_flight: int = 0
     _waiting: deque[asyncio.Future[None]] = field(default_factory=deque)

@@ -69,8 +69,8 @@ async def test_the_name_of_a_pool_selects_the_peers_policy() -> None:
     with peer_policy(peer):
         theirs = Gateway(config, {peer: Wiring(b"secret")})
     ours = Gateway(config, {peer: Wiring(b"secret")})
-    assert isinstance(theirs.pools[peer].replica_set.policy, RayPrefixAffinity)
-    assert isinstance(ours.pools[peer].replica_set.policy, PrefixAffinity)
+    assert isinstance(theirs.pools[peer].replicas.policy, RayPrefixAffinity)
+    assert isinstance(ours.pools[peer].replicas.policy, PrefixAffinity)
     for gateway in (theirs, ours):
         await gateway.close()
 

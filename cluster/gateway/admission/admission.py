@@ -1,10 +1,8 @@
 """Admission of a request: API key, allowed models, quotas, and its claim on the pool."""
 
 import asyncio
-from collections.abc import Iterable
 
 from cluster.admission import MIN_PRIORITY, Identity
-from cluster.admission.leases import QuotaReport
 from cluster.errors import InvalidRequestError, PermissionDeniedError, RequestError
 from cluster.gateway.admission.authenticator import Authenticator
 from cluster.gateway.admission.quotas import QuotaTicket, TenantQuotas
@@ -25,21 +23,13 @@ class Admission:
     """Admission of requests to pools."""
 
     def __init__(self, authenticator: Authenticator, quotas: TenantQuotas) -> None:
-        self._authenticator = authenticator
-        self._quotas = quotas
-
-    def authenticate(self, headers: Headers) -> Identity:
-        """Return the sender of a request.
-
-        Raises:
-            AuthenticationError: The API key is missing or unknown.
-        """
-        return self._authenticator.authenticate(headers)
+        self.authenticator = authenticator
+        self.quotas = quotas
 
     def refresh_keys(self) -> None:
         """Apply changed keys and quotas."""
-        if self._authenticator.refresh():
-            self._quotas.set_tenants(self._authenticator.identities)
+        if self.authenticator.refresh():
+            self.quotas.set_tenants(self.authenticator.identities)
 
     def admit(self, request: Request, body: RequestBody, pool: Pool) -> tuple[Claim, QuotaTicket]:
         """Return the request's claim on its pool and the ticket of its tenant's quotas.
@@ -55,22 +45,6 @@ class Admission:
             pool.meter.reject(request, pool.routes.find(request.path) or OTHER, error.status)
             raise
 
-    def settle(self, router_id: str) -> QuotaReport:
-        """Update this router's share of every quota; return its report for the other routers."""
-        return self._quotas.settle(router_id)
-
-    def set_peers(self, router_ids: Iterable[str]) -> None:
-        """Set the ids of the other running routers."""
-        self._quotas.peers.set_routers(frozenset(router_ids))
-
-    def receive(self, report: QuotaReport, pools: Iterable[Pool]) -> None:
-        """Store another router's report, and charge its tenants in this router's queues."""
-        served = self._quotas.receive(report)
-        for pool in pools:
-            for (tenant, model), tokens in served.items():
-                if model in pool.models:
-                    pool.queue.charge_tenant(tenant, tokens)
-
     def _admit(self, request: Request, body: RequestBody, pool: Pool) -> tuple[Claim, QuotaTicket]:
         identity, model = request.identity, body.model or pool.name
         # An unread body may name any of the pool's models, so all of them must be allowed.
@@ -80,7 +54,7 @@ class Admission:
                     f"The API key does not allow the model `{name}`.", param="model"
                 )
         claim = _claim(request, body, pool, model)
-        ticket = self._quotas.admit(identity, model, claim.work_tokens, claim.view.prompt_tokens)
+        ticket = self.quotas.admit(identity, model, claim.work_tokens, claim.view.prompt_tokens)
         return claim, ticket
 
 

@@ -6,6 +6,7 @@ for it.
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
@@ -47,7 +48,7 @@ class QuotaSync:
     def update_routers(self, running: Iterable[ReplicaInfo]) -> None:
         """Set the running routers; this router's own entry is ignored."""
         self._links.update(running)
-        self._admission.set_peers(self._links.links())
+        self._admission.quotas.peers.set_routers(frozenset(self._links.links()))
 
     def wrap(self, app: ASGIApp) -> ASGIApp:
         """Return ``app`` with the path on which other routers report."""
@@ -65,7 +66,7 @@ class QuotaSync:
     async def settle(self) -> None:
         """Reload changed keys, settle this router's quotas, and report to the others."""
         self._admission.refresh_keys()
-        report = _encode(self._admission.settle(self._links.own_id))
+        report = _encode(self._admission.quotas.settle(self._links.own_id))
         links = [link for link in self._links.links().values() if link.connected]
         await asyncio.gather(*(_send_report(link, report) for link in links))
 
@@ -90,7 +91,12 @@ class QuotaSync:
         except msgspec.DecodeError as error:
             logger.warning("Cannot decode a router's report (of another version?): %s", error)
             return False
-        self._admission.receive(report, self._pools.values())
+        # Tenants that other routers served wait for the others in this router's queues.
+        served = self._admission.quotas.peers.add_report(report, time.monotonic())
+        for pool in self._pools.values():
+            for (tenant, model), tokens in served.items():
+                if model in pool.models:
+                    pool.queue.charge_tenant(tenant, tokens)
         return True
 
 

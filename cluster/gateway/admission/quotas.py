@@ -63,7 +63,8 @@ class TenantQuotas:
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        self._accounts: dict[str, TenantQuota] = {}
+        self.accounts: dict[str, TenantQuota] = {}
+        """Account of each tenant that sent a request, by name."""
         self._demands: dict[str, Demand] = {}
         self._served: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self._request_counters: dict[tuple[str, int], Counter] = {}
@@ -111,28 +112,20 @@ class TenantQuotas:
     def set_tenants(self, identities: Iterable[Identity]) -> None:
         """Apply changed tenants and quotas; a removed tenant is dropped when it is idle."""
         tenants = {identity.tenant.name: identity.tenant for identity in identities}
-        for name, account in list(self._accounts.items()):
+        for name, account in list(self.accounts.items()):
             if name in tenants:
                 account.set_tenant(tenants[name], time.monotonic())
             elif not account.concurrent:
-                del self._accounts[name]
+                del self.accounts[name]
                 self._demands.pop(name, None)
                 self._served.pop(name, None)
-
-    def receive(self, report: QuotaReport) -> dict[tuple[str, str], float]:
-        """Store another router's report.
-
-        Returns:
-            Tokens that it computed since its last report, by tenant and model.
-        """
-        return self.peers.add_report(report, time.monotonic())
 
     def settle(self, router_id: str) -> QuotaReport:
         """Update this router's share of every quota; return its report for the other routers."""
         now_s, utc_s = time.monotonic(), time.time()
         day = int(utc_s // DAY_S)
         reports = {}
-        for name, account in self._accounts.items():
+        for name, account in self.accounts.items():
             account.start_day(utc_s)
             demand = self._demands.setdefault(name, Demand(0.0, now_s))
             report = TenantReport(
@@ -147,12 +140,12 @@ class TenantQuotas:
         return QuotaReport(router_id, day, reports)
 
     def _account(self, tenant: Tenant) -> TenantQuota:
-        account = self._accounts.get(tenant.name)
+        account = self.accounts.get(tenant.name)
         if account is None:
             now_s, utc_s = time.monotonic(), time.time()
             lease = self.peers.lease_for(tenant.name, TenantReport(), int(utc_s // DAY_S), now_s)
             account = TenantQuota(tenant, now_s, utc_s, lease.share)
-            self._accounts[tenant.name] = account
+            self.accounts[tenant.name] = account
         return account
 
     def _bind_token_counters(self, tenant: str, model: str) -> tuple[Counter, Counter]:

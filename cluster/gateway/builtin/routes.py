@@ -105,7 +105,7 @@ class BuiltinRoutes:
     async def _version(self, _request: Request) -> Response:
         versions = dict(self._versions)
         for pool in self._pools.values():
-            for replica in pool.replicas:
+            for replica in pool.replicas.running:
                 versions.update(replica.info.versions)
         return json_response(versions)
 
@@ -165,7 +165,7 @@ class BuiltinRoutes:
         if pool.is_asleep:  # not worth starting a replica
             return None
         now_s = asyncio.get_running_loop().time()
-        replicas = tuple(replica.info.id for replica in pool.replicas)
+        replicas = tuple(replica.info.id for replica in pool.replicas.running)
         cached = self._cache.get((pool.name, path))
         if cached is not None and cached.replicas == replicas and now_s < cached.expires_s:
             return cached.answer

@@ -9,11 +9,10 @@ from typing import Any, Literal
 
 from cluster.admission import PoolCapacity
 from cluster.gateway.pools.queue import AdmissionQueue
-from cluster.gateway.pools.replica import Replica, ReplicaInfo, Wiring
+from cluster.gateway.pools.replica import ReplicaInfo, Wiring
 from cluster.gateway.pools.replica_set import PoolLimits, ReplicaSet
 from cluster.gateway.pools.routes import RouteTable
 from cluster.gateway.recording.observer import PoolMeter
-from cluster.load import Load
 from cluster.routing import TokenEstimator
 
 Kind = Literal["generator", "classifier"]
@@ -39,32 +38,17 @@ class Pool:
         self.routes = RouteTable()
         """Paths that the running replicas serve; empty until one has described itself."""
         self.estimate = TokenEstimator(generates=kind == "generator")
-        self.replica_set = ReplicaSet(name, limits, wiring, meter)
+        self.replicas = ReplicaSet(name, limits, wiring, meter)
         capacity = PoolCapacity(WAITING_RATIO[kind])
-        self.queue = AdmissionQueue(name, limits.queue, capacity, self.replica_set, meter)
-        self.replica_set.on_change = self.queue.dispatch
-        self.replica_set.on_load = self.queue.observe_loads
+        self.queue = AdmissionQueue(name, limits.queue, capacity, self.replicas, meter)
+        self.replicas.on_change = self.queue.dispatch
+        self.replicas.on_load = self.queue.observe_loads
         self._closed = False
-
-    @property
-    def replicas(self) -> list[Replica]:
-        """The running replicas."""
-        return self.replica_set.running
-
-    @property
-    def loads(self) -> list[Load]:
-        """The last load of each running replica that has reported one."""
-        return self.replica_set.loads
-
-    @property
-    def num_ready(self) -> int:
-        """Number of replicas whose link is open."""
-        return sum(replica.link.connected for replica in self.replicas)
 
     @property
     def num_in_flight(self) -> int:
         """Requests that this router sent to the running replicas and that have not ended."""
-        return sum(replica.in_flight for replica in self.replicas)
+        return sum(replica.in_flight for replica in self.replicas.running)
 
     @property
     def num_queued(self) -> int:
@@ -96,18 +80,18 @@ class Pool:
         return {
             "kind": self.kind,
             "replicas": len(self.replicas),
-            "ready": self.num_ready,
+            "ready": self.replicas.num_ready,
             "asleep": self.is_asleep,
             "queued": self.num_queued,
             "in_flight": self.num_in_flight,
             "ongoing": self.num_in_flight,  # deprecated name of in_flight
-            "running": sum(load.running for load in self.loads),
+            "running": sum(load.running for load in self.replicas.loads),
         }
 
     def update(self, running: Iterable[ReplicaInfo]) -> None:
         """Set the running replicas."""
         infos = {} if self._closed else {info.id: info for info in running}
-        self.replica_set.update(infos)
+        self.replicas.update(infos)
         self.routes = RouteTable(route for info in infos.values() for route in info.routes)
         self.queue.dispatch()
 
@@ -116,4 +100,4 @@ class Pool:
         self._closed = True
         self.queue.close()
         self.update(())
-        await self.replica_set.close()
+        await self.replicas.close()

@@ -188,7 +188,7 @@ class AdmissionQueue:
 
     def _estimate_wait_s(self, entry: QueueEntry[Waiter]) -> float:
         """Return the wait of a new entry in seconds; 0 if no drain rate is known yet."""
-        rate = self.capacity.drain_tokens_per_s() if self._slots.any_ready else None
+        rate = self.capacity.drain_tokens_per_s() if self._slots.num_ready else None
         return self._queue.tokens_before(entry) / rate if rate else 0.0
 
     def _refuse_if_late(self, claim: Claim, wait_s: float) -> None:
@@ -224,7 +224,7 @@ class AdmissionQueue:
             future.set_exception(self._too_late())
 
     def _too_late(self) -> RequestError:
-        if not self._slots.any_ready:
+        if not self._slots.num_ready:
             return UnavailableError(
                 f"{self._pool_name}: no replica became ready in time",
                 retry_after_s=_NO_REPLICA_RETRY_S,

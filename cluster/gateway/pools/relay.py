@@ -186,7 +186,7 @@ class RelayedBody:
             self._observer.write_times.append(perf_counter())
             if self._is_first:
                 self._is_first = False
-                self._pool.replica_set.first_token(self._slot)
+                self._pool.replicas.first_token(self._slot)
         return chunk
 
     async def aclose(self) -> None:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from ssl import SSLContext
 from typing import Any, Literal, Protocol
 
+import msgspec
+
 from cluster.link import LinkClient, LinkState, RequestHead, ResponseHead
 from cluster.routing import Reach
 from cluster.usage import Usage
@@ -33,30 +35,18 @@ class ReplicaInfo:
 
     def to_metadata(self) -> dict[str, Any]:
         """Return the form that Ray Serve passes to the routers."""
-        return {
-            "host": self.host,
-            "port": self.port,
-            "routes": list(self.routes),
-            "versions": self.versions,
-            "adapters": None if self.adapters is None else list(self.adapters),
-        }
+        metadata: dict[str, Any] = msgspec.to_builtins(self)
+        del metadata["id"]
+        return metadata
 
     @classmethod
     def from_metadata(cls, replica_id: str, metadata: dict[str, Any]) -> "ReplicaInfo":
         """Return the inverse of ``to_metadata``.
 
         Raises:
-            KeyError: The replica did not describe itself.
+            msgspec.ValidationError: The replica did not describe itself.
         """
-        adapters = metadata.get("adapters")
-        return cls(
-            id=replica_id,
-            host=metadata["host"],
-            port=metadata["port"],
-            routes=tuple(metadata["routes"]),
-            versions=dict(metadata["versions"]),
-            adapters=None if adapters is None else tuple(adapters),
-        )
+        return msgspec.convert({"adapters": None, **metadata, "id": replica_id}, cls)
 
 
 class Answer(Protocol):

@@ -80,6 +80,9 @@ class ReplicaSet:
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
 
+    def __len__(self) -> int:
+        return len(self._replicas)
+
     @property
     def running(self) -> list[Replica]:
         """The replicas that Ray Serve lists as running."""
@@ -91,9 +94,9 @@ class ReplicaSet:
         return list(self._reported_loads())
 
     @property
-    def any_ready(self) -> bool:
-        """True if the link to at least one replica is open."""
-        return any(replica.link.connected for replica in self._replicas.values())
+    def num_ready(self) -> int:
+        """Number of replicas whose link is open."""
+        return sum(replica.link.connected for replica in self._replicas.values())
 
     def update(self, infos: Mapping[str, ReplicaInfo]) -> None:
         """Set the running replicas, by id: open links to new ones, retire those that are gone."""

@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast
 
 from cluster.accounting import REASONS
 from cluster.errors import InvalidRequestError, LinkError, UnavailableError
-from cluster.gateway.messages import Body, Request, Response, header
+from cluster.gateway.messages import Body, Request, Response, bytes_response, header
 from cluster.gateway.recording.usage import UsageAccount
 from cluster.usage import Usage
 
@@ -57,14 +57,14 @@ async def add_usage(request: Request, response: Response, account: UsageAccount)
         return Response(response.status, response.headers, stream)
     if not content_type.startswith("application/json") or response.status != 200:
         return response
-    held = await _hold(body)
-    if not held.is_complete:
-        return Response(response.status, response.headers, held)
-    document = _insert_usage(b"".join(held.chunks), body.usage, account.currency)
-    held.chunks = [document]
-    headers = [pair for pair in response.headers if pair[0] != b"content-length"]
-    headers.append((b"content-length", str(len(document)).encode()))
-    return Response(response.status, headers, held)
+    chunks, is_complete = await _read_chunks(body)
+    if not is_complete:
+        return Response(response.status, response.headers, _PartlyReadBody(chunks, body))
+    document = _insert_usage(b"".join(chunks), body.usage, account.currency)
+    others = [
+        pair for pair in response.headers if pair[0] not in (b"content-length", b"content-type")
+    ]
+    return bytes_response(response.status, content_type.encode("latin-1"), document, others)
 
 
 def _usage_object(usage: Usage | None, currency: str | None) -> dict[str, Any]:
@@ -86,39 +86,37 @@ def _insert_usage(document: bytes, usage: Usage | None, currency: str | None) ->
         return document
 
 
-async def _hold(body: _UsageBody) -> "_HeldBody":
-    """Read the body until it is complete, or longer than ``MAX_HELD_BYTES``."""
-    held = _HeldBody(body)
+async def _read_chunks(body: _UsageBody) -> tuple[list[bytes], bool]:
+    """Read up to ``MAX_HELD_BYTES``; return the chunks, and True if they are the whole body."""
+    chunks: list[bytes] = []
     size = 0
     try:
         async for chunk in body:
-            held.chunks.append(chunk)
+            chunks.append(chunk)
             size += len(chunk)
             if size > MAX_HELD_BYTES:
-                return held
+                return chunks, False
     except LinkError as error:
         raise UnavailableError(f"The replica was lost: {error}", retry_after_s=1) from error
     except BaseException:
         await body.aclose()
         raise
-    held.is_complete = True
-    return held
+    return chunks, True
 
 
-class _HeldBody:
-    """A body of which the first chunks, or all, were read already."""
+class _PartlyReadBody:
+    """Body whose first chunks were read already."""
 
-    def __init__(self, rest: Body) -> None:
-        self.chunks: list[bytes] = []
-        self.is_complete = False
+    def __init__(self, chunks: list[bytes], rest: Body) -> None:
+        self._chunks = chunks
         self._rest = rest
 
-    def __aiter__(self) -> "_HeldBody":
+    def __aiter__(self) -> "_PartlyReadBody":
         return self
 
     async def __anext__(self) -> bytes:
-        if self.chunks:
-            return self.chunks.pop(0)
+        if self._chunks:
+            return self._chunks.pop(0)
         return await anext(aiter(self._rest))
 
     async def aclose(self) -> None:

@@ -52,8 +52,8 @@ class SlotSource(Protocol):
     """Source of an admission queue's slots: the replicas of a pool, or a test's engine."""
 
     @property
-    def any_ready(self) -> bool:
-        """True if at least one replica can take requests."""
+    def num_ready(self) -> int:
+        """Number of replicas that can take requests."""
 
     def take_slot(self, claim: Claim) -> Slot | None:
         """Take a slot, or return None if no replica has room.

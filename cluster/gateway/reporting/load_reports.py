@@ -55,7 +55,7 @@ class _PoolReporter:
         before = next(old for old in self._history if old.at >= now - RATE_WINDOW_S)
         elapsed_s = now - before.at
         rate = (counts.arrivals - before.arrivals) / elapsed_s if elapsed_s > 0 else 0.0
-        loads = pool.loads
+        loads = pool.replicas.loads
         return LoadReport(
             requests_per_s=rate,
             prefill_per_s=rate * self._prefill_mean,

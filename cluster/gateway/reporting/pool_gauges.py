@@ -15,7 +15,8 @@ def export_pool_gauges(registry: Registry, pools: Iterable[Pool]) -> None:
 
 
 def _set_gauges(registry: Registry, pool: Pool) -> None:
-    loads, capacity, replica_set = pool.loads, pool.queue.capacity, pool.replica_set
+    replicas, capacity = pool.replicas, pool.queue.capacity
+    loads = replicas.loads
     gauges = {
         table.IN_FLIGHT: pool.num_in_flight,
         table.QUEUED: pool.num_queued,
@@ -26,14 +27,14 @@ def _set_gauges(registry: Registry, pool: Pool) -> None:
         table.RUNNING: sum(load.running for load in loads),
         table.WAITING: sum(load.waiting for load in loads),
         table.KV_CACHE: sum(load.kv_cache_usage for load in loads) / max(1, len(loads)),
-        table.PREFIX_ENTRIES: replica_set.prefixes.num_entries,
+        table.PREFIX_ENTRIES: replicas.prefixes.num_entries,
     }
     for metric, value in gauges.items():
         registry.gauge(metric, pool.name).value = float(value)
-    states = Counter(replica.state for replica in pool.replicas)
+    states = Counter(replica.state for replica in replicas.running)
     for state in ("linked", "unlinked", "fallback"):
         registry.gauge(table.REPLICAS, pool.name, state).value = float(states[state])
-    prefixes, links = replica_set.prefix_counts, replica_set.link_counts
+    prefixes, links = replicas.prefix_counts, replicas.link_counts
     counters = {
         (table.PREFIX_EVENTS, "stored"): prefixes.stored,
         (table.PREFIX_EVENTS, "removed"): prefixes.removed,

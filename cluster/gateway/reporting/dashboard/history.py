@@ -125,7 +125,7 @@ class History:
 
     def _record_changes(self, now: float) -> None:
         for name, pool in self._pools.items():
-            ids = frozenset(replica.info.id for replica in pool.replicas)
+            ids = frozenset(replica.info.id for replica in pool.replicas.running)
             before = self._replica_ids[name]
             if ids != before:
                 added, removed = sorted(ids - before), sorted(before - ids)
@@ -147,7 +147,7 @@ def _growth(before: list[int], after: list[int]) -> dict[int, int]:
 
 def _pool_now(pool: Pool) -> PoolNow:
     replicas = []
-    for replica in pool.replicas:
+    for replica in pool.replicas.running:
         now = ReplicaNow(replica.info.id, replica.state, replica.in_flight)
         if (load := replica.link.load) is not None:
             now.running, now.waiting = load.running, load.waiting
