@@ -1,8 +1,8 @@
-"""vLLM's engine processes, found without their title.
+"""Search for vLLM's engine processes, without relying on their titles.
 
-setproctitle sets none where a process has changed the first variable of its environment, and the
-order of the variables that Ray hands over differs from start to start. Elsewhere (without
-SPT_NOENV) the title overwrites the environment, so that is no sign in every process either.
+setproctitle sets no title if a process has changed the first variable of its environment, and the
+order of the variables that Ray passes varies between starts. Without SPT_NOENV, the title replaces
+the environment, so not every process can be found by its environment either.
 """
 
 import contextlib
@@ -15,12 +15,12 @@ from cluster.engines.lifeline import PARENT_VARIABLE
 
 
 def engines_of_this_process() -> list[psutil.Process]:
-    """Those that this process, which starts nothing else, has started."""
+    """Return the engines started by this process, which must have no other children."""
     return list(without_trackers(psutil.Process().children()))
 
 
 def engines_of_cluster(home: Path) -> list[psutil.Process]:
-    """Those of the cluster whose TANDEM_HOME is ``home``."""
+    """Return the engines of the cluster whose TANDEM_HOME is ``home``."""
     found = []
     for process in without_trackers(list(psutil.process_iter())):
         with contextlib.suppress(psutil.Error):
@@ -32,7 +32,7 @@ def engines_of_cluster(home: Path) -> list[psutil.Process]:
 
 
 def without_trackers(processes: list[psutil.Process]) -> Iterator[psutil.Process]:
-    """Those that are not multiprocessing's own helper."""
+    """Yield the processes that are not multiprocessing's resource tracker."""
     for process in processes:
         with contextlib.suppress(psutil.Error):
             if "multiprocessing.resource_tracker" not in " ".join(process.cmdline()):

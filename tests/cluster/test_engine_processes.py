@@ -1,4 +1,4 @@
-"""vLLM's processes: two workers give what one gives, and none outlives its replica."""
+"""vLLM's processes: two workers generate the same text as one, and all end with the replica."""
 
 import asyncio
 import subprocess
@@ -48,32 +48,32 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_config(model: Path, **fields: Any) -> GeneratorConfig:
-    named = {"name": "m", "model": str(model), "kv_cache_memory_bytes": 2**27, **fields}
-    return GeneratorConfig.model_validate(named)
+    values = {"name": "m", "model": str(model), "kv_cache_memory_bytes": 2**27, **fields}
+    return GeneratorConfig.model_validate(values)
 
 
 def children() -> list[psutil.Process]:
     return list(without_trackers(psutil.Process().children(recursive=True)))
 
 
-async def text_of(config: GeneratorConfig, num_processes: int) -> str:
+async def generate_text(config: GeneratorConfig, num_processes: int) -> str:
     engine = make_generator_engine(config)
     await engine.start()
     try:
         assert len(children()) == num_processes
-        asked = {"prompt": "Once upon a time", "max_tokens": 12, "temperature": 0}
-        answer = (await asgi.post(engine.app, "/v1/completions", asked)).json()
+        body = {"prompt": "Once upon a time", "max_tokens": 12, "temperature": 0}
+        answer = (await asgi.post(engine.app, "/v1/completions", body)).json()
         text: str = answer["choices"][0]["text"]
         return text
     finally:
         await engine.stop()
-        await engine.stop()
+        await engine.stop()  # stopping twice is allowed
         assert children() == []
 
 
-async def test_two_workers_answer_as_one(tiny: Path) -> None:
-    two = await text_of(make_config(tiny, tensor_parallel_size=2, dtype="float32"), 3)
-    one = await text_of(make_config(tiny, dtype="float32"), 1)
+async def test_two_workers_generate_the_same_text_as_one(tiny: Path) -> None:
+    two = await generate_text(make_config(tiny, tensor_parallel_size=2, dtype="float32"), 3)
+    one = await generate_text(make_config(tiny, dtype="float32"), 1)
     assert two == one
 
 
@@ -85,9 +85,9 @@ def test_no_process_outlives_a_killed_replica(tiny: Path, tmp_path: Path) -> Non
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) as replica:
         assert replica.stdout is not None
         lines = iter(replica.stdout.readline, "")
-        found = next((line for line in lines if line.startswith("PROCESSES")), "")
+        announced = next((line for line in lines if line.startswith("PROCESSES")), "")
         replica.kill()
-    pids = [int(pid) for pid in found.split()[1:]]
+    pids = [int(pid) for pid in announced.split()[1:]]
     assert len(pids) >= 3  # the engine's process and two workers
     deadline = time.monotonic() + 5
     while alive := [pid for pid in pids if is_alive(pid)]:
@@ -102,7 +102,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-async def test_a_start_that_is_cancelled_leaves_nothing(tiny: Path) -> None:
+async def test_a_cancelled_start_leaves_no_process(tiny: Path) -> None:
     engine = make_generator_engine(make_config(tiny))
     starting = asyncio.create_task(engine.start())
     await asyncio.sleep(1.0)

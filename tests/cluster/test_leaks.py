@@ -1,4 +1,4 @@
-"""Replicas that leak are drained and replaced, one at a time, and no request fails meanwhile."""
+"""Leaking replicas are drained and replaced one at a time, without a failed request."""
 
 import time
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 
 from tests.cluster.conftest import RunningCluster, router_config, serve_config, sim_generator
-from tests.cluster.test_scale import replicas, unbroken_load, until
+from tests.cluster.test_scale import complete_streams, replicas, until
 
 LEAKS = {
     "sample_s": 0.5,
@@ -27,7 +27,7 @@ def config() -> dict[str, Any]:
     return serve_config(generators=[sim], router=router_config(1), leaks=LEAKS)
 
 
-def generators(cluster: RunningCluster) -> set[str]:
+def running_generators(cluster: RunningCluster) -> set[str]:
     deployments = cluster.status()["application"]["deployments"]
     return {
         replica["id"]
@@ -43,22 +43,22 @@ def states(cluster: RunningCluster) -> list[str]:
 
 
 async def test_leaking_replicas_are_replaced_one_at_a_time(sim_cluster: RunningCluster) -> None:
-    before = generators(sim_cluster)
+    before = running_generators(sim_cluster)
     assert len(before) == 2
-    fewest = 2
+    min_ready = 2
     with httpx.Client(base_url=sim_cluster.http_url, timeout=60) as http:
 
         def replaced() -> bool:
-            nonlocal fewest
-            fewest = min(fewest, http.get("/ready").json()["pools"]["sim"]["ready"])
-            return not before & generators(sim_cluster)
+            nonlocal min_ready
+            min_ready = min(min_ready, http.get("/ready").json()["pools"]["sim"]["ready"])
+            return not before & running_generators(sim_cluster)
 
-        async with unbroken_load(sim_cluster.http_url, streams=4):
-            await until(replaced, 180, "the replacement of both")
-    assert fewest >= 1
+        async with complete_streams(sim_cluster.http_url, streams=4):
+            await until(replaced, 180, "replacing both replicas")
+    assert min_ready >= 1  # one replica always serves
 
 
-def test_all_replicas_run_then(sim_cluster: RunningCluster) -> None:
+def test_all_replicas_run_after_the_replacement(sim_cluster: RunningCluster) -> None:
     deadline = time.monotonic() + 120
     while set(states(sim_cluster)) != {"RUNNING"}:  # the last one may still be stopping
         assert time.monotonic() < deadline, states(sim_cluster)

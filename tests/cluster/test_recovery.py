@@ -35,8 +35,8 @@ def test_a_dead_engine_is_replaced(cluster: RunningCluster) -> None:
                 "starting the request",
             )
             old[0].kill()
-            # No byte had been sent, so the request fails over to the new replica, or gets 503 if
-            # the router already knows that there is none.
+            # No byte had been sent, so the request fails over to the new replica, or gets 503
+            # if no replica is left to wait for.
             interrupted = in_flight.result(timeout=200)
         if interrupted.status_code == 200:
             assert interrupted.json()["usage"]["completion_tokens"] == 300

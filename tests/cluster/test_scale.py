@@ -1,4 +1,4 @@
-"""Several routers and replicas of the simulated engine: spread, scaled, updated without a gap."""
+"""Scaling, link fallback and rolling update with several routers and simulated replicas."""
 
 import asyncio
 import subprocess
@@ -28,24 +28,28 @@ def config(**generator: Any) -> dict[str, Any]:
     }
     fields = {"sim": {"decode_s_per_token": 0.02}, "max_in_flight": 16, "replicas": scaled}
     sim = sim_generator(**{**fields, **generator})
-    beside = {
-        "name": "beside",
-        "route_prefix": "/beside",
+    unlinkable = {
+        "name": "unlinkable",
+        "route_prefix": "/unlinkable",
         "import_path": "tests.cluster.unlinkable:build",
         "args": {
             "generators": [{**sim, "replicas": {"min": 1, "max": 1}}],
             "router": router_config(1),
         },
     }
-    return serve_config(beside, generators=[sim], router=router_config(2, max_queued=200))
+    return serve_config(unlinkable, generators=[sim], router=router_config(2, max_queued=200))
 
 
 def num_replicas(http: httpx.Client) -> int:
     return int(http.get("/ready").json()["pools"]["sim"]["replicas"])
 
 
-class Load:
-    """So many streams at a time until told to stop; counts how they ended."""
+def is_complete(stream: str) -> bool:
+    return stream.count('"text"') == BODY["max_tokens"] and stream.endswith("[DONE]\n\n")
+
+
+class StreamClients:
+    """Concurrent streams, repeated until ``stop`` is set, and counts of how they ended."""
 
     def __init__(self, url: str, streams: int) -> None:
         self._url = url
@@ -56,83 +60,87 @@ class Load:
     async def run(self) -> None:
         limits = httpx.Limits(max_connections=self._streams)
         async with httpx.AsyncClient(base_url=self._url, limits=limits, timeout=120) as http:
-            await asyncio.gather(*(self._one(http) for _ in range(self._streams)))
+            await asyncio.gather(*(self._repeat(http) for _ in range(self._streams)))
 
-    async def _one(self, http: httpx.AsyncClient) -> None:
+    async def _repeat(self, http: httpx.AsyncClient) -> None:
         while not self.stop.is_set():
-            answer = await http.post("/v1/completions", json=BODY)
-            whole = answer.text.count('"text"') == 25 and answer.text.endswith("[DONE]\n\n")
-            self.ends["whole" if whole else f"{answer.status_code}: {answer.text[-200:]}"] += 1
+            response = await http.post("/v1/completions", json=BODY)
+            complete = is_complete(response.text)
+            end = "complete" if complete else f"{response.status_code}: {response.text[-200:]}"
+            self.ends[end] += 1
 
 
 @asynccontextmanager
-async def unbroken_load(url: str, streams: int) -> AsyncIterator[None]:
-    """Streams go on inside; each of them must end whole."""
-    load = Load(url, streams)
-    running = asyncio.create_task(load.run())
+async def complete_streams(url: str, streams: int) -> AsyncIterator[None]:
+    """Run concurrent streams inside the block; every stream must be complete."""
+    clients = StreamClients(url, streams)
+    running = asyncio.create_task(clients.run())
     yield
-    load.stop.set()
+    clients.stop.set()
     await running
-    assert set(load.ends) == {"whole"}, load.ends
+    assert set(clients.ends) == {"complete"}, clients.ends
 
 
 @asynccontextmanager
-async def asked_all_along(url: str, model: str) -> AsyncIterator[list[httpx.Response]]:
-    """Short requests for a model go on inside; yields the growing list of answers."""
-    answers: list[httpx.Response] = []
+async def periodic_requests(url: str, model: str) -> AsyncIterator[list[httpx.Response]]:
+    """Send short requests to a model inside the block; yield the growing list of responses."""
+    responses: list[httpx.Response] = []
 
-    async def ask() -> None:
+    async def send() -> None:
         async with httpx.AsyncClient(base_url=url, timeout=60) as http:
             while True:
                 body = {"model": model, "prompt": "a", "max_tokens": 1}
-                answers.append(await http.post("/v1/completions", json=body))
+                responses.append(await http.post("/v1/completions", json=body))
                 await asyncio.sleep(0.1)
 
-    asking = asyncio.create_task(ask())
-    yield answers
-    asking.cancel()
-    await asyncio.wait([asking])
+    sending = asyncio.create_task(send())
+    yield responses
+    sending.cancel()
+    await asyncio.wait([sending])
 
 
-async def until(condition: Any, timeout_s: float, what: str) -> None:
+async def until(condition: Any, timeout_s: float, event: str) -> None:
     deadline = time.monotonic() + timeout_s
     while not await asyncio.to_thread(condition):
-        assert time.monotonic() < deadline, f"{what} took longer than {timeout_s} s"
+        assert time.monotonic() < deadline, f"{event} took longer than {timeout_s} s"
         await asyncio.sleep(0.5)
 
 
 async def test_replicas_follow_the_load_up_and_down(sim_cluster: RunningCluster) -> None:
     with httpx.Client(base_url=sim_cluster.http_url, timeout=60) as http:
         assert num_replicas(http) == 1
-        async with unbroken_load(sim_cluster.http_url, streams=16):
+        async with complete_streams(sim_cluster.http_url, streams=16):
             await until(lambda: num_replicas(http) == 3, 120, "scaling up")
-        # A few streams go on while replicas are taken out; none of them may break.
-        async with unbroken_load(sim_cluster.http_url, streams=2):
+        # Some streams continue while replicas are drained; all must be complete.
+        async with complete_streams(sim_cluster.http_url, streams=2):
             await until(lambda: num_replicas(http) == 1, 120, "scaling down")
 
 
-async def test_a_replica_without_a_link_is_reached_over_the_handle(
+async def test_a_replica_without_a_link_is_called_through_its_handle(
     sim_cluster: RunningCluster,
 ) -> None:
-    async with httpx.AsyncClient(base_url=f"{sim_cluster.http_url}/beside", timeout=60) as http:
-        answers = await asyncio.gather(*(http.post("/v1/completions", json=BODY) for _ in range(4)))
-        for answer in answers:
-            assert answer.text.count('"text"') == 25
-            assert answer.text.endswith("[DONE]\n\n")
-        whole = await http.post("/v1/completions", json={**BODY, "stream": False})
-        assert whole.json()["usage"]["completion_tokens"] == 25
-        refused = await http.post("/v1/completions", json={**BODY, "max_tokens": -1})
-        assert refused.status_code == 400
+    async with httpx.AsyncClient(base_url=f"{sim_cluster.http_url}/unlinkable", timeout=60) as http:
+        responses = await asyncio.gather(
+            *(http.post("/v1/completions", json=BODY) for _ in range(4))
+        )
+        assert all(is_complete(response.text) for response in responses)
+        unary = await http.post("/v1/completions", json={**BODY, "stream": False})
+        assert unary.json()["usage"]["completion_tokens"] == 25
+        rejected = await http.post("/v1/completions", json={**BODY, "max_tokens": -1})
+        assert rejected.status_code == 400
+        # Four streams, one unary request and one rejected one; five times 25 tokens.
         metrics = (await http.get("/metrics")).text
         assert 'tandem_link_fallbacks_total{model="sim"} 6.0' in metrics
         assert 'tandem_replicas{model="sim",state="fallback"} 1.0' in metrics
         assert 'tandem_completion_tokens_total{model="sim"} 125.0' in metrics
 
 
-async def test_an_update_leaves_no_gap(sim_cluster: RunningCluster, tmp_path: Path) -> None:
+async def test_a_rolling_update_interrupts_no_stream(
+    sim_cluster: RunningCluster, tmp_path: Path
+) -> None:
     """``serve deploy`` of a changed file replaces every replica while streams run.
 
-    It adds an adapter, and no replica of before is asked for that: it would answer 404 itself.
+    The update adds an adapter. Requests for it must not reach old replicas, which reject them.
     """
     port = int(sim_cluster.http_url.rsplit(":", 1)[1])
     changed = config(
@@ -151,8 +159,8 @@ async def test_an_update_leaves_no_gap(sim_cluster: RunningCluster, tmp_path: Pa
         return not before & ids and all(replica["state"] == "RUNNING" for replica in now)
 
     async with (
-        unbroken_load(sim_cluster.http_url, streams=4),
-        asked_all_along(sim_cluster.http_url, "law") as told,
+        complete_streams(sim_cluster.http_url, streams=4),
+        periodic_requests(sim_cluster.http_url, "law") as adapter_responses,
     ):
         done = await asyncio.to_thread(
             subprocess.run,
@@ -164,10 +172,10 @@ async def test_an_update_leaves_no_gap(sim_cluster: RunningCluster, tmp_path: Pa
         )
         assert done.returncode == 0, done.stderr
         await until(replaced, 150, "the update")
-        await until(lambda: told[-1].status_code == 200, 30, "the adapter")
-    for answer in told:
+        await until(lambda: adapter_responses[-1].status_code == 200, 30, "the adapter")
+    for answer in adapter_responses:
         if answer.status_code == 404:
-            assert "Known models: sim" in answer.text  # a router of before
+            assert "Known models: sim" in answer.text  # from a router before the update
         elif answer.status_code == 503:
             assert int(answer.headers["retry-after"]) > 0
         else:

@@ -1,7 +1,7 @@
-"""``tandem simulate`` beside a live cluster: one trace, one configuration, the same percentiles.
+"""``tandem simulate`` and a live cluster: same trace and configuration, same percentiles.
 
-Steps take 60 ms and more and requests wait for seconds, so what the machine adds is small; nothing
-that is compared lies at a point where a little more time would change much.
+Steps take at least 60 ms and requests wait for seconds, so the machine's own latency is small. The
+compared percentiles do not lie where a small delay would change them much.
 """
 
 import json
@@ -34,19 +34,19 @@ def config() -> dict[str, Any]:
 
 
 def write_trace(path: Path, requests: int = 70, rate: float = 6.0) -> None:
-    """More than the replicas can serve at once; most prompts begin as others do."""
-    drawn, at_s, lines = random.Random(4), 0.0, []
+    """Write a trace with queueing, in which most prompts share a prefix."""
+    rng, at_s, lines = random.Random(4), 0.0, []
     for number in range(requests):
-        at_s += drawn.expovariate(rate)
-        family = drawn.randrange(6)
+        at_s += rng.expovariate(rate)
+        family = rng.randrange(6)
         blocks = list(range(100 * family, 100 * family + 2 + family % 3))
-        if drawn.random() >= 0.7:
+        if rng.random() >= 0.7:
             blocks = []
-        blocks += range(10_000 + 10 * number, 10_000 + 10 * number + drawn.randrange(2))
+        blocks += range(10_000 + 10 * number, 10_000 + 10 * number + rng.randrange(2))
         request = {
             "timestamp": 1000 * at_s,
-            "input_length": len(blocks) * MOONCAKE_BLOCK + drawn.randint(20, 400),
-            "output_length": drawn.randint(5, 40),
+            "input_length": len(blocks) * MOONCAKE_BLOCK + rng.randint(20, 400),
+            "output_length": rng.randint(5, 40),
             "hash_ids": blocks,
         }
         lines.append(json.dumps(request))
@@ -64,7 +64,7 @@ def hit_rate(url: str) -> float:
     return cached / prompts
 
 
-async def test_the_simulator_says_what_the_cluster_does(
+async def test_the_simulator_predicts_the_clusters_latencies_and_hit_rate(
     sim_cluster: RunningCluster, tmp_path: Path
 ) -> None:
     file, trace = tmp_path / "config.json", tmp_path / "trace.jsonl"
@@ -72,14 +72,14 @@ async def test_the_simulator_says_what_the_cluster_does(
     write_trace(trace)
     done = sim_cluster.tandem("simulate", "--trace", str(trace), "--config", str(file), "--json")
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
+    predicted = json.loads(done.stdout)
     live = Replay(sim_cluster.http_url, "sim")
     await live.run(read_trace(trace))
     measured = {
-        f"{name}_p{percent}_s": found.percentile(percent)
-        for name, found in (("ttft", live.ttft_s), ("itl", live.itl_s))
+        f"{name}_p{percent}_s": histogram.percentile(percent)
+        for name, histogram in (("ttft", live.ttft_s), ("itl", live.itl_s))
         for percent in (50, 90)
     }
-    assert measured["ttft_p50_s"] > 1, "the trace was to keep requests waiting"
-    assert {name: said[name] for name in measured} == pytest.approx(measured, rel=0.15)
-    assert said["hit_rate"] == pytest.approx(hit_rate(sim_cluster.http_url), rel=0.15)
+    assert measured["ttft_p50_s"] > 1, "requests of this trace must wait"
+    assert {name: predicted[name] for name in measured} == pytest.approx(measured, rel=0.15)
+    assert predicted["hit_rate"] == pytest.approx(hit_rate(sim_cluster.http_url), rel=0.15)

@@ -1,6 +1,6 @@
-"""Tensor parallelism of two in a Serve replica's placement group, on a model the test makes.
+"""Tensor parallelism of 2 in a Serve replica's placement group, with a generated model.
 
-``test_engine_processes`` compares its text with that of one worker.
+``test_engine_processes`` compares the text of two workers with that of one.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Spans of a live cluster: a router's, a replica's and vLLM's own, joined to one trace."""
+"""Spans of router, replica and vLLM in a live cluster, joined to one trace."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ PARENT = "b7ad6b7169203331"
 TEXT = "a-secret-text"
 
 
-def test_vllms_span_is_below_the_engines(make_cluster: Any) -> None:
+def test_vllms_span_is_a_child_of_the_engines_span(make_cluster: Any) -> None:
     with otlp.collect_spans() as received:
         cluster: RunningCluster = make_cluster("--set", f"tracing.endpoint={received.url}")
         try:
@@ -25,17 +25,17 @@ def test_vllms_span_is_below_the_engines(make_cluster: Any) -> None:
                 assert answer.status_code == 200
                 label = {"model": "sentiment", "input": TEXT}
                 assert http.post("/classify", json=label).status_code == 200
-            # vLLM hands its spans over every few seconds.
+            # vLLM exports its spans every few seconds.
             received.wait_named("llm_request")
             received.wait_named("text_completion smollm2")
             received.wait_named("classify sentiment")
             received.wait_named("POST /v1/completions")
         finally:
             assert cluster.tandem("down").returncode == 0
-    of_request = [span for span in received.spans if span.trace_id == TRACE]
-    by_id = {span.span_id: span for span in of_request}
-    engine = next(span for span in of_request if span.name == "text_completion smollm2")
-    (inner,) = [span for span in of_request if span.parent_id == engine.span_id]
+    of_trace = [span for span in received.spans if span.trace_id == TRACE]
+    by_id = {span.span_id: span for span in of_trace}
+    engine = next(span for span in of_trace if span.name == "text_completion smollm2")
+    (inner,) = [span for span in of_trace if span.parent_id == engine.span_id]
     assert inner.name == "llm_request"
     assert engine.attributes["gen_ai.usage.output_tokens"] == 4
     replica = by_id[engine.parent_id]

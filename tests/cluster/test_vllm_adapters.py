@@ -1,4 +1,4 @@
-"""LoRA adapters in real vLLM: each answers as a model whose weights hold it."""
+"""LoRA adapters in real vLLM, compared with models that have the adapter merged."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ pytestmark = [
 
 
 def make_adapter(directory: Path, model: Any, seed: int) -> None:
-    """Random low-rank changes of the queries and values of each layer, as PEFT writes them."""
+    """Write a random LoRA adapter for the query and value projections, in PEFT's format."""
     import torch
     from safetensors.torch import save_file
 
@@ -36,7 +36,7 @@ def make_adapter(directory: Path, model: Any, seed: int) -> None:
             weights[f"{key}.lora_A.weight"] = torch.randn(RANK, module.in_features) * 0.2
             weights[f"{key}.lora_B.weight"] = torch.randn(module.out_features, RANK) * 0.2
     save_file(weights, directory / "adapter_model.safetensors")
-    described = {
+    adapter_config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": RANK,
@@ -44,11 +44,11 @@ def make_adapter(directory: Path, model: Any, seed: int) -> None:
         "target_modules": ["q_proj", "v_proj"],
         "bias": "none",
     }
-    (directory / "adapter_config.json").write_text(json.dumps(described), encoding="utf-8")
+    (directory / "adapter_config.json").write_text(json.dumps(adapter_config), encoding="utf-8")
 
 
 def greedy(directory: Path, adapter: Path | None, count: int) -> list[int]:
-    """What transformers continues ``IDS`` with, the adapter added to the weights."""
+    """Return transformers' greedy continuation of ``IDS`` with the adapter merged."""
     import torch
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
@@ -59,11 +59,11 @@ def greedy(directory: Path, adapter: Path | None, count: int) -> list[int]:
         name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         change = changes[key.replace("lora_A", "lora_B")] @ changes[key]
         model.get_submodule(name).weight.data += SCALE * change
-    made = model.generate(torch.tensor([IDS]), max_new_tokens=count, do_sample=False)
-    return made[0, len(IDS) :].tolist()
+    generated = model.generate(torch.tensor([IDS]), max_new_tokens=count, do_sample=False)
+    return generated[0, len(IDS) :].tolist()
 
 
-async def test_adapters_answer_as_merged_weights_do(tmp_path: Path) -> None:
+async def test_adapters_generate_the_same_tokens_as_merged_weights(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     base = tmp_path / "base"

@@ -1,10 +1,10 @@
-"""A language model small enough to be made by a test: random weights, SmolLM2's tokenizer."""
+"""Tiny language model for tests: random weights, SmolLM2's tokenizer."""
 
 from pathlib import Path
 
 
 def make_tiny_llama(directory: Path, tokenizer_dir: str) -> None:
-    """Its heads can be divided by two, and are of a size that vLLM's attention on CPUs takes."""
+    """Write the model. Its heads suit a tensor parallelism of 2 and vLLM's attention on CPUs."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 

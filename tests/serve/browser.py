@@ -1,6 +1,6 @@
-"""Pages in a real browser: headless Chromium, and a gateway that listens for it.
+"""Pages in headless Chromium, and an HTTP server for them.
 
-Wants Debian's packages chromium and chromium-driver; CI installs them.
+Requires Debian's packages chromium and chromium-driver; CI installs them.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 @asynccontextmanager
 async def listening(app, port=0):
-    """The address at which ``app`` answers HTTP."""
+    """Serve ``app`` over HTTP and yield its address."""
     config = uvicorn.Config(app, port=port, log_level="error", lifespan="off")
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
@@ -34,7 +34,7 @@ async def listening(app, port=0):
 
 
 def start(profile):
-    """A browser with its profile in ``profile``; skips the test where there is none."""
+    """Start a browser with a profile directory; skip the test if Chromium is not installed."""
     if not (CHROMIUM and DRIVER):
         if os.environ.get("CI"):
             pytest.fail("CI has no chromium and chromium-driver")
@@ -49,7 +49,7 @@ def start(profile):
 
 
 class Page:
-    """What a person does with a page, and sees of it."""
+    """Page in a browser: open it, find elements, run scripts."""
 
     def __init__(self, driver):
         self.driver = driver
@@ -76,7 +76,7 @@ class Page:
         )
 
     def colors(self):
-        """The brightness of the page's background and of its text."""
+        """Return the brightness of the page's background and of its text, from 0 to 255."""
         style = "getComputedStyle(document.body)"
         return [brightness(self.script(f"{style}.{name}")) for name in ("backgroundColor", "color")]
 

@@ -1,10 +1,14 @@
 import argparse
 
+import numpy as np
+import pytest
+
 from benchmarks import routing
 from benchmarks.routing.peers import RayPowerOfTwo, RayPrefixAffinity, VllmRouterCacheAware
 from benchmarks.routing.traces import OracleRouting, ideal_ttft_p90_s
 from cluster.routing import Fleet, Policy, RequestView
 from cluster.simulation.requests import Trace, TraceRequest
+from cluster.simulation.settings import LARGE_GPU
 
 ENDS = (100.0, 200.0, 300.0)
 
@@ -38,9 +42,11 @@ def test_the_ideal_ttft_computes_only_new_blocks() -> None:
         trace_request(1.0, (1, 2, 3)),
         trace_request(2.0, (1, 2, 3)),
     ]
-    assert ideal_ttft_p90_s(Trace("t", requests[:1], 100)) == 200 * 1e-4
+    assert ideal_ttft_p90_s(Trace("t", requests[:1], 100)) == 200 * LARGE_GPU.prefill_s_per_token
     found = ideal_ttft_p90_s(Trace("t", requests, 100))
-    assert 1e-4 < found < 200 * 1e-4
+    # Two requests compute one token each, the first one 200; p90 interpolates.
+    one_token_s = LARGE_GPU.prefill_s_per_token
+    assert found == pytest.approx(np.percentile([200 * one_token_s, one_token_s, one_token_s], 90))
 
 
 def test_policies_return_none_when_all_replicas_are_full() -> None:
