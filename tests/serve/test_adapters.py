@@ -45,7 +45,7 @@ class World:
         return await asgi.call(GatewayApp(self.gateway), "POST", path, body)
 
     def served(self) -> list[int]:
-        return [engine._num_accepted for engine in self.engines]
+        return [engine.num_accepted for engine in self.engines]
 
 
 @asynccontextmanager
@@ -147,7 +147,7 @@ async def test_an_adapters_requests_stay_together() -> None:
         for _ in range(4):
             for model in ("law", "art", "tax"):
                 assert (await world.ask(model)).status == 200
-        loaded = [list(engine._scheduler._adapters._users) for engine in world.engines]
+        loaded = [engine.loaded_adapters for engine in world.engines]
         assert sorted(name for names in loaded for name in names) == ["art", "law", "tax"]
         assert world.served() == [4, 4, 4]
 

@@ -16,6 +16,11 @@ class AdapterSlots:
         # Requests by adapter, least recently used first.
         self._num_users = dict.fromkeys(list(adapters)[-max_loras:], 0)
 
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """Loaded adapters, least recently used first."""
+        return tuple(self._num_users)
+
     def can_run(self, adapter: str) -> bool:
         """Return True if a request for the adapter can run now; "" needs no slot."""
         users = self._num_users

@@ -38,11 +38,12 @@ class SimEngine:
         self.config = config
         self.max_model_len = DEFAULT_MODEL_LEN
         self._prefixes = PrefixTracker(config.sim.block_size_tokens, tokenizer.byte_lengths)
-        adapters = AdapterSlots(config.max_loras, config.adapters)
-        self._scheduler = Scheduler(config.sim, time.monotonic, self._prefixes, adapters)
+        self._adapters = AdapterSlots(config.max_loras, config.adapters)
+        self._scheduler = Scheduler(config.sim, time.monotonic, self._prefixes, self._adapters)
         self._generations: set[Generation] = set()
         self._num_hanging = 0
-        self._num_accepted = 0
+        self.num_accepted = 0
+        """Requests accepted since the start."""
         self._leaked: list[bytes] = []
         self._dead = False
         self._work = asyncio.Event()
@@ -60,6 +61,11 @@ class SimEngine:
     def prefixes(self) -> PrefixTracker:
         """See ``Engine``."""
         return self._prefixes
+
+    @property
+    def loaded_adapters(self) -> tuple[str, ...]:
+        """Names of the loaded LoRA adapters."""
+        return self._adapters.loaded
 
     def observe(self, registry: Registry) -> None:
         """Do nothing: the router's metrics cover this engine."""
@@ -112,7 +118,7 @@ class SimEngine:
         if self._dead:
             raise GenerationError(DEAD)
         sim = self.config.sim
-        self._num_accepted += 1
+        self.num_accepted += 1
         if sim.leak_bytes_per_request:
             self._leaked.append(b"\x01" * sim.leak_bytes_per_request)  # zero pages take no memory
         fails = sim.fail_rate > 0 and self._random.random() < sim.fail_rate
@@ -127,7 +133,7 @@ class SimEngine:
             adapter=adapter,
         )
         self._generations.add(generation)
-        if sim.hang_after_requests is not None and self._num_accepted > sim.hang_after_requests:
+        if sim.hang_after_requests is not None and self.num_accepted > sim.hang_after_requests:
             generation.hangs = True
             self._num_hanging += 1
             return generation
@@ -136,7 +142,7 @@ class SimEngine:
         text = fingerprint(exchange.path, exchange.body)
         self._prefixes.add_prompt(text, prompts[0], adapter)
         self._work.set()
-        if sim.die_after_requests is not None and self._num_accepted >= sim.die_after_requests:
+        if sim.die_after_requests is not None and self.num_accepted >= sim.die_after_requests:
             self._die()
         return generation
 
