@@ -1,7 +1,7 @@
 """Private names of Ray and Ray Serve; no other module uses any. Read from Ray 2.60.0.
 
 Each of them exists because Ray has no public way to do the same, and each may change with the next
-release: ``tests/unit/test_ray_internals.py`` names those that the installed Ray lacks.
+release: ``tests/serve/test_ray_internals.py`` names those that the installed Ray lacks.
 
 ``from cluster.ray_internals import DeploymentID`` imports the Ray module in which the name is
 defined. Nothing is imported before, because importing Serve takes about two seconds.
@@ -25,99 +25,90 @@ LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
 class PrivateName(NamedTuple):
-    """A name in Ray, the reason for its use, and the parameters that are passed to it."""
+    """A name in Ray and the reason for its use."""
 
-    module: str
-    name: str
-    """Name in the module; members are separated by a dot."""
+    path: str
+    """Module and name, separated by a colon."""
     purpose: str
-    parameters: tuple[str, ...] = ()
+    parameters: str = ""
+    """Parameters in use, separated by spaces."""
 
 
-_COMMON = "ray.serve._private.common"
-_LONG_POLL = "ray.serve._private.long_poll"
-_CONSTANTS = "ray.serve._private.constants"
-_CONTROLLER = "ray.serve._private.controller"
-_API = "ray.serve._private.api"
-_KV = "ray.experimental.internal_kv"
+_SERVE = "ray.serve._private"
+_NODE = "ray._private.node:Node"
+_KV = "ray.experimental.internal_kv:"
 
 EXPORTED = {
     "DeploymentID": PrivateName(
-        _COMMON, "DeploymentID", "key of a deployment for the controller", ("name", "app_name")
+        f"{_SERVE}.common:DeploymentID", "key of a deployment in the controller", "name app_name"
     ),
     "DeploymentTargetInfo": PrivateName(
-        _COMMON, "DeploymentTargetInfo", "message of a long poll for running replicas"
+        f"{_SERVE}.common:DeploymentTargetInfo", "update of the running replicas"
     ),
     "RunningReplicaInfo": PrivateName(
-        _COMMON, "RunningReplicaInfo", "a running replica", ("replica_id", "replica_metadata")
+        f"{_SERVE}.common:RunningReplicaInfo", "a running replica", "replica_id replica_metadata"
     ),
     "LongPollClient": PrivateName(
-        _LONG_POLL,
-        "LongPollClient",
+        f"{_SERVE}.long_poll:LongPollClient",
         "subscription to the running replicas",
-        ("host_actor", "key_listeners", "call_in_event_loop", "client_id"),
+        "host_actor key_listeners call_in_event_loop client_id",
     ),
     "LongPollNamespace": PrivateName(
-        _LONG_POLL, "LongPollNamespace", "topic of a long poll (DEPLOYMENT_TARGETS)"
+        f"{_SERVE}.long_poll:LongPollNamespace", "topic of a subscription"
     ),
     "SERVE_CONTROLLER_NAME": PrivateName(
-        _CONSTANTS, "SERVE_CONTROLLER_NAME", "actor name of Serve's controller"
+        f"{_SERVE}.constants:SERVE_CONTROLLER_NAME", "actor name of Serve's controller"
     ),
     "SERVE_NAMESPACE": PrivateName(
-        _CONSTANTS, "SERVE_NAMESPACE", "Ray namespace of Serve's controller"
+        f"{_SERVE}.constants:SERVE_NAMESPACE", "Ray namespace of Serve's controller"
     ),
     "get_serve_logs_dir": PrivateName(
-        "ray.serve._private.logging_utils", "get_serve_logs_dir", "directory of the request log"
+        f"{_SERVE}.logging_utils:get_serve_logs_dir", "directory of the request log"
     ),
     "Node": PrivateName(
-        "ray._private.node",
-        "Node",
-        "start of a head node whose dashboard starts in the background",
-        ("ray_params", "head", "shutdown_at_exit", "spawn_reaper"),
+        _NODE,
+        "head node whose dashboard starts in the background",
+        "ray_params head shutdown_at_exit spawn_reaper",
     ),
-    "RayParams": PrivateName("ray._private.parameter", "RayParams", "options of the head node"),
+    "RayParams": PrivateName(
+        "ray._private.parameter:RayParams",
+        "options of the head node",
+        "node_ip_address gcs_server_port num_cpus object_store_memory include_dashboard "
+        "dashboard_host dashboard_port dashboard_agent_listen_port include_log_monitor",
+    ),
     "write_ray_address": PrivateName(
-        "ray._private.utils", "write_ray_address", 'address that ``ray.init("auto")`` finds'
+        "ray._private.utils:write_ray_address", "address that `ray.init()` of other jobs finds"
     ),
     "create_controller": PrivateName(
-        _API,
-        "_create_controller_and_proxy_refs",
+        f"{_SERVE}.api:_create_controller_and_proxy_refs",
         "start of Serve without waiting for its proxies",
-        (
-            "http_options",
-            "grpc_options",
-            "global_logging_config",
-            "global_tracing_config",
-            "controller_options",
-            "proxy_location",
-        ),
+        "http_options grpc_options global_logging_config global_tracing_config controller_options "
+        "proxy_location",
     ),
     "coerce_controller_options": PrivateName(
-        _API, "_coerce_controller_options", "controller options in the form that the start takes"
+        f"{_SERVE}.api:_coerce_controller_options", "options of ``create_controller``"
     ),
 }
 """Names that other modules import from here."""
 
 MEMBERS = (
-    PrivateName(_LONG_POLL, "LongPollNamespace.DEPLOYMENT_TARGETS", "running replicas"),
-    PrivateName(_LONG_POLL, "LongPollClient.stop", "end of the subscription"),
-    PrivateName("ray._private.node", "Node.start_api_server", "start of the dashboard"),
-    PrivateName("ray._private.node", "Node.start_monitor", "start at a lower priority"),
-    PrivateName("ray._private.node", "Node.start_log_monitor", "start at a lower priority"),
-    PrivateName(_CONTROLLER, "ServeController.apply_config", "deployment of the application"),
+    PrivateName(f"{_SERVE}.long_poll:LongPollNamespace.DEPLOYMENT_TARGETS", "running replicas"),
+    PrivateName(f"{_SERVE}.long_poll:LongPollClient.stop", "end of a subscription"),
+    PrivateName(f"{_NODE}.start_api_server", "start of the dashboard in the background"),
+    PrivateName(f"{_NODE}.start_monitor", "start at a lower priority"),
+    PrivateName(f"{_NODE}.start_log_monitor", "start at a lower priority"),
+    PrivateName(f"{_SERVE}.controller:ServeController.apply_config", "start of the application"),
     PrivateName(
-        _CONTROLLER, "ServeController.get_serve_instance_details", "status of the application"
+        f"{_SERVE}.controller:ServeController.get_serve_instance_details", "application status"
     ),
-    PrivateName("ray.serve.handle", "DeploymentHandle._init", "see ``init_handle``"),
-    PrivateName("ray.serve.handle", "DeploymentHandle.is_initialized", "see ``init_handle``"),
-    PrivateName("ray.serve._private.replica", "SERVE_BUILD_ASGI_APP_METHOD", "hook of the router"),
-    PrivateName(_CONSTANTS, "RECORD_REPLICA_METADATA_METHOD", "hook that publishes link addresses"),
-    PrivateName(
-        _KV, "_internal_kv_put", "key-value store", ("key", "value", "overwrite", "namespace")
-    ),
-    PrivateName(_KV, "_internal_kv_get", "key-value store", ("key", "namespace")),
-    PrivateName(_KV, "_internal_kv_exists", "key-value store", ("key", "namespace")),
-    PrivateName(_KV, "internal_kv_get_gcs_client", "key-value store with timeouts"),
+    PrivateName(f"{_SERVE}.replica:SERVE_BUILD_ASGI_APP_METHOD", "hook of the router"),
+    PrivateName(f"{_SERVE}.constants:RECORD_REPLICA_METADATA_METHOD", "hook for link addresses"),
+    PrivateName("ray.serve.handle:DeploymentHandle._init", "see ``init_handle``"),
+    PrivateName("ray.serve.handle:DeploymentHandle.is_initialized", "see ``init_handle``"),
+    PrivateName(f"{_KV}_internal_kv_put", "key-value store", "key value overwrite namespace"),
+    PrivateName(f"{_KV}_internal_kv_get", "key-value store", "key namespace"),
+    PrivateName(f"{_KV}_internal_kv_exists", "key-value store", "key namespace"),
+    PrivateName(f"{_KV}internal_kv_get_gcs_client", "key-value store with timeouts"),
 )
 """Further names and members that must exist."""
 
@@ -134,18 +125,17 @@ def resolve(private: PrivateName) -> Any:
     Raises:
         RayIncompatibleError: the installed Ray does not have it, or without a parameter in use.
     """
+    module, _, names = private.path.partition(":")
     try:
-        found: Any = importlib.import_module(private.module)
-        for part in private.name.split("."):
-            found = getattr(found, part)
+        found: Any = importlib.import_module(module)
+        for name in names.split("."):
+            found = getattr(found, name)
     except (ImportError, AttributeError):
-        raise _incompatible(f"`{private.name}` in {private.module}", private.purpose) from None
-    if private.parameters:
-        known = inspect.signature(found).parameters
-        for parameter in private.parameters:
-            if parameter not in known:
-                missing = f"the parameter `{parameter}` of {private.module}.{private.name}"
-                raise _incompatible(missing, private.purpose)
+        raise _incompatible(f"`{private.path}`", private.purpose) from None
+    for parameter in private.parameters.split():
+        if parameter not in inspect.signature(found).parameters:
+            missing = f"the parameter `{parameter}` of `{private.path}`"
+            raise _incompatible(missing, private.purpose)
     return found
 
 

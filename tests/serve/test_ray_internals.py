@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 NAMES = [*EXPORTED.values(), *MEMBERS]
 
 
-@pytest.mark.parametrize("private", NAMES, ids=lambda private: private.name)
+@pytest.mark.parametrize("private", NAMES, ids=lambda private: private.path)
 def test_the_installed_ray_has(private: PrivateName) -> None:
     ray_internals.resolve(private)
 
@@ -50,10 +50,10 @@ def test_serve_reads_the_environment_variables_of_a_cluster() -> None:
 @pytest.mark.parametrize(
     ("private", "missing"),
     [
-        (PrivateName("ray.no_such_module", "x", "tests"), "`x` in ray.no_such_module"),
-        (PrivateName("json", "Absent", "tests"), "`Absent` in json"),
-        (PrivateName("json", "JSONDecoder.absent", "tests"), "`JSONDecoder.absent` in json"),
-        (PrivateName("json", "dumps", "tests", ("absent",)), "parameter `absent` of json.dumps"),
+        (PrivateName("ray.no_such_module:x", "tests"), "`ray.no_such_module:x`"),
+        (PrivateName("json:Absent", "tests"), "`json:Absent`"),
+        (PrivateName("json:JSONDecoder.absent", "tests"), "`json:JSONDecoder.absent`"),
+        (PrivateName("json:dumps", "tests", "obj absent"), "parameter `absent` of `json:dumps`"),
     ],
 )
 def test_a_missing_name_is_reported_with_ray_version_and_purpose(
