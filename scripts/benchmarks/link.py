@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--streams", type=int, default=32, help="concurrent streams")
     parser.add_argument("--chunks", type=int, default=128, help="chunks per stream")
-    parser.add_argument("--chunk-bytes", type=int, default=200, help="chunk size")
+    parser.add_argument("--chunk-bytes", type=int, default=200, help="chunk size in bytes")
     parser.add_argument("--passes", type=int, default=20, help="consecutive streams")
     parser.add_argument(
         "--pace", type=float, default=0, help="duration of an engine step in ms; 0: instant"

@@ -43,7 +43,9 @@ LARGE_REQUEST_TIMEOUT_S = 120.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``bench classify``."""
     default = [name for name in SERVERS if name != SPLIT]
-    parser.add_argument("--servers", nargs="*", choices=list(SERVERS), default=default)
+    parser.add_argument(
+        "--servers", nargs="*", choices=list(SERVERS), default=default, help="servers to measure"
+    )
     parser.add_argument(
         "--only-servers", action="store_true", help="skip the measurements without a server"
     )

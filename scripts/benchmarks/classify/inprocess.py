@@ -97,7 +97,7 @@ class InProcess:
         if name.startswith("hf-"):
             dtype = {"hf-fp32": torch.float32, "hf-bf16": torch.bfloat16}[name]
             network = AutoModelForSequenceClassification.from_pretrained(self._path, dtype=dtype)
-            return _padded(network.eval())
+            return _with_padding(network.eval())
         config = ClassifierConfig(name="bench", model=self._path, tasks=("classify",))
         builder = ModelBuilder(config, self._path, self._network, self._text_tokenizer, Pooling())
         model = builder.build_unchecked(
@@ -129,12 +129,12 @@ class InProcess:
         return model.padding / (model.padding + sum(map(len, self._ids)))
 
     def _single_ms(self, run: Run) -> float:
-        found = []
+        latencies_s = []
         for row in self._ids[:NUM_SINGLES]:
             began = time.perf_counter()
             run([row])
-            found.append(time.perf_counter() - began)
-        return statistics.median(found) * 1e3
+            latencies_s.append(time.perf_counter() - began)
+        return statistics.median(latencies_s) * 1e3
 
     def _pipeline_rate(self) -> float:
         classify = pipeline("text-classification", model=self._path, device="cpu", top_k=None)
@@ -168,17 +168,17 @@ def _rate_of_threads(run: Run, batches: Sequence[Batch], count: int, seconds: fl
     return sum(done) / (time.perf_counter() - began)
 
 
-def _padded(network: Any) -> Run:
+def _with_padding(network: Any) -> Run:
     """Wrap a network so that each batch is padded to its longest text, as usual."""
 
     @torch.inference_mode()
     def run(batch: Batch) -> Any:
-        cells = np.zeros((len(batch), max(map(len, batch))), np.int64)
-        mask = np.zeros_like(cells)
+        padded = np.zeros((len(batch), max(map(len, batch))), np.int64)
+        mask = np.zeros_like(padded)
         for row, ids in enumerate(batch):
-            cells[row, : len(ids)] = ids
+            padded[row, : len(ids)] = ids
             mask[row, : len(ids)] = 1
-        tokens, attention = torch.from_numpy(cells), torch.from_numpy(mask)
+        tokens, attention = torch.from_numpy(padded), torch.from_numpy(mask)
         return network(input_ids=tokens, attention_mask=attention).logits.float().softmax(-1)
 
     return run

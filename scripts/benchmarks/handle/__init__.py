@@ -1,7 +1,7 @@
 """Tandem's client in another Ray job, compared with a plain Ray Serve handle to the same engine.
 
 Both call the instant simulated engine from a separate driver: 32 concurrent async calls, streaming
-and not, and single synchronous run. The client goes through the router; the handle calls the
+and not, and single synchronous calls. The client goes through the router; the handle calls the
 engine's deployment directly.
 """
 
@@ -82,7 +82,7 @@ def _run_driver(running: RunningTarget, run: DriverRun) -> dict[str, float]:
     out = running.home.path / f"{run.mode}.json"
     words = (run.caller, run.mode, running.ray_address, str(run.seconds), str(out))
     environment = dict(running.job_environment)
-    if run.mode == "single":  # without an event loop, the handle needs one in a thread
+    if run.mode == "single":  # there is no event loop for the handle's router
         environment["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] = "1"
     running.home.run(
         *(sys.executable, "-m", "benchmarks.handle.driver", *words),
@@ -101,8 +101,8 @@ def make_report(results: Rounds) -> Report:
     }
     keys = {
         f"{name.replace('-', '_')}_{key}": value
-        for name, of_one in numbers.items()
-        for key, value in of_one.items()
+        for name, of_caller in numbers.items()
+        for key, value in of_caller.items()
     }
     return Report(
         keys=_ratios(numbers) | keys,
@@ -132,6 +132,6 @@ def _table(
     title: str, columns: Mapping[str, str], numbers: Mapping[str, Mapping[str, Summary]]
 ) -> Table:
     rows: list[list[CellValue]] = [
-        [name, *(of_one[key] for key in columns)] for name, of_one in numbers.items()
+        [name, *(of_caller[key] for key in columns)] for name, of_caller in numbers.items()
     ]
     return Table(title, ("caller", *columns.values()), rows)

@@ -79,7 +79,7 @@ class _HandleCaller:
         return sum(map(_count_tokens, chunks))
 
     async def aunary(self) -> int:
-        return _usage_tokens(await self._handle.answer.remote(CHAT, _body(stream=False)))
+        return _usage_tokens(await self._handle.unary.remote(CHAT, _body(stream=False)))
 
     def stream(self) -> Iterator[int]:
         tokens = 0
@@ -88,7 +88,7 @@ class _HandleCaller:
             yield tokens
 
     def unary(self) -> int:
-        return _usage_tokens(self._handle.answer.remote(CHAT, _body(stream=False)).result())
+        return _usage_tokens(self._handle.unary.remote(CHAT, _body(stream=False)).result())
 
 
 CALLERS: dict[str, Callable[[], Caller]] = {"client": _ClientCaller, "handle": _HandleCaller}
@@ -104,8 +104,8 @@ def _count_tokens(chunk: bytes) -> int:
     return chunk.count(b'"content":"') - chunk.count(b'"content":""')
 
 
-def _usage_tokens(answer: bytes) -> int:
-    return int(json.loads(answer)["usage"]["completion_tokens"])
+def _usage_tokens(response: bytes) -> int:
+    return int(json.loads(response)["usage"]["completion_tokens"])
 
 
 async def measure_concurrent(caller: Caller, seconds: float) -> dict[str, float]:

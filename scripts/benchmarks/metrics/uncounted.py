@@ -58,7 +58,7 @@ class UncountedRequest(RequestObserver):
         return head
 
     def end(self, usage: Usage | None) -> None:
-        """Return the tenant's quotas."""
+        """Report the end to the tenant's quotas."""
         if self._on_end is not None:
             self._on_end(self.status, usage)
 

@@ -24,7 +24,7 @@ from benchmarks.routing.live_cluster import (
     slug,
 )
 from benchmarks.routing.replay import Replay
-from benchmarks.routing.traces import ORACLE, POLICIES, SimulationSummary, over_traces, ratio
+from benchmarks.routing.traces import ORACLE, POLICIES, TraceResult, over_traces, ratio
 from cluster.admission.fair_queue import QueueLimits
 from cluster.config import parse
 from cluster.simulation.requests import Trace
@@ -42,7 +42,7 @@ NUM_SEEDS = 9
 COMPARED = ("ttft_p50_s", "ttft_p90_s", "hit_rate", "max_over_mean_load")
 
 LIVE, SIMULATED = "live", "simulated"
-LiveResults = Mapping[tuple[str, str, str], list[SimulationSummary]]
+LiveResults = Mapping[tuple[str, str, str], list[TraceResult]]
 """Numbers of each round, by trace, policy, and LIVE or SIMULATED."""
 
 
@@ -74,18 +74,18 @@ def run(args: argparse.Namespace) -> Report:
     if args.quick:
         args.live_s = min(args.live_s, 15.0)
     args.live = args.live or list(RATES)[:1]
-    found: dict[tuple[str, str, str], list[SimulationSummary]] = defaultdict(list)
+    results: dict[tuple[str, str, str], list[TraceResult]] = defaultdict(list)
     for seed, policy in interleave(args.policies, args.rounds):
         with live_cluster(policy) as live:
             for name in args.live:
                 trace = make_trace(name, args.live_s, seed)
-                for where, seen in (
+                for where, result in (
                     (LIVE, replay_live(live, trace)),
                     (SIMULATED, simulate_same(policy, trace)),
                 ):
-                    found[name, policy, where].append(seen)
-                    print_progress(seed, f"{name}, {policy}, {where}", _text(seen))
-    return make_report(found, args)
+                    results[name, policy, where].append(result)
+                    print_progress(seed, f"{name}, {policy}, {where}", _text(result))
+    return make_report(results, args)
 
 
 def make_trace(name: str, duration_s: float, seed: int) -> Trace:
@@ -94,7 +94,7 @@ def make_trace(name: str, duration_s: float, seed: int) -> Trace:
     return replace(trace, requests=[replace(r, answer_blocks=()) for r in trace.requests])
 
 
-def replay_live(live: LiveCluster, trace: Trace) -> SimulationSummary:
+def replay_live(live: LiveCluster, trace: Trace) -> TraceResult:
     """Replay a trace on a cluster and return the numbers."""
     replay = Replay(live.url, live.model, live.headers)
     asyncio.run(replay.run(trace))
@@ -106,7 +106,7 @@ def replay_live(live: LiveCluster, trace: Trace) -> SimulationSummary:
     }
 
 
-def summarize_log(lines: Iterable[Mapping[str, Any]]) -> SimulationSummary:
+def summarize_log(lines: Iterable[Mapping[str, Any]]) -> TraceResult:
     """Return the hit rate and the busiest replica's load over the mean, from a request log."""
     in_flight_s: Counter[str] = Counter()
     cached = prompts = 0
@@ -120,7 +120,7 @@ def summarize_log(lines: Iterable[Mapping[str, Any]]) -> SimulationSummary:
     }
 
 
-def simulate_same(policy: str, trace: Trace) -> SimulationSummary:
+def simulate_same(policy: str, trace: Trace) -> TraceResult:
     """Simulate the trace and return the medians over the seeds of the policy."""
     config = parse({"generators": [generator()], "router": ROUTER})
     (pool,), router = config.generators, config.router
@@ -136,11 +136,11 @@ def simulate_same(policy: str, trace: Trace) -> SimulationSummary:
     return {name: statistics.median(run[name] for run in runs) for name in COMPARED}
 
 
-def make_report(found: LiveResults, args: argparse.Namespace) -> Report:
+def make_report(results: LiveResults, args: argparse.Namespace) -> Report:
     """Return ratios per round; over several traces, their geometric means."""
 
     def over(ours: tuple[str, str], other: tuple[str, str], key: str) -> Summary:
-        by_trace = {t: ratio(found[t, *ours], found[t, *other], key) for t in args.live}
+        by_trace = {t: ratio(results[t, *ours], results[t, *other], key) for t in args.live}
         return over_traces(by_trace, statistics.geometric_mean)
 
     keys: dict[str, Summary] = {}
@@ -156,8 +156,8 @@ def make_report(found: LiveResults, args: argparse.Namespace) -> Report:
             keys[name] = over((HEADLINE, where), (BASELINE, where), "ttft_p90_s")
     return Report(
         keys=keys,
-        tables=[_table(found, trace, args) for trace in args.live],
-        details={"found": {" | ".join(key): rounds for key, rounds in found.items()}},
+        tables=[_table(results, trace, args) for trace in args.live],
+        details={"found": {" | ".join(key): rounds for key, rounds in results.items()}},
         notes=[
             f"{REPLICAS} replicas, one router, {args.live_s:g} s of each trace, from cold caches. "
             f"Simulated numbers are medians over {NUM_SEEDS} seeds of the policy.",
@@ -168,10 +168,10 @@ def make_report(found: LiveResults, args: argparse.Namespace) -> Report:
     )
 
 
-def _table(found: LiveResults, trace: str, args: argparse.Namespace) -> Table:
+def _table(results: LiveResults, trace: str, args: argparse.Namespace) -> Table:
     rows: list[list[CellValue]] = []
     for policy in args.policies:
-        live, simulated = found[trace, policy, LIVE], found[trace, policy, SIMULATED]
+        live, simulated = results[trace, policy, LIVE], results[trace, policy, SIMULATED]
         row: list[CellValue] = [policy]
         for key in COMPARED:
             row += [Summary(tuple(f[key] for f in side)) for side in (live, simulated)]
@@ -181,8 +181,8 @@ def _table(found: LiveResults, trace: str, args: argparse.Namespace) -> Table:
     return Table(f"{trace}, {RATES[trace]:g} requests/s, live and simulated", columns, rows)
 
 
-def _text(summary: SimulationSummary) -> str:
+def _text(result: TraceResult) -> str:
     return (
-        f"hit rate {summary['hit_rate']:.3f}, TTFT {summary['ttft_p50_s']:.3f} and "
-        f"{summary['ttft_p90_s']:.3f} s, load {summary['max_over_mean_load']:.2f}"
+        f"hit rate {result['hit_rate']:.3f}, TTFT {result['ttft_p50_s']:.3f} and "
+        f"{result['ttft_p90_s']:.3f} s, load {result['max_over_mean_load']:.2f}"
     )

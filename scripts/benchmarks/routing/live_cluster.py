@@ -47,11 +47,11 @@ class LiveCluster:
         """
         deadline_s = time.monotonic() + READY_S
         while True:
-            found = httpx.get(f"{self.url}/ready").json()["pools"][self.model]
-            if found["ready"] == REPLICAS:
+            pool = httpx.get(f"{self.url}/ready").json()["pools"][self.model]
+            if pool["ready"] == REPLICAS:
                 return
             if time.monotonic() > deadline_s:
-                raise TargetError(f"{self.url}/ready reports {found} after {READY_S:g} s.")
+                raise TargetError(f"{self.url}/ready reports {pool} after {READY_S:g} s.")
             time.sleep(POLL_S)
 
     def read_log(self, trace: str, count: int) -> list[dict[str, Any]]:
@@ -71,8 +71,8 @@ class LiveCluster:
 
     def _read_lines(self, prefix: str) -> list[dict[str, Any]]:
         texts = (path.read_text("utf-8") for path in self.logs.glob(REQUEST_LOGS))
-        whole = (line for text in texts for line in text.splitlines() if line.endswith("}"))
-        return [line for line in map(json.loads, whole) if line["id"].startswith(prefix)]
+        complete = (line for text in texts for line in text.splitlines() if line.endswith("}"))
+        return [line for line in map(json.loads, complete) if line["id"].startswith(prefix)]
 
 
 def generator(name: str = SIM_MODEL, policy: str = "prefix") -> dict[str, Any]:

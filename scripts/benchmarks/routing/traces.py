@@ -85,7 +85,7 @@ PEERS: Mapping[str, MakePolicy] = {
     "vllm-router cache-aware": _peer_policy(lambda _seed: VllmRouterCacheAware()),
 }
 ORACLE = "oracle"
-IDEAL = "alone"
+IDEAL = "ideal"
 """Name of the lower bound without queueing, see ``ideal_ttft_p90_s``."""
 POLICIES: Mapping[str, MakePolicy] = {
     **{name: _our_policy(name) for name in OURS},
@@ -93,8 +93,8 @@ POLICIES: Mapping[str, MakePolicy] = {
     ORACLE: _oracle_policy,
 }
 
-SimulationSummary = dict[str, float]
-"""Named numbers of one simulation."""
+TraceResult = dict[str, float]
+"""Named numbers of one run of a trace, simulated or live."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,18 +114,18 @@ def run(args: argparse.Namespace) -> Report:
     """Simulate every trace with every policy; each round has another seed."""
     if args.quick:
         args.trace_s = min(args.trace_s, 120.0)
-    found: dict[tuple[str, str], list[SimulationSummary]] = defaultdict(list)
+    results: dict[tuple[str, str], list[TraceResult]] = defaultdict(list)
     for seed in range(args.rounds):
         for trace in args.traces:
             requests = load(trace, RATES[trace], args.trace_s, seed)
-            found[trace, IDEAL].append({"ttft_p90_s": ideal_ttft_p90_s(requests)})
+            results[trace, IDEAL].append({"ttft_p90_s": ideal_ttft_p90_s(requests)})
             for name, make in POLICIES.items():
                 result = simulate(requests, Settings(LARGE_GPU, REPLICAS, make, seed=seed))
-                seen = result.summary(0.0)
-                found[trace, name].append(seen)
-                text = f"hit rate {seen['hit_rate']:.3f}, TTFT p90 {seen['ttft_p90_s']:.3f} s"
+                summary = result.summary(0.0)
+                results[trace, name].append(summary)
+                text = f"hit rate {summary['hit_rate']:.3f}, TTFT p90 {summary['ttft_p90_s']:.3f} s"
                 print_progress(seed, f"{trace}, {name}", text)
-    return _report(found, args)
+    return _report(results, args)
 
 
 def ideal_ttft_p90_s(trace: Trace) -> float:
@@ -142,14 +142,14 @@ def ideal_ttft_p90_s(trace: Trace) -> float:
     return float(np.percentile(prefill_s, 90)) if prefill_s else 0.0
 
 
-def _report(
-    found: dict[tuple[str, str], list[SimulationSummary]], args: argparse.Namespace
-) -> Report:
+def _report(results: dict[tuple[str, str], list[TraceResult]], args: argparse.Namespace) -> Report:
     traces = args.traces
-    hits = {t: ratio(found[t, "prefix"], found[t, ORACLE], "hit_rate") for t in traces}
-    ttfts = {t: _vs_best(found, t) for t in traces}
-    bounds = {t: _vs_best(found, t, IDEAL) for t in traces}
-    loads = {t: Summary(tuple(f["max_over_mean_load"] for f in found[t, "prefix"])) for t in traces}
+    hits = {t: ratio(results[t, "prefix"], results[t, ORACLE], "hit_rate") for t in traces}
+    ttfts = {t: _vs_best(results, t) for t in traces}
+    bounds = {t: _vs_best(results, t, IDEAL) for t in traces}
+    loads = {
+        t: Summary(tuple(f["max_over_mean_load"] for f in results[t, "prefix"])) for t in traces
+    }
     keys = {
         "hit_rate_vs_oracle": over_traces(hits, statistics.geometric_mean),
         "ttft_p90_vs_best_peer": over_traces(ttfts, statistics.geometric_mean),
@@ -162,7 +162,7 @@ def _report(
     return Report(
         keys=keys,
         goals=GOALS,
-        tables=[_table(found, trace) for trace in traces],
+        tables=[_table(results, trace) for trace in traces],
         notes=[
             f"{REPLICAS} replicas, one router, {args.trace_s:g} s of each trace, from cold caches.",
             "Keys over all traces: geometric mean of the ratios, and the largest load.",
@@ -173,17 +173,17 @@ def _report(
     )
 
 
-def ratio(ours: list[SimulationSummary], other: list[SimulationSummary], key: str) -> Summary:
+def ratio(ours: list[TraceResult], other: list[TraceResult], key: str) -> Summary:
     """Return the ratio of one number in each round."""
     return Summary(tuple(a[key] / max(1e-9, b[key]) for a, b in zip(ours, other, strict=True)))
 
 
 def _vs_best(
-    found: dict[tuple[str, str], list[SimulationSummary]], trace: str, name: str = "prefix"
+    results: dict[tuple[str, str], list[TraceResult]], trace: str, name: str = "prefix"
 ) -> Summary:
     ratios = []
-    for number, ours in enumerate(found[trace, name]):
-        peers = [found[trace, peer][number] for peer in PEERS]
+    for number, ours in enumerate(results[trace, name]):
+        peers = [results[trace, peer][number] for peer in PEERS]
         served = [p["ttft_p90_s"] for p in peers if p["done"] >= 0.99 * p["requests"]]
         ratios.append(ours["ttft_p90_s"] / min(served) if served else math.nan)
     return Summary(tuple(ratios))
@@ -195,7 +195,7 @@ def over_traces(by_trace: dict[str, Summary], join: Callable[[list[float]], floa
     return Summary(tuple(join([v for v in values if not math.isnan(v)]) for values in rounds))
 
 
-def _table(found: dict[tuple[str, str], list[SimulationSummary]], trace: str) -> Table:
+def _table(results: dict[tuple[str, str], list[TraceResult]], trace: str) -> Table:
     shown = (
         "hit_rate",
         "ttft_p50_s",
@@ -206,9 +206,9 @@ def _table(found: dict[tuple[str, str], list[SimulationSummary]], trace: str) ->
     )
     rows: list[tuple[CellValue, ...]] = []
     for name in POLICIES:
-        seen = found[trace, name]
-        finished = Summary(tuple(f["done"] / max(1, f["requests"]) for f in seen))
-        rows.append((name, *(Summary(tuple(f[key] for f in seen)) for key in shown), finished))
+        of_policy = results[trace, name]
+        finished = Summary(tuple(f["done"] / max(1, f["requests"]) for f in of_policy))
+        rows.append((name, *(Summary(tuple(f[key] for f in of_policy)) for key in shown), finished))
     title = f"{trace}, {RATES[trace]:g} requests/s"
     columns = (
         "policy",

@@ -106,7 +106,7 @@ def _application(decode_s: float) -> Any:
             async for chunk in _chunks(self._engine.app, path, body):
                 yield chunk
 
-        async def answer(self, path: str, body: bytes) -> bytes:
+        async def unary(self, path: str, body: bytes) -> bytes:
             return b"".join([chunk async for chunk in _chunks(self._engine.app, path, body)])
 
     @serve.deployment(name="ingress", max_ongoing_requests=MAX_ONGOING)
@@ -140,7 +140,7 @@ async def _chunks(app: Any, path: str, body: bytes) -> AsyncIterator[bytes]:
         "path": path,
         "headers": [(b"content-type", b"application/json")],
     }
-    answer = asyncio.create_task(app(scope, requests.get, send))
+    task = asyncio.create_task(app(scope, requests.get, send))
     try:
         more = True
         while more:
@@ -149,7 +149,7 @@ async def _chunks(app: Any, path: str, body: bytes) -> AsyncIterator[bytes]:
             if chunk := message.get("body"):
                 yield chunk
     finally:
-        answer.cancel()
+        task.cancel()
 
 
 if __name__ == "__main__":
