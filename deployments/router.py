@@ -7,12 +7,13 @@ from contextlib import aclosing
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from cluster.accounting.usage_log import UsageLog
+from cluster.client.transport import LinkOffer
 from cluster.config import TandemConfig
 from cluster.config.file import key_file_path
 from cluster.gateway import (
@@ -40,14 +41,6 @@ from deployments.replica import DRAIN_TIMEOUT_S
 
 USAGE_FILE = "usage-{app}.sqlite3"
 """Name of the usage file in the cluster's home; all routers of a machine share it."""
-
-
-class LinkOffer(NamedTuple):
-    """Secret and addresses with which another Ray job opens links to the routers."""
-
-    secret: bytes
-    addresses: list[tuple[str, int]]
-    """Host and port of every running router."""
 
 
 @serve.ingress()

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cluster.errors import LinkClosedError, RequestError
@@ -22,10 +22,16 @@ BLOCKED_S = 30.0
 """Seconds without new attempts after no link could be opened, for example because of a firewall."""
 _HEADERS = [(b"content-type", b"application/json")]
 
-LinkOffer = tuple[bytes, Sequence[tuple[str, int]]]
-"""The cluster's secret, and host and port of every router."""
 Item = ResponseHead | bytes | Usage
 """Item of a streaming call over a handle: the head, then pieces of the body, then the usage."""
+
+
+class LinkOffer(NamedTuple):
+    """Secret and addresses with which a process opens links to the routers."""
+
+    secret: bytes
+    addresses: list[tuple[str, int]]
+    """Host and port of every running router."""
 
 
 class HandleAnswer:
@@ -138,14 +144,13 @@ class ClientLinks:
             self._retry_at = now if self.num_connected else now + BLOCKED_S
 
     async def _apply_offer(self, offer: LinkOffer) -> None:
-        secret, addresses = offer
-        wanted = {(host, port) for host, port in addresses}
+        wanted = {(host, port) for host, port in offer.addresses}
         for gone in self._links.keys() - wanted:
             if not self._links[gone].num_open:  # a draining router finishes its streams
                 await self._links.pop(gone).close()
         tls = tls_contexts(os.environ)
         new = [
-            LinkClient(host, port, secret, ssl=tls.client if tls else None)
+            LinkClient(host, port, offer.secret, ssl=tls.client if tls else None)
             for host, port in wanted - self._links.keys()
         ]
         self._links.update({(link.host, link.port): link for link in new})
@@ -197,8 +202,7 @@ class Transport:
         await self.links.close()
 
     async def _get_offer(self) -> LinkOffer:
-        secret, addresses = await self._router.link_offer.remote()
-        return secret, addresses
+        return LinkOffer(*await self._router.link_offer.remote())
 
 
 async def _wait_for_head(answer: Answer) -> Opened:

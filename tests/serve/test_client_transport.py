@@ -10,7 +10,7 @@ import pytest
 
 from cluster.asgi import ASGIApp, Receive, Scope, Send
 from cluster.client.session import BackgroundLoop, Session
-from cluster.client.transport import Transport
+from cluster.client.transport import LinkOffer, Transport
 from cluster.client.wire import ApiRequest
 from cluster.errors import LinkClosedError
 from cluster.link import LinkServer, RequestHead, answer_locally
@@ -39,7 +39,7 @@ class FakeHandle:
 
     async def _offer(self) -> Any:
         self.offers += 1
-        return SECRET, list(self.addresses)
+        return LinkOffer(SECRET, list(self.addresses))
 
     def _call(self, head: RequestHead, body: bytes) -> Any:
         self.calls += 1

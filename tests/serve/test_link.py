@@ -207,14 +207,14 @@ async def test_an_idle_reader_blocks_only_its_own_stream() -> None:
 
 @on_both_loops
 async def test_an_unread_request_body_stops_at_the_window() -> None:
-    given = 0
+    sent = 0
     go_on = asyncio.Event()
 
     async def body() -> AsyncIterator[bytes]:
-        nonlocal given
+        nonlocal sent
         for _ in range(64):
             yield b"x" * 65536
-            given += 65536
+            sent += 65536
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] == "/late":
@@ -224,10 +224,10 @@ async def test_an_unread_request_body_stops_at_the_window() -> None:
 
     async with linked(app) as (_, client):
         late = asyncio.create_task(ask(client, "/late", body()))
-        await until(lambda: given >= 4 * 65536)
+        await until(lambda: sent >= 4 * 65536)
         for _ in range(50):
             await ask(client, "/")
-        assert given == 4 * 65536
+        assert sent == 4 * 65536
         go_on.set()
         assert await late == (200, b"%d" % (64 * 65536))
 

@@ -341,7 +341,7 @@ HELLO = handshakes.Handshake("client", SECRET, 1000).hello()
 
 
 @pytest.mark.parametrize(
-    "said",
+    "sent",
     [
         b"GET / HTTP/1.1\r\nhost: x\r\n\r\n",
         bytes(100),
@@ -356,11 +356,11 @@ HELLO = handshakes.Handshake("client", SECRET, 1000).hello()
     ids=["http", "zeros", "twice", "guess", "request", "huge", "flood", "half", "silence"],
 )
 @on_both_loops
-async def test_a_stranger_is_disconnected_and_others_are_unaffected(said: bytes) -> None:
+async def test_a_stranger_is_disconnected_and_others_are_unaffected(sent: bytes) -> None:
     options = LinkOptions(handshake_timeout_s=0.2)
     async with linked(echo, options=options) as (server, client):
         stranger = await RawPeer.dial(server.address)
-        stranger.writer.write(said)
+        stranger.writer.write(sent)
         await stranger.wait_closed_by_peer()
         await stranger.close()
         assert await ask(client, "/", b"still here") == (200, b"still here")
@@ -371,7 +371,7 @@ REQUEST = f.encode_frame(1, f.REQUEST, 0, f.encode_head(RequestHead()))
 
 
 @pytest.mark.parametrize(
-    "said",
+    "sent",
     [
         f.pack_header(f.MAX_PAYLOAD_BYTES + 1, 1, f.REQUEST, 0),
         f.encode_frame(1, f.REQUEST, 0, b"\xc1"),
@@ -386,7 +386,7 @@ REQUEST = f.encode_frame(1, f.REQUEST, 0, f.encode_head(RequestHead()))
     ids=["huge", "head", "id0", "reuse", "after-end", "window", "credit", "kind", "unknown"],
 )
 @on_both_loops
-async def test_a_protocol_violation_by_a_router_closes_only_its_connection(said: bytes) -> None:
+async def test_a_protocol_violation_by_a_router_closes_only_its_connection(sent: bytes) -> None:
     async def sleepy(scope: object, receive: object, send: object) -> None:
         await asyncio.Future()
 
@@ -395,7 +395,7 @@ async def test_a_protocol_violation_by_a_router_closes_only_its_connection(said:
         await until(lambda: server.num_streams == 1)
         peer = await RawPeer.dial(server.address)
         await peer.shake("client")
-        peer.writer.write(said)
+        peer.writer.write(sent)
         await peer.wait_closed_by_peer()
         await peer.close()
         await until(lambda: server.num_streams == 1 and len(server.connections) == 1)
@@ -404,7 +404,7 @@ async def test_a_protocol_violation_by_a_router_closes_only_its_connection(said:
 
 
 @pytest.mark.parametrize(
-    "said",
+    "sent",
     [
         f.pack_header(f.MAX_PAYLOAD_BYTES + 1, 1, f.DATA, 0),
         f.encode_frame(1, f.DATA, 0, b"before the head"),
@@ -419,12 +419,12 @@ async def test_a_protocol_violation_by_a_router_closes_only_its_connection(said:
     ids=["huge", "no-head", "two-heads", "tokens", "window", "error", "kind"],
 )
 @on_both_loops
-async def test_a_protocol_violation_by_a_replica_closes_its_connection(said: bytes) -> None:
+async def test_a_protocol_violation_by_a_replica_closes_its_connection(sent: bytes) -> None:
     async def rude(peer: RawPeer) -> None:
         await peer.shake("server")
         while (await peer.next_frame())[1] != f.REQUEST:
             pass
-        peer.writer.write(said)
+        peer.writer.write(sent)
         await peer.wait_closed_by_peer()
 
     async with raw_server(rude) as (host, port):
