@@ -76,12 +76,14 @@ def make_report(results: Results, num_tokens: float) -> Report:
             table for kind in ("in process", "servers") if (table := _table(summaries, kind)).rows
         ],
         details={
-            "classify": {f"{name}: {what}": rounds for (name, what), rounds in results.items()}
+            "classify": {
+                f"{name}: {measurement}": rounds for (name, measurement), rounds in results.items()
+            }
         },
         notes=[
             f"Texts have {num_tokens:.1f} tokens on average. AxB: A texts per request, "
             "B connections.",
-            "tandem-split: one replica with one thread per core, instead of one replica with all "
+            "tandem-split: one single-threaded replica per core, instead of one replica with all "
             "cores. Memory is that of the largest replica after its loads.",
             "The load is wrk with one thread, on the same cores as the servers. All servers were "
             "running, and one was measured at a time.",
@@ -96,8 +98,8 @@ def _best_infinity(summaries: Mapping[tuple[str, str], Summary], load: str) -> S
 
 def _table(summaries: Mapping[tuple[str, str], Summary], kind: str) -> Table:
     rows: list[list[CellValue]] = [
-        [what if kind == "in process" else f"{name}, {what}", value]
-        for (name, what), value in summaries.items()
+        [measurement if kind == "in process" else f"{name}, {measurement}", value]
+        for (name, measurement), value in summaries.items()
         if (name == "in process") == (kind == "in process")
     ]
     title = "texts/s (single, p50, p99: ms; RSS, PSS: MB)"

@@ -19,7 +19,7 @@ IDLE, ACTIVE, STALLED = 1000, 256, 100
 PACE_S = 0.020
 ACTIVE_TOKENS = 128
 IDLE_PACE_S = 10.0
-"""Time per token; longer than opening all streams takes, so they get each token together."""
+"""Time per token; longer than opening all streams takes, so all get a token at once."""
 STALLED_TOKENS, STALLED_PROMPTS = 8000, 4
 """About 8 MB; more than the socket buffers between router and client hold."""
 MIN_BYTES = 1_000_000
