@@ -72,8 +72,8 @@ def test_rays_policy_waits_for_its_delays() -> None:
         signals = PoolSignals(target=target, running=target, in_flight=ongoing)
         target = policy.decide(2.0 * tick, signals).target
         targets.append(target)
-    # The load falls at 80 s. At 82 s, the report of 50 s leaves the look-back window of 30 s, and the
-    # mean of 16, 16 and 4 requests needs 3 replicas.
+    # The load falls at 80 s. At 82 s, the report of 50 s leaves the look-back window of 30 s; the
+    # mean of the others, 16, 16 and 4 requests, needs 3 replicas.
     up, down = 30 // 2, (82 + 60) // 2
     assert targets == [1] * up + [4] * (down - up) + [1] * (100 - down)
 
