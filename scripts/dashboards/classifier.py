@@ -5,14 +5,14 @@ from grafana_foundation_sdk.builders.dashboard import Dashboard
 from dashboards.panels import (
     Query,
     add_panels,
+    graph,
     make_dashboard,
     make_variable,
-    quantile_queries,
+    quantiles,
     rate_of,
     section,
-    select_model,
+    selected,
     sum_of,
-    time_series,
 )
 
 
@@ -32,68 +32,60 @@ def classifier() -> Dashboard:
     )
     panels = [
         section("Throughput"),
-        time_series("Texts per second", "short", Query(rate_of("tandem_classifier_texts_total"))),
-        time_series("Tokens per second", "short", Query(rate_of("tandem_classifier_tokens_total"))),
-        time_series(
-            "Request duration", "s", *quantile_queries("tandem_request_seconds", 0.5, 0.95, 0.99)
-        ),
+        graph("Texts per second", "short", Query(rate_of("tandem_classifier_texts_total"))),
+        graph("Tokens per second", "short", Query(rate_of("tandem_classifier_tokens_total"))),
+        graph("Request duration", "s", *quantiles("tandem_request_seconds", 0.5, 0.95, 0.99)),
         section("Batching"),
-        time_series(
+        graph(
             "Batches per second",
             "short",
             Query(rate_of("tandem_classifier_batches_total")),
             Query(rate_of("tandem_classifier_failed_batches_total"), "{{model}} failed"),
         ),
-        time_series(
-            "Texts per batch",
-            "short",
-            *quantile_queries("tandem_classifier_batch_texts", 0.5, 0.95),
-        ),
-        time_series("Padding share", "percentunit", Query(f"{padding} / {computed}")),
-        time_series("Queued tokens", "short", Query(sum_of("tandem_classifier_queued_tokens"))),
-        time_series(
+        graph("Texts per batch", "short", *quantiles("tandem_classifier_batch_texts", 0.5, 0.95)),
+        graph("Padding share", "percentunit", Query(f"{padding} / {computed}")),
+        graph("Queued tokens", "short", Query(sum_of("tandem_classifier_queued_tokens"))),
+        graph(
             "Busy time per second",
             "s",
             Query(rate_of("tandem_classifier_compute_seconds_total"), "{{model}} computing"),
             Query(rate_of("tandem_classifier_tokenize_seconds_total"), "{{model}} tokenizing"),
         ),
-        time_series(
+        graph(
             "Skipped texts per second",
             "short",
             Query(rate_of("tandem_classifier_skipped_texts_total")),
         ),
         section("Results"),
-        time_series(
+        graph(
             "Labels per second",
             "short",
             Query(rate_of("tandem_classifier_labels_total", "model, label"), "{{model}} {{label}}"),
         ),
-        time_series(
+        graph(
             "Texts by top score, cumulative",
             "percentunit",
             _share_below("tandem_classifier_confidence_total", "1"),
         ),
-        time_series(
+        graph(
             "Texts by length in characters, cumulative",
             "percentunit",
             _share_below("tandem_classifier_characters_total", "+Inf"),
         ),
-        time_series(
+        graph(
             "Drift (population stability index)",
             "short",
             Query(
-                f"max by (model, of) ({select_model('tandem_classifier_drift_ratio')})",
+                f"max by (model, of) ({selected('tandem_classifier_drift_ratio')})",
                 "{{model}} {{of}}",
             ),
         ),
-        time_series(
+        graph(
             "Agreement with float32",
             "percentunit",
-            Query(f"min by (model) ({select_model('tandem_classifier_agreement_ratio')})"),
+            Query(f"min by (model) ({selected('tandem_classifier_agreement_ratio')})"),
         ),
-        time_series(
-            "Result cache hit rate", "percentunit", Query(f"{hits} / ({hits} + {misses} > 0)")
-        ),
+        graph("Result cache hit rate", "percentunit", Query(f"{hits} / ({hits} + {misses} > 0)")),
     ]
     return add_panels(board, panels)
 

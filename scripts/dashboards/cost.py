@@ -5,12 +5,12 @@ from grafana_foundation_sdk.builders.dashboard import Dashboard
 from dashboards.panels import (
     Query,
     add_panels,
+    graph,
     make_dashboard,
     make_variable,
     rate_of,
     section,
-    select_model,
-    time_series,
+    selected,
 )
 
 
@@ -28,60 +28,54 @@ def cost() -> Dashboard:
     )
     panels = [
         section("Energy and cost"),
-        time_series(
+        graph(
             "Power by model",
             "watt",
             Query(rate_of("tandem_energy_joules_total", "model, source"), "{{model}} ({{source}})"),
         ),
-        time_series(
+        graph(
             "Power by tenant",
             "watt",
             Query(
                 rate_of("tandem_energy_joules_total", "tenant, source"), "{{tenant}} ({{source}})"
             ),
         ),
-        time_series("Energy per completion token", "joule", Query(f"{energy} / ({tokens} > 0)")),
-        time_series(
-            "Cost per hour by model", "short", Query(f"3600 * {rate_of('tandem_cost_total')}")
-        ),
-        time_series(
+        graph("Energy per completion token", "joule", Query(f"{energy} / ({tokens} > 0)")),
+        graph("Cost per hour by model", "short", Query(f"3600 * {rate_of('tandem_cost_total')}")),
+        graph(
             "Cost per hour by tenant",
             "short",
             Query(f"3600 * {rate_of('tandem_cost_total', 'tenant')}", "{{tenant}}"),
         ),
-        time_series(
+        graph(
             "Cost per million completion tokens",
             "short",
             Query(f"1e6 * {rate_of('tandem_cost_total')} / ({tokens} > 0)"),
         ),
         section("Devices"),
-        time_series(
-            "Power of devices",
-            "watt",
-            Query(select_model("tandem_device_power_watts"), "{{device}}"),
+        graph(
+            "Power of devices", "watt", Query(selected("tandem_device_power_watts"), "{{device}}")
         ),
-        time_series(
+        graph(
             "Temperature of devices",
             "celsius",
-            Query(select_model("tandem_device_temperature_celsius"), "{{device}}"),
+            Query(selected("tandem_device_temperature_celsius"), "{{device}}"),
         ),
-        time_series(
+        graph(
             "Memory of devices",
             "bytes",
-            Query(select_model("tandem_device_memory_used_bytes"), "{{device}}"),
+            Query(selected("tandem_device_memory_used_bytes"), "{{device}}"),
         ),
-        time_series(
-            "Throttled devices",
-            "short",
-            Query(select_model("tandem_device_throttled"), "{{device}}"),
+        graph(
+            "Throttled devices", "short", Query(selected("tandem_device_throttled"), "{{device}}")
         ),
-        time_series(
+        graph(
             "Device errors",
             "short",
-            Query(select_model("tandem_device_xid_errors_total"), "{{device}} XID {{xid}}"),
-            Query(select_model("tandem_device_ecc_errors_total"), "{{device}} ECC"),
+            Query(selected("tandem_device_xid_errors_total"), "{{device}} XID {{xid}}"),
+            Query(selected("tandem_device_ecc_errors_total"), "{{device}} ECC"),
         ),
-        time_series(
+        graph(
             "Memory growth of processes",
             "Bps",
             Query("tandem_memory_growth_bytes_per_second", "{{deployment}} {{process}}"),

@@ -5,15 +5,15 @@ from grafana_foundation_sdk.builders.dashboard import Dashboard
 from dashboards.panels import (
     Query,
     add_panels,
+    graph,
     heatmap_panel,
     make_dashboard,
     make_variable,
-    quantile_queries,
+    quantiles,
     rate_of,
     section,
-    select_model,
+    selected,
     sum_of,
-    time_series,
 )
 
 
@@ -33,75 +33,58 @@ def generator() -> Dashboard:
         section("Latency"),
         heatmap_panel("Time to first byte (TTFT)", "tandem_ttft_seconds"),
         heatmap_panel("Inter-token latency (ITL)", "tandem_itl_seconds"),
-        time_series("TTFT", "s", *quantile_queries("tandem_ttft_seconds", 0.5, 0.95, 0.99)),
-        time_series("ITL", "s", *quantile_queries("tandem_itl_seconds", 0.5, 0.95, 0.99)),
-        time_series("TPOT", "s", *quantile_queries("tandem_tpot_seconds", 0.5, 0.95, 0.99)),
+        graph("TTFT", "s", *quantiles("tandem_ttft_seconds", 0.5, 0.95, 0.99)),
+        graph("ITL", "s", *quantiles("tandem_itl_seconds", 0.5, 0.95, 0.99)),
+        graph("TPOT", "s", *quantiles("tandem_tpot_seconds", 0.5, 0.95, 0.99)),
         section("KV cache"),
-        time_series(
+        graph(
             "KV cache usage",
             "percentunit",
-            Query(f"max by (model) ({select_model('tandem_kv_cache_usage_ratio')})"),
+            Query(f"max by (model) ({selected('tandem_kv_cache_usage_ratio')})"),
         ),
-        time_series(
-            "Prefix cache hit rate (tokens)",
-            "percentunit",
-            Query(f"{cached} / ({prompts} > 0)"),
+        graph(
+            "Prefix cache hit rate (tokens)", "percentunit", Query(f"{cached} / ({prompts} > 0)")
         ),
-        time_series(
+        graph(
             "Preemptions per second",
             "short",
-            Query(
-                _by_model("ray_vllm_num_preemptions_total"),
-                "{{model_name}}",
-            ),
+            Query(_by_model("ray_vllm_num_preemptions_total"), "{{model_name}}"),
         ),
-        time_series(
+        graph(
             "vLLM: KV cache usage",
             "percentunit",
             Query("ray_vllm_kv_cache_usage_perc", "{{model_name}} {{ReplicaId}}"),
         ),
-        time_series(
+        graph(
             "vLLM: prefix cache hit rate",
             "percentunit",
-            Query(
-                f"{_by_model(hits)} / ({_by_model(queries)} > 0)",
-                "{{model_name}}",
-            ),
+            Query(f"{_by_model(hits)} / ({_by_model(queries)} > 0)", "{{model_name}}"),
         ),
-        time_series(
+        graph(
             "vLLM: tokens per second",
             "short",
-            Query(
-                _by_model("ray_vllm_prompt_tokens_total"),
-                "{{model_name}} prompt",
-            ),
-            Query(
-                _by_model("ray_vllm_generation_tokens_total"),
-                "{{model_name}} completion",
-            ),
+            Query(_by_model("ray_vllm_prompt_tokens_total"), "{{model_name}} prompt"),
+            Query(_by_model("ray_vllm_generation_tokens_total"), "{{model_name}} completion"),
         ),
         section("Batches"),
-        time_series(
+        graph(
             "Running and waiting requests",
             "short",
             Query(sum_of("tandem_running_requests"), "{{model}} running"),
             Query(sum_of("tandem_waiting_requests"), "{{model}} waiting"),
         ),
-        time_series(
+        graph(
             "vLLM: running and waiting requests",
             "short",
             Query("ray_vllm_num_requests_running", "{{model_name}} running"),
             Query("ray_vllm_num_requests_waiting", "{{model_name}} waiting"),
         ),
-        time_series(
+        graph(
             "vLLM: tokens per step",
             "short",
-            Query(
-                _vllm_quantile(0.5, "iteration_tokens_total"),
-                "{{model_name}} median",
-            ),
+            Query(_vllm_quantile(0.5, "iteration_tokens_total"), "{{model_name}} median"),
         ),
-        time_series(
+        graph(
             "vLLM: request time by phase, p95",
             "s",
             *(_vllm_p95(part) for part in ("queue", "prefill", "decode")),

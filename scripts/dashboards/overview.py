@@ -6,15 +6,15 @@ from dashboards.panels import (
     REPLICAS_BY_STATE,
     Query,
     add_panels,
+    graph,
     make_dashboard,
     make_variable,
-    quantile_queries,
+    quantiles,
     rate_of,
     section,
-    select_model,
+    selected,
     stat_panel,
     sum_of,
-    time_series,
 )
 
 
@@ -47,50 +47,40 @@ def overview() -> Dashboard:
             "Firing alerts", "short", Query('count(ALERTS{alertstate="firing"}) or vector(0)', "")
         ),
         section("Traffic"),
-        time_series("Requests by model", "reqps", Query(served)),
-        time_series(
+        graph("Requests by model", "reqps", Query(served)),
+        graph(
             "Responses by status",
             "reqps",
             Query(rate_of("tandem_requests_total", "status"), "{{status}}"),
         ),
-        time_series(
+        graph(
             "Tokens per second",
             "short",
             Query(rate_of("tandem_prompt_tokens_total"), "{{model}} prompt"),
             Query(rate_of("tandem_completion_tokens_total"), "{{model}} completion"),
         ),
         section("SLOs"),
-        time_series(
-            "Error ratio", "percentunit", Query(f"{failed} / ({served} > 0) or {served} * 0")
-        ),
-        time_series(
-            "Time to first byte (TTFT)", "s", *quantile_queries("tandem_ttft_seconds", 0.5, 0.95)
-        ),
-        time_series(
-            "Request duration", "s", *quantile_queries("tandem_request_seconds", 0.5, 0.95)
-        ),
-        time_series(
+        graph("Error ratio", "percentunit", Query(f"{failed} / ({served} > 0) or {served} * 0")),
+        graph("Time to first byte (TTFT)", "s", *quantiles("tandem_ttft_seconds", 0.5, 0.95)),
+        graph("Request duration", "s", *quantiles("tandem_request_seconds", 0.5, 0.95)),
+        graph(
             "Latency relative to SLO",
             "short",
             Query('model:tandem_objective:ratio_rate5m{model=~"$model"}', "{{model}} {{of}}"),
         ),
         section("Capacity"),
-        time_series(
+        graph(
             "Requests in flight and queued",
             "short",
             Query(sum_of("tandem_in_flight_requests"), "{{model}} in flight"),
             Query(sum_of("tandem_queued_requests"), "{{model}} queued"),
         ),
-        time_series("Shed requests", "reqps", Query(rate_of("tandem_shed_requests_total"))),
-        time_series(
-            "Replicas",
-            "short",
-            Query(REPLICAS_BY_STATE, "{{model}} {{state}}"),
-        ),
-        time_series(
+        graph("Shed requests", "reqps", Query(rate_of("tandem_shed_requests_total"))),
+        graph("Replicas", "short", Query(REPLICAS_BY_STATE, "{{model}} {{state}}")),
+        graph(
             "Target replicas", "short", Query("max by (model) (tandem_autoscaling_target_replicas)")
         ),
-        time_series(
+        graph(
             "Scaling decisions",
             "short",
             Query(
@@ -98,30 +88,30 @@ def overview() -> Dashboard:
                 "{{model}} {{reason}}",
             ),
         ),
-        time_series(
+        graph(
             "CPU and memory of nodes",
             "percent",
             Query("ray_node_cpu_utilization", "{{instance}} CPU"),
             Query("100 * ray_node_mem_used / ray_node_mem_total", "{{instance}} memory"),
         ),
         section("Processes"),
-        time_series(
+        graph(
             "Memory of replicas and routers",
             "bytes",
             Query("tandem_process_resident_memory_bytes", "{{deployment}} {{process}} {{replica}}"),
             width=12,
         ),
-        time_series(
+        graph(
             "Memory of Ray",
             "bytes",
             Query("sum by (Component) (ray_component_rss_bytes)", "{{Component}}"),
             width=12,
         ),
-        time_series(
+        graph(
             "Startup time of replicas by phase",
             "s",
             Query(
-                f"max by (model, phase) ({select_model('tandem_startup_seconds')})",
+                f"max by (model, phase) ({selected('tandem_startup_seconds')})",
                 "{{model}} {{phase}}",
             ),
             width=12,

@@ -60,7 +60,7 @@ def make_variable(label: str, metric: str) -> QueryVariable:
     )
 
 
-def time_series(title: str, unit: str, *queries: Query, width: int = 8) -> timeseries.Panel:
+def graph(title: str, unit: str, *queries: Query, width: int = 8) -> timeseries.Panel:
     """Return a panel with lines over time."""
     return _queried(timeseries.Panel().fill_opacity(8).min(0), title, unit, queries, width)
 
@@ -83,7 +83,7 @@ def section(title: str) -> Row:
     return Row(title)
 
 
-def quantile_queries(metric: str, *levels: float) -> list[Query]:
+def quantiles(metric: str, *levels: float) -> list[Query]:
     """Return queries for quantiles of a histogram, per selected model."""
     rate = f'sum by (model, le) (rate({metric}_bucket{{model=~"$model"}}[$__rate_interval]))'
     return [
@@ -101,7 +101,7 @@ def sum_of(metric: str, by: str = "model", where: str = 'model=~"$model"') -> st
     return f"sum by ({by}) ({metric}{{{where}}})"
 
 
-def select_model(metric: str) -> str:
+def selected(metric: str) -> str:
     """Return a metric of every process, restricted to the selected models."""
     return f'{metric}{{model=~"$model"}}'
 

@@ -6,14 +6,14 @@ from dashboards.panels import (
     REPLICAS_BY_STATE,
     Query,
     add_panels,
+    graph,
     make_dashboard,
     make_variable,
-    quantile_queries,
+    quantiles,
     rate_of,
     section,
     stat_panel,
     sum_of,
-    time_series,
 )
 
 
@@ -27,63 +27,59 @@ def router() -> Dashboard:
     )
     panels = [
         section("Router"),
-        time_series(
+        graph(
             "Requests by route",
             "reqps",
             Query(rate_of("tandem_requests_total", "route"), "{{route}}"),
         ),
-        time_series("Queue time", "s", *quantile_queries("tandem_queue_seconds", 0.5, 0.95, 0.99)),
-        time_series(
+        graph("Queue time", "s", *quantiles("tandem_queue_seconds", 0.5, 0.95, 0.99)),
+        graph(
             "Failovers and cut-off responses per second",
             "short",
             Query(rate_of("tandem_failovers_total", "model, reason"), "{{model}} {{reason}}"),
             Query(rate_of("tandem_cut_off_requests_total"), "{{model}} cut off"),
         ),
-        time_series(
+        graph(
             "Tokens in flight, queued, and capacity",
             "short",
             Query(sum_of("tandem_in_flight_tokens"), "{{model}} in flight"),
             Query(sum_of("tandem_queued_tokens"), "{{model}} queued"),
             Query(sum_of("tandem_capacity_tokens"), "{{model}} capacity"),
         ),
-        time_series(
+        graph(
             "Drain rate in tokens per second",
             "short",
             Query(sum_of("tandem_drain_tokens_per_second")),
         ),
-        time_series(
+        graph(
             "Routing decisions per second by policy",
             "short",
             Query(
                 rate_of("tandem_routing_decisions_total", "model, policy"), "{{model}} {{policy}}"
             ),
         ),
-        time_series(
+        graph(
             "Time per routing decision",
             "s",
-            *quantile_queries("tandem_routing_decision_seconds", 0.5, 0.99),
+            *quantiles("tandem_routing_decision_seconds", 0.5, 0.99),
         ),
-        time_series(
-            "Replicas by state",
-            "short",
-            Query(REPLICAS_BY_STATE, "{{model}} {{state}}"),
-        ),
+        graph("Replicas by state", "short", Query(REPLICAS_BY_STATE, "{{model}} {{state}}")),
         section("Links"),
-        time_series(
+        graph(
             "Frames per second",
             "short",
             Query(
                 rate_of("tandem_link_frames_total", "model, direction"), "{{model}} {{direction}}"
             ),
         ),
-        time_series(
+        graph(
             "Link traffic",
             "Bps",
             Query(
                 rate_of("tandem_link_bytes_total", "model, direction"), "{{model}} {{direction}}"
             ),
         ),
-        time_series(
+        graph(
             "Connects and fallbacks per second",
             "short",
             Query(rate_of("tandem_link_connects_total"), "{{model}} connects"),

@@ -2,7 +2,7 @@
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard
 
-from dashboards.panels import Query, add_panels, make_dashboard, make_variable, rate_of, time_series
+from dashboards.panels import Query, add_panels, graph, make_dashboard, make_variable, rate_of
 
 
 def tenant() -> Dashboard:
@@ -13,44 +13,43 @@ def tenant() -> Dashboard:
         "Traffic, tokens, limits and cost of one tenant.",
         [make_variable("tenant", "tandem_tenant_requests_total")],
     )
-    selected = 'tenant=~"$tenant"'
+    chosen = 'tenant=~"$tenant"'
     panels = [
-        time_series(
+        graph(
             "Requests by status",
             "reqps",
             Query(
-                rate_of("tandem_tenant_requests_total", "tenant, status", selected),
+                rate_of("tandem_tenant_requests_total", "tenant, status", chosen),
                 "{{tenant}} {{status}}",
             ),
         ),
-        time_series(
+        graph(
             "Tokens per second",
             "short",
             Query(
-                rate_of("tandem_tenant_tokens_total", "tenant, model, kind", selected),
+                rate_of("tandem_tenant_tokens_total", "tenant, model, kind", chosen),
                 "{{tenant}} {{model}} {{kind}}",
             ),
         ),
-        time_series(
+        graph(
             "Rejected at a limit",
             "reqps",
             Query(
-                rate_of("tandem_limits_hit_total", "tenant, limit", selected),
-                "{{tenant}} {{limit}}",
+                rate_of("tandem_limits_hit_total", "tenant, limit", chosen), "{{tenant}} {{limit}}"
             ),
         ),
-        time_series(
+        graph(
             "Power",
             "watt",
             Query(
-                rate_of("tandem_energy_joules_total", "tenant, source", selected),
+                rate_of("tandem_energy_joules_total", "tenant, source", chosen),
                 "{{tenant}} ({{source}})",
             ),
         ),
-        time_series(
+        graph(
             "Cost per hour",
             "short",
-            Query(f"3600 * {rate_of('tandem_cost_total', 'tenant', selected)}", "{{tenant}}"),
+            Query(f"3600 * {rate_of('tandem_cost_total', 'tenant', chosen)}", "{{tenant}}"),
         ),
     ]
     return add_panels(board, panels)
