@@ -1,4 +1,4 @@
-"""What every generator engine promises, and that the simulated one answers as vLLM does."""
+"""Contract of all generator engines; the simulated one responds as vLLM does."""
 
 import asyncio
 import json
@@ -68,19 +68,19 @@ def body(**fields: Any) -> dict[str, Any]:
     return fields if "prompt" in fields else {"messages": USER, **fields}
 
 
-async def load_becomes(engine: Engine, wanted: Load, within_s: float = 1.0) -> None:
+async def wait_for_load(engine: Engine, wanted: Load, within_s: float = 1.0) -> None:
     async with asyncio.timeout(within_s):
         while engine.load() != wanted:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 
-# --- one shape -----------------------------------------------------------------------------
+# --- equal shapes -----------------------------------------------------------------------------
 
 EXACT = {"object", "type", "finish_reason", "role", "stop_reason", "status", "reason"}
 
 
 def shape(value: Any, key: str = "") -> Any:
-    """Keys in their order and types; the values only of what names something."""
+    """Return keys in order and types of values; of ``EXACT`` keys, the values themselves."""
     if isinstance(value, dict):
         return [(name, shape(inner, name)) for name, inner in value.items()]
     if isinstance(value, list):
@@ -89,20 +89,20 @@ def shape(value: Any, key: str = "") -> Any:
 
 
 def stream_shape(answer: asgi.Answer) -> list[Any]:
-    """The kinds of events in their order; vLLM may join tokens, so their number is left out.
+    """Return the shapes of the events in order, without repetitions: vLLM may join tokens.
 
-    Of several prompts, each kind is given once: in which turn they end is the scheduler's affair.
+    With several prompts, each shape is listed once, because the order depends on the scheduler.
     """
     kinds = [
         (name, shape(data)) for (name, _), data in zip(answer.events(), answer.data(), strict=False)
     ]
     choices = [choice for data in answer.data() for choice in data.get("choices", ())]
     if len({choice["index"] for choice in choices}) > 1:
-        return [kind for place, kind in enumerate(kinds) if kind not in kinds[:place]]
+        return [kind for index, kind in enumerate(kinds) if kind not in kinds[:index]]
     return [kind for kind, _ in groupby(kinds)]
 
 
-ALIKE = [
+SERVED = [
     (CHAT, body()),
     (CHAT, body(return_token_ids=True)),
     (CHAT, body(max_tokens=None, max_completion_tokens=3)),
@@ -131,29 +131,33 @@ ALIKE = [
 ]
 
 
-@pytest.mark.parametrize(("path", "request_body"), ALIKE)
-async def test_answers_have_one_shape(
+@pytest.mark.parametrize(("path", "request_body"), SERVED)
+async def test_responses_have_equal_shapes(
     real: Engine, sim: Engine, path: str, request_body: dict[str, Any]
 ) -> None:
-    theirs, ours = [await asgi.post(one.app, path, request_body) for one in (real, sim)]
-    assert theirs.status == ours.status == 200
-    assert ours.headers.keys() <= theirs.headers.keys()
-    assert ours.headers["content-type"] == theirs.headers["content-type"]
+    real_answer, sim_answer = [await asgi.post(one.app, path, request_body) for one in (real, sim)]
+    assert real_answer.status == sim_answer.status == 200
+    assert sim_answer.headers.keys() <= real_answer.headers.keys()
+    assert sim_answer.headers["content-type"] == real_answer.headers["content-type"]
     if request_body.get("stream"):
-        assert stream_shape(ours) == stream_shape(theirs)
-        assert (ours.events()[-1][1] == "[DONE]") == (theirs.events()[-1][1] == "[DONE]")
+        assert stream_shape(sim_answer) == stream_shape(real_answer)
+        assert (sim_answer.events()[-1][1] == "[DONE]") == (real_answer.events()[-1][1] == "[DONE]")
     else:
-        assert shape(ours.json()) == shape(theirs.json())
+        assert shape(sim_answer.json()) == shape(real_answer.json())
 
 
-async def test_models_have_one_shape(real: Engine, sim: Engine) -> None:
-    theirs, ours = [(await asgi.get(one.app, "/v1/models")).json() for one in (real, sim)]
-    assert shape(ours) == shape(theirs)
-    assert ours["data"][0]["id"] == theirs["data"][0]["id"] == "m"
-    assert ours["data"][0]["max_model_len"] == theirs["data"][0]["max_model_len"] == CONTEXT
+async def test_models_have_equal_shapes(real: Engine, sim: Engine) -> None:
+    real_answer, sim_answer = [
+        (await asgi.get(one.app, "/v1/models")).json() for one in (real, sim)
+    ]
+    assert shape(sim_answer) == shape(real_answer)
+    assert sim_answer["data"][0]["id"] == real_answer["data"][0]["id"] == "m"
+    assert (
+        sim_answer["data"][0]["max_model_len"] == real_answer["data"][0]["max_model_len"] == CONTEXT
+    )
 
 
-REFUSED = [
+REJECTED = [
     ("POST", CHAT, b'{"model": '),
     ("POST", COMPLETION, b"nonsense"),
     ("POST", CHAT, b"[1]"),
@@ -203,30 +207,34 @@ REFUSED = [
 
 
 def without_counts(answer: asgi.Answer) -> Any:
-    """vLLM counts fields that it adds to a body before it checks it."""
+    """Return the body without numbers of fields: vLLM counts fields that it adds itself."""
     return json.loads(re.sub(rb"<dict of \d+ items>", b"<dict>", answer.body))
 
 
-@pytest.mark.parametrize(("method", "path", "request_body"), REFUSED)
-async def test_refusals_are_the_same(
+@pytest.mark.parametrize(("method", "path", "request_body"), REJECTED)
+async def test_error_responses_are_equal(
     real: Engine, sim: Engine, method: str, path: str, request_body: Any
 ) -> None:
-    theirs, ours = [await asgi.call(one.app, method, path, request_body) for one in (real, sim)]
-    assert ours.status == theirs.status >= 400
-    assert without_counts(ours) == without_counts(theirs)
-    assert ours.headers.get("allow") == theirs.headers.get("allow")
+    real_answer, sim_answer = [
+        await asgi.call(one.app, method, path, request_body) for one in (real, sim)
+    ]
+    assert sim_answer.status == real_answer.status >= 400
+    assert without_counts(sim_answer) == without_counts(real_answer)
+    assert sim_answer.headers.get("allow") == real_answer.headers.get("allow")
 
 
-async def test_only_json_is_taken(real: Engine, sim: Engine) -> None:
+async def test_only_json_is_accepted(real: Engine, sim: Engine) -> None:
     header = {"content-type": "text/plain"}
-    theirs, ours = [await asgi.post(e.app, CHAT, body(), headers=header) for e in (real, sim)]
-    assert (ours.status, ours.json()) == (theirs.status, theirs.json())
+    real_answer, sim_answer = [
+        await asgi.post(e.app, CHAT, body(), headers=header) for e in (real, sim)
+    ]
+    assert (sim_answer.status, sim_answer.json()) == (real_answer.status, real_answer.json())
 
 
-# --- one behaviour -------------------------------------------------------------------------
+# --- equal behaviour -------------------------------------------------------------------------
 
 
-async def test_a_stream_says_what_the_whole_answer_says(engine: Engine) -> None:
+async def test_a_stream_adds_up_to_the_whole_response(engine: Engine) -> None:
     whole = (await asgi.post(engine.app, CHAT, body(max_tokens=20))).json()
     streamed = await asgi.post(
         engine.app, CHAT, body(max_tokens=20, stream=True, stream_options=USAGE)
@@ -255,19 +263,17 @@ async def test_token_counts_add_up(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_the_tokens_of_a_request_are_counted_for_the_router(
-    engine: Engine, stream: bool
-) -> None:
+async def test_usage_is_reported_over_the_link(engine: Engine, stream: bool) -> None:
     options = {"stream_options": {"include_usage": True}} if stream else {}
     server = LinkServer(engine.app, b"secret")
     link = LinkClient(*await server.start(), b"secret")
     try:
         await link.connect()
-        asked = json.dumps(body(stream=stream, **options)).encode()
+        payload = json.dumps(body(stream=stream, **options)).encode()
         head = RequestHead(
             method="POST", path=CHAT, headers=[(b"content-type", b"application/json")]
         )
-        answer = link.open(head, asked)
+        answer = link.open(head, payload)
         await answer.head()
         chunks = []
         while chunk := await answer.read():
@@ -277,13 +283,13 @@ async def test_the_tokens_of_a_request_are_counted_for_the_router(
         await server.stop()
     text = b"".join(chunks).decode()
     events = [line[6:] for line in text.splitlines() if line.startswith("data: {")]
-    said = json.loads(events[-1] if stream else text)["usage"]
+    usage = json.loads(events[-1] if stream else text)["usage"]
     assert answer.usage is not None
-    assert answer.usage.prompt_tokens == said["prompt_tokens"] > 6
-    assert answer.usage.completion_tokens == said["completion_tokens"] == 6
+    assert answer.usage.prompt_tokens == usage["prompt_tokens"] > 6
+    assert answer.usage.completion_tokens == usage["completion_tokens"] == 6
 
 
-async def test_token_ids_are_a_prompt_too(engine: Engine) -> None:
+async def test_a_prompt_can_be_token_ids(engine: Engine) -> None:
     text = "Once upon a time"
     ids = (await asgi.post(engine.app, "/tokenize", {"model": "m", "prompt": text})).json()[
         "tokens"
@@ -295,7 +301,7 @@ async def test_token_ids_are_a_prompt_too(engine: Engine) -> None:
     assert back == {"prompt": text}
 
 
-async def test_the_callers_request_id_is_in_the_answer(engine: Engine) -> None:
+async def test_the_request_id_is_part_of_the_response_id(engine: Engine) -> None:
     header = {"x-request-id": "tandem-42"}
     for path, fields in ((CHAT, {}), (COMPLETION, {"prompt": "Hi"})):
         answer = await asgi.post(engine.app, path, body(**fields), headers=header)
@@ -303,11 +309,11 @@ async def test_the_callers_request_id_is_in_the_answer(engine: Engine) -> None:
         assert answer.headers["x-request-id"] == "tandem-42"
 
 
-async def test_a_stop_string_ends_the_text_before_it(engine: Engine) -> None:
+async def test_text_ends_before_a_stop_string(engine: Engine) -> None:
     text = (await asgi.post(engine.app, CHAT, body())).json()["choices"][0]["message"]["content"]
     stop = text.split()[2]
-    asked = body(stop=[stop], stream_options=USAGE, stream=True)
-    *chunks, last = (await asgi.post(engine.app, CHAT, asked)).data()
+    request_body = body(stop=[stop], stream_options=USAGE, stream=True)
+    *chunks, last = (await asgi.post(engine.app, CHAT, request_body)).data()
     shown = "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks)
     assert shown == text[: text.index(stop)]
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
@@ -315,32 +321,34 @@ async def test_a_stop_string_ends_the_text_before_it(engine: Engine) -> None:
     assert last["usage"]["completion_tokens"] <= 6
 
 
-async def test_without_max_tokens_the_context_is_the_limit(engine: Engine) -> None:
+async def test_the_context_limits_the_completion(engine: Engine) -> None:
     prompt = [70] * (CONTEXT - 9)
     answer = (await asgi.post(engine.app, COMPLETION, body(prompt=prompt, max_tokens=16))).json()
     assert answer["usage"]["total_tokens"] == CONTEXT
     messages = [{"role": "user", "content": "Hello " * 300}]
-    asked = {"model": "m", "messages": messages, "temperature": 0}
-    answer = (await asgi.post(engine.app, CHAT, asked)).json()
+    request_body = {"model": "m", "messages": messages, "temperature": 0}
+    answer = (await asgi.post(engine.app, CHAT, request_body)).json()
     ended = answer["choices"][0]["finish_reason"] == "stop"
     assert ended or answer["usage"]["total_tokens"] == CONTEXT
 
 
-async def test_many_at_once_all_end(engine: Engine) -> None:
-    asked = [body(prompt=f"Story number {i}:", max_tokens=8 + i, stream=True) for i in range(16)]
-    for one in asked:
+async def test_concurrent_requests_all_finish(engine: Engine) -> None:
+    bodies = [body(prompt=f"Story number {i}:", max_tokens=8 + i, stream=True) for i in range(16)]
+    for one in bodies:
         one["stream_options"] = USAGE
-    answers = await asyncio.gather(*[asgi.post(engine.app, COMPLETION, one) for one in asked])
+    answers = await asyncio.gather(*[asgi.post(engine.app, COMPLETION, one) for one in bodies])
     counts = [answer.data()[-1]["usage"]["completion_tokens"] for answer in answers]
-    assert counts == [one["max_tokens"] for one in asked]
-    await load_becomes(engine, Load())
+    assert counts == [one["max_tokens"] for one in bodies]
+    await wait_for_load(engine, Load())
 
 
 @pytest.mark.parametrize("how", ["cancel", "disconnect"])
 @pytest.mark.parametrize("stream", [True, False])
-async def test_who_leaves_frees_the_engine(engine: Engine, how: str, stream: bool) -> None:
-    asked = body(max_tokens=900, stream=stream)
-    call = asgi.start(engine.app, "POST", CHAT, asked)
+async def test_a_client_that_goes_away_frees_the_engine(
+    engine: Engine, how: str, stream: bool
+) -> None:
+    request_body = body(max_tokens=900, stream=stream)
+    call = asgi.start(engine.app, "POST", CHAT, request_body)
     if stream:
         await call.chunks(5)
     else:
@@ -350,12 +358,12 @@ async def test_who_leaves_frees_the_engine(engine: Engine, how: str, stream: boo
         await call.cancel()
     else:
         call.disconnect()
-    await load_becomes(engine, Load())
+    await wait_for_load(engine, Load())
     await engine.check_health()
     assert (await asgi.post(engine.app, CHAT, body())).status == 200
 
 
-async def test_what_is_served_is_listed(engine: Engine) -> None:
+async def test_routes_lists_the_paths_that_are_served(engine: Engine) -> None:
     routes = engine.routes()
     assert {"/v1/models", CHAT, COMPLETION, "/tokenize", "/v1/messages"} <= set(routes)
     assert not {"/metrics", "/health", "/inference/v1/abort_requests", "/docs"} & set(routes)
@@ -364,13 +372,13 @@ async def test_what_is_served_is_listed(engine: Engine) -> None:
     assert {CHAT, COMPLETION} <= set(document["paths"]) <= set(routes)
 
 
-# --- death, of engines that nobody needs any more ------------------------------------------
+# --- failures; test_a_killed_vllm_process comes last because it ends the shared engine -----
 
 DEAD = "EngineCore encountered an issue. See stack trace (above) for the root cause."
 DEAD_BODY = {"error": {"message": DEAD, "type": "InternalServerError", "param": None, "code": 500}}
 
 
-async def check_death(engine: Engine, stream: asgi.Call, whole: asgi.Call) -> None:
+async def check_dead_engine(engine: Engine, stream: asgi.Call, whole: asgi.Call) -> None:
     streamed, answered = await stream.done(), await whole.done()
     assert streamed.status == 200
     assert streamed.events()[-1][1] == "[DONE]"
@@ -382,20 +390,20 @@ async def check_death(engine: Engine, stream: asgi.Call, whole: asgi.Call) -> No
     assert (after.status, after.json()) == (500, DEAD_BODY)
 
 
-async def test_a_simulated_death() -> None:
-    knobs = {"die_after_requests": 3, "decode_s_per_token": 0.01}
-    engine = make_generator_engine(config("sim", sim=knobs))
+async def test_a_simulated_engine_dies() -> None:
+    sim = {"die_after_requests": 3, "decode_s_per_token": 0.01}
+    engine = make_generator_engine(config("sim", sim=sim))
     await engine.start()
     stream = asgi.start(engine.app, "POST", CHAT, body(max_tokens=900, stream=True))
     whole = asgi.start(engine.app, "POST", CHAT, body(max_tokens=900))
     await stream.chunks(3)
     await engine.check_health()
     await asgi.post(engine.app, CHAT, body())
-    await check_death(engine, stream, whole)
+    await check_dead_engine(engine, stream, whole)
     await engine.stop()
 
 
-async def test_simulated_failures() -> None:
+async def test_simulated_failures_and_hangs() -> None:
     engine = make_generator_engine(config("sim", sim={"fail_rate": 1, "hang_after_requests": 1}))
     await engine.start()
     failed = await asgi.post(engine.app, CHAT, body())
@@ -415,7 +423,7 @@ async def test_simulated_failures() -> None:
         await SimEngine(config("sim", sim={"num_kv_blocks": 2})).start()
 
 
-async def test_wrong_arguments_are_named() -> None:
+async def test_wrong_arguments_are_reported_by_name() -> None:
     engine = make_generator_engine(config("vllm", engine_args={"max_num_seq": 3}))
     with pytest.raises(ConfigError, match="max_num_seqs"):
         await engine.start()
@@ -426,10 +434,10 @@ async def test_wrong_arguments_are_named() -> None:
         await engine.check_health()
 
 
-async def test_a_real_death(real: Engine) -> None:
+async def test_a_killed_vllm_process(real: Engine) -> None:
     stream = asgi.start(real.app, "POST", CHAT, body(max_tokens=900, stream=True))
     whole = asgi.start(real.app, "POST", CHAT, body(max_tokens=900))
     await stream.chunks(3)
     (process,) = engines_of_this_process()
     process.kill()
-    await check_death(real, stream, whole)
+    await check_dead_engine(real, stream, whole)

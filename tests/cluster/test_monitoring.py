@@ -1,4 +1,4 @@
-"""`tandem up --monitoring` for real: every metric arrives, every panel shows it, alerts fire."""
+"""`tandem up --monitoring`: all metrics reach Prometheus, all panels have data, alerts fire."""
 
 import json
 import signal
@@ -24,15 +24,15 @@ from tests.monitoring.fast_rules import speed_up
 
 GRAFANA = Path(monitoring.__file__).parent / "grafana"
 FLOODED, LEAKING = "flooded", "leaking"
-FROM_NONE = {"min": 0, "max": 1, "target_in_flight": 8}
+SCALES_FROM_ZERO = {"min": 0, "max": 1, "target_in_flight": 8}
 LOAD_S = 60.0
-ARRIVES_S = 90.0
-"""A replica's figures come to Prometheus within some 25 s; a busy machine takes longer."""
+TIMEOUT_S = 90.0
+"""Metrics reach Prometheus within about 25 s; a busy machine takes longer."""
 
-HURRY = 15.0
-"""How much shorter the durations in the rules are whose alerts take minutes: 15 m are 1 m."""
+SPEED_UP = 15.0
+"""Factor by which the durations in the rules are shortened: 15 minutes become 1 minute."""
 SCRAPE_S = 5
-"""Several in the shortest of their windows."""
+"""The shortest window, 20 s, contains several scrapes."""
 
 ABSENT = {
     **{
@@ -41,15 +41,15 @@ ABSENT = {
         if metric.name.startswith("tandem_device_")
     },
     "tandem_certificate_expiry_timestamp_seconds": "TLS between the nodes",
-    "tandem_classifier_agreement_ratio": "a processor that computes in less than float32",
+    "tandem_classifier_agreement_ratio": "a CPU with a lower precision than float32",
     "tandem_classifier_drift_ratio": "a classifier with a reference (`tandem models reference`)",
-    "tandem_limits_hit_total": "API keys, without which the address answers all who scrape it",
+    "tandem_limits_hit_total": "API keys; without them, /metrics needs no key",
 }
-"""What is not there, and what it would take."""
+"""Metrics that are absent here, and what they require."""
 
 
 def config() -> dict[str, Any]:
-    """A usual generator and the classifier; one that gets too much, and one that leaks."""
+    """Return generators (normal, overloaded, leaking) and a classifier."""
     sim = {"decode_s_per_token": 0.005, "prefill_s_per_token": 0.0005}
     slow = {"decode_s_per_token": 0.05, "max_num_seqs": 2}
     sentiment = {
@@ -61,9 +61,9 @@ def config() -> dict[str, Any]:
     return serve_config(
         generators=[
             sim_generator(name="smollm2", sim=sim),
-            # Its first request has its replica started: a decision of the autoscaler. So many wait
-            # in its engine that the router learns its capacity.
-            sim_generator(name=FLOODED, sim=slow, max_in_flight=12, replicas=FROM_NONE),
+            # Its first request makes the autoscaler start a replica. Enough requests wait in the
+            # engine for the router to learn its capacity.
+            sim_generator(name=FLOODED, sim=slow, max_in_flight=12, replicas=SCALES_FROM_ZERO),
             sim_generator(name=LEAKING, sim={"leak_bytes_per_request": "64KiB"}),
         ],
         classifiers=[sentiment],
@@ -75,7 +75,7 @@ def config() -> dict[str, Any]:
 
 
 class Prometheus:
-    """Asks a Prometheus that runs."""
+    """Client of a running Prometheus."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -90,15 +90,15 @@ class Prometheus:
         answer = httpx.get(f"{self.url}/api/v1/label/__name__/values", timeout=30)
         return set(answer.json()["data"])
 
-    def until(self, holds: Callable[[], bool], timeout_s: float = ARRIVES_S) -> bool:
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> bool:
         deadline = time.monotonic() + timeout_s
-        while not holds():
+        while not condition():
             if time.monotonic() > deadline:
                 return False
             time.sleep(2)
         return True
 
-    def firing(self, alert: str, **labels: str) -> bool:
+    def is_firing(self, alert: str, **labels: str) -> bool:
         wanted = {"alertname": alert, "alertstate": "firing", **labels}
         matchers = ",".join(f'{name}="{value}"' for name, value in wanted.items())
         return bool(self.query(f"ALERTS{{{matchers}}}"))
@@ -113,17 +113,17 @@ def started(
     running: RunningCluster = make_cluster("--monitoring", "--config", str(file))
     yield running
     assert running.tandem("down").returncode == 0
-    assert not any(p.info["name"] == "prometheus" and is_of(p, running) for p in processes())
+    assert not any(p.info["name"] == "prometheus" and belongs_to(p, running) for p in processes())
 
 
 @pytest.fixture(scope="module")
 def fast_prometheus(
     started: RunningCluster, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Prometheus]:
-    """A second Prometheus of the same cluster, whose rules have shorter durations."""
+    """Start a second Prometheus for the cluster, with shorter durations in its rules."""
     folder = tmp_path_factory.mktemp("prometheus")
     for path in monitoring.RULES.glob("*.yml"):
-        (folder / path.name).write_text(speed_up(path.read_text(), HURRY))
+        (folder / path.name).write_text(speed_up(path.read_text(), SPEED_UP))
     targets = monitoring.Targets(started.status()["state"]["dashboard_url"], None)
     settings = yaml.safe_load(monitoring.configuration(targets, [str(folder / "*.yml")]))
     settings["global"] = {
@@ -146,20 +146,22 @@ def fast_prometheus(
 
 
 @pytest.fixture(scope="module")
-def pressed(started: RunningCluster, fast_prometheus: Prometheus) -> Iterator[None]:
-    """More requests than one pool can serve, and some to the one that leaks; until the end."""
+def overload(started: RunningCluster, fast_prometheus: Prometheus) -> Iterator[None]:
+    """Send more requests than one pool can serve, and some to the leaking one, until the end."""
     done = threading.Event()
     clients = [(FLOODED, 0.2)] * 20 + [(LEAKING, 0.25)]
     with ThreadPoolExecutor(len(clients)) as pool:
-        asking = [pool.submit(ask_on, started.http_url, done, *client) for client in clients]
+        requests = [
+            pool.submit(send_repeatedly, started.http_url, done, *client) for client in clients
+        ]
         yield
         done.set()
-    for client in asking:
-        client.result()
+    for request in requests:
+        request.result()
 
 
-def ask_on(url: str, done: threading.Event, model: str, pause_s: float) -> None:
-    """One request after the other; what is refused is asked again after a pause."""
+def send_repeatedly(url: str, done: threading.Event, model: str, pause_s: float) -> None:
+    """Send one request after another, whatever its status, with a pause in between."""
     body = {"model": model, "prompt": "a b c", "max_tokens": 16}
     with httpx.Client(base_url=url, timeout=60) as client:
         while not done.wait(pause_s):
@@ -167,9 +169,9 @@ def ask_on(url: str, done: threading.Event, model: str, pause_s: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def watched(started: RunningCluster, pressed: None) -> RunningCluster:
-    """The cluster after a minute of mixed load, which goes on where there is too much of it."""
-    load(started.http_url, LOAD_S)
+def loaded(started: RunningCluster, overload: None) -> RunningCluster:
+    """Return the cluster after a minute of mixed load; the overload continues."""
+    send_mixed_load(started.http_url, LOAD_S)
     return started
 
 
@@ -177,15 +179,15 @@ def processes() -> list[psutil.Process]:
     return list(psutil.process_iter(["name"]))
 
 
-def is_of(process: psutil.Process, running: RunningCluster) -> bool:
+def belongs_to(process: psutil.Process, running: RunningCluster) -> bool:
     try:
         return process.environ().get("TANDEM_HOME") == str(running.home)
     except psutil.Error:
         return False
 
 
-def load(url: str, seconds: float) -> None:
-    """Chats, streamed and not, and texts to classify, one after the other."""
+def send_mixed_load(url: str, seconds: float) -> None:
+    """Send chats, streamed and whole, and texts to classify, one after another."""
     chat = {"model": "smollm2", "max_tokens": 16, "messages": [{"role": "user", "content": "Hi"}]}
     deadline = time.monotonic() + seconds
     with httpx.Client(base_url=url, timeout=60) as client:
@@ -196,26 +198,26 @@ def load(url: str, seconds: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def prometheus(watched: RunningCluster) -> Prometheus:
-    return Prometheus(watched.status()["state"]["prometheus_url"])
+def prometheus(loaded: RunningCluster) -> Prometheus:
+    return Prometheus(loaded.status()["state"]["prometheus_url"])
 
 
 def series(metric: Metric) -> str:
     return f"{metric.name}_bucket" if metric.kind == "histogram" else metric.name
 
 
-def test_every_target_answers(prometheus: Prometheus) -> None:
+def test_every_target_is_up(prometheus: Prometheus) -> None:
     assert {found["metric"]["job"] for found in prometheus.query("up")} == {"ray", "ingress"}
-    assert prometheus.until(lambda: not prometheus.query("up == 0"))
+    assert prometheus.wait_until(lambda: not prometheus.query("up == 0"))
 
 
-def test_every_metric_of_the_table_arrives(prometheus: Prometheus) -> None:
+def test_every_metric_reaches_prometheus(prometheus: Prometheus) -> None:
     wanted = {series(metric) for metric in table.all_metrics() if metric.name not in ABSENT}
-    prometheus.until(lambda: wanted <= prometheus.metric_names())
+    prometheus.wait_until(lambda: wanted <= prometheus.metric_names())
     assert sorted(wanted - prometheus.metric_names()) == []
 
 
-def test_every_panel_has_something_to_show(watched: RunningCluster, prometheus: Prometheus) -> None:
+def test_every_panel_has_data(loaded: RunningCluster, prometheus: Prometheus) -> None:
     panels = [
         (path.stem, panel["title"], target["expr"])
         for path in sorted((GRAFANA / "dashboards").glob("*.json"))
@@ -223,35 +225,35 @@ def test_every_panel_has_something_to_show(watched: RunningCluster, prometheus: 
         for target in panel.get("targets", [])
         if not any(name in target["expr"] for name in (*ABSENT, "ray_vllm_"))
     ]
-    load(watched.http_url, 20)
+    send_mixed_load(loaded.http_url, 20)
     time.sleep(2 * monitoring.SCRAPE_INTERVAL_S)
     empty = []
     for page, title, expr in panels:
-        asked = expr.replace("$__rate_interval", "5m").replace("$model", ".+")
-        asked = asked.replace("$tenant", ".*")
-        if not prometheus.query(asked):
+        query = expr.replace("$__rate_interval", "5m").replace("$model", ".+")
+        query = query.replace("$tenant", ".*")
+        if not prometheus.query(query):
             empty.append(f"{page}: {title}: {expr}")
     assert empty == []
 
 
-def test_the_phases_of_a_start_add_up(prometheus: Prometheus) -> None:
+def test_startup_phases_add_up(prometheus: Prometheus) -> None:
     def took(*phases: str) -> float:
         query = f'tandem_startup_seconds{{model="{FLOODED}",phase=~"{"|".join(phases)}"}}'
         found = {one["metric"]["phase"]: float(one["value"][1]) for one in prometheus.query(query)}
         return sum(found.values()) if found.keys() == set(phases) else float("nan")
 
-    assert prometheus.until(lambda: took("decision") > 0)
+    assert prometheus.wait_until(lambda: took("decision") > 0)
     assert took("scheduling", "start", "notice") == pytest.approx(took("decision"))
     assert took("process", "replica") == pytest.approx(took("start"))
     assert took("imports", "model", "link") == pytest.approx(took("replica"))
 
 
-def test_rays_dashboard_knows_prometheus(watched: RunningCluster) -> None:
-    url = watched.status()["state"]["dashboard_url"]
+def test_rays_dashboard_finds_prometheus(loaded: RunningCluster) -> None:
+    url = loaded.status()["state"]["dashboard_url"]
     assert httpx.get(f"{url}/api/prometheus_health", timeout=30).status_code == 200
 
 
-def test_the_rules_are_evaluated(prometheus: Prometheus) -> None:
+def test_all_rules_are_evaluated(prometheus: Prometheus) -> None:
     groups = httpx.get(f"{prometheus.url}/api/v1/rules", timeout=30).json()["data"]["groups"]
     loaded = {rule["name"] for group in groups for rule in group["rules"]}
     for path in monitoring.RULES.glob("*.yml"):
@@ -260,21 +262,21 @@ def test_the_rules_are_evaluated(prometheus: Prometheus) -> None:
     assert not [rule for group in groups for rule in group["rules"] if rule["health"] == "err"]
 
 
-def test_overload_fires_its_alert(watched: RunningCluster, fast_prometheus: Prometheus) -> None:
+def test_overload_fires_its_alert(loaded: RunningCluster, fast_prometheus: Prometheus) -> None:
     prometheus = fast_prometheus
-    assert prometheus.until(lambda: prometheus.firing("TandemShedding", model=FLOODED))
-    assert not prometheus.firing("TandemShedding", model="smollm2")
+    assert prometheus.wait_until(lambda: prometheus.is_firing("TandemShedding", model=FLOODED))
+    assert not prometheus.is_firing("TandemShedding", model="smollm2")
 
 
-def test_a_leak_fires_its_alert(watched: RunningCluster, fast_prometheus: Prometheus) -> None:
+def test_a_leak_fires_its_alert(loaded: RunningCluster, fast_prometheus: Prometheus) -> None:
     prometheus = fast_prometheus
-    assert prometheus.until(lambda: prometheus.firing("TandemMemoryGrowing", model=LEAKING))
-    assert not prometheus.firing("TandemMemoryGrowing", model="smollm2")
+    assert prometheus.wait_until(lambda: prometheus.is_firing("TandemMemoryGrowing", model=LEAKING))
+    assert not prometheus.is_firing("TandemMemoryGrowing", model="smollm2")
 
 
-def test_a_killed_engine_fires_its_alert(watched: RunningCluster, prometheus: Prometheus) -> None:
-    assert not prometheus.firing("TandemEngineDied")
-    deployments = watched.status()["application"]["deployments"]
+def test_a_killed_engine_fires_its_alert(loaded: RunningCluster, prometheus: Prometheus) -> None:
+    assert not prometheus.is_firing("TandemEngineDied")
+    deployments = loaded.status()["application"]["deployments"]
     victim = next(d for d in deployments if d["name"] == "generator-smollm2")["replicas"][0]
     psutil.Process(victim["pid"]).send_signal(signal.SIGKILL)
-    assert prometheus.until(lambda: prometheus.firing("TandemEngineDied"))
+    assert prometheus.wait_until(lambda: prometheus.is_firing("TandemEngineDied"))

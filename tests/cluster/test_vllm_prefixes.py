@@ -1,4 +1,4 @@
-"""What routers are told of a real vLLM's KV blocks is what its prefix cache gives."""
+"""Prefix events of a real vLLM match the cached tokens that it reports."""
 
 import asyncio
 import json
@@ -26,17 +26,17 @@ pytestmark = [
 
 
 def config(**fields: Any) -> GeneratorConfig:
-    given = {"name": "m", "model": "smollm2-135m-instruct", "max_model_len": 1024, **fields}
-    return GeneratorConfig.model_validate(given)
+    all_fields = {"name": "m", "model": "smollm2-135m-instruct", "max_model_len": 1024, **fields}
+    return GeneratorConfig.model_validate(all_fields)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine() -> AsyncIterator[Engine]:
-    # 48 MiB hold some 1000 tokens, so that a few prompts push each other out
-    made = make_generator_engine(config(kv_cache_memory_bytes=48 * 1024**2))
-    await made.start()
-    yield made
-    await made.stop()
+    # 48 MiB hold about 1000 tokens, so a few prompts evict each other.
+    engine = make_generator_engine(config(kv_cache_memory_bytes=48 * 1024**2))
+    await engine.start()
+    yield engine
+    await engine.stop()
 
 
 def body(system: str, user: str) -> dict[str, Any]:
@@ -44,34 +44,34 @@ def body(system: str, user: str) -> dict[str, Any]:
     return {"model": "m", "messages": messages, "max_tokens": 2, "temperature": 0}
 
 
-def text_of(asked: dict[str, Any]) -> Fingerprint:
-    return fingerprint(CHAT, json.dumps(asked).encode())
+def fingerprint_of(request_body: dict[str, Any]) -> Fingerprint:
+    return fingerprint(CHAT, json.dumps(request_body).encode())
 
 
-async def test_a_router_hears_what_is_cached_and_what_was_evicted(engine: Engine) -> None:
-    held: set[int] = set()
+async def test_a_router_learns_which_prefixes_are_cached_and_evicted(engine: Engine) -> None:
+    cached: set[int] = set()
 
-    def take(events: PrefixEvents) -> None:
+    def apply(events: PrefixEvents) -> None:
         if events.cleared:
-            held.clear()
-        held.difference_update(events.removed)
-        held.update(events.stored)
+            cached.clear()
+        cached.difference_update(events.removed)
+        cached.update(events.stored)
 
     server = LinkServer(engine.app, b"secret", prefixes=engine.prefixes)
     link = LinkClient(*await server.start(), b"secret")
-    link.on_prefixes = take
+    link.on_prefixes = apply
     try:
         await link.connect()
         first = body(SYSTEM, "What is a link?")
         assert (await asgi.post(engine.app, CHAT, first)).status == 200
-        hashes = text_of(first).hashes
+        hashes = fingerprint_of(first).hashes
         async with asyncio.timeout(10):
-            while not set(hashes) <= held:  # noqa: ASYNC110
+            while not set(hashes) <= cached:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
 
-        # Another question is found to share the system prompt, as far as the blocks reach.
+        # Another question shares the system prompt, up to a block boundary.
         again = body(SYSTEM, "And what is a frame, please?")
-        text = text_of(again)
+        text = fingerprint_of(again)
         shared = sum(a == b for a, b in zip(hashes, text.hashes, strict=False))
         assert shared >= 5
         head = RequestHead(
@@ -81,15 +81,17 @@ async def test_a_router_hears_what_is_cached_and_what_was_evicted(engine: Engine
             while await stream.read():
                 pass
         assert stream.usage is not None
-        believed = PREFIX_ENDS[shared - 1] * stream.usage.prompt_tokens / text.total_bytes
-        assert stream.usage.cached_tokens == pytest.approx(believed, abs=64)
+        expected = PREFIX_ENDS[shared - 1] * stream.usage.prompt_tokens / text.total_bytes
+        assert stream.usage.cached_tokens == pytest.approx(
+            expected, abs=64
+        )  # two blocks of 32 tokens
 
         for number in range(40):  # until the first prompt is evicted
             await asgi.post(engine.app, CHAT, body(f"{number} " + SYSTEM[::-1], "Hi"))
-            if not set(hashes) & held:
+            if not set(hashes) & cached:
                 break
         async with asyncio.timeout(10):
-            while set(hashes) & held:  # noqa: ASYNC110
+            while set(hashes) & cached:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
     finally:
         await link.close()

@@ -1,4 +1,4 @@
-"""``GET /v1/usage`` and ``usage.tandem``: the simulated engine behind a router, with accounts."""
+"""``GET /v1/usage`` and ``usage.tandem``, with a simulated engine behind a router."""
 
 import asyncio
 import hashlib
@@ -26,23 +26,26 @@ NOW = 1_000_000 * 3600.0
 COMPLETIONS = "/v1/completions"
 BODY = {"model": "gen", "prompt": "a b c d", "max_tokens": 6}
 WATTS = 10.0
-ASKS = {"x-tandem-usage": "1"}
+WANTS_USAGE = {"x-tandem-usage": "1"}
 
 
-class World:
-    def __init__(self, app: GatewayApp, accounts: ReplicaAccounting, cpu: list[float]) -> None:
-        self.app = app
-        self.accounts = accounts
+class AccountedPool:
+    def __init__(self, gateway: Gateway, accounting: ReplicaAccounting, cpu: list[float]) -> None:
+        self.gateway = gateway
+        self.app = GatewayApp(gateway)
+        self.accounting = accounting
         self._cpu = cpu
 
-    async def work(self, cpu_s: float) -> None:
-        """The replica has computed for so long."""
+    async def spend(self, cpu_s: float) -> None:
+        """Charge the replica's requests for CPU time."""
         self._cpu[0] += cpu_s
-        await self.accounts.divide()
+        await self.accounting.divide()
 
 
 @asynccontextmanager
-async def a_world(tmp_path: Path, watts: float | None = WATTS, **more: Any) -> AsyncIterator[World]:
+async def accounted_pool(
+    tmp_path: Path, watts: float | None = WATTS, **more: Any
+) -> AsyncIterator[AccountedPool]:
     accounting = {"per_cpu_hour": 3600.0, **more.pop("accounting", {})}
     gen = {"name": "gen", "model": "m", "engine": "sim"}
     config = parse({"generators": [gen], "accounting": accounting, **more})
@@ -57,10 +60,10 @@ async def a_world(tmp_path: Path, watts: float | None = WATTS, **more: Any) -> A
         own_cpu_s=lambda: cpu[0],
         machine_cpu_s=lambda: 0.0,
     )
-    accounts = ReplicaAccounting("gen", meter, price_per_s=1.0, interval_s=3600)
+    replica_accounting = ReplicaAccounting("gen", meter, price_per_s=1.0, interval_s=3600)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        work = accounts.open_request(scope)
+        work = replica_accounting.open_request(scope)
         try:
             await engine.app(scope, receive, send)
         finally:
@@ -73,11 +76,11 @@ async def a_world(tmp_path: Path, watts: float | None = WATTS, **more: Any) -> A
     gateway = Gateway(config, {"gen": Wiring(SECRET)}, {}, usage=usage)
     gateway.pools["gen"].update([ReplicaInfo("gen-1", host, port, engine.routes())])
     try:
-        yield World(GatewayApp(gateway), accounts, cpu)
+        yield AccountedPool(gateway, replica_accounting, cpu)
     finally:
         await gateway.close()
         await server.stop()
-        await accounts.close()
+        await replica_accounting.close()
         await engine.stop()
 
 
@@ -88,92 +91,92 @@ async def get(app: GatewayApp, query: str, headers: dict[str, str] | None = None
     return await asgi.get(with_query, "/v1/usage", headers=headers)
 
 
-async def test_who_does_not_ask_gets_the_engines_bytes(tmp_path: Path) -> None:
-    async with a_world(tmp_path) as world:
-        plain = await asgi.post(world.app, COMPLETIONS, BODY)
+async def test_responses_are_unchanged_unless_usage_is_requested(tmp_path: Path) -> None:
+    async with accounted_pool(tmp_path) as pool:
+        plain = await asgi.post(pool.app, COMPLETIONS, BODY)
         assert b"tandem" not in plain.body
-        stream = await asgi.post(world.app, COMPLETIONS, {**BODY, "stream": True})
+        stream = await asgi.post(pool.app, COMPLETIONS, {**BODY, "stream": True})
         assert b"tandem" not in stream.body
         assert stream.body.endswith(b"data: [DONE]\n\n")
 
 
-async def test_who_asks_gets_joules_and_cost_with_their_source(tmp_path: Path) -> None:
-    async with a_world(tmp_path) as world:
-        first = await asgi.post(world.app, COMPLETIONS, BODY, headers=ASKS)
-        told = first.json()["usage"]["tandem"]
-        assert told["joules"] is None
-        assert "just started" in told["joules_missing"]
-        await world.work(cpu_s=2.0)
-        answer = await asgi.post(world.app, COMPLETIONS, BODY, headers=ASKS)
+async def test_usage_in_a_response_has_joules_and_cost_with_their_source(tmp_path: Path) -> None:
+    async with accounted_pool(tmp_path) as pool:
+        first = await asgi.post(pool.app, COMPLETIONS, BODY, headers=WANTS_USAGE)
+        usage = first.json()["usage"]["tandem"]
+        assert usage["joules"] is None
+        assert "just started" in usage["joules_missing"]
+        await pool.spend(cpu_s=2.0)
+        answer = await asgi.post(pool.app, COMPLETIONS, BODY, headers=WANTS_USAGE)
         assert int(answer.headers["content-length"]) == len(answer.body)
-        told = answer.json()["usage"]["tandem"]
-        assert told["source"] == "estimate"
-        # The first request's tokens took 20 J; this one has as many.
-        assert told["joules"] == pytest.approx(20.0, rel=0.01)
-        assert told["currency"] == "EUR"
-        assert told["cost"] >= 0
+        usage = answer.json()["usage"]["tandem"]
+        assert usage["source"] == "estimate"
+        # 2 s at 10 W for the first request; this one has as many tokens.
+        assert usage["joules"] == pytest.approx(20.0, rel=0.01)
+        assert usage["currency"] == "EUR"
+        assert usage["cost"] >= 0
 
 
-async def test_a_stream_tells_it_in_one_more_event_after_its_last(tmp_path: Path) -> None:
-    async with a_world(tmp_path) as world:
-        await asgi.post(world.app, COMPLETIONS, BODY)
-        await world.work(cpu_s=2.0)
+async def test_usage_of_a_stream_is_an_event_after_the_last_one(tmp_path: Path) -> None:
+    async with accounted_pool(tmp_path) as pool:
+        await asgi.post(pool.app, COMPLETIONS, BODY)
+        await pool.spend(cpu_s=2.0)
         body = {**BODY, "stream": True}
-        answer = await asgi.post(world.app, COMPLETIONS, body, headers=ASKS)
+        answer = await asgi.post(pool.app, COMPLETIONS, body, headers=WANTS_USAGE)
         assert [data for _, data in answer.events()][-2] == "[DONE]"
         name, data = answer.events()[-1]
         assert name == "tandem.usage"
         assert json.loads(data)["joules"] == pytest.approx(20.0, rel=0.01)
 
 
-async def test_a_configuration_can_ask_for_all_whole_answers(tmp_path: Path) -> None:
-    async with a_world(tmp_path, accounting={"in_answers": True}) as world:
-        assert "tandem" in (await asgi.post(world.app, COMPLETIONS, BODY)).json()["usage"]
-        stream = await asgi.post(world.app, COMPLETIONS, {**BODY, "stream": True})
+async def test_usage_in_all_whole_responses_can_be_configured(tmp_path: Path) -> None:
+    async with accounted_pool(tmp_path, accounting={"in_answers": True}) as pool:
+        assert "tandem" in (await asgi.post(pool.app, COMPLETIONS, BODY)).json()["usage"]
+        stream = await asgi.post(pool.app, COMPLETIONS, {**BODY, "stream": True})
         assert b"tandem" not in stream.body
-        declined = await asgi.post(world.app, COMPLETIONS, BODY, headers={"x-tandem-usage": "0"})
+        declined = await asgi.post(pool.app, COMPLETIONS, BODY, headers={"x-tandem-usage": "0"})
         assert "tandem" not in declined.json()["usage"]
-        wrong = await asgi.post(world.app, COMPLETIONS, BODY, headers={"x-tandem-usage": "yes"})
+        wrong = await asgi.post(pool.app, COMPLETIONS, BODY, headers={"x-tandem-usage": "yes"})
         assert wrong.status == 400
-        refused = await asgi.post(world.app, COMPLETIONS, {**BODY, "max_tokens": -1})
+        refused = await asgi.post(pool.app, COMPLETIONS, {**BODY, "max_tokens": -1})
         assert refused.status == 400
         assert "usage" not in refused.json()
-        # An answer without ``usage`` stays as it is.
-        tokens = await asgi.post(world.app, "/tokenize", {"model": "gen", "prompt": "a"})
+        # A response without ``usage`` is unchanged.
+        tokens = await asgi.post(pool.app, "/tokenize", {"model": "gen", "prompt": "a"})
         assert "usage" not in tokens.json()
 
 
-async def test_without_a_counter_the_figure_is_missing_with_the_reason(tmp_path: Path) -> None:
-    async with a_world(tmp_path, watts=None) as world:
-        await asgi.post(world.app, COMPLETIONS, BODY)
-        await world.work(cpu_s=2.0)
-        answer = await asgi.post(world.app, COMPLETIONS, BODY, headers=ASKS)
-        told = answer.json()["usage"]["tandem"]
-        assert told["joules"] is None
-        assert "watts_per_core is not set" in told["joules_missing"]
+async def test_without_a_counter_joules_are_missing_with_the_reason(tmp_path: Path) -> None:
+    async with accounted_pool(tmp_path, watts=None) as pool:
+        await asgi.post(pool.app, COMPLETIONS, BODY)
+        await pool.spend(cpu_s=2.0)
+        answer = await asgi.post(pool.app, COMPLETIONS, BODY, headers=WANTS_USAGE)
+        usage = answer.json()["usage"]["tandem"]
+        assert usage["joules"] is None
+        assert "watts_per_core is not set" in usage["joules_missing"]
         registry = Registry()
-        world.accounts.observe(registry)
+        pool.accounting.observe(registry)
         assert b"tandem_energy" not in exposition(registry)
         assert b'tandem_cost_total{model="gen",tenant="_anonymous"}' in exposition(registry)
 
 
-async def test_a_long_answer_goes_out_unread(
+async def test_long_responses_are_passed_on_without_usage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cluster.gateway.pools.response_usage.MAX_HELD_BYTES", 10)
-    async with a_world(tmp_path) as world:
-        answer = await asgi.post(world.app, COMPLETIONS, BODY, headers=ASKS)
+    async with accounted_pool(tmp_path) as pool:
+        answer = await asgi.post(pool.app, COMPLETIONS, BODY, headers=WANTS_USAGE)
         assert answer.json()["usage"]["completion_tokens"] == 6
         assert "tandem" not in answer.json()["usage"]
 
 
 async def test_usage_is_summed_by_hour_tenant_and_model(tmp_path: Path) -> None:
-    async with a_world(tmp_path) as world:
+    async with accounted_pool(tmp_path) as pool:
         for _ in range(3):
-            await asgi.post(world.app, COMPLETIONS, BODY)
-        await world.work(cpu_s=3.0)
-        await asgi.post(world.app, COMPLETIONS, BODY)
-        answer = await get(world.app, "")
+            await asgi.post(pool.app, COMPLETIONS, BODY)
+        await pool.spend(cpu_s=3.0)
+        await asgi.post(pool.app, COMPLETIONS, BODY)
+        answer = await get(pool.app, "")
         assert answer.status == 200
         rows = {row.get("joules_source"): row for row in answer.json()["data"]}
         assert rows[None]["requests"] == 3
@@ -185,11 +188,11 @@ async def test_usage_is_summed_by_hour_tenant_and_model(tmp_path: Path) -> None:
         assert answer.json()["total"]["requests"] == 4
         assert answer.json()["currency"] == "EUR"
 
-        lines = (await get(world.app, "format=csv")).body.decode().splitlines()
+        lines = (await get(pool.app, "format=csv")).body.decode().splitlines()
         assert lines[0].startswith("hour,tenant,model,requests")
         assert len(lines) == 3
-        assert (await get(world.app, f"start={NOW + 3600}&end={NOW + 7200}")).json()["data"] == []
-        assert (await get(world.app, "tenant=nobody")).json()["data"] == []
+        assert (await get(pool.app, f"start={NOW + 3600}&end={NOW + 7200}")).json()["data"] == []
+        assert (await get(pool.app, "tenant=nobody")).json()["data"] == []
 
 
 @pytest.mark.parametrize(
@@ -201,14 +204,14 @@ async def test_usage_is_summed_by_hour_tenant_and_model(tmp_path: Path) -> None:
         ("since=1", "since"),
     ],
 )
-async def test_wrong_queries_name_the_parameter(tmp_path: Path, query: str, param: str) -> None:
-    async with a_world(tmp_path) as world:
-        answer = await get(world.app, query)
+async def test_invalid_queries_name_the_parameter(tmp_path: Path, query: str, param: str) -> None:
+    async with accounted_pool(tmp_path) as pool:
+        answer = await get(pool.app, query)
         assert answer.status == 400
         assert answer.json()["error"]["param"] == param
 
 
-async def test_a_tenant_sees_its_own_and_an_operator_all(tmp_path: Path) -> None:
+async def test_a_tenant_sees_its_own_usage_and_an_operator_all(tmp_path: Path) -> None:
     digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("k1", "k2", "op")}
     router = {
         "api_keys_sha256": [digests["k1"], digests["k2"]],
@@ -216,13 +219,13 @@ async def test_a_tenant_sees_its_own_and_an_operator_all(tmp_path: Path) -> None
     }
     keys = {name: {"authorization": f"Bearer {name}"} for name in digests}
     one, two = digests["k1"][:16], digests["k2"][:16]
-    async with a_world(tmp_path, router=router) as world:
+    async with accounted_pool(tmp_path, router=router) as pool:
         for name in ("k1", "k2"):
-            answer = await asgi.post(world.app, COMPLETIONS, BODY, headers=keys[name])
+            answer = await asgi.post(pool.app, COMPLETIONS, BODY, headers=keys[name])
             assert answer.status == 200
 
         async def tenants(query: str, name: str) -> set[str]:
-            answer = await get(world.app, query, keys[name])
+            answer = await get(pool.app, query, keys[name])
             assert answer.status == 200
             return {row["tenant"] for row in answer.json()["data"]}
 
@@ -230,18 +233,17 @@ async def test_a_tenant_sees_its_own_and_an_operator_all(tmp_path: Path) -> None
         assert await tenants(f"tenant={one}", "k1") == {one}
         assert await tenants("", "op") == {one, two}
         assert await tenants(f"tenant={two}", "op") == {two}
-        assert (await get(world.app, f"tenant={two}", keys["k1"])).status == 403
-        assert (await get(world.app, "")).status == 401
+        assert (await get(pool.app, f"tenant={two}", keys["k1"])).status == 403
+        assert (await get(pool.app, "")).status == 401
 
 
-async def test_a_client_that_leaves_while_its_answer_is_held_frees_the_place(
+async def test_a_client_disconnect_while_a_response_is_held_frees_the_slot(
     tmp_path: Path,
 ) -> None:
-    async with a_world(tmp_path) as world:
-        gateway: Gateway = world.app._gateway
-        call = asgi.start(world.app, "POST", COMPLETIONS, {**BODY, "max_tokens": 8000}, ASKS)
+    async with accounted_pool(tmp_path) as pool:
+        call = asgi.start(pool.app, "POST", COMPLETIONS, {**BODY, "max_tokens": 8000}, WANTS_USAGE)
         async with asyncio.timeout(10):
-            while not gateway.num_open_requests:  # noqa: ASYNC110
+            while not pool.gateway.num_open_requests:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
         await call.cancel()
-        assert gateway.num_open_requests == 0
+        assert pool.gateway.num_open_requests == 0

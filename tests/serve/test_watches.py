@@ -1,4 +1,4 @@
-"""The watches of a replica at work: memory of real processes, devices read in the background."""
+"""A replica's watches: memory of real processes, devices, accounting, periodic actions."""
 
 import asyncio
 import subprocess
@@ -26,7 +26,7 @@ MIB = 1024**2
 COMPLETIONS = "/v1/completions"
 
 
-async def test_an_action_goes_on_after_it_failed(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_periodic_action_continues_after_failures(caplog: pytest.LogCaptureFixture) -> None:
     done = asyncio.Event()
     calls = 0
 
@@ -43,7 +43,7 @@ async def test_an_action_goes_on_after_it_failed(caplog: pytest.LogCaptureFixtur
     assert [record.message for record in caplog.records].count("the test's failed; retrying") == 1
 
 
-def test_memory_is_that_of_this_process_and_of_what_it_started() -> None:
+def test_memory_of_this_process_and_its_children_is_measured() -> None:
     code = "import sys; held = b'1' * (64 << 20); print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -57,7 +57,7 @@ def test_memory_is_that_of_this_process_and_of_what_it_started() -> None:
     assert memory[OWN] > 10 * MIB
 
 
-async def test_a_simulated_engine_that_leaks_is_noticed_and_one_that_does_not_is_not() -> None:
+async def test_a_leaking_simulated_engine_is_reported() -> None:
     config = LeaksConfig(
         sample_s=0.05,
         window_s=1.0,
@@ -91,13 +91,13 @@ async def test_a_simulated_engine_that_leaks_is_noticed_and_one_that_does_not_is
         await engine.stop()
 
 
-async def check_always(watch: DeviceWatch) -> None:
+async def check_repeatedly(watch: DeviceWatch) -> None:
     while True:
         watch.check()
         await asyncio.sleep(0.01)
 
 
-async def test_a_device_that_fails_meanwhile_is_noticed() -> None:
+async def test_a_device_failure_is_noticed_in_the_background() -> None:
     nvml = Nvml(Gpu("GPU-a"))
     watch = DeviceWatch(DevicesConfig(interval_s=0.01), "g", nvml, ["0"])
     try:
@@ -108,13 +108,13 @@ async def test_a_device_that_fails_meanwhile_is_noticed() -> None:
         nvml.events.append((nvml.gpus[0], 79))
         async with asyncio.timeout(10):
             with pytest.raises(DeviceFailedError, match="XID 79"):
-                await check_always(watch)
+                await check_repeatedly(watch)
     finally:
         await watch.close()
     assert nvml.freed
 
 
-async def test_an_idle_replica_without_counters_costs_its_price(
+async def test_an_idle_replica_without_counters_is_charged_its_price(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("cluster.accounting.counters.POWERCAP", tmp_path / "none")
@@ -130,7 +130,7 @@ async def test_an_idle_replica_without_counters_costs_its_price(
         await accounts.close()
 
 
-async def test_nothing_runs_where_nothing_is_to_be_divided(tmp_path: Path) -> None:
+async def test_accounting_without_meter_and_price_starts_no_task(tmp_path: Path) -> None:
     meter = find_meter(AccountingConfig(energy=False), None, gpus_reserved=False)
     before = asyncio.all_tasks()
     accounts = ReplicaAccounting("g", meter, price_per_s=0.0, interval_s=3600)
