@@ -63,7 +63,6 @@ class _Deployment:
 
     @property
     def label(self) -> str:
-        """Value of the metrics' label for the pool."""
         return self.pool or "router"
 
 
@@ -186,7 +185,6 @@ class PoolPolicy:
         self._policy = ApplicationPolicy()
 
     def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        """Return the target of the deployment."""
         targets, _ = self._policy({context.deployment_id: context})
         return targets[context.deployment_id], {}
 

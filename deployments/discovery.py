@@ -73,7 +73,6 @@ class Discovery:
             raise RuntimeError("the subscription to the running replicas has ended")
 
     async def close(self) -> None:
-        """End the subscription."""
         self._supervisor.cancel()
         await asyncio.wait([self._supervisor])
 

@@ -43,6 +43,5 @@ def open_request_log(directory: Path, replica_id: str) -> logging.Handler:
 
 
 def close_request_log(handler: logging.Handler) -> None:
-    """Close the file of the request log."""
     logging.getLogger(LOGGER).removeHandler(handler)
     handler.close()

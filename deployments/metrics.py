@@ -50,12 +50,11 @@ class RayMetrics:
     """A registry's metrics as gauges of Ray."""
 
     def __init__(self, registry: Registry) -> None:
-        self._registry = registry
+        self.registry = registry
         self._metrics: dict[str, Any] = {}
 
     def export(self) -> None:
-        """Export the current values."""
-        for metric, values, child in self._registry.collect():
+        for metric, values, child in self.registry.collect():
             labels = dict(zip(metric.labels, values, strict=True))
             if isinstance(child, Histogram):
                 self._export_histogram(metric, labels, child)

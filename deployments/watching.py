@@ -30,11 +30,9 @@ class RayKeys:
     """``cluster.leaks.KeyStore`` in the cluster's GCS; each call blocks for a round trip."""
 
     def put_if_absent(self, key: str, value: str) -> bool:
-        """See ``KeyStore``."""
         return kv_put_if_absent(key.encode(), value.encode())
 
     def has(self, key: str) -> bool:
-        """See ``KeyStore``."""
         return kv_exists(key.encode())
 
 
@@ -74,14 +72,12 @@ class ReplicaWatch:
             self._devices.check()
 
     def observe(self, registry: Registry) -> None:
-        """Update the monitors' metrics."""
         self.accounts.observe(registry)
         self._memory.observe(registry)
         if self._devices is not None:
             self._devices.observe(registry)
 
     async def close(self) -> None:
-        """Stop monitoring."""
         await self.accounts.close()
         await self._memory.close()
         if self._devices is not None:

@@ -41,7 +41,7 @@ class Session:
         self.app = app
         self.address = address
         self._lock = threading.Lock()
-        self._transports: dict[asyncio.AbstractEventLoop, Transport] = {}
+        self.transports: dict[asyncio.AbstractEventLoop, Transport] = {}
 
     def wait_for(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine that uses this session, for a synchronous caller."""
@@ -103,7 +103,7 @@ class Session:
     async def aclose(self) -> None:
         """Close the connections of this event loop."""
         with self._lock:
-            transport = self._transports.pop(asyncio.get_running_loop(), None)
+            transport = self.transports.pop(asyncio.get_running_loop(), None)
         if transport is not None:
             await transport.close()
 
@@ -129,11 +129,11 @@ class Session:
     def _transport(self) -> Transport:
         loop, router = asyncio.get_running_loop(), self._router
         with self._lock:
-            if loop not in self._transports:
-                for closed in [other for other in self._transports if other.is_closed()]:
-                    del self._transports[closed]
-                self._transports[loop] = Transport(router)
-            return self._transports[loop]
+            if loop not in self.transports:
+                for closed in [other for other in self.transports if other.is_closed()]:
+                    del self.transports[closed]
+                self.transports[loop] = Transport(router)
+            return self.transports[loop]
 
 
 class BackgroundLoop:

@@ -62,7 +62,6 @@ class HandleAnswer:
         return item
 
     def cancel(self) -> None:
-        """Stop the work at the other end."""
         self._items.cancel()
 
     async def _next(self) -> Item | None:
@@ -122,7 +121,6 @@ class ClientLinks:
         return link.open(head, body)
 
     async def close(self) -> None:
-        """Close every link."""
         if self._refresh is not None:
             self._refresh.cancel()
             await asyncio.wait([self._refresh])
@@ -198,7 +196,6 @@ class Transport:
         return head, b"".join(chunks)
 
     async def close(self) -> None:
-        """Close the links."""
         await self.links.close()
 
     async def _get_offer(self) -> LinkOffer:

@@ -178,7 +178,6 @@ class LinkClient:
     # -- for the connection --
 
     def handle_ready(self, connection: "ClientConnection") -> None:
-        """Use a connection whose peer has authenticated."""
         self._connection = connection
         if self.on_prefixes is not None:
             connection.write(0, PREFIXES)
@@ -188,25 +187,20 @@ class LinkClient:
         self._end_attempt()
 
     def handle_load(self, load: Load) -> None:
-        """Store the replica's load."""
         self.load = load
         self._notify(self.on_load, load)
 
     def handle_prefixes(self, events: PrefixEvents) -> None:
-        """Pass on changes of the replica's prefix cache."""
         self._notify(self.on_prefixes, events)
 
     def handle_silence(self, silent: bool) -> None:
-        """Suspend the link while the replica is silent."""
         if self.state is not LinkState.DRAINING:
             self._set_state(LinkState.SILENT if silent else LinkState.CONNECTED)
 
     def handle_goaway(self) -> None:
-        """Open no new stream: the replica drains."""
         self._set_state(LinkState.DRAINING)
 
     def handle_lost(self, error: LinkError) -> None:
-        """Forget a connection that had been ready."""
         self._connection = None
         self.load = None
         self.last_error = error
@@ -311,7 +305,6 @@ class ClientConnection(Connection):
         return stream
 
     def on_ready(self) -> None:
-        """Tell the link that streams can be opened."""
         self._ready.set_result(None)
         self._link.handle_ready(self)
 
@@ -339,11 +332,9 @@ class ClientConnection(Connection):
                 self._on_frame(stream_id, kind, flags, payload)
 
     def on_silent(self, silent: bool) -> None:
-        """Tell the link."""
         self._link.handle_silence(silent)
 
     def on_closed(self, error: LinkError) -> None:
-        """Fail every open stream."""
         if not self._ready.done():
             self._ready.set_result(None)
             return

@@ -158,14 +158,12 @@ class ClientStream:
     # -- for the connection --
 
     def on_response(self, payload: bytes) -> None:
-        """Handle the response's head."""
         if self._head is not None:
             raise LinkProtocolError("a second RESPONSE on one stream")
         self._head = decode_head(payload, ResponseHead)
         self._wake()
 
     def on_data(self, flags: int, payload: bytes) -> None:
-        """Handle a piece of the response's body."""
         if self._head is None:
             raise LinkProtocolError("DATA before RESPONSE")
         if payload:

@@ -181,11 +181,9 @@ class Connection(asyncio.Protocol):
             self._transport.write(data)
 
     def pause_writing(self) -> None:
-        """Stop flushing: the transport's buffer is full."""
         self.writable = False
 
     def resume_writing(self) -> None:
-        """Flush again: the transport's buffer has drained."""
         self.writable = self._handshake is None and self.error is None
         self._flush()
         if self.writable:
@@ -194,7 +192,6 @@ class Connection(asyncio.Protocol):
     # -- lifecycle --
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Start the handshake."""
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=_WRITE_BUFFER_BYTES)
         assert self._handshake is not None
@@ -204,12 +201,10 @@ class Connection(asyncio.Protocol):
         )
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End the connection after the transport has closed."""
         self.fail(LinkClosedError(f"the connection was lost: {exc or 'closed by the peer'}"))
         self._closed.set_result(None)
 
     def data_received(self, data: bytes) -> None:
-        """Decode and handle bytes from the peer."""
         self._heard = True
         try:
             if self._handshake is None:

@@ -136,7 +136,6 @@ def decode_head(payload: bytes, kind: type[Head]) -> Head:
 
 
 def encode_frame(stream_id: int, kind: int, flags: int = 0, payload: bytes = b"") -> bytes:
-    """Return one frame, header and payload."""
     return _HEADER.pack(len(payload), stream_id, kind, flags) + payload
 
 

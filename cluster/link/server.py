@@ -168,7 +168,6 @@ class LinkServer:
         return DrainResult(finished=len(tasks) - len(unfinished), cancelled=len(unfinished))
 
     async def stop(self) -> None:
-        """Cancel all streams and close."""
         await self.drain(0)
 
     # -- for the connections --
@@ -225,18 +224,15 @@ class ServerConnection(Connection):
         self._needs_snapshot = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Register the connection with the server."""
         self._server.connections.add(self)
         self._client = transport.get_extra_info("peername")[:2]
         super().connection_made(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Remove the connection from the server."""
         super().connection_lost(exc)
         self._server.connections.discard(self)
 
     def on_ready(self) -> None:
-        """Send the state that every router must know first."""
         if self._server.draining:
             self.write(0, GOAWAY)
         self._send_load()
@@ -259,7 +255,6 @@ class ServerConnection(Connection):
             self._send_snapshot()
 
     def on_frames(self, frames: list[Frame]) -> None:
-        """Handle a router's frames."""
         for stream_id, kind, flags, payload in frames:
             if kind == REQUEST:
                 self._on_request(stream_id, flags, payload)
@@ -278,14 +273,12 @@ class ServerConnection(Connection):
                 stream.disconnect()
 
     def on_closed(self, error: LinkError) -> None:
-        """Cancel the applications of all open streams."""
         if isinstance(error, LinkAuthError | LinkProtocolError):
             logger.warning("closed the link from %s:%d: %s", *self._client, error)
         for stream in list(self._streams.values()):
             stream.disconnect()
 
     def on_tick(self) -> None:
-        """Send the load if it has changed."""
         self._send_load()
 
     def _flush(self) -> None:

@@ -127,11 +127,9 @@ class ServerStream:
     # -- for the connection --
 
     def scope(self, server: tuple[str, int], client: tuple[str, int]) -> Scope:
-        """Return the ASGI scope of this request."""
         return _scope(self.head, self.usage, server, self.head.client or client)
 
     def on_body(self, payload: bytes, end: bool) -> None:
-        """Handle a piece of the request's body."""
         if self._body_ended:
             raise LinkProtocolError("BODY after its end")
         self._uncredited += len(payload)
@@ -143,7 +141,6 @@ class ServerStream:
         self._changed.fire()
 
     def on_credit(self, credit_bytes: int) -> None:
-        """Handle new credit from the router."""
         self._sender.add_credit(credit_bytes)
 
     def disconnect(self) -> None:

@@ -131,7 +131,7 @@ def test_the_phases_of_a_start_are_exported_and_add_up(monkeypatch: pytest.Monke
     exported: dict[tuple[str, ...], float] = {}
 
     def export(self: autoscaling.RayMetrics) -> None:
-        for labels, gauge in self._registry.series(autoscaling.table.STARTUP_SECONDS).items():
+        for labels, gauge in self.registry.series(autoscaling.table.STARTUP_SECONDS).items():
             exported[labels] = gauge.value
 
     monkeypatch.setattr(autoscaling.RayMetrics, "export", export)

@@ -160,7 +160,7 @@ def test_a_session_drops_the_transports_of_closed_event_loops() -> None:
         request = ApiRequest("/p", {}, lambda answer: [answer])
         with pytest.raises(json.JSONDecodeError):  # the application answers in plain text
             await session.run([request])
-        return list(map(str, session._transports))
+        return list(map(str, session.transports))
 
     assert [len(asyncio.run(once())) for _ in range(3)] == [1, 1, 1]
     assert handle.calls == 3

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.config import GeneratorConfig, parse
 from cluster.engines.sim import SimEngine
-from cluster.errors import LinkProtocolError
+from cluster.errors import LinkClosedError, LinkProtocolError
 from cluster.gateway import Gateway, GatewayApp, ReplicaInfo, Wiring
 from cluster.link import LinkClient, LinkOptions, LinkServer, PrefixEvents
 from cluster.link.frames import PREFIXES, encode_frame, encode_prefixes
@@ -136,8 +136,7 @@ async def test_a_link_that_was_cut_begins_with_all_there_is() -> None:
     async with serving(source) as server, routers(server, 1) as (router,):
         await until(lambda: len(router.held) == 10)
         for connection in list(server.connections):
-            assert connection._transport is not None
-            connection._transport.abort()
+            connection.fail(LinkClosedError("lost"))
         source.change([11], [1, 2])
         await until(lambda: router.held == set(source.held))
         assert router.cleared == 2
