@@ -44,10 +44,11 @@ def test_quick_runs_send_one_request_per_stream() -> None:
 
 
 def test_a_response_of_the_wrong_length_is_an_error() -> None:
-    check_completion_tokens(b'data: {"usage":{"completion_tokens":%d}}\n\n' % COMPLETION_TOKENS)
-    for answer in (b"data: [DONE]\n\n", b'data: {"usage":{"completion_tokens": %d}}\n\n'):
-        with pytest.raises(TargetError, match="not 64"):
-            check_completion_tokens(answer)
+    usage = b'data: {"usage":{"completion_tokens": %d}}\n\n'
+    check_completion_tokens(usage % COMPLETION_TOKENS)
+    for response in (b"data: [DONE]\n\n", usage % (COMPLETION_TOKENS - 1)):
+        with pytest.raises(TargetError, match=f"not {COMPLETION_TOKENS}"):
+            check_completion_tokens(response)
 
 
 def test_ratios_use_the_rounds_that_both_servers_have() -> None:
