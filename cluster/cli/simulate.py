@@ -24,7 +24,7 @@ from cluster.simulation.requests import Trace
 from cluster.simulation.result import Result
 from cluster.simulation.settings import LARGE_GPU, Fault, Scaling, Settings, Slo
 from cluster.simulation.simulator import simulate
-from cluster.simulation.traces import load
+from cluster.simulation.traces import load_trace
 
 _FAULT = re.compile(r"(die|hang|slow):(\d+)@(\d+(?:\.\d*)?)")
 
@@ -63,7 +63,7 @@ def run(
     tree = load_config(config, overrides).config
     pool = _pool(tree, options.pool)
     settings = _settings(options, tree, pool)
-    trace = load(options.trace, options.rate, options.duration_s, options.seed)
+    trace = load_trace(options.trace, options.rate, options.duration_s, options.seed)
     started = time.perf_counter()
     result = simulate(trace, settings)
     took_s = time.perf_counter() - started
@@ -166,4 +166,4 @@ def _print(summary: Mapping[str, float], currency: str) -> None:
 def _print_trace(trace: Trace, took_s: float) -> None:
     hours = trace.duration_s / 3600
     text = f"simulated {hours:.2f} h in {took_s:.1f} s; hit rate of an unlimited prefix cache:"
-    Console().print(f"{text} {trace.most_hits:.3f}", highlight=False)
+    Console().print(f"{text} {trace.max_hit_rate:.3f}", highlight=False)

@@ -1,4 +1,4 @@
-"""When requests arrive: a curve of the rate, and how much arrivals clump."""
+"""Arrival times: a curve of the rate, and the burstiness of the gaps."""
 
 import math
 from collections.abc import Callable
@@ -6,23 +6,23 @@ from collections.abc import Callable
 import numpy as np
 
 Curve = Callable[[float], float]
-"""The rate at a time in seconds, in units of its mean."""
+"""Rate at a time in seconds, in units of its mean."""
 
-_GRID_S = 1.0
+_GRID_S = 1.0  # resolution of the curve
 
 
 def constant(_t: float) -> float:
-    """Always the same."""
+    """Return 1: a constant rate."""
     return 1.0
 
 
 def daily(period_s: float, low: float = 0.2) -> Curve:
-    """Up and down once in ``period_s``, from ``low`` times the mean to 2 - ``low`` times."""
+    """Return a cosine of one period, from ``low`` times the mean to 2 - ``low`` times."""
     return lambda t: 1.0 - (1.0 - low) * math.cos(2 * math.pi * t / period_s)
 
 
 def bursts(rng: np.random.Generator, duration_s: float, factor: float = 4.0) -> Curve:
-    """Times of about a minute with ``factor`` times as many arrivals, one in about ten minutes."""
+    """Return a curve with a burst of ``factor`` for a minute, about every ten minutes."""
     ends: list[tuple[float, float]] = []
     at = 0.0
     while at < duration_s:
@@ -43,14 +43,14 @@ def bursts(rng: np.random.Generator, duration_s: float, factor: float = 4.0) -> 
 def arrivals(
     rng: np.random.Generator, rate: float, duration_s: float, curve: Curve, shape: float = 1.0
 ) -> list[float]:
-    """Arrival times in seconds, sorted.
+    """Return sorted arrival times in seconds.
 
     Args:
-        rng: Where chance comes from.
-        rate: The mean, in requests/s.
-        duration_s: Times are below.
-        curve: How the rate goes.
-        shape: Of the gamma distribution of the gaps; 1: a Poisson process, less: bursts.
+        rng: Random number generator.
+        rate: Mean rate in requests/s.
+        duration_s: Upper bound of the times.
+        curve: Rate over time.
+        shape: Shape of the gamma distribution of the gaps; 1: a Poisson process, below: bursts.
     """
     grid = np.arange(0.0, duration_s + _GRID_S, _GRID_S)
     rates = np.array([max(0.0, rate * curve(float(t))) for t in grid[:-1]])

@@ -1,14 +1,14 @@
-"""Weighted values from which percentiles are taken, within half a percent."""
+"""Histogram with exponential bins, for percentiles within half a percent."""
 
 import math
 from collections import Counter
 
-_STEP = math.log(1.01)
-_LEAST = 1e-6
+_BIN_WIDTH = math.log(1.01)  # a bin is 1 % wider than the one before
+_MIN_VALUE = 1e-6  # smaller values count as 0
 
 
-class Histogram:
-    """Bins that are each a hundredth wider than the one before; memory does not grow."""
+class LogHistogram:
+    """Weighted values in exponential bins; memory does not grow with their number."""
 
     def __init__(self) -> None:
         self._bins: Counter[int] = Counter()
@@ -16,29 +16,29 @@ class Histogram:
         self.sum = 0.0
 
     def add(self, value: float, weight: int = 1) -> None:
-        """Take in a value of at least 0, ``weight`` times."""
-        self._bins[round(math.log(max(value, _LEAST)) / _STEP)] += weight
+        """Add a value of at least 0, ``weight`` times."""
+        self._bins[round(math.log(max(value, _MIN_VALUE)) / _BIN_WIDTH)] += weight
         self.weight += weight
         self.sum += value * weight
 
-    def add_all(self, other: "Histogram") -> None:
-        """Take in another one."""
+    def add_all(self, other: "LogHistogram") -> None:
+        """Add all values of another histogram."""
         self._bins.update(other._bins)
         self.weight += other.weight
         self.sum += other.sum
 
     @property
     def mean(self) -> float:
-        """Of all values; 0 where there are none."""
+        """Mean of all values; 0 if there are none."""
         return self.sum / self.weight if self.weight else 0.0
 
     def percentile(self, percent: float) -> float:
-        """The value below which ``percent`` of the weight lies; 0 where there is none."""
-        wanted = percent / 100 * self.weight
+        """Return the value below which ``percent`` of the weight lies; 0 without values."""
+        target = percent / 100 * self.weight
         below = 0
         for index in sorted(self._bins):
             below += self._bins[index]
-            if below >= wanted:
-                value = math.exp(index * _STEP)
-                return 0.0 if value <= _LEAST else value
+            if below >= target:
+                value = math.exp(index * _BIN_WIDTH)
+                return 0.0 if value <= _MIN_VALUE else value
         return 0.0

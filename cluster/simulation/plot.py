@@ -1,18 +1,18 @@
-"""The picture of a simulation: load, replicas, latency over time."""
+"""Plot of a simulation: load, replicas and latency over time."""
 
 from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
 
 from cluster.errors import ConfigError
-from cluster.simulation.histogram import Histogram
+from cluster.simulation.histogram import LogHistogram
 from cluster.simulation.result import Result
 
 NUM_POINTS = 120
 
 
 def draw(result: Result, title: str, path: Path) -> None:
-    """Write a picture; the format follows from the path's suffix.
+    """Write a plot; the format follows from the path's suffix.
 
     Raises:
         ConfigError: matplotlib is not installed, or the file cannot be written.
@@ -28,11 +28,11 @@ def draw(result: Result, title: str, path: Path) -> None:
     gaps = [b.at_s - a.at_s for a, b in pairwise(samples)]
     rates = [sample.arrivals / gap for sample, gap in zip(samples[1:], gaps, strict=True)]
     load.plot(minutes[1:], rates, label="requests/s")
-    load.plot(minutes, [sample.ongoing for sample in samples], label="ongoing")
+    load.plot(minutes, [sample.in_flight for sample in samples], label="in flight")
     load.plot(minutes, [sample.queued for sample in samples], label="queued in routers")
     ready = [sample.ready for sample in samples]
-    asked = [sample.ready + sample.starting for sample in samples]
-    replicas.step(minutes, asked, where="post", label="asked for", linestyle=":")
+    requested = [sample.ready + sample.starting for sample in samples]
+    replicas.step(minutes, requested, where="post", label="requested", linestyle=":")
     replicas.step(minutes, ready, where="post", label="ready")
     for percent in (50, 90, 99):
         points = _ttft(result, percent)
@@ -51,11 +51,11 @@ def draw(result: Result, title: str, path: Path) -> None:
 
 
 def _ttft(result: Result, percent: float) -> list[tuple[float, float]]:
-    """(minute, seconds) of the requests that arrived in each part of the time."""
-    end_s = max((call.request.arrival_s for call in result.calls), default=0.0)
+    """Return (minute, TTFT in seconds) for the requests that arrived in each part of the time."""
+    end_s = max((request.spec.arrival_s for request in result.requests), default=0.0)
     part_s = max(end_s / NUM_POINTS, 1e-9)
-    parts: dict[int, Histogram] = defaultdict(Histogram)
-    for call in result.calls:
-        if (ttft_s := call.ttft_s) is not None:
-            parts[int(call.request.arrival_s / part_s)].add(ttft_s)
+    parts: dict[int, LogHistogram] = defaultdict(LogHistogram)
+    for request in result.requests:
+        if (ttft_s := request.ttft_s) is not None:
+            parts[int(request.spec.arrival_s / part_s)].add(ttft_s)
     return [((at + 0.5) * part_s / 60, parts[at].percentile(percent)) for at in sorted(parts)]

@@ -1,92 +1,87 @@
-"""One replica: its engine, whose steps are events, and the requests that it was given."""
+"""One simulated replica: an engine whose steps are events, and the requests placed on it."""
 
 import math
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from cluster.config import SimConfig
-from cluster.simulation.calls import Call
-from cluster.simulation.engine import Engine, Sequence
+from cluster.simulation.engine_model import EngineModel, Sequence
 from cluster.simulation.events import Events
+from cluster.simulation.requests import SimulatedRequest
+
+if TYPE_CHECKING:
+    from cluster.simulation.simulator import Simulation
 
 
-class Owner(Protocol):
-    """Hears what happens at the replicas."""
-
-    def first_token(self, call: Call) -> None:
-        """The first token of a request is there."""
-
-    def ended(self, call: Call, replica: "Replica") -> None:
-        """The last one is."""
-
-    def cache_changed(self, replica: "Replica", stored: list[int], removed: list[int]) -> None:
-        """Blocks were stored, and others removed."""
-
-
-class Replica:
-    """A replica from the moment at which its start was asked for."""
+class SimulatedReplica:
+    """A replica, from the decision to start it until its end."""
 
     def __init__(
-        self, number: int, config: SimConfig, block_tokens: int, events: Events, owner: Owner
+        self,
+        number: int,
+        config: SimConfig,
+        block_tokens: int,
+        events: Events,
+        simulation: "Simulation",
     ) -> None:
         self.number = number
         self.id = f"r{number:04d}"
-        self.engine = Engine(config, block_tokens, self)
-        self.calls: dict[Sequence, Call] = {}
-        self.asked_s = events.now_s
+        self.engine = EngineModel(config, block_tokens, self)
+        self.requests: dict[Sequence, SimulatedRequest] = {}
+        self.requested_s = events.now_s
         self.ready_s = math.inf
         self.ended_s = math.inf
-        self.is_leaving = self.is_hung = False
-        self.ongoing_s = 0.0
-        """The sum of the times that its requests were there."""
+        self.is_draining = self.is_hung = False
+        self.in_flight_s = 0.0
+        """Sum of the times that requests spent here."""
         self.work_s = 0.0
-        """What its requests take of an engine that has nothing else to do."""
+        """Time that the requests would take on an otherwise idle engine."""
         self._config = config
-        self._events, self._owner = events, owner
+        self._events, self._simulation = events, simulation
         self._scheduled_s = math.inf
 
     @property
     def is_ready(self) -> bool:
-        """Whether it takes requests."""
-        return self.ready_s <= self._events.now_s < self.ended_s and not self.is_leaving
+        """True if it accepts requests."""
+        return self.ready_s <= self._events.now_s < self.ended_s and not self.is_draining
 
-    def give(self, call: Call) -> bool:
-        """Take a request; False: it can never fit."""
-        sequence = Sequence(call.request)
-        self.calls[sequence] = call
+    def add_request(self, request: SimulatedRequest) -> bool:
+        """Add a request; return False if it does not fit into the KV cache."""
+        sequence = Sequence(request.spec)
+        self.requests[sequence] = request
         try:
             self.engine.add(sequence, self._events.now_s)
         except ValueError:
-            del self.calls[sequence]
+            del self.requests[sequence]
             return False
-        self.ongoing_s -= self._events.now_s
+        self.in_flight_s -= self._events.now_s
         self._after_step()
         return True
 
-    def end(self) -> list[Call]:
-        """End now; returns the requests that were there."""
-        left = list(self.calls.values())
+    def end(self) -> list[SimulatedRequest]:
+        """End now and return the unfinished requests."""
+        left = list(self.requests.values())
         self.engine.stop()
-        self.calls.clear()
+        self.requests.clear()
         self.ended_s = self._events.now_s
-        self.ongoing_s += len(left) * self.ended_s
+        self.in_flight_s += len(left) * self.ended_s
         return left
 
     def first_token(self, sequence: Sequence, now_s: float) -> None:
-        """The engine's."""
-        call = self.calls[sequence]
-        call.cached_tokens = sequence.cached_tokens or 0
-        computed = call.request.prompt_tokens - call.cached_tokens
-        self.work_s += computed * self._config.prefill_s_per_token
-        self._owner.first_token(call)
+        """Handle the engine's event."""
+        request = self.requests[sequence]
+        request.cached_tokens = sequence.cached_tokens or 0
+        uncached_tokens = request.spec.prompt_tokens - request.cached_tokens
+        self.work_s += uncached_tokens * self._config.prefill_s_per_token
+        self._simulation.first_token(request)
 
     def ended(self, sequence: Sequence, now_s: float) -> None:
-        """The engine's."""
-        call = self.calls.pop(sequence)
-        self.ongoing_s += now_s
-        # Of a step, each stream of a usual batch is this much.
-        each_s = self._config.decode_s_per_token * self._config.batch_slowdown
-        self.work_s += call.request.completion_tokens * each_s
-        self._owner.ended(call, self)
+        """Handle the engine's event."""
+        request = self.requests.pop(sequence)
+        self.in_flight_s += now_s
+        # The part of a step that one more stream adds in a usual batch.
+        token_s = self._config.decode_s_per_token * self._config.batch_slowdown
+        self.work_s += request.spec.completion_tokens * token_s
+        self._simulation.request_done(request, self)
 
     def _step(self, due_s: float) -> None:
         if due_s != self.engine.due_s or self.is_hung:
@@ -96,10 +91,10 @@ class Replica:
         self._after_step()
 
     def _after_step(self) -> None:
-        stored, removed = self.engine.changes()
-        if stored or removed:
-            self._owner.cache_changed(self, stored, removed)
+        stored, evicted = self.engine.take_block_changes()
+        if stored or evicted:
+            self._simulation.cache_changed(self, stored, evicted)
         due_s = self.engine.due_s
         if due_s != self._scheduled_s and due_s != math.inf:
             self._scheduled_s = due_s
-            self._events.at(due_s, self._step, due_s)
+            self._events.schedule(due_s, self._step, due_s)

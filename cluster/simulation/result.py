@@ -1,30 +1,30 @@
-"""What came of a simulation."""
+"""Result of a simulation."""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cluster.simulation.calls import Call, Outcome
-from cluster.simulation.histogram import Histogram
+from cluster.simulation.histogram import LogHistogram
+from cluster.simulation.requests import Outcome, SimulatedRequest
 from cluster.simulation.settings import Slo
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The pool at one moment."""
+    """State of the pool at one moment."""
 
     at_s: float
     arrivals: int
-    """Since the sample before."""
+    """Requests since the previous sample."""
     ready: int
     starting: int
-    ongoing: int
+    in_flight: int
     queued: int
 
 
 @dataclass(frozen=True, slots=True)
 class ScaleEvent:
-    """The target was changed."""
+    """Change of the target."""
 
     at_s: float
     before: int
@@ -35,85 +35,88 @@ class ScaleEvent:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaTotals:
-    """What one replica did."""
+    """Totals of one replica."""
 
     id: str
     lived_s: float
-    """From the moment its start was asked for to its end; what it costs."""
+    """Time from the decision to start it until its end; the time that is paid for."""
     served_s: float
-    """Of these, the time that it could be given requests."""
-    ongoing_s: float
+    """Time in which it accepted requests."""
+    in_flight_s: float
+    """Sum of the times that requests spent there."""
     work_s: float
+    """Time that its requests would take on an otherwise idle engine."""
 
 
 @dataclass(slots=True)
 class Result:
-    """Everything that was found."""
+    """Requests, replicas and measurements of a simulation."""
 
     slo: Slo
-    calls: Sequence[Call] = ()
+    requests: Sequence[SimulatedRequest] = ()
     replicas: Sequence[ReplicaTotals] = ()
     samples: list[Sample] = field(default_factory=list)
     scale_events: list[ScaleEvent] = field(default_factory=list)
-    itl_s: Histogram = field(default_factory=Histogram)
-    """Every time between two tokens."""
+    itl_s: LogHistogram = field(default_factory=LogHistogram)
+    """All times between two tokens."""
 
     def count(self, outcome: Outcome) -> int:
-        """How many requests ended so."""
-        return sum(call.outcome is outcome for call in self.calls)
+        """Return the number of requests with this outcome."""
+        return sum(request.outcome is outcome for request in self.requests)
 
     @property
     def slo_attainment(self) -> float:
-        """The share of all requests that got what the objectives say; 1 without requests."""
-        good = sum(self.is_good(call) for call in self.calls)
-        return good / len(self.calls) if self.calls else 1.0
+        """Share of all requests that met the objectives; 1 without requests."""
+        num_met = sum(self.meets_slo(request) for request in self.requests)
+        return num_met / len(self.requests) if self.requests else 1.0
 
-    def is_good(self, call: Call) -> bool:
-        """Whether a request met the objectives."""
-        ttft_s = call.ttft_s
+    def meets_slo(self, request: SimulatedRequest) -> bool:
+        """Return True if a request met the objectives."""
+        ttft_s = request.ttft_s
         return (
-            call.outcome is Outcome.DONE
+            request.outcome is Outcome.DONE
             and ttft_s is not None
             and ttft_s <= self.slo.ttft_s
-            and call.itl_s <= self.slo.itl_s
+            and request.itl_s <= self.slo.itl_s
         )
 
     @property
     def hit_rate(self) -> float:
-        """The share of the prompt tokens of answered requests that were cached."""
-        done = [call for call in self.calls if call.outcome is Outcome.DONE]
-        tokens = sum(call.request.prompt_tokens for call in done)
-        return sum(call.cached_tokens for call in done) / tokens if tokens else 0.0
+        """Share of the prompt tokens of answered requests that were cached."""
+        done = [request for request in self.requests if request.outcome is Outcome.DONE]
+        tokens = sum(request.spec.prompt_tokens for request in done)
+        return sum(request.cached_tokens for request in done) / tokens if tokens else 0.0
 
     @property
     def replica_hours(self) -> float:
-        """From the moments at which starts were asked for."""
+        """Replica-hours, each counted from the decision to start the replica."""
         return sum(replica.lived_s for replica in self.replicas) / 3600
 
-    def ttft_s(self) -> Histogram:
-        """Times to the first token."""
-        found = Histogram()
-        for call in self.calls:
-            if (ttft_s := call.ttft_s) is not None:
-                found.add(ttft_s)
-        return found
+    def ttft_s(self) -> LogHistogram:
+        """Return the times to first token."""
+        histogram = LogHistogram()
+        for request in self.requests:
+            if (ttft_s := request.ttft_s) is not None:
+                histogram.add(ttft_s)
+        return histogram
 
-    def request_s(self) -> Histogram:
-        """Times to the end of a good answer."""
-        found = Histogram()
-        for call in self.calls:
-            if call.outcome is Outcome.DONE and call.ended_s is not None:
-                found.add(call.ended_s - call.request.arrival_s)
-        return found
+    def request_s(self) -> LogHistogram:
+        """Return the end-to-end times of answered requests."""
+        histogram = LogHistogram()
+        for request in self.requests:
+            if request.outcome is Outcome.DONE and request.ended_s is not None:
+                histogram.add(request.ended_s - request.spec.arrival_s)
+        return histogram
 
-    def max_over_mean(self, what: str) -> float:
-        """The busiest replica against the mean, by ``work_s`` or ``ongoing_s`` for each second.
+    def max_over_mean(self, field_name: str) -> float:
+        """Return the load of the busiest replica relative to the mean.
 
-        Replicas that served for less than a tenth of the longest time are left out.
+        The load is a field of ``ReplicaTotals`` (``work_s`` or ``in_flight_s``) per second of
+        service. Replicas that served for less than a tenth of the longest time are left out.
         """
         longest_s = max((replica.served_s for replica in self.replicas), default=0.0)
         loads = [
-            getattr(replica, what) / replica.served_s
+            getattr(replica, field_name) / replica.served_s
             for replica in self.replicas
             if replica.served_s > 0.1 * longest_s
         ]
@@ -121,21 +124,21 @@ class Result:
         return max(loads) / mean if mean else 1.0
 
     def summary(self, cost_per_replica_hour: float) -> dict[str, float]:
-        """The numbers, by the names under which they are printed."""
+        """Return the numbers that ``tandem simulate`` prints, by name."""
         ttft_s, request_s = self.ttft_s(), self.request_s()
-        outcomes = Counter(call.outcome for call in self.calls)
+        outcomes = Counter(request.outcome for request in self.requests)
         latencies = {"ttft_s": ttft_s, "itl_s": self.itl_s, "request_s": request_s}
         return {
-            "requests": len(self.calls),
+            "requests": len(self.requests),
             **{outcome.value: outcomes[outcome] for outcome in Outcome},
             "slo_attainment": self.slo_attainment,
             **{
-                name.replace("_s", f"_p{percent}_s"): found.percentile(percent)
-                for name, found in latencies.items()
+                name.replace("_s", f"_p{percent}_s"): histogram.percentile(percent)
+                for name, histogram in latencies.items()
                 for percent in (50, 90, 99)
             },
             "hit_rate": self.hit_rate,
-            "max_over_mean_load": self.max_over_mean("ongoing_s"),
+            "max_over_mean_load": self.max_over_mean("in_flight_s"),
             "max_over_mean_work": self.max_over_mean("work_s"),
             "replicas_most": max((s.ready + s.starting for s in self.samples), default=0),
             "replica_hours": self.replica_hours,

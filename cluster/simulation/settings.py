@@ -1,4 +1,4 @@
-"""What is simulated."""
+"""Settings of a simulation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,11 +10,11 @@ from cluster.config import SimConfig
 from cluster.routing import Policy, PrefixIndex, RequestView
 
 CachedTokens = Callable[[str, RequestView], float]
-"""Prompt tokens that a replica has or is computing: the truth, which no router knows."""
+"""Prompt tokens that a replica really has cached or is computing, which no router knows."""
 MakePolicy = Callable[[PrefixIndex, CachedTokens, int], Policy]
-"""Makes one router's policy from its index, the truth and a seed."""
+"""Factory of one router's policy from its index, the real cache contents and a seed."""
 ScalingPolicy = Callable[[float, PoolSignals], Decision]
-"""What is decided at a time in seconds."""
+"""Decision at a time in seconds."""
 
 LARGE_GPU = SimConfig(
     prefill_s_per_token=1e-4,
@@ -23,70 +23,72 @@ LARGE_GPU = SimConfig(
     num_kv_blocks=12_500,
     startup_s=60.0,
 )
-"""An engine for where nothing is said of one: about an 8 B model on one large GPU (10,000 prompt
-tokens/s, 80 tokens/s of one stream, KV memory for 400,000 tokens); a guess."""
+"""Default engine: about an 8B model on one large GPU (10,000 prompt tokens/s, 80 tokens/s of one
+stream, KV memory for 400,000 tokens). A guess."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What befalls one replica, by its number in the order of the starts."""
+    """Failure of one replica."""
 
     at_s: float
     replica: int
+    """Number of the replica in the order of the starts."""
     kind: Literal["die", "hang", "slow"]
     factor: float = 10.0
-    """How much slower a slow one gets."""
+    """Slowdown of a slow replica."""
 
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """What a client is to see; inf: no objective."""
+    """Objectives of each request; inf: no objective."""
 
     ttft_s: float = 2.0
     itl_s: float = 0.2
-    """The mean of a stream."""
+    """Mean over the request's tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """How replicas come and go."""
+    """Autoscaling of the pool."""
 
     policy: ScalingPolicy
     slo: Slo | None = None
-    """The objectives that the policy is told, each for nine tenths; None: those of ``Settings``."""
+    """Objectives of the policy, each for 90 % of the requests; None: those of ``Settings``."""
     every_s: float = 2.0
-    """Between two decisions."""
+    """Interval of the decisions."""
     rate_window_s: float = 6.0
+    """Window of rates in a router's report."""
     latency_window_s: float = 30.0
-    """What a router's report looks back at."""
+    """Window of latencies in a router's report."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """One pool and what is before it."""
+    """One pool and its routers."""
 
     engine: SimConfig
     replicas: int
-    """At the beginning, ready at once."""
+    """Replicas that are ready at the start."""
     policy: MakePolicy
     scaling: Scaling | None = None
-    """None: replicas stay as they are; dead ones are replaced."""
+    """None: a fixed number of replicas; dead ones are replaced."""
     faults: tuple[Fault, ...] = ()
     slo: Slo = field(default_factory=Slo)
     max_in_flight: int = 256
-    """Requests that one replica is given at a time."""
+    """Limit of one replica's requests in flight."""
     queue: QueueLimits = field(default_factory=lambda: QueueLimits(float("inf"), 1024))
-    """Of each router."""
+    """Limits of each router's queue."""
     queue_timeout_s: float = 60.0
     start_timeout_s: float | None = None
-    """The same while no replica is ready, of a pool that may have none."""
+    """Queue timeout while no replica is ready, for a pool that can scale to zero."""
     routers: int = 1
     hop_s: float = 0.001
-    """What the router and the link add to the time to the first token."""
+    """Time that router and link add to the time to first token."""
     report_s: float = 1.0
-    """Between two reports of a replica's load."""
+    """Interval of the replicas' load reports."""
     event_delay_s: float = 0.05
-    """Until a router knows of a block that was stored or removed."""
+    """Delay until a router knows about a stored or evicted block."""
     detect_s: float = 30.0
-    """Until a replica that hangs is found and ended."""
+    """Time until a hanging replica is detected and ended."""
     seed: int = 0

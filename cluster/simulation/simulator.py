@@ -1,208 +1,218 @@
-"""The pool: arrivals, routers, replicas that start, leave, fail, and what is measured of them."""
+"""The simulation: arrivals, routers, replicas that start, drain and fail, and its measurements."""
 
 from collections.abc import Callable
 
 from cluster.routing import RequestView
-from cluster.simulation.calls import Call, Outcome
 from cluster.simulation.events import Events
-from cluster.simulation.replica import Replica
-from cluster.simulation.requests import Trace
+from cluster.simulation.replica import SimulatedReplica
+from cluster.simulation.requests import Outcome, SimulatedRequest, Trace
 from cluster.simulation.result import ReplicaTotals, Result, Sample, ScaleEvent
-from cluster.simulation.router import Router
+from cluster.simulation.router import SimulatedRouter
 from cluster.simulation.settings import Fault, Scaling, Settings
-from cluster.simulation.signals import Signals
+from cluster.simulation.signals import SignalMeter
 
 NUM_SAMPLES = 240
 MIN_SAMPLE_S = 1.0
 
 
 def simulate(trace: Trace, settings: Settings) -> Result:
-    """Serve a trace, until each of its requests has ended; the same seed gives the same."""
+    """Serve a trace until each request has ended; the same seed gives the same result."""
     return Simulation(trace, settings).run()
 
 
 class Simulation:
-    """One run; ``run`` it once."""
+    """One run of a simulation."""
 
     def __init__(self, trace: Trace, settings: Settings) -> None:
         self._trace, self._settings = trace, settings
         self._events = Events()
-        self._calls = [
-            Call(request, number % settings.routers)
-            for number, request in enumerate(trace.requests)
+        self._requests = [
+            SimulatedRequest(spec, number % settings.routers)
+            for number, spec in enumerate(trace.requests)
         ]
-        self._num_left = len(self._calls)
+        self._num_left = len(self._requests)
         self._num_arrived = self._num_sampled = 0
         self._target = 0
-        self._replicas: list[Replica] = []
-        self._by_id: dict[str, Replica] = {}
-        self._result = Result(settings.slo, self._calls)
+        self._replicas: list[SimulatedReplica] = []
+        self._by_id: dict[str, SimulatedReplica] = {}
+        self._result = Result(settings.slo, self._requests)
         self._routers = [
-            Router(number, settings, self._events, self.cached_tokens, trace.block_tokens, self)
+            SimulatedRouter(number, settings, trace.block_tokens, self._events, self)
             for number in range(settings.routers)
         ]
         scaling = settings.scaling
         startup_s = settings.engine.startup_s
-        self._signals = Signals(scaling, settings.slo, startup_s) if scaling else None
+        self._signals = SignalMeter(scaling, settings.slo, startup_s) if scaling else None
 
     def run(self) -> Result:
-        """Until nothing is left to happen."""
+        """Run until all requests have ended; may be called once."""
         events, settings = self._events, self._settings
         self._target = settings.replicas
         for _ in range(settings.replicas):
-            self._ready(self._start())
-        if self._calls:
-            events.at(self._calls[0].request.arrival_s, self._arrive, 0)
-            events.at(settings.report_s, self._report)
+            self._set_ready(self._start_replica())
+        if self._requests:
+            events.schedule(self._requests[0].spec.arrival_s, self._arrive, 0)
+            events.schedule(settings.report_s, self._report_loads)
             self._sample(max(MIN_SAMPLE_S, self._trace.duration_s / NUM_SAMPLES))
             for fault in settings.faults:
-                events.at(fault.at_s, self._befall, fault)
+                events.schedule(fault.at_s, self._inject_fault, fault)
             if settings.scaling is not None:
-                events.at(settings.scaling.every_s, self._scale, settings.scaling)
+                events.schedule(settings.scaling.every_s, self._scale, settings.scaling)
         events.run()
         return self._finish()
 
     def cached_tokens(self, replica_id: str, view: RequestView) -> float:
-        """The truth: what a replica has of a prompt, or is computing."""
+        """Return the prompt tokens that a replica really has cached or is computing."""
         engine = self._by_id[replica_id].engine
-        held = engine.cache.count_cached(view.prefix)
-        while held < len(view.prefix) and view.prefix[held] in engine.coming:
-            held += 1
-        return view.prefix_tokens[held - 1] if held else 0.0
+        count = engine.cache.count_cached(view.prefix)
+        while count < len(view.prefix) and view.prefix[count] in engine.pending_blocks:
+            count += 1
+        return view.prefix_tokens[count - 1] if count else 0.0
 
-    # What routers decide
+    # -- called by routers --
 
-    def give(self, call: Call, replica_id: str) -> bool:
-        """Give a request to a replica."""
-        return self._by_id[replica_id].give(call)
+    def send_request(self, request: SimulatedRequest, replica_id: str) -> bool:
+        """Send a request to a replica; return False if it does not fit into the KV cache."""
+        return self._by_id[replica_id].add_request(request)
 
-    def over(self, call: Call, outcome: Outcome) -> None:
-        """A request has ended, once and for all."""
-        assert call.outcome is None
-        call.outcome = outcome
-        call.view = call.placement = None  # a trace is long
+    def finish_request(self, request: SimulatedRequest, outcome: Outcome) -> None:
+        """End a request; called once for each."""
+        assert request.outcome is None
+        request.outcome = outcome
+        request.view = request.placement = None  # saves memory, traces are long
         self._num_left -= 1
 
-    # What happens at replicas
+    # -- called by replicas --
 
-    def first_token(self, call: Call) -> None:
-        """The first token is on its way to the client."""
+    def first_token(self, request: SimulatedRequest) -> None:
+        """Handle the first token of a request."""
         now_s = self._events.now_s
-        call.first_s = now_s + self._settings.hop_s
-        self._routers[call.router].first_token(call)
+        request.first_token_s = now_s + self._settings.hop_s
+        self._routers[request.router].first_token(request)
         if self._signals is not None:
-            self._signals.first_token(now_s, call.first_s - call.request.arrival_s)
+            self._signals.add_ttft(now_s, request.first_token_s - request.spec.arrival_s)
 
-    def ended(self, call: Call, replica: Replica) -> None:
-        """So is the last one."""
-        call.ended_s = self._events.now_s + self._settings.hop_s
+    def request_done(self, request: SimulatedRequest, replica: SimulatedReplica) -> None:
+        """Handle the last token of a request."""
+        request.ended_s = self._events.now_s + self._settings.hop_s
         if self._signals is not None:
-            self._signals.ended(call)
-        self._routers[call.router].ended(call)
-        if replica.is_leaving and not replica.calls:
+            self._signals.add_finished(request)
+        self._routers[request.router].request_done(request)
+        if replica.is_draining and not replica.requests:
             replica.end()
 
-    def cache_changed(self, replica: Replica, stored: list[int], removed: list[int]) -> None:
-        """Routers hear of it a little later."""
-        after_s = self._events.now_s + self._settings.event_delay_s
-        self._events.at(after_s, self._tell, replica.id, stored, removed)
+    def cache_changed(
+        self, replica: SimulatedReplica, stored: list[int], evicted: list[int]
+    ) -> None:
+        """Report changed blocks to the routers, after the configured delay."""
+        due_s = self._events.now_s + self._settings.event_delay_s
+        self._events.schedule(due_s, self._report_cache, replica.id, stored, evicted)
 
-    def _tell(self, replica_id: str, stored: list[int], removed: list[int]) -> None:
+    # -- recurring events --
+
+    def _report_cache(self, replica_id: str, stored: list[int], evicted: list[int]) -> None:
         for router in self._routers:
-            router.cache_changed(replica_id, stored, removed)
-
-    # What happens by itself
+            router.update_cache(replica_id, stored, evicted)
 
     def _arrive(self, number: int) -> None:
-        call = self._calls[number]
+        request = self._requests[number]
         self._num_arrived += 1
-        if number + 1 < len(self._calls):
-            self._events.at(self._calls[number + 1].request.arrival_s, self._arrive, number + 1)
+        if number + 1 < len(self._requests):
+            next_s = self._requests[number + 1].spec.arrival_s
+            self._events.schedule(next_s, self._arrive, number + 1)
         if self._signals is not None:
-            self._signals.arrived()
-        self._routers[call.router].admit(call)
+            self._signals.add_arrival()
+        self._routers[request.router].admit(request)
 
-    def _report(self) -> None:
+    def _report_loads(self) -> None:
         for replica in self._replicas:
             if replica.is_ready and not replica.is_hung:
                 for router in self._routers:
-                    router.report(replica)
-        self._again(self._settings.report_s, self._report)
+                    router.update_load(replica)
+        self._repeat(self._settings.report_s, self._report_loads)
 
     def _sample(self, every_s: float) -> None:
-        ready = [replica for replica in self._live() if replica.is_ready]
+        live = self._live_replicas()
+        num_ready = sum(replica.is_ready for replica in live)
         self._result.samples.append(
             Sample(
                 at_s=self._events.now_s,
                 arrivals=self._num_arrived - self._num_sampled,
-                ready=len(ready),
-                starting=len(self._live()) - len(ready),
-                ongoing=sum(len(replica.calls) for replica in self._replicas),
-                queued=sum(len(router.queue) for router in self._routers),
+                ready=num_ready,
+                starting=len(live) - num_ready,
+                in_flight=sum(len(replica.requests) for replica in self._replicas),
+                queued=self._num_queued(),
             )
         )
         self._num_sampled = self._num_arrived
-        self._again(every_s, self._sample, every_s)
+        self._repeat(every_s, self._sample, every_s)
 
-    def _again(self, after_s: float, call: Callable[..., None], *args: object) -> None:
+    def _repeat(self, after_s: float, call: Callable[..., None], *args: object) -> None:
         if self._num_left:
-            self._events.at(self._events.now_s + after_s, call, *args)
+            self._events.schedule(self._events.now_s + after_s, call, *args)
 
-    # Replicas come and go
+    def _num_queued(self) -> int:
+        return sum(len(router.queue) for router in self._routers)
 
-    def _live(self) -> list[Replica]:
-        """Those that are to stay."""
-        return [r for r in self._replicas if not r.is_leaving and r.ended_s > self._events.now_s]
+    # -- replicas --
 
-    def _start(self) -> Replica:
+    def _live_replicas(self) -> list[SimulatedReplica]:
+        """Return the replicas that have not ended and do not drain."""
+        now_s = self._events.now_s
+        return [r for r in self._replicas if not r.is_draining and r.ended_s > now_s]
+
+    def _start_replica(self) -> SimulatedReplica:
         number, engine = len(self._by_id), self._settings.engine
-        made = Replica(number, engine, self._trace.block_tokens, self._events, self)
-        self._replicas.append(made)
-        self._by_id[made.id] = made
-        return made
+        replica = SimulatedReplica(number, engine, self._trace.block_tokens, self._events, self)
+        self._replicas.append(replica)
+        self._by_id[replica.id] = replica
+        return replica
 
-    def _ready(self, replica: Replica) -> None:
-        if replica.is_leaving:
+    def _set_ready(self, replica: SimulatedReplica) -> None:
+        if replica.is_draining:
             return
         replica.ready_s = self._events.now_s
         for router in self._routers:
-            router.add(replica)
+            router.add_replica(replica)
 
     def _scale(self, scaling: Scaling) -> None:
         assert self._signals is not None
-        ready = [replica for replica in self._live() if replica.is_ready]
-        queued = sum(len(router.queue) for router in self._routers)
-        signals = self._signals.read(self._events.now_s, self._target, ready, queued)
-        decision = scaling.policy(self._events.now_s, signals)
-        target = decision.target
-        if target != self._target:
-            why = decision.cause, decision.reason
-            event = ScaleEvent(self._events.now_s, self._target, target, *why)
-            self._result.scale_events.append(event)
-            self._target = target
-            self._fill()
-        self._again(scaling.every_s, self._scale, scaling)
-
-    def _fill(self) -> None:
-        """Start or end replicas until there are as many as there should be."""
-        live = self._live()
-        for _ in range(self._target - len(live)):
-            started = self._start()
-            self._events.at(
-                self._events.now_s + self._settings.engine.startup_s, self._ready, started
+        now_s = self._events.now_s
+        ready = [replica for replica in self._live_replicas() if replica.is_ready]
+        signals = self._signals.read(now_s, self._target, ready, self._num_queued())
+        decision = scaling.policy(now_s, signals)
+        if decision.target != self._target:
+            event = ScaleEvent(
+                now_s, self._target, decision.target, decision.cause, decision.reason
             )
-        # As Serve does: those that still start, then the newest.
-        for replica in live[self._target :][::-1] if self._target < len(live) else ():
-            self._leave(replica)
+            self._result.scale_events.append(event)
+            self._target = decision.target
+            self._match_target()
+        self._repeat(scaling.every_s, self._scale, scaling)
 
-    def _leave(self, replica: Replica) -> None:
-        replica.is_leaving = True
-        for router in self._routers:
-            router.remove(replica)
-        if not replica.calls:
+    def _match_target(self) -> None:
+        """Start or drain replicas until their number is the target."""
+        live = self._live_replicas()
+        ready_s = self._events.now_s + self._settings.engine.startup_s
+        for _ in range(self._target - len(live)):
+            self._events.schedule(ready_s, self._set_ready, self._start_replica())
+        # As Serve does: first those that still start, then the newest.
+        for replica in live[self._target :][::-1] if self._target < len(live) else ():
+            self._drain(replica)
+
+    def _drain(self, replica: SimulatedReplica) -> None:
+        self._retire(replica)
+        if not replica.requests:
             replica.end()
 
-    def _befall(self, fault: Fault) -> None:
+    def _retire(self, replica: SimulatedReplica) -> None:
+        replica.is_draining = True
+        for router in self._routers:
+            router.remove_replica(replica)
+
+    # -- faults --
+
+    def _inject_fault(self, fault: Fault) -> None:
         replica = self._by_id.get(f"r{fault.replica:04d}")
         if replica is None or replica.ended_s <= self._events.now_s:
             return
@@ -210,35 +220,34 @@ class Simulation:
             replica.engine.slowdown = fault.factor
         elif fault.kind == "hang":
             replica.is_hung = True
-            self._events.at(self._events.now_s + self._settings.detect_s, self._die, replica)
+            detected_s = self._events.now_s + self._settings.detect_s
+            self._events.schedule(detected_s, self._kill, replica)
         else:
-            self._die(replica)
+            self._kill(replica)
 
-    def _die(self, replica: Replica) -> None:
-        """Its requests are lost, and another one is started."""
+    def _kill(self, replica: SimulatedReplica) -> None:
+        """End a replica with its requests and start another one."""
         if replica.ended_s <= self._events.now_s:
             return
         lost = replica.end()
-        replica.is_leaving = True
-        for router in self._routers:
-            router.remove(replica)
-        for call in lost:
-            self._routers[call.router].lost(call)
-        self._fill()
+        self._retire(replica)
+        for request in lost:
+            self._routers[request.router].request_lost(request)
+        self._match_target()
 
     def _finish(self) -> Result:
-        end_s = max((call.ended_s or call.request.arrival_s for call in self._calls), default=0.0)
-        result = self._result
-        totals = []
+        ends_s = (request.ended_s or request.spec.arrival_s for request in self._requests)
+        end_s = max(ends_s, default=0.0)
+        result, totals = self._result, []
         for replica in self._replicas:
             until_s = min(replica.ended_s, end_s)
             result.itl_s.add_all(replica.engine.itl_s)
             totals.append(
                 ReplicaTotals(
                     id=replica.id,
-                    lived_s=max(0.0, until_s - replica.asked_s),
+                    lived_s=max(0.0, until_s - replica.requested_s),
                     served_s=max(0.0, until_s - replica.ready_s),
-                    ongoing_s=replica.ongoing_s,
+                    in_flight_s=replica.in_flight_s,
                     work_s=replica.work_s,
                 )
             )

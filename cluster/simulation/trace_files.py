@@ -1,4 +1,4 @@
-"""Traces in files: Mooncake's JSON lines and BurstGPT's CSV."""
+"""Traces from files: Mooncake's JSON lines and BurstGPT's CSV."""
 
 import csv
 import itertools
@@ -13,40 +13,40 @@ from cluster.simulation.requests import Trace, TraceRequest
 
 MOONCAKE_BLOCK = 512
 BURSTGPT_BLOCK = 64
-"""Where nothing is known of a prompt but its length, blocks only count."""
+"""Block size for prompts of which only the length is known."""
 MAX_TOKENS = 10**8
-"""Of one request; more is a mistake in the file."""
+"""Bound of one request's tokens; more is a mistake in the file."""
 
 
 def read_trace(path: Path) -> Trace:
     """Read a trace; ``.csv`` is BurstGPT's format, everything else Mooncake's.
 
     Raises:
-        TraceError: the file cannot be read or has no request, or a line of it is malformed; names
-            the line.
+        TraceError: the file cannot be read or has no requests, or a line is malformed; the message
+            names the line.
     """
     is_csv = path.suffix.lower() == ".csv"
     block_tokens = BURSTGPT_BLOCK if is_csv else MOONCAKE_BLOCK
     try:
         with path.open(encoding="utf-8", newline="") as lines:
             read = _burstgpt if is_csv else _mooncake
-            requests = list(_parsed(path, read(lines)))
+            requests = list(_parse_lines(path, read(lines)))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise TraceError(f"{path}: {error}") from None
     if not requests:
-        raise TraceError(f"{path}: there is no request in it")
+        raise TraceError(f"{path}: the file has no requests")
     requests.sort(key=lambda request: request.arrival_s)
     return Trace(path.name, requests, block_tokens)
 
 
-Parsed = tuple[int, Callable[[], TraceRequest | None]]
-"""The number of a line, and what reads it; None: the line says nothing."""
+Line = tuple[int, Callable[[], TraceRequest | None]]
+"""Number of a line, and a function that parses it; it returns None for a line to skip."""
 
 
-def _parsed(path: Path, lines: Iterator[Parsed]) -> Iterator[TraceRequest]:
-    for number, read in lines:
+def _parse_lines(path: Path, lines: Iterator[Line]) -> Iterator[TraceRequest]:
+    for number, parse in lines:
         try:
-            request = read()
+            request = parse()
         except (ValueError, KeyError, TypeError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             raise TraceError(f"{path}, line {number}: {reason}") from None
@@ -54,34 +54,34 @@ def _parsed(path: Path, lines: Iterator[Parsed]) -> Iterator[TraceRequest]:
             yield request
 
 
-def _mooncake(lines: Iterator[str]) -> Iterator[Parsed]:
+def _mooncake(lines: Iterator[str]) -> Iterator[Line]:
     for number, line in enumerate(lines, 1):
-        yield number, lambda text=line: _from_mooncake(text)  # type: ignore[misc]
+        yield number, lambda text=line: _parse_mooncake(text)  # type: ignore[misc]
 
 
-def _from_mooncake(line: str) -> TraceRequest | None:
+def _parse_mooncake(line: str) -> TraceRequest | None:
     if not line.strip():
         return None
     fields = json.loads(line)
     if not isinstance(fields, dict):
-        raise ValueError("an object is expected")
-    prompt = _count(fields, "input_length", least=1)
+        raise ValueError("expected a JSON object")
+    prompt = _count(fields, "input_length", minimum=1)
     blocks = fields["hash_ids"]
     if not isinstance(blocks, list) or not all(type(block) is int for block in blocks):
         raise ValueError("hash_ids must be a list of whole numbers")
     full = tuple(blocks[: prompt // MOONCAKE_BLOCK])
-    answer = max(1, _count(fields, "output_length"))  # some had no answer
+    answer = max(1, _count(fields, "output_length"))  # some requests had no answer
     return TraceRequest(_seconds(fields, "timestamp") / 1000, prompt, answer, full)
 
 
-def _burstgpt(lines: Iterator[str]) -> Iterator[Parsed]:
+def _burstgpt(lines: Iterator[str]) -> Iterator[Line]:
     rows = csv.DictReader(lines)
-    # A session's blocks and tokens so far.
+    # Blocks and tokens of each session so far.
     sessions: dict[str, tuple[tuple[int, ...], int]] = {}
     ids = itertools.count(1)
     yield 1, lambda: _check_header(rows.fieldnames)
     for row in rows:
-        yield rows.line_num, lambda row=row: _from_burstgpt(row, sessions, ids)  # type: ignore[misc]
+        yield rows.line_num, lambda row=row: _parse_burstgpt(row, sessions, ids)  # type: ignore[misc]
 
 
 def _check_header(names: Any) -> None:
@@ -90,30 +90,32 @@ def _check_header(names: Any) -> None:
         raise ValueError(f"the header has no {', '.join(sorted(missing))}")
 
 
-def _from_burstgpt(
+def _parse_burstgpt(
     row: Mapping[str, str], sessions: dict[str, tuple[tuple[int, ...], int]], ids: Iterator[int]
 ) -> TraceRequest | None:
     at = _seconds(row, "Timestamp")
     prompt, answer = _count(row, "Request tokens"), _count(row, "Response tokens")
-    if not prompt or not answer:  # it failed
+    if not prompt or not answer:  # a failed request
         return None
     session = row.get("Session ID") or None
-    blocks, before = sessions.get(session, ((), 0)) if session else ((), 0)
-    if prompt < before:  # it does not go on from there
+    blocks, tokens_before = sessions.get(session, ((), 0)) if session else ((), 0)
+    if prompt < tokens_before:  # not a continuation of the session
         blocks = ()
     blocks = (*blocks, *itertools.islice(ids, prompt // BURSTGPT_BLOCK - len(blocks)))
     total = prompt + answer
-    more = tuple(itertools.islice(ids, (total - 1) // BURSTGPT_BLOCK - len(blocks)))
+    answer_blocks = tuple(itertools.islice(ids, (total - 1) // BURSTGPT_BLOCK - len(blocks)))
     if session:
-        sessions[session] = (*blocks, *more), total
-    return TraceRequest(at, prompt, answer, blocks, more, session)
+        sessions[session] = (*blocks, *answer_blocks), total
+    return TraceRequest(at, prompt, answer, blocks, answer_blocks, session)
 
 
-def _count(fields: Mapping[str, Any], name: str, least: int = 0) -> int:
+def _count(fields: Mapping[str, Any], name: str, minimum: int = 0) -> int:
     value = fields[name]
     number = float(value)
-    if isinstance(value, bool) or not number.is_integer() or not least <= number <= MAX_TOKENS:
-        raise ValueError(f"{name} must be a whole number from {least} to {MAX_TOKENS}, not {value}")
+    if isinstance(value, bool) or not number.is_integer() or not minimum <= number <= MAX_TOKENS:
+        raise ValueError(
+            f"{name} must be a whole number from {minimum} to {MAX_TOKENS}, not {value}"
+        )
     return int(number)
 
 

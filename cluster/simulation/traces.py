@@ -1,4 +1,4 @@
-"""Traces by their names, and what is common to all that are made from a seed."""
+"""Built-in traces by name, made from a seed."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,44 +14,44 @@ from cluster.simulation.trace_files import read_trace
 from cluster.simulation.workloads import Conversations
 
 GAMMA_SHAPE = 0.5
-"""Of gaps that clump as BurstGPT's do: gamma with a shape below 1. The figure is a guess; there it
-changes from hour to hour."""
+"""Shape of gamma-distributed gaps that are bursty like BurstGPT's. A guess; there it changes from
+hour to hour."""
 
 
 @dataclass(frozen=True, slots=True)
-class Size:
-    """How much of a trace is made."""
+class TraceSize:
+    """Length and rate of a trace."""
 
     rate: float
-    """Requests/s, the mean over all."""
+    """Mean requests/s."""
     duration_s: float
     seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
-    """A trace that can be made."""
+class BuiltinTrace:
+    """Recipe of a built-in trace."""
 
     about: str
     spec: Conversations | None
-    """None: retrieval."""
+    """None: a retrieval workload."""
     curve: Callable[[np.random.Generator, float], Curve] = lambda rng, duration_s: constant
     shape: float = 1.0
     rate: float = 3.4
-    """Requests/s where nothing is said."""
+    """Default requests/s."""
 
     @property
     def block_tokens(self) -> int:
-        """Tokens of each block."""
+        """Tokens per block."""
         return self.spec.block_tokens if self.spec else workloads.SMALL_BLOCK
 
-    def make(self, name: str, size: Size) -> Trace:
-        """The trace of a seed."""
+    def make(self, name: str, size: TraceSize) -> Trace:
+        """Make the trace."""
         rng = np.random.default_rng(size.seed)
-        goes_on = self.spec.goes_on if self.spec else 0.0
+        continues = self.spec.continues if self.spec else 0.0
         curve = self.curve(rng, size.duration_s)
-        # Each conversation has 1 / (1 - goes_on) turns.
-        starts = arrivals(rng, size.rate * (1 - goes_on), size.duration_s, curve, self.shape)
+        # A conversation has 1 / (1 - continues) turns on average.
+        starts = arrivals(rng, size.rate * (1 - continues), size.duration_s, curve, self.shape)
         requests: list[TraceRequest]
         if self.spec is None:
             requests = workloads.retrieval(rng, starts)
@@ -60,30 +60,30 @@ class Known:
         return Trace(name, requests, self.block_tokens)
 
 
-KNOWN: Mapping[str, Known] = {
-    "conversation": Known("long chats of many turns (Mooncake)", workloads.CONVERSATION),
-    "toolagent": Known(
+BUILTIN_TRACES: Mapping[str, BuiltinTrace] = {
+    "conversation": BuiltinTrace("long chats of many turns (Mooncake)", workloads.CONVERSATION),
+    "toolagent": BuiltinTrace(
         "agents with tools, short answers (Mooncake)", workloads.TOOLAGENT, rate=6.5
     ),
-    "few-shot": Known("short questions after examples", workloads.FEW_SHOT, rate=20.0),
-    "rag": Known("documents before a question", None, rate=10.0),
-    "hot-prefix": Known(
-        "chats; after a third of the time one beginning is in half of the new ones",
+    "few-shot": BuiltinTrace("short questions after examples", workloads.FEW_SHOT, rate=20.0),
+    "rag": BuiltinTrace("documents before a question", None, rate=10.0),
+    "hot-prefix": BuiltinTrace(
+        "chats; after a third of the time, half of the new ones share one prefix",
         replace(workloads.CHAT, hot_from=1 / 3),
         rate=20.0,
     ),
-    "chat": Known(
+    "chat": BuiltinTrace(
         "short chats, arrivals in bursts (BurstGPT)", workloads.CHAT, shape=GAMMA_SHAPE, rate=20.0
     ),
-    "daily": Known(
-        "the same, up and down once (a day in the time that is simulated)",
+    "daily": BuiltinTrace(
+        "like chat, with a daily curve compressed into the simulated time",
         workloads.CHAT,
         lambda rng, duration_s: daily(duration_s),
         GAMMA_SHAPE,
         20.0,
     ),
-    "bursty": Known(
-        "the same, with minutes of four times the traffic",
+    "bursty": BuiltinTrace(
+        "like chat, with minutes of four times the traffic",
         workloads.CHAT,
         bursts,
         GAMMA_SHAPE,
@@ -92,24 +92,24 @@ KNOWN: Mapping[str, Known] = {
 }
 
 
-def load(source: str, rate: float | None, duration_s: float | None, seed: int = 0) -> Trace:
-    """A trace by its name, or from a file.
+def load_trace(source: str, rate: float | None, duration_s: float | None, seed: int = 0) -> Trace:
+    """Return a built-in trace, or read one from a file.
 
     Args:
-        source: A name in ``KNOWN``, else a path.
-        rate: Requests/s. None: as the trace has it. A file's times are stretched to it.
-        duration_s: None: an hour, or all of a file.
-        seed: Of a trace that is made.
+        source: A name in ``BUILTIN_TRACES``, or a path.
+        rate: Requests/s; a file's times are stretched to it. None: the trace's own rate.
+        duration_s: Length of the trace. None: an hour, or the whole file.
+        seed: Seed of a built-in trace.
 
     Raises:
-        TraceError: it is neither, or the file is malformed.
+        TraceError: the source is neither, or the file is malformed.
     """
-    if source in KNOWN:
-        known = KNOWN[source]
-        return known.make(source, Size(rate or known.rate, duration_s or 3600.0, seed))
+    if source in BUILTIN_TRACES:
+        builtin = BUILTIN_TRACES[source]
+        return builtin.make(source, TraceSize(rate or builtin.rate, duration_s or 3600.0, seed))
     path = Path(source)
     if not path.is_file():
-        raise TraceError(f"{source} is no file and none of {', '.join(KNOWN)}")
+        raise TraceError(f"{source} is neither a file nor one of {', '.join(BUILTIN_TRACES)}")
     trace = read_trace(path)
     if rate is not None and trace.duration_s > 0:
         factor = len(trace.requests) / trace.duration_s / rate

@@ -1,15 +1,15 @@
-"""Traces that are made from a seed, with the shape of published ones.
+"""Workloads made from a seed, with the shape of published traces.
 
-Sources, cited where a figure is used:
+Sources of the figures:
 
-[M]  Mooncake's traces of an hour of Kimi, ``FAST25-release/traces`` of kvcache-ai/Mooncake, with
-     blocks of 512 tokens; the figures were counted in the files.
-[MP] The table of these traces in "Mooncake: Trading More Storage for Less Computation" (Qin et
-     al., FAST 2025).
-[B]  "BurstGPT" (Wang et al., arXiv 2401.17644): gamma gaps, heavy-tailed lengths; the figures are
-     those of its conversation log.
+[M]  Mooncake's traces of one hour of Kimi (kvcache-ai/Mooncake, ``FAST25-release/traces``), with
+     blocks of 512 tokens; counted in the files.
+[MP] Table of these traces in "Mooncake: Trading More Storage for Less Computation" (Qin et al.,
+     FAST 2025).
+[B]  "BurstGPT" (Wang et al., arXiv 2401.17644), conversation log: gamma-distributed gaps,
+     heavy-tailed lengths.
 
-What has no source is a guess, and said to be one.
+Figures without a source are guesses and marked as such.
 """
 
 import itertools
@@ -27,85 +27,84 @@ NUM_TENANTS = 8
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """A log-normal distribution, cut at ``most``."""
+    """Log-normal distribution of lengths, cut at ``maximum``."""
 
     median: float
     sigma: float
-    most: float = float("inf")
+    maximum: float = float("inf")
 
     def draw(self, rng: np.random.Generator) -> float:
-        """One length."""
-        return min(self.most, self.median * float(np.exp(self.sigma * rng.standard_normal())))
+        """Draw one length."""
+        return min(self.maximum, self.median * float(np.exp(self.sigma * rng.standard_normal())))
 
 
 @dataclass(frozen=True, slots=True)
-class Shared:
-    """Beginnings of prompts that many have: system prompts, examples, tools."""
+class SharedPrefixes:
+    """Prefixes that many prompts share: system prompts, examples, tools."""
 
     count: int
     zipf: float
-    """The n-th most popular one is asked for as often as n to the power of minus this."""
+    """Exponent: the n-th most popular prefix has a weight of n ** -zipf."""
     blocks: Lengths
 
 
 @dataclass(frozen=True, slots=True)
 class Conversations:
-    """What conversations are like; a turn's prompt is all that was said before, and more."""
+    """Conversations; the prompt of a turn is the whole conversation so far plus new tokens."""
 
     block_tokens: int
-    shared: Shared
+    shared: SharedPrefixes
     first: Lengths
-    """Tokens of the first turn, after what is shared."""
+    """New tokens of the first turn, after the shared prefix."""
     more: Lengths
-    """Tokens that each further turn adds."""
+    """New tokens of each further turn."""
     answer: Lengths
-    goes_on: float = 0.0
-    """The chance that another turn follows."""
+    continues: float = 0.0
+    """Probability that another turn follows."""
     pause_s: Lengths = Lengths(123.0, 0.9)
-    """From one turn to the next [M: 42, 123 and 483 s at 10, 50 and 90 %]."""
+    """Time between two turns [M: 42, 123 and 483 s at 10, 50 and 90 %]."""
     hot_from: float | None = None
-    """From this part of the time on, half of the new conversations have one beginning that nobody
-    had before."""
+    """Share of the duration after which half of the new conversations share a new prefix."""
 
 
 CONVERSATION = Conversations(
     # [M] conversation_trace: 12,031 requests, prompts of 12,035 tokens (median 6,909), answers of
     # 343 (median 350, sigma of the logarithm 1.36, 2,000 at most), all with one first block, 39 %
-    # go on from another one, 37 % of the blocks were seen before.
+    # continue another one, 37 % of the blocks were seen before.
     MOONCAKE_BLOCK,
-    Shared(1, 0.0, Lengths(1.0, 0.0)),
+    SharedPrefixes(1, 0.0, Lengths(1.0, 0.0)),
     first=Lengths(4700.0, 1.15, 126_000.0),
     more=Lengths(2300.0, 1.3, 60_000.0),
     answer=Lengths(270.0, 0.7, 2000.0),
-    goes_on=0.4,
+    continues=0.4,
 )
 TOOLAGENT = Conversations(
-    # [MP] tool & agent: prompts of 8,596 tokens, answers of 182, 59 % could be cached. How many
-    # tools there are and how popular each is are guesses.
+    # [MP] tool & agent: prompts of 8,596 tokens, answers of 182, 59 % could be cached. The number
+    # of tools and their popularity are guesses.
     MOONCAKE_BLOCK,
-    Shared(150, 1.0, Lengths(5.5, 0.6, 40.0)),
+    SharedPrefixes(150, 1.0, Lengths(5.5, 0.6, 40.0)),
     first=Lengths(1800.0, 1.25, 120_000.0),
     more=Lengths(800.0, 1.0, 20_000.0),
     answer=Lengths(80.0, 1.35, 2000.0),
-    goes_on=0.2,
+    continues=0.2,
     pause_s=Lengths(8.0, 1.0),
 )
 FEW_SHOT = Conversations(  # a guess: 64 tasks with 1,500 tokens of examples each, short questions
     SMALL_BLOCK,
-    Shared(64, 1.0, Lengths(24.0, 0.5, 100.0)),
+    SharedPrefixes(64, 1.0, Lengths(24.0, 0.5, 100.0)),
     first=Lengths(90.0, 0.7, 2000.0),
     more=Lengths(90.0, 0.7),
     answer=Lengths(60.0, 0.8, 500.0),
 )
 CHAT = Conversations(
     # [B] prompts of 761 tokens (median 547, deviation 773), answers of 265 (median 232, deviation
-    # 222, 2,048 at most). Its prompts hold all earlier turns; sharing and turns are guesses.
+    # 222, 2,048 at most). Prompts include all earlier turns; sharing and turns are guesses.
     SMALL_BLOCK,
-    Shared(16, 1.0, Lengths(4.0, 0.4, 16.0)),
+    SharedPrefixes(16, 1.0, Lengths(4.0, 0.4, 16.0)),
     first=Lengths(130.0, 0.9, 20_000.0),
     more=Lengths(90.0, 0.9, 4000.0),
     answer=Lengths(220.0, 0.6, 2048.0),
-    goes_on=0.45,
+    continues=0.45,
     pause_s=Lengths(60.0, 0.9),
 )
 
@@ -113,7 +112,7 @@ CHAT = Conversations(
 def conversations(
     spec: Conversations, rng: np.random.Generator, starts: list[float], duration_s: float
 ) -> list[TraceRequest]:
-    """All turns before ``duration_s`` of the conversations that begin at ``starts``."""
+    """Return all turns before ``duration_s`` of conversations that begin at ``starts``, sorted."""
     ids = itertools.count(1)
     shared = [
         _ids(ids, max(1, round(spec.shared.blocks.draw(rng)))) for _ in range(spec.shared.count)
@@ -145,10 +144,10 @@ def _turns(
         tokens += max(1, round(more.draw(rng)))
         answer = max(1, round(spec.answer.draw(rng)))
         blocks = _grown(ids, blocks, tokens // spec.block_tokens)
-        # The last token that is generated is never computed.
+        # The last generated token is never computed.
         later = _grown(ids, blocks, (tokens + answer - 1) // spec.block_tokens)
         yield TraceRequest(at, tokens, answer, blocks, later[len(blocks) :], *names)
-        if rng.random() >= spec.goes_on:
+        if rng.random() >= spec.continues:
             return
         blocks, tokens, more = later, tokens + answer, spec.more
         at += spec.pause_s.draw(rng)
@@ -157,9 +156,9 @@ def _turns(
 def retrieval(
     rng: np.random.Generator, starts: list[float], num_documents: int = 2000
 ) -> list[TraceRequest]:
-    """Instructions, one to four documents in the order of their relevance, a question.
+    """Return requests of instructions, one to four documents by relevance, and a question.
 
-    A document is shared only where all before it are the same. All figures are guesses.
+    A document is shared only if everything before it is the same. All figures are guesses.
     """
     ids = itertools.count(1)
     instructions = _ids(ids, 4)

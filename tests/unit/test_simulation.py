@@ -15,12 +15,11 @@ from cluster.cli.app import app
 from cluster.config import SimConfig
 from cluster.errors import ConfigError
 from cluster.routing import make_policy
-from cluster.simulation.calls import Outcome
-from cluster.simulation.requests import Trace, TraceRequest
+from cluster.simulation.requests import Outcome, Trace, TraceRequest
 from cluster.simulation.result import Result
 from cluster.simulation.settings import Fault, MakePolicy, Scaling, Settings, Slo
 from cluster.simulation.simulator import simulate
-from cluster.simulation.traces import load
+from cluster.simulation.traces import load_trace
 
 ENGINE = SimConfig(
     prefill_s_per_token=1e-4,
@@ -44,7 +43,7 @@ def told(target: int) -> Decision:
 
 
 def chat(rate: float = 8.0, duration_s: float = 120.0, seed: int = 0) -> Trace:
-    return load("chat", rate, duration_s, seed)
+    return load_trace("chat", rate, duration_s, seed)
 
 
 def outcomes(result: Result) -> dict[str, int]:
@@ -54,13 +53,13 @@ def outcomes(result: Result) -> dict[str, int]:
 def check(result: Result, trace: Trace) -> None:
     """What is true whatever happened."""
     assert sum(outcomes(result).values()) == len(trace.requests)
-    for call in result.calls:
+    for call in result.requests:
         done = call.outcome is Outcome.DONE
         assert (call.ended_s is not None) == done
         if done:
-            assert call.first_s is not None
-            assert call.request.arrival_s <= call.first_s <= (call.ended_s or 0)
-            assert 0 <= call.cached_tokens < call.request.prompt_tokens
+            assert call.first_token_s is not None
+            assert call.spec.arrival_s <= call.first_token_s <= (call.ended_s or 0)
+            assert 0 <= call.cached_tokens < call.spec.prompt_tokens
 
 
 @pytest.mark.parametrize("name", ["prefix", "least-load", "session", "power-of-two", "round-robin"])
@@ -78,7 +77,7 @@ def test_the_same_seed_gives_the_same() -> None:
     faults = (Fault(40, 1, "die"),)
     first, again = (simulate(chat(), settings(routers=2, faults=faults)) for _ in range(2))
     assert first.summary(1.0) == again.summary(1.0)
-    assert [c.first_s for c in first.calls] == [c.first_s for c in again.calls]
+    assert [c.first_token_s for c in first.requests] == [c.first_token_s for c in again.requests]
     other = simulate(chat(seed=1), settings(routers=2, faults=faults))
     assert other.summary(1.0) != first.summary(1.0)
 
@@ -99,7 +98,7 @@ def test_a_slow_replica_gets_less() -> None:
     result = simulate(chat(duration_s=300), settings(faults=(Fault(0, 2, "slow"),)))
     work = {replica.id: replica.work_s for replica in result.replicas}
     assert work.pop("r0002") < 0.5 * min(work.values())
-    assert result.count(Outcome.DONE) == len(result.calls)
+    assert result.count(Outcome.DONE) == len(result.requests)
 
 
 @pytest.mark.parametrize("routers", [1, 3])

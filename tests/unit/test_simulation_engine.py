@@ -6,7 +6,7 @@ import pytest
 
 from cluster.config import SimConfig
 from cluster.engines.sim.scheduler import Scheduler, SimRequest
-from cluster.simulation.engine import Engine, Sequence
+from cluster.simulation.engine_model import EngineModel, Sequence
 from cluster.simulation.requests import TraceRequest
 
 BLOCK = 128
@@ -46,9 +46,9 @@ def requests(seed: int, rate: float, num: int = 400) -> list[TraceRequest]:
     return made
 
 
-def jump(config: SimConfig, trace: list[TraceRequest]) -> tuple[Engine, list[Sequence], Ends]:
+def jump(config: SimConfig, trace: list[TraceRequest]) -> tuple[EngineModel, list[Sequence], Ends]:
     ends = Ends()
-    engine = Engine(config, BLOCK, ends)
+    engine = EngineModel(config, BLOCK, ends)
     sequences = [Sequence(request) for request in trace]
     for sequence in sequences:
         commit(engine, ends, until_s=sequence.request.arrival_s)
@@ -57,10 +57,10 @@ def jump(config: SimConfig, trace: list[TraceRequest]) -> tuple[Engine, list[Seq
     return engine, sequences, ends
 
 
-def commit(engine: Engine, ends: Ends, until_s: float) -> None:
+def commit(engine: EngineModel, ends: Ends, until_s: float) -> None:
     while engine.due_s <= until_s:
         engine.commit()
-        stored, removed = engine.changes()
+        stored, removed = engine.take_block_changes()
         ends.cached |= set(stored)
         ends.cached -= set(removed)
         ends.num_removed += len(removed)
@@ -136,7 +136,7 @@ def test_nothing_is_left_behind(seed: int) -> None:
     engine, sequences, ends = jump(config, requests(seed, 4.0))
     assert len(ends.first) == len(ends.end) == len(sequences)
     assert engine.cache.used_tokens == 0
-    assert not engine.coming
+    assert not engine.pending_blocks
     assert engine.load.running == engine.load.waiting == 0
     tokens = sum(one.request.completion_tokens for one in sequences)
     assert engine.itl_s.weight == tokens - len(sequences)
@@ -185,6 +185,6 @@ def test_an_instant_engine_needs_no_time() -> None:
 
 
 def test_what_can_never_fit_is_refused() -> None:
-    engine = Engine(SimConfig(num_kv_blocks=4, block_size_tokens=32), BLOCK, Ends())
-    with pytest.raises(ValueError, match="a request may hold 96 tokens"):
+    engine = EngineModel(SimConfig(num_kv_blocks=4, block_size_tokens=32), BLOCK, Ends())
+    with pytest.raises(ValueError, match="a request may hold at most 96 tokens"):
         engine.add(Sequence(TraceRequest(0.0, 100, 28)), 0.0)

@@ -9,12 +9,12 @@ import pytest
 from cluster.errors import TraceError
 from cluster.simulation.arrivals import arrivals, bursts, constant, daily
 from cluster.simulation.trace_files import read_trace
-from cluster.simulation.traces import KNOWN, load
+from cluster.simulation.traces import BUILTIN_TRACES, load_trace
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", BUILTIN_TRACES)
 def test_a_trace_is_what_its_seed_says(name: str) -> None:
-    first, again, other = (load(name, None, 300, seed) for seed in (1, 1, 2))
+    first, again, other = (load_trace(name, None, 300, seed) for seed in (1, 1, 2))
     assert first == again
     assert first != other
     times = [request.arrival_s for request in first.requests]
@@ -38,14 +38,14 @@ def test_a_trace_is_what_its_seed_says(name: str) -> None:
 def test_shapes_are_the_published_ones(
     name: str, prompt: float, answer: float, hits: float | None
 ) -> None:
-    trace = load(name, None, 3600)
+    trace = load_trace(name, None, 3600)
     assert statistics.fmean(r.prompt_tokens for r in trace.requests) == pytest.approx(
         prompt, rel=0.15
     )
     assert statistics.fmean(r.completion_tokens for r in trace.requests) == pytest.approx(
         answer, rel=0.1
     )
-    assert hits is None or trace.most_hits == pytest.approx(hits, abs=0.06)
+    assert hits is None or trace.max_hit_rate == pytest.approx(hits, abs=0.06)
 
 
 def test_the_rate_is_the_one_asked_for_and_follows_the_curve() -> None:
@@ -66,7 +66,7 @@ def test_gamma_gaps_clump() -> None:
 
 
 def test_a_hot_prefix_comes_suddenly() -> None:
-    trace = load("hot-prefix", 20, 900)
+    trace = load_trace("hot-prefix", 20, 900)
     hot = max(
         {r.blocks[0] for r in trace.requests if r.blocks},
         key=lambda block: sum(r.blocks[:1] == (block,) for r in trace.requests),
@@ -87,15 +87,15 @@ def test_mooncakes_lines_are_read(tmp_path: Path) -> None:
     first = trace.requests[0]
     assert (first.prompt_tokens, first.completion_tokens) == (1100, 52)
     assert first.blocks == (46, 47)  # the last block is not full
-    assert load(str(path), 4.0, None).duration_s == pytest.approx(0.5)
-    assert len(load(str(path), None, 10.0).requests) == 1
+    assert load_trace(str(path), 4.0, None).duration_s == pytest.approx(0.5)
+    assert len(load_trace(str(path), None, 10.0).requests) == 1
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{", "line 2"),
-        ("[]", "an object"),
+        ("[]", "a JSON object"),
         (GOOD.replace("1100", "-1"), "input_length must be a whole number"),
         (GOOD.replace("1100", "1e99"), "input_length"),
         (GOOD.replace("27482", "NaN"), "timestamp must be at least 0"),
@@ -139,7 +139,7 @@ def test_burstgpts_table_is_read(tmp_path: Path) -> None:
         ("Timestamp,Model\n1,2\n", "line 1: the header has no Request tokens, Response tokens"),
         (HEADER + "\n5,a,3,ChatGPT,many,18,490,API log\n", "line 2"),
         (HEADER + "\n5,a\n", "line 2"),
-        (HEADER + "\n", "no request"),
+        (HEADER + "\n", "no requests"),
     ],
 )
 def test_a_malformed_table_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -150,5 +150,5 @@ def test_a_malformed_table_is_named(tmp_path: Path, text: str, message: str) -> 
 
 
 def test_an_unknown_name_is_refused_with_those_there_are() -> None:
-    with pytest.raises(TraceError, match=r"no file and none of conversation, .*bursty"):
-        load("nothing", None, None)
+    with pytest.raises(TraceError, match=r"neither a file nor one of conversation, .*bursty"):
+        load_trace("nothing", None, None)

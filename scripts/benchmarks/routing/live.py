@@ -30,7 +30,7 @@ from cluster.config import parse
 from cluster.simulation.requests import Trace
 from cluster.simulation.settings import Settings
 from cluster.simulation.simulator import simulate
-from cluster.simulation.traces import load
+from cluster.simulation.traces import load_trace
 
 RATES: Mapping[str, float] = {"few-shot": 5.0, "chat": 5.0, "hot-prefix": 3.0}
 """Requests/s for all replicas."""
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> Report:
 
 def make_trace(name: str, duration_s: float, seed: int) -> Trace:
     """Return a trace whose prompts contain no completions, since a replay cannot know them."""
-    trace = load(name, RATES[name], duration_s, seed)
+    trace = load_trace(name, RATES[name], duration_s, seed)
     return replace(trace, requests=[replace(r, answer_blocks=()) for r in trace.requests])
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import httpx
 
 from benchmarks.endpoint import TargetError
-from cluster.simulation.histogram import Histogram
+from cluster.simulation.histogram import LogHistogram
 from cluster.simulation.requests import Trace, TraceRequest
 
 PATH = "/v1/completions"
@@ -46,7 +46,7 @@ class Replay:
 
     def __init__(self, url: str, model: str, headers: Mapping[str, str] | None = None) -> None:
         self._url, self._model, self._headers = url, model, dict(headers or {})
-        self.ttft_s, self.itl_s = Histogram(), Histogram()
+        self.ttft_s, self.itl_s = LogHistogram(), LogHistogram()
         self.late_s = 0.0
         """Largest delay between a request's arrival time and its sending."""
 

@@ -16,7 +16,7 @@ from cluster.routing.prefix_policy import DECODE_WEIGHT, MISS_WEIGHT
 from cluster.simulation.requests import Trace
 from cluster.simulation.settings import LARGE_GPU, CachedTokens, MakePolicy, Settings
 from cluster.simulation.simulator import simulate
-from cluster.simulation.traces import load
+from cluster.simulation.traces import load_trace
 
 REPLICAS = 16
 RATES = {
@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> Report:
     results: dict[tuple[str, str], list[TraceResult]] = defaultdict(list)
     for seed in range(args.rounds):
         for trace in args.traces:
-            requests = load(trace, RATES[trace], args.trace_s, seed)
+            requests = load_trace(trace, RATES[trace], args.trace_s, seed)
             results[trace, IDEAL].append({"ttft_p90_s": ideal_ttft_p90_s(requests)})
             for name, make in POLICIES.items():
                 result = simulate(requests, Settings(LARGE_GPU, REPLICAS, make, seed=seed))
