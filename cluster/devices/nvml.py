@@ -37,8 +37,6 @@ class DeviceReading:
     temperature_celsius: float | None = None
     power_watts: float | None = None
     memory_used_bytes: int | None = None
-    energy_joules: float | None = None
-    """Energy since the driver was loaded."""
     ecc_errors: int | None = None
     """Uncorrected errors since the driver was loaded."""
     throttled: bool | None = None
@@ -122,9 +120,6 @@ class NvmlReader:
                 ),
                 power_watts=self._get(lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1e3),
                 memory_used_bytes=self._get(lambda: int(nvml.nvmlDeviceGetMemoryInfo(handle).used)),
-                energy_joules=self._get(
-                    lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
-                ),
                 ecc_errors=self._get(lambda: self._ecc_errors(handle)),
                 throttled=self._get(lambda: self._throttled(handle)),
                 xids=xids,

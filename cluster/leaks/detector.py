@@ -41,12 +41,10 @@ class Growth(NamedTuple):
 
     bytes_per_s: float
     """0 while unknown."""
-    gained_bytes: float
-    """Growth over the window at this rate."""
     leaking: bool
 
 
-_UNKNOWN = Growth(0.0, 0.0, False)
+_UNKNOWN = Growth(0.0, False)
 
 
 class LeakDetector:
@@ -68,14 +66,13 @@ class LeakDetector:
         if slope is None:
             return _UNKNOWN
         covered_s = sample.at_s - self._samples[0].at_s
-        gained = slope.bytes_per_s * covered_s
         leaking = (
             covered_s >= MIN_FILLED * self._config.window_s
             and slope.rising >= MIN_RISING
             and slope.bytes_per_s >= self._config.min_bytes_per_s
-            and gained >= self._config.min_growth_bytes
+            and slope.bytes_per_s * covered_s >= self._config.min_growth_bytes
         )
-        return Growth(slope.bytes_per_s, gained, leaking)
+        return Growth(slope.bytes_per_s, leaking)
 
 
 class Slope(NamedTuple):

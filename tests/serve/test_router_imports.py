@@ -29,7 +29,7 @@ print(gc.isenabled(), gc.get_freeze_count() > 100_000, gc.get_stats()[2]["collec
 """
 
 
-def test_an_encoders_code_is_imported_without_collections() -> None:
+def test_a_classifiers_code_is_imported_with_gc_disabled() -> None:
     done = subprocess.run(
         [sys.executable, "-c", MADE], capture_output=True, text=True, timeout=120, check=False
     )

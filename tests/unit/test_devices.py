@@ -91,9 +91,7 @@ def test_readings_are_in_base_units() -> None:
     reader = NvmlReader(nvml, ["1"])
     nvml.events = [(nvml.gpus[1], 13), (nvml.gpus[1], 79)]
     (reading,) = reader.read()
-    assert reading == DeviceReading(
-        "GPU-b", False, 61.0, 250.5, 3 * 2**30, 5.0, 2, False, xids=(13, 79)
-    )
+    assert reading == DeviceReading("GPU-b", False, 61.0, 250.5, 3 * 2**30, 2, False, xids=(13, 79))
     assert reader.read()[0].xids == ()
     assert reader.counts_energy()
     assert NvmlReader(nvml, ["GPU-a", "1"]).joules() == 10.0
@@ -129,9 +127,7 @@ def test_readings_become_metrics() -> None:
     health = DeviceHealth(DevicesConfig(), "m")
     registry = Registry()
     for _ in range(2):
-        health.add_readings(
-            [DeviceReading("GPU-a", False, 61.0, 250.5, 100, 5.0, 2, True, xids=(13,))]
-        )
+        health.add_readings([DeviceReading("GPU-a", False, 61.0, 250.5, 100, 2, True, xids=(13,))])
     health.observe(registry)
     text = exposition(registry).decode()
     for line in (

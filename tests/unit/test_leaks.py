@@ -85,7 +85,6 @@ def test_steady_growth_is_a_leak_once_the_window_is_full() -> None:
     assert first * 10 == 640
     assert all(growth.leaking for growth in seen[first:])
     assert seen[-1].bytes_per_s == pytest.approx(50_000)
-    assert seen[-1].gained_bytes == pytest.approx(50_000 * 600)
 
 
 @pytest.mark.parametrize(

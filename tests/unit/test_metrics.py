@@ -55,10 +55,13 @@ def test_prometheus_parses_the_exposition() -> None:
 
 @given(st.lists(st.floats(0, 10, allow_nan=False)))
 def test_observe_counts_a_value_in_the_first_bucket_that_includes_it(values: list[float]) -> None:
-    histogram = Registry().histogram(TIMES, "x")
+    one_by_one, at_once = (Registry().histogram(TIMES, "x") for _ in range(2))
     for value in values:
-        histogram.observe(value)
-    assert histogram.counts == [
+        one_by_one.observe(value)
+    at_once.observe_all(values)
+    assert at_once.counts == one_by_one.counts
+    assert at_once.total == pytest.approx(one_by_one.total)
+    assert one_by_one.counts == [
         sum(value <= 0.1 for value in values),
         sum(0.1 < value <= 1.0 for value in values),
         sum(value > 1.0 for value in values),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def check_model(engine: "SimEngine", exchange: HttpExchange, model: str | None) -> None:
-    """Raise ``ApiError`` unless ``model`` is empty, the model or an adapter; set the exchange's."""
+    """Raise ``ApiError`` for an unknown model; store the name in the exchange."""
     name = engine.config.name
     if model and model != name and model not in engine.config.adapters:
         message = f"The model `{model}` does not exist. Valid aliases: {name}."
