@@ -4,11 +4,12 @@ A row is a replica's index in every array. An unused row is closed and idle. Ter
 time passes are stored as absolute times, so nothing is written while nothing happens. Times and
 durations are in seconds. The cost of a row at the time ``now_s`` is::
 
-    cost_s      = head_s + decode_weight * decode_left_s + excess_s + behind_s
-                  + prompt_tokens * miss_s + closed_s
-    head_s      = |head_due_s - has_head * now_s|
+    cost_s = (head_s + behind_s + decode_weight * decode_left_s + excess_s
+              + prompt_tokens * miss_s + closed_s)
+
+    head_s = |head_due_s - has_head * now_s|
     decode_left_s = max(decode_end_sum_s - num_decoding * now_s, decode_floor_s)
-    excess_s    = min(max(assigned_s - share_s, 0), max_excess_s)
+    excess_s = min(max(assigned_s - share_s, 0), max_excess_s)
 """
 
 from collections.abc import Iterator
@@ -62,7 +63,7 @@ class ReplicaTable:
         return len(self.in_flight)
 
     def grow(self) -> int:
-        """Double the number of rows and return it."""
+        """Double the number of rows; return the new number."""
         size = max(INITIAL_ROWS, 2 * len(self))
         for name in _ARRAYS:
             old = getattr(self, name)
