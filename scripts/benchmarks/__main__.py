@@ -29,11 +29,9 @@ DEFAULT_ROUNDS = 3
 class Benchmark(Protocol):
     """Interface of a benchmark's module; see the package's docstring."""
 
-    def add_arguments(self, parser: argparse.ArgumentParser, /) -> None:
-        """Add the benchmark's own options."""
+    def add_arguments(self, parser: argparse.ArgumentParser, /) -> None: ...
 
-    def run(self, args: argparse.Namespace, /) -> Report:
-        """Measure and return the results."""
+    def run(self, args: argparse.Namespace, /) -> Report: ...
 
 
 BENCHMARKS: Mapping[str, Benchmark] = {
@@ -51,7 +49,6 @@ BENCHMARKS: Mapping[str, Benchmark] = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command line."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__)
     commands = parser.add_subparsers(dest="benchmark", required=True)
     for name, benchmark in BENCHMARKS.items():

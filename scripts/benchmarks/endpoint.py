@@ -29,7 +29,6 @@ class Endpoint:
 
     @property
     def url(self) -> str:
-        """Base URL."""
         return f"http://{self.host}:{self.port}"
 
     def returns_ok(self, path: str) -> bool:

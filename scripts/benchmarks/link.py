@@ -25,7 +25,6 @@ WARM_UP_PASSES = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``bench link``."""
     parser.add_argument(
         "--asyncio", action="store_true", help="use asyncio's event loop, not uvloop"
     )
@@ -69,7 +68,6 @@ class ChunkApplication:
         self._waiting: list[asyncio.Future[None]] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
         await receive()
         await send({"type": "http.response.start", "status": 200, "headers": []})
         for _ in range(self._args.chunks):

@@ -90,7 +90,6 @@ def _rich_table(table: Table) -> RichTable:
 
 
 def format_cell(cell: CellValue) -> str:
-    """Return the text of a table cell."""
     if cell is None:
         return "–"
     if isinstance(cell, str):
@@ -125,7 +124,6 @@ def as_json(args: argparse.Namespace, report: Report) -> dict[str, Any]:
 
 
 def write_json(path: Path, args: argparse.Namespace, report: Report) -> None:
-    """Write the report to a JSON file."""
     text = json.dumps(as_json(args, report), indent=2, default=_to_plain)
     path.write_text(text + "\n", encoding="utf-8")
 
@@ -139,7 +137,6 @@ def _to_plain(value: object) -> Any:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return hardware, system and package versions."""
     return {
         "cpus": os.cpu_count(),
         "processor": _processor(),

@@ -13,17 +13,14 @@ class Summary:
 
     @property
     def median(self) -> float:
-        """Median of the rounds."""
         return statistics.median(self.rounds)
 
     @property
     def low(self) -> float:
-        """Smallest value."""
         return min(self.rounds)
 
     @property
     def high(self) -> float:
-        """Largest value."""
         return max(self.rounds)
 
     def over(self, other: "Summary") -> "Summary":

@@ -104,7 +104,6 @@ class _StreamConnection(asyncio.Protocol):
             raise TargetError(f"No complete response after {RESPONSE_TIMEOUT_S:g} s.") from None
 
     def close(self) -> None:
-        """Close the connection at once."""
         if self._transport is not None:
             self._transport.abort()
 

@@ -17,7 +17,6 @@ from dashboards.panels import (
 
 
 def classifier() -> Dashboard:
-    """Return the dashboard."""
     board = make_dashboard(
         "classifier",
         "Tandem: classifier",

@@ -15,7 +15,6 @@ from dashboards.panels import (
 
 
 def cost() -> Dashboard:
-    """Return the dashboard."""
     board = make_dashboard(
         "cost",
         "Tandem: cost and energy",

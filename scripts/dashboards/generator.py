@@ -18,7 +18,6 @@ from dashboards.panels import (
 
 
 def generator() -> Dashboard:
-    """Return the dashboard."""
     board = make_dashboard(
         "generator",
         "Tandem: generator",

@@ -19,7 +19,6 @@ from dashboards.panels import (
 
 
 def overview() -> Dashboard:
-    """Return the dashboard."""
     board = make_dashboard(
         "overview",
         "Tandem: overview",

@@ -61,7 +61,6 @@ def make_variable(label: str, metric: str) -> QueryVariable:
 
 
 def graph(title: str, unit: str, *queries: Query, width: int = 8) -> timeseries.Panel:
-    """Return a panel with lines over time."""
     return _queried(timeseries.Panel().fill_opacity(8).min(0), title, unit, queries, width)
 
 

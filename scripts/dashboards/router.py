@@ -18,7 +18,6 @@ from dashboards.panels import (
 
 
 def router() -> Dashboard:
-    """Return the dashboard."""
     board = make_dashboard(
         "router",
         "Tandem: router and links",

@@ -6,7 +6,6 @@ from dashboards.panels import Query, add_panels, graph, make_dashboard, make_var
 
 
 def tenant() -> Dashboard:
-    """Return the dashboard."""
     board = make_dashboard(
         "tenant",
         "Tandem: tenant",

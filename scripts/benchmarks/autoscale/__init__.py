@@ -63,13 +63,11 @@ class PolicyRun:
         return not enough, self.hours if enough else -self.attainment
 
     def as_row(self, trace: Trace) -> Sequence[CellValue]:
-        """Return a table row."""
         counts = float(len(self.result.scale_events)), float(len(trace.requests))
         return (trace.name, self.label, f"{self.attainment:.4f}", self.hours, *counts)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``bench autoscale``."""
     parser.add_argument(
         "--startup", type=float, default=60.0, help="start-up time of a replica in seconds"
     )

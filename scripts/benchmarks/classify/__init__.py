@@ -41,7 +41,6 @@ LARGE_REQUEST_TIMEOUT_S = 120.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``bench classify``."""
     default = [name for name in SERVERS if name != SPLIT]
     parser.add_argument(
         "--servers", nargs="*", choices=list(SERVERS), default=default, help="servers to measure"
@@ -60,7 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Report:
-    """Measure everything in every round."""
     require_wrk()
     if any(name.startswith("infinity") for name in args.servers):
         install_infinity()

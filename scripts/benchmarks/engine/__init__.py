@@ -16,7 +16,6 @@ from benchmarks.rounds import interleave
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``bench engine``."""
     parser.add_argument(
         "--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="servers"
     )
@@ -29,7 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Report:
-    """Measure every server in every round."""
     model = prepare_model()
     prompts = measure.PromptMaker.from_model(Path(model))
     rounds = report.load_rounds(args.append)

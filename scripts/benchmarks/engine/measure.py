@@ -62,7 +62,6 @@ class Setting:
 
     @property
     def num_requests(self) -> int:
-        """Number of requests in total."""
         each = 1 if self.quick else REQUESTS_PER_STREAM.get(self.concurrent, 2)
         return self.concurrent * each
 

@@ -55,7 +55,6 @@ class DriverRun:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``bench handle``."""
     parser.add_argument(
         "--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="callers"
     )
@@ -63,7 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Report:
-    """Measure every caller in every round."""
     if args.quick:
         args.seconds = min(args.seconds, 2.0)
     results: Rounds = defaultdict(list)

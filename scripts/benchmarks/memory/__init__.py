@@ -35,7 +35,6 @@ class MemoryResult:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``bench memory``."""
     parser.add_argument(
         "--loads", nargs="+", choices=list(LOADS), default=list(LOADS), help="loads to measure"
     )

@@ -39,7 +39,6 @@ Turns = Mapping[str, Sequence[StreamResult]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``bench metrics``."""
     parser.add_argument("--turns", type=int, default=5, help="turns of each application in a round")
     parser.add_argument("--seconds", type=float, default=4.0, help="duration of a turn")
 

@@ -49,12 +49,11 @@ class UncountedRequest(RequestObserver):
         self._on_end = on_end
 
     def slot_taken(self, replica_id: str) -> None:
-        """Do nothing."""
+        pass
 
     def trace_attempt(
         self, head: RequestHead, replica_id: str, address: tuple[str, int], state: str
     ) -> RequestHead:
-        """Return the head unchanged."""
         return head
 
     def end(self, usage: Usage | None) -> None:

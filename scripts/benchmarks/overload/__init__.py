@@ -27,7 +27,6 @@ GOALS = {"goodput_ratio": ">= 0.95", "fair_share_error": "<= 0.10", "refused_ms_
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``bench overload``."""
     parser.add_argument(
         "--seconds", type=_seconds, default=12.0, help="duration of each phase of the load"
     )
@@ -50,7 +49,6 @@ def _seconds(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> Report:
-    """Run the scenario in every round."""
     scenario = Scenario(seconds=4.0 if args.quick else args.seconds)
     if not args.virtual_time:
         print(f"{args.rounds} x at most {scenario.max_round_s:.0f} s, plus start-up", flush=True)

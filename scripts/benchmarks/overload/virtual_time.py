@@ -19,7 +19,6 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         super().__init__(_JumpingSelector(self))
 
     def time(self) -> float:
-        """Return the simulated time in seconds."""
         return self._now
 
     def advance(self, seconds: float) -> None:

@@ -16,7 +16,6 @@ from benchmarks.routing import decisions, live, traces
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``bench routing``."""
     parser.add_argument("--only", choices=("decisions", "traces"), help="run only one part")
     decisions.add_arguments(parser)
     traces.add_arguments(parser)

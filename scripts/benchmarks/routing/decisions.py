@@ -88,7 +88,6 @@ class LoadedFleet:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this part."""
     parser.add_argument("--replicas", type=int, default=256, help="number of replicas")
     parser.add_argument("--blocks", type=int, default=2**20, help="blocks in the prefix index")
     parser.add_argument(

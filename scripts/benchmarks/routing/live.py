@@ -47,7 +47,6 @@ LiveResults = Mapping[tuple[str, str, str], list[TraceResult]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this part."""
     traces = ", ".join(RATES)
     parser.add_argument(
         "--live",

@@ -98,7 +98,6 @@ TraceResult = dict[str, float]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of this part."""
     parser.add_argument("--trace-s", type=float, default=600.0, help="duration of each trace")
     parser.add_argument(
         "--traces",

@@ -14,7 +14,6 @@ PARTS = ("instant", "paced")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``bench stream``."""
     parser.add_argument("--part", choices=PARTS, help="measure with one kind of engine only")
     parser.add_argument(
         "--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="servers"

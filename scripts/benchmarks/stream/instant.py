@@ -33,7 +33,6 @@ Results = dict[tuple[str, int], list[StreamResult]]
 
 
 def run(args: argparse.Namespace) -> Report:
-    """Measure every server in every round."""
     results: Results = defaultdict(list)
     for number, name in interleave(args.targets, args.rounds):
         with TARGETS[name](0.0) as running:

@@ -104,7 +104,6 @@ class Home:
         raise TargetError("\n".join([problem, *text.strip().splitlines()[-LOG_LINES:]]))
 
     def stop(self) -> None:
-        """Stop every process that carries the mark."""
         stop(self.path, drain_s=0)
         for child in self._children:
             child.wait()
