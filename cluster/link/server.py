@@ -93,7 +93,7 @@ class LinkServer:
         self.app = app
         self.address = (host, port)
         """Host and port; the port is the actual one after ``start``."""
-        self.draining = False
+        self.is_draining = False
         self.counts = LinkCounts()
         """Traffic of all connections."""
         self._secret = secret
@@ -138,7 +138,7 @@ class LinkServer:
 
         A closed port would look like a failure; a GOAWAY makes routers use other replicas.
         """
-        self.draining = True
+        self.is_draining = True
         for connection in self.connections:
             connection.write(0, GOAWAY)
 
@@ -233,7 +233,7 @@ class ServerConnection(Connection):
         self._server.connections.discard(self)
 
     def on_ready(self) -> None:
-        if self._server.draining:
+        if self._server.is_draining:
             self.write(0, GOAWAY)
         self._send_load()
 
@@ -289,8 +289,8 @@ class ServerConnection(Connection):
     def _on_request(self, stream_id: int, flags: int, payload: bytes) -> None:
         if not stream_id or stream_id in self._streams:
             raise LinkProtocolError(f"REQUEST on stream {stream_id}, which is in use")
-        if self._server.draining or len(self._streams) >= self.options.max_streams:
-            reason = "drains" if self._server.draining else "has too many streams"
+        if self._server.is_draining or len(self._streams) >= self.options.max_streams:
+            reason = "drains" if self._server.is_draining else "has too many streams"
             refusal = encode_head((503, f"the replica {reason}"))
             self.write(stream_id, ERROR, REFUSED, refusal)
             return
