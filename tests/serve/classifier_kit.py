@@ -256,8 +256,9 @@ def config(**changes):
 
 
 @contextlib.asynccontextmanager
-async def running(saved, *tasks, **changes):
-    engine = ClassifierEngine(config(tasks=tasks, **changes), saved.path)
+async def serving(config, path):
+    """Run an engine of the model directory ``path``."""
+    engine = ClassifierEngine(config, path)
     await engine.start()
     try:
         yield engine
@@ -265,9 +266,18 @@ async def running(saved, *tasks, **changes):
         await engine.stop()
 
 
-async def post(engine, path, body, headers=None):
+def running(saved, *tasks, **changes):
+    """Run an engine of a saved model."""
+    return serving(config(tasks=tasks, **changes), saved.path)
+
+
+def client(engine):
     transport = httpx.ASGITransport(app=engine.app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://tandem") as http:
+    return httpx.AsyncClient(transport=transport, base_url="http://tandem")
+
+
+async def post(engine, path, body, headers=None):
+    async with client(engine) as http:
         content = {"content": body} if isinstance(body, bytes) else {"json": body}
         return await http.post(path, headers=headers, **content)
 

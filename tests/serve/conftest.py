@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from tests.serve import tiny_bert
+from tests.serve import tiny_bert, word_bert
 from tests.serve.planted import FAST, FILLER, tandem, texts, write_csv
 
 
@@ -11,6 +11,18 @@ def base(tmp_path_factory):
     """A tiny encoder that reads one of the telling words in two pieces."""
     words = [*FILLER, "re", "thanks"]
     return tiny_bert.save(tmp_path_factory.mktemp("base"), words, pieces=("fund",))
+
+
+@pytest.fixture(scope="session")
+def word_network():
+    """Return a tiny random classifier whose tokens are words."""
+    return word_bert.make_bert().eval()
+
+
+@pytest.fixture(scope="session")
+def word_model_path(tmp_path_factory, word_network):
+    """Return the directory of ``word_network``."""
+    return word_bert.save_model(tmp_path_factory.mktemp("bert"), word_network)
 
 
 @pytest.fixture(scope="session")

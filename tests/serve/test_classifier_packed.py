@@ -1,0 +1,340 @@
+"""BERT without padding: layers, layout, int8, and the GPU code with a CPU's attention."""
+
+import asyncio
+import copy
+import random
+import threading
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+)
+
+from cluster.config import ClassifierConfig
+from cluster.engines.classifier.model.load import load_model
+from cluster.engines.classifier.model.outputs import Pooling
+from cluster.engines.classifier.model.packed.cpu import PackedBert
+from cluster.engines.classifier.model.packed.gpu import Buffers, VarlenBert
+from cluster.engines.classifier.model.packed.layout import Layout
+from cluster.engines.classifier.model.packed.linear import (
+    Arithmetic,
+    PlainLinear,
+    PrepackedLinear,
+    Weights,
+    make_linear,
+)
+from cluster.engines.classifier.model.packed.network import supports
+from cluster.engines.classifier.model.packed.quantize import (
+    RangeObserver,
+    observed_arithmetic,
+    quantize,
+    quantized_arithmetic,
+)
+from cluster.engines.classifier.model.padded import TransformersModel
+from cluster.engines.classifier.serving import service
+from tests.serve.classifier_kit import one_thread, serving  # noqa: F401
+from tests.serve.test_classifier_pooling import MODES
+from tests.serve.word_bert import (
+    SIZES,
+    TEXTS,
+    make_bert,
+    make_distilbert,
+    make_roberta,
+    save_model,
+)
+
+VOCABULARY = 50
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def network(**changes):
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 96, **changes}
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        num_hidden_layers=3,
+        max_position_embeddings=80,
+        initializer_range=0.2,
+        num_labels=3,
+        **sizes,
+    )
+    return BertForSequenceClassification(config).eval()
+
+
+@pytest.fixture(scope="module")
+def net():
+    return network()
+
+
+def texts(*lengths, seed=0):
+    random = np.random.default_rng(seed)
+    return [random.integers(0, VOCABULARY, length) for length in sorted(lengths)]
+
+
+def layer(inputs, outputs, activation=None):
+    torch.manual_seed(4)
+    weight, bias = torch.randn(outputs, inputs) * 0.1, torch.randn(outputs)
+    return Weights(weight, bias, activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", [None, "gelu", "relu", "gelu_new"])
+def test_prepacked_and_plain_layers_agree(dtype, activation):
+    weights = layer(64, 48, activation).to(dtype)
+    plain, packed = PlainLinear(weights), PrepackedLinear(weights)
+    x, residual = torch.randn(7, 64).to(dtype), torch.randn(7, 48).to(dtype)
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.03}
+    torch.testing.assert_close(packed(x), plain(x), **close)
+    if activation is None:
+        torch.testing.assert_close(
+            packed.with_residual(x, residual), plain.with_residual(x, residual), **close
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prepacked_layers_are_used_if_they_agree(dtype, monkeypatch):
+    weights = layer(64, 48, "gelu").to(dtype)
+    assert isinstance(make_linear("layer", weights), PrepackedLinear)
+    monkeypatch.setattr(PrepackedLinear, "__call__", lambda self, x: torch.zeros(len(x), 48))
+    assert isinstance(make_linear("layer", weights), PlainLinear)
+
+    def missing(self, weights):
+        raise AttributeError("_linear_pointwise")
+
+    monkeypatch.setattr(PrepackedLinear, "__init__", missing)
+    assert isinstance(make_linear("layer", weights), PlainLinear)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=24),
+    seed=st.integers(0, 99),
+    dtype=st.sampled_from(DTYPES),
+    task=st.sampled_from(["classify", "embed"]),
+    data=st.data(),
+)
+@settings(max_examples=25, deadline=None)
+def test_results_do_not_depend_on_the_other_texts_of_a_batch(net, lengths, seed, dtype, task, data):
+    ids = texts(*lengths, seed=seed)
+    model = PackedBert(net, Arithmetic.plain(dtype))
+    together = model.run(task, ids)
+    index = data.draw(st.integers(0, len(ids) - 1))
+    alone = model.run(task, [ids[index]])[0]
+    # This network's weights are ten times those of a trained one, and so is its rounding.
+    near = 1e-5 if dtype == torch.float32 else 1e-2
+    np.testing.assert_allclose(alone, together[index], atol=near)
+
+
+def test_int8_scores_do_not_depend_on_the_other_texts_of_a_batch(net):
+    model, _ = in_8_bits(net)
+    ids = texts(3, 9, 9, 17, 40, 41)
+    together = model.run("classify", ids)
+    alone = np.concatenate([model.run("classify", [row]) for row in ids])
+    np.testing.assert_allclose(alone, together, atol=1e-2)
+
+
+def in_8_bits(net):
+    observer = RangeObserver()
+    full = PackedBert(net, observed_arithmetic(observer))
+    for task in ("classify", "embed"):
+        full.run(task, texts(*range(1, 60), seed=7))
+    return PackedBert(net, quantized_arithmetic(observer.ranges)), full
+
+
+def test_int8_is_close_to_float32(net):
+    model, full = in_8_bits(net)
+    ids = texts(*range(5, 60), seed=8)
+    for task, mean in (("classify", 0.02), ("embed", 0.01)):
+        off = np.abs(model.run(task, ids) - full.run(task, ids))
+        assert 0 < off.mean() < mean  # zero would mean that nothing was quantized_arithmetic
+
+
+def test_int8_leaves_the_warning_filters_of_other_threads_alone(net, monkeypatch):
+    model, _ = in_8_bits(net)
+    with monkeypatch.context() as patch:
+        patch.setattr(warnings, "catch_warnings", None)
+        rows = model.run("classify", texts(3, 9))
+    assert np.isfinite(rows).all()
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_quantize_rounds_and_saturates():
+    x = torch.tensor([[-9.0, -1.0, 0.0, 0.24, 0.26, 99.0]])
+    assert quantize(x, 0.5, 4).tolist() == [[0, 2, 4, 4, 5, 202]]
+    assert quantize(x, 0.1, 4).tolist()[0][-1] == 255
+
+
+def test_the_layout_groups_texts_of_similar_length():
+    layout = Layout.for_batch(texts(19, 20, 20, 40), heads=2, mask_dtype=torch.float32)
+    assert [(group.texts, group.length) for group in layout.groups] == [(3, 20), (1, 40)]
+    assert layout.padded_pairs == 20**2 - 19**2
+    assert layout.packed.starts.tolist()[:4] == [0, 19, 39, 59]
+    assert layout.num_tokens == 99
+    gathered = layout.back.tolist()[: 99 * 2]
+    assert len(set(gathered)) == len(gathered)
+
+
+def test_many_batches_have_few_shapes():
+    shapes = {"rows": set(), "texts": set(), "products": set()}
+    for seed in range(200):
+        lengths = sorted(random.Random(seed).choices(range(5, 120), k=20 + seed % 13))
+        layout = Layout.for_batch(texts(*lengths), heads=2, mask_dtype=torch.float32)
+        shapes["rows"].add(len(layout.packed.tokens))
+        shapes["texts"].add(len(layout.packed.starts))
+        for group in layout.groups:
+            parts = group.portions
+            shapes["products"] |= {(part.stop - part.start, group.length) for part in parts}
+            covered = [row for part in parts for row in range(part.start, part.stop)]
+            assert covered == list(range(2 * group.texts))
+        assert len(layout.packed.tokens) <= 1.04 * sum(lengths) + 3
+        assert len(layout.back) == 2 * len(layout.packed.tokens)
+    # Without rounding, each batch would have another number of rows (200), there would be 13
+    # numbers of texts, and most of the 2,000 groups would have a product of their own.
+    counts = {kind: len(found) for kind, found in shapes.items()}
+    assert counts["rows"] < 200 / 3
+    assert counts["texts"] < 13
+    assert counts["products"] < 2000 / 20
+
+
+def test_texts_shorter_than_a_register_are_padded_among_themselves(net):
+    layout = Layout.for_batch(texts(9, 12, 13, 16), heads=2, mask_dtype=torch.bfloat16)
+    assert [(group.texts, group.length) for group in layout.groups] == [(2, 12), (2, 16)]
+    model = PackedBert(net, Arithmetic.plain(torch.bfloat16))
+    ids = texts(*[11] * 200, 13, seed=5)
+    together = model.run("embed", ids)
+    alone = np.concatenate([model.run("embed", [row]) for row in ids])
+    np.testing.assert_array_equal(together, alone)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pooling_ignores_padding(net, mode):
+    pooling = Pooling((mode,), normalize=False)
+    ids = texts(19, 20, 20, 40)
+    packed, padded = PackedBert(net, pooling=pooling), TransformersModel(net, 0, pooling)
+    np.testing.assert_allclose(packed.run("embed", ids), padded.run("embed", ids), atol=1e-4)
+    assert 1 < packed.padding < 2  # one row, and the pairs of one token in attention
+    assert padded.padding == 1
+
+
+def attend_one_by_one(query, key, value, starts_q, starts_k, most):
+    """What flash attention of variable length computes."""
+    context = torch.zeros_like(query)
+    ends = zip(starts_q[1:].tolist(), starts_k[1:].tolist(), strict=True)
+    first_q = first_k = 0
+    for end_q, end_k in ends:
+        q, k, v = query[first_q:end_q], key[first_k:end_k], value[first_k:end_k]
+        assert len(k) <= most
+        if len(q) and len(k):
+            q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+            found = functional.scaled_dot_product_attention(q, k, v, scale=1.0)
+            context[first_q:end_q] = found.transpose(0, 1)
+        first_q, first_k = end_q, end_k
+    return context
+
+
+@given(lengths=st.lists(st.integers(1, 70), min_size=1, max_size=24), seed=st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_varlen_and_grouped_attention_agree(net, lengths, seed):
+    ids = texts(*lengths, seed=seed)
+    ids[0] = np.where(np.arange(len(ids[0])) > 1, ~ids[0], ids[0])
+    how = Arithmetic.plain(torch.float32)
+    pooling = Pooling(tuple(MODES))
+    slots = VarlenBert(net, how, pooling, attend_one_by_one, graphs=False)
+    groups = PackedBert(net, how, pooling)
+    for batch in (ids, ids[:1], ids):  # a slot holds nothing of the batch before
+        for task in ("classify", "embed"):
+            found, wanted = slots.run(task, batch), groups.run(task, batch)
+            np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_copies_compute_concurrently_in_separate_buffers(net):
+    how = Arithmetic.plain(torch.float32)
+    first = VarlenBert(net, how, Pooling(), attend_one_by_one, graphs=False)
+    second, found = copy.copy(first), {}
+    models = enumerate((first, second))
+    loads = {model: [texts(*range(3, 30), seed=seed)] * 20 for seed, model in models}
+
+    def work(model):
+        found[model] = [model.run("classify", batch) for batch in loads[model]]
+
+    threads = [threading.Thread(target=work, args=(model,)) for model in loads]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for model, batches_ in loads.items():
+        wanted = PackedBert(net, how).run("classify", batches_[0])
+        for rows in found[model]:
+            np.testing.assert_allclose(rows, wanted, atol=1e-5)
+
+
+async def test_a_gpu_engine_prepares_a_batch_while_another_is_computed(tmp_path, monkeypatch):
+    monkeypatch.setenv("TANDEM_HOME", str(tmp_path))
+    path = save_model(tmp_path / "model", make_bert())
+    config = ClassifierConfig(name="a", model="a", dtype="float32", max_batch_tokens=64)
+
+    filled, overlaps, fill = [], threading.Event(), Buffers.fill
+
+    def note(slot, ids):
+        fill(slot, ids)
+        filled.append(slot)
+        if len(filled) == 2:
+            overlaps.set()
+
+    def attend(*args):
+        assert overlaps.wait(30)  # the first batch is not computed before the second is laid out
+        return attend_one_by_one(*args)
+
+    def load(*args):
+        loaded = load_model(*args)
+        net = BertForSequenceClassification.from_pretrained(path).eval()
+        how = Arithmetic.plain(torch.float32)
+        model = VarlenBert(net, how, Pooling(), attend, graphs=False)
+        return replace(loaded, model=model, shares_cores=False)
+
+    monkeypatch.setattr(Buffers, "fill", note)
+    monkeypatch.setattr(service, "load_model", load)
+    async with serving(config, path) as engine:
+        encode = engine.service.encode
+        answers = await asyncio.gather(*(encode("classify", [TEXTS[0]] * 40) for _ in range(4)))
+        assert overlaps.is_set()
+        alone = await encode("classify", [TEXTS[0]])
+    for answer in answers:
+        np.testing.assert_allclose(answer.rows, np.tile(alone.rows, (40, 1)), atol=1e-5)
+
+
+def test_second_segments_have_the_other_token_type(net):
+    plain, marked = texts(12)[0], texts(12)[0].copy()
+    marked[5:] = ~marked[5:]
+    found = PackedBert(net).run("classify", [marked])
+    types = torch.tensor([[0] * 5 + [1] * 7])
+    with torch.no_grad():
+        logits = net(input_ids=torch.from_numpy(plain)[None], token_type_ids=types).logits
+    np.testing.assert_allclose(found, logits.softmax(-1), atol=1e-5)
+
+
+RAGGED = st.lists(st.integers(1, 40), min_size=1, max_size=20).map(sorted)
+
+
+@given(lengths=RAGGED, seed=st.integers(0, 99), task=st.sampled_from(["classify", "embed"]))
+@settings(max_examples=50, deadline=None)
+def test_packed_and_padded_agree(word_network, lengths, seed, task):
+    random = np.random.default_rng(seed)
+    ids = [random.integers(0, SIZES["vocab_size"], length) for length in lengths]
+    packed = PackedBert(word_network).run(task, ids)
+    padded = TransformersModel(word_network, pad_id=0).run(task, ids)
+    np.testing.assert_allclose(packed, padded, atol=1e-5)
+
+
+def test_packing_supports_only_plain_bert(word_network):
+    assert supports(word_network)
+    assert supports(word_network.base_model)
+    assert not supports(make_roberta())
+    assert not supports(make_distilbert())
