@@ -46,13 +46,13 @@ class TandemConfig(Section):
     classifiers: tuple[ClassifierConfig, ...] = ()
     """Pools of BERT-like models."""
     router: RouterConfig = RouterConfig()
-    """Routers."""
+    """Routers, which receive all HTTP requests."""
     budget: BudgetConfig = BudgetConfig()
     """Limit on the resources of all pools and routers together."""
     cluster: ClusterConfig = ClusterConfig()
-    """Local Ray cluster."""
+    """Local Ray cluster of `tandem up`."""
     tracing: TracingConfig | None = None
-    """Export of traces. Default: none."""
+    """Export of request traces. Default: none."""
     accounting: AccountingConfig = AccountingConfig()
     """Energy and cost of requests."""
     leaks: LeaksConfig = LeaksConfig()

@@ -154,7 +154,9 @@ class GeneratorConfig(PoolConfig):
     sim: SimConfig = SimConfig()
     """Settings of `engine: sim`."""
     routing: RoutingPolicy = "prefix"
-    """Policy that selects a replica for a request."""
+    """Policy that selects a replica: by cached prefix and load (`prefix`), load (`least-load`), the
+    lower load of two random replicas (`power-of-two`), session (`session`), or in turn
+    (`round-robin`)."""
     slo: GeneratorSlo = GeneratorSlo()
     """Objectives that autoscaling and the dashboard use."""
 
@@ -215,7 +217,7 @@ class ClassifierConfig(PoolConfig):
     result_cache: ResultCacheConfig = ResultCacheConfig()
     """Cache of results."""
     routing: RoutingPolicy = "least-load"
-    """Policy that selects a replica for a request."""
+    """Policy that selects a replica, as for generators."""
     slo: ClassifierSlo = ClassifierSlo()
     """Objectives that autoscaling and the dashboard use."""
 
