@@ -98,6 +98,13 @@ class FairQueue(Generic[T]):
     def __len__(self) -> int:
         return self._num
 
+    @property
+    def num_heap_items(self) -> int:
+        """Items in all heaps, stale ones included; bounds the memory."""
+        groups = self._classes.values()
+        flows = [flow for group in groups for flow in group.flows.values()]
+        return sum(len(group.heap) for group in groups) + sum(len(flow.entries) for flow in flows)
+
     def push(self, entry: QueueEntry[T]) -> bool:
         """Queue an entry; return False if the queue or its tenant's part of it is full."""
         group = self._class_of(entry.rank)

@@ -1,4 +1,4 @@
-"""A pool as a fluid: work flows in, replicas work it off, latency grows as 1 / (1 - load)."""
+"""Fluid model of a pool: work flows in and is worked off; latency grows as 1 / (1 - load)."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ PROMPT, COMPLETION = 500.0, 100.0
 
 @dataclass
 class FluidPool:
-    """One pool whose replicas each serve ``rate`` requests/s at most."""
+    """One pool whose replicas each serve at most ``rate`` requests/s."""
 
     spec: PoolSpec
     rate: float = 10.0
@@ -35,7 +35,7 @@ class FluidPool:
         return sum(at <= self.now for at in self.ready_at)
 
     def run(self, seconds: float, arrivals: Callable[[float], float]) -> None:
-        """``arrivals``: requests/s at a time since the beginning of this run."""
+        """Run for a while; ``arrivals`` gives requests/s by the time since the start of the run."""
         began = self.now
         while self.now - began < seconds:
             self.step(arrivals(self.now - began))

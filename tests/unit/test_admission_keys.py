@@ -26,7 +26,7 @@ def text(first: str = "one", second: str = "two") -> str:
     return TEXT % (digest(first), digest(second))
 
 
-def test_a_key_file_says_who_a_key_belongs_to() -> None:
+def test_a_key_file_maps_keys_to_tenants() -> None:
     found = parse_keys(text(), "f").identities()
     one = found[bytes.fromhex(digest("one"))]
     assert (one.tenant.name, one.tenant.weight, one.priority) == ("acme", 2, 3)
@@ -38,19 +38,11 @@ def test_a_key_file_says_who_a_key_belongs_to() -> None:
     assert two.allows("cls")
 
 
-def test_what_is_written_can_be_read_and_json_is_fine_too() -> None:
+def test_a_key_file_round_trips_as_yaml_and_json() -> None:
     contents = parse_keys(text(), "f")
     assert parse_keys(contents.dump(), "f") == contents
     assert parse_keys(contents.model_dump_json(), "f") == contents
     assert parse_keys("", "f").keys == ()
-
-
-def test_the_deprecated_name_of_a_limit_is_accepted_with_a_warning(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    contents = parse_keys("tenants: {acme: {max_ongoing: 8}}", "f")
-    assert contents.tenants["acme"].max_concurrent == 8
-    assert "max_ongoing is deprecated; use max_concurrent" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -68,7 +60,7 @@ def test_the_deprecated_name_of_a_limit_is_accepted_with_a_warning(
         ("keys: [{sha256: %(d)s, tenant: a}, {sha256: %(d)s, tenant: b}]", "a key is listed twice"),
     ],
 )
-def test_a_wrong_key_file_gets_one_line(wrong: str, says: str) -> None:
+def test_an_invalid_key_file_gets_a_one_line_error(wrong: str, says: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_keys(wrong % {"d": digest("k")} if "%(d)s" in wrong else wrong, "/the/file")
     assert str(caught.value).startswith("/the/file: ")
@@ -80,8 +72,8 @@ def bearer(key: str) -> list[tuple[bytes, bytes]]:
     return [(b"authorization", f"Bearer {key}".encode())]
 
 
-class Clockwork:
-    """Writes a file so that its time differs from before, however fast."""
+class ChangingFile:
+    """A file whose modification time differs after each write."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._time = path, 1
@@ -92,10 +84,10 @@ class Clockwork:
         os.utime(self.path, ns=(self._time * 10**9, self._time * 10**9))
 
 
-def test_a_changed_file_is_taken_up_and_a_broken_one_is_not(
+def test_a_changed_file_is_loaded_and_a_broken_one_is_not(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    file = Clockwork(tmp_path / "keys.yaml")
+    file = ChangingFile(tmp_path / "keys.yaml")
     auth = Authenticator([], KeyFile(file.path, expected=False))
     assert auth.authenticate([]).tenant.name == ""  # no file yet: open
     file.write(text())
@@ -120,21 +112,21 @@ def test_a_changed_file_is_taken_up_and_a_broken_one_is_not(
     file.path.unlink()
     assert not auth.refresh()
     assert auth.authenticate(bearer("three"))
-    file.write("")  # no keys: nobody may pass, which is not open
+    file.write("")  # no keys: no request is admitted
     assert auth.refresh()
     for headers in ([], bearer("three")):
         with pytest.raises(AuthenticationError):
             auth.authenticate(headers)
 
 
-def test_an_expected_file_that_is_not_there_lets_nobody_in(tmp_path: Path) -> None:
+def test_a_missing_expected_file_admits_no_one(tmp_path: Path) -> None:
     auth = Authenticator([], KeyFile(tmp_path / "keys.yaml", expected=True))
     with pytest.raises(AuthenticationError):
         auth.authenticate(bearer("one"))
 
 
-def test_keys_of_the_configuration_stand_beside_the_file(tmp_path: Path) -> None:
-    file = Clockwork(tmp_path / "keys.yaml")
+def test_configured_keys_work_together_with_the_file(tmp_path: Path) -> None:
+    file = ChangingFile(tmp_path / "keys.yaml")
     file.write(text())
     auth = Authenticator([digest("bare")], KeyFile(file.path, expected=False))
     assert auth.authenticate(bearer("bare")).tenant.name == digest("bare")[:16]
@@ -153,7 +145,7 @@ def run(path: Path, *args: str) -> Any:
     return CliRunner().invoke(app, ["keys", args[0], "--file", str(path), *args[1:]])
 
 
-def test_the_command_line_adds_lists_and_revokes(tmp_path: Path) -> None:
+def test_keys_can_be_added_listed_and_revoked(tmp_path: Path) -> None:
     path = tmp_path / "there" / "keys.yaml"
     assert run(path, "list").stdout.startswith("no keys")
     added = run(path, "add", "acme", "--weight", "2", "--priority", "3", "--model", "gen")
@@ -188,7 +180,7 @@ def test_the_command_line_adds_lists_and_revokes(tmp_path: Path) -> None:
         (["revoke", ""], "the id ''"),
     ],
 )
-def test_the_command_line_says_what_is_wrong(tmp_path: Path, args: list[str], says: str) -> None:
+def test_invalid_key_commands_name_the_problem(tmp_path: Path, args: list[str], says: str) -> None:
     path = tmp_path / "keys.yaml"
     done = run(path, *args)
     assert done.exit_code == 1
@@ -196,5 +188,5 @@ def test_the_command_line_says_what_is_wrong(tmp_path: Path, args: list[str], sa
     assert not path.exists()
 
 
-def test_keys_are_long_and_differ() -> None:
+def test_new_keys_are_long_and_unique() -> None:
     assert len({new_key() for _ in range(100)}) == 100

@@ -9,18 +9,16 @@ from cluster.admission.limits import BURST_S, DAY_S, TenantQuota, TokenBucket
 NOON = 20_000 * DAY_S + DAY_S / 2
 
 
-def account(share: float = 1.0, **limits: float) -> TenantQuota:
+def make_quota(share: float = 1.0, **limits: float) -> TenantQuota:
     return TenantQuota(Tenant("t", 1, TenantLimits(**limits)), 0.0, NOON, share)  # type: ignore[arg-type]
 
 
-def admitted(account: TenantQuota, num: int, now_s: float, tokens: float = 1) -> int:
-    return sum(account.try_admit(tokens, now_s, NOON) is None for _ in range(num))
+def admitted(quota: TenantQuota, num: int, now_s: float, tokens: float = 1) -> int:
+    return sum(quota.try_admit(tokens, now_s, NOON) is None for _ in range(num))
 
 
 @given(st.floats(0.1, 1000), st.lists(st.floats(0, 5), max_size=50))
-def test_a_bucket_never_gives_more_than_its_burst_and_its_rate(
-    rate: float, pauses: list[float]
-) -> None:
+def test_a_bucket_gives_at_most_its_burst_plus_its_rate(rate: float, pauses: list[float]) -> None:
     bucket, now_s, taken = TokenBucket(rate, 0.0), 0.0, 0.0
     for pause in pauses:
         now_s += pause
@@ -30,8 +28,8 @@ def test_a_bucket_never_gives_more_than_its_burst_and_its_rate(
     assert taken <= max(1.0, rate * BURST_S) + rate * now_s + 1e-6
 
 
-def test_requests_per_minute_hold_and_say_when_to_come_again() -> None:
-    tenant = account(requests_per_minute=60)
+def test_requests_per_minute_are_enforced_with_retry_after() -> None:
+    tenant = make_quota(requests_per_minute=60)
     assert admitted(tenant, 100, 0.0) == 10
     refusal = tenant.try_admit(1, 0.0, NOON)
     assert refusal is not None
@@ -39,25 +37,25 @@ def test_requests_per_minute_hold_and_say_when_to_come_again() -> None:
     assert sum(admitted(tenant, 5, float(second)) for second in range(1, 61)) == 60
 
 
-def test_tokens_may_be_overdrawn_once_and_the_debt_delays_the_next() -> None:
-    tenant = account(tokens_per_minute=600)
+def test_tokens_may_be_overdrawn_once_and_the_debt_delays_later_requests() -> None:
+    tenant = make_quota(tokens_per_minute=600)
     assert tenant.try_admit(1000, 0.0, NOON) is None
     refusal = tenant.try_admit(1, 0.0, NOON)
     assert refusal is not None
     assert refusal.retry_after_s == pytest.approx((1000 - 100 + 1) / 10)
-    tenant.release(1000, 50)  # it took far less
+    tenant.release(1000, 50)  # it used far less
     assert tenant.try_admit(1, 0.0, NOON) is None
 
 
-def test_requests_at_a_time() -> None:
-    tenant = account(max_concurrent=2)
+def test_concurrent_requests_are_limited() -> None:
+    tenant = make_quota(max_concurrent=2)
     assert admitted(tenant, 5, 0.0) == 2
     tenant.release(1, 1)
     assert admitted(tenant, 5, 0.0) == 1
 
 
-def test_a_days_budget_begins_anew_at_midnight_and_not_when_the_clock_jumps_back() -> None:
-    tenant = account(tokens_per_day=100)
+def test_the_daily_budget_resets_at_midnight_but_not_when_the_clock_jumps_back() -> None:
+    tenant = make_quota(tokens_per_day=100)
     assert tenant.try_admit(100, 0.0, NOON) is None
     refusal = tenant.try_admit(1, 1.0, NOON)
     assert refusal is not None
@@ -67,19 +65,19 @@ def test_a_days_budget_begins_anew_at_midnight_and_not_when_the_clock_jumps_back
 
 
 @pytest.mark.parametrize("jump_s", [-1e6, -1.0, 1e9])
-def test_a_clock_that_jumps_gives_a_burst_at_most(jump_s: float) -> None:
-    tenant = account(requests_per_minute=60)
+def test_a_clock_jump_gives_at_most_one_burst(jump_s: float) -> None:
+    tenant = make_quota(requests_per_minute=60)
     admitted(tenant, 100, 0.0)
     assert admitted(tenant, 100, jump_s) <= 10
     assert admitted(tenant, 100, jump_s + 1) == 1
 
 
-def test_limits_that_change_keep_what_was_taken() -> None:
-    tenant = account(requests_per_minute=60, max_concurrent=100)
+def test_changed_limits_keep_the_usage() -> None:
+    tenant = make_quota(requests_per_minute=60, max_concurrent=100)
     assert admitted(tenant, 10, 0.0) == 10
     tenant.set_tenant(Tenant("t", 1, TenantLimits(requests_per_minute=600, max_concurrent=12)), 0.0)
     assert admitted(tenant, 10, 0.0) == 0
-    assert admitted(tenant, 10, 1.0) == 2  # then 12 are ongoing
+    assert admitted(tenant, 10, 1.0) == 2  # then 12 are in flight
     tenant.set_tenant(Tenant("t", 1, TenantLimits(max_concurrent=5)), 1.0)
     assert admitted(tenant, 1, 1.0) == 0
     tenant.set_tenant(Tenant("t"), 1.0)
@@ -90,7 +88,7 @@ def test_limits_that_change_keep_what_was_taken() -> None:
 
 
 class Routers:
-    """Routers that report to each other, and one tenant's account at each."""
+    """Routers that report to each other, with one tenant's quota at each."""
 
     def __init__(self, num: int, **limits: float) -> None:
         self.now_s = 0.0
@@ -98,7 +96,7 @@ class Routers:
         self.peers = {name: PeerReports() for name in names}
         for name, peer in self.peers.items():
             peer.set_routers([other for other in names if other != name])
-        self.accounts = {name: account(1 / num, **limits) for name in names}
+        self.quotas = {name: make_quota(1 / num, **limits) for name in names}
         self.demands = {name: Demand(0.0, 0.0) for name in names}
 
     def settle(self, *, deaf: frozenset[str] = frozenset()) -> None:
@@ -109,74 +107,74 @@ class Routers:
                 one.concurrent,
                 one.day_tokens,
             )
-            for name, one in self.accounts.items()
+            for name, one in self.quotas.items()
         }
         for name, own in owns.items():
             for other, peer in self.peers.items():
                 if other != name and not deaf & {name, other}:
                     peer.add_report(QuotaReport(name, day, {"t": own}), self.now_s)
-        for name, one in self.accounts.items():
+        for name, one in self.quotas.items():
             lease = self.peers[name].lease_for("t", owns[name], day, self.now_s)
             one.settle(lease, self.now_s)
 
     def run(self, asks: dict[str, int], seconds: int, tokens: float = 1, **settle: object) -> int:
-        """Let each router be asked so often a second; returns how many were let in."""
+        """Send each router ``asks`` requests per second; return how many were admitted."""
         total = 0
         for _ in range(seconds):
             self.now_s += 1.0
             for name, num in asks.items():
-                total += admitted(self.accounts[name], num, self.now_s, tokens)
+                total += admitted(self.quotas[name], num, self.now_s, tokens)
             self.settle(**settle)  # type: ignore[arg-type]
         return total
 
 
 @pytest.mark.parametrize("num", [2, 3])
 @pytest.mark.parametrize("skewed", [False, True])
-def test_a_rate_holds_over_all_routers_wherever_the_demand_is(num: int, skewed: bool) -> None:
+def test_a_rate_holds_over_all_routers_for_even_and_skewed_demand(num: int, skewed: bool) -> None:
     routers = Routers(num, requests_per_minute=600)
-    asks = {name: 0 if skewed and name != "r0" else 50 for name in routers.accounts}
+    asks = {name: 0 if skewed and name != "r0" else 50 for name in routers.quotas}
     routers.run(asks, 30)
-    let_in = routers.run(asks, 60)
-    assert 600 * 0.9 <= let_in <= 600 + num  # what is left out is the idle routers' floor
+    num_admitted = routers.run(asks, 60)
+    assert 600 * 0.9 <= num_admitted <= 600 + num  # the idle routers keep their even share
 
 
-def test_when_the_demand_moves_the_excess_is_bounded() -> None:
+def test_the_excess_is_bounded_when_demand_moves() -> None:
     routers = Routers(3, requests_per_minute=600)
     routers.run({"r0": 50}, 60)
-    let_in = routers.run({"r1": 50}, 60)  # less at first: demand is that of the last seconds
-    assert 600 * 0.8 <= let_in <= 600 + 2 * 10
+    num_admitted = routers.run({"r1": 50}, 60)  # fewer at first: demand is a mean over some seconds
+    assert 600 * 0.8 <= num_admitted <= 600 + 2 * 10
 
 
-def test_a_silent_router_costs_the_others_their_even_part_at_most() -> None:
+def test_a_silent_router_counts_as_equal_demand() -> None:
     routers = Routers(2, requests_per_minute=600)
     routers.run({"r0": 50, "r1": 50}, 30)
     deaf = frozenset({"r1"})
     routers.run({"r0": 50, "r1": 50}, int(STALE_S) + 5, deaf=deaf)
     assert routers.run({"r0": 50, "r1": 50}, 60, deaf=deaf) <= 610
-    assert routers.accounts["r0"].share == pytest.approx(0.5)
+    assert routers.quotas["r0"].share == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("num", [2, 3])
-def test_a_router_that_dies_costs_no_more_than_the_bound_and_its_part_is_given_out(
+def test_a_dead_routers_share_is_given_to_the_others_within_the_bound(
     num: int,
 ) -> None:
     rate_s = 10
     routers = Routers(num, requests_per_minute=60 * rate_s)
-    asks = dict.fromkeys(routers.accounts, 50)
+    asks = dict.fromkeys(routers.quotas, 50)
     routers.run(asks, 30)
-    del asks["r0"]  # dead; the others learn it when it has been silent, then are told
+    del asks["r0"]  # dead; the others notice its silence, then are told
     silent = int(STALE_S) + 1
-    let_in = routers.run(asks, silent, deaf=frozenset({"r0"}))
+    num_admitted = routers.run(asks, silent, deaf=frozenset({"r0"}))
     alive = list(asks)
     for name in alive:
         routers.peers[name].set_routers([other for other in alive if other != name])
-    let_in += routers.run(asks, 60, deaf=frozenset({"r0"}))
+    num_admitted += routers.run(asks, 60, deaf=frozenset({"r0"}))
     seconds = silent + 60
-    assert rate_s * seconds * 0.9 <= let_in <= rate_s * seconds + (num - 1) * rate_s
-    assert sum(routers.accounts[name].share for name in alive) == pytest.approx(1)
+    assert rate_s * seconds * 0.9 <= num_admitted <= rate_s * seconds + (num - 1) * rate_s
+    assert sum(routers.quotas[name].share for name in alive) == pytest.approx(1)
 
 
-def test_a_router_that_is_gone_gives_its_part_back() -> None:
+def test_a_removed_routers_share_is_returned() -> None:
     routers = Routers(2, requests_per_minute=600)
     routers.run({"r0": 50, "r1": 50}, 30)
     routers.peers["r0"].set_routers([])
@@ -186,21 +184,21 @@ def test_a_router_that_is_gone_gives_its_part_back() -> None:
 
 
 @pytest.mark.parametrize("num", [1, 2, 3])
-def test_concurrency_over_all_routers_is_exceeded_by_one_a_router_at_most(num: int) -> None:
+def test_concurrency_is_exceeded_by_at_most_one_request_per_router(num: int) -> None:
     routers = Routers(num, max_concurrent=10)
-    routers.run(dict.fromkeys(routers.accounts, 10), 10)
-    ongoing = sum(one.concurrent for one in routers.accounts.values())
-    assert 10 <= ongoing <= 10 + num - 1
+    routers.run(dict.fromkeys(routers.quotas, 10), 10)
+    concurrent = sum(one.concurrent for one in routers.quotas.values())
+    assert 10 <= concurrent <= 10 + num - 1
 
 
 @pytest.mark.parametrize("num", [1, 2, 3])
-def test_a_days_budget_over_all_routers(num: int) -> None:
+def test_the_daily_budget_holds_over_all_routers(num: int) -> None:
     routers = Routers(num, tokens_per_day=10_000)
-    taken = 10 * routers.run(dict.fromkeys(routers.accounts, 20), 300, tokens=10)
+    taken = 10 * routers.run(dict.fromkeys(routers.quotas, 20), 300, tokens=10)
     assert 9_900 <= taken <= 10_000 + 10 * num * 10
 
 
-def test_what_peers_served_is_told_once_and_a_restart_is_no_service() -> None:
+def test_served_tokens_of_peers_are_reported_once_and_survive_restarts() -> None:
     peers = PeerReports()
     peers.set_routers(["b"])
 
@@ -216,14 +214,14 @@ def test_what_peers_served_is_told_once_and_a_restart_is_no_service() -> None:
     assert say(100, "stranger") == {}
 
 
-def test_what_a_router_gave_out_today_counts_after_it_is_gone() -> None:
+def test_daily_usage_of_a_removed_router_still_counts() -> None:
     peers = PeerReports()
     peers.set_routers(["a", "b"])
     for name in ("a", "b"):
         peers.add_report(QuotaReport(name, 7, {"t": TenantReport(day_tokens=100.0)}), 0.0)
     peers.set_routers(["b"])
     assert peers.lease_for("t", TenantReport(), 7, 0.0).peers_day_tokens == 200
-    peers.set_routers(["a", "b"])  # it was there all the time
+    peers.set_routers(["a", "b"])  # it was alive all the time
     peers.add_report(QuotaReport("a", 7, {"t": TenantReport(day_tokens=150.0)}), 1.0)
     assert peers.lease_for("t", TenantReport(), 7, 1.0).peers_day_tokens == 250
     peers.set_routers([])

@@ -32,9 +32,7 @@ def num_shared(one: Fingerprint, other: Fingerprint) -> int:
 
 
 @given(st.text(max_size=3000), st.text(max_size=1000), st.text(max_size=1000))
-def test_a_common_beginning_has_common_hashes_and_nothing_else(
-    start: str, one: str, other: str
-) -> None:
+def test_equal_prefixes_and_only_those_have_equal_hashes(start: str, one: str, other: str) -> None:
     a, b = (of("/v1/completions", prompt=start + end) for end in (one, other))
     data = [(start + end).encode() for end in (one, other)]
     for number, end in enumerate(a.ends[: len(b.ends)]):
@@ -43,7 +41,7 @@ def test_a_common_beginning_has_common_hashes_and_nothing_else(
     assert a.ends == tuple(end for end in PREFIX_ENDS if end <= len(data[0]))
 
 
-def test_a_conversation_goes_on_with_the_same_hashes() -> None:
+def test_the_next_turn_of_a_conversation_keeps_its_hashes() -> None:
     first = [turn("system", SYSTEM), turn("user", "What is a link? " * 30)]
     more = [*first, turn("assistant", "A connection."), turn("user", "And a frame?")]
     one, other = of(messages=first), of(messages=more)
@@ -60,13 +58,13 @@ def test_a_conversation_goes_on_with_the_same_hashes() -> None:
         {"messages": [turn("user", SYSTEM), turn("user", "Hi")]},
     ],
 )
-def test_what_changes_the_prompts_beginning_changes_every_hash(change: dict[str, Any]) -> None:
+def test_a_change_at_the_start_changes_every_hash(change: dict[str, Any]) -> None:
     asked: dict[str, Any] = {"messages": [turn("system", SYSTEM), turn("user", "Hi")]}
     assert of(**asked).hashes
     assert num_shared(of(**asked), of(**asked | change)) == 0
 
 
-def test_tools_stand_behind_the_system_prompt_and_before_the_turns() -> None:
+def test_tools_come_after_the_system_prompt_and_before_the_turns() -> None:
     messages = [turn("system", SYSTEM), turn("user", SYSTEM)]
     without = of(messages=messages)
     tools = of(messages=messages, tools=[{"type": "function", "function": {"name": "f"}}])
@@ -74,7 +72,7 @@ def test_tools_stand_behind_the_system_prompt_and_before_the_turns() -> None:
     assert num_shared(without, tools) == num_system < len(without.hashes)
 
 
-def test_the_same_text_is_the_same_in_every_api_and_in_parts() -> None:
+def test_equal_text_has_equal_hashes_in_every_api_and_in_parts() -> None:
     system, user = SYSTEM, "Tell me more. " * 30
     chat = of(messages=[turn("system", system), turn("user", user)])
     parts = [{"type": "text", "text": user[:50]}, {"type": "text", "text": user[50:]}]
@@ -87,7 +85,7 @@ def test_the_same_text_is_the_same_in_every_api_and_in_parts() -> None:
         assert other.hashes == chat.hashes
 
 
-def test_images_that_differ_are_told_apart_by_a_short_mark() -> None:
+def test_different_images_have_different_hashes_of_constant_size() -> None:
     def asked(url: str) -> Fingerprint:
         image = {"type": "image_url", "image_url": {"url": url}}
         return of(messages=[turn("user", [image, {"type": "text", "text": SYSTEM}])])
@@ -97,7 +95,7 @@ def test_images_that_differ_are_told_apart_by_a_short_mark() -> None:
     assert one.total_bytes < len(SYSTEM) + 50
 
 
-def test_prompts_of_token_ids() -> None:
+def test_a_prompt_of_token_ids_is_hashed() -> None:
     one = of("/v1/completions", prompt=list(range(100)))
     assert one.is_tokens
     assert one.total_bytes == 400
@@ -105,12 +103,12 @@ def test_prompts_of_token_ids() -> None:
     assert num_shared(one, of("/v1/completions", prompt=[7, *range(1, 100)])) == 0
 
 
-def test_the_first_of_several_prompts_counts() -> None:
+def test_only_the_first_of_several_prompts_is_hashed() -> None:
     alone = of("/v1/completions", prompt=SYSTEM)
     assert of("/v1/completions", prompt=[SYSTEM, "b"]).hashes == alone.hashes
 
 
-def test_what_else_is_read() -> None:
+def test_session_max_tokens_and_model_are_read() -> None:
     read = of(messages=[], user="u", max_tokens=7, max_completion_tokens=5)
     assert (read.session, read.max_tokens, read.model) == ("u", 5, "m")
     assert of("/v1/responses", input="a", max_output_tokens=3).max_tokens == 3
@@ -144,7 +142,7 @@ def test_garbage_raises_nothing(path: str, body: bytes) -> None:
     fingerprint(path, body)
 
 
-def test_what_is_not_read() -> None:
+def test_unknown_paths_and_long_bodies_have_no_fingerprint() -> None:
     assert fingerprint("/tokenize", b'{"prompt": "a"}') == EMPTY_FINGERPRINT
     assert of(messages=[turn("user", "a" * MAX_BODY_BYTES)]) == EMPTY_FINGERPRINT
     assert len([end for end in PREFIX_ENDS if end <= 100_000]) <= 128

@@ -10,7 +10,7 @@ CHAINS = tuple(tuple(range(start, start + 8)) for start in (0, 100, 200))
 CHAINS = (*CHAINS, (*CHAINS[0][:4], 300, 301, 302, 303))
 
 
-def test_what_is_stored_is_found() -> None:
+def test_stored_prefixes_are_found() -> None:
     index = PrefixIndex()
     index.add_stored("a", (1, 2, 3))
     index.add_stored("b", (1,))
@@ -22,7 +22,7 @@ def test_what_is_stored_is_found() -> None:
     assert index.find_levels((1, 2)) == [(1, 0b110), (2, 0b010)]
 
 
-def test_one_that_is_cleared_or_forgotten_has_nothing_and_may_come_again() -> None:
+def test_a_cleared_replica_holds_no_prefixes_and_may_return() -> None:
     index = PrefixIndex()
     for _ in range(2):
         index.add_stored("a", (1, 2))
@@ -36,7 +36,7 @@ def test_one_that_is_cleared_or_forgotten_has_nothing_and_may_come_again() -> No
     assert index.match((1, 2)) == {"a": 1, "b": 2}
 
 
-def test_an_expectation_holds_for_a_time_or_until_the_replica_says_otherwise() -> None:
+def test_an_expectation_ends_with_time_or_by_the_replicas_report() -> None:
     index = PrefixIndex(expected_s=10.0)
     index.advance(100.0)
     index.expect("a", (1, 2))
@@ -50,7 +50,7 @@ def test_an_expectation_holds_for_a_time_or_until_the_replica_says_otherwise() -
     assert index.match((1, 2)) == {"b": 1}
 
 
-def test_expectations_end_whichever_way_the_clock_jumps() -> None:
+def test_expectations_end_after_a_clock_jump() -> None:
     for jumped in (1e9, -1e9):
         index = PrefixIndex(expected_s=10.0)
         index.advance(100.0)
@@ -68,7 +68,7 @@ def test_expectations_are_bounded() -> None:
     assert index.match((199_999,)) == {"a": 1}
 
 
-def test_the_oldest_make_room_and_what_is_used_stays() -> None:
+def test_the_oldest_unused_entries_are_evicted() -> None:
     index = PrefixIndex(max_entries=100)
     index.add_stored("a", range(100))
     for start in range(100, 1000, 10):
@@ -80,7 +80,7 @@ def test_the_oldest_make_room_and_what_is_used_stays() -> None:
     assert index.match((999,)) == {"a": 1}
 
 
-def test_replicas_that_come_and_go_take_no_more_bits() -> None:
+def test_bits_of_cleared_replicas_are_reused() -> None:
     index = PrefixIndex()
     index.add_stored("stays", range(5000))
     for number in range(2000):
@@ -90,14 +90,14 @@ def test_replicas_that_come_and_go_take_no_more_bits() -> None:
     assert index.num_bits < 200
 
 
-def test_a_gap_ends_what_is_held() -> None:
+def test_a_missing_prefix_ends_the_match() -> None:
     index = PrefixIndex()
     index.add_stored("a", (1, 2, 4))
     index.add_stored("b", (1, 2, 3, 4))
     assert index.match((1, 2, 3, 4)) == {"a": 2, "b": 4}
 
 
-def test_of_many_lengths_the_longest_are_exact_and_the_others_nearly() -> None:
+def test_with_many_lengths_the_longest_matches_are_exact_and_others_approximate() -> None:
     index, prompt = PrefixIndex(), tuple(range(64))
     truth = {f"replica-{number}": number * 3 + 1 for number in range(21)}
     for name, count in truth.items():
@@ -124,10 +124,10 @@ STEPS = st.lists(
 
 @settings(max_examples=300)
 @given(steps=STEPS, max_entries=st.sampled_from((4, 10, 2**20)))
-def test_the_index_never_says_more_than_it_was_told(
+def test_the_index_agrees_with_plain_sets_and_never_overstates(
     steps: list[tuple[str, str, tuple[int, ...], int]], max_entries: int
 ) -> None:
-    """Against plain sets; it says exactly as much where nothing had to make room."""
+    """Exact as long as nothing was evicted."""
     index = PrefixIndex(max_entries, expected_s=10.0)
     stored: dict[str, set[int]] = defaultdict(set)
     expected: dict[str, set[int]] = defaultdict(set)
@@ -138,7 +138,7 @@ def test_the_index_never_says_more_than_it_was_told(
         elif step == "expect":
             index.expect(name, chain[:count])
             expected[name].update(chain[:count])
-        elif step == "removed":  # as engines do: the end of a chain first
+        elif step == "removed":  # like engines, from the end of a chain
             gone = set().union(*(each[count - 1 :] for each in CHAINS if each[0] == chain[0]))
             index.remove_stored(name, gone)
             stored[name] -= gone

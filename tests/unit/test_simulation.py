@@ -1,4 +1,4 @@
-"""A pool in simulated time: every request ends once, the same seed gives the same, faults."""
+"""Simulated pools: every request ends once, runs are reproducible, faults, scaling."""
 
 import json
 import math
@@ -38,8 +38,8 @@ def settings(**more: Any) -> Settings:
     return replace(Settings(ENGINE, replicas=4, policy=policy("prefix")), **more)
 
 
-def told(target: int) -> Decision:
-    return Decision(target, target, "told", f"told to have {target}")
+def decision_for(target: int) -> Decision:
+    return Decision(target, target, "test", f"the test wants {target}")
 
 
 def chat(rate: float = 8.0, duration_s: float = 120.0, seed: int = 0) -> Trace:
@@ -51,7 +51,7 @@ def outcomes(result: Result) -> dict[str, int]:
 
 
 def check(result: Result, trace: Trace) -> None:
-    """What is true whatever happened."""
+    """Check what holds for every simulation."""
     assert sum(outcomes(result).values()) == len(trace.requests)
     for call in result.requests:
         done = call.outcome is Outcome.DONE
@@ -73,7 +73,7 @@ def test_every_request_ends_once(name: str) -> None:
     assert result.itl_s.weight == tokens
 
 
-def test_the_same_seed_gives_the_same() -> None:
+def test_the_same_seed_gives_the_same_result() -> None:
     faults = (Fault(40, 1, "die"),)
     first, again = (simulate(chat(), settings(routers=2, faults=faults)) for _ in range(2))
     assert first.summary(1.0) == again.summary(1.0)
@@ -83,18 +83,18 @@ def test_the_same_seed_gives_the_same() -> None:
 
 
 @pytest.mark.parametrize("kind", ["die", "hang"])
-def test_a_lost_replica_is_replaced_and_takes_few_requests_with_it(kind: str) -> None:
+def test_a_lost_replica_is_replaced_and_few_requests_fail(kind: str) -> None:
     trace = chat()
     fault = Fault(40, 1, kind)  # type: ignore[arg-type]
     result = simulate(trace, settings(faults=(fault,), detect_s=10))
     check(result, trace)
     failed = result.count(Outcome.FAILED)
-    assert 0 < failed < 0.1 * len(trace.requests)  # the streams that it had begun
+    assert 0 < failed < 0.1 * len(trace.requests)  # streams that had begun
     assert failed + result.count(Outcome.DONE) == len(trace.requests)
     assert len(result.replicas) == 5
 
 
-def test_a_slow_replica_gets_less() -> None:
+def test_a_slow_replica_gets_less_work() -> None:
     result = simulate(chat(duration_s=300), settings(faults=(Fault(0, 2, "slow"),)))
     work = {replica.id: replica.work_s for replica in result.replicas}
     assert work.pop("r0002") < 0.5 * min(work.values())
@@ -102,7 +102,7 @@ def test_a_slow_replica_gets_less() -> None:
 
 
 @pytest.mark.parametrize("routers", [1, 3])
-def test_without_replicas_requests_wait_and_are_refused(routers: int) -> None:
+def test_without_replicas_requests_time_out_or_are_shed(routers: int) -> None:
     trace = chat(duration_s=20)
     queue = QueueLimits(float("inf"), 10)
     result = simulate(trace, settings(replicas=0, routers=routers, queue=queue, queue_timeout_s=5))
@@ -111,39 +111,39 @@ def test_without_replicas_requests_wait_and_are_refused(routers: int) -> None:
     assert result.slo_attainment == 0
 
 
-def test_the_first_replica_of_a_pool_that_may_have_none_is_waited_for() -> None:
+def test_requests_wait_for_the_first_replica_of_a_pool_at_zero() -> None:
     trace = chat(duration_s=20)
     timeouts = {"queue_timeout_s": 5, "start_timeout_s": 60}
-    scaling = Scaling(lambda _now_s, _signals: told(1))
+    scaling = Scaling(lambda _now_s, _signals: decision_for(1))
     result = simulate(trace, settings(replicas=0, scaling=scaling, **timeouts))
     check(result, trace)
     assert set(outcomes(result)) == {"done"}
 
 
-def test_what_can_never_fit_fails() -> None:
+def test_a_request_larger_than_the_kv_cache_fails() -> None:
     huge = TraceRequest(0.0, 10**6, 5)
     result = simulate(Trace("huge", [huge], 64), settings())
     assert outcomes(result) == {"failed": 1}
 
 
-def test_nothing_comes_of_nothing() -> None:
+def test_an_empty_trace_gives_an_empty_result() -> None:
     result = simulate(Trace("empty", [], 64), settings())
     assert result.summary(1.0)["requests"] == 0
 
 
-def test_more_replicas_come_when_asked_for_and_leave_without_a_loss() -> None:
+def test_replicas_start_and_drain_without_losing_requests() -> None:
     seen: list[PoolSignals] = []
 
     def decide(now_s: float, signals: PoolSignals) -> Decision:
         seen.append(signals)
-        return told(6 if 30 <= now_s < 80 else 2)
+        return decision_for(6 if 30 <= now_s < 80 else 2)
 
     trace = chat(duration_s=150)
     result = simulate(trace, settings(replicas=2, scaling=Scaling(decide)))
     check(result, trace)
     assert outcomes(result) == {"done": len(trace.requests)}
     events = [(e.before, e.after, e.reason) for e in result.scale_events]
-    assert events == [(2, 6, "told to have 6"), (6, 2, "told to have 2")]
+    assert events == [(2, 6, "the test wants 6"), (6, 2, "the test wants 2")]
     ready = {round(sample.at_s): sample.ready for sample in result.samples}
     assert ready[45] == 2
     assert ready[55] == 6
@@ -155,34 +155,34 @@ def test_more_replicas_come_when_asked_for_and_leave_without_a_loss() -> None:
     assert busy.prefill_per_s > 0
     assert all(objective.samples > 0 for objective in busy.objectives)
     lived = [replica.lived_s for replica in result.replicas]
-    assert sum(50 <= seconds < 110 for seconds in lived) == 4  # they end their streams
+    assert sum(50 <= seconds < 110 for seconds in lived) == 4  # they drain
 
 
-def test_policies_are_told_the_percentile_of_all_gaps_and_not_of_the_time() -> None:
-    """A long prefill stops few tokens: half of the time, but a small part of the gaps."""
-    told_s: list[float] = []
+def test_itl_percentiles_are_weighted_by_tokens_not_by_time() -> None:
+    """A long prefill delays few tokens: half of the time, but a small part of the gaps."""
+    observed_s: list[float] = []
 
     def decide(_now_s: float, signals: PoolSignals) -> Decision:
-        told_s.extend(o.observed_s for o in signals.objectives if o.name == "itl_p90_s")
-        return told(1)
+        observed_s.extend(o.observed_s for o in signals.objectives if o.name == "itl_p90_s")
+        return decision_for(1)
 
     long = [TraceRequest(at * 0.471, 2000, 100) for at in range(400)]
     engine = ENGINE.model_copy(update={"prefill_s_per_token": 1.25e-4})
     one = settings(engine=engine, replicas=1, scaling=Scaling(decide))
     result = simulate(Trace("long", long, 64), one)
     assert result.itl_s.percentile(99) > 10 * result.itl_s.percentile(90)
-    settled = sorted(told_s[20:100])
+    settled = sorted(observed_s[20:100])
     assert settled[len(settled) // 2] == pytest.approx(result.itl_s.percentile(90), rel=0.1)
 
 
-def test_from_zero_replicas_held_requests_are_served() -> None:
+def test_queued_requests_are_served_after_scaling_from_zero() -> None:
     trace = chat(duration_s=60)
-    scaling = Scaling(lambda _now_s, seen: told(3 if seen.queued or seen.in_flight else 0))
+    scaling = Scaling(lambda _now_s, seen: decision_for(3 if seen.queued or seen.in_flight else 0))
     result = simulate(trace, settings(replicas=0, scaling=scaling))
     assert outcomes(result) == {"done": len(trace.requests)}
 
 
-def test_reports_that_are_late_cost_but_lose_nothing() -> None:
+def test_late_reports_lose_no_requests() -> None:
     trace = chat(rate=20.0)
     fresh, stale = (
         simulate(trace, settings(routers=3, report_s=report, event_delay_s=delay))
@@ -193,13 +193,13 @@ def test_reports_that_are_late_cost_but_lose_nothing() -> None:
     assert stale.hit_rate <= fresh.hit_rate + 0.02
 
 
-def test_the_objectives_are_of_each_request() -> None:
+def test_objectives_apply_to_each_request() -> None:
     trace = chat()
     seen: list[PoolSignals] = []
 
     def decide(_now_s: float, signals: PoolSignals) -> Decision:
         seen.append(signals)
-        return told(4)
+        return decision_for(4)
 
     simulate(trace, settings(slo=Slo(ttft_s=3.0, itl_s=math.inf), scaling=Scaling(decide)))
     assert {tuple((o.name, o.limit_s) for o in s.objectives) for s in seen} == {
@@ -238,7 +238,7 @@ def config(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_the_command_prints_json_and_draws(tmp_path: Path, config: str) -> None:
+def test_the_command_prints_json_and_draws_a_plot(tmp_path: Path, config: str) -> None:
     picture = tmp_path / "picture.png"
     args = ["simulate", "--trace", "bursty", "--duration-s", "200", "--rate", "3", "--json"]
     done = CliRunner().invoke(app, [*args, "--config", config, "--plot", str(picture)])
@@ -253,13 +253,13 @@ def test_the_command_prints_json_and_draws(tmp_path: Path, config: str) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_command_keeps_to_the_budget_of_all_pools(config: str) -> None:
+def test_the_command_respects_the_budget_of_all_pools(config: str) -> None:
     args = ["simulate", "--trace", "chat", "--duration-s", "200", "--rate", "40"]
     done = CliRunner().invoke(app, [*args, "--config", config])
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
     (change,) = [line for line in lines if "replicas (" in line]
-    assert "from 1 to 2 replicas (budget): " in change, "4 CPUs beside the router"
+    assert "from 1 to 2 replicas (budget): " in change, "the router uses 1 of the 5 CPUs"
     (cost,) = [line.split() for line in lines if line.startswith(" cost")]
     assert cost[2] == "CHF"
 
@@ -274,7 +274,7 @@ def test_the_command_keeps_to_the_budget_of_all_pools(config: str) -> None:
         (["--itl-s", "0.0001"], False),
     ],
 )
-def test_the_objectives_are_the_pools_own(config: str, more: list[str], attained: bool) -> None:
+def test_the_pools_objectives_are_the_default(config: str, more: list[str], attained: bool) -> None:
     args = ["simulate", "--trace", "rag", "--duration-s", "10", "--replicas", "8", "--json"]
     done = CliRunner().invoke(app, [*args, "--config", config, *more])
     assert done.exit_code == 0, done.output
@@ -296,7 +296,7 @@ def test_the_command_prints_a_table(config: str) -> None:
         (["--fault", "melt:1@2"], "melt:1@2"),
     ],
 )
-def test_what_is_wrong_is_said(config: str, more: list[str], message: str) -> None:
+def test_invalid_options_are_named(config: str, more: list[str], message: str) -> None:
     done = CliRunner().invoke(app, ["simulate", "--trace", "rag", "--config", config, *more])
     assert isinstance(done.exception, ConfigError)
     assert message in str(done.exception)

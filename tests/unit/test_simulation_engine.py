@@ -1,4 +1,4 @@
-"""The engine that jumps, against the one that goes step by step."""
+"""The event-driven engine model against the simulated engine's step-by-step scheduler."""
 
 import random
 
@@ -13,8 +13,8 @@ BLOCK = 128
 GPU_LIKE = {"prefill_s_per_token": 1e-4, "decode_s_per_token": 0.01, "batch_slowdown": 0.02}
 
 
-class Ends:
-    """Keeps when things happened."""
+class EventRecorder:
+    """Records the engine's events."""
 
     def __init__(self) -> None:
         self.first: dict[Sequence, float] = {}
@@ -32,7 +32,7 @@ class Ends:
 
 
 def requests(seed: int, rate: float, num: int = 400) -> list[TraceRequest]:
-    """Prompts of many lengths, of which half begin as others do."""
+    """Return prompts of many lengths, half of which share prefixes."""
     drawn, now_s, made = random.Random(seed), 0.0, []
     for number in range(num):
         now_s += drawn.expovariate(rate)
@@ -46,8 +46,10 @@ def requests(seed: int, rate: float, num: int = 400) -> list[TraceRequest]:
     return made
 
 
-def jump(config: SimConfig, trace: list[TraceRequest]) -> tuple[EngineModel, list[Sequence], Ends]:
-    ends = Ends()
+def jump(
+    config: SimConfig, trace: list[TraceRequest]
+) -> tuple[EngineModel, list[Sequence], EventRecorder]:
+    ends = EventRecorder()
     engine = EngineModel(config, BLOCK, ends)
     sequences = [Sequence(request) for request in trace]
     for sequence in sequences:
@@ -57,7 +59,7 @@ def jump(config: SimConfig, trace: list[TraceRequest]) -> tuple[EngineModel, lis
     return engine, sequences, ends
 
 
-def commit(engine: EngineModel, ends: Ends, until_s: float) -> None:
+def commit(engine: EngineModel, ends: EventRecorder, until_s: float) -> None:
     while engine.due_s <= until_s:
         engine.commit()
         stored, removed = engine.take_block_changes()
@@ -67,7 +69,7 @@ def commit(engine: EngineModel, ends: Ends, until_s: float) -> None:
 
 
 def step(config: SimConfig, trace: list[TraceRequest]) -> tuple[list[SimRequest], list[float]]:
-    """The same by the live engine's scheduler; also every gap between two tokens."""
+    """Run a trace on the simulated engine's scheduler; also return all gaps between tokens."""
     now = [0.0]
     gaps: list[float] = []
     scheduler = Scheduler(config, lambda: now[0])
@@ -131,7 +133,7 @@ def test_latencies_agree_with_the_scheduler(knobs: dict[str, float], rate: float
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_nothing_is_left_behind(seed: int) -> None:
+def test_no_memory_is_held_after_all_requests_have_ended(seed: int) -> None:
     config = SimConfig.model_validate(GPU_LIKE | {"num_kv_blocks": 600, "max_num_seqs": 8})
     engine, sequences, ends = jump(config, requests(seed, 4.0))
     assert len(ends.first) == len(ends.end) == len(sequences)
@@ -142,7 +144,7 @@ def test_nothing_is_left_behind(seed: int) -> None:
     assert engine.itl_s.weight == tokens - len(sequences)
 
 
-def test_what_it_says_of_its_cache_is_so() -> None:
+def test_reported_block_changes_match_the_cache() -> None:
     config = SimConfig.model_validate(GPU_LIKE | {"num_kv_blocks": 1200})
     trace = requests(3, 3.0)
     engine, _, ends = jump(config, trace)
@@ -151,18 +153,18 @@ def test_what_it_says_of_its_cache_is_so() -> None:
     assert ends.num_removed
 
 
-def test_equal_prompts_that_come_together_are_computed_once() -> None:
+def test_simultaneous_equal_prompts_are_computed_once() -> None:
     prompt = tuple(range(20))
     trace = [TraceRequest(at / 1000, 20 * BLOCK + 5, 2, prompt) for at in range(5)]
     config = SimConfig.model_validate(GPU_LIKE)
     _, sequences, _ = jump(config, trace)
     exact, _ = step(config, trace)
-    # The first one takes two steps; the others come before those have ended.
+    # The first takes two steps; the others arrive before those have ended.
     assert [one.cached_tokens for one in sequences] == [0] + 4 * [20 * BLOCK]
     assert [one.cached_tokens for one in exact] == [0] + 4 * [20 * BLOCK]
 
 
-def test_what_a_preempted_request_had_generated_stays_cached() -> None:
+def test_generated_tokens_of_a_preempted_request_stay_cached() -> None:
     knobs = {"prefill_s_per_token": 0.01, "decode_s_per_token": 0.01, "num_kv_blocks": 40}
     config = SimConfig.model_validate(knobs)
     trace = [
@@ -175,7 +177,7 @@ def test_what_a_preempted_request_had_generated_stays_cached() -> None:
     exact, _ = step(config, trace)
     assert sum(one.num_preemptions for one in exact) == 1
     for one, same in zip(sequences, exact, strict=True):
-        # A trace's block is larger than an engine's: up to one of them is computed again.
+        # A trace's block is larger than an engine's, so up to one block is computed again.
         assert ends.end[one] == pytest.approx(same.finished_s, abs=(BLOCK + 1) * 0.01)
 
 
@@ -184,7 +186,7 @@ def test_an_instant_engine_needs_no_time() -> None:
     assert all(ends.end[one] == one.request.arrival_s for one in sequences)
 
 
-def test_what_can_never_fit_is_refused() -> None:
-    engine = EngineModel(SimConfig(num_kv_blocks=4, block_size_tokens=32), BLOCK, Ends())
+def test_a_request_larger_than_the_kv_cache_is_rejected() -> None:
+    engine = EngineModel(SimConfig(num_kv_blocks=4, block_size_tokens=32), BLOCK, EventRecorder())
     with pytest.raises(ValueError, match="a request may hold at most 96 tokens"):
         engine.add(Sequence(TraceRequest(0.0, 100, 28)), 0.0)

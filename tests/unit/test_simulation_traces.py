@@ -1,4 +1,4 @@
-"""Traces: the shapes that they should have, and files good and bad."""
+"""Built-in traces have the published shapes; trace files are read or rejected."""
 
 import statistics
 from pathlib import Path
@@ -13,7 +13,7 @@ from cluster.simulation.traces import BUILTIN_TRACES, load_trace
 
 
 @pytest.mark.parametrize("name", BUILTIN_TRACES)
-def test_a_trace_is_what_its_seed_says(name: str) -> None:
+def test_a_builtin_trace_is_determined_by_its_seed(name: str) -> None:
     first, again, other = (load_trace(name, None, 300, seed) for seed in (1, 1, 2))
     assert first == again
     assert first != other
@@ -35,7 +35,7 @@ def test_a_trace_is_what_its_seed_says(name: str) -> None:
         ("chat", 761, 265, None),  # BurstGPT's conversation log
     ],
 )
-def test_shapes_are_the_published_ones(
+def test_trace_shapes_match_the_published_ones(
     name: str, prompt: float, answer: float, hits: float | None
 ) -> None:
     trace = load_trace(name, None, 3600)
@@ -48,7 +48,7 @@ def test_shapes_are_the_published_ones(
     assert hits is None or trace.max_hit_rate == pytest.approx(hits, abs=0.06)
 
 
-def test_the_rate_is_the_one_asked_for_and_follows_the_curve() -> None:
+def test_arrivals_have_the_requested_rate_and_follow_the_curve() -> None:
     rng = np.random.default_rng(0)
     for curve in (constant, daily(7200), bursts(np.random.default_rng(3), 7200)):
         assert len(arrivals(rng, 10, 7200, curve, 0.5)) == pytest.approx(72_000, rel=0.05)
@@ -58,14 +58,14 @@ def test_the_rate_is_the_one_asked_for_and_follows_the_curve() -> None:
     assert middle > 5 * ends
 
 
-def test_gamma_gaps_clump() -> None:
+def test_gamma_gaps_are_bursty() -> None:
     rng = np.random.default_rng(0)
     steady, clumped = (np.diff(arrivals(rng, 10, 3600, constant, shape)) for shape in (1.0, 0.25))
     assert np.std(steady) / np.mean(steady) == pytest.approx(1.0, rel=0.1)
     assert np.std(clumped) / np.mean(clumped) == pytest.approx(2.0, rel=0.1)
 
 
-def test_a_hot_prefix_comes_suddenly() -> None:
+def test_a_hot_prefix_appears_suddenly() -> None:
     trace = load_trace("hot-prefix", 20, 900)
     hot = max(
         {r.blocks[0] for r in trace.requests if r.blocks},
@@ -79,7 +79,7 @@ def test_a_hot_prefix_comes_suddenly() -> None:
 GOOD = '{"timestamp": 27482, "input_length": 1100, "output_length": 52, "hash_ids": [46, 47, 2353]}'
 
 
-def test_mooncakes_lines_are_read(tmp_path: Path) -> None:
+def test_mooncake_traces_are_read(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     path.write_text(GOOD + "\n\n" + GOOD.replace("27482", "0") + "\n")
     trace = read_trace(path)
@@ -104,7 +104,7 @@ def test_mooncakes_lines_are_read(tmp_path: Path) -> None:
         (GOOD.replace("52", "null"), "line 2"),
     ],
 )
-def test_a_malformed_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+def test_a_malformed_line_is_reported_by_number(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "trace.jsonl"
     path.write_text(f"{GOOD}\n{line}\n")
     with pytest.raises(TraceError, match="line 2") as caught:
@@ -117,7 +117,7 @@ HEADER = (
 )
 
 
-def test_burstgpts_table_is_read(tmp_path: Path) -> None:
+def test_burstgpt_traces_are_read(tmp_path: Path) -> None:
     path = tmp_path / "burst.csv"
     rows = [
         "5,a,3,ChatGPT,472,18,490,Conversation log",
@@ -142,13 +142,13 @@ def test_burstgpts_table_is_read(tmp_path: Path) -> None:
         (HEADER + "\n", "no requests"),
     ],
 )
-def test_a_malformed_table_is_named(tmp_path: Path, text: str, message: str) -> None:
+def test_a_malformed_table_is_reported(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "burst.csv"
     path.write_text(text)
     with pytest.raises(TraceError, match=message):
         read_trace(path)
 
 
-def test_an_unknown_name_is_refused_with_those_there_are() -> None:
+def test_an_unknown_trace_is_rejected_with_the_known_names() -> None:
     with pytest.raises(TraceError, match=r"neither a file nor one of conversation, .*bursty"):
         load_trace("nothing", None, None)

@@ -6,7 +6,7 @@ from cluster.usage import Usage
 TEXT = Fingerprint((1, 2), (128, 256), 400, session="u", max_tokens=5)
 
 
-def test_the_ratio_of_tokens_to_text_is_learned() -> None:
+def test_tokens_per_byte_are_learned() -> None:
     estimate = TokenEstimator(generates=True)
     for _ in range(500):
         estimate.learn_usage(2000, Usage(200, 0, 50), TEXT)
@@ -16,11 +16,11 @@ def test_the_ratio_of_tokens_to_text_is_learned() -> None:
     assert view.prefix_tokens == pytest.approx((64, 128), rel=0.02)
 
 
-def test_without_a_text_the_body_counts() -> None:
+def test_without_a_fingerprint_the_body_length_counts() -> None:
     assert TokenEstimator(generates=False).view_request(4000).prompt_tokens == 1000
 
 
-def test_token_ids_are_exact_and_teach_nothing_of_text() -> None:
+def test_token_ids_are_counted_exactly_and_do_not_change_the_ratio() -> None:
     estimate = TokenEstimator(generates=True)
     ids = Fingerprint((1,), (128,), 400, is_tokens=True)
     before = estimate.tokens_per_byte
@@ -31,18 +31,18 @@ def test_token_ids_are_exact_and_teach_nothing_of_text() -> None:
 
 
 @pytest.mark.parametrize(("most", "expected"), [(5, 5), (10**9, 128), (0, 0), (-3, 0)])
-def test_no_more_is_expected_than_may_be_generated(most: int, expected: float) -> None:
+def test_the_expected_completion_respects_max_tokens(most: int, expected: float) -> None:
     view = TokenEstimator(generates=True).view_request(10, Fingerprint(max_tokens=most))
     assert view.completion_tokens == expected
 
 
-def test_a_header_names_the_session_before_the_body_does() -> None:
+def test_a_session_header_overrides_the_body() -> None:
     estimate = TokenEstimator(generates=True)
     assert estimate.view_request(10, TEXT).session == "u"
     assert estimate.view_request(10, TEXT, "header").session == "header"
 
 
-def test_the_work_leaves_out_what_caches_usually_hold() -> None:
+def test_the_usual_cache_hits_reduce_the_work() -> None:
     estimate = TokenEstimator(generates=True)
     assert estimate.work_tokens(estimate.view_request(400)) == pytest.approx(100 + 128)
     assert estimate.work_tokens(estimate.view_request(0, max_tokens=0)) == 1
@@ -53,6 +53,6 @@ def test_the_work_leaves_out_what_caches_usually_hold() -> None:
     assert estimate.work_tokens(view) == pytest.approx(25 + 10, rel=0.1)
 
 
-def test_a_completion_of_absurd_length_is_an_estimate_too() -> None:
+def test_a_huge_max_tokens_is_accepted() -> None:
     asked = Fingerprint((), (), 4, max_tokens=10**400)
     assert TokenEstimator(generates=True).view_request(4, asked).completion_tokens == 128
