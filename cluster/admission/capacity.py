@@ -143,7 +143,7 @@ class PoolCapacity:
         return min(self.average_request_s(work_tokens), work_tokens * best_token_s)
 
     def observe_loads(self, loads: Iterable[Load], now_s: float) -> None:
-        """Take in the newest load reports of all replicas and adjust the limit."""
+        """Evaluate the newest load reports of all replicas and adjust the limit."""
         if 0 <= now_s - self._sampled_s < SAMPLE_S:
             return
         self._sampled_s = now_s

@@ -73,7 +73,7 @@ class Demand:
         self._updated_s = now_s
 
     def update(self, total: float, now_s: float) -> float:
-        """Take in the counter and return the rate; a clock that jumps back changes nothing."""
+        """Return the rate after a new reading; a clock that jumps back changes nothing."""
         elapsed_s = now_s - self._updated_s
         if elapsed_s > 0:
             weight = min(1.0, elapsed_s / _DEMAND_WINDOW_S)
@@ -111,7 +111,7 @@ class PeerReports:
         self._received = {name: each for name, each in self._received.items() if name in others}
 
     def add_report(self, report: QuotaReport, now_s: float) -> dict[tuple[str, str], float]:
-        """Take in a peer's report.
+        """Store a peer's report.
 
         Reports of routers that are not known to run are ignored; they report again.
 

@@ -97,7 +97,7 @@ class Forecast:
         self._errors = [0.0, 0.0, 0.0]
 
     def update(self, now: float, value: float, horizon_s: float) -> None:
-        """Take in the rate at ``now`` (seconds); a clock that went back restarts from there.
+        """Add the rate at ``now`` (seconds); a clock that went back restarts from there.
 
         ``horizon_s`` is the time ahead for which forecasts are used, so that those are scored.
         """

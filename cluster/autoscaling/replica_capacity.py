@@ -153,7 +153,7 @@ class ReplicaCapacity:
     def observe(
         self, now: float, prefill: float, decode: float, objectives: Iterable[Objective]
     ) -> None:
-        """Take in the objectives at a load in tokens/s of *one* replica in a steady state."""
+        """Learn from the objectives at a load in tokens/s of *one* replica in a steady state."""
         last = now if self._observed_at is None else self._observed_at
         self._observed_at = now
         keep = math.exp(-min(max(0.0, now - last), MEMORY_S) / MEMORY_S)

@@ -14,19 +14,12 @@ import numpy as np
 
 from cluster.load import Load
 from cluster.routing.adapters import LoadedAdapters
-from cluster.routing.rates import LearnedRates
+from cluster.routing.rates import ReplicaSpeeds, prefill_work_tokens
 from cluster.routing.replica_state import Placement, ReplicaState
 from cluster.routing.request import RequestView
 from cluster.routing.table import BoolArray, FloatArray, Reach, ReplicaTable
 from cluster.usage import Usage
 
-STEP_TOKENS = 64.0
-"""Fixed cost of a request beside its uncached tokens, in prompt tokens: an engine step has a price
-even if it computes little. A guess between a CPU's (about 40) and a large GPU's (some hundreds)."""
-PREFILL_PRIOR = 4000.0
-"""Prompt tokens/s before anything was measured."""
-DECODE_PRIOR = 30.0
-"""Tokens/s of one stream before anything was measured."""
 USUAL_BATCH = 64.0
 """Streams that an engine decodes together for about the price of one. A guess; the pool's mean
 number of requests per replica replaces it if that is larger."""
@@ -37,8 +30,6 @@ ASSIGNED_HALF_LIFE_S = 30.0
 REFRESH_S = 1.0
 MEAN_WEIGHT = 0.02
 """Weight of the newest request in the means that stand for other routers' requests."""
-CLAIM_WEIGHT_TOKENS = 2000.0
-"""Cached tokens that the belief in a replica's cache claims is worth before any was tested."""
 _UNKNOWN_LOAD = Load()
 
 
@@ -60,16 +51,11 @@ class Fleet:
         self.table = ReplicaTable()
         """Numbers that policies read; only the fleet writes them."""
         self.adapters = LoadedAdapters(max_adapters)
-        self.prefill_rate = LearnedRates(PREFILL_PRIOR, 1.0)
-        """Prompt tokens/s of each row, under the decode load that it has."""
-        self.stream_rate = LearnedRates(DECODE_PRIOR, 1.0)
-        """Tokens/s of one stream of each row."""
-        self.cache_claim_accuracy = LearnedRates(1.0, CLAIM_WEIGHT_TOKENS, pooled=False)
-        """Share of the tokens expected in each row's cache that were found there, 0 to 1."""
+        self.speeds = ReplicaSpeeds()
+        """Speeds learned from finished requests."""
         self.mean_assigned_s = 0.0
         """Mean of ``table.assigned_s`` over the open rows; exact after each refresh, and
         approximated between two."""
-        self._rates = (self.prefill_rate, self.stream_rate, self.cache_claim_accuracy)
         self._replicas: dict[str, ReplicaState] = {}
         self._free_rows: list[int] = []
         # Heap of (expected end of the prefill, number, request) for unobservable first tokens.
@@ -111,8 +97,7 @@ class Fleet:
         self._num_in_flight -= replica.in_flight + replica.others_in_flight
         self.table.clear_row(replica.row)
         self.adapters.forget_row(replica.row)
-        for rates in self._rates:
-            rates.reset_row(replica.row)
+        self.speeds.reset_row(replica.row)
         self.ids[replica.row] = None
         self._free_rows.append(replica.row)
         replica.queue.clear()
@@ -171,11 +156,11 @@ class Fleet:
             cached_tokens: Prompt tokens that the replica is expected to have cached.
         """
         replica = self._replicas[replica_id]
-        work_tokens = max(0.0, request.prompt_tokens - cached_tokens) + STEP_TOKENS
+        work_tokens = prefill_work_tokens(request.prompt_tokens, cached_tokens)
         placement = Placement(replica, request, cached_tokens, work_tokens, self.now_s)
         replica.push(placement)
         self._num_in_flight += 1.0
-        decode_s = request.completion_tokens / float(self.stream_rate.values[replica.row])
+        decode_s = request.completion_tokens / float(self.speeds.stream.values[replica.row])
         prefill_s = work_tokens * float(self.table.miss_s[replica.row])
         self._assign(replica, prefill_s + decode_s / USUAL_BATCH)
         if len(replica.queue) == 1:
@@ -214,13 +199,17 @@ class Fleet:
         if placement.prefilled_s is None:
             self._leave_queue(placement)
         if usage is not None:
-            self._learn_rates(placement, usage)
+            # Correct the assigned work by the error of its estimate.
+            work_tokens = prefill_work_tokens(usage.prompt_tokens, usage.cached_tokens)
+            surplus_tokens = work_tokens - placement.work_tokens
+            self._assign(replica, surplus_tokens * float(self.table.miss_s[replica.row]))
+            self.speeds.learn(placement, usage, self.now_s)
         replica.discard(placement)
         self._num_in_flight -= 1.0
         self._update_row(replica)
 
     def update_load(self, replica_id: str, load: Load) -> None:
-        """Take in a replica's load report.
+        """Apply a replica's load report.
 
         A report can only add to this router's own count: a replica that claims to be idle is not
         believed, and one that claims more than its capacity counts as full.
@@ -272,8 +261,7 @@ class Fleet:
     def _grow(self) -> None:
         old_size = len(self.table)
         size = self.table.grow()
-        for rates in self._rates:
-            rates.grow(size)
+        self.speeds.grow(size)
         self.adapters.grow(size)
         self.ids += [None] * (size - old_size)
         self._free_rows += range(size - 1, old_size - 1, -1)
@@ -284,8 +272,7 @@ class Fleet:
 
     def _refresh(self, elapsed_s: float) -> None:
         """Decay what was learned and assigned."""
-        for rates in self._rates:
-            rates.refresh(elapsed_s)
+        self.speeds.refresh(elapsed_s)
         self.table.assigned_s *= 0.5 ** (elapsed_s / ASSIGNED_HALF_LIFE_S)
         open_rows = self.table.open_rows()
         if open_rows.any():
@@ -300,10 +287,10 @@ class Fleet:
     def _update_row(self, replica: ReplicaState) -> None:
         """Write a replica's numbers into the table."""
         table, row = self.table, replica.row
-        prefill_token_s = 1.0 / float(self.prefill_rate.values[row])
-        decode_token_s = 1.0 / float(self.stream_rate.values[row])
+        prefill_token_s = 1.0 / float(self.speeds.prefill.values[row])
+        decode_token_s = 1.0 / float(self.speeds.stream.values[row])
         table.miss_s[row] = prefill_token_s
-        table.hit_s[row] = prefill_token_s * float(self.cache_claim_accuracy.values[row])
+        table.hit_s[row] = prefill_token_s * float(self.speeds.cache_claims.values[row])
         in_flight = replica.in_flight + replica.others_in_flight
         table.in_flight[row] = in_flight
         table.set_available(row, in_flight < replica.capacity, replica.reach)
@@ -353,29 +340,7 @@ class Fleet:
             return
         replica.head_since_s = max(head.begun_s, replica.last_first_token_s)
         if not head.request.streamed:
-            prefill_s = head.work_tokens / float(self.prefill_rate.values[replica.row])
+            prefill_s = head.work_tokens / float(self.speeds.prefill.values[replica.row])
             self._num_expected += 1
             expected = (replica.head_since_s + prefill_s, self._num_expected, head)
             heapq.heappush(self._expected_first_tokens, expected)
-
-    def _learn_rates(self, placement: Placement, usage: Usage) -> None:
-        """Learn a replica's speed and the accuracy of its cache claims from a finished request."""
-        row, completion_tokens = placement.replica.row, usage.completion_tokens
-        if placement.cached_tokens > 0.0:
-            found = min(float(usage.cached_tokens), placement.cached_tokens)
-            self.cache_claim_accuracy.observe(row, found, placement.cached_tokens)
-        work_tokens = max(0.0, usage.prompt_tokens - usage.cached_tokens) + STEP_TOKENS
-        # A wrong estimate is corrected, so the replica does not pay for it.
-        surplus_tokens = work_tokens - placement.work_tokens
-        self._assign(placement.replica, surplus_tokens * float(self.table.miss_s[row]))
-        whole_s = self.now_s - placement.begun_s
-        if placement.is_first_token_seen and placement.prefilled_s is not None:
-            decode_s = self.now_s - placement.prefilled_s
-            completion_tokens -= 1
-        else:  # only the whole is known: both phases are taken to be equally late
-            prefill_s = work_tokens / float(self.prefill_rate.values[row])
-            decode_s = completion_tokens / float(self.stream_rate.values[row])
-            decode_s *= whole_s / (prefill_s + decode_s)
-        self.prefill_rate.observe(row, work_tokens, whole_s - decode_s)
-        if completion_tokens > 0:
-            self.stream_rate.observe(row, completion_tokens, decode_s)

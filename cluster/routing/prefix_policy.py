@@ -45,7 +45,7 @@ class PrefixAffinity:
     def choose(self, request: RequestView, fleet: Fleet) -> str | None:
         """Return the open replica with the lowest cost; ties take turns."""
         weighted_tokens = MISS_WEIGHT * request.prompt_tokens
-        prompt_s = request.prompt_tokens / fleet.prefill_rate.prior
+        prompt_s = request.prompt_tokens / fleet.speeds.prefill.prior
         share_s = SHARE * fleet.mean_assigned_s + prompt_s
         costs_s = fleet.costs_s(DECODE_WEIGHT, weighted_tokens, share_s, MISS_WEIGHT * prompt_s)
         if levels := self._index.find_levels(request.prefix):

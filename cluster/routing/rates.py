@@ -1,4 +1,4 @@
-"""Rates of each replica, learned from finished requests: tokens per second, or a share.
+"""Speed of each replica and accuracy of its cache claims, learned from finished requests.
 
 A rate is a quotient of two decaying sums, so many small observations weigh as much as one large
 one. A replica that suddenly becomes slow shows it with its first request, which contributes most of
@@ -7,7 +7,19 @@ the seconds.
 
 import numpy as np
 
+from cluster.routing.replica_state import Placement
 from cluster.routing.table import FloatArray
+from cluster.usage import Usage
+
+STEP_TOKENS = 64.0
+"""Fixed cost of a prefill, in prompt tokens: an engine step has a price even if it computes little.
+A guess between a CPU's (about 40) and a large GPU's (some hundreds)."""
+PREFILL_PRIOR = 4000.0
+"""Prompt tokens/s before anything was measured."""
+STREAM_PRIOR = 30.0
+"""Tokens/s of one stream before anything was measured."""
+CLAIM_WEIGHT_TOKENS = 2000.0
+"""Cached tokens that the trust in a replica's cache claims is worth before any was tested."""
 
 DECAY = 0.95
 """Share of a sum that is kept at each observation: about the last 20 count."""
@@ -70,3 +82,55 @@ class LearnedRates:
             self.prior = max(MIN_RATE, median)
         rates = (self._numerators + self._weight * self.prior) / (self._denominators + self._weight)
         np.maximum(rates, MIN_RATE, out=self.values)
+
+
+class ReplicaSpeeds:
+    """Learned rates of all rows."""
+
+    def __init__(self) -> None:
+        self.prefill = LearnedRates(PREFILL_PRIOR, 1.0)
+        """Prompt tokens/s, under the decode load that the replica has."""
+        self.stream = LearnedRates(STREAM_PRIOR, 1.0)
+        """Completion tokens/s of one stream."""
+        self.cache_claims = LearnedRates(1.0, CLAIM_WEIGHT_TOKENS, pooled=False)
+        """Cache claim accuracy: the share of the claimed tokens that were cached, 0 to 1."""
+        self._all = (self.prefill, self.stream, self.cache_claims)
+
+    def grow(self, size: int) -> None:
+        """Make room for ``size`` rows."""
+        for rates in self._all:
+            rates.grow(size)
+
+    def reset_row(self, row: int) -> None:
+        """Forget the observations of a row."""
+        for rates in self._all:
+            rates.reset_row(row)
+
+    def refresh(self, elapsed_s: float) -> None:
+        """Let observations fade and update the priors; to be called about once a second."""
+        for rates in self._all:
+            rates.refresh(elapsed_s)
+
+    def learn(self, placement: Placement, usage: Usage, now_s: float) -> None:
+        """Learn from a request that ends now."""
+        row, completion_tokens = placement.replica.row, usage.completion_tokens
+        if placement.cached_tokens > 0.0:
+            found = min(float(usage.cached_tokens), placement.cached_tokens)
+            self.cache_claims.observe(row, found, placement.cached_tokens)
+        work_tokens = prefill_work_tokens(usage.prompt_tokens, usage.cached_tokens)
+        whole_s = now_s - placement.begun_s
+        if placement.is_first_token_seen and placement.prefilled_s is not None:
+            decode_s = now_s - placement.prefilled_s
+            completion_tokens -= 1
+        else:  # only the whole is known: both phases are assumed to be equally late
+            prefill_s = work_tokens / float(self.prefill.values[row])
+            decode_s = completion_tokens / float(self.stream.values[row])
+            decode_s *= whole_s / (prefill_s + decode_s)
+        self.prefill.observe(row, work_tokens, whole_s - decode_s)
+        if completion_tokens > 0:
+            self.stream.observe(row, completion_tokens, decode_s)
+
+
+def prefill_work_tokens(prompt_tokens: float, cached_tokens: float) -> float:
+    """Return the cost of a prefill, in prompt tokens."""
+    return max(0.0, prompt_tokens - cached_tokens) + STEP_TOKENS

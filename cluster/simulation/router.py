@@ -51,13 +51,13 @@ class SimulatedRouter:
             self.index.clear(replica.id)
 
     def update_cache(self, replica_id: str, stored: list[int], evicted: list[int]) -> None:
-        """Take in a replica's report on its prefix cache."""
+        """Apply a replica's report on its prefix cache."""
         if replica_id in self.fleet:
             self.index.add_stored(replica_id, stored)
             self.index.remove_stored(replica_id, evicted)
 
     def update_load(self, replica: SimulatedReplica) -> None:
-        """Take in a replica's load report."""
+        """Apply a replica's load report."""
         if replica.id in self.fleet:
             self.fleet.update_load(replica.id, replica.engine.load)
 
