@@ -111,9 +111,9 @@ class Registry:
         for collector in self._collectors:
             collector()
         for metric, children in self._children.items():
-            for name in metric, metric.deprecated_alias:
-                if name is not None:
-                    yield from ((name, labels, child) for labels, child in children.items())
+            for exported in metric, metric.deprecated_alias:
+                if exported is not None:
+                    yield from ((exported, labels, child) for labels, child in children.items())
 
     def series(self, metric: Metric) -> Mapping[tuple[str, ...], Child]:
         """Return the current children of one metric by label values."""
