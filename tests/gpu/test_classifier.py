@@ -35,7 +35,7 @@ def test_auto_is_bfloat16_on_a_gpu():
 
 @pytest.mark.parametrize("task", ["classify", "embed"])
 @pytest.mark.parametrize("graphs", [False, True])
-def test_graphs_give_what_transformers_gives(network, task, graphs):
+def test_cuda_graphs_agree_with_transformers(network, task, graphs):
     model = VarlenBert(network, Arithmetic.plain(torch.bfloat16), Pooling(), graphs=graphs)
     padded = TransformersModel(network, 0)
     for ids in (texts(27), texts(*range(3, 60)), texts(512, 3), texts(27), texts(*[9] * 700)):

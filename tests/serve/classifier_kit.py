@@ -1,4 +1,4 @@
-"""Tiny random models of every family, with tokenizers of their kinds, and engines around them."""
+"""Tiny random models of every family with their tokenizers, and engines of them."""
 
 import asyncio
 import contextlib
@@ -37,7 +37,7 @@ LABELS = {0: "negative", 1: "neutral", 2: "positive"}
 ENTITIES = {0: "O", 1: "B-PER", 2: "I-PER", 3: "B-LOC", 4: "I-LOC"}
 
 
-# Vocabularies are written by hand: what tokenizers' trainers make is not the same each time.
+# Vocabularies are explicit, because the trainers of tokenizers are not deterministic.
 def _wordpiece():
     halves = [word[len(word) // 2 :] for word in WORDS if len(word) > 4]
     pieces = [*LETTERS, *WORDS[::2], *(f"##{piece}" for piece in (*LETTERS, *halves))]
@@ -165,9 +165,9 @@ FAMILIES = {
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """For the module that imports it.
+    """Use one thread in each module that imports this fixture.
 
-    Tiny models gain nothing from more, and lose much where other processes want the cores.
+    Tiny models gain nothing from more threads, and slow down if other processes use the cores.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -176,7 +176,7 @@ def one_thread():
 
 
 class Saved:
-    """A model that is on disk and in memory."""
+    """Model on disk and in memory."""
 
     def __init__(self, path, network, tokenizer):
         self.directory = path
@@ -186,7 +186,7 @@ class Saved:
 
     @torch.inference_mode()
     def logits(self, *texts, **options):
-        """Of one text, or of one and its pair, computed alone and without padding."""
+        """Return the logits of one text or pair, computed alone and without padding."""
         inputs = self._inputs(*texts, **options)
         return self.network(**inputs).logits[0].float()
 
@@ -195,7 +195,7 @@ class Saved:
         return self.network.base_model(**self._inputs(text)).last_hidden_state[0].float()
 
     def windows(self, *texts, stride):
-        """(start, end, logits) of each window of the last text, as transformers cuts them."""
+        """Return (start, end, logits) of each window of the last text, cut by transformers."""
         encodings = self.tokenizer(
             *texts,
             truncation="only_second" if len(texts) == 2 else True,
@@ -209,13 +209,13 @@ class Saved:
             inputs = {name: torch.tensor([encodings[name][index]]) for name in names}
             kinds = encodings.sequence_ids(index)
             spans = zip(encodings["offset_mapping"][index], kinds, strict=True)
-            own = [span for span, kind in spans if kind == len(texts) - 1]
+            inner = [span for span, kind in spans if kind == len(texts) - 1]
             with torch.inference_mode():
-                found.append((own[0][0], own[-1][1], self.network(**inputs).logits[0]))
+                found.append((inner[0][0], inner[-1][1], self.network(**inputs).logits[0]))
         return found
 
     def _inputs(self, *texts, **options):
-        # In a list, because transformers takes an empty pair for none where it stands alone.
+        # In a list: outside of one, transformers treats an empty second text as no pair.
         batch = [texts] if len(texts) == 2 else list(texts)
         inputs = self.tokenizer(batch, return_tensors="pt", **options)
         if getattr(self.network.config, "type_vocab_size", 0) < 2:
@@ -224,7 +224,7 @@ class Saved:
 
 
 def save(path, family="bert", head="ForSequenceClassification", max_tokens=MAX_TOKENS, **changes):
-    """Make and save a model; its weights are the same each time."""
+    """Make and save a model with fixed weights."""
     logging.disable_progress_bar()
     torch.manual_seed(7)
     config_class, sizes, make = FAMILIES[family]
@@ -245,7 +245,7 @@ def save(path, family="bert", head="ForSequenceClassification", max_tokens=MAX_T
 
 
 def loaded(path):
-    """A classifier that lies on disk."""
+    """Return a saved classifier."""
     network = transformers.AutoModelForSequenceClassification.from_pretrained(path).eval()
     return Saved(path, network, transformers.AutoTokenizer.from_pretrained(path))
 
@@ -283,14 +283,14 @@ async def post(engine, path, body, headers=None):
 
 
 async def ask(engine, path, body, headers=None):
-    """The answer to a request that must succeed."""
+    """Return the reply to a request that must succeed."""
     answer = await post(engine, path, body, headers)
     assert answer.status_code == 200, answer.text
     return answer.json()
 
 
 async def refused(engine, path, body, status):
-    """The error of a request that must fail."""
+    """Return the error of a request that must fail."""
     answer = await post(engine, path, body)
     assert answer.status_code == status, answer.text
     return answer.json()["error"]

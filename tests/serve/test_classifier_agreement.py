@@ -16,9 +16,7 @@ from cluster.engines.classifier.model.agreement import (
 )
 from cluster.engines.classifier.model.check_texts import FILE, check_texts
 from cluster.engines.classifier.serving.tasks import TASKS
-from cluster.errors import (
-    ConfigError,
-)
+from cluster.errors import ConfigError
 from tests.serve.classifier_kit import TEXTS, one_thread, running, save  # noqa: F401
 
 
@@ -67,7 +65,7 @@ def test_agreement_on_multiple_labels_needs_all_of_them():
 
 @pytest.mark.parametrize("width", [1, 2])
 def test_agreement_on_numbers_is_relative_to_their_spread(width):
-    ids = texts(*range(2, 35))  # one more than a batch
+    ids = texts(*range(2, 35))  # more than one batch
     numbers = {len(row): np.full(width, len(row) / 10, np.float32) for row in ids}
 
     def full(task, some):
@@ -99,7 +97,9 @@ async def test_every_head_is_measured_before_it_computes_in_bfloat16(
     tmp_path, monkeypatch, tasks, head, labels
 ):
     monkeypatch.setenv("TANDEM_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(agreement, "MIN_AGREEMENT", 0)  # a random network's answers are close
+    monkeypatch.setattr(
+        agreement, "MIN_AGREEMENT", 0
+    )  # random networks have close scores and disagree often
     model = save(tmp_path / "model", head=head, labels=labels)
     (tmp_path / "model" / FILE).write_text("".join(f'{{"text": "{t}"}}\n' for t in TEXTS))
     async with running(model, *tasks, dtype="bfloat16") as engine:

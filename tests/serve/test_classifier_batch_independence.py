@@ -1,4 +1,4 @@
-"""A text's numbers do not depend on which texts shared its batch: the default classifier's."""
+"""Scores of the default classifier do not depend on the other texts of a batch."""
 
 from functools import cache
 
@@ -16,7 +16,7 @@ from cluster.engines.classifier.model.padded import TransformersModel
 from cluster.engines.classifier.model.tokenizer import TextTokenizer
 from cluster.models.build import build
 from cluster.models.store import resolve
-from tests.serve.classifier_kit import (  # noqa: F401, one_thread is used by all tests here
+from tests.serve.classifier_kit import (  # noqa: F401
     FAMILIES,
     MAX_TOKENS,
     one_thread,
@@ -26,11 +26,11 @@ from tests.serve.classifier_kit import (  # noqa: F401, one_thread is used by al
 MODEL = "sentiment-minilm"
 NEAR = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
 MOST = 512
-"""Tokens that the model takes."""
+"""Length of the model's longest text."""
 BATCH = 600
-"""Tokens of a batch here; what it may be in a server takes too long here."""
+"""Tokens of a batch; smaller than in a server, to save time."""
 EDGES = (1, 2, 15, 16, 17, 31, 32, 33, MOST - 1, MOST)
-"""The least, the most, and those about the registers that softmax fills."""
+"""Shortest and longest text, and lengths around the registers that softmax fills."""
 
 
 @cache
@@ -47,14 +47,14 @@ def model(dtype: torch.dtype) -> PackedBert:
 
 @cache
 def words() -> np.ndarray:
-    """The tokens of some thousand words that people wrote."""
+    """Return the tokens of some thousand words."""
     tokenizer = TextTokenizer(AutoTokenizer.from_pretrained(path()), MOST)
     rows = tokenizer.encode(check_texts(path()), 0, "right")
     return np.concatenate([row[1:-1] for row in rows])
 
 
 def text(length: int, start: int) -> np.ndarray:
-    """Words from somewhere between special tokens, as far as there is room."""
+    """Return words between special tokens, if there is room for these."""
     row = words()[start : start + length].copy()
     if length > 2:
         row[0], row[-1] = 101, 102
@@ -71,7 +71,7 @@ LENGTHS = st.one_of(
 @given(lengths=LENGTHS, seed=st.integers(0, 999))
 @example(lengths=[1, MOST], seed=0)
 @settings(max_examples=12, deadline=None)
-def test_a_text_has_the_scores_in_company_that_it_has_alone(dtype, lengths, seed):
+def test_scores_do_not_depend_on_the_other_texts_of_a_batch(dtype, lengths, seed):
     lengths = np.sort(np.array(lengths)[np.cumsum(lengths) <= BATCH])
     starts = np.random.default_rng(seed).integers(0, len(words()) - MOST, len(lengths))
     ids = [text(*each) for each in zip(lengths, starts, strict=True)]
@@ -83,7 +83,7 @@ def test_a_text_has_the_scores_in_company_that_it_has_alone(dtype, lengths, seed
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # DeBERTa's, as imported
 @pytest.mark.parametrize("dtype", NEAR, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_so_it_is_with_every_family_through_transformers(tmp_path, family, dtype):
+def test_padded_models_of_every_family_are_batch_independent(tmp_path, family, dtype):
     saved = save(tmp_path, family)
     network = saved.network.to(dtype)
     model = TransformersModel(network, saved.tokenizer.pad_token_id)

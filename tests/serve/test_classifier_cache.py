@@ -1,4 +1,4 @@
-"""The result cache, seen through the engine."""
+"""Result cache behind the HTTP API."""
 
 import pytest
 
@@ -31,7 +31,7 @@ def counts(engine):
     return found.cache_hits, found.cache_misses, found.texts
 
 
-async def test_it_is_off_by_default(saved):
+async def test_the_cache_is_off_by_default(saved):
     async with running(saved, "classify") as engine:
         for _ in range(2):
             await ask(engine, "/classify", {"input": "good"})
@@ -57,7 +57,7 @@ async def test_a_text_is_computed_once_and_the_reply_stays_the_same(saved):
         assert counts(engine) == (16, 15, 15)
 
 
-async def test_how_a_text_is_read_is_part_of_the_key(saved):
+async def test_options_are_part_of_the_key(saved):
     async with cached(saved, "classify") as engine:
         bodies = [
             {"truncate": "left"},
@@ -77,7 +77,7 @@ async def test_how_a_text_is_read_is_part_of_the_key(saved):
         assert counts(engine)[:2] == (6, 5)
 
 
-async def test_entities_are_kept_too(tmp_path):
+async def test_entities_are_cached(tmp_path):
     saved = save(tmp_path, "bert", "ForTokenClassification")
     async with cached(saved, "token-classification") as engine:
         body = {"input": [*TEXTS, LONG], "stride": 4}
@@ -86,7 +86,7 @@ async def test_entities_are_kept_too(tmp_path):
         assert counts(engine)[:2] == (6, 6)
 
 
-async def test_an_error_names_the_texts_place_in_the_whole_request(saved):
+async def test_errors_name_the_index_in_the_whole_request(saved):
     async with cached(saved, "classify") as engine:
         await ask(engine, "/classify", {"input": ["a", "b"]})
         error = await refused(engine, "/classify", {"input": ["a", "b", LONG]}, 400)
@@ -94,14 +94,14 @@ async def test_an_error_names_the_texts_place_in_the_whole_request(saved):
         await ask(engine, "/classify", {"input": ["a", "b"]})
 
 
-async def test_token_ids_pass_by(saved):
+async def test_token_ids_bypass_the_cache(saved):
     async with cached(saved, "embed") as engine:
         for _ in range(2):
             await ask(engine, "/v1/embeddings", {"input": [5, 6, 7]})
         assert counts(engine) == (0, 0, 2)
 
 
-async def test_tenants_find_only_their_own(saved):
+async def test_tenants_share_no_results_if_isolated(saved):
     async def classify(engine, tenant):
         headers = {"x-tandem-tenant": tenant} if tenant else None
         assert (await post(engine, "/classify", {"input": "good"}, headers)).status_code == 200
@@ -114,7 +114,7 @@ async def test_tenants_find_only_their_own(saved):
             assert counts(engine)[0] == hits
 
 
-async def test_scores_and_rankings_share_what_was_computed(tmp_path):
+async def test_score_and_rerank_share_results(tmp_path):
     saved = save(tmp_path, labels={0: "relevance"})
     async with cached(saved, "score", "rerank") as engine:
         await ask(engine, "/score", {"text_1": "good", "text_2": TEXTS, "truncate": True})

@@ -5,13 +5,9 @@ import json
 
 import pytest
 
-from cluster.errors import (
-    InvalidRequestError,
-)
+from cluster.errors import InvalidRequestError
 from tests.serve.classifier_kit import client, config, one_thread, post, serving  # noqa: F401
-from tests.serve.word_bert import (
-    MAX_TOKENS,
-)
+from tests.serve.word_bert import MAX_TOKENS
 
 
 @pytest.fixture

@@ -7,18 +7,9 @@ import pytest
 
 from cluster.engines.classifier.model.packed.cpu import PackedBert
 from cluster.engines.classifier.model.padded import TransformersModel
-from cluster.errors import (
-    EngineDeadError,
-    InternalError,
-)
+from cluster.errors import EngineDeadError, InternalError
 from tests.serve.classifier_kit import config, one_thread, post, serving, until  # noqa: F401
-from tests.serve.word_bert import (
-    TEXTS,
-    expected,
-    make_bert,
-    make_distilbert,
-    save_model,
-)
+from tests.serve.word_bert import TEXTS, expected, make_bert, make_distilbert, save_model
 
 
 @pytest.fixture

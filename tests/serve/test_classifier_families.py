@@ -1,4 +1,4 @@
-"""Every family with every head, against transformers itself, one text at a time."""
+"""Every model family with every head, against transformers one text at a time."""
 
 import asyncio
 
@@ -67,7 +67,7 @@ async def test_masks_are_filled_as_by_transformers(tmp_path, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-async def test_threads_that_share_a_network_do_not_disturb_one_another(tmp_path, family):
+async def test_threads_with_a_shared_network_do_not_interfere(tmp_path, family):
     saved = save(tmp_path, family, "ForMaskedLM")
     texts = [f"the {saved.tokenizer.mask_token}" + " good" * (index % 5) for index in range(80)]
     async with running(saved, "fill-mask", "embed", threads=3, max_batch_tokens=512) as engine:

@@ -1,4 +1,4 @@
-"""What every endpoint says to odd and wrong inputs, and what the OpenAPI document says of it."""
+"""Odd and invalid inputs of every endpoint, and the OpenAPI document."""
 
 import json
 
@@ -43,7 +43,7 @@ async def engine(saved, task):
 
 
 def body(task, texts):
-    """A request of ``task`` about ``texts``, in which they are what is long or odd."""
+    """Return a request of ``task`` that contains ``texts``."""
     if task == "next-sentence":
         return {"input": [["good film", text] for text in texts]}
     if task == "fill-mask":
@@ -90,7 +90,7 @@ async def test_a_very_long_text_is_refused_or_cut(engine, task):
         assert answer["usage"]["total_tokens"] == 40
 
 
-async def test_lists_have_a_length(engine, task):
+async def test_empty_and_too_long_lists_are_refused(engine, task):
     path = HEADS[task][1]
     assert "is empty" in (await refused(engine, path, body(task, []), 400))["message"]
     assert len(entries(await ask(engine, path, body(task, ["good"] * MAX_TEXTS)))) == MAX_TEXTS
@@ -128,7 +128,7 @@ async def test_another_models_name_is_not_found(engine, task):
     assert (await refused(engine, HEADS[task][1], given, 404))["param"] == "model"
 
 
-async def test_the_document_describes_what_is_read_and_written(engine, task):
+async def test_the_openapi_document_describes_requests_and_replies(engine, task):
     answer = await post(engine, "/openapi.json", {})
     document = answer.json()
     assert tuple(document["paths"]) == engine.routes()

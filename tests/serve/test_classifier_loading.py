@@ -6,28 +6,16 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    BertModel,
-)
+from transformers import BertModel
 
 from cluster.engines.classifier import make_classifier_engine
 from cluster.engines.classifier.engine import ClassifierEngine
 from cluster.engines.classifier.model import build, device
-from cluster.engines.classifier.model.agreement import (
-    Agreement,
-)
+from cluster.engines.classifier.model.agreement import Agreement
 from cluster.engines.classifier.model.check_texts import FILE
-from cluster.errors import (
-    ConfigError,
-)
+from cluster.errors import ConfigError
 from tests.serve.classifier_kit import config, one_thread, post, serving  # noqa: F401
-from tests.serve.word_bert import (
-    TEXTS,
-    expected,
-    make_distilbert,
-    make_word_tokenizer,
-    save_model,
-)
+from tests.serve.word_bert import TEXTS, expected, make_distilbert, make_word_tokenizer, save_model
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Long texts: cut on either side, or read in windows that are put together again."""
+"""Long texts: cut on either side, or read in windows whose results are merged."""
 
 import numpy as np
 import pytest
@@ -72,7 +72,7 @@ async def test_labels_of_windows_are_merged(engine, saved, stride, aggregate):
     assert [(w["start"], w["end"]) for w in empty["windows"]] == [(0, 0)]
     assert answer["usage"] == plain["usage"]
     tokens = len(saved.tokenizer(SENTENCES, add_special_tokens=False)["input_ids"])
-    tokens += (len(windows) - 1) * stride + 2 * len(windows)  # what is read twice, and around it
+    tokens += (len(windows) - 1) * stride + 2 * len(windows)  # overlaps and special tokens
     short = sum(len(saved.tokenizer(text)["input_ids"]) for text in ("good", ""))
     assert answer["usage"]["total_tokens"] == tokens + short
 

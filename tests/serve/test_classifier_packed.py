@@ -13,10 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-)
+from transformers import BertConfig, BertForSequenceClassification
 
 from cluster.config import ClassifierConfig
 from cluster.engines.classifier.model.load import load_model
@@ -42,14 +39,7 @@ from cluster.engines.classifier.model.padded import TransformersModel
 from cluster.engines.classifier.serving import service
 from tests.serve.classifier_kit import one_thread, serving  # noqa: F401
 from tests.serve.test_classifier_pooling import MODES
-from tests.serve.word_bert import (
-    SIZES,
-    TEXTS,
-    make_bert,
-    make_distilbert,
-    make_roberta,
-    save_model,
-)
+from tests.serve.word_bert import SIZES, TEXTS, make_bert, make_distilbert, make_roberta, save_model
 
 VOCABULARY = 50
 DTYPES = (torch.float32, torch.bfloat16)
@@ -127,9 +117,9 @@ def test_results_do_not_depend_on_the_other_texts_of_a_batch(net, lengths, seed,
     together = model.run(task, ids)
     index = data.draw(st.integers(0, len(ids) - 1))
     alone = model.run(task, [ids[index]])[0]
-    # This network's weights are ten times those of a trained one, and so is its rounding.
-    near = 1e-5 if dtype == torch.float32 else 1e-2
-    np.testing.assert_allclose(alone, together[index], atol=near)
+    # Weights, and with them rounding errors, are ten times those of a trained network.
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    np.testing.assert_allclose(alone, together[index], atol=tolerance)
 
 
 def test_int8_scores_do_not_depend_on_the_other_texts_of_a_batch(net):
@@ -224,7 +214,7 @@ def test_pooling_ignores_padding(net, mode):
 
 
 def attend_one_by_one(query, key, value, starts_q, starts_k, most):
-    """What flash attention of variable length computes."""
+    """Compute variable-length attention text by text; see ``gpu.Attend``."""
     context = torch.zeros_like(query)
     ends = zip(starts_q[1:].tolist(), starts_k[1:].tolist(), strict=True)
     first_q = first_k = 0
@@ -248,7 +238,7 @@ def test_varlen_and_grouped_attention_agree(net, lengths, seed):
     pooling = Pooling(tuple(MODES))
     slots = VarlenBert(net, how, pooling, attend_one_by_one, graphs=False)
     groups = PackedBert(net, how, pooling)
-    for batch in (ids, ids[:1], ids):  # a slot holds nothing of the batch before
+    for batch in (ids, ids[:1], ids):  # buffers keep nothing of the previous batch
         for task in ("classify", "embed"):
             found, wanted = slots.run(task, batch), groups.run(task, batch)
             np.testing.assert_allclose(found, wanted, atol=1e-5)
@@ -289,7 +279,7 @@ async def test_a_gpu_engine_prepares_a_batch_while_another_is_computed(tmp_path,
             overlaps.set()
 
     def attend(*args):
-        assert overlaps.wait(30)  # the first batch is not computed before the second is laid out
+        assert overlaps.wait(30)  # compute the first batch after the second is laid out
         return attend_one_by_one(*args)
 
     def load(*args):

@@ -1,4 +1,4 @@
-"""Cross-encoders: scores and rankings, against transformers itself."""
+"""Cross-encoders: scores and rankings, against transformers."""
 
 import pytest
 
@@ -40,7 +40,7 @@ def relevance(saved, query, documents):
     return [saved.logits(query, document).sigmoid().item() for document in documents]
 
 
-async def test_one_text_with_one_with_many_and_in_pairs(engine, saved):
+async def test_scores_of_one_to_one_one_to_many_and_two_lists(engine, saved):
     wanted = relevance(saved, QUERY, DOCUMENTS)
     many = await ask(engine, "/score", {"text_1": QUERY, "text_2": DOCUMENTS})
     assert [item["score"] for item in many["data"]] == pytest.approx(wanted, abs=1e-5)
@@ -86,7 +86,6 @@ async def test_the_best_documents_come_with_their_texts(engine, saved):
 
 
 async def test_long_documents_are_cut_or_read_in_windows(engine, saved):
-    """Ranking cuts them unless it is told not to; a window's score may stand for all of it."""
     long = " ".join(["the plot went on and on"] * 30) + " three and a half million people"
     body = {"query": "good film", "documents": ["dull", long]}
     cut = (await ask(engine, "/rerank", body))["results"]
@@ -110,7 +109,7 @@ async def test_long_documents_are_cut_or_read_in_windows(engine, saved):
     assert "the first text of input[0] has" in error["message"]
 
 
-async def test_documents_are_cut_at_the_tokens_that_the_request_gives_them(saved):
+async def test_max_tokens_per_doc_limits_documents(saved):
     long = ["a film people lives", "about", "a picture", "for about million people " * 20]
     cut = ["a film", "about", "a picture", "for about"]
     async with running(saved, "rerank", result_cache={"max_bytes": 10**6}) as engine:
@@ -137,7 +136,7 @@ async def test_documents_are_cut_at_the_tokens_that_the_request_gives_them(saved
         ({"text_1": "a", "text_2": "b", "truncate": 1}, 422, "truncate", "truncate"),
     ],
 )
-async def test_what_cannot_be_scored_is_refused(engine, body, status, says, param):
+async def test_bad_score_requests_are_refused(engine, body, status, says, param):
     error = await refused(engine, "/score", body, status)
     assert says in error["message"]
     assert error["param"] == param
@@ -155,12 +154,12 @@ async def test_what_cannot_be_scored_is_refused(engine, body, status, says, para
         ({"query": "a", "documents": ["a"], "max_tokens_per_doc": 0}, 422, ">= 1"),
     ],
 )
-async def test_what_cannot_be_ranked_is_refused(saved, body, status, says):
+async def test_bad_rerank_requests_are_refused(saved, body, status, says):
     async with running(saved, "rerank", max_texts=10) as engine:
         assert says in (await refused(engine, "/rerank", body, status))["message"]
 
 
-async def test_a_cross_encoders_own_activation_counts(tmp_path):
+async def test_a_cross_encoders_saved_activation_is_used(tmp_path):
     kept = {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}
     saved = save(tmp_path, labels={0: "relevance"}, **kept)
     async with running(saved, "score") as engine:

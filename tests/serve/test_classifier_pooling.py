@@ -1,4 +1,4 @@
-"""Embeddings pooled as the model's own directory says."""
+"""Pooling of embeddings by the files of sentence-transformers."""
 
 import base64
 import json
@@ -37,7 +37,7 @@ def saved(tmp_path, request):
 
 
 def write_modules(saved, modes, *further):
-    """What sentence-transformers writes beside a model."""
+    """Write the files of sentence-transformers."""
     kinds = ["Transformer", "Pooling", *further]
     modules = [
         {
@@ -66,13 +66,13 @@ async def vectors(saved, **options):
 
 
 @pytest.mark.parametrize("mode", MODES)
-async def test_each_mode_and_no_normalizing(saved, mode):
+async def test_each_mode_without_normalizing(saved, mode):
     write_modules(saved, [mode])
     wanted = [MODES[mode](saved.hidden(text)).numpy() for text in TEXTS]
     np.testing.assert_allclose(await vectors(saved), wanted, atol=1e-5, rtol=1e-5)
 
 
-async def test_several_modes_stand_side_by_side_at_unit_length(saved):
+async def test_several_modes_are_concatenated_at_unit_length(saved):
     write_modules(saved, ["mean_tokens", "cls_token"], "Normalize")
     hidden = [saved.hidden(text) for text in TEXTS]
     wanted = torch.stack([torch.cat([h[0], h.mean(0)]) for h in hidden])
@@ -86,7 +86,7 @@ async def test_several_modes_stand_side_by_side_at_unit_length(saved):
     np.testing.assert_allclose(short, first, atol=1e-5)
 
 
-async def test_without_modules_it_is_the_mean_at_unit_length(saved):
+async def test_the_default_is_the_mean_at_unit_length(saved):
     wanted = torch.stack([saved.hidden(text).mean(0) for text in TEXTS])
     wanted = torch.nn.functional.normalize(wanted, dim=-1).numpy()
     np.testing.assert_allclose(await vectors(saved), wanted, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Every task of encoders from configuration to client: router, links and engines are real."""
+"""Every task from configuration to client, with real router, links and engines."""
 
 from contextlib import AsyncExitStack
 
@@ -10,7 +10,7 @@ from cluster.gateway import Gateway, GatewayApp, ReplicaInfo, Wiring
 from cluster.link import LinkServer
 from tests import asgi
 from tests.serve import classifier_kit
-from tests.serve.classifier_kit import (  # noqa: F401, the fixture is used by all tests here
+from tests.serve.classifier_kit import (  # noqa: F401
     one_thread,
     save,
     until,
@@ -45,7 +45,7 @@ REQUESTS = {
 
 
 class Site:
-    """A router, and an engine for each pool."""
+    """Router with one engine per pool."""
 
     def __init__(self, directory) -> None:
         self._paths = {
@@ -83,7 +83,7 @@ async def site(tmp_path):
         yield site
 
 
-async def test_every_task_is_answered_with_what_its_engine_says_and_with_its_times(site):
+async def test_the_router_returns_the_engines_replies_and_timings(site):
     for path, (pool, body) in REQUESTS.items():
         wanted = await classifier_kit.ask(site.engines[pool], path, body)
         for named in ({}, {"model": pool}):
@@ -116,7 +116,7 @@ async def test_odd_inputs_have_a_defined_answer(site):
         assert (await ask({"input": text}))[0] == 200
 
 
-async def test_a_client_that_leaves_the_router_is_skipped_by_the_engine(site, gate):
+async def test_the_engine_skips_texts_of_a_disconnected_client(site, gate):
     engine = site.engines["labels"]
     go_on = gate(engine)
     first = asgi.start(site.app, "POST", "/classify", {"input": "good"})

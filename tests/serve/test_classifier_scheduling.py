@@ -15,17 +15,9 @@ from cluster.engines.classifier.model.device import share_threads
 from cluster.engines.classifier.serving.jobs import Job
 from cluster.engines.classifier.serving.queue import JobQueue
 from cluster.engines.classifier.serving.runner import MAX_STREAMS
-from cluster.errors import (
-    OverloadedError,
-    PayloadTooLargeError,
-    UnavailableError,
-)
+from cluster.errors import OverloadedError, PayloadTooLargeError, UnavailableError
 from tests.serve.classifier_kit import config, one_thread, post, serving, until  # noqa: F401
-from tests.serve.word_bert import (
-    MAX_TOKENS,
-    make_bert,
-    save_model,
-)
+from tests.serve.word_bert import MAX_TOKENS, make_bert, save_model
 
 
 @pytest.fixture
@@ -35,19 +27,19 @@ async def engine(word_model_path):
 
 
 async def test_slow_tokenizing_does_not_delay_short_texts(engine):
-    plain, release, begun = engine.service.model.tokenizer.reader(True), threading.Event(), []
+    plain, release, started = engine.service.model.tokenizer.reader(True), threading.Event(), []
 
     class Slow:
         max_tokens_per_text = plain.max_tokens_per_text
 
         def read(self, texts, first):
-            begun.append(texts)
+            started.append(texts)
             assert release.wait(30)
             return plain.read(texts, first)
 
     large = engine.service.encode("classify", ["film " * 20_000], reader=Slow())
     task = asyncio.create_task(large)
-    await until(lambda: begun)
+    await until(lambda: started)
     try:
         async with asyncio.timeout(20):
             assert (await engine.service.encode("classify", ["good"])).rows.shape == (1, 3)
@@ -137,7 +129,7 @@ async def test_stop_fails_open_requests_and_refuses_new_ones(word_model_path, ga
     assert (await post(engine, "/classify", {"input": "a"})).status_code == 503
 
 
-def put(queue, *lengths):
+def put_texts(queue, *lengths):
     job = Job("classify", [], None, asyncio.get_running_loop().create_future(), 0.0)
     job.ids = [np.zeros(length, np.int64) for length in lengths]
     queue.put_job(job)
@@ -147,22 +139,22 @@ async def test_waiting_texts_are_divided_among_threads_and_small_batches_wait():
     queue = JobQueue(max_batch_tokens=1024, max_queued_tokens=100_000)
     queue.set_streams(2)
 
-    put(queue, *[10] * 60)
+    put_texts(queue, *[10] * 60)
     first, second = queue.take_batch(), queue.take_batch()
-    assert [turn.batch.num_tokens for turn in (first, second)] == [300, 300]
+    assert [scheduled.batch.num_tokens for scheduled in (first, second)] == [300, 300]
     assert not first.uses_all_cores
-    put(queue, *[10] * 5)
+    put_texts(queue, *[10] * 5)
     taken = []
     thread = threading.Thread(target=lambda: taken.append(queue.take_batch()))
     thread.start()
     queue.finish_batch()
-    assert not taken  # 50 tokens wait for the one that still runs
+    assert not taken  # 50 tokens wait while another batch runs
     queue.finish_batch()
     thread.join()
     assert taken[0].uses_all_cores
     assert taken[0].batch.num_tokens == 50
     queue.finish_batch()
-    put(queue, *[64] * 100)
+    put_texts(queue, *[64] * 100)
     assert queue.take_batch().batch.num_tokens == 1024
 
 
@@ -173,13 +165,13 @@ async def test_a_gpu_prepares_only_full_batches_ahead():
     thread = threading.Thread(target=lambda: taken.put(queue.take_batch(is_leader=False)))
     thread.start()
 
-    put(queue, *[10] * 60)
+    put_texts(queue, *[10] * 60)
     assert queue.take_batch().batch.num_tokens == 600
-    put(queue, *[10] * 100)
+    put_texts(queue, *[10] * 100)
     assert taken.empty()
-    put(queue, *[10] * 10)
-    turn = await asyncio.to_thread(taken.get, timeout=30)
-    assert turn.batch.num_tokens == 1020
+    put_texts(queue, *[10] * 10)
+    scheduled = await asyncio.to_thread(taken.get, timeout=30)
+    assert scheduled.batch.num_tokens == 1020
     thread.join()
 
 
@@ -193,10 +185,10 @@ async def test_leftover_texts_wake_another_thread():
     ]
     for thread in threads:
         thread.start()
-    put(queue, *[10] * 90)
-    turns = [await asyncio.to_thread(taken.get, timeout=30) for _ in threads]
-    assert sorted(turn.batch.num_tokens for turn in turns) == [300, 300, 300]
-    assert not any(turn.uses_all_cores for turn in turns)
+    put_texts(queue, *[10] * 90)
+    batches = [await asyncio.to_thread(taken.get, timeout=30) for _ in threads]
+    assert sorted(scheduled.batch.num_tokens for scheduled in batches) == [300, 300, 300]
+    assert not any(scheduled.uses_all_cores for scheduled in batches)
 
 
 @given(num_threads=st.integers(1, 300), num_streams=st.integers(1, MAX_STREAMS))

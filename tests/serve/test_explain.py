@@ -15,13 +15,14 @@ from cluster.engines.classifier.explain.explainer import MAX_OPEN, Explainer
 from cluster.engines.classifier.explain.schema import Question
 from cluster.errors import InternalError, OverloadedError, UnavailableError
 from tests.serve import tiny_bert
-from tests.serve.classifier_kit import (  # noqa: F401, one_thread is used by all tests here
+from tests.serve.classifier_kit import (  # noqa: F401
     FAMILIES,
     LABELS,
     PAIRS,
     TEXTS,
     one_thread,
     save,
+    until,
 )
 from tests.serve.planted import FILLER, TELLING, texts
 
@@ -66,7 +67,7 @@ def test_offsets_are_characters_of_the_text(model):
         ]
 
 
-def test_top_k_is_the_part_of_all(model):
+def test_top_k_selects_the_best_labels(model):
     every = model.explain("word1 refund", GRADIENTS, nothing)
     best = model.explain("word1 refund", BEST, nothing)
     assert len(every.labels) == 2
@@ -77,7 +78,7 @@ def test_top_k_is_the_part_of_all(model):
     assert scores == sorted(scores, reverse=True)
 
 
-def test_pairs_and_both_sides_of_a_cut(model):
+def test_pairs_and_truncation_sides(model):
     pair = "word1 word2", "refund word3"
     found = model.explain(pair, GRADIENTS, nothing)
     assert [(w.text, w.start, w.in_pair) for w in found.words] == [
@@ -94,7 +95,7 @@ def test_pairs_and_both_sides_of_a_cut(model):
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # DeBERTa's, as imported
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_explained_is_the_score_of_the_classifier(tmp_path, family):
+def test_the_explained_score_is_the_classifiers(tmp_path, family):
     saved = save(tmp_path, family, max_tokens=60)
     model = ExplainModel.load(saved.path, torch.device("cpu"), max_tokens=60)
     for text in [*TEXTS, *PAIRS]:
@@ -122,7 +123,7 @@ def test_odd_texts_have_an_explanation(model, text):
 def test_rollout_finds_the_planted_word_more_often_than_chance(model):
     rows = [(model.explain(text, ROLLOUT, nothing), text) for text, _ in texts(20, seed=4)]
     found = [row.words[int(np.argmax(row.weights))].text in TELLING for row, _ in rows]
-    assert sum(found) > 10
+    assert sum(found) > 10  # of 20; by chance it would be one word in 4 to 9
     assert all(min(row.weights) > 0 and sum(row.weights) == pytest.approx(1) for row, _ in rows)
 
 
@@ -146,7 +147,7 @@ def test_other_kinds_of_scores_add_up_too(tmp_path, problem):
 
 
 class Slow:
-    """An explaining model that waits before each text, and counts."""
+    """Explaining model that waits at a gate before each text."""
 
     def __init__(self, model):
         self.model = model
@@ -169,13 +170,7 @@ async def slow(model):
     await explainer.stop()
 
 
-async def until(condition):
-    async with asyncio.timeout(30):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
-
-
-async def test_few_may_wait_and_the_rest_is_refused(slow):
+async def test_open_explanations_are_limited(slow):
     slow, explainer = slow
     waiting = [
         asyncio.create_task(explainer.explain(["refund"], GRADIENTS)) for _ in range(MAX_OPEN)
@@ -188,7 +183,7 @@ async def test_few_may_wait_and_the_rest_is_refused(slow):
     assert len(await explainer.explain(["refund", "thanks"], BEST)) == 2
 
 
-async def test_a_client_that_leaves_ends_its_work(slow):
+async def test_a_disconnect_ends_the_work(slow):
     slow, explainer = slow
     first = asyncio.create_task(explainer.explain(["refund"] * 9, GRADIENTS))
     second = asyncio.create_task(explainer.explain(["thanks"], GRADIENTS))
@@ -202,7 +197,7 @@ async def test_a_client_that_leaves_ends_its_work(slow):
     assert slow.begun == 2
 
 
-async def test_a_stop_fails_what_is_open(slow):
+async def test_stop_fails_open_requests(slow):
     slow, explainer = slow
     open_ones = [asyncio.create_task(explainer.explain(["refund"], GRADIENTS)) for _ in range(3)]
     await until(lambda: slow.begun)
@@ -216,7 +211,7 @@ async def test_a_stop_fails_what_is_open(slow):
         await explainer.explain(["refund"], GRADIENTS)
 
 
-async def test_the_model_is_loaded_when_it_is_needed(model):
+async def test_the_model_is_loaded_on_first_use(model):
     loads = []
 
     def load():

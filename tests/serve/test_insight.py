@@ -1,37 +1,28 @@
-"""Explanations, calibration and drift as a client and a replica see them."""
+"""Explanations, calibration and drift behind the HTTP API."""
 
 import shutil
 
-import httpx
 import numpy as np
 import pytest
 
 from cluster.config import ClassifierConfig
 from cluster.engines.classifier.engine import ClassifierEngine
+from cluster.engines.classifier.explain.attribution import ExplainModel
 from cluster.errors import ConfigError
 from cluster.models import calibration, reference
 from cluster.models.calibration import Calibration
+from tests.serve import classifier_kit
 from tests.serve.planted import texts
 
 CONFIG = ClassifierConfig(name="mine", model="mine", threads=1, dtype="float32")
 
 
-class running:  # noqa: N801
-    def __init__(self, path):
-        self.engine = ClassifierEngine(CONFIG, str(path))
-
-    async def __aenter__(self):
-        await self.engine.start()
-        return self.engine
-
-    async def __aexit__(self, *_):
-        await self.engine.stop()
+def running(path):
+    return classifier_kit.serving(CONFIG, str(path))
 
 
 async def post(engine, body, path="/classify"):
-    transport = httpx.ASGITransport(app=engine.app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://tandem") as http:
-        return await http.post(path, json=body)
+    return await classifier_kit.post(engine, path, body)
 
 
 @pytest.fixture
@@ -40,7 +31,7 @@ async def engine(trained):
         yield engine
 
 
-async def test_an_explanation_comes_beside_the_scores(engine):
+async def test_explanations_are_added_to_the_scores(engine):
     plain = (await post(engine, {"input": "word1 REFUND"})).json()
     answer = (await post(engine, {"input": "word1 REFUND", "explain": True})).json()
     item = answer["data"][0]
@@ -76,14 +67,14 @@ async def test_methods_lists_and_top_k(engine):
         ({"input": "a", "explain": True, "stride": 4}, 400, "exclude each other", "explain"),
     ],
 )
-async def test_what_cannot_be_explained_is_refused(engine, body, status, says, param):
+async def test_bad_explanation_requests_are_refused(engine, body, status, says, param):
     answer = await post(engine, body)
     assert answer.status_code == status
     assert says in answer.json()["error"]["message"]
     assert answer.json()["error"]["param"] == param
 
 
-async def test_a_cut_text_is_explained_as_far_as_it_was_read(engine):
+async def test_explanations_cover_the_part_that_was_read(engine):
     body = {"input": "word1 " * 40, "explain": True, "truncate": True}
     item = (await post(engine, body)).json()["data"][0]
     assert len(item["explanation"]["words"]) == 30
@@ -97,14 +88,21 @@ async def test_a_cut_text_is_explained_as_far_as_it_was_read(engine):
     assert item["explanation"]["labels"][0]["score"] == pytest.approx(item["score"], abs=1e-5)
 
 
-async def test_plain_requests_load_no_explaining_model(engine):
+async def test_plain_requests_load_no_explaining_model(engine, monkeypatch):
+    loads, load = [], ExplainModel.load
+
+    def counting(*args):
+        loads.append(args)
+        return load(*args)
+
+    monkeypatch.setattr(ExplainModel, "load", counting)
     await post(engine, {"input": "thanks"})
-    assert engine._insight._explainer._model is None
+    assert not loads
     await post(engine, {"input": "thanks", "explain": True})
-    assert engine._insight._explainer._model is not None
+    assert len(loads) == 1
 
 
-async def test_a_calibrated_model_is_as_unsure_as_it_should_be(tmp_path, trained, engine):
+async def test_calibration_divides_the_logits(tmp_path, trained, engine):
     path = shutil.copytree(trained[0], tmp_path / "model")
     calibration.write(path, Calibration(3.0, 0.2, 0.01, 500))
     body = {"input": ["word1 refund", "thanks"], "explain": True}
@@ -121,7 +119,7 @@ async def test_a_calibrated_model_is_as_unsure_as_it_should_be(tmp_path, trained
         await ClassifierEngine(CONFIG, str(path)).start()
 
 
-async def test_texts_are_counted_and_compared(tmp_path, trained):
+async def test_drift_is_measured_against_the_reference(tmp_path, trained):
     path = shutil.copytree(trained[0], tmp_path / "model")
     rows = list(texts(600, seed=11))
     async with running(path) as engine:

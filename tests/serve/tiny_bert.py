@@ -1,4 +1,4 @@
-"""A small encoder with random weights and whole words as tokens, for tests that train or load."""
+"""Tiny random encoder with whole words as tokens, for tests that train or load one."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def save(path: Path, words: list[str], pieces: tuple[str, ...] = (), network=None) -> Path:
-    """Write a BERT and a WordPiece tokenizer that knows ``words`` and ``##pieces``."""
+    """Save a BERT and a WordPiece tokenizer with ``words`` and ``##pieces``."""
     vocab = [*SPECIAL, *words, *(f"##{piece}" for piece in pieces)]
     backend = Tokenizer(models.WordPiece({w: i for i, w in enumerate(vocab)}, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer()

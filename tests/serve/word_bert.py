@@ -73,7 +73,7 @@ def make_roberta():
 
 
 def expected(network, texts):
-    """Scores and mean-pooled unit vectors from transformers itself, one text at a time."""
+    """Return transformers' scores and mean-pooled unit vectors, one text at a time."""
     tokenizer = make_word_tokenizer()
     scores, vectors = [], []
     with torch.inference_mode():

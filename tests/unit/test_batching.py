@@ -22,7 +22,7 @@ def drain(batcher: Batcher[int]) -> list[Batch[int]]:
 
 
 @given(requests, st.integers(1, 5))
-def test_every_text_comes_once_within_the_budget(reqs, lookahead):
+def test_every_text_is_in_one_batch_within_the_budget(reqs, lookahead):
     batcher = Batcher[int](BUDGET, lookahead)
     for key, (task, lengths) in enumerate(reqs):
         batcher.add_request(key, task, lengths)
@@ -60,11 +60,9 @@ def test_cancelled_texts_are_skipped_and_counted(reqs, data):
 @given(st.lists(st.integers(1, 32), min_size=1, max_size=8), st.randoms(use_true_random=False))
 @settings(max_examples=30, deadline=None)
 def test_no_text_starves_under_an_endless_flood(old, random):
-    """With 32 requests always waiting, virtual time passes the old one's last tag and serves it.
-
-    A cut moves at least half a budget, so virtual time moves by at least 1 (32 tokens over 32
-    requests); after ``sum(old)`` cuts nothing newer comes before it, and each cut serves the first.
-    """
+    # Each batch has at least half a budget, so virtual time advances by at least 1 (32 tokens
+    # over 32 waiting requests). After sum(old) batches no newer request is before the old one,
+    # and each batch contains its first text.
     batcher = Batcher[int](BUDGET)
     batcher.add_request(0, "classify", old)
     key, left, cuts = 0, len(old), 0
@@ -90,8 +88,9 @@ def test_a_single_text_overtakes_a_large_request():
     assert {"single 3", "single 16", "single 60"} <= keys
 
 
-def test_a_large_request_keeps_its_share_beside_many_singles():
-    """63 singles wait at every moment; the large request gets at least half of a 64th."""
+def test_a_large_request_keeps_its_share_among_many_singles():
+    # 64 requests wait at any moment, so the fair share of 64 * 50 texts is 50; accept half to
+    # double of it.
     batcher = Batcher[int](BUDGET, lookahead=1)
     batcher.add_request(0, "classify", [16] * 100)
     number, served, large = 0, 0, 0
@@ -106,14 +105,14 @@ def test_a_large_request_keeps_its_share_beside_many_singles():
     assert 25 <= large <= 100
 
 
-def test_requests_that_fit_a_batch_are_finished_in_the_order_of_their_coming():
+def test_requests_that_fit_a_batch_finish_in_order_of_arrival():
     batcher = Batcher[str](BUDGET, lookahead=1)
     for key in "abcd":
         batcher.add_request(key, "classify", [4] * (BUDGET // 4))
     assert [{item.key for item in batch.items} for batch in drain(batcher)] == [*map(set, "abcd")]
 
 
-def test_a_smaller_request_overtakes_larger_ones_that_came_before():
+def test_a_small_request_overtakes_larger_earlier_ones():
     batcher = Batcher[str](BUDGET, lookahead=1)
     for key in "abcd":
         batcher.add_request(key, "classify", [4] * (BUDGET // 4))
@@ -124,7 +123,7 @@ def test_a_smaller_request_overtakes_larger_ones_that_came_before():
     assert "small" in {item.key for item in batch.items}
 
 
-def test_a_single_text_is_not_put_behind_shorter_ones_that_come_later():
+def test_slightly_shorter_later_texts_do_not_overtake():
     batcher = Batcher[str](BUDGET, lookahead=1)
     batcher.add_request("long", "classify", [BUDGET // 4 - 1])
     for number in range(BUDGET):
@@ -134,7 +133,7 @@ def test_a_single_text_is_not_put_behind_shorter_ones_that_come_later():
     assert "long" in {item.key for item in batch.items}
 
 
-def test_large_requests_of_one_age_share_evenly():
+def test_simultaneous_large_requests_share_evenly():
     batcher = Batcher[str](BUDGET, lookahead=1)
     for key in "abcd":
         batcher.add_request(key, "classify", [4] * 100)
@@ -148,8 +147,8 @@ def test_large_requests_of_one_age_share_evenly():
 
 
 @given(st.integers(1, 4 * BUDGET), st.integers(1, 4 * BUDGET))
-def test_large_requests_get_the_same_whatever_the_lengths_of_their_texts(one, other):
-    """While both have texts that wait, neither is ahead by more than portions and batches are."""
+def test_shares_do_not_depend_on_the_lengths_of_texts(one, other):
+    # Neither may be ahead by more than a portion and a batch, each up to a budget and one text.
     batcher = Batcher[int](BUDGET, lookahead=1)
     batcher.add_request(0, "classify", [one] * (40 * BUDGET // one + 1))
     batcher.add_request(1, "classify", [other] * (40 * BUDGET // other + 1))
@@ -162,7 +161,7 @@ def test_large_requests_get_the_same_whatever_the_lengths_of_their_texts(one, ot
         assert abs(served[0] - served[1]) <= 2 * (2 * BUDGET + max(one, other))
 
 
-def test_texts_of_like_length_go_together():
+def test_texts_of_similar_length_are_batched_together():
     batcher = Batcher[int](BUDGET)
     for key in range(16):
         batcher.add_request(key, "classify", [3 if key % 2 else 8])
@@ -173,7 +172,7 @@ def test_texts_of_like_length_go_together():
     assert {item.length for item in second.items} == {3}
 
 
-def test_a_key_waits_once_and_an_unknown_one_cancels_nothing():
+def test_keys_are_unique_and_unknown_keys_cancel_nothing():
     batcher = Batcher[str](BUDGET)
     batcher.add_request("a", "classify", [1])
     with pytest.raises(ValueError, match="already waiting"):
@@ -186,7 +185,7 @@ def test_a_key_waits_once_and_an_unknown_one_cancels_nothing():
 
 
 @given(st.lists(st.integers(1, 512)).map(sorted), st.floats(0, 1))
-def test_groups_cover_everything_and_waste_no_more_than_allowed(lengths, max_padding):
+def test_groups_cover_all_lengths_within_the_allowed_padding(lengths, max_padding):
     groups = group_by_length(lengths, max_padding)
     assert [n for group in groups for n in lengths[group]] == lengths
     for group in groups:

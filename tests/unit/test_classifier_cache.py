@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.engines.classifier.serving.cache import OVERHEAD_BYTES, CacheKey, ResultCache
-from cluster.engines.classifier.serving.jobs import Encoded, Timings
+from cluster.engines.classifier.serving.jobs import Encoded, EncodeOptions, Timings
 
 
 def result(value: float, width: int = 4) -> Encoded:
@@ -11,13 +11,13 @@ def result(value: float, width: int = 4) -> Encoded:
 
 
 def key(text: str) -> CacheKey:
-    return CacheKey(b"", "classify", text)
+    return CacheKey(b"", EncodeOptions("classify"), text)
 
 
 SIZE = OVERHEAD_BYTES + 4 * 1 + 4 * 4
 
 
-def test_the_least_recently_used_goes_first() -> None:
+def test_the_least_recently_used_entry_is_evicted() -> None:
     cache = ResultCache(3 * SIZE)
     for text in "abc":
         cache.put(key(text), result(1))
@@ -27,7 +27,7 @@ def test_the_least_recently_used_goes_first() -> None:
     assert (cache.hits, cache.misses, cache.num_bytes) == (4, 1, 3 * SIZE)
 
 
-def test_what_is_put_again_takes_its_place_once() -> None:
+def test_a_replaced_entry_counts_once() -> None:
     cache = ResultCache(3 * SIZE)
     for value in range(5):
         cache.put(key("a"), result(value))
@@ -37,7 +37,7 @@ def test_what_is_put_again_takes_its_place_once() -> None:
     assert cache.num_bytes == SIZE
 
 
-def test_what_is_too_large_is_not_kept() -> None:
+def test_too_large_results_are_not_cached() -> None:
     cache = ResultCache(SIZE)
     cache.put(key("a"), result(1))
     cache.put(key("b" * 1000), result(1))
@@ -46,7 +46,7 @@ def test_what_is_too_large_is_not_kept() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcdefgh"), st.integers(1, 300)), max_size=60))
-def test_it_never_takes_more_than_it_may(puts: list[tuple[str, int]]) -> None:
+def test_the_cache_stays_within_its_limit(puts: list[tuple[str, int]]) -> None:
     cache = ResultCache(5000)
     kept: dict[str, Encoded] = {}
     for text, width in puts:

@@ -21,7 +21,7 @@ def reference():
     return Reference.from_scores(*rows(5000, 0.3), LABELS)
 
 
-def test_the_counts_are_those_of_a_reference_however_the_texts_come(reference):
+def test_counts_equal_the_references_for_any_request_sizes(reference):
     monitor = DriftMonitor(LABELS, None)
     scores, lengths = rows(5000, 0.3)
     start = 0
@@ -36,7 +36,7 @@ def test_the_counts_are_those_of_a_reference_however_the_texts_come(reference):
     assert found.drift is None
 
 
-def test_texts_like_the_references_do_not_drift(reference):
+def test_similar_texts_do_not_drift(reference):
     monitor = DriftMonitor(LABELS, reference)
     monitor.observe(*rows(2000, 0.3, seed=1))
     found = monitor.snapshot().drift
@@ -52,7 +52,7 @@ def test_texts_like_the_references_do_not_drift(reference):
         ((rows(2000, 0.3, seed=1)[0], [2000] * 2000), {"length"}),
     ],
 )
-def test_what_changes_shows(reference, changed, what):
+def test_each_kind_of_drift_is_detected(reference, changed, what):
     monitor = DriftMonitor(LABELS, reference)
     monitor.observe(*changed)
     found = monitor.snapshot().drift
@@ -61,7 +61,7 @@ def test_what_changes_shows(reference, changed, what):
     assert {name for name, index in indices.items() if index > 0.25} == what
 
 
-def test_too_few_texts_say_nothing_and_old_ones_are_forgotten(reference):
+def test_small_windows_are_not_compared_and_old_texts_are_forgotten(reference):
     monitor = DriftMonitor(LABELS, reference)
     monitor.observe(*rows(drift.MIN_TEXTS - 1, 0.9))
     assert monitor.snapshot().drift is None
@@ -76,14 +76,14 @@ def test_too_few_texts_say_nothing_and_old_ones_are_forgotten(reference):
     assert drift.WINDOW_TEXTS <= found.window_texts < 2 * drift.WINDOW_TEXTS + drift.PENDING_TEXTS
 
 
-def test_what_waits_to_be_counted_is_bounded():
+def test_pending_texts_are_bounded():
     monitor = DriftMonitor(LABELS, None)
     for _ in range(1000):
         monitor.observe(*rows(3, 0.5))
         assert monitor.num_pending < drift.PENDING_TEXTS
 
 
-def test_labels_that_the_reference_lacks_are_new_ones(reference):
+def test_labels_missing_from_the_reference_count_as_new(reference):
     monitor = DriftMonitor(("maybe", "yes", "no"), reference)
     scores, lengths = rows(1000, 0.3)
     monitor.observe(np.concatenate([np.zeros((1000, 1), np.float32), scores[:, ::-1]], 1), lengths)

@@ -10,7 +10,7 @@ def test_the_quadrature_is_exact_up_to_degree_seven():
 
 
 class Path:
-    """Two tokens that drive two labels' scores, and a count of what was asked."""
+    """Path with two tokens that records the evaluated points."""
 
     def __init__(self, *scores_and_slopes):
         self.functions = scores_and_slopes
@@ -59,14 +59,14 @@ def test_points_go_where_the_score_is_steep(width):
         assert near > len(path.asked) / 3
 
 
-def test_what_cannot_be_reached_ends_and_says_so():
+def test_a_jump_ends_at_the_limit_and_is_reported_as_error():
     path = Path((lambda x: (x > 0.123456).astype(float), lambda x: (0 * x, 0 * x)))
     found = integrate(path, max_points=60)
     assert found.num_points <= 60
     assert found.error.tolist() == [-1.0]
 
 
-def test_a_path_on_which_nothing_changes():
+def test_a_constant_path():
     found = integrate(Path((lambda x: 0 * x, lambda x: (0 * x, 0 * x))))
     assert found.num_points == 9
     assert found.parts.tolist() == [[0, 0]]

@@ -14,7 +14,7 @@ LABELS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
 
 
 def tokens(*rows: tuple[str, int, int, bool, dict[str, float]]) -> TokenScores:
-    """(text, start, end, continues, scores by label); what is not named has 0."""
+    """Rows are (text, start, end, continues, scores by label); other labels score 0."""
     scores = [[row[4].get(label, 0.0) for label in LABELS] for row in rows]
     return TokenScores(
         np.array(scores, np.float32),
@@ -50,7 +50,7 @@ def test_each_strategy(strategy: Strategy, spans: Sequence[tuple[str, int, int]]
     assert [(s.label, s.start, s.end) for s in found] == [*spans, (last, 22, 27)]
 
 
-def test_the_score_is_the_mean_of_what_was_joined() -> None:
+def test_the_score_is_the_mean_of_the_joined_tokens() -> None:
     first, *rest = find_spans(ANNA_BERGER, LABELS, "first")
     assert first == Span("PER", (0.5 + 0.75) / 2, 0, 11)
     assert rest == BERLIN_PARIS
@@ -61,8 +61,8 @@ def test_the_score_is_the_mean_of_what_was_joined() -> None:
 def test_labels_without_prefix_are_joined_and_o_separates() -> None:
     scores = np.array([[0, 1], [0, 1], [1, 0], [0, 1]], np.float32)
     spans = np.array([[0, 1], [2, 3], [4, 5], [6, 7]])
-    given = TokenScores(scores, spans, np.zeros(4, np.bool_))
-    assert find_spans(given, ("O", "noun"), "simple") == [
+    tokens = TokenScores(scores, spans, np.zeros(4, np.bool_))
+    assert find_spans(tokens, ("O", "noun"), "simple") == [
         Span("noun", 1.0, 0, 3),
         Span("noun", 1.0, 6, 7),
     ]

@@ -39,7 +39,7 @@ def test_rows_are_joined() -> None:
 
 
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(2, 50))
-def test_two_texts_are_cut_as_tokenizers_cuts_them(first: int, second: int, room: int) -> None:
+def test_pairs_are_cut_as_by_tokenizers(first: int, second: int, room: int) -> None:
     backend = tokenizer("$A", None)
     backend.enable_truncation(room, strategy="longest_first")
     encoding = backend.encode(" ".join("a" * first), " ".join("b" * second))

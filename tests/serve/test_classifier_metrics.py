@@ -1,4 +1,4 @@
-"""What an encoder counted, as its replica's metrics show it."""
+"""Metrics of a classifier in its replica's registry."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ def values(registry: Registry) -> dict[tuple[str, ...], float]:
     }
 
 
-def test_counts_are_set_again_and_again() -> None:
+def test_counters_follow_the_counts() -> None:
     registry = Registry()
     done = BatchCounts()
     for texts in (5, 4):
@@ -46,7 +46,7 @@ def test_counts_are_set_again_and_again() -> None:
     assert values(registry)["tandem_classifier_agreement_ratio", "m"] == 0.9975
 
 
-def test_distributions_are_cumulated_and_drift_is_given_where_it_is_known() -> None:
+def test_histograms_are_cumulative_and_drift_is_optional() -> None:
     registry = Registry()
     labels = {"NEGATIVE": 1, "POSITIVE": 3}
     seen = DriftSnapshot(4, labels, (0, 1, 0, 3), (0, 1, 2, 1), 4, None)
