@@ -83,7 +83,9 @@ def start(
     directory.mkdir(parents=True, exist_ok=True)
     config = directory / "prometheus.yml"
     rules = sorted(str(path) for path in RULES.glob("*.yml"))
-    config.write_text(configuration(_targets(loaded, cluster, directory), rules), encoding="utf-8")
+    config.write_text(
+        configuration(scrape_targets(loaded, cluster, directory), rules), encoding="utf-8"
+    )
     command = [
         *("nice", "-n", str(HOUSEKEEPING_NICE)),  # lower priority than serving
         executable(),
@@ -103,7 +105,8 @@ def start(
     return PrometheusProcess(process, log)
 
 
-def _targets(loaded: LoadedConfig, cluster: ClusterState, directory: Path) -> Targets:
+def scrape_targets(loaded: LoadedConfig, cluster: ClusterState, directory: Path) -> Targets:
+    """Return the scrape targets; routers that require a key are not scraped."""
     requires_keys = loaded.config.router.requires_keys
     return Targets(
         dashboard=cluster.dashboard_url,

@@ -40,7 +40,7 @@ def test_routers_that_require_a_key_are_not_scraped(tmp_path: Path, keys: dict[s
     config = parse({"generators": [generator], "router": keys})
     loaded = LoadedConfig(Path("x"), {}, "tandem", config, "127.0.0.1", 8000)
     known = ClusterState("id", "tandem", "http://127.0.0.1:8000", "http://d", "", "", 0.0)
-    targets = prometheus._targets(loaded, known, tmp_path)
+    targets = prometheus.scrape_targets(loaded, known, tmp_path)
     assert targets.ingress == (None if keys else "127.0.0.1:8000")
 
 
