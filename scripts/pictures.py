@@ -33,6 +33,8 @@ IMAGES = ROOT / "docs" / "images"
 PAGES = {"light": ("light", 1100), "dark": ("dark", 1100), "phone": ("dark", 360)}
 LOAD = ((50, 3), (90, 24), (70, 8), (80, 30), (20, 14))
 """Duration in seconds and number of concurrent streams of each phase, repeated."""
+TOP_HEIGHT = 722
+"""Height in pixels of README's picture: the figures and the first four charts."""
 CHART_S = 280
 """Length of the charts in a screenshot; after a long stall, the page starts them again."""
 WAIT_S = 1200
@@ -127,6 +129,9 @@ def take_screenshots(url):
                 (IMAGES / f"dashboard-{name}.png").write_bytes(screenshot(page))
         finally:
             driver.quit()
+    with Image.open(IMAGES / "dashboard-light.png") as light:
+        top = light.crop((0, 0, light.width, TOP_HEIGHT))
+        top.save(IMAGES / "dashboard-top.png", optimize=True)
 
 
 def screenshot(page):
