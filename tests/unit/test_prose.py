@@ -63,3 +63,8 @@ def test_banned_phrases_are_found_everywhere(path: Path, text: str) -> None:
     assert lines_with_problems(path, text % phrase) == [1]
     assert lines_with_problems(path, text % phrase.upper()) == [1]
     assert lines_with_problems(path, text % f"{phrase}out") == []
+
+
+def test_the_repository_is_clean(capsys: pytest.CaptureFixture[str]) -> None:
+    found = prose.main([])
+    assert found == 0, capsys.readouterr().out
