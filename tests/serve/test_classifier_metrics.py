@@ -3,9 +3,7 @@
 from dataclasses import replace
 
 from cluster.engines.classifier.serving.drift import Drift, DriftSnapshot
-from cluster.engines.classifier.serving.metrics import write_counts, write_drift
-from cluster.engines.classifier.serving.runner import BatchCounts
-from cluster.engines.classifier.serving.service import ClassifierCounts
+from cluster.engines.classifier.serving.metrics import ClassifierCounts, write_counts, write_drift
 from cluster.metrics import Histogram, Registry
 
 
@@ -18,19 +16,12 @@ def values(registry: Registry) -> dict[tuple[str, ...], float]:
 
 def test_counters_follow_the_counts() -> None:
     registry = Registry()
-    done = BatchCounts()
+    counts = ClassifierCounts(
+        skipped_texts=1, agreement=None, tokenize_s=0.5, queued_tokens=7, cache_hits=3
+    )
+    counts.failed_batches = 2
     for texts in (5, 4):
-        done.add_batch(texts, 35, padding=2, compute_s=0.125)
-        counts = ClassifierCounts(
-            *(done.batches, done.texts, done.tokens, done.compute_s, 1),
-            padding=done.padding,
-            agreement=None,
-            batch_texts=done.batch_texts,
-            tokenize_s=0.5,
-            queued_tokens=7,
-            failed_batches=2,
-            cache_hits=3,
-        )
+        counts.add_batch(texts, 35, padding=2, compute_s=0.125)
         write_counts(registry, "m", counts)
     found = values(registry)
     assert found["tandem_classifier_texts_total", "m"] == 9

@@ -1,7 +1,5 @@
 """Classifier engine: the ``Engine`` protocol around service, cache and HTTP app."""
 
-from dataclasses import replace
-
 from cluster.asgi import ASGIApp
 from cluster.config import ClassifierConfig
 from cluster.engines.classifier.serving.app import ClassifierApp
@@ -69,10 +67,9 @@ class ClassifierEngine:
     def counts(self) -> ClassifierCounts:
         """Return the counters since the start."""
         counts = self.service.counts()
-        cache = self._caching and self._caching.cache
-        if not cache:
-            return counts
-        return replace(counts, cache_hits=cache.hits, cache_misses=cache.misses)
+        if self._caching and (cache := self._caching.cache):
+            counts.cache_hits, counts.cache_misses = cache.hits, cache.misses
+        return counts
 
     def drift(self) -> DriftSnapshot | None:
         """Return statistics of the classified texts; None if the model does not classify."""

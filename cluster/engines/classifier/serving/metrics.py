@@ -18,7 +18,7 @@ class BatchCounts:
     """Computed padding, in token equivalents."""
     compute_s: float = 0.0
     """Summed over threads, so two threads can add two seconds per second."""
-    failed: int = 0
+    failed_batches: int = 0
     """Batches that raised; not included in ``batches``."""
     batch_texts: Histogram = field(
         default_factory=lambda: Histogram(table.CLASSIFIER_BATCH_TEXTS.buckets)
@@ -41,26 +41,17 @@ class BatchCounts:
         self.tokens += other.tokens
         self.padding += other.padding
         self.compute_s += other.compute_s
-        self.failed += other.failed
+        self.failed_batches += other.failed_batches
 
 
-@dataclass(frozen=True, slots=True)
-class ClassifierCounts:
+@dataclass(slots=True, kw_only=True)
+class ClassifierCounts(BatchCounts):
     """Counters of an engine since its start."""
 
-    batches: int
-    texts: int
-    tokens: int
-    compute_s: float
     skipped_texts: int
     """Texts not computed because their client disconnected or their request failed."""
-    padding: float
-    """Computed padding, in token equivalents."""
     agreement: float | None
     """Share of answers that are equal to float32's; None for float32."""
-    failed_batches: int
-    """Batches that raised."""
-    batch_texts: Histogram
     tokenize_s: float
     queued_tokens: int
     """Tokens waiting now."""

@@ -171,7 +171,7 @@ class ModelRunner:
             self._events.on_done(done)
 
     def _fail_batch(self, stream: "_Stream", error: Exception) -> None:
-        stream.counts.failed += 1
+        stream.counts.failed_batches += 1
         jobs, stream.jobs = stream.jobs, frozenset()
         for job in jobs:
             self._queue.withdraw_job(job)

@@ -132,21 +132,15 @@ class ClassifierService:
 
     def counts(self) -> ClassifierCounts:
         """Return the counters since the start."""
-        computed = self._runner.counts
         agreement = self.model.agreement
-        return ClassifierCounts(
-            batches=computed.batches,
-            texts=computed.texts,
-            tokens=computed.tokens,
-            compute_s=computed.compute_s,
+        counts = ClassifierCounts(
             skipped_texts=self._queue.skipped_texts,
-            padding=computed.padding,
             agreement=agreement.share if agreement else None,
-            failed_batches=computed.failed,
-            batch_texts=computed.batch_texts,
             tokenize_s=sum(stage.tokenize_s for stage in self._stages),
             queued_tokens=self._queue.queued_tokens,
         )
+        counts.add_counts(self._runner.counts)
+        return counts
 
     async def stop(self) -> None:
         """Refuse new requests, fail open ones, and end the threads."""

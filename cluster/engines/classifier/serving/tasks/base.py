@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Generic, TypeVar
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 from msgspec.json import Decoder
+from msgspec.structs import replace
 
 from cluster.config import ClassifierConfig, ClassifierTask
 from cluster.engines.classifier.model.load import LoadedModel
@@ -55,6 +56,7 @@ class ReplyUsage(Struct, frozen=True, gc=False):
 
 ModelInputs = Sequence[Text] | Sequence[TokenIds]
 T = TypeVar("T")
+S = TypeVar("S", bound=Struct)
 RequestT = TypeVar("RequestT", bound=TaskRequest)
 
 
@@ -133,6 +135,11 @@ def split_windows(encoded: Encoded, rows: Sequence[T]) -> list[list[tuple[Window
     """Return each text's windows with their entries of ``rows``."""
     left = iter(rows)
     return [[(window, next(left)) for window in windows] for windows in encoded.windows]
+
+
+def with_windows(entries: Sequence[S], windows: Sequence[Sequence[Struct]]) -> list[S]:
+    """Return the entries of a reply with their ``windows`` set."""
+    return [replace(entry, windows=parts) for entry, parts in zip(entries, windows, strict=True)]
 
 
 def first_column(encoded: Encoded, merge: Merge) -> list[float]:

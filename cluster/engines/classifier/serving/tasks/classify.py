@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from msgspec import UNSET, Struct, UnsetType
-from msgspec.structs import replace
 
 from cluster.engines.classifier.explain.schema import MAX_TEXTS, ExplainOptions, Explanation
 from cluster.engines.classifier.model.types import Rows, Text
@@ -16,6 +15,7 @@ from cluster.engines.classifier.serving.tasks.base import (
     WindowedRequest,
     split_windows,
     usage,
+    with_windows,
 )
 from cluster.errors import InvalidRequestError
 
@@ -86,8 +86,7 @@ class Classify(Task[ClassifyRequest]):
         scores = best(encoded.rows_by_text(request.aggregate), self.model.labels, request.top_k)
         data = [Classified(i, row[0].label, row[0].score, row) for i, row in enumerate(scores)]
         if request.windows:
-            pairs = zip(data, self._windows(request, encoded), strict=True)
-            data = [replace(item, windows=windows) for item, windows in pairs]
+            data = with_windows(data, self._windows(request, encoded))
         return ClassifyReply(data=data, model=self.config.name, usage=usage(encoded))
 
     def _windows(self, request: ClassifyRequest, encoded: Encoded) -> list[list[ClassifiedWindow]]:

@@ -7,7 +7,6 @@ from typing import Literal, cast
 import numpy as np
 from msgspec import UNSET, Raw, Struct, UnsetType
 from msgspec.json import Encoder
-from msgspec.structs import replace
 
 from cluster.engines.classifier.model.types import Rows, TokenIds
 from cluster.engines.classifier.serving import schema
@@ -18,6 +17,7 @@ from cluster.engines.classifier.serving.tasks.base import (
     WindowedRequest,
     split_windows,
     usage,
+    with_windows,
 )
 from cluster.errors import InvalidRequestError
 
@@ -90,8 +90,7 @@ class Embed(Task[EmbeddingsRequest]):
         vectors = self._to_json(request, rows)
         data = [Embedding(index, vector) for index, vector in enumerate(vectors)]
         if request.windows:
-            pairs = zip(data, self._windows(request, encoded), strict=True)
-            data = [replace(item, windows=windows) for item, windows in pairs]
+            data = with_windows(data, self._windows(request, encoded))
         return EmbeddingsReply(data=data, model=self.config.name, usage=usage(encoded))
 
     def _to_json(self, request: EmbeddingsRequest, rows: Rows) -> Sequence[list[float] | str]:

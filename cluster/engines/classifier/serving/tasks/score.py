@@ -4,7 +4,6 @@ import time
 from uuid import uuid4
 
 from msgspec import UNSET, Struct, UnsetType
-from msgspec.structs import replace
 
 from cluster.engines.classifier.model.types import Text
 from cluster.engines.classifier.serving import schema
@@ -16,6 +15,7 @@ from cluster.engines.classifier.serving.tasks.base import (
     first_column,
     split_windows,
     usage,
+    with_windows,
 )
 from cluster.errors import InvalidRequestError, UnprocessableError
 
@@ -84,8 +84,7 @@ class ScorePairs(Task[ScoreRequest]):
         scores = first_column(encoded, request.aggregate)
         data = [Scored(index, score) for index, score in enumerate(scores)]
         if request.windows:
-            pairs = zip(data, scored_windows(encoded), strict=True)
-            data = [replace(item, windows=windows) for item, windows in pairs]
+            data = with_windows(data, scored_windows(encoded))
         return ScoreReply(
             id=f"score-{uuid4().hex}",
             created=int(time.time()),
