@@ -41,18 +41,19 @@ log = logging.getLogger(__name__)
 
 PAIR_TASKS = {"score", "rerank", "next-sentence"}
 """Tasks whose inputs are pairs of texts."""
-_COMPUTED: Mapping[str | None, ClassifierTask] = {
+_HEADS: Mapping[str | None, ClassifierTask] = {
     "ForSequenceClassification": "classify",
     "ForNextSentencePrediction": "classify",
     "ForTokenClassification": "token-classification",
     "ForMaskedLM": "fill-mask",
     None: "embed",
 }
+"""Head to compute by the suffix of the architecture's name."""
 
 
 def computed_heads(config: ClassifierConfig) -> tuple[ClassifierTask, ...]:
     """Return the distinct heads that the configured tasks make the model compute."""
-    return tuple(dict.fromkeys(_COMPUTED[TASK_HEADS[task]] for task in config.tasks))
+    return tuple(dict.fromkeys(_HEADS[TASK_HEADS[task]] for task in config.tasks))
 
 
 @dataclass(frozen=True, slots=True)

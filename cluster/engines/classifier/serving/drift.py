@@ -59,7 +59,7 @@ class DriftMonitor:
 
     Args:
         labels: Labels by column.
-        reference: Statistics of the model's original texts; None compares nothing.
+        reference: Statistics of the texts that the model was made with; None compares nothing.
     """
 
     def __init__(self, labels: Sequence[str], reference: Reference | None) -> None:
@@ -67,7 +67,7 @@ class DriftMonitor:
         self._reference = _align(reference, self._labels)
         self._pending: list[tuple[Rows, list[int]]] = []
         self.num_pending = 0
-        """Texts observed and not counted yet; at most ``PENDING_TEXTS``."""
+        """Texts observed and not counted yet; fewer than ``PENDING_TEXTS``."""
         self._total = self._older = self._newer = _Histograms.empty(len(self._labels))
 
     def observe(self, scores: Rows, lengths: list[int]) -> None:

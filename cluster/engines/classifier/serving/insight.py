@@ -33,7 +33,7 @@ class Insight:
 
     @classmethod
     def for_model(cls, config: ClassifierConfig, path: str, model: LoadedModel) -> "Insight":
-        """Return the insight of ``model``, which was loaded from ``path``.
+        """Return the explainer and monitor of ``model``, which was loaded from ``path``.
 
         Raises:
             ConfigError: The model's drift reference cannot be read.

@@ -100,9 +100,8 @@ class ModelRunner:
     def join(self, timeout_s: float) -> bool:
         """Wait until the threads end, after the queue is closed; return False on timeout."""
         deadline_s = time.monotonic() + timeout_s
-        for (
-            thread
-        ) in self._threads:  # the loading thread, first, has added the others before it ends
+        # The loading thread comes first and starts the others before it ends.
+        for thread in self._threads:
             thread.join(max(0.0, deadline_s - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
