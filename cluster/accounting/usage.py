@@ -49,7 +49,7 @@ UsageRow = tuple[UsageKey, UsageSums]
 
 
 def parse_time(text: str, param: str) -> float:
-    """Return the Unix time of Unix seconds or an ISO 8601 time, which is UTC unless it says else.
+    """Return the Unix time of Unix seconds or an ISO 8601 time, which is UTC by default.
 
     Raises:
         InvalidRequestError: The text is neither.

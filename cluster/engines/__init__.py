@@ -1,1 +1,1 @@
-"""Engines, which run the models. Only this package and ``cluster.models`` load torch or vLLM."""
+"""Engines, which run the models. Only this package imports vLLM."""
