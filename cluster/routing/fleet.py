@@ -107,7 +107,7 @@ class Fleet:
     def set_reach(self, replica_id: str, reach: Reach) -> None:
         """Set how a replica can be reached from now on."""
         replica, assigned_s = self._replicas[replica_id], self.table.assigned_s
-        if reach > replica.reach:  # gets its share from now on, and nothing for the past
+        if reach > replica.reach:  # it gets its share from now on, without catching up
             assigned_s[replica.row] = max(assigned_s[replica.row], self.mean_assigned_s)
         replica.reach = reach
         self._update_row(replica)
@@ -305,7 +305,7 @@ class Fleet:
         # With a full KV cache, a new request waits until about one other has ended.
         full_s = self._mean_completion_tokens * decode_token_s if replica.is_kv_full else 0.0
         table.behind_s[row] = max(0.0, queued_tokens) * prefill_token_s + full_s
-        # Other routers' requests are taken to be half done, on average.
+        # Other routers' requests are assumed to be half done on average.
         others_tokens = replica.others_in_flight * 0.5 * self._mean_completion_tokens
         table.num_decoding[row] = replica.num_decoding
         table.decode_end_sum_s[row] = (

@@ -45,6 +45,9 @@ def arrivals(
 ) -> list[float]:
     """Return sorted arrival times in seconds.
 
+    Time rescaling: arrivals of a unit-rate renewal process, mapped by the inverse of the expected
+    number of arrivals.
+
     Args:
         rng: Random number generator.
         rate: Mean rate in requests/s.
@@ -54,9 +57,9 @@ def arrivals(
     """
     grid = np.arange(0.0, duration_s + _GRID_S, _GRID_S)
     rates = np.array([max(0.0, rate * curve(float(t))) for t in grid[:-1]])
-    passed = np.concatenate(([0.0], np.cumsum(rates * _GRID_S)))
-    count = int(passed[-1] + 10 * math.sqrt(passed[-1] / shape) + 10)
+    expected = np.concatenate(([0.0], np.cumsum(rates * _GRID_S)))
+    count = int(expected[-1] + 10 * math.sqrt(expected[-1] / shape) + 10)
     ticks = np.cumsum(rng.gamma(shape, 1.0 / shape, count))
-    ticks = ticks[ticks < passed[-1]]
-    times = np.interp(ticks, passed, grid)
+    ticks = ticks[ticks < expected[-1]]
+    times = np.interp(ticks, expected, grid)
     return [float(t) for t in times[times < duration_s]]

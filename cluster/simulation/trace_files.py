@@ -12,6 +12,7 @@ from cluster.errors import TraceError
 from cluster.simulation.requests import Trace, TraceRequest
 
 MOONCAKE_BLOCK = 512
+"""Tokens per block of Mooncake's traces."""
 BURSTGPT_BLOCK = 64
 """Block size for prompts of which only the length is known."""
 MAX_TOKENS = 10**8

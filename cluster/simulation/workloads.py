@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cluster.simulation.requests import TraceRequest
+from cluster.simulation.trace_files import MOONCAKE_BLOCK
 
-MOONCAKE_BLOCK = 512
 SMALL_BLOCK = 64
 NUM_TENANTS = 8
 
