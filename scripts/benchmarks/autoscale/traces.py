@@ -11,8 +11,9 @@ import numpy as np
 from cluster.simulation.arrivals import Curve, arrivals
 from cluster.simulation.arrivals import daily as daily_curve
 from cluster.simulation.requests import Trace, TraceRequest
+from cluster.simulation.trace_files import MOONCAKE_BLOCK
 from cluster.simulation.traces import GAMMA_SHAPE
-from cluster.simulation.workloads import MOONCAKE_BLOCK, Lengths
+from cluster.simulation.workloads import Lengths
 
 HOUR_S = 3600.0
 PROMPT = Lengths(2340.0, 0.7, 16_000.0)
