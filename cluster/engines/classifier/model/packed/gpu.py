@@ -25,7 +25,7 @@ from cluster.engines.classifier.model.types import Rows, TokenIds
 
 MIN_TOKENS = 64
 SIZE_BITS = 3
-"""Significant bits of buffer sizes. At most a fifth of a buffer is unused, a tenth on average;
+"""Significant bits of buffer sizes. At most a fifth of a buffer is unused, 8 % on average;
 there are four sizes per doubling of tokens, each with a graph per task."""
 TOKENS_PER_TEXT = 4
 """Tokens per text for which buffers have room; batches of more and shorter texts use larger

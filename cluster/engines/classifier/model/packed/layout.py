@@ -35,7 +35,7 @@ bfloat16."""
 LANE = 4
 """Lengths and numbers of rows are multiples of this."""
 ROW_BITS = 6
-"""Significant bits of numbers of rows: 1 % padding, and 190 possible numbers up to 1,024."""
+"""Significant bits of numbers of rows: 1 % padding, and 128 possible numbers up to 1,024."""
 LENGTH_BITS = 4
 """Significant bits of lengths in attention."""
 
