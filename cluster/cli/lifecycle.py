@@ -49,11 +49,9 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 
 def _print_phases(console: Console, started: StartResult) -> None:
-    phases = started.phases
-    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in phases.seconds.items())
-    console.print(
-        f"healthy after {phases.total_s:.1f} s ({parts})", highlight=False, soft_wrap=True
-    )
+    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in started.phases.items())
+    text = f"healthy after {sum(started.phases.values()):.1f} s ({parts})"
+    console.print(text, highlight=False, soft_wrap=True)
 
 
 def _stay(console: Console) -> None:

@@ -171,7 +171,7 @@ def _http_address(serve_config: dict[str, Any]) -> tuple[str, int]:
 def _check_exposure(host: str, config: TandemConfig, keys: Path) -> None:
     contents = read_keys(keys)
     has_keys = config.router.api_keys_sha256 or (contents and contents.keys)
-    if not has_keys and not _is_loopback(host):
+    if not has_keys and not is_loopback(host):
         raise ConfigError(
             f"http_options.host: got {host!r}, which is reachable from other machines, but there "
             f"are no API keys; use a loopback address or add a key (`tandem keys add TENANT` or "
@@ -179,7 +179,7 @@ def _check_exposure(host: str, config: TandemConfig, keys: Path) -> None:
         )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:

@@ -17,7 +17,6 @@ HAPROXY_THREADS = 2
 
 
 def uses_haproxy() -> bool:
-    """Return True if Serve's HTTP proxy is HAProxy (by default on Linux)."""
     # ray[serve] includes HAProxy on Linux only.
     default = "1" if sys.platform == "linux" else "0"
     return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", default) == "1"

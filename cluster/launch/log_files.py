@@ -90,7 +90,11 @@ def entries_for_request(directory: Path, request_id: str) -> list[LogEntry]:
 
 def last_errors(directory: Path, count: int) -> list[LogEntry]:
     """Return the latest ``count`` error entries from the ends of all logs."""
-    found = [entry for path in log_files(directory) for entry in _in_tail(path, _ERROR_LEVEL)]
+    found = [
+        entry
+        for path in log_files(directory)
+        for entry in _matching(path, _ERROR_LEVEL, _TAIL_BYTES)
+    ]
     return sorted(found, key=lambda entry: entry.time)[-count:]
 
 
@@ -98,7 +102,7 @@ def failed_requests(directory: Path) -> list[FailureGroup]:
     """Return failed and cut-off requests by model, replica and status, most frequent first."""
     groups: dict[tuple[str, str, int, str], FailureGroup] = {}
     for path in sorted(directory.glob(REQUEST_LOGS)):
-        for entry in _in_tail(path, _FAILED_REQUEST):
+        for entry in _matching(path, _FAILED_REQUEST, _TAIL_BYTES):
             try:
                 line = json.loads(entry.text)
             except ValueError:  # first line of the tail, cut off at its start
@@ -110,10 +114,6 @@ def failed_requests(directory: Path) -> list[FailureGroup]:
             if entry.time >= group.last_time:
                 group.last_id, group.last_time = line["id"], entry.time
     return sorted(groups.values(), key=lambda group: -group.count)
-
-
-def _in_tail(path: Path, pattern: re.Pattern[bytes]) -> Iterator[LogEntry]:
-    return _matching(path, pattern, tail_bytes=_TAIL_BYTES)
 
 
 def _matching(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from cluster.config import ClusterConfig
+from cluster.config.file import LoadedConfig
 from cluster.launch import processes
 
 
@@ -49,12 +49,11 @@ class BusyPort:
         )
 
 
-def required_ports(
-    cluster: ClusterConfig, http_host: str, http_port: int, *, haproxy: bool, monitoring: bool
-) -> list[Port]:
+def required_ports(loaded: LoadedConfig, *, haproxy: bool, monitoring: bool) -> list[Port]:
     """Return the fixed ports of a cluster; Ray and Serve choose further, free ones."""
+    cluster = loaded.config.cluster
     ports = [
-        Port(http_port, "HTTP", "--set http_options.port=…", http_host),
+        Port(loaded.http_port, "HTTP", "--set http_options.port=…", loaded.http_host),
         Port(cluster.ray_port, "Ray's GCS", "--set cluster.ray_port=…"),
         Port(cluster.dashboard_port, "the dashboard", "--set cluster.dashboard_port=…"),
     ]
@@ -74,7 +73,6 @@ def _from_variable(variable: str, default: int, use: str) -> Port:
 
 
 def find_busy(ports: Iterable[Port]) -> list[BusyPort]:
-    """Return the ports that are in use."""
     return [BusyPort(port, _listener(port.number)) for port in ports if not _is_free(port)]
 
 

@@ -7,7 +7,6 @@ died, so they are found after any crash.
 import contextlib
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,20 +40,18 @@ class ClusterProcess:
 
 def find(home: Path) -> list[ClusterProcess]:
     """Return the processes of all clusters started with ``home``, except this one's ancestry."""
-    return list(_scan(str(home)))
-
-
-def _scan(home: str) -> Iterator[ClusterProcess]:
+    found = []
     current = psutil.Process()
     excluded = {current.pid, *(parent.pid for parent in current.parents())}
     for entry in os.listdir("/proc"):
         if not entry.isdigit() or int(entry) in excluded:
             continue
         environment = environment_of(int(entry))
-        if CLUSTER_ID in environment and environment.get(HOME) == home:
+        if CLUSTER_ID in environment and environment.get(HOME) == str(home):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process = psutil.Process(int(entry))
-                yield ClusterProcess(process, process.name(), environment[CLUSTER_ID])
+                found.append(ClusterProcess(process, process.name(), environment[CLUSTER_ID]))
+    return found
 
 
 def has_head(owned: list[ClusterProcess]) -> bool:
@@ -112,7 +109,6 @@ def rss_bytes(owned: list[ClusterProcess]) -> int:
 
 
 def describe(processes: list[psutil.Process]) -> str:
-    """Format process ids and command lines for a message."""
     return ", ".join(f"{process.pid} ({command(process)})" for process in processes)
 
 

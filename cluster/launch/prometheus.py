@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from cluster.config.file import LoadedConfig
 from cluster.errors import StartError
 from cluster.launch.serve_api import ray_token
 from cluster.launch.starter import HOUSEKEEPING_NICE
+from cluster.launch.starter_process import last_line
 from cluster.launch.state import ClusterState
 from cluster.monitoring.prometheus import RULES, Targets, configuration
 
@@ -33,9 +33,8 @@ class PrometheusProcess:
     def check(self) -> None:
         """Raise StartError with the last line of the log if the process has ended."""
         if self.process.poll() is not None:
-            lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-            last_line = lines[-1] if lines else "no output"
-            raise StartError(f"Prometheus exited during its start: {last_line} (log: {self.log})")
+            text = f"Prometheus exited during its start: {last_line(self.log)} (log: {self.log})"
+            raise StartError(text)
 
     def detach(self) -> None:
         """Give up the process, which ends with the cluster."""
@@ -57,7 +56,6 @@ def executable() -> str:
 
 
 def monitoring_dir(home: Path) -> Path:
-    """Return the directory of Prometheus' configuration, log and data."""
     return home / "monitoring"
 
 
@@ -71,7 +69,7 @@ def ray_variables(home: Path, url: str) -> dict[str, str]:
 
 
 def start(
-    loaded: LoadedConfig, home: Path, cluster: ClusterState, variables: Mapping[str, str]
+    home: Path, cluster: ClusterState, variables: Mapping[str, str], *, requires_keys: bool
 ) -> PrometheusProcess:
     """Start Prometheus on loopback, with ``variables`` as its environment.
 
@@ -83,9 +81,8 @@ def start(
     directory.mkdir(parents=True, exist_ok=True)
     config = directory / "prometheus.yml"
     rules = sorted(str(path) for path in RULES.glob("*.yml"))
-    config.write_text(
-        configuration(scrape_targets(loaded, cluster, directory), rules), encoding="utf-8"
-    )
+    targets = scrape_targets(cluster, directory, requires_keys=requires_keys)
+    config.write_text(configuration(targets, rules), encoding="utf-8")
     command = [
         *("nice", "-n", str(HOUSEKEEPING_NICE)),  # lower priority than serving
         executable(),
@@ -105,9 +102,8 @@ def start(
     return PrometheusProcess(process, log)
 
 
-def scrape_targets(loaded: LoadedConfig, cluster: ClusterState, directory: Path) -> Targets:
-    """Return the scrape targets; routers that require a key are not scraped."""
-    requires_keys = loaded.config.router.requires_keys
+def scrape_targets(cluster: ClusterState, directory: Path, *, requires_keys: bool) -> Targets:
+    """Return the targets; not the router if it requires keys, as it would reject the request."""
     return Targets(
         dashboard=cluster.dashboard_url,
         ingress=None if requires_keys else urlsplit(cluster.http_url).netloc,

@@ -53,12 +53,10 @@ class DeploymentStatus:
 
     @property
     def running(self) -> int:
-        """Number of running replicas."""
         return sum(replica.state == "RUNNING" for replica in self.replicas)
 
     @property
     def healthy(self) -> bool:
-        """True if the target number of replicas runs."""
         return self.status == "HEALTHY"
 
 
@@ -73,7 +71,6 @@ class ApplicationStatus:
 
     @property
     def running(self) -> bool:
-        """True if the application runs and all its deployments are healthy."""
         return self.status == "RUNNING" and all(d.healthy for d in self.deployments)
 
     @property
@@ -135,7 +132,6 @@ class ServeApi:
 
 
 def parse_application(raw: Mapping[str, Any]) -> ApplicationStatus:
-    """Return an application's status from Serve's instance details."""
     deployments = sorted(raw.get("deployments", {}).items(), key=lambda item: item[0] != "router")
     return ApplicationStatus(
         name=raw["name"],

@@ -5,9 +5,10 @@ import fcntl
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -15,7 +16,8 @@ from cluster.config.file import LoadedConfig
 from cluster.errors import StartError
 from cluster.launch import environment, ports, processes, prometheus, state
 from cluster.launch.serve_api import ApplicationStatus, parse_application
-from cluster.launch.starter_process import LOOPBACK, StarterProcess, ray_params
+from cluster.launch.starter import StarterInput
+from cluster.launch.starter_process import LOOPBACK, ray_params, run_starter
 from cluster.launch.stop import stop
 
 POLL_S = 0.1
@@ -28,25 +30,26 @@ RAY_HOST = "LOCALHOST"
 machine's external address, on which this cluster does not listen."""
 
 
-@dataclass(slots=True)
-class PhaseTimer:
-    """Durations of the phases of a start."""
+class Phases:
+    """Phases of a start: reported to ``observe``, and timed."""
 
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Duration by phase, in seconds."""
-    _began: float = field(default_factory=time.monotonic)
+    def __init__(self, observe: StartObserver) -> None:
+        self._observe = observe
+        self.current = ""
+        self._began = time.monotonic()
+        self.seconds: dict[str, float] = {}
+        """Duration of each phase, in seconds."""
 
-    @property
-    def total_s(self) -> float:
-        """Time since the start began, in seconds."""
-        return time.monotonic() - self._began
+    def enter(self, name: str, application: ApplicationStatus | None = None) -> None:
+        """Enter phase ``name``, or report progress in it."""
+        if name != self.current:
+            self.end()
+            self.current, self._began = name, time.monotonic()
+        self._observe(name, application)
 
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Measure the duration of the ``with`` block."""
-        began = time.monotonic()
-        yield
-        self.seconds[name] = time.monotonic() - began
+    def end(self) -> None:
+        if self.current:
+            self.seconds[self.current] = time.monotonic() - self._began
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,8 @@ class StartResult:
     """State of a started cluster, and the durations of its start."""
 
     state: state.ClusterState
-    phases: PhaseTimer
+    phases: Mapping[str, float]
+    """Duration of each phase, in seconds."""
 
 
 def start(
@@ -62,30 +66,25 @@ def start(
 ) -> StartResult:
     """Start a cluster and return once all deployments are healthy.
 
-    After any exception, everything already started is stopped again.
-
-    Args:
-        loaded: Configuration of the cluster.
-        home: Tandem's home directory.
-        observe: Called on progress.
-        monitoring: True to start Prometheus as well.
+    After any exception, everything already started is stopped again. ``monitoring`` starts
+    Prometheus as well.
 
     Raises:
         StartError: a cluster runs already, a port is in use, Prometheus is not installed, or a
             part did not become healthy in time.
     """
-    phases = PhaseTimer()
+    phases = Phases(observe)
     with _start_lock(home):
-        with phases.phase("checks"):
-            observe("checks", None)
-            _check(loaded, home, monitoring=monitoring)
+        phases.enter("checks")
+        _check(loaded, home, monitoring=monitoring)
         started = _new_state(loaded, monitoring=monitoring)
         try:
-            _start(loaded, home, started, phases, observe)
+            _start(loaded, home, started, phases)
         except BaseException:
             stop(home, drain_s=0)
             raise
-    return StartResult(started, phases)
+    phases.end()
+    return StartResult(started, phases.seconds)
 
 
 def _check(loaded: LoadedConfig, home: Path, *, monitoring: bool) -> None:
@@ -97,13 +96,8 @@ def _check(loaded: LoadedConfig, home: Path, *, monitoring: bool) -> None:
                 f"{running.http_url}. See `tandem status`, or stop it with `tandem down`."
             )
         stop(home, drain_s=0)  # leftovers of a crash
-    required = ports.required_ports(
-        loaded.config.cluster,
-        loaded.http_host,
-        loaded.http_port,
-        haproxy=environment.uses_haproxy(),
-        monitoring=monitoring,
-    )
+    haproxy = environment.uses_haproxy()
+    required = ports.required_ports(loaded, haproxy=haproxy, monitoring=monitoring)
     if monitoring:
         prometheus.executable()
     if busy := ports.find_busy(required):
@@ -126,13 +120,7 @@ def _new_state(loaded: LoadedConfig, *, monitoring: bool) -> state.ClusterState:
     )
 
 
-def _start(
-    loaded: LoadedConfig,
-    home: Path,
-    new: state.ClusterState,
-    phases: PhaseTimer,
-    observe: StartObserver,
-) -> None:
+def _start(loaded: LoadedConfig, home: Path, new: state.ClusterState, phases: Phases) -> None:
     haproxy = environment.uses_haproxy()
     state.save(home, new)
     if haproxy:
@@ -140,49 +128,44 @@ def _start(
     variables = environment.cluster_environment(os.environ, home, new.cluster_id, haproxy=haproxy)
     if new.prometheus_url:
         variables |= prometheus.ray_variables(home, new.prometheus_url)
-    starter = StarterProcess(
-        request={
-            "ray": ray_params(loaded.config.cluster),
-            "ray_address": new.ray_address,
-            "serve": loaded.serve_config,
-            "application": new.application,
-        },
-        environment=variables,
-        log=state.run_dir(home) / "start.log",
+    request = StarterInput(
+        ray=ray_params(loaded.config.cluster),
+        ray_address=new.ray_address,
+        serve=loaded.serve_config,
+        application=new.application,
     )
     deadline = time.monotonic() + loaded.config.cluster.ready_timeout_s
-    _follow(starter, deadline, phases, observe)
-    with phases.phase("HTTP"):
-        observe("HTTP", None)
-        _wait_for_http(f"{new.http_url}/-/healthz", deadline)
+    log = state.run_dir(home) / "start.log"
+    phases.enter("Ray")
+    _follow(run_starter(request, variables, log, deadline), phases)
+    phases.enter("HTTP")
+    _wait_for_http(f"{new.http_url}/-/healthz", deadline)
     if new.prometheus_url:
-        with phases.phase("Prometheus"):
-            observe("Prometheus", None)
-            process = prometheus.start(loaded, home, new, variables)
-            _wait_for_http(f"{new.prometheus_url}/-/ready", deadline, process.check)
-            process.detach()
+        phases.enter("Prometheus")
+        requires_keys = loaded.config.router.requires_keys
+        process = prometheus.start(home, new, variables, requires_keys=requires_keys)
+        _wait_for_http(f"{new.prometheus_url}/-/ready", deadline, process.check)
+        process.detach()
 
 
-def _follow(
-    starter: StarterProcess, deadline: float, phases: PhaseTimer, observe: StartObserver
-) -> None:
+def _follow(reports: Iterator[Mapping[str, Any]], phases: Phases) -> None:
     """Follow the starter's reports until the application runs."""
     seen: ApplicationStatus | None = None
-    phase, began = "Ray", time.monotonic()
+    poll_error: str | None = None
     try:
-        for report in starter.reports(deadline):
-            if (entered := report.get("phase")) and entered != phase:
-                now = time.monotonic()
-                phases.seconds[phase] = now - began
-                phase, began = entered, now
+        for report in reports:
+            poll_error = report.get("poll_error")
             if found := report.get("application"):
                 seen = parse_application(found)
                 if failure := seen.failure:
                     raise StartError(f"the application failed to start: {failure}")
+            phase = report.get("phase", phases.current)
             if phase != "done":
-                observe(phase, seen)
+                phases.enter(phase, seen)
     except TimeoutError:
-        missing = _unhealthy(seen) if phase == "application" else f"{phase} was not ready"
+        missing = f"{phases.current} was not ready"
+        if phases.current == "application":
+            missing = f"status unknown: {poll_error}" if poll_error else _unhealthy(seen)
         raise StartError(
             f"the cluster was not healthy within cluster.ready_timeout_s: {missing}"
         ) from None
@@ -216,7 +199,6 @@ def _is_ok(url: str) -> bool:
 
 @contextlib.contextmanager
 def _start_lock(home: Path) -> Iterator[None]:
-    """Hold the lock that prevents concurrent starts with the same home."""
     lock = state.run_dir(home) / "start.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as handle:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import Any, TextIO, TypedDict
 
 POLL_S = 0.15
@@ -32,34 +33,20 @@ class StarterInput(TypedDict):
     """Application whose status is reported."""
 
 
-class BackgroundCall:
-    """Call in a separate thread.
+def call_in_thread(call: Callable[[], object], *, nice: int = 0) -> Future[object]:
+    """Call in a new thread; it and the processes it starts get the niceness ``nice``."""
+    future: Future[object] = Future()
 
-    Args:
-        call: Function to call.
-        nice: Increment of the niceness of the thread and of the processes it starts.
-    """
-
-    def __init__(self, call: Callable[[], object], *, nice: int = 0) -> None:
-        self._call = call
-        self._nice = nice
-        self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
+    def run() -> None:
         try:
-            if self._nice:  # on Linux this affects the thread only
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._nice)
-            self._call()
+            if nice:  # on Linux this affects the thread only
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+            future.set_result(call())
         except Exception as error:
-            self._error = error
+            future.set_exception(error)
 
-    def join(self) -> None:
-        """Wait for the call and re-raise its exception."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def main(request: StarterInput, reports: TextIO) -> None:
@@ -68,17 +55,19 @@ def main(request: StarterInput, reports: TextIO) -> None:
     def report(**fields: Any) -> None:
         print(json.dumps(fields, default=str), file=reports, flush=True)
 
-    serve = BackgroundCall(_import_serve)  # in parallel with the start of Ray
+    serve = call_in_thread(_import_serve)  # in parallel with the start of Ray
     report(phase="Ray")
     dashboard = _start_ray(request)
     report(phase="Serve")
-    serve.join()
+    serve.result()
     controller = _deploy(request["serve"])
+    import ray
+
     report(phase="application")
-    while not _report_status(controller, request["application"], report):
-        time.sleep(POLL_S)
+    details = controller.get_serve_instance_details
+    wait_until_running(lambda: ray.get(details.remote()), request["application"], report)
     report(phase="dashboard")
-    dashboard.join()
+    dashboard.result()
     report(phase="done")
 
 
@@ -88,7 +77,7 @@ def _import_serve() -> None:
     from cluster.ray_internals import create_controller  # noqa: F401
 
 
-def _start_ray(request: StarterInput) -> BackgroundCall:
+def _start_ray(request: StarterInput) -> Future[object]:
     """Start a head node that outlives this process; return the start of the dashboard."""
     import ray
 
@@ -97,19 +86,19 @@ def _start_ray(request: StarterInput) -> BackgroundCall:
     class HeadNode(Node):  # type: ignore[misc]  # Ray is not typed
         def start_api_server(self, **options: Any) -> None:
             start = super().start_api_server
-            self.dashboard = BackgroundCall(lambda: start(**options), nice=HOUSEKEEPING_NICE)
+            self.dashboard = call_in_thread(lambda: start(**options), nice=HOUSEKEEPING_NICE)
 
         def start_monitor(self) -> None:
-            BackgroundCall(super().start_monitor, nice=HOUSEKEEPING_NICE).join()
+            call_in_thread(super().start_monitor, nice=HOUSEKEEPING_NICE).result()
 
         def start_log_monitor(self) -> None:
-            BackgroundCall(super().start_log_monitor, nice=HOUSEKEEPING_NICE).join()
+            call_in_thread(super().start_log_monitor, nice=HOUSEKEEPING_NICE).result()
 
     params = RayParams(**request["ray"])
     node = HeadNode(params, head=True, shutdown_at_exit=False, spawn_reaper=False)
     write_ray_address(request["ray_address"])
     ray.init(address=node.address, namespace="serve", log_to_driver=False, logging_level="ERROR")
-    dashboard: BackgroundCall = node.dashboard
+    dashboard: Future[object] = node.dashboard
     return dashboard
 
 
@@ -133,14 +122,19 @@ def _deploy(config: Mapping[str, Any]) -> Any:
     return controller
 
 
-def _report_status(controller: Any, application: str, report: Callable[..., None]) -> bool:
-    """Report the application's status and return True once it runs."""
-    import ray
-
-    details = ray.get(controller.get_serve_instance_details.remote())
-    status = details.get("applications", {}).get(application)
-    report(application=status)
-    return status is not None and status["status"] == "RUNNING"
+def wait_until_running(
+    read_details: Callable[[], Mapping[str, Any]], application: str, report: Callable[..., None]
+) -> None:
+    """Report the application's status until it runs; the parent enforces the timeout."""
+    while True:
+        try:
+            status = read_details().get("applications", {}).get(application)
+            report(application=status)
+            if status is not None and status["status"] == "RUNNING":
+                return
+        except Exception as error:  # e.g. Serve's controller while it creates a deployment
+            report(poll_error=f"{type(error).__name__}: {error}")
+        time.sleep(POLL_S)
 
 
 if __name__ == "__main__":

@@ -8,19 +8,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster.config import ClusterConfig
 from cluster.errors import StartError
 from cluster.launch.serve_api import reason
+from cluster.launch.starter import StarterInput
 
 LOOPBACK = "127.0.0.1"
 
 
 def ray_params(cluster: ClusterConfig) -> dict[str, Any]:
-    """Return the head node's fields of Ray's ``RayParams``."""
     return {
         "node_ip_address": LOOPBACK,
         "gcs_server_port": cluster.ray_port,
@@ -39,58 +38,51 @@ def num_cpus(cluster: ClusterConfig) -> int:
     return cluster.num_cpus or max(2, os.cpu_count() or 1)
 
 
-@dataclass(frozen=True, slots=True)
-class StarterProcess:
-    """Child process that starts Ray and Serve."""
+def run_starter(
+    request: StarterInput, environment: Mapping[str, str], log: Path, deadline: float
+) -> Iterator[dict[str, Any]]:
+    """Start the process, which writes to ``log``, and yield its reports as they arrive.
 
-    request: Mapping[str, Any]
-    """``StarterInput``."""
-    environment: Mapping[str, str]
-    log: Path
-    """Log file of the process."""
+    Raises:
+        StartError: Ray or Serve could not be started; includes the last line of the log.
+        TimeoutError: ``deadline`` (of ``time.monotonic``) has passed.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    receiving, sending = os.pipe()
+    try:
+        _spawn(request, environment, log, sending)
+        for line in _lines(receiving, deadline):
+            report = json.loads(line)
+            if error := report.get("error"):
+                raise StartError(f"Ray failed to start: {reason(error)} (log: {log})")
+            yield report
+            if report.get("phase") == "done":
+                return
+    finally:
+        os.close(receiving)
+    raise StartError(f"Ray failed to start: {last_line(log)} (log: {log})")
 
-    def reports(self, deadline: float) -> Iterator[dict[str, Any]]:
-        """Start the process and yield its reports as they arrive.
 
-        Raises:
-            StartError: Ray or Serve could not be started; includes the last line of the log.
-            TimeoutError: ``deadline`` (of ``time.monotonic``) has passed.
-        """
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        receiving, sending = os.pipe()
-        try:
-            self._run(sending)
-            for line in _lines(receiving, deadline):
-                report = json.loads(line)
-                if error := report.get("error"):
-                    raise StartError(f"Ray failed to start: {reason(error)} (log: {self.log})")
-                yield report
-                if report.get("phase") == "done":
-                    return
-        finally:
-            os.close(receiving)
-        raise StartError(f"Ray failed to start: {self._last_line()} (log: {self.log})")
+def _spawn(request: StarterInput, environment: Mapping[str, str], log: Path, sending: int) -> None:
+    command = [sys.executable, "-m", "cluster.launch.starter", str(sending)]
+    try:
+        with log.open("wb") as output:
+            # In a new session, so that Ctrl-C in this terminal does not reach it.
+            process = subprocess.Popen(
+                command, env=dict(environment), stdin=subprocess.PIPE, stdout=output,
+                stderr=subprocess.STDOUT, pass_fds=(sending,), start_new_session=True,
+            )  # fmt: skip
+    finally:
+        os.close(sending)
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError), process.stdin:
+        process.stdin.write(json.dumps(request).encode())
+    process.returncode = 0  # it ends by itself or with the cluster; avoids a ResourceWarning
 
-    def _run(self, sending: int) -> None:
-        command = [sys.executable, "-m", "cluster.launch.starter", str(sending)]
-        try:
-            with self.log.open("wb") as log:
-                # In a new session, so that Ctrl-C in this terminal does not reach it.
-                process = subprocess.Popen(
-                    command, env=dict(self.environment), stdin=subprocess.PIPE, stdout=log,
-                    stderr=subprocess.STDOUT, pass_fds=(sending,), start_new_session=True,
-                )  # fmt: skip
-        finally:
-            os.close(sending)
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError), process.stdin:
-            process.stdin.write(json.dumps(self.request).encode())
-        # It ends by itself or with the cluster; this avoids a ResourceWarning.
-        process.returncode = 0
 
-    def _last_line(self) -> str:
-        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return lines[-1].strip() if lines else "no output"
+def last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1].strip() if lines else "no output"
 
 
 def _lines(channel: int, deadline: float) -> Iterator[bytes]:

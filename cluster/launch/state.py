@@ -1,6 +1,5 @@
 """State of a cluster: the file that ``up`` writes (``run/cluster.json``), and its live status."""
 
-import contextlib
 import json
 import os
 import time
@@ -32,7 +31,6 @@ class ClusterState:
 
     @property
     def uptime_s(self) -> float:
-        """Time since the start in seconds."""
         return max(0.0, time.time() - self.started_at)
 
 
@@ -46,7 +44,6 @@ def _path(home: Path) -> Path:
 
 
 def save(home: Path, state: ClusterState) -> None:
-    """Write the state atomically."""
     path = _path(home)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".tmp")
@@ -69,9 +66,7 @@ def load(home: Path) -> ClusterState | None:
 
 
 def forget(home: Path) -> None:
-    """Delete the state file."""
-    with contextlib.suppress(FileNotFoundError):
-        _path(home).unlink()
+    _path(home).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,9 +28,7 @@ class StopResult:
 def stop(home: Path, *, drain_s: float) -> StopResult | None:
     """End all processes of the clusters started with ``home``; return None if there are none.
 
-    Args:
-        home: Tandem's home directory.
-        drain_s: Time for running requests to finish, in seconds; 0 cancels them.
+    Running requests get ``drain_s`` seconds to finish; 0 cancels them.
 
     Raises:
         StartError: a process cannot be ended.

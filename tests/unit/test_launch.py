@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from cluster.config import ClusterConfig
-from cluster.launch import environment, starter_process, state
+from cluster.launch import environment, starter, starter_process, state
 from cluster.launch.serve_api import ServeApi, ray_token, reason
 
 STATE = state.ClusterState(
@@ -244,3 +244,21 @@ def test_reason_is_the_message_without_a_traceback() -> None:
     assert reason("waiting for\nresources") == "waiting for resources"
     assert reason("") == "Serve gave no reason"
     assert len(reason("x" * 1000)) == 400
+
+
+def test_failed_status_polls_do_not_end_a_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(starter, "POLL_S", 0)
+    error = AttributeError("'NoneType' object has no attribute 'deployment_config'")
+    running = {"status": "RUNNING"}
+    polls = iter([error, {}, error, error, {"applications": {"tandem": running}}])
+
+    def read_details() -> dict[str, Any]:
+        if isinstance(poll := next(polls), Exception):
+            raise poll
+        return poll
+
+    reports: list[dict[str, Any]] = []
+    starter.wait_until_running(read_details, "tandem", lambda **fields: reports.append(fields))
+    assert [report.get("application") for report in reports] == [None, None, None, None, running]
+    assert ["poll_error" in report for report in reports] == [True, False, True, True, False]
+    assert "deployment_config" in reports[0]["poll_error"]

@@ -3,10 +3,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from cluster.config import ClusterConfig
+from cluster.config import parse
+from cluster.config.file import LoadedConfig
 from cluster.launch import ports, processes
 from cluster.launch.ports import Port
 
@@ -71,11 +73,12 @@ def test_an_invisible_process_belongs_to_another_user() -> None:
 
 def test_haproxy_ports_are_required_only_with_haproxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_SERVE_HAPROXY_STATS_PORT", "18404")
-    config = ClusterConfig(ray_port=16379, dashboard_port=18265)
-    where = (config, "127.0.0.1", 18000)
-    with_it = {p.number for p in ports.required_ports(*where, haproxy=True, monitoring=False)}
-    without = {p.number for p in ports.required_ports(*where, haproxy=False, monitoring=False)}
-    watched = {p.number for p in ports.required_ports(*where, haproxy=False, monitoring=True)}
+    cluster = {"ray_port": 16379, "dashboard_port": 18265}
+    config = parse({"generators": [{"name": "g", "model": "m"}], "cluster": cluster})
+    loaded = LoadedConfig(Path("ray-config.yaml"), {}, "tandem", config, "127.0.0.1", 18000)
+    with_it = {p.number for p in ports.required_ports(loaded, haproxy=True, monitoring=False)}
+    without = {p.number for p in ports.required_ports(loaded, haproxy=False, monitoring=False)}
+    watched = {p.number for p in ports.required_ports(loaded, haproxy=False, monitoring=True)}
     assert watched - without == {9090}
     assert without == {18000, 16379, 18265}
     assert with_it - without == {8500, 18404, 9101}

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from cluster.config import parse
-from cluster.config.file import LoadedConfig
+from cluster.config import RouterConfig
 from cluster.errors import StartError
 from cluster.launch import prometheus
 from cluster.launch.state import ClusterState
@@ -36,11 +35,9 @@ def test_rays_dashboard_gets_the_address_of_prometheus(tmp_path: Path) -> None:
     ],
 )
 def test_routers_that_require_a_key_are_not_scraped(tmp_path: Path, keys: dict[str, Any]) -> None:
-    generator = {"name": "gen", "model": "m", "engine": "sim"}
-    config = parse({"generators": [generator], "router": keys})
-    loaded = LoadedConfig(Path("x"), {}, "tandem", config, "127.0.0.1", 8000)
+    requires_keys = RouterConfig.model_validate(keys).requires_keys
     known = ClusterState("id", "tandem", "http://127.0.0.1:8000", "http://d", "", "", 0.0)
-    targets = prometheus.scrape_targets(loaded, known, tmp_path)
+    targets = prometheus.scrape_targets(known, tmp_path, requires_keys=requires_keys)
     assert targets.ingress == (None if keys else "127.0.0.1:8000")
 
 

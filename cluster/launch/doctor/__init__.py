@@ -17,13 +17,8 @@ __all__ = ["Finding", "Level", "run_checks"]
 
 
 def run_checks(loaded: LoadedConfig, home: Path) -> Iterator[Finding]:
-    """Run all checks and yield their findings as they arrive.
-
-    Args:
-        loaded: Configuration of the running cluster, or of the one to start.
-        home: Tandem's home directory.
-    """
-    clocks = running.Clocks.read()
+    """Yield the findings of all checks of the running cluster, or of the one to start."""
+    offset_s = running.clock_offset()
     owned = processes.find(home)
     alive = processes.has_head(owned)
     known = state.load(home) if alive else None
@@ -39,7 +34,7 @@ def run_checks(loaded: LoadedConfig, home: Path) -> Iterator[Finding]:
     ]
     if known is not None:
         checks.append(("cluster", lambda: running.check_endpoints(known)))
-    checks.append(("clock", lambda: [running.check_clock_steps(clocks, running.Clocks.read())]))
+    checks.append(("clock", lambda: [running.check_clock_steps(running.clock_offset() - offset_s)]))
     for name, check in checks:
         try:
             yield from check()

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Level = Literal["ok", "warn", "fail"]
+"""``fail``: a problem that prevents serving; ``warn``: a limitation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,15 +19,12 @@ class Finding:
 
 
 def ok(check: str, message: str) -> Finding:
-    """Return a finding without a problem."""
     return Finding(check, "ok", message)
 
 
 def warn(check: str, message: str, advice: str) -> Finding:
-    """Return a finding of a limitation that does not prevent serving."""
     return Finding(check, "warn", message, advice)
 
 
 def fail(check: str, message: str, advice: str) -> Finding:
-    """Return a finding of a problem that prevents serving."""
     return Finding(check, "fail", message, advice)

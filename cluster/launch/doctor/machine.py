@@ -73,7 +73,6 @@ def check_disk(path: Path, free: int, total: int) -> Finding:
 
 
 def check_machine(config: TandemConfig, home: Path, *, is_running: bool) -> Iterator[Finding]:
-    """Check memory and disks; memory only if the cluster does not run and hold it already."""
     if not is_running:
         yield check_memory(available_memory())
         shared = shutil.disk_usage("/dev/shm").free
@@ -88,7 +87,6 @@ def _existing(path: Path) -> Path:
 
 
 def check_models(config: TandemConfig) -> Iterator[Finding]:
-    """Check that each configured model exists."""
     for model in config.model_files:
         try:
             yield ok("models", f"{model}: {resolve(model)}")

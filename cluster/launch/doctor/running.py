@@ -1,10 +1,8 @@
 """Checks of the cluster: ports, processes (also of earlier clusters), authentication, endpoints."""
 
-import ipaddress
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 import httpx
 import psutil
 
-from cluster.config.file import LoadedConfig
+from cluster.config.file import LoadedConfig, is_loopback
 from cluster.launch import environment, ports, processes, state
 from cluster.launch.doctor.finding import Finding, fail, ok, warn
 from cluster.launch.serve_api import ray_token
@@ -23,28 +21,9 @@ MAX_STEP_S = 0.1
 TIMEOUT_S = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class Clocks:
-    """Readings of this machine's clocks at the same moment, in seconds."""
-
-    wall: float
-    monotonic: float
-
-    @classmethod
-    def read(cls) -> "Clocks":
-        """Return the current readings."""
-        return cls(time.time(), time.monotonic())
-
-
 def check_ports(loaded: LoadedConfig, owned: list[processes.ClusterProcess]) -> Iterator[Finding]:
-    """Check that each port is free or used by this cluster."""
-    required = ports.required_ports(
-        loaded.config.cluster,
-        loaded.http_host,
-        loaded.http_port,
-        haproxy=environment.uses_haproxy(),
-        monitoring=False,
-    )
+    haproxy = environment.uses_haproxy()
+    required = ports.required_ports(loaded, haproxy=haproxy, monitoring=False)
     ours = {process.process.pid for process in owned}
     taken = {busy.port: busy for busy in ports.find_busy(required)}
     for port in required:
@@ -59,7 +38,6 @@ def check_ports(loaded: LoadedConfig, owned: list[processes.ClusterProcess]) -> 
 
 
 def check_processes(home: Path, owned: list[processes.ClusterProcess]) -> Iterator[Finding]:
-    """Check for processes left behind by earlier clusters."""
     if not owned:
         yield ok("processes", "no cluster is running")
     elif processes.has_head(owned):
@@ -83,7 +61,6 @@ def _headless_elsewhere(home: Path) -> dict[str, int]:
 
 
 def check_auth(variables: Mapping[str, str], loaded: LoadedConfig) -> Iterator[Finding]:
-    """Check Ray's token authentication and the router's API keys."""
     mode = variables.get("RAY_AUTH_MODE", "").lower() or "disabled"
     if mode == "token" and ray_token(variables) is None:
         advice = "Set RAY_AUTH_TOKEN, or create ~/.ray/auth_token with `ray get-auth-token`."
@@ -95,18 +72,11 @@ def check_auth(variables: Mapping[str, str], loaded: LoadedConfig) -> Iterator[F
         yield warn("authentication", text, "On shared machines, set RAY_AUTH_MODE=token.")
     if loaded.config.router.requires_keys:
         yield ok("authentication", "the router requires API keys")
-    elif _is_loopback(loaded.http_host):
+    elif is_loopback(loaded.http_host):
         yield ok("authentication", "the router requires no API key, but listens on loopback only")
     else:
         text = f"the router listens on {loaded.http_host} without requiring an API key"
         yield fail("authentication", text, "Create a key with `tandem keys add TENANT`.")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def check_endpoints(running: state.ClusterState) -> Iterator[Finding]:
@@ -186,7 +156,6 @@ def _is_denied(response: httpx.Response) -> bool:
 
 
 def check_discovery(response: httpx.Response) -> Finding:
-    """Check that Ray lists scrape targets for Prometheus."""
     try:
         groups: Any = response.json() if response.is_success else None
         targets = [target for group in groups for target in group["targets"]]
@@ -207,9 +176,13 @@ def check_skew(skew_s: float) -> Finding:
     return ok("clock", f"{text}, within the resolution of {MAX_SKEW_S:g} s")
 
 
-def check_clock_steps(before: Clocks, after: Clocks) -> Finding:
-    """Check that the wall clock was not set between two readings."""
-    step_s = (after.wall - before.wall) - (after.monotonic - before.monotonic)
+def clock_offset() -> float:
+    """Return the difference between wall clock and monotonic clock, in seconds."""
+    return time.time() - time.monotonic()
+
+
+def check_clock_steps(step_s: float) -> Finding:
+    """Check that the wall clock was not set, which changes the clock offset by ``step_s``."""
     if abs(step_s) > MAX_STEP_S:
         text = f"the wall clock jumped by {step_s:+.2f} s during this check"
         advice = "Let NTP slew the clock. Timestamps in logs and charts are wrong until then."

@@ -14,7 +14,6 @@ _INSTALL = "Run ./scripts/up, or install the versions required by pyproject.toml
 
 
 def check_software(config: TandemConfig) -> Iterator[Finding]:
-    """Check Python, the required packages, and vLLM if a generator uses it."""
     yield check_python(sys.version_info[:2])
     required = _requirements("tandem")
     names = {"ray", "torch", "transformers"}
@@ -33,7 +32,6 @@ def check_software(config: TandemConfig) -> Iterator[Finding]:
 
 
 def check_python(found: tuple[int, ...], minimum: tuple[int, int] = (3, 11)) -> Finding:
-    """Check the version of Python."""
     text = ".".join(map(str, found))
     if found < minimum:
         advice = f"Use Python {minimum[0]}.{minimum[1]} or newer."
@@ -44,7 +42,6 @@ def check_python(found: tuple[int, ...], minimum: tuple[int, int] = (3, 11)) -> 
 def check_versions(
     package: str, requirements: Iterable[Requirement], installed: Mapping[str, str | None]
 ) -> Iterator[Finding]:
-    """Check that the requirements of ``package`` are installed in suitable versions."""
     for requirement in requirements:
         found = installed.get(requirement.name)
         wanted = f"{package} requires {requirement.specifier or 'any version'}"
