@@ -16,7 +16,7 @@ Rows = NDArray[np.float32]
 
 
 class EncoderModel(Protocol):
-    """Forward pass over one batch."""
+    """Network that computes batches."""
 
     padding: float
     """Padding computed since the model was loaded, in token equivalents."""
