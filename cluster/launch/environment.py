@@ -83,9 +83,12 @@ def cluster_environment(
 def write_haproxy_wrapper(cluster_id: str) -> None:
     """Create the socket directory and in it the ``haproxy`` that Serve runs.
 
-    Serve's template binds statistics and metrics to every address and has no setting for it. The
-    wrapper rewrites these two lines before it executes HAProxy, and fails if another section
-    listens beyond loopback.
+    Serve's template has no setting for two things, so the wrapper changes them before it executes
+    HAProxy, and fails if they are in the configuration in another form:
+
+    - It binds statistics and metrics to every address.
+    - It has ``option splice-request``, with which HAProxy 2.8 does not notice a client that wrote
+      headers and body separately and disconnects: the request runs on, and a thread spins.
 
     Raises:
         RayIncompatibleError: Serve's template is not the one that the wrapper was written for.
@@ -103,12 +106,17 @@ def write_haproxy_wrapper(cluster_id: str) -> None:
 _WRAPPER = """\
 #!/bin/sh
 # Serve runs: haproxy -db -f CONFIG ...
-sed -i -E 's/^( *bind )(\\*)?:([0-9]+)$/\\1127.0.0.1:\\3/' "$3" || exit 1
+sed -i -E -e 's/^( *bind )(\\*)?:([0-9]+)$/\\1127.0.0.1:\\3/' \\
+    -e '/^ *option splice-request$/d' "$3" || exit 1
 # The addresses of the two frontends are the user's choice (http.host).
 awk '
     /^(backend|defaults|frontend|global|listen)/ {{ section = $1 " " $2 }}
     $1 == "bind" && section !~ /^frontend (http|grpc)_frontend$/ && $2 !~ /^127\\.0\\.0\\.1:/ {{
         print "tandem: " section " listens beyond loopback: " $0
+        failed = 1
+    }}
+    $1 == "option" && $2 ~ /^splice-(request|auto)$/ {{
+        print "tandem: disconnects would go unnoticed: " $0
         failed = 1
     }}
     END {{ exit failed }}

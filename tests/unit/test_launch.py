@@ -117,6 +117,24 @@ def test_haproxy_is_not_started_if_it_would_listen_beyond_loopback(
     assert f"listen stats listens beyond loopback:   bind {bind}" in ran.stderr
 
 
+def test_haproxy_does_not_splice_requests(wrapper: Path) -> None:
+    config = wrapper / "haproxy.cfg"
+    config.write_text("defaults\n    option splice-request\n    option splice-response\n")
+    subprocess.run([wrapper / "haproxy", "-db", "-f", config], check=True)
+    assert config.read_text() == "defaults\n    option splice-response\n"
+
+
+@pytest.mark.parametrize("option", ["splice-auto", "splice-request # fast"])
+def test_haproxy_is_not_started_if_it_would_splice_requests(wrapper: Path, option: str) -> None:
+    config = wrapper / "haproxy.cfg"
+    config.write_text(f"defaults\n    option {option}\n")
+    ran = subprocess.run(
+        [wrapper / "haproxy", "-db", "-f", config], capture_output=True, text=True, check=False
+    )
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert f"disconnects would go unnoticed:     option {option}" in ran.stderr
+
+
 def test_there_are_at_least_two_logical_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     assert starter_process.num_cpus(ClusterConfig()) == 2
