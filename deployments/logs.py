@@ -1,5 +1,6 @@
 """Log files of a replica's process: Serve's own, and the router's request log."""
 
+import atexit
 import logging
 import os
 from logging.handlers import RotatingFileHandler
@@ -18,10 +19,40 @@ def log_with_serve() -> None:
 
     Serve configures only its own logger. Without this, warnings of other loggers go to the
     worker's stderr without a time, and their info lines are lost.
+
+    Call this before libraries are imported: see ``_keep_open``.
     """
+    for handler in logging.getLogger(SERVE_LOGGER).handlers:
+        _keep_open(handler)
     package = logging.getLogger(PACKAGE_LOGGER)
     package.parent = logging.getLogger(SERVE_LOGGER)
     package.setLevel(logging.NOTSET)  # also clears the levels that child loggers have cached
+
+
+def _keep_open(handler: logging.Handler) -> None:
+    """Let a handler survive ``logging.config.dictConfig``, which closes all existing ones.
+
+    Importing vLLM calls it, and other libraries may. A closed ``MemoryHandler`` has lost its
+    target: Serve's log file ends, and a restarted controller, which asks for its path, takes the
+    replica for dead.
+    """
+    handler.close = handler.flush  # type: ignore[method-assign]
+    # dictConfig also removes the handler from those that are flushed at exit.
+    atexit.register(handler.flush)
+
+
+class ServeRelay(logging.Handler):
+    """Handler that sends the records of another logger to the log of this Serve replica."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        logging.getLogger(SERVE_LOGGER).handle(record)
+
+
+def relay_to_serve(name: str) -> ServeRelay:
+    """Replace the handlers of a library's logger by a relay, and return the relay."""
+    relay = ServeRelay()
+    logging.getLogger(name).handlers[:] = [relay]
+    return relay
 
 
 def open_request_log(directory: Path, replica_id: str) -> logging.Handler:

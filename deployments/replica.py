@@ -28,7 +28,7 @@ from cluster.tracing import start_tracer
 from cluster.usage import Usage
 from deployments.autoscaling import CREATED_AT, IN_FLIGHT, STARTUP_S
 from deployments.links import record_certificate_expiry, start_link_server
-from deployments.logs import log_with_serve
+from deployments.logs import log_with_serve, relay_to_serve
 from deployments.metrics import RayExporter
 from deployments.watching import ReplicaWatch
 
@@ -40,6 +40,8 @@ DRAIN_TIMEOUT_S = SHUTDOWN_TIMEOUT_S - 20.0
 """Seconds of it in which requests may finish; the rest is for stopping the engine."""
 _DEAD_ENGINE_DRAIN_S = 1.0  # for sending errors to the requests of a dead engine
 _IDLE_POLL_S = 0.2
+ENGINE_LOGGER = "vllm"
+"""Logger of vLLM, which configures it when it is imported."""
 
 
 class EngineReplica:
@@ -60,11 +62,13 @@ class EngineReplica:
         log_with_serve()
         self._adapters = tuple(pool.adapters) if isinstance(pool, GeneratorConfig) else ()
         self._engine = engine = make_engine()
+        engine_log = relay_to_serve(ENGINE_LOGGER)
         timer.mark("imports")
         self._dead_drain: asyncio.Task[DrainResult] | None = None
         self._retired_reason = ""
         self._num_handle_calls = 0
         await engine.start()
+        engine_log.setLevel(logging.WARNING)  # vLLM repeats its statistics every 10 s
         timer.add_measured(engine.start_phases_s)
         self._app = self._traced_app(pool, operations)
         self._watch = ReplicaWatch(operations, pool, self._num_in_flight, self._retire)

@@ -1,8 +1,12 @@
 import logging
+import logging.config
+from collections.abc import Iterator
+from logging.handlers import MemoryHandler
+from pathlib import Path
 
 import pytest
 
-from deployments.logs import PACKAGE_LOGGER, SERVE_LOGGER, log_with_serve
+from deployments.logs import PACKAGE_LOGGER, SERVE_LOGGER, log_with_serve, relay_to_serve
 
 LOGGERS = (SERVE_LOGGER, PACKAGE_LOGGER, None)
 
@@ -38,3 +42,41 @@ def test_the_package_logs_to_the_file_of_serve(
         serve.setLevel(level)
     assert [record.getMessage() for record in file.records] == ["ready"]
     assert [record.getMessage() for record in root.records] == ["other"]
+
+
+@pytest.fixture
+def serve_log(tmp_path: Path) -> Iterator[Path]:
+    """Log file of a replica, written through the kind of handler that Serve uses."""
+    package, serve = logging.getLogger(PACKAGE_LOGGER), logging.getLogger(SERVE_LOGGER)
+    parent, level, handlers = package.parent, serve.level, serve.handlers[:]
+    path = tmp_path / "replica.log"
+    file = logging.FileHandler(path)
+    serve.handlers[:] = [MemoryHandler(1, target=file)]
+    serve.setLevel(logging.INFO)
+    yield path
+    file.close()
+    serve.handlers[:] = handlers
+    serve.setLevel(level)
+    package.parent = parent
+
+
+def test_the_log_goes_on_when_a_library_configures_logging(serve_log: Path) -> None:
+    log_with_serve()
+    logging.config.dictConfig({"version": 1, "disable_existing_loggers": False})
+    logging.getLogger(f"{SERVE_LOGGER}.tandem").info("after the import")
+    assert serve_log.read_text() == "after the import\n"
+    (handler,) = logging.getLogger(SERVE_LOGGER).handlers
+    assert isinstance(handler, MemoryHandler)
+    assert handler.target is not None  # a restarted controller asks for its path
+
+
+def test_warnings_of_a_library_reach_the_log_of_the_replica(serve_log: Path) -> None:
+    library = logging.getLogger("some_library")
+    library.setLevel(logging.INFO)
+    library.propagate = False
+    relay = relay_to_serve(library.name)
+    library.getChild("engine").info("loading")
+    relay.setLevel(logging.WARNING)
+    library.getChild("engine").info("statistics")
+    library.getChild("engine").warning("preempted")
+    assert serve_log.read_text() == "loading\npreempted\n"

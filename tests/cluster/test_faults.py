@@ -1,0 +1,263 @@
+"""Faults that the default deployment must survive, as its clients see them."""
+
+import asyncio
+import contextlib
+import json
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import anthropic
+import httpx
+import openai
+import psutil
+import pytest
+import requests
+
+from cluster.launch import processes
+from cluster.launch.log_files import log_directory
+from cluster.launch.serve_api import ServeApi
+from cluster.launch.state import load
+from tests.cluster.conftest import RunningCluster
+
+MODEL = "smollm2"
+MAX_TOKENS = 1500
+"""Tokens of an answer that takes far longer than any test waits for it."""
+IDLE_S = 1.0
+"""Time after which the engine must have dropped the requests of disconnected clients."""
+
+
+@pytest.fixture(scope="module")
+def http(cluster: RunningCluster) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=cluster.http_url, timeout=180) as client:
+        wait_until(lambda: client.get("/ready").status_code == 200, 150, "becoming ready")
+        yield client
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float, event: str) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"{event} took longer than {timeout_s} s"
+        time.sleep(0.05)
+
+
+def is_idle(http: httpx.Client) -> bool:
+    pool = http.get("/ready").json()["pools"][MODEL]
+    return not (pool["running"] or pool["in_flight"] or pool["queued"])
+
+
+# -- clients that disconnect ------------------------------------------------------------------
+
+
+def completion(*, stream: bool) -> dict[str, Any]:
+    return {
+        "model": MODEL,
+        "prompt": "Once upon a time",
+        "max_tokens": MAX_TOKENS,
+        "stream": stream,
+        "ignore_eos": True,
+    }
+
+
+def read_until(chunks: Iterator[Any], deadline: float) -> None:
+    for _ in chunks:
+        if time.monotonic() > deadline:
+            return
+    raise AssertionError("the answer ended before the client left")
+
+
+def abandon_with_openai(url: str, after_s: float, *, stream: bool) -> None:
+    deadline = time.monotonic() + after_s
+    with openai.OpenAI(
+        base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=after_s
+    ) as client:
+        answer = client.completions.create(
+            model=MODEL,
+            prompt="Once upon a time",
+            max_tokens=MAX_TOKENS,
+            stream=stream,
+            extra_body={"ignore_eos": True},
+        )
+        assert isinstance(answer, openai.Stream)
+        with answer:
+            read_until(iter(answer), deadline)
+
+
+def abandon_with_anthropic(url: str, after_s: float, *, stream: bool) -> None:
+    deadline = time.monotonic() + after_s
+    with anthropic.Anthropic(
+        base_url=url, api_key="none", max_retries=0, timeout=after_s
+    ) as client:
+        answer = client.messages.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": "Count to a thousand."}],
+            max_tokens=MAX_TOKENS,
+            stream=stream,
+            extra_body={"ignore_eos": True},
+        )
+        assert isinstance(answer, anthropic.Stream)
+        with answer:
+            read_until(iter(answer), deadline)
+
+
+def abandon_with_httpx(url: str, after_s: float, *, stream: bool) -> None:
+    deadline = time.monotonic() + after_s
+    body = completion(stream=stream)
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=after_s) as answer:
+        read_until(answer.iter_raw(), deadline)
+
+
+def abandon_with_requests(url: str, after_s: float, *, stream: bool) -> None:
+    deadline = time.monotonic() + after_s
+    body = completion(stream=stream)
+    with requests.post(f"{url}/v1/completions", json=body, timeout=after_s, stream=True) as answer:
+        read_until(answer.iter_content(None), deadline)
+
+
+ABANDON = {
+    "openai": abandon_with_openai,
+    "anthropic": abandon_with_anthropic,
+    "httpx": abandon_with_httpx,
+    "requests": abandon_with_requests,
+}
+TIMEOUTS = (openai.APITimeoutError, anthropic.APITimeoutError, httpx.TimeoutException, OSError)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("name", ABANDON)
+def test_the_engine_drops_the_requests_of_clients_that_disconnect(
+    name: str, stream: bool, cluster: RunningCluster, http: httpx.Client
+) -> None:
+    def abandon(after_s: float) -> None:
+        with contextlib.suppress(*TIMEOUTS):
+            ABANDON[name](cluster.http_url, after_s, stream=stream)
+
+    # The first ones leave before the first byte of any answer, the last ones in mid-stream.
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(abandon, [0.01, 0.02, 0.05, 0.2, 0.4, 0.5, 0.6, 0.7]))
+    wait_until(lambda: is_idle(http), IDLE_S, f"dropping the requests of {name}")
+
+
+def test_2000_abandoned_requests_leave_an_idle_engine(
+    cluster: RunningCluster, http: httpx.Client
+) -> None:
+    """Rounds of 100 requests that are abandoned at random moments, in one write or in two."""
+    url = httpx.URL(cluster.http_url)
+    rng = random.Random(12)
+
+    async def abandon(*, stream: bool, two_writes: bool, after_s: float) -> None:
+        body = json.dumps(completion(stream=stream)).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+        _, writer = await asyncio.open_connection(url.host, url.port)
+        if two_writes:
+            writer.write(head.encode())
+            await asyncio.sleep(0.001)
+            writer.write(body)
+        else:
+            writer.write(head.encode() + body)
+        await asyncio.sleep(after_s)
+        writer.close()
+
+    async def abandon_100() -> None:
+        async with asyncio.TaskGroup() as group:
+            for i in range(100):
+                group.create_task(
+                    abandon(
+                        stream=i % 2 == 0, two_writes=i % 4 < 2, after_s=rng.uniform(0.005, 0.4)
+                    )
+                )
+
+    for _ in range(20):
+        asyncio.run(abandon_100())
+        wait_until(lambda: is_idle(http), IDLE_S, "dropping 100 abandoned requests")
+
+
+# -- killed processes -------------------------------------------------------------------------
+
+
+def process(cluster: RunningCluster, title: str) -> psutil.Process:
+    """Return the newest process of the cluster whose command line contains ``title``."""
+    found = [
+        owned.process
+        for owned in processes.find(cluster.home)
+        if title in " ".join(owned.process.cmdline())
+    ]
+    return max(found, key=lambda process: process.create_time())
+
+
+def replicas(cluster: RunningCluster) -> dict[str, tuple[str, int | None]]:
+    """Return the deployment and the process of all replicas, by their id."""
+    state = load(cluster.home)
+    assert state is not None
+    with ServeApi(state.dashboard_url) as api:
+        application = api.application("tandem")
+    assert application is not None
+    return {r.id: (d.name, r.pid) for d in application.deployments for r in d.replicas}
+
+
+def stream_once(http: httpx.Client) -> None:
+    body = {**completion(stream=True), "max_tokens": 48}
+    with http.stream("POST", "/v1/completions", json=body) as answer:
+        answer.raise_for_status()
+        lines = [line for line in answer.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]", lines[-1]
+
+
+def classify_once(http: httpx.Client) -> None:
+    http.post("/classify", json={"input": "A great film."}).raise_for_status()
+    time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def traffic(cluster: RunningCluster) -> Iterator[list[str]]:
+    """Send streams and classifications all the time; yield the list of failures."""
+    failures: list[str] = []
+    stopped = threading.Event()
+
+    def send(once: Callable[[httpx.Client], None]) -> None:
+        with httpx.Client(base_url=cluster.http_url, timeout=60) as http:
+            while not stopped.is_set():
+                try:
+                    once(http)
+                except Exception as error:
+                    failures.append(f"{once.__name__}: {error!r}")
+
+    with ThreadPoolExecutor(4) as threads:
+        for once in (stream_once, stream_once, classify_once, classify_once):
+            threads.submit(send, once)
+        try:
+            yield failures
+        finally:
+            stopped.set()
+
+
+def test_a_killed_controller_costs_no_replica_and_no_request(
+    cluster: RunningCluster, http: httpx.Client
+) -> None:
+    before = replicas(cluster)
+    old = process(cluster, "ray::ServeController")
+    with traffic(cluster) as failures:
+        time.sleep(1)
+        old.kill()
+        wait_until(
+            lambda: process(cluster, "ray::ServeController").pid != old.pid, 20, "a new controller"
+        )
+        # The new controller asks every replica in its first seconds.
+        time.sleep(8)
+    assert replicas(cluster) == before
+    assert failures == []
+
+
+def test_the_log_of_a_generator_goes_on_after_vllm_was_imported(
+    cluster: RunningCluster, http: httpx.Client
+) -> None:
+    name = f"generator-{MODEL}"
+    logs = log_directory(cluster.home) / "serve"
+    for id_, (deployment, _) in replicas(cluster).items():
+        if deployment == name:
+            text = (logs / f"replica_tandem_{name}_{id_}.log").read_text(encoding="utf-8")
+            assert "vLLM is ready" in text
+            assert "Finished initializing replica" in text
