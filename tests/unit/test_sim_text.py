@@ -81,7 +81,7 @@ async def test_text_is_cut_at_stop_strings_which_are_never_shown_in_part() -> No
     (sequence,) = generation.sequences
     while not sequence.request.stopped:
         sequence.sample()
-    deltas = await generation.next_deltas()
+    deltas = await anext(generation.batches())
     assert "".join(delta[1] for delta in deltas) == text[: text.index(stop)]
     assert [delta[2] for delta in deltas] == [False] * (len(deltas) - 1) + [True]
     assert sequence.stop_reason == stop
@@ -94,7 +94,7 @@ async def test_withheld_text_is_sent_at_the_end() -> None:
     )
     (sequence,) = generation.sequences
     ids = [sequence.sample() for _ in range(6)]
-    deltas = await generation.next_deltas()
+    deltas = await anext(generation.batches())
     assert "".join(delta[1] for delta in deltas) == tokenizer.decode(ids)
 
 

@@ -97,22 +97,17 @@ async def _stream(engine: "SimEngine", exchange: HttpExchange, generation: Gener
     async def emit(name: str, **fields: Any) -> None:
         await exchange.write(wire.event({"type": name, **fields}, name))
 
-    deltas = await generation.next_deltas()
+    await generation.wait_for_tokens()  # if that fails, respond with an error instead
     await exchange.start_stream()
     opening = _message(exchange.new_id("chatcmpl-"), exchange.model)
     opening |= {"stop_reason": None, "stop_sequence": None, "usage": _usage(sequence, 0)}
     await emit("message_start", message=opening)
     block = {"type": "text", "text": ""}
     await emit("content_block_start", content_block=block, index=0)
-    ended = False
-    while True:
-        for _, text, last in deltas:
+    async for deltas in generation.batches():
+        for _, text, _ in deltas:
             delta = {"type": "text_delta", "text": text}
             await emit("content_block_delta", delta=delta, index=0)
-            ended = last
-        if ended:
-            break
-        deltas = await generation.next_deltas()
     await emit("content_block_stop", index=0)
     ending = {"stop_sequence": None} | _end_fields(sequence)
     delta = {"stop_reason": ending["stop_reason"], "stop_sequence": ending["stop_sequence"]}

@@ -4,7 +4,7 @@ The scheduler's step adds tokens; the request's coroutine waits for them.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 
 from cluster.engines.sim import tokenizer
 from cluster.engines.sim.scheduler import SimRequest
@@ -128,8 +128,8 @@ class Generation:
         self._error = message
         self._wake()
 
-    async def next_deltas(self) -> list[Delta]:
-        """Wait for tokens and return all that are there.
+    async def wait_for_tokens(self) -> None:
+        """Wait for the next tokens.
 
         Raises:
             GenerationError: There will be no more tokens.
@@ -139,8 +139,20 @@ class Generation:
                 raise GenerationError(self._error)
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        deltas, self._deltas = self._deltas, []
-        return deltas
+
+    async def batches(self) -> AsyncIterator[list[Delta]]:
+        """Yield the tokens in batches, as they come, until all sequences have ended.
+
+        Raises:
+            GenerationError: See ``wait_for_tokens``.
+        """
+        num_open = len(self.sequences)
+        while num_open:
+            await self.wait_for_tokens()
+            deltas, self._deltas = self._deltas, []
+            for delta in deltas:
+                num_open -= delta[2]
+            yield deltas
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

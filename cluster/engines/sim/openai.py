@@ -113,12 +113,10 @@ async def detokenize(engine: "SimEngine", exchange: HttpExchange) -> None:
 
 async def stream(exchange: HttpExchange, generation: Generation, writer: ChunkWriter) -> None:
     """Send a generation as chunks, one per token."""
-    sequences = generation.sequences
     started: set[int] = set()
-    num_open = len(sequences)
-    deltas = await generation.next_deltas()
+    await generation.wait_for_tokens()  # if that fails, respond with an error instead
     await exchange.start_stream()
-    while True:
+    async for deltas in generation.batches():
         for delta in deltas:
             sequence = delta[0]
             if sequence.index not in started:
@@ -126,11 +124,7 @@ async def stream(exchange: HttpExchange, generation: Generation, writer: ChunkWr
                 if first := writer.first(sequence):
                     await exchange.write(first)
             await exchange.write(writer.token(delta))
-            num_open -= delta[2]
-        if not num_open:
-            break
-        deltas = await generation.next_deltas()
-    for chunk in writer.end(sequences):
+    for chunk in writer.end(generation.sequences):
         await exchange.write(chunk)
     await exchange.end_stream()
 
@@ -138,11 +132,9 @@ async def stream(exchange: HttpExchange, generation: Generation, writer: ChunkWr
 async def collect_texts(generation: Generation) -> list[str]:
     """Return the whole text of each sequence."""
     texts: list[list[str]] = [[] for _ in generation.sequences]
-    num_open = len(texts)
-    while num_open:
-        for sequence, text, last in await generation.next_deltas():
+    async for deltas in generation.batches():
+        for sequence, text, _ in deltas:
             texts[sequence.index].append(text)
-            num_open -= last
     return ["".join(parts) for parts in texts]
 
 

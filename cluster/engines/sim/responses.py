@@ -127,19 +127,14 @@ async def _stream(
     await exchange.start_stream()
     await emit("created", response=base)
     await emit("in_progress", response=base)
-    deltas = await generation.next_deltas()
+    await generation.wait_for_tokens()
     await emit("output_item.added", item=_item(item_id, [], "in_progress"), output_index=0)
     await emit("content_part.added", **at_part, part=_part("", []))
     texts: list[str] = []
-    ended = False
-    while True:
-        for _, text, last in deltas:
+    async for deltas in generation.batches():
+        for _, text, _ in deltas:
             texts.append(text)
             await emit("output_text.delta", **at_part, delta=text, logprobs=[])
-            ended = last
-        if ended:
-            break
-        deltas = await generation.next_deltas()
     part = _part("".join(texts))
     item = _item(item_id, [part])
     await emit("output_text.done", **at_part, text=part["text"], logprobs=[])
