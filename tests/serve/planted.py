@@ -1,4 +1,4 @@
-"""Texts whose label hangs on one word, and the command that trains on them."""
+"""Texts whose label depends on one planted word, and the ``tandem`` command to train on them."""
 
 import csv
 import random
@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from cluster.cli.app import app
 
 FILLER = [f"word{i}" for i in range(20)]
-TELLING = {"refund": "complaint", "thanks": "praise"}
+LABEL_OF_WORD = {"refund": "complaint", "thanks": "praise"}
 FAST = ("--threads", 1, "--learning-rate", 0.003, "--max-tokens", 16)
 
 
@@ -23,10 +23,10 @@ def tandem(*args):
 def texts(count, seed=0):
     rng = random.Random(seed)
     for _ in range(count):
-        telling = rng.choice(list(TELLING))
-        words = [*rng.choices(FILLER, k=rng.randint(3, 8)), telling]
+        planted_word = rng.choice(list(LABEL_OF_WORD))
+        words = [*rng.choices(FILLER, k=rng.randint(3, 8)), planted_word]
         rng.shuffle(words)
-        yield " ".join(words), TELLING[telling]
+        yield " ".join(words), LABEL_OF_WORD[planted_word]
 
 
 def write_csv(path, rows):

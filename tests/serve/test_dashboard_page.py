@@ -1,4 +1,4 @@
-"""The dashboard in a real browser, over two routers, links and simulated engines under load."""
+"""Dashboard page in a real browser, with two routers and simulated engines under load."""
 
 import asyncio
 import hashlib
@@ -26,27 +26,29 @@ SIM = {
 CHAT = "/v1/chat/completions"
 
 
-class World:
+class Routers:
     """Two routers of the same two generators, each with a simulated engine."""
 
     def __init__(self, routers):
         self.apps = [GatewayApp(router, authenticates=False) for router in routers]
-        self.outside = GatewayApp(routers[0])
-        self._ending = asyncio.Event()
+        self.public_app = GatewayApp(routers[0])
+        self._stopping = asyncio.Event()
         self._tasks = []
 
     def start_load(self, clients):
-        self._tasks = [asyncio.create_task(self._talk(number)) for number in range(clients)]
+        self._tasks = [
+            asyncio.create_task(self._send_requests(number)) for number in range(clients)
+        ]
 
     async def stop_load(self):
-        self._ending.set()
+        self._stopping.set()
         await asyncio.gather(*self._tasks)
 
-    async def _talk(self, number):
+    async def _send_requests(self, number):
         app = self.apps[number % len(self.apps)]
         model = "chat" if number % 3 else "draft"
         turn = 0
-        while not self._ending.is_set():
+        while not self._stopping.is_set():
             turn += 1
             words = " ".join(f"word{number}" for _ in range(10 + (turn * 7) % 40))
             body = {
@@ -60,7 +62,7 @@ class World:
 
 
 @asynccontextmanager
-async def world(**router):
+async def running_routers(**router):
     config = parse(
         {
             "generators": [
@@ -74,7 +76,7 @@ async def world(**router):
     async with AsyncExitStack() as stack:
         links = [RouterLinks(f"router-{number}", SECRET) for number in "ab"]
         gateways = [
-            Gateway(config, wirings, routers=link, read_decisions=decided) for link in links
+            Gateway(config, wirings, routers=link, read_decisions=read_decisions) for link in links
         ]
         infos = []
         for gateway, link in zip(gateways, links, strict=True):
@@ -94,19 +96,19 @@ async def world(**router):
             info = ReplicaInfo(f"{generator.name}-1", host, port, engine.routes())
             for gateway in gateways:
                 gateway.pools[generator.name].update([info])
-        running = World(gateways)
+        running = Routers(gateways)
         stack.push_async_callback(running.stop_load)
         yield running
 
 
-DECIDED = [
+DECISIONS = [
     TargetChange(1_700_000_000 + n, pool, 1, 2, "ongoing", f"{n} requests of 4 each <b>")
     for n, pool in enumerate(["chat", "router"] * 15)
 ]
 
 
-async def decided():
-    return DECIDED
+async def read_decisions():
+    return DECISIONS
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +119,7 @@ def page(tmp_path_factory):
 
 
 class DashboardPage(Page):
-    """The page with its figures, charts and lists."""
+    """Tiles and lists of the page."""
 
     def tile(self, column):
         return self.script(f"document.querySelector('[data-column={column}] b').textContent")
@@ -136,11 +138,11 @@ class DashboardPage(Page):
         ]
 
 
-async def test_load_is_seen_while_it_happens(page):
-    async with world() as running, listening(running.outside) as url:
+async def test_page_shows_live_load(page):
+    async with running_routers() as running, listening(running.public_app) as url:
         running.start_load(12)
 
-        def look():
+        def check():
             page.open(f"{url}/dashboard", width=1100)
             page.until(lambda: page.state() == "live")
             page.until(lambda: page.number("requests") > 1 and page.number("completion_tokens") > 1)
@@ -160,7 +162,7 @@ async def test_load_is_seen_while_it_happens(page):
             decisions = page.rows("decisions")
             assert len(decisions) == 20
             assert decisions[0][1:] == ["router", "1", "2", "ongoing: 29 requests of 4 each <b>"]
-            assert "2 routers together" in page.by("note").text
+            assert "Sum of 2 routers" in page.by("note").text
             nodes = page.script("window.kept = [...document.querySelectorAll('td, canvas')]")
             page.until(lambda: page.script("last > 0 && kept.times.length > 8"))
             assert page.script("window.kept.every((node) => node.isConnected)"), len(nodes)
@@ -168,15 +170,15 @@ async def test_load_is_seen_while_it_happens(page):
             assert all(name.startswith(url) for name in loaded)
             assert page.driver.get_log("browser") == []
 
-        await asyncio.to_thread(look)
+        await asyncio.to_thread(check)
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1100), ("dark", 1100), ("dark", 360)])
-async def test_it_is_light_and_dark_and_fits_a_phone(page, scheme, width):
-    async with world() as running, listening(running.outside) as url:
+async def test_page_has_light_and_dark_schemes_and_fits_a_phone(page, scheme, width):
+    async with running_routers() as running, listening(running.public_app) as url:
         running.start_load(12)
 
-        def look():
+        def check():
             page.open(f"{url}/dashboard", scheme, width, height=1500 if width > 500 else 2600)
             page.until(lambda: page.number("requests") > 1)
             assert page.script("document.documentElement.scrollWidth") <= width
@@ -186,58 +188,61 @@ async def test_it_is_light_and_dark_and_fits_a_phone(page, scheme, width):
             assert (ground > 200 > 60 > ink) if scheme == "light" else (ground < 60 < 200 < ink)
             for table in page.all("table.list"):
                 beyond = table.size["width"] - table.find_element("xpath", "..").size["width"]
-                assert beyond <= 0 or width < 500, "it can be scrolled, which a phone's user does"
+                assert beyond <= 0 or width < 500, "only narrow screens may have to scroll a table"
             assert page.rows("decisions")[0][-1] in page.by("decisions").text
 
-        await asyncio.to_thread(look)
+        await asyncio.to_thread(check)
 
 
 @pytest.mark.parametrize(
-    ("found", "said"),
-    [([], "No target was changed so far."), (None, "Autoscaling has said nothing here.")],
+    ("decisions", "text"),
+    [([], "No changes of replica targets."), (None, "Autoscaling decisions are not available.")],
 )
-async def test_no_decisions_are_told_from_none_known(page, monkeypatch, found, said):
+async def test_no_decisions_and_unknown_decisions_differ(page, monkeypatch, decisions, text):
     async def read():
-        return found
+        return decisions
 
-    monkeypatch.setattr("tests.serve.test_dashboard_page.decided", read)
-    async with world() as running, listening(running.outside) as url:
+    monkeypatch.setattr("tests.serve.test_dashboard_page.read_decisions", read)
+    async with running_routers() as running, listening(running.public_app) as url:
 
-        def look():
+        def check():
             page.open(f"{url}/dashboard")
             page.until(lambda: page.state() == "live")
-            page.until(lambda: page.by("decisions").text == said)
+            page.until(lambda: page.by("decisions").text == text)
 
-        await asyncio.to_thread(look)
+        await asyncio.to_thread(check)
 
 
-async def test_it_says_when_the_router_is_gone_and_when_it_is_back(page):
-    async with world() as running:
-        async with listening(running.outside) as url:
+async def test_page_shows_lost_and_restored_connection(page):
+    async with running_routers() as running:
+        async with listening(running.public_app) as url:
             port = int(url.rsplit(":", 1)[1])
 
-            def begin():
+            def connect():
                 page.open(f"{url}/dashboard")
                 page.until(lambda: page.state() == "live")
 
-            await asyncio.to_thread(begin)
-        gone = await asyncio.to_thread(
-            page.until, lambda: "cannot be reached" in page.state() and page.state()
+            await asyncio.to_thread(connect)
+        state = await asyncio.to_thread(
+            page.until, lambda: "not reachable" in page.state() and page.state()
         )
-        assert "the figures are of" in gone
+        assert "last update" in state
         assert "stale" in page.script("document.body.className")
-        async with listening(running.outside, port):
+        async with listening(running.public_app, port):
             await asyncio.to_thread(page.until, lambda: page.state() == "live")
 
 
-async def test_a_key_is_asked_for_and_kept(page):
+async def test_page_asks_for_a_key_and_keeps_it(page):
     keys = [hashlib.sha256(KEY.encode()).hexdigest()]
-    async with world(api_keys_sha256=keys) as running, listening(running.outside) as url:
+    async with (
+        running_routers(api_keys_sha256=keys) as running,
+        listening(running.public_app) as url,
+    ):
 
-        def look():
+        def check():
             page.open(f"{url}/dashboard")
-            page.until(lambda: "API key is needed" in page.state())
-            for typed, state in (("wrong", "not known"), (KEY, "live")):
+            page.until(lambda: "API key required" in page.state())
+            for typed, state in (("wrong", "unknown API key"), (KEY, "live")):
                 page.by("key").send_keys(typed)
                 page.by("form").find_element("tag name", "button").click()
                 page.until(lambda state=state: state in page.state())
@@ -245,4 +250,4 @@ async def test_a_key_is_asked_for_and_kept(page):
             page.until(lambda: page.state() == "live")
             assert not page.by("form").is_displayed()
 
-        await asyncio.to_thread(look)
+        await asyncio.to_thread(check)

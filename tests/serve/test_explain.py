@@ -24,7 +24,7 @@ from tests.serve.classifier_kit import (  # noqa: F401
     save,
     until,
 )
-from tests.serve.planted import FILLER, TELLING, texts
+from tests.serve.planted import FILLER, LABEL_OF_WORD, texts
 
 GRADIENTS, ROLLOUT, BEST = Question(), Question("rollout"), Question(top_k=1)
 
@@ -49,7 +49,7 @@ def test_the_planted_word_is_found_and_the_contributions_add_up(model):
             assert sum(row.contributions) == pytest.approx(difference, rel=0.02)
             assert row.error == pytest.approx(sum(row.contributions) - difference, abs=1e-9)
             strongest = found.words[int(np.abs(row.contributions).argmax())].text
-            assert TELLING[strongest] == label
+            assert LABEL_OF_WORD[strongest] == label
 
 
 def test_offsets_are_characters_of_the_text(model):
@@ -122,7 +122,7 @@ def test_odd_texts_have_an_explanation(model, text):
 
 def test_rollout_finds_the_planted_word_more_often_than_chance(model):
     rows = [(model.explain(text, ROLLOUT, nothing), text) for text, _ in texts(20, seed=4)]
-    found = [row.words[int(np.argmax(row.weights))].text in TELLING for row, _ in rows]
+    found = [row.words[int(np.argmax(row.weights))].text in LABEL_OF_WORD for row, _ in rows]
     assert sum(found) > 10  # of 20; by chance it would be one word in 4 to 9
     assert all(min(row.weights) > 0 and sum(row.weights) == pytest.approx(1) for row, _ in rows)
 

@@ -1,4 +1,4 @@
-"""The page that explains, in a real browser, over a real router, link and engine."""
+"""Explain page in a real browser, with a real router, link and engine."""
 
 import asyncio
 import hashlib
@@ -13,7 +13,7 @@ from cluster.gateway import Gateway, GatewayApp, ReplicaInfo, Wiring
 from cluster.link import LinkServer
 from tests import asgi
 from tests.serve.browser import Page, listening, start
-from tests.serve.planted import TELLING
+from tests.serve.planted import LABEL_OF_WORD
 
 SECRET = b"s" * 32
 WIRINGS = {name: Wiring(SECRET) for name in ("gen", "mine")}
@@ -31,8 +31,8 @@ def config(**router):
 
 
 @asynccontextmanager
-async def site(path, **router):
-    """The address of a router with one real classifier behind it."""
+async def explain_page(path, **router):
+    """Yield the URL of the page of a router with one real classifier."""
     tree = config(**router)
     engine = ClassifierEngine(tree.classifiers[0], str(path))
     await engine.start()
@@ -57,7 +57,7 @@ def browser(tmp_path_factory):
 
 
 class ExplainPage(Page):
-    """The page with a text and its words."""
+    """Form and result of the page."""
 
     def explain(self, text, method="integrated_gradients"):
         self.driver.execute_script("arguments[0].value = arguments[1]", self.by("input"), text)
@@ -74,7 +74,7 @@ class ExplainPage(Page):
         return self.all("#bars .bar")
 
 
-async def test_the_words_are_colored_by_what_they_do(trained, browser):
+async def test_words_are_colored_by_their_contribution(trained, browser):
     text = "word1 \U0001f600 <b>refund</b> word2"
 
     def use(url):
@@ -90,10 +90,10 @@ async def test_the_words_are_colored_by_what_they_do(trained, browser):
         assert browser.bars()[0].get_attribute("aria-pressed") == "true"
         browser.bars()[1].click()
         assert dict(browser.words())["refund"] == pytest.approx(-values["refund"], rel=0.05)
-        assert "Their sum is off by" in browser.by("note").text
+        assert "The contributions add up" in browser.by("note").text
         assert browser.explain(text, "rollout") == ""
         assert min(value for _, value in browser.words()) > 0
-        assert "neither labels nor signs" in browser.by("note").text
+        assert "independent of the label" in browser.by("note").text
 
         loaded = browser.script("performance.getEntriesByType('resource').map(e => e.name)")
         origin = url.removesuffix("/explain")
@@ -101,11 +101,11 @@ async def test_the_words_are_colored_by_what_they_do(trained, browser):
         assert all(name.startswith(origin) for name in loaded)
         assert browser.driver.get_log("browser") == []
 
-    async with site(trained[0]) as url:
+    async with explain_page(trained[0]) as url:
         await asyncio.to_thread(use, url)
 
 
-async def test_it_is_light_and_dark_and_fits_a_phone(trained, browser):
+async def test_page_has_light_and_dark_schemes_and_fits_a_phone(trained, browser):
     def use(url):
         colors = []
         for scheme in ("light", "dark"):
@@ -113,28 +113,30 @@ async def test_it_is_light_and_dark_and_fits_a_phone(trained, browser):
             assert browser.explain("thanks " + "very" * 60) == ""
             assert browser.script("document.documentElement.scrollWidth") <= 360
             colors.append(browser.colors())
-        (light, ink), (dark, chalk) = colors
-        assert light > 200 > 60 > ink
-        assert dark < 60 < 200 < chalk
+        (light_page, light_text), (dark_page, dark_text) = colors
+        assert light_page > 200 > 60 > light_text
+        assert dark_page < 60 < 200 < dark_text
 
-    async with site(trained[0]) as url:
+    async with explain_page(trained[0]) as url:
         await asyncio.to_thread(use, url)
 
 
-async def test_errors_are_said_and_a_key_may_be_typed(trained, browser):
+async def test_page_shows_errors_and_accepts_a_key(trained, browser):
     def use(url):
         browser.open(url)
         assert "API key" in browser.explain("thanks")
         assert "bad" in browser.by("status").get_attribute("class")
         browser.by("key").send_keys(KEY)
         assert browser.explain("thanks") == ""
-        assert dict(browser.words()).keys() <= TELLING.keys()
+        assert dict(browser.words()).keys() <= LABEL_OF_WORD.keys()
 
-    async with site(trained[0], api_keys_sha256=[hashlib.sha256(KEY.encode()).hexdigest()]) as url:
+    async with explain_page(
+        trained[0], api_keys_sha256=[hashlib.sha256(KEY.encode()).hexdigest()]
+    ) as url:
         await asyncio.to_thread(use, url)
 
 
-async def test_the_page_needs_no_key_and_allows_nothing_foreign():
+async def test_page_needs_no_key_and_loads_nothing_from_elsewhere():
     gateway = Gateway(config(api_keys_sha256=["0" * 64]), WIRINGS)
     answer = await asgi.get(GatewayApp(gateway), "/explain")
     assert answer.status == 200
