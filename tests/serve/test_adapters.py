@@ -1,4 +1,4 @@
-"""LoRA adapters as models of their own, over real links, with simulated engines."""
+"""LoRA adapters served as models, over real links, with simulated engines."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -22,7 +22,7 @@ TEXT = "It was a dark and stormy night. " * 20
 
 
 class World:
-    """Simulated engines with adapters, and a router before them."""
+    """Simulated engines with adapters behind one router."""
 
     def __init__(self, adapters: str, max_loras: int, routing: str, **sim: float) -> None:
         pool = {
@@ -58,7 +58,7 @@ async def a_world(
     routing: str = "prefix",
     **sim: float,
 ) -> AsyncIterator[World]:
-    """The first ``old_replicas`` are of a configuration without adapters."""
+    """Run replicas, of which the first ``old_replicas`` have no adapters."""
     world = World(adapters, max_loras, routing, **sim)
     new = world.config.generators[0]
     old = new.model_copy(update={"adapters": {}})
@@ -75,10 +75,10 @@ async def a_world(
             world.engines.append(engine)
             server = LinkServer(engine.app, SECRET, prefixes=engine.prefixes)
             host, port = await server.start()
-            told = ReplicaInfo(
+            metadata = ReplicaInfo(
                 "", host, port, ROUTES, adapters=tuple(config.adapters)
             ).to_metadata()
-            world.infos.append(ReplicaInfo.from_metadata(f"r{number}", told))
+            world.infos.append(ReplicaInfo.from_metadata(f"r{number}", metadata))
             later(server.stop)
         later(world.gateway.close)
         pool = world.gateway.pools["m"]
@@ -88,7 +88,7 @@ async def a_world(
             yield world
 
 
-async def test_an_adapter_is_a_model_of_its_own() -> None:
+async def test_adapter_is_listed_and_served_as_a_model() -> None:
     async with a_world(1, "law art", max_loras=2) as world:
         app = GatewayApp(world.gateway)
         cards = (await asgi.get(app, "/v1/models")).json()["data"]
@@ -117,7 +117,7 @@ async def test_an_adapter_is_a_model_of_its_own() -> None:
         assert "tax" not in metrics
 
 
-async def test_a_keys_models_are_adapters_too() -> None:
+async def test_key_can_allow_an_adapter() -> None:
     async with a_world(1, "law art", max_loras=2) as world:
         identity = Identity(Tenant("t"), models=frozenset({"law"}))
 
@@ -142,7 +142,7 @@ async def test_a_keys_models_are_adapters_too() -> None:
         ]
 
 
-async def test_an_adapters_requests_stay_together() -> None:
+async def test_requests_of_an_adapter_go_to_one_replica() -> None:
     async with a_world(3, "law art tax", max_loras=1, adapter_load_s=0.01) as world:
         for _ in range(4):
             for model in ("law", "art", "tax"):
@@ -152,7 +152,7 @@ async def test_an_adapters_requests_stay_together() -> None:
         assert world.served() == [4, 4, 4]
 
 
-async def test_a_hot_adapter_spreads() -> None:
+async def test_busy_adapter_spreads_over_replicas() -> None:
     async with a_world(3, "law art", max_loras=1, prefill_s_per_token=0.0002) as world:
         assert (await world.ask("law")).status == 200
         prompts = [f"{number} {TEXT}" for number in range(60)]
@@ -161,7 +161,7 @@ async def test_a_hot_adapter_spreads() -> None:
         assert min(world.served()) > 0
 
 
-async def test_where_all_adapters_are_loaded_everywhere_none_is_placed_by_them() -> None:
+async def test_adapters_do_not_affect_routing_if_all_fit() -> None:
     for max_loras, wanted in ((1, "law"), (2, None)):
         async with a_world(0, "law art", max_loras) as world:
             pool = world.gateway.pools["m"]
@@ -169,7 +169,7 @@ async def test_where_all_adapters_are_loaded_everywhere_none_is_placed_by_them()
 
 
 @pytest.mark.parametrize("routing", get_args(RoutingPolicy))
-async def test_while_replicas_are_replaced_only_those_with_the_adapter_are_asked(
+async def test_rolling_update_routes_only_to_replicas_with_the_adapter(
     routing: str,
 ) -> None:
     async with a_world(3, "law", max_loras=1, old_replicas=2, routing=routing) as world:
@@ -181,7 +181,7 @@ async def test_while_replicas_are_replaced_only_those_with_the_adapter_are_asked
         assert max(world.served()[:2]) > 0
 
 
-async def test_an_adapter_that_no_replica_has_yet_is_to_be_asked_for_again() -> None:
+async def test_missing_adapter_gets_retry_after() -> None:
     async with a_world(1, "law", max_loras=1, old_replicas=1) as world:
         answer = await world.ask("law")
         assert answer.status == 503
@@ -190,7 +190,7 @@ async def test_an_adapter_that_no_replica_has_yet_is_to_be_asked_for_again() -> 
         assert (await world.ask("m")).status == 200
 
 
-async def test_what_asks_for_an_adapter_holds_nobody_up_where_only_others_have_room() -> None:
+async def test_adapter_request_does_not_block_the_queue_if_only_other_replicas_have_room() -> None:
     async with a_world(2, "law", max_loras=1, old_replicas=1, decode_s_per_token=0.05) as world:
         pool = world.gateway.pools["m"]
         pool.replicas.fleet.set_capacity("r1", 1)
@@ -204,15 +204,15 @@ async def test_what_asks_for_an_adapter_holds_nobody_up_where_only_others_have_r
         await asyncio.wait([long])
 
 
-async def test_a_replica_that_does_not_say_which_adapters_it_has_may_have_all() -> None:
-    told = ReplicaInfo("r0", "127.0.0.1", 1, adapters=("law",)).to_metadata()
-    assert not ReplicaInfo.from_metadata("r0", told).lacks_adapter("law")
-    assert ReplicaInfo.from_metadata("r0", told).lacks_adapter("art")
-    del told["adapters"]
-    assert not ReplicaInfo.from_metadata("r0", told).lacks_adapter("law")
+async def test_replica_of_unknown_adapters_may_have_all() -> None:
+    metadata = ReplicaInfo("r0", "127.0.0.1", 1, adapters=("law",)).to_metadata()
+    assert not ReplicaInfo.from_metadata("r0", metadata).lacks_adapter("law")
+    assert ReplicaInfo.from_metadata("r0", metadata).lacks_adapter("art")
+    del metadata["adapters"]
+    assert not ReplicaInfo.from_metadata("r0", metadata).lacks_adapter("law")
 
 
-async def test_what_waits_for_an_adapter_holds_nobody_up_once_no_replica_has_it() -> None:
+async def test_queued_adapter_request_fails_when_no_replica_has_the_adapter() -> None:
     async with a_world(2, "law", max_loras=1, old_replicas=1, decode_s_per_token=0.05) as world:
         pool = world.gateway.pools["m"]
         for replica in ("r0", "r1"):

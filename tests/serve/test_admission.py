@@ -1,4 +1,4 @@
-"""Admission in the gateway over real links: keys, limits, classes, deadlines, several routers."""
+"""Admission over real links: keys, quotas, priorities, deadlines, several routers."""
 
 import asyncio
 import json
@@ -18,11 +18,11 @@ from cluster.gateway.pools.relay import with_engine_priority
 from cluster.key_file import KeyFile
 from cluster.link import LinkServer
 from tests import asgi
-from tests.serve.test_gateway import CHAT, SECRET, World, a_world, metrics
+from tests.serve.gateway_kit import CHAT, SECRET, World, gateway_world, metrics
 
 
 class Keys:
-    """A key file whose keys are their tenants' names."""
+    """Key file in which each key is its tenant's name."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._time = path, 1
@@ -50,9 +50,9 @@ def ask(world: World, tenant: str, body: Any = None, **headers: str) -> asgi.Cal
     return asgi.start(world.app, "POST", CHAT, {"model": "gen", **(body or {})}, headers=sent)
 
 
-async def test_a_key_that_does_not_allow_the_model_is_refused(keys: Keys) -> None:
+async def test_key_must_allow_the_model(keys: Keys) -> None:
     keys.write(a={"models": ["cls"]}, b={})
-    async with a_world(keys.file) as world:
+    async with gateway_world(keys.file) as world:
         await world.add("gen", "gen-1")
         await world.add("cls", "cls-1", ("/classify",))
         answer = await ask(world, "a").done()
@@ -65,9 +65,9 @@ async def test_a_key_that_does_not_allow_the_model_is_refused(keys: Keys) -> Non
         assert found["tandem_requests_total", "gen", CHAT, "403"] == 1
 
 
-async def test_limits_say_which_and_when_and_change_while_requests_run(keys: Keys) -> None:
+async def test_quota_errors_name_the_quota_and_quotas_change_at_run_time(keys: Keys) -> None:
     keys.write(a={"max_concurrent": 1}, b={"requests_per_minute": 6})
-    async with a_world(keys.file) as world:
+    async with gateway_world(keys.file) as world:
         replica = await world.add("gen", "gen-1")
         running = ask(world, "a", {"wait_before": True})
         await world.until(lambda: len(replica.seen) == 1)
@@ -89,9 +89,9 @@ async def test_limits_say_which_and_when_and_change_while_requests_run(keys: Key
         assert found["tandem_tenant_requests_total", "429", "a"] == 1
 
 
-async def test_a_days_budget_is_over_until_midnight(keys: Keys) -> None:
+async def test_daily_budget_lasts_until_midnight(keys: Keys) -> None:
     keys.write(a={"tokens_per_day": 5})
-    async with a_world(keys.file) as world:
+    async with gateway_world(keys.file) as world:
         await world.add("gen", "gen-1")
         first = await ask(world, "a", {"prompt": "a long prompt " * 40}).done()
         assert first.status == 200  # what is left may be overdrawn, once
@@ -102,9 +102,9 @@ async def test_a_days_budget_is_over_until_midnight(keys: Keys) -> None:
         assert int(refused.headers["retry-after"]) == pytest.approx(until_midnight_s, abs=60)
 
 
-async def test_changed_keys_are_taken_up_when_routers_settle(keys: Keys) -> None:
+async def test_changed_keys_apply_at_the_next_settlement(keys: Keys) -> None:
     keys.write(a={})
-    async with a_world(keys.file) as world:
+    async with gateway_world(keys.file) as world:
         await world.add("gen", "gen-1")
         peers = QuotaSync(world.gateway.admission, world.gateway.pools, RouterLinks("r0", SECRET))
         keys.write(b={})
@@ -119,9 +119,9 @@ async def metrics_inside(world: World) -> dict[tuple[str, ...], float]:
     return await metrics(inside)
 
 
-async def test_keys_are_added_and_revoked_while_requests_run(keys: Keys) -> None:
+async def test_keys_are_added_and_revoked_at_run_time(keys: Keys) -> None:
     keys.write(a={})
-    async with a_world(keys.file) as world:
+    async with gateway_world(keys.file) as world:
         replica = await world.add("gen", "gen-1")
         running = ask(world, "a", {"wait_before": True})
         await world.until(lambda: len(replica.seen) == 1)
@@ -142,9 +142,9 @@ async def served_order(world: World, replica: Any, calls: dict[str, asgi.Call]) 
     return [name for name in seen if name in calls]
 
 
-async def test_a_higher_class_goes_first_at_most_its_keys_own(keys: Keys) -> None:
+async def test_higher_priority_goes_first_up_to_the_keys_limit(keys: Keys) -> None:
     keys.write(a={"priority": 2}, b={}, zero={"weight": 0, "priority": 8})
-    async with a_world(keys.file) as world:
+    async with gateway_world(keys.file) as world:
         replica = await world.add("gen", "gen-1")
         busy = [ask(world, "b", {"wait_before": True}) for _ in range(2)]
         await world.until(lambda: len(replica.seen) == 2)
@@ -165,16 +165,16 @@ async def test_a_higher_class_goes_first_at_most_its_keys_own(keys: Keys) -> Non
 
 
 @pytest.mark.parametrize("header", ["x-request-timeout-seconds", "x-tandem-priority"])
-async def test_a_header_that_is_wrong_is_named(header: str) -> None:
-    async with a_world() as world:
+async def test_error_names_the_invalid_header(header: str) -> None:
+    async with gateway_world() as world:
         await world.add("gen", "gen-1")
         for wrong in ("soon", "nan", "-inf"):
             answer = await asgi.post(world.app, CHAT, {}, headers={header: wrong})
             assert (answer.status, answer.json()["error"]["param"]) == (400, header)
 
 
-async def test_a_request_that_cannot_make_its_deadline_is_refused_at_once() -> None:
-    async with a_world() as world:
+async def test_hopeless_deadline_is_refused_at_once() -> None:
+    async with gateway_world() as world:
         replica = await world.add("gen", "gen-1")
         pool = world.gateway.pools["gen"]
         for _ in range(2):  # requests take about 100 ms
@@ -199,8 +199,8 @@ async def test_a_request_that_cannot_make_its_deadline_is_refused_at_once() -> N
         assert found["tandem_shed_requests_total", "gen", "deadline"] == 1
 
 
-async def test_a_deadline_that_passes_in_the_queue_ends_the_wait() -> None:
-    async with a_world() as world:
+async def test_deadline_ends_the_wait_in_the_queue() -> None:
+    async with gateway_world() as world:
         replica = await world.add("gen", "gen-1")
         pool = world.gateway.pools["gen"]
         running = [ask(world, "", {"wait_before": True}) for _ in range(2)]
@@ -215,12 +215,12 @@ async def test_a_deadline_that_passes_in_the_queue_ends_the_wait() -> None:
         assert found["tandem_shed_requests_total", "gen", "expired"] == 1
 
 
-async def test_with_no_replica_nothing_is_refused_by_a_guess() -> None:
-    async with a_world() as world:
+async def test_nothing_is_refused_by_estimate_without_a_replica() -> None:
+    async with gateway_world() as world:
         await world.add("gen", "gen-1")
         for _ in range(3):
             assert (await ask(world, "").done()).status == 200
-        world.take_out("gen", "gen-1")
+        world.remove("gen", "gen-1")
         calls = [ask(world, "", x_request_timeout_seconds="5") for _ in range(50)]
         await world.until(lambda: world.gateway.pools["gen"].num_queued == 50)
         await world.add("gen", "gen-2")
@@ -228,8 +228,8 @@ async def test_with_no_replica_nothing_is_refused_by_a_guess() -> None:
             assert (await call.done()).status == 200
 
 
-async def test_tokens_wait_within_their_bound() -> None:
-    async with a_world(max_queued_tokens=1000) as world:
+async def test_queued_tokens_are_bounded() -> None:
+    async with gateway_world(max_queued_tokens=1000) as world:
         replica = await world.add("gen", "gen-1")
         pool = world.gateway.pools["gen"]
         running = [ask(world, "", {"wait_before": True, "max_tokens": 1}) for _ in range(2)]
@@ -253,21 +253,23 @@ async def test_tokens_wait_within_their_bound() -> None:
         (b'{"priority": -99}', 0, {"priority": 0}),
     ],
 )
-def test_vllm_is_told_the_class_and_no_other(body: bytes, priority: int, sent: Any) -> None:
-    given = Request("i", "POST", CHAT, b"", [(b"content-length", b"9"), (b"x", b"y")], body)
-    told = with_engine_priority(given, priority)
-    assert json.loads(told.body) == sent
-    assert dict(told.headers) == {b"content-length": str(len(told.body)).encode(), b"x": b"y"}
+def test_body_gets_the_priority_for_vllm(body: bytes, priority: int, sent: Any) -> None:
+    request = Request("i", "POST", CHAT, b"", [(b"content-length", b"9"), (b"x", b"y")], body)
+    result = with_engine_priority(request, priority)
+    assert json.loads(result.body) == sent
+    assert dict(result.headers) == {b"content-length": str(len(result.body)).encode(), b"x": b"y"}
     form = Request("i", "POST", CHAT, b"", [], b"a=b")
     assert with_engine_priority(form, priority) is form
 
 
-async def test_limits_and_shares_hold_over_several_routers(keys: Keys) -> None:
+async def test_quotas_and_shares_hold_over_several_routers(keys: Keys) -> None:
     keys.write(a={"requests_per_minute": 60}, b={})
     async with AsyncExitStack() as stack:
         worlds, peers, infos = [], [], []
         for number in range(3):
-            world = await stack.enter_async_context(a_world(KeyFile(keys.path, expected=True)))
+            world = await stack.enter_async_context(
+                gateway_world(KeyFile(keys.path, expected=True))
+            )
             links = RouterLinks(f"r{number}", SECRET)
             peer = QuotaSync(world.gateway.admission, world.gateway.pools, links)
             stack.push_async_callback(links.close)
@@ -305,8 +307,8 @@ async def test_limits_and_shares_hold_over_several_routers(keys: Keys) -> None:
         assert sum(shares) == pytest.approx(1, abs=0.1)
 
 
-async def test_a_report_that_makes_no_sense_is_refused() -> None:
-    async with a_world() as world:
+async def test_invalid_quota_report_is_refused() -> None:
+    async with gateway_world() as world:
         peers = QuotaSync(world.gateway.admission, world.gateway.pools, RouterLinks("r0", SECRET))
         app = peers.wrap(world.app)
         assert (await asgi.post(app, "/internal/leases", b"\xff\x00junk")).status == 400
@@ -315,8 +317,8 @@ async def test_a_report_that_makes_no_sense_is_refused() -> None:
         await peers.close()
 
 
-async def test_what_limits_refuse_is_counted_and_remembered() -> None:
-    async with a_world() as world:
+async def test_quota_refusals_are_counted_and_logged() -> None:
+    async with gateway_world() as world:
         request = {"model": "gen", "prompt": "x"}
         headers = {"x-request-timeout-seconds": "never"}
         answer = await asgi.post(world.app, "/v1/completions", request, headers=headers)

@@ -1,6 +1,6 @@
-"""Replicas that lie, lag or go under load, and clocks that jump: no request is lost.
+"""No request is lost to replicas with false reports, slow or removed replicas, or clock jumps.
 
-Gateway, links and simulated engines in virtual time: what takes a minute here takes a second.
+Gateway, links and simulated engines run in virtual time, about 60 times as fast as real time.
 """
 
 import asyncio
@@ -29,8 +29,8 @@ POLICIES: tuple[RoutingPolicy, ...] = ("prefix", "least-load", "round-robin")
 Tell = Callable[[SimEngine], Load]
 
 
-class Boast:
-    """A prefix cache that claims every prompt, and has none."""
+class FalseCacheClaims:
+    """Prefix cache that claims every prompt and holds none."""
 
     def __init__(self) -> None:
         self.on_change: Callable[[], None] | None = None
@@ -49,14 +49,14 @@ def body(number: int) -> bytes:
 
 
 class Fleet:
-    """A gateway and its replicas."""
+    """A gateway and its simulated replicas."""
 
     def __init__(self, policy: RoutingPolicy) -> None:
         pool = {"name": "m", "model": "none", "engine": "sim", "routing": policy}
         self.gateway = Gateway(parse({"generators": [pool]}), {"m": Wiring(SECRET)})
         self.engines: dict[str, SimEngine] = {}
         self.given: Counter[str] = Counter()
-        """Requests that each replica was asked."""
+        """Requests received by each replica."""
         self._servers: dict[str, LinkServer] = {}
         self._app = GatewayApp(self.gateway)
 
@@ -80,7 +80,7 @@ class Fleet:
             app,
             SECRET,
             load=lambda: load(engine),
-            prefixes=Boast() if boasts else engine.prefixes,
+            prefixes=FalseCacheClaims() if boasts else engine.prefixes,
         )
         await server.start()
         self._servers[name] = server
@@ -151,7 +151,7 @@ LIES: dict[str, Tell] = {
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("lie", LIES)
-def test_a_replica_that_lies_about_its_load(policy: RoutingPolicy, lie: str) -> None:
+def test_false_load_reports(policy: RoutingPolicy, lie: str) -> None:
     async def scenario() -> None:
         async with a_fleet(policy, 2) as fleet:
             await fleet.add("liar", load=LIES[lie])
@@ -165,7 +165,7 @@ def test_a_replica_that_lies_about_its_load(policy: RoutingPolicy, lie: str) -> 
 
 
 @pytest.mark.parametrize("policy", ["prefix", "least-load"])
-def test_a_replica_that_claims_blocks_which_it_has_not(policy: RoutingPolicy) -> None:
+def test_false_cache_claims(policy: RoutingPolicy) -> None:
     async def scenario() -> None:
         async with a_fleet(policy, 2) as fleet:
             await fleet.add("boaster", boasts=True)
@@ -176,7 +176,7 @@ def test_a_replica_that_claims_blocks_which_it_has_not(policy: RoutingPolicy) ->
 
 
 @pytest.mark.parametrize("policy", ["prefix", "least-load", "power-of-two"])
-def test_a_replica_that_is_ten_times_slower(policy: RoutingPolicy) -> None:
+def test_slow_replica(policy: RoutingPolicy) -> None:
     async def scenario() -> None:
         async with a_fleet(policy, 3) as fleet:
             await fleet.add("slow", slowness=10.0)
@@ -187,7 +187,7 @@ def test_a_replica_that_is_ten_times_slower(policy: RoutingPolicy) -> None:
 
 
 @pytest.mark.parametrize("jump_s", [-1000.0, 3.0, 30.0, 1000.0])
-def test_a_clock_that_jumps(jump_s: float) -> None:
+def test_clock_jumps(jump_s: float) -> None:
     async def scenario() -> None:
         async with a_fleet("prefix", 2) as fleet:
             loop = cast(VirtualLoop, asyncio.get_running_loop())
@@ -201,7 +201,7 @@ def test_a_clock_that_jumps(jump_s: float) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_from_no_replica_to_one_and_back(policy: RoutingPolicy) -> None:
+def test_scaling_from_zero_and_back(policy: RoutingPolicy) -> None:
     async def scenario() -> None:
         async with a_fleet(policy) as fleet:
             flood = asyncio.ensure_future(fleet.flood(100, rate=10))

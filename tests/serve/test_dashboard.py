@@ -1,4 +1,4 @@
-"""The dashboard's data and the journal's lines, from real routers, links and small applications."""
+"""Data of the dashboard and lines of the request log, over real links."""
 
 import asyncio
 import io
@@ -15,17 +15,17 @@ from cluster.gateway.recording.request_log import LOGGER
 from cluster.gateway.reporting.dashboard import service
 from cluster.gateway.reporting.dashboard.history import History
 from tests import asgi
-from tests.serve.test_gateway import CHAT, World, a_world
+from tests.serve.gateway_kit import CHAT, World, gateway_world
 
 
-async def told(world: World, since: int = 0) -> Any:
+async def dashboard_data(world: World, since: int = 0) -> Any:
     answer = await asgi.get(world.app, f"/dashboard/data?since={since}")
     assert answer.status == 200
     return answer.json()
 
 
-async def test_seconds_hold_what_came_since_the_second_before() -> None:
-    async with a_world() as world:
+async def test_second_holds_the_difference_to_the_previous_one() -> None:
+    async with gateway_world() as world:
         await world.add("gen", "gen-1")
         history = History(world.gateway.registry, world.gateway.pools)
         history.sample(1000.0, 1.0)
@@ -49,13 +49,13 @@ async def test_seconds_hold_what_came_since_the_second_before() -> None:
         assert history.since(1000) == [second]
         (change,) = history.changes
         assert (change.model, change.added, change.removed) == ("gen", ["gen-1"], [])
-        world.take_out("gen", "gen-1")
+        world.remove("gen", "gen-1")
         history.sample(1003.0, 4.5)
         assert (history.changes[-1].removed, history.changes[-1].replicas) == (["gen-1"], 0)
 
 
-async def test_history_goes_on_when_the_clock_is_set() -> None:
-    async with a_world() as world:
+async def test_history_survives_clock_changes() -> None:
+    async with gateway_world() as world:
         history = History(world.gateway.registry, world.gateway.pools)
         for number, now in enumerate((1000, 1001, 1000, 1002, 500, 501)):
             history.sample(now, float(number))
@@ -64,15 +64,15 @@ async def test_history_goes_on_when_the_clock_is_set() -> None:
         assert times == [499, 500]
 
 
-async def test_data_is_of_all_pools_and_names_failures_without_their_text() -> None:
-    async with a_world() as world:
+async def test_data_covers_all_pools_and_lists_failures_without_text() -> None:
+    async with gateway_world() as world:
         await world.add("gen", "gen-1")
         await asgi.post(world.app, CHAT, {"model": "gen", "stream": 1, "text": "secret"})
         await asgi.post(
             world.app, CHAT, {"model": "secret"}, headers={"x-request-id": "wrong-model"}
         )
         async with asyncio.timeout(60):
-            while not (found := await told(world))["times"]:  # noqa: ASYNC110
+            while not (found := await dashboard_data(world))["times"]:  # noqa: ASYNC110
                 await asyncio.sleep(0.2)
         assert set(found["rows"]) == {"", "gen", "cls"}
         assert all(len(rows) == len(found["times"]) for rows in found["rows"].values())
@@ -82,21 +82,24 @@ async def test_data_is_of_all_pools_and_names_failures_without_their_text() -> N
         (failure,) = found["failures"]
         assert (failure["id"], failure["status"]) == ("wrong-model", 404)
         assert "secret" not in json.dumps(found)
-        assert (await told(world, found["times"][-1]))["times"] in ([], [found["times"][-1] + 1])
+        assert (await dashboard_data(world, found["times"][-1]))["times"] in (
+            [],
+            [found["times"][-1] + 1],
+        )
 
 
-async def test_what_is_shown_as_now_is_of_one_moment(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with a_world() as world:
+async def test_current_levels_are_consistent(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with gateway_world() as world:
         replica = await world.add("gen", "gen-1")
         held = asgi.start(world.app, "POST", CHAT, {"model": "gen", "wait_before": True})
         async with asyncio.timeout(60):
-            while not sampled(await told(world)):  # noqa: ASYNC110
+            while not sampled(await dashboard_data(world)):  # noqa: ASYNC110
                 await asyncio.sleep(0.2)
         monkeypatch.setattr(service, "REFRESH_INTERVAL_S", 3600.0)
         replica.gate.set()
         await held.done()
-        found = await told(world)
-        assert sampled(found) == 1, "the second's end, when the request was there"
+        found = await dashboard_data(world)
+        assert sampled(found) == 1, "the sampled second ended with the request in flight"
         screen = io.StringIO()
         Console(file=screen, width=120).print(top.frame(found, 120))
         lines = [line.split() for line in screen.getvalue().splitlines() if line.strip()]
@@ -112,7 +115,7 @@ def sampled(data: Any) -> float:
     return float(rows[-1][data["columns"].index("ongoing")]) if rows else 0.0
 
 
-async def test_decisions_are_asked_for_seldom_and_the_last_are_shown() -> None:
+async def test_decisions_are_read_rarely_and_the_last_are_shown() -> None:
     asked = 0
 
     async def read() -> list[TargetChange] | None:
@@ -120,10 +123,10 @@ async def test_decisions_are_asked_for_seldom_and_the_last_are_shown() -> None:
         asked += 1
         return [TargetChange(n, "gen", n, n + 1, "busy", "there are requests") for n in range(30)]
 
-    async with a_world() as alone:
-        assert (await told(alone))["decisions"] is None
-    async with a_world(read_decisions=read) as world:
-        found = (await told(world))["decisions"]
+    async with gateway_world() as alone:
+        assert (await dashboard_data(alone))["decisions"] is None
+    async with gateway_world(read_decisions=read) as world:
+        found = (await dashboard_data(world))["decisions"]
         for _ in range(3):
             await world.gateway._dashboard._refresh()
         assert asked == 1
@@ -139,15 +142,15 @@ async def test_decisions_are_asked_for_seldom_and_the_last_are_shown() -> None:
 
 
 @pytest.mark.parametrize("since", ["-1", "1e3", "%C2%B2", "9" * 13, "x"])
-async def test_a_wrong_since_is_refused(since: str) -> None:
-    async with a_world() as world:
+async def test_invalid_since_is_refused(since: str) -> None:
+    async with gateway_world() as world:
         answer = await asgi.get(world.app, "/dashboard/data?since=" + since)
         assert answer.status == 400
         assert answer.json()["error"]["param"] == "since"
 
 
-async def test_data_wants_a_key_and_the_page_does_not() -> None:
-    async with a_world(api_keys_sha256=["0" * 64]) as world:
+async def test_data_needs_a_key_but_the_page_does_not() -> None:
+    async with gateway_world(api_keys_sha256=["0" * 64]) as world:
         for path, status in (("", 200), ("/data", 401), ("/report", 401)):
             assert (await asgi.get(world.app, f"/dashboard{path}")).status == status
         page = (await asgi.get(world.app, "/dashboard")).body.decode()
@@ -155,8 +158,8 @@ async def test_data_wants_a_key_and_the_page_does_not() -> None:
         assert "vendor:" not in page
 
 
-async def test_many_viewers_cost_one_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with a_world() as world:
+async def test_viewers_share_one_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with gateway_world() as world:
         refreshed = 0
         refresh = service.Dashboard._refresh
 
@@ -167,13 +170,13 @@ async def test_many_viewers_cost_one_refresh(monkeypatch: pytest.MonkeyPatch) ->
 
         monkeypatch.setattr(service.Dashboard, "_refresh", counted)
         monkeypatch.setattr(service, "REFRESH_INTERVAL_S", 3600.0)
-        await asyncio.gather(*(told(world) for _ in range(20)))
+        await asyncio.gather(*(dashboard_data(world) for _ in range(20)))
         assert refreshed == 1
 
 
-async def test_each_end_of_a_request_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+async def test_each_request_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, LOGGER)
-    async with a_world(queue_timeout_s=0.05) as world:
+    async with gateway_world(queue_timeout_s=0.05) as world:
         replica = await world.add("gen", "gen-1")
         for name, body in {
             "fine": {"model": "gen", "stream": 2},
@@ -195,8 +198,8 @@ async def test_each_end_of_a_request_is_one_line(caplog: pytest.LogCaptureFixtur
     records = [record for record in caplog.records if record.name == LOGGER]
     lines = {line["id"]: line for line in (json.loads(r.message) for r in records)}
     assert len(lines) == len(records)
-    told = {name: (line["outcome"], line["status"]) for name, line in lines.items()}
-    assert told == {
+    dashboard_data = {name: (line["outcome"], line["status"]) for name, line in lines.items()}
+    assert dashboard_data == {
         "fine": ("ok", 200),
         "fault": ("failed", 500),
         "unknown": ("refused", 404),

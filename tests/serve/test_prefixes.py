@@ -1,4 +1,4 @@
-"""What routers know of replicas' prefix caches, over real links, with simulated engines."""
+"""Routers' view of replicas' prefix caches, over real links, with simulated engines."""
 
 import asyncio
 import json
@@ -24,7 +24,7 @@ SYSTEM = "You are a careful assistant who answers in short sentences. " * 20
 
 
 class Source:
-    """A prefix cache under the test's control."""
+    """Prefix cache controlled by the test."""
 
     def __init__(self) -> None:
         self.held: dict[int, None] = {}
@@ -50,7 +50,7 @@ class Source:
 
 
 class Router:
-    """A link, and what its router believes."""
+    """A link and its router's prefix index."""
 
     def __init__(self, address: tuple[str, int]) -> None:
         self.held: set[int] = set()
@@ -88,7 +88,7 @@ async def serving(source: Source, port: int = 0) -> AsyncIterator[LinkServer]:
 
 
 @on_both_loops
-async def test_every_router_hears_the_same_whenever_it_came() -> None:
+async def test_late_router_receives_the_same_state() -> None:
     source = Source()
     source.change(range(100))
     async with serving(source) as server, routers(server, 2) as early:
@@ -104,7 +104,7 @@ async def test_every_router_hears_the_same_whenever_it_came() -> None:
 
 
 @on_both_loops
-async def test_a_large_cache_comes_in_pieces_and_whole() -> None:
+async def test_large_cache_arrives_complete_in_several_frames() -> None:
     source = Source()
     source.change(range(100_000))
     async with serving(source) as server, routers(server, 1) as (router,):
@@ -115,7 +115,7 @@ async def test_a_large_cache_comes_in_pieces_and_whole() -> None:
 
 
 @on_both_loops
-async def test_a_replica_that_restarts_is_believed_anew() -> None:
+async def test_restarted_replica_replaces_its_old_state() -> None:
     source = Source()
     source.change(range(10))
     async with serving(source) as server:
@@ -130,7 +130,7 @@ async def test_a_replica_that_restarts_is_believed_anew() -> None:
 
 
 @on_both_loops
-async def test_a_link_that_was_cut_begins_with_all_there_is() -> None:
+async def test_reopened_link_starts_with_the_full_state() -> None:
     source = Source()
     source.change(range(10))
     async with serving(source) as server, routers(server, 1) as (router,):
@@ -143,7 +143,7 @@ async def test_a_link_that_was_cut_begins_with_all_there_is() -> None:
 
 
 @on_both_loops
-async def test_a_router_that_is_behind_gets_all_of_it_once_it_reads() -> None:
+async def test_slow_router_catches_up() -> None:
     source = Source()
     options = LinkOptions(dead_after_s=30, silent_after_s=30)
     server = LinkServer(echo, SECRET, prefixes=source, options=options)
@@ -167,7 +167,7 @@ async def test_a_router_that_is_behind_gets_all_of_it_once_it_reads() -> None:
 
 
 @on_both_loops
-async def test_frames_out_of_order_end_the_connection() -> None:
+async def test_frames_out_of_order_close_the_connection() -> None:
     async def replica(peer: RawPeer) -> None:
         await peer.shake("server")
         first = encode_prefixes(0, PrefixEvents((1,), cleared=True))
@@ -188,7 +188,7 @@ async def test_frames_out_of_order_end_the_connection() -> None:
 
 
 class Cluster:
-    """Simulated engines behind links, and routers that know all of them."""
+    """Simulated engines behind links, with several routers."""
 
     def __init__(self) -> None:
         self.engines: dict[str, SimEngine] = {}
@@ -264,7 +264,7 @@ async def a_cluster(replicas: int, routers: int, **sim: float) -> AsyncIterator[
             yield cluster
 
 
-async def test_a_prefix_that_one_router_placed_is_found_by_another() -> None:
+async def test_router_finds_a_prefix_that_another_router_placed() -> None:
     async with a_cluster(replicas=4, routers=2) as cluster:
         system = {"role": "system", "content": SYSTEM}
         for word in ("one", "two", "three"):
@@ -277,7 +277,7 @@ async def test_a_prefix_that_one_router_placed_is_found_by_another() -> None:
         assert cluster.cached_tokens(1) > 250
 
 
-async def test_routers_converge_on_what_every_engine_holds() -> None:
+async def test_routers_converge_on_the_engines_caches() -> None:
     async with a_cluster(replicas=3, routers=2, num_kv_blocks=40, block_size_tokens=8) as cluster:
         for number in range(30):
             prompt = f"Story {number % 12}. " + "It was a dark and stormy night. " * 10
@@ -286,7 +286,7 @@ async def test_routers_converge_on_what_every_engine_holds() -> None:
         assert all(g.pools["m"].replicas.prefix_counts.removed for g in cluster.gateways)
 
 
-async def test_a_replica_that_goes_is_forgotten_and_a_new_router_learns_all() -> None:
+async def test_removed_replica_is_forgotten_and_new_router_learns_all() -> None:
     async with a_cluster(replicas=2, routers=1) as cluster:
         await cluster.ask(0, prompt=SYSTEM)
         await cluster.settle()
@@ -302,7 +302,7 @@ async def test_a_replica_that_goes_is_forgotten_and_a_new_router_learns_all() ->
         assert (await cluster.ask(1, prompt=SYSTEM)).status == 200
 
 
-async def test_token_ids_and_their_lengths_are_exact() -> None:
+async def test_token_id_prompts_are_counted_exactly() -> None:
     async with a_cluster(replicas=3, routers=1, block_size_tokens=16) as cluster:
         ids = list(range(1000, 1400))
         for _ in range(3):
@@ -310,7 +310,7 @@ async def test_token_ids_and_their_lengths_are_exact() -> None:
         assert cluster.cached_tokens(0) == 2 * 384
 
 
-async def test_what_is_counted() -> None:
+async def test_prefix_metrics() -> None:
     async with a_cluster(replicas=1, routers=1) as cluster:
         await cluster.ask(0, prompt=SYSTEM)
         await cluster.settle()
@@ -329,7 +329,7 @@ async def test_what_is_counted() -> None:
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b'{"prompt": [[1], "a"]}', b'{"prompt": 3}'])
-async def test_a_bad_body_is_the_engines_to_refuse(body: bytes) -> None:
+async def test_invalid_body_reaches_the_engine(body: bytes) -> None:
     async with a_cluster(replicas=1, routers=1) as cluster:
         answer = await asgi.call(GatewayApp(cluster.gateways[0]), "POST", COMPLETION, body)
         assert answer.status == 400

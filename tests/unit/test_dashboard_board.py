@@ -23,7 +23,7 @@ def value(row: BoardRow, column: str, model: str = "m") -> float | None:
     return row.pools[model][COLUMNS.index(column)]
 
 
-def test_rates_are_over_the_window_and_levels_of_its_end() -> None:
+def test_rates_cover_the_window_and_levels_its_end() -> None:
     rows = board([second(T + n, requests=n, in_flight=n) for n in range(10)]).since(0)
     assert [row.time for row in rows] == [T + n for n in range(10)]
     assert value(rows[0], "requests") == 0
@@ -32,17 +32,17 @@ def test_rates_are_over_the_window_and_levels_of_its_end() -> None:
     assert rows[-1].pools[""] == rows[-1].pools["m"]
 
 
-def test_a_second_that_took_longer_is_no_burst() -> None:
+def test_longer_second_is_not_a_burst() -> None:
     (row,) = board([second(T, span_s=4.0, completion_tokens=400)]).since(0)
     assert value(row, "completion_tokens") == 100
 
 
-def test_what_is_long_ago_is_not_in_the_window() -> None:
+def test_window_excludes_older_seconds() -> None:
     rows = board([second(T, requests=50), second(T + 60, requests=5)]).since(0)
     assert value(rows[-1], "requests") == 5
 
 
-def test_routers_add_up_but_what_replicas_said_to_both_does_not() -> None:
+def test_routers_add_up_but_shared_levels_do_not() -> None:
     one = second(T, requests=2, queued=1, running=5, kv_cache=0.4, latencies={"ttft": {3: 9}})
     two = second(T, requests=4, queued=2, running=6, kv_cache=0.3, latencies={"ttft": {9: 1}})
     (row,) = board([one], [two]).since(0)
@@ -55,19 +55,19 @@ def test_routers_add_up_but_what_replicas_said_to_both_does_not() -> None:
     assert value(row, "itl_p50") is None
 
 
-def test_requests_without_a_pool_are_refused_ones_of_all() -> None:
+def test_unrouted_requests_count_as_refused_in_total() -> None:
     stray = Second(T, 1.0, {"m": PoolSecond(requests=1)}, unrouted=2)
     (row,) = board([stray], [stray]).since(0)
     assert (value(row, "requests"), value(row, "refused")) == (2, 0)
     assert (value(row, "requests", ""), value(row, "refused", "")) == (6, 4)
 
 
-def test_a_router_without_that_second_takes_nothing_away() -> None:
+def test_missing_second_of_a_router_changes_nothing() -> None:
     rows = board([second(T, requests=1), second(T + 1, requests=1)], [second(T, requests=1)])
     assert [value(row, "requests") for row in rows.since(0)] == [2, 1.5]
 
 
-def test_no_row_is_made_twice_and_none_before_its_time() -> None:
+def test_each_row_is_computed_once_and_not_too_early() -> None:
     found = board([second(T), second(T + 1), second(T + 2)], until=T + 1)
     assert found.last == T + 1
     for _ in found.add_rows([[second(T + 1, requests=9), second(T + 2)]], T + 2):
@@ -76,7 +76,7 @@ def test_no_row_is_made_twice_and_none_before_its_time() -> None:
     assert value(found.since(T)[0], "requests") == 0
 
 
-def test_after_the_clock_was_set_back_rows_begin_again() -> None:
+def test_rows_restart_after_the_clock_is_set_back() -> None:
     found = board([second(T)])
     found.restart_if_set_back(T - 2)
     assert found.last == T
@@ -87,7 +87,7 @@ def test_after_the_clock_was_set_back_rows_begin_again() -> None:
     assert found.last == T - 3600
 
 
-def test_an_unknown_pool_of_another_router_is_left_out() -> None:
+def test_unknown_pool_of_another_router_is_ignored() -> None:
     newer = Second(T, 1.0, {"new": PoolSecond(requests=5)})
     (row,) = board([second(T, requests=1)], [newer]).since(0)
     assert set(row.pools) == {"m", ""}
@@ -95,6 +95,6 @@ def test_an_unknown_pool_of_another_router_is_left_out() -> None:
 
 
 @given(st.lists(st.integers(0, 1000), max_size=2 * HISTORY_S))
-def test_it_keeps_so_many_rows(counts: list[int]) -> None:
+def test_number_of_rows_is_limited(counts: list[int]) -> None:
     found = board([second(T + n, requests=count) for n, count in enumerate(counts)])
     assert len(found.since(0)) == min(len(counts), HISTORY_S)

@@ -1,4 +1,4 @@
-"""What routers tell autoscaling: from meters to flat numbers to the signals of a pool."""
+"""Load reports: from a router's metrics over flat numbers to the signals of a pool."""
 
 import math
 
@@ -43,17 +43,17 @@ reports = st.builds(
 
 
 @given(st.dictionaries(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,9}", fullmatch=True), reports))
-def test_reports_come_out_as_they_went_in(sent: dict[str, LoadReport]) -> None:
+def test_reports_survive_flattening(sent: dict[str, LoadReport]) -> None:
     flat = {name: value for pool, one in sent.items() for name, value in one.flatten(pool).items()}
     assert parse_reports({**flat, "running_requests": 3.0, "a/b/c/d": 1.0}) == sent
 
 
 @pytest.mark.parametrize("lie", [math.nan, math.inf, -1.0])
-def test_a_router_that_says_what_cannot_be_true_is_not_heard(lie: float) -> None:
+def test_impossible_report_is_ignored(lie: float) -> None:
     assert parse_reports({**LoadReport(in_flight=5.0).flatten("chat"), "chat/queued": lie}) == {}
 
 
-def test_routers_add_up() -> None:
+def test_reports_of_several_routers_are_merged() -> None:
     one = LoadReport(1, 10, 20, 3, 4, 6, 100, 0.5, latencies={"ttft_p90_s": Latency(1.0, 30)})
     two = LoadReport(2, 30, 40, 5, 0, 6, 200, 0.6, latencies={"ttft_p90_s": Latency(2.0, 10)})
     base = PoolSignals(target=3, running=2, age_s=1.0)
@@ -68,7 +68,7 @@ def test_routers_add_up() -> None:
     assert merged.is_plausible
 
 
-async def test_a_gateway_reports_rates_lengths_and_percentiles_of_the_last_time() -> None:
+async def test_gateway_reports_recent_rates_lengths_and_percentiles() -> None:
     gateway = Gateway(CONFIG, {name: Wiring(b"secret") for name in ("chat", "labels")})
     gateway.load_report(100.0, 1.0)
     meter = gateway.pools["chat"].meter
@@ -93,7 +93,7 @@ async def test_a_gateway_reports_rates_lengths_and_percentiles_of_the_last_time(
     await gateway.close()
 
 
-def test_percentiles_lie_inside_their_bucket() -> None:
+def test_percentiles_are_interpolated_in_their_bucket() -> None:
     bounds = (1.0, 2.0, 4.0)
     assert (quantile(bounds, [0, 0, 0, 0], 0.9) or 0.0) == 0.0
     assert quantile(bounds, [10, 0, 0, 0], 0.5) == pytest.approx(0.5)
@@ -101,7 +101,7 @@ def test_percentiles_lie_inside_their_bucket() -> None:
     assert quantile(bounds, [0, 0, 0, 3], 0.9) == 4.0
 
 
-def test_settings_travel_as_json() -> None:
+def test_settings_survive_json() -> None:
     for part in (*CONFIG.generators, *CONFIG.classifiers, CONFIG.router):
         settings = PoolSettings.from_config(CONFIG, part)
         assert PoolSettings.decode(settings.encode()) == settings

@@ -27,10 +27,10 @@ def lines(caplog: pytest.LogCaptureFixture) -> Any:
     return lambda: [json.loads(record.message) for record in caplog.records]
 
 
-def end(journal: RequestLog, identity: str, status: int = 200, body: bytes = b"") -> None:
+def end(request_log: RequestLog, identity: str, status: int = 200, body: bytes = b"") -> None:
     outcome = outcome_of(status)
-    if journal.wants(outcome):
-        journal.write(
+    if request_log.wants(outcome):
+        request_log.write(
             RequestRecord(identity, "/v1/chat/completions", status, outcome, model="m"), body
         )
 
@@ -39,12 +39,12 @@ def end(journal: RequestLog, identity: str, status: int = 200, body: bytes = b""
     ("status", "outcome"),
     [(200, "ok"), (304, "ok"), (404, "refused"), (429, "refused"), (499, "left"), (503, "failed")],
 )
-def test_the_status_says_how_it_ended(status: int, outcome: str) -> None:
+def test_outcome_follows_from_the_status(status: int, outcome: str) -> None:
     assert outcome_of(status) == outcome
     assert outcome_of(status, cut_off=True) == "cut_off"
 
 
-def test_a_line_is_json_without_any_text_of_the_request(lines: Any) -> None:
+def test_line_is_json_without_the_requests_text(lines: Any) -> None:
     end(RequestLog(10), "abc", body=b'{"prompt": "secret"}')
     (line,) = lines()
     assert line.pop("time").endswith("+00:00")
@@ -57,55 +57,55 @@ def test_a_line_is_json_without_any_text_of_the_request(lines: Any) -> None:
     }
 
 
-def test_a_prompt_is_logged_where_that_is_wanted_and_no_more_of_it_than_so_much(lines: Any) -> None:
-    journal = RequestLog(10, log_prompts=True)
-    end(journal, "a", body=b'{"prompt": "short"}')
-    end(journal, "b", body="é".encode() * 5000)
+def test_prompt_is_logged_on_request_and_truncated(lines: Any) -> None:
+    request_log = RequestLog(10, log_prompts=True)
+    end(request_log, "a", body=b'{"prompt": "short"}')
+    end(request_log, "b", body="é".encode() * 5000)
     first, second = lines()
     assert first["body"] == '{"prompt": "short"}'
     assert second["body"] == "é" * 2000
 
 
-def test_above_the_rate_a_sample_is_logged_and_the_rest_counted(lines: Any) -> None:
+def test_lines_above_the_rate_are_skipped_and_counted(lines: Any) -> None:
     clock = Clock()
-    journal = RequestLog(5, clock=clock)
+    request_log = RequestLog(5, clock=clock)
     for number in range(1000):
-        end(journal, str(number))
+        end(request_log, str(number))
     assert [line["id"] for line in lines()] == ["0", "1", "2", "3", "4"]
     clock.now += 0.2
-    end(journal, "later")
+    end(request_log, "later")
     assert lines()[-1]["id"] == "later"
     assert lines()[-1]["skipped"] == 995
     clock.now += 3600
     for number in range(1000):
-        end(journal, str(number))
+        end(request_log, str(number))
     assert len(lines()) == 6 + 5
 
 
-def test_failures_are_logged_when_there_are_many_other_requests_and_bounded_too(lines: Any) -> None:
-    journal = RequestLog(2, clock=Clock())
+def test_failures_have_a_rate_limit_of_their_own(lines: Any) -> None:
+    request_log = RequestLog(2, clock=Clock())
     for number in range(100):
-        end(journal, str(number))
+        end(request_log, str(number))
     for number in range(100):
-        end(journal, f"bad {number}", 503)
+        end(request_log, f"bad {number}", 503)
     assert [line["id"] for line in lines()] == ["0", "1", "bad 0", "bad 1"]
 
 
-def test_a_rate_of_nothing_logs_nothing(lines: Any) -> None:
-    journal = RequestLog(0)
-    end(journal, "a")
-    end(journal, "b", 500)
+def test_rate_zero_logs_nothing(lines: Any) -> None:
+    request_log = RequestLog(0)
+    end(request_log, "a")
+    end(request_log, "b", 500)
     assert lines() == []
-    assert [failure.id for failure in journal.failures] == ["b"]
+    assert [failure.id for failure in request_log.failures] == ["b"]
 
 
-def test_refusals_do_not_push_failures_out() -> None:
-    journal = RequestLog(1)
-    end(journal, "broken", 500)
+def test_refusals_do_not_displace_failures() -> None:
+    request_log = RequestLog(1)
+    end(request_log, "broken", 500)
     for number in range(10 * MAX_FAILURES):
-        end(journal, str(number), 429)
-    end(journal, "fine")
-    found = journal.failures
+        end(request_log, str(number), 429)
+    end(request_log, "fine")
+    found = request_log.failures
     assert len(found) == 1 + MAX_FAILURES
     assert (found[0].id, found[0].status, found[0].type) == ("broken", 500, "InternalServerError")
     assert {failure.type for failure in found[1:]} == {"RateLimitError"}

@@ -1,4 +1,4 @@
-"""What a request's watch counts of a stream, and that each reader of it sees it."""
+"""What a request's observer counts of a stream, and that each reader of it sees it."""
 
 from itertools import pairwise
 from time import perf_counter
@@ -20,11 +20,11 @@ from cluster.usage import Usage
 
 REQUEST = Request("id", "POST", "/v1/completions", b"", [], b"")
 
-portions = st.lists(st.tuples(st.lists(st.floats(0, 400), max_size=30), st.booleans()), max_size=6)
+segments = st.lists(st.tuples(st.lists(st.floats(0, 400), max_size=30), st.booleans()), max_size=6)
 
 
 def one_by_one(times: list[float], like: Histogram) -> Histogram:
-    """The gaps between these times, each counted alone."""
+    """Return a histogram of the gaps between these times."""
     histogram = Histogram(like.bounds)
     for before, after in pairwise(times):
         histogram.observe(after - before)
@@ -37,53 +37,53 @@ def check(found: Histogram, times: list[float]) -> None:
     assert found.total == pytest.approx(expected.total)
 
 
-@given(portions)
-def test_each_gap_is_counted_once_whenever_somebody_reads(
-    portions: list[tuple[list[float], bool]],
+@given(segments)
+def test_each_gap_is_counted_once(
+    segments: list[tuple[list[float], bool]],
 ) -> None:
     meter = PoolMeter("m", RequestSinks(Registry(), RequestLog(1.0)))
-    watch = meter.observe(REQUEST, REQUEST.path)
-    begun = now = perf_counter()
+    observer = meter.observe(REQUEST, REQUEST.path)
+    started_s = now = perf_counter()
     times: list[float] = []
-    for gaps, read in portions:
+    for gaps, read in segments:
         for gap in gaps:
             now += gap
             times.append(now)
-            watch.write_times.append(now)
+            observer.write_times.append(now)
         if read:
             meter.count_gaps()
             check(meter.itl_s, times)
-            assert len(watch.write_times) <= 1  # what is counted is not kept
-    watch.end(Usage(1, 0, len(times)))
+            assert len(observer.write_times) <= 1  # what is counted is not kept
+    observer.end(Usage(1, 0, len(times)))
     meter.count_gaps()
     check(meter.itl_s, times)
     assert sum(meter.ttft_s.counts) == bool(times)
     assert sum(meter.tpot_s.counts) == (len(times) > 1)
     if times:
-        assert meter.ttft_s.total >= times[0] - begun
+        assert meter.ttft_s.total >= times[0] - started_s
     if len(times) > 1:
         mean_s = (times[-1] - times[0]) / (len(times) - 1)
         assert meter.tpot_s.total == pytest.approx(mean_s)
 
 
-async def test_each_reader_sees_the_gaps_of_a_stream_that_goes_on() -> None:
+async def test_readers_see_the_gaps_of_open_streams() -> None:
     generator = {"name": "chat", "model": "m", "slo": {"itl_p90_s": 0.1}}
     gateway = Gateway(parse({"generators": [generator]}), {"chat": Wiring(b"secret")})
     history = History(gateway.registry, gateway.pools)
     history.sample(100.0, 100.0)
     gateway.load_report(100.0, 1.0)
-    watch = gateway.pools["chat"].meter.observe(REQUEST, REQUEST.path)
+    observer = gateway.pools["chat"].meter.observe(REQUEST, REQUEST.path)
 
-    watch.write_times += [1.0, 1.5]
+    observer.write_times += [1.0, 1.5]
     history.sample(101.0, 101.0)
     (second,) = history.since(0)
     assert sum(second.pools["chat"].latencies["itl"].values()) == 1
 
-    watch.write_times += [2.0]
+    observer.write_times += [2.0]
     report = parse_reports(gateway.load_report(102.0, 1.0))["chat"]
     assert report.latencies["itl_p90_s"].samples == 2
 
-    watch.write_times += [3.0]
+    observer.write_times += [3.0]
     text = exposition(gateway.registry).decode()
     assert 'tandem_itl_seconds_count{model="chat"} 3.0' in text
     assert 'tandem_itl_seconds_sum{model="chat"} 2.0' in text

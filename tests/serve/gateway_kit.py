@@ -1,0 +1,173 @@
+"""Gateway with real links and small applications as replicas, for tests."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from cluster.asgi import Message, Receive, Scope, Send
+from cluster.config import parse
+from cluster.gateway import Gateway, GatewayApp, Opener, ReplicaInfo, Wiring
+from cluster.gateway.reporting.dashboard import ReadDecisions
+from cluster.key_file import KeyFile
+from cluster.link import LinkServer, ResponseHead
+from cluster.usage import Usage
+from tests import asgi
+
+SECRET = b"s" * 32
+CHAT = "/v1/chat/completions"
+REQUESTS_TOTAL = "tandem_requests_total"
+ROUTES = (CHAT, "/v1/embeddings", "/v1/models", "/openapi.json", "/v1/responses/{response_id}")
+
+
+class Replica:
+    """Application that records its requests, and streams, waits or fails as the body says."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.seen: list[Scope] = []
+        self.cancelled = 0
+        self.gate = asyncio.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.seen.append(scope)
+        body = await _read_body(receive)
+        fields: dict[str, Any] = json.loads(body) if body else {}
+        try:
+            if fields.get("wait_before"):
+                await self.gate.wait()
+            if fields.get("fail"):
+                raise RuntimeError("secret internals")
+            await self._answer(scope, fields, len(body), send)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+
+    async def _answer(self, scope: Scope, fields: dict[str, Any], size: int, send: Send) -> None:
+        content_type = b"text/event-stream" if fields.get("stream") else b"application/json"
+        headers = [(b"content-type", content_type), (b"x-engine", self.name.encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for index in range(fields.get("stream", 0)):
+            event = f"data: {index}\n\n".encode()
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        if fields.get("wait_after"):
+            await self.gate.wait()
+        content = json.dumps({"replica": self.name, "path": scope["path"], "size": size}).encode()
+        if scope["path"] == "/v1/models":
+            content = json.dumps({"data": [{"id": self.name.split("-")[0]}]}).encode()
+        if scope["path"] == "/openapi.json":
+            content = json.dumps({"paths": {CHAT: {"post": {}}}}).encode()
+        await send({"type": "http.response.body", "body": b"" if fields.get("stream") else content})
+
+
+async def _read_body(receive: Receive) -> bytes:
+    chunks = []
+    while True:
+        message: Message = await receive()
+        chunks.append(message.get("body", b""))
+        if not message.get("more_body"):
+            return b"".join(chunks)
+
+
+class World:
+    """A gateway, and replicas that can be added and removed."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+        self.app = GatewayApp(gateway)
+        self.servers: dict[str, LinkServer] = {}
+        self.running: dict[str, dict[str, ReplicaInfo]] = {name: {} for name in gateway.pools}
+
+    async def add(
+        self, pool: str, name: str, routes: tuple[str, ...] = ROUTES, ready: int | None = None
+    ) -> Replica:
+        replica = Replica(name)
+        server = LinkServer(replica, SECRET)
+        host, port = await server.start()
+        self.servers[name] = server
+        self.running[pool][name] = ReplicaInfo(name, host, port, routes, {"engine": "1"})
+        self.update(pool)
+        expected = len(self.running[pool]) if ready is None else ready
+        await self.until(lambda: self.gateway.pools[pool].replicas.num_ready == expected)
+        return replica
+
+    def remove(self, pool: str, name: str) -> None:
+        del self.running[pool][name]
+        self.update(pool)
+
+    def update(self, pool: str) -> None:
+        self.gateway.pools[pool].update(self.running[pool].values())
+
+    @staticmethod
+    async def until(condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(5):
+            while not condition():  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+
+
+class FallbackAnswer:
+    """Answer without a link: the replica's id."""
+
+    usage = Usage(3, 1, 2)
+
+    def __init__(self, replica_id: str) -> None:
+        self._chunks = [replica_id.encode()]
+
+    async def head(self) -> ResponseHead:
+        return ResponseHead(200, [(b"content-type", b"text/plain")])
+
+    async def read(self) -> bytes:
+        return self._chunks.pop() if self._chunks else b""
+
+    def cancel(self) -> None:
+        self._chunks.clear()
+
+
+def fallback(replica_id: str) -> Opener:
+    return lambda head, body: FallbackAnswer(replica_id)
+
+
+@asynccontextmanager
+async def gateway_world(
+    key_file: KeyFile | None = None,
+    scales_to_zero: bool = False,
+    read_decisions: ReadDecisions | None = None,
+    routing: str = "prefix",
+    **router: Any,
+) -> AsyncIterator[World]:
+    generator: dict[str, Any] = {
+        "name": "gen",
+        "model": "m",
+        "max_in_flight": 2,
+        "routing": routing,
+    }
+    if scales_to_zero:
+        generator["replicas"] = {"min": 0, "target_in_flight": 2}
+    config = parse(
+        {
+            "generators": [generator],
+            "classifiers": [{"name": "cls", "model": "m"}],
+            "router": router,
+        }
+    )
+    wirings = {name: Wiring(SECRET, fallback=fallback) for name in ("gen", "cls")}
+    gateway = Gateway(config, wirings, {"tandem": "0"}, key_file, read_decisions=read_decisions)
+    world = World(gateway)
+    try:
+        yield world
+    finally:
+        await world.gateway.close()
+        for server in world.servers.values():
+            await server.stop()
+
+
+async def metrics(world: World) -> dict[tuple[str, ...], float]:
+    answer = await asgi.get(world.app, "/metrics")
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(answer.body.decode())
+        for sample in family.samples
+    }
