@@ -27,7 +27,7 @@ MAX_SAMPLES = 120
 """Samples compared; more are thinned out evenly, since the number of pairs grows quadratically."""
 
 
-class Sample(NamedTuple):
+class MemorySample(NamedTuple):
     """Memory and traffic of a process at one moment."""
 
     at_s: float
@@ -52,10 +52,12 @@ class LeakDetector:
 
     def __init__(self, config: LeaksConfig) -> None:
         self._config = config
-        self._samples: deque[Sample] = deque(maxlen=round(config.window_s / config.sample_s) + 1)
+        self._samples: deque[MemorySample] = deque(
+            maxlen=round(config.window_s / config.sample_s) + 1
+        )
         self._first_s: float | None = None
 
-    def add_sample(self, sample: Sample) -> Growth:
+    def add_sample(self, sample: MemorySample) -> Growth:
         """Add a sample, whose times must be monotonic, and return the growth over the window."""
         if self._first_s is None:
             self._first_s = sample.at_s
@@ -84,7 +86,7 @@ class Slope(NamedTuple):
     """Share of the pairs that rise, 0 to 1; equal ones count half."""
 
 
-def theil_sen_slope(samples: Sequence[Sample]) -> Slope | None:
+def theil_sen_slope(samples: Sequence[MemorySample]) -> Slope | None:
     """Return the slope over pairs with similar traffic, or None if there are none."""
     # scipy.stats.theilslopes cannot leave out pairs.
     if not samples:

@@ -8,7 +8,7 @@ from contextlib import suppress
 import psutil
 
 from cluster.config.operations import LeaksConfig
-from cluster.leaks.detector import Growth, LeakDetector, Sample
+from cluster.leaks.detector import Growth, LeakDetector, MemorySample
 from cluster.metrics import Registry, table
 from cluster.periodic import Periodic
 
@@ -57,7 +57,7 @@ class MemoryWatch:
         memory = await asyncio.to_thread(resident_memory)
         now, in_flight = time.monotonic(), float(self._in_flight())
         for process, resident in memory.items():
-            growth = self._detectors[process].add_sample(Sample(now, resident, in_flight))
+            growth = self._detectors[process].add_sample(MemorySample(now, resident, in_flight))
             self._latest[process] = resident, growth
             if growth.leaking:
                 self._on_leak(process, growth)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.config.operations import LeaksConfig
-from cluster.leaks.detector import MAX_SAMPLES, Growth, LeakDetector, Sample, theil_sen_slope
+from cluster.leaks.detector import MAX_SAMPLES, Growth, LeakDetector, MemorySample, theil_sen_slope
 from cluster.leaks.lease import ReplacementLease
 
 MIB = 1024**2
@@ -29,7 +29,7 @@ def detect(
 ) -> list[Growth]:
     detector = LeakDetector(CONFIG)
     times = [at_s * 10.0 for at_s in range(int(until_s / 10))]
-    return [detector.add_sample(Sample(at_s, memory(at_s), traffic(at_s))) for at_s in times]
+    return [detector.add_sample(MemorySample(at_s, memory(at_s), traffic(at_s))) for at_s in times]
 
 
 # -- slope -----------------------------------------------------------------------------------------
@@ -43,7 +43,7 @@ def detect(
 def test_a_fifth_of_the_samples_may_be_arbitrary(
     slope: int, start: int, wrong: dict[int, int]
 ) -> None:
-    samples = [Sample(float(i), start + slope * i + wrong.get(i, 0), 0) for i in range(40)]
+    samples = [MemorySample(float(i), start + slope * i + wrong.get(i, 0), 0) for i in range(40)]
     found = theil_sen_slope(samples)
     assert found is not None
     assert found.bytes_per_s == pytest.approx(slope, abs=1e-6)
@@ -54,7 +54,7 @@ def test_the_slope_is_independent_of_the_level_and_follows_the_sign(
     memory: list[int], step: int
 ) -> None:
     def slope(values: list[float]) -> float:
-        found = theil_sen_slope([Sample(float(i * step), v, 0) for i, v in enumerate(values)])
+        found = theil_sen_slope([MemorySample(float(i * step), v, 0) for i, v in enumerate(values)])
         assert found is not None
         return found.bytes_per_s
 
@@ -67,8 +67,8 @@ def test_the_slope_is_independent_of_the_level_and_follows_the_sign(
 
 def test_many_samples_are_thinned_and_too_few_give_no_slope() -> None:
     assert theil_sen_slope([]) is None
-    assert theil_sen_slope([Sample(0, 1, 1)]) is None
-    many = [Sample(float(i), 3.0 * i, 0) for i in range(MAX_SAMPLES * 5 + 3)]
+    assert theil_sen_slope([MemorySample(0, 1, 1)]) is None
+    many = [MemorySample(float(i), 3.0 * i, 0) for i in range(MAX_SAMPLES * 5 + 3)]
     found = theil_sen_slope(many)
     assert found is not None
     assert found.bytes_per_s == pytest.approx(3)
