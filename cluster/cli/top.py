@@ -107,7 +107,7 @@ def _cells(
             cells[f"{title} p50"] = _seconds(now.get(f"{name}_p50"))
         cells[f"{title} p99"] = _seconds(now.get(f"{name}_p99"))
     cells["e2e p90"] = _seconds(now.get("total_p90"))
-    cells["ongoing"], cells["queued"] = str(levels["ongoing"]), str(levels["queued"])
+    cells["in flight"], cells["queued"] = str(levels["in_flight"]), str(levels["queued"])
     cells["KV"] = _share(levels["kv_cache"])
     if width >= WIDE:
         tokens = data["columns"].index("completion_tokens")
@@ -121,7 +121,7 @@ def _replicas(data: DashboardData) -> Table:
     table.add_column("replica", no_wrap=True)
     for title in ("model", "link"):
         table.add_column(title)
-    for title in ("ongoing", "in a batch", "waiting", "KV"):
+    for title in ("in flight", "running", "waiting", "KV"):
         table.add_column(title, justify="right")
     for name, pool in data["pools"].items():
         for replica in pool["replicas"]:

@@ -161,7 +161,7 @@ def test_an_unreachable_router_is_reported() -> None:
 
 
 COLUMNS = ["requests", "failed", "completion_tokens", "ttft_p50", "ttft_p99", "itl_p50"]
-COLUMNS += ["itl_p99", "total_p90", "ongoing", "queued", "kv_cache"]
+COLUMNS += ["itl_p99", "total_p90", "in_flight", "queued", "kv_cache"]
 DATA: dict[str, Any] = {
     "now": 1e9,
     "routers": {"a": True, "b": False},
@@ -181,7 +181,7 @@ DATA: dict[str, Any] = {
         }
     },
     "levels": {
-        name: {"ongoing": 3, "queued": 0, "running": 2, "waiting": 1, "kv_cache": 0.25}
+        name: {"in_flight": 3, "queued": 0, "running": 2, "waiting": 1, "kv_cache": 0.25}
         for name in ("", "gen")
     },
     "decisions": [

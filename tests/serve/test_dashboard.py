@@ -112,7 +112,7 @@ async def test_current_levels_are_consistent(monkeypatch: pytest.MonkeyPatch) ->
 
 def sampled(data: Any) -> float:
     rows = data["rows"]["gen"]
-    return float(rows[-1][data["columns"].index("ongoing")]) if rows else 0.0
+    return float(rows[-1][data["columns"].index("in_flight")]) if rows else 0.0
 
 
 async def test_decisions_are_read_rarely_and_the_last_are_shown() -> None:

@@ -148,7 +148,7 @@ async def test_page_shows_live_load(page):
             page.until(lambda: page.number("requests") > 1 and page.number("completion_tokens") > 1)
             page.until(lambda: page.rows("failures"))
             assert page.tile("ttft_p90").endswith("s")
-            assert page.number("ongoing") > 0
+            assert page.number("in_flight") > 0
             assert page.number("kv_cache") > 0
             replicas = page.rows("replicas")
             assert [row[:3] for row in replicas] == [

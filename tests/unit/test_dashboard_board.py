@@ -28,7 +28,7 @@ def test_rates_cover_the_window_and_levels_its_end() -> None:
     assert [row.time for row in rows] == [T + n for n in range(10)]
     assert value(rows[0], "requests") == 0
     assert value(rows[-1], "requests") == (5 + 6 + 7 + 8 + 9) / WINDOW_S
-    assert value(rows[-1], "ongoing") == 9
+    assert value(rows[-1], "in_flight") == 9
     assert rows[-1].pools[""] == rows[-1].pools["m"]
 
 

@@ -60,7 +60,7 @@ class Admission:
 
 def _claim(request: Request, body: RequestBody, pool: Pool, model: str) -> Claim:
     prompt = body.fingerprint() if pool.kind == "generator" else EMPTY_FINGERPRINT
-    view = pool.estimate.view_request(
+    view = pool.estimator.view_request(
         len(request.body),
         prompt,
         header(request.headers, SESSION_HEADER),
@@ -73,7 +73,7 @@ def _claim(request: Request, body: RequestBody, pool: Pool, model: str) -> Claim
     deadline_s = float("inf") if timeout_s is None else now_s + timeout_s
     return Claim(
         identity=request.identity,
-        work_tokens=pool.estimate.work_tokens(view),
+        work_tokens=pool.estimator.work_tokens(view),
         body_bytes=len(request.body),
         priority=_requested_priority(request.headers, request.identity),
         expires_s=min(now_s + pool.queue_timeout_s, deadline_s),

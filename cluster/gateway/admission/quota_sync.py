@@ -91,7 +91,8 @@ class QuotaSync:
         except msgspec.DecodeError as error:
             logger.warning("Cannot decode a router's report (of another version?): %s", error)
             return False
-        # Tenants that other routers served wait for the others in this router's queues.
+        # Charge the tenants here for what other routers served them, so that all routers together
+        # share fairly.
         served = self._admission.quotas.peers.add_report(report, time.monotonic())
         for pool in self._pools.values():
             for (tenant, model), tokens in served.items():

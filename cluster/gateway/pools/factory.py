@@ -13,7 +13,7 @@ from cluster.config import (
     RouterConfig,
     TandemConfig,
 )
-from cluster.gateway.pools.pool import Kind, Pool
+from cluster.gateway.pools.pool import Pool, PoolKind
 from cluster.gateway.pools.replica import Wiring
 from cluster.gateway.pools.replica_set import PoolLimits
 from cluster.gateway.recording.observer import SLO_METRICS, PoolMeter, RequestSinks
@@ -24,7 +24,7 @@ def make_pools(
     config: TandemConfig, wirings: Mapping[str, Wiring], sinks: RequestSinks
 ) -> dict[str, Pool]:
     """Return all pools by name; ``wirings`` has an entry for each."""
-    configs: list[tuple[Kind, GeneratorConfig | ClassifierConfig]] = [
+    configs: list[tuple[PoolKind, GeneratorConfig | ClassifierConfig]] = [
         *(("generator", pool) for pool in config.generators),
         *(("classifier", pool) for pool in config.classifiers),
     ]

@@ -15,11 +15,11 @@ from cluster.gateway.pools.routes import RouteTable
 from cluster.gateway.recording.observer import PoolMeter
 from cluster.routing import TokenEstimator
 
-Kind = Literal["generator", "classifier"]
+PoolKind = Literal["generator", "classifier"]
 
 # A classifier builds its next batches from the requests that wait; the batch of a language model
 # takes in a new request whenever one ends.
-WAITING_RATIO: Mapping[Kind, float] = {"generator": 0.25, "classifier": 2.0}
+WAITING_RATIO: Mapping[PoolKind, float] = {"generator": 0.25, "classifier": 2.0}
 """Requests that may wait in the engines for each one that runs."""
 
 
@@ -27,17 +27,17 @@ class Pool:
     """The replicas of one deployment and the queue in front of them."""
 
     def __init__(
-        self, name: str, kind: Kind, limits: PoolLimits, wiring: Wiring, meter: PoolMeter
+        self, name: str, kind: PoolKind, limits: PoolLimits, wiring: Wiring, meter: PoolMeter
     ) -> None:
         self.name = name
-        self.kind: Kind = kind
+        self.kind: PoolKind = kind
         self.models = (name, *limits.adapters)
         """Names that clients may use as ``model``: the pool's and its adapters'."""
         self.limits = limits
         self.meter = meter
         self.routes = RouteTable()
         """Paths that the running replicas serve; empty until one has described itself."""
-        self.estimate = TokenEstimator(generates=kind == "generator")
+        self.estimator = TokenEstimator(generates=kind == "generator")
         self.replicas = ReplicaSet(name, limits, wiring, meter)
         capacity = PoolCapacity(WAITING_RATIO[kind])
         self.queue = AdmissionQueue(name, limits.queue, capacity, self.replicas, meter)

@@ -238,7 +238,6 @@ class AdmissionQueue:
 
 
 def _stopping() -> UnavailableError:
-    """Return the error for requests that a stopping router rejects."""
     return UnavailableError("The router is stopping.", retry_after_s=1)
 
 

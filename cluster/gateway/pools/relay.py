@@ -211,7 +211,7 @@ class RelayedBody:
         usage = self.usage
         if usage is not None:
             claim = self._slot.claim
-            self._pool.estimate.learn_usage(claim.body_bytes, usage, claim.prompt)
+            self._pool.estimator.learn_usage(claim.body_bytes, usage, claim.prompt)
         self._release_slot(self._done_tokens(usage), usage)
         self._observer.end(usage)
 

@@ -68,11 +68,11 @@ class ReplicaSet:
         self.prefix_counts = PrefixCounts()
         self.fleet = Fleet(limits.max_loras)
         """Routing's view of the replicas."""
+        self.policy = make_policy(limits.routing, self.prefixes, random.getrandbits(16))
         self._name = name
         self._limits = limits
         self._wiring = wiring
         self._meter = meter
-        self.policy = make_policy(limits.routing, self.prefixes, random.getrandbits(16))
         self._decisions = meter.decisions(limits.routing)
         self._replicas: dict[str, Replica] = {}
         self._lacking: dict[str, frozenset[str]] = {}  # by adapter, the replicas without it

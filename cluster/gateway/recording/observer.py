@@ -95,7 +95,7 @@ class PoolMeter:
         self, request: Request, route: str, on_end: OnEnd | None = None
     ) -> "RequestObserver":
         """Return the observer of a request that has just arrived."""
-        # Without on_end the router itself asks; autoscaling must not start a replica for that.
+        # The router's own requests have no on_end; they must not cause autoscaling.
         if on_end is not None:
             self.arrivals.add()
         observer = RequestObserver(self, request, route, on_end)
@@ -122,10 +122,8 @@ class PoolMeter:
     def reject(self, request: Request, route: str, status: int) -> None:
         """Count and log a request that was rejected before it asked for a slot."""
         self.requests(route, status).add()
-        outcome, tenant = outcome_of(status), request.tenant
-        record = RequestRecord(
-            request.id, route, status, outcome, tenant=tenant, model=self.pool_name
-        )
+        outcome = outcome_of(status)
+        record = RequestRecord(request.id, route, status, outcome, request.tenant, self.pool_name)
         self.log.write(record)
 
     def requests(self, route: str, status: int) -> Counter:

@@ -17,13 +17,8 @@ ALL = ""
 """Name that stands for all pools together."""
 SHARES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 RATES = ("requests", "failed", "refused", "prompt_tokens", "completion_tokens")
-LEVELS = {
-    "ongoing": "in_flight",
-    "queued": "queued",
-    "running": "running",
-    "waiting": "waiting",
-    "kv_cache": "kv_cache",
-}
+_LEVELS = ("in_flight", "queued", "running", "waiting", "kv_cache")
+LEVELS = {name: name for name in _LEVELS} | {"ongoing": "in_flight"}  # the last is deprecated
 """Fields of ``PoolSecond`` with levels, by their column."""
 COLUMNS = (*RATES, *LEVELS, *(f"{name}_{share}" for name in LATENCIES for share in SHARES))
 """Columns of a row: requests and tokens per second, levels, and latencies in seconds."""
