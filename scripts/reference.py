@@ -199,7 +199,7 @@ def _command(path: str, command: Any) -> Iterator[str]:
             yield from _command(f"{path} {name}", child)
         return
     arguments = [one for one in command.params if one.param_type_name == "argument"]
-    options = [one for one in command.params if one.param_type_name == "option"]
+    options = [one for one in command.params if one.param_type_name == "option" and not one.hidden]
     usage = " ".join([path, *(_argument(one) for one in arguments)])
     yield f"## {path}\n\n```text\n{usage}{' [OPTIONS]' if options else ''}\n```\n"
     yield f"{_prose(command.help)}\n"
