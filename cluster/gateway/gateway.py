@@ -97,8 +97,9 @@ class Gateway:
                 return await self._respond_builtin(request, builtin)
             body, pool = self._select_pool(request)
             claim, ticket = self.admission.admit(request, body, pool)
-            is_urgent = claim.priority != 0 or body.priority is not None
-            if is_urgent and pool.limits.engine_priorities and request.path in PRIORITY_PATHS:
+            # A client's own `priority` is overwritten: the API key limits it.
+            sets_priority = claim.priority != 0 or body.priority is not None
+            if sets_priority and pool.limits.engine_priorities and request.path in PRIORITY_PATHS:
                 request = with_engine_priority(request, claim.priority)
             return await relay(request, pool, claim, ticket.end)
         except RequestError as error:
