@@ -66,12 +66,12 @@ class Router:
         self._gateway = Gateway(
             config,
             _wirings(pools, self._secret, tls),
-            _versions(),
-            KeyFile(key_file_path(config.router), expected=keys_file is not None),
-            self._tracer,
-            _start_usage(config, router_deployment.app_name),
-            self._links,
-            partial(read_decisions, [router_deployment, *pool_deployments.values()]),
+            versions=_versions(),
+            key_file=KeyFile(key_file_path(config.router), expected=keys_file is not None),
+            tracer=self._tracer,
+            usage=_start_usage(config, router_deployment.app_name),
+            routers=self._links,
+            read_decisions=partial(read_decisions, [router_deployment, *pool_deployments.values()]),
         )
         self._routers: list[ReplicaInfo] = []
         self._quota_sync = QuotaSync(self._gateway.admission, self._gateway.pools, self._links)

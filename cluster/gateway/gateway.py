@@ -38,7 +38,7 @@ logger = logging.getLogger("ray.serve.tandem")
 
 
 class Gateway:
-    """Answers all requests of one router; its ``pools`` must be told which replicas run.
+    """Answers all requests of one router. Update its ``pools`` when the running replicas change.
 
     Args:
         config: Configuration of the deployment.
@@ -55,6 +55,7 @@ class Gateway:
         self,
         config: TandemConfig,
         wirings: Mapping[str, Wiring],
+        *,
         versions: Mapping[str, str] | None = None,
         key_file: KeyFile | None = None,
         tracer: "Tracer | None" = None,

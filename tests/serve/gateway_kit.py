@@ -154,7 +154,13 @@ async def gateway_world(
         }
     )
     wirings = {name: Wiring(SECRET, fallback=fallback) for name in ("gen", "cls")}
-    gateway = Gateway(config, wirings, {"tandem": "0"}, key_file, read_decisions=read_decisions)
+    gateway = Gateway(
+        config,
+        wirings,
+        versions={"tandem": "0"},
+        key_file=key_file,
+        read_decisions=read_decisions,
+    )
     world = World(gateway)
     try:
         yield world

@@ -134,7 +134,7 @@ async def test_key_can_allow_an_adapter() -> None:
             body = f'{{"model": "{model}", "prompt": "Hi", "max_tokens": 1}}'.encode()
             assert (await ask(COMPLETION, body))[0] == status
             assert (await ask(COMPLETION, body, "Application/JSON"))[0] == status
-            # What the router does not read might name any of them.
+            # A body that the router does not read may name any model.
             assert (await ask(COMPLETION, body, "multipart/form-data; boundary=x"))[0] == 403
         _, listed = await ask("/v1/models")
         assert [name for name in ("law", "art", "m") if f'"id":"{name}"'.encode() in listed] == [
@@ -218,7 +218,7 @@ async def test_queued_adapter_request_fails_when_no_replica_has_the_adapter() ->
         for replica in ("r0", "r1"):
             pool.replicas.fleet.set_capacity(replica, 1)
         longs = [asyncio.create_task(world.ask("law", max_tokens=100))]
-        await until(lambda: world.served() == [0, 1])  # so the next one finds room elsewhere alone
+        await until(lambda: world.served() == [0, 1])  # leaves room only at the other replica
         longs.append(asyncio.create_task(world.ask("m", max_tokens=100)))
         await until(lambda: world.served() == [1, 1])
         waits = asyncio.create_task(world.ask("law"))

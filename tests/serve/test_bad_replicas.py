@@ -99,7 +99,7 @@ class Fleet:
         await until(lambda: pool.replicas.num_ready == len(self._servers))
 
     async def flood(self, num: int, rate: float) -> Counter[int]:
-        """The statuses of so many requests at so many a second; afterwards nothing is held."""
+        """Send requests at a constant rate; return their statuses, and check that nothing is left."""
         draw = random.Random(3)
         calls = []
         for number in range(num):
@@ -158,7 +158,7 @@ def test_false_load_reports(policy: RoutingPolicy, lie: str) -> None:
             loop = asyncio.get_running_loop()
             began = loop.time()
             assert await fleet.flood(300, rate=50) == {200: 300}
-            # The two honest ones alone need 7.5 s for it.
+            # The two correct replicas alone need 7.5 s for all requests.
             assert loop.time() - began < 12
 
     run(scenario)

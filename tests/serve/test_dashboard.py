@@ -33,7 +33,7 @@ async def test_second_holds_the_difference_to_the_previous_one() -> None:
         for _ in range(3):
             await asgi.post(world.app, CHAT, {"model": "gen", "stream": 2})
         await asgi.post(world.app, CHAT, {"model": "gen", "fail": True})
-        await asgi.post(world.app, CHAT, {"model": "nobody"})
+        await asgi.post(world.app, CHAT, {"model": "no-such-model"})
         await asgi.get(world.app, "/ready")
         history.sample(1001.0, 2.0)
         history.sample(1002.1, 3.5)
@@ -181,7 +181,7 @@ async def test_each_request_is_logged_once(caplog: pytest.LogCaptureFixture) -> 
         for name, body in {
             "fine": {"model": "gen", "stream": 2},
             "fault": {"model": "gen", "fail": True},
-            "unknown": {"model": "nobody"},
+            "unknown": {"model": "no-such-model"},
             "late": {"model": "cls"},
         }.items():
             await asgi.post(world.app, CHAT, body, headers={"x-request-id": name})

@@ -52,7 +52,7 @@ class Routers:
             turn += 1
             words = " ".join(f"word{number}" for _ in range(10 + (turn * 7) % 40))
             body = {
-                "model": model if turn % 25 else "nobody",
+                "model": model if turn % 25 else "no-such-model",
                 "messages": [{"role": "user", "content": words}],
                 "max_tokens": 12 + (turn * 5) % 30,
                 "stream": True,

@@ -134,7 +134,7 @@ async def test_pool_scaled_to_zero_is_ready_and_queues_requests() -> None:
         assert (await asgi.get(world.app, "/openapi.json")).status == 200
         assert world.gateway.pools["gen"].meter.arrivals.value == 0  # these did not start a replica
         call = asgi.start(world.app, "POST", CHAT, {"model": "gen"})
-        await asyncio.sleep(0.1)  # longer than the wait in a pool that has replicas
+        await asyncio.sleep(0.1)  # longer than queue_timeout_s, which applies with replicas
         assert world.gateway.load_report(0.0, 0.0)["gen/queued"] == 1
         await world.add("gen", "gen-1")
         assert (await call.done()).status == 200
@@ -190,7 +190,7 @@ async def test_retiring_replica_finishes_its_requests_and_refuses_new_ones() -> 
         late = asgi.start(world.app, "POST", CHAT, {})
         while world.gateway.pools["gen"].num_in_flight < 2:  # noqa: ASYNC110
             await asyncio.sleep(0)
-        world.servers["gen-1"].retire()  # the request is on its way, and was not read yet
+        world.servers["gen-1"].retire()  # before it reads the second request
         await world.add("gen", "gen-2", ready=1)
         old.gate.set()
         assert (await call.done()).json()["replica"] == "gen-1"
@@ -221,7 +221,7 @@ async def test_close_leaves_no_task() -> None:
 
 
 async def test_slot_released_by_another_router_wakes_the_queue() -> None:
-    """Two routers share a replica: its report of its load must wake the queue."""
+    """The load report of a replica that two routers share must wake the queue."""
     async with (
         gateway_world(queue_timeout_s=20) as world,
         gateway_world(queue_timeout_s=20) as other,

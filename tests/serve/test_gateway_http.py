@@ -181,7 +181,7 @@ async def test_objectives_are_exported() -> None:
             if key[0] == "tandem_objective_seconds"
         }
     assert found == {
-        ("gen", "ttft_p90"): 2.5,  # of 2 s and 0.2 s: the bounds above them
+        ("gen", "ttft_p90"): 2.5,  # the bucket bound above the SLO of 2 s
         ("gen", "itl_p90"): 0.25,
         ("cls", "latency_p95"): 0.5,
     }

@@ -153,11 +153,11 @@ async def test_slow_router_catches_up() -> None:
         await router.link.connect()
         await until(lambda: router.cleared == 1)
         (connection,) = server.connections
-        connection.pause_writing()  # as the transport does when it is full
+        connection.pause_writing()  # as the transport does when its buffer is full
         for start in range(0, 30_000, 1000):
             source.change(range(start, start + 1000), range(max(0, start - 1000), start))
             server.send_prefixes()
-        assert not connection.unsent_bytes  # nothing piles up
+        assert not connection.unsent_bytes  # nothing is buffered
         connection.resume_writing()
         await until(lambda: router.held == set(source.held))
         assert router.cleared == 2
@@ -229,12 +229,12 @@ class Cluster:
         return await asgi.call(GatewayApp(self.gateways[router]), "POST", path, body)
 
     async def settle(self) -> None:
-        """Until every router believes of every engine what that one holds, and nothing else."""
+        """Wait until every router's index equals the contents of every engine's cache."""
         await until(lambda: all(self._believed(gateway) for gateway in self.gateways))
 
     def _believed(self, gateway: Gateway) -> bool:
         index = gateway.pools["m"].replicas.prefixes
-        index.advance(1e9)  # what it only expects is forgotten
+        index.advance(1e9)  # drops entries that are expected but not reported
         held = {name: set(engine.prefixes.snapshot()) for name, engine in self.engines.items()}
         return all(
             {p for p in self.asked if index.count(name, [p])} == mine for name, mine in held.items()

@@ -50,9 +50,7 @@ async def traced_pool(
     )
     server = LinkServer(app, SECRET)
     host, port = await server.start()
-    gateway = Gateway(
-        parse({"generators": [gen]}), {"gen": Wiring(SECRET)}, {"tandem": "0"}, tracer=router_tracer
-    )
+    gateway = Gateway(parse({"generators": [gen]}), {"gen": Wiring(SECRET)}, tracer=router_tracer)
     gateway.pools["gen"].update([ReplicaInfo("gen-1", host, port, routes)])
     try:
         yield GatewayApp(gateway)
@@ -188,7 +186,7 @@ from cluster.config import parse
 from cluster.gateway import Gateway, Wiring
 from cluster.tracing import start_tracer
 async def make():
-    Gateway(parse({"generators": [{"name": "a", "model": "m"}]}), {"a": Wiring(b"s")}, {})
+    Gateway(parse({"generators": [{"name": "a", "model": "m"}]}), {"a": Wiring(b"s")})
 asyncio.run(make())
 assert start_tracer(None, "a", "b") is None
 print([name for name in sys.modules if name.startswith("opentelemetry")])

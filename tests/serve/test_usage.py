@@ -73,7 +73,7 @@ async def accounted_pool(
     server = LinkServer(app, SECRET)
     host, port = await server.start()
     usage = UsageAccount(config, UsageLog(tmp_path / "usage", 10, lambda: NOW), lambda: NOW + 60)
-    gateway = Gateway(config, {"gen": Wiring(SECRET)}, {}, usage=usage)
+    gateway = Gateway(config, {"gen": Wiring(SECRET)}, usage=usage)
     gateway.pools["gen"].update([ReplicaInfo("gen-1", host, port, engine.routes())])
     try:
         yield AccountedPool(gateway, replica_accounting, cpu)

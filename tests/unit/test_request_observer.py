@@ -53,7 +53,7 @@ def test_each_gap_is_counted_once(
         if read:
             meter.count_gaps()
             check(meter.itl_s, times)
-            assert len(observer.write_times) <= 1  # what is counted is not kept
+            assert len(observer.write_times) <= 1  # counted times are dropped
     observer.end(Usage(1, 0, len(times)))
     meter.count_gaps()
     check(meter.itl_s, times)

@@ -48,7 +48,7 @@ class BuiltinRoute(NamedTuple):
 
 class _CachedAnswer(NamedTuple):
     replicas: tuple[str, ...]
-    """Replicas of the pool when it was asked; another set invalidates the answer."""
+    """Running replicas at that time; the answer is discarded when they change."""
     expires_s: float
     answer: Any
 

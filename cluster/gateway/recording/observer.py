@@ -120,7 +120,7 @@ class PoolMeter:
         self._failovers[reason].add()
 
     def reject(self, request: Request, route: str, status: int) -> None:
-        """Count and log a request that was rejected before it asked for a slot."""
+        """Count and log a request that was rejected before entering the queue."""
         self.requests(route, status).add()
         outcome = outcome_of(status)
         record = RequestRecord(request.id, route, status, outcome, request.tenant, self.pool_name)
