@@ -99,7 +99,7 @@ class Fleet:
         await until(lambda: pool.replicas.num_ready == len(self._servers))
 
     async def flood(self, num: int, rate: float) -> Counter[int]:
-        """Send requests at a constant rate; return their statuses, and check that nothing is left."""
+        """Send requests at a constant rate; return their statuses, and check for leftovers."""
         draw = random.Random(3)
         calls = []
         for number in range(num):
