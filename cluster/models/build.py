@@ -38,7 +38,6 @@ class BuiltModel:
     path: Path
     facts: Facts
     build_s: float
-    """Duration of the build in seconds."""
     fresh: bool
     """True if this call built it."""
 
@@ -54,13 +53,7 @@ def build(
     progress: Progress = _silent,
     catalogue: Mapping[str, DefaultModel] = CATALOGUE,
 ) -> list[BuiltModel]:
-    """Build default models that are not built yet, and return all requested models.
-
-    Args:
-        names: Names from the catalogue; None for all.
-        force: True to rebuild existing models.
-        progress: Called with ``"<name>: <step>"`` and the completed share of the step.
-        catalogue: Models by name.
+    """Build default models that are not built yet, or all with ``force``; return all requested.
 
     Raises:
         ConfigError: a name is not in the catalogue; nothing is built.
@@ -83,7 +76,6 @@ def _build_one(model: DefaultModel, force: bool, progress: Progress) -> BuiltMod
     with _lock(model.name, report):
         if not force and (found := manifest(model)):  # another process built it meanwhile
             return _built(found, fresh=False)
-        _remove_stale(model.name)
         return _built(_build_into_place(model, report), fresh=True)
 
 
@@ -94,17 +86,24 @@ def _built(found: Manifest, *, fresh: bool) -> BuiltModel:
 
 def _build_into_place(model: DefaultModel, report: Progress) -> Manifest:
     target = models_dir() / model.name
-    scratch = Path(tempfile.mkdtemp(prefix=_temp_prefix(model.name), dir=models_dir()))
+    prefix = f".{model.name}.tmp-"
+    # Leftovers of killed builds; the lock guarantees that no build uses them.
+    for left in models_dir().glob(f"{prefix}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=models_dir()))
     started = time.monotonic()
     try:
         fresh = scratch / "new"
         fresh.mkdir()
         facts = model.builder(fresh, report)
         build_s = round(time.monotonic() - started, 1)
-        result = Manifest(model.name, model.recipe, build_s, _sizes(fresh), facts)
-        if not result.files:
+        files = sorted(path for path in fresh.rglob("*") if path.is_file())
+        if not files:
             raise BuildError(f"model {model.name!r}: the recipe wrote no files")
-        _write_manifest(fresh, result)
+        sizes = {str(path.relative_to(fresh)): path.stat().st_size for path in files}
+        result = Manifest(model.name, model.recipe, build_s, sizes, facts)
+        text = json.dumps(dataclasses.asdict(result), indent=2)
+        (fresh / MANIFEST).write_text(f"{text}\n", encoding="utf-8")
         if target.exists():
             target.rename(scratch / "old")
         fresh.rename(target)
@@ -112,26 +111,6 @@ def _build_into_place(model: DefaultModel, report: Progress) -> Manifest:
         shutil.rmtree(scratch, ignore_errors=True)
     report("built", 1.0)
     return result
-
-
-def _sizes(directory: Path) -> dict[str, int]:
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    return {str(path.relative_to(directory)): path.stat().st_size for path in files}
-
-
-def _write_manifest(directory: Path, result: Manifest) -> None:
-    text = json.dumps(dataclasses.asdict(result), indent=2)
-    (directory / MANIFEST).write_text(f"{text}\n", encoding="utf-8")
-
-
-def _temp_prefix(name: str) -> str:
-    return f".{name}.tmp-"
-
-
-def _remove_stale(name: str) -> None:
-    # Leftovers of killed builds; the lock guarantees that no build uses them.
-    for left in models_dir().glob(f"{_temp_prefix(name)}*"):
-        shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager

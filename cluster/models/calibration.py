@@ -57,7 +57,6 @@ def calibrate(logits: Floats, truth: NDArray[np.integer[Any]]) -> Calibration:
 
 
 def fit_temperature(logits: Floats, truth: NDArray[np.integer[Any]]) -> float:
-    """Return the temperature with the lowest cross-entropy."""
     # The cross-entropy is convex in 1 / temperature, so its slope changes sign once: bisect.
     chosen = logits[np.arange(len(truth)), truth]
 
@@ -87,7 +86,6 @@ def softmax(logits: Floats) -> Floats:
 
 
 def write(directory: Path, calibration: Calibration) -> None:
-    """Write the calibration to a model's directory, where the engine reads it."""
     text = json.dumps(asdict(calibration), indent=2)
     (directory / FILE).write_text(f"{text}\n", encoding="utf-8")
 

@@ -24,10 +24,17 @@ from cluster.models.finetune_data import FinetuneOptions, Split, split
 from cluster.models.finetune_trainer import (
     EmbeddingAnchor,
     FinetuneTrainer,
+    ProgressCallback,
     freeze_layers,
     make_trainer,
 )
-from cluster.models.predict import compute_threads, max_tokens, quiet_transformers, run_batches
+from cluster.models.predict import (
+    MAX_TOKENS,
+    compute_threads,
+    max_tokens_of,
+    quiet_transformers,
+    run_batches,
+)
 from cluster.models.reference import MIN_TEXTS, Reference
 from cluster.models.store import Progress
 
@@ -46,7 +53,6 @@ class FinetuneMetrics:
     epochs: int
     """Number of completed epochs."""
     train_s: float
-    """Duration of the training in seconds."""
 
 
 def finetune(
@@ -61,14 +67,6 @@ def finetune(
 
     Duplicate texts count once, so none is in both parts of the split. The result is deterministic
     on the same machine.
-
-    Args:
-        texts: Texts in any order.
-        labels: Label of each text, one of ``options.label_names``.
-        base: Model directory of an encoder with its tokenizer.
-        out: Existing directory for the result.
-        options: Options of the fine-tuning.
-        progress: Called with the current step and its completed share.
 
     Raises:
         DataError: a label is unknown, or there are too few texts.
@@ -91,8 +89,8 @@ def finetune(
         metrics = run.measure(parts, out)
         network.save_pretrained(out)
         _save_tokenizer(tokenizer, out)
-        card = report.ModelCard(options.base_name or base.name, options, len(parts.train))
-        report.write_card(out, card, run.confusion)
+        base_name = options.base_name or base.name
+        report.write_card(out, base_name, options, len(parts.train), run.confusion)
     return metrics
 
 
@@ -118,18 +116,20 @@ class _Run:
             self._network, self._parts, data, collator, self._options, self._scratch
         )
         self._trainer.anchor = self._anchor
-        self._trainer.report_to(progress)
+        self._trainer.add_callback(ProgressCallback(progress))
         self._trainer.train()
         self._train_s = time.monotonic() - started
 
     def measure(self, parts: Split, out: Path) -> FinetuneMetrics:
         """Measure on the held-out texts; write the confusion matrix and the reference."""
-        logits, similarity = self._predict([text for text, _ in parts.held_out])
-        truth = np.array([label for _, label in parts.held_out])
+        texts, truth = zip(*parts.held_out, strict=True)
+        logits, similarity = self._predict(texts)
         names = self._options.label_names
-        self.confusion = report.confusion_matrix(truth, logits.argmax(1), len(names))
+        self.confusion = report.confusion_matrix(np.array(truth), logits.argmax(1), len(names))
         report.draw_confusion(self.confusion, names, out / report.PICTURE)
-        self._write_reference(parts, logits, out)
+        # Not the training texts, about which the model is more confident.
+        if len(texts) >= MIN_TEXTS:
+            Reference.from_scores(softmax(logits), list(map(len, texts)), names).write(out)
         return FinetuneMetrics(
             accuracy=round(report.accuracy(self.confusion), 4),
             macro_f1=round(report.macro_f1(self.confusion), 4),
@@ -139,13 +139,6 @@ class _Run:
             epochs=round(self._trainer.state.epoch or 0),
             train_s=round(self._train_s, 1),
         )
-
-    def _write_reference(self, parts: Split, held_out: NDArray[np.float64], out: Path) -> None:
-        # Held-out texts only: the model is more confident about its training texts.
-        texts = [text for text, _ in parts.held_out]
-        if len(texts) >= MIN_TEXTS:
-            names = self._options.label_names
-            Reference.from_scores(softmax(held_out), list(map(len, texts)), names).write(out)
 
     def _predict(self, texts: Sequence[str]) -> tuple[NDArray[np.float64], float | None]:
         """Return logits, [texts, labels], and the mean similarity of embeddings to the base's."""
@@ -162,7 +155,9 @@ class _Run:
         return [{"input_ids": i, "labels": label} for i, (_, label) in zip(ids, rows, strict=True)]
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        limit = min(self._options.max_tokens, max_tokens(self._network, self._tokenizer))
+        limit = min(
+            self._options.max_tokens, MAX_TOKENS, max_tokens_of(self._network, self._tokenizer)
+        )
         ids = self._tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
         assert isinstance(ids, list)
         return ids

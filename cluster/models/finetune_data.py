@@ -9,6 +9,7 @@ import json
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +75,9 @@ class Split:
 def read_rows(
     path: Path, text_column: str = "text", label_column: str | None = "label"
 ) -> list[DataRow]:
-    """Read the rows of a CSV, TSV or JSONL file, without blank lines.
+    """Read the rows of a CSV, TSV or JSONL file (UTF-8), without blank lines.
 
-    Args:
-        path: UTF-8 file; its extension selects the format.
-        text_column: Column (or key) of the texts.
-        label_column: Column (or key) of the labels, which may be numbers; None: no labels.
+    Labels may be numbers; without ``label_column`` they are empty.
 
     Raises:
         DataError: the file cannot be read, or a line is invalid; the message names the line.
@@ -135,14 +133,6 @@ def split(
     """Split texts into parts, with the same shares of every label.
 
     Duplicates (up to case and white space) count once, with their first label.
-
-    Args:
-        texts: Texts in any order.
-        labels: Label of each text, one of ``names``.
-        names: Labels in the order of their ids.
-        held_out: Share for the final measurement.
-        validation: Share for early stopping; may be 0.
-        seed: Seed of the shuffle.
 
     Raises:
         DataError: a label is unknown, or has too few texts for all parts.
@@ -225,10 +215,6 @@ def _csv(path: Path, text: str, columns: Sequence[str], delimiter: str = ",") ->
         raise DataError(f"{path}:{line}: not valid CSV: {error}") from None
 
 
-def _tsv(path: Path, text: str, columns: Sequence[str]) -> Records:
-    return _csv(path, text, columns, "\t")
-
-
 def _jsonl(path: Path, text: str, columns: Sequence[str]) -> Records:
     for line, written in enumerate(text.split("\n"), 1):
         if not written.strip():
@@ -246,7 +232,7 @@ def _jsonl(path: Path, text: str, columns: Sequence[str]) -> Records:
 
 _FORMATS: dict[str, Callable[[Path, str, Sequence[str]], Records]] = {
     ".csv": _csv,
-    ".tsv": _tsv,
+    ".tsv": partial(_csv, delimiter="\t"),
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
 }

@@ -4,7 +4,7 @@ Metrics are functions of the confusion matrix, whose rows are the true labels.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,6 @@ PICTURE = "confusion_matrix.png"
 MAX_NUMBERED_LABELS = 20  # larger matrices are drawn without numbers in the cells
 
 
-@dataclass(frozen=True, slots=True)
-class ModelCard:
-    """Content of the model card besides the metrics."""
-
-    base: str
-    options: FinetuneOptions
-    num_train: int
-
-
 def confusion_matrix(
     truth: NDArray[np.integer[Any]], predicted: NDArray[np.integer[Any]], num_labels: int
 ) -> NDArray[np.int64]:
@@ -36,7 +27,6 @@ def confusion_matrix(
 
 
 def accuracy(confusion: NDArray[np.int64]) -> float:
-    """Return the share of correctly labeled texts."""
     return float(np.trace(confusion) / max(1, confusion.sum()))
 
 
@@ -55,7 +45,6 @@ def macro_f1(confusion: NDArray[np.int64]) -> float:
 
 
 def draw_confusion(confusion: NDArray[np.int64], names: Sequence[str], path: Path) -> None:
-    """Draw the matrix as a PNG: shares of each true label, with counts."""
     from matplotlib.figure import Figure  # takes 0.5 s to import
 
     shares = confusion / np.maximum(1, confusion.sum(1, keepdims=True))
@@ -75,21 +64,22 @@ def draw_confusion(confusion: NDArray[np.int64], names: Sequence[str], path: Pat
     figure.savefig(path, dpi=120)
 
 
-def write_card(out: Path, card: ModelCard, confusion: NDArray[np.int64]) -> None:
-    """Write the model card (``README.md``): base, metrics, settings and use."""
+def write_card(
+    out: Path, base: str, options: FinetuneOptions, num_train: int, confusion: NDArray[np.int64]
+) -> None:
     held_out, share = int(confusion.sum()), accuracy(confusion)
     rows = [
         f"| {_cell(name)} | {precision:.3f} | {recall:.3f} | {f1:.3f} | {count} |"
         for name, (precision, recall, f1), count in zip(
-            card.options.label_names, metrics_by_label(confusion), confusion.sum(1), strict=True
+            options.label_names, metrics_by_label(confusion), confusion.sum(1), strict=True
         )
     ]
-    settings = asdict(card.options)
+    settings = asdict(options)
     del settings["label_names"], settings["base_name"]
     text = _CARD.format(
-        base=card.base,
-        num_labels=len(card.options.label_names),
-        num_train=card.num_train,
+        base=base,
+        num_labels=len(options.label_names),
+        num_train=num_train,
         held_out=held_out,
         accuracy=share,
         macro_f1=macro_f1(confusion),

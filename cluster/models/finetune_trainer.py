@@ -68,16 +68,13 @@ def freeze_layers(network: Any, num_frozen: int) -> LayerGroups:
 
 
 class EmbeddingAnchor:
-    """Copy of the trained layers in their initial state, to compare embeddings.
-
-    Args:
-        tuned: Layers that will be trained; hooks on them record inputs and outputs.
-    """
+    """Copy of the trained layers in their initial state, to compare embeddings."""
 
     def __init__(self, tuned: nn.ModuleList) -> None:
         self._reference = copy.deepcopy(tuned).eval().requires_grad_(False)
         self._inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._output: Any = None
+        # Records the inputs and the output of the layers that will be trained.
         tuned[0].register_forward_pre_hook(self._record_inputs, with_kwargs=True)
         tuned[-1].register_forward_hook(self._record_output)
 
@@ -132,12 +129,10 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers is not typ
             loss = loss + self.keep_embeddings * drift
         return (loss, outputs) if return_outputs else loss
 
-    def report_to(self, progress: Progress) -> None:
-        """Call ``progress`` after every step and every epoch."""
-        self.add_callback(_ProgressCallback(progress))
 
+class ProgressCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
+    """Reports every step and every epoch to ``progress``."""
 
-class _ProgressCallback(TrainerCallback):  # type: ignore[misc]  # transformers is not typed
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
 
@@ -159,16 +154,7 @@ def make_trainer(
     options: FinetuneOptions,
     scratch: str,
 ) -> FinetuneTrainer:
-    """Create a trainer of ``network`` on (train, validation) examples.
-
-    Args:
-        network: Network to train.
-        parts: Parts of the network, as returned by ``freeze_layers``.
-        data: Training and validation examples.
-        collator: Collator that pads a batch.
-        options: Options of the fine-tuning.
-        scratch: Directory for checkpoints.
-    """
+    """Create a trainer on (train, validation) examples; ``scratch`` is for checkpoints."""
     train, validation = data
     stops_early = bool(options.patience and validation)
     each = "epoch" if stops_early else "no"

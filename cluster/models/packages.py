@@ -29,7 +29,6 @@ class SourceArchive:
 
     @property
     def file_name(self) -> str:
-        """File name on the index."""
         return f"{self.package}-{self.version}.tar.gz"
 
 

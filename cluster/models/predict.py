@@ -86,7 +86,7 @@ class Classifier:
 
     def logits(self, texts: Sequence[str], progress: Progress) -> NDArray[np.float64]:
         """Return logits, [texts, labels]; long texts are truncated."""
-        limit = max_tokens(self._network, self._tokenizer)
+        limit = min(MAX_TOKENS, max_tokens_of(self._network, self._tokenizer))
         ids = self._tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
         rows = np.empty((len(texts), len(self.names)))
         done = 0
@@ -95,11 +95,6 @@ class Classifier:
             done += len(batch.indices)
             progress("classifying the texts", done / len(texts))
         return rows
-
-
-def max_tokens(network: Any, tokenizer: Any) -> int:
-    """Return the number of tokens to which texts are truncated."""
-    return min(MAX_TOKENS, max_tokens_of(network, tokenizer))
 
 
 def max_tokens_of(network: Any, tokenizer: Any) -> int:

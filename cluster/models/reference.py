@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from cluster.errors import ConfigError
 
@@ -48,7 +49,6 @@ class Reference:
         )
 
     def write(self, directory: Path) -> None:
-        """Write the reference to a model's directory, where the engine reads it."""
         (directory / FILE).write_text(f"{json.dumps(asdict(self))}\n", encoding="utf-8")
 
     @classmethod
@@ -60,23 +60,19 @@ class Reference:
         """
         path = directory / FILE
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            labels = {str(name): int(count) for name, count in raw["labels"].items()}
-            confidence = [int(count) for count in raw["confidence"]]
-            length = [int(count) for count in raw["length"]]
+            found = TypeAdapter(cls).validate_json(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{path}: not a valid reference: {error!r}") from None
-        if len(confidence) not in (0, CONFIDENCE_BINS) or len(length) != LENGTH_BINS:
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: not a valid reference: {error}") from None
+        if len(found.confidence) not in (0, CONFIDENCE_BINS) or len(found.length) != LENGTH_BINS:
             raise ConfigError(
                 f"{path}: written with other bins; run `tandem models reference` again"
             )
-        return cls(labels, confidence, length)
+        return found
 
 
 def count_confidence(confidence: NDArray[np.floating]) -> Counts:
-    """Count texts by confidence, [CONFIDENCE_BINS]."""
     bins = np.clip((confidence * CONFIDENCE_BINS).astype(np.int64), 0, CONFIDENCE_BINS - 1)
     return np.bincount(bins, minlength=CONFIDENCE_BINS)
 

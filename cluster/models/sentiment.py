@@ -54,11 +54,6 @@ def build(out: Path, progress: Progress) -> Facts:
 
 
 def packaged_encoder() -> Path:
-    """Return the directory of the packaged encoder.
-
-    Raises:
-        BuildError: the package is missing.
-    """
     return packaged_file(ENCODER_PACKAGE, "model/model.safetensors").parent
 
 

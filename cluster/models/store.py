@@ -5,14 +5,15 @@ current recipe and every listed file has the listed size. This module only reads
 (``cluster.models.build`` writes) and loads neither torch nor transformers.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
+
+from pydantic import TypeAdapter
 
 from cluster.errors import ConfigError
 
@@ -52,7 +53,7 @@ class ModelStatus:
     path: Path
     built: bool
     size_bytes: int
-    """Size of all files in bytes; 0 if not built."""
+    """Size of all files; 0 if not built."""
     facts: Facts = field(default_factory=dict)
 
 
@@ -63,7 +64,6 @@ class Manifest:
     name: str
     recipe: str
     build_s: float
-    """Duration of the build in seconds."""
     files: dict[str, int]
     """Size in bytes by relative path, without the manifest."""
     facts: Facts
@@ -81,26 +81,22 @@ def _build_sentiment(out: Path, progress: Progress) -> Facts:
     return sentiment.build(out, progress)
 
 
+_SMOLLM2 = DefaultModel(
+    name="smollm2-135m-instruct",
+    kind="generator",
+    description="SmolLM2-135M-Instruct, a small chat model (Apache-2.0)",
+    recipe="2",
+    builder=_build_smollm2,
+)
+_SENTIMENT = DefaultModel(
+    name="sentiment-minilm",
+    kind="classifier",
+    description="MiniLM-L6 fine-tuned for sentiment: NEGATIVE or POSITIVE",
+    recipe="2",
+    builder=_build_sentiment,
+)
 CATALOGUE: Mapping[str, DefaultModel] = MappingProxyType(
-    {
-        model.name: model
-        for model in (
-            DefaultModel(
-                name="smollm2-135m-instruct",
-                kind="generator",
-                description="SmolLM2-135M-Instruct, a small chat model (Apache-2.0)",
-                recipe="2",
-                builder=_build_smollm2,
-            ),
-            DefaultModel(
-                name="sentiment-minilm",
-                kind="classifier",
-                description="MiniLM-L6 fine-tuned for sentiment: NEGATIVE or POSITIVE",
-                recipe="2",
-                builder=_build_sentiment,
-            ),
-        )
-    }
+    {model.name: model for model in (_SMOLLM2, _SENTIMENT)}
 )
 
 
@@ -110,7 +106,6 @@ def home() -> Path:
 
 
 def models_dir() -> Path:
-    """Return the directory of the built models."""
     return home() / "models"
 
 
@@ -140,41 +135,28 @@ def resolve(model: str, catalogue: Mapping[str, DefaultModel] = CATALOGUE) -> st
 
 
 def list_models(catalogue: Mapping[str, DefaultModel] = CATALOGUE) -> list[ModelStatus]:
-    """Return all default models and their state, in the catalogue's order."""
-    return [_status(model) for model in catalogue.values()]
-
-
-def _status(model: DefaultModel) -> ModelStatus:
-    found = manifest(model)
-    return ModelStatus(
-        name=model.name,
-        kind=model.kind,
-        description=model.description,
-        path=models_dir() / model.name,
-        built=found is not None,
-        size_bytes=sum(found.files.values()) if found else 0,
-        facts=found.facts if found else {},
-    )
+    return [
+        ModelStatus(
+            name=model.name,
+            kind=model.kind,
+            description=model.description,
+            path=models_dir() / model.name,
+            built=found is not None,
+            size_bytes=sum(found.files.values()) if found else 0,
+            facts=found.facts if found else {},
+        )
+        for model in catalogue.values()
+        for found in [manifest(model)]
+    ]
 
 
 def manifest(model: DefaultModel) -> Manifest | None:
     """Return the manifest of ``model``; None unless its current recipe is completely built."""
     directory = models_dir() / model.name
     try:
-        found = _parse((directory / MANIFEST).read_text(encoding="utf-8"))
+        found = TypeAdapter(Manifest).validate_json((directory / MANIFEST).read_bytes())
         complete = all((directory / f).stat().st_size == size for f, size in found.files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError):
         return None  # missing or damaged: to be built
     current = (found.name, found.recipe) == (model.name, model.recipe)
     return found if current and complete else None
-
-
-def _parse(text: str) -> Manifest:
-    raw: dict[str, Any] = json.loads(text)
-    return Manifest(
-        name=str(raw["name"]),
-        recipe=str(raw["recipe"]),
-        build_s=float(raw["build_s"]),
-        files={str(path): int(size) for path, size in raw["files"].items()},
-        facts=dict(raw["facts"]),
-    )
