@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from cluster.cli.groups import config_app, keys_app, models_app
 from cluster.cli.options import ConfigOption, JsonOption, KeyOption, SetOption, UrlOption
@@ -32,7 +33,7 @@ def _print_version(wanted: bool) -> None:
 def _root(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions."),
+        Option("--version", callback=_print_version, is_eager=True, help="Print versions."),
     ] = False,
 ) -> None:
     pass
@@ -43,10 +44,10 @@ def up(
     config: ConfigOption = None,
     overrides: SetOption = None,
     detach: Annotated[
-        bool, typer.Option("-d", "--detach", help="Return once the cluster is healthy.")
+        bool, Option("-d", "--detach", help="Return once the cluster is healthy.")
     ] = False,
     monitoring: Annotated[
-        bool, typer.Option("--monitoring", help="Also start Prometheus with Tandem's alert rules.")
+        bool, Option("--monitoring", help="Also start Prometheus with Tandem's alert rules.")
     ] = False,
 ) -> None:
     """Start the cluster and stay attached; Ctrl-C stops it."""
@@ -58,7 +59,7 @@ def up(
 @app.command()
 def down(
     drain_s: Annotated[
-        float, typer.Option(min=0, help="Seconds for running requests to finish; 0 cancels them.")
+        float, Option(min=0, help="Seconds for running requests to finish; 0 cancels them.")
     ] = 30.0,
 ) -> None:
     """Stop the cluster, or clean up after a crash."""
@@ -79,8 +80,8 @@ def status(as_json: JsonOption = False) -> None:
 def top(
     url: UrlOption = None,
     api_key: KeyOption = None,
-    every_s: Annotated[float, typer.Option(min=0.2, help="Seconds between updates.")] = 1.0,
-    once: Annotated[bool, typer.Option("--once", help="Print once and exit.")] = False,
+    every_s: Annotated[float, Option(min=0.2, help="Seconds between updates.")] = 1.0,
+    once: Annotated[bool, Option("--once", help="Print once and exit.")] = False,
 ) -> None:
     """Show live rates, latencies, replicas and failures."""
     from cluster.cli.top import run
@@ -102,13 +103,11 @@ def doctor(
 def logs(
     request: Annotated[
         str | None,
-        typer.Option("--request", metavar="ID", help="Show all lines with this x-request-id."),
+        Option("--request", metavar="ID", help="Show all lines with this x-request-id."),
     ] = None,
     directory: Annotated[
         Path | None,
-        typer.Option(
-            "--directory", help="Ray's log directory.", show_default="of the running cluster"
-        ),
+        Option("--directory", help="Ray's log directory.", show_default="of the running cluster"),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -124,27 +123,27 @@ def logs(
 @app.command()
 def chat(
     model: Annotated[
-        str | None, typer.Option(help="Name of a generator.", show_default="the first")
+        str | None, Option(help="Name of a generator.", show_default="the first")
     ] = None,
     url: UrlOption = None,
     api_key: KeyOption = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.")] = 512,
+    max_tokens: Annotated[int, Option(min=1, help="Maximum tokens per answer.")] = 512,
     temperature: Annotated[
         float | None,
-        typer.Option(min=0, max=2, help="Sampling temperature.", show_default="the model's"),
+        Option(min=0, max=2, help="Sampling temperature.", show_default="the model's"),
     ] = None,
 ) -> None:
     """Chat with a generator. Ctrl-C stops an answer; /exit or Ctrl-D quits."""
-    from cluster.cli.inference import ChatOptions, chat
+    from cluster.cli.inference import chat
 
-    chat(ChatOptions(model, url, api_key, max_tokens, temperature))
+    chat(model, url, api_key, max_tokens, temperature)
 
 
 @app.command()
 def classify(
-    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="Texts to classify.")],
+    texts: Annotated[list[str], Argument(metavar="TEXT...", help="Texts to classify.")],
     model: Annotated[
-        str | None, typer.Option(help="Name of a classifier.", show_default="the first")
+        str | None, Option(help="Name of a classifier.", show_default="the first")
     ] = None,
     url: UrlOption = None,
     api_key: KeyOption = None,
@@ -160,22 +159,20 @@ def classify(
 def simulate(
     trace: Annotated[
         str,
-        typer.Option(
+        Option(
             help="Mooncake JSON lines or BurstGPT CSV file, or one of: conversation, toolagent, "
             "few-shot, rag, hot-prefix, chat, daily, bursty."
         ),
     ],
     config: ConfigOption = None,
     overrides: SetOption = None,
-    policy: Annotated[
-        str | None, typer.Option(help="Routing policy.", show_default="the pool's")
-    ] = None,
+    policy: Annotated[str | None, Option(help="Routing policy.", show_default="the pool's")] = None,
     pool: Annotated[
-        str | None, typer.Option(help="Name of a generator.", show_default="the first")
+        str | None, Option(help="Name of a generator.", show_default="the first")
     ] = None,
     replicas: Annotated[
         int | None,
-        typer.Option(
+        Option(
             min=0,
             help="Fixed replica count (disables autoscaling).",
             show_default="autoscaling",
@@ -183,40 +180,38 @@ def simulate(
     ] = None,
     rate: Annotated[
         float | None,
-        typer.Option(min=1e-6, help="Mean request rate per second.", show_default="the trace's"),
+        Option(min=1e-6, help="Mean request rate per second.", show_default="the trace's"),
     ] = None,
     duration_s: Annotated[
         float | None,
-        typer.Option(
-            min=1, help="Simulated seconds.", show_default="an hour, or the length of the file"
-        ),
+        Option(min=1, help="Simulated seconds.", show_default="an hour, or the length of the file"),
     ] = None,
-    routers: Annotated[int, typer.Option(min=1, help="Number of routers.")] = 1,
+    routers: Annotated[int, Option(min=1, help="Number of routers.")] = 1,
     ttft_s: Annotated[
         float | None,
-        typer.Option(
+        Option(
             min=1e-6, help="Objective: time to first token, in seconds.", show_default="the pool's"
         ),
     ] = None,
     itl_s: Annotated[
         float | None,
-        typer.Option(
+        Option(
             min=1e-6, help="Objective: mean time per token, in seconds.", show_default="the pool's"
         ),
     ] = None,
     fault: Annotated[
         list[str] | None,
-        typer.Option(metavar="die|hang|slow:REPLICA@SECONDS", help="Inject a fault; repeatable."),
+        Option(metavar="die|hang|slow:REPLICA@SECONDS", help="Inject a fault; repeatable."),
     ] = None,
     cost: Annotated[
         float | None,
-        typer.Option(
+        Option(
             min=0, help="Price of a replica per hour.", show_default="from the config's accounting"
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
+    seed: Annotated[int, Option(min=0, help="Random seed.")] = 0,
     as_json: JsonOption = False,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a chart as PNG.")] = None,
+    plot: Annotated[Path | None, Option(metavar="FILE", help="Write a chart as PNG.")] = None,
 ) -> None:
     """Simulate traffic on a generator pool, without a cluster."""
     from cluster.cli.simulate import SimulateOptions, run

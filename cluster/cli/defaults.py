@@ -18,15 +18,11 @@ def load_config(path: Path | None, overrides: Sequence[str]) -> LoadedConfig:
     Raises:
         ConfigError: the file does not exist, or a value in it is invalid.
     """
-    return load(path or _default_config(), overrides)
-
-
-def _default_config() -> Path:
-    checkout = Path(__file__).parents[2]
-    for directory in (Path.cwd(), checkout):
-        if (directory / CONFIG_NAME).is_file():
-            return directory / CONFIG_NAME
-    raise ConfigError(f"no {CONFIG_NAME} in {Path.cwd()}; pass a file with --config")
+    defaults = [directory / CONFIG_NAME for directory in (Path.cwd(), Path(__file__).parents[2])]
+    found = path or next((default for default in defaults if default.is_file()), None)
+    if found is None:
+        raise ConfigError(f"no {CONFIG_NAME} in {Path.cwd()}; pass a file with --config")
+    return load(found, overrides)
 
 
 def router_url(url: str | None) -> str:

@@ -39,12 +39,6 @@ class DataFile:
 def finetune(base: str | None, data: DataFile, out: Path, options: FinetuneOptions) -> None:
     """Fine-tune a classifier; ``out`` is complete or does not exist.
 
-    Args:
-        base: Model directory, or name of a default model; None: the packaged encoder.
-        data: Labeled texts.
-        out: New model directory.
-        options: Options of the training; ``label_names`` is taken from the data.
-
     Raises:
         ConfigError: the base does not exist, or ``out`` does.
         DataError: the file cannot be used.

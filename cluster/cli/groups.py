@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from cluster.cli.options import (
     ConfigOption,
@@ -29,10 +30,8 @@ config_app = _group("Check and show the configuration.")
 
 @models_app.command("build")
 def models_build(
-    names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="Default: all.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Rebuild existing models.")] = False,
+    names: Annotated[list[str] | None, Argument(metavar="[NAME]...", help="Default: all.")] = None,
+    force: Annotated[bool, Option("--force", help="Rebuild existing models.")] = False,
 ) -> None:
     """Build the default models that do not exist yet."""
     from cluster.cli.models import build
@@ -51,38 +50,36 @@ def models_list(as_json: JsonOption = False) -> None:
 @models_app.command("finetune")
 def models_finetune(
     data: DataOption,
-    out: Annotated[Path, typer.Option("--out", help="New directory for the model.")],
+    out: Annotated[Path, Option("--out", help="New directory for the model.")],
     base: Annotated[
         str | None,
-        typer.Option("--base", help="Directory of an encoder.", show_default="MiniLM-L6"),
+        Option("--base", help="Directory of an encoder.", show_default="MiniLM-L6"),
     ] = None,
     text_column: TextColumn = "text",
     label_column: LabelColumn = "label",
-    epochs: Annotated[int, typer.Option(min=1, help="Maximum passes over the texts.")] = 10,
+    epochs: Annotated[int, Option(min=1, help="Maximum passes over the texts.")] = 10,
     patience: Annotated[
-        int, typer.Option(min=0, help="Epochs without improvement before stopping; 0: never stop.")
+        int, Option(min=0, help="Epochs without improvement before stopping; 0: never stop.")
     ] = 2,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts per training step.")] = 32,
+    batch_size: Annotated[int, Option(min=1, help="Texts per training step.")] = 32,
     max_tokens: Annotated[
-        int, typer.Option(min=8, help="Length in tokens to which texts are truncated.")
+        int, Option(min=8, help="Length in tokens to which texts are truncated.")
     ] = 128,
-    learning_rate: Annotated[
-        float, typer.Option(min=1e-8, max=1.0, help="Peak learning rate.")
-    ] = 1e-4,
+    learning_rate: Annotated[float, Option(min=1e-8, max=1.0, help="Peak learning rate.")] = 1e-4,
     frozen_layers: Annotated[
         int,
-        typer.Option(min=0, help="Lowest layers that are not trained; faster, less accurate."),
+        Option(min=0, help="Lowest layers that are not trained; faster, less accurate."),
     ] = 0,
     keep_embeddings: Annotated[
         float,
-        typer.Option(min=0, help="Weight of keeping /v1/embeddings close to the base model's."),
+        Option(min=0, help="Weight of keeping /v1/embeddings close to the base model's."),
     ] = 0.0,
     held_out: Annotated[
-        float, typer.Option(min=0.01, max=0.4, help="Share of the texts used for evaluation.")
+        float, Option(min=0.01, max=0.4, help="Share of the texts used for evaluation.")
     ] = 0.1,
-    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
+    seed: Annotated[int, Option(min=0, help="Random seed.")] = 0,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Compute threads.", show_default="one per core")
+        int | None, Option(min=1, help="Compute threads.", show_default="one per core")
     ] = None,
 ) -> None:
     """Train a classifier on a file of labeled texts."""
@@ -133,40 +130,36 @@ def models_reference(
 
 @keys_app.command("add")
 def keys_add(
-    tenant: Annotated[str, typer.Argument(help="Tenant that the key belongs to.")],
+    tenant: Annotated[str, Argument(help="Tenant that the key belongs to.")],
     priority: Annotated[
-        int, typer.Option(min=-8, max=8, help="Highest priority of its requests; 0 is normal.")
+        int, Option(min=-8, max=8, help="Highest priority of its requests; 0 is normal.")
     ] = 0,
     models: Annotated[
         list[str] | None,
-        typer.Option("--model", help="Model that the key may use; repeatable.", show_default="all"),
+        Option("--model", help="Model that the key may use; repeatable.", show_default="all"),
     ] = None,
     weight: Annotated[
-        float | None, typer.Option(min=0, help="Share relative to other tenants under load.")
+        float | None, Option(min=0, help="Share relative to other tenants under load.")
     ] = None,
-    requests_per_minute: Annotated[
-        float | None, typer.Option(help="Rate limit of the tenant.")
-    ] = None,
+    requests_per_minute: Annotated[float | None, Option(help="Rate limit of the tenant.")] = None,
     tokens_per_minute: Annotated[
-        float | None, typer.Option(help="Token rate limit of the tenant.")
+        float | None, Option(help="Token rate limit of the tenant.")
     ] = None,
     max_concurrent: Annotated[
         int | None,
-        typer.Option(
-            "--max-concurrent", help="Concurrent requests of the tenant, queued included."
-        ),
+        Option("--max-concurrent", help="Concurrent requests of the tenant, queued included."),
     ] = None,
     max_ongoing: Annotated[
-        int | None, typer.Option(hidden=True, help="Deprecated name of --max-concurrent.")
+        int | None, Option(hidden=True, help="Deprecated name of --max-concurrent.")
     ] = None,
     tokens_per_day: Annotated[
-        float | None, typer.Option(help="Token quota of the tenant per UTC day.")
+        float | None, Option(help="Token quota of the tenant per UTC day.")
     ] = None,
     file: KeyFileOption = None,
     config: ConfigOption = None,
 ) -> None:
     """Create a key and print it once; running routers accept it at once."""
-    from cluster.cli.keys import NewKey, add, key_file
+    from cluster.cli.keys import add, key_file
 
     if max_ongoing is not None:
         typer.echo("--max-ongoing is deprecated; use --max-concurrent.", err=True)
@@ -177,7 +170,7 @@ def keys_add(
         "max_concurrent": max_ongoing if max_concurrent is None else max_concurrent,
         "tokens_per_day": tokens_per_day,
     }
-    add(key_file(file, config), NewKey(tenant, priority, models, limits))
+    add(key_file(file, config), tenant, priority, models or None, limits)
 
 
 @keys_app.command("list")
@@ -193,7 +186,7 @@ def keys_list(
 @keys_app.command("revoke")
 def keys_revoke(
     key_id: Annotated[
-        str, typer.Argument(metavar="ID", help="Id from `tandem keys list`, or the key itself.")
+        str, Argument(metavar="ID", help="Id from `tandem keys list`, or the key itself.")
     ],
     file: KeyFileOption = None,
     config: ConfigOption = None,

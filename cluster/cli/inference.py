@@ -2,8 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -16,26 +15,20 @@ CHAT_PATH = "/v1/chat/completions"
 EXIT_COMMANDS = frozenset({"/exit", "/quit"})
 
 
-@dataclass(frozen=True, slots=True)
-class ChatOptions:
-    """Arguments of ``tandem chat``."""
-
-    model: str | None
-    url: str | None
-    api_key: str | None
-    max_tokens: int
-    temperature: float | None
-
-
-def chat(options: ChatOptions) -> None:
+def chat(
+    model: str | None, url: str | None, key: str | None, max_tokens: int, temperature: float | None
+) -> None:
     """Read questions and stream answers until the end of the input or ``/exit``.
 
     Raises:
         TandemError: a request failed, and the input is piped.
     """
     console = Console(highlight=False)
-    with connect(router_url(options.url), options.api_key) as router:
-        conversation = Conversation(router, options, options.model or _first_model(router))
+    sampling: dict[str, float] = {"max_tokens": max_tokens}
+    if temperature is not None:
+        sampling["temperature"] = temperature
+    with connect(router_url(url), key) as router:
+        conversation = Conversation(router, model or _first_model(router), sampling)
         interactive = sys.stdin.isatty()
         if interactive:
             console.print(f"{conversation.model}: Ctrl-C stops an answer, /exit or Ctrl-D quits")
@@ -77,10 +70,10 @@ def _first_model(router: RouterClient) -> str:
 class Conversation:
     """Chat with its history of messages."""
 
-    def __init__(self, router: RouterClient, options: ChatOptions, model: str) -> None:
+    def __init__(self, router: RouterClient, model: str, sampling: Mapping[str, float]) -> None:
         self.model = model
         self._router = router
-        self._options = options
+        self._sampling = sampling
         self._messages: list[dict[str, str]] = []
 
     def ask(self, question: str) -> None:
@@ -102,14 +95,7 @@ class Conversation:
                 self._messages.pop()
 
     def _stream_answer(self) -> Iterator[str]:
-        body = {
-            "model": self.model,
-            "messages": self._messages,
-            "max_tokens": self._options.max_tokens,
-            "stream": True,
-        }
-        if self._options.temperature is not None:
-            body["temperature"] = self._options.temperature
+        body = {"model": self.model, "messages": self._messages, "stream": True, **self._sampling}
         for event in self._router.events(CHAT_PATH, body):
             for choice in event.get("choices", []):
                 if text := choice.get("delta", {}).get("content"):
@@ -119,7 +105,6 @@ class Conversation:
 def classify(
     texts: Sequence[str], model: str | None, url: str | None, key: str | None, *, as_json: bool
 ) -> None:
-    """Print each text with its label and score."""
     body = {"input": list(texts), **({"model": model} if model else {})}
     with connect(router_url(url), key) as router:
         response = router.post("/classify", body)

@@ -1,7 +1,7 @@
 """``tandem keys``: changes to the key file, which running routers pick up."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import typer
@@ -22,43 +22,31 @@ _TITLES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class NewKey:
-    """Arguments of ``tandem keys add``."""
-
-    tenant: str
-    priority: int
-    models: list[str] | None
-    limits: dict[str, float | int | None]
-    """Changes to the tenant by field; None keeps a field."""
-
-
 def key_file(file: Path | None, config: Path | None) -> Path:
     """Return ``file``, or by default the key file of the configuration."""
     return file or key_file_path(load_config(config, []).config.router)
 
 
-def add(path: Path, new: NewKey) -> None:
-    """Create a key and print it."""
+def add(
+    path: Path,
+    tenant: str,
+    priority: int,
+    models: list[str] | None,
+    limits: Mapping[str, float | int | None],
+) -> None:
+    """Create a key and print it; the tenant keeps the limits that are None."""
     key = new_key()
     contents = _read(path).model_dump(mode="json")
-    tenant = contents["tenants"].setdefault(new.tenant, {})
-    tenant |= {name: value for name, value in new.limits.items() if value is not None}
-    contents["keys"].append(
-        {
-            "sha256": digest(key),
-            "tenant": new.tenant,
-            "priority": new.priority,
-            "models": new.models or None,
-        }
-    )
+    limits_of_tenant = contents["tenants"].setdefault(tenant, {})
+    limits_of_tenant |= {name: value for name, value in limits.items() if value is not None}
+    entry = {"sha256": digest(key), "tenant": tenant, "priority": priority, "models": models}
+    contents["keys"].append(entry)
     write_keys(path, parse_keys(json.dumps(contents), "the new key"))
     typer.echo(key)
     typer.echo(f"Added to {path}. The key cannot be shown again.", err=True)
 
 
 def show(path: Path, *, as_json: bool) -> None:
-    """Print the keys and the limits of their tenants."""
     contents = _read(path)
     rows = [
         {

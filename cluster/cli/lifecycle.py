@@ -75,7 +75,6 @@ def _stay(console: Console) -> None:
 
 
 def down(drain_s: float) -> None:
-    """Stop the cluster and print how many processes ended."""
     console = Console()
     with console.status("stopping the cluster"):
         stopped = stop(home(), drain_s=drain_s)

@@ -24,16 +24,10 @@ def build_missing(console: Console, config: TandemConfig) -> None:
     missing = [n for n, model in CATALOGUE.items() if n in used and manifest(model) is None]
     if missing:
         console.print(f"building {', '.join(missing)} (first start only)")
-        _build(console, missing, force=False)
-
-
-def build(names: Sequence[str] | None, *, force: bool) -> None:
-    """Build default models; None builds all."""
-    _build(Console(), names, force=force)
+        build(missing, console)
 
 
 def show(*, as_json: bool) -> None:
-    """Print the default models and their state."""
     rows = list_models()
     if as_json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2, default=str))
@@ -46,7 +40,11 @@ def show(*, as_json: bool) -> None:
     Console().print(table)
 
 
-def _build(console: Console, names: Sequence[str] | None, *, force: bool) -> None:
+def build(
+    names: Sequence[str] | None, console: Console | None = None, *, force: bool = False
+) -> None:
+    """Build default models and print the result; None builds all."""
+    console = console or Console()
     with show_progress(console) as progress:
         built = build_models(names, force=force, progress=progress)
     for model in built:
@@ -61,24 +59,16 @@ def _build(console: Console, names: Sequence[str] | None, *, force: bool) -> Non
 def show_progress(console: Console) -> Iterator[store.Progress]:
     """Show a transient progress bar; without a terminal, print a line per step."""
     columns = SpinnerColumn(), _TEXT, BarColumn(), TimeElapsedColumn()
+    last_message = ""
     with Progress(*columns, console=console, transient=True) as progress:
-        yield _Reporter(console, progress)
+        task = progress.add_task("models", total=None)
 
+        def report(message: str, fraction: float | None) -> None:
+            nonlocal last_message
+            total = None if fraction is None else 1.0
+            progress.update(task, description=message, total=total, completed=fraction or 0.0)
+            if not console.is_terminal and message != last_message:
+                last_message = message
+                console.print(message, highlight=False)
 
-class _Reporter:
-    def __init__(self, console: Console, progress: Progress) -> None:
-        self._console = console
-        self._progress = progress
-        self._task = progress.add_task("models", total=None)
-        self._last_message = ""
-
-    def __call__(self, message: str, fraction: float | None) -> None:
-        self._progress.update(
-            self._task,
-            description=message,
-            total=None if fraction is None else 1.0,
-            completed=fraction or 0.0,
-        )
-        if not self._console.is_terminal and message != self._last_message:
-            self._last_message = message
-            self._console.print(message, highlight=False)
+        yield report

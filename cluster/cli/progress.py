@@ -1,7 +1,6 @@
 """Progress of a cluster start: a live table on a terminal, otherwise a line per change."""
 
 import time
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -38,17 +37,12 @@ class StartProgress:
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
-            self._live.__enter__()
+            self._live.start(refresh=True)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._console.is_terminal:
-            self._live.__exit__(kind, error, trace)
+            self._live.stop()
 
     def show(self, phase: str, application: ApplicationStatus | None) -> None:
         """Show the current phase and the application's deployments, if known."""
@@ -61,9 +55,8 @@ class StartProgress:
             if self._printed.get(name) != text:
                 self._printed[name] = text
                 seconds = time.monotonic() - self._started_at
-                self._console.print(
-                    f"{seconds:6.1f} s  {name}: {text}", highlight=False, soft_wrap=True
-                )
+                line = f"{seconds:6.1f} s  {name}: {text}"
+                self._console.print(line, highlight=False, soft_wrap=True)
 
     def _table(self) -> Table:
         seconds = time.monotonic() - self._started_at

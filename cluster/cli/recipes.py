@@ -13,7 +13,6 @@ REVIEWS = ["A warm, funny and wonderful film.", "Two hours of my life that I wil
 
 
 def print_recipes(console: Console, config: TandemConfig, state: ClusterState) -> None:
-    """Print the cluster's addresses and example commands."""
     console.print(f"\nHTTP       {state.http_url}", highlight=False)
     console.print(f"dashboard  {state.dashboard_url}", highlight=False)
     console.print(f"Ray jobs   export RAY_ADDRESS={state.ray_address}\n", highlight=False)

@@ -15,7 +15,6 @@ READ_TIMEOUT_S = 600.0
 
 @contextmanager
 def connect(url: str, key: str | None) -> Iterator["RouterClient"]:
-    """Connect to the router at ``url``."""
     headers = {"authorization": f"Bearer {key}"} if key else {}
     timeout = httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
     with httpx.Client(base_url=url, headers=headers, timeout=timeout) as client:
@@ -30,12 +29,10 @@ class RouterClient:
         self._client = client
 
     def get(self, path: str) -> Any:
-        """Send a GET request and return the JSON response."""
         with self._errors():
             return _checked(self._client.get(path)).json()
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """Send a POST request and return the JSON response."""
         with self._errors():
             return _checked(self._client.post(path, json=body)).json()
 

@@ -142,7 +142,6 @@ def _slo(options: SimulateOptions, pool: GeneratorConfig) -> Slo:
 
 
 def _price(tree: TandemConfig, pool: GeneratorConfig) -> float:
-    """Return the price of a replica per hour."""
     worker = pool.resources
     return pool.num_workers * tree.accounting.price_per_hour(worker.cpus, worker.gpus)
 

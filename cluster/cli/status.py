@@ -13,7 +13,6 @@ from cluster.models.store import home
 
 
 def run(*, as_json: bool) -> None:
-    """Print the status of the cluster, if one is running."""
     found = read_status(home())
     if as_json:
         print(json.dumps(_as_json(found), indent=2))

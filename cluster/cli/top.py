@@ -161,7 +161,6 @@ def _decisions(data: DashboardData) -> Table | None:
 
 
 def sparkline(values: list[float]) -> str:
-    """Render values as block characters, scaled to the highest."""
     highest = max(values, default=0.0)
     if highest <= 0:
         return _BLOCKS[1] * len(values)
