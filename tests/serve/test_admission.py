@@ -265,7 +265,7 @@ def test_body_gets_the_priority_for_vllm(body: bytes, priority: int, sent: Any) 
 async def test_quotas_and_shares_hold_over_several_routers(keys: Keys) -> None:
     keys.write(a={"requests_per_minute": 60}, b={})
     async with AsyncExitStack() as stack:
-        worlds, peers, infos = [], [], []
+        worlds, peers, all_links, infos = [], [], [], []
         for number in range(3):
             world = await stack.enter_async_context(
                 gateway_world(KeyFile(keys.path, expected=True))
@@ -280,9 +280,10 @@ async def test_quotas_and_shares_hold_over_several_routers(keys: Keys) -> None:
             infos.append(ReplicaInfo(f"r{number}", host, port))
             worlds.append(world)
             peers.append(peer)
+            all_links.append(links)
         for peer in peers:
             peer.update_routers(infos)
-        others = [link for peer in peers for link in peer._links.links().values()]
+        others = [link for links in all_links for link in links.links().values()]
         await World.until(lambda: all(link.connected for link in others))
         replica = await worlds[0].add("gen", "gen-1")
         assert replica is not None

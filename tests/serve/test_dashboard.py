@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -115,21 +116,23 @@ def sampled(data: Any) -> float:
     return float(rows[-1][data["columns"].index("in_flight")]) if rows else 0.0
 
 
-async def test_decisions_are_read_rarely_and_the_last_are_shown() -> None:
-    asked = 0
+async def test_decisions_are_read_rarely_and_the_last_are_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(service, "REFRESH_INTERVAL_S", 0.0)
+    num_reads = 0
 
     async def read() -> list[TargetChange] | None:
-        nonlocal asked
-        asked += 1
+        nonlocal num_reads
+        num_reads += 1
         return [TargetChange(n, "gen", n, n + 1, "busy", "there are requests") for n in range(30)]
 
     async with gateway_world() as alone:
         assert (await dashboard_data(alone))["decisions"] is None
     async with gateway_world(read_decisions=read) as world:
-        found = (await dashboard_data(world))["decisions"]
-        for _ in range(3):
-            await world.gateway._dashboard._refresh()
-        assert asked == 1
+        for _ in range(4):
+            found = (await dashboard_data(world))["decisions"]
+        assert num_reads == 1
     assert [one["before"] for one in found] == list(range(29, 9, -1))
     assert found[0] == {
         "time": 29,
@@ -160,18 +163,18 @@ async def test_data_needs_a_key_but_the_page_does_not() -> None:
 
 async def test_viewers_share_one_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
     async with gateway_world() as world:
-        refreshed = 0
-        refresh = service.Dashboard._refresh
+        num_refreshes = 0
+        add_rows = service.Board.add_rows
 
-        async def counted(self: service.Dashboard) -> None:
-            nonlocal refreshed
-            refreshed += 1
-            await refresh(self)
+        def counted(self: service.Board, *args: Any) -> Iterator[None]:
+            nonlocal num_refreshes
+            num_refreshes += 1
+            return add_rows(self, *args)
 
-        monkeypatch.setattr(service.Dashboard, "_refresh", counted)
+        monkeypatch.setattr(service.Board, "add_rows", counted)
         monkeypatch.setattr(service, "REFRESH_INTERVAL_S", 3600.0)
         await asyncio.gather(*(dashboard_data(world) for _ in range(20)))
-        assert refreshed == 1
+        assert num_refreshes == 1
 
 
 async def test_each_request_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
