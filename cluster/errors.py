@@ -31,6 +31,7 @@ HTTP bodies have OpenAI's format as vLLM writes it: ``{"error": {message, type, 
 ``request_error_for`` maps HTTP statuses of upstream servers back to these classes.
 """
 
+from functools import partial
 from typing import Any, ClassVar
 
 
@@ -97,6 +98,11 @@ class RequestError(TandemError):
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "InternalServerError"
+    """Name of the error in the body, as vLLM and OpenAI use it."""
+
+    def __init_subclass__(cls, status: int | None = None, type: str | None = None) -> None:
+        if status is not None and type is not None:
+            cls.status, cls.type = status, type
 
     def __init__(
         self, message: str, *, param: str | None = None, retry_after_s: float | None = None
@@ -107,97 +113,57 @@ class RequestError(TandemError):
         self.retry_after_s = retry_after_s
 
     def __reduce__(self) -> tuple[Any, ...]:  # keyword-only arguments must survive Ray's pickling
-        return _rebuild, (type(self), self.message, self.param, self.retry_after_s)
+        remake = partial(type(self), param=self.param, retry_after_s=self.retry_after_s)
+        return remake, (self.message,)
 
     def body(self) -> dict[str, Any]:
-        """Return the JSON body of the HTTP response."""
-        return {
-            "error": {
-                "message": self.message,
-                "type": self.type,
-                "param": self.param,
-                "code": self.status,
-            }
-        }
+        error = {"message": self.message, "type": self.type, "param": self.param}
+        return {"error": {**error, "code": self.status}}
 
     def headers(self) -> dict[str, str]:
-        """Return additional HTTP headers of the response."""
         if self.retry_after_s is None:
             return {}
         return {"retry-after": str(max(1, round(self.retry_after_s)))}
 
 
-def _rebuild(
-    cls: type[RequestError], message: str, param: str | None, retry_after_s: float | None
-) -> RequestError:
-    return cls(message, param=param, retry_after_s=retry_after_s)
-
-
-class InvalidRequestError(RequestError):
+class InvalidRequestError(RequestError, status=400, type="BadRequestError"):
     """The request is invalid."""
 
-    status = 400
-    type = "BadRequestError"
 
-
-class AuthenticationError(RequestError):
+class AuthenticationError(RequestError, status=401, type="AuthenticationError"):
     """The API key is missing or unknown."""
 
-    status = 401
-    type = "AuthenticationError"
 
-
-class PermissionDeniedError(RequestError):
+class PermissionDeniedError(RequestError, status=403, type="PermissionDeniedError"):
     """The API key does not permit the request."""
 
-    status = 403
-    type = "PermissionDeniedError"
 
-
-class NotFoundError(RequestError):
+class NotFoundError(RequestError, status=404, type="NotFoundError"):
     """The model or path does not exist."""
 
-    status = 404
-    type = "NotFoundError"
 
-
-class MethodNotAllowedError(RequestError):
+class MethodNotAllowedError(RequestError, status=405, type="MethodNotAllowedError"):
     """The path does not support the HTTP method."""
 
-    status = 405
-    type = "MethodNotAllowedError"
 
-
-class PayloadTooLargeError(RequestError):
+class PayloadTooLargeError(RequestError, status=413, type="PayloadTooLargeError"):
     """The request body exceeds the limit."""
 
-    status = 413
-    type = "PayloadTooLargeError"
 
-
-class UnprocessableError(RequestError):
+class UnprocessableError(RequestError, status=422, type="UnprocessableEntityError"):
     """The JSON body does not match the endpoint's schema."""
 
-    status = 422
-    type = "UnprocessableEntityError"
 
-
-class OverloadedError(RequestError):
+class OverloadedError(RequestError, status=429, type="RateLimitError"):
     """A limit of load or quota was reached; the request was not admitted."""
-
-    status = 429
-    type = "RateLimitError"
 
 
 class InternalError(RequestError):
     """A bug in the server; the message never contains a traceback."""
 
 
-class UnavailableError(RequestError):
+class UnavailableError(RequestError, status=503, type="ServiceUnavailableError"):
     """No replica can serve the request now."""
-
-    status = 503
-    type = "ServiceUnavailableError"
 
 
 class EngineDeadError(UnavailableError):

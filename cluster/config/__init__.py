@@ -16,34 +16,26 @@ from cluster.config.pools import (
     PRIORITY_POLICY,
     TASK_HEADS,
     ClassifierConfig,
-    ClassifierSlo,
     ClassifierTask,
     GeneratorConfig,
-    GeneratorSlo,
-    PoolConfig,
     ResultCacheConfig,
     RoutingPolicy,
     SimConfig,
 )
-from cluster.config.resources import BudgetConfig, ReplicasConfig, ResourcesConfig
+from cluster.config.resources import ResourcesConfig
 from cluster.config.router import RouterConfig
 
 __all__ = [
     "PRIORITY_POLICY",
     "TASK_HEADS",
     "AccountingConfig",
-    "BudgetConfig",
     "ClassifierConfig",
-    "ClassifierSlo",
     "ClassifierTask",
     "ClusterConfig",
     "DevicesConfig",
     "GeneratorConfig",
-    "GeneratorSlo",
     "LeaksConfig",
     "OperationsConfig",
-    "PoolConfig",
-    "ReplicasConfig",
     "ResourcesConfig",
     "ResultCacheConfig",
     "RouterConfig",

@@ -1,6 +1,6 @@
 """Root of the configuration: the ``args`` of Tandem's application in ``ray-config.yaml``."""
 
-import difflib
+from collections.abc import Sequence
 from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ByteSize, Field, ValidationError, model_validator
@@ -15,7 +15,7 @@ from cluster.config.operations import (
 from cluster.config.pools import ClassifierConfig, GeneratorConfig
 from cluster.config.resources import BudgetConfig
 from cluster.config.router import RouterConfig
-from cluster.config.section import Section
+from cluster.config.section import Section, describe, list_allowed
 from cluster.errors import ConfigError
 
 MIB = 1024**2
@@ -62,19 +62,13 @@ class TandemConfig(Section):
 
     @property
     def model_files(self) -> tuple[str, ...]:
-        """Models and adapters that the engines load, without duplicates."""
         paths = [path for pool in self.generators for path in pool.model_files]
         return tuple(dict.fromkeys([*paths, *(pool.model for pool in self.classifiers)]))
 
     @property
     def operations(self) -> OperationsConfig:
         """Sections that every replica receives."""
-        return OperationsConfig(
-            tracing=self.tracing,
-            accounting=self.accounting,
-            leaks=self.leaks,
-            devices=self.devices,
-        )
+        return OperationsConfig.model_validate(self, from_attributes=True)
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
@@ -117,31 +111,15 @@ def parse(args: Any) -> TandemConfig:
     try:
         return TandemConfig.model_validate(args)
     except ValidationError as error:
-        raise ConfigError(_describe(error)) from None
+        first = error.errors(include_url=False)[0]
+        hint = ""
+        if first["type"] == "extra_forbidden":
+            *section, name = first["loc"]
+            hint = f"; {list_allowed(str(name), _fields_at(section))}"
+        raise ConfigError(f"{describe(error, 'args')}{hint}") from None
 
 
-def _describe(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    path = ".".join(str(part) for part in first["loc"]) or "args"
-    value = _shorten(first["input"])
-    if first["type"] == "extra_forbidden":
-        known = _fields_at(first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"{path}: no such field (value {value}); allowed: {', '.join(known)}{hint}"
-    if first["type"] == "missing":
-        return f"{path}: missing; this field is required"
-    allowed = first["msg"].removeprefix("Value error, ")
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"{path}: got {value}; {allowed[0].lower()}{allowed[1:]}{more}"
-
-
-def _shorten(value: Any, limit: int = 80) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
-
-
-def _fields_at(loc: tuple[int | str, ...]) -> list[str]:
+def _fields_at(loc: Sequence[int | str]) -> list[str]:
     """Return the field names of the section at a pydantic error location."""
     section: type[BaseModel] = TandemConfig
     for part in loc:

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from cluster.config.application import TandemConfig, parse
 from cluster.config.overrides import apply_override
 from cluster.config.router import RouterConfig
+from cluster.config.section import describe
 from cluster.errors import ConfigError
 from cluster.key_file import read_keys
 from cluster.models.store import home
@@ -95,21 +96,13 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(
-            f"{path}{_yaml_line(error)}: not valid YAML: {_yaml_problem(error)}"
-        ) from None
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = str(getattr(error, "problem", None) or error).splitlines()[0]
+        raise ConfigError(f"{path}{line}: not valid YAML: {problem}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: a Serve config must be a mapping, got {type(content).__name__}")
     return content
-
-
-def _yaml_line(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    return "" if mark is None else f", line {mark.line + 1}"
-
-
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    return str(getattr(error, "problem", None) or error).splitlines()[0]
 
 
 def _find_application(path: Path, serve_config: dict[str, Any]) -> dict[str, Any]:
@@ -127,10 +120,8 @@ def _find_application(path: Path, serve_config: dict[str, Any]) -> dict[str, Any
 
 def _check_serve_level(serve_config: dict[str, Any]) -> None:
     """Validate everything but our ``args`` against Serve's schema."""
-    bare = {
-        **serve_config,
-        "applications": [_without_args(a) for a in serve_config["applications"]],
-    }
+    applications = [{**application, "args": {}} for application in serve_config["applications"]]
+    bare = {**serve_config, "applications": applications}
     text = json.dumps([version("ray"), bare], sort_keys=True, default=str)
     # Importing Serve's schema takes seconds, so valid configs are remembered by their digest.
     marker = home() / "run" / f"serve-config-{hashlib.sha256(text.encode()).hexdigest()[:16]}.ok"
@@ -141,22 +132,9 @@ def _check_serve_level(serve_config: dict[str, Any]) -> None:
     try:
         ServeDeploySchema.model_validate(bare)
     except ValidationError as error:
-        raise ConfigError(_describe(error)) from None
+        raise ConfigError(describe(error, "Serve config")) from None
     marker.parent.mkdir(parents=True, exist_ok=True)
     marker.touch()
-
-
-def _without_args(application: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in application.items() if key != "args"}
-
-
-def _describe(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    path = ".".join(str(part) for part in first["loc"]) or "Serve config"
-    problem = " ".join(first["msg"].removeprefix("Value error, ").split())
-    if first["type"] == "extra_forbidden":
-        return f"{path}: no such field in a Serve config (value {first['input']!r})"
-    return f"{path}: got {str(first['input'])[:80]!r}; {problem[0].lower()}{problem[1:]}"
 
 
 def _http_address(serve_config: dict[str, Any]) -> tuple[str, int]:

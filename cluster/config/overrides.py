@@ -4,14 +4,14 @@ Paths lead to Tandem's fields (``generators.smollm2.replicas.max``, ``router.max
 those of the Serve config (``http_options.port``). Names are checked here, values on validation.
 """
 
-import difflib
+from collections.abc import Collection
 from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
 
 from cluster.config.application import TandemConfig
-from cluster.config.section import Section
+from cluster.config.section import Section, list_allowed
 from cluster.errors import ConfigError
 
 SERVE_LEVEL = (
@@ -118,7 +118,5 @@ def _index(items: list[Any], key: str, override: str) -> int:
     raise _unknown(override, key, [name for name in names if name])
 
 
-def _unknown(override: str, name: str, known: Any) -> ConfigError:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return ConfigError(f"--set {override}: no {name!r}; allowed: {', '.join(known)}{hint}")
+def _unknown(override: str, name: str, allowed: Collection[str]) -> ConfigError:
+    return ConfigError(f"--set {override}: no {name!r}; {list_allowed(name, allowed)}")

@@ -112,7 +112,6 @@ class PoolConfig(Section):
 
     @property
     def num_workers(self) -> int:
-        """Worker processes of one replica."""
         return 1
 
     @model_validator(mode="after")
@@ -162,7 +161,6 @@ class GeneratorConfig(PoolConfig):
 
     @property
     def num_workers(self) -> int:
-        """Worker processes of one replica."""
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @property

@@ -1,10 +1,11 @@
-"""Base class of all configuration sections, and the handling of renamed fields."""
+"""Base class of all configuration sections, renamed fields, and descriptions of errors."""
 
+import difflib
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 logger = logging.getLogger("ray.serve.tandem")
 
@@ -43,3 +44,26 @@ class Section(BaseModel):
     @classmethod
     def _rename_deprecated(cls, values: Any) -> Any:
         return cls.rename_deprecated(values) if isinstance(values, Mapping) else values
+
+
+def describe(error: ValidationError, root: str) -> str:
+    """Describe the first error in one line; ``root`` names the whole, which has no path."""
+    first = error.errors(include_url=False)[0]
+    path = ".".join(map(str, first["loc"])) or root
+    value = repr(first["input"])
+    if len(value) > 80:
+        value = f"{value[:79]}…"
+    if first["type"] == "extra_forbidden":
+        return f"{path}: no such field (value {value})"
+    if first["type"] == "missing":
+        return f"{path}: missing; this field is required"
+    problem = " ".join(first["msg"].removeprefix("Value error, ").split())
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{path}: got {value}; {problem[0].lower()}{problem[1:]}{more}"
+
+
+def list_allowed(name: str, allowed: Collection[str]) -> str:
+    """List the allowed names, and suggest the one most similar to ``name``."""
+    similar = difflib.get_close_matches(name, allowed, n=1)
+    hint = f"; did you mean {similar[0]!r}?" if similar else ""
+    return f"allowed: {', '.join(allowed)}{hint}"
