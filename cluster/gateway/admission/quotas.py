@@ -7,6 +7,7 @@ the reports from which the shares are computed.
 import time
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from cluster.admission import Identity, QuotaRefusal, Tenant, TenantQuota
 from cluster.admission.leases import Demand, PeerReports, QuotaReport, TenantReport
@@ -24,24 +25,16 @@ _QUOTA_NAMES = {
 }
 
 
+@dataclass(slots=True)
 class QuotaTicket:
     """One request that its tenant's quotas admitted; ``end`` it once."""
 
-    __slots__ = ("_account", "_estimate", "_model", "_prompt_estimate", "_quotas")
-
-    def __init__(
-        self,
-        quotas: "TenantQuotas",
-        account: TenantQuota,
-        model: str,
-        estimated_tokens: float,
-        prompt_tokens: float,
-    ) -> None:
-        self._quotas = quotas
-        self._account = account
-        self._model = model
-        self._estimate = estimated_tokens
-        self._prompt_estimate = prompt_tokens
+    quotas: "TenantQuotas"
+    account: TenantQuota
+    model: str
+    estimated_tokens: float
+    prompt_tokens: float
+    """The prompt's part of the estimate."""
 
     def end(self, status: int, usage: Usage | None) -> None:
         """Charge the request's usage instead of its estimate; a failed request is free.
@@ -51,11 +44,11 @@ class QuotaTicket:
         if usage is not None:
             charged = float(usage.total_tokens)
         elif status == CLIENT_DISCONNECTED:
-            charged = self._estimate
+            charged = self.estimated_tokens
         else:
-            charged = self._prompt_estimate if status < 400 else 0.0
-        self._account.release(self._estimate, charged)
-        self._quotas.count(self._account.tenant.name, self._model, status, usage)
+            charged = self.prompt_tokens if status < 400 else 0.0
+        self.account.release(self.estimated_tokens, charged)
+        self.quotas.count(self.account.tenant.name, self.model, status, usage)
 
 
 class TenantQuotas:
