@@ -16,7 +16,7 @@ from tests.serve.classifier_kit import (  # noqa: F401
 )
 
 pytestmark = [
-    # transformers scripts parts of DeBERTa when it is imported, and warns that its heuristic is inexact.
+    # transformers scripts parts of DeBERTa on import, and warns that its heuristic is inexact.
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),
     pytest.mark.filterwarnings("ignore:Tokenizer does not support real words"),
 ]
