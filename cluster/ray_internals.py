@@ -11,9 +11,10 @@ import importlib
 import importlib.util
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from string import Template
 from typing import Any, NamedTuple
 
 from cluster.errors import RayIncompatibleError
@@ -101,6 +102,13 @@ MEMBERS = (
     PrivateName(
         f"{_SERVE}.controller:ServeController.get_serve_instance_details", "application status"
     ),
+    PrivateName(
+        f"{_SERVE}.controller:ServeController.get_proxies", "proxies to which settings apply"
+    ),
+    PrivateName(f"{_SERVE}.haproxy:HAProxyConfig.timeout_http_request_s", "see ``proxy_setup``"),
+    PrivateName(f"{_SERVE}.haproxy:HAProxyConfig.timeout_client_s", "see ``proxy_setup``"),
+    PrivateName(f"{_SERVE}.haproxy:HAProxyConfig.hard_stop_after_s", "see ``proxy_setup``"),
+    PrivateName(f"{_SERVE}.haproxy:HAProxyApi.start", "see ``proxy_setup``"),
     PrivateName(f"{_SERVE}.replica:SERVE_BUILD_ASGI_APP_METHOD", "hook of the router"),
     PrivateName(f"{_SERVE}.constants:RECORD_REPLICA_METADATA_METHOD", "hook for link addresses"),
     PrivateName("ray.serve.handle:DeploymentHandle._init", "see ``init_handle``"),
@@ -205,6 +213,138 @@ def check_haproxy_template() -> None:
         expected = f"exactly the lines {'; '.join(HAPROXY_BINDS)} in {template}, but "
         found = "; ".join(binds) or "none"
         raise _incompatible(expected + found, "keeps HAProxy's metrics and statistics on loopback")
+
+
+# -- HTTP proxies -----------------------------------------------------------------------------
+
+HAPROXY_EDITS = {
+    "    option splice-request\n": "",
+    "    bind {{ config.frontend_host }}:{{ config.frontend_port }}\n": """\
+    bind {{ config.frontend_host }}:{{ config.frontend_port }}
+    stick-table type ipv6 size 100k expire 1m store conn_cur
+    tcp-request connection track-sc0 src
+    tcp-request connection reject if { sc0_conn_cur gt $max_connections_per_address }
+    http-request wait-for-body time ${header_timeout_s}s at-least 15k if { method POST PUT PATCH }
+    http-request del-header x-request-disconnect-disabled
+""",
+}
+"""Replacements in Serve's HAProxy template by the text that they replace.
+
+- With ``option splice-request``, HAProxy 2.8 does not notice a client that wrote headers and body
+  separately and disconnects: the request runs on, and a thread spins.
+- Connections per address are limited, and the start of a body (15 KiB fit into HAProxy's buffer)
+  has a deadline.
+- The deleted header would make Serve ignore that a client disconnects.
+"""
+
+
+class ProxySettings(NamedTuple):
+    """Limits of Serve's HTTP proxies; the same for all applications of a cluster."""
+
+    header_timeout_s: int
+    """Time for a client to send the header and the first 15 KiB of a body, in seconds."""
+    client_timeout_s: int
+    """Time after which a client that neither sends nor reads is disconnected, in seconds."""
+    max_connections_per_address: int
+    """Open connections of one address to one HAProxy."""
+    drain_s: int
+    """Time for which a replaced HAProxy process finishes its requests, in seconds."""
+
+
+def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
+    """Return a function for ``__ray_call__`` of an actor of Serve's HTTP proxy.
+
+    It applies ``settings``, and restarts HAProxy at once if it dies, which Serve itself notices
+    after 30 s. It returns an empty string, or what this release of Serve does differently.
+
+    The function is pickled by value, because a proxy may be unable to import this package. So it
+    uses no global name of this module.
+    """
+    edits = {
+        old: Template(new).substitute(settings._asdict()) for old, new in HAPROXY_EDITS.items()
+    }
+    timeouts = {
+        "timeout_http_request_s": settings.header_timeout_s,
+        "timeout_client_s": settings.client_timeout_s,
+        "hard_stop_after_s": settings.drain_s,
+    }
+
+    def set_up(actor: Any) -> str:
+        import asyncio
+        import logging
+
+        from ray.serve._private import haproxy, proxy
+
+        logger = logging.getLogger("ray.serve.tandem")
+
+        async def keep_running() -> None:
+            api = actor._haproxy
+            while True:
+                await asyncio.sleep(0.2)
+                dead = api._proc
+                if dead is None or dead.returncode is None:
+                    continue
+                await asyncio.sleep(0.1)  # Serve's own stop kills HAProxy, then clears `_proc`
+                async with actor._reload_lock:
+                    if api._proc is not dead:
+                        continue
+                    logger.error("HAProxy died (%s); restarting it", dead.returncode)
+                    try:
+                        await api.start()
+                        api._old_procs.append(dead)
+                    except Exception:
+                        logger.exception("HAProxy does not start")
+                        await asyncio.sleep(1)
+
+        # Serve's own proxy, and the fallback of HAProxy.
+        proxy.parse_disconnect_disabled_header = lambda headers: False
+        if not hasattr(actor, "_haproxy"):
+            return ""
+        names = ("_haproxy", "_reload_lock", "_schedule_haproxy_update", "event_loop")
+        missing = [name for name in names if not hasattr(actor, name)]
+        config = getattr(actor._haproxy, "cfg", None)
+        missing += [name for name in timeouts if not hasattr(config, name)]
+        serve_template = getattr(haproxy, "_tandem_original", haproxy.HAPROXY_CONFIG_TEMPLATE)
+        missing += [text.strip() for text in edits if serve_template.count(text) != 1]
+        if missing:
+            return ", ".join(missing)
+
+        template = serve_template
+        for old, new in edits.items():
+            template = template.replace(old, new)
+        before = (haproxy.HAPROXY_CONFIG_TEMPLATE, *(getattr(config, name) for name in timeouts))
+        haproxy._tandem_original = serve_template
+        haproxy.HAPROXY_CONFIG_TEMPLATE = template
+        for name, value in timeouts.items():
+            setattr(config, name, value)
+
+        def apply() -> None:
+            if not hasattr(actor, "_tandem_guard"):
+                actor._tandem_guard = asyncio.ensure_future(keep_running())
+            # Without targets the first broadcast of the controller will reload HAProxy.
+            if actor._target_groups and before != (template, *timeouts.values()):
+                actor._schedule_haproxy_update()
+
+        actor.event_loop.call_soon_threadsafe(apply)
+        return ""
+
+    return set_up
+
+
+def ignore_disconnect_header() -> None:
+    """Let this replica cancel each request whose client disconnects.
+
+    Without this, Serve lets any client switch that off with ``x-request-disconnect-disabled``.
+    """
+    from ray.serve._private import replica
+
+    if not hasattr(replica, _DISCONNECT_HEADER_PARSER):
+        expected = f"`ray.serve._private.replica:{_DISCONNECT_HEADER_PARSER}`"
+        raise _incompatible(expected, "lets clients keep requests running that they left")
+    setattr(replica, _DISCONNECT_HEADER_PARSER, lambda headers: False)
+
+
+_DISCONNECT_HEADER_PARSER = "parse_disconnect_disabled_header"
 
 
 # -- handles ----------------------------------------------------------------------------------

@@ -29,7 +29,12 @@ from cluster.key_file import KeyFile
 from cluster.leaks import MemoryWatch
 from cluster.link import RequestHead, ResponseHead, TlsContexts, answer_locally, tls_contexts
 from cluster.models.store import home
-from cluster.ray_internals import DeploymentID, confine_replica_to_loopback, get_serve_logs_dir
+from cluster.ray_internals import (
+    DeploymentID,
+    confine_replica_to_loopback,
+    get_serve_logs_dir,
+    ignore_disconnect_header,
+)
 from cluster.tracing import start_tracer
 from cluster.usage import Usage
 from deployments.decisions import read_decisions
@@ -37,6 +42,7 @@ from deployments.discovery import Discovery, handle_opener
 from deployments.links import link_secret, record_certificate_expiry, start_link_server
 from deployments.logs import close_request_log, log_with_serve, open_request_log
 from deployments.metrics import RayExporter
+from deployments.proxies import ProxySetup
 from deployments.replica import DRAIN_TIMEOUT_S
 
 USAGE_FILE = "usage-{app}.sqlite3"
@@ -51,6 +57,7 @@ class Router:
         self, config: TandemConfig, pools: Mapping[str, DeploymentHandle]
     ) -> None:
         confine_replica_to_loopback()
+        ignore_disconnect_header()
         log_with_serve()
         self._secret, tls = link_secret(), tls_contexts(os.environ)
         identity = serve.get_replica_context().replica_id
@@ -80,6 +87,7 @@ class Router:
             for name, deployment in pool_deployments.items()
         }
         self._discovery = Discovery({**listeners, router_deployment: self._on_routers})
+        self._proxies = ProxySetup(config.router)
         registry = self._gateway.registry
         self._memory = MemoryWatch(config.leaks, "router", lambda: self._gateway.num_open_requests)
         registry.on_collect(lambda: self._memory.observe(registry))
@@ -127,6 +135,7 @@ class Router:
         """Drain and close the links; Serve awaits this after the last HTTP request has ended."""
         if hasattr(self, "_server"):
             await self._server.drain(DRAIN_TIMEOUT_S)
+            await self._proxies.close()
             await self._discovery.close()
             await self._quota_sync.close()
             await self._gateway.close()

@@ -23,6 +23,15 @@ class RouterConfig(Section):
     Without any key the router accepts every request, which is allowed on loopback only."""
     max_body_bytes: ByteSize = Field(ByteSize(32 * 1024**2), ge=1024)
     """Maximum size of a request body, in bytes or with a unit; larger ones get status 413."""
+    max_connections_per_address: int = Field(1024, ge=1)
+    """Maximum number of open connections from one address to the HAProxy of a node; further ones
+    are closed. Raise it if clients share an address, such as that of another proxy."""
+    header_timeout_s: int = Field(10, ge=1)
+    """Maximum time for a client to send the header and the first 15 KiB of the body, in seconds;
+    then 408. Applies with HAProxy."""
+    client_timeout_s: int = Field(60, ge=1)
+    """Time after which HAProxy closes the connection of a client that stops sending its body or
+    stops reading its answer, in seconds."""
     max_queued: int = Field(1024, ge=0)
     """Maximum number of queued requests per pool; beyond it requests are shed (429)."""
     max_queued_tokens: float = Field(2_000_000, gt=0)

