@@ -133,7 +133,7 @@ def test_the_engine_drops_the_requests_of_clients_that_disconnect(
     def abandon(after_s: float) -> None:
         try:
             ABANDON[name](cluster.http_url, after_s, stream=stream)
-        except Exception as error:  # each client has several errors of its own
+        except Exception as error:  # each client has several types of errors
             if "timed out" not in str(error).lower():
                 raise
 
