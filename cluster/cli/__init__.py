@@ -16,16 +16,12 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("TANDEM_DEBUG") == "1":
             raise
-        _print_error(error)
+        from rich.console import Console
+
+        from cluster.errors import TandemError
+
+        text = " ".join(str(error).split())
+        if not isinstance(error, TandemError):  # a bug
+            text = f"{type(error).__name__}: {text} (set TANDEM_DEBUG=1 for a traceback)"
+        Console(stderr=True, soft_wrap=True).print(f"error: {text}", style="red", markup=False)
         sys.exit(1)
-
-
-def _print_error(error: Exception) -> None:
-    from rich.console import Console
-
-    from cluster.errors import TandemError
-
-    text = " ".join(str(error).split())
-    if not isinstance(error, TandemError):  # a bug
-        text = f"{type(error).__name__}: {text} (set TANDEM_DEBUG=1 for a traceback)"
-    Console(stderr=True, soft_wrap=True).print(f"error: {text}", style="red", markup=False)

@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.text import Text
 
 from cluster.cli.defaults import load_config
-from cluster.config.file import LoadedConfig
 from cluster.launch import state
 from cluster.launch.doctor import Finding, Level, run_checks
 from cluster.models.store import home
@@ -24,7 +23,11 @@ def run(config: Path | None, overrides: Sequence[str], *, as_json: bool) -> None
     Raises:
         ConfigError: the configuration is invalid.
     """
-    loaded = _load(config, overrides)
+    # By default, check the configuration of the running cluster.
+    known = None if config or overrides else state.load(home())
+    if known is not None and Path(known.config_path).is_file():
+        config, overrides = Path(known.config_path), known.overrides
+    loaded = load_config(config, overrides)
     console = Console(soft_wrap=True, highlight=False)
     findings: list[Finding] = []
     for finding in run_checks(loaded, home()):
@@ -38,14 +41,6 @@ def run(config: Path | None, overrides: Sequence[str], *, as_json: bool) -> None
         console.print("No problems found.")
     if failed:
         raise typer.Exit(1)
-
-
-def _load(config: Path | None, overrides: Sequence[str]) -> LoadedConfig:
-    """Load the given configuration, or that of the running cluster, or the default."""
-    known = None if config or overrides else state.load(home())
-    if known is not None and Path(known.config_path).is_file():
-        return load_config(Path(known.config_path), known.overrides)
-    return load_config(config, overrides)
 
 
 def _format(finding: Finding) -> Text:

@@ -13,7 +13,7 @@ from cluster.errors import ConfigError, DataError
 from cluster.models import finetune_data
 from cluster.models.finetune_data import DataRow, FinetuneOptions
 from cluster.models.reference import MIN_TEXTS, Reference
-from cluster.models.store import Progress, resolve
+from cluster.models.store import resolve
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +53,17 @@ def finetune(base: str | None, data: DataFile, out: Path, options: FinetuneOptio
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         with show_progress(console) as progress:
-            facts = _train(encoder, rows, scratch, options, progress)
+            progress("loading PyTorch", None)
+            from cluster.models.finetune import finetune as train
+
+            texts, labels = [row.text for row in rows], [row.label for row in rows]
+            metrics = dataclasses.asdict(train(texts, labels, encoder, scratch, options, progress))
         scratch.chmod(0o755)
         scratch.rename(out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    _print(console, f"{out}: {facts}")
+    facts = [f"{name} {value}" for name, value in metrics.items() if value is not None]
+    _print(console, f"{out}: {', '.join(facts)}")
     _print(console, f"To serve it, add a classifier with `model: {out.absolute()}`.")
 
 
@@ -112,18 +117,6 @@ def record_reference(model: str, data: DataFile) -> None:
     reference.write(directory)
     labels = ", ".join(f"{name} {count}" for name, count in reference.labels.items())
     _print(console, f"recorded a reference of {len(texts)} texts: {labels}")
-
-
-def _train(
-    encoder: Path, rows: list[DataRow], out: Path, options: FinetuneOptions, progress: Progress
-) -> str:
-    progress("loading PyTorch", None)
-    from cluster.models.finetune import finetune as train
-
-    texts, labels = [row.text for row in rows], [row.label for row in rows]
-    metrics = train(texts, labels, encoder, out, options, progress)
-    facts = dataclasses.asdict(metrics).items()
-    return ", ".join(f"{name} {value}" for name, value in facts if value is not None)
 
 
 def base_encoder(base: str | None) -> tuple[Path, str]:

@@ -14,7 +14,7 @@ from cluster.cli.progress import StartProgress
 from cluster.cli.recipes import print_recipes
 from cluster.errors import StartError
 from cluster.launch import processes
-from cluster.launch.start import StartResult, start
+from cluster.launch.start import start
 from cluster.launch.stop import StopResult, stop
 from cluster.models.store import home, resolve
 
@@ -38,7 +38,9 @@ def up(config: Path | None, overrides: Sequence[str], *, detach: bool, monitorin
         resolve(model)  # raises ConfigError if it does not exist
     with StartProgress(console) as progress:
         started = start(loaded, home(), progress.show, monitoring=monitoring)
-    _print_phases(console, started)
+    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in started.phases.items())
+    text = f"healthy after {sum(started.phases.values()):.1f} s ({parts})"
+    console.print(text, highlight=False, soft_wrap=True)
     print_recipes(console, loaded.config, started.state)
     if not detach:
         _stay(console)
@@ -46,12 +48,6 @@ def up(config: Path | None, overrides: Sequence[str], *, detach: bool, monitorin
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
-
-
-def _print_phases(console: Console, started: StartResult) -> None:
-    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in started.phases.items())
-    text = f"healthy after {sum(started.phases.values()):.1f} s ({parts})"
-    console.print(text, highlight=False, soft_wrap=True)
 
 
 def _stay(console: Console) -> None:

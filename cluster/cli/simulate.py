@@ -16,7 +16,7 @@ from cluster.admission.fair_queue import QueueLimits
 from cluster.autoscaling import Autoscaler, Decision, PoolSignals
 from cluster.autoscaling.settings import PoolSettings
 from cluster.cli.defaults import load_config
-from cluster.config import GeneratorConfig, SimConfig, TandemConfig
+from cluster.config import GeneratorConfig, TandemConfig
 from cluster.errors import ConfigError
 from cluster.routing import PrefixIndex, make_policy
 from cluster.simulation.plot import draw
@@ -69,7 +69,9 @@ def run(
     took_s = time.perf_counter() - started
     if plot is not None:
         draw(result, f"{trace.name}, {options.policy or pool.routing}", plot)
-    summary = result.summary(_price(tree, pool) if options.cost is None else options.cost)
+    worker = pool.resources
+    price = pool.num_workers * tree.accounting.price_per_hour(worker.cpus, worker.gpus)
+    summary = result.summary(price if options.cost is None else options.cost)
     if as_json:
         scaled = [asdict(event) for event in result.scale_events]
         print(json.dumps({**summary, "scaled": scaled}, indent=2))
@@ -91,8 +93,9 @@ def _settings(options: SimulateOptions, tree: TandemConfig, pool: GeneratorConfi
     router = tree.router
     name = options.policy or pool.routing
     make_policy(name, PrefixIndex())  # raises if the policy is unknown
+    is_timed = pool.sim.prefill_s_per_token or pool.sim.decode_s_per_token
     return Settings(
-        engine=_engine(pool.sim),
+        engine=pool.sim if is_timed else LARGE_GPU,
         replicas=pool.replicas.min if options.replicas is None else options.replicas,
         policy=lambda index, _truth, seed: make_policy(name, index, seed),
         scaling=_scaling(tree, pool) if options.replicas is None else None,
@@ -105,12 +108,6 @@ def _settings(options: SimulateOptions, tree: TandemConfig, pool: GeneratorConfi
         routers=options.routers,
         seed=options.seed,
     )
-
-
-def _engine(sim: SimConfig) -> SimConfig:
-    if sim.prefill_s_per_token or sim.decode_s_per_token:
-        return sim
-    return LARGE_GPU
 
 
 def _scaling(tree: TandemConfig, pool: GeneratorConfig) -> Scaling:
@@ -127,23 +124,16 @@ def _scaling(tree: TandemConfig, pool: GeneratorConfig) -> Scaling:
 
 
 def _fault(text: str) -> Fault:
-    match _FAULT.fullmatch(text):
-        case None:
-            raise ConfigError(f"--fault: {text!r}; allowed: die|hang|slow:REPLICA@SECONDS")
-        case found:
-            kind, replica, at_s = found.groups()
-            return Fault(float(at_s), int(replica), kind)  # type: ignore[arg-type]
+    if (found := _FAULT.fullmatch(text)) is None:
+        raise ConfigError(f"--fault: {text!r}; allowed: die|hang|slow:REPLICA@SECONDS")
+    kind, replica, at_s = found.groups()
+    return Fault(float(at_s), int(replica), kind)  # type: ignore[arg-type]
 
 
 def _slo(options: SimulateOptions, pool: GeneratorConfig) -> Slo:
     candidates = (options.ttft_s, pool.slo.ttft_p90_s), (options.itl_s, pool.slo.itl_p90_s)
     limits = (next((value for value in pair if value is not None), math.inf) for pair in candidates)
     return Slo(*limits)
-
-
-def _price(tree: TandemConfig, pool: GeneratorConfig) -> float:
-    worker = pool.resources
-    return pool.num_workers * tree.accounting.price_per_hour(worker.cpus, worker.gpus)
 
 
 def _print_events(result: Result) -> None:

@@ -5,7 +5,7 @@ import json
 import time
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from cluster.launch.serve_api import DeploymentStatus, reason
 from cluster.launch.state import ClusterStatus, read_status
@@ -15,17 +15,12 @@ from cluster.models.store import home
 def run(*, as_json: bool) -> None:
     found = read_status(home())
     if as_json:
-        print(json.dumps(_as_json(found), indent=2))
+        details = {"running": found.alive, **dataclasses.asdict(found)} if found else None
+        print(json.dumps(details or {"running": False}, indent=2))
     elif found is None:
         Console().print("No cluster is running.")
     else:
         _print(Console(), found)
-
-
-def _as_json(found: ClusterStatus | None) -> dict[str, object]:
-    if found is None:
-        return {"running": False}
-    return {"running": found.alive, **dataclasses.asdict(found)}
 
 
 def _print(console: Console, found: ClusterStatus) -> None:
@@ -55,9 +50,9 @@ def _print(console: Console, found: ClusterStatus) -> None:
 
 
 def _deployments(deployments: tuple[DeploymentStatus, ...]) -> Table:
-    table = Table(box=None, pad_edge=False, collapse_padding=True)
-    for title in ("deployment", "status", "replica", "state", "pid", "node", "uptime"):
-        table.add_column(title, no_wrap=True)
+    titles = ("deployment", "status", "replica", "state", "pid", "node", "uptime")
+    columns = (Column(title, no_wrap=True) for title in titles)
+    table = Table(*columns, box=None, pad_edge=False, collapse_padding=True)
     for deployment in deployments:
         first = (deployment.name, f"{deployment.status} {deployment.running}/{deployment.target}")
         for replica in deployment.replicas:

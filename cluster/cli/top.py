@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from cluster.cli.defaults import router_url
@@ -67,27 +67,21 @@ def frame(data: DashboardData, width: int) -> Group:
 
 
 def _head(data: DashboardData) -> Text:
-    silent = [name for name, responds in data["routers"].items() if not responds]
-    text = Text.assemble(
-        ("tandem top", "bold"), f"  {_clock(data['now'])}  {len(data['routers'])} router(s)"
-    )
-    if silent:
+    summary = f"  {_clock(data['now'])}  {len(data['routers'])} router(s)"
+    text = Text.assemble(("tandem top", "bold"), summary)
+    if silent := [name for name, responds in data["routers"].items() if not responds]:
         text.append(f"  no response from {', '.join(silent)}", style="red")
     return text
 
 
 def _models(data: DashboardData, width: int) -> Table:
-    table = Table(box=None, pad_edge=False, collapse_padding=True)
-    table.add_column("model", no_wrap=True)
-    rows: list[list[str | Text]] = []
+    table = Table(Column("model", no_wrap=True), box=None, pad_edge=False, collapse_padding=True)
     for name, seconds in sorted(data["rows"].items(), key=lambda item: item[0] == ""):
         cells = _cells(data, seconds, data["levels"][name], width)
-        rows.append([name or "all", *cells.values()])
-        titles = list(cells)
-    for title in titles:
-        table.add_column(title, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
+        if not table.rows:
+            for title in cells:
+                table.add_column(title, justify="right", no_wrap=True)
+        table.add_row(name or "all", *cells.values())
     return table
 
 
@@ -117,10 +111,7 @@ def _cells(
 
 
 def _replicas(data: DashboardData) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("replica", no_wrap=True)
-    for title in ("model", "link"):
-        table.add_column(title)
+    table = Table(Column("replica", no_wrap=True), "model", "link", box=None, pad_edge=False)
     for title in ("in flight", "running", "waiting", "KV"):
         table.add_column(title, justify="right")
     for name, pool in data["pools"].items():
@@ -137,9 +128,8 @@ def _failures(data: DashboardData, width: int) -> Table | str:
     fields = {"type": "type", "model": "model", "path": "route", "request id": "id"}
     if width < NARROW:
         del fields["type"], fields["path"]
-    table = Table(box=None, pad_edge=False)
-    for title in ("last failures", "status", *fields):
-        table.add_column(title, no_wrap=True)
+    titles = ("last failures", "status", *fields)
+    table = Table(*(Column(title, no_wrap=True) for title in titles), box=None, pad_edge=False)
     for failure in data["failures"][:MAX_FAILURES]:
         cells = (Text(failure[name]) for name in fields.values())
         table.add_row(_clock(failure["time"]), str(failure["status"]), *cells)
@@ -149,10 +139,8 @@ def _failures(data: DashboardData, width: int) -> Table | str:
 def _decisions(data: DashboardData) -> Table | None:
     if not data["decisions"]:
         return None
-    table = Table(box=None, pad_edge=False)
-    for title in ("autoscaling", "pool", "replicas"):
-        table.add_column(title, no_wrap=True)
-    table.add_column("reason")
+    titles = (Column(title, no_wrap=True) for title in ("autoscaling", "pool", "replicas"))
+    table = Table(*titles, "reason", box=None, pad_edge=False)
     for change in data["decisions"][:MAX_DECISIONS]:
         replicas = f"{change['before']} → {change['target']}"
         cells = (change["pool"], replicas, f"{change['cause']}: {change['reason']}")

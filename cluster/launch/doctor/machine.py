@@ -77,13 +77,10 @@ def check_machine(config: TandemConfig, home: Path, *, is_running: bool) -> Iter
         yield check_memory(available_memory())
         shared = shutil.disk_usage("/dev/shm").free
         yield check_shared_memory(shared, int(config.cluster.object_store_memory_bytes))
-    for path in {_existing(home), Path(os.environ.get("RAY_TMPDIR", "/tmp"))}:
+    existing_home = next(path for path in (home, *home.parents) if path.exists())
+    for path in {existing_home, Path(os.environ.get("RAY_TMPDIR", "/tmp"))}:
         usage = shutil.disk_usage(path)
         yield check_disk(path, usage.free, usage.total)
-
-
-def _existing(path: Path) -> Path:
-    return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
 def check_models(config: TandemConfig) -> Iterator[Finding]:
