@@ -45,7 +45,7 @@ def finetune(base: str | None, data: DataFile, out: Path, options: FinetuneOptio
     """
     if out.exists():
         raise ConfigError(f"{out} already exists; choose a new directory with --out")
-    rows, console = data.rows(), Console()
+    rows, console = data.rows(), _console()
     names = finetune_data.label_names(data.path, rows)
     encoder, base_name = base_encoder(base)
     options = dataclasses.replace(options, label_names=names, base_name=base_name)
@@ -63,8 +63,8 @@ def finetune(base: str | None, data: DataFile, out: Path, options: FinetuneOptio
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     facts = [f"{name} {value}" for name, value in metrics.items() if value is not None]
-    _print(console, f"{out}: {', '.join(facts)}")
-    _print(console, f"To serve it, add a classifier with `model: {out.absolute()}`.")
+    console.print(f"{out}: {', '.join(facts)}")
+    console.print(f"To serve it, add a classifier with `model: {out.absolute()}`.")
 
 
 def calibrate(model: str, data: DataFile) -> None:
@@ -77,7 +77,7 @@ def calibrate(model: str, data: DataFile) -> None:
     from cluster.models import calibration
     from cluster.models.predict import Classifier
 
-    rows, console = data.rows(MIN_TEXTS), Console()
+    rows, console = data.rows(MIN_TEXTS), _console()
     directory = _directory(model)
     classifier = Classifier.load(directory)
     truth = finetune_data.label_ids(data.path, rows, classifier.names)
@@ -88,8 +88,7 @@ def calibrate(model: str, data: DataFile) -> None:
     calibration.write(directory, result)
     scores = calibration.softmax(logits / result.temperature)
     Reference.from_scores(scores, list(map(len, texts)), classifier.names).write(directory)
-    _print(
-        console,
+    console.print(
         f"temperature {result.temperature:.3f}; expected calibration error {result.ece_before:.4f} "
         f"before, {result.ece_after:.4f} after, on {result.num_texts} texts",
     )
@@ -105,7 +104,7 @@ def record_reference(model: str, data: DataFile) -> None:
     from cluster.models.calibration import read_temperature, softmax
     from cluster.models.predict import Classifier
 
-    rows, console = data.rows(MIN_TEXTS), Console()
+    rows, console = data.rows(MIN_TEXTS), _console()
     directory = _directory(model)
     classifier = Classifier.load(directory)
     texts = [row.text for row in rows]
@@ -116,7 +115,7 @@ def record_reference(model: str, data: DataFile) -> None:
     )
     reference.write(directory)
     labels = ", ".join(f"{name} {count}" for name, count in reference.labels.items())
-    _print(console, f"recorded a reference of {len(texts)} texts: {labels}")
+    console.print(f"recorded a reference of {len(texts)} texts: {labels}")
 
 
 def base_encoder(base: str | None) -> tuple[Path, str]:
@@ -136,5 +135,5 @@ def _directory(model: str) -> Path:
     return directory
 
 
-def _print(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+def _console() -> Console:
+    return Console(highlight=False, markup=False, soft_wrap=True)

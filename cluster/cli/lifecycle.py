@@ -78,7 +78,6 @@ def down(drain_s: float) -> None:
 
 
 def describe_stop(stopped: StopResult | None) -> str:
-    """Return one line about the result of a stop."""
     if stopped is None:
         return "No cluster is running."
     number = stopped.ended.terminated + stopped.ended.killed

@@ -42,20 +42,14 @@ def recipes(config: TandemConfig, url: str) -> list[tuple[str, str]]:
 def _generator_calls(model: str) -> list[tuple[Any, ...]]:
     question = [{"role": "user", "content": QUESTION}]
     chat = {"model": model, "temperature": 0, "messages": question}
+    text = {"model": model, "prompt": "Paris is", "max_tokens": 16}
+    message = {"model": model, "max_tokens": 64, "messages": question}
     return [
         ("chat", "/v1/chat/completions", chat),
         ("streaming chat", "/v1/chat/completions", {**chat, "stream": True}),
-        (
-            "completions",
-            "/v1/completions",
-            {"model": model, "prompt": "Paris is", "max_tokens": 16},
-        ),
+        ("completions", "/v1/completions", text),
         ("OpenAI responses API", "/v1/responses", {"model": model, "input": QUESTION}),
-        (
-            "Anthropic messages API",
-            "/v1/messages",
-            {"model": model, "max_tokens": 64, "messages": question},
-        ),
+        ("Anthropic messages API", "/v1/messages", message),
         ("tokenize", "/tokenize", {"model": model, "prompt": QUESTION}),
     ]
 

@@ -17,8 +17,15 @@ READ_TIMEOUT_S = 600.0
 def connect(url: str, key: str | None) -> Iterator["RouterClient"]:
     headers = {"authorization": f"Bearer {key}"} if key else {}
     timeout = httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-    with httpx.Client(base_url=url, headers=headers, timeout=timeout) as client:
+    hooks = {"response": [_raise_for_error]}
+    with httpx.Client(base_url=url, headers=headers, timeout=timeout, event_hooks=hooks) as client:
         yield RouterClient(url, client)
+
+
+def _raise_for_error(response: httpx.Response) -> None:
+    if not response.is_success:
+        content = response.read()
+        raise wire.error_from(response.status_code, response.headers.raw, content)
 
 
 class RouterClient:
@@ -30,18 +37,16 @@ class RouterClient:
 
     def get(self, path: str) -> Any:
         with self._errors():
-            return _checked(self._client.get(path)).json()
+            return self._client.get(path).json()
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
         with self._errors():
-            return _checked(self._client.post(path, json=body)).json()
+            return self._client.post(path, json=body).json()
 
     def events(self, path: str, body: Mapping[str, Any]) -> Iterator[Any]:
         """Send a POST request and yield the JSON of each server-sent event until ``[DONE]``."""
         with self._errors(), self._client.stream("POST", path, json=body) as response:
-            if not response.is_success:
-                response.read()
-            for line in _checked(response).iter_lines():
+            for line in response.iter_lines():
                 data = line.removeprefix("data:").strip()
                 if data == "[DONE]":
                     return
@@ -58,9 +63,3 @@ class RouterClient:
             ) from None
         except httpx.TransportError as error:
             raise TandemError(f"{self._url}: {error!r}") from None
-
-
-def _checked(response: httpx.Response) -> httpx.Response:
-    if response.is_success:
-        return response
-    raise wire.error_from(response.status_code, response.headers.raw, response.content)

@@ -32,7 +32,6 @@ def sockets_dir(cluster_id: str) -> Path:
 def cluster_environment(
     base: Mapping[str, str], home: Path, cluster_id: str, *, haproxy: bool
 ) -> dict[str, str]:
-    """Return ``base`` with the variables of the cluster's processes added."""
     defaults = {
         "RAY_USAGE_STATS_ENABLED": "0",
         # Ray's default niceness (15) suits batch jobs. Replicas serve requests and must not wait

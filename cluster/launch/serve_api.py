@@ -83,12 +83,7 @@ class ApplicationStatus:
 
 
 class ServeApi:
-    """Client of one cluster's dashboard.
-
-    Args:
-        url: URL of the dashboard.
-        token: Ray's token with ``RAY_AUTH_MODE=token``, else None.
-    """
+    """Client of one cluster's dashboard; ``token`` is required with ``RAY_AUTH_MODE=token``."""
 
     def __init__(self, url: str, token: str | None = None) -> None:
         headers = {"authorization": f"Bearer {token}"} if token else {}

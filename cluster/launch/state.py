@@ -35,7 +35,6 @@ class ClusterState:
 
 
 def run_dir(home: Path) -> Path:
-    """Return the directory of the cluster's state file, lock and start log."""
     return home / "run"
 
 

@@ -42,15 +42,11 @@ class BuiltModel:
     """True if this call built it."""
 
 
-def _silent(message: str, fraction: float | None) -> None:
-    pass
-
-
 def build(
     names: Sequence[str] | None = None,
     *,
     force: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = lambda message, fraction: None,
     catalogue: Mapping[str, DefaultModel] = CATALOGUE,
 ) -> list[BuiltModel]:
     """Build default models that are not built yet, or all with ``force``; return all requested.

@@ -121,7 +121,6 @@ class _Run:
         self._train_s = time.monotonic() - started
 
     def measure(self, parts: Split, out: Path) -> FinetuneMetrics:
-        """Measure on the held-out texts; write the confusion matrix and the reference."""
         texts, truth = zip(*parts.held_out, strict=True)
         logits, similarity = self._predict(texts)
         names = self._options.label_names

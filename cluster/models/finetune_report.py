@@ -40,7 +40,6 @@ def metrics_by_label(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def macro_f1(confusion: NDArray[np.int64]) -> float:
-    """Return the unweighted mean of the labels' F1."""
     return float(metrics_by_label(confusion)[:, 2].mean())
 
 

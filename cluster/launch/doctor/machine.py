@@ -107,13 +107,7 @@ def check_gpus(config: TandemConfig) -> Iterator[Finding]:
 
 
 def check_gpus_with(nvml: ModuleType, torch_cuda: str | None, *, needed: bool) -> Iterator[Finding]:
-    """Check each GPU, and that the driver supports PyTorch's CUDA version.
-
-    Args:
-        nvml: Module ``pynvml``.
-        torch_cuda: CUDA version of the installed PyTorch; None if it has no CUDA.
-        needed: True if the configuration reserves GPUs.
-    """
+    """Check each GPU, and that the driver supports PyTorch's CUDA version, if it has one."""
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:

@@ -80,7 +80,6 @@ def check_auth(variables: Mapping[str, str], loaded: LoadedConfig) -> Iterator[F
 
 
 def check_endpoints(running: state.ClusterState) -> Iterator[Finding]:
-    """Check the router, Prometheus, and the token, discovery and clock of Ray's dashboard."""
     token = ray_token(os.environ)
     with httpx.Client(timeout=TIMEOUT_S, trust_env=False) as client:
         yield _check_router(client, running.http_url)
@@ -131,13 +130,7 @@ def _check_prometheus(client: httpx.Client, url: str) -> Finding:
 def check_token(
     token: str | None, anonymous: httpx.Response, response: httpx.Response
 ) -> Iterator[Finding]:
-    """Check that this shell's Ray token is the one the cluster was started with.
-
-    Args:
-        token: Token of this shell; None if ``RAY_AUTH_MODE`` is not token.
-        anonymous: Response of Ray's dashboard to a request without a token.
-        response: Response to a request with this shell's token, if there is one.
-    """
+    """Check this shell's token by responses of Ray's dashboard: without a token, and with it."""
     if _is_denied(response):
         text = f"the cluster rejects this shell's Ray token (status {response.status_code})"
         if token is None:

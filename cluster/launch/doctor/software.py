@@ -58,13 +58,12 @@ def _requirements(name: str, extras: tuple[str, ...] = ("",)) -> list[Requiremen
         distribution(name)
     except PackageNotFoundError:
         return []
-    parsed = [Requirement(line) for line in requires(name) or []]
-    return [r for r in parsed if _applies(r, extras)]
-
-
-def _applies(requirement: Requirement, extras: tuple[str, ...]) -> bool:
-    marker = requirement.marker
-    return marker is None or any(marker.evaluate({"extra": extra}) for extra in extras)
+    return [
+        requirement
+        for requirement in map(Requirement, requires(name) or [])
+        if (marker := requirement.marker) is None
+        or any(marker.evaluate({"extra": extra}) for extra in extras)
+    ]
 
 
 def _installed(names: Iterable[str]) -> dict[str, str | None]:
