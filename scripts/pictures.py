@@ -33,7 +33,7 @@ IMAGES = ROOT / "docs" / "images"
 PAGES = {"light": ("light", 1100), "dark": ("dark", 1100), "phone": ("dark", 360)}
 LOAD = ((50, 3), (90, 24), (70, 8), (80, 30), (20, 14))
 """Duration in seconds and number of concurrent streams of each phase, repeated."""
-TOP_HEIGHT = 722
+TOP_HEIGHT = 709
 """Height in pixels of README's picture: the figures and the first four charts."""
 CHART_S = 280
 """Length of the charts in a screenshot; after a long stall, the page starts them again."""
