@@ -95,6 +95,9 @@ EXPORTED = {
 MEMBERS = (
     PrivateName(f"{_SERVE}.long_poll:LongPollNamespace.DEPLOYMENT_TARGETS", "running replicas"),
     PrivateName(f"{_SERVE}.long_poll:LongPollClient.stop", "end of a subscription"),
+    PrivateName(
+        f"{_SERVE}.long_poll:LongPollClient._process_update", "end after an error", "updates"
+    ),
     PrivateName(f"{_NODE}.start_api_server", "start of the dashboard in the background"),
     PrivateName(f"{_NODE}.start_monitor", "start at a lower priority"),
     PrivateName(f"{_NODE}.start_log_monitor", "start at a lower priority"),

@@ -6,7 +6,9 @@ Serve does. Serve has no public way to list running replicas without sending a r
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import ray
 from ray.serve.handle import DeploymentHandle
@@ -31,6 +33,30 @@ Listener = Callable[[Sequence[ReplicaInfo]], None]
 
 SUPERVISE_S = 1.0
 """Seconds between checks of the subscription, which ends when the controller dies."""
+SILENT_S = 120.0
+"""Age of the last answer at which the subscription is replaced, in seconds. Without a change, the
+controller answers after at most 60 s (Serve's LISTEN_FOR_CHANGE_REQUEST_TIMEOUT_S)."""
+
+
+class Subscription(LongPollClient):  # type: ignore[misc]  # Ray is not typed
+    """Long poll that ends when it cannot go on; Serve's own would stay silent forever."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._answered_at = time.monotonic()
+        super().__init__(*args, **kwargs)
+
+    @property
+    def is_alive(self) -> bool:
+        """True while updates arrive."""
+        return self.is_running and time.monotonic() - self._answered_at < SILENT_S
+
+    def _process_update(self, updates: Any) -> None:
+        self._answered_at = time.monotonic()
+        try:
+            super()._process_update(updates)
+        except Exception:  # an error that Serve does not expect, such as a lost owner
+            logger.exception("unexpected answer to the subscription: %.200r", updates)
+            self.stop()
 
 
 class Discovery:
@@ -41,10 +67,12 @@ class Discovery:
         self._supervisor = asyncio.create_task(self._supervise())
 
     async def _supervise(self) -> None:
-        subscription: LongPollClient | None = None
+        subscription: Subscription | None = None
         try:
             while True:
-                if subscription is None or not subscription.is_running:
+                if subscription is None or not subscription.is_alive:
+                    if subscription is not None:
+                        subscription.stop()
                     try:
                         subscription = self._subscribe()
                     except Exception:  # the controller or the GCS restarts
@@ -54,13 +82,13 @@ class Discovery:
             if subscription is not None:
                 subscription.stop()
 
-    def _subscribe(self) -> LongPollClient:
+    def _subscribe(self) -> Subscription:
         controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
         keys = {
             (LongPollNamespace.DEPLOYMENT_TARGETS, deployment): _on_targets(listener)
             for deployment, listener in self._listeners.items()
         }
-        return LongPollClient(
+        return Subscription(
             controller,
             keys,
             call_in_event_loop=asyncio.get_running_loop(),
@@ -77,15 +105,21 @@ class Discovery:
         await asyncio.wait([self._supervisor])
 
 
-def _info(replica: RunningReplicaInfo) -> ReplicaInfo:
-    return ReplicaInfo.from_metadata(replica.replica_id.unique_id, replica.replica_metadata)
+def _readable(replicas: Iterable[RunningReplicaInfo]) -> Iterator[ReplicaInfo]:
+    """Yield the replicas that described themselves as this release does."""
+    for replica in replicas:
+        id_, metadata = replica.replica_id.unique_id, replica.replica_metadata
+        try:
+            yield ReplicaInfo.from_metadata(id_, metadata)
+        except Exception:
+            logger.exception("ignoring replica %s with unreadable metadata: %.200r", id_, metadata)
 
 
 def _on_targets(listener: Listener) -> Callable[[DeploymentTargetInfo], None]:
     def update(targets: DeploymentTargetInfo) -> None:
         # An exception would silently end the subscription of every deployment.
         try:
-            listener([_info(replica) for replica in targets.running_replicas])
+            listener(list(_readable(targets.running_replicas)))
         except Exception:
             logger.exception("could not process an update of the running replicas")
 
