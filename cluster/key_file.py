@@ -49,9 +49,7 @@ def write_keys(path: Path, contents: KeyFileContents) -> None:
 class KeyFile:
     """Key file that is reloaded when it changes.
 
-    Args:
-        path: Path of the file.
-        expected: True if the file must exist. If it does not, every request is rejected.
+    Until an ``expected`` file has been read, every request is rejected.
     """
 
     def __init__(self, path: Path, *, expected: bool) -> None:

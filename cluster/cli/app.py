@@ -32,8 +32,7 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool,
-        Option("--version", callback=_print_version, is_eager=True, help="Print versions."),
+        bool, Option("--version", callback=_print_version, is_eager=True, help="Print versions.")
     ] = False,
 ) -> None:
     pass
@@ -102,8 +101,7 @@ def doctor(
 @app.command()
 def logs(
     request: Annotated[
-        str | None,
-        Option("--request", metavar="ID", help="Show all lines with this x-request-id."),
+        str | None, Option("--request", metavar="ID", help="Show all lines with this x-request-id.")
     ] = None,
     directory: Annotated[
         Path | None,
@@ -129,8 +127,7 @@ def chat(
     api_key: KeyOption = None,
     max_tokens: Annotated[int, Option(min=1, help="Maximum tokens per answer.")] = 512,
     temperature: Annotated[
-        float | None,
-        Option(min=0, max=2, help="Sampling temperature.", show_default="the model's"),
+        float | None, Option(min=0, max=2, help="Sampling temperature.", show_default="the model's")
     ] = None,
 ) -> None:
     """Chat with a generator. Ctrl-C stops an answer; /exit or Ctrl-D quits."""
@@ -173,9 +170,7 @@ def simulate(
     replicas: Annotated[
         int | None,
         Option(
-            min=0,
-            help="Fixed replica count (disables autoscaling).",
-            show_default="autoscaling",
+            min=0, help="Fixed replica count (disables autoscaling).", show_default="autoscaling"
         ),
     ] = None,
     rate: Annotated[

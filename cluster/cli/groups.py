@@ -52,8 +52,7 @@ def models_finetune(
     data: DataOption,
     out: Annotated[Path, Option("--out", help="New directory for the model.")],
     base: Annotated[
-        str | None,
-        Option("--base", help="Directory of an encoder.", show_default="MiniLM-L6"),
+        str | None, Option("--base", help="Directory of an encoder.", show_default="MiniLM-L6")
     ] = None,
     text_column: TextColumn = "text",
     label_column: LabelColumn = "label",
@@ -67,12 +66,10 @@ def models_finetune(
     ] = 128,
     learning_rate: Annotated[float, Option(min=1e-8, max=1.0, help="Peak learning rate.")] = 1e-4,
     frozen_layers: Annotated[
-        int,
-        Option(min=0, help="Lowest layers that are not trained; faster, less accurate."),
+        int, Option(min=0, help="Lowest layers that are not trained; faster, less accurate.")
     ] = 0,
     keep_embeddings: Annotated[
-        float,
-        Option(min=0, help="Weight of keeping /v1/embeddings close to the base model's."),
+        float, Option(min=0, help="Weight of keeping /v1/embeddings close to the base model's.")
     ] = 0.0,
     held_out: Annotated[
         float, Option(min=0.01, max=0.4, help="Share of the texts used for evaluation.")

@@ -23,7 +23,6 @@ _TITLES = {
 
 
 def key_file(file: Path | None, config: Path | None) -> Path:
-    """Return ``file``, or by default the key file of the configuration."""
     return file or key_file_path(load_config(config, []).config.router)
 
 

@@ -19,7 +19,6 @@ _TEXT = TextColumn("{task.description}", markup=False)
 
 
 def build_missing(console: Console, config: TandemConfig) -> None:
-    """Build the default models that ``config`` uses and that do not exist yet."""
     used = config.model_files
     missing = [n for n, model in CATALOGUE.items() if n in used and manifest(model) is None]
     if missing:

@@ -16,8 +16,7 @@ SetOption = Annotated[
     Option("--set", metavar="PATH=VALUE", help="Override one config value; repeatable."),
 ]
 UrlOption = Annotated[
-    str | None,
-    Option("--url", help="URL of the router.", show_default="of the running cluster"),
+    str | None, Option("--url", help="URL of the router.", show_default="of the running cluster")
 ]
 KeyOption = Annotated[str | None, Option("--api-key", envvar="TANDEM_API_KEY", help="API key.")]
 DataOption = Annotated[
@@ -29,7 +28,6 @@ ModelOption = Annotated[
 TextColumn = Annotated[str, Option("--text-column", help="Column of the texts.")]
 LabelColumn = Annotated[str, Option("--label-column", help="Column of the labels.")]
 KeyFileOption = Annotated[
-    Path | None,
-    Option("--file", help="Key file.", show_default="from the config"),
+    Path | None, Option("--file", help="Key file.", show_default="from the config")
 ]
 JsonOption = Annotated[bool, Option("--json", help="Print JSON.")]

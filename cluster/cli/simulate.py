@@ -20,7 +20,6 @@ from cluster.config import GeneratorConfig, TandemConfig
 from cluster.errors import ConfigError
 from cluster.routing import PrefixIndex, make_policy
 from cluster.simulation.plot import draw
-from cluster.simulation.requests import Trace
 from cluster.simulation.result import Result
 from cluster.simulation.settings import LARGE_GPU, Fault, Scaling, Settings, Slo
 from cluster.simulation.simulator import simulate
@@ -78,7 +77,9 @@ def run(
     else:
         _print_events(result)
         _print(summary, tree.accounting.currency if options.cost is None else "")
-        _print_trace(trace, took_s)
+        text = f"simulated {trace.duration_s / 3600:.2f} h in {took_s:.1f} s; hit rate of an"
+        text += f" unlimited prefix cache: {trace.max_hit_rate:.3f}"
+        Console().print(text, highlight=False)
 
 
 def _pool(tree: TandemConfig, name: str | None) -> GeneratorConfig:
@@ -100,7 +101,10 @@ def _settings(options: SimulateOptions, tree: TandemConfig, pool: GeneratorConfi
         policy=lambda index, _truth, seed: make_policy(name, index, seed),
         scaling=_scaling(tree, pool) if options.replicas is None else None,
         faults=tuple(_fault(text) for text in options.faults),
-        slo=_slo(options, pool),
+        slo=Slo(
+            options.ttft_s or pool.slo.ttft_p90_s or math.inf,
+            options.itl_s or pool.slo.itl_p90_s or math.inf,
+        ),
         max_in_flight=pool.max_in_flight,
         queue=QueueLimits(router.max_queued_tokens, router.max_queued),
         queue_timeout_s=router.queue_timeout_s,
@@ -130,12 +134,6 @@ def _fault(text: str) -> Fault:
     return Fault(float(at_s), int(replica), kind)  # type: ignore[arg-type]
 
 
-def _slo(options: SimulateOptions, pool: GeneratorConfig) -> Slo:
-    candidates = (options.ttft_s, pool.slo.ttft_p90_s), (options.itl_s, pool.slo.itl_p90_s)
-    limits = (next((value for value in pair if value is not None), math.inf) for pair in candidates)
-    return Slo(*limits)
-
-
 def _print_events(result: Result) -> None:
     console = Console(soft_wrap=True)
     for event in result.scale_events:
@@ -150,9 +148,3 @@ def _print(summary: Mapping[str, float], currency: str) -> None:
         text = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
         table.add_row(name, f"{text} {currency}" if name == "cost" else text)
     Console().print(table, highlight=False)
-
-
-def _print_trace(trace: Trace, took_s: float) -> None:
-    hours = trace.duration_s / 3600
-    text = f"simulated {hours:.2f} h in {took_s:.1f} s; hit rate of an unlimited prefix cache:"
-    Console().print(f"{text} {trace.max_hit_rate:.3f}", highlight=False)

@@ -38,19 +38,14 @@ def apply_override(
     except yaml.YAMLError:
         raise ConfigError(f"--set {override}: the value {text!r} is not valid YAML") from None
     if parts[0] in SERVE_LEVEL:
-        _set_serve_field(serve_config, parts, value, override)
+        if parts[0] == "http_options" and len(parts) > 1 and parts[1] not in HTTP_OPTIONS:
+            raise _unknown(override, parts[1], HTTP_OPTIONS)
+        for part in parts[:-1]:
+            serve_config = _submapping(serve_config, part, override)
+        serve_config[parts[-1]] = value
     else:
         args = application["args"] = application.get("args") or {}
         _set_field(args, parts, value, override)
-
-
-def _set_serve_field(config: dict[str, Any], parts: list[str], value: Any, override: str) -> None:
-    if parts[0] == "http_options" and len(parts) > 1 and parts[1] not in HTTP_OPTIONS:
-        raise _unknown(override, parts[1], HTTP_OPTIONS)
-    node = config
-    for part in parts[:-1]:
-        node = _submapping(node, part, override)
-    node[parts[-1]] = value
 
 
 def _set_field(args: dict[str, Any], parts: list[str], value: Any, override: str) -> None:

@@ -23,7 +23,6 @@ def uses_haproxy() -> bool:
 
 
 def sockets_dir(cluster_id: str) -> Path:
-    """Return the directory of HAProxy's Unix sockets."""
     # Serve appends a node id of 56 characters, and a socket path has at most 107 bytes; a
     # directory in Tandem's home would be too long.
     return Path("/tmp") / f"tandem-{cluster_id[:8]}"

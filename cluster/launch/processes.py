@@ -21,12 +21,10 @@ POLL_S = 0.05
 
 @dataclass(frozen=True, slots=True)
 class EndedProcesses:
-    """Number of ended processes by signal."""
+    """Number of processes that SIGTERM ended, and that only SIGKILL did."""
 
     terminated: int
-    """Processes that ended on SIGTERM."""
     killed: int
-    """Processes that SIGTERM did not end in time and SIGKILL did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +111,6 @@ def describe(processes: list[psutil.Process]) -> str:
 
 
 def command(process: psutil.Process, limit: int = 70) -> str:
-    """Return the command line of a process, shortened to ``limit`` characters."""
     try:
         line = " ".join(process.cmdline()).strip() or process.name()
     except psutil.Error:

@@ -132,27 +132,22 @@ def parse_application(raw: Mapping[str, Any]) -> ApplicationStatus:
         name=raw["name"],
         status=raw["status"],
         message=raw.get("message") or "",
-        deployments=tuple(_deployment(name, found) for name, found in deployments),
-    )
-
-
-def _deployment(name: str, raw: Mapping[str, Any]) -> DeploymentStatus:
-    return DeploymentStatus(
-        name=name,
-        status=raw["status"],
-        message=raw.get("message") or "",
-        target=raw.get("target_num_replicas") or 0,
-        replicas=tuple(
-            ReplicaStatus(
-                id=replica["replica_id"],
-                state=replica["state"],
-                pid=replica.get("pid"),
-                node_ip=replica.get("node_ip"),
-                started_at=replica.get("start_time_s"),
+        deployments=tuple(
+            DeploymentStatus(
+                name=name,
+                status=found["status"],
+                message=found.get("message") or "",
+                target=found.get("target_num_replicas") or 0,
+                replicas=tuple(map(_replica, found.get("replicas", []))),
             )
-            for replica in raw.get("replicas", [])
+            for name, found in deployments
         ),
     )
+
+
+def _replica(raw: Mapping[str, Any]) -> ReplicaStatus:
+    optional = raw.get("pid"), raw.get("node_ip"), raw.get("start_time_s")
+    return ReplicaStatus(raw["replica_id"], raw["state"], *optional)
 
 
 _ANSI_COLOR = re.compile(r"\x1b\[[0-9;]*m")

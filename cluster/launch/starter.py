@@ -50,8 +50,6 @@ def call_in_thread(call: Callable[[], object], *, nice: int = 0) -> Future[objec
 
 
 def main(request: StarterInput, reports: TextIO) -> None:
-    """Start the cluster and report the application's status until it runs."""
-
     def report(**fields: Any) -> None:
         print(json.dumps(fields, default=str), file=reports, flush=True)
 
@@ -103,7 +101,6 @@ def _start_ray(request: StarterInput) -> Future[object]:
 
 
 def _deploy(config: Mapping[str, Any]) -> Any:
-    """Start Serve's controller, apply ``config``, and return the controller's handle."""
     import ray
     from ray.serve.schema import ServeDeploySchema
 

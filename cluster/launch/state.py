@@ -78,7 +78,6 @@ class ClusterStatus:
     """True if Ray's GCS runs; otherwise the processes are left over from a crash."""
     num_processes: int
     rss_bytes: int
-    """Memory of all processes in bytes; shared pages count once per process."""
     application: ApplicationStatus | None
     """None if Ray's dashboard does not respond."""
 

@@ -83,8 +83,8 @@ def finetune(
         torch.manual_seed(options.seed)
         progress("reading the encoder", None)
         network, tokenizer = _load(base, options)
-        run = _Run(network, tokenizer, options, scratch)
-        run.train(parts, progress)
+        run = _Run(network, tokenizer, options)
+        run.train(parts, scratch, progress)
         progress("measuring the accuracy", None)
         metrics = run.measure(parts, out)
         network.save_pretrained(out)
@@ -95,26 +95,23 @@ def finetune(
 
 
 class _Run:
-    def __init__(
-        self, network: Any, tokenizer: Any, options: FinetuneOptions, scratch: str
-    ) -> None:
+    def __init__(self, network: Any, tokenizer: Any, options: FinetuneOptions) -> None:
         self._network = network
         self._tokenizer = tokenizer
         self._options = options
-        self._scratch = scratch
-        self._parts = freeze_layers(network, options.frozen_layers)
-        self._anchor = EmbeddingAnchor(self._parts.tuned) if options.keep_embeddings else None
+        self._anchor: EmbeddingAnchor | None = None
         self._trainer: FinetuneTrainer
         self._train_s = 0.0
         self.confusion: NDArray[np.int64]
 
-    def train(self, parts: Split, progress: Progress) -> None:
+    def train(self, parts: Split, scratch: str, progress: Progress) -> None:
         started = time.monotonic()
+        layers = freeze_layers(self._network, self._options.frozen_layers)
+        if self._options.keep_embeddings:
+            self._anchor = EmbeddingAnchor(layers.tuned)
         data = self._examples(parts.train), self._examples(parts.validation)
         collator = DataCollatorWithPadding(self._tokenizer)
-        self._trainer = make_trainer(
-            self._network, self._parts, data, collator, self._options, self._scratch
-        )
+        self._trainer = make_trainer(self._network, layers, data, collator, self._options, scratch)
         self._trainer.anchor = self._anchor
         self._trainer.add_callback(ProgressCallback(progress))
         self._trainer.train()

@@ -177,23 +177,19 @@ def make_trainer(
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    groups = [
+        {"params": list(parts.tuned.parameters()), "lr": options.learning_rate},
+        {"params": parts.head, "lr": options.head_learning_rate},
+    ]
     trainer = FinetuneTrainer(
         model=network,
         args=arguments,
         data_collator=collator,
         train_dataset=train,
         eval_dataset=validation or None,
-        optimizers=(_optimizer(parts, options), None),
+        optimizers=(torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True), None),
         callbacks=[EarlyStoppingCallback(options.patience)] if stops_early else [],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.parts, trainer.keep_embeddings = parts, options.keep_embeddings
     return trainer
-
-
-def _optimizer(parts: LayerGroups, options: FinetuneOptions) -> torch.optim.Optimizer:
-    groups = [
-        {"params": list(parts.tuned.parameters()), "lr": options.learning_rate},
-        {"params": parts.head, "lr": options.head_learning_rate},
-    ]
-    return torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True)
