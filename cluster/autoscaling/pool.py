@@ -182,7 +182,7 @@ class PoolScaler:
 
     def _by_proven_load(self, signals: PoolSignals, proven: float) -> Requirement:
         """Scale down by single steps; each shows what a replica bears before the next."""
-        text = "a replica is not given much more than it was seen to bear"
+        text = "scale-down limited to slightly more load per replica than proven"
         return Requirement("learning", min(proven, signals.running - 1.0), text, slack=0.0)
 
     def _by_failure(self, now: float, signals: PoolSignals) -> Requirement | None:
