@@ -24,13 +24,12 @@ MIN_DISK_SHARE = 0.05  # Ray's own limit: below it, a node counts as full
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
-def check_memory(available: int) -> Finding:
-    """Check that ``available`` bytes of memory suffice to start a cluster."""
-    text = f"{available / GIB:.1f} GiB available"
+def check_memory(available_bytes: int) -> Finding:
+    text = f"{available_bytes / GIB:.1f} GiB available"
     advice = "Stop other programs, or reduce kv_cache_memory_bytes or replicas.max."
-    if available < MIN_MEMORY_BYTES:
+    if available_bytes < MIN_MEMORY_BYTES:
         return fail("memory", f"{text}; at least {MIN_MEMORY_BYTES // GIB} GiB needed", advice)
-    if available < RECOMMENDED_MEMORY_BYTES:
+    if available_bytes < RECOMMENDED_MEMORY_BYTES:
         recommended = f"{RECOMMENDED_MEMORY_BYTES // GIB} GiB"
         return warn("memory", f"{text}; {recommended} recommended for the default models", advice)
     return ok("memory", text)
@@ -93,7 +92,6 @@ def check_models(config: TandemConfig) -> Iterator[Finding]:
 
 
 def check_gpus(config: TandemConfig) -> Iterator[Finding]:
-    """Check that NVIDIA's library finds the GPUs that the configuration reserves."""
     resources = [generator.resources for generator in config.generators]
     resources += [classifier.resources for classifier in config.classifiers]
     needed = any(reserved.gpus > 0 for reserved in resources)
