@@ -50,7 +50,7 @@ class GatewayApp:
         except RequestError as error:
             self._gateway.record_rejection(OTHER, error, id_)
             # The rest of the body is not read, so the connection cannot be reused.
-            response = error_response(error)
+            response = error_response(error, path)
             response.headers.append((b"connection", b"close"))
         else:
             response = await self._gateway.respond(

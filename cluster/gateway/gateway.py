@@ -104,10 +104,11 @@ class Gateway:
                 request = with_engine_priority(request, claim.priority)
             return await relay(request, pool, claim, ticket.end)
         except RequestError as error:
-            return error_response(error)
+            return error_response(error, request.path)
         except Exception:
             logger.exception("%s: internal error", request.id)
-            return error_response(InternalError(f"Internal error; request id {request.id}"))
+            internal = InternalError(f"Internal error; request id {request.id}")
+            return error_response(internal, request.path)
 
     async def _respond_builtin(self, request: Request, builtin: BuiltinRoute) -> Response:
         try:

@@ -8,6 +8,7 @@ from uuid import uuid4
 
 from cluster.admission import OPEN, Identity
 from cluster.errors import InvalidRequestError, RequestError
+from cluster.gateway.error_formats import error_body
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -103,7 +104,7 @@ def json_response(
     return bytes_response(status, b"application/json", encoded, headers)
 
 
-def error_response(error: RequestError) -> Response:
-    """Return the HTTP form of an error."""
+def error_response(error: RequestError, path: str) -> Response:
+    """Return the HTTP form of an error in the format of the API at ``path``."""
     extra = [(name.encode(), value.encode()) for name, value in error.headers().items()]
-    return json_response(error.body(), error.status, extra)
+    return json_response(error_body(path, error), error.status, extra)

@@ -154,7 +154,9 @@ class ServerStream:
     def on_task_done(self, task: asyncio.Task[None]) -> None:
         """Send an error unless the application has sent a complete response."""
         if task.cancelled():
-            self._send_error(503, "the replica stopped before the response was complete")
+            self._send_error(
+                503, "The replica stopped before the response was complete; try again."
+            )
             return
         error = task.exception()
         if error is None:

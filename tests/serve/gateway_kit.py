@@ -8,7 +8,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.asgi import Message, Receive, Scope, Send
+from cluster.asgi import ASGIApp, Message, Receive, Scope, Send
 from cluster.config import parse
 from cluster.gateway import Gateway, GatewayApp, Opener, ReplicaInfo, Wiring
 from cluster.gateway.reporting.dashboard import ReadDecisions
@@ -50,6 +50,8 @@ class Replica:
         content_type = b"text/event-stream" if fields.get("stream") else b"application/json"
         headers = [(b"content-type", content_type), (b"x-engine", self.name.encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
+        if fields.get("wait_head"):
+            await self.gate.wait()
         for index in range(fields.get("stream", 0)):
             event = f"data: {index}\n\n".encode()
             await send({"type": "http.response.body", "body": event, "more_body": True})
@@ -85,14 +87,26 @@ class World:
         self, pool: str, name: str, routes: tuple[str, ...] = ROUTES, ready: int | None = None
     ) -> Replica:
         replica = Replica(name)
-        server = LinkServer(replica, SECRET)
+        await self.serve(replica, pool, name, routes, ready)
+        return replica
+
+    async def serve(
+        self,
+        app: ASGIApp,
+        pool: str,
+        name: str,
+        routes: tuple[str, ...] = ROUTES,
+        ready: int | None = None,
+    ) -> LinkServer:
+        """Add a replica with any application."""
+        server = LinkServer(app, SECRET)
         host, port = await server.start()
         self.servers[name] = server
         self.running[pool][name] = ReplicaInfo(name, host, port, routes, {"engine": "1"})
         self.update(pool)
         expected = len(self.running[pool]) if ready is None else ready
         await self.until(lambda: self.gateway.pools[pool].replicas.num_ready == expected)
-        return replica
+        return server
 
     def remove(self, pool: str, name: str) -> None:
         del self.running[pool][name]

@@ -1,10 +1,10 @@
 """Relay of a request to a replica and of its response back, without changing the bytes.
 
-A request fails over to another replica only until the head of a response has arrived, so no
-request is answered twice.
+The head of a response is held until the first byte of its body has arrived. Until then, a request
+can fail over to another replica, and an error in the first event of a stream becomes the status of
+the response. After that, a broken stream ends with an error event in the format of its API.
 """
 
-import json
 import logging
 from dataclasses import replace
 from time import perf_counter
@@ -16,6 +16,7 @@ from cluster.errors import (
     RequestError,
     UnavailableError,
 )
+from cluster.gateway.error_formats import error_event, first_event_error
 from cluster.gateway.messages import Headers, Request, Response
 from cluster.gateway.pools.pool import Pool
 from cluster.gateway.pools.replica import Answer
@@ -101,7 +102,7 @@ async def _send_with_failover(
         if failure is not None:
             pool.meter.failed_over(failure)
         observer.slot_taken(slot.replica.info.id)
-        body = RelayedBody(pool, slot, request.id, observer)
+        body = RelayedBody(pool, slot, request, observer)
         try:
             return await body.open(head, request.body)
         except (LinkError, UnavailableError) as error:
@@ -121,23 +122,24 @@ def _failover_reason(error: LinkError | UnavailableError) -> FailoverReason:
 class RelayedBody:
     """Body of a replica's response; releases the request's slot when it ends, in any way."""
 
-    def __init__(self, pool: Pool, slot: Slot, request_id: str, observer: RequestObserver) -> None:
+    def __init__(self, pool: Pool, slot: Slot, request: Request, observer: RequestObserver) -> None:
         self._pool = pool
         self._slot = slot
-        self._request_id = request_id
+        self._request = request
         self._observer = observer
         self._answer: Answer | None = None
         self._is_event_stream = False
-        self._is_first = True
+        self._first: bytes | None = None  # first chunk, until it is passed on
+        self._last = b""
         self._ended = False
 
     async def open(self, head: RequestHead, body: bytes) -> Response:
-        """Send the request and return the response that has this body.
+        """Send the request; return the response that has this body once its first byte is here.
 
         Raises:
             LinkError: The replica was lost or refused the request.
             UnavailableError: The replica cannot answer now.
-            RequestError: The replica answered with an error.
+            RequestError: The replica answered with an error, as status or as the first event.
         """
         try:
             replica = self._slot.replica
@@ -147,14 +149,20 @@ class RelayedBody:
             head = self._observer.trace_attempt(head, info.id, (info.host, info.port), state)
             self._answer = replica.open(head, body)
             response = await self._answer.head()
+            self._first = await self._answer.read()
+            headers = [pair for pair in response.headers if pair[0] not in _NOT_RETURNED]
+            self._is_event_stream = any(
+                name == b"content-type" and value.startswith(b"text/event-stream")
+                for name, value in headers
+            )
+            if self._is_event_stream and (error := first_event_error(self._first)) is not None:
+                raise error
         except BaseException:
             self._release_slot(0.0)
             raise
-        headers = [pair for pair in response.headers if pair[0] not in _NOT_RETURNED]
-        self._is_event_stream = any(
-            name == b"content-type" and value.startswith(b"text/event-stream")
-            for name, value in headers
-        )
+        if self._is_event_stream:
+            self._observer.write_times.append(perf_counter())
+            self._pool.replicas.first_token(self._slot)
         self._observer.status = response.status
         return Response(response.status, headers, self)
 
@@ -169,6 +177,18 @@ class RelayedBody:
     async def __anext__(self) -> bytes:
         if self._ended:
             raise StopAsyncIteration
+        chunk, self._first = self._first, None
+        if chunk is None:
+            chunk = await self._read()
+        if not chunk:
+            if self._slot.replica.is_draining:
+                self._pool.meter.failed_over("drained")
+            self._end()
+            raise StopAsyncIteration
+        self._last = chunk
+        return chunk
+
+    async def _read(self) -> bytes:
         assert self._answer is not None
         try:
             chunk = await self._answer.read()
@@ -177,16 +197,8 @@ class RelayedBody:
         except BaseException:
             await self.aclose()
             raise
-        if not chunk:
-            if self._slot.replica.is_draining:
-                self._pool.meter.failed_over("drained")
-            self._end()
-            raise StopAsyncIteration
-        if self._is_event_stream:
+        if chunk and self._is_event_stream:
             self._observer.write_times.append(perf_counter())
-            if self._is_first:
-                self._is_first = False
-                self._pool.replicas.first_token(self._slot)
         return chunk
 
     async def aclose(self) -> None:
@@ -196,16 +208,24 @@ class RelayedBody:
             self._end()
 
     def _cut_off(self, error: LinkError | RequestError) -> bytes:
-        """Return the error event that ends a cut-off stream; raise ``error`` for other formats."""
+        """Return the error event that ends a broken stream.
+
+        Raises:
+            LinkError, RequestError: The format has no such event, or the last event is incomplete;
+                only closing the connection shows the client that the response is incomplete.
+        """
         self._pool.meter.cut_off.add()
         self._observer.is_cut_off = True
         self._end()
-        logger.warning("%s: response cut off: %s", self._request_id, error)
-        if not self._is_event_stream:
+        logger.warning("%s: response cut off: %s", self._request.id, error)
+        if not self._is_event_stream or not self._last.endswith(b"\n"):
             raise error
         if isinstance(error, LinkError):
-            error = UnavailableError("The replica was lost during the response.")
-        return b"data: " + json.dumps(error.body()).encode() + b"\n\n"
+            error = UnavailableError("The replica was lost during the response; try again.")
+        event = error_event(self._request.path, error)
+        if event is None:
+            raise error
+        return event if self._last.endswith(b"\n\n") else b"\n" + event
 
     def _end(self) -> None:
         usage = self.usage

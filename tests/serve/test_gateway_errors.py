@@ -1,0 +1,233 @@
+"""Failures before and after the first byte of a response, as the vendors' clients see them."""
+
+import asyncio
+import json
+from typing import Any
+
+import anthropic
+import httpx
+import openai
+import pytest
+
+from cluster.asgi import Receive, Scope, Send
+from cluster.link import LinkServer
+from tests import asgi
+from tests.serve.browser import listening
+from tests.serve.gateway_kit import CHAT, World, gateway_world, metrics
+
+MESSAGES = "/v1/messages"
+RESPONSES = "/v1/responses"
+COMPLETIONS = "/v1/completions"
+ROUTES = (CHAT, COMPLETIONS, MESSAGES, RESPONSES, "/other")
+
+CHAT_CHUNK = {
+    "id": "c",
+    "object": "chat.completion.chunk",
+    "created": 1,
+    "model": "gen",
+    "choices": [{"index": 0, "delta": {"content": "Hi"}, "finish_reason": None}],
+}
+TEXT_DELTA = {
+    "type": "content_block_delta",
+    "index": 0,
+    "delta": {"type": "text_delta", "text": "Hi"},
+}
+OUTPUT_DELTA = {
+    "type": "response.output_text.delta",
+    "item_id": "i",
+    "output_index": 0,
+    "content_index": 0,
+    "delta": "Hi",
+    "logprobs": [],
+    "sequence_number": 1,
+}
+
+
+def data(body: Any) -> str:
+    return f"data: {json.dumps(body)}\n\n"
+
+
+def event(body: Any) -> str:
+    return f"event: {body['type']}\n{data(body)}"
+
+
+class Script:
+    """Application that sends a stream's head and these chunks, then waits."""
+
+    def __init__(self, *chunks: str, content_type: str = "text/event-stream") -> None:
+        self.chunks = chunks
+        self.requests = 0
+        self.sent = asyncio.Event()
+        self._headers = [(b"content-type", content_type.encode())]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.requests += 1
+        await send({"type": "http.response.start", "status": 200, "headers": self._headers})
+        for chunk in self.chunks:
+            body = {"type": "http.response.body", "body": chunk.encode(), "more_body": True}
+            await send(body)
+        self.sent.set()
+        await asyncio.Future()
+
+
+async def add(world: World, script: Script, name: str = "gen-1") -> LinkServer:
+    return await world.serve(script, "gen", name, ROUTES)
+
+
+async def broken(world: World, path: str, script: Script) -> asgi.Answer:
+    """Return the answer to a request whose replica is lost after the script's chunks."""
+    server = await add(world, script)
+    call = asgi.start(world.app, "POST", path, {"model": "gen"})
+    await call.chunks(1)
+    await server.stop()
+    return await call.done()
+
+
+# -- before the first byte --------------------------------------------------------------------
+
+
+async def test_loss_after_the_head_and_before_the_first_byte_is_retried() -> None:
+    async with gateway_world() as world:
+        await world.add("gen", "gen-1")
+        call = asgi.start(world.app, "POST", CHAT, {"stream": 2, "wait_head": True})
+        await world.until(lambda: world.servers["gen-1"].num_streams == 1)
+        await asyncio.sleep(0.05)  # the head arrives at the router
+        assert call.answer.status == 0
+        other = await world.add("gen", "gen-2")
+        other.gate.set()
+        await world.gateway.pools["gen"].replicas.running[0].link.close()
+        answer = await call.done()
+        assert (answer.status, answer.headers["x-engine"]) == (200, "gen-2")
+        assert [event for _, event in answer.events()] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("first", "status", "says"),
+    [
+        (
+            data({"error": {"message": "top_logprobs", "type": "BadRequestError", "code": 400}}),
+            400,
+            "top_logprobs",
+        ),
+        (data({"error": {"message": "no", "type": "NotFoundError", "code": 404}}), 404, "no"),
+        (
+            event({"type": "error", "error": {"type": "rate_limit_error", "message": "slow"}}),
+            429,
+            "slow",
+        ),
+        (event({"type": "error", "error": {"type": "odd", "message": "odd"}}), 500, "odd"),
+    ],
+)
+async def test_error_in_the_first_event_becomes_the_status(
+    first: str, status: int, says: str
+) -> None:
+    async with gateway_world() as world:
+        await add(world, Script(first, "data: [DONE]\n\n"))
+        answer = await asgi.post(world.app, CHAT, {"model": "gen", "stream": True})
+        assert answer.status == status
+        assert says in answer.json()["error"]["message"]
+        assert answer.headers["content-type"] == "application/json"
+        assert (await metrics(world))["tandem_requests_total", "gen", CHAT, str(status)] == 1
+        assert world.gateway.pools["gen"].num_in_flight == 0
+
+
+async def test_errors_of_anthropics_api_have_its_format() -> None:
+    async with gateway_world(queue_timeout_s=0.1) as world:
+        for body, status, kind in [
+            ({"model": "nope"}, 404, "not_found_error"),
+            ({"model": 3}, 400, "invalid_request_error"),
+            ({"model": "gen"}, 503, "overloaded_error"),
+        ]:
+            answer = await asgi.post(world.app, MESSAGES, body)
+            assert (answer.status, answer.json()["type"]) == (status, "error")
+            assert answer.json()["error"]["type"] == kind
+
+
+# -- after the first byte ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_openai_clients_raise_when_a_stream_breaks(path: str) -> None:
+    async with gateway_world() as world, listening(world.app) as url:
+        script = Script(data(CHAT_CHUNK))
+        server = await add(world, script)
+        async with openai.AsyncOpenAI(
+            base_url=f"{url}/v1", api_key="none", max_retries=0
+        ) as client:
+            if path == CHAT:
+                stream: Any = await client.chat.completions.create(
+                    model="gen", messages=[{"role": "user", "content": "a"}], stream=True
+                )
+            else:
+                stream = await client.completions.create(model="gen", prompt="a", stream=True)
+            first = await anext(aiter(stream))
+            assert first.choices[0]
+            await server.stop()
+            with pytest.raises(openai.APIError, match="The replica stopped") as caught:
+                async for _ in stream:
+                    pass
+            assert caught.value.body["code"] == 503  # type: ignore[index]
+
+
+async def test_openai_responses_raise_when_a_stream_breaks() -> None:
+    async with gateway_world() as world, listening(world.app) as url:
+        server = await add(world, Script(event(OUTPUT_DELTA)))
+        async with openai.AsyncOpenAI(
+            base_url=f"{url}/v1", api_key="none", max_retries=0
+        ) as client:
+            stream = await client.responses.create(model="gen", input="a", stream=True)
+            assert (await anext(aiter(stream))).type == "response.output_text.delta"
+            await server.stop()
+            with pytest.raises(openai.APIError, match="The replica stopped"):
+                async for _ in stream:
+                    pass
+
+
+async def test_anthropic_clients_raise_when_a_stream_breaks() -> None:
+    async with gateway_world() as world, listening(world.app) as url:
+        server = await add(world, Script(event(TEXT_DELTA)))
+        async with anthropic.AsyncAnthropic(base_url=url, api_key="none", max_retries=0) as client:
+            stream = await client.messages.create(
+                model="gen",
+                messages=[{"role": "user", "content": "a"}],
+                max_tokens=4,
+                stream=True,
+            )
+            assert (await anext(aiter(stream))).type == "content_block_delta"
+            await server.stop()
+            with pytest.raises(anthropic.APIStatusError, match="The replica stopped"):
+                async for _ in stream:
+                    pass
+
+
+@pytest.mark.parametrize("end", ["\n\n", "\n"])
+async def test_error_event_starts_on_a_new_event(end: str) -> None:
+    async with gateway_world() as world:
+        answer = await broken(world, CHAT, Script(data(CHAT_CHUNK).rstrip() + end))
+        first, last = answer.data()
+        assert first == CHAT_CHUNK
+        assert last["error"]["code"] == 503
+
+
+@pytest.mark.parametrize(
+    ("path", "chunk", "content_type"),
+    [
+        (CHAT, 'data: {"id": "c', "text/event-stream"),  # broken within an event
+        ("/other", "data: 1\n\n", "text/event-stream"),  # unknown kind of stream
+        (CHAT, '{"id": ', "application/json"),
+    ],
+)
+async def test_connection_is_aborted_if_an_error_event_is_impossible(
+    path: str, chunk: str, content_type: str
+) -> None:
+    async with gateway_world() as world, listening(world.app) as url:
+        server = await add(world, Script(chunk, content_type=content_type))
+        async with (
+            httpx.AsyncClient() as client,
+            client.stream("POST", url + path, json={"model": "gen"}) as answer,
+        ):
+            chunks = answer.aiter_raw()
+            assert await anext(chunks) == chunk.encode()
+            await server.stop()
+            with pytest.raises(httpx.RemoteProtocolError):
+                await anext(chunks)
