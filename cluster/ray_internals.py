@@ -7,6 +7,7 @@ release: ``tests/serve/test_ray_internals.py`` names those that the installed Ra
 defined. Nothing is imported before, because importing Serve takes about two seconds.
 """
 
+import asyncio
 import importlib
 import importlib.util
 import inspect
@@ -108,6 +109,7 @@ MEMBERS = (
     PrivateName(
         f"{_SERVE}.controller:ServeController.get_proxies", "proxies to which settings apply"
     ),
+    PrivateName(f"{_SERVE}.controller:ServeController.get_http_config", "see ``get_http_host``"),
     PrivateName(f"{_SERVE}.haproxy:HAProxyConfig.timeout_http_request_s", "see ``proxy_setup``"),
     PrivateName(f"{_SERVE}.haproxy:HAProxyConfig.timeout_client_s", "see ``proxy_setup``"),
     PrivateName(f"{_SERVE}.haproxy:HAProxyConfig.hard_stop_after_s", "see ``proxy_setup``"),
@@ -216,6 +218,25 @@ def check_haproxy_template() -> None:
         expected = f"exactly the lines {'; '.join(HAPROXY_BINDS)} in {template}, but "
         found = "; ".join(binds) or "none"
         raise _incompatible(expected + found, "keeps HAProxy's metrics and statistics on loopback")
+
+
+async def get_http_host(timeout_s: float) -> str | None:
+    """Return the address on which Serve's HTTP listens; None for all addresses.
+
+    It cannot change while Serve runs.
+
+    Raises:
+        TimeoutError: Serve's controller does not answer in time.
+    """
+    import ray
+
+    names = EXPORTED["SERVE_CONTROLLER_NAME"], EXPORTED["SERVE_NAMESPACE"]
+    controller, namespace = map(resolve, names)
+    async with asyncio.timeout(timeout_s):
+        actor = ray.get_actor(controller, namespace=namespace)
+        options = await actor.get_http_config.remote()
+    host: str | None = options.host
+    return host
 
 
 # -- HTTP proxies -----------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster.accounting.usage_log import UsageLog
 from cluster.client.transport import LinkOffer
 from cluster.config import TandemConfig
-from cluster.config.file import key_file_path
+from cluster.config.file import is_loopback, key_file_path
 from cluster.gateway import (
     Gateway,
     GatewayApp,
@@ -32,6 +32,7 @@ from cluster.models.store import home
 from cluster.ray_internals import (
     DeploymentID,
     confine_replica_to_loopback,
+    get_http_host,
     get_serve_logs_dir,
     ignore_disconnect_header,
 )
@@ -45,6 +46,8 @@ from deployments.metrics import RayExporter
 from deployments.proxies import ProxySetup
 from deployments.replica import DRAIN_TIMEOUT_S
 
+HTTP_HOST_TIMEOUT_S = 60.0
+"""Maximum time for Serve's controller to answer a starting router; longer than its restart."""
 USAGE_FILE = "usage-{app}.sqlite3"
 """Name of the usage file in the cluster's home; all routers of a machine share it."""
 
@@ -70,6 +73,7 @@ class Router:
             for name, handle in pools.items()
         }
         keys_file = config.router.keys_file
+        is_exposed = not is_loopback(await get_http_host(HTTP_HOST_TIMEOUT_S))
         self._gateway = Gateway(
             config,
             _wirings(pools, self._secret, tls),
@@ -79,6 +83,8 @@ class Router:
             usage=_start_usage(config, router_deployment.app_name),
             routers=self._links,
             read_decisions=partial(read_decisions, [router_deployment, *pool_deployments.values()]),
+            # `serve deploy` and KubeRay deploy without the checks of `tandem`.
+            needs_keys=is_exposed and not config.router.open,
         )
         self._routers: list[ReplicaInfo] = []
         self._quota_sync = QuotaSync(self._gateway.admission, self._gateway.pools, self._links)

@@ -147,20 +147,22 @@ def _http_address(serve_config: dict[str, Any]) -> tuple[str, int]:
 
 
 def _check_exposure(host: str, config: TandemConfig, keys: Path) -> None:
-    contents = read_keys(keys)
-    has_keys = config.router.api_keys_sha256 or (contents and contents.keys)
-    if not has_keys and not is_loopback(host):
+    contents, router = read_keys(keys), config.router
+    configured_keys = router.api_keys_sha256 or router.operator_keys_sha256
+    has_keys = configured_keys or (contents and contents.keys)
+    if not has_keys and not router.open and not is_loopback(host):
         raise ConfigError(
             f"http_options.host: got {host!r}, which is reachable from other machines, but there "
-            f"are no API keys; use a loopback address or add a key (`tandem keys add TENANT` or "
-            f"router.api_keys_sha256)"
+            f"are no API keys; use a loopback address, add a key (`tandem keys add TENANT` or "
+            f"router.api_keys_sha256), or set router.open=true to accept every request"
         )
 
 
-def is_loopback(host: str) -> bool:
+def is_loopback(host: str | None) -> bool:
+    """Return True if other machines cannot reach the address; None stands for all addresses."""
     if host == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return host is not None and ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False

@@ -20,7 +20,10 @@ class RouterConfig(Section):
     """SHA-256 digests (hex) of further accepted keys that may read every tenant's usage."""
     keys_file: str | None = None
     """Key file written by `tandem keys`. Default: `keys.yaml` in Tandem's home, if it exists.
-    Without any key the router accepts every request, which is allowed on loopback only."""
+    Without any key the router accepts every request on loopback, and none on other addresses."""
+    open: bool = False
+    """True if a router without keys accepts every request on any address, for example behind a
+    proxy that authenticates."""
     max_body_bytes: ByteSize = Field(ByteSize(32 * 1024**2), ge=1024)
     """Maximum size of a request body, in bytes or with a unit; larger ones get status 413."""
     max_connections_per_address: int = Field(1024, ge=1)

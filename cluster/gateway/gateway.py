@@ -49,6 +49,7 @@ class Gateway:
         usage: Stores the usage of requests; None disables ``GET /v1/usage``.
         routers: Links to the other routers, for the dashboard; None if there is only one.
         read_decisions: Returns autoscaling's last decisions, for the dashboard.
+        needs_keys: True if every request is rejected while no keys are configured.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Gateway:
         usage: UsageAccount | None = None,
         routers: RouterLinks | None = None,
         read_decisions: ReadDecisions | None = None,
+        needs_keys: bool = False,
     ) -> None:
         router = config.router
         self.max_body_bytes = int(router.max_body_bytes)
@@ -73,7 +75,8 @@ class Gateway:
         self.pools = make_pools(config, wirings, sinks)
         export_pool_gauges(self.registry, self.pools.values())
         key_hashes = router.api_keys_sha256 + router.operator_keys_sha256
-        self.admission = Admission(Authenticator(key_hashes, key_file), TenantQuotas(self.registry))
+        authenticator = Authenticator(key_hashes, key_file, needs_keys=needs_keys)
+        self.admission = Admission(authenticator, TenantQuotas(self.registry))
         self._load_reports = LoadReports(config, self.pools)
         self._dashboard = Dashboard(
             self.registry, self.pools, self.request_log, routers, read_decisions

@@ -34,10 +34,21 @@ def config(**generator: Any) -> dict[str, Any]:
         "import_path": "tests.cluster.unlinkable:build",
         "args": {
             "generators": [{**sim, "replicas": {"min": 1, "max": 1}}],
-            "router": router_config(1),
+            "router": router_config(1, open=True),
         },
     }
-    return serve_config(unlinkable, generators=[sim], router=router_config(2, max_queued=200))
+    # Deployed past the checks of `tandem`, like an application of `serve deploy` or KubeRay.
+    keyless = {
+        **unlinkable,
+        "name": "keyless",
+        "route_prefix": "/keyless",
+        "import_path": "deployments.app.build",  # not what `tandem` looks for
+        "args": {**unlinkable["args"], "router": router_config(1)},
+    }
+    router = router_config(2, max_queued=200, open=True)
+    whole = serve_config(unlinkable, keyless, generators=[sim], router=router)
+    whole["http_options"]["host"] = "0.0.0.0"
+    return whole
 
 
 def num_replicas(http: httpx.Client) -> int:
@@ -133,6 +144,20 @@ async def test_a_replica_without_a_link_is_called_through_its_handle(
         assert 'tandem_link_fallbacks_total{model="sim"} 6.0' in metrics
         assert 'tandem_replicas{model="sim",state="fallback"} 1.0' in metrics
         assert 'tandem_completion_tokens_total{model="sim"} 125.0' in metrics
+
+
+async def test_a_router_without_keys_rejects_all_requests_on_an_exposed_address(
+    sim_cluster: RunningCluster,
+) -> None:
+    body = {**BODY, "stream": False}
+    async with httpx.AsyncClient(base_url=sim_cluster.http_url, timeout=60) as http:
+        for path in ("/v1/models", "/metrics", "/dashboard/data"):
+            assert (await http.get(f"/keyless{path}")).status_code == 401, path
+        rejected = await http.post("/keyless/v1/completions", json=body)
+        assert (await http.get("/keyless/health")).status_code == 200
+        assert (await http.post("/v1/completions", json=body)).status_code == 200  # router.open
+    assert rejected.status_code == 401
+    assert "no API keys are configured" in rejected.json()["error"]["message"]
 
 
 async def test_a_rolling_update_interrupts_no_stream(

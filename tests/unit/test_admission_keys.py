@@ -125,6 +125,22 @@ def test_a_missing_expected_file_admits_no_one(tmp_path: Path) -> None:
         auth.authenticate(bearer("one"))
 
 
+def test_a_router_that_needs_keys_rejects_all_requests_until_it_has_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = ChangingFile(tmp_path / "keys.yaml")
+    auth = Authenticator([], KeyFile(file.path, expected=False), needs_keys=True)
+    assert "rejects every request" in caplog.text
+    for headers in ([], bearer("one")):
+        with pytest.raises(AuthenticationError, match=r"no API keys .* router\.open"):
+            auth.authenticate(headers)
+    file.write(text())
+    assert auth.refresh()
+    assert auth.authenticate(bearer("one")).tenant.name == "acme"
+    assert Authenticator([], needs_keys=False).authenticate([]).tenant.name == ""
+    assert Authenticator([digest("k")], needs_keys=True).authenticate(bearer("k"))
+
+
 def test_configured_keys_work_together_with_the_file(tmp_path: Path) -> None:
     file = ChangingFile(tmp_path / "keys.yaml")
     file.write(text())

@@ -110,7 +110,7 @@ def test_set_accepts_deprecated_and_current_names(
         ("router.=1", ["path=value"]),
         ("router=[", ["'['", "not valid YAML"]),
         ("router.max_queued=many", ["router.max_queued", "'many'"]),
-        ("http_options.host=0.0.0.0", ["'0.0.0.0'", "API keys", "router.api_keys_sha256"]),
+        ("http_options.host=0.0.0.0", ["'0.0.0.0'", "API keys", "router.api_keys_sha256", "router.open"]),
         ("http_options.host=example.org", ["'example.org'", "API keys"]),
     ],
 )
@@ -135,9 +135,14 @@ def test_the_autoscaling_policy_is_filled_in(tmp_path: Path) -> None:
     assert shipped["autoscaling_policy"] == config_file.AUTOSCALING_POLICY
 
 
-def test_other_addresses_are_allowed_with_an_api_key(tmp_path: Path) -> None:
-    digest = hashlib.sha256(b"key").hexdigest()
-    overrides = ["http_options.host=0.0.0.0", f"router.api_keys_sha256=[{digest}]"]
+@pytest.mark.parametrize(
+    "override", ["api_keys_sha256=[%s]", "operator_keys_sha256=[%s]", "open=true"]
+)
+def test_other_addresses_are_allowed_with_an_api_key_or_if_open(
+    tmp_path: Path, override: str
+) -> None:
+    override = override.replace("%s", hashlib.sha256(b"key").hexdigest())
+    overrides = ["http_options.host=0.0.0.0", f"router.{override}"]
     assert load(write(tmp_path), overrides).http_host == "0.0.0.0"
 
 

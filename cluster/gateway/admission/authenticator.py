@@ -1,5 +1,6 @@
 """Authentication by API key."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from hashlib import sha256
 
@@ -9,6 +10,14 @@ from cluster.errors import AuthenticationError
 from cluster.gateway.messages import Headers, header
 from cluster.key_file import KeyFile
 
+logger = logging.getLogger("ray.serve.tandem")
+
+NO_KEYS = (
+    "The cluster's HTTP is reachable from other machines, but no API keys are configured. Add a "
+    "key (`tandem keys add TENANT`, router.keys_file or router.api_keys_sha256), bind "
+    "http_options.host to loopback, or set router.open to true to accept every request."
+)
+
 
 class Authenticator:
     """Lookup of a request's sender by the digest of its API key.
@@ -16,13 +25,19 @@ class Authenticator:
     Args:
         key_hashes: SHA-256 digests (hex) of keys without limits; each forms its own tenant.
         file: Further keys, reloaded when the file changes.
+        needs_keys: True if every request is rejected while no keys are configured.
     """
 
-    def __init__(self, key_hashes: Iterable[str], file: KeyFile | None = None) -> None:
+    def __init__(
+        self, key_hashes: Iterable[str], file: KeyFile | None = None, *, needs_keys: bool = False
+    ) -> None:
         self._bare = bare_identities(key_hashes)
         self._file = file
+        self._needs_keys = needs_keys
         self._identities: Mapping[bytes, Identity] = self._bare
         self.refresh()
+        if needs_keys and not self._has_keys:
+            logger.error("This router rejects every request. %s", NO_KEYS)
 
     def refresh(self) -> bool:
         """Reload the key file if it changed; return True if it did."""
@@ -36,13 +51,19 @@ class Authenticator:
         """Identities of all keys."""
         return self._identities.values()
 
+    @property
+    def _has_keys(self) -> bool:
+        return bool(self._bare) or (self._file is not None and self._file.required)
+
     def authenticate(self, headers: Headers) -> Identity:
         """Return the sender of a request; ``OPEN`` if no keys are configured.
 
         Raises:
             AuthenticationError: The API key is missing or unknown.
         """
-        if not self._bare and (self._file is None or not self._file.required):
+        if not self._has_keys:
+            if self._needs_keys:
+                raise AuthenticationError(NO_KEYS)
             return OPEN
         key = _api_key(headers)
         if key is None:
