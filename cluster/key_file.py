@@ -1,9 +1,12 @@
 """Key file on disk: atomic writes, and reloads when it changes."""
 
+import fcntl
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from cluster.admission import Identity
@@ -13,6 +16,9 @@ from cluster.errors import ConfigError
 logger = logging.getLogger("ray.serve.tandem")
 
 Stamp = tuple[int, int, int]
+
+LOCK_TIMEOUT_S = 10.0
+"""Maximum wait for another process that changes the key file, in seconds."""
 
 
 def read_keys(path: Path) -> KeyFileContents | None:
@@ -27,6 +33,41 @@ def read_keys(path: Path) -> KeyFileContents | None:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
+
+
+@contextmanager
+def lock_keys(path: Path) -> Iterator[None]:
+    """Keep other processes from changing a key file until the context ends.
+
+    The lock is on a file next to it, because a write replaces the key file itself.
+
+    Raises:
+        ConfigError: another process holds the lock, or the lock file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be locked: {error}") from None
+    try:
+        deadline = time.monotonic() + LOCK_TIMEOUT_S
+        while not _try_lock(descriptor):
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"{path}: another process has been changing it for {LOCK_TIMEOUT_S:g} s; retry"
+                )
+            time.sleep(0.02)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def write_keys(path: Path, contents: KeyFileContents) -> None:

@@ -12,7 +12,7 @@ from cluster.admission.keys import KeyFileContents, TenantEntry, digest, new_key
 from cluster.cli.defaults import load_config
 from cluster.config.file import key_file_path
 from cluster.errors import ConfigError
-from cluster.key_file import read_keys, write_keys
+from cluster.key_file import lock_keys, read_keys, write_keys
 
 _TITLES = {
     "requests_per_minute": "requests/min",
@@ -35,12 +35,13 @@ def add(
 ) -> None:
     """Create a key and print it; the tenant keeps the limits that are None."""
     key = new_key()
-    contents = _read(path).model_dump(mode="json")
-    limits_of_tenant = contents["tenants"].setdefault(tenant, {})
-    limits_of_tenant |= {name: value for name, value in limits.items() if value is not None}
     entry = {"sha256": digest(key), "tenant": tenant, "priority": priority, "models": models}
-    contents["keys"].append(entry)
-    write_keys(path, parse_keys(json.dumps(contents), "the new key"))
+    with lock_keys(path):
+        contents = _read(path).model_dump(mode="json")
+        limits_of_tenant = contents["tenants"].setdefault(tenant, {})
+        limits_of_tenant |= {name: value for name, value in limits.items() if value is not None}
+        contents["keys"].append(entry)
+        write_keys(path, parse_keys(json.dumps(contents), "the new key"))
     typer.echo(key)
     typer.echo(f"Added to {path}. The key cannot be shown again.", err=True)
 
@@ -76,15 +77,16 @@ def revoke(path: Path, key_id: str) -> None:
     Raises:
         ConfigError: no key, or more than one, matches.
     """
-    contents = _read(path)
     sha256 = digest(key_id)
-    matches = [k for k in contents.keys if k.sha256 == sha256 or k.sha256.startswith(key_id)]
-    if not key_id or len(matches) != 1:
-        known = ", ".join(key.id for key in contents.keys) or "none"
-        found = "no key matches" if not matches else f"{len(matches)} keys match"
-        raise ConfigError(f"{found} the id {key_id!r} in {path}; keys: {known}")
-    remaining = tuple(key for key in contents.keys if key != matches[0])
-    write_keys(path, KeyFileContents(tenants=contents.tenants, keys=remaining))
+    with lock_keys(path):
+        contents = _read(path)
+        matches = [k for k in contents.keys if k.sha256 == sha256 or k.sha256.startswith(key_id)]
+        if not key_id or len(matches) != 1:
+            known = ", ".join(key.id for key in contents.keys) or "none"
+            found = "no key matches" if not matches else f"{len(matches)} keys match"
+            raise ConfigError(f"{found} the id {key_id!r} in {path}; keys: {known}")
+        remaining = tuple(key for key in contents.keys if key != matches[0])
+        write_keys(path, KeyFileContents(tenants=contents.tenants, keys=remaining))
     typer.echo(f"revoked key {matches[0].id} of tenant {matches[0].tenant}")
 
 

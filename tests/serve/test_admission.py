@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import threading
 import time
 from collections import Counter
 from contextlib import AsyncExitStack
@@ -75,7 +76,7 @@ async def test_quota_errors_name_the_quota_and_quotas_change_at_run_time(keys: K
         assert refused.status == 429
         assert "1 concurrent requests" in refused.json()["error"]["message"]
         keys.write(a={"max_concurrent": 2}, b={"requests_per_minute": 6})
-        world.gateway.admission.refresh_keys()
+        await world.gateway.admission.refresh_keys()
         assert (await ask(world, "a").done()).status == 200
         replica.gate.set()
         assert (await running.done()).status == 200
@@ -113,6 +114,28 @@ async def test_changed_keys_apply_at_the_next_settlement(keys: Keys) -> None:
         await peers.close()
 
 
+async def test_a_key_file_on_a_hung_disk_blocks_neither_requests_nor_quotas(tmp_path: Path) -> None:
+    keys = Keys(tmp_path / "keys.yaml")
+    keys.write(a={})
+    async with gateway_world(keys.file) as world:
+        await world.add("gen", "gen-1")
+        peers = QuotaSync(world.gateway.admission, world.gateway.pools, RouterLinks("r0", SECRET))
+        keys.path.unlink()
+        os.mkfifo(keys.path)  # a read hangs until someone writes
+        async with asyncio.timeout(5):
+            for _ in range(3):
+                await peers.settle()
+                assert (await ask(world, "a").done()).status == 200
+        assert [t.name for t in threading.enumerate()].count("tandem-keys") == 1
+        entry = {"sha256": digest("b"), "tenant": "b"}
+        await asyncio.to_thread(keys.path.write_text, json.dumps({"keys": [entry]}))
+        async with asyncio.timeout(5):
+            while (await ask(world, "b").done()).status != 200:
+                await peers.settle()
+        assert (await ask(world, "a").done()).status == 401
+        await peers.close()
+
+
 async def metrics_inside(world: World) -> dict[tuple[str, ...], float]:
     inside = World.__new__(World)
     inside.app = GatewayApp(world.gateway, authenticates=False)
@@ -127,7 +150,7 @@ async def test_keys_are_added_and_revoked_at_run_time(keys: Keys) -> None:
         await world.until(lambda: len(replica.seen) == 1)
         assert (await ask(world, "b").done()).status == 401
         keys.write(b={})
-        world.gateway.admission.refresh_keys()
+        await world.gateway.admission.refresh_keys()
         assert (await ask(world, "a").done()).status == 401
         assert (await ask(world, "b").done()).status == 200
         replica.gate.set()

@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,11 @@ import pytest
 from typer.testing import CliRunner
 
 from cluster.admission.keys import digest, new_key, parse_keys
+from cluster.cli import keys
 from cluster.cli.app import app
 from cluster.errors import AuthenticationError, ConfigError
 from cluster.gateway.admission.authenticator import Authenticator
-from cluster.key_file import KeyFile
+from cluster.key_file import KeyFile, lock_keys
 
 TEXT = """
 tenants:
@@ -185,6 +187,24 @@ def test_keys_can_be_added_listed_and_revoked(tmp_path: Path) -> None:
     auth = Authenticator([], KeyFile(path, expected=False))
     with pytest.raises(AuthenticationError):
         auth.authenticate(bearer(second))
+
+
+def test_keys_added_at_the_same_time_are_all_kept(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda n: keys.add(path, f"t{n}", 0, None, {}), range(16)))
+    contents = parse_keys(path.read_text(), "f")
+    assert {key.tenant for key in contents.keys} == {f"t{n}" for n in range(16)}
+
+
+def test_a_change_of_keys_does_not_wait_forever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.key_file.LOCK_TIMEOUT_S", 0.05)
+    path = tmp_path / "keys.yaml"
+    with lock_keys(path), pytest.raises(ConfigError, match="another process"):
+        keys.add(path, "a", 0, None, {})
+    keys.add(path, "a", 0, None, {})
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_set_accepts_deprecated_and_current_names(
         ("router.=1", ["path=value"]),
         ("router=[", ["'['", "not valid YAML"]),
         ("router.max_queued=many", ["router.max_queued", "'many'"]),
-        ("http_options.host=0.0.0.0", ["'0.0.0.0'", "API keys", "router.api_keys_sha256", "router.open"]),
+        ("http_options.host=0.0.0.0", ["'0.0.0.0'", "API keys", "router.open=true"]),
         ("http_options.host=example.org", ["'example.org'", "API keys"]),
     ],
 )

@@ -160,6 +160,7 @@ def test_missing_authentication_is_reported(tmp_path: Path) -> None:
     assert levels(running.check_auth(nowhere, loaded())) == ["fail", "ok"]
     assert levels(running.check_auth(token, loaded())) == ["ok", "ok"]
     assert levels(running.check_auth({}, loaded("0.0.0.0"))) == ["warn", "fail"]
+    assert levels(running.check_auth(token, loaded("0.0.0.0", open=True))) == ["ok", "warn"]
     for keys in (
         {"api_keys_sha256": ["0" * 64]},
         {"operator_keys_sha256": ["0" * 64]},

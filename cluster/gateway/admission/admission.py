@@ -11,12 +11,15 @@ from cluster.gateway.messages import Headers, Request, header
 from cluster.gateway.pools.pool import Pool
 from cluster.gateway.pools.routes import OTHER
 from cluster.gateway.pools.slots import Claim
+from cluster.periodic import run_in_daemon_thread
 from cluster.routing import RequestBody
 from cluster.routing.fingerprint import EMPTY_FINGERPRINT
 
 TIMEOUT_HEADER = b"x-request-timeout-seconds"
 PRIORITY_HEADER = b"x-tandem-priority"
 SESSION_HEADER = b"x-session-id"
+KEYS_WAIT_S = 0.2
+"""Maximum time for which a reload of the keys delays the exchange of quotas, in seconds."""
 
 
 class Admission:
@@ -25,11 +28,21 @@ class Admission:
     def __init__(self, authenticator: Authenticator, quotas: TenantQuotas) -> None:
         self.authenticator = authenticator
         self.quotas = quotas
+        self._reading: asyncio.Future[bool] | None = None
 
-    def refresh_keys(self) -> None:
-        """Apply changed keys and quotas."""
-        if self.authenticator.refresh():
-            self.quotas.set_tenants(self.authenticator.identities)
+    async def refresh_keys(self) -> None:
+        """Apply changed keys and quotas; return soon even if the key file's disk hangs.
+
+        A thread reads the file, which takes a second for thousands of keys. It is always the same
+        one, so a disk that hangs holds one thread.
+        """
+        if self._reading is None:
+            self._reading = run_in_daemon_thread(self.authenticator.refresh, "tandem-keys")
+        await asyncio.wait([self._reading], timeout=KEYS_WAIT_S)
+        if self._reading.done():
+            reading, self._reading = self._reading, None
+            if reading.result():
+                self.quotas.set_tenants(self.authenticator.identities)
 
     def admit(self, request: Request, body: RequestBody, pool: Pool) -> tuple[Claim, QuotaTicket]:
         """Return the request's claim on its pool and the ticket of its tenant's quotas.

@@ -65,7 +65,7 @@ class QuotaSync:
 
     async def settle(self) -> None:
         """Reload changed keys, settle this router's quotas, and report to the others."""
-        self._admission.refresh_keys()
+        await self._admission.refresh_keys()
         report = _encode(self._admission.quotas.settle(self._links.own_id))
         links = [link for link in self._links.links().values() if link.connected]
         await asyncio.gather(*(_send_report(link, report) for link in links))

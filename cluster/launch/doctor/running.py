@@ -74,6 +74,10 @@ def check_auth(variables: Mapping[str, str], loaded: LoadedConfig) -> Iterator[F
         yield ok("authentication", "the router requires API keys")
     elif is_loopback(loaded.http_host):
         yield ok("authentication", "the router requires no API key, but listens on loopback only")
+    elif loaded.config.router.open:
+        text = f"anyone who reaches {loaded.http_host} can use the router (router.open is true)"
+        advice = "Put a proxy that authenticates in front, or create keys with `tandem keys add`."
+        yield warn("authentication", text, advice)
     else:
         text = f"the router listens on {loaded.http_host} without requiring an API key"
         yield fail("authentication", text, "Create a key with `tandem keys add TENANT`.")
