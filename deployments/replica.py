@@ -11,11 +11,12 @@ from typing import Any
 
 from ray import serve
 
-from cluster.asgi import ASGIApp, Message, Receive, Scope, Send
+from cluster.asgi import ASGIApp, Receive, Scope, Send
 from cluster.config import ClassifierConfig, GeneratorConfig
 from cluster.config.operations import OperationsConfig
 from cluster.engines.base import Engine
 from cluster.engines.classifier import make_classifier_engine
+from cluster.engines.dead import RaiseIfDead
 from cluster.engines.factory import make_generator_engine
 from cluster.engines.startup import StartupTimer, process_age_s
 from cluster.errors import DeviceFailedError, EngineDeadError, ReplicaRetiredError
@@ -70,7 +71,7 @@ class EngineReplica:
         await engine.start()
         engine_log.setLevel(logging.WARNING)  # vLLM repeats its statistics every 10 s
         timer.add_measured(engine.start_phases_s)
-        self._app = self._traced_app(pool, operations)
+        self._app = RaiseIfDead(self._traced_app(pool, operations), engine.check_health)
         self._watch = ReplicaWatch(operations, pool, self._num_in_flight, self._retire)
         self._server = await start_link_server(self._answer, engine.load, engine.prefixes)
         registry = Registry()
@@ -131,27 +132,15 @@ class EngineReplica:
         Raises:
             EngineDeadError: the engine is dead; routers try another replica.
         """
-        dead: EngineDeadError | None = None
-
-        async def send_if_alive(message: Message) -> None:
-            nonlocal dead
-            if message["type"] == "http.response.start" and message["status"] >= 500:
-                try:
-                    await self._engine.check_health()
-                except EngineDeadError as error:
-                    dead = error
-            if dead is None:
-                await send(message)
-
         work = self._watch.accounts.open_request(scope)
         try:
-            await self._app(scope, receive, send_if_alive)
+            await self._app(scope, receive, send)
+        except EngineDeadError:
+            self._drain_dead_engine()
+            raise
         finally:
             if work is not None:
                 work.end()
-        if dead is not None:
-            self._drain_dead_engine()
-            raise dead
 
     def _drain_dead_engine(self) -> None:
         """Send routers to other replicas at once; the requests in the engine are lost anyway."""

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from cluster.engines.dead import ERROR_EVENTS
 from cluster.errors import RequestError, request_error_for
 
 _MESSAGES = "/v1/messages"
@@ -25,8 +26,7 @@ _ANTHROPIC_TYPES: Mapping[int, str] = {
     503: "overloaded_error",
     529: "overloaded_error",
 }
-_ANTHROPIC_STATUSES = {kind: status for status, kind in reversed(_ANTHROPIC_TYPES.items())}
-_FIRST_ERRORS = (b'data: {"error"', b"event: error")
+_ANTHROPIC_STATUSES = {kind: status for status, kind in _ANTHROPIC_TYPES.items() if status != 529}
 
 
 def error_body(path: str, error: RequestError) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def error_event(path: str, error: RequestError) -> bytes | None:
 
 def first_event_error(chunk: bytes) -> RequestError | None:
     """Return the error in a stream's first event, or None if that event is not an error."""
-    if not chunk.startswith(_FIRST_ERRORS):
+    if not chunk.startswith(ERROR_EVENTS):
         return None
     event = chunk.partition(b"\n\n")[0]
     data = b"".join(line[5:] for line in event.split(b"\n") if line.startswith(b"data:"))

@@ -86,11 +86,11 @@ class VllmEngine:
     async def check_health(self) -> None:
         """Raise ``EngineDeadError`` if the engine's process does not run."""
         if self._llm is None or self._launcher.is_stopping:
-            raise EngineDeadError("the engine is not running")
+            raise EngineDeadError("The engine of the replica is not running; try again.")
         try:
             await self._llm.check_health()
-        except internals.EngineDeadError as error:
-            raise EngineDeadError(str(error)) from None
+        except internals.EngineDeadError:
+            raise EngineDeadError("The engine of the replica died; try again.") from None
 
     def load(self) -> Load:
         """Return the current load."""
