@@ -9,6 +9,7 @@ limits        a tenant's quota at one router
 leases        division of the quotas among routers
 fair_queue    order in which queued requests are served
 capacity      work that a router may have at a pool's replicas
+wait_correction   correction of wait estimates by their past errors
 """
 
 from cluster.admission.capacity import PoolCapacity
@@ -22,6 +23,7 @@ from cluster.admission.identity import (
     TenantLimits,
 )
 from cluster.admission.limits import QuotaRefusal, TenantQuota
+from cluster.admission.wait_correction import WaitCorrection
 
 __all__ = [
     "MAX_PRIORITY",
@@ -36,4 +38,5 @@ __all__ = [
     "Tenant",
     "TenantLimits",
     "TenantQuota",
+    "WaitCorrection",
 ]

@@ -7,11 +7,17 @@ The limit is learned, not configured:
   requests would not raise the throughput.
 - Before it first falls, the number of requests is bounded instead. That bound doubles as fast as
   the engines take the requests.
+- Without load for a minute, it is forgotten, because the cause may be gone, such as requests that
+  were abandoned and still ran.
+
+Speed is learned from finished requests only, not from failed or abandoned ones. Its outliers are
+clipped and it is forgotten within minutes, so that one bad hour does not reject the next one.
 """
 
 from bisect import bisect_left
 from collections.abc import Iterable
 from itertools import accumulate, pairwise
+from math import exp
 from statistics import median_low
 from typing import NamedTuple
 
@@ -33,7 +39,12 @@ MAX_SLOWDOWN = 20.0
 """Latency per token, relative to the best, above which the limit does not rise. An engine with the
 latency a + b * load does 95 % of its maximum throughput at this point."""
 _GROWTH = 1.1
-_DECAY = 0.99  # share of the sums over finished requests that is kept at each request
+_SLOW_DECAY = 0.99  # share of the sums over finished requests that is kept at each request
+_FAST_DECAY = 0.85  # the same for the sums that follow a change within a few requests
+_FORGET_S = 60.0  # time constant of forgetting finished requests and, without load, the limit
+_MIN_EVIDENCE = 0.01  # finished requests, decayed, below which nothing is known
+_MAX_OUTLIER = 8.0  # longest time of a request that is learned, relative to the estimate
+_SATURATED_S = 5.0  # longer than the limit needs to fall and to rise again
 _ROUNDING_S = 1e-6  # rounding error of sums of seconds
 _SHARE_WEIGHT = 0.2  # weight of one report; the running share changes with each engine step
 _BEST_S = 60.0  # the best latency is that of the last one to two minutes, as workloads change
@@ -48,6 +59,43 @@ class _Sample(NamedTuple):
     kv_cache_usage: float
     in_flight: int
     in_flight_tokens: float
+
+
+class _Finished:
+    """Decaying sums over finished requests."""
+
+    def __init__(self, decay: float) -> None:
+        self._decay = decay
+        self.num = self.seconds = self.running_s = self.work_tokens = self.done_tokens = 0.0
+
+    def add(
+        self, work_tokens: float, done_tokens: float, seconds: float, running_share: float
+    ) -> None:
+        if self.num >= 1:  # clip outliers, such as a request that was stuck
+            by_work_s = done_tokens * self.seconds / self.done_tokens
+            seconds = min(seconds, _MAX_OUTLIER * max(by_work_s, self.seconds / self.num))
+        self.scale(self._decay)
+        self.num += 1
+        self.seconds += seconds
+        self.running_s += seconds * running_share
+        self.work_tokens += work_tokens
+        self.done_tokens += done_tokens
+
+    def scale(self, share: float) -> None:
+        self.num *= share
+        self.seconds *= share
+        self.running_s *= share
+        self.work_tokens *= share
+        self.done_tokens *= share
+        if self.num < _MIN_EVIDENCE:
+            self.num = self.seconds = self.running_s = self.work_tokens = self.done_tokens = 0.0
+
+    def request_s(self, work_tokens: float) -> float:
+        """Return the mean time, or the time in proportion to the work if that is less."""
+        if not self.num:
+            return 0.0
+        by_work_s = work_tokens * self.seconds / self.work_tokens
+        return min(self.seconds / self.num, by_work_s)
 
 
 class PoolCapacity:
@@ -71,9 +119,9 @@ class PoolCapacity:
         self._sampled_s = float("-inf")
         self._samples: list[_Sample] = []  # since the last adjustment, whose sample is the first
         self._running_share = 1.0  # of the requests that are in the engines
-        # Decaying sums over finished requests.
-        self._num_finished = self._finished_s = self._finished_tokens = 0.0
-        self._finished_running_s = 0.0  # part of ``_finished_s`` in which an engine ran them
+        self._saturated_s = float("-inf")
+        self._slow = _Finished(_SLOW_DECAY)
+        self._fast = _Finished(_FAST_DECAY)
         # Lowest latency (s per token) in the current and in the previous period of ``_BEST_S``.
         self._best_token_s = self._previous_best_token_s = float("inf")
         self._best_since_s = 0.0
@@ -101,52 +149,62 @@ class PoolCapacity:
         self.in_flight -= 1
         self.in_flight_tokens = self.in_flight_tokens - work_tokens if self.in_flight else 0.0
         if done_tokens > 0 and seconds > 0:
-            self._finished_s = self._finished_s * _DECAY + seconds
-            self._finished_running_s = (
-                self._finished_running_s * _DECAY + seconds * self._running_share
-            )
-            self._finished_tokens = self._finished_tokens * _DECAY + done_tokens
-            self._num_finished = self._num_finished * _DECAY + 1
+            for finished in (self._slow, self._fast):
+                finished.add(work_tokens, done_tokens, seconds, self._running_share)
 
-    def drain_tokens_per_s(self) -> float | None:
-        """Return the work in tokens that the replicas finish each second, for this router.
+    def is_saturated(self, now_s: float) -> bool:
+        """Return True if the engines, not only the limit, keep further requests waiting.
 
-        By Little's law: running requests * (tokens per request) / (running time per request).
-        Requests that wait inside an engine are left out, because their number changes at once and
-        their waiting time is only known when they end. None before a request has ended, or while
-        none is in flight.
+        While they do not, the limit still rises, so the speed of today's requests in flight says
+        little about the wait.
         """
-        if not self.in_flight or not self._finished_running_s:
+        return 0 <= now_s - self._saturated_s <= _SATURATED_S
+
+    def drain_tokens_per_s(self, *, hopeful: bool = False) -> float | None:
+        """Return the estimated work that the replicas finish each second, for this router.
+
+        By Little's law: running requests * (work per request) / (running time per request).
+        The work is that of ``add_request``, so that errors of the estimate cancel out in the wait
+        of a queue. Requests that wait inside an engine are left out, because their number changes
+        at once and their waiting time is only known when they end. None before a request has
+        ended, or while none is in flight.
+
+        Args:
+            hopeful: Use the last few requests instead, if they were faster.
+        """
+        if not self.in_flight or not self._slow.running_s:
             return None
         num_running = self.in_flight * self._running_share
-        return num_running * self._finished_tokens / self._finished_running_s
+        return num_running * max(
+            one.work_tokens / one.running_s
+            for one in ((self._slow, self._fast) if hopeful else (self._slow,))
+            if one.running_s
+        )
 
-    def average_request_s(self, work_tokens: float) -> float:
+    def average_request_s(self, work_tokens: float, *, hopeful: bool = False) -> float:
         """Return the expected time of a request at a replica; 0 before one has ended.
 
         The mean, or the time in proportion to its work if that is less.
+
+        Args:
+            work_tokens: Its estimated work.
+            hopeful: Use the last few requests instead, if they were faster.
         """
-        if not self._num_finished:
-            return 0.0
-        by_work_s = work_tokens * self._finished_s / self._finished_tokens
-        return min(self._finished_s / self._num_finished, by_work_s)
+        slow_s = self._slow.request_s(work_tokens)
+        return min(slow_s, self._fast.request_s(work_tokens)) if hopeful else slow_s
 
     def best_request_s(self, work_tokens: float) -> float:
-        """Return the time of a request at the best recent latency, for idle replicas.
-
-        Rejecting requests by a time that is too long would reject all of them, and no request
-        would ever correct the estimate.
-        """
-        if not self._num_finished:
-            return 0.0
+        """Return the time of a request at the best recent latency, for idle replicas."""
         best_token_s = min(self._best_token_s, self._previous_best_token_s)
         return min(self.average_request_s(work_tokens), work_tokens * best_token_s)
 
     def observe_loads(self, loads: Iterable[Load], now_s: float) -> None:
         """Evaluate the newest load reports of all replicas and adjust the limit."""
-        if 0 <= now_s - self._sampled_s < SAMPLE_S:
+        elapsed_s = now_s - self._sampled_s
+        if 0 <= elapsed_s < SAMPLE_S:
             return
         self._sampled_s = now_s
+        self._forget(elapsed_s)
         reports = list(loads)
         if not reports:
             return
@@ -168,8 +226,21 @@ class PoolCapacity:
             self._running_share += _SHARE_WEIGHT * (share - self._running_share)
         if now_s - self._samples[0].at_s < ADJUST_S:
             return
-        self._adjust(self._standing_queue(), is_slow=self._slowdown(now_s) > MAX_SLOWDOWN)
+        standing, is_slow = self._standing_queue(), self._slowdown(now_s) > MAX_SLOWDOWN
+        if standing.waiting or standing.kv_cache_usage > KV_HIGH or is_slow:
+            self._saturated_s = now_s
+        self._adjust(standing, is_slow=is_slow)
         self._samples = [sample]
+
+    def _forget(self, elapsed_s: float) -> None:
+        """Forget finished requests with time, and the limit after a pause without reports."""
+        if not 0 <= elapsed_s < float("inf"):  # the first report, or the clock jumped back
+            return
+        for finished in (self._slow, self._fast):
+            finished.scale(exp(-elapsed_s / _FORGET_S))
+        if elapsed_s > _FORGET_S:
+            self.limit_tokens = self._max_in_flight = float("inf")
+            self._has_report, self._samples = False, []
 
     def _raise_initial_bound(self, num: int, running: int, waiting: int, now_s: float) -> None:
         if not self._has_report:
@@ -214,11 +285,11 @@ class PoolCapacity:
 
     def _slowdown(self, now_s: float) -> float:
         """Return the latency per token relative to the best; 1 before a request has ended."""
-        if not self._finished_tokens:
+        if not self._slow.done_tokens:
             return 1.0
         if not 0 <= now_s - self._best_since_s < _BEST_S:
             self._previous_best_token_s, self._best_token_s = self._best_token_s, float("inf")
             self._best_since_s = now_s
-        token_s = self._finished_s / self._finished_tokens
+        token_s = self._slow.seconds / self._slow.done_tokens
         self._best_token_s = min(self._best_token_s, token_s)
         return token_s / min(self._best_token_s, self._previous_best_token_s)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.overload.virtual_time import VirtualLoop
-from cluster.admission import Identity, PoolCapacity, QueueLimits, Tenant
+from cluster.admission import Identity, PoolCapacity, QueueLimits, Tenant, WaitCorrection
 from cluster.errors import OverloadedError
 from cluster.gateway.pools.queue import AdmissionQueue
 from cluster.gateway.pools.slots import Claim, Slot
@@ -216,15 +216,16 @@ def test_pool_recovers_from_a_stall() -> None:
     run(scenario)
 
 
-def test_wait_estimate_is_corrected_slowly() -> None:
-    queue = Engine().queue
+def test_wait_estimate_is_corrected_slowly_and_the_correction_is_forgotten() -> None:
+    correction = WaitCorrection()
     for _ in range(1000):
-        queue._learn_wait("t", 1.0, 1.0)
+        correction.learn("t", 1.0, 1.0, 0.0)
     for _ in range(100):
-        queue._learn_wait("t", 1.0, 2.0)
-    actual_s, estimated_s = queue._waits["t"]
+        correction.learn("t", 1.0, 2.0, 0.0)
     # 0.996 ** 100 = 0.67, so a third of the weight is on the last 100 waits, which were doubled.
-    assert actual_s / estimated_s == pytest.approx(1.33, abs=0.01)
+    assert correction.factor("t", 0.0) == pytest.approx(1.33, abs=0.01)
+    assert correction.factor("t", 3600.0) == pytest.approx(1.0, abs=0.01)
+    assert correction.factor("other", 0.0) == 1.0
 
 
 def test_refusal_says_when_to_retry() -> None:

@@ -2,12 +2,17 @@
 
 Every request ends here exactly once, with a slot or a typed error. A request is refused as soon as
 its estimated wait exceeds its timeout, so that clients can go elsewhere at once.
+
+Estimates that only traffic can correct never refuse that traffic: nothing is refused by an estimate
+while the engines have room, nor in a short queue before as many requests have finished as are in
+flight.
 """
 
 import asyncio
 from collections.abc import Iterable
+from dataclasses import dataclass
 
-from cluster.admission import FairQueue, PoolCapacity, QueueEntry, QueueLimits
+from cluster.admission import FairQueue, PoolCapacity, QueueEntry, QueueLimits, WaitCorrection
 from cluster.errors import OverloadedError, RequestError, UnavailableError
 from cluster.gateway.pools.slots import Claim, Slot, SlotSource
 from cluster.gateway.recording.observer import PoolMeter
@@ -20,13 +25,26 @@ _NO_REPLICA_RETRY_S = 5.0
 # Refuse if 1.5 times the estimated wait exceeds the timeout: the estimate is uncertain, overload
 # keeps every wait at the limit, and a shorter queue costs no throughput.
 _WAIT_MARGIN = 1.5
-# Decay per request of the estimates' past errors. Much slower than the queue turns over: at the
-# same speed, queue length and correction oscillate together.
-_ERROR_DECAY = 0.996
-_MAX_CORRECTION = 4.0
-_NO_WAITS = (1.0, 1.0)
+# Finished requests of a standing queue after which its estimates are trusted. The first number also
+# suffices if it is all that are in flight: the estimates then stem from the present load.
+_MIN_FINISHED, _MAX_FINISHED = 4, 16
+# Queued requests per request in flight up to which a queue is short.
+_SHORT_QUEUE = 4
+# Finished requests of a standing queue until which faster recent ones are preferred. By then, 13 %
+# of the slow averages stem from earlier load (0.99 to the power of 200).
+_HOPEFUL_FINISHED = 200
+# Part of its time that a request must have waited to be skipped as too late. Before that, only the
+# estimate can be at fault.
+_MIN_SKIP_SHARE = 0.5
 
-Waiter = tuple[Claim, asyncio.Future[Slot]]
+
+@dataclass(frozen=True, slots=True)
+class Waiter:
+    """A request that waits for a slot."""
+
+    claim: Claim
+    slot: asyncio.Future[Slot]
+    since_s: float
 
 
 class AdmissionQueue:
@@ -46,9 +64,9 @@ class AdmissionQueue:
         self._meter = meter
         self._queue: FairQueue[Waiter] = FairQueue(limits)
         self._closed = False
-        # Actual and estimated seconds that each tenant waited. Their ratio corrects the next
-        # estimate; it is mostly above 1, because requests of other tenants keep arriving.
-        self._waits: dict[str, tuple[float, float]] = {}
+        self._correction = WaitCorrection()
+        self._num_finished = 0  # requests that finished since the queue was last empty
+        self._slots_are_full = False  # the last attempt failed although the capacity had room
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -69,8 +87,7 @@ class AdmissionQueue:
         if self._closed:
             raise _stopping()
         if not self._queue:
-            if claim.has_deadline:
-                self._refuse_if_late(claim, 0.0)
+            self._num_finished = 0
             if (slot := self._try_slot(claim)) is not None:
                 return slot
         return await self._wait(claim)
@@ -87,6 +104,7 @@ class AdmissionQueue:
         """
         claim, held_s = slot.claim, self._slots.release_slot(slot, usage)
         self.capacity.remove_request(claim.work_tokens, done_tokens or 0.0, held_s)
+        self._num_finished += bool(done_tokens)
         if done_tokens is not None:
             tenant = claim.identity.tenant
             excess = done_tokens - claim.work_tokens
@@ -105,40 +123,41 @@ class AdmissionQueue:
     def dispatch(self) -> None:
         """Assign free slots to the requests in the queue."""
         while (entry := self._queue.peek()) is not None:
-            claim, future = entry.item
-            if future.done():  # cancelled, but its task has not run since
+            waiter = entry.item
+            if waiter.slot.done():  # cancelled, but its task has not run since
                 self._queue.remove(entry)
-            elif claim.has_deadline and self._will_miss_deadline(claim):
+            elif waiter.claim.has_deadline and self._will_miss_deadline(waiter):
                 self._queue.remove(entry)
-                future.set_exception(self._too_late())
+                waiter.slot.set_exception(self._too_late())
             else:
                 self._offer_slot(entry)
-                if not future.done():
+                if not waiter.slot.done():
                     return
 
     def close(self) -> None:
         """Reject the requests in the queue and all later ones: the router is stopping."""
         self._closed = True
         for entry in self._queue.drain():
-            if not entry.item[1].done():
-                entry.item[1].set_exception(_stopping())
+            if not entry.item.slot.done():
+                entry.item.slot.set_exception(_stopping())
 
     def _offer_slot(self, entry: QueueEntry[Waiter]) -> None:
-        claim, future = entry.item
+        waiter = entry.item
         try:
-            slot = self._try_slot(claim)
+            slot = self._try_slot(waiter.claim)
         except UnavailableError as error:
             self._queue.remove(entry)
-            future.set_exception(error)
+            waiter.slot.set_exception(error)
             return
         if slot is not None:
             self._queue.pop()
-            future.set_result(slot)
+            waiter.slot.set_result(slot)
 
     def _try_slot(self, claim: Claim) -> Slot | None:
         if not self.capacity.has_room(claim.work_tokens):
             return None
         slot = self._slots.take_slot(claim)
+        self._slots_are_full = slot is None
         if slot is not None:
             self.capacity.add_request(claim.work_tokens)
         return slot
@@ -147,17 +166,17 @@ class AdmissionQueue:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Slot] = loop.create_future()
         tenant = claim.identity.tenant
+        since_s = loop.time()
         entry: QueueEntry[Waiter] = QueueEntry(
-            (claim, future),
+            Waiter(claim, future, since_s),
             tenant.name,
             claim.work_tokens,
             claim.expires_s,
             tenant.weight,
             claim.priority,
         )
-        estimated_s = self._estimate_wait_s(entry)
-        actual_sum_s, estimated_sum_s = self._waits.get(tenant.name, _NO_WAITS)
-        wait_s = estimated_s * min(_MAX_CORRECTION, actual_sum_s / estimated_sum_s)
+        estimated_s = self._estimate_wait_s(entry, since_s)
+        wait_s = estimated_s * self._correction.factor(tenant.name, since_s)
         self._refuse_if_late(claim, wait_s)
         if not self._queue.push(entry):
             self._meter.shed("queue_full")
@@ -165,7 +184,6 @@ class AdmissionQueue:
                 f"{self._pool_name}: the queue is full", retry_after_s=_retry_s(wait_s)
             )
         timer = loop.call_at(claim.expires_s, self._expire, entry)
-        since_s = loop.time()
         try:
             return await future
         except asyncio.CancelledError:
@@ -176,20 +194,28 @@ class AdmissionQueue:
             raise
         finally:
             timer.cancel()
-            self._learn_wait(tenant.name, estimated_s, loop.time() - since_s)
+            if estimated_s and not future.cancelled():  # an abandoned wait says nothing
+                now_s = loop.time()
+                self._correction.learn(tenant.name, estimated_s, now_s - since_s, now_s)
 
-    def _learn_wait(self, tenant: str, estimated_s: float, actual_s: float) -> None:
-        if estimated_s > 0:
-            actual_sum_s, estimated_sum_s = self._waits.get(tenant, _NO_WAITS)
-            self._waits[tenant] = (
-                actual_sum_s * _ERROR_DECAY + actual_s,
-                estimated_sum_s * _ERROR_DECAY + estimated_s,
-            )
-
-    def _estimate_wait_s(self, entry: QueueEntry[Waiter]) -> float:
-        """Return the wait of a new entry in seconds; 0 if no drain rate is known yet."""
-        rate = self.capacity.drain_tokens_per_s() if self._slots.num_ready else None
+    def _estimate_wait_s(self, entry: QueueEntry[Waiter], now_s: float) -> float:
+        """Return the wait of a new entry in seconds; 0 if nothing reliable is known."""
+        if not self._slots.num_ready or not self._can_estimate(now_s):
+            return 0.0
+        rate = self.capacity.drain_tokens_per_s(hopeful=self._is_hopeful)
         return self._queue.tokens_before(entry) / rate if rate else 0.0
+
+    def _can_estimate(self, now_s: float) -> bool:
+        in_flight = self.capacity.in_flight
+        if self._slots_are_full and len(self._queue) > _SHORT_QUEUE * in_flight:
+            return True
+        min_finished = max(_MIN_FINISHED, min(_MAX_FINISHED, in_flight))
+        is_stuck = self._slots_are_full or self.capacity.is_saturated(now_s)
+        return is_stuck and self._num_finished >= min_finished
+
+    @property
+    def _is_hopeful(self) -> bool:
+        return self._num_finished < _HOPEFUL_FINISHED
 
     def _refuse_if_late(self, claim: Claim, wait_s: float) -> None:
         if not self._would_be_late(claim, wait_s):
@@ -205,23 +231,25 @@ class AdmissionQueue:
         start_s = asyncio.get_running_loop().time() + wait_s * _WAIT_MARGIN
         if start_s > claim.expires_s:
             return True
-        # Use the best duration only for a request that would start now: if every request were
-        # refused, no new duration would be measured and a bad average would stay.
-        duration_s = self.capacity.average_request_s if wait_s else self.capacity.best_request_s
-        return start_s + duration_s(claim.work_tokens) > claim.deadline_s
+        if not wait_s:  # it corrects the estimates
+            return False
+        request_s = self.capacity.average_request_s(claim.work_tokens, hopeful=self._is_hopeful)
+        return start_s + request_s > claim.deadline_s
 
-    def _will_miss_deadline(self, claim: Claim) -> bool:
+    def _will_miss_deadline(self, waiter: Waiter) -> bool:
+        """Return True if a request that became late in the queue would finish too late."""
+        claim, now_s = waiter.claim, asyncio.get_running_loop().time()
+        if now_s - waiter.since_s < _MIN_SKIP_SHARE * (claim.deadline_s - waiter.since_s):
+            return False
         # An average duration suffices to skip the first request if another one can have its slot.
         alone = len(self._queue) <= 1
-        duration_s = self.capacity.best_request_s if alone else self.capacity.average_request_s
-        end_s = asyncio.get_running_loop().time() + duration_s(claim.work_tokens)
-        return end_s > claim.deadline_s
+        request_s = self.capacity.best_request_s if alone else self.capacity.average_request_s
+        return now_s + request_s(claim.work_tokens) > claim.deadline_s
 
     def _expire(self, entry: QueueEntry[Waiter]) -> None:
-        _, future = entry.item
         self._queue.remove(entry)
-        if not future.done():
-            future.set_exception(self._too_late())
+        if not entry.item.slot.done():
+            entry.item.slot.set_exception(self._too_late())
 
     def _too_late(self) -> RequestError:
         if not self._slots.num_ready:
