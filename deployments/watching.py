@@ -96,10 +96,13 @@ class ReplicaWatch:
             logger.warning("%s without more traffic; leaks.replace is off", rate)
 
     async def _replace(self, rate: str) -> None:
-        if await asyncio.to_thread(self._lease.acquire, self._id):
-            await self._retire(rate)
-        else:
-            logger.info("%s; another replica of the pool is being replaced", rate)
+        try:
+            if await asyncio.to_thread(self._lease.acquire, self._id):
+                await self._retire(rate)
+            else:
+                logger.info("%s; another replica of the pool is being replaced", rate)
+        except Exception:  # the GCS is down; the next reading tries again
+            logger.exception("%s; could not replace this replica", rate)
 
 
 def _devices(config: OperationsConfig, model: str) -> DeviceWatch | None:

@@ -252,7 +252,7 @@ async def answer_locally(
     call = _LocalCall(body)
     scope = _scope(head, call.usage, _LOCAL_ADDRESS, head.client or _LOCAL_ADDRESS)
     task = asyncio.ensure_future(app(scope, call.receive, call.send))
-    task.add_done_callback(lambda _: call.changed.set())
+    task.add_done_callback(call.on_task_done)
     try:
         head_sent, chunks = False, b""
         while True:
@@ -288,6 +288,11 @@ class _LocalCall:
     @property
     def has_unread(self) -> bool:
         return bool(self._chunks)
+
+    def on_task_done(self, task: asyncio.Future[None]) -> None:
+        if not task.cancelled():
+            task.exception()  # a reader that left does not ask for it, and asyncio would log it
+        self.changed.set()
 
     async def receive(self) -> Message:
         if self._body is None:

@@ -1,6 +1,7 @@
 """Transport of the client: links to all routers, and the handle without them."""
 
 import asyncio
+import gc
 import json
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -190,3 +191,20 @@ def test_the_background_loop_returns_results_and_raises_errors() -> None:
     background.close()
     assert not background.loop.is_running()
     background.close()
+
+
+async def test_a_failure_after_the_reader_left_is_not_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def broken(scope: Scope, receive: Receive, send: Send) -> None:
+        await send_head(send)
+        raise RuntimeError("planted")
+
+    items = answer_locally(broken, RequestHead(), b"")
+    await anext(items)
+    await asyncio.sleep(0)
+    await items.aclose()
+    del items
+    gc.collect()
+    await asyncio.sleep(0)
+    assert "never retrieved" not in caplog.text

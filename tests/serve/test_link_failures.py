@@ -25,6 +25,7 @@ from cluster.link import (
 )
 from cluster.link import frames as f
 from cluster.link import handshake as handshakes
+from cluster.link.client import ClientConnection
 from cluster.load import Load
 from tests.serve.link_kit import (
     SECRET,
@@ -502,3 +503,32 @@ async def test_tls_with_ray_files_rejects_strangers(
     for each in (client, stranger, plain):
         await each.close()
     await server.stop()
+
+
+class FaultyClient(LinkClient):
+    """Link whose first attempts to connect fail by a defect."""
+
+    num_faults = 2
+
+    def new_connection(self) -> ClientConnection:
+        async def fail() -> None:
+            raise RuntimeError("planted")
+
+        connection = super().new_connection()
+        if self.num_faults:
+            self.num_faults -= 1
+            connection.wait_ready = fail  # type: ignore[method-assign]
+        return connection
+
+
+async def test_a_defect_does_not_end_the_attempts_to_connect(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    server = LinkServer(echo, SECRET)
+    host, port = await server.start()
+    client = FaultyClient(host, port, SECRET)
+    await client.connect()
+    assert await ask(client, body=b"hello") == (200, b"hello")
+    await client.close()
+    await server.stop()
+    assert "planted" in caplog.text
