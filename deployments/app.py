@@ -21,7 +21,7 @@ from cluster.config import (
     parse,
 )
 from deployments.autoscaling import DECISION_INTERVAL_S
-from deployments.replica import SHUTDOWN_TIMEOUT_S, Classifier, Generator
+from deployments.replica import SHUTDOWN_S, Classifier, Generator
 from deployments.router import Router
 
 NAMED_REPLICA_ROUTER = "deployments.discovery:NamedReplicaRouter"
@@ -46,7 +46,7 @@ def build(args: dict[str, Any] | TandemConfig) -> Application:
         autoscaling_config=_autoscaling(config, config.router),
         ray_actor_options=_actor_options(config.router.resources),
         max_ongoing_requests=4096,
-        graceful_shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
+        graceful_shutdown_timeout_s=config.max_answer_s + SHUTDOWN_S,
         health_check_period_s=5,
         max_surge_percent=SURGE_PERCENT,
         # The router's own request log has more detail (deployments/logs.py).
@@ -89,7 +89,7 @@ def _pool(
         autoscaling_config=_autoscaling(config, pool),
         # The routers limit the requests; Serve does not see those that come over links.
         max_ongoing_requests=1000,
-        graceful_shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
+        graceful_shutdown_timeout_s=config.max_answer_s + SHUTDOWN_S,
         health_check_period_s=1,
         health_check_timeout_s=30,
         max_surge_percent=SURGE_PERCENT,

@@ -38,7 +38,7 @@ class ProxySetup:
                 header_timeout_s=config.header_timeout_s,
                 client_timeout_s=config.client_timeout_s,
                 max_connections_per_address=config.max_connections_per_address,
-                drain_s=120 + RELOAD_S,
+                drain_s=config.max_answer_s + RELOAD_S,
             )
         )
         self._known: set[Any] = set()

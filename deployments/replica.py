@@ -22,7 +22,7 @@ from cluster.engines.startup import StartupTimer, process_age_s
 from cluster.errors import DeviceFailedError, EngineDeadError, ReplicaRetiredError
 from cluster.gateway.pools.replica import ReplicaInfo
 from cluster.gateway.pools.routes import RouteTable
-from cluster.link import DrainResult, RequestHead, ResponseHead, answer_locally
+from cluster.link import DrainResult, LinkServer, RequestHead, ResponseHead, answer_locally
 from cluster.metrics import Registry, table
 from cluster.ray_internals import confine_replica_to_loopback
 from cluster.tracing import start_tracer
@@ -35,11 +35,11 @@ from deployments.watching import ReplicaWatch
 
 logger = logging.getLogger("ray.serve.tandem")
 
-SHUTDOWN_TIMEOUT_S = 60.0
-"""Seconds that Serve waits for a replica to shut down."""
-DRAIN_TIMEOUT_S = SHUTDOWN_TIMEOUT_S - 20.0
-"""Seconds of it in which requests may finish; the rest is for stopping the engine."""
+SHUTDOWN_S = 20.0
+"""Seconds that a replica may take to stop after its requests have ended."""
 _DEAD_ENGINE_DRAIN_S = 1.0  # for sending errors to the requests of a dead engine
+_RETIRE_S = 40.0  # a pool with one replica has none meanwhile
+_HEALTH_POLL_S = 1.0
 _IDLE_POLL_S = 0.2
 ENGINE_LOGGER = "vllm"
 """Logger of vLLM, which configures it when it is imported."""
@@ -58,6 +58,7 @@ class EngineReplica:
         operations: OperationsConfig,
     ) -> None:
         timer = StartupTimer()
+        self._max_answer_s = operations.max_answer_s
         self._created_at = time.time() - process_age_s()
         confine_replica_to_loopback()
         log_with_serve()
@@ -146,6 +147,7 @@ class EngineReplica:
         """Send routers to other replicas at once; the requests in the engine are lost anyway."""
         if self._dead_drain is None:
             self._dead_drain = asyncio.create_task(self._server.drain(_DEAD_ENGINE_DRAIN_S))
+            self._dead_drain.add_done_callback(_log_failure)
 
     def _num_in_flight(self) -> int:
         return self._server.num_streams + self._num_handle_calls
@@ -156,7 +158,7 @@ class EngineReplica:
         # The links stay open: a router that cannot open one would use the handle.
         self._server.retire()
         with suppress(TimeoutError):
-            async with asyncio.timeout(DRAIN_TIMEOUT_S):
+            async with asyncio.timeout(_RETIRE_S):
                 while self._num_in_flight():  # noqa: ASYNC110, two counters without an event
                     await asyncio.sleep(_IDLE_POLL_S)
         self._retired_reason = reason
@@ -206,18 +208,28 @@ class EngineReplica:
         finally:
             engine = getattr(self, "_engine", None)
             if engine is not None:
-                await engine.stop()
+                async with asyncio.timeout(SHUTDOWN_S):
+                    await engine.stop()
 
     async def _stop_serving(self) -> None:
         server = getattr(self, "_server", None)
         if server is not None:
-            finished, cancelled = await server.drain(DRAIN_TIMEOUT_S)
+            finished, cancelled = await self._drain(server)
             logger.info("drained: %d requests finished, %d cancelled", finished, cancelled)
         if hasattr(self, "_exporter"):
             await self._watch.close()
             await self._exporter.close()
             if self._tracer is not None:
                 await self._tracer.close()
+
+    async def _drain(self, server: LinkServer) -> DrainResult:
+        """Finish the requests in flight; give up if the engine dies, which Serve checks no more."""
+        drain = asyncio.create_task(server.drain(self._max_answer_s))
+        while not drain.done():
+            await asyncio.wait([drain], timeout=_HEALTH_POLL_S)
+            with suppress(EngineDeadError, DeviceFailedError, ReplicaRetiredError):
+                await self.check_health()
+        return drain.result()
 
 
 class Generator(EngineReplica):
@@ -239,6 +251,11 @@ class Classifier(EngineReplica):
         self, config: ClassifierConfig, operations: OperationsConfig
     ) -> None:
         await self._start(lambda: make_classifier_engine(config), config, operations)
+
+
+def _log_failure(task: asyncio.Task[Any]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("could not drain the links of a dead engine", exc_info=error)
 
 
 def _versions() -> dict[str, str]:

@@ -44,7 +44,6 @@ from deployments.links import link_secret, record_certificate_expiry, start_link
 from deployments.logs import close_request_log, log_with_serve, open_request_log
 from deployments.metrics import RayExporter
 from deployments.proxies import ProxySetup
-from deployments.replica import DRAIN_TIMEOUT_S
 
 HTTP_HOST_TIMEOUT_S = 60.0
 """Maximum time for Serve's controller to answer a starting router; longer than its restart."""
@@ -59,6 +58,7 @@ class Router:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: TandemConfig, pools: Mapping[str, DeploymentHandle]
     ) -> None:
+        self._max_answer_s = config.max_answer_s
         confine_replica_to_loopback()
         ignore_disconnect_header()
         log_with_serve()
@@ -140,7 +140,7 @@ class Router:
     async def __del__(self) -> None:
         """Drain and close the links; Serve awaits this after the last HTTP request has ended."""
         if hasattr(self, "_server"):
-            await self._server.drain(DRAIN_TIMEOUT_S)
+            await self._server.drain(self._max_answer_s)
             await self._proxies.close()
             await self._discovery.close()
             await self._quota_sync.close()

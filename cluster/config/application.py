@@ -66,6 +66,11 @@ class TandemConfig(Section):
         return tuple(dict.fromkeys([*paths, *(pool.model for pool in self.classifiers)]))
 
     @property
+    def max_answer_s(self) -> int:
+        """Duration of the longest answer, in seconds."""
+        return self.router.max_answer_s
+
+    @property
     def operations(self) -> OperationsConfig:
         """Sections that every replica receives."""
         return OperationsConfig.model_validate(self, from_attributes=True)

@@ -103,3 +103,4 @@ class OperationsConfig(Section):
     accounting: AccountingConfig
     leaks: LeaksConfig
     devices: DevicesConfig
+    max_answer_s: int

@@ -45,6 +45,9 @@ class RouterConfig(Section):
     start_timeout_s: float = Field(300.0, gt=0)
     """Maximum time in the queue in seconds for the first replica of a pool with `min: 0`; then
     503. Other pools use `queue_timeout_s`."""
+    max_answer_s: int = Field(3600, ge=1)
+    """Duration of the longest answer, in seconds. Routers, replicas and HAProxy processes that are
+    replaced finish the requests that they have for as long, and hold their resources meanwhile."""
     log_requests_per_s: float = Field(10.0, ge=0)
     """Maximum number of logged requests per second, and the same number again of failed ones."""
     log_prompts: bool = False

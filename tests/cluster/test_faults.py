@@ -187,14 +187,18 @@ def test_2000_abandoned_requests_leave_an_idle_engine(
 # -- killed processes -------------------------------------------------------------------------
 
 
-def process(cluster: RunningCluster, title: str) -> psutil.Process:
-    """Return the newest process of the cluster whose command line contains ``title``."""
-    found = [
-        owned.process
-        for owned in processes.find(cluster.home)
-        if title in " ".join(owned.process.cmdline())
-    ]
-    return max(found, key=lambda process: process.create_time())
+def find(cluster: RunningCluster, title: str) -> set[psutil.Process]:
+    """Return the processes of the cluster whose command line contains ``title``."""
+    found = set()
+    for owned in processes.find(cluster.home):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if title in " ".join(owned.process.cmdline()):
+                found.add(owned.process)
+    return found
+
+
+def newest(cluster: RunningCluster, title: str) -> psutil.Process:
+    return max(find(cluster, title), key=lambda process: process.create_time())
 
 
 def replicas(cluster: RunningCluster) -> dict[str, tuple[str, int | None]]:
@@ -247,12 +251,12 @@ def test_a_killed_controller_costs_no_replica_and_no_request(
     cluster: RunningCluster, http: httpx.Client
 ) -> None:
     before = replicas(cluster)
-    old = process(cluster, "ray::ServeController")
+    old = newest(cluster, "ray::ServeController")
     with traffic(cluster) as failures:
         time.sleep(1)
         old.kill()
         wait_until(
-            lambda: process(cluster, "ray::ServeController").pid != old.pid, 20, "a new controller"
+            lambda: bool(find(cluster, "ray::ServeController") - {old}), 20, "a new controller"
         )
         # The new controller asks every replica in its first seconds.
         time.sleep(8)
@@ -271,7 +275,7 @@ def test_a_killed_haproxy_is_back_within_two_seconds(
 
     before = replicas(cluster)
     for _ in range(3):
-        process(cluster, "haproxy -db").kill()
+        newest(cluster, "haproxy -db").kill()
         killed_at = time.monotonic()
         wait_until(lambda: not is_up(), 1, "losing HAProxy")
         wait_until(is_up, 2 - (time.monotonic() - killed_at), "restarting HAProxy")
