@@ -19,7 +19,6 @@ class LoadedAdapters:
         self._loaded: dict[int, dict[str, None]] = {}  # the least recently used one first
 
     def grow(self, size: int) -> None:
-        """Make room for ``size`` rows."""
         num_new = size - len(self._full)
         self._full = np.concatenate((self._full, np.zeros(num_new)))
         for name, array in self._missing.items():
@@ -44,7 +43,6 @@ class LoadedAdapters:
         self._full[row] = len(loaded) == self._max_loaded
 
     def forget_row(self, row: int) -> None:
-        """Forget the adapters of a row."""
         for adapter in list(self._loaded.get(row, ())):
             self._evict(row, adapter)
         self._loaded.pop(row, None)

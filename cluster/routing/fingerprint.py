@@ -6,7 +6,7 @@ made of them (``cluster.engines.prefix_cache``). Pure.
 """
 
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,6 +119,23 @@ class _PromptBody(RequestBody):
     def _fingerprint(self) -> Fingerprint:
         raise NotImplementedError
 
+    def _hash(self, text: bytes, max_tokens: int | None, is_tokens: bool = False) -> Fingerprint:
+        model = self.model or ""
+        seed = digest("\0".join((model, self.cache_salt or "", str(is_tokens))).encode())
+        ends: list[int] = []
+        hashes: list[int] = []
+        view, size, start = memoryview(text), len(text), 0
+        for end in PREFIX_ENDS:
+            if end > size:
+                break
+            seed = digest(view[start:end], seed)
+            hashes.append(seed)
+            ends.append(end)
+            start = end
+        return Fingerprint(
+            tuple(hashes), tuple(ends), size, is_tokens, self.user, max_tokens, model
+        )
+
 
 class _Chat(_PromptBody):
     max_completion_tokens: int | None = None
@@ -126,8 +143,8 @@ class _Chat(_PromptBody):
     system: str | list[_Part] | None = None
 
     def _fingerprint(self) -> Fingerprint:
-        max_tokens = self.max_completion_tokens or self.max_tokens
-        return _hash_text(self, _conversation(self, self.system, self.messages), max_tokens)
+        text = _conversation(self, self.system, self.messages)
+        return self._hash(text.encode(), self.max_completion_tokens or self.max_tokens)
 
 
 class _Completion(_PromptBody):
@@ -138,9 +155,9 @@ class _Completion(_PromptBody):
         if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
             prompt = prompt[0]
         if isinstance(prompt, str):
-            return _hash_text(self, (prompt,), self.max_tokens)
+            return self._hash(prompt.encode(), self.max_tokens)
         ids = array("I", prompt)  # raises if an item is not a token id
-        return _hash_bytes(self, ids.tobytes(), self.max_tokens, is_tokens=True)
+        return self._hash(ids.tobytes(), self.max_tokens, is_tokens=True)
 
 
 class _Responses(_PromptBody):
@@ -153,8 +170,8 @@ class _Responses(_PromptBody):
         if self.previous_response_id is not None:  # the earlier turns are unknown here
             return Fingerprint(session=self.user, max_tokens=self.max_output_tokens)
         messages = [_Message("user", self.input)] if isinstance(self.input, str) else self.input
-        texts = _conversation(self, self.instructions, messages)
-        return _hash_text(self, texts, self.max_output_tokens)
+        text = _conversation(self, self.instructions, messages)
+        return self._hash(text.encode(), self.max_output_tokens)
 
 
 _decode_chat = msgspec.json.Decoder(_Chat).decode
@@ -199,72 +216,39 @@ def _decode_with_prompt(path: str, body: bytes) -> _PromptBody | None:
 
 def _conversation(
     body: _PromptBody, system: str | list[_Part] | None, messages: list[_Message]
-) -> Iterator[str]:
-    """Yield the texts in the order of chat templates: system, tools, then turn by turn.
+) -> str:
+    """Return the text in the order of chat templates: system, tools, then turn by turn.
 
     Roles and line breaks are placed as in most templates, so that lengths nearly agree.
     """
-    start = 0
+    texts: list[str] = []
     if system is not None:
-        yield from _turn("system", system)
+        _add_turn(texts, "system", system)
     elif messages and messages[0].role in ("system", "developer"):
-        start = 1
-        yield from _turn(messages[0].role, messages[0].content)
+        _add_turn(texts, messages[0].role, messages[0].content)
+        messages = messages[1:]
     if body.tools:
-        yield _text(body.tools)
-    for message in messages[start:]:
-        yield from _turn(message.role, message.content)
+        texts.append(_text(body.tools))
+    for message in messages:
+        _add_turn(texts, message.role, message.content)
         if message.tool_calls:
-            yield _text(message.tool_calls)
+            texts.append(_text(message.tool_calls))
+    return "".join(texts)
 
 
-def _turn(role: str, content: str | list[_Part] | None) -> Iterator[str]:
-    yield role
-    yield "\n"
-    if isinstance(content, str):
-        yield content
-    else:
-        for part in content or ():
-            yield from _part(part)
-    yield "\n"
+def _add_turn(texts: list[str], role: str, content: str | list[_Part] | None) -> None:
+    parts = (content,) if isinstance(content, str) else map(_part_text, content or ())
+    texts += (role, "\n", *parts, "\n")
 
 
-def _part(part: _Part) -> Iterator[str]:
-    """Yield the text of a part; for an image, a hash, because its tokens are not text."""
+def _part_text(part: _Part) -> str:
+    """Return the text of a part; for an image, a hash, because its tokens are not text."""
     if part.text is not None:
-        yield part.text
-        return
-    for raw in (part.content, part.input):
-        if raw:
-            yield _text(raw)
-    for raw in (part.image_url, part.source):
-        if raw:
-            yield f"<{digest(bytes(raw)):x}>"
+        return part.text
+    texts = [_text(raw) for raw in (part.content, part.input) if raw]
+    texts += [f"<{digest(bytes(raw)):x}>" for raw in (part.image_url, part.source) if raw]
+    return "".join(texts)
 
 
 def _text(raw: msgspec.Raw) -> str:
     return bytes(raw).decode()
-
-
-def _hash_text(
-    body: _PromptBody, texts: Sequence[str] | Iterator[str], max_tokens: int | None
-) -> Fingerprint:
-    return _hash_bytes(body, "".join(texts).encode(), max_tokens)
-
-
-def _hash_bytes(
-    body: _PromptBody, data: bytes, max_tokens: int | None, *, is_tokens: bool = False
-) -> Fingerprint:
-    model = body.model or ""
-    seed = digest("\0".join((model, body.cache_salt or "", str(is_tokens))).encode())
-    ends: list[int] = []
-    hashes: list[int] = []
-    view, size, start = memoryview(data), len(data), 0
-    for end in PREFIX_ENDS:
-        if end > size:
-            break
-        seed = digest(view[start:end], seed)
-        hashes.append(seed)
-        ends.append(end)
-        start = end
-    return Fingerprint(tuple(hashes), tuple(ends), size, is_tokens, body.user, max_tokens, model)

@@ -105,7 +105,6 @@ class Fleet:
         self.version += 1
 
     def set_reach(self, replica_id: str, reach: Reach) -> None:
-        """Set how a replica can be reached from now on."""
         replica, assigned_s = self._replicas[replica_id], self.table.assigned_s
         if reach > replica.reach:  # it gets its share from now on, without catching up
             assigned_s[replica.row] = max(assigned_s[replica.row], self.mean_assigned_s)
@@ -113,7 +112,6 @@ class Fleet:
         self._update_row(replica)
 
     def set_capacity(self, replica_id: str, capacity: int) -> None:
-        """Set the number of requests that a replica may have in flight."""
         replica = self._replicas[replica_id]
         replica.capacity = capacity
         self._update_row(replica)
@@ -127,7 +125,6 @@ class Fleet:
             yield
 
     def row_of(self, replica_id: str) -> int:
-        """Return a replica's index in the arrays."""
         return self._replicas[replica_id].row
 
     def in_flight(self, replica_id: str) -> int:
@@ -221,7 +218,6 @@ class Fleet:
         self._update_row(replica)
 
     def forget_load(self, replica_id: str) -> None:
-        """Forget a replica's last load report."""
         self.update_load(replica_id, _UNKNOWN_LOAD)
 
     # -- decisions: one number for each row --
@@ -267,11 +263,9 @@ class Fleet:
         self._free_rows += range(size - 1, old_size - 1, -1)
 
     def _batch_size(self) -> float:
-        """Return the number of streams that decode together for about the price of one."""
         return max(USUAL_BATCH, self._num_in_flight / max(1, len(self._replicas)))
 
     def _refresh(self, elapsed_s: float) -> None:
-        """Decay what was learned and assigned."""
         self.speeds.refresh(elapsed_s)
         self.table.assigned_s *= 0.5 ** (elapsed_s / ASSIGNED_HALF_LIFE_S)
         open_rows = self.table.open_rows()
@@ -285,7 +279,6 @@ class Fleet:
         self.mean_assigned_s += work_s / len(self._replicas)
 
     def _update_row(self, replica: ReplicaState) -> None:
-        """Write a replica's numbers into the table."""
         table, row = self.table, replica.row
         prefill_token_s = 1.0 / float(self.speeds.prefill.values[row])
         decode_token_s = 1.0 / float(self.speeds.stream.values[row])

@@ -41,7 +41,6 @@ class LeastLoad:
         self._ties = TieBreaker(seed)
 
     def choose(self, request: RequestView, fleet: Fleet) -> str | None:
-        """Return the open replica with the least work."""
         row = self._ties.cheapest_row(fleet.costs_s())
         return None if row is None else fleet.ids[row]
 
@@ -53,7 +52,6 @@ class PowerOfTwo:
         self._random = random.Random(seed)
 
     def choose(self, request: RequestView, fleet: Fleet) -> str | None:
-        """Return the open replica with less work of a random pair."""
         rows = np.flatnonzero(fleet.open_rows())
         if len(rows) == 0:
             return None
@@ -69,7 +67,6 @@ class RoundRobin:
         self._last_row = seed
 
     def choose(self, request: RequestView, fleet: Fleet) -> str | None:
-        """Return the next open replica."""
         rows = np.flatnonzero(fleet.open_rows())
         if len(rows) == 0:
             return None

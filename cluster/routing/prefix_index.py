@@ -61,7 +61,6 @@ class PrefixIndex:
 
     @property
     def num_expected(self) -> int:
-        """Number of expected prefixes."""
         return len(self._expected)
 
     @property
@@ -82,7 +81,6 @@ class PrefixIndex:
         self._rotated_s = now_s
 
     def add_stored(self, replica_id: str, hashes: Iterable[int]) -> None:
-        """Record that a replica has stored these prefixes."""
         mask = self._mask_of(replica_id)
         shards, shard_mask, limit = self._shards, self._shard_mask, self._max_shard_entries
         for prefix in hashes:
@@ -97,7 +95,6 @@ class PrefixIndex:
         self._sweep(1)
 
     def remove_stored(self, replica_id: str, hashes: Iterable[int]) -> None:
-        """Record that a replica no longer has these prefixes."""
         mask = self._masks.get(replica_id, 0)
         for prefix in hashes:
             for entries in (self._shard_of(prefix), self._expected, self._young_expected):

@@ -43,7 +43,6 @@ class PrefixAffinity:
         self._num_mask_bytes = 0
 
     def choose(self, request: RequestView, fleet: Fleet) -> str | None:
-        """Return the open replica with the lowest cost; ties take turns."""
         weighted_tokens = MISS_WEIGHT * request.prompt_tokens
         prompt_s = request.prompt_tokens / fleet.speeds.prefill.prior
         share_s = SHARE * fleet.mean_assigned_s + prompt_s

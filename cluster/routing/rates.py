@@ -51,14 +51,12 @@ class LearnedRates:
         """Rate of each row; read-only."""
 
     def grow(self, size: int) -> None:
-        """Make room for ``size`` rows."""
         new = np.zeros(size - len(self.values))
         self._numerators = np.concatenate((self._numerators, new))
         self._denominators = np.concatenate((self._denominators, new))
         self.values = np.concatenate((self.values, new + self.prior))
 
     def reset_row(self, row: int) -> None:
-        """Forget the observations of a row."""
         self._numerators[row] = self._denominators[row] = 0.0
         self.values[row] = self.prior
 
@@ -97,22 +95,18 @@ class ReplicaSpeeds:
         self._all = (self.prefill, self.stream, self.cache_claims)
 
     def grow(self, size: int) -> None:
-        """Make room for ``size`` rows."""
         for rates in self._all:
             rates.grow(size)
 
     def reset_row(self, row: int) -> None:
-        """Forget the observations of a row."""
         for rates in self._all:
             rates.reset_row(row)
 
     def refresh(self, elapsed_s: float) -> None:
-        """Let observations fade and update the priors; to be called about once a second."""
         for rates in self._all:
             rates.refresh(elapsed_s)
 
     def learn(self, placement: Placement, usage: Usage, now_s: float) -> None:
-        """Learn from a request that ends now."""
         row, completion_tokens = placement.replica.row, usage.completion_tokens
         if placement.cached_tokens > 0.0:
             found = min(float(usage.cached_tokens), placement.cached_tokens)

@@ -42,7 +42,6 @@ class ReplicaState:
     is_kv_full: bool = False
 
     def push(self, placement: "Placement") -> None:
-        """Append a new request to the queue."""
         self.in_flight += 1
         self.queued_tokens += placement.work_tokens
         self.completion_tokens += placement.request.completion_tokens

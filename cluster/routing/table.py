@@ -75,7 +75,6 @@ class ReplicaTable:
         return size
 
     def clear_row(self, row: int) -> None:
-        """Mark a row as unused."""
         self.set_available(row, False, Reach.NONE)
         for name in _ARRAYS:
             getattr(self, name)[..., row] = 0
@@ -83,7 +82,6 @@ class ReplicaTable:
         self._closed_s[row] = np.inf
 
     def set_available(self, row: int, has_room: bool, reach: Reach) -> None:
-        """Set if a row has room and how its replica can be reached."""
         is_usual, had_usual = has_room and reach == Reach.USUAL, self._num_usual > 0
         self._num_usual += is_usual - int(self.usual[row])
         self.usual[row] = is_usual
