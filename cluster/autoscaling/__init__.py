@@ -13,8 +13,9 @@ reports            load reports of routers, as Ray Serve carries them
 settings           a deployment's part of the configuration, as Ray Serve carries it
 """
 
-from cluster.autoscaling.autoscaler import Autoscaler, Budget, Decision, TargetChange, allocate
+from cluster.autoscaling.autoscaler import Autoscaler, Budget, TargetChange, allocate
 from cluster.autoscaling.forecast import Forecast
+from cluster.autoscaling.pool import Decision
 from cluster.autoscaling.signals import Objective, PoolSignals, PoolSpec
 
 __all__ = [

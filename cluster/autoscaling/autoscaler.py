@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cluster.autoscaling.pool import PoolScaler
+from cluster.autoscaling.pool import Decision, PoolScaler
 from cluster.autoscaling.signals import PoolSignals, PoolSpec
 
 _ROUNDING = 1e-9
@@ -18,26 +18,11 @@ class Budget:
     gpus: float = math.inf
 
     def minus(self, spec: PoolSpec, replicas: int = 1) -> "Budget":
-        """Return the budget that is left after some replicas."""
         return Budget(self.cpus - spec.cpus * replicas, self.gpus - spec.gpus * replicas)
 
     @property
     def is_overdrawn(self) -> bool:
-        """True if more was used than available."""
         return self.cpus < -_ROUNDING or self.gpus < -_ROUNDING
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """Number of replicas of one pool."""
-
-    target: int
-    wanted: int
-    """Number that the pool would get if it were alone."""
-    cause: str
-    """One word, for a metric."""
-    reason: str
-    """A sentence, for a log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,28 +44,22 @@ class Autoscaler:
     def __init__(self, specs: Mapping[str, PoolSpec], budget: Budget | None = None) -> None:
         self._specs = dict(specs)
         self._budget = budget or Budget()
-        self._scalers = {name: PoolScaler(spec) for name, spec in specs.items()}
-
-    @property
-    def scalers(self) -> Mapping[str, PoolScaler]:
-        """The scaler of each pool."""
-        return self._scalers
+        self.scalers = {name: PoolScaler(spec) for name, spec in specs.items()}
 
     def decide(self, now: float, signals: Mapping[str, PoolSignals]) -> dict[str, Decision]:
         """Return the decision for each pool in ``signals``, at ``now`` (seconds).
 
         Pools without signals keep their floor of the budget.
         """
-        proposals = {name: self._scalers[name].propose(now, seen) for name, seen in signals.items()}
+        decisions = {name: self.scalers[name].decide(now, seen) for name, seen in signals.items()}
         wanted = {name: spec.min for name, spec in self._specs.items()}
-        wanted |= {name: proposal.replicas for name, proposal in proposals.items()}
+        wanted |= {name: decision.wanted for name, decision in decisions.items()}
         targets = allocate(wanted, self._specs, self._budget)
-        decisions = {}
-        for name, proposal in proposals.items():
-            target, cause, reason = targets[name], proposal.cause, proposal.reason
-            if target < min(proposal.replicas, self._specs[name].max):
+        for name, alone in decisions.items():
+            target, cause, reason = targets[name], alone.cause, alone.reason
+            if target < min(alone.wanted, self._specs[name].max):
                 cause, reason = "budget", f"{reason}; the budget allows {target}"
-            decisions[name] = Decision(target, proposal.replicas, cause, reason)
+            decisions[name] = Decision(target, alone.wanted, cause, reason)
         return decisions
 
 

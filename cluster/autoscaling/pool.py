@@ -50,10 +50,12 @@ class Requirement(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Proposal:
-    """Number of replicas for one pool, with its explanation."""
+class Decision:
+    """Number of replicas of one pool, with its explanation."""
 
-    replicas: int
+    target: int
+    wanted: int
+    """Number that the pool would get if it were alone."""
     cause: str
     """One word, for a metric."""
     reason: str
@@ -83,14 +85,15 @@ class PoolScaler:
         # Time and load of a replica (prefill, decode) of the last missed objective.
         self._failure = _NO_FAILURE
 
-    def propose(self, now: float, signals: PoolSignals) -> Proposal:
-        """Return the number of replicas for ``signals`` at ``now`` (seconds)."""
+    def decide(self, now: float, signals: PoolSignals) -> Decision:
+        """Return the decision for ``signals`` at ``now`` (seconds) if the pool were alone."""
         if not 0 <= now - self._decided_at <= STALE_S:
             self._restart(now)
         self._decided_at = now
         if not signals.is_plausible or signals.age_s > STALE_S:
             self._restart(now)
-            return Proposal(signals.target, "stale", "no trustworthy report; nothing changes")
+            reason = "no trustworthy report; nothing changes"
+            return Decision(signals.target, signals.target, "stale", reason)
         self._learn(now, signals)
         return self._apply_delays(now, signals, self._requirements(now, signals))
 
@@ -244,7 +247,7 @@ class PoolScaler:
 
     def _apply_delays(
         self, now: float, signals: PoolSignals, required: list[Requirement]
-    ) -> Proposal:
+    ) -> Decision:
         """Scale up after the upscale delay, down after the downscale delay."""
         spec, target = self.spec, signals.target
         highest = max(required, key=lambda each: each.replicas)
@@ -262,8 +265,8 @@ class PoolScaler:
             delay_s = spec.downscale_delay_s
             steady = min(target, max(self._wanted_within(now, delay_s)))
         if steady == target or now - self._restarted_at < delay_s:
-            return Proposal(target, "steady", highest.text)
-        return Proposal(steady, highest.cause, highest.text)
+            return Decision(target, target, "steady", highest.text)
+        return Decision(steady, steady, highest.cause, highest.text)
 
     def _wanted_within(self, now: float, delay_s: float) -> list[int]:
         return [wanted for at, wanted in self._wanted if at >= now - delay_s]

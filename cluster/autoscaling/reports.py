@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from cluster.autoscaling.signals import Objective, PoolSignals
@@ -95,11 +95,8 @@ def merge_reports(
         return max((getattr(report, name) for report in reports), default=0.0)
 
     waiting = total("queued") + highest("waiting")
-    return PoolSignals(
-        target=base.target,
-        running=base.running,
-        age_s=base.age_s,
-        startup_s=base.startup_s,
+    return replace(
+        base,
         requests_per_s=total("requests_per_s"),
         prefill_per_s=total("prefill_per_s"),
         decode_per_s=total("decode_per_s"),

@@ -30,24 +30,25 @@ class PoolSettings:
     def from_config(
         cls, config: TandemConfig, part: GeneratorConfig | ClassifierConfig | RouterConfig
     ) -> "PoolSettings":
-        """Return the settings of one part of the configuration."""
-        router = isinstance(part, RouterConfig)
-        workers = part.num_workers
+        if isinstance(part, RouterConfig):
+            pool, priority, max_in_flight = ROUTER, _ROUTER_PRIORITY, math.inf
+            limits: dict[str, float] = {}
+        else:
+            pool, priority, max_in_flight = part.name, part.priority, part.max_in_flight
+            limits = part.slo.model_dump(exclude_none=True)
         spec = PoolSpec(
             min=part.replicas.min,
             max=part.replicas.max,
-            cpus=part.resources.cpus * workers,
-            gpus=part.resources.gpus * workers,
-            priority=_ROUTER_PRIORITY if isinstance(part, RouterConfig) else part.priority,
+            cpus=part.resources.cpus * part.num_workers,
+            gpus=part.resources.gpus * part.num_workers,
+            priority=priority,
             target_in_flight=part.replicas.target_in_flight,
-            max_in_flight=math.inf if isinstance(part, RouterConfig) else part.max_in_flight,
+            max_in_flight=max_in_flight,
             upscale_delay_s=part.replicas.upscale_delay_s,
             downscale_delay_s=part.replicas.downscale_delay_s,
-            is_router=router,
+            is_router=pool == ROUTER,
         )
-        limits = {} if isinstance(part, RouterConfig) else part.slo.model_dump(exclude_none=True)
-        name = ROUTER if isinstance(part, RouterConfig) else part.name
-        return cls(name, spec, limits, Budget(**config.budget.model_dump(exclude_none=True)))
+        return cls(pool, spec, limits, Budget(**config.budget.model_dump(exclude_none=True)))
 
     def encode(self) -> dict[str, Any]:
         """Return a JSON object; infinite values are left out."""
@@ -60,7 +61,6 @@ class PoolSettings:
 
     @classmethod
     def decode(cls, encoded: Mapping[str, Any]) -> "PoolSettings":
-        """Return the settings from the result of ``encode``."""
         return cls(
             encoded["pool"],
             PoolSpec(**encoded["spec"]),

@@ -86,5 +86,4 @@ class PoolSpec:
     is_router: bool = False
 
     def clamp(self, replicas: int) -> int:
-        """Return ``replicas`` within the floor and the ceiling."""
         return max(self.min, min(self.max, replicas))

@@ -52,7 +52,8 @@ class PrefixIndex:
         self._cleared_mask = self._sweeping_mask = 0
         self._next_sweep_shard = 0
         self._free_masks: list[int] = []
-        self._num_bits = 1  # the lowest one is USED
+        self.num_bits = 1  # the lowest one is USED
+        """Bits ever used: the longest mask."""
 
     @property
     def num_entries(self) -> int:
@@ -62,11 +63,6 @@ class PrefixIndex:
     @property
     def num_expected(self) -> int:
         return len(self._expected)
-
-    @property
-    def num_bits(self) -> int:
-        """Bits in use, which bounds the length of a mask."""
-        return self._num_bits
 
     # -- updates --
 
@@ -212,8 +208,8 @@ class PrefixIndex:
         mask = self._masks.get(replica_id)
         if mask is None:
             if not self._free_masks:
-                self._free_masks.append(1 << self._num_bits)
-                self._num_bits += 1
+                self._free_masks.append(1 << self.num_bits)
+                self.num_bits += 1
             mask = self._masks[replica_id] = self._free_masks.pop()
             self._live_mask |= mask
             self.version += 1
@@ -236,7 +232,7 @@ class PrefixIndex:
             return
         _unset_all(self._expected, self._sweeping_mask)
         _unset_all(self._young_expected, self._sweeping_mask)
-        bits = range(self._num_bits)
+        bits = range(self.num_bits)
         self._free_masks += [1 << bit for bit in bits if self._sweeping_mask >> bit & 1]
         self._next_sweep_shard = self._sweeping_mask = 0
 
