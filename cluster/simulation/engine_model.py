@@ -10,9 +10,9 @@ simulated in seconds. It never sleeps: the caller calls ``commit`` at ``due_s``.
 
 import heapq
 import math
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from cluster.config import SimConfig
 from cluster.engines.sim.blocks import BlockPool
@@ -42,7 +42,6 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Prompt tokens plus ``generated``."""
         return self.request.prompt_tokens + self.generated
 
     @property
@@ -57,20 +56,16 @@ class Sequence:
         return request.blocks + request.answer_blocks if self.generated else request.blocks
 
 
-class EngineListener(Protocol):
-    """Receiver of an engine's events."""
-
-    def first_token(self, sequence: Sequence, now_s: float) -> None:
-        """Handle the first token of a request."""
-
-    def ended(self, sequence: Sequence, now_s: float) -> None:
-        """Handle the last token of a request."""
+OnToken = Callable[[Sequence, float], None]
+"""Callback with a request and the time of its token."""
 
 
 class EngineModel:
-    """Continuous batching of one replica."""
+    """Continuous batching of one replica; calls back at first tokens and at last ones."""
 
-    def __init__(self, config: SimConfig, block_tokens: int, listener: EngineListener) -> None:
+    def __init__(
+        self, config: SimConfig, block_tokens: int, on_first_token: OnToken, on_end: OnToken
+    ) -> None:
         capacity_tokens = config.num_kv_blocks * config.block_size_tokens
         self.cache = BlockPool(capacity_tokens, block_tokens, self._record_eviction)
         self.itl_s = LogHistogram()
@@ -80,11 +75,11 @@ class EngineModel:
         self.slowdown = 1.0
         """Factor on the duration of every step."""
         self.busy_s = 0.0
-        self.pending_blocks: dict[int, int] = {}
+        self.pending_blocks: Counter[int] = Counter()
         """Number of requests by block, for requests whose prefill has not ended."""
         self._changed_blocks: dict[int, bool] = {}  # True if stored, False if evicted
         self._config = config
-        self._listener = listener
+        self._on_first_token, self._on_end = on_first_token, on_end
         self._waiting: deque[Sequence] = deque()
         self._running: dict[Sequence, None] = {}
         self._prefilling: dict[Sequence, None] = {}
@@ -100,7 +95,6 @@ class EngineModel:
 
     @property
     def load(self) -> Load:
-        """Load now."""
         usage = self.cache.used_tokens / self.cache.capacity_tokens
         running, waiting = len(self._running), len(self._waiting)
         return Load(running, waiting, min(1.0, usage), in_flight=running + waiting)
@@ -111,18 +105,14 @@ class EngineModel:
         return self._step_s, self._num_decoding
 
     def generated_tokens(self, sequence: Sequence) -> int:
-        """Return the number of tokens that a request has generated."""
         decoded = self._num_steps - sequence._decodes_since if sequence.is_decoding else 0
         return sequence.generated + decoded
 
     def take_block_changes(self) -> tuple[list[int], list[int]]:
         """Return the blocks stored and evicted since the last call."""
-        if not self._changed_blocks:
-            return [], []
-        stored = [block for block, is_stored in self._changed_blocks.items() if is_stored]
-        evicted = [block for block, is_stored in self._changed_blocks.items() if not is_stored]
-        self._changed_blocks = {}
-        return stored, evicted
+        changed, self._changed_blocks = self._changed_blocks, {}
+        stored = [block for block, is_stored in changed.items() if is_stored]
+        return stored, [block for block, is_stored in changed.items() if not is_stored]
 
     def add(self, sequence: Sequence, now_s: float) -> None:
         """Add a request.
@@ -134,8 +124,7 @@ class EngineModel:
         limit = self.cache.capacity_tokens - self._config.block_size_tokens
         if request.prompt_tokens + request.completion_tokens > limit:
             raise ValueError(f"a request may hold at most {limit} tokens")
-        for block in request.blocks:
-            self.pending_blocks[block] = self.pending_blocks.get(block, 0) + 1
+        self.pending_blocks.update(request.blocks)
         self._waiting.append(sequence)
         if self.due_s == math.inf:
             self._begin_steps(now_s)
@@ -256,7 +245,7 @@ class EngineModel:
         """Give a request the token that its prefill brings, and let it decode."""
         if sequence.token_s is None:
             self._remove_pending(sequence.request)
-            self._listener.first_token(sequence, now_s)
+            self._on_first_token(sequence, now_s)
         else:
             self.itl_s.add(now_s - sequence.token_s)
         sequence.token_s = now_s
@@ -287,7 +276,7 @@ class EngineModel:
         self._stop_running(sequence)
         self._share(sequence, sequence.length - 1)  # the last token is not computed
         self._release(sequence)
-        self._listener.ended(sequence, now_s)
+        self._on_end(sequence, now_s)
 
     def _preempt(self, now_s: float) -> None:
         """Return the latest request to the queue; its blocks stay cached until evicted."""
@@ -334,8 +323,7 @@ class EngineModel:
         if not blocks:
             return
         num_new = self.cache.share(blocks)
-        for block in blocks[len(blocks) - num_new :]:
-            self._changed_blocks[block] = True
+        self._changed_blocks |= dict.fromkeys(blocks[len(blocks) - num_new :], True)
         sequence._num_held += len(blocks)
         sequence._private_tokens -= len(blocks) * self.cache.block_tokens
 
@@ -344,8 +332,7 @@ class EngineModel:
         sequence._num_held = sequence._private_tokens = 0
 
     def _record_eviction(self, blocks: list[int]) -> None:
-        for block in blocks:
-            self._changed_blocks[block] = False
+        self._changed_blocks |= dict.fromkeys(blocks, False)
 
     def _remove_pending(self, request: TraceRequest) -> None:
         for block in request.blocks:

@@ -22,7 +22,6 @@ class LogHistogram:
         self.sum += value * weight
 
     def add_all(self, other: "LogHistogram") -> None:
-        """Add all values of another histogram."""
         self._bins.update(other._bins)
         self.weight += other.weight
         self.sum += other.sum

@@ -25,7 +25,7 @@ class SimulatedReplica:
     ) -> None:
         self.number = number
         self.id = f"r{number:04d}"
-        self.engine = EngineModel(config, block_tokens, self)
+        self.engine = EngineModel(config, block_tokens, self._first_token, self._ended)
         self.requests: dict[Sequence, SimulatedRequest] = {}
         self.requested_s = events.now_s
         self.ready_s = math.inf
@@ -66,16 +66,14 @@ class SimulatedReplica:
         self.in_flight_s += len(left) * self.ended_s
         return left
 
-    def first_token(self, sequence: Sequence, now_s: float) -> None:
-        """Handle the engine's event."""
+    def _first_token(self, sequence: Sequence, now_s: float) -> None:
         request = self.requests[sequence]
         request.cached_tokens = sequence.cached_tokens or 0
         uncached_tokens = request.spec.prompt_tokens - request.cached_tokens
         self.work_s += uncached_tokens * self._config.prefill_s_per_token
         self._simulation.first_token(request)
 
-    def ended(self, sequence: Sequence, now_s: float) -> None:
-        """Handle the engine's event."""
+    def _ended(self, sequence: Sequence, now_s: float) -> None:
         request = self.requests.pop(sequence)
         self.in_flight_s += now_s
         # The part of a step that one more stream adds in a usual batch.

@@ -61,7 +61,6 @@ class Result:
     """All times between two tokens."""
 
     def count(self, outcome: Outcome) -> int:
-        """Return the number of requests with this outcome."""
         return sum(request.outcome is outcome for request in self.requests)
 
     @property
@@ -71,7 +70,6 @@ class Result:
         return num_met / len(self.requests) if self.requests else 1.0
 
     def meets_slo(self, request: SimulatedRequest) -> bool:
-        """Return True if a request met the objectives."""
         ttft_s = request.ttft_s
         return (
             request.outcome is Outcome.DONE
@@ -93,7 +91,6 @@ class Result:
         return sum(replica.lived_s for replica in self.replicas) / 3600
 
     def ttft_s(self) -> LogHistogram:
-        """Return the times to first token."""
         histogram = LogHistogram()
         for request in self.requests:
             if (ttft_s := request.ttft_s) is not None:

@@ -40,24 +40,20 @@ class SimulatedRouter:
         self._block_ends: tuple[float, ...] = ()  # in tokens, grown on demand
 
     def add_replica(self, replica: SimulatedReplica) -> None:
-        """Add a replica that accepts requests."""
         self.fleet.add(replica.id, self._settings.max_in_flight, Reach.USUAL)
         self._dispatch()
 
     def remove_replica(self, replica: SimulatedReplica) -> None:
-        """Remove a replica that gets no further requests."""
         if replica.id in self.fleet:
             self.fleet.remove(replica.id)
             self.index.clear(replica.id)
 
     def update_cache(self, replica_id: str, stored: list[int], evicted: list[int]) -> None:
-        """Apply a replica's report on its prefix cache."""
         if replica_id in self.fleet:
             self.index.add_stored(replica_id, stored)
             self.index.remove_stored(replica_id, evicted)
 
     def update_load(self, replica: SimulatedReplica) -> None:
-        """Apply a replica's load report."""
         if replica.id in self.fleet:
             self.fleet.update_load(replica.id, replica.engine.load)
 
@@ -68,7 +64,9 @@ class SimulatedRouter:
             return
         now_s = self._events.now_s
         work_tokens = request.view.prompt_tokens + request.view.completion_tokens
-        expires_s = now_s + self._timeout_s()
+        # A pool that can scale to zero has a longer timeout while it starts.
+        start_timeout_s = None if len(self.fleet) else self._settings.start_timeout_s
+        expires_s = now_s + (start_timeout_s or self._settings.queue_timeout_s)
         entry = QueueEntry(request, request.spec.tenant, work_tokens, expires_s)
         if not self.queue.push(entry):
             self._simulation.finish_request(request, Outcome.SHED)
@@ -77,7 +75,6 @@ class SimulatedRouter:
         self._events.schedule(expires_s, self._expire, entry)
 
     def first_token(self, request: SimulatedRequest) -> None:
-        """Handle the first token of a request."""
         if request.placement is not None:
             self.fleet.advance(self._events.now_s)
             self.fleet.record_first_token(request.placement)
@@ -101,10 +98,6 @@ class SimulatedRouter:
             self._simulation.finish_request(request, Outcome.FAILED)
         else:
             self.admit(request)
-
-    def _timeout_s(self) -> float:
-        start_timeout_s = None if len(self.fleet) else self._settings.start_timeout_s
-        return start_timeout_s or self._settings.queue_timeout_s
 
     def _view_request(self, spec: TraceRequest) -> RequestView:
         blocks = spec.blocks

@@ -29,15 +29,12 @@ class SignalMeter:
         self._prefill_each = self._decode_each = 0.0
 
     def add_arrival(self) -> None:
-        """Count a request that arrives."""
         self._num_arrived += 1
 
     def add_ttft(self, now_s: float, ttft_s: float) -> None:
-        """Add a time to first token."""
         self._ttfts.append((now_s, ttft_s, 1))
 
     def add_finished(self, request: SimulatedRequest) -> None:
-        """Count a request that ended well."""
         self._finished[0] += 1
         self._finished[1] += request.spec.prompt_tokens - request.cached_tokens
         self._finished[2] += request.spec.completion_tokens
@@ -45,7 +42,6 @@ class SignalMeter:
     def read(
         self, now_s: float, target: int, ready: Sequence[SimulatedReplica], queued: int
     ) -> PoolSignals:
-        """Return the signals now."""
         self._update_lengths()
         self._arrivals.append((now_s, self._num_arrived))
         while self._arrivals[0][0] < now_s - self._scaling.rate_window_s:

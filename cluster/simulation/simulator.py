@@ -72,7 +72,6 @@ class Simulation:
     # -- called by routers --
 
     def send_request(self, request: SimulatedRequest, replica_id: str) -> bool:
-        """Send a request to a replica; return False if it does not fit into the KV cache."""
         return self._by_id[replica_id].add_request(request)
 
     def finish_request(self, request: SimulatedRequest, outcome: Outcome) -> None:
@@ -85,7 +84,6 @@ class Simulation:
     # -- called by replicas --
 
     def first_token(self, request: SimulatedRequest) -> None:
-        """Handle the first token of a request."""
         now_s = self._events.now_s
         request.first_token_s = now_s + self._settings.hop_s
         self._routers[request.router].first_token(request)
@@ -93,7 +91,6 @@ class Simulation:
             self._signals.add_ttft(now_s, request.first_token_s - request.spec.arrival_s)
 
     def request_done(self, request: SimulatedRequest, replica: SimulatedReplica) -> None:
-        """Handle the last token of a request."""
         request.ended_s = self._events.now_s + self._settings.hop_s
         if self._signals is not None:
             self._signals.add_finished(request)
@@ -198,12 +195,9 @@ class Simulation:
             self._events.schedule(ready_s, self._set_ready, self._start_replica())
         # As Serve does: first those that still start, then the newest.
         for replica in live[self._target :][::-1] if self._target < len(live) else ():
-            self._drain(replica)
-
-    def _drain(self, replica: SimulatedReplica) -> None:
-        self._retire(replica)
-        if not replica.requests:
-            replica.end()
+            self._retire(replica)
+            if not replica.requests:
+                replica.end()
 
     def _retire(self, replica: SimulatedReplica) -> None:
         replica.is_draining = True

@@ -4,7 +4,8 @@ import csv
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,7 @@ def read_trace(path: Path) -> Trace:
     block_tokens = BURSTGPT_BLOCK if is_csv else MOONCAKE_BLOCK
     try:
         with path.open(encoding="utf-8", newline="") as lines:
-            read = _burstgpt if is_csv else _mooncake
-            requests = list(_parse_lines(path, read(lines)))
+            requests = list((_read_burstgpt if is_csv else _read_mooncake)(path, lines))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise TraceError(f"{path}: {error}") from None
     if not requests:
@@ -40,29 +40,25 @@ def read_trace(path: Path) -> Trace:
     return Trace(path.name, requests, block_tokens)
 
 
-Line = tuple[int, Callable[[], TraceRequest | None]]
-"""Number of a line, and a function that parses it; it returns None for a line to skip."""
+@contextmanager
+def _line(path: Path, number: int) -> Iterator[None]:
+    """Name the line in the error if it is malformed."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise TraceError(f"{path}, line {number}: {reason}") from None
 
 
-def _parse_lines(path: Path, lines: Iterator[Line]) -> Iterator[TraceRequest]:
-    for number, parse in lines:
-        try:
-            request = parse()
-        except (ValueError, KeyError, TypeError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else error
-            raise TraceError(f"{path}, line {number}: {reason}") from None
-        if request is not None:
+def _read_mooncake(path: Path, lines: Iterable[str]) -> Iterator[TraceRequest]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            with _line(path, number):
+                request = _parse_mooncake(line)
             yield request
 
 
-def _mooncake(lines: Iterator[str]) -> Iterator[Line]:
-    for number, line in enumerate(lines, 1):
-        yield number, lambda text=line: _parse_mooncake(text)  # type: ignore[misc]
-
-
-def _parse_mooncake(line: str) -> TraceRequest | None:
-    if not line.strip():
-        return None
+def _parse_mooncake(line: str) -> TraceRequest:
     fields = json.loads(line)
     if not isinstance(fields, dict):
         raise ValueError("expected a JSON object")
@@ -75,20 +71,19 @@ def _parse_mooncake(line: str) -> TraceRequest | None:
     return TraceRequest(_seconds(fields, "timestamp") / 1000, prompt, answer, full)
 
 
-def _burstgpt(lines: Iterator[str]) -> Iterator[Line]:
+def _read_burstgpt(path: Path, lines: Iterable[str]) -> Iterator[TraceRequest]:
     rows = csv.DictReader(lines)
     # Blocks and tokens of each session so far.
     sessions: dict[str, tuple[tuple[int, ...], int]] = {}
     ids = itertools.count(1)
-    yield 1, lambda: _check_header(rows.fieldnames)
-    for row in rows:
-        yield rows.line_num, lambda row=row: _parse_burstgpt(row, sessions, ids)  # type: ignore[misc]
-
-
-def _check_header(names: Any) -> None:
-    missing = {"Timestamp", "Request tokens", "Response tokens"} - set(names or ())
+    missing = {"Timestamp", "Request tokens", "Response tokens"} - set(rows.fieldnames or ())
     if missing:
-        raise ValueError(f"the header has no {', '.join(sorted(missing))}")
+        raise TraceError(f"{path}, line 1: the header has no {', '.join(sorted(missing))}")
+    for row in rows:
+        with _line(path, rows.line_num):
+            request = _parse_burstgpt(row, sessions, ids)
+        if request is not None:
+            yield request
 
 
 def _parse_burstgpt(

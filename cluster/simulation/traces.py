@@ -9,7 +9,7 @@ import numpy as np
 from cluster.errors import TraceError
 from cluster.simulation import workloads
 from cluster.simulation.arrivals import Curve, arrivals, bursts, constant, daily
-from cluster.simulation.requests import Trace, TraceRequest
+from cluster.simulation.requests import Trace
 from cluster.simulation.trace_files import read_trace
 from cluster.simulation.workloads import Conversations
 
@@ -19,20 +19,9 @@ hour to hour."""
 
 
 @dataclass(frozen=True, slots=True)
-class TraceSize:
-    """Length and rate of a trace."""
-
-    rate: float
-    """Mean requests/s."""
-    duration_s: float
-    seed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class BuiltinTrace:
     """Recipe of a built-in trace."""
 
-    about: str
     spec: Conversations | None
     """None: a retrieval workload."""
     curve: Callable[[np.random.Generator, float], Curve] = lambda rng, duration_s: constant
@@ -40,55 +29,34 @@ class BuiltinTrace:
     rate: float = 3.4
     """Default requests/s."""
 
-    @property
-    def block_tokens(self) -> int:
-        """Tokens per block."""
-        return self.spec.block_tokens if self.spec else workloads.SMALL_BLOCK
-
-    def make(self, name: str, size: TraceSize) -> Trace:
-        """Make the trace."""
-        rng = np.random.default_rng(size.seed)
-        continues = self.spec.continues if self.spec else 0.0
-        curve = self.curve(rng, size.duration_s)
-        # A conversation has 1 / (1 - continues) turns on average.
-        starts = arrivals(rng, size.rate * (1 - continues), size.duration_s, curve, self.shape)
-        requests: list[TraceRequest]
+    def make(self, name: str, rate: float, duration_s: float, seed: int) -> Trace:
+        """Make a trace with ``rate`` requests/s on average."""
+        rng = np.random.default_rng(seed)
+        curve = self.curve(rng, duration_s)
         if self.spec is None:
-            requests = workloads.retrieval(rng, starts)
-        else:
-            requests = workloads.conversations(self.spec, rng, starts, size.duration_s)
-        return Trace(name, requests, self.block_tokens)
+            starts = arrivals(rng, rate, duration_s, curve, self.shape)
+            return Trace(name, workloads.retrieval(rng, starts), workloads.SMALL_BLOCK)
+        # A conversation has 1 / (1 - continues) turns on average.
+        rate *= 1 - self.spec.continues
+        starts = arrivals(rng, rate, duration_s, curve, self.shape)
+        requests = workloads.conversations(self.spec, rng, starts, duration_s)
+        return Trace(name, requests, self.spec.block_tokens)
 
 
 BUILTIN_TRACES: Mapping[str, BuiltinTrace] = {
-    "conversation": BuiltinTrace("long chats of many turns (Mooncake)", workloads.CONVERSATION),
-    "toolagent": BuiltinTrace(
-        "agents with tools, short answers (Mooncake)", workloads.TOOLAGENT, rate=6.5
-    ),
-    "few-shot": BuiltinTrace("short questions after examples", workloads.FEW_SHOT, rate=20.0),
-    "rag": BuiltinTrace("documents before a question", None, rate=10.0),
-    "hot-prefix": BuiltinTrace(
-        "chats; after a third of the time, half of the new ones share one prefix",
-        replace(workloads.CHAT, hot_from=1 / 3),
-        rate=20.0,
-    ),
-    "chat": BuiltinTrace(
-        "short chats, arrivals in bursts (BurstGPT)", workloads.CHAT, shape=GAMMA_SHAPE, rate=20.0
-    ),
-    "daily": BuiltinTrace(
-        "like chat, with a daily curve compressed into the simulated time",
-        workloads.CHAT,
-        lambda rng, duration_s: daily(duration_s),
-        GAMMA_SHAPE,
-        20.0,
-    ),
-    "bursty": BuiltinTrace(
-        "like chat, with minutes of four times the traffic",
-        workloads.CHAT,
-        bursts,
-        GAMMA_SHAPE,
-        20.0,
-    ),
+    # Long chats of many turns, and agents with tools and short answers (Mooncake).
+    "conversation": BuiltinTrace(workloads.CONVERSATION),
+    "toolagent": BuiltinTrace(workloads.TOOLAGENT, rate=6.5),
+    # Short questions after examples, and documents before a question.
+    "few-shot": BuiltinTrace(workloads.FEW_SHOT, rate=20.0),
+    "rag": BuiltinTrace(None, rate=10.0),
+    # Chats; after a third of the time, half of the new ones share one prefix.
+    "hot-prefix": BuiltinTrace(replace(workloads.CHAT, hot_from=1 / 3), rate=20.0),
+    # Short chats that arrive in bursts (BurstGPT); with a daily curve compressed into the simulated
+    # time; with minutes of four times the traffic.
+    "chat": BuiltinTrace(workloads.CHAT, shape=GAMMA_SHAPE, rate=20.0),
+    "daily": BuiltinTrace(workloads.CHAT, lambda _, end_s: daily(end_s), GAMMA_SHAPE, 20.0),
+    "bursty": BuiltinTrace(workloads.CHAT, bursts, GAMMA_SHAPE, 20.0),
 }
 
 
@@ -106,7 +74,7 @@ def load_trace(source: str, rate: float | None, duration_s: float | None, seed: 
     """
     if source in BUILTIN_TRACES:
         builtin = BUILTIN_TRACES[source]
-        return builtin.make(source, TraceSize(rate or builtin.rate, duration_s or 3600.0, seed))
+        return builtin.make(source, rate or builtin.rate, duration_s or 3600.0, seed)
     path = Path(source)
     if not path.is_file():
         raise TraceError(f"{source} is neither a file nor one of {', '.join(BUILTIN_TRACES)}")

@@ -34,7 +34,6 @@ class Lengths:
     maximum: float = float("inf")
 
     def draw(self, rng: np.random.Generator) -> float:
-        """Draw one length."""
         return min(self.maximum, self.median * float(np.exp(self.sigma * rng.standard_normal())))
 
 

@@ -50,7 +50,7 @@ def jump(
     config: SimConfig, trace: list[TraceRequest]
 ) -> tuple[EngineModel, list[Sequence], EventRecorder]:
     ends = EventRecorder()
-    engine = EngineModel(config, BLOCK, ends)
+    engine = EngineModel(config, BLOCK, ends.first_token, ends.ended)
     sequences = [Sequence(request) for request in trace]
     for sequence in sequences:
         commit(engine, ends, until_s=sequence.request.arrival_s)
@@ -187,6 +187,7 @@ def test_an_instant_engine_needs_no_time() -> None:
 
 
 def test_a_request_larger_than_the_kv_cache_is_rejected() -> None:
-    engine = EngineModel(SimConfig(num_kv_blocks=4, block_size_tokens=32), BLOCK, EventRecorder())
+    config, ends = SimConfig(num_kv_blocks=4, block_size_tokens=32), EventRecorder()
+    engine = EngineModel(config, BLOCK, ends.first_token, ends.ended)
     with pytest.raises(ValueError, match="a request may hold at most 96 tokens"):
         engine.add(Sequence(TraceRequest(0.0, 100, 28)), 0.0)
