@@ -1,7 +1,9 @@
 """Failures before and after the first byte of a response, as the vendors' clients see them."""
 
 import asyncio
+import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import anthropic
@@ -10,6 +12,8 @@ import openai
 import pytest
 
 from cluster.asgi import Receive, Scope, Send
+from cluster.errors import LinkClosedError
+from cluster.gateway.pools.retry_budget import MIN_RETRIES
 from cluster.link import LinkServer
 from tests import asgi
 from tests.serve.browser import listening
@@ -141,6 +145,64 @@ async def test_errors_of_anthropics_api_have_its_format() -> None:
             answer = await asgi.post(world.app, MESSAGES, body)
             assert (answer.status, answer.json()["type"]) == (status, "error")
             assert answer.json()["error"]["type"] == kind
+
+
+class Poison:
+    """Application that closes its connection, like a process that a request kills."""
+
+    def __init__(self) -> None:
+        self.server: LinkServer | None = None
+        self.requests = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.requests += 1
+        assert self.server is not None
+        for connection in list(self.server.connections):
+            connection.fail(LinkClosedError("killed"))
+        await asyncio.Future()
+
+
+async def add_poisoned(world: World, names: Sequence[str]) -> list[Poison]:
+    poisoned = [Poison() for _ in names]
+    for each, name in zip(poisoned, names, strict=True):
+        each.server = await world.serve(each, "gen", name, ROUTES)
+    return poisoned
+
+
+async def test_request_that_kills_replicas_kills_two_at_most(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with gateway_world() as world:
+        poisoned = await add_poisoned(world, ["gen-1", "gen-2", "gen-3", "gen-4"])
+        answer = await asgi.post(world.app, CHAT, {"model": "gen"})
+        assert answer.status == 503
+        assert "try again" in answer.json()["error"]["message"]
+        assert sum(each.requests for each in poisoned) == 2
+    digest = hashlib.sha256(json.dumps({"model": "gen"}).encode()).hexdigest()
+    assert digest[:16] in caplog.text
+
+
+async def test_retries_after_losses_are_limited_for_the_whole_pool() -> None:
+    async with gateway_world(queue_timeout_s=30) as world:
+        poisoned = await add_poisoned(world, ["gen-1", "gen-2"])
+        for _ in range(3 * MIN_RETRIES):
+            assert (await asgi.post(world.app, CHAT, {"model": "gen"})).status == 503
+        sent = sum(each.requests for each in poisoned)
+        assert sent == 3 * MIN_RETRIES + MIN_RETRIES
+
+
+async def test_refused_requests_are_retried_without_a_budget() -> None:
+    async with gateway_world() as world:
+        server = await add(world, Script())
+        pool = world.gateway.pools["gen"]
+        while pool.retries.take_retry():
+            pass
+        call = asgi.start(world.app, "POST", CHAT, {"model": "gen"})
+        while not pool.num_in_flight:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        server.retire()  # before it reads the request
+        await world.add("gen", "gen-2", ROUTES, ready=1)
+        assert (await call.done()).status == 200
 
 
 # -- after the first byte ---------------------------------------------------------------------

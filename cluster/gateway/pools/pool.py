@@ -11,6 +11,7 @@ from cluster.admission import PoolCapacity
 from cluster.gateway.pools.queue import AdmissionQueue
 from cluster.gateway.pools.replica import ReplicaInfo, Wiring
 from cluster.gateway.pools.replica_set import PoolLimits, ReplicaSet
+from cluster.gateway.pools.retry_budget import RetryBudget
 from cluster.gateway.pools.routes import RouteTable
 from cluster.gateway.recording.observer import PoolMeter
 from cluster.routing import TokenEstimator
@@ -38,6 +39,7 @@ class Pool:
         self.routes = RouteTable()
         """Paths that the running replicas serve; empty until one has described itself."""
         self.estimator = TokenEstimator(generates=kind == "generator")
+        self.retries = RetryBudget(limits.max_in_flight)
         self.replicas = ReplicaSet(name, limits, wiring, meter)
         capacity = PoolCapacity(WAITING_RATIO[kind])
         self.queue = AdmissionQueue(name, limits.queue, capacity, self.replicas, meter)

@@ -7,6 +7,7 @@ the response. After that, a broken stream ends with an error event in the format
 
 import logging
 from dataclasses import replace
+from hashlib import sha256
 from time import perf_counter
 
 from cluster.errors import (
@@ -30,8 +31,10 @@ from cluster.usage import Usage
 
 logger = logging.getLogger("ray.serve.tandem")
 
-MAX_ATTEMPTS = 3
-"""Replicas that a request is sent to before it fails."""
+MAX_ATTEMPTS = 5
+"""Times that a request is sent to a replica before it fails; most of them may be refused."""
+MAX_LOST = 2
+"""Replicas that may be lost with one request: it is retried once, within the pool's budget."""
 
 PRIORITY_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses"})
 """Paths on which vLLM reads ``priority`` from the body."""
@@ -59,7 +62,7 @@ async def relay(
     Raises:
         InvalidRequestError: A header for the router has an invalid value.
         OverloadedError: The queue is full, or the wait too long.
-        UnavailableError: No replica is available, or ``MAX_ATTEMPTS`` replicas were lost.
+        UnavailableError: No replica is available, or the request failed at ``MAX_LOST`` replicas.
     """
     observer = pool.meter.observe(request, pool.routes.find(request.path) or OTHER, on_end)
     try:
@@ -97,6 +100,8 @@ async def _send_with_failover(
 ) -> Response:
     head = _request_head(request)
     failure: FailoverReason | None = None
+    num_lost = 0
+    pool.retries.add_request()
     for _ in range(MAX_ATTEMPTS):
         slot = await pool.queue.take_slot(claim)
         if failure is not None:
@@ -105,18 +110,26 @@ async def _send_with_failover(
         body = RelayedBody(pool, slot, request, observer)
         try:
             return await body.open(head, request.body)
+        except LinkRefusedError as error:
+            failure = "refused"
+            logger.info("%s: replica %s: %s", request.id, slot.replica.info.id, error)
         except (LinkError, UnavailableError) as error:
-            failure = _failover_reason(error)
-            logger.warning("%s: replica %s: %s", request.id, slot.replica.info.id, error)
+            # The request may have been the cause, so it must not reach every replica.
+            failure = "lost" if isinstance(error, LinkError) else "unavailable"
+            num_lost += 1
+            logger.warning(
+                "%s: lost replica %s before the answer: %s; SHA-256 of the request's body: %s",
+                *(request.id, slot.replica.info.id, error, sha256(request.body).hexdigest()[:16]),
+            )
+            if num_lost == MAX_LOST or not pool.retries.take_retry():
+                raise UnavailableError(
+                    f"{pool.name}: {num_lost} of {MAX_LOST} replicas were lost before they "
+                    "answered; try again.",
+                    retry_after_s=1,
+                ) from error
     raise UnavailableError(
-        f"{pool.name}: {MAX_ATTEMPTS} replicas were lost before they answered", retry_after_s=1
+        f"{pool.name}: {MAX_ATTEMPTS} replicas refused the request; try again.", retry_after_s=1
     )
-
-
-def _failover_reason(error: LinkError | UnavailableError) -> FailoverReason:
-    if isinstance(error, LinkRefusedError):
-        return "refused"
-    return "lost" if isinstance(error, LinkError) else "unavailable"
 
 
 class RelayedBody:
