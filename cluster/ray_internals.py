@@ -122,6 +122,7 @@ MEMBERS = (
     PrivateName(f"{_KV}_internal_kv_get", "key-value store", "key namespace"),
     PrivateName(f"{_KV}_internal_kv_exists", "key-value store", "key namespace"),
     PrivateName(f"{_KV}internal_kv_get_gcs_client", "key-value store with timeouts"),
+    PrivateName("ray.core.generated.gcs_pb2:GcsNodeInfo.ALIVE", "count of the live nodes"),
 )
 """Further names and members that must exist."""
 
@@ -426,3 +427,15 @@ def kv_get_many(keys: Sequence[bytes], timeout_s: float) -> list[bytes]:
     gcs = internal_kv.internal_kv_get_gcs_client()
     found = gcs.internal_kv_multi_get(list(keys), namespace=_NAMESPACE, timeout=timeout_s)
     return list(found.values())
+
+
+def count_cpu_nodes(timeout_s: float) -> int:
+    """Return the number of live nodes that offer CPUs; raise a RayError after the timeout."""
+    from ray.core.generated import gcs_pb2
+    from ray.experimental import internal_kv
+
+    nodes = internal_kv.internal_kv_get_gcs_client().get_all_node_info(timeout=timeout_s)
+    alive = gcs_pb2.GcsNodeInfo.ALIVE
+    return sum(
+        node.state == alive and node.resources_total.get("CPU", 0) > 0 for node in nodes.values()
+    )

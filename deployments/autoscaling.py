@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ray.exceptions import RayError
 from ray.serve.config import AutoscalingContext
 
+from cluster import ray_internals
 from cluster.autoscaling import Autoscaler, Decision, PoolSignals, TargetChange
 from cluster.autoscaling.pool import STALE_S
 from cluster.autoscaling.reports import LoadReport, merge_reports, parse_reports
@@ -31,8 +33,13 @@ CREATED_AT = "created_at"
 """Key of a replica's report: Unix time at which its process was created."""
 STARTUP_S = "startup_s"
 """Key of a replica's report: seconds from then until it could serve."""
+CORE_SHARE = "core_share"
+"""Key of a generator replica's report: share of its node's cores that its threads use; 0 if it does
+not compute on CPUs."""
 DECISION_INTERVAL_S = 2.0
 """Seconds between decisions, as between reports; the controller calls ten times a second."""
+NODES_TIMEOUT_S = 1.0
+"""Maximum time for which reading the cluster's nodes blocks Serve's controller."""
 _PAUSE_AFTER_ERROR_S = 10 * DECISION_INTERVAL_S
 
 ReplicaReports = list[tuple[float, dict[str, float]]]
@@ -109,6 +116,8 @@ class ApplicationPolicy:
         self._registry = Registry()
         self._metrics = RayMetrics(self._registry)
         self._log = DecisionLog()
+        self._num_nodes = 1
+        self._limited_by_cores: dict[str, int] = {}  # target of each limited pool
 
     def __call__(
         self, contexts: Mapping[DeploymentID, AutoscalingContext]
@@ -130,6 +139,11 @@ class ApplicationPolicy:
     def _decide(self, now: float, deployments: list[_Deployment]) -> dict[DeploymentID, int]:
         reports = {d.pool: self._clock.fresh_reports(now, d.context) for d in deployments}
         signals = _signals(deployments, reports)
+        for deployment in deployments:
+            if deployment.settings.spec.fills_nodes:
+                limit = self._core_limit(reports[deployment.pool])
+                pool = deployment.pool
+                signals[pool] = replace(signals[pool], core_limit=limit)
         decisions = self._current_autoscaler(deployments).decide(now, signals)
         for deployment in deployments:
             decision = decisions[deployment.pool]
@@ -137,6 +151,19 @@ class ApplicationPolicy:
             self._follow_start(deployment, reports[deployment.pool], decision.target)
         self._metrics.export()
         return {d.context.deployment_id: decisions[d.pool].target for d in deployments}
+
+    def _core_limit(self, reports: ReplicaReports) -> int | None:
+        """Return the replicas that the nodes have cores for; None if they do not use CPUs."""
+        share = max(
+            (values[CORE_SHARE] for _, values in reports if CORE_SHARE in values), default=1
+        )
+        if not share:
+            return None
+        try:
+            self._num_nodes = ray_internals.count_cpu_nodes(NODES_TIMEOUT_S)
+        except RayError as error:
+            logger.warning("could not count the nodes, assuming %d: %s", self._num_nodes, error)
+        return self._num_nodes * max(1, int(1 / share + 1e-9))
 
     def _current_autoscaler(self, deployments: list[_Deployment]) -> Autoscaler:
         """Return the autoscaler; a new one if the configuration has changed."""
@@ -161,12 +188,17 @@ class ApplicationPolicy:
             gauge.value = duration_s
 
     def _record(self, deployment: _Deployment, before: int, decision: Decision) -> None:
-        """Export a decision; log and store it if it changes the target."""
+        """Export a decision; log and store it if it changes the target, or cores first limit it."""
         label = deployment.label
         self._registry.gauge(table.TARGET_REPLICAS, label).value = float(decision.target)
         self._registry.gauge(table.WANTED_REPLICAS, label).value = float(decision.wanted)
         changes = []
-        if decision.target != before:
+        is_limited = decision.cause == "cores"
+        is_known = self._limited_by_cores.get(label) == decision.target
+        if decision.target != before or (is_limited and not is_known):
+            self._limited_by_cores.pop(label, None)
+            if is_limited:
+                self._limited_by_cores[label] = decision.target
             self._registry.counter(table.SCALING_DECISIONS, label, decision.cause).add()
             message = "autoscaling: %s from %d to %d replicas (%s): %s"
             change = label, before, decision.target, decision.cause, decision.reason

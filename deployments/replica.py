@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, suppress
@@ -19,6 +20,7 @@ from cluster.engines.classifier import make_classifier_engine
 from cluster.engines.dead import RaiseIfDead
 from cluster.engines.factory import make_generator_engine
 from cluster.engines.startup import StartupTimer, process_age_s
+from cluster.engines.vllm.environment import core_share
 from cluster.errors import DeviceFailedError, EngineDeadError, ReplicaRetiredError
 from cluster.gateway.pools.replica import ReplicaInfo
 from cluster.gateway.pools.routes import RouteTable
@@ -27,7 +29,7 @@ from cluster.metrics import Registry, table
 from cluster.ray_internals import confine_replica_to_loopback
 from cluster.tracing import start_tracer
 from cluster.usage import Usage
-from deployments.autoscaling import CREATED_AT, IN_FLIGHT, STARTUP_S
+from deployments.autoscaling import CORE_SHARE, CREATED_AT, IN_FLIGHT, STARTUP_S
 from deployments.links import record_certificate_expiry, start_link_server
 from deployments.logs import log_with_serve, relay_to_serve
 from deployments.metrics import RayExporter
@@ -241,7 +243,14 @@ class Generator(EngineReplica):
         tracing = operations.tracing
         endpoint = tracing.endpoint if tracing is not None else None
         make = partial(make_generator_engine, config, ray_metrics=True, traces_endpoint=endpoint)
+        self._num_workers = config.num_workers
         await self._start(make, config, operations)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return this replica's report, with the share of the node's cores that it uses."""
+        num_cores = len(os.sched_getaffinity(0))
+        share = core_share(os.environ, self._num_workers, num_cores)
+        return {**super().record_autoscaling_stats(), CORE_SHARE: share}
 
 
 class Classifier(EngineReplica):

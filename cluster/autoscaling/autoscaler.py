@@ -54,11 +54,17 @@ class Autoscaler:
         decisions = {name: self.scalers[name].decide(now, seen) for name, seen in signals.items()}
         wanted = {name: spec.min for name, spec in self._specs.items()}
         wanted |= {name: decision.wanted for name, decision in decisions.items()}
+        for name, seen in signals.items():
+            if seen.core_limit is not None:
+                wanted[name] = min(wanted[name], seen.core_limit)
         targets = allocate(wanted, self._specs, self._budget)
         for name, alone in decisions.items():
+            spec = self._specs[name]
             target, cause, reason = targets[name], alone.cause, alone.reason
-            if target < min(alone.wanted, self._specs[name].max):
+            if target < spec.clamp(wanted[name]):
                 cause, reason = "budget", f"{reason}; the budget allows {target}"
+            elif target < spec.clamp(alone.wanted):
+                cause, reason = "cores", f"{reason}; no free cores for another replica"
             decisions[name] = Decision(target, alone.wanted, cause, reason)
         return decisions
 

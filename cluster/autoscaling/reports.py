@@ -106,6 +106,7 @@ def merge_reports(
         kv_usage=min(1.0, highest("kv_usage")),
         cores=total("cores"),
         objectives=tuple(_merge_latency(name, limit, reports) for name, limit in limits.items()),
+        core_limit=base.core_limit,
     )
 
 

@@ -47,6 +47,9 @@ class PoolSettings:
             upscale_delay_s=part.replicas.upscale_delay_s,
             downscale_delay_s=part.replicas.downscale_delay_s,
             is_router=pool == ROUTER,
+            fills_nodes=isinstance(part, GeneratorConfig)
+            and part.engine == "vllm"
+            and not part.resources.gpus,
         )
         return cls(pool, spec, limits, Budget(**config.budget.model_dump(exclude_none=True)))
 

@@ -55,6 +55,8 @@ class PoolSignals:
     startup_s: float | None = None
     """Start-up time that the replicas report; used until it was measured here."""
     objectives: tuple[Objective, ...] = ()
+    core_limit: int | None = None
+    """Replicas that can compute without sharing cores; None if CPUs are not what computes."""
 
     @property
     def is_plausible(self) -> bool:
@@ -84,6 +86,8 @@ class PoolSpec:
     upscale_delay_s: float = 0.0
     downscale_delay_s: float = 120.0
     is_router: bool = False
+    fills_nodes: bool = False
+    """True if one replica computes on all cores of its node by default."""
 
     def clamp(self, replicas: int) -> int:
         return max(self.min, min(self.max, replicas))

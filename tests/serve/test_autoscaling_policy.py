@@ -54,12 +54,15 @@ ARGS = {
     "router": {"replicas": {"min": 1, "max": 3}, "resources": {"cpus": 1}},
     "budget": {"cpus": 6},
 }
+CPU_ARGS = {**ARGS, "generators": [{**ARGS["generators"][0], "engine": "vllm"}]}  # type: ignore[dict-item, index]
 
 
 class Controller:
     """Autoscaling state of Serve's controller for one application, with a fake clock and GCS."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, application_policy: bool) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, *, application_policy: bool, args: Any = ARGS
+    ) -> None:
         self.now = 1000.0
         monkeypatch.setattr(autoscaling.time, "monotonic", lambda: self.now)
         self.gcs: dict[bytes, bytes] = {}
@@ -68,7 +71,7 @@ class Controller:
         if application_policy:
             self.state.register(AutoscalingPolicy(**AUTOSCALING_POLICY))
         self.targets = {}
-        for deployment in build_app(app_module.build(ARGS), name="tandem").deployments:
+        for deployment in build_app(app_module.build(args), name="tandem").deployments:
             id = DeploymentID(deployment.name, "tandem")
             # The controller receives it in this form.
             proto = deployment._deployment_config.to_proto_bytes()
@@ -170,6 +173,41 @@ async def test_decisions_can_be_read_with_their_reasons(
     log.record(POOL, [replace(change, target=n) for n in range(2 * limit)])
     kept = await decisions.read_decisions([POOL]) or []
     assert [one.target for one in kept] == list(range(limit, 2 * limit))
+
+
+async def test_a_cpu_generator_gets_no_more_replicas_than_the_nodes_have_cores_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    controller = Controller(monkeypatch, application_policy=True, args=CPU_ARGS)
+    nodes = 1
+
+    def count_nodes(_timeout_s: float) -> int:
+        if not nodes:
+            raise RpcError("no answer")
+        return nodes
+
+    monkeypatch.setattr(ray_internals, "count_cpu_nodes", count_nodes)
+    controller.run(POOL, "a")
+    controller.run(ROUTER, "r")
+
+    def target_with_load(core_share: float) -> int:
+        controller.report(ROUTER, "r", busy(11.0))
+        controller.report(POOL, "a", {autoscaling.CORE_SHARE: core_share})
+        return controller.step()[POOL]
+
+    assert [target_with_load(1.0) for _ in range(3)] == [1, 1, 1]
+    (change,) = await decisions.read_decisions([POOL]) or ()  # stored once
+    assert (change.before, change.target, change.cause) == (1, 1, "cores")
+    assert change.reason.endswith("no free cores for another replica")
+    nodes = 2  # a node is added
+    assert target_with_load(1.0) == 2
+    nodes = 0  # the GCS is down
+    assert target_with_load(1.0) == 2
+    nodes = 2
+    assert target_with_load(0.5) == 3, "two replicas fit on each node"
+    assert target_with_load(0.0) == 3, "this one does not compute on CPUs"
+    nodes = 1
+    assert target_with_load(1.0) == 1
 
 
 async def test_decisions_are_made_while_the_gcs_is_down(monkeypatch: pytest.MonkeyPatch) -> None:

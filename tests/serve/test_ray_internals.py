@@ -34,7 +34,7 @@ def test_the_names_were_read_from_the_installed_release() -> None:
 def test_the_key_value_client_has_the_methods_in_use() -> None:
     from ray._raylet import InnerGcsClient  # the client passes on what it does not define
 
-    for method in ("internal_kv_put", "internal_kv_multi_get"):
+    for method in ("internal_kv_put", "internal_kv_multi_get", "get_all_node_info"):
         assert hasattr(InnerGcsClient, method), method
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from cluster.config import GeneratorConfig
 from cluster.engines.vllm import arguments, environment
+from cluster.engines.vllm.environment import core_share
 from cluster.errors import ConfigError
 
 
@@ -142,3 +143,12 @@ def test_compiled_models_keep_vllms_own_worker(
     defaults = arguments.platform_defaults(chosen, on_cpu=True, in_ray=False)
     assert ("worker_cls" in defaults) == is_eager
     assert "worker_cls" not in arguments.platform_defaults(chosen, on_cpu=False, in_ray=False)
+
+
+def test_the_share_of_the_nodes_cores_that_a_replica_uses() -> None:
+    bound = {"VLLM_CPU_OMP_THREADS_BIND": "0,1", "OMP_NUM_THREADS": "2"}
+    unbound = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "2"}
+    assert core_share({}, 1, 8) == 0.0, "not on CPUs"
+    assert core_share(bound, 1, 8) == 1.0, "other replicas would use the same two cores"
+    assert core_share(unbound, 1, 8) == 0.25
+    assert core_share(unbound, 2, 8) == 0.5

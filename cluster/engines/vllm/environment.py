@@ -96,3 +96,17 @@ def bind_threads(cores: list[int], num_workers: int) -> str:
     assigned = [cores[i % len(cores)] for i in range(share * num_workers)]
     parts = [assigned[i : i + share] for i in range(0, len(assigned), share)]
     return "|".join(",".join(map(str, part)) for part in parts)
+
+
+def core_share(environment: Mapping[str, str], num_workers: int, num_cores: int) -> float:
+    """Return the share of the node's cores that vLLM's threads use, in its replica's environment.
+
+    0 if vLLM does not run on CPUs.
+    """
+    binding = environment.get(BINDING_VARIABLE)
+    if binding is None:
+        return 0.0
+    threads = environment.get("OMP_NUM_THREADS", "")
+    if binding != "nobind" or not threads.isdigit():
+        return 1.0  # all replicas of a node would bind their threads to the same cores
+    return min(1.0, int(threads) * num_workers / num_cores)
