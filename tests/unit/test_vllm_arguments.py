@@ -3,6 +3,7 @@
 import os
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -102,6 +103,24 @@ def test_adapters_enable_lora() -> None:
 def test_scheduling_is_by_priority_unless_configured_otherwise() -> None:
     assert fill(config()).scheduling_policy == "priority"
     assert fill(config(engine_args={"scheduling_policy": "fcfs"})).scheduling_policy == "fcfs"
+
+
+@pytest.mark.parametrize(
+    ("backend", "chosen", "compact"),
+    [
+        ("auto", None, True),
+        ("xgrammar", {"backend": "xgrammar"}, True),
+        ("outlines", {"backend": "outlines"}, False),
+        ("auto", {"disable_any_whitespace": False}, False),
+    ],
+)
+def test_json_output_is_compact_unless_configured_otherwise(
+    backend: str, chosen: object, compact: bool
+) -> None:
+    structured_outputs = SimpleNamespace(backend=backend, disable_any_whitespace=False)
+    pool = config(engine_args={"structured_outputs_config": chosen})
+    arguments.disable_free_whitespace(structured_outputs, pool)
+    assert structured_outputs.disable_any_whitespace is compact
 
 
 def test_an_unknown_argument_is_reported_with_similar_names() -> None:

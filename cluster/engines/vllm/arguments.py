@@ -13,6 +13,7 @@ from cluster.errors import ConfigError
 DEFAULT_CPU_KV_BYTES = 1024**3
 EAGER_CPU_WORKER = "cluster.engines.vllm.cpu_worker.EagerCPUWorker"
 CPU_BLOCK_SIZE_TOKENS = 32  # vLLM's default on CPUs, 128, is too coarse for sharing prefixes
+_COMPACT_BACKENDS = ("auto", "xgrammar", "guidance")  # those with ``disable_any_whitespace``
 
 _FIELDS = {  # vLLM's argument -> field of the configuration that sets it
     "model": "model",
@@ -87,6 +88,19 @@ def fill_args(
         chosen |= {"enable_lora": True, "max_loras": config.max_loras}
     for name, value in chosen.items():
         setattr(args, name, value)
+
+
+def disable_free_whitespace(structured_outputs: Any, config: GeneratorConfig) -> None:
+    """Make JSON output compact, unless ``engine_args`` chooses or the backend cannot.
+
+    Small models otherwise fill answers with whitespace, which every JSON schema allows, until
+    ``max_tokens``.
+    """
+    chosen = config.engine_args.get("structured_outputs_config") or {}
+    # vLLM rejects this for the backend "auto", because that may fall back to backends that ignore
+    # it. Setting it after the check keeps the fallback.
+    if "disable_any_whitespace" not in chosen and structured_outputs.backend in _COMPACT_BACKENDS:
+        structured_outputs.disable_any_whitespace = True
 
 
 def _check_names(config: GeneratorConfig, known: Iterable[str]) -> None:

@@ -40,6 +40,8 @@ NAMES = {
     "MPClient": "vllm.v1.engine.core_client:MPClient",
     "RequestOutput": "vllm.outputs:RequestOutput",
     "SchedulerStats": "vllm.v1.metrics.stats:SchedulerStats",
+    "StructuredOutputsConfig": "vllm.config:StructuredOutputsConfig",
+    "VllmConfig": "vllm.config:VllmConfig",
 }
 """Definition of each name, in the form of ``pkgutil.resolve_name``."""
 
@@ -66,6 +68,8 @@ ATTRIBUTES = {
     "RequestOutput": ("prompt_token_ids", "num_cached_tokens", "outputs"),
     "SchedulerStats": ("num_waiting_reqs", "kv_cache_usage"),
     "StatLoggerBase": ("record", "log_engine_initialized"),
+    "StructuredOutputsConfig": ("backend", "disable_any_whitespace"),
+    "VllmConfig": ("cache_config", "structured_outputs_config"),
 }
 """Attributes that Tandem uses, by the name of their class."""
 

@@ -140,12 +140,14 @@ class LlmLauncher:
 
     def _make_vllm_config(self, args: Namespace) -> Any:
         try:
-            return internals.AsyncEngineArgs.from_cli_args(args).create_engine_config()
+            made = internals.AsyncEngineArgs.from_cli_args(args).create_engine_config()
         except (ValueError, OSError, TypeError, AssertionError, NotImplementedError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(
                 f"generator {self._config.name!r}: vLLM rejects the configuration: {reason}"
             ) from error
+        arguments.disable_free_whitespace(made.structured_outputs_config, self._config)
+        return made
 
     def _make_args(self) -> tuple[Namespace, str | None]:
         """Return vLLM's arguments, and the address of the KV events if this replica reads them."""
