@@ -117,7 +117,6 @@ class Batcher(Generic[K]):
 
     @property
     def waiting_requests(self) -> int:
-        """Number of requests with a waiting text."""
         return len(self._requests)
 
     def add_request(self, key: K, task: str, lengths: Sequence[int]) -> None:

@@ -31,7 +31,6 @@ from cluster.engines.classifier.model.packed.linear import (
 from cluster.engines.classifier.model.packed.network import supports
 from cluster.engines.classifier.model.packed.quantize import (
     RangeObserver,
-    observed_arithmetic,
     quantize,
     quantized_arithmetic,
 )
@@ -129,7 +128,7 @@ def test_int8_scores_do_not_depend_on_the_other_texts_of_a_batch(net):
 
 def quantized_and_full(net):
     observer = RangeObserver()
-    full = PackedBert(net, observed_arithmetic(observer))
+    full = PackedBert(net, Arithmetic(torch.float32, torch.float32, observer))
     for task in ("classify", "embed"):
         full.run(task, texts(*range(1, 60), seed=7))
     return PackedBert(net, quantized_arithmetic(observer.ranges)), full

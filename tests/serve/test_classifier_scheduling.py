@@ -27,7 +27,8 @@ async def engine(word_model_path):
 
 
 async def test_slow_tokenizing_does_not_delay_short_texts(engine):
-    plain, release, started = engine.service.model.tokenizer.reader(True), threading.Event(), []
+    plain = engine.service.model.tokenizer.readers["right"]
+    release, started = threading.Event(), []
 
     class Slow:
         max_tokens_per_text = plain.max_tokens_per_text
@@ -98,16 +99,18 @@ async def test_a_full_queue_rejects_at_once(word_model_path, gate):
 
 async def test_a_cut_text_reserves_only_the_tokens_it_keeps(word_model_path, gate):
     async with serving(config(max_queued_tokens=200), word_model_path) as engine:
-        release, most = gate(engine), engine.service.model.tokenizer.max_tokens
+        release, tokenizer = gate(engine), engine.service.model.tokenizer
         first = asyncio.create_task(engine.service.encode("classify", ["good"]))
         await until(lambda: engine.load().running)
         second = asyncio.create_task(engine.service.encode("classify", ["bad film"]))
         await until(lambda: engine.counts().queued_tokens == 4)
-        long = "good " * 10_000
-        third = asyncio.create_task(engine.service.encode("classify", [long], truncate=True))
-        await until(lambda: third.done() or engine.counts().queued_tokens == 4 + most)
+        cutting = engine.service.encode("classify", ["good " * 10_000], tokenizer.readers["right"])
+        third = asyncio.create_task(cutting)
+        await until(
+            lambda: third.done() or engine.counts().queued_tokens == 4 + tokenizer.max_tokens
+        )
         release.release(10)
-        assert (await third).num_tokens == most
+        assert (await third).num_tokens == tokenizer.max_tokens
         await asyncio.gather(first, second)
 
 

@@ -5,9 +5,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from cluster.engines.classifier.model.template import (
     Template,
     cut_ids,
+    find_template,
     fit_pair,
-    pair_template,
-    single_template,
 )
 
 
@@ -22,13 +21,13 @@ def tokenizer(single: str, pair: str | None) -> Tokenizer:
 
 def test_templates_are_found() -> None:
     bert = tokenizer("[C] $A [S]", "[C] $A [S] $B:1 [S]:1")
-    assert single_template(bert) == Template((1,), (), (2,))
-    assert pair_template(bert, False) == Template((1,), (2,), (2,))
-    assert pair_template(bert, True) == Template((1,), (2,), (~2,), True)
+    assert find_template(bert, 1) == Template((1,), (), (2,))
+    assert find_template(bert, 2) == Template((1,), (2,), (2,))
+    assert find_template(bert, 2, marks_pair=True) == Template((1,), (2,), (~2,), True)
     roberta = tokenizer("[C] $A [S]", "[C] $A [S] [S] $B [S]")
-    assert pair_template(roberta, False) == Template((1,), (2, 2), (2,))
+    assert find_template(roberta, 2) == Template((1,), (2, 2), (2,))
     bare = tokenizer("$A", None)
-    assert single_template(bare) == Template((), (), ())
+    assert find_template(bare, 1) == Template((), (), ())
 
 
 def test_rows_are_joined() -> None:

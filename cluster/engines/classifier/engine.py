@@ -23,6 +23,8 @@ class ClassifierEngine:
         model_path: Directory of a transformers model with safetensors and a fast tokenizer.
     """
 
+    prefixes: None = None  # whole results are cached, not prefixes
+
     def __init__(self, config: ClassifierConfig, model_path: str) -> None:
         self._config = config
         self._model_path = model_path
@@ -34,7 +36,6 @@ class ClassifierEngine:
 
     @property
     def app(self) -> ASGIApp:
-        """ASGI application, valid between ``start`` and ``stop``."""
         if self._app is None:
             raise UnavailableError("the engine is not started")
         return self._app
@@ -47,7 +48,6 @@ class ClassifierEngine:
         return self._service
 
     async def start(self) -> None:
-        """Load the model; see ``Engine.start``."""
         timer = StartupTimer()
         self._service = await ClassifierService.start(self._config, self._model_path)
         timer.mark("model")
@@ -57,7 +57,6 @@ class ClassifierEngine:
         self._app = ClassifierApp(self._config, self._caching, self._insight)
 
     async def check_health(self) -> None:
-        """Raise ``EngineDeadError`` if the model thread failed."""
         self.service.check_health()
 
     def load(self) -> Load:
@@ -65,7 +64,6 @@ class ClassifierEngine:
         return self._service.load() if self._service else Load()
 
     def counts(self) -> ClassifierCounts:
-        """Return the counters since the start."""
         counts = self.service.counts()
         if self._caching and (cache := self._caching.cache):
             counts.cache_hits, counts.cache_misses = cache.hits, cache.misses
@@ -75,23 +73,15 @@ class ClassifierEngine:
         """Return statistics of the classified texts; None if the model does not classify."""
         return self._insight.drift() if self._insight else None
 
-    @property
-    def prefixes(self) -> None:
-        """None: whole results are cached, not prefixes."""
-        return None
-
     def observe(self, registry: Registry) -> None:
-        """Write the counters to the registry."""
         write_counts(registry, self._config.name, self.counts())
         if (snapshot := self.drift()) is not None:
             write_drift(registry, self._config.name, snapshot)
 
     def routes(self) -> tuple[str, ...]:
-        """Return the paths of the configured tasks."""
         return routes(self._config)
 
     async def stop(self) -> None:
-        """Fail open requests with ``UnavailableError`` and end the threads; safe to call twice."""
         if self._insight is not None:
             await self._insight.stop()
         if self._service is not None:

@@ -25,8 +25,7 @@ from cluster.engines.classifier.explain.schema import (
 )
 from cluster.engines.classifier.model.load import has_token_types
 from cluster.engines.classifier.model.outputs import apply_calibration, to_scores
-from cluster.engines.classifier.model.template import Side
-from cluster.engines.classifier.model.types import Text
+from cluster.engines.classifier.model.types import Side, Text
 from cluster.errors import InvalidRequestError
 
 MAX_BATCH_TOKENS = 1024
@@ -35,8 +34,6 @@ MAX_BATCH_TOKENS = 1024
 
 @dataclass(frozen=True, slots=True)
 class _TokenizedText:
-    """A text as the network reads it."""
-
     ids: Tensor
     """[1, tokens]"""
     types: dict[str, Tensor]
@@ -207,7 +204,6 @@ class _Path:
     labels: list[int]
 
     def evaluate(self, points: Sequence[float], check: Callable[[], None]) -> tuple[Floats, Floats]:
-        """Return scores and slopes; see ``integral.Evaluate``."""
         size = max(1, MAX_BATCH_TOKENS // self.step.shape[1])
         parts = []
         for first in range(0, len(points), size):

@@ -16,12 +16,7 @@ import torch
 from cluster.engines.classifier.explain.attribution import ExplainModel
 from cluster.engines.classifier.explain.schema import Explanation, Question
 from cluster.engines.classifier.model.types import Text
-from cluster.errors import (
-    InternalError,
-    OverloadedError,
-    RequestError,
-    UnavailableError,
-)
+from cluster.errors import InternalError, OverloadedError, RequestError, UnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -49,17 +44,8 @@ class Explainer:
         self._open = 0
         self._stopping = threading.Event()
 
-    @property
-    def is_loaded(self) -> bool:
-        """True after the explaining model was loaded."""
-        return self._model is not None
-
     async def explain(self, texts: Sequence[Text], question: Question) -> list[Explanation]:
         """Explain each text; long ones are cut. Cancelling ends the work.
-
-        Args:
-            texts: A few texts or pairs.
-            question: Explanation to compute for each.
 
         Raises:
             InvalidRequestError: The model does not support the method.

@@ -64,10 +64,8 @@ def integrate(evaluate: Evaluate, max_points: int = MAX_POINTS) -> Integral:
         is_accurate = bool((gaps.sum(0) <= allowed).all())
         if is_accurate or len(known) + 6 * bad.sum() > max_points:  # a split adds 6 points
             return Integral(parts.sum(0), start, end, len(known))
-        halved = [
-            _halve(piece) if split else [piece] for piece, split in zip(pieces, bad, strict=True)
-        ]
-        pieces = [piece for halves in halved for piece in halves]
+        splits = zip(pieces, bad, strict=True)
+        pieces = [half for piece, split in splits for half in (_halve(piece) if split else [piece])]
 
 
 def _points(piece: tuple[float, float]) -> list[float]:

@@ -5,7 +5,7 @@ from typing import Literal
 
 import msgspec
 
-from cluster.engines.classifier.model.template import Side
+from cluster.engines.classifier.model.types import Side
 
 MAX_TEXTS = 16
 """Texts in a request with explanations; explaining one takes as long as classifying about 50."""
@@ -65,11 +65,3 @@ class Question:
     """Number of labels to explain, best first; None explains all."""
     side: Side = "right"
     """Side on which a long text was cut."""
-
-
-def make_question(explain: bool | ExplainOptions, top_k: int | None, side: Side) -> Question | None:
-    """Return the question of a request; None if it asks for no explanation."""
-    if not explain:
-        return None
-    options = explain if isinstance(explain, ExplainOptions) else ExplainOptions()
-    return Question(options.method, top_k, side)

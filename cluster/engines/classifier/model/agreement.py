@@ -51,7 +51,6 @@ class Agreement:
 
     @property
     def suffices(self) -> bool:
-        """True if the low precision may be used."""
         return self.share >= MIN_AGREEMENT
 
     def __str__(self) -> str:
@@ -59,11 +58,7 @@ class Agreement:
 
 
 def require_agreement(config: ClassifierConfig, agreement: Agreement, precision: str) -> None:
-    """Log the agreement.
-
-    Raises:
-        ConfigError: It is too low.
-    """
+    """Log the agreement, or raise ``ConfigError`` if it is too low."""
     result = f"{precision} {agreement}"
     if not agreement.suffices:
         raise ConfigError(
@@ -80,15 +75,7 @@ def measure_agreement(
     ids: Sequence[TokenIds],
     problem_type: str | None = None,
 ) -> Agreement:
-    """Compare two models on the same texts.
-
-    Args:
-        head: Result to compare.
-        low: The low-precision model.
-        full: The float32 model.
-        ids: Input rows; for ``fill-mask``, each has a mask.
-        problem_type: ``problem_type`` of the network's configuration.
-    """
+    """Compare a low-precision model with the full one; for ``fill-mask``, each row has a mask."""
     runs = [(low(head, batch), full(head, batch)) for batch in batches_by_length(ids)]
     found, wanted = (np.concatenate([_as_array(run[i]) for run in runs]) for i in (0, 1))
     equal = _equal(head, problem_type, found, wanted)
@@ -96,7 +83,6 @@ def measure_agreement(
 
 
 def batches_by_length(ids: Sequence[TokenIds]) -> list[list[TokenIds]]:
-    """Return ``ids`` in ascending order of length, in batches."""
     ordered = sorted(ids, key=len)
     return [ordered[i : i + BATCH_TEXTS] for i in range(0, len(ordered), BATCH_TEXTS)]
 
@@ -137,14 +123,12 @@ class AgreementStore:
         self._file = home() / "agreement" / f"{Path(path).name}-{digest}.json"
 
     def read(self) -> Agreement | None:
-        """Return the saved agreement; None if there is no readable file."""
         try:
             return Agreement(**json.loads(self._file.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None
 
     def write(self, agreement: Agreement) -> None:
-        """Save the agreement; log a warning if the home is not writable."""
         fresh = self._file.with_suffix(f".{id(self)}")
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)

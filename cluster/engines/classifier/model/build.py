@@ -27,11 +27,7 @@ from cluster.engines.classifier.model.packed.cpu import PackedBert
 from cluster.engines.classifier.model.packed.gpu import VarlenBert
 from cluster.engines.classifier.model.packed.linear import Arithmetic
 from cluster.engines.classifier.model.packed.network import supports
-from cluster.engines.classifier.model.packed.quantize import (
-    RangeObserver,
-    observed_arithmetic,
-    quantized_arithmetic,
-)
+from cluster.engines.classifier.model.packed.quantize import RangeObserver, quantized_arithmetic
 from cluster.engines.classifier.model.padded import TransformersModel
 from cluster.engines.classifier.model.tokenizer import TextTokenizer
 from cluster.engines.classifier.model.types import EncoderModel, Text, TokenIds
@@ -57,61 +53,38 @@ def computed_heads(config: ClassifierConfig) -> tuple[ClassifierTask, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class BuiltModel:
-    """A model and its precision."""
-
-    model: EncoderModel
-    precision: str
-    agreement: Agreement | None
-    """Agreement with float32; None for float32 itself."""
-
-
 class ModelBuilder:
-    """Builder of models of one network.
+    """Builder of models of one network."""
 
-    Args:
-        config: The pool.
-        path: The model's directory.
-        network: The float32 network on its device.
-        tokenizer: The model's tokenizer.
-        pooling: Pooling of embeddings.
-    """
+    config: ClassifierConfig
+    path: str
+    """The model's directory."""
+    network: Any
+    """The float32 network on its device."""
+    tokenizer: TextTokenizer
+    pooling: Pooling
 
-    def __init__(
-        self,
-        config: ClassifierConfig,
-        path: str,
-        network: Any,
-        tokenizer: TextTokenizer,
-        pooling: Pooling,
-    ) -> None:
-        self._config = config
-        self._path = path
-        self._network = network
-        self._tokenizer = tokenizer
-        self._pooling = pooling
-        self._heads = computed_heads(config)
-        self._supported = supports(network)
-        self._packs_on_cpu = self._supported and network.device.type == "cpu"
-
-    def build(self) -> BuiltModel:
-        """Build the model in the configured precision.
+    def build(self) -> tuple[EncoderModel, Agreement | None]:
+        """Return the model in the configured precision, and its agreement if that is not float32.
 
         With dtype ``auto``, fall back to float32 if the agreement is too low.
 
         Raises:
             ConfigError: The precision is not available here, or does not agree with float32.
         """
-        precision = choose_precision(self._config, self._network.device)
-        if precision == "float32":
-            return BuiltModel(self._build_in(torch.float32), precision, None)
+        name, agreement = self.config.name, None
+        precision = choose_precision(self.config, self.network.device)
         model = self.build_unchecked(precision)
-        agreement = self._agreement(model, precision)
-        if self._config.dtype == "auto" and not agreement.suffices:
-            log.warning("%s: %s %s; using float32", self._config.name, precision, agreement)
-            return BuiltModel(self._build_in(torch.float32), "float32", None)
-        require_agreement(self._config, agreement, precision)
-        return BuiltModel(model, precision, agreement)
+        if precision != "float32":
+            agreement = self._agreement(model, precision)
+            if self.config.dtype == "auto" and not agreement.suffices:
+                log.warning("%s: %s %s; using float32", name, precision, agreement)
+                model, agreement, precision = self._build_in(torch.float32), None, "float32"
+            else:
+                require_agreement(self.config, agreement, precision)
+        kind, device = type(model).__name__, self.network.device
+        log.info("%s: loaded %s in %s on %s", name, kind, precision, device)
+        return model, agreement
 
     def build_unchecked(self, precision: str) -> EncoderModel:
         """Build the model in any precision without measuring its agreement.
@@ -119,72 +92,73 @@ class ModelBuilder:
         Raises:
             ConfigError: The precision is not available here.
         """
-        if precision == "int8":
-            return self._build_quantized(self._observe())
-        return self._build_in(getattr(torch, precision))
+        if precision != "int8":
+            return self._build_in(getattr(torch, precision))
+        ranges = self._observe().ranges
+        try:
+            return self._pack(quantized_arithmetic(ranges))
+        except (AttributeError, RuntimeError) as error:
+            field = f"classifiers.{self.config.name}.dtype"
+            message = f"{field}: int8 is not available on this machine: {error}"
+            raise ConfigError(message) from error
+
+    @property
+    def _packs_on_cpu(self) -> bool:
+        return supports(self.network) and self.network.device.type == "cpu"
 
     def _build_in(self, dtype: torch.dtype) -> EncoderModel:
         if self._packs_on_cpu:
             return self._pack(Arithmetic.plain(dtype))
-        network = self._network
+        network = self.network
         if dtype != torch.float32:
-            if self._supported:
-                return VarlenBert(network, Arithmetic.plain(dtype), self._pooling)
+            if supports(network):
+                return VarlenBert(network, Arithmetic.plain(dtype), self.pooling)
             network = copy.deepcopy(network).to(dtype)
-        tokenizer = self._tokenizer
+        tokenizer = self.tokenizer
         return TransformersModel(
-            network, tokenizer.pad_id, self._pooling, tokenizer.mask_id, tokenizer.max_tokens
+            network, tokenizer.pad_id, self.pooling, tokenizer.mask_id, tokenizer.max_tokens
         )
 
     def _pack(self, arithmetic: Arithmetic) -> PackedBert:
-        return PackedBert(self._network, arithmetic, self._pooling)
-
-    def _build_quantized(self, observer: RangeObserver) -> EncoderModel:
-        try:
-            return self._pack(quantized_arithmetic(observer.ranges))
-        except (AttributeError, RuntimeError) as error:
-            raise ConfigError(
-                f"classifiers.{self._config.name}.dtype: int8 is not available on this machine: "
-                f"{error}"
-            ) from error
+        return PackedBert(self.network, arithmetic, self.pooling)
 
     def _observe(self) -> RangeObserver:
         """Run the check texts through a float32 model that records its activations."""
         if not self._packs_on_cpu:
             raise ConfigError(
-                f"classifiers.{self._config.name}.dtype: int8 is for BERT on the CPU; "
-                f"this is {type(self._network).__name__} on {self._network.device.type}"
+                f"classifiers.{self.config.name}.dtype: int8 is for BERT on the CPU; "
+                f"this is {type(self.network).__name__} on {self.network.device.type}"
             )
         observer = RangeObserver()
-        model = self._pack(observed_arithmetic(observer))
-        for head in self._heads:
+        model = self._pack(Arithmetic(torch.float32, torch.float32, observer))
+        for head in computed_heads(self.config):
             for batch in batches_by_length(self._check_ids(head)):
                 model.run(head, batch)
         return observer
 
     def _agreement(self, model: EncoderModel, precision: str) -> Agreement:
-        settings = precision, self._network.device.type, self._config.tasks, self._pooling
-        store = AgreementStore(self._path, *settings)
+        settings = precision, self.network.device.type, self.config.tasks, self.pooling
+        store = AgreementStore(self.path, *settings)
         if (known := store.read()) is not None:
             return known
         full = self._build_in(torch.float32)
-        problem = self._network.config.problem_type
+        problem = self.network.config.problem_type
         agreements = [
             measure_agreement(head, model.run, full.run, self._check_ids(head), problem)
-            for head in self._heads
+            for head in computed_heads(self.config)
         ]
         worst = min(agreements, key=lambda agreement: agreement.share)
         store.write(worst)
         return worst
 
     def _check_ids(self, head: ClassifierTask) -> list[TokenIds]:
-        single = check_texts(self._path)
+        single = check_texts(self.path)
         texts: list[Text] = [*single]
-        if head == "classify" and PAIR_TASKS & set(self._config.tasks):
+        if head == "classify" and PAIR_TASKS & set(self.config.tasks):
             # Alternately a text with itself and with another one, for high and low scores.
             texts = [(text, single[i - i % 2]) for i, text in enumerate(single)]
-        ids = self._tokenizer.encode(texts, 0, "right")
+        ids = self.tokenizer.encode(texts, 0, "right")
         if head == "fill-mask":
             for row in ids:
-                row[len(row) // 2] = self._tokenizer.mask_id
+                row[len(row) // 2] = self.tokenizer.mask_id
         return ids

@@ -14,57 +14,23 @@ FILE = "held_out.jsonl"
 NUM_TEXTS = 400
 SEED = 0
 
-_THINGS = [
-    "the film",
-    "this phone",
-    "the new album",
-    "our hotel room",
-    "the service",
-    "my old laptop",
-    "the final chapter",
-    "the government's plan",
-    "this recipe",
-    "the battery",
-    "the second half",
-    "their support team",
-    "the delivery",
-    "the acting",
-    "the museum",
-    "her speech",
-    "the price",
-    "the train from the airport",
-    "the city council",
-]
-_VERBS = [
-    "was",
-    "felt",
-    "seemed",
-    "turned out",
-    "looks",
-    "has always been",
-    "is said to be",
-    "remained",
-]
-_VIEWS = [
-    "wonderful",
-    "a complete disaster",
-    "surprisingly good",
-    "dull and far too long",
-    "better than expected",
-    "not worth the money",
-    "broken again",
-    "quiet and clean",
-    "hard to recommend",
-    "simply the best of its kind",
-    "neither good nor bad",
-    "late, cold and expensive",
-    "a pleasure from beginning to end",
-    "fine, I suppose",
-    "an insult to the audience",
-    "delayed until next Tuesday",
-    "never as bad as people say",
-    "about average",
-]
+_THINGS = (  # noqa: SIM905
+    "the film, this phone, the new album, our hotel room, the service, my old laptop, "
+    "the final chapter, the government's plan, this recipe, the battery, the second half, "
+    "their support team, the delivery, the acting, the museum, her speech, the price, "
+    "the train from the airport, the city council"
+).split(", ")
+_VERBS = (  # noqa: SIM905
+    "was, felt, seemed, turned out, looks, has always been, is said to be, remained"
+).split(", ")
+_VIEWS = (  # noqa: SIM905
+    "wonderful; a complete disaster; surprisingly good; dull and far too long; "
+    "better than expected; not worth the money; broken again; quiet and clean; "
+    "hard to recommend; simply the best of its kind; neither good nor bad; "
+    "late, cold and expensive; a pleasure from beginning to end; fine, I suppose; "
+    "an insult to the audience; delayed until next Tuesday; never as bad as people say; "
+    "about average"
+).split("; ")
 _TAILS = [
     "",
     ", and I would do it again",
@@ -80,7 +46,6 @@ _TAILS = [
 
 
 def check_texts(model_path: str) -> list[str]:
-    """Return the model's own texts, or the generated ones."""
     own = Path(model_path) / FILE
     if own.is_file():
         lines = own.read_text(encoding="utf-8").splitlines()

@@ -12,7 +12,6 @@ log = logging.getLogger(__name__)
 
 
 def choose_device(config: ClassifierConfig) -> torch.device:
-    """Return CUDA if the configuration reserves GPUs and torch sees one, else the CPU."""
     if config.resources.gpus > 0:
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -21,7 +20,6 @@ def choose_device(config: ClassifierConfig) -> torch.device:
 
 
 def choose_precision(config: ClassifierConfig, device: torch.device) -> str:
-    """Return the configured dtype; ``auto`` is bfloat16 on devices with native support."""
     if config.dtype != "auto":
         return config.dtype
     native = device.type == "cuda" or has_native_bfloat16()
@@ -29,12 +27,10 @@ def choose_precision(config: ClassifierConfig, device: torch.device) -> str:
 
 
 def num_threads(config: ClassifierConfig) -> int:
-    """Return the configured number of compute threads, or one per core of this process."""
     return config.threads or len(os.sched_getaffinity(0))
 
 
 def share_threads(num_threads: int, num_streams: int) -> list[int]:
-    """Return the number of threads for each stream, as even as possible."""
     each, more = divmod(num_threads, num_streams)
     return [each + (index < more) for index in range(num_streams)]
 

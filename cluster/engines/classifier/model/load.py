@@ -3,7 +3,6 @@
 Runs on the model thread.
 """
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,6 @@ from cluster.engines.classifier.model.tokenizer import TextTokenizer
 from cluster.engines.classifier.model.types import EncoderModel
 from cluster.errors import ConfigError
 from cluster.models.predict import max_tokens_of
-
-log = logging.getLogger(__name__)
 
 LABELLED = ("ForSequenceClassification", "ForTokenClassification")
 """Heads whose scores have labels."""
@@ -47,7 +44,6 @@ class LoadedModel:
 
     @property
     def embedding_size(self) -> int:
-        """Width of an embedding."""
         return self.hidden_size * len(self.pooling.modes)
 
 
@@ -69,19 +65,17 @@ def load_model(config: ClassifierConfig, path: str) -> LoadedModel:
     apply_calibration(network.config, Path(path))
     max_tokens = max_tokens_of(network, tokenizer)
     texts = TextTokenizer(tokenizer, max_tokens, has_token_types(network, tokenizer))
-    built = ModelBuilder(config, path, network, texts, pooling).build()
-    kind = type(built.model).__name__
-    log.info("%s: loaded %s in %s on %s", config.name, kind, built.precision, device)
+    model, agreement = ModelBuilder(config, path, network, texts, pooling).build()
     labels = tuple(str(hf_config.id2label[i]) for i in range(hf_config.num_labels))
     return LoadedModel(
-        model=built.model,
+        model=model,
         tokenizer=texts,
         labels=labels if config.head in LABELLED else (),
         vocab_size=hf_config.vocab_size,
         hidden_size=hf_config.hidden_size,
         pooling=pooling,
         shares_cores=device.type == "cpu",
-        agreement=built.agreement,
+        agreement=agreement,
     )
 
 
@@ -97,7 +91,6 @@ def _load_network(config: ClassifierConfig, path: str, hf_config: Any) -> Any:
 
 
 def _check_tasks(config: ClassifierConfig, hf_config: Any) -> None:
-    """Raise if the model has no head for the tasks."""
     if config.head is None:
         return
     architecture = (hf_config.architectures or ["none"])[0]

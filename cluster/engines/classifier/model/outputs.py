@@ -74,14 +74,6 @@ class _Ragged:
         return self.sum_by_text(torch.ones_like(self.hidden[:, :1]))
 
 
-def _mean(texts: _Ragged) -> Tensor:
-    return texts.sum_by_text(texts.hidden) / texts.lengths()
-
-
-def _mean_sqrt(texts: _Ragged) -> Tensor:
-    return texts.sum_by_text(texts.hidden) / texts.lengths().sqrt()
-
-
 def _max(texts: _Ragged) -> Tensor:
     hidden = texts.hidden
     least = hidden.new_full((len(texts.starts) + 1, hidden.shape[1]), -torch.inf)
@@ -104,8 +96,8 @@ def _last(texts: _Ragged) -> Tensor:
 _MODES: Mapping[str, Callable[[_Ragged], Tensor]] = {
     "cls_token": lambda texts: texts.hidden[texts.starts],
     "max_tokens": _max,
-    "mean_tokens": _mean,
-    "mean_sqrt_len_tokens": _mean_sqrt,
+    "mean_tokens": lambda texts: texts.sum_by_text(texts.hidden) / texts.lengths(),
+    "mean_sqrt_len_tokens": lambda texts: texts.sum_by_text(texts.hidden) / texts.lengths().sqrt(),
     "weightedmean_tokens": _weighted_mean,
     "lasttoken": _last,
 }

@@ -63,7 +63,6 @@ class TransformersModel:
         self.padding = 0.0
 
     def run(self, task: ClassifierTask, ids: Sequence[TokenIds]) -> Rows | list[Rows]:
-        """Compute one batch; see ``EncoderModel``."""
         head = self._heads[task]
         rows: list[Rows] = []
         with torch.inference_mode():

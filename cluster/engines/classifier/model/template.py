@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-Side = Literal["left", "right"]
-"""Side on which a long text is cut."""
+from cluster.engines.classifier.model.types import Side
 
 PROBES = ("a probe of the special tokens", "and its pair")
 
@@ -22,47 +21,37 @@ class Template:
 
     @property
     def num_tokens(self) -> int:
-        """Number of special tokens."""
         return len(self.prefix) + len(self.middle) + len(self.suffix)
 
     def join(self, ids: Sequence[int], pair: Sequence[int] = ()) -> list[int]:
-        """Return the input row of a text and its pair."""
         second = [~token for token in pair] if self.marks_pair else pair
         return [*self.prefix, *ids, *self.middle, *second, *self.suffix]
 
 
-def single_template(backend: Any) -> Template | None:
-    """Return the template of one text; None if special tokens are put inside a text.
+def find_template(backend: Any, num_texts: int, marks_pair: bool = False) -> Template | None:
+    """Return the template of one text or of a pair.
+
+    None if special tokens are put inside a text, or if the tokenizer takes no pairs.
 
     Args:
         backend: A ``tokenizers.Tokenizer`` without truncation and padding.
-    """
-    bare = backend.encode(PROBES[0], add_special_tokens=False).ids
-    full = backend.encode(PROBES[0]).ids
-    start = _find(bare, full, 0)
-    if start is None:
-        return None
-    return Template(tuple(full[:start]), (), tuple(full[start + len(bare) :]))
-
-
-def pair_template(backend: Any, marks_pair: bool) -> Template | None:
-    """Return the template of a text and its pair; None if the tokenizer takes no pairs.
-
-    Args:
-        backend: A ``tokenizers.Tokenizer`` without truncation and padding.
+        num_texts: 1, or 2 for a pair.
         marks_pair: True if the model has a token type for the second segment.
     """
-    bare = [backend.encode(probe, add_special_tokens=False).ids for probe in PROBES]
-    full = backend.encode(*PROBES)
-    first = _find(bare[0], full.ids, 0)
-    second = None if first is None else _find(bare[1], full.ids, first + len(bare[0]))
-    if first is None or second is None:
-        return None
+    probes = PROBES[:num_texts]
+    full = backend.encode(*probes)
     types = zip(full.ids, full.type_ids, strict=True)
     marked = [~token if marks_pair and token_type else token for token, token_type in types]
-    between = marked[first + len(bare[0]) : second]
-    after = marked[second + len(bare[1]) :]
-    return Template(tuple(marked[:first]), tuple(between), tuple(after), marks_pair)
+    special, end = [], 0
+    for probe in probes:
+        bare = backend.encode(probe, add_special_tokens=False).ids
+        start = _find(bare, full.ids, end)
+        if start is None:
+            return None
+        special.append(tuple(marked[end:start]))
+        end = start + len(bare)
+    middle = special[1] if num_texts == 2 else ()
+    return Template(special[0], middle, tuple(marked[end:]), marks_pair)
 
 
 def fit_pair(first: int, second: int, room: int) -> tuple[int, int]:
@@ -85,7 +74,5 @@ def cut_ids(ids: list[int], length: int, side: Side) -> list[int]:
 
 
 def _find(part: list[int], whole: list[int], start: int) -> int | None:
-    for index in range(start, len(whole) - len(part) + 1):
-        if whole[index : index + len(part)] == part:
-            return index
-    return None
+    starts = range(start, len(whole) - len(part) + 1)
+    return next((i for i in starts if whole[i : i + len(part)] == part), None)

@@ -1,20 +1,14 @@
 """Token ids of texts, made by a fast tokenizer; starts no threads."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
 
-from cluster.engines.classifier.model.template import (
-    Side,
-    Template,
-    cut_ids,
-    fit_pair,
-    pair_template,
-    single_template,
-)
-from cluster.engines.classifier.model.types import Text, TokenIds
+from cluster.engines.classifier.model.template import Template, cut_ids, find_template, fit_pair
+from cluster.engines.classifier.model.types import Side, Text, TokenIds
 from cluster.errors import ConfigError, InvalidRequestError
 
 
@@ -51,20 +45,20 @@ class TextTokenizer:
 
     def __init__(self, tokenizer: Any, max_tokens: int, marks_pair: bool = False) -> None:
         if not getattr(tokenizer, "is_fast", False):
-            raise ConfigError(
-                f"{type(tokenizer).__name__} is not a fast tokenizer; tokenizer.json is required"
-            )
+            kind = type(tokenizer).__name__
+            raise ConfigError(f"{kind} is not a fast tokenizer; tokenizer.json is required")
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
-        single = single_template(self._backend)
+        single = find_template(self._backend, 1)
         if single is None:
             raise ConfigError("the tokenizer puts special tokens inside a text: not supported")
         self._single = single
-        self._pair = pair_template(self._backend, marks_pair)
+        self._pair = find_template(self._backend, 2, marks_pair)
         self.max_tokens = max_tokens
         sides: tuple[Side | None, ...] = (None, "left", "right")
-        self._readers = {side: PlainReader(self, side) for side in sides}
+        self.readers = {side: PlainReader(self, side) for side in sides}
+        """Shared readers by the side on which they cut long texts; None refuses them."""
         self.mask_token: str | None = tokenizer.mask_token
         self.mask_id: int = -1 if tokenizer.mask_token_id is None else tokenizer.mask_token_id
         """Token id of the mask; -1 if the tokenizer has none."""
@@ -73,10 +67,6 @@ class TextTokenizer:
         self.has_subwords = bool(getattr(self._backend.model, "continuing_subword_prefix", None))
         """True if a token's own text shows that it continues a word."""
 
-    def reader(self, truncate: bool | Side) -> "PlainReader":
-        """Return the shared reader that cuts long texts on a side (True: right) or refuses them."""
-        return self._readers["right" if truncate is True else truncate or None]
-
     def encode(
         self,
         texts: Sequence[Text],
@@ -84,7 +74,7 @@ class TextTokenizer:
         side: Side | None,
         max_pair_tokens: int | None = None,
     ) -> list[TokenIds]:
-        """Return the input row of each text, special tokens included.
+        """Return the input row of each text; see ``TextReader.read``.
 
         Args:
             texts: Unicode texts; an empty one consists of special tokens.
@@ -92,18 +82,21 @@ class TextTokenizer:
             side: Side on which long texts are cut; None refuses them. In a pair, the longer text is
                 cut first.
             max_pair_tokens: Limit on a pair's second text, applied before ``side``.
-
-        Raises:
-            InvalidRequestError: A text is too long, or is a pair and the model takes none.
         """
         bodies = iter(self._backend.encode_batch_fast(flatten(texts), add_special_tokens=False))
         rows: list[list[int]] = []
         for index, text in enumerate(texts, first):
             ids = next(bodies).ids
-            if isinstance(text, str):
-                rows.append(self._row(index, ids, side))
-            else:
-                rows.append(self._pair_row(index, ids, next(bodies).ids[:max_pair_tokens], side))
+            pair = [] if isinstance(text, str) else next(bodies).ids[:max_pair_tokens]
+            template = self.template(text)
+            room = self.max_tokens - template.num_tokens
+            if len(ids) + len(pair) > room:
+                if side is None:
+                    num_tokens = len(ids) + len(pair) + template.num_tokens
+                    raise self.too_long_error(index, num_tokens)
+                kept, kept_pair = fit_pair(len(ids), len(pair), room)
+                ids, pair = cut_ids(ids, kept, side), cut_ids(pair, kept_pair, side)
+            rows.append(template.join(ids, pair))
         return split_rows(rows)
 
     def encode_shortest(self) -> TokenIds:
@@ -126,58 +119,30 @@ class TextTokenizer:
         return template
 
     def decode(self, token: int) -> str:
-        """Return the text of one token."""
         return str(self._backend.decode([token], skip_special_tokens=False))
 
     def too_long_error(self, index: int, num_tokens: int) -> InvalidRequestError:
-        """Return the error for text number ``index`` of a request."""
         return InvalidRequestError(
             f"input[{index}] has {num_tokens} tokens; the model takes {self.max_tokens}. "
             "Shorten it or set `truncate`.",
             param="input",
         )
 
-    def _row(self, index: int, ids: list[int], side: Side | None) -> list[int]:
-        room = self.max_tokens - self._single.num_tokens
-        if len(ids) > room:
-            if side is None:
-                raise self.too_long_error(index, len(ids) + self._single.num_tokens)
-            ids = cut_ids(ids, room, side)
-        return self._single.join(ids)
 
-    def _pair_row(
-        self, index: int, ids: list[int], pair: list[int], side: Side | None
-    ) -> list[int]:
-        template = self.template(("", ""))
-        room = self.max_tokens - template.num_tokens
-        if len(ids) + len(pair) > room:
-            if side is None:
-                raise self.too_long_error(index, len(ids) + len(pair) + template.num_tokens)
-            first, second = fit_pair(len(ids), len(pair), room)
-            ids, pair = cut_ids(ids, first, side), cut_ids(pair, second, side)
-        return template.join(ids, pair)
-
-
+@dataclass(frozen=True, slots=True, eq=False)
 class PlainReader:
-    """``TextReader`` that makes one row per text.
+    """``TextReader`` that makes one row per text; for the fields, see ``TextTokenizer.encode``."""
 
-    Args:
-        tokenizer: The model's tokenizer.
-        side: See ``TextTokenizer.encode``.
-        max_pair_tokens: See ``TextTokenizer.encode``.
-    """
+    tokenizer: TextTokenizer
+    side: Side | None
+    max_pair_tokens: int | None = None
 
-    def __init__(
-        self, tokenizer: TextTokenizer, side: Side | None, max_pair_tokens: int | None = None
-    ) -> None:
-        self.max_tokens_per_text = float(tokenizer.max_tokens)
-        self._tokenizer = tokenizer
-        self._side = side
-        self._max_pair_tokens = max_pair_tokens
+    @property
+    def max_tokens_per_text(self) -> float:
+        return self.tokenizer.max_tokens
 
     def read(self, texts: Sequence[Text], first: int) -> list[TokenIds]:
-        """Return one row per text; see ``TextReader``."""
-        return self._tokenizer.encode(texts, first, self._side, self._max_pair_tokens)
+        return self.tokenizer.encode(texts, first, self.side, self.max_pair_tokens)
 
 
 def flatten(texts: Sequence[Text]) -> list[str]:

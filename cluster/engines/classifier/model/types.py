@@ -1,7 +1,7 @@
 """Inputs and outputs of an encoder network."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,12 @@ Text = str | tuple[str, str]
 """A text, or a text and its pair."""
 TokenIds = NDArray[np.int64]
 """Token ids of one input row. A token of the second segment (token type 1) is stored as ``~id``."""
+ModelInput = Text | TokenIds
 Rows = NDArray[np.float32]
+Side = Literal["left", "right"]
+"""Side on which a long text is cut."""
+Merge = Literal["mean", "max"]
+"""Merging of a text's windows into one result."""
 
 
 class EncoderModel(Protocol):
@@ -32,5 +37,4 @@ class EncoderModel(Protocol):
 
 
 def num_chars(text: Text) -> int:
-    """Return the number of characters, the pair's included."""
     return len(text) if isinstance(text, str) else len(text[0]) + len(text[1])

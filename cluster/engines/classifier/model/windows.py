@@ -3,20 +3,18 @@
 A ``WindowReader`` serves one request.
 """
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.engines.classifier.model.template import Side
 from cluster.engines.classifier.model.tokenizer import TextTokenizer, split_rows
-from cluster.engines.classifier.model.types import Rows, Text, TokenIds
+from cluster.engines.classifier.model.types import Merge, Rows, Side, Text, TokenIds
 from cluster.errors import InvalidRequestError
-
-Merge = Literal["mean", "max"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,34 +41,26 @@ class Window:
         return int(self.spans[-1, 1]) if len(self.spans) else 0
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class WindowReader:
-    """``TextReader`` of one request that keeps offsets and reads long texts in windows.
+    """``TextReader`` of one request that keeps offsets and reads long texts in windows."""
 
-    Args:
-        tokenizer: The model's tokenizer.
-        side: Side on which long texts are cut; None refuses them, unless there is a stride.
-        stride: Overlap of neighbouring windows in tokens; None makes one window per text.
-        max_pair_tokens: Limit on the tokens read of a pair's second text; None reads all.
-    """
+    tokenizer: TextTokenizer
+    side: Side | None
+    """Side on which long texts are cut; None refuses them, unless there is a stride."""
+    stride: int | None
+    """Overlap of neighbouring windows in tokens; None makes one window per text."""
+    max_pair_tokens: int | None = None
+    """Limit on the tokens read of a pair's second text; None reads all."""
+    windows: list[list[Window]] = field(default_factory=list, init=False)
+    """Windows of each text read so far, in the order of the request."""
 
-    def __init__(
-        self,
-        tokenizer: TextTokenizer,
-        side: Side | None,
-        stride: int | None,
-        max_pair_tokens: int | None = None,
-    ) -> None:
-        self.max_tokens_per_text = float(tokenizer.max_tokens) if stride is None else float("inf")
-        self._tokenizer = tokenizer
-        self._side = side
-        self._stride = stride
-        self._max_pair_tokens = max_pair_tokens
-        self.windows: list[list[Window]] = []
-        """Windows of each text read so far, in the order of the request."""
+    @property
+    def max_tokens_per_text(self) -> float:
+        return self.tokenizer.max_tokens if self.stride is None else math.inf
 
     def read(self, texts: Sequence[Text], first: int) -> list[TokenIds]:
-        """Return one row per window; see ``TextReader``."""
-        encodings = iter(self._tokenizer.encode_with_offsets(texts))
+        encodings = iter(self.tokenizer.encode_with_offsets(texts))
         rows: list[list[int]] = []
         for index, text in enumerate(texts, first):
             if isinstance(text, str):
@@ -80,7 +70,7 @@ class WindowReader:
         return split_rows(rows)
 
     def _read_text(self, index: int, text: str, body: Any) -> list[list[int]]:
-        template = self._tokenizer.template(text)
+        template = self.tokenizer.template(text)
         pieces = self._cut(index, len(body.ids), self._room(template.num_tokens))
         self._add_windows(text, body, pieces, len(template.prefix))
         return [template.join(body.ids[piece]) for piece in pieces]
@@ -89,33 +79,33 @@ class WindowReader:
         self, index: int, text: tuple[str, str], head: list[int], body: Any
     ) -> list[list[int]]:
         """Cut the second text into windows; each row repeats the whole first text."""
-        template = self._tokenizer.template(text)
+        template = self.tokenizer.template(text)
         # A longer first text would leave windows so small that their number explodes.
         limit = self._room(template.num_tokens) // 2
         if len(head) > limit:
-            raise InvalidRequestError(
+            message = (
                 f"the first text of input[{index}] has {len(head)} tokens; with windows of its "
-                f"pair it may have {limit}",
-                param="input",
+                f"pair it may have {limit}"
             )
+            raise InvalidRequestError(message, param="input")
         room = self._room(template.num_tokens) - len(head)
-        pieces = self._cut(index, len(body.ids[: self._max_pair_tokens]), room)
+        pieces = self._cut(index, len(body.ids[: self.max_pair_tokens]), room)
         lead = len(template.prefix) + len(head) + len(template.middle)
         self._add_windows(text[1], body, pieces, lead)
         return [template.join(head, body.ids[piece]) for piece in pieces]
 
     def _room(self, num_special: int) -> int:
-        return self._tokenizer.max_tokens - num_special
+        return self.tokenizer.max_tokens - num_special
 
     def _cut(self, index: int, length: int, room: int) -> list[slice]:
         if length <= room:
             return [slice(0, length)]
-        if self._stride is not None:
-            return list(_overlapping(length, room, self._stride))
-        if self._side is None:
-            special = self._tokenizer.max_tokens - room
-            raise self._tokenizer.too_long_error(index, length + special)
-        return [slice(0, room) if self._side == "right" else slice(length - room, length)]
+        if self.stride is not None:
+            return list(_overlapping(length, room, self.stride))
+        if self.side is None:
+            special = self.tokenizer.max_tokens - room
+            raise self.tokenizer.too_long_error(index, length + special)
+        return [slice(0, room) if self.side == "right" else slice(length - room, length)]
 
     def _add_windows(self, text: str, body: Any, pieces: Sequence[slice], lead: int) -> None:
         spans = np.array(body.offsets, np.int64).reshape(-1, 2)
@@ -127,7 +117,7 @@ class WindowReader:
 
         If the tokens themselves do not show it, every token without a blank before it does.
         """
-        unknown, has_subwords = self._tokenizer.unknown_id, self._tokenizer.has_subwords
+        unknown, has_subwords = self.tokenizer.unknown_id, self.tokenizer.has_subwords
         return np.array(
             [
                 token_id != unknown

@@ -7,7 +7,7 @@ task of a request whose client disconnects.
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -19,14 +19,9 @@ from cluster.engines.classifier.serving.cache import CachingService
 from cluster.engines.classifier.serving.insight import Insight
 from cluster.engines.classifier.serving.jobs import Encoded, Timings
 from cluster.engines.classifier.serving.tasks import make_tasks
-from cluster.engines.classifier.serving.tasks.base import RequestT, Task
+from cluster.engines.classifier.serving.tasks.base import RequestT, T, Task
 from cluster.engines.classifier.serving.tasks.classify import ClassifyReply, ClassifyRequest
-from cluster.errors import (
-    InternalError,
-    MethodNotAllowedError,
-    NotFoundError,
-    RequestError,
-)
+from cluster.errors import InternalError, MethodNotAllowedError, NotFoundError, RequestError
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +35,6 @@ LARGE_RESULT = 50_000
 """Numbers in a result from which the reply is made in a thread; on the event loop it would block
 other requests for about 5 ms."""
 
-T = TypeVar("T")
 Reply = tuple[bytes, Encoded]
 """A reply's body, and the results it was made from."""
 
@@ -58,45 +52,44 @@ class ClassifierApp:
         self._config = config
         self._service = service
         self._insight = insight
-        self._tasks = make_tasks(config, service.model)
+        self._tasks = make_tasks(config, service.service.model)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one HTTP request."""
         if scope["type"] != "http":
             raise ValueError(f"expected an HTTP request, got {scope['type']}")
         try:
             if scope["path"] == OPENAPI_PATH:
-                await _send(send, 200, encode_json(openapi_document(self._tasks)), {})
-                return
+                return await _send(send, 200, encode_json(openapi_document(self._tasks)), {})
             body, encoded = await self._answer(scope, receive)
             usage_of(scope).prompt_tokens = encoded.num_tokens
             await _send(send, 200, body, _timing_headers(encoded.timings))
         except _ClientDisconnectedError:
-            return
+            pass
         except RequestError as error:
             await _send(send, error.status, encode_json(error.body()), error.headers())
 
     async def _answer(self, scope: Scope, receive: Receive) -> Reply:
-        task = self._tasks.get(scope["path"])
+        path = scope["path"]
+        task = self._tasks.get(path)
         if task is None:
-            raise NotFoundError(
-                f"no such path: {scope['path']}; {self._config.name} serves "
-                f"{', '.join(self._tasks)}"
-            )
+            paths = ", ".join(self._tasks)
+            raise NotFoundError(f"no such path: {path}; {self._config.name} serves {paths}")
         if scope["method"] != "POST":
-            raise MethodNotAllowedError(f"{scope['path']} takes only POST, not {scope['method']}")
+            raise MethodNotAllowedError(f"{path} takes only POST, not {scope['method']}")
         body = await _read(receive)
         try:
             return await self._run_task(task, body, self._tenant(scope))
         except RequestError:
             raise
         except Exception:
-            log.exception("%s failed", scope["path"])
+            log.exception("%s failed", path)
             raise InternalError("the request failed; see the log") from None
 
     async def _run_task(self, task: Task[RequestT], body: bytes, tenant: bytes) -> Reply:
         request = schema.parse(task.decoder, body)
-        self._check_model(request.model)
+        if request.model not in (None, self._config.name):
+            message = f"the model {request.model!r} does not exist; this is {self._config.name!r}"
+            raise NotFoundError(message, param="model")
         options, inputs = task.options(request), task.inputs(request)
         encoded = await self._service.encode(options, inputs, tenant)
         is_large = _is_large(encoded)
@@ -111,35 +104,23 @@ class ClassifierApp:
         headers = scope["headers"]
         return next((value for name, value in headers if name.lower() == TENANT_HEADER), b"")
 
-    def _check_model(self, model: str | None) -> None:
-        if model is not None and model != self._config.name:
-            raise NotFoundError(
-                f"the model {model!r} does not exist; this is {self._config.name!r}", param="model"
-            )
-
 
 def openapi_document(tasks: Mapping[str, Task[Any]]) -> dict[str, Any]:
-    """Return the OpenAPI document of ``tasks``, by path."""
     bodies = [body for task in tasks.values() for body in (task.request, task.response)]
     reference = "#/components/schemas/{name}"
     schemas, components = msgspec.json.schema_components(bodies, ref_template=reference)
-    pairs = zip(schemas[::2], schemas[1::2], strict=True)
+    contents = iter([{"application/json": {"schema": body}} for body in schemas])
     paths = {
-        path: {"post": _operation(task.summary, body, reply)}
-        for (path, task), (body, reply) in zip(tasks.items(), pairs, strict=True)
+        path: {
+            "post": {
+                "summary": task.summary,
+                "requestBody": {"required": True, "content": next(contents)},
+                "responses": {"200": {"description": "OK", "content": next(contents)}},
+            }
+        }
+        for path, task in tasks.items()
     }
     return {"openapi": "3.1.0", "paths": paths, "components": {"schemas": components}}
-
-
-def _operation(summary: str, body: dict[str, Any], reply: dict[str, Any]) -> dict[str, Any]:
-    def as_json(body_schema: dict[str, Any]) -> dict[str, Any]:
-        return {"application/json": {"schema": body_schema}}
-
-    return {
-        "summary": summary,
-        "requestBody": {"required": True, "content": as_json(body)},
-        "responses": {"200": {"description": "OK", "content": as_json(reply)}},
-    }
 
 
 def _is_large(encoded: Encoded) -> bool:

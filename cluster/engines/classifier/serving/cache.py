@@ -13,9 +13,8 @@ from cachetools import LRUCache
 from numpy.typing import NDArray
 
 from cluster.config import ResultCacheConfig
-from cluster.engines.classifier.model.load import LoadedModel
 from cluster.engines.classifier.model.tokenizer import PlainReader
-from cluster.engines.classifier.model.types import Text, TokenIds, num_chars
+from cluster.engines.classifier.model.types import ModelInput, Text, num_chars
 from cluster.engines.classifier.model.windows import WindowReader
 from cluster.engines.classifier.serving.jobs import Encoded, EncodeOptions, Timings
 from cluster.engines.classifier.serving.service import ClassifierService
@@ -36,11 +35,7 @@ class CacheKey:
 
 
 class ResultCache:
-    """Least-recently-used cache of results by text.
-
-    Args:
-        max_bytes: Memory limit of keys and results.
-    """
+    """Least-recently-used cache; ``max_bytes`` limits the memory of keys and results."""
 
     def __init__(self, max_bytes: int) -> None:
         self._entries: LRUCache[CacheKey, tuple[Encoded, int]] = LRUCache(
@@ -71,53 +66,24 @@ class ResultCache:
 
 
 class CachingService:
-    """Classifier service that computes only what the cache lacks.
-
-    Args:
-        service: A started service.
-        config: Size and tenant isolation of the cache.
-    """
+    """Started classifier service, called only for what the cache lacks."""
 
     def __init__(self, service: ClassifierService, config: ResultCacheConfig) -> None:
-        self._service = service
-        self._isolate_tenants = config.isolate_tenants
+        self.service = service
         self.cache = ResultCache(config.max_bytes) if config.max_bytes else None
-
-    @property
-    def model(self) -> LoadedModel:
-        """The service's model."""
-        return self._service.model
-
-    @property
-    def isolates_tenants(self) -> bool:
+        self.isolates_tenants = self.cache is not None and config.isolate_tenants
         """True if ``encode`` needs the tenant."""
-        return self.cache is not None and self._isolate_tenants
 
     async def encode(
-        self,
-        options: EncodeOptions,
-        inputs: Sequence[Text] | Sequence[TokenIds],
-        tenant: bytes = b"",
+        self, options: EncodeOptions, inputs: Sequence[ModelInput], tenant: bytes = b""
     ) -> Encoded:
-        """Return the model's results for ``inputs``, in order.
-
-        Raises:
-            RequestError: See ``ClassifierService.encode``.
-        """
+        """Return the model's results for ``inputs``, in order; see ``ClassifierService.encode``."""
+        cache = self.cache
         texts = [text for text in inputs if isinstance(text, (str, tuple))]
-        if self.cache is None or len(texts) < len(inputs):
+        if cache is None or len(texts) < len(inputs):
             return await self._compute(options, inputs)
-        owner = tenant if self._isolate_tenants else b""
+        owner = tenant if self.isolates_tenants else b""
         keys = [CacheKey(owner, options, text) for text in texts]
-        return await self._encode_cached(self.cache, keys, options, texts)
-
-    async def _encode_cached(
-        self,
-        cache: ResultCache,
-        keys: Sequence[CacheKey],
-        options: EncodeOptions,
-        texts: Sequence[Text],
-    ) -> Encoded:
         results = [cache.get(key) for key in keys]
         missing = [index for index, result in enumerate(results) if result is None]
         timings = Timings(0.0, 0.0, 0.0)
@@ -141,16 +107,15 @@ class CachingService:
                 await self._compute(options, texts)
             raise
 
-    async def _compute(
-        self, options: EncodeOptions, inputs: Sequence[Text] | Sequence[TokenIds]
-    ) -> Encoded:
-        tokenizer, limit = self._service.model.tokenizer, options.max_pair_tokens
+    async def _compute(self, options: EncodeOptions, inputs: Sequence[ModelInput]) -> Encoded:
+        tokenizer, limit = self.service.model.tokenizer, options.max_pair_tokens
         if options.stride is not None or options.with_offsets:
             reader = WindowReader(tokenizer, options.side, options.stride, limit)
-            encoded = await self._service.encode(options.head, inputs, reader=reader)
+            encoded = await self.service.encode(options.head, inputs, reader=reader)
             return replace(encoded, windows=reader.windows)
-        limiting = PlainReader(tokenizer, options.side, limit) if limit else None
-        return await self._service.encode(options.head, inputs, options.side or False, limiting)
+        side = options.side
+        plain = PlainReader(tokenizer, side, limit) if limit else tokenizer.readers[side]
+        return await self.service.encode(options.head, inputs, plain)
 
 
 def _num_bytes(key: CacheKey, result: Encoded) -> int:

@@ -6,6 +6,7 @@ for metrics, and over a recent window for the comparison. Used on the event loop
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -78,7 +79,6 @@ class DriftMonitor:
             self._count()
 
     def snapshot(self) -> DriftSnapshot:
-        """Return the current counts and drift."""
         self._count()
         window = self._older.plus(self._newer)
         return DriftSnapshot(
@@ -109,15 +109,10 @@ class DriftMonitor:
     def _compare(self, window: "_Histograms") -> Drift | None:
         if self._reference is None or window.num_texts < MIN_TEXTS:
             return None
-        return Drift(
-            labels=stability_index(self._reference.labels, window.labels),
-            confidence=stability_index(self._reference.confidence, window.confidence),
-            length=stability_index(self._reference.length, window.length),
-        )
+        return Drift(*map(stability_index, self._reference, window))
 
 
-@dataclass(frozen=True, slots=True)
-class _Histograms:
+class _Histograms(NamedTuple):
     labels: Counts
     confidence: Counts
     length: Counts
@@ -132,11 +127,7 @@ class _Histograms:
         return int(self.length.sum())
 
     def plus(self, other: "_Histograms") -> "_Histograms":
-        return _Histograms(
-            self.labels + other.labels,
-            self.confidence + other.confidence,
-            self.length + other.length,
-        )
+        return _Histograms(*map(np.add, self, other))
 
 
 def _align(reference: Reference | None, labels: Sequence[str]) -> _Histograms | None:

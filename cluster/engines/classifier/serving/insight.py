@@ -7,11 +7,10 @@ from msgspec.structs import replace
 from cluster.config import ClassifierConfig
 from cluster.engines.classifier.explain.attribution import ExplainModel
 from cluster.engines.classifier.explain.explainer import Explainer
-from cluster.engines.classifier.explain.schema import make_question
+from cluster.engines.classifier.explain.schema import ExplainOptions, Question
 from cluster.engines.classifier.model.device import choose_device
 from cluster.engines.classifier.model.load import LoadedModel
-from cluster.engines.classifier.model.template import Side
-from cluster.engines.classifier.model.types import num_chars
+from cluster.engines.classifier.model.types import Side, num_chars
 from cluster.engines.classifier.serving.drift import DriftMonitor, DriftSnapshot
 from cluster.engines.classifier.serving.jobs import Encoded
 from cluster.engines.classifier.serving.schema import to_texts
@@ -47,28 +46,23 @@ class Insight:
     async def add(
         self, request: ClassifyRequest, encoded: Encoded, reply: ClassifyReply
     ) -> ClassifyReply:
-        """Count the texts, and return the reply with the requested explanations.
-
-        Raises:
-            RequestError: See ``Explainer.explain``.
-        """
+        """Count the texts, and return the reply with explanations; see ``Explainer.explain``."""
         texts = to_texts(request.input)
         if self._monitor is not None:
             scores = encoded.rows_by_text(request.aggregate)
             self._monitor.observe(scores, list(map(num_chars, texts)))
-        side: Side = "left" if request.truncate == "left" else "right"
-        question = make_question(request.explain, request.top_k, side)
-        if question is None:
+        if not request.explain:
             return reply
+        side: Side = "left" if request.truncate == "left" else "right"
+        options = ExplainOptions() if request.explain is True else request.explain
+        question = Question(options.method, request.top_k, side)
         explanations = await self._explainer.explain(texts, question)
         pairs = zip(reply.data, explanations, strict=True)
         data = [replace(item, explanation=explanation) for item, explanation in pairs]
         return replace(reply, data=data)
 
     def drift(self) -> DriftSnapshot | None:
-        """Return statistics of the texts so far; None if nothing is counted."""
         return None if self._monitor is None else self._monitor.snapshot()
 
     async def stop(self) -> None:
-        """Fail open explanations; safe to call twice."""
         await self._explainer.stop()

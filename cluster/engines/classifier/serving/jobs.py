@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cluster.config import ClassifierTask
-from cluster.engines.classifier.model.template import Side
 from cluster.engines.classifier.model.tokenizer import TextReader
-from cluster.engines.classifier.model.types import Rows, Text, TokenIds
-from cluster.engines.classifier.model.windows import Merge, Window, merge_rows
+from cluster.engines.classifier.model.types import Merge, Rows, Side, Text, TokenIds
+from cluster.engines.classifier.model.windows import Window, merge_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +55,6 @@ class Encoded:
 
     @property
     def num_tokens(self) -> int:
-        """Number of computed tokens."""
         return sum(self.lengths)
 
     def rows_by_text(self, merge: Merge) -> Rows:

@@ -1,6 +1,6 @@
 """Counters of a classifier, and their export to the replica's registry on scrape."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 
 from cluster.engines.classifier.serving.drift import DriftSnapshot
@@ -25,7 +25,6 @@ class BatchCounts:
     )
 
     def add_batch(self, texts: int, tokens: int, padding: float, compute_s: float) -> None:
-        """Count one batch."""
         self.batches += 1
         self.texts += texts
         self.tokens += tokens
@@ -34,7 +33,6 @@ class BatchCounts:
         self.batch_texts.observe(texts)
 
     def add_counts(self, other: "BatchCounts") -> None:
-        """Add the counts of another thread."""
         self.batch_texts.add(other.batch_texts)
         self.batches += other.batches
         self.texts += other.texts
@@ -61,7 +59,6 @@ class ClassifierCounts(BatchCounts):
 
 
 def write_counts(registry: Registry, model: str, counts: ClassifierCounts) -> None:
-    """Set the metrics of batches, queue, cache and agreement."""
     totals = {
         table.CLASSIFIER_BATCHES: counts.batches,
         table.CLASSIFIER_TEXTS: counts.texts,
@@ -83,7 +80,6 @@ def write_counts(registry: Registry, model: str, counts: ClassifierCounts) -> No
 
 
 def write_drift(registry: Registry, model: str, snapshot: DriftSnapshot) -> None:
-    """Set the metrics of labels, confidence and length, and their drift."""
     for label, texts in snapshot.labels.items():
         registry.counter(table.CLASSIFIER_LABELS, model, label).value = float(texts)
     bins = len(snapshot.confidence)
@@ -94,6 +90,5 @@ def write_drift(registry: Registry, model: str, snapshot: DriftSnapshot) -> None
         end = "+Inf" if power == len(snapshot.length) - 1 else str(2**power)
         registry.counter(table.CLASSIFIER_CHARACTERS, model, end).value = float(texts)
     if (drift := snapshot.drift) is not None:
-        indices = {"labels": drift.labels, "confidence": drift.confidence, "length": drift.length}
-        for quantity, index in indices.items():
+        for quantity, index in asdict(drift).items():
             registry.gauge(table.CLASSIFIER_DRIFT, model, quantity).value = index

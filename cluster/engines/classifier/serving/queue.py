@@ -155,7 +155,6 @@ class JobQueue:
             return None
 
     def finish_batch(self) -> None:
-        """Count a batch as no longer running."""
         with self._changed:
             self._running -= 1
             self._changed.notify()

@@ -86,7 +86,6 @@ class ModelRunner:
 
     @property
     def counts(self) -> BatchCounts:
-        """Sum over all threads."""
         total = BatchCounts()
         for stream in self._streams:
             total.add_counts(stream.counts)
@@ -143,7 +142,8 @@ class ModelRunner:
                     self._compute(stream, scheduled)
                 except Exception as error:
                     self._fail_batch(stream, error)
-                    self._check_model(stream, scheduled)
+                    # This also fails if the model cannot compute anything, as on a lost device.
+                    stream.model.run(cast(ClassifierTask, scheduled.batch.task), self._probe)
                 self._queue.finish_batch()
         except Exception as error:
             self._events.on_died(error)
@@ -176,14 +176,8 @@ class ModelRunner:
             self._queue.withdraw_job(job)
         self._events.on_failed(list(jobs), error)
 
-    def _check_model(self, stream: "_Stream", scheduled: ScheduledBatch) -> None:
-        """Raise if the model cannot compute even the shortest text, e.g. on a lost device."""
-        stream.model.run(cast(ClassifierTask, scheduled.batch.task), self._probe)
-
 
 class _Stream:
-    """State of one model thread."""
-
     def __init__(self, model: EncoderModel, share: int) -> None:
         self.model = model
         self.share = share

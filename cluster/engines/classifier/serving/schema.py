@@ -6,17 +6,62 @@ has the wrong shape.
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, TypeVar
+from typing import Annotated, Generic, TypeVar
 
-import numpy as np
-from msgspec import DecodeError, Meta, Struct, ValidationError
+from msgspec import UNSET, DecodeError, Meta, Struct, UnsetType, ValidationError
 from msgspec.json import Decoder
 
-from cluster.engines.classifier.model.types import Text, TokenIds
+from cluster.engines.classifier.model.types import Merge, Side, Text
+from cluster.engines.classifier.serving.jobs import Encoded
 from cluster.errors import InvalidRequestError, UnprocessableError
 
+AtLeastZero = Annotated[int, Meta(ge=0)]
 AtLeastOne = Annotated[int, Meta(ge=1)]
 T = TypeVar("T")
+
+
+class TaskRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Fields of every task's request."""
+
+    model: str | None = None
+    truncate: bool | Side | UnsetType = UNSET
+    """Side on which long texts are cut (true: right); false refuses them."""
+
+
+class LongTextRequest(TaskRequest, frozen=True, kw_only=True):
+    """Request of a task that can read long texts in windows."""
+
+    stride: AtLeastZero | None = None
+    """Overlap of neighbouring windows in tokens; null reads no windows."""
+    aggregate: Merge = "mean"
+    """Merging of a text's windows into one result."""
+
+
+class WindowedRequest(LongTextRequest, frozen=True, kw_only=True):
+    """Request of a task that can also return the result of each window."""
+
+    windows: bool = False
+    """True to return the result of each window."""
+
+
+class ReplyUsage(Struct, frozen=True, gc=False):
+    """OpenAI-style ``usage`` of a reply; special tokens are included."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+def usage(encoded: Encoded) -> ReplyUsage:
+    return ReplyUsage(encoded.num_tokens, encoded.num_tokens)
+
+
+class ListReply(Struct, Generic[T], frozen=True, kw_only=True):
+    """Reply of most tasks, with one entry per input, in order."""
+
+    object: str = "list"
+    data: list[T]
+    model: str
+    usage: ReplyUsage
 
 
 class Pair(Struct, frozen=True, forbid_unknown_fields=True):
@@ -61,11 +106,8 @@ def _unprocessable_error(message: str) -> UnprocessableError:
 
 def to_texts(value: ItemOrList) -> list[Text]:
     """Return the texts of an ``input`` with or without pairs."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, Pair):
-        return [_to_text(value)]
-    return [item if isinstance(item, str) else _to_text(item) for item in value]
+    items = value if isinstance(value, list) else [value]
+    return [item if isinstance(item, str) else _to_text(item) for item in items]
 
 
 def _to_text(item: Pair | Sequence[str]) -> Text:
@@ -76,11 +118,7 @@ def _to_text(item: Pair | Sequence[str]) -> Text:
 
 
 def single_texts(value: str | list[str], max_texts: int) -> list[str]:
-    """Return the texts of an ``input`` without pairs.
-
-    Raises:
-        InvalidRequestError: There are none or too many.
-    """
+    """Return the texts of an ``input`` without pairs; see ``check_count``."""
     texts = [value] if isinstance(value, str) else value
     check_count(len(texts), max_texts)
     return texts
@@ -93,44 +131,3 @@ def check_count(count: int, max_texts: int, param: str = "input") -> None:
     if count > max_texts:
         message = f"{param} has {count} texts; a request may have {max_texts}"
         raise InvalidRequestError(message, param=param)
-
-
-def split_input(items: str | Sequence[str | int | list[int]]) -> list[str] | list[list[int]]:
-    """Return the four shapes of OpenAI's ``input`` as a list of texts or of lists of token ids.
-
-    Raises:
-        UnprocessableError: The list mixes them.
-    """
-    if isinstance(items, str):
-        return [items]
-    texts = [item for item in items if isinstance(item, str)]
-    if len(texts) == len(items):
-        return texts
-    ids = [item for item in items if isinstance(item, int)]
-    if len(ids) == len(items):
-        return [ids]
-    lists = [item for item in items if isinstance(item, list)]
-    if len(lists) == len(items):
-        return lists
-    raise UnprocessableError(
-        "input: expected texts, token ids, or lists of token ids, got a mixture", param="input"
-    )
-
-
-def check_ids(index: int, ids: list[int], vocab_size: int) -> TokenIds:
-    """Return the token ids of one text as an array.
-
-    Raises:
-        InvalidRequestError: There are none, or one is not in the vocabulary.
-    """
-    if not ids:
-        raise InvalidRequestError(
-            f"input[{index}] is empty; at least one token id is needed", param="input"
-        )
-    if min(ids) < 0 or max(ids) >= vocab_size:
-        wrong = min(ids) if min(ids) < 0 else max(ids)
-        raise InvalidRequestError(
-            f"input[{index}] has the token id {wrong}; allowed: 0 to {vocab_size - 1}",
-            param="input",
-        )
-    return np.array(ids, np.int64)

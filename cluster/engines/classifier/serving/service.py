@@ -5,6 +5,7 @@ admitted job until its future has a result, a typed error or a cancellation.
 """
 
 import asyncio
+import functools
 import logging
 import os
 import time
@@ -15,9 +16,8 @@ import numpy as np
 from cluster.config import ClassifierConfig, ClassifierTask
 from cluster.engines.classifier.model.device import num_threads
 from cluster.engines.classifier.model.load import LoadedModel, load_model
-from cluster.engines.classifier.model.template import Side
 from cluster.engines.classifier.model.tokenizer import TextReader
-from cluster.engines.classifier.model.types import Text, TokenIds, num_chars
+from cluster.engines.classifier.model.types import ModelInput, num_chars
 from cluster.engines.classifier.serving.jobs import Encoded, Job
 from cluster.engines.classifier.serving.metrics import ClassifierCounts
 from cluster.engines.classifier.serving.queue import JobQueue
@@ -53,10 +53,10 @@ class ClassifierService:
         self._queue = JobQueue(config.max_batch_tokens, config.max_queued_tokens)
         self._loaded: asyncio.Future[LoadedModel] = self._loop.create_future()
         events = RunnerEvents(
-            on_loaded=lambda loaded: self._call_on_loop(self._on_loaded, loaded),
-            on_done=lambda jobs: self._call_on_loop(self._on_done, jobs),
-            on_failed=lambda jobs, error: self._call_on_loop(self._on_failed, jobs, error),
-            on_died=lambda error: self._call_on_loop(self._on_died, error),
+            on_loaded=functools.partial(self._call_on_loop, self._on_loaded),
+            on_done=functools.partial(self._call_on_loop, self._on_done),
+            on_failed=functools.partial(self._call_on_loop, self._on_failed),
+            on_died=functools.partial(self._call_on_loop, self._on_died),
         )
         self._runner = ModelRunner(load, self._queue, events, num_threads(config))
         self._stages: tuple[TokenizerStage, ...] = ()
@@ -79,14 +79,14 @@ class ClassifierService:
             self._queue.close(UnavailableError("the engine did not start"))
             raise
         # The second stage tokenizes long texts, so that short ones do not wait for them.
-        self._stages = tuple(TokenizerStage(self._queue, self._fail_from_thread) for _ in range(2))
+        fail = functools.partial(self._call_on_loop, _fail)
+        self._stages = tuple(TokenizerStage(self._queue, fail) for _ in range(2))
         return self
 
     async def encode(
         self,
         task: ClassifierTask,
-        inputs: Sequence[Text] | Sequence[TokenIds],
-        truncate: bool | Side = False,
+        inputs: Sequence[ModelInput],
         reader: TextReader | None = None,
     ) -> Encoded:
         """Compute a row per input; cancelling skips everything that is not computed yet.
@@ -94,8 +94,7 @@ class ClassifierService:
         Args:
             task: Head to compute; one that the configured tasks need.
             inputs: Texts, pairs of texts, or rows of valid token ids up to the model's length.
-            truncate: Side on which long texts are cut (True: right); False refuses them.
-            reader: Reads the texts instead of the default reader for ``truncate``.
+            reader: Reads the texts; None refuses long ones.
 
         Raises:
             InvalidRequestError: A text is too long or not valid Unicode.
@@ -106,7 +105,7 @@ class ClassifierService:
         """
         future: asyncio.Future[Encoded] = self._loop.create_future()
         texts = [item for item in inputs if isinstance(item, (str, tuple))]
-        reader = reader or self.model.tokenizer.reader(truncate)
+        reader = reader or self.model.tokenizer.readers[None]
         job = Job(task, texts, reader, future, time.perf_counter())
         job.ids = [item for item in inputs if isinstance(item, np.ndarray)]
         self._queue.admit_job(job)
@@ -121,17 +120,14 @@ class ClassifierService:
             self._open.discard(job)
 
     def check_health(self) -> None:
-        """Raise ``EngineDeadError`` if the model thread failed."""
         if self._dead is not None:
             raise EngineDeadError(self._dead)
 
     def load(self) -> Load:
-        """Return the requests with a text in a running batch, and the other admitted ones."""
         running = len(self._open & self._runner.current_jobs)
         return Load(running=running, waiting=len(self._open) - running)
 
     def counts(self) -> ClassifierCounts:
-        """Return the counters since the start."""
         agreement = self.model.agreement
         counts = ClassifierCounts(
             skipped_texts=self._queue.skipped_texts,
@@ -195,9 +191,6 @@ class ClassifierService:
         dead = EngineDeadError(self._dead, retry_after_s=1.0)
         self._queue.close(dead)
         self._fail_open(dead)
-
-    def _fail_from_thread(self, job: Job, error: RequestError) -> None:
-        self._call_on_loop(_fail, job, error)
 
     def _fail_open(self, error: RequestError) -> None:
         for job in self._open:

@@ -9,11 +9,11 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from itertools import islice
 
 from cluster.engines.classifier.model.tokenizer import TextReader
-from cluster.engines.classifier.model.types import num_chars
+from cluster.engines.classifier.model.types import Text, num_chars
 from cluster.engines.classifier.serving.jobs import Job
 from cluster.engines.classifier.serving.queue import JobQueue
 from cluster.errors import InternalError, InvalidRequestError, RequestError
@@ -24,15 +24,8 @@ PASS_CHARS = 50_000
 """Characters of one job that are tokenized before other jobs continue; takes about 10 ms."""
 
 Fail = Callable[[Job, RequestError], None]
-
-
-@dataclass(slots=True)
-class _Piece:
-    """Texts ``first`` to ``stop`` of a job."""
-
-    job: Job
-    first: int
-    stop: int
+Piece = tuple[Job, Sequence[Text]]
+"""A job and the next texts of it to tokenize."""
 
 
 class TokenizerStage:
@@ -55,7 +48,6 @@ class TokenizerStage:
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Take over an admitted job."""
         with self._changed:
             self._jobs.append(job)
             self._changed.notify()
@@ -69,13 +61,18 @@ class TokenizerStage:
 
     def _run(self) -> None:
         while jobs := self._next_jobs():
-            pieces = [self._next_piece(job) for job in jobs if not self._drop_if_cancelled(job)]
-            for same_reader in _by_reader(pieces):
+            by_reader: dict[TextReader, list[Piece]] = {}
+            for job in jobs:
+                if job.cancelled:
+                    self._queue.drop_job(job)
+                else:
+                    by_reader.setdefault(job.reader, []).append((job, _next_texts(job)))
+            for pieces in by_reader.values():
                 started_s = time.perf_counter()
-                tokenized = self._tokenize(same_reader)
+                tokenized = self._tokenize(pieces)
                 self.tokenize_s += time.perf_counter() - started_s
-                for piece in tokenized:
-                    self._queue_or_resubmit(piece.job)
+                for job in tokenized:
+                    self._queue_or_resubmit(job)
 
     def _next_jobs(self) -> list[Job]:
         with self._changed:
@@ -85,49 +82,37 @@ class TokenizerStage:
             self._jobs.clear()
             return jobs
 
-    def _drop_if_cancelled(self, job: Job) -> bool:
-        if job.cancelled:
-            self._queue.drop_job(job)
-        return job.cancelled
+    def _tokenize(self, pieces: list[Piece]) -> list[Job]:
+        """Tokenize pieces that share a reader, and return the jobs that did not fail."""
+        if len(pieces) > 1:
+            texts = [text for _, part in pieces for text in part]
+            try:
+                rows = iter(pieces[0][0].reader.read(texts, 0))
+            except Exception:  # tokenize one by one to find out whose text it was
+                pass
+            else:
+                for job, part in pieces:  # a shared reader makes one row per text
+                    job.ids += islice(rows, len(part))
+                    job.num_tokenized += len(part)
+                return [job for job, _ in pieces]
+        return [job for job, texts in pieces if self._tokenize_alone(job, texts)]
 
-    def _next_piece(self, job: Job) -> _Piece:
-        first = stop = job.num_tokenized
-        chars = 0
-        while stop < len(job.texts) and chars < PASS_CHARS:
-            chars += num_chars(job.texts[stop])
-            stop += 1
-        return _Piece(job, first, stop)
-
-    def _tokenize(self, pieces: list[_Piece]) -> list[_Piece]:
-        """Tokenize pieces that share a reader, and return those that did not fail."""
-        if len(pieces) == 1:
-            return pieces if self._tokenize_alone(pieces[0]) else []
-        texts = [text for piece in pieces for text in piece.job.texts[piece.first : piece.stop]]
+    def _tokenize_alone(self, job: Job, texts: Sequence[Text]) -> bool:
+        """Tokenize texts of one job; on an error, fail the job and return False."""
+        failure: RequestError
         try:
-            rows = iter(pieces[0].job.reader.read(texts, 0))
-        except Exception:  # find out whose text it was
-            return [piece for piece in pieces if self._tokenize_alone(piece)]
-        for piece in pieces:  # a shared reader makes one row per text
-            piece.job.ids.extend(next(rows) for _ in range(piece.first, piece.stop))
-            piece.job.num_tokenized = piece.stop
-        return pieces
-
-    def _tokenize_alone(self, piece: _Piece) -> bool:
-        """Tokenize one piece; on an error, fail its job and return False."""
-        job = piece.job
-        try:
-            job.ids += job.reader.read(job.texts[piece.first : piece.stop], piece.first)
-            job.num_tokenized = piece.stop
+            job.ids += job.reader.read(texts, job.num_tokenized)
+            job.num_tokenized += len(texts)
+            return True
         except RequestError as error:
-            self._drop_and_fail(job, error)
+            failure = error
         except (TypeError, UnicodeError):
-            invalid = InvalidRequestError("input is not valid Unicode", param="input")
-            self._drop_and_fail(job, invalid)
+            failure = InvalidRequestError("input is not valid Unicode", param="input")
         except Exception:
             log.exception("the tokenizer failed")
-            self._drop_and_fail(job, InternalError("the tokenizer failed"))
-        else:
-            return True
+            failure = InternalError("the tokenizer failed")
+        self._queue.drop_job(job)
+        self._fail(job, failure)
         return False
 
     def _queue_or_resubmit(self, job: Job) -> None:
@@ -139,13 +124,10 @@ class TokenizerStage:
         except RequestError as error:
             self._fail(job, error)
 
-    def _drop_and_fail(self, job: Job, error: RequestError) -> None:
-        self._queue.drop_job(job)
-        self._fail(job, error)
 
-
-def _by_reader(pieces: list[_Piece]) -> list[list[_Piece]]:
-    groups: dict[TextReader, list[_Piece]] = {}
-    for piece in pieces:
-        groups.setdefault(piece.job.reader, []).append(piece)
-    return list(groups.values())
+def _next_texts(job: Job) -> Sequence[Text]:
+    stop, chars = job.num_tokenized, 0
+    while stop < len(job.texts) and chars < PASS_CHARS:
+        chars += num_chars(job.texts[stop])
+        stop += 1
+    return job.texts[job.num_tokenized : stop]

@@ -47,7 +47,6 @@ class PackedBert:
 
     @torch.inference_mode()
     def run(self, task: ClassifierTask, ids: Sequence[TokenIds]) -> Rows:
-        """Compute one batch; see ``EncoderModel``."""
         layout = Layout.for_batch(ids, self._heads, self._mask_dtype)
         self.padding += len(layout.packed.tokens) - layout.num_tokens
         self.padding += layout.padded_pairs * self._tokens_per_pair
@@ -67,7 +66,6 @@ class GroupedAttention:
     heads: int
 
     def attend_all(self, projected: Tensor) -> Tensor:
-        """Attend from every token; see ``Attention``."""
         width = projected.shape[1] // 3
         size = width // self.heads
         rows = projected.view(-1, size).index_select(0, self.layout.query_key_value)
@@ -83,7 +81,6 @@ class GroupedAttention:
         return context.index_select(0, self.layout.back).view(-1, width)
 
     def attend_first(self, query: Tensor, projected: Tensor) -> Tensor:
-        """Attend from each text's first token; see ``Attention``."""
         size = query.shape[1] // self.heads
         queries = query.view(-1, 1, size)
         rows = projected.view(-1, size).index_select(0, self.layout.key_value)

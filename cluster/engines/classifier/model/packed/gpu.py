@@ -60,13 +60,11 @@ class VarlenAttention:
     """Tokens of the buffers, an upper bound of a text's length."""
 
     def attend_all(self, projected: Tensor) -> Tensor:
-        """Attend from every token; see ``Attention``."""
         query, key, value = projected.view(len(projected), 3, self.heads, -1).unbind(1)
         context = self.attend(query, key, value, self.starts, self.starts, self.max_length)
         return context.reshape(len(projected), -1)
 
     def attend_first(self, query: Tensor, projected: Tensor) -> Tensor:
-        """Attend from each text's first token; see ``Attention``."""
         key, value = projected.view(len(projected), 2, self.heads, -1).unbind(1)
         queries = query.view(len(query), self.heads, -1)
         ones = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)
@@ -92,7 +90,6 @@ class Buffers:
         self.graphs: dict[ClassifierTask, tuple[Any, Tensor]] = {}
 
     def fill(self, ids: Sequence[TokenIds]) -> None:
-        """Write a batch into the host buffers."""
         lengths = np.array([len(row) for row in ids])
         ends = np.cumsum(lengths)
         used, texts = int(ends[-1]), len(ids)
@@ -153,7 +150,6 @@ class VarlenBert:
 
     @torch.inference_mode()
     def run(self, task: ClassifierTask, ids: Sequence[TokenIds]) -> Rows:
-        """Compute one batch; see ``EncoderModel``."""
         buffers = self._buffers_for(ids)
         buffers.fill(ids)
         with self._launch_lock:

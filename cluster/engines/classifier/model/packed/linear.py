@@ -51,7 +51,6 @@ class Weights:
         return Weights(weight, self.bias * factors, self.activation)
 
     def to(self, dtype: torch.dtype) -> "Weights":
-        """Return the layer in another type."""
         return Weights(self.weight.to(dtype), self.bias.to(dtype), self.activation)
 
 
@@ -81,7 +80,6 @@ class Arithmetic:
 
     @classmethod
     def plain(cls, dtype: torch.dtype) -> "Arithmetic":
-        """Return arithmetic in a single type."""
         return cls(dtype, dtype, make_linear)
 
     def linear(self, name: str, weights: Weights) -> Linear:
@@ -97,12 +95,10 @@ class PlainLinear:
         self._activation = activation_function(weights.activation)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Map [rows, inputs] to [rows, outputs]."""
         y = functional.linear(x, self._weight, self._bias)
         return self._activation(y) if self._activation else y
 
     def with_residual(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Return ``self(x) + residual``."""
         return functional.linear(x, self._weight, self._bias).add_(residual)
 
 
@@ -124,12 +120,10 @@ class PrepackedLinear:
         self._activation = None if fused else activation_function(weights.activation)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Map [rows, inputs] to [rows, outputs]."""
         y: Tensor = self._linear(x, self._weight, self._bias, *self._fused)
         return self._activation(y) if self._activation else y
 
     def with_residual(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Return ``self(x) + residual``."""
         y: Tensor = self._linear_binary(x, residual, self._weight, self._bias, "add")
         return y
 

@@ -36,14 +36,9 @@ class Attention(Protocol):
         """Map query, key and value side by side, [tokens, 3 * width], to [tokens, width]."""
 
     def attend_first(self, query: Tensor, projected: Tensor) -> Tensor:
-        """Attend from each text's first token only.
+        """Attend from each text's first token only; ``query`` and result are [texts, width].
 
-        Args:
-            query: Queries of the first tokens, [texts, width].
-            projected: Key and value of all tokens side by side, [tokens, 2 * width].
-
-        Returns:
-            [texts, width]
+        ``projected`` has key and value of all tokens side by side, [tokens, 2 * width].
         """
 
 
@@ -56,12 +51,10 @@ class Norm:
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Normalize [rows, width]."""
         return torch.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
     @classmethod
     def from_module(cls, module: Any, dtype: torch.dtype) -> "Norm":
-        """Copy a ``torch.nn.LayerNorm``."""
         return cls(module.weight.detach().to(dtype), module.bias.detach().to(dtype), module.eps)
 
 
@@ -96,7 +89,6 @@ class Layer:
         )
 
     def __call__(self, attention: Attention, hidden: Tensor) -> Tensor:
-        """Map [tokens, width] to the same shape."""
         return self.finish(hidden, attention.attend_all(self.query_key_value(hidden)))
 
     def finish(self, hidden: Tensor, context: Tensor) -> Tensor:
@@ -132,13 +124,7 @@ class FirstTokenLayer:
 
 
 class PackedNetwork:
-    """Weights of a ``BertForSequenceClassification`` or a ``BertModel``.
-
-    Args:
-        network: The model to copy; it is not changed.
-        arithmetic: Number types and linear layers.
-        pooling: Pooling of embeddings.
-    """
+    """Copied weights of a ``BertForSequenceClassification`` or a ``BertModel``."""
 
     def __init__(self, network: Any, arithmetic: Arithmetic, pooling: Pooling) -> None:
         self._pooling = pooling

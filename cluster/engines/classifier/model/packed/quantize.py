@@ -53,7 +53,6 @@ class RangeObserver:
     """Ranges by layer name."""
 
     def __call__(self, name: str, weights: Weights) -> Linear:
-        """Return an observed layer; see ``MakeLinear``."""
         zeros = torch.zeros(weights.weight.shape[1])
         self.ranges[name] = ActivationRange(zeros, zeros)
         return _ObservedLinear(PlainLinear(weights), self.ranges[name])
@@ -69,11 +68,6 @@ class _ObservedLinear:
 
     def with_residual(self, x: Tensor, residual: Tensor) -> Tensor:
         return self._linear.with_residual(x, residual)
-
-
-def observed_arithmetic(observer: RangeObserver) -> Arithmetic:
-    """Return float32 arithmetic that ``observer`` records."""
-    return Arithmetic(torch.float32, torch.float32, observer)
 
 
 def quantized_arithmetic(ranges: dict[str, ActivationRange]) -> Arithmetic:
@@ -121,13 +115,11 @@ class QuantizedLinear:
         self._activation: tuple[str, list[Any], str] = attribute, [], algorithm
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Map [rows, inputs] to [rows, outputs]."""
         bits = quantize(x * self._smooth, self._scale, self._zero)
         y: Tensor = self._linear(bits, self._scale, self._zero, *self._fixed, *self._activation)
         return y
 
     def with_residual(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Return ``self(x) + residual``."""
         return self(x).add_(residual)
 
 

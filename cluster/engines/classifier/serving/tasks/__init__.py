@@ -26,11 +26,9 @@ TASKS: dict[ClassifierTask, type[Task[Any]]] = {task.name: task for task in _ALL
 
 
 def make_tasks(config: ClassifierConfig, model: LoadedModel) -> dict[str, Task[Any]]:
-    """Return the configured tasks by path."""
     tasks = [TASKS[name](config, model) for name in config.tasks]
     return {path: task for task in tasks for path in task.paths}
 
 
 def routes(config: ClassifierConfig) -> tuple[str, ...]:
-    """Return the paths of the configured tasks."""
     return tuple(path for name in config.tasks for path in TASKS[name].paths)

@@ -5,77 +5,28 @@ must be quick, except ``reply``, which runs in a thread for large results.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Annotated, ClassVar, Generic, TypeVar
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Generic, TypeVar
 
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import UNSET, Struct
 from msgspec.json import Decoder
 from msgspec.structs import replace
 
 from cluster.config import ClassifierConfig, ClassifierTask
 from cluster.engines.classifier.model.load import LoadedModel
-from cluster.engines.classifier.model.template import Side
-from cluster.engines.classifier.model.types import Text, TokenIds
-from cluster.engines.classifier.model.windows import Merge, Window, max_stride
+from cluster.engines.classifier.model.types import ModelInput, Side
+from cluster.engines.classifier.model.windows import max_stride
 from cluster.engines.classifier.serving.jobs import Encoded, EncodeOptions
+from cluster.engines.classifier.serving.schema import LongTextRequest, TaskRequest, WindowedRequest
 from cluster.errors import InvalidRequestError
 
-AtLeastZero = Annotated[int, Meta(ge=0)]
-
-
-class TaskRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Fields of every task's request."""
-
-    model: str | None = None
-    truncate: bool | Side | UnsetType = UNSET
-    """Side on which long texts are cut (true: right); false refuses them."""
-
-
-class LongTextRequest(TaskRequest, frozen=True, kw_only=True):
-    """Request of a task that can read long texts in windows."""
-
-    stride: AtLeastZero | None = None
-    """Overlap of neighbouring windows in tokens; null reads no windows."""
-    aggregate: Merge = "mean"
-    """Merging of a text's windows into one result."""
-
-
-class WindowedRequest(LongTextRequest, frozen=True, kw_only=True):
-    """Request of a task that can also return the result of each window."""
-
-    windows: bool = False
-    """True to return the result of each window."""
-
-
-class ReplyUsage(Struct, frozen=True, gc=False):
-    """OpenAI-style ``usage`` of a reply; special tokens are included."""
-
-    prompt_tokens: int
-    total_tokens: int
-
-
-ModelInputs = Sequence[Text] | Sequence[TokenIds]
-T = TypeVar("T")
-S = TypeVar("S", bound=Struct)
+EntryT = TypeVar("EntryT", bound=Struct)
 RequestT = TypeVar("RequestT", bound=TaskRequest)
-
-
-class ListReply(Struct, Generic[T], frozen=True, kw_only=True):
-    """Reply of most tasks, with one entry per input, in order."""
-
-    object: str = "list"
-    data: list[T]
-    model: str
-    usage: ReplyUsage
+T = TypeVar("T")
 
 
 class Task(ABC, Generic[RequestT]):
-    """One task of a classifier.
-
-    Args:
-        config: The pool.
-        model: A loaded model that can do the task.
-    """
+    """One task of a classifier."""
 
     name: ClassVar[ClassifierTask]
     head: ClassVar[ClassifierTask]
@@ -119,35 +70,30 @@ class Task(ABC, Generic[RequestT]):
             raise InvalidRequestError(message, param="stride")
 
     @abstractmethod
-    def inputs(self, request: RequestT) -> ModelInputs:
-        """Return the inputs of the model.
-
-        Raises:
-            RequestError: The request is impossible.
-        """
+    def inputs(self, request: RequestT) -> Sequence[ModelInput]:
+        """Return the inputs of the model; raise ``RequestError`` if the request is impossible."""
 
     @abstractmethod
     def reply(self, request: RequestT, encoded: Encoded) -> Struct:
         """Return the reply for the model's results."""
 
 
-def split_windows(encoded: Encoded, rows: Sequence[T]) -> list[list[tuple[Window, T]]]:
-    """Return each text's windows with their entries of ``rows``."""
-    left = iter(rows)
-    return [[(window, next(left)) for window in windows] for windows in encoded.windows]
+def with_windows(
+    data: Sequence[EntryT],
+    encoded: Encoded,
+    values: Sequence[T],
+    make: Callable[[int, int, T], Struct],
+) -> list[EntryT]:
+    """Return the entries of a reply with their ``windows`` set.
 
-
-def with_windows(entries: Sequence[S], windows: Sequence[Sequence[Struct]]) -> list[S]:
-    """Return the entries of a reply with their ``windows`` set."""
-    return [replace(entry, windows=parts) for entry, parts in zip(entries, windows, strict=True)]
-
-
-def first_column(encoded: Encoded, merge: Merge) -> list[float]:
-    """Return the first column of each text's row."""
-    column: list[float] = encoded.rows_by_text(merge)[:, 0].tolist()
-    return column
-
-
-def usage(encoded: Encoded) -> ReplyUsage:
-    """Return the ``usage`` of a reply."""
-    return ReplyUsage(encoded.num_tokens, encoded.num_tokens)
+    Args:
+        data: One entry per text.
+        encoded: Results with windows.
+        values: One value per window of all texts.
+        make: Makes a window of the reply from its start, its end and its value.
+    """
+    left = iter(values)
+    return [
+        replace(entry, windows=[make(window.start, window.end, next(left)) for window in windows])
+        for entry, windows in zip(data, encoded.windows, strict=True)
+    ]

@@ -9,18 +9,11 @@ from cluster.engines.classifier.explain.schema import MAX_TEXTS, ExplainOptions,
 from cluster.engines.classifier.model.types import Rows, Text
 from cluster.engines.classifier.serving import schema
 from cluster.engines.classifier.serving.jobs import Encoded
-from cluster.engines.classifier.serving.tasks.base import (
-    ListReply,
-    Task,
-    WindowedRequest,
-    split_windows,
-    usage,
-    with_windows,
-)
+from cluster.engines.classifier.serving.tasks.base import Task, with_windows
 from cluster.errors import InvalidRequestError
 
 
-class ClassifyRequest(WindowedRequest, frozen=True, kw_only=True):
+class ClassifyRequest(schema.WindowedRequest, frozen=True, kw_only=True):
     """Body of ``POST /classify``."""
 
     input: schema.ItemOrList
@@ -58,7 +51,7 @@ class Classified(Struct, frozen=True):
     explanation: Explanation | UnsetType = UNSET
 
 
-class ClassifyReply(ListReply[Classified], frozen=True, kw_only=True):
+class ClassifyReply(schema.ListReply[Classified], frozen=True, kw_only=True):
     """Reply of ``POST /classify``."""
 
 
@@ -73,31 +66,24 @@ class Classify(Task[ClassifyRequest]):
     response = ClassifyReply
 
     def inputs(self, request: ClassifyRequest) -> list[Text]:
-        """Return the texts and pairs; see ``Task``."""
         texts = schema.to_texts(request.input)
-        most = MAX_TEXTS if request.explain else self.config.max_texts
-        schema.check_count(len(texts), min(most, self.config.max_texts))
+        limit = self.config.max_texts
+        schema.check_count(len(texts), min(MAX_TEXTS, limit) if request.explain else limit)
         if request.explain and request.stride is not None:
             raise InvalidRequestError("explain and stride exclude each other", param="explain")
         return texts
 
     def reply(self, request: ClassifyRequest, encoded: Encoded) -> ClassifyReply:
-        """Return the best labels of each text; see ``Task``."""
         scores = best(encoded.rows_by_text(request.aggregate), self.model.labels, request.top_k)
         data = [Classified(i, row[0].label, row[0].score, row) for i, row in enumerate(scores)]
         if request.windows:
-            data = with_windows(data, self._windows(request, encoded))
-        return ClassifyReply(data=data, model=self.config.name, usage=usage(encoded))
+            rows = best(np.asarray(encoded.rows), self.model.labels, request.top_k)
+            data = with_windows(data, encoded, rows, _window)
+        return ClassifyReply(data=data, model=self.config.name, usage=schema.usage(encoded))
 
-    def _windows(self, request: ClassifyRequest, encoded: Encoded) -> list[list[ClassifiedWindow]]:
-        scores = best(np.asarray(encoded.rows), self.model.labels, request.top_k)
-        return [
-            [
-                ClassifiedWindow(window.start, window.end, row[0].label, row[0].score, row)
-                for window, row in windows
-            ]
-            for windows in split_windows(encoded, scores)
-        ]
+
+def _window(start: int, end: int, scores: list[Score]) -> ClassifiedWindow:
+    return ClassifiedWindow(start, end, scores[0].label, scores[0].score, scores)
 
 
 def best(rows: Rows, labels: Sequence[str], top_k: int | None) -> list[list[Score]]:

@@ -9,11 +9,11 @@ from cluster.engines.classifier.model.padded import MAX_CANDIDATES
 from cluster.engines.classifier.model.types import Rows
 from cluster.engines.classifier.serving import schema
 from cluster.engines.classifier.serving.jobs import Encoded
-from cluster.engines.classifier.serving.tasks.base import ListReply, Task, TaskRequest, usage
+from cluster.engines.classifier.serving.tasks.base import Task
 from cluster.errors import InvalidRequestError
 
 
-class FillMaskRequest(TaskRequest, frozen=True, kw_only=True):
+class FillMaskRequest(schema.TaskRequest, frozen=True, kw_only=True):
     """Body of ``POST /fill-mask``; the texts contain the model's mask, e.g. ``[MASK]``."""
 
     input: str | list[str]
@@ -36,7 +36,7 @@ class Filled(Struct, frozen=True):
     masks: list[list[Candidate]]
 
 
-class FillMaskReply(ListReply[Filled], frozen=True, kw_only=True):
+class FillMaskReply(schema.ListReply[Filled], frozen=True, kw_only=True):
     """Reply of ``POST /fill-mask``."""
 
 
@@ -51,26 +51,18 @@ class FillMask(Task[FillMaskRequest]):
     response = FillMaskReply
 
     def inputs(self, request: FillMaskRequest) -> list[str]:
-        """Return the texts; see ``Task``."""
         return schema.single_texts(request.input, self.config.max_texts)
 
     def reply(self, request: FillMaskRequest, encoded: Encoded) -> FillMaskReply:
-        """Return the candidates for each mask; see ``Task``.
-
-        Raises:
-            InvalidRequestError: A text has no mask within the model's length.
-        """
         data = [self._filled(index, rows, request.top_k) for index, rows in enumerate(encoded.rows)]
-        return FillMaskReply(data=data, model=self.config.name, usage=usage(encoded))
+        return FillMaskReply(data=data, model=self.config.name, usage=schema.usage(encoded))
 
     def _filled(self, index: int, rows: Rows, top_k: int) -> Filled:
         tokenizer = self.model.tokenizer
         if not len(rows):
-            raise InvalidRequestError(
-                f"input[{index}] has no {tokenizer.mask_token} among the tokens that the model "
-                "reads",
-                param="input",
-            )
+            mask = tokenizer.mask_token
+            message = f"input[{index}] has no {mask} among the tokens that the model reads"
+            raise InvalidRequestError(message, param="input")
         ids, scores = np.split(rows, 2, axis=1)
         masks = [
             [

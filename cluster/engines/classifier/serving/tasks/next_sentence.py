@@ -5,17 +5,11 @@ from msgspec import Struct
 from cluster.engines.classifier.model.types import Text
 from cluster.engines.classifier.serving import schema
 from cluster.engines.classifier.serving.jobs import Encoded
-from cluster.engines.classifier.serving.tasks.base import (
-    ListReply,
-    Task,
-    TaskRequest,
-    first_column,
-    usage,
-)
+from cluster.engines.classifier.serving.tasks.base import Task
 from cluster.errors import InvalidRequestError
 
 
-class NextSentenceRequest(TaskRequest, frozen=True, kw_only=True):
+class NextSentenceRequest(schema.TaskRequest, frozen=True, kw_only=True):
     """Body of ``POST /next-sentence``: one or more pairs of sentences."""
 
     input: schema.ItemOrList
@@ -29,7 +23,7 @@ class Followed(Struct, frozen=True, gc=False):
     score: float
 
 
-class NextSentenceReply(ListReply[Followed], frozen=True, kw_only=True):
+class NextSentenceReply(schema.ListReply[Followed], frozen=True, kw_only=True):
     """Reply of ``POST /next-sentence``."""
 
 
@@ -44,20 +38,16 @@ class NextSentence(Task[NextSentenceRequest]):
     response = NextSentenceReply
 
     def inputs(self, request: NextSentenceRequest) -> list[Text]:
-        """Return the pairs; see ``Task``."""
         texts = schema.to_texts(request.input)
         schema.check_count(len(texts), self.config.max_texts)
         for index, text in enumerate(texts):
             if isinstance(text, str):
-                raise InvalidRequestError(
-                    f"input[{index}] is one text; a pair is needed: [text, text_pair]",
-                    param="input",
-                )
+                message = f"input[{index}] is one text; a pair is needed: [text, text_pair]"
+                raise InvalidRequestError(message, param="input")
         return texts
 
     def reply(self, request: NextSentenceRequest, encoded: Encoded) -> NextSentenceReply:
-        """Return the probability of each pair; see ``Task``."""
         # The first of BERT's two labels means that the second sentence follows.
-        scores = first_column(encoded, "mean")
+        scores = encoded.rows_by_text("mean")[:, 0].tolist()
         data = [Followed(index, score >= 0.5, score) for index, score in enumerate(scores)]
-        return NextSentenceReply(data=data, model=self.config.name, usage=usage(encoded))
+        return NextSentenceReply(data=data, model=self.config.name, usage=schema.usage(encoded))

@@ -3,19 +3,14 @@
 from dataclasses import replace
 from uuid import uuid4
 
-from msgspec import UNSET, Struct, UnsetType
+import numpy as np
+from msgspec import UNSET, Struct, UnsetType, structs
 
 from cluster.engines.classifier.model.types import Text
 from cluster.engines.classifier.serving import schema
 from cluster.engines.classifier.serving.jobs import Encoded, EncodeOptions
-from cluster.engines.classifier.serving.tasks.base import (
-    ReplyUsage,
-    Task,
-    WindowedRequest,
-    first_column,
-    usage,
-)
-from cluster.engines.classifier.serving.tasks.score import ScoredWindow, scored_windows
+from cluster.engines.classifier.serving.tasks.base import Task, with_windows
+from cluster.engines.classifier.serving.tasks.score import ScoredWindow
 
 
 class Document(Struct, frozen=True):
@@ -24,7 +19,7 @@ class Document(Struct, frozen=True):
     text: str
 
 
-class RerankRequest(WindowedRequest, frozen=True, kw_only=True):
+class RerankRequest(schema.WindowedRequest, frozen=True, kw_only=True):
     """Body of ``POST /rerank``.
 
     Long documents are cut unless ``truncate`` is false or a stride is set, because clients of
@@ -76,7 +71,7 @@ class RerankReply(Struct, frozen=True):
     id: str
     model: str
     results: list[Ranked]
-    usage: ReplyUsage
+    usage: schema.ReplyUsage
     meta: RerankMeta
     object: str = "list"
 
@@ -93,29 +88,27 @@ class Rerank(Task[RerankRequest]):
     response = RerankReply
 
     def options(self, request: RerankRequest) -> EncodeOptions:
-        """Return the options with the limit on documents; see ``Task``."""
         return replace(super().options(request), max_pair_tokens=request.max_tokens_per_doc)
 
     def inputs(self, request: RerankRequest) -> list[Text]:
-        """Return pairs of query and document; see ``Task``."""
         schema.check_count(len(request.documents), self.config.max_texts, "documents")
         return [(request.query, _text(document)) for document in request.documents]
 
     def reply(self, request: RerankRequest, encoded: Encoded) -> RerankReply:
-        """Return the documents by relevance; see ``Task``."""
-        scores = first_column(encoded, request.aggregate)
-        windows = scored_windows(encoded) if request.windows else [UNSET] * len(scores)
-        order = sorted(range(len(scores)), key=lambda index: -scores[index])[: request.top_n]
-        results = [
-            Ranked(index, scores[index], self._document(request, index), windows[index])
-            for index in order
-        ]
-        tokens = usage(encoded)
-        meta = RerankMeta(RerankTokens(tokens.total_tokens))
-        return RerankReply(f"rerank-{uuid4().hex}", self.config.name, results, tokens, meta)
-
-    def _document(self, request: RerankRequest, index: int) -> Document | UnsetType:
-        return Document(_text(request.documents[index])) if request.return_documents else UNSET
+        scores = encoded.rows_by_text(request.aggregate)[:, 0].tolist()
+        results = [Ranked(index, score) for index, score in enumerate(scores)]
+        if request.windows:
+            values = np.asarray(encoded.rows)[:, 0].tolist()
+            results = with_windows(results, encoded, values, ScoredWindow)
+        results = sorted(results, key=lambda result: -result.relevance_score)[: request.top_n]
+        if request.return_documents:
+            results = [
+                structs.replace(result, document=Document(_text(request.documents[result.index])))
+                for result in results
+            ]
+        meta = RerankMeta(RerankTokens(encoded.num_tokens))
+        name, usage = self.config.name, schema.usage(encoded)
+        return RerankReply(f"rerank-{uuid4().hex}", name, results, usage, meta)
 
 
 def _text(document: str | Document) -> str:

@@ -13,24 +13,18 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from cluster.engines.classifier.model.types import Rows
-from cluster.engines.classifier.model.windows import Merge, Window, merge_spans, merge_tokens
+from cluster.engines.classifier.model.types import Merge, Rows
+from cluster.engines.classifier.model.windows import Window, merge_spans, merge_tokens
 from cluster.engines.classifier.serving import schema
 from cluster.engines.classifier.serving.jobs import Encoded
-from cluster.engines.classifier.serving.tasks.base import (
-    ListReply,
-    LongTextRequest,
-    Task,
-    split_windows,
-    usage,
-)
+from cluster.engines.classifier.serving.tasks.base import Task
 
 Strategy = Literal["none", "simple", "first", "average", "max"]
 OUTSIDE = "O"
 """Label of tokens that belong to no entity."""
 
 
-class TokenClassificationRequest(LongTextRequest, frozen=True, kw_only=True):
+class TokenClassificationRequest(schema.LongTextRequest, frozen=True, kw_only=True):
     """Body of ``POST /token-classification``."""
 
     input: str | list[str]
@@ -55,7 +49,7 @@ class Labelled(Struct, frozen=True):
     entities: list[Entity]
 
 
-class TokenClassificationReply(ListReply[Labelled], frozen=True, kw_only=True):
+class TokenClassificationReply(schema.ListReply[Labelled], frozen=True, kw_only=True):
     """Reply of ``POST /token-classification``."""
 
 
@@ -71,28 +65,25 @@ class TokenClassification(Task[TokenClassificationRequest]):
     response = TokenClassificationReply
 
     def inputs(self, request: TokenClassificationRequest) -> list[str]:
-        """Return the texts; see ``Task``."""
         return schema.single_texts(request.input, self.config.max_texts)
 
     def reply(
         self, request: TokenClassificationRequest, encoded: Encoded
     ) -> TokenClassificationReply:
-        """Return the entities of each text; see ``Task``."""
         texts = [request.input] if isinstance(request.input, str) else request.input
-        windows = split_windows(encoded, list(encoded.rows))
-        data = [
-            Labelled(index, self._entities(text, parts, request))
-            for index, (text, parts) in enumerate(zip(texts, windows, strict=True))
-        ]
-        return TokenClassificationReply(data=data, model=self.config.name, usage=usage(encoded))
+        rows = iter(encoded.rows)
+        data = []
+        for index, (text, windows) in enumerate(zip(texts, encoded.windows, strict=True)):
+            tokens = _merge_windows([next(rows) for _ in windows], windows, request.aggregate)
+            data.append(Labelled(index, self._entities(text, tokens, request.aggregation_strategy)))
+        return TokenClassificationReply(
+            data=data, model=self.config.name, usage=schema.usage(encoded)
+        )
 
-    def _entities(
-        self, text: str, parts: list[tuple[Window, Rows]], request: TokenClassificationRequest
-    ) -> list[Entity]:
-        tokens = _merge_windows(parts, request.aggregate)
+    def _entities(self, text: str, tokens: "TokenScores", strategy: Strategy) -> list[Entity]:
         return [
             Entity(span.label, span.score, text[span.start : span.end], span.start, span.end)
-            for span in find_spans(tokens, self.model.labels, request.aggregation_strategy)
+            for span in find_spans(tokens, self.model.labels, strategy)
         ]
 
 
@@ -129,11 +120,8 @@ def find_spans(tokens: TokenScores, labels: Sequence[str], strategy: Strategy) -
     return [span for span in spans if span.label != OUTSIDE]
 
 
-def _merge_windows(parts: list[tuple[Window, Rows]], merge: Merge) -> TokenScores:
-    windows = [window for window, _ in parts]
-    scores = merge_tokens([rows for _, rows in parts], windows, merge)
-    spans, continues = merge_spans(windows)
-    return TokenScores(scores, spans, continues)
+def _merge_windows(rows: list[Rows], windows: Sequence[Window], merge: Merge) -> TokenScores:
+    return TokenScores(merge_tokens(rows, windows, merge), *merge_spans(windows))
 
 
 def _label_tokens(tokens: TokenScores, labels: Sequence[str]) -> list[Span]:
