@@ -1,22 +1,22 @@
 """Prometheus text format of a registry, written by prometheus-client."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import accumulate, groupby
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from cluster.metrics.registry import Histogram, Registry
-from cluster.metrics.table import Metric
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 
 Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
+_FAMILIES: dict[str, Callable[..., Family]] = {
+    "counter": CounterMetricFamily,
+    "gauge": GaugeMetricFamily,
+    "histogram": HistogramMetricFamily,
+}
 
 
 def exposition(registry: Registry) -> bytes:
@@ -32,7 +32,7 @@ class _Families(Collector):
 
     def collect(self) -> Iterable[Family]:
         for metric, children in groupby(self._registry.collect(), key=lambda entry: entry[0]):
-            family = _new_family(metric)
+            family = _FAMILIES[metric.kind](metric.name, metric.help, labels=metric.labels)
             for _, labels, child in children:
                 if isinstance(family, HistogramMetricFamily):
                     assert isinstance(child, Histogram)
@@ -41,16 +41,6 @@ class _Families(Collector):
                     assert not isinstance(child, Histogram)
                     family.add_metric(labels, child.value)
             yield family
-
-
-def _new_family(metric: Metric) -> Family:
-    kinds = {
-        "counter": CounterMetricFamily,
-        "gauge": GaugeMetricFamily,
-        "histogram": HistogramMetricFamily,
-    }
-    family: Family = kinds[metric.kind](metric.name, metric.help, labels=metric.labels)
-    return family
 
 
 def _cumulative_buckets(histogram: Histogram) -> list[tuple[str, float]]:

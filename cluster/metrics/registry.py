@@ -24,7 +24,6 @@ class Counter:
         self.value = 0.0
 
     def add(self, amount: float = 1.0) -> None:
-        """Increase the sum by ``amount``."""
         self.value += amount
 
 
@@ -49,7 +48,6 @@ class Histogram:
         self.total = 0.0
 
     def observe(self, value: float) -> None:
-        """Count one value."""
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
@@ -59,8 +57,7 @@ class Histogram:
         self.total += sum(ascending)
         done = 0
         while done < len(ascending):
-            bucket = bisect_left(self.bounds, ascending[done])
-            end = len(ascending)
+            bucket, end = bisect_left(self.bounds, ascending[done]), len(ascending)
             if bucket < len(self.bounds):
                 end = bisect_right(ascending, self.bounds[bucket], done)
             self.counts[bucket] += end - done
@@ -72,7 +69,6 @@ class Histogram:
         self.total += other.total
 
     def set(self, other: "Histogram") -> None:
-        """Replace the observations with those of ``other``."""
         self.counts, self.total = list(other.counts), other.total
 
 
@@ -92,11 +88,9 @@ class Registry:
         return self._child(metric, labels, Counter)
 
     def gauge(self, metric: Metric, *labels: str) -> Gauge:
-        """Return the gauge for these label values."""
         return self._child(metric, labels, Gauge)
 
     def histogram(self, metric: Metric, *labels: str) -> Histogram:
-        """Return the histogram for these label values."""
         return self._child(metric, labels, lambda: Histogram(metric.buckets))
 
     def on_collect(self, collector: Callable[[], None]) -> None:

@@ -6,7 +6,10 @@ paths, so clients cannot create series.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
+
+Kind = Literal["counter", "gauge", "histogram"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +17,7 @@ class Metric:
     """Definition of one metric."""
 
     name: str
-    kind: Literal["counter", "gauge", "histogram"]
+    kind: Kind
     help: str
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
@@ -43,31 +46,33 @@ _GAPS = (
     *(0.0005, 0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04),
     *(0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 10.0),
 )
-_MODEL = ("model",)
+
+_RENAMED = {
+    "tandem_classifier_": "tandem_encoder_",
+    "tandem_failovers_": "tandem_handovers_",
+    "tandem_in_flight_": "tandem_ongoing_",
+}
+"""Former prefixes of names, exported until the next release."""
 
 
-def _counter(name: str, text: str, *more_labels: str, deprecated_name: str = "") -> Metric:
-    labels = (*_MODEL, *more_labels)
-    return Metric(name, "counter", text, labels, deprecated_name=deprecated_name)
-
-
-def _gauge(name: str, text: str, *more_labels: str, deprecated_name: str = "") -> Metric:
-    labels = (*_MODEL, *more_labels)
-    return Metric(name, "gauge", text, labels, deprecated_name=deprecated_name)
-
-
-def _histogram(
-    name: str, text: str, buckets: tuple[float, ...] = _SECONDS, deprecated_name: str = ""
+def _model_metric(
+    kind: Kind, name: str, text: str, *more_labels: str, buckets: tuple[float, ...] = ()
 ) -> Metric:
-    return Metric(name, "histogram", text, _MODEL, buckets, deprecated_name)
+    renamed = (old + name.removeprefix(new) for new, old in _RENAMED.items() if new in name)
+    return Metric(name, kind, text, ("model", *more_labels), buckets, next(renamed, ""))
 
+
+_counter = partial(_model_metric, "counter")
+_gauge = partial(_model_metric, "gauge")
+_histogram = partial(_model_metric, "histogram", buckets=_SECONDS)
 
 # -- requests, measured in the router --------------------------------------------------------------
 
 REQUESTS = _counter(
     "tandem_requests_total",
     "Finished requests by HTTP status; 499: the client disconnected.",
-    *("route", "status"),
+    "route",
+    "status",
 )
 ARRIVALS = _counter("tandem_arrivals_total", "Requests received, including those shed.")
 REQUEST_SECONDS = _histogram(
@@ -80,12 +85,12 @@ TTFT_SECONDS = _histogram(
 ITL_SECONDS = _histogram(
     "tandem_itl_seconds",
     "Gap between two writes of a stream; a write may hold several tokens.",
-    _GAPS,
+    buckets=_GAPS,
 )
 TPOT_SECONDS = _histogram(
     "tandem_tpot_seconds",
     "(end-to-end time - TTFT) / (completion tokens - 1) of a stream.",
-    _GAPS,
+    buckets=_GAPS,
 )
 PROMPT_TOKENS = _counter("tandem_prompt_tokens_total", "Prompt tokens.")
 CACHED_TOKENS = _counter("tandem_cached_tokens_total", "Prompt tokens found in the prefix cache.")
@@ -102,7 +107,6 @@ FAILOVERS = _counter(
     "refused (by the replica); unavailable (the replica stopped or its engine died). The reason "
     "drained counts requests that a draining replica completed.",
     "reason",
-    deprecated_name="tandem_handovers_total",
 )
 CUT_OFF = _counter(
     "tandem_cut_off_requests_total", "Responses that broke off after they had started."
@@ -131,18 +135,10 @@ LIMITS_HIT = Metric(
 
 # -- pools, measured in the router -----------------------------------------------------------------
 
-IN_FLIGHT = _gauge(
-    "tandem_in_flight_requests",
-    "Requests given to a replica and not finished.",
-    deprecated_name="tandem_ongoing_requests",
-)
+IN_FLIGHT = _gauge("tandem_in_flight_requests", "Requests given to a replica and not finished.")
 QUEUED = _gauge("tandem_queued_requests", "Requests in the router's queue.")
 QUEUED_TOKENS = _gauge("tandem_queued_tokens", "Estimated tokens of the queued requests.")
-IN_FLIGHT_TOKENS = _gauge(
-    "tandem_in_flight_tokens",
-    "Estimated tokens of the requests in flight.",
-    deprecated_name="tandem_ongoing_tokens",
-)
+IN_FLIGHT_TOKENS = _gauge("tandem_in_flight_tokens", "Estimated tokens of the requests in flight.")
 CAPACITY_TOKENS = _gauge(
     "tandem_capacity_tokens",
     "Limit on the estimated tokens in flight; +Inf until the replicas have been overloaded once.",
@@ -186,7 +182,7 @@ ROUTING_DECISIONS = _counter(
 ROUTING_SECONDS = _histogram(
     "tandem_routing_decision_seconds",
     "Time to choose a replica.",
-    (1e-6, 2.5e-6, 5e-6, 1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 1e-3, 0.01),
+    buckets=(1e-6, 2.5e-6, 5e-6, 1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 1e-3, 0.01),
 )
 TARGET_REPLICAS = _gauge(
     "tandem_autoscaling_target_replicas", "Replica count set by the autoscaler."
@@ -218,94 +214,56 @@ CERTIFICATE_EXPIRY = Metric(
 
 # -- classifiers, measured in their replicas -------------------------------------------------------
 
-CLASSIFIER_BATCHES = _counter(
-    "tandem_classifier_batches_total",
-    "Batches computed.",
-    deprecated_name="tandem_encoder_batches_total",
-)
+CLASSIFIER_BATCHES = _counter("tandem_classifier_batches_total", "Batches computed.")
 CLASSIFIER_FAILED_BATCHES = _counter(
-    "tandem_classifier_failed_batches_total",
-    "Batches on which the model raised an error.",
-    deprecated_name="tandem_encoder_failed_batches_total",
+    "tandem_classifier_failed_batches_total", "Batches on which the model raised an error."
 )
-CLASSIFIER_TEXTS = _counter(
-    "tandem_classifier_texts_total", "Texts computed.", deprecated_name="tandem_encoder_texts_total"
-)
-CLASSIFIER_TOKENS = _counter(
-    "tandem_classifier_tokens_total",
-    "Tokens computed, padding excluded.",
-    deprecated_name="tandem_encoder_tokens_total",
-)
-CLASSIFIER_PADDING = _counter(
-    "tandem_classifier_padding_total",
-    "Padding tokens computed.",
-    deprecated_name="tandem_encoder_padding_total",
-)
+CLASSIFIER_TEXTS = _counter("tandem_classifier_texts_total", "Texts computed.")
+CLASSIFIER_TOKENS = _counter("tandem_classifier_tokens_total", "Tokens computed, padding excluded.")
+CLASSIFIER_PADDING = _counter("tandem_classifier_padding_total", "Padding tokens computed.")
 CLASSIFIER_BATCH_TEXTS = _histogram(
     "tandem_classifier_batch_texts",
     "Texts per batch.",
-    tuple(float(2**power) for power in range(11)),
-    deprecated_name="tandem_encoder_batch_texts",
+    buckets=tuple(float(2**power) for power in range(11)),
 )
 CLASSIFIER_TOKENIZE_SECONDS = _counter(
-    "tandem_classifier_tokenize_seconds_total",
-    "Time spent tokenizing.",
-    deprecated_name="tandem_encoder_tokenize_seconds_total",
+    "tandem_classifier_tokenize_seconds_total", "Time spent tokenizing."
 )
 CLASSIFIER_QUEUED_TOKENS = _gauge(
     "tandem_classifier_queued_tokens",
     "Tokens waiting for the model; texts not tokenized yet are estimated.",
-    deprecated_name="tandem_encoder_queued_tokens",
 )
 CLASSIFIER_AGREEMENT = _gauge(
     "tandem_classifier_agreement_ratio",
     "Share of answers in low precision that agree with float32; absent if the model runs in "
     "float32.",
-    deprecated_name="tandem_encoder_agreement_ratio",
 )
 CLASSIFIER_SECONDS = _counter(
-    "tandem_classifier_compute_seconds_total",
-    "Time spent computing the model.",
-    deprecated_name="tandem_encoder_compute_seconds_total",
+    "tandem_classifier_compute_seconds_total", "Time spent computing the model."
 )
 CLASSIFIER_SKIPPED = _counter(
     "tandem_classifier_skipped_texts_total",
     "Texts not computed because their client disconnected or their request failed.",
-    deprecated_name="tandem_encoder_skipped_texts_total",
 )
 CLASSIFIER_CACHE_HITS = _counter(
-    "tandem_classifier_cache_hits_total",
-    "Texts answered from the result cache.",
-    deprecated_name="tandem_encoder_cache_hits_total",
+    "tandem_classifier_cache_hits_total", "Texts answered from the result cache."
 )
 CLASSIFIER_CACHE_MISSES = _counter(
-    "tandem_classifier_cache_misses_total",
-    "Texts not found in the result cache.",
-    deprecated_name="tandem_encoder_cache_misses_total",
+    "tandem_classifier_cache_misses_total", "Texts not found in the result cache."
 )
 CLASSIFIER_LABELS = _counter(
-    "tandem_classifier_labels_total",
-    "Texts by highest-scoring label.",
-    "label",
-    deprecated_name="tandem_encoder_labels_total",
+    "tandem_classifier_labels_total", "Texts by highest-scoring label.", "label"
 )
 CLASSIFIER_CONFIDENCE = _counter(
-    "tandem_classifier_confidence_total",
-    "Texts whose highest score is at most `le`.",
-    "le",
-    deprecated_name="tandem_encoder_confidence_total",
+    "tandem_classifier_confidence_total", "Texts whose highest score is at most `le`.", "le"
 )
 CLASSIFIER_CHARACTERS = _counter(
-    "tandem_classifier_characters_total",
-    "Texts shorter than `le` characters.",
-    "le",
-    deprecated_name="tandem_encoder_characters_total",
+    "tandem_classifier_characters_total", "Texts shorter than `le` characters.", "le"
 )
 CLASSIFIER_DRIFT = _gauge(
     "tandem_classifier_drift_ratio",
     "Population stability index against the reference; above 0.25 is a significant shift.",
     "of",
-    deprecated_name="tandem_encoder_drift_ratio",
 )
 
 # -- replicas --------------------------------------------------------------------------------------
@@ -321,7 +279,8 @@ STARTUP_SECONDS = _gauge(
 ENERGY = _counter(
     "tandem_energy_joules_total",
     "Energy by model and tenant; source names the meter, or is estimate.",
-    *("tenant", "source"),
+    "tenant",
+    "source",
 )
 COST = _counter("tandem_cost_total", "Price of the reserved resources.", "tenant")
 
@@ -349,7 +308,7 @@ DEVICE_ECC_ERRORS = _counter(
     "tandem_device_ecc_errors_total", "Uncorrected memory errors of the GPU.", "device"
 )
 DEVICE_XID_ERRORS = _counter(
-    "tandem_device_xid_errors_total", "XID errors reported by NVIDIA's driver.", *("device", "xid")
+    "tandem_device_xid_errors_total", "XID errors reported by NVIDIA's driver.", "device", "xid"
 )
 
 
