@@ -4,6 +4,7 @@ Every measured joule goes to exactly one tenant; idle intervals go to ``IDLE``.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from cluster.accounting import ANONYMOUS, IDLE, LEARNING, OTHER, REASONS
 from cluster.accounting.costs import TokenCosts, Work
@@ -32,22 +33,19 @@ class TenantSums:
     cost: float = 0.0
 
 
+@dataclass(slots=True, eq=False)
 class RequestWork:
     """Account of one request; call ``end`` after its last token."""
 
-    __slots__ = ("_decode", "_ledger", "_prefill", "cost", "ended", "joules", "tenant", "usage")
-
-    def __init__(self, ledger: "Ledger", usage: UsageCounter, tenant: str) -> None:
-        self.usage = usage
-        self.tenant = tenant
-        self.joules = 0.0
-        """Energy charged so far."""
-        self.cost = 0.0
-        """Cost charged so far."""
-        self.ended = False
-        self._ledger = ledger
-        self._prefill = 0
-        self._decode = 0
+    usage: UsageCounter
+    tenant: str
+    joules: float = 0.0
+    """Energy charged so far."""
+    cost: float = 0.0
+    """Cost charged so far."""
+    ended: bool = False
+    _prefill: int = 0
+    _decode: int = 0
 
     def uncharged_work(self) -> Work:
         """Return the tokens since the last ``charge_work``."""
@@ -63,12 +61,7 @@ class RequestWork:
         self._decode += int(work.decode)
         return work
 
-    def settle(self) -> None:
-        """Write energy and cost to the usage; the part not charged yet is estimated."""
-        self._ledger.settle(self)
-
     def end(self) -> None:
-        """Mark the request as finished."""
         self.ended = True
         self.usage.settle = None
 
@@ -92,8 +85,8 @@ class Ledger:
 
     def open_request(self, usage: UsageCounter, tenant: str) -> RequestWork:
         """Return a new account for a request with this usage."""
-        work = RequestWork(self, usage, tenant or ANONYMOUS)
-        usage.settle = work.settle
+        work = RequestWork(usage, tenant or ANONYMOUS)
+        usage.settle = partial(self.settle, work)
         self._open.append(work)
         return work
 
@@ -118,7 +111,7 @@ class Ledger:
         self._open = [request for request in self._open if not request.ended]
 
     def settle(self, request: RequestWork) -> None:
-        """Write the request's energy and cost to its usage; see ``RequestWork.settle``."""
+        """Write energy and cost to the request's usage; the part not charged yet is estimated."""
         usage = request.usage
         effort = self.costs.estimate_effort(request.uncharged_work())
         usage.source = self.source if self.costs.known else LEARNING

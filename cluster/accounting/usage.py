@@ -3,7 +3,8 @@
 import csv
 import io
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -36,7 +37,6 @@ class UsageSums:
     cost: float = 0.0
 
     def add(self, other: "UsageSums") -> None:
-        """Add the sums of further requests."""
         self.requests += other.requests
         self.prompt_tokens += other.prompt_tokens
         self.cached_tokens += other.cached_tokens
@@ -54,21 +54,15 @@ def parse_time(text: str, param: str) -> float:
     Raises:
         InvalidRequestError: The text is neither.
     """
+    with suppress(ValueError, OverflowError, OSError):  # not a number, or out of range
+        return datetime.fromtimestamp(float(text), UTC).timestamp()
     try:
-        time = _from_seconds(text) or datetime.fromisoformat(text)
-    except (ValueError, OverflowError, OSError):
+        time = datetime.fromisoformat(text)
+    except ValueError:
         raise InvalidRequestError(
             f"{param}: got {text[:40]!r}, expected Unix seconds or an ISO 8601 time", param=param
         ) from None
     return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
-
-
-def _from_seconds(text: str) -> datetime | None:
-    try:
-        seconds = float(text)
-    except ValueError:
-        return None
-    return datetime.fromtimestamp(seconds, UTC)
 
 
 def as_json(rows: Iterable[UsageRow], currency: str | None) -> dict[str, Any]:
@@ -87,10 +81,7 @@ def as_json(rows: Iterable[UsageRow], currency: str | None) -> dict[str, Any]:
         "currency": currency,
         "data": [_row(*row, currency is not None) for row in rows],
         "total": {
-            "requests": total.requests,
-            "prompt_tokens": total.prompt_tokens,
-            "cached_tokens": total.cached_tokens,
-            "completion_tokens": total.completion_tokens,
+            **asdict(total),
             "joules": total.joules if any(key.source not in REASONS for key, _ in rows) else None,
             "cost": total.cost if currency is not None else None,
         },
@@ -98,19 +89,11 @@ def as_json(rows: Iterable[UsageRow], currency: str | None) -> dict[str, Any]:
 
 
 def _row(key: UsageKey, sums: UsageSums, priced: bool) -> dict[str, Any]:
-    row = {
-        "hour": _hour(key),
-        "tenant": key.tenant,
-        "model": key.model,
-        "requests": sums.requests,
-        "prompt_tokens": sums.prompt_tokens,
-        "cached_tokens": sums.cached_tokens,
-        "completion_tokens": sums.completion_tokens,
-        "joules": None if key.source in REASONS else sums.joules,
-        "cost": sums.cost if priced else None,
-    }
+    row = {"hour": _hour(key), "tenant": key.tenant, "model": key.model, **asdict(sums)}
+    if not priced:
+        row["cost"] = None
     if key.source in REASONS:
-        return {**row, "joules_missing": REASONS[key.source]}
+        return {**row, "joules": None, "joules_missing": REASONS[key.source]}
     return {**row, "joules_source": key.source}
 
 
@@ -121,7 +104,7 @@ def as_csv(rows: Iterable[UsageRow]) -> str:
     names = [field.name for field in fields(UsageSums)]
     writer.writerow(["hour", "tenant", "model", *names, "joules_source"])
     for key, sums in rows:
-        cells: dict[str, Any] = dict(zip(names, astuple(sums), strict=True))
+        cells = asdict(sums)
         if key.source in REASONS:
             cells["joules"] = ""
         # Spreadsheets run cells that start like a formula.

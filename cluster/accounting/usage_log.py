@@ -4,7 +4,7 @@ import asyncio
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import astuple
 from pathlib import Path
@@ -12,11 +12,9 @@ from pathlib import Path
 from cluster.accounting import ANONYMOUS, OTHER
 from cluster.accounting.usage import HOUR_S, UsageKey, UsageRow, UsageSums
 from cluster.errors import InvalidRequestError
+from cluster.periodic import Periodic
 
 logger = logging.getLogger("ray.serve.tandem")
-
-_Pending = dict[tuple[int, str, str, str], UsageSums]
-"""Sums by the fields of a ``UsageKey``."""
 
 WRITE_S = 5.0
 MAX_PENDING = 5000
@@ -58,22 +56,20 @@ class UsageLog:
         self._path = path
         self._keep_s = keep_days * 24 * HOUR_S
         self._clock = clock
-        self._pending: _Pending = {}
+        self._pending: dict[UsageKey, UsageSums] = {}
         self._writing = asyncio.Lock()
-        self._task: asyncio.Task[None] | None = None
+        self._periodic: Periodic | None = None
 
     def start(self) -> None:
-        """Start writing every ``WRITE_S`` seconds."""
-        self._task = asyncio.create_task(self._run(), name="usage-log")
+        self._periodic = Periodic("writing of usage", WRITE_S, self.write)
 
     def add_request(self, tenant: str, model: str, source: str, sums: UsageSums) -> None:
         """Add a finished request."""
         hour = int(self._clock()) // HOUR_S * HOUR_S
-        known = self._pending.get((hour, tenant or ANONYMOUS, model, source))
-        if known is None:
-            tenant = OTHER if len(self._pending) >= MAX_PENDING else tenant or ANONYMOUS
-            known = self._pending.setdefault((hour, tenant, model, source), UsageSums())
-        known.add(sums)
+        key = UsageKey(hour, tenant or ANONYMOUS, model, source)
+        if key not in self._pending and len(self._pending) >= MAX_PENDING:
+            key = key._replace(tenant=OTHER)
+        self._pending.setdefault(key, UsageSums()).add(sums)
 
     async def find(self, start: float, end: float, tenant: str | None) -> list[UsageRow]:
         """Return the sums of the hours from that of ``start`` up to ``end``, of one tenant or all.
@@ -107,21 +103,12 @@ class UsageLog:
 
     async def close(self) -> None:
         """Write the pending sums and stop."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        if self._periodic is not None:
+            await self._periodic.close()
         try:
             await self.write()
         except (sqlite3.Error, OSError):
             logger.exception("cannot write the last usage, which is lost")
-
-    async def _run(self) -> None:
-        while True:
-            await asyncio.sleep(WRITE_S)
-            try:
-                await self.write()
-            except (sqlite3.Error, OSError):  # disk full, or file locked
-                logger.exception("cannot write usage; retrying in %g s", WRITE_S)
 
     def _open(self) -> sqlite3.Connection:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,10 +116,8 @@ class UsageLog:
         connection.execute(_TABLE)
         return connection
 
-    def _write(self, sums: _Pending) -> None:
-        rows: Iterable[tuple[object, ...]] = [
-            (*key, *astuple(value)) for key, value in sums.items()
-        ]
+    def _write(self, pending: Mapping[UsageKey, UsageSums]) -> None:
+        rows = [(*key, *astuple(sums)) for key, sums in pending.items()]
         with closing(self._open()) as connection, connection:
             connection.executemany(_ADD, rows)
             oldest = self._clock() - self._keep_s

@@ -99,7 +99,6 @@ class NvmlReader:
         return bool(self._devices)
 
     def close(self) -> None:
-        """Free the event set."""
         if self._events is not None:
             with suppress(self._nvml.NVMLError):
                 self._nvml.nvmlEventSetFree(self._events)

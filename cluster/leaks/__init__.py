@@ -4,7 +4,7 @@
 """
 
 from cluster.leaks.detector import Growth
-from cluster.leaks.lease import KeyStore, ReplacementLease
+from cluster.leaks.lease import ReplacementLease
 from cluster.leaks.watch import MemoryWatch
 
-__all__ = ["Growth", "KeyStore", "MemoryWatch", "ReplacementLease"]
+__all__ = ["Growth", "MemoryWatch", "ReplacementLease"]

@@ -7,6 +7,7 @@ leaves one small key behind.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 
@@ -20,30 +21,23 @@ class KeyStore(Protocol):
         """Return True if the key exists."""
 
 
+@dataclass(frozen=True, slots=True)
 class ReplacementLease:
-    """Lease for replacing a replica of one pool.
+    """Lease for replacing a replica of one pool."""
 
-    Args:
-        store: Store shared by the replicas.
-        pool: Name of the pool.
-        period_s: Length of a period in seconds; must cover a drain and a start.
-        clock: Unix time. Clocks of the replicas may differ by much less than a period.
-    """
-
-    def __init__(
-        self, store: KeyStore, pool: str, period_s: float, clock: Callable[[], float]
-    ) -> None:
-        self._store = store
-        self._pool = pool
-        self._period_s = period_s
-        self._clock = clock
+    store: KeyStore
+    pool: str
+    period_s: float
+    """Length of a period; must cover a drain and a start."""
+    clock: Callable[[], float]
+    """Unix time. Clocks of the replicas may differ by much less than a period."""
 
     def acquire(self, replica: str) -> bool:
         """Return True if the replica may be replaced now; if not, ask again later."""
-        period = int(self._clock() // self._period_s)
-        if self._store.has(self._key(period - 1)):
+        period = int(self.clock() // self.period_s)
+        if self.store.has(self._key(period - 1)):
             return False
-        return self._store.put_if_absent(self._key(period), replica)
+        return self.store.put_if_absent(self._key(period), replica)
 
     def _key(self, period: int) -> str:
-        return f"replaced/{self._pool}/{period}"
+        return f"replaced/{self.pool}/{period}"

@@ -50,7 +50,6 @@ class MemoryWatch:
             rate.value = growth.bytes_per_s
 
     async def close(self) -> None:
-        """Stop sampling."""
         await self._periodic.close()
 
     async def _sample(self) -> None:

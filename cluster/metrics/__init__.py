@@ -7,12 +7,11 @@ format; ``deployments.metrics`` exports it through Ray.
 from cluster.metrics import table
 from cluster.metrics.exposition import exposition
 from cluster.metrics.quantiles import quantile
-from cluster.metrics.registry import Counter, Gauge, Histogram, Registry
+from cluster.metrics.registry import Counter, Histogram, Registry
 from cluster.metrics.table import Metric
 
 __all__ = [
     "Counter",
-    "Gauge",
     "Histogram",
     "Metric",
     "Registry",

@@ -116,7 +116,7 @@ def test_joules_are_divided_by_tokens_and_idle_energy_is_separate() -> None:
 def test_a_request_reports_charged_energy_plus_an_estimate_of_the_rest() -> None:
     ledger = Ledger(price_per_s=1.0)
     early = UsageCounter(prompt_tokens=5)
-    ledger.open_request(early, "a").settle()
+    ledger.settle(ledger.open_request(early, "a"))
     assert (early.joules, early.source) == (None, LEARNING)
 
     usage = UsageCounter(prompt_tokens=95)
@@ -135,7 +135,7 @@ def test_without_a_counter_cost_is_divided_and_joules_are_missing() -> None:
     usage = UsageCounter(prompt_tokens=10)
     request = ledger.open_request(usage, "a")
     ledger.divide(SECONDS, measure(None, cpu_s=1.5, source="no-counter"))
-    request.settle()
+    ledger.settle(request)
     assert (usage.joules, usage.source) == (None, "no-counter")
     assert usage.cost == pytest.approx(2.0)
     assert ledger.sums["a"].joules == 0
