@@ -20,30 +20,10 @@ from cluster.errors import (
     LinkRefusedError,
     request_error_for,
 )
+from cluster.link import frames
 from cluster.link.client_stream import ClientStream
 from cluster.link.connection import Connection, LinkCounts, LinkOptions
-from cluster.link.frames import (
-    BODY,
-    CHUNK_BYTES,
-    DATA,
-    END,
-    ERROR,
-    GOAWAY,
-    LOAD,
-    PREFIXES,
-    REFUSED,
-    REQUEST,
-    RESPONSE,
-    USAGE,
-    WINDOW,
-    Frame,
-    PrefixEvents,
-    RequestHead,
-    decode_credit,
-    decode_head,
-    decode_prefixes,
-    encode_head,
-)
+from cluster.link.frames import DATA, END, RESPONSE, Frame, PrefixEvents, RequestHead, decode_head
 from cluster.link.handshake import Handshake
 from cluster.load import Load
 from cluster.usage import Usage
@@ -157,7 +137,6 @@ class LinkClient:
         return self._connection.open(head, body)
 
     def new_connection(self) -> "ClientConnection":
-        """Return the protocol of one attempt to connect."""
         return ClientConnection(self, self._secret, self._options, self.counts)
 
     def start_upload(self, stream: ClientStream, body: bytes | AsyncIterator[bytes]) -> None:
@@ -180,7 +159,7 @@ class LinkClient:
     def handle_ready(self, connection: "ClientConnection") -> None:
         self._connection = connection
         if self.on_prefixes is not None:
-            connection.write(0, PREFIXES)
+            connection.write(0, frames.PREFIXES)
         self.last_error = None
         self.failures = 0
         self._set_state(LinkState.CONNECTED)
@@ -294,15 +273,14 @@ class ClientConnection(Connection):
         await asyncio.wait([self._ready])
 
     def open(self, head: RequestHead, body: bytes | AsyncIterator[bytes]) -> ClientStream:
-        """Send a request on a new stream."""
         stream_id = self._next_id()
         stream = ClientStream(self, stream_id, self._remove_stream)
         self.streams[stream_id] = stream
-        self.write(stream_id, REQUEST, 0 if body else END, encode_head(head))
-        if isinstance(body, bytes) and len(body) <= CHUNK_BYTES:
+        self.write(stream_id, frames.REQUEST, 0 if body else END, frames.encode_head(head))
+        if isinstance(body, bytes) and len(body) <= frames.CHUNK_BYTES:
             if body:
                 stream.sender.credit -= len(body)
-                self.write(stream_id, BODY, END, body)
+                self.write(stream_id, frames.BODY, END, body)
         else:
             self._link.start_upload(stream, body)
         return stream
@@ -311,22 +289,22 @@ class ClientConnection(Connection):
         self._ready.set_result(None)
         self._link.handle_ready(self)
 
-    def on_frames(self, frames: list[Frame]) -> None:
+    def on_frames(self, batch: list[Frame]) -> None:
         """Handle frames; in large batches the streams whose response starts come first.
 
         Otherwise a first token would wait for the handling of one token of every other stream.
         """
-        if len(frames) > _MAX_UNSORTED_FRAMES and (
-            starting := {frame[0] for frame in frames if frame[1] == RESPONSE}
+        if len(batch) > _MAX_UNSORTED_FRAMES and (
+            starting := {frame[0] for frame in batch if frame[1] == RESPONSE}
         ):
-            self._dispatch([frame for frame in frames if frame[0] in starting])
-            frames = [frame for frame in frames if frame[0] not in starting]
-        self._dispatch(frames)
+            self._dispatch([frame for frame in batch if frame[0] in starting])
+            batch = [frame for frame in batch if frame[0] not in starting]
+        self._dispatch(batch)
 
-    def _dispatch(self, frames: list[Frame]) -> None:
+    def _dispatch(self, batch: list[Frame]) -> None:
         # Hot path: once for each token.
         streams = self.streams
-        for stream_id, kind, flags, payload in frames:
+        for stream_id, kind, flags, payload in batch:
             if kind == DATA:
                 stream = streams.get(stream_id)
                 if stream is not None:
@@ -346,27 +324,27 @@ class ClientConnection(Connection):
         self._link.handle_lost(error)
 
     def _on_frame(self, stream_id: int, kind: int, flags: int, payload: bytes) -> None:
-        if kind == LOAD:
+        if kind == frames.LOAD:
             self._link.handle_load(decode_head(payload, Load))
-        elif kind == PREFIXES:
+        elif kind == frames.PREFIXES:
             self._on_prefixes(payload)
-        elif kind == GOAWAY:
+        elif kind == frames.GOAWAY:
             self._link.handle_goaway()
-        elif kind not in (RESPONSE, WINDOW, ERROR, USAGE):
+        elif kind not in (RESPONSE, frames.WINDOW, frames.ERROR, frames.USAGE):
             self.handle_ping(kind)
         elif (stream := self.streams.get(stream_id)) is None:
             return  # the stream ended or was cancelled while the frame was in transit
         elif kind == RESPONSE:
             stream.on_response(payload)
-        elif kind == WINDOW:
-            stream.sender.add_credit(decode_credit(payload))
-        elif kind == USAGE:
+        elif kind == frames.WINDOW:
+            stream.sender.add_credit(frames.decode_credit(payload))
+        elif kind == frames.USAGE:
             stream.usage = decode_head(payload, Usage)
         else:
             stream.fail(_stream_error(flags, payload))
 
     def _on_prefixes(self, payload: bytes) -> None:
-        number, events = decode_prefixes(payload)
+        number, events = frames.decode_prefixes(payload)
         if number != self._num_prefixes or (number == 0 and not events.cleared):
             raise LinkProtocolError(f"PREFIXES frame {number} instead of {self._num_prefixes}")
         self._num_prefixes += 1
@@ -384,6 +362,6 @@ class ClientConnection(Connection):
 
 def _stream_error(flags: int, payload: bytes) -> Exception:
     status, message = decode_head(payload, tuple[int, str])
-    if flags & REFUSED:
+    if flags & frames.REFUSED:
         return LinkRefusedError(message)
     return request_error_for(status, message)

@@ -10,20 +10,9 @@ from types import TracebackType
 from typing import NamedTuple, Self, cast
 
 from cluster.errors import LinkClosedError, LinkProtocolError
+from cluster.link import frames
 from cluster.link.connection import Connection, StreamSender
-from cluster.link.frames import (
-    BODY,
-    CANCEL,
-    END,
-    MAX_PAYLOAD_BYTES,
-    TOKENS,
-    WINDOW,
-    ResponseHead,
-    decode_head,
-    decode_tokens,
-    encode_credit,
-    tokens_end,
-)
+from cluster.link.frames import END, TOKENS, ResponseHead, decode_tokens, tokens_end
 from cluster.usage import Usage
 
 
@@ -41,24 +30,6 @@ class ClientStream:
     Leaving it as a context manager cancels it unless it has ended. A stream that is neither read
     to its end nor cancelled stays open on the replica.
     """
-
-    __slots__ = (
-        "_chunks",
-        "_connection",
-        "_create_future",
-        "_ended",
-        "_error",
-        "_half_window",
-        "_has_tokens",
-        "_head",
-        "_on_end",
-        "_uncredited",
-        "_upload",
-        "_waiter",
-        "sender",
-        "stream_id",
-        "usage",
-    )
 
     def __init__(
         self, connection: Connection, stream_id: int, on_end: Callable[[int], object]
@@ -160,7 +131,7 @@ class ClientStream:
     def on_response(self, payload: bytes) -> None:
         if self._head is not None:
             raise LinkProtocolError("a second RESPONSE on one stream")
-        self._head = decode_head(payload, ResponseHead)
+        self._head = frames.decode_head(payload, ResponseHead)
         self._wake()
 
     def on_data(self, flags: int, payload: bytes) -> None:
@@ -168,7 +139,7 @@ class ClientStream:
             raise LinkProtocolError("DATA before RESPONSE")
         if payload:
             self._uncredited += len(payload)
-            if self._uncredited > 2 * self._half_window + MAX_PAYLOAD_BYTES:
+            if self._uncredited > 2 * self._half_window + frames.MAX_PAYLOAD_BYTES:
                 raise LinkProtocolError("the peer sent more than the stream's window")
             if flags & TOKENS:
                 self._has_tokens = True
@@ -193,20 +164,19 @@ class ClientStream:
             self._finish()
 
     def start_upload(self, body: bytes | AsyncIterator[bytes]) -> asyncio.Task[None]:
-        """Send a large or asynchronous request body in the background."""
         self._upload = asyncio.create_task(self._send_body(body))
         return self._upload
 
     async def _send_body(self, body: bytes | AsyncIterator[bytes]) -> None:
         try:
             if isinstance(body, bytes):
-                await self.sender.send(BODY, body, True)
+                await self.sender.send(frames.BODY, body, True)
                 return
             try:
                 async for piece in body:
                     if piece:
-                        await self.sender.send(BODY, piece, False)
-                await self.sender.send(BODY, b"", True)
+                        await self.sender.send(frames.BODY, piece, False)
+                await self.sender.send(frames.BODY, b"", True)
             finally:
                 if isinstance(body, AsyncGenerator):
                     await body.aclose()
@@ -217,7 +187,7 @@ class ClientStream:
 
     def _abort(self, error: Exception) -> None:
         if not self.ended:
-            self._connection.write(self.stream_id, CANCEL)
+            self._connection.write(self.stream_id, frames.CANCEL)
             self.fail(error)
 
     def _finish(self) -> None:
@@ -230,7 +200,8 @@ class ClientStream:
     def _clear_chunks(self) -> None:
         self._chunks = []
         if self._uncredited >= self._half_window and not self._ended:
-            self._connection.write(self.stream_id, WINDOW, 0, encode_credit(self._uncredited))
+            credit = frames.encode_credit(self._uncredited)
+            self._connection.write(self.stream_id, frames.WINDOW, 0, credit)
             self._uncredited = 0
 
     def _wait(self) -> asyncio.Future[None]:

@@ -11,16 +11,8 @@ from dataclasses import dataclass
 from typing import cast
 
 from cluster.errors import LinkAuthError, LinkClosedError, LinkError, LinkProtocolError
-from cluster.link.frames import (
-    CHUNK_BYTES,
-    END,
-    MAX_PAYLOAD_BYTES,
-    PING,
-    PONG,
-    Frame,
-    FrameDecoder,
-    pack_header,
-)
+from cluster.link import frames
+from cluster.link.frames import CHUNK_BYTES, END, Frame, FrameDecoder, pack_header
 from cluster.link.handshake import PRE_AUTH_BYTES, Handshake
 
 logger = logging.getLogger(__name__)
@@ -87,7 +79,6 @@ class Signal:
                 self._waiters.remove(waiter)
 
     def fire(self) -> None:
-        """Wake all current waiters."""
         waiters, self._waiters = self._waiters, None
         for waiter in waiters or ():
             if not waiter.done():
@@ -142,7 +133,7 @@ class Connection(asyncio.Protocol):
     def on_ready(self) -> None:
         """Handle the end of the handshake."""
 
-    def on_frames(self, frames: list[Frame]) -> None:
+    def on_frames(self, batch: list[Frame]) -> None:
         """Handle arriving frames; raising a LinkError closes the connection."""
 
     def on_closed(self, error: LinkError) -> None:
@@ -208,10 +199,10 @@ class Connection(asyncio.Protocol):
         self._heard = True
         try:
             if self._handshake is None:
-                frames = self._decoder.feed(data)
-                self.counts.frames_received += len(frames)
+                batch = self._decoder.feed(data)
+                self.counts.frames_received += len(batch)
                 self.counts.bytes_received += len(data)
-                self.on_frames(frames)
+                self.on_frames(batch)
             else:
                 self._continue_handshake(self._handshake, data)
         except LinkError as error:
@@ -258,8 +249,8 @@ class Connection(asyncio.Protocol):
         self._pre_auth_bytes += len(data)
         if self._pre_auth_bytes > PRE_AUTH_BYTES:
             raise LinkProtocolError(f"more than {PRE_AUTH_BYTES} bytes before the handshake")
-        frames = self._decoder.feed(data)
-        for number, (_, kind, _, payload) in enumerate(frames, 1):
+        batch = self._decoder.feed(data)
+        for number, (_, kind, _, payload) in enumerate(batch, 1):
             try:
                 self._transport.write(handshake.receive(kind, payload))
             except LinkAuthError:
@@ -267,13 +258,13 @@ class Connection(asyncio.Protocol):
                 raise
             if handshake.done:
                 self._end_handshake(handshake)
-                self.on_frames(frames[number:])
+                self.on_frames(batch[number:])
                 return
 
     def _end_handshake(self, handshake: Handshake) -> None:
         self._handshake = None
         self.counts.connects += 1
-        self._decoder.max_payload_bytes = MAX_PAYLOAD_BYTES
+        self._decoder.max_payload_bytes = frames.MAX_PAYLOAD_BYTES
         self.peer_window_bytes = handshake.peer_window_bytes
         self.writable = True
         assert self._timer is not None
@@ -294,7 +285,7 @@ class Connection(asyncio.Protocol):
             self.fail(LinkClosedError(f"the peer was silent for {self.options.dead_after_s} s"))
             return
         if self._silent_ticks % 2:
-            self.write(0, PING)
+            self.write(0, frames.PING)
         if self.silent != (self._silent_ticks >= self._silent_at):
             self.silent = not self.silent
             self.on_silent(self.silent)
@@ -307,9 +298,9 @@ class Connection(asyncio.Protocol):
         Raises:
             LinkProtocolError: a frame of another kind, which the peer may not send.
         """
-        if kind == PING:
-            self.write(0, PONG)
-        elif kind != PONG:
+        if kind == frames.PING:
+            self.write(0, frames.PONG)
+        elif kind != frames.PONG:
             raise LinkProtocolError(f"the peer may not send frames of kind {kind}")
 
 
@@ -331,7 +322,6 @@ class StreamSender:
         self._credit_added = Signal()
 
     def add_credit(self, credit_bytes: int) -> None:
-        """Add bytes that the peer's consumer has read to the credit."""
         self.credit += credit_bytes
         self._credit_added.fire()
 

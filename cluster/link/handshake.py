@@ -59,7 +59,6 @@ class Handshake:
         self._hellos: dict[Role, bytes] = {role: hello}
 
     def hello(self) -> bytes:
-        """Return the bytes to send when the connection is made."""
         return encode_frame(0, HELLO, 0, self._hellos[self._role])
 
     def refusal(self) -> bytes:

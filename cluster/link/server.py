@@ -12,27 +12,9 @@ from typing import NamedTuple, Protocol
 
 from cluster.asgi import ASGIApp, Scope
 from cluster.errors import LinkAuthError, LinkError, LinkProtocolError
+from cluster.link import frames
 from cluster.link.connection import Connection, LinkCounts, LinkOptions
-from cluster.link.frames import (
-    BODY,
-    CANCEL,
-    END,
-    ERROR,
-    GOAWAY,
-    LOAD,
-    PREFIXES,
-    REFUSED,
-    REQUEST,
-    WINDOW,
-    Frame,
-    PrefixEvents,
-    RequestHead,
-    decode_credit,
-    decode_head,
-    encode_head,
-    encode_prefixes,
-    split_events,
-)
+from cluster.link.frames import END, Frame, PrefixEvents, RequestHead, decode_head, encode_head
 from cluster.link.handshake import Handshake
 from cluster.link.server_stream import ServerStream
 from cluster.load import Load
@@ -140,7 +122,7 @@ class LinkServer:
         """
         self.is_draining = True
         for connection in self.connections:
-            connection.write(0, GOAWAY)
+            connection.write(0, frames.GOAWAY)
 
     async def drain(self, timeout_s: float) -> DrainResult:
         """Refuse new streams, wait for the open ones, cancel the rest and close.
@@ -173,11 +155,9 @@ class LinkServer:
     # -- for the connections --
 
     def new_connection(self) -> "ServerConnection":
-        """Return the protocol of a connection that a router has opened."""
         return ServerConnection(self, self._secret, self._options)
 
     def run_app(self, stream: ServerStream, client: tuple[str, int]) -> asyncio.Task[None]:
-        """Answer one stream in a new task."""
         scope = stream.scope(self.address, client)
         task = asyncio.get_running_loop().create_task(self._answer(stream, scope))
         self._tasks.add(task)
@@ -191,11 +171,10 @@ class LinkServer:
         return PrefixEvents(stored=self._prefixes.snapshot(), cleared=True)
 
     def send_prefixes(self) -> None:
-        """Send the collected changes of the prefix cache to all routers."""
         self._prefixes_timer = None
         events = self._prefixes.take_events() if self._prefixes is not None else None
         if events is not None:
-            pieces = list(split_events(events))
+            pieces = list(frames.split_events(events))
             for connection in self.connections:
                 connection.send_prefixes(pieces)
 
@@ -234,7 +213,7 @@ class ServerConnection(Connection):
 
     def on_ready(self) -> None:
         if self._server.is_draining:
-            self.write(0, GOAWAY)
+            self.write(0, frames.GOAWAY)
         self._send_load()
 
     def send_prefixes(self, pieces: Iterable[PrefixEvents]) -> None:
@@ -245,7 +224,7 @@ class ServerConnection(Connection):
             self._needs_snapshot = True
         elif not self._needs_snapshot:
             for piece in pieces:
-                self.write(0, PREFIXES, 0, encode_prefixes(self._num_prefixes, piece))
+                self.write(0, frames.PREFIXES, 0, frames.encode_prefixes(self._num_prefixes, piece))
                 self._num_prefixes += 1
 
     def resume_writing(self) -> None:
@@ -254,20 +233,20 @@ class ServerConnection(Connection):
         if self.writable and self._needs_snapshot:
             self._send_snapshot()
 
-    def on_frames(self, frames: list[Frame]) -> None:
-        for stream_id, kind, flags, payload in frames:
-            if kind == REQUEST:
+    def on_frames(self, batch: list[Frame]) -> None:
+        for stream_id, kind, flags, payload in batch:
+            if kind == frames.REQUEST:
                 self._on_request(stream_id, flags, payload)
-            elif kind == PREFIXES and not self._wants_prefixes:
+            elif kind == frames.PREFIXES and not self._wants_prefixes:
                 self._wants_prefixes = True
                 self._send_snapshot()
-            elif kind not in (WINDOW, BODY, CANCEL):
+            elif kind not in (frames.WINDOW, frames.BODY, frames.CANCEL):
                 self.handle_ping(kind)
             elif (stream := self._streams.get(stream_id)) is None:
                 continue  # the stream ended while the frame was in transit
-            elif kind == WINDOW:
-                stream.on_credit(decode_credit(payload))
-            elif kind == BODY:
+            elif kind == frames.WINDOW:
+                stream.on_credit(frames.decode_credit(payload))
+            elif kind == frames.BODY:
                 stream.on_body(payload, bool(flags & END))
             else:
                 stream.disconnect()
@@ -292,7 +271,7 @@ class ServerConnection(Connection):
         if self._server.is_draining or len(self._streams) >= self.options.max_streams:
             reason = "drains" if self._server.is_draining else "has too many streams"
             refusal = encode_head((503, f"the replica {reason}"))
-            self.write(stream_id, ERROR, REFUSED, refusal)
+            self.write(stream_id, frames.ERROR, frames.REFUSED, refusal)
             return
         head = decode_head(payload, RequestHead)
         stream = ServerStream(self, stream_id, head, has_body=not flags & END)
@@ -308,7 +287,7 @@ class ServerConnection(Connection):
     def _send_snapshot(self) -> None:
         if (events := self._server.prefix_snapshot()) is not None:
             self._needs_snapshot = False
-            self.send_prefixes(split_events(events))
+            self.send_prefixes(frames.split_events(events))
 
     def _send_load_if_due(self) -> None:
         if self.loop.time() - self._load_checked_at > self.options.load_interval_s:
@@ -319,4 +298,4 @@ class ServerConnection(Connection):
         load = self._server.current_load()
         if load != self._sent_load:
             self._sent_load = load
-            self.write(0, LOAD, 0, encode_head(load))
+            self.write(0, frames.LOAD, 0, encode_head(load))

@@ -14,21 +14,7 @@ from cluster.asgi import USAGE, ASGIApp, Message, Scope
 from cluster.errors import InternalError, LinkClosedError, LinkProtocolError, RequestError
 from cluster.link import frames
 from cluster.link.connection import Connection, Signal, StreamSender
-from cluster.link.frames import (
-    CHUNK_BYTES,
-    DATA,
-    END,
-    ERROR,
-    MAX_PAYLOAD_BYTES,
-    RESPONSE,
-    TOKENS,
-    WINDOW,
-    RequestHead,
-    ResponseHead,
-    encode_credit,
-    encode_head,
-    encode_tokens,
-)
+from cluster.link.frames import CHUNK_BYTES, DATA, END, RequestHead, ResponseHead, encode_head
 from cluster.usage import Usage, UsageCounter
 
 logger = logging.getLogger(__name__)
@@ -47,23 +33,6 @@ class ServerStream:
     was sent. Buffers the request body that was not received yet (at most the window and one
     frame).
     """
-
-    __slots__ = (
-        "_body_ended",
-        "_body_received",
-        "_changed",
-        "_chunks",
-        "_connection",
-        "_sender",
-        "_uncredited",
-        "complete",
-        "disconnected",
-        "head",
-        "started",
-        "stream_id",
-        "task",
-        "usage",
-    )
 
     def __init__(
         self, connection: Connection, stream_id: int, head: RequestHead, has_body: bool
@@ -133,7 +102,7 @@ class ServerStream:
         if self._body_ended:
             raise LinkProtocolError("BODY after its end")
         self._uncredited += len(payload)
-        if self._uncredited > self._connection.options.window_bytes + MAX_PAYLOAD_BYTES:
+        if self._uncredited > self._connection.options.window_bytes + frames.MAX_PAYLOAD_BYTES:
             raise LinkProtocolError("the peer sent more than the stream's window")
         if payload:
             self._chunks.append(payload)
@@ -176,7 +145,8 @@ class ServerStream:
         if self._body_ended:
             self._body_received = True
         elif self._uncredited >= self._connection.options.window_bytes // 2:
-            self._connection.write(self.stream_id, WINDOW, 0, encode_credit(self._uncredited))
+            credit = frames.encode_credit(self._uncredited)
+            self._connection.write(self.stream_id, frames.WINDOW, 0, credit)
             self._uncredited = 0
         return {"type": "http.request", "body": body, "more_body": not self._body_ended}
 
@@ -185,7 +155,8 @@ class ServerStream:
             raise RuntimeError(f"unexpected ASGI message {message['type']!r}")
         self._check_open()
         self.started = True
-        self._connection.write(self.stream_id, RESPONSE, 0, encode_head(_response_head(message)))
+        head = encode_head(_response_head(message))
+        self._connection.write(self.stream_id, frames.RESPONSE, 0, head)
 
     async def _send_body(self, body: bytes, message: Message) -> None:
         if not self.started:
@@ -209,9 +180,9 @@ class ServerStream:
         """Send the ids with the first piece of the body; return the rest of the body."""
         await self._sender.wait_ready()
         rest = body[CHUNK_BYTES:]
-        payload = encode_tokens(token_ids) + body[:CHUNK_BYTES]
+        payload = frames.encode_tokens(token_ids) + body[:CHUNK_BYTES]
         self._sender.credit -= len(payload)
-        flags = TOKENS | END if end and not rest else TOKENS
+        flags = frames.TOKENS | END if end and not rest else frames.TOKENS
         self._connection.write(self.stream_id, DATA, flags, payload)
         return rest
 
@@ -227,7 +198,7 @@ class ServerStream:
 
     def _send_error(self, status: int, message: str) -> None:
         if not (self.complete or self.disconnected):
-            self._connection.write(self.stream_id, ERROR, 0, encode_head((status, message)))
+            self._connection.write(self.stream_id, frames.ERROR, 0, encode_head((status, message)))
             self.disconnected = True
             self._finish()
 
