@@ -43,7 +43,7 @@ class Periodic:
 
 
 def run_in_daemon_thread(function: Callable[[], T], name: str) -> asyncio.Future[T]:
-    """Run a function that may hang in a thread of its own; return the future of its result.
+    """Run a function that may hang in a new daemon thread; return the future of its result.
 
     Unlike threads of an executor, this one does not keep the process from exiting.
     """

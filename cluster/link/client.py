@@ -232,7 +232,7 @@ class LinkClient:
             self._record_failure(connection.error)
         except (OSError, ValueError) as error:  # ValueError: an invalid host name
             self._record_failure(LinkClosedError(f"cannot reach {self.host}:{self.port}: {error}"))
-        except Exception as error:  # a defect must not end the attempts: nobody would notice
+        except Exception as error:  # a defect must not end the attempts
             logger.exception("the link to %s:%d failed", self.host, self.port)
             self._record_failure(LinkClosedError(f"defect in the link: {error!r}"))
         finally:
