@@ -1,4 +1,4 @@
-"""Tokens, energy and cost of one request."""
+"""Tokens, token times, energy and cost of one request."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +19,10 @@ class Usage(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
     """The request's share of the replica's cost, in the configured currency."""
     source: str = ""
     """Source of ``joules``, or the reason why it is None; see ``cluster.accounting``."""
+    ttft_s: float | None = None
+    """Time from the engine's receipt of the request to its first token, in seconds."""
+    itl_s: float | None = None
+    """Mean gap between the tokens of a sequence, in seconds; None without a second token."""
 
     @property
     def total_tokens(self) -> int:
@@ -41,8 +45,19 @@ class UsageCounter:
     joules: float | None = None
     cost: float | None = None
     source: str = ""
+    ttft_s: float | None = None
+    decode_s: float = 0.0
+    """Time from the first to the last token, in seconds, summed over the sequences."""
+    num_gaps: int = 0
+    """Gaps between tokens in ``decode_s``."""
     settle: Callable[[], None] | None = None
     """Called once before the usage is reported; may fill in ``joules``, ``cost`` and ``source``."""
+
+    def add_times(self, ttft_s: float, decode_s: float, num_tokens: int) -> None:
+        """Add the times of a finished sequence: to its first token, and from there to its last."""
+        self.ttft_s = ttft_s if self.ttft_s is None else min(self.ttft_s, ttft_s)
+        self.decode_s += decode_s
+        self.num_gaps += num_tokens - 1
 
     def report(self) -> Usage | None:
         """Settle and return the usage; None if the application counted no tokens."""
@@ -57,4 +72,6 @@ class UsageCounter:
             self.joules,
             self.cost,
             self.source,
+            self.ttft_s,
+            self.decode_s / self.num_gaps if self.num_gaps else None,
         )

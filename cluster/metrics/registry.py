@@ -47,9 +47,9 @@ class Histogram:
         """Observations per bucket, not cumulative; the last bucket has no upper bound."""
         self.total = 0.0
 
-    def observe(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
+    def observe(self, value: float, count: int = 1) -> None:
+        self.counts[bisect_left(self.bounds, value)] += count
+        self.total += value * count
 
     def observe_all(self, values: Iterable[float]) -> None:
         """Count many values; takes half the time of one ``observe`` per value."""

@@ -80,16 +80,19 @@ REQUEST_SECONDS = _histogram(
 )
 QUEUE_SECONDS = _histogram("tandem_queue_seconds", "Time in the router's queue.")
 TTFT_SECONDS = _histogram(
-    "tandem_ttft_seconds", "Time from receiving a request to the first bytes of its stream."
+    "tandem_ttft_seconds",
+    "Time from receiving a request to the first bytes of its stream, or to the engine's first token"
+    " if the response is not streamed.",
 )
 ITL_SECONDS = _histogram(
     "tandem_itl_seconds",
-    "Gap between two writes of a stream; a write may hold several tokens.",
+    "Gap between two writes of a stream, which may hold several tokens. If the response is not"
+    " streamed, the mean gap between its tokens, once per gap.",
     buckets=_GAPS,
 )
 TPOT_SECONDS = _histogram(
     "tandem_tpot_seconds",
-    "(end-to-end time - TTFT) / (completion tokens - 1) of a stream.",
+    "Time from the first to the last token / (completion tokens - 1).",
     buckets=_GAPS,
 )
 PROMPT_TOKENS = _counter("tandem_prompt_tokens_total", "Prompt tokens.")

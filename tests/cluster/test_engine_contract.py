@@ -287,6 +287,9 @@ async def test_usage_is_reported_over_the_link(engine: Engine, stream: bool) -> 
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == usage["prompt_tokens"] > 6
     assert answer.usage.completion_tokens == usage["completion_tokens"] == 6
+    if not stream:  # otherwise the router measures them
+        assert answer.usage.ttft_s is not None
+        assert answer.usage.itl_s is not None
 
 
 async def test_a_prompt_can_be_token_ids(engine: Engine) -> None:

@@ -88,3 +88,24 @@ async def test_readers_see_the_gaps_of_open_streams() -> None:
     assert 'tandem_itl_seconds_count{model="chat"} 3.0' in text
     assert 'tandem_itl_seconds_sum{model="chat"} 2.0' in text
     await gateway.close()
+
+
+def test_a_response_that_is_not_streamed_has_the_engines_token_times() -> None:
+    meter = PoolMeter("m", RequestSinks(Registry(), RequestLog(1.0)))
+    observer = meter.observe(REQUEST, REQUEST.path)
+    observer.slot_taken("r")
+    observer.end(Usage(4, 0, 11, ttft_s=2.0, itl_s=0.25))
+    assert sum(meter.ttft_s.counts) == sum(meter.tpot_s.counts) == 1
+    assert 2.0 <= meter.ttft_s.total < 2.5  # and the time in the queue
+    assert (sum(meter.itl_s.counts), meter.itl_s.total) == (10, 2.5)
+
+
+def test_the_times_of_writes_have_precedence_over_the_engines() -> None:
+    meter = PoolMeter("m", RequestSinks(Registry(), RequestLog(1.0)))
+    observer = meter.observe(REQUEST, REQUEST.path)
+    observer.slot_taken("r")
+    now = perf_counter()
+    observer.write_times += [now, now + 1.0]
+    observer.end(Usage(4, 0, 2, ttft_s=50.0, itl_s=50.0))
+    assert meter.itl_s.total == meter.tpot_s.total == pytest.approx(1.0)
+    assert meter.ttft_s.total < 1.0

@@ -1,15 +1,19 @@
 """The simulated engine over ASGI: chunks, limits, disconnects and shutdown."""
 
 import asyncio
+import json
 
 import pytest
 
+from cluster.asgi import USAGE
 from cluster.config import GeneratorConfig
 from cluster.engines.sim import SimEngine
 from cluster.load import Load
+from cluster.usage import UsageCounter
 from tests import asgi
 
 CHAT = "/v1/chat/completions"
+JSON = [(b"content-type", b"application/json")]
 USER = [{"role": "user", "content": "Hi"}]
 
 
@@ -68,3 +72,20 @@ async def test_stopping_fails_running_requests() -> None:
     await engine.stop()
     await engine.stop()
     assert (await call.done()).status == 500
+
+
+async def test_usage_has_the_token_times() -> None:
+    engine = await start_engine(prefill_s_per_token=0.05, decode_s_per_token=0.02)
+    usage = UsageCounter()
+    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": JSON}
+    payload = json.dumps({"messages": USER, "max_tokens": 4}).encode()
+    call = asgi.Call(engine.app, {**scope, "extensions": {USAGE: usage}}, payload)
+    await call.done()
+    reported = usage.report()
+    assert reported is not None
+    assert reported.ttft_s is not None
+    assert reported.itl_s is not None
+    # The prompt has at least four tokens. A step may make up for 0.05 s of lag.
+    assert reported.ttft_s > 0.1
+    assert 0 < reported.itl_s < 2
+    await engine.stop()

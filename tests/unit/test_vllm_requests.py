@@ -64,6 +64,32 @@ async def test_usage_is_counted_per_request() -> None:
     assert engine.closed == 3
 
 
+async def test_token_times_are_the_engines() -> None:
+    async def generate(prompt: list[int]) -> AsyncGenerator[Any, None]:
+        times = SimpleNamespace(
+            num_generation_tokens=5,
+            first_token_latency=float(len(prompt)),
+            first_token_ts=100.0,
+            last_token_ts=102.0,
+        )
+        output = SimpleNamespace(token_ids=range(5))  # as vLLM does without a stream
+        yield SimpleNamespace(
+            prompt_token_ids=prompt, num_cached_tokens=0, outputs=[output], metrics=times
+        )
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        for prompt in ([1, 2, 3], [1, 2]):
+            async for _ in count_usage(generate)(prompt):
+                pass
+
+    counter = UsageCounter()
+    scope = {"type": "http", "path": "/v1/completions", "extensions": {USAGE: counter}}
+    await TrackRequest(app)(scope, None, None)  # type: ignore[arg-type]
+    usage = counter.report()
+    assert usage is not None
+    assert (usage.completion_tokens, usage.ttft_s, usage.itl_s) == (10, 2.0, 0.5)
+
+
 async def test_generate_works_outside_a_request() -> None:
     tokens = [output async for output in count_usage(FakeEngine().generate)([1], 3)]
     assert len(tokens) == 3

@@ -153,6 +153,7 @@ class SimEngine:
         for sequence in generation.sequences:
             if sequence.request.finished_s is None:
                 self._scheduler.abort(sequence.request)
+        generation.count_times()
 
     def _model_len(self) -> int:
         limit = self._scheduler.max_request_tokens

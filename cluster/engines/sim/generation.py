@@ -128,6 +128,15 @@ class Generation:
         self._error = message
         self._wake()
 
+    def count_times(self) -> None:
+        """Add the times of the finished sequences to the usage."""
+        for sequence in self.sequences:
+            request = sequence.request
+            if request.first_token_s is not None and request.finished_s is not None:
+                ttft_s = request.first_token_s - request.arrived_s
+                decode_s = request.finished_s - request.first_token_s
+                self._usage.add_times(ttft_s, decode_s, request.num_generated)
+
     async def wait_for_tokens(self) -> None:
         """Wait for the next tokens.
 

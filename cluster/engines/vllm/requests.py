@@ -66,7 +66,7 @@ def count_usage(generate: Generate) -> Generate:
         request = _request.get()
         usage = UsageCounter() if request is None else request.usage
         async with aclosing(generate(*args, **kwargs)) as outputs:
-            first = True
+            first, output = True, None
             async for output in outputs:
                 if first:
                     first = False
@@ -75,6 +75,10 @@ def count_usage(generate: Generate) -> Generate:
                 for completion in output.outputs:
                     usage.completion_tokens += len(completion.token_ids)
                 yield output
+            times = getattr(output, "metrics", None)  # of the last sequence; None if disabled
+            if times is not None and times.num_generation_tokens:
+                decode_s = times.last_token_ts - times.first_token_ts
+                usage.add_times(times.first_token_latency, decode_s, times.num_generation_tokens)
 
     return wrapper
 

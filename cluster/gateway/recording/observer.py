@@ -199,7 +199,7 @@ class RequestObserver:
         meter.request_s.observe(total_s)
         meter.requests(self._route, self.status).add()
         queue_s = self._slot_taken - self._arrived if self._slot_taken else None
-        ttft_s = self._first_write - self._arrived if self._first_write else None
+        ttft_s = self._ttft_s(usage)
         if queue_s is not None:
             meter.queue_s.observe(queue_s)
         if ttft_s is not None:
@@ -213,6 +213,13 @@ class RequestObserver:
             record = self._record(outcome, usage, queue_s, ttft_s, total_s)
             meter.log.write(record, self._request.body)
 
+    def _ttft_s(self, usage: Usage | None) -> float | None:
+        if self._first_write:
+            return self._first_write - self._arrived
+        if usage is None or usage.ttft_s is None or not self._slot_taken:
+            return None
+        return self._slot_taken - self._arrived + usage.ttft_s  # not streamed
+
     def _count_usage(self, usage: Usage) -> None:
         meter = self._meter
         meter.num_with_usage += 1
@@ -222,6 +229,9 @@ class RequestObserver:
         if self._first_write and usage.completion_tokens > 1:
             decode_s = self.write_times[-1] - self._first_write
             meter.tpot_s.observe(decode_s / (usage.completion_tokens - 1))
+        elif not self._first_write and usage.itl_s is not None:
+            meter.itl_s.observe(usage.itl_s, usage.completion_tokens - 1)
+            meter.tpot_s.observe(usage.itl_s)
         if meter.usage is not None:
             meter.usage.add(self._request.tenant, meter.pool_name, usage)
 

@@ -66,7 +66,7 @@ _DISCARDED = _DiscardingList()
 
 
 class _DiscardingHistogram(Histogram):
-    def observe(self, value: float) -> None:
+    def observe(self, value: float, count: int = 1) -> None:
         pass
 
 
