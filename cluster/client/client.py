@@ -16,20 +16,14 @@ from cluster.client.results import (
     Ranked,
 )
 from cluster.client.session import Session
-from cluster.client.wire import (
-    MODELS,
-    ApiRequest,
-    chat_request,
-    generate_requests,
-    stream_body,
-    text_requests,
-)
 
 T = TypeVar("T")
 
 
 class Tandem:
     """The running Tandem application, called from any job of its Ray cluster.
+
+    Every method has an async form: ``achat`` of ``chat``, and so on.
 
     An instance may be shared by threads and event loops and may be pickled. ``close`` is optional:
     the connections also end with the process.
@@ -65,7 +59,7 @@ class Tandem:
         self, prompt: str | Sequence[str], *, model: str | None = None, **sampling: Any
     ) -> Completion | list[Completion]:
         """Continue one or many prompts; ``sampling`` are parameters of ``/v1/completions``."""
-        return _unlist(prompt, self._run(generate_requests(prompt, model, sampling)))
+        return self._session.wait_for(self.agenerate(prompt, model=model, **sampling))
 
     @overload
     async def agenerate(
@@ -78,8 +72,8 @@ class Tandem:
     async def agenerate(
         self, prompt: str | Sequence[str], *, model: str | None = None, **sampling: Any
     ) -> Completion | list[Completion]:
-        """Async form of ``generate``."""
-        return _unlist(prompt, await self._session.run(generate_requests(prompt, model, sampling)))
+        requests = wire.generate_requests(prompt, model, sampling)
+        return _unlist(prompt, await self._session.run(requests))
 
     # -- chat ---------------------------------------------------------------------------------
 
@@ -87,12 +81,11 @@ class Tandem:
         self, conversation: wire.Conversation, *, model: str | None = None, **sampling: Any
     ) -> Completion:
         """Answer a conversation: a string, or messages with role and content."""
-        return self.chats([conversation], model=model, **sampling)[0]
+        return self._session.wait_for(self.achat(conversation, model=model, **sampling))
 
     async def achat(
         self, conversation: wire.Conversation, *, model: str | None = None, **sampling: Any
     ) -> Completion:
-        """Async form of ``chat``."""
         return (await self.achats([conversation], model=model, **sampling))[0]
 
     def chats(
@@ -103,7 +96,7 @@ class Tandem:
         **sampling: Any,
     ) -> list[Completion]:
         """Answer many conversations concurrently; the answers are in order."""
-        return self._run([chat_request(one, model, sampling) for one in conversations])
+        return self._session.wait_for(self.achats(conversations, model=model, **sampling))
 
     async def achats(
         self,
@@ -112,10 +105,8 @@ class Tandem:
         model: str | None = None,
         **sampling: Any,
     ) -> list[Completion]:
-        """Async form of ``chats``."""
-        return await self._session.run(
-            [chat_request(one, model, sampling) for one in conversations]
-        )
+        requests = [wire.chat_request(one, model, sampling) for one in conversations]
+        return await self._session.run(requests)
 
     # -- stream -------------------------------------------------------------------------------
 
@@ -123,7 +114,7 @@ class Tandem:
         self, conversation: wire.Conversation, *, model: str | None = None, **sampling: Any
     ) -> Iterator[Delta]:
         """Answer a conversation and yield the pieces as the model generates them."""
-        batches = self._session.delta_batches(stream_body(conversation, model, sampling))
+        batches = self._session.delta_batches(wire.stream_body(conversation, model, sampling))
         wait_for = self._session.wait_for
         try:
             while (deltas := wait_for(_next(batches))) is not None:
@@ -134,8 +125,7 @@ class Tandem:
     async def astream(
         self, conversation: wire.Conversation, *, model: str | None = None, **sampling: Any
     ) -> AsyncIterator[Delta]:
-        """Async form of ``stream``."""
-        body = stream_body(conversation, model, sampling)
+        body = wire.stream_body(conversation, model, sampling)
         async with aclosing(self._session.delta_batches(body)) as batches:
             async for deltas in batches:
                 for delta in deltas:
@@ -151,8 +141,7 @@ class Tandem:
         self, text: str | Sequence[str], **options: Any
     ) -> Classification | list[Classification]:
         """Classify one or many texts; options: ``model``, ``top_k``, ``truncate``."""
-        requests = text_requests("/classify", text, options, wire.classifications)
-        return _unlist(text, self._run(requests))
+        return self._session.wait_for(self.aclassify(text, **options))
 
     @overload
     async def aclassify(self, text: str, **options: Any) -> Classification: ...
@@ -161,8 +150,7 @@ class Tandem:
     async def aclassify(
         self, text: str | Sequence[str], **options: Any
     ) -> Classification | list[Classification]:
-        """Async form of ``classify``."""
-        requests = text_requests("/classify", text, options, wire.classifications)
+        requests = wire.text_requests("/classify", text, options, wire.classifications)
         return _unlist(text, await self._session.run(requests))
 
     @overload
@@ -171,8 +159,7 @@ class Tandem:
     def embed(self, text: Sequence[str], **options: Any) -> list[Embedding]: ...
     def embed(self, text: str | Sequence[str], **options: Any) -> Embedding | list[Embedding]:
         """Embed one or many texts; options: ``model``, ``dimensions``."""
-        requests = text_requests("/v1/embeddings", text, options, wire.embeddings)
-        return _unlist(text, self._run(requests))
+        return self._session.wait_for(self.aembed(text, **options))
 
     @overload
     async def aembed(self, text: str, **options: Any) -> Embedding: ...
@@ -181,61 +168,51 @@ class Tandem:
     async def aembed(
         self, text: str | Sequence[str], **options: Any
     ) -> Embedding | list[Embedding]:
-        """Async form of ``embed``."""
-        requests = text_requests("/v1/embeddings", text, options, wire.embeddings)
+        requests = wire.text_requests("/v1/embeddings", text, options, wire.embeddings)
         return _unlist(text, await self._session.run(requests))
 
     # -- other classifier tasks ---------------------------------------------------------------
 
     def entities(self, texts: Sequence[str], **options: Any) -> list[list[Entity]]:
         """Find entities in each text; options: ``model``, ``aggregation_strategy``, ``stride``."""
-        return self._run(text_requests("/token-classification", texts, options, wire.entities))
+        return self._session.wait_for(self.aentities(texts, **options))
 
     async def aentities(self, texts: Sequence[str], **options: Any) -> list[list[Entity]]:
-        """Async form of ``entities``."""
-        requests = text_requests("/token-classification", texts, options, wire.entities)
+        requests = wire.text_requests("/token-classification", texts, options, wire.entities)
         return await self._session.run(requests)
 
     def fill_mask(self, texts: Sequence[str], **options: Any) -> list[list[list[Candidate]]]:
         """Fill each mask of each text with candidates; options: ``model``, ``top_k``."""
-        return self._run(text_requests("/fill-mask", texts, options, wire.candidates))
+        return self._session.wait_for(self.afill_mask(texts, **options))
 
     async def afill_mask(self, texts: Sequence[str], **options: Any) -> list[list[list[Candidate]]]:
-        """Async form of ``fill_mask``."""
-        return await self._session.run(text_requests("/fill-mask", texts, options, wire.candidates))
+        requests = wire.text_requests("/fill-mask", texts, options, wire.candidates)
+        return await self._session.run(requests)
 
     def score(self, text: str, others: Sequence[str], **options: Any) -> list[float]:
         """Score the similarity of ``text`` to each of ``others``."""
-        body = {"text_1": text, "text_2": list(others), **options}
-        return self._run([ApiRequest("/score", body, wire.scores)])
+        return self._session.wait_for(self.ascore(text, others, **options))
 
     async def ascore(self, text: str, others: Sequence[str], **options: Any) -> list[float]:
-        """Async form of ``score``."""
         body = {"text_1": text, "text_2": list(others), **options}
-        return await self._session.run([ApiRequest("/score", body, wire.scores)])
+        return await self._session.run([wire.ApiRequest("/score", body, wire.scores)])
 
     def rerank(self, query: str, documents: Sequence[str], **options: Any) -> list[Ranked]:
         """Rank documents by relevance to ``query``, best first; options: ``top_n``."""
-        body = {"query": query, "documents": list(documents), **options}
-        return self._run([ApiRequest("/rerank", body, wire.rankings)])
+        return self._session.wait_for(self.arerank(query, documents, **options))
 
     async def arerank(self, query: str, documents: Sequence[str], **options: Any) -> list[Ranked]:
-        """Async form of ``rerank``."""
         body = {"query": query, "documents": list(documents), **options}
-        return await self._session.run([ApiRequest("/rerank", body, wire.rankings)])
+        return await self._session.run([wire.ApiRequest("/rerank", body, wire.rankings)])
 
     # -- models -------------------------------------------------------------------------------
 
     def models(self) -> list[str]:
         """List the names of the models."""
-        return self._run([MODELS])
+        return self._session.wait_for(self.amodels())
 
     async def amodels(self) -> list[str]:
-        """Async form of ``models``."""
-        return await self._session.run([MODELS])
-
-    def _run(self, requests: Sequence[ApiRequest]) -> list[Any]:
-        return self._session.wait_for(self._session.run(requests))
+        return await self._session.run([wire.MODELS])
 
 
 async def _next(batches: AsyncGenerator[list[Delta], None]) -> list[Delta] | None:

@@ -8,14 +8,14 @@ import asyncio
 import importlib
 import threading
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster.client import wire
 from cluster.client.results import Delta
-from cluster.client.transport import Answer, Transport
+from cluster.client.transport import Transport, read_all
 from cluster.client.wire import CHAT, ApiRequest
 from cluster.errors import LinkError, UnavailableError
 from cluster.ray_internals import init_handle
@@ -64,10 +64,9 @@ class Session:
         limit = asyncio.Semaphore(MAX_CONCURRENT)
 
         async def send(request: ApiRequest) -> list[Any]:
-            is_get = request.body is None
             body = b"" if request.body is None else wire.encode(request.body)
             async with limit:
-                head, answer = await transport.ask("GET" if is_get else "POST", request.path, body)
+                head, answer = await transport.ask("POST" if body else "GET", request.path, body)
             return request.parse(wire.decode(head.status, head.headers, answer))
 
         tasks = [asyncio.ensure_future(send(request)) for request in requests]
@@ -87,18 +86,17 @@ class Session:
             head, answer = await self._transport().open("POST", CHAT, body)
             try:
                 if head.status != 200:
-                    chunks = [chunk async for chunk in _chunks(answer)]
-                    raise wire.error_from(head.status, head.headers, b"".join(chunks))
-                async for chunk in _chunks(answer):
+                    error_body = await read_all(answer)
+                    raise wire.error_from(head.status, head.headers, error_body)
+                while chunk := await answer.read():
                     yield list(reader.feed(chunk))
             finally:
                 answer.cancel()
 
     def close(self) -> None:
         """Close the connections of synchronous calls."""
-        if "_background" in self.__dict__:
-            self._background.close()
-            del self.__dict__["_background"]
+        if (background := self.__dict__.pop("_background", None)) is not None:
+            background.close()
 
     async def aclose(self) -> None:
         """Close the connections of this event loop."""
@@ -174,17 +172,11 @@ class BackgroundLoop:
 
 
 def import_serve() -> None:
-    """Import Ray Serve in a separate thread."""
     # Ray cancels a task by interrupting its worker's main thread. An import that is interrupted
     # leaves a package without some of its modules, and every later task of the worker would fail.
     thread = threading.Thread(target=importlib.import_module, args=("ray.serve",), daemon=True)
     thread.start()
     thread.join()
-
-
-async def _chunks(answer: Answer) -> AsyncIterator[bytes]:
-    while chunk := await answer.read():
-        yield chunk
 
 
 @contextmanager

@@ -188,18 +188,22 @@ class Transport:
         """Send a request and return the whole response; raises as ``open`` does."""
         head, answer = await self.open(method, path, body)
         try:
-            chunks = []
-            while chunk := await answer.read():
-                chunks.append(chunk)
+            return head, await read_all(answer)
         finally:
             answer.cancel()
-        return head, b"".join(chunks)
 
     async def close(self) -> None:
         await self.links.close()
 
     async def _get_offer(self) -> LinkOffer:
         return LinkOffer(*await self._router.link_offer.remote())
+
+
+async def read_all(answer: Answer) -> bytes:
+    chunks = []
+    while chunk := await answer.read():
+        chunks.append(chunk)
+    return b"".join(chunks)
 
 
 async def _wait_for_head(answer: Answer) -> Opened:

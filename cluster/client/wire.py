@@ -47,7 +47,6 @@ MODELS = ApiRequest("/v1/models", None, lambda answer: [card["id"] for card in a
 def generate_requests(
     prompt: str | Sequence[str], model: str | None, sampling: Mapping[str, Any]
 ) -> list[ApiRequest]:
-    """Return the requests that continue one or many prompts."""
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     return [
         ApiRequest("/v1/completions", {"model": model, "prompt": part, **sampling}, completions)
@@ -58,7 +57,6 @@ def generate_requests(
 def chat_request(
     conversation: Conversation, model: str | None, sampling: Mapping[str, Any]
 ) -> ApiRequest:
-    """Return the request that answers a conversation."""
     body = {"model": model, "messages": messages(conversation), **sampling}
     return ApiRequest(CHAT, body, completions)
 
@@ -116,7 +114,6 @@ def decode(status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> 
 
 
 def error_from(status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> RequestError:
-    """Return the typed error of an unsuccessful answer."""
     try:
         error_body = json.loads(body)["error"]
         message, param = str(error_body["message"]), error_body.get("param")
@@ -145,7 +142,6 @@ def completions(answer: Mapping[str, Any]) -> list[Completion]:
 
 
 def classifications(answer: Mapping[str, Any]) -> list[Classification]:
-    """Return one ``Classification`` for each text, in order."""
     return [
         Classification(
             label=row["label"],
@@ -157,17 +153,14 @@ def classifications(answer: Mapping[str, Any]) -> list[Classification]:
 
 
 def embeddings(answer: Mapping[str, Any]) -> list[Embedding]:
-    """Return one ``Embedding`` for each text, in order."""
     return [Embedding(tuple(row["embedding"])) for row in _rows(answer)]
 
 
 def entities(answer: Mapping[str, Any]) -> list[list[Entity]]:
-    """Return the entities of each text, in order."""
     return [[Entity(**entity) for entity in row["entities"]] for row in _rows(answer)]
 
 
 def scores(answer: Mapping[str, Any]) -> list[float]:
-    """Return the score of each pair, in order."""
     return [row["score"] for row in _rows(answer)]
 
 
@@ -177,7 +170,6 @@ def rankings(answer: Mapping[str, Any]) -> list[Ranked]:
 
 
 def candidates(answer: Mapping[str, Any]) -> list[list[list[Candidate]]]:
-    """Return the candidates for each mask of each text, in order."""
     return [
         [[Candidate(one["token_str"], one["score"]) for one in mask] for mask in row["masks"]]
         for row in _rows(answer)
