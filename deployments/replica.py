@@ -175,6 +175,7 @@ class EngineReplica:
             routes=self._engine.routes(),
             versions=_versions(),
             adapters=self._adapters,
+            context_tokens=self._engine.context_tokens,
         )
         return info.to_metadata()
 

@@ -126,11 +126,15 @@ class PoolCapacity:
         self._best_token_s = self._previous_best_token_s = float("inf")
         self._best_since_s = 0.0
 
-    def has_room(self, work_tokens: float) -> bool:
-        """Return True if a request of this size may go to a replica."""
+    @property
+    def has_room(self) -> bool:
+        """True if another request may go to a replica.
+
+        A request of any size may: the last one overdraws the limit. If a large one had to wait for
+        all of its work to fit, the queue behind it would wait next to free slots.
+        """
         return self.in_flight == 0 or (
-            self.in_flight < self._max_in_flight
-            and self.in_flight_tokens + work_tokens <= self.limit_tokens
+            self.in_flight < self._max_in_flight and self.in_flight_tokens < self.limit_tokens
         )
 
     def add_request(self, work_tokens: float) -> None:

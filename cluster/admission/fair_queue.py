@@ -228,8 +228,6 @@ class FairQueue(Generic[T]):
         flow_num, flow_tokens = (flow.num, flow.tokens) if flow else (0, 0.0)
         if flow_num + 1 > THRESHOLD * (self.limits.entries - self._num):
             return False
-        if not self._num:  # a request larger than the queue may wait alone
-            return True
         free_tokens = self.limits.tokens - self.tokens
         return work_tokens <= free_tokens and flow_tokens + work_tokens <= THRESHOLD * free_tokens
 

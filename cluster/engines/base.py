@@ -27,6 +27,10 @@ class Engine(Protocol):
         """Contents of the prefix cache; None if there is no such cache. Valid after ``start``."""
 
     @property
+    def context_tokens(self) -> int | None:
+        """Longest prompt and completion together; None if unlimited. Valid after ``start``."""
+
+    @property
     def start_phases_s(self) -> dict[str, float]:
         """Duration of each phase of ``start`` in seconds, in order; empty if not measured."""
 

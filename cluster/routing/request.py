@@ -13,6 +13,8 @@ COMPLETION_TOKENS_PRIOR = 128.0
 """Completion tokens of a generator's request before anything was measured."""
 MAX_COMPLETION_TOKENS = 2**31
 """Cap of a request's own limit; the engine rejects anything near it."""
+MAX_TOKEN_BYTES = 128
+"""Longest tokens of the usual vocabularies, such as runs of spaces."""
 DECAY = 0.99
 """Share of a sum that is kept at each observation: about the last 100 count."""
 
@@ -53,6 +55,8 @@ class TokenEstimator:
         self._text_tokens, self._text_bytes = TOKENS_PER_BYTE_PRIOR * PRIOR_BYTES, PRIOR_BYTES
         self._uncached_tokens = self._prompt_tokens = 1.0
         self._mean_completion_tokens = COMPLETION_TOKENS_PRIOR if generates else 0.0
+        self.context_tokens = float("inf")
+        """Longest prompt and completion of the model together; infinite if unknown."""
 
     @property
     def tokens_per_byte(self) -> float:
@@ -85,15 +89,21 @@ class TokenEstimator:
         completion_tokens = self._mean_completion_tokens
         if max_tokens is not None:
             completion_tokens = max(0.0, min(completion_tokens, max_tokens))
+        prompt_tokens = (text.total_bytes or body_bytes) * ratio
         return RequestView(
-            prompt_tokens=(text.total_bytes or body_bytes) * ratio,
-            completion_tokens=completion_tokens,
+            prompt_tokens=min(prompt_tokens, self.context_tokens),
+            completion_tokens=min(completion_tokens, self.context_tokens),
             prefix=text.hashes,
             prefix_tokens=tuple([end * ratio for end in text.ends]),
             session=text.session if session is None else session,
             streamed=streamed,
             adapter=adapter,
         )
+
+    def exceeds_context(self, text: Fingerprint) -> bool:
+        """Return True if a prompt is certainly longer than the model's context."""
+        max_bytes = TOKEN_ID_BYTES if text.is_tokens else MAX_TOKEN_BYTES
+        return text.total_bytes > self.context_tokens * max_bytes
 
     def work_tokens(self, view: RequestView) -> float:
         """Return the tokens to compute for a request, at least 1, with the usual cache hits."""

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,25 @@ async def test_nothing_is_refused_by_estimate_without_a_replica() -> None:
         await world.add("gen", "gen-2")
         for call in calls:
             assert (await call.done()).status == 200
+
+
+async def test_requests_that_never_fit_are_rejected_at_once() -> None:
+    async with gateway_world(max_queued_tokens=1000) as world:
+        replica = await world.add("gen", "gen-1", (CHAT, "/v1/completions"))
+        world.running["gen"]["gen-1"] = replace(world.running["gen"]["gen-1"], context_tokens=50)
+        world.update("gen")
+        body = {"model": "gen", "prompt": list(range(51))}
+        answer = await asgi.post(world.app, "/v1/completions", body)
+        assert (answer.status, answer.json()["error"]["param"]) == (400, "prompt")
+        assert "context of 50 tokens" in answer.json()["error"]["message"]
+        text = {"model": "gen", "messages": [{"role": "user", "content": "a" * 10_000}]}
+        assert (await asgi.post(world.app, CHAT, text)).status == 400
+        world.running["gen"]["gen-1"] = replace(world.running["gen"]["gen-1"], context_tokens=None)
+        world.update("gen")
+        answer = await asgi.post(world.app, CHAT, text)
+        assert answer.status == 413
+        assert "1000 (router.max_queued_tokens)" in answer.json()["error"]["message"]
+        assert not replica.seen
 
 
 async def test_queued_tokens_are_bounded() -> None:

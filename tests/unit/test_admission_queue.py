@@ -41,6 +41,7 @@ class Engine:
     num_ready: int = 1
     running: int = 0
     in_flight: int = 0
+    max_in_flight: int = MAX_IN_FLIGHT
     _waiting: deque[asyncio.Future[None]] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
@@ -49,7 +50,7 @@ class Engine:
         self.queue = AdmissionQueue("pool", limits, PoolCapacity(0.25), self, meter)
 
     def take_slot(self, claim: Claim) -> Slot | None:
-        if self.in_flight >= MAX_IN_FLIGHT:
+        if self.in_flight >= self.max_in_flight:
             return None
         self.in_flight += 1
         return Slot(None, None, claim, asyncio.get_running_loop().time())
@@ -200,6 +201,50 @@ def test_late_request_gives_way_only_if_another_one_waits(num_behind: int) -> No
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert isinstance(results[0], OverloadedError) == bool(num_behind)
         assert isinstance(results[-1], Slot)
+
+    run(scenario)
+
+
+def claim_of(tenant: str, work_tokens: float, timeout_s: float = 60.0) -> Claim:
+    expires_s = asyncio.get_running_loop().time() + timeout_s
+    return Claim(Identity(Tenant(tenant)), work_tokens, expires_s=expires_s)
+
+
+def test_large_request_does_not_block_the_queue_next_to_free_slots() -> None:
+    async def scenario() -> None:
+        engine = Engine(max_in_flight=4)
+        engine.queue.capacity.limit_tokens = 4 * REQUEST_TOKENS
+        slots = [await engine.queue.take_slot(claim_of("b", REQUEST_TOKENS))]
+        # Once, it waited until 100,000 tokens had room, and all others behind it.
+        slots.append(await engine.queue.take_slot(claim_of("a", 1e5)))
+        others = [
+            asyncio.ensure_future(engine.queue.take_slot(claim_of("b", REQUEST_TOKENS)))
+            for _ in range(2)
+        ]
+        await asyncio.sleep(0)
+        engine.queue.release_slot(slots.pop(), 1e5)
+        slots += await asyncio.gather(*others)
+        assert engine.in_flight == 3
+
+    run(scenario)
+
+
+def test_tenant_pays_for_a_request_that_held_up_the_others_until_it_expired() -> None:
+    async def scenario() -> None:
+        engine = Engine(in_flight=MAX_IN_FLIGHT)
+        take = engine.queue.take_slot
+        expiring = asyncio.ensure_future(take(claim_of("a", REQUEST_TOKENS, timeout_s=1.0)))
+        await asyncio.sleep(0)
+        second_a = asyncio.ensure_future(take(claim_of("a", REQUEST_TOKENS)))
+        await asyncio.sleep(0)
+        first_b = asyncio.ensure_future(take(claim_of("b", REQUEST_TOKENS)))
+        with pytest.raises(OverloadedError):
+            await expiring
+        engine.in_flight -= 1
+        engine.queue.dispatch()
+        await first_b
+        assert not second_a.done()
+        second_a.cancel()
 
     run(scenario)
 

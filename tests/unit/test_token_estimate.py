@@ -1,6 +1,7 @@
 import pytest
 
 from cluster.routing import Fingerprint, TokenEstimator
+from cluster.routing.request import MAX_TOKEN_BYTES
 from cluster.usage import Usage
 
 TEXT = Fingerprint((1, 2), (128, 256), 400, session="u", max_tokens=5)
@@ -56,3 +57,14 @@ def test_the_usual_cache_hits_reduce_the_work() -> None:
 def test_a_huge_max_tokens_is_accepted() -> None:
     asked = Fingerprint((), (), 4, max_tokens=10**400)
     assert TokenEstimator(generates=True).view_request(4, asked).completion_tokens == 128
+
+
+def test_estimates_are_limited_by_the_models_context() -> None:
+    estimate = TokenEstimator(generates=True)
+    assert not estimate.exceeds_context(Fingerprint(total_bytes=10**9))  # unknown
+    estimate.context_tokens = 100
+    view = estimate.view_request(10**6)
+    assert (view.prompt_tokens, view.completion_tokens) == (100, 100)
+    assert not estimate.exceeds_context(Fingerprint(total_bytes=100 * MAX_TOKEN_BYTES))
+    assert estimate.exceeds_context(Fingerprint(total_bytes=100 * MAX_TOKEN_BYTES + 1))
+    assert estimate.exceeds_context(Fingerprint(total_bytes=404, is_tokens=True))

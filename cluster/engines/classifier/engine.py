@@ -24,6 +24,7 @@ class ClassifierEngine:
     """
 
     prefixes: None = None  # whole results are cached, not prefixes
+    context_tokens: None = None  # longer texts are truncated or split
 
     def __init__(self, config: ClassifierConfig, model_path: str) -> None:
         self._config = config

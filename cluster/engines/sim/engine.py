@@ -63,6 +63,11 @@ class SimEngine:
         return self._prefixes
 
     @property
+    def context_tokens(self) -> int:
+        """See ``Engine``."""
+        return self.max_model_len
+
+    @property
     def loaded_adapters(self) -> tuple[str, ...]:
         """Names of the loaded LoRA adapters."""
         return self._adapters.loaded

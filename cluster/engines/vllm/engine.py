@@ -65,6 +65,11 @@ class VllmEngine:
         """See ``Engine``; None if prefix caching is off, or KV events are published elsewhere."""
         return self._prefixes
 
+    @property
+    def context_tokens(self) -> int | None:
+        """See ``Engine``."""
+        return int(self._llm.model_config.max_model_len)
+
     async def start(self) -> None:
         """Start vLLM's processes, load the model and build the application."""
         try:

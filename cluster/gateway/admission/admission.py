@@ -3,7 +3,12 @@
 import asyncio
 
 from cluster.admission import MIN_PRIORITY, Identity
-from cluster.errors import InvalidRequestError, PermissionDeniedError, RequestError
+from cluster.errors import (
+    InvalidRequestError,
+    PayloadTooLargeError,
+    PermissionDeniedError,
+    RequestError,
+)
 from cluster.gateway.admission.authenticator import Authenticator
 from cluster.gateway.admission.quotas import QuotaTicket, TenantQuotas
 from cluster.gateway.body import UNREAD_BODY
@@ -50,7 +55,8 @@ class Admission:
         Raises:
             PermissionDeniedError: The API key does not allow the model.
             OverloadedError: A quota of the tenant is exhausted.
-            InvalidRequestError: A header is invalid.
+            InvalidRequestError: A header is invalid, or the prompt longer than the context.
+            PayloadTooLargeError: The request is larger than the queue.
         """
         try:
             return self._admit(request, body, pool)
@@ -67,6 +73,7 @@ class Admission:
                     f"The API key does not allow the model `{name}`.", param="model"
                 )
         claim = _claim(request, body, pool, model)
+        _check_size(claim, pool)
         ticket = self.quotas.admit(identity, model, claim.work_tokens, claim.view.prompt_tokens)
         return claim, ticket
 
@@ -95,6 +102,21 @@ def _claim(request: Request, body: RequestBody, pool: Pool, model: str) -> Claim
         prompt=prompt,
         adapter=model if model in pool.limits.adapters else None,
     )
+
+
+def _check_size(claim: Claim, pool: Pool) -> None:
+    """Raise if the request can never be served."""
+    if pool.estimator.exceeds_context(claim.prompt):
+        raise InvalidRequestError(
+            f"The prompt is longer than the model's context of "
+            f"{pool.estimator.context_tokens:.0f} tokens.",
+            param="prompt" if claim.prompt.is_tokens else None,
+        )
+    if claim.work_tokens > pool.limits.queue.tokens:
+        raise PayloadTooLargeError(
+            f"The estimated work of the request is {claim.work_tokens:.0f} tokens; the limit is "
+            f"{pool.limits.queue.tokens:.0f} (router.max_queued_tokens). Split the request."
+        )
 
 
 def _requested_timeout_s(headers: Headers) -> float | None:

@@ -46,6 +46,7 @@ class Pool:
         self.replicas.on_change = self.queue.dispatch
         self.replicas.on_load = self.queue.observe_loads
         self._closed = False
+        self._set_context(())
 
     @property
     def num_in_flight(self) -> int:
@@ -95,7 +96,13 @@ class Pool:
         infos = {} if self._closed else {info.id: info for info in running}
         self.replicas.update(infos)
         self.routes = RouteTable(route for info in infos.values() for route in info.routes)
+        self._set_context(infos.values())
         self.queue.dispatch()
+
+    def _set_context(self, infos: Iterable[ReplicaInfo]) -> None:
+        known = [info.context_tokens for info in infos if info.context_tokens is not None]
+        context_tokens = max(known, default=self.limits.context_tokens)
+        self.estimator.context_tokens = context_tokens or float("inf")
 
     async def close(self) -> None:
         """Reject the requests that wait, and close every link."""

@@ -154,7 +154,7 @@ class AdmissionQueue:
             waiter.slot.set_result(slot)
 
     def _try_slot(self, claim: Claim) -> Slot | None:
-        if not self.capacity.has_room(claim.work_tokens):
+        if not self.capacity.has_room:
             return None
         slot = self._slots.take_slot(claim)
         self._slots_are_full = slot is None
@@ -247,6 +247,8 @@ class AdmissionQueue:
         return now_s + request_s(claim.work_tokens) > claim.deadline_s
 
     def _expire(self, entry: QueueEntry[Waiter]) -> None:
+        if entry is self._queue.peek():  # all others waited for it, so its tenant pays for its turn
+            self._queue.pop()
         self._queue.remove(entry)
         if not entry.item.slot.done():
             entry.item.slot.set_exception(self._too_late())

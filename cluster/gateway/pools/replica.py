@@ -29,6 +29,9 @@ class ReplicaInfo:
     """LoRA adapters that its engine serves, which can differ from the router's configuration
     during a rolling update. None if unknown (older versions); it may then have all of them."""
 
+    context_tokens: int | None = None
+    """Longest prompt and completion of the model together; None if unknown or unlimited."""
+
     def lacks_adapter(self, adapter: str) -> bool:
         """Return True if the replica is known not to serve the adapter."""
         return self.adapters is not None and adapter not in self.adapters
