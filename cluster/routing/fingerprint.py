@@ -8,7 +8,7 @@ made of them (``cluster.engines.prefix_cache``). Pure.
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from xxhash import xxh3_64_intdigest as digest
@@ -58,6 +58,15 @@ class Fingerprint:
 EMPTY_FINGERPRINT = Fingerprint()
 
 
+class FanOut(NamedTuple):
+    """Sequences that an engine runs for one request."""
+
+    prompts: int = 1
+    """Prompts, texts or conversations in the body."""
+    sequences: int = 1
+    """Completions of all prompts, or as many as prompts if nothing is generated."""
+
+
 class _Part(msgspec.Struct):
     type: str = "text"
     text: str | None = None
@@ -84,16 +93,26 @@ class RequestBody(msgspec.Struct):
     max_completion_tokens: Any = None
     max_output_tokens: Any = None
     n: Any = None
+    best_of: Any = None
     priority: Any = None
     stream: Any = None
 
     @property
     def completion_limit(self) -> float | None:
-        """Limit of all completions together, in tokens; None if the body sets none."""
+        """Limit of each completion, in tokens; None if the body sets none."""
         for limit in (self.max_completion_tokens, self.max_tokens, self.max_output_tokens):
             if _is_count(limit):
-                return float(limit * (self.n if _is_count(self.n) else 1))
+                return float(limit)
         return None
+
+    @property
+    def fan_out(self) -> FanOut:
+        """Number of prompts and sequences of the request."""
+        prompts = max(1, self._num_prompts())
+        return FanOut(prompts, prompts * max(_to_count(self.n), _to_count(self.best_of)))
+
+    def _num_prompts(self) -> int:
+        return 1
 
     def fingerprint(self) -> Fingerprint:
         """Return the fingerprint of the prompt, or ``EMPTY_FINGERPRINT`` if it is unreadable."""
@@ -102,6 +121,50 @@ class RequestBody(msgspec.Struct):
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and 0 < value < 2**31
+
+
+def _to_count(value: Any) -> int:
+    """Return a number as pydantic reads it in the engine, which also accepts "3" and 3.0."""
+    if value is None:
+        return 1
+    try:
+        return max(1, int(value))
+    except (TypeError, ValueError, OverflowError):
+        return 1
+
+
+class _ListBody(RequestBody):
+    """Body with a list of prompts, texts or conversations, in the APIs of vLLM and classifiers."""
+
+    prompt: msgspec.Raw = msgspec.Raw()
+    input: msgspec.Raw = msgspec.Raw()
+    inputs: msgspec.Raw = msgspec.Raw()
+    texts: msgspec.Raw = msgspec.Raw()
+    documents: msgspec.Raw = msgspec.Raw()
+    items: msgspec.Raw = msgspec.Raw()
+    queries: msgspec.Raw = msgspec.Raw()
+    data: msgspec.Raw = msgspec.Raw()
+    data_1: msgspec.Raw = msgspec.Raw()
+    data_2: msgspec.Raw = msgspec.Raw()
+    text_1: msgspec.Raw = msgspec.Raw()
+    text_2: msgspec.Raw = msgspec.Raw()
+    messages: msgspec.Raw = msgspec.Raw()
+
+    def _num_prompts(self) -> int:
+        lists = [
+            *(self.prompt, self.input, self.inputs, self.texts, self.documents, self.items),
+            *(self.queries, self.data, self.data_1, self.data_2, self.text_1, self.text_2),
+        ]
+        # A list of messages is one conversation; a list of lists is a batch of them.
+        return max(_count_items(self.messages, b"["), *map(_count_items, lists))
+
+
+def _count_items(raw: msgspec.Raw, starts: bytes = b'["{') -> int:
+    """Return the length of a JSON list whose items start with one of some bytes; 1 for others."""
+    if not raw or memoryview(raw)[0] != ord("["):
+        return 1
+    items = _decode_items(raw)
+    return len(items) if items and memoryview(items[0])[0] in starts else 1
 
 
 class _PromptBody(RequestBody):
@@ -150,6 +213,10 @@ class _Chat(_PromptBody):
 class _Completion(_PromptBody):
     prompt: str | list[str | int | list[int]] = ""
 
+    def _num_prompts(self) -> int:
+        is_list = isinstance(self.prompt, list) and not isinstance(next(iter(self.prompt), 0), int)
+        return len(self.prompt) if is_list else 1
+
     def _fingerprint(self) -> Fingerprint:
         prompt: Any = self.prompt
         if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
@@ -175,7 +242,8 @@ class _Responses(_PromptBody):
 
 
 _decode_chat = msgspec.json.Decoder(_Chat).decode
-_decode_fields = msgspec.json.Decoder(RequestBody).decode
+_decode_items = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_decode_fields = msgspec.json.Decoder(_ListBody).decode
 _DECODE_PROMPT: Mapping[str, Callable[[bytes], _PromptBody]] = {
     "/v1/chat/completions": _decode_chat,
     "/v1/messages": _decode_chat,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cluster.routing.fingerprint import EMPTY_FINGERPRINT, TOKEN_ID_BYTES, Fingerprint
+from cluster.routing.fingerprint import EMPTY_FINGERPRINT, TOKEN_ID_BYTES, FanOut, Fingerprint
 from cluster.usage import Usage
 
 TOKENS_PER_BYTE_PRIOR = 0.25
@@ -18,6 +18,9 @@ MAX_TOKEN_BYTES = 128
 DECAY = 0.99
 """Share of a sum that is kept at each observation: about the last 100 count."""
 
+SINGLE = FanOut()
+"""A request of one prompt and one sequence."""
+
 
 @dataclass(frozen=True, slots=True)
 class RequestView:
@@ -26,7 +29,7 @@ class RequestView:
     prompt_tokens: float
     """Estimated, because the router does not tokenize."""
     completion_tokens: float = 0.0
-    """Expected tokens; 0 if the pool does not generate."""
+    """Expected tokens of all sequences; 0 if the pool does not generate."""
     prefix: tuple[int, ...] = ()
     """64-bit hashes of growing prefixes of the prompt, the shortest first."""
     prefix_tokens: tuple[float, ...] = ()
@@ -37,6 +40,8 @@ class RequestView:
     """LoRA adapter that the request needs."""
     streamed: bool = False
     """True if the router can observe the first token."""
+    fan_out: FanOut = SINGLE
+    """Prompts and sequences of the request."""
 
 
 UNKNOWN_REQUEST = RequestView(prompt_tokens=0.0)
@@ -72,6 +77,7 @@ class TokenEstimator:
         *,
         streamed: bool = False,
         adapter: str | None = None,
+        fan_out: FanOut = SINGLE,
     ) -> RequestView:
         """Return a policy's view of a request.
 
@@ -79,9 +85,10 @@ class TokenEstimator:
             body_bytes: Length of the body.
             text: Fingerprint of the prompt.
             session: Session from a header; overrides the fingerprint's.
-            max_tokens: Limit of the completion if ``text`` has none.
+            max_tokens: Limit of each completion if ``text`` has none.
             streamed: True if the router will observe the first token.
             adapter: LoRA adapter that the request needs; None if every replica serves it equally.
+            fan_out: Prompts and sequences of the request; ``text`` is that of the first prompt.
         """
         ratio = 1 / TOKEN_ID_BYTES if text.is_tokens else self.tokens_per_byte
         if text.max_tokens is not None:
@@ -89,15 +96,19 @@ class TokenEstimator:
         completion_tokens = self._mean_completion_tokens
         if max_tokens is not None:
             completion_tokens = max(0.0, min(completion_tokens, max_tokens))
-        prompt_tokens = (text.total_bytes or body_bytes) * ratio
+        if fan_out.prompts == 1:
+            prompt_tokens = (text.total_bytes or body_bytes) * ratio
+        else:
+            prompt_tokens = body_bytes * self.tokens_per_byte
         return RequestView(
-            prompt_tokens=min(prompt_tokens, self.context_tokens),
-            completion_tokens=min(completion_tokens, self.context_tokens),
+            prompt_tokens=min(prompt_tokens, self.context_tokens * fan_out.prompts),
+            completion_tokens=min(completion_tokens, self.context_tokens) * fan_out.sequences,
             prefix=text.hashes,
             prefix_tokens=tuple([end * ratio for end in text.ends]),
             session=text.session if session is None else session,
             streamed=streamed,
             adapter=adapter,
+            fan_out=fan_out,
         )
 
     def exceeds_context(self, text: Fingerprint) -> bool:
@@ -111,15 +122,21 @@ class TokenEstimator:
         return max(1.0, view.prompt_tokens * uncached_share + view.completion_tokens)
 
     def learn_usage(
-        self, body_bytes: int, usage: Usage, text: Fingerprint = EMPTY_FINGERPRINT
+        self,
+        body_bytes: int,
+        usage: Usage,
+        text: Fingerprint = EMPTY_FINGERPRINT,
+        fan_out: FanOut = SINGLE,
     ) -> None:
         """Learn from a finished request; arguments as for ``view_request``."""
         prompt_tokens = max(0, usage.prompt_tokens)
         if not text.is_tokens:
+            num_bytes = (fan_out.prompts == 1 and text.total_bytes) or body_bytes
             self._text_tokens = self._text_tokens * DECAY + prompt_tokens
-            self._text_bytes = self._text_bytes * DECAY + (text.total_bytes or body_bytes)
+            self._text_bytes = self._text_bytes * DECAY + num_bytes
         uncached_tokens = max(0, usage.prompt_tokens - usage.cached_tokens)
         self._uncached_tokens = self._uncached_tokens * DECAY + uncached_tokens
         self._prompt_tokens = self._prompt_tokens * DECAY + prompt_tokens
-        completion_excess = max(0, usage.completion_tokens) - self._mean_completion_tokens
+        completion_tokens = max(0, usage.completion_tokens) / fan_out.sequences
+        completion_excess = completion_tokens - self._mean_completion_tokens
         self._mean_completion_tokens += (1.0 - DECAY) * completion_excess

@@ -271,6 +271,24 @@ async def test_requests_that_never_fit_are_rejected_at_once() -> None:
         assert not replica.seen
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (CHAT, {"messages": [], "n": 16384}, "n"),
+        ("/v1/completions", {"prompt": ["a"] * 1025}, None),
+        ("/v1/completions", {"prompt": ["a"] * 33, "n": 32}, None),
+    ],
+)
+async def test_fan_out_of_a_request_is_limited(path: str, body: Any, param: str | None) -> None:
+    async with gateway_world() as world:
+        replica = await world.add("gen", "gen-1", (CHAT, "/v1/completions"))
+        answer = await asgi.post(world.app, path, {"model": "gen", **body})
+        error = answer.json()["error"]
+        assert (answer.status, error["type"], error["param"]) == (400, "BadRequestError", param)
+        assert "the limit is 1024 (router.max_sequences_per_request)" in error["message"]
+        assert not replica.seen
+
+
 async def test_queued_tokens_are_bounded() -> None:
     async with gateway_world(max_queued_tokens=1000) as world:
         replica = await world.add("gen", "gen-1")

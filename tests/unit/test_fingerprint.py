@@ -11,6 +11,7 @@ from cluster.routing.fingerprint import (
     PREFIX_ENDS,
     PROMPT_PATHS,
     Fingerprint,
+    decode_body,
     fingerprint,
 )
 
@@ -146,3 +147,31 @@ def test_unknown_paths_and_long_bodies_have_no_fingerprint() -> None:
     assert fingerprint("/tokenize", b'{"prompt": "a"}') == EMPTY_FINGERPRINT
     assert of(messages=[turn("user", "a" * MAX_BODY_BYTES)]) == EMPTY_FINGERPRINT
     assert len([end for end in PREFIX_ENDS if end <= 100_000]) <= 128
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "expected"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}] * 3}, (1, 1)),
+        ("/v1/chat/completions", {"messages": [], "n": 16384}, (1, 16384)),
+        ("/v1/chat/completions", {"messages": [], "n": "5"}, (1, 5)),  # vLLM accepts this
+        ("/v1/chat/completions", {"messages": [], "n": 2.0, "best_of": 4}, (1, 4)),
+        ("/v1/chat/completions", {"messages": [], "n": None}, (1, 1)),
+        ("/v1/chat/completions", {"messages": [], "n": [1], "best_of": -1}, (1, 1)),
+        ("/v1/chat/completions/batch", {"messages": [[{}, {}], [{}], [{}]], "n": 2}, (3, 6)),
+        ("/v1/completions", {"prompt": "abc"}, (1, 1)),
+        ("/v1/completions", {"prompt": ["a", "b"], "n": 2}, (2, 4)),
+        ("/v1/completions", {"prompt": [1, 2, 3]}, (1, 1)),
+        ("/v1/completions", {"prompt": [[1, 2], [3]]}, (2, 2)),
+        ("/v1/completions", {"prompt": []}, (1, 1)),
+        ("/v1/completions", {"prompt": ["a" * MAX_BODY_BYTES, "b"]}, (2, 2)),
+        ("/v1/responses", {"input": [{"role": "user", "content": "a"}] * 3}, (1, 1)),
+        ("/v1/embeddings", {"input": ["a", "b", "c"]}, (3, 3)),
+        ("/v1/embeddings", {"input": [1, 2, 3]}, (1, 1)),
+        ("/rerank", {"query": "a", "documents": ["b"] * 9}, (9, 9)),
+        ("/score", {"text_1": "a", "text_2": ["b"] * 9}, (9, 9)),
+        ("/classify", {}, (1, 1)),
+    ],
+)
+def test_every_prompt_and_sequence_is_counted(path: str, body: Any, expected: Any) -> None:
+    assert decode_body(path, json.dumps(body).encode()).fan_out == expected

@@ -1,6 +1,7 @@
 import pytest
 
 from cluster.routing import Fingerprint, TokenEstimator
+from cluster.routing.fingerprint import FanOut
 from cluster.routing.request import MAX_TOKEN_BYTES
 from cluster.usage import Usage
 
@@ -68,3 +69,16 @@ def test_estimates_are_limited_by_the_models_context() -> None:
     assert not estimate.exceeds_context(Fingerprint(total_bytes=100 * MAX_TOKEN_BYTES))
     assert estimate.exceeds_context(Fingerprint(total_bytes=100 * MAX_TOKEN_BYTES + 1))
     assert estimate.exceeds_context(Fingerprint(total_bytes=404, is_tokens=True))
+
+
+def test_every_sequence_of_a_request_counts() -> None:
+    estimate = TokenEstimator(generates=True)
+    fan_out = FanOut(prompts=3, sequences=12)
+    first = Fingerprint(total_bytes=40)
+    view = estimate.view_request(4000, first, max_tokens=50, fan_out=fan_out)
+    assert view.prompt_tokens == 1000  # of the whole body, not of the first prompt
+    assert view.completion_tokens == 12 * 50
+    for _ in range(1000):
+        estimate.learn_usage(4000, Usage(1000, 0, 12 * 20), first, fan_out)
+    assert estimate.view_request(4000).completion_tokens == pytest.approx(20, rel=0.01)
+    assert estimate.tokens_per_byte == pytest.approx(0.25)

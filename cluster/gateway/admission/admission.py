@@ -19,6 +19,7 @@ from cluster.gateway.pools.slots import Claim
 from cluster.periodic import run_in_daemon_thread
 from cluster.routing import RequestBody
 from cluster.routing.fingerprint import EMPTY_FINGERPRINT
+from cluster.routing.request import SINGLE
 
 TIMEOUT_HEADER = b"x-request-timeout-seconds"
 PRIORITY_HEADER = b"x-tandem-priority"
@@ -79,13 +80,16 @@ class Admission:
 
 
 def _claim(request: Request, body: RequestBody, pool: Pool, model: str) -> Claim:
-    prompt = body.fingerprint() if pool.kind == "generator" else EMPTY_FINGERPRINT
+    prompt, fan_out = EMPTY_FINGERPRINT, SINGLE
+    if pool.kind == "generator":  # classifiers work in proportion to the body
+        prompt, fan_out = body.fingerprint(), body.fan_out
     view = pool.estimator.view_request(
         len(request.body),
         prompt,
         header(request.headers, SESSION_HEADER),
         body.completion_limit,
         streamed=body.stream is True,
+        fan_out=fan_out,
         adapter=pool.needs_adapter(model),
     )
     timeout_s = _requested_timeout_s(request.headers)
@@ -106,6 +110,13 @@ def _claim(request: Request, body: RequestBody, pool: Pool, model: str) -> Claim
 
 def _check_size(claim: Claim, pool: Pool) -> None:
     """Raise if the request can never be served."""
+    num_sequences, max_sequences = claim.view.fan_out.sequences, pool.limits.max_sequences
+    if max_sequences is not None and num_sequences > max_sequences:
+        raise InvalidRequestError(
+            f"The request has {num_sequences} sequences (prompts * n); the limit is "
+            f"{max_sequences} (router.max_sequences_per_request). Split the request.",
+            param="n" if claim.view.fan_out.prompts == 1 else None,
+        )
     if pool.estimator.exceeds_context(claim.prompt):
         raise InvalidRequestError(
             f"The prompt is longer than the model's context of "

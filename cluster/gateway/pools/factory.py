@@ -46,6 +46,9 @@ def _pool_limits(router: RouterConfig, pool: GeneratorConfig | ClassifierConfig)
         engine_priorities=_schedules_by_priority(pool),
         adapters=tuple(pool.adapters) if isinstance(pool, GeneratorConfig) else (),
         max_loras=pool.max_loras if isinstance(pool, GeneratorConfig) else 1,
+        max_sequences=(
+            router.max_sequences_per_request if isinstance(pool, GeneratorConfig) else None
+        ),
         context_tokens=pool.max_model_len if isinstance(pool, GeneratorConfig) else None,
         start_timeout_s=None if pool.replicas.min else router.start_timeout_s,
     )

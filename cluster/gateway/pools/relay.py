@@ -244,7 +244,9 @@ class RelayedBody:
         usage = self.usage
         if usage is not None:
             claim = self._slot.claim
-            self._pool.estimator.learn_usage(claim.body_bytes, usage, claim.prompt)
+            self._pool.estimator.learn_usage(
+                claim.body_bytes, usage, claim.prompt, claim.view.fan_out
+            )
         self._release_slot(self._done_tokens(usage), usage)
         self._observer.end(usage)
 

@@ -42,6 +42,8 @@ class PoolLimits:
     """Adapters that a replica keeps loaded at a time."""
     start_timeout_s: float | None = None
     """Replaces ``queue_timeout_s`` while the pool is scaled to zero. None if it never is."""
+    max_sequences: int | None = None
+    """Sequences that one request may have; None if the engine limits them."""
     context_tokens: int | None = None
     """Configured context of the model; the replicas' own values replace it."""
 
