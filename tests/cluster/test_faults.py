@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import psutil
 import pytest
 import requests
 
+from cluster.config import RouterConfig
 from cluster.launch import processes
 from cluster.launch.log_files import log_directory
 from cluster.launch.serve_api import ServeApi
@@ -148,6 +150,24 @@ def test_a_client_cannot_keep_a_request_running_after_it_disconnects(http: httpx
     with pytest.raises(httpx.ReadTimeout):
         http.post("/v1/completions", json=completion(stream=False), headers=header, timeout=0.5)
     wait_until(lambda: is_idle(http), IDLE_S, "dropping the request")
+
+
+def test_a_client_that_sends_too_slowly_is_disconnected(
+    cluster: RunningCluster, http: httpx.Client
+) -> None:
+    url = httpx.URL(cluster.http_url)
+    timeout_s = RouterConfig().header_timeout_s + 5
+
+    def response_to(start: bytes) -> bytes:
+        with socket.create_connection((url.host, url.port or 80), timeout_s) as connection:
+            connection.sendall(start)
+            return connection.recv(1024)
+
+    half_a_header = b"POST /v1/comple"
+    half_a_body = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{"
+    with ThreadPoolExecutor(2) as threads:
+        for response in threads.map(response_to, [half_a_header, half_a_body]):
+            assert response.startswith(b"HTTP/1.1 408")
 
 
 def test_2000_abandoned_requests_leave_an_idle_engine(
