@@ -129,10 +129,10 @@ class AgreementStore:
             return None
 
     def write(self, agreement: Agreement) -> None:
-        fresh = self._file.with_suffix(f".{id(self)}")
+        temporary = self._file.with_suffix(f".{id(self)}")
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            fresh.write_text(json.dumps(asdict(agreement)) + "\n", encoding="utf-8")
-            fresh.replace(self._file)
+            temporary.write_text(json.dumps(asdict(agreement)) + "\n", encoding="utf-8")
+            temporary.replace(self._file)
         except OSError as error:
             log.warning("cannot save the agreement, it will be measured again: %s", error)

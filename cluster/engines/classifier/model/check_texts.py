@@ -46,9 +46,9 @@ _TAILS = [
 
 
 def check_texts(model_path: str) -> list[str]:
-    own = Path(model_path) / FILE
-    if own.is_file():
-        lines = own.read_text(encoding="utf-8").splitlines()
+    file = Path(model_path) / FILE
+    if file.is_file():
+        lines = file.read_text(encoding="utf-8").splitlines()
         return [json.loads(line)["text"] for line in lines if line.strip()]
     return list(_generate())
 

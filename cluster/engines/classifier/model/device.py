@@ -31,8 +31,8 @@ def num_threads(config: ClassifierConfig) -> int:
 
 
 def share_threads(num_threads: int, num_streams: int) -> list[int]:
-    each, more = divmod(num_threads, num_streams)
-    return [each + (index < more) for index in range(num_streams)]
+    share, remainder = divmod(num_threads, num_streams)
+    return [share + (index < remainder) for index in range(num_streams)]
 
 
 def pin_threads() -> None:

@@ -95,10 +95,10 @@ def _check_tasks(config: ClassifierConfig, hf_config: Any) -> None:
         return
     architecture = (hf_config.architectures or ["none"])[0]
     if not architecture.endswith(config.head):
-        able = [task for task, head in TASK_HEADS.items() if architecture.endswith(head or "")]
+        possible = [task for task, head in TASK_HEADS.items() if architecture.endswith(head or "")]
         raise ValueError(
             f"the task {config.tasks[0]} needs a *{config.head}; this is a {architecture}, "
-            f"whose tasks are {', '.join(able)}"
+            f"whose tasks are {', '.join(possible)}"
         )
     if hf_config.num_labels != 1 and {"score", "rerank"} & set(config.tasks):
         raise ValueError(

@@ -139,14 +139,14 @@ def read_pooling(path: str) -> Pooling:
     if modules is None:
         return Pooling()
     kinds = {str(module["type"]).rsplit(".", 1)[-1]: str(module["path"]) for module in modules}
-    if unknown := sorted(kinds.keys() - {"Transformer", "Pooling", "Normalize"}):
-        raise ValueError(f"unsupported pooling modules in modules.json: {', '.join(unknown)}")
+    if unsupported := sorted(kinds.keys() - {"Transformer", "Pooling", "Normalize"}):
+        raise ValueError(f"unsupported pooling modules in modules.json: {', '.join(unsupported)}")
     if "Pooling" not in kinds:
         return Pooling(normalize="Normalize" in kinds)
     options = _read(path, f"{kinds['Pooling']}/config.json") or {}
     modes = [mode for mode in _MODES if options.pop(_PREFIX + mode, False)]
-    if other := sorted(key for key in options if key.startswith(_PREFIX) and options[key]):
-        raise ValueError(f"unsupported pooling modes: {', '.join(other)}")
+    if unsupported := sorted(key for key in options if key.startswith(_PREFIX) and options[key]):
+        raise ValueError(f"unsupported pooling modes: {', '.join(unsupported)}")
     return Pooling(tuple(modes or Pooling().modes), "Normalize" in kinds)
 
 

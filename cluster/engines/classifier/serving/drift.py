@@ -94,7 +94,7 @@ class DriftMonitor:
         if not self._pending:
             return
         scores = np.concatenate([rows for rows, _ in self._pending])
-        lengths = np.array([length for _, some in self._pending for length in some])
+        lengths = np.array([length for _, lengths in self._pending for length in lengths])
         self._pending, self.num_pending = [], 0
         counted = _Histograms(
             np.bincount(scores.argmax(1), minlength=len(self._labels)),

@@ -70,8 +70,9 @@ class JobQueue:
             OverloadedError: Too many tokens are waiting.
             RequestError: The queue is closed; the error it was closed with.
         """
-        most = job.reader.max_tokens_per_text
-        estimate = sum(int(min(most, num_chars(text) // CHARS_PER_TOKEN + 2)) for text in job.texts)
+        limit = job.reader.max_tokens_per_text
+        estimates = (min(limit, num_chars(text) // CHARS_PER_TOKEN + 2) for text in job.texts)
+        estimate = int(sum(estimates))
         with self._changed:
             self._check_open()
             if self.queued_tokens and self.queued_tokens + estimate > self._max_queued_tokens:
@@ -96,10 +97,9 @@ class JobQueue:
                 self._cancelled_early += len(lengths)
                 return
             if tokens > self._max_queued_tokens:
-                raise PayloadTooLargeError(
-                    f"the input has {tokens} tokens; a request may have {self._max_queued_tokens}",
-                    param="input",
-                )
+                limit = self._max_queued_tokens
+                message = f"the input has {tokens} tokens; a request may have {limit}"
+                raise PayloadTooLargeError(message, param="input")
             if self.queued_tokens + tokens > self._max_queued_tokens:
                 raise self._overloaded_error()
             self._batcher.add_request(job, job.task, lengths)
@@ -176,8 +176,8 @@ class JobQueue:
             return None
         self._running += 1
         self._wake_helper()
-        left = self._batcher.waiting_tokens
-        is_alone = is_leader and self._running == 1 and left < self._min_concurrent_tokens
+        too_few_left = self._batcher.waiting_tokens < self._min_concurrent_tokens
+        is_alone = is_leader and self._running == 1 and too_few_left
         return ScheduledBatch(batch, uses_all_cores=is_alone)
 
     def _wake_helper(self) -> None:

@@ -115,7 +115,7 @@ class ModelRunner:
                 shares = share_threads(self._num_threads, min(self._num_threads, MAX_STREAMS))
             # Copies share the weights and count their own padding.
             models = [loaded.model, *(copy.copy(loaded.model) for _ in shares[1:])]
-            self._streams = [_Stream(*each) for each in zip(models, shares, strict=True)]
+            self._streams = list(map(_Stream, models, shares))
             self._queue.set_streams(len(shares), one_at_a_time=not loaded.shares_cores)
             cores = len(os.sched_getaffinity(0))
             self._pins_threads = loaded.shares_cores and self._num_threads == len(shares) == cores

@@ -137,10 +137,10 @@ class VarlenBert:
 
     def __copy__(self) -> "VarlenBert":
         """Return a model that shares the weights and may run at the same time."""
-        made = object.__new__(VarlenBert)
-        made.__dict__.update(self.__dict__)
-        made._allocate()
-        return made
+        copied = object.__new__(VarlenBert)
+        copied.__dict__.update(self.__dict__)
+        copied._allocate()
+        return copied
 
     def _allocate(self) -> None:
         on_gpu = self._device.type == "cuda"

@@ -55,19 +55,17 @@ class RangeObserver:
     def __call__(self, name: str, weights: Weights) -> Linear:
         zeros = torch.zeros(weights.weight.shape[1])
         self.ranges[name] = ActivationRange(zeros, zeros)
-        return _ObservedLinear(PlainLinear(weights), self.ranges[name])
+        return _ObservedLinear(weights, self.ranges[name])
 
 
-class _ObservedLinear:
-    def __init__(self, linear: Linear, seen: ActivationRange) -> None:
-        self._linear, self._seen = linear, seen
+class _ObservedLinear(PlainLinear):
+    def __init__(self, weights: Weights, input_range: ActivationRange) -> None:
+        super().__init__(weights)
+        self._input_range = input_range
 
     def __call__(self, x: Tensor) -> Tensor:
-        self._seen.widen(x)
-        return self._linear(x)
-
-    def with_residual(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self._linear.with_residual(x, residual)
+        self._input_range.widen(x)
+        return super().__call__(x)
 
 
 def quantized_arithmetic(ranges: dict[str, ActivationRange]) -> Arithmetic:
@@ -88,21 +86,22 @@ class QuantizedLinear:
 
     Args:
         weights: Weights of any floating type.
-        seen: Range of the layer's inputs.
+        input_range: Range of the layer's inputs.
 
     Raises:
         AttributeError, RuntimeError: This PyTorch or this CPU has no such operator.
     """
 
-    def __init__(self, weights: Weights, seen: ActivationRange) -> None:
+    def __init__(self, weights: Weights, input_range: ActivationRange) -> None:
         self._linear = torch.ops.onednn.qlinear_pointwise.default
         weight = weights.weight.float()
-        largest = torch.maximum(seen.high, -seen.low).clamp(min=1e-5)
+        largest = torch.maximum(input_range.high, -input_range.low).clamp(min=1e-5)
         smooth = largest**SMOOTHING / weight.abs().amax(0).clamp(min=1e-5) ** (1 - SMOOTHING)
         weight = weight * smooth
         scales = weight.abs().amax(1).clamp(min=1e-12) / WEIGHT_LEVELS
         rounded = (weight / scales.unsqueeze(1)).round().to(torch.int8)
-        low, high = (seen.low / smooth).min().item(), (seen.high / smooth).max().item()
+        low = (input_range.low / smooth).min().item()
+        high = (input_range.high / smooth).max().item()
         self._scale = (high - low) / ACTIVATION_LEVELS
         self._zero = round(-low / self._scale)
         self._smooth = smooth.reciprocal()

@@ -92,8 +92,8 @@ def with_windows(
         values: One value per window of all texts.
         make: Makes a window of the reply from its start, its end and its value.
     """
-    left = iter(values)
+    rest = iter(values)
     return [
-        replace(entry, windows=[make(window.start, window.end, next(left)) for window in windows])
+        replace(entry, windows=[make(window.start, window.end, next(rest)) for window in windows])
         for entry, windows in zip(data, encoded.windows, strict=True)
     ]
