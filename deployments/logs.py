@@ -48,11 +48,9 @@ class ServeRelay(logging.Handler):
         logging.getLogger(SERVE_LOGGER).handle(record)
 
 
-def relay_to_serve(name: str) -> ServeRelay:
-    """Replace the handlers of a library's logger by a relay, and return the relay."""
-    relay = ServeRelay()
-    logging.getLogger(name).handlers[:] = [relay]
-    return relay
+def relay_to_serve(name: str) -> None:
+    """Replace the handlers of a library's logger by a relay to the log of this replica."""
+    logging.getLogger(name).handlers[:] = [ServeRelay()]
 
 
 def open_request_log(directory: Path, replica_id: str) -> logging.Handler:

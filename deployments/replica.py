@@ -44,7 +44,7 @@ _RETIRE_S = 40.0  # a pool with one replica has none meanwhile
 _HEALTH_POLL_S = 1.0
 _IDLE_POLL_S = 0.2
 ENGINE_LOGGER = "vllm"
-"""Logger of vLLM, which configures it when it is imported."""
+"""Logger of vLLM."""
 
 
 class EngineReplica:
@@ -66,13 +66,14 @@ class EngineReplica:
         log_with_serve()
         self._adapters = tuple(pool.adapters) if isinstance(pool, GeneratorConfig) else ()
         self._engine = engine = make_engine()
-        engine_log = relay_to_serve(ENGINE_LOGGER)
         timer.mark("imports")
         self._dead_drain: asyncio.Task[DrainResult] | None = None
         self._retired_reason = ""
         self._num_handle_calls = 0
         await engine.start()
-        engine_log.setLevel(logging.WARNING)  # vLLM repeats its statistics every 10 s
+        # Not earlier: vLLM configures its logger more than once. So far its lines reach the log as
+        # output, without their level.
+        relay_to_serve(ENGINE_LOGGER)
         timer.add_measured(engine.start_phases_s)
         self._app = RaiseIfDead(self._traced_app(pool, operations), engine.check_health)
         self._watch = ReplicaWatch(operations, pool, self._num_in_flight, self._retire)
