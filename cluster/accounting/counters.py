@@ -94,7 +94,6 @@ class Increase:
         self._last = read()
 
     def __call__(self) -> float:
-        """Return the increase since the last call."""
         now = self._read()
         increase, self._last = now - self._last, now
         return max(0.0, increase)

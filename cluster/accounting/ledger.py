@@ -67,11 +67,7 @@ class RequestWork:
 
 
 class Ledger:
-    """Accounts of one replica's requests and tenants.
-
-    Args:
-        price_per_s: Price of the replica per second, in the configured currency.
-    """
+    """Accounts of one replica's requests and tenants; prices are in the configured currency."""
 
     def __init__(self, price_per_s: float = 0.0) -> None:
         self.sums: dict[str, TenantSums] = {}
@@ -84,7 +80,6 @@ class Ledger:
         self._open: list[RequestWork] = []
 
     def open_request(self, usage: UsageCounter, tenant: str) -> RequestWork:
-        """Return a new account for a request with this usage."""
         work = RequestWork(usage, tenant or ANONYMOUS)
         usage.settle = partial(self.settle, work)
         self._open.append(work)

@@ -16,13 +16,7 @@ _TENANT = b"x-tandem-tenant"
 class ReplicaAccounting:
     """Energy and cost of a replica's requests; call ``close`` at the end.
 
-    Does nothing if there is neither a meter nor a price.
-
-    Args:
-        model: Name of the pool.
-        meter: Meter of the replica.
-        price_per_s: Price of the replica per second.
-        interval_s: Interval between divisions, in seconds.
+    Does nothing if there is neither a meter nor a price. Divides every ``interval_s`` seconds.
     """
 
     def __init__(self, model: str, meter: Meter, price_per_s: float, interval_s: float) -> None:
@@ -54,7 +48,6 @@ class ReplicaAccounting:
         self._divided_at = now
 
     def observe(self, registry: Registry) -> None:
-        """Write the sums by tenant to the registry."""
         if self._ledger is None:
             return
         source = self._ledger.source

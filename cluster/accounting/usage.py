@@ -68,9 +68,7 @@ def parse_time(text: str, param: str) -> float:
 def as_json(rows: Iterable[UsageRow], currency: str | None) -> dict[str, Any]:
     """Return the response of ``GET /v1/usage``; missing values are null, with the reason.
 
-    Args:
-        rows: Hourly sums.
-        currency: Currency of the costs; None if no price is configured.
+    ``currency`` is None if no price is configured.
     """
     rows = list(rows)
     total = UsageSums()

@@ -46,10 +46,7 @@ ORDER BY hour, tenant, model, source LIMIT ?
 class UsageLog:
     """Hourly sums of one router, added to the shared file; call ``start`` and ``close``.
 
-    Args:
-        path: The file; created with its directory.
-        keep_days: Age at which rows are deleted.
-        clock: Unix time.
+    The file is created with its directory.
     """
 
     def __init__(self, path: Path, keep_days: int, clock: Callable[[], float] = time.time) -> None:
@@ -64,7 +61,6 @@ class UsageLog:
         self._periodic = Periodic("writing of usage", WRITE_S, self.write)
 
     def add_request(self, tenant: str, model: str, source: str, sums: UsageSums) -> None:
-        """Add a finished request."""
         hour = int(self._clock()) // HOUR_S * HOUR_S
         key = UsageKey(hour, tenant or ANONYMOUS, model, source)
         if key not in self._pending and len(self._pending) >= MAX_PENDING:

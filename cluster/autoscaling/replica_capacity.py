@@ -75,13 +75,9 @@ class _ObjectiveFit:
     """Heaviest load of one replica (prefill, decode) at which the objective held."""
 
     def observe(self, prefill: float, decode: float, ratio: float, keep: float) -> None:
-        """Add a latency at a load.
+        """Add a latency, in units of its limit, at a load in tokens/s of one replica.
 
-        Args:
-            prefill: Prompt tokens/s of one replica.
-            decode: Completion tokens/s of one replica.
-            ratio: The latency in units of its limit.
-            keep: Weight that all earlier observations keep.
+        ``keep`` is the weight that all earlier observations keep.
         """
         inverse = min(MAX_INVERSE, 1 / ratio)
         before = self.line()

@@ -80,12 +80,9 @@ def parse_reports(flat: Mapping[str, float]) -> dict[str, LoadReport]:
 def merge_reports(
     reports: Collection[LoadReport], limits: Mapping[str, float], base: PoolSignals
 ) -> PoolSignals:
-    """Return ``base`` with all routers' reports on one pool.
+    """Return ``base`` with one report of each router on one pool.
 
-    Args:
-        reports: One report per router.
-        limits: Objectives in seconds, by name.
-        base: Signals that do not come from routers.
+    ``limits`` are the objectives in seconds, by name.
     """
 
     def total(name: str) -> float:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import msgspec
+
 from cluster.autoscaling.autoscaler import Budget
 from cluster.autoscaling.signals import PoolSpec
 from cluster.config import ClassifierConfig, GeneratorConfig, RouterConfig, TandemConfig
@@ -55,22 +57,11 @@ class PoolSettings:
 
     def encode(self) -> dict[str, Any]:
         """Return a JSON object; infinite values are left out."""
-        return {
-            "pool": self.pool,
-            "spec": _finite(asdict(self.spec)),
-            "limits": dict(self.limits),
-            "budget": _finite(asdict(self.budget)),
-        }
+        encoded = asdict(self)
+        for part in "spec", "budget":
+            encoded[part] = {k: v for k, v in encoded[part].items() if v != math.inf}
+        return encoded
 
     @classmethod
     def decode(cls, encoded: Mapping[str, Any]) -> "PoolSettings":
-        return cls(
-            encoded["pool"],
-            PoolSpec(**encoded["spec"]),
-            encoded["limits"],
-            Budget(**encoded["budget"]),
-        )
-
-
-def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value != math.inf}
+        return msgspec.convert(encoded, cls)

@@ -30,12 +30,7 @@ MAX_CONCURRENT = 64
 
 
 class Session:
-    """Connections to one application.
-
-    Args:
-        app: Name of the Serve application.
-        address: Passed to ``ray.init`` if this process is not connected to Ray.
-    """
+    """Connections to one application; see ``Tandem`` for the arguments."""
 
     def __init__(self, app: str, address: str) -> None:
         self.app = app

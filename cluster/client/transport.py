@@ -85,11 +85,7 @@ Answer = ClientStream | HandleAnswer
 
 
 class ClientLinks:
-    """Links from one event loop to every router; each request takes the least used one.
-
-    Args:
-        get_offer: Asks a router for the current ``LinkOffer``.
-    """
+    """Links from one event loop to every router; each request takes the least used one."""
 
     def __init__(self, get_offer: Callable[[], Awaitable[LinkOffer]]) -> None:
         self._get_offer = get_offer

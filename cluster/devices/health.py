@@ -26,7 +26,6 @@ class DeviceHealth:
         self._xids: Counter[tuple[str, int]] = Counter()
 
     def add_readings(self, readings: Sequence[DeviceReading]) -> None:
-        """Add one reading of each device."""
         self._readings = readings
         for reading in readings:
             self._xids.update((reading.device, xid) for xid in reading.xids)

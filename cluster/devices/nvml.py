@@ -60,11 +60,7 @@ def load_nvml() -> Nvml | None:
 
 
 class NvmlReader:
-    """Reader of the devices assigned to a replica.
-
-    Args:
-        nvml: The initialized library.
-        ids: Indices or UUIDs of the devices, as in CUDA_VISIBLE_DEVICES.
+    """Reader of the devices assigned to a replica: indices or UUIDs as in CUDA_VISIBLE_DEVICES.
 
     Raises:
         nvml.NVMLError: There is no such device.
@@ -91,7 +87,6 @@ class NvmlReader:
         return sum(float(energy(handle)) for _, handle in self._devices) / 1e3
 
     def counts_energy(self) -> bool:
-        """Return True if all devices have an energy counter."""
         try:
             self.joules()
         except self._nvml.NVMLError:

@@ -12,12 +12,6 @@ from cluster.periodic import Periodic
 class DeviceWatch(DeviceHealth):
     """Devices of one replica, read periodically; call ``close`` at the end.
 
-    Args:
-        config: Reading interval and definition of a failure.
-        model: Name of the pool.
-        nvml: The initialized library.
-        ids: Devices; see ``NvmlReader``.
-
     Raises:
         nvml.NVMLError: There is no such device.
     """

@@ -20,11 +20,7 @@ STARTED = "started"
 class MemoryWatch:
     """Memory of this process and its descendants; call ``close`` at the end.
 
-    Args:
-        config: Sampling interval and definition of a leak.
-        model: Name of the pool, or of the router.
-        in_flight: Returns the number of requests in flight.
-        on_leak: Called after each sample that shows a leak, with the process and its growth.
+    ``on_leak`` is called after each sample that shows a leak, with the process and its growth.
     """
 
     def __init__(
@@ -42,7 +38,6 @@ class MemoryWatch:
         self._periodic = Periodic("memory watch", config.sample_s, self._sample)
 
     def observe(self, registry: Registry) -> None:
-        """Write the last sample to the registry."""
         for process, (resident, growth) in self._latest.items():
             memory = registry.gauge(table.RESIDENT_MEMORY, self._model, process)
             memory.value = float(resident)

@@ -92,7 +92,6 @@ class LinkClient:
 
     @property
     def connected(self) -> bool:
-        """True while streams can be opened."""
         return self.state is LinkState.CONNECTED
 
     @property

@@ -89,12 +89,8 @@ class Connection(asyncio.Protocol):
     """One end of one TCP connection.
 
     ``on_ready`` is called once the peer is authenticated, then ``on_frames`` for arriving frames,
-    then ``on_closed`` exactly once, even if ``on_ready`` never was.
-
-    Args:
-        handshake: This end of the handshake.
-        options: Tunables of the link.
-        counts: Counters to update; consecutive connections may share them.
+    then ``on_closed`` exactly once, even if ``on_ready`` never was. Consecutive connections may
+    share their counts.
     """
 
     def __init__(self, handshake: Handshake, options: LinkOptions, counts: LinkCounts) -> None:

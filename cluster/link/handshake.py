@@ -33,13 +33,7 @@ _PEER: dict[Role, Role] = {"client": "server", "server": "client"}
 
 
 class Handshake:
-    """One end of a handshake.
-
-    Args:
-        role: This end's role.
-        secret: The cluster's secret.
-        window_bytes: Receive window that this end announces.
-        nonce: 32 bytes; random except in tests.
+    """One end of a handshake; announces its receive window. The nonce is random except in tests.
 
     Raises:
         ConfigError: the secret is empty.

@@ -49,15 +49,8 @@ class DrainResult(NamedTuple):
 class LinkServer:
     """Serves an application to every router that knows the secret.
 
-    Args:
-        app: The ASGI application.
-        secret: The cluster's secret.
-        host: Address to listen on.
-        port: Port to listen on; 0 picks a free one.
-        ssl: TLS context; None: no TLS.
-        load: Returns the engine's load without blocking.
-        prefixes: The engine's prefix cache, if it has one; used by this server alone.
-        options: Tunables of the link.
+    Port 0 picks a free one. ``load`` returns the engine's load and must not block; ``prefixes`` is
+    the engine's prefix cache and must not be used elsewhere.
     """
 
     def __init__(
@@ -165,7 +158,6 @@ class LinkServer:
         return task
 
     def prefix_snapshot(self) -> PrefixEvents | None:
-        """Return everything that the engine has cached; None if it has no prefix cache."""
         if self._prefixes is None:
             return None
         return PrefixEvents(stored=self._prefixes.snapshot(), cleared=True)

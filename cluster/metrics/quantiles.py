@@ -7,12 +7,8 @@ def quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> fl
     """Return the value that ``share`` of the observations do not exceed, or None if there are none.
 
     Interpolates linearly within a bucket. Observations above the highest bound count as that
-    bound, so a result equal to it may be too low.
-
-    Args:
-        bounds: Upper bounds, ascending.
-        counts: Observations per bucket, not cumulative; one more than ``bounds``.
-        share: Quantile, 0 to 1; 0.5 is the median.
+    bound, so a result equal to it may be too low. ``bounds`` ascend; ``counts`` are not cumulative
+    and one more.
     """
     rank = share * sum(counts)
     if not rank:

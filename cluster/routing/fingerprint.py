@@ -8,6 +8,7 @@ made of them (``cluster.engines.prefix_cache``). Pure.
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import msgspec
@@ -22,16 +23,11 @@ TOKEN_ID_BYTES = 4
 _PREFIX_STEPS = ((2048, 128), (16 * 1024, 512), (64 * 1024, 2048), (MAX_BODY_BYTES, 8192))
 
 
-def _prefix_ends() -> tuple[int, ...]:
-    ends: list[int] = []
-    start = 0
-    for limit, step in _PREFIX_STEPS:
-        ends += range(start + step, limit + 1, step)
-        start = limit
-    return tuple(ends)
-
-
-PREFIX_ENDS = _prefix_ends()
+PREFIX_ENDS = tuple(
+    end
+    for (start, _), (limit, step) in pairwise(((0, 0), *_PREFIX_STEPS))
+    for end in range(start + step, limit + 1, step)
+)
 """Ends of all prefixes, in bytes of the prompt's text."""
 
 

@@ -145,13 +145,7 @@ class Fleet:
             self._refreshed_s = now_s
 
     def place(self, replica_id: str, request: RequestView, cached_tokens: float = 0.0) -> Placement:
-        """Record that a request goes to a replica.
-
-        Args:
-            replica_id: The chosen replica.
-            request: The request.
-            cached_tokens: Prompt tokens that the replica is expected to have cached.
-        """
+        """Record that a request goes to a replica, with the prompt tokens expected in its cache."""
         replica = self._replicas[replica_id]
         work_tokens = prefill_work_tokens(request.prompt_tokens, cached_tokens)
         placement = Placement(replica, request, cached_tokens, work_tokens, self.now_s)
@@ -185,9 +179,7 @@ class Fleet:
     def end(self, placement: Placement, usage: Usage | None = None) -> None:
         """Record that a request ended; repeated calls have no effect.
 
-        Args:
-            placement: The result of ``place``.
-            usage: Usage of a successful request, from which the replica's rates are learned.
+        The replica's rates are learned from the usage of a successful request.
         """
         replica = placement.replica
         if placement.is_over or replica.row < 0:
@@ -229,8 +221,7 @@ class Fleet:
     def work_s(self, decode_weight: float = 1.0) -> FloatArray:
         """Return the seconds of prefill and decode work ahead of a new request, per row.
 
-        Args:
-            decode_weight: Cost of a second of decoding relative to a second of prefill, above 0.
+        A second of decoding costs ``decode_weight`` (above 0) times a second of prefill.
         """
         return self.table.work_s(self.now_s, decode_weight / self._batch_size())
 
@@ -241,14 +232,7 @@ class Fleet:
         share_s: float = math.inf,
         max_excess_s: float = 0.0,
     ) -> FloatArray:
-        """Return ``work_s`` with further costs, per row; inf if the row is closed.
-
-        Args:
-            decode_weight: As for ``work_s``.
-            prompt_tokens: Tokens whose prefill time is added.
-            share_s: Assigned work above which the excess is added,
-            max_excess_s: up to this limit.
-        """
+        """Return ``work_s`` with further costs, per row; see ``ReplicaTable.costs_s``."""
         weight = decode_weight / self._batch_size()
         return self.table.costs_s(self.now_s, weight, prompt_tokens, share_s, max_excess_s)
 

@@ -20,12 +20,9 @@ class Policy(Protocol):
 
 
 def make_policy(name: str, index: PrefixIndex, seed: int = 0) -> Policy:
-    """Return a new policy.
+    """Return a new policy; ``prefix`` reads the index, which the caller keeps up to date.
 
-    Args:
-        name: The policy's name in the configuration.
-        index: Prefix index of the pool, read by ``prefix``; the caller keeps it up to date.
-        seed: Seed of random choices and start of tie-breaking; should differ between routers.
+    The seed of random choices and tie-breaking should differ between routers.
 
     Raises:
         ConfigError: there is no policy of that name.

@@ -12,7 +12,6 @@ _GRID_S = 1.0  # resolution of the curve
 
 
 def constant(_t: float) -> float:
-    """Return 1: a constant rate."""
     return 1.0
 
 
@@ -46,14 +45,8 @@ def arrivals(
     """Return sorted arrival times in seconds.
 
     Time rescaling: arrivals of a unit-rate renewal process, mapped by the inverse of the expected
-    number of arrivals.
-
-    Args:
-        rng: Random number generator.
-        rate: Mean rate in requests/s.
-        duration_s: Upper bound of the times.
-        curve: Rate over time.
-        shape: Shape of the gamma distribution of the gaps; 1: a Poisson process, below: bursts.
+    number of arrivals. The gaps of that process have a gamma distribution; ``shape`` 1 is a Poisson
+    process, below are bursts. ``rate`` is in requests/s.
     """
     grid = np.arange(0.0, duration_s + _GRID_S, _GRID_S)
     rates = np.array([max(0.0, rate * curve(float(t))) for t in grid[:-1]])

@@ -109,7 +109,6 @@ class EngineModel:
         return sequence.generated + decoded
 
     def take_block_changes(self) -> tuple[list[int], list[int]]:
-        """Return the blocks stored and evicted since the last call."""
         changed, self._changed_blocks = self._changed_blocks, {}
         stored = [block for block, is_stored in changed.items() if is_stored]
         return stored, [block for block, is_stored in changed.items() if not is_stored]
@@ -149,13 +148,11 @@ class EngineModel:
             self._end_prefill(sequence, now_s)
         self._begin_steps(now_s)
 
-    def stop(self) -> list[Sequence]:
-        """Stop for good and return the unfinished requests."""
-        left = [*self._running, *self._waiting]
+    def stop(self) -> None:
+        """Drop all requests for good."""
         self.due_s = math.inf
         self._waiting.clear()
         self._running.clear()
-        return left
 
     # -- steps --
 
@@ -167,7 +164,6 @@ class EngineModel:
             self.due_s = self._begun_s + num_begun * self._step_s
 
     def _begin_steps(self, now_s: float) -> None:
-        """Choose the next equal steps."""
         self._begun_s = now_s
         num_running = len(self._running)
         while self._num_decoding and self.cache.free_tokens < self._num_decoding:

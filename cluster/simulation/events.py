@@ -19,7 +19,6 @@ class Events:
         heapq.heappush(self._heap, (max(time_s, self.now_s), self._num_scheduled, call, args))
 
     def run(self) -> None:
-        """Make all calls, until none is scheduled."""
         heap = self._heap
         while heap:
             self.now_s, _, call, args = heapq.heappop(heap)

@@ -41,7 +41,6 @@ class SimulatedReplica:
 
     @property
     def is_ready(self) -> bool:
-        """True if it accepts requests."""
         return self.ready_s <= self._events.now_s < self.ended_s and not self.is_draining
 
     def add_request(self, request: SimulatedRequest) -> bool:

@@ -98,7 +98,6 @@ class Result:
         return histogram
 
     def request_s(self) -> LogHistogram:
-        """Return the end-to-end times of answered requests."""
         histogram = LogHistogram()
         for request in self.requests:
             if request.outcome is Outcome.DONE and request.ended_s is not None:

@@ -58,7 +58,6 @@ class SimulatedRouter:
             self.fleet.update_load(replica.id, replica.engine.load)
 
     def admit(self, request: SimulatedRequest) -> None:
-        """Place a request, or queue it."""
         request.view = self._view_request(request.spec)
         if not len(self.queue) and self._place(request):
             return

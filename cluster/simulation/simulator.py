@@ -62,7 +62,6 @@ class Simulation:
         return self._finish()
 
     def cached_tokens(self, replica_id: str, view: RequestView) -> float:
-        """Return the prompt tokens that a replica really has cached or is computing."""
         engine = self._by_id[replica_id].engine
         count = engine.cache.count_cached(view.prefix)
         while count < len(view.prefix) and view.prefix[count] in engine.pending_blocks:

@@ -61,13 +61,10 @@ BUILTIN_TRACES: Mapping[str, BuiltinTrace] = {
 
 
 def load_trace(source: str, rate: float | None, duration_s: float | None, seed: int = 0) -> Trace:
-    """Return a built-in trace, or read one from a file.
+    """Return the trace of that name in ``BUILTIN_TRACES``, or read one from a file.
 
-    Args:
-        source: A name in ``BUILTIN_TRACES``, or a path.
-        rate: Requests/s; a file's times are stretched to it. None: the trace's own rate.
-        duration_s: Length of the trace. None: an hour, or the whole file.
-        seed: Seed of a built-in trace.
+    A file's times are stretched to ``rate`` (requests/s). By default, a trace has its own rate and
+    lasts an hour, or as long as the file.
 
     Raises:
         TraceError: the source is neither, or the file is malformed.

@@ -17,10 +17,7 @@ Headers = list[tuple[bytes, bytes]]
 def start_tracer(config: TracingConfig | None, service: str, instance: str) -> "Tracer | None":
     """Return the tracer of this process, or None if tracing is not configured.
 
-    Args:
-        config: Endpoint, sampling and limits.
-        service: Kind of process (``tandem.router``); OpenTelemetry's ``service.name``.
-        instance: Process; OpenTelemetry's ``service.instance.id``.
+    OpenTelemetry's ``service.name`` is the kind of process (``tandem.router``).
     """
     if config is None:
         return None

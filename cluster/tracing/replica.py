@@ -21,13 +21,7 @@ class TracedApp:
     """Middleware that records a replica span and an engine span per request.
 
     The engine gets its span as ``traceparent``, so spans that it records itself become children.
-
-    Args:
-        app: Application of the engine.
-        tracer: Tracer of this process.
-        model: Name of the pool.
-        provider: Kind of engine (``gen_ai.provider.name``).
-        route_of: Returns the template of a path, or None if the engine does not serve it.
+    ``route_of`` returns the template of a path, or None if the engine does not serve it.
     """
 
     def __init__(
@@ -44,7 +38,6 @@ class TracedApp:
         self._route_of = route_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the application for one request."""
         method, route = scope["method"], self._route_of(scope["path"]) or "other"
         http = {names.METHOD: method, names.ROUTE: route}
         parent = parent_of(scope["headers"])

@@ -20,12 +20,7 @@ from cluster.usage import Usage
 class RequestTrace:
     """Spans of one request, from its admission to the end of its response; call ``end``.
 
-    Args:
-        tracer: Tracer of this process.
-        headers: Headers of the request; ``traceparent`` may name the caller's span.
-        method: HTTP method.
-        route: Template of the path.
-        attributes: Further attributes of the request span.
+    The header ``traceparent`` may name the caller's span. ``route`` is the template of the path.
     """
 
     __slots__ = ("_attempts", "_link", "_span", "_tracer")
@@ -70,14 +65,7 @@ class RequestTrace:
         first_chunk_s: float | None,
         usage: Usage | None,
     ) -> None:
-        """End the spans.
-
-        Args:
-            status: HTTP status of the response.
-            queue_s: Time in the queue; None if the request never left it.
-            first_chunk_s: Time to the first chunk; None if there was none.
-            usage: Usage of the request, if known.
-        """
+        """End the spans; times are None if the request stayed queued or had no first chunk."""
         span = self._span
         if queue_s is not None:
             span.set_attribute(names.QUEUE, queue_s)

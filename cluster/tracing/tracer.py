@@ -107,7 +107,6 @@ def set_http_status(span: Span, status: int) -> None:
 
 
 def set_usage(span: Span, usage: Usage | UsageCounter) -> None:
-    """Record the tokens of a request."""
     span.set_attribute(names.INPUT_TOKENS, usage.prompt_tokens)
     span.set_attribute(names.CACHED_TOKENS, usage.cached_tokens)
     span.set_attribute(names.OUTPUT_TOKENS, usage.completion_tokens)
