@@ -5,9 +5,12 @@ tenants share by start-time fair queueing (Goyal, Vin and Cheng, 1996) of token 
 has a tag, the virtual time at which its next request starts. The smallest tag is served next and
 grows by work / weight. Within a tenant, the earliest deadline is served first. Tenants of weight 0
 are in a class below all others, so they are served only if no other tenant waits.
+
+A full queue makes room for a higher class by displacing entries of lower ones.
 """
 
 from bisect import insort
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from itertools import count
@@ -18,9 +21,9 @@ T = TypeVar("T")
 BACKGROUND_RANK = -1000
 """Rank of the class of tenants with weight 0, below every priority."""
 THRESHOLD = 8.0
-"""Limit of a tenant's part of the queue, as a multiple of the free space (dynamic thresholds,
-Choudhury and Hahne, 1998). One flooding tenant fills 8/9 of the queue; n of them leave 1 / (8n + 1)
-of it to others."""
+"""Limit of a tenant's part of the queue, in all classes, as a multiple of the free space (dynamic
+thresholds, Choudhury and Hahne, 1998). One flooding tenant fills 8/9 of the queue; n of them leave
+1 / (8n + 1) of it to others."""
 
 _SLACK = 16  # stale heap items that are not worth sweeping
 
@@ -55,10 +58,23 @@ class QueueEntry(Generic[T]):
         return _rank(self.weight, self.priority)
 
 
+@dataclass(slots=True)
+class _Total:
+    """Sums over entries."""
+
+    num: int = 0
+    tokens: float = 0.0
+
+    def add(self, num: int, tokens: float) -> None:
+        self.num += num
+        self.tokens = self.tokens + tokens if self.num else 0.0
+
+
 @dataclass(slots=True, eq=False)
 class _Flow(Generic[T]):
     """One tenant's entries in one class."""
 
+    tenant: str
     weight: float
     tag: float
     entries: list[tuple[float, int, QueueEntry[T]]] = field(default_factory=list)
@@ -88,15 +104,19 @@ class FairQueue(Generic[T]):
 
     def __init__(self, limits: QueueLimits) -> None:
         self.limits = limits
-        self.tokens = 0.0
-        """Estimated work of all entries."""
-        self._num = 0
+        self._total = _Total()
+        self._by_tenant: dict[str, _Total] = {}  # of the tenants that have entries
         self._classes: dict[int, _Class[T]] = {}
         self._ranks: list[int] = []  # ascending
         self._sequence = count()
 
     def __len__(self) -> int:
-        return self._num
+        return self._total.num
+
+    @property
+    def tokens(self) -> float:
+        """Estimated work of all entries."""
+        return self._total.tokens
 
     @property
     def num_heap_items(self) -> int:
@@ -106,14 +126,17 @@ class FairQueue(Generic[T]):
         return sum(len(group.heap) for group in groups) + sum(len(flow.entries) for flow in flows)
 
     def push(self, entry: QueueEntry[T]) -> bool:
-        """Queue an entry; return False if the queue or its tenant's part of it is full."""
+        """Queue an entry; return False if the queue or its tenant's part of it is full.
+
+        ``displace`` may then make room.
+        """
         group = self._class_of(entry.rank)
         flow = group.flows.get(entry.tenant)
-        if not self._has_room(flow, entry.work_tokens):
+        if not self._has_room(entry, _Total(), _Total()):
             return False
         weight = _effective_weight(entry.weight)
         if flow is None:
-            flow = group.flows[entry.tenant] = _Flow(weight, group.virtual_time)
+            flow = group.flows[entry.tenant] = _Flow(entry.tenant, weight, group.virtual_time)
         if not flow.num:
             flow.weight, flow.tag = weight, max(flow.tag, group.virtual_time)
             group.weights += weight
@@ -168,6 +191,24 @@ class FairQueue(Generic[T]):
             heapify(flow.entries)
         if not group.num:  # an empty class forgets its tags: no tenant is owed anything
             self._classes[group.rank] = _Class(group.rank)
+
+    def displace(self, entry: QueueEntry[T]) -> list[QueueEntry[T]]:
+        """Remove entries of lower classes to make room for ``entry``, and return them.
+
+        Nothing is removed if that does not suffice.
+        """
+        freed, freed_of_tenant = _Total(), _Total()
+        displaced = []
+        for loser in self._least_urgent(entry.rank):
+            displaced.append(loser)
+            freed.add(1, loser.work_tokens)
+            if loser.tenant == entry.tenant:
+                freed_of_tenant.add(1, loser.work_tokens)
+            if self._has_room(entry, freed, freed_of_tenant):
+                for one in displaced:
+                    self.remove(one)
+                return displaced
+        return []
 
     def charge(self, tenant: str, priority: int, weight: float, tokens: float) -> None:
         """Correct a queued tenant's tag by work that its entries did not stand for.
@@ -224,12 +265,32 @@ class FairQueue(Generic[T]):
             self.remove(entry)
         return left
 
-    def _has_room(self, flow: _Flow[T] | None, work_tokens: float) -> bool:
-        flow_num, flow_tokens = (flow.num, flow.tokens) if flow else (0, 0.0)
-        if flow_num + 1 > THRESHOLD * (self.limits.entries - self._num):
+    def _has_room(self, entry: QueueEntry[T], freed: _Total, freed_of_tenant: _Total) -> bool:
+        """Return True if ``entry`` fits once other entries are gone, some of its own tenant."""
+        of_tenant = self._by_tenant.get(entry.tenant) or _Total()
+        free_entries = self.limits.entries - self._total.num + freed.num
+        if of_tenant.num - freed_of_tenant.num + 1 > THRESHOLD * free_entries:
             return False
-        free_tokens = self.limits.tokens - self.tokens
-        return work_tokens <= free_tokens and flow_tokens + work_tokens <= THRESHOLD * free_tokens
+        free_tokens = self.limits.tokens - self._total.tokens + freed.tokens
+        tenant_tokens = of_tenant.tokens - freed_of_tenant.tokens + entry.work_tokens
+        return entry.work_tokens <= free_tokens and tenant_tokens <= THRESHOLD * free_tokens
+
+    def _least_urgent(self, below_rank: int) -> Iterator[QueueEntry[T]]:
+        """Yield the entries of lower classes: the lowest class first, and its largest tenant."""
+        for rank in self._ranks:
+            if rank >= below_rank:
+                return
+            # The entries of each tenant, the latest deadline last.
+            left = [
+                sorted(item for item in flow.entries if item[2]._flow is flow)
+                for flow in self._classes[rank].flows.values()
+                if flow.num
+            ]
+            while left:
+                largest = max(left, key=len)
+                yield largest.pop()[2]
+                if not largest:
+                    left.remove(largest)
 
     def _class_of(self, rank: int) -> _Class[T]:
         group = self._classes.get(rank)
@@ -265,8 +326,11 @@ class FairQueue(Generic[T]):
         for holder in (group, flow):
             holder.num += num
             holder.tokens = holder.tokens + tokens if holder.num else 0.0
-        self._num += num
-        self.tokens = self.tokens + tokens if self._num else 0.0
+        self._total.add(num, tokens)
+        of_tenant = self._by_tenant.setdefault(flow.tenant, _Total())
+        of_tenant.add(num, tokens)
+        if not of_tenant.num:
+            del self._by_tenant[flow.tenant]
 
 
 def _rank(weight: float, priority: int) -> int:

@@ -101,7 +101,7 @@ COMPLETION_TOKENS = _counter("tandem_completion_tokens_total", "Completion token
 SHED = _counter(
     "tandem_shed_requests_total",
     "Requests rejected for load. Reasons: queue_full; too_long (estimated wait exceeds the limit); "
-    "deadline (cannot be met); expired (in the queue).",
+    "deadline (cannot be met); expired (in the queue); displaced (by a higher priority).",
     "reason",
 )
 FAILOVERS = _counter(

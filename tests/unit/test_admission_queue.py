@@ -4,7 +4,7 @@ import asyncio
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -245,6 +245,33 @@ def test_tenant_pays_for_a_request_that_held_up_the_others_until_it_expired() ->
         await first_b
         assert not second_a.done()
         second_a.cancel()
+
+    run(scenario)
+
+
+def test_full_queue_rejects_lower_classes_for_higher_ones() -> None:
+    async def scenario() -> None:
+        engine = Engine(in_flight=MAX_IN_FLIGHT)
+
+        def ask(tenant: str, priority: int) -> asyncio.Future[Slot]:
+            claim = replace(claim_of(tenant, REQUEST_TOKENS), priority=priority)
+            return asyncio.ensure_future(engine.queue.take_slot(claim))
+
+        batch = [ask(f"batch{number % 256}", -1) for number in range(1024)]
+        await asyncio.sleep(0)
+        assert len(engine.queue) == 1024
+        urgent = [ask("urgent", 0) for _ in range(10)]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not any(task.done() for task in urgent)
+        displaced = [task.exception() for task in batch if task.done()]
+        assert len(displaced) == 10 + 1  # one entry stays free as long as one tenant has ten
+        for error in displaced:
+            assert isinstance(error, OverloadedError)
+            assert error.headers()["retry-after"]
+            assert "displaced" in error.message
+        for task in (*batch, *urgent):
+            task.cancel()
 
     run(scenario)
 

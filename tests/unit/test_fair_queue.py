@@ -139,6 +139,35 @@ def test_a_flood_leaves_room_for_others_within_the_queues_limits() -> None:
     assert not FairQueue(QueueLimits(tokens=1e9, entries=0)).push(entry("a"))
 
 
+def test_a_tenant_cannot_fill_the_queue_by_spreading_over_classes() -> None:
+    queue: FairQueue[str] = FairQueue(QueueLimits(tokens=1e9, entries=1024))
+    pushed = [queue.push(entry("flood", priority=-number % 8)) for number in range(2000)]
+    assert sum(pushed) == pytest.approx(1024 * THRESHOLD / (THRESHOLD + 1), abs=1)
+    assert queue.push(entry("small", priority=-8))
+
+
+def test_a_higher_class_displaces_the_largest_tenant_of_the_lowest_class() -> None:
+    queue: FairQueue[str] = FairQueue(QueueLimits(tokens=1e9, entries=9))
+    for tenant, priority in (("usual", 0), ("flood", -1), ("flood", -1), ("other", -1)):
+        assert queue.push(entry(tenant, priority=priority))
+    for number in range(5):
+        assert queue.push(entry(f"t{number}"))
+    new = entry("urgent", priority=1)
+    assert not queue.push(new)
+    assert [loser.tenant for loser in queue.displace(new)] == ["flood"]
+    assert queue.push(new)
+    assert not queue.displace(entry("late", priority=-1))  # no class is lower
+    assert len(queue) == 9
+
+
+def test_nothing_is_displaced_if_that_does_not_make_enough_room() -> None:
+    queue: FairQueue[str] = FairQueue(QueueLimits(tokens=100, entries=9))
+    assert queue.push(entry("a", 60))
+    assert queue.push(entry("b", 30, priority=-1))
+    assert not queue.displace(entry("urgent", 50, priority=0))
+    assert len(queue) == 2
+
+
 def test_a_request_larger_than_the_queue_never_blocks_it() -> None:
     queue: FairQueue[str] = FairQueue(QueueLimits(tokens=100, entries=10))
     assert not queue.push(entry("a", 5000))
@@ -175,12 +204,18 @@ def test_a_changed_weight_applies_from_the_next_request() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from("pqrx"), st.integers(0, 5), st.integers(0, 3))))
 def test_no_entry_is_lost_or_served_twice(steps: list[tuple[str, int, int]]) -> None:
-    queue: FairQueue[int] = FairQueue(QueueLimits(tokens=500, entries=40))
+    queue: FairQueue[int] = FairQueue(QueueLimits(tokens=120, entries=12))
     waiting: dict[int, QueueEntry[int]] = {}
     for number, (step, tenant, priority) in enumerate(steps):
         if step in "pq":
             one = QueueEntry(number, f"t{tenant}", 10.0 + tenant, 60.0, float(tenant % 3), priority)
-            if queue.push(one):
+            accepted = queue.push(one)
+            if not accepted and (losers := queue.displace(one)):
+                for loser in losers:
+                    del waiting[loser.item]
+                accepted = queue.push(one)
+                assert accepted
+            if accepted:
                 waiting[number] = one
         elif step == "r" and waiting:
             queue.remove(gone := waiting.pop(min(waiting)))

@@ -179,10 +179,7 @@ class AdmissionQueue:
         wait_s = estimated_s * self._correction.factor(tenant.name, since_s)
         self._refuse_if_late(claim, wait_s)
         if not self._queue.push(entry):
-            self._meter.shed("queue_full")
-            raise OverloadedError(
-                f"{self._pool_name}: the queue is full", retry_after_s=_retry_s(wait_s)
-            )
+            self._displace_for(entry, wait_s)
         timer = loop.call_at(claim.expires_s, self._expire, entry)
         try:
             return await future
@@ -194,9 +191,29 @@ class AdmissionQueue:
             raise
         finally:
             timer.cancel()
-            if estimated_s and not future.cancelled():  # an abandoned wait says nothing
+            if estimated_s and _is_evidence(future):
                 now_s = loop.time()
                 self._correction.learn(tenant.name, estimated_s, now_s - since_s, now_s)
+
+    def _displace_for(self, entry: QueueEntry[Waiter], wait_s: float) -> None:
+        """Queue an entry in a full queue by rejecting requests of lower priority classes.
+
+        Raises:
+            OverloadedError: That does not make room for it.
+        """
+        displaced = self._queue.displace(entry)
+        for loser in displaced:
+            if not loser.item.slot.done():
+                self._meter.shed("displaced")
+                message = f"{self._pool_name}: displaced from the full queue by a higher priority"
+                loser.item.slot.set_exception(
+                    _DisplacedError(message, retry_after_s=self._drain_s())
+                )
+        if not displaced or not self._queue.push(entry):
+            self._meter.shed("queue_full")
+            raise OverloadedError(
+                f"{self._pool_name}: the queue is full", retry_after_s=_retry_s(wait_s)
+            )
 
     def _estimate_wait_s(self, entry: QueueEntry[Waiter], now_s: float) -> float:
         """Return the wait of a new entry in seconds; 0 if nothing reliable is known."""
@@ -260,11 +277,23 @@ class AdmissionQueue:
                 retry_after_s=_NO_REPLICA_RETRY_S,
             )
         self._meter.shed("expired")
-        rate = self.capacity.drain_tokens_per_s()
-        wait_s = self._queue.tokens / rate if rate else _NO_REPLICA_RETRY_S
         return OverloadedError(
-            f"{self._pool_name}: no slot became free in time", retry_after_s=_retry_s(wait_s)
+            f"{self._pool_name}: no slot became free in time", retry_after_s=self._drain_s()
         )
+
+    def _drain_s(self) -> float:
+        """Return the time in which the queue drains, as a ``Retry-After``."""
+        rate = self.capacity.drain_tokens_per_s()
+        return _retry_s(self._queue.tokens / rate if rate else _NO_REPLICA_RETRY_S)
+
+
+class _DisplacedError(OverloadedError):
+    """A request of a higher class took the request's place in a full queue."""
+
+
+def _is_evidence(slot: asyncio.Future[Slot]) -> bool:
+    """Return True if a wait ended with a slot or at its deadline, not early for another reason."""
+    return not slot.cancelled() and not isinstance(slot.exception(), _DisplacedError)
 
 
 def _stopping() -> UnavailableError:

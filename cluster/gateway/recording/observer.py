@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from cluster.tracing.router import RequestTrace
     from cluster.tracing.tracer import Tracer
 
-ShedReason = Literal["queue_full", "too_long", "deadline", "expired"]
+ShedReason = Literal["queue_full", "too_long", "deadline", "expired", "displaced"]
 FailoverReason = Literal["lost", "refused", "unavailable", "drained"]
 
 OnEnd = Callable[[int, Usage | None], None]
