@@ -158,6 +158,30 @@ async def test_request_fails_over_before_the_response_begins(how: str) -> None:
         assert await failovers(world) == {how: 1}
 
 
+async def test_retried_request_goes_first_and_is_not_rejected_for_its_age() -> None:
+    async with gateway_world(queue_timeout_s=0.5) as world:
+        await world.add("gen", "gen-1")
+        old = asgi.start(world.app, "POST", CHAT, {"wait_before": True})
+        await world.until(lambda: world.servers["gen-1"].num_streams == 1)
+        await asyncio.sleep(0.6)  # longer than a request may wait in the queue
+        other = await world.add("gen", "gen-2")
+        running = [asgi.start(world.app, "POST", CHAT, {"wait_before": True}) for _ in range(3)]
+        pool = world.gateway.pools["gen"]
+        await world.until(lambda: pool.num_in_flight == 4)
+        queued = asgi.start(world.app, "POST", CHAT, {"queued": True})
+        await world.until(lambda: pool.num_queued == 1)
+        world.remove("gen", "gen-1")
+        await world.servers["gen-1"].stop()
+        await world.until(lambda: pool.num_queued >= 2)
+        other.gate.set()
+        for call in (old, *running, queued):
+            assert (await call.done()).status == 200
+        ids = [dict(scope["headers"])[b"x-request-id"].decode() for scope in other.seen]
+        assert ids.index(old.answer.headers["x-request-id"]) < ids.index(
+            queued.answer.headers["x-request-id"]
+        )
+
+
 async def test_cut_off_stream_ends_with_an_error_event() -> None:
     async with gateway_world() as world:
         await world.add("gen", "gen-1")

@@ -4,7 +4,9 @@ Calls go one way: a request takes its slot from the queue, the queue from the re
 replica set reports changes to the queue by callbacks, which this module connects.
 """
 
+import asyncio
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from cluster.admission import PoolCapacity
@@ -13,6 +15,7 @@ from cluster.gateway.pools.replica import ReplicaInfo, Wiring
 from cluster.gateway.pools.replica_set import PoolLimits, ReplicaSet
 from cluster.gateway.pools.retry_budget import RetryBudget
 from cluster.gateway.pools.routes import RouteTable
+from cluster.gateway.pools.slots import Claim
 from cluster.gateway.recording.observer import PoolMeter
 from cluster.routing import TokenEstimator
 
@@ -68,6 +71,11 @@ class Pool:
         """Longest wait for a slot, in seconds, of a request that arrives now."""
         limits = self.limits
         return (self.is_asleep and limits.start_timeout_s) or limits.queue_timeout_s
+
+    def renew_claim(self, claim: Claim) -> Claim:
+        """Return the claim for another attempt, which may wait as long as a new request."""
+        expires_s = asyncio.get_running_loop().time() + self.queue_timeout_s
+        return replace(claim, expires_s=min(expires_s, claim.deadline_s), is_retry=True)
 
     def needs_adapter(self, model: str) -> str | None:
         """Return the adapter to route by; None if every replica holds all adapters at once."""

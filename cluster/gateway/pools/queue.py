@@ -12,7 +12,14 @@ import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from cluster.admission import FairQueue, PoolCapacity, QueueEntry, QueueLimits, WaitCorrection
+from cluster.admission import (
+    MAX_PRIORITY,
+    FairQueue,
+    PoolCapacity,
+    QueueEntry,
+    QueueLimits,
+    WaitCorrection,
+)
 from cluster.errors import OverloadedError, RequestError, UnavailableError
 from cluster.gateway.pools.slots import Claim, Slot, SlotSource
 from cluster.gateway.recording.observer import PoolMeter
@@ -21,6 +28,7 @@ from cluster.usage import Usage
 
 MAX_RETRY_S = 60.0
 """Upper limit of the ``Retry-After`` header."""
+_RETRY_PRIORITY = MAX_PRIORITY + 1
 _NO_REPLICA_RETRY_S = 5.0
 # Refuse if 1.5 times the estimated wait exceeds the timeout: the estimate is uncertain, overload
 # keeps every wait at the limit, and a shorter queue costs no throughput.
@@ -86,6 +94,8 @@ class AdmissionQueue:
         """
         if self._closed:
             raise _stopping()
+        if claim.is_retry:
+            return await self._retake_slot(claim)
         if not self._queue:
             self._num_finished = 0
             if (slot := self._try_slot(claim)) is not None:
@@ -162,6 +172,14 @@ class AdmissionQueue:
             self.capacity.add_request(claim.work_tokens)
         return slot
 
+    async def _retake_slot(self, claim: Claim) -> Slot:
+        """Return a slot for a request that had one, before all others."""
+        slot = self._try_slot(claim) or await self._wait(claim)
+        # Releasing the first slot refunded the work.
+        tenant = claim.identity.tenant
+        self._queue.charge(tenant.name, claim.priority, tenant.weight, claim.work_tokens)
+        return slot
+
     async def _wait(self, claim: Claim) -> Slot:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Slot] = loop.create_future()
@@ -172,10 +190,10 @@ class AdmissionQueue:
             tenant.name,
             claim.work_tokens,
             claim.expires_s,
-            tenant.weight,
-            claim.priority,
+            1.0 if claim.is_retry else tenant.weight,
+            _RETRY_PRIORITY if claim.is_retry else claim.priority,
         )
-        estimated_s = self._estimate_wait_s(entry, since_s)
+        estimated_s = 0.0 if claim.is_retry else self._estimate_wait_s(entry, since_s)
         wait_s = estimated_s * self._correction.factor(tenant.name, since_s)
         self._refuse_if_late(claim, wait_s)
         if not self._queue.push(entry):

@@ -103,6 +103,8 @@ async def _send_with_failover(
     num_lost = 0
     pool.retries.add_request()
     for _ in range(MAX_ATTEMPTS):
+        if failure is not None:
+            claim = pool.renew_claim(claim)
         slot = await pool.queue.take_slot(claim)
         if failure is not None:
             pool.meter.failed_over(failure)

@@ -30,6 +30,9 @@ class Claim:
     adapter: str | None = None
     """LoRA adapter that the request names; only replicas that serve it can answer."""
 
+    is_retry: bool = False
+    """True if its replica was lost: it had its turn already, so it goes first."""
+
     @property
     def has_deadline(self) -> bool:
         """True if the client set a timeout."""
