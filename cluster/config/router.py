@@ -34,7 +34,7 @@ class RouterConfig(Section):
     then 408. Applies with HAProxy."""
     client_timeout_s: int = Field(60, ge=1)
     """Time after which HAProxy closes the connection of a client that stops sending its body or
-    stops reading its answer, in seconds."""
+    stops reading its answer, in seconds. Without HAProxy, the router ends such an answer."""
     max_queued: int = Field(1024, ge=0)
     """Maximum number of queued requests per pool; beyond it requests are shed (429)."""
     max_queued_tokens: float = Field(2_000_000, gt=0)

@@ -1,5 +1,6 @@
 """ASGI application of the gateway: reads requests, and writes each chunk of a response at once."""
 
+import asyncio
 from contextlib import aclosing
 from typing import Any
 
@@ -58,7 +59,7 @@ class GatewayApp:
             )
         if id_ and not self._behind_serve:
             response.headers.append((b"x-request-id", id_.encode()))
-        await _send(response, method, send)
+        await _send(response, method, send, self._gateway.client_timeout_s)
 
 
 async def _read_body(headers: Headers, receive: Receive, limit: int) -> bytes:
@@ -81,18 +82,62 @@ async def _read_body(headers: Headers, receive: Receive, limit: int) -> bytes:
             return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
-async def _send(response: Response, method: str, send: Send) -> None:
+async def _send(response: Response, method: str, send: Send, stall_timeout_s: float) -> None:
     start: dict[str, Any] = {"type": "http.response.start", "status": response.status}
+    guard = _StallGuard(stall_timeout_s)
     async with aclosing(response.body) as body:
         await send({**start, "headers": response.headers})
-        if method != "HEAD":
-            try:
-                async for chunk in body:
+        try:
+            async for chunk in body:
+                if method != "HEAD":  # its body is read, too, so that the replica finishes
+                    guard.is_sending = True
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            except (LinkError, RequestError) as error:
-                # The status is sent already; only closing the connection still shows the error.
-                raise ConnectionResetError(str(error)) from error
+                    guard.is_sending = False
+                    guard.num_sent += 1
+        except (LinkError, RequestError) as error:
+            # The status is sent already; only closing the connection still shows the error.
+            raise ConnectionResetError(str(error)) from error
+        except asyncio.CancelledError as error:
+            guard.raise_if_stalled(error)
+            raise
+        finally:
+            guard.stop()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class _StallGuard:
+    """Cancels the current task if a client reads nothing for ``timeout_s``."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.is_sending = False
+        self.num_sent = 0
+        self._timeout_s = timeout_s
+        self._task = asyncio.current_task()
+        self._loop = asyncio.get_running_loop()
+        self._num_seen = 0
+        self._progress_s = self._loop.time()
+        self._has_stalled = False
+        self._timer = self._loop.call_later(timeout_s / 4, self._check)
+
+    def stop(self) -> None:
+        self._timer.cancel()
+
+    def raise_if_stalled(self, error: asyncio.CancelledError) -> None:
+        if self._has_stalled and self._task is not None:
+            self._task.uncancel()
+            raise ConnectionResetError(
+                f"The client read nothing for {self._timeout_s:g} s."
+            ) from error
+
+    def _check(self) -> None:
+        if not self.is_sending or self.num_sent != self._num_seen:
+            self._num_seen = self.num_sent
+            self._progress_s = self._loop.time()
+        elif self._loop.time() - self._progress_s >= self._timeout_s and self._task is not None:
+            self._has_stalled = True
+            self._task.cancel()
+            return
+        self._timer = self._loop.call_later(self._timeout_s / 4, self._check)
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

@@ -67,6 +67,7 @@ class Gateway:
     ) -> None:
         router = config.router
         self.max_body_bytes = int(router.max_body_bytes)
+        self.client_timeout_s = router.client_timeout_s
         self.registry = Registry()
         """Metrics of this router."""
         self.request_log = RequestLog(router.log_requests_per_s, log_prompts=router.log_prompts)

@@ -35,6 +35,7 @@ T = TypeVar("T")
 _BACKOFF_MIN_S = 0.05
 _BACKOFF_MAX_S = 2.0
 _MAX_STREAM_ID = 2**32 - 1
+_REPORT_TIMEOUT_S = 2.0  # older replicas do not report the usage of a cancelled stream
 _MAX_UNSORTED_FRAMES = 8  # batches of more frames are sorted; see ClientConnection.on_frames
 
 
@@ -262,6 +263,8 @@ class ClientConnection(Connection):
     ) -> None:
         super().__init__(Handshake("client", secret, options.window_bytes), options, counts)
         self.streams: dict[int, ClientStream] = {}
+        # Cancelled streams whose usage the replica has yet to report.
+        self._reporting: dict[int, ClientStream] = {}
         self._ready: asyncio.Future[None] = self.loop.create_future()
         self._link = link
         self._last_id = 0
@@ -272,10 +275,11 @@ class ClientConnection(Connection):
         await asyncio.wait([self._ready])
 
     def open(self, head: RequestHead, body: bytes | AsyncIterator[bytes]) -> ClientStream:
+        payload = frames.encode_head(head)  # first, because it can raise
         stream_id = self._next_id()
         stream = ClientStream(self, stream_id, self._remove_stream)
         self.streams[stream_id] = stream
-        self.write(stream_id, frames.REQUEST, 0 if body else END, frames.encode_head(head))
+        self.write(stream_id, frames.REQUEST, 0 if body else END, payload)
         if isinstance(body, bytes) and len(body) <= frames.CHUNK_BYTES:
             if body:
                 stream.sender.credit -= len(body)
@@ -308,6 +312,8 @@ class ClientConnection(Connection):
                 stream = streams.get(stream_id)
                 if stream is not None:
                     stream.on_data(flags, payload)
+                elif flags & END:
+                    self._end_report(stream_id)
             else:
                 self._on_frame(stream_id, kind, flags, payload)
 
@@ -320,6 +326,8 @@ class ClientConnection(Connection):
             return
         for stream in list(self.streams.values()):
             stream.fail(LinkClosedError(str(error)))
+        for stream_id in list(self._reporting):
+            self._end_report(stream_id)
         self._link.handle_lost(error)
 
     def _on_frame(self, stream_id: int, kind: int, flags: int, payload: bytes) -> None:
@@ -332,7 +340,11 @@ class ClientConnection(Connection):
         elif kind not in (RESPONSE, frames.WINDOW, frames.ERROR, frames.USAGE):
             self.handle_ping(kind)
         elif (stream := self.streams.get(stream_id)) is None:
-            return  # the stream ended or was cancelled while the frame was in transit
+            # The stream ended or was cancelled while the frame was in transit.
+            if kind == frames.ERROR:
+                self._end_report(stream_id)
+            elif kind == frames.USAGE and (stream := self._reporting.get(stream_id)) is not None:
+                stream.usage = decode_head(payload, Usage)
         elif kind == RESPONSE:
             stream.on_response(payload)
         elif kind == frames.WINDOW:
@@ -349,12 +361,19 @@ class ClientConnection(Connection):
         self._num_prefixes += 1
         self._link.handle_prefixes(events)
 
-    def _remove_stream(self, stream_id: int) -> None:
-        self.streams.pop(stream_id, None)
+    def _remove_stream(self, stream: ClientStream, reports: bool) -> None:
+        self.streams.pop(stream.stream_id, None)
+        if reports:
+            self._reporting[stream.stream_id] = stream
+            self.loop.call_later(_REPORT_TIMEOUT_S, self._end_report, stream.stream_id)
+
+    def _end_report(self, stream_id: int) -> None:
+        if (stream := self._reporting.pop(stream_id, None)) is not None:
+            stream.finish()
 
     def _next_id(self) -> int:
         self._last_id = self._last_id % _MAX_STREAM_ID + 1
-        while self._last_id in self.streams:
+        while self._last_id in self.streams or self._last_id in self._reporting:
             self._last_id = self._last_id % _MAX_STREAM_ID + 1
         return self._last_id
 

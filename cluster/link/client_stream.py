@@ -5,6 +5,7 @@ that sends a large request body.
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from types import TracebackType
 from typing import NamedTuple, Self, cast
@@ -14,6 +15,8 @@ from cluster.link import frames
 from cluster.link.connection import Connection, StreamSender
 from cluster.link.frames import END, TOKENS, ResponseHead, decode_tokens, tokens_end
 from cluster.usage import Usage
+
+logger = logging.getLogger(__name__)
 
 
 class Chunk(NamedTuple):
@@ -29,15 +32,25 @@ class ClientStream:
 
     Leaving it as a context manager cancels it unless it has ended. A stream that is neither read
     to its end nor cancelled stays open on the replica.
+
+    ``on_finished`` is called once when the replica has finished: with the end of the response,
+    even if nobody has read it; with an error; or after ``cancel``, when ``usage`` has the usage
+    until then, or the replica did not report it in time.
     """
 
     def __init__(
-        self, connection: Connection, stream_id: int, on_end: Callable[[int], object]
+        self,
+        connection: Connection,
+        stream_id: int,
+        on_end: Callable[["ClientStream", bool], object],
     ) -> None:
         self.stream_id = stream_id
         self.sender = StreamSender(connection, stream_id)
         self.usage: Usage | None = None
         """Usage of the request; set at its end if the application reports it."""
+        self.on_finished: Callable[[], object] | None = None
+        self.arrivals_s: list[float] | None = None
+        """Times at which pieces of the body arrived (``time.perf_counter``), if it is a list."""
         self._connection = connection
         self._create_future = connection.loop.create_future
         self._on_end = on_end
@@ -110,6 +123,11 @@ class ClientStream:
         """True once the replica has finished; data that arrived before can still be read."""
         return self._ended or self._error is not None
 
+    @property
+    def error(self) -> Exception | None:
+        """Reason why the stream failed or was cancelled, if it was."""
+        return self._error
+
     def cancel(self) -> None:
         """Stop the work on the replica and drop unread data; safe to call at any time."""
         self._chunks.clear()
@@ -138,6 +156,9 @@ class ClientStream:
         if self._head is None:
             raise LinkProtocolError("DATA before RESPONSE")
         if payload:
+            times = self.arrivals_s
+            if times is not None and not (times and times[-1] == self._connection.received_s):
+                times.append(self._connection.received_s)
             self._uncredited += len(payload)
             if self._uncredited > 2 * self._half_window + frames.MAX_PAYLOAD_BYTES:
                 raise LinkProtocolError("the peer sent more than the stream's window")
@@ -148,7 +169,8 @@ class ClientStream:
                 self._chunks.append(payload)
         if flags & END:
             self._ended = True
-            self._finish()
+            self._close()
+            self.finish()
         else:
             # ``_wake`` inlined: this runs once for each token.
             waiter = self._waiter
@@ -161,7 +183,17 @@ class ClientStream:
         """End the stream with an error unless it has ended."""
         if not self.ended:
             self._error = error
-            self._finish()
+            self._close()
+            self.finish()
+
+    def finish(self) -> None:
+        """Call ``on_finished``, once: the replica does nothing more for this stream."""
+        on_finished, self.on_finished = self.on_finished, None
+        if on_finished is not None:
+            try:
+                on_finished()
+            except Exception:  # must not end the other streams of the link
+                logger.exception("a callback of stream %d failed", self.stream_id)
 
     def start_upload(self, body: bytes | AsyncIterator[bytes]) -> asyncio.Task[None]:
         self._upload = asyncio.create_task(self._send_body(body))
@@ -188,10 +220,12 @@ class ClientStream:
     def _abort(self, error: Exception) -> None:
         if not self.ended:
             self._connection.write(self.stream_id, frames.CANCEL)
-            self.fail(error)
+            self._error = error
+            self._close(reports=self.on_finished is not None)
 
-    def _finish(self) -> None:
-        self._on_end(self.stream_id)
+    def _close(self, *, reports: bool = False) -> None:
+        """End the stream for its reader; if it ``reports``, the replica's usage is awaited."""
+        self._on_end(self, reports)
         self.sender.close()
         if self._upload is not None:
             self._upload.cancel()

@@ -8,6 +8,7 @@ one system call. ``client`` and ``server`` subclass ``Connection`` and handle th
 import asyncio
 import logging
 from dataclasses import dataclass
+from time import perf_counter
 from typing import cast
 
 from cluster.errors import LinkAuthError, LinkClosedError, LinkError, LinkProtocolError
@@ -104,6 +105,8 @@ class Connection(asyncio.Protocol):
         self.error: LinkError | None = None
         """Reason why the connection ended; None while it is open."""
         self.peer_window_bytes = 0
+        self.received_s = 0.0
+        """Time of the last read from the socket (``time.perf_counter``)."""
         self.loop = asyncio.get_running_loop()
         self._closed: asyncio.Future[None] = self.loop.create_future()
         self._handshake: Handshake | None = handshake
@@ -193,6 +196,7 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._heard = True
+        self.received_s = perf_counter()
         try:
             if self._handshake is None:
                 batch = self._decoder.feed(data)

@@ -21,7 +21,8 @@ BODY       id      router to replica: a piece of the request's body; END: the la
 RESPONSE   id      replica to router: ``ResponseHead``
 DATA       id      replica to router: a piece of the response's body; END: the last one;
                    TOKENS: starts with count u16 | count x u32, the ids of its tokens
-CANCEL     id      router to replica: stop working on this stream
+CANCEL     id      router to replica: stop working on this stream. The replica answers with
+                   USAGE, if it counted any tokens, and an empty DATA with END
 WINDOW     id      u32, bytes that the peer may send in addition on this stream
 USAGE      id      replica to router, before the end: ``Usage``
 ERROR      id      replica to router, ends the stream: [status, message]; REFUSED: the

@@ -50,6 +50,7 @@ class ServerStream:
         self._uncredited = 0  # received bytes for which the peer has not got new credit
         self._body_ended = not has_body
         self._body_received = False
+        self._cancelled = False
         self._changed = Signal()
 
     # -- for the application --
@@ -115,13 +116,19 @@ class ServerStream:
     def disconnect(self) -> None:
         """Cancel the application: the router cancelled, or its connection ended."""
         if not (self.complete or self.disconnected):
-            self.disconnected = True
+            self.disconnected = self._cancelled = True
             self._finish()
             if self.task is not None:
                 self.task.cancel()
 
     def on_task_done(self, task: asyncio.Task[None]) -> None:
-        """Send an error unless the application has sent a complete response."""
+        """Send an error unless the application has sent a complete response.
+
+        A cancelled stream ends with its usage until then.
+        """
+        if self._cancelled:
+            self._send_usage()
+            self._connection.write(self.stream_id, DATA, END)
         if task.cancelled():
             self._send_error(
                 503, "The replica stopped before the response was complete; try again."

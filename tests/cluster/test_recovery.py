@@ -1,15 +1,21 @@
 """Recovery from a killed engine and a killed replica, without hanging requests or processes."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from typing import Any
 
+import anthropic
 import httpx
+import openai
 
 from tests.cluster.conftest import RunningCluster
 from tests.cluster.engine_processes import engines_of_cluster
 
 MODEL = "smollm2"
+MAX_TOKENS = 1500
+"""Tokens of an answer that is cut off long before its end."""
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float, event: str) -> None:
@@ -17,6 +23,66 @@ def wait_until(condition: Callable[[], bool], timeout_s: float, event: str) -> N
     while not condition():
         assert time.monotonic() < deadline, f"{event} took longer than {timeout_s} s"
         time.sleep(0.2)
+
+
+def open_chat(url: str) -> Iterator[Any]:
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    return iter(
+        client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": "Count."}],
+            max_tokens=MAX_TOKENS,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+    )
+
+
+def open_responses(url: str) -> Iterator[Any]:
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    return iter(
+        client.responses.create(
+            model=MODEL,
+            input="Count.",
+            max_output_tokens=MAX_TOKENS,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+    )
+
+
+def open_messages(url: str) -> Iterator[Any]:
+    client = anthropic.Anthropic(base_url=url, api_key="none", max_retries=0)
+    return iter(
+        client.messages.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": "Count."}],
+            max_tokens=MAX_TOKENS,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+    )
+
+
+STREAMS: dict[str, Callable[[str], Iterator[Any]]] = {
+    "openai chat": open_chat,
+    "openai responses": open_responses,
+    "anthropic": open_messages,
+}
+
+
+def read_stream(name: str, url: str, has_begun: Barrier) -> Exception | None:
+    """Return the error that ends a stream; None if it ends without one."""
+    try:
+        stream = STREAMS[name](url)
+        for _ in range(4):
+            next(stream)
+        has_begun.wait(timeout=60)
+        for _ in stream:
+            pass
+    except Exception as error:
+        return error
+    return None
 
 
 def test_a_dead_engine_is_replaced(cluster: RunningCluster) -> None:
@@ -27,14 +93,24 @@ def test_a_dead_engine_is_replaced(cluster: RunningCluster) -> None:
         assert len(old) == 1
 
         long = {**body, "max_tokens": 300, "ignore_eos": True}
-        with ThreadPoolExecutor(1) as thread:
+        with ThreadPoolExecutor(1 + len(STREAMS)) as thread:
             in_flight = thread.submit(http.post, "/v1/completions", json=long)
+            barrier = Barrier(1 + len(STREAMS))
+            streams = [
+                thread.submit(read_stream, name, cluster.http_url, barrier) for name in STREAMS
+            ]
             wait_until(
-                lambda: http.get("/ready").json()["pools"][MODEL]["running"] == 1,
+                lambda: http.get("/ready").json()["pools"][MODEL]["running"] == 1 + len(STREAMS),
                 30,
-                "starting the request",
+                "starting the requests",
             )
+            barrier.wait(timeout=60)
             old[0].kill()
+            for stream in streams:
+                error = stream.result(timeout=60)
+                assert isinstance(error, openai.APIError | anthropic.APIStatusError), error
+                assert "try again" in str(error), error
+                assert "EngineCore" not in str(error)
             # No byte had been sent, so the request fails over to the new replica, or gets 503
             # if no replica is left to wait for.
             interrupted = in_flight.result(timeout=200)

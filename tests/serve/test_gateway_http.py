@@ -196,6 +196,7 @@ async def test_in_flight_requests_and_tokens_are_exported() -> None:
         assert served["tandem_in_flight_requests", "gen"] == 1
         assert served["tandem_in_flight_tokens", "gen"] > 0
         await call.cancel()
+        await world.until_idle()
         assert (await metrics(world))["tandem_in_flight_tokens", "gen"] == 0
 
 
@@ -213,6 +214,7 @@ async def test_every_request_is_counted_once() -> None:
         call = asgi.start(world.app, "POST", CHAT, {"wait_before": True})
         await world.until(lambda: len(replica.seen) == 4)
         await call.cancel()
+        await world.until_idle()
         found = await metrics(world)
         requests = {key[1:]: value for key, value in found.items() if key[0] == REQUESTS_TOTAL}
         assert requests == {

@@ -159,6 +159,7 @@ async def test_failures_are_marked_without_their_message() -> None:
 async def test_a_client_disconnect_ends_all_spans() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"a", "more_body": True})
         await asyncio.Future()
 
     with otlp.collect_spans() as received:

@@ -103,7 +103,12 @@ class AdmissionQueue:
         return await self._wait(claim)
 
     def release_slot(
-        self, slot: Slot, done_tokens: float | None = 0.0, usage: Usage | None = None
+        self,
+        slot: Slot,
+        done_tokens: float | None = 0.0,
+        usage: Usage | None = None,
+        *,
+        is_abandoned: bool = False,
     ) -> None:
         """Release the slot of a request that has ended.
 
@@ -111,10 +116,14 @@ class AdmissionQueue:
             slot: Returned by ``take_slot``.
             done_tokens: Work that was done; 0 if the request failed, None if unknown.
             usage: Usage of the request, if the replica reported it.
+            is_abandoned: True if the client disconnected: the tenant pays, but the duration says
+                nothing about the replica.
         """
-        claim, held_s = slot.claim, self._slots.release_slot(slot, usage)
-        self.capacity.remove_request(claim.work_tokens, done_tokens or 0.0, held_s)
-        self._num_finished += bool(done_tokens)
+        claim = slot.claim
+        held_s = self._slots.release_slot(slot, None if is_abandoned else usage)
+        learned_tokens = 0.0 if is_abandoned or done_tokens is None else done_tokens
+        self.capacity.remove_request(claim.work_tokens, learned_tokens, held_s)
+        self._num_finished += bool(learned_tokens)
         if done_tokens is not None:
             tenant = claim.identity.tenant
             excess = done_tokens - claim.work_tokens

@@ -5,6 +5,7 @@ can fail over to another replica, and an error in the first event of a stream be
 the response. After that, a broken stream ends with an error event in the format of its API.
 """
 
+import asyncio
 import logging
 from dataclasses import replace
 from hashlib import sha256
@@ -26,7 +27,7 @@ from cluster.gateway.pools.routes import OTHER
 from cluster.gateway.pools.slots import Claim, Slot
 from cluster.gateway.recording.observer import FailoverReason, OnEnd, RequestObserver
 from cluster.gateway.recording.request_log import CLIENT_DISCONNECTED
-from cluster.link import RequestHead
+from cluster.link import ClientStream, RequestHead
 from cluster.usage import Usage
 
 logger = logging.getLogger("ray.serve.tandem")
@@ -73,7 +74,8 @@ async def relay(
             observer.status = error.status
         elif isinstance(error, Exception):  # a defect
             observer.status = InternalError.status
-        observer.end(None)  # a cancellation keeps the status of a disconnect
+        if not observer.ends_later:
+            observer.end(None)  # a cancellation keeps the status of a disconnect
         raise
     return response if account is None else await add_usage(request, response, account)
 
@@ -135,7 +137,11 @@ async def _send_with_failover(
 
 
 class RelayedBody:
-    """Body of a replica's response; releases the request's slot when it ends, in any way."""
+    """Body of a replica's response.
+
+    Releases the slot and ends the observation when the replica has finished, however slowly the
+    client reads. If the client disconnects, that is when the replica has reported the usage.
+    """
 
     def __init__(self, pool: Pool, slot: Slot, request: Request, observer: RequestObserver) -> None:
         self._pool = pool
@@ -146,7 +152,8 @@ class RelayedBody:
         self._is_event_stream = False
         self._first: bytes | None = None  # first chunk, until it is passed on
         self._last = b""
-        self._ended = False
+        self._is_read = False  # True once the client gets nothing more
+        self._ended = False  # True once the slot is released
 
     async def open(self, head: RequestHead, body: bytes) -> Response:
         """Send the request; return the response that has this body once its first byte is here.
@@ -162,9 +169,12 @@ class RelayedBody:
             if state == "fallback":
                 self._pool.meter.fallbacks.add()
             head = self._observer.trace_attempt(head, info.id, (info.host, info.port), state)
-            self._answer = replica.open(head, body)
-            response = await self._answer.head()
-            self._first = await self._answer.read()
+            answer = self._answer = replica.open(head, body)
+            arrivals_s: list[float] = []
+            if isinstance(answer, ClientStream):
+                answer.arrivals_s = arrivals_s
+            response = await answer.head()
+            self._first = await answer.read()
             headers = [pair for pair in response.headers if pair[0] not in _NOT_RETURNED]
             self._is_event_stream = any(
                 name == b"content-type" and value.startswith(b"text/event-stream")
@@ -172,13 +182,25 @@ class RelayedBody:
             )
             if self._is_event_stream and (error := first_event_error(self._first)) is not None:
                 raise error
+        except asyncio.CancelledError:
+            self._observer.ends_later = True
+            await self.aclose()
+            raise
         except BaseException:
             self._release_slot(0.0)
+            if self._answer is not None:
+                self._answer.cancel()
             raise
-        if self._is_event_stream:
-            self._observer.write_times.append(perf_counter())
-            self._pool.replicas.first_token(self._slot)
         self._observer.status = response.status
+        if self._is_event_stream:
+            self._observer.write_times = arrivals_s or [perf_counter()]
+            self._pool.replicas.first_token(self._slot)
+        if isinstance(answer, ClientStream):
+            if not self._is_event_stream:
+                answer.arrivals_s = None
+            answer.on_finished = self._on_finished
+            if answer.ended:
+                answer.finish()
         return Response(response.status, headers, self)
 
     @property
@@ -190,37 +212,51 @@ class RelayedBody:
         return self
 
     async def __anext__(self) -> bytes:
-        if self._ended:
+        if self._is_read:
             raise StopAsyncIteration
         chunk, self._first = self._first, None
         if chunk is None:
             chunk = await self._read()
         if not chunk:
-            if self._slot.replica.is_draining:
-                self._pool.meter.failed_over("drained")
+            self._is_read = True
             self._end()
             raise StopAsyncIteration
         self._last = chunk
         return chunk
 
     async def _read(self) -> bytes:
-        assert self._answer is not None
+        answer = self._answer
+        assert answer is not None
         try:
-            chunk = await self._answer.read()
+            chunk = await answer.read()
         except (LinkError, RequestError) as error:
             return self._cut_off(error)
         except BaseException:
             await self.aclose()
             raise
-        if chunk and self._is_event_stream:
+        if chunk and self._is_event_stream and not isinstance(answer, ClientStream):
             self._observer.write_times.append(perf_counter())
         return chunk
 
     async def aclose(self) -> None:
-        """Cancel the rest of the response, if any, and release the slot."""
-        if not self._ended:
+        """Cancel the rest of the response, if any."""
+        if self._is_read:
+            return
+        self._is_read = True
+        answer = self._answer
+        if self._ended or answer is None:
+            self._end()
+        elif isinstance(answer, ClientStream) and not answer.ended:
+            self._observer.status = CLIENT_DISCONNECTED
+            answer.on_finished = self._end
+            answer.cancel()
+        else:
             self._observer.status = CLIENT_DISCONNECTED
             self._end()
+
+    def _on_finished(self) -> None:
+        assert isinstance(self._answer, ClientStream)
+        self._end(self._answer.error)
 
     def _cut_off(self, error: LinkError | RequestError) -> bytes:
         """Return the error event that ends a broken stream.
@@ -229,10 +265,8 @@ class RelayedBody:
             LinkError, RequestError: The format has no such event, or the last event is incomplete;
                 only closing the connection shows the client that the response is incomplete.
         """
-        self._pool.meter.cut_off.add()
-        self._observer.is_cut_off = True
-        self._end()
-        logger.warning("%s: response cut off: %s", self._request.id, error)
+        self._is_read = True
+        self._end(error)
         if not self._is_event_stream or not self._last.endswith(b"\n"):
             raise error
         if isinstance(error, LinkError):
@@ -242,15 +276,25 @@ class RelayedBody:
             raise error
         return event if self._last.endswith(b"\n\n") else b"\n" + event
 
-    def _end(self) -> None:
-        usage = self.usage
-        if usage is not None:
-            claim = self._slot.claim
-            self._pool.estimator.learn_usage(
-                claim.body_bytes, usage, claim.prompt, claim.view.fan_out
-            )
+    def _end(self, error: Exception | None = None) -> None:
+        """Release the slot and record the end of the request, once."""
+        if self._ended:
+            return
+        observer, usage = self._observer, self.usage
+        if error is not None:
+            self._pool.meter.cut_off.add()
+            observer.is_cut_off = True
+            logger.warning("%s: response cut off: %s", self._request.id, error)
+        elif observer.status != CLIENT_DISCONNECTED:
+            if self._slot.replica.is_draining:
+                self._pool.meter.failed_over("drained")
+            if usage is not None:
+                claim = self._slot.claim
+                self._pool.estimator.learn_usage(
+                    claim.body_bytes, usage, claim.prompt, claim.view.fan_out
+                )
         self._release_slot(self._done_tokens(usage), usage)
-        self._observer.end(usage)
+        observer.end(usage)
 
     def _done_tokens(self, usage: Usage | None) -> float | None:
         """Return the work that was done; None if unknown."""
@@ -262,9 +306,10 @@ class RelayedBody:
 
     def _release_slot(self, done_tokens: float | None, usage: Usage | None = None) -> None:
         self._ended = True
-        if self._answer is not None:
+        if self._answer is not None and not isinstance(self._answer, ClientStream):
             self._answer.cancel()
-        self._pool.queue.release_slot(self._slot, done_tokens, usage)
+        is_abandoned = self._observer.status == CLIENT_DISCONNECTED
+        self._pool.queue.release_slot(self._slot, done_tokens, usage, is_abandoned=is_abandoned)
 
 
 def _request_head(request: Request) -> RequestHead:

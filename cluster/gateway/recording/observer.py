@@ -143,7 +143,7 @@ class RequestObserver:
 
     __slots__ = (
         *("_arrived", "_first_write", "_meter", "_on_end", "_replica", "_request", "_route"),
-        *("_slot_taken", "_trace", "is_cut_off", "status", "write_times"),
+        *("_slot_taken", "_trace", "ends_later", "is_cut_off", "status", "write_times"),
     )
 
     def __init__(
@@ -157,13 +157,15 @@ class RequestObserver:
         self._arrived = perf_counter()
         self._slot_taken = self._first_write = 0.0
         self.write_times: list[float] = []
-        """Times of the stream's writes. The relay appends to it directly, because a method call
-        costs as much as the counting; ``count_gaps`` then drops all but the last."""
+        """Times at which pieces of the stream arrived. Its link appends to it directly, because a
+        method call costs as much as the counting; ``count_gaps`` then drops all but the last."""
         self.status = CLIENT_DISCONNECTED
         """Status of the response; until that is known, the status of a disconnect."""
         self._replica: str | None = None
         self.is_cut_off = False
         """True if the response ended before it was complete."""
+        self.ends_later = False
+        """True if the client disconnected and the replica has yet to report the usage."""
 
     def slot_taken(self, replica_id: str) -> None:
         """Note that the request got a slot; after a failover, again."""

@@ -1,0 +1,171 @@
+"""Slots, times and usage of requests whose clients read slowly or disconnect."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from cluster.asgi import Message, Receive, Scope, Send, usage_of
+from tests import asgi
+from tests.serve.gateway_kit import CHAT, ROUTES, World, gateway_world, metrics
+
+EVENT = b"data: 1\n\n"
+
+
+class Counting:
+    """Application that counts usage: 7 prompt tokens, and one token for each event it sends."""
+
+    def __init__(self, num_events: int, *, ends: bool, event: bytes = EVENT) -> None:
+        self._num_events = num_events
+        self._ends = ends
+        self._event = event
+        self.sent = asyncio.Event()
+        self.cancelled = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        usage = usage_of(scope)
+        usage.prompt_tokens = 7
+        try:
+            await self._stream(usage, send)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+
+    async def _stream(self, usage: Any, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for _ in range(self._num_events):
+            usage.completion_tokens += 1
+            body = {"type": "http.response.body", "body": self._event, "more_body": True}
+            await send(body)
+        self.sent.set()
+        if not self._ends:
+            await asyncio.Future()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class SlowClient:
+    """A client that reads nothing after the first chunk until ``gate`` is set."""
+
+    def __init__(self, world: World, body: Any) -> None:
+        self.gate = asyncio.Event()
+        self.chunks: list[bytes] = []
+        call = asgi.start(self._slow(world.app), "POST", CHAT, body)
+        self.done: Callable[[], Any] = call.done
+
+    def _slow(self, app: Any) -> Any:
+        async def slow_app(scope: Scope, receive: Receive, send: Send) -> None:
+            async def slow_send(message: Message) -> None:
+                if self.chunks:
+                    await self.gate.wait()
+                if body := message.get("body"):
+                    self.chunks.append(body)
+                await send(message)
+
+            await app(scope, receive, slow_send)
+
+        return slow_app
+
+
+async def completion_tokens(world: World) -> float:
+    found = await metrics(world)
+    return found["tandem_completion_tokens_total", "gen"]
+
+
+async def test_slow_reader_holds_no_slot_after_the_replica_has_finished() -> None:
+    async with gateway_world() as world:
+        await world.serve(Counting(500, ends=True), "gen", "gen-1", ROUTES)
+        client = SlowClient(world, {"model": "gen"})
+        await world.until(lambda: bool(client.chunks))
+        await world.until_idle()
+        assert await completion_tokens(world) == 500
+        await asyncio.sleep(0.3)
+        client.gate.set()
+        await client.done()
+        assert b"".join(client.chunks) == EVENT * 500
+        found = await metrics(world)
+        assert found["tandem_requests_total", "gen", CHAT, "200"] == 1
+        # The times are those of the replica, not of the client, which waited 0.3 s.
+        assert found["tandem_request_seconds_sum", "gen"] < 0.3
+        assert found["tandem_itl_seconds_sum", "gen"] < 0.3
+
+
+async def test_client_that_reads_nothing_is_disconnected() -> None:
+    async with gateway_world(client_timeout_s=1) as world:
+        app = Counting(1000, ends=True, event=b"data: " + b"1" * 10_000 + b"\n\n")
+        await world.serve(app, "gen", "gen-1", ROUTES)
+        client = SlowClient(world, {"model": "gen"})
+        await world.until(lambda: bool(client.chunks))
+        assert world.gateway.num_open_requests == 1  # more than the link's window is unread
+        with pytest.raises(ConnectionResetError, match="read nothing for 1 s"):
+            await client.done()
+        await world.until_idle()
+        assert app.cancelled == 1
+
+
+async def test_disconnected_client_pays_for_the_tokens_until_then() -> None:
+    async with gateway_world() as world:
+        app = Counting(50, ends=False)
+        await world.serve(app, "gen", "gen-1", ROUTES)
+        call = asgi.start(world.app, "POST", CHAT, {"model": "gen"})
+        await call.chunks(1)
+        await asyncio.wait_for(app.sent.wait(), 5)
+        await call.cancel()
+        await world.until_idle()
+        assert await completion_tokens(world) == 50
+        assert (await metrics(world))["tandem_requests_total", "gen", CHAT, "499"] == 1
+
+
+async def test_client_that_disconnects_before_the_first_byte_pays_for_its_prompt() -> None:
+    async with gateway_world() as world:
+        app = Counting(0, ends=False)
+        await world.serve(app, "gen", "gen-1", ROUTES)
+        call = asgi.start(world.app, "POST", CHAT, {"model": "gen"})
+        await asyncio.wait_for(app.sent.wait(), 5)
+        await call.cancel()
+        await world.until_idle()
+        assert (await metrics(world))["tandem_prompt_tokens_total", "gen"] == 7
+
+
+class Stubborn(Counting):
+    """Application that does not end when it is cancelled, once."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        except asyncio.CancelledError:
+            await asyncio.sleep(30)
+
+
+async def test_usage_is_awaited_for_a_limited_time() -> None:
+    async with gateway_world() as world:
+        app = Stubborn(5, ends=False)
+        await world.serve(app, "gen", "gen-1", ROUTES)
+        call = asgi.start(world.app, "POST", CHAT, {"model": "gen"})
+        await call.chunks(1)
+        await call.cancel()
+        assert world.gateway.num_open_requests == 1
+        await world.until_idle(3.0)
+        assert (await metrics(world))["tandem_requests_total", "gen", CHAT, "499"] == 1
+
+
+async def test_usage_is_not_awaited_from_a_lost_replica() -> None:
+    async with gateway_world() as world:
+        app = Stubborn(5, ends=False)
+        await world.serve(app, "gen", "gen-1", ROUTES)
+        call = asgi.start(world.app, "POST", CHAT, {"model": "gen"})
+        await call.chunks(1)
+        await call.cancel()
+        await world.gateway.pools["gen"].replicas.running[0].link.close()
+        assert world.gateway.num_open_requests == 0
+
+
+async def test_head_request_is_not_logged_as_a_disconnect() -> None:
+    async with gateway_world() as world:
+        await world.add("gen", "gen-1")
+        answer = await asgi.call(world.app, "HEAD", "/v1/responses/abc")
+        assert (answer.status, answer.body) == (200, b"")
+        found = await metrics(world)
+        route = "/v1/responses/{response_id}"
+        assert found["tandem_requests_total", "gen", route, "200"] == 1
