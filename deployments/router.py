@@ -1,5 +1,6 @@
 """The router deployment: a gateway that follows Serve's view of the running replicas."""
 
+import hmac
 import os
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -85,6 +86,7 @@ class Router:
             read_decisions=partial(read_decisions, [router_deployment, *pool_deployments.values()]),
             # `serve deploy` and KubeRay deploy without the checks of `tandem`.
             needs_keys=is_exposed and not config.router.open,
+            response_key=hmac.digest(self._secret, b"response ids", "sha256"),
         )
         self._routers: list[ReplicaInfo] = []
         self._quota_sync = QuotaSync(self._gateway.admission, self._gateway.pools, self._links)

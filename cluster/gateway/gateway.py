@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Mapping
+from secrets import token_bytes
 from typing import TYPE_CHECKING
 
 from cluster.admission import OPEN, Identity
@@ -11,6 +12,7 @@ from cluster.errors import InternalError, MethodNotAllowedError, RequestError
 from cluster.gateway.admission.admission import Admission
 from cluster.gateway.admission.authenticator import Authenticator
 from cluster.gateway.admission.quotas import TenantQuotas
+from cluster.gateway.admission.response_ids import ResponseIds
 from cluster.gateway.body import read_body
 from cluster.gateway.builtin.routes import PUBLIC_PATHS, BuiltinRoute, BuiltinRoutes
 from cluster.gateway.messages import Headers, Request, Response, error_response
@@ -50,6 +52,7 @@ class Gateway:
         routers: Links to the other routers, for the dashboard; None if there is only one.
         read_decisions: Returns autoscaling's last decisions, for the dashboard.
         needs_keys: True if every request is rejected while no keys are configured.
+        response_key: Key of the ids of stored responses, the same for all routers.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Gateway:
         routers: RouterLinks | None = None,
         read_decisions: ReadDecisions | None = None,
         needs_keys: bool = False,
+        response_key: bytes | None = None,
     ) -> None:
         router = config.router
         self.max_body_bytes = int(router.max_body_bytes)
@@ -77,7 +81,9 @@ class Gateway:
         export_pool_gauges(self.registry, self.pools.values())
         key_hashes = router.api_keys_sha256 + router.operator_keys_sha256
         authenticator = Authenticator(key_hashes, key_file, needs_keys=needs_keys)
-        self.admission = Admission(authenticator, TenantQuotas(self.registry))
+        self._response_ids = ResponseIds(response_key or token_bytes(32))
+        quotas = TenantQuotas(self.registry)
+        self.admission = Admission(authenticator, quotas, self._response_ids)
         self._load_reports = LoadReports(config, self.pools)
         self._dashboard = Dashboard(
             self.registry, self.pools, self.request_log, routers, read_decisions
@@ -106,6 +112,7 @@ class Gateway:
             sets_priority = claim.priority != 0 or body.priority is not None
             if sets_priority and pool.limits.engine_priorities and request.path in PRIORITY_PATHS:
                 request = with_engine_priority(request, claim.priority)
+            request = self._response_ids.assign(request)
             return await relay(request, pool, claim, ticket.end)
         except RequestError as error:
             return error_response(error, request.path)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 from uuid import uuid4
 
@@ -41,6 +41,23 @@ def header(headers: Headers, name: bytes) -> str | None:
         if key == name:
             return value.decode("latin-1")
     return None
+
+
+def with_json_field(request: Request, name: str, value: str | int) -> Request:
+    """Return the request with a field in its JSON body, instead of the client's value if any.
+
+    Parsers take the last of duplicate fields, so the body is not decoded.
+    """
+    body = request.body.rstrip()
+    if not body.endswith(b"}"):
+        return request
+    body = body[:-1].rstrip()
+    comma = b"" if body.endswith(b"{") else b","
+    field = f"{json.dumps(name)}:{json.dumps(value)}".encode()
+    body = b"%b%b%b}" % (body, comma, field)
+    headers = [pair for pair in request.headers if pair[0] != b"content-length"]
+    headers.append((b"content-length", str(len(body)).encode()))
+    return replace(request, headers=headers, body=body)
 
 
 class Body(Protocol):

@@ -92,6 +92,7 @@ class RequestBody(msgspec.Struct):
     best_of: Any = None
     priority: Any = None
     stream: Any = None
+    previous_response_id: Any = None
 
     @property
     def completion_limit(self) -> float | None:

@@ -251,6 +251,17 @@ async def test_a_stream_adds_up_to_the_whole_response(engine: Engine) -> None:
     assert len({chunk["id"] for chunk in [*chunks, last]}) == 1
 
 
+async def test_the_id_of_a_response_is_the_one_that_the_router_sets(engine: Engine) -> None:
+    fields = {"model": "m", "input": "Hi", "max_output_tokens": 3}
+    raw = json.dumps({**fields, "request_id": "client"})[:-1] + ',"request_id":"resp_router"}'
+    answer = await asgi.post(engine.app, "/v1/responses", raw.encode())
+    assert answer.json()["id"] == "resp_router"
+    streamed = await asgi.post(
+        engine.app, "/v1/responses", {**fields, "request_id": "resp_router", "stream": True}
+    )
+    assert streamed.data()[0]["response"]["id"] == "resp_router"
+
+
 async def test_token_counts_add_up(engine: Engine) -> None:
     answer = (await asgi.post(engine.app, CHAT, body(return_token_ids=True))).json()
     usage = answer["usage"]

@@ -29,12 +29,14 @@ class Replica:
     def __init__(self, name: str) -> None:
         self.name = name
         self.seen: list[Scope] = []
+        self.bodies: list[bytes] = []
         self.cancelled = 0
         self.gate = asyncio.Event()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.seen.append(scope)
         body = await _read_body(receive)
+        self.bodies.append(body)
         fields: dict[str, Any] = json.loads(body) if body else {}
         try:
             if fields.get("wait_before"):

@@ -135,6 +135,7 @@ class ResponsesBody(_Body):
     """``/v1/responses``."""
 
     input: str | list[Message]
+    request_id: str | None = None
     instructions: str | None = None
     max_output_tokens: int | None = None
     stream: bool | None = False

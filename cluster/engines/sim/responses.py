@@ -43,7 +43,7 @@ def _response(
     engine: "SimEngine", exchange: HttpExchange, body: ResponsesBody, limit: int
 ) -> dict[str, Any]:
     return {
-        "id": exchange.new_id("resp_"),
+        "id": body.request_id or exchange.new_id("resp_"),
         "created_at": int(time.time()),
         "incomplete_details": None,
         "instructions": body.instructions,

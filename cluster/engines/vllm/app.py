@@ -6,26 +6,46 @@ from typing import Any
 
 from cluster.engines.vllm import internals
 
-PUBLIC_PATHS = (
-    "/v1/",
-    "/v2/",
-    "/tokenize",
-    "/detokenize",
-    "/inference/v1/generate",
-    "/generative_scoring",
-    "/pooling",
-    "/classify",
-    "/score",
-    "/rerank",
+PUBLIC_ROUTES = frozenset(
+    {
+        ("GET", "/v1/models"),
+        ("GET", "/v1/responses/{response_id}"),
+        ("POST", "/classify"),
+        ("POST", "/detokenize"),
+        ("POST", "/generative_scoring"),
+        ("POST", "/inference/v1/generate"),
+        ("POST", "/pooling"),
+        ("POST", "/rerank"),
+        ("POST", "/score"),
+        ("POST", "/tokenize"),
+        ("POST", "/v1/audio/transcriptions"),
+        ("POST", "/v1/audio/translations"),
+        ("POST", "/v1/chat/completions"),
+        ("POST", "/v1/chat/completions/batch"),
+        ("POST", "/v1/chat/completions/derender"),
+        ("POST", "/v1/chat/completions/render"),
+        ("POST", "/v1/completions"),
+        ("POST", "/v1/completions/derender"),
+        ("POST", "/v1/completions/render"),
+        ("POST", "/v1/embeddings"),
+        ("POST", "/v1/messages"),
+        ("POST", "/v1/messages/count_tokens"),
+        ("POST", "/v1/messages/render"),
+        ("POST", "/v1/rerank"),
+        ("POST", "/v1/responses"),
+        ("POST", "/v1/responses/render"),
+        ("POST", "/v1/responses/{response_id}/cancel"),
+        ("POST", "/v1/score"),
+        ("POST", "/v1/systemone"),
+        ("POST", "/v2/embed"),
+        ("POST", "/v2/rerank"),
+    }
 )
-"""Prefixes of paths that clients may call.
+"""Methods and path templates of vLLM 0.32 that clients may call.
 
-vLLM's application also has paths that monitor it (/metrics, /load, /health, /ping, /version,
-/kv_event_sources, /docs), dispatch to any other path (/invocations), abort requests of other
-clients (/inference/v1/abort_requests) or change the engine (/scale_elastic_ep; in development mode
-/sleep, /pause, /collective_rpc, ...).
+``tests/cluster/test_vllm_routes.py`` lists the others, and names those of a new release. They
+monitor vLLM, dispatch to any other path, abort requests of other clients, or change the engine.
 """
-PRIVATE_PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 OPENAPI_PATH = "/openapi.json"
 """Served for the router only, which merges the documents of all engines."""
 
@@ -38,8 +58,13 @@ async def build_app(llm: Any, args: Namespace) -> Any:
     # itself would fail and hide the engine's error.
     app.state.server = SimpleNamespace(should_exit=False)
     await internals.init_app_state(llm, app.state, args, tasks)
-    app.router.routes[:] = [route for route in app.router.routes if _is_public(route)]
+    remove_private_routes(app)
     return app
+
+
+def remove_private_routes(app: Any) -> None:
+    """Leave ``PUBLIC_ROUTES`` and the OpenAPI document in vLLM's application."""
+    app.router.routes[:] = [route for route in app.router.routes if _is_public(route)]
 
 
 def public_routes(app: Any) -> tuple[str, ...]:
@@ -50,6 +75,7 @@ def public_routes(app: Any) -> tuple[str, ...]:
 
 def _is_public(route: Any) -> bool:
     path = getattr(route, "path", "")
-    if not getattr(route, "methods", None):  # websockets and mounts
+    methods = getattr(route, "methods", None)
+    if not methods:  # websockets and mounts
         return False
-    return path == OPENAPI_PATH or (path.startswith(PUBLIC_PATHS) and path not in PRIVATE_PATHS)
+    return path == OPENAPI_PATH or all((method, path) in PUBLIC_ROUTES for method in methods)

@@ -11,6 +11,7 @@ from cluster.errors import (
 )
 from cluster.gateway.admission.authenticator import Authenticator
 from cluster.gateway.admission.quotas import QuotaTicket, TenantQuotas
+from cluster.gateway.admission.response_ids import ResponseIds
 from cluster.gateway.body import UNREAD_BODY
 from cluster.gateway.messages import Headers, Request, header
 from cluster.gateway.pools.pool import Pool
@@ -31,9 +32,12 @@ KEYS_WAIT_S = 0.2
 class Admission:
     """Admission of requests to pools."""
 
-    def __init__(self, authenticator: Authenticator, quotas: TenantQuotas) -> None:
+    def __init__(
+        self, authenticator: Authenticator, quotas: TenantQuotas, response_ids: ResponseIds
+    ) -> None:
         self.authenticator = authenticator
         self.quotas = quotas
+        self._response_ids = response_ids
         self._reading: asyncio.Future[bool] | None = None
 
     async def refresh_keys(self) -> None:
@@ -55,6 +59,7 @@ class Admission:
 
         Raises:
             PermissionDeniedError: The API key does not allow the model.
+            NotFoundError: The request refers to a stored response of another tenant.
             OverloadedError: A quota of the tenant is exhausted.
             InvalidRequestError: A header is invalid, or the prompt longer than the context.
             PayloadTooLargeError: The request is larger than the queue.
@@ -73,6 +78,7 @@ class Admission:
                 raise PermissionDeniedError(
                     f"The API key does not allow the model `{name}`.", param="model"
                 )
+        self._response_ids.check(request, body)
         claim = _claim(request, body, pool, model)
         _check_size(claim, pool)
         ticket = self.quotas.admit(identity, model, claim.work_tokens, claim.view.prompt_tokens)

@@ -7,7 +7,6 @@ the response. After that, a broken stream ends with an error event in the format
 
 import asyncio
 import logging
-from dataclasses import replace
 from hashlib import sha256
 from time import perf_counter
 
@@ -19,7 +18,7 @@ from cluster.errors import (
     UnavailableError,
 )
 from cluster.gateway.error_formats import error_event, first_event_error
-from cluster.gateway.messages import Headers, Request, Response
+from cluster.gateway.messages import Headers, Request, Response, with_json_field
 from cluster.gateway.pools.pool import Pool
 from cluster.gateway.pools.replica import Answer
 from cluster.gateway.pools.response_usage import USAGE_HEADER, add_usage, usage_requested
@@ -81,20 +80,8 @@ async def relay(
 
 
 def with_engine_priority(request: Request, priority: int) -> Request:
-    """Return the request with ``priority`` in its JSON body, in the form that vLLM expects.
-
-    vLLM runs the smallest value first. Its parsers take the last of duplicate fields, so appending
-    one overrides the client's without decoding the body.
-    """
-    body = request.body.rstrip()
-    if not body.endswith(b"}"):
-        return request
-    body = body[:-1].rstrip()
-    comma = b"" if body.endswith(b"{") else b","
-    body = b'%b%b"priority":%d}' % (body, comma, -priority)
-    headers = [pair for pair in request.headers if pair[0] != b"content-length"]
-    headers.append((b"content-length", str(len(body)).encode()))
-    return replace(request, headers=headers, body=body)
+    """Return the request with ``priority`` in its body; vLLM runs the smallest value first."""
+    return with_json_field(request, "priority", -priority)
 
 
 async def _send_with_failover(

@@ -1,0 +1,22 @@
+import json
+
+import pytest
+
+from cluster.admission import Identity, Tenant
+from cluster.errors import NotFoundError
+from cluster.gateway.admission.response_ids import ResponseIds
+from cluster.gateway.messages import Request
+from cluster.routing import RequestBody
+
+
+def request(method: str, path: str, body: bytes = b"", tenant: str = "a") -> Request:
+    return Request("id", method, path, b"", [], body, Identity(Tenant(tenant)))
+
+
+def test_every_router_of_a_cluster_accepts_the_ids_of_the_others_and_no_other_does() -> None:
+    created = ResponseIds(b"key").assign(request("POST", "/v1/responses", b'{"input": "x"}'))
+    id_ = json.loads(created.body)["request_id"]
+    get = request("GET", f"/v1/responses/{id_}")
+    ResponseIds(b"key").check(get, RequestBody())
+    with pytest.raises(NotFoundError):
+        ResponseIds(b"other").check(get, RequestBody())
