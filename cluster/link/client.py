@@ -22,7 +22,7 @@ from cluster.errors import (
 )
 from cluster.link import frames
 from cluster.link.client_stream import ClientStream
-from cluster.link.connection import Connection, LinkCounts, LinkOptions
+from cluster.link.connection import Connection, LinkCounts, LinkOptions, Signal
 from cluster.link.frames import DATA, END, RESPONSE, Frame, PrefixEvents, RequestHead, decode_head
 from cluster.link.handshake import Handshake
 from cluster.load import Load
@@ -88,7 +88,7 @@ class LinkClient:
         self._options = options or LinkOptions()
         self._connection: ClientConnection | None = None
         self._runner: asyncio.Task[None] | None = None
-        self._attempt: asyncio.Future[None] | None = None  # done when the next attempt has ended
+        self._attempt_ended = Signal()
         self._uploads: set[asyncio.Task[None]] = set()
 
     @property
@@ -120,7 +120,7 @@ class LinkClient:
                         raise self.last_error
                     if self.state is LinkState.CLOSED:
                         raise LinkClosedError("the link was closed")
-                    await self._next_attempt()
+                    await self._attempt_ended.wait()
         except TimeoutError:
             raise LinkClosedError(
                 f"no link to {self.host}:{self.port} within {timeout_s} s: {self.last_error}"
@@ -163,7 +163,7 @@ class LinkClient:
         self.last_error = None
         self.failures = 0
         self._set_state(LinkState.CONNECTED)
-        self._end_attempt()
+        self._attempt_ended.fire()
 
     def handle_load(self, load: Load) -> None:
         self.load = load
@@ -200,15 +200,6 @@ class LinkClient:
         except Exception:  # an error in a callback must not end the link
             logger.exception("a callback of the link to %s:%d failed", self.host, self.port)
 
-    async def _next_attempt(self) -> None:
-        if self._attempt is None or self._attempt.done():
-            self._attempt = asyncio.get_running_loop().create_future()
-        await asyncio.shield(self._attempt)
-
-    def _end_attempt(self) -> None:
-        if self._attempt is not None and not self._attempt.done():
-            self._attempt.set_result(None)
-
     async def _run(self) -> None:
         try:
             while True:
@@ -218,13 +209,16 @@ class LinkClient:
                 max_s = min(_BACKOFF_MAX_S, _BACKOFF_MIN_S * 2 ** min(self.failures + 1, 10))
                 await asyncio.sleep(random.uniform(_BACKOFF_MIN_S, max_s))
         finally:
-            self._end_attempt()
+            self._attempt_ended.fire()
 
     async def _connect_once(self) -> bool:
         """Connect and wait for the end of the connection; return False if it failed."""
         connection: ClientConnection | None = None
         try:
-            connection = await self._dial()
+            async with asyncio.timeout(self._options.handshake_timeout_s):
+                _, connection = await asyncio.get_running_loop().create_connection(
+                    self.new_connection, self.host, self.port, ssl=self._ssl
+                )
             await connection.wait_ready()
             if connection.error is None:
                 await connection.wait_closed()
@@ -241,18 +235,11 @@ class LinkClient:
                 await connection.wait_closed()
         return False
 
-    async def _dial(self) -> "ClientConnection":
-        async with asyncio.timeout(self._options.handshake_timeout_s):
-            _, connection = await asyncio.get_running_loop().create_connection(
-                self.new_connection, self.host, self.port, ssl=self._ssl
-            )
-        return connection
-
     def _record_failure(self, error: LinkError) -> None:
         if not self.failures or type(error) is not type(self.last_error):
             logger.warning("link to %s:%d: %s", self.host, self.port, error)
         self.last_error = error
-        self._end_attempt()
+        self._attempt_ended.fire()
 
 
 class ClientConnection(Connection):

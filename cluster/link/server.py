@@ -237,7 +237,7 @@ class ServerConnection(Connection):
             elif (stream := self._streams.get(stream_id)) is None:
                 continue  # the stream ended while the frame was in transit
             elif kind == frames.WINDOW:
-                stream.on_credit(frames.decode_credit(payload))
+                stream.sender.add_credit(frames.decode_credit(payload))
             elif kind == frames.BODY:
                 stream.on_body(payload, bool(flags & END))
             else:

@@ -45,7 +45,7 @@ class ServerStream:
         self.complete = False
         self.disconnected = False
         self._connection = connection
-        self._sender = StreamSender(connection, stream_id)
+        self.sender = StreamSender(connection, stream_id)
         self._chunks: list[bytes] = []
         self._uncredited = 0  # received bytes for which the peer has not got new credit
         self._body_ended = not has_body
@@ -71,7 +71,7 @@ class ServerStream:
         """
         if message["type"] == "http.response.body":
             body = message.get("body", b"")
-            sender = self._sender
+            sender = self.sender
             # Fast path, once for each token: write at once if nothing makes the frame wait.
             if (
                 type(body) is bytes
@@ -109,9 +109,6 @@ class ServerStream:
             self._chunks.append(payload)
         self._body_ended = end
         self._changed.fire()
-
-    def on_credit(self, credit_bytes: int) -> None:
-        self._sender.add_credit(credit_bytes)
 
     def disconnect(self) -> None:
         """Cancel the application: the router cancelled, or its connection ended."""
@@ -177,7 +174,7 @@ class ServerStream:
             if token_ids:
                 body = await self._send_tokens(token_ids, body, end)
             if body or (end and not token_ids):
-                await self._sender.send(DATA, body, end)
+                await self.sender.send(DATA, body, end)
         except LinkClosedError:
             self._check_open()
         if end:
@@ -185,10 +182,10 @@ class ServerStream:
 
     async def _send_tokens(self, token_ids: Sequence[int], body: bytes, end: bool) -> bytes:
         """Send the ids with the first piece of the body; return the rest of the body."""
-        await self._sender.wait_ready()
+        await self.sender.wait_ready()
         rest = body[CHUNK_BYTES:]
         payload = frames.encode_tokens(token_ids) + body[:CHUNK_BYTES]
-        self._sender.credit -= len(payload)
+        self.sender.credit -= len(payload)
         flags = frames.TOKENS | END if end and not rest else frames.TOKENS
         self._connection.write(self.stream_id, DATA, flags, payload)
         return rest
@@ -200,7 +197,7 @@ class ServerStream:
     def _check_open(self) -> None:
         if self.complete:
             raise RuntimeError("an ASGI message after the end of the response")
-        if self.disconnected or not self._sender.open:
+        if self.disconnected or not self.sender.open:
             raise OSError("the client is gone")
 
     def _send_error(self, status: int, message: str) -> None:
@@ -211,7 +208,7 @@ class ServerStream:
 
     def _finish(self) -> None:
         self.complete = not self.disconnected
-        self._sender.close()
+        self.sender.close()
         self._changed.fire()
 
 
@@ -239,7 +236,7 @@ async def answer_locally(
                 yield call.head
             if chunks:
                 yield chunks
-            if task.done() and not call.has_unread:
+            if task.done() and not call.chunks:
                 break
             chunks = await call.read()
         await task
@@ -259,13 +256,9 @@ class _LocalCall:
         self.usage = UsageCounter()
         self.changed = asyncio.Event()
         self._body: bytes | None = body
-        self._chunks: list[bytes] = []
+        self.chunks: list[bytes] = []  # not read yet
         self._num_bytes = 0
         self._has_room = asyncio.Event()
-
-    @property
-    def has_unread(self) -> bool:
-        return bool(self._chunks)
 
     def on_task_done(self, task: asyncio.Future[None]) -> None:
         if not task.cancelled():
@@ -284,7 +277,7 @@ class _LocalCall:
             self.changed.set()
             return
         chunk = bytes(message.get("body", b""))
-        self._chunks.append(chunk)
+        self.chunks.append(chunk)
         self._num_bytes += len(chunk)
         self.changed.set()
         while self._num_bytes > MAX_UNREAD_BYTES:
@@ -293,11 +286,11 @@ class _LocalCall:
 
     async def read(self) -> bytes:
         """Return everything that was sent since the last call, waiting if that is nothing."""
-        if not self._chunks:
+        if not self.chunks:
             await self.changed.wait()
         self.changed.clear()
-        data = b"".join(self._chunks)
-        self._chunks.clear()
+        data = b"".join(self.chunks)
+        self.chunks.clear()
         self._num_bytes = 0
         self._has_room.set()
         return data
