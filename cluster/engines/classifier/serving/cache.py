@@ -111,10 +111,11 @@ class CachingService:
         tokenizer, limit = self.service.model.tokenizer, options.max_pair_tokens
         if options.stride is not None or options.with_offsets:
             reader = WindowReader(tokenizer, options.side, options.stride, limit)
-            encoded = await self.service.encode(options.head, inputs, reader=reader)
+            encoded = await self.service.encode(options.head, inputs, reader)
             return replace(encoded, windows=reader.windows)
-        side = options.side
-        plain = PlainReader(tokenizer, side, limit) if limit else tokenizer.readers[side]
+        plain = tokenizer.readers[options.side]  # shared, so that requests are tokenized together
+        if limit is not None:
+            plain = PlainReader(tokenizer, options.side, limit)
         return await self.service.encode(options.head, inputs, plain)
 
 

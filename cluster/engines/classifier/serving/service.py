@@ -84,10 +84,7 @@ class ClassifierService:
         return self
 
     async def encode(
-        self,
-        task: ClassifierTask,
-        inputs: Sequence[ModelInput],
-        reader: TextReader | None = None,
+        self, task: ClassifierTask, inputs: Sequence[ModelInput], reader: TextReader | None = None
     ) -> Encoded:
         """Compute a row per input; cancelling skips everything that is not computed yet.
 

@@ -76,9 +76,8 @@ class TokenClassification(Task[TokenClassificationRequest]):
         for index, (text, windows) in enumerate(zip(texts, encoded.windows, strict=True)):
             tokens = _merge_windows([next(rows) for _ in windows], windows, request.aggregate)
             data.append(Labelled(index, self._entities(text, tokens, request.aggregation_strategy)))
-        return TokenClassificationReply(
-            data=data, model=self.config.name, usage=schema.usage(encoded)
-        )
+        name, usage = self.config.name, schema.usage(encoded)
+        return TokenClassificationReply(data=data, model=name, usage=usage)
 
     def _entities(self, text: str, tokens: "TokenScores", strategy: Strategy) -> list[Entity]:
         return [
