@@ -103,6 +103,10 @@ class PoolConfig(Section):
     """Name of a default model (`tandem models list`), Hugging Face id, or local directory."""
     max_in_flight: int = Field(256, ge=1)
     """Maximum number of requests in flight at one replica; others wait in the router."""
+    stall_timeout_s: float = Field(120.0, gt=0)
+    """Time without an engine step, a batch or a tokenizer pass, in seconds, after which a replica
+    with work counts as hung and is replaced. It must exceed the longest step; a long prompt takes
+    several steps, of at most vLLM's `max_num_batched_tokens` each."""
     priority: int = 0
     """Precedence when the budget is exhausted: pools with a higher number get replicas first."""
     replicas: ReplicasConfig = ReplicasConfig()

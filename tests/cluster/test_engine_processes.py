@@ -13,6 +13,7 @@ import pytest
 
 from cluster.config import GeneratorConfig
 from cluster.engines.factory import make_generator_engine
+from cluster.errors import EngineDeadError
 from cluster.models import store
 from tests import asgi
 from tests.cluster.engine_processes import without_trackers
@@ -110,3 +111,20 @@ async def test_a_cancelled_start_leaves_no_process(tiny: Path) -> None:
     with pytest.raises(asyncio.CancelledError):
         await starting
     assert children() == []
+
+
+async def test_a_stopped_engine_process_is_detected_and_killed(tiny: Path) -> None:
+    engine = make_generator_engine(make_config(tiny, stall_timeout_s=2.0, max_model_len=512))
+    await engine.start()
+    body = {"prompt": "a", "max_tokens": 500, "ignore_eos": True, "stream": True}
+    call = asgi.start(engine.app, "POST", "/v1/completions", body)
+    await call.chunks(3)
+    await engine.check_health()
+    (process,) = children()
+    process.suspend()
+    with pytest.raises(EngineDeadError, match="no progress for 2 s"):
+        await asgi.check_health_repeatedly(engine)
+    async with asyncio.timeout(20):  # 10 s until vLLM kills it
+        await engine.stop()
+    assert children() == []
+    await call.cancel()

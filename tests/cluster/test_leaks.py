@@ -1,4 +1,4 @@
-"""Leaking replicas are drained and replaced one at a time, without a failed request."""
+"""Replicas that leak memory are drained and replaced one at a time; one that hangs is replaced."""
 
 import time
 from typing import Any
@@ -24,7 +24,8 @@ def config() -> dict[str, Any]:
         sim={"decode_s_per_token": 0.02, "leak_bytes_per_request": "1MiB"},
         replicas={"min": 2, "max": 2},
     )
-    return serve_config(generators=[sim], router=router_config(1), leaks=LEAKS)
+    hanging = sim_generator(name="hanging", sim={"hang_after_requests": 3}, stall_timeout_s=2)
+    return serve_config(generators=[sim, hanging], router=router_config(1), leaks=LEAKS)
 
 
 def running_generators(cluster: RunningCluster) -> set[str]:
@@ -63,3 +64,18 @@ def test_all_replicas_run_after_the_replacement(sim_cluster: RunningCluster) -> 
     while set(states(sim_cluster)) != {"RUNNING"}:  # the last one may still be stopping
         assert time.monotonic() < deadline, states(sim_cluster)
         time.sleep(0.5)
+
+
+def test_a_hung_replica_is_replaced(sim_cluster: RunningCluster) -> None:
+    body = {"model": "hanging", "prompt": "a", "max_tokens": 3}
+    with httpx.Client(base_url=sim_cluster.http_url, timeout=100) as http:
+        for _ in range(3):
+            assert http.post("/v1/completions", json=body).status_code == 200
+        hung = http.post("/v1/completions", json=body)
+        # Nothing was sent, so it is retried on the new replica if that starts in time.
+        assert hung.status_code == 200 or hung.json()["error"]["type"] == "ServiceUnavailableError"
+        deadline = time.monotonic() + 60
+        while (answer := http.post("/v1/completions", json=body)).status_code != 200:
+            assert answer.status_code in (429, 503), answer.text
+            assert time.monotonic() < deadline
+            time.sleep(0.5)

@@ -1,6 +1,7 @@
 """Failing batches and dead models."""
 
 import asyncio
+import threading
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from cluster.engines.classifier.model.packed.cpu import PackedBert
 from cluster.engines.classifier.model.padded import TransformersModel
 from cluster.errors import EngineDeadError, InternalError
+from tests import asgi
 from tests.serve.classifier_kit import config, one_thread, post, serving, until  # noqa: F401
 from tests.serve.word_bert import TEXTS, expected, make_bert, make_distilbert, save_model
 
@@ -133,3 +135,34 @@ async def test_an_engine_is_dead_if_the_shortest_text_fails(engine, gate, monkey
         await engine.check_health()
     with pytest.raises(EngineDeadError):
         await service.encode("classify", ["good"])
+
+
+async def test_a_hung_batch_makes_the_engine_unhealthy(word_model_path, gate):
+    async with serving(config(stall_timeout_s=0.3), word_model_path) as engine:
+        release = gate(engine)
+        hung = asyncio.create_task(post(engine, "/classify", {"input": "good"}))
+        with pytest.raises(EngineDeadError, match="model"):
+            await asgi.check_health_repeatedly(engine)
+        answer = await hung
+        assert (answer.status_code, "retry-after" in answer.headers) == (503, True)
+        with pytest.raises(EngineDeadError):
+            await engine.service.encode("classify", ["good"])
+        release.release(1000)
+
+
+async def test_a_hung_tokenizer_makes_the_engine_unhealthy(word_model_path, monkeypatch):
+    released = threading.Event()
+    async with serving(config(stall_timeout_s=0.3), word_model_path) as engine:
+        reader = engine.service.model.tokenizer.readers[None]
+        read = reader.read
+
+        def hang(*args):
+            released.wait(20)
+            return read(*args)
+
+        monkeypatch.setattr(type(reader), "read", lambda _reader, *args: hang(*args))
+        hung = asyncio.create_task(post(engine, "/classify", {"input": "good"}))
+        with pytest.raises(EngineDeadError, match="tokenizer"):
+            await asgi.check_health_repeatedly(engine)
+        assert (await hung).status_code == 503
+        released.set()

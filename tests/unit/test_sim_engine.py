@@ -1,13 +1,15 @@
 """The simulated engine over ASGI: chunks, limits, disconnects and shutdown."""
 
 import asyncio
+import gc
 import json
 
 import pytest
 
-from cluster.asgi import USAGE
+from cluster.asgi import USAGE, Message
 from cluster.config import GeneratorConfig
 from cluster.engines.sim import SimEngine
+from cluster.errors import EngineDeadError
 from cluster.load import Load
 from cluster.usage import UsageCounter
 from tests import asgi
@@ -88,4 +90,58 @@ async def test_usage_has_the_token_times() -> None:
     # The prompt has at least four tokens. A step may make up for 0.05 s of lag.
     assert reported.ttft_s > 0.1
     assert 0 < reported.itl_s < 2
+    await engine.stop()
+
+
+@pytest.mark.parametrize("how", ["cancel", "disconnect", "failure"])
+async def test_a_client_that_goes_away_leaves_no_exception_behind(
+    caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    engine = await start_engine()
+    body = json.dumps({"messages": USER, "stream": True}).encode()
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+    sending, leaves = asyncio.Event(), asyncio.Event()
+
+    async def receive() -> Message:
+        if messages:
+            return messages.pop()
+        await leaves.wait()
+        if how == "failure":
+            raise ConnectionError("the connection is gone")
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        sending.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise ConnectionError("the client is gone")
+
+    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": JSON}
+    task = asyncio.ensure_future(engine.app(scope, receive, send))
+    await sending.wait()
+    if how == "cancel":
+        task.cancel()
+    leaves.set()
+    await asyncio.gather(task, return_exceptions=True)
+    del task
+    await asyncio.sleep(0)
+    gc.collect()
+    assert "never retrieved" not in caplog.text
+    await engine.stop()
+
+
+async def test_a_hung_engine_is_unhealthy() -> None:
+    values = {"name": "m", "model": "none", "engine": "sim", "stall_timeout_s": 0.1}
+    engine = SimEngine(
+        GeneratorConfig.model_validate({**values, "sim": {"hang_after_requests": 1}})
+    )
+    await engine.start()
+    assert (await asgi.post(engine.app, CHAT, {"messages": USER})).status == 200
+    await asyncio.sleep(0.2)
+    await engine.check_health()  # idle
+    hung = asgi.start(engine.app, "POST", CHAT, {"messages": USER})
+    with pytest.raises(EngineDeadError, match="no progress"):
+        await asgi.check_health_repeatedly(engine)
+    await hung.cancel()
     await engine.stop()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cluster.engines.prefix_cache import PrefixTracker
+from cluster.engines.vllm import kv_events
 from cluster.engines.vllm.kv_events import KvEventReader
 from cluster.routing import Fingerprint
 
@@ -141,3 +142,30 @@ async def test_events_are_read_from_the_socket(tracker: PrefixTracker, tmp_path:
         assert set(tracker.snapshot()) == {1, 2}
         reading.cancel()
         await asyncio.wait([reading])
+
+
+async def test_reading_starts_over_after_a_failure(
+    tracker: PrefixTracker, reader: KvEventReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker.block_size = 4
+    tracker.add_blocks([b"a"], None, IDS[:4])
+    tracker.add_prompt(TEXT, IDS)
+    assert tracker.snapshot()
+    num_starts = 0
+    restarted = asyncio.Event()
+
+    async def read() -> None:
+        nonlocal num_starts
+        num_starts += 1
+        if num_starts == 1:
+            raise RuntimeError("a bug")
+        restarted.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(reader, "_read", read)
+    monkeypatch.setattr(kv_events, "RETRY_S", 0.0)
+    task = asyncio.create_task(reader.run())
+    await asyncio.wait_for(restarted.wait(), 5)
+    assert not tracker.snapshot(), "events were lost meanwhile"
+    task.cancel()
+    await asyncio.wait([task])

@@ -47,21 +47,23 @@ class SimApp:
             return
         exchange = HttpExchange(scope, body, send)
         response = asyncio.ensure_future(_respond(self._engine, scope["method"], exchange))
-        disconnect = asyncio.ensure_future(_wait_for_disconnect(receive))
+        disconnect = asyncio.ensure_future(_cancel_on_disconnect(receive, response))
         try:
-            await asyncio.wait((response, disconnect), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((response,))
         finally:
             disconnect.cancel()
-            if not response.done():
-                response.cancel()
-                await asyncio.wait((response,))
-        if not response.cancelled():
-            response.result()
+            # Retrieves the result, too: a client that left may have made a write fail.
+            ended = await asyncio.gather(response, disconnect, return_exceptions=True)
+        if isinstance(ended[0], Exception):
+            raise ended[0]
 
 
-async def _wait_for_disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+async def _cancel_on_disconnect(receive: Receive, response: "asyncio.Future[None]") -> None:
+    try:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+    finally:
+        response.cancel()
 
 
 async def _respond(engine: "SimEngine", method: str, exchange: HttpExchange) -> None:

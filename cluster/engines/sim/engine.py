@@ -18,6 +18,7 @@ from cluster.engines.sim.app import SimApp
 from cluster.engines.sim.generation import DEAD, Generation, GenerationError
 from cluster.engines.sim.http import HttpExchange
 from cluster.engines.sim.scheduler import Scheduler
+from cluster.engines.stall import StallDetector
 from cluster.engines.startup import StartupTimer
 from cluster.errors import ConfigError, EngineDeadError
 from cluster.load import Load
@@ -42,6 +43,8 @@ class SimEngine:
         self._scheduler = Scheduler(config.sim, time.monotonic, self._prefixes, self._adapters)
         self._generations: set[Generation] = set()
         self._num_hanging = 0
+        self._num_steps = 0
+        self._stall = StallDetector("engine", config.stall_timeout_s)
         self.num_accepted = 0
         """Requests accepted since the start."""
         self._leaked: list[bytes] = []
@@ -91,9 +94,11 @@ class SimEngine:
         self._driver = asyncio.create_task(self._drive(), name="sim-engine")
 
     async def check_health(self) -> None:
-        """Raise ``EngineDeadError`` if the engine is dead."""
+        """Raise ``EngineDeadError`` if the engine is dead or hangs."""
         if self._dead or self._driver is None or self._driver.done():
             raise EngineDeadError(DEAD)
+        load = self.load()
+        self._stall.check(self._num_steps, is_busy=bool(load.running or load.waiting))
 
     def load(self) -> Load:
         """Return the current load."""
@@ -189,7 +194,6 @@ class SimEngine:
         """Plan, wait for and commit steps forever."""
         scheduler, now = self._scheduler, time.monotonic
         ends_at = now()
-        num_steps = 0
         while True:
             step = scheduler.plan()
             if step is None:
@@ -200,6 +204,6 @@ class SimEngine:
                 ends_at = max(ends_at, now() - _MAX_LAG_S) + step.duration_s
                 await asyncio.sleep(max(0.0, ends_at - now()))
             scheduler.commit(step)
-            num_steps += 1
-            if step.duration_s == 0 and num_steps % _STEPS_PER_YIELD == 0:
+            self._num_steps += 1
+            if step.duration_s == 0 and self._num_steps % _STEPS_PER_YIELD == 0:
                 await asyncio.sleep(0)

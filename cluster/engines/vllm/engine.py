@@ -8,6 +8,7 @@ from typing import Any
 from cluster.asgi import ASGIApp
 from cluster.config import GeneratorConfig
 from cluster.engines.prefix_cache import PrefixTracker, make_byte_lengths
+from cluster.engines.stall import StallDetector
 from cluster.engines.vllm import internals
 from cluster.engines.vllm.app import build_app, public_routes
 from cluster.engines.vllm.disconnect import CancelAsDisconnect
@@ -17,6 +18,7 @@ from cluster.engines.vllm.requests import TrackRequest, count_usage, observe_pro
 from cluster.errors import EngineDeadError
 from cluster.load import Load
 from cluster.metrics import Registry
+from cluster.periodic import Periodic
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +49,11 @@ class VllmEngine:
         self._vllm_app: Any = None
         self._app: ASGIApp
         self._scheduler_stats: Any = None
+        self._num_steps = 0
+        self._stall = StallDetector("engine", config.stall_timeout_s)
         self._prefixes: PrefixTracker | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._kv_events: asyncio.Task[None] | None = None
+        self._stats: Periodic | None = None
 
     @property
     def start_phases_s(self) -> dict[str, float]:
@@ -84,18 +89,22 @@ class VllmEngine:
         except BaseException:
             await self.stop()
             raise
-        self._tasks.append(asyncio.create_task(self._log_stats(), name="vllm-stats"))
+        # Normally a task of the lifespan of vLLM's application, which does not run here.
+        interval_s = internals.envs.VLLM_LOG_STATS_INTERVAL
+        self._stats = Periodic("vLLM's statistics", interval_s, self._llm.do_log_stats)
         phases = ", ".join(f"{phase} {took_s:.1f}" for phase, took_s in self.start_phases_s.items())
         logger.info("vLLM is ready; startup phases in seconds: %s", phases)
 
     async def check_health(self) -> None:
-        """Raise ``EngineDeadError`` if the engine's process does not run."""
+        """Raise ``EngineDeadError`` if the engine's process does not run, or hangs."""
         if self._llm is None or self._launcher.is_stopping:
             raise EngineDeadError("The engine of the replica is not running; try again.")
         try:
             await self._llm.check_health()
         except internals.EngineDeadError:
             raise EngineDeadError("The engine of the replica died; try again.") from None
+        # The engine reports every step, also one that only prefills part of a prompt.
+        self._stall.check(self._num_steps, is_busy=bool(self._llm.get_num_unfinished_requests()))
 
     def load(self) -> Load:
         """Return the current load."""
@@ -119,10 +128,12 @@ class VllmEngine:
 
     async def stop(self) -> None:
         """Stop vLLM's processes; kill those that do not exit in time."""
-        for task in self._tasks:
-            task.cancel()
+        if self._stats is not None:
+            await self._stats.close()
+        if self._kv_events is not None:
+            self._kv_events.cancel()
+            await asyncio.wait([self._kv_events])
         await self._launcher.stop()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _track_prefixes(self, kv_events_endpoint: str) -> None:
         tokenizer = self._llm.tokenizer
@@ -137,7 +148,7 @@ class VllmEngine:
         self._prefixes = PrefixTracker(block_size, byte_lengths)
         self._llm.generate = observe_prompts(self._llm.generate, self._prefixes)
         reading = KvEventReader(self._prefixes, kv_events_endpoint).run()
-        self._tasks.append(asyncio.create_task(reading, name="vllm-kv-events"))
+        self._kv_events = asyncio.create_task(reading, name="vllm-kv-events")
 
     def _make_stat_loggers(self) -> list[Any]:
         engine = self
@@ -147,6 +158,7 @@ class VllmEngine:
                 pass
 
             def record(self, scheduler_stats: Any, *args: Any, **kwargs: Any) -> None:
+                engine._num_steps += 1
                 if scheduler_stats is not None:
                     engine._scheduler_stats = scheduler_stats
 
@@ -154,9 +166,3 @@ class VllmEngine:
                 pass
 
         return [LoadLogger, *([internals.RayPrometheusStatLogger] if self._ray_metrics else [])]
-
-    async def _log_stats(self) -> None:
-        # Normally a task of the lifespan of vLLM's application, which does not run here.
-        while True:
-            await asyncio.sleep(internals.envs.VLLM_LOG_STATS_INTERVAL)
-            await self._llm.do_log_stats()

@@ -4,6 +4,7 @@ The structs are the fields that Tandem uses of those in ``vllm.distributed.kv_ev
 its batches; after a gap the tracker starts over.
 """
 
+import asyncio
 import logging
 from typing import Any
 
@@ -13,6 +14,8 @@ from cluster.engines.prefix_cache import PrefixTracker
 
 logger = logging.getLogger(__name__)
 
+RETRY_S = 1.0
+"""Pause after a failure."""
 MAX_QUEUED_BATCHES = 10_000
 """Batches queued in the socket, one per engine step; vLLM drops further ones."""
 
@@ -66,7 +69,18 @@ class KvEventReader:
         self._knows_block_size = False
 
     async def run(self) -> None:
-        """Read until cancelled."""
+        """Read until cancelled; after a failure, start over."""
+        while True:
+            try:
+                await self._read()
+            except Exception:
+                logger.exception(
+                    "reading vLLM's KV events failed; forgetting the prefixes of this replica"
+                )
+                self._tracker.clear()
+            await asyncio.sleep(RETRY_S)
+
+    async def _read(self) -> None:
         import zmq
         import zmq.asyncio
 

@@ -27,6 +27,7 @@ from cluster.engines.classifier.model.types import EncoderModel, Rows, TokenIds
 from cluster.engines.classifier.serving.jobs import Job
 from cluster.engines.classifier.serving.metrics import BatchCounts
 from cluster.engines.classifier.serving.queue import JobQueue, ScheduledBatch
+from cluster.engines.stall import StallDetector
 
 GPU_STREAMS = 2
 """One has its batch computed while the other prepares the next."""
@@ -64,6 +65,7 @@ class ModelRunner:
         queue: Source of batches.
         events: Callbacks, called from the threads.
         num_threads: Cores for all computing.
+        stall_timeout_s: Time after which a batch counts as hung.
     """
 
     def __init__(
@@ -72,7 +74,9 @@ class ModelRunner:
         queue: JobQueue,
         events: RunnerEvents,
         num_threads: int,
+        stall_timeout_s: float,
     ) -> None:
+        self._stall_timeout_s = stall_timeout_s
         self._load = load
         self._queue = queue
         self._events = events
@@ -96,6 +100,17 @@ class ModelRunner:
         """Jobs with a text in a running batch."""
         return frozenset().union(*(stream.jobs for stream in self._streams))
 
+    def check_progress(self) -> None:
+        """Raise if a batch hangs; called every second.
+
+        Raises:
+            EngineDeadError: A batch takes longer than the timeout.
+        """
+        for stream in self._streams:
+            counts = stream.counts
+            batches = counts.batches, counts.failed_batches
+            stream.stall.check(batches, is_busy=bool(stream.jobs))
+
     def join(self, timeout_s: float) -> bool:
         """Wait until the threads end, after the queue is closed; return False on timeout."""
         deadline_s = time.monotonic() + timeout_s
@@ -115,7 +130,10 @@ class ModelRunner:
                 shares = share_threads(self._num_threads, min(self._num_threads, MAX_STREAMS))
             # Copies share the weights and count their own padding.
             models = [loaded.model, *(copy.copy(loaded.model) for _ in shares[1:])]
-            self._streams = list(map(_Stream, models, shares))
+            self._streams = [
+                _Stream(model, share, StallDetector("model", self._stall_timeout_s))
+                for model, share in zip(models, shares, strict=True)
+            ]
             self._queue.set_streams(len(shares), one_at_a_time=not loaded.shares_cores)
             cores = len(os.sched_getaffinity(0))
             self._pins_threads = loaded.shares_cores and self._num_threads == len(shares) == cores
@@ -178,8 +196,9 @@ class ModelRunner:
 
 
 class _Stream:
-    def __init__(self, model: EncoderModel, share: int) -> None:
+    def __init__(self, model: EncoderModel, share: int, stall: StallDetector) -> None:
         self.model = model
+        self.stall = stall
         self.share = share
         """Threads for its operations while other streams compute."""
         self.counts = BatchCounts()

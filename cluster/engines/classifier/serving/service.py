@@ -23,6 +23,7 @@ from cluster.engines.classifier.serving.metrics import ClassifierCounts
 from cluster.engines.classifier.serving.queue import JobQueue
 from cluster.engines.classifier.serving.runner import ModelRunner, RunnerEvents
 from cluster.engines.classifier.serving.tokenizer_stage import PASS_CHARS, TokenizerStage
+from cluster.engines.stall import StallDetector
 from cluster.errors import (
     ConfigError,
     EngineDeadError,
@@ -31,6 +32,7 @@ from cluster.errors import (
     UnavailableError,
 )
 from cluster.load import Load
+from cluster.periodic import run_in_daemon_thread
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +60,11 @@ class ClassifierService:
             on_failed=functools.partial(self._call_on_loop, self._on_failed),
             on_died=functools.partial(self._call_on_loop, self._on_died),
         )
-        self._runner = ModelRunner(load, self._queue, events, num_threads(config))
+        self._runner = ModelRunner(
+            load, self._queue, events, num_threads(config), config.stall_timeout_s
+        )
         self._stages: tuple[TokenizerStage, ...] = ()
+        self._stalls = [StallDetector("tokenizer", config.stall_timeout_s) for _ in range(2)]
         self.model: LoadedModel
 
     @classmethod
@@ -119,6 +124,13 @@ class ClassifierService:
     def check_health(self) -> None:
         if self._dead is not None:
             raise EngineDeadError(self._dead)
+        try:
+            self._runner.check_progress()
+            for stage, stall in zip(self._stages, self._stalls, strict=True):
+                stall.check(stage.num_passes, is_busy=stage.is_busy)
+        except EngineDeadError as error:
+            self._die(error.message)
+            raise
 
     def load(self) -> Load:
         running = len(self._open & self._runner.current_jobs)
@@ -140,10 +152,11 @@ class ClassifierService:
         error = UnavailableError("the engine is stopping", retry_after_s=1.0)
         self._queue.close(error)
         self._fail_open(error)
-        for stage in self._stages:
-            await asyncio.to_thread(stage.stop)
-        if not await asyncio.to_thread(self._runner.join, STOP_TIMEOUT_S):
-            log.warning("the model thread did not end within %s s; leaving it", STOP_TIMEOUT_S)
+        for end in (*(stage.stop for stage in self._stages), self._runner.join):
+            if not await run_in_daemon_thread(
+                functools.partial(end, STOP_TIMEOUT_S), "tandem-stop"
+            ):
+                log.warning("a thread did not end within %s s; leaving it", STOP_TIMEOUT_S)
 
     def _submit(self, job: Job) -> None:
         if job.texts:
@@ -184,7 +197,10 @@ class ClassifierService:
         else:
             log.error("the model could not be loaded", exc_info=error)
             self._loaded.set_exception(EngineDeadError("the model could not be loaded"))
-        self._dead = f"the model failed ({type(error).__name__}); see the log"
+        self._die(f"the model failed ({type(error).__name__}); see the log")
+
+    def _die(self, reason: str) -> None:
+        self._dead = reason
         dead = EngineDeadError(self._dead, retry_after_s=1.0)
         self._queue.close(dead)
         self._fail_open(dead)

@@ -41,23 +41,32 @@ class TokenizerStage:
         self._fail = fail
         self._jobs: deque[Job] = deque()
         self._stopping = False
+        self._is_tokenizing = False
+        self.num_passes = 0
+        """Passes over the waiting texts since the start."""
         self.tokenize_s = 0.0
         """Tokenizing time since the start."""
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="tandem-tokenizer", daemon=True)
         self._thread.start()
 
+    @property
+    def is_busy(self) -> bool:
+        """True if texts wait or are being tokenized."""
+        return self._is_tokenizing or bool(self._jobs)
+
     def submit(self, job: Job) -> None:
         with self._changed:
             self._jobs.append(job)
             self._changed.notify()
 
-    def stop(self) -> None:
-        """End the thread; jobs still waiting are left as they are."""
+    def stop(self, timeout_s: float) -> bool:
+        """End the thread and leave the waiting jobs as they are; return False on timeout."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         while jobs := self._next_jobs():
@@ -75,11 +84,14 @@ class TokenizerStage:
                     self._queue_or_resubmit(job)
 
     def _next_jobs(self) -> list[Job]:
+        self.num_passes += 1
         with self._changed:
+            self._is_tokenizing = False
             while not self._jobs and not self._stopping:
                 self._changed.wait()
             jobs = [] if self._stopping else list(self._jobs)
             self._jobs.clear()
+            self._is_tokenizing = bool(jobs)
             return jobs
 
     def _tokenize(self, pieces: list[Piece]) -> list[Job]:
