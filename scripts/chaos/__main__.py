@@ -102,13 +102,13 @@ def inject(cluster: Cluster, name: str, seconds: float, seed: int) -> FaultResul
         if (victim := fault.find(cluster, rng)) is None:
             raise TargetError(f"Found no process for the fault {name!r}.")
         killed_s = time.monotonic()
-        victim.process.kill()
+        gone_s = victim.kill()
         recovered = wait_recovered(cluster, name, victim)
         recovered_s = time.monotonic() - killed_s if recovered else None
         time.sleep(seconds)
         load.check()
         after = cluster.replicas()
-        window = Window(began_s, killed_s, time.monotonic())
+        window = Window(began_s, killed_s, gone_s, time.monotonic())
     return summarize(
         load.attempts,
         window,

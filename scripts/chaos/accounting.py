@@ -54,6 +54,8 @@ class Window:
 
     began_s: float
     killed_s: float
+    gone_s: float
+    """Time at which the killed process no longer existed; until then its sockets are open."""
     ended_s: float
 
 
@@ -119,8 +121,11 @@ def summarize(
         kind: [
             moment
             for attempt in attempts
-            if attempt.kind == kind and not attempt.error
+            if attempt.kind == kind
             for moment in attempt.served_s
+            # What a client got of a response that failed later is of no use to it. Before the
+            # kill it shows that the cluster worked.
+            if not attempt.error or moment < window.killed_s
         ]
         for kind in kinds
     }
@@ -131,7 +136,7 @@ def summarize(
         if attempt.error:
             is_lost = attempt.kind in served_by_victim and (
                 attempt.connection == "refused"
-                or (attempt.connection == "broken" and attempt.began_s <= window.killed_s)
+                or (attempt.connection == "broken" and attempt.began_s <= window.gone_s)
             )
             (lost if is_lost else errors)[f"{attempt.kind}: {attempt.error}"] += 1
     return FaultResult(

@@ -7,14 +7,15 @@ import contextlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import httpx
 
@@ -34,6 +35,7 @@ PAUSE_S = 0.1
 START_S = 90.0
 """Time until every kind of request has succeeded once."""
 PROMPTS = ("Once upon a time", "The capital of France is", "Water boils at", "In the year 2000")
+ERROR_CHARS = 120
 TEXTS = ("A wonderful film.", "A boring mess.", "It was fine, mostly.")
 
 
@@ -189,9 +191,11 @@ def raise_for_status(answer: httpx.Response) -> None:
     if answer.is_success:
         return
     answer.read()
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        raise FailedRequestError(f"{answer.status_code} {answer.json()['error']['type']}")
-    raise FailedRequestError(f"{answer.status_code} of HAProxy")
+    try:
+        error = answer.json()["error"]
+    except (ValueError, KeyError, TypeError):
+        raise FailedRequestError(f"{answer.status_code} of HAProxy") from None
+    raise FailedRequestError(f"{answer.status_code} {describe_body(error)}")
 
 
 def raise_for_event(line: str) -> None:
@@ -201,5 +205,9 @@ def raise_for_event(line: str) -> None:
         return
     error = json.loads(data).get("error")
     if error is not None:
-        kind = error.get("type") if isinstance(error, dict) else None
-        raise FailedRequestError(f"error event {kind or 'without type'}")
+        raise FailedRequestError(f"error event {describe_body(error)}")
+
+
+def describe_body(error: Mapping[str, Any]) -> str:
+    """Return the type and the message of an error, without numbers, so that equal ones add up."""
+    return re.sub(r"\d[\d.]*", "N", f"{error['type']}: {error['message']}")[:ERROR_CHARS]

@@ -26,6 +26,7 @@ STREAM, CLASSIFY, JOB = "stream", "classify", "job"
 RECOVERY_S = 180.0
 """Time for a replica with the real engine to start on a busy machine."""
 POLL_S = 0.1
+KILL_POLL_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,14 @@ class Victim:
     process: psutil.Process
     replica: str = ""
     """Id of the replica that dies with it; empty if none does."""
+
+    def kill(self) -> float:
+        """Kill the process and return the time at which it has ended."""
+        self.process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while self.process.is_running() and self.process.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(KILL_POLL_S)
+        return time.monotonic()
 
 
 class Cluster:

@@ -15,7 +15,7 @@ from chaos.accounting import (
     summarize,
 )
 
-WINDOW = Window(began_s=95.0, killed_s=100.0, ended_s=110.0)
+WINDOW = Window(began_s=95.0, killed_s=100.0, gone_s=100.2, ended_s=110.0)
 
 
 def served(kind: str, *moments: float) -> Attempt:
@@ -68,6 +68,11 @@ def test_the_parts_of_a_failed_stream_are_no_service() -> None:
     assert result.outage_s["stream"] == pytest.approx(6.0)
 
 
+def test_data_before_the_kill_counts_even_if_the_stream_fails_after_it() -> None:
+    cut = Attempt("stream", 95.0, 101.0, tuple(95.0 + 0.5 * i for i in range(12)), "error event")
+    assert result_of(cut).usual_gap_s["stream"] == pytest.approx(0.5)
+
+
 def test_a_long_stream_is_served_all_the_time() -> None:
     long = served("stream", *(95.0 + 0.1 * number for number in range(200)))
     assert result_of(long).outage_s["stream"] == pytest.approx(0.1)
@@ -75,11 +80,14 @@ def test_a_long_stream_is_served_all_the_time() -> None:
 
 def test_only_sockets_of_the_killed_process_are_no_failures() -> None:
     cut = Attempt("stream", 99.0, 100.1, (), "ReadError", "broken")
+    dying = Attempt("stream", 100.1, 100.3, (), "ReadError", "broken")
     refused = Attempt("stream", 100.5, 100.6, (), "ConnectError", "refused")
     cut_later = Attempt("stream", 101.0, 102.0, (), "ReadError", "broken")
     other_kind = replace(cut, kind="job")
-    result = result_of(cut, refused, cut_later, other_kind, served_by_victim=frozenset({"stream"}))
-    assert result.lost == {"stream: ReadError": 1, "stream: ConnectError": 1}
+    result = result_of(
+        cut, dying, refused, cut_later, other_kind, served_by_victim=frozenset({"stream"})
+    )
+    assert result.lost == {"stream: ReadError": 2, "stream: ConnectError": 1}
     assert result.errors == {"stream: ReadError": 1, "job: ReadError": 1}
     assert result.failed == 2
 
