@@ -1,9 +1,6 @@
 """Faults that the default deployment must survive, as its clients see them."""
 
-import asyncio
 import contextlib
-import json
-import random
 import socket
 import threading
 import time
@@ -168,40 +165,6 @@ def test_a_client_that_sends_too_slowly_is_disconnected(
     with ThreadPoolExecutor(2) as threads:
         for response in threads.map(response_to, [half_a_header, half_a_body]):
             assert response.startswith(b"HTTP/1.1 408")
-
-
-def test_2000_abandoned_requests_leave_an_idle_engine(
-    cluster: RunningCluster, http: httpx.Client
-) -> None:
-    """Rounds of 100 requests that are abandoned at random moments, in one write or in two."""
-    url = httpx.URL(cluster.http_url)
-    rng = random.Random(12)
-
-    async def abandon(*, stream: bool, two_writes: bool, after_s: float) -> None:
-        body = json.dumps(completion(stream=stream)).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
-        _, writer = await asyncio.open_connection(url.host, url.port)
-        if two_writes:
-            writer.write(head.encode())
-            await asyncio.sleep(0.001)
-            writer.write(body)
-        else:
-            writer.write(head.encode() + body)
-        await asyncio.sleep(after_s)
-        writer.close()
-
-    async def abandon_100() -> None:
-        async with asyncio.TaskGroup() as group:
-            for i in range(100):
-                group.create_task(
-                    abandon(
-                        stream=i % 2 == 0, two_writes=i % 4 < 2, after_s=rng.uniform(0.005, 0.4)
-                    )
-                )
-
-    for _ in range(20):
-        asyncio.run(abandon_100())
-        wait_until(lambda: is_idle(http), IDLE_S, "dropping 100 abandoned requests")
 
 
 # -- killed processes -------------------------------------------------------------------------

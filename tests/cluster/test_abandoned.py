@@ -1,0 +1,117 @@
+"""Requests that their clients abandon at random moments leave the engine idle.
+
+Clients leave between the parts of a request, in the queue, before the first byte, in mid-stream
+and after the end; they write head and body in one write or in two, and close or reset the
+connection.
+"""
+
+import asyncio
+import json
+import random
+import time
+from collections import Counter
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.cluster.conftest import RunningCluster, router_config, serve_config, sim_generator
+
+SEED = 12
+IDLE_S = 1.0
+"""Time after which the engine must have dropped abandoned requests."""
+SHORT_TOKENS, LONG_TOKENS = 4, 1500
+"""Tokens of answers that end before some clients leave, and that outlast the test."""
+
+pytestmark = pytest.mark.timeout(240)
+
+
+def config() -> dict[str, Any]:
+    # At 100 clients, two thirds of the requests wait in the router's queue.
+    sim = sim_generator(max_in_flight=32, sim={"decode_s_per_token": 0.02})
+    return serve_config(generators=[sim], router=router_config(1))
+
+
+def is_idle(http: httpx.Client, model: str) -> bool:
+    pool = http.get("/ready").json()["pools"][model]
+    return not (pool["running"] or pool["in_flight"] or pool["queued"])
+
+
+async def send_and_leave(url: httpx.URL, model: str, max_leave_s: float, seed: str) -> str:
+    """Send a request and leave at a random moment; return what had been read by then."""
+    rng = random.Random(seed)
+    body = json.dumps(
+        {
+            "model": model,
+            "prompt": "Once upon a time",
+            "max_tokens": rng.choice([SHORT_TOKENS, LONG_TOKENS, LONG_TOKENS]),
+            "stream": rng.random() < 0.5,
+            "ignore_eos": True,
+        }
+    ).encode()
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(body)}\r\n\r\n"
+    )
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    read = b""
+    try:
+        async with asyncio.timeout(rng.uniform(0, max_leave_s)):
+            if rng.random() < 0.5:
+                writer.write(head.encode() + body)
+            else:
+                writer.write(head.encode())
+                await asyncio.sleep(rng.choice([0.001, 0.05]))
+                writer.write(body)
+            while chunk := await reader.read(65536):
+                read += chunk
+    except TimeoutError:
+        pass
+    finally:
+        if rng.random() < 0.5:
+            writer.transport.abort()
+        else:
+            writer.close()
+    if not read:
+        return "nothing"
+    assert read.startswith(b"HTTP/1.1 200 "), read
+    return "all" if b"[DONE]" in read or b'"usage":{' in read else "a part"
+
+
+def abandon(
+    cluster: RunningCluster, model: str, *, rounds: int, clients: int, max_leave_s: float
+) -> Counter[str]:
+    """Abandon ``rounds * clients`` requests; after each round, the engine must become idle.
+
+    Returns:
+        Number of clients by what they had read.
+    """
+    url = httpx.URL(cluster.http_url)
+    read: Counter[str] = Counter()
+
+    async def one_round(number: int) -> list[str]:
+        seeds = (f"{SEED} {number} {client}" for client in range(clients))
+        return await asyncio.gather(*(send_and_leave(url, model, max_leave_s, s) for s in seeds))
+
+    with httpx.Client(base_url=cluster.http_url, timeout=30) as http:
+        for number in range(rounds):
+            read.update(asyncio.run(one_round(number)))
+            deadline = time.monotonic() + IDLE_S
+            while not is_idle(http, model):
+                assert time.monotonic() < deadline, f"round {number}: {http.get('/ready').text}"
+                time.sleep(0.05)
+        time.sleep(IDLE_S)
+        assert is_idle(http, model)
+    return read
+
+
+def test_2000_abandoned_requests_leave_a_simulated_engine_idle(
+    sim_cluster: RunningCluster,
+) -> None:
+    read = abandon(sim_cluster, "sim", rounds=20, clients=100, max_leave_s=0.5)
+    assert min(read["nothing"], read["a part"], read["all"]) >= 20, read
+
+
+def test_200_abandoned_requests_leave_vllm_idle(cluster: RunningCluster) -> None:
+    read = abandon(cluster, "smollm2", rounds=4, clients=50, max_leave_s=1.0)
+    assert min(read["nothing"], read["a part"]) >= 10, read
