@@ -266,7 +266,7 @@ class FairQueue(Generic[T]):
         return left
 
     def _has_room(self, entry: QueueEntry[T], freed: _Total, freed_of_tenant: _Total) -> bool:
-        """Return True if ``entry`` fits once other entries are gone, some of its own tenant."""
+        """Return True if ``entry`` fits once other entries are gone, some of them of its tenant."""
         of_tenant = self._by_tenant.get(entry.tenant) or _Total()
         free_entries = self.limits.entries - self._total.num + freed.num
         if of_tenant.num - freed_of_tenant.num + 1 > THRESHOLD * free_entries:

@@ -34,7 +34,7 @@ class ClientStream:
     to its end nor cancelled stays open on the replica.
 
     ``on_finished`` is called once when the replica has finished: with the end of the response,
-    even if nobody has read it; with an error; or after ``cancel``, when ``usage`` has the usage
+    even if it has not been read; with an error; or after ``cancel``, when ``usage`` has the usage
     until then, or the replica did not report it in time.
     """
 
