@@ -108,7 +108,6 @@ class PrefixTracker:
                 self._increment(prefix)
 
     def remove_blocks(self, blocks: Iterable[Hashable]) -> None:
-        """Record blocks that were evicted."""
         for block in blocks:
             copies = self._copies.pop(block, 1)
             if copies > 2:
@@ -135,7 +134,6 @@ class PrefixTracker:
     # -- requests --
 
     def add_prompt(self, text: Fingerprint, token_ids: Sequence[int], adapter: str = "") -> None:
-        """Record that the prompt ``text`` was tokenized to ``token_ids``."""
         num_blocks = len(token_ids) // self.block_size
         if not text.hashes or not num_blocks:
             return
@@ -168,7 +166,6 @@ class PrefixTracker:
         )
 
     def snapshot(self) -> Sequence[int]:
-        """Return all cached prefixes."""
         return list(self._cached)
 
     # -- private --

@@ -26,7 +26,6 @@ class StartupTimer:
         """Duration of each phase in seconds, in order."""
 
     def mark(self, phase: str) -> None:
-        """Attribute the time since the last mark to ``phase``."""
         self.add_measured({phase: self._clock() - self._marked_at})
 
     def add_measured(self, phases_s: Mapping[str, float]) -> None:
@@ -37,7 +36,6 @@ class StartupTimer:
 
     @property
     def total_s(self) -> float:
-        """Time from construction to the last mark, in seconds."""
         return sum(self.phases_s.values())
 
 

@@ -1,4 +1,4 @@
-"""What a request's observer counts of a stream, and that each reader of it sees it."""
+"""A request's observer counts each gap of a stream once, and each reader of it sees it."""
 
 from itertools import pairwise
 from time import perf_counter

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from cluster.engines.sim import tokenizer, wire
-from cluster.engines.sim.chunks import ChatChunks, CompletionChunks
+from cluster.engines.sim.chunks import ChatChunks, ChunkWriter, CompletionChunks
 from cluster.engines.sim.generation import Generation
 from cluster.engines.sim.parse import (
     ApiError,
@@ -98,12 +98,15 @@ async def test_withheld_text_is_sent_at_the_end() -> None:
     assert "".join(delta[1] for delta in deltas) == tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize("kind", [ChatChunks, CompletionChunks])
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [(ChatChunks, ChatBody(messages=[])), (CompletionChunks, CompletionBody(prompt="A"))],
+)
 def test_the_fast_encoding_of_a_chunk_equals_the_full_one(
-    kind: type[ChatChunks] | type[CompletionChunks],
+    kind: type[ChunkWriter], body: ChatBody | CompletionBody
 ) -> None:
     (sequence,) = Generation([[1]], [5], (), usage=UsageCounter(), seed=0, fails=False).sequences
-    writer = kind("id-1", 5, 'a "model"', include_usage=False, continuous=False, with_ids=False)
+    writer = kind("id-1", 5, 'a "model"', body)
     chunk = json.loads(writer.token((sequence, " word", False)).removeprefix(b"data: "))
     choice = writer.choice(sequence, " word", last=False, ids=None, first=False)
     assert chunk["choices"] == [choice]

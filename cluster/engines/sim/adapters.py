@@ -18,7 +18,6 @@ class AdapterSlots:
 
     @property
     def loaded(self) -> tuple[str, ...]:
-        """Loaded adapters, least recently used first."""
         return tuple(self._num_users)
 
     def can_run(self, adapter: str) -> bool:
@@ -42,6 +41,5 @@ class AdapterSlots:
         return is_new
 
     def release(self, adapter: str) -> None:
-        """End one use of the adapter."""
         if adapter:
             self._num_users[adapter] -= 1

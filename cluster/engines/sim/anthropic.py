@@ -23,26 +23,21 @@ class AnthropicError(ApiError):
     """An error in Anthropic's shape."""
 
     def body(self) -> dict[str, Any]:
-        """Return the response body."""
         return {"type": "error", "error": {"type": self.type, "message": self.message}}
 
 
 async def messages(engine: "SimEngine", exchange: HttpExchange) -> None:
-    """``POST /v1/messages``."""
     body = parse_body(MessagesBody, exchange.body, exchange.content_type)
     prompt = _prompt(engine, exchange, body)
     try:
         limit = token_limit(engine, prompt, body.max_tokens, "max_completion_tokens")
     except ApiError as error:
         raise _in_anthropic_shape(error) from None
-    generation = engine.submit([prompt], [limit], body.stop_sequences or [], exchange)
-    try:
+    with engine.generating([prompt], [limit], body.stop_sequences or [], exchange) as generation:
         if body.stream:
-            await _stream(engine, exchange, generation)
+            await _stream(exchange, generation)
             return
         (text,) = await collect_texts(generation)
-    finally:
-        engine.discard(generation)
     (sequence,) = generation.sequences
     response = _message(exchange.new_id("chatcmpl-"), exchange.model)
     response["content"] = [{"type": "text", "text": text}]
@@ -51,7 +46,6 @@ async def messages(engine: "SimEngine", exchange: HttpExchange) -> None:
 
 
 async def count_tokens(engine: "SimEngine", exchange: HttpExchange) -> None:
-    """``POST /v1/messages/count_tokens``."""
     body = parse_body(CountTokensBody, exchange.body, exchange.content_type)
     count = len(_prompt(engine, exchange, body))
     context = {"original_input_tokens": count}
@@ -91,7 +85,7 @@ def _end_fields(sequence: SimSequence) -> dict[str, Any]:
     return {"stop_reason": "max_tokens"}
 
 
-async def _stream(engine: "SimEngine", exchange: HttpExchange, generation: Generation) -> None:
+async def _stream(exchange: HttpExchange, generation: Generation) -> None:
     (sequence,) = generation.sequences
 
     async def emit(name: str, **fields: Any) -> None:

@@ -50,12 +50,10 @@ class BlockPool:
 
     @property
     def used_tokens(self) -> int:
-        """Tokens held by requests."""
         return self.private_tokens + len(self._held) * self.block_tokens
 
     @property
     def idle_tokens(self) -> int:
-        """Tokens cached but not held by a request."""
         return len(self._idle) * self.block_tokens
 
     @property

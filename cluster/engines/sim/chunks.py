@@ -3,7 +3,8 @@
 from typing import Any
 
 from cluster.engines.sim.generation import Delta, SimSequence
-from cluster.engines.sim.wire import DONE, FINGERPRINT, dumps, event, usage
+from cluster.engines.sim.parse import ChatBody, CompletionBody, StreamOptions
+from cluster.engines.sim.wire import DONE, FINGERPRINT, count_tokens, dumps, event, usage
 
 
 class ChunkWriter:
@@ -11,32 +12,23 @@ class ChunkWriter:
 
     object: str
     before_text: str
+    plain_tail: bytes
 
-    def __init__(
-        self,
-        id_: str,
-        created: int,
-        model: str,
-        *,
-        include_usage: bool,
-        continuous: bool,
-        with_ids: bool,
-    ) -> None:
+    def __init__(self, id_: str, created: int, model: str, body: ChatBody | CompletionBody) -> None:
         self._base = {"id": id_, "object": self.object, "created": created, "model": model}
-        self._include_usage = include_usage
-        self._continuous = continuous
-        self._with_ids = with_ids
+        options = body.stream_options or StreamOptions(include_usage=False)
+        self._include_usage = bool(options.include_usage)
+        self._continuous = self._include_usage and bool(options.continuous_usage_stats)
+        self._with_ids = bool(body.return_token_ids)
         self._counts: dict[int, int] = {}
         self._prefix = b"data: " + dumps(self._base)[:-1] + b',"choices":[{"index":'
         self._heads: dict[int, bytes] = {}
-        self._plain = not (continuous or with_ids)
+        self._plain = not (self._continuous or self._with_ids)
 
     def first(self, sequence: SimSequence) -> bytes:
-        """Return the chunk before the first token of a sequence, if any."""
         return b""
 
     def token(self, delta: Delta) -> bytes:
-        """Return the chunk of one token."""
         sequence, text, is_last = delta
         if self._plain and not is_last:
             head = self._heads.get(sequence.index) or self._head(sequence.index)
@@ -44,22 +36,15 @@ class ChunkWriter:
         return self._encode(sequence, text, is_last)
 
     def end(self, sequences: list[SimSequence]) -> list[bytes]:
-        """Return the chunks after the last token."""
         if not self._include_usage:
             return [DONE]
-        prompt = sum(s.request.num_prompt for s in sequences)
-        completion = sum(s.request.num_generated for s in sequences)
-        closing = {"choices": [], "usage": usage(prompt, completion)}
+        closing = {"choices": [], "usage": usage(*count_tokens(sequences))}
         return [event(self._base | closing | {"system_fingerprint": FINGERPRINT}), DONE]
 
-    plain_tail: bytes
-
     def choice(self, sequence: SimSequence, text: str, last: bool, ids: Any, first: bool) -> Any:
-        """Return the choice of one chunk."""
         raise NotImplementedError
 
     def usage(self, prompt: int, completion: int) -> dict[str, Any]:
-        """Return the running counts of ``continuous_usage_stats``."""
         return usage(prompt, completion)
 
     def _head(self, index: int) -> bytes:
@@ -87,7 +72,6 @@ class ChatChunks(ChunkWriter):
     plain_tail = b'"},"logprobs":null,"finish_reason":null,"token_ids":null}]}\n\n'
 
     def first(self, sequence: SimSequence) -> bytes:
-        """Return the chunk with the role."""
         request = sequence.request
         prompt = request.tokens[: request.num_prompt] if self._with_ids else None
         delta = {"role": "assistant", "content": ""}
@@ -98,19 +82,13 @@ class ChatChunks(ChunkWriter):
         return event(chunk | {"prompt_token_ids": prompt, "prompt_text": None})
 
     def choice(self, sequence: SimSequence, text: str, last: bool, ids: Any, first: bool) -> Any:
-        """Return the content; in the last chunk, also the finish reason."""
         choice: dict[str, Any] = {"index": 0, "delta": {"content": text}, "logprobs": None}
         if not last:
             return choice | {"finish_reason": None, "token_ids": ids}
-        reason = sequence.request.finish_reason
-        return choice | {
-            "finish_reason": reason,
-            "stop_reason": sequence.stop_reason,
-            "token_ids": ids,
-        }
+        reasons = {"finish_reason": sequence.request.finish_reason}
+        return choice | reasons | {"stop_reason": sequence.stop_reason, "token_ids": ids}
 
     def usage(self, prompt: int, completion: int) -> dict[str, Any]:
-        """Return the running counts, with the empty details that only chat has."""
         return usage(prompt, completion) | {"completion_tokens_details": None}
 
 
@@ -125,7 +103,6 @@ class CompletionChunks(ChunkWriter):
     )
 
     def choice(self, sequence: SimSequence, text: str, last: bool, ids: Any, first: bool) -> Any:
-        """Return the text; in the last chunk, also the finish reason."""
         request = sequence.request
         return {
             "index": sequence.index,

@@ -4,8 +4,8 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from msgspec.structs import replace
 
@@ -38,9 +38,9 @@ class SimEngine:
     def __init__(self, config: GeneratorConfig) -> None:
         self.config = config
         self.max_model_len = DEFAULT_MODEL_LEN
-        self._prefixes = PrefixTracker(config.sim.block_size_tokens, tokenizer.byte_lengths)
+        self.prefixes = PrefixTracker(config.sim.block_size_tokens, tokenizer.byte_lengths)
         self._adapters = AdapterSlots(config.max_loras, config.adapters)
-        self._scheduler = Scheduler(config.sim, time.monotonic, self._prefixes, self._adapters)
+        self._scheduler = Scheduler(config.sim, time.monotonic, self.prefixes, self._adapters)
         self._generations: set[Generation] = set()
         self._num_hanging = 0
         self._num_steps = 0
@@ -52,35 +52,22 @@ class SimEngine:
         self._work = asyncio.Event()
         self._driver: asyncio.Task[None] | None = None
         self._random = random.Random(config.sim.seed)
-        self._app = SimApp(self)
+        self.app: ASGIApp = SimApp(self)
         self.start_phases_s: dict[str, float] = {}
 
     @property
-    def app(self) -> ASGIApp:
-        """See ``Engine``."""
-        return self._app
-
-    @property
-    def prefixes(self) -> PrefixTracker:
-        """See ``Engine``."""
-        return self._prefixes
-
-    @property
     def context_tokens(self) -> int:
-        """See ``Engine``."""
         return self.max_model_len
 
     @property
     def loaded_adapters(self) -> tuple[str, ...]:
-        """Names of the loaded LoRA adapters."""
         return self._adapters.loaded
 
     def observe(self, registry: Registry) -> None:
         """Do nothing: the router's metrics cover this engine."""
 
     def routes(self) -> tuple[str, ...]:
-        """See ``Engine``."""
-        return self._app.routes
+        return SimApp.routes
 
     async def start(self) -> None:
         """Become ready after ``startup_s``."""
@@ -101,7 +88,6 @@ class SimEngine:
         self._stall.check(self._num_steps, is_busy=bool(load.running or load.waiting))
 
     def load(self) -> Load:
-        """Return the current load."""
         load = self._scheduler.load()
         return replace(load, running=load.running + self._num_hanging)
 
@@ -113,14 +99,15 @@ class SimEngine:
             with suppress(asyncio.CancelledError, Exception):  # already logged by the driver
                 await self._driver
 
-    def submit(
+    @contextmanager
+    def generating(
         self,
         prompts: Sequence[list[int]],
         max_tokens: Sequence[int],
         stop: Sequence[str],
         exchange: HttpExchange,
-    ) -> Generation:
-        """Start generating for one HTTP request; the caller must call ``discard``.
+    ) -> Iterator[Generation]:
+        """Generate for one HTTP request; abort its unfinished sequences at the end of the block.
 
         Raises:
             GenerationError: The engine is dead.
@@ -143,27 +130,30 @@ class SimEngine:
             adapter=adapter,
         )
         self._generations.add(generation)
-        if sim.hang_after_requests is not None and self.num_accepted > sim.hang_after_requests:
-            generation.hangs = True
-            self._num_hanging += 1
-            return generation
+        hangs = sim.hang_after_requests is not None and self.num_accepted > sim.hang_after_requests
+        self._num_hanging += hangs
+        try:
+            if not hangs:
+                self._start(generation, exchange)
+            yield generation
+        finally:
+            self._generations.discard(generation)
+            self._num_hanging -= hangs
+            for sequence in generation.sequences:
+                if sequence.request.finished_s is None:
+                    self._scheduler.abort(sequence.request)
+            generation.count_times()
+
+    def _start(self, generation: Generation, exchange: HttpExchange) -> None:
         for sequence in generation.sequences:
             self._scheduler.add_request(sequence.request)
         text = fingerprint(exchange.path, exchange.body)
-        self._prefixes.add_prompt(text, prompts[0], adapter)
+        request = generation.sequences[0].request
+        self.prefixes.add_prompt(text, request.tokens, request.adapter)
         self._work.set()
-        if sim.die_after_requests is not None and self.num_accepted >= sim.die_after_requests:
+        limit = self.config.sim.die_after_requests
+        if limit is not None and self.num_accepted >= limit:
             self._die()
-        return generation
-
-    def discard(self, generation: Generation) -> None:
-        """Forget a generation and abort its unfinished sequences."""
-        self._generations.discard(generation)
-        self._num_hanging -= generation.hangs
-        for sequence in generation.sequences:
-            if sequence.request.finished_s is None:
-                self._scheduler.abort(sequence.request)
-        generation.count_times()
 
     def _model_len(self) -> int:
         limit = self._scheduler.max_request_tokens
@@ -191,7 +181,6 @@ class SimEngine:
             raise
 
     async def _run_steps(self) -> None:
-        """Plan, wait for and commit steps forever."""
         scheduler, now = self._scheduler, time.monotonic
         ends_at = now()
         while True:

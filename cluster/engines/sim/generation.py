@@ -39,7 +39,6 @@ class SimSequence:
         request.sample = self.sample
 
     def sample(self) -> int:
-        """Generate the next token and post its text."""
         word, self._state = tokenizer.next_word(self._state)
         self._left -= 1
         text = _WORDS[word]
@@ -80,7 +79,7 @@ class Generation:
         adapter: LoRA adapter.
     """
 
-    __slots__ = ("_deltas", "_error", "_usage", "_waiter", "fails", "hangs", "sequences", "stop")
+    __slots__ = ("_deltas", "_error", "_usage", "_waiter", "fails", "sequences", "stop")
 
     def __init__(
         self,
@@ -95,7 +94,6 @@ class Generation:
     ) -> None:
         self.stop = tuple(stop)
         self.fails = fails
-        self.hangs = False
         self.sequences = [
             SimSequence(
                 self,
@@ -112,7 +110,6 @@ class Generation:
         self._waiter: asyncio.Future[None] | None = None
 
     def post(self, delta: Delta) -> None:
-        """Add a token."""
         if self.fails:
             delta[0].request.stopped = True
             self._error = FAILED
@@ -124,12 +121,10 @@ class Generation:
         self._wake()
 
     def fail(self, message: str) -> None:
-        """End the generation with an error."""
         self._error = message
         self._wake()
 
     def count_times(self) -> None:
-        """Add the times of the finished sequences to the usage."""
         for sequence in self.sequences:
             request = sequence.request
             if request.first_token_s is not None and request.finished_s is not None:

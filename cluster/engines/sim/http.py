@@ -33,23 +33,19 @@ class HttpExchange:
         return prefix + (random_id() if request_id is None else request_id.decode("latin-1"))
 
     async def reply(self, status: int, body: Any, *headers: tuple[bytes, bytes]) -> None:
-        """Respond with JSON."""
         raw = dumps(body)
         length = (b"content-length", str(len(raw)).encode())
         await self._start(status, length, (b"content-type", b"application/json"), *headers)
         await self._send({"type": "http.response.body", "body": raw, "more_body": False})
 
     async def start_stream(self) -> None:
-        """Start a response of server-sent events."""
         self.is_streaming = True
         await self._start(200, (b"content-type", b"text/event-stream; charset=utf-8"))
 
     async def write(self, chunk: bytes) -> None:
-        """Send a chunk of the stream."""
         await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
 
     async def end_stream(self) -> None:
-        """End the stream."""
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _start(self, status: int, *headers: tuple[bytes, bytes]) -> None:

@@ -29,14 +29,12 @@ if TYPE_CHECKING:
 
 
 async def models(engine: "SimEngine", exchange: HttpExchange) -> None:
-    """``GET /v1/models``."""
     config = engine.config
     body = wire.models(config, int(time.time()), engine.max_model_len)
     await exchange.reply(200, body)
 
 
 async def chat(engine: "SimEngine", exchange: HttpExchange) -> None:
-    """``POST /v1/chat/completions``."""
     body = parse_body(ChatBody, exchange.body, exchange.content_type)
     check_model(engine, exchange, body.model)
     prompt = chat_prompt(body.messages, body.add_generation_prompt)
@@ -46,14 +44,12 @@ async def chat(engine: "SimEngine", exchange: HttpExchange) -> None:
         limit = token_limit(engine, prompt, body.max_completion_tokens, "max_completion_tokens")
     check_sampling(body)
     id_, created = exchange.new_id("chatcmpl-"), int(time.time())
-    generation = engine.submit([prompt], [limit], body.stops(), exchange)
-    try:
+    with engine.generating([prompt], [limit], body.stops(), exchange) as generation:
         if body.stream:
-            await stream(exchange, generation, _writer(ChatChunks, exchange, body, id_, created))
+            chunks = ChatChunks(id_, created, exchange.model, body)
+            await _stream(exchange, generation, chunks)
             return
         (text,) = await collect_texts(generation)
-    finally:
-        engine.discard(generation)
     (sequence,) = generation.sequences
     request = sequence.request
     ids = request.tokens[request.num_prompt :] if body.return_token_ids else None
@@ -64,7 +60,6 @@ async def chat(engine: "SimEngine", exchange: HttpExchange) -> None:
 
 
 async def completions(engine: "SimEngine", exchange: HttpExchange) -> None:
-    """``POST /v1/completions``."""
     body = parse_body(CompletionBody, exchange.body, exchange.content_type)
     check_model(engine, exchange, body.model)
     prompts = completion_prompts(body)
@@ -73,24 +68,19 @@ async def completions(engine: "SimEngine", exchange: HttpExchange) -> None:
     if body.echo:
         raise ApiError("The simulated engine does not echo prompts", "echo")
     id_, created = exchange.new_id("cmpl-"), int(time.time())
-    generation = engine.submit(prompts, limits, body.stops(), exchange)
-    try:
+    with engine.generating(prompts, limits, body.stops(), exchange) as generation:
         if body.stream:
-            await stream(
-                exchange, generation, _writer(CompletionChunks, exchange, body, id_, created)
-            )
+            chunks = CompletionChunks(id_, created, exchange.model, body)
+            await _stream(exchange, generation, chunks)
             return
         texts = await collect_texts(generation)
-    finally:
-        engine.discard(generation)
     pairs = zip(texts, generation.sequences, strict=True)
     choices = [wire.completion_choice(t, s, bool(body.return_token_ids)) for t, s in pairs]
-    counts = wire.full_usage(*count_tokens(generation))
+    counts = wire.full_usage(*wire.count_tokens(generation.sequences))
     await exchange.reply(200, wire.completion(id_, created, exchange.model, choices, counts))
 
 
 async def tokenize(engine: "SimEngine", exchange: HttpExchange) -> None:
-    """``POST /tokenize``."""
     body = parse_body(TokenizeBody, exchange.body, exchange.content_type)
     check_model(engine, exchange, body.model)
     if body.messages is not None:
@@ -111,8 +101,7 @@ async def detokenize(engine: "SimEngine", exchange: HttpExchange) -> None:
     await exchange.reply(200, {"prompt": tokenizer.decode(body.tokens)})
 
 
-async def stream(exchange: HttpExchange, generation: Generation, writer: ChunkWriter) -> None:
-    """Send a generation as chunks, one per token."""
+async def _stream(exchange: HttpExchange, generation: Generation, writer: ChunkWriter) -> None:
     started: set[int] = set()
     await generation.wait_for_tokens()  # if that fails, respond with an error instead
     await exchange.start_stream()
@@ -130,35 +119,8 @@ async def stream(exchange: HttpExchange, generation: Generation, writer: ChunkWr
 
 
 async def collect_texts(generation: Generation) -> list[str]:
-    """Return the whole text of each sequence."""
     texts: list[list[str]] = [[] for _ in generation.sequences]
     async for deltas in generation.batches():
         for sequence, text, _ in deltas:
             texts[sequence.index].append(text)
     return ["".join(parts) for parts in texts]
-
-
-def count_tokens(generation: Generation) -> tuple[int, int]:
-    """Return the prompt and completion tokens of all sequences."""
-    requests = [sequence.request for sequence in generation.sequences]
-    return sum(r.num_prompt for r in requests), sum(r.num_generated for r in requests)
-
-
-def _writer(
-    kind: type[ChunkWriter],
-    exchange: HttpExchange,
-    body: ChatBody | CompletionBody,
-    id_: str,
-    created: int,
-) -> ChunkWriter:
-    options = body.stream_options
-    include = options is not None and bool(options.include_usage)
-    continuous = include and options is not None and bool(options.continuous_usage_stats)
-    return kind(
-        id_,
-        created,
-        exchange.model,
-        include_usage=include,
-        continuous=continuous,
-        with_ids=bool(body.return_token_ids),
-    )

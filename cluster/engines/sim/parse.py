@@ -26,7 +26,6 @@ class ApiError(Exception):
         self.type = type_ or "BadRequestError"
 
     def body(self) -> dict[str, Any]:
-        """Return the response body."""
         error = {
             "message": self.message,
             "type": self.type,
@@ -62,7 +61,6 @@ class Message(_Body):
     content: str | list[dict[str, Any]] | None = None
 
     def text(self) -> str:
-        """Return the text of the content."""
         if isinstance(self.content, list):
             return "\n".join(str(part.get("text", "")) for part in self.content)
         return self.content or ""
@@ -79,7 +77,6 @@ class _Sampling(_Body):
     max_tokens: int | None = None
 
     def stops(self) -> list[str]:
-        """Return the stop strings."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 

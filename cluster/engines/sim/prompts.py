@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 
 def check_model(engine: "SimEngine", exchange: HttpExchange, model: str | None) -> None:
-    """Raise ``ApiError`` for an unknown model; store the name in the exchange."""
     name = engine.config.name
     if model and model != name and model not in engine.config.adapters:
         message = f"The model `{model}` does not exist. Valid aliases: {name}."
@@ -42,7 +41,6 @@ def check_sampling(body: ChatBody | CompletionBody) -> None:
 
 
 def chat_prompt(messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-    """Return the token ids of a conversation."""
     if not messages:
         raise ApiError(
             "Cannot apply chat template to an empty conversation. Provide at least one message."
@@ -52,7 +50,6 @@ def chat_prompt(messages: Sequence[Message], add_generation_prompt: bool = True)
 
 
 def completion_prompts(body: CompletionBody) -> list[list[int]]:
-    """Return the token ids of each prompt of a completion."""
     prompt = body.prompt
     if isinstance(prompt, str):
         return [tokenizer.encode(prompt)]

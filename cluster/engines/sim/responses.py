@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 
 async def create(engine: "SimEngine", exchange: HttpExchange) -> None:
-    """``POST /v1/responses``."""
     body = parse_body(ResponsesBody, exchange.body, exchange.content_type)
     check_model(engine, exchange, body.model)
     turns = body.input
@@ -27,14 +26,11 @@ async def create(engine: "SimEngine", exchange: HttpExchange) -> None:
     limit = token_limit(engine, prompt, body.max_output_tokens)
     base = _response(engine, exchange, body, limit)
     item_id = f"msg_{wire.random_id()}"
-    generation = engine.submit([prompt], [limit], [], exchange)
-    try:
+    with engine.generating([prompt], [limit], [], exchange) as generation:
         if body.stream:
             await _stream(exchange, generation, base, item_id)
             return
         (text,) = await collect_texts(generation)
-    finally:
-        engine.discard(generation)
     (sequence,) = generation.sequences
     await exchange.reply(200, base | _result(sequence, _item(item_id, [_part(text)])))
 

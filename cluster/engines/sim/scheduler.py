@@ -50,7 +50,6 @@ class SimRequest:
 
     @property
     def num_generated(self) -> int:
-        """Tokens generated so far."""
         return len(self.tokens) - self.num_prompt
 
     @property
@@ -106,7 +105,6 @@ class Scheduler:
         return self.blocks.capacity_tokens
 
     def load(self) -> Load:
-        """Return the current load."""
         return Load(
             running=len(self.running),
             waiting=len(self.waiting),
@@ -195,7 +193,6 @@ class Scheduler:
         return [request for request in samples if request.capacity_tokens], True
 
     def _grow(self, request: SimRequest) -> bool:
-        """Give ``request`` another block; return False if it was preempted itself."""
         size = self.config.block_size_tokens
         while not self.blocks.acquire((), size):
             victim = self.running.pop()

@@ -48,7 +48,6 @@ def decode(ids: Iterable[int]) -> str:
 
 
 def piece_of(token_id: int) -> str:
-    """Return the text of one token."""
     if token_id in _SPECIAL:
         return _SPECIAL[token_id]
     if token_id & 0xFF == _CODE_POINT and token_id >> 8 <= sys.maxunicode:

@@ -1,6 +1,7 @@
 """Response bodies as vLLM 0.32 writes them. Pure."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -13,23 +14,19 @@ Body = dict[str, Any]
 
 
 def dumps(value: Any) -> bytes:
-    """Return compact JSON."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def event(value: Any, name: str | None = None) -> bytes:
-    """Return a server-sent event."""
     head = b"" if name is None else b"event: " + name.encode() + b"\n"
     return head + b"data: " + dumps(value) + b"\n\n"
 
 
 def error_event(message: str) -> bytes:
-    """Return the last event of a failed stream, before ``[DONE]``."""
     return b"data: " + json.dumps(error_body(message, 500)).encode() + b"\n\n"
 
 
 def error_body(message: str, status: int) -> Body:
-    """Return the body of an engine error."""
     kind = "InternalServerError"
     return {"error": {"message": message, "type": kind, "param": None, "code": status}}
 
@@ -37,6 +34,12 @@ def error_body(message: str, status: int) -> Body:
 def random_id() -> str:
     """Return an id of 16 hexadecimal digits, as vLLM's."""
     return uuid4().hex[:16]
+
+
+def count_tokens(sequences: Sequence[SimSequence]) -> tuple[int, int]:
+    """Return the prompt and completion tokens of all sequences."""
+    requests = [sequence.request for sequence in sequences]
+    return sum(r.num_prompt for r in requests), sum(r.num_generated for r in requests)
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> Body:
@@ -55,7 +58,6 @@ def full_usage(prompt_tokens: int, completion_tokens: int) -> Body:
 
 
 def models(config: GeneratorConfig, created: int, max_model_len: int) -> Body:
-    """Return the body of ``/v1/models``: the model, then its adapters."""
     name, adapters = config.name, config.adapters
     cards = [_card(name, config.model, created, None, max_model_len)]
     cards += [_card(each, path, created, name, None) for each, path in adapters.items()]
@@ -90,7 +92,6 @@ def _card(name: str, root: str, created: int, parent: str | None, length: int | 
 
 
 def chat(id_: str, created: int, model: str, choice: Body, counts: Body, prompt_ids: Any) -> Body:
-    """Return the body of ``/v1/chat/completions``."""
     return {
         "id": id_,
         "object": "chat.completion",
@@ -110,7 +111,6 @@ def chat(id_: str, created: int, model: str, choice: Body, counts: Body, prompt_
 
 
 def chat_choice(text: str, sequence: SimSequence, token_ids: list[int] | None) -> Body:
-    """Return the only choice of a chat response."""
     message = {
         "role": "assistant",
         "content": text,
@@ -132,7 +132,6 @@ def chat_choice(text: str, sequence: SimSequence, token_ids: list[int] | None) -
 
 
 def completion(id_: str, created: int, model: str, choices: list[Body], counts: Body) -> Body:
-    """Return the body of ``/v1/completions``."""
     return {
         "id": id_,
         "object": "text_completion",
@@ -149,7 +148,6 @@ def completion(id_: str, created: int, model: str, choices: list[Body], counts: 
 
 
 def completion_choice(text: str, sequence: SimSequence, with_ids: bool) -> Body:
-    """Return one choice of a completion, which has one per prompt."""
     request = sequence.request
     prompt, generated = request.tokens[: request.num_prompt], request.tokens[request.num_prompt :]
     return {

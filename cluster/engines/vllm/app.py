@@ -51,7 +51,6 @@ OPENAPI_PATH = "/openapi.json"
 
 
 async def build_app(llm: Any, args: Namespace) -> Any:
-    """Return vLLM's application for the ``AsyncLLM``."""
     tasks = await llm.get_supported_tasks()
     app = internals.build_app(args, tasks, llm.model_config)
     # vLLM's handler of engine errors sets should_exit on its server. Without a server the handler
@@ -68,7 +67,6 @@ def remove_private_routes(app: Any) -> None:
 
 
 def public_routes(app: Any) -> tuple[str, ...]:
-    """Return the path templates that clients may call."""
     paths = dict.fromkeys(route.path for route in app.router.routes)
     return tuple(path for path in paths if path != OPENAPI_PATH)
 

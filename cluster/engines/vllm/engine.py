@@ -47,36 +47,23 @@ class VllmEngine:
         self._ray_metrics = ray_metrics
         self._llm: Any = None
         self._vllm_app: Any = None
-        self._app: ASGIApp
+        self.app: ASGIApp
         self._scheduler_stats: Any = None
         self._num_steps = 0
         self._stall = StallDetector("engine", config.stall_timeout_s)
-        self._prefixes: PrefixTracker | None = None
+        self.prefixes: PrefixTracker | None = None
         self._kv_events: asyncio.Task[None] | None = None
         self._stats: Periodic | None = None
 
     @property
     def start_phases_s(self) -> dict[str, float]:
-        """See ``Engine``."""
         return self._launcher.timer.phases_s
 
     @property
-    def app(self) -> ASGIApp:
-        """VLLM's application; valid between ``start`` and ``stop``."""
-        return self._app
-
-    @property
-    def prefixes(self) -> PrefixTracker | None:
-        """See ``Engine``; None if prefix caching is off, or KV events are published elsewhere."""
-        return self._prefixes
-
-    @property
     def context_tokens(self) -> int | None:
-        """See ``Engine``."""
         return int(self._llm.model_config.max_model_len)
 
     async def start(self) -> None:
-        """Start vLLM's processes, load the model and build the application."""
         try:
             started = await self._launcher.start(self._make_stat_loggers)
             self._llm = started.llm
@@ -84,7 +71,7 @@ class VllmEngine:
                 await self._track_prefixes(started.kv_events_endpoint)
             self._llm.generate = count_usage(self._llm.generate)
             self._vllm_app = await build_app(self._llm, started.args)
-            self._app = TrackRequest(CancelAsDisconnect(self._vllm_app))
+            self.app = TrackRequest(CancelAsDisconnect(self._vllm_app))
             self._launcher.timer.mark("application")
         except BaseException:
             await self.stop()
@@ -107,7 +94,6 @@ class VllmEngine:
         self._stall.check(self._num_steps, is_busy=bool(self._llm.get_num_unfinished_requests()))
 
     def load(self) -> Load:
-        """Return the current load."""
         if self._llm is None:
             return Load()
         # vLLM reports its statistics with each step, so they are stale after an abort that leaves
@@ -123,11 +109,9 @@ class VllmEngine:
         """Do nothing: vLLM exports its metrics to Ray itself (``ray_metrics``)."""
 
     def routes(self) -> tuple[str, ...]:
-        """Return the paths that clients may call; ``app`` serves these and ``/openapi.json``."""
         return public_routes(self._vllm_app)
 
     async def stop(self) -> None:
-        """Stop vLLM's processes; kill those that do not exit in time."""
         if self._stats is not None:
             await self._stats.close()
         if self._kv_events is not None:
@@ -145,9 +129,9 @@ class VllmEngine:
             (*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())),
         )
         block_size = self._llm.vllm_config.cache_config.block_size
-        self._prefixes = PrefixTracker(block_size, byte_lengths)
-        self._llm.generate = observe_prompts(self._llm.generate, self._prefixes)
-        reading = KvEventReader(self._prefixes, kv_events_endpoint).run()
+        self.prefixes = PrefixTracker(block_size, byte_lengths)
+        self._llm.generate = observe_prompts(self._llm.generate, self.prefixes)
+        reading = KvEventReader(self.prefixes, kv_events_endpoint).run()
         self._kv_events = asyncio.create_task(reading, name="vllm-kv-events")
 
     def _make_stat_loggers(self) -> list[Any]:

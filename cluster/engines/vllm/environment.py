@@ -19,17 +19,14 @@ class Environment:
         self._before: dict[str, str | None] = {}
 
     def set_defaults(self, wanted: Mapping[str, str]) -> None:
-        """Set the variables of ``wanted`` that are not set."""
         self.set_all({n: value for n, value in wanted.items() if n not in self._variables})
 
     def set_all(self, wanted: Mapping[str, str]) -> None:
-        """Set the variables of ``wanted``, replacing present values."""
         for name, value in wanted.items():
             self._before.setdefault(name, self._variables.get(name))
             self._variables[name] = value
 
     def restore(self) -> None:
-        """Restore the original values."""
         for name, value in self._before.items():
             self._variables.pop(name, None)
             if value is not None:
@@ -56,7 +53,6 @@ def base_environment(*model_paths: str) -> dict[str, str]:
 
 
 def cpu_environment(config: GeneratorConfig) -> dict[str, str]:
-    """Return the variables for running on CPUs."""
     return {
         # Run a single worker inside the engine's process, which saves starting one.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -61,7 +61,6 @@ class LlmLauncher:
 
     @property
     def is_stopping(self) -> bool:
-        """True after ``stop`` was called."""
         return self._stop_requested.is_set()
 
     async def start(self, make_stat_loggers: Callable[[], list[Any]]) -> StartedLlm:
@@ -192,7 +191,6 @@ def _import_app() -> None:
 
 
 def _ray_address() -> str | None:
-    """Return the address of the Ray cluster that this process is part of, if any."""
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return None
@@ -210,7 +208,6 @@ def _resolve(loop: asyncio.AbstractEventLoop, setter: Callable[[Any], None], val
 
 
 def _processes_of(llm: Any) -> list[psutil.Process]:
-    """Return the engine's processes and their workers."""
     manager = getattr(llm.engine_core.resources, "engine_manager", None)
     found: list[psutil.Process] = []
     for process in getattr(manager, "processes", ()):

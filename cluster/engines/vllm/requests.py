@@ -52,7 +52,6 @@ class TrackRequest:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the application for one request."""
         request = _Request(scope, receive)
         _request.set(request)
         await self._app(scope, request.receive, send)
