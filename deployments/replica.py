@@ -149,7 +149,8 @@ class EngineReplica:
     def _drain_dead_engine(self) -> None:
         """Send routers to other replicas at once; the requests in the engine are lost anyway."""
         if self._dead_drain is None:
-            self._dead_drain = asyncio.create_task(self._server.drain(_DEAD_ENGINE_DRAIN_S))
+            # The links stay open, see _retire.
+            self._dead_drain = asyncio.create_task(self._server.finish(_DEAD_ENGINE_DRAIN_S))
             self._dead_drain.add_done_callback(_log_failure)
 
     def _num_in_flight(self) -> int:

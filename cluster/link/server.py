@@ -117,17 +117,11 @@ class LinkServer:
         for connection in self.connections:
             connection.write(0, frames.GOAWAY)
 
-    async def drain(self, timeout_s: float) -> DrainResult:
-        """Refuse new streams, wait for the open ones, cancel the rest and close.
+    async def finish(self, timeout_s: float) -> DrainResult:
+        """Refuse new streams, wait for the open ones and cancel the rest; the connections stay.
 
         A cancelled stream ends with an error (503) on the router's side.
         """
-        if self._server is not None:
-            self._server.close()
-        if self._prefixes is not None:
-            self._prefixes.on_change = None
-        if self._prefixes_timer is not None:
-            self._prefixes_timer.cancel()
         self.retire()
         tasks, unfinished = set(self._tasks), set[asyncio.Task[None]]()
         if tasks:
@@ -136,11 +130,22 @@ class LinkServer:
             task.cancel()
         if unfinished:
             await asyncio.wait(unfinished, timeout=_CLOSE_TIMEOUT_S)
+        return DrainResult(finished=len(tasks) - len(unfinished), cancelled=len(unfinished))
+
+    async def drain(self, timeout_s: float) -> DrainResult:
+        """Finish as ``finish`` does, accept no connections meanwhile, then close all."""
+        if self._server is not None:
+            self._server.close()
+        if self._prefixes is not None:
+            self._prefixes.on_change = None
+        if self._prefixes_timer is not None:
+            self._prefixes_timer.cancel()
+        result = await self.finish(timeout_s)
         closing = [c.shut(_CLOSE_TIMEOUT_S, "the replica stopped") for c in self.connections]
         await asyncio.gather(*closing)
         if self._server is not None:
             await self._server.wait_closed()
-        return DrainResult(finished=len(tasks) - len(unfinished), cancelled=len(unfinished))
+        return result
 
     async def stop(self) -> None:
         await self.drain(0)

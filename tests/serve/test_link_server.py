@@ -94,6 +94,20 @@ async def test_drain_finishes_open_streams_and_refuses_new_ones() -> None:
 
 
 @on_both_loops
+async def test_finish_refuses_new_streams_and_keeps_the_connection() -> None:
+    """A router must not take a replica whose engine has died for one that has no link."""
+    async with linked(hang) as (server, client):
+        await client.open(RequestHead()).head()
+        assert await server.finish(0.1) == (0, 1)
+        await until(lambda: client.state.value == "draining")
+        await asyncio.sleep(0.3)  # longer than a new attempt to connect would take
+        assert client.state.value == "draining"
+        assert client.failures == 0
+        with pytest.raises(LinkClosedError, match="draining"):
+            client.open(RequestHead())
+
+
+@on_both_loops
 async def test_streams_over_the_limit_are_refused() -> None:
     async with linked(hang, options=LinkOptions(max_streams=2)) as (_, client):
         streams = [client.open(RequestHead()) for _ in range(3)]
