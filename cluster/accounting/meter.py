@@ -14,15 +14,8 @@ class Meter:
     """Meter of a replica's joules: GPU energy plus a share of RAPL's, or an estimate.
 
     RAPL counts whole CPU packages. A replica's share is that of its processes in the machine's
-    busy CPU time.
-
-    Args:
-        watts_per_core: Power for an estimate if there is no counter; None disables it.
-        gpu_joules: Energy of the replica's GPUs; None if they have no counter.
-        rapl_joules: Energy of the machine's CPU packages; None if it cannot be read.
-        reason: Reason to report if there are no joules (``accounting.REASONS``).
-        own_cpu_s: CPU time of the replica's processes.
-        machine_cpu_s: Busy CPU time of the machine.
+    busy CPU time. Without a counter, joules are estimated from ``watts_per_core``; without that,
+    ``reason`` (``accounting.REASONS``) is reported.
     """
 
     def __init__(

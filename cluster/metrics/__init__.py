@@ -10,12 +10,4 @@ from cluster.metrics.quantiles import quantile
 from cluster.metrics.registry import Counter, Histogram, Registry
 from cluster.metrics.table import Metric
 
-__all__ = [
-    "Counter",
-    "Histogram",
-    "Metric",
-    "Registry",
-    "exposition",
-    "quantile",
-    "table",
-]
+__all__ = ["Counter", "Histogram", "Metric", "Registry", "exposition", "quantile", "table"]

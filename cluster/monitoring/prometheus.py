@@ -52,11 +52,7 @@ def _ray(targets: Targets) -> dict[str, Any]:
     if targets.token_file is not None:
         discovery["authorization"] = {"credentials_file": targets.token_file}
     # Remove the prefix that Ray's agents add, so that Tandem's metrics have their documented names.
-    rename = {
-        "source_labels": ["__name__"],
-        "regex": "ray_(tandem_.+)",
-        "target_label": "__name__",
-    }
+    rename = {"source_labels": ["__name__"], "regex": "ray_(tandem_.+)", "target_label": "__name__"}
     return {
         "job_name": "ray",
         "http_sd_configs": [discovery],

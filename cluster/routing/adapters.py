@@ -6,11 +6,7 @@ from cluster.routing.table import FloatArray
 
 
 class LoadedAdapters:
-    """Adapters of each row, and rows of each adapter.
-
-    Args:
-        max_loaded: Adapters that a replica keeps loaded; the least recently used one is evicted.
-    """
+    """Adapters of each row; a replica evicts the least recently used one above ``max_loaded``."""
 
     def __init__(self, max_loaded: int) -> None:
         self._max_loaded = max_loaded

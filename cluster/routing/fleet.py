@@ -37,9 +37,6 @@ class Fleet:
     """Replicas of one pool; not thread-safe.
 
     Methods that take a replica's id raise KeyError if the replica is unknown.
-
-    Args:
-        max_adapters: LoRA adapters that a replica keeps loaded at a time.
     """
 
     def __init__(self, max_adapters: int = 1) -> None:

@@ -18,8 +18,7 @@ that, and routers that see the same costs must not all choose the same replica."
 class TieBreaker:
     """Choice of the lowest cost; rows of about the same cost take turns.
 
-    Args:
-        start: First turn; should differ between routers.
+    The first turn should differ between routers.
     """
 
     def __init__(self, start: int = 0) -> None:

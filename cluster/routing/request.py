@@ -49,11 +49,7 @@ UNKNOWN_REQUEST = RequestView(prompt_tokens=0.0)
 
 
 class TokenEstimator:
-    """Estimates of a pool's requests, learned from the usage of finished ones.
-
-    Args:
-        generates: True if the pool's requests have completion tokens.
-    """
+    """Estimates of a pool's requests, learned from the usage of finished ones."""
 
     def __init__(self, *, generates: bool) -> None:
         # Decaying sums over finished requests; each starts with its prior.
@@ -79,16 +75,10 @@ class TokenEstimator:
         adapter: str | None = None,
         fan_out: FanOut = SINGLE,
     ) -> RequestView:
-        """Return a policy's view of a request.
+        """Return a policy's view of a request; ``text`` is the fingerprint of its first prompt.
 
-        Args:
-            body_bytes: Length of the body.
-            text: Fingerprint of the prompt.
-            session: Session from a header; overrides the fingerprint's.
-            max_tokens: Limit of each completion if ``text`` has none.
-            streamed: True if the router will observe the first token.
-            adapter: LoRA adapter that the request needs; None if every replica serves it equally.
-            fan_out: Prompts and sequences of the request; ``text`` is that of the first prompt.
+        ``session``, from a header, overrides the fingerprint's; ``max_tokens`` limits each
+        completion if the fingerprint has no limit.
         """
         ratio = 1 / TOKEN_ID_BYTES if text.is_tokens else self.tokens_per_byte
         if text.max_tokens is not None:

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 
 _BIN_WIDTH = math.log(1.01)  # a bin is 1 % wider than the one before
 _MIN_VALUE = 1e-6  # smaller values count as 0
@@ -10,10 +11,12 @@ _MIN_VALUE = 1e-6  # smaller values count as 0
 class LogHistogram:
     """Weighted values in exponential bins; memory does not grow with their number."""
 
-    def __init__(self) -> None:
+    def __init__(self, values: Iterable[float] = ()) -> None:
         self._bins: Counter[int] = Counter()
         self.weight = 0
         self.sum = 0.0
+        for value in values:
+            self.add(value)
 
     def add(self, value: float, weight: int = 1) -> None:
         """Add a value of at least 0, ``weight`` times."""

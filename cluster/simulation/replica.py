@@ -3,9 +3,7 @@
 import math
 from typing import TYPE_CHECKING
 
-from cluster.config import SimConfig
 from cluster.simulation.engine_model import EngineModel, Sequence
-from cluster.simulation.events import Events
 from cluster.simulation.requests import SimulatedRequest
 
 if TYPE_CHECKING:
@@ -15,15 +13,9 @@ if TYPE_CHECKING:
 class SimulatedReplica:
     """A replica, from the decision to start it until its end."""
 
-    def __init__(
-        self,
-        number: int,
-        config: SimConfig,
-        block_tokens: int,
-        events: Events,
-        simulation: "Simulation",
-    ) -> None:
-        self.number = number
+    def __init__(self, number: int, simulation: "Simulation") -> None:
+        config, events = simulation.settings.engine, simulation.events
+        block_tokens = simulation.trace.block_tokens
         self.id = f"r{number:04d}"
         self.engine = EngineModel(config, block_tokens, self._first_token, self._ended)
         self.requests: dict[Sequence, SimulatedRequest] = {}
@@ -46,12 +38,11 @@ class SimulatedReplica:
     def add_request(self, request: SimulatedRequest) -> bool:
         """Add a request; return False if it does not fit into the KV cache."""
         sequence = Sequence(request.spec)
-        self.requests[sequence] = request
         try:
             self.engine.add(sequence, self._events.now_s)
         except ValueError:
-            del self.requests[sequence]
             return False
+        self.requests[sequence] = request
         self.in_flight_s -= self._events.now_s
         self._after_step()
         return True

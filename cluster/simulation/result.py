@@ -91,18 +91,12 @@ class Result:
         return sum(replica.lived_s for replica in self.replicas) / 3600
 
     def ttft_s(self) -> LogHistogram:
-        histogram = LogHistogram()
-        for request in self.requests:
-            if (ttft_s := request.ttft_s) is not None:
-                histogram.add(ttft_s)
-        return histogram
+        return LogHistogram(s for request in self.requests if (s := request.ttft_s) is not None)
 
     def request_s(self) -> LogHistogram:
-        histogram = LogHistogram()
-        for request in self.requests:
-            if request.outcome is Outcome.DONE and request.ended_s is not None:
-                histogram.add(request.ended_s - request.spec.arrival_s)
-        return histogram
+        """Return the end-to-end times of answered requests."""
+        done = [request for request in self.requests if request.outcome is Outcome.DONE]
+        return LogHistogram(r.ended_s - r.spec.arrival_s for r in done if r.ended_s is not None)
 
     def max_over_mean(self, field_name: str) -> float:
         """Return the load of the busiest replica relative to the mean.

@@ -4,10 +4,8 @@ from typing import TYPE_CHECKING
 
 from cluster.admission.fair_queue import FairQueue, QueueEntry
 from cluster.routing import Fleet, PrefixIndex, Reach, RequestView, TokenEstimator
-from cluster.simulation.events import Events
 from cluster.simulation.replica import SimulatedReplica
 from cluster.simulation.requests import Outcome, SimulatedRequest, TraceRequest
-from cluster.simulation.settings import Settings
 from cluster.usage import Usage
 
 if TYPE_CHECKING:
@@ -22,20 +20,13 @@ BYTES_PER_TOKEN = 4
 class SimulatedRouter:
     """State of one router, and the requests queued in it."""
 
-    def __init__(
-        self,
-        number: int,
-        settings: Settings,
-        block_tokens: int,
-        events: Events,
-        simulation: "Simulation",
-    ) -> None:
+    def __init__(self, number: int, simulation: "Simulation") -> None:
+        settings = simulation.settings
         self.fleet, self.index = Fleet(), PrefixIndex()
         self.queue: FairQueue[SimulatedRequest] = FairQueue(settings.queue)
         seed = settings.seed + number
         self.policy = settings.policy(self.index, simulation.cached_tokens, seed)
-        self._settings, self._events, self._simulation = settings, events, simulation
-        self._block_tokens = block_tokens
+        self._settings, self._events, self._simulation = settings, simulation.events, simulation
         self._estimator = TokenEstimator(generates=True)
         self._block_ends: tuple[float, ...] = ()  # in tokens, grown on demand
 
@@ -101,7 +92,7 @@ class SimulatedRouter:
     def _view_request(self, spec: TraceRequest) -> RequestView:
         blocks = spec.blocks
         if len(blocks) > len(self._block_ends):
-            size = float(self._block_tokens)
+            size = float(self._simulation.trace.block_tokens)
             self._block_ends = tuple(size * at for at in range(1, 2 * len(blocks) + 1))
         tokens = spec.prompt_tokens * BYTES_PER_TOKEN * self._estimator.tokens_per_byte
         return RequestView(

@@ -24,8 +24,8 @@ class Simulation:
     """One run of a simulation."""
 
     def __init__(self, trace: Trace, settings: Settings) -> None:
-        self._trace, self._settings = trace, settings
-        self._events = Events()
+        self.trace, self.settings = trace, settings
+        self.events = Events()
         self._requests = [
             SimulatedRequest(spec, number % settings.routers)
             for number, spec in enumerate(trace.requests)
@@ -36,24 +36,21 @@ class Simulation:
         self._replicas: list[SimulatedReplica] = []
         self._by_id: dict[str, SimulatedReplica] = {}
         self._result = Result(settings.slo, self._requests)
-        self._routers = [
-            SimulatedRouter(number, settings, trace.block_tokens, self._events, self)
-            for number in range(settings.routers)
-        ]
+        self._routers = [SimulatedRouter(number, self) for number in range(settings.routers)]
         scaling = settings.scaling
         startup_s = settings.engine.startup_s
         self._signals = SignalMeter(scaling, settings.slo, startup_s) if scaling else None
 
     def run(self) -> Result:
         """Run until all requests have ended; may be called once."""
-        events, settings = self._events, self._settings
+        events, settings = self.events, self.settings
         self._target = settings.replicas
         for _ in range(settings.replicas):
             self._set_ready(self._start_replica())
         if self._requests:
             events.schedule(self._requests[0].spec.arrival_s, self._arrive, 0)
             events.schedule(settings.report_s, self._report_loads)
-            self._sample(max(MIN_SAMPLE_S, self._trace.duration_s / NUM_SAMPLES))
+            self._sample(max(MIN_SAMPLE_S, self.trace.duration_s / NUM_SAMPLES))
             for fault in settings.faults:
                 events.schedule(fault.at_s, self._inject_fault, fault)
             if settings.scaling is not None:
@@ -83,14 +80,14 @@ class Simulation:
     # -- called by replicas --
 
     def first_token(self, request: SimulatedRequest) -> None:
-        now_s = self._events.now_s
-        request.first_token_s = now_s + self._settings.hop_s
+        now_s = self.events.now_s
+        request.first_token_s = now_s + self.settings.hop_s
         self._routers[request.router].first_token(request)
         if self._signals is not None:
             self._signals.add_ttft(now_s, request.first_token_s - request.spec.arrival_s)
 
     def request_done(self, request: SimulatedRequest, replica: SimulatedReplica) -> None:
-        request.ended_s = self._events.now_s + self._settings.hop_s
+        request.ended_s = self.events.now_s + self.settings.hop_s
         if self._signals is not None:
             self._signals.add_finished(request)
         self._routers[request.router].request_done(request)
@@ -101,8 +98,8 @@ class Simulation:
         self, replica: SimulatedReplica, stored: list[int], evicted: list[int]
     ) -> None:
         """Report changed blocks to the routers, after the configured delay."""
-        due_s = self._events.now_s + self._settings.event_delay_s
-        self._events.schedule(due_s, self._report_cache, replica.id, stored, evicted)
+        due_s = self.events.now_s + self.settings.event_delay_s
+        self.events.schedule(due_s, self._report_cache, replica.id, stored, evicted)
 
     # -- recurring events --
 
@@ -115,7 +112,7 @@ class Simulation:
         self._num_arrived += 1
         if number + 1 < len(self._requests):
             next_s = self._requests[number + 1].spec.arrival_s
-            self._events.schedule(next_s, self._arrive, number + 1)
+            self.events.schedule(next_s, self._arrive, number + 1)
         if self._signals is not None:
             self._signals.add_arrival()
         self._routers[request.router].admit(request)
@@ -125,14 +122,14 @@ class Simulation:
             if replica.is_ready and not replica.is_hung:
                 for router in self._routers:
                     router.update_load(replica)
-        self._repeat(self._settings.report_s, self._report_loads)
+        self._repeat(self.settings.report_s, self._report_loads)
 
     def _sample(self, every_s: float) -> None:
         live = self._live_replicas()
         num_ready = sum(replica.is_ready for replica in live)
         self._result.samples.append(
             Sample(
-                at_s=self._events.now_s,
+                at_s=self.events.now_s,
                 arrivals=self._num_arrived - self._num_sampled,
                 ready=num_ready,
                 starting=len(live) - num_ready,
@@ -145,7 +142,7 @@ class Simulation:
 
     def _repeat(self, after_s: float, call: Callable[..., None], *args: object) -> None:
         if self._num_left:
-            self._events.schedule(self._events.now_s + after_s, call, *args)
+            self.events.schedule(self.events.now_s + after_s, call, *args)
 
     def _num_queued(self) -> int:
         return sum(len(router.queue) for router in self._routers)
@@ -154,12 +151,11 @@ class Simulation:
 
     def _live_replicas(self) -> list[SimulatedReplica]:
         """Return the replicas that have not ended and do not drain."""
-        now_s = self._events.now_s
+        now_s = self.events.now_s
         return [r for r in self._replicas if not r.is_draining and r.ended_s > now_s]
 
     def _start_replica(self) -> SimulatedReplica:
-        number, engine = len(self._by_id), self._settings.engine
-        replica = SimulatedReplica(number, engine, self._trace.block_tokens, self._events, self)
+        replica = SimulatedReplica(len(self._by_id), self)
         self._replicas.append(replica)
         self._by_id[replica.id] = replica
         return replica
@@ -167,13 +163,13 @@ class Simulation:
     def _set_ready(self, replica: SimulatedReplica) -> None:
         if replica.is_draining:
             return
-        replica.ready_s = self._events.now_s
+        replica.ready_s = self.events.now_s
         for router in self._routers:
             router.add_replica(replica)
 
     def _scale(self, scaling: Scaling) -> None:
         assert self._signals is not None
-        now_s = self._events.now_s
+        now_s = self.events.now_s
         ready = [replica for replica in self._live_replicas() if replica.is_ready]
         signals = self._signals.read(now_s, self._target, ready, self._num_queued())
         decision = scaling.policy(now_s, signals)
@@ -189,9 +185,9 @@ class Simulation:
     def _match_target(self) -> None:
         """Start or drain replicas until their number is the target."""
         live = self._live_replicas()
-        ready_s = self._events.now_s + self._settings.engine.startup_s
+        ready_s = self.events.now_s + self.settings.engine.startup_s
         for _ in range(self._target - len(live)):
-            self._events.schedule(ready_s, self._set_ready, self._start_replica())
+            self.events.schedule(ready_s, self._set_ready, self._start_replica())
         # As Serve does: first those that still start, then the newest.
         for replica in live[self._target :][::-1] if self._target < len(live) else ():
             self._retire(replica)
@@ -207,20 +203,20 @@ class Simulation:
 
     def _inject_fault(self, fault: Fault) -> None:
         replica = self._by_id.get(f"r{fault.replica:04d}")
-        if replica is None or replica.ended_s <= self._events.now_s:
+        if replica is None or replica.ended_s <= self.events.now_s:
             return
         if fault.kind == "slow":
             replica.engine.slowdown = fault.factor
         elif fault.kind == "hang":
             replica.is_hung = True
-            detected_s = self._events.now_s + self._settings.detect_s
-            self._events.schedule(detected_s, self._kill, replica)
+            detected_s = self.events.now_s + self.settings.detect_s
+            self.events.schedule(detected_s, self._kill, replica)
         else:
             self._kill(replica)
 
     def _kill(self, replica: SimulatedReplica) -> None:
         """End a replica with its requests and start another one."""
-        if replica.ended_s <= self._events.now_s:
+        if replica.ended_s <= self.events.now_s:
             return
         lost = replica.end()
         self._retire(replica)

@@ -59,11 +59,7 @@ class RequestTrace:
         return headers_under(self._link, headers)
 
     def end(
-        self,
-        status: int,
-        queue_s: float | None,
-        first_chunk_s: float | None,
-        usage: Usage | None,
+        self, status: int, queue_s: float | None, first_chunk_s: float | None, usage: Usage | None
     ) -> None:
         """End the spans; times are None if the request stayed queued or had no first chunk."""
         span = self._span
