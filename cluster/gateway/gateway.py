@@ -165,6 +165,7 @@ class Gateway:
     async def close(self) -> None:
         """Close every link and write the remaining usage."""
         await self._dashboard.close()
+        await self._builtin.close()
         await asyncio.gather(*(pool.close() for pool in self.pools.values()))
         if self._usage is not None:
             await self._usage.close()

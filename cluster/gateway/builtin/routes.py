@@ -31,7 +31,7 @@ user enters."""
 MODEL_PREFIX = "/v1/models/"
 
 REPLICA_TIMEOUT_S = 1.0
-"""Longest wait for a slot when the router queries a replica."""
+"""Longest wait for a replica's answer when the router queries one."""
 CACHE_S = 2.0
 """Time for which the replica's answer is cached, to limit the load by clients that poll."""
 
@@ -48,7 +48,7 @@ class BuiltinRoute(NamedTuple):
 
 class _CachedAnswer(NamedTuple):
     replicas: tuple[str, ...]
-    """Running replicas at that time; the answer is discarded when they change."""
+    """Running replicas at that time; when they change, one is queried again."""
     expires_s: float
     answer: Any
 
@@ -69,6 +69,7 @@ class BuiltinRoutes:
         self._registry = registry
         self._created = int(time.time())
         self._cache: dict[tuple[str, str], _CachedAnswer] = {}
+        self._queries: dict[tuple[str, str], asyncio.Task[Any]] = {}
         self._explain_page = Page("explain")
         self._dashboard_page = Page("dashboard")
         self._handlers: dict[str, Handler] = {
@@ -85,6 +86,13 @@ class BuiltinRoutes:
         }
         if usage is not None:
             self._handlers["/v1/usage"] = usage.handle
+
+    async def close(self) -> None:
+        """Cancel the queries at replicas."""
+        queries = list(self._queries.values())
+        for query in queries:
+            query.cancel()
+        await asyncio.gather(*queries, return_exceptions=True)
 
     def find(self, path: str) -> BuiltinRoute | None:
         """Return the built-in route of a path, or None if the engines answer it."""
@@ -154,36 +162,49 @@ class BuiltinRoutes:
         return {"id": model, "object": "model", "created": self._created, "owned_by": "tandem"}
 
     async def _openapi(self, request: Request) -> Response:
-        documents = [
-            await self._query(pool, request, "/openapi.json") for pool in self._pools.values()
-        ]
+        documents = await asyncio.gather(
+            *(self._query(pool, request, "/openapi.json") for pool in self._pools.values())
+        )
         version = self._versions.get("tandem", "")
         return json_response(merge_documents(version, filter(None, documents)))
 
     async def _query(self, pool: Pool, request: Request, path: str) -> Any:
-        """Return a replica's JSON answer to a GET; None if no replica can answer now."""
-        if pool.is_asleep:  # not worth starting a replica
-            return None
-        now_s = asyncio.get_running_loop().time()
+        """Return a replica's JSON answer to a GET, or the last good one if none can answer now.
+
+        None if there was no answer yet. Concurrent callers share one query.
+        """
+        key = (pool.name, path)
         replicas = tuple(replica.info.id for replica in pool.replicas.running)
-        cached = self._cache.get((pool.name, path))
+        cached = self._cache.get(key)
+        if pool.is_asleep:  # not worth starting a replica
+            return cached and cached.answer
+        now_s = asyncio.get_running_loop().time()
         if cached is not None and cached.replicas == replicas and now_s < cached.expires_s:
             return cached.answer
-        answer = await self._query_replica(pool, request, path, now_s + REPLICA_TIMEOUT_S)
+        query = self._queries.get(key)
+        if query is None:
+            query = asyncio.create_task(self._query_replica(pool, request.id, path))
+            self._queries[key] = query
+            query.add_done_callback(lambda _: self._queries.pop(key))
+        answer = await asyncio.shield(query)
+        if answer is None and cached is not None:
+            answer = cached.answer  # also for the next callers: they need not wait again
         if answer is not None:
-            self._cache[pool.name, path] = _CachedAnswer(replicas, now_s + CACHE_S, answer)
+            expires_s = asyncio.get_running_loop().time() + CACHE_S
+            self._cache[key] = _CachedAnswer(replicas, expires_s, answer)
         return answer
 
-    async def _query_replica(
-        self, pool: Pool, request: Request, path: str, expires_s: float
-    ) -> Any:
-        query = Request(request.id, "GET", path, b"", [(b"accept", b"application/json")], b"")
+    async def _query_replica(self, pool: Pool, request_id: str, path: str) -> Any:
+        query = Request(request_id, "GET", path, b"", [(b"accept", b"application/json")], b"")
+        expires_s = asyncio.get_running_loop().time() + REPLICA_TIMEOUT_S
         try:
-            claim = Claim(priority=MAX_PRIORITY, expires_s=expires_s)
-            response = await relay(query, pool, claim)
-            async with aclosing(response.body) as body:
-                content = b"".join([chunk async for chunk in body])
+            async with asyncio.timeout_at(expires_s):
+                claim = Claim(priority=MAX_PRIORITY, expires_s=expires_s)
+                response = await relay(query, pool, claim)
+                async with aclosing(response.body) as body:
+                    content = b"".join([chunk async for chunk in body])
             return json.loads(content) if response.status == 200 else None
-        except (TandemError, ValueError) as error:
-            logger.warning("%s: GET %s at pool %s failed: %s", request.id, path, pool.name, error)
+        except (TandemError, ValueError, TimeoutError) as error:
+            reason = str(error) or f"no answer within {REPLICA_TIMEOUT_S:g} s"
+            logger.warning("%s: GET %s at pool %s failed: %s", request_id, path, pool.name, reason)
             return None
