@@ -31,13 +31,19 @@ class Tandem:
     Args:
         app: Name of the Serve application.
         address: Passed to ``ray.init`` if this process is not connected to Ray.
+        timeout_s: Longest wait for an answer, or for the next piece of a stream, in seconds; then
+            ``TimeoutError``. None: no limit.
     """
 
-    def __init__(self, app: str = "tandem", *, address: str = "auto") -> None:
-        self._session = Session(app, address)
+    def __init__(
+        self, app: str = "tandem", *, address: str = "auto", timeout_s: float | None = 600.0
+    ) -> None:
+        self._session = Session(app, address, timeout_s)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(Tandem, self._session.app, address=self._session.address), ()
+        session = self._session
+        make = partial(Tandem, session.app, address=session.address, timeout_s=session.timeout_s)
+        return make, ()
 
     def close(self) -> None:
         """Close the connections of synchronous calls."""

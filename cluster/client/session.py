@@ -8,7 +8,7 @@ import asyncio
 import importlib
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,9 +32,10 @@ MAX_CONCURRENT = 64
 class Session:
     """Connections to one application; see ``Tandem`` for the arguments."""
 
-    def __init__(self, app: str, address: str) -> None:
+    def __init__(self, app: str, address: str, timeout_s: float | None = None) -> None:
         self.app = app
         self.address = address
+        self.timeout_s = timeout_s
         self._lock = threading.Lock()
         self.transports: dict[asyncio.AbstractEventLoop, Transport] = {}
 
@@ -54,6 +55,7 @@ class Session:
 
         Raises:
             RequestError: an answer is an error, or none arrived (UnavailableError).
+            TimeoutError: an answer took longer than ``timeout_s``.
         """
         transport = self._transport()
         limit = asyncio.Semaphore(MAX_CONCURRENT)
@@ -61,7 +63,8 @@ class Session:
         async def send(request: ApiRequest) -> list[Any]:
             body = b"" if request.body is None else wire.encode(request.body)
             async with limit:
-                head, answer = await transport.ask("POST" if body else "GET", request.path, body)
+                method = "POST" if body else "GET"
+                head, answer = await self._within(transport.ask(method, request.path, body))
             return request.parse(wire.decode(head.status, head.headers, answer))
 
         tasks = [asyncio.ensure_future(send(request)) for request in requests]
@@ -78,15 +81,25 @@ class Session:
         """Yield the pieces of a streamed chat, in batches of those that arrived together."""
         reader = wire.DeltaReader()
         with _ray_errors_translated(self.app):
-            head, answer = await self._transport().open("POST", CHAT, body)
+            head, answer = await self._within(self._transport().open("POST", CHAT, body))
             try:
                 if head.status != 200:
-                    error_body = await read_all(answer)
+                    error_body = await self._within(read_all(answer))
                     raise wire.error_from(head.status, head.headers, error_body)
-                while chunk := await answer.read():
+                while chunk := await self._within(answer.read()):
                     yield list(reader.feed(chunk))
             finally:
                 answer.cancel()
+
+    async def _within(self, work: Awaitable[T]) -> T:
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                return await work
+        except TimeoutError:
+            raise TimeoutError(
+                f"No answer of the application {self.app!r} within {self.timeout_s:g} s. "
+                "Raise `timeout_s` if the work takes longer."
+            ) from None
 
     def close(self) -> None:
         """Close the connections of synchronous calls."""

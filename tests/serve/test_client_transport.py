@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.asgi import ASGIApp, Receive, Scope, Send
+from cluster.client import wire
 from cluster.client.session import BackgroundLoop, Session
 from cluster.client.transport import LinkOffer, Transport
 from cluster.client.wire import ApiRequest
@@ -208,3 +209,23 @@ async def test_a_failure_after_the_reader_left_is_not_logged(
     gc.collect()
     await asyncio.sleep(0)
     assert "never retrieved" not in caplog.text
+
+
+async def silent_app(scope: Scope, receive: Receive, send: Send) -> None:
+    """Send the first event of a stream, or nothing, and then hang."""
+    if scope["path"] == wire.CHAT:
+        await send_head(send, 200)
+        await send_body(send, b'data: {"choices": []}\n\n')
+    await asyncio.Future()
+
+
+async def test_calls_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Session, "_router", FakeHandle(silent_app, []))
+    session = Session("app", "auto", timeout_s=0.1)
+    with pytest.raises(TimeoutError, match=r"within 0\.1 s"):
+        await session.run([ApiRequest("/classify", {}, lambda answer: [answer])])
+    pieces = session.delta_batches(b"{}")
+    assert await anext(pieces) == []
+    with pytest.raises(TimeoutError, match="timeout_s"):
+        await anext(pieces)
+    await session.aclose()

@@ -7,10 +7,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from cluster.asgi import USAGE, Message, Receive, Scope, Send
 from cluster.engines.prefix_cache import PrefixTracker
-from cluster.engines.vllm.requests import TrackRequest, count_usage, observe_prompts
+from cluster.engines.vllm.requests import (
+    TrackRequest,
+    count_aborted,
+    count_prompts,
+    count_usage,
+    observe_prompts,
+)
 from cluster.routing import Fingerprint, fingerprint
 from cluster.usage import UsageCounter
 
@@ -62,6 +69,61 @@ async def test_usage_is_counted_per_request() -> None:
     assert first == UsageCounter(prompt_tokens=3, cached_tokens=1, completion_tokens=5)
     assert second == UsageCounter(prompt_tokens=3, cached_tokens=2, completion_tokens=4)
     assert engine.closed == 3
+
+
+async def test_prompts_of_pooling_requests_are_counted() -> None:
+    async def encode(prompt: list[int]) -> AsyncGenerator[Any, None]:
+        yield SimpleNamespace(prompt_token_ids=prompt, num_cached_tokens=2, finished=True)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        async for _ in count_prompts(encode)([1, 2, 3]):
+            pass
+
+    usage = UsageCounter()
+    scope = {"type": "http", "path": "/pooling", "extensions": {USAGE: usage}}
+    await TrackRequest(app)(scope, None, None)  # type: ignore[arg-type]
+    assert usage == UsageCounter(prompt_tokens=3, cached_tokens=2)
+
+
+def sequence(num_tokens: int, kind: str = "FINAL_ONLY", *, is_prefilling: bool = False) -> Any:
+    return SimpleNamespace(
+        output_kind=SimpleNamespace(name=kind),
+        is_prefilling=is_prefilling,
+        prompt_len=7,
+        num_cached_tokens=3,
+        detokenizer=SimpleNamespace(num_output_tokens=lambda: num_tokens),
+    )
+
+
+@pytest.mark.parametrize(
+    ("states", "aborted", "expected"),
+    [
+        ({"a": sequence(5)}, "a", UsageCounter(7, 3, 5)),
+        ({"0_a": sequence(5), "1_a": sequence(6)}, "parent", UsageCounter(7, 3, 11)),
+        ({"a": sequence(5, "DELTA")}, "a", UsageCounter()),  # `generate` has counted these
+        ({"a": sequence(0, is_prefilling=True)}, "a", UsageCounter()),
+        ({}, "a", UsageCounter()),
+    ],
+)
+async def test_tokens_of_an_aborted_request_are_counted(
+    states: dict[str, Any], aborted: str, expected: UsageCounter
+) -> None:
+    calls = []
+
+    async def abort(request_id: str, internal: bool = False) -> None:
+        states.clear()  # as vLLM does
+        calls.append((request_id, internal))
+
+    parents = {"parent": SimpleNamespace(child_requests={"0_a", "1_a"})}
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await count_aborted(abort, states, parents)(aborted, internal=True)
+
+    usage = UsageCounter()
+    scope = {"type": "http", "path": "/v1/completions", "extensions": {USAGE: usage}}
+    await TrackRequest(app)(scope, None, None)  # type: ignore[arg-type]
+    assert usage == expected
+    assert calls == [(aborted, True)]
 
 
 async def test_token_times_are_the_engines() -> None:

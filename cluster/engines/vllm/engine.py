@@ -14,7 +14,13 @@ from cluster.engines.vllm.app import build_app, public_routes
 from cluster.engines.vllm.disconnect import CancelAsDisconnect
 from cluster.engines.vllm.kv_events import KvEventReader
 from cluster.engines.vllm.launcher import LlmLauncher
-from cluster.engines.vllm.requests import TrackRequest, count_usage, observe_prompts
+from cluster.engines.vllm.requests import (
+    TrackRequest,
+    count_aborted,
+    count_prompts,
+    count_usage,
+    observe_prompts,
+)
 from cluster.errors import EngineDeadError
 from cluster.load import Load
 from cluster.metrics import Registry
@@ -69,7 +75,7 @@ class VllmEngine:
             self._llm = started.llm
             if started.kv_events_endpoint is not None:
                 await self._track_prefixes(started.kv_events_endpoint)
-            self._llm.generate = count_usage(self._llm.generate)
+            self._count_usage()
             self._vllm_app = await build_app(self._llm, started.args)
             self.app = TrackRequest(CancelAsDisconnect(self._vllm_app))
             self._launcher.timer.mark("application")
@@ -118,6 +124,12 @@ class VllmEngine:
             self._kv_events.cancel()
             await asyncio.wait([self._kv_events])
         await self._launcher.stop()
+
+    def _count_usage(self) -> None:
+        llm, outputs = self._llm, self._llm.output_processor
+        llm.generate = count_usage(llm.generate)
+        llm.encode = count_prompts(llm.encode)
+        llm.abort = count_aborted(llm.abort, outputs.request_states, outputs.parent_requests)
 
     async def _track_prefixes(self, kv_events_endpoint: str) -> None:
         tokenizer = self._llm.tokenizer

@@ -4,7 +4,7 @@ A context variable links a request to its calls of ``AsyncLLM.generate``: vLLM c
 that runs the application, or in a task started from there.
 """
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
 from functools import wraps
@@ -17,6 +17,8 @@ from cluster.usage import UsageCounter
 
 Generate = Callable[..., AsyncGenerator[Any, None]]
 """``AsyncLLM.generate``; each ``RequestOutput`` it yields holds the new tokens only."""
+
+Abort = Callable[..., Awaitable[None]]
 
 
 class _Request:
@@ -80,6 +82,60 @@ def count_usage(generate: Generate) -> Generate:
                 usage.add_times(times.first_token_latency, decode_s, times.num_generation_tokens)
 
     return wrapper
+
+
+def count_prompts(encode: Generate) -> Generate:
+    """Wrap ``encode``, the pooling form of ``generate``, to count the tokens of its prompts."""
+
+    @wraps(encode)
+    async def wrapper(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        request = _request.get()
+        usage = UsageCounter() if request is None else request.usage
+        async with aclosing(encode(*args, **kwargs)) as outputs:
+            async for output in outputs:
+                if output.finished:
+                    usage.prompt_tokens += len(output.prompt_token_ids or ())
+                    usage.cached_tokens += output.num_cached_tokens or 0
+                yield output
+
+    return wrapper
+
+
+def count_aborted(abort: Abort, states: Mapping[str, Any], parents: Mapping[str, Any]) -> Abort:
+    """Wrap ``AsyncLLM.abort`` to count the tokens of responses that are not streamed.
+
+    ``generate`` yields such a response only at its end, and calls ``abort`` if it is cancelled.
+
+    Args:
+        abort: The method.
+        states: vLLM's ``RequestState`` of each sequence, by internal id.
+        parents: vLLM's ``ParentRequest`` of each prompt with several sequences, by internal id.
+    """
+
+    @wraps(abort)
+    async def wrapper(request_id: Any, internal: bool = False) -> None:
+        request = _request.get()
+        if request is not None and internal and isinstance(request_id, str):
+            parent = parents.get(request_id)
+            ids = [request_id] if parent is None else parent.child_requests
+            _count_unreported([states[id_] for id_ in ids if id_ in states], request.usage)
+        await abort(request_id, internal)
+
+    return wrapper
+
+
+def _count_unreported(sequences: Sequence[Any], usage: UsageCounter) -> None:
+    unreported = [
+        state
+        for state in sequences
+        if state.output_kind.name == "FINAL_ONLY"
+        and state.detokenizer is not None
+        and not state.is_prefilling
+    ]
+    if unreported:  # all sequences have the same prompt
+        usage.prompt_tokens += unreported[0].prompt_len
+        usage.cached_tokens += unreported[0].num_cached_tokens
+        usage.completion_tokens += sum(s.detokenizer.num_output_tokens() for s in unreported)
 
 
 def observe_prompts(generate: Generate, tracker: PrefixTracker) -> Generate:
