@@ -174,7 +174,6 @@ class ApplicationPolicy:
         return self._autoscaler
 
     def _follow_start(self, deployment: _Deployment, reports: ReplicaReports, target: int) -> None:
-        """Export the phases of a start of replicas once it is complete."""
         starts = [
             ReplicaStart(values[CREATED_AT], values[STARTUP_S])
             for _, values in reports
@@ -245,14 +244,12 @@ def _signals(
 
 
 def _signals_of_replicas(deployment: _Deployment, reports: ReplicaReports) -> PoolSignals:
-    """Return the signals that the replicas alone give: their requests in flight."""
     in_flight = [values[IN_FLIGHT] for _, values in reports if IN_FLIGHT in values]
     base = _base_signals(deployment, reports, 0.0 if in_flight else float("inf"))
     return merge_reports([LoadReport(in_flight=value) for value in in_flight], {}, base)
 
 
 def _base_signals(deployment: _Deployment, reports: ReplicaReports, age_s: float) -> PoolSignals:
-    """Return the signals without traffic."""
     startups = [values[STARTUP_S] for _, values in reports if values.get(STARTUP_S)]
     return PoolSignals(
         target=deployment.context.target_num_replicas,

@@ -98,7 +98,6 @@ class UsageLog:
                 raise
 
     async def close(self) -> None:
-        """Write the pending sums and stop."""
         if self._periodic is not None:
             await self._periodic.close()
         try:

@@ -102,12 +102,10 @@ class Session:
             ) from None
 
     def close(self) -> None:
-        """Close the connections of synchronous calls."""
         if (background := self.__dict__.pop("_background", None)) is not None:
             background.close()
 
     async def aclose(self) -> None:
-        """Close the connections of this event loop."""
         with self._lock:
             transport = self.transports.pop(asyncio.get_running_loop(), None)
         if transport is not None:

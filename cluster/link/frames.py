@@ -144,7 +144,6 @@ encode_credit = _U32.pack
 
 
 def decode_credit(payload: bytes) -> int:
-    """Return the number of bytes that a WINDOW frame grants."""
     if len(payload) != _U32.size:
         raise LinkProtocolError(f"a WINDOW frame carries 4 bytes, not {len(payload)}")
     return int(_U32.unpack(payload)[0])

@@ -212,7 +212,6 @@ class Fleet:
     # -- decisions: one number for each row --
 
     def open_rows(self) -> BoolArray:
-        """Return a mask of the rows that may be given a request now; read-only."""
         return self.table.open_rows()
 
     def work_s(self, decode_weight: float = 1.0) -> FloatArray:

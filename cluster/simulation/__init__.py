@@ -12,6 +12,5 @@ simulator      the simulation: arrivals, scaling, faults, and what is measured
 router         one router: policy, fleet, prefix index and queue of the live system
 replica        one replica, which drives its engine_model (continuous batching)
 signals        signals for autoscaling
-events         event queue and simulated clock
 result         result, with percentiles from histogram; plot draws it
 """

@@ -35,7 +35,6 @@ class Trace:
 
     @property
     def duration_s(self) -> float:
-        """Arrival of the last request."""
         return self.requests[-1].arrival_s if self.requests else 0.0
 
     @property
@@ -87,7 +86,6 @@ class SimulatedRequest:
 
     @property
     def ttft_s(self) -> float | None:
-        """Time to first token."""
         return None if self.first_token_s is None else self.first_token_s - self.spec.arrival_s
 
     @property

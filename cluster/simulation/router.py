@@ -70,7 +70,6 @@ class SimulatedRouter:
             self.fleet.record_first_token(request.placement)
 
     def request_done(self, request: SimulatedRequest) -> None:
-        """Handle the end of a complete answer."""
         spec, placement = request.spec, request.placement
         usage = Usage(spec.prompt_tokens, request.cached_tokens, spec.completion_tokens)
         self._estimator.learn_usage(spec.prompt_tokens * BYTES_PER_TOKEN, usage)

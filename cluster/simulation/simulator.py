@@ -1,9 +1,10 @@
 """The simulation: arrivals, routers, replicas that start, drain and fail, and its measurements."""
 
+import heapq
 from collections.abc import Callable
+from typing import Any
 
 from cluster.routing import RequestView
-from cluster.simulation.events import Events
 from cluster.simulation.replica import SimulatedReplica
 from cluster.simulation.requests import Outcome, SimulatedRequest, Trace
 from cluster.simulation.result import ReplicaTotals, Result, Sample, ScaleEvent
@@ -18,6 +19,26 @@ MIN_SAMPLE_S = 1.0
 def simulate(trace: Trace, settings: Settings) -> Result:
     """Serve a trace until each request has ended; the same seed gives the same result."""
     return Simulation(trace, settings).run()
+
+
+class Events:
+    """Calls in the order of their times; calls at the same time in the order of scheduling."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._num_scheduled = 0
+
+    def schedule(self, time_s: float, call: Callable[..., None], *args: Any) -> None:
+        """Schedule a call; a time in the past means now."""
+        self._num_scheduled += 1
+        heapq.heappush(self._heap, (max(time_s, self.now_s), self._num_scheduled, call, args))
+
+    def run(self) -> None:
+        heap = self._heap
+        while heap:
+            self.now_s, _, call, args = heapq.heappop(heap)
+            call(*args)
 
 
 class Simulation:
