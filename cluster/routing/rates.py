@@ -34,11 +34,8 @@ class LearnedRates:
 
     ``rate = (numerators + weight * prior) / (denominators + weight)``
 
-    Args:
-        prior: Rate before anything was observed.
-        weight: Denominator that the prior is worth.
-        pooled: Let the prior follow the median of the observed rates. A minority of replicas that
-            lies or is slow does not move it.
+    If ``pooled``, the prior follows the median of the observed rates, which a minority of replicas
+    that lie or are slow does not move.
     """
 
     def __init__(self, prior: float, weight: float, *, pooled: bool = True) -> None:

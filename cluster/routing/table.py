@@ -124,12 +124,8 @@ class ReplicaTable:
     ) -> FloatArray:
         """Return the cost of each row (see the module's formula); inf if it is closed.
 
-        Args:
-            now_s: Current time.
-            decode_weight: Cost of a second that one stream still decodes.
-            prompt_tokens: Tokens of the request, as if none were cached.
-            share_s: Assigned work above which a row pays for its excess.
-            max_excess_s: Limit of that payment.
+        ``decode_weight`` is the cost of a second that one stream still decodes. A row pays for
+        assigned work above ``share_s``, at most ``max_excess_s``. No prompt token counts as cached.
         """
         self._compute_terms(now_s, share_s)
         np.minimum(self._excess_s, max_excess_s, out=self._excess_s)
