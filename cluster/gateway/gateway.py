@@ -13,12 +13,13 @@ from cluster.gateway.admission.admission import Admission
 from cluster.gateway.admission.authenticator import Authenticator
 from cluster.gateway.admission.quotas import TenantQuotas
 from cluster.gateway.admission.response_ids import ResponseIds
-from cluster.gateway.body import read_body
+from cluster.gateway.body import UNREAD_BODY, read_body
 from cluster.gateway.builtin.routes import PUBLIC_PATHS, BuiltinRoute, BuiltinRoutes
 from cluster.gateway.messages import Headers, Request, Response, error_response
 from cluster.gateway.pools.factory import make_pools
+from cluster.gateway.pools.forwarding import with_engine_priority
 from cluster.gateway.pools.pool import Pool
-from cluster.gateway.pools.relay import PRIORITY_PATHS, relay, with_engine_priority
+from cluster.gateway.pools.relay import relay
 from cluster.gateway.pools.replica import Wiring
 from cluster.gateway.pools.routes import OTHER
 from cluster.gateway.pools.selection import select_pool
@@ -109,8 +110,8 @@ class Gateway:
             body, pool = self._select_pool(request)
             claim, ticket = self.admission.admit(request, body, pool)
             # A client's own `priority` is overwritten: the API key limits it.
-            sets_priority = claim.priority != 0 or body.priority is not None
-            if sets_priority and pool.limits.engine_priorities and request.path in PRIORITY_PATHS:
+            has_priority = claim.priority != 0 or body.priority is not None or body is UNREAD_BODY
+            if has_priority and pool.limits.engine_priorities:
                 request = with_engine_priority(request, claim.priority)
             request = self._response_ids.assign(request)
             return await relay(request, pool, claim, ticket.end)

@@ -13,6 +13,8 @@ import pytest
 from cluster.engines.prefix_cache import PrefixTracker
 from cluster.engines.vllm import internals
 from cluster.engines.vllm.kv_events import KvEventReader
+from cluster.gateway.messages import Request
+from cluster.gateway.pools.forwarding import request_head
 from cluster.routing import Fingerprint
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("default")]
@@ -55,6 +57,18 @@ def test_members_of_modules_exist() -> None:
         assert hasattr(torch.ops._C, op)
     assert internals.envs.VLLM_LOG_STATS_INTERVAL > 0
     assert callable(internals.current_platform.is_cpu)
+
+
+def test_vllm_obeys_the_priority_that_the_router_sets() -> None:
+    from starlette.requests import Request as HttpRequest
+    from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+    client = Request("id", "POST", "/", b"", [(b"x-vllm-priority", b"-99")], b'{"messages": []}')
+    head = request_head(client, 2)
+    received = HttpRequest({"type": "http", "headers": [(k, v) for k, v in head.headers]})
+    body = ChatCompletionRequest.model_validate({"messages": [], "priority": -99})
+    assert GenerateBaseServing._get_priority(body, received) == -2
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -16,7 +16,7 @@ import pytest
 from cluster.admission.keys import digest
 from cluster.gateway import GatewayApp, QuotaSync, ReplicaInfo, RouterLinks
 from cluster.gateway.messages import Request
-from cluster.gateway.pools.relay import with_engine_priority
+from cluster.gateway.pools.forwarding import with_engine_priority
 from cluster.key_file import KeyFile
 from cluster.link import LinkServer
 from tests import asgi
@@ -321,6 +321,26 @@ def test_body_gets_the_priority_for_vllm(body: bytes, priority: int, sent: Any) 
     assert dict(result.headers) == {b"content-length": str(len(result.body)).encode(), b"x": b"y"}
     form = Request("i", "POST", CHAT, b"", [], b"a=b")
     assert with_engine_priority(form, priority) is form
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/score", "/v1/chat/completions/batch"])
+@pytest.mark.parametrize("content_type", ["application/json", "application/unknown"])
+async def test_no_client_value_reaches_the_scheduler(
+    keys: Keys, path: str, content_type: str
+) -> None:
+    keys.write(a={"priority": 2})
+    async with gateway_world(keys.file) as world:
+        replica = await world.add("gen", "gen-1", (path,))
+        headers = {"x-api-key": "a", "content-type": content_type}
+        unsafe = {"x-vllm-priority": "-99", "x-data-parallel-rank": "1", "x-tandem-tenant": "b"}
+        body = {"priority": -99, "messages": []}
+        answer = await asgi.post(world.app, path, body, headers=headers | unsafe)
+        assert answer.status == 200
+        sent = dict(replica.seen[0]["headers"])
+        assert sent[b"x-vllm-priority"] == b"-2"
+        assert sent[b"x-tandem-tenant"] == b"a"
+        assert b"x-data-parallel-rank" not in sent
+        assert json.loads(replica.bodies[0])["priority"] == -2
 
 
 async def test_quotas_and_shares_hold_over_several_routers(keys: Keys) -> None:

@@ -53,7 +53,12 @@ async def test_request_and_response_are_relayed_unchanged() -> None:
             world.app,
             CHAT,
             {"model": "gen"},
-            headers={"x-request-id": "abc", "authorization": "Bearer k", "x-extra": "1"},
+            headers={
+                "x-request-id": "abc",
+                "authorization": "Bearer k",
+                "x-extra": "1",
+                "anthropic-version": "2023-06-01",
+            },
         )
         assert answer.status == 200
         assert answer.json() == {"replica": "gen-1", "path": CHAT, "size": 16}
@@ -61,7 +66,8 @@ async def test_request_and_response_are_relayed_unchanged() -> None:
         assert answer.headers["x-engine"] == "gen-1"
         sent = dict(replica.seen[0]["headers"])
         assert sent[b"x-request-id"] == b"abc"
-        assert sent[b"x-extra"] == b"1"
+        assert sent[b"anthropic-version"] == b"2023-06-01"
+        assert b"x-extra" not in sent
         assert b"authorization" not in sent
 
 

@@ -108,7 +108,7 @@ def test_a_charge_for_work_elsewhere_lets_other_tenants_go_first() -> None:
         queue.push(entry("b"))
     queue.charge("a", 0, 1, 50)
     assert Counter(order(queue)[:9]) == {"b": 7, "a": 2}
-    queue.charge("nobody", 0, 1, 50)
+    queue.charge("absent", 0, 1, 50)
     queue.charge("a", 5, 1, 50)
 
 

@@ -18,10 +18,11 @@ from cluster.errors import (
     UnavailableError,
 )
 from cluster.gateway.error_formats import error_event, first_event_error
-from cluster.gateway.messages import Headers, Request, Response, with_json_field
+from cluster.gateway.messages import Request, Response
+from cluster.gateway.pools.forwarding import request_head
 from cluster.gateway.pools.pool import Pool
 from cluster.gateway.pools.replica import Answer
-from cluster.gateway.pools.response_usage import USAGE_HEADER, add_usage, usage_requested
+from cluster.gateway.pools.response_usage import add_usage, usage_requested
 from cluster.gateway.pools.routes import OTHER
 from cluster.gateway.pools.slots import Claim, Slot
 from cluster.gateway.recording.observer import FailoverReason, OnEnd, RequestObserver
@@ -36,15 +37,12 @@ MAX_ATTEMPTS = 5
 MAX_LOST = 2
 """Replicas that may be lost with one request: it is retried once, within the pool's budget."""
 
-PRIORITY_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses"})
-"""Paths on which vLLM reads ``priority`` from the body."""
-
-_HOP_HEADERS = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"te", b"upgrade"})
-_CREDENTIALS = frozenset({b"authorization", b"x-api-key"})
-_TENANT = b"x-tandem-tenant"
-_SET_BY_ROUTER = frozenset({b"x-request-id", _TENANT, USAGE_HEADER})
-_NOT_FORWARDED = _HOP_HEADERS | _CREDENTIALS | _SET_BY_ROUTER | {b"host", b"expect"}
-_NOT_RETURNED = _HOP_HEADERS | {b"server", b"date", b"x-request-id"}
+_NOT_RETURNED = frozenset(
+    {
+        *(b"connection", b"keep-alive", b"transfer-encoding", b"te", b"upgrade"),
+        *(b"server", b"date", b"x-request-id"),
+    }
+)
 
 
 async def relay(
@@ -79,15 +77,10 @@ async def relay(
     return response if account is None else await add_usage(request, response, account)
 
 
-def with_engine_priority(request: Request, priority: int) -> Request:
-    """Return the request with ``priority`` in its body; vLLM runs the smallest value first."""
-    return with_json_field(request, "priority", -priority)
-
-
 async def _send_with_failover(
     request: Request, pool: Pool, claim: Claim, observer: RequestObserver
 ) -> Response:
-    head = _request_head(request)
+    head = request_head(request, claim.priority if pool.limits.engine_priorities else None)
     failure: FailoverReason | None = None
     num_lost = 0
     pool.retries.add_request()
@@ -297,13 +290,3 @@ class RelayedBody:
             self._answer.cancel()
         is_abandoned = self._observer.status == CLIENT_DISCONNECTED
         self._pool.queue.release_slot(self._slot, done_tokens, usage, is_abandoned=is_abandoned)
-
-
-def _request_head(request: Request) -> RequestHead:
-    headers: Headers = [pair for pair in request.headers if pair[0] not in _NOT_FORWARDED]
-    headers.append((b"x-request-id", request.id.encode()))
-    if request.tenant:
-        headers.append((_TENANT, request.tenant.encode()))
-    return RequestHead(
-        method=request.method, path=request.path, query_string=request.query, headers=headers
-    )
