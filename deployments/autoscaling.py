@@ -117,7 +117,7 @@ class ApplicationPolicy:
         self._metrics = RayMetrics(self._registry)
         self._log = DecisionLog()
         self._num_nodes = 1
-        self._limited_by_cores: dict[str, int] = {}  # target of each limited pool
+        self._limited_by_cores: dict[str, int | None] = {}  # last recorded target, if limited
 
     def __call__(
         self, contexts: Mapping[DeploymentID, AutoscalingContext]
@@ -193,12 +193,11 @@ class ApplicationPolicy:
         self._registry.gauge(table.WANTED_REPLICAS, label).value = float(decision.wanted)
         changes = []
         is_limited = decision.cause == "cores"
-        is_known = self._limited_by_cores.get(label) == decision.target
-        if decision.target != before or (is_limited and not is_known):
-            self._limited_by_cores.pop(label, None)
-            if is_limited:
-                self._limited_by_cores[label] = decision.target
+        has_changed = decision.target != before
+        if has_changed:
             self._registry.counter(table.SCALING_DECISIONS, label, decision.cause).add()
+        if has_changed or (is_limited and self._limited_by_cores.get(label) != decision.target):
+            self._limited_by_cores[label] = decision.target if is_limited else None
             message = "autoscaling: %s from %d to %d replicas (%s): %s"
             change = label, before, decision.target, decision.cause, decision.reason
             logger.info(message, *change)

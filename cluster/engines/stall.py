@@ -1,9 +1,12 @@
 """Detection of engines that hang: they have work and make no progress."""
 
+import logging
 import time
 from collections.abc import Callable
 
 from cluster.errors import EngineDeadError
+
+logger = logging.getLogger(__name__)
 
 MAX_CHECK_GAP_S = 10.0
 """Longest time between two checks. After a longer gap the detection starts over, because nothing is
@@ -37,9 +40,10 @@ class StallDetector:
         if not is_busy or progress != self._progress or not is_observed:
             self._progress, self._progress_at = progress, now
         self._checked_at = now
-        if self._has_stalled or now - self._progress_at > self._timeout_s:
+        if not self._has_stalled and now - self._progress_at <= self._timeout_s:
+            return
+        stall = f"The {self._part} of the replica made no progress for {self._timeout_s:g} s"
+        if not self._has_stalled:
             self._has_stalled = True
-            raise EngineDeadError(
-                f"The {self._part} of the replica made no progress for {self._timeout_s:g} s; "
-                "try again."
-            )
+            logger.error("%s, although it has work", stall)
+        raise EngineDeadError(f"{stall}; try again.")

@@ -191,7 +191,8 @@ TARGET_REPLICAS = _gauge(
     "tandem_autoscaling_target_replicas", "Replica count set by the autoscaler."
 )
 WANTED_REPLICAS = _gauge(
-    "tandem_autoscaling_wanted_replicas", "Replica count the pool needs, before the budget applies."
+    "tandem_autoscaling_wanted_replicas",
+    "Replica count the pool needs, before budget and cores limit it.",
 )
 SCALING_DECISIONS = _counter(
     "tandem_autoscaling_decisions_total",
