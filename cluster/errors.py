@@ -21,6 +21,7 @@ TandemError
      ├─ MethodNotAllowedError          405
      ├─ PayloadTooLargeError           413
      ├─ UnprocessableError             422
+     ├─ HeadersTooLargeError           431
      ├─ OverloadedError                429, with Retry-After
      ├─ InternalError                  500, a bug
      └─ UnavailableError               503, with Retry-After
@@ -152,6 +153,10 @@ class PayloadTooLargeError(RequestError, status=413, type="PayloadTooLargeError"
 
 class UnprocessableError(RequestError, status=422, type="UnprocessableEntityError"):
     """The JSON body does not match the endpoint's schema."""
+
+
+class HeadersTooLargeError(RequestError, status=431, type="RequestHeaderFieldsTooLargeError"):
+    """The headers and path of a request exceed the limit."""
 
 
 class OverloadedError(RequestError, status=429, type="RateLimitError"):

@@ -26,6 +26,13 @@ class RouterConfig(Section):
     proxy that authenticates."""
     max_body_bytes: ByteSize = Field(ByteSize(32 * 1024**2), ge=1024)
     """Maximum size of a request body, in bytes or with a unit; larger ones get status 413."""
+    max_header_bytes: ByteSize = Field(ByteSize(64 * 1024), ge=1024, le=512 * 1024)
+    """Maximum size of a request's headers and path together, in bytes or with a unit; larger ones
+    get status 431. HAProxy has a limit of its own, 15 KiB."""
+    max_buffered_bytes: ByteSize = Field(ByteSize(512 * 1024**2), ge=1024)
+    """Maximum size of the request bodies that one router buffers, in bytes or with a unit; beyond
+    it requests are shed (429). A body is kept until its answer begins. At least
+    `max_body_bytes`."""
     max_connections_per_address: int = Field(1024, ge=1)
     """Maximum number of open connections from one address to the HAProxy of a node; further ones
     are closed. Raise it if clients share an address, such as that of another proxy."""
@@ -71,4 +78,13 @@ class RouterConfig(Section):
     def _check_min(self) -> Self:
         if self.replicas.min < 1:
             raise ValueError("replicas.min of the router must be at least 1: it queues requests")
+        return self
+
+    @model_validator(mode="after")
+    def _check_buffer(self) -> Self:
+        if self.max_buffered_bytes < self.max_body_bytes:
+            raise ValueError(
+                f"max_buffered_bytes is {self.max_buffered_bytes}, but must be at least "
+                f"max_body_bytes, {self.max_body_bytes}"
+            )
         return self

@@ -6,7 +6,7 @@ from typing import Any
 
 from cluster.admission import OPEN
 from cluster.asgi import Receive, Scope, Send
-from cluster.errors import LinkError, PayloadTooLargeError, RequestError
+from cluster.errors import HeadersTooLargeError, LinkError, RequestError
 from cluster.gateway.gateway import Gateway
 from cluster.gateway.messages import Headers, Request, Response, error_response, header, request_id
 from cluster.gateway.pools.routes import OTHER
@@ -41,45 +41,48 @@ class GatewayApp:
         headers = [(name.lower(), value) for name, value in scope["headers"]]
         method = scope["method"]
         path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/")) or "/"
-        id_, identity = "", OPEN
+        gateway = self._gateway
+        id_, identity, body = "", OPEN, b""
         try:
             id_ = request_id(header(headers, b"x-request-id"))
+            self._check_headers(headers, scope)
             # Before the body is read, so that a client without a key cannot make us buffer one.
             if self._authenticates:
-                identity = self._gateway.authenticate(path, headers)
-            body = await _read_body(headers, receive, self._gateway.max_body_bytes)
+                identity = gateway.authenticate(path, headers)
+            if reads_body := gateway.needs_body(method, path):
+                body = await gateway.buffers.receive(headers, receive)
         except RequestError as error:
-            self._gateway.record_rejection(OTHER, error, id_)
-            # The rest of the body is not read, so the connection cannot be reused.
-            response = error_response(error, path)
-            response.headers.append((b"connection", b"close"))
+            gateway.record_rejection(OTHER, error, id_)
+            response, reads_body = error_response(error, path), False
         else:
-            response = await self._gateway.respond(
-                Request(id_, method, path, scope["query_string"], headers, body, identity)
-            )
+            size = len(body)
+            request = Request(id_, method, path, scope["query_string"], headers, body, identity)
+            del body  # the request drops it when the answer begins
+            try:
+                response = await gateway.respond(request)
+            finally:
+                request.release_body()
+                gateway.buffers.release(size)
+        if not reads_body and _has_body(headers):
+            # The rest of the body is not read, so the connection cannot be reused.
+            response.headers.append((b"connection", b"close"))
         if id_ and not self._behind_serve:
             response.headers.append((b"x-request-id", id_.encode()))
-        await _send(response, method, send, self._gateway.client_timeout_s)
+        await _send(response, method, send, gateway.client_timeout_s)
 
-
-async def _read_body(headers: Headers, receive: Receive, limit: int) -> bytes:
-    declared = header(headers, b"content-length") or ""
-    chunks: list[bytes] = []
-    size = int(declared) if declared.isdigit() else 0
-    received = 0
-    while True:
-        if max(size, received) > limit:
-            raise PayloadTooLargeError(
-                f"Request body is {max(size, received)} bytes or more; the limit is {limit} bytes."
+    def _check_headers(self, headers: Headers, scope: Scope) -> None:
+        size = sum(len(name) + len(value) for name, value in headers)
+        size += len(scope["path"]) + len(scope["query_string"])
+        if size > self._gateway.max_header_bytes:
+            raise HeadersTooLargeError(
+                f"Headers and path are {size} bytes; the limit is "
+                f"{self._gateway.max_header_bytes} bytes."
             )
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ConnectionResetError("the client disconnected before its request was complete")
-        chunk = message.get("body", b"")
-        received += len(chunk)
-        chunks.append(chunk)
-        if not message.get("more_body", False) and received <= limit:
-            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def _has_body(headers: Headers) -> bool:
+    length = header(headers, b"content-length") or "0"
+    return length != "0" or header(headers, b"transfer-encoding") is not None
 
 
 async def _send(response: Response, method: str, send: Send, stall_timeout_s: float) -> None:

@@ -13,7 +13,7 @@ from cluster.gateway.admission.admission import Admission
 from cluster.gateway.admission.authenticator import Authenticator
 from cluster.gateway.admission.quotas import TenantQuotas
 from cluster.gateway.admission.response_ids import ResponseIds
-from cluster.gateway.body import UNREAD_BODY, read_body
+from cluster.gateway.body import UNREAD_BODY, BodyBuffers, read_body
 from cluster.gateway.builtin.routes import PUBLIC_PATHS, BuiltinRoute, BuiltinRoutes
 from cluster.gateway.messages import Headers, Request, Response, error_response
 from cluster.gateway.pools.factory import make_pools
@@ -71,7 +71,8 @@ class Gateway:
         response_key: bytes | None = None,
     ) -> None:
         router = config.router
-        self.max_body_bytes = int(router.max_body_bytes)
+        self.max_header_bytes = int(router.max_header_bytes)
+        self.buffers = BodyBuffers(int(router.max_body_bytes), int(router.max_buffered_bytes))
         self.client_timeout_s = router.client_timeout_s
         self.registry = Registry()
         """Metrics of this router."""
@@ -100,6 +101,12 @@ class Gateway:
             AuthenticationError: The API key is missing or unknown.
         """
         return OPEN if path in PUBLIC_PATHS else self.admission.authenticator.authenticate(headers)
+
+    def needs_body(self, method: str, path: str) -> bool:
+        """Return False if the request is answered without its body."""
+        if method in ("GET", "HEAD") or self._builtin.find(path) is not None:
+            return False
+        return any(pool.serves(path) is not False for pool in self.pools.values())
 
     async def respond(self, request: Request) -> Response:
         """Return the response to a request; errors become responses, never exceptions."""

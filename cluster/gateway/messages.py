@@ -15,9 +15,13 @@ Headers = list[tuple[bytes, bytes]]
 MAX_REQUEST_ID_CHARS = 128
 
 
-@dataclass(frozen=True, slots=True)
+KEPT_BODY_BYTES = 8000
+"""Part of a body that is kept for the request log: 2,000 characters of at most 4 bytes."""
+
+
+@dataclass(slots=True)
 class Request:
-    """A complete request, body included; not changed after admission."""
+    """A complete request, body included; only ``release_body`` changes it."""
 
     id: str
     method: str
@@ -33,6 +37,10 @@ class Request:
     def tenant(self) -> str:
         """Name of the sender's tenant; empty if no keys are configured."""
         return self.identity.tenant.name
+
+    def release_body(self) -> None:
+        """Drop the body once no replica will need it; its beginning stays for the request log."""
+        self.body = self.body[:KEPT_BODY_BYTES]
 
 
 def header(headers: Headers, name: bytes) -> str | None:

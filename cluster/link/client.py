@@ -13,6 +13,7 @@ from ssl import SSLContext
 from typing import TypeVar
 
 from cluster.errors import (
+    HeadersTooLargeError,
     LinkAuthError,
     LinkClosedError,
     LinkError,
@@ -131,6 +132,7 @@ class LinkClient:
 
         Raises:
             LinkRefusedError: not connected, or the replica drains.
+            HeadersTooLargeError: the head does not fit a frame.
         """
         if self._connection is None or not self.connected:
             raise LinkRefusedError(f"the link to {self.host}:{self.port} is {self.state.value}")
@@ -263,6 +265,11 @@ class ClientConnection(Connection):
 
     def open(self, head: RequestHead, body: bytes | AsyncIterator[bytes]) -> ClientStream:
         payload = frames.encode_head(head)  # first, because it can raise
+        if len(payload) > frames.MAX_PAYLOAD_BYTES:  # the peer would end the connection
+            raise HeadersTooLargeError(
+                f"The headers of the request are {len(payload)} bytes; the limit between router "
+                f"and replica is {frames.MAX_PAYLOAD_BYTES} bytes."
+            )
         stream_id = self._next_id()
         stream = ClientStream(self, stream_id, self._remove_stream)
         self.streams[stream_id] = stream

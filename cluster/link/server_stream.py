@@ -23,6 +23,8 @@ TOKEN_IDS = "tandem.token_ids"
 """Key of an ``http.response.body`` message: ids of the tokens in its body."""
 MAX_UNREAD_BYTES = 256 * 1024
 """Bytes by which a local application may be ahead of its reader before ``send`` waits."""
+MAX_ERROR_CHARS = 64 * 1024
+"""Characters of an error's message that fit a frame in any case."""
 _LOCAL_ADDRESS = ("127.0.0.1", 0)
 
 
@@ -158,8 +160,13 @@ class ServerStream:
         if message["type"] != "http.response.start" or self.started:
             raise RuntimeError(f"unexpected ASGI message {message['type']!r}")
         self._check_open()
-        self.started = True
         head = encode_head(_response_head(message))
+        if len(head) > frames.MAX_PAYLOAD_BYTES:
+            raise InternalError(
+                f"The headers of the response are {len(head)} bytes; the limit between router and "
+                f"replica is {frames.MAX_PAYLOAD_BYTES} bytes."
+            )
+        self.started = True
         self._connection.write(self.stream_id, frames.RESPONSE, 0, head)
 
     async def _send_body(self, body: bytes, message: Message) -> None:
@@ -202,7 +209,8 @@ class ServerStream:
 
     def _send_error(self, status: int, message: str) -> None:
         if not (self.complete or self.disconnected):
-            self._connection.write(self.stream_id, frames.ERROR, 0, encode_head((status, message)))
+            error = encode_head((status, message[:MAX_ERROR_CHARS]))
+            self._connection.write(self.stream_id, frames.ERROR, 0, error)
             self.disconnected = True
             self._finish()
 

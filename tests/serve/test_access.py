@@ -1,11 +1,14 @@
-"""What a tenant may see and use: its own responses, and nothing of others."""
+"""Access of tenants to stored responses, and limits on headers, bodies and nesting."""
 
 import hashlib
 import json
 from typing import Any
 
+import pytest
+
+from cluster.gateway.body import MAX_JSON_DEPTH
 from tests import asgi
-from tests.serve.gateway_kit import Replica, World, gateway_world
+from tests.serve.gateway_kit import CHAT, Replica, World, gateway_world
 
 RESPONSES = "/v1/responses"
 STORED = "/v1/responses/{response_id}"
@@ -60,3 +63,91 @@ async def test_without_keys_ids_of_responses_are_not_checked() -> None:
         body = {"input": "x", "previous_response_id": "resp_1", "request_id": "mine"}
         assert await create(world, replica, "", body) == "mine"
         assert (await call(world, "", "GET", f"{RESPONSES}/resp_1")).status == 200
+
+
+async def test_large_headers_get_431_and_leave_the_link_alone() -> None:
+    async with gateway_world(max_header_bytes=4096) as world:
+        replica = await world.add("gen", "gen-1")
+        running = asgi.start(world.app, "POST", CHAT, {"wait_before": True})
+        await world.until(lambda: len(replica.seen) == 1)
+        for path, headers in [
+            (CHAT, {"x-large": "x" * 4096}),
+            (CHAT, {f"x-{n}": "x" * 40 for n in range(100)}),
+            (f"{CHAT}?{'q' * 4096}", {}),
+        ]:
+            answer = await asgi.post(world.app, path, {}, headers=headers)
+            assert answer.status == 431
+            error = answer.json()["error"]
+            assert error["type"] == "RequestHeaderFieldsTooLargeError"
+            assert "limit is 4096 bytes" in error["message"]
+        assert (await asgi.post(world.app, CHAT, {}, headers={"x": "x" * 3000})).status == 200
+        replica.gate.set()
+        assert (await running.done()).status == 200
+
+
+@pytest.mark.parametrize(("open_", "close"), [("[", "]"), ('{"a":', "}"), ('[{"a":', "}]")])
+async def test_deeply_nested_json_gets_400(open_: str, close: str) -> None:
+    async with gateway_world() as world:
+        await world.add("gen", "gen-1")
+
+        async def nested(levels: int) -> asgi.Answer:
+            body = f'{{"x": {open_ * levels}1{close * levels}}}'
+            return await asgi.post(world.app, CHAT, body.encode())
+
+        for too_many in (MAX_JSON_DEPTH, 1000, 100_000):
+            answer = await nested(too_many)
+            assert answer.status == 400
+            assert "nested too deeply" in answer.json()["error"]["message"]
+        assert (await nested(MAX_JSON_DEPTH // 2 - 1)).status == 200
+        flat = {"x": [[]] * 1000, "y": "[" * 1000, "z": '\\"' + "{" * 1000}
+        assert (await asgi.post(world.app, CHAT, flat)).status == 200
+
+
+async def test_bodies_have_a_common_limit_and_are_dropped_when_the_answer_begins() -> None:
+    async with gateway_world(max_body_bytes=3000, max_buffered_bytes=4000) as world:
+        replica = await world.add("gen", "gen-1")
+        large = {"x": "x" * 2000}
+        first = asgi.start(world.app, "POST", CHAT, {**large, "wait_before": True})
+        await world.until(lambda: len(replica.seen) == 1)
+        refused = await asgi.post(world.app, CHAT, large)
+        assert (refused.status, refused.headers["retry-after"]) == (429, "1")
+        assert "limit is 4000 bytes" in refused.json()["error"]["message"]
+        chunked = await asgi.post(world.app, CHAT, large, headers={"content-length": ""})
+        assert chunked.status == 429
+        assert (await asgi.post(world.app, CHAT, {})).status == 200
+        replica.gate.set()
+        assert (await first.done()).status == 200
+        replica.gate.clear()
+        streams = []
+        for _ in range(2):
+            body = {**large, "stream": 1, "wait_after": True}
+            streams.append(asgi.start(world.app, "POST", CHAT, body))
+            await streams[-1].chunks(1)
+            assert streams[-1].answer.status == 200
+        assert world.gateway.buffers.used_bytes == 0
+        replica.gate.set()
+        for stream in streams:
+            assert (await stream.done()).status == 200
+        abandoned = asgi.start(world.app, "POST", CHAT, {**large, "wait_before": True})
+        replica.gate.clear()
+        await abandoned.cancel()
+        assert world.gateway.buffers.used_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/nowhere", 404),
+        ("POST", "/metrics", 405),
+        ("GET", "/v1/models", 200),
+        ("GET", CHAT, 200),
+    ],
+)
+async def test_bodies_are_not_read_for_paths_that_need_none(
+    method: str, path: str, status: int
+) -> None:
+    async with gateway_world(max_body_bytes=1024) as world:
+        await world.add("gen", "gen-1")
+        await world.add("cls", "cls-1", ("/classify",))
+        answer = await asgi.call(world.app, method, path, b"x" * 2000)
+        assert (answer.status, answer.headers["connection"]) == (status, "close")

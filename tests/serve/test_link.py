@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 
 from cluster.asgi import USAGE, Message, Receive, Scope, Send, usage_of
-from cluster.errors import InternalError, InvalidRequestError, LinkClosedError, UnavailableError
+from cluster.errors import (
+    HeadersTooLargeError,
+    InternalError,
+    InvalidRequestError,
+    LinkClosedError,
+    UnavailableError,
+)
 from cluster.link import (
     LinkOptions,
     RequestHead,
@@ -452,3 +458,29 @@ async def test_large_and_mutable_messages_arrive_intact() -> None:
 
     async with linked(app) as (_, client):
         assert await ask(client) == (200, b"first" + data + data)
+
+
+@on_both_loops
+async def test_heads_that_fit_no_frame_fail_alone() -> None:
+    large = [(b"x-large", b"x" * MIB)]
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/large":
+            await send({"type": "http.response.start", "status": 200, "headers": large})
+        if scope["path"] == "/error":
+            raise InvalidRequestError("x" * MIB)
+        if scope["path"] == "/wait":
+            await asyncio.sleep(60)
+        await echo(scope, receive, send)
+
+    async with linked(app) as (_, client):
+        other = client.open(RequestHead(path="/wait"))
+        with pytest.raises(HeadersTooLargeError, match="1048576"):
+            client.open(RequestHead(headers=large))
+        with pytest.raises(InternalError, match="headers of the response"):
+            await client.open(RequestHead(path="/large")).head()
+        with pytest.raises(InvalidRequestError):
+            await client.open(RequestHead(path="/error")).head()
+        assert client.num_open == 1
+        assert other.error is None
+        other.cancel()

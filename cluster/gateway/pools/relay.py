@@ -74,6 +74,7 @@ async def relay(
         if not observer.ends_later:
             observer.end(None)  # a cancellation keeps the status of a disconnect
         raise
+    request.release_body()  # the answer has begun, so there is no retry
     return response if account is None else await add_usage(request, response, account)
 
 
