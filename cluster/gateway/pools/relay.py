@@ -173,7 +173,7 @@ class RelayedBody:
                 self._answer.cancel()
             raise
         self._observer.status = response.status
-        if self._is_event_stream:
+        if self._is_event_stream and self._first:
             self._observer.write_times = arrivals_s or [perf_counter()]
             self._pool.replicas.first_token(self._slot)
         if isinstance(answer, ClientStream):
