@@ -271,6 +271,8 @@ class FairQueue(Generic[T]):
         free_entries = self.limits.entries - self._total.num + freed.num
         if of_tenant.num - freed_of_tenant.num + 1 > THRESHOLD * free_entries:
             return False
+        if self._total.num == freed.num:  # a request larger than the queue may wait alone
+            return True
         free_tokens = self.limits.tokens - self._total.tokens + freed.tokens
         tenant_tokens = of_tenant.tokens - freed_of_tenant.tokens + entry.work_tokens
         return entry.work_tokens <= free_tokens and tenant_tokens <= THRESHOLD * free_tokens

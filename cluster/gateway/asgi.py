@@ -9,7 +9,6 @@ from cluster.asgi import Receive, Scope, Send
 from cluster.errors import HeadersTooLargeError, LinkError, RequestError
 from cluster.gateway.gateway import Gateway
 from cluster.gateway.messages import Headers, Request, Response, error_response, header, request_id
-from cluster.gateway.pools.routes import OTHER
 
 
 class GatewayApp:
@@ -52,7 +51,7 @@ class GatewayApp:
             if reads_body := gateway.needs_body(method, path):
                 body = await gateway.buffers.receive(headers, receive)
         except RequestError as error:
-            gateway.record_rejection(OTHER, error, id_)
+            gateway.record_rejection(path, error, id_)
             response, reads_body = error_response(error, path), False
         else:
             size = len(body)

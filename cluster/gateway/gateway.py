@@ -137,7 +137,7 @@ class Gateway:
                 )
             response = await builtin.handler(request)
         except RequestError as error:
-            self.record_rejection(builtin.route, error, request.id)
+            self.record_rejection(request.path, error, request.id)
             raise
         self._count(builtin.route, response.status)
         return response
@@ -147,7 +147,7 @@ class Gateway:
             body = read_body(request)
             return body, select_pool(self.pools, request.path, body.model)
         except RequestError as error:
-            self.record_rejection(OTHER, error, request.id)
+            self.record_rejection(request.path, error, request.id)
             raise
 
     @property
@@ -155,11 +155,19 @@ class Gateway:
         """Requests in this router's queues and in flight at its replicas."""
         return sum(pool.num_queued + pool.num_in_flight for pool in self.pools.values())
 
-    def record_rejection(self, route: str, error: RequestError, request_id: str) -> None:
+    def record_rejection(self, path: str, error: RequestError, request_id: str) -> None:
         """Count and log a request that was rejected before a pool was selected."""
+        route = self._route_of(path)
         self._count(route, error.status)
         outcome = outcome_of(error.status)
         self.request_log.write(RequestRecord(request_id, route, error.status, outcome))
+
+    def _route_of(self, path: str) -> str:
+        builtin = self._builtin.find(path)
+        if builtin is not None:
+            return builtin.route
+        routes = (pool.route_of(path) for pool in self.pools.values())
+        return next((route for route in routes if route != OTHER), OTHER)
 
     def load_report(self, now: float, cpu_s: float) -> dict[str, float]:
         """Return this router's load report for autoscaling (``cluster.autoscaling.reports``).

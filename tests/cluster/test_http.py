@@ -214,6 +214,8 @@ def test_embeddings(client: openai.OpenAI, http: httpx.Client) -> None:
 def test_models(client: openai.OpenAI) -> None:
     assert {model.id for model in client.models.list()} == {MODEL, "sentiment"}
     assert client.models.retrieve("sentiment").id == "sentiment"
+    roots = [model.model_extra["root"] for model in client.models.list() if model.id == MODEL]
+    assert roots == [MODEL]  # not the path of its files
 
 
 def test_builtin_paths(http: httpx.Client) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from cluster.asgi import Message
+from cluster.metrics import table
 from tests import asgi
 from tests.serve.gateway_kit import CHAT, REQUESTS_TOTAL, gateway_world, metrics
 
@@ -200,6 +201,23 @@ async def test_in_flight_requests_and_tokens_are_exported() -> None:
         assert (await metrics(world))["tandem_in_flight_tokens", "gen"] == 0
 
 
+async def test_rejected_requests_are_counted_under_their_route() -> None:
+    key = hashlib.sha256(b"secret").hexdigest()
+    async with gateway_world(api_keys_sha256=[key], queue_timeout_s=0.1) as world:
+        await world.add("gen", "gen-1")
+        await asgi.post(world.app, CHAT, {})
+        await asgi.post(world.app, "/v1/responses/x", {})
+        await asgi.get(world.app, "/v1/models")
+        world.remove("gen", "gen-1")
+        await asgi.post(world.app, CHAT, {"model": "gen"}, headers={"x-api-key": "secret"})
+        counters = world.gateway.registry
+        assert counters.counter(table.REQUESTS, "", CHAT, "401").value == 1
+        assert counters.counter(table.REQUESTS, "", "/v1/models", "401").value == 1
+        route = "/v1/responses/{response_id}"
+        assert counters.counter(table.REQUESTS, "", route, "401").value == 1
+        assert counters.counter(table.REQUESTS, "gen", CHAT, "503").value == 1
+
+
 async def test_every_request_is_counted_once() -> None:
     async with gateway_world() as world:
         replica = await world.add("gen", "gen-1")
@@ -222,8 +240,9 @@ async def test_every_request_is_counted_once() -> None:
             ("gen", CHAT, "499"): 1,
             ("gen", CHAT, "500"): 1,
             ("gen", "/v1/responses/{response_id}", "200"): 1,
-            ("", "other", "400"): 1,
-            ("", "other", "404"): 2,
+            ("", CHAT, "400"): 1,
+            ("", CHAT, "404"): 1,
+            ("", "other", "404"): 1,
             ("", "/health", "200"): 1,
         }
         assert found["tandem_request_seconds_count", "gen"] == 4

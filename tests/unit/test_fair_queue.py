@@ -168,10 +168,11 @@ def test_nothing_is_displaced_if_that_does_not_make_enough_room() -> None:
     assert len(queue) == 2
 
 
-def test_a_request_larger_than_the_queue_never_blocks_it() -> None:
+def test_a_request_larger_than_the_queue_may_wait_alone() -> None:
     queue: FairQueue[str] = FairQueue(QueueLimits(tokens=100, entries=10))
-    assert not queue.push(entry("a", 5000))
-    assert queue.push(entry("b", 1))
+    assert queue.push(entry("a", 5000))
+    assert not queue.push(entry("b", 1))
+    assert queue.pop().item == "a"
 
 
 def test_tokens_before_a_request_depend_on_its_share() -> None:

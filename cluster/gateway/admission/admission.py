@@ -15,7 +15,6 @@ from cluster.gateway.admission.response_ids import ResponseIds
 from cluster.gateway.body import UNREAD_BODY
 from cluster.gateway.messages import Headers, Request, header
 from cluster.gateway.pools.pool import Pool
-from cluster.gateway.pools.routes import OTHER
 from cluster.gateway.pools.slots import Claim
 from cluster.periodic import run_in_daemon_thread
 from cluster.routing import RequestBody
@@ -67,7 +66,7 @@ class Admission:
         try:
             return self._admit(request, body, pool)
         except RequestError as error:
-            pool.meter.reject(request, pool.routes.find(request.path) or OTHER, error.status)
+            pool.meter.reject(request, pool.route_of(request.path), error.status)
             raise
 
     def _admit(self, request: Request, body: RequestBody, pool: Pool) -> tuple[Claim, QuotaTicket]:
@@ -129,7 +128,9 @@ def _check_size(claim: Claim, pool: Pool) -> None:
             f"{pool.estimator.context_tokens:.0f} tokens.",
             param="prompt" if claim.prompt.is_tokens else None,
         )
-    if claim.work_tokens > pool.limits.queue.tokens:
+    # Without the context, the estimate may be far off: an image has few tokens for its bytes.
+    is_limited = pool.estimator.context_tokens < float("inf") or pool.kind == "classifier"
+    if is_limited and claim.work_tokens > pool.limits.queue.tokens:
         raise PayloadTooLargeError(
             f"The estimated work of the request is {claim.work_tokens:.0f} tokens; the limit is "
             f"{pool.limits.queue.tokens:.0f} (router.max_queued_tokens). Split the request."

@@ -154,7 +154,15 @@ class BuiltinRoutes:
         cards = {}
         if pool.serves("/v1/models"):
             listing = await self._query(pool, request, "/v1/models")
-            cards = {} if listing is None else {card["id"]: card for card in listing["data"]}
+            cards = (
+                {}
+                if listing is None
+                else {
+                    # The root is the path of the model's files on the server.
+                    card["id"]: {**card, "root": card["id"]}
+                    for card in listing["data"]
+                }
+            )
         models = filter(request.identity.allows, pool.models)
         return [cards.get(model) or self._minimal_card(model) for model in models]
 

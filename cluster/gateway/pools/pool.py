@@ -14,7 +14,7 @@ from cluster.gateway.pools.queue import AdmissionQueue
 from cluster.gateway.pools.replica import ReplicaInfo, Wiring
 from cluster.gateway.pools.replica_set import PoolLimits, ReplicaSet
 from cluster.gateway.pools.retry_budget import RetryBudget
-from cluster.gateway.pools.routes import RouteTable
+from cluster.gateway.pools.routes import OTHER, RouteTable
 from cluster.gateway.pools.slots import Claim
 from cluster.gateway.recording.observer import PoolMeter
 from cluster.routing import TokenEstimator
@@ -41,6 +41,7 @@ class Pool:
         self.meter = meter
         self.routes = RouteTable()
         """Paths that the running replicas serve; empty until one has described itself."""
+        self._known_routes = self.routes  # the last that were not empty
         self.estimator = TokenEstimator(generates=kind == "generator")
         self.retries = RetryBudget(limits.max_in_flight)
         self.replicas = ReplicaSet(name, limits, wiring, meter)
@@ -86,6 +87,10 @@ class Pool:
         """Return whether the engines have this path; None while no replica has described itself."""
         return self.routes.find(path) is not None if self.routes else None
 
+    def route_of(self, path: str) -> str:
+        """Return the route of a path for metrics and logs, also while no replica runs."""
+        return self._known_routes.find(path) or OTHER
+
     def status(self) -> dict[str, Any]:
         """Return the pool's entry in the body of ``GET /ready``."""
         return {
@@ -104,6 +109,7 @@ class Pool:
         infos = {} if self._closed else {info.id: info for info in running}
         self.replicas.update(infos)
         self.routes = RouteTable(route for info in infos.values() for route in info.routes)
+        self._known_routes = self.routes or self._known_routes
         self._set_context(infos.values())
         self.queue.dispatch()
 

@@ -23,7 +23,6 @@ from cluster.gateway.pools.forwarding import request_head
 from cluster.gateway.pools.pool import Pool
 from cluster.gateway.pools.replica import Answer
 from cluster.gateway.pools.response_usage import add_usage, usage_requested
-from cluster.gateway.pools.routes import OTHER
 from cluster.gateway.pools.slots import Claim, Slot
 from cluster.gateway.recording.observer import FailoverReason, OnEnd, RequestObserver
 from cluster.gateway.recording.request_log import CLIENT_DISCONNECTED
@@ -62,7 +61,7 @@ async def relay(
         OverloadedError: The queue is full, or the wait too long.
         UnavailableError: No replica is available, or the request failed at ``MAX_LOST`` replicas.
     """
-    observer = pool.meter.observe(request, pool.routes.find(request.path) or OTHER, on_end)
+    observer = pool.meter.observe(request, pool.route_of(request.path), on_end)
     try:
         account = usage_requested(request, pool.meter.usage)
         response = await _send_with_failover(request, pool, claim, observer)
