@@ -40,7 +40,6 @@ class ReplicaAccounting:
         return self._ledger.open_request(usage, tenant.decode("latin-1"))
 
     async def divide(self) -> None:
-        """Divide energy and cost since the last call among the requests."""
         assert self._ledger is not None
         measurement = await asyncio.to_thread(self._meter.read)
         now = time.monotonic()

@@ -37,12 +37,8 @@ class UsageSums:
     cost: float = 0.0
 
     def add(self, other: "UsageSums") -> None:
-        self.requests += other.requests
-        self.prompt_tokens += other.prompt_tokens
-        self.cached_tokens += other.cached_tokens
-        self.completion_tokens += other.completion_tokens
-        self.joules += other.joules
-        self.cost += other.cost
+        for name, amount in asdict(other).items():
+            setattr(self, name, getattr(self, name) + amount)
 
 
 UsageRow = tuple[UsageKey, UsageSums]

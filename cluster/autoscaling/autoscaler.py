@@ -20,10 +20,6 @@ class Budget:
     def minus(self, spec: PoolSpec, replicas: int = 1) -> "Budget":
         return Budget(self.cpus - spec.cpus * replicas, self.gpus - spec.gpus * replicas)
 
-    @property
-    def is_overdrawn(self) -> bool:
-        return self.cpus < -_ROUNDING or self.gpus < -_ROUNDING
-
 
 @dataclass(frozen=True, slots=True)
 class TargetChange:
@@ -86,7 +82,7 @@ def allocate(
     while unsatisfied:
         name = min(unsatisfied, key=lambda n: (-specs[n].priority, targets[n] / limits[n], n))
         left = budget.minus(specs[name])
-        if left.is_overdrawn:
+        if min(left.cpus, left.gpus) < -_ROUNDING:
             unsatisfied.discard(name)
             continue
         budget = left

@@ -38,7 +38,6 @@ class LoadReport:
     latencies: Mapping[str, Latency] = field(default_factory=dict)
 
     def flatten(self, pool: str) -> dict[str, float]:
-        """Return one number per name, the form that Ray Serve carries."""
         flat = {f"{pool}/{name}": getattr(self, name) for name in _NUMBERS}
         for name, latency in self.latencies.items():
             flat[f"{pool}/{name}/observed_s"] = latency.observed_s

@@ -96,7 +96,6 @@ class ClientLinks:
 
     @property
     def num_connected(self) -> int:
-        """Links on which requests can be sent."""
         return sum(link.connected for link in self._links.values())
 
     async def open(self, head: RequestHead, body: bytes) -> ClientStream:

@@ -98,7 +98,6 @@ class LinkClient:
 
     @property
     def num_open(self) -> int:
-        """Streams that have not ended."""
         return len(self._connection.streams) if self._connection else 0
 
     def start(self) -> None:

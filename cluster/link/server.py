@@ -83,7 +83,6 @@ class LinkServer:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> tuple[str, int]:
-        """Listen and return the address."""
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(
             self.new_connection,
@@ -104,7 +103,6 @@ class LinkServer:
         return len(self._tasks)
 
     def current_load(self) -> Load:
-        """Return the engine's load and the number of streams."""
         engine: Load = self._load() if self._load is not None else Load()
         return Load(engine.running, engine.waiting, engine.kv_cache_usage, self.num_streams)
 

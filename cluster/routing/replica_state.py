@@ -70,7 +70,6 @@ class ReplicaState:
             self.completion_tokens = self.first_token_sum_s = self.queued_tokens = 0.0
 
     def update_load(self, load: Load) -> None:
-        """Apply a load report; see ``Fleet.update_load``."""
         others = float(load.in_flight - self.in_flight)
         self.others_in_flight = others = min(max(0.0, others), float(self.capacity))
         share = others / max(1.0, self.in_flight + others)

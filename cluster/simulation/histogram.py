@@ -31,7 +31,6 @@ class LogHistogram:
 
     @property
     def mean(self) -> float:
-        """Mean of all values; 0 if there are none."""
         return self.sum / self.weight if self.weight else 0.0
 
     def percentile(self, percent: float) -> float:

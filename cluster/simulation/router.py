@@ -117,7 +117,7 @@ class SimulatedRouter:
         cached_tokens = view.prefix_tokens[num_cached - 1] if num_cached else 0.0
         request.placement = self.fleet.place(chosen, view, cached_tokens)
         request.attempts += 1
-        if not self._simulation.send_request(request, chosen):
+        if not self._simulation.by_id[chosen].add_request(request):
             self.fleet.end(request.placement)
             self._simulation.finish_request(request, Outcome.FAILED)
         return True

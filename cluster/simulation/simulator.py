@@ -55,7 +55,7 @@ class Simulation:
         self._num_arrived = self._num_sampled = 0
         self._target = 0
         self._replicas: list[SimulatedReplica] = []
-        self._by_id: dict[str, SimulatedReplica] = {}
+        self.by_id: dict[str, SimulatedReplica] = {}
         self._result = Result(settings.slo, self._requests)
         self._routers = [SimulatedRouter(number, self) for number in range(settings.routers)]
         scaling = settings.scaling
@@ -80,16 +80,13 @@ class Simulation:
         return self._finish()
 
     def cached_tokens(self, replica_id: str, view: RequestView) -> float:
-        engine = self._by_id[replica_id].engine
+        engine = self.by_id[replica_id].engine
         count = engine.cache.count_cached(view.prefix)
         while count < len(view.prefix) and view.prefix[count] in engine.pending_blocks:
             count += 1
         return view.prefix_tokens[count - 1] if count else 0.0
 
     # -- called by routers --
-
-    def send_request(self, request: SimulatedRequest, replica_id: str) -> bool:
-        return self._by_id[replica_id].add_request(request)
 
     def finish_request(self, request: SimulatedRequest, outcome: Outcome) -> None:
         """End a request; called once for each."""
@@ -176,9 +173,9 @@ class Simulation:
         return [r for r in self._replicas if not r.is_draining and r.ended_s > now_s]
 
     def _start_replica(self) -> SimulatedReplica:
-        replica = SimulatedReplica(len(self._by_id), self)
+        replica = SimulatedReplica(len(self.by_id), self)
         self._replicas.append(replica)
-        self._by_id[replica.id] = replica
+        self.by_id[replica.id] = replica
         return replica
 
     def _set_ready(self, replica: SimulatedReplica) -> None:
@@ -223,7 +220,7 @@ class Simulation:
     # -- faults --
 
     def _inject_fault(self, fault: Fault) -> None:
-        replica = self._by_id.get(f"r{fault.replica:04d}")
+        replica = self.by_id.get(f"r{fault.replica:04d}")
         if replica is None or replica.ended_s <= self.events.now_s:
             return
         if fault.kind == "slow":

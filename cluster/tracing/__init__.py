@@ -24,6 +24,3 @@ def start_tracer(config: TracingConfig | None, service: str, instance: str) -> "
     from cluster.tracing.tracer import Tracer
 
     return Tracer(config, service, instance)
-
-
-__all__ = ["Headers", "start_tracer"]
