@@ -86,7 +86,6 @@ class Ledger:
         return work
 
     def divide(self, seconds: float, measurement: Measurement) -> None:
-        """Divide the energy and cost of the last ``seconds`` among the requests."""
         if measurement.source != self.source:  # the unit may have changed, too
             self.source, self.costs = measurement.source, TokenCosts()
         charged = [(request, request.charge_work()) for request in self._open]

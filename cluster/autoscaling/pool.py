@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from cluster.autoscaling.forecast import Forecast
-from cluster.autoscaling.replica_capacity import MIN_SAMPLES, ReplicaCapacity
+from cluster.autoscaling.replica_capacity import MIN_SAMPLES, ReplicaCapacity, relative_load
 from cluster.autoscaling.signals import PoolSignals, PoolSpec
 from cluster.autoscaling.starts import ScaleUpTracker
 
@@ -194,11 +194,8 @@ class PoolScaler:
         if now - failed_at > FAILURE_S:
             return None
         rates = self.prefill.steady, self.decode.steady
-        loads = [
-            rate / failed for rate, failed in zip(rates, failed_rates, strict=True) if failed > 0
-        ]
         text = "an objective was recently missed at this load of a replica"
-        required = max(loads, default=0.0) * (1 + DOWN_SLACK / 2)
+        required = relative_load(rates, failed_rates) * (1 + DOWN_SLACK / 2)
         return Requirement("missed", min(required, float(signals.running)), text, slack=0.0)
 
     def _by_growth(self, signals: PoolSignals) -> Requirement:

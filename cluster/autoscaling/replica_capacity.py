@@ -172,12 +172,13 @@ class ReplicaCapacity:
 
         Used before there is a fit; 0 if nothing was seen.
         """
-        loads = [
-            rate / proven
-            for rate, proven in zip((prefill, decode), self._proven_rates, strict=True)
-            if proven > 0
-        ]
-        return max(loads, default=0.0) / EXPLORATION_WITHOUT_FIT
+        return relative_load((prefill, decode), self._proven_rates) / EXPLORATION_WITHOUT_FIT
+
+
+def relative_load(rates: tuple[float, float], reference: tuple[float, float]) -> float:
+    """Return the higher ratio of the two rates to their reference; 0 if both of these are 0."""
+    ratios = [rate / known for rate, known in zip(rates, reference, strict=True) if known > 0]
+    return max(ratios, default=0.0)
 
 
 def _requirement(

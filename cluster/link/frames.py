@@ -209,7 +209,6 @@ def split_events(events: PrefixEvents) -> Iterator[PrefixEvents]:
 
 
 def encode_prefixes(number: int, events: PrefixEvents) -> bytes:
-    """Return the payload of the PREFIXES frame with this sequence number."""
     stored, removed = events.stored, events.removed
     hashes = pack(f"<{len(stored) + len(removed)}Q", *stored, *removed)
     return _PREFIXES_HEAD.pack(number, len(stored), events.cleared) + hashes

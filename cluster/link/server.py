@@ -223,7 +223,6 @@ class ServerConnection(Connection):
                 self._num_prefixes += 1
 
     def resume_writing(self) -> None:
-        """Flush, and send the snapshot that had to wait."""
         super().resume_writing()
         if self.writable and self._needs_snapshot:
             self._send_snapshot()

@@ -123,5 +123,4 @@ class ReplicaSpeeds:
 
 
 def prefill_work_tokens(prompt_tokens: float, cached_tokens: float) -> float:
-    """Return the cost of a prefill, in prompt tokens."""
     return max(0.0, prompt_tokens - cached_tokens) + STEP_TOKENS

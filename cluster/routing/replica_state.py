@@ -48,7 +48,6 @@ class ReplicaState:
         self.queue[placement] = None
 
     def begin_decoding(self, placement: "Placement", now_s: float) -> None:
-        """Count a request that left the queue as decoding since ``now_s``."""
         placement.prefilled_s = now_s
         self.num_decoding += 1
         self.first_token_sum_s += now_s

@@ -29,9 +29,8 @@ def bursts(rng: np.random.Generator, duration_s: float, factor: float = 4.0) -> 
         length = rng.gamma(4.0, 15.0)
         ends.append((at, at + length))
         at += length
-    mean = (
-        1.0 + (factor - 1.0) * sum(max(0.0, min(b, duration_s) - a) for a, b in ends) / duration_s
-    )
+    bursts_s = sum(max(0.0, min(b, duration_s) - a) for a, b in ends)
+    mean = 1.0 + (factor - 1.0) * bursts_s / duration_s
 
     def curve(t: float) -> float:
         return (factor if any(a <= t < b for a, b in ends) else 1.0) / mean

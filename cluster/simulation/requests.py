@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import takewhile
 
 from cluster.admission.fair_queue import QueueEntry
 from cluster.routing import Placement, RequestView
@@ -43,10 +44,7 @@ class Trace:
         seen: set[int] = set()
         cached_tokens = total_tokens = 0
         for request in self.requests:
-            count = next(
-                (at for at, block in enumerate(request.blocks) if block not in seen),
-                len(request.blocks),
-            )
+            count = len(list(takewhile(seen.__contains__, request.blocks)))
             cached_tokens += min(count * self.block_tokens, request.prompt_tokens - 1)
             total_tokens += request.prompt_tokens
             seen.update(request.blocks, request.answer_blocks)
