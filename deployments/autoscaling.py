@@ -166,7 +166,6 @@ class ApplicationPolicy:
         return self._num_nodes * max(1, int(1 / share + 1e-9))
 
     def _current_autoscaler(self, deployments: list[_Deployment]) -> Autoscaler:
-        """Return the autoscaler; a new one if the configuration has changed."""
         specs = {d.pool: d.settings.spec for d in deployments}
         settings = specs, deployments[0].settings.budget
         if self._autoscaler is None or settings != self._autoscaler_settings:

@@ -55,7 +55,6 @@ class _Line:
         return self.prefill_slope * prefill + self.decode_slope * decode
 
     def at(self, prefill: float, decode: float) -> float:
-        """Return limit / latency at a load."""
         return self.at_zero - self.drop(prefill, decode)
 
 

@@ -47,13 +47,11 @@ class HandleAnswer:
         self._iterator: AsyncIterator[Item] = aiter(items)
 
     async def head(self) -> ResponseHead:
-        """Return the response's head; see ``ClientStream.head``."""
         head = await self._next()
         assert isinstance(head, ResponseHead)
         return head
 
     async def read(self) -> bytes:
-        """Return the next piece of the body; b"" at the end."""
         while not isinstance(item := await self._next(), bytes):
             if item is None:
                 return b""

@@ -68,7 +68,6 @@ class Signal:
         self._waiters: list[asyncio.Future[None]] | None = None
 
     async def wait(self) -> None:
-        """Return at the next ``fire``."""
         waiter = asyncio.get_running_loop().create_future()
         if self._waiters is None:
             self._waiters = []

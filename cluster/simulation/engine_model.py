@@ -149,7 +149,6 @@ class EngineModel:
         self._begin_steps(now_s)
 
     def stop(self) -> None:
-        """Drop all requests for good."""
         self.due_s = math.inf
         self._waiting.clear()
         self._running.clear()

@@ -50,8 +50,7 @@ def draw(result: Result, title: str, path: Path) -> None:
         raise ConfigError(f"--plot {path}: {error}") from None
 
 
-def _ttft(result: Result, percent: float) -> list[tuple[float, float]]:
-    """Return (minute, TTFT in seconds) for the requests that arrived in each part of the time."""
+def _ttft(result: Result, percent: float) -> list[tuple[float, float]]:  # (minute, seconds)
     end_s = max((request.spec.arrival_s for request in result.requests), default=0.0)
     part_s = max(end_s / NUM_POINTS, 1e-9)
     parts: dict[int, LogHistogram] = defaultdict(LogHistogram)

@@ -89,7 +89,6 @@ class Simulation:
     # -- called by routers --
 
     def finish_request(self, request: SimulatedRequest, outcome: Outcome) -> None:
-        """End a request; called once for each."""
         assert request.outcome is None
         request.outcome = outcome
         request.view = request.placement = None  # saves memory, traces are long
