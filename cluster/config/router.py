@@ -28,7 +28,7 @@ class RouterConfig(Section):
     """Maximum size of a request body, in bytes or with a unit; larger ones get status 413."""
     max_header_bytes: ByteSize = Field(ByteSize(64 * 1024), ge=1024, le=512 * 1024)
     """Maximum size of a request's headers and path together, in bytes or with a unit; larger ones
-    get status 431. HAProxy has a limit of its own, 15 KiB."""
+    get status 431. HAProxy limits them to 15 KiB."""
     max_buffered_bytes: ByteSize = Field(ByteSize(512 * 1024**2), ge=1024)
     """Maximum size of the request bodies that one router buffers, in bytes or with a unit; beyond
     it requests are shed (429). A body is kept until its answer begins. At least
