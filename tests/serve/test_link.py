@@ -484,3 +484,31 @@ async def test_heads_that_fit_no_frame_fail_alone() -> None:
         assert client.num_open == 1
         assert other.error is None
         other.cancel()
+
+
+@on_both_loops
+async def test_request_that_cannot_be_encoded_leaves_no_stream() -> None:
+    async with linked(echo) as (_, client):
+        with pytest.raises(UnicodeEncodeError):
+            client.open(RequestHead(path="/\ud800"))
+        assert client.num_open == 0
+
+
+@on_both_loops
+async def test_cancelled_stream_reports_its_usage() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send_head(send)
+        for _ in range(3):
+            usage_of(scope).completion_tokens += 1
+            await send_body(send, b"a")
+        await asyncio.Future()
+
+    async with linked(app) as (_, client):
+        stream = client.open(RequestHead())
+        finished = asyncio.Event()
+        stream.on_finished = finished.set
+        assert await stream.read()
+        stream.cancel()
+        assert client.num_open == 0
+        await asyncio.wait_for(finished.wait(), 1)
+        assert stream.usage == Usage(0, 0, 3)
