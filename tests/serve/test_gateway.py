@@ -196,6 +196,8 @@ async def test_cut_off_stream_ends_with_an_error_event() -> None:
         await world.servers["gen-1"].stop()
         answer = await call.done()
         assert answer.data()[-1]["error"]["code"] == 503
+        capacity = world.gateway.pools["gen"].queue.capacity
+        assert capacity.average_request_s(100.0) == 0  # nothing is learned from it
 
 
 async def test_removed_replica_finishes_its_requests() -> None:

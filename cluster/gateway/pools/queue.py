@@ -116,8 +116,8 @@ class AdmissionQueue:
             slot: Returned by ``take_slot``.
             done_tokens: Work that was done; 0 if the request failed, None if unknown.
             usage: Usage of the request, if the replica reported it.
-            is_abandoned: True if the client disconnected: the tenant pays, but the duration says
-                nothing about the replica.
+            is_abandoned: True if the client disconnected or the replica was lost: the tenant pays,
+                but the duration says nothing about the replicas.
         """
         claim = slot.claim
         held_s = self._slots.release_slot(slot, None if is_abandoned else usage)

@@ -288,5 +288,6 @@ class RelayedBody:
         self._ended = True
         if self._answer is not None and not isinstance(self._answer, ClientStream):
             self._answer.cancel()
-        is_abandoned = self._observer.status == CLIENT_DISCONNECTED
+        observer = self._observer
+        is_abandoned = observer.status == CLIENT_DISCONNECTED or observer.is_cut_off
         self._pool.queue.release_slot(self._slot, done_tokens, usage, is_abandoned=is_abandoned)
