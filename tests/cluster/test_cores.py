@@ -24,7 +24,7 @@ async def test_load_adds_no_replica_without_free_cores(cluster: RunningCluster) 
             until = time.monotonic() + LOAD_S
             decisions: list[str] = []
             while time.monotonic() < until or not decisions:
-                assert time.monotonic() < until + 20, "no decision was recorded"
+                assert time.monotonic() < until + 60, "no decision was recorded"
                 pool = (await http.get("/ready")).json()["pools"]["smollm2"]
                 assert pool["replicas"] == 1
                 data = (await http.get("/dashboard/data")).json()
