@@ -37,6 +37,13 @@ class Identity:
     """Highest priority of the key's requests, and their default."""
     models: frozenset[str] | None = None
     """Models that the key may use; None: all."""
+    is_operator: bool = False
+    """True if the key may see the figures and requests of every tenant."""
+
+    @property
+    def sees_all(self) -> bool:
+        """True for operators, for everyone if no key is required, and inside the cluster."""
+        return self.is_operator or not self.tenant.name
 
     def allows(self, model: str) -> bool:
         """Return True if the key may use the model."""

@@ -121,9 +121,14 @@ def parse_keys(text: str, where: str) -> KeyFileContents:
         raise ConfigError(f"{where}: {path}: {reason[0].lower()}{reason[1:]}") from None
 
 
-def bare_identities(digests: Iterable[str]) -> Mapping[bytes, Identity]:
+def bare_identities(
+    digests: Iterable[str], *, is_operator: bool = False
+) -> Mapping[bytes, Identity]:
     """Return identities for keys without a key file: one tenant per key, named by the key's id."""
-    return {bytes.fromhex(digest): Identity(Tenant(digest[:ID_CHARS])) for digest in digests}
+    return {
+        bytes.fromhex(digest): Identity(Tenant(digest[:ID_CHARS]), is_operator=is_operator)
+        for digest in digests
+    }
 
 
 def new_key() -> str:

@@ -17,7 +17,8 @@ class RouterConfig(Section):
     """SHA-256 digests (hex) of API keys accepted in addition to the key file's. Each is a tenant
     without limits."""
     operator_keys_sha256: tuple[Sha256, ...] = ()
-    """SHA-256 digests (hex) of further accepted keys that may read every tenant's usage."""
+    """SHA-256 digests (hex) of further accepted keys that may read every tenant's usage, metrics
+    and dashboard."""
     keys_file: str | None = None
     """Key file written by `tandem keys`. Default: `keys.yaml` in Tandem's home, if it exists.
     Without any key the router accepts every request on loopback, and none on other addresses."""

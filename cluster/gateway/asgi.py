@@ -51,7 +51,7 @@ class GatewayApp:
             if reads_body := gateway.needs_body(method, path):
                 body = await gateway.buffers.receive(headers, receive)
         except RequestError as error:
-            gateway.record_rejection(path, error, id_)
+            gateway.record_rejection(path, error, id_, identity.tenant.name)
             response, reads_body = error_response(error, path), False
         else:
             size = len(body)

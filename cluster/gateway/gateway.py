@@ -81,8 +81,12 @@ class Gateway:
         sinks = RequestSinks(self.registry, self.request_log, tracer, usage)
         self.pools = make_pools(config, wirings, sinks)
         export_pool_gauges(self.registry, self.pools.values())
-        key_hashes = router.api_keys_sha256 + router.operator_keys_sha256
-        authenticator = Authenticator(key_hashes, key_file, needs_keys=needs_keys)
+        authenticator = Authenticator(
+            router.api_keys_sha256,
+            key_file,
+            operator_hashes=router.operator_keys_sha256,
+            needs_keys=needs_keys,
+        )
         self._response_ids = ResponseIds(response_key or token_bytes(32))
         quotas = TenantQuotas(self.registry)
         self.admission = Admission(authenticator, quotas, self._response_ids)
@@ -137,7 +141,7 @@ class Gateway:
                 )
             response = await builtin.handler(request)
         except RequestError as error:
-            self.record_rejection(request.path, error, request.id)
+            self.record_rejection(request.path, error, request.id, request.tenant)
             raise
         self._count(builtin.route, response.status)
         return response
@@ -147,7 +151,7 @@ class Gateway:
             body = read_body(request)
             return body, select_pool(self.pools, request.path, body.model)
         except RequestError as error:
-            self.record_rejection(request.path, error, request.id)
+            self.record_rejection(request.path, error, request.id, request.tenant)
             raise
 
     @property
@@ -155,12 +159,14 @@ class Gateway:
         """Requests in this router's queues and in flight at its replicas."""
         return sum(pool.num_queued + pool.num_in_flight for pool in self.pools.values())
 
-    def record_rejection(self, path: str, error: RequestError, request_id: str) -> None:
+    def record_rejection(
+        self, path: str, error: RequestError, request_id: str, tenant: str
+    ) -> None:
         """Count and log a request that was rejected before a pool was selected."""
         route = self._route_of(path)
         self._count(route, error.status)
         outcome = outcome_of(error.status)
-        self.request_log.write(RequestRecord(request_id, route, error.status, outcome))
+        self.request_log.write(RequestRecord(request_id, route, error.status, outcome, tenant))
 
     def _route_of(self, path: str) -> str:
         builtin = self._builtin.find(path)

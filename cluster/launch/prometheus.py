@@ -103,19 +103,20 @@ def start(
 
 
 def scrape_targets(cluster: ClusterState, directory: Path, *, requires_keys: bool) -> Targets:
-    """Return the targets; not the router if it requires keys, as it would reject the request."""
+    """Return the targets; the router only if it requires no key or ``TANDEM_API_KEY`` has one."""
+    key = os.environ.get("TANDEM_API_KEY") if requires_keys else None
     return Targets(
         dashboard=cluster.dashboard_url,
-        ingress=None if requires_keys else urlsplit(cluster.http_url).netloc,
-        token_file=write_token_file(directory),
+        ingress=urlsplit(cluster.http_url).netloc if key or not requires_keys else None,
+        token_file=write_secret(directory / "ray-token", ray_token(os.environ)),
+        key_file=write_secret(directory / "router-key", key),
     )
 
 
-def write_token_file(directory: Path) -> str | None:
-    """Write Ray's token to a file that only the user can read; return None without a token."""
-    if (token := ray_token(os.environ)) is None:
+def write_secret(path: Path, token: str | None) -> str | None:
+    """Write a secret to a file that only the user can read; return None without a secret."""
+    if not token:
         return None
-    path = directory / "ray-token"
     path.unlink(missing_ok=True)
     path.touch(mode=0o600)
     path.write_text(token, encoding="utf-8")

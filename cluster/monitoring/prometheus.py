@@ -22,16 +22,19 @@ class Targets:
     dashboard: str
     """URL of Ray's dashboard."""
     ingress: str | None
-    """Address of the routers as ``host:port``; None if ``/metrics`` requires a key."""
+    """Address of the routers as ``host:port``; None if ``/metrics`` requires an unknown key."""
     token_file: str | None = None
     """File with Ray's token; None if the dashboard requires none."""
+    key_file: str | None = None
+    """File with an API key of the routers, an operator's if their values are to be read; None if
+    they require none."""
 
 
 def configuration(targets: Targets, rules: Sequence[str]) -> str:
     """Return Prometheus' configuration as YAML; ``rules`` are paths or globs of rule files."""
     jobs = [_ray(targets)]
     if targets.ingress is not None:
-        jobs.append(_ingress(targets.ingress))
+        jobs.append(_ingress(targets.ingress, targets.key_file))
     document = {
         "global": {
             "scrape_interval": f"{SCRAPE_INTERVAL_S}s",
@@ -61,12 +64,14 @@ def _ray(targets: Targets) -> dict[str, Any]:
     }
 
 
-def _ingress(address: str) -> dict[str, Any]:
+def _ingress(address: str, key_file: str | None) -> dict[str, Any]:
     """Return the job that checks whether a router responds over HTTP."""
     # Drop all values: several routers share the address, so their counters would appear to jump.
     drop = {"source_labels": ["__name__"], "regex": ".+", "action": "drop"}
+    authorization = {"authorization": {"credentials_file": key_file}} if key_file else {}
     return {
         "job_name": "ingress",
+        **authorization,
         "static_configs": [{"targets": [address]}],
         "metric_relabel_configs": [drop],
     }

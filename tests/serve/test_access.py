@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.gateway.body import MAX_JSON_DEPTH
 from tests import asgi
@@ -151,3 +152,58 @@ async def test_bodies_are_not_read_for_paths_that_need_none(
         await world.add("cls", "cls-1", ("/classify",))
         answer = await asgi.call(world.app, method, path, b"x" * 2000)
         assert (answer.status, answer.headers["connection"]) == (status, "close")
+
+
+async def test_figures_and_request_ids_of_other_tenants_are_visible_to_operators_only() -> None:
+    hashes = {"api_keys_sha256": [sha256("a"), sha256("b")], "operator_keys_sha256": [sha256("o")]}
+    async with gateway_world(**hashes) as world:
+        await world.add("gen", "gen-1")
+        await world.add("cls", "cls-1", ("/classify",))
+        for key in "ab":
+            await call(world, key, "POST", CHAT, {})
+            for path, body in ((CHAT, {"model": "unknown"}), ("/nowhere", {})):
+                assert (await call(world, key, "POST", path, body)).status == 404
+            assert (await call(world, key, "POST", CHAT, {"fail": True})).status == 500
+        await call(world, "wrong", "POST", CHAT, {})
+
+        tenants = {key: sha256(key)[:16] for key in "abo"}
+        own = await figures(world, "a")
+        assert set(own["tenant"]) == {tenants["a"]}
+        assert set(own) == {"tenant"}
+        everything = await figures(world, "o")
+        assert {tenants["a"], tenants["b"]} <= set(everything["tenant"])
+        assert "gen" in everything["model"]
+
+        data = (await call(world, "a", "GET", "/dashboard/data")).json()
+        assert {failure["tenant"] for failure in data["failures"]} == {tenants["a"]}
+        assert sorted(failure["status"] for failure in data["failures"]) == [404, 404, 500]
+        assert (data["times"], data["changes"], data["decisions"]) == ([], [], None)
+        assert data["pools"]["gen"]["replicas"] == []
+        assert not any(data["levels"][""].values())
+        assert (await call(world, "a", "GET", "/dashboard/report")).status == 403
+
+        data = (await call(world, "o", "GET", "/dashboard/data")).json()
+        assert {f["tenant"] for f in data["failures"]} == {"", tenants["a"], tenants["b"]}
+        assert data["pools"]["gen"]["replicas"][0]["id"] == "gen-1"
+        assert (await call(world, "o", "GET", "/dashboard/report")).status == 200
+
+
+async def figures(world: World, key: str) -> dict[str, list[str]]:
+    """Return the values of the labels ``tenant`` and ``model`` in the metrics that a key sees."""
+    text = (await call(world, key, "GET", "/metrics")).body.decode()
+    found: dict[str, list[str]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            label = "tenant" if "tenant" in sample.labels else "model"
+            found.setdefault(label, []).append(sample.labels.get(label, ""))
+    return found
+
+
+async def test_without_keys_everything_is_visible() -> None:
+    async with gateway_world() as world:
+        await world.add("gen", "gen-1")
+        await call(world, "", "POST", CHAT, {"fail": True})
+        assert "gen" in (await figures(world, ""))["model"]
+        data = (await call(world, "", "GET", "/dashboard/data")).json()
+        assert len(data["failures"]) == 1
+        assert data["pools"]["gen"]["replicas"]

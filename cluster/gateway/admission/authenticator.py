@@ -25,13 +25,20 @@ class Authenticator:
     Args:
         key_hashes: SHA-256 digests (hex) of keys without limits; each forms its own tenant.
         file: Further keys, reloaded when the file changes.
+        operator_hashes: Digests of keys that may also see the figures of every tenant.
         needs_keys: True if every request is rejected while no keys are configured.
     """
 
     def __init__(
-        self, key_hashes: Iterable[str], file: KeyFile | None = None, *, needs_keys: bool = False
+        self,
+        key_hashes: Iterable[str],
+        file: KeyFile | None = None,
+        *,
+        operator_hashes: Iterable[str] = (),
+        needs_keys: bool = False,
     ) -> None:
-        self._bare = bare_identities(key_hashes)
+        operators = bare_identities(operator_hashes, is_operator=True)
+        self._bare = {**bare_identities(key_hashes), **operators}
         self._file = file
         self._needs_keys = needs_keys
         self._identities: Mapping[bytes, Identity] = self._bare
@@ -43,7 +50,7 @@ class Authenticator:
         """Reload the key file if it changed; return True if it did."""
         if self._file is None or not self._file.refresh():
             return False
-        self._identities = {**self._bare, **self._file.identities}
+        self._identities = {**self._file.identities, **self._bare}
         return True
 
     @property

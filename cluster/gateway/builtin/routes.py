@@ -117,8 +117,9 @@ class BuiltinRoutes:
                 versions.update(replica.info.versions)
         return json_response(versions)
 
-    async def _metrics(self, _request: Request) -> Response:
-        return bytes_response(200, CONTENT_TYPE, exposition(self._registry))
+    async def _metrics(self, request: Request) -> Response:
+        tenant = None if request.identity.sees_all else request.tenant
+        return bytes_response(200, CONTENT_TYPE, exposition(self._registry, tenant))
 
     async def _explain(self, _request: Request) -> Response:
         classifiers = [pool.name for pool in self._pools.values() if pool.kind == "classifier"]

@@ -58,6 +58,8 @@ class Failure(msgspec.Struct):
     route: str
     status: int
     type: str
+    tenant: str = ""
+    """Sender; empty if no key is required, or none was accepted."""
 
 
 def outcome_of(status: int, *, cut_off: bool = False) -> Outcome:
@@ -131,7 +133,9 @@ class RequestLog:
 def _failure(record: RequestRecord) -> Failure:
     is_cut_off = record.outcome == "cut_off"
     kind = "CutOff" if is_cut_off else request_error_for(record.status, "").type
-    return Failure(time.time(), record.id, record.model, record.route, record.status, kind)
+    return Failure(
+        *(time.time(), record.id, record.model, record.route, record.status, kind, record.tenant)
+    )
 
 
 class _RateLimit:

@@ -6,6 +6,7 @@ from urllib.parse import parse_qsl
 
 from cluster.accounting.usage import UsageSums, as_csv, as_json, parse_time
 from cluster.accounting.usage_log import UsageLog
+from cluster.admission import Identity
 from cluster.config import TandemConfig
 from cluster.errors import InvalidRequestError, PermissionDeniedError
 from cluster.gateway.messages import Request, Response, bytes_response, json_response
@@ -36,8 +37,6 @@ class UsageAccount:
         """Currency of costs; None if no price is configured."""
         self._log = log
         self._clock = clock
-        # The authenticator abbreviates the digests of keys to tenant names in the same way.
-        self._operators = {digest[:16] for digest in config.router.operator_keys_sha256}
 
     def start(self) -> None:
         """Start writing to the file periodically."""
@@ -76,21 +75,22 @@ class UsageAccount:
             raise InvalidRequestError(
                 f"format: got {format_[:40]!r}; allowed: json, csv", param="format"
             )
-        tenant = self._visible_tenant(request.tenant, query.get("tenant"))
+        tenant = _visible_tenant(request.identity, query.get("tenant"))
         rows = await self._log.find(start_s, end_s, tenant)
         if format_ == "csv":
             return bytes_response(200, b"text/csv; charset=utf-8", as_csv(rows).encode())
         return json_response(as_json(rows, self.currency))
 
-    def _visible_tenant(self, caller: str, requested: str | None) -> str | None:
-        """Return the tenant to show, or None for all tenants."""
-        if not caller or caller in self._operators or requested == caller:
-            return requested
-        if requested is not None:
-            raise PermissionDeniedError(
-                "This key may read only its own tenant's usage.", param="tenant"
-            )
-        return caller
+
+def _visible_tenant(caller: Identity, requested: str | None) -> str | None:
+    """Return the tenant to show, or None for all tenants."""
+    if caller.sees_all or requested == caller.tenant.name:
+        return requested
+    if requested is not None:
+        raise PermissionDeniedError(
+            "This key may read only its own tenant's usage.", param="tenant"
+        )
+    return caller.tenant.name
 
 
 def _query(request: Request) -> dict[str, str]:

@@ -14,7 +14,7 @@ from urllib.parse import parse_qs
 import msgspec
 
 from cluster.autoscaling import TargetChange
-from cluster.errors import InvalidRequestError, LinkError, RequestError
+from cluster.errors import InvalidRequestError, LinkError, PermissionDeniedError, RequestError
 from cluster.gateway.messages import Request, Response, bytes_response
 from cluster.gateway.pools.pool import Pool
 from cluster.gateway.recording.request_log import Failure, RequestLog
@@ -96,17 +96,27 @@ class Dashboard:
         await asyncio.wait(tasks)
 
     async def report(self, request: Request) -> Response:
-        """Answer another router with the report of this one."""
+        """Answer another router with the report of this one.
+
+        Raises:
+            PermissionDeniedError: The key may not see the figures of every tenant.
+        """
+        if not request.identity.sees_all:
+            raise PermissionDeniedError(f"{REPORT_PATH} needs an operator key.")
         return _json(self._report(_since(request)))
 
     async def data(self, request: Request) -> Response:
-        """Answer with the last minutes of all routers, after ``since`` (Unix time) if given."""
+        """Answer with the last minutes of all routers, after ``since`` (Unix time) if given.
+
+        A tenant sees its own failures, but no figures, which are those of all tenants together.
+        """
         since = _since(request)
         if self._refreshing is None and time.monotonic() >= self._refreshed_at + REFRESH_INTERVAL_S:
             self._refreshing = asyncio.create_task(self._refresh())
         if self._refreshing is not None:
             await asyncio.wait([self._refreshing])
-        return _json(self._data(since))
+        data = self._data(since)
+        return _json(data if request.identity.sees_all else _own_part(data, request.tenant))
 
     async def _sample(self) -> None:
         while True:
@@ -215,6 +225,15 @@ def _levels(pools: Mapping[str, PoolNow]) -> dict[str, dict[str, float]]:
     levels = {name: pool.level() for name, pool in pools.items()}
     levels[ALL] = sum_levels(levels)
     return {name: level_values(level) for name, level in levels.items()}
+
+
+def _own_part(data: dict[str, Any], tenant: str) -> dict[str, Any]:
+    """Return the part of the data that a tenant may see, in the same format."""
+    pools = {name: PoolNow(pool.kind, []) for name, pool in data["pools"].items()}
+    own = [failure for failure in data["failures"] if failure.tenant == tenant]
+    hidden = {"times": [], "rows": {name: [] for name in data["rows"]}, "changes": []}
+    shown = {"pools": pools, "levels": _levels(pools), "failures": own, "decisions": None}
+    return {**data, **hidden, **shown, "routers": {data["router"]: True}}
 
 
 def _last_failures(reports: list[RouterReport]) -> list[Failure]:
