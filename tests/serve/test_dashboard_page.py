@@ -232,10 +232,11 @@ async def test_page_shows_lost_and_restored_connection(page):
             await asyncio.to_thread(page.until, lambda: page.state() == "live")
 
 
-async def test_page_asks_for_a_key_and_keeps_it(page):
-    keys = [hashlib.sha256(KEY.encode()).hexdigest()]
+@pytest.mark.parametrize("kind", ["operator_keys_sha256", "api_keys_sha256"])
+async def test_page_asks_for_a_key_and_keeps_it(page, kind):
+    keys = {kind: [hashlib.sha256(KEY.encode()).hexdigest()]}
     async with (
-        running_routers(api_keys_sha256=keys) as running,
+        running_routers(**keys) as running,
         listening(running.public_app) as url,
     ):
 
