@@ -56,6 +56,7 @@ class Load:
             threading.Thread(target=self._send_all, args=(kind, number))
             for number, kind in enumerate(kinds)
         ]
+        self._defect: Exception | None = None
         self._job: subprocess.Popen[str] | None = None
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
 
@@ -81,6 +82,7 @@ class Load:
             self._job.wait()
         for thread in self._threads:
             thread.join()
+        self._log.close()
 
     def wait_served(self) -> None:
         """Wait until every kind of request has succeeded once.
@@ -101,7 +103,9 @@ class Load:
         return {STREAM, CLASSIFY, JOB} - {one.kind for one in self.attempts if not one.error}
 
     def check(self) -> None:
-        """Raise TargetError if the job has exited."""
+        """Raise TargetError if the job has exited, or the defect that ended a client."""
+        if self._defect is not None:
+            raise self._defect
         if self._job is not None and self._job.poll() is not None:
             self._log.seek(0)
             lines = self._log.read().strip().splitlines()[-LOG_LINES:]
@@ -111,15 +115,21 @@ class Load:
     def _send_all(self, kind: str, number: int) -> None:
         rng = random.Random(f"{self._seed} {number}")
         send = {STREAM: stream, CLASSIFY: classify}[kind]
-        url, headers = self._cluster.state.http_url, self._cluster.headers
-        with httpx.Client(
-            base_url=url, headers=headers, timeout=TIMEOUT_S, trust_env=False
-        ) as http:
-            while not self._stopped.is_set():
-                attempt = measure(kind, send(http, rng), describe)
-                self.attempts.append(attempt)
-                if attempt.error or kind == CLASSIFY:
-                    self._stopped.wait(PAUSE_S)
+        http = httpx.Client(
+            base_url=self._cluster.state.http_url,
+            headers=self._cluster.headers,
+            timeout=TIMEOUT_S,
+            trust_env=False,
+        )
+        try:
+            with http:
+                while not self._stopped.is_set():
+                    attempt = measure(kind, send(http, rng), describe)
+                    self.attempts.append(attempt)
+                    if attempt.error or kind == CLASSIFY:
+                        self._stopped.wait(PAUSE_S)
+        except Exception as error:  # raised again by ``check``
+            self._defect = error
 
     def _start_job(self) -> subprocess.Popen[str]:
         state = self._cluster.state
