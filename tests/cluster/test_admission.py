@@ -1,0 +1,57 @@
+"""Admission as the clients of a real engine see it."""
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.cluster.conftest import RunningCluster
+
+MODEL = "smollm2"
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def http(cluster: RunningCluster) -> Any:
+    limits = httpx.Limits(max_connections=64)
+    with httpx.Client(base_url=cluster.http_url, timeout=120, limits=limits) as client:
+        yield client
+
+
+def complete(http: httpx.Client, max_tokens: int, **options: Any) -> httpx.Response:
+    body = {"model": MODEL, "prompt": "Once", "max_tokens": max_tokens, "ignore_eos": True}
+    return http.post("/v1/completions", json=body, **options)
+
+
+def test_a_normal_load_is_admitted_after_abandoned_long_requests(http: httpx.Client) -> None:
+    def abandon(_: int) -> None:
+        with suppress(httpx.ReadTimeout):
+            complete(http, 1500, timeout=0.5)
+
+    with ThreadPoolExecutor(32) as threads:
+        list(threads.map(abandon, range(48)))
+        assert complete(http, 200).status_code == 200
+        answers = list(threads.map(lambda _: complete(http, 8), range(96)))
+    assert Counter(answer.status_code for answer in answers) == {200: 96}
+
+
+def test_a_request_that_never_fits_is_rejected_at_once(http: httpx.Client) -> None:
+    error = http.post("/v1/completions", json={"model": MODEL, "prompt": "a", "n": 16384}).json()[
+        "error"
+    ]
+    assert (error["code"], error["param"]) == (400, "n")
+    ids = {"model": MODEL, "prompt": [1] * 100_000}
+    error = http.post("/v1/completions", json=ids).json()["error"]
+    assert error["code"] == 400
+    assert "longer than the model's context" in error["message"]
+
+
+def test_vllm_answers_requests_of_every_priority(http: httpx.Client) -> None:
+    for headers in ({"x-vllm-priority": "-99"}, {"x-tandem-priority": "-3"}):
+        assert complete(http, 2, headers=headers).status_code == 200
+        body = {"model": MODEL, "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
+        assert http.post("/v1/messages", json=body, headers=headers).status_code == 200
