@@ -38,15 +38,12 @@ async def create(engine: "SimEngine", exchange: HttpExchange) -> None:
 def _response(
     engine: "SimEngine", exchange: HttpExchange, body: ResponsesBody, limit: int
 ) -> dict[str, Any]:
-    unused = (
-        *("incomplete_details", "metadata", "max_tool_calls", "previous_response_id", "prompt"),
-        *("reasoning", "text", "top_logprobs", "usage", "user", "kv_transfer_params"),
-        *("ec_transfer_params", "input_messages", "output_messages"),
-    )
-    return dict.fromkeys(unused) | {
+    return {
         "id": body.request_id or exchange.new_id("resp_"),
         "created_at": int(time.time()),
+        "incomplete_details": None,
         "instructions": body.instructions,
+        "metadata": None,
         "model": exchange.model,
         "object": "response",
         "output": [],
@@ -57,11 +54,23 @@ def _response(
         "top_p": 1.0 if body.top_p is None else body.top_p,
         "background": False,
         "max_output_tokens": limit,
+        "max_tool_calls": None,
+        "previous_response_id": None,
+        "prompt": None,
+        "reasoning": None,
         "service_tier": "auto",
         "status": "in_progress",
+        "text": None,
+        "top_logprobs": None,
         "truncation": "disabled",
+        "usage": None,
+        "user": None,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
+        "kv_transfer_params": None,
+        "ec_transfer_params": None,
+        "input_messages": None,
+        "output_messages": None,
     }
 
 

@@ -91,28 +91,38 @@ def _card(name: str, root: str, created: int, parent: str | None, length: int | 
     }
 
 
-def completion(id_: str, created: int, model: str, choices: list[Body], counts: Body) -> Body:
-    unused = ("service_tier", "kv_transfer_params", "ec_transfer_params", "metrics")
+def chat(id_: str, created: int, model: str, choice: Body, counts: Body, prompt_ids: Any) -> Body:
     return {
         "id": id_,
-        "object": "text_completion",
+        "object": "chat.completion",
         "created": created,
         "model": model,
-        "choices": choices,
+        "choices": [choice],
+        "service_tier": None,
         "system_fingerprint": FINGERPRINT,
         "usage": counts,
-    } | dict.fromkeys(unused)
+        "prompt_logprobs": None,
+        "prompt_token_ids": prompt_ids,
+        "prompt_text": None,
+        "kv_transfer_params": None,
+        "ec_transfer_params": None,
+        "metrics": None,
+    }
 
 
-def chat(id_: str, created: int, model: str, choice: Body, counts: Body, prompt_ids: Any) -> Body:
-    prompt = {"prompt_logprobs": None, "prompt_token_ids": prompt_ids, "prompt_text": None}
-    body = completion(id_, created, model, [choice], counts)
-    return body | prompt | {"object": "chat.completion"}
-
-
-def _choice(sequence: SimSequence, token_ids: list[int] | None) -> Body:
+def chat_choice(text: str, sequence: SimSequence, token_ids: list[int] | None) -> Body:
+    message = {
+        "role": "assistant",
+        "content": text,
+        "refusal": None,
+        "annotations": None,
+        "audio": None,
+        "function_call": None,
+        "reasoning": None,
+    }
     return {
-        "index": sequence.index,
+        "index": 0,
+        "message": message,
         "logprobs": None,
         "finish_reason": sequence.request.finish_reason,
         "stop_reason": sequence.stop_reason,
@@ -121,17 +131,33 @@ def _choice(sequence: SimSequence, token_ids: list[int] | None) -> Body:
     }
 
 
-def chat_choice(text: str, sequence: SimSequence, token_ids: list[int] | None) -> Body:
-    unused = ("refusal", "annotations", "audio", "function_call", "reasoning")
-    message = {"role": "assistant", "content": text} | dict.fromkeys(unused)
-    return _choice(sequence, token_ids) | {"message": message}
+def completion(id_: str, created: int, model: str, choices: list[Body], counts: Body) -> Body:
+    return {
+        "id": id_,
+        "object": "text_completion",
+        "created": created,
+        "model": model,
+        "choices": choices,
+        "service_tier": None,
+        "system_fingerprint": FINGERPRINT,
+        "usage": counts,
+        "kv_transfer_params": None,
+        "ec_transfer_params": None,
+        "metrics": None,
+    }
 
 
 def completion_choice(text: str, sequence: SimSequence, with_ids: bool) -> Body:
     request = sequence.request
     prompt, generated = request.tokens[: request.num_prompt], request.tokens[request.num_prompt :]
-    return _choice(sequence, generated if with_ids else None) | {
+    return {
+        "index": sequence.index,
         "text": text,
+        "logprobs": None,
+        "finish_reason": request.finish_reason,
+        "stop_reason": sequence.stop_reason,
+        "token_ids": generated if with_ids else None,
         "prompt_logprobs": None,
         "prompt_token_ids": prompt if with_ids else None,
+        "routed_experts": None,
     }
