@@ -32,7 +32,7 @@ def read_keys(path: Path) -> KeyFileContents | None:
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
 
 
 @contextmanager
@@ -120,7 +120,9 @@ class KeyFile:
         try:
             contents = read_keys(self._path)
         except ConfigError as error:
-            self._log_problem(stamp, error)
+            # Invalid contents stay so until the file changes; a failed read is tried again.
+            is_transient = isinstance(error.__cause__, OSError)
+            self._log_problem(str(error) if is_transient else stamp, error)
             return False
         if contents is None:  # deleted meanwhile
             return False

@@ -151,6 +151,37 @@ def test_configured_keys_work_together_with_the_file(tmp_path: Path) -> None:
     assert auth.authenticate(bearer("two")).tenant.name == "other"
 
 
+def test_the_file_overrides_a_configured_key_but_not_an_operators_key(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(text())
+    auth = Authenticator(
+        [digest("one")], KeyFile(path, expected=False), operator_hashes=[digest("two")]
+    )
+    one = auth.authenticate(bearer("one"))
+    assert (one.tenant.name, one.priority) == ("acme", 3)
+    assert not one.allows("cls")
+    assert auth.authenticate(bearer("two")).is_operator
+
+
+def test_keys_are_loaded_after_a_read_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(text())
+    file = KeyFile(path, expected=True)
+
+    def fail(*_: Any, **__: Any) -> str:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
+        patch.setattr(Path, "read_text", fail)
+        assert not file.refresh()
+        assert not file.refresh()
+    assert len(caplog.records) == 1
+    assert file.refresh()
+    assert len(file.identities) == 2
+
+
 def test_the_deprecated_name_of_max_concurrent_is_accepted(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

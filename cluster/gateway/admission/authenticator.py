@@ -37,8 +37,8 @@ class Authenticator:
         operator_hashes: Iterable[str] = (),
         needs_keys: bool = False,
     ) -> None:
-        operators = bare_identities(operator_hashes, is_operator=True)
-        self._bare = {**bare_identities(key_hashes), **operators}
+        self._operators = bare_identities(operator_hashes, is_operator=True)
+        self._bare = {**bare_identities(key_hashes), **self._operators}
         self._file = file
         self._needs_keys = needs_keys
         self._identities: Mapping[bytes, Identity] = self._bare
@@ -50,7 +50,8 @@ class Authenticator:
         """Reload the key file if it changed; return True if it did."""
         if self._file is None or not self._file.refresh():
             return False
-        self._identities = {**self._file.identities, **self._bare}
+        # An entry of the file names a tenant and limits, so it overrides a bare digest.
+        self._identities = {**self._bare, **self._file.identities, **self._operators}
         return True
 
     @property
