@@ -429,13 +429,16 @@ def kv_get_many(keys: Sequence[bytes], timeout_s: float) -> list[bytes]:
     return list(found.values())
 
 
-def count_cpu_nodes(timeout_s: float) -> int:
-    """Return the number of live nodes that offer CPUs; raise a RayError after the timeout."""
+def count_cpu_nodes(min_cpus: float, timeout_s: float) -> int:
+    """Return the number of live nodes with CPUs, at least ``min_cpus`` of them.
+
+    Raises:
+        RayError: The timeout has passed.
+    """
     from ray.core.generated import gcs_pb2
     from ray.experimental import internal_kv
 
     nodes = internal_kv.internal_kv_get_gcs_client().get_all_node_info(timeout=timeout_s)
     alive = gcs_pb2.GcsNodeInfo.ALIVE
-    return sum(
-        node.state == alive and node.resources_total.get("CPU", 0) > 0 for node in nodes.values()
-    )
+    cpus = [node.resources_total.get("CPU", 0) for node in nodes.values() if node.state == alive]
+    return sum(number > 0 and number >= min_cpus for number in cpus)

@@ -116,7 +116,9 @@ class ApplicationPolicy:
         self._registry = Registry()
         self._metrics = RayMetrics(self._registry)
         self._log = DecisionLog()
-        self._num_nodes = 1
+        # Last known values by pool; missing until the first report and the first count.
+        self._core_shares: dict[str, float] = {}
+        self._num_nodes: dict[str, int] = {}
         self._limited_by_cores: dict[str, int | None] = {}  # last recorded target, if limited
 
     def __call__(
@@ -141,8 +143,8 @@ class ApplicationPolicy:
         signals = _signals(deployments, reports)
         for deployment in deployments:
             if deployment.settings.spec.fills_nodes:
-                limit = self._core_limit(reports[deployment.pool])
                 pool = deployment.pool
+                limit = self._core_limit(deployment, reports[pool])
                 signals[pool] = replace(signals[pool], core_limit=limit)
         decisions = self._current_autoscaler(deployments).decide(now, signals)
         for deployment in deployments:
@@ -152,18 +154,26 @@ class ApplicationPolicy:
         self._metrics.export()
         return {d.context.deployment_id: decisions[d.pool].target for d in deployments}
 
-    def _core_limit(self, reports: ReplicaReports) -> int | None:
-        """Return the replicas that the nodes have cores for; None if they do not use CPUs."""
-        share = max(
-            (values[CORE_SHARE] for _, values in reports if CORE_SHARE in values), default=1
-        )
+    def _core_limit(self, deployment: _Deployment, reports: ReplicaReports) -> int | None:
+        """Return the replicas that the nodes have cores for; None if unknown or without limit."""
+        pool = deployment.pool
+        shares = [values[CORE_SHARE] for _, values in reports if CORE_SHARE in values]
+        if shares:
+            self._core_shares[pool] = max(shares)
+        share = self._core_shares.get(pool)
         if not share:
             return None
         try:
-            self._num_nodes = ray_internals.count_cpu_nodes(NODES_TIMEOUT_S)
+            self._num_nodes[pool] = ray_internals.count_cpu_nodes(
+                deployment.settings.spec.cpus, NODES_TIMEOUT_S
+            )
         except RayError as error:
-            logger.warning("could not count the nodes, assuming %d: %s", self._num_nodes, error)
-        return self._num_nodes * max(1, int(1 / share + 1e-9))
+            known = self._num_nodes.get(pool, "an unknown number")
+            logger.warning("could not count the nodes, assuming %s: %s", known, error)
+        if pool not in self._num_nodes:
+            return None
+        # At least one: a pending replica makes a node autoscaler add the first node.
+        return max(1, self._num_nodes[pool] * max(1, int(1 / share + 1e-9)))
 
     def _current_autoscaler(self, deployments: list[_Deployment]) -> Autoscaler:
         specs = {d.pool: d.settings.spec for d in deployments}
@@ -195,8 +205,9 @@ class ApplicationPolicy:
         has_changed = decision.target != before
         if has_changed:
             self._registry.counter(table.SCALING_DECISIONS, label, decision.cause).add()
-        if has_changed or (is_limited and self._limited_by_cores.get(label) != decision.target):
-            self._limited_by_cores[label] = decision.target if is_limited else None
+        first_limited = is_limited and self._limited_by_cores.get(label) != decision.target
+        self._limited_by_cores[label] = decision.target if is_limited else None
+        if has_changed or first_limited:
             message = "autoscaling: %s from %d to %d replicas (%s): %s"
             change = label, before, decision.target, decision.cause, decision.reason
             logger.info(message, *change)

@@ -51,7 +51,8 @@ class Autoscaler:
         wanted = {name: spec.min for name, spec in self._specs.items()}
         wanted |= {name: decision.wanted for name, decision in decisions.items()}
         for name, seen in signals.items():
-            if seen.core_limit is not None:
+            # A stale decision keeps the target, and so must the limit.
+            if seen.core_limit is not None and decisions[name].cause != "stale":
                 wanted[name] = min(wanted[name], seen.core_limit)
         targets = allocate(wanted, self._specs, self._budget)
         for name, alone in decisions.items():

@@ -181,7 +181,7 @@ async def test_a_cpu_generator_gets_no_more_replicas_than_the_nodes_have_cores_f
     controller = Controller(monkeypatch, application_policy=True, args=CPU_ARGS)
     nodes = 1
 
-    def count_nodes(_timeout_s: float) -> int:
+    def count_nodes(_min_cpus: float, _timeout_s: float) -> int:
         if not nodes:
             raise RpcError("no answer")
         return nodes
@@ -208,6 +208,39 @@ async def test_a_cpu_generator_gets_no_more_replicas_than_the_nodes_have_cores_f
     assert target_with_load(0.0) == 3, "this one does not compute on CPUs"
     nodes = 1
     assert target_with_load(1.0) == 1
+    controller.report(ROUTER, "r", {**LoadReport().flatten(""), **LoadReport().flatten("sim")})
+    controller.step()
+    target_with_load(1.0)
+    changes = await decisions.read_decisions([POOL]) or ()
+    assert [change.target for change in changes] == [1, 2, 3, 1, 1], "recorded at each overload"
+
+
+def test_a_restarted_controller_stops_no_replica_before_it_knows_the_cores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    controller = Controller(monkeypatch, application_policy=True, args=CPU_ARGS)
+    counts: list[tuple[float, int | None]] = []
+    nodes: int | None = 3
+
+    def count_nodes(min_cpus: float, _timeout_s: float) -> int:
+        counts.append((min_cpus, nodes))
+        if nodes is None:
+            raise RpcError("no answer")
+        return nodes
+
+    monkeypatch.setattr(ray_internals, "count_cpu_nodes", count_nodes)
+    controller.run(POOL, "a", "b", "c")
+    controller.run(ROUTER, "r")
+    controller.targets[POOL] = 3
+    assert controller.step()[POOL] == 3, "nothing was reported"
+    nodes = None
+    controller.report(POOL, "a", {autoscaling.CORE_SHARE: 1.0})
+    assert controller.step()[POOL] == 3, "the nodes are unknown"
+    nodes = 1
+    assert controller.step()[POOL] == 3, "the routers have not reported"
+    controller.report(ROUTER, "r", busy(40.0))
+    assert controller.step()[POOL] == 1
+    assert counts[-1] == (1.0, 1), "nodes with the CPUs of a replica"
 
 
 async def test_decisions_are_made_while_the_gcs_is_down(monkeypatch: pytest.MonkeyPatch) -> None:

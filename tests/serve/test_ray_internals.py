@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,6 +37,24 @@ def test_the_key_value_client_has_the_methods_in_use() -> None:
 
     for method in ("internal_kv_put", "internal_kv_multi_get", "get_all_node_info"):
         assert hasattr(InnerGcsClient, method), method
+
+
+def test_nodes_without_room_for_a_replica_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.core.generated.gcs_pb2 import GcsNodeInfo
+    from ray.experimental import internal_kv
+
+    nodes = {
+        name: GcsNodeInfo(state=state, resources_total=resources)
+        for name, state, resources in (
+            ("head", GcsNodeInfo.ALIVE, {"CPU": 1.0}),
+            ("worker", GcsNodeInfo.ALIVE, {"CPU": 64.0}),
+            ("without cores", GcsNodeInfo.ALIVE, {"GPU": 1.0}),
+            ("dead", GcsNodeInfo.DEAD, {"CPU": 64.0}),
+        )
+    }
+    client = SimpleNamespace(get_all_node_info=lambda timeout: nodes)
+    monkeypatch.setattr(internal_kv, "internal_kv_get_gcs_client", lambda: client)
+    assert [ray_internals.count_cpu_nodes(cpus, 1.0) for cpus in (0, 1, 2, 65)] == [2, 2, 1, 0]
 
 
 def test_serve_reads_the_environment_variables_of_a_cluster() -> None:
