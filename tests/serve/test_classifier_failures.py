@@ -1,6 +1,7 @@
 """Failing batches and dead models."""
 
 import asyncio
+import itertools
 import threading
 
 import numpy as np
@@ -148,6 +149,24 @@ async def test_a_hung_batch_makes_the_engine_unhealthy(word_model_path, gate):
         with pytest.raises(EngineDeadError):
             await engine.service.encode("classify", ["good"])
         release.release(1000)
+
+
+async def test_a_hung_probe_makes_the_engine_unhealthy(word_model_path, monkeypatch):
+    released = threading.Event()
+    async with serving(config(stall_timeout_s=0.3), word_model_path) as engine:
+        num_runs = itertools.count()
+
+        def fail_then_hang(model, task, ids):
+            if next(num_runs) > 0:
+                released.wait(20)
+            raise RuntimeError("device lost")
+
+        monkeypatch.setattr(PackedBert, "run", fail_then_hang)
+        with pytest.raises(InternalError):
+            await engine.service.encode("classify", ["good"])
+        with pytest.raises(EngineDeadError, match="model"):
+            await asgi.check_health_repeatedly(engine)
+        released.set()
 
 
 async def test_a_hung_tokenizer_makes_the_engine_unhealthy(word_model_path, monkeypatch):

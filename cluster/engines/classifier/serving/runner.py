@@ -109,7 +109,7 @@ class ModelRunner:
         for stream in self._streams:
             counts = stream.counts
             batches = counts.batches, counts.failed_batches
-            stream.stall.check(batches, is_busy=bool(stream.jobs))
+            stream.stall.check(batches, is_busy=stream.is_busy)
 
     def join(self, timeout_s: float) -> bool:
         """Wait until the threads end, after the queue is closed; return False on timeout."""
@@ -156,6 +156,7 @@ class ModelRunner:
             if is_leader and self._pins_threads:
                 pin_threads()
             while scheduled := self._queue.take_batch(is_leader):
+                stream.is_busy = True
                 try:
                     self._compute(stream, scheduled)
                 except Exception as error:
@@ -163,10 +164,12 @@ class ModelRunner:
                     # This also fails if the model cannot compute anything, as on a lost device.
                     stream.model.run(cast(ClassifierTask, scheduled.batch.task), self._probe)
                 self._queue.finish_batch()
+                stream.is_busy = False
         except Exception as error:
             self._events.on_died(error)
         finally:
             stream.jobs = frozenset()
+            stream.is_busy = False
 
     def _compute(self, stream: "_Stream", scheduled: ScheduledBatch) -> None:
         batch = scheduled.batch
@@ -203,6 +206,8 @@ class _Stream:
         """Threads for its operations while other streams compute."""
         self.counts = BatchCounts()
         self.jobs: frozenset[Job] = frozenset()
+        self.is_busy = False
+        """True during a batch and, if it fails, the probe that follows it."""
         self._threads = 0
 
     def use_threads(self, number: int) -> None:
