@@ -11,7 +11,7 @@ from cluster.gateway.builtin import routes
 from tests import asgi
 from tests.serve.gateway_kit import ROUTES, gateway_world
 
-CARD = {"id": "gen", "object": "model", "max_model_len": 4096}
+CARD = {"id": "gen", "object": "model", "root": "gen", "max_model_len": 4096}
 ANSWERS = {"/v1/models": {"data": [CARD]}, "/openapi.json": {"paths": {"/engine": {}}}}
 
 
