@@ -86,16 +86,21 @@ def _has_body(headers: Headers) -> bool:
 
 async def _send(response: Response, method: str, send: Send, stall_timeout_s: float) -> None:
     start: dict[str, Any] = {"type": "http.response.start", "status": response.status}
-    guard = _StallGuard(stall_timeout_s)
     async with aclosing(response.body) as body:
-        await send({**start, "headers": response.headers})
+        guard = _StallGuard(stall_timeout_s)
         try:
+            # Servers wait at the start of a send until the client has read the previous one.
+            await send({**start, "headers": response.headers})
+            guard.is_sending = False
+            guard.num_sent += 1
             async for chunk in body:
                 if method != "HEAD":  # its body is read, too, so that the replica finishes
                     guard.is_sending = True
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
                     guard.is_sending = False
                     guard.num_sent += 1
+            guard.is_sending = True
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
         except (LinkError, RequestError) as error:
             # The status is sent already; only closing the connection still shows the error.
             raise ConnectionResetError(str(error)) from error
@@ -104,14 +109,18 @@ async def _send(response: Response, method: str, send: Send, stall_timeout_s: fl
             raise
         finally:
             guard.stop()
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class _StallGuard:
-    """Cancels the current task if a client reads nothing for ``timeout_s``."""
+    """Cancels the current task if a client reads nothing for ``timeout_s``; ``stop`` it at the end.
+
+    The request, its slot and its chunks are then released. ASGI cannot abort a connection: after an
+    exception the server closes it, which discards nothing that it has already accepted. The rest
+    stays in the server's buffer until HAProxy closes the connection (``client_timeout_s``, too).
+    """
 
     def __init__(self, timeout_s: float) -> None:
-        self.is_sending = False
+        self.is_sending = True
         self.num_sent = 0
         self._timeout_s = timeout_s
         self._task = asyncio.current_task()

@@ -1,12 +1,15 @@
 """Slots, times and usage of requests whose clients read slowly or disconnect."""
 
 import asyncio
+import socket
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import uvicorn
 
 from cluster.asgi import Message, Receive, Scope, Send, usage_of
+from cluster.gateway.messages import Request, Response, bytes_response
 from tests import asgi
 from tests.serve.gateway_kit import CHAT, ROUTES, World, gateway_world, metrics
 
@@ -102,6 +105,63 @@ async def test_client_that_reads_nothing_is_disconnected() -> None:
             await client.done()
         await world.until_idle()
         assert app.cancelled == 1
+
+
+async def test_large_answer_that_nobody_reads_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with gateway_world(client_timeout_s=1) as world:
+        errors: list[Exception] = []
+
+        async def respond(_: Request) -> Response:
+            return bytes_response(200, b"text/plain", bytes(50_000_000))
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                await world.app(scope, receive, send)
+            except Exception as error:
+                errors.append(error)
+                raise
+
+        monkeypatch.setattr(world.gateway, "respond", respond)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            config = uvicorn.Config(app, log_level="critical", lifespan="off")
+            server = uvicorn.Server(config)
+            serving = asyncio.create_task(server.serve([listener]))
+            host, port = listener.getsockname()
+            _, writer = await asyncio.open_connection(host, port, limit=1024)
+            try:
+                writer.write(b"GET /v1/models HTTP/1.1\r\nhost: a\r\n\r\n")
+                await world.until(lambda: bool(errors))
+                assert "read nothing for 1 s" in str(errors[0])
+            finally:
+                writer.transport.abort()
+                server.should_exit = True
+                await serving
+
+
+async def test_answer_whose_head_cannot_be_sent_leaves_no_timer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    timers: list[asyncio.TimerHandle] = []
+    loop = asyncio.get_running_loop()
+    call_later = loop.call_later
+
+    def record(*args: Any, **kwargs: Any) -> asyncio.TimerHandle:
+        timers.append(call_later(*args, **kwargs))
+        return timers[-1]
+
+    async def failing_app(scope: Scope, receive: Receive, _: Send) -> None:
+        async def fail(_: Message) -> None:
+            raise OSError("no connection")
+
+        await world.app(scope, receive, fail)
+
+    async with gateway_world(client_timeout_s=54_321) as world:
+        monkeypatch.setattr(loop, "call_later", record)
+        with pytest.raises(OSError, match="no connection"):
+            await asgi.start(failing_app, "GET", "/health", None).done()
+        long = [timer for timer in timers if timer.when() > loop.time() + 10_000]
+        assert long
+        assert all(timer.cancelled() for timer in long)
 
 
 async def test_disconnected_client_pays_for_the_tokens_until_then() -> None:
