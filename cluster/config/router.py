@@ -32,7 +32,8 @@ class RouterConfig(Section):
     get status 431. HAProxy limits them to 15 KiB."""
     max_buffered_bytes: ByteSize = Field(ByteSize(512 * 1024**2), ge=1024)
     """Maximum size of the request bodies that one router buffers, in bytes or with a unit; beyond
-    it requests are shed (429). A body is kept until its answer begins. At least
+    it requests are shed (429), and so are those of a tenant whose bodies exceed what remains free.
+    Bodies of up to 64 KiB are always accepted. A body is kept until its answer begins. At least
     `max_body_bytes`."""
     max_connections_per_address: int = Field(1024, ge=1)
     """Maximum number of open connections from one address to the HAProxy of a node; further ones
@@ -42,7 +43,8 @@ class RouterConfig(Section):
     then 408. Applies with HAProxy."""
     client_timeout_s: int = Field(60, ge=1)
     """Time after which HAProxy closes the connection of a client that stops sending its body or
-    stops reading its answer, in seconds. Without HAProxy, the router ends such an answer."""
+    stops reading its answer, in seconds. Without HAProxy, the router ends such an answer; its
+    connection stays open until the client reads the rest of the buffer or closes it."""
     max_queued: int = Field(1024, ge=0)
     """Maximum number of queued requests per pool; beyond it requests are shed (429)."""
     max_queued_tokens: float = Field(2_000_000, gt=0)

@@ -49,7 +49,7 @@ class GatewayApp:
             if self._authenticates:
                 identity = gateway.authenticate(path, headers)
             if reads_body := gateway.needs_body(method, path):
-                body = await gateway.buffers.receive(headers, receive)
+                body = await gateway.buffers.receive(headers, receive, identity.tenant.name)
         except RequestError as error:
             gateway.record_rejection(path, error, id_, identity.tenant.name)
             response, reads_body = error_response(error, path), False
@@ -61,7 +61,7 @@ class GatewayApp:
                 response = await gateway.respond(request)
             finally:
                 request.release_body()
-                gateway.buffers.release(size)
+                gateway.buffers.release(size, identity.tenant.name)
         if not reads_body and _has_body(headers):
             # The rest of the body is not read, so the connection cannot be reused.
             response.headers.append((b"connection", b"close"))

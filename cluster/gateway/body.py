@@ -1,5 +1,6 @@
 """Buffering and reading of a request's body."""
 
+from collections import Counter
 from itertools import accumulate
 
 import msgspec
@@ -9,6 +10,9 @@ from cluster.errors import InvalidRequestError, OverloadedError, PayloadTooLarge
 from cluster.gateway.messages import Headers, Request, header
 from cluster.routing import RequestBody, decode_body
 
+SMALL_BODY_BYTES = 64 * 1024
+"""Size up to which bodies are accepted beyond the common limit; the number of connections bounds
+their total."""
 _EMPTY = RequestBody()
 UNREAD_BODY = RequestBody()
 """Stands for a body that is not JSON: it may name any model."""
@@ -28,28 +32,39 @@ class BodyBuffers:
 
     Args:
         max_body_bytes: Limit of each body.
-        max_buffered_bytes: Limit of all bodies together.
+        max_buffered_bytes: Limit of all bodies together. A tenant with several bodies gets at most
+            as much as remains free for the others (dynamic threshold, as in the queue). Bodies of
+            up to ``SMALL_BODY_BYTES`` are always accepted.
     """
 
     def __init__(self, max_body_bytes: int, max_buffered_bytes: int) -> None:
         self._max_body_bytes = max_body_bytes
         self._max_buffered_bytes = max_buffered_bytes
         self.used_bytes = 0
+        self._tenant_bytes: Counter[str] = Counter()  # only tenants that use any
 
-    def release(self, num_bytes: int) -> None:
+    def release(self, num_bytes: int, tenant: str) -> None:
         """Return the bytes of a body that was dropped."""
         self.used_bytes -= num_bytes
+        self._tenant_bytes[tenant] -= num_bytes
+        if self._tenant_bytes[tenant] <= 0:
+            del self._tenant_bytes[tenant]
 
-    async def receive(self, headers: Headers, receive: Receive) -> bytes:
+    async def receive(self, headers: Headers, receive: Receive, tenant: str) -> bytes:
         """Receive a body; the caller releases its bytes.
+
+        Args:
+            headers: Headers of the request.
+            receive: ASGI's function of that name.
+            tenant: Name of the sender's tenant; empty if no keys are configured.
 
         Raises:
             PayloadTooLargeError: The body exceeds its limit.
-            OverloadedError: All bodies together exceed theirs.
+            OverloadedError: All bodies together, or those of the tenant, exceed theirs.
         """
         declared = header(headers, b"content-length") or ""
         size = int(declared) if declared.isdigit() else 0
-        self._check(size, size)
+        self._check(size, size, tenant)
         chunks: list[bytes] = []
         received = 0
         try:
@@ -62,21 +77,34 @@ class BodyBuffers:
                 chunk = message.get("body", b"")
                 received += len(chunk)
                 self.used_bytes += len(chunk)
-                self._check(received, 0)
+                self._tenant_bytes[tenant] += len(chunk)
+                self._check(received, 0, tenant)
                 chunks.append(chunk)
                 if not message.get("more_body", False):
                     return chunks[0] if len(chunks) == 1 else b"".join(chunks)
         except BaseException:
-            self.release(received)
+            self.release(received, tenant)
             raise
 
-    def _check(self, body_bytes: int, additional_bytes: int) -> None:
+    def _check(self, body_bytes: int, additional_bytes: int, tenant: str) -> None:
         if body_bytes > self._max_body_bytes:
             raise PayloadTooLargeError(
                 f"Request body is {body_bytes} bytes or more; the limit is "
                 f"{self._max_body_bytes} bytes."
             )
-        if self.used_bytes + additional_bytes > self._max_buffered_bytes:
+        if body_bytes <= SMALL_BODY_BYTES:
+            return
+        free_bytes = self._max_buffered_bytes - self.used_bytes - additional_bytes
+        tenant_bytes = self._tenant_bytes[tenant] + additional_bytes
+        is_only_body = tenant_bytes == body_bytes
+        if tenant and not is_only_body and tenant_bytes > free_bytes >= 0:
+            raise OverloadedError(
+                f"The router buffers {tenant_bytes} bytes of request bodies of tenant '{tenant}'; "
+                f"{free_bytes} bytes remain for other tenants, and a tenant may use as much as "
+                "remains. Retry later.",
+                retry_after_s=1,
+            )
+        if free_bytes < 0:
             raise OverloadedError(
                 f"The router buffers {self.used_bytes} bytes of request bodies; the limit is "
                 f"{self._max_buffered_bytes} bytes. Retry later.",

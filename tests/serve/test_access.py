@@ -105,14 +105,14 @@ async def test_deeply_nested_json_gets_400(open_: str, close: str) -> None:
 
 
 async def test_bodies_have_a_common_limit_and_are_dropped_when_the_answer_begins() -> None:
-    async with gateway_world(max_body_bytes=3000, max_buffered_bytes=4000) as world:
+    async with gateway_world(max_body_bytes=300_000, max_buffered_bytes=400_000) as world:
         replica = await world.add("gen", "gen-1")
-        large = {"x": "x" * 2000}
+        large = {"x": "x" * 200_000}
         first = asgi.start(world.app, "POST", CHAT, {**large, "wait_before": True})
         await world.until(lambda: len(replica.seen) == 1)
         refused = await asgi.post(world.app, CHAT, large)
         assert (refused.status, refused.headers["retry-after"]) == (429, "1")
-        assert "limit is 4000 bytes" in refused.json()["error"]["message"]
+        assert "limit is 400000 bytes" in refused.json()["error"]["message"]
         chunked = await asgi.post(world.app, CHAT, large, headers={"content-length": ""})
         assert chunked.status == 429
         assert (await asgi.post(world.app, CHAT, {})).status == 200
