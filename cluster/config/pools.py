@@ -16,6 +16,9 @@ PRIORITY_POLICY = "priority"
 MAX_LORAS = 8
 """Default limit on the LoRA adapters that a replica keeps loaded; each takes engine memory."""
 
+CPU_STALL_TIMEOUT_S = 600.0
+"""Default ``stall_timeout_s`` of generators without GPUs."""
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 ClassifierTask = Literal[
     "classify",
@@ -106,7 +109,8 @@ class PoolConfig(Section):
     stall_timeout_s: float = Field(120.0, gt=0)
     """Time without an engine step, a batch or a tokenizer pass, in seconds, after which a replica
     with work counts as hung and is replaced. It must exceed the longest step; a long prompt takes
-    several steps, of at most vLLM's `max_num_batched_tokens` each."""
+    several steps, of at most vLLM's `max_num_batched_tokens` each. In generators without GPUs the
+    default is 600, because there a step with a full batch of prompt tokens can take minutes."""
     priority: int = 0
     """Precedence when the budget is exhausted: pools with a higher number get replicas first."""
     replicas: ReplicasConfig = ReplicasConfig()
@@ -176,6 +180,17 @@ class GeneratorConfig(PoolConfig):
     def max_loras(self) -> int:
         """Adapters that a replica keeps loaded: ``engine_args.max_loras``, or all, at most 8."""
         return int(self.engine_args.get("max_loras", max(1, min(len(self.adapters), MAX_LORAS))))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _set_stall_timeout(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        resources = data.get("resources")
+        if isinstance(resources, ResourcesConfig):
+            resources = resources.model_dump()
+        has_gpus = isinstance(resources, dict) and resources.get("gpus")
+        return data if has_gpus else {"stall_timeout_s": CPU_STALL_TIMEOUT_S, **data}
 
     @model_validator(mode="after")
     def _check_workers(self) -> Self:

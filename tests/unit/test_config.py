@@ -40,6 +40,16 @@ def test_tasks_determine_the_required_head(tasks: list[str], head: str | None) -
     assert parse(classifier(tasks=tasks)).classifiers[0].head == head
 
 
+def test_generators_on_cpus_may_take_longer_for_a_step() -> None:
+    def timeout_s(**fields: Any) -> float:
+        return parse(generator(**fields)).generators[0].stall_timeout_s
+
+    assert timeout_s() == timeout_s(resources={"cpus": 4}) == 600
+    assert timeout_s(resources={"gpus": 1}) == 120
+    assert timeout_s(stall_timeout_s=30) == 30
+    assert parse(classifier()).classifiers[0].stall_timeout_s == 120
+
+
 def test_max_loras_is_the_number_of_adapters_up_to_a_default_limit() -> None:
     def max_loras(number: int, **args: int) -> int:
         adapters = {f"a{each}": "path" for each in range(number)}
