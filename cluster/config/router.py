@@ -50,7 +50,7 @@ class RouterConfig(Section):
     max_queued_tokens: float = Field(2_000_000, gt=0)
     """Maximum estimated work of the queued requests per pool, in tokens; beyond it requests are
     shed (429)."""
-    max_sequences_per_request: int = Field(1024, ge=1)
+    max_sequences_per_request: int = Field(1024, ge=1, le=16384)
     """Maximum number of sequences of one request to a generator: its prompts or texts times `n`.
     Larger requests get status 400. Classifiers have `max_texts`."""
     queue_timeout_s: float = Field(60.0, gt=0)

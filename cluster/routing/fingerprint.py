@@ -8,6 +8,7 @@ made of them (``cluster.engines.prefix_cache``). Pure.
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -17,11 +18,16 @@ from xxhash import xxh3_64_intdigest as digest
 MAX_BODY_BYTES = 1024 * 1024
 """Longer bodies get no fingerprint: few models have a context that long, and hashing takes long."""
 TOKEN_ID_BYTES = 4
+MAX_ITEMS = 16384
+"""Number of items up to which a list of prompts is counted, so that a huge one costs little."""
 
 # (limit, step): up to ``limit`` bytes, a prefix ends every ``step`` bytes. The steps are finest at
 # the start, the part that prompts share most often.
 _PREFIX_STEPS = ((2048, 128), (16 * 1024, 512), (64 * 1024, 2048), (MAX_BODY_BYTES, 8192))
 
+
+_MIN_ITEM_BYTES = 3  # of a list of texts: two quotes and a comma
+_MAX_BLANKS = 4096  # longer white space before the first item is as good as none
 
 PREFIX_ENDS = tuple(
     end
@@ -160,8 +166,22 @@ def _count_items(raw: msgspec.Raw, starts: bytes = b'["{') -> int:
     """Return the length of a JSON list whose items start with one of some bytes; 1 for others."""
     if not raw or memoryview(raw)[0] != ord("["):
         return 1
-    items = _decode_items(raw)
+    # Token ids are one prompt; there may be millions, so they are not decoded.
+    start = bytes(memoryview(raw)[1:_MAX_BLANKS]).lstrip()[:1]
+    if start and start not in starts:
+        return 1
+    if len(memoryview(raw)) < _MIN_ITEM_BYTES * MAX_ITEMS:
+        items = _decode_items(raw)
+    else:
+        items = [item for item in msgspec.structs.astuple(_items_decoder()(raw)) if item]
     return len(items) if items and memoryview(items[0])[0] in starts else 1
+
+
+@cache
+def _items_decoder() -> Callable[[msgspec.Raw], msgspec.Struct]:
+    """Return a decoder of the first ``MAX_ITEMS`` items of a list, which skips the rest."""
+    fields = [(f"item_{index}", msgspec.Raw, msgspec.Raw()) for index in range(MAX_ITEMS)]
+    return msgspec.json.Decoder(msgspec.defstruct("Items", fields, array_like=True)).decode
 
 
 class _PromptBody(RequestBody):

@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from cluster.routing.fingerprint import (
     EMPTY_FINGERPRINT,
     MAX_BODY_BYTES,
+    MAX_ITEMS,
     PREFIX_ENDS,
     PROMPT_PATHS,
     Fingerprint,
@@ -175,3 +177,35 @@ def test_unknown_paths_and_long_bodies_have_no_fingerprint() -> None:
 )
 def test_every_prompt_and_sequence_is_counted(path: str, body: Any, expected: Any) -> None:
     assert decode_body(path, json.dumps(body).encode()).fan_out == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "item", "expected"),
+    [
+        ("/v1/embeddings", "input", "1", 1),
+        ("/v1/embeddings", "input", " 1", 1),
+        ("/v1/completions", "prompt", "1", 1),
+        ("/v1/embeddings", "input", '""', MAX_ITEMS),
+        ("/v1/embeddings", "input", "[]", MAX_ITEMS),
+        ("/rerank", "documents", "{}", MAX_ITEMS),
+    ],
+)
+def test_counting_the_items_of_a_huge_list_needs_little_memory(
+    path: str, field: str, item: str, expected: int
+) -> None:
+    body = f'{{"{field}": [{",".join([item] * 2_000_000)}]}}'.encode()
+    decoded = decode_body(path, body)
+    assert decoded.fan_out.prompts == expected  # also builds the decoder
+    tracemalloc.start()
+    try:
+        assert decode_body(path, body).fan_out.prompts == expected
+        assert tracemalloc.get_traced_memory()[1] < 4 * 1024 * 1024
+    finally:
+        tracemalloc.stop()
+
+
+def test_blanks_before_the_first_item_do_not_change_the_count() -> None:
+    for blanks in (" ", "\n\t ", " " * 10_000):
+        for items, expected in (("1,2,3", 1), ('"a","b"', 2), ("", 1)):
+            body = f'{{"input": [{blanks}{items}]}}'.encode()
+            assert decode_body("/v1/embeddings", body).fan_out.prompts == expected
