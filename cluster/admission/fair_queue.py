@@ -125,14 +125,14 @@ class FairQueue(Generic[T]):
         flows = [flow for group in groups for flow in group.flows.values()]
         return sum(len(group.heap) for group in groups) + sum(len(flow.entries) for flow in flows)
 
-    def push(self, entry: QueueEntry[T]) -> bool:
+    def push(self, entry: QueueEntry[T], *, is_limited: bool = True) -> bool:
         """Queue an entry; return False if the queue or its tenant's part of it is full.
 
-        ``displace`` may then make room.
+        ``displace`` may then make room. An entry that is not ``is_limited`` always fits.
         """
         group = self._class_of(entry.rank)
         flow = group.flows.get(entry.tenant)
-        if not self._has_room(entry, _Total(), _Total()):
+        if is_limited and not self._has_room(entry, _Total(), _Total()):
             return False
         weight = _effective_weight(entry.weight)
         if flow is None:

@@ -323,3 +323,29 @@ def test_refusal_says_when_to_retry() -> None:
         await asyncio.wait(tasks)
 
     run(scenario)
+
+
+def test_all_requests_of_a_lost_replica_are_queued_again() -> None:
+    async def scenario() -> None:
+        engine, num_requests = Engine(), 256
+        now_s = asyncio.get_running_loop().time()
+        # Together they exceed the queue's limit of tokens, and the tenant's part of it.
+        claim = Claim(Identity(Tenant("t")), 10_000.0, 0, 0, now_s + 60, now_s + 60)
+        slots = [await engine.queue.take_slot(claim) for _ in range(num_requests)]
+        engine.max_in_flight = 0  # the replica is lost
+        for slot in slots:
+            engine.queue.release_slot(slot, is_abandoned=True)
+        retries = [
+            asyncio.ensure_future(engine.queue.take_slot(replace(claim, is_retry=True)))
+            for _ in range(num_requests)
+        ]
+        await asyncio.sleep(0)
+        assert not any(retry.done() for retry in retries)
+        assert len(engine.queue) == num_requests
+        with pytest.raises(OverloadedError):  # new requests are still limited
+            await engine.queue.take_slot(claim)
+        engine.max_in_flight = MAX_IN_FLIGHT
+        engine.queue.dispatch()
+        await asyncio.gather(*retries)
+
+    run(scenario)

@@ -205,7 +205,8 @@ class AdmissionQueue:
         estimated_s = 0.0 if claim.is_retry else self._estimate_wait_s(entry, since_s)
         wait_s = estimated_s * self._correction.factor(tenant.name, since_s)
         self._refuse_if_late(claim, wait_s)
-        if not self._queue.push(entry):
+        # Retries were in flight, which bounds them; the queue's limits are for new requests.
+        if not self._queue.push(entry, is_limited=not claim.is_retry):
             self._displace_for(entry, wait_s)
         timer = loop.call_at(claim.expires_s, self._expire, entry)
         try:
