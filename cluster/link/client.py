@@ -317,11 +317,12 @@ class ClientConnection(Connection):
         if not self._ready.done():
             self._ready.set_result(None)
             return
+        # First, because a failed stream releases its slot, which queued requests take at once.
+        self._link.handle_lost(error)
         for stream in list(self.streams.values()):
             stream.fail(LinkClosedError(str(error)))
         for stream_id in list(self._reporting):
             self._end_report(stream_id)
-        self._link.handle_lost(error)
 
     def _on_frame(self, stream_id: int, kind: int, flags: int, payload: bytes) -> None:
         if kind == frames.LOAD:

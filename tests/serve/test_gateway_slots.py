@@ -9,6 +9,7 @@ import pytest
 import uvicorn
 
 from cluster.asgi import Message, Receive, Scope, Send, usage_of
+from cluster.errors import LinkClosedError
 from cluster.gateway.messages import Request, Response, bytes_response
 from tests import asgi
 from tests.serve.gateway_kit import CHAT, ROUTES, World, gateway_world, metrics
@@ -229,3 +230,24 @@ async def test_head_request_is_not_logged_as_a_disconnect() -> None:
         found = await metrics(world)
         route = "/v1/responses/{response_id}"
         assert found["tandem_requests_total", "gen", route, "200"] == 1
+
+
+async def test_queued_requests_are_not_sent_to_a_replica_whose_link_was_lost() -> None:
+    async with gateway_world() as world:
+        await world.serve(Counting(1, ends=False), "gen", "gen-1", ROUTES)
+        pool = world.gateway.pools["gen"]
+        running = [asgi.start(world.app, "POST", CHAT, {"model": "gen"}) for _ in range(2)]
+        for call in running:
+            await call.chunks(1)
+        queued = [asgi.start(world.app, "POST", CHAT, {"model": "gen"}) for _ in range(4)]
+        await world.until(lambda: len(pool.queue) == 4)
+        for connection in list(world.servers["gen-1"].connections):
+            connection.fail(LinkClosedError("killed"))
+        await world.until(lambda: pool.replicas.num_ready == 0)
+        await asyncio.sleep(0)
+        assert len(pool.queue) == 4
+        await world.until(lambda: len(pool.queue) == 2)  # the link is connected again
+        found = await metrics(world)
+        assert found["tandem_failovers_total", "gen", "refused"] == 0
+        for call in running + queued:
+            await call.cancel()

@@ -532,3 +532,18 @@ async def test_a_defect_does_not_end_the_attempts_to_connect(
     await client.close()
     await server.stop()
     assert "planted" in caplog.text
+
+
+@on_both_loops
+async def test_a_lost_link_is_not_connected_when_its_streams_end() -> None:
+    """A queued request that gets a slot of a failed stream must not go to the dead replica."""
+    async with linked(hang) as (server, client):
+        streams = [client.open(RequestHead()) for _ in range(2)]
+        connected: list[bool] = []
+        for stream in streams:
+            await stream.read()
+            stream.on_finished = lambda: connected.append(client.connected)
+        for connection in list(server.connections):
+            connection.fail(LinkClosedError("killed"))
+        await until(lambda: len(connected) == 2)
+        assert connected == [False, False]
