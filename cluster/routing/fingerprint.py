@@ -18,8 +18,9 @@ from xxhash import xxh3_64_intdigest as digest
 MAX_BODY_BYTES = 1024 * 1024
 """Longer bodies get no fingerprint: few models have a context that long, and hashing takes long."""
 TOKEN_ID_BYTES = 4
-MAX_ITEMS = 16384
-"""Number of items up to which a list of prompts is counted, so that a huge one costs little."""
+MAX_ITEMS = 16385
+"""Number of items up to which a list of prompts is counted, so that a huge one costs little; one
+more than the highest ``router.max_sequences_per_request``."""
 
 # (limit, step): up to ``limit`` bytes, a prefix ends every ``step`` bytes. The steps are finest at
 # the start, the part that prompts share most often.
