@@ -17,6 +17,7 @@ async def test_load_adds_no_replica_without_free_cores(cluster: RunningCluster) 
     body = {"model": "smollm2", "prompt": "Once", "max_tokens": 1000, "ignore_eos": True}
     limits = httpx.Limits(max_connections=REQUESTS + 1)
     async with httpx.AsyncClient(base_url=cluster.http_url, timeout=120, limits=limits) as http:
+        before = (await http.get("/dashboard/data")).json()["decisions"] or ()
         load = [
             asyncio.create_task(http.post("/v1/completions", json=body)) for _ in range(REQUESTS)
         ]
@@ -28,8 +29,14 @@ async def test_load_adds_no_replica_without_free_cores(cluster: RunningCluster) 
                 pool = (await http.get("/ready")).json()["pools"]["smollm2"]
                 assert pool["replicas"] == 1
                 data = (await http.get("/dashboard/data")).json()
-                decisions = [d["reason"] for d in data["decisions"] if d["cause"] == "cores"]
+                new = [each for each in data["decisions"] or () if each not in before]
+                decisions = [each["reason"] for each in new if each["cause"] == "cores"]
                 await asyncio.sleep(0.5)
+            # The pool in ``/ready`` has no replicas that are starting.
+            deployments = (await asyncio.to_thread(cluster.status))["application"]["deployments"]
+            (found,) = (each for each in deployments if each["name"] == "generator-smollm2")
+            states = [each["state"] for each in found["replicas"] if each["state"] != "STOPPING"]
+            assert (found["target"], states) == (1, ["RUNNING"]), found
         finally:
             for request in load:
                 request.cancel()
