@@ -103,7 +103,7 @@ class Load:
         return {STREAM, CLASSIFY, JOB} - {one.kind for one in self.attempts if not one.error}
 
     def check(self) -> None:
-        """Raise TargetError if the job has exited, or the defect that ended a client."""
+        """Raise TargetError if the job or a client has ended, or the defect that ended it."""
         if self._defect is not None:
             raise self._defect
         if self._job is not None and self._job.poll() is not None:
@@ -111,6 +111,8 @@ class Load:
             lines = self._log.read().strip().splitlines()[-LOG_LINES:]
             problem = f"The Ray job exited with status {self._job.returncode}."
             raise TargetError("\n".join([problem, *lines]))
+        if not all(thread.is_alive() for thread in self._threads):
+            raise TargetError("A thread that sends or records requests has ended.")
 
     def _send_all(self, kind: str, number: int) -> None:
         rng = random.Random(f"{self._seed} {number}")
@@ -192,8 +194,8 @@ def describe(error: Exception) -> tuple[str, Connection]:
         case httpx.TransportError():
             refused = isinstance(error, httpx.ConnectError)
             return type(error).__name__, "refused" if refused else "broken"
-        case _:
-            raise error
+        case _:  # an unexpected answer must not end the load
+            return f"{type(error).__name__}: {error}"[:ERROR_CHARS], ""
 
 
 def raise_for_status(answer: httpx.Response) -> None:

@@ -1,7 +1,9 @@
 """Accounting of failures, replaced replicas and outages around a fault, in virtual time."""
 
+import random
 from dataclasses import replace
 
+import httpx
 import pytest
 
 from chaos.accounting import (
@@ -14,6 +16,7 @@ from chaos.accounting import (
     measure,
     summarize,
 )
+from chaos.load import classify, describe
 
 WINDOW = Window(began_s=95.0, killed_s=100.0, gone_s=100.2, ended_s=110.0)
 
@@ -120,3 +123,10 @@ def test_a_failure_while_reading_is_described() -> None:
     attempt = measure("stream", parts(), lambda error: (str(error), "broken"))
     assert (len(attempt.served_s), attempt.error, attempt.connection) == (1, "reset", "broken")
     assert attempt.began_s <= attempt.served_s[0] <= attempt.ended_s
+
+
+def test_an_unexpected_answer_fails_its_request_and_not_the_load() -> None:
+    transport = httpx.MockTransport(lambda _request: httpx.Response(500, json={"error": {}}))
+    with httpx.Client(transport=transport, base_url="http://test") as http:
+        attempt = measure("classify", classify(http, random.Random(0)), describe)
+    assert attempt.error == "KeyError: 'type'"
