@@ -3,6 +3,7 @@
 import atexit
 import logging
 import os
+from collections.abc import Sequence
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
@@ -48,9 +49,16 @@ class ServeRelay(logging.Handler):
         logging.getLogger(SERVE_LOGGER).handle(record)
 
 
-def relay_to_serve(name: str) -> None:
-    """Replace the handlers of a library's logger by a relay to the log of this replica."""
+def relay_to_serve(name: str, *, warnings_only: Sequence[str] = ()) -> None:
+    """Replace the handlers of a library's logger by a relay to the log of this replica.
+
+    Args:
+        name: Name of the logger.
+        warnings_only: Names of loggers below it whose info lines are dropped.
+    """
     logging.getLogger(name).handlers[:] = [ServeRelay()]
+    for verbose in warnings_only:
+        logging.getLogger(verbose).setLevel(logging.WARNING)
 
 
 def open_request_log(directory: Path, replica_id: str) -> logging.Handler:

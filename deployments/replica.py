@@ -45,6 +45,8 @@ _HEALTH_POLL_S = 1.0
 _IDLE_POLL_S = 0.2
 ENGINE_LOGGER = "vllm"
 """Logger of vLLM."""
+STATISTICS_LOGGER = "vllm.v1.metrics.loggers"
+"""Logger of vLLM that writes a line every 10 s; the metrics have the same figures."""
 
 
 class EngineReplica:
@@ -73,7 +75,7 @@ class EngineReplica:
         await engine.start()
         # Not earlier: vLLM configures its logger more than once. So far its lines reach the log as
         # output, without their level.
-        relay_to_serve(ENGINE_LOGGER)
+        relay_to_serve(ENGINE_LOGGER, warnings_only=[STATISTICS_LOGGER])
         timer.add_measured(engine.start_phases_s)
         self._app = RaiseIfDead(self._traced_app(pool, operations), engine.check_health)
         self._watch = ReplicaWatch(operations, pool, self._num_in_flight, self._retire)

@@ -81,3 +81,14 @@ def test_warnings_of_a_library_reach_the_log_of_the_replica(serve_log: Path) -> 
     library.getChild("engine").info("statistics")
     library.getChild("engine").warning("preempted")
     assert serve_log.read_text() == "preempted\n"
+
+
+def test_statistics_of_a_library_do_not_fill_the_log_of_the_replica(serve_log: Path) -> None:
+    library = logging.getLogger("verbose_library")
+    library.propagate = False
+    library.setLevel(logging.INFO)
+    statistics = library.getChild("metrics.loggers")
+    relay_to_serve(library.name, warnings_only=[statistics.name])
+    statistics.info("throughput")
+    library.getChild("engine").info("ready")
+    assert serve_log.read_text() == "ready\n"

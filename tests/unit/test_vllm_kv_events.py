@@ -145,7 +145,10 @@ async def test_events_are_read_from_the_socket(tracker: PrefixTracker, tmp_path:
 
 
 async def test_reading_starts_over_after_a_failure(
-    tracker: PrefixTracker, reader: KvEventReader, monkeypatch: pytest.MonkeyPatch
+    tracker: PrefixTracker,
+    reader: KvEventReader,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     tracker.block_size = 4
     tracker.add_blocks([b"a"], None, IDS[:4])
@@ -157,7 +160,7 @@ async def test_reading_starts_over_after_a_failure(
     async def read() -> None:
         nonlocal num_starts
         num_starts += 1
-        if num_starts == 1:
+        if num_starts <= 3:
             raise RuntimeError("a bug")
         restarted.set()
         await asyncio.Event().wait()
@@ -167,5 +170,6 @@ async def test_reading_starts_over_after_a_failure(
     task = asyncio.create_task(reader.run())
     await asyncio.wait_for(restarted.wait(), 5)
     assert not tracker.snapshot(), "events were lost meanwhile"
+    assert len(caplog.records) == 1, "the same failure is logged once"
     task.cancel()
     await asyncio.wait([task])

@@ -70,13 +70,16 @@ class KvEventReader:
 
     async def run(self) -> None:
         """Read until cancelled; after a failure, start over."""
+        logged = ""
         while True:
             try:
                 await self._read()
-            except Exception:
-                logger.exception(
-                    "reading vLLM's KV events failed; forgetting the prefixes of this replica"
-                )
+            except Exception as error:
+                if repr(error) != logged:  # not every second
+                    logged = repr(error)
+                    logger.exception(
+                        "reading vLLM's KV events failed; forgetting the prefixes of this replica"
+                    )
                 self._tracker.clear()
             await asyncio.sleep(RETRY_S)
 
