@@ -24,7 +24,8 @@ _PAIR = bytes((1, 255))
 _PEELED_LEVELS = 4
 _MAX_BRACKETS = 500_000
 """Brackets that are counted one by one, which takes up to 20 ms; no API has larger values."""
-_NO_BRACKETS = bytes(c for c in range(256) if c not in b"[]{}")
+_NO_ESCAPES = bytes(c for c in range(256) if c not in b'[]{}"\\/bfnrtu')
+_NO_STRUCTURE = bytes(c for c in range(256) if c not in b'[]{}"')
 
 
 class BodyBuffers:
@@ -149,9 +150,10 @@ def _check_depth(body: bytes) -> None:
     if not (_has_many(body, b"{") or _has_many(body, b"[")):  # the usual case
         return
     if b"\\" in body:
-        body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    outside_strings = b"".join(body.split(b'"')[::2])
-    brackets = outside_strings.translate(_STEPS, _NO_BRACKETS)
+        body = body.translate(None, _NO_ESCAPES).replace(b"\\\\", b"").replace(b'\\"', b"")
+    # Strings become pairs of quotes. Dropping a pair does not change what is inside of strings.
+    structure = body.translate(None, _NO_STRUCTURE).replace(b'""', b"")
+    brackets = b"".join(structure.split(b'"')[::2]).translate(_STEPS)
     for _ in range(_PEELED_LEVELS):  # each removes the innermost level
         brackets = brackets.replace(_PAIR, b"")
     is_complex = len(brackets) > _MAX_BRACKETS
