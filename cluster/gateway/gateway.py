@@ -15,14 +15,14 @@ from cluster.gateway.admission.quotas import TenantQuotas
 from cluster.gateway.admission.response_ids import ResponseIds
 from cluster.gateway.body import UNREAD_BODY, BodyBuffers, read_body
 from cluster.gateway.builtin.routes import PUBLIC_PATHS, BuiltinRoute, BuiltinRoutes
-from cluster.gateway.messages import Headers, Request, Response, error_response
+from cluster.gateway.messages import Headers, Request, Response, error_response, with_json_fields
 from cluster.gateway.pools.factory import make_pools
-from cluster.gateway.pools.forwarding import with_engine_priority
 from cluster.gateway.pools.pool import Pool
 from cluster.gateway.pools.relay import relay
 from cluster.gateway.pools.replica import Wiring
 from cluster.gateway.pools.routes import OTHER
 from cluster.gateway.pools.selection import select_pool
+from cluster.gateway.pools.slots import Claim
 from cluster.gateway.recording.observer import RequestSinks
 from cluster.gateway.recording.request_log import RequestLog, RequestRecord, outcome_of
 from cluster.gateway.recording.usage import UsageAccount
@@ -120,18 +120,31 @@ class Gateway:
                 return await self._respond_builtin(request, builtin)
             body, pool = self._select_pool(request)
             claim, ticket = self.admission.admit(request, body, pool)
-            # A client's own `priority` is overwritten: the API key limits it.
-            has_priority = claim.priority != 0 or body.priority is not None or body is UNREAD_BODY
-            if has_priority and pool.limits.engine_priorities:
-                request = with_engine_priority(request, claim.priority)
-            request = self._response_ids.assign(request)
-            return await relay(request, pool, claim, ticket.end)
+            relayed = with_json_fields(request, self._fields(request, body, pool, claim))
+            del body  # the prompt; the answer may be far away
+            if relayed is not request:
+                request.release_body()
+            return await relay(relayed, pool, claim, ticket.end)
         except RequestError as error:
             return error_response(error, request.path)
         except Exception:
             logger.exception("%s: internal error", request.id)
             internal = InternalError(f"Internal error; request id {request.id}")
             return error_response(internal, request.path)
+
+    def _fields(
+        self, request: Request, body: RequestBody, pool: Pool, claim: Claim
+    ) -> dict[str, str | int]:
+        """Return the fields of the engine's body that the router sets."""
+        fields: dict[str, str | int] = {}
+        # A client's own `priority` is overwritten: the API key limits it.
+        has_priority = claim.priority != 0 or body.priority is not None or body is UNREAD_BODY
+        if has_priority and pool.limits.engine_priorities:
+            # vLLM runs the smallest value first; models without the field ignore it.
+            fields["priority"] = -claim.priority
+        if (response_id := self._response_ids.new_id(request)) is not None:
+            fields["request_id"] = response_id
+        return fields
 
     async def _respond_builtin(self, request: Request, builtin: BuiltinRoute) -> Response:
         try:

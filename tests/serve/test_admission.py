@@ -15,8 +15,7 @@ import pytest
 
 from cluster.admission.keys import digest
 from cluster.gateway import GatewayApp, QuotaSync, ReplicaInfo, RouterLinks
-from cluster.gateway.messages import Request
-from cluster.gateway.pools.forwarding import with_engine_priority
+from cluster.gateway.messages import KEPT_BODY_BYTES, Request, with_json_fields
 from cluster.key_file import KeyFile
 from cluster.link import LinkServer
 from tests import asgi
@@ -314,11 +313,26 @@ async def test_queued_tokens_are_bounded() -> None:
 )
 def test_body_gets_the_priority_for_vllm(body: bytes, priority: int, sent: Any) -> None:
     request = Request("i", "POST", CHAT, b"", [(b"content-length", b"9"), (b"x", b"y")], body)
-    result = with_engine_priority(request, priority)
+    result = with_json_fields(request, {"priority": -priority})
     assert json.loads(result.body) == sent
     assert dict(result.headers) == {b"content-length": str(len(result.body)).encode(), b"x": b"y"}
     form = Request("i", "POST", CHAT, b"", [], b"a=b")
-    assert with_engine_priority(form, priority) is form
+    assert with_json_fields(form, {"priority": -priority}) is form
+
+
+async def test_a_body_that_gets_fields_is_kept_once() -> None:
+    async with gateway_world() as world:
+        replica = await world.add("gen", "gen-1")
+        body = json.dumps({"x": "x" * 100_000, "priority": 1, "wait_before": True}).encode()
+        request = Request("i", "POST", CHAT, b"", [], body)
+        answer = asyncio.create_task(world.gateway.respond(request))
+        await world.until(lambda: bool(replica.bodies))
+        assert json.loads(replica.bodies[0])["priority"] == 0
+        assert len(request.body) == KEPT_BODY_BYTES
+        replica.gate.set()
+        response = await answer
+        assert response.status == 200
+        await response.body.aclose()
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/score", "/v1/chat/completions/batch"])

@@ -9,7 +9,7 @@ import hmac
 from secrets import token_hex
 
 from cluster.errors import NotFoundError
-from cluster.gateway.messages import Request, with_json_field
+from cluster.gateway.messages import Request
 from cluster.routing import RequestBody
 
 CREATE_PATH = "/v1/responses"
@@ -27,12 +27,12 @@ class ResponseIds:
     def __init__(self, key: bytes) -> None:
         self._key = key
 
-    def assign(self, request: Request) -> Request:
-        """Return a request that creates a response with an id for its tenant; others unchanged."""
+    def new_id(self, request: Request) -> str | None:
+        """Return an id for the response that the request creates; None if it creates none."""
         if not request.tenant or request.path != CREATE_PATH or request.method != "POST":
-            return request
+            return None
         random = token_hex(_RANDOM_CHARS // 2)
-        return with_json_field(request, "request_id", _PREFIX + random + self._tag(request, random))
+        return _PREFIX + random + self._tag(request, random)
 
     def check(self, request: Request, body: RequestBody) -> None:
         """Raise if the request refers to a response of another tenant.

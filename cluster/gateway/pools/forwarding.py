@@ -1,6 +1,6 @@
 """Requests in the form that engines get: with the headers of a list, and the router's priority."""
 
-from cluster.gateway.messages import Headers, Request, with_json_field
+from cluster.gateway.messages import Headers, Request
 from cluster.link import RequestHead
 
 FORWARDED_HEADERS = frozenset(
@@ -43,11 +43,3 @@ def request_head(request: Request, engine_priority: int | None) -> RequestHead:
     return RequestHead(
         method=request.method, path=request.path, query_string=request.query, headers=headers
     )
-
-
-def with_engine_priority(request: Request, priority: int) -> Request:
-    """Return the request with ``priority`` in its body; vLLM runs the smallest value first.
-
-    Models without the field ignore it.
-    """
-    return with_json_field(request, "priority", -priority)
