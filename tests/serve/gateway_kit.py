@@ -8,7 +8,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.asgi import ASGIApp, Message, Receive, Scope, Send
+from cluster.asgi import ASGIApp, Message, Receive, Scope, Send, usage_of
 from cluster.config import parse
 from cluster.gateway import Gateway, GatewayApp, Opener, ReplicaInfo, Wiring
 from cluster.gateway.reporting.dashboard import ReadDecisions
@@ -49,6 +49,7 @@ class Replica:
             raise
 
     async def _answer(self, scope: Scope, fields: dict[str, Any], size: int, send: Send) -> None:
+        usage_of(scope).prompt_tokens = fields.get("prompt_tokens", 0)
         content_type = b"text/event-stream" if fields.get("stream") else b"application/json"
         headers = [(b"content-type", content_type), (b"x-engine", self.name.encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})

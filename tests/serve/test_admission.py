@@ -201,7 +201,7 @@ async def test_hopeless_deadline_is_refused_at_once() -> None:
         replica = await world.add("gen", "gen-1")
         pool = world.gateway.pools["gen"]
         for _ in range(2):  # requests take about 100 ms
-            call = ask(world, "", {"wait_before": True})
+            call = ask(world, "", {"wait_before": True, "prompt_tokens": 20})
             await asyncio.sleep(0.1)
             replica.gate.set()
             await call.done()
@@ -421,3 +421,33 @@ async def test_quota_refusals_are_counted_and_logged() -> None:
         assert answer.status == 400
         (failure,) = world.gateway.request_log.failures
         assert (failure.status, failure.model) == (400, "gen")
+
+
+async def test_a_request_that_is_cancelled_in_the_queue_costs_no_tokens(keys: Keys) -> None:
+    keys.write(a={"tokens_per_day": 100_000})
+    async with gateway_world(keys.file) as world:
+        await world.add("gen", "gen-1")
+        account = world.gateway.admission.quotas.accounts
+        pool = world.gateway.pools["gen"]
+        running = [ask(world, "a", {"wait_before": True}) for _ in range(2)]
+        await world.until(lambda: pool.replicas.running[0].in_flight == 2)
+        before = account["a"].day_tokens
+        queued = ask(world, "a", {"max_tokens": 5000})
+        await world.until(lambda: pool.num_queued == 1)
+        assert account["a"].day_tokens > before
+        await queued.cancel()
+        assert account["a"].day_tokens == before
+        for call in running:
+            await call.cancel()
+
+
+async def test_only_requests_with_usage_teach_the_service_time() -> None:
+    async with gateway_world() as world:
+        await world.add("gen", "gen-1")
+        capacity = world.gateway.pools["gen"].queue.capacity
+        await asgi.get(world.app, "/v1/models")
+        await asgi.get(world.app, "/openapi.json")
+        assert (await ask(world, "").done()).status == 200
+        assert capacity.average_request_s(1.0) == 0.0
+        assert (await ask(world, "", {"prompt_tokens": 7}).done()).status == 200
+        assert capacity.average_request_s(1.0) > 0.0

@@ -36,15 +36,16 @@ class QuotaTicket:
     prompt_tokens: float
     """The prompt's part of the estimate."""
 
-    def end(self, status: int, usage: Usage | None) -> None:
+    def end(self, status: int, usage: Usage | None, had_slot: bool) -> None:
         """Charge the request's usage instead of its estimate; a failed request is free.
 
-        Without a usage, a disconnect is charged the whole estimate and a success its prompt.
+        Without a usage, a disconnect is charged the whole estimate if the request ``had_slot``,
+        and a success its prompt.
         """
         if usage is not None:
             charged = float(usage.total_tokens)
         elif status == CLIENT_DISCONNECTED:
-            charged = self.estimated_tokens
+            charged = self.estimated_tokens if had_slot else 0.0
         else:
             charged = self.prompt_tokens if status < 400 else 0.0
         self.account.release(self.estimated_tokens, charged)

@@ -36,6 +36,8 @@ MAX_ATTEMPTS = 5
 MAX_LOST = 2
 """Replicas that may be lost with one request: it is retried once, within the pool's budget."""
 
+_HASHED_BYTES = 64 * 1024
+
 _NOT_RETURNED = frozenset(
     {
         *(b"connection", b"keep-alive", b"transfer-encoding", b"te", b"upgrade"),
@@ -53,8 +55,8 @@ async def relay(
         request: The request to relay.
         pool: Pool whose replicas may answer.
         claim: The request's demand on the pool.
-        on_end: Called once at the end with the status and the usage. None for requests that the
-            router itself makes.
+        on_end: Called once at the end with the status, the usage, and True if the request had a
+            slot. None for requests that the router itself makes.
 
     Raises:
         InvalidRequestError: A header for the router has an invalid value.
@@ -102,8 +104,9 @@ async def _send_with_failover(
             failure = "lost" if isinstance(error, LinkError) else "unavailable"
             num_lost += 1
             logger.warning(
-                "%s: lost replica %s before the answer: %s; SHA-256 of the request's body: %s",
-                *(request.id, slot.replica.info.id, error, sha256(request.body).hexdigest()[:16]),
+                "%s: lost replica %s before the answer: %s; request's body: %d bytes, SHA-256 of "
+                "the first 64 KiB: %s",
+                *(request.id, slot.replica.info.id, error, *_identify(request.body)),
             )
             if num_lost == MAX_LOST or not pool.retries.take_retry():
                 raise UnavailableError(
@@ -114,6 +117,14 @@ async def _send_with_failover(
     raise UnavailableError(
         f"{pool.name}: {MAX_ATTEMPTS} replicas refused the request; try again.", retry_after_s=1
     )
+
+
+def _identify(body: bytes) -> tuple[int, str]:
+    """Return the length of a body and the start of a hash of its start.
+
+    A replica can be lost with hundreds of requests, and hashing long bodies blocks the event loop.
+    """
+    return len(body), sha256(memoryview(body)[:_HASHED_BYTES]).hexdigest()[:16]
 
 
 class RelayedBody:
@@ -277,12 +288,12 @@ class RelayedBody:
         observer.end(usage)
 
     def _done_tokens(self, usage: Usage | None) -> float | None:
-        """Return the work that was done; None if unknown."""
+        """Return the work that was done; None if unknown, which teaches no service time."""
         if usage is not None:
             return float(usage.computed_tokens)
         if self._observer.status == CLIENT_DISCONNECTED:
             return None
-        return 0.0 if self._observer.status >= 400 else self._slot.claim.work_tokens
+        return 0.0 if self._observer.status >= 400 else None
 
     def _release_slot(self, done_tokens: float | None, usage: Usage | None = None) -> None:
         self._ended = True

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 ShedReason = Literal["queue_full", "too_long", "deadline", "expired", "displaced"]
 FailoverReason = Literal["lost", "refused", "unavailable", "drained"]
 
-OnEnd = Callable[[int, Usage | None], None]
+OnEnd = Callable[[int, Usage | None, bool], None]
 """Called at the end of a request with its status and, if known, its usage."""
 
 SLO_METRICS: Mapping[str, tuple[float, table.Metric]] = {
@@ -193,7 +193,7 @@ class RequestObserver:
     def end(self, usage: Usage | None) -> None:
         """Record the end of the request; call this exactly once."""
         if self._on_end is not None:
-            self._on_end(self.status, usage)
+            self._on_end(self.status, usage, bool(self._slot_taken))
         meter = self._meter
         meter.open_requests.discard(self)
         self.count_gaps()

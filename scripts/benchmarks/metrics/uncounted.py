@@ -59,7 +59,7 @@ class UncountedRequest(RequestObserver):
     def end(self, usage: Usage | None) -> None:
         """Report the end to the tenant's quotas."""
         if self._on_end is not None:
-            self._on_end(self.status, usage)
+            self._on_end(self.status, usage, True)
 
 
 _DISCARDED = _DiscardingList()
