@@ -17,6 +17,7 @@ from xxhash import xxh3_64_intdigest as digest
 
 MAX_BODY_BYTES = 1024 * 1024
 """Longer bodies get no fingerprint: few models have a context that long, and hashing takes long."""
+GENERATE_PATH = "/inference/v1/generate"
 TOKEN_ID_BYTES = 4
 MAX_ITEMS = 16385
 """Number of items up to which a list of prompts is counted, so that a huge one costs little; one
@@ -100,6 +101,19 @@ class RequestBody(msgspec.Struct):
     priority: Any = None
     stream: Any = None
     previous_response_id: Any = None
+    truncate_prompt_tokens: Any = None
+    truncation: Any = None
+
+    @property
+    def is_truncated(self) -> bool:
+        """True if the engine shortens a prompt that is too long instead of rejecting it."""
+        return self.truncate_prompt_tokens is not None or self.truncation == "auto"
+
+    @property
+    def prompt_limit(self) -> float | None:
+        """Length to which the engine shortens each prompt, in tokens; None if not given."""
+        limit = self.truncate_prompt_tokens
+        return float(limit) if _is_count(limit) else None
 
     @property
     def completion_limit(self) -> float | None:
@@ -153,8 +167,15 @@ class _ListBody(RequestBody):
     text_1: msgspec.Raw = msgspec.Raw()
     text_2: msgspec.Raw = msgspec.Raw()
     messages: msgspec.Raw = msgspec.Raw()
+    prompt_embeds: msgspec.Raw = msgspec.Raw()
 
     def _num_prompts(self) -> int:
+        num_embeds = _count_embeds(self.prompt_embeds)
+        if num_embeds and (not self.prompt or bytes(memoryview(self.prompt)[:4]) == b"null"):
+            return num_embeds
+        return num_embeds + self._num_listed()
+
+    def _num_listed(self) -> int:
         lists = [
             *(self.prompt, self.input, self.inputs, self.texts, self.documents, self.items),
             *(self.queries, self.data, self.data_1, self.data_2, self.text_1, self.text_2),
@@ -183,6 +204,37 @@ def _items_decoder() -> Callable[[msgspec.Raw], msgspec.Struct]:
     """Return a decoder of the first ``MAX_ITEMS`` items of a list, which skips the rest."""
     fields = [(f"item_{index}", msgspec.Raw, msgspec.Raw()) for index in range(MAX_ITEMS)]
     return msgspec.json.Decoder(msgspec.defstruct("Items", fields, array_like=True)).decode
+
+
+def _count_embeds(raw: msgspec.Raw) -> int:
+    return _count_items(raw) if raw and bytes(memoryview(raw)[:4]) != b"null" else 0
+
+
+class _SamplingParams(msgspec.Struct):
+    n: Any = None
+    max_tokens: Any = None
+
+
+class _Generate(_ListBody):
+    """Body of ``GENERATE_PATH``: token ids, and the fields of other bodies in a nested object."""
+
+    token_ids: msgspec.Raw = msgspec.Raw()
+    sampling_params: msgspec.Raw = msgspec.Raw()
+
+    def __post_init__(self) -> None:
+        try:
+            params = _decode_sampling(self.sampling_params)
+        except msgspec.DecodeError:  # left to the engine
+            return
+        self.n, self.max_tokens = params.n, params.max_tokens
+
+    def fingerprint(self) -> Fingerprint:
+        """Return the length of the prompt, without hashes."""
+        ids = bytes(self.token_ids)
+        num_tokens = ids.count(b",") + 1 if len(ids) > 2 else 0
+        return Fingerprint(
+            total_bytes=num_tokens * TOKEN_ID_BYTES, is_tokens=True, model=self.model or ""
+        )
 
 
 class _PromptBody(RequestBody):
@@ -230,8 +282,13 @@ class _Chat(_PromptBody):
 
 class _Completion(_PromptBody):
     prompt: str | list[str | int | list[int]] = ""
+    prompt_embeds: msgspec.Raw = msgspec.Raw()
 
     def _num_prompts(self) -> int:
+        num_embeds = _count_embeds(self.prompt_embeds)
+        return num_embeds + (0 if num_embeds and not self.prompt else self._num_texts())
+
+    def _num_texts(self) -> int:
         is_list = isinstance(self.prompt, list) and not isinstance(next(iter(self.prompt), 0), int)
         return len(self.prompt) if is_list else 1
 
@@ -262,6 +319,8 @@ class _Responses(_PromptBody):
 _decode_chat = msgspec.json.Decoder(_Chat).decode
 _decode_items = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _decode_fields = msgspec.json.Decoder(_ListBody).decode
+_decode_generate = msgspec.json.Decoder(_Generate).decode
+_decode_sampling = msgspec.json.Decoder(_SamplingParams).decode
 _DECODE_PROMPT: Mapping[str, Callable[[bytes], _PromptBody]] = {
     "/v1/chat/completions": _decode_chat,
     "/v1/messages": _decode_chat,
@@ -278,6 +337,8 @@ def decode_body(path: str, body: bytes) -> RequestBody:
     Raises:
         msgspec.DecodeError: The body is not valid JSON, not an object, or has a wrong ``model``.
     """
+    if path == GENERATE_PATH:
+        return _decode_generate(body)
     return _decode_with_prompt(path, body) or _decode_fields(body)
 
 

@@ -451,3 +451,14 @@ async def test_only_requests_with_usage_teach_the_service_time() -> None:
         assert capacity.average_request_s(1.0) == 0.0
         assert (await ask(world, "", {"prompt_tokens": 7}).done()).status == 200
         assert capacity.average_request_s(1.0) > 0.0
+
+
+async def test_a_prompt_that_the_engine_shortens_may_be_longer_than_the_context() -> None:
+    async with gateway_world() as world:
+        await world.add("gen", "gen-1")
+        world.running["gen"]["gen-1"] = replace(world.running["gen"]["gen-1"], context_tokens=50)
+        world.update("gen")
+        body = {"messages": [{"role": "user", "content": "a" * 100_000}]}
+        assert (await ask(world, "", body).done()).status == 400
+        for field in ({"truncate_prompt_tokens": 20}, {"truncate_prompt_tokens": -1}):
+            assert (await ask(world, "", body | field).done()).status == 200

@@ -173,6 +173,14 @@ def test_unknown_paths_and_long_bodies_have_no_fingerprint() -> None:
         ("/rerank", {"query": "a", "documents": ["b"] * 9}, (9, 9)),
         ("/score", {"text_1": "a", "text_2": ["b"] * 9}, (9, 9)),
         ("/classify", {}, (1, 1)),
+        ("/v1/completions", {"prompt_embeds": ["a", "b"], "n": 2}, (2, 4)),
+        ("/v1/completions", {"prompt": None, "prompt_embeds": ["a", "b"]}, (2, 2)),
+        ("/v1/completions", {"prompt": ["c"], "prompt_embeds": ["a", "b"]}, (3, 3)),
+        ("/v1/completions", {"prompt": "c", "prompt_embeds": "a"}, (2, 2)),
+        ("/v1/completions", {"prompt": "c", "prompt_embeds": None}, (1, 1)),
+        ("/inference/v1/generate", {"token_ids": [1, 2], "sampling_params": {"n": 5}}, (1, 5)),
+        ("/inference/v1/generate", {"token_ids": [1, 2], "sampling_params": None}, (1, 1)),
+        ("/inference/v1/generate", {"token_ids": [1, 2]}, (1, 1)),
     ],
 )
 def test_every_prompt_and_sequence_is_counted(path: str, body: Any, expected: Any) -> None:
@@ -209,3 +217,10 @@ def test_blanks_before_the_first_item_do_not_change_the_count() -> None:
         for items, expected in (("1,2,3", 1), ('"a","b"', 2), ("", 1)):
             body = f'{{"input": [{blanks}{items}]}}'.encode()
             assert decode_body("/v1/embeddings", body).fan_out.prompts == expected
+
+
+def test_the_nested_fields_of_generate_are_read() -> None:
+    body = {"token_ids": [1, 2, 3], "sampling_params": {"max_tokens": 7, "n": "x"}}
+    decoded = decode_body("/inference/v1/generate", json.dumps(body).encode())
+    assert decoded.completion_limit == 7
+    assert decoded.fingerprint() == Fingerprint(total_bytes=12, is_tokens=True)

@@ -1,6 +1,7 @@
 """Admission of a request: API key, allowed models, quotas, and its claim on the pool."""
 
 import asyncio
+from dataclasses import replace
 
 from cluster.admission import MIN_PRIORITY, Identity
 from cluster.errors import (
@@ -79,7 +80,7 @@ class Admission:
                 )
         self._response_ids.check(request, body)
         claim = _claim(request, body, pool, model)
-        _check_size(claim, pool)
+        _check_size(claim, pool, may_exceed_context=body.is_truncated)
         ticket = self.quotas.admit(identity, model, claim.work_tokens, claim.view.prompt_tokens)
         return claim, ticket
 
@@ -97,6 +98,9 @@ def _claim(request: Request, body: RequestBody, pool: Pool, model: str) -> Claim
         fan_out=fan_out,
         adapter=pool.needs_adapter(model),
     )
+    if body.prompt_limit is not None:
+        prompt_tokens = min(view.prompt_tokens, body.prompt_limit * fan_out.prompts)
+        view = replace(view, prompt_tokens=prompt_tokens)
     timeout_s = _requested_timeout_s(request.headers)
     now_s = asyncio.get_running_loop().time()
     deadline_s = float("inf") if timeout_s is None else now_s + timeout_s
@@ -113,7 +117,7 @@ def _claim(request: Request, body: RequestBody, pool: Pool, model: str) -> Claim
     )
 
 
-def _check_size(claim: Claim, pool: Pool) -> None:
+def _check_size(claim: Claim, pool: Pool, *, may_exceed_context: bool) -> None:
     """Raise if the request can never be served."""
     num_sequences, max_sequences = claim.view.fan_out.sequences, pool.limits.max_sequences
     if max_sequences is not None and num_sequences > max_sequences:
@@ -122,7 +126,7 @@ def _check_size(claim: Claim, pool: Pool) -> None:
             f"{max_sequences} (router.max_sequences_per_request). Split the request.",
             param="n" if claim.view.fan_out.prompts == 1 else None,
         )
-    if pool.estimator.exceeds_context(claim.prompt):
+    if not may_exceed_context and pool.estimator.exceeds_context(claim.prompt):
         raise InvalidRequestError(
             f"The prompt is longer than the model's context of "
             f"{pool.estimator.context_tokens:.0f} tokens.",
