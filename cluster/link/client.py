@@ -36,7 +36,10 @@ T = TypeVar("T")
 _BACKOFF_MIN_S = 0.05
 _BACKOFF_MAX_S = 2.0
 _MAX_STREAM_ID = 2**32 - 1
-_REPORT_TIMEOUT_S = 2.0  # older replicas do not report the usage of a cancelled stream
+# Wait for the usage of a cancelled stream, whose slot is held until then. A busy engine may need
+# seconds to stop. Older replicas do not report it, so the long wait needs a first report.
+_REPORT_TIMEOUT_S = 10.0
+_FIRST_REPORT_TIMEOUT_S = 2.0
 _MAX_UNSORTED_FRAMES = 8  # batches of more frames are sorted; see ClientConnection.on_frames
 
 
@@ -253,6 +256,7 @@ class ClientConnection(Connection):
         self.streams: dict[int, ClientStream] = {}
         # Cancelled streams whose usage the replica has yet to report.
         self._reporting: dict[int, ClientStream] = {}
+        self._has_reported = False  # True once the replica has reported such a usage
         self._ready: asyncio.Future[None] = self.loop.create_future()
         self._link = link
         self._last_id = 0
@@ -337,8 +341,10 @@ class ClientConnection(Connection):
             # The stream ended or was cancelled while the frame was in transit.
             if kind == frames.ERROR:
                 self._end_report(stream_id)
-            elif kind == frames.USAGE and (stream := self._reporting.get(stream_id)) is not None:
-                stream.usage = decode_head(payload, Usage)
+            elif kind == frames.USAGE:
+                self._has_reported = True
+                if (stream := self._reporting.get(stream_id)) is not None:
+                    stream.usage = decode_head(payload, Usage)
         elif kind == RESPONSE:
             stream.on_response(payload)
         elif kind == frames.WINDOW:
@@ -359,7 +365,8 @@ class ClientConnection(Connection):
         self.streams.pop(stream.stream_id, None)
         if reports:
             self._reporting[stream.stream_id] = stream
-            self.loop.call_later(_REPORT_TIMEOUT_S, self._end_report, stream.stream_id)
+            timeout_s = _REPORT_TIMEOUT_S if self._has_reported else _FIRST_REPORT_TIMEOUT_S
+            self.loop.call_later(timeout_s, self._end_report, stream.stream_id)
 
     def _end_report(self, stream_id: int) -> None:
         if (stream := self._reporting.pop(stream_id, None)) is not None:

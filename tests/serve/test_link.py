@@ -512,3 +512,26 @@ async def test_cancelled_stream_reports_its_usage() -> None:
         assert client.num_open == 0
         await asyncio.wait_for(finished.wait(), 1)
         assert stream.usage == Usage(0, 0, 3)
+
+
+async def test_usage_of_a_cancelled_stream_is_awaited_while_the_engine_is_busy() -> None:
+    delays_s = iter((0.0, 2.5))  # the second is longer than the wait before the first report
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send_head(send)
+        usage_of(scope).completion_tokens = 3
+        await send_body(send, b"a")
+        try:
+            await asyncio.Future()
+        finally:
+            await asyncio.sleep(next(delays_s))
+
+    async with linked(app) as (_, client):
+        for _ in range(2):
+            stream = client.open(RequestHead())
+            finished = asyncio.Event()
+            stream.on_finished = finished.set
+            assert await stream.read()
+            stream.cancel()
+            await asyncio.wait_for(finished.wait(), 5)
+            assert stream.usage == Usage(0, 0, 3)
