@@ -74,7 +74,8 @@ async def test_gateway_reports_recent_rates_lengths_and_percentiles() -> None:
     meter = gateway.pools["chat"].meter
     asked = Request("id", "POST", "/v1/completions", b"", [], b"")
     for _ in range(12):
-        meter.observe(asked, asked.path, lambda _status, _usage, _had_slot: None).end(Usage(100, 40, 20))
+        observer = meter.observe(asked, asked.path, lambda _status, _usage, _had_slot: None)
+        observer.end(Usage(100, 40, 20))
         meter.ttft_s.observe(0.7)
     report = parse_reports(gateway.load_report(104.0, 3.0))
     chat = report["chat"]
