@@ -44,6 +44,17 @@ class ProxySetup:
         self._known: set[Any] = set()
         self._task = Periodic("setup of the HTTP proxies", PERIOD_S, self._set_up_new)
 
+    async def set_up_first(self) -> None:
+        """Set up the present proxies; failures are logged, and the periodic task tries again.
+
+        Await this before the router is ready. HAProxy has no targets then, so the settings come
+        with its first reload; later they cost another one, which closes idle connections.
+        """
+        try:
+            await self._set_up_new()
+        except Exception:
+            logger.exception("HTTP proxies are not set up yet; trying again")
+
     async def close(self) -> None:
         await self._task.close()
 

@@ -96,6 +96,7 @@ class Router:
         }
         self._discovery = Discovery({**listeners, router_deployment: self._on_routers})
         self._proxies = ProxySetup(config.router)
+        await self._proxies.set_up_first()
         registry = self._gateway.registry
         self._memory = MemoryWatch(config.leaks, "router", lambda: self._gateway.num_open_requests)
         registry.on_collect(lambda: self._memory.observe(registry))
