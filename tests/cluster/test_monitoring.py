@@ -15,7 +15,7 @@ import psutil
 import pytest
 import yaml
 
-from benchmarks.targets.home import free_ports
+from benchmarks.ports import free_ports
 from cluster.launch.prometheus import executable
 from cluster.metrics import Metric, table
 from cluster.monitoring import prometheus as monitoring

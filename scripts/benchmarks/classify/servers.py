@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from benchmarks.endpoint import Endpoint
-from benchmarks.targets.home import free_ports, new_home
+from benchmarks.ports import free_ports
+from benchmarks.targets.home import new_home
 from benchmarks.targets.peer_environment import install_peer
 from benchmarks.targets.running import RunningTarget
 from benchmarks.targets.tandem import tandem_with_pools

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import uvicorn
 
 from benchmarks.endpoint import Endpoint
-from benchmarks.targets.home import Home, free_ports, new_home
+from benchmarks.ports import free_ports
+from benchmarks.targets.home import Home, new_home
 from benchmarks.targets.running import SIM_MODEL, RunningTarget, sim_generator
 from cluster.asgi import ASGIApp, Receive, Scope, Send
 from cluster.config import GeneratorConfig

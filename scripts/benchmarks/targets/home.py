@@ -6,8 +6,6 @@ processes whose parent has exited, such as Ray workers, HAProxy and vLLM's engin
 
 import contextlib
 import os
-import random
-import socket
 import subprocess
 import tempfile
 import time
@@ -122,19 +120,3 @@ def new_home(name: str) -> Iterator[Home]:
             except KeyboardInterrupt:  # a second Ctrl-C
                 home.stop()
                 raise
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports that are free now.
-
-    They lie below Linux's ephemeral ports, which a client connection could occupy before the server
-    listens, and above the ports of Ray's workers.
-    """
-    found: list[int] = []
-    for port in random.sample(range(20_000, 32_768), 100 + count):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise TargetError(f"Found only {len(found)} of {count} free ports.")

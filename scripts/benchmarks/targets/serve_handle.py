@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.endpoint import Endpoint
-from benchmarks.targets.home import Home, free_ports, new_home
+from benchmarks.ports import free_ports
+from benchmarks.targets.home import Home, new_home
 from benchmarks.targets.running import SIM_MODEL, RunningTarget, sim_generator
 from cluster.launch.environment import cluster_environment, write_haproxy_wrapper
 

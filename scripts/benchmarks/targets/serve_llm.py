@@ -11,7 +11,8 @@ import time
 from collections.abc import Iterator
 
 from benchmarks.endpoint import Endpoint
-from benchmarks.targets.home import free_ports, new_home
+from benchmarks.ports import free_ports
+from benchmarks.targets.home import new_home
 from benchmarks.targets.running import REAL_MODEL, ReadyTarget, RunningTarget, wait_first_token
 
 LOGICAL_CPUS = 8

@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from benchmarks.endpoint import Endpoint, TargetError
-from benchmarks.targets.home import ROOT, Home, free_ports, new_home
+from benchmarks.ports import free_ports
+from benchmarks.targets.home import ROOT, Home, new_home
 from benchmarks.targets.running import (
     READY_S,
     REAL_MODEL,

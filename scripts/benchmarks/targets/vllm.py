@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.endpoint import Endpoint
+from benchmarks.ports import free_ports
 from benchmarks.targets.bare import spawn_bare
-from benchmarks.targets.home import free_ports, new_home
+from benchmarks.targets.home import new_home
 from benchmarks.targets.peer_environment import install_peer
 from benchmarks.targets.running import (
     REAL_MODEL,
