@@ -8,7 +8,10 @@ import sys
 
 
 def main() -> None:
-    """Run the command line; an error is one line on stderr and exit code 1."""
+    """Run the command line; an error is one line on stderr and exit code 1.
+
+    Only bad lines of a data file get a line each.
+    """
     from cluster.cli.app import app
 
     try:
@@ -18,9 +21,9 @@ def main() -> None:
             raise
         from rich.console import Console
 
-        from cluster.errors import TandemError
+        from cluster.errors import DataError, TandemError
 
-        text = " ".join(str(error).split())
+        text = str(error) if isinstance(error, DataError) else " ".join(str(error).split())
         if not isinstance(error, TandemError):  # a bug
             text = f"{type(error).__name__}: {text} (set TANDEM_DEBUG=1 for a traceback)"
         Console(stderr=True, soft_wrap=True).print(f"error: {text}", style="red", markup=False)

@@ -6,12 +6,14 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import typer
 from rich.console import Console
 
 from cluster.cli.models import show_progress
 from cluster.errors import ConfigError, DataError
 from cluster.models import finetune_data
-from cluster.models.finetune_data import DataRow, FinetuneOptions
+from cluster.models.data_file import DataRow, read_rows
+from cluster.models.finetune_data import FinetuneOptions
 from cluster.models.reference import MIN_TEXTS, Reference
 from cluster.models.store import resolve
 
@@ -23,6 +25,7 @@ class DataFile:
     path: Path
     text_column: str
     label_column: str | None
+    encoding: str | None = None
 
     def rows(self, minimum: int = 0) -> list[DataRow]:
         """Read the rows.
@@ -30,7 +33,7 @@ class DataFile:
         Raises:
             DataError: the file is invalid, or has fewer than ``minimum`` rows.
         """
-        rows = finetune_data.read_rows(self.path, self.text_column, self.label_column)
+        rows = read_rows(self.path, self.text_column, self.label_column, self.encoding)
         if len(rows) < minimum:
             raise DataError(f"{self.path}: got {len(rows)} rows; at least {minimum} are required")
         return rows
@@ -47,6 +50,13 @@ def finetune(base: str | None, data: DataFile, out: Path, options: FinetuneOptio
         raise ConfigError(f"{out} already exists; choose a new directory with --out")
     rows, console = data.rows(), _console()
     names = finetune_data.label_names(data.path, rows)
+    for group in finetune_data.similar_labels(rows):
+        counts = ", ".join(f"{label!r} ({count} rows)" for label, count in group.items())
+        typer.echo(
+            f"warning: {data.path}: labels that differ only in case or spaces are trained as "
+            f"different labels: {counts}",
+            err=True,
+        )
     encoder, base_name = base_encoder(base)
     options = dataclasses.replace(options, label_names=names, base_name=base_name)
     out.parent.mkdir(parents=True, exist_ok=True)

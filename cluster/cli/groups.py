@@ -10,6 +10,7 @@ from typer import Argument, Option
 from cluster.cli.options import (
     ConfigOption,
     DataOption,
+    EncodingOption,
     JsonOption,
     KeyFileOption,
     LabelColumn,
@@ -56,6 +57,7 @@ def models_finetune(
     ] = None,
     text_column: TextColumn = "text",
     label_column: LabelColumn = "label",
+    encoding: EncodingOption = None,
     epochs: Annotated[int, Option(min=1, help="Maximum passes over the texts.")] = 10,
     patience: Annotated[
         int, Option(min=0, help="Epochs without improvement before stopping; 0: never stop.")
@@ -96,7 +98,7 @@ def models_finetune(
         seed=seed,
         threads=threads,
     )
-    finetune(base, DataFile(data, text_column, label_column), out, options)
+    finetune(base, DataFile(data, text_column, label_column, encoding), out, options)
 
 
 @models_app.command("calibrate")
@@ -105,6 +107,7 @@ def models_calibrate(
     data: DataOption,
     text_column: TextColumn = "text",
     label_column: LabelColumn = "label",
+    encoding: EncodingOption = None,
 ) -> None:
     """Calibrate a classifier's scores on labeled texts.
 
@@ -112,17 +115,20 @@ def models_calibrate(
     """
     from cluster.cli.finetune import DataFile, calibrate
 
-    calibrate(model, DataFile(data, text_column, label_column))
+    calibrate(model, DataFile(data, text_column, label_column, encoding))
 
 
 @models_app.command("reference")
 def models_reference(
-    model: ModelOption, data: DataOption, text_column: TextColumn = "text"
+    model: ModelOption,
+    data: DataOption,
+    text_column: TextColumn = "text",
+    encoding: EncodingOption = None,
 ) -> None:
     """Record statistics of typical texts for drift detection."""
     from cluster.cli.finetune import DataFile, record_reference
 
-    record_reference(model, DataFile(data, text_column, None))
+    record_reference(model, DataFile(data, text_column, None, encoding))
 
 
 @keys_app.command("add")

@@ -27,6 +27,9 @@ ModelOption = Annotated[
 ]
 TextColumn = Annotated[str, Option("--text-column", help="Column of the texts.")]
 LabelColumn = Annotated[str, Option("--label-column", help="Column of the labels.")]
+EncodingOption = Annotated[
+    str | None, Option("--encoding", help="Encoding of the file.", show_default="UTF-8")
+]
 KeyFileOption = Annotated[
     Path | None, Option("--file", help="Key file.", show_default="from the config")
 ]

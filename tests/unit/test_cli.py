@@ -114,6 +114,36 @@ def test_an_error_is_one_red_line_on_stderr(
     assert err.count("\n") == 1
 
 
+def test_bad_lines_of_a_data_file_get_a_line_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "tickets.csv"
+    data.write_text("text;label\ngood;yes\nbad\n;no\n")
+    args = ["models", "finetune", "--data", str(data), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["tandem", *args])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    assert capfd.readouterr().err.splitlines() == [
+        f"error: {data}: 2 bad lines:",
+        f"  {data}:3: got 1 cells; expected 2",
+        f"  {data}:4: text is empty",
+    ]
+
+
+def test_finetune_warns_about_similar_labels(tmp_path: Path) -> None:
+    data = tmp_path / "tickets.csv"
+    data.write_text("text,label\na,Yes\nb,yes\nc,yes\nd,no\n", encoding="utf-16")
+    out = str(tmp_path / "out")
+    args = ["--out", out, "--encoding", "utf-16", "--base", "/none"]
+    done = run("models", "finetune", "--data", str(data), *args)
+    assert done.stderr == (
+        f"warning: {data}: labels that differ only in case or spaces are trained as different "
+        "labels: 'Yes' (1 rows), 'yes' (2 rows)\n"
+    )
+    assert "'/none'" in str(done.exception)
+
+
 def test_a_bug_is_one_line_unless_debugging(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,70 +2,14 @@ import numpy as np
 import pytest
 
 from cluster.errors import DataError
-from cluster.models.finetune_data import label_ids, label_names, read_rows, split
+from cluster.models.data_file import read_rows
+from cluster.models.finetune_data import label_ids, label_names, similar_labels, split
 
 
 def write(tmp_path, name, text):
     path = tmp_path / name
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("a.csv", 'text,label\ngood,yes\n\n"bad, ""very""\nbad",no\n'),
-        ("a.csv", '\ufefflabel,id,text\r\nyes,1,good\r\n\r\nno,2,"bad, ""very""\nbad"\r\n'),
-        ("a.tsv", 'text\tlabel\ngood\tyes\n\n"bad, ""very""\nbad"\tno\n'),
-        ("a.jsonl", '\n{"text": "good", "label": "yes"}\n\n'
-         '{"label": "no", "text": "bad, \\"very\\"\\nbad", "more": [1]}'),
-    ],
-)  # fmt: skip
-def test_formats_give_the_same_rows(tmp_path, name, text):
-    rows = read_rows(write(tmp_path, name, text))
-    assert [(row.text, row.label) for row in rows] == [("good", "yes"), ('bad, "very"\nbad', "no")]
-    assert [row.line for row in rows] == [2, 4]
-
-
-def test_columns_are_selectable_and_labels_may_be_numbers_or_booleans(tmp_path):
-    path = write(tmp_path, "a.jsonl", '{"t": "x", "l": 3}\n{"t": "y", "l": true}')
-    assert [row.label for row in read_rows(path, "t", "l")] == ["3", "true"]
-    assert [row.label for row in read_rows(path, "t", None)] == ["", ""]
-
-
-BAD = [
-    ("a.txt", "text,label\n", "extension must be one of .csv, .tsv, .jsonl"),
-    ("a.csv", "text,class\na,b\n", ":1: no column 'label'; columns: 'text', 'class'"),
-    ("a.csv", "text,label\na,b\nc\n", ":3: got 1 cells; expected 2"),
-    ("a.csv", "text,label\na,b\nc,d,e\n", ":3: got 3 cells; expected 2"),
-    ("a.csv", 'text,label\na,b\n\n"c\n,d\n', ":4: not valid CSV: unexpected end of data"),
-    ("a.csv", 'text,label\n"a"x,b\n', ":2: not valid CSV"),
-    ("a.csv", "text,label\na,b\n  ,b\n", ":3: text is empty"),
-    ("a.csv", "text,label\na,b\nc,\n", ":3: label is empty"),
-    ("a.csv", b"text,label\na,b\n\xff,b\n", ":3: not valid UTF-8"),
-    ("a.csv", "text,label\n" + "a" * 200_000 + ",b\n", ":2: not valid CSV: field larger"),
-    ("a.jsonl", '{"text": "a", "label": "b"}\n{"text": "a"\n', ":2: not valid JSON"),
-    ("a.jsonl", '{"text": "a", "label": "b"}\n["a"]\n', ":2: expected an object, got '[\"a\"]'"),
-    ("a.jsonl", '{"text": "a"}\n', ":1: no column 'label'; columns: 'text'"),
-    ("a.jsonl", '{"text": null, "label": "b"}\n', ":1: text: expected a string, got null"),
-    ("a.jsonl", '{"text": "\\ud800", "label": "b"}\n', ":1: text contains a lone surrogate"),
-    ("a.jsonl", "[" * 100_000, ":1: not valid JSON"),
-]
-
-
-@pytest.mark.parametrize(("name", "text", "message"), BAD)
-def test_errors_name_file_and_line(tmp_path, name, text, message):
-    path = write(tmp_path, name, text)
-    with pytest.raises(DataError) as caught:
-        read_rows(path)
-    assert str(caught.value).startswith(str(path))
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_missing_file_is_an_error(tmp_path):
-    with pytest.raises(DataError, match="No such file"):
-        read_rows(tmp_path / "none.csv")
 
 
 def test_labels_have_a_fixed_order(tmp_path):
@@ -76,6 +20,7 @@ def test_labels_have_a_fixed_order(tmp_path):
 
     assert names("yes", "no", "yes") == ("no", "yes")
     assert names("10", "9", "0") == ("0", "9", "10")
+    assert names("1", "-1", "0") == ("-1", "0", "1")
     with pytest.raises(DataError, match="all 2 rows have the label 'yes'; at least two"):
         names("yes", "yes")
     with pytest.raises(DataError, match="no rows"):
@@ -88,6 +33,20 @@ def test_labels_unknown_to_the_model_are_errors(tmp_path):
     np.testing.assert_array_equal(label_ids(path, rows, ("no", "yes")), [1, 0])
     with pytest.raises(DataError, match=":3: unknown label 'no'; allowed: yes, maybe"):
         label_ids(path, rows, ("yes", "maybe"))
+    with pytest.raises(DataError, match="did you mean 'YES'"):
+        label_ids(path, rows, ("YES", "no"))
+
+
+def test_models_trained_on_float_labels_can_be_calibrated(tmp_path):
+    rows = read_rows(write(tmp_path, "a.csv", "text,label\na,1.0\nb,0\n"))
+    np.testing.assert_array_equal(label_ids(tmp_path, rows, ("0.0", "1.0")), [1, 0])
+    np.testing.assert_array_equal(label_ids(tmp_path, rows, ("0", "0.5", "1")), [2, 0])
+
+
+def test_labels_that_differ_only_in_case_or_spaces_are_found(tmp_path):
+    text = "text,label\na,yes\nb, Yes\nc,yes\nd,no\n"
+    rows = read_rows(write(tmp_path, "a.csv", text))
+    assert similar_labels(rows) == [{"yes": 2, " Yes": 1}]
 
 
 def test_split_has_no_text_in_two_parts():
