@@ -21,6 +21,7 @@ from cluster.admission.identity import (
     TenantLimits,
 )
 from cluster.config.section import Section
+from cluster.config.yaml_text import parse_yaml
 from cluster.errors import ConfigError
 
 KEY_PREFIX = "tnd-"
@@ -29,7 +30,6 @@ ID_CHARS = 16
 _KEY_BYTES = 32
 
 # Written in C, four times faster; absent if PyYAML was built without libyaml.
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -108,12 +108,9 @@ def parse_keys(text: str, where: str) -> KeyFileContents:
     Raises:
         ConfigError: the text is invalid; the message names ``where``, the field and the problem.
     """
+    found = parse_yaml(text, where)
     try:
-        found: Any = yaml.load(text, Loader=_LOADER)
         return KeyFileContents.model_validate({} if found is None else found)
-    except yaml.YAMLError as error:
-        problem = str(getattr(error, "problem", None) or error).splitlines()[0]
-        raise ConfigError(f"{where}: not valid YAML: {problem}") from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         path = ".".join(str(part) for part in first["loc"]) or "the file"

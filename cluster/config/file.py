@@ -13,13 +13,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from cluster.config.application import TandemConfig, parse
 from cluster.config.overrides import apply_override
 from cluster.config.router import RouterConfig
 from cluster.config.section import describe
+from cluster.config.yaml_text import parse_yaml
 from cluster.errors import ConfigError
 from cluster.key_file import read_keys
 from cluster.models.store import home
@@ -89,17 +89,11 @@ def key_file_path(router: RouterConfig) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        with path.open(encoding="utf-8") as stream:
-            content = yaml.safe_load(stream)
+        content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = str(getattr(error, "problem", None) or error).splitlines()[0]
-        raise ConfigError(f"{path}{line}: not valid YAML: {problem}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: a Serve config must be a mapping, got {type(content).__name__}")
     return content

@@ -7,11 +7,11 @@ those of the Serve config (``http_options.port``). Names are checked here, value
 from collections.abc import Collection
 from typing import Any, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel
 
 from cluster.config.application import TandemConfig
 from cluster.config.section import Section, list_allowed
+from cluster.config.yaml_text import parse_yaml
 from cluster.errors import ConfigError
 
 SERVE_LEVEL = (
@@ -33,10 +33,7 @@ def apply_override(
     parts = path.strip().split(".")
     if not equals or not all(parts):
         raise ConfigError(f"--set {override}: expected path=value, such as router.max_queued=100")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {override}: the value {text!r} is not valid YAML") from None
+    value = parse_yaml(text, f"--set {override}: the value {text!r}")
     if parts[0] in SERVE_LEVEL:
         if parts[0] == "http_options" and len(parts) > 1 and parts[1] not in HTTP_OPTIONS:
             raise _unknown(override, parts[1], HTTP_OPTIONS)

@@ -51,6 +51,10 @@ def test_a_key_file_round_trips_as_yaml_and_json() -> None:
     ("wrong", "says"),
     [
         ("a: [", "not valid YAML"),
+        (
+            "tenants:\n  a: {}\n  a: {weight: 2}",
+            ", line 3: duplicate key 'a'; it is also in line 2",
+        ),
         ("[1]", "the file"),
         ("keys: [{sha256: abc, tenant: a}]", "keys.0.sha256"),
         ("keys: [{tenant: a}]", "keys.0.sha256"),
@@ -65,7 +69,7 @@ def test_a_key_file_round_trips_as_yaml_and_json() -> None:
 def test_an_invalid_key_file_gets_a_one_line_error(wrong: str, says: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_keys(wrong % {"d": digest("k")} if "%(d)s" in wrong else wrong, "/the/file")
-    assert str(caught.value).startswith("/the/file: ")
+    assert str(caught.value).startswith(("/the/file: ", "/the/file, line "))
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 

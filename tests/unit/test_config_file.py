@@ -109,6 +109,7 @@ def test_set_accepts_deprecated_and_current_names(
         ("=1", ["path=value"]),
         ("router.=1", ["path=value"]),
         ("router=[", ["'['", "not valid YAML"]),
+        ("router={open: true, open: false}", ["duplicate key 'open'"]),
         ("router.max_queued=many", ["router.max_queued", "'many'"]),
         ("http_options.host=0.0.0.0", ["'0.0.0.0'", "API keys", "router.open=true"]),
         ("http_options.host=example.org", ["'example.org'", "API keys"]),
@@ -168,6 +169,8 @@ def test_other_addresses_are_allowed_with_a_key_file_that_becomes_mandatory(
     ("text", "words"),
     [
         ("a: [1\nb: 2", ["line 2", "not valid YAML"]),
+        ("a: 1\nb:\n  c: {d: 1}\n  e: 2\n  c: 3", [", line 5: duplicate key 'c'", "in line 3"]),
+        ("a: {b: 1, b: 1}", [", line 1: duplicate key 'b'; it is also in line 1"]),
         ("\tx: 1", ["line 1", "not valid YAML"]),
         ("- 1", ["a mapping", "list"]),
         ("", ["a mapping", "NoneType"]),
@@ -194,3 +197,17 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_directory_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         load(tmp_path)
+
+
+def test_anchors_and_merges_are_not_duplicate_keys(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("""
+applications:
+  - import_path: deployments.app:build
+    args:
+      generators:
+        - {name: one, model: m, engine: sim, replicas: &replicas {min: 1, max: 3}}
+        - {name: two, model: m, engine: sim, replicas: {<<: *replicas, max: 2}}
+""")
+    pools = load(path).config.generators
+    assert [pool.replicas.max for pool in pools] == [3, 2]
