@@ -1,6 +1,5 @@
 """Command groups ``tandem models``, ``tandem keys`` and ``tandem config``: arguments and help."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -201,14 +200,22 @@ def keys_revoke(
 
 
 @config_app.command("check")
-def config_check(config: ConfigOption = None, overrides: SetOption = None) -> None:
+def config_check(
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    files: Annotated[
+        bool,
+        Option(
+            "--files/--no-files",
+            help="Also check that the model directories and the key file exist on this machine.",
+        ),
+    ] = True,
+) -> None:
     """Check the configuration and print the models it serves."""
+    from cluster.cli.config import check
     from cluster.cli.defaults import load_config
 
-    loaded = load_config(config, overrides or [])
-    names = [pool.name for pool in loaded.config.generators]
-    names += [pool.name for pool in loaded.config.classifiers]
-    typer.echo(f"{loaded.path}: valid; serves {', '.join(names)}")
+    check(load_config(config, overrides or []), files=files)
 
 
 @config_app.command("show")
@@ -216,13 +223,7 @@ def config_show(
     config: ConfigOption = None, overrides: SetOption = None, as_json: JsonOption = False
 ) -> None:
     """Print the configuration, including all defaults."""
+    from cluster.cli.config import show
     from cluster.cli.defaults import load_config
 
-    loaded = load_config(config, overrides or [])
-    complete = json.loads(loaded.config.model_dump_json())
-    if as_json:
-        typer.echo(json.dumps(complete, indent=2))
-        return
-    import yaml
-
-    typer.echo(yaml.safe_dump(complete, sort_keys=False), nl=False)
+    show(load_config(config, overrides or []), as_json=as_json)

@@ -15,7 +15,7 @@ from cluster.config.operations import (
 from cluster.config.pools import ClassifierConfig, GeneratorConfig
 from cluster.config.resources import BudgetConfig
 from cluster.config.router import RouterConfig
-from cluster.config.section import Section, describe, list_allowed
+from cluster.config.section import Section, describe, list_allowed, reject_variables
 from cluster.errors import ConfigError
 
 MIB = 1024**2
@@ -113,6 +113,7 @@ def parse(args: Any) -> TandemConfig:
     Raises:
         ConfigError: one line with the field, the value and what is allowed.
     """
+    reject_variables(args)
     try:
         return TandemConfig.model_validate(args)
     except ValidationError as error:

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from cluster.config.application import TandemConfig, parse
 from cluster.config.overrides import apply_override
 from cluster.config.router import RouterConfig
-from cluster.config.section import describe
+from cluster.config.section import describe, reject_variables
 from cluster.config.yaml_text import parse_yaml
 from cluster.errors import ConfigError
 from cluster.key_file import read_keys
@@ -58,6 +58,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     application.setdefault("autoscaling_policy", dict(AUTOSCALING_POLICY))
     for override in overrides:
         apply_override(serve_config, application, override)
+    reject_variables(serve_config.get("http_options"), "http_options")
     _check_serve_level(serve_config)
     config = parse(application.get("args") or {})
     host, port = _http_address(serve_config)
@@ -135,6 +136,10 @@ def _http_address(serve_config: dict[str, Any]) -> tuple[str, int]:
     http = serve_config.get("http_options") or {}
     host = http.get("host") or DEFAULT_HOST
     port = http.get("port", DEFAULT_PORT)
+    if isinstance(port, str) and port.isdecimal():
+        raise ConfigError(
+            f"http_options.port: got {port!r}; it must be a number, not a string: remove the quotes"
+        )
     if not isinstance(port, int) or not 1 <= port <= 65535:  # Serve does not check the range
         raise ConfigError(f"http_options.port: got {port!r}; allowed: 1 to 65535")
     return host, port

@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ByteSize, Field, model_validator
 
+from cluster.config.engine_args import check_engine_args
 from cluster.config.resources import ReplicasConfig, ResourcesConfig
 from cluster.config.section import Section
 
@@ -193,10 +194,15 @@ class GeneratorConfig(PoolConfig):
         return data if has_gpus else {"stall_timeout_s": CPU_STALL_TIMEOUT_S, **data}
 
     @model_validator(mode="after")
-    def _check_workers(self) -> Self:
+    def _check_engine_args(self) -> Self:
+        check_engine_args(self.engine_args)
         max_loras = self.engine_args.get("max_loras", 1)
         if not isinstance(max_loras, int) or isinstance(max_loras, bool) or max_loras < 1:
             raise ValueError(f"engine_args.max_loras is {max_loras!r}; it must be at least 1")
+        return self
+
+    @model_validator(mode="after")
+    def _check_workers(self) -> Self:
         if self.num_workers > 1 and not (self.resources.cpus or self.resources.gpus):
             raise ValueError(
                 f"resources must reserve CPUs or GPUs for each of the {self.num_workers} workers"

@@ -2,12 +2,18 @@
 
 import difflib
 import logging
+import re
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from cluster.errors import ConfigError
+
 logger = logging.getLogger("ray.serve.tandem")
+
+# Also `$HOME` at the start of a path; elsewhere, a `$` may belong to a password.
+_VARIABLE = re.compile(r"\$\{[A-Za-z_]\w*([:?+-][^}]*)?\}|^\$[A-Z_]+(?=/|$)")
 
 
 class Section(BaseModel):
@@ -58,8 +64,35 @@ def describe(error: ValidationError, root: str) -> str:
     if first["type"] == "missing":
         return f"{path}: missing; this field is required"
     problem = " ".join(first["msg"].removeprefix("Value error, ").split())
+    problem = problem[0].lower() + problem[1:]
+    if first["type"] == "string_type" and isinstance(first["input"], int | float):
+        problem = "it must be a string: put it in quotes"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"{path}: got {value}; {problem[0].lower()}{problem[1:]}{more}"
+    if first["type"] == "value_error" and isinstance(first["input"], Mapping):
+        return f"{path}: {problem}{more}"  # our checks of whole sections name field and value
+    return f"{path}: got {value}; {problem}{more}"
+
+
+def reject_variables(values: Any, path: str = "") -> None:
+    """Raise if a string refers to an environment variable, which nothing expands.
+
+    Expanding them here would be wrong: ``tandem`` and ``serve deploy`` load the same file on
+    different machines, with different variables.
+
+    Raises:
+        ConfigError: names the field, its value and the alternatives.
+    """
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            reject_variables(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(values, list | tuple):
+        for index, value in enumerate(values):
+            reject_variables(value, f"{path}.{index}")
+    elif isinstance(values, str) and (found := _VARIABLE.search(values)):
+        raise ConfigError(
+            f"{path}: got {values[:80]!r}; environment variables such as {found[0][:40]} are not "
+            f"expanded. Pass the value with --set {path}=…, or expand the file with `envsubst`"
+        )
 
 
 def list_allowed(name: str, allowed: Collection[str]) -> str:

@@ -53,7 +53,7 @@ def test_a_key_file_round_trips_as_yaml_and_json() -> None:
         ("a: [", "not valid YAML"),
         (
             "tenants:\n  a: {}\n  a: {weight: 2}",
-            ", line 3: duplicate key 'a'; it is also in line 2",
+            "line 3: duplicate key 'a'; it is also in line 2",
         ),
         ("[1]", "the file"),
         ("keys: [{sha256: abc, tenant: a}]", "keys.0.sha256"),

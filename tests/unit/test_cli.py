@@ -86,6 +86,58 @@ def test_config_check_lists_the_served_models(config: str) -> None:
     assert "serves gen, cls" in done.stdout
 
 
+@pytest.fixture
+def in_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    directory = tmp_path / "work"
+    directory.mkdir()
+    monkeypatch.chdir(directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("classifiers.0.model=/models/gone", "classifiers.0.model: '/models/gone' is not a dir"),
+        ("classifiers.0.model=./gone", "classifiers.0.model: './gone' is not a directory; allowed"),
+        ("classifiers.0.model=models/gone", "'models/gone' does not exist in the directory"),
+        ("classifiers.0.model=models", "work/models contains no model (config.json or"),
+        ("router.keys_file=/gone.yaml", "router.keys_file: /gone.yaml does not exist, so every"),
+    ],
+)
+def test_config_check_reports_missing_files(
+    config: str, in_empty_directory: Path, override: str, problem: str
+) -> None:
+    (in_empty_directory / "models").mkdir()
+    args = ("config", "check", "--config", config, "--set", override)
+    done = run(*args)
+    assert done.exit_code == 1
+    assert problem in str(done.exception)
+    assert run(*args, "--no-files").exit_code == 0
+
+
+def test_config_check_reports_all_missing_files_at_once(config: str) -> None:
+    changes = (
+        "generators.0.engine=vllm",
+        "generators.0.adapters={law: /a}",
+        "classifiers.0.model=/c",
+    )
+    sets = [word for change in changes for word in ("--set", change)]
+    done = run("config", "check", "--config", config, *sets)
+    assert "generators.0.adapters.law: '/a'" in str(done.exception)
+    assert "; classifiers.0.model: '/c'" in str(done.exception)
+
+
+@pytest.mark.parametrize("model", ["sentiment-minilm", "org/model", "present", "mistral"])
+def test_config_check_accepts_models_that_exist_or_will(
+    config: str, in_empty_directory: Path, model: str
+) -> None:
+    for name, file in (("present", "config.json"), ("mistral", "params.json")):
+        (in_empty_directory / name).mkdir()
+        (in_empty_directory / name / file).touch()
+    done = run("config", "check", "--config", config, "--set", f"classifiers.0.model={model}")
+    assert done.exit_code == 0, done.exception
+
+
 def test_config_show_fills_in_defaults_and_overrides(config: str) -> None:
     args = ("config", "show", "--config", config, "--set", "router.max_queued=7")
     shown = yaml.safe_load(run(*args).stdout)

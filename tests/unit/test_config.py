@@ -65,6 +65,53 @@ def test_invalid_max_loras_is_rejected(max_loras: object) -> None:
         parse(generator(engine_args={"max_loras": max_loras}))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "advice"),
+    [
+        ("served_model_name", "x", "set the generator's `name` and `aliases` instead"),
+        ("max_model_len", 2048, "set the generator's `max_model_len` instead"),
+        ("tensor-parallel-size", 2, "set the generator's `tensor_parallel_size` instead"),
+        ("lora_modules", ["law=a"], "set the generator's `adapters` instead"),
+        ("enable_lora", True, "set the generator's `adapters` instead"),
+        ("port", 9000, "set `http_options.port` instead"),
+        ("api_key", "secret", "set keys with `tandem keys add` instead"),
+        ("max-num-seqs", 4, "write the Python name, `max_num_seqs`"),
+        ("--max-num-seqs", 4, "write the Python name, `max_num_seqs`"),
+        ("max_num_seqs", "4", "it must be a number, not a string: remove the quotes"),
+        ("gpu_memory_utilization", "0.9", "it must be a number, not a string: remove the quotes"),
+        ("max_loras", "4", "it must be a number, not a string: remove the quotes"),
+        ("enforce_eager", "False", "it must be true or false, not a string: remove the quotes"),
+    ],
+)
+def test_engine_args_that_cannot_work_name_what_to_write(
+    name: str, value: object, advice: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(generator(engine_args={name: value}))
+    assert str(caught.value) == f"generators.0: engine_args.{name} is {value!r}; {advice}"
+
+
+def test_engine_args_may_be_strings() -> None:
+    args = {"revision": "1.0", "tool_call_parser": "hermes", "max_num_seqs": 4}
+    assert parse(generator(engine_args=args)).generators[0].engine_args == args
+
+
+@pytest.mark.parametrize(
+    "value", ["${MODEL}", "${MODEL:-smollm2}", "models/${MODEL}", "$HOME/models/m", "$MODEL"]
+)
+def test_environment_variables_are_rejected(value: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(generator(model=value))
+    message = str(caught.value)
+    assert message.startswith(f"generators.0.model: got {value!r}; environment variables such as $")
+    assert message.endswith("--set generators.0.model=…, or expand the file with `envsubst`")
+
+
+def test_other_dollar_signs_are_accepted() -> None:
+    tracing = {"endpoint": "http://h", "headers": {"authorization": "pa$WORD$", "x": "$5"}}
+    assert parse({**generator(), "tracing": tracing}).tracing is not None
+
+
 def test_configuration_is_frozen() -> None:
     config = parse(generator())
     with pytest.raises(Exception, match="frozen"):
@@ -79,6 +126,10 @@ def test_configuration_is_frozen() -> None:
         (generator(tensor_parallel_size=0), ["tensor_parallel_size", "got 0", "1"]),
         (generator(max_len=1), ["max_len: no such field", "did you mean 'max_model_len'"]),
         (generator(name="a b"), ["generators.0.name", "'a b'"]),
+        (
+            generator(name=1.5),
+            ["generators.0.name: got 1.5", "it must be a string: put it in quotes"],
+        ),
         (generator(adapters={"a b": "path"}), ["generators.0.adapters", "'a b'"]),
         (generator(adapters={"law": ""}), ["generators.0.adapters.law", "''"]),
         (generator(adapters={"g": "path"}), ["must be unique", "duplicates: g"]),

@@ -104,6 +104,8 @@ def test_set_accepts_deprecated_and_current_names(
         ("generators.one.model.x=1", ["model is 'm'"]),
         ("http_options.prot=1", ["'prot'", "did you mean 'port'"]),
         ("http_options.port=99999", ["http_options.port", "99999", "1 to 65535"]),
+        ("http_options.port=${PORT:-8000}", ["http_options.port: got '${PORT:-8000}'", "--set"]),
+        ("http_options.port='8000'", ["got '8000'; it must be a number, not a string"]),
         ("http_options.port=http", ["http_options.port", "'http'", "1 to 65535"]),
         ("router.max_queued", ["path=value"]),
         ("=1", ["path=value"]),

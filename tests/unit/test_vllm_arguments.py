@@ -95,9 +95,6 @@ def test_adapters_enable_lora() -> None:
     assert not hasattr(fill(config()), "enable_lora")
     args = fill(config(adapters={"law": "a", "art": "b"}))
     assert (args.enable_lora, args.max_loras) == (True, 2)
-    for name, value in (("lora_modules", ["law=a"]), ("enable_lora", True)):
-        with pytest.raises(ConfigError, match=rf"{name}.*`adapters`"):
-            fill(config(engine_args={name: value}))
 
 
 def test_scheduling_is_by_priority_unless_configured_otherwise() -> None:
@@ -126,11 +123,6 @@ def test_json_output_is_compact_unless_configured_otherwise(
 def test_an_unknown_argument_is_reported_with_similar_names() -> None:
     with pytest.raises(ConfigError, match=r"engine_args\.max_num_seq:.*did you mean max_num_seqs"):
         fill(config(engine_args={"max_num_seq": 4}))
-
-
-def test_an_argument_with_a_configuration_field_is_rejected() -> None:
-    with pytest.raises(ConfigError, match="set the generator's `name`"):
-        fill(config(engine_args={"served_model_name": "x"}))
 
 
 def test_workers_use_an_executor_that_the_platform_supports() -> None:

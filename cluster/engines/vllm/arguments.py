@@ -15,19 +15,6 @@ EAGER_CPU_WORKER = "cluster.engines.vllm.cpu_worker.EagerCPUWorker"
 CPU_BLOCK_SIZE_TOKENS = 32  # vLLM's default on CPUs, 128, is too coarse for sharing prefixes
 _COMPACT_BACKENDS = ("auto", "xgrammar", "guidance")  # those with ``disable_any_whitespace``
 
-_FIELDS = {  # vLLM's argument -> field of the configuration that sets it
-    "model": "model",
-    "served_model_name": "name",
-    "enable_lora": "adapters",
-    "lora_modules": "adapters",
-    "tensor_parallel_size": "tensor_parallel_size",
-    "pipeline_parallel_size": "pipeline_parallel_size",
-    "dtype": "dtype",
-    "quantization": "quantization",
-    "max_model_len": "max_model_len",
-    "kv_cache_memory_bytes": "kv_cache_memory_bytes",
-}
-
 
 def platform_defaults(
     config: GeneratorConfig, *, on_cpu: bool, in_ray: bool, native_bfloat16: bool = True
@@ -65,7 +52,7 @@ def fill_args(
     """Write the configuration into ``args``, which hold vLLM's defaults.
 
     Raises:
-        ConfigError: ``engine_args`` has an unknown name, or one that another field sets.
+        ConfigError: ``engine_args`` has an unknown name.
     """
     _check_names(config, vars(args))
     chosen: dict[str, Any] = {
@@ -105,10 +92,8 @@ def disable_free_whitespace(structured_outputs: Any, config: GeneratorConfig) ->
 
 def _check_names(config: GeneratorConfig, known: Iterable[str]) -> None:
     for name, value in config.engine_args.items():
-        where = f"generator {config.name!r}: engine_args.{name}"
-        if name in _FIELDS:
-            raise ConfigError(f"{where}: got {value!r}; set the generator's `{_FIELDS[name]}`")
         if name not in known:
+            where = f"generator {config.name!r}: engine_args.{name}"
             near = difflib.get_close_matches(name, list(known), n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise ConfigError(f"{where}: vLLM has no such argument (value {value!r}){hint}")
