@@ -309,7 +309,9 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
                 dead = api._proc
                 if dead is None or dead.returncode is None:
                     continue
-                await asyncio.sleep(0.1)  # Serve's own stop kills HAProxy, then clears `_proc`
+                # SIGTERM ends a whole cluster: `down` kills this process within a second. Serve's
+                # own stop kills HAProxy, then clears `_proc`.
+                await asyncio.sleep(2.0 if dead.returncode in (-15, 128 + 15) else 0.1)
                 async with actor._reload_lock:
                     if api._proc is not dead:
                         continue

@@ -299,6 +299,28 @@ async def test_a_dead_haproxy_is_restarted_and_a_stopped_one_is_not(haproxy_api:
     manager._tandem_guard.cancel()  # type: ignore[attr-defined]
 
 
+async def test_a_terminated_haproxy_is_restarted_only_if_its_cluster_survives(
+    haproxy_api: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``tandem down`` ends all processes within a second, HAProxy first."""
+    started = asyncio.Event()
+
+    async def start() -> None:
+        haproxy_api._proc = FakeProcess()
+        started.set()
+
+    haproxy_api.start = start
+    haproxy_api._proc = FakeProcess()
+    manager = FakeManager(haproxy_api)
+    assert ray_internals.proxy_setup(LIMITS)(manager) == ""
+    haproxy_api._proc.returncode = 143
+    await asyncio.sleep(1.2)
+    assert not started.is_set()
+    assert caplog.records == []
+    await asyncio.wait_for(started.wait(), 10)
+    manager._tandem_guard.cancel()  # type: ignore[attr-defined]
+
+
 def test_a_proxy_of_another_release_is_reported(
     haproxy_api: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
