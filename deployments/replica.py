@@ -40,7 +40,6 @@ logger = logging.getLogger("ray.serve.tandem")
 SHUTDOWN_S = 20.0
 """Seconds that a replica may take to stop after its requests have ended."""
 _DEAD_ENGINE_DRAIN_S = 1.0  # for sending errors to the requests of a dead engine
-_RETIRE_S = 40.0  # a pool with one replica has none meanwhile
 _HEALTH_POLL_S = 1.0
 _IDLE_POLL_S = 0.2
 ENGINE_LOGGER = "vllm"
@@ -69,16 +68,17 @@ class EngineReplica:
         self._adapters = tuple(pool.adapters) if isinstance(pool, GeneratorConfig) else ()
         self._engine = engine = make_engine()
         timer.mark("imports")
-        self._dead_drain: asyncio.Task[DrainResult] | None = None
+        self._dead_drain: asyncio.Task[None] | None = None
         self._retired_reason = ""
         self._num_handle_calls = 0
+        self._handle_tasks: set[asyncio.Task[Any]] = set()
         await engine.start()
         # Not earlier: vLLM configures its logger more than once. So far its lines reach the log as
         # output, without their level.
         relay_to_serve(ENGINE_LOGGER, warnings_only=[STATISTICS_LOGGER])
         timer.add_measured(engine.start_phases_s)
         self._app = RaiseIfDead(self._traced_app(pool, operations), engine.check_health)
-        self._watch = ReplicaWatch(operations, pool, self._num_in_flight, self._retire)
+        self._watch = ReplicaWatch(operations, pool, self._num_in_flight, self.retire)
         self._server = await start_link_server(self._answer, engine.load, engine.prefixes)
         registry = Registry()
         registry.on_collect(lambda: engine.observe(registry))
@@ -126,11 +126,25 @@ class EngineReplica:
         """
         self._num_handle_calls += 1
         try:
-            async with aclosing(answer_locally(self._answer, head, body)) as items:
+            async with aclosing(answer_locally(self._answer_handle, head, body)) as items:
                 async for item in items:
                     yield item
         finally:
             self._num_handle_calls -= 1
+
+    async def _answer_handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request over the handle; it ends if the engine dies, like those over links."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._handle_tasks.add(task)
+        try:
+            await self._answer(scope, receive, send)
+        except asyncio.CancelledError:
+            if self._dead_drain is None:
+                raise
+            raise EngineDeadError("The engine of the replica died; try again.") from None
+        finally:
+            self._handle_tasks.discard(task)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, unless the engine turns out to be dead.
@@ -151,20 +165,25 @@ class EngineReplica:
     def _drain_dead_engine(self) -> None:
         """Send routers to other replicas at once; the requests in the engine are lost anyway."""
         if self._dead_drain is None:
-            # The links stay open, see _retire.
-            self._dead_drain = asyncio.create_task(self._server.finish(_DEAD_ENGINE_DRAIN_S))
+            self._dead_drain = asyncio.create_task(self._end_requests())
             self._dead_drain.add_done_callback(_log_failure)
+
+    async def _end_requests(self) -> None:
+        # The links stay open, see retire.
+        await self._server.finish(_DEAD_ENGINE_DRAIN_S)
+        for task in self._handle_tasks:
+            task.cancel()
 
     def _num_in_flight(self) -> int:
         return self._server.num_streams + self._num_handle_calls
 
-    async def _retire(self, reason: str) -> None:
+    async def retire(self, reason: str) -> None:
         """Finish the requests in flight, take no new ones, then have Serve replace this replica."""
         logger.warning("this replica retires: %s", reason)
         # The links stay open: a router that cannot open one would use the handle.
         self._server.retire()
         with suppress(TimeoutError):
-            async with asyncio.timeout(_RETIRE_S):
+            async with asyncio.timeout(self._max_answer_s):
                 while self._num_in_flight():  # noqa: ASYNC110, two counters without an event
                     await asyncio.sleep(_IDLE_POLL_S)
         self._retired_reason = reason

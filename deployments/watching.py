@@ -8,6 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import ray
 from ray import serve
@@ -19,10 +20,13 @@ from cluster.config.operations import OperationsConfig
 from cluster.devices import DeviceWatch, load_nvml
 from cluster.leaks import Growth, MemoryWatch, ReplacementLease
 from cluster.metrics import Registry
+from cluster.periodic import Periodic
 from cluster.ray_internals import kv_exists, kv_put_if_absent
 
 logger = logging.getLogger("ray.serve.tandem")
 
+RENEWALS_PER_PERIOD = 10
+"""Renewals of a lease per ``leaks.pause_s`` while the replica drains."""
 _SECONDS_PER_HOUR = 3600.0
 
 
@@ -97,10 +101,15 @@ class ReplicaWatch:
 
     async def _replace(self, rate: str) -> None:
         try:
-            if await asyncio.to_thread(self._lease.acquire, self._id):
-                await self._retire(rate)
-            else:
+            if not await asyncio.to_thread(self._lease.acquire, self._id):
                 logger.info("%s; another replica of the pool is being replaced", rate)
+                return
+            renew = partial(asyncio.to_thread, self._lease.renew, self._id)
+            renewal = Periodic("lease", self._lease.period_s / RENEWALS_PER_PERIOD, renew)
+            try:
+                await self._retire(rate)
+            finally:
+                await renewal.close()
         except Exception:  # the GCS is down; the next reading tries again
             logger.exception("%s; could not replace this replica", rate)
 

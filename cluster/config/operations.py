@@ -71,8 +71,8 @@ class LeaksConfig(Section):
     replace: bool = False
     """True drains and replaces leaking replicas, one per pool at a time."""
     pause_s: float = Field(600.0, ge=10)
-    """Minimum time between two replacements in a pool, in seconds. Must exceed a drain and a
-    start."""
+    """Minimum time between the end of a replacement's drain and the next one in a pool, in seconds.
+    Must exceed a start."""
 
     @model_validator(mode="after")
     def _check_samples(self) -> Self:

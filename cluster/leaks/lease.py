@@ -1,9 +1,9 @@
 """Leases that let one replica of a pool be replaced at a time, without a coordinator.
 
 Time is divided into periods. A replica gets a period's lease if it is the first to write the
-period's key and the period before was not leased, so two replacements start at least one period
-apart. Leases are not returned: a replica that dies with its lease blocks nothing. Each replacement
-leaves one small key behind.
+period's key and the period before was not leased. A replica that drains renews its lease, so the
+next replacement starts at least one period after its last renewal. Leases are not returned: a
+replica that dies with its lease blocks nothing. Each leased period leaves one small key behind.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ class ReplacementLease:
     store: KeyStore
     pool: str
     period_s: float
-    """Length of a period; must cover a drain and a start."""
+    """Length of a period; must cover a start."""
     clock: Callable[[], float]
     """Unix time. Clocks of the replicas may differ by much less than a period."""
 
@@ -38,6 +38,10 @@ class ReplacementLease:
         if self.store.has(self._key(period - 1)):
             return False
         return self.store.put_if_absent(self._key(period), replica)
+
+    def renew(self, replica: str) -> None:
+        """Keep an acquired lease; call this several times in a period."""
+        self.store.put_if_absent(self._key(int(self.clock() // self.period_s)), replica)
 
     def _key(self, period: int) -> str:
         return f"replaced/{self.pool}/{period}"

@@ -147,3 +147,16 @@ def test_pools_are_independent_and_a_later_period_can_be_leased() -> None:
     assert not ReplacementLease(store, "a", 100, lambda: 60).acquire("r3")
     assert not ReplacementLease(store, "a", 100, lambda: 150).acquire("r3")
     assert ReplacementLease(store, "a", 100, lambda: 250).acquire("r3")
+
+
+def test_a_renewed_lease_excludes_others_until_a_period_after_its_last_renewal() -> None:
+    store, now = FakeStore(), [50.0]
+    draining, other = (ReplacementLease(store, "a", 100, lambda: now[0]) for _ in range(2))
+    assert draining.acquire("r1")
+    for now[0] in (140.0, 240.0, 340.0):
+        draining.renew("r1")
+        assert not other.acquire("r2")
+    now[0] = 490.0
+    assert not other.acquire("r2")
+    now[0] = 540.0
+    assert other.acquire("r2")

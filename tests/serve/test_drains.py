@@ -1,0 +1,161 @@
+"""Routers and replicas that stop finish answers of up to ``max_answer_s``, and no longer ones."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.errors import EngineDeadError, ReplicaRetiredError, UnavailableError
+from cluster.leaks import Growth
+from cluster.link import LinkState
+from deployments import watching
+from tests import asgi
+from tests.serve.deployment_kit import (
+    COMPLETION,
+    TOKEN_S,
+    completion_body,
+    make_config,
+    open_completion,
+    replace_ray,
+    running_generator,
+    running_router,
+)
+from tests.serve.link_kit import read_all, until
+
+LONG_TOKENS = 3000
+"""Tokens of a stream that takes longer than any of the tests."""
+SHORT_TOKENS = 50
+GROWTH = Growth(1e6, leaking=True)
+
+
+@pytest.fixture(autouse=True)
+def _without_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    replace_ray(monkeypatch, tmp_path)
+
+
+async def stop(replica: Any) -> None:
+    await replica.stop()
+
+
+async def retire(replica: Any) -> None:
+    await replica.retire("a leak")
+    with pytest.raises(ReplicaRetiredError):
+        await replica.check_health()
+
+
+ENDINGS: list[Callable[[Any], Awaitable[None]]] = [stop, retire]
+
+
+@pytest.mark.parametrize("end", ENDINGS)
+async def test_a_replica_finishes_answers_of_up_to_max_answer_s(
+    end: Callable[[Any], Awaitable[None]],
+) -> None:
+    config = make_config(router={"max_answer_s": 30})
+    async with running_generator(config) as (replica, link):
+        stream = open_completion(link, SHORT_TOKENS)
+        await stream.read()
+        started_at = asyncio.get_running_loop().time()
+        await end(replica)
+        took_s = asyncio.get_running_loop().time() - started_at
+        assert (await read_all(stream)).endswith(b"data: [DONE]\n\n")
+        assert took_s < 15 + SHORT_TOKENS * TOKEN_S
+
+
+async def test_a_stopping_replica_cuts_longer_answers() -> None:
+    async with running_generator(make_config(router={"max_answer_s": 1})) as (replica, link):
+        stream = open_completion(link, LONG_TOKENS)
+        await stream.read()
+        await replica.stop()
+        with pytest.raises(UnavailableError, match="stopped before the response was complete"):
+            await read_all(stream)
+
+
+async def test_a_retired_replica_is_replaced_after_max_answer_s_in_any_case() -> None:
+    async with running_generator(make_config(router={"max_answer_s": 1})) as (replica, link):
+        stream = open_completion(link, LONG_TOKENS)
+        await stream.read()
+        await retire(replica)
+        assert link.state is LinkState.DRAINING
+        assert await stream.read()  # only Serve ends it
+        stream.cancel()
+
+
+async def test_a_router_finishes_answers_of_up_to_max_answer_s() -> None:
+    config = make_config(router={"max_answer_s": 30, "queue_timeout_s": 1})
+    async with running_router(config) as (router, link):
+        queued = open_completion(link, SHORT_TOKENS)
+        await asyncio.sleep(0.1)
+        await router.stop()
+        assert b"no replica became ready in time" in await read_all(queued)
+
+
+async def test_a_router_cuts_longer_answers() -> None:
+    config = make_config(router={"max_answer_s": 1, "queue_timeout_s": 30})
+    async with running_router(config) as (router, link):
+        queued = open_completion(link, SHORT_TOKENS)
+        await asyncio.sleep(0.1)
+        async with asyncio.timeout(15):
+            await router.stop()
+        with pytest.raises(UnavailableError, match="stopped before the response was complete"):
+            await queued.head()
+
+
+class Keys:
+    """Key-value store of the leases, as in the GCS."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, str] = {}
+
+    def put_if_absent(self, key: str, value: str) -> bool:
+        return self.values.setdefault(key, value) == value
+
+    def has(self, key: str) -> bool:
+        return key in self.values
+
+
+async def test_a_leaking_replica_keeps_its_lease_while_it_drains(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys, now_s = Keys(), 0.0
+    leaks: list[Callable[[str, Growth], None]] = []
+
+    class Watch(watching.MemoryWatch):
+        def __init__(self, *args: Any) -> None:
+            leaks.append(args[-1])
+            super().__init__(*args)
+
+    monkeypatch.setattr(watching, "MemoryWatch", Watch)
+    monkeypatch.setattr(watching, "RayKeys", lambda: keys)
+    monkeypatch.setattr(watching, "RENEWALS_PER_PERIOD", 1000)  # every 10 ms
+    monkeypatch.setattr(watching.time, "time", lambda: now_s)
+    config = make_config(leaks={"replace": True, "pause_s": 10})
+    async with running_generator(config) as (replica, link):
+        stream = open_completion(link, LONG_TOKENS)
+        await stream.read()
+        (on_leak,) = leaks
+        on_leak("own", GROWTH)
+        for period in range(4):
+            now_s = 10.0 * period
+            await until(lambda period=period: f"replaced/app/d/{period}" in keys.values)
+        stream.cancel()
+        with pytest.raises(ReplicaRetiredError, match="own memory grows"):
+            await asgi.check_health_repeatedly(replica)
+
+
+# -- requests over the handle -----------------------------------------------------------------
+
+
+async def test_requests_over_the_handle_end_when_the_engine_hangs() -> None:
+    config = make_config({"hang_after_requests": 1}, stall_timeout_s=1)
+    async with running_generator(config) as (replica, _):
+        items = replica.answer_call("r1", COMPLETION, completion_body(3))
+        assert [item async for item in items]
+        items = replica.answer_call("r1", COMPLETION, completion_body(3))
+        hung = asyncio.ensure_future(anext(items))
+        with pytest.raises(EngineDeadError, match="no progress"):
+            await asgi.check_health_repeatedly(replica)
+        async with asyncio.timeout(20):
+            with pytest.raises(EngineDeadError, match="try again"):
+                await hung
