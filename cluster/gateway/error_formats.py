@@ -39,36 +39,72 @@ def error_body(path: str, error: RequestError) -> dict[str, Any]:
     return {"type": "error", "error": {**error.body()["error"], **fields}}
 
 
-def error_event(path: str, error: RequestError) -> bytes | None:
-    """Return the event that ends a broken stream, or None if the stream's format is unknown."""
+def error_events(
+    path: str, error: RequestError, first: bytes = b"", last: bytes = b""
+) -> bytes | None:
+    """Return the events that end a broken stream, or None if the stream's format is unknown.
+
+    Args:
+        path: The request's path.
+        error: Reason for the end.
+        first: The stream's first chunk.
+        last: Its last chunk.
+    """
     body = error_body(path, error)
     if path.startswith(_MESSAGES):
         return _event("error", body)
     if path.startswith(_RESPONSES):
-        # The documented fields of this event are at the top. OpenAI's client raises an error only
-        # for the field `error`, which OpenAI's servers send, too.
-        top = {"type": "error", "code": error.type, "message": error.message, "param": error.param}
-        return _event("error", {**top, "sequence_number": 0, **body})
+        return _failed_response(error, body, first, last)
     if path.startswith(_CHUNK_STREAMS):
         return _event(None, body)
     return None
+
+
+def _failed_response(
+    error: RequestError, body: Mapping[str, Any], first: bytes, last: bytes
+) -> bytes:
+    """Return `response.failed`, which OpenAI documents, and `error`.
+
+    OpenAI's client raises an error only for an event with the field `error`, which OpenAI's servers
+    send, too.
+    """
+    number = _event_data(last.rstrip(b"\n").rpartition(b"\n\n")[2]).get("sequence_number")
+    number = number if isinstance(number, int) else -1
+    events = b""
+    response = _event_data(first.partition(b"\n\n")[0]).get("response")  # of `response.created`
+    if isinstance(response, dict):
+        number += 1
+        failure = {"code": "server_error", "message": error.message}
+        failed = {**response, "status": "failed", "error": failure}
+        fields = {"type": "response.failed", "sequence_number": number, "response": failed}
+        events = _event("response.failed", fields)
+    top = {"type": "error", "code": error.type, "message": error.message, "param": error.param}
+    return events + _event("error", {**top, "sequence_number": number + 1, **body})
 
 
 def first_event_error(chunk: bytes) -> RequestError | None:
     """Return the error in a stream's first event, or None if that event is not an error."""
     if not chunk.startswith(ERROR_EVENTS):
         return None
-    event = chunk.partition(b"\n\n")[0]
-    data = b"".join(line[5:] for line in event.split(b"\n") if line.startswith(b"data:"))
     try:
-        error = json.loads(data)["error"]
+        error = _event_data(chunk.partition(b"\n\n")[0])["error"]
         message, param = str(error["message"]), error.get("param")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         return None
     status = error.get("code")
     if not isinstance(status, int):
         status = _ANTHROPIC_STATUSES.get(error.get("type"), 500)
     return request_error_for(status, message, param)
+
+
+def _event_data(event: bytes) -> dict[str, Any]:
+    """Return the data of a server-sent event; empty if that is no JSON object."""
+    data = b"".join(line[5:] for line in event.split(b"\n") if line.startswith(b"data:"))
+    try:
+        fields = json.loads(data)
+    except ValueError:
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def _event(name: str | None, body: Mapping[str, Any]) -> bytes:

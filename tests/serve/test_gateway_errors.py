@@ -10,6 +10,7 @@ import anthropic
 import httpx
 import openai
 import pytest
+from openai.types.responses import ResponseFailedEvent
 
 from cluster.asgi import Receive, Scope, Send
 from cluster.errors import LinkClosedError
@@ -35,6 +36,15 @@ TEXT_DELTA = {
     "type": "content_block_delta",
     "index": 0,
     "delta": {"type": "text_delta", "text": "Hi"},
+}
+CREATED = {
+    "type": "response.created",
+    "sequence_number": 0,
+    "response": {
+        **{"id": "resp_1", "object": "response", "created_at": 1, "model": "gen", "output": []},
+        **{"status": "in_progress", "parallel_tool_calls": True, "tool_choice": "auto"},
+        "tools": [],
+    },
 }
 OUTPUT_DELTA = {
     "type": "response.output_text.delta",
@@ -231,18 +241,32 @@ async def test_openai_clients_raise_when_a_stream_breaks(path: str) -> None:
             assert caught.value.body["code"] == 503  # type: ignore[index]
 
 
-async def test_openai_responses_raise_when_a_stream_breaks() -> None:
+async def test_openai_responses_fail_and_raise_when_a_stream_breaks() -> None:
     async with gateway_world() as world, listening(world.app) as url:
-        server = await add(world, Script(event(OUTPUT_DELTA)))
+        server = await add(world, Script(event(CREATED), event(OUTPUT_DELTA)))
         async with openai.AsyncOpenAI(
             base_url=f"{url}/v1", api_key="none", max_retries=0
         ) as client:
             stream = await client.responses.create(model="gen", input="a", stream=True)
-            assert (await anext(aiter(stream))).type == "response.output_text.delta"
+            events = [await anext(aiter(stream)) for _ in range(2)]
             await server.stop()
+            events.append(failed := await anext(aiter(stream)))
             with pytest.raises(openai.APIError, match="The replica stopped"):
-                async for _ in stream:
-                    pass
+                await anext(aiter(stream))
+            assert isinstance(failed, ResponseFailedEvent)
+            assert [each.sequence_number for each in events] == [0, 1, 2]
+            assert (failed.response.id, failed.response.status) == ("resp_1", "failed")
+            assert failed.response.error is not None
+            assert failed.response.error.code == "server_error"
+            assert "The replica stopped" in failed.response.error.message
+
+
+async def test_a_response_without_a_known_start_ends_with_an_error() -> None:
+    async with gateway_world() as world:
+        answer = await broken(world, RESPONSES, Script(event(OUTPUT_DELTA)))
+        (_, (name, last)) = answer.events()
+        assert name == "error"
+        assert json.loads(last)["sequence_number"] == 2
 
 
 async def test_anthropic_clients_raise_when_a_stream_breaks() -> None:

@@ -17,7 +17,7 @@ from cluster.errors import (
     RequestError,
     UnavailableError,
 )
-from cluster.gateway.error_formats import error_event, first_event_error
+from cluster.gateway.error_formats import error_events, first_event_error
 from cluster.gateway.messages import Request, Response
 from cluster.gateway.pools.forwarding import request_head
 from cluster.gateway.pools.pool import Pool
@@ -37,6 +37,7 @@ MAX_LOST = 2
 """Replicas that may be lost with one request: it is retried once, within the pool's budget."""
 
 _HASHED_BYTES = 64 * 1024
+_MAX_BEGIN_BYTES = 64 * 1024
 
 _NOT_RETURNED = frozenset(
     {
@@ -142,6 +143,7 @@ class RelayedBody:
         self._answer: Answer | None = None
         self._is_event_stream = False
         self._first: bytes | None = None  # first chunk, until it is passed on
+        self._begin = b""  # first chunk of an event stream, for the events after a failure
         self._last = b""
         self._is_read = False  # True once the client gets nothing more
         self._ended = False  # True once the slot is released
@@ -173,6 +175,8 @@ class RelayedBody:
             )
             if self._is_event_stream and (error := first_event_error(self._first)) is not None:
                 raise error
+            if self._is_event_stream and len(self._first) <= _MAX_BEGIN_BYTES:
+                self._begin = self._first
         except asyncio.CancelledError:
             self._observer.ends_later = True
             await self.aclose()
@@ -262,7 +266,7 @@ class RelayedBody:
             raise error
         if isinstance(error, LinkError):
             error = UnavailableError("The replica was lost during the response; try again.")
-        event = error_event(self._request.path, error)
+        event = error_events(self._request.path, error, self._begin, self._last)
         if event is None:
             raise error
         return event if self._last.endswith(b"\n\n") else b"\n" + event
