@@ -8,9 +8,9 @@ from typing import Any
 from cluster.asgi import ASGIApp
 from cluster.config import GeneratorConfig
 from cluster.engines.prefix_cache import PrefixTracker, make_byte_lengths
-from cluster.engines.stall import StallDetector
 from cluster.engines.vllm import internals
 from cluster.engines.vllm.app import build_app, public_routes
+from cluster.engines.vllm.cores import EngineCores
 from cluster.engines.vllm.disconnect import CancelAsDisconnect
 from cluster.engines.vllm.kv_events import KvEventReader
 from cluster.engines.vllm.launcher import LlmLauncher
@@ -54,9 +54,7 @@ class VllmEngine:
         self._llm: Any = None
         self._vllm_app: Any = None
         self.app: ASGIApp
-        self._scheduler_stats: Any = None
-        self._num_steps = 0
-        self._stall = StallDetector("engine", config.stall_timeout_s)
+        self._cores = EngineCores(config.stall_timeout_s)
         self.prefixes: PrefixTracker | None = None
         self._kv_events: asyncio.Task[None] | None = None
         self._stats: Periodic | None = None
@@ -96,20 +94,12 @@ class VllmEngine:
             await self._llm.check_health()
         except internals.EngineDeadError:
             raise EngineDeadError("The engine of the replica died; try again.") from None
-        # The engine reports every step, also one that only prefills part of a prompt.
-        self._stall.check(self._num_steps, is_busy=bool(self._llm.get_num_unfinished_requests()))
+        self._cores.check(_unfinished_by_core(self._llm))
 
     def load(self) -> Load:
         if self._llm is None:
             return Load()
-        # vLLM reports its statistics with each step, so they are stale after an abort that leaves
-        # it idle. The number of unfinished requests is always current.
-        unfinished = self._llm.get_num_unfinished_requests()
-        stats = self._scheduler_stats
-        if stats is None or not unfinished:
-            return Load(running=unfinished)
-        waiting = min(stats.num_waiting_reqs, unfinished)
-        return Load(unfinished - waiting, waiting, stats.kv_cache_usage)
+        return self._cores.load(self._llm.get_num_unfinished_requests())
 
     def observe(self, registry: Registry) -> None:
         """Do nothing: vLLM exports its metrics to Ray itself (``ray_metrics``)."""
@@ -147,18 +137,24 @@ class VllmEngine:
         self._kv_events = asyncio.create_task(reading, name="vllm-kv-events")
 
     def _make_stat_loggers(self) -> list[Any]:
-        engine = self
+        cores = self._cores
 
         class LoadLogger(internals.StatLoggerBase):  # type: ignore[misc]
             def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
-                pass
+                self._index = engine_index
+                cores.add(engine_index)
 
             def record(self, scheduler_stats: Any, *args: Any, **kwargs: Any) -> None:
-                engine._num_steps += 1
-                if scheduler_stats is not None:
-                    engine._scheduler_stats = scheduler_stats
+                cores.count_step(self._index, scheduler_stats)
 
             def log_engine_initialized(self) -> None:
                 pass
 
         return [LoadLogger, *([internals.RayPrometheusStatLogger] if self._ray_metrics else [])]
+
+
+def _unfinished_by_core(llm: Any) -> list[int]:
+    core = llm.engine_core
+    if hasattr(core, "engine_inflight"):  # vLLM balances data-parallel cores
+        return [core.engine_inflight[engine] for engine in core.core_engines]
+    return [llm.get_num_unfinished_requests()]
