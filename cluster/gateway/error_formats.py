@@ -29,9 +29,14 @@ _ANTHROPIC_TYPES: Mapping[int, str] = {
 _ANTHROPIC_STATUSES = {kind: status for status, kind in _ANTHROPIC_TYPES.items() if status != 529}
 
 
+def is_anthropic(path: str) -> bool:
+    """Return True if a path belongs to Anthropic's API."""
+    return path.startswith(_MESSAGES)
+
+
 def error_body(path: str, error: RequestError) -> dict[str, Any]:
     """Return the JSON body of an error response in the format of the API at ``path``."""
-    if not path.startswith(_MESSAGES):
+    if not is_anthropic(path):
         return error.body()
     kind = "invalid_request_error" if error.status < 500 else "api_error"
     kind = _ANTHROPIC_TYPES.get(error.status, kind)
@@ -51,7 +56,7 @@ def error_events(
         last: Its last chunk.
     """
     body = error_body(path, error)
-    if path.startswith(_MESSAGES):
+    if is_anthropic(path):
         return _event("error", body)
     if path.startswith(_RESPONSES):
         return _failed_response(error, body, first, last)

@@ -14,7 +14,8 @@ from cluster.gateway.admission.authenticator import Authenticator
 from cluster.gateway.admission.quotas import TenantQuotas
 from cluster.gateway.admission.response_ids import ResponseIds
 from cluster.gateway.body import UNREAD_BODY, BodyBuffers, read_body
-from cluster.gateway.builtin.routes import PUBLIC_PATHS, BuiltinRoute, BuiltinRoutes
+from cluster.gateway.builtin.own_paths import PUBLIC_PATHS
+from cluster.gateway.builtin.routes import BuiltinRoute, BuiltinRoutes
 from cluster.gateway.messages import Headers, Request, Response, error_response, with_json_fields
 from cluster.gateway.pools.factory import make_pools
 from cluster.gateway.pools.pool import Pool

@@ -94,8 +94,10 @@ async def _dispatch(engine: "SimEngine", method: str, exchange: HttpExchange) ->
 
 
 def _openapi() -> dict[str, Any]:
-    paths = {
-        path: {method.lower(): {"responses": {"200": {"description": "As vLLM answers"}}}}
-        for path, (method, _) in _ENDPOINTS.items()
+    operation = {
+        "summary": "Answer as vLLM does.",
+        "tags": ["vLLM"],
+        "responses": {"200": {"description": "OK"}},
     }
+    paths = {path: {method.lower(): operation} for path, (method, _) in _ENDPOINTS.items()}
     return {"openapi": "3.1.0", "info": {"title": "sim", "version": "0"}, "paths": paths}

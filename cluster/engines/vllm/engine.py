@@ -9,7 +9,7 @@ from cluster.asgi import ASGIApp
 from cluster.config import GeneratorConfig
 from cluster.engines.prefix_cache import PrefixTracker, make_byte_lengths
 from cluster.engines.vllm import internals
-from cluster.engines.vllm.app import build_app, public_routes
+from cluster.engines.vllm.app import build_app
 from cluster.engines.vllm.cores import EngineCores
 from cluster.engines.vllm.disconnect import CancelAsDisconnect
 from cluster.engines.vllm.kv_events import KvEventReader
@@ -21,6 +21,7 @@ from cluster.engines.vllm.requests import (
     count_usage,
     observe_prompts,
 )
+from cluster.engines.vllm.routes import public_routes
 from cluster.errors import EngineDeadError
 from cluster.load import Load
 from cluster.metrics import Registry

@@ -7,6 +7,58 @@
 import pkgutil
 from typing import Any
 
+_REPLIES = {
+    "anthropic.protocol": (
+        "AnthropicCountTokensResponse",
+        "AnthropicMessagesResponse",
+        "AnthropicStreamEvent",
+    ),
+    "generate.generative_scoring.serving": ("GenerativeScoringResponse",),
+    "generate.structured_decisions.protocol": ("StructuredDecisionResponse",),
+    "openai.chat_completion.protocol": (
+        "ChatCompletionResponse",
+        "ChatCompletionStreamResponse",
+    ),
+    "openai.completion.protocol": (
+        "CompletionResponse",
+        "CompletionStreamResponse",
+    ),
+    "openai.responses.protocol": (
+        "ResponsesResponse",
+        "StreamingResponsesResponse",
+    ),
+    "pooling.classify.protocol": ("ClassificationResponse",),
+    "pooling.embed.protocol": (
+        "CohereEmbedResponse",
+        "EmbeddingResponse",
+    ),
+    "pooling.pooling.protocol": ("PoolingResponse",),
+    "pooling.scoring.protocol": (
+        "RerankResponse",
+        "ScoreResponse",
+    ),
+    "scale_out.token_in_token_out.protocol": (
+        "DerenderChatStreamResponse",
+        "DerenderCompletionStreamResponse",
+        "GenerateResponse",
+        "GenerateStreamResponse",
+    ),
+    "serve.engine.protocol": ("ModelList",),
+    "serve.tokenize.protocol": (
+        "DetokenizeResponse",
+        "TokenizeResponse",
+    ),
+    "speech_to_text.transcription.protocol": (
+        "TranscriptionResponseVariant",
+        "TranscriptionStreamResponse",
+    ),
+    "speech_to_text.translation.protocol": (
+        "TranslationResponseVariant",
+        "TranslationStreamResponse",
+    ),
+}
+"""Types of answers, for the OpenAPI document, by module below ``vllm.entrypoints``."""
+
 NAMES = {
     # Start of the engine
     "AsyncEngineArgs": "vllm.engine.arg_utils:AsyncEngineArgs",  # arguments -> VllmConfig
@@ -48,6 +100,11 @@ NAMES = {
     "SchedulerStats": "vllm.v1.metrics.stats:SchedulerStats",
     "StructuredOutputsConfig": "vllm.config:StructuredOutputsConfig",
     "VllmConfig": "vllm.config:VllmConfig",
+    **{
+        name: f"vllm.entrypoints.{module}:{name}"
+        for module, names in _REPLIES.items()
+        for name in names
+    },
 }
 """Definition of each name, in the form of ``pkgutil.resolve_name``."""
 

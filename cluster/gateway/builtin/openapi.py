@@ -1,43 +1,209 @@
-"""OpenAPI document of the router's paths and its engines' paths."""
+"""OpenAPI document of the router's paths and its engines' paths.
 
+Engines describe the bodies of their requests and answers. The router adds what it does itself:
+headers, errors, API keys and its own paths (``own_paths``).
+"""
+
+import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
-_BUILTIN_PATHS: Mapping[str, str] = {
-    "/health": "Liveness of the router.",
-    "/ready": "State of every pool; 503 if a pool has no ready replica.",
-    "/version": "Versions of Tandem and its components.",
-    "/v1/models": "Models that can be named in `model`.",
-    "/openapi.json": "This document.",
-    "/dashboard/data": "The last minutes of all routers, second by second.",
-    "/metrics": "Metrics of this router in Prometheus' text format.",
+import msgspec
+
+from cluster.errors import RequestError
+from cluster.gateway.admission.admission import PRIORITY_HEADER, SESSION_HEADER, TIMEOUT_HEADER
+from cluster.gateway.builtin.own_paths import OWN_PATHS, AnthropicErrorBody, ErrorBody, OwnPath
+from cluster.gateway.error_formats import is_anthropic
+from cluster.gateway.pools.response_usage import USAGE_HEADER
+
+_SCHEMAS = "#/components/schemas/"
+_COMMON_STATUSES = (400, 405, 431, 500)
+"""Errors of all paths: an invalid request id, a wrong method, long headers, a bug."""
+
+_ENGINE_HEADERS: Mapping[bytes, tuple[str, dict[str, Any]]] = {
+    TIMEOUT_HEADER: (
+        "Deadline of the whole answer in seconds.",
+        {"type": "number", "exclusiveMinimum": 0},
+    ),
+    PRIORITY_HEADER: ("-8 to 8; limited to the priority of the key.", {"type": "integer"}),
+    SESSION_HEADER: ("Session for the routing policy `session`.", {"type": "string"}),
+    USAGE_HEADER: (
+        "1 adds energy and cost to the answer, 0 declines.",
+        {"type": "string", "enum": ["0", "1"]},
+    ),
+    b"traceparent": ("W3C trace context.", {"type": "string"}),
+}
+_REQUEST_ID = {
+    "description": "Id of the request: the client's or a new one.",
+    "schema": {"type": "string"},
+}
+_RETRY_AFTER = {
+    "description": "Seconds after which a retry may succeed.",
+    "schema": {"type": "integer", "minimum": 1},
+}
+_TAGS = {
+    "OpenAI": "OpenAI's API, answered by generators and classifiers.",
+    "Anthropic": "Anthropic's API, answered by generators.",
+    "vLLM": "Other paths of vLLM.",
+    "Classifiers": "Labels, entities, scores, rankings, masks.",
+    "Router": "Models, state, usage and pages of the router.",
 }
 
 
-def merge_documents(version: str, documents: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return one document with the router's paths and those of ``documents``.
+def make_document(
+    version: str, own: Iterable[str], documents: Iterable[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return the document of the router's ``own`` paths and of its engines' documents.
 
-    The first definition of a path or schema wins.
+    If several engines describe an operation, it accepts and answers what any of them does. The
+    first definition of a schema wins.
     """
-    paths: dict[str, Any] = {path: _get(summary) for path, summary in _BUILTIN_PATHS.items()}
-    components: dict[str, dict[str, Any]] = {}
+    paths: dict[str, dict[str, Any]] = {path: _own_item(path, OWN_PATHS[path]) for path in own}
+    schemas = dict(_own_schemas()[1])
     for document in documents:
         for path, item in document.get("paths", {}).items():
-            paths.setdefault(path, item)
-        for section, entries in document.get("components", {}).items():
-            components.setdefault(section, {})
-            for name, entry in entries.items():
-                components[section].setdefault(name, entry)
-    components.setdefault("securitySchemes", {})["apiKey"] = {"type": "http", "scheme": "bearer"}
+            if path not in OWN_PATHS:
+                _add_item(paths.setdefault(path, {}), path, item)
+        for name, schema in document.get("components", {}).get("schemas", {}).items():
+            schemas.setdefault(name, schema)
     return {
         "openapi": "3.1.0",
-        "info": {"title": "Tandem", "version": version},
+        "info": {
+            "title": "Tandem",
+            "version": version,
+            "description": "Language models and classifiers behind one router.",
+        },
+        "tags": [{"name": name, "description": text} for name, text in _TAGS.items()],
         "paths": dict(sorted(paths.items())),
-        "components": components,
-        "security": [{"apiKey": []}, {}],
+        "components": {"schemas": schemas, **_components()},
+        "security": [{"bearer": []}, {"apiKey": []}, {}],
     }
 
 
-def _get(summary: str) -> dict[str, Any]:
-    answer = {"200": {"description": "OK", "content": {"application/json": {"schema": {}}}}}
-    return {"get": {"summary": summary, "responses": answer}}
+def _add_item(merged: dict[str, Any], path: str, item: Mapping[str, Any]) -> None:
+    for method, operation in item.items():
+        if method not in merged:
+            merged[method] = _engine_operation(method, path, operation)
+            continue
+        known = merged[method]
+        for content, more in (
+            (known.get("requestBody", {}), operation.get("requestBody", {})),
+            (known["responses"]["200"], operation.get("responses", {}).get("200", {})),
+        ):
+            content["content"] = _either(content.get("content", {}), more.get("content", {}))
+
+
+def _either(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Return content that has the schema of ``first`` or of ``second``."""
+    merged = dict(first)
+    for media_type, content in second.items():
+        schemas = [one["schema"] for one in (merged.get(media_type), content) if one is not None]
+        if schemas[0] != schemas[-1]:
+            schemas = [{"anyOf": [*schemas[0].get("anyOf", schemas[:1]), schemas[-1]]}]
+        merged[media_type] = {"schema": schemas[0]}
+    return merged
+
+
+def _engine_operation(method: str, path: str, operation: Mapping[str, Any]) -> dict[str, Any]:
+    names = ["x-request-id", *(name.decode() for name in _ENGINE_HEADERS)]
+    parameters = [{"$ref": f"#/components/parameters/{name}"} for name in names]
+    answers = {
+        status: {**answer, "headers": {**answer.get("headers", {}), **_headers()}}
+        for status, answer in operation.get("responses", {}).items()
+    }
+    answers.setdefault("200", {"description": "OK", "headers": _headers()})
+    return {
+        "operationId": _operation_id(method, path),
+        **operation,
+        "parameters": [*operation.get("parameters", ()), *parameters],
+        "responses": {**answers, **_errors(path, _statuses())},
+    }
+
+
+def _own_item(path: str, own: OwnPath) -> dict[str, Any]:
+    answers = {"200": {"description": "OK", "headers": _headers(), "content": _content(own)}}
+    if own.has_503:
+        answers["503"] = {**answers["200"], "description": "Not ready"}
+    statuses = {*_COMMON_STATUSES, *own.statuses, *(() if own.is_public else (401,))}
+    request_id = {"$ref": "#/components/parameters/x-request-id"}
+    operation: dict[str, Any] = {
+        "operationId": _operation_id("get", path),
+        "summary": own.summary,
+        "tags": ["OpenAI" if path.startswith("/v1/models") else "Router"],
+        "parameters": [*own.parameters, request_id],
+        "responses": {**answers, **_errors(path, statuses)},
+    }
+    if own.is_public:
+        operation["security"] = []
+    return {"get": operation}
+
+
+def _content(own: OwnPath) -> dict[str, Any]:
+    schema = _own_schemas()[0][own.reply]
+    content = {own.media_type: {"schema": schema}}
+    if own.text_media_type is not None:
+        content[own.text_media_type] = {"schema": {"type": "string"}}
+    return content
+
+
+def _operation_id(method: str, path: str) -> str:
+    return "_".join([method, *re.findall(r"\w+", path)])
+
+
+def _headers() -> dict[str, Any]:
+    return {"x-request-id": {"$ref": "#/components/headers/x-request-id"}}
+
+
+def _statuses() -> list[int]:
+    return sorted({error.status for error in RequestError.__subclasses__()})
+
+
+def _errors(path: str, statuses: Iterable[int]) -> dict[str, Any]:
+    vendor = "Anthropic" if is_anthropic(path) else ""
+    return {
+        str(status): {"$ref": f"#/components/responses/{vendor}{status}"}
+        for status in sorted(statuses)
+    }
+
+
+@cache
+def _own_schemas() -> tuple[dict[Any, dict[str, Any]], dict[str, Any]]:
+    """Return the schema of each type of the router's answers, and those that they refer to."""
+    types = {own.reply for own in OWN_PATHS.values()} | {ErrorBody, AnthropicErrorBody}
+    found, components = msgspec.json.schema_components(types, ref_template=_SCHEMAS + "{name}")
+    return dict(zip(types, found, strict=True)), components
+
+
+@cache
+def _components() -> dict[str, Any]:
+    parameters = {"x-request-id": {**_REQUEST_ID, "schema": {"type": "string", "maxLength": 128}}}
+    for name, (description, schema) in _ENGINE_HEADERS.items():
+        parameters[name.decode()] = {"description": description, "schema": schema}
+    return {
+        "parameters": {
+            name: {"name": name, "in": "header", **parameter}
+            for name, parameter in parameters.items()
+        },
+        "headers": {"x-request-id": _REQUEST_ID, "retry-after": _RETRY_AFTER},
+        "responses": {
+            f"{vendor}{error.status}": _error_response(error, body)
+            for error in RequestError.__subclasses__()
+            for vendor, body in (("", ErrorBody), ("Anthropic", AnthropicErrorBody))
+        },
+        "securitySchemes": {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "apiKey": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+        },
+    }
+
+
+def _error_response(error: type[RequestError], body: type) -> dict[str, Any]:
+    headers = _headers()
+    if error.status in (429, 503):
+        headers["retry-after"] = {"$ref": "#/components/headers/retry-after"}
+    return {
+        "description": (error.__doc__ or error.type).splitlines()[0],
+        "headers": headers,
+        "content": {"application/json": {"schema": _own_schemas()[0][body]}},
+    }

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from cluster.admission import MAX_PRIORITY
 from cluster.errors import NotFoundError, TandemError
-from cluster.gateway.builtin.openapi import merge_documents
+from cluster.gateway.builtin.openapi import make_document
+from cluster.gateway.builtin.own_paths import MODEL_PATH
 from cluster.gateway.builtin.pages import Page
 from cluster.gateway.messages import Request, Response, bytes_response, json_response
 from cluster.gateway.pools.pool import Pool
@@ -24,16 +25,15 @@ from cluster.metrics.exposition import CONTENT_TYPE
 
 logger = logging.getLogger("ray.serve.tandem")
 
-PUBLIC_PATHS = frozenset({"/health", "/ready", "/version", "/explain", "/dashboard"})
-"""Paths that need no API key: probes, and pages, which contain no data and send the key that the
-user enters."""
-
-MODEL_PREFIX = "/v1/models/"
-
 REPLICA_TIMEOUT_S = 1.0
 """Longest wait for a replica's answer when the router queries one."""
+DOCUMENT_TIMEOUT_S = 10.0
+"""Longest wait for its first OpenAPI document: vLLM's takes 1 s of CPU time."""
 CACHE_S = 2.0
 """Time for which the replica's answer is cached, to limit the load by clients that poll."""
+
+_DOCUMENT_PATH = "/openapi.json"
+_MODEL_PREFIX = MODEL_PATH.removesuffix("{model}")
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -77,7 +77,7 @@ class BuiltinRoutes:
             "/ready": self._ready,
             "/version": self._version,
             "/v1/models": self._list_models,
-            "/openapi.json": self._openapi,
+            _DOCUMENT_PATH: self._openapi,
             "/metrics": self._metrics,
             "/explain": self._explain,
             "/dashboard": self._show_dashboard,
@@ -96,8 +96,8 @@ class BuiltinRoutes:
 
     def find(self, path: str) -> BuiltinRoute | None:
         """Return the built-in route of a path, or None if the engines answer it."""
-        if path.startswith(MODEL_PREFIX):
-            return BuiltinRoute(MODEL_PREFIX + "{model}", self._get_model)
+        if path.startswith(_MODEL_PREFIX):
+            return BuiltinRoute(MODEL_PATH, self._get_model)
         handler = self._handlers.get(path)
         return None if handler is None else BuiltinRoute(path, handler)
 
@@ -134,7 +134,7 @@ class BuiltinRoutes:
         return json_response({"object": "list", "data": list(chain.from_iterable(lists))})
 
     async def _get_model(self, request: Request) -> Response:
-        name = request.path.removeprefix(MODEL_PREFIX)
+        name = request.path.removeprefix(_MODEL_PREFIX)
         pools = self._allowed_pools(request)
         for pool in pools:
             for card in await self._model_cards(pool, request):
@@ -172,10 +172,11 @@ class BuiltinRoutes:
 
     async def _openapi(self, request: Request) -> Response:
         documents = await asyncio.gather(
-            *(self._query(pool, request, "/openapi.json") for pool in self._pools.values())
+            *(self._query(pool, request, _DOCUMENT_PATH) for pool in self._pools.values())
         )
         version = self._versions.get("tandem", "")
-        return json_response(merge_documents(version, filter(None, documents)))
+        own = (*self._handlers, MODEL_PATH)
+        return json_response(make_document(version, own, filter(None, documents)))
 
     async def _query(self, pool: Pool, request: Request, path: str) -> Any:
         """Return a replica's JSON answer to a GET, or the last good one if none can answer now.
@@ -185,14 +186,16 @@ class BuiltinRoutes:
         key = (pool.name, path)
         replicas = tuple(replica.info.id for replica in pool.replicas.running)
         cached = self._cache.get(key)
-        if pool.is_asleep:  # not worth starting a replica
+        if pool.is_asleep or not replicas:  # not worth starting a replica, or waiting for one
             return cached and cached.answer
         now_s = asyncio.get_running_loop().time()
         if cached is not None and cached.replicas == replicas and now_s < cached.expires_s:
             return cached.answer
         query = self._queries.get(key)
         if query is None:
-            query = asyncio.create_task(self._query_replica(pool, request.id, path))
+            is_first = path == _DOCUMENT_PATH and cached is None
+            timeout_s = DOCUMENT_TIMEOUT_S if is_first else REPLICA_TIMEOUT_S
+            query = asyncio.create_task(self._query_replica(pool, request.id, path, timeout_s))
             self._queries[key] = query
             query.add_done_callback(lambda _: self._queries.pop(key))
         answer = await asyncio.shield(query)
@@ -203,9 +206,9 @@ class BuiltinRoutes:
             self._cache[key] = _CachedAnswer(replicas, expires_s, answer)
         return answer
 
-    async def _query_replica(self, pool: Pool, request_id: str, path: str) -> Any:
+    async def _query_replica(self, pool: Pool, request_id: str, path: str, timeout_s: float) -> Any:
         query = Request(request_id, "GET", path, b"", [(b"accept", b"application/json")], b"")
-        expires_s = asyncio.get_running_loop().time() + REPLICA_TIMEOUT_S
+        expires_s = asyncio.get_running_loop().time() + timeout_s
         try:
             async with asyncio.timeout_at(expires_s):
                 claim = Claim(priority=MAX_PRIORITY, expires_s=expires_s)
@@ -214,6 +217,6 @@ class BuiltinRoutes:
                     content = b"".join([chunk async for chunk in body])
             return json.loads(content) if response.status == 200 else None
         except (TandemError, ValueError, TimeoutError) as error:
-            reason = str(error) or f"no answer within {REPLICA_TIMEOUT_S:g} s"
+            reason = str(error) or f"no answer within {timeout_s:g} s"
             logger.warning("%s: GET %s at pool %s failed: %s", request_id, path, pool.name, reason)
             return None

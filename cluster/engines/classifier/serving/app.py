@@ -107,20 +107,26 @@ class ClassifierApp:
 
 def openapi_document(tasks: Mapping[str, Task[Any]]) -> dict[str, Any]:
     bodies = [body for task in tasks.values() for body in (task.request, task.response)]
-    reference = "#/components/schemas/{name}"
+    # The prefix keeps the names apart from vLLM's in the router's document.
+    reference = "#/components/schemas/Classifier.{name}"
     schemas, components = msgspec.json.schema_components(bodies, ref_template=reference)
     contents = iter([{"application/json": {"schema": body}} for body in schemas])
+    timings = {name: {"schema": {"type": "number"}} for name in _timing_headers(Timings(0, 0, 0))}
     paths = {
         path: {
             "post": {
                 "summary": task.summary,
+                "tags": ["Classifiers"],
                 "requestBody": {"required": True, "content": next(contents)},
-                "responses": {"200": {"description": "OK", "content": next(contents)}},
+                "responses": {
+                    "200": {"description": "OK", "headers": timings, "content": next(contents)}
+                },
             }
         }
         for path, task in tasks.items()
     }
-    return {"openapi": "3.1.0", "paths": paths, "components": {"schemas": components}}
+    named = {f"Classifier.{name}": schema for name, schema in components.items()}
+    return {"openapi": "3.1.0", "paths": paths, "components": {"schemas": named}}
 
 
 def _is_large(encoded: Encoded) -> bool:

@@ -1,0 +1,91 @@
+"""``GET /openapi.json`` of a router with classifiers and a simulated generator."""
+
+import json
+import re
+from typing import Any
+
+from cluster.config import GeneratorConfig
+from cluster.engines.sim.engine import SimEngine
+from cluster.gateway.builtin.own_paths import OWN_PATHS
+from tests import asgi
+from tests.serve.gateway_kit import gateway_world
+
+ERRORS = {"400", "401", "403", "404", "405", "413", "422", "429", "431", "500", "503"}
+
+
+async def document_of(*replicas: Any) -> Any:
+    """Return the document of a router with replicas (pool and application)."""
+    async with gateway_world() as world:
+        for number, (pool, app) in enumerate(replicas):
+            await world.serve(app, pool, f"{pool}-{number}", ("/x",))
+        return (await asgi.get(world.app, "/openapi.json")).json()
+
+
+class Engine:
+    """Application that answers with a document."""
+
+    def __init__(self, path: str, schema: Any) -> None:
+        content = {"application/json": {"schema": schema}}
+        operation = {
+            "requestBody": {"content": content},
+            "responses": {"200": {"content": content}},
+        }
+        self._document = {"paths": {path: {"post": operation}}}
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        body = json.dumps(self._document).encode()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+
+async def test_every_operation_has_an_id_a_summary_and_tags_and_every_reference_a_target() -> None:
+    engine = SimEngine(GeneratorConfig(name="gen", model="sim", engine="sim"))
+    await engine.start()
+    document = await document_of(("gen", engine.app))
+    await engine.stop()
+    operations = [operation for item in document["paths"].values() for operation in item.values()]
+    assert len({operation["operationId"] for operation in operations}) == len(operations)
+    tags = {tag["name"] for tag in document["tags"]}
+    for operation in operations:
+        assert operation["summary"]
+        assert set(operation["tags"]) <= tags
+        assert "x-request-id" in operation["responses"]["200"]["headers"]
+    for section, name in re.findall(r'"#/components/(\w+)/([^"]+)"', json.dumps(document)):
+        assert name in document["components"][section]
+
+
+async def test_all_paths_of_the_router_are_described() -> None:
+    async with gateway_world() as world:
+        paths = (await asgi.get(world.app, "/openapi.json")).json()["paths"]
+        for path in paths:
+            answer = await asgi.get(world.app, path.replace("{model}", "gen"))
+            assert str(answer.status) in paths[path]["get"]["responses"], path
+            assert answer.status != 404, path
+    assert paths.keys() == OWN_PATHS.keys() - {"/v1/usage"}  # needs a file for the sums
+
+
+async def test_errors_are_declared_in_the_format_of_the_api() -> None:
+    document = await document_of(
+        ("gen", Engine("/v1/messages", {})), ("cls", Engine("/classify", {}))
+    )
+    responses = document["components"]["responses"]
+    for path, body in (("/v1/messages", "AnthropicErrorBody"), ("/classify", "ErrorBody")):
+        declared = document["paths"][path]["post"]["responses"]
+        assert declared.keys() - {"200"} >= ERRORS
+        for status in ERRORS:
+            response = responses[declared[status]["$ref"].rsplit("/")[-1]]
+            schema = response["content"]["application/json"]["schema"]
+            assert schema == {"$ref": f"#/components/schemas/{body}"}
+            assert ("retry-after" in response["headers"]) == (status in ("429", "503"))
+    assert "401" not in document["paths"]["/health"]["get"]["responses"]
+
+
+async def test_a_path_of_two_engines_accepts_and_answers_what_both_do() -> None:
+    text, number = {"type": "string"}, {"type": "number"}
+    document = await document_of(
+        ("gen", Engine("/tokenize", text)), ("cls", Engine("/tokenize", number))
+    )
+    operation = document["paths"]["/tokenize"]["post"]
+    either = {"application/json": {"schema": {"anyOf": [text, number]}}}
+    assert operation["requestBody"]["content"] == either
+    assert operation["responses"]["200"]["content"] == either
