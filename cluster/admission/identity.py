@@ -45,9 +45,9 @@ class Identity:
         """True for operators, for everyone if no key is required, and inside the cluster."""
         return self.is_operator or not self.tenant.name
 
-    def allows(self, model: str) -> bool:
-        """Return True if the key may use the model."""
-        return self.models is None or model in self.models
+    def allows(self, *names: str) -> bool:
+        """Return True if the key may use the model with these names."""
+        return self.models is None or not self.models.isdisjoint(names)
 
 
 OPEN = Identity(Tenant(""))

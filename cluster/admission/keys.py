@@ -20,6 +20,7 @@ from cluster.admission.identity import (
     Tenant,
     TenantLimits,
 )
+from cluster.config.pools import ModelName
 from cluster.config.section import Section
 from cluster.config.yaml_text import parse_yaml
 from cluster.errors import ConfigError
@@ -33,7 +34,7 @@ _KEY_BYTES = 32
 _DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+TenantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 Limit = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -58,10 +59,10 @@ class KeyEntry(Section):
     """A key in a key file."""
 
     sha256: Digest
-    tenant: Name
+    tenant: TenantName
     priority: int = Field(0, ge=MIN_PRIORITY, le=MAX_PRIORITY)
-    models: tuple[Name, ...] | None = None
-    """Models that the key may use; None: all."""
+    models: tuple[ModelName, ...] | None = None
+    """Models that the key may use, by any of their names; None: all."""
 
     @property
     def id(self) -> str:
@@ -72,7 +73,7 @@ class KeyEntry(Section):
 class KeyFileContents(Section):
     """A whole key file; a tenant without an entry has weight 1 and no limits."""
 
-    tenants: dict[Name, TenantEntry] = Field(default_factory=dict)
+    tenants: dict[TenantName, TenantEntry] = Field(default_factory=dict)
     keys: tuple[KeyEntry, ...] = ()
 
     @model_validator(mode="after")

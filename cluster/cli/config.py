@@ -22,8 +22,7 @@ def check(loaded: LoadedConfig, *, files: bool) -> None:
     problems = list(_missing_files(loaded.config)) if files else []
     if problems:
         raise ConfigError(f"{loaded.path}: {'; '.join(problems)}")
-    names = [pool.name for pool in (*loaded.config.generators, *loaded.config.classifiers)]
-    typer.echo(f"{loaded.path}: valid; serves {', '.join(names)}")
+    typer.echo(f"{loaded.path}: valid; serves {', '.join(loaded.config.model_names)}")
 
 
 def show(loaded: LoadedConfig, *, as_json: bool) -> None:

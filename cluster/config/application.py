@@ -66,6 +66,12 @@ class TandemConfig(Section):
         return tuple(dict.fromkeys([*paths, *(pool.model for pool in self.classifiers)]))
 
     @property
+    def model_names(self) -> tuple[str, ...]:
+        """Names that requests may use as ``model``."""
+        pools = [*self.generators, *self.classifiers]
+        return tuple(name for pool in pools for name in pool.model_names)
+
+    @property
     def max_answer_s(self) -> int:
         """Duration of the longest answer, in seconds."""
         return self.router.max_answer_s
@@ -77,14 +83,12 @@ class TandemConfig(Section):
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
-        names = [pool.name for pool in self.generators]
-        names += [pool.name for pool in self.classifiers]
-        names += [adapter for pool in self.generators for adapter in pool.adapters]
+        names = self.model_names
         if not names:
             raise ValueError("at least one generator or classifier is required")
         if duplicates := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(
-                f"names of generators, adapters and classifiers must be unique; "
+                f"names and aliases of generators, adapters and classifiers must be unique; "
                 f"duplicates: {', '.join(duplicates)}"
             )
         return self

@@ -48,18 +48,20 @@ def apply_override(
 def _set_field(args: dict[str, Any], parts: list[str], value: Any, override: str) -> None:
     node: Any = args
     kind: Any = TandemConfig
-    for depth, part in enumerate(parts):
-        last = depth == len(parts) - 1
+    depth = 0
+    while depth < len(parts):
         if isinstance(node, list):
-            index = _index(node, part, override)
+            index, length = _index(node, parts[depth:], override)
+            depth += length
             kind = get_args(kind)[0]
-            if last:
+            if depth == len(parts):
                 node[index] = value
             node = node[index]
             continue
-        name = _current_name(kind, node, part, override)
+        name = _current_name(kind, node, parts[depth], override)
         kind = _field_type(kind, name, override, top=depth == 0)
-        if last:
+        depth += 1
+        if depth == len(parts):
             node[name] = value
         elif get_origin(kind) is tuple:
             node = node.setdefault(name, [])
@@ -100,14 +102,18 @@ def _submapping(node: dict[str, Any], name: str, override: str) -> dict[str, Any
     return child
 
 
-def _index(items: list[Any], key: str, override: str) -> int:
-    """Return the index of the element with this ``name``, or ``key`` itself if it is an index."""
+def _index(items: list[Any], parts: list[str], override: str) -> tuple[int, int]:
+    """Return the index of an element, and how many parts of the path name it.
+
+    The parts begin with the element's ``name``, which may contain dots, or with its index.
+    """
     names = [item.get("name") if isinstance(item, dict) else None for item in items]
-    if key in names:
-        return names.index(key)
-    if key.isdigit() and int(key) < len(items):
-        return int(key)
-    raise _unknown(override, key, [name for name in names if name])
+    for length in range(len(parts), 0, -1):
+        if (name := ".".join(parts[:length])) in names:
+            return names.index(name), length
+    if parts[0].isdecimal() and int(parts[0]) < len(items):
+        return int(parts[0]), 1
+    raise _unknown(override, parts[0], [name for name in names if name])
 
 
 def _unknown(override: str, name: str, allowed: Collection[str]) -> ConfigError:

@@ -20,7 +20,9 @@ MAX_LORAS = 8
 CPU_STALL_TIMEOUT_S = 600.0
 """Default ``stall_timeout_s`` of generators without GPUs."""
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+_SEGMENT = r"[A-Za-z0-9][A-Za-z0-9._:-]*"
+ModelName = Annotated[str, Field(max_length=128, pattern=rf"^{_SEGMENT}(/{_SEGMENT})*$")]
+"""Name of a model in requests, such as `smollm2`, `org/model` or `llama3:8b`."""
 ClassifierTask = Literal[
     "classify",
     "embed",
@@ -101,8 +103,10 @@ class PoolConfig(Section):
 
     renamed_fields: ClassVar[Mapping[str, str]] = {"max_ongoing": "max_in_flight"}
 
-    name: Name
-    """Name of the pool, and the value of `model` in requests."""
+    name: ModelName
+    """Name of the pool, and the value of `model` in requests, such as `smollm2` or `org/model`."""
+    aliases: tuple[ModelName, ...] = ()
+    """Further names for `model` in requests. Answers, metrics and logs have the `name`."""
     model: str = Field(min_length=1)
     """Name of a default model (`tandem models list`), Hugging Face id, or local directory."""
     max_in_flight: int = Field(256, ge=1)
@@ -122,6 +126,11 @@ class PoolConfig(Section):
     @property
     def num_workers(self) -> int:
         return 1
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Names that requests may use as ``model``."""
+        return (self.name, *self.aliases)
 
     @model_validator(mode="after")
     def _check_scaling(self) -> Self:
@@ -154,7 +163,7 @@ class GeneratorConfig(PoolConfig):
     kv_cache_memory_bytes: ByteSize | None = Field(None, ge=MIB)
     """KV cache of each worker, in bytes or with a unit (`512MiB`). Default: chosen by vLLM (1 GiB
     on CPUs)."""
-    adapters: dict[Name, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
+    adapters: dict[ModelName, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
     """LoRA adapters: the value of `model` in requests, and the adapter's directory or Hugging Face
     id."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
@@ -171,6 +180,10 @@ class GeneratorConfig(PoolConfig):
     @property
     def num_workers(self) -> int:
         return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        return (*super().model_names, *self.adapters)
 
     @property
     def model_files(self) -> tuple[str, ...]:

@@ -105,7 +105,10 @@ class World:
         server = LinkServer(app, SECRET)
         host, port = await server.start()
         self.servers[name] = server
-        self.running[pool][name] = ReplicaInfo(name, host, port, routes, {"engine": "1"})
+        adapters = self.gateway.pools[pool].limits.adapters
+        self.running[pool][name] = ReplicaInfo(
+            name, host, port, routes, {"engine": "1"}, adapters=adapters
+        )
         self.update(pool)
         expected = len(self.running[pool]) if ready is None else ready
         await self.until(lambda: self.gateway.pools[pool].replicas.num_ready == expected)
@@ -159,24 +162,26 @@ async def gateway_world(
     scales_to_zero: bool = False,
     read_decisions: ReadDecisions | None = None,
     routing: str = "prefix",
+    generator: dict[str, Any] | None = None,
     **router: Any,
 ) -> AsyncIterator[World]:
-    generator: dict[str, Any] = {
+    pool: dict[str, Any] = {
         "name": "gen",
         "model": "m",
         "max_in_flight": 2,
         "routing": routing,
+        **(generator or {}),
     }
     if scales_to_zero:
-        generator["replicas"] = {"min": 0, "target_in_flight": 2}
+        pool["replicas"] = {"min": 0, "target_in_flight": 2}
     config = parse(
         {
-            "generators": [generator],
+            "generators": [pool],
             "classifiers": [{"name": "cls", "model": "m"}],
             "router": router,
         }
     )
-    wirings = {name: Wiring(SECRET, fallback=fallback) for name in ("gen", "cls")}
+    wirings = {name: Wiring(SECRET, fallback=fallback) for name in (pool["name"], "cls")}
     gateway = Gateway(
         config,
         wirings,

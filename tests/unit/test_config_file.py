@@ -27,6 +27,7 @@ def write(directory: Path, **changes: Any) -> Path:
             "generators": [
                 {"name": "one", "model": "m", "engine": "sim"},
                 {"name": "v1.5", "model": "m", "engine": "sim"},
+                {"name": "o/m.1:8b", "model": "m", "engine": "sim"},
             ]
         },
     }
@@ -59,6 +60,8 @@ def test_two_cpus_suffice_for_two_replicas_of_everything() -> None:
         ("router.max_queued=7", lambda c: c.config.router.max_queued == 7),
         ("generators.one.replicas.max=4", lambda c: c.config.generators[0].replicas.max == 4),
         ("generators.1.replicas={max: 3}", lambda c: c.config.generators[1].replicas.max == 3),
+        ("generators.v1.5.replicas.max=4", lambda c: c.config.generators[1].replicas.max == 4),
+        ("generators.o/m.1:8b.model=n", lambda c: c.config.generators[2].model == "n"),
         ("generators.one.sim.seed=5", lambda c: c.config.generators[0].sim.seed == 5),
         (
             "generators.one.engine_args.x.y=[1]",
@@ -99,8 +102,8 @@ def test_set_accepts_deprecated_and_current_names(
     [
         ("rooter.max_queued=1", ["'rooter'", "did you mean 'router'"]),
         ("router.max_queue=1", ["'max_queue'", "did you mean 'max_queued'"]),
-        ("generators.two.model=x", ["'two'", "allowed: one, v1.5"]),
-        ("generators.7.model=x", ["'7'", "allowed: one, v1.5"]),
+        ("generators.two.model=x", ["'two'", "allowed: one, v1.5, o/m.1:8b"]),
+        ("generators.7.model=x", ["'7'", "allowed: one, v1.5, o/m.1:8b"]),
         ("generators.one.model.x=1", ["model is 'm'"]),
         ("http_options.prot=1", ["'prot'", "did you mean 'port'"]),
         ("http_options.port=99999", ["http_options.port", "99999", "1 to 65535"]),

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 def check_model(engine: "SimEngine", exchange: HttpExchange, model: str | None) -> None:
     name = engine.config.name
-    if model and model != name and model not in engine.config.adapters:
+    if model and model not in engine.config.model_names:
         message = f"The model `{model}` does not exist. Valid aliases: {name}."
         raise ApiError(message, "model", status=404, type_="NotFoundError")
-    exchange.model = model or name
+    exchange.model = model if model in engine.config.adapters else name
 
 
 def check_sampling(body: ChatBody | CompletionBody) -> None:

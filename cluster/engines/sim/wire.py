@@ -59,7 +59,8 @@ def full_usage(prompt_tokens: int, completion_tokens: int) -> Body:
 
 def models(config: GeneratorConfig, created: int, max_model_len: int) -> Body:
     name, adapters = config.name, config.adapters
-    cards = [_card(name, config.model, created, None, max_model_len)]
+    names = (name, *config.aliases)
+    cards = [_card(each, config.model, created, None, max_model_len) for each in names]
     cards += [_card(each, path, created, name, None) for each, path in adapters.items()]
     return {"object": "list", "data": cards}
 

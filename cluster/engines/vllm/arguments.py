@@ -61,7 +61,7 @@ def fill_args(
         "scheduling_policy": PRIORITY_POLICY,
         **config.engine_args,
         "model": model_path,
-        "served_model_name": [config.name],
+        "served_model_name": [config.name, *config.aliases],
         "tensor_parallel_size": config.tensor_parallel_size,
         "pipeline_parallel_size": config.pipeline_parallel_size,
         "quantization": config.quantization,

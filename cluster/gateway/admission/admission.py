@@ -71,10 +71,10 @@ class Admission:
             raise
 
     def _admit(self, request: Request, body: RequestBody, pool: Pool) -> tuple[Claim, QuotaTicket]:
-        identity, model = request.identity, body.model or pool.name
+        identity, model = request.identity, pool.names_of(body.model or pool.name)[0]
         # An unread body may name any of the pool's models, so all of them must be allowed.
-        for name in pool.models if body is UNREAD_BODY else (model,):
-            if not identity.allows(name):
+        for name in pool.models if body is UNREAD_BODY else (body.model or pool.name,):
+            if not identity.allows(*pool.names_of(name)):
                 raise PermissionDeniedError(
                     f"The API key does not allow the model `{name}`.", param="model"
                 )

@@ -140,15 +140,14 @@ class BuiltinRoutes:
             for card in await self._model_cards(pool, request):
                 if card["id"] == name:
                     return json_response(card)
-        names = filter(request.identity.allows, (model for pool in pools for model in pool.models))
+        names = [name for pool in pools for name in _allowed_models(pool, request)]
         raise NotFoundError(
             f"The model `{name}` does not exist. Known models: {', '.join(sorted(names))}"
         )
 
     def _allowed_pools(self, request: Request) -> list[Pool]:
         """Return the pools with at least one model that the API key allows."""
-        allows = request.identity.allows
-        return [pool for pool in self._pools.values() if any(map(allows, pool.models))]
+        return [pool for pool in self._pools.values() if _allowed_models(pool, request)]
 
     async def _model_cards(self, pool: Pool, request: Request) -> list[dict[str, Any]]:
         """Return the engine's description of each model, or a minimal one if it cannot answer."""
@@ -159,16 +158,17 @@ class BuiltinRoutes:
                 {}
                 if listing is None
                 else {
-                    # The root is the path of the model's files on the server.
-                    card["id"]: {**card, "root": card["id"]}
+                    # vLLM's root is the path of the model's files on the server.
+                    card["id"]: {**card, "root": pool.names_of(card["id"])[0]}
                     for card in listing["data"]
                 }
             )
-        models = filter(request.identity.allows, pool.models)
-        return [cards.get(model) or self._minimal_card(model) for model in models]
+        models = _allowed_models(pool, request)
+        return [cards.get(model) or self._minimal_card(pool, model) for model in models]
 
-    def _minimal_card(self, model: str) -> dict[str, Any]:
-        return {"id": model, "object": "model", "created": self._created, "owned_by": "tandem"}
+    def _minimal_card(self, pool: Pool, model: str) -> dict[str, Any]:
+        card = {"id": model, "object": "model", "created": self._created, "owned_by": "tandem"}
+        return {**card, "root": pool.names_of(model)[0]}
 
     async def _openapi(self, request: Request) -> Response:
         documents = await asyncio.gather(
@@ -220,3 +220,8 @@ class BuiltinRoutes:
             reason = str(error) or f"no answer within {timeout_s:g} s"
             logger.warning("%s: GET %s at pool %s failed: %s", request_id, path, pool.name, reason)
             return None
+
+
+def _allowed_models(pool: Pool, request: Request) -> list[str]:
+    """Return the names in a pool that the request's API key allows."""
+    return [name for name in pool.models if request.identity.allows(*pool.names_of(name))]

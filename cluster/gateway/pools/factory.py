@@ -44,6 +44,7 @@ def _pool_limits(router: RouterConfig, pool: GeneratorConfig | ClassifierConfig)
         queue_timeout_s=router.queue_timeout_s,
         routing=pool.routing,
         engine_priorities=_schedules_by_priority(pool),
+        aliases=pool.aliases,
         adapters=tuple(pool.adapters) if isinstance(pool, GeneratorConfig) else (),
         max_loras=pool.max_loras if isinstance(pool, GeneratorConfig) else 1,
         max_sequences=(

@@ -35,8 +35,8 @@ class Pool:
     ) -> None:
         self.name = name
         self.kind: PoolKind = kind
-        self.models = (name, *limits.adapters)
-        """Names that clients may use as ``model``: the pool's and its adapters'."""
+        self.models = (name, *limits.aliases, *limits.adapters)
+        """Names that clients may use as ``model``: the pool's, its aliases, and its adapters'."""
         self.limits = limits
         self.meter = meter
         self.routes = RouteTable()
@@ -77,6 +77,10 @@ class Pool:
         """Return the claim for another attempt, which may wait as long as a new request."""
         expires_s = asyncio.get_running_loop().time() + self.queue_timeout_s
         return replace(claim, expires_s=min(expires_s, claim.deadline_s), is_retry=True)
+
+    def names_of(self, model: str) -> tuple[str, ...]:
+        """Return all names of a model of this pool; the first one is in metrics and logs."""
+        return (model,) if model in self.limits.adapters else (self.name, *self.limits.aliases)
 
     def needs_adapter(self, model: str) -> str | None:
         """Return the adapter to route by; None if every replica holds all adapters at once."""

@@ -36,6 +36,8 @@ class PoolLimits:
     routing: RoutingPolicy
     engine_priorities: bool = False
     """True if the engines schedule by the ``priority`` field of a request's body."""
+    aliases: tuple[str, ...] = ()
+    """Further names of the model."""
     adapters: tuple[str, ...] = ()
     """LoRA adapters of the model, which clients name like a model."""
     max_loras: int = 1

@@ -87,7 +87,7 @@ class ClassifierApp:
 
     async def _run_task(self, task: Task[RequestT], body: bytes, tenant: bytes) -> Reply:
         request = schema.parse(task.decoder, body)
-        if request.model not in (None, self._config.name):
+        if request.model not in (None, *self._config.model_names):
             message = f"the model {request.model!r} does not exist; this is {self._config.name!r}"
             raise NotFoundError(message, param="model")
         options, inputs = task.options(request), task.inputs(request)
