@@ -1,9 +1,10 @@
 """Root of the configuration: the ``args`` of Tandem's application in ``ray-config.yaml``."""
 
-from collections.abc import Sequence
-from typing import Any, Self, get_args
+from collections.abc import Iterator, Sequence
+from typing import Any, Self, get_args, get_origin
 
 from pydantic import BaseModel, ByteSize, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from cluster.config.operations import (
     AccountingConfig,
@@ -15,10 +16,22 @@ from cluster.config.operations import (
 from cluster.config.pools import ClassifierConfig, GeneratorConfig
 from cluster.config.resources import BudgetConfig
 from cluster.config.router import RouterConfig
-from cluster.config.section import Section, describe, list_allowed, reject_variables
+from cluster.config.section import (
+    Section,
+    describe,
+    first_error,
+    list_allowed,
+    reject_variables,
+)
 from cluster.errors import ConfigError
 
 MIB = 1024**2
+
+SERVE_LEVEL = (
+    "http_options", "grpc_options", "logging_config", "proxy_location", "target_capacity",
+    "controller_options",
+)  # fmt: skip
+"""Fields of the Serve config that are not Tandem's."""
 
 
 class ClusterConfig(Section):
@@ -121,21 +134,31 @@ def parse(args: Any) -> TandemConfig:
     try:
         return TandemConfig.model_validate(args)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        first = first_error(error)
         hint = ""
         if first["type"] == "extra_forbidden":
             *section, name = first["loc"]
-            hint = f"; {list_allowed(str(name), _fields_at(section))}"
+            hint = f"; {_hint(section, str(name))}"
         raise ConfigError(f"{describe(error, 'args')}{hint}") from None
 
 
-def _fields_at(loc: Sequence[int | str]) -> list[str]:
-    """Return the field names of the section at a pydantic error location."""
+def _hint(loc: Sequence[int | str], name: str) -> str:
+    """Return what to write instead of an unknown field at a pydantic error location."""
+    if not loc and name in SERVE_LEVEL:
+        return "it belongs at the top level of the file, next to `applications`"
     section: type[BaseModel] = TandemConfig
     for part in loc:
-        if isinstance(part, int):
-            continue
-        annotation: Any = section.model_fields[part].annotation
-        inner = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type)]
-        section = next(a for a in inner if issubclass(a, BaseModel))
-    return sorted(section.model_fields)
+        if isinstance(part, str):
+            section = next(_sections(section.model_fields[part]))
+    for field, info in section.model_fields.items():
+        is_list = get_origin(info.annotation) is tuple
+        if not is_list and any(name in inner.model_fields for inner in _sections(info)):
+            return f"it belongs to `{field}`: `{field}: {{{name}: …}}`"
+    return list_allowed(name, sorted(section.model_fields))
+
+
+def _sections(field: FieldInfo) -> Iterator[type[BaseModel]]:
+    annotation: Any = field.annotation
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield kind

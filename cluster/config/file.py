@@ -7,18 +7,18 @@ The file is a Ray Serve config. Tandem's configuration is the ``args`` of the ap
 import hashlib
 import ipaddress
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from cluster.config.application import TandemConfig, parse
 from cluster.config.overrides import apply_override
 from cluster.config.router import RouterConfig
-from cluster.config.section import describe, reject_variables
+from cluster.config.section import describe, list_allowed, reject_variables
 from cluster.config.yaml_text import parse_yaml
 from cluster.errors import ConfigError
 from cluster.key_file import read_keys
@@ -117,19 +117,31 @@ def _check_serve_level(serve_config: dict[str, Any]) -> None:
     """Validate everything but our ``args`` against Serve's schema."""
     applications = [{**application, "args": {}} for application in serve_config["applications"]]
     bare = {**serve_config, "applications": applications}
-    text = json.dumps([version("ray"), bare], sort_keys=True, default=str)
+    text = json.dumps([2, version("ray"), bare], sort_keys=True, default=str)
     # Importing Serve's schema takes seconds, so valid configs are remembered by their digest.
     marker = home() / "run" / f"serve-config-{hashlib.sha256(text.encode()).hexdigest()[:16]}.ok"
     if marker.exists():
         return
-    from ray.serve.schema import ServeDeploySchema
+    from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
     try:
         ServeDeploySchema.model_validate(bare)
     except ValidationError as error:
         raise ConfigError(describe(error, "Serve config")) from None
+    # Serve ignores unknown fields.
+    _check_names(serve_config, ServeDeploySchema, "")
+    _check_names(serve_config.get("http_options") or {}, HTTPOptionsSchema, "http_options.")
+    for index, application in enumerate(applications):
+        _check_names(application, ServeApplicationSchema, f"applications.{index}.")
     marker.parent.mkdir(parents=True, exist_ok=True)
     marker.touch()
+
+
+def _check_names(values: Mapping[str, Any], schema: type[BaseModel], path: str) -> None:
+    for name in values:
+        if name not in schema.model_fields and not name.startswith("x-"):  # for YAML's anchors
+            allowed = list_allowed(name, schema.model_fields)
+            raise ConfigError(f"{path}{name}: Ray Serve has no such field; {allowed}")
 
 
 def _http_address(serve_config: dict[str, Any]) -> tuple[str, int]:

@@ -9,15 +9,11 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
-from cluster.config.application import TandemConfig
+from cluster.config.application import SERVE_LEVEL, TandemConfig
 from cluster.config.section import Section, list_allowed
 from cluster.config.yaml_text import parse_yaml
 from cluster.errors import ConfigError
 
-SERVE_LEVEL = (
-    "http_options", "grpc_options", "logging_config", "proxy_location", "target_capacity",
-    "controller_options",
-)  # fmt: skip
 HTTP_OPTIONS = ("host", "port", "root_path", "request_timeout_s", "keep_alive_timeout_s")
 
 

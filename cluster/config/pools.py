@@ -1,9 +1,10 @@
 """Configuration of the pools: generators (language models) and classifiers (BERT-like models)."""
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import ByteSize, Field, model_validator
+from pydantic import AfterValidator, ByteSize, Field, model_validator
 
 from cluster.config.engine_args import check_engine_args
 from cluster.config.resources import ReplicasConfig, ResourcesConfig
@@ -21,7 +22,19 @@ CPU_STALL_TIMEOUT_S = 600.0
 """Default ``stall_timeout_s`` of generators without GPUs."""
 
 _SEGMENT = r"[A-Za-z0-9][A-Za-z0-9._:-]*"
-ModelName = Annotated[str, Field(max_length=128, pattern=rf"^{_SEGMENT}(/{_SEGMENT})*$")]
+_MODEL_NAME = re.compile(rf"{_SEGMENT}(/{_SEGMENT})*")
+
+
+def _check_model_name(name: str) -> str:
+    if not _MODEL_NAME.fullmatch(name):
+        raise ValueError(
+            "a model name has letters, digits, `.`, `_`, `-`, `:` and `/`, and starts with a "
+            "letter or digit"
+        )
+    return name
+
+
+ModelName = Annotated[str, Field(max_length=128), AfterValidator(_check_model_name)]
 """Name of a model in requests, such as `smollm2`, `org/model` or `llama3:8b`."""
 ClassifierTask = Literal[
     "classify",

@@ -1,13 +1,23 @@
 """Configuration of the router: API keys, queue limits, timeouts and request log."""
 
+import re
 from typing import Annotated, ClassVar, Self
 
-from pydantic import ByteSize, Field, model_validator
+from pydantic import AfterValidator, ByteSize, Field, model_validator
 
 from cluster.config.resources import ReplicasConfig, ResourcesConfig
 from cluster.config.section import Section
 
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+def _check_digest(digest: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise ValueError(
+            'a digest has 64 hexadecimal digits; compute it with `printf %s "$KEY" | sha256sum`'
+        )
+    return digest
+
+
+Sha256 = Annotated[str, AfterValidator(_check_digest)]
 
 
 class RouterConfig(Section):

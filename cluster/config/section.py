@@ -52,9 +52,25 @@ class Section(BaseModel):
         return cls.rename_deprecated(values) if isinstance(values, Mapping) else values
 
 
+_EXPECTED = {
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "it must be an integer"),
+    **dict.fromkeys(("float_parsing", "float_type"), "it must be a number"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "it must be true or false"),
+    **dict.fromkeys(("list_type", "tuple_type"), "it must be a list, such as [a, b]"),
+    **dict.fromkeys(("model_type", "dict_type"), "it must be a mapping, such as {a: 1}"),
+    "string_type": "it must be a string",
+}
+"""Descriptions of pydantic's errors that speak of Python's types."""
+
+
+def first_error(error: ValidationError) -> Any:
+    """Return the error to report: an unknown field, which may be why others are missing."""
+    return min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+
+
 def describe(error: ValidationError, root: str) -> str:
-    """Describe the first error in one line; ``root`` names the whole, which has no path."""
-    first = error.errors(include_url=False)[0]
+    """Describe one error in one line; ``root`` names the whole, which has no path."""
+    first = first_error(error)
     path = ".".join(map(str, first["loc"])) or root
     value = repr(first["input"])
     if len(value) > 80:
@@ -64,9 +80,9 @@ def describe(error: ValidationError, root: str) -> str:
     if first["type"] == "missing":
         return f"{path}: missing; this field is required"
     problem = " ".join(first["msg"].removeprefix("Value error, ").split())
-    problem = problem[0].lower() + problem[1:]
+    problem = _EXPECTED.get(first["type"], problem[0].lower() + problem[1:])
     if first["type"] == "string_type" and isinstance(first["input"], int | float):
-        problem = "it must be a string: put it in quotes"
+        problem += ": put it in quotes"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "value_error" and isinstance(first["input"], Mapping):
         return f"{path}: {problem}{more}"  # our checks of whole sections name field and value

@@ -139,9 +139,23 @@ def test_configuration_is_frozen() -> None:
         ({"generators": [{"name": "g"}]}, ["generators.0.model", "missing"]),
         ({"generators": "g"}, ["generators", "'g'"]),
         ({**generator(), "router": {"max_queued": -1}}, ["router.max_queued", "got -1", "0"]),
-        ({**generator(), "router": {"api_keys_sha256": ["secret"]}}, ["api_keys_sha256.0"]),
+        (
+            {**generator(), "router": {"api_keys_sha256": ["secret"]}},
+            ["keys_sha256.0", "sha256sum"],
+        ),
         ({**generator(), "router": {"replicas": {"min": 0}}}, ["router", "at least 1"]),
         (generator(slo={"latency_p95_s": 1}), ["slo.latency_p95_s", "itl_p90_s, ttft_p90_s"]),
+        (
+            generator(gpus=1),
+            ["generators.0.gpus: no such", "it belongs to `resources`"],
+        ),
+        ({**generator(), "http_options": {}}, ["it belongs at the top level of the file"]),
+        ({"generators": [{"nam": "g"}]}, ["generators.0.nam: no such field", "'name'"]),
+        (generator(replicas=2), ["generators.0.replicas: got 2; it must be a mapping"]),
+        (generator(max_in_flight="8k"), ["max_in_flight: got '8k'; it must be an integer"]),
+        (classifier(tasks="embed"), ["tasks: got 'embed'; it must be a list, such as [a, b]"]),
+        ({**generator(), "router": {"open": "maybe"}}, ["router.open", "it must be true or false"]),
+        (generator(name="my chat"), ["a model name has letters, digits"]),
         (generator(slo={"ttft_p90_s": 0}), ["slo.ttft_p90_s", "got 0"]),
         (
             {**generator(resources={"gpus": 2}, replicas={"min": 2, "max": 2})}
