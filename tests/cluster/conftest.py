@@ -1,5 +1,6 @@
 """Real clusters for the tests: real Ray, real vLLM, the default models."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,9 @@ from tests.running import ROOT as ROOT
 from tests.running import TANDEM as TANDEM
 from tests.running import RunningCluster as RunningCluster
 from tests.running import isolated_home as isolated_home
+
+ALIASES, CLASSIFIER_ALIASES = ["gpt-4o-mini", "acme/chat:1b"], ["org/mood"]
+"""Further names of the models in ``cluster``."""
 
 
 def sim_generator(**fields: Any) -> dict[str, Any]:
@@ -74,6 +78,8 @@ def sim_cluster(
 @pytest.fixture(scope="session")
 def cluster(make_cluster: Any) -> Iterator[RunningCluster]:
     """Start the default deployment: SmolLM2 on vLLM, the sentiment classifier, one router."""
-    running: RunningCluster = make_cluster()
+    aliases = {"generators.smollm2": ALIASES, "classifiers.sentiment": CLASSIFIER_ALIASES}
+    settings = [f"--set={pool}.aliases={json.dumps(names)}" for pool, names in aliases.items()]
+    running: RunningCluster = make_cluster(*settings)
     yield running
     running.down()

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-from tests.cluster.conftest import ROOT, RunningCluster
+from tests.cluster.conftest import ALIASES, CLASSIFIER_ALIASES, ROOT, RunningCluster
 
 DRIVER = """
 import asyncio, json, sys
@@ -74,7 +74,7 @@ def test_all_methods_work_from_another_job(cluster: RunningCluster) -> None:
     )
     assert done.returncode == 0, done.stderr
     out = json.loads(done.stdout.splitlines()[-1])
-    assert out["models"] == ["sentiment", "smollm2"]
+    assert out["models"] == sorted(["smollm2", *ALIASES, "sentiment", *CLASSIFIER_ALIASES])
     assert "Paris" in out["chat"]
     assert out["chats"] == [out["chat"]] * 3
     assert out["generate"] == 4

@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from cluster.monitoring.foreign import VLLM
-from tests.cluster.conftest import RunningCluster
+from tests.cluster.conftest import ALIASES, CLASSIFIER_ALIASES, RunningCluster
 
 MODEL = "smollm2"
 PARIS: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
@@ -212,10 +212,35 @@ def test_embeddings(client: openai.OpenAI, http: httpx.Client) -> None:
 
 
 def test_models(client: openai.OpenAI) -> None:
-    assert {model.id for model in client.models.list()} == {MODEL, "sentiment"}
-    assert client.models.retrieve("sentiment").id == "sentiment"
+    names = [MODEL, *ALIASES, "sentiment", *CLASSIFIER_ALIASES]
+    assert [model.id for model in client.models.list()] == names
+    assert [client.models.retrieve(name).id for name in names] == names
     roots = [model.model_extra["root"] for model in client.models.list() if model.id == MODEL]
     assert roots == [MODEL]  # not the path of its files
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_aliases_are_answered_under_the_name(
+    client: openai.OpenAI, http: httpx.Client, alias: str
+) -> None:
+    ask: dict[str, Any] = {"model": alias, "max_tokens": 2}
+    answers: list[Any] = [
+        client.chat.completions.create(messages=PARIS, **ask),
+        client.completions.create(prompt="One", **ask),
+        client.responses.create(model=alias, input="Hi", max_output_tokens=2),
+        *client.chat.completions.create(messages=PARIS, stream=True, **ask),
+    ]
+    assert {answer.model for answer in answers} == {MODEL}
+    message = http.post("/v1/messages", json={**ask, "messages": PARIS}).json()
+    assert message["model"] == MODEL
+    assert http.post("/tokenize", json={"model": alias, "prompt": "One"}).json()["count"] > 0
+    assert alias not in http.get("/metrics").text
+
+
+def test_aliases_of_classifiers(http: httpx.Client) -> None:
+    for path in ("/classify", "/v1/embeddings"):
+        answer = http.post(path, json={"model": CLASSIFIER_ALIASES[0], "input": "fine"})
+        assert answer.json()["model"] == "sentiment"
 
 
 def test_builtin_paths(http: httpx.Client) -> None:

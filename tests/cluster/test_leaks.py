@@ -24,7 +24,7 @@ def config() -> dict[str, Any]:
         sim={"decode_s_per_token": 0.02, "leak_bytes_per_request": "1MiB"},
         replicas={"min": 2, "max": 2},
     )
-    hanging = sim_generator(name="hanging", sim={"hang_after_requests": 3}, stall_timeout_s=2)
+    hanging = sim_generator(name="org/hanging", sim={"hang_after_requests": 3}, stall_timeout_s=2)
     return serve_config(generators=[sim, hanging], router=router_config(1), leaks=LEAKS)
 
 
@@ -67,7 +67,7 @@ def test_all_replicas_run_after_the_replacement(sim_cluster: RunningCluster) -> 
 
 
 def test_a_hung_replica_is_replaced(sim_cluster: RunningCluster) -> None:
-    body = {"model": "hanging", "prompt": "a", "max_tokens": 3}
+    body = {"model": "org/hanging", "prompt": "a", "max_tokens": 3}
     with httpx.Client(base_url=sim_cluster.http_url, timeout=100) as http:
         for _ in range(3):
             assert http.post("/v1/completions", json=body).status_code == 200

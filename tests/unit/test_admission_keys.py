@@ -201,7 +201,7 @@ def run(path: Path, *args: str) -> Any:
 def test_keys_can_be_added_listed_and_revoked(tmp_path: Path) -> None:
     path = tmp_path / "there" / "keys.yaml"
     assert run(path, "list").stdout.startswith("no keys")
-    added = run(path, "add", "acme", "--weight", "2", "--priority", "3", "--model", "gen")
+    added = run(path, "add", "acme", "--weight", "2", "--priority", "3", "--model", "org/gen:1b")
     key = added.stdout.splitlines()[0]
     assert added.exit_code == 0
     assert len(key) > 40
@@ -213,7 +213,7 @@ def test_keys_can_be_added_listed_and_revoked(tmp_path: Path) -> None:
     assert [row["tenant"] for row in rows] == ["acme", "acme"]
     assert (rows[0]["weight"], rows[0]["tokens_per_minute"]) == (2, 1000)
     assert rows[0]["max_concurrent"] == 7
-    assert rows[0]["models"] == ["gen"]
+    assert rows[0]["models"] == ["org/gen:1b"]
     assert rows[1]["id"] == digest(second)[:16]
     assert "acme" in run(path, "list").stdout
     assert run(path, "revoke", rows[0]["id"][:8]).exit_code == 0
