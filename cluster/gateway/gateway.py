@@ -79,7 +79,7 @@ class Gateway:
         """Metrics of this router."""
         self.request_log = RequestLog(router.log_requests_per_s, log_prompts=router.log_prompts)
         self._usage = usage
-        sinks = RequestSinks(self.registry, self.request_log, tracer, usage)
+        self._sinks = sinks = RequestSinks(self.registry, self.request_log, tracer, usage)
         self.pools = make_pools(config, wirings, sinks)
         export_pool_gauges(self.registry, self.pools.values())
         authenticator = Authenticator(
@@ -92,9 +92,7 @@ class Gateway:
         quotas = TenantQuotas(self.registry)
         self.admission = Admission(authenticator, quotas, self._response_ids)
         self._load_reports = LoadReports(config, self.pools)
-        self._dashboard = Dashboard(
-            self.registry, self.pools, self.request_log, routers, read_decisions
-        )
+        self._dashboard = Dashboard(self.pools, sinks, routers, read_decisions)
         self._builtin = BuiltinRoutes(
             self.pools, versions or {}, self.registry, self._dashboard, usage
         )
@@ -179,6 +177,7 @@ class Gateway:
         """Count and log a request that was rejected before a pool was selected."""
         route = self._route_of(path)
         self._count(route, error.status)
+        self._sinks.tenants.count(tenant, "", error.status)
         outcome = outcome_of(error.status)
         self.request_log.write(RequestRecord(request_id, route, error.status, outcome, tenant))
 

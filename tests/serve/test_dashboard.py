@@ -5,6 +5,7 @@ import io
 import json
 import logging
 from collections.abc import Iterator
+from hashlib import sha256
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from rich.console import Console
 from cluster.autoscaling import TargetChange
 from cluster.cli import top
 from cluster.gateway.recording.request_log import LOGGER
+from cluster.gateway.recording.tenant_seconds import TenantSeconds
 from cluster.gateway.reporting.dashboard import service
 from cluster.gateway.reporting.dashboard.history import History
 from tests import asgi
@@ -28,7 +30,7 @@ async def dashboard_data(world: World, since: int = 0) -> Any:
 async def test_second_holds_the_difference_to_the_previous_one() -> None:
     async with gateway_world() as world:
         await world.add("gen", "gen-1")
-        history = History(world.gateway.registry, world.gateway.pools)
+        history = History(world.gateway.registry, world.gateway.pools, TenantSeconds())
         history.sample(1000.0, 1.0)
         assert history.since(0) == []
         for _ in range(3):
@@ -57,7 +59,7 @@ async def test_second_holds_the_difference_to_the_previous_one() -> None:
 
 async def test_history_survives_clock_changes() -> None:
     async with gateway_world() as world:
-        history = History(world.gateway.registry, world.gateway.pools)
+        history = History(world.gateway.registry, world.gateway.pools, TenantSeconds())
         for number, now in enumerate((1000, 1001, 1000, 1002, 500, 501)):
             history.sample(now, float(number))
             times = [second.time for second in history.since(0)]
@@ -159,6 +161,40 @@ async def test_data_needs_a_key_but_the_page_does_not() -> None:
         page = (await asgi.get(world.app, "/dashboard")).body.decode()
         assert "uPlot" in page
         assert "vendor:" not in page
+
+
+async def test_a_tenant_sees_the_figures_of_its_own_requests_only() -> None:
+    keys = {name: sha256(name.encode()).hexdigest() for name in "abo"}
+    hashes = {"api_keys_sha256": [keys["a"], keys["b"]], "operator_keys_sha256": [keys["o"]]}
+
+    async def figures(world: World, key: str) -> dict[str, float]:
+        """Return the sums of columns over all seconds; empty before the first one."""
+        headers = {"authorization": f"Bearer {key}"}
+        data = (await asgi.call(world.app, "GET", "/dashboard/data", headers=headers)).json()
+        rows = data["rows"]["gen"]
+        return rows and {
+            name: sum(row[data["columns"].index(name)] or 0 for row in rows)
+            for name in ("requests", "failed", "prompt_tokens", "ttft_p50", "in_flight")
+        }
+
+    async with gateway_world(**hashes) as world:
+        await world.add("gen", "gen-1")
+        async with asyncio.timeout(60):
+            while not await figures(world, "o"):  # noqa: ASYNC110
+                await asyncio.sleep(0.2)
+        for key, body in {
+            "a": {"model": "gen", "stream": 1, "prompt_tokens": 9},
+            "b": {"model": "gen", "fail": True},
+        }.items():
+            await asgi.post(world.app, CHAT, body, headers={"authorization": f"Bearer {key}"})
+        async with asyncio.timeout(60):
+            while not (all_ := await figures(world, "o"))["requests"]:  # noqa: ASYNC110
+                await asyncio.sleep(0.2)
+        a, b = await figures(world, "a"), await figures(world, "b")
+        assert a["requests"] == b["requests"] == all_["requests"] / 2
+        assert (a["failed"], a["prompt_tokens"]) == (0, all_["prompt_tokens"])
+        assert a["ttft_p50"] > 0
+        assert (b["failed"], b["prompt_tokens"]) == (all_["failed"], 0)
 
 
 async def test_viewers_share_one_refresh(monkeypatch: pytest.MonkeyPatch) -> None:

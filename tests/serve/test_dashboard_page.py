@@ -252,3 +252,40 @@ async def test_page_asks_for_a_key_and_keeps_it(page, kind):
             assert not page.by("form").is_displayed()
 
         await asyncio.to_thread(check)
+
+
+async def test_page_shows_a_tenant_its_own_charts(page):
+    keys = {"api_keys_sha256": [hashlib.sha256(KEY.encode()).hexdigest()]}
+    async with running_routers(**keys) as running, listening(running.public_app) as url:
+        body = {"model": "chat", "messages": [{"role": "user", "content": "a"}], "max_tokens": 4}
+        headers = {"authorization": f"Bearer {KEY}"}
+        stopped = asyncio.Event()
+
+        async def send_requests():
+            while not stopped.is_set():
+                await asgi.post(running.public_app, CHAT, body, headers=headers)
+
+        def check():
+            page.open(f"{url}/dashboard")
+            page.until(lambda: "API key required" in page.state())
+            page.by("key").send_keys(KEY)
+            page.by("form").find_element("tag name", "button").click()
+            page.until(lambda: page.number("requests") > 1 and page.number("completion_tokens") > 1)
+            assert page.tile("ttft_p90").endswith("s")
+            shown = [card.text for card in page.all("#charts .card:not(.shared) h2")]
+            assert shown == [
+                "Requests per second",
+                "Tokens per second",
+                "Time to first token (TTFT)",
+                "Request duration",
+                "Queue time in the router",
+            ]
+            assert not any(card.is_displayed() for card in page.all(".shared"))
+            assert "Requests of tenant" in page.by("note").text
+
+        sending = asyncio.create_task(send_requests())
+        try:
+            await asyncio.to_thread(check)
+        finally:
+            stopped.set()
+            await sending

@@ -1,9 +1,10 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.gateway.recording.tenant_seconds import PoolSecond
 from cluster.gateway.reporting.dashboard.board import COLUMNS, WINDOW_S, Board, BoardRow
 from cluster.gateway.reporting.dashboard.history import HISTORY_S
-from cluster.gateway.reporting.dashboard.report import PoolSecond, Second
+from cluster.gateway.reporting.dashboard.report import Second
 
 T = 1_700_000_000
 

@@ -14,6 +14,7 @@ from cluster.gateway.messages import Request
 from cluster.gateway.pools.replica import Wiring
 from cluster.gateway.recording.observer import PoolMeter, RequestSinks
 from cluster.gateway.recording.request_log import RequestLog
+from cluster.gateway.recording.tenant_seconds import TenantSeconds
 from cluster.gateway.reporting.dashboard.history import History
 from cluster.metrics import Histogram, Registry, exposition
 from cluster.usage import Usage
@@ -69,7 +70,7 @@ def test_each_gap_is_counted_once(
 async def test_readers_see_the_gaps_of_open_streams() -> None:
     generator = {"name": "chat", "model": "m", "slo": {"itl_p90_s": 0.1}}
     gateway = Gateway(parse({"generators": [generator]}), {"chat": Wiring(b"secret")})
-    history = History(gateway.registry, gateway.pools)
+    history = History(gateway.registry, gateway.pools, TenantSeconds())
     history.sample(100.0, 100.0)
     gateway.load_report(100.0, 1.0)
     observer = gateway.pools["chat"].meter.observe(REQUEST, REQUEST.path)

@@ -5,7 +5,7 @@ path of a streamed token it costs one appended timestamp.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import sub
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal, get_args
@@ -20,6 +20,7 @@ from cluster.gateway.recording.request_log import (
     RequestRecord,
     outcome_of,
 )
+from cluster.gateway.recording.tenant_seconds import TenantSeconds
 from cluster.gateway.recording.usage import UsageAccount
 from cluster.link import RequestHead
 from cluster.metrics import Counter, Histogram, Registry, table
@@ -51,6 +52,7 @@ class RequestSinks:
     log: RequestLog
     tracer: "Tracer | None" = None
     usage: UsageAccount | None = None
+    tenants: TenantSeconds = field(default_factory=TenantSeconds)
 
 
 class PoolMeter:
@@ -61,6 +63,7 @@ class PoolMeter:
         self.log = sinks.log
         self.tracer = sinks.tracer
         self.usage = sinks.usage
+        self.tenants = sinks.tenants
         self._registry = sinks.registry
         counter, histogram = self._counter, self.histogram
         self.arrivals = counter(table.ARRIVALS)
@@ -123,6 +126,7 @@ class PoolMeter:
         """Count and log a request that was rejected before entering the queue."""
         self.requests(route, status).add()
         outcome = outcome_of(status)
+        self.tenants.count(request.tenant, self.pool_name, status)
         record = RequestRecord(request.id, route, status, outcome, request.tenant, self.pool_name)
         self.log.write(record)
 
@@ -208,6 +212,14 @@ class RequestObserver:
             meter.ttft_s.observe(ttft_s)
         if usage is not None:
             self._count_usage(usage)
+        meter.tenants.count(
+            self._request.tenant,
+            meter.pool_name,
+            self.status,
+            is_cut_off=self.is_cut_off,
+            usage=usage,
+            latencies_s={"total": total_s, "queue": queue_s, "ttft": ttft_s},
+        )
         if self._trace is not None:
             self._trace.end(self.status, queue_s, ttft_s, usage)
         outcome = outcome_of(self.status, cut_off=self.is_cut_off)

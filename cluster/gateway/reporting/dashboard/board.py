@@ -7,9 +7,11 @@ seconds that end with it, and levels at its end. It is computed once, for all vi
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
+from cluster.gateway.recording.tenant_seconds import LATENCIES, PoolSecond
 from cluster.gateway.reporting.dashboard.history import HISTORY_S, MAX_CLOCK_STEP_S
-from cluster.gateway.reporting.dashboard.report import LATENCIES, PoolSecond, Second
+from cluster.gateway.reporting.dashboard.report import Second
 from cluster.metrics import quantile
 
 WINDOW_S = 5
@@ -41,12 +43,16 @@ class Board:
     def __init__(self, pool_names: Iterable[str]) -> None:
         self._pool_names = tuple(pool_names)
         self._rows: deque[BoardRow] = deque(maxlen=HISTORY_S)
-        self._window: deque[Second] = deque(maxlen=WINDOW_S)
+        self._seconds: deque[Second] = deque(maxlen=HISTORY_S)
 
     @property
     def last(self) -> int:
         """Unix time of the newest row; 0 before the first."""
         return self._rows[-1].time if self._rows else 0
+
+    def seconds_of(self, tenant: str, since: int) -> list[Second]:
+        """Return the tenant's part of the merged seconds after ``since``, oldest first."""
+        return [second.of_tenant(tenant) for second in self._seconds if second.time > since]
 
     def since(self, time: int) -> list[BoardRow]:
         """Return the rows after ``time``, oldest first."""
@@ -56,7 +62,7 @@ class Board:
         """Drop all rows if the clock was set back; new ones would be older than them."""
         if newest < self.last - MAX_CLOCK_STEP_S:
             self._rows.clear()
-            self._window.clear()
+            self._seconds.clear()
 
     def add_rows(self, reports: Iterable[Iterable[Second]], until: int) -> Iterator[None]:
         """Compute the rows up to ``until``; yield after each, so that the caller can pause.
@@ -72,14 +78,15 @@ class Board:
                     other = merged.get(second.time)
                     merged[second.time] = second if other is None else _merge(other, second)
         for time in sorted(merged):
-            self._window.append(merged[time])
+            self._seconds.append(merged[time])
             self._rows.append(self._row(time))
             yield
 
     def _row(self, time: int) -> BoardRow:
-        recent = [second for second in self._window if second.time > time - WINDOW_S]
+        newest_first = islice(reversed(self._seconds), WINDOW_S)
+        recent = [second for second in newest_first if second.time > time - WINDOW_S]
         span_s = sum(second.span_s for second in recent) or 1.0
-        levels = recent[-1].pools
+        levels = recent[0].pools
         pools: dict[str, Values] = {}
         sums = {
             name: _sum_rates(second.pools.get(name) for second in recent)
@@ -97,12 +104,22 @@ class Board:
 
 def _merge(first: Second, second: Second) -> Second:
     """Return one second of two routers together."""
-    pools = dict(first.pools)
-    for name, pool in second.pools.items():
+    pools = _merge_all(first.pools, second.pools)
+    tenants = dict(first.tenants)
+    for name, by_pool in second.tenants.items():
+        tenants[name] = _merge_all(tenants.get(name, {}), by_pool)
+    span_s = max(first.span_s, second.span_s)
+    return Second(first.time, span_s, pools, first.unrouted + second.unrouted, tenants)
+
+
+def _merge_all(
+    first: Mapping[str, PoolSecond], second: Mapping[str, PoolSecond]
+) -> dict[str, PoolSecond]:
+    pools = dict(first)
+    for name, pool in second.items():
         other = pools.get(name)
         pools[name] = pool if other is None else _merge_pools(other, pool)
-    span_s = max(first.span_s, second.span_s)
-    return Second(first.time, span_s, pools, first.unrouted + second.unrouted)
+    return pools
 
 
 def _merge_pools(first: PoolSecond, second: PoolSecond) -> PoolSecond:

@@ -5,11 +5,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from cluster.gateway.pools.pool import Pool
-from cluster.gateway.recording.request_log import CLIENT_DISCONNECTED
-from cluster.gateway.reporting.dashboard.report import (
+from cluster.gateway.recording.tenant_seconds import (
     LATENCIES,
-    PoolNow,
     PoolSecond,
+    TenantSeconds,
+    is_refused,
+)
+from cluster.gateway.reporting.dashboard.report import (
+    PoolNow,
     ReplicaChange,
     ReplicaNow,
     Second,
@@ -38,9 +41,12 @@ class _Totals:
 class History:
     """Ring of seconds; each is the difference between two readings of the registry."""
 
-    def __init__(self, registry: Registry, pools: Mapping[str, Pool]) -> None:
+    def __init__(
+        self, registry: Registry, pools: Mapping[str, Pool], tenants: TenantSeconds
+    ) -> None:
         self._registry = registry
         self._pools = pools
+        self._tenants = tenants
         self._seconds: deque[Second] = deque(maxlen=HISTORY_S)
         self._changes: deque[ReplicaChange] = deque(maxlen=MAX_CHANGES)
         self._replica_ids: dict[str, frozenset[str]] = {name: frozenset() for name in pools}
@@ -65,6 +71,8 @@ class History:
             monotonic: Monotonic time in seconds.
         """
         totals, unrouted = dict(self._read_totals()), self._read_unrouted()
+        span_s = 0.0 if self._read_at is None else monotonic - self._read_at
+        tenants = self._tenants.take(span_s)
         if self._read_at is not None:
             began = int(now) - 1
             if self._seconds and abs(began - self._seconds[-1].time) > MAX_CLOCK_STEP_S:
@@ -75,9 +83,7 @@ class History:
                 name: self._second(pool, self._totals[name], totals[name])
                 for name, pool in self._pools.items()
             }
-            self._seconds.append(
-                Second(began, monotonic - self._read_at, pools, unrouted - self._unrouted)
-            )
+            self._seconds.append(Second(began, span_s, pools, unrouted - self._unrouted, tenants))
         self._totals, self._unrouted, self._read_at = totals, unrouted, monotonic
         self._record_changes(now)
 
@@ -111,7 +117,7 @@ class History:
         return sum(
             int(child.value)
             for (model, _, status), child in self._registry.series(table.REQUESTS).items()
-            if not model and isinstance(child, Counter) and _classify(int(status))[2]
+            if not model and isinstance(child, Counter) and is_refused(int(status))
         )
 
     def _second(self, pool: Pool, before: _Totals, after: _Totals) -> PoolSecond:
@@ -135,7 +141,7 @@ class History:
 
 def _classify(status: int) -> tuple[bool, bool, bool]:
     """Return whether a status counts as a request, as failed, and as refused."""
-    return True, status >= 500, 400 <= status < CLIENT_DISCONNECTED
+    return True, status >= 500, is_refused(status)
 
 
 def _growth(before: list[int], after: list[int]) -> dict[int, int]:

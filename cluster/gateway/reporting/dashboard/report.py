@@ -1,44 +1,9 @@
 """A router's report on itself, for its own page and for the other routers' pages."""
 
-from collections.abc import Mapping
-
 import msgspec
 
 from cluster.gateway.recording.request_log import Failure
-from cluster.metrics import table
-
-LATENCIES: Mapping[str, table.Metric] = {
-    "ttft": table.TTFT_SECONDS,
-    "itl": table.ITL_SECONDS,
-    "total": table.REQUEST_SECONDS,
-    "queue": table.QUEUE_SECONDS,
-}
-"""Histograms whose percentiles the dashboard shows, by their names there."""
-
-
-class PoolSecond(msgspec.Struct, omit_defaults=True):
-    """One second of one pool in one router."""
-
-    requests: int = 0
-    """Requests that ended."""
-    failed: int = 0
-    """Requests with a status of 500 or above, or cut off."""
-    refused: int = 0
-    """Requests with a status of 400 to 498."""
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    latencies: dict[str, dict[int, int]] = msgspec.field(default_factory=dict)
-    """For each of ``LATENCIES``, the observations by bucket index."""
-    in_flight: int = msgspec.field(default=0, name="ongoing")
-    """Requests of this router at the end of the second."""
-    queued: int = 0
-    """Requests in this router's queue at the end of the second."""
-    running: int = 0
-    """Requests in the engines' batches, from all routers."""
-    waiting: int = 0
-    """Requests waiting in the engines, from all routers."""
-    kv_cache: float = 0.0
-    """Mean share of the KV caches in use."""
+from cluster.gateway.recording.tenant_seconds import PoolSecond
 
 
 class Second(msgspec.Struct):
@@ -51,6 +16,14 @@ class Second(msgspec.Struct):
     pools: dict[str, PoolSecond]
     unrouted: int = 0
     """Requests rejected before a pool was selected, such as an unknown model or no API key."""
+    tenants: dict[str, dict[str, PoolSecond]] = msgspec.field(default_factory=dict)
+    """Requests of the most active tenants by pool; "" before a pool was selected."""
+
+    def of_tenant(self, tenant: str) -> "Second":
+        """Return the tenant's part of this second."""
+        pools = self.tenants.get(tenant, {})
+        unrouted = pools.get("", PoolSecond()).refused
+        return Second(self.time, self.span_s, pools, unrouted)
 
 
 class ReplicaNow(msgspec.Struct):

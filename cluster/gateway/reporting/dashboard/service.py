@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -17,7 +18,9 @@ from cluster.autoscaling import TargetChange
 from cluster.errors import InvalidRequestError, LinkError, PermissionDeniedError, RequestError
 from cluster.gateway.messages import Request, Response, bytes_response
 from cluster.gateway.pools.pool import Pool
-from cluster.gateway.recording.request_log import Failure, RequestLog
+from cluster.gateway.recording.observer import RequestSinks
+from cluster.gateway.recording.request_log import Failure
+from cluster.gateway.recording.tenant_seconds import MAX_TENANTS
 from cluster.gateway.reporting.dashboard.board import (
     ALL,
     COLUMNS,
@@ -30,7 +33,6 @@ from cluster.gateway.reporting.dashboard.history import History
 from cluster.gateway.reporting.dashboard.report import PoolNow, RouterReport
 from cluster.gateway.router_links import RouterLinks
 from cluster.link import LinkClient, RequestHead
-from cluster.metrics import Registry
 
 logger = logging.getLogger("ray.serve.tandem")
 
@@ -57,28 +59,36 @@ _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(RouterReport).decode
 
 
+@dataclass(frozen=True, slots=True)
+class _TenantBoard:
+    """Rows of one tenant, computed once for all its viewers."""
+
+    board: Board
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
 class Dashboard:
     """Data of one router's dashboard.
 
     Args:
-        registry: Metrics of this router.
-        pools: Its pools.
-        log: Its request log.
+        pools: Pools of this router.
+        sinks: Its metrics, request log and tenants' requests.
         routers: Links to the other routers; None if there is only one.
         read_decisions: Reads autoscaling's decisions; None if there is no autoscaling.
     """
 
     def __init__(
         self,
-        registry: Registry,
         pools: Mapping[str, Pool],
-        log: RequestLog,
+        sinks: RequestSinks,
         routers: RouterLinks | None,
         read_decisions: ReadDecisions | None = None,
     ) -> None:
-        self._history = History(registry, pools)
+        self._history = History(sinks.registry, pools, sinks.tenants)
+        self._pools = pools
         self._board = Board(pools)
-        self._log = log
+        self._tenant_boards: dict[str, _TenantBoard] = {}
+        self._log = sinks.log
         self._routers = routers
         self._others: dict[str, RouterReport | None] = {}
         self._read_decisions = read_decisions
@@ -108,15 +118,35 @@ class Dashboard:
     async def data(self, request: Request) -> Response:
         """Answer with the last minutes of all routers, after ``since`` (Unix time) if given.
 
-        A tenant sees its own failures, but no figures, which are those of all tenants together.
+        A tenant sees its own requests and failures only.
         """
         since = _since(request)
+        own = None if request.identity.sees_all else self._tenant_board(request.tenant)
         if self._refreshing is None and time.monotonic() >= self._refreshed_at + REFRESH_INTERVAL_S:
             self._refreshing = asyncio.create_task(self._refresh())
         if self._refreshing is not None:
             await asyncio.wait([self._refreshing])
-        data = self._data(since)
-        return _json(data if request.identity.sees_all else _own_part(data, request.tenant))
+        if own is None:
+            return _json(self._data(since, self._board))
+        await self._add_tenant_rows(request.tenant, own)
+        return _json(_own_part(self._data(since, own.board), request.tenant))
+
+    def _tenant_board(self, tenant: str) -> "_TenantBoard":
+        """Return the rows of a tenant, which are kept while it watches."""
+        boards = self._tenant_boards
+        found = boards.pop(tenant, None) or _TenantBoard(Board(self._pools))
+        boards[tenant] = found  # the last in the order of use
+        if len(boards) > MAX_TENANTS:
+            del boards[next(iter(boards))]
+        return found
+
+    async def _add_tenant_rows(self, tenant: str, own: "_TenantBoard") -> None:
+        async with own.lock:
+            own.board.restart_if_set_back(self._board.last)
+            seconds = self._board.seconds_of(tenant, own.board.last)
+            for number, _ in enumerate(own.board.add_rows([seconds], self._board.last), 1):
+                if number % _ROWS_PER_PAUSE == 0:
+                    await asyncio.sleep(0)
 
     async def _sample(self) -> None:
         while True:
@@ -163,10 +193,10 @@ class Dashboard:
         newest_first = None if changes is None else sorted(changes, key=lambda change: -change.time)
         self._decisions = newest_first and newest_first[:MAX_DECISIONS]
 
-    def _data(self, since: int) -> dict[str, Any]:
+    def _data(self, since: int, board: Board) -> dict[str, Any]:
         own = self._report(self._board.last)
         reports = [own, *(other for other in self._others.values() if other is not None)]
-        rows = self._board.since(since)
+        rows = board.since(since)
         pools = _merge_pools(reports)
         return {
             "now": time.time(),
@@ -231,9 +261,9 @@ def _own_part(data: dict[str, Any], tenant: str) -> dict[str, Any]:
     """Return the part of the data that a tenant may see, in the same format."""
     pools = {name: PoolNow(pool.kind, []) for name, pool in data["pools"].items()}
     own = [failure for failure in data["failures"] if failure.tenant == tenant]
-    hidden = {"times": [], "rows": {name: [] for name in data["rows"]}, "changes": []}
-    shown = {"pools": pools, "levels": _levels(pools), "failures": own, "decisions": None}
-    return {**data, **hidden, **shown, "routers": {data["router"]: True}}
+    shown = {"pools": pools, "levels": _levels(pools), "failures": own, "tenant": tenant}
+    routers = {data["router"]: True}
+    return {**data, **shown, "routers": routers, "changes": [], "decisions": None}
 
 
 def _last_failures(reports: list[RouterReport]) -> list[Failure]:
