@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 
 class PublicRoute(NamedTuple):
-    """What a route of vLLM needs and answers."""
+    """Handler, summary and answers of a route of vLLM."""
 
     handler: str
     """Attribute of the application's state; None there if the model does not support the route."""
