@@ -13,6 +13,8 @@ from cluster.config.operations import (
     TracingConfig,
 )
 from cluster.config.pools import (
+    AUTO,
+    NONE,
     PRIORITY_POLICY,
     TASK_HEADS,
     ClassifierConfig,
@@ -24,8 +26,11 @@ from cluster.config.pools import (
 )
 from cluster.config.resources import ResourcesConfig
 from cluster.config.router import RouterConfig
+from cluster.config.section import list_allowed
 
 __all__ = [
+    "AUTO",
+    "NONE",
     "PRIORITY_POLICY",
     "TASK_HEADS",
     "AccountingConfig",
@@ -43,5 +48,6 @@ __all__ = [
     "SimConfig",
     "TandemConfig",
     "TracingConfig",
+    "list_allowed",
     "parse",
 ]

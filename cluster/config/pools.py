@@ -21,6 +21,14 @@ MAX_LORAS = 8
 CPU_STALL_TIMEOUT_S = 600.0
 """Default ``stall_timeout_s`` of generators without GPUs."""
 
+AUTO = "auto"
+"""Value of the parser fields: chosen from the model."""
+NONE = "none"
+"""Value of the parser fields: no parser."""
+
+ParserName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+"""Name of one of vLLM's parsers, ``AUTO`` or ``NONE``."""
+
 _SEGMENT = r"[A-Za-z0-9][A-Za-z0-9._:-]*"
 _MODEL_NAME = re.compile(rf"{_SEGMENT}(/{_SEGMENT})*")
 
@@ -36,6 +44,7 @@ def _check_model_name(name: str) -> str:
 
 ModelName = Annotated[str, Field(max_length=128), AfterValidator(_check_model_name)]
 """Name of a model in requests, such as `smollm2`, `org/model` or `llama3:8b`."""
+
 ClassifierTask = Literal[
     "classify",
     "embed",
@@ -179,6 +188,12 @@ class GeneratorConfig(PoolConfig):
     adapters: dict[ModelName, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
     """LoRA adapters: the value of `model` in requests, and the adapter's directory or Hugging Face
     id."""
+    tool_call_parser: ParserName = AUTO
+    """vLLM's parser of tool calls. `auto` chooses by the chat template and the model's type; `none`
+    turns tools off."""
+    reasoning_parser: ParserName = AUTO
+    """vLLM's parser that separates reasoning from the answer. `auto` chooses by the chat template
+    and the model's type; `none` leaves the reasoning in the answer."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of vLLM's `AsyncEngineArgs` or of its API server, by their Python names."""
     sim: SimConfig = SimConfig()

@@ -13,6 +13,7 @@ import pytest
 from cluster.engines.prefix_cache import PrefixTracker
 from cluster.engines.vllm import internals
 from cluster.engines.vllm.kv_events import KvEventReader
+from cluster.engines.vllm.parser_choice import REASONING_PARSERS, TOOL_PARSERS, Row
 from cluster.gateway.messages import Request
 from cluster.gateway.pools.forwarding import request_head
 from cluster.routing import Fingerprint
@@ -46,6 +47,16 @@ def defines(cls: type, attribute: str) -> bool:
 @pytest.mark.parametrize("module", internals.APP_MODULES)
 def test_module_of_the_application_exists(module: str) -> None:
     importlib.import_module(module)
+
+
+@pytest.mark.parametrize("row", TOOL_PARSERS, ids=lambda row: row.parser)
+def test_tool_parser_exists(row: Row) -> None:
+    assert row.parser in internals.ToolParserManager.list_registered()
+
+
+@pytest.mark.parametrize("row", REASONING_PARSERS, ids=lambda row: row.parser)
+def test_reasoning_parser_exists(row: Row) -> None:
+    assert row.parser in internals.ReasoningParserManager.list_registered()
 
 
 def test_members_of_modules_exist() -> None:

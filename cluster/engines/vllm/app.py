@@ -6,6 +6,7 @@ from typing import Any
 
 from cluster.engines.vllm import internals
 from cluster.engines.vllm.openapi import serve_document
+from cluster.engines.vllm.parser_class import adapt_parsers
 from cluster.engines.vllm.routes import remove_private_routes, remove_unsupported_routes
 
 
@@ -16,7 +17,23 @@ async def build_app(llm: Any, args: Namespace) -> Any:
     # itself would fail and hide the engine's error.
     app.state.server = SimpleNamespace(should_exit=False)
     await internals.init_app_state(llm, app.state, args, tasks)
+    adapt_parsers(app.state)
+    describe_parsers(app.state.openai_serving_models, args)
     remove_private_routes(app)
     remove_unsupported_routes(app)
     serve_document(app)
     return app
+
+
+def describe_parsers(models: Any, args: Namespace) -> None:
+    """Show the parsers in the list of models."""
+    list_models = models.show_available_models
+
+    async def wrapper() -> Any:
+        listed = await list_models()
+        for card in listed.data:
+            card.tool_call_parser = args.tool_call_parser
+            card.reasoning_parser = args.structured_outputs_config.reasoning_parser or None
+        return listed
+
+    models.show_available_models = wrapper

@@ -67,9 +67,16 @@ NAMES = {
     "FlexibleArgumentParser": "vllm.utils.argparse_utils:FlexibleArgumentParser",
     "KVEventsConfig": "vllm.config:KVEventsConfig",
     "LoRAModulePath": "vllm.entrypoints.openai.models.protocol:LoRAModulePath",
+    "ParserManager": "vllm.parser:ParserManager",  # checks a parser against a tokenizer
+    "ReasoningParserManager": "vllm.reasoning:ReasoningParserManager",  # names of the parsers
+    "ToolParserManager": "vllm.tool_parsers:ToolParserManager",
+    "cached_tokenizer_from_config": "vllm.tokenizers:cached_tokenizer_from_config",
     "current_platform": "vllm.platforms:current_platform",  # is_cpu
+    "load_chat_template": "vllm.renderers.chat_utils:load_chat_template",
     "make_arg_parser": "vllm.entrypoints.launchers.cli_args:make_arg_parser",  # the defaults
     # Application
+    "DeltaMessage": "vllm.entrypoints.generate.base.protocol:DeltaMessage",
+    "ToolStrictLevel": "vllm.tool_parsers.tool_strict_level:ToolStrictLevel",
     "build_app": "vllm.entrypoints.launchers.app:build_app",
     "init_app_state": "vllm.entrypoints.launchers.api_server.app_state:init_app_state",
     # Statistics
@@ -91,8 +98,13 @@ NAMES = {
     "EventBatch": "vllm.distributed.kv_events:EventBatch",
     "LoRARequest": "vllm.lora.request:LoRARequest",
     "MPClient": "vllm.v1.engine.core_client:MPClient",
+    "OnlineRenderer": "vllm.renderers.online_renderer:OnlineRenderer",
+    "OpenAIServingChat": "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat",
+    "OpenAIServingModels": "vllm.entrypoints.openai.models.serving:OpenAIServingModels",
+    "OpenAIServingResponses": "vllm.entrypoints.openai.responses.serving:OpenAIServingResponses",
     "OutputProcessor": "vllm.v1.engine.output_processor:OutputProcessor",
     "ParentRequest": "vllm.v1.engine.parallel_sampling:ParentRequest",
+    "Parser": "vllm.parser.abstract_parser:Parser",
     "PoolingRequestOutput": "vllm.outputs:PoolingRequestOutput",
     "RequestOutput": "vllm.outputs:RequestOutput",
     "RequestState": "vllm.v1.engine.output_processor:RequestState",
@@ -109,7 +121,7 @@ NAMES = {
 """Definition of each name, in the form of ``pkgutil.resolve_name``."""
 
 ATTRIBUTES = {
-    "AsyncEngineArgs": ("from_cli_args", "create_engine_config"),
+    "AsyncEngineArgs": ("from_cli_args", "create_engine_config", "create_model_config"),
     "AsyncLLM": (
         *(
             "from_vllm_config",
@@ -139,7 +151,14 @@ ATTRIBUTES = {
     "MPClient": ("resources",),
     "OutputProcessor": ("request_states", "parent_requests"),
     "ParentRequest": ("child_requests",),
+    "OnlineRenderer": ("parser",),
+    "OpenAIServingModels": ("show_available_models",),
+    "OpenAIServingChat": ("parser_cls",),
+    "OpenAIServingResponses": ("parser",),
+    "Parser": ("adjust_request", "parse_delta", "reasoning_parser", "tool_strict_level"),
+    "ParserManager": ("get_parser",),
     "PoolingRequestOutput": ("prompt_token_ids", "num_cached_tokens", "finished"),
+    "ReasoningParserManager": ("list_registered",),
     "RequestState": (
         *("prompt_len", "num_cached_tokens", "is_prefilling", "output_kind", "detokenizer"),
     ),
@@ -150,6 +169,8 @@ ATTRIBUTES = {
     "SchedulerStats": ("num_running_reqs", "num_waiting_reqs", "kv_cache_usage"),
     "StatLoggerBase": ("record", "log_engine_initialized"),
     "StructuredOutputsConfig": ("backend", "disable_any_whitespace"),
+    "ToolParserManager": ("list_registered",),
+    "ToolStrictLevel": ("PARAMETER",),
     "VllmConfig": ("cache_config", "structured_outputs_config"),
 }
 """Attributes that Tandem uses, by the name of their class."""

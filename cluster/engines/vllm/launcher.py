@@ -17,6 +17,7 @@ import psutil
 from cluster.config import GeneratorConfig
 from cluster.engines.startup import StartupTimer, gc_disabled
 from cluster.engines.vllm import arguments, environment, internals
+from cluster.engines.vllm.parser_choice import set_parsers
 from cluster.errors import ConfigError, EngineDeadError
 
 logger = logging.getLogger(__name__)
@@ -138,8 +139,10 @@ class LlmLauncher:
         return StartedLlm(llm, args, kv_events_endpoint)
 
     def _make_vllm_config(self, args: Namespace) -> Any:
+        make_args = internals.AsyncEngineArgs.from_cli_args
         try:
-            made = internals.AsyncEngineArgs.from_cli_args(args).create_engine_config()
+            set_parsers(args, make_args(args).create_model_config(), self._config)
+            made = make_args(args).create_engine_config()
         except (ValueError, OSError, TypeError, AssertionError, NotImplementedError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(
