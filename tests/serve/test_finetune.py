@@ -79,6 +79,25 @@ async def test_result_can_be_served(trained):
     assert [labels[i] for i in found.rows.argmax(1)] == [label for _, label in asked]
 
 
+def test_spreadsheets_of_excel_with_float_labels_are_trained_and_calibrated(tmp_path, base):
+    def write(name, seed, wrong):
+        rng = random.Random(seed)
+        lines = ["sep=;", "Text;id;Label"]
+        for text, label in texts(200, seed):
+            number = int((label == "praise") ^ (rng.random() < wrong))
+            lines.append(f'"{text}; schön";7;{number}.0')
+        path = tmp_path / name
+        path.write_bytes("\r\n".join([*lines, ";;"]).encode("cp1252"))
+        options = ("--text-column", "Text", "--label-column", "Label", "--encoding", "cp1252")
+        return ("--data", path, *options)
+
+    out = tmp_path / "out"
+    tandem("models", "finetune", "--base", base, "--out", out, *write("a.csv", 1, 0), *FAST,
+           "--epochs", 3)  # fmt: skip
+    assert json.loads((out / "config.json").read_text())["id2label"] == {"0": "0", "1": "1"}
+    assert "temperature" in tandem("models", "calibrate", "--model", out, *write("b.csv", 2, 0.2))
+
+
 def test_training_is_deterministic(tmp_path, base, data):
     outs = [tmp_path / "one", tmp_path / "two"]
     for out in outs:
