@@ -20,7 +20,6 @@ TandemError
      ├─ NotFoundError                  404
      ├─ MethodNotAllowedError          405
      ├─ PayloadTooLargeError           413
-     ├─ UnprocessableError             422
      ├─ HeadersTooLargeError           431
      ├─ OverloadedError                429, with Retry-After
      ├─ InternalError                  500, a bug
@@ -149,10 +148,6 @@ class MethodNotAllowedError(RequestError, status=405, type="MethodNotAllowedErro
 
 class PayloadTooLargeError(RequestError, status=413, type="PayloadTooLargeError"):
     """The request body exceeds the limit."""
-
-
-class UnprocessableError(RequestError, status=422, type="UnprocessableEntityError"):
-    """The JSON body does not match the endpoint's schema."""
 
 
 class HeadersTooLargeError(RequestError, status=431, type="RequestHeaderFieldsTooLargeError"):

@@ -48,6 +48,7 @@ ModelName = Annotated[str, Field(max_length=128), AfterValidator(_check_model_na
 ClassifierTask = Literal[
     "classify",
     "embed",
+    "embed-sparse",
     "fill-mask",
     "next-sentence",
     "rerank",
@@ -60,6 +61,7 @@ TASK_HEADS: Mapping[ClassifierTask, str | None] = {
     "rerank": "ForSequenceClassification",
     "token-classification": "ForTokenClassification",
     "fill-mask": "ForMaskedLM",
+    "embed-sparse": "ForMaskedLM",
     "next-sentence": "ForNextSentencePrediction",
     "embed": None,
 }

@@ -111,5 +111,5 @@ async def test_fill_mask_names_the_text_without_a_mask(tmp_path):
             error = await refused(engine, "/fill-mask", {"input": ["[MASK]", text], **options}, 400)
             assert error["message"].startswith("input[1] has no [MASK] among")
         for top_k in (0, 101):
-            error = await refused(engine, "/fill-mask", {"input": "[MASK]", "top_k": top_k}, 422)
+            error = await refused(engine, "/fill-mask", {"input": "[MASK]", "top_k": top_k}, 400)
             assert error["param"] == "top_k"

@@ -103,18 +103,17 @@ async def test_empty_and_too_long_lists_are_refused(engine, task):
     [
         (b"", 400),
         (b"{", 400),
-        (b"null", 422),
-        (b"[]", 422),
+        (b"null", 400),
+        (b"[]", 400),
         (b'{"model": "\xff"}', 400),
         (b'{"model": "\\ud800"}', 400),
         (b'{"model": "\\udfff x"}', 400),
-        (b'{"input": 3}', 422),
-        (b'{"input": null}', 422),
-        (b'{"input": [null]}', 422),
-        (b'{"input": [["a", "b", "c"]]}', 422),
-        (b'{"input": {"txt": "a"}}', 422),
-        (b'{"input": "a", "surprise": 1}', 422),
-        (b'{"query": 1, "documents": 2}', 422),
+        (b'{"input": 3}', 400),
+        (b'{"input": null}', 400),
+        (b'{"input": [null]}', 400),
+        (b'{"input": [["a", "b", "c"]]}', 400),
+        (b'{"input": {"txt": "a"}}', 400),
+        (b'{"query": 1, "documents": 2}', 400),
     ],
 )
 async def test_wrong_bodies_are_refused(engine, task, wrong, status):
@@ -134,10 +133,13 @@ async def test_the_openapi_document_describes_requests_and_replies(engine, task)
     assert tuple(document["paths"]) == engine.routes()
     schemas = document["components"]["schemas"]
     assert json.dumps(document).count('"$ref": "#/components/schemas/') >= 2
-    for item in document["paths"].values():
-        operation = item["post"]
+    for path, item in document["paths"].items():
+        operation = item["get" if path == "/info" else "post"]
         assert operation["summary"]
-        for place in (operation["requestBody"], operation["responses"]["200"]):
-            name = place["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]
-            assert schemas[name]["properties"]
-            assert schemas[name]["description"]
+        assert operation["responses"]["200"]["content"]["application/json"]["schema"]
+        if path != "/info":
+            body = operation["requestBody"]["content"]["application/json"]["schema"]
+            for reference in body.get("anyOf", [body]):
+                name = reference["$ref"].rsplit("/", 1)[1]
+                assert schemas[name]["properties"]
+                assert schemas[name]["description"]

@@ -128,12 +128,12 @@ async def test_max_tokens_per_doc_limits_documents(saved):
 @pytest.mark.parametrize(
     ("body", "status", "says", "param"),
     [
-        ({"text_1": "a"}, 422, "text_1 and text_2", "text_1"),
+        ({"text_1": "a"}, 400, "text_1 and text_2", "text_1"),
         ({"text_1": ["a", "b"], "text_2": ["a", "b", "c"]}, 400, "2 texts", "text_1"),
         ({"text_1": [], "text_2": "a"}, 400, "0 texts", "text_1"),
         ({"text_1": "a", "text_2": []}, 400, "text_2 is empty", "text_2"),
-        ({"text_1": "a", "text_2": ["b", 3]}, 422, "text_2[1]", "text_2[1]"),
-        ({"text_1": "a", "text_2": "b", "truncate": 1}, 422, "truncate", "truncate"),
+        ({"text_1": "a", "text_2": ["b", 3]}, 400, "text_2[1]", "text_2[1]"),
+        ({"text_1": "a", "text_2": "b", "truncate": 1}, 400, "truncate", "truncate"),
     ],
 )
 async def test_bad_score_requests_are_refused(engine, body, status, says, param):
@@ -147,11 +147,11 @@ async def test_bad_score_requests_are_refused(engine, body, status, says, param)
     [
         ({"query": "a", "documents": []}, 400, "documents is empty"),
         ({"query": "a", "documents": ["a"] * 11}, 400, "documents has 11 texts; a request may"),
-        ({"query": ["a"], "documents": ["a"]}, 422, "query: expected `str`"),
-        ({"query": "a", "documents": ["a", {"title": "b"}]}, 422, "`text`"),
-        ({"query": "a", "documents": ["a"], "top_n": 0}, 422, ">= 1"),
-        ({"documents": ["a"]}, 422, "`query`"),
-        ({"query": "a", "documents": ["a"], "max_tokens_per_doc": 0}, 422, ">= 1"),
+        ({"query": ["a"], "documents": ["a"]}, 400, "query: expected `str"),
+        ({"query": "a", "documents": ["a", {"title": "b"}]}, 400, "`text`"),
+        ({"query": "a", "documents": ["a"], "top_n": -1}, 400, ">= 0"),
+        ({"documents": ["a"]}, 400, "`query`"),
+        ({"query": "a", "documents": ["a"], "max_tokens_per_doc": -1}, 400, ">= 0"),
     ],
 )
 async def test_bad_rerank_requests_are_refused(saved, body, status, says):

@@ -60,9 +60,9 @@ async def test_methods_lists_and_top_k(engine):
     ("body", "status", "says", "param"),
     [
         ({"input": ["a"] * 17, "explain": True}, 400, "may have 16", "input"),
-        ({"input": "a", "explain": {"method": "guess"}}, 422, "explain.method", "explain.method"),
-        ({"input": "a", "explain": {"steps": 3}}, 422, "steps", "explain"),
-        ({"input": "a", "explain": "yes"}, 422, "explain", "explain"),
+        ({"input": "a", "explain": {"method": "guess"}}, 400, "explain.method", "explain.method"),
+        ({"input": "a", "explain": {"steps": 3}}, 400, "steps", "explain"),
+        ({"input": "a", "explain": "yes"}, 400, "explain", "explain"),
         ({"input": "word1 " * 40, "explain": True}, 400, "42 tokens", "input"),
         ({"input": "a", "explain": True, "stride": 4}, 400, "exclude each other", "explain"),
     ],

@@ -10,7 +10,7 @@ from cluster.gateway.builtin.own_paths import OWN_PATHS
 from tests import asgi
 from tests.serve.gateway_kit import gateway_world
 
-ERRORS = {"400", "401", "403", "404", "405", "413", "422", "429", "431", "500", "503"}
+ERRORS = {"400", "401", "403", "404", "405", "413", "429", "431", "500", "503"}
 
 
 async def document_of(*replicas: Any) -> Any:

@@ -7,8 +7,8 @@ from cluster.engines.classifier.serving.cache import CachingService
 from cluster.engines.classifier.serving.drift import DriftSnapshot
 from cluster.engines.classifier.serving.insight import Insight
 from cluster.engines.classifier.serving.metrics import ClassifierCounts, write_counts, write_drift
+from cluster.engines.classifier.serving.routes import routes
 from cluster.engines.classifier.serving.service import ClassifierService
-from cluster.engines.classifier.serving.tasks import routes
 from cluster.engines.startup import StartupTimer
 from cluster.errors import UnavailableError
 from cluster.load import Load

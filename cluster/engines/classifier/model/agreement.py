@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster.config import ClassifierConfig, ClassifierTask
-from cluster.engines.classifier.model.types import Rows, TokenIds
+from cluster.config import ClassifierConfig
+from cluster.engines.classifier.model.types import Head, Rows, TokenIds
 from cluster.errors import ConfigError
 from cluster.models.store import home
 
@@ -34,7 +34,7 @@ RECIPE = "3"
 """Version of the low-precision arithmetic and of the comparison. A change makes saved agreements
 invalid."""
 
-Run = Callable[[ClassifierTask, Sequence[TokenIds]], Any]
+Run = Callable[[Head, Sequence[TokenIds]], Any]
 """See ``EncoderModel.run``."""
 
 
@@ -69,7 +69,7 @@ def require_agreement(config: ClassifierConfig, agreement: Agreement, precision:
 
 
 def measure_agreement(
-    head: ClassifierTask,
+    head: Head,
     low: Run,
     full: Run,
     ids: Sequence[TokenIds],
@@ -91,7 +91,7 @@ def _as_array(result: Rows | list[Rows]) -> Rows:
     return np.concatenate(result) if isinstance(result, list) else result
 
 
-def _equal(head: ClassifierTask, problem_type: str | None, found: Rows, wanted: Rows) -> Any:
+def _equal(head: Head, problem_type: str | None, found: Rows, wanted: Rows) -> Any:
     if head == "fill-mask":  # the first column is the id of the best token
         return found[:, 0] == wanted[:, 0]
     if head == "embed":

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cluster.config import TASK_HEADS, ClassifierConfig, ClassifierTask
+from cluster.config import TASK_HEADS, ClassifierConfig
 from cluster.engines.classifier.model.agreement import (
     Agreement,
     AgreementStore,
@@ -30,14 +30,14 @@ from cluster.engines.classifier.model.packed.network import supports
 from cluster.engines.classifier.model.packed.quantize import RangeObserver, quantized_arithmetic
 from cluster.engines.classifier.model.padded import TransformersModel
 from cluster.engines.classifier.model.tokenizer import TextTokenizer
-from cluster.engines.classifier.model.types import EncoderModel, Text, TokenIds
+from cluster.engines.classifier.model.types import EncoderModel, Head, Text, TokenIds
 from cluster.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 PAIR_TASKS = {"score", "rerank", "next-sentence"}
 """Tasks whose inputs are pairs of texts."""
-_HEADS: Mapping[str | None, ClassifierTask] = {
+_HEADS: Mapping[str | None, Head] = {
     "ForSequenceClassification": "classify",
     "ForNextSentencePrediction": "classify",
     "ForTokenClassification": "token-classification",
@@ -47,7 +47,7 @@ _HEADS: Mapping[str | None, ClassifierTask] = {
 """Head to compute by the suffix of the architecture's name."""
 
 
-def computed_heads(config: ClassifierConfig) -> tuple[ClassifierTask, ...]:
+def computed_heads(config: ClassifierConfig) -> tuple[Head, ...]:
     """Return the distinct heads that the configured tasks make the model compute."""
     return tuple(dict.fromkeys(_HEADS[TASK_HEADS[task]] for task in config.tasks))
 
@@ -151,7 +151,7 @@ class ModelBuilder:
         store.write(worst)
         return worst
 
-    def _check_ids(self, head: ClassifierTask) -> list[TokenIds]:
+    def _check_ids(self, head: Head) -> list[TokenIds]:
         single = check_texts(self.path)
         texts: list[Text] = [*single]
         if head == "classify" and PAIR_TASKS & set(self.config.tasks):

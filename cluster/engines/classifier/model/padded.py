@@ -5,6 +5,7 @@ The padded length depends on a text's own length alone: in bfloat16, padding cha
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,9 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from cluster.batching import group_by_length
-from cluster.config import ClassifierTask
 from cluster.engines.classifier.model.outputs import Pooling, to_scores
 from cluster.engines.classifier.model.packed.layout import round_up
-from cluster.engines.classifier.model.types import Rows, TokenIds
+from cluster.engines.classifier.model.types import Head, Rows, TokenIds
 from cluster.models.predict import UNLIMITED_TOKENS
 
 PADDED_BITS = 4
@@ -24,6 +24,9 @@ PADDED_BITS = 4
 padding, more bits mean more and smaller forwards."""
 MAX_CANDIDATES = 100
 """Candidates kept per mask; keeping the whole vocabulary would take up to 1 MB per mask."""
+
+RAGGED_HEADS = ("embed-tokens", "embed-sparse", "token-classification", "fill-mask")
+"""Heads whose results have a different size for each text."""
 
 Inputs = dict[str, Tensor]
 
@@ -56,33 +59,60 @@ class TransformersModel:
         self._selection = _select_encoder_output(self._encoder)
         self._heads = {
             "classify": self._classify,
+            "logits": self._logits,
             "embed": self._embed,
+            "embed-unnormalized": self._embed_unnormalized,
+            "embed-tokens": self._embed_tokens,
+            "embed-sparse": self._embed_sparse,
             "token-classification": self._label_tokens,
             "fill-mask": self._fill,
         }
         self.padding = 0.0
 
-    def run(self, task: ClassifierTask, ids: Sequence[TokenIds]) -> Rows | list[Rows]:
-        head = self._heads[task]
+    def run(self, head: Head, ids: Sequence[TokenIds]) -> Rows | list[Rows]:
+        compute = self._heads[head]
         rows: list[Rows] = []
         with torch.inference_mode():
             widths = [min(round_up(len(row), PADDED_BITS), self._max_tokens) for row in ids]
             for group in group_by_length(widths):
-                rows += head(self._pad(ids[group], widths[group.start]))
-        return np.stack(rows) if task in ("classify", "embed") else rows
+                rows += compute(self._pad(ids[group], widths[group.start]))
+        return rows if head in RAGGED_HEADS else np.stack(rows)
 
     def _classify(self, inputs: Inputs) -> list[Rows]:
         logits = self._network(**inputs).logits
         return list(_numpy(to_scores(logits.float(), self._network.config)))
 
+    def _logits(self, inputs: Inputs) -> list[Rows]:
+        return list(_numpy(self._network(**inputs).logits.float()))
+
     def _embed(self, inputs: Inputs) -> list[Rows]:
+        return self._pool(inputs, self._pooling)
+
+    def _embed_unnormalized(self, inputs: Inputs) -> list[Rows]:
+        return self._pool(inputs, replace(self._pooling, normalize=False))
+
+    def _embed_tokens(self, inputs: Inputs) -> list[Rows]:
+        vectors = _numpy(self._encoder(**inputs).last_hidden_state.float())
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        return [row[:length] for row, length in zip(vectors, lengths, strict=True)]
+
+    def _embed_sparse(self, inputs: Inputs) -> list[Rows]:
+        """Return SPLADE's terms, log(1 + ReLU(largest logit)) of each token of the vocabulary."""
+        logits = self._network(**inputs).logits.float()
+        logits.masked_fill_(inputs["attention_mask"].unsqueeze(-1) == 0, -torch.inf)
+        weights = logits.amax(1).relu().log1p()
+        terms = [row.nonzero()[:, 0] for row in weights]
+        pairs = zip(terms, weights, strict=True)
+        return [_numpy(torch.stack([index.float(), row[index]], 1)) for index, row in pairs]
+
+    def _pool(self, inputs: Inputs, pooling: Pooling) -> list[Rows]:
         hidden = self._encoder(**inputs).last_hidden_state
         mask = inputs["attention_mask"]
         text_index, positions = mask.nonzero(as_tuple=True)
         lengths = mask.sum(1)
         starts = lengths.cumsum(0) - lengths
         tokens = hidden[text_index, positions]
-        return list(_numpy(self._pooling(tokens, text_index, positions, starts)))
+        return list(_numpy(pooling(tokens, text_index, positions, starts)))
 
     def _label_tokens(self, inputs: Inputs) -> list[Rows]:
         scores = _numpy(self._network(**inputs).logits.float().softmax(-1))

@@ -8,8 +8,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from cluster.engines.classifier.model.template import Template, cut_ids, find_template, fit_pair
-from cluster.engines.classifier.model.types import Side, Text, TokenIds
+from cluster.engines.classifier.model.types import Side, Text, TokenIds, Tokenization
 from cluster.errors import ConfigError, InvalidRequestError
+
+USUAL = Tokenization()
+"""Tokenization of requests that ask for nothing else."""
 
 
 class TextReader(Protocol):
@@ -47,6 +50,7 @@ class TextTokenizer:
         if not getattr(tokenizer, "is_fast", False):
             kind = type(tokenizer).__name__
             raise ConfigError(f"{kind} is not a fast tokenizer; tokenizer.json is required")
+        self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -72,7 +76,7 @@ class TextTokenizer:
         texts: Sequence[Text],
         first: int,
         side: Side | None,
-        max_pair_tokens: int | None = None,
+        tokenization: Tokenization = USUAL,
     ) -> list[TokenIds]:
         """Return the input row of each text; see ``TextReader.read``.
 
@@ -81,15 +85,20 @@ class TextTokenizer:
             first: Index of ``texts[0]`` in its request, for error messages.
             side: Side on which long texts are cut; None refuses them. In a pair, the longer text is
                 cut first.
-            max_pair_tokens: Limit on a pair's second text, applied before ``side``.
+            tokenization: Limits, applied before ``side``, and whether to add special tokens.
+
+        Raises:
+            InvalidRequestError: As ``TextReader.read``, or a row would have no tokens.
         """
         bodies = iter(self._backend.encode_batch_fast(flatten(texts), add_special_tokens=False))
         rows: list[list[int]] = []
         for index, text in enumerate(texts, first):
-            ids = next(bodies).ids
-            pair = [] if isinstance(text, str) else next(bodies).ids[:max_pair_tokens]
-            template = self.template(text)
-            room = self.max_tokens - template.num_tokens
+            ids, pair = next(bodies).ids, []
+            if not isinstance(text, str):
+                ids = ids[: tokenization.max_first_tokens]
+                pair = next(bodies).ids[: tokenization.max_pair_tokens]
+            template = self.template(text, tokenization.special_tokens)
+            room = self.room(template, tokenization.max_tokens)
             if len(ids) + len(pair) > room:
                 if side is None:
                     num_tokens = len(ids) + len(pair) + template.num_tokens
@@ -97,6 +106,8 @@ class TextTokenizer:
                 kept, kept_pair = fit_pair(len(ids), len(pair), room)
                 ids, pair = cut_ids(ids, kept, side), cut_ids(pair, kept_pair, side)
             rows.append(template.join(ids, pair))
+            if not rows[-1]:
+                raise no_tokens_error(index)
         return split_rows(rows)
 
     def encode_shortest(self) -> TokenIds:
@@ -107,7 +118,7 @@ class TextTokenizer:
         """Return a ``tokenizers.Encoding`` without special tokens for each text and each pair."""
         return list(self._backend.encode_batch(flatten(texts), add_special_tokens=False))
 
-    def template(self, text: Text) -> Template:
+    def template(self, text: Text, special_tokens: bool = True) -> Template:
         """Return the special tokens around ``text``.
 
         Raises:
@@ -116,10 +127,42 @@ class TextTokenizer:
         template = self._single if isinstance(text, str) else self._pair
         if template is None:
             raise InvalidRequestError("this model takes no pairs of texts", param="input")
-        return template
+        return template if special_tokens else Template((), (), (), template.marks_pair)
+
+    def room(self, template: Template, max_tokens: int | None) -> int:
+        """Return how many tokens fit between the special tokens of a row.
+
+        Raises:
+            InvalidRequestError: The limit leaves no room for the special tokens.
+        """
+        limit = self.max_tokens if max_tokens is None else max_tokens
+        room = limit - template.num_tokens
+        if room < 0:
+            message = (
+                f"truncate_prompt_tokens is {max_tokens}; the special tokens alone are "
+                f"{template.num_tokens}"
+            )
+            raise InvalidRequestError(message, param="truncate_prompt_tokens")
+        return room
+
+    @property
+    def has_chat_template(self) -> bool:
+        """True if the model defines how a conversation becomes a text."""
+        return bool(self._tokenizer.chat_template)
+
+    def render_chat(self, messages: Sequence[Any], **options: Any) -> str:
+        """Return a conversation as text by the model's template; raise if the template fails."""
+        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **options))
+
+    def encode_plain(self, text: str, special_tokens: bool = True) -> Any:
+        """Return the ``tokenizers.Encoding`` of a text of any length."""
+        return self._backend.encode(text, add_special_tokens=special_tokens)
 
     def decode(self, token: int) -> str:
-        return str(self._backend.decode([token], skip_special_tokens=False))
+        return self.decode_ids([token])
+
+    def decode_ids(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        return str(self._backend.decode(ids, skip_special_tokens=skip_special_tokens))
 
     def too_long_error(self, index: int, num_tokens: int) -> InvalidRequestError:
         return InvalidRequestError(
@@ -135,14 +178,20 @@ class PlainReader:
 
     tokenizer: TextTokenizer
     side: Side | None
-    max_pair_tokens: int | None = None
+    tokenization: Tokenization = USUAL
 
     @property
     def max_tokens_per_text(self) -> float:
-        return self.tokenizer.max_tokens
+        limit = self.tokenization.max_tokens
+        return self.tokenizer.max_tokens if limit is None else limit
 
     def read(self, texts: Sequence[Text], first: int) -> list[TokenIds]:
-        return self.tokenizer.encode(texts, first, self.side, self.max_pair_tokens)
+        return self.tokenizer.encode(texts, first, self.side, self.tokenization)
+
+
+def no_tokens_error(index: int) -> InvalidRequestError:
+    message = f"input[{index}] has no tokens; set `add_special_tokens` or send a text"
+    return InvalidRequestError(message, param="input")
 
 
 def flatten(texts: Sequence[Text]) -> list[str]:

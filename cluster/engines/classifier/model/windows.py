@@ -12,8 +12,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.engines.classifier.model.tokenizer import TextTokenizer, split_rows
-from cluster.engines.classifier.model.types import Merge, Rows, Side, Text, TokenIds
+from cluster.engines.classifier.model.template import Template
+from cluster.engines.classifier.model.tokenizer import (
+    USUAL,
+    TextTokenizer,
+    no_tokens_error,
+    split_rows,
+)
+from cluster.engines.classifier.model.types import (
+    Merge,
+    Rows,
+    Side,
+    Text,
+    TokenIds,
+    Tokenization,
+)
 from cluster.errors import InvalidRequestError
 
 
@@ -50,8 +63,8 @@ class WindowReader:
     """Side on which long texts are cut; None refuses them, unless there is a stride."""
     stride: int | None
     """Overlap of neighbouring windows in tokens; None makes one window per text."""
-    max_pair_tokens: int | None = None
-    """Limit on the tokens read of a pair's second text; None reads all."""
+    tokenization: Tokenization = USUAL
+    """Limits on the texts, and whether to add special tokens."""
     windows: list[list[Window]] = field(default_factory=list, init=False)
     """Windows of each text read so far, in the order of the request."""
 
@@ -70,32 +83,40 @@ class WindowReader:
         return split_rows(rows)
 
     def _read_text(self, index: int, text: str, body: Any) -> list[list[int]]:
-        template = self.tokenizer.template(text)
-        pieces = self._cut(index, len(body.ids), self._room(template.num_tokens))
+        template = self._template(text)
+        pieces = self._cut(index, len(body.ids), self._room(template))
         self._add_windows(text, body, pieces, len(template.prefix))
-        return [template.join(body.ids[piece]) for piece in pieces]
+        rows = [template.join(body.ids[piece]) for piece in pieces]
+        if not rows[0]:
+            raise no_tokens_error(index)
+        return rows
 
     def _read_pair(
         self, index: int, text: tuple[str, str], head: list[int], body: Any
     ) -> list[list[int]]:
         """Cut the second text into windows; each row repeats the whole first text."""
-        template = self.tokenizer.template(text)
+        template = self._template(text)
+        head = head[: self.tokenization.max_first_tokens]
         # A longer first text would leave windows so small that their number explodes.
-        limit = self._room(template.num_tokens) // 2
+        limit = self._room(template) // 2
         if len(head) > limit:
             message = (
                 f"the first text of input[{index}] has {len(head)} tokens; with windows of its "
                 f"pair it may have {limit}"
             )
             raise InvalidRequestError(message, param="input")
-        room = self._room(template.num_tokens) - len(head)
-        pieces = self._cut(index, len(body.ids[: self.max_pair_tokens]), room)
+        room = self._room(template) - len(head)
+        length = len(body.ids[: self.tokenization.max_pair_tokens])
+        pieces = self._cut(index, length, room)
         lead = len(template.prefix) + len(head) + len(template.middle)
         self._add_windows(text[1], body, pieces, lead)
         return [template.join(head, body.ids[piece]) for piece in pieces]
 
-    def _room(self, num_special: int) -> int:
-        return self.tokenizer.max_tokens - num_special
+    def _template(self, text: Text) -> Template:
+        return self.tokenizer.template(text, self.tokenization.special_tokens)
+
+    def _room(self, template: Template) -> int:
+        return self.tokenizer.room(template, self.tokenization.max_tokens)
 
     def _cut(self, index: int, length: int, room: int) -> list[slice]:
         if length <= room:

@@ -6,21 +6,33 @@ task of a request whose client disconnects.
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
 from cluster.asgi import Receive, Scope, Send, usage_of
 from cluster.config import ClassifierConfig
-from cluster.engines.classifier.serving import schema
 from cluster.engines.classifier.serving.cache import CachingService
+from cluster.engines.classifier.serving.endpoints import (
+    UNSPECIFIED_MODEL,
+    Parsed,
+    Translation,
+    warning_of,
+)
 from cluster.engines.classifier.serving.insight import Insight
 from cluster.engines.classifier.serving.jobs import Encoded, Timings
-from cluster.engines.classifier.serving.tasks import make_tasks
-from cluster.engines.classifier.serving.tasks.base import RequestT, T, Task
+from cluster.engines.classifier.serving.openapi import (
+    TIMING_HEADERS,
+    WARNING_HEADER,
+    openapi_document,
+)
+from cluster.engines.classifier.serving.routes import make_routes
+from cluster.engines.classifier.serving.tasks.base import T, Task
 from cluster.engines.classifier.serving.tasks.classify import ClassifyReply, ClassifyRequest
+from cluster.engines.classifier.serving.tools.base import Tool
+from cluster.engines.classifier.serving.vectors import BinaryReply
 from cluster.errors import InternalError, MethodNotAllowedError, NotFoundError, RequestError
 
 log = logging.getLogger(__name__)
@@ -31,12 +43,23 @@ OPENAPI_PATH = "/openapi.json"
 TENANT_HEADER = b"x-tandem-tenant"
 """Header in which the router names the tenant."""
 
+_TIMINGS = tuple(name.encode() for name in TIMING_HEADERS)
+
 LARGE_RESULT = 50_000
 """Numbers in a result from which the reply is made in a thread; on the event loop it would block
 other requests for about 5 ms."""
 
-Reply = tuple[bytes, Encoded]
-"""A reply's body, and the results it was made from."""
+Headers = list[tuple[bytes, bytes]]
+JSON_HEADERS: Headers = [(b"content-type", b"application/json")]
+BINARY_HEADERS: Headers = [(b"content-type", b"application/octet-stream")]
+
+
+class Reply(NamedTuple):
+    """An HTTP reply, and the tokens that the model read for it."""
+
+    content: bytes
+    headers: Headers
+    num_tokens: int = 0
 
 
 class ClassifierApp:
@@ -52,51 +75,82 @@ class ClassifierApp:
         self._config = config
         self._service = service
         self._insight = insight
-        self._tasks = make_tasks(config, service.service.model)
+        self._paths = make_routes(config, service.service.model)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             raise ValueError(f"expected an HTTP request, got {scope['type']}")
         try:
             if scope["path"] == OPENAPI_PATH:
-                return await _send(send, 200, encode_json(openapi_document(self._tasks)), {})
-            body, encoded = await self._answer(scope, receive)
-            usage_of(scope).prompt_tokens = encoded.num_tokens
-            await _send(send, 200, body, _timing_headers(encoded.timings))
+                content = encode_json(openapi_document(self._paths))
+                return await _send(send, 200, content, JSON_HEADERS)
+            reply = await self._answer(scope, receive)
+            usage_of(scope).prompt_tokens = reply.num_tokens
+            await _send(send, 200, reply.content, reply.headers)
         except _ClientDisconnectedError:
             pass
         except RequestError as error:
-            await _send(send, error.status, encode_json(error.body()), error.headers())
+            headers = [(name.encode(), value.encode()) for name, value in error.headers().items()]
+            await _send(send, error.status, encode_json(error.body()), [*JSON_HEADERS, *headers])
 
     async def _answer(self, scope: Scope, receive: Receive) -> Reply:
         path = scope["path"]
-        task = self._tasks.get(path)
-        if task is None:
-            paths = ", ".join(self._tasks)
+        endpoints = self._paths.get(path)
+        if endpoints is None:
+            paths = ", ".join(self._paths)
             raise NotFoundError(f"no such path: {path}; {self._config.name} serves {paths}")
-        if scope["method"] != "POST":
-            raise MethodNotAllowedError(f"{path} takes only POST, not {scope['method']}")
+        if scope["method"] != endpoints.method:
+            raise MethodNotAllowedError(
+                f"{path} takes only {endpoints.method}, not {scope['method']}"
+            )
         body = await _read(receive)
         try:
-            return await self._run_task(task, body, self._tenant(scope))
+            parsed = endpoints.parse(body if endpoints.method == "POST" else b"{}")
+            reply = await self._run(parsed, self._tenant(scope))
         except RequestError:
             raise
         except Exception:
             log.exception("%s failed", path)
             raise InternalError("the request failed; see the log") from None
+        if parsed.ignored:
+            reply.headers.append((WARNING_HEADER.encode(), warning_of(parsed.ignored).encode()))
+        return reply
 
-    async def _run_task(self, task: Task[RequestT], body: bytes, tenant: bytes) -> Reply:
-        request = schema.parse(task.decoder, body)
-        if request.model not in (None, *self._config.model_names):
-            message = f"the model {request.model!r} does not exist; this is {self._config.name!r}"
+    async def _run(self, parsed: Parsed, tenant: bytes) -> Reply:
+        endpoint, body, _ = parsed
+        if body.model not in (None, *self._config.model_names, UNSPECIFIED_MODEL):
+            name = self._config.name
+            message = f"the model {body.model[:100]!r} does not exist; this is {name!r}"
             raise NotFoundError(message, param="model")
+        if isinstance(endpoint.handler, Tool):
+            answer = await asyncio.to_thread(endpoint.handler.answer, body)
+            return Reply(encode_json(answer), [*JSON_HEADERS])
+        return await self._run_task(endpoint.handler, endpoint.translation, body, tenant)
+
+    async def _run_task(
+        self, task: Task[Any], translation: Translation | None, body: Any, tenant: bytes
+    ) -> Reply:
+        request = body if translation is None else translation.to_request(body)
         options, inputs = task.options(request), task.inputs(request)
         encoded = await self._service.encode(options, inputs, tenant)
         is_large = _is_large(encoded)
-        reply = await _run(lambda: task.reply(request, encoded), in_thread=is_large)
+        reply = await _call(lambda: task.reply(request, encoded), in_thread=is_large)
         if isinstance(request, ClassifyRequest) and isinstance(reply, ClassifyReply):
-            reply = await self._insight.add(request, encoded, reply)
-        return await _run(lambda: encode_json(reply), in_thread=is_large), encoded
+            reply = await self._insight.add(request, inputs, encoded, reply)
+        headers = _timing_headers(encoded.timings)
+        if isinstance(reply, BinaryReply):
+            headers += BINARY_HEADERS
+            if reply.metadata is not None:
+                headers.append((b"metadata", reply.metadata.encode()))
+            return Reply(reply.content, headers, encoded.num_tokens)
+
+        def encode() -> bytes:
+            return encode_json(
+                reply if translation is None else translation.to_reply(body, reply, task)
+            )
+
+        content = await _call(encode, in_thread=is_large)
+        return Reply(content, headers + JSON_HEADERS, encoded.num_tokens)
 
     def _tenant(self, scope: Scope) -> bytes:
         if not self._service.isolates_tenants:
@@ -105,37 +159,13 @@ class ClassifierApp:
         return next((value for name, value in headers if name.lower() == TENANT_HEADER), b"")
 
 
-def openapi_document(tasks: Mapping[str, Task[Any]]) -> dict[str, Any]:
-    bodies = [body for task in tasks.values() for body in (task.request, task.response)]
-    # The prefix keeps the names apart from vLLM's in the router's document.
-    reference = "#/components/schemas/Classifier.{name}"
-    schemas, components = msgspec.json.schema_components(bodies, ref_template=reference)
-    contents = iter([{"application/json": {"schema": body}} for body in schemas])
-    timings = {name: {"schema": {"type": "number"}} for name in _timing_headers(Timings(0, 0, 0))}
-    paths = {
-        path: {
-            "post": {
-                "summary": task.summary,
-                "tags": ["Classifiers"],
-                "requestBody": {"required": True, "content": next(contents)},
-                "responses": {
-                    "200": {"description": "OK", "headers": timings, "content": next(contents)}
-                },
-            }
-        }
-        for path, task in tasks.items()
-    }
-    named = {f"Classifier.{name}": schema for name, schema in components.items()}
-    return {"openapi": "3.1.0", "paths": paths, "components": {"schemas": named}}
-
-
 def _is_large(encoded: Encoded) -> bool:
     rows = encoded.rows
     numbers = rows.size if isinstance(rows, np.ndarray) else sum(row.size for row in rows)
     return numbers >= LARGE_RESULT
 
 
-async def _run(function: Callable[[], T], *, in_thread: bool) -> T:
+async def _call(function: Callable[[], T], *, in_thread: bool) -> T:
     return await asyncio.to_thread(function) if in_thread else function()
 
 
@@ -155,19 +185,14 @@ async def _read(receive: Receive) -> bytes:
             return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
-async def _send(send: Send, status: int, body: bytes, extra: Mapping[str, str]) -> None:
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", b"%d" % len(body)),
-        *((name.encode(), value.encode()) for name, value in extra.items()),
-    ]
+async def _send(
+    send: Send, status: int, body: bytes, headers: Sequence[tuple[bytes, bytes]]
+) -> None:
+    headers = [(b"content-length", b"%d" % len(body)), *headers]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
-def _timing_headers(timings: Timings) -> dict[str, str]:
-    return {
-        "x-tandem-tokenize-ms": f"{timings.tokenize_s * 1e3:.2f}",
-        "x-tandem-queue-ms": f"{timings.queue_s * 1e3:.2f}",
-        "x-tandem-compute-ms": f"{timings.compute_s * 1e3:.2f}",
-    }
+def _timing_headers(timings: Timings) -> Headers:
+    durations_s = timings.tokenize_s, timings.queue_s, timings.compute_s
+    return [(name, b"%.2f" % (s * 1e3)) for name, s in zip(_TIMINGS, durations_s, strict=True)]

@@ -13,7 +13,7 @@ from cachetools import LRUCache
 from numpy.typing import NDArray
 
 from cluster.config import ResultCacheConfig
-from cluster.engines.classifier.model.tokenizer import PlainReader
+from cluster.engines.classifier.model.tokenizer import USUAL, PlainReader
 from cluster.engines.classifier.model.types import ModelInput, Text, num_chars
 from cluster.engines.classifier.model.windows import WindowReader
 from cluster.engines.classifier.serving.jobs import Encoded, EncodeOptions, Timings
@@ -108,14 +108,14 @@ class CachingService:
             raise
 
     async def _compute(self, options: EncodeOptions, inputs: Sequence[ModelInput]) -> Encoded:
-        tokenizer, limit = self.service.model.tokenizer, options.max_pair_tokens
+        tokenizer, tokenization = self.service.model.tokenizer, options.tokenization
         if options.stride is not None or options.with_offsets:
-            reader = WindowReader(tokenizer, options.side, options.stride, limit)
+            reader = WindowReader(tokenizer, options.side, options.stride, tokenization or USUAL)
             encoded = await self.service.encode(options.head, inputs, reader)
             return replace(encoded, windows=reader.windows)
         plain = tokenizer.readers[options.side]  # shared, so that requests are tokenized together
-        if limit is not None:
-            plain = PlainReader(tokenizer, options.side, limit)
+        if tokenization is not None:
+            plain = PlainReader(tokenizer, options.side, tokenization)
         return await self.service.encode(options.head, inputs, plain)
 
 

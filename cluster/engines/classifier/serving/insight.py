@@ -1,5 +1,6 @@
 """Explanations and drift statistics of the task ``classify``."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -10,10 +11,9 @@ from cluster.engines.classifier.explain.explainer import Explainer
 from cluster.engines.classifier.explain.schema import ExplainOptions, Question
 from cluster.engines.classifier.model.device import choose_device
 from cluster.engines.classifier.model.load import LoadedModel
-from cluster.engines.classifier.model.types import Side, num_chars
+from cluster.engines.classifier.model.types import ModelInput, Side, num_chars
 from cluster.engines.classifier.serving.drift import DriftMonitor, DriftSnapshot
 from cluster.engines.classifier.serving.jobs import Encoded
-from cluster.engines.classifier.serving.schema import to_texts
 from cluster.engines.classifier.serving.tasks.classify import ClassifyReply, ClassifyRequest
 from cluster.models.reference import Reference
 
@@ -44,15 +44,19 @@ class Insight:
         return cls(explainer, monitor)
 
     async def add(
-        self, request: ClassifyRequest, encoded: Encoded, reply: ClassifyReply
+        self,
+        request: ClassifyRequest,
+        inputs: Sequence[ModelInput],
+        encoded: Encoded,
+        reply: ClassifyReply,
     ) -> ClassifyReply:
         """Count the texts, and return the reply with explanations; see ``Explainer.explain``."""
-        texts = to_texts(request.input)
-        if self._monitor is not None:
+        if self._monitor is not None and request.activation_choice in (None, True):
             scores = encoded.rows_by_text(request.aggregate)
-            self._monitor.observe(scores, list(map(num_chars, texts)))
+            self._monitor.observe(scores, [_num_chars(item) for item in inputs])
         if not request.explain:
             return reply
+        texts = [item for item in inputs if isinstance(item, (str, tuple))]
         side: Side = "left" if request.truncate == "left" else "right"
         options = ExplainOptions() if request.explain is True else request.explain
         question = Question(options.method, request.top_k, side)
@@ -66,3 +70,8 @@ class Insight:
 
     async def stop(self) -> None:
         await self._explainer.stop()
+
+
+def _num_chars(item: ModelInput) -> int:
+    """Return the length of a text; about four characters for each token id."""
+    return num_chars(item) if isinstance(item, (str, tuple)) else 4 * len(item)

@@ -10,9 +10,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cluster.config import ClassifierTask
 from cluster.engines.classifier.model.tokenizer import TextReader
-from cluster.engines.classifier.model.types import Merge, Rows, Side, Text, TokenIds
+from cluster.engines.classifier.model.types import (
+    Head,
+    Merge,
+    Rows,
+    Side,
+    Text,
+    TokenIds,
+    Tokenization,
+)
 from cluster.engines.classifier.model.windows import Window, merge_rows
 
 
@@ -20,15 +27,15 @@ from cluster.engines.classifier.model.windows import Window, merge_rows
 class EncodeOptions:
     """Requested result, and treatment of long texts."""
 
-    head: ClassifierTask
+    head: Head
     side: Side | None = None
     """Side on which long texts are cut. None: they are refused, unless ``stride`` is set."""
     stride: int | None = None
     """Overlap of neighbouring windows in tokens. None: one row per text."""
     with_offsets: bool = False
     """True if the result needs the character offsets of the tokens."""
-    max_pair_tokens: int | None = None
-    """Limit on the tokens read of a pair's second text. None: as many as fit."""
+    tokenization: Tokenization | None = None
+    """Treatment of the texts; None: the usual one, which requests share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +66,18 @@ class Encoded:
 
     def rows_by_text(self, merge: Merge) -> Rows:
         """Return [texts, width] with the windows of each text merged."""
-        if not self.windows:
-            return np.asarray(self.rows)
-        return merge_rows(np.asarray(self.rows), self.windows, merge)
+        return self.merge(np.asarray(self.rows), merge)
+
+    def merge(self, rows: Rows, merge: Merge) -> Rows:
+        """Return [texts, width] of rows that have one row per window."""
+        return merge_rows(rows, self.windows, merge) if self.windows else rows
 
 
 @dataclass(slots=True, eq=False)
 class Job:
     """One admitted request and its progress."""
 
-    task: ClassifierTask
+    head: Head
     texts: Sequence[Text]
     """Empty if the client sent token ids."""
     reader: TextReader

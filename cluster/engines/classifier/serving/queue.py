@@ -102,7 +102,7 @@ class JobQueue:
                 raise PayloadTooLargeError(message, param="input")
             if self.queued_tokens + tokens > self._max_queued_tokens:
                 raise self._overloaded_error()
-            self._batcher.add_request(job, job.task, lengths)
+            self._batcher.add_request(job, job.head, lengths)
             self._changed.notify()
             self._wake_helper()
 

@@ -20,10 +20,9 @@ import numpy as np
 import torch
 
 from cluster.batching import Batch
-from cluster.config import ClassifierTask
 from cluster.engines.classifier.model.device import pin_threads, share_threads
 from cluster.engines.classifier.model.load import LoadedModel
-from cluster.engines.classifier.model.types import EncoderModel, Rows, TokenIds
+from cluster.engines.classifier.model.types import EncoderModel, Head, Rows, TokenIds
 from cluster.engines.classifier.serving.jobs import Job
 from cluster.engines.classifier.serving.metrics import BatchCounts
 from cluster.engines.classifier.serving.queue import JobQueue, ScheduledBatch
@@ -162,7 +161,7 @@ class ModelRunner:
                 except Exception as error:
                     self._fail_batch(stream, error)
                     # This also fails if the model cannot compute anything, as on a lost device.
-                    stream.model.run(cast(ClassifierTask, scheduled.batch.task), self._probe)
+                    stream.model.run(cast(Head, scheduled.batch.task), self._probe)
                 self._queue.finish_batch()
                 stream.is_busy = False
         except Exception as error:
@@ -177,7 +176,7 @@ class ModelRunner:
         stream.use_threads(self._num_threads if scheduled.uses_all_cores else stream.share)
         padding, started_s = stream.model.padding, time.perf_counter()
         ids = [item.key.ids[item.index] for item in batch.items]
-        rows = stream.model.run(cast(ClassifierTask, batch.task), ids)
+        rows = stream.model.run(cast(Head, batch.task), ids)
         elapsed_s = time.perf_counter() - started_s
         with self._scatter_lock:  # a job may have texts in two running batches
             for job in stream.jobs:

@@ -1,31 +1,56 @@
-"""Parsing of request bodies, and the parts that several endpoints share.
+"""Fields that the requests and replies of several tasks share.
 
-Errors: 400 if the body is not JSON or the request is impossible, 422 with the field's name if JSON
-has the wrong shape.
+The names are those of vLLM's pooling API where it has the same concept.
 """
 
-import re
-from collections.abc import Sequence
-from typing import Annotated, Generic, TypeVar
+from collections.abc import Callable, Sequence
+from secrets import token_hex
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from msgspec import UNSET, DecodeError, Meta, Struct, UnsetType, ValidationError
-from msgspec.json import Decoder
+import numpy as np
+from msgspec import UNSET, Meta, Struct, UnsetType
 
-from cluster.engines.classifier.model.types import Merge, Side, Text
+from cluster.engines.classifier.model.types import Merge, Rows, Side, Text
 from cluster.engines.classifier.serving.jobs import Encoded
-from cluster.errors import InvalidRequestError, UnprocessableError
+from cluster.errors import InvalidRequestError
 
 AtLeastZero = Annotated[int, Meta(ge=0)]
 AtLeastOne = Annotated[int, Meta(ge=1)]
 T = TypeVar("T")
 
+ActivationFunction = Literal["softmax", "sigmoid", "none"]
+ACTIVATIONS: dict[str, Callable[[Rows], Rows]] = {
+    "none": lambda logits: logits,
+    "sigmoid": lambda logits: np.asarray(1 / (1 + np.exp(-logits)), np.float32),
+    "softmax": lambda logits: _softmax(logits),
+}
 
-class TaskRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+
+class TaskRequest(Struct, frozen=True, kw_only=True):
     """Fields of every task's request."""
 
     model: str | None = None
     truncate: bool | Side | UnsetType = UNSET
     """Side on which long texts are cut (true: right); false refuses them."""
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1)] | None = None
+    """Length to which longer texts are cut, special tokens included; -1 is the model's length."""
+    truncation_side: Side | None = None
+    """Side on which long texts are cut, if they are; default: right."""
+    request_id: Annotated[str, Meta(max_length=256)] | None = None
+    """Suffix of the reply's ``id``."""
+    padding: Literal["max_length", "do_not_pad"] | None = None
+    """No effect: padding is never part of a result."""
+    user: str | None = None
+    """No effect; the tenant comes from the API key."""
+    priority: int | None = None
+    """No effect; the priority comes from the API key and from ``x-tandem-priority``."""
+    cache_salt: str | None = None
+    """No effect; see ``result_cache.isolate_tenants``."""
+    mm_processor_kwargs: dict[str, Any] | None = None
+    """No effect: there are no images."""
+
+    def reply_id(self, prefix: str) -> str:
+        return f"{prefix}-{self.request_id or token_hex(16)}"
 
 
 class LongTextRequest(TaskRequest, frozen=True, kw_only=True):
@@ -38,10 +63,32 @@ class LongTextRequest(TaskRequest, frozen=True, kw_only=True):
 
 
 class WindowedRequest(LongTextRequest, frozen=True, kw_only=True):
-    """Request of a task that can also return the result of each window."""
+    """Request of a task that can return the result of each window, and leave out activation."""
 
     windows: bool = False
     """True to return the result of each window."""
+    use_activation: bool | None = None
+    """False returns logits, or vectors that are not normalized."""
+    activation: bool | ActivationFunction | None = None
+    """Former name of ``use_activation``, or the function to apply to the logits."""
+    softmax: bool | None = None
+    """Former name of ``use_activation``."""
+
+    @property
+    def activation_choice(self) -> bool | ActivationFunction | None:
+        """Choice of activation; None is the model's own."""
+        for choice in (self.use_activation, self.activation, self.softmax):
+            if choice is not None:
+                return choice
+        return None
+
+    def activate(self, encoded: Encoded) -> tuple[Rows, Rows]:
+        """Return the rows of all texts, and those of all windows, after the chosen activation."""
+        choice = self.activation_choice
+        if isinstance(choice, str):
+            rows = ACTIVATIONS[choice](np.asarray(encoded.rows))
+            return encoded.merge(rows, self.aggregate), rows
+        return encoded.rows_by_text(self.aggregate), np.asarray(encoded.rows)
 
 
 class ReplyUsage(Struct, frozen=True, gc=False):
@@ -58,7 +105,10 @@ def usage(encoded: Encoded) -> ReplyUsage:
 class ListReply(Struct, Generic[T], frozen=True, kw_only=True):
     """Reply of most tasks, with one entry per input, in order."""
 
+    id: str
     object: str = "list"
+    created: int
+    """Unix time in seconds."""
     data: list[T]
     model: str
     usage: ReplyUsage
@@ -73,35 +123,7 @@ class Pair(Struct, frozen=True, forbid_unknown_fields=True):
 
 PairList = Annotated[list[str], Meta(min_length=2, max_length=2)]
 """A text and its pair as a list."""
-Item = str | Pair | PairList
-ItemOrList = str | Pair | list[Item]
-
-
-def parse(decoder: Decoder[T], body: bytes) -> T:
-    """Parse a body.
-
-    Raises:
-        InvalidRequestError: It is not JSON, or not UTF-8 (lone surrogates included).
-        UnprocessableError: A field is unknown, missing or of the wrong type.
-    """
-    try:
-        return decoder.decode(body)
-    except ValidationError as error:
-        raise _unprocessable_error(str(error)) from None
-    except UnicodeDecodeError:
-        raise InvalidRequestError("the body is not valid UTF-8") from None
-    except (DecodeError, RecursionError) as error:
-        raise InvalidRequestError(f"the body is not valid JSON: {error}") from None
-
-
-def _unprocessable_error(message: str) -> UnprocessableError:
-    """Translate msgspec's message, e.g. "Expected `str`, got `int` - at `$.input[1]`"."""
-    problem, _, location = message.partition(" - at ")
-    path = location.strip("`").removeprefix("$").lstrip(".")
-    named = re.search(r"field `([^`]+)`", problem)
-    param = path or (named[1] if named else None)
-    text = f"{path}: {problem[0].lower()}{problem[1:]}" if path else problem
-    return UnprocessableError(text, param=param)
+ItemOrList = str | Pair | list[str | Pair | PairList]
 
 
 def to_texts(value: ItemOrList) -> list[Text]:
@@ -131,3 +153,8 @@ def check_count(count: int, max_texts: int, param: str = "input") -> None:
     if count > max_texts:
         message = f"{param} has {count} texts; a request may have {max_texts}"
         raise InvalidRequestError(message, param=param)
+
+
+def _softmax(logits: Rows) -> Rows:
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.asarray(shifted / shifted.sum(axis=1, keepdims=True), np.float32)

@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from cluster.config import ClassifierConfig, ClassifierTask
+from cluster.config import ClassifierConfig
 from cluster.engines.classifier.model.device import num_threads
 from cluster.engines.classifier.model.load import LoadedModel, load_model
 from cluster.engines.classifier.model.tokenizer import TextReader
-from cluster.engines.classifier.model.types import ModelInput, num_chars
+from cluster.engines.classifier.model.types import Head, ModelInput, num_chars
 from cluster.engines.classifier.serving.jobs import Encoded, Job
 from cluster.engines.classifier.serving.metrics import ClassifierCounts
 from cluster.engines.classifier.serving.queue import JobQueue
@@ -89,12 +89,12 @@ class ClassifierService:
         return self
 
     async def encode(
-        self, task: ClassifierTask, inputs: Sequence[ModelInput], reader: TextReader | None = None
+        self, head: Head, inputs: Sequence[ModelInput], reader: TextReader | None = None
     ) -> Encoded:
         """Compute a row per input; cancelling skips everything that is not computed yet.
 
         Args:
-            task: Head to compute; one that the configured tasks need.
+            head: Result to compute; one that the model has.
             inputs: Texts, pairs of texts, or rows of valid token ids up to the model's length.
             reader: Reads the texts; None refuses long ones.
 
@@ -108,7 +108,7 @@ class ClassifierService:
         future: asyncio.Future[Encoded] = self._loop.create_future()
         texts = [item for item in inputs if isinstance(item, (str, tuple))]
         reader = reader or self.model.tokenizer.readers[None]
-        job = Job(task, texts, reader, future, time.perf_counter())
+        job = Job(head, texts, reader, future, time.perf_counter())
         job.ids = [item for item in inputs if isinstance(item, np.ndarray)]
         self._queue.admit_job(job)
         self._open.add(job)

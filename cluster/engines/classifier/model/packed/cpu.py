@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.config import ClassifierTask
 from cluster.engines.classifier.model.outputs import Pooling
 from cluster.engines.classifier.model.packed.layout import Group, Layout
 from cluster.engines.classifier.model.packed.linear import Arithmetic
 from cluster.engines.classifier.model.packed.network import PackedNetwork
-from cluster.engines.classifier.model.types import Rows, TokenIds
+from cluster.engines.classifier.model.types import Head, Rows, TokenIds, split_by_length
 
 BFLOAT16_LANES = 32
 """Values in a 512-bit register. PyTorch's softmax computes the remainder of a row one by one."""
@@ -46,16 +45,13 @@ class PackedBert:
         self.padding = 0.0
 
     @torch.inference_mode()
-    def run(self, task: ClassifierTask, ids: Sequence[TokenIds]) -> Rows:
+    def run(self, head: Head, ids: Sequence[TokenIds]) -> Rows | list[Rows]:
         layout = Layout.for_batch(ids, self._heads, self._mask_dtype)
         self.padding += len(layout.packed.tokens) - layout.num_tokens
         self.padding += layout.padded_pairs * self._tokens_per_pair
         attention = GroupedAttention(layout, self._heads)
-        if task == "classify":
-            rows = self._network.scores(layout.packed, attention)
-        else:
-            rows = self._network.embeddings(layout.packed, attention)
-        return np.asarray(rows.numpy()[: len(ids)], np.float32)
+        rows = np.asarray(self._network.run(head, layout.packed, attention).numpy(), np.float32)
+        return split_by_length(rows, ids) if head == "embed-tokens" else rows[: len(ids)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.config import ClassifierTask
 from cluster.engines.classifier.model.outputs import Pooling
 from cluster.engines.classifier.model.packed.layout import round_up
 from cluster.engines.classifier.model.packed.linear import Arithmetic
 from cluster.engines.classifier.model.packed.network import Packed, PackedNetwork
-from cluster.engines.classifier.model.types import Rows, TokenIds
+from cluster.engines.classifier.model.types import Head, Rows, TokenIds, split_by_length
 
 MIN_TOKENS = 64
 SIZE_BITS = 3
@@ -87,7 +86,7 @@ class Buffers:
             for name, size in shapes.items()
         }
         self.device = {name: buffer.to(device) for name, buffer in self.host.items()}
-        self.graphs: dict[ClassifierTask, tuple[Any, Tensor]] = {}
+        self.graphs: dict[Head, tuple[Any, Tensor]] = {}
 
     def fill(self, ids: Sequence[TokenIds]) -> None:
         lengths = np.array([len(row) for row in ids])
@@ -149,12 +148,14 @@ class VarlenBert:
         self.padding = 0.0
 
     @torch.inference_mode()
-    def run(self, task: ClassifierTask, ids: Sequence[TokenIds]) -> Rows:
+    def run(self, head: Head, ids: Sequence[TokenIds]) -> Rows | list[Rows]:
         buffers = self._buffers_for(ids)
         buffers.fill(ids)
         with self._launch_lock:
             self._upload(buffers)
-            rows = self._replay(task, buffers) if self._graphs else self._forward(task, buffers)
+            rows = self._replay(head, buffers) if self._graphs else self._forward(head, buffers)
+        if head == "embed-tokens":
+            return split_by_length(np.asarray(rows.cpu().numpy(), np.float32), ids)
         return np.asarray(rows[: len(ids)].cpu().numpy(), np.float32)
 
     def _buffers_for(self, ids: Sequence[TokenIds]) -> Buffers:
@@ -173,19 +174,19 @@ class VarlenBert:
         if self._upload_stream is not None:
             torch.cuda.current_stream().wait_stream(self._upload_stream)
 
-    def _replay(self, task: ClassifierTask, buffers: Buffers) -> Tensor:
-        if task not in buffers.graphs:
-            self._forward(task, buffers)  # libraries choose and load their kernels
+    def _replay(self, head: Head, buffers: Buffers) -> Tensor:
+        if head not in buffers.graphs:
+            self._forward(head, buffers)  # libraries choose and load their kernels
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                rows = self._forward(task, buffers)
-            buffers.graphs[task] = graph, rows
-        graph, rows = buffers.graphs[task]
+                rows = self._forward(head, buffers)
+            buffers.graphs[head] = graph, rows
+        graph, rows = buffers.graphs[head]
         graph.replay()
         return rows
 
-    def _forward(self, task: ClassifierTask, buffers: Buffers) -> Tensor:
+    def _forward(self, head: Head, buffers: Buffers) -> Tensor:
         batch = buffers.device
         packed = Packed(
             tokens=batch["ids"],
@@ -195,6 +196,4 @@ class VarlenBert:
             text_index=batch["text_index"],
         )
         attention = VarlenAttention(self._attend, self._heads, batch["starts"], buffers.tokens)
-        if task == "classify":
-            return self._network.scores(packed, attention)
-        return self._network.embeddings(packed, attention)
+        return self._network.run(head, packed, attention)

@@ -3,7 +3,7 @@
 Keeps none of the modules that it is made from. Attention and devices are up to ``cpu`` and ``gpu``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from transformers import BertForSequenceClassification, BertModel
 
 from cluster.engines.classifier.model.outputs import Pooling, to_scores
 from cluster.engines.classifier.model.packed.linear import Arithmetic, Linear, PlainLinear, Weights
+from cluster.engines.classifier.model.types import Head
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,19 +153,26 @@ class PackedNetwork:
             classifier = Weights.from_modules(network.classifier)
             self._head = PlainLinear(pooler.to(dtype)), PlainLinear(classifier.to(dtype))
 
-    def scores(self, packed: Packed, attention: Attention) -> Tensor:
-        """Return scores [texts, labels]; the last layer computes only first tokens."""
+    def run(self, head: Head, packed: Packed, attention: Attention) -> Tensor:
+        """Return [texts, labels or width]; [tokens, width] for ``embed-tokens``."""
+        if head == "classify":
+            return to_scores(self._logits(packed, attention), self._config)
+        if head == "logits":
+            return self._logits(packed, attention)
+        hidden = self._layers[-1](attention, self._below_last(packed, attention))
+        if head == "embed-tokens":
+            return hidden.float()
+        pooling = self._pooling if head == "embed" else replace(self._pooling, normalize=False)
+        return pooling(hidden, packed.text_index, packed.positions, packed.starts)
+
+    def _logits(self, packed: Packed, attention: Attention) -> Tensor:
+        """Return [texts, labels]; the last layer computes only first tokens."""
         assert self._first_token_layer is not None
         assert self._head is not None
         pooler, classifier = self._head
         hidden = self._below_last(packed, attention)
         first = self._first_token_layer(attention, hidden, packed.starts)
-        return to_scores(classifier(pooler(first).tanh()).float(), self._config)
-
-    def embeddings(self, packed: Packed, attention: Attention) -> Tensor:
-        """Return pooled outputs of the last layer, [texts, width]."""
-        hidden = self._layers[-1](attention, self._below_last(packed, attention))
-        return self._pooling(hidden, packed.text_index, packed.positions, packed.starts)
+        return classifier(pooler(first).tanh()).float()
 
     def _below_last(self, packed: Packed, attention: Attention) -> Tensor:
         hidden = functional.embedding(packed.tokens, self._words)

@@ -6,16 +6,20 @@ must be quick, except ``reply``, which runs in a thread for large results.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
-from msgspec import UNSET, Struct
-from msgspec.json import Decoder
+from msgspec import Struct
 from msgspec.structs import replace
 
 from cluster.config import ClassifierConfig, ClassifierTask
 from cluster.engines.classifier.model.load import LoadedModel
-from cluster.engines.classifier.model.types import ModelInput, Side
+from cluster.engines.classifier.model.types import Head, ModelInput, Tokenization
 from cluster.engines.classifier.model.windows import max_stride
+from cluster.engines.classifier.serving.inputs import (
+    InputRequest,
+    adds_special_tokens,
+    truncation_side,
+)
 from cluster.engines.classifier.serving.jobs import Encoded, EncodeOptions
 from cluster.engines.classifier.serving.schema import LongTextRequest, TaskRequest, WindowedRequest
 from cluster.errors import InvalidRequestError
@@ -29,7 +33,7 @@ class Task(ABC, Generic[RequestT]):
     """One task of a classifier."""
 
     name: ClassVar[ClassifierTask]
-    head: ClassVar[ClassifierTask]
+    head: ClassVar[Head]
     """Result that the model computes for each input."""
     with_offsets: ClassVar[bool] = False
     """True if the reply has character offsets."""
@@ -39,31 +43,46 @@ class Task(ABC, Generic[RequestT]):
     summary: ClassVar[str]
     """One line for the OpenAPI document."""
     request: type[RequestT]
-    response: type[Struct]
+    response: Any
+    """Type of the reply, for the OpenAPI document."""
 
     def __init__(self, config: ClassifierConfig, model: LoadedModel) -> None:
         self.config = config
         self.model = model
-        self.decoder = Decoder(self.request)
+
+    def head_for(self, request: RequestT) -> Head:
+        """Return the result that the model computes for each input."""
+        return self.head
 
     def options(self, request: RequestT) -> EncodeOptions:
         """Return the result to compute per input, and how to treat long texts.
 
         Raises:
-            InvalidRequestError: The stride is too large or combined with ``truncate``, or
-                windows are requested without a stride.
+            InvalidRequestError: The stride is too large or combined with truncation, windows are
+                requested without a stride, or the text may be longer than the model takes.
         """
+        head, tokenization = self.head_for(request), self.tokenization(request)
         if isinstance(request, LongTextRequest) and request.stride is not None:
             self._check_stride(request, request.stride)
-            return EncodeOptions(self.head, None, request.stride, self.with_offsets)
+            return EncodeOptions(head, None, request.stride, self.with_offsets, tokenization)
         if isinstance(request, WindowedRequest) and request.windows:
             raise InvalidRequestError("windows: true needs a stride", param="windows")
-        truncate = self.truncate if request.truncate is UNSET else request.truncate
-        side: Side | None = "right" if truncate is True else truncate or None
-        return EncodeOptions(self.head, side, None, self.with_offsets)
+        side = truncation_side(request, by_default=self.truncate)
+        return EncodeOptions(head, side, None, self.with_offsets, tokenization)
+
+    def tokenization(self, request: RequestT) -> Tokenization | None:
+        """Return how the texts are tokenized; None as usual."""
+        limit = request.truncate_prompt_tokens
+        is_bare = isinstance(request, InputRequest) and not adds_special_tokens(request, self.model)
+        if not is_bare and limit in (None, -1):
+            return None
+        if limit is not None and limit > (longest := self.model.tokenizer.max_tokens):
+            message = f"truncate_prompt_tokens is {limit}; the model takes {longest} tokens"
+            raise InvalidRequestError(message, param="truncate_prompt_tokens")
+        return Tokenization(None if limit == -1 else limit, special_tokens=not is_bare)
 
     def _check_stride(self, request: LongTextRequest, stride: int) -> None:
-        if request.truncate:
+        if request.truncate or request.truncate_prompt_tokens is not None:
             raise InvalidRequestError("truncate and stride exclude each other", param="stride")
         if stride > (limit := max_stride(self.model.tokenizer)):
             message = f"stride is {stride}; the limit of this model is {limit}"
@@ -74,7 +93,7 @@ class Task(ABC, Generic[RequestT]):
         """Return the inputs of the model; raise ``RequestError`` if the request is impossible."""
 
     @abstractmethod
-    def reply(self, request: RequestT, encoded: Encoded) -> Struct:
+    def reply(self, request: RequestT, encoded: Encoded) -> Any:
         """Return the reply for the model's results."""
 
 

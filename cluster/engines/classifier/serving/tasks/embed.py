@@ -1,33 +1,47 @@
-"""``/v1/embeddings``: vectors of texts or token ids, in OpenAI's format."""
+"""Vectors of texts or token ids: ``/v1/embeddings``, and the similarity and tokens of texts."""
 
-import base64
-from collections.abc import Sequence
-from typing import Literal, cast
+import time
+from typing import Any, Literal
 
 import numpy as np
-from msgspec import UNSET, Raw, Struct, UnsetType
-from msgspec.json import Encoder
+from msgspec import UNSET, Struct, UnsetType
 
-from cluster.engines.classifier.model.template import cut_ids
-from cluster.engines.classifier.model.types import Rows, TokenIds
+from cluster.engines.classifier.model.types import Head, ModelInput, Rows
 from cluster.engines.classifier.serving import schema
+from cluster.engines.classifier.serving.inputs import read_inputs
 from cluster.engines.classifier.serving.jobs import Encoded
 from cluster.engines.classifier.serving.tasks.base import Task, with_windows
-from cluster.errors import InvalidRequestError, UnprocessableError
+from cluster.engines.classifier.serving.vectors import (
+    BinaryReply,
+    VectorRequest,
+    check_format,
+    to_binary,
+    to_json,
+)
+from cluster.errors import InvalidRequestError
 
-encode_json = Encoder().encode
-
-DECIMALS = 8
-"""Decimals of a float in JSON. float32 has 7 or 8 significant ones; the default writes 17."""
+MAX_TOKEN_TEXTS = 32
+"""Texts of a request for the vectors of all tokens, which take up to 1.5 MB for each text."""
 
 
-class EmbeddingsRequest(schema.WindowedRequest, frozen=True, kw_only=True):
-    """Body of ``POST /v1/embeddings``: OpenAI's fields and those for long texts."""
+class EmbeddingsRequest(VectorRequest, frozen=True, kw_only=True):
+    """Body of ``POST /v1/embeddings``: OpenAI's and vLLM's fields, and those for long texts."""
 
-    input: str | list[str | int | list[int]]
-    encoding_format: Literal["float", "base64"] = "float"
     dimensions: schema.AtLeastOne | None = None
-    user: str | None = None
+    """Number of values to keep of each vector, which is then normalized again."""
+    normalize: bool | None = None
+    """Former name of ``use_activation``: true for unit length, false for vectors as pooled.
+    Default: the model's own."""
+    modality: Literal["text"] = "text"
+    """Kind of input, in Infinity's requests."""
+
+    @property
+    def unit_length(self) -> bool | None:
+        """Requested normalization; None is the model's own."""
+        choice = self.activation_choice
+        if choice is None:
+            return self.normalize
+        return choice if isinstance(choice, bool) else choice != "none"
 
 
 class EmbeddedWindow(Struct, frozen=True):
@@ -39,7 +53,7 @@ class EmbeddedWindow(Struct, frozen=True):
 
 
 class Embedding(Struct, frozen=True):
-    """Vector of one text; a string is base64 of little-endian float32."""
+    """Vector of one text; a string is base64 of its values."""
 
     index: int
     embedding: list[float] | str
@@ -56,79 +70,99 @@ class Embed(Task[EmbeddingsRequest]):
 
     name = "embed"
     head = "embed"
-    paths = ("/v1/embeddings",)
+    paths = ("/v1/embeddings", "/embeddings")
     summary = "Compute the embedding of one or more texts."
     request = EmbeddingsRequest
     response = EmbeddingsReply
 
-    def inputs(self, request: EmbeddingsRequest) -> list[str | TokenIds]:
+    def head_for(self, request: EmbeddingsRequest) -> Head:
+        return "embed-unnormalized" if request.unit_length is False else "embed"
+
+    def inputs(self, request: EmbeddingsRequest) -> list[ModelInput]:
         width = self.model.embedding_size
         if request.dimensions and request.dimensions > width:
             message = f"dimensions is {request.dimensions}; the model has {width}"
             raise InvalidRequestError(message, param="dimensions")
-        items = _split_input(request.input)
-        schema.check_count(len(items), self.config.max_texts)
-        return [
-            item if isinstance(item, str) else self._token_ids(index, item, request)
-            for index, item in enumerate(items)
-        ]
+        if request.windows and request.is_binary:
+            message = f"encoding_format `{request.encoding_format}` has no windows"
+            raise InvalidRequestError(message, param="encoding_format")
+        inputs = read_inputs(request, self.model, self.config.max_texts)
+        check_format(request, len(inputs))
+        return inputs
 
-    def reply(self, request: EmbeddingsRequest, encoded: Encoded) -> EmbeddingsReply:
+    def reply(self, request: EmbeddingsRequest, encoded: Encoded) -> EmbeddingsReply | BinaryReply:
         rows = encoded.rows_by_text(request.aggregate)
-        if encoded.windows and self.model.pooling.normalize:
+        if encoded.windows and self._normalizes(request):
             rows = to_unit(rows)
-        vectors = self._to_json(request, rows)
-        data = [Embedding(index, vector) for index, vector in enumerate(vectors)]
+        rows = self._finish(request, rows)
+        reply_id, created = request.reply_id("embd"), int(time.time())
+        name, usage = self.config.name, schema.usage(encoded)
+        if request.is_binary:
+            return to_binary(request, rows, reply_id, created, name, usage)
+        data = [Embedding(index, vector) for index, vector in enumerate(to_json(request, rows))]
         if request.windows:
-            vectors = self._to_json(request, np.asarray(encoded.rows))
+            vectors = to_json(request, self._finish(request, np.asarray(encoded.rows)))
             data = with_windows(data, encoded, vectors, EmbeddedWindow)
-        return EmbeddingsReply(data=data, model=self.config.name, usage=schema.usage(encoded))
+        return EmbeddingsReply(id=reply_id, created=created, data=data, model=name, usage=usage)
 
-    def _to_json(self, request: EmbeddingsRequest, rows: Rows) -> Sequence[list[float] | str]:
-        if request.dimensions is not None and request.dimensions < rows.shape[1]:
-            rows = rows[:, : request.dimensions]
-            rows = to_unit(rows) if self.model.pooling.normalize else rows
-        if request.encoding_format == "base64":
-            return [_base64(row) for row in rows]
-        # Encode row by row: encoding thousands of rows in one call would hold the GIL throughout.
-        # The cast keeps the field's type, which appears in the OpenAPI document, a list of numbers.
-        rounded = rows.astype(np.float64).round(DECIMALS)
-        return [cast(list[float], Raw(encode_json(row.tolist()))) for row in rounded]
+    def _normalizes(self, request: EmbeddingsRequest) -> bool:
+        unit_length = request.unit_length
+        return self.model.pooling.normalize if unit_length is None else unit_length
 
-    def _token_ids(self, index: int, ids: list[int], request: EmbeddingsRequest) -> TokenIds:
-        if request.stride is not None:
-            raise InvalidRequestError("token ids cannot be read in windows", param="stride")
-        if not ids:
-            message = f"input[{index}] is empty; at least one token id is needed"
-            raise InvalidRequestError(message, param="input")
-        last = self.model.vocab_size - 1
-        for token in (min(ids), max(ids)):
-            if not 0 <= token <= last:
-                message = f"input[{index}] has the token id {token}; allowed: 0 to {last}"
-                raise InvalidRequestError(message, param="input")
-        limit = self.model.tokenizer.max_tokens
-        if len(ids) > limit:
-            if not request.truncate:
-                raise self.model.tokenizer.too_long_error(index, len(ids))
-            ids = cut_ids(ids, limit, "left" if request.truncate == "left" else "right")
-        return np.array(ids, np.int64)
+    def _finish(self, request: EmbeddingsRequest, rows: Rows) -> Rows:
+        is_cut = request.dimensions is not None and request.dimensions < rows.shape[1]
+        rows = rows[:, : request.dimensions]
+        is_unit = self.model.pooling.normalize and not is_cut
+        return to_unit(rows) if self._normalizes(request) and not is_unit else rows
 
 
-def _split_input(items: str | list[str | int | list[int]]) -> list[str | list[int]]:
-    """Return the four shapes of OpenAI's ``input`` as a list of texts or of lists of token ids."""
-    if isinstance(items, str):
-        return [items]
-    types = set(map(type, items))
-    if len(types) > 1:
-        message = "input: expected texts, token ids, or lists of token ids, got a mixture"
-        raise UnprocessableError(message, param="input")
-    return cast(list[str | list[int]], [items] if types == {int} else items)
+class SimilarityRequest(schema.TaskRequest, frozen=True, kw_only=True):
+    """A sentence and those to compare it with."""
+
+    source_sentence: str
+    sentences: list[str]
+
+
+class Similarity(Task[SimilarityRequest]):
+    """Cosine similarity of a sentence with others, by their embeddings."""
+
+    name = "embed"
+    head = "embed"
+    paths = ()
+    summary = "Compare a sentence with others."
+    request = SimilarityRequest
+    response = list[float]
+
+    def inputs(self, request: SimilarityRequest) -> list[ModelInput]:
+        schema.check_count(len(request.sentences), self.config.max_texts - 1, "sentences")
+        return [request.source_sentence, *request.sentences]
+
+    def reply(self, request: SimilarityRequest, encoded: Encoded) -> list[float]:
+        rows = to_unit(np.asarray(encoded.rows))
+        return [float(value) for value in rows[1:] @ rows[0]]
+
+
+class TokenVectorsRequest(VectorRequest, frozen=True, kw_only=True):
+    """Texts whose tokens' vectors are wanted."""
+
+
+class TokenVectors(Task[TokenVectorsRequest]):
+    """Vectors of all tokens of a text, special tokens included; not normalized."""
+
+    name = "embed"
+    head = "embed-tokens"
+    paths = ()
+    summary = "Compute the vector of every token of one or more texts."
+    request = TokenVectorsRequest
+    response = list[list[list[float]]]
+
+    def inputs(self, request: TokenVectorsRequest) -> list[ModelInput]:
+        return read_inputs(request, self.model, min(MAX_TOKEN_TEXTS, self.config.max_texts))
+
+    def reply(self, request: TokenVectorsRequest, encoded: Encoded) -> Any:
+        return to_json(request, list(encoded.rows))
 
 
 def to_unit(rows: Rows) -> Rows:
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.asarray(rows / np.maximum(norms, 1e-12), np.float32)
-
-
-def _base64(row: Rows) -> str:
-    return base64.b64encode(row.astype("<f4").tobytes()).decode("ascii")

@@ -1,5 +1,6 @@
 """``/fill-mask``: candidates for each mask of a text, by a masked language model."""
 
+import time
 from typing import Annotated
 
 import numpy as np
@@ -12,12 +13,14 @@ from cluster.engines.classifier.serving.jobs import Encoded
 from cluster.engines.classifier.serving.tasks.base import Task
 from cluster.errors import InvalidRequestError
 
+TopK = Annotated[int, Meta(ge=1, le=MAX_CANDIDATES)]
+
 
 class FillMaskRequest(schema.TaskRequest, frozen=True, kw_only=True):
     """Body of ``POST /fill-mask``; the texts contain the model's mask, e.g. ``[MASK]``."""
 
     input: str | list[str]
-    top_k: Annotated[int, Meta(ge=1, le=MAX_CANDIDATES)] = 5
+    top_k: TopK = 5
     """Number of candidates per mask."""
 
 
@@ -55,7 +58,13 @@ class FillMask(Task[FillMaskRequest]):
 
     def reply(self, request: FillMaskRequest, encoded: Encoded) -> FillMaskReply:
         data = [self._filled(index, rows, request.top_k) for index, rows in enumerate(encoded.rows)]
-        return FillMaskReply(data=data, model=self.config.name, usage=schema.usage(encoded))
+        return FillMaskReply(
+            id=request.reply_id("fill-mask"),
+            created=int(time.time()),
+            data=data,
+            model=self.config.name,
+            usage=schema.usage(encoded),
+        )
 
     def _filled(self, index: int, rows: Rows, top_k: int) -> Filled:
         tokenizer = self.model.tokenizer

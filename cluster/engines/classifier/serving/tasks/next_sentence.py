@@ -1,5 +1,7 @@
 """``/next-sentence``: probability that one sentence follows another (a training goal of BERT)."""
 
+import time
+
 from msgspec import Struct
 
 from cluster.engines.classifier.model.types import Text
@@ -50,4 +52,10 @@ class NextSentence(Task[NextSentenceRequest]):
         # The first of BERT's two labels means that the second sentence follows.
         scores = encoded.rows_by_text("mean")[:, 0].tolist()
         data = [Followed(index, score >= 0.5, score) for index, score in enumerate(scores)]
-        return NextSentenceReply(data=data, model=self.config.name, usage=schema.usage(encoded))
+        return NextSentenceReply(
+            id=request.reply_id("next-sentence"),
+            created=int(time.time()),
+            data=data,
+            model=self.config.name,
+            usage=schema.usage(encoded),
+        )

@@ -1,40 +1,42 @@
 """``/rerank``: documents by relevance to a query, in the format of Cohere and Jina."""
 
-from dataclasses import replace
-from uuid import uuid4
+import time
 
-import numpy as np
 from msgspec import UNSET, Struct, UnsetType, structs
 
 from cluster.engines.classifier.model.types import Text
 from cluster.engines.classifier.serving import schema
-from cluster.engines.classifier.serving.jobs import Encoded, EncodeOptions
-from cluster.engines.classifier.serving.tasks.base import Task, with_windows
+from cluster.engines.classifier.serving.jobs import Encoded
+from cluster.engines.classifier.serving.tasks.base import with_windows
 from cluster.engines.classifier.serving.tasks.score import ScoredWindow
+from cluster.engines.classifier.serving.tasks.scoring import (
+    ScoredText,
+    ScoredTexts,
+    ScoringRequest,
+    ScoringTask,
+    text_of,
+    texts_of,
+)
 
 
 class Document(Struct, frozen=True):
-    """A document; other fields are ignored."""
+    """A document of the request."""
 
     text: str
 
 
-class RerankRequest(schema.WindowedRequest, frozen=True, kw_only=True):
+class RerankRequest(ScoringRequest, frozen=True, kw_only=True):
     """Body of ``POST /rerank``.
 
     Long documents are cut unless ``truncate`` is false or a stride is set, because clients of
     Cohere and Jina do not expect an error.
     """
 
-    query: str
-    documents: list[str | Document]
-    top_n: schema.AtLeastOne | None = None
-    """Number of documents to return, best first; null returns all."""
+    query: ScoredText
+    documents: ScoredTexts
+    top_n: schema.AtLeastZero | None = None
+    """Number of documents to return, best first; 0 or null returns all."""
     return_documents: bool = False
-    max_tokens_per_doc: schema.AtLeastOne | None = None
-    """Number of tokens read of each document (Cohere)."""
-    priority: int | None = None
-    """Ignored (Cohere); a request's class comes from its key or its header."""
 
 
 class Ranked(Struct, frozen=True):
@@ -73,43 +75,48 @@ class RerankReply(Struct, frozen=True):
     results: list[Ranked]
     usage: schema.ReplyUsage
     meta: RerankMeta
+    created: int
+    """Unix time in seconds."""
     object: str = "list"
 
 
-class Rerank(Task[RerankRequest]):
+class Rerank(ScoringTask[RerankRequest]):
     """Task ``rerank``."""
 
     name = "rerank"
-    head = "classify"
     truncate = True
     paths = ("/rerank", "/v1/rerank", "/v2/rerank")
     summary = "Sort documents by their relevance to a query."
     request = RerankRequest
     response = RerankReply
 
-    def options(self, request: RerankRequest) -> EncodeOptions:
-        return replace(super().options(request), max_pair_tokens=request.max_tokens_per_doc)
-
     def inputs(self, request: RerankRequest) -> list[Text]:
-        schema.check_count(len(request.documents), self.config.max_texts, "documents")
-        return [(request.query, _text(document)) for document in request.documents]
+        query, documents = text_of(request.query, "query"), _documents(request)
+        schema.check_count(len(documents), self.config.max_texts, "documents")
+        return [(query, document) for document in documents]
 
     def reply(self, request: RerankRequest, encoded: Encoded) -> RerankReply:
-        scores = encoded.rows_by_text(request.aggregate)[:, 0].tolist()
-        results = [Ranked(index, score) for index, score in enumerate(scores)]
+        rows, of_windows = request.activate(encoded)
+        results = [Ranked(index, score) for index, score in enumerate(rows[:, 0].tolist())]
         if request.windows:
-            values = np.asarray(encoded.rows)[:, 0].tolist()
-            results = with_windows(results, encoded, values, ScoredWindow)
-        results = sorted(results, key=lambda result: -result.relevance_score)[: request.top_n]
+            results = with_windows(results, encoded, of_windows[:, 0].tolist(), ScoredWindow)
+        results.sort(key=lambda result: -result.relevance_score)
+        results = results[: request.top_n or None]
         if request.return_documents:
+            documents = _documents(request)
             results = [
-                structs.replace(result, document=Document(_text(request.documents[result.index])))
+                structs.replace(result, document=Document(documents[result.index]))
                 for result in results
             ]
-        meta = RerankMeta(RerankTokens(encoded.num_tokens))
-        name, usage = self.config.name, schema.usage(encoded)
-        return RerankReply(f"rerank-{uuid4().hex}", name, results, usage, meta)
+        return RerankReply(
+            id=request.reply_id("rerank"),
+            created=int(time.time()),
+            model=self.config.name,
+            results=results,
+            usage=schema.usage(encoded),
+            meta=RerankMeta(RerankTokens(encoded.num_tokens)),
+        )
 
 
-def _text(document: str | Document) -> str:
-    return document if isinstance(document, str) else document.text
+def _documents(request: RerankRequest) -> list[str]:
+    return texts_of(request.documents, "documents")

@@ -1,27 +1,40 @@
 """``/score``: similarity or relevance of pairs of texts, in vLLM's format."""
 
 import time
-from uuid import uuid4
 
-import numpy as np
 from msgspec import UNSET, Struct, UnsetType
 
 from cluster.engines.classifier.model.types import Text
 from cluster.engines.classifier.serving import schema
 from cluster.engines.classifier.serving.jobs import Encoded
-from cluster.engines.classifier.serving.tasks.base import Task, with_windows
-from cluster.errors import InvalidRequestError, UnprocessableError
+from cluster.engines.classifier.serving.tasks.base import with_windows
+from cluster.engines.classifier.serving.tasks.scoring import (
+    ScoredTexts,
+    ScoringRequest,
+    ScoringTask,
+    texts_of,
+)
+from cluster.errors import InvalidRequestError
 
-TextOrList = str | list[str]
+_NAMES = (
+    ("text_1", "text_2"),
+    ("queries", "documents"),
+    ("queries", "items"),
+    ("data_1", "data_2"),
+)
+"""Names of the first and second texts, those of vLLM."""
 
 
-class ScoreRequest(schema.WindowedRequest, frozen=True, kw_only=True):
-    """Body of ``POST /score``: ``text_1`` and ``text_2``, or ``queries`` and ``documents``."""
+class ScoreRequest(ScoringRequest, frozen=True, kw_only=True):
+    """Body of ``POST /score``: ``text_1`` and ``text_2``, or one of the other pairs of names."""
 
-    text_1: TextOrList | UnsetType = UNSET
-    text_2: TextOrList | UnsetType = UNSET
-    queries: TextOrList | UnsetType = UNSET
-    documents: TextOrList | UnsetType = UNSET
+    text_1: ScoredTexts | UnsetType = UNSET
+    text_2: ScoredTexts | UnsetType = UNSET
+    queries: ScoredTexts | UnsetType = UNSET
+    documents: ScoredTexts | UnsetType = UNSET
+    items: ScoredTexts | UnsetType = UNSET
+    data_1: ScoredTexts | UnsetType = UNSET
+    data_2: ScoredTexts | UnsetType = UNSET
 
 
 class ScoredWindow(Struct, frozen=True, gc=False):
@@ -44,15 +57,11 @@ class Scored(Struct, frozen=True):
 class ScoreReply(schema.ListReply[Scored], frozen=True, kw_only=True):
     """Reply of ``POST /score``."""
 
-    id: str
-    created: int
 
-
-class ScorePairs(Task[ScoreRequest]):
+class ScorePairs(ScoringTask[ScoreRequest]):
     """Task ``score``."""
 
     name = "score"
-    head = "classify"
     paths = ("/score", "/v1/score")
     summary = "Score pairs of texts: one with one, one with each of many, or two lists."
     request = ScoreRequest
@@ -72,13 +81,12 @@ class ScorePairs(Task[ScoreRequest]):
         return list(zip(first, second, strict=True))
 
     def reply(self, request: ScoreRequest, encoded: Encoded) -> ScoreReply:
-        scores = encoded.rows_by_text(request.aggregate)[:, 0].tolist()
-        data = [Scored(index, score) for index, score in enumerate(scores)]
+        rows, of_windows = request.activate(encoded)
+        data = [Scored(index, score) for index, score in enumerate(rows[:, 0].tolist())]
         if request.windows:
-            values = np.asarray(encoded.rows)[:, 0].tolist()
-            data = with_windows(data, encoded, values, ScoredWindow)
+            data = with_windows(data, encoded, of_windows[:, 0].tolist(), ScoredWindow)
         return ScoreReply(
-            id=f"score-{uuid4().hex}",
+            id=request.reply_id("score"),
             created=int(time.time()),
             data=data,
             model=self.config.name,
@@ -87,9 +95,9 @@ class ScorePairs(Task[ScoreRequest]):
 
 
 def _both(request: ScoreRequest) -> tuple[list[str], list[str]]:
-    for names in (("text_1", "text_2"), ("queries", "documents")):
-        values = [getattr(request, name) for name in names]
-        if UNSET not in values:
-            first, second = ([texts] if isinstance(texts, str) else texts for texts in values)
+    for names in _NAMES:
+        values = {name: getattr(request, name) for name in names}
+        if UNSET not in values.values():
+            first, second = (texts_of(texts, name) for name, texts in values.items())
             return first, second
-    raise UnprocessableError("text_1 and text_2 are required", param="text_1")
+    raise InvalidRequestError("text_1 and text_2 are required", param="text_1")

@@ -5,6 +5,7 @@ results. ``none`` returns each token and ``simple`` joins neighbours with one la
 ``average`` and ``max``, the tokens of a word agree on a label first.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -76,8 +77,13 @@ class TokenClassification(Task[TokenClassificationRequest]):
         for index, (text, windows) in enumerate(zip(texts, encoded.windows, strict=True)):
             tokens = _merge_windows([next(rows) for _ in windows], windows, request.aggregate)
             data.append(Labelled(index, self._entities(text, tokens, request.aggregation_strategy)))
-        name, usage = self.config.name, schema.usage(encoded)
-        return TokenClassificationReply(data=data, model=name, usage=usage)
+        return TokenClassificationReply(
+            id=request.reply_id("ner"),
+            created=int(time.time()),
+            data=data,
+            model=self.config.name,
+            usage=schema.usage(encoded),
+        )
 
     def _entities(self, text: str, tokens: "TokenScores", strategy: Strategy) -> list[Entity]:
         return [
