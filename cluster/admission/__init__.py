@@ -15,6 +15,7 @@ wait_correction   correction of wait estimates by their past errors
 from cluster.admission.capacity import PoolCapacity
 from cluster.admission.fair_queue import FairQueue, QueueEntry, QueueLimits
 from cluster.admission.identity import (
+    ANONYMOUS,
     MAX_PRIORITY,
     MIN_PRIORITY,
     OPEN,
@@ -26,6 +27,7 @@ from cluster.admission.limits import QuotaRefusal, TenantQuota
 from cluster.admission.wait_correction import WaitCorrection
 
 __all__ = [
+    "ANONYMOUS",
     "MAX_PRIORITY",
     "MIN_PRIORITY",
     "OPEN",

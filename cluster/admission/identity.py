@@ -39,11 +39,13 @@ class Identity:
     """Models that the key may use; None: all."""
     is_operator: bool = False
     """True if the key may see the figures and requests of every tenant."""
+    is_anonymous: bool = False
+    """True for a sender without a valid key, on paths that need none."""
 
     @property
     def sees_all(self) -> bool:
         """True for operators, for everyone if no key is required, and inside the cluster."""
-        return self.is_operator or not self.tenant.name
+        return self.is_operator or not (self.tenant.name or self.is_anonymous)
 
     def allows(self, *names: str) -> bool:
         """Return True if the key may use the model with these names."""
@@ -52,3 +54,5 @@ class Identity:
 
 OPEN = Identity(Tenant(""))
 """Identity of all requests if no key is required."""
+ANONYMOUS = Identity(Tenant(""), is_anonymous=True)
+"""Identity of requests without a valid key, on paths that need none."""

@@ -6,9 +6,14 @@ from collections.abc import Mapping
 from secrets import token_bytes
 from typing import TYPE_CHECKING
 
-from cluster.admission import OPEN, Identity
+from cluster.admission import ANONYMOUS, Identity
 from cluster.config import TandemConfig
-from cluster.errors import InternalError, MethodNotAllowedError, RequestError
+from cluster.errors import (
+    AuthenticationError,
+    InternalError,
+    MethodNotAllowedError,
+    RequestError,
+)
 from cluster.gateway.admission.admission import Admission
 from cluster.gateway.admission.authenticator import Authenticator
 from cluster.gateway.admission.quotas import TenantQuotas
@@ -100,10 +105,17 @@ class Gateway:
     def authenticate(self, path: str, headers: Headers) -> Identity:
         """Return the sender of an HTTP request, before its body is read.
 
+        Public paths need no key and show more with one.
+
         Raises:
             AuthenticationError: The API key is missing or unknown.
         """
-        return OPEN if path in PUBLIC_PATHS else self.admission.authenticator.authenticate(headers)
+        try:
+            return self.admission.authenticator.authenticate(headers)
+        except AuthenticationError:
+            if path not in PUBLIC_PATHS:
+                raise
+            return ANONYMOUS
 
     def needs_body(self, method: str, path: str) -> bool:
         """Return False if the request is answered without its body."""

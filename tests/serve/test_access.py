@@ -188,6 +188,21 @@ async def test_figures_and_request_ids_of_other_tenants_are_visible_to_operators
         assert (await call(world, "o", "GET", "/dashboard/report")).status == 200
 
 
+async def test_ready_shows_the_pools_to_operators_only() -> None:
+    hashes = {"api_keys_sha256": [sha256("a")], "operator_keys_sha256": [sha256("o")]}
+    async with gateway_world(**hashes) as world:
+        assert (await asgi.get(world.app, "/ready")).status == 503
+        await world.add("gen", "gen-1")
+        await world.add("cls", "cls-1", ("/classify",))
+        for key in ("", "wrong", "a"):
+            ready = await call(world, key, "GET", "/ready")
+            assert (ready.status, ready.json()) == (200, {"status": "ready"}), key
+        pools = (await call(world, "o", "GET", "/ready")).json()["pools"]
+        assert pools["gen"]["replicas"] == 1
+        for path in ("/health", "/version", "/explain", "/dashboard"):
+            assert (await call(world, "wrong", "GET", path)).status == 200
+
+
 async def figures(world: World, key: str) -> dict[str, list[str]]:
     """Return the values of the labels ``tenant`` and ``model`` in the metrics that a key sees."""
     text = (await call(world, key, "GET", "/metrics")).body.decode()

@@ -64,7 +64,8 @@ class Readiness(TypedDict):
     """State of all pools."""
 
     status: Literal["ready", "not ready"]
-    pools: dict[str, PoolState]
+    pools: NotRequired[dict[str, PoolState]]
+    """Absent if keys are configured, unless the request has an operator key."""
 
 
 class Model(TypedDict):

@@ -104,10 +104,12 @@ class BuiltinRoutes:
     async def _health(self, _request: Request) -> Response:
         return json_response({"status": "ok"})
 
-    async def _ready(self, _request: Request) -> Response:
+    async def _ready(self, request: Request) -> Response:
         pools = {name: pool.status() for name, pool in self._pools.items()}
         ready = all(pool["ready"] or pool["asleep"] for pool in pools.values())
-        body = {"status": "ready" if ready else "not ready", "pools": pools}
+        body: dict[str, Any] = {"status": "ready" if ready else "not ready"}
+        if request.identity.sees_all:
+            body["pools"] = pools
         return json_response(body, 200 if ready else 503)
 
     async def _version(self, _request: Request) -> Response:
