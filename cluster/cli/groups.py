@@ -203,19 +203,16 @@ def keys_revoke(
 def config_check(
     config: ConfigOption = None,
     overrides: SetOption = None,
-    files: Annotated[
+    no_files: Annotated[
         bool,
-        Option(
-            "--files/--no-files",
-            help="Also check that the model directories and the key file exist on this machine.",
-        ),
-    ] = True,
+        Option("--no-files", help="Accept models and a key file that this machine does not have."),
+    ] = False,
 ) -> None:
     """Check the configuration and print the models it serves."""
     from cluster.cli.config import check
     from cluster.cli.defaults import load_config
 
-    check(load_config(config, overrides or []), files=files)
+    check(load_config(config, overrides or []), files=not no_files)
 
 
 @config_app.command("show")

@@ -151,10 +151,12 @@ def _hint(loc: Sequence[int | str], name: str) -> str:
         if isinstance(part, str):
             section = next(_sections(section.model_fields[part]))
     for field, info in section.model_fields.items():
-        is_list = get_origin(info.annotation) is tuple
-        if not is_list and any(name in inner.model_fields for inner in _sections(info)):
+        # `sim` has names of vLLM's arguments.
+        is_candidate = field != "sim" and get_origin(info.annotation) is not tuple
+        if is_candidate and any(name in inner.model_fields for inner in _sections(info)):
             return f"it belongs to `{field}`: `{field}: {{{name}: …}}`"
-    return list_allowed(name, sorted(section.model_fields))
+    hint = "; vLLM's own arguments belong to `engine_args`" if section is GeneratorConfig else ""
+    return list_allowed(name, sorted(section.model_fields)) + hint
 
 
 def _sections(field: FieldInfo) -> Iterator[type[BaseModel]]:

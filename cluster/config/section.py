@@ -72,7 +72,7 @@ def describe(error: ValidationError, root: str) -> str:
     """Describe one error in one line; ``root`` names the whole, which has no path."""
     first = first_error(error)
     path = ".".join(map(str, first["loc"])) or root
-    value = repr(first["input"])
+    value = "no value" if first["input"] is None else repr(first["input"])
     if len(value) > 80:
         value = f"{value[:79]}…"
     if first["type"] == "extra_forbidden":
@@ -81,6 +81,8 @@ def describe(error: ValidationError, root: str) -> str:
         return f"{path}: missing; this field is required"
     problem = " ".join(first["msg"].removeprefix("Value error, ").split())
     problem = _EXPECTED.get(first["type"], problem[0].lower() + problem[1:])
+    if first["type"] == "literal_error":
+        problem = f"allowed: {first['ctx']['expected']}"
     if first["type"] == "string_type" and isinstance(first["input"], int | float):
         problem += ": put it in quotes"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
@@ -114,5 +116,5 @@ def reject_variables(values: Any, path: str = "") -> None:
 def list_allowed(name: str, allowed: Collection[str]) -> str:
     """List the allowed names, and suggest the one most similar to ``name``."""
     similar = difflib.get_close_matches(name, allowed, n=1)
-    hint = f"; did you mean {similar[0]!r}?" if similar else ""
-    return f"allowed: {', '.join(allowed)}{hint}"
+    start = f"did you mean {similar[0]!r}? Allowed" if similar else "allowed"
+    return f"{start}: {', '.join(allowed)}"

@@ -21,7 +21,11 @@ def write(tmp_path: Path, application: dict[str, Any], **fields: Any) -> Path:
 @pytest.mark.parametrize(
     ("application", "fields", "message"),
     [
-        ({}, {"http_option": {}}, "http_option: Ray Serve has no such field; allowed: "),
+        (
+            {},
+            {"http_option": {}},
+            "http_option: Ray Serve has no such field; did you mean 'http_options'? ",
+        ),
         ({}, {"http_options": {"prot": 80}}, "http_options.prot: Ray Serve has no such field; "),
         ({"runtime-env": {}}, {}, "applications.0.runtime-env: Ray Serve has no such field; "),
     ],

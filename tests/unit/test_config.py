@@ -122,7 +122,9 @@ def test_configuration_is_frozen() -> None:
     ("args", "words"),
     [
         ({}, ["args", "at least one generator or classifier"]),
-        (generator(engine="vlm"), ["generators.0.engine", "'vlm'", "'vllm' or 'sim'"]),
+        (generator(engine="vlm"), ["generators.0.engine: got 'vlm'; allowed: 'vllm' or 'sim'"]),
+        (generator(model=None), ["generators.0.model: got no value; it must be a string"]),
+        (generator(max_num_seqs=4), ["max_num_seqs: no such", "arguments belong to `engine_args`"]),
         (generator(tensor_parallel_size=0), ["tensor_parallel_size", "got 0", "1"]),
         (generator(max_len=1), ["max_len: no such field", "did you mean 'max_model_len'"]),
         (generator(name="a b"), ["generators.0.name", "'a b'"]),
