@@ -43,7 +43,10 @@ _REPLIES = {
         "GenerateResponse",
         "GenerateStreamResponse",
     ),
-    "serve.engine.protocol": ("ModelList",),
+    "serve.engine.protocol": (
+        "ErrorResponse",
+        "ModelList",
+    ),
     "serve.tokenize.protocol": (
         "DetokenizeResponse",
         "TokenizeResponse",
@@ -112,6 +115,8 @@ NAMES = {
     "SchedulerStats": "vllm.v1.metrics.stats:SchedulerStats",
     "StructuredOutputsConfig": "vllm.config:StructuredOutputsConfig",
     "VllmConfig": "vllm.config:VllmConfig",
+    # Answers, for the OpenAPI document. vLLM's union of stream events lacks some that it sends.
+    "ResponseStreamEvent": "openai.types.responses:ResponseStreamEvent",
     **{
         name: f"vllm.entrypoints.{module}:{name}"
         for module, names in _REPLIES.items()

@@ -15,10 +15,11 @@ class PublicRoute(NamedTuple):
     """Names in ``internals`` of the types of the JSON answer, separated by ``|``; None if vLLM
     declares it."""
     event: str | None = None
-    """Name in ``internals`` of the type of a stream's events; None if nothing is streamed."""
+    """The same of a stream's events; None if nothing is streamed."""
 
 
 _CHAT, _COMPLETION, _RESPONSES = "ChatCompletionResponse", "CompletionResponse", "ResponsesResponse"
+_RESPONSES_EVENT = "StreamingResponsesResponse|ResponseStreamEvent"
 _EMBED = PublicRoute("serving_embedding", "Embed texts.", "EmbeddingResponse")
 _SCORE = PublicRoute("serving_scores", "Score pairs of texts.", "ScoreResponse")
 _RERANK = PublicRoute(
@@ -31,7 +32,7 @@ PUBLIC_ROUTES: Mapping[tuple[str, str], PublicRoute] = {
         "openai_serving_responses",
         "Return a stored response.",
         _RESPONSES,
-        "StreamingResponsesResponse",
+        _RESPONSES_EVENT,
     ),
     ("POST", "/classify"): PublicRoute(
         "serving_classification", "Classify one or more texts.", "ClassificationResponse"
@@ -45,7 +46,10 @@ PUBLIC_ROUTES: Mapping[tuple[str, str], PublicRoute] = {
         "GenerativeScoringResponse",
     ),
     ("POST", "/inference/v1/generate"): PublicRoute(
-        "serving_tokens", "Generate from token ids.", "GenerateResponse", "GenerateStreamResponse"
+        "serving_tokens",
+        "Generate from token ids.",
+        "GenerateResponse",
+        "GenerateStreamResponse|ErrorResponse",
     ),
     ("POST", "/pooling"): PublicRoute(
         "serving_pooling", "Return the model's pooled output.", "PoolingResponse"
@@ -59,19 +63,19 @@ PUBLIC_ROUTES: Mapping[tuple[str, str], PublicRoute] = {
         "openai_serving_transcription",
         "Transcribe an audio file.",
         "TranscriptionResponseVariant",
-        "TranscriptionStreamResponse",
+        "TranscriptionStreamResponse|ErrorResponse",
     ),
     ("POST", "/v1/audio/translations"): PublicRoute(
         "openai_serving_translation",
         "Translate an audio file into English text.",
         "TranslationResponseVariant",
-        "TranslationStreamResponse",
+        "TranslationStreamResponse|ErrorResponse",
     ),
     ("POST", "/v1/chat/completions"): PublicRoute(
         "openai_serving_chat",
         "Generate the next message of a chat (OpenAI).",
         _CHAT,
-        "ChatCompletionStreamResponse",
+        "ChatCompletionStreamResponse|ErrorResponse",
     ),
     ("POST", "/v1/chat/completions/batch"): PublicRoute(
         "openai_serving_chat_batch", "Generate the next message of several chats.", _CHAT
@@ -88,7 +92,7 @@ PUBLIC_ROUTES: Mapping[tuple[str, str], PublicRoute] = {
         "openai_serving_completion",
         "Complete a text (OpenAI).",
         _COMPLETION,
-        "CompletionStreamResponse",
+        "CompletionStreamResponse|ErrorResponse",
     ),
     ("POST", "/v1/completions/derender"): PublicRoute(
         "serving_derender",
@@ -118,7 +122,7 @@ PUBLIC_ROUTES: Mapping[tuple[str, str], PublicRoute] = {
         "openai_serving_responses",
         "Generate a response (OpenAI).",
         _RESPONSES,
-        "StreamingResponsesResponse",
+        _RESPONSES_EVENT,
     ),
     ("POST", "/v1/responses/render"): PublicRoute(
         "serving_render", "Return the tokens of a responses request.", None
