@@ -162,16 +162,18 @@ def set_parsers(args: Namespace, model_config: Any, config: GeneratorConfig) -> 
     """Set the parsers in vLLM's arguments, and a tool prompt for models without one.
 
     Raises:
-        ConfigError: The configuration names an unknown parser.
+        ConfigError: The configuration names a parser that vLLM lacks or that the model cannot use.
     """
     args.tool_call_parser = _configured(config, "tool_call_parser", internals.ToolParserManager)
     args.reasoning_parser = _configured(
         config, "reasoning_parser", internals.ReasoningParserManager
     )
     tokenizer = internals.cached_tokenizer_from_config(model_config)
-    if tokenizer is not None and AUTO in (args.tool_call_parser, args.reasoning_parser):
+    if AUTO in (args.tool_call_parser, args.reasoning_parser):
         _choose(args, tokenizer, str(model_config.hf_config.model_type))
     args.enable_auto_tool_choice = args.tool_call_parser is not None
+    if error := _problem(tokenizer, args.tool_call_parser, args.reasoning_parser):
+        raise ConfigError(f"generator {config.name!r}: {error}")
     logger.info(
         "generator %r: tool parser %s, reasoning parser %s",
         config.name,
@@ -186,7 +188,10 @@ def _configured(config: GeneratorConfig, field: str, manager: Any) -> str | None
     if field in config.engine_args:
         logger.warning("engine_args.%s is deprecated; set the generator's %s", field, field)
         name = config.engine_args[field] or NONE
-    if name == NONE:
+    is_off = field == "tool_call_parser" and (
+        config.engine_args.get("enable_auto_tool_choice") is False
+    )
+    if name == NONE or is_off:
         return None
     known = sorted(manager.list_registered())
     if name != AUTO and name not in known:
@@ -201,13 +206,11 @@ def _choose(args: Namespace, tokenizer: Any, model_type: str) -> None:
     template = _template(args, tokenizer)
     model = Model(model_type, template, _prompt(tokenizer, template))
     if args.reasoning_parser == AUTO:
-        args.reasoning_parser = next(
-            name for name in reasoning_candidates(model) if _suits(tokenizer, None, name)
-        )
+        candidates = reasoning_candidates(model)
+        args.reasoning_parser = next(n for n in candidates if not _problem(tokenizer, None, n))
     if args.tool_call_parser == AUTO:
-        args.tool_call_parser = next(
-            name for name in tool_candidates(model) if _suits(tokenizer, name, None)
-        )
+        candidates = tool_candidates(model)
+        args.tool_call_parser = next(n for n in candidates if not _problem(tokenizer, n, None))
         if template and "tools" not in template:
             args.chat_template = TOOL_PROMPT + template
 
@@ -217,7 +220,7 @@ def _template(args: Namespace, tokenizer: Any) -> str:
     try:
         given = internals.load_chat_template(args.chat_template)
         return str(tokenizer.get_chat_template(given, tools=[]))
-    except (AttributeError, ValueError):  # no template, or not a tokenizer of transformers
+    except (AttributeError, NotImplementedError, ValueError):  # no template, or no Jinja
         return ""
 
 
@@ -235,13 +238,12 @@ def _prompt(tokenizer: Any, template: str) -> str:
         return ""
 
 
-def _suits(tokenizer: Any, tool_parser: str | None, reasoning_parser: str | None) -> bool:
-    """Return False if the parser needs tokens that the tokenizer lacks, or another package."""
+def _problem(tokenizer: Any, tool_parser: str | None, reasoning_parser: str | None) -> str:
+    """Return why vLLM cannot use the parsers, such as tokens that the tokenizer lacks; or ""."""
     try:
         internals.ParserManager.get_parser(
             tool_parser, reasoning_parser, enable_auto_tools=True, tokenizer=tokenizer
         )
     except (TypeError, ValueError) as error:
-        logger.warning("parser not used: %s", error)
-        return False
-    return True
+        return str(error)
+    return ""
