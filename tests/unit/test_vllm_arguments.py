@@ -44,6 +44,21 @@ def test_a_worker_uses_one_thread_per_core(binding: str, threads: int | None) ->
     assert wanted == ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
 
 
+def test_cores_of_a_binding_must_be_usable() -> None:
+    for binding in ("0,1", "0-1|2", "auto", "nobind"):
+        environment.check_binding(binding, config(), {0, 1, 2})
+    with pytest.raises(ConfigError, match=r"may not use the cores \[3, 4\]; it may use \[0, 1\]"):
+        environment.check_binding("0|1,3-4", config(), {0, 1})
+
+
+def test_a_binding_that_replicas_share_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    for number, binding in ((1, "0,1"), (2, "nobind")):
+        environment.check_binding(binding, config(replicas={"max": number}), {0, 1})
+    assert caplog.records == []
+    environment.check_binding("0,1", config(replicas={"max": 2}), {0, 1})
+    assert "binds all replicas of a node to the same cores" in caplog.text
+
+
 def test_defaults_do_not_replace_set_variables() -> None:
     variables = {"VLLM_LOGGING_LEVEL": "DEBUG"}
     engine_environment = environment.Environment(variables)

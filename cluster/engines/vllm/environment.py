@@ -1,10 +1,14 @@
 """Environment variables for vLLM and the processes it starts."""
 
+import logging
 import os
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 
 from cluster.config import GeneratorConfig
 from cluster.engines.lifeline import PARENT_VARIABLE
+from cluster.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 BINDING_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
 TRACING_ENVIRONMENT = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}
@@ -69,18 +73,45 @@ def threads_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
 
 
+def check_binding(binding: str, config: GeneratorConfig, usable: Collection[int]) -> None:
+    """Check a binding of the environment, which all replicas of a node share.
+
+    Raises:
+        ConfigError: It names cores that this process may not use.
+    """
+    workers = [_named_cores(worker) for worker in binding.split("|")]
+    named = {core for cores in workers if cores for core in cores}
+    if missing := named - set(usable):
+        raise ConfigError(
+            f"generator {config.name!r}: {BINDING_VARIABLE} is {binding!r}, but the replica may "
+            f"not use the cores {sorted(missing)}; it may use {sorted(usable)}."
+        )
+    if named and config.replicas.max > 1:
+        logger.warning(
+            "%s=%s binds all replicas of a node to the same cores. Run one replica per node, or "
+            "set it to `nobind` and OMP_NUM_THREADS to the threads of one replica.",
+            *(BINDING_VARIABLE, binding),
+        )
+
+
 def count_threads(binding: str) -> int | None:
     """Return the threads of the first worker in a binding such as ``0,1|2-3``.
 
     None if vLLM decides (``auto``, ``nobind``).
     """
-    threads = 0
-    for part in binding.split("|")[0].split(","):
+    cores = _named_cores(binding.split("|")[0])
+    return None if cores is None else len(cores)
+
+
+def _named_cores(worker: str) -> list[int] | None:
+    """Return the cores of one worker in a binding; None if it names none."""
+    cores: list[int] = []
+    for part in worker.split(","):
         first, _, last = part.partition("-")
         if not first.isdigit() or not (last or first).isdigit():
             return None
-        threads += int(last or first) - int(first) + 1
-    return threads
+        cores += range(int(first), int(last or first) + 1)
+    return cores
 
 
 def bind_threads(cores: list[int], num_workers: int) -> str:

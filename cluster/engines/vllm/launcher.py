@@ -157,6 +157,8 @@ class LlmLauncher:
 
         on_cpu = bool(internals.current_platform.is_cpu())
         if on_cpu:
+            if (binding := os.environ.get(environment.BINDING_VARIABLE)) is not None:
+                environment.check_binding(binding, self._config, os.sched_getaffinity(0))
             self._environment.set_defaults(environment.cpu_environment(self._config))
             self._environment.set_all(environment.threads_environment(os.environ))
         ray_address = _ray_address()
