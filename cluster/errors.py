@@ -19,6 +19,7 @@ TandemError
      ├─ PermissionDeniedError          403
      ├─ NotFoundError                  404
      ├─ MethodNotAllowedError          405
+     ├─ RequestTimeoutError            408
      ├─ PayloadTooLargeError           413
      ├─ HeadersTooLargeError           431
      ├─ OverloadedError                429, with Retry-After
@@ -144,6 +145,10 @@ class NotFoundError(RequestError, status=404, type="NotFoundError"):
 
 class MethodNotAllowedError(RequestError, status=405, type="MethodNotAllowedError"):
     """The path does not support the HTTP method."""
+
+
+class RequestTimeoutError(RequestError, status=408, type="RequestTimeoutError"):
+    """The client sends its request too slowly."""
 
 
 class PayloadTooLargeError(RequestError, status=413, type="PayloadTooLargeError"):

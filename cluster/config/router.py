@@ -51,6 +51,9 @@ class RouterConfig(Section):
     header_timeout_s: int = Field(10, ge=1)
     """Maximum time for a client to send the header and the first 15 KiB of the body, in seconds;
     then 408. Applies with HAProxy."""
+    min_upload_bytes_per_s: ByteSize = Field(ByteSize(1024), ge=0)
+    """Minimum average rate at which a client sends a body over 64 KiB, in bytes per second or with
+    a unit; then 408. A body may take `header_timeout_s` longer. 0: no minimum."""
     client_timeout_s: int = Field(60, ge=1)
     """Time after which HAProxy closes the connection of a client that stops sending its body or
     stops reading its answer, in seconds. Without HAProxy, the router ends such an answer; its

@@ -39,6 +39,7 @@ from cluster.gateway.router_links import RouterLinks
 from cluster.key_file import KeyFile
 from cluster.metrics import Registry, table
 from cluster.routing import RequestBody
+from cluster.routing.fingerprint import prepare_decoders
 
 if TYPE_CHECKING:
     from cluster.tracing.tracer import Tracer
@@ -78,7 +79,13 @@ class Gateway:
     ) -> None:
         router = config.router
         self.max_header_bytes = int(router.max_header_bytes)
-        self.buffers = BodyBuffers(int(router.max_body_bytes), int(router.max_buffered_bytes))
+        prepare_decoders()
+        self.buffers = BodyBuffers(
+            int(router.max_body_bytes),
+            int(router.max_buffered_bytes),
+            int(router.min_upload_bytes_per_s),
+            router.header_timeout_s,
+        )
         self.client_timeout_s = router.client_timeout_s
         self.registry = Registry()
         """Metrics of this router."""

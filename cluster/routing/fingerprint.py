@@ -199,6 +199,11 @@ def _count_items(raw: msgspec.Raw, starts: bytes = b'["{') -> int:
     return len(items) if items and memoryview(items[0])[0] in starts else 1
 
 
+def prepare_decoders() -> None:
+    """Build at start what the first huge list would build on the event loop, which takes 60 ms."""
+    _items_decoder()
+
+
 @cache
 def _items_decoder() -> Callable[[msgspec.Raw], msgspec.Struct]:
     """Return a decoder of the first ``MAX_ITEMS`` items of a list, which skips the rest."""

@@ -1,5 +1,6 @@
 """Access of tenants to stored responses, and limits on headers, bodies and nesting."""
 
+import asyncio
 import hashlib
 import json
 from typing import Any
@@ -9,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.gateway.body import MAX_JSON_DEPTH
 from tests import asgi
+from tests.serve.browser import listening
 from tests.serve.gateway_kit import CHAT, Replica, World, gateway_world
 
 RESPONSES = "/v1/responses"
@@ -186,6 +188,20 @@ async def test_figures_and_request_ids_of_other_tenants_are_visible_to_operators
         assert {f["tenant"] for f in data["failures"]} == {"", tenants["a"], tenants["b"]}
         assert data["pools"]["gen"]["replicas"][0]["id"] == "gen-1"
         assert (await call(world, "o", "GET", "/dashboard/report")).status == 200
+
+
+async def test_slow_upload_gets_408() -> None:
+    limits = {"header_timeout_s": 1, "min_upload_bytes_per_s": "1MiB"}
+    async with gateway_world(**limits) as world, listening(world.app) as url:
+        await world.add("gen", "gen-1")
+        host, port = url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: 9000000\r\n\r\n"
+        writer.write(head.encode() + bytes(1000))
+        answer = await asyncio.wait_for(reader.read(), 30)
+        writer.close()
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"RequestTimeoutError" in answer
 
 
 async def test_ready_shows_the_pools_to_operators_only() -> None:

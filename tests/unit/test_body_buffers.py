@@ -1,9 +1,11 @@
 """Shares of tenants in the request bodies that a router buffers."""
 
+import asyncio
+
 import pytest
 
 from cluster.asgi import Message
-from cluster.errors import OverloadedError
+from cluster.errors import OverloadedError, RequestTimeoutError
 from cluster.gateway.body import SMALL_BODY_BYTES, BodyBuffers
 
 MIB = 1024**2
@@ -47,3 +49,27 @@ async def test_small_bodies_are_accepted_while_the_buffers_are_full() -> None:
 async def test_a_tenants_only_body_may_use_all_bytes() -> None:
     buffers = BodyBuffers(MIB, MIB)
     assert len(await receive(buffers, MIB, "a", declared=False)) == MIB
+
+
+class Upload:
+    """Body of which a chunk arrives every ``pause_s`` seconds."""
+
+    def __init__(self, chunk_bytes: int, num_chunks: int, pause_s: float) -> None:
+        self._chunk_bytes, self._num_left, self._pause_s = chunk_bytes, num_chunks, pause_s
+
+    async def receive(self) -> Message:
+        await asyncio.sleep(self._pause_s)
+        self._num_left -= 1
+        more = self._num_left > 0
+        return {"type": "http.request", "body": bytes(self._chunk_bytes), "more_body": more}
+
+
+async def test_a_body_that_arrives_too_slowly_is_refused() -> None:
+    buffers = BodyBuffers(MIB, MIB, min_bytes_per_s=1000, grace_s=0.1)
+    with pytest.raises(RequestTimeoutError, match="the minimum is 1000 bytes/s"):
+        await buffers.receive([], Upload(1, 100, 0.01).receive, "a")
+    assert buffers.used_bytes == 0
+    # Faster than the minimum, although it takes longer than the grace time.
+    assert len(await buffers.receive([], Upload(1000, 10, 0.02).receive, "a")) == 10_000
+    # Without a minimum.
+    assert await BodyBuffers(MIB, MIB).receive([], Upload(1, 10, 0.02).receive, "a")
