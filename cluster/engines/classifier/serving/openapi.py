@@ -34,7 +34,7 @@ def _operation(path: PathEndpoints, requests: list[Any], replies: list[Any]) -> 
     headers[WARNING_HEADER] = {"schema": {"type": "string"}}
     content = _json_content(replies)
     if path.returns_bytes:
-        content["application/octet-stream"] = {}
+        content["application/octet-stream"] = {"schema": {"type": "string", "format": "binary"}}
     reply = {"description": "OK", "headers": headers, "content": content}
     operation: dict[str, Any] = {
         "summary": path.endpoints[0].summary,
