@@ -7,6 +7,9 @@ from cluster.link import PrefixSource
 from cluster.load import Load
 from cluster.metrics import Registry
 
+UNSPECIFIED_MODEL = "default/not-specified"
+"""Value of ``model`` by which Infinity's client means the only model."""
+
 
 class Engine(Protocol):
     """One model that serves HTTP-shaped requests in this process.

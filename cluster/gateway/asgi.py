@@ -41,6 +41,7 @@ class GatewayApp:
         method = scope["method"]
         path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/")) or "/"
         gateway = self._gateway
+        path, model = gateway.split_model_path(path)
         id_, identity, body = "", OPEN, b""
         try:
             id_ = request_id(header(headers, b"x-request-id"))
@@ -55,7 +56,8 @@ class GatewayApp:
             response, reads_body = error_response(error, path), False
         else:
             size = len(body)
-            request = Request(id_, method, path, scope["query_string"], headers, body, identity)
+            query = scope["query_string"]
+            request = Request(id_, method, path, query, headers, body, identity, model)
             del body  # the request drops it when the answer begins
             try:
                 response = await gateway.respond(request)

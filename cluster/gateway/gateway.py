@@ -27,7 +27,7 @@ from cluster.gateway.pools.pool import Pool
 from cluster.gateway.pools.relay import relay
 from cluster.gateway.pools.replica import Wiring
 from cluster.gateway.pools.routes import OTHER
-from cluster.gateway.pools.selection import select_pool
+from cluster.gateway.pools.selection import select_pool, split_model_path
 from cluster.gateway.pools.slots import Claim
 from cluster.gateway.recording.observer import RequestSinks
 from cluster.gateway.recording.request_log import RequestLog, RequestRecord, outcome_of
@@ -109,6 +109,10 @@ class Gateway:
             self.pools, versions or {}, self.registry, self._dashboard, usage
         )
 
+    def split_model_path(self, path: str) -> tuple[str, str | None]:
+        """Return the path behind ``/models/{model}`` and the model; see ``split_model_path``."""
+        return split_model_path(self.pools, path)
+
     def authenticate(self, path: str, headers: Headers) -> Identity:
         """Return the sender of an HTTP request, before its body is read.
 
@@ -180,7 +184,10 @@ class Gateway:
     def _select_pool(self, request: Request) -> tuple[RequestBody, Pool]:
         try:
             body = read_body(request)
-            return body, select_pool(self.pools, request.path, body.model)
+            # Load balancers probe this path; they must not wake a pool.
+            if request.path == "/" and request.method != "POST":
+                raise MethodNotAllowedError(f"/ supports POST, not {request.method}.")
+            return body, select_pool(self.pools, request.path, body, request.model)
         except RequestError as error:
             self.record_rejection(request.path, error, request.id, request.tenant)
             raise

@@ -32,6 +32,8 @@ class Request:
     body: bytes
     identity: Identity = OPEN
     """Sender, by API key."""
+    model: str | None = None
+    """Model that the path named; see ``split_model_path``."""
 
     @property
     def tenant(self) -> str:

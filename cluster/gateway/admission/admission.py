@@ -99,7 +99,7 @@ def _claim(request: Request, body: RequestBody, pool: Pool, model: str) -> Claim
         adapter=pool.needs_adapter(model),
     )
     if body.prompt_limit is not None:
-        prompt_tokens = min(view.prompt_tokens, body.prompt_limit * fan_out.prompts)
+        prompt_tokens = min(view.prompt_tokens, body.prompt_limit * body.fan_out.prompts)
         view = replace(view, prompt_tokens=prompt_tokens)
     timeout_s = _requested_timeout_s(request.headers)
     now_s = asyncio.get_running_loop().time()

@@ -85,6 +85,21 @@ class Models(TypedDict):
     data: list[Model]
 
 
+class ModelCapabilities(Model):
+    """A model with the fields that Infinity's clients read."""
+
+    backend: str
+    capabilities: list[str]
+    stats: dict[str, Any]
+
+
+class CapableModels(TypedDict):
+    """Models that the key may use, with their capabilities."""
+
+    object: Literal["list"]
+    data: list[ModelCapabilities]
+
+
 class UsageTotal(TypedDict):
     """Usage of several requests."""
 
@@ -150,6 +165,7 @@ OWN_PATHS: Mapping[str, OwnPath] = {
     ),
     "/version": OwnPath("Return the components' versions.", dict[str, str], is_public=True),
     "/v1/models": OwnPath("List the models.", Models),
+    "/models": OwnPath("List the models with their capabilities (Infinity).", CapableModels),
     MODEL_PATH: OwnPath(
         "Return one model.",
         Model,

@@ -41,6 +41,10 @@ _MODEL_PREFIX = MODEL_PATH.removesuffix("{model}")
 Handler = Callable[[Request], Awaitable[Response]]
 
 
+_CAPABILITIES = {"embed": "/embeddings", "classify": "/classify", "rerank": "/rerank"}
+"""Infinity's names of what a model does, and the path of each."""
+
+
 class BuiltinRoute(NamedTuple):
     """One of the router's paths."""
 
@@ -80,6 +84,7 @@ class BuiltinRoutes:
             "/ready": self._ready,
             "/version": self._version,
             "/v1/models": self._list_models,
+            "/models": self._list_capabilities,
             _DOCUMENT_PATH: self._openapi,
             "/metrics": self._metrics,
             "/explain": self._explain,
@@ -137,6 +142,14 @@ class BuiltinRoutes:
         pools = self._allowed_pools(request)
         lists = await asyncio.gather(*(self._model_cards(pool, request) for pool in pools))
         return json_response({"object": "list", "data": list(chain.from_iterable(lists))})
+
+    async def _list_capabilities(self, request: Request) -> Response:
+        cards: list[dict[str, Any]] = []
+        for pool in self._allowed_pools(request):
+            known = [name for name, path in _CAPABILITIES.items() if pool.serves(path)]
+            extra = {"backend": "tandem", "capabilities": known, "stats": {}}
+            cards += [{**card, **extra} for card in await self._model_cards(pool, request)]
+        return json_response({"object": "list", "data": cards})
 
     async def _get_model(self, request: Request) -> Response:
         name = request.path.removeprefix(_MODEL_PREFIX)

@@ -2,20 +2,52 @@
 
 from collections.abc import Iterable, Mapping
 
+from cluster.engines.base import UNSPECIFIED_MODEL
 from cluster.errors import InvalidRequestError, NotFoundError
-from cluster.gateway.pools.pool import Pool
+from cluster.gateway.pools.pool import Pool, PoolKind
+from cluster.routing import RequestBody
+
+MODEL_PREFIX = "/models/"
+TOKENIZER_PATHS = ("/tokenize", "/detokenize")
 
 
-def select_pool(pools: Mapping[str, Pool], path: str, model: str | None) -> Pool:
-    """Return the pool that answers ``path`` for ``model``.
+def split_model_path(pools: Mapping[str, Pool], path: str) -> tuple[str, str | None]:
+    """Return the path behind ``/models/{model}`` of a classifier, and the model.
+
+    Clients that send no ``model`` name it thus by their base URL. Other paths are returned as they
+    are. Names may contain slashes; the longest one that matches wins.
+    """
+    if not path.startswith(MODEL_PREFIX):
+        return path, None
+    rest = path.removeprefix(MODEL_PREFIX)
+    names = [name for pool in pools.values() if pool.kind == "classifier" for name in pool.models]
+    matching = [name for name in names if rest == name or rest.startswith(f"{name}/")]
+    if not matching:
+        return path, None
+    model = max(matching, key=len)
+    return rest[len(model) :] or "/", model
+
+
+def select_pool(
+    pools: Mapping[str, Pool], path: str, body: RequestBody, path_model: str | None = None
+) -> Pool:
+    """Return the pool that answers ``path`` for the model that the body or the path names.
 
     A pool is assumed to serve every path until one of its replicas has described itself. The
     request then waits for a replica, whose engine answers 404 if necessary.
 
     Raises:
         NotFoundError: The model does not exist, or no pool has the path.
-        InvalidRequestError: The model does not serve the path, or must be named.
+        InvalidRequestError: The model does not serve the path, or must be named; or body and path
+            name different ones.
     """
+    if body.model == UNSPECIFIED_MODEL:
+        body.model = None
+    if path_model is not None and body.model not in (None, path_model):
+        raise InvalidRequestError(
+            f"The path names the model `{path_model}`, the body another one.", param="model"
+        )
+    model = path_model or body.model
     if model is not None:
         return _select_by_model(pools, path, model)
     candidates = [pool for pool in pools.values() if pool.serves(path)]
@@ -23,16 +55,23 @@ def select_pool(pools: Mapping[str, Pool], path: str, model: str | None) -> Pool
         candidates = [pool for pool in pools.values() if pool.serves(path) is None]
     if not candidates:
         raise _no_such_path(path)
-    # Both kinds can serve embeddings; without a model, a classifier is more likely meant.
-    classifiers = [pool for pool in candidates if pool.kind == "classifier"]
-    if classifiers and path == "/v1/embeddings":
-        candidates = classifiers
+    kind = _kind_meant(path, body)
+    candidates = [pool for pool in candidates if pool.kind == kind] or candidates
     if len(candidates) > 1:
+        names = _model_names(candidates)
         raise InvalidRequestError(
-            f"Several models serve {path}; set `model` to one of: {_model_names(candidates)}",
+            f"Several models serve {path}; set `model` to one of: {names}"
+            + (f". Or post to {MODEL_PREFIX}MODEL{path}" if kind == "classifier" else ""),
             param="model",
         )
     return candidates[0]
+
+
+def _kind_meant(path: str, body: RequestBody) -> PoolKind:
+    """Return the kind of pool that a request without a model means on a path of both kinds."""
+    # `inputs` is the field of text-embeddings-inference.
+    is_vllms = path in TOKENIZER_PATHS and not getattr(body, "inputs", b"")
+    return "generator" if is_vllms else "classifier"
 
 
 def _select_by_model(pools: Mapping[str, Pool], path: str, model: str) -> Pool:

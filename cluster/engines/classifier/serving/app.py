@@ -14,9 +14,9 @@ import numpy as np
 
 from cluster.asgi import Receive, Scope, Send, usage_of
 from cluster.config import ClassifierConfig
+from cluster.engines.base import UNSPECIFIED_MODEL
 from cluster.engines.classifier.serving.cache import CachingService
 from cluster.engines.classifier.serving.endpoints import (
-    UNSPECIFIED_MODEL,
     Parsed,
     Translation,
     warning_of,

@@ -22,8 +22,6 @@ Fields = Mapping[str, Raw]
 """Top-level fields of a body."""
 Marks = Callable[[Fields], bool]
 
-UNSPECIFIED_MODEL = "default/not-specified"
-"""Value of ``model`` by which Infinity's client means the only model."""
 MAX_NAMED_FIELDS = 10
 MAX_NAME_CHARS = 50
 _decode_fields = Decoder(dict[str, Raw]).decode

@@ -12,7 +12,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from cluster.engines.classifier.serving import schema
 from cluster.engines.classifier.serving.apis import tei
-from cluster.engines.classifier.serving.endpoints import Translation, has_field
+from cluster.engines.classifier.serving.endpoints import Fields, Translation
 from cluster.engines.classifier.serving.inputs import Input
 from cluster.engines.classifier.serving.tasks.base import Task
 from cluster.engines.classifier.serving.tasks.classify import (
@@ -184,7 +184,10 @@ def _fill(text: str, masks: list[Any], task: Task[Any]) -> Any:
     return filled[0] if skip else filled
 
 
-_parameters = has_field("parameters")
+def _is_classification(fields: Fields) -> bool:
+    return "parameters" in fields and not tei.compares_sentences(fields)
+
+
 TRANSLATIONS = (
     Translation(
         API,
@@ -203,7 +206,7 @@ TRANSLATIONS = (
         list[list[Score]],
         _to_classify,
         _from_classify,
-        _parameters,
+        _is_classification,
     ),
     Translation(
         API,

@@ -181,8 +181,10 @@ def unchanged(_body: Any, reply: Any, _task: Task[Any]) -> Any:
     return reply
 
 
-def _has_object(fields: Fields) -> bool:
-    return bytes(memoryview(fields.get("inputs", Raw()))[:1]) == b"{"
+def compares_sentences(fields: Fields) -> bool:
+    """Return True if the inputs are those of a similarity."""
+    inputs = bytes(fields.get("inputs", Raw()))
+    return inputs.startswith(b"{") and b'"source_sentence"' in inputs
 
 
 TRANSLATIONS = (
@@ -221,7 +223,7 @@ TRANSLATIONS = (
         list[float],
         to_similarity,
         unchanged,
-        marks=_has_object,
+        marks=compares_sentences,
     ),
     Translation(
         API,
