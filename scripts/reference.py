@@ -97,7 +97,7 @@ def _section(
     ``preset`` has the defaults that the parent sets. ``anchors`` has the sections that exist; one
     that would be equal is linked instead of repeated.
     """
-    described = _attribute_docs(model)
+    described = attribute_docs(model)
     rows, nested = [], []
     for name, field in model.model_fields.items():
         section = next(models_in(field.annotation), None)
@@ -242,7 +242,7 @@ def client() -> str:
     parts.append("## Results\n")
     for name in sorted(set(cluster.client.__all__) - {"Tandem"}):
         result_type = getattr(cluster.client, name)
-        docs = _attribute_docs(result_type)
+        docs = attribute_docs(result_type)
         fields = [
             (
                 f"`{node.target.id}`",
@@ -287,7 +287,7 @@ def _class_body(owner: type) -> list[ast.stmt]:
     return definition.body
 
 
-def _attribute_docs(owner: type) -> dict[str, str]:
+def attribute_docs(owner: type) -> dict[str, str]:
     """Return the docstring below each annotated attribute of a class, those of its bases too."""
     found = {}
     for one in reversed([one for one in owner.__mro__ if one.__module__.startswith("cluster.")]):

@@ -91,6 +91,33 @@ def test_the_fields_of_vendor_and_vllm_are_listed(api: Api) -> None:
     assert fields_of(api, "supported") <= vllm
 
 
+POOLING = {
+    "`/classify`": "pooling.classify.protocol:ClassificationRequest",
+    "`/pooling`": "pooling.pooling.protocol:PoolingRequest",
+    "`/rerank`, `/v1/rerank`, `/v2/rerank`": "pooling.scoring.protocol:RerankRequest",
+    "`/score`, `/v1/score`": "pooling.scoring.protocol:ScoreRequest",
+    "`/v1/embeddings`, `/embeddings`": "pooling.embed.protocol:EmbeddingRequest",
+}
+"""vLLM's type of the body, by the first column of the classifiers' table."""
+
+
+@pytest.mark.parametrize("paths", POOLING)
+def test_the_fields_of_vllms_pooling_api_are_listed(paths: str) -> None:
+    rows = dict(re.findall(r"^\| (.*?) \| (.*) \|$", PAGE, flags=re.MULTILINE))
+    listed = set(re.findall(r"`(\w+)`", rows["all of the first group"] + rows[paths]))
+    kinds = models_of(pkgutil.resolve_name(f"vllm.entrypoints.{POOLING[paths]}"))
+    # `data` belongs to models with their own input processors, which classifiers do not have.
+    assert {name for kind in kinds for name in kind.model_fields} - {"data"} <= listed
+
+
+def models_of(kind: Any) -> list[Any]:
+    """Return the models of a union, which may be annotated."""
+    parts = typing.get_args(kind)
+    return [model for part in parts for model in models_of(part)] or [
+        *([kind] if hasattr(kind, "model_fields") else [])
+    ]
+
+
 @by_api
 def test_ignored_fields_are_accepted_and_rejected_ones_are_named(
     cluster: RunningCluster, api: Api
