@@ -18,12 +18,13 @@ TandemError
      ├─ AuthenticationError            401
      ├─ PermissionDeniedError          403
      ├─ NotFoundError                  404
-     ├─ MethodNotAllowedError          405
+     ├─ MethodNotAllowedError          405, with Allow
      ├─ RequestTimeoutError            408
      ├─ PayloadTooLargeError           413
      ├─ HeadersTooLargeError           431
      ├─ OverloadedError                429, with Retry-After
      ├─ InternalError                  500, a bug
+     ├─ UnsupportedError               501
      └─ UnavailableError               503, with Retry-After
          ├─ EngineDeadError                the engine of a replica died
          └─ DeviceFailedError              a GPU of a replica failed
@@ -32,8 +33,13 @@ HTTP bodies have OpenAI's format as vLLM writes it: ``{"error": {message, type, 
 ``request_error_for`` maps HTTP statuses of upstream servers back to these classes.
 """
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, ClassVar
+
+MAX_MESSAGE_CHARS = 2000
+"""Longest message of a ``RequestError``: it may quote what a client sent."""
+MAX_PARAM_CHARS = 200
 
 
 class TandemError(Exception):
@@ -92,7 +98,7 @@ class RequestError(TandemError):
     """A request fails with an HTTP status.
 
     Args:
-        message: Description of the problem and the remedy, for the client.
+        message: Description of the problem and the remedy, for the client; shortened.
         param: Invalid field of the request, if any.
         retry_after_s: Time in seconds after which a retry may succeed, if any.
     """
@@ -108,9 +114,9 @@ class RequestError(TandemError):
     def __init__(
         self, message: str, *, param: str | None = None, retry_after_s: float | None = None
     ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.param = param
+        self.message = shorten(message, MAX_MESSAGE_CHARS)
+        super().__init__(self.message)
+        self.param = None if param is None else shorten(param, MAX_PARAM_CHARS)
         self.retry_after_s = retry_after_s
 
     def __reduce__(self) -> tuple[Any, ...]:  # keyword-only arguments must survive Ray's pickling
@@ -146,9 +152,23 @@ class NotFoundError(RequestError, status=404, type="NotFoundError"):
 class MethodNotAllowedError(RequestError, status=405, type="MethodNotAllowedError"):
     """The path does not support the HTTP method."""
 
+    allow: tuple[str, ...] = ()
+    """Methods that the path supports."""
+
+    @classmethod
+    def for_path(cls, path: str, method: str, allow: Iterable[str]) -> "MethodNotAllowedError":
+        """Return the error for a path that supports the methods ``allow`` only."""
+        methods = tuple(allow)
+        error = cls(f"{path} supports {' and '.join(methods)}, not {method}.")
+        error.allow = methods
+        return error
+
+    def headers(self) -> dict[str, str]:
+        return {"allow": ", ".join(self.allow)} if self.allow else {}
+
 
 class RequestTimeoutError(RequestError, status=408, type="RequestTimeoutError"):
-    """The client sends its request too slowly."""
+    """The client sends its request too slowly, or the deadline that it set has passed."""
 
 
 class PayloadTooLargeError(RequestError, status=413, type="PayloadTooLargeError"):
@@ -167,6 +187,10 @@ class InternalError(RequestError):
     """A bug in the server; the message never contains a traceback."""
 
 
+class UnsupportedError(RequestError, status=501, type="NotImplementedError"):
+    """The model or engine does not support the request."""
+
+
 class UnavailableError(RequestError, status=503, type="ServiceUnavailableError"):
     """No replica can serve the request now."""
 
@@ -177,6 +201,14 @@ class EngineDeadError(UnavailableError):
 
 class DeviceFailedError(UnavailableError):
     """A GPU of a replica failed; Serve replaces the replica."""
+
+
+def shorten(text: str, max_chars: int) -> str:
+    """Return a text that UTF-8 can encode, without its middle if it is too long."""
+    if len(text) > max_chars:
+        half = max_chars // 2
+        text = f"{text[:half]} … {len(text) - 2 * half} characters … {text[-half:]}"
+    return text.encode(errors="replace").decode()
 
 
 def request_error_for(status: int, message: str, param: str | None = None) -> RequestError:

@@ -11,6 +11,7 @@ import asyncio
 import importlib
 import importlib.util
 import inspect
+import json
 import os
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -115,6 +116,8 @@ MEMBERS = (
     PrivateName(f"{_SERVE}.haproxy:HAProxyConfig.hard_stop_after_s", "see ``proxy_setup``"),
     PrivateName(f"{_SERVE}.haproxy:HAProxyApi.start", "see ``proxy_setup``"),
     PrivateName(f"{_SERVE}.replica:SERVE_BUILD_ASGI_APP_METHOD", "hook of the router"),
+    PrivateName(f"{_SERVE}.replica:start_asgi_http_server", "see ``wrap_http_app``", "app"),
+    PrivateName(f"{_SERVE}.proxy_request_response:ASGIProxyRequest.headers", "see ``proxy_setup``"),
     PrivateName(f"{_SERVE}.constants:RECORD_REPLICA_METADATA_METHOD", "hook for link addresses"),
     PrivateName("ray.serve.handle:DeploymentHandle._init", "see ``init_handle``"),
     PrivateName("ray.serve.handle:DeploymentHandle.is_initialized", "see ``init_handle``"),
@@ -242,6 +245,29 @@ async def get_http_host(timeout_s: float) -> str | None:
 
 # -- HTTP proxies -----------------------------------------------------------------------------
 
+_HTTP_ERRORS = {
+    400: ("invalid_request_error", "The request is not valid HTTP, or its headers are too large."),
+    408: ("timeout_error", "The request did not arrive in time. Send it faster."),
+    500: ("api_error", "The HTTP proxy failed. Try again."),
+    502: ("api_error", "The router was lost before it answered. Try again."),
+    503: ("overloaded_error", "No router is available. Try again."),
+    504: ("api_error", "The router did not answer in time. Try again."),
+}
+"""Type and message of HAProxy's own errors, by status; bodies have the fields of both vendors."""
+
+
+def _http_errors() -> str:
+    """Return HAProxy's directives for ``_HTTP_ERRORS``."""
+    lines = []
+    for status, (kind, message) in _HTTP_ERRORS.items():
+        error = {"message": message, "type": kind, "param": None, "code": status}
+        body = json.dumps({"type": "error", "error": error})
+        lines.append(
+            f"    http-error status {status} content-type application/json string '{body}'\n"
+        )
+    return "".join(lines)
+
+
 HAPROXY_EDITS = {
     "    option splice-request\n": "",
     "    bind {{ config.frontend_host }}:{{ config.frontend_port }}\n": """\
@@ -251,7 +277,8 @@ HAPROXY_EDITS = {
     tcp-request connection reject if { sc0_conn_cur gt $max_connections_per_address }
     http-request wait-for-body time ${header_timeout_s}s at-least 15k if { method POST PUT PATCH }
     http-request del-header x-request-disconnect-disabled
-""",
+"""
+    + _http_errors(),
 }
 """Replacements in Serve's HAProxy template by the text that they replace.
 
@@ -259,6 +286,7 @@ HAPROXY_EDITS = {
   separately and disconnects: the request runs on, and a thread spins.
 - Connections per address are limited, and the start of a body (15 KiB fit into HAProxy's buffer)
   has a deadline.
+- HAProxy's own errors are JSON, not HTML, and Serve's file for 502 to 504 is not used.
 - The deleted header would make Serve ignore that a client disconnects.
 """
 
@@ -298,7 +326,8 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
         import asyncio
         import logging
 
-        from ray.serve._private import haproxy, proxy
+        from ray.serve._private import haproxy
+        from ray.serve._private.proxy_request_response import ASGIProxyRequest
 
         logger = logging.getLogger("ray.serve.tandem")
 
@@ -323,8 +352,16 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
                         logger.exception("HAProxy does not start")
                         await asyncio.sleep(1)
 
-        # Serve's own proxy, and the fallback of HAProxy.
-        proxy.parse_disconnect_disabled_header = lambda headers: False
+        # Serve's own proxy, also HAProxy's fallback, fails on headers that are not UTF-8 and would
+        # obey the hidden ones. The router gets all headers.
+        hidden = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled")
+        ASGIProxyRequest.headers = property(
+            lambda request: [
+                (name, value)
+                for name, value in request.scope["headers"]
+                if name.isascii() and value.isascii() and name.lower() not in hidden
+            ]
+        )
         if not hasattr(actor, "_haproxy"):
             return ""
         names = ("_haproxy", "_reload_lock", "_schedule_haproxy_update", "event_loop")
@@ -358,20 +395,25 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
     return set_up
 
 
-def ignore_disconnect_header() -> None:
-    """Let this replica cancel each request whose client disconnects.
+def wrap_http_app(wrap: Callable[[Any], Any]) -> None:
+    """Let this replica's HTTP server call ``wrap(app)`` instead of Serve's ASGI application.
 
-    Without this, Serve lets any client switch that off with ``x-request-disconnect-disabled``.
+    Serve starts the server after the deployment's constructor, so call this in the constructor.
+
+    Raises:
+        RayIncompatibleError: Serve starts the server in another way.
     """
     from ray.serve._private import replica
 
-    if not hasattr(replica, _DISCONNECT_HEADER_PARSER):
-        expected = f"`ray.serve._private.replica:{_DISCONNECT_HEADER_PARSER}`"
-        raise _incompatible(expected, "lets clients keep requests running that they left")
-    setattr(replica, _DISCONNECT_HEADER_PARSER, lambda headers: False)
+    if not hasattr(replica, "start_asgi_http_server"):
+        expected = "`ray.serve._private.replica:start_asgi_http_server`"
+        raise _incompatible(expected, "formats errors, and hides headers that Serve cannot read")
+    start = replica.start_asgi_http_server
 
+    def start_wrapped(app: Any, *args: Any, **kwargs: Any) -> Any:
+        return start(wrap(app), *args, **kwargs)
 
-_DISCONNECT_HEADER_PARSER = "parse_disconnect_disabled_header"
+    replica.start_asgi_http_server = start_wrapped
 
 
 # -- handles ----------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from cluster.gateway import (
     UsageAccount,
     Wiring,
 )
+from cluster.gateway.serve_http import ServeAdapter, end_http10_bodies_by_closing
 from cluster.key_file import KeyFile
 from cluster.leaks import MemoryWatch
 from cluster.link import RequestHead, ResponseHead, TlsContexts, answer_locally, tls_contexts
@@ -35,7 +36,7 @@ from cluster.ray_internals import (
     confine_replica_to_loopback,
     get_http_host,
     get_serve_logs_dir,
-    ignore_disconnect_header,
+    wrap_http_app,
 )
 from cluster.tracing import start_tracer
 from cluster.usage import Usage
@@ -61,7 +62,8 @@ class Router:
     ) -> None:
         self._max_answer_s = config.max_answer_s
         confine_replica_to_loopback()
-        ignore_disconnect_header()
+        end_http10_bodies_by_closing()
+        wrap_http_app(ServeAdapter)
         log_with_serve()
         self._secret, tls = link_secret(), tls_contexts(os.environ)
         identity = serve.get_replica_context().replica_id

@@ -47,6 +47,8 @@ class Call:
 
     def __init__(self, app: ASGIApp, scope: dict[str, Any], body: bytes) -> None:
         self.answer = Answer()
+        self.scope = scope
+        """Scope of the request, which begins once the event loop runs."""
         self._body: bytes | None = body
         self._disconnected = asyncio.Event()
         self._changed = asyncio.Event()

@@ -7,8 +7,10 @@ from typing import Any
 from cluster.admission import OPEN
 from cluster.asgi import Receive, Scope, Send
 from cluster.errors import HeadersTooLargeError, LinkError, RequestError
+from cluster.gateway.error_formats import is_anthropic
 from cluster.gateway.gateway import Gateway
 from cluster.gateway.messages import Headers, Request, Response, error_response, header, request_id
+from cluster.gateway.serve_http import client_headers
 
 
 class GatewayApp:
@@ -37,7 +39,7 @@ class GatewayApp:
             await self._http(scope, receive, send)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = [(name.lower(), value) for name, value in scope["headers"]]
+        headers = client_headers(scope)
         method = scope["method"]
         path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/")) or "/"
         gateway = self._gateway
@@ -69,6 +71,8 @@ class GatewayApp:
             response.headers.append((b"connection", b"close"))
         if id_ and not self._behind_serve:
             response.headers.append((b"x-request-id", id_.encode()))
+        if id_ and is_anthropic(path):
+            response.headers.append((b"request-id", id_.encode()))
         await _send(response, method, send, gateway.client_timeout_s)
 
     def _check_headers(self, headers: Headers, scope: Scope) -> None:

@@ -29,6 +29,7 @@ MAX_JSON_DEPTH = 128
 _STEPS = bytes(1 if c in b"[{" else 255 if c in b"]}" else 0 for c in range(256))
 _PAIR = bytes((1, 255))
 _PEELED_LEVELS = 4
+_MAX_LENGTH_DIGITS = 19
 _MAX_BRACKETS = 500_000
 """Brackets that are counted one by one, which takes up to 20 ms; no API has larger values."""
 _NO_ESCAPES = bytes(c for c in range(256) if c not in b'[]{}"\\/bfnrtu')
@@ -81,8 +82,7 @@ class BodyBuffers:
             OverloadedError: All bodies together, or those of the tenant, exceed theirs.
             RequestTimeoutError: The body arrives too slowly.
         """
-        declared = header(headers, b"content-length") or ""
-        size = int(declared) if declared.isdigit() else 0
+        size = _declared_bytes(headers)
         self._check(size, size, tenant)
         # A slow small body costs nothing, and the timer would cost each request 9 µs.
         if not self._min_bytes_per_s or 0 < size <= SMALL_BODY_BYTES:
@@ -152,6 +152,12 @@ class BodyBuffers:
                 f"{self._max_buffered_bytes} bytes. Retry later.",
                 retry_after_s=1,
             )
+
+
+def _declared_bytes(headers: Headers) -> int:
+    declared = header(headers, b"content-length") or ""
+    is_number = declared.isascii() and declared.isdigit() and len(declared) <= _MAX_LENGTH_DIGITS
+    return int(declared) if is_number else 0
 
 
 def read_body(request: Request) -> RequestBody:

@@ -6,6 +6,7 @@ vendors' clients raise their own exceptions.
 
 import json
 from collections.abc import Mapping
+from http import HTTPStatus
 from typing import Any
 
 from cluster.engines.dead import ERROR_EVENTS
@@ -21,6 +22,7 @@ _ANTHROPIC_TYPES: Mapping[int, str] = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
+    408: "timeout_error",
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
@@ -85,6 +87,26 @@ def _failed_response(
         events = _event("response.failed", fields)
     top = {"type": "error", "code": error.type, "message": error.message, "param": error.param}
     return events + _event("error", {**top, "sequence_number": number + 1, **body})
+
+
+def engine_error_body(path: str, status: int, content: bytes) -> bytes:
+    """Return the body of an engine's error response in the format of the API at ``path``.
+
+    vLLM and Starlette have several formats, and quote what the client sent at any length.
+    """
+    error: Any = None
+    try:
+        body = json.loads(content)
+        error = body.get("error", body.get("detail", body))
+    except (ValueError, AttributeError, RecursionError):
+        body = content.decode(errors="replace")
+    fields = error if isinstance(error, dict) else {}
+    message = fields.get("message") or error or body or HTTPStatus(status).phrase
+    param = fields.get("param")
+    known = request_error_for(status, str(message), None if param is None else str(param))
+    formatted = error_body(path, known)
+    formatted["error"]["code"] = status
+    return json.dumps(formatted, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def first_event_error(chunk: bytes) -> RequestError | None:

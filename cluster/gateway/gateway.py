@@ -21,7 +21,14 @@ from cluster.gateway.admission.response_ids import ResponseIds
 from cluster.gateway.body import UNREAD_BODY, BodyBuffers, read_body
 from cluster.gateway.builtin.own_paths import PUBLIC_PATHS
 from cluster.gateway.builtin.routes import BuiltinRoute, BuiltinRoutes
-from cluster.gateway.messages import Headers, Request, Response, error_response, with_json_fields
+from cluster.gateway.messages import (
+    Headers,
+    Request,
+    Response,
+    empty_response,
+    error_response,
+    with_json_fields,
+)
 from cluster.gateway.pools.factory import make_pools
 from cluster.gateway.pools.pool import Pool
 from cluster.gateway.pools.relay import relay
@@ -45,6 +52,8 @@ if TYPE_CHECKING:
     from cluster.tracing.tracer import Tracer
 
 logger = logging.getLogger("ray.serve.tandem")
+
+BUILTIN_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
 class Gateway:
@@ -170,11 +179,12 @@ class Gateway:
 
     async def _respond_builtin(self, request: Request, builtin: BuiltinRoute) -> Response:
         try:
-            if request.method not in ("GET", "HEAD"):
-                raise MethodNotAllowedError(
-                    f"{request.path} supports GET and HEAD, not {request.method}."
-                )
-            response = await builtin.handler(request)
+            if request.method == "OPTIONS":
+                response = empty_response(204, [(b"allow", ", ".join(BUILTIN_METHODS).encode())])
+            elif request.method in BUILTIN_METHODS:
+                response = await builtin.handler(request)
+            else:
+                raise MethodNotAllowedError.for_path(request.path, request.method, BUILTIN_METHODS)
         except RequestError as error:
             self.record_rejection(request.path, error, request.id, request.tenant)
             raise

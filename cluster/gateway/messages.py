@@ -122,6 +122,11 @@ def bytes_response(
     return Response(status, [*base, *headers], _single_chunk(body))
 
 
+def empty_response(status: int, headers: Iterable[tuple[bytes, bytes]] = ()) -> Response:
+    """Return a response without a body."""
+    return Response(status, list(headers), _single_chunk(b""))
+
+
 def json_response(
     body: Any, status: int = 200, headers: Iterable[tuple[bytes, bytes]] = ()
 ) -> Response:

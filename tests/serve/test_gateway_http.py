@@ -129,7 +129,11 @@ async def test_builtin_paths() -> None:
         assert [card["id"] for card in models["data"]] == ["gen", "cls"]
         assert (await asgi.get(world.app, "/v1/models/cls")).json()["owned_by"] == "tandem"
         assert (await asgi.get(world.app, "/v1/models/x")).status == 404
-        assert (await asgi.get(world.app, "/version")).json() == {"tandem": "0", "engine": "1"}
+        assert (await asgi.get(world.app, "/version")).json() == {
+            "version": "0",
+            "tandem": "0",
+            "engine": "1",
+        }
         paths = (await asgi.get(world.app, "/openapi.json")).json()["paths"]
         assert {CHAT, "/health"} <= paths.keys()
         head = await asgi.call(world.app, "HEAD", "/health")

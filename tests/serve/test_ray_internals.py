@@ -223,12 +223,13 @@ class FakeManager:
 @pytest.fixture
 def haproxy_api(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Serve's interface to HAProxy; its process is not started."""
-    from ray.serve._private import haproxy, proxy
+    from ray.serve._private import haproxy
+    from ray.serve._private.proxy_request_response import ASGIProxyRequest
 
-    template, parser = haproxy.HAPROXY_CONFIG_TEMPLATE, proxy.parse_disconnect_disabled_header
+    template = haproxy.HAPROXY_CONFIG_TEMPLATE
     monkeypatch.setattr(haproxy, "HAPROXY_CONFIG_TEMPLATE", template)
     monkeypatch.setattr(haproxy, "_tandem_original", template, raising=False)
-    monkeypatch.setattr(proxy, "parse_disconnect_disabled_header", parser)
+    monkeypatch.setattr(ASGIProxyRequest, "headers", ASGIProxyRequest.headers)
     config = haproxy.HAProxyConfig(
         socket_path=str(tmp_path / "admin"),
         metrics_socket_path=str(tmp_path / "metrics"),
@@ -259,6 +260,8 @@ async def test_haproxy_accepts_the_configuration_with_limits(
     assert "timeout client 60s" in config
     assert "hard-stop-after 3660s" in config
     assert "del-header x-request-disconnect-disabled" in config
+    for status in (400, 408, 500, 502, 503, 504):
+        assert f"http-error status {status} content-type application/json" in config
 
 
 async def test_the_same_limits_do_not_reload_haproxy_again(haproxy_api: Any) -> None:
@@ -356,14 +359,34 @@ def test_a_proxy_need_not_have_this_package(tmp_path: Path) -> None:
     assert done.stdout == "'' False\n"
 
 
-def test_clients_cannot_switch_off_that_serve_notices_disconnects(
+async def test_the_http_server_calls_the_wrapped_application(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from ray.serve._private import replica
 
-    parse = replica.parse_disconnect_disabled_header
-    monkeypatch.setattr(replica, "parse_disconnect_disabled_header", parse)
-    headers = {b"x-request-disconnect-disabled": b"?1"}
-    assert replica.parse_disconnect_disabled_header(headers)
-    ray_internals.ignore_disconnect_header()
-    assert not replica.parse_disconnect_disabled_header(headers)
+    started: list[Any] = []
+
+    async def start(app: Any, options: Any, *, event_loop: Any) -> None:
+        started.append((app, options, event_loop))
+
+    monkeypatch.setattr(replica, "start_asgi_http_server", start)
+    ray_internals.wrap_http_app(lambda app: f"wrapped {app}")
+    await replica.start_asgi_http_server("app", "options", event_loop="loop")
+    assert started == [("wrapped app", "options", "loop")]
+
+
+def test_serves_proxy_reads_no_header_that_it_cannot_decode_or_would_obey(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ray.serve._private.proxy_request_response import ASGIProxyRequest
+
+    monkeypatch.setattr(ASGIProxyRequest, "headers", ASGIProxyRequest.headers)
+    ray_internals.proxy_setup(LIMITS)(object())
+    shown = (b"x-session-id", b"a")
+    headers = [
+        *(shown, (b"x-session-id", b"\xe9"), (b"\xe9", b"a")),
+        *((b"X-Request-Timeout-Seconds", b"1"), (b"x-request-disconnect-disabled", b"?1")),
+    ]
+    request = ASGIProxyRequest({"type": "http", "headers": headers}, None, None)
+    assert request.headers == [shown]
+    assert request.scope["headers"] == headers

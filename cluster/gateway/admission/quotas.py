@@ -13,7 +13,7 @@ from cluster.admission import Identity, QuotaRefusal, Tenant, TenantQuota
 from cluster.admission.leases import Demand, PeerReports, QuotaReport, TenantReport
 from cluster.admission.limits import DAY_S
 from cluster.errors import OverloadedError
-from cluster.gateway.recording.request_log import CLIENT_DISCONNECTED
+from cluster.gateway.recording.request_log import ABANDONED
 from cluster.metrics import Counter, Registry, table
 from cluster.usage import Usage
 
@@ -39,12 +39,12 @@ class QuotaTicket:
     def end(self, status: int, usage: Usage | None, had_slot: bool) -> None:
         """Charge the request's usage instead of its estimate; a failed request is free.
 
-        Without a usage, a disconnect is charged the whole estimate if the request ``had_slot``,
-        and a success its prompt.
+        Without a usage, a disconnect or timeout is charged the whole estimate if the request
+        ``had_slot``, and a success its prompt.
         """
         if usage is not None:
             charged = float(usage.total_tokens)
-        elif status == CLIENT_DISCONNECTED:
+        elif status in ABANDONED:
             charged = self.estimated_tokens if had_slot else 0.0
         else:
             charged = self.prompt_tokens if status < 400 else 0.0

@@ -121,7 +121,8 @@ class BuiltinRoutes:
         return json_response(body, 200 if ready else 503)
 
     async def _version(self, _request: Request) -> Response:
-        versions = dict(self._versions)
+        # vLLM's name of the server's version, which clients of other servers read.
+        versions = {"version": self._versions.get("tandem", ""), **self._versions}
         for pool in self._pools.values():
             for replica in pool.replicas.running:
                 versions.update(replica.info.versions)

@@ -1,7 +1,9 @@
-"""Requests in the form that engines get: with the headers of a list, and the router's priority."""
+"""Requests in the form that engines get, and their responses in the form that clients get."""
 
+from cluster.gateway.error_formats import engine_error_body
 from cluster.gateway.messages import Headers, Request
-from cluster.link import RequestHead
+from cluster.gateway.pools.replica import Answer
+from cluster.link import RequestHead, ResponseHead
 
 FORWARDED_HEADERS = frozenset(
     {
@@ -43,3 +45,30 @@ def request_head(request: Request, engine_priority: int | None) -> RequestHead:
     return RequestHead(
         method=request.method, path=request.path, query_string=request.query, headers=headers
     )
+
+
+_NOT_RETURNED = frozenset(
+    {
+        *(b"connection", b"keep-alive", b"transfer-encoding", b"te", b"upgrade"),
+        *(b"server", b"date", b"x-request-id"),
+    }
+)
+_MAX_ERROR_BYTES = 1024 * 1024
+"""Part of an engine's error response that is read; the rest is dropped."""
+
+
+def response_headers(head: ResponseHead) -> Headers:
+    """Return the headers of a response without those that belong to one connection."""
+    return [pair for pair in head.headers if pair[0] not in _NOT_RETURNED]
+
+
+async def read_error(path: str, head: ResponseHead, answer: Answer) -> tuple[Headers, bytes]:
+    """Read an engine's error response; return its headers and body in the format of its API."""
+    content, chunk = b"", await answer.read()
+    while chunk:
+        content += chunk[: _MAX_ERROR_BYTES - len(content)]
+        chunk = await answer.read()
+    body = engine_error_body(path, head.status, content)
+    kept = [pair for pair in response_headers(head) if not pair[0].startswith(b"content-")]
+    length = str(len(body)).encode()
+    return [(b"content-type", b"application/json"), (b"content-length", length), *kept], body

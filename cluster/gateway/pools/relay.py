@@ -15,17 +15,18 @@ from cluster.errors import (
     LinkError,
     LinkRefusedError,
     RequestError,
+    RequestTimeoutError,
     UnavailableError,
 )
 from cluster.gateway.error_formats import error_events, first_event_error
 from cluster.gateway.messages import Request, Response
-from cluster.gateway.pools.forwarding import request_head
+from cluster.gateway.pools.forwarding import read_error, request_head, response_headers
 from cluster.gateway.pools.pool import Pool
 from cluster.gateway.pools.replica import Answer
 from cluster.gateway.pools.response_usage import add_usage, usage_requested
 from cluster.gateway.pools.slots import Claim, Slot
 from cluster.gateway.recording.observer import FailoverReason, OnEnd, RequestObserver
-from cluster.gateway.recording.request_log import CLIENT_DISCONNECTED
+from cluster.gateway.recording.request_log import ABANDONED, CLIENT_DISCONNECTED
 from cluster.link import ClientStream, RequestHead
 from cluster.usage import Usage
 
@@ -38,12 +39,9 @@ MAX_LOST = 2
 
 _HASHED_BYTES = 64 * 1024
 _MAX_BEGIN_BYTES = 64 * 1024
-
-_NOT_RETURNED = frozenset(
-    {
-        *(b"connection", b"keep-alive", b"transfer-encoding", b"te", b"upgrade"),
-        *(b"server", b"date", b"x-request-id"),
-    }
+_TIMED_OUT = (
+    "The answer was not complete within `x-request-timeout-seconds`. Allow more time, or request "
+    "fewer tokens."
 )
 
 
@@ -96,7 +94,10 @@ async def _send_with_failover(
         observer.slot_taken(slot.replica.info.id)
         body = RelayedBody(pool, slot, request, observer)
         try:
-            return await body.open(head, request.body)
+            async with asyncio.timeout_at(claim.deadline_s if claim.has_deadline else None):
+                return await body.open(head, request.body)
+        except TimeoutError:
+            raise RequestTimeoutError(_TIMED_OUT) from None
         except LinkRefusedError as error:
             failure = "refused"
             logger.info("%s: replica %s: %s", request.id, slot.replica.info.id, error)
@@ -167,12 +168,15 @@ class RelayedBody:
             if isinstance(answer, ClientStream):
                 answer.arrivals_s = arrivals_s
             response = await answer.head()
-            self._first = await answer.read()
-            headers = [pair for pair in response.headers if pair[0] not in _NOT_RETURNED]
+            headers = response_headers(response)
             self._is_event_stream = any(
                 name == b"content-type" and value.startswith(b"text/event-stream")
                 for name, value in headers
             )
+            if response.status >= 400 and not self._is_event_stream:
+                headers, self._first = await read_error(self._request.path, response, answer)
+            else:
+                self._first = await answer.read()
             if self._is_event_stream and (error := first_event_error(self._first)) is not None:
                 raise error
             if self._is_event_stream and len(self._first) <= _MAX_BEGIN_BYTES:
@@ -222,10 +226,20 @@ class RelayedBody:
     async def _read(self) -> bytes:
         answer = self._answer
         assert answer is not None
+        claim = self._slot.claim
         try:
-            chunk = await answer.read()
+            if not claim.has_deadline:
+                chunk = await answer.read()
+            else:
+                async with asyncio.timeout_at(claim.deadline_s):
+                    chunk = await answer.read()
+        except TimeoutError:
+            self._abandon(RequestTimeoutError.status)
+            return self._last_event(RequestTimeoutError(_TIMED_OUT))
         except (LinkError, RequestError) as error:
-            return self._cut_off(error)
+            self._is_read = True
+            self._end(error)
+            return self._last_event(error)
         except BaseException:
             await self.aclose()
             raise
@@ -235,33 +249,31 @@ class RelayedBody:
 
     async def aclose(self) -> None:
         """Cancel the rest of the response, if any."""
-        if self._is_read:
-            return
+        if not self._is_read:
+            self._abandon(CLIENT_DISCONNECTED)
+
+    def _abandon(self, status: int) -> None:
         self._is_read = True
         answer = self._answer
-        if self._ended or answer is None:
-            self._end()
-        elif isinstance(answer, ClientStream) and not answer.ended:
-            self._observer.status = CLIENT_DISCONNECTED
-            answer.on_finished = self._end
-            answer.cancel()
-        else:
-            self._observer.status = CLIENT_DISCONNECTED
-            self._end()
+        if not self._ended and answer is not None:
+            self._observer.status = status
+            if isinstance(answer, ClientStream) and not answer.ended:
+                answer.on_finished = self._end
+                answer.cancel()
+                return
+        self._end()
 
     def _on_finished(self) -> None:
         assert isinstance(self._answer, ClientStream)
         self._end(self._answer.error)
 
-    def _cut_off(self, error: LinkError | RequestError) -> bytes:
+    def _last_event(self, error: LinkError | RequestError) -> bytes:
         """Return the error event that ends a broken stream.
 
         Raises:
             LinkError, RequestError: The format has no such event, or the last event is incomplete;
                 only closing the connection shows the client that the response is incomplete.
         """
-        self._is_read = True
-        self._end(error)
         if not self._is_event_stream or not self._last.endswith(b"\n"):
             raise error
         if isinstance(error, LinkError):
@@ -280,7 +292,7 @@ class RelayedBody:
             self._pool.meter.cut_off.add()
             observer.is_cut_off = True
             logger.warning("%s: response cut off: %s", self._request.id, error)
-        elif observer.status != CLIENT_DISCONNECTED:
+        elif observer.status not in ABANDONED:
             if self._slot.replica.is_draining:
                 self._pool.meter.failed_over("drained")
             if usage is not None:
@@ -295,7 +307,7 @@ class RelayedBody:
         """Return the work that was done; None if unknown, which teaches no service time."""
         if usage is not None:
             return float(usage.computed_tokens)
-        if self._observer.status == CLIENT_DISCONNECTED:
+        if self._observer.status in ABANDONED:
             return None
         return 0.0 if self._observer.status >= 400 else None
 
@@ -304,5 +316,5 @@ class RelayedBody:
         if self._answer is not None and not isinstance(self._answer, ClientStream):
             self._answer.cancel()
         observer = self._observer
-        is_abandoned = observer.status == CLIENT_DISCONNECTED or observer.is_cut_off
+        is_abandoned = observer.status in ABANDONED or observer.is_cut_off
         self._pool.queue.release_slot(self._slot, done_tokens, usage, is_abandoned=is_abandoned)

@@ -13,11 +13,13 @@ from typing import Literal
 
 import msgspec
 
-from cluster.errors import request_error_for
+from cluster.errors import RequestTimeoutError, request_error_for
 
 LOGGER = "tandem.requests"
 CLIENT_DISCONNECTED = 499
 """Status of a request whose client disconnected; counted and logged, never sent."""
+ABANDONED = (CLIENT_DISCONNECTED, RequestTimeoutError.status)
+"""Statuses of requests whose work was cancelled: by a disconnect, or at the client's deadline."""
 MAX_FAILURES = 50
 MAX_PROMPT_CHARS = 2000
 

@@ -100,9 +100,7 @@ class ClassifierApp:
             paths = ", ".join(self._paths)
             raise NotFoundError(f"no such path: {path}; {self._config.name} serves {paths}")
         if scope["method"] != endpoints.method:
-            raise MethodNotAllowedError(
-                f"{path} takes only {endpoints.method}, not {scope['method']}"
-            )
+            raise MethodNotAllowedError.for_path(path, scope["method"], [endpoints.method])
         body = await _read(receive)
         try:
             parsed = endpoints.parse(body if endpoints.method == "POST" else b"{}")
