@@ -5,6 +5,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from cluster.engines.vllm import internals
+from cluster.engines.vllm.inputs import (
+    add_input_tokens,
+    complete_messages,
+    report_validation_defects,
+)
 from cluster.engines.vllm.openapi import serve_document
 from cluster.engines.vllm.parser_class import adapt_parsers
 from cluster.engines.vllm.routes import remove_private_routes, remove_unsupported_routes
@@ -21,6 +26,10 @@ async def build_app(llm: Any, args: Namespace) -> Any:
     describe_parsers(app.state.openai_serving_models, args)
     remove_private_routes(app)
     remove_unsupported_routes(app)
+    report_validation_defects(app)
+    add_input_tokens(app)
+    if (messages := getattr(app.state, "anthropic_serving_messages", None)) is not None:
+        complete_messages(messages)
     serve_document(app)
     return app
 

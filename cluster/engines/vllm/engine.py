@@ -12,6 +12,7 @@ from cluster.engines.vllm import internals
 from cluster.engines.vllm.app import build_app
 from cluster.engines.vllm.cores import EngineCores
 from cluster.engines.vllm.disconnect import CancelAsDisconnect
+from cluster.engines.vllm.inputs import CheckJson, reject_uncompiled
 from cluster.engines.vllm.kv_events import KvEventReader
 from cluster.engines.vllm.launcher import LlmLauncher
 from cluster.engines.vllm.requests import (
@@ -76,7 +77,7 @@ class VllmEngine:
                 await self._track_prefixes(started.kv_events_endpoint)
             self._count_usage()
             self._vllm_app = await build_app(self._llm, started.args)
-            self.app = TrackRequest(CancelAsDisconnect(self._vllm_app))
+            self.app = TrackRequest(CheckJson(CancelAsDisconnect(self._vllm_app)))
             self._launcher.timer.mark("application")
         except BaseException:
             await self.stop()
@@ -118,7 +119,7 @@ class VllmEngine:
 
     def _count_usage(self) -> None:
         llm, outputs = self._llm, self._llm.output_processor
-        llm.generate = count_usage(llm.generate)
+        llm.generate = reject_uncompiled(count_usage(llm.generate))
         llm.encode = count_prompts(llm.encode)
         llm.abort = count_aborted(llm.abort, outputs.request_states, outputs.parent_requests)
 

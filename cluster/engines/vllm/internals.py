@@ -82,6 +82,9 @@ NAMES = {
     "ToolStrictLevel": "vllm.tool_parsers.tool_strict_level:ToolStrictLevel",
     "build_app": "vllm.entrypoints.launchers.app:build_app",
     "init_app_state": "vllm.entrypoints.launchers.api_server.app_state:init_app_state",
+    "ResponsesRequest": "vllm.entrypoints.openai.responses.protocol:ResponsesRequest",
+    "ServingRender": "vllm.entrypoints.scale_out.render.serving:ServingRender",
+    "VLLMValidationError": "vllm.exceptions:VLLMValidationError",  # becomes a 400
     # Statistics
     "RayPrometheusStatLogger": "vllm.v1.metrics.ray_wrappers:RayPrometheusStatLogger",
     "StatLoggerBase": "vllm.v1.metrics.loggers:StatLoggerBase",
@@ -147,7 +150,7 @@ ATTRIBUTES = {
         *("medium", "lora_name", "extra_keys", "group_idx"),
     ),
     "CacheConfig": ("block_size", "enable_prefix_caching"),
-    "CompletionOutput": ("token_ids",),
+    "CompletionOutput": ("token_ids", "finish_reason"),
     "CoreEngineProcManager": ("processes",),
     "DPLBAsyncMPClient": ("engine_inflight", "core_engines"),
     "EventBatch": ("ts", "events"),
@@ -172,6 +175,7 @@ ATTRIBUTES = {
         *("num_generation_tokens", "first_token_latency", "first_token_ts", "last_token_ts"),
     ),
     "SchedulerStats": ("num_running_reqs", "num_waiting_reqs", "kv_cache_usage"),
+    "ServingRender": ("render_responses_request",),
     "StatLoggerBase": ("record", "log_engine_initialized"),
     "StructuredOutputsConfig": ("backend", "disable_any_whitespace"),
     "ToolParserManager": ("list_registered",),

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from cluster.engines.vllm import internals
-from cluster.engines.vllm.routes import OPENAPI_PATH, PUBLIC_ROUTES
+from cluster.engines.vllm.routes import OPENAPI_PATH, ROUTES
 
 _REFERENCE = "#/components/schemas/{model}"
 _OPENAI_PATHS = tuple(
@@ -61,7 +61,7 @@ def describe(app: Any) -> dict[str, Any]:
 
 
 def _parts(method: str, route: Any) -> Iterator[tuple[tuple[str, str, str], Any, TypeAdapter[Any]]]:
-    public = PUBLIC_ROUTES[method, route.path]
+    public = ROUTES[method, route.path]
     if route.body_field is not None:
         body = TypeAdapter(route.body_field.field_info.annotation)
         yield (method, route.path, "request"), "validation", body
@@ -77,7 +77,7 @@ def _type_named(names: str) -> Any:
 
 
 def _operation(method: str, route: Any, schemas: Schemas) -> dict[str, Any]:
-    public = PUBLIC_ROUTES[method, route.path]
+    public = ROUTES[method, route.path]
     reply = schemas[(method, route.path, "reply"), "serialization"]
     content = {"application/json": {"schema": reply}}
     if public.event is not None:

@@ -147,6 +147,15 @@ PUBLIC_ROUTES: Mapping[tuple[str, str], PublicRoute] = {
 monitor vLLM, dispatch to any other path, abort requests of other clients, or change the engine.
 """
 
+INPUT_TOKENS_PATH = "/v1/responses/input_tokens"
+ROUTES: Mapping[tuple[str, str], PublicRoute] = {
+    **PUBLIC_ROUTES,
+    ("POST", INPUT_TOKENS_PATH): PublicRoute(
+        "openai_serving_responses", "Count the input tokens of a response (OpenAI).", None
+    ),
+}
+"""``PUBLIC_ROUTES``, and those that ``cluster.engines.vllm.inputs`` adds."""
+
 OPENAPI_PATH = "/openapi.json"
 """Path of the document; for the router only, which merges the documents of all engines."""
 

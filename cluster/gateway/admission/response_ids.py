@@ -14,6 +14,7 @@ from cluster.routing import RequestBody
 
 CREATE_PATH = "/v1/responses"
 _PREFIX = "resp_"
+_OTHER_PATHS = ("render", "input_tokens")  # have no id
 _RANDOM_CHARS = _TAG_CHARS = 32
 
 
@@ -43,7 +44,7 @@ class ResponseIds:
         if not request.tenant or not request.path.startswith(CREATE_PATH):
             return
         id_ = request.path.removeprefix(CREATE_PATH).removeprefix("/").partition("/")[0]
-        if id_ and id_ != "render":
+        if id_ and id_ not in _OTHER_PATHS:
             self._check(request, id_)
         if isinstance(body.previous_response_id, str):
             self._check(request, body.previous_response_id)

@@ -1,0 +1,168 @@
+"""Requests and answers that vLLM's application handles differently from the vendors' servers.
+
+Some malformed requests would get a 5xx or another request's answer; some fields and paths of the
+vendors' APIs are missing.
+"""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from functools import wraps
+from traceback import walk_tb
+from typing import Any, Literal
+
+import msgspec
+from pydantic import BaseModel
+
+from cluster.asgi import ASGIApp, Message, Receive, Scope, Send
+from cluster.engines.vllm import internals
+from cluster.engines.vllm.requests import Generate
+from cluster.engines.vllm.routes import INPUT_TOKENS_PATH
+from cluster.errors import InvalidRequestError, request_error_for
+
+_VALIDATION = "request_body_to_args"
+"""FastAPI's function that validates a request's body."""
+_DEFECTS = (AttributeError, LookupError, AssertionError, RecursionError)
+
+
+class CheckJson:
+    """Middleware that rejects JSON that Python's parser accepts, and other parsers do not.
+
+    That is text that is not UTF-8, and numbers that become infinite.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request.
+
+        Raises:
+            InvalidRequestError: The body is not JSON, although its type says so.
+        """
+        content_type = dict(scope["headers"]).get(b"content-type", b"").lower()
+        if scope["method"] != "POST" or b"json" not in content_type:
+            await self._app(scope, receive, send)
+            return
+        body = await _read_body(receive)
+        if body is None:
+            return
+        try:
+            if body:
+                msgspec.json.decode(body)
+        except (ValueError, RecursionError) as error:  # all of msgspec's and Unicode's
+            raise InvalidRequestError(f"The request body is not valid JSON: {error}") from None
+        first: Message | None = {"type": "http.request", "body": body, "more_body": False}
+
+        async def receive_body() -> Message:
+            nonlocal first
+            message, first = first, None
+            return message or await receive()
+
+        await self._app(scope, receive_body, send)
+
+
+async def _read_body(receive: Receive) -> bytes | None:
+    """Return the body, or None if the client disconnected."""
+    chunks = []
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        chunks.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(chunks)
+
+
+def reject_uncompiled(generate: Generate) -> Generate:
+    """Wrap ``generate`` to raise vLLM's 400 if the engine cannot compile a structured output.
+
+    vLLM checks a request with several backends, and compiles all with the one that the first
+    request needed. If that fails, the request ends without a token.
+    """
+
+    @wraps(generate)
+    async def wrapper(
+        prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[Any, None]:
+        is_structured = getattr(sampling_params, "structured_outputs", None) is not None
+        is_empty = True
+        async with aclosing(generate(prompt, sampling_params, *args, **kwargs)) as outputs:
+            async for output in outputs:
+                if is_structured and is_empty:
+                    is_empty = not any(completion.token_ids for completion in output.outputs)
+                    if is_empty and any(c.finish_reason == "error" for c in output.outputs):
+                        raise internals.VLLMValidationError(
+                            "The engine cannot compile this structured output. Simplify it.",
+                            parameter="structured_outputs",
+                        )
+                yield output
+
+    return wrapper
+
+
+def report_validation_defects(app: Any) -> None:
+    """Let errors in vLLM's validators of requests, which assume types, be 400 instead of 500."""
+    from starlette.responses import JSONResponse
+
+    async def handle(_request: Any, error: Exception) -> Any:
+        names = (frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__))
+        if _VALIDATION not in names:
+            raise error
+        known = request_error_for(400, f"A field of the request has a wrong type: {error}")
+        return JSONResponse(known.body(), known.status)
+
+    for kind in _DEFECTS:
+        app.add_exception_handler(kind, handle)
+    app.middleware_stack = app.build_middleware_stack()  # vLLM has built it with the old handlers
+
+
+def complete_messages(handler: Any) -> None:
+    """Let vLLM's handler of ``/v1/messages`` return fields that are null, which it leaves out."""
+
+    class Answer(internals.AnthropicMessagesResponse):  # type: ignore[misc]
+        def model_dump(self, **options: Any) -> dict[str, Any]:
+            return {"stop_reason": None, "stop_sequence": None, **super().model_dump(**options)}
+
+    create = handler.create_messages
+
+    @wraps(create)
+    async def create_messages(*args: Any, **kwargs: Any) -> Any:
+        answer = await create(*args, **kwargs)
+        if isinstance(answer, internals.AnthropicMessagesResponse):
+            return Answer.model_construct(**dict(answer))
+        return answer
+
+    handler.create_messages = create_messages
+
+
+class InputTokens(BaseModel):
+    """Answer of ``INPUT_TOKENS_PATH``."""
+
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+    input_tokens: int
+
+
+def add_input_tokens(app: Any) -> None:
+    """Add ``INPUT_TOKENS_PATH`` to the application of a model that has ``/v1/responses``."""
+    from starlette.responses import JSONResponse
+
+    state = app.state
+    if getattr(state, "openai_serving_responses", None) is None:
+        return
+    render = internals.ServingRender(
+        state.openai_serving_models,
+        state.online_renderer,
+        request_logger=None,
+        tool_server=state.tool_server,
+    )
+
+    async def count_input_tokens(request: Any) -> Any:
+        rendered = await render.render_responses_request(request)
+        if (error := getattr(rendered, "error", None)) is not None:
+            return JSONResponse(rendered.model_dump(), error.code)
+        return InputTokens(input_tokens=len(rendered.token_ids))
+
+    count_input_tokens.__annotations__["request"] = internals.ResponsesRequest
+    app.add_api_route(
+        INPUT_TOKENS_PATH, count_input_tokens, methods=["POST"], response_model=InputTokens
+    )
