@@ -462,3 +462,13 @@ async def test_a_prompt_that_the_engine_shortens_may_be_longer_than_the_context(
         assert (await ask(world, "", body).done()).status == 400
         for field in ({"truncate_prompt_tokens": 20}, {"truncate_prompt_tokens": -1}):
             assert (await ask(world, "", body | field).done()).status == 200
+
+
+async def test_a_truncated_batch_counts_with_all_its_texts() -> None:
+    async with gateway_world(max_queued_tokens=1000) as world:
+        await world.add("cls", "cls-1")
+        texts = {"model": "cls", "input": ["word " * 1000] * 100}
+        for limit, status in ((None, 413), (5, 200), (100, 413)):
+            body = {**texts, "truncate_prompt_tokens": limit}
+            answer = await asgi.post(world.app, "/v1/embeddings", body)
+            assert answer.status == status
