@@ -196,7 +196,7 @@ class Gateway:
             body = read_body(request)
             # Load balancers probe this path; they must not wake a pool.
             if request.path == "/" and request.method != "POST":
-                raise MethodNotAllowedError(f"/ supports POST, not {request.method}.")
+                raise MethodNotAllowedError.for_path("/", request.method, ["POST"])
             return body, select_pool(self.pools, request.path, body, request.model)
         except RequestError as error:
             self.record_rejection(request.path, error, request.id, request.tenant)

@@ -250,7 +250,8 @@ async def test_a_request_without_a_model_goes_to_the_only_pool_that_can_do_it(tm
         assert answer.status == 400
         assert answer.json()["error"]["param"] == "model"
         assert (await asgi.get(site.app, "/models/labels/info")).json()["tasks"]
-        assert (await asgi.get(site.app, "/")).status == 405
+        probe = await asgi.get(site.app, "/")
+        assert (probe.status, probe.headers["allow"]) == (405, "POST")
         assert (await asgi.post(site.app, "/models/unknown/predict", {})).status == 404
         models = (await asgi.get(site.app, "/models")).json()["data"]
         capabilities = {model["id"]: model["capabilities"] for model in models}
