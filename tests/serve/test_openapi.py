@@ -18,7 +18,10 @@ async def document_of(*replicas: Any) -> Any:
     async with gateway_world() as world:
         for number, (pool, app) in enumerate(replicas):
             await world.serve(app, pool, f"{pool}-{number}", ("/x",))
-        return (await asgi.get(world.app, "/openapi.json")).json()
+        document = (await asgi.get(world.app, "/openapi.json")).json()
+        # The engines' documents are cached.
+        assert (await asgi.get(world.app, "/openapi.json")).json() == document
+        return document
 
 
 class Engine:

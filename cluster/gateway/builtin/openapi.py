@@ -83,26 +83,28 @@ def make_document(
 
 def _add_item(merged: dict[str, Any], path: str, item: Mapping[str, Any]) -> None:
     for method, operation in item.items():
-        if method not in merged:
-            merged[method] = _engine_operation(method, path, operation)
+        added = _engine_operation(method, path, operation)
+        known = merged.setdefault(method, added)
+        if known is added:
             continue
-        known = merged[method]
-        for content, more in (
-            (known.get("requestBody", {}), operation.get("requestBody", {})),
-            (known["responses"]["200"], operation.get("responses", {}).get("200", {})),
-        ):
-            content["content"] = _either(content.get("content", {}), more.get("content", {}))
+        if "requestBody" in known and "requestBody" in added:
+            known["requestBody"] = _either(known["requestBody"], added["requestBody"])
+        ok, also = known["responses"]["200"], added["responses"]["200"]
+        known["responses"]["200"] = _either(ok, also)
 
 
 def _either(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Return content that has the schema of ``first`` or of ``second``."""
-    merged = dict(first)
-    for media_type, content in second.items():
-        schemas = [one["schema"] for one in (merged.get(media_type), content) if one is not None]
-        if schemas[0] != schemas[-1]:
-            schemas = [{"anyOf": [*schemas[0].get("anyOf", schemas[:1]), schemas[-1]]}]
-        merged[media_type] = {"schema": schemas[0]}
-    return merged
+    """Return a body or an answer that has the schema of ``first`` or of ``second``."""
+    contents = dict(first.get("content", {}))
+    for media_type, content in second.get("content", {}).items():
+        if media_type not in contents:
+            contents[media_type] = content
+            continue
+        known, schema = contents[media_type]["schema"], content["schema"]
+        options = known.get("anyOf", [known])
+        if schema not in (known, *options):
+            contents[media_type] = {"schema": {"anyOf": [*options, schema]}}
+    return {**first, "content": contents}
 
 
 def _engine_operation(method: str, path: str, operation: Mapping[str, Any]) -> dict[str, Any]:
