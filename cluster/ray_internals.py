@@ -246,7 +246,7 @@ async def get_http_host(timeout_s: float) -> str | None:
 # -- HTTP proxies -----------------------------------------------------------------------------
 
 _HTTP_ERRORS = {
-    400: ("invalid_request_error", "The request is not valid HTTP, or its headers are too large."),
+    400: ("invalid_request_error", "The request is not valid HTTP."),
     408: ("timeout_error", "The request did not arrive in time. Send it faster."),
     500: ("api_error", "The HTTP proxy failed. Try again."),
     502: ("api_error", "The router was lost before it answered. Try again."),

