@@ -55,6 +55,25 @@ class RunningCluster:
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
+    def deploy(self, config: dict[str, Any]) -> None:
+        """Change the applications with ``serve deploy``; returns before the change is complete."""
+        port = int(self.http_url.rsplit(":", 1)[1])
+        changed = {**config, "http_options": {**config["http_options"], "port": port}}
+        file = self.home / "deployed.yaml"
+        file.write_text(json.dumps(changed), encoding="utf-8")
+        dashboard_url = self.status()["state"]["dashboard_url"]
+        command = [self.executable.with_name("serve"), "deploy", "-a", dashboard_url, file]
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    def replicas(self) -> dict[str, tuple[str, str]]:
+        """Return the deployment and the state of each replica by its id."""
+        return {
+            replica["id"]: (deployment["name"], replica["state"])
+            for deployment in self.status()["application"]["deployments"]
+            for replica in deployment["replicas"]
+        }
+
 
 class IsolatedHome(NamedTuple):
     """Environment, ``--set`` options and addresses of an isolated cluster."""
@@ -65,11 +84,12 @@ class IsolatedHome(NamedTuple):
     ray_address: str
 
 
-def isolated_home(home: Path) -> IsolatedHome:
-    """Choose free ports and make the environment for a cluster in ``home``."""
+def isolated_home(home: Path, **variables: str) -> IsolatedHome:
+    """Choose free ports and make the environment, with ``variables``, for a cluster."""
     http, gcs, dashboard, stats, metrics, fallback = free_ports(6)
     env = {
         **os.environ,
+        **variables,
         "TANDEM_HOME": str(home),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),

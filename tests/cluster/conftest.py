@@ -51,11 +51,11 @@ def serve_config(*more: dict[str, Any], **args: Any) -> dict[str, Any]:
 def make_cluster(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return a function that starts an isolated cluster; only the models are shared."""
 
-    def make(*args: str) -> RunningCluster:
+    def make(*args: str, **variables: str) -> RunningCluster:
         home = tmp_path_factory.mktemp("home")
         store.models_dir().mkdir(parents=True, exist_ok=True)
         (home / "models").symlink_to(store.models_dir())
-        env, settings, http_url, ray_address = isolated_home(home)
+        env, settings, http_url, ray_address = isolated_home(home, **variables)
         running = RunningCluster(home, env, http_url, ray_address)
         running.up(*settings, *args)
         return running
@@ -67,10 +67,15 @@ def make_cluster(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def sim_cluster(
     request: pytest.FixtureRequest, make_cluster: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningCluster]:
-    """Start a cluster with the configuration returned by the test module's ``config()``."""
+    """Start a cluster with the configuration returned by the test module's ``config()``.
+
+    ``ENVIRONMENT`` of the module, if there is one, is added to the environment.
+    """
     file = tmp_path_factory.mktemp("config") / "config.yaml"
     file.write_text(yaml.safe_dump(request.module.config()), encoding="utf-8")
-    running: RunningCluster = make_cluster("--config", str(file))
+    running: RunningCluster = make_cluster(
+        "--config", str(file), **getattr(request.module, "ENVIRONMENT", {})
+    )
     yield running
     running.down()
 

@@ -304,8 +304,8 @@ def test_a_disconnect_aborts_the_request_in_the_engine(http: httpx.Client) -> No
 
 def wait_for_running(http: httpx.Client, expected: int) -> None:
     deadline = time.monotonic() + 10
-    while (running := http.get("/ready").json()["pools"][MODEL]["running"]) != expected:
-        assert time.monotonic() < deadline, running
+    while (ready := http.get("/ready").json())["pools"][MODEL]["running"] != expected:
+        assert time.monotonic() < deadline, ready
         time.sleep(0.05)
 
 

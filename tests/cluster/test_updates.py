@@ -1,0 +1,119 @@
+"""An update of the default deployment while vLLM streams, and a hang of the updated engine.
+
+Last of the modules that share the cluster, because of the short ``stall_timeout_s``.
+"""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import anthropic
+import httpx
+import openai
+import psutil
+import pytest
+import yaml
+
+from tests.cluster.conftest import ROOT, RunningCluster
+from tests.cluster.engine_processes import engines_of_cluster
+from tests.cluster.test_recovery import (
+    MODEL,
+    STREAMS,
+    assert_no_replica_became_ready,
+    read_stream,
+    wait_until,
+)
+
+pytestmark = pytest.mark.timeout(600)
+
+TOKENS = 300
+STALL_TIMEOUT_S = 10
+
+
+def changed_config() -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load((ROOT / "ray-config.yaml").read_text("utf-8"))
+    (generator,) = config["applications"][0]["args"]["generators"]
+    generator["stall_timeout_s"] = STALL_TIMEOUT_S
+    return config
+
+
+def num_streamed(http: httpx.Client, has_begun: threading.Event) -> int:
+    """Return the tokens of a complete stream."""
+    body = {
+        "model": MODEL,
+        "prompt": "Once upon a time",
+        "max_tokens": TOKENS,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    events = []
+    with http.stream("POST", "/v1/completions", json=body) as answer:
+        answer.raise_for_status()
+        for line in answer.iter_lines():
+            has_begun.set()
+            events += [line.removeprefix("data: ")] if line else []
+    assert events[-1] == "[DONE]", events[-1]
+    return int(json.loads(events[-2])["usage"]["completion_tokens"])
+
+
+def test_an_update_of_vllm_interrupts_no_stream(cluster: RunningCluster) -> None:
+    has_begun, is_updated = threading.Event(), threading.Event()
+
+    def stream_until_updated() -> list[int]:
+        streamed = []
+        with httpx.Client(base_url=cluster.http_url, timeout=120) as http:
+            while not is_updated.is_set():
+                streamed.append(num_streamed(http, has_begun))
+        return streamed
+
+    def has_new_replicas() -> bool:
+        states = [state for id_, (_, state) in cluster.replicas().items() if id_ in before]
+        return "RUNNING" not in states
+
+    def only_new_replicas() -> bool:
+        return not before & cluster.replicas().keys()
+
+    with ThreadPoolExecutor(1) as thread:
+        streaming = thread.submit(stream_until_updated)
+        assert has_begun.wait(60)
+        before = {
+            id_ for id_, (name, _) in cluster.replicas().items() if not name.startswith("class")
+        }
+        try:
+            cluster.deploy(changed_config())
+            wait_until(has_new_replicas, 240, "the update")
+        finally:
+            is_updated.set()
+        assert set(streaming.result(timeout=240)) == {TOKENS}
+    wait_until(only_new_replicas, 120, "the end of the old replicas")
+    assert httpx.get(f"{cluster.http_url}/ready").status_code == 200
+
+
+def test_a_stopped_engine_is_replaced(cluster: RunningCluster) -> None:
+    (engine,) = engines_of_cluster(cluster.home)
+    has_begun = threading.Barrier(1 + len(STREAMS))
+    with (
+        httpx.Client(base_url=cluster.http_url, timeout=180) as http,
+        ThreadPoolExecutor(1 + len(STREAMS)) as threads,
+    ):
+        streams = [
+            threads.submit(read_stream, name, cluster.http_url, has_begun) for name in STREAMS
+        ]
+        has_begun.wait(timeout=60)
+        engine.suspend()
+        body = {"model": MODEL, "prompt": "a", "max_tokens": 4}
+        waiting = threads.submit(http.post, "/v1/completions", json=body)
+        for stream in streams:
+            error = stream.result(timeout=STALL_TIMEOUT_S + 60)
+            assert isinstance(error, openai.APIError | anthropic.APIStatusError), error
+            assert "try again" in str(error), error
+        answer = waiting.result(timeout=180)  # retried on the new replica if that starts in time
+        if answer.status_code != 200:
+            assert_no_replica_became_ready(answer)
+        wait_until(lambda: http.get("/ready").status_code == 200, 150, "becoming ready again")
+        assert http.post("/v1/completions", json=body).status_code == 200
+    (new,) = engines_of_cluster(cluster.home)
+    assert new.pid != engine.pid
+    assert not psutil.pid_exists(engine.pid)
