@@ -1,0 +1,120 @@
+"""Generated requests to a real cluster: each answer is as ``/openapi.json`` describes it.
+
+``TANDEM_OPENAPI_CASES`` sets the number of requests per operation and kind, valid or not.
+"""
+
+import os
+from typing import Any
+
+import hypothesis
+import pytest
+import requests
+import schemathesis
+from hypothesis import strategies as st
+from schemathesis import GenerationMode, checks
+from schemathesis.core.failures import FailureGroup
+
+from tests.cluster.conftest import RunningCluster
+
+pytestmark = [pytest.mark.timeout(7200), pytest.mark.filterwarnings("default")]
+
+CASES = int(os.environ.get("TANDEM_OPENAPI_CASES", "3"))
+MODEL, CLASSIFIER = "smollm2", "sentiment"
+MAX_TOKENS = 4
+"""Longest completion; the model generates about 40 tokens per second in CI."""
+CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": MAX_TOKENS}
+SEEDS: dict[str, dict[str, Any]] = {
+    "/": {"inputs": "I loved it."},
+    "/classify": {"input": ["I loved it.", "Boring."]},
+    "/detokenize": {"model": MODEL, "tokens": [1, 2, 3]},
+    "/embed": {"inputs": "Hello"},
+    "/embed_all": {"inputs": "Hello"},
+    "/generative_scoring": {"model": MODEL, "query": "A", "items": ["B"], "label_token_ids": [5]},
+    "/pooling": {"input": "Hello"},
+    "/predict": {"inputs": "I loved it."},
+    "/similarity": {"inputs": {"source_sentence": "Hello", "sentences": ["Hi"]}},
+    "/tokenize": {"model": MODEL, "prompt": "Hello"},
+    "/v1/chat/completions": CHAT,
+    "/v1/chat/completions/batch": {**CHAT, "messages": [CHAT["messages"], CHAT["messages"]]},
+    "/v1/completions": {"model": MODEL, "prompt": "Hello", "max_tokens": MAX_TOKENS},
+    "/v1/embeddings": {"model": CLASSIFIER, "input": "Hello"},
+    "/v1/messages": CHAT,
+    "/v1/messages/count_tokens": CHAT,
+    "/v1/responses": {"model": MODEL, "input": "Hi", "max_output_tokens": MAX_TOKENS},
+}
+"""A valid body per path. Half of the cases add generated fields to it."""
+LIMITS = {"max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens", "n", "best_of"}
+CHECKS = [
+    checks.not_a_server_error,
+    checks.status_code_conformance,
+    checks.content_type_conformance,
+    checks.response_headers_conformance,
+    checks.response_schema_conformance,
+]
+SETTINGS = hypothesis.settings(
+    max_examples=CASES,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    phases=[hypothesis.Phase.generate],
+    report_multiple_bugs=False,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+
+
+@pytest.fixture(scope="module")
+def schema(cluster: RunningCluster) -> Any:
+    return schemathesis.openapi.from_url(f"{cluster.http_url}/openapi.json")
+
+
+@pytest.mark.parametrize("path", SEEDS)
+def test_answers_to_valid_requests_are_as_documented(schema: Any, path: str) -> None:
+    operation = schema[path]["POST"]
+    streams = "text/event-stream" in str(operation.definition.raw["responses"]["200"])
+    for body in (SEEDS[path], *([{**SEEDS[path], "stream": True}] if streams else [])):
+        case = operation.Case(body=body, media_type="application/json")
+        answer = case.call_and_validate(checks=CHECKS, timeout=60)
+        assert answer.status_code == 200
+
+
+def test_answers_to_generated_requests_are_as_documented(schema: Any) -> None:
+    schema.validate()
+    failures: list[str] = []
+    with requests.Session() as session:
+        for operation in (result.ok() for result in schema.get_all_operations()):
+            for mode in GenerationMode:
+                try:
+                    check_operation(operation, mode, session)
+                except (FailureGroup, requests.RequestException) as failure:
+                    failures.append(f"{operation.label}: {failure!r}")
+    assert not failures, "\n\n".join(failures)
+
+
+def check_operation(operation: Any, mode: GenerationMode, session: requests.Session) -> None:
+    """Send requests that conform to the document, or do not, and check the answers."""
+
+    @SETTINGS
+    @hypothesis.given(operation.as_strategy(generation_mode=mode), st.booleans())
+    def check(case: Any, has_seed: bool) -> None:
+        if isinstance(case.body, dict):
+            case.body = cheap(case.body, SEEDS.get(operation.path, {}), has_seed)
+        if has_seed and "model" in case.path_parameters:
+            case.path_parameters["model"] = MODEL
+        case.call_and_validate(session=session, checks=CHECKS, timeout=60)
+
+    check()
+
+
+def cheap(body: dict[str, Any], seed: dict[str, Any], has_seed: bool) -> dict[str, Any]:
+    """Return a body that takes the model little time, with the fields of ``seed`` if wanted."""
+    few = {name: min(value, MAX_TOKENS) for name, value in body.items() if is_limit(name, value)}
+    needed = {
+        name: value
+        for name, value in seed.items()
+        if has_seed or name == "model" or (name in LIMITS and body.get(name) is None)
+    }
+    return {**body, **few, **needed}
+
+
+def is_limit(name: str, value: Any) -> bool:
+    return name in LIMITS and isinstance(value, int | float)
