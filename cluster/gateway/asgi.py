@@ -54,6 +54,7 @@ class GatewayApp:
             if reads_body := gateway.needs_body(method, path):
                 body = await gateway.buffers.receive(headers, receive, identity.tenant.name)
         except RequestError as error:
+            id_ = id_ or request_id(None)  # the client's is what is wrong
             gateway.record_rejection(path, error, id_, identity.tenant.name)
             response, reads_body = error_response(error, path), False
         else:
