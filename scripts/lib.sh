@@ -1,9 +1,10 @@
-# Functions of the other scripts; sourced, not run. Creates and updates .venv.
+# Functions of the other scripts; sourced, not run. Creates and updates .venv and .venv-clients.
 
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 venv=$root/.venv
+clients=$root/.venv-clients
 
 say() { printf '%s\n' "tandem: $*" >&2; }
 
@@ -89,4 +90,18 @@ install_torch() {
 install_gpu() {
     say "installing for GPUs"
     uv_install --editable ".[gpu,dev]"
+}
+
+# Creates .venv-clients with the vendors' clients, whose dependencies must not constrain vLLM's.
+# Needs .venv. Does nothing if the list has not changed.
+set_up_clients() {
+    local wanted started=$SECONDS
+    wanted=$(sha256sum <requirements/clients.txt)
+    [[ $(cat "$clients/.tandem" 2>/dev/null) == "$wanted" ]] && return
+    rm -rf "$clients"
+    "$venv/bin/uv" venv -q --python "$venv/bin/python" "$clients"
+    "$venv/bin/uv" pip install -q --python "$clients/bin/python" --no-deps --require-hashes \
+        --compile-bytecode -r requirements/clients.txt || die "cannot install the clients"
+    echo "$wanted" >"$clients/.tandem"
+    say "set up the clients in $((SECONDS - started)) s"
 }

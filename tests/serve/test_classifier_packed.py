@@ -42,7 +42,6 @@ from tests.serve.word_bert import SIZES, TEXTS, make_bert, make_distilbert, make
 
 VOCABULARY = 50
 DTYPES = (torch.float32, torch.bfloat16)
-HEADS = ("classify", "logits", "embed", "embed-unnormalized", "embed-tokens")
 
 
 @pytest.fixture(scope="module")
@@ -236,10 +235,9 @@ def test_varlen_and_grouped_attention_agree(net, lengths, seed):
     varlen = VarlenBert(net, arithmetic, pooling, attend_one_by_one, graphs=False)
     grouped = PackedBert(net, arithmetic, pooling)
     for batch in (ids, ids[:1], ids):  # buffers keep nothing of the previous batch
-        for head in HEADS:
-            found, wanted = varlen.run(head, batch), grouped.run(head, batch)
-            for row, wanted_row in zip(found, wanted, strict=True):
-                np.testing.assert_allclose(row, wanted_row, atol=1e-5)
+        for task in ("classify", "embed"):
+            found, wanted = varlen.run(task, batch), grouped.run(task, batch)
+            np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 def test_copies_compute_concurrently_in_separate_buffers(net):
@@ -311,15 +309,14 @@ def test_second_segments_have_the_other_token_type(net):
 RAGGED = st.lists(st.integers(1, 40), min_size=1, max_size=20).map(sorted)
 
 
-@given(lengths=RAGGED, seed=st.integers(0, 99), head=st.sampled_from(HEADS))
+@given(lengths=RAGGED, seed=st.integers(0, 99), task=st.sampled_from(["classify", "embed"]))
 @settings(max_examples=50, deadline=None)
-def test_packed_and_padded_agree(word_network, lengths, seed, head):
+def test_packed_and_padded_agree(word_network, lengths, seed, task):
     random = np.random.default_rng(seed)
     ids = [random.integers(0, SIZES["vocab_size"], length) for length in lengths]
-    packed = PackedBert(word_network).run(head, ids)
-    padded = TransformersModel(word_network, pad_id=0).run(head, ids)
-    for found, wanted in zip(packed, padded, strict=True):
-        np.testing.assert_allclose(found, wanted, atol=1e-5)
+    packed = PackedBert(word_network).run(task, ids)
+    padded = TransformersModel(word_network, pad_id=0).run(task, ids)
+    np.testing.assert_allclose(packed, padded, atol=1e-5)
 
 
 def test_packing_supports_only_plain_bert(word_network):
