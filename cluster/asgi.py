@@ -1,4 +1,4 @@
-"""ASGI types, and the usage counter in the scope."""
+"""ASGI types, and Tandem's extensions of the scope: the usage counter and the journal."""
 
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -13,9 +13,43 @@ ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 USAGE = "tandem.usage"
 """Key of a scope's ``extensions``: the ``UsageCounter`` that the application fills in."""
+JOURNAL = "tandem.journal"
+"""Key of a scope's ``extensions``: the ``Journal`` of an answer that may be handed over."""
+
+
+class Journal:
+    """Progress of one answer, from which another replica can continue it.
+
+    The application adds entries, each before it sends the part of the body that follows from it.
+    It defines their format; a router only keeps them.
+    """
+
+    __slots__ = ("_is_closed", "earlier", "unsent")
+
+    def __init__(self) -> None:
+        self.earlier = b""
+        """Entries of the replicas that gave the answer so far. Complete once the request's body has
+        been received; the application sends the same body again before it continues."""
+        self.unsent = b""
+        """Entries that have not been sent to the router."""
+        self._is_closed = False
+
+    def add(self, entry: bytes) -> None:
+        if not self._is_closed:
+            self.unsent += entry
+
+    def close(self) -> None:
+        """Drop this and all further entries: the answer is not handed over any more."""
+        self._is_closed, self.unsent = True, b""
 
 
 def usage_of(scope: Scope) -> UsageCounter:
     """Return the counter that the application fills in; an unread one if the scope has none."""
     usage = scope.get("extensions", {}).get(USAGE)
     return usage if isinstance(usage, UsageCounter) else UsageCounter()
+
+
+def journal_of(scope: Scope) -> Journal | None:
+    """Return the journal that the application must keep; None if the answer stays here."""
+    journal = scope.get("extensions", {}).get(JOURNAL)
+    return journal if isinstance(journal, Journal) else None

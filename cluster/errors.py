@@ -27,7 +27,8 @@ TandemError
      ├─ UnsupportedError               501
      └─ UnavailableError               503, with Retry-After
          ├─ EngineDeadError                the engine of a replica died
-         └─ DeviceFailedError              a GPU of a replica failed
+         ├─ DeviceFailedError              a GPU of a replica failed
+         └─ HandoverError                  a replica cannot continue another one's answer
 
 HTTP bodies have OpenAI's format as vLLM writes it: ``{"error": {message, type, param, code}}``.
 ``request_error_for`` maps HTTP statuses of upstream servers back to these classes.
@@ -201,6 +202,10 @@ class EngineDeadError(UnavailableError):
 
 class DeviceFailedError(UnavailableError):
     """A GPU of a replica failed; Serve replaces the replica."""
+
+
+class HandoverError(UnavailableError):
+    """A replica cannot continue the answer that another one began."""
 
 
 def shorten(text: str, max_chars: int) -> str:

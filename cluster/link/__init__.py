@@ -1,16 +1,14 @@
 """The link: one TCP connection for each pair of router and replica, shared by many requests."""
 
 from cluster.link.client import LinkClient, LinkState
-from cluster.link.client_stream import Chunk, ClientStream
-from cluster.link.connection import LinkCounts, LinkOptions
-from cluster.link.frames import PrefixEvents, RequestHead, ResponseHead
+from cluster.link.client_stream import ClientStream
+from cluster.link.connection import LinkCounts, LinkOptions, Signal
+from cluster.link.frames import PrefixEvents, RequestHead, ResponseHead, Resume
 from cluster.link.handshake import TlsContexts, certificate_expiry, tls_contexts
+from cluster.link.local import answer_locally
 from cluster.link.server import DrainResult, LinkServer, PrefixSource
-from cluster.link.server_stream import TOKEN_IDS, answer_locally
 
 __all__ = [
-    "TOKEN_IDS",
-    "Chunk",
     "ClientStream",
     "DrainResult",
     "LinkClient",
@@ -22,6 +20,8 @@ __all__ = [
     "PrefixSource",
     "RequestHead",
     "ResponseHead",
+    "Resume",
+    "Signal",
     "TlsContexts",
     "answer_locally",
     "certificate_expiry",

@@ -1,4 +1,4 @@
-"""The router's side of one request: response head, body, token ids, usage and end.
+"""The router's side of one request: response head, body, journal, usage and end.
 
 Buffers what has arrived and was not read (at most the window and one frame), and owns the task
 that sends a large request body.
@@ -8,23 +8,15 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from types import TracebackType
-from typing import NamedTuple, Self, cast
+from typing import Self, cast
 
 from cluster.errors import LinkClosedError, LinkProtocolError
 from cluster.link import frames
 from cluster.link.connection import Connection, StreamSender
-from cluster.link.frames import END, TOKENS, ResponseHead, decode_tokens, tokens_end
+from cluster.link.frames import END, JOURNAL, ResponseHead, decode_entries, entries_end
 from cluster.usage import Usage
 
 logger = logging.getLogger(__name__)
-
-
-class Chunk(NamedTuple):
-    """A piece of a response, cut as the application sent it."""
-
-    data: bytes
-    token_ids: tuple[int, ...]
-    """Ids of the tokens in ``data``; empty if the application sent none."""
 
 
 class ClientStream:
@@ -49,6 +41,9 @@ class ClientStream:
         self.usage: Usage | None = None
         """Usage of the request; set at its end if the application reports it."""
         self.on_finished: Callable[[], object] | None = None
+        self.journal: bytearray | None = None
+        """Journal of what was read, if the reader sets it to a bytearray. It becomes None if the
+        replica does not keep it any more."""
         self.arrivals_s: list[float] | None = None
         """Times at which pieces of the body arrived (``time.perf_counter``), if it is a list."""
         self._connection = connection
@@ -56,9 +51,9 @@ class ClientStream:
         self._on_end = on_end
         self._half_window = connection.options.window_bytes // 2
         self._head: ResponseHead | None = None
-        # A payload, or a payload of a TOKENS frame with the offset of its body.
+        # A payload, or a payload of a JOURNAL frame with the offset of its body.
         self._chunks: list[bytes | tuple[bytes, int]] = []
-        self._has_tokens = False
+        self._has_entries = False
         self._uncredited = 0  # received bytes for which the peer has not got new credit
         self._ended = False
         self._error: Exception | None = None
@@ -96,27 +91,12 @@ class ClientStream:
                     return b""
                 await self._wait()
             self._clear_chunks()
-            if not self._has_tokens:
+            if not self._has_entries:
                 plain = cast(list[bytes], chunks)
                 return plain[0] if len(plain) == 1 else b"".join(plain)
-            data = b"".join([c if isinstance(c, bytes) else c[0][c[1] :] for c in chunks])
-            if data:  # a frame may hold token ids only, which must not look like the end
+            data = b"".join([c if isinstance(c, bytes) else self._read_entries(*c) for c in chunks])
+            if data:  # a frame may hold entries only, which must not look like the end
                 return data
-
-    async def read_chunks(self) -> list[Chunk]:
-        """Return what ``read`` does, as the application's chunks with token ids; [] at the end."""
-        chunks = self._chunks
-        while not chunks:
-            if self._error is not None:
-                raise self._error
-            if self._ended:
-                return []
-            await self._wait()
-        self._clear_chunks()
-        return [
-            Chunk(c, ()) if isinstance(c, bytes) else Chunk(c[0][c[1] :], decode_tokens(c[0]))
-            for c in chunks
-        ]
 
     @property
     def ended(self) -> bool:
@@ -162,9 +142,9 @@ class ClientStream:
             self._uncredited += len(payload)
             if self._uncredited > 2 * self._half_window + frames.MAX_PAYLOAD_BYTES:
                 raise LinkProtocolError("the peer sent more than the stream's window")
-            if flags & TOKENS:
-                self._has_tokens = True
-                self._chunks.append((payload, tokens_end(payload)))
+            if flags & JOURNAL:
+                self._has_entries = True
+                self._chunks.append((payload, entries_end(payload)))
             else:
                 self._chunks.append(payload)
         if flags & END:
@@ -230,6 +210,16 @@ class ClientStream:
         if self._upload is not None:
             self._upload.cancel()
         self._wake()
+
+    def _read_entries(self, payload: bytes, end: int) -> bytes:
+        """Add the entries of a JOURNAL frame to the journal and return its body."""
+        if self.journal is not None:
+            entries = decode_entries(payload, end)
+            if entries is None:
+                self.journal = None
+            else:
+                self.journal += entries
+        return payload[end:]
 
     def _clear_chunks(self) -> None:
         self._chunks = []

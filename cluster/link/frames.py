@@ -17,10 +17,12 @@ PREFIXES   0       router to replica, once: empty; subscribes to the engine's pr
                    ones, then the removed ones. Number 0 is cleared and starts a snapshot
 GOAWAY     0       replica to router: takes no new stream; open streams continue
 REQUEST    id      router to replica: ``RequestHead``; with END there is no body
-BODY       id      router to replica: a piece of the request's body; END: the last one
+BODY       id      router to replica: a piece of the request's body; END: the last one. If the
+                   head has ``resume``, the journal comes first
 RESPONSE   id      replica to router: ``ResponseHead``
 DATA       id      replica to router: a piece of the response's body; END: the last one;
-                   TOKENS: starts with count u16 | count x u32, the ids of its tokens
+                   JOURNAL: starts with size u32 | entries of the answer's journal, of which
+                   this piece is the result. ``NO_JOURNAL`` as size: it is not kept any more
 CANCEL     id      router to replica: stop working on this stream. The replica answers with
                    USAGE, if it counted any tokens, and an empty DATA with END
 WINDOW     id      u32, bytes that the peer may send in addition on this stream
@@ -33,13 +35,13 @@ Heads are msgpack arrays. A sender may start a BODY or DATA frame while its cred
 is positive; the payload's size is then subtracted. Credit starts at the window in the receiver's
 HELLO. Frames of a stream that has ended are ignored. No I/O and no clock in this module.
 
-Only tests send TOKENS frames today (``encode_tokens``, ``decode_tokens``). They stay because
-handing over a running stream to another replica needs the generated token ids.
+Only heads with ``keeps_journal`` cause JOURNAL frames, and only replicas that announce journals get
+such heads. So either end can be of an older version.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from struct import Struct, error, pack, unpack_from
+from struct import Struct, pack, unpack_from
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -66,7 +68,7 @@ PREFIXES: Final = 15
 _LAST_KIND: Final = 15
 
 END: Final = 1
-TOKENS: Final = 2
+JOURNAL: Final = 2
 REFUSED: Final = 4
 _ALL_FLAGS: Final = 7
 
@@ -84,6 +86,17 @@ pack_header = _HEADER.pack
 """Pack payload length, stream id, kind and flags into the header's 10 bytes."""
 
 
+class Resume(msgspec.Struct, frozen=True, array_like=True):
+    """Part of an answer that the client has; the replica continues behind it."""
+
+    journal_bytes: int
+    """Size of the answer's journal, which precedes the request's body."""
+    body_bytes: int
+    """Bytes of the answer's body that the client has."""
+    checksum: int
+    """CRC-32 of these bytes. A replica whose answer begins differently must not continue it."""
+
+
 class RequestHead(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """A request without its body; the fields are those of an ASGI scope."""
 
@@ -99,6 +112,10 @@ class RequestHead(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """Value of ``x-request-id`` if the headers have none."""
     scheme: str = "http"
     client: tuple[str, int] | None = None
+    keeps_journal: bool = False
+    """True if the router keeps the journal of the answer."""
+    resume: Resume | None = None
+    """Set if another replica gave the beginning of the answer."""
 
     @property
     def id(self) -> str:
@@ -149,35 +166,36 @@ def decode_credit(payload: bytes) -> int:
     return int(_U32.unpack(payload)[0])
 
 
-def encode_tokens(token_ids: Sequence[int]) -> bytes:
-    """Return the token ids in the form that starts the payload of a TOKENS frame.
+NO_JOURNAL: Final = 2**32 - 1
+MAX_ENTRIES_BYTES: Final = 256 * 1024
+"""Size of the journal's entries in one frame; an answer with more is not handed over."""
+
+
+def encode_entries(entries: bytes | None) -> bytes:
+    """Return the start of a JOURNAL frame's payload; None ends the journal."""
+    return _U32.pack(NO_JOURNAL) if entries is None else _U32.pack(len(entries)) + entries
+
+
+def entries_end(payload: bytes) -> int:
+    """Return the offset of the body in the payload of a JOURNAL frame.
 
     Raises:
-        ValueError: more than 65535 ids, or one that is no u32.
+        LinkProtocolError: The payload is shorter than its entries.
     """
-    try:
-        return pack(f"<H{len(token_ids)}I", len(token_ids), *token_ids)
-    except error as problem:
-        raise ValueError(f"token ids do not fit a frame: {problem}") from None
-
-
-def tokens_end(payload: bytes) -> int:
-    """Return the offset of the body in the payload of a TOKENS frame.
-
-    Raises:
-        LinkProtocolError: the payload is shorter than its token ids.
-    """
-    if len(payload) >= 2:
-        end = 2 + 4 * (payload[0] | payload[1] << 8)
+    if len(payload) >= _U32.size:
+        size = int(_U32.unpack_from(payload)[0])
+        end = _U32.size + (0 if size == NO_JOURNAL else size)
         if end <= len(payload):
             return end
-    raise LinkProtocolError("a DATA frame ends within its token ids")
+    raise LinkProtocolError("a DATA frame ends within its journal")
 
 
-def decode_tokens(payload: bytes) -> tuple[int, ...]:
-    """Return the token ids of a payload that ``tokens_end`` has accepted."""
-    return unpack_from(f"<{payload[0] | payload[1] << 8}I", payload, 2)
+def decode_entries(payload: bytes, end: int) -> bytes | None:
+    """Return the entries before ``end``; None if the journal is not kept any more."""
+    return None if payload[: _U32.size] == _NO_JOURNAL_SIZE else payload[_U32.size : end]
 
+
+_NO_JOURNAL_SIZE = _U32.pack(NO_JOURNAL)
 
 MAX_HASHES: Final = 8192
 """Maximum of stored and of removed hashes in one frame: 128 KiB in all, so that a snapshot does not

@@ -50,7 +50,8 @@ class LinkServer:
     """Serves an application to every router that knows the secret.
 
     Port 0 picks a free one. ``load`` returns the engine's load and must not block; ``prefixes`` is
-    the engine's prefix cache and must not be used elsewhere.
+    the engine's prefix cache and must not be used elsewhere. ``resumes`` is True if the application
+    keeps journals and continues the answers of other replicas; if not, a peer cannot ask for that.
     """
 
     def __init__(
@@ -63,11 +64,13 @@ class LinkServer:
         ssl: SSLContext | None = None,
         load: Callable[[], Load] | None = None,
         prefixes: PrefixSource | None = None,
+        resumes: bool = False,
         options: LinkOptions | None = None,
     ) -> None:
         self.app = app
         self.address = (host, port)
         """Host and port; the port is the actual one after ``start``."""
+        self.resumes = resumes
         self.is_draining = False
         self.counts = LinkCounts()
         """Traffic of all connections."""
@@ -268,6 +271,10 @@ class ServerConnection(Connection):
             self.write(stream_id, frames.ERROR, frames.REFUSED, refusal)
             return
         head = decode_head(payload, RequestHead)
+        if not self._server.resumes and (head.keeps_journal or head.resume is not None):
+            refusal = encode_head((503, "the replica does not continue answers of others"))
+            self.write(stream_id, frames.ERROR, frames.REFUSED, refusal)
+            return
         stream = ServerStream(self, stream_id, head, has_body=not flags & END)
         self._streams[stream_id] = stream
         stream.task = self._server.run_app(stream, self._client)

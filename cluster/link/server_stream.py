@@ -1,31 +1,29 @@
-"""The replica's side of one request: an ASGI scope, ``receive`` and ``send``.
-
-``ServerStream`` carries a request that arrived over a link; ``answer_locally`` runs a request in
-the same process without a link.
-"""
+"""The replica's side of one request: an ASGI scope, ``receive`` and ``send``."""
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 from urllib.parse import quote
+from zlib import crc32
 
-from cluster.asgi import USAGE, ASGIApp, Message, Scope
-from cluster.errors import InternalError, LinkClosedError, LinkProtocolError, RequestError
+from cluster.asgi import JOURNAL, USAGE, Journal, Message, Scope
+from cluster.errors import (
+    HandoverError,
+    InternalError,
+    LinkClosedError,
+    LinkProtocolError,
+    RequestError,
+)
 from cluster.link import frames
 from cluster.link.connection import Connection, Signal, StreamSender
 from cluster.link.frames import CHUNK_BYTES, DATA, END, RequestHead, ResponseHead, encode_head
-from cluster.usage import Usage, UsageCounter
+from cluster.usage import UsageCounter
 
 logger = logging.getLogger(__name__)
 
-TOKEN_IDS = "tandem.token_ids"
-"""Key of an ``http.response.body`` message: ids of the tokens in its body."""
-MAX_UNREAD_BYTES = 256 * 1024
-"""Bytes by which a local application may be ahead of its reader before ``send`` waits."""
 MAX_ERROR_CHARS = 64 * 1024
 """Characters of an error's message that fit a frame in any case."""
-_LOCAL_ADDRESS = ("127.0.0.1", 0)
+_DIFFERS = "The replica was lost, and no other can continue its answer exactly; try again."
 
 
 class ServerStream:
@@ -33,7 +31,7 @@ class ServerStream:
 
     ``disconnected`` is True once the router wants no more of it, ``complete`` once the response
     was sent. Buffers the request body that was not received yet (at most the window and one
-    frame).
+    frame), and the journal of an answer that is to be continued.
     """
 
     def __init__(
@@ -48,6 +46,11 @@ class ServerStream:
         self.disconnected = False
         self._connection = connection
         self.sender = StreamSender(connection, stream_id)
+        self._journal = Journal() if head.keeps_journal else None
+        resume = head.resume
+        self._journal_left = resume.journal_bytes if resume is not None else 0  # to be received
+        self._skip_left = resume.body_bytes if resume is not None else 0  # the client has them
+        self._checksum = 0  # of the skipped bytes
         self._chunks: list[bytes] = []
         self._uncredited = 0  # received bytes for which the peer has not got new credit
         self._body_ended = not has_body
@@ -82,15 +85,20 @@ class ServerStream:
                 and sender.open
                 and self.started
                 and sender.connection.writable
-                and TOKEN_IDS not in message
+                and not self._skip_left
             ):
+                flags = 0
+                journal = self._journal
+                if journal is not None and journal.unsent:
+                    flags = frames.JOURNAL
+                    body = self._take_entries(journal) + body
                 if not message.get("more_body"):
                     self._send_usage()
-                    sender.connection.write(self.stream_id, DATA, END, body)
+                    sender.connection.write(self.stream_id, DATA, flags | END, body)
                     self._finish()
                 elif body:
                     sender.credit -= len(body)
-                    sender.connection.write(self.stream_id, DATA, 0, body)
+                    sender.connection.write(self.stream_id, DATA, flags, body)
             else:
                 await self._send_body(bytes(body), message)
         else:
@@ -99,7 +107,10 @@ class ServerStream:
     # -- for the connection --
 
     def scope(self, server: tuple[str, int], client: tuple[str, int]) -> Scope:
-        return _scope(self.head, self.usage, server, self.head.client or client)
+        scope = request_scope(self.head, self.usage, server, self.head.client or client)
+        if self._journal is not None:
+            scope["extensions"][JOURNAL] = self._journal
+        return scope
 
     def on_body(self, payload: bytes, end: bool) -> None:
         if self._body_ended:
@@ -107,6 +118,8 @@ class ServerStream:
         self._uncredited += len(payload)
         if self._uncredited > self._connection.options.window_bytes + frames.MAX_PAYLOAD_BYTES:
             raise LinkProtocolError("the peer sent more than the stream's window")
+        if self._journal_left:
+            payload = self._receive_journal(payload)
         if payload:
             self._chunks.append(payload)
         self._body_ended = end
@@ -145,6 +158,17 @@ class ServerStream:
 
     # -- internals --
 
+    def _receive_journal(self, payload: bytes) -> bytes:
+        """Take the journal's part of a BODY frame; return the rest."""
+        piece = payload[: self._journal_left]
+        self._journal_left -= len(piece)
+        if self._journal is not None:
+            self._journal.earlier += piece
+        self._uncredited -= len(piece)
+        credit = frames.encode_credit(len(piece))
+        self._connection.write(self.stream_id, frames.WINDOW, 0, credit)
+        return payload[len(piece) :]
+
     def _next_body(self) -> Message:
         body = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
         self._chunks.clear()
@@ -160,7 +184,7 @@ class ServerStream:
         if message["type"] != "http.response.start" or self.started:
             raise RuntimeError(f"unexpected ASGI message {message['type']!r}")
         self._check_open()
-        head = encode_head(_response_head(message))
+        head = encode_head(response_head(message))
         if len(head) > frames.MAX_PAYLOAD_BYTES:
             raise InternalError(
                 f"The headers of the response are {len(head)} bytes; the limit between router and "
@@ -174,28 +198,61 @@ class ServerStream:
             raise RuntimeError("http.response.body before http.response.start")
         self._check_open()
         end = not message.get("more_body", False)
+        if self._skip_left:
+            body = self._skip(body, end)
         if end:
             self._send_usage()
-        token_ids: Sequence[int] = message.get(TOKEN_IDS) or ()
+        journal = self._journal
+        has_entries = journal is not None and bool(journal.unsent) and bool(body or end)
         try:
-            if token_ids:
-                body = await self._send_tokens(token_ids, body, end)
-            if body or (end and not token_ids):
+            if journal is not None and has_entries:
+                body = await self._send_entries(journal, body, end)
+            if body or (end and not has_entries):
                 await self.sender.send(DATA, body, end)
         except LinkClosedError:
             self._check_open()
         if end:
             self._finish()
 
-    async def _send_tokens(self, token_ids: Sequence[int], body: bytes, end: bool) -> bytes:
-        """Send the ids with the first piece of the body; return the rest of the body."""
+    async def _send_entries(self, journal: Journal, body: bytes, end: bool) -> bytes:
+        """Send the journal's entries with the first piece of the body; return the rest."""
         await self.sender.wait_ready()
         rest = body[CHUNK_BYTES:]
-        payload = frames.encode_tokens(token_ids) + body[:CHUNK_BYTES]
+        payload = self._take_entries(journal) + body[:CHUNK_BYTES]
         self.sender.credit -= len(payload)
-        flags = frames.TOKENS | END if end and not rest else frames.TOKENS
+        flags = frames.JOURNAL | END if end and not rest else frames.JOURNAL
         self._connection.write(self.stream_id, DATA, flags, payload)
         return rest
+
+    def _take_entries(self, journal: Journal) -> bytes:
+        """Return the unsent entries as the start of a JOURNAL frame."""
+        entries, journal.unsent = journal.unsent, b""
+        if len(entries) > frames.MAX_ENTRIES_BYTES:
+            self._journal = None
+            journal.close()
+            return frames.encode_entries(None)
+        return frames.encode_entries(entries)
+
+    def _skip(self, body: bytes, end: bool) -> bytes:
+        """Return the part of a piece of the body that the client does not have.
+
+        Raises:
+            OSError: The client has something else; the stream has ended with an error.
+        """
+        skipped = body[: self._skip_left]
+        self._skip_left -= len(skipped)
+        self._checksum = crc32(skipped, self._checksum)
+        resume = self.head.resume
+        is_over = end or not self._skip_left
+        if (
+            resume is not None
+            and is_over
+            and (self._skip_left or self._checksum != resume.checksum)
+        ):
+            logger.warning("%s: the answer cannot be continued: it differs", self.head.id)
+            self._send_error(HandoverError.status, _DIFFERS)
+            raise OSError("the answer cannot be continued")
+        return body[len(skipped) :]
 
     def _send_usage(self) -> None:
         if (usage := self.usage.report()) is not None:
@@ -220,93 +277,10 @@ class ServerStream:
         self._changed.fire()
 
 
-async def answer_locally(
-    app: ASGIApp, head: RequestHead, body: bytes
-) -> AsyncGenerator[ResponseHead | bytes | Usage, None]:
-    """Yield an application's response: its head, its body in pieces, and its usage if known.
-
-    Each piece is everything that has been sent since the last one. Closing the generator cancels
-    the application.
-
-    Raises:
-        InternalError: the application ended without a response.
-        Exception: any exception of the application.
-    """
-    call = _LocalCall(body)
-    scope = _scope(head, call.usage, _LOCAL_ADDRESS, head.client or _LOCAL_ADDRESS)
-    task = asyncio.ensure_future(app(scope, call.receive, call.send))
-    task.add_done_callback(call.on_task_done)
-    try:
-        head_sent, chunks = False, b""
-        while True:
-            if not head_sent and call.head is not None:
-                head_sent = True
-                yield call.head
-            if chunks:
-                yield chunks
-            if task.done() and not call.chunks:
-                break
-            chunks = await call.read()
-        await task
-        if call.head is None:
-            raise InternalError("the application ended without a response")
-        if (usage := call.usage.report()) is not None:
-            yield usage
-    finally:
-        task.cancel()
-
-
-class _LocalCall:
-    """ASGI messages between an application and the reader of its response."""
-
-    def __init__(self, body: bytes) -> None:
-        self.head: ResponseHead | None = None
-        self.usage = UsageCounter()
-        self.changed = asyncio.Event()
-        self._body: bytes | None = body
-        self.chunks: list[bytes] = []  # not read yet
-        self._num_bytes = 0
-        self._has_room = asyncio.Event()
-
-    def on_task_done(self, task: asyncio.Future[None]) -> None:
-        if not task.cancelled():
-            task.exception()  # a reader that left does not ask for it, and asyncio would log it
-        self.changed.set()
-
-    async def receive(self) -> Message:
-        if self._body is None:
-            await asyncio.Future()  # the task is cancelled when the reader closes the generator
-        body, self._body = self._body, None
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.head = _response_head(message)
-            self.changed.set()
-            return
-        chunk = bytes(message.get("body", b""))
-        self.chunks.append(chunk)
-        self._num_bytes += len(chunk)
-        self.changed.set()
-        while self._num_bytes > MAX_UNREAD_BYTES:
-            self._has_room.clear()
-            await self._has_room.wait()
-
-    async def read(self) -> bytes:
-        """Return everything that was sent since the last call, waiting if that is nothing."""
-        if not self.chunks:
-            await self.changed.wait()
-        self.changed.clear()
-        data = b"".join(self.chunks)
-        self.chunks.clear()
-        self._num_bytes = 0
-        self._has_room.set()
-        return data
-
-
-def _scope(
+def request_scope(
     head: RequestHead, usage: UsageCounter, server: tuple[str, int], client: tuple[str, int]
 ) -> Scope:
+    """Return the ASGI scope of a request."""
     headers: list[tuple[bytes, bytes]] = list(head.headers)
     if head.request_id and not any(name == b"x-request-id" for name, _ in headers):
         headers.append((b"x-request-id", head.request_id.encode()))
@@ -329,6 +303,7 @@ def _scope(
     }
 
 
-def _response_head(message: Message) -> ResponseHead:
+def response_head(message: Message) -> ResponseHead:
+    """Return the head of a response from its ASGI message."""
     headers: Any = message.get("headers", ())
     return ResponseHead(message["status"], [(bytes(name), bytes(value)) for name, value in headers])

@@ -3,16 +3,15 @@
 import asyncio
 import functools
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from typing import Any, cast
 
 import pytest
 import uvloop
 
-from cluster.asgi import ASGIApp, Message, Receive, Scope, Send
+from cluster.asgi import ASGIApp, Receive, Scope, Send
 from cluster.link import (
-    TOKEN_IDS,
     ClientStream,
     LinkClient,
     LinkOptions,
@@ -58,8 +57,9 @@ async def linked(
     *,
     options: LinkOptions | None = None,
     load: Callable[[], Load] | None = None,
+    resumes: bool = False,
 ) -> AsyncIterator[tuple[LinkServer, LinkClient]]:
-    server = LinkServer(app, SECRET, options=options, load=load)
+    server = LinkServer(app, SECRET, options=options, load=load, resumes=resumes)
     host, port = await server.start()
     client = LinkClient(host, port, SECRET, options=options)
     try:
@@ -84,13 +84,8 @@ async def send_head(send: Send, status: int = 200) -> None:
     await send({"type": "http.response.start", "status": status, "headers": headers})
 
 
-async def send_body(
-    send: Send, body: bytes, *, more: bool = True, token_ids: Sequence[int] = ()
-) -> None:
-    message: Message = {"type": "http.response.body", "body": body, "more_body": more}
-    if token_ids:
-        message[TOKEN_IDS] = token_ids
-    await send(message)
+async def send_body(send: Send, body: bytes, *, more: bool = True) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:

@@ -384,26 +384,6 @@ async def test_misuse_of_send_raises_in_the_application() -> None:
 
 
 @on_both_loops
-async def test_token_ids_arrive_with_their_bytes() -> None:
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await send_head(send)
-        await send_body(send, b"plain")
-        await send_body(send, b"two", token_ids=[7, 2**32 - 1])
-        await send_body(send, b"", token_ids=[8])
-        await send_body(send, b"L" * 100_000, token_ids=range(3))
-        await send_body(send, b"end", more=False, token_ids=(9,))
-
-    async with linked(app) as (_, client):
-        assert await ask(client) == (200, b"plaintwo" + b"L" * 100_000 + b"end")
-        stream, chunks = client.open(RequestHead()), []
-        while some := await stream.read_chunks():
-            chunks += some
-        assert chunks[:3] == [(b"plain", ()), (b"two", (7, 2**32 - 1)), (b"", (8,))]
-        assert b"".join(chunk.data for chunk in chunks[3:-1]) == b"L" * 100_000
-        assert [chunk.token_ids for chunk in chunks[3:]] == [(0, 1, 2), (), (9,)]
-
-
-@on_both_loops
 async def test_usage_is_known_at_the_end_of_a_stream() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         usage = usage_of(scope)
@@ -421,27 +401,6 @@ async def test_usage_is_known_at_the_end_of_a_stream() -> None:
         stream = client.open(RequestHead())
         await read_all(stream)
         assert stream.usage is None
-
-
-@on_both_loops
-async def test_tokens_without_bytes_do_not_look_like_the_end() -> None:
-    go_on = asyncio.Event()
-
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        await send_head(send)
-        if scope["path"] == "/tokens":
-            await send_body(send, b"", token_ids=[1])
-            await go_on.wait()
-        await send_body(send, b"x", more=False, token_ids=[2])
-
-    async with linked(app) as (_, client):
-        stream = client.open(RequestHead(path="/tokens"))
-        reading = asyncio.create_task(stream.read())
-        await ask(client)  # its frames arrive after the first ones of the stream
-        assert not reading.done()
-        go_on.set()
-        assert await reading == b"x"
-        assert await stream.read() == b""
 
 
 @on_both_loops

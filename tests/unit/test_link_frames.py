@@ -2,6 +2,7 @@ import contextlib
 import itertools
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -79,7 +80,7 @@ def test_malformed_payloads_raise_protocol_errors_only(payload: bytes) -> None:
     with contextlib.suppress(LinkProtocolError):
         f.decode_credit(payload)
     with contextlib.suppress(LinkProtocolError):
-        f.tokens_end(payload)
+        f.entries_end(payload)
 
 
 def test_heads_round_trip() -> None:
@@ -92,6 +93,8 @@ def test_heads_round_trip() -> None:
         request_id="r-1",
         scheme="https",
         client=("::1", 5),
+        keeps_journal=True,
+        resume=f.Resume(10, 20, 2**32 - 1),
     )
     assert f.decode_head(f.encode_head(request), f.RequestHead) == request
     response = f.ResponseHead(200, [(b"a", b"b"), (b"a", b"c")])
@@ -100,17 +103,21 @@ def test_heads_round_trip() -> None:
     assert f.decode_head(f.encode_head(load), Load) == load
 
 
-@given(st.lists(st.integers(0, 2**32 - 1), max_size=50), st.binary(max_size=50))
-def test_token_ids_round_trip(token_ids: list[int], data: bytes) -> None:
-    payload = f.encode_tokens(token_ids) + data
-    assert f.decode_tokens(payload) == tuple(token_ids)
-    assert payload[f.tokens_end(payload) :] == data
+@given(st.none() | st.binary(max_size=50), st.binary(max_size=50))
+def test_journal_entries_round_trip(entries: bytes | None, data: bytes) -> None:
+    payload = f.encode_entries(entries) + data
+    end = f.entries_end(payload)
+    assert f.decode_entries(payload, end) == entries
+    assert payload[end:] == data
 
 
-@pytest.mark.parametrize("token_ids", [[-1], [2**32], [0] * 65536, ["a"]])
-def test_token_ids_that_do_not_fit_are_refused(token_ids: list[int]) -> None:
-    with pytest.raises(ValueError, match="token ids"):
-        f.encode_tokens(token_ids)
+def test_heads_of_older_and_newer_versions_are_understood() -> None:
+    new = f.RequestHead(path="/x", keeps_journal=True, resume=f.Resume(1, 2, 3))
+    fields = msgspec.msgpack.decode(f.encode_head(new))
+    older = msgspec.msgpack.encode(fields[:-2])
+    assert f.decode_head(older, f.RequestHead) == f.RequestHead(path="/x")
+    newer = msgspec.msgpack.encode([*fields, "a field of a later version"])
+    assert f.decode_head(newer, f.RequestHead) == new
 
 
 hashes = st.lists(st.integers(0, 2**64 - 1), max_size=20)
