@@ -34,6 +34,8 @@ async def start_link_server(
     app: ASGIApp,
     load: Callable[[], Load] | None = None,
     prefixes: PrefixSource | None = None,
+    *,
+    resumes: bool = False,
 ) -> LinkServer:
     """Start a link server on this node's address; see ``LinkServer`` for the arguments."""
     tls = tls_contexts(os.environ)
@@ -44,6 +46,7 @@ async def start_link_server(
         ssl=tls.server if tls else None,
         load=load,
         prefixes=prefixes,
+        resumes=resumes,
     )
     await server.start()
     return server

@@ -79,7 +79,9 @@ class EngineReplica:
         timer.add_measured(engine.start_phases_s)
         self._app = RaiseIfDead(self._traced_app(pool, operations), engine.check_health)
         self._watch = ReplicaWatch(operations, pool, self._num_in_flight, self.retire)
-        self._server = await start_link_server(self._answer, engine.load, engine.prefixes)
+        self._server = await start_link_server(
+            self._answer, engine.load, engine.prefixes, resumes=bool(engine.resume_key)
+        )
         registry = Registry()
         registry.on_collect(lambda: engine.observe(registry))
         registry.on_collect(lambda: self._watch.observe(registry))
@@ -199,6 +201,7 @@ class EngineReplica:
             versions=_versions(),
             adapters=self._adapters,
             context_tokens=self._engine.context_tokens,
+            resume_key=self._engine.resume_key,
         )
         return info.to_metadata()
 

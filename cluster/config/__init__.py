@@ -25,7 +25,7 @@ from cluster.config.pools import (
     SimConfig,
 )
 from cluster.config.resources import ResourcesConfig
-from cluster.config.router import RouterConfig
+from cluster.config.router import HandoverConfig, RouterConfig
 from cluster.config.section import list_allowed
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "ClusterConfig",
     "DevicesConfig",
     "GeneratorConfig",
+    "HandoverConfig",
     "LeaksConfig",
     "OperationsConfig",
     "ResourcesConfig",

@@ -20,6 +20,22 @@ def _check_digest(digest: str) -> str:
 Sha256 = Annotated[str, AfterValidator(_check_digest)]
 
 
+class HandoverConfig(Section):
+    """Hand-over of running answers to another replica. Limits are per router."""
+
+    enabled: bool = True
+    """True if another replica continues an answer whose replica was lost, hangs or stops. If not,
+    such an answer ends with an error, and replicas that stop finish their answers first."""
+    max_per_request: int = Field(16, ge=1, le=1000)
+    """Maximum number of hand-overs of one request."""
+    max_answer_bytes: ByteSize = Field(ByteSize(4 * 1024**2), ge=64 * 1024)
+    """Maximum size of what the router keeps of one answer, in bytes or with a unit: the request's
+    body, and about 5 bytes per token. Larger ones are not handed over."""
+    max_kept_bytes: ByteSize = Field(ByteSize(256 * 1024**2), ge=0)
+    """Maximum size of what the router keeps of all answers, in bytes or with a unit. Beyond it,
+    further answers are not handed over."""
+
+
 class RouterConfig(Section):
     """Routers, which receive all HTTP requests. Limits are per router."""
 
@@ -74,6 +90,8 @@ class RouterConfig(Section):
     max_answer_s: int = Field(3600, ge=1)
     """Duration of the longest answer, in seconds. Routers, replicas and HAProxy processes that are
     replaced finish the requests that they have for as long, and hold their resources meanwhile."""
+    handover: HandoverConfig = HandoverConfig()
+    """Hand-over of running answers to another replica."""
     log_requests_per_s: float = Field(10.0, ge=0)
     """Maximum number of logged requests per second, and the same number again of failed ones."""
     log_prompts: bool = False

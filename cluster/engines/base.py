@@ -34,6 +34,13 @@ class Engine(Protocol):
         """Longest prompt and completion together; None if unlimited. Valid after ``start``."""
 
     @property
+    def resume_key(self) -> str:
+        """Replicas with the same key continue each other's answers. Valid after ``start``.
+
+        Empty if the engine keeps no journals (``cluster.asgi.Journal``).
+        """
+
+    @property
     def start_phases_s(self) -> dict[str, float]:
         """Duration of each phase of ``start`` in seconds, in order; empty if not measured."""
 

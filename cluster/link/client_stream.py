@@ -113,6 +113,10 @@ class ClientStream:
         self._chunks.clear()
         self._abort(LinkClosedError("the stream was cancelled"))
 
+    def abandon(self, error: Exception) -> None:
+        """Stop the work on the replica; ``read`` returns what has arrived, then raises."""
+        self._abort(error)
+
     async def __aenter__(self) -> Self:
         return self
 

@@ -111,6 +111,17 @@ FAILOVERS = _counter(
     "drained counts requests that a draining replica completed.",
     "reason",
 )
+HANDOVERS = _counter(
+    "tandem_stream_handovers_total",
+    "Attempts to have another replica continue an answer. Reasons: lost (the link broke); "
+    "unavailable (the engine died); drained (the replica stops). Outcomes: continued; failed.",
+    "reason",
+    "outcome",
+)
+HANDOVER_SECONDS = _histogram(
+    "tandem_stream_handover_seconds",
+    "Time from the loss of a replica to the first bytes of the one that continues its answer.",
+)
 CUT_OFF = _counter(
     "tandem_cut_off_requests_total", "Responses that broke off after they had started."
 )

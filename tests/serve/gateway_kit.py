@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.asgi import ASGIApp, Message, Receive, Scope, Send, usage_of
 from cluster.config import parse
+from cluster.errors import LinkClosedError
 from cluster.gateway import Gateway, GatewayApp, Opener, ReplicaInfo, Wiring
 from cluster.gateway.reporting.dashboard import ReadDecisions
 from cluster.key_file import KeyFile
@@ -100,19 +101,30 @@ class World:
         name: str,
         routes: tuple[str, ...] = ROUTES,
         ready: int | None = None,
+        resume_key: str = "",
     ) -> LinkServer:
-        """Add a replica with any application."""
-        server = LinkServer(app, SECRET)
+        """Add a replica with any application; with a key, it keeps journals."""
+        server = LinkServer(app, SECRET, resumes=bool(resume_key))
         host, port = await server.start()
         self.servers[name] = server
         adapters = self.gateway.pools[pool].limits.adapters
         self.running[pool][name] = ReplicaInfo(
-            name, host, port, routes, {"engine": "1"}, adapters=adapters
+            *(name, host, port, routes, {"engine": "1"}), adapters=adapters, resume_key=resume_key
         )
         self.update(pool)
         expected = len(self.running[pool]) if ready is None else ready
         await self.until(lambda: self.gateway.pools[pool].replicas.num_ready == expected)
         return server
+
+    async def kill(self, name: str) -> None:
+        """End a replica's server as the death of its process does; wait until the router knows."""
+        server = self.servers.pop(name)
+        for connection in tuple(server.connections):
+            connection.fail(LinkClosedError("killed"))
+        await server.stop()
+        pools = self.gateway.pools.values()
+        (link,) = (r.link for p in pools for r in p.replicas.running if r.info.id == name)
+        await self.until(lambda: not link.connected)
 
     def remove(self, pool: str, name: str) -> None:
         del self.running[pool][name]

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 
 from msgspec.structs import replace
 
@@ -58,6 +59,11 @@ class SimEngine:
     @property
     def context_tokens(self) -> int:
         return self.max_model_len
+
+    @property
+    def resume_key(self) -> str:
+        parts = ("sim", 1, self.config.model, self.config.sim.seed, self.config.adapters)
+        return sha256(repr(parts).encode()).hexdigest()[:16]
 
     @property
     def loaded_adapters(self) -> tuple[str, ...]:
@@ -128,6 +134,8 @@ class SimEngine:
             seed=sim.seed,
             fails=fails,
             adapter=adapter,
+            earlier=exchange.earlier,
+            record=exchange.record_token,
         )
         self._generations.add(generation)
         hangs = sim.hang_after_requests is not None and self.num_accepted > sim.hang_after_requests
@@ -146,7 +154,8 @@ class SimEngine:
 
     def _start(self, generation: Generation, exchange: HttpExchange) -> None:
         for sequence in generation.sequences:
-            self._scheduler.add_request(sequence.request)
+            if sequence.request.finished_s is None:
+                self._scheduler.add_request(sequence.request)
         text = fingerprint(exchange.path, exchange.body)
         request = generation.sequences[0].request
         self.prefixes.add_prompt(text, request.tokens, request.adapter)

@@ -4,7 +4,7 @@ The scheduler's step adds tokens; the request's coroutine waits for them.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from cluster.engines.sim import tokenizer
 from cluster.engines.sim.scheduler import SimRequest
@@ -77,9 +77,14 @@ class Generation:
         seed: Seed of the generated text.
         fails: Fail instead of generating.
         adapter: LoRA adapter.
+        earlier: Indices of the sequences whose tokens an earlier replica passed on, in order.
+        record: Called with the index of a sequence before its next token is passed on.
     """
 
-    __slots__ = ("_deltas", "_error", "_usage", "_waiter", "fails", "sequences", "stop")
+    __slots__ = (
+        *("_deltas", "_error", "_num_earlier", "_record", "_usage", "_waiter", "fails"),
+        *("sequences", "stop"),
+    )
 
     def __init__(
         self,
@@ -91,6 +96,8 @@ class Generation:
         seed: int,
         fails: bool,
         adapter: str = "",
+        earlier: Sequence[int] = (),
+        record: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.stop = tuple(stop)
         self.fails = fails
@@ -108,6 +115,10 @@ class Generation:
         self._deltas: list[Delta] = []
         self._error: str | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._record = record
+        self._num_earlier = len(earlier)
+        for index in earlier:
+            self._repeat(self.sequences[index].request)
 
     def post(self, delta: Delta) -> None:
         if self.fails:
@@ -156,7 +167,19 @@ class Generation:
             deltas, self._deltas = self._deltas, []
             for delta in deltas:
                 num_open -= delta[2]
+                if self._num_earlier:
+                    self._num_earlier -= 1
+                else:
+                    self._record(delta[0].index)
             yield deltas
+
+    @staticmethod
+    def _repeat(request: SimRequest) -> None:
+        """Generate a token again that an earlier replica passed on."""
+        request.num_prompt = request.num_prompt or len(request.tokens)
+        request.tokens.append(request.sample())
+        if request.stopped or request.num_generated >= request.max_tokens:
+            request.finished_s = request.arrived_s
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -1,17 +1,23 @@
 """One HTTP request and its response over ASGI, as the endpoints see it."""
 
+import random
+import time
+from struct import Struct
 from typing import Any
 
-from cluster.asgi import Receive, Scope, Send, usage_of
+from cluster.asgi import Receive, Scope, Send, journal_of, usage_of
 from cluster.engines.sim.wire import dumps, random_id
+
+_CREATED = Struct("<d")
+_ENTRY = Struct("<H")
 
 
 class HttpExchange:
     """A request with its whole body, and methods to respond."""
 
     __slots__ = (
-        *("_request_id", "_send", "body", "content_type", "is_streaming", "model", "path"),
-        "usage",
+        *("_journal", "_request_id", "_send", "body", "content_type", "created_s"),
+        *("earlier", "is_streaming", "model", "path", "usage"),
     )
 
     def __init__(self, scope: Scope, body: bytes, send: Send) -> None:
@@ -26,6 +32,26 @@ class HttpExchange:
         self.usage = usage_of(scope)
         self._request_id: bytes | None = headers.get(b"x-request-id")
         self._send = send
+        self._journal = journal = journal_of(scope)
+        self.created_s = time.time()
+        """Unix time at which the answer began, at this or an earlier replica."""
+        self.earlier: list[int] = []
+        """Indices of the sequences whose tokens an earlier replica passed on, in order."""
+        if journal is not None and journal.earlier:
+            (self.created_s,) = _CREATED.unpack_from(journal.earlier)
+            entries = journal.earlier[_CREATED.size :]
+            self.earlier = [index for (index,) in _ENTRY.iter_unpack(entries)]
+        elif journal is not None:
+            journal.add(_CREATED.pack(self.created_s))
+
+    def record_token(self, index: int) -> None:
+        """Note that a token of a sequence is passed on."""
+        if self._journal is not None:
+            self._journal.add(_ENTRY.pack(index))
+
+    def item_id(self) -> str:
+        """Return 16 hexadecimal digits, the same in every replica that gives this answer."""
+        return f"{random.Random(self.created_s).getrandbits(64):016x}"
 
     def new_id(self, prefix: str) -> str:
         """Return an id for the response: the request's ``x-request-id``, or a random one."""

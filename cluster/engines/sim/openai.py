@@ -43,7 +43,7 @@ async def chat(engine: "SimEngine", exchange: HttpExchange) -> None:
     else:
         limit = token_limit(engine, prompt, body.max_completion_tokens, "max_completion_tokens")
     check_sampling(body)
-    id_, created = exchange.new_id("chatcmpl-"), int(time.time())
+    id_, created = exchange.new_id("chatcmpl-"), int(exchange.created_s)
     with engine.generating([prompt], [limit], body.stops(), exchange) as generation:
         if body.stream:
             chunks = ChatChunks(id_, created, exchange.model, body)
@@ -67,7 +67,7 @@ async def completions(engine: "SimEngine", exchange: HttpExchange) -> None:
     check_sampling(body)
     if body.echo:
         raise ApiError("The simulated engine does not echo prompts", "echo")
-    id_, created = exchange.new_id("cmpl-"), int(time.time())
+    id_, created = exchange.new_id("cmpl-"), int(exchange.created_s)
     with engine.generating(prompts, limits, body.stops(), exchange) as generation:
         if body.stream:
             chunks = CompletionChunks(id_, created, exchange.model, body)

@@ -1,6 +1,5 @@
 """OpenAI's responses endpoint, as vLLM serves it for plain text."""
 
-import time
 from typing import TYPE_CHECKING, Any
 
 from cluster.engines.sim import wire
@@ -25,7 +24,7 @@ async def create(engine: "SimEngine", exchange: HttpExchange) -> None:
     prompt = chat_prompt(turns)
     limit = token_limit(engine, prompt, body.max_output_tokens)
     base = _response(engine, exchange, body, limit)
-    item_id = f"msg_{wire.random_id()}"
+    item_id = f"msg_{exchange.item_id()}"
     with engine.generating([prompt], [limit], [], exchange) as generation:
         if body.stream:
             await _stream(exchange, generation, base, item_id)
@@ -40,7 +39,7 @@ def _response(
 ) -> dict[str, Any]:
     return {
         "id": body.request_id or exchange.new_id("resp_"),
-        "created_at": int(time.time()),
+        "created_at": int(exchange.created_s),
         "incomplete_details": None,
         "instructions": body.instructions,
         "metadata": None,

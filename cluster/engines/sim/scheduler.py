@@ -19,7 +19,10 @@ MAX_STEP_TOKENS = 2048
 
 @dataclass(slots=True, eq=False)
 class SimRequest:
-    """One sequence; the caller sets the first five fields, the scheduler owns the rest."""
+    """One sequence; the caller sets the first five fields, the scheduler owns the rest.
+
+    To continue a sequence, the caller appends what was generated and sets ``num_prompt``.
+    """
 
     tokens: list[int]
     """Token ids of the prompt; the scheduler appends the completion."""
@@ -117,7 +120,7 @@ class Scheduler:
         Raises:
             ValueError: The request is empty or can never fit.
         """
-        request.num_prompt = len(request.tokens)
+        request.num_prompt = request.num_prompt or len(request.tokens)
         if not request.tokens or request.max_tokens < 1:
             raise ValueError("a request needs a prompt and max_tokens of at least 1")
         if request.num_prompt + request.max_tokens > self.max_request_tokens:

@@ -12,6 +12,7 @@ from cluster.errors import ConfigError
 
 DEFAULT_CPU_KV_BYTES = 1024**3
 EAGER_CPU_WORKER = "cluster.engines.vllm.cpu_worker.EagerCPUWorker"
+_RESUMING = "cluster.engines.vllm.resuming"
 CPU_BLOCK_SIZE_TOKENS = 32  # vLLM's default on CPUs, 128, is too coarse for sharing prefixes
 _COMPACT_BACKENDS = ("auto", "xgrammar", "guidance")  # those with ``disable_any_whitespace``
 
@@ -88,6 +89,20 @@ def disable_free_whitespace(structured_outputs: Any, config: GeneratorConfig) ->
     # it. Setting it after the check keeps the fallback.
     if "disable_any_whitespace" not in chosen and structured_outputs.backend in _COMPACT_BACKENDS:
         structured_outputs.disable_any_whitespace = True
+
+
+def resume_answers(vllm_config: Any) -> bool:
+    """Make the engine able to continue answers of other replicas; return False if it cannot.
+
+    A scheduler or worker extension from ``engine_args`` is left alone.
+    """
+    scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
+    if scheduler.scheduler_cls is not None or parallel.worker_extension_cls:
+        return False
+    name = "ResumingAsyncScheduler" if scheduler.async_scheduling else "ResumingScheduler"
+    scheduler.scheduler_cls = f"{_RESUMING}.{name}"
+    parallel.worker_extension_cls = f"{_RESUMING}.ResumingWorker"
+    return True
 
 
 def _check_names(config: GeneratorConfig, known: Iterable[str]) -> None:

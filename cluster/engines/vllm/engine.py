@@ -12,9 +12,11 @@ from cluster.engines.vllm import internals
 from cluster.engines.vllm.app import build_app
 from cluster.engines.vllm.cores import EngineCores
 from cluster.engines.vllm.disconnect import CancelAsDisconnect
+from cluster.engines.vllm.handover import hand_over_answers
 from cluster.engines.vllm.inputs import CheckJson, reject_uncompiled
 from cluster.engines.vllm.kv_events import KvEventReader
 from cluster.engines.vllm.launcher import LlmLauncher
+from cluster.engines.vllm.pins import pin_times_and_ids
 from cluster.engines.vllm.requests import (
     TrackRequest,
     count_aborted,
@@ -69,14 +71,21 @@ class VllmEngine:
     def context_tokens(self) -> int | None:
         return int(self._llm.model_config.max_model_len)
 
+    @property
+    def resume_key(self) -> str:
+        return self._launcher.resume_key
+
     async def start(self) -> None:
         try:
             started = await self._launcher.start(self._make_stat_loggers)
             self._llm = started.llm
+            if self.resume_key:
+                hand_over_answers(self._llm)
             if started.kv_events_endpoint is not None:
                 await self._track_prefixes(started.kv_events_endpoint)
             self._count_usage()
             self._vllm_app = await build_app(self._llm, started.args)
+            pin_times_and_ids()
             self.app = TrackRequest(CheckJson(CancelAsDisconnect(self._vllm_app)))
             self._launcher.timer.mark("application")
         except BaseException:

@@ -89,6 +89,15 @@ NAMES = {
     "RayPrometheusStatLogger": "vllm.v1.metrics.ray_wrappers:RayPrometheusStatLogger",
     "StatLoggerBase": "vllm.v1.metrics.loggers:StatLoggerBase",
     "envs": "vllm.envs",  # VLLM_LOG_STATS_INTERVAL
+    # Hand-over of answers
+    "AsyncScheduler": "vllm.v1.core.sched.async_scheduler:AsyncScheduler",
+    "EngineCoreOutput": "vllm.v1.engine:EngineCoreOutput",
+    "FinishReason": "vllm.v1.engine:FinishReason",
+    "IterationStats": "vllm.v1.metrics.stats:IterationStats",
+    "Logprob": "vllm.logprobs:Logprob",
+    "RequestStatus": "vllm.v1.request:RequestStatus",
+    "Scheduler": "vllm.v1.core.sched.scheduler:Scheduler",
+    "gpu_model_runner": "vllm.v1.worker.gpu_model_runner",  # CachedRequestState
     # CPU worker
     "CPUWorker": "vllm.v1.worker.cpu_worker:CPUWorker",  # its import registers torch.ops._C
     "ir": "vllm.ir",  # ops.rms_norm, ops.fused_add_rms_norm
@@ -150,14 +159,14 @@ ATTRIBUTES = {
         *("medium", "lora_name", "extra_keys", "group_idx"),
     ),
     "CacheConfig": ("block_size", "enable_prefix_caching"),
-    "CompletionOutput": ("token_ids", "finish_reason"),
+    "CompletionOutput": ("index", "token_ids", "logprobs", "finish_reason", "stop_reason"),
     "CoreEngineProcManager": ("processes",),
     "DPLBAsyncMPClient": ("engine_inflight", "core_engines"),
     "EventBatch": ("ts", "events"),
     "KVEventsConfig": ("enable_kv_cache_events", "endpoint"),
     "LoRARequest": ("lora_name",),
-    "MPClient": ("resources",),
-    "OutputProcessor": ("request_states", "parent_requests"),
+    "MPClient": ("resources", "add_request_async"),
+    "OutputProcessor": ("request_states", "parent_requests", "process_outputs", "log_stats"),
     "ParentRequest": ("child_requests",),
     "OnlineRenderer": ("parser",),
     "OpenAIServingModels": ("show_available_models",),
@@ -168,9 +177,13 @@ ATTRIBUTES = {
     "PoolingRequestOutput": ("prompt_token_ids", "num_cached_tokens", "finished"),
     "ReasoningParserManager": ("list_registered",),
     "RequestState": (
-        *("prompt_len", "num_cached_tokens", "is_prefilling", "output_kind", "detokenizer"),
+        *("prompt_len", "num_cached_tokens", "num_cache_creation_tokens", "is_prefilling"),
+        *("output_kind", "detokenizer", "logprobs_processor", "queue"),
     ),
-    "RequestOutput": ("prompt_token_ids", "num_cached_tokens", "outputs", "metrics"),
+    "RequestOutput": (
+        *("prompt_token_ids", "num_cached_tokens", "num_cache_creation_tokens"),
+        *("outputs", "metrics", "prompt_logprobs"),
+    ),
     "RequestStateStats": (
         *("num_generation_tokens", "first_token_latency", "first_token_ts", "last_token_ts"),
     ),

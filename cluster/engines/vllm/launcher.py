@@ -17,6 +17,7 @@ import psutil
 from cluster.config import GeneratorConfig
 from cluster.engines.startup import StartupTimer, gc_disabled
 from cluster.engines.vllm import arguments, environment, internals
+from cluster.engines.vllm.journal import resume_key
 from cluster.engines.vllm.parser_choice import set_parsers
 from cluster.errors import ConfigError, EngineDeadError
 
@@ -59,6 +60,8 @@ class LlmLauncher:
         self._environment = environment.Environment()
         self._sockets: Any = None
         self.timer = StartupTimer()
+        self.resume_key = ""
+        """See ``Engine.resume_key``."""
 
     @property
     def is_stopping(self) -> bool:
@@ -149,6 +152,8 @@ class LlmLauncher:
                 f"generator {self._config.name!r}: vLLM rejects the configuration: {reason}"
             ) from error
         arguments.disable_free_whitespace(made.structured_outputs_config, self._config)
+        if arguments.resume_answers(made):
+            self.resume_key = resume_key(self._config, self._model_path, self._adapter_paths)
         return made
 
     def _make_args(self) -> tuple[Namespace, str | None]:

@@ -10,8 +10,9 @@ from contextvars import ContextVar
 from functools import wraps
 from typing import Any
 
-from cluster.asgi import ASGIApp, Message, Receive, Scope, Send, usage_of
+from cluster.asgi import ASGIApp, Message, Receive, Scope, Send, journal_of, usage_of
 from cluster.engines.prefix_cache import PrefixTracker
+from cluster.engines.vllm.progress import Progress
 from cluster.routing.fingerprint import PROMPT_PATHS, Fingerprint, fingerprint
 from cluster.usage import UsageCounter
 
@@ -21,7 +22,7 @@ Generate = Callable[..., AsyncGenerator[Any, None]]
 Abort = Callable[..., Awaitable[None]]
 
 
-class _Request:
+class HttpRequest:
     """One HTTP request: its usage, and the part of its body received so far."""
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
@@ -29,6 +30,15 @@ class _Request:
         self._path = scope["path"]
         self._receive = receive
         self._pieces: list[bytes] | None = [] if self._path in PROMPT_PATHS else None
+        self._journal = journal_of(scope)
+        self._progress: Progress | None = None
+
+    @property
+    def progress(self) -> Progress | None:
+        """Progress of the answer; None if it stays here. Valid once the body was received."""
+        if self._progress is None and self._journal is not None:
+            self._progress = Progress(self._journal)
+        return self._progress
 
     async def receive(self) -> Message:
         message = await self._receive()
@@ -44,7 +54,13 @@ class _Request:
         return fingerprint(self._path, body)
 
 
-_request: ContextVar[_Request | None] = ContextVar("request", default=None)
+_request: ContextVar[HttpRequest | None] = ContextVar("request", default=None)
+
+
+def current_progress() -> Progress | None:
+    """Return the progress of the current request's answer; None if it is not handed over."""
+    request = _request.get()
+    return None if request is None else request.progress
 
 
 class TrackRequest:
@@ -54,7 +70,7 @@ class TrackRequest:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = _Request(scope, receive)
+        request = HttpRequest(scope, receive)
         _request.set(request)
         await self._app(scope, request.receive, send)
 

@@ -13,6 +13,7 @@ from cluster.config import (
     RouterConfig,
     TandemConfig,
 )
+from cluster.gateway.pools.handover import HandoverLimits
 from cluster.gateway.pools.pool import Pool, PoolKind
 from cluster.gateway.pools.replica import Wiring
 from cluster.gateway.pools.replica_set import PoolLimits
@@ -29,15 +30,21 @@ def make_pools(
         *(("classifier", pool) for pool in config.classifiers),
     ]
     pools = {}
+    enabled = config.router.handover.enabled
+    handover = HandoverLimits(config.router.handover) if enabled else None
     for kind, pool in configs:
-        limits = _pool_limits(config.router, pool)
+        limits = _pool_limits(config.router, pool, handover)
         meter = PoolMeter(pool.name, sinks)
         _export_objectives(pool, sinks)
         pools[pool.name] = Pool(pool.name, kind, limits, wirings[pool.name], meter)
     return pools
 
 
-def _pool_limits(router: RouterConfig, pool: GeneratorConfig | ClassifierConfig) -> PoolLimits:
+def _pool_limits(
+    router: RouterConfig,
+    pool: GeneratorConfig | ClassifierConfig,
+    handover: HandoverLimits | None,
+) -> PoolLimits:
     return PoolLimits(
         max_in_flight=pool.max_in_flight,
         queue=QueueLimits(router.max_queued_tokens, router.max_queued),
@@ -51,6 +58,7 @@ def _pool_limits(router: RouterConfig, pool: GeneratorConfig | ClassifierConfig)
             router.max_sequences_per_request if isinstance(pool, GeneratorConfig) else None
         ),
         context_tokens=pool.max_model_len if isinstance(pool, GeneratorConfig) else None,
+        handover=handover,
         start_timeout_s=None if pool.replicas.min else router.start_timeout_s,
     )
 

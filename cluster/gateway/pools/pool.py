@@ -10,8 +10,9 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from cluster.admission import PoolCapacity
+from cluster.gateway.pools.moving import move_answers
 from cluster.gateway.pools.queue import AdmissionQueue
-from cluster.gateway.pools.replica import ReplicaInfo, Wiring
+from cluster.gateway.pools.replica import Replica, ReplicaInfo, Wiring
 from cluster.gateway.pools.replica_set import PoolLimits, ReplicaSet
 from cluster.gateway.pools.retry_budget import RetryBudget
 from cluster.gateway.pools.routes import OTHER, RouteTable
@@ -49,6 +50,8 @@ class Pool:
         self.queue = AdmissionQueue(name, limits.queue, capacity, self.replicas, meter)
         self.replicas.on_change = self.queue.dispatch
         self.replicas.on_load = self.queue.observe_loads
+        self.replicas.on_draining = self._move_answers
+        self._movers: set[asyncio.Task[None]] = set()
         self._closed = False
         self._set_context(())
 
@@ -122,9 +125,19 @@ class Pool:
         context_tokens = max(known, default=self.limits.context_tokens)
         self.estimator.context_tokens = context_tokens or float("inf")
 
+    def _move_answers(self, replica: Replica) -> None:
+        """Move the answers of a draining replica to others, as slots become free there."""
+        if self._closed or replica.mover is not None or not replica.movable:
+            return
+        replica.mover = asyncio.ensure_future(move_answers(replica, self.queue))
+        self._movers.add(replica.mover)
+        replica.mover.add_done_callback(self._movers.discard)
+
     async def close(self) -> None:
         """Reject the requests that wait, and close every link."""
         self._closed = True
+        for mover in self._movers:
+            mover.cancel()
         self.queue.close()
         self.update(())
         await self.replicas.close()

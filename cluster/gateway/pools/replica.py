@@ -1,15 +1,19 @@
 """One replica as a router sees it: its address, its link, and the fallback without a link."""
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from ssl import SSLContext
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import msgspec
 
 from cluster.link import LinkClient, LinkState, RequestHead, ResponseHead
 from cluster.routing import Reach
 from cluster.usage import Usage
+
+if TYPE_CHECKING:
+    from cluster.gateway.pools.slots import Claim, Slot
 
 FALLBACK_AFTER = 2
 """Failed attempts to open a link before requests go through the fallback."""
@@ -29,6 +33,8 @@ class ReplicaInfo:
     """LoRA adapters that its engine serves, which can differ from the router's configuration
     during a rolling update. None if unknown (older versions); it may then have all of them."""
 
+    resume_key: str = ""
+    """Replicas with the same key can continue each other's answers; empty if this one cannot."""
     context_tokens: int | None = None
     """Longest prompt and completion of the model together; None if unknown or unlimited."""
 
@@ -89,6 +95,16 @@ class Wiring:
     """Returns, for a replica's id, the opener used when no link can be opened."""
 
 
+class Movable(Protocol):
+    """An answer that can move to another replica."""
+
+    def move_claim(self) -> "Claim | None":
+        """Return the claim for a slot at another replica; None if the answer cannot move."""
+
+    def move_to(self, slot: "Slot") -> bool:
+        """Move to this slot; return False if the answer does not need it any more."""
+
+
 class Replica:
     """One replica with its link."""
 
@@ -98,6 +114,10 @@ class Replica:
         self._fallback = fallback
         self.in_flight = 0
         """Requests that this router sent to it and that have not ended."""
+        self.movable: set[Movable] = set()
+        """Answers of this replica that another one can continue."""
+        self.mover: asyncio.Task[None] | None = None
+        """Moves these answers while the replica drains; cancelled once there are none."""
         self.is_retired = False
         """True once Ray Serve no longer lists the replica as running."""
 
@@ -118,6 +138,12 @@ class Replica:
         if self._fallback is not None and self.state == "fallback":
             return self._fallback(head, body)
         return self.link.open(head, body)
+
+    def remove_movable(self, answer: Movable) -> None:
+        """Note that an answer has ended here, or that no other replica can continue it."""
+        self.movable.discard(answer)
+        if not self.movable and self.mover is not None:
+            self.mover.cancel()
 
     @property
     def is_draining(self) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from cluster.admission import QueueLimits
 from cluster.config import RoutingPolicy
 from cluster.errors import UnavailableError
+from cluster.gateway.pools.handover import HandoverLimits
 from cluster.gateway.pools.replica import Replica, ReplicaInfo, Wiring
 from cluster.gateway.pools.slots import Claim, Slot
 from cluster.gateway.recording.observer import PoolMeter
@@ -46,6 +47,8 @@ class PoolLimits:
     """Replaces ``queue_timeout_s`` while the pool is scaled to zero. None if it never is."""
     max_sequences: int | None = None
     """Sequences that one request may have; None if the engine limits them."""
+    handover: HandoverLimits | None = None
+    """Limits of hand-overs; None if answers are not handed over."""
     context_tokens: int | None = None
     """Configured context of the model; the replicas' own values replace it."""
 
@@ -65,6 +68,8 @@ class ReplicaSet:
     def __init__(self, name: str, limits: PoolLimits, wiring: Wiring, meter: PoolMeter) -> None:
         self.on_change: Callable[[], None] = lambda: None
         """Called when a replica's connectivity changed."""
+        self.on_draining: Callable[[Replica], None] = lambda _: None
+        """Called when a replica begins to drain."""
         self.on_load: Callable[[Iterable[Load]], None] = lambda _: None
         """Called with the loads of all replicas when one of them reported its load."""
         self.link_counts = LinkCounts()
@@ -112,6 +117,7 @@ class ReplicaSet:
             self.prefixes.clear(gone)
             replica.is_retired = True
             self._retired.add(replica)
+            self.on_draining(replica)
             self._close_if_idle(replica)
         for info in infos.values():
             if info.id not in self._replicas:
@@ -133,15 +139,18 @@ class ReplicaSet:
         fleet, request, now_s = self.fleet, claim.view, time.monotonic()
         fleet.advance(now_s)
         self.prefixes.advance(now_s)
-        lacking = self._lacking.get(claim.adapter or "", ())
+        lacking = self._lacking.get(claim.adapter or "", frozenset())
+        if claim.resume_key is not None:
+            lacking = lacking | self._unable_to_resume(claim.resume_key)
+        hidden = lacking | claim.excluded & self._replicas.keys()
         if lacking and len(lacking) == len(self._replicas):
-            raise self._adapter_missing(claim, "no replica serves")
-        with fleet.hide(lacking) if lacking else nullcontext():
+            raise self._unsuitable(claim, "no replica")
+        with fleet.hide(hidden) if hidden else nullcontext():
             chosen = self.policy.choose(request, fleet)
         self._meter.routing_s.observe(time.monotonic() - now_s)
         if chosen is None:
-            if lacking and self.policy.choose(request, fleet) is not None:
-                raise self._adapter_missing(claim, "no replica with room serves")
+            if lacking and self._has_other_room(claim):
+                raise self._unsuitable(claim, "no replica with room")
             return None
         self._decisions.add()
         held = self.prefixes.count(chosen, request.prefix)
@@ -184,10 +193,12 @@ class ReplicaSet:
         fleet = self.fleet
         fleet.add(info.id, self._limits.max_in_flight, Reach.NONE)
 
-        def on_state(_state: LinkState) -> None:
+        def on_state(state: LinkState) -> None:
             if not replica.is_retired:
                 fleet.forget_load(info.id)
                 fleet.set_reach(info.id, replica.reach)
+                if state is LinkState.DRAINING:
+                    self.on_draining(replica)
                 self.on_change()
 
         def on_load(load: Load) -> None:
@@ -217,11 +228,26 @@ class ReplicaSet:
         counts.removed += len(events.removed)
         counts.cleared += events.cleared
 
-    def _adapter_missing(self, claim: Claim, reason: str) -> UnavailableError:
-        return UnavailableError(
-            f"{self._name}: {reason} the adapter `{claim.adapter}` now",
-            retry_after_s=_NO_ADAPTER_RETRY_S,
+    def _unable_to_resume(self, resume_key: str) -> frozenset[str]:
+        """Return the replicas that cannot continue an answer of replicas with this key."""
+        return frozenset(
+            id_
+            for id_, replica in self._replicas.items()
+            if replica.info.resume_key != resume_key or replica.state == "fallback"
         )
+
+    def _has_other_room(self, claim: Claim) -> bool:
+        """Return True if a replica has room that is not suitable for this request."""
+        failed = claim.excluded & self._replicas.keys()
+        with self.fleet.hide(failed) if failed else nullcontext():
+            return self.policy.choose(claim.view, self.fleet) is not None
+
+    def _unsuitable(self, claim: Claim, subject: str) -> UnavailableError:
+        need = f"serves the adapter `{claim.adapter}` now"
+        if claim.resume_key is not None:
+            need = "can continue the answer"
+        reason = f"{self._name}: {subject} {need}"
+        return UnavailableError(reason, retry_after_s=_NO_ADAPTER_RETRY_S)
 
     def _close_if_idle(self, replica: Replica) -> None:
         if replica in self._retired and (replica.in_flight == 0 or self._closed):

@@ -33,6 +33,11 @@ class Claim:
     is_retry: bool = False
     """True if its replica was lost: it had its turn already, so it goes first."""
 
+    resume_key: str | None = None
+    """Set if the replica must continue an answer: the key that it needs."""
+    excluded: frozenset[str] = frozenset()
+    """Replicas that failed with this request."""
+
     @property
     def has_deadline(self) -> bool:
         """True if the client set a timeout."""

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 ShedReason = Literal["queue_full", "too_long", "deadline", "expired", "displaced"]
 FailoverReason = Literal["lost", "refused", "unavailable", "drained"]
+HandoverReason = Literal["lost", "unavailable", "drained"]
+HandoverOutcome = Literal["continued", "failed"]
 
 OnEnd = Callable[[int, Usage | None, bool], None]
 """Called at the end of a request with its status and, if known, its usage."""
@@ -86,6 +88,12 @@ class PoolMeter:
         self._failovers = {
             reason: counter(table.FAILOVERS, reason) for reason in get_args(FailoverReason)
         }
+        self._handovers = {
+            (reason, outcome): counter(table.HANDOVERS, reason, outcome)
+            for reason in get_args(HandoverReason)
+            for outcome in get_args(HandoverOutcome)
+        }
+        self.handover_s = histogram(table.HANDOVER_SECONDS)
         self.open_requests: set[RequestObserver] = set()
         """Observers of the requests that have not ended."""
         sinks.registry.on_collect(self.count_gaps)
@@ -122,6 +130,10 @@ class PoolMeter:
         """Count a failover, or a request that ended on a draining replica."""
         self._failovers[reason].add()
 
+    def handed_over(self, reason: HandoverReason, outcome: HandoverOutcome) -> None:
+        """Count an attempt to have another replica continue an answer."""
+        self._handovers[reason, outcome].add()
+
     def reject(self, request: Request, route: str, status: int) -> None:
         """Count and log a request that was rejected before entering the queue."""
         self.requests(route, status).add()
@@ -147,7 +159,8 @@ class RequestObserver:
 
     __slots__ = (
         *("_arrived", "_first_write", "_meter", "_on_end", "_replica", "_request", "_route"),
-        *("_slot_taken", "_trace", "ends_later", "is_cut_off", "status", "write_times"),
+        *("_slot_taken", "_trace", "ends_later", "is_cut_off", "num_handovers", "status"),
+        "write_times",
     )
 
     def __init__(
@@ -168,6 +181,8 @@ class RequestObserver:
         self._replica: str | None = None
         self.is_cut_off = False
         """True if the response ended before it was complete."""
+        self.num_handovers = 0
+        """Replicas that continued the answer of another one."""
         self.ends_later = False
         """True if the client disconnected and the replica has yet to report the usage."""
 
@@ -271,6 +286,7 @@ class RequestObserver:
             queue_s=None if queue_s is None else round(queue_s, 6),
             ttft_s=None if ttft_s is None else round(ttft_s, 6),
             total_s=round(total_s, 6),
+            handovers=self.num_handovers or None,
         )
 
 

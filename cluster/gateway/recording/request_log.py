@@ -47,6 +47,8 @@ class RequestRecord(msgspec.Struct):
     queue_s: float | None = None
     ttft_s: float | None = None
     total_s: float | None = None
+    handovers: int | None = None
+    """Times that another replica continued the answer; None if it was one replica's."""
 
 
 class Failure(msgspec.Struct):

@@ -1,0 +1,94 @@
+"""The part of an answer that a router keeps so that another replica can continue it."""
+
+from dataclasses import dataclass, field
+from zlib import crc32
+
+import msgspec
+
+from cluster.config import HandoverConfig
+from cluster.link import RequestHead, Resume
+
+_STEP_BYTES = 16 * 1024  # the journal's share of the common limit grows in these steps
+
+
+@dataclass(slots=True)
+class HandoverLimits:
+    """Limits of one router's hand-overs; shared by all pools."""
+
+    config: HandoverConfig
+    used_bytes: int = 0
+    """Bytes that are kept for all answers."""
+
+    def take(self, num_bytes: int) -> bool:
+        """Take a part of the common limit, or return False if it is used up."""
+        if self.used_bytes + num_bytes > self.config.max_kept_bytes:
+            return False
+        self.used_bytes += num_bytes
+        return True
+
+    def release(self, num_bytes: int) -> None:
+        self.used_bytes -= num_bytes
+
+
+@dataclass(slots=True)
+class KeptAnswer:
+    """The request of an answer, its journal, and the length and checksum of what the client has."""
+
+    head: RequestHead
+    body: bytes
+    limits: HandoverLimits
+    resume_key: str
+    """Replicas with the same key can continue the answer."""
+    journal: bytearray = field(default_factory=bytearray)
+    excluded: frozenset[str] = frozenset()
+    """Replicas that failed with this request."""
+    num_bytes: int = 0
+    checksum: int = 0
+    num_handovers: int = 0
+    _num_stuck: int = 0  # losses since the client last got something
+    _bytes_at_loss: int = -1
+    _kept_bytes: int = 0
+
+    @classmethod
+    def begin(
+        cls, head: RequestHead, body: bytes, limits: HandoverLimits, resume_key: str
+    ) -> "KeptAnswer | None":
+        """Return a new answer, or None if the limits do not allow to keep it."""
+        kept_bytes = len(body) + _STEP_BYTES
+        if kept_bytes > limits.config.max_answer_bytes or not limits.take(kept_bytes):
+            return None
+        head = msgspec.structs.replace(head, keeps_journal=True)
+        return cls(head, body, limits, resume_key, _kept_bytes=kept_bytes)
+
+    def passed_on(self, chunk: bytes) -> None:
+        """Note that the client gets a piece of the body."""
+        self.num_bytes += len(chunk)
+        self.checksum = crc32(chunk, self.checksum)
+
+    def fits(self) -> bool:
+        """Return False if the journal has outgrown the limits."""
+        missing = len(self.body) + len(self.journal) - self._kept_bytes
+        if missing <= 0:
+            return True
+        step = max(missing, _STEP_BYTES)
+        if self._kept_bytes + step > self.limits.config.max_answer_bytes:
+            return False
+        if not self.limits.take(step):
+            return False
+        self._kept_bytes += step
+        return True
+
+    def count_loss(self) -> int:
+        """Return the replicas that were lost since the client last got something, this one too."""
+        self._num_stuck = self._num_stuck + 1 if self.num_bytes == self._bytes_at_loss else 1
+        self._bytes_at_loss = self.num_bytes
+        return self._num_stuck
+
+    def request(self) -> tuple[RequestHead, bytes]:
+        """Return the request for a replica that continues the answer."""
+        resume = Resume(len(self.journal), self.num_bytes, self.checksum)
+        return msgspec.structs.replace(self.head, resume=resume), bytes(self.journal) + self.body
+
+    def release(self) -> None:
+        """Return the bytes to the common limit; call this once."""
+        self.limits.release(self._kept_bytes)

@@ -1,0 +1,30 @@
+"""Answers of draining replicas move to other replicas, one after the other."""
+
+import asyncio
+import logging
+
+from cluster.errors import RequestError
+from cluster.gateway.pools.queue import AdmissionQueue
+from cluster.gateway.pools.replica import Replica
+
+logger = logging.getLogger("ray.serve.tandem")
+
+RETRY_S = 1.0
+"""Time after which a slot is asked for again if there was none."""
+
+
+async def move_answers(replica: Replica, queue: AdmissionQueue) -> None:
+    """Move the answers that other replicas can continue, each as soon as there is a slot for it.
+
+    An answer goes on at the draining replica until it has a slot at another one.
+    """
+    logger.info("replica %s drains: %d answers move", replica.info.id, len(replica.movable))
+    for answer in tuple(replica.movable):
+        while (claim := answer.move_claim()) is not None:
+            try:
+                slot = await queue.take_slot(claim)
+            except RequestError:
+                await asyncio.sleep(RETRY_S)
+                continue
+            if not answer.move_to(slot):
+                queue.release_slot(slot)
