@@ -16,7 +16,7 @@ from ray.serve.config import AutoscalingContext
 
 from cluster import ray_internals
 from cluster.autoscaling import Autoscaler, Decision, PoolSignals, TargetChange
-from cluster.autoscaling.pool import STALE_S
+from cluster.autoscaling.pool import NO_GAIN, STALE_S
 from cluster.autoscaling.reports import LoadReport, merge_reports, parse_reports
 from cluster.autoscaling.settings import PoolSettings
 from cluster.autoscaling.starts import ReplicaStart, StartTracker
@@ -40,6 +40,8 @@ DECISION_INTERVAL_S = 2.0
 """Seconds between decisions, as between reports; the controller calls ten times a second."""
 NODES_TIMEOUT_S = 1.0
 """Maximum time for which reading the cluster's nodes blocks Serve's controller."""
+_NO_CAPACITY = ("cores", NO_GAIN)
+"""Causes of decisions that add no replica because it would add no capacity."""
 _PAUSE_AFTER_ERROR_S = 10 * DECISION_INTERVAL_S
 
 ReplicaReports = list[tuple[float, dict[str, float]]]
@@ -119,7 +121,8 @@ class ApplicationPolicy:
         # Last known values by pool; missing until the first report and the first count.
         self._core_shares: dict[str, float] = {}
         self._num_nodes: dict[str, int] = {}
-        self._limited_by_cores: dict[str, int | None] = {}  # last recorded target, if limited
+        # Last recorded target and cause by pool, if more replicas would add no capacity.
+        self._limited: dict[str, tuple[int, str] | None] = {}
 
     def __call__(
         self, contexts: Mapping[DeploymentID, AutoscalingContext]
@@ -155,12 +158,18 @@ class ApplicationPolicy:
         return {d.context.deployment_id: decisions[d.pool].target for d in deployments}
 
     def _core_limit(self, deployment: _Deployment, reports: ReplicaReports) -> int | None:
-        """Return the replicas that the nodes have cores for; None if unknown or without limit."""
+        """Return the replicas that the nodes have cores for; None if cores are no limit.
+
+        While that is unknown, it is the present target, but at least one.
+        """
         pool = deployment.pool
+        unknown = max(1, deployment.context.target_num_replicas)
         shares = [values[CORE_SHARE] for _, values in reports if CORE_SHARE in values]
         if shares:
             self._core_shares[pool] = max(shares)
         share = self._core_shares.get(pool)
+        if share is None:
+            return unknown
         if not share:
             return None
         try:
@@ -171,7 +180,7 @@ class ApplicationPolicy:
             known = self._num_nodes.get(pool, "an unknown number")
             logger.warning("could not count the nodes, assuming %s: %s", known, error)
         if pool not in self._num_nodes:
-            return None
+            return unknown
         # At least one: a pending replica makes a node autoscaler add the first node.
         return max(1, self._num_nodes[pool] * max(1, int(1 / share + 1e-9)))
 
@@ -196,17 +205,17 @@ class ApplicationPolicy:
             gauge.value = duration_s
 
     def _record(self, deployment: _Deployment, before: int, decision: Decision) -> None:
-        """Export a decision; log and store it if it changes the target, or cores first limit it."""
+        """Export a decision; log and store each change, and when more replicas stop helping."""
         label = deployment.label
         self._registry.gauge(table.TARGET_REPLICAS, label).value = float(decision.target)
         self._registry.gauge(table.WANTED_REPLICAS, label).value = float(decision.wanted)
         changes = []
-        is_limited = decision.cause == "cores"
+        limited = (decision.target, decision.cause) if decision.cause in _NO_CAPACITY else None
         has_changed = decision.target != before
         if has_changed:
             self._registry.counter(table.SCALING_DECISIONS, label, decision.cause).add()
-        first_limited = is_limited and self._limited_by_cores.get(label) != decision.target
-        self._limited_by_cores[label] = decision.target if is_limited else None
+        first_limited = limited is not None and self._limited.get(label) != limited
+        self._limited[label] = limited
         if has_changed or first_limited:
             message = "autoscaling: %s from %d to %d replicas (%s): %s"
             change = label, before, decision.target, decision.cause, decision.reason

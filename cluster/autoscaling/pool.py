@@ -30,6 +30,8 @@ MAX_GROWTH = 3.0
 that a few replicas built up while others start says nothing about how many are required."""
 DOWN_SLACK = 0.1
 """Extra load that the remaining replicas must bear before one is removed, as a share."""
+NO_GAIN = "no_gain"
+"""Cause of a decision that adds no replica although an objective is missed: the last did not help."""
 HELPED = 0.9
 """Latency after adding replicas, relative to before, above which adding more is not tried."""
 FAILURE_S = 1800.0
@@ -82,6 +84,8 @@ class PoolScaler:
         self._queued_tokens = 0.0
         # Running replicas and latency ratio when an objective was last missed.
         self._missed = (0, math.inf)
+        # Why no replica is added although an objective is missed; "" if there is no such reason.
+        self._no_gain = ""
         # Time and load of a replica (prefill, decode) of the last missed objective.
         self._failure = _NO_FAILURE
 
@@ -144,6 +148,7 @@ class PoolScaler:
     # -- reasons to have replicas --
 
     def _requirements(self, now: float, signals: PoolSignals) -> list[Requirement]:
+        self._no_gain = ""
         if self.spec.is_router:
             text = f"{signals.cores:.2f} cores are used"
             return [
@@ -228,16 +233,17 @@ class PoolScaler:
             return None
         if not self._has_settled(now):
             return None
+        text = f"{worst.name} is {worst.observed_s:.3g} s, its limit is {worst.limit_s:g} s"
         replicas, ratio = self._missed
         has_helped = worst.ratio <= HELPED * ratio or signals.queued_tokens
         if signals.running > replicas and not has_helped:
+            self._no_gain = f"{text}; {signals.running} replicas instead of {replicas} did not help"
             return None
         if signals.running != replicas:
             self._missed = signals.running, worst.ratio
         rates = self.prefill.steady / signals.running, self.decode.steady / signals.running
         self._failure = now, rates
         more = signals.running * min(1.5, max(1.1, worst.ratio**0.5))
-        text = f"{worst.name} is {worst.observed_s:.3g} s, its limit is {worst.limit_s:g} s"
         return Requirement("missed", more, text)
 
     # -- delays --
@@ -262,6 +268,8 @@ class PoolScaler:
             delay_s = spec.downscale_delay_s
             steady = min(target, max(self._wanted_within(now, delay_s)))
         if steady == target or now - self._restarted_at < delay_s:
+            if self._no_gain and wanted <= target:
+                return Decision(target, target, NO_GAIN, self._no_gain)
             return Decision(target, target, "steady", highest.text)
         return Decision(steady, steady, highest.cause, highest.text)
 

@@ -215,6 +215,21 @@ async def test_a_cpu_generator_gets_no_more_replicas_than_the_nodes_have_cores_f
     assert [change.target for change in changes] == [1, 2, 3, 1, 1], "recorded at each overload"
 
 
+def test_no_replica_is_added_before_the_cores_of_the_first_one_are_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    controller = Controller(monkeypatch, application_policy=True, args=CPU_ARGS)
+    monkeypatch.setattr(ray_internals, "count_cpu_nodes", lambda _min_cpus, _timeout_s: 2)
+    controller.run(ROUTER, "r")
+    controller.report(ROUTER, "r", busy(0.0, queued=40.0))
+    assert controller.step()[POOL] == 1, "the first replica starts"
+    controller.run(POOL, "a")
+    controller.report(ROUTER, "r", busy(40.0))
+    assert controller.step()[POOL] == 1, "it has not reported"
+    controller.report(POOL, "a", {autoscaling.CORE_SHARE: 1.0})
+    assert controller.step()[POOL] == 2, "there is another node"
+
+
 def test_a_restarted_controller_stops_no_replica_before_it_knows_the_cores(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from cluster.autoscaling import (
     Autoscaler,
     Budget,
+    Decision,
     Forecast,
     Objective,
     PoolSignals,
@@ -310,3 +312,21 @@ def test_the_end_of_a_burst_is_recognized_within_a_minute() -> None:
     for number, rate in enumerate([*[100.0] * 900, *[400.0] * 200, *[100.0] * 30]):
         forecast.update(2.0 * number, rate, horizon_s=60.0)
     assert 100 <= forecast.steady < 200
+
+
+def test_a_decision_says_that_another_replica_did_not_help() -> None:
+    pool = FluidPool(SPEC, base_s=3.0)  # above the limit of 2 s at any load
+    causes: list[tuple[str, str]] = []
+    decide = pool.autoscaler.decide
+
+    def record(now: float, signals: Mapping[str, PoolSignals]) -> dict[str, Decision]:
+        decisions = decide(now, signals)
+        causes.append((decisions["pool"].cause, decisions["pool"].reason))
+        return decisions
+
+    pool.autoscaler.decide = record  # type: ignore[method-assign]
+    pool.run(1800, lambda t: 1.0)
+    reasons = [reason for cause, reason in causes if cause == "no_gain"]
+    assert reasons
+    assert reasons[0].startswith("ttft_p90_s is ")
+    assert reasons[0].endswith("replicas instead of 1 did not help")
