@@ -113,3 +113,17 @@ async def test_fill_mask_names_the_text_without_a_mask(tmp_path):
         for top_k in (0, 101):
             error = await refused(engine, "/fill-mask", {"input": "[MASK]", "top_k": top_k}, 400)
             assert error["param"] == "top_k"
+
+
+async def test_the_candidates_of_a_reply_are_limited(tmp_path):
+    saved = save(tmp_path, "bert", "ForMaskedLM")
+    async with running(saved, "fill-mask") as engine:
+        masks = ["[MASK] " * 30] * 50  # 1,500
+        body = {"input": masks, "top_k": 67}
+        error = await refused(engine, "/fill-mask", body, 400)
+        assert error["message"].startswith("the masks have 100500 candidates; a request may have")
+        assert len((await ask(engine, "/fill-mask", {**body, "top_k": 1}))["data"]) == 50
+        # Each candidate of Hugging Face's format repeats its text.
+        error = await refused(engine, "/pipeline/fill-mask", {"inputs": masks[:7]}, 400)
+        assert error["message"].startswith("the reply has 1050 filled texts; the limit is 1000")
+        assert len(await ask(engine, "/pipeline/fill-mask", {"inputs": masks[:6]})) == 6

@@ -1,5 +1,6 @@
 """Fields and formats of vLLM's pooling API, on classifiers."""
 
+import asyncio
 import base64
 import json
 
@@ -271,6 +272,46 @@ async def test_messages_are_joined_or_follow_the_models_template(labels, tmp_pat
         answer = await ask(engine, "/classify", body)
         text = {"input": "[CLS]good[SEP][CLS]film[SEP]", "add_special_tokens": False}
         assert answer["data"] == (await ask(engine, "/classify", text))["data"]
+        body["chat_template_kwargs"]["chat_template"] = "{{ 1 }}"  # of the client
+        for path in ("/classify", "/tokenize"):
+            assert (await refused(engine, path, body, 400))["param"] == "chat_template"
+
+
+async def test_conversations_are_counted_before_they_are_read(labels):
+    async with running(labels, "classify", max_texts=2) as engine:
+        turns = [{"role": "user", "content": "good"}]
+        image = [{"role": "user", "content": [{"type": "image_url"}]}]
+        error = await refused(engine, "/classify", {"messages": [image, turns, turns]}, 400)
+        assert error["message"] == "messages has 3 texts; a request may have 2"
+        for mixed in ([turns, turns[0]], [turns[0], turns], [[]]):
+            error = await refused(engine, "/classify", {"messages": mixed}, 400)
+            assert error["param"] == "messages"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {"prompt": "a" * 500_001}, "prompt"),
+        ("/tokenize", {"inputs": ["a" * 250_000, "a" * 250_001]}, "inputs"),
+        ("/detokenize", {"tokens": [5] * 125_001}, "tokens"),
+        ("/decode", {"ids": [[5] * 125_000, [5]]}, "ids"),
+    ],
+)
+async def test_the_tokenizer_takes_no_endless_inputs(engine, path, body, param):
+    error = await refused(engine, path, body, 400)
+    assert error["param"] == param
+    assert "a request may have" in error["message"]
+
+
+async def test_tokenizing_a_long_text_does_not_block_other_requests(engine):
+    body = {"prompt": "good film " * 50_000}
+    task = asyncio.create_task(ask(engine, "/tokenize", body))
+    num_turns = 0
+    while not task.done():
+        await asyncio.sleep(0.001)
+        num_turns += 1
+    assert (await task)["count"] >= 100_000
+    assert num_turns > 50  # about 10 if the tokenizer holds the GIL
 
 
 async def test_scores_take_all_names_and_content_parts(ranker):

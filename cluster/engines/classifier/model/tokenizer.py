@@ -156,7 +156,8 @@ class TextTokenizer:
 
     def encode_plain(self, text: str, special_tokens: bool = True) -> Any:
         """Return the ``tokenizers.Encoding`` of a text of any length."""
-        return self._backend.encode(text, add_special_tokens=special_tokens)
+        # Unlike `encode`, `encode_batch` releases the GIL.
+        return self._backend.encode_batch([text], add_special_tokens=special_tokens)[0]
 
     def decode(self, token: int) -> str:
         return self.decode_ids([token])

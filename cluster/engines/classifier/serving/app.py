@@ -121,8 +121,9 @@ class ClassifierApp:
             message = f"the model {body.model[:100]!r} does not exist; this is {name!r}"
             raise NotFoundError(message, param="model")
         if isinstance(endpoint.handler, Tool):
-            answer = await asyncio.to_thread(endpoint.handler.answer, body)
-            return Reply(encode_json(answer), [*JSON_HEADERS])
+            tool = endpoint.handler
+            content = await asyncio.to_thread(lambda: encode_json(tool.answer(body)))
+            return Reply(content, [*JSON_HEADERS])
         return await self._run_task(endpoint.handler, endpoint.translation, body, tenant)
 
     async def _run_task(
@@ -147,7 +148,8 @@ class ClassifierApp:
                 reply if translation is None else translation.to_reply(body, reply, task)
             )
 
-        content = await _call(encode, in_thread=is_large)
+        is_slow = translation is not None and translation.is_slow
+        content = await _call(encode, in_thread=is_large or is_slow)
         return Reply(content, headers + JSON_HEADERS, encoded.num_tokens)
 
     def _tenant(self, scope: Scope) -> bytes:

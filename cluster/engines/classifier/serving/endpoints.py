@@ -44,6 +44,8 @@ class Translation:
     """Makes the reply from the body and the task's reply."""
     marks: Marks | None = None
     """Recognizes its bodies on a path that several formats share; None: all others."""
+    is_slow: bool = False
+    """True if ``to_reply`` runs in a thread."""
 
 
 def has_field(name: str) -> Marks:
@@ -126,7 +128,8 @@ class PathEndpoints:
             raise _invalid_request_error(str(problem)) from None
         except RecursionError:
             raise InvalidRequestError("the body is nested too deeply") from None
-        return Parsed(endpoint, request, sorted(fields.keys() - endpoint.field_names))
+        known = endpoint.field_names  # a set; sorting a million names would block the event loop
+        return Parsed(endpoint, request, [name for name in fields if name not in known])
 
 
 def warning_of(ignored: Sequence[str]) -> str:

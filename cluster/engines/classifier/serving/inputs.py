@@ -78,9 +78,7 @@ def read_inputs(request: InputRequest, model: LoadedModel, max_texts: int) -> li
         return [value]
     reader = _InputReader(request, model)
     if request.messages is not UNSET:
-        inputs: list[ModelInput] = reader.read_chats(request.messages)
-        schema.check_count(len(inputs), max_texts, "messages")
-        return inputs
+        return reader.read_chats(request.messages, max_texts)
     if value is UNSET:
         raise InvalidRequestError("`input` or `messages` is required", param="input")
     items: list[Any] = value if isinstance(value, list) else [value]
@@ -119,14 +117,18 @@ class _InputReader:
             param="input",
         )
 
-    def read_chats(self, messages: Sequence[Message | list[Message]]) -> list[ModelInput]:
-        if not messages or isinstance(messages[0], Message):
-            return [self.read_chat(messages)] if messages else []
-        return [self.read_chat(chat) for chat in messages if isinstance(chat, list)]
+    def read_chats(
+        self, messages: Sequence[Message | list[Message]], max_texts: int
+    ) -> list[ModelInput]:
+        if messages and isinstance(messages[0], Message):
+            return [self.read_chat(messages)]
+        schema.check_count(len(messages), max_texts, "messages")
+        return [self.read_chat(chat if isinstance(chat, list) else []) for chat in messages]
 
     def read_chat(self, turns: Sequence[Any]) -> str:
         request = self._request
-        if request.chat_template is not None:
+        variables = request.chat_template_kwargs or {}
+        if request.chat_template is not None or "chat_template" in variables:
             message = "chat_template is not accepted; the model's own template is used"
             raise InvalidRequestError(message, param="chat_template")
         if not turns or not all(isinstance(turn, (Message, InputObject)) for turn in turns):
@@ -144,7 +146,7 @@ class _InputReader:
                 chat,
                 add_generation_prompt=request.add_generation_prompt,
                 continue_final_message=request.continue_final_message,
-                **(request.chat_template_kwargs or {}),
+                **variables,
             )
         except Exception as error:  # templates raise their own errors
             message = f"messages do not fit the model's chat template: {str(error)[:500]}"

@@ -13,6 +13,9 @@ from cluster.engines.classifier.serving.jobs import Encoded
 from cluster.engines.classifier.serving.tasks.base import Task
 from cluster.errors import InvalidRequestError
 
+MAX_REPLY_CANDIDATES = 100_000
+"""Candidates in a reply, for all masks of all texts; they take about 100 MB."""
+
 TopK = Annotated[int, Meta(ge=1, le=MAX_CANDIDATES)]
 
 
@@ -54,7 +57,16 @@ class FillMask(Task[FillMaskRequest]):
     response = FillMaskReply
 
     def inputs(self, request: FillMaskRequest) -> list[str]:
-        return schema.single_texts(request.input, self.config.max_texts)
+        texts = schema.single_texts(request.input, self.config.max_texts)
+        mask = self.model.tokenizer.mask_token
+        count = request.top_k * sum(text.count(mask) for text in texts if mask)
+        if count > MAX_REPLY_CANDIDATES:
+            message = (
+                f"the masks have {count} candidates; a request may have {MAX_REPLY_CANDIDATES}. "
+                "Send fewer masks, or lower `top_k`."
+            )
+            raise InvalidRequestError(message, param="input")
+        return texts
 
     def reply(self, request: FillMaskRequest, encoded: Encoded) -> FillMaskReply:
         data = [self._filled(index, rows, request.top_k) for index, rows in enumerate(encoded.rows)]

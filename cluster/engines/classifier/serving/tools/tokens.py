@@ -14,6 +14,11 @@ from cluster.engines.classifier.serving.inputs import (
 from cluster.engines.classifier.serving.tools.base import Tool
 from cluster.errors import InvalidRequestError
 
+MAX_CHARS = 500_000
+"""Characters of all texts of a request; they are tokenized in half a second."""
+MAX_TOKENS = MAX_CHARS // 4
+"""Token ids of a request."""
+
 TokenId = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 
 
@@ -48,7 +53,7 @@ class Tokenize(Tool[TokenizeBody]):
     """``/tokenize`` in vLLM's format."""
 
     paths = ("/tokenize",)
-    summary = "Tokenize a text of any length."
+    summary = "Tokenize a text, which may be longer than the model takes."
     request = TokenizeBody
     response = TokenizeReply
 
@@ -67,6 +72,7 @@ class Tokenize(Tool[TokenizeBody]):
             (text,) = (str(item) for item in read_inputs(request, self.model, 1))
         if text is UNSET:
             raise InvalidRequestError("`prompt` or `messages` is required", param="prompt")
+        _check_length(len(text), MAX_CHARS, "characters", "prompt")
         encoding = _encode(self, text, special_tokens, "prompt")
         strings = encoding.tokens if body.return_token_strs else None
         limit = self.model.tokenizer.max_tokens
@@ -107,6 +113,7 @@ class ListTokens(Tool[ListTokensBody]):
             raise InvalidRequestError("prompt_name: the model has no prompts", param="prompt_name")
         texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
         schema.check_count(len(texts), self.config.max_texts, "inputs")
+        _check_length(sum(map(len, texts)), MAX_CHARS, "characters", "inputs")
         return [self._tokens(text, body.add_special_tokens) for text in texts]
 
     def _tokens(self, text: str, special_tokens: bool) -> list[Token]:
@@ -142,6 +149,7 @@ class Detokenize(Tool[DetokenizeBody]):
     response = DetokenizeReply
 
     def answer(self, body: DetokenizeBody) -> DetokenizeReply:
+        _check_length(len(body.tokens), MAX_TOKENS, "token ids", "tokens")
         return DetokenizeReply(self.model.tokenizer.decode_ids(body.tokens))
 
 
@@ -168,8 +176,15 @@ class Decode(Tool[DecodeBody]):
             message = "ids: expected a list of token ids, or a list of such lists"
             raise InvalidRequestError(message, param="ids")
         schema.check_count(len(rows or [single]), self.config.max_texts, "ids")
+        _check_length(len(single) + sum(map(len, rows)), MAX_TOKENS, "token ids", "ids")
         tokenizer, skip = self.model.tokenizer, body.skip_special_tokens
         return [tokenizer.decode_ids(row, skip_special_tokens=skip) for row in rows or [single]]
+
+
+def _check_length(length: int, limit: int, unit: str, param: str) -> None:
+    if length > limit:
+        message = f"{param} has {length} {unit}; a request may have {limit}"
+        raise InvalidRequestError(message, param=param)
 
 
 def _encode(tool: Tool[Any], text: str, special_tokens: bool, param: str) -> Any:
