@@ -8,12 +8,19 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from types import TracebackType
-from typing import Self, cast
+from typing import Self
 
 from cluster.errors import LinkClosedError, LinkProtocolError
 from cluster.link import frames
 from cluster.link.connection import Connection, StreamSender
-from cluster.link.frames import END, JOURNAL, ResponseHead, decode_entries, entries_end
+from cluster.link.frames import (
+    END,
+    JOURNAL,
+    JOURNAL_HEAD_BYTES,
+    NO_JOURNAL,
+    ResponseHead,
+    unpack_journal_head,
+)
 from cluster.usage import Usage
 
 logger = logging.getLogger(__name__)
@@ -42,8 +49,12 @@ class ClientStream:
         """Usage of the request; set at its end if the application reports it."""
         self.on_finished: Callable[[], object] | None = None
         self.journal: bytearray | None = None
-        """Journal of what was read, if the reader sets it to a bytearray. It becomes None if the
+        """Journal of what arrived, if the reader sets it to a bytearray. It becomes None if the
         replica does not keep it any more."""
+        self.num_bytes = 0
+        """Bytes of the body that arrived with the journal."""
+        self.checksum = 0
+        """CRC-32 of the whole body until here, those bytes included that another replica sent."""
         self.arrivals_s: list[float] | None = None
         """Times at which pieces of the body arrived (``time.perf_counter``), if it is a list."""
         self._connection = connection
@@ -51,9 +62,7 @@ class ClientStream:
         self._on_end = on_end
         self._half_window = connection.options.window_bytes // 2
         self._head: ResponseHead | None = None
-        # A payload, or a payload of a JOURNAL frame with the offset of its body.
-        self._chunks: list[bytes | tuple[bytes, int]] = []
-        self._has_entries = False
+        self._chunks: list[bytes] = []
         self._uncredited = 0  # received bytes for which the peer has not got new credit
         self._ended = False
         self._error: Exception | None = None
@@ -82,21 +91,15 @@ class ClientStream:
         Raises:
             Exception: as ``head`` does, after everything that arrived before has been read.
         """
-        while True:
-            chunks = self._chunks
-            while not chunks:
-                if self._error is not None:
-                    raise self._error
-                if self._ended:
-                    return b""
-                await self._wait()
-            self._clear_chunks()
-            if not self._has_entries:
-                plain = cast(list[bytes], chunks)
-                return plain[0] if len(plain) == 1 else b"".join(plain)
-            data = b"".join([c if isinstance(c, bytes) else self._read_entries(*c) for c in chunks])
-            if data:  # a frame may hold entries only, which must not look like the end
-                return data
+        chunks = self._chunks
+        while not chunks:
+            if self._error is not None:
+                raise self._error
+            if self._ended:
+                return b""
+            await self._wait()
+        self._clear_chunks()
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     @property
     def ended(self) -> bool:
@@ -147,9 +150,8 @@ class ClientStream:
             if self._uncredited > 2 * self._half_window + frames.MAX_PAYLOAD_BYTES:
                 raise LinkProtocolError("the peer sent more than the stream's window")
             if flags & JOURNAL:
-                self._has_entries = True
-                self._chunks.append((payload, entries_end(payload)))
-            else:
+                payload = self._take_entries(payload)
+            if payload:
                 self._chunks.append(payload)
         if flags & END:
             self._ended = True
@@ -215,14 +217,20 @@ class ClientStream:
             self._upload.cancel()
         self._wake()
 
-    def _read_entries(self, payload: bytes, end: int) -> bytes:
-        """Add the entries of a JOURNAL frame to the journal and return its body."""
-        if self.journal is not None:
-            entries = decode_entries(payload, end)
-            if entries is None:
-                self.journal = None
-            else:
-                self.journal += entries
+    def _take_entries(self, payload: bytes) -> bytes:
+        """Add the entries of a JOURNAL frame to the journal; return its piece of the body."""
+        if len(payload) < JOURNAL_HEAD_BYTES:
+            raise LinkProtocolError("a DATA frame ends within its journal")
+        size, self.checksum = unpack_journal_head(payload)
+        end = JOURNAL_HEAD_BYTES + size
+        if end <= len(payload):
+            if self.journal is not None:
+                self.journal += payload[JOURNAL_HEAD_BYTES:end]
+        elif size == NO_JOURNAL:
+            self.journal, end = None, JOURNAL_HEAD_BYTES
+        else:
+            raise LinkProtocolError("a DATA frame ends within its journal")
+        self.num_bytes += len(payload) - end
         return payload[end:]
 
     def _clear_chunks(self) -> None:

@@ -21,8 +21,9 @@ BODY       id      router to replica: a piece of the request's body; END: the la
                    head has ``resume``, the journal comes first
 RESPONSE   id      replica to router: ``ResponseHead``
 DATA       id      replica to router: a piece of the response's body; END: the last one;
-                   JOURNAL: starts with size u32 | entries of the answer's journal, of which
-                   this piece is the result. ``NO_JOURNAL`` as size: it is not kept any more
+                   JOURNAL: starts with size u32 | checksum u32 | entries of the answer's journal,
+                   of which this piece is the result. The checksum is the CRC-32 of the whole body
+                   until here. ``NO_JOURNAL`` as size: the journal ends
 CANCEL     id      router to replica: stop working on this stream. The replica answers with
                    USAGE, if it counted any tokens, and an empty DATA with END
 WINDOW     id      u32, bytes that the peer may send in addition on this stream
@@ -169,33 +170,14 @@ def decode_credit(payload: bytes) -> int:
 NO_JOURNAL: Final = 2**32 - 1
 MAX_ENTRIES_BYTES: Final = 256 * 1024
 """Size of the journal's entries in one frame; an answer with more is not handed over."""
+_JOURNAL_HEAD = Struct("<II")
+pack_journal_head = _JOURNAL_HEAD.pack
+"""Pack the size of the entries and the body's checksum into the start of a JOURNAL frame."""
 
 
-def encode_entries(entries: bytes | None) -> bytes:
-    """Return the start of a JOURNAL frame's payload; None ends the journal."""
-    return _U32.pack(NO_JOURNAL) if entries is None else _U32.pack(len(entries)) + entries
+unpack_journal_head = _JOURNAL_HEAD.unpack_from
+JOURNAL_HEAD_BYTES: Final = 8
 
-
-def entries_end(payload: bytes) -> int:
-    """Return the offset of the body in the payload of a JOURNAL frame.
-
-    Raises:
-        LinkProtocolError: The payload is shorter than its entries.
-    """
-    if len(payload) >= _U32.size:
-        size = int(_U32.unpack_from(payload)[0])
-        end = _U32.size + (0 if size == NO_JOURNAL else size)
-        if end <= len(payload):
-            return end
-    raise LinkProtocolError("a DATA frame ends within its journal")
-
-
-def decode_entries(payload: bytes, end: int) -> bytes | None:
-    """Return the entries before ``end``; None if the journal is not kept any more."""
-    return None if payload[: _U32.size] == _NO_JOURNAL_SIZE else payload[_U32.size : end]
-
-
-_NO_JOURNAL_SIZE = _U32.pack(NO_JOURNAL)
 
 MAX_HASHES: Final = 8192
 """Maximum of stored and of removed hashes in one frame: 128 KiB in all, so that a snapshot does not

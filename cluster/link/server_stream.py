@@ -50,7 +50,7 @@ class ServerStream:
         resume = head.resume
         self._journal_left = resume.journal_bytes if resume is not None else 0  # to be received
         self._skip_left = resume.body_bytes if resume is not None else 0  # the client has them
-        self._checksum = 0  # of the skipped bytes
+        self._checksum = 0  # of the body until here
         self._chunks: list[bytes] = []
         self._uncredited = 0  # received bytes for which the peer has not got new credit
         self._body_ended = not has_body
@@ -89,9 +89,9 @@ class ServerStream:
             ):
                 flags = 0
                 journal = self._journal
-                if journal is not None and journal.unsent:
+                if journal is not None and body:
                     flags = frames.JOURNAL
-                    body = self._take_entries(journal) + body
+                    body = self._with_entries(journal, body)
                 if not message.get("more_body"):
                     self._send_usage()
                     sender.connection.write(self.stream_id, DATA, flags | END, body)
@@ -202,36 +202,31 @@ class ServerStream:
             body = self._skip(body, end)
         if end:
             self._send_usage()
-        journal = self._journal
-        has_entries = journal is not None and bool(journal.unsent) and bool(body or end)
         try:
-            if journal is not None and has_entries:
-                body = await self._send_entries(journal, body, end)
-            if body or (end and not has_entries):
+            while body and self._journal is not None:
+                await self.sender.wait_ready()
+                piece, body = body[:CHUNK_BYTES], body[CHUNK_BYTES:]
+                payload = self._with_entries(self._journal, piece)
+                self.sender.credit -= len(payload)
+                self._connection.write(self.stream_id, DATA, frames.JOURNAL, payload)
+                await asyncio.sleep(0)  # let other streams write between two pieces
+            if body or end:
                 await self.sender.send(DATA, body, end)
         except LinkClosedError:
             self._check_open()
         if end:
             self._finish()
 
-    async def _send_entries(self, journal: Journal, body: bytes, end: bool) -> bytes:
-        """Send the journal's entries with the first piece of the body; return the rest."""
-        await self.sender.wait_ready()
-        rest = body[CHUNK_BYTES:]
-        payload = self._take_entries(journal) + body[:CHUNK_BYTES]
-        self.sender.credit -= len(payload)
-        flags = frames.JOURNAL | END if end and not rest else frames.JOURNAL
-        self._connection.write(self.stream_id, DATA, flags, payload)
-        return rest
-
-    def _take_entries(self, journal: Journal) -> bytes:
-        """Return the unsent entries as the start of a JOURNAL frame."""
-        entries, journal.unsent = journal.unsent, b""
+    def _with_entries(self, journal: Journal, body: bytes) -> bytes:
+        """Return the payload of a JOURNAL frame with this piece of the body."""
+        self._checksum = checksum = crc32(body, self._checksum)
+        entries = journal.unsent
         if len(entries) > frames.MAX_ENTRIES_BYTES:
             self._journal = None
             journal.close()
-            return frames.encode_entries(None)
-        return frames.encode_entries(entries)
+            return frames.pack_journal_head(frames.NO_JOURNAL, checksum) + body
+        journal.unsent = b""
+        return frames.pack_journal_head(len(entries), checksum) + entries + body
 
     def _skip(self, body: bytes, end: bool) -> bytes:
         """Return the part of a piece of the body that the client does not have.

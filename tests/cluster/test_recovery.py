@@ -14,8 +14,8 @@ from tests.cluster.conftest import RunningCluster
 from tests.cluster.engine_processes import engines_of_cluster
 
 MODEL = "smollm2"
-MAX_TOKENS = 1500
-"""Tokens of an answer that is cut off long before its end."""
+MAX_TOKENS = 500
+"""Tokens of an answer whose engine dies long before its end."""
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float, event: str) -> None:
@@ -111,11 +111,14 @@ def test_a_dead_engine_is_replaced(cluster: RunningCluster) -> None:
             )
             barrier.wait(timeout=60)
             old[0].kill()
+            # The streams go on at the new replica, or end with an error if that is not ready within
+            # `queue_timeout_s`.
             for stream in streams:
-                error = stream.result(timeout=60)
-                assert isinstance(error, openai.APIError | anthropic.APIStatusError), error
-                assert "try again" in str(error), error
-                assert "EngineCore" not in str(error)
+                error = stream.result(timeout=200)
+                if error is not None:
+                    assert isinstance(error, openai.APIError | anthropic.APIStatusError), error
+                    assert "try again" in str(error), error
+                    assert "EngineCore" not in str(error)
             # No byte had been sent, so the request fails over to the new replica, or gets 503
             # if that is not ready within `queue_timeout_s`.
             interrupted = in_flight.result(timeout=200)

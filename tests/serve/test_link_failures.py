@@ -425,13 +425,13 @@ async def test_a_protocol_violation_by_a_router_closes_only_its_connection(sent:
         f.encode_frame(1, f.DATA, 0, b"before the head"),
         f.encode_frame(1, f.RESPONSE, 0, f.encode_head(f.ResponseHead(200))) * 2,
         f.encode_frame(1, f.RESPONSE, 0, f.encode_head(f.ResponseHead(200)))
-        + f.encode_frame(1, f.DATA, f.TOKENS, b"\xff\xff"),
+        + f.encode_frame(1, f.DATA, f.JOURNAL, b"\xff\xff"),
         f.encode_frame(1, f.RESPONSE, 0, f.encode_head(f.ResponseHead(200)))
         + f.encode_frame(1, f.DATA, 0, bytes(f.MAX_PAYLOAD_BYTES)) * 2,
         f.encode_frame(1, f.ERROR, 0, b"\x01"),
         f.encode_frame(1, f.REQUEST, 0, b""),
     ],
-    ids=["huge", "no-head", "two-heads", "tokens", "window", "error", "kind"],
+    ids=["huge", "no-head", "two-heads", "journal", "window", "error", "kind"],
 )
 @on_both_loops
 async def test_a_protocol_violation_by_a_replica_closes_its_connection(sent: bytes) -> None:

@@ -42,7 +42,9 @@ async def test_a_journal_arrives_with_the_bytes_that_follow_from_it() -> None:
         received = b""
         while piece := await stream.read():
             received += piece
-            assert stream.journal == received
+            assert stream.journal.startswith(received)
+            assert stream.num_bytes == len(stream.journal)
+            assert stream.checksum == zlib.crc32(stream.journal)
         assert received == TEXT
 
 
@@ -54,6 +56,8 @@ async def test_an_answer_is_continued_behind_the_bytes_that_the_client_has() -> 
             stream.journal = bytearray()
             assert await read_all(stream) == TEXT[num_bytes:]
             assert stream.journal == TEXT[num_entries:]
+            assert stream.num_bytes == 200 - num_bytes
+            assert stream.checksum == (zlib.crc32(TEXT) if num_bytes < 200 else 0)
 
 
 @on_both_loops
@@ -119,6 +123,7 @@ async def test_large_pieces_carry_their_entries_first() -> None:
         stream.journal = bytearray()
         assert await read_all(stream) == large * 2
         assert stream.journal == b"12"
+        assert stream.checksum == zlib.crc32(large * 2)
 
 
 @on_both_loops

@@ -79,8 +79,6 @@ def test_malformed_payloads_raise_protocol_errors_only(payload: bytes) -> None:
             f.decode_head(payload, kind)
     with contextlib.suppress(LinkProtocolError):
         f.decode_credit(payload)
-    with contextlib.suppress(LinkProtocolError):
-        f.entries_end(payload)
 
 
 def test_heads_round_trip() -> None:
@@ -101,14 +99,6 @@ def test_heads_round_trip() -> None:
     assert f.decode_head(f.encode_head(response), f.ResponseHead) == response
     load = Load(1, 2, 0.5, 3)
     assert f.decode_head(f.encode_head(load), Load) == load
-
-
-@given(st.none() | st.binary(max_size=50), st.binary(max_size=50))
-def test_journal_entries_round_trip(entries: bytes | None, data: bytes) -> None:
-    payload = f.encode_entries(entries) + data
-    end = f.entries_end(payload)
-    assert f.decode_entries(payload, end) == entries
-    assert payload[end:] == data
 
 
 def test_heads_of_older_and_newer_versions_are_understood() -> None:

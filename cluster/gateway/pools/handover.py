@@ -1,12 +1,11 @@
 """The part of an answer that a router keeps so that another replica can continue it."""
 
 from dataclasses import dataclass, field
-from zlib import crc32
 
 import msgspec
 
 from cluster.config import HandoverConfig
-from cluster.link import RequestHead, Resume
+from cluster.link import ClientStream, RequestHead, Resume
 
 _STEP_BYTES = 16 * 1024  # the journal's share of the common limit grows in these steps
 
@@ -42,7 +41,10 @@ class KeptAnswer:
     journal: bytearray = field(default_factory=bytearray)
     excluded: frozenset[str] = frozenset()
     """Replicas that failed with this request."""
+    max_journal_bytes: int = _STEP_BYTES
+    """Size of the journal from which ``grow`` must be called."""
     num_bytes: int = 0
+    """Bytes of the body that the client has from lost replicas."""
     checksum: int = 0
     num_handovers: int = 0
     _num_stuck: int = 0  # losses since the client last got something
@@ -60,14 +62,17 @@ class KeptAnswer:
         head = msgspec.structs.replace(head, keeps_journal=True)
         return cls(head, body, limits, resume_key, _kept_bytes=kept_bytes)
 
-    def passed_on(self, chunk: bytes) -> None:
-        """Note that the client gets a piece of the body."""
-        self.num_bytes += len(chunk)
-        self.checksum = crc32(chunk, self.checksum)
+    def add_part(self, answer: ClientStream) -> bool:
+        """Add what the client has from a replica that was lost; return False if it is too much."""
+        if answer.num_bytes:
+            self.num_bytes += answer.num_bytes
+            self.checksum = answer.checksum
+            answer.num_bytes = 0
+        return answer.journal is not None and self.grow()
 
-    def fits(self) -> bool:
-        """Return False if the journal has outgrown the limits."""
-        missing = len(self.body) + len(self.journal) - self._kept_bytes
+    def grow(self) -> bool:
+        """Take a further part of the limits for the journal; return False if none is left."""
+        missing = len(self.journal) - self.max_journal_bytes
         if missing <= 0:
             return True
         step = max(missing, _STEP_BYTES)
@@ -76,6 +81,7 @@ class KeptAnswer:
         if not self.limits.take(step):
             return False
         self._kept_bytes += step
+        self.max_journal_bytes += step
         return True
 
     def count_loss(self) -> int:

@@ -129,8 +129,6 @@ class RelayedBody:
             self._end()
             raise StopAsyncIteration
         self._last = chunk
-        if self._kept is not None:
-            self._kept.passed_on(chunk)
         return chunk
 
     async def aclose(self) -> None:
@@ -178,35 +176,52 @@ class RelayedBody:
             answer.finish()
 
     async def _read(self) -> bytes:
+        answer, kept = self._answer, self._kept
+        assert answer is not None
         claim = self._slot.claim
         try:
             if not claim.has_deadline:
-                return await self._next_piece()
-            async with asyncio.timeout_at(claim.deadline_s):
-                return await self._next_piece()
-        except TimeoutError:
-            self._abandon(RequestTimeoutError.status)
-            return self._last_event(RequestTimeoutError(TIMED_OUT))
+                chunk = await answer.read()
+            else:
+                async with asyncio.timeout_at(claim.deadline_s):
+                    chunk = await answer.read()
         except (LinkError, RequestError) as error:
+            return await self._recover(error)
+        except TimeoutError:
+            return self._time_out()
+        except BaseException:
+            await self.aclose()
+            raise
+        if kept is None:
+            if chunk and self._is_event_stream and not isinstance(answer, ClientStream):
+                self._observer.write_times.append(perf_counter())
+        elif len(kept.journal) > kept.max_journal_bytes and not kept.grow():
+            self._drop_kept()
+        return chunk
+
+    async def _recover(self, error: LinkError | RequestError) -> bytes:
+        """Return the next piece from another replica, or the event that ends a broken stream.
+
+        Raises:
+            LinkError, RequestError: See ``_last_event``.
+        """
+        claim = self._slot.claim
+        try:
+            async with asyncio.timeout_at(claim.deadline_s if claim.has_deadline else None):
+                return await self._hand_over(error)
+        except (LinkError, RequestError) as last:
             self._is_read = True
-            self._end(error)
-            return self._last_event(error)
+            self._end(last)
+            return self._last_event(last)
+        except TimeoutError:
+            return self._time_out()
         except BaseException:
             await self.aclose()
             raise
 
-    async def _next_piece(self) -> bytes:
-        answer = self._answer
-        assert answer is not None
-        try:
-            chunk = await answer.read()
-        except (LinkError, RequestError) as error:
-            return await self._hand_over(error)
-        if self._kept is not None and not self._is_kept(self._kept):
-            self._drop_kept()
-        if chunk and self._is_event_stream and not isinstance(answer, ClientStream):
-            self._observer.write_times.append(perf_counter())
-        return chunk
+    def _time_out(self) -> bytes:
+        self._abandon(RequestTimeoutError.status)
+        return self._last_event(RequestTimeoutError(TIMED_OUT))
 
     def _abandon(self, status: int) -> None:
         self._is_read = True
@@ -218,15 +233,6 @@ class RelayedBody:
                 answer.cancel()
                 return
         self._end()
-
-    def _is_kept(self, kept: KeptAnswer) -> bool:
-        """Return False if replica or router keep the answer no more; it is too large."""
-        answer = self._answer
-        if isinstance(answer, ClientStream) and answer.journal is not None and kept.fits():
-            return True
-        if isinstance(answer, ClientStream):
-            answer.journal = None
-        return False
 
     def _on_finished(self, answer: ClientStream, slot: Slot) -> None:
         """Release the slot; also end the request unless another replica may continue it."""
@@ -254,6 +260,8 @@ class RelayedBody:
         began_s = perf_counter()
         meter = self._pool.meter
         while (kept := self._kept) is not None and self._may_continue(kept, error):
+            if isinstance(self._answer, ClientStream) and not kept.add_part(self._answer):
+                break
             reason = _reason(error)
             slot = await self._other_slot(kept, error)
             if slot is None:
@@ -392,6 +400,8 @@ class RelayedBody:
         self._slot.replica.remove_movable(self)
         if kept is not None:
             kept.release()
+            if isinstance(self._answer, ClientStream):
+                self._answer.journal = None
         slot, self._next_slot = self._next_slot, None
         if slot is not None:
             self._pool.queue.release_slot(slot)
