@@ -18,9 +18,10 @@ from cluster.errors import (
     UnavailableError,
 )
 from cluster.gateway.messages import Request, Response
+from cluster.gateway.pools.attempts import MAX_LOST
 from cluster.gateway.pools.forwarding import request_head
 from cluster.gateway.pools.pool import Pool
-from cluster.gateway.pools.relayed_body import MAX_LOST, TIMED_OUT, RelayedBody
+from cluster.gateway.pools.relayed_body import TIMED_OUT, RelayedBody
 from cluster.gateway.pools.response_usage import add_usage, usage_requested
 from cluster.gateway.pools.slots import Claim
 from cluster.gateway.recording.observer import FailoverReason, OnEnd, RequestObserver

@@ -1,0 +1,228 @@
+"""The replicas that answer one request, one after the other."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from time import perf_counter
+
+from cluster.errors import LinkError, LinkRefusedError, RequestError, UnavailableError
+from cluster.gateway.messages import Request
+from cluster.gateway.pools.handover import KeptAnswer
+from cluster.gateway.pools.pool import Pool
+from cluster.gateway.pools.replica import Answer
+from cluster.gateway.pools.slots import Claim, Slot
+from cluster.gateway.recording.observer import HandoverReason, RequestObserver
+from cluster.link import ClientStream, RequestHead
+from cluster.usage import Usage
+
+logger = logging.getLogger("ray.serve.tandem")
+
+MAX_LOST = 2
+"""Replicas that may be lost with one request without any progress of its answer."""
+_MOVED = LinkRefusedError("the replica drains; another one continues the answer")
+
+
+class Attempts:
+    """Slot and answer of a request, and what another replica needs to continue the answer.
+
+    ``on_finished`` is called when a replica has finished the answer, with its error if no other
+    replica may continue it.
+    """
+
+    def __init__(self, pool: Pool, slot: Slot, request: Request, observer: RequestObserver) -> None:
+        self.slot = slot
+        """The last slot; it may be released already."""
+        self.answer: Answer | None = None
+        self.on_finished: Callable[[Exception | None], None] = lambda _: None
+        self.kept: KeptAnswer | None = None
+        """None if no other replica can continue the answer."""
+        self._pool = pool
+        self._request = request
+        self._observer = observer
+        self._has_slot = True
+        self._next_slot: Slot | None = None  # at the replica to which the answer moves
+
+    def open(self, head: RequestHead, body: bytes) -> Answer:
+        """Send the request to the slot's replica.
+
+        Raises:
+            LinkClosedError: The replica cannot be reached now.
+        """
+        replica, limits = self.slot.replica, self._pool.limits.handover
+        info, state = replica.info, replica.state
+        if state == "fallback":
+            self._pool.meter.fallbacks.add()
+        elif limits is not None and info.resume_key:
+            self.kept = KeptAnswer.begin(head, body, limits, info.resume_key)
+            if self.kept is not None:
+                head = self.kept.head
+                replica.movable.add(self)
+        head = self._observer.trace_attempt(head, info.id, (info.host, info.port), state)
+        answer = self.answer = replica.open(head, body)
+        if self.kept is not None and isinstance(answer, ClientStream):
+            answer.journal = self.kept.journal
+        return answer
+
+    def watch(self, answer: ClientStream) -> None:
+        """Call ``on_finished`` when the replica has finished, or now if it has."""
+        answer.on_finished = partial(self._on_finished, answer, self.slot)
+        if answer.ended:
+            answer.finish()
+
+    def grow(self) -> None:
+        """Keep more of the answer, or give up its hand-over if that exceeds the limits."""
+        if self.kept is not None and not self.kept.grow():
+            self.forget()
+
+    def forget(self) -> None:
+        """Drop what other replicas need; the answer ends here."""
+        kept, self.kept = self.kept, None
+        self.slot.replica.remove_movable(self)
+        if kept is not None:
+            kept.release()
+            if isinstance(self.answer, ClientStream):
+                self.answer.journal = None
+        slot, self._next_slot = self._next_slot, None
+        if slot is not None:
+            self._pool.queue.release_slot(slot)
+
+    def release_slot(
+        self, done_tokens: float | None, usage: Usage | None = None, *, is_abandoned: bool = False
+    ) -> None:
+        """Release the slot unless the replica was lost; see ``AdmissionQueue.release_slot``."""
+        if self.answer is not None and not isinstance(self.answer, ClientStream):
+            self.answer.cancel()
+        if self._has_slot:
+            self._has_slot = False
+            self._pool.queue.release_slot(self.slot, done_tokens, usage, is_abandoned=is_abandoned)
+
+    async def hand_over(self, error: LinkError | RequestError) -> bytes:
+        """Have another replica continue the answer; return its first piece.
+
+        Raises:
+            LinkError, RequestError: No other replica can; this is the last failure.
+        """
+        began_s = perf_counter()
+        meter = self._pool.meter
+        while (kept := self.kept) is not None and self._may_continue(kept, error):
+            reason = _reason(error)
+            slot = await self._other_slot(kept, error)
+            if slot is None:
+                meter.handed_over(reason, "failed")
+                break
+            kept.num_handovers += 1
+            try:
+                chunk = await self._continue_at(slot, kept)
+            except (LinkError, UnavailableError) as another:
+                meter.handed_over(reason, "failed")
+                error = another
+                continue
+            meter.handed_over(reason, "continued")
+            meter.handover_s.observe(perf_counter() - began_s)
+            self._observer.num_handovers += 1
+            logger.info("%s: handed over to %s", self._request.id, slot.replica.info.id)
+            return chunk
+        raise error
+
+    # -- for the pool, while the replica drains --
+
+    def move_claim(self) -> Claim | None:
+        """Return the claim for a slot at another replica; None if the answer cannot move."""
+        kept, answer = self.kept, self.answer
+        if kept is None or self._next_slot is not None:
+            return None
+        if not isinstance(answer, ClientStream) or answer.ended:
+            return None
+        return self._claim(kept) if self._may_continue(kept, _MOVED) else None
+
+    def move_to(self, slot: Slot) -> bool:
+        """Let the replica of this slot go on; return False if the answer cannot move any more."""
+        if self.move_claim() is None or not isinstance(self.answer, ClientStream):
+            return False
+        self._next_slot = slot
+        self.answer.abandon(_MOVED)
+        return True
+
+    # -- internals --
+
+    def _on_finished(self, answer: ClientStream, slot: Slot) -> None:
+        error = answer.error
+        if answer is not self.answer:  # it moved
+            self._give_back(slot)
+        elif error is None or self.kept is None or not self._may_continue(self.kept, error):
+            self.on_finished(error)
+        elif self._has_slot:  # the reader hands it over once it has read what arrived
+            self._has_slot = False
+            self._give_back(slot)
+
+    def _give_back(self, slot: Slot) -> None:
+        # The replica that completes the answer is charged with all of it.
+        self._pool.queue.release_slot(slot, 0.0, is_abandoned=True)
+
+    def _may_continue(self, kept: KeptAnswer, error: Exception) -> bool:
+        return (
+            isinstance(error, LinkError | UnavailableError)
+            and kept.num_handovers < kept.limits.config.max_per_request
+        )
+
+    async def _other_slot(self, kept: KeptAnswer, error: Exception) -> Slot | None:
+        """Return a slot at another replica; None if a limit is reached, or none is free in time."""
+        if isinstance(self.answer, ClientStream) and not kept.add_part(self.answer):
+            return None
+        slot, self._next_slot = self._next_slot, None
+        if slot is not None:
+            return slot
+        if isinstance(error, UnavailableError):
+            kept.excluded |= {self.slot.replica.info.id}
+        if not isinstance(error, LinkRefusedError):
+            logger.warning("%s: replica lost during the answer: %s", self._request.id, error)
+            # The request may have been the cause, so it must not reach every replica.
+            if kept.count_loss() >= MAX_LOST or not self._pool.retries.take_retry():
+                return None
+        try:
+            return await self._pool.queue.take_slot(self._claim(kept))
+        except RequestError as refusal:
+            logger.warning("%s: no replica continues the answer: %s", self._request.id, refusal)
+            return None
+
+    def _claim(self, kept: KeptAnswer) -> Claim:
+        claim = self._pool.renew_claim(self.slot.claim)
+        return replace(claim, resume_key=kept.resume_key, excluded=kept.excluded)
+
+    async def _continue_at(self, slot: Slot, kept: KeptAnswer) -> bytes:
+        """Have a replica continue the answer; return its first piece.
+
+        Raises:
+            LinkError, UnavailableError: The replica was lost, or cannot continue the answer.
+        """
+        self.slot.replica.remove_movable(self)
+        self.slot, self._has_slot = slot, True
+        info = slot.replica.info
+        self._observer.slot_taken(info.id)
+        head, body = kept.request()
+        head = self._observer.trace_attempt(head, info.id, (info.host, info.port), "linked")
+        try:
+            answer = slot.replica.link.open(head, body)
+        except LinkError:
+            self.release_slot(0.0)
+            raise
+        self.answer = answer
+        answer.journal = kept.journal
+        if self._observer.write_times:  # of an event stream
+            answer.arrivals_s = self._observer.write_times
+        slot.replica.movable.add(self)
+        self.watch(answer)
+        response = await answer.head()
+        if response.status != self._observer.status:
+            answer.cancel()
+            raise UnavailableError(f"Another replica answered with status {response.status}.")
+        chunk = await answer.read()
+        self._pool.replicas.first_token(slot)
+        return chunk
+
+
+def _reason(error: Exception) -> HandoverReason:
+    if isinstance(error, LinkRefusedError):
+        return "drained"
+    return "lost" if isinstance(error, LinkError) else "unavailable"
