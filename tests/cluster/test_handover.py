@@ -15,6 +15,7 @@ from cluster.engines.base import Engine
 from cluster.engines.factory import make_generator_engine
 from cluster.models import store
 from tests import asgi
+from tests.cluster.test_vllm_adapters import make_adapter
 from tests.cluster.tiny_llama import make_tiny_llama
 from tests.serve.gateway_kit import World, gateway_world, metrics
 
@@ -61,6 +62,7 @@ EXACT: dict[str, tuple[str, dict[str, Any]]] = {
     "prompts": complete(["Once upon a time", "The capital of France", "One two three"]),
     "prompts and n": complete(["Once upon a time", "One two"], n=2, seed=5, temperature=1.0),
     "echo": complete(echo=True, logprobs=2),
+    "LoRA": complete(model="law"),
     "token ids": complete(return_token_ids=True),
     "responses": ("/v1/responses", {"input": "Tell me a story.", "max_output_tokens": 30}),
     "messages": ("/v1/messages", {"messages": chat()[1]["messages"], "max_tokens": 30}),
@@ -78,8 +80,17 @@ pytestmark = [
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Engine]:
     model: Path = tmp_path_factory.mktemp("model")
+    from transformers import AutoModelForCausalLM
+
     make_tiny_llama(model, store.resolve("smollm2-135m-instruct"))
-    fields = {"name": "gen", "model": str(model), "kv_cache_memory_bytes": 64 * 1024**2}
+    adapter = tmp_path_factory.mktemp("adapters") / "law"
+    make_adapter(adapter, AutoModelForCausalLM.from_pretrained(model), seed=0)
+    fields = {
+        "name": "gen",
+        "model": str(model),
+        "adapters": {"law": str(adapter)},
+        "kv_cache_memory_bytes": 64 * 1024**2,
+    }
     engine = make_generator_engine(GeneratorConfig.model_validate(fields))
     await engine.start()
     yield engine
@@ -92,7 +103,8 @@ async def answers(
     """Return an answer whose replica was killed after some chunks, and an undisturbed one."""
     body = {"model": "gen", "stream": True, **body}
     headers = {"x-request-id": "r-1"}
-    async with gateway_world(routing="least-load") as world:
+    adapters = {"adapters": {"law": "law"}}
+    async with gateway_world(routing="least-load", generator=adapters) as world:
         for name in ("gen-1", "gen-2"):
             await add_replica(world, engine, name)
         call = asgi.start(world.app, "POST", path, body, headers)
@@ -119,13 +131,33 @@ async def add_replica(world: World, engine: Engine, name: str) -> None:
     await world.serve(engine.app, "gen", name, engine.routes(), resume_key=engine.resume_key)
 
 
-@pytest.mark.parametrize("num_chunks", [1, 2, 9])
+@pytest.mark.parametrize("num_chunks", [1, 9])
 @pytest.mark.parametrize("cell", EXACT)
 async def test_answers_are_identical(engine: Engine, cell: str, num_chunks: int) -> None:
     path, body = EXACT[cell]
     answer, undisturbed = await answers(engine, path, body, num_chunks)
     assert content(answer) == content(undisturbed)
     assert len(identities(answer)) == 1
+
+
+async def test_an_answer_goes_on_up_to_its_stop_string(engine: Engine) -> None:
+    path, body = chat()
+    whole = "".join(content(await undisturbed_answer(engine, path, body))[0, "content"])
+    stop = whole[80:84]
+    answer, undisturbed = await answers(engine, path, body | {"stop": [stop]}, 5)
+    assert content(answer) == content(undisturbed)
+    assert content(answer)[0, "content"] == whole[: whole.index(stop)]
+
+
+async def test_a_sampled_answer_continues(engine: Engine) -> None:
+    fields: dict[str, Any] = {"ignore_eos": True, "return_token_ids": True, "temperature": 1.0}
+    answer, _ = await answers(engine, *chat(**fields), num_chunks=9)
+    assert len(content(answer)[0, "token_ids"]) == 40
+    assert len(identities(answer)) == 1
+
+
+async def undisturbed_answer(engine: Engine, path: str, body: dict[str, Any]) -> asgi.Answer:
+    return await asgi.post(engine.app, path, {"model": "gen", "stream": True, **body})
 
 
 def identities(answer: asgi.Answer) -> set[Any]:
@@ -156,7 +188,7 @@ def content(answer: asgi.Answer) -> dict[Any, Any]:
                 add((index, "tool"), call["function"].get("name"))
                 add((index, "arguments"), call["function"].get("arguments"))
             for name, values in (choice.get("logprobs") or {}).items():
-                add((index, name), values)
+                add((index, f"logprobs {name}"), values)
             add((index, "end"), choice.get("finish_reason"))
         if not event.get("choices"):
             add("usage", list((event.get("usage") or {}).items()))
