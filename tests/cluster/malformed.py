@@ -45,6 +45,8 @@ STRUCTURED_OUTPUTS: tuple[Any, ...] = (
     {"unknown": 1},
     "regex",
 )
+UNMATCHABLE = {"grammar": 'root ::= root "a"'}
+"""A structured output that compiles, but that no text matches."""
 
 
 def problem_of(path: str, status: int, headers: Mapping[str, str], content: bytes) -> str | None:

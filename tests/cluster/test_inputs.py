@@ -19,6 +19,7 @@ from tests.cluster.malformed import (
     MESSAGES,
     RESPONSES,
     STRUCTURED_OUTPUTS,
+    UNMATCHABLE,
     USER,
     malformed,
     problem_of,
@@ -39,7 +40,10 @@ def problem(answer: httpx.Response, path: str) -> str | None:
 def test_malformed_bodies(http: httpx.Client, path: str) -> None:
     problems = []
     for name, body, status in malformed(path, BODIES[path]["model"]):
-        answer = http.post(path, content=body, headers={"content-type": "application/json"})
+        headers = {"content-type": "application/json"}
+        if name.startswith("max_"):
+            headers["x-request-timeout-seconds"] = "1"  # some mean as many tokens as fit
+        answer = http.post(path, content=body, headers=headers)
         found = problem(answer, path)
         if found is None and status not in (None, answer.status_code):
             found = f"{answer.status_code} instead of {status}: {answer.text[:200]}"
@@ -59,7 +63,7 @@ def test_headers_and_paths(http: httpx.Client) -> None:
     problems = {}
     for path in (CHAT, MESSAGES, "/classify"):
         for name in names:
-            for value in (b"\xe9", b"\xff\xfe", b"a" * 3000):
+            for value in (b"\xe9", b"\xff\xfe", b"a" * 3000) if path == CHAT else (b"\xe9",):
                 headers = [(b"content-type", b"application/json"), (name.encode(), value)]
                 if name == "content-type":
                     headers.pop(0)
@@ -98,7 +102,7 @@ def test_structured_outputs_that_cannot_be_compiled(http: httpx.Client, path: st
     good = http.post(path, json={**BODIES[path], "structured_outputs": {"choice": ["a", "b"]}})
     assert good.status_code == 200
     problems = {}
-    for wanted in STRUCTURED_OUTPUTS:
+    for wanted in (*STRUCTURED_OUTPUTS, UNMATCHABLE):
         # vLLM begins a stream of responses before it checks this.
         for stream in (False,) if path == RESPONSES else (False, True):
             body = {**BODIES[path], "structured_outputs": wanted, "stream": stream}

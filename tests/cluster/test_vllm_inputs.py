@@ -93,6 +93,15 @@ async def test_no_value_of_a_field_causes_an_error_of_the_server(world: World, p
     assert not problems
 
 
+@pytest.mark.parametrize("path", [RESPONSES, INPUT_TOKENS_PATH])
+async def test_items_that_vllm_cannot_render_are_rejected(world: World, path: str) -> None:
+    message = {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed"}
+    refusal = {**message, "content": [{"type": "refusal", "refusal": "No."}]}
+    answer = await asgi.post(world.app, path, body_of(path, input=[refusal]))
+    assert answer.status == 400, answer.body
+    assert problem(path, answer) is None
+
+
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS, RESPONSES])
 async def test_structured_outputs_that_cannot_be_compiled(world: World, path: str) -> None:
     problems = {}
@@ -167,6 +176,8 @@ async def test_a_structured_output_that_does_not_compile_raises_400() -> None:
 
     with pytest.raises(internals.VLLMValidationError, match="cannot compile"):
         await run([output("error")], {"regex": "a"})
+    with pytest.raises(internals.VLLMValidationError, match="no text matches"):
+        await run([output(None), output("error", 5)], {"grammar": 'root ::= root "a"'})
     assert await run([output(None, 5), output("error")], {"regex": "a"}) == 2
     assert await run([output("error")], None) == 1
     assert await run([output("stop", 5)], {"regex": "a"}) == 1

@@ -21,6 +21,8 @@ from cluster.errors import InvalidRequestError, request_error_for
 
 _VALIDATION = "request_body_to_args"
 """FastAPI's function that validates a request's body."""
+_RENDERERS = "vllm.renderers."
+"""vLLM's modules that build a prompt from a request."""
 _DEFECTS = (AttributeError, LookupError, AssertionError, RecursionError)
 
 
@@ -74,39 +76,39 @@ async def _read_body(receive: Receive) -> bytes | None:
 
 
 def reject_uncompiled(generate: Generate) -> Generate:
-    """Wrap ``generate`` to raise vLLM's 400 if the engine cannot compile a structured output.
+    """Wrap ``generate`` to raise vLLM's 400 if the engine cannot follow a structured output.
 
     vLLM checks a request with several backends, and compiles all with the one that the first
-    request needed. If that fails, the request ends without a token.
+    request needed. If that fails, or if the grammar matches no text (``root ::= root "a"``), the
+    request ends with an error in its first output.
     """
 
     @wraps(generate)
     async def wrapper(
         prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
-        is_structured = getattr(sampling_params, "structured_outputs", None) is not None
-        is_empty = True
+        is_first = getattr(sampling_params, "structured_outputs", None) is not None
         async with aclosing(generate(prompt, sampling_params, *args, **kwargs)) as outputs:
             async for output in outputs:
-                if is_structured and is_empty:
-                    is_empty = not any(completion.token_ids for completion in output.outputs)
-                    if is_empty and any(c.finish_reason == "error" for c in output.outputs):
+                if is_first:
+                    if any(choice.finish_reason == "error" for choice in output.outputs):
                         raise internals.VLLMValidationError(
-                            "The engine cannot compile this structured output. Simplify it.",
+                            "The engine cannot compile this structured output, or no text matches "
+                            "it. Simplify it.",
                             parameter="structured_outputs",
                         )
+                    is_first = not any(choice.token_ids for choice in output.outputs)
                 yield output
 
     return wrapper
 
 
 def report_validation_defects(app: Any) -> None:
-    """Let errors in vLLM's validators of requests, which assume types, be 400 instead of 500."""
+    """Let errors where vLLM reads requests, and assumes types, be 400 instead of 500."""
     from starlette.responses import JSONResponse
 
     async def handle(_request: Any, error: Exception) -> Any:
-        names = (frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__))
-        if _VALIDATION not in names:
+        if not _is_from_reading(error):
             raise error
         known = request_error_for(400, f"A field of the request has a wrong type: {error}")
         return JSONResponse(known.body(), known.status)
@@ -114,6 +116,14 @@ def report_validation_defects(app: Any) -> None:
     for kind in _DEFECTS:
         app.add_exception_handler(kind, handle)
     app.middleware_stack = app.build_middleware_stack()  # vLLM has built it with the old handlers
+
+
+def _is_from_reading(error: BaseException) -> bool:
+    return any(
+        frame.f_code.co_name == _VALIDATION
+        or str(frame.f_globals.get("__name__")).startswith(_RENDERERS)
+        for frame, _ in walk_tb(error.__traceback__)
+    )
 
 
 def complete_messages(handler: Any) -> None:
