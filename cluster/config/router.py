@@ -59,8 +59,8 @@ class RouterConfig(Section):
     max_buffered_bytes: ByteSize = Field(ByteSize(512 * 1024**2), ge=1024)
     """Maximum size of the request bodies that one router buffers, in bytes or with a unit; beyond
     it requests are shed (429), and so are those of a tenant whose bodies exceed what remains free.
-    Bodies of up to 64 KiB are always accepted. A body is kept until its answer begins. At least
-    `max_body_bytes`."""
+    Bodies of up to 64 KiB are always accepted. A body counts until its answer begins; then
+    `handover` limits it. At least `max_body_bytes`."""
     max_connections_per_address: int = Field(1024, ge=1)
     """Maximum number of open connections from one address to the HAProxy of a node; further ones
     are closed. Raise it if clients share an address, such as that of another proxy."""

@@ -33,9 +33,13 @@ def router() -> Dashboard:
         ),
         graph("Queue time", "s", *quantiles("tandem_queue_seconds", 0.5, 0.95, 0.99)),
         graph(
-            "Failovers and cut-off responses per second",
+            "Failovers, hand-overs and cut-off responses per second",
             "short",
             Query(rate_of("tandem_failovers_total", "model, reason"), "{{model}} {{reason}}"),
+            Query(
+                rate_of("tandem_stream_handovers_total", "model, reason, outcome"),
+                "{{model}} hand-over {{reason}} {{outcome}}",
+            ),
             Query(rate_of("tandem_cut_off_requests_total"), "{{model}} cut off"),
         ),
         graph(

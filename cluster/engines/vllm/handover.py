@@ -75,6 +75,7 @@ class _ReplayedCall:
 
     def __init__(self, llm: Any, num_sequences: int, progress: Progress, number: int) -> None:
         self._outputs = llm.output_processor
+        self._max_model_len = llm.model_config.max_model_len
         self._num_sequences = num_sequences
         self._progress = progress
         self._number = number
@@ -103,6 +104,8 @@ class _ReplayedCall:
                 self._progress.end_turn()
         for request, token_ids in zip(self._requests, self._token_ids, strict=True):
             if request.request_id in self._outputs.request_states:
+                if len(request.prompt_token_ids or ()) + len(token_ids) >= self._max_model_len:
+                    raise HandoverError("The answer exceeds this replica's context.")
                 await self._add_request(_with_output_ids(request, token_ids))
 
     async def _start(self, outputs: AsyncIterator[Any]) -> Any:

@@ -62,7 +62,12 @@ _decode_start = msgspec.msgpack.Decoder(Start).decode
 _decode_output = msgspec.msgpack.Decoder(Output).decode
 
 
-def resume_key(config: GeneratorConfig, model_path: str, adapter_paths: Mapping[str, str]) -> str:
+def resume_key(
+    config: GeneratorConfig,
+    model_path: str,
+    adapter_paths: Mapping[str, str],
+    max_model_len: int,
+) -> str:
     """Return a key of all that the entries and the continued text depend on."""
     parts = {
         "format": _FORMAT,
@@ -71,6 +76,7 @@ def resume_key(config: GeneratorConfig, model_path: str, adapter_paths: Mapping[
         "adapters": sorted(adapter_paths.items()),
         "dtype": config.dtype,
         "quantization": config.quantization,
+        "max_model_len": max_model_len,
     }
     return sha256(repr(parts).encode()).hexdigest()[:16]
 
