@@ -114,7 +114,8 @@ FAILOVERS = _counter(
 HANDOVERS = _counter(
     "tandem_stream_handovers_total",
     "Attempts to have another replica continue an answer. Reasons: lost (the link broke); "
-    "unavailable (the engine died); drained (the replica stops). Outcomes: continued; failed.",
+    "unavailable (the engine died); drained (the replica stops); hung (it is silent). Outcomes: "
+    "continued; failed.",
     "reason",
     "outcome",
 )

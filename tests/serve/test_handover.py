@@ -265,6 +265,23 @@ async def test_a_client_that_disconnects_during_a_handover_holds_nothing() -> No
         assert world.gateway.pools["gen"].limits.handover.used_bytes == 0
 
 
+async def test_answers_move_away_from_a_silent_replica() -> None:
+    first, second = Script(stop_at=5), Script(stop_at=8)
+    async with world_with(first) as world:
+        call = await start(world, first)
+        await world.serve(second, "gen", "gen-2", resume_key="k")
+        for connection in world.servers["gen-1"].connections:
+            connection.write = lambda *_: None  # type: ignore[method-assign]  # it hangs
+        await asyncio.wait_for(second.stopped.wait(), 4)
+        for connection in world.servers["gen-1"].connections:
+            del connection.write
+        first.go_on.set()
+        second.go_on.set()
+        assert (await call.done()).body == ANSWER
+        await world.until_idle(5)  # the usage that it would report for its part is not awaited long
+        assert await handovers(world, "hung") == (1, 0)
+
+
 async def test_a_replica_that_wakes_up_cannot_write_to_the_answer() -> None:
     first, second = Script(stop_at=5), Script(stop_at=8)
     async with world_with(first) as world:

@@ -20,7 +20,8 @@ logger = logging.getLogger("ray.serve.tandem")
 
 MAX_LOST = 2
 """Replicas that may be lost with one request without any progress of its answer."""
-_MOVED = LinkRefusedError("the replica drains; another one continues the answer")
+_DRAINS = LinkRefusedError("the replica drains; another one continues the answer")
+_HANGS = LinkRefusedError("the replica is silent; another one continues the answer")
 
 
 class Attempts:
@@ -125,7 +126,7 @@ class Attempts:
             return chunk
         raise error
 
-    # -- for the pool, while the replica drains --
+    # -- for the pool, while the replica drains or is silent --
 
     def move_claim(self) -> Claim | None:
         """Return the claim for a slot at another replica; None if the answer cannot move."""
@@ -134,14 +135,14 @@ class Attempts:
             return None
         if not isinstance(answer, ClientStream) or answer.ended:
             return None
-        return self._claim(kept) if self._may_continue(kept, _MOVED) else None
+        return self._claim(kept) if self._may_continue(kept, _DRAINS) else None
 
     def move_to(self, slot: Slot) -> bool:
         """Let the replica of this slot go on; return False if the answer cannot move any more."""
         if self.move_claim() is None or not isinstance(self.answer, ClientStream):
             return False
         self._next_slot = slot
-        self.answer.abandon(_MOVED)
+        self.answer.abandon(_DRAINS if self.slot.replica.is_draining else _HANGS)
         return True
 
     # -- internals --
@@ -223,6 +224,8 @@ class Attempts:
 
 
 def _reason(error: Exception) -> HandoverReason:
+    if error is _HANGS:
+        return "hung"
     if isinstance(error, LinkRefusedError):
         return "drained"
     return "lost" if isinstance(error, LinkError) else "unavailable"

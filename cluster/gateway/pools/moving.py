@@ -1,4 +1,4 @@
-"""Answers of draining replicas move to other replicas, one after the other."""
+"""Answers of replicas that drain or hang move to other replicas, one after the other."""
 
 import asyncio
 import logging
@@ -16,9 +16,10 @@ RETRY_S = 1.0
 async def move_answers(replica: Replica, queue: AdmissionQueue) -> None:
     """Move the answers that other replicas can continue, each as soon as there is a slot for it.
 
-    An answer goes on at the draining replica until it has a slot at another one.
+    An answer stays at its replica until it has a slot at another one.
     """
-    logger.info("replica %s drains: %d answers move", replica.info.id, len(replica.movable))
+    reason = "drains" if replica.is_draining else "is silent"
+    logger.info("replica %s %s: %d answers move", replica.info.id, reason, len(replica.movable))
     for answer in tuple(replica.movable):
         while (claim := answer.move_claim()) is not None:
             try:

@@ -7,6 +7,7 @@ replica set reports changes to the queue by callbacks, which this module connect
 import asyncio
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 from cluster.admission import PoolCapacity
@@ -50,7 +51,7 @@ class Pool:
         self.queue = AdmissionQueue(name, limits.queue, capacity, self.replicas, meter)
         self.replicas.on_change = self.queue.dispatch
         self.replicas.on_load = self.queue.observe_loads
-        self.replicas.on_draining = self._move_answers
+        self.replicas.on_leaving = self._move_answers
         self._movers: set[asyncio.Task[None]] = set()
         self._closed = False
         self._set_context(())
@@ -126,12 +127,16 @@ class Pool:
         self.estimator.context_tokens = context_tokens or float("inf")
 
     def _move_answers(self, replica: Replica) -> None:
-        """Move the answers of a draining replica to others, as slots become free there."""
+        """Move the answers of a replica that drains or hangs, as slots become free elsewhere."""
         if self._closed or replica.mover is not None or not replica.movable:
             return
         replica.mover = asyncio.ensure_future(move_answers(replica, self.queue))
         self._movers.add(replica.mover)
-        replica.mover.add_done_callback(self._movers.discard)
+        replica.mover.add_done_callback(partial(self._on_moved, replica))
+
+    def _on_moved(self, replica: Replica, mover: asyncio.Task[None]) -> None:
+        self._movers.discard(mover)
+        replica.mover = None
 
     async def close(self) -> None:
         """Reject the requests that wait, and close every link."""

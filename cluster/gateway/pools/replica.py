@@ -117,7 +117,7 @@ class Replica:
         self.movable: set[Movable] = set()
         """Answers of this replica that another one can continue."""
         self.mover: asyncio.Task[None] | None = None
-        """Moves these answers while the replica drains; cancelled once there are none."""
+        """Moves these answers while the replica drains or is silent, until there are none."""
         self.is_retired = False
         """True once Ray Serve no longer lists the replica as running."""
 

@@ -68,8 +68,8 @@ class ReplicaSet:
     def __init__(self, name: str, limits: PoolLimits, wiring: Wiring, meter: PoolMeter) -> None:
         self.on_change: Callable[[], None] = lambda: None
         """Called when a replica's connectivity changed."""
-        self.on_draining: Callable[[Replica], None] = lambda _: None
-        """Called when a replica begins to drain."""
+        self.on_leaving: Callable[[Replica], None] = lambda _: None
+        """Called when a replica begins to drain, or is silent."""
         self.on_load: Callable[[Iterable[Load]], None] = lambda _: None
         """Called with the loads of all replicas when one of them reported its load."""
         self.link_counts = LinkCounts()
@@ -117,7 +117,7 @@ class ReplicaSet:
             self.prefixes.clear(gone)
             replica.is_retired = True
             self._retired.add(replica)
-            self.on_draining(replica)
+            self.on_leaving(replica)
             self._close_if_idle(replica)
         for info in infos.values():
             if info.id not in self._replicas:
@@ -197,8 +197,10 @@ class ReplicaSet:
             if not replica.is_retired:
                 fleet.forget_load(info.id)
                 fleet.set_reach(info.id, replica.reach)
-                if state is LinkState.DRAINING:
-                    self.on_draining(replica)
+                if state in (LinkState.DRAINING, LinkState.SILENT):
+                    self.on_leaving(replica)
+                elif state is LinkState.CONNECTED and replica.mover is not None:
+                    replica.mover.cancel()  # it is back
                 self.on_change()
 
         def on_load(load: Load) -> None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 ShedReason = Literal["queue_full", "too_long", "deadline", "expired", "displaced"]
 FailoverReason = Literal["lost", "refused", "unavailable", "drained"]
-HandoverReason = Literal["lost", "unavailable", "drained"]
+HandoverReason = Literal["lost", "unavailable", "drained", "hung"]
 HandoverOutcome = Literal["continued", "failed"]
 
 OnEnd = Callable[[int, Usage | None, bool], None]
