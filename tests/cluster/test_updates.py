@@ -105,10 +105,11 @@ def test_a_stopped_engine_is_replaced(cluster: RunningCluster) -> None:
         engine.suspend()
         body = {"model": MODEL, "prompt": "a", "max_tokens": 4}
         waiting = threads.submit(http.post, "/v1/completions", json=body)
-        for stream in streams:
-            error = stream.result(timeout=STALL_TIMEOUT_S + 60)
-            assert isinstance(error, openai.APIError | anthropic.APIStatusError), error
-            assert "try again" in str(error), error
+        for stream in streams:  # they go on at the new replica if that starts in time
+            error = stream.result(timeout=STALL_TIMEOUT_S + 200)
+            if error is not None:
+                assert isinstance(error, openai.APIError | anthropic.APIStatusError), error
+                assert "try again" in str(error), error
         answer = waiting.result(timeout=180)  # retried on the new replica if that starts in time
         if answer.status_code != 200:
             assert_no_replica_became_ready(answer)
