@@ -138,7 +138,8 @@ def wait_recovered(cluster: Cluster, name: str, victim: Victim) -> bool:
 def make_report(results: Mapping[str, FaultResult], seconds: float) -> Report:
     """Return the table of all faults and the errors of their requests."""
     outage_columns = tuple(f"{kind}, s" for kind in KINDS)
-    columns = ("fault", "requests", "failed", "lost", "restarted", *outage_columns, "healthy, s")
+    counts = ("requests", "failed", "diverged", "lost", "restarted")
+    columns = ("fault", *counts, *outage_columns, "healthy, s")
     rows = [make_row(name, result) for name, result in results.items()]
     errors = [
         f"{name}, {title}: {', '.join(f'{number} × {error}' for error, number in found.items())}"
@@ -147,6 +148,7 @@ def make_report(results: Mapping[str, FaultResult], seconds: float) -> Report:
         if found
     ]
     notes = (
+        "diverged: greedy streams with another text than before the kill.",
         "lost: requests on sockets of the killed process.",
         f"{', '.join(KINDS)}: longest time without data of a successful response after the kill, "
         f"and in the {seconds:g} s before it.",
@@ -167,6 +169,7 @@ def make_row(name: str, result: FaultResult) -> list[str]:
         name,
         str(result.requests),
         str(result.failed),
+        str(result.diverged),
         str(sum(result.lost.values())),
         str(result.restarted),
         *(f"{result.outage_s[kind]:.1f} ({result.usual_gap_s[kind]:.1f})" for kind in KINDS),

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Literal
 
+_PROMPT_CHARS = 14
+"""Characters that tell the prompts apart."""
 Connection = Literal["", "refused", "broken"]
 """Failure of a request's connection, if that was its error."""
 
@@ -23,6 +25,8 @@ class Attempt:
     error: str = ""
     """Short description of the failure; empty if the request succeeded."""
     connection: Connection = ""
+    text: str = ""
+    """Prompt and answer of a greedy stream."""
 
 
 def measure(
@@ -31,12 +35,17 @@ def measure(
     """Send a request by iterating over the parts of its response; ``describe`` its error."""
     began_s = time.monotonic()
     served_s: list[float] = []
+    texts: list[str] = []
     failure: tuple[str, Connection] = "", ""
     try:
-        served_s.extend(time.monotonic() for _ in parts)
+        for part in parts:
+            served_s.append(time.monotonic())
+            if isinstance(part, str):
+                texts.append(part)
     except Exception as error:
         failure = describe(error)
-    return Attempt(kind, began_s, time.monotonic(), tuple(served_s), *failure)
+    text = "".join(texts)
+    return Attempt(kind, began_s, time.monotonic(), tuple(served_s), *failure, text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +76,8 @@ class FaultResult:
     """Requests that ended after the kill."""
     failed: int
     """Failed requests, except those on sockets of the killed process."""
+    diverged: int
+    """Greedy streams whose text differs from the text before the kill."""
     errors: Mapping[str, int]
     """Failed requests by kind and error."""
     lost: Mapping[str, int]
@@ -142,6 +153,7 @@ def summarize(
     return FaultResult(
         requests=len(affected),
         failed=errors.total(),
+        diverged=count_diverged(attempts, window.killed_s),
         errors=dict(errors),
         lost=dict(lost),
         restarted=restarted,
@@ -154,6 +166,19 @@ def summarize(
             for kind, times in served.items()
         },
         recovered_s=recovered_s,
+    )
+
+
+def count_diverged(attempts: Iterable[Attempt], killed_s: float) -> int:
+    """Return the greedy streams that ended after the kill with a text unlike any before it.
+
+    Streams of a prompt that was not answered before the kill are not counted.
+    """
+    texts = [(one.text, one.ended_s > killed_s) for one in attempts if one.text and not one.error]
+    known = {text for text, is_late in texts if not is_late}
+    starts = {text[:_PROMPT_CHARS] for text in known}
+    return sum(
+        is_late and text not in known and text[:_PROMPT_CHARS] in starts for text, is_late in texts
     )
 
 

@@ -158,10 +158,11 @@ class Load:
 
 
 def stream(http: httpx.Client, rng: random.Random) -> Iterator[str]:
-    """Send a greedy completion; yield the lines of its stream."""
+    """Send a greedy completion; yield its prompt, then the text in each line of its stream."""
+    prompt = rng.choice(PROMPTS)
     body = {
         "model": REAL_MODEL,
-        "prompt": rng.choice(PROMPTS),
+        "prompt": prompt,
         "max_tokens": MAX_TOKENS,
         "temperature": 0,
         "ignore_eos": True,
@@ -170,11 +171,18 @@ def stream(http: httpx.Client, rng: random.Random) -> Iterator[str]:
     line = ""
     with http.stream("POST", "/v1/completions", json=body) as answer:
         raise_for_status(answer)
+        yield prompt
         for line in filter(None, answer.iter_lines()):
             raise_for_event(line)
-            yield line
+            yield text_of(line)
     if line != "data: [DONE]":
         raise FailedRequestError("incomplete stream")
+
+
+def text_of(line: str) -> str:
+    """Return the text in a line of a stream of completions; empty for ``[DONE]``."""
+    data = line.removeprefix("data:").strip()
+    return str(json.loads(data)["choices"][0]["text"]) if data.startswith("{") else ""
 
 
 def classify(http: httpx.Client, rng: random.Random) -> Iterator[httpx.Response]:

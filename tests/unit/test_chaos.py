@@ -130,3 +130,16 @@ def test_an_unexpected_answer_fails_its_request_and_not_the_load() -> None:
     with httpx.Client(transport=transport, base_url="http://test") as http:
         attempt = measure("classify", classify(http, random.Random(0)), describe)
     assert attempt.error == "KeyError: 'type'"
+
+
+def test_greedy_streams_with_another_text_than_before_are_counted() -> None:
+    def stream(ended_s: float, text: str, error: str = "") -> Attempt:
+        return Attempt("stream", ended_s - 1, ended_s, (ended_s,), error, text=text)
+
+    before = [stream(99.0, "Once upon a time there was"), stream(98.0, "Water boils at 100")]
+    same = stream(105.0, "Once upon a time there was")
+    other = stream(106.0, "Once upon a time, a fox")
+    failed = stream(106.0, "Water boils", "error event")
+    unknown = stream(107.0, "In the year 2000")  # not asked before the kill
+    assert result_of(*before, same, failed, unknown).diverged == 0
+    assert result_of(*before, same, other).diverged == 1
