@@ -7,6 +7,7 @@ the same state. Then the engine goes on: it gets the tokens as output that it ha
 (``resuming``), which is how vLLM itself resumes a preempted request.
 """
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -22,6 +23,7 @@ from cluster.engines.vllm.requests import Generate, current_progress
 from cluster.engines.vllm.resuming import OUTPUT_IDS
 from cluster.errors import HandoverError
 
+_REPLAYED_PER_TURN = 16  # outputs, 2 ms: other streams and the link's heartbeat go on meanwhile
 _replayed_call: ContextVar["_ReplayedCall | None"] = ContextVar("replayed_call", default=None)
 
 
@@ -92,7 +94,11 @@ class _ReplayedCall:
 
     async def replay(self, outputs: AsyncIterator[Any]) -> AsyncIterator[Any]:
         """Yield the earlier outputs, then give the unfinished requests to the engine."""
+        num_replayed = 0
         while self._progress.has_earlier(self._number):
+            num_replayed += 1
+            if num_replayed % _REPLAYED_PER_TURN == 0:
+                await asyncio.sleep(0)
             if self._requests:
                 self._pass_on(await self._progress.replay(self._number))
                 output = await anext(outputs)
