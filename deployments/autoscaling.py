@@ -163,7 +163,7 @@ class ApplicationPolicy:
         While that is unknown, it is the present target, but at least one.
         """
         pool = deployment.pool
-        unknown = max(1, deployment.context.target_num_replicas)
+        unknown: int = max(1, deployment.context.target_num_replicas)
         shares = [values[CORE_SHARE] for _, values in reports if CORE_SHARE in values]
         if shares:
             self._core_shares[pool] = max(shares)

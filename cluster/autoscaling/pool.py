@@ -31,7 +31,7 @@ that a few replicas built up while others start says nothing about how many are 
 DOWN_SLACK = 0.1
 """Extra load that the remaining replicas must bear before one is removed, as a share."""
 NO_GAIN = "no_gain"
-"""Cause of a decision that adds no replica although an objective is missed: the last did not help."""
+"""Cause: an objective is missed, but the last replica that was added did not help."""
 HELPED = 0.9
 """Latency after adding replicas, relative to before, above which adding more is not tried."""
 FAILURE_S = 1800.0

@@ -17,6 +17,7 @@ from benchmarks import (
     memory,
     metrics,
     overload,
+    page,
     routing,
     stream,
 )
@@ -24,6 +25,7 @@ from benchmarks.report import Report, print_report, write_json
 from cluster.errors import TandemError
 
 DEFAULT_ROUNDS = 3
+REPORT = "report"
 
 
 class Benchmark(Protocol):
@@ -67,6 +69,9 @@ def make_parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
         benchmark.add_arguments(command)
+    commands.add_parser(
+        REPORT, help="Write the table at the top of docs/performance.md from committed results"
+    )
     return parser
 
 
@@ -80,6 +85,9 @@ def _positive(text: str) -> int:
 def main() -> int:
     """Run one benchmark; all processes that it started have ended on return."""
     args = make_parser().parse_args()
+    if args.benchmark == REPORT:
+        page.write_page()
+        return 0
     args.rounds = args.rounds or (1 if args.quick else DEFAULT_ROUNDS)
     for name in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(name, _interrupt)

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -47,6 +49,10 @@ class Report:
     """Further measurements, only for the JSON file."""
     notes: Sequence[str] = ()
     """Sentences on the method and its side effects."""
+    values: dict[str, dict[str, Summary]] = field(default_factory=dict)
+    """Quantities behind the keys, each of ``ours``, the ``tuned`` and the ``default`` peer."""
+    commands: dict[str, str] = field(default_factory=dict)
+    """Command line of each server."""
 
     def joined(self, other: "Report") -> "Report":
         """Return a report with the contents of both."""
@@ -56,6 +62,8 @@ class Report:
             tables=[*self.tables, *other.tables],
             details=self.details | other.details,
             notes=[*self.notes, *other.notes],
+            values=self.values | other.values,
+            commands=self.commands | other.commands,
         )
 
 
@@ -117,6 +125,8 @@ def as_json(args: argparse.Namespace, report: Report) -> dict[str, Any]:
         "rounds": {name: value.rounds for name, value in report.keys.items()},
         "goals": report.goals,
         "settings": {k: v for k, v in vars(args).items() if k not in ("benchmark", "json")},
+        "values": report.values,
+        "commands": report.commands,
         "details": report.details,
         "notes": list(report.notes),
         "machine": describe_machine(),
@@ -140,11 +150,21 @@ def describe_machine() -> dict[str, Any]:
     return {
         "cpus": os.cpu_count(),
         "processor": _processor(),
+        "memory_gib": psutil.virtual_memory().total / 1024**3,
+        "commit": _commit(),
         "system": platform.platform(),
         "python": platform.python_version(),
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _commit() -> str:
+    """Return the commit of the measured code, with ``-dirty`` if files have changed since."""
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    folder = Path(__file__).parent
+    done = subprocess.run(describe, cwd=folder, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
 
 
 def _processor() -> str:

@@ -54,7 +54,7 @@ def test_a_response_of_the_wrong_length_is_an_error() -> None:
 def test_ratios_use_the_rounds_that_both_servers_have() -> None:
     rounds_by_server: Rounds = {
         "cluster": rounds((10.0, 300.0), (12.0, 200.0), (11.0, 330.0)),
-        "vllm-serve": rounds((40.0, 150.0), (30.0, 100.0)),
+        "vllm": rounds((40.0, 150.0), (30.0, 100.0)),
     }
     keys = report.make_report(rounds_by_server).keys
     assert keys["ratio_vs_vllm_serve"].rounds == (2.0, 2.0)

@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.endpoint import Endpoint
 from benchmarks.ports import free_ports
 from benchmarks.targets.home import new_home
-from benchmarks.targets.peer_environment import install_peer
+from benchmarks.targets.peer_environment import install_peer, use_our_packages
 from benchmarks.targets.running import RunningTarget
 from benchmarks.targets.tandem import tandem_with_pools
 from cluster.models.store import models_dir
@@ -59,9 +59,7 @@ def install_infinity() -> Path:
     It uses this environment's PyTorch, so that both run the same kernels.
     """
     environment = install_peer("infinity-emb-0.0.78", INFINITY_REQUIREMENTS, leave_out="torch")
-    (theirs,) = (environment / "lib").glob("python*/site-packages")
-    ours = Path(sys.prefix) / "lib" / theirs.parent.name / "site-packages"
-    (theirs / "zz_torch.pth").write_text(f"{ours}\n", encoding="utf-8")
+    use_our_packages(environment)
     return environment / "bin" / "infinity_emb"
 
 

@@ -3,9 +3,11 @@
 import json
 import random
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from benchmarks import token_times
 from benchmarks.endpoint import Endpoint, TargetError, send_request
@@ -17,6 +19,8 @@ COMPLETION_TOKENS = 64
 REQUESTS_PER_STREAM = {1: 4, 8: 3}
 """Requests per stream by the number of concurrent streams; 2 for other numbers."""
 WARM_UP_REQUESTS = 8
+WARM_UP_S, QUICK_WARM_UP_S = 60.0, 5.0
+"""Shortest warm-up. The autoscaler may act on a load only after half a minute."""
 FOREVER_S = 1e9
 SPACE = "Ġ"
 """Character for a leading space in a byte-level vocabulary."""
@@ -80,19 +84,71 @@ class EngineResult:
     itl_ms_p99: float
 
 
-def measure(endpoint: Endpoint, prompts: PromptMaker, setting: Setting) -> EngineResult:
-    """Warm up, then send all requests with ``setting.concurrent`` at a time.
+class PromptSender(Protocol):
+    """Way to a server: HTTP, or a process with only the engine."""
+
+    def check(self, prompt: str) -> None:
+        """Raise ``TargetError`` if the usage of a response is not ``COMPLETION_TOKENS``."""
+
+    def send(self, prompts: Sequence[str], concurrent: int) -> TokenTimes:
+        """Send all prompts, ``concurrent`` at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class HttpSender:
+    """Sends prompts to a server's ``/v1/completions``."""
+
+    endpoint: Endpoint
+
+    def check(self, prompt: str) -> None:
+        check_completion_tokens(send_request(self.endpoint, self._encode(prompt, usage=True)))
+
+    def send(self, prompts: Sequence[str], concurrent: int) -> TokenTimes:
+        requests = iter([self._encode(prompt) for prompt in prompts])
+        load = StreamLoad(requests, concurrent, pause_s=0, warm_up_s=0, measured_s=FOREVER_S)
+        return token_times.measure(self.endpoint, load)
+
+    def _encode(self, prompt: str, *, usage: bool = False) -> bytes:
+        body = {
+            "model": self.endpoint.model,
+            "prompt": prompt,
+            "max_tokens": COMPLETION_TOKENS,
+            "ignore_eos": True,
+            "temperature": 0,
+            "stream": True,
+            **({"stream_options": {"include_usage": True}} if usage else {}),
+        }
+        return self.endpoint.encode_request("/v1/completions", body)
+
+
+def warm_up(
+    sender: PromptSender, prompts: PromptMaker, round_number: int, concurrent: int, seconds: float
+) -> None:
+    """Send requests for at least ``seconds``, so that the autoscaler acts before the measurement.
 
     Raises:
         TargetError: A response was not 200, or had the wrong number of tokens.
     """
+    (prompt,) = prompts.make_prompts(1, "check", round_number)
+    sender.check(prompt)
+    began, number = time.monotonic(), 0
+    while time.monotonic() - began < seconds or not number:
+        number += 1
+        seed = ("warm-up", round_number, number)
+        sender.send(prompts.make_prompts(concurrent, *seed), concurrent)
+
+
+def measure(sender: PromptSender, prompts: PromptMaker, setting: Setting) -> EngineResult:
+    """Send all requests with ``setting.concurrent`` at a time, after a few others.
+
+    Raises:
+        TargetError: A response was not 200.
+    """
     seed = (setting.round_number, setting.concurrent)
-    (prompt,) = prompts.make_prompts(1, "check", *seed)
-    check_completion_tokens(send_request(endpoint, _encode(endpoint, prompt, usage=True)))
-    warm_up = prompts.make_prompts(min(WARM_UP_REQUESTS, setting.concurrent), "warm-up", *seed)
-    _send(endpoint, warm_up, WARM_UP_REQUESTS)
+    num = min(WARM_UP_REQUESTS, setting.concurrent)
+    sender.send(prompts.make_prompts(num, "settle", *seed), num)
     measured = prompts.make_prompts(setting.num_requests, *seed)
-    return _to_result(setting, _send(endpoint, measured, setting.concurrent))
+    return _to_result(setting, sender.send(measured, setting.concurrent))
 
 
 def check_completion_tokens(response: bytes) -> None:
@@ -100,25 +156,6 @@ def check_completion_tokens(response: bytes) -> None:
     found = [int(number) for number in _USAGE.findall(response)]
     if not found or found[-1] != COMPLETION_TOKENS:
         raise TargetError(f"Stream has completion tokens {found[-1:]}, not {COMPLETION_TOKENS}.")
-
-
-def _encode(endpoint: Endpoint, prompt: str, *, usage: bool = False) -> bytes:
-    body = {
-        "model": endpoint.model,
-        "prompt": prompt,
-        "max_tokens": COMPLETION_TOKENS,
-        "ignore_eos": True,
-        "temperature": 0,
-        "stream": True,
-        **({"stream_options": {"include_usage": True}} if usage else {}),
-    }
-    return endpoint.encode_request("/v1/completions", body)
-
-
-def _send(endpoint: Endpoint, prompts: Sequence[str], concurrent: int) -> TokenTimes:
-    requests = iter([_encode(endpoint, prompt) for prompt in prompts])
-    load = StreamLoad(requests, concurrent, pause_s=0, warm_up_s=0, measured_s=FOREVER_S)
-    return token_times.measure(endpoint, load)
 
 
 def _to_result(setting: Setting, times: TokenTimes) -> EngineResult:

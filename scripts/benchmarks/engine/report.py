@@ -1,23 +1,38 @@
 """Rounds of ``bench engine``: file format, keys and tables."""
 
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
 from benchmarks.engine.measure import EngineResult
-from benchmarks.engine.servers import CLUSTER, SERVE_LLM, VLLM_SERVE
+from benchmarks.engine.servers import (
+    CLUSTER,
+    IN_PROCESS,
+    SERVE_LLM,
+    SERVE_LLM_TUNED,
+    TUNED_VLLM,
+    VLLM,
+)
 from benchmarks.report import CellValue, Report, Table
 from benchmarks.rounds import Summary
 
 HEADLINE = 32
 """Number of concurrent requests of the keys without a suffix."""
 RATIOS = {
-    "ratio_vs_vllm_serve": (VLLM_SERVE, ">= 1.5"),
+    "ratio_vs_in_process": (IN_PROCESS, ">= 0.95"),
+    "ratio_vs_vllm_serve": (VLLM, ">= 1.5"),
     "ratio_vs_serve_llm": (SERVE_LLM, ">= 1.8"),
+    "ratio_vs_tuned_serve_llm": (SERVE_LLM_TUNED, ">= 1.0"),
 }
-READY_RATIO = ("ready_ratio_vs_vllm_serve", VLLM_SERVE, "<= 0.4")
+"""Peers of the throughput ratios, and the goals."""
+TUNED_RATIO = "ratio_default_vs_tuned_vllm"
+TTFT_RATIO = f"ttft_ratio_vs_tuned_vllm_at_{HEADLINE}"
+BEST: dict[str, Callable[[Sequence[float]], float]] = {"tokens_s": max, "ttft_ms_p50": min}
+"""Choice of the tuned peer's variant in each round, by column."""
+READY_RATIO = ("ready_ratio_vs_vllm_serve", VLLM, "<= 0.4")
 COLUMNS = [
     field.name for field in fields(EngineResult) if field.name not in ("concurrent", "requests")
 ]
@@ -30,6 +45,9 @@ class EngineRound:
     ready_s: float
     cells: tuple[EngineResult, ...]
     """One result per number of concurrent requests."""
+    command: str = ""
+    scale_events: tuple[str, ...] = ()
+    """Decisions of the cluster's autoscaler, with their reasons."""
 
 
 Rounds = dict[str, list[EngineRound]]
@@ -43,7 +61,12 @@ def load_rounds(path: Path | None) -> Rounds:
     saved = json.loads(path.read_text(encoding="utf-8"))
     return {
         name: [
-            EngineRound(one["ready_s"], tuple(EngineResult(**cell) for cell in one["cells"]))
+            EngineRound(
+                one["ready_s"],
+                tuple(EngineResult(**cell) for cell in one["cells"]),
+                one.get("command", ""),
+                tuple(one.get("scale_events", ())),
+            )
             for one in rounds
         ]
         for name, rounds in saved.items()
@@ -62,27 +85,82 @@ def make_report(rounds: Rounds) -> Report:
     concurrent = sorted(
         {cell.concurrent for of_server in rounds.values() for cell in of_server[-1].cells}
     )
-    keys: dict[str, Summary] = {}
-    for num in sorted(concurrent, key=lambda num: num != HEADLINE):
-        suffix = "" if num == HEADLINE else f"_at_{num}"
-        for key, (peer, _) in RATIOS.items():
-            if ratio := _ratio(rounds, peer, partial(_value, num, "tokens_s")):
-                keys[f"{key}{suffix}"] = ratio
-    if ratio := _ratio(rounds, READY_RATIO[1], lambda one: one.ready_s):
-        keys[READY_RATIO[0]] = ratio
-    goals = {key: goal for key, (_, goal) in RATIOS.items()} | {READY_RATIO[0]: READY_RATIO[2]}
+    keys, goals = _ratio_keys(rounds, concurrent)
     for name, of_server in rounds.items():
         keys |= _server_keys(name.replace("-", "_"), of_server)
     return Report(
         keys=keys,
-        goals={key: goal for key, goal in goals.items() if key in keys},
+        goals=goals,
         tables=[_ready_table(rounds), *(_table(rounds, num) for num in concurrent)],
         details={"engine": rounds},
+        values=_values(rounds, concurrent),
+        commands={name: of_server[-1].command for name, of_server in rounds.items()},
         notes=[
+            *(f"{name}: {of_server[-1].command}" for name, of_server in rounds.items()),
+            *(f"{name}, autoscaling: {event}" for name, event in _scale_events(rounds)),
+            "ratio_default_vs_tuned_vllm: the fastest tuned variant of each round is the peer.",
             "Each server ran alone and was restarted in every round. From the second start on, "
             "vLLM's compiled code was in the user's cache.",
         ],
     )
+
+
+def _ratio_keys(
+    rounds: Rounds, concurrent: Sequence[int]
+) -> tuple[dict[str, Summary], dict[str, str]]:
+    """Return the ratios to the peers, and the goals of those that exist."""
+    found: dict[str, tuple[Summary | None, str]] = {}
+    for num in sorted(concurrent, key=lambda num: num != HEADLINE):
+        tokens_s = partial(_value, num, "tokens_s")
+        found[f"{TUNED_RATIO}_at_{num}"] = _tuned_ratio(rounds, num, "tokens_s"), ">= 1.0"
+        suffix = "" if num == HEADLINE else f"_at_{num}"
+        for key, (peer, goal) in RATIOS.items():
+            found[f"{key}{suffix}"] = _ratio(rounds, peer, tokens_s), goal
+    found[TTFT_RATIO] = _tuned_ratio(rounds, HEADLINE, "ttft_ms_p50"), "<= 1.0"
+    found[READY_RATIO[0]] = _ratio(rounds, READY_RATIO[1], lambda one: one.ready_s), READY_RATIO[2]
+    keys = {key: ratio for key, (ratio, _) in found.items() if ratio is not None}
+    return keys, {key: goal for key, (_, goal) in found.items() if key in keys}
+
+
+def _tuned_ratio(rounds: Rounds, num: int, column: str) -> Summary | None:
+    """Return the cluster's value over the best one of vLLM's tuned variants in each round."""
+    ours = [_value(num, column, one) for one in rounds.get(CLUSTER, [])]
+    pairs = zip(ours, _best_tuned(rounds, num, column), strict=False)
+    ratios = tuple(a / b for a, b in pairs if a and b)
+    return Summary(ratios) if ratios else None
+
+
+def _best_tuned(rounds: Rounds, num: int, column: str) -> list[float | None]:
+    """Return the best value of vLLM's tuned variants by round; None if it has none."""
+    variants = [rounds[name] for name in TUNED_VLLM if name in rounds]
+    by_round = [
+        [found for one in of_round if one and (found := _value(num, column, one))]
+        for of_round in itertools.zip_longest(*variants)
+    ]
+    return [BEST[column](found) if found else None for found in by_round]
+
+
+def _values(rounds: Rounds, concurrent: Sequence[int]) -> dict[str, dict[str, Summary]]:
+    """Return the values behind the ratios to vLLM; the tuned one is the best of each round."""
+    values: dict[str, dict[str, Summary]] = {}
+    for num, column in itertools.product(concurrent, BEST):
+        tuned = tuple(found for found in _best_tuned(rounds, num, column) if found)
+        sides = {
+            "ours": _summary(rounds.get(CLUSTER, []), num, column),
+            "tuned": Summary(tuned) if tuned else None,
+            "default": _summary(rounds.get(VLLM, []), num, column),
+        }
+        values[f"{column}_at_{num}"] = {side: found for side, found in sides.items() if found}
+    return values
+
+
+def _scale_events(rounds: Rounds) -> list[tuple[str, str]]:
+    return [
+        (f"{name}, round {number}", event.removeprefix("autoscaling: "))
+        for name, of_server in rounds.items()
+        for number, one in enumerate(of_server, start=1)
+        for event in one.scale_events
+    ]
 
 
 def _ratio(

@@ -10,7 +10,7 @@ from benchmarks.endpoint import TargetError
 from cluster.models.store import home as cache
 
 
-def install_peer(name: str, packages: Sequence[str], *, leave_out: str = "") -> Path:
+def install_peer(name: str, packages: Sequence[str], leave_out: str = "") -> Path:
     """Return a virtual environment below the cache directory; install it if it is missing.
 
     Args:
@@ -34,6 +34,13 @@ def install_peer(name: str, packages: Sequence[str], *, leave_out: str = "") -> 
                 raise TargetError(f"Cannot install {packages[0]}: {cause}") from None
             raise
     return environment
+
+
+def use_our_packages(environment: Path) -> None:
+    """Let a peer import this environment's packages, such as PyTorch, where it has none itself."""
+    (theirs,) = (environment / "lib").glob("python*/site-packages")
+    ours = Path(sys.prefix) / "lib" / theirs.parent.name / "site-packages"
+    (theirs / "zz_ours.pth").write_text(f"{ours}\n", encoding="utf-8")
 
 
 def _install(environment: Path, packages: Sequence[str], leave_out: str) -> None:

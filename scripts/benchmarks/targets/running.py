@@ -1,14 +1,18 @@
 """Types that targets yield, and the engine configuration that all of them use."""
 
 import contextlib
+import shlex
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from benchmarks.endpoint import Endpoint, TargetError, send_request
 from benchmarks.targets.home import POLL_S, Home
+from cluster.models.store import home as cache
 
 SIM_MODEL = "sim"
 REAL_MODEL = "smollm2"
@@ -35,6 +39,8 @@ class ReadyTarget:
     running: RunningTarget
     ready_s: float
     """Seconds from the start of its first process to the first token."""
+    command: str
+    """Command line that starts it, with the environment variables that differ from the defaults."""
 
 
 SimTarget = Callable[[float], AbstractContextManager[RunningTarget]]
@@ -49,6 +55,15 @@ def sim_generator(decode_s: float) -> dict[str, Any]:
         "engine": "sim",
         "sim": {"decode_s_per_token": decode_s},
     }
+
+
+def format_command(command: Iterable[str | Path], environment: Mapping[str, str]) -> str:
+    """Return a shell command, without the directories that differ between machines."""
+    variables = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
+    line = " ".join([*variables, shlex.join(str(word) for word in command)])
+    for directory, short in ((sys.prefix, ".venv"), (str(cache()), "~/.cache/tandem")):
+        line = line.replace(directory, short)
+    return line
 
 
 def wait_first_token(home: Home, endpoint: Endpoint, health: str) -> None:

@@ -37,16 +37,21 @@ def serve_default(decode_s: float) -> Iterator[RunningTarget]:
 @contextlib.contextmanager
 def serve_handle(decode_s: float) -> Iterator[RunningTarget]:
     """Run Serve at its fastest: HAProxy as Tandem configures it, and throughput settings."""
-    stats, metrics, fallback = map(str, free_ports(3))
     with new_home("handle") as home:
-        write_haproxy_wrapper(home.cluster_id)
-        tuned = cluster_environment(home.environment, home.path, home.cluster_id, haproxy=True)
-        ports = {
-            "RAY_SERVE_HAPROXY_STATS_PORT": stats,
-            "RAY_SERVE_HAPROXY_METRICS_PORT": metrics,
-            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": fallback,
-        }
-        yield _start(home, decode_s, {**tuned, **ports, "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"})
+        yield _start(home, decode_s, tuned_serve_environment(home))
+
+
+def tuned_serve_environment(home: Home) -> dict[str, str]:
+    """Return the environment of Serve with HAProxy and throughput settings, on free ports."""
+    stats, metrics, fallback = map(str, free_ports(3))
+    write_haproxy_wrapper(home.cluster_id)
+    return {
+        **cluster_environment(home.environment, home.path, home.cluster_id, haproxy=True),
+        "RAY_SERVE_HAPROXY_STATS_PORT": stats,
+        "RAY_SERVE_HAPROXY_METRICS_PORT": metrics,
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": fallback,
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    }
 
 
 def _start(home: Home, decode_s: float, environment: Mapping[str, str]) -> RunningTarget:

@@ -22,6 +22,7 @@ from benchmarks.targets.running import (
     SIM_MODEL,
     ReadyTarget,
     RunningTarget,
+    format_command,
     sim_generator,
     wait_first_token,
 )
@@ -104,19 +105,20 @@ def tandem_default() -> Iterator[ReadyTarget]:
     with new_home("default") as home:
         _share_cache(home)
         endpoint = Endpoint(http, REAL_MODEL)
-        began = time.monotonic()
-        up = home.spawn(
+        command: tuple[str | Path, ...] = (
             *(TANDEM, "up", "-d"),
             *("--config", ROOT / "ray-config.yaml"),
             *options,
-            environment=_haproxy_ports(*haproxy),
         )
+        began = time.monotonic()
+        up = home.spawn(*command, environment=_haproxy_ports(*haproxy))
         wait_first_token(home, endpoint, "/health")
         ready_s = time.monotonic() - began
         if up.wait(READY_S):
             raise TargetError(f"tandem up exited with {up.returncode}.")
         running = RunningTarget(endpoint, home, ray_address=f"LOCALHOST:{gcs}")
-        yield ReadyTarget(running, ready_s)
+        shown = format_command((TANDEM, "up", "-d", "--config", "ray-config.yaml"), {})
+        yield ReadyTarget(running, ready_s, f"{shown}  # on other ports")
 
 
 def _share_cache(home: Home) -> None:
