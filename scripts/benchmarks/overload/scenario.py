@@ -31,11 +31,47 @@ BODY = {"prompt": "Tell me something.", "temperature": 0, "ignore_eos": True}
 _TICK_S = 0.01
 _MAX_LAG_S = 0.02  # a larger lag means that the process did not get the CPU
 _GRACE_S = 30.0
+_EVENT, _LAST_EVENT = b"data: {", b"data: [DONE]"
+_TAIL_BYTES = 64  # longer than both, and than what follows the last event
 
 Outcome = Literal["good", "late", "refused", "failed"]
 
-SendRequest = Callable[[str, int], Awaitable[int]]
-"""Send a request of a tenant for a number of tokens; return the status of the full response."""
+VICTIM = "small"
+"""Tenant whose requests are streamed, so that their TTFT is measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """Complete response."""
+
+    status: int
+    """HTTP status; 0 if the response is incomplete."""
+    ttft_s: float | None = None
+    """Seconds until the first token; None if the response is not streamed."""
+
+
+class ResponseReader:
+    """Status and time of the first token of a response, from the pieces of its body."""
+
+    def __init__(self, *, streamed: bool) -> None:
+        self._streamed = streamed
+        self._began = time.perf_counter()
+        self._ttft_s: float | None = None
+        self._end = b""
+
+    def feed(self, data: bytes) -> None:
+        self._end = self._end[-_TAIL_BYTES:] + data
+        if self._streamed and self._ttft_s is None and _EVENT in self._end:
+            self._ttft_s = time.perf_counter() - self._began
+
+    def response(self, status: int) -> Response:
+        """Return the response, after its last piece; it is incomplete if a stream has no end."""
+        is_cut = self._streamed and status == 200 and _LAST_EVENT not in self._end
+        return Response(0 if is_cut else status, self._ttft_s)
+
+
+SendRequest = Callable[[str, int], Awaitable[Response]]
+"""Send a request of a tenant for a number of tokens; return the full response."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +87,8 @@ class RequestResult:
     """Time until the response was complete."""
     status: int
     in_time: bool
+    ttft_s: float | None = None
+    """Seconds until the first token, of a streamed response."""
 
     @property
     def outcome(self) -> Outcome:
@@ -80,7 +118,8 @@ class Phase:
 
 
 LEVELS = tuple(Phase(f"{times}x", (("flood", float(times)),)) for times in (1, 2, 5))
-SMALL = Phase("5x and 0.25x", (("flood", 5.0), ("small", 0.25)))
+SMALL = Phase("5x and 0.25x", (("flood", 5.0), (VICTIM, 0.25)))
+ALONE = Phase("0.25x alone", ((VICTIM, 0.25),))
 FLOODS = Phase("3x and 3x with weight 3", (("flood", 3.0), ("heavy", 3.0)))
 
 
@@ -94,7 +133,7 @@ class Scenario:
     """Time at the start of each phase whose requests do not count."""
     deadline_s: float = 3.0
     pause_s: float = 0.5
-    phases: Sequence[Phase] = field(default=(*LEVELS, SMALL, FLOODS))
+    phases: Sequence[Phase] = field(default=(*LEVELS, SMALL, FLOODS, ALONE))
 
     @property
     def capacity(self) -> float:
@@ -163,10 +202,11 @@ class Scenario:
 
         async def send_one(tenant: str, at_s: float, tokens: int) -> None:
             sent = time.perf_counter()
-            status = await send(tenant, tokens)
+            response = await send(tenant, tokens)
             seconds = time.perf_counter() - sent
-            in_time = seconds <= self.deadline_s
-            results.append(RequestResult(tenant, tokens, at_s, seconds, status, in_time))
+            in_time, status = seconds <= self.deadline_s, response.status
+            one = RequestResult(tenant, tokens, at_s, seconds, status, in_time, response.ttft_s)
+            results.append(one)
 
         async with asyncio.TaskGroup() as group:
             for at_s, tenant, tokens in arrivals:
@@ -204,11 +244,15 @@ def compute_keys(scenario: Scenario, results: Mapping[Phase, PhaseResult]) -> di
         if one.outcome == "refused"
     ]
     requests = [one for result in results.values() for one in result.requests]
+    beside_s, alone_s = (_victim_ttft_s(scenario, results[phase]) for phase in (SMALL, ALONE))
     small_error = _small_tenant_error(scenario, results[SMALL])
     return {
         "goodput_ratio": goodputs[-1] / max(goodputs),
         "fair_share_error": max(small_error, _weights_error(scenario, results[FLOODS])),
         "small_share_error": small_error,
+        "victim_ttft_p99_ratio": beside_s / alone_s,
+        "victim_ttft_ms_p99": beside_s * 1e3,
+        "victim_alone_ttft_ms_p99": alone_s * 1e3,
         "refused_ms_p99": percentile(refused_ms, 99) if refused_ms else 0.0,
         "failed_requests": float(sum(one.outcome == "failed" for one in requests)),
         "stalled_share": max(one.stalled_s for one in results.values()) / scenario.seconds,
@@ -219,6 +263,12 @@ def _small_tenant_error(scenario: Scenario, result: PhaseResult) -> float:
     """Return the share of the small tenant's requests, all within its fair share, that failed."""
     sent = [one for one in scenario.after_warm_up(result) if one.tenant == "small"]
     return 1 - sum(one.outcome == "good" for one in sent) / max(1, len(sent))
+
+
+def _victim_ttft_s(scenario: Scenario, result: PhaseResult) -> float:
+    """Return the small tenant's TTFT p99; a request without a token counts as its deadline."""
+    sent = [one for one in scenario.after_warm_up(result) if one.tenant == VICTIM]
+    return percentile([one.ttft_s or scenario.deadline_s for one in sent], 99)
 
 
 def _weights_error(scenario: Scenario, result: PhaseResult) -> float:

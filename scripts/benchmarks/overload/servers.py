@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.endpoint import Endpoint
-from benchmarks.overload.scenario import BODY, SEQUENCES, STEP_S, WEIGHTS, Scenario, SendRequest
+from benchmarks.overload.scenario import (
+    BODY,
+    SEQUENCES,
+    STEP_S,
+    VICTIM,
+    WEIGHTS,
+    Response,
+    ResponseReader,
+    Scenario,
+    SendRequest,
+)
 from benchmarks.targets.running import SIM_MODEL
 from benchmarks.targets.tandem import tandem_with_pools
 from cluster.admission.keys import KeyEntry, KeyFileContents, TenantEntry, digest, new_key
@@ -22,6 +32,7 @@ from cluster.link import LinkServer
 
 PATH = "/v1/completions"
 RESPONSE_TIMEOUT_S = 60.0
+_STATUS_BYTES = 12  # HTTP/1.1 200
 _SECRET = b"s" * 32
 
 
@@ -30,8 +41,8 @@ async def full_cluster() -> AsyncIterator[SendRequest]:
     """Start a cluster as ``tandem up`` does; each request has its own connection."""
     with _cluster_endpoints() as endpoints:
 
-        async def send(tenant: str, tokens: int) -> int:
-            return await _send_http(endpoints[tenant], tokens)
+        async def send(tenant: str, tokens: int) -> Response:
+            return await _send_http(endpoints[tenant], tokens, streamed=tenant == VICTIM)
 
         yield send
 
@@ -55,8 +66,8 @@ async def in_process() -> AsyncIterator[SendRequest]:
         gateway.pools[SIM_MODEL].update([ReplicaInfo("one", host, port, engine.routes())])
         app = GatewayApp(gateway, behind_serve=True)
 
-        async def send(tenant: str, tokens: int) -> int:
-            return await _send_asgi(app, keys[tenant], tokens)
+        async def send(tenant: str, tokens: int) -> Response:
+            return await _send_asgi(app, keys[tenant], tokens, streamed=tenant == VICTIM)
 
         yield send
 
@@ -98,26 +109,30 @@ def _headers(key: str) -> dict[str, str]:
     }
 
 
-async def _send_http(endpoint: Endpoint, tokens: int) -> int:
-    """Return the response's status, or 0 if there is no complete response."""
-    body = {**BODY, "model": endpoint.model, "max_tokens": tokens}
+async def _send_http(endpoint: Endpoint, tokens: int, *, streamed: bool) -> Response:
+    """Return the response; its status is 0 if it is incomplete."""
+    body = {**BODY, "model": endpoint.model, "max_tokens": tokens, "stream": streamed}
     request = endpoint.encode_request(PATH, body)
+    received, head = ResponseReader(streamed=streamed), b""
     try:
         async with asyncio.timeout(RESPONSE_TIMEOUT_S):
             reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port)
             try:
                 writer.write(request)
-                response = await reader.read(-1)
+                while data := await reader.read(65536):
+                    head = (head + data)[:_STATUS_BYTES]
+                    received.feed(data)
             finally:
                 writer.close()
     except (OSError, TimeoutError):
-        return 0
-    status = response[9:12]
-    return int(status) if response.startswith(b"HTTP/1.1 ") and status.isdigit() else 0
+        return Response(0)
+    is_status = head.startswith(b"HTTP/1.1 ") and head[9:12].isdigit()
+    return received.response(int(head[9:12]) if is_status else 0)
 
 
-async def _send_asgi(app: GatewayApp, key: str, tokens: int) -> int:
-    body = json.dumps({**BODY, "model": SIM_MODEL, "max_tokens": tokens}).encode()
+async def _send_asgi(app: GatewayApp, key: str, tokens: int, *, streamed: bool) -> Response:
+    fields = {**BODY, "model": SIM_MODEL, "max_tokens": tokens, "stream": streamed}
+    body = json.dumps(fields).encode()
     timeout = str(Scenario().deadline_s).encode()
     scope: dict[str, Any] = {
         "type": "http",
@@ -130,7 +145,7 @@ async def _send_asgi(app: GatewayApp, key: str, tokens: int) -> int:
             (b"x-request-timeout-seconds", timeout),
         ],
     }
-    status = 0
+    status, received = 0, ResponseReader(streamed=streamed)
 
     async def receive() -> Message:
         return {"type": "http.request", "body": body, "more_body": False}
@@ -138,6 +153,7 @@ async def _send_asgi(app: GatewayApp, key: str, tokens: int) -> int:
     async def send(message: Message) -> None:
         nonlocal status
         status = message.get("status", status)
+        received.feed(message.get("body", b""))
 
     await app(scope, receive, send)
-    return status
+    return received.response(status)
