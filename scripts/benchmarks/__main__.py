@@ -16,8 +16,10 @@ from benchmarks import (
     link,
     memory,
     metrics,
+    mixed,
     overload,
     page,
+    regress,
     routing,
     stream,
 )
@@ -46,7 +48,9 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "metrics": metrics,
     "routing": routing,
     "overload": overload,
+    "mixed": mixed,
     "autoscale": autoscale,
+    "regress": regress,
 }
 
 

@@ -101,14 +101,15 @@ class HttpSender:
     endpoint: Endpoint
 
     def check(self, prompt: str) -> None:
-        check_completion_tokens(send_request(self.endpoint, self._encode(prompt, usage=True)))
+        check_completion_tokens(send_request(self.endpoint, self.encode(prompt, usage=True)))
 
     def send(self, prompts: Sequence[str], concurrent: int) -> TokenTimes:
-        requests = iter([self._encode(prompt) for prompt in prompts])
+        requests = iter([self.encode(prompt) for prompt in prompts])
         load = StreamLoad(requests, concurrent, pause_s=0, warm_up_s=0, measured_s=FOREVER_S)
         return token_times.measure(self.endpoint, load)
 
-    def _encode(self, prompt: str, *, usage: bool = False) -> bytes:
+    def encode(self, prompt: str, *, usage: bool = False) -> bytes:
+        """Return the bytes of a request for ``COMPLETION_TOKENS``, streamed."""
         body = {
             "model": self.endpoint.model,
             "prompt": prompt,
