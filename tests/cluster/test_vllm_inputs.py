@@ -171,7 +171,8 @@ async def test_a_structured_output_that_does_not_compile_raises_400() -> None:
             for item in outputs:
                 yield item
 
-        params = SimpleNamespace(structured_outputs=structured)
+        wanted = structured and SimpleNamespace(json=None, structural_tag=None, **structured)
+        params = SimpleNamespace(structured_outputs=wanted)
         return len([item async for item in reject_uncompiled(generate)("", params)])
 
     with pytest.raises(internals.VLLMValidationError, match="cannot compile"):
@@ -181,3 +182,45 @@ async def test_a_structured_output_that_does_not_compile_raises_400() -> None:
     assert await run([output(None, 5), output("error")], {"regex": "a"}) == 2
     assert await run([output("error")], None) == 1
     assert await run([output("stop", 5)], {"regex": "a"}) == 1
+
+
+def schema_of(*patterns: str) -> dict[str, Any]:
+    fields = {f"f{index}": {"type": "string", "pattern": p} for index, p in enumerate(patterns)}
+    return {"type": "object", "properties": fields, "required": list(fields)}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        schema_of("^.{1,20000}$"),
+        schema_of("^[a-z]{501}$"),
+        schema_of("^x{400,}y{400,}$"),
+        schema_of("^x{400}$", "^x{400}$"),
+        schema_of("^((.{1,30}){1,30}){1,30}$"),
+        schema_of("^([a-z(\\]{]{9}){1,600}$"),
+        {"type": "object", "patternProperties": {"^.{1,20000}$": {"type": "string"}}},
+        {"anyOf": [{"type": "null"}, {"type": "array", "items": schema_of("x{99999999999}")}]},
+    ],
+)
+async def test_patterns_that_would_block_the_replica_are_400(world: World, schema: Any) -> None:
+    named = {"name": "s", "schema": schema}
+    function = {"name": "f", "parameters": schema}
+    for fields in (
+        {"response_format": {"type": "json_schema", "json_schema": named}},
+        {"structured_outputs": {"json": schema}},
+        {
+            "tools": [{"type": "function", "function": function}],
+            "tool_choice": {"type": "function", "function": {"name": "f"}},
+        },
+    ):
+        answer = await asgi.post(world.app, CHAT, body_of(CHAT, **fields))
+        assert answer.status == 400, fields
+        assert "`maxLength`" in answer.json()["error"]["message"]
+
+
+async def test_usual_patterns_are_accepted(world: World) -> None:
+    schema = schema_of("^.{1,400}$", "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
+    schema["properties"]["pattern"] = {"type": "string", "maxLength": 10_000}
+    named = {"name": "s", "schema": schema}
+    fields = {"response_format": {"type": "json_schema", "json_schema": named}}
+    assert (await asgi.post(world.app, CHAT, body_of(CHAT, **fields))).status == 200

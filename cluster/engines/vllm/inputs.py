@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from cluster.asgi import ASGIApp, Message, Receive, Scope, Send
 from cluster.engines.vllm import internals
+from cluster.engines.vllm.pattern_limits import check_patterns
 from cluster.engines.vllm.requests import Generate
 from cluster.engines.vllm.routes import INPUT_TOKENS_PATH
 from cluster.errors import InvalidRequestError, request_error_for
@@ -80,27 +81,35 @@ def reject_uncompiled(generate: Generate) -> Generate:
 
     vLLM checks a request with several backends, and compiles all with the one that the first
     request needed. If that fails, or if the grammar matches no text (``root ::= root "a"``), the
-    request ends with an error in its first output.
+    request ends with an error in its first output. See ``check_patterns``, too.
     """
 
     @wraps(generate)
-    async def wrapper(
-        prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
-    ) -> AsyncGenerator[Any, None]:
-        is_first = getattr(sampling_params, "structured_outputs", None) is not None
-        async with aclosing(generate(prompt, sampling_params, *args, **kwargs)) as outputs:
-            async for output in outputs:
-                if is_first:
-                    if any(choice.finish_reason == "error" for choice in output.outputs):
-                        raise internals.VLLMValidationError(
-                            "The engine cannot compile this structured output, or no text matches "
-                            "it. Simplify it.",
-                            parameter="structured_outputs",
-                        )
-                    is_first = not any(choice.token_ids for choice in output.outputs)
-                yield output
+    def wrapper(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = generate(prompt, sampling_params, *args, **kwargs)
+        structured = getattr(sampling_params, "structured_outputs", None)
+        # Most requests are not structured; their tokens must not pass another generator.
+        return outputs if structured is None else _raise_if_uncompiled(outputs, structured)
 
     return wrapper
+
+
+async def _raise_if_uncompiled(
+    outputs: AsyncGenerator[Any, None], structured: Any
+) -> AsyncGenerator[Any, None]:
+    is_first = True
+    async with aclosing(outputs):
+        check_patterns(structured)
+        async for output in outputs:
+            if is_first:
+                if any(choice.finish_reason == "error" for choice in output.outputs):
+                    raise internals.VLLMValidationError(
+                        "The engine cannot compile this structured output, or no text matches it. "
+                        "Simplify it.",
+                        parameter="structured_outputs",
+                    )
+                is_first = not any(choice.token_ids for choice in output.outputs)
+            yield output
 
 
 def report_validation_defects(app: Any) -> None:
