@@ -83,7 +83,7 @@ def _pool(
 ) -> Application:
     deployment = serve.deployment(
         replica_class,
-        name=f"{kind}-{pool.name.replace('/', '--')}",  # a slash would break the dashboard's URLs
+        name=f"{kind}-{pool.serve_name}",
         # Tandem's routers choose the replica, also for requests over the handle.
         request_router_config=RequestRouterConfig(request_router_class=NAMED_REPLICA_ROUTER),
         autoscaling_config=_autoscaling(config, pool),

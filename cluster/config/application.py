@@ -104,6 +104,15 @@ class TandemConfig(Section):
                 f"names and aliases of generators, adapters and classifiers must be unique; "
                 f"duplicates: {', '.join(duplicates)}"
             )
+        for pools in (self.generators, self.classifiers):
+            by_serve_name: dict[str, str] = {}
+            for pool in pools:
+                other = by_serve_name.setdefault(pool.serve_name, pool.name)
+                if other != pool.name:
+                    raise ValueError(
+                        f"{other!r} and {pool.name!r} would both be {pool.serve_name!r} in Ray "
+                        "Serve; rename one of them"
+                    )
         return self
 
     @model_validator(mode="after")

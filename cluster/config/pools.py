@@ -152,6 +152,11 @@ class PoolConfig(Section):
         return 1
 
     @property
+    def serve_name(self) -> str:
+        """Name in Ray Serve, whose dashboard's URLs a slash would break."""
+        return self.name.replace("/", "--")
+
+    @property
     def model_names(self) -> tuple[str, ...]:
         """Names that requests may use as ``model``."""
         return (self.name, *self.aliases)

@@ -6,7 +6,7 @@ vendors' clients raise their own exceptions.
 
 import json
 from collections.abc import Mapping
-from http import HTTPStatus
+from http.client import responses
 from typing import Any
 
 from cluster.engines.dead import ERROR_EVENTS
@@ -101,7 +101,7 @@ def engine_error_body(path: str, status: int, content: bytes) -> bytes:
     except (ValueError, AttributeError, RecursionError):
         body = content.decode(errors="replace")
     fields = error if isinstance(error, dict) else {}
-    message = fields.get("message") or error or body or HTTPStatus(status).phrase
+    message = fields.get("message") or error or body or responses.get(status, f"Status {status}")
     param = fields.get("param")
     known = request_error_for(status, str(message), None if param is None else str(param))
     formatted = error_body(path, known)

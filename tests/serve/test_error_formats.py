@@ -10,6 +10,7 @@ import pytest_asyncio
 
 from cluster.asgi import Receive, Scope, Send
 from cluster.errors import MAX_MESSAGE_CHARS
+from cluster.gateway.error_formats import engine_error_body
 from tests import asgi
 from tests.serve.gateway_kit import CHAT, World, gateway_world, metrics
 
@@ -233,3 +234,10 @@ async def test_an_answer_in_time_is_complete(world: World) -> None:
     headers = {"x-request-timeout-seconds": "30"}
     answer = await asgi.post(world.app, CHAT, {"model": "gen", "stream": 50}, headers=headers)
     assert len(answer.events()) == 50
+
+
+def test_an_empty_error_with_an_unusual_status_has_a_message() -> None:
+    for status, message in ((418, "I'm a Teapot"), (499, "Status 499"), (599, "Status 599")):
+        error = json.loads(engine_error_body(CHAT, status, b""))["error"]
+        assert error["message"] == message
+        assert error["code"] == status

@@ -170,6 +170,10 @@ def test_configuration_is_frozen() -> None:
             {**generator(), "classifiers": [{"name": "g", "model": "m"}]},
             ["must be unique", "duplicates: g"],
         ),
+        (
+            {"classifiers": [{"name": name, "model": "m"} for name in ("org/m", "org--m")]},
+            ["'org/m' and 'org--m' would both be 'org--m' in Ray Serve"],
+        ),
         (classifier(tasks=["classify", "ner"]), ["classifiers.0.tasks.1", "'ner'", "'rerank'"]),
         (classifier(tasks=[]), ["classifiers.0.tasks", "at least 1"]),
         (
