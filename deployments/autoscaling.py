@@ -34,8 +34,8 @@ CREATED_AT = "created_at"
 STARTUP_S = "startup_s"
 """Key of a replica's report: seconds from then until it could serve."""
 CORE_SHARE = "core_share"
-"""Key of a generator replica's report: share of its node's cores that its threads use; 0 if it does
-not compute on CPUs."""
+"""Key of a replica's report: share of its node's cores that its compute threads use; 0 on
+GPUs."""
 DECISION_INTERVAL_S = 2.0
 """Seconds between decisions, as between reports; the controller calls ten times a second."""
 NODES_TIMEOUT_S = 1.0

@@ -286,7 +286,14 @@ class Classifier(EngineReplica):
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: ClassifierConfig, operations: OperationsConfig
     ) -> None:
+        self._threads = config.threads
         await self._start(lambda: make_classifier_engine(config), config, operations)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return this replica's report, with the share of the node's cores that it uses."""
+        num_cores = len(os.sched_getaffinity(0))
+        share = min(1.0, (self._threads or num_cores) / num_cores)
+        return {**super().record_autoscaling_stats(), CORE_SHARE: share}
 
 
 def _log_failure(task: asyncio.Task[Any]) -> None:

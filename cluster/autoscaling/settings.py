@@ -17,6 +17,11 @@ _ROUTER_PRIORITY = 2**31
 """Above every pool's priority, because nothing is served without a router."""
 
 
+def _computes_on_cores(part: GeneratorConfig | ClassifierConfig | RouterConfig) -> bool:
+    is_vllm = isinstance(part, GeneratorConfig) and part.engine == "vllm"
+    return is_vllm or isinstance(part, ClassifierConfig)
+
+
 @dataclass(frozen=True, slots=True)
 class PoolSettings:
     """Settings of one pool, or of the routers."""
@@ -49,9 +54,7 @@ class PoolSettings:
             upscale_delay_s=part.replicas.upscale_delay_s,
             downscale_delay_s=part.replicas.downscale_delay_s,
             is_router=pool == ROUTER,
-            fills_nodes=isinstance(part, GeneratorConfig)
-            and part.engine == "vllm"
-            and not part.resources.gpus,
+            fills_nodes=_computes_on_cores(part) and not part.resources.gpus,
         )
         return cls(pool, spec, limits, Budget(**config.budget.model_dump(exclude_none=True)))
 

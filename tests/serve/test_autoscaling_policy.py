@@ -215,6 +215,22 @@ async def test_a_cpu_generator_gets_no_more_replicas_than_the_nodes_have_cores_f
     assert [change.target for change in changes] == [1, 2, 3, 1, 1], "recorded at each overload"
 
 
+def test_a_cpu_classifier_gets_as_many_replicas_as_its_threads_fit_on_the_nodes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = {key: ARGS["generators"][0][key] for key in ("replicas", "resources")}  # type: ignore[index]
+    args = {**ARGS, "generators": [], "classifiers": [{"name": "sim", "model": "m", **pool}]}
+    controller = Controller(monkeypatch, application_policy=True, args=args)
+    monkeypatch.setattr(ray_internals, "count_cpu_nodes", lambda _min_cpus, _timeout_s: 1)
+    classifier = DeploymentID("classifier-sim", "tandem")
+    controller.run(ROUTER, "r")
+    controller.run(classifier, "a")
+    for core_share, replicas in ((1.0, 1), (0.5, 2)):
+        controller.report(ROUTER, "r", busy(40.0))
+        controller.report(classifier, "a", {autoscaling.CORE_SHARE: core_share})
+        assert controller.step()[classifier] == replicas
+
+
 def test_no_replica_is_added_before_the_cores_of_the_first_one_are_known(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
