@@ -15,6 +15,7 @@ TandemError
  ├─ ReplicaRetiredError            a drained replica asks Serve to replace it
  └─ RequestError                   a request fails with an HTTP status
      ├─ InvalidRequestError            400
+     │   └─ ContextLengthError             the prompt is longer than the model's context
      ├─ AuthenticationError            401
      ├─ PermissionDeniedError          403
      ├─ NotFoundError                  404
@@ -31,9 +32,11 @@ TandemError
          └─ HandoverError                  a replica cannot continue another one's answer
 
 HTTP bodies have OpenAI's format as vLLM writes it: ``{"error": {message, type, param, code}}``.
+``code`` is the status, or a word of OpenAI's by which clients recognize the error.
 ``request_error_for`` maps HTTP statuses of upstream servers back to these classes.
 """
 
+import re
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, ClassVar
@@ -107,6 +110,8 @@ class RequestError(TandemError):
     status: ClassVar[int] = 500
     type: ClassVar[str] = "InternalServerError"
     """Name of the error in the body, as vLLM and OpenAI use it."""
+    code: ClassVar[str | None] = None
+    """OpenAI's code of the error; None if the body has the status instead."""
 
     def __init_subclass__(cls, status: int | None = None, type: str | None = None) -> None:
         if status is not None and type is not None:
@@ -126,7 +131,7 @@ class RequestError(TandemError):
 
     def body(self) -> dict[str, Any]:
         error = {"message": self.message, "type": self.type, "param": self.param}
-        return {"error": {**error, "code": self.status}}
+        return {"error": {**error, "code": self.code or self.status}}
 
     def headers(self) -> dict[str, str]:
         if self.retry_after_s is None:
@@ -136,6 +141,12 @@ class RequestError(TandemError):
 
 class InvalidRequestError(RequestError, status=400, type="BadRequestError"):
     """The request is invalid."""
+
+
+class ContextLengthError(InvalidRequestError):
+    """The prompt is longer than the model's context."""
+
+    code = "context_length_exceeded"
 
 
 class AuthenticationError(RequestError, status=401, type="AuthenticationError"):
@@ -216,8 +227,17 @@ def shorten(text: str, max_chars: int) -> str:
     return text.encode(errors="replace").decode()
 
 
-def request_error_for(status: int, message: str, param: str | None = None) -> RequestError:
-    """Return the exception for an upstream HTTP status; unknown ones become 400 or 500."""
+_CONTEXT_LENGTH = re.compile(r"maximum (context|model)\s+length")
+"""In vLLM's messages about prompts over the context; their ``code`` is the status."""
+
+
+def request_error_for(
+    status: int, message: str, param: str | None = None, code: object = None
+) -> RequestError:
+    """Return the exception for an upstream error; unknown statuses become 400 or 500."""
+    is_context_length = code == ContextLengthError.code or _CONTEXT_LENGTH.search(message)
+    if status == ContextLengthError.status and is_context_length:
+        return ContextLengthError(message, param=param)
     by_status = {cls.status: cls for cls in RequestError.__subclasses__()}
     default = InvalidRequestError if 400 <= status < 500 else InternalError
     return by_status.get(status, default)(message, param=param)

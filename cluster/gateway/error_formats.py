@@ -10,7 +10,7 @@ from http.client import responses
 from typing import Any
 
 from cluster.engines.dead import ERROR_EVENTS
-from cluster.errors import RequestError, request_error_for
+from cluster.errors import ContextLengthError, RequestError, request_error_for
 
 _MESSAGES = "/v1/messages"
 _RESPONSES = "/v1/responses"
@@ -42,7 +42,10 @@ def error_body(path: str, error: RequestError) -> dict[str, Any]:
         return error.body()
     kind = "invalid_request_error" if error.status < 500 else "api_error"
     kind = _ANTHROPIC_TYPES.get(error.status, kind)
-    fields = {"type": kind, "message": error.message}
+    message = error.message
+    if isinstance(error, ContextLengthError):
+        message = f"prompt is too long: {message}"  # clients recognize Anthropic's words
+    fields = {"type": kind, "message": message}
     return {"type": "error", "error": {**error.body()["error"], **fields}}
 
 
@@ -103,9 +106,10 @@ def engine_error_body(path: str, status: int, content: bytes) -> bytes:
     fields = error if isinstance(error, dict) else {}
     message = fields.get("message") or error or body or responses.get(status, f"Status {status}")
     param = fields.get("param")
-    known = request_error_for(status, str(message), None if param is None else str(param))
+    param = None if param is None else str(param)
+    known = request_error_for(status, str(message), param, fields.get("code"))
     formatted = error_body(path, known)
-    formatted["error"]["code"] = status
+    formatted["error"]["code"] = known.code or status
     return json.dumps(formatted, ensure_ascii=False, separators=(",", ":")).encode()
 
 

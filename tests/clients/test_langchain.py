@@ -2,6 +2,7 @@
 
 import pytest
 from langchain_anthropic import ChatAnthropic
+from langchain_core.exceptions import ContextOverflowError
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
@@ -56,6 +57,11 @@ async def test_async_answers_streams_and_batches(chat: BaseChatModel) -> None:
     assert (await chat.ainvoke(QUESTION)).text == ANSWER
     assert "".join([chunk.text async for chunk in chat.astream(QUESTION)]) == ANSWER
     assert [answer.text for answer in await chat.abatch([QUESTION] * 3)] == [ANSWER] * 3
+
+
+def test_a_prompt_over_the_context_is_recognized(chat: BaseChatModel) -> None:
+    with pytest.raises(ContextOverflowError):
+        chat.invoke("word " * 3000)
 
 
 def test_logprobs(server: Server) -> None:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cluster.errors import MAX_MESSAGE_CHARS
+from cluster.errors import MAX_MESSAGE_CHARS, ContextLengthError
 
 MODEL = "smollm2"
 USER = [{"role": "user", "content": "Hi"}]
@@ -64,7 +64,7 @@ def problem_of(path: str, status: int, headers: Mapping[str, str], content: byte
             is_formatted &= body["type"] == "error" and error["type"].islower()
             is_formatted &= "request-id" in headers
         else:
-            is_formatted &= error["code"] == status
+            is_formatted &= error["code"] in (status, ContextLengthError.code)
     except (ValueError, KeyError, TypeError):
         is_formatted = False
     return None if is_formatted else shown

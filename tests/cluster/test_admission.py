@@ -45,8 +45,9 @@ def test_a_request_that_never_fits_is_rejected_at_once(http: httpx.Client) -> No
     ]
     assert (error["code"], error["param"]) == (400, "n")
     ids = {"model": MODEL, "prompt": [1] * 100_000}
-    error = http.post("/v1/completions", json=ids).json()["error"]
-    assert error["code"] == 400
+    answer = http.post("/v1/completions", json=ids)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (400, "context_length_exceeded")
     assert "longer than the model's context" in error["message"]
 
 

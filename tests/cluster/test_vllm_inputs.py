@@ -112,6 +112,20 @@ async def test_structured_outputs_that_cannot_be_compiled(world: World, path: st
     assert not problems
 
 
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, RESPONSES, MESSAGES, INPUT_TOKENS_PATH])
+@pytest.mark.parametrize("num_words", [2048, 4000, 20_000])
+async def test_a_prompt_over_the_context_has_openais_code(
+    world: World, path: str, num_words: int
+) -> None:
+    field = {CHAT: "messages", MESSAGES: "messages", COMPLETIONS: "prompt"}.get(path, "input")
+    text = "word " * num_words
+    value = [{"role": "user", "content": text}] if field == "messages" else text
+    answer = await asgi.post(world.app, path, body_of(path, **{field: value}))
+    assert answer.status == 400, answer.body
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+    assert ("prompt is too long" in answer.json()["error"]["message"]) == (path == MESSAGES)
+
+
 async def test_nulls_of_messages_are_not_left_out(world: World) -> None:
     answer = await asgi.post(world.app, MESSAGES, body_of(MESSAGES))
     assert answer.json()["stop_sequence"] is None

@@ -260,6 +260,7 @@ async def test_requests_that_never_fit_are_rejected_at_once() -> None:
         answer = await asgi.post(world.app, "/v1/completions", body)
         assert (answer.status, answer.json()["error"]["param"]) == (400, "prompt")
         assert "context of 50 tokens" in answer.json()["error"]["message"]
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
         text = {"model": "gen", "messages": [{"role": "user", "content": "a" * 10_000}]}
         assert (await asgi.post(world.app, CHAT, text)).status == 400
         answer = await asgi.post(world.app, CHAT, {"model": "gen", "messages": [], "n": 500})

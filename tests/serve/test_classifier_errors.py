@@ -58,7 +58,9 @@ BAD = [
 async def test_bad_requests_name_the_field(engine, path, body, status, says, param):
     answer = await post(engine, path, body)
     error = answer.json()["error"]
-    assert answer.status_code == error["code"] == status
+    is_too_long = "tokens" in says
+    assert answer.status_code == status
+    assert error["code"] == ("context_length_exceeded" if is_too_long else status)
     assert says in error["message"]
     assert error["param"] == param
 

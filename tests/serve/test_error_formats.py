@@ -122,6 +122,24 @@ async def test_param_and_retry_after_of_an_engines_error_are_kept(world: World) 
     assert answer.headers["retry-after"] == "7"
 
 
+VLLM_TOO_LONG = b"""{"error":{"message":"This model's maximum context length is 8 tokens. However,
+your prompt contains at least 9.","type":"BadRequestError","param":"input_tokens","code":400}}"""
+TOO_LONG = b'{"error":{"message":"Too long","type":"x","code":"context_length_exceeded"}}'
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("body", [VLLM_TOO_LONG.replace(b"\n", b" "), TOO_LONG])
+async def test_prompts_over_the_context(world: World, path: str, body: bytes) -> None:
+    await world.serve(Broken(400, body), "gen", "gen-1", PATHS)
+    answer = await asgi.post(world.app, path, {"model": "gen"})
+    assert answer.status == 400
+    error = answer.json()["error"]
+    assert error["code"] == "context_length_exceeded"  # of OpenAI
+    # LangChain and Claude Code recognize Anthropic's words.
+    is_anthropic = path.startswith(MESSAGES)
+    assert error["message"].startswith("prompt is too long: ") == is_anthropic
+
+
 # -- errors of the router ---------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from cluster.admission import MIN_PRIORITY, Identity
 from cluster.errors import (
+    ContextLengthError,
     InvalidRequestError,
     PayloadTooLargeError,
     PermissionDeniedError,
@@ -127,7 +128,7 @@ def _check_size(claim: Claim, pool: Pool, *, may_exceed_context: bool) -> None:
             param="n" if claim.view.fan_out.prompts == 1 else None,
         )
     if not may_exceed_context and pool.estimator.exceeds_context(claim.prompt):
-        raise InvalidRequestError(
+        raise ContextLengthError(
             f"The prompt is longer than the model's context of "
             f"{pool.estimator.context_tokens:.0f} tokens.",
             param="prompt" if claim.prompt.is_tokens else None,

@@ -16,8 +16,8 @@ class ErrorInfo(TypedDict):
     type: str
     param: str | None
     """Field of the request that is wrong."""
-    code: int
-    """Status of the answer."""
+    code: int | str
+    """Status of the answer, or `context_length_exceeded`."""
 
 
 class ErrorBody(TypedDict):

@@ -9,7 +9,7 @@ import numpy as np
 
 from cluster.engines.classifier.model.template import Template, cut_ids, find_template, fit_pair
 from cluster.engines.classifier.model.types import Side, Text, TokenIds, Tokenization
-from cluster.errors import ConfigError, InvalidRequestError
+from cluster.errors import ConfigError, ContextLengthError, InvalidRequestError
 
 USUAL = Tokenization()
 """Tokenization of requests that ask for nothing else."""
@@ -165,8 +165,8 @@ class TextTokenizer:
     def decode_ids(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         return str(self._backend.decode(ids, skip_special_tokens=skip_special_tokens))
 
-    def too_long_error(self, index: int, num_tokens: int) -> InvalidRequestError:
-        return InvalidRequestError(
+    def too_long_error(self, index: int, num_tokens: int) -> ContextLengthError:
+        return ContextLengthError(
             f"input[{index}] has {num_tokens} tokens; the model takes {self.max_tokens}. "
             "Shorten it or set `truncate`.",
             param="input",
