@@ -21,6 +21,7 @@ from benchmarks import (
     page,
     regress,
     routing,
+    start,
     stream,
 )
 from benchmarks.report import Report, print_report, write_json
@@ -51,6 +52,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "mixed": mixed,
     "autoscale": autoscale,
     "regress": regress,
+    "start": start,
 }
 
 

@@ -5,7 +5,7 @@ import re
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -71,14 +71,14 @@ def find_process(home: Path, role: str) -> int:
     return pids[0]
 
 
-def take_cpu_snapshot(home: Path) -> CpuSnapshot:
-    """Return the CPU time of every process of ``home``."""
+def take_cpu_snapshot(home: Path, name: Callable[[str], str] = role_of) -> CpuSnapshot:
+    """Return the CPU time of every process of ``home``; ``name`` maps command lines to roles."""
     snapshot: dict[tuple[int, str], float] = {}
     for owned in processes.find(home):
         with contextlib.suppress(psutil.Error):
             times = owned.process.cpu_times()
             command = " ".join(owned.process.cmdline()) or owned.name
-            snapshot[owned.process.pid, role_of(command)] = times.user + times.system
+            snapshot[owned.process.pid, name(command)] = times.user + times.system
     return snapshot
 
 

@@ -41,6 +41,8 @@ class ReadyTarget:
     """Seconds from the start of its first process to the first token."""
     command: str
     """Command line that starts it, with the environment variables that differ from the defaults."""
+    healthy_s: float = 0.0
+    """Seconds until all deployments were healthy; 0 for peers."""
 
 
 SimTarget = Callable[[float], AbstractContextManager[RunningTarget]]
@@ -66,19 +68,21 @@ def format_command(command: Iterable[str | Path], environment: Mapping[str, str]
     return line
 
 
-def wait_first_token(home: Home, endpoint: Endpoint, health: str) -> None:
+def wait_first_token(
+    home: Home, endpoint: Endpoint, health: str, timeout_s: float = READY_S
+) -> None:
     """Wait until ``health`` returns 200 and a request for one token succeeds.
 
     Raises:
-        TargetError: A process of the target failed, or ``READY_S`` have passed.
+        TargetError: A process of the target failed, or ``timeout_s`` have passed.
     """
-    deadline = time.monotonic() + READY_S
+    deadline = time.monotonic() + timeout_s
     body = {"model": endpoint.model, "prompt": "Hello", "max_tokens": 1, "stream": True}
     request = endpoint.encode_request("/v1/completions", body)
-    home.wait_ready(endpoint, READY_S, health)
+    home.wait_ready(endpoint, timeout_s, health)
     while time.monotonic() < deadline:
         with contextlib.suppress(TargetError):
             send_request(endpoint, request)
             return
         time.sleep(POLL_S)
-    home.fail(f"{endpoint.url} generated no token within {READY_S:g} s.")
+    home.fail(f"{endpoint.url} generated no token within {timeout_s:g} s.")

@@ -95,6 +95,22 @@ def tandem_with_pools(
 @contextlib.contextmanager
 def tandem_default() -> Iterator[ReadyTarget]:
     """Run the default configuration, as ``./scripts/up`` does, on other ports."""
+    with new_home("default") as home:
+        _share_cache(home)
+        yield start_default(home, TANDEM, "up")
+
+
+def start_default(
+    home: Home,
+    *up: str | Path,
+    environment: Mapping[str, str] | None = None,
+    timeout_s: float = READY_S,
+) -> ReadyTarget:
+    """Start the default configuration on other ports with the command ``up``.
+
+    Raises:
+        TargetError: The command failed, or there was no token within ``timeout_s``.
+    """
     http, gcs, dashboard, *haproxy = free_ports(6)
     settings = {
         "http_options.port": http,
@@ -102,23 +118,20 @@ def tandem_default() -> Iterator[ReadyTarget]:
         "cluster.dashboard_port": dashboard,
     }
     options = [word for path, port in settings.items() for word in ("--set", f"{path}={port}")]
-    with new_home("default") as home:
-        _share_cache(home)
-        endpoint = Endpoint(http, REAL_MODEL)
-        command: tuple[str | Path, ...] = (
-            *(TANDEM, "up", "-d"),
-            *("--config", ROOT / "ray-config.yaml"),
-            *options,
-        )
-        began = time.monotonic()
-        up = home.spawn(*command, environment=_haproxy_ports(*haproxy))
-        wait_first_token(home, endpoint, "/health")
-        ready_s = time.monotonic() - began
-        if up.wait(READY_S):
-            raise TargetError(f"tandem up exited with {up.returncode}.")
-        running = RunningTarget(endpoint, home, ray_address=f"LOCALHOST:{gcs}")
-        shown = format_command((TANDEM, "up", "-d", "--config", "ray-config.yaml"), {})
-        yield ReadyTarget(running, ready_s, f"{shown}  # on other ports")
+    endpoint = Endpoint(http, REAL_MODEL)
+    began = time.monotonic()
+    process = home.spawn(
+        *(*up, "-d", "--config", ROOT / "ray-config.yaml", *options),
+        environment={**_haproxy_ports(*haproxy), **(environment or {})},
+    )
+    wait_first_token(home, endpoint, "/health", timeout_s)
+    ready_s = time.monotonic() - began
+    if process.wait(timeout_s):
+        raise TargetError(f"tandem up exited with {process.returncode}.")
+    healthy_s = time.monotonic() - began
+    running = RunningTarget(endpoint, home, ray_address=f"LOCALHOST:{gcs}")
+    shown = format_command((*up, "-d", "--config", "ray-config.yaml"), {})
+    return ReadyTarget(running, ready_s, f"{shown}  # on other ports", healthy_s)
 
 
 def _share_cache(home: Home) -> None:
