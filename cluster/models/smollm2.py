@@ -6,9 +6,11 @@ safetensors, which vLLM and transformers load like any other model. Loads torch.
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 from tokenizers import pre_tokenizers
 from transformers import (
@@ -38,7 +40,7 @@ def build(out: Path, progress: Progress) -> Facts:
     """
     gguf = packaged_file(PACKAGE, ".gguf")
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    with quiet_transformers(), _report_conversion(progress):
+    with quiet_transformers(), _report_conversion(progress), _parse_once():
         progress("reading the tokenizer", None)
         tokenizer = AutoTokenizer.from_pretrained(**source)
         progress("reading the weights", None)
@@ -81,6 +83,16 @@ def _complete_tokenizer(tokenizer: Any, max_tokens: int) -> None:
 
 
 @contextmanager
+def _parse_once() -> Iterator[None]:
+    """Keep what transformers would read from the file, or compute for every module, again."""
+    with (
+        _replaced(gguf, "GGUFReader", cache(gguf.GGUFReader)),
+        _replaced(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
+    ):
+        yield
+
+
+@contextmanager
 def _report_conversion(progress: Progress) -> Iterator[None]:
     """Redirect transformers' progress bar of the GGUF conversion to ``progress``."""
 
@@ -89,9 +101,15 @@ def _report_conversion(progress: Progress) -> Iterator[None]:
             progress("converting the weights to bfloat16", done / len(tensors))
             yield tensor
 
-    original = getattr(modeling_gguf_pytorch_utils, "tqdm", None)
-    modeling_gguf_pytorch_utils.tqdm = report
+    with _replaced(modeling_gguf_pytorch_utils, "tqdm", report):
+        yield
+
+
+@contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    original = getattr(module, name, None)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        modeling_gguf_pytorch_utils.tqdm = original
+        setattr(module, name, original)
