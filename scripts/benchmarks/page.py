@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import format_cell
+from benchmarks.report import format_cell, format_machine
 from benchmarks.rounds import Summary
 from cluster.errors import TandemError
 
@@ -115,7 +115,8 @@ def make_table(results: Iterable[Result], rows: Iterable[Row] = ROWS) -> str:
         if result is not None and result not in used:
             used.append(result)
     commands = [line for result in used for line in _commands(result)]
-    return "\n".join([*lines, "", *commands, *(_origin(result) for result in used)]).strip() + "\n"
+    origins = [f"- `{result.name}`: {format_machine(result.machine)}" for result in used]
+    return "\n".join([*lines, "", *commands, *origins]).strip() + "\n"
 
 
 def is_met(value: float, target: str) -> bool:
@@ -170,14 +171,3 @@ def _commands(result: Result) -> list[str]:
         return []
     lines = [f"Command lines of `{result.document['benchmark']}`:", ""]
     return [*lines, *(f"- `{name}`: `{line}`" for name, line in commands.items()), ""]
-
-
-def _origin(result: Result) -> str:
-    machine = result.machine
-    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
-    memory = f"{machine['memory_gib']:.0f} GiB"
-    return (
-        f"- `{result.name}`: {machine['time'][:10]}, commit {machine['commit'][:12]}, "
-        f"{machine['cpus']} CPUs ({machine['processor']}), {memory}, {machine['system']}, "
-        f"Python {machine['python']}, {packages}."
-    )

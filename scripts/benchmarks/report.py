@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -79,7 +79,7 @@ def print_report(report: Report) -> None:
         console = Console(width=FILE_COLUMNS)
     for table in (*report.tables, *([_keys_table(report)] if report.keys else [])):
         console.print(_rich_table(table))
-    for note in report.notes:
+    for note in (*report.notes, format_machine(describe_machine())):
         console.print(f"- {note}", highlight=False)
 
 
@@ -159,9 +159,19 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def format_machine(machine: Mapping[str, Any]) -> str:
+    """Return date, commit, hardware and versions as one sentence."""
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    return (
+        f"{machine['time'][:10]}, commit {machine['commit']}, {machine['cpus']} CPUs "
+        f"({machine['processor']}), {machine['memory_gib']:.0f} GiB, {machine['system']}, "
+        f"Python {machine['python']}, {packages}."
+    )
+
+
 def _commit() -> str:
     """Return the commit of the measured code, with ``-dirty`` if files have changed since."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     folder = Path(__file__).parent
     done = subprocess.run(describe, cwd=folder, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"

@@ -13,6 +13,7 @@ from benchmarks.engine.measure import (
     check_completion_tokens,
 )
 from benchmarks.engine.report import EngineRound, Rounds
+from benchmarks.engine.servers import find_scale_events
 
 WORDS = ("Ġred", "Ġriver", "Ġstone", "Ġbridge", "stone", "ĠParis", "Ġ42nd")
 VOCABULARY = {word: number for number, word in enumerate(WORDS)}
@@ -77,6 +78,40 @@ def test_a_round_without_a_concurrency_has_no_ratio_for_it() -> None:
     keys = report.make_report(rounds_by_server).keys
     assert keys["ratio_vs_serve_llm"].rounds == (3.0,)
     assert keys["ratio_vs_serve_llm_at_8"].rounds == (3.0, 3.0)
+
+
+def test_the_fastest_tuned_variant_of_each_round_is_the_peer() -> None:
+    rounds_by_server: Rounds = {
+        "cluster": rounds((10.0, 200.0), (10.0, 180.0)),
+        "vllm-tuned": rounds((20.0, 100.0), (20.0, 200.0)),
+        "vllm-tuned-iomp": rounds((20.0, 250.0)),
+        "in-process": rounds((5.0, 200.0), (5.0, 200.0)),
+    }
+    made = report.make_report(rounds_by_server, {"vllm-tuned-iomp": "it exited with 1.\nlog"})
+    assert made.keys["ratio_default_vs_tuned_vllm_at_32"].rounds == (0.8, 0.9)
+    assert made.keys["ttft_ratio_vs_tuned_vllm_at_32"].rounds == (1.0, 1.0)
+    assert made.keys["ratio_vs_in_process"].rounds == (1.0, 0.9)
+    assert made.values["tokens_s_at_32"]["tuned"].rounds == (250.0, 200.0)
+    assert "vllm-tuned-iomp failed: it exited with 1." in made.notes
+
+
+def test_a_round_keeps_the_command_line_and_the_scale_events(tmp_path: Path) -> None:
+    path = tmp_path / "rounds.json"
+    one = EngineRound(1.0, (cell(9.0),), "tandem up", ("autoscaling: a from 1 to 2 replicas",))
+    report.save_rounds(path, {"cluster": [one]})
+    assert report.load_rounds(path) == {"cluster": [one]}
+    made = report.make_report(report.load_rounds(path))
+    assert "cluster, round 1, autoscaling: a from 1 to 2 replicas" in made.notes
+
+
+def test_scale_events_are_read_from_the_controllers_log(tmp_path: Path) -> None:
+    (tmp_path / "serve").mkdir()
+    lines = "INFO 2026 -- autoscaling: smollm2 from 1 to 1 replicas (cores): full\nINFO other\n"
+    (tmp_path / "serve" / "controller_12.log").write_text(lines, encoding="utf-8")
+    (tmp_path / "serve" / "replica_1.log").write_text(lines, encoding="utf-8")
+    assert find_scale_events(tmp_path) == [
+        "autoscaling: smollm2 from 1 to 1 replicas (cores): full"
+    ]
 
 
 def test_saved_rounds_are_loaded_again(tmp_path: Path) -> None:

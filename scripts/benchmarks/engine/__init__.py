@@ -10,8 +10,15 @@ which may have measured only some of the servers.
 import argparse
 from pathlib import Path
 
+from benchmarks.endpoint import TargetError
 from benchmarks.engine import measure, report
-from benchmarks.engine.servers import DEFAULT_TARGETS, QUICK_TARGETS, TARGETS, prepare_model
+from benchmarks.engine.servers import (
+    CLUSTER,
+    DEFAULT_TARGETS,
+    QUICK_TARGETS,
+    TARGETS,
+    prepare_model,
+)
 from benchmarks.report import Report, print_progress
 from benchmarks.rounds import interleave
 
@@ -39,15 +46,26 @@ def run(args: argparse.Namespace) -> Report:
     rounds = report.load_rounds(args.append)
     num_earlier = min(len(rounds.get(name, [])) for name in args.targets)
     order = list(interleave(args.targets, num_earlier + args.rounds))
+    failures: dict[str, str] = {}
     for number, name in order[num_earlier * len(args.targets) :]:
-        measured = _measure(name, model, prompts, number, args)
+        if name in failures:
+            continue
+        try:
+            measured = _measure(name, model, prompts, number, args)
+        except TargetError as error:
+            if name == CLUSTER:
+                raise
+            # A peer that does not run must not cost the results of the others.
+            failures[name] = str(error)
+            print_progress(number, name, f"left out: {error}")
+            continue
         rounds.setdefault(name, []).append(measured)
         report.save_rounds(args.append, rounds)
         last = measured.cells[-1]
         print_progress(number, name, f"{last.tokens_s:.0f} tokens/s at {last.concurrent}")
         for event in measured.scale_events:
             print_progress(number, name, event)
-    return report.make_report(rounds)
+    return report.make_report(rounds, failures)
 
 
 def _measure(

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -80,8 +80,11 @@ def save_rounds(path: Path | None, rounds: Rounds) -> None:
         path.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
 
 
-def make_report(rounds: Rounds) -> Report:
-    """Return the ratios per round and the numbers of each server."""
+def make_report(rounds: Rounds, failures: Mapping[str, str] | None = None) -> Report:
+    """Return the ratios per round and the numbers of each server.
+
+    ``failures`` has the errors of servers that were left out from some round on.
+    """
     concurrent = sorted(
         {cell.concurrent for of_server in rounds.values() for cell in of_server[-1].cells}
     )
@@ -97,6 +100,10 @@ def make_report(rounds: Rounds) -> Report:
         commands={name: of_server[-1].command for name, of_server in rounds.items()},
         notes=[
             *(f"{name}: {of_server[-1].command}" for name, of_server in rounds.items()),
+            *(
+                f"{name} failed: {error.splitlines()[0]}"
+                for name, error in (failures or {}).items()
+            ),
             *(f"{name}, autoscaling: {event}" for name, event in _scale_events(rounds)),
             "ratio_default_vs_tuned_vllm: the fastest tuned variant of each round is the peer.",
             "Each server ran alone and was restarted in every round. From the second start on, "
