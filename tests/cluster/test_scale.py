@@ -205,3 +205,31 @@ async def test_updates_of_replicas_and_routers_interrupt_no_stream(
             assert int(answer.headers["retry-after"]) > 0
         else:
             assert answer.status_code == 200
+
+
+async def test_an_update_takes_seconds_although_streams_take_minutes(
+    sim_cluster: RunningCluster,
+) -> None:
+    body = {**BODY, "max_tokens": 6000}  # 120 s
+    received = bytearray()
+
+    async def read(http: httpx.AsyncClient) -> None:
+        async with http.stream("POST", "/v1/completions", json=body) as response:
+            async for piece in response.aiter_bytes():
+                received.extend(piece)
+
+    def generators() -> set[str]:
+        return {id for id, (name, _) in sim_cluster.replicas().items() if name == "generator-sim"}
+
+    async with httpx.AsyncClient(base_url=sim_cluster.http_url, timeout=60) as http:
+        reading = asyncio.create_task(read(http))
+        await until(lambda: received, 30, "the start of the stream")
+        before = generators()
+        updated = config(replicas={"min": 1, "max": 1}, adapters={"law": "none"}, max_in_flight=15)
+        await asyncio.to_thread(sim_cluster.deploy, updated)
+        await until(lambda: not before & generators(), 60, "the end of the old replicas")
+        num_received = len(received)
+        await until(lambda: len(received) > num_received + 1000, 10, "the stream's next tokens")
+        assert b"error" not in received
+        reading.cancel()
+        await asyncio.wait([reading])
