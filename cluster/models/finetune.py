@@ -8,7 +8,7 @@ drift detection. Loads torch.
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from cluster.models.finetune_trainer import (
     ProgressCallback,
     freeze_layers,
     make_trainer,
+    mixed_precision,
 )
 from cluster.models.predict import (
     MAX_TOKENS,
@@ -74,6 +75,9 @@ def finetune(
     """
     validation = options.held_out if options.patience else 0.0
     parts = split(texts, labels, options.label_names, options.held_out, validation, options.seed)
+    limit = options.max_train_chars
+    train = [row for row in parts.train if limit is None or len(row[0]) <= limit]
+    parts = replace(parts, train=train[: options.max_train_texts])
     with (
         quiet_transformers(),
         compute_threads(options.threads),
@@ -119,7 +123,9 @@ class _Run:
 
     def measure(self, parts: Split, out: Path) -> FinetuneMetrics:
         texts, truth = zip(*parts.held_out, strict=True)
-        logits, similarity = self._predict(texts)
+        device = self._network.device.type
+        with mixed_precision(device, enabled=self._options.bfloat16):
+            logits, similarity = self._predict(texts)
         names = self._options.label_names
         self.confusion = report.confusion_matrix(np.array(truth), logits.argmax(1), len(names))
         report.draw_confusion(self.confusion, names, out / report.PICTURE)

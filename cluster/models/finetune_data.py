@@ -36,6 +36,16 @@ class FinetuneOptions:
     """Number of lowest encoder layers that are not trained; word embeddings never are."""
     keep_embeddings: float = 2.0
     """Loss weight of the cosine distance to the base's mean-pooled embeddings; 0: none."""
+    anchor_steps: int = 1
+    """Steps from one comparison with the base's embeddings to the next."""
+    max_train_texts: int | None = None
+    """Maximum number of training texts; None: all."""
+    max_train_chars: int | None = None
+    """Length in characters up to which texts are used for training; None: any."""
+    dropout: bool = True
+    """Apply the model's dropout in the trained layers."""
+    bfloat16: bool = False
+    """Compute in bfloat16 if the machine does so natively; weights stay float32."""
     held_out: float = 0.1
     """Share of the texts for the final measurement. With early stopping, the same share again is
     for validation."""

@@ -21,6 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from cluster.cpu import has_native_bfloat16
 from cluster.errors import ConfigError
 from cluster.models.finetune_data import FinetuneOptions
 from cluster.models.store import Progress
@@ -67,6 +68,11 @@ def freeze_layers(network: Any, num_frozen: int) -> LayerGroups:
     return LayerGroups(frozen, tuned, head)
 
 
+def mixed_precision(device: str, *, enabled: bool) -> torch.autocast:
+    """Compute matrix products in bfloat16 within the block, if the CPU does so natively."""
+    return torch.autocast(device, torch.bfloat16, enabled=enabled and has_native_bfloat16())
+
+
 class EmbeddingAnchor:
     """Copy of the trained layers in their initial state, to compare embeddings."""
 
@@ -111,6 +117,9 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers is not typ
     parts: LayerGroups
     anchor: EmbeddingAnchor | None = None
     keep_embeddings: float = 0.0
+    anchor_steps: int = 1
+    dropout: bool = True
+    bfloat16: bool = False
 
     def compute_loss(
         self,
@@ -120,13 +129,16 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers is not typ
         num_items_in_batch: Any = None,
     ) -> Any:
         """Return the model's loss plus, with an anchor, the weighted drift of the embeddings."""
-        for module in self.parts.frozen:  # the Trainer enables dropout everywhere at each step
+        # The Trainer enables dropout everywhere at each step.
+        for module in self.parts.frozen if self.dropout else [model]:
             module.eval()
-        outputs = model(**inputs)
-        loss = outputs.loss
-        if self.anchor is not None:
-            drift = 1 - self.anchor.similarity(inputs["attention_mask"]).mean()
-            loss = loss + self.keep_embeddings * drift
+        mask = inputs["attention_mask"]
+        with mixed_precision(mask.device.type, enabled=self.bfloat16):
+            outputs = model(**inputs)
+            loss = outputs.loss
+            if self.anchor is not None and self.state.global_step % self.anchor_steps == 0:
+                drift = 1 - self.anchor.similarity(mask).mean()
+                loss = loss + self.keep_embeddings * self.anchor_steps * drift
         return (loss, outputs) if return_outputs else loss
 
 
@@ -192,4 +204,6 @@ def make_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.parts, trainer.keep_embeddings = parts, options.keep_embeddings
+    trainer.anchor_steps = options.anchor_steps
+    trainer.dropout, trainer.bfloat16 = options.dropout, options.bfloat16
     return trainer

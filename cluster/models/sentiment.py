@@ -28,6 +28,17 @@ INNER = "vaderSentiment-2.5/additional_resources/hutto_ICWSM_2014.tar.gz"
 SOURCES = ("movieReviewSnippets", "amazonReviewSnippets", "tweets")
 LABELS = ("NEGATIVE", "POSITIVE")
 MIN_RATING = 1.0  # absolute value; raters disagree about the sign of more neutral texts
+# Half of the 12,802 texts, with 40 % of the tokens. Dropout did not raise the accuracy.
+OPTIONS = FinetuneOptions(
+    LABELS,
+    base_name=ENCODER_PACKAGE,
+    max_train_texts=6_500,
+    max_train_chars=130,
+    anchor_steps=2,
+    batch_size=16,
+    dropout=False,
+    bfloat16=True,
+)
 MIN_ACCURACY = 0.83
 
 
@@ -42,8 +53,7 @@ def build(out: Path, progress: Progress) -> Facts:
     rows = list(rated_texts(source_archive(ARCHIVE)))
     texts = [text for text, _ in rows]
     labels = [LABELS[rating > 0] for _, rating in rows]
-    options = FinetuneOptions(LABELS, base_name=ENCODER_PACKAGE)
-    metrics = finetune(texts, labels, encoder, out, options, progress)
+    metrics = finetune(texts, labels, encoder, out, OPTIONS, progress)
     if metrics.accuracy < MIN_ACCURACY:
         raise BuildError(
             f"the classifier labels {metrics.accuracy:.1%} of the held-out texts correctly; "

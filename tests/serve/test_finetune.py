@@ -11,6 +11,8 @@ from cluster.config import ClassifierConfig
 from cluster.engines.classifier.engine import ClassifierEngine
 from cluster.errors import ConfigError, DataError
 from cluster.models import calibration
+from cluster.models.finetune import finetune
+from cluster.models.finetune_data import FinetuneOptions
 from cluster.models.reference import Reference
 from tests.serve.classifier_kit import FAMILIES, WORDS, ask, loaded, running, save
 from tests.serve.planted import FAST, tandem, texts, write_csv
@@ -66,6 +68,33 @@ async def test_every_family_is_trained_and_served(tmp_path, family):
         wanted = dict(zip("ab", logits.softmax(-1).tolist(), strict=True))
         found = {score["label"]: score["score"] for score in item["scores"]}
         assert found == pytest.approx(wanted, abs=1e-5)
+
+
+def test_cheap_training_is_deterministic_and_reads_no_long_texts(base, tmp_path):
+    rows = [*texts(150), *((f"thanks refund {'word1 ' * 20}{i}", "praise") for i in range(50))]
+    options = FinetuneOptions(
+        ("complaint", "praise"),
+        max_train_texts=100,
+        max_train_chars=80,
+        anchor_steps=2,
+        batch_size=16,
+        learning_rate=0.003,
+        epochs=6,
+        frozen_layers=1,
+        dropout=False,
+        bfloat16=True,
+        threads=1,
+    )
+    weights = []
+    for name in ("first", "second"):
+        out = tmp_path / name
+        out.mkdir()
+        metrics = finetune(*zip(*rows, strict=True), base, out, options, lambda *_: None)
+        weights.append((out / "model.safetensors").read_bytes())
+    assert metrics.num_train == 100
+    assert metrics.num_held_out == 20  # of all texts
+    assert metrics.accuracy >= 0.7  # no text of 20 words was seen; they are a quarter of all
+    assert weights[0] == weights[1]
 
 
 async def test_result_can_be_served(trained):

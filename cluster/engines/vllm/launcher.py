@@ -161,7 +161,7 @@ class LlmLauncher:
 
     def _make_args(self) -> tuple[Namespace, str | None]:
         """Return vLLM's arguments, and the address of the KV events if this replica reads them."""
-        from cluster.engines.cpu import has_native_bfloat16
+        from cluster.cpu import has_native_bfloat16
 
         on_cpu = bool(internals.current_platform.is_cpu())
         if on_cpu:

@@ -6,7 +6,7 @@ import os
 import torch
 
 from cluster.config import ClassifierConfig
-from cluster.engines.cpu import has_native_bfloat16
+from cluster.cpu import has_native_bfloat16
 
 log = logging.getLogger(__name__)
 
