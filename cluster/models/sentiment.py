@@ -28,11 +28,11 @@ INNER = "vaderSentiment-2.5/additional_resources/hutto_ICWSM_2014.tar.gz"
 SOURCES = ("movieReviewSnippets", "amazonReviewSnippets", "tweets")
 LABELS = ("NEGATIVE", "POSITIVE")
 MIN_RATING = 1.0  # absolute value; raters disagree about the sign of more neutral texts
-# Half of the 12,802 texts, with 40 % of the tokens. Dropout did not raise the accuracy.
+# 55 % of the 12,802 texts, with 43 % of the tokens. Dropout did not raise the accuracy.
 OPTIONS = FinetuneOptions(
     LABELS,
     base_name=ENCODER_PACKAGE,
-    max_train_texts=6_500,
+    max_train_texts=7_000,
     max_train_chars=130,
     anchor_steps=2,
     batch_size=16,

@@ -92,7 +92,7 @@ _SENTIMENT = DefaultModel(
     name="sentiment-minilm",
     kind="classifier",
     description="MiniLM-L6 fine-tuned for sentiment: NEGATIVE or POSITIVE",
-    recipe="3",
+    recipe="4",
     builder=_build_sentiment,
 )
 CATALOGUE: Mapping[str, DefaultModel] = MappingProxyType(
