@@ -4,8 +4,11 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from cluster.config import parse
+from cluster.config import ClassifierConfig, parse
 from cluster.engines.classifier.engine import ClassifierEngine
+from cluster.engines.classifier.paths import PATHS
+from cluster.engines.classifier.serving.routes import routes
+from cluster.engines.classifier.serving.tasks import TASKS
 from cluster.gateway import Gateway, GatewayApp, ReplicaInfo, Wiring
 from cluster.link import LinkServer
 from tests import asgi
@@ -81,6 +84,11 @@ class Site:
 async def site(tmp_path):
     async with Site(tmp_path) as site:
         yield site
+
+
+def test_the_router_knows_the_paths_of_all_classifiers():
+    configs = [ClassifierConfig(name="cls", model="m", tasks=[task]) for task in TASKS]
+    assert {path for config in configs for path in routes(config)} == PATHS
 
 
 async def test_the_router_returns_the_engines_replies_and_timings(site):

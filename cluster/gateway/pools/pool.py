@@ -11,6 +11,8 @@ from functools import partial
 from typing import Any, Literal
 
 from cluster.admission import PoolCapacity
+from cluster.engines.classifier.paths import PATHS as CLASSIFIER_PATHS
+from cluster.engines.vllm.routes import ROUTES as VLLM_ROUTES
 from cluster.gateway.pools.moving import move_answers
 from cluster.gateway.pools.queue import AdmissionQueue
 from cluster.gateway.pools.replica import Replica, ReplicaInfo, Wiring
@@ -27,6 +29,12 @@ PoolKind = Literal["generator", "classifier"]
 # takes in a new request whenever one ends.
 WAITING_RATIO: Mapping[PoolKind, float] = {"generator": 0.25, "classifier": 2.0}
 """Requests that may wait in the engines for each one that runs."""
+
+_KIND_ROUTES: Mapping[PoolKind, RouteTable] = {
+    "generator": RouteTable(path for _, path in VLLM_ROUTES),
+    "classifier": RouteTable(CLASSIFIER_PATHS),
+}
+"""Paths that the engines of some pool of a kind serve."""
 
 
 class Pool:
@@ -92,8 +100,10 @@ class Pool:
         return model if model in adapters and len(adapters) > self.limits.max_loras else None
 
     def serves(self, path: str) -> bool | None:
-        """Return whether the engines have this path; None while no replica has described itself."""
-        return self.routes.find(path) is not None if self.routes else None
+        """Return whether the engines have this path; None if that depends on a missing replica."""
+        if self.routes:
+            return self.routes.find(path) is not None
+        return None if _KIND_ROUTES[self.kind].find(path) is not None else False
 
     def route_of(self, path: str) -> str:
         """Return the route of a path for metrics and logs, also while no replica runs."""

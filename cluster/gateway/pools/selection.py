@@ -33,8 +33,8 @@ def select_pool(
 ) -> Pool:
     """Return the pool that answers ``path`` for the model that the body or the path names.
 
-    A pool is assumed to serve every path until one of its replicas has described itself. The
-    request then waits for a replica, whose engine answers 404 if necessary.
+    A pool without replicas may serve every path of its kind. The request then waits for a replica,
+    whose engine answers 404 if necessary.
 
     Raises:
         NotFoundError: The model does not exist, or no pool has the path.
@@ -50,11 +50,7 @@ def select_pool(
     model = path_model or body.model
     if model is not None:
         return _select_by_model(pools, path, model)
-    candidates = [pool for pool in pools.values() if pool.serves(path)]
-    if not candidates:
-        candidates = [pool for pool in pools.values() if pool.serves(path) is None]
-    if not candidates:
-        raise _no_such_path(path)
+    candidates = _pools_with(pools, path)
     kind = _kind_meant(path, body)
     candidates = [pool for pool in candidates if pool.kind == kind] or candidates
     if len(candidates) > 1:
@@ -82,20 +78,27 @@ def _select_by_model(pools: Mapping[str, Pool], path: str, model: str) -> Pool:
             param="model",
         )
     if pool.serves(path) is False:
-        candidates = [other for other in pools.values() if other.serves(path)]
-        if not candidates:
-            raise _no_such_path(path)
+        names = _model_names(_pools_with(pools, path))
         raise InvalidRequestError(
-            f"The model `{model}` does not serve {path}. Models that do: "
-            f"{_model_names(candidates)}",
+            f"The model `{model}` does not serve {path}. Models that do: {names}",
             param="model",
         )
     return pool
 
 
+def _pools_with(pools: Mapping[str, Pool], path: str) -> list[Pool]:
+    """Return the pools that serve a path, or those that may if none does.
+
+    Raises:
+        NotFoundError: No pool has the path.
+    """
+    candidates = [pool for pool in pools.values() if pool.serves(path)]
+    if not candidates:
+        candidates = [pool for pool in pools.values() if pool.serves(path) is None]
+    if not candidates:
+        raise NotFoundError(f"No such path: {path}. GET /openapi.json lists all paths.")
+    return candidates
+
+
 def _model_names(pools: Iterable[Pool]) -> str:
     return ", ".join(sorted(name for pool in pools for name in pool.models))
-
-
-def _no_such_path(path: str) -> NotFoundError:
-    return NotFoundError(f"No such path: {path}. GET /openapi.json lists all paths.")
