@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from datetime import datetime
 
 import pytest
 
@@ -68,3 +69,18 @@ async def test_queries_at_a_hung_replica_are_shared() -> None:
             assert answer.status == 200
             assert "gen" in [card["id"] for card in answer.json()["data"]]
         assert app.requests == 1
+
+
+async def test_anthropics_client_gets_its_fields_of_models() -> None:
+    async with gateway_world() as world:
+        await world.add("gen", "gen-1")
+        headers = {"anthropic-version": "2023-06-01"}
+        listed = (await asgi.call(world.app, "GET", "/v1/models", headers=headers)).json()
+        assert (listed["has_more"], listed["first_id"], listed["last_id"]) == (False, "gen", "cls")
+        for card in listed["data"]:
+            path = f"/v1/models/{card['id']}"
+            assert (await asgi.call(world.app, "GET", path, headers=headers)).json() == card
+            assert (card["type"], card["display_name"]) == ("model", card["id"])
+            assert datetime.fromisoformat(card["created_at"]).tzinfo is not None
+        plain = (await asgi.get(world.app, "/v1/models")).json()
+        assert plain.keys() == {"object", "data"}

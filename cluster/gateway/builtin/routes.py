@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
+from datetime import UTC, datetime
 from itertools import chain
 from operator import is_not
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from cluster.errors import NotFoundError, TandemError
 from cluster.gateway.builtin.openapi import make_document
 from cluster.gateway.builtin.own_paths import MODEL_PATH
 from cluster.gateway.builtin.pages import Page
-from cluster.gateway.messages import Request, Response, bytes_response, json_response
+from cluster.gateway.messages import Request, Response, bytes_response, header, json_response
 from cluster.gateway.pools.pool import Pool
 from cluster.gateway.pools.relay import relay
 from cluster.gateway.pools.slots import Claim
@@ -144,7 +145,13 @@ class BuiltinRoutes:
     async def _list_models(self, request: Request) -> Response:
         pools = self._allowed_pools(request)
         lists = await asyncio.gather(*(self._model_cards(pool, request) for pool in pools))
-        return json_response({"object": "list", "data": list(chain.from_iterable(lists))})
+        cards = list(chain.from_iterable(lists))
+        body: dict[str, Any] = {"object": "list", "data": cards}
+        if _is_anthropics(request):
+            ids = [card["id"] for card in cards] or [None]
+            cards = [_anthropic_card(card) for card in cards]
+            body |= {"data": cards, "has_more": False, "first_id": ids[0], "last_id": ids[-1]}
+        return json_response(body)
 
     async def _list_capabilities(self, request: Request) -> Response:
         cards: list[dict[str, Any]] = []
@@ -160,7 +167,7 @@ class BuiltinRoutes:
         for pool in pools:
             for card in await self._model_cards(pool, request):
                 if card["id"] == name:
-                    return json_response(card)
+                    return json_response(_anthropic_card(card) if _is_anthropics(request) else card)
         names = [name for pool in pools for name in _allowed_models(pool, request)]
         raise NotFoundError(
             f"The model `{name}` does not exist. Known models: {', '.join(sorted(names))}"
@@ -248,6 +255,16 @@ class BuiltinRoutes:
             reason = str(error) or f"no answer within {timeout_s:g} s"
             logger.warning("%s: GET %s at pool %s failed: %s", request_id, path, pool.name, reason)
             return None
+
+
+def _is_anthropics(request: Request) -> bool:
+    return header(request.headers, b"anthropic-version") is not None
+
+
+def _anthropic_card(card: dict[str, Any]) -> dict[str, Any]:
+    """Return a model's description with Anthropic's fields, too."""
+    created_at = datetime.fromtimestamp(card.get("created") or 0, UTC).isoformat()
+    return {**card, "type": "model", "display_name": card["id"], "created_at": created_at}
 
 
 def _allowed_models(pool: Pool, request: Request) -> list[str]:
