@@ -15,6 +15,9 @@ USAGE = "tandem.usage"
 """Key of a scope's ``extensions``: the ``UsageCounter`` that the application fills in."""
 JOURNAL = "tandem.journal"
 """Key of a scope's ``extensions``: the ``Journal`` of an answer that may be handed over."""
+IS_CANCELLED = "tandem.is_cancelled"
+"""Key of a scope's ``extensions``: a function that returns True if the client has cancelled the
+request. False if its connection was lost, so that it may repeat the request."""
 
 
 class Journal:
@@ -47,6 +50,12 @@ def usage_of(scope: Scope) -> UsageCounter:
     """Return the counter that the application fills in; an unread one if the scope has none."""
     usage = scope.get("extensions", {}).get(USAGE)
     return usage if isinstance(usage, UsageCounter) else UsageCounter()
+
+
+def is_cancelled_of(scope: Scope) -> Callable[[], bool]:
+    """Return the function for ``IS_CANCELLED``; it returns False if the scope has none."""
+    found: Callable[[], bool] = scope.get("extensions", {}).get(IS_CANCELLED, bool)
+    return found
 
 
 def journal_of(scope: Scope) -> Journal | None:

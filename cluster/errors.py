@@ -22,6 +22,7 @@ TandemError
      ├─ MethodNotAllowedError          405, with Allow
      ├─ RequestTimeoutError            408
      ├─ PayloadTooLargeError           413
+     ├─ UnprocessableError             422
      ├─ HeadersTooLargeError           431
      ├─ OverloadedError                429, with Retry-After
      ├─ InternalError                  500, a bug
@@ -185,6 +186,10 @@ class RequestTimeoutError(RequestError, status=408, type="RequestTimeoutError"):
 
 class PayloadTooLargeError(RequestError, status=413, type="PayloadTooLargeError"):
     """The request body exceeds the limit."""
+
+
+class UnprocessableError(RequestError, status=422, type="UnprocessableEntityError"):
+    """The request is understood and contradicts an earlier one."""
 
 
 class HeadersTooLargeError(RequestError, status=431, type="RequestHeaderFieldsTooLargeError"):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import ray
 
 from cluster.asgi import ASGIApp
-from cluster.link import LinkServer, PrefixSource, certificate_expiry, tls_contexts
+from cluster.link import AnswerStore, LinkServer, PrefixSource, certificate_expiry, tls_contexts
 from cluster.load import Load
 from cluster.metrics import Registry, table
 from cluster.ray_internals import kv_get, kv_put_if_absent
@@ -36,6 +36,7 @@ async def start_link_server(
     prefixes: PrefixSource | None = None,
     *,
     resumes: bool = False,
+    answers: AnswerStore | None = None,
 ) -> LinkServer:
     """Start a link server on this node's address; see ``LinkServer`` for the arguments."""
     tls = tls_contexts(os.environ)
@@ -47,6 +48,7 @@ async def start_link_server(
         load=load,
         prefixes=prefixes,
         resumes=resumes,
+        answers=answers,
     )
     await server.start()
     return server

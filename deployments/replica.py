@@ -24,7 +24,14 @@ from cluster.engines.vllm.environment import core_share
 from cluster.errors import DeviceFailedError, EngineDeadError, ReplicaRetiredError
 from cluster.gateway.pools.replica import ReplicaInfo
 from cluster.gateway.pools.routes import RouteTable
-from cluster.link import DrainResult, LinkServer, RequestHead, ResponseHead, answer_locally
+from cluster.link import (
+    AnswerStore,
+    DrainResult,
+    LinkServer,
+    RequestHead,
+    ResponseHead,
+    answer_locally,
+)
 from cluster.metrics import Registry, table
 from cluster.ray_internals import confine_replica_to_loopback
 from cluster.tracing import start_tracer
@@ -79,8 +86,13 @@ class EngineReplica:
         timer.add_measured(engine.start_phases_s)
         self._app = RaiseIfDead(self._traced_app(pool, operations), engine.check_health)
         self._watch = ReplicaWatch(operations, pool, self._num_in_flight, self.retire)
+        keeps_answers = bool(operations.idempotency.keep_s)
         self._server = await start_link_server(
-            self._answer, engine.load, engine.prefixes, resumes=bool(engine.resume_key)
+            self._answer,
+            engine.load,
+            engine.prefixes,
+            resumes=bool(engine.resume_key),
+            answers=AnswerStore(operations.idempotency) if keeps_answers else None,
         )
         registry = Registry()
         registry.on_collect(lambda: engine.observe(registry))
@@ -202,6 +214,7 @@ class EngineReplica:
             adapters=self._adapters,
             context_tokens=self._engine.context_tokens,
             resume_key=self._engine.resume_key,
+            keeps_answers=self._server.answers is not None,
         )
         return info.to_metadata()
 

@@ -8,6 +8,7 @@ from cluster.config.application import ClusterConfig, TandemConfig, parse
 from cluster.config.operations import (
     AccountingConfig,
     DevicesConfig,
+    IdempotencyConfig,
     LeaksConfig,
     OperationsConfig,
     TracingConfig,
@@ -40,6 +41,7 @@ __all__ = [
     "DevicesConfig",
     "GeneratorConfig",
     "HandoverConfig",
+    "IdempotencyConfig",
     "LeaksConfig",
     "OperationsConfig",
     "ResourcesConfig",

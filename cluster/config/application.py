@@ -9,6 +9,7 @@ from pydantic.fields import FieldInfo
 from cluster.config.operations import (
     AccountingConfig,
     DevicesConfig,
+    IdempotencyConfig,
     LeaksConfig,
     OperationsConfig,
     TracingConfig,
@@ -72,6 +73,8 @@ class TandemConfig(Section):
     """Leak detection."""
     devices: DevicesConfig = DevicesConfig()
     """GPU health checks."""
+    idempotency: IdempotencyConfig = IdempotencyConfig()
+    """Repetition of requests with an `Idempotency-Key`."""
 
     @property
     def model_files(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Configuration of tracing, accounting, leak detection and device health.
+"""Configuration of tracing, accounting, leak detection, device health and kept answers.
 
 Separate from the pools because every replica receives it. Serve replaces a replica whenever its
 arguments change, so these must not include the configuration of other pools.
@@ -96,6 +96,23 @@ class DevicesConfig(Section):
     GPUs throttle themselves."""
 
 
+class IdempotencyConfig(Section):
+    """Repetition of requests with an `Idempotency-Key`. Limits are per replica."""
+
+    keep_s: float = Field(60.0, ge=0, le=3600)
+    """Time for which a replica keeps a finished answer, and goes on with a running one whose router
+    was lost, in seconds. A request with the same key then gets this answer. 0: the header has no
+    effect."""
+    disconnect_grace_s: float = Field(10.0, ge=0, le=600)
+    """Time for which a replica goes on with the answer to such a request after its HTTP client has
+    disconnected, in seconds. At most `keep_s`."""
+    max_answer_bytes: ByteSize = Field(ByteSize(4 * 1024**2), ge=64 * 1024)
+    """Maximum size of one kept answer, in bytes or with a unit. A larger one is not kept."""
+    max_kept_bytes: ByteSize = Field(ByteSize(128 * 1024**2), ge=0)
+    """Maximum size of all kept answers, in bytes or with a unit. Beyond it, the oldest finished
+    ones are dropped; if that does not suffice, further answers are not kept."""
+
+
 class OperationsConfig(Section):
     """Operations settings of one replica."""
 
@@ -103,4 +120,5 @@ class OperationsConfig(Section):
     accounting: AccountingConfig
     leaks: LeaksConfig
     devices: DevicesConfig
+    idempotency: IdempotencyConfig
     max_answer_s: int

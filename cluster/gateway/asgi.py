@@ -5,7 +5,7 @@ from contextlib import aclosing
 from typing import Any
 
 from cluster.admission import OPEN
-from cluster.asgi import Receive, Scope, Send
+from cluster.asgi import Receive, Scope, Send, is_cancelled_of
 from cluster.errors import HeadersTooLargeError, LinkError, RequestError
 from cluster.gateway.error_formats import is_anthropic
 from cluster.gateway.gateway import Gateway
@@ -61,6 +61,7 @@ class GatewayApp:
             size = len(body)
             query = scope["query_string"]
             request = Request(id_, method, path, query, headers, body, identity, model)
+            request.is_cancelled = is_cancelled_of(scope)
             del body  # the request drops it when the answer begins
             try:
                 response = await gateway.respond(request)

@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from secrets import token_bytes
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,8 @@ from cluster.errors import (
     MethodNotAllowedError,
     RequestError,
 )
-from cluster.gateway.admission.admission import Admission
+from cluster.gateway.admission.admission import Admission, requested_timeout_s
+from cluster.gateway.admission.answer_keys import KEY_HEADER, AnswerKeys, find_answer
 from cluster.gateway.admission.authenticator import Authenticator
 from cluster.gateway.admission.quotas import TenantQuotas
 from cluster.gateway.admission.response_ids import ResponseIds
@@ -27,6 +29,7 @@ from cluster.gateway.messages import (
     Response,
     empty_response,
     error_response,
+    header,
     with_json_fields,
 )
 from cluster.gateway.pools.factory import make_pools
@@ -112,6 +115,7 @@ class Gateway:
         self._response_ids = ResponseIds(response_key or token_bytes(32))
         quotas = TenantQuotas(self.registry)
         self.admission = Admission(authenticator, quotas, self._response_ids)
+        self._answer_keys = AnswerKeys(config.idempotency)
         self._load_reports = LoadReports(config, self.pools)
         self._dashboard = Dashboard(self.pools, sinks, routers, read_decisions)
         self._builtin = BuiltinRoutes(
@@ -149,19 +153,40 @@ class Gateway:
             builtin = self._builtin.find(request.path)
             if builtin is not None:
                 return await self._respond_builtin(request, builtin)
-            body, pool = self._select_pool(request)
-            claim, ticket = self.admission.admit(request, body, pool)
-            relayed = with_json_fields(request, self._fields(request, body, pool, claim))
-            del body  # the prompt; the answer may be far away
-            if relayed is not request:
-                request.release_body()
-            return await relay(relayed, pool, claim, ticket.end)
+            if header(request.headers, KEY_HEADER) is None:
+                return await self._relay(request)
+            async with self._turn(request):
+                return await self._relay(request)
         except RequestError as error:
             return error_response(error, request.path)
         except Exception:
             logger.exception("%s: internal error", request.id)
             internal = InternalError(f"Internal error; request id {request.id}")
             return error_response(internal, request.path)
+
+    @asynccontextmanager
+    async def _turn(self, request: Request) -> AsyncIterator[None]:
+        """Read the request's idempotency key; wait while another request with it begins."""
+        async with AsyncExitStack() as stack:
+            try:
+                key = request.answer_key = await self._answer_keys.read(request)
+                if key is not None:
+                    timeout_s = requested_timeout_s(request.headers)
+                    await stack.enter_async_context(self._answer_keys.turn(key, timeout_s))
+            except RequestError as error:
+                self.record_rejection(request.path, error, request.id, request.tenant)
+                raise
+            yield
+
+    async def _relay(self, request: Request) -> Response:
+        body, pool = self._select_pool(request)
+        joins = self._find_answer(request, pool)
+        claim, ticket = self.admission.admit(request, body, pool, joins)
+        relayed = with_json_fields(request, self._fields(request, body, pool, claim))
+        del body  # the prompt; the answer may be far away
+        if relayed is not request:
+            request.release_body()
+        return await relay(relayed, pool, claim, ticket.end)
 
     def _fields(
         self, request: Request, body: RequestBody, pool: Pool, claim: Claim
@@ -190,6 +215,16 @@ class Gateway:
             raise
         self._count(builtin.route, response.status)
         return response
+
+    def _find_answer(self, request: Request, pool: Pool) -> str | None:
+        """Return the replica with the answer to an earlier request with this key, if any."""
+        if request.answer_key is None:
+            return None
+        try:
+            return find_answer(request.answer_key, pool, self.pools.values())
+        except RequestError as error:
+            pool.meter.reject(request, pool.route_of(request.path), error.status)
+            raise
 
     def _select_pool(self, request: Request) -> tuple[RequestBody, Pool]:
         try:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 from uuid import uuid4
@@ -10,6 +10,7 @@ from uuid import uuid4
 from cluster.admission import OPEN, Identity
 from cluster.errors import InvalidRequestError, RequestError
 from cluster.gateway.error_formats import error_body
+from cluster.link import AnswerKey
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -34,6 +35,10 @@ class Request:
     """Sender, by API key."""
     model: str | None = None
     """Model that the path named; see ``split_model_path``."""
+    is_cancelled: Callable[[], bool] = bool
+    """Returns True if the client has cancelled it, False if it may have lost its connection."""
+    answer_key: AnswerKey | None = None
+    """Set if the client may repeat the request and get the same answer."""
 
     @property
     def tenant(self) -> str:

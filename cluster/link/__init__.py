@@ -1,14 +1,26 @@
 """The link: one TCP connection for each pair of router and replica, shared by many requests."""
 
+from cluster.link.answer_store import CONFLICT, AnswerStore
 from cluster.link.client import LinkClient, LinkState
 from cluster.link.client_stream import ClientStream
 from cluster.link.connection import LinkCounts, LinkOptions, Signal
-from cluster.link.frames import PrefixEvents, RequestHead, ResponseHead, Resume
+from cluster.link.frames import (
+    AnswerEvents,
+    AnswerKey,
+    PrefixEvents,
+    RequestHead,
+    ResponseHead,
+    Resume,
+)
 from cluster.link.handshake import TlsContexts, certificate_expiry, tls_contexts
 from cluster.link.local import answer_locally
 from cluster.link.server import DrainResult, LinkServer, PrefixSource
 
 __all__ = [
+    "CONFLICT",
+    "AnswerEvents",
+    "AnswerKey",
+    "AnswerStore",
     "ClientStream",
     "DrainResult",
     "LinkClient",

@@ -24,7 +24,16 @@ from cluster.errors import (
 from cluster.link import frames
 from cluster.link.client_stream import ClientStream
 from cluster.link.connection import Connection, LinkCounts, LinkOptions, Signal
-from cluster.link.frames import DATA, END, RESPONSE, Frame, PrefixEvents, RequestHead, decode_head
+from cluster.link.frames import (
+    DATA,
+    END,
+    RESPONSE,
+    AnswerEvents,
+    Frame,
+    PrefixEvents,
+    RequestHead,
+    decode_head,
+)
 from cluster.link.handshake import Handshake
 from cluster.load import Load
 from cluster.usage import Usage
@@ -60,7 +69,8 @@ class LinkClient:
 
     The callbacks run on the event loop: ``on_state`` after ``state`` or ``failures`` changed,
     ``on_load`` after ``load`` changed, ``on_prefixes`` with changes of the replica's prefix cache.
-    ``on_prefixes`` must be set before ``start``; each connection starts with a snapshot.
+    ``on_prefixes`` must be set before ``start``; each connection starts with a snapshot. So must
+    ``on_answers``, with changes of the answers that the replica keeps.
     """
 
     def __init__(
@@ -87,6 +97,7 @@ class LinkClient:
         self.on_state: Callable[[LinkState], None] | None = None
         self.on_load: Callable[[Load], None] | None = None
         self.on_prefixes: Callable[[PrefixEvents], None] | None = None
+        self.on_answers: Callable[[AnswerEvents], None] | None = None
         self._secret = secret
         self._ssl = ssl
         self._options = options or LinkOptions()
@@ -164,6 +175,8 @@ class LinkClient:
         self._connection = connection
         if self.on_prefixes is not None:
             connection.write(0, frames.PREFIXES)
+        if self.on_answers is not None:
+            connection.write(0, frames.ANSWERS)
         self.last_error = None
         self.failures = 0
         self._set_state(LinkState.CONNECTED)
@@ -175,6 +188,9 @@ class LinkClient:
 
     def handle_prefixes(self, events: PrefixEvents) -> None:
         self._notify(self.on_prefixes, events)
+
+    def handle_answers(self, events: AnswerEvents) -> None:
+        self._notify(self.on_answers, events)
 
     def handle_silence(self, silent: bool) -> None:
         if self.state is not LinkState.DRAINING:
@@ -333,6 +349,8 @@ class ClientConnection(Connection):
             self._link.handle_load(decode_head(payload, Load))
         elif kind == frames.PREFIXES:
             self._on_prefixes(payload)
+        elif kind == frames.ANSWERS:
+            self._link.handle_answers(frames.decode_answers(payload))
         elif kind == frames.GOAWAY:
             self._link.handle_goaway()
         elif kind not in (RESPONSE, frames.WINDOW, frames.ERROR, frames.USAGE):

@@ -111,10 +111,14 @@ class ClientStream:
         """Reason why the stream failed or was cancelled, if it was."""
         return self._error
 
-    def cancel(self) -> None:
-        """Stop the work on the replica and drop unread data; safe to call at any time."""
+    def cancel(self, *, is_final: bool = True) -> None:
+        """Stop the work on the replica and drop unread data; safe to call at any time.
+
+        Args:
+            is_final: False if the client may repeat the request with its idempotency key.
+        """
         self._chunks.clear()
-        self._abort(LinkClosedError("the stream was cancelled"))
+        self._abort(LinkClosedError("the stream was cancelled"), is_final=is_final)
 
     def abandon(self, error: Exception) -> None:
         """Stop the work on the replica; ``read`` returns what has arrived, then raises."""
@@ -203,9 +207,9 @@ class ClientStream:
         except Exception as error:  # an error of the body's source fails only this stream
             self._abort(error)
 
-    def _abort(self, error: Exception) -> None:
+    def _abort(self, error: Exception, *, is_final: bool = True) -> None:
         if not self.ended:
-            self._connection.write(self.stream_id, frames.CANCEL)
+            self._connection.write(self.stream_id, frames.CANCEL, END if is_final else 0)
             self._error = error
             self._close(reports=self.on_finished is not None)
 

@@ -16,6 +16,9 @@ PREFIXES   0       router to replica, once: empty; subscribes to the engine's pr
                    stored hashes u32 | cleared u8, 0 or 1 | hashes u64, first the stored
                    ones, then the removed ones. Number 0 is cleared and starts a snapshot
 GOAWAY     0       replica to router: takes no new stream; open streams continue
+ANSWERS    0       router to replica, once: empty; subscribes to the ids of the kept answers.
+                   Replica to router from then on: number of added ids u32 | ids, 16 bytes
+                   each, first the added ones, then the removed ones
 REQUEST    id      router to replica: ``RequestHead``; with END there is no body
 BODY       id      router to replica: a piece of the request's body; END: the last one. If the
                    head has ``resume``, the journal comes first
@@ -25,7 +28,8 @@ DATA       id      replica to router: a piece of the response's body; END: the l
                    of which this piece is the result. The checksum is the CRC-32 of the whole body
                    until here. ``NO_JOURNAL`` as size: the journal ends
 CANCEL     id      router to replica: stop working on this stream. The replica answers with
-                   USAGE, if it counted any tokens, and an empty DATA with END
+                   USAGE, if it counted any tokens, and an empty DATA with END. END: the
+                   request will not be repeated, so its answer is dropped
 WINDOW     id      u32, bytes that the peer may send in addition on this stream
 USAGE      id      replica to router, before the end: ``Usage``
 ERROR      id      replica to router, ends the stream: [status, message]; REFUSED: the
@@ -37,13 +41,14 @@ is positive; the payload's size is then subtracted. Credit starts at the window 
 HELLO. Frames of a stream that has ended are ignored. No I/O and no clock in this module.
 
 Only heads with ``keeps_journal`` cause JOURNAL frames, and only replicas that announce journals get
-such heads. So either end can be of an older version.
+such heads. Only replicas that announce kept answers get ANSWERS frames. So either end can be of an
+older version.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from struct import Struct, pack, unpack_from
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 
@@ -66,7 +71,8 @@ WINDOW: Final = 12
 ERROR: Final = 13
 USAGE: Final = 14
 PREFIXES: Final = 15
-_LAST_KIND: Final = 15
+ANSWERS: Final = 16
+_LAST_KIND: Final = 16
 
 END: Final = 1
 JOURNAL: Final = 2
@@ -98,6 +104,15 @@ class Resume(msgspec.Struct, frozen=True, array_like=True):
     """CRC-32 of these bytes. A replica whose answer begins differently must not continue it."""
 
 
+class AnswerKey(msgspec.Struct, frozen=True, array_like=True):
+    """A request's idempotency key: a later request with the same key gets the same answer."""
+
+    id: bytes
+    """Hash of tenant and key, ``ANSWER_ID_BYTES`` long."""
+    fingerprint: bytes
+    """Hash of the request, which must be the same each time."""
+
+
 class RequestHead(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """A request without its body; the fields are those of an ASGI scope."""
 
@@ -117,6 +132,8 @@ class RequestHead(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """True if the router keeps the journal of the answer."""
     resume: Resume | None = None
     """Set if another replica gave the beginning of the answer."""
+    answer_key: AnswerKey | None = None
+    """Set if the replica keeps the answer for repetitions of the request."""
 
     @property
     def id(self) -> str:
@@ -230,6 +247,37 @@ def decode_prefixes(payload: bytes) -> tuple[int, PrefixEvents]:
         )
     hashes = unpack_from(f"<{num_hashes}Q", payload, _PREFIXES_HEAD.size)
     return number, PrefixEvents(hashes[:num_stored], hashes[num_stored:], cleared)
+
+
+ANSWER_ID_BYTES: Final = 16
+MAX_ANSWER_IDS: Final = 4096
+"""Maximum of ids in one ANSWERS frame."""
+
+
+def encode_answers(added: Sequence[bytes], removed: Sequence[bytes] = ()) -> bytes:
+    """Return the payload of an ANSWERS frame."""
+    return _U32.pack(len(added)) + b"".join((*added, *removed))
+
+
+class AnswerEvents(NamedTuple):
+    """Changes of the answers that a replica keeps, by the ids of their keys."""
+
+    added: list[bytes]
+    removed: list[bytes]
+
+
+def decode_answers(payload: bytes) -> AnswerEvents:
+    """Return the content of an ANSWERS frame.
+
+    Raises:
+        LinkProtocolError: The payload is malformed.
+    """
+    num_ids, rest = divmod(len(payload) - _U32.size, ANSWER_ID_BYTES)
+    if num_ids < 0 or rest or (num_added := int(_U32.unpack_from(payload)[0])) > num_ids:
+        raise LinkProtocolError(f"an ANSWERS frame has an invalid size of {len(payload)} bytes")
+    starts = range(_U32.size, len(payload), ANSWER_ID_BYTES)
+    ids = [payload[start : start + ANSWER_ID_BYTES] for start in starts]
+    return AnswerEvents(ids[:num_added], ids[num_added:])
 
 
 class FrameDecoder:

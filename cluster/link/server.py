@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 from cluster.asgi import ASGIApp, Scope
 from cluster.errors import LinkAuthError, LinkError, LinkProtocolError
 from cluster.link import frames
+from cluster.link.answer_store import AnswerStore
 from cluster.link.connection import Connection, LinkCounts, LinkOptions
 from cluster.link.frames import END, Frame, PrefixEvents, RequestHead, decode_head, encode_head
 from cluster.link.handshake import Handshake
@@ -52,6 +53,7 @@ class LinkServer:
     Port 0 picks a free one. ``load`` returns the engine's load and must not block; ``prefixes`` is
     the engine's prefix cache and must not be used elsewhere. ``resumes`` is True if the application
     keeps journals and continues the answers of other replicas; if not, a peer cannot ask for that.
+    ``answers`` keeps the answers to requests with a key; None: keys have no effect.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class LinkServer:
         load: Callable[[], Load] | None = None,
         prefixes: PrefixSource | None = None,
         resumes: bool = False,
+        answers: AnswerStore | None = None,
         options: LinkOptions | None = None,
     ) -> None:
         self.app = app
@@ -76,6 +79,7 @@ class LinkServer:
         """Traffic of all connections."""
         self._secret = secret
         self._load = load
+        self.answers = answers
         self._prefixes = prefixes
         self._prefixes_timer: asyncio.TimerHandle | None = None
         self._ssl = ssl
@@ -98,6 +102,8 @@ class LinkServer:
         if self._prefixes is not None:
             self._prefixes.take_events()  # no subscriber has missed them
             self._prefixes.on_change = self._schedule_prefixes
+        if self.answers is not None:
+            self.answers.on_change = self._send_answers
         return self.address
 
     @property
@@ -117,6 +123,8 @@ class LinkServer:
         self.is_draining = True
         for connection in self.connections:
             connection.write(0, frames.GOAWAY)
+        if self.answers is not None:
+            self.answers.retire()
 
     async def finish(self, timeout_s: float) -> DrainResult:
         """Refuse new streams, wait for the open ones and cancel the rest; the connections stay.
@@ -131,6 +139,8 @@ class LinkServer:
             task.cancel()
         if unfinished:
             await asyncio.wait(unfinished, timeout=_CLOSE_TIMEOUT_S)
+        if self.answers is not None:
+            await self.answers.close(_CLOSE_TIMEOUT_S)
         return DrainResult(finished=len(tasks) - len(unfinished), cancelled=len(unfinished))
 
     async def drain(self, timeout_s: float) -> DrainResult:
@@ -181,8 +191,16 @@ class LinkServer:
             loop = asyncio.get_running_loop()
             self._prefixes_timer = loop.call_later(PREFIXES_INTERVAL_S, self.send_prefixes)
 
+    def _send_answers(self, added: Sequence[bytes], removed: Sequence[bytes]) -> None:
+        for connection in self.connections:
+            connection.send_answers(added, removed)
+
     async def _answer(self, stream: ServerStream, scope: Scope) -> None:
-        await self.app(scope, stream.receive, stream.send)
+        key = stream.head.answer_key
+        if key is None or self.answers is None:
+            await self.app(scope, stream.receive, stream.send)
+        else:
+            await self.answers.answer(self.app, scope, stream, key)
 
 
 class ServerConnection(Connection):
@@ -199,6 +217,7 @@ class ServerConnection(Connection):
         self._num_prefixes = 0  # PREFIXES frames sent
         self._wants_prefixes = False
         self._needs_snapshot = False
+        self._wants_answers = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._server.connections.add(self)
@@ -225,6 +244,11 @@ class ServerConnection(Connection):
                 self.write(0, frames.PREFIXES, 0, frames.encode_prefixes(self._num_prefixes, piece))
                 self._num_prefixes += 1
 
+    def send_answers(self, added: Sequence[bytes], removed: Sequence[bytes]) -> None:
+        """Send changes of the kept answers; they leave before the frames of their streams."""
+        if self._wants_answers:
+            self.write(0, frames.ANSWERS, 0, frames.encode_answers(added, removed))
+
     def resume_writing(self) -> None:
         super().resume_writing()
         if self.writable and self._needs_snapshot:
@@ -237,6 +261,8 @@ class ServerConnection(Connection):
             elif kind == frames.PREFIXES and not self._wants_prefixes:
                 self._wants_prefixes = True
                 self._send_snapshot()
+            elif kind == frames.ANSWERS:
+                self._subscribe_to_answers()
             elif kind not in (frames.WINDOW, frames.BODY, frames.CANCEL):
                 self.handle_ping(kind)
             elif (stream := self._streams.get(stream_id)) is None:
@@ -246,13 +272,13 @@ class ServerConnection(Connection):
             elif kind == frames.BODY:
                 stream.on_body(payload, bool(flags & END))
             else:
-                stream.disconnect()
+                stream.disconnect(is_final=bool(flags & END))
 
     def on_closed(self, error: LinkError) -> None:
         if isinstance(error, LinkAuthError | LinkProtocolError):
             logger.warning("closed the link from %s:%d: %s", *self._client, error)
         for stream in list(self._streams.values()):
-            stream.disconnect()
+            stream.disconnect(is_lost=True)
 
     def on_tick(self) -> None:
         self._send_load()
@@ -289,6 +315,12 @@ class ServerConnection(Connection):
         if (events := self._server.prefix_snapshot()) is not None:
             self._needs_snapshot = False
             self.send_prefixes(frames.split_events(events))
+
+    def _subscribe_to_answers(self) -> None:
+        self._wants_answers = True
+        ids = self._server.answers.ids() if self._server.answers is not None else []
+        for start in range(0, len(ids), frames.MAX_ANSWER_IDS):
+            self.send_answers(ids[start : start + frames.MAX_ANSWER_IDS], ())
 
     def _send_load_if_due(self) -> None:
         if self.loop.time() - self._load_checked_at > self.options.load_interval_s:

@@ -6,7 +6,7 @@ from typing import Any
 from urllib.parse import quote
 from zlib import crc32
 
-from cluster.asgi import JOURNAL, USAGE, Journal, Message, Scope
+from cluster.asgi import IS_CANCELLED, JOURNAL, USAGE, Journal, Message, Scope
 from cluster.errors import (
     HandoverError,
     InternalError,
@@ -40,13 +40,19 @@ class ServerStream:
         self.stream_id = stream_id
         self.head = head
         self.usage = UsageCounter()
+        self.report_usage = self.usage.report
+        """Returns the usage for the router."""
         self.task: asyncio.Task[None] | None = None
         self.started = False
         self.complete = False
         self.disconnected = False
+        self.is_lost = False
+        """True if the stream ended because the connection to the router was lost."""
+        self.is_final = False
+        """True if the router cancelled the stream, and the request will not be repeated."""
         self._connection = connection
         self.sender = StreamSender(connection, stream_id)
-        self._journal = Journal() if head.keeps_journal else None
+        self.journal = Journal() if head.keeps_journal else None
         resume = head.resume
         self._journal_left = resume.journal_bytes if resume is not None else 0  # to be received
         self._skip_left = resume.body_bytes if resume is not None else 0  # the client has them
@@ -88,7 +94,7 @@ class ServerStream:
                 and not self._skip_left
             ):
                 flags = 0
-                journal = self._journal
+                journal = self.journal
                 if journal is not None and body:
                     flags = frames.JOURNAL
                     body = self._with_entries(journal, body)
@@ -108,8 +114,9 @@ class ServerStream:
 
     def scope(self, server: tuple[str, int], client: tuple[str, int]) -> Scope:
         scope = request_scope(self.head, self.usage, server, self.head.client or client)
-        if self._journal is not None:
-            scope["extensions"][JOURNAL] = self._journal
+        if self.journal is not None:
+            scope["extensions"][JOURNAL] = self.journal
+        scope["extensions"][IS_CANCELLED] = lambda: self._cancelled and self.is_final
         return scope
 
     def on_body(self, payload: bytes, end: bool) -> None:
@@ -125,9 +132,10 @@ class ServerStream:
         self._body_ended = end
         self._changed.fire()
 
-    def disconnect(self) -> None:
-        """Cancel the application: the router cancelled, or its connection ended."""
+    def disconnect(self, *, is_lost: bool = False, is_final: bool = False) -> None:
+        """Cancel the application: the router cancelled, or its connection was lost."""
         if not (self.complete or self.disconnected):
+            self.is_lost, self.is_final = is_lost, is_final
             self.disconnected = self._cancelled = True
             self._finish()
             if self.task is not None:
@@ -138,7 +146,7 @@ class ServerStream:
 
         A cancelled stream ends with its usage until then.
         """
-        if self._cancelled:
+        if self._cancelled and not self.is_lost:
             self._send_usage()
             self._connection.write(self.stream_id, DATA, END)
         if task.cancelled():
@@ -162,8 +170,8 @@ class ServerStream:
         """Take the journal's part of a BODY frame; return the rest."""
         piece = payload[: self._journal_left]
         self._journal_left -= len(piece)
-        if self._journal is not None:
-            self._journal.earlier += piece
+        if self.journal is not None:
+            self.journal.earlier += piece
         self._uncredited -= len(piece)
         credit = frames.encode_credit(len(piece))
         self._connection.write(self.stream_id, frames.WINDOW, 0, credit)
@@ -203,10 +211,10 @@ class ServerStream:
         if end:
             self._send_usage()
         try:
-            while body and self._journal is not None:
+            while body and self.journal is not None:
                 await self.sender.wait_ready()
                 piece, body = body[:CHUNK_BYTES], body[CHUNK_BYTES:]
-                payload = self._with_entries(self._journal, piece)
+                payload = self._with_entries(self.journal, piece)
                 self.sender.credit -= len(payload)
                 self._connection.write(self.stream_id, DATA, frames.JOURNAL, payload)
                 await asyncio.sleep(0)  # let other streams write between two pieces
@@ -222,7 +230,7 @@ class ServerStream:
         self._checksum = checksum = crc32(body, self._checksum)
         entries = journal.unsent
         if len(entries) > frames.MAX_ENTRIES_BYTES:
-            self._journal = None
+            self.journal = None
             journal.close()
             return frames.pack_journal_head(frames.NO_JOURNAL, checksum) + body
         journal.unsent = b""
@@ -250,7 +258,7 @@ class ServerStream:
         return body[len(skipped) :]
 
     def _send_usage(self) -> None:
-        if (usage := self.usage.report()) is not None:
+        if (usage := self.report_usage()) is not None:
             self._connection.write(self.stream_id, frames.USAGE, 0, encode_head(usage))
 
     def _check_open(self) -> None:

@@ -80,7 +80,7 @@ def hostile_bytes(data: atheris.FuzzedDataProvider) -> bytes:
     if data.ConsumeIntInRange(0, 9) == 0:
         return data.ConsumeBytes(data.ConsumeIntInRange(0, 40))
     stream_id = data.ConsumeIntInRange(0, 3)
-    kind, flags = data.ConsumeIntInRange(0, 16), data.ConsumeIntInRange(0, 7)
+    kind, flags = data.ConsumeIntInRange(0, 17), data.ConsumeIntInRange(0, 7)
     if data.ConsumeBool():
         payload = data.PickValueInList(list(HEADS))
     else:

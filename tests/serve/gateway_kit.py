@@ -9,12 +9,12 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.asgi import ASGIApp, Message, Receive, Scope, Send, usage_of
-from cluster.config import parse
+from cluster.config import IdempotencyConfig, parse
 from cluster.errors import LinkClosedError
 from cluster.gateway import Gateway, GatewayApp, Opener, ReplicaInfo, Wiring
 from cluster.gateway.reporting.dashboard import ReadDecisions
 from cluster.key_file import KeyFile
-from cluster.link import LinkServer, ResponseHead
+from cluster.link import AnswerStore, LinkServer, ResponseHead
 from cluster.usage import Usage
 from tests import asgi
 
@@ -81,8 +81,9 @@ async def _read_body(receive: Receive) -> bytes:
 class World:
     """A gateway, and replicas that can be added and removed."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Gateway, idempotency: IdempotencyConfig) -> None:
         self.gateway = gateway
+        self._idempotency = idempotency
         self.app = GatewayApp(gateway)
         self.servers: dict[str, LinkServer] = {}
         self.running: dict[str, dict[str, ReplicaInfo]] = {name: {} for name in gateway.pools}
@@ -104,12 +105,16 @@ class World:
         resume_key: str = "",
     ) -> LinkServer:
         """Add a replica with any application; with a key, it keeps journals."""
-        server = LinkServer(app, SECRET, resumes=bool(resume_key))
+        answers = AnswerStore(self._idempotency) if self._idempotency.keep_s else None
+        server = LinkServer(app, SECRET, resumes=bool(resume_key), answers=answers)
         host, port = await server.start()
         self.servers[name] = server
         adapters = self.gateway.pools[pool].limits.adapters
         self.running[pool][name] = ReplicaInfo(
-            *(name, host, port, routes, {"engine": "1"}), adapters=adapters, resume_key=resume_key
+            *(name, host, port, routes, {"engine": "1"}),
+            adapters=adapters,
+            resume_key=resume_key,
+            keeps_answers=answers is not None,
         )
         self.update(pool)
         expected = len(self.running[pool]) if ready is None else ready
@@ -175,6 +180,7 @@ async def gateway_world(
     read_decisions: ReadDecisions | None = None,
     routing: str = "prefix",
     generator: dict[str, Any] | None = None,
+    idempotency: dict[str, Any] | None = None,
     **router: Any,
 ) -> AsyncIterator[World]:
     pool: dict[str, Any] = {
@@ -191,6 +197,7 @@ async def gateway_world(
             "generators": [pool],
             "classifiers": [{"name": "cls", "model": "m"}],
             "router": router,
+            "idempotency": idempotency or {},
         }
     )
     wirings = {name: Wiring(SECRET, fallback=fallback) for name in (pool["name"], "cls")}
@@ -201,7 +208,7 @@ async def gateway_world(
         key_file=key_file,
         read_decisions=read_decisions,
     )
-    world = World(gateway)
+    world = World(gateway, config.idempotency)
     try:
         yield world
     finally:

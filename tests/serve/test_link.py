@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cluster.asgi import USAGE, Message, Receive, Scope, Send, usage_of
+from cluster.asgi import IS_CANCELLED, USAGE, Message, Receive, Scope, Send, usage_of
 from cluster.errors import (
     HeadersTooLargeError,
     InternalError,
@@ -63,6 +63,7 @@ async def test_the_application_sees_the_request_as_an_asgi_scope() -> None:
         assert client.num_open == server.num_streams == 0
     scope = dict(seen[0])
     assert scope.pop("server") == server.address
+    assert scope["extensions"].pop(IS_CANCELLED)() is False
     assert scope == {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.4"},

@@ -55,8 +55,16 @@ class Admission:
             if reading.result():
                 self.quotas.set_tenants(self.authenticator.identities)
 
-    def admit(self, request: Request, body: RequestBody, pool: Pool) -> tuple[Claim, QuotaTicket]:
+    def admit(
+        self, request: Request, body: RequestBody, pool: Pool, joins: str | None = None
+    ) -> tuple[Claim, QuotaTicket]:
         """Return the request's claim on its pool and the ticket of its tenant's quotas.
+
+        Args:
+            request: The request.
+            body: Its body.
+            pool: The pool that answers.
+            joins: Replica that has the answer already; quotas do not limit this request.
 
         Raises:
             PermissionDeniedError: The API key does not allow the model.
@@ -66,12 +74,14 @@ class Admission:
             PayloadTooLargeError: The request is larger than the queue.
         """
         try:
-            return self._admit(request, body, pool)
+            return self._admit(request, body, pool, joins)
         except RequestError as error:
             pool.meter.reject(request, pool.route_of(request.path), error.status)
             raise
 
-    def _admit(self, request: Request, body: RequestBody, pool: Pool) -> tuple[Claim, QuotaTicket]:
+    def _admit(
+        self, request: Request, body: RequestBody, pool: Pool, joins: str | None
+    ) -> tuple[Claim, QuotaTicket]:
         identity, model = request.identity, pool.names_of(body.model or pool.name)[0]
         # An unread body may name any of the pool's models, so all of them must be allowed.
         for name in pool.models if body is UNREAD_BODY else (body.model or pool.name,):
@@ -82,6 +92,8 @@ class Admission:
         self._response_ids.check(request, body)
         claim = _claim(request, body, pool, model)
         _check_size(claim, pool, may_exceed_context=body.is_truncated)
+        if joins is not None:
+            return replace(claim, joins=joins), self.quotas.join(identity, model)
         ticket = self.quotas.admit(identity, model, claim.work_tokens, claim.view.prompt_tokens)
         return claim, ticket
 
@@ -102,7 +114,7 @@ def _claim(request: Request, body: RequestBody, pool: Pool, model: str) -> Claim
     if body.prompt_limit is not None:
         prompt_tokens = min(view.prompt_tokens, body.prompt_limit * body.fan_out.prompts)
         view = replace(view, prompt_tokens=prompt_tokens)
-    timeout_s = _requested_timeout_s(request.headers)
+    timeout_s = requested_timeout_s(request.headers)
     now_s = asyncio.get_running_loop().time()
     deadline_s = float("inf") if timeout_s is None else now_s + timeout_s
     return Claim(
@@ -142,7 +154,12 @@ def _check_size(claim: Claim, pool: Pool, *, may_exceed_context: bool) -> None:
         )
 
 
-def _requested_timeout_s(headers: Headers) -> float | None:
+def requested_timeout_s(headers: Headers) -> float | None:
+    """Return the client's timeout in seconds; None if it set none.
+
+    Raises:
+        InvalidRequestError: The header is not a positive number.
+    """
     value = header(headers, TIMEOUT_HEADER)
     if value is None:
         return None

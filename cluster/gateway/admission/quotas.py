@@ -89,6 +89,12 @@ class TenantQuotas:
             raise _quota_exhausted(refusal, identity.tenant)
         return QuotaTicket(self, account, model, estimated_tokens, prompt_tokens)
 
+    def join(self, identity: Identity, model: str) -> QuotaTicket:
+        """Admit a request for an answer that an admitted request began; it is always admitted."""
+        account = self._account(identity.tenant)
+        account.concurrent += 1
+        return QuotaTicket(self, account, model, 0.0, 0.0)
+
     def count(self, tenant: str, model: str, status: int, usage: Usage | None) -> None:
         """Count a finished request."""
         requests = self._request_counters.get((tenant, status))

@@ -43,7 +43,11 @@ def request_head(request: Request, engine_priority: int | None) -> RequestHead:
         # vLLM prefers the header on the paths that generate; elsewhere it reads the body only.
         headers.append((_VLLM_PRIORITY, str(-engine_priority).encode()))
     return RequestHead(
-        method=request.method, path=request.path, query_string=request.query, headers=headers
+        method=request.method,
+        path=request.path,
+        query_string=request.query,
+        headers=headers,
+        answer_key=request.answer_key,
     )
 
 

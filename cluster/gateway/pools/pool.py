@@ -88,7 +88,7 @@ class Pool:
     def renew_claim(self, claim: Claim) -> Claim:
         """Return the claim for another attempt, which may wait as long as a new request."""
         expires_s = asyncio.get_running_loop().time() + self.queue_timeout_s
-        return replace(claim, expires_s=min(expires_s, claim.deadline_s), is_retry=True)
+        return replace(claim, expires_s=min(expires_s, claim.deadline_s), is_retry=True, joins=None)
 
     def names_of(self, model: str) -> tuple[str, ...]:
         """Return all names of a model of this pool; the first one is in metrics and logs."""

@@ -175,7 +175,7 @@ class RelayedBody:
             self._observer.status = status
             if isinstance(answer, ClientStream) and not answer.ended:
                 answer.on_finished = self._end
-                answer.cancel()
+                answer.cancel(is_final=self._request.is_cancelled())
                 return
         self._end()
 
@@ -210,8 +210,9 @@ class RelayedBody:
         elif observer.status not in ABANDONED:
             if slot.replica.is_draining:
                 self._pool.meter.failed_over("drained")
-            if usage is not None:
-                claim = slot.claim
+            claim = slot.claim
+            # Requests that share an answer divide its usage.
+            if usage is not None and usage.total_tokens and claim.joins is None:
                 self._pool.estimator.learn_usage(
                     claim.body_bytes, usage, claim.prompt, claim.view.fan_out
                 )
@@ -220,6 +221,8 @@ class RelayedBody:
 
     def _done_tokens(self, usage: Usage | None) -> float | None:
         """Return the work that was done; None if unknown, which teaches no service time."""
+        if self._attempts.slot.claim.joins is not None:
+            return None
         if usage is not None:
             return float(usage.computed_tokens)
         if self._observer.status in ABANDONED:

@@ -35,6 +35,8 @@ class ReplicaInfo:
 
     resume_key: str = ""
     """Replicas with the same key can continue each other's answers; empty if this one cannot."""
+    keeps_answers: bool = False
+    """True if the replica keeps answers to requests with an idempotency key."""
     context_tokens: int | None = None
     """Longest prompt and completion of the model together; None if unknown or unlimited."""
 
@@ -118,6 +120,8 @@ class Replica:
         """Answers of this replica that another one can continue."""
         self.mover: asyncio.Task[None] | None = None
         """Moves these answers while the replica drains or is silent, until there are none."""
+        self.answer_ids: set[bytes] = set()
+        """Ids of the answers that the replica keeps."""
         self.is_retired = False
         """True once Ray Serve no longer lists the replica as running."""
 

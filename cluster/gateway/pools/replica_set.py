@@ -18,7 +18,7 @@ from cluster.gateway.pools.handover import HandoverLimits
 from cluster.gateway.pools.replica import Replica, ReplicaInfo, Wiring
 from cluster.gateway.pools.slots import Claim, Slot
 from cluster.gateway.recording.observer import PoolMeter
-from cluster.link import LinkClient, LinkCounts, LinkState, PrefixEvents
+from cluster.link import AnswerEvents, LinkClient, LinkCounts, LinkState, PrefixEvents
 from cluster.load import Load
 from cluster.routing import Fleet, PrefixIndex, Reach, make_policy
 from cluster.usage import Usage
@@ -153,12 +153,23 @@ class ReplicaSet:
                 raise self._unsuitable(claim, "no replica with room")
             return None
         self._decisions.add()
-        held = self.prefixes.count(chosen, request.prefix)
-        cached_tokens = request.prefix_tokens[held - 1] if held else 0.0
-        self.prefixes.expect(chosen, request.prefix)
-        replica = self._replicas[chosen]
-        replica.in_flight += 1
-        return Slot(replica, fleet.place(chosen, request, cached_tokens), claim, now_s)
+        return self._place(chosen, claim, now_s)
+
+    def take_slot_at(self, replica_id: str, claim: Claim) -> Slot | None:
+        """Take a slot at this replica even if it is full; return None if it is gone."""
+        replica = self._replicas.get(replica_id)
+        if replica is None or not replica.link.connected:
+            return None
+        now_s = time.monotonic()
+        self.fleet.advance(now_s)
+        return self._place(replica_id, claim, now_s)
+
+    def find_answer(self, answer_id: bytes) -> str | None:
+        """Return the id of a replica that keeps this answer, if any."""
+        for id_, replica in self._replicas.items():
+            if answer_id in replica.answer_ids and replica.link.connected:
+                return id_
+        return None
 
     def first_token(self, slot: Slot) -> None:
         """Note that the first token of a request has arrived."""
@@ -194,6 +205,8 @@ class ReplicaSet:
         fleet.add(info.id, self._limits.max_in_flight, Reach.NONE)
 
         def on_state(state: LinkState) -> None:
+            if state is LinkState.CONNECTING:
+                replica.answer_ids.clear()  # the next connection starts with all of them
             if not replica.is_retired:
                 fleet.forget_load(info.id)
                 fleet.set_reach(info.id, replica.reach)
@@ -212,9 +225,23 @@ class ReplicaSet:
             if not replica.is_retired:
                 self._index_prefixes(info.id, events)
 
+        def on_answers(events: AnswerEvents) -> None:
+            replica.answer_ids.update(events.added)
+            replica.answer_ids.difference_update(events.removed)
+
         link.on_state, link.on_load, link.on_prefixes = on_state, on_load, on_prefixes
+        if info.keeps_answers:
+            link.on_answers = on_answers
         link.start()
         return replica
+
+    def _place(self, replica_id: str, claim: Claim, now_s: float) -> Slot:
+        request, replica = claim.view, self._replicas[replica_id]
+        held = self.prefixes.count(replica_id, request.prefix)
+        cached_tokens = request.prefix_tokens[held - 1] if held else 0.0
+        self.prefixes.expect(replica_id, request.prefix)
+        replica.in_flight += 1
+        return Slot(replica, self.fleet.place(replica_id, request, cached_tokens), claim, now_s)
 
     def _reported_loads(self) -> Iterator[Load]:
         replicas = self._replicas.values()

@@ -33,6 +33,9 @@ class Claim:
     is_retry: bool = False
     """True if its replica was lost: it had its turn already, so it goes first."""
 
+    joins: str | None = None
+    """Replica with the answer to an earlier request with the same idempotency key. The claim needs
+    no room there."""
     resume_key: str | None = None
     """Set if the replica must continue an answer: the key that it needs."""
     excluded: frozenset[str] = frozenset()
@@ -69,6 +72,9 @@ class SlotSource(Protocol):
         Raises:
             UnavailableError: No replica can serve this request, however long it waits.
         """
+
+    def take_slot_at(self, replica_id: str, claim: Claim) -> Slot | None:
+        """Take a slot at this replica even if it is full; return None if it is gone."""
 
     def release_slot(self, slot: Slot, usage: Usage | None) -> float:
         """Release a slot and return the seconds for which it was taken."""

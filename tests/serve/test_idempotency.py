@@ -1,0 +1,235 @@
+"""Requests that are repeated with the same `Idempotency-Key`, at the same and at another router."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import pytest
+
+from tests import asgi
+from tests.serve.gateway_kit import CHAT, World, gateway_world, metrics
+from tests.serve.test_handover import ANSWER, BODY, Script
+
+KEY = {"idempotency-key": "8e03978e-40d5-43dd-bc93-6894a57f9324"}
+REPLAYED = "idempotent-replayed"
+
+
+def share(world: World, other: World) -> None:
+    """Let another router use the replicas of a world."""
+    for pool, infos in world.running.items():
+        other.running[pool] = infos
+        other.update(pool)
+
+
+@asynccontextmanager
+async def routers(*replicas: Script, **options: Any) -> AsyncIterator[tuple[World, World]]:
+    """Start two routers of the same replicas."""
+    async with gateway_world(routing="least-load", **options) as first:
+        for number, replica in enumerate(replicas, 1):
+            await first.serve(replica, "gen", f"gen-{number}", resume_key="k")
+        async with gateway_world(routing="least-load", **options) as second:
+            share(first, second)
+            pool = second.gateway.pools["gen"]
+            await second.until(lambda: pool.replicas.num_ready == len(replicas))
+            yield first, second
+
+
+def send(world: World, body: Any = BODY, path: str = CHAT, **headers: str) -> asgi.Call:
+    return asgi.start(world.app, "POST", path, body, KEY | headers)
+
+
+async def lose(router: World, call: asgi.Call) -> None:
+    """End a router's links as its death does; the client gets no complete answer."""
+    await router.gateway.close()
+    with suppress(ConnectionResetError):
+        await call.done()
+    assert call.answer.body != ANSWER
+
+
+async def tokens(*worlds: World) -> tuple[float, float]:
+    """Return the prompt and completion tokens that all routers have counted."""
+    prompt = completion = 0.0
+    for world in worlds:
+        counts = await metrics(world)
+        prompt += counts.get(("tandem_prompt_tokens_total", "gen"), 0)
+        completion += counts.get(("tandem_completion_tokens_total", "gen"), 0)
+    return prompt, completion
+
+
+@pytest.mark.parametrize("stop_at", [1, 7, 14])
+async def test_an_answer_survives_the_death_of_its_router(stop_at: int) -> None:
+    replica = Script(stop_at=stop_at)
+    async with routers(replica, replica) as (first, second):
+        call = send(first)
+        await replica.stopped.wait()
+        await call.chunks(1)
+        await lose(first, call)
+        retry = send(second)
+        await retry.chunks(1)
+        replica.go_on.set()
+        answer = await retry.done()
+        assert answer.body == ANSWER
+        assert answer.headers[REPLAYED] == "true"
+        assert len(replica.bodies) == 1
+        await second.until_idle()
+        assert await tokens(second) == (7, 12 + 4)
+
+
+async def test_a_finished_answer_is_replayed_at_any_router() -> None:
+    replica = Script()
+    async with routers(replica, replica) as (first, second):
+        answer = await send(first).done()
+        assert answer.body == ANSWER
+        assert REPLAYED not in answer.headers
+        for world in (first, second):
+            again = await send(world).done()
+            assert again.body == ANSWER
+            headers = {**again.headers, "x-request-id": answer.headers["x-request-id"]}
+            assert headers == {**answer.headers, REPLAYED: "true"}
+        assert len(replica.bodies) == 1
+        await second.until_idle()
+        assert await tokens(first, second) == (7, 16)
+
+
+async def test_simultaneous_requests_share_one_answer() -> None:
+    replica = Script(stop_at=3)
+    async with routers(replica, replica) as (first, second):
+        calls = [send(first), send(first)]
+        await replica.stopped.wait()
+        calls += [send(second), send(second)]
+        replica.go_on.set()
+        answers = [await call.done() for call in calls]
+        assert {answer.body for answer in answers} == {ANSWER}
+        assert sum(REPLAYED in answer.headers for answer in answers) == 3
+        assert len(replica.bodies) == 1
+        for world in (first, second):
+            await world.until_idle()
+        assert await tokens(first, second) == (7, 16)
+
+
+async def test_a_client_that_reconnects_joins_its_answer() -> None:
+    replica = Script(stop_at=5)
+    async with routers(replica, replica) as (first, _):
+        call = send(first)
+        await replica.stopped.wait()
+        await call.chunks(1)
+        await call.cancel()
+        await first.until_idle()
+        retry = send(first)
+        await retry.chunks(1)
+        replica.go_on.set()
+        assert (await retry.done()).body == ANSWER
+        assert (len(replica.bodies), replica.num_cancelled) == (1, 0)
+
+
+async def test_the_answer_ends_if_the_client_does_not_come_back() -> None:
+    replica = Script(stop_at=5)
+    async with routers(replica, idempotency={"disconnect_grace_s": 0.05}) as (first, _):
+        call = send(first)
+        await replica.stopped.wait()
+        await call.cancel()
+        await first.until(lambda: replica.num_cancelled == 1)
+
+
+async def test_without_a_key_a_disconnect_ends_the_answer_at_once() -> None:
+    replica = Script(stop_at=5)
+    async with routers(replica) as (first, _):
+        call = asgi.start(first.app, "POST", CHAT, BODY)
+        await replica.stopped.wait()
+        await call.cancel()
+        await first.until(lambda: replica.num_cancelled == 1)
+
+
+async def test_an_answer_survives_its_router_and_then_its_replica() -> None:
+    one, two, three = Script(stop_at=3), Script(stop_at=9), Script()
+    async with routers(one) as (first, second):
+        call = send(first)
+        await one.stopped.wait()
+        await call.chunks(1)
+        await lose(first, call)
+        retry = send(second)
+        await retry.chunks(1)
+        await second.serve(two, "gen", "gen-2", resume_key="k")
+        first_server = first.servers
+        second.servers["gen-1"] = first_server.pop("gen-1")
+        await second.kill("gen-1")
+        await two.stopped.wait()
+        assert two.earlier == [b"+++"]
+        # The replica that continues the answer keeps it from its start.
+        async with gateway_world(routing="least-load") as third:
+            third.running["gen"] = {"gen-2": second.running["gen"]["gen-2"]}
+            third.update("gen")
+            await third.until(lambda: third.gateway.pools["gen"].replicas.num_ready == 1)
+            joined = send(third)
+            await joined.chunks(1)
+            await third.serve(three, "gen", "gen-3", resume_key="k")
+            two.go_on.set()
+            assert (await retry.done()).body == ANSWER
+            assert (await joined.done()).body == ANSWER
+        assert len(two.bodies) == 1
+
+
+async def test_another_request_with_the_key_gets_422() -> None:
+    async with routers(Script()) as (first, second):
+        await send(first).done()
+        for world in (first, second):
+            answer = await send(world, BODY | {"temperature": 1}).done()
+            assert answer.status == 422
+            error = answer.json()["error"]
+            assert error["type"] == "UnprocessableEntityError"
+            assert "Idempotency-Key" in error["message"]
+        await first.add("cls", "cls-1")
+        other = await send(first, {"model": "cls"}, "/v1/embeddings").done()
+        assert other.status == 422
+
+
+@pytest.mark.parametrize("value", ["", "x" * 256, "schl\xfcssel"])
+async def test_an_invalid_key_gets_400(value: str) -> None:
+    async with gateway_world() as world:
+        await world.add("gen", "gen-1")
+        scope_headers = {"idempotency-key": value}
+        answer = await asgi.start(world.app, "POST", CHAT, BODY, scope_headers).done()
+        assert answer.status == 400
+        assert answer.json()["error"]["param"] == "Idempotency-Key"
+
+
+async def test_errors_of_the_engine_are_not_replayed() -> None:
+    async with gateway_world() as world:
+        replica = await world.add("gen", "gen-1")
+        for _ in range(2):
+            assert (await send(world, {"model": "gen", "fail": True}).done()).status == 500
+        assert len(replica.bodies) == 2
+
+
+async def test_a_large_body_and_a_plain_answer_are_repeated() -> None:
+    async with gateway_world() as world:
+        replica = await world.add("gen", "gen-1")
+        body = {"model": "gen", "messages": "x" * 1_000_000, "prompt_tokens": 3}
+        first = await send(world, body).done()
+        second = await send(world, body).done()
+        assert first.json() == second.json()
+        assert len(replica.bodies) == 1
+
+
+async def test_a_full_replica_still_gives_an_answer_that_it_has() -> None:
+    async with gateway_world(max_queued=0) as world:
+        replica = await world.add("gen", "gen-1")
+        await send(world, {"model": "gen"}).done()
+        busy = [
+            asgi.start(world.app, "POST", CHAT, {"model": "gen", "wait_before": True})
+            for _ in range(2)
+        ]
+        await world.until(lambda: len(replica.bodies) == 3)
+        assert (await asgi.post(world.app, CHAT, {"model": "gen"})).status == 429
+        assert (await send(world, {"model": "gen"}).done()).status == 200
+        replica.gate.set()
+        await asyncio.gather(*(call.done() for call in busy))
+
+
+async def test_zero_turns_it_off() -> None:
+    async with gateway_world(idempotency={"keep_s": 0}) as world:
+        replica = await world.add("gen", "gen-1")
+        for _ in range(2):
+            assert REPLAYED not in (await send(world, {"model": "gen"}).done()).headers
+        assert len(replica.bodies) == 2
