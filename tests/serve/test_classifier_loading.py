@@ -63,7 +63,8 @@ async def test_int8_supports_only_bert(own_home, tmp_path):
 async def test_a_model_without_a_head_only_embeds(tmp_path, word_network):
     path = save_model(tmp_path, BertModel(word_network.config))
     engine = make_classifier_engine(config(tasks=("embed",)), resolve=lambda _: path)
-    assert engine.routes() == ("/v1/embeddings",)
+    assert "/v1/embeddings" in engine.routes()
+    assert "/classify" not in engine.routes()
     await engine.start()
     assert (await post(engine, "/v1/embeddings", {"input": "good"})).status_code == 200
     assert (await post(engine, "/classify", {"input": "good"})).status_code == 404
