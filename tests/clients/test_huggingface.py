@@ -32,9 +32,10 @@ def test_chat_whole_and_streamed(client: InferenceClient) -> None:
 
 def test_structured_output(server: Server) -> None:
     client = InferenceClient(base_url=server.url, api_key=server.key)
-    # The client turns a JSON schema in response_format into the format of TGI.
+    schema = {"name": "city", "schema": City.model_json_schema(), "strict": True}
+    # The client turns this into the format of TGI.
     answer = client.chat_completion(
-        extra_body={"structured_outputs": {"json": City.model_json_schema()}},
+        response_format={"type": "json_schema", "json_schema": schema},
         **{**OPTIONS, "max_tokens": 40},
     )
     parsed = City.model_validate_json(answer.choices[0].message.content)

@@ -1,5 +1,6 @@
 """Malformed requests to vLLM's real frontend behind the gateway, without a model."""
 
+import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 import pytest_asyncio
 
 from cluster.engines.vllm import internals
-from cluster.engines.vllm.inputs import CheckJson, reject_uncompiled
+from cluster.engines.vllm.inputs import ReadJson, reject_uncompiled
 from cluster.engines.vllm.routes import INPUT_TOKENS_PATH
 from cluster.errors import InvalidRequestError
 from tests import asgi
@@ -160,7 +161,7 @@ async def test_json_that_only_python_accepts_is_rejected(body: bytes) -> None:
         raise AssertionError("reached")
 
     with pytest.raises(InvalidRequestError, match="not valid JSON"):
-        await asgi.post(CheckJson(app), "/v1/completions", body)
+        await asgi.post(ReadJson(app), "/v1/completions", body)
 
 
 async def test_other_bodies_are_passed_on() -> None:
@@ -171,8 +172,23 @@ async def test_other_bodies_are_passed_on() -> None:
 
     for body, content_type in ((b'{"x":1}', "application/json"), (b"\xff", "audio/wav"), (b"", "")):
         headers = {"content-type": content_type}
-        await asgi.post(CheckJson(app), "/v1/completions", body, headers=headers)
+        await asgi.post(ReadJson(app), "/v1/completions", body, headers=headers)
     assert seen == [b'{"x":1}', b"\xff", b""]
+
+
+async def test_schemas_of_hugging_faces_client_are_read(world: World) -> None:
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(json.loads((await receive())["body"])["response_format"])
+
+    schema = {"type": "object"}
+    for wanted in ({"type": "json_object", "value": schema}, {"type": "json_object"}):
+        await asgi.post(ReadJson(app), CHAT, {"response_format": wanted})
+    described = {"name": "answer", "schema": schema}
+    assert seen == [{"type": "json_schema", "json_schema": described}, {"type": "json_object"}]
+    wrong = body_of(CHAT, response_format={"type": "json_object", "value": {"type": "nope"}})
+    assert (await asgi.post(world.app, CHAT, wrong)).status == 400
 
 
 async def test_a_structured_output_that_does_not_compile_raises_400() -> None:

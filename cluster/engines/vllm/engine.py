@@ -13,7 +13,7 @@ from cluster.engines.vllm.app import build_app
 from cluster.engines.vllm.cores import EngineCores
 from cluster.engines.vllm.disconnect import CancelAsDisconnect
 from cluster.engines.vllm.handover import hand_over_answers
-from cluster.engines.vllm.inputs import CheckJson, reject_uncompiled
+from cluster.engines.vllm.inputs import ReadJson, reject_uncompiled
 from cluster.engines.vllm.kv_events import KvEventReader
 from cluster.engines.vllm.launcher import LlmLauncher
 from cluster.engines.vllm.pins import pin_times_and_ids
@@ -86,7 +86,7 @@ class VllmEngine:
             self._count_usage()
             self._vllm_app = await build_app(self._llm, started.args)
             pin_times_and_ids()
-            self.app = TrackRequest(CheckJson(CancelAsDisconnect(self._vllm_app)))
+            self.app = TrackRequest(ReadJson(CancelAsDisconnect(self._vllm_app)))
             self._launcher.timer.mark("application")
         except BaseException:
             await self.stop()

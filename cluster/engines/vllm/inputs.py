@@ -27,10 +27,10 @@ _RENDERERS = "vllm.renderers."
 _DEFECTS = (AttributeError, LookupError, AssertionError, RecursionError)
 
 
-class CheckJson:
-    """Middleware that rejects JSON that Python's parser accepts, and other parsers do not.
+class ReadJson:
+    """Middleware that rejects JSON which only Python's parser accepts, and reads TGI's schemas.
 
-    That is text that is not UTF-8, and numbers that become infinite.
+    Python accepts text that is not UTF-8, and numbers that become infinite.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -51,7 +51,7 @@ class CheckJson:
             return
         try:
             if body:
-                msgspec.json.decode(body)
+                body = _read_schema(msgspec.json.decode(body)) or body
         except (ValueError, RecursionError) as error:  # all of msgspec's and Unicode's
             raise InvalidRequestError(f"The request body is not valid JSON: {error}") from None
         first: Message | None = {"type": "http.request", "body": body, "more_body": False}
@@ -74,6 +74,22 @@ async def _read_body(receive: Receive) -> bytes | None:
         chunks.append(message.get("body", b""))
         if not message.get("more_body", False):
             return b"".join(chunks)
+
+
+def _read_schema(request: Any) -> bytes | None:
+    """Return a body with OpenAI's form of a JSON schema if the request has that of TGI.
+
+    ``huggingface_hub`` turns OpenAI's form into ``{"type": "json_object", "value": SCHEMA}``, whose
+    value vLLM would ignore.
+    """
+    wanted = request.get("response_format") if isinstance(request, dict) else None
+    if not isinstance(wanted, dict) or wanted.get("type") not in ("json", "json_object"):
+        return None
+    if not isinstance(schema := wanted.get("value"), dict):
+        return None
+    schema = {"name": "answer", "schema": schema}
+    request["response_format"] = {"type": "json_schema", "json_schema": schema}
+    return msgspec.json.encode(request)
 
 
 def reject_uncompiled(generate: Generate) -> Generate:
