@@ -221,9 +221,9 @@ async def test_each_request_is_logged_once(caplog: pytest.LogCaptureFixture) -> 
             "fine": {"model": "gen", "stream": 2},
             "fault": {"model": "gen", "fail": True},
             "unknown": {"model": "no-such-model"},
-            "late": {"model": "cls"},
         }.items():
             await asgi.post(world.app, CHAT, body, headers={"x-request-id": name})
+        await asgi.post(world.app, "/classify", {"model": "cls"}, {"x-request-id": "late"})
         asked = {"model": "gen", "stream": 1, "wait_after": True}
         left = asgi.start(world.app, "POST", CHAT, asked, {"x-request-id": "left"})
         await left.chunks(1)
