@@ -223,7 +223,8 @@ async def test_each_request_is_logged_once(caplog: pytest.LogCaptureFixture) -> 
             "unknown": {"model": "no-such-model"},
         }.items():
             await asgi.post(world.app, CHAT, body, headers={"x-request-id": name})
-        await asgi.post(world.app, "/classify", {"model": "cls"}, {"x-request-id": "late"})
+        late = {"x-request-id": "late"}
+        await asgi.post(world.app, "/classify", {"model": "cls"}, headers=late)
         asked = {"model": "gen", "stream": 1, "wait_after": True}
         left = asgi.start(world.app, "POST", CHAT, asked, {"x-request-id": "left"})
         await left.chunks(1)
