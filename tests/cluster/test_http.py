@@ -131,24 +131,6 @@ def test_json_schema_output(client: openai.OpenAI) -> None:
     assert isinstance(parsed["big"], bool)
 
 
-TOOL: Any = {
-    "type": "function",
-    "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}},
-}
-
-
-@pytest.mark.parametrize(
-    "choice", ["auto", {"type": "function", "function": {"name": "weather"}}], ids=["auto", "named"]
-)
-def test_tools_without_a_parser_are_rejected_with_vllms_message(
-    client: openai.OpenAI, choice: Any
-) -> None:
-    with pytest.raises(openai.BadRequestError, match="tool-call-parser"):
-        client.chat.completions.create(
-            model=MODEL, messages=PARIS, tools=[TOOL], tool_choice=choice, max_tokens=8
-        )
-
-
 def test_tokenize_and_detokenize(http: httpx.Client) -> None:
     tokens = http.post("/tokenize", json={"model": MODEL, "prompt": "Hello, world"}).json()
     assert tokens["count"] == len(tokens["tokens"]) > 0

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.cluster.conftest import ROOT, RunningCluster
+from tests.cluster.conftest import ALIASES, CLASSIFIER_ALIASES, ROOT, RunningCluster
 from tests.cluster.engine_processes import engines_of_cluster
 from tests.cluster.test_recovery import (
     MODEL,
@@ -33,8 +33,9 @@ STALL_TIMEOUT_S = 10
 
 def changed_config() -> dict[str, Any]:
     config: dict[str, Any] = yaml.safe_load((ROOT / "ray-config.yaml").read_text("utf-8"))
-    (generator,) = config["applications"][0]["args"]["generators"]
-    generator["stall_timeout_s"] = STALL_TIMEOUT_S
+    args = config["applications"][0]["args"]
+    args["generators"][0] |= {"stall_timeout_s": STALL_TIMEOUT_S, "aliases": ALIASES}
+    args["classifiers"][0]["aliases"] = CLASSIFIER_ALIASES
     return config
 
 
