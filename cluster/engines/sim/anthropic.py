@@ -82,7 +82,7 @@ def _usage(sequence: SimSequence, generated: int | None = None) -> dict[str, int
 def _end_fields(sequence: SimSequence) -> dict[str, Any]:
     if sequence.stop_reason is not None:
         return {"stop_reason": "stop_sequence", "stop_sequence": sequence.stop_reason}
-    return {"stop_reason": "max_tokens"}
+    return {"stop_reason": "max_tokens", "stop_sequence": None}
 
 
 async def _stream(exchange: HttpExchange, generation: Generation) -> None:
@@ -103,8 +103,6 @@ async def _stream(exchange: HttpExchange, generation: Generation) -> None:
             delta = {"type": "text_delta", "text": text}
             await emit("content_block_delta", delta=delta, index=0)
     await emit("content_block_stop", index=0)
-    ending = {"stop_sequence": None} | _end_fields(sequence)
-    delta = {"stop_reason": ending["stop_reason"], "stop_sequence": ending["stop_sequence"]}
-    await emit("message_delta", delta=delta, usage=_usage(sequence))
+    await emit("message_delta", delta=_end_fields(sequence), usage=_usage(sequence))
     await emit("message_stop")
     await exchange.end_stream()

@@ -3,10 +3,12 @@
 Shapes and messages are those of vLLM 0.32 (``exception_handling/handlers/validation.py``).
 """
 
-import json
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from cluster.engines.json_body import decode_json
+from cluster.errors import InvalidRequestError
 
 _MAX_REPORTED = 10
 _MAX_INPUT_CHARS = 200
@@ -196,19 +198,9 @@ def _load(raw: bytes) -> Any:
         missing = {"type": "missing", "loc": "body", "msg": "Field required", "input": "None"}
         raise _bad_request([missing], "body")
     try:
-        return json.loads(raw)
-    except json.JSONDecodeError as error:
-        loc, ctx = f"body.{error.pos}", {"error": error.msg}
-    except UnicodeDecodeError:
-        loc, ctx = "body", {"error": "not UTF-8"}
-    broken = {
-        "type": "json_invalid",
-        "loc": loc,
-        "msg": "JSON decode error",
-        "input": "<dict of 0 items>",
-        "ctx": ctx,
-    }
-    raise _bad_request([broken], loc)
+        return decode_json(raw)
+    except InvalidRequestError as error:
+        raise ApiError(error.message) from None
 
 
 def _bad_request(errors: list[Any], param: str | None) -> ApiError:

@@ -14,24 +14,24 @@ import msgspec
 from pydantic import BaseModel
 
 from cluster.asgi import ASGIApp, Message, Receive, Scope, Send
+from cluster.engines.json_body import decode_json
 from cluster.engines.vllm import internals
 from cluster.engines.vllm.pattern_limits import check_patterns
 from cluster.engines.vllm.requests import Generate
 from cluster.engines.vllm.routes import INPUT_TOKENS_PATH
-from cluster.errors import InvalidRequestError, request_error_for
+from cluster.errors import request_error_for
 
 _VALIDATION = "request_body_to_args"
 """FastAPI's function that validates a request's body."""
 _RENDERERS = "vllm.renderers."
 """vLLM's modules that build a prompt from a request."""
+_NULLABLE = ("stop_reason", "stop_sequence")
+"""Fields that Anthropic's messages always have."""
 _DEFECTS = (AttributeError, LookupError, AssertionError, RecursionError)
 
 
 class ReadJson:
-    """Middleware that rejects JSON which only Python's parser accepts, and reads TGI's schemas.
-
-    Python accepts text that is not UTF-8, and numbers that become infinite.
-    """
+    """Middleware that rejects what is not JSON, and reads schemas in the format of TGI."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -49,11 +49,8 @@ class ReadJson:
         body = await _read_body(receive)
         if body is None:
             return
-        try:
-            if body:
-                body = _read_schema(msgspec.json.decode(body)) or body
-        except (ValueError, RecursionError) as error:  # all of msgspec's and Unicode's
-            raise InvalidRequestError(f"The request body is not valid JSON: {error}") from None
+        if body:
+            body = _read_schema(decode_json(body)) or body
         first: Message | None = {"type": "http.request", "body": body, "more_body": False}
 
         async def receive_body() -> Message:
@@ -156,7 +153,9 @@ def complete_messages(handler: Any) -> None:
 
     class Answer(internals.AnthropicMessagesResponse):  # type: ignore[misc]
         def model_dump(self, **options: Any) -> dict[str, Any]:
-            return {"stop_reason": None, "stop_sequence": None, **super().model_dump(**options)}
+            dump = super().model_dump(**options)
+            names = [n for n in type(self).model_fields if n in dump or n in _NULLABLE]
+            return {name: dump.get(name) for name in names}
 
     create = handler.create_messages
 
