@@ -46,6 +46,18 @@ class Journal:
         self._is_closed, self.unsent = True, b""
 
 
+async def read_body(receive: Receive) -> bytes | None:
+    """Return the whole body of a request, or None if the client disconnected before its end."""
+    pieces = []
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        pieces.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(pieces)
+
+
 def usage_of(scope: Scope) -> UsageCounter:
     """Return the counter that the application fills in; an unread one if the scope has none."""
     usage = scope.get("extensions", {}).get(USAGE)

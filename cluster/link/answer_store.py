@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from cluster.asgi import ASGIApp, Journal, Message, Receive, Scope
+from cluster.asgi import ASGIApp, Journal, Message, Scope, read_body
 from cluster.config import IdempotencyConfig
 from cluster.errors import UnprocessableError
 from cluster.link.frames import AnswerKey
@@ -66,7 +66,7 @@ class AnswerStore:
         Raises:
             UnprocessableError: The key belongs to another request.
         """
-        body = await _receive_body(stream.receive)
+        body = await read_body(stream.receive)
         if body is None:
             return
         answer = self._answers.get(key.id)
@@ -171,15 +171,3 @@ class AnswerStore:
         if answer.timer is not None:
             answer.timer.cancel()
         self.on_change((), [answer.key.id])
-
-
-async def _receive_body(receive: Receive) -> bytes | None:
-    """Return the complete body of a request; None if the stream ended before."""
-    pieces = []
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        pieces.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            return b"".join(pieces)

@@ -10,7 +10,7 @@ from cluster.link.server_stream import request_scope, response_head
 from cluster.usage import Usage, UsageCounter
 
 MAX_UNREAD_BYTES = 256 * 1024
-"""Bytes by which a local application may be ahead of its reader before ``send`` waits."""
+"""Bytes by which an application may be ahead of its readers before ``send`` waits."""
 _LOCAL_ADDRESS = ("127.0.0.1", 0)
 
 

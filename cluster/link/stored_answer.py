@@ -15,14 +15,13 @@ from cluster.asgi import JOURNAL, USAGE, ASGIApp, Journal, Message, Scope
 from cluster.errors import InternalError, RequestError, UnavailableError
 from cluster.link.connection import Signal
 from cluster.link.frames import CHUNK_BYTES, AnswerKey
+from cluster.link.local import MAX_UNREAD_BYTES
 from cluster.usage import Usage, UsageCounter
 
 logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 200
 """Memory that one piece takes besides its content: a tuple and two bytes objects."""
-MAX_UNREAD_BYTES = 256 * 1024
-"""Bytes by which the application may be ahead of its readers if the answer is not kept."""
 REPLAYED = (b"idempotent-replayed", b"true")
 """Header of an answer that an earlier request began."""
 

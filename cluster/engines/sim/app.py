@@ -4,10 +4,10 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-from cluster.asgi import Receive, Scope, Send
+from cluster.asgi import Receive, Scope, Send, read_body
 from cluster.engines.sim import anthropic, openai, responses
 from cluster.engines.sim.generation import GenerationError
-from cluster.engines.sim.http import HttpExchange, read_body
+from cluster.engines.sim.http import HttpExchange
 from cluster.engines.sim.parse import ApiError
 from cluster.engines.sim.wire import DONE, error_body, error_event
 

@@ -5,7 +5,7 @@ import time
 from struct import Struct
 from typing import Any
 
-from cluster.asgi import Receive, Scope, Send, journal_of, usage_of
+from cluster.asgi import Scope, Send, journal_of, usage_of
 from cluster.engines.sim.wire import dumps, random_id
 
 _CREATED = Struct("<d")
@@ -78,15 +78,3 @@ class HttpExchange:
         echoed = (b"x-request-id", self._request_id or random_id().encode())
         start = {"type": "http.response.start", "status": status, "headers": [*headers, echoed]}
         await self._send(start)
-
-
-async def read_body(receive: Receive) -> bytes | None:
-    """Return the whole body, or None if the client disconnected before its end."""
-    parts = []
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        parts.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            return b"".join(parts)

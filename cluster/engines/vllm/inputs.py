@@ -13,7 +13,7 @@ from typing import Any, Literal
 import msgspec
 from pydantic import BaseModel
 
-from cluster.asgi import ASGIApp, Message, Receive, Scope, Send
+from cluster.asgi import ASGIApp, Message, Receive, Scope, Send, read_body
 from cluster.engines.json_body import decode_json
 from cluster.engines.vllm import internals
 from cluster.engines.vllm.pattern_limits import check_patterns
@@ -46,7 +46,7 @@ class ReadJson:
         if scope["method"] != "POST" or b"json" not in content_type:
             await self._app(scope, receive, send)
             return
-        body = await _read_body(receive)
+        body = await read_body(receive)
         if body is None:
             return
         if body:
@@ -59,18 +59,6 @@ class ReadJson:
             return message or await receive()
 
         await self._app(scope, receive_body, send)
-
-
-async def _read_body(receive: Receive) -> bytes | None:
-    """Return the body, or None if the client disconnected."""
-    chunks = []
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        chunks.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            return b"".join(chunks)
 
 
 def _read_schema(request: Any) -> bytes | None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from cluster.asgi import Receive, Scope, Send, usage_of
+from cluster.asgi import Receive, Scope, Send, read_body, usage_of
 from cluster.config import ClassifierConfig
 from cluster.engines.base import UNSPECIFIED_MODEL
 from cluster.engines.classifier.serving.cache import CachingService
@@ -101,7 +101,9 @@ class ClassifierApp:
             raise NotFoundError(f"no such path: {path}; {self._config.name} serves {paths}")
         if scope["method"] != endpoints.method:
             raise MethodNotAllowedError.for_path(path, scope["method"], [endpoints.method])
-        body = await _read(receive)
+        body = await read_body(receive)  # the router limits its size
+        if body is None:
+            raise _ClientDisconnectedError
         try:
             parsed = endpoints.parse(body if endpoints.method == "POST" else b"{}")
             reply = await self._run(parsed, self._tenant(scope))
@@ -171,18 +173,6 @@ async def _call(function: Callable[[], T], *, in_thread: bool) -> T:
 
 class _ClientDisconnectedError(Exception):
     """The client disconnected before its body was complete."""
-
-
-async def _read(receive: Receive) -> bytes:
-    """Return the whole body; the router limits its size."""
-    chunks: list[bytes] = []
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise _ClientDisconnectedError
-        chunks.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
 async def _send(
