@@ -1,6 +1,7 @@
 """Real clusters for the tests: real Ray, real vLLM, the default models."""
 
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,6 +46,15 @@ def serve_config(*more: dict[str, Any], **args: Any) -> dict[str, Any]:
         "http_options": {"host": "127.0.0.1", "port": 8000},
         "applications": [application, *more],
     }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unchanged_environment() -> Iterator[None]:
+    """Remove what vLLM writes into the environment, which later clusters would inherit."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

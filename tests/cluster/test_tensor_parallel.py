@@ -39,7 +39,7 @@ def test_two_workers_in_a_placement_group(make_cluster: Any, tmp_path: Path) -> 
             assert answer.json()["usage"]["completion_tokens"] == 24
             texts.add(answer.json()["choices"][0]["text"])
         assert len(texts) == 1
-        names = [owned.name for owned in processes.find(cluster.home)]
-        assert sum(name.startswith("VLLM::Worker") for name in names) == 2, names
+        names = " ".join(owned.name for owned in processes.find(cluster.home))
+        assert names.count("VLLM::Worker") == 2, names
     finally:
         assert cluster.tandem("down").returncode == 0
