@@ -86,10 +86,12 @@ install_torch() {
     "${pip[@]}" 2>/dev/null || "${pip[@]}" --index-url https://download.pytorch.org/whl/cpu
 }
 
-# On GPUs, the wheels of the package index fit. Versions are not pinned.
+# Installs the pinned list with torch, whose wheel on the package index is built for CUDA.
 install_gpu() {
-    say "installing for GPUs"
-    uv_install --editable ".[gpu,dev]"
+    say "installing packages for GPUs (several GB)"
+    uv_install --no-deps --require-hashes --compile-bytecode -r requirements/gpu.txt ||
+        die "cannot install the packages"
+    uv_install --no-deps --no-build-isolation --editable .
 }
 
 # Creates .venv-clients with the vendors' clients, whose dependencies must not constrain vLLM's.
