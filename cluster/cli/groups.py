@@ -23,7 +23,7 @@ def _group(help_text: str) -> typer.Typer:
     return typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=help_text)
 
 
-models_app = _group("Build, list and fine-tune models.")
+models_app = _group("Build, fetch, list and fine-tune models.")
 keys_app = _group("Manage API keys and the limits of tenants.")
 config_app = _group("Check and show the configuration.")
 
@@ -37,6 +37,14 @@ def models_build(
     from cluster.cli.models import build
 
     build(names or None, force=force)
+
+
+@models_app.command("fetch")
+def models_fetch(config: ConfigOption = None, overrides: SetOption = None) -> None:
+    """Build or download all models of a configuration, without starting anything."""
+    from cluster.cli.models import fetch
+
+    fetch(config, overrides or [])
 
 
 @models_app.command("list")

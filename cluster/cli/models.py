@@ -1,18 +1,21 @@
-"""``tandem models build`` and ``list``, and the builds before ``tandem up``."""
+"""``tandem models build``, ``fetch`` and ``list``, and the builds before ``tandem up``."""
 
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from cluster.cli.defaults import load_config
 from cluster.config import TandemConfig
 from cluster.errors import BuildError
 from cluster.models import store
 from cluster.models.build import build as build_models
+from cluster.models.hub import download
 from cluster.models.store import CATALOGUE, list_models, manifest
 
 _TEXT = TextColumn("{task.description}", markup=False)
@@ -52,6 +55,18 @@ def build(
         console.print(f"{model.name}: {action}{f' ({facts})' if facts else ''}", highlight=False)
     if not built:
         raise BuildError("nothing to build")
+
+
+def fetch(path: Path | None, overrides: Sequence[str]) -> None:
+    """Build or download every model of a configuration that is not on this machine yet."""
+    console = Console()
+    config = load_config(path, overrides).config
+    build_missing(console, config)
+    for model in config.model_files:
+        directory = store.resolve(model)
+        if not Path(directory).is_dir():
+            directory = download(directory)
+        console.print(f"{model}: {directory}", highlight=False, soft_wrap=True)
 
 
 @contextmanager

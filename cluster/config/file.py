@@ -160,7 +160,9 @@ def _http_address(serve_config: dict[str, Any]) -> tuple[str, int]:
 def _check_exposure(host: str, config: TandemConfig, keys: Path) -> None:
     contents, router = read_keys(keys), config.router
     configured_keys = router.api_keys_sha256 or router.operator_keys_sha256
-    has_keys = configured_keys or (contents and contents.keys)
+    # A configured file that is not on this machine: routers without it reject every request.
+    is_elsewhere = router.keys_file is not None and contents is None
+    has_keys = configured_keys or is_elsewhere or (contents and contents.keys)
     if not has_keys and not router.open and not is_loopback(host):
         raise ConfigError(
             f"http_options.host: got {host!r}, which is reachable from other machines, but there "

@@ -13,6 +13,9 @@ SCRAPE_INTERVAL_S = 10
 """Export interval of Ray's agents, which drop a value after twice this time."""
 SERVICE_DISCOVERY = "/api/prometheus/sd"
 """Path on Ray's dashboard that lists the agents of all nodes."""
+# Remove the prefix that Ray's agents add, so that Tandem's metrics have their documented names.
+RENAME = {"source_labels": ["__name__"], "regex": "ray_(tandem_.+)", "target_label": "__name__"}
+"""Relabelling of the metrics of Ray's agents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +57,11 @@ def _ray(targets: Targets) -> dict[str, Any]:
     }
     if targets.token_file is not None:
         discovery["authorization"] = {"credentials_file": targets.token_file}
-    # Remove the prefix that Ray's agents add, so that Tandem's metrics have their documented names.
-    rename = {"source_labels": ["__name__"], "regex": "ray_(tandem_.+)", "target_label": "__name__"}
     return {
         "job_name": "ray",
         "http_sd_configs": [discovery],
         # Each series has the node's address as a label.
-        "metric_relabel_configs": [rename],
+        "metric_relabel_configs": [RENAME],
     }
 
 

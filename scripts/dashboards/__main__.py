@@ -1,11 +1,11 @@
-"""Write the generated files of ``cluster/monitoring/grafana``: ``python -m dashboards [--check]``.
+"""Write the generated files for monitoring: ``python -m dashboards [--check]``.
 
 With ``--check``, write nothing and fail if a file is out of date.
 """
 
 import sys
 
-from dashboards.files import ROOT, make_files
+from dashboards.files import make_files
 
 
 def main(arguments: list[str]) -> int:
@@ -13,14 +13,14 @@ def main(arguments: list[str]) -> int:
     stale = {
         path: text
         for path, text in make_files().items()
-        if not (ROOT / path).exists() or (ROOT / path).read_text(encoding="utf-8") != text
+        if not path.exists() or path.read_text(encoding="utf-8") != text
     }
     for path, text in stale.items():
         if "--check" in arguments:
-            print(f"{ROOT / path} is out of date; run `python -m dashboards`")
+            print(f"{path} is out of date; run `python -m dashboards`")
             continue
-        (ROOT / path).parent.mkdir(parents=True, exist_ok=True)
-        (ROOT / path).write_text(text, encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
     return 1 if stale and "--check" in arguments else 0
 
 

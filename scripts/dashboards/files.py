@@ -1,4 +1,4 @@
-"""All generated files for Grafana and for the Prometheus of ``compose.yml``."""
+"""All generated files: for Grafana, the Prometheus of ``compose.yml``, and Kubernetes."""
 
 from pathlib import Path
 
@@ -7,11 +7,12 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
 import cluster.monitoring
 from cluster.monitoring.prometheus import Targets, configuration
-from dashboards import classifier, cost, generator, overview, router, tenant
+from dashboards import classifier, cost, generator, kubernetes, overview, router, tenant
 from dashboards.alerting import FOLDER, make_alert_rules
 from dashboards.panels import DATA_SOURCE
 
 ROOT = Path(cluster.monitoring.__file__).parent / "grafana"
+KUBERNETES = Path(__file__).parents[2] / "deployments" / "kubernetes" / "components" / "monitoring"
 DASHBOARDS = {
     "overview": overview.overview,
     "generator": generator.generator,
@@ -24,8 +25,13 @@ MOUNT_POINT = "/var/lib/grafana/dashboards"
 """Directory in the container where ``compose.yml`` mounts the dashboards."""
 
 
-def make_files() -> dict[str, str]:
-    """Return the content of each file by its path below ``ROOT``."""
+def make_files() -> dict[Path, str]:
+    """Return the content of each generated file by its path."""
+    objects = {KUBERNETES / name: text for name, text in kubernetes.make_objects().items()}
+    return {**{ROOT / path: text for path, text in _grafana().items()}, **objects}
+
+
+def _grafana() -> dict[str, str]:
     dashboards = {
         f"dashboards/{name}.json": JSONEncoder(sort_keys=True, indent=2).encode(make().build())
         for name, make in DASHBOARDS.items()
