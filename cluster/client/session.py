@@ -14,8 +14,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cluster.client import wire
+from cluster.client.repeating import read_all
 from cluster.client.results import Delta
-from cluster.client.transport import Transport, read_all
+from cluster.client.transport import Transport
 from cluster.client.wire import CHAT, ApiRequest
 from cluster.errors import LinkError, UnavailableError
 from cluster.ray_internals import init_handle

@@ -4,8 +4,12 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import uuid4
 
+from cluster.client.repeating import Answer, RepeatedAnswer
+from cluster.client.wire import GENERATING_PATHS
 from cluster.errors import LinkClosedError, RequestError
 from cluster.link import ClientStream, LinkClient, RequestHead, ResponseHead, tls_contexts
 from cluster.usage import Usage
@@ -20,6 +24,8 @@ REFRESH_S = 5.0
 CONNECT_TIMEOUT_S = 1.0
 BLOCKED_S = 30.0
 """Seconds without new attempts after no link could be opened, for example because of a firewall."""
+RETRY_S = 1.0
+"""Seconds without new attempts after no router answered."""
 _HEADERS = [(b"content-type", b"application/json")]
 
 Item = ResponseHead | bytes | Usage
@@ -79,9 +85,6 @@ class HandleAnswer:
             raise LinkClosedError(f"{type(error).__name__}: {reason}") from error
 
 
-Answer = ClientStream | HandleAnswer
-
-
 class ClientLinks:
     """Links from one event loop to every router; each request takes the least used one."""
 
@@ -124,15 +127,17 @@ class ClientLinks:
         return min(usable, key=lambda link: link.num_open, default=None)
 
     async def _refresh_links(self) -> None:
+        retry_s = RETRY_S
         try:
             await self._apply_offer(await self._get_offer())
+            retry_s = 0.0 if self.num_connected else BLOCKED_S
         except Exception:  # any error of Ray or the network; requests use the handle meanwhile
             logger.debug("could not update the list of routers", exc_info=True)
         finally:
             self._refresh = None
             now = self._loop.time()
             self._refresh_at = now + REFRESH_S
-            self._retry_at = now if self.num_connected else now + BLOCKED_S
+            self._retry_at = now + retry_s
 
     async def _apply_offer(self, offer: LinkOffer) -> None:
         wanted = {(host, port) for host, port in offer.addresses}
@@ -153,7 +158,7 @@ class Opened(NamedTuple):
     """A request whose response has started; ``answer`` must be read to its end or cancelled."""
 
     head: ResponseHead
-    answer: Answer
+    answer: RepeatedAnswer
 
 
 class Transport:
@@ -164,44 +169,43 @@ class Transport:
         self.links = ClientLinks(self._get_offer)
 
     async def open(self, method: str, path: str, body: bytes) -> Opened:
-        """Send a request, and once more over the handle if the link fails before a response.
+        """Send a request; another router goes on with the answer if one is lost.
 
         Raises:
-            LinkError: the routers cannot be reached.
+            LinkClosedError, UnavailableError: no router answers.
         """
-        path, _, query = path.partition("?")
-        head = RequestHead(method=method, path=path, query_string=query.encode(), headers=_HEADERS)
+        answer = self._answer(method, path, body)
         try:
-            return await _wait_for_head(await self.links.open(head, body))
-        except LinkClosedError:
-            items = self._router.options(stream=True).call.remote(head, body)
-            return await _wait_for_head(HandleAnswer(items))
+            return Opened(await answer.head(), answer)
+        except BaseException:
+            answer.cancel()
+            raise
 
     async def ask(self, method: str, path: str, body: bytes) -> tuple[ResponseHead, bytes]:
         """Send a request and return the whole response; raises as ``open`` does."""
-        head, answer = await self.open(method, path, body)
+        answer = self._answer(method, path, body)
         try:
-            return head, await read_all(answer)
+            return await answer.whole()
         finally:
             answer.cancel()
 
     async def close(self) -> None:
         await self.links.close()
 
+    def _answer(self, method: str, path: str, body: bytes) -> RepeatedAnswer:
+        path, _, query = path.partition("?")
+        headers = _HEADERS
+        if path in GENERATING_PATHS:
+            headers = [*headers, (b"idempotency-key", uuid4().hex.encode())]
+        head = RequestHead(method=method, path=path, query_string=query.encode(), headers=headers)
+        return RepeatedAnswer(partial(self._send, head, body))
+
+    async def _send(self, head: RequestHead, body: bytes) -> Answer:
+        """Send a request over a link, or over the handle without a link."""
+        try:
+            return await self.links.open(head, body)
+        except LinkClosedError:
+            return HandleAnswer(self._router.options(stream=True).call.remote(head, body))
+
     async def _get_offer(self) -> LinkOffer:
         return LinkOffer(*await self._router.link_offer.remote())
-
-
-async def read_all(answer: Answer) -> bytes:
-    chunks = []
-    while chunk := await answer.read():
-        chunks.append(chunk)
-    return b"".join(chunks)
-
-
-async def _wait_for_head(answer: Answer) -> Opened:
-    try:
-        return Opened(await answer.head(), answer)
-    except BaseException:
-        answer.cancel()
-        raise

@@ -23,6 +23,9 @@ TEXTS_PER_REQUEST = 1000
 PROMPTS_PER_REQUEST = 8
 """Prompts per request; longer lists are split, so that several replicas can share them."""
 CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+GENERATING_PATHS = (CHAT, COMPLETIONS)
+"""Paths whose answers are sampled: a repetition must continue the same one."""
 
 Message = Mapping[str, Any]
 Conversation = str | Sequence[Message]
@@ -49,7 +52,7 @@ def generate_requests(
 ) -> list[ApiRequest]:
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     return [
-        ApiRequest("/v1/completions", {"model": model, "prompt": part, **sampling}, completions)
+        ApiRequest(COMPLETIONS, {"model": model, "prompt": part, **sampling}, completions)
         for part in _split(prompts, PROMPTS_PER_REQUEST)
     ]
 

@@ -1,18 +1,21 @@
-"""Greedy streams of two vLLM replicas survive a hung replica, a dead engine and a dead replica."""
+"""Greedy streams of two vLLM replicas survive dead routers, engines and replicas, and hung ones."""
 
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import psutil
 import pytest
 import yaml
 
-from tests.cluster.conftest import RunningCluster, router_config, serve_config
+from tests.cluster.conftest import ROOT, RunningCluster, router_config, serve_config
 from tests.cluster.engine_processes import engines_of_cluster
 from tests.cluster.test_recovery import wait_until
 
@@ -38,7 +41,7 @@ def two_replicas(
         "routing": "least-load",
     }
     file = tmp_path_factory.mktemp("handover") / "config.yaml"
-    config = serve_config(generators=[generator], router=router_config(1))
+    config = serve_config(generators=[generator], router=router_config(2))
     file.write_text(yaml.safe_dump(config), encoding="utf-8")
     # Threads of two engines that wait for each other on the same cores slow both down.
     running: RunningCluster = make_cluster(
@@ -51,15 +54,32 @@ def two_replicas(
 class Stream:
     """A greedy completion that is read in a thread."""
 
-    def __init__(self, http: httpx.Client, prompt: str) -> None:
+    def __init__(self, http: httpx.Client, prompt: str, key: str | None = None) -> None:
         self._http = http
         self._prompt = prompt
+        self._headers = {} if key is None else {"idempotency-key": key}
         self.raw = ""
+        self.cut = ""
+        """Part of the answer that a router sent before it was killed."""
+        self.is_replay = False
 
     def read(self) -> None:
+        """Read the answer; with a key, repeat the request once if the connection breaks."""
+        try:
+            self._read()
+        except httpx.TransportError:
+            if not self._headers:
+                raise
+            self.cut, self.raw = self.raw, ""
+            self._read()
+
+    def _read(self) -> None:
         body = {"model": MODEL, "prompt": self._prompt, "max_tokens": 100, "temperature": 0}
         fields = {"stream": True, "ignore_eos": True, **body}
-        with self._http.stream("POST", "/v1/completions", json=fields) as response:
+        with self._http.stream(
+            "POST", "/v1/completions", json=fields, headers=self._headers
+        ) as response:
+            self.is_replay = "idempotent-replayed" in response.headers
             for piece in response.iter_text():
                 self.raw += piece
 
@@ -72,13 +92,16 @@ class Stream:
         return "".join(event["choices"][0]["text"] for event in events)
 
 
-def run_streams(url: str, disturb: Callable[[], None] | None = None) -> list[str]:
-    """Return the texts of all streams; call ``disturb`` while they run."""
+def run_streams(
+    url: str, disturb: Callable[[], None] | None = None, *, have_keys: bool = False
+) -> list[Stream]:
+    """Return all streams, complete; call ``disturb`` while they run."""
     with (
         httpx.Client(base_url=url, timeout=120) as http,
         ThreadPoolExecutor(len(PROMPTS)) as threads,
     ):
-        streams = [Stream(http, prompt) for prompt in PROMPTS]
+        keys = [uuid4().hex if have_keys else None for _ in PROMPTS]
+        streams = [Stream(http, *each) for each in zip(PROMPTS, keys, strict=True)]
         reading = [threads.submit(stream.read) for stream in streams]
         if disturb is not None:
             wait_until(lambda: all(each.raw.count("data:") > 3 for each in streams), 60, "starting")
@@ -86,12 +109,97 @@ def run_streams(url: str, disturb: Callable[[], None] | None = None) -> list[str
             assert not any(each.done() for each in reading)
         for each in reading:
             each.result(timeout=120)
+    return streams
+
+
+def texts_of(streams: list[Stream]) -> list[str]:
     return [stream.text() for stream in streams]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(two_replicas: RunningCluster) -> list[str]:
-    return run_streams(two_replicas.http_url)
+    return texts_of(run_streams(two_replicas.http_url))
+
+
+JOB = """
+import asyncio, json, logging, sys
+import ray
+ray.init(address=sys.argv[1], namespace="job", logging_level="ERROR")
+from cluster.client import Tandem
+
+tandem, options = Tandem(), dict(max_tokens=250, temperature=0, ignore_eos=True)
+losses, handler, logger = [], logging.Handler(), logging.getLogger("cluster.client")
+handler.emit = losses.append
+logger.addHandler(handler)
+logger.setLevel("INFO")
+prompts = [f"Question {number}: where does the sun rise?" for number in range(4)]
+
+async def stream(prompt, began):
+    text = ""
+    async for delta in tandem.astream(prompt, **options):
+        text += delta.text
+        began.set()
+    return text
+
+def stream_in_a_thread(prompt):
+    return "".join(delta.text for delta in tandem.stream(prompt, **options))
+
+async def ask(word):
+    began = [asyncio.Event() for _ in prompts]
+    tasks = [asyncio.create_task(stream(*each)) for each in zip(prompts, began)]
+    tasks.append(asyncio.create_task(asyncio.to_thread(stream_in_a_thread, prompts[0])))
+    tasks.append(asyncio.create_task(tandem.achat(prompts[1], **options)))
+    await asyncio.gather(*(event.wait() for event in began))
+    print(word, flush=True)
+    texts = await asyncio.gather(*tasks)
+    return [*texts[:-1], texts[-1].text]
+
+async def main():
+    undisturbed = await ask("UNDISTURBED")
+    sys.stdin.readline()
+    disturbed = await ask("RUNNING")
+    print(json.dumps([undisturbed, disturbed, len(losses)]))
+
+asyncio.run(main())
+"""
+
+
+def test_a_killed_router_costs_no_answer(
+    two_replicas: RunningCluster, undisturbed: list[str]
+) -> None:
+    """A Ray job notices nothing. HTTP clients get the rest of their answers from another router."""
+    job = subprocess.Popen(
+        [sys.executable, "-c", JOB, two_replicas.ray_address],
+        env=two_replicas.env,
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert job.stdin is not None
+    assert job.stdout is not None
+    victim = psutil.Process(routers_of(two_replicas)[0]["pid"])
+    with job:
+        assert job.stdout.readline() == "UNDISTURBED\n"
+        job.stdin.write("go\n")
+        job.stdin.flush()
+        assert job.stdout.readline() == "RUNNING\n"
+        streams = run_streams(two_replicas.http_url, victim.kill, have_keys=True)
+        before, after, num_lost = json.loads(job.stdout.readline())
+    assert after == before
+    assert num_lost > 0
+    assert job.returncode == 0
+    assert texts_of(streams) == undisturbed
+    cut = [stream for stream in streams if stream.cut]
+    assert 0 < len(cut) < len(streams)  # each router had some
+    assert all(stream.is_replay and stream.raw.startswith(stream.cut) for stream in cut)
+
+
+def routers_of(cluster: RunningCluster) -> list[dict[str, Any]]:
+    """Return the running routers."""
+    deployments = cluster.status()["application"]["deployments"]
+    (found,) = [each["replicas"] for each in deployments if each["name"] == "router"]
+    return [replica for replica in found if replica["state"] == "RUNNING"]
 
 
 def replica_of(engine: psutil.Process) -> psutil.Process:
@@ -123,9 +231,10 @@ def test_all_greedy_streams_are_identical(
     engine = engines_of_cluster(two_replicas.home)[0]
     replica = replica_of(engine)
     try:
-        assert run_streams(two_replicas.http_url, lambda: fault(engine)) == undisturbed
+        streams = run_streams(two_replicas.http_url, lambda: fault(engine))
+        assert texts_of(streams) == undisturbed
     finally:
         if replica.is_running() and replica.status() == psutil.STATUS_STOPPED:
             replica.resume()
     if fault is stop_replica:  # it goes on, and finds nobody to write to
-        assert run_streams(two_replicas.http_url) == undisturbed
+        assert texts_of(run_streams(two_replicas.http_url)) == undisturbed

@@ -1,14 +1,22 @@
 """Requests that are repeated with the same `Idempotency-Key`, at the same and at another router."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
 
+from cluster.client.repeating import read_all
+from cluster.client.transport import Transport
+from cluster.errors import LinkClosedError, UnavailableError
+from cluster.gateway import GatewayApp
+from cluster.link import LinkServer
 from tests import asgi
 from tests.serve.gateway_kit import CHAT, World, gateway_world, metrics
+from tests.serve.link_kit import SECRET
+from tests.serve.test_client_transport import FakeHandle
 from tests.serve.test_handover import ANSWER, BODY, Script
 
 KEY = {"idempotency-key": "8e03978e-40d5-43dd-bc93-6894a57f9324"}
@@ -233,3 +241,79 @@ async def test_zero_turns_it_off() -> None:
         for _ in range(2):
             assert REPLAYED not in (await send(world, {"model": "gen"}).done()).headers
         assert len(replica.bodies) == 2
+
+
+# -- the client library -----------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def jobs_transport(*worlds: World) -> AsyncIterator[tuple[Transport, list[LinkServer]]]:
+    """Start the link servers of routers, and the transport of a Ray job that uses them."""
+    servers = [
+        LinkServer(GatewayApp(world.gateway, authenticates=False), SECRET) for world in worlds
+    ]
+    handle = FakeHandle(servers[-1].app, [await server.start() for server in servers])
+    transport = Transport(handle)  # type: ignore[arg-type]
+    try:
+        yield transport, servers
+    finally:
+        await transport.close()
+        for server in servers:
+            await server.stop()
+
+
+async def kill(server: LinkServer, world: World) -> None:
+    """End a router's connections to jobs and replicas as its death does."""
+    for connection in tuple(server.connections):
+        connection.fail(LinkClosedError("killed"))
+    closing = asyncio.ensure_future(server.stop())
+    await world.gateway.close()
+    await closing
+
+
+@pytest.mark.parametrize("stop_at", [1, 7, 13])
+async def test_a_job_does_not_notice_the_death_of_a_router(stop_at: int) -> None:
+    replica = Script(stop_at=stop_at)
+    async with (
+        routers(replica, replica) as (first, second),
+        jobs_transport(first, second) as (transport, servers),
+    ):
+        opened = await transport.open("POST", CHAT, json.dumps(BODY).encode())
+        read = asyncio.create_task(read_all(opened.answer))
+        await replica.stopped.wait()
+        (used,) = (n for n, server in enumerate(servers) if server.num_streams)
+        await kill(servers[used], (first, second)[used])
+        await first.until(lambda: bool(servers[1 - used].num_streams))
+        replica.go_on.set()
+        assert await read == ANSWER
+        assert len(replica.bodies) == 1
+
+
+async def test_a_job_that_cancels_ends_the_answer_at_once() -> None:
+    replica = Script(stop_at=3)
+    async with (
+        routers(replica, replica) as (first, second),
+        jobs_transport(first, second) as (transport, _),
+    ):
+        opened = await transport.open("POST", CHAT, json.dumps(BODY).encode())
+        await opened.answer.read()
+        opened.answer.cancel()
+        async with asyncio.timeout(2):
+            await first.until(lambda: replica.num_cancelled == 1)
+
+
+async def test_a_job_gets_an_error_if_the_repeated_answer_differs() -> None:
+    replica, other = Script(stop_at=3), Script(stop_at=3, chunks=[b"data: x\n\n"] * 16)
+    async with (
+        routers(replica, idempotency={"keep_s": 0}) as (first, _),
+        routers(other, idempotency={"keep_s": 0}) as (second, _),
+        jobs_transport(first, second) as (transport, servers),
+    ):
+        opened = await transport.open("POST", CHAT, json.dumps(BODY).encode())
+        await opened.answer.read()
+        (used,) = (n for n, server in enumerate(servers) if server.num_streams)
+        await kill(servers[used], (first, second)[used])
+        replica.go_on.set()
+        other.go_on.set()
+        with pytest.raises(UnavailableError, match="another answer"):
+            await read_all(opened.answer)
