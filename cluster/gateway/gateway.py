@@ -223,7 +223,7 @@ class Gateway:
         try:
             return find_answer(request.answer_key, pool, self.pools.values())
         except RequestError as error:
-            pool.meter.reject(request, pool.route_of(request.path), error.status)
+            pool.meter.reject(request, pool.route_of(request.path), error.status, "rejected")
             raise
 
     def _select_pool(self, request: Request) -> tuple[RequestBody, Pool]:

@@ -15,9 +15,12 @@ from cluster.link.frames import (
 from cluster.link.handshake import TlsContexts, certificate_expiry, tls_contexts
 from cluster.link.local import answer_locally
 from cluster.link.server import DrainResult, LinkServer, PrefixSource
+from cluster.link.stored_answer import REPLAY_HEADER, REPLAYED
 
 __all__ = [
     "CONFLICT",
+    "REPLAYED",
+    "REPLAY_HEADER",
     "AnswerEvents",
     "AnswerKey",
     "AnswerStore",

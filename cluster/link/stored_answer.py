@@ -24,6 +24,8 @@ PIECE_BYTES = 200
 """Memory that one piece takes besides its content: a tuple and two bytes objects."""
 REPLAYED = (b"idempotent-replayed", b"true")
 """Header of an answer that an earlier request began."""
+REPLAY_HEADER = b"x-tandem-replay"
+"""Header for the router: ``joined`` if the answer was running, ``finished`` if it was complete."""
 
 
 class Follower(Protocol):
@@ -120,7 +122,9 @@ class StoredAnswer:
                 await self._wait()
             head = self._head
             if is_replay:
-                head = {**head, "headers": [*head.get("headers", ()), REPLAYED]}
+                kind = b"finished" if self.is_complete else b"joined"
+                added = (REPLAYED, (REPLAY_HEADER, kind))
+                head = {**head, "headers": [*head.get("headers", ()), *added]}
             await stream.send(head)
             await self._send_pieces(stream)
         finally:

@@ -5,6 +5,7 @@ Names use base units and the prefix ``tandem_``; counters end in ``_total``. Ray
 paths, so clients cannot create series.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -107,8 +108,8 @@ SHED = _counter(
 FAILOVERS = _counter(
     "tandem_failovers_total",
     "Requests retried on another replica before the first byte. Reasons: lost (the link broke); "
-    "refused (by the replica); unavailable (the replica stopped or its engine died). The reason "
-    "drained counts requests that a draining replica completed.",
+    "refused (by the replica, or another router has the answer); unavailable (the replica stopped "
+    "or its engine died). The reason drained counts requests that a draining replica completed.",
     "reason",
 )
 HANDOVERS = _counter(
@@ -123,9 +124,22 @@ HANDOVER_SECONDS = _histogram(
     "tandem_stream_handover_seconds",
     "Time from the loss of a replica to the first bytes of the one that continues its answer.",
 )
+REPLAYS = _counter(
+    "tandem_idempotent_replays_total",
+    "Requests whose `Idempotency-Key` had been used before. Outcomes: joined (got the running"
+    " answer); finished (got the finished one); rejected (422: it was another request).",
+    "outcome",
+)
 CUT_OFF = _counter(
     "tandem_cut_off_requests_total", "Responses that broke off after they had started."
 )
+
+SLO_METRICS: Mapping[str, tuple[float, Metric]] = {
+    "ttft_p90_s": (0.9, TTFT_SECONDS),
+    "itl_p90_s": (0.9, ITL_SECONDS),
+    "latency_p95_s": (0.95, REQUEST_SECONDS),
+}
+"""Percentile and histogram of each SLO in the configuration."""
 
 # -- tenants: those with keys, and "" if no key is required ----------------------------------------
 

@@ -40,6 +40,10 @@ def router() -> Dashboard:
                 rate_of("tandem_stream_handovers_total", "model, reason, outcome"),
                 "{{model}} hand-over {{reason}} {{outcome}}",
             ),
+            Query(
+                rate_of("tandem_idempotent_replays_total", "model, outcome"),
+                "{{model}} replay {{outcome}}",
+            ),
             Query(rate_of("tandem_cut_off_requests_total"), "{{model}} cut off"),
         ),
         graph(

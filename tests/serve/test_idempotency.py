@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -14,7 +15,7 @@ from cluster.errors import LinkClosedError, UnavailableError
 from cluster.gateway import GatewayApp
 from cluster.link import LinkServer
 from tests import asgi
-from tests.serve.gateway_kit import CHAT, World, gateway_world, metrics
+from tests.serve.gateway_kit import CHAT, Replica, World, gateway_world, metrics
 from tests.serve.link_kit import SECRET
 from tests.serve.test_client_transport import FakeHandle
 from tests.serve.test_handover import ANSWER, BODY, Script
@@ -65,6 +66,16 @@ async def tokens(*worlds: World) -> tuple[float, float]:
     return prompt, completion
 
 
+async def replays(world: World) -> Counter[str]:
+    """Return a router's counts of requests whose key had been used, by outcome."""
+    counts = await metrics(world)
+    found: Counter[str] = Counter()
+    for (name, *labels), number in counts.items():
+        if name == "tandem_idempotent_replays_total" and number:
+            found[labels[1]] += int(number)
+    return found
+
+
 @pytest.mark.parametrize("stop_at", [1, 7, 14])
 async def test_an_answer_survives_the_death_of_its_router(stop_at: int) -> None:
     replica = Script(stop_at=stop_at)
@@ -98,6 +109,7 @@ async def test_a_finished_answer_is_replayed_at_any_router() -> None:
         assert len(replica.bodies) == 1
         await second.until_idle()
         assert await tokens(first, second) == (7, 16)
+        assert await replays(first) == await replays(second) == {"finished": 1}
 
 
 async def test_simultaneous_requests_share_one_answer() -> None:
@@ -114,6 +126,54 @@ async def test_simultaneous_requests_share_one_answer() -> None:
         for world in (first, second):
             await world.until_idle()
         assert await tokens(first, second) == (7, 16)
+        counts = [await replays(first), await replays(second)]
+        assert [sum(found.values()) for found in counts] == [1, 2]
+
+
+async def test_routers_that_begin_at_the_same_moment_agree_on_one_answer() -> None:
+    one, two = Script(stop_at=0), Script(stop_at=0)
+    async with gateway_world() as first, gateway_world() as second:
+        await first.serve(two, "gen", "gen-2", resume_key="k")
+        await second.serve(one, "gen", "gen-1", resume_key="k")
+        calls = [send(first), send(second)]
+        await two.stopped.wait()
+        await one.stopped.wait()
+        second.running["gen"] |= first.running["gen"]
+        second.update("gen")
+        share(second, first)  # each learns of the other's answer
+        await first.until(lambda: two.num_cancelled == 1)
+        one.go_on.set()
+        answers = [await call.done() for call in calls]
+        assert [answer.body for answer in answers] == [ANSWER, ANSWER]
+        assert [REPLAYED in answer.headers for answer in answers] == [True, False]
+        for world in (first, second):
+            await world.until_idle()
+        assert await tokens(first, second) == (7, 16)
+        assert await replays(first) == {"joined": 1}
+        assert await replays(second) == {}
+
+
+async def test_a_queued_request_joins_the_answer_that_another_router_began() -> None:
+    one, two = Script(stop_at=0), Replica("gen-2")
+    async with gateway_world() as first, gateway_world(routing="least-load") as second:
+        await first.serve(one, "gen", "gen-1", resume_key="k")
+        await second.serve(two, "gen", "gen-2")
+        busy = [
+            asgi.start(second.app, "POST", CHAT, {"model": "gen", "wait_before": True})
+            for _ in range(2)
+        ]
+        await second.until(lambda: len(two.bodies) == 2)
+        queued = send(second)
+        await second.until(lambda: second.gateway.pools["gen"].num_queued == 1)
+        began = send(first)
+        await one.stopped.wait()
+        second.running["gen"] |= first.running["gen"]
+        second.update("gen")
+        one.go_on.set()
+        assert (await queued.done()).body == (await began.done()).body == ANSWER
+        assert (len(one.bodies), len(two.bodies)) == (1, 2)
+        two.gate.set()
+        await asyncio.gather(*(call.done() for call in busy))
 
 
 async def test_a_client_that_reconnects_joins_its_answer() -> None:
@@ -129,6 +189,8 @@ async def test_a_client_that_reconnects_joins_its_answer() -> None:
         replica.go_on.set()
         assert (await retry.done()).body == ANSWER
         assert (len(replica.bodies), replica.num_cancelled) == (1, 0)
+        await first.until_idle()
+        assert await replays(first) == {"joined": 1}
 
 
 async def test_the_answer_ends_if_the_client_does_not_come_back() -> None:
@@ -190,6 +252,8 @@ async def test_another_request_with_the_key_gets_422() -> None:
         await first.add("cls", "cls-1")
         other = await send(first, {"model": "cls"}, "/v1/embeddings").done()
         assert other.status == 422
+        await first.until_idle()
+        assert await replays(first) == {"rejected": 2}
 
 
 @pytest.mark.parametrize("value", ["", "x" * 256, "schl\xfcssel"])

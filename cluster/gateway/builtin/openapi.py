@@ -13,9 +13,11 @@ import msgspec
 
 from cluster.errors import RequestError
 from cluster.gateway.admission.admission import PRIORITY_HEADER, SESSION_HEADER, TIMEOUT_HEADER
+from cluster.gateway.admission.answer_keys import KEY_HEADER, MAX_KEY_CHARS
 from cluster.gateway.builtin.own_paths import OWN_PATHS, AnthropicErrorBody, ErrorBody, OwnPath
 from cluster.gateway.error_formats import is_anthropic
 from cluster.gateway.pools.response_usage import USAGE_HEADER
+from cluster.link import REPLAYED
 
 _SCHEMAS = "#/components/schemas/"
 _COMMON_STATUSES = (400, 405, 431, 500)
@@ -33,6 +35,20 @@ _ENGINE_HEADERS: Mapping[bytes, tuple[str, dict[str, Any]]] = {
         {"type": "string", "enum": ["0", "1"]},
     ),
     b"traceparent": ("W3C trace context.", {"type": "string"}),
+}
+_KEY_NAME, _REPLAYED_NAME = KEY_HEADER.decode(), REPLAYED[0].decode()
+_KEY_PARAMETER = {
+    "description": "The same key again, within a minute, gets the same answer.",
+    "schema": {
+        "type": "string",
+        "minLength": 1,
+        "maxLength": MAX_KEY_CHARS,
+        "pattern": "^[ -~]+$",
+    },
+}
+_REPLAYED = {
+    "description": "`true` if an earlier request with this `Idempotency-Key` began the answer.",
+    "schema": {"type": "string", "enum": ["true"]},
 }
 _REQUEST_ID = {
     "description": "Id of the request: the client's or a new one.",
@@ -109,12 +125,16 @@ def _either(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
 
 def _engine_operation(method: str, path: str, operation: Mapping[str, Any]) -> dict[str, Any]:
     names = ["x-request-id", *(name.decode() for name in _ENGINE_HEADERS)]
+    headers = _headers()
+    if method == "post":
+        names.append(_KEY_NAME)
+        headers[_REPLAYED_NAME] = {"$ref": f"#/components/headers/{_REPLAYED_NAME}"}
     parameters = [{"$ref": f"#/components/parameters/{name}"} for name in names]
     answers = {
-        status: {**answer, "headers": {**answer.get("headers", {}), **_headers()}}
+        status: {**answer, "headers": {**answer.get("headers", {}), **headers}}
         for status, answer in operation.get("responses", {}).items()
     }
-    answers.setdefault("200", {"description": "OK", "headers": _headers()})
+    answers.setdefault("200", {"description": "OK", "headers": headers})
     return {
         "operationId": _operation_id(method, path),
         **operation,
@@ -180,6 +200,7 @@ def _own_schemas() -> tuple[dict[Any, dict[str, Any]], dict[str, Any]]:
 @cache
 def _components() -> dict[str, Any]:
     parameters = {"x-request-id": {**_REQUEST_ID, "schema": {"type": "string", "maxLength": 128}}}
+    parameters[_KEY_NAME] = _KEY_PARAMETER
     for name, (description, schema) in _ENGINE_HEADERS.items():
         parameters[name.decode()] = {"description": description, "schema": schema}
     return {
@@ -187,7 +208,11 @@ def _components() -> dict[str, Any]:
             name: {"name": name, "in": "header", **parameter}
             for name, parameter in parameters.items()
         },
-        "headers": {"x-request-id": _REQUEST_ID, "retry-after": _RETRY_AFTER},
+        "headers": {
+            "x-request-id": _REQUEST_ID,
+            "retry-after": _RETRY_AFTER,
+            _REPLAYED_NAME: _REPLAYED,
+        },
         "responses": {
             f"{vendor}{error.status}": _error_response(error, body)
             for error in RequestError.__subclasses__()

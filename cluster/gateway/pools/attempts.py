@@ -1,7 +1,8 @@
 """The replicas that answer one request, one after the other."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
@@ -22,6 +23,7 @@ MAX_LOST = 2
 """Replicas that may be lost with one request without any progress of its answer."""
 _DRAINS = LinkRefusedError("the replica drains; another one continues the answer")
 _HANGS = LinkRefusedError("the replica is silent; another one continues the answer")
+_YIELDS = LinkRefusedError("another router began the answer at another replica")
 
 
 class Attempts:
@@ -64,6 +66,34 @@ class Attempts:
         if self.kept is not None and isinstance(answer, ClientStream):
             answer.journal = self.kept.journal
         return answer
+
+    @contextmanager
+    def yielding(self, answer: Answer) -> Iterator[None]:
+        """Give up the answer if another router begins it at a replica with a lesser id.
+
+        Two routers that get a key at the same moment both begin. They agree on one of the answers,
+        and neither client has a part of the other one yet.
+
+        Raises:
+            LinkRefusedError: Another router began the answer.
+        """
+        key, own_id = self._request.answer_key, self.slot.replica.info.id
+        if key is None or not isinstance(answer, ClientStream):
+            yield
+            return
+
+        def compare(replica_id: str) -> None:
+            if replica_id < own_id:
+                answer.abandon(_YIELDS)
+
+        awaited = self._pool.replicas.on_answer
+        awaited[key.id] = compare
+        try:
+            yield
+        finally:
+            del awaited[key.id]
+        if answer.error is _YIELDS:
+            raise _YIELDS
 
     def watch(self, answer: ClientStream) -> None:
         """Call ``on_finished`` when the replica has finished, or now if it has."""

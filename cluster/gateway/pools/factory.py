@@ -17,7 +17,7 @@ from cluster.gateway.pools.handover import HandoverLimits
 from cluster.gateway.pools.pool import Pool, PoolKind
 from cluster.gateway.pools.replica import Wiring
 from cluster.gateway.pools.replica_set import PoolLimits
-from cluster.gateway.recording.observer import SLO_METRICS, PoolMeter, RequestSinks
+from cluster.gateway.recording.observer import PoolMeter, RequestSinks
 from cluster.metrics import table
 
 
@@ -73,6 +73,6 @@ def _export_objectives(pool: GeneratorConfig | ClassifierConfig, sinks: RequestS
     """Export each SLO as the bucket bound that alerts can compare percentiles with."""
     for name, limit_s in pool.slo:
         if limit_s is not None:
-            _, metric = SLO_METRICS[name]
+            _, metric = table.SLO_METRICS[name]
             gauge = sinks.registry.gauge(table.OBJECTIVE, pool.name, name.removesuffix("_s"))
             gauge.value = metric.bound_above(limit_s)

@@ -3,7 +3,8 @@
 from cluster.gateway.error_formats import engine_error_body
 from cluster.gateway.messages import Headers, Request
 from cluster.gateway.pools.replica import Answer
-from cluster.link import RequestHead, ResponseHead
+from cluster.gateway.recording.request_log import Replay
+from cluster.link import REPLAY_HEADER, RequestHead, ResponseHead
 
 FORWARDED_HEADERS = frozenset(
     {
@@ -54,7 +55,7 @@ def request_head(request: Request, engine_priority: int | None) -> RequestHead:
 _NOT_RETURNED = frozenset(
     {
         *(b"connection", b"keep-alive", b"transfer-encoding", b"te", b"upgrade"),
-        *(b"server", b"date", b"x-request-id"),
+        *(b"server", b"date", b"x-request-id", REPLAY_HEADER),
     }
 )
 _MAX_ERROR_BYTES = 1024 * 1024
@@ -64,6 +65,14 @@ _MAX_ERROR_BYTES = 1024 * 1024
 def response_headers(head: ResponseHead) -> Headers:
     """Return the headers of a response without those that belong to one connection."""
     return [pair for pair in head.headers if pair[0] not in _NOT_RETURNED]
+
+
+def replay_of(head: ResponseHead) -> Replay | None:
+    """Return how the answer to an earlier request is repeated; None if this one began it."""
+    for name, value in head.headers:
+        if name == REPLAY_HEADER:
+            return "finished" if value == b"finished" else "joined"
+    return None
 
 
 async def read_error(path: str, head: ResponseHead, answer: Answer) -> tuple[Headers, bytes]:

@@ -94,13 +94,13 @@ class AdmissionQueue:
         """
         if self._closed:
             raise _stopping()
-        if claim.is_retry:
-            return await self._retake_slot(claim)
         if claim.joins is not None:
             slot = self._slots.take_slot_at(claim.joins, claim)
             if slot is not None:
                 self.capacity.add_request(claim.work_tokens)
                 return slot
+        if claim.is_retry:
+            return await self._retake_slot(claim)
         if not self._queue:
             self._num_finished = 0
             if (slot := self._try_slot(claim)) is not None:

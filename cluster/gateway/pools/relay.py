@@ -7,6 +7,7 @@ the response. After that, another replica continues the answer (``relayed_body``
 
 import asyncio
 import logging
+from dataclasses import replace
 from hashlib import sha256
 
 from cluster.errors import (
@@ -16,6 +17,7 @@ from cluster.errors import (
     RequestError,
     RequestTimeoutError,
     UnavailableError,
+    UnprocessableError,
 )
 from cluster.gateway.messages import Request, Response
 from cluster.gateway.pools.attempts import MAX_LOST
@@ -23,7 +25,7 @@ from cluster.gateway.pools.forwarding import request_head
 from cluster.gateway.pools.pool import Pool
 from cluster.gateway.pools.relayed_body import TIMED_OUT, RelayedBody
 from cluster.gateway.pools.response_usage import add_usage, usage_requested
-from cluster.gateway.pools.slots import Claim
+from cluster.gateway.pools.slots import Claim, Slot
 from cluster.gateway.recording.observer import FailoverReason, OnEnd, RequestObserver
 
 logger = logging.getLogger("ray.serve.tandem")
@@ -57,6 +59,8 @@ async def relay(
     except BaseException as error:
         if isinstance(error, RequestError):
             observer.status = error.status
+            if isinstance(error, UnprocessableError):  # only the store of answers raises it
+                observer.replay = "rejected"
         elif isinstance(error, Exception):  # a defect
             observer.status = InternalError.status
         if not observer.ends_later:
@@ -76,7 +80,7 @@ async def _send_with_failover(
     for _ in range(MAX_ATTEMPTS):
         if failure is not None:
             claim = pool.renew_claim(claim)
-        slot = await pool.queue.take_slot(claim)
+        slot = await _take_slot(request, pool, claim)
         if failure is not None:
             pool.meter.failed_over(failure)
         observer.slot_taken(slot.replica.info.id)
@@ -107,6 +111,18 @@ async def _send_with_failover(
     raise UnavailableError(
         f"{pool.name}: {MAX_ATTEMPTS} replicas refused the request; try again.", retry_after_s=1
     )
+
+
+async def _take_slot(request: Request, pool: Pool, claim: Claim) -> Slot:
+    """Take a slot: at the replica that has the answer, also if it was begun during the wait."""
+    if (key := request.answer_key) is None:
+        return await pool.queue.take_slot(claim)
+    while True:
+        claim = replace(claim, joins=pool.replicas.find_answer(key.id))
+        slot = await pool.queue.take_slot(claim)
+        if pool.replicas.find_answer(key.id) in (None, claim.joins):
+            return slot
+        pool.queue.release_slot(slot)
 
 
 def _identify(body: bytes) -> tuple[int, str]:

@@ -8,7 +8,7 @@ from cluster.errors import LinkError, RequestError, RequestTimeoutError, Unavail
 from cluster.gateway.error_formats import error_events, first_event_error
 from cluster.gateway.messages import Request, Response
 from cluster.gateway.pools.attempts import Attempts
-from cluster.gateway.pools.forwarding import read_error, response_headers
+from cluster.gateway.pools.forwarding import read_error, replay_of, response_headers
 from cluster.gateway.pools.pool import Pool
 from cluster.gateway.pools.slots import Slot
 from cluster.gateway.recording.observer import RequestObserver
@@ -59,16 +59,18 @@ class RelayedBody:
             arrivals_s: list[float] = []
             if isinstance(answer, ClientStream):
                 answer.arrivals_s = arrivals_s
-            response = await answer.head()
-            headers = response_headers(response)
-            self._is_event_stream = any(
-                name == b"content-type" and value.startswith(b"text/event-stream")
-                for name, value in headers
-            )
-            if response.status >= 400 and not self._is_event_stream:
-                headers, self._first = await read_error(self._request.path, response, answer)
-            else:
-                self._first = await answer.read()
+            with self._attempts.yielding(answer):
+                response = await answer.head()
+                headers = response_headers(response)
+                self._is_event_stream = any(
+                    name == b"content-type" and value.startswith(b"text/event-stream")
+                    for name, value in headers
+                )
+                if response.status >= 400 and not self._is_event_stream:
+                    headers, self._first = await read_error(self._request.path, response, answer)
+                else:
+                    self._first = await answer.read()
+            self._observer.replay = replay_of(response)
             if self._is_event_stream and (error := first_event_error(self._first)) is not None:
                 raise error
             if self._is_event_stream and len(self._first) <= _MAX_BEGIN_BYTES:

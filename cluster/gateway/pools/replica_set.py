@@ -72,6 +72,8 @@ class ReplicaSet:
         """Called when a replica begins to drain, or is silent."""
         self.on_load: Callable[[Iterable[Load]], None] = lambda _: None
         """Called with the loads of all replicas when one of them reported its load."""
+        self.on_answer: dict[bytes, Callable[[str], None]] = {}
+        """By the id of an answer that a request waits for: called with each replica that has it."""
         self.link_counts = LinkCounts()
         """Traffic on the links to all replicas, past ones included."""
         self.prefixes = PrefixIndex()
@@ -165,11 +167,13 @@ class ReplicaSet:
         return self._place(replica_id, claim, now_s)
 
     def find_answer(self, answer_id: bytes) -> str | None:
-        """Return the id of a replica that keeps this answer, if any."""
-        for id_, replica in self._replicas.items():
-            if answer_id in replica.answer_ids and replica.link.connected:
-                return id_
-        return None
+        """Return the id of the replica that keeps this answer, if any; of several, the least id."""
+        found = (
+            id_
+            for id_, replica in self._replicas.items()
+            if answer_id in replica.answer_ids and replica.link.connected
+        )
+        return min(found, default=None)
 
     def first_token(self, slot: Slot) -> None:
         """Note that the first token of a request has arrived."""
@@ -228,6 +232,8 @@ class ReplicaSet:
         def on_answers(events: AnswerEvents) -> None:
             replica.answer_ids.update(events.added)
             replica.answer_ids.difference_update(events.removed)
+            for answer_id in self.on_answer.keys() & events.added:
+                self.on_answer[answer_id](info.id)
 
         link.on_state, link.on_load, link.on_prefixes = on_state, on_load, on_prefixes
         if info.keeps_answers:

@@ -4,7 +4,7 @@ A ``PoolMeter`` binds the series of one pool once. A ``RequestObserver`` follows
 path of a streamed token it costs one appended timestamp.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import sub
 from time import perf_counter
@@ -16,6 +16,7 @@ from cluster.gateway.messages import Request
 from cluster.gateway.recording.request_log import (
     CLIENT_DISCONNECTED,
     Outcome,
+    Replay,
     RequestLog,
     RequestRecord,
     outcome_of,
@@ -37,13 +38,6 @@ HandoverOutcome = Literal["continued", "failed"]
 
 OnEnd = Callable[[int, Usage | None, bool], None]
 """Called at the end of a request with its status and, if known, its usage."""
-
-SLO_METRICS: Mapping[str, tuple[float, table.Metric]] = {
-    "ttft_p90_s": (0.9, table.TTFT_SECONDS),
-    "itl_p90_s": (0.9, table.ITL_SECONDS),
-    "latency_p95_s": (0.95, table.REQUEST_SECONDS),
-}
-"""Percentile and histogram of each SLO in the configuration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +88,7 @@ class PoolMeter:
             for outcome in get_args(HandoverOutcome)
         }
         self.handover_s = histogram(table.HANDOVER_SECONDS)
+        self._replays = {replay: counter(table.REPLAYS, replay) for replay in get_args(Replay)}
         self.open_requests: set[RequestObserver] = set()
         """Observers of the requests that have not ended."""
         sinks.registry.on_collect(self.count_gaps)
@@ -134,13 +129,21 @@ class PoolMeter:
         """Count an attempt to have another replica continue an answer."""
         self._handovers[reason, outcome].add()
 
-    def reject(self, request: Request, route: str, status: int) -> None:
+    def reject(
+        self, request: Request, route: str, status: int, replay: Replay | None = None
+    ) -> None:
         """Count and log a request that was rejected before entering the queue."""
         self.requests(route, status).add()
-        outcome = outcome_of(status)
-        self.tenants.count(request.tenant, self.pool_name, status)
-        record = RequestRecord(request.id, route, status, outcome, request.tenant, self.pool_name)
+        if replay is not None:
+            self.replayed(replay)
+        name, tenant, outcome = self.pool_name, request.tenant, outcome_of(status)
+        self.tenants.count(tenant, name, status)
+        record = RequestRecord(request.id, route, status, outcome, tenant, name, replay=replay)
         self.log.write(record)
+
+    def replayed(self, replay: Replay) -> None:
+        """Count a request with an idempotency key that had been used before."""
+        self._replays[replay].add()
 
     def requests(self, route: str, status: int) -> Counter:
         """Return the counter of finished requests with this route and status."""
@@ -159,8 +162,8 @@ class RequestObserver:
 
     __slots__ = (
         *("_arrived", "_first_write", "_meter", "_on_end", "_replica", "_request", "_route"),
-        *("_slot_taken", "_trace", "ends_later", "is_cut_off", "num_handovers", "status"),
-        "write_times",
+        *("_slot_taken", "_trace", "ends_later", "is_cut_off", "num_handovers", "replay"),
+        *("status", "write_times"),
     )
 
     def __init__(
@@ -183,6 +186,8 @@ class RequestObserver:
         """True if the response ended before it was complete."""
         self.num_handovers = 0
         """Replicas that continued the answer of another one."""
+        self.replay: Replay | None = None
+        """Set if an earlier request had the same idempotency key."""
         self.ends_later = False
         """True if the client disconnected and the replica has yet to report the usage."""
 
@@ -219,6 +224,8 @@ class RequestObserver:
         total_s = perf_counter() - self._arrived
         meter.request_s.observe(total_s)
         meter.requests(self._route, self.status).add()
+        if self.replay is not None:
+            meter.replayed(self.replay)
         queue_s = self._slot_taken - self._arrived if self._slot_taken else None
         ttft_s = self._ttft_s(usage)
         if queue_s is not None:
@@ -287,6 +294,7 @@ class RequestObserver:
             ttft_s=None if ttft_s is None else round(ttft_s, 6),
             total_s=round(total_s, 6),
             handovers=self.num_handovers or None,
+            replay=self.replay,
         )
 
 

@@ -27,6 +27,9 @@ logger = logging.getLogger(LOGGER)
 
 Outcome = Literal["ok", "left", "refused", "failed", "cut_off"]
 """``left``: the client disconnected."""
+Replay = Literal["joined", "finished", "rejected"]
+"""Use of an `Idempotency-Key` that had been used: the request got the running or the finished
+answer, or was rejected because it is another request."""
 
 
 class RequestRecord(msgspec.Struct):
@@ -49,6 +52,8 @@ class RequestRecord(msgspec.Struct):
     total_s: float | None = None
     handovers: int | None = None
     """Times that another replica continued the answer; None if it was one replica's."""
+    replay: Replay | None = None
+    """Set if the `Idempotency-Key` had been used before."""
 
 
 class Failure(msgspec.Struct):

@@ -11,8 +11,7 @@ from cluster.autoscaling.reports import Latency, LoadReport
 from cluster.autoscaling.settings import ROUTER
 from cluster.config import ClassifierConfig, GeneratorConfig, TandemConfig
 from cluster.gateway.pools.pool import Pool
-from cluster.gateway.recording.observer import SLO_METRICS
-from cluster.metrics import Histogram, quantile
+from cluster.metrics import Histogram, quantile, table
 
 RATE_WINDOW_S = 6.0
 """Window of arrival rates: three reports, so a late one matters little and a burst shows soon."""
@@ -132,5 +131,5 @@ def _objectives(
         name: (share, pool.meter.histogram(metric))
         for name, limit_s in config.slo
         if limit_s is not None
-        for share, metric in (SLO_METRICS[name],)
+        for share, metric in (table.SLO_METRICS[name],)
     }
