@@ -14,6 +14,7 @@ from cluster.link.frames import (
 )
 from cluster.link.handshake import TlsContexts, certificate_expiry, tls_contexts
 from cluster.link.local import answer_locally
+from cluster.link.record import AnswerRecord
 from cluster.link.server import DrainResult, LinkServer, PrefixSource
 from cluster.link.stored_answer import REPLAY_HEADER, REPLAYED
 
@@ -23,6 +24,7 @@ __all__ = [
     "REPLAY_HEADER",
     "AnswerEvents",
     "AnswerKey",
+    "AnswerRecord",
     "AnswerStore",
     "ClientStream",
     "DrainResult",

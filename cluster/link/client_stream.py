@@ -1,4 +1,4 @@
-"""The router's side of one request: response head, body, journal, usage and end.
+"""The router's side of one request: response head, body, usage and end.
 
 Buffers what has arrived and was not read (at most the window and one frame), and owns the task
 that sends a large request body.
@@ -12,15 +12,10 @@ from typing import Self
 
 from cluster.errors import LinkClosedError, LinkProtocolError
 from cluster.link import frames
-from cluster.link.connection import Connection, StreamSender
-from cluster.link.frames import (
-    END,
-    JOURNAL,
-    JOURNAL_HEAD_BYTES,
-    NO_JOURNAL,
-    ResponseHead,
-    unpack_journal_head,
-)
+from cluster.link.connection import Connection
+from cluster.link.frames import END, JOURNAL, ResponseHead
+from cluster.link.record import AnswerRecord, split_payload
+from cluster.link.stream_sender import StreamSender
 from cluster.usage import Usage
 
 logger = logging.getLogger(__name__)
@@ -48,13 +43,8 @@ class ClientStream:
         self.usage: Usage | None = None
         """Usage of the request; set at its end if the application reports it."""
         self.on_finished: Callable[[], object] | None = None
-        self.journal: bytearray | None = None
-        """Journal of what arrived, if the reader sets it to a bytearray. It becomes None if the
-        replica does not keep it any more."""
-        self.num_bytes = 0
-        """Bytes of the body that arrived with the journal."""
-        self.checksum = 0
-        """CRC-32 of the whole body until here, those bytes included that another replica sent."""
+        self.record: AnswerRecord | None = None
+        """Record of what arrives, if the reader sets it before it waits for the head."""
         self.arrivals_s: list[float] | None = None
         """Times at which pieces of the body arrived (``time.perf_counter``), if it is a list."""
         self._connection = connection
@@ -150,11 +140,14 @@ class ClientStream:
             times = self.arrivals_s
             if times is not None and not (times and times[-1] == self._connection.received_s):
                 times.append(self._connection.received_s)
+            record = self.record
+            if record is not None:
+                payload = record.add(flags, payload)
+            elif flags & JOURNAL:
+                payload = split_payload(payload)[1]
             self._uncredited += len(payload)
             if self._uncredited > 2 * self._half_window + frames.MAX_PAYLOAD_BYTES:
                 raise LinkProtocolError("the peer sent more than the stream's window")
-            if flags & JOURNAL:
-                payload = self._take_entries(payload)
             if payload:
                 self._chunks.append(payload)
         if flags & END:
@@ -220,22 +213,6 @@ class ClientStream:
         if self._upload is not None:
             self._upload.cancel()
         self._wake()
-
-    def _take_entries(self, payload: bytes) -> bytes:
-        """Add the entries of a JOURNAL frame to the journal; return its piece of the body."""
-        if len(payload) < JOURNAL_HEAD_BYTES:
-            raise LinkProtocolError("a DATA frame ends within its journal")
-        size, self.checksum = unpack_journal_head(payload)
-        end = JOURNAL_HEAD_BYTES + size
-        if end <= len(payload):
-            if self.journal is not None:
-                self.journal += payload[JOURNAL_HEAD_BYTES:end]
-        elif size == NO_JOURNAL:
-            self.journal, end = None, JOURNAL_HEAD_BYTES
-        else:
-            raise LinkProtocolError("a DATA frame ends within its journal")
-        self.num_bytes += len(payload) - end
-        return payload[end:]
 
     def _clear_chunks(self) -> None:
         self._chunks = []

@@ -13,7 +13,16 @@ from typing import cast
 
 from cluster.errors import LinkAuthError, LinkClosedError, LinkError, LinkProtocolError
 from cluster.link import frames
-from cluster.link.frames import CHUNK_BYTES, END, Frame, FrameDecoder, pack_header
+from cluster.link.frames import (
+    CHUNK_BYTES,
+    DATA,
+    ENTRIES_SIZES,
+    JOURNAL,
+    LONG_ENTRIES,
+    Frame,
+    FrameDecoder,
+    pack_header,
+)
 from cluster.link.handshake import PRE_AUTH_BYTES, Handshake
 
 logger = logging.getLogger(__name__)
@@ -112,6 +121,11 @@ class Connection(asyncio.Protocol):
         self._decoder = FrameDecoder(PRE_AUTH_BYTES)
         self._pre_auth_bytes = 0
         self._unsent: list[bytes | memoryview] = []  # header and payload alternate
+        self._data_id = 0  # stream of the last unsent frame if that frame can be added to
+        self._data = b"", b""  # entries and body of that frame
+        self._pieces: list[tuple[bytes, bytes]] = []  # of that frame once something was added
+        self._num_entries_bytes = 0
+        self._num_body_bytes = 0
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._heard = False  # anything received since the last tick
@@ -157,12 +171,63 @@ class Connection(asyncio.Protocol):
             if self.error is not None:
                 return
             self.loop.call_soon(self._flush)
+        elif self._pieces:
+            self._join_pieces(0)
         unsent.append(pack_header(len(payload), stream_id, kind, flags))
         unsent.append(payload)
+        self._data_id = 0
+
+    def write_data(self, stream_id: int, flags: int, entries: bytes, body: bytes) -> None:
+        """Queue a DATA frame of a response, or add to the last frame if it is of the same stream.
+
+        Args:
+            stream_id: The stream.
+            flags: END or 0.
+            entries: Entries of the journal, fewer than ``LONG_ENTRIES`` bytes.
+            body: Piece of the body, at most ``CHUNK_BYTES``.
+        """
+        if stream_id == self._data_id and self._add_data(flags, entries, body):
+            return
+        if entries:
+            payload = ENTRIES_SIZES[len(entries)] + entries + body
+            self.write(stream_id, DATA, flags | JOURNAL, payload)
+        else:
+            self.write(stream_id, DATA, flags, body)
+        if not flags:
+            self._data_id, self._data = stream_id, (entries, body)
+
+    def _add_data(self, flags: int, entries: bytes, body: bytes) -> bool:
+        """Add to the last frame; return False if it would become too large."""
+        pieces = self._pieces
+        if not pieces:
+            pieces.append(self._data)
+            self._num_entries_bytes, self._num_body_bytes = map(len, self._data)
+        self._num_entries_bytes += len(entries)
+        self._num_body_bytes += len(body)
+        if self._num_entries_bytes >= LONG_ENTRIES or self._num_body_bytes > CHUNK_BYTES:
+            return False
+        pieces.append((entries, body))
+        if flags:
+            self._join_pieces(flags)
+        return True
+
+    def _join_pieces(self, flags: int) -> None:
+        """Complete the last frame, to which pieces were added."""
+        parts = [body for _, body in self._pieces]
+        if entries := b"".join([entries for entries, _ in self._pieces]):
+            flags |= JOURNAL
+            parts = [ENTRIES_SIZES[len(entries)], entries, *parts]
+        payload = b"".join(parts)
+        self._unsent[-2:] = pack_header(len(payload), self._data_id, DATA, flags), payload
+        self._pieces.clear()
+        self._data_id = 0
 
     def _flush(self) -> None:
         # While the transport is full the frames stay here; resume_writing flushes them.
         if self._unsent and self.writable and self._transport is not None:
+            if self._pieces:
+                self._join_pieces(0)
+            self._data_id = 0
             data = b"".join(self._unsent)
             self.counts.frames_sent += len(self._unsent) // 2
             self.counts.bytes_sent += len(data)
@@ -238,6 +303,8 @@ class Connection(asyncio.Protocol):
         self.error = error
         self.writable = False
         self._unsent.clear()
+        self._pieces.clear()
+        self._data_id = 0
         if self._timer is not None:
             self._timer.cancel()
         self.on_closed(error)
@@ -301,66 +368,3 @@ class Connection(asyncio.Protocol):
             self.write(0, frames.PONG)
         elif kind != frames.PONG:
             raise LinkProtocolError(f"the peer may not send frames of kind {kind}")
-
-
-class StreamSender:
-    """Sending half of one stream, with its flow control.
-
-    A slow consumer holds back only its own stream, because each stream has its own credit; a slow
-    connection holds back all streams. ``credit`` is the number of bytes that may still be sent;
-    the last frame may overdraw it.
-    """
-
-    __slots__ = ("_credit_added", "connection", "credit", "open", "stream_id")
-
-    def __init__(self, connection: Connection, stream_id: int) -> None:
-        self.connection = connection
-        self.stream_id = stream_id
-        self.credit = connection.peer_window_bytes
-        self.open = True
-        self._credit_added = Signal()
-
-    def add_credit(self, credit_bytes: int) -> None:
-        self.credit += credit_bytes
-        self._credit_added.fire()
-
-    def close(self) -> None:
-        """Send nothing more and wake waiting senders."""
-        self.open = False
-        self._credit_added.fire()
-
-    async def send(self, kind: int, payload: bytes, end: bool) -> None:
-        """Send a payload of any size in pieces, as credit and transport allow.
-
-        Raises:
-            LinkClosedError: the stream ended meanwhile.
-        """
-        view = memoryview(payload)
-        start, size = 0, len(payload)
-        while True:
-            await self.wait_ready()
-            piece = view[start : start + CHUNK_BYTES]
-            start += CHUNK_BYTES
-            last = start >= size
-            self.credit -= len(piece)
-            self.connection.write(self.stream_id, kind, END if last and end else 0, piece)
-            if last:
-                return
-            await asyncio.sleep(0)  # let other streams write between two pieces
-
-    async def wait_ready(self) -> None:
-        """Wait until a frame may be sent.
-
-        Raises:
-            LinkClosedError: the stream ended meanwhile.
-        """
-        while self.open:
-            if self.credit <= 0:
-                await self._credit_added.wait()
-            elif not self.connection.writable:
-                await self.connection.on_writable.wait()
-                if self.connection.error is not None:
-                    self.open = False
-            else:
-                return
-        raise LinkClosedError("the stream ended")

@@ -24,9 +24,9 @@ BODY       id      router to replica: a piece of the request's body; END: the la
                    head has ``resume``, the journal comes first
 RESPONSE   id      replica to router: ``ResponseHead``
 DATA       id      replica to router: a piece of the response's body; END: the last one;
-                   JOURNAL: starts with size u32 | checksum u32 | entries of the answer's journal,
-                   of which this piece is the result. The checksum is the CRC-32 of the whole body
-                   until here. ``NO_JOURNAL`` as size: the journal ends
+                   JOURNAL: starts with size u8 | entries of the answer's journal, of which this
+                   and later pieces are the result. From ``LONG_ENTRIES`` on, size is 255 and a
+                   u32 with the size follows. ``NO_JOURNAL`` as that size: the journal ends
 CANCEL     id      router to replica: stop working on this stream. The replica answers with
                    USAGE, if it counted any tokens, and an empty DATA with END. END: the
                    request will not be repeated, so its answer is dropped
@@ -37,8 +37,9 @@ ERROR      id      replica to router, ends the stream: [status, message]; REFUSE
 =========  ======  ========================================================================
 
 Heads are msgpack arrays. A sender may start a BODY or DATA frame while its credit on that stream
-is positive; the payload's size is then subtracted. Credit starts at the window in the receiver's
-HELLO. Frames of a stream that has ended are ignored. No I/O and no clock in this module.
+is positive; the size of its piece of the body is then subtracted. Credit starts at the window in
+the receiver's HELLO. Frames of a stream that has ended are ignored. No I/O and no clock in this
+module.
 
 Only heads with ``keeps_journal`` cause JOURNAL frames, and only replicas that announce journals get
 such heads. Only replicas that announce kept answers get ANSWERS frames. So either end can be of an
@@ -185,15 +186,14 @@ def decode_credit(payload: bytes) -> int:
 
 
 NO_JOURNAL: Final = 2**32 - 1
+LONG_ENTRIES: Final = 255
 MAX_ENTRIES_BYTES: Final = 256 * 1024
 """Size of the journal's entries in one frame; an answer with more is not handed over."""
-_JOURNAL_HEAD = Struct("<II")
-pack_journal_head = _JOURNAL_HEAD.pack
-"""Pack the size of the entries and the body's checksum into the start of a JOURNAL frame."""
-
-
-unpack_journal_head = _JOURNAL_HEAD.unpack_from
-JOURNAL_HEAD_BYTES: Final = 8
+ENTRIES_SIZES: Final = tuple(bytes([size]) for size in range(LONG_ENTRIES))
+"""Sizes below ``LONG_ENTRIES`` as a JOURNAL frame has them before the entries."""
+pack_long_size = Struct("<BI").pack
+"""Pack ``LONG_ENTRIES`` and a size as a JOURNAL frame has them before the entries."""
+unpack_entries_size = _U32.unpack_from
 
 
 MAX_HASHES: Final = 8192

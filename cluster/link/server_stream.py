@@ -15,8 +15,17 @@ from cluster.errors import (
     RequestError,
 )
 from cluster.link import frames
-from cluster.link.connection import Connection, Signal, StreamSender
-from cluster.link.frames import CHUNK_BYTES, DATA, END, RequestHead, ResponseHead, encode_head
+from cluster.link.connection import Connection, Signal
+from cluster.link.frames import (
+    CHUNK_BYTES,
+    DATA,
+    END,
+    LONG_ENTRIES,
+    RequestHead,
+    ResponseHead,
+    encode_head,
+)
+from cluster.link.stream_sender import StreamSender
 from cluster.usage import UsageCounter
 
 logger = logging.getLogger(__name__)
@@ -56,7 +65,7 @@ class ServerStream:
         resume = head.resume
         self._journal_left = resume.journal_bytes if resume is not None else 0  # to be received
         self._skip_left = resume.body_bytes if resume is not None else 0  # the client has them
-        self._checksum = 0  # of the body until here
+        self._checksum = 0  # of the bytes that the client has
         self._chunks: list[bytes] = []
         self._uncredited = 0  # received bytes for which the peer has not got new credit
         self._body_ended = not has_body
@@ -82,7 +91,7 @@ class ServerStream:
         """
         if message["type"] == "http.response.body":
             body = message.get("body", b"")
-            sender = self.sender
+            sender, journal = self.sender, self.journal
             # Fast path, once for each token: write at once if nothing makes the frame wait.
             if (
                 type(body) is bytes
@@ -92,19 +101,18 @@ class ServerStream:
                 and self.started
                 and sender.connection.writable
                 and not self._skip_left
+                and (journal is None or len(journal.unsent) < LONG_ENTRIES)
             ):
-                flags = 0
-                journal = self.journal
+                entries = b""
                 if journal is not None and body:
-                    flags = frames.JOURNAL
-                    body = self._with_entries(journal, body)
+                    entries, journal.unsent = journal.unsent, b""
                 if not message.get("more_body"):
                     self._send_usage()
-                    sender.connection.write(self.stream_id, DATA, flags | END, body)
+                    sender.connection.write_data(self.stream_id, END, entries, body)
                     self._finish()
                 elif body:
                     sender.credit -= len(body)
-                    sender.connection.write(self.stream_id, DATA, flags, body)
+                    sender.connection.write_data(self.stream_id, 0, entries, body)
             else:
                 await self._send_body(bytes(body), message)
         else:
@@ -211,13 +219,12 @@ class ServerStream:
         if end:
             self._send_usage()
         try:
-            while body and self.journal is not None:
+            if body and self.journal is not None and self.journal.unsent:
                 await self.sender.wait_ready()
                 piece, body = body[:CHUNK_BYTES], body[CHUNK_BYTES:]
-                payload = self._with_entries(self.journal, piece)
-                self.sender.credit -= len(payload)
+                self.sender.credit -= len(piece)
+                payload = self._take_entries(self.journal) + piece
                 self._connection.write(self.stream_id, DATA, frames.JOURNAL, payload)
-                await asyncio.sleep(0)  # let other streams write between two pieces
             if body or end:
                 await self.sender.send(DATA, body, end)
         except LinkClosedError:
@@ -225,16 +232,14 @@ class ServerStream:
         if end:
             self._finish()
 
-    def _with_entries(self, journal: Journal, body: bytes) -> bytes:
-        """Return the payload of a JOURNAL frame with this piece of the body."""
-        self._checksum = checksum = crc32(body, self._checksum)
-        entries = journal.unsent
+    def _take_entries(self, journal: Journal) -> bytes:
+        """Return the unsent entries, of any number, as a JOURNAL frame has them."""
+        entries, journal.unsent = journal.unsent, b""
         if len(entries) > frames.MAX_ENTRIES_BYTES:
             self.journal = None
             journal.close()
-            return frames.pack_journal_head(frames.NO_JOURNAL, checksum) + body
-        journal.unsent = b""
-        return frames.pack_journal_head(len(entries), checksum) + entries + body
+            return frames.pack_long_size(LONG_ENTRIES, frames.NO_JOURNAL)
+        return frames.pack_long_size(LONG_ENTRIES, len(entries)) + entries
 
     def _skip(self, body: bytes, end: bool) -> bytes:
         """Return the part of a piece of the body that the client does not have.

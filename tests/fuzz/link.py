@@ -34,7 +34,7 @@ HEADS = (
     f.encode_head((503, "gone")),
     f.encode_credit(1000),
     f.encode_head(RequestHead(path="/x", keeps_journal=True, resume=f.Resume(3, 4, 5))),
-    f.pack_journal_head(3, 0) + b"123" + b"abc",
+    b"\x03123abc",
     f.encode_prefixes(0, PrefixEvents(stored=[1, 2**64 - 1], cleared=True)),
     f.encode_prefixes(1, PrefixEvents(stored=[3], removed=[1, 2])),
 )

@@ -7,7 +7,7 @@ import pytest
 
 from cluster.asgi import Receive, Scope, Send, journal_of
 from cluster.errors import LinkRefusedError, UnavailableError
-from cluster.link import RequestHead, Resume
+from cluster.link import AnswerRecord, RequestHead, Resume
 from cluster.link.frames import MAX_ENTRIES_BYTES
 from tests.serve.link_kit import linked, on_both_loops, read_all, receive_body, send_body, send_head
 
@@ -38,13 +38,13 @@ def resumed(journal: bytes, delivered: bytes) -> tuple[RequestHead, bytes]:
 async def test_a_journal_arrives_with_the_bytes_that_follow_from_it() -> None:
     async with linked(counting, resumes=True) as (_, client):
         stream = client.open(RequestHead(keeps_journal=True), b"the request")
-        stream.journal = bytearray()
+        record = stream.record = AnswerRecord()
         received = b""
         while piece := await stream.read():
             received += piece
-            assert stream.journal.startswith(received)
-            assert stream.num_bytes == len(stream.journal)
-            assert stream.checksum == zlib.crc32(stream.journal)
+            assert record.journal.startswith(received)
+            arrived = len(record.journal)
+            assert record.resume() == Resume(arrived, arrived, zlib.crc32(record.journal))
         assert received == TEXT
 
 
@@ -53,11 +53,11 @@ async def test_an_answer_is_continued_behind_the_bytes_that_the_client_has() -> 
     async with linked(counting, resumes=True) as (_, client):
         for num_entries, num_bytes in ((0, 0), (5, 5), (50, 31), (200, 200), (200, 0)):
             stream = client.open(*resumed(TEXT[:num_entries], TEXT[:num_bytes]))
-            stream.journal = bytearray()
+            record = stream.record = AnswerRecord()
             assert await read_all(stream) == TEXT[num_bytes:]
-            assert stream.journal == TEXT[num_entries:]
-            assert stream.num_bytes == 200 - num_bytes
-            assert stream.checksum == (zlib.crc32(TEXT) if num_bytes < 200 else 0)
+            assert record.journal == TEXT[num_entries:]
+            rest = TEXT[num_bytes:]
+            assert record.resume() == Resume(200 - num_entries, len(rest), zlib.crc32(rest))
 
 
 @on_both_loops
@@ -100,9 +100,9 @@ async def test_a_journal_that_grows_too_fast_is_dropped() -> None:
 
     async with linked(app, resumes=True) as (_, client):
         stream = client.open(RequestHead(keeps_journal=True))
-        stream.journal = bytearray()
+        stream.record = AnswerRecord()
         assert await read_all(stream) == b"abc"
-        assert stream.journal is None
+        assert not stream.record.has_journal
 
 
 @on_both_loops
@@ -120,10 +120,33 @@ async def test_large_pieces_carry_their_entries_first() -> None:
 
     async with linked(app, resumes=True) as (_, client):
         stream = client.open(RequestHead(keeps_journal=True))
-        stream.journal = bytearray()
+        record = stream.record = AnswerRecord()
         assert await read_all(stream) == large * 2
-        assert stream.journal == b"12"
-        assert stream.checksum == zlib.crc32(large * 2)
+        assert record.resume() == Resume(2, 2 * len(large), zlib.crc32(large * 2))
+        assert record.journal == b"12"
+
+
+@on_both_loops
+async def test_pieces_that_are_sent_at_once_share_frames() -> None:
+    pieces = [bytes([number % 256]) * ((number % 7 + 1) * 1000) for number in range(400)]
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        journal = journal_of(scope)
+        await send_head(send)
+        for number, piece in enumerate(pieces):
+            if journal is not None:
+                journal.add(bytes([number % 256]))
+            await send_body(send, piece, more=number < len(pieces) - 1)
+
+    async with linked(app, resumes=True) as (server, client):
+        for keeps_journal in (False, True):
+            num_sent = server.counts.frames_sent
+            stream = client.open(RequestHead(keeps_journal=keeps_journal))
+            record = stream.record = AnswerRecord() if keeps_journal else None
+            assert await read_all(stream) == b"".join(pieces)
+            assert server.counts.frames_sent - num_sent < len(pieces) / 10
+            if record is not None:
+                assert record.journal == bytes(number % 256 for number in range(len(pieces)))
 
 
 @on_both_loops

@@ -64,7 +64,7 @@ class Attempts:
         head = self._observer.trace_attempt(head, info.id, (info.host, info.port), state)
         answer = self.answer = replica.open(head, body)
         if self.kept is not None and isinstance(answer, ClientStream):
-            answer.journal = self.kept.journal
+            answer.record = self.kept.record
         return answer
 
     @contextmanager
@@ -113,7 +113,7 @@ class Attempts:
         if kept is not None:
             kept.release()
             if isinstance(self.answer, ClientStream):
-                self.answer.journal = None
+                self.answer.record = None
         slot, self._next_slot = self._next_slot, None
         if slot is not None:
             self._pool.queue.release_slot(slot)
@@ -199,7 +199,7 @@ class Attempts:
 
     async def _other_slot(self, kept: KeptAnswer, error: Exception) -> Slot | None:
         """Return a slot at another replica; None if a limit is reached, or none is free in time."""
-        if isinstance(self.answer, ClientStream) and not kept.add_part(self.answer):
+        if not (kept.record.has_journal and kept.grow()):
             return None
         slot, self._next_slot = self._next_slot, None
         if slot is not None:
@@ -239,7 +239,7 @@ class Attempts:
             self.release_slot(0.0)
             raise
         self.answer = answer
-        answer.journal = kept.journal
+        answer.record = kept.record
         if self._observer.write_times:  # of an event stream
             answer.arrivals_s = self._observer.write_times
         slot.replica.movable.add(self)

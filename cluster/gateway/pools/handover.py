@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from cluster.config import HandoverConfig
-from cluster.link import ClientStream, RequestHead, Resume
+from cluster.link import AnswerRecord, RequestHead
 
 _STEP_BYTES = 16 * 1024  # the journal's share of the common limit grows in these steps
 
@@ -31,21 +31,18 @@ class HandoverLimits:
 
 @dataclass(slots=True)
 class KeptAnswer:
-    """The request of an answer, its journal, and the length and checksum of what the client has."""
+    """The request of an answer, and the record of what the client has."""
 
     head: RequestHead
     body: bytes
     limits: HandoverLimits
     resume_key: str
     """Replicas with the same key can continue the answer."""
-    journal: bytearray = field(default_factory=bytearray)
+    record: AnswerRecord = field(default_factory=AnswerRecord)
     excluded: frozenset[str] = frozenset()
     """Replicas that failed with this request."""
     max_journal_bytes: int = _STEP_BYTES
     """Size of the journal from which ``grow`` must be called."""
-    num_bytes: int = 0
-    """Bytes of the body that the client has from lost replicas."""
-    checksum: int = 0
     num_handovers: int = 0
     _num_stuck: int = 0  # losses since the client last got something
     _bytes_at_loss: int = -1
@@ -62,17 +59,9 @@ class KeptAnswer:
         head = msgspec.structs.replace(head, keeps_journal=True)
         return cls(head, body, limits, resume_key, _kept_bytes=kept_bytes)
 
-    def add_part(self, answer: ClientStream) -> bool:
-        """Add what the client has from a replica that was lost; return False if it is too much."""
-        if answer.num_bytes:
-            self.num_bytes += answer.num_bytes
-            self.checksum = answer.checksum
-            answer.num_bytes = 0
-        return answer.journal is not None and self.grow()
-
     def grow(self) -> bool:
         """Take a further part of the limits for the journal; return False if none is left."""
-        missing = len(self.journal) - self.max_journal_bytes
+        missing = len(self.record.journal) - self.max_journal_bytes
         if missing <= 0:
             return True
         step = max(missing, _STEP_BYTES)
@@ -86,14 +75,15 @@ class KeptAnswer:
 
     def count_loss(self) -> int:
         """Return the replicas that were lost since the client last got something, this one too."""
-        self._num_stuck = self._num_stuck + 1 if self.num_bytes == self._bytes_at_loss else 1
-        self._bytes_at_loss = self.num_bytes
+        num_bytes = self.record.resume().body_bytes
+        self._num_stuck = self._num_stuck + 1 if num_bytes == self._bytes_at_loss else 1
+        self._bytes_at_loss = num_bytes
         return self._num_stuck
 
     def request(self) -> tuple[RequestHead, bytes]:
         """Return the request for a replica that continues the answer."""
-        resume = Resume(len(self.journal), self.num_bytes, self.checksum)
-        return msgspec.structs.replace(self.head, resume=resume), bytes(self.journal) + self.body
+        head = msgspec.structs.replace(self.head, resume=self.record.resume())
+        return head, bytes(self.record.journal) + self.body
 
     def release(self) -> None:
         """Return the bytes to the common limit; call this once."""

@@ -142,7 +142,7 @@ class RelayedBody:
         if kept is None:
             if chunk and self._is_event_stream and not isinstance(answer, ClientStream):
                 self._observer.write_times.append(perf_counter())
-        elif len(kept.journal) > kept.max_journal_bytes:
+        elif len(kept.record.journal) > kept.max_journal_bytes:
             self._attempts.grow()
         return chunk
 
