@@ -3,9 +3,11 @@
 One router deployment, and one deployment for each pool.
 """
 
+import math
 import warnings
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
@@ -26,7 +28,7 @@ from deployments.router import Router
 
 NAMED_REPLICA_ROUTER = "deployments.discovery:NamedReplicaRouter"
 SURGE_PERCENT = 100
-"""Share of the replicas that an update starts before it stops the old ones; 100 avoids a gap."""
+"""Default share of the replicas that an update starts before it stops the old ones: no gap."""
 
 
 def build(args: dict[str, Any] | TandemConfig) -> Application:
@@ -48,7 +50,7 @@ def build(args: dict[str, Any] | TandemConfig) -> Application:
         max_ongoing_requests=4096,
         graceful_shutdown_timeout_s=config.max_answer_s + SHUTDOWN_S,
         health_check_period_s=5,
-        max_surge_percent=SURGE_PERCENT,
+        max_surge_percent=_surge_percent(config, config.router),
         # The router's own request log has more detail (deployments/logs.py).
         logging_config=LoggingConfig(enable_access_log=False),
     )
@@ -62,7 +64,9 @@ def _generator(config: TandemConfig, pool: GeneratorConfig) -> Application:
         # nothing itself; its workers take one bundle each.
         bundle = _bundle(pool.resources)
         options["placement_group_bundles"] = [bundle] * pool.num_workers
-        options["placement_group_strategy"] = "PACK"
+        # The ranks of a layer exchange activations at every step, pipeline stages much less.
+        strict = pool.pipeline_parallel_size == 1
+        options["placement_group_strategy"] = "STRICT_PACK" if strict else "PACK"
         options["ray_actor_options"] = _actor_options(
             pool.resources.model_copy(update={"gpus": 0.0})
         )
@@ -92,10 +96,31 @@ def _pool(
         graceful_shutdown_timeout_s=config.max_answer_s + SHUTDOWN_S,
         health_check_period_s=1,
         health_check_timeout_s=30,
-        max_surge_percent=SURGE_PERCENT,
+        max_surge_percent=_surge_percent(config, pool),
         **options,
     )
     return deployment.bind(pool, config.operations)
+
+
+def _surge_percent(
+    config: TandemConfig, part: GeneratorConfig | ClassifierConfig | RouterConfig
+) -> int:
+    """Return the share of a part's replicas that fits on the cluster beside the old ones.
+
+    Serve would wait forever for the room for larger surges.
+    """
+    if part.replicas.max_surge_percent is not None:
+        return part.replicas.max_surge_percent
+    gpus = part.num_workers * part.resources.gpus
+    if not gpus:
+        return SURGE_PERCENT
+    total = config.budget.gpus
+    if total is None:
+        total = ray.cluster_resources().get("GPU", 0.0) if ray.is_initialized() else 0.0
+    pools = (*config.generators, *config.classifiers)
+    used = sum(pool.replicas.max * pool.num_workers * pool.resources.gpus for pool in pools)
+    fitting = math.floor((total - used) / gpus + 1e-9)
+    return max(0, min(SURGE_PERCENT, 100 * fitting // part.replicas.max))
 
 
 def _actor_options(resources: ResourcesConfig) -> dict[str, Any]:

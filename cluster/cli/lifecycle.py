@@ -14,6 +14,7 @@ from cluster.cli.progress import StartProgress
 from cluster.cli.recipes import print_recipes
 from cluster.errors import StartError
 from cluster.launch import processes
+from cluster.launch.gpus import check_gpus_fit, count_gpus, gpu_settings
 from cluster.launch.start import start
 from cluster.launch.stop import StopResult, stop
 from cluster.models.store import home, resolve
@@ -33,6 +34,11 @@ def up(config: Path | None, overrides: Sequence[str], *, detach: bool, monitorin
         signal.signal(name, _interrupt)
     console = Console()
     loaded = load_config(config, overrides)
+    num_gpus = count_gpus()
+    if settings := gpu_settings(loaded.config, num_gpus):
+        loaded = load_config(config, [*overrides, *settings])
+        console.print(f"GPUs: {' '.join(settings)}", highlight=False, soft_wrap=True)
+    check_gpus_fit(loaded.config, num_gpus)
     build_missing(console, loaded.config)
     for model in loaded.config.model_files:
         resolve(model)  # raises ConfigError if it does not exist

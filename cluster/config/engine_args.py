@@ -15,6 +15,9 @@ _FIELDS: Mapping[str, str] = {
     "quantization": "the generator's `quantization`",
     "max_model_len": "the generator's `max_model_len`",
     "kv_cache_memory_bytes": "the generator's `kv_cache_memory_bytes`",
+    # Its engines would use GPUs that the replica has not reserved.
+    "data_parallel_size": "the generator's `replicas`, each of which is a data-parallel rank,",
+    "data_parallel_size_local": "the generator's `replicas`",
     # Arguments of vLLM's own HTTP server, which does not run.
     "host": "`http_options.host`",
     "port": "`http_options.port`",

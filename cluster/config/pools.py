@@ -251,9 +251,20 @@ class GeneratorConfig(PoolConfig):
 
     @model_validator(mode="after")
     def _check_workers(self) -> Self:
-        if self.num_workers > 1 and not (self.resources.cpus or self.resources.gpus):
+        gpus, workers = self.resources.gpus, self.num_workers
+        if workers > 1 and not (self.resources.cpus or gpus):
             raise ValueError(
-                f"resources must reserve CPUs or GPUs for each of the {self.num_workers} workers"
+                f"resources must reserve CPUs or GPUs for each of the {workers} workers"
+            )
+        if self.engine == "vllm" and workers > 1 and gpus not in (0, 1):
+            raise ValueError(
+                f"resources.gpus is {gpus:g}; it counts the GPUs of each of the {workers} workers "
+                f"(tensor_parallel_size * pipeline_parallel_size), so write `gpus: 1`"
+            )
+        if self.engine == "vllm" and workers == 1 and gpus > 1:
+            raise ValueError(
+                f"resources.gpus is {gpus:g}, but one worker uses one GPU; write "
+                f"`tensor_parallel_size: {gpus:.0f}` and `gpus: 1`, which is per worker"
             )
         return self
 
@@ -296,6 +307,15 @@ class ClassifierConfig(PoolConfig):
     def head(self) -> str | None:
         """Required suffix of the model's architecture; None if every encoder will do."""
         return next((TASK_HEADS[task] for task in self.tasks if TASK_HEADS[task]), None)
+
+    @model_validator(mode="after")
+    def _check_gpus(self) -> Self:
+        if self.resources.gpus > 1:
+            raise ValueError(
+                f"resources.gpus is {self.resources.gpus:g}, but a classifier uses one GPU; write "
+                f"`gpus: 1` and more replicas"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_head(self) -> Self:

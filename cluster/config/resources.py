@@ -26,6 +26,10 @@ class ReplicasConfig(Section):
     replica of an empty pool is added at once."""
     downscale_delay_s: float = Field(120.0, ge=0)
     """Time in seconds for which fewer replicas must suffice before any is removed."""
+    max_surge_percent: int | None = Field(None, ge=0, le=100)
+    """Share of the replicas that an update starts before it stops the old ones. With 0 it stops
+    first, and requests wait. Default: 100, in pools on GPUs as many as fit beside all pools at
+    their `max` on the cluster's GPUs (`budget.gpus`, or those present at the deployment)."""
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:
@@ -43,7 +47,8 @@ class ResourcesConfig(Section):
     cpus: float = Field(0.25, ge=0)
     """Logical CPUs; fractions are allowed."""
     gpus: float = Field(0.0, ge=0)
-    """Logical GPUs; fractions share a GPU."""
+    """Logical GPUs, at most 1; fractions share a GPU. `tandem up` sets it for pools that do not, if
+    the machine has GPUs."""
     custom: dict[str, float] = Field(default_factory=dict)
     """Custom Ray resources by name, e.g. `{A100: 1}`."""
 

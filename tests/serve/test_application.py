@@ -42,3 +42,56 @@ def test_deployments_of_models_with_a_slash_have_none(monkeypatch: pytest.Monkey
     monkeypatch.setattr(serve, "deployment", record)
     app.build({"classifiers": [{"name": "org/model:v1.5", "model": "none"}]})
     assert names == ["classifier-org--model:v1.5", "router"]
+
+
+def build_options(monkeypatch: pytest.MonkeyPatch, args: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of each deployment by its name."""
+    built: dict[str, Any] = {}
+
+    def record(target: Any, *, name: str, **options: Any) -> Any:
+        built[name] = options
+        return deployment(target, name=name, **options)
+
+    deployment = serve.deployment
+    monkeypatch.setattr(serve, "deployment", record)
+    app.build(args)
+    return built
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "strategy"), [(1, "STRICT_PACK"), (2, "PACK")], ids=["one node", "two nodes"]
+)
+def test_tensor_parallel_workers_share_a_node(
+    pipeline: int, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = {"name": "g", "model": "m", "resources": {"cpus": 1, "gpus": 1}}
+    sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": pipeline}
+    options = build_options(monkeypatch, {"generators": [{**pool, **sizes}]})["generator-g"]
+    assert options["placement_group_strategy"] == strategy
+    assert options["placement_group_bundles"] == [{"CPU": 1.0, "GPU": 1.0}] * 2 * pipeline
+
+
+@pytest.mark.parametrize(
+    ("gpus", "budget", "chosen", "surge"),
+    [
+        (0, None, None, 100),  # on CPUs, which are logical
+        (1, 4, None, 0),  # four replicas on four GPUs leave no room
+        (1, 5, None, 25),
+        (1, 16, None, 100),
+        (0.5, 3, None, 50),
+        (1, None, None, 0),  # no cluster to ask
+        (1, 4, 100, 100),
+        (0, None, 0, 0),
+    ],
+)
+def test_an_update_starts_no_more_replicas_than_fit(
+    gpus: float,
+    budget: int | None,
+    chosen: int | None,
+    surge: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    replicas = {"min": 1, "max": 4, "max_surge_percent": chosen}
+    pool = {"name": "g", "model": "m", "resources": {"gpus": gpus}, "replicas": replicas}
+    args = {"generators": [pool], "budget": {"gpus": budget}}
+    assert build_options(monkeypatch, args)["generator-g"]["max_surge_percent"] == surge

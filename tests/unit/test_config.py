@@ -160,7 +160,7 @@ def test_configuration_is_frozen() -> None:
         (generator(name="my chat"), ["a model name has letters, digits"]),
         (generator(slo={"ttft_p90_s": 0}), ["slo.ttft_p90_s", "got 0"]),
         (
-            {**generator(resources={"gpus": 2}, replicas={"min": 2, "max": 2})}
+            {**generator(resources={"gpus": 1}, replicas={"min": 4, "max": 4})}
             | {"budget": {"gpus": 3}},
             ["budget.gpus (3)", "the 4 that replicas.min"],
         ),

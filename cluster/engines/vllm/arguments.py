@@ -11,6 +11,7 @@ from cluster.config import PRIORITY_POLICY, GeneratorConfig
 from cluster.errors import ConfigError
 
 DEFAULT_CPU_KV_BYTES = 1024**3
+GPU_MEMORY_UTILIZATION = 0.9  # of all replicas on a GPU; the rest is for CUDA contexts and graphs
 EAGER_CPU_WORKER = "cluster.engines.vllm.cpu_worker.EagerCPUWorker"
 _RESUMING = "cluster.engines.vllm.resuming"
 CPU_BLOCK_SIZE_TOKENS = 32  # vLLM's default on CPUs, 128, is too coarse for sharing prefixes
@@ -37,7 +38,12 @@ def platform_defaults(
             "dtype": "auto" if native_bfloat16 else "float32",
         }
     if not parallel:
-        return {}
+        share = config.resources.gpus
+        if not 0 < share < 1:
+            return {}
+        # Replicas on one GPU: vLLM counts this share of the whole memory, and refuses to start if
+        # less is free.
+        return {"gpu_memory_utilization": round(GPU_MEMORY_UTILIZATION * share, 3)}
     # In a Serve replica, the workers must use the GPUs that its placement group reserved.
     return {"distributed_executor_backend": "ray" if in_ray else "mp"}
 
