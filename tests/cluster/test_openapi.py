@@ -98,6 +98,8 @@ def check_operation(operation: Any, mode: GenerationMode, session: requests.Sess
     def check(case: Any, has_seed: bool) -> None:
         if isinstance(case.body, dict):
             case.body = cheap(case.body, SEEDS.get(operation.path, {}), has_seed)
+        if has_seed:  # most generated keys are equal, and a used one is a 422
+            (case.headers or {}).pop("idempotency-key", None)
         if has_seed and "model" in case.path_parameters:
             case.path_parameters["model"] = MODEL
         case.call_and_validate(session=session, checks=CHECKS, timeout=60)

@@ -43,7 +43,7 @@ _KEY_PARAMETER = {
         "type": "string",
         "minLength": 1,
         "maxLength": MAX_KEY_CHARS,
-        "pattern": "^[ -~]+$",
+        "pattern": "^[!-~]([ -~]*[!-~])?$",
     },
 }
 _REPLAYED = {
