@@ -16,6 +16,8 @@ from cluster.errors import StartError
 
 CLUSTER_ID = "TANDEM_CLUSTER_ID"
 HOME = "TANDEM_HOME"
+HEAD = frozenset({"gcs_server", "raylet"})
+"""Names of the processes that make up Ray's head."""
 POLL_S = 0.05
 
 
@@ -53,8 +55,8 @@ def find(home: Path) -> list[ClusterProcess]:
 
 
 def has_head(owned: list[ClusterProcess]) -> bool:
-    """Return True if Ray's GCS is among the processes; without it a cluster is dead."""
-    return any(process.name == "gcs_server" for process in owned)
+    """Return True if Ray's head runs. Without its GCS or its raylet, a cluster is dead."""
+    return {process.name for process in owned} >= HEAD
 
 
 def environment_of(pid: int) -> dict[str, str]:

@@ -75,7 +75,7 @@ class ClusterStatus:
     state: ClusterState | None
     """None if processes exist without a state file."""
     alive: bool
-    """True if Ray's GCS runs; otherwise the processes are left over from a crash."""
+    """True if Ray's head runs; otherwise the processes are left over from a crash."""
     num_processes: int
     rss_bytes: int
     application: ApplicationStatus | None

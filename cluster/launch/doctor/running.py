@@ -57,7 +57,7 @@ def _headless_elsewhere(home: Path) -> dict[str, int]:
         variables = processes.environment_of(process.pid)
         if (other := variables.get(processes.HOME)) and other != str(home):
             homes.setdefault(other, []).append(process.info["name"] or "")
-    return {other: len(names) for other, names in homes.items() if "gcs_server" not in names}
+    return {other: len(names) for other, names in homes.items() if not {*names} >= processes.HEAD}
 
 
 def check_auth(variables: Mapping[str, str], loaded: LoadedConfig) -> Iterator[Finding]:
