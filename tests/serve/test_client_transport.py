@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.asgi import ASGIApp, Receive, Scope, Send
+from cluster.client import transport as transport_module
 from cluster.client import wire
 from cluster.client.session import BackgroundLoop, Session
 from cluster.client.transport import LinkOffer, Transport
@@ -24,6 +25,7 @@ class FakeHandle:
 
     def __init__(self, app: ASGIApp, addresses: list[tuple[str, int]]) -> None:
         self.addresses = addresses
+        self.fails = False
         self.offers = 0
         self.calls = 0
         self._app = app
@@ -41,6 +43,8 @@ class FakeHandle:
 
     async def _offer(self) -> Any:
         self.offers += 1
+        if self.fails:
+            raise ConnectionError("no router")
         return LinkOffer(SECRET, list(self.addresses))
 
     def _call(self, head: RequestHead, body: bytes) -> Any:
@@ -113,6 +117,45 @@ async def test_without_a_link_requests_use_the_handle_and_links_are_not_retried(
     assert await ask(transport, b"x" * 300_000) == b"handle /p?q=1" + b"x" * 300_000
     assert (handle.offers, handle.calls) == (1, 2)
     await transport.close()
+
+
+async def test_links_are_opened_soon_after_no_router_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(transport_module, "RETRY_S", 0.0)
+    server = LinkServer(named(b"link"), SECRET)
+    handle = FakeHandle(named(b"handle"), [])
+    transport = Transport(handle)  # type: ignore[arg-type]
+    handle.fails = True
+    assert await ask(transport) == b"handle /p?q=1b"
+    handle.fails, handle.addresses = False, [await server.start()]
+    assert await ask(transport) == b"link /p?q=1b"
+    await transport.close()
+    await server.stop()
+
+
+async def test_a_call_starts_over_if_its_router_is_lost() -> None:
+    began = asyncio.Event()
+
+    async def half(scope: Scope, receive: Receive, send: Send) -> None:
+        await send_head(send)
+        await send_body(send, b"half")
+        began.set()
+        await asyncio.Future()
+
+    one, two = LinkServer(half, SECRET), LinkServer(named(b"two"), SECRET)
+    handle = FakeHandle(named(b"handle"), [await one.start()])
+    transport = Transport(handle)  # type: ignore[arg-type]
+    asking = asyncio.create_task(ask(transport))
+    await began.wait()
+    handle.addresses = [await two.start()]
+    for connection in tuple(one.connections):
+        connection.fail(LinkClosedError("killed"))
+    assert await asking == b"two /p?q=1b"
+    assert handle.calls == 0
+    await transport.close()
+    await one.stop()
+    await two.stop()
 
 
 @on_both_loops

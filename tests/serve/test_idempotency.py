@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -335,8 +335,16 @@ async def kill(server: LinkServer, world: World) -> None:
     await closing
 
 
+async def stop(server: LinkServer, world: World) -> None:
+    """Cut the answers of a router that stops, as an update does after ``router.max_answer_s``."""
+    await server.stop()
+
+
+@pytest.mark.parametrize("end", [kill, stop])
 @pytest.mark.parametrize("stop_at", [1, 7, 13])
-async def test_a_job_does_not_notice_the_death_of_a_router(stop_at: int) -> None:
+async def test_a_job_does_not_notice_the_death_of_a_router(
+    stop_at: int, end: Callable[[LinkServer, World], Awaitable[None]]
+) -> None:
     replica = Script(stop_at=stop_at)
     async with (
         routers(replica, replica) as (first, second),
@@ -346,7 +354,7 @@ async def test_a_job_does_not_notice_the_death_of_a_router(stop_at: int) -> None
         read = asyncio.create_task(read_all(opened.answer))
         await replica.stopped.wait()
         (used,) = (n for n, server in enumerate(servers) if server.num_streams)
-        await kill(servers[used], (first, second)[used])
+        await end(servers[used], (first, second)[used])
         await first.until(lambda: bool(servers[1 - used].num_streams))
         replica.go_on.set()
         assert await read == ANSWER
