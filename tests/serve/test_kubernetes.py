@@ -16,11 +16,12 @@ from ray.autoscaler._private.kuberay.autoscaling_config import (
 )
 from ray.serve.schema import ServeDeploySchema
 
-from cluster.config import TandemConfig, parse
+from cluster.config import parse
 from cluster.config.file import load
 from cluster.ray_internals import RAY_VERSION
 from deployments import app
 from tests.running import ROOT
+from tests.serve.resources import place_all, replica_demands
 from tests.serve.test_image import variables
 
 KUBERNETES = ROOT / "deployments" / "kubernetes"
@@ -183,18 +184,6 @@ def node_types(overlay: str) -> dict[str, Object]:
     return {name: group for name, group in types.items() if group["max_workers"]}
 
 
-def demands(config: TandemConfig, count: str) -> list[dict[str, float]]:
-    """Return what each replica needs on one node, for ``count`` (min or max) replicas."""
-    parts = [config.router, *config.classifiers, *config.generators]
-    needs = []
-    for part in parts:
-        resources, workers = part.resources, part.num_workers
-        need = {"CPU": resources.cpus, "GPU": resources.gpus, **resources.custom}
-        need = {name: workers * amount for name, amount in need.items() if amount}
-        needs += [need] * getattr(part.replicas, count)
-    return sorted(needs, key=lambda need: (-len(need), -sum(need.values())))
-
-
 @pytest.mark.parametrize("count", ["min", "max"])
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_all_replicas_fit_on_the_worker_groups(overlay: str, count: str) -> None:
@@ -203,12 +192,7 @@ def test_all_replicas_fit_on_the_worker_groups(overlay: str, count: str) -> None
         for group in node_types(overlay).values()
         for _ in range(group["max_workers"])
     ]
-    for need in demands(parse(tandem_args(overlay)), count):
-        fitting = [n for n in nodes if all(n.get(k, 0) >= v for k, v in need.items())]
-        assert fitting, (need, nodes)
-        node = min(fitting, key=lambda n: (n.get("GPU", 0), n["CPU"]))
-        for name, amount in need.items():
-            node[name] -= amount
+    place_all(replica_demands(parse(tandem_args(overlay)), count), nodes)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
