@@ -15,12 +15,12 @@ logger = logging.getLogger("ray.serve.tandem")
 class Periodic:
     """Runs ``action`` every ``period_s`` seconds until closed.
 
-    Consecutive failures are logged once.
+    Consecutive failures are logged once. ``period_s`` may be changed; the next period has it.
     """
 
     def __init__(self, name: str, period_s: float, action: Callable[[], Awaitable[None]]) -> None:
         self._name = name
-        self._period_s = period_s
+        self.period_s = period_s
         self._action = action
         self._failing = False
         self._task = asyncio.create_task(self._run(), name=name)
@@ -32,7 +32,7 @@ class Periodic:
 
     async def _run(self) -> None:
         while True:
-            await asyncio.sleep(self._period_s)
+            await asyncio.sleep(self.period_s)
             try:
                 await self._action()
                 self._failing = False

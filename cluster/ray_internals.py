@@ -119,6 +119,20 @@ MEMBERS = (
     PrivateName(f"{_SERVE}.replica:start_asgi_http_server", "see ``wrap_http_app``", "app"),
     PrivateName(f"{_SERVE}.proxy_request_response:ASGIProxyRequest.headers", "see ``proxy_setup``"),
     PrivateName(f"{_SERVE}.constants:RECORD_REPLICA_METADATA_METHOD", "hook for link addresses"),
+    PrivateName(f"{_SERVE}.config:DeploymentConfig.to_proto_bytes", "see ``pin_version``"),
+    PrivateName(
+        f"{_SERVE}.deployment_state:DeploymentState._BROADCAST_STATES",
+        "see ``keep_updating_replicas``",
+    ),
+    PrivateName(
+        f"{_SERVE}.deployment_state:DeploymentState.get_running_replica_infos",
+        "see ``keep_updating_replicas``",
+    ),
+    PrivateName(
+        f"{_SERVE}.deployment_state:DeploymentReplica.get_running_replica_info",
+        "see ``keep_updating_replicas``",
+        "cluster_node_info_cache",
+    ),
     PrivateName("ray.serve.handle:DeploymentHandle._init", "see ``init_handle``"),
     PrivateName("ray.serve.handle:DeploymentHandle.is_initialized", "see ``init_handle``"),
     PrivateName(f"{_KV}_internal_kv_put", "key-value store", "key value overwrite namespace"),
@@ -417,6 +431,47 @@ def wrap_http_app(wrap: Callable[[Any], Any]) -> None:
 
 
 # -- handles ----------------------------------------------------------------------------------
+
+
+def pin_version(deployment: Any, code_version: str) -> None:
+    """Set the version of a deployment.
+
+    Serve's version is a hash of the whole application's arguments, so that any change of them would
+    replace the replicas of all deployments. Serve assigns it after ``build`` returns.
+    """
+    from pydantic import PrivateAttr
+    from ray.serve._private.config import DeploymentConfig
+
+    class PinnedConfig(DeploymentConfig):  # type: ignore[misc]  # Ray is not typed
+        _pinned_version: str = PrivateAttr(code_version)
+
+        def to_proto_bytes(self) -> bytes:
+            self.version = self._pinned_version
+            encoded: bytes = super().to_proto_bytes()
+            return encoded
+
+    config = deployment._deployment_config
+    deployment._deployment_config = PinnedConfig.model_construct(
+        config.model_fields_set, **dict(config)
+    )
+
+
+def keep_updating_replicas() -> None:
+    """Have Serve's controller, this process, list replicas while it reconfigures them.
+
+    It takes them out of the list for a moment, although they go on serving. HAProxy would have no
+    router in that moment if there is one only, and routers would move their answers.
+    """
+    from ray.serve._private.deployment_state import DeploymentState, ReplicaState
+
+    listed = frozenset({*DeploymentState._BROADCAST_STATES, ReplicaState.UPDATING})
+
+    def get_running_replica_infos(self: Any) -> list[Any]:
+        nodes = self._cluster_node_info_cache
+        return [each.get_running_replica_info(nodes) for each in self._replicas.get([*listed])]
+
+    DeploymentState._BROADCAST_STATES = listed
+    DeploymentState.get_running_replica_infos = get_running_replica_infos
 
 
 def init_handle(handle: Any) -> None:

@@ -1,6 +1,8 @@
 """The Serve application; ``build`` is the ``import_path`` in ``ray-config.yaml``.
 
-One router deployment, and one deployment for each pool.
+One router deployment, and one deployment for each pool. Serve passes the ``user_config`` to running
+replicas, which apply what can change live. The version of a deployment covers the rest
+(``cluster.config.changes``), so a change of that replaces the replicas, of this deployment only.
 """
 
 import math
@@ -22,6 +24,8 @@ from cluster.config import (
     TandemConfig,
     parse,
 )
+from cluster.config.changes import pool_version, router_version
+from cluster.ray_internals import pin_version
 from deployments.autoscaling import DECISION_INTERVAL_S
 from deployments.replica import SHUTDOWN_S, Classifier, Generator
 from deployments.router import Router
@@ -44,7 +48,8 @@ def build(args: dict[str, Any] | TandemConfig) -> Application:
     }
     router = serve.deployment(
         Router,
-        name="router",
+        name=config.router.deployment,
+        user_config=config.model_dump(mode="json"),
         autoscaling_config=_autoscaling(config, config.router),
         ray_actor_options=_actor_options(config.router.resources),
         max_ongoing_requests=4096,
@@ -54,6 +59,7 @@ def build(args: dict[str, Any] | TandemConfig) -> Application:
         # The router's own request log has more detail (deployments/logs.py).
         logging_config=LoggingConfig(enable_access_log=False),
     )
+    pin_version(router, router_version(config))
     return router.bind(config, pools)
 
 
@@ -70,24 +76,27 @@ def _generator(config: TandemConfig, pool: GeneratorConfig) -> Application:
         options["ray_actor_options"] = _actor_options(
             pool.resources.model_copy(update={"gpus": 0.0})
         )
-    return _pool(Generator, "generator", config, pool, options)
+    return _pool(Generator, config, pool, options)
 
 
 def _classifier(config: TandemConfig, pool: ClassifierConfig) -> Application:
     options = {"ray_actor_options": _actor_options(pool.resources)}
-    return _pool(Classifier, "classifier", config, pool, options)
+    return _pool(Classifier, config, pool, options)
 
 
 def _pool(
     replica_class: type[Generator] | type[Classifier],
-    kind: str,
     config: TandemConfig,
     pool: GeneratorConfig | ClassifierConfig,
     options: dict[str, Any],
 ) -> Application:
     deployment = serve.deployment(
         replica_class,
-        name=f"{kind}-{pool.serve_name}",
+        name=pool.deployment,
+        user_config={
+            "pool": pool.model_dump(mode="json"),
+            "operations": config.operations.model_dump(mode="json"),
+        },
         # Tandem's routers choose the replica, also for requests over the handle.
         request_router_config=RequestRouterConfig(request_router_class=NAMED_REPLICA_ROUTER),
         autoscaling_config=_autoscaling(config, pool),
@@ -99,6 +108,7 @@ def _pool(
         max_surge_percent=_surge_percent(config, pool),
         **options,
     )
+    pin_version(deployment, pool_version(pool, config.operations))
     return deployment.bind(pool, config.operations)
 
 

@@ -110,6 +110,7 @@ class ApplicationPolicy:
     """The ``autoscaling_policy`` of an application: decides for all its deployments at once."""
 
     def __init__(self) -> None:
+        ray_internals.keep_updating_replicas()
         self._autoscaler: Autoscaler | None = None
         self._autoscaler_settings: Any = None
         self._next_decision_at = 0.0

@@ -61,6 +61,8 @@ class EngineReplica:
     Subclasses create the engine through ``_start``. Ray Serve calls the public methods.
     """
 
+    _pool_type: type[GeneratorConfig] | type[ClassifierConfig]
+
     async def _start(
         self,
         make_engine: Callable[[], Engine],
@@ -85,14 +87,14 @@ class EngineReplica:
         relay_to_serve(ENGINE_LOGGER, warnings_only=[STATISTICS_LOGGER])
         timer.add_measured(engine.start_phases_s)
         self._app = RaiseIfDead(self._traced_app(pool, operations), engine.check_health)
+        self._answers = AnswerStore(operations.idempotency)
         self._watch = ReplicaWatch(operations, pool, self._num_in_flight, self.retire)
-        keeps_answers = bool(operations.idempotency.keep_s)
         self._server = await start_link_server(
             self._answer,
             engine.load,
             engine.prefixes,
             resumes=bool(engine.resume_key),
-            answers=AnswerStore(operations.idempotency) if keeps_answers else None,
+            answers=self._answers,
         )
         registry = Registry()
         registry.on_collect(lambda: engine.observe(registry))
@@ -102,6 +104,19 @@ class EngineReplica:
         self._startup_s = time.time() - self._created_at
         self._record_startup(registry, pool.name, timer)
         self._exporter = RayExporter(registry)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Apply a changed configuration, which ``build`` has validated; Serve calls this.
+
+        What the engine reads only when it starts comes with a new replica
+        (``cluster.config.changes``).
+        """
+        pool = self._pool_type.model_validate(user_config["pool"])
+        operations = OperationsConfig.model_validate(user_config["operations"])
+        self._max_answer_s = operations.max_answer_s
+        self._answers.config = operations.idempotency
+        self._watch.reconfigure(operations, pool)
+        await self._engine.reconfigure(pool)
 
     def _record_startup(self, registry: Registry, pool: str, timer: StartupTimer) -> None:
         constructor_s = timer.total_s
@@ -214,7 +229,7 @@ class EngineReplica:
             adapters=self._adapters,
             context_tokens=self._engine.context_tokens,
             resume_key=self._engine.resume_key,
-            keeps_answers=self._server.answers is not None,
+            keeps_answers=True,
         )
         return info.to_metadata()
 
@@ -277,6 +292,8 @@ class EngineReplica:
 class Generator(EngineReplica):
     """Replica of a generator pool: vLLM or the simulated engine."""
 
+    _pool_type = GeneratorConfig
+
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: GeneratorConfig, operations: OperationsConfig
     ) -> None:
@@ -295,6 +312,8 @@ class Generator(EngineReplica):
 
 class Classifier(EngineReplica):
     """Replica of a classifier pool."""
+
+    _pool_type = ClassifierConfig
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: ClassifierConfig, operations: OperationsConfig

@@ -1,6 +1,7 @@
 """The router deployment: a gateway that follows Serve's view of the running replicas."""
 
 import hmac
+import logging
 import os
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -31,6 +32,7 @@ from cluster.key_file import KeyFile
 from cluster.leaks import MemoryWatch
 from cluster.link import RequestHead, ResponseHead, TlsContexts, answer_locally, tls_contexts
 from cluster.models.store import home
+from cluster.periodic import run_in_daemon_thread
 from cluster.ray_internals import (
     DeploymentID,
     confine_replica_to_loopback,
@@ -46,6 +48,8 @@ from deployments.links import link_secret, record_certificate_expiry, start_link
 from deployments.logs import close_request_log, log_with_serve, open_request_log
 from deployments.metrics import RayExporter
 from deployments.proxies import ProxySetup
+
+logger = logging.getLogger("ray.serve.tandem")
 
 HTTP_HOST_TIMEOUT_S = 60.0
 """Maximum time for Serve's controller to answer a starting router; longer than its restart."""
@@ -75,19 +79,19 @@ class Router:
             name: DeploymentID(handle.deployment_name, handle.app_name)
             for name, handle in pools.items()
         }
-        keys_file = config.router.keys_file
-        is_exposed = not is_loopback(await get_http_host(HTTP_HOST_TIMEOUT_S))
+        self._config = config
+        self._is_exposed = not is_loopback(await get_http_host(HTTP_HOST_TIMEOUT_S))
+        self._key_file = _key_file(config)
         self._gateway = Gateway(
             config,
             _wirings(pools, self._secret, tls),
             versions=_versions(),
-            key_file=KeyFile(key_file_path(config.router), expected=keys_file is not None),
+            key_file=self._key_file,
             tracer=self._tracer,
             usage=_start_usage(config, router_deployment.app_name),
             routers=self._links,
             read_decisions=partial(read_decisions, [router_deployment, *pool_deployments.values()]),
-            # `serve deploy` and KubeRay deploy without the checks of `tandem`.
-            needs_keys=is_exposed and not config.router.open,
+            needs_keys=self._needs_keys(config),
             response_key=hmac.digest(self._secret, b"response ids", "sha256"),
         )
         self._routers: list[ReplicaInfo] = []
@@ -98,7 +102,7 @@ class Router:
         }
         self._discovery = Discovery({**listeners, router_deployment: self._on_routers})
         self._proxies = ProxySetup(config.router)
-        await self._proxies.set_up_first()
+        await self._proxies.set_up_all()
         registry = self._gateway.registry
         self._memory = MemoryWatch(config.leaks, "router", lambda: self._gateway.num_open_requests)
         registry.on_collect(lambda: self._memory.observe(registry))
@@ -107,6 +111,29 @@ class Router:
         # Links and handles come from inside the cluster and need no API key.
         self._internal_app = self._quota_sync.wrap(GatewayApp(self._gateway, authenticates=False))
         self._server = await start_link_server(self._internal_app)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Apply a changed configuration, which ``build`` has validated; Serve calls this.
+
+        Other names of pools and another tracing come with a new replica
+        (``cluster.config.changes``).
+        """
+        config = TandemConfig.model_validate(user_config)
+        before, self._config = self._config, config
+        if config == before:  # right after the start
+            return
+        if config.router.keys_file != before.router.keys_file:
+            self._key_file = _key_file(config)
+            await run_in_daemon_thread(self._key_file.refresh, "tandem-keys")
+        self._gateway.reconfigure(config, self._key_file, needs_keys=self._needs_keys(config))
+        self._max_answer_s = config.max_answer_s
+        self._memory.reconfigure(config.leaks)
+        await self._proxies.reconfigure(config.router)
+        logger.info("applied a changed configuration")
+
+    def _needs_keys(self, config: TandemConfig) -> bool:
+        # `serve deploy` and KubeRay deploy without the checks of `tandem`.
+        return self._is_exposed and not config.router.open
 
     def record_replica_metadata(self) -> dict[str, Any]:
         """Return this router's link address, which Serve passes to the other routers."""
@@ -156,6 +183,11 @@ class Router:
             if self._tracer is not None:
                 await self._tracer.close()
             close_request_log(self._log)
+
+
+def _key_file(config: TandemConfig) -> KeyFile:
+    is_expected = config.router.keys_file is not None
+    return KeyFile(key_file_path(config.router), expected=is_expected)
 
 
 def _start_usage(config: TandemConfig, application: str) -> UsageAccount:

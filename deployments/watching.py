@@ -8,6 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from functools import partial
 
 import ray
@@ -66,9 +67,20 @@ class ReplicaWatch:
         deployment = identity.deployment_id
         name = f"{deployment.app_name}/{deployment.name}"
         self._lease = ReplacementLease(RayKeys(), name, config.leaks.pause_s, time.time)
-        self._replaces = config.leaks.replace
+        self._leaks = config.leaks
         self._retiring: asyncio.Task[None] | None = None
         self._warned = False
+
+    def reconfigure(
+        self, config: OperationsConfig, pool: GeneratorConfig | ClassifierConfig
+    ) -> None:
+        """Apply changed settings."""
+        self.accounts.set_price(_price_per_s(config, pool))
+        if self._devices is not None:
+            self._devices.reconfigure(config.devices)
+        self._memory.reconfigure(config.leaks)
+        self._lease = replace(self._lease, period_s=config.leaks.pause_s)
+        self._leaks = config.leaks
 
     def check(self) -> None:
         """Raise ``DeviceFailedError`` once a device has failed."""
@@ -93,7 +105,7 @@ class ReplicaWatch:
         if self._retiring is not None and not self._retiring.done():
             return
         rate = f"{process} memory grows by {growth.bytes_per_s / 1024:.0f} KiB/s"
-        if self._replaces:
+        if self._leaks.replace:
             self._retiring = asyncio.create_task(self._replace(rate), name="leak")
         elif not self._warned:
             self._warned = True
@@ -132,14 +144,17 @@ def _accounts(
     devices: DeviceWatch | None,
 ) -> ReplicaAccounting:
     accounting, resources = config.accounting, pool.resources
-    workers = pool.num_workers if isinstance(pool, GeneratorConfig) else 1
-    per_hour = accounting.price_per_hour(resources.cpus, resources.gpus)
     joules = devices.joules if devices is not None else None
     if joules is not None and resources.gpus < 1:  # the device is shared, and so is its energy
         joules = _scaled(joules, resources.gpus)
     meter = find_meter(accounting, joules, gpus_reserved=resources.gpus > 0)
-    price_per_s = workers * per_hour / _SECONDS_PER_HOUR
+    price_per_s = _price_per_s(config, pool)
     return ReplicaAccounting(pool.name, meter, price_per_s, accounting.interval_s)
+
+
+def _price_per_s(config: OperationsConfig, pool: GeneratorConfig | ClassifierConfig) -> float:
+    per_hour = config.accounting.price_per_hour(pool.resources.cpus, pool.resources.gpus)
+    return pool.num_workers * per_hour / _SECONDS_PER_HOUR
 
 
 def _scaled(joules: Callable[[], float], share: float) -> Callable[[], float]:

@@ -75,7 +75,8 @@ class Ledger:
         self.source = LEARNING
         """Source of the last measurement."""
         self.costs = TokenCosts()
-        self._price_per_s = price_per_s
+        self.price_per_s = price_per_s
+        """Price of the replica, idle or not; may be changed."""
         self._cost_per_effort = 0.0
         self._open: list[RequestWork] = []
 
@@ -92,7 +93,7 @@ class Ledger:
         total = Work(sum(w.prefill for _, w in charged), sum(w.decode for _, w in charged))
         joules = measurement.joules
         self.costs.learn(seconds, total, measurement.cpu_s if joules is None else joules)
-        joules, cost = joules or 0.0, self._price_per_s * seconds
+        joules, cost = joules or 0.0, self.price_per_s * seconds
         shares = _shares(self.costs, charged)
         if not shares:
             self._add(IDLE, joules, cost)
@@ -110,7 +111,7 @@ class Ledger:
         effort = self.costs.estimate_effort(request.uncharged_work())
         usage.source = self.source if self.costs.known else LEARNING
         usage.joules = None if usage.source in REASONS else request.joules + effort
-        if self._price_per_s and self.costs.known:
+        if self.price_per_s and self.costs.known:
             usage.cost = request.cost + self._cost_per_effort * effort
 
     def _add(self, tenant: str, joules: float, cost: float) -> None:

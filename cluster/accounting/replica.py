@@ -22,13 +22,22 @@ class ReplicaAccounting:
     def __init__(self, model: str, meter: Meter, price_per_s: float, interval_s: float) -> None:
         self._model = model
         self._meter = meter
-        self._priced = price_per_s > 0
+        self._interval_s = interval_s
+        self._priced = False
         self._ledger: Ledger | None = None
         self._periodic: Periodic | None = None
-        if meter.has_joules or self._priced:
-            self._ledger = Ledger(price_per_s)
-            self._periodic = Periodic("accounting", interval_s, self.divide)
         self._divided_at = time.monotonic()
+        self.set_price(price_per_s)
+
+    def set_price(self, price_per_s: float) -> None:
+        """Set the price of the replica per second; it applies from the last division on."""
+        self._priced = self._priced or price_per_s > 0
+        if self._ledger is not None:
+            self._ledger.price_per_s = price_per_s
+        elif self._meter.has_joules or self._priced:
+            self._divided_at = time.monotonic()
+            self._ledger = Ledger(price_per_s)
+            self._periodic = Periodic("accounting", self._interval_s, self.divide)
 
     def open_request(self, scope: Scope) -> RequestWork | None:
         """Return an account for a request, to be ended by the caller; None if accounting is off."""

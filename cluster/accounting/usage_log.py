@@ -51,7 +51,8 @@ class UsageLog:
 
     def __init__(self, path: Path, keep_days: int, clock: Callable[[], float] = time.time) -> None:
         self._path = path
-        self._keep_s = keep_days * 24 * HOUR_S
+        self.keep_days = keep_days
+        """Age of the oldest sums; may be changed."""
         self._clock = clock
         self._pending: dict[UsageKey, UsageSums] = {}
         self._writing = asyncio.Lock()
@@ -115,7 +116,7 @@ class UsageLog:
         rows = [(*key, *astuple(sums)) for key, sums in pending.items()]
         with closing(self._open()) as connection, connection:
             connection.executemany(_ADD, rows)
-            oldest = self._clock() - self._keep_s
+            oldest = self._clock() - self.keep_days * 24 * HOUR_S
             connection.execute("DELETE FROM usage WHERE hour < ?", (oldest,))
 
     def _find(self, first: int, end: float, tenant: str | None) -> list[UsageRow]:

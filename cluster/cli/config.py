@@ -1,16 +1,21 @@
-"""``tandem config check`` and ``tandem config show``."""
+"""``tandem config check``, ``tandem config show`` and ``tandem config diff``."""
 
+import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import typer
 import yaml
 
-from cluster.config import TandemConfig
+from cluster.config import TandemConfig, parse
+from cluster.config.changes import compare
 from cluster.config.file import LoadedConfig
-from cluster.errors import ConfigError
-from cluster.models.store import CATALOGUE, resolve
+from cluster.errors import ConfigError, StartError
+from cluster.launch import state
+from cluster.launch.serve_api import ServeApi, ray_token
+from cluster.models.store import CATALOGUE, home, resolve
 
 
 def check(loaded: LoadedConfig, *, files: bool) -> None:
@@ -34,6 +39,32 @@ def show(loaded: LoadedConfig, *, as_json: bool) -> None:
         else yaml.safe_dump(complete, sort_keys=False)
     )
     typer.echo(text, nl=False)
+
+
+def diff(loaded: LoadedConfig, *, as_json: bool) -> None:
+    """Print what deploying the configuration to the running cluster would change and restart.
+
+    Raises:
+        StartError: no cluster runs, or its configuration cannot be read.
+    """
+    running = state.load(home())
+    if running is None:
+        raise StartError("No cluster is running; start one with `tandem up`.")
+    with ServeApi(running.dashboard_url, ray_token(os.environ)) as api:
+        args = api.deployed_args(running.application)
+    if args is None:
+        raise StartError(f"The cluster has no application {running.application!r}.")
+    changes = compare(parse(args), loaded.config)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(changes), indent=2))
+        return
+    lines = [f"changes live: {path}" for path in changes.live]
+    for name, reasons in changes.restarts.items():
+        lines.append(f"replaces the replicas of {name}: {', '.join(reasons)}")
+    lines += [f"adds {name}" for name in changes.added]
+    lines += [f"removes {name}" for name in changes.removed]
+    lines += [f"needs `tandem down` and `tandem up`: {path}" for path in changes.cluster]
+    typer.echo("\n".join(lines) or "The running cluster has this configuration.")
 
 
 def _missing_files(config: TandemConfig) -> Iterator[str]:

@@ -25,7 +25,7 @@ def _group(help_text: str) -> typer.Typer:
 
 models_app = _group("Build, fetch, list and fine-tune models.")
 keys_app = _group("Manage API keys and the limits of tenants.")
-config_app = _group("Check and show the configuration.")
+config_app = _group("Check, show and compare the configuration.")
 
 
 @models_app.command("build")
@@ -232,3 +232,14 @@ def config_show(
     from cluster.cli.defaults import load_config
 
     show(load_config(config, overrides or []), as_json=as_json)
+
+
+@config_app.command("diff")
+def config_diff(
+    config: ConfigOption = None, overrides: SetOption = None, as_json: JsonOption = False
+) -> None:
+    """Show what deploying the configuration to the running cluster would change and restart."""
+    from cluster.cli.config import diff
+    from cluster.cli.defaults import load_config
+
+    diff(load_config(config, overrides or []), as_json=as_json)

@@ -77,6 +77,10 @@ class TandemConfig(Section):
     """Repetition of requests with an `Idempotency-Key`."""
 
     @property
+    def pools(self) -> tuple[GeneratorConfig | ClassifierConfig, ...]:
+        return (*self.generators, *self.classifiers)
+
+    @property
     def model_files(self) -> tuple[str, ...]:
         paths = [path for pool in self.generators for path in pool.model_files]
         return tuple(dict.fromkeys([*paths, *(pool.model for pool in self.classifiers)]))
@@ -84,8 +88,7 @@ class TandemConfig(Section):
     @property
     def model_names(self) -> tuple[str, ...]:
         """Names that requests may use as ``model``."""
-        pools = [*self.generators, *self.classifiers]
-        return tuple(name for pool in pools for name in pool.model_names)
+        return tuple(name for pool in self.pools for name in pool.model_names)
 
     @property
     def max_answer_s(self) -> int:
@@ -95,7 +98,8 @@ class TandemConfig(Section):
     @property
     def operations(self) -> OperationsConfig:
         """Sections that every replica receives."""
-        return OperationsConfig.model_validate(self, from_attributes=True)
+        fields = OperationsConfig.model_fields
+        return OperationsConfig.model_construct(**{name: getattr(self, name) for name in fields})
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:

@@ -1,10 +1,9 @@
 """Configuration of tracing, accounting, leak detection, device health and kept answers.
 
-Separate from the pools because every replica receives it. Serve replaces a replica whenever its
-arguments change, so these must not include the configuration of other pools.
+Separate from the pools because every replica receives it.
 """
 
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import ByteSize, Field, model_validator
 
@@ -31,6 +30,8 @@ class TracingConfig(Section):
 
 class AccountingConfig(Section):
     """Energy and cost of requests."""
+
+    restart_fields: ClassVar[frozenset[str]] = frozenset({"energy", "watts_per_core", "interval_s"})
 
     energy: bool = True
     """True if the available energy counters (NVML, RAPL) are read."""
@@ -115,6 +116,8 @@ class IdempotencyConfig(Section):
 
 class OperationsConfig(Section):
     """Operations settings of one replica."""
+
+    restart_fields: ClassVar[frozenset[str]] = frozenset({"tracing"})
 
     tracing: TracingConfig | None
     accounting: AccountingConfig

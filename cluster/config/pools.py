@@ -126,6 +126,8 @@ class PoolConfig(Section):
     """Settings that generator and classifier pools share."""
 
     renamed_fields: ClassVar[Mapping[str, str]] = {"max_ongoing": "max_in_flight"}
+    kind: ClassVar[str]
+    """Kind of the pool, the first part of its deployment's name."""
 
     name: ModelName
     """Name of the pool, and the value of `model` in requests, such as `smollm2` or `org/model`."""
@@ -157,6 +159,11 @@ class PoolConfig(Section):
         return self.name.replace("/", "--")
 
     @property
+    def deployment(self) -> str:
+        """Name of the pool's deployment."""
+        return f"{self.kind}-{self.serve_name}"
+
+    @property
     def model_names(self) -> tuple[str, ...]:
         """Names that requests may use as ``model``."""
         return (self.name, *self.aliases)
@@ -175,6 +182,15 @@ class PoolConfig(Section):
 
 class GeneratorConfig(PoolConfig):
     """Pool of language-model replicas."""
+
+    kind: ClassVar[str] = "generator"
+    restart_fields: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("model", "engine", "tensor_parallel_size", "pipeline_parallel_size", "dtype"),
+            *("quantization", "max_model_len", "kv_cache_memory_bytes", "tool_call_parser"),
+            *("reasoning_parser", "engine_args", "sim", "resources"),
+        }
+    )
 
     engine: Literal["vllm", "sim"] = "vllm"
     """Inference engine; `sim` simulates one without a model."""
@@ -220,10 +236,24 @@ class GeneratorConfig(PoolConfig):
     def model_names(self) -> tuple[str, ...]:
         return (*super().model_names, *self.adapters)
 
+    def restart_value(self, field: str) -> Any:
+        """Return the part of a field that only a restart can change; None if all changes live.
+
+        Of ``adapters``, that is the engine's support for any.
+        """
+        if field == "adapters":
+            return self.adapters or self.has_loras
+        return super().restart_value(field)
+
     @property
     def model_files(self) -> tuple[str, ...]:
         """Model and adapters that the engine loads; empty for a simulated engine."""
         return (self.model, *self.adapters.values()) if self.engine == "vllm" else ()
+
+    @property
+    def has_loras(self) -> bool:
+        """True if the engine starts with support for LoRA adapters, which takes memory."""
+        return bool(self.adapters) or "max_loras" in self.engine_args
 
     @property
     def max_loras(self) -> int:
@@ -280,6 +310,11 @@ class ResultCacheConfig(Section):
 
 class ClassifierConfig(PoolConfig):
     """Pool of classifier replicas: BERT-like models that classify, embed or rank texts."""
+
+    kind: ClassVar[str] = "classifier"
+    restart_fields: ClassVar[frozenset[str]] = frozenset(
+        {"model", "tasks", "dtype", "max_batch_tokens", "threads", "result_cache", "resources"}
+    )
 
     tasks: tuple[ClassifierTask, ...] = Field(("classify", "embed"), min_length=1)
     """Tasks that the pool serves. All but `embed` need a model trained for the task."""

@@ -102,6 +102,8 @@ class RouterConfig(Section):
     """Resources of one router."""
 
     num_workers: ClassVar[int] = 1
+    deployment: ClassVar[str] = "router"
+    restart_fields: ClassVar[frozenset[str]] = frozenset({"resources"})
 
     @property
     def requires_keys(self) -> bool:

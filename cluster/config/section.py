@@ -29,6 +29,13 @@ class Section(BaseModel):
     renamed_fields: ClassVar[Mapping[str, str]] = {}
     """Deprecated field names and their replacements, accepted for one release."""
 
+    restart_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields that a process reads only when it starts. All others can change while it runs."""
+
+    def restart_value(self, field: str) -> Any:
+        """Return the part of a field that only a restart can change; None if all changes live."""
+        return getattr(self, field) if field in self.restart_fields else None
+
     @classmethod
     def rename_deprecated(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return ``values`` under the current field names; log each deprecated name.

@@ -19,7 +19,8 @@ class DeviceHealth:
     def __init__(self, config: DevicesConfig, model: str) -> None:
         self.failure: str | None = None
         """Reason why the replica must stop, or None."""
-        self._config = config
+        self.config = config
+        """Limits; may be replaced."""
         self._model = model
         self._readings: Sequence[DeviceReading] = ()
         self._first_ecc: dict[str, int] = {}
@@ -61,12 +62,12 @@ class DeviceHealth:
     def _failure_of(self, reading: DeviceReading) -> str | None:
         if reading.lost:
             return "it stopped responding"
-        if fatal := sorted(set(reading.xids) & set(self._config.fatal_xids)):
+        if fatal := sorted(set(reading.xids) & set(self.config.fatal_xids)):
             return f"XID {', '.join(map(str, fatal))}"
         new_errors = (reading.ecc_errors or 0) - self._first_ecc.get(reading.device, 0)
         if reading.ecc_errors is not None and new_errors > 0:
             return f"{new_errors} uncorrected ECC errors"
-        limit = self._config.max_temperature_celsius
+        limit = self.config.max_temperature_celsius
         if limit is not None and (reading.temperature_celsius or 0.0) > limit:
             return f"temperature {reading.temperature_celsius:g} °C exceeds {limit:g} °C"
         return None

@@ -26,6 +26,11 @@ class DeviceWatch(DeviceHealth):
         """Running sum of the devices' energy in joules; None if they do not count it."""
         return self._reader.joules if self._reader.counts_energy() else None
 
+    def reconfigure(self, config: DevicesConfig) -> None:
+        """Apply changed settings."""
+        self.config = config
+        self._periodic.period_s = config.interval_s
+
     async def read(self) -> None:
         self.add_readings(await asyncio.to_thread(self._reader.read))
 

@@ -1,6 +1,6 @@
 """Interface of all engines: an ASGI application, health, load and prefix cache contents."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from cluster.asgi import ASGIApp
 from cluster.link import PrefixSource
@@ -50,6 +50,12 @@ class Engine(Protocol):
         Raises:
             ConfigError: The model or an argument is invalid.
             EngineDeadError: The engine's process ended during the start.
+        """
+
+    async def reconfigure(self, pool: Any) -> None:
+        """Apply another configuration of the pool, of the same type; requests go on.
+
+        Ignores changes of fields that need a restart (``Section.restart_value``).
         """
 
     async def check_health(self) -> None:

@@ -22,8 +22,9 @@ class StallDetector:
     def __init__(
         self, part: str, timeout_s: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
+        self.timeout_s = timeout_s
+        """Seconds without progress that are a stall; may be changed."""
         self._part = part
-        self._timeout_s = timeout_s
         self._clock = clock
         self._progress: object = None
         self._progress_at = self._checked_at = clock()
@@ -40,9 +41,9 @@ class StallDetector:
         if not is_busy or progress != self._progress or not is_observed:
             self._progress, self._progress_at = progress, now
         self._checked_at = now
-        if not self._has_stalled and now - self._progress_at <= self._timeout_s:
+        if not self._has_stalled and now - self._progress_at <= self.timeout_s:
             return
-        stall = f"The {self._part} of the replica made no progress for {self._timeout_s:g} s"
+        stall = f"The {self._part} of the replica made no progress for {self.timeout_s:g} s"
         if not self._has_stalled:
             self._has_stalled = True
             logger.error("%s, although it has work", stall)

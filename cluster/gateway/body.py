@@ -55,12 +55,18 @@ class BodyBuffers:
         min_bytes_per_s: int = 0,
         grace_s: float = 0.0,
     ) -> None:
+        self.set_limits(max_body_bytes, max_buffered_bytes, min_bytes_per_s, grace_s)
+        self.used_bytes = 0
+        self._tenant_bytes: Counter[str] = Counter()  # only tenants that use any
+
+    def set_limits(
+        self, max_body_bytes: int, max_buffered_bytes: int, min_bytes_per_s: int, grace_s: float
+    ) -> None:
+        """Change the limits; see the class. Bodies that are accepted stay."""
         self._min_bytes_per_s = min_bytes_per_s
         self._grace_s = grace_s
         self._max_body_bytes = max_body_bytes
         self._max_buffered_bytes = max_buffered_bytes
-        self.used_bytes = 0
-        self._tenant_bytes: Counter[str] = Counter()  # only tenants that use any
 
     def release(self, num_bytes: int, tenant: str) -> None:
         """Return the bytes of a body that was dropped."""
@@ -89,17 +95,19 @@ class BodyBuffers:
             return await self._receive(receive, tenant)
         started_s = asyncio.get_running_loop().time()
 
+        min_bytes_per_s, grace_s = self._min_bytes_per_s, self._grace_s
+
         def extend(received: int) -> None:
-            allowed_s = self._grace_s + received / self._min_bytes_per_s
+            allowed_s = grace_s + received / min_bytes_per_s
             timeout.reschedule(started_s + allowed_s)
 
         try:
-            async with asyncio.timeout(self._grace_s) as timeout:
+            async with asyncio.timeout(grace_s) as timeout:
                 return await self._receive(receive, tenant, extend)
         except TimeoutError:
             raise RequestTimeoutError(
-                f"The request body arrives too slowly; after {self._grace_s:g} s the minimum is "
-                f"{self._min_bytes_per_s} bytes/s."
+                f"The request body arrives too slowly; after {grace_s:g} s the minimum is "
+                f"{min_bytes_per_s} bytes/s."
             ) from None
 
     async def _receive(

@@ -8,7 +8,7 @@ from secrets import token_bytes
 from typing import TYPE_CHECKING
 
 from cluster.admission import ANONYMOUS, Identity
-from cluster.config import TandemConfig
+from cluster.config import RouterConfig, TandemConfig
 from cluster.errors import (
     AuthenticationError,
     InternalError,
@@ -32,7 +32,7 @@ from cluster.gateway.messages import (
     header,
     with_json_fields,
 )
-from cluster.gateway.pools.factory import make_pools
+from cluster.gateway.pools.factory import make_pools, reconfigure_pools
 from cluster.gateway.pools.pool import Pool
 from cluster.gateway.pools.relay import relay
 from cluster.gateway.pools.replica import Wiring
@@ -92,12 +92,7 @@ class Gateway:
         router = config.router
         self.max_header_bytes = int(router.max_header_bytes)
         prepare_decoders()
-        self.buffers = BodyBuffers(
-            int(router.max_body_bytes),
-            int(router.max_buffered_bytes),
-            int(router.min_upload_bytes_per_s),
-            router.header_timeout_s,
-        )
+        self.buffers = BodyBuffers(*_body_limits(router))
         self.client_timeout_s = router.client_timeout_s
         self.registry = Registry()
         """Metrics of this router."""
@@ -121,6 +116,28 @@ class Gateway:
         self._builtin = BuiltinRoutes(
             self.pools, versions or {}, self.registry, self._dashboard, usage
         )
+
+    def reconfigure(
+        self, config: TandemConfig, key_file: KeyFile | None, *, needs_keys: bool
+    ) -> None:
+        """Apply another configuration with the same pools; running requests go on.
+
+        Args:
+            config: The configuration.
+            key_file: Its key file, already read.
+            needs_keys: See the class.
+        """
+        router = config.router
+        self.max_header_bytes = int(router.max_header_bytes)
+        self.buffers.set_limits(*_body_limits(router))
+        self.client_timeout_s = router.client_timeout_s
+        self.request_log.reconfigure(router.log_requests_per_s, log_prompts=router.log_prompts)
+        if self._usage is not None:
+            self._usage.reconfigure(config.accounting)
+        reconfigure_pools(config, self.pools, self._sinks)
+        self.admission.reconfigure(router, key_file, needs_keys=needs_keys)
+        self._answer_keys.config = config.idempotency
+        self._load_reports.reconfigure(config)
 
     def split_model_path(self, path: str) -> tuple[str, str | None]:
         """Return the path behind ``/models/{model}`` and the model; see ``split_model_path``."""
@@ -278,3 +295,12 @@ class Gateway:
 
     def _count(self, route: str, status: int) -> None:
         self.registry.counter(table.REQUESTS, "", route, str(status)).add()
+
+
+def _body_limits(router: RouterConfig) -> tuple[int, int, int, float]:
+    return (
+        int(router.max_body_bytes),
+        int(router.max_buffered_bytes),
+        int(router.min_upload_bytes_per_s),
+        router.header_timeout_s,
+    )

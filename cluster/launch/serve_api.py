@@ -9,6 +9,8 @@ from typing import Any, Self
 
 import httpx
 
+from cluster.errors import StartError
+
 APPLICATIONS = "/api/serve/applications/"
 POLL_S = 0.1
 # On the first request the dashboard imports Serve, which takes seconds.
@@ -113,6 +115,20 @@ class ServeApi:
         except (httpx.TransportError, ValueError, KeyError):  # it died, or is not a dashboard
             return False
         return True
+
+    def deployed_args(self, name: str) -> dict[str, Any] | None:
+        """Return the ``args`` with which an application was deployed; None if it does not exist.
+
+        Raises:
+            StartError: the dashboard does not answer.
+        """
+        try:
+            response = self._http.get(APPLICATIONS)
+            response.raise_for_status()
+            deployed = response.json()["applications"].get(name)
+        except (httpx.HTTPError, ValueError, KeyError) as error:
+            raise StartError(f"Ray's dashboard does not answer: {error}") from None
+        return None if deployed is None else deployed["deployed_app_config"].get("args") or {}
 
     def application(self, name: str) -> ApplicationStatus | None:
         """Return the application's status; None if it or the dashboard does not exist (yet)."""

@@ -33,9 +33,17 @@ class MemoryWatch:
         self._model = model
         self._in_flight = in_flight
         self._on_leak = on_leak
-        self._detectors = {OWN: LeakDetector(config), STARTED: LeakDetector(config)}
+        self._config = config
+        self._detectors = _detectors(config)
         self._latest: dict[str, tuple[int, Growth]] = {}
         self._periodic = Periodic("memory watch", config.sample_s, self._sample)
+
+    def reconfigure(self, config: LeaksConfig) -> None:
+        """Apply changed settings; the examined window is cleared."""
+        if config != self._config:
+            self._config = config
+            self._detectors = _detectors(config)
+            self._periodic.period_s = config.sample_s
 
     def observe(self, registry: Registry) -> None:
         for process, (resident, growth) in self._latest.items():
@@ -55,6 +63,10 @@ class MemoryWatch:
             self._latest[process] = resident, growth
             if growth.leaking:
                 self._on_leak(process, growth)
+
+
+def _detectors(config: LeaksConfig) -> dict[str, LeakDetector]:
+    return {OWN: LeakDetector(config), STARTED: LeakDetector(config)}
 
 
 def resident_memory() -> dict[str, int]:

@@ -46,7 +46,8 @@ class AnswerStore:
         self.on_change: Callable[[Sequence[bytes], Sequence[bytes]], None] = lambda *_: None
         self.used_bytes = 0
         """Share of ``max_kept_bytes`` that is in use."""
-        self._config = config
+        self.config = config
+        """Limits; may be replaced."""
         self._answers: dict[bytes, StoredAnswer] = {}  # the oldest first
         self._running: set[StoredAnswer] = set()
         self._is_retired = False
@@ -116,7 +117,7 @@ class AnswerStore:
         """Return how long an answer goes on after its last stream has ended, in seconds."""
         if self._is_retired or stream.is_final:
             return 0.0
-        config = self._config
+        config = self.config
         return config.keep_s if stream.is_lost else min(config.keep_s, config.disconnect_grace_s)
 
     async def _leave(self, answer: StoredAnswer, grace_s: float) -> None:
@@ -135,13 +136,13 @@ class AnswerStore:
         """Count bytes of an answer; drop it if it exceeds the limits."""
         answer.kept_bytes += num_bytes
         self.used_bytes += num_bytes
-        if answer.kept_bytes > self._config.max_answer_bytes or not self._make_room():
+        if answer.kept_bytes > self.config.max_answer_bytes or not self._make_room():
             self._drop(answer)
             if not answer.followers:
                 answer.abort()
 
     def _make_room(self) -> bool:
-        limit = self._config.max_kept_bytes
+        limit = self.config.max_kept_bytes
         while self.used_bytes > limit:
             finished = (a for a in self._answers.values() if a.has_ended and not a.followers)
             if (oldest := next(finished, None)) is None:
@@ -159,7 +160,7 @@ class AnswerStore:
             self._drop(answer)
             return
         loop = asyncio.get_running_loop()
-        answer.timer = loop.call_later(self._config.keep_s, self._drop, answer)
+        answer.timer = loop.call_later(self.config.keep_s, self._drop, answer)
 
     def _drop(self, answer: StoredAnswer) -> None:
         """Forget an answer; streams that follow it get the rest."""

@@ -20,6 +20,12 @@ class LoadedAdapters:
         for name, array in self._missing.items():
             self._missing[name] = np.concatenate((array, np.ones(num_new)))
 
+    def set_max_loaded(self, max_loaded: int) -> None:
+        """Change the limit; rows above it evict when they load the next adapter."""
+        self._max_loaded = max_loaded
+        for row, loaded in self._loaded.items():
+            self._full[row] = len(loaded) >= max_loaded
+
     def num_loads(self, adapter: str) -> FloatArray:
         """Return the loads that a request for the adapter causes on each row: 0, 1 or 2.
 
@@ -34,7 +40,7 @@ class LoadedAdapters:
         if loaded.pop(adapter, 0) == 0:
             self._missing.setdefault(adapter, np.ones(len(self._full)))[row] = 0.0
         loaded[adapter] = None
-        if len(loaded) > self._max_loaded:
+        while len(loaded) > self._max_loaded:
             self._evict(row, next(iter(loaded)))
         self._full[row] = len(loaded) == self._max_loaded
 

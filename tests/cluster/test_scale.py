@@ -18,7 +18,8 @@ ENVIRONMENT = {"RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3"}
 """Without ``router.max_answer_s``, a replaced HAProxy would cut longer streams."""
 
 
-def config(**generator: Any) -> dict[str, Any]:
+def config(seed: int = 0, **generator: Any) -> dict[str, Any]:
+    """Return a configuration; with another ``seed``, it replaces all replicas and routers."""
     scaled = {
         "min": 1,
         "max": 3,
@@ -26,7 +27,11 @@ def config(**generator: Any) -> dict[str, Any]:
         "upscale_delay_s": 0,
         "downscale_delay_s": 1,
     }
-    fields = {"sim": {"decode_s_per_token": 0.02}, "max_in_flight": 16, "replicas": scaled}
+    fields = {
+        "sim": {"decode_s_per_token": 0.02, "seed": seed},
+        "max_in_flight": 16,
+        "replicas": scaled,
+    }
     sim = sim_generator(**{**fields, **generator})
     unlinkable = {
         "name": "unlinkable",
@@ -45,7 +50,8 @@ def config(**generator: Any) -> dict[str, Any]:
         "import_path": "deployments.app.build",  # not what `tandem` looks for
         "args": {**unlinkable["args"], "router": router_config(1)},
     }
-    router = router_config(2, max_queued=200, open=True)
+    resources = {"cpus": 0.1 + seed / 100}
+    router = router_config(2, max_queued=200, open=True, resources=resources)
     whole = serve_config(unlinkable, keyless, generators=[sim], router=router)
     whole["http_options"]["host"] = "0.0.0.0"
     return whole
@@ -178,7 +184,7 @@ async def test_updates_of_replicas_and_routers_interrupt_no_stream(
     def update(num: int) -> Callable[[], bool]:
         before = sim_cluster.replicas()
         replicas = {"min": num, "max": num}
-        sim_cluster.deploy(config(replicas=replicas, adapters={"law": "none"}))
+        sim_cluster.deploy(config(seed=num, replicas=replicas, adapters={"law": "none"}))
 
         def is_complete() -> bool:
             now = sim_cluster.replicas()
@@ -225,7 +231,7 @@ async def test_an_update_takes_seconds_although_streams_take_minutes(
         reading = asyncio.create_task(read(http))
         await until(lambda: received, 30, "the start of the stream")
         before = generators()
-        updated = config(replicas={"min": 1, "max": 1}, adapters={"law": "none"}, max_in_flight=15)
+        updated = config(replicas={"min": 1, "max": 1}, adapters={"law": "none"}, seed=3)
         await asyncio.to_thread(sim_cluster.deploy, updated)
         await until(lambda: not before & generators(), 60, "the end of the old replicas")
         num_received = len(received)

@@ -1,4 +1,4 @@
-"""An update of the default deployment while vLLM streams, and a hang of the updated engine.
+"""Updates of the default deployment while vLLM streams, and a hang of the updated engine.
 
 Last of the modules that share the cluster, because of the short ``stall_timeout_s``.
 """
@@ -31,12 +31,21 @@ TOKENS = 300
 STALL_TIMEOUT_S = 10
 
 
-def changed_config() -> dict[str, Any]:
+def changed_config(**sections: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration of ``cluster`` with other fields of its sections."""
     config: dict[str, Any] = yaml.safe_load((ROOT / "ray-config.yaml").read_text("utf-8"))
     args = config["applications"][0]["args"]
-    args["generators"][0] |= {"stall_timeout_s": STALL_TIMEOUT_S, "aliases": ALIASES}
-    args["classifiers"][0]["aliases"] = CLASSIFIER_ALIASES
+    args["generators"][0] |= {"aliases": ALIASES, **sections.pop("generators", {})}
+    args["classifiers"][0] |= {"aliases": CLASSIFIER_ALIASES, **sections.pop("classifiers", {})}
+    for name, fields in sections.items():
+        args[name] = {**args.get(name, {}), **fields}
     return config
+
+
+def update_config() -> dict[str, Any]:
+    """Return a configuration that replaces the replicas of vLLM and the routers."""
+    generator = {"stall_timeout_s": STALL_TIMEOUT_S, "engine_args": {"max_num_seqs": 128}}
+    return changed_config(generators=generator, router={"resources": {"cpus": 0.21}})
 
 
 def num_streamed(http: httpx.Client, has_begun: threading.Event) -> int:
@@ -57,6 +66,63 @@ def num_streamed(http: httpx.Client, has_begun: threading.Event) -> int:
             events += [line.removeprefix("data: ")] if line else []
     assert events[-1] == "[DONE]", events[-1]
     return int(json.loads(events[-2])["usage"]["completion_tokens"])
+
+
+def test_live_changes_replace_no_replica_and_interrupt_no_request(cluster: RunningCluster) -> None:
+    has_begun, is_updated = threading.Event(), threading.Event()
+    classification = {"model": "sentiment", "input": ["good", "bad", "so so"]}
+
+    def stream_until_updated() -> list[int]:
+        streamed = []
+        with httpx.Client(base_url=cluster.http_url, timeout=120) as http:
+            while not is_updated.is_set():
+                streamed.append(num_streamed(http, has_begun))
+        return streamed
+
+    def classify_until_updated() -> set[int]:
+        """Return the statuses of requests over a new connection each."""
+        statuses = set()
+        while not is_updated.is_set():
+            answer = httpx.post(f"{cluster.http_url}/v1/classify", json=classification)
+            statuses.add(answer.status_code)
+        return statuses
+
+    def status(model: str, filler: int = 0) -> int:
+        body = {"model": model, "prompt": "a", "max_tokens": 1, "user": "x" * filler}
+        return httpx.post(f"{cluster.http_url}/v1/completions", json=body, timeout=60).status_code
+
+    def is_applied() -> bool:
+        return (status("renamed"), status(MODEL, 5000)) == (200, 413)
+
+    before, engines = cluster.replicas(), [each.pid for each in engines_of_cluster(cluster.home)]
+    generator = {
+        "aliases": [*ALIASES, "renamed"],
+        "max_in_flight": 64,
+        "routing": "least-load",
+        "slo": {"ttft_p90_s": 5},
+        "stall_timeout_s": 300,
+    }
+    changes = {
+        "generators": generator,
+        "classifiers": {"max_texts": 500, "priority": 1},
+        "router": {"max_body_bytes": 4096, "max_queued": 512, "client_timeout_s": 59},
+        "accounting": {"per_cpu_hour": 1.0},
+    }
+    with ThreadPoolExecutor(2) as threads:
+        streaming = threads.submit(stream_until_updated)
+        classifying = threads.submit(classify_until_updated)
+        assert has_begun.wait(60)
+        try:
+            cluster.deploy(changed_config(**changes))
+            wait_until(is_applied, 60, "the change")
+            cluster.deploy(changed_config())
+            wait_until(lambda: status("renamed") == 404, 60, "the change back")
+        finally:
+            is_updated.set()
+        assert set(streaming.result(timeout=240)) == {TOKENS}
+        assert classifying.result(timeout=60) == {200}
+    assert cluster.replicas() == before
+    assert [each.pid for each in engines_of_cluster(cluster.home)] == engines
 
 
 def test_an_update_of_vllm_interrupts_no_stream(cluster: RunningCluster) -> None:
@@ -83,7 +149,7 @@ def test_an_update_of_vllm_interrupts_no_stream(cluster: RunningCluster) -> None
             id_ for id_, (name, _) in cluster.replicas().items() if not name.startswith("class")
         }
         try:
-            cluster.deploy(changed_config())
+            cluster.deploy(update_config())
             wait_until(has_new_replicas, 240, "the update")
         finally:
             is_updated.set()

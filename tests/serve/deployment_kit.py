@@ -51,7 +51,10 @@ class Background:
     def __init__(self, *args: Any) -> None:
         pass
 
-    async def set_up_first(self) -> None:
+    async def set_up_all(self) -> None:
+        pass
+
+    async def reconfigure(self, *args: Any) -> None:
         pass
 
     async def close(self) -> None:

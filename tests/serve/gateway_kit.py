@@ -9,7 +9,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.asgi import ASGIApp, Message, Receive, Scope, Send, usage_of
-from cluster.config import IdempotencyConfig, parse
+from cluster.config import TandemConfig, parse
 from cluster.errors import LinkClosedError
 from cluster.gateway import Gateway, GatewayApp, Opener, ReplicaInfo, Wiring
 from cluster.gateway.reporting.dashboard import ReadDecisions
@@ -81,9 +81,10 @@ async def _read_body(receive: Receive) -> bytes:
 class World:
     """A gateway, and replicas that can be added and removed."""
 
-    def __init__(self, gateway: Gateway, idempotency: IdempotencyConfig) -> None:
+    def __init__(self, gateway: Gateway, config: TandemConfig) -> None:
         self.gateway = gateway
-        self._idempotency = idempotency
+        self.config = config
+        self._idempotency = config.idempotency
         self.app = GatewayApp(gateway)
         self.servers: dict[str, LinkServer] = {}
         self.running: dict[str, dict[str, ReplicaInfo]] = {name: {} for name in gateway.pools}
@@ -208,7 +209,7 @@ async def gateway_world(
         key_file=key_file,
         read_decisions=read_decisions,
     )
-    world = World(gateway, config.idempotency)
+    world = World(gateway, config)
     try:
         yield world
     finally:

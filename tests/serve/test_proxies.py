@@ -51,7 +51,7 @@ def controller(monkeypatch: pytest.MonkeyPatch) -> Controller:
 
 async def test_a_replaced_haproxy_outlives_the_longest_answer(controller: Controller) -> None:
     setup = ProxySetup(RouterConfig(max_answer_s=90))
-    await setup.set_up_first()
+    await setup.set_up_all()
     await setup.close()
     (settings,) = controller.proxies[0].applied
     assert 90 < settings.drain_s <= 90 + 60
@@ -61,7 +61,7 @@ async def test_each_proxy_is_set_up_once(
     controller: Controller,
 ) -> None:
     setup = ProxySetup(RouterConfig())
-    await setup.set_up_first()
+    await setup.set_up_all()
     assert len(controller.proxies[0].applied) == 1
     controller.proxies[1] = Proxy()
     await until(lambda: controller.proxies[1].applied)
@@ -74,7 +74,7 @@ async def test_a_failed_first_set_up_is_tried_again(
 ) -> None:
     controller.is_up = False
     setup = ProxySetup(RouterConfig())
-    await setup.set_up_first()
+    await setup.set_up_all()
     assert "HTTP proxies are not set up yet" in caplog.text
     controller.is_up = True
     async with asyncio.timeout(10):
@@ -88,7 +88,7 @@ async def test_a_router_is_not_ready_before_the_proxies_are_set_up(
     events: list[str] = []
 
     class SlowSetup(Background):
-        async def set_up_first(self) -> None:
+        async def set_up_all(self) -> None:
             await asyncio.sleep(0.01)
             events.append("proxies")
 

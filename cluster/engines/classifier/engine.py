@@ -33,7 +33,7 @@ class ClassifierEngine:
         self._service: ClassifierService | None = None
         self._caching: CachingService | None = None
         self._insight: Insight | None = None
-        self._app: ASGIApp | None = None
+        self._app: ClassifierApp | None = None
         self.start_phases_s: dict[str, float] = {}
 
     @property
@@ -57,6 +57,12 @@ class ClassifierEngine:
         self._caching = CachingService(self._service, self._config.result_cache)
         self._insight = Insight.for_model(self._config, self._model_path, self._service.model)
         self._app = ClassifierApp(self._config, self._caching, self._insight)
+
+    async def reconfigure(self, pool: ClassifierConfig) -> None:
+        self._config = pool
+        self.service.reconfigure(pool)
+        if self._app is not None:
+            self._app.reconfigure(pool)
 
     async def check_health(self) -> None:
         self.service.check_health()

@@ -86,6 +86,10 @@ class SimEngine:
             raise EngineDeadError("the simulated engine is configured to fail at startup")
         self._driver = asyncio.create_task(self._drive(), name="sim-engine")
 
+    async def reconfigure(self, pool: GeneratorConfig) -> None:
+        self.config = pool
+        self._stall.timeout_s = pool.stall_timeout_s
+
     async def check_health(self) -> None:
         """Raise ``EngineDeadError`` if the engine is dead or hangs."""
         if self._dead or self._driver is None or self._driver.done():

@@ -1,6 +1,8 @@
 """vLLM's FastAPI application, reduced to the routes that clients may call."""
 
 from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,3 +48,9 @@ def describe_parsers(models: Any, args: Namespace) -> None:
         return listed
 
     models.show_available_models = wrapper
+
+
+def set_names(models: Any, names: Sequence[str]) -> None:
+    """Serve the base model by these names; the first one is in the answers."""
+    paths = models.base_model_paths  # the same list as in its registry
+    paths[:] = [replace(paths[0], name=name) for name in names]

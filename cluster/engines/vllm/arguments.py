@@ -78,7 +78,7 @@ def fill_args(
         chosen["dtype"] = config.dtype
     if config.kv_cache_memory_bytes is not None:
         chosen["kv_cache_memory_bytes"] = int(config.kv_cache_memory_bytes)
-    if config.adapters:
+    if config.has_loras:
         chosen |= {"enable_lora": True, "max_loras": config.max_loras}
     for name, value in chosen.items():
         setattr(args, name, value)

@@ -31,6 +31,11 @@ class EngineCores:
         stall = StallDetector("engine", self._stall_timeout_s, self._clock)
         self._cores[index] = _Core(stall)
 
+    def set_stall_timeout(self, timeout_s: float) -> None:
+        """Change the time without a step after which a core hangs, in seconds."""
+        for core in self._cores.values():
+            core.stall.timeout_s = timeout_s
+
     def count_step(self, index: int, stats: Any) -> None:
         """Count a step; ``stats`` are vLLM's ``SchedulerStats``, or None."""
         core = self._cores[index]

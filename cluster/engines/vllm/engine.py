@@ -9,7 +9,7 @@ from cluster.asgi import ASGIApp
 from cluster.config import GeneratorConfig
 from cluster.engines.prefix_cache import PrefixTracker, make_byte_lengths
 from cluster.engines.vllm import internals
-from cluster.engines.vllm.app import build_app
+from cluster.engines.vllm.app import build_app, set_names
 from cluster.engines.vllm.cores import EngineCores
 from cluster.engines.vllm.disconnect import CancelAsDisconnect
 from cluster.engines.vllm.handover import hand_over_answers
@@ -96,6 +96,10 @@ class VllmEngine:
         self._stats = Periodic("vLLM's statistics", interval_s, self._llm.do_log_stats)
         phases = ", ".join(f"{phase} {took_s:.1f}" for phase, took_s in self.start_phases_s.items())
         logger.info("vLLM is ready; startup phases in seconds: %s", phases)
+
+    async def reconfigure(self, pool: GeneratorConfig) -> None:
+        self._cores.set_stall_timeout(pool.stall_timeout_s)
+        set_names(self._vllm_app.state.openai_serving_models, (pool.name, *pool.aliases))
 
     async def check_health(self) -> None:
         """Raise ``EngineDeadError`` if the engine's process does not run, or hangs."""

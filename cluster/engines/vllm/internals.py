@@ -169,7 +169,7 @@ ATTRIBUTES = {
     "OutputProcessor": ("request_states", "parent_requests", "process_outputs", "log_stats"),
     "ParentRequest": ("child_requests",),
     "OnlineRenderer": ("parser",),
-    "OpenAIServingModels": ("show_available_models",),
+    "OpenAIServingModels": ("show_available_models", "base_model_paths"),
     "OpenAIServingChat": ("parser_cls",),
     "OpenAIServingResponses": ("parser",),
     "Parser": ("adjust_request", "parse_delta", "reasoning_parser", "tool_strict_level"),

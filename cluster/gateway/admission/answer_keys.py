@@ -27,7 +27,8 @@ class AnswerKeys:
     """Idempotency keys of one router's requests."""
 
     def __init__(self, config: IdempotencyConfig) -> None:
-        self._config = config
+        self.config = config
+        """Settings; may be replaced."""
         self._locks: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
 
     async def read(self, request: Request) -> AnswerKey | None:
@@ -37,7 +38,7 @@ class AnswerKeys:
             InvalidRequestError: The key is too long, or not printable ASCII.
         """
         value = header(request.headers, KEY_HEADER)
-        if value is None or not self._config.keep_s or request.method != "POST":
+        if value is None or not self.config.keep_s or request.method != "POST":
             return None
         if not 0 < len(value) <= MAX_KEY_CHARS or not (value.isascii() and value.isprintable()):
             raise InvalidRequestError(

@@ -6,6 +6,7 @@ from hashlib import sha256
 
 from cluster.admission import OPEN, Identity
 from cluster.admission.keys import bare_identities
+from cluster.config import RouterConfig
 from cluster.errors import AuthenticationError
 from cluster.gateway.messages import Headers, header
 from cluster.key_file import KeyFile
@@ -37,27 +38,40 @@ class Authenticator:
         operator_hashes: Iterable[str] = (),
         needs_keys: bool = False,
     ) -> None:
-        self._operators = bare_identities(operator_hashes, is_operator=True)
-        self._bare = {**bare_identities(key_hashes), **self._operators}
-        self._file = file
         self._needs_keys = needs_keys
-        self._identities: Mapping[bytes, Identity] = self._bare
+        self._file = file
+        self._set_hashes(key_hashes, operator_hashes)
         self.refresh()
         if needs_keys and not self._has_keys:
             logger.error("This router rejects every request. %s", NO_KEYS)
 
+    def reconfigure(self, router: RouterConfig, file: KeyFile | None, *, needs_keys: bool) -> None:
+        """Replace all keys at once.
+
+        Args:
+            router: Section with the digests of keys.
+            file: Key file, already read.
+            needs_keys: See the class.
+        """
+        self._file, self._needs_keys = file, needs_keys
+        self._set_hashes(router.api_keys_sha256, router.operator_keys_sha256)
+
+    def _set_hashes(self, key_hashes: Iterable[str], operator_hashes: Iterable[str]) -> None:
+        self._operators = bare_identities(operator_hashes, is_operator=True)
+        self._bare = {**bare_identities(key_hashes), **self._operators}
+
     def refresh(self) -> bool:
         """Reload the key file if it changed; return True if it did."""
-        if self._file is None or not self._file.refresh():
-            return False
-        # An entry of the file names a tenant and limits, so it overrides a bare digest.
-        self._identities = {**self._bare, **self._file.identities, **self._operators}
-        return True
+        return self._file is not None and self._file.refresh()
 
     @property
     def identities(self) -> Iterable[Identity]:
         """Identities of all keys."""
-        return self._identities.values()
+        return [*{**self._bare, **self._from_file, **self._operators}.values()]
+
+    @property
+    def _from_file(self) -> Mapping[bytes, Identity]:
+        return self._file.identities if self._file is not None else {}
 
     @property
     def _has_keys(self) -> bool:
@@ -78,7 +92,10 @@ class Authenticator:
             raise AuthenticationError(
                 "Missing API key; send 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
             )
-        identity = self._identities.get(sha256(key.encode()).digest())
+        digest = sha256(key.encode()).digest()
+        # An entry of the file names a tenant and limits, so it overrides a bare digest.
+        sources = (self._operators, self._from_file, self._bare)
+        identity = next((found for each in sources if (found := each.get(digest))), None)
         if identity is None:
             raise AuthenticationError("Unknown API key.")
         return identity

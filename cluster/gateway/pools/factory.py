@@ -3,6 +3,7 @@
 The only module of the gateway that distinguishes engines and their options.
 """
 
+import math
 from collections.abc import Mapping
 
 from cluster.admission import QueueLimits
@@ -20,30 +21,37 @@ from cluster.gateway.pools.replica_set import PoolLimits
 from cluster.gateway.recording.observer import PoolMeter, RequestSinks
 from cluster.metrics import table
 
+_KINDS: Mapping[type, PoolKind] = {GeneratorConfig: "generator", ClassifierConfig: "classifier"}
+
 
 def make_pools(
     config: TandemConfig, wirings: Mapping[str, Wiring], sinks: RequestSinks
 ) -> dict[str, Pool]:
     """Return all pools by name; ``wirings`` has an entry for each."""
-    configs: list[tuple[PoolKind, GeneratorConfig | ClassifierConfig]] = [
-        *(("generator", pool) for pool in config.generators),
-        *(("classifier", pool) for pool in config.classifiers),
-    ]
+    handover = HandoverLimits(config.router.handover)
     pools = {}
-    enabled = config.router.handover.enabled
-    handover = HandoverLimits(config.router.handover) if enabled else None
-    for kind, pool in configs:
+    for pool in config.pools:
         limits = _pool_limits(config.router, pool, handover)
         meter = PoolMeter(pool.name, sinks)
         _export_objectives(pool, sinks)
-        pools[pool.name] = Pool(pool.name, kind, limits, wirings[pool.name], meter)
+        pools[pool.name] = Pool(pool.name, _KINDS[type(pool)], limits, wirings[pool.name], meter)
     return pools
+
+
+def reconfigure_pools(config: TandemConfig, pools: Mapping[str, Pool], sinks: RequestSinks) -> None:
+    """Apply changed settings; ``config`` has the same pools."""
+    for pool in config.pools:
+        handover = pools[pool.name].limits.handover
+        assert handover is not None
+        handover.config = config.router.handover  # shared by all pools
+        pools[pool.name].set_limits(_pool_limits(config.router, pool, handover))
+        _export_objectives(pool, sinks)
 
 
 def _pool_limits(
     router: RouterConfig,
     pool: GeneratorConfig | ClassifierConfig,
-    handover: HandoverLimits | None,
+    handover: HandoverLimits,
 ) -> PoolLimits:
     return PoolLimits(
         max_in_flight=pool.max_in_flight,
@@ -72,7 +80,9 @@ def _schedules_by_priority(pool: GeneratorConfig | ClassifierConfig) -> bool:
 def _export_objectives(pool: GeneratorConfig | ClassifierConfig, sinks: RequestSinks) -> None:
     """Export each SLO as the bucket bound that alerts can compare percentiles with."""
     for name, limit_s in pool.slo:
+        labels = pool.name, name.removesuffix("_s")
         if limit_s is not None:
             _, metric = table.SLO_METRICS[name]
-            gauge = sinks.registry.gauge(table.OBJECTIVE, pool.name, name.removesuffix("_s"))
-            gauge.value = metric.bound_above(limit_s)
+            sinks.registry.gauge(table.OBJECTIVE, *labels).value = metric.bound_above(limit_s)
+        elif labels in sinks.registry.series(table.OBJECTIVE):  # it was dropped
+            sinks.registry.gauge(table.OBJECTIVE, *labels).value = math.inf

@@ -54,6 +54,8 @@ class KeptAnswer:
     ) -> "KeptAnswer | None":
         """Return a new answer, or None if the limits do not allow to keep it."""
         kept_bytes = len(body) + _STEP_BYTES
+        if not limits.config.enabled:
+            return None
         if kept_bytes > limits.config.max_answer_bytes or not limits.take(kept_bytes):
             return None
         head = msgspec.structs.replace(head, keeps_journal=True)

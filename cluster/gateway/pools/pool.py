@@ -45,8 +45,6 @@ class Pool:
     ) -> None:
         self.name = name
         self.kind: PoolKind = kind
-        self.models = (name, *limits.aliases, *limits.adapters)
-        """Names that clients may use as ``model``: the pool's, its aliases, and its adapters'."""
         self.limits = limits
         self.meter = meter
         self.routes = RouteTable()
@@ -63,6 +61,19 @@ class Pool:
         self._movers: set[asyncio.Task[None]] = set()
         self._closed = False
         self._set_context(())
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names that clients may use as ``model``: the pool's, its aliases, and its adapters'."""
+        return (self.name, *self.limits.aliases, *self.limits.adapters)
+
+    def set_limits(self, limits: PoolLimits) -> None:
+        """Apply changed settings; requests that are queued or in flight stay."""
+        self.limits = limits
+        self.retries.set_min_retries(limits.max_in_flight)
+        self.queue.set_limits(limits.queue)
+        self.replicas.set_limits(limits)
+        self.queue.dispatch()
 
     @property
     def num_in_flight(self) -> int:

@@ -84,6 +84,10 @@ class AdmissionQueue:
         """Estimated work of the requests in the queue, in tokens."""
         return self._queue.tokens
 
+    def set_limits(self, limits: QueueLimits) -> None:
+        """Change the limits for requests that arrive from now on."""
+        self._queue.limits = limits
+
     async def take_slot(self, claim: Claim) -> Slot:
         """Return a slot, at once or after a wait; give it back with ``release_slot``.
 

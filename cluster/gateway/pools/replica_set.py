@@ -124,8 +124,26 @@ class ReplicaSet:
         for info in infos.values():
             if info.id not in self._replicas:
                 self._replicas[info.id] = self._connect(info)
+        self._find_lacking()
+
+    def set_limits(self, limits: PoolLimits) -> None:
+        """Apply changed settings to all replicas."""
+        if limits.routing != self._limits.routing:
+            self.policy = make_policy(limits.routing, self.prefixes, random.getrandbits(16))
+            self._decisions = self._meter.decisions(limits.routing)
+        self._limits = limits
+        self.fleet.adapters.set_max_loaded(limits.max_loras)
+        for id_ in self._replicas:
+            self.fleet.set_capacity(id_, limits.max_in_flight)
+        self._find_lacking()
+
+    def _find_lacking(self) -> None:
         self._lacking = {
-            adapter: frozenset(id for id, info in infos.items() if info.lacks_adapter(adapter))
+            adapter: frozenset(
+                id_
+                for id_, replica in self._replicas.items()
+                if replica.info.lacks_adapter(adapter)
+            )
             for adapter in self._limits.adapters
         }
 

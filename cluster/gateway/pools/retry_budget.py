@@ -21,12 +21,16 @@ class RetryBudget:
     """
 
     def __init__(self, min_retries: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._min_retries = max(MIN_RETRIES, min_retries)
+        self.set_min_retries(min_retries)
         self._clock = clock
         self._retried_s: deque[float] = deque()
         # Requests of the current window and of the one before it.
         self._requests, self._earlier_requests = 0, 0
         self._window_end_s = clock() + WINDOW_S
+
+    def set_min_retries(self, min_retries: int) -> None:
+        """Change the retries that are always allowed."""
+        self._min_retries = max(MIN_RETRIES, min_retries)
 
     def add_request(self) -> None:
         """Count a request; call this once per request, not per attempt."""

@@ -97,12 +97,20 @@ class RequestLog:
         log_prompts: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._ok_limit = _RateLimit(lines_per_s, clock)
-        self._failure_limit = _RateLimit(lines_per_s, clock)
-        self._log_prompts = log_prompts
+        self._clock = clock
+        self._lines_per_s = -1.0
+        self.reconfigure(lines_per_s, log_prompts=log_prompts)
         self._skipped = 0
         self._failed: deque[Failure] = deque(maxlen=MAX_FAILURES)
         self._refused: deque[Failure] = deque(maxlen=MAX_FAILURES)
+
+    def reconfigure(self, lines_per_s: float, *, log_prompts: bool) -> None:
+        """Change the limit and the content of the lines."""
+        self._log_prompts = log_prompts
+        if lines_per_s != self._lines_per_s:
+            self._lines_per_s = lines_per_s
+            self._ok_limit = _RateLimit(lines_per_s, self._clock)
+            self._failure_limit = _RateLimit(lines_per_s, self._clock)
 
     @property
     def failures(self) -> list[Failure]:

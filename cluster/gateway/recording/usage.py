@@ -7,7 +7,7 @@ from urllib.parse import parse_qsl
 from cluster.accounting.usage import UsageSums, as_csv, as_json, parse_time
 from cluster.accounting.usage_log import UsageLog
 from cluster.admission import Identity
-from cluster.config import TandemConfig
+from cluster.config import AccountingConfig, TandemConfig
 from cluster.errors import InvalidRequestError, PermissionDeniedError
 from cluster.gateway.messages import Request, Response, bytes_response, json_response
 from cluster.usage import Usage
@@ -29,14 +29,25 @@ class UsageAccount:
     def __init__(
         self, config: TandemConfig, log: UsageLog, clock: Callable[[], float] = time.time
     ) -> None:
-        accounting = config.accounting
-        self.in_answers = accounting.in_answers
-        """True if every JSON response contains its usage."""
-        has_prices = accounting.per_cpu_hour or accounting.per_gpu_hour
-        self.currency = accounting.currency if has_prices else None
-        """Currency of costs; None if no price is configured."""
+        self._config = config.accounting
         self._log = log
         self._clock = clock
+
+    @property
+    def in_answers(self) -> bool:
+        """True if every JSON response contains its usage."""
+        return self._config.in_answers
+
+    @property
+    def currency(self) -> str | None:
+        """Currency of costs; None if no price is configured."""
+        has_prices = self._config.per_cpu_hour or self._config.per_gpu_hour
+        return self._config.currency if has_prices else None
+
+    def reconfigure(self, config: AccountingConfig) -> None:
+        """Apply changed settings."""
+        self._config = config
+        self._log.keep_days = config.keep_days
 
     def start(self) -> None:
         """Start writing to the file periodically."""

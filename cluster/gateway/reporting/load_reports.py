@@ -39,6 +39,12 @@ class _PoolReporter:
         self._last_totals = (0.0, 0.0, 0.0)
         self._prefill_mean = self._decode_mean = 0.0  # tokens of a request
 
+    def set_objectives(self, objectives: Mapping[str, tuple[float, Histogram]]) -> None:
+        """Change the reported latencies; if other ones are, the history is cleared."""
+        if objectives.keys() != self._objectives.keys():
+            self._objectives = objectives
+            self._history.clear()
+
     def report(self, now: float) -> LoadReport:
         pool = self._pool
         pool.meter.count_gaps()
@@ -93,15 +99,17 @@ class LoadReports:
     """Reports of one router on all its pools and on itself."""
 
     def __init__(self, config: TandemConfig, pools: Mapping[str, Pool]) -> None:
-        configs: list[GeneratorConfig | ClassifierConfig] = [
-            *config.generators,
-            *config.classifiers,
-        ]
+        self._pools = pools
         self._reporters = {
             pool.name: _PoolReporter(pools[pool.name], _objectives(pool, pools[pool.name]))
-            for pool in configs
+            for pool in config.pools
         }
         self._last: tuple[float, float] | None = None
+
+    def reconfigure(self, config: TandemConfig) -> None:
+        """Apply changed SLOs."""
+        for pool in config.pools:
+            self._reporters[pool.name].set_objectives(_objectives(pool, self._pools[pool.name]))
 
     def report(self, now: float, cpu_s: float) -> dict[str, float]:
         """Return the reports on all pools and the router in one flat mapping.

@@ -77,6 +77,11 @@ class ClassifierApp:
         self._insight = insight
         self._paths = make_routes(config, service.service.model)
 
+    def reconfigure(self, config: ClassifierConfig) -> None:
+        """Apply changed names and limits."""
+        self._paths = make_routes(config, self._service.service.model)
+        self._config = config
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             raise ValueError(f"expected an HTTP request, got {scope['type']}")

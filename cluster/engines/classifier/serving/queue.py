@@ -42,7 +42,8 @@ class JobQueue:
     def __init__(self, max_batch_tokens: int, max_queued_tokens: int) -> None:
         self._batcher = Batcher[Job](max_batch_tokens)
         self._max_batch_tokens = max_batch_tokens
-        self._max_queued_tokens = max_queued_tokens
+        self.max_queued_tokens = max_queued_tokens
+        """Limit on waiting tokens; may be changed."""
         self._estimated_tokens = 0
         self._cancelled_early = 0
         self._closed: RequestError | None = None
@@ -75,7 +76,7 @@ class JobQueue:
         estimate = int(sum(estimates))
         with self._changed:
             self._check_open()
-            if self.queued_tokens and self.queued_tokens + estimate > self._max_queued_tokens:
+            if self.queued_tokens and self.queued_tokens + estimate > self.max_queued_tokens:
                 raise self._overloaded_error()
             self._estimated_tokens += estimate
             job.estimated_tokens = estimate
@@ -96,11 +97,11 @@ class JobQueue:
             if job.cancelled:
                 self._cancelled_early += len(lengths)
                 return
-            if tokens > self._max_queued_tokens:
-                limit = self._max_queued_tokens
+            if tokens > self.max_queued_tokens:
+                limit = self.max_queued_tokens
                 message = f"the input has {tokens} tokens; a request may have {limit}"
                 raise PayloadTooLargeError(message, param="input")
-            if self.queued_tokens + tokens > self._max_queued_tokens:
+            if self.queued_tokens + tokens > self.max_queued_tokens:
                 raise self._overloaded_error()
             self._batcher.add_request(job, job.head, lengths)
             self._changed.notify()
@@ -194,6 +195,6 @@ class JobQueue:
 
     def _overloaded_error(self) -> OverloadedError:
         return OverloadedError(
-            f"{self.queued_tokens} tokens are waiting; the limit is {self._max_queued_tokens}",
+            f"{self.queued_tokens} tokens are waiting; the limit is {self.max_queued_tokens}",
             retry_after_s=RETRY_AFTER_S,
         )

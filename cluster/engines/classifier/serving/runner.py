@@ -99,6 +99,11 @@ class ModelRunner:
         """Jobs with a text in a running batch."""
         return frozenset().union(*(stream.jobs for stream in self._streams))
 
+    def set_stall_timeout(self, timeout_s: float) -> None:
+        """Change the time after which a batch counts as hung, in seconds."""
+        for stream in self._streams:
+            stream.stall.timeout_s = timeout_s
+
     def check_progress(self) -> None:
         """Raise if a batch hangs; called every second.
 

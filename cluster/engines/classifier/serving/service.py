@@ -88,6 +88,13 @@ class ClassifierService:
         self._stages = tuple(TokenizerStage(self._queue, fail) for _ in range(2))
         return self
 
+    def reconfigure(self, config: ClassifierConfig) -> None:
+        """Apply changed limits."""
+        self._queue.max_queued_tokens = config.max_queued_tokens
+        self._runner.set_stall_timeout(config.stall_timeout_s)
+        for stall in self._stalls:
+            stall.timeout_s = config.stall_timeout_s
+
     async def encode(
         self, head: Head, inputs: Sequence[ModelInput], reader: TextReader | None = None
     ) -> Encoded:
