@@ -18,6 +18,8 @@ PRIORITY_POLICY = "priority"
 MAX_LORAS = 8
 """Default limit on the LoRA adapters that a replica keeps loaded; each takes engine memory."""
 
+GPU_BATCH_TOKENS = 16_384
+"""Default ``max_batch_tokens`` of classifiers on GPUs, which need many rows; not measured yet."""
 CPU_STALL_TIMEOUT_S = 600.0
 """Default ``stall_timeout_s`` of generators without GPUs."""
 
@@ -180,6 +182,14 @@ class PoolConfig(Section):
         return self
 
 
+def _has_gpus(data: Any) -> bool:
+    """Return True if a pool that is not validated yet reserves GPUs."""
+    resources = data.get("resources") if isinstance(data, dict) else None
+    if isinstance(resources, ResourcesConfig):
+        resources = resources.model_dump()
+    return isinstance(resources, dict) and bool(resources.get("gpus"))
+
+
 class GeneratorConfig(PoolConfig):
     """Pool of language-model replicas."""
 
@@ -263,13 +273,9 @@ class GeneratorConfig(PoolConfig):
     @model_validator(mode="before")
     @classmethod
     def _set_stall_timeout(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
+        if not isinstance(data, dict) or _has_gpus(data):
             return data
-        resources = data.get("resources")
-        if isinstance(resources, ResourcesConfig):
-            resources = resources.model_dump()
-        has_gpus = isinstance(resources, dict) and resources.get("gpus")
-        return data if has_gpus else {"stall_timeout_s": CPU_STALL_TIMEOUT_S, **data}
+        return {"stall_timeout_s": CPU_STALL_TIMEOUT_S, **data}
 
     @model_validator(mode="after")
     def _check_engine_args(self) -> Self:
@@ -323,8 +329,8 @@ class ClassifierConfig(PoolConfig):
     float32. At start-up, every type but float32 must agree with float32 on 99.5 % of the test
     texts. `int8` is for BERT on CPUs."""
     max_batch_tokens: int = Field(1024, ge=16)
-    """Maximum number of tokens in a batch. On CPUs, larger batches add latency but no
-    throughput."""
+    """Maximum number of tokens in a batch. On CPUs, larger batches add latency but no throughput.
+    In pools with GPUs the default is 16,384."""
     max_queued_tokens: int = Field(1_000_000, ge=16)
     """Maximum number of tokens queued in one replica; beyond it requests are shed (429)."""
     max_texts: int = Field(10_000, ge=1)
@@ -342,6 +348,11 @@ class ClassifierConfig(PoolConfig):
     def head(self) -> str | None:
         """Required suffix of the model's architecture; None if every encoder will do."""
         return next((TASK_HEADS[task] for task in self.tasks if TASK_HEADS[task]), None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _set_max_batch_tokens(cls, data: Any) -> Any:
+        return {"max_batch_tokens": GPU_BATCH_TOKENS, **data} if _has_gpus(data) else data
 
     @model_validator(mode="after")
     def _check_gpus(self) -> Self:

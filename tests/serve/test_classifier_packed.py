@@ -19,8 +19,15 @@ from cluster.config import ClassifierConfig
 from cluster.engines.classifier.model.load import load_model
 from cluster.engines.classifier.model.outputs import Pooling
 from cluster.engines.classifier.model.packed.cpu import PackedBert
-from cluster.engines.classifier.model.packed.gpu import Buffers, VarlenBert
-from cluster.engines.classifier.model.packed.layout import Layout
+from cluster.engines.classifier.model.packed.gpu import (
+    MIN_TOKENS,
+    SIZE_BITS,
+    TOKENS_PER_TEXT,
+    Buffers,
+    VarlenBert,
+    buffer_sizes,
+)
+from cluster.engines.classifier.model.packed.layout import Layout, round_up
 from cluster.engines.classifier.model.packed.linear import (
     Arithmetic,
     PlainLinear,
@@ -259,6 +266,29 @@ def test_copies_compute_concurrently_in_separate_buffers(net):
         wanted = PackedBert(net, arithmetic).run("classify", batches[0])
         for rows in found[model]:
             np.testing.assert_allclose(rows, wanted, atol=1e-5)
+
+
+@given(lengths=st.lists(st.integers(4, 40), min_size=1, max_size=60))
+@settings(max_examples=50, deadline=None)
+def test_the_prepared_buffers_are_those_that_batches_use(lengths):
+    used = sum(lengths)
+    size = round_up(max(MIN_TOKENS, used, len(lengths) * TOKENS_PER_TEXT), SIZE_BITS)
+    assert size in buffer_sizes(used)
+    assert buffer_sizes(used)[-1] == size
+    assert len(buffer_sizes(16_384)) == 4 * 8 + 1  # from 64 to 16,384 tokens
+
+
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40), longest=st.integers(50, 90))
+@settings(max_examples=50, deadline=None)
+def test_the_rest_of_the_buffers_becomes_texts_of_allowed_length(lengths, longest):
+    size = round_up(max(MIN_TOKENS, sum(lengths), len(lengths) * TOKENS_PER_TEXT), SIZE_BITS)
+    buffers = Buffers(size, torch.device("cpu"), longest)
+    buffers.fill(texts(*lengths))
+    found = np.diff(buffers.host["starts"].numpy())
+    assert found[: len(lengths)].tolist() == sorted(lengths)
+    assert found.min() >= 0
+    assert found.max() <= longest
+    assert found.sum() == size
 
 
 async def test_a_gpu_engine_prepares_a_batch_while_another_is_computed(tmp_path, monkeypatch):

@@ -50,6 +50,19 @@ def test_generators_on_cpus_may_take_longer_for_a_step() -> None:
     assert parse(classifier()).classifiers[0].stall_timeout_s == 120
 
 
+@pytest.mark.parametrize(
+    ("fields", "tokens"),
+    [
+        ({}, 1024),
+        ({"resources": {"gpus": 0.1}}, 16_384),
+        ({"resources": {"gpus": 1}, "max_batch_tokens": 512}, 512),
+    ],
+)
+def test_classifiers_on_gpus_compute_larger_batches(fields: dict[str, Any], tokens: int) -> None:
+    pool = {"name": "c", "model": "m", **fields}
+    assert parse({"classifiers": [pool]}).classifiers[0].max_batch_tokens == tokens
+
+
 def test_max_loras_is_the_number_of_adapters_up_to_a_default_limit() -> None:
     def max_loras(number: int, **args: int) -> int:
         adapters = {f"a{each}": "path" for each in range(number)}

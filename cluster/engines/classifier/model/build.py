@@ -82,6 +82,8 @@ class ModelBuilder:
                 model, agreement, precision = self._build_in(torch.float32), None, "float32"
             else:
                 require_agreement(self.config, agreement, precision)
+        if isinstance(model, VarlenBert):
+            model.prepare(computed_heads(self.config), self.config.max_batch_tokens)
         kind, device = type(model).__name__, self.network.device
         log.info("%s: loaded %s in %s on %s", name, kind, precision, device)
         return model, agreement

@@ -2,7 +2,7 @@
 
 A graph needs the same shapes and the same memory on every replay. There are buffers for a few
 numbers of tokens. A batch is written into the smallest buffers that fit, in pinned memory, and
-uploaded on a stream; the rest of the buffers becomes a text whose result is dropped. Each copy of
+uploaded on a stream; the rest of the buffers becomes texts whose results are dropped. Each copy of
 the model has buffers and a stream, so one can fill and upload while another computes. ``graphs``
 and ``attend`` are parameters, so that a CPU can test everything else.
 """
@@ -42,7 +42,9 @@ def flash_attention(
     """Compute PyTorch's variable-length flash attention; see ``Attend``."""
     from torch.nn.attention.varlen import varlen_attn
 
-    context = varlen_attn(q, k, v, starts_q, starts_k, max_length, max_length, scale=1.0)
+    # A single split: with several, scores depend on the longest text of the batch.
+    longest = max_length, max_length
+    context = varlen_attn(q, k, v, starts_q, starts_k, *longest, scale=1.0, num_splits=1)
     assert isinstance(context, Tensor)
     return context
 
@@ -56,7 +58,7 @@ class VarlenAttention:
     starts: Tensor
     """First token of each text and the end of the last, [texts + 1], int32."""
     max_length: int
-    """Tokens of the buffers, an upper bound of a text's length."""
+    """Upper bound of a text's length, in tokens; the kernel starts a block for each part of it."""
 
     def attend_all(self, projected: Tensor) -> Tensor:
         query, key, value = projected.view(len(projected), 3, self.heads, -1).unbind(1)
@@ -67,19 +69,33 @@ class VarlenAttention:
         key, value = projected.view(len(projected), 2, self.heads, -1).unbind(1)
         queries = query.view(len(query), self.heads, -1)
         ones = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)
-        starts = self.starts[: len(query) + 1]  # without the text that fills the buffers
+        starts = self.starts[: len(query) + 1]  # as many texts as the buffers have room for
         context = self.attend(queries, key, value, ones, starts, self.max_length)
         return context.reshape(len(query), -1)
 
 
-class Buffers:
-    """Host and device buffers for batches of up to ``tokens`` tokens."""
+def buffer_sizes(max_tokens: int) -> list[int]:
+    """Return the sizes of the buffers for batches of up to ``max_tokens`` tokens, ascending."""
+    sizes = [round_up(MIN_TOKENS, SIZE_BITS)]
+    while sizes[-1] < max_tokens:
+        sizes.append(round_up(sizes[-1] + 1, SIZE_BITS))
+    return sizes
 
-    def __init__(self, tokens: int, device: torch.device) -> None:
+
+class Buffers:
+    """Host and device buffers for batches of up to ``tokens`` tokens.
+
+    ``longest`` is the length of the longest text; the unused rest of the buffers becomes texts of
+    at most this length.
+    """
+
+    def __init__(self, tokens: int, device: torch.device, longest: int) -> None:
         self.tokens, self.texts = tokens, tokens // TOKENS_PER_TEXT
+        self.longest = min(tokens, longest)
         pinned = device.type == "cuda"
         shapes = {"ids": tokens, "positions": tokens, "second": tokens, "text_index": tokens}
-        shapes |= {"first_rows": self.texts, "starts": self.texts + 2}
+        num_fillers = -(-tokens // self.longest)
+        shapes |= {"first_rows": self.texts, "starts": self.texts + num_fillers + 1}
         types = dict.fromkeys(shapes, torch.int64) | {"starts": torch.int32}
         self.host = {
             name: torch.zeros(size, dtype=types[name], pin_memory=pinned)
@@ -103,8 +119,9 @@ class Buffers:
         host["text_index"][used:] = self.texts
         host["first_rows"][:texts], host["first_rows"][texts:] = ends - lengths, 0
         host["starts"][0] = 0
-        host["starts"][1 : texts + 1], host["starts"][texts + 1 :] = ends, used
-        host["starts"][-1] = self.tokens
+        host["starts"][1 : texts + 1] = ends
+        fillers = self.longest * np.arange(1, len(host["starts"]) - texts)
+        host["starts"][texts + 1 :] = np.minimum(used + fillers, self.tokens)
 
 
 class VarlenBert:
@@ -130,6 +147,8 @@ class VarlenBert:
         self._heads = int(network.config.num_attention_heads)
         self._device: torch.device = network.device
         self._attend, self._graphs = attend, graphs
+        self._longest = int(network.config.max_position_embeddings)
+        self._prepared: tuple[Sequence[Head], int] | None = None
         # Shared by all copies: nothing else may run on the device during a capture.
         self._launch_lock = threading.Lock()
         self._allocate()
@@ -139,13 +158,36 @@ class VarlenBert:
         copied = object.__new__(VarlenBert)
         copied.__dict__.update(self.__dict__)
         copied._allocate()
+        if self._prepared is not None:
+            copied.prepare(*self._prepared)
         return copied
 
     def _allocate(self) -> None:
         on_gpu = self._device.type == "cuda"
         self._upload_stream = torch.cuda.Stream() if on_gpu else None  # type: ignore[no-untyped-call]
         self._buffers: dict[int, Buffers] = {}
+        # Graphs share the memory of their intermediate results, as they never run at once.
+        has_pool = on_gpu and self._graphs
+        self._pool = torch.cuda.graph_pool_handle() if has_pool else None
         self.padding = 0.0
+
+    @torch.inference_mode()
+    def prepare(self, heads: Sequence[Head], max_tokens: int) -> None:
+        """Capture the graphs for batches of up to ``max_tokens`` tokens, so that no request waits.
+
+        The largest come first; the smaller ones then fit into their memory. Copies made later are
+        prepared, too.
+        """
+        self._prepared = heads, max_tokens
+        if not self._graphs:
+            return
+        for size in reversed(buffer_sizes(max_tokens)):
+            buffers = self._buffers[size] = Buffers(size, self._device, self._longest)
+            buffers.fill([np.zeros(1, np.int64)])
+            with self._launch_lock:
+                self._upload(buffers)
+                for head in heads:
+                    self._replay(head, buffers)
 
     @torch.inference_mode()
     def run(self, head: Head, ids: Sequence[TokenIds]) -> Rows | list[Rows]:
@@ -164,7 +206,7 @@ class VarlenBert:
         size = round_up(wanted, SIZE_BITS)
         self.padding += size - used
         if size not in self._buffers:
-            self._buffers[size] = Buffers(size, self._device)
+            self._buffers[size] = Buffers(size, self._device, self._longest)
         return self._buffers[size]
 
     def _upload(self, buffers: Buffers) -> None:
@@ -179,12 +221,12 @@ class VarlenBert:
             self._forward(head, buffers)  # libraries choose and load their kernels
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 rows = self._forward(head, buffers)
             buffers.graphs[head] = graph, rows
         graph, rows = buffers.graphs[head]
         graph.replay()
-        return rows
+        return rows.clone()  # the next graph may use its memory
 
     def _forward(self, head: Head, buffers: Buffers) -> Tensor:
         batch = buffers.device
@@ -195,5 +237,5 @@ class VarlenBert:
             starts=batch["first_rows"],
             text_index=batch["text_index"],
         )
-        attention = VarlenAttention(self._attend, self._heads, batch["starts"], buffers.tokens)
+        attention = VarlenAttention(self._attend, self._heads, batch["starts"], buffers.longest)
         return self._network.run(head, packed, attention)
