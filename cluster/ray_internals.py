@@ -291,8 +291,13 @@ HAPROXY_EDITS = {
     tcp-request connection reject if { sc0_conn_cur gt $max_connections_per_address }
     http-request wait-for-body time ${header_timeout_s}s at-least 15k if { method POST PUT PATCH }
     http-request del-header x-request-disconnect-disabled
-"""
-    + _http_errors(),
+""",
+    """    {%- if config.error_file_path %}
+    errorfile 502 {{ config.error_file_path }}
+    errorfile 503 {{ config.error_file_path }}
+    errorfile 504 {{ config.error_file_path }}
+    {%- endif %}
+""": _http_errors(),
 }
 """Replacements in Serve's HAProxy template by the text that they replace.
 
@@ -300,7 +305,8 @@ HAPROXY_EDITS = {
   separately and disconnects: the request runs on, and a thread spins.
 - Connections per address are limited, and the start of a body (15 KiB fit into HAProxy's buffer)
   has a deadline.
-- HAProxy's own errors are JSON, not HTML, and Serve's file for 502 to 504 is not used.
+- HAProxy's own errors are JSON. Serve's file, which the backends inherit, would make a 500 in plain
+  text of 502, 503 and 504.
 - The deleted header would make Serve ignore that a client disconnects.
 """
 

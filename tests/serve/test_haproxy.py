@@ -23,7 +23,8 @@ LIMITS = ProxySettings(2, 60, 512, 60)._asdict()
 async def haproxy(folder: Path, target: str) -> AsyncIterator[str]:
     """Run HAProxy in front of ``target`` and yield its address."""
     (port,) = free_ports(1)
-    frontend = next(text for text in HAPROXY_EDITS.values() if "http-error" in text)
+    frontend = next(text for text in HAPROXY_EDITS.values() if "stick-table" in text)
+    errors = next(text for text in HAPROXY_EDITS.values() if "http-error" in text)
     for name, value in LIMITS.items():
         frontend = frontend.replace(f"${{{name}}}", str(value)).replace(f"${name}", str(value))
     bind = "bind {{ config.frontend_host }}:{{ config.frontend_port }}"
@@ -34,6 +35,7 @@ defaults
     timeout client 60s
     timeout server 60s
     timeout http-request 2s
+{errors}
 frontend web
 {frontend.replace(bind, f"bind 127.0.0.1:{port}")}
     default_backend router
@@ -71,7 +73,21 @@ async def test_errors_of_haproxy_are_json_for_both_vendors(
 ) -> None:
     (closed,) = free_ports(1)
     async with haproxy(tmp_path, f"http://127.0.0.1:{closed}") as url:
-        head, body = await exchange(url, request_)
+        assert_is_error(status, *await exchange(url, request_))
+
+
+async def test_a_router_that_dies_before_its_answer_gives_502(tmp_path: Path) -> None:
+    async def die(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.transport.abort()
+
+    async with await asyncio.start_server(die, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with haproxy(tmp_path, f"http://127.0.0.1:{port}") as url:
+            assert_is_error(502, *await exchange(url, "GET / HTTP/1.1\r\nhost: a"))
+
+
+def assert_is_error(status: int, head: bytes, body: bytes) -> None:
     assert f" {status} ".encode() in head.partition(b"\r\n")[0]
     assert b"content-type: application/json" in head
     answer = json.loads(body)

@@ -262,6 +262,7 @@ async def test_haproxy_accepts_the_configuration_with_limits(
     assert "del-header x-request-disconnect-disabled" in config
     for status in (400, 408, 500, 502, 503, 504):
         assert f"http-error status {status} content-type application/json" in config
+    assert "errorfile" not in config  # backends would prefer it
 
 
 async def test_the_same_limits_do_not_reload_haproxy_again(haproxy_api: Any) -> None:
