@@ -135,6 +135,33 @@ async def test_an_answer_waits_for_a_new_replica() -> None:
         assert (await call.done()).body == ANSWER
 
 
+async def test_an_answer_waits_while_serve_still_lists_its_dead_replicas() -> None:
+    first, second, third = Script(stop_at=5), Script(stop_at=8), Script()
+    async with world_with(first) as world:
+        call = await start(world, first)
+        await world.serve(second, "gen", "gen-2", resume_key="k")
+        await world.kill("gen-1")
+        await second.stopped.wait()
+        await world.kill("gen-2")
+        # The links to both fail again and again, until Serve notices that the replicas are dead.
+        pool = world.gateway.pools["gen"]
+        await world.until(lambda: all(r.state == "fallback" for r in pool.replicas.running))
+        await world.serve(third, "gen", "gen-3", ready=1, resume_key="k")
+        assert (await call.done()).body == ANSWER
+
+
+async def test_an_answer_survives_two_replicas_that_another_request_kills() -> None:
+    first, second, third = Script(stop_at=5), Script(stop_at=5), Script()
+    async with world_with(first) as world:
+        call = await start(world, first)
+        await world.serve(second, "gen", "gen-2", resume_key="k")
+        await world.kill("gen-1")
+        await second.stopped.wait()
+        await world.serve(third, "gen", "gen-3", ready=2, resume_key="k")
+        await world.kill("gen-2")
+        assert (await call.done()).body == ANSWER
+
+
 async def test_answers_move_away_from_a_draining_replica() -> None:
     first, second = Script(stop_at=5), Script()
     async with world_with(first) as world:

@@ -1,5 +1,6 @@
 """The replicas that answer one request, one after the other."""
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from cluster.gateway.messages import Request
 from cluster.gateway.pools.handover import KeptAnswer
 from cluster.gateway.pools.pool import Pool
 from cluster.gateway.pools.replica import Answer
+from cluster.gateway.pools.replica_set import ReplicasLostError
 from cluster.gateway.pools.slots import Claim, Slot
 from cluster.gateway.recording.observer import HandoverReason, RequestObserver
 from cluster.link import ClientStream, RequestHead
@@ -20,7 +22,11 @@ from cluster.usage import Usage
 logger = logging.getLogger("ray.serve.tandem")
 
 MAX_LOST = 2
-"""Replicas that may be lost with one request without any progress of its answer."""
+"""Replicas that may be lost with a request before its answer begins; it may be the cause."""
+MAX_DEAD = 3
+"""Replicas that may die without progress of an answer that has begun. A request that kills replicas
+kills two; the answers that were handed over from the first to the second must survive that."""
+_LOST_POLL_S = 0.1
 _DRAINS = LinkRefusedError("the replica drains; another one continues the answer")
 _HANGS = LinkRefusedError("the replica is silent; another one continues the answer")
 _YIELDS = LinkRefusedError("another router began the answer at another replica")
@@ -209,13 +215,29 @@ class Attempts:
         if not isinstance(error, LinkRefusedError):
             logger.warning("%s: replica lost during the answer: %s", self._request.id, error)
             # The request may have been the cause, so it must not reach every replica.
-            if kept.count_loss() >= MAX_LOST or not self._pool.retries.take_retry():
+            max_lost = MAX_DEAD if isinstance(error, LinkError) else MAX_LOST
+            if kept.count_loss() >= max_lost or not self._pool.retries.take_retry():
                 return None
         try:
-            return await self._pool.queue.take_slot(self._claim(kept))
+            return await self._wait_for_slot(self._claim(kept))
         except RequestError as refusal:
             logger.warning("%s: no replica continues the answer: %s", self._request.id, refusal)
             return None
+
+    async def _wait_for_slot(self, claim: Claim) -> Slot:
+        """Return a slot; wait outside of the queue, for others, while all replicas are lost.
+
+        Raises:
+            RequestError: No replica can continue the answer, or none in time.
+        """
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                return await self._pool.queue.take_slot(claim)
+            except ReplicasLostError:
+                if loop.time() + _LOST_POLL_S > claim.expires_s:
+                    raise
+                await asyncio.sleep(_LOST_POLL_S)
 
     def _claim(self, kept: KeptAnswer) -> Claim:
         claim = self._pool.renew_claim(self.slot.claim)

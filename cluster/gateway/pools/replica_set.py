@@ -62,6 +62,13 @@ class PrefixCounts:
     cleared: int = 0
 
 
+class ReplicasLostError(UnavailableError):
+    """The replicas that could continue an answer have no link; they may come back or be replaced.
+
+    Serve lists a dead replica as running until it notices the death.
+    """
+
+
 class ReplicaSet:
     """Slots at the running replicas of one pool."""
 
@@ -300,7 +307,12 @@ class ReplicaSet:
         if claim.resume_key is not None:
             need = "can continue the answer"
         reason = f"{self._name}: {subject} {need}"
-        return UnavailableError(reason, retry_after_s=_NO_ADAPTER_RETRY_S)
+        is_lost = any(
+            replica.info.resume_key == claim.resume_key and not replica.link.connected
+            for replica in self._replicas.values()
+        )
+        error = ReplicasLostError if is_lost else UnavailableError
+        return error(reason, retry_after_s=_NO_ADAPTER_RETRY_S)
 
     def _close_if_idle(self, replica: Replica) -> None:
         if replica in self._retired and (replica.in_flight == 0 or self._closed):
