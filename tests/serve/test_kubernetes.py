@@ -223,6 +223,18 @@ def test_references_lead_to_objects_or_to_secrets_that_the_page_creates(overlay:
                     assert f"create secret generic {reference['name']} " in PAGE
 
 
+def test_prometheus_scrapes_ports_that_pods_have_and_the_policy_opens() -> None:
+    cluster = ray_service("pools")["rayClusterConfig"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    pods = [group["template"]["spec"]["containers"][0] for group in groups]
+    ports = {port["name"]: port["containerPort"] for pod in pods for port in pod["ports"]}
+    (monitor,) = find("pools", "PodMonitor")
+    scraped = {ports[endpoint["port"]] for endpoint in monitor["spec"]["podMetricsEndpoints"]}
+    (policy,) = [p for p in find("pools", "NetworkPolicy") if p["metadata"]["name"] == "tandem"]
+    opened = [{p["port"] for p in rule.get("ports", ())} for rule in policy["spec"]["ingress"]]
+    assert scraped in opened
+
+
 def test_dashboards_and_rules_come_from_the_existing_files() -> None:
     maps = {
         document["metadata"]["name"]: document["data"]
