@@ -25,7 +25,9 @@ CONNECT_TIMEOUT_S = 1.0
 BLOCKED_S = 30.0
 """Seconds without new attempts after no link could be opened, for example because of a firewall."""
 RETRY_S = 1.0
-"""Seconds without new attempts after no router answered."""
+"""Seconds without new attempts after the routers could not be asked for their addresses."""
+OFFER_TIMEOUT_S = 10.0
+"""Seconds for which Serve's handle may wait for a router, if there is none at the moment."""
 _HEADERS = [(b"content-type", b"application/json")]
 
 Item = ResponseHead | bytes | Usage
@@ -94,6 +96,8 @@ class ClientLinks:
         self._links: dict[tuple[str, int], LinkClient] = {}
         self._refresh_at = self._retry_at = self._loop.time()
         self._refresh: asyncio.Task[None] | None = None
+        self.is_silent = False
+        """True if no router answered within ``OFFER_TIMEOUT_S`` when they were last asked."""
 
     @property
     def num_connected(self) -> int:
@@ -127,10 +131,14 @@ class ClientLinks:
         return min(usable, key=lambda link: link.num_open, default=None)
 
     async def _refresh_links(self) -> None:
-        retry_s = RETRY_S
+        retry_s, self.is_silent = RETRY_S, False
         try:
-            await self._apply_offer(await self._get_offer())
+            async with asyncio.timeout(OFFER_TIMEOUT_S):
+                offer = await self._get_offer()
+            await self._apply_offer(offer)
             retry_s = 0.0 if self.num_connected else BLOCKED_S
+        except TimeoutError:
+            retry_s, self.is_silent = 0.0, True
         except Exception:  # any error of Ray or the network; requests use the handle meanwhile
             logger.debug("could not update the list of routers", exc_info=True)
         finally:
@@ -205,6 +213,8 @@ class Transport:
         try:
             return await self.links.open(head, body)
         except LinkClosedError:
+            if self.links.is_silent:  # the handle would wait as well, without end
+                raise
             return HandleAnswer(self._router.options(stream=True).call.remote(head, body))
 
     async def _get_offer(self) -> LinkOffer:

@@ -127,12 +127,12 @@ import ray
 ray.init(address=sys.argv[1], namespace="job", logging_level="ERROR")
 from cluster.client import Tandem
 
-tandem, options = Tandem(), dict(max_tokens=250, temperature=0, ignore_eos=True)
+tandem, options = Tandem(), dict(max_tokens=150, temperature=0, ignore_eos=True)
 losses, handler, logger = [], logging.Handler(), logging.getLogger("cluster.client")
 handler.emit = losses.append
 logger.addHandler(handler)
 logger.setLevel("INFO")
-prompts = [f"Question {number}: where does the sun rise?" for number in range(4)]
+prompts = [f"Question {number}: where does the sun rise?" for number in range(3)]
 
 async def stream(prompt, began):
     text = ""

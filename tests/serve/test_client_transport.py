@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from cluster.asgi import ASGIApp, Receive, Scope, Send
+from cluster.client import repeating, wire
 from cluster.client import transport as transport_module
-from cluster.client import wire
 from cluster.client.session import BackgroundLoop, Session
 from cluster.client.transport import LinkOffer, Transport
 from cluster.client.wire import ApiRequest
@@ -25,7 +25,7 @@ class FakeHandle:
 
     def __init__(self, app: ASGIApp, addresses: list[tuple[str, int]]) -> None:
         self.addresses = addresses
-        self.fails = False
+        self.fails = self.hangs = False
         self.offers = 0
         self.calls = 0
         self._app = app
@@ -45,6 +45,8 @@ class FakeHandle:
         self.offers += 1
         if self.fails:
             raise ConnectionError("no router")
+        if self.hangs:
+            await asyncio.Future()
         return LinkOffer(SECRET, list(self.addresses))
 
     def _call(self, head: RequestHead, body: bytes) -> Any:
@@ -132,6 +134,20 @@ async def test_links_are_opened_soon_after_no_router_answered(
     assert await ask(transport) == b"link /p?q=1b"
     await transport.close()
     await server.stop()
+
+
+async def test_calls_fail_if_no_router_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport_module, "OFFER_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(repeating, "PAUSES_S", (0.0, 0.0))
+    handle = FakeHandle(named(b"handle"), [])
+    handle.hangs = True
+    transport = Transport(handle)  # type: ignore[arg-type]
+    with pytest.raises(LinkClosedError, match="no link to a router"):
+        await ask(transport)
+    assert (handle.offers, handle.calls) == (3, 0)
+    handle.hangs = False
+    assert await ask(transport) == b"handle /p?q=1b"
+    await transport.close()
 
 
 async def test_a_call_starts_over_if_its_router_is_lost() -> None:
