@@ -140,6 +140,9 @@ MEMBERS = (
     PrivateName(f"{_KV}_internal_kv_exists", "key-value store", "key namespace"),
     PrivateName(f"{_KV}internal_kv_get_gcs_client", "key-value store with timeouts"),
     PrivateName("ray.core.generated.gcs_pb2:GcsNodeInfo.ALIVE", "count of the live nodes"),
+    PrivateName("ray._raylet:InnerGcsClient.get_draining_nodes", "nodes that will leave"),
+    PrivateName("ray._raylet:InnerGcsClient.drain_node", "`tandem drain NODE`"),
+    PrivateName("ray.core.generated.autoscaler_pb2:DrainNodeReason.Value", "`tandem drain NODE`"),
 )
 """Further names and members that must exist."""
 
@@ -532,6 +535,51 @@ def kv_get_many(keys: Sequence[bytes], timeout_s: float) -> list[bytes]:
     gcs = internal_kv.internal_kv_get_gcs_client()
     found = gcs.internal_kv_multi_get(list(keys), namespace=_NAMESPACE, timeout=timeout_s)
     return list(found.values())
+
+
+class RayNode(NamedTuple):
+    """A live node."""
+
+    id: str
+    ip: str
+    is_head: bool
+
+
+def live_nodes(timeout_s: float) -> list[RayNode]:
+    """Return the live nodes; raise a RayError after the timeout."""
+    from ray.core.generated import gcs_pb2
+    from ray.experimental import internal_kv
+
+    nodes = internal_kv.internal_kv_get_gcs_client().get_all_node_info(timeout=timeout_s)
+    return [
+        RayNode(node.node_id.hex(), node.node_manager_address, node.is_head_node)
+        for node in nodes.values()
+        if node.state == gcs_pb2.GcsNodeInfo.ALIVE
+    ]
+
+
+def draining_nodes(timeout_s: float) -> frozenset[str]:
+    """Return the ids of the nodes that drain; raise a RayError after the timeout."""
+    from ray.experimental import internal_kv
+
+    gcs = internal_kv.internal_kv_get_gcs_client()
+    return frozenset(gcs.get_draining_nodes(timeout=timeout_s))
+
+
+def drain_node(node_id: str, message: str, timeout_s: float) -> str:
+    """Have Ray drain a node, without a deadline; return why it refuses, or an empty string.
+
+    Raises:
+        RayError: The timeout has passed.
+    """
+    from ray.core.generated import autoscaler_pb2
+    from ray.experimental import internal_kv
+
+    gcs = internal_kv.internal_kv_get_gcs_client()
+    # A drain for another reason is refused unless the node is idle.
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    accepted, refusal = gcs.drain_node(node_id, reason, message, 0)
+    return "" if accepted else refusal or "no reason given"
 
 
 def count_cpu_nodes(min_cpus: float, timeout_s: float) -> int:

@@ -110,7 +110,7 @@ def _readable(replicas: Iterable[RunningReplicaInfo]) -> Iterator[ReplicaInfo]:
     for replica in replicas:
         id_, metadata = replica.replica_id.unique_id, replica.replica_metadata
         try:
-            yield ReplicaInfo.from_metadata(id_, metadata)
+            yield ReplicaInfo.from_metadata(id_, metadata, replica.node_id or "")
         except Exception:
             logger.exception("ignoring replica %s with unreadable metadata: %.200r", id_, metadata)
 

@@ -22,6 +22,7 @@ from cluster.engines.factory import make_generator_engine
 from cluster.engines.startup import StartupTimer, process_age_s
 from cluster.engines.vllm.environment import core_share
 from cluster.errors import DeviceFailedError, EngineDeadError, ReplicaRetiredError
+from cluster.gateway.builtin.drain import REPLICA_DRAIN_PATH
 from cluster.gateway.pools.replica import ReplicaInfo
 from cluster.gateway.pools.routes import RouteTable
 from cluster.link import (
@@ -79,6 +80,7 @@ class EngineReplica:
         timer.mark("imports")
         self._dead_drain: asyncio.Task[None] | None = None
         self._retired_reason = ""
+        self._retiring: asyncio.Task[None] | None = None
         self._num_handle_calls = 0
         self._handle_tasks: set[asyncio.Task[Any]] = set()
         await engine.start()
@@ -181,6 +183,9 @@ class EngineReplica:
         Raises:
             EngineDeadError: the engine is dead; routers try another replica.
         """
+        if scope["path"] == REPLICA_DRAIN_PATH:
+            await self._answer_drain(send)
+            return
         work = self._watch.accounts.open_request(scope)
         try:
             await self._app(scope, receive, send)
@@ -190,6 +195,14 @@ class EngineReplica:
         finally:
             if work is not None:
                 work.end()
+
+    async def _answer_drain(self, send: Send) -> None:
+        """Begin to drain this replica; a router asks for it (``cluster.gateway.builtin.drain``)."""
+        if self._retiring is None:
+            self._retiring = asyncio.create_task(self.retire("drained by an operator"))
+            self._retiring.add_done_callback(_log_failure)
+        await send({"type": "http.response.start", "status": 202, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
 
     def _drain_dead_engine(self) -> None:
         """Send routers to other replicas at once; the requests in the engine are lost anyway."""
@@ -330,7 +343,7 @@ class Classifier(EngineReplica):
 
 def _log_failure(task: asyncio.Task[Any]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
-        logger.error("could not drain the links of a dead engine", exc_info=error)
+        logger.error("this replica could not drain", exc_info=error)
 
 
 def _versions() -> dict[str, str]:

@@ -47,6 +47,7 @@ from deployments.discovery import Discovery, handle_opener
 from deployments.links import link_secret, record_certificate_expiry, start_link_server
 from deployments.logs import close_request_log, log_with_serve, open_request_log
 from deployments.metrics import RayExporter
+from deployments.nodes import RayNodes
 from deployments.proxies import ProxySetup
 
 logger = logging.getLogger("ray.serve.tandem")
@@ -82,6 +83,7 @@ class Router:
         self._config = config
         self._is_exposed = not is_loopback(await get_http_host(HTTP_HOST_TIMEOUT_S))
         self._key_file = _key_file(config)
+        self._nodes = RayNodes(self._on_draining_nodes)
         self._gateway = Gateway(
             config,
             _wirings(pools, self._secret, tls),
@@ -90,6 +92,7 @@ class Router:
             tracer=self._tracer,
             usage=_start_usage(config, router_deployment.app_name),
             routers=self._links,
+            nodes=self._nodes,
             read_decisions=partial(read_decisions, [router_deployment, *pool_deployments.values()]),
             needs_keys=self._needs_keys(config),
             response_key=hmac.digest(self._secret, b"response ids", "sha256"),
@@ -153,6 +156,10 @@ class Router:
         self._routers = list(running)
         self._quota_sync.update_routers(self._routers)
 
+    def _on_draining_nodes(self, node_ids: frozenset[str]) -> None:
+        for pool in self._gateway.pools.values():
+            pool.replicas.set_draining_nodes(node_ids)
+
     def __serve_build_asgi_app__(self) -> GatewayApp:
         """Return the ASGI application that Serve runs in this replica."""
         return GatewayApp(self._gateway, behind_serve=True)
@@ -175,6 +182,7 @@ class Router:
             await self._server.drain(self._max_answer_s)
             await self._proxies.close()
             await self._discovery.close()
+            await self._nodes.close()
             await self._quota_sync.close()
             await self._gateway.close()
             await self._links.close()

@@ -68,11 +68,38 @@ def down(
 
 
 @app.command()
-def status(as_json: JsonOption = False) -> None:
-    """Show deployments, replicas, processes and addresses."""
+def status(api_key: KeyOption = None, as_json: JsonOption = False) -> None:
+    """Show deployments, replicas, processes and addresses.
+
+    If keys are configured, circuit breakers are shown with an operator key.
+    """
     from cluster.cli.status import run
 
-    run(as_json=as_json)
+    run(api_key, as_json=as_json)
+
+
+@app.command()
+def drain(
+    target: Annotated[
+        str,
+        Argument(
+            metavar="REPLICA|NODE",
+            help="Replica or node as `tandem status` prints it, a node's Ray id, or a unique "
+            "prefix of an id.",
+        ),
+    ],
+    url: UrlOption = None,
+    api_key: KeyOption = None,
+) -> None:
+    """Take a replica or node out of service without failing a request.
+
+    The answers of a replica move to others or finish; then Ray Serve replaces it. A node is drained
+    by Ray, which ends it once its replicas have moved. Needs an operator key if keys are
+    configured.
+    """
+    from cluster.cli.drain import run
+
+    run(target, url, api_key)
 
 
 @app.command()

@@ -11,12 +11,16 @@ from cluster.errors import TandemError, UnavailableError
 
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 600.0
+DATA_PATH = "/dashboard/data"
+DRAIN_PATH = "/drain"
 
 
 @contextmanager
-def connect(url: str, key: str | None) -> Iterator["RouterClient"]:
+def connect(
+    url: str, key: str | None, *, timeout_s: float = READ_TIMEOUT_S
+) -> Iterator["RouterClient"]:
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    timeout = httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+    timeout = httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S)
     hooks = {"response": [_raise_for_error]}
     with httpx.Client(base_url=url, headers=headers, timeout=timeout, event_hooks=hooks) as client:
         yield RouterClient(url, client)

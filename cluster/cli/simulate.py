@@ -18,7 +18,7 @@ from cluster.autoscaling.settings import PoolSettings
 from cluster.cli.defaults import load_config
 from cluster.config import GeneratorConfig, TandemConfig
 from cluster.errors import ConfigError
-from cluster.routing import PrefixIndex, make_policy
+from cluster.routing import BreakerLimits, PrefixIndex, make_policy
 from cluster.simulation.plot import draw
 from cluster.simulation.result import Result
 from cluster.simulation.settings import LARGE_GPU, Fault, Scaling, Settings, Slo
@@ -94,6 +94,7 @@ def _settings(options: SimulateOptions, tree: TandemConfig, pool: GeneratorConfi
     router = tree.router
     name = options.policy or pool.routing
     make_policy(name, PrefixIndex())  # raises if the policy is unknown
+    breaker = router.circuit_breaker
     is_timed = pool.sim.prefill_s_per_token or pool.sim.decode_s_per_token
     return Settings(
         engine=pool.sim if is_timed else LARGE_GPU,
@@ -109,6 +110,9 @@ def _settings(options: SimulateOptions, tree: TandemConfig, pool: GeneratorConfi
         queue=QueueLimits(router.max_queued_tokens, router.max_queued),
         queue_timeout_s=router.queue_timeout_s,
         start_timeout_s=None if pool.replicas.min else router.start_timeout_s,
+        breaker=(
+            BreakerLimits(breaker.max_share, breaker.slow_factor) if breaker.enabled else None
+        ),
         routers=options.routers,
         seed=options.seed,
     )

@@ -3,27 +3,62 @@
 import dataclasses
 import json
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
 
+from cluster.cli.router_client import DATA_PATH, connect
+from cluster.errors import TandemError
 from cluster.launch.serve_api import DeploymentStatus, reason
 from cluster.launch.state import ClusterStatus, read_status
 from cluster.models.store import home
 
+ROUTER_TIMEOUT_S = 5.0
 
-def run(*, as_json: bool) -> None:
+Conditions = Mapping[str, str]
+"""Condition of each replica by its id, as the routers see it; empty if it is in full use."""
+
+
+def run(key: str | None, *, as_json: bool) -> None:
     found = read_status(home())
+    conditions = _read_conditions(found, key)
     if as_json:
-        details = {"running": found.alive, **dataclasses.asdict(found)} if found else None
+        details = (
+            {"running": found.alive, **dataclasses.asdict(found), "conditions": conditions}
+            if found
+            else None
+        )
         print(json.dumps(details or {"running": False}, indent=2))
     elif found is None:
         Console().print("No cluster is running.")
     else:
-        _print(Console(), found)
+        _print(Console(), found, conditions or {})
 
 
-def _print(console: Console, found: ClusterStatus) -> None:
+def _read_conditions(found: ClusterStatus | None, key: str | None) -> Conditions | None:
+    """Return the conditions of all replicas; None if no router tells."""
+    if found is None or not found.alive or found.state is None:
+        return None
+    try:
+        with connect(found.state.http_url, key, timeout_s=ROUTER_TIMEOUT_S) as router:
+            data = router.get(f"{DATA_PATH}?since={int(time.time())}")
+    except TandemError:
+        return None
+    pools = data["pools"].values()
+    return {replica["id"]: condition(replica) for pool in pools for replica in pool["replicas"]}
+
+
+def condition(replica: Mapping[str, Any]) -> str:
+    """Return what the routers say of a replica, from the data of ``/dashboard``."""
+    if replica.get("is_draining"):
+        return "draining"
+    circuit = replica.get("circuit", "closed")
+    return "" if circuit == "closed" else f"circuit {circuit.replace('_', '-')}"
+
+
+def _print(console: Console, found: ClusterStatus, conditions: Conditions) -> None:
     if not found.alive or found.state is None:
         text = f"The cluster has crashed, leaving {found.num_processes} processes."
         console.print(f"{text} Clean up with `tandem down`.", style="red")
@@ -42,14 +77,14 @@ def _print(console: Console, found: ClusterStatus) -> None:
     table.add_row("application", application.status if application else unknown)
     console.print(table, highlight=False)
     if application:
-        console.print(_deployments(application.deployments), highlight=False)
+        console.print(_deployments(application.deployments, conditions), highlight=False)
         for deployment in application.deployments:
             if not deployment.healthy and deployment.message:
                 text = f"\n{deployment.name}: {reason(deployment.message)}"
                 console.print(text, style="red", markup=False, highlight=False)
 
 
-def _deployments(deployments: tuple[DeploymentStatus, ...]) -> Table:
+def _deployments(deployments: tuple[DeploymentStatus, ...], conditions: Conditions) -> Table:
     titles = ("deployment", "status", "replica", "state", "pid", "node", "uptime")
     columns = (Column(title, no_wrap=True) for title in titles)
     table = Table(*columns, box=None, pad_edge=False, collapse_padding=True)
@@ -58,7 +93,8 @@ def _deployments(deployments: tuple[DeploymentStatus, ...]) -> Table:
         for replica in deployment.replicas:
             uptime = _duration(time.time() - replica.started_at) if replica.started_at else ""
             pid, node = str(replica.pid or ""), replica.node_ip or ""
-            table.add_row(*first, replica.id, replica.state, pid, node, uptime)
+            state = ", ".join(filter(None, (replica.state, conditions.get(replica.id))))
+            table.add_row(*first, replica.id, state, pid, node, uptime)
             first = ("", "")
         if not deployment.replicas:
             table.add_row(*first)

@@ -10,10 +10,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from cluster.cli.defaults import router_url
-from cluster.cli.router_client import RouterClient, connect
+from cluster.cli.router_client import DATA_PATH, RouterClient, connect
+from cluster.cli.status import condition
 from cluster.errors import TandemError
 
-DATA_PATH = "/dashboard/data"
 SPARKLINE_S = 30
 MAX_FAILURES = 8
 MAX_DECISIONS = 5
@@ -117,7 +117,8 @@ def _replicas(data: DashboardData) -> Table:
     for name, pool in data["pools"].items():
         for replica in pool["replicas"]:
             levels = (str(replica[key]) for key in ("ongoing", "running", "waiting"))
-            state = Text(replica["state"], style="" if replica["state"] == "linked" else "yellow")
+            text = ", ".join(filter(None, (replica["state"], condition(replica))))
+            state = Text(text, style="" if text == "linked" else "yellow")
             table.add_row(replica["id"], name, state, *levels, _share(replica["kv_cache"]))
     return table
 

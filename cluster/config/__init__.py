@@ -26,7 +26,12 @@ from cluster.config.pools import (
     SimConfig,
 )
 from cluster.config.resources import ResourcesConfig
-from cluster.config.router import HandoverConfig, RouterConfig
+from cluster.config.router import (
+    CircuitBreakerConfig,
+    HandoverConfig,
+    HedgeConfig,
+    RouterConfig,
+)
 from cluster.config.section import list_allowed
 
 __all__ = [
@@ -35,12 +40,14 @@ __all__ = [
     "PRIORITY_POLICY",
     "TASK_HEADS",
     "AccountingConfig",
+    "CircuitBreakerConfig",
     "ClassifierConfig",
     "ClassifierTask",
     "ClusterConfig",
     "DevicesConfig",
     "GeneratorConfig",
     "HandoverConfig",
+    "HedgeConfig",
     "IdempotencyConfig",
     "LeaksConfig",
     "OperationsConfig",

@@ -36,6 +36,30 @@ class HandoverConfig(Section):
     further answers are not handed over."""
 
 
+class CircuitBreakerConfig(Section):
+    """Circuit breakers, which take out slow and failing replicas. Each router has its own."""
+
+    enabled: bool = True
+    """True if a replica whose recent requests failed or were slow, and its peers' were not, gets no
+    new requests until trials go well."""
+    max_share: float = Field(0.5, ge=0, lt=1)
+    """Maximum share of a pool's replicas (0 to 1) that are taken out, rounded down: one of two or
+    three replicas by default, and never the only one."""
+    slow_factor: float = Field(4.0, ge=1.5, le=100)
+    """Multiple of the time that its peers take, and that it takes itself usually, from which a
+    replica's answer counts as slow."""
+
+
+class HedgeConfig(Section):
+    """Second tries of classification requests that take unusually long."""
+
+    enabled: bool = True
+    """True if a request to a classifier without an answer after the 99th percentile of its pool's
+    latencies is sent to another replica, too. The first answer wins, and the other is cancelled."""
+    max_share: float = Field(0.02, gt=0, le=0.5)
+    """Maximum share of a pool's requests, and of their tokens, (0 to 1) that are sent twice."""
+
+
 class RouterConfig(Section):
     """Routers, which receive all HTTP requests. Limits are per router."""
 
@@ -92,6 +116,10 @@ class RouterConfig(Section):
     replaced finish the requests that they have for as long, and hold their resources meanwhile."""
     handover: HandoverConfig = HandoverConfig()
     """Hand-over of running answers to another replica."""
+    circuit_breaker: CircuitBreakerConfig = CircuitBreakerConfig()
+    """Circuit breakers of replicas."""
+    hedge: HedgeConfig = HedgeConfig()
+    """Second tries of classification requests."""
     log_requests_per_s: float = Field(10.0, ge=0)
     """Maximum number of logged requests per second, and the same number again of failed ones."""
     log_prompts: bool = False

@@ -21,6 +21,7 @@ from cluster.gateway.admission.authenticator import Authenticator
 from cluster.gateway.admission.quotas import TenantQuotas
 from cluster.gateway.admission.response_ids import ResponseIds
 from cluster.gateway.body import UNREAD_BODY, BodyBuffers, read_body
+from cluster.gateway.builtin.drain import Drains, NodeDrains
 from cluster.gateway.builtin.own_paths import PUBLIC_PATHS
 from cluster.gateway.builtin.routes import BuiltinRoute, BuiltinRoutes
 from cluster.gateway.messages import (
@@ -56,8 +57,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray.serve.tandem")
 
-BUILTIN_METHODS = ("GET", "HEAD", "OPTIONS")
-
 
 class Gateway:
     """Answers all requests of one router. Update its ``pools`` when the running replicas change.
@@ -70,6 +69,7 @@ class Gateway:
         tracer: Receives spans; None disables tracing.
         usage: Stores the usage of requests; None disables ``GET /v1/usage``.
         routers: Links to the other routers, for the dashboard; None if there is only one.
+        nodes: Drains of Ray's nodes; None without Ray.
         read_decisions: Returns autoscaling's last decisions, for the dashboard.
         needs_keys: True if every request is rejected while no keys are configured.
         response_key: Key of the ids of stored responses, the same for all routers.
@@ -85,6 +85,7 @@ class Gateway:
         tracer: "Tracer | None" = None,
         usage: UsageAccount | None = None,
         routers: RouterLinks | None = None,
+        nodes: NodeDrains | None = None,
         read_decisions: ReadDecisions | None = None,
         needs_keys: bool = False,
         response_key: bytes | None = None,
@@ -116,6 +117,7 @@ class Gateway:
         self._builtin = BuiltinRoutes(
             self.pools, versions or {}, self.registry, self._dashboard, usage
         )
+        self._builtin.add_drains(Drains(self.pools, routers, nodes or NodeDrains()))
 
     def reconfigure(
         self, config: TandemConfig, key_file: KeyFile | None, *, needs_keys: bool
@@ -222,11 +224,11 @@ class Gateway:
     async def _respond_builtin(self, request: Request, builtin: BuiltinRoute) -> Response:
         try:
             if request.method == "OPTIONS":
-                response = empty_response(204, [(b"allow", ", ".join(BUILTIN_METHODS).encode())])
-            elif request.method in BUILTIN_METHODS:
+                response = empty_response(204, [(b"allow", ", ".join(builtin.methods).encode())])
+            elif request.method in builtin.methods:
                 response = await builtin.handler(request)
             else:
-                raise MethodNotAllowedError.for_path(request.path, request.method, BUILTIN_METHODS)
+                raise MethodNotAllowedError.for_path(request.path, request.method, builtin.methods)
         except RequestError as error:
             self.record_rejection(request.path, error, request.id, request.tenant)
             raise

@@ -130,6 +130,12 @@ REPLAYS = _counter(
     " answer); finished (got the finished one); rejected (422: it was another request).",
     "outcome",
 )
+HEDGES = _counter(
+    "tandem_hedged_requests_total",
+    "Requests sent to a second replica because the first took long. Outcomes: won (the second "
+    "answered first); lost.",
+    "outcome",
+)
 CUT_OFF = _counter(
     "tandem_cut_off_requests_total", "Responses that broke off after they had started."
 )
@@ -187,6 +193,21 @@ REPLICAS = _gauge(
     "Replicas by state at this router: linked, fallback (reached through Serve's handle) or "
     "unlinked (not reachable).",
     "state",
+)
+CIRCUITS = _gauge(
+    "tandem_circuits",
+    "Replicas by the state of their circuit breaker at this router: closed, open (no requests) or "
+    "half_open (trials only).",
+    "state",
+)
+CIRCUIT_OPENINGS = _counter(
+    "tandem_circuit_openings_total",
+    "Replicas taken out by their circuit breaker, failed trials included. Causes: failing; slow.",
+    "cause",
+)
+DRAINING_REPLICAS = _gauge(
+    "tandem_draining_replicas",
+    "Running replicas that finish their requests because they, or their nodes, drain.",
 )
 RUNNING = _gauge("tandem_running_requests", "Requests in the engines' batches.")
 WAITING = _gauge("tandem_waiting_requests", "Requests waiting in the engines.")

@@ -128,6 +128,10 @@ class Fleet:
         """Return a replica's requests in flight, other routers' included."""
         return int(self.table.in_flight[self._replicas[replica_id].row])
 
+    def has_room(self, replica_id: str) -> bool:
+        """Return True if a replica may have another request in flight."""
+        return self.in_flight(replica_id) < self._replicas[replica_id].capacity
+
     # -- events --
 
     def advance(self, now_s: float) -> None:
@@ -208,6 +212,29 @@ class Fleet:
 
     def forget_load(self, replica_id: str) -> None:
         self.update_load(replica_id, _UNKNOWN_LOAD)
+
+    def forget_speed(self, replica_id: str) -> None:
+        """Assume the pool's usual speed for a replica again."""
+        replica = self._replicas[replica_id]
+        self.speeds.reset_row(replica.row)
+        self._update_row(replica)
+
+    # -- comparison with the other replicas; NaN if their speed is unknown --
+
+    def expected_first_s(self, placement: Placement) -> float:
+        """Return the time in seconds to the first token of a new request if peers had its queue."""
+        replica = placement.replica
+        queued_tokens = replica.queued_tokens + replica.others_waiting * self._mean_work_tokens
+        return self.speeds.peers_s(replica.row, queued_tokens, 0.0)
+
+    def times_s(self, placement: Placement, usage: Usage) -> tuple[float, float]:
+        """Return the time that a request took until now, and the time that it takes peers."""
+        replica, begun_s = placement.replica, placement.begun_s
+        if placement.prefilled_s is None:  # it waited for the requests before it
+            begun_s = max(begun_s, replica.last_first_token_s)
+        work_tokens = prefill_work_tokens(usage.prompt_tokens, usage.cached_tokens)
+        peers_s = self.speeds.peers_s(replica.row, work_tokens, usage.completion_tokens)
+        return self.now_s - begun_s, peers_s
 
     # -- decisions: one number for each row --
 

@@ -25,6 +25,8 @@ DECAY = 0.95
 """Share of a sum that is kept at each observation: about the last 20 count."""
 HALF_LIFE_S = 60.0
 """Time after which observations count half, so that a replica that was slow is tried again."""
+MIN_OBSERVED = 5.0
+"""Decayed number of observations from which a replica's rate is compared with that of others."""
 MIN_RATE = 1e-3
 """Lower bound of a rate, because queued work is divided by it."""
 
@@ -44,17 +46,23 @@ class LearnedRates:
         self._pooled = pooled
         self._numerators = np.zeros(0)
         self._denominators = np.zeros(0)
+        self._num_observed = np.zeros(0)
         self.values: FloatArray = np.zeros(0)
         """Rate of each row; read-only."""
+        self.of_peers: FloatArray = np.zeros(0)
+        """Median of the other rows' observed rates at the last refresh, per row; NaN if no other
+        row has one; read-only."""
 
     def grow(self, size: int) -> None:
         new = np.zeros(size - len(self.values))
         self._numerators = np.concatenate((self._numerators, new))
         self._denominators = np.concatenate((self._denominators, new))
+        self._num_observed = np.concatenate((self._num_observed, new))
         self.values = np.concatenate((self.values, new + self.prior))
+        self.of_peers = np.concatenate((self.of_peers, new + np.nan))
 
     def reset_row(self, row: int) -> None:
-        self._numerators[row] = self._denominators[row] = 0.0
+        self._numerators[row] = self._denominators[row] = self._num_observed[row] = 0.0
         self.values[row] = self.prior
 
     def observe(self, row: int, numerator: float, denominator: float) -> None:
@@ -63,6 +71,7 @@ class LearnedRates:
             return
         self._numerators[row] = numerator = self._numerators[row] * DECAY + numerator
         self._denominators[row] = denominator = self._denominators[row] * DECAY + denominator
+        self._num_observed[row] = self._num_observed[row] * DECAY + 1.0
         rate = (numerator + self._weight * self.prior) / (denominator + self._weight)
         self.values[row] = max(MIN_RATE, rate)
 
@@ -71,12 +80,24 @@ class LearnedRates:
         keep = 0.5 ** (elapsed_s / HALF_LIFE_S)
         self._numerators *= keep
         self._denominators *= keep
+        self._num_observed *= keep
         known = self._denominators > 0.25 * self._weight
         if self._pooled and known.any():
             median = float(np.median(self._numerators[known] / self._denominators[known]))
             self.prior = max(MIN_RATE, median)
+        if self._pooled:
+            self._compare()
         rates = (self._numerators + self._weight * self.prior) / (self._denominators + self._weight)
         np.maximum(rates, MIN_RATE, out=self.values)
+
+    def _compare(self) -> None:
+        """Update ``of_peers``; unlike the prior, it may rest on a few milliseconds."""
+        known = (self._num_observed >= MIN_OBSERVED) & (self._denominators > 0.0)
+        self.of_peers[:] = np.nan
+        if known.any():
+            observed = self._numerators[known] / self._denominators[known]
+            self.of_peers[~known] = np.median(observed)
+            self.of_peers[known] = medians_of_others(observed)
 
 
 class ReplicaSpeeds:
@@ -103,6 +124,14 @@ class ReplicaSpeeds:
         for rates in self._all:
             rates.refresh(elapsed_s)
 
+    def peers_s(self, row: int, work_tokens: float, completion_tokens: float) -> float:
+        """Return the time in seconds that the other replicas would take; NaN if unknown."""
+        # In this order, `max` returns a NaN.
+        prefill_s = work_tokens / max(float(self.prefill.of_peers[row]), MIN_RATE)
+        if completion_tokens <= 0:
+            return prefill_s
+        return prefill_s + completion_tokens / max(float(self.stream.of_peers[row]), MIN_RATE)
+
     def learn(self, placement: Placement, usage: Usage, now_s: float) -> None:
         row, completion_tokens = placement.replica.row, usage.completion_tokens
         if placement.cached_tokens > 0.0:
@@ -120,6 +149,21 @@ class ReplicaSpeeds:
         self.prefill.observe(row, work_tokens, whole_s - decode_s)
         if completion_tokens > 0:
             self.stream.observe(row, completion_tokens, decode_s)
+
+
+def medians_of_others(values: FloatArray) -> FloatArray:
+    """Return, for each value, the median of all others; NaN if there is no other."""
+    num = len(values)
+    if num < 2:
+        return np.full(num, np.nan)
+    ordered = np.sort(values)
+    positions = np.searchsorted(ordered, values)
+    # Without one value, those above it move down by one position.
+    low, high = (num - 2) // 2, (num - 1) // 2
+    below = ordered[low + (positions <= low)]
+    above = ordered[high + (positions <= high)]
+    medians: FloatArray = (below + above) / 2
+    return medians
 
 
 def prefill_work_tokens(prompt_tokens: float, cached_tokens: float) -> float:

@@ -92,3 +92,5 @@ class Placement:
     """Time of the first token; the expected time if the first token cannot be observed."""
     is_first_token_seen: bool = False
     is_over: bool = False
+    is_judged: bool = False
+    """True once the replica's circuit breaker has counted the request."""

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from cluster.admission.fair_queue import FairQueue, QueueEntry
-from cluster.routing import Fleet, PrefixIndex, Reach, RequestView, TokenEstimator
+from cluster.routing import Fleet, FleetGuard, PrefixIndex, RequestView, TokenEstimator
 from cluster.simulation.replica import SimulatedReplica
 from cluster.simulation.requests import Outcome, SimulatedRequest, TraceRequest
 from cluster.usage import Usage
@@ -23,6 +23,7 @@ class SimulatedRouter:
     def __init__(self, number: int, simulation: "Simulation") -> None:
         settings = simulation.settings
         self.fleet, self.index = Fleet(), PrefixIndex()
+        self.guard = FleetGuard(self.fleet, settings.breaker)
         self.queue: FairQueue[SimulatedRequest] = FairQueue(settings.queue)
         seed = settings.seed + number
         self.policy = settings.policy(self.index, simulation.cached_tokens, seed)
@@ -31,12 +32,12 @@ class SimulatedRouter:
         self._block_ends: tuple[float, ...] = ()  # in tokens, grown on demand
 
     def add_replica(self, replica: SimulatedReplica) -> None:
-        self.fleet.add(replica.id, self._settings.max_in_flight, Reach.USUAL)
+        self.guard.add(replica.id, self._settings.max_in_flight)
         self._dispatch()
 
     def remove_replica(self, replica: SimulatedReplica) -> None:
         if replica.id in self.fleet:
-            self.fleet.remove(replica.id)
+            self.guard.remove(replica.id)
             self.index.clear(replica.id)
 
     def update_cache(self, replica_id: str, stored: list[int], evicted: list[int]) -> None:
@@ -66,23 +67,24 @@ class SimulatedRouter:
 
     def first_token(self, request: SimulatedRequest) -> None:
         if request.placement is not None:
-            self.fleet.advance(self._events.now_s)
-            self.fleet.record_first_token(request.placement)
+            self.guard.advance(self._events.now_s)
+            self.guard.record_first_token(request.placement)
 
     def request_done(self, request: SimulatedRequest) -> None:
         spec, placement = request.spec, request.placement
         usage = Usage(spec.prompt_tokens, request.cached_tokens, spec.completion_tokens)
         self._estimator.learn_usage(spec.prompt_tokens * BYTES_PER_TOKEN, usage)
         if placement is not None:
-            self.fleet.advance(self._events.now_s)
-            self.fleet.end(placement, usage)
+            self.guard.advance(self._events.now_s)
+            self.guard.record_answer(placement, usage)
+            self.guard.end(placement, usage)
         self._simulation.finish_request(request, Outcome.DONE)
         self._dispatch()
 
     def request_lost(self, request: SimulatedRequest) -> None:
         """Handle the loss of a request's replica: retry if no token has been sent."""
         if request.placement is not None:
-            self.fleet.end(request.placement)
+            self.guard.end(request.placement, None)
         if request.first_token_s is not None or request.attempts >= MAX_ATTEMPTS:
             self._simulation.finish_request(request, Outcome.FAILED)
         else:
@@ -107,18 +109,20 @@ class SimulatedRouter:
         """Place a request on a replica; return False if every replica is full."""
         view, now_s = request.view, self._events.now_s
         assert view is not None
-        self.fleet.advance(now_s)
+        self.guard.advance(now_s)
         self.index.advance(now_s)
-        chosen = self.policy.choose(view, self.fleet)
+        chosen = self.guard.take_trial() or self.policy.choose(view, self.fleet)
+        chosen = chosen or self.guard.last_resort()
         if chosen is None:
             return False
         num_cached = self.index.count(chosen, view.prefix)
         self.index.expect(chosen, view.prefix)
         cached_tokens = view.prefix_tokens[num_cached - 1] if num_cached else 0.0
         request.placement = self.fleet.place(chosen, view, cached_tokens)
+        self.guard.place(request.placement)
         request.attempts += 1
         if not self._simulation.by_id[chosen].add_request(request):
-            self.fleet.end(request.placement)
+            self.guard.end(request.placement, None)
             self._simulation.finish_request(request, Outcome.FAILED)
         return True
 

@@ -7,7 +7,7 @@ from typing import Literal
 from cluster.admission.fair_queue import QueueLimits
 from cluster.autoscaling import Decision, PoolSignals
 from cluster.config import SimConfig
-from cluster.routing import Policy, PrefixIndex, RequestView
+from cluster.routing import BreakerLimits, Policy, PrefixIndex, RequestView
 
 CachedTokens = Callable[[str, RequestView], float]
 """Prompt tokens that a replica really has cached or is computing, which no router knows."""
@@ -82,6 +82,8 @@ class Settings:
     queue_timeout_s: float = 60.0
     start_timeout_s: float | None = None
     """Queue timeout while no replica is ready, for a pool that can scale to zero."""
+    breaker: BreakerLimits | None = None
+    """Circuit breakers of the routers; None: circuits stay closed."""
     routers: int = 1
     hop_s: float = 0.001
     """Time that router and link add to the time to first token."""

@@ -47,6 +47,26 @@ def router() -> Dashboard:
             Query(rate_of("tandem_cut_off_requests_total"), "{{model}} cut off"),
         ),
         graph(
+            "Replicas without their share of requests",
+            "short",
+            Query(
+                'max by (model, state) (tandem_circuits{model=~"$model", state!="closed"})',
+                "{{model}} circuit {{state}}",
+            ),
+            Query(
+                'max by (model) (tandem_draining_replicas{model=~"$model"})', "{{model}} draining"
+            ),
+        ),
+        graph(
+            "Circuits opened, and hedged requests, per second",
+            "short",
+            Query(rate_of("tandem_circuit_openings_total", "model, cause"), "{{model}} {{cause}}"),
+            Query(
+                rate_of("tandem_hedged_requests_total", "model, outcome"),
+                "{{model}} hedge {{outcome}}",
+            ),
+        ),
+        graph(
             "Tokens in flight, queued, and capacity",
             "short",
             Query(sum_of("tandem_in_flight_tokens"), "{{model}} in flight"),

@@ -92,6 +92,7 @@ def replace_ray(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
         monkeypatch.setattr(module, "RayExporter", Background)
     monkeypatch.setattr(replica, "relay_to_serve", lambda name, warnings_only: None)
     monkeypatch.setattr(router, "Discovery", Background)
+    monkeypatch.setattr(router, "RayNodes", Background)
     monkeypatch.setattr(router, "ProxySetup", Background)
 
     async def get_http_host(timeout_s: float) -> str:

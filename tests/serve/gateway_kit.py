@@ -12,6 +12,7 @@ from cluster.asgi import ASGIApp, Message, Receive, Scope, Send, usage_of
 from cluster.config import TandemConfig, parse
 from cluster.errors import LinkClosedError
 from cluster.gateway import Gateway, GatewayApp, Opener, ReplicaInfo, Wiring
+from cluster.gateway.builtin.drain import NodeDrains
 from cluster.gateway.reporting.dashboard import ReadDecisions
 from cluster.key_file import KeyFile
 from cluster.link import AnswerStore, LinkServer, ResponseHead
@@ -104,6 +105,7 @@ class World:
         routes: tuple[str, ...] = ROUTES,
         ready: int | None = None,
         resume_key: str = "",
+        node_id: str = "",
     ) -> LinkServer:
         """Add a replica with any application; with a key, it keeps journals."""
         answers = AnswerStore(self._idempotency) if self._idempotency.keep_s else None
@@ -116,6 +118,7 @@ class World:
             adapters=adapters,
             resume_key=resume_key,
             keeps_answers=answers is not None,
+            node_id=node_id,
         )
         self.update(pool)
         expected = len(self.running[pool]) if ready is None else ready
@@ -182,6 +185,7 @@ async def gateway_world(
     routing: str = "prefix",
     generator: dict[str, Any] | None = None,
     idempotency: dict[str, Any] | None = None,
+    nodes: NodeDrains | None = None,
     **router: Any,
 ) -> AsyncIterator[World]:
     pool: dict[str, Any] = {
@@ -208,6 +212,7 @@ async def gateway_world(
         versions={"tandem": "0"},
         key_file=key_file,
         read_decisions=read_decisions,
+        nodes=nodes,
     )
     world = World(gateway, config)
     try:

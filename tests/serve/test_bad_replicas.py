@@ -112,8 +112,11 @@ class Fleet:
         assert pool.queue.queued_tokens == pool.queue.capacity.in_flight_tokens == 0
         return statuses
 
-    async def ask(self, number: int) -> int:
-        call = asgi.start(self._app, "POST", PATH, body(number))
+    async def ask(self, number: int, *, stream: bool = False) -> int:
+        content = body(number)
+        if stream:
+            content = b'{"stream": true, ' + content[1:]
+        call = asgi.start(self._app, "POST", PATH, content)
         return (await call.done(timeout_s=1e6)).status
 
     async def close(self) -> None:
@@ -182,6 +185,39 @@ def test_slow_replica(policy: RoutingPolicy) -> None:
             await fleet.add("slow", slowness=10.0)
             assert await fleet.flood(600, rate=40) == {200: 600}
             assert fleet.given["slow"] < 600 / 4 / 2
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("policy", ["round-robin", "least-load"])
+def test_a_slow_replica_is_taken_out(policy: RoutingPolicy) -> None:
+    async def scenario() -> None:
+        async with a_fleet(policy, 3) as fleet:
+            await fleet.add("slow", slowness=20.0)
+            assert await fleet.flood(600, rate=40) == {200: 600}
+            replicas = fleet.gateway.pools["m"].replicas
+            assert replicas.guard.circuit("slow").is_out
+            assert not any(replicas.guard.circuit(f"r{number}").is_out for number in range(3))
+            before = fleet.given["slow"]
+            assert await fleet.flood(400, rate=40) == {200: 400}
+            assert fleet.given["slow"] - before <= 3  # trials, in ten seconds
+
+    run(scenario)
+
+
+def test_a_hung_replica_is_taken_out() -> None:
+    async def scenario() -> None:
+        async with a_fleet("round-robin", 3) as fleet:
+            await fleet.add("hung", slowness=1e4)
+            calls = []
+            for number in range(200):
+                calls.append(asyncio.ensure_future(fleet.ask(number, stream=True)))
+                await asyncio.sleep(0.1)
+            assert fleet.gateway.pools["m"].replicas.guard.circuit("hung").is_out
+            assert fleet.given["hung"] < 40
+            for call in calls:
+                call.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
 
     run(scenario)
 

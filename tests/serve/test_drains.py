@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from cluster.errors import EngineDeadError, ReplicaRetiredError, UnavailableError
+from cluster.gateway.builtin.drain import REPLICA_DRAIN_PATH
 from cluster.leaks import Growth
-from cluster.link import LinkState
+from cluster.link import LinkState, RequestHead
 from deployments import watching
 from tests import asgi
 from tests.serve.deployment_kit import (
@@ -80,6 +81,19 @@ async def test_a_retired_replica_is_replaced_after_max_answer_s_in_any_case() ->
         assert link.state is LinkState.DRAINING
         assert await stream.read()  # only Serve ends it
         stream.cancel()
+
+
+async def test_a_replica_drains_at_the_request_of_a_router() -> None:
+    async with running_generator(make_config()) as (replica, link):
+        stream = open_completion(link, SHORT_TOKENS)
+        await stream.read()
+        asked = link.open(RequestHead(method="POST", path=REPLICA_DRAIN_PATH))
+        assert (await asked.head()).status == 202
+        await replica.check_health()
+        await until(lambda: link.state is LinkState.DRAINING)
+        assert (await read_all(stream)).endswith(b"data: [DONE]\n\n")
+        with pytest.raises(ReplicaRetiredError, match="drained by an operator"):
+            await asgi.check_health_repeatedly(replica)
 
 
 async def test_a_router_finishes_answers_of_up_to_max_answer_s() -> None:

@@ -14,7 +14,9 @@ ROUTER = """api_keys_sha256 operator_keys_sha256 keys_file open max_body_bytes m
     max_buffered_bytes max_connections_per_address header_timeout_s min_upload_bytes_per_s
     client_timeout_s max_queued max_queued_tokens max_sequences_per_request queue_timeout_s
     start_timeout_s max_answer_s handover.enabled handover.max_per_request
-    handover.max_answer_bytes handover.max_kept_bytes log_requests_per_s log_prompts"""
+    handover.max_answer_bytes handover.max_kept_bytes log_requests_per_s log_prompts
+    circuit_breaker.enabled circuit_breaker.max_share circuit_breaker.slow_factor hedge.enabled
+    hedge.max_share"""
 REPLICAS = """replicas.min replicas.max replicas.target_in_flight replicas.upscale_delay_s
     replicas.downscale_delay_s replicas.max_surge_percent"""
 RESOURCES = "resources.cpus resources.gpus resources.custom"

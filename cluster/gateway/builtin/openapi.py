@@ -150,7 +150,7 @@ def _own_item(path: str, own: OwnPath) -> dict[str, Any]:
     statuses = {*_COMMON_STATUSES, *own.statuses, *(() if own.is_public else (401,))}
     request_id = {"$ref": "#/components/parameters/x-request-id"}
     operation: dict[str, Any] = {
-        "operationId": _operation_id("get", path),
+        "operationId": _operation_id(own.method, path),
         "summary": own.summary,
         "tags": ["OpenAI" if path.startswith("/v1/models") else "Router"],
         "parameters": [*own.parameters, request_id],
@@ -158,7 +158,7 @@ def _own_item(path: str, own: OwnPath) -> dict[str, Any]:
     }
     if own.is_public:
         operation["security"] = []
-    return {"get": operation}
+    return {own.method: operation}
 
 
 def _content(own: OwnPath) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
+from cluster.gateway.builtin.drain import DRAIN_PATH
 from cluster.gateway.reporting.dashboard import DATA_PATH, REPORT_PATH
 
 MODEL_PATH = "/v1/models/{model}"
@@ -130,8 +131,28 @@ class UsageReport(TypedDict):
     total: UsageTotal
 
 
+class DrainingReplica(TypedDict):
+    """A replica on a node that drains."""
+
+    id: str
+    model: str
+
+
+class Drain(TypedDict):
+    """A replica or node that drains."""
+
+    kind: Literal["replica", "node"]
+    id: str
+    model: NotRequired[str]
+    in_flight: NotRequired[int]
+    """Requests that the answering router has at the replica."""
+    ip: NotRequired[str]
+    replicas: NotRequired[list[DrainingReplica]]
+    """Replicas on the node."""
+
+
 class OwnPath(NamedTuple):
-    """Description of one of the router's paths; all are read with GET."""
+    """Description of one of the router's paths."""
 
     summary: str
     reply: Any = dict[str, Any]
@@ -145,6 +166,7 @@ class OwnPath(NamedTuple):
     is_public: bool = False
     has_503: bool = False
     """True if the answer may have the status 503."""
+    method: Literal["get", "post"] = "get"
 
 
 def _query(name: str, description: str, **schema: Any) -> dict[str, Any]:
@@ -187,6 +209,17 @@ OWN_PATHS: Mapping[str, OwnPath] = {
         ),
     ),
     "/openapi.json": OwnPath("Return this document."),
+    DRAIN_PATH: OwnPath(
+        "Drain a replica, which Serve then replaces, or a node; needs an operator key.",
+        Drain,
+        statuses=(400, 403, 404, 503),
+        parameters=(
+            _query(
+                "target", "Id of a replica or node, a unique prefix of it, or a node's address."
+            ),
+        ),
+        method="post",
+    ),
     "/metrics": OwnPath(
         "Return the router's metrics in Prometheus' text format.", str, "text/plain"
     ),

@@ -16,6 +16,7 @@ import msgspec
 
 from cluster.admission import MAX_PRIORITY
 from cluster.errors import NotFoundError, TandemError
+from cluster.gateway.builtin.drain import DRAIN_PATH, Drains
 from cluster.gateway.builtin.openapi import make_document
 from cluster.gateway.builtin.own_paths import MODEL_PATH
 from cluster.gateway.builtin.pages import Page
@@ -40,6 +41,9 @@ CACHE_S = 2.0
 _DOCUMENT_PATH = "/openapi.json"
 _MODEL_PREFIX = MODEL_PATH.removesuffix("{model}")
 
+READ_METHODS = ("GET", "HEAD", "OPTIONS")
+WRITE_METHODS = ("POST", "OPTIONS")
+
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -53,6 +57,7 @@ class BuiltinRoute(NamedTuple):
     route: str
     """Template of the path."""
     handler: Handler
+    methods: tuple[str, ...] = READ_METHODS
 
 
 class _CachedAnswer(NamedTuple):
@@ -98,6 +103,9 @@ class BuiltinRoutes:
         if usage is not None:
             self._handlers["/v1/usage"] = usage.handle
 
+    def add_drains(self, drains: Drains) -> None:
+        self._handlers[DRAIN_PATH] = drains.handle
+
     async def close(self) -> None:
         """Cancel the queries at replicas."""
         queries = list(self._queries.values())
@@ -110,7 +118,8 @@ class BuiltinRoutes:
         if path.startswith(_MODEL_PREFIX):
             return BuiltinRoute(MODEL_PATH, self._get_model)
         handler = self._handlers.get(path)
-        return None if handler is None else BuiltinRoute(path, handler)
+        methods = WRITE_METHODS if path == DRAIN_PATH else READ_METHODS
+        return None if handler is None else BuiltinRoute(path, handler, methods)
 
     async def _health(self, _request: Request) -> Response:
         return json_response({"status": "ok"})

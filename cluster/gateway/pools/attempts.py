@@ -171,7 +171,9 @@ class Attempts:
             return None
         if not isinstance(answer, ClientStream) or answer.ended:
             return None
-        return self._claim(kept) if self._may_continue(kept, _DRAINS) else None
+        if not self._may_continue(kept, _DRAINS):
+            return None
+        return replace(self._claim(kept), is_move=True)
 
     def move_to(self, slot: Slot) -> bool:
         """Let the replica of this slot go on; return False if the answer cannot move any more."""

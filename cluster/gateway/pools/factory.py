@@ -20,6 +20,7 @@ from cluster.gateway.pools.replica import Wiring
 from cluster.gateway.pools.replica_set import PoolLimits
 from cluster.gateway.recording.observer import PoolMeter, RequestSinks
 from cluster.metrics import table
+from cluster.routing import BreakerLimits
 
 _KINDS: Mapping[type, PoolKind] = {GeneratorConfig: "generator", ClassifierConfig: "classifier"}
 
@@ -53,6 +54,7 @@ def _pool_limits(
     pool: GeneratorConfig | ClassifierConfig,
     handover: HandoverLimits,
 ) -> PoolLimits:
+    breaker = router.circuit_breaker
     return PoolLimits(
         max_in_flight=pool.max_in_flight,
         queue=QueueLimits(router.max_queued_tokens, router.max_queued),
@@ -67,6 +69,14 @@ def _pool_limits(
         ),
         context_tokens=pool.max_model_len if isinstance(pool, GeneratorConfig) else None,
         handover=handover,
+        breaker=(
+            BreakerLimits(breaker.max_share, breaker.slow_factor) if breaker.enabled else None
+        ),
+        hedge_share=(
+            router.hedge.max_share
+            if router.hedge.enabled and isinstance(pool, ClassifierConfig)
+            else 0.0
+        ),
         start_timeout_s=None if pool.replicas.min else router.start_timeout_s,
     )
 

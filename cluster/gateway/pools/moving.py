@@ -5,7 +5,7 @@ import logging
 
 from cluster.errors import RequestError
 from cluster.gateway.pools.queue import AdmissionQueue
-from cluster.gateway.pools.replica import Replica
+from cluster.gateway.pools.replica import Movable, Replica
 
 logger = logging.getLogger("ray.serve.tandem")
 
@@ -20,7 +20,11 @@ async def move_answers(replica: Replica, queue: AdmissionQueue) -> None:
     """
     reason = "drains" if replica.is_draining else "is silent"
     logger.info("replica %s %s: %d answers move", replica.info.id, reason, len(replica.movable))
-    for answer in tuple(replica.movable):
+    tried: set[Movable] = set()
+    # On a draining node, answers may begin here while there is no other replica.
+    while rest := replica.movable - tried:
+        answer = rest.pop()
+        tried.add(answer)
         while (claim := answer.move_claim()) is not None:
             try:
                 slot = await queue.take_slot(claim)

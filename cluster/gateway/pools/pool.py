@@ -13,6 +13,7 @@ from typing import Any, Literal
 from cluster.admission import PoolCapacity
 from cluster.engines.classifier.paths import PATHS as CLASSIFIER_PATHS
 from cluster.engines.vllm.routes import ROUTES as VLLM_ROUTES
+from cluster.gateway.pools.hedger import Hedger
 from cluster.gateway.pools.moving import move_answers
 from cluster.gateway.pools.queue import AdmissionQueue
 from cluster.gateway.pools.replica import Replica, ReplicaInfo, Wiring
@@ -52,6 +53,7 @@ class Pool:
         self._known_routes = self.routes  # the last that were not empty
         self.estimator = TokenEstimator(generates=kind == "generator")
         self.retries = RetryBudget(limits.max_in_flight)
+        self.hedger = Hedger(limits.hedge_share)
         self.replicas = ReplicaSet(name, limits, wiring, meter)
         capacity = PoolCapacity(WAITING_RATIO[kind])
         self.queue = AdmissionQueue(name, limits.queue, capacity, self.replicas, meter)
@@ -71,6 +73,7 @@ class Pool:
         """Apply changed settings; requests that are queued or in flight stay."""
         self.limits = limits
         self.retries.set_min_retries(limits.max_in_flight)
+        self.hedger.max_share = limits.hedge_share
         self.queue.set_limits(limits.queue)
         self.replicas.set_limits(limits)
         self.queue.dispatch()

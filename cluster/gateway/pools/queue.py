@@ -111,6 +111,13 @@ class AdmissionQueue:
                 return slot
         return await self._wait(claim)
 
+    def take_free_slot(self, claim: Claim) -> Slot | None:
+        """Return a slot if no request waits and a replica has room, or None."""
+        try:
+            return None if self._closed or self._queue else self._try_slot(claim)
+        except UnavailableError:
+            return None
+
     def release_slot(
         self,
         slot: Slot,

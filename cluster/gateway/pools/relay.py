@@ -22,6 +22,7 @@ from cluster.errors import (
 from cluster.gateway.messages import Request, Response
 from cluster.gateway.pools.attempts import MAX_LOST
 from cluster.gateway.pools.forwarding import request_head
+from cluster.gateway.pools.hedging import HedgedRequest
 from cluster.gateway.pools.pool import Pool
 from cluster.gateway.pools.relayed_body import TIMED_OUT, RelayedBody
 from cluster.gateway.pools.response_usage import add_usage, usage_requested
@@ -84,10 +85,12 @@ async def _send_with_failover(
         if failure is not None:
             pool.meter.failed_over(failure)
         observer.slot_taken(slot.replica.info.id)
-        body = RelayedBody(pool, slot, request, observer)
+        observer.is_trial |= pool.replicas.is_trial(slot)
         try:
             async with asyncio.timeout_at(claim.deadline_s if claim.has_deadline else None):
-                return await body.open(head, request.body)
+                if failure is None and _may_hedge(request, pool):
+                    return await HedgedRequest(pool, request, observer, head).open(slot)
+                return await RelayedBody(pool, slot, request, observer).open(head, request.body)
         except TimeoutError:
             raise RequestTimeoutError(TIMED_OUT) from None
         except LinkRefusedError as error:
@@ -123,6 +126,16 @@ async def _take_slot(request: Request, pool: Pool, claim: Claim) -> Slot:
         if pool.replicas.find_answer(key.id) in (None, claim.joins):
             return slot
         pool.queue.release_slot(slot)
+
+
+def _may_hedge(request: Request, pool: Pool) -> bool:
+    """Return True if two replicas may work on a request; an idempotency key belongs to one."""
+    return (
+        pool.hedger.is_enabled
+        and len(pool.replicas) > 1
+        and request.method == "POST"
+        and request.answer_key is None
+    )
 
 
 def _identify(body: bytes) -> tuple[int, str]:

@@ -2,9 +2,17 @@
 
 import asyncio
 import logging
+import zlib
 from time import perf_counter
 
-from cluster.errors import LinkError, RequestError, RequestTimeoutError, UnavailableError
+from cluster.errors import (
+    LinkError,
+    LinkRefusedError,
+    RequestError,
+    RequestTimeoutError,
+    UnavailableError,
+    UnsupportedError,
+)
 from cluster.gateway.error_formats import error_events, first_event_error
 from cluster.gateway.messages import Request, Response
 from cluster.gateway.pools.attempts import Attempts
@@ -19,11 +27,38 @@ from cluster.usage import Usage
 logger = logging.getLogger("ray.serve.tandem")
 
 _MAX_BEGIN_BYTES = 64 * 1024
+_HASHED_BYTES = 64 * 1024
 
 TIMED_OUT = (
     "The answer was not complete within `x-request-timeout-seconds`. Allow more time, or request "
     "fewer tokens."
 )
+
+
+class LostRaceError(LinkRefusedError):
+    """Another replica answered first."""
+
+
+class Race:
+    """Tries of one request at several replicas; the first with an answer wins."""
+
+    def __init__(self) -> None:
+        self.runners: list[RelayedBody] = []
+        """The tries, in the order of their starts."""
+        self.winner: RelayedBody | None = None
+
+    def win(self, runner: "RelayedBody") -> bool:
+        """Return True if this try may answer; the others are then cancelled."""
+        if self.winner is None:
+            self.winner = runner
+            for other in self.runners:
+                if other is not runner:
+                    other.lose()
+        return self.winner is runner
+
+    def records(self, runner: "RelayedBody") -> bool:
+        """Return True if this try records the end of the request."""
+        return runner is (self.winner or self.runners[0])
 
 
 class RelayedBody:
@@ -33,7 +68,15 @@ class RelayedBody:
     client reads. If the client disconnects, that is when the replica has reported the usage.
     """
 
-    def __init__(self, pool: Pool, slot: Slot, request: Request, observer: RequestObserver) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        slot: Slot,
+        request: Request,
+        observer: RequestObserver,
+        race: Race | None = None,
+    ) -> None:
+        self._race = race
         self._pool = pool
         self._request = request
         self._observer = observer
@@ -68,22 +111,32 @@ class RelayedBody:
                 )
                 if response.status >= 400 and not self._is_event_stream:
                     headers, self._first = await read_error(self._request.path, response, answer)
+                    self._check_status(response.status, body)
                 else:
                     self._first = await answer.read()
             self._observer.replay = replay_of(response)
             if self._is_event_stream and (error := first_event_error(self._first)) is not None:
                 raise error
+            if self._race is not None and not self._race.win(self):
+                raise LostRaceError
             if self._is_event_stream and len(self._first) <= _MAX_BEGIN_BYTES:
                 self._begin = self._first
         except asyncio.CancelledError:
-            self._observer.ends_later = True
-            await self.aclose()
+            if self._race is None or self._race.records(self):
+                self._observer.ends_later = True
+                await self.aclose()
+            else:
+                self.drop()
             raise
-        except BaseException:
-            self._attempts.forget()
-            self._release_slot(0.0)
-            if self._attempts.answer is not None:
-                self._attempts.answer.cancel()
+        except RequestError as error:
+            is_trial = self._pool.replicas.is_trial(self._attempts.slot)
+            self._record_failure(error.status, body)
+            self.drop(0.0)
+            if is_trial and error.status >= 500:
+                raise UnavailableError(f"A trial failed: {error}") from error
+            raise
+        except BaseException as error:
+            self.drop(None if isinstance(error, LostRaceError) else 0.0)
             raise
         self._observer.status = response.status
         if self._is_event_stream and self._first:
@@ -94,6 +147,11 @@ class RelayedBody:
                 answer.arrivals_s = None
             self._attempts.watch(answer)
         return Response(response.status, headers, self)
+
+    @property
+    def replica_id(self) -> str:
+        """Id of the replica that answers now."""
+        return self._attempts.slot.replica.info.id
 
     @property
     def usage(self) -> Usage | None:
@@ -121,6 +179,37 @@ class RelayedBody:
         """Cancel the rest of the response, if any."""
         if not self._is_read:
             self._abandon(CLIENT_DISCONNECTED)
+
+    def lose(self) -> None:
+        """Stop this try: another one has won the race."""
+        answer = self._attempts.answer
+        if isinstance(answer, ClientStream):
+            answer.abandon(LostRaceError())
+
+    def drop(self, done_tokens: float | None = None) -> None:
+        """Release what this try holds; another one answers the request, or the caller fails it."""
+        self._attempts.forget()
+        self._release_slot(done_tokens)
+        if self._attempts.answer is not None:
+            self._attempts.answer.cancel()
+
+    def _check_status(self, status: int, body: bytes) -> None:
+        """Raise if another try should answer instead of this one with an error.
+
+        Raises:
+            UnavailableError: This is a trial, and the replica failed.
+            LinkRefusedError: This is not the first try of a race.
+        """
+        if status >= 500 and self._pool.replicas.is_trial(self._attempts.slot):
+            raise UnavailableError(f"A trial failed with status {status}.")
+        self._record_failure(status, body)
+        if self._race is not None and self._race.runners[0] is not self:
+            raise LostRaceError
+
+    def _record_failure(self, status: int, body: bytes) -> None:
+        if status >= 500 and status != UnsupportedError.status:
+            content = zlib.crc32(memoryview(body)[:_HASHED_BYTES]) << 32 | len(body)
+            self._pool.replicas.record_failure(self._attempts.slot, content)
 
     async def _read(self) -> bytes:
         answer, kept = self._attempts.answer, self._attempts.kept
@@ -212,6 +301,8 @@ class RelayedBody:
         elif observer.status not in ABANDONED:
             if slot.replica.is_draining:
                 self._pool.meter.failed_over("drained")
+            if observer.status < 500:
+                self._pool.replicas.record_answer(slot, usage)
             claim = slot.claim
             # Requests that share an answer divide its usage.
             if usage is not None and usage.total_tokens and claim.joins is None:

@@ -39,6 +39,8 @@ class ReplicaInfo:
     """True if the replica keeps answers to requests with an idempotency key."""
     context_tokens: int | None = None
     """Longest prompt and completion of the model together; None if unknown or unlimited."""
+    node_id: str = ""
+    """Ray's id of its node, which the router adds; empty if unknown."""
 
     def lacks_adapter(self, adapter: str) -> bool:
         """Return True if the replica is known not to serve the adapter."""
@@ -47,17 +49,21 @@ class ReplicaInfo:
     def to_metadata(self) -> dict[str, Any]:
         """Return the form that Ray Serve passes to the routers."""
         metadata: dict[str, Any] = msgspec.to_builtins(self)
-        del metadata["id"]
+        del metadata["id"], metadata["node_id"]
         return metadata
 
     @classmethod
-    def from_metadata(cls, replica_id: str, metadata: dict[str, Any]) -> "ReplicaInfo":
+    def from_metadata(
+        cls, replica_id: str, metadata: dict[str, Any], node_id: str = ""
+    ) -> "ReplicaInfo":
         """Return the inverse of ``to_metadata``.
 
         Raises:
             msgspec.ValidationError: The replica did not describe itself.
         """
-        return msgspec.convert({"adapters": None, **metadata, "id": replica_id}, cls)
+        return msgspec.convert(
+            {"adapters": None, **metadata, "id": replica_id, "node_id": node_id}, cls
+        )
 
 
 class Answer(Protocol):
@@ -124,6 +130,10 @@ class Replica:
         """Ids of the answers that the replica keeps."""
         self.is_retired = False
         """True once Ray Serve no longer lists the replica as running."""
+        self.is_open = False
+        """True while the link is open and the replica does not drain."""
+        self.is_leaving = False
+        """True while its node drains."""
 
     @property
     def state(self) -> Literal["linked", "fallback", "unlinked"]:
@@ -151,8 +161,8 @@ class Replica:
 
     @property
     def is_draining(self) -> bool:
-        """True if the replica only finishes its requests and gets no new ones."""
-        return self.is_retired or self.link.state is LinkState.DRAINING
+        """True if the replica finishes its requests, and others get the new ones."""
+        return self.is_retired or self.is_leaving or self.link.state is LinkState.DRAINING
 
     @property
     def reach(self) -> Reach:

@@ -5,6 +5,7 @@ caches; the set passes these to ``cluster.routing``, then calls ``on_change`` or
 """
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,8 +21,19 @@ from cluster.gateway.pools.slots import Claim, Slot
 from cluster.gateway.recording.observer import PoolMeter
 from cluster.link import AnswerEvents, LinkClient, LinkCounts, LinkState, PrefixEvents
 from cluster.load import Load
-from cluster.routing import Fleet, PrefixIndex, Reach, make_policy
+from cluster.routing import (
+    BreakerLimits,
+    Circuit,
+    Fleet,
+    FleetGuard,
+    PrefixIndex,
+    Reach,
+    make_policy,
+)
 from cluster.usage import Usage
+
+_OPEN_STATES = (LinkState.CONNECTED, LinkState.SILENT)
+logger = logging.getLogger("ray.serve.tandem")
 
 _NO_ADAPTER_RETRY_S = 5.0
 
@@ -49,6 +61,10 @@ class PoolLimits:
     """Sequences that one request may have; None if the engine limits them."""
     handover: HandoverLimits | None = None
     """Limits of hand-overs; None if answers are not handed over."""
+    breaker: BreakerLimits | None = None
+    """Limits of the circuit breakers; None if no replica is taken out."""
+    hedge_share: float = 0.0
+    """Share of the requests that may be sent to a second replica; 0 if none."""
     context_tokens: int | None = None
     """Configured context of the model; the replicas' own values replace it."""
 
@@ -76,7 +92,7 @@ class ReplicaSet:
         self.on_change: Callable[[], None] = lambda: None
         """Called when a replica's connectivity changed."""
         self.on_leaving: Callable[[Replica], None] = lambda _: None
-        """Called when a replica begins to drain, or is silent."""
+        """Called when a replica or its node begins to drain, or when it is silent."""
         self.on_load: Callable[[Iterable[Load]], None] = lambda _: None
         """Called with the loads of all replicas when one of them reported its load."""
         self.on_answer: dict[bytes, Callable[[str], None]] = {}
@@ -88,6 +104,8 @@ class ReplicaSet:
         self.prefix_counts = PrefixCounts()
         self.fleet = Fleet(limits.max_loras)
         """Routing's view of the replicas."""
+        self.guard = FleetGuard(self.fleet, limits.breaker, self._on_circuit)
+        """Replicas that routing must avoid."""
         self.policy = make_policy(limits.routing, self.prefixes, random.getrandbits(16))
         self._name = name
         self._limits = limits
@@ -98,6 +116,7 @@ class ReplicaSet:
         self._lacking: dict[str, frozenset[str]] = {}  # by adapter, the replicas without it
         self._retired: set[Replica] = set()
         self._closing: set[asyncio.Task[None]] = set()
+        self._draining_nodes: frozenset[str] = frozenset()
         self._closed = False
 
     def __len__(self) -> int:
@@ -122,7 +141,7 @@ class ReplicaSet:
         """Set the running replicas, by id: open links to new ones, retire those that are gone."""
         for gone in self._replicas.keys() - infos.keys():
             replica = self._replicas.pop(gone)
-            self.fleet.remove(gone)
+            self.guard.remove(gone)
             self.prefixes.clear(gone)
             replica.is_retired = True
             self._retired.add(replica)
@@ -131,6 +150,7 @@ class ReplicaSet:
         for info in infos.values():
             if info.id not in self._replicas:
                 self._replicas[info.id] = self._connect(info)
+        self.set_draining_nodes(self._draining_nodes)
         self._find_lacking()
 
     def set_limits(self, limits: PoolLimits) -> None:
@@ -140,6 +160,7 @@ class ReplicaSet:
             self._decisions = self._meter.decisions(limits.routing)
         self._limits = limits
         self.fleet.adapters.set_max_loaded(limits.max_loras)
+        self.guard.set_limits(limits.breaker)
         for id_ in self._replicas:
             self.fleet.set_capacity(id_, limits.max_in_flight)
         self._find_lacking()
@@ -154,17 +175,33 @@ class ReplicaSet:
             for adapter in self._limits.adapters
         }
 
+    def set_draining_nodes(self, node_ids: frozenset[str]) -> None:
+        """Set the nodes that will leave the cluster soon; call this regularly.
+
+        Their replicas get requests only if there are no others, and their answers move away.
+        """
+        self._draining_nodes = node_ids
+        leaving = {id_ for id_, each in self._replicas.items() if each.info.node_id in node_ids}
+        self.guard.set_leaving(leaving)
+        for id_, replica in self._replicas.items():
+            if id_ in leaving and not replica.is_leaving:
+                logger.info("%s: the node of replica %s drains", self._name, id_)
+            replica.is_leaving = id_ in leaving
+            if replica.is_leaving:
+                self.on_leaving(replica)
+
     def take_slot(self, claim: Claim) -> Slot | None:
         """Take a slot at a replica with room, or return None if all are full.
 
-        Replicas without a link are used only when all linked ones are full.
+        Replicas without a link are used only when all linked ones are full, and those that routing
+        avoids only if there are no others.
 
         Raises:
             UnavailableError: No running replica has the adapter, or those that have it are full
                 while others have room; the request would block the queue behind it.
         """
         fleet, request, now_s = self.fleet, claim.view, time.monotonic()
-        fleet.advance(now_s)
+        self.guard.advance(now_s)
         self.prefixes.advance(now_s)
         lacking = self._lacking.get(claim.adapter or "", frozenset())
         if claim.resume_key is not None:
@@ -172,8 +209,14 @@ class ReplicaSet:
         hidden = lacking | claim.excluded & self._replicas.keys()
         if lacking and len(lacking) == len(self._replicas):
             raise self._unsuitable(claim, "no replica")
-        with fleet.hide(hidden) if hidden else nullcontext():
-            chosen = self.policy.choose(request, fleet)
+        chosen = None if claim.is_retry else self.guard.take_trial(hidden)
+        if chosen is None:
+            with fleet.hide(hidden) if hidden else nullcontext():
+                chosen = self.policy.choose(request, fleet)
+        if chosen is None and (avoided := self.guard.last_resort(hidden)) is not None:
+            if claim.is_move:
+                raise self._unsuitable(claim, "no other replica")
+            chosen = avoided
         self._meter.routing_s.observe(time.monotonic() - now_s)
         if chosen is None:
             if lacking and self._has_other_room(claim):
@@ -188,7 +231,7 @@ class ReplicaSet:
         if replica is None or not replica.link.connected:
             return None
         now_s = time.monotonic()
-        self.fleet.advance(now_s)
+        self.guard.advance(now_s)
         return self._place(replica_id, claim, now_s)
 
     def find_answer(self, answer_id: bytes) -> str | None:
@@ -202,14 +245,31 @@ class ReplicaSet:
 
     def first_token(self, slot: Slot) -> None:
         """Note that the first token of a request has arrived."""
-        self.fleet.advance(time.monotonic())
-        self.fleet.record_first_token(slot.placement)
+        self.guard.advance(time.monotonic())
+        self.guard.record_first_token(slot.placement)
+
+    def record_answer(self, slot: Slot, usage: Usage | None) -> None:
+        """Note that a replica gave an answer, whose usage may be unknown."""
+        self.guard.advance(time.monotonic())
+        self.guard.record_answer(slot.placement, usage)
+
+    def record_failure(self, slot: Slot, content: int) -> None:
+        """Note that a replica failed a request, whose content has this hash."""
+        self.guard.fail(slot.placement, content)
+
+    def circuit(self, replica: Replica) -> Circuit:
+        """Return the circuit breaker of a running replica."""
+        return self.guard.circuit(replica.info.id)
+
+    def is_trial(self, slot: Slot) -> bool:
+        """Return True if the request is the trial of a replica that was taken out."""
+        return self.guard.is_trial(slot.placement)
 
     def release_slot(self, slot: Slot, usage: Usage | None) -> float:
         """Release a slot and return the seconds for which it was taken."""
         now_s = time.monotonic()
-        self.fleet.advance(now_s)
-        self.fleet.end(slot.placement, usage)
+        self.guard.advance(now_s)
+        self.guard.end(slot.placement, usage)
         slot.replica.in_flight -= 1
         if slot.replica.is_retired:
             self._close_if_idle(slot.replica)
@@ -230,15 +290,18 @@ class ReplicaSet:
             info.host, info.port, wiring.secret, ssl=wiring.ssl, counts=self.link_counts
         )
         replica = Replica(info, link, wiring.fallback and wiring.fallback(info.id))
-        fleet = self.fleet
-        fleet.add(info.id, self._limits.max_in_flight, Reach.NONE)
+        fleet, guard = self.fleet, self.guard
+        guard.add(info.id, self._limits.max_in_flight, Reach.NONE)
 
         def on_state(state: LinkState) -> None:
+            was_open, replica.is_open = replica.is_open, link.state in _OPEN_STATES
             if state is LinkState.CONNECTING:
                 replica.answer_ids.clear()  # the next connection starts with all of them
             if not replica.is_retired:
                 fleet.forget_load(info.id)
-                fleet.set_reach(info.id, replica.reach)
+                if was_open and state is LinkState.CONNECTING:
+                    guard.fail_link(info.id)
+                guard.set_reach(info.id, replica.reach)
                 if state in (LinkState.DRAINING, LinkState.SILENT):
                     self.on_leaving(replica)
                 elif state is LinkState.CONNECTED and replica.mover is not None:
@@ -272,7 +335,20 @@ class ReplicaSet:
         cached_tokens = request.prefix_tokens[held - 1] if held else 0.0
         self.prefixes.expect(replica_id, request.prefix)
         replica.in_flight += 1
-        return Slot(replica, self.fleet.place(replica_id, request, cached_tokens), claim, now_s)
+        placement = self.fleet.place(replica_id, request, cached_tokens)
+        self.guard.place(placement)
+        return Slot(replica, placement, claim, now_s)
+
+    def _on_circuit(self, circuit: Circuit) -> None:
+        self._meter.circuit_changed(circuit)
+        text = f"{self._name}: the circuit of replica {circuit.replica_id} is "
+        if circuit.state == "open":
+            kind = "failed" if circuit.cause == "failing" else "were slow"
+            logger.warning("%sopen: its recent requests %s, its peers' did not", text, kind)
+        else:
+            logger.info("%s%s", text, circuit.state.replace("_", "-"))
+        # Not now: the change may be noticed while a slot is taken.
+        asyncio.get_running_loop().call_soon(lambda: self.on_change())
 
     def _reported_loads(self) -> Iterator[Load]:
         replicas = self._replicas.values()

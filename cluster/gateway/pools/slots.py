@@ -38,8 +38,10 @@ class Claim:
     no room there."""
     resume_key: str | None = None
     """Set if the replica must continue an answer: the key that it needs."""
+    is_move: bool = False
+    """True if the answer still runs where it is; a replica that routing avoids is no better."""
     excluded: frozenset[str] = frozenset()
-    """Replicas that failed with this request."""
+    """Replicas that failed with this request, or have it already."""
 
     @property
     def has_deadline(self) -> bool:

@@ -25,6 +25,8 @@ from cluster.gateway.recording.tenant_seconds import TenantSeconds
 from cluster.gateway.recording.usage import UsageAccount
 from cluster.link import RequestHead
 from cluster.metrics import Counter, Histogram, Registry, table
+from cluster.routing import Circuit
+from cluster.routing.breaker import CircuitCause
 from cluster.usage import Usage
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ ShedReason = Literal["queue_full", "too_long", "deadline", "expired", "displaced
 FailoverReason = Literal["lost", "refused", "unavailable", "drained"]
 HandoverReason = Literal["lost", "unavailable", "drained", "hung"]
 HandoverOutcome = Literal["continued", "failed"]
+HedgeOutcome = Literal["won", "lost"]
 
 OnEnd = Callable[[int, Usage | None, bool], None]
 """Called at the end of a request with its status and, if known, its usage."""
@@ -89,6 +92,12 @@ class PoolMeter:
         }
         self.handover_s = histogram(table.HANDOVER_SECONDS)
         self._replays = {replay: counter(table.REPLAYS, replay) for replay in get_args(Replay)}
+        self._hedges = {
+            outcome: counter(table.HEDGES, outcome) for outcome in get_args(HedgeOutcome)
+        }
+        self._openings = {
+            cause: counter(table.CIRCUIT_OPENINGS, cause) for cause in get_args(CircuitCause)
+        }
         self.open_requests: set[RequestObserver] = set()
         """Observers of the requests that have not ended."""
         sinks.registry.on_collect(self.count_gaps)
@@ -129,6 +138,15 @@ class PoolMeter:
         """Count an attempt to have another replica continue an answer."""
         self._handovers[reason, outcome].add()
 
+    def hedged(self, outcome: HedgeOutcome) -> None:
+        """Count a request that was sent to a second replica, which answered first or not."""
+        self._hedges[outcome].add()
+
+    def circuit_changed(self, circuit: Circuit) -> None:
+        """Count the opening of a replica's circuit."""
+        if circuit.state == "open":
+            self._openings[circuit.cause].add()
+
     def reject(
         self, request: Request, route: str, status: int, replay: Replay | None = None
     ) -> None:
@@ -162,8 +180,8 @@ class RequestObserver:
 
     __slots__ = (
         *("_arrived", "_first_write", "_meter", "_on_end", "_replica", "_request", "_route"),
-        *("_slot_taken", "_trace", "ends_later", "is_cut_off", "num_handovers", "replay"),
-        *("status", "write_times"),
+        *("_slot_taken", "_trace", "ends_later", "hedge", "is_cut_off", "is_trial"),
+        *("num_handovers", "replay", "status", "write_times"),
     )
 
     def __init__(
@@ -188,6 +206,10 @@ class RequestObserver:
         """Replicas that continued the answer of another one."""
         self.replay: Replay | None = None
         """Set if an earlier request had the same idempotency key."""
+        self.hedge: HedgeOutcome | None = None
+        """Set if the request was sent to a second replica: ``won`` if that one answered first."""
+        self.is_trial = False
+        """True if the request was a trial of a replica that had been taken out."""
         self.ends_later = False
         """True if the client disconnected and the replica has yet to report the usage."""
 
@@ -195,6 +217,10 @@ class RequestObserver:
         """Note that the request got a slot; after a failover, again."""
         self._slot_taken = perf_counter()
         self._replica = replica_id
+
+    def hedged(self, outcome: HedgeOutcome, replica_id: str) -> None:
+        """Note which of two replicas answered first."""
+        self.hedge, self._replica = outcome, replica_id
 
     def trace_attempt(
         self, head: RequestHead, replica_id: str, address: tuple[str, int], state: str
@@ -295,6 +321,8 @@ class RequestObserver:
             total_s=round(total_s, 6),
             handovers=self.num_handovers or None,
             replay=self.replay,
+            hedge=self.hedge,
+            trial=self.is_trial or None,
         )
 
 

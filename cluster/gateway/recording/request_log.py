@@ -54,6 +54,10 @@ class RequestRecord(msgspec.Struct):
     """Times that another replica continued the answer; None if it was one replica's."""
     replay: Replay | None = None
     """Set if the `Idempotency-Key` had been used before."""
+    hedge: Literal["won", "lost"] | None = None
+    """Set if the request was sent to a second replica: ``won`` if that one answered first."""
+    trial: bool | None = None
+    """True if the request was a trial of a replica that had been taken out."""
 
 
 class Failure(msgspec.Struct):

@@ -3,9 +3,11 @@
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
+from typing import get_args
 
 from cluster.gateway.pools.pool import Pool
 from cluster.metrics import Registry, table
+from cluster.routing.breaker import CircuitState
 
 
 def export_pool_gauges(registry: Registry, pools: Iterable[Pool]) -> None:
@@ -24,6 +26,7 @@ def _set_gauges(registry: Registry, pool: Pool) -> None:
         table.IN_FLIGHT_TOKENS: capacity.in_flight_tokens,
         table.CAPACITY_TOKENS: capacity.limit_tokens,
         table.DRAIN_RATE: capacity.drain_tokens_per_s() or 0.0,
+        table.DRAINING_REPLICAS: sum(replica.is_draining for replica in replicas.running),
         table.RUNNING: sum(load.running for load in loads),
         table.WAITING: sum(load.waiting for load in loads),
         table.KV_CACHE: sum(load.kv_cache_usage for load in loads) / max(1, len(loads)),
@@ -34,6 +37,10 @@ def _set_gauges(registry: Registry, pool: Pool) -> None:
     states = Counter(replica.state for replica in replicas.running)
     for state in ("linked", "unlinked", "fallback"):
         registry.gauge(table.REPLICAS, pool.name, state).value = float(states[state])
+    circuits = Counter(replicas.circuit(replica).state for replica in replicas.running)
+    for circuit_state in get_args(CircuitState):
+        gauge = registry.gauge(table.CIRCUITS, pool.name, circuit_state)
+        gauge.value = float(circuits[circuit_state])
     prefixes, links = replicas.prefix_counts, replicas.link_counts
     counters = {
         (table.PREFIX_EVENTS, "stored"): prefixes.stored,

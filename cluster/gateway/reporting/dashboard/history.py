@@ -158,5 +158,7 @@ def _pool_now(pool: Pool) -> PoolNow:
         if (load := replica.link.load) is not None:
             now.running, now.waiting = load.running, load.waiting
             now.kv_cache = load.kv_cache_usage
+        now.circuit = pool.replicas.circuit(replica).state
+        now.is_draining = replica.is_draining
         replicas.append(now)
     return PoolNow(pool.kind, replicas, pool.num_queued)

@@ -4,6 +4,7 @@ import msgspec
 
 from cluster.gateway.recording.request_log import Failure
 from cluster.gateway.recording.tenant_seconds import PoolSecond
+from cluster.routing.breaker import CircuitState
 
 
 class Second(msgspec.Struct):
@@ -36,6 +37,10 @@ class ReplicaNow(msgspec.Struct):
     running: int = 0
     waiting: int = 0
     kv_cache: float = 0.0
+    circuit: CircuitState = "closed"
+    """State of the circuit breaker; of several routers, the one that is furthest from closed."""
+    is_draining: bool = False
+    """True if it or its node drains."""
 
 
 class PoolNow(msgspec.Struct):

@@ -33,6 +33,7 @@ from cluster.gateway.reporting.dashboard.history import History
 from cluster.gateway.reporting.dashboard.report import PoolNow, RouterReport
 from cluster.gateway.router_links import RouterLinks
 from cluster.link import LinkClient, RequestHead
+from cluster.routing.breaker import CircuitState
 
 logger = logging.getLogger("ray.serve.tandem")
 
@@ -54,6 +55,8 @@ _ROWS_PER_PAUSE = 10  # take about 1 ms; then other tasks of the event loop run
 
 ReadDecisions = Callable[[], Awaitable[list[TargetChange] | None]]
 """Returns the last changes of replica targets; None if they are unknown."""
+
+_CIRCUITS: tuple[CircuitState, ...] = ("closed", "half_open", "open")
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(RouterReport).decode
@@ -247,6 +250,8 @@ def _merge_pools(reports: list[RouterReport]) -> dict[str, PoolNow]:
             for replica in pool.replicas:
                 if (same := by_id.get(replica.id)) is not None:
                     replica.in_flight += same.in_flight
+                    replica.circuit = max(replica.circuit, same.circuit, key=_CIRCUITS.index)
+                    replica.is_draining |= same.is_draining
     return first.pools
 
 

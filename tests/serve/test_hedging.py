@@ -1,0 +1,146 @@
+"""A classification that takes long is tried at a second replica; the first answer is the answer."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from tests import asgi
+from tests.serve.gateway_kit import Replica, World, gateway_world, metrics
+
+PATH = "/v1/embeddings"
+DELAY_S = 0.05
+HEDGED = "tandem_hedged_requests_total"
+
+
+def body(**fields: Any) -> dict[str, Any]:
+    return {"model": "cls", "input": "a text", "prompt_tokens": 5, **fields}
+
+
+@asynccontextmanager
+async def a_pool(num: int, **router: Any) -> AsyncIterator[tuple[World, list[Replica]]]:
+    async with gateway_world(**router) as world:
+        replicas = [await world.add("cls", f"cls-{number}") for number in range(num)]
+        await asgi.post(world.app, PATH, body())
+        yield world, replicas
+
+
+def teach(world: World, requests: int = 1000) -> None:
+    """Let the pool have had requests of ``DELAY_S``."""
+    hedger = world.gateway.pools["cls"].hedger
+    for _ in range(requests):
+        hedger.add_request(1000.0)
+        for tokens in range(1, 200):
+            hedger.observe(tokens, DELAY_S)
+
+
+async def begin(world: World, replicas: list[Replica]) -> tuple[asgi.Call, Replica, Replica]:
+    """Begin a request that waits at its replicas; return it, its first replica and the other."""
+    before = [len(replica.bodies) for replica in replicas]
+    call = asgi.start(world.app, "POST", PATH, body(wait_before=True))
+    await world.until(lambda: [len(each.bodies) for each in replicas] != before)
+    first = next(i for i, each in enumerate(replicas) if len(each.bodies) > before[i])
+    return call, replicas[first], replicas[1 - first]
+
+
+async def test_the_second_replica_answers_first(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "tandem.requests")
+    async with a_pool(2) as (world, replicas):
+        teach(world)
+        before = await metrics(world)
+        second_bodies = len(replicas[0].bodies) + len(replicas[1].bodies) + 2
+        call, first, second = await begin(world, replicas)
+        await world.until(lambda: sum(len(each.bodies) for each in replicas) == second_bodies)
+        second.gate.set()
+        answer = await call.done()
+        assert (answer.status, answer.json()["replica"]) == (200, second.name)
+        await world.until(lambda: first.cancelled == 1)
+        await world.until_idle()
+        counts = await metrics(world)
+        assert (counts[HEDGED, "cls", "won"], counts[HEDGED, "cls", "lost"]) == (1, 0)
+        for name, labels, added in [
+            ("tandem_requests_total", (PATH, "200"), 1),
+            ("tandem_prompt_tokens_total", (), 5),
+            ("tandem_arrivals_total", (), 1),
+        ]:
+            assert counts[name, "cls", *labels] - before[name, "cls", *labels] == added
+    (line,) = (json.loads(r.message) for r in caplog.records if "hedge" in r.message)
+    assert (line["hedge"], line["replica"], line["status"]) == ("won", second.name, 200)
+
+
+async def test_the_first_replica_answers_after_all() -> None:
+    async with a_pool(2) as (world, replicas):
+        teach(world)
+        total = sum(len(each.bodies) for each in replicas) + 2
+        call, first, second = await begin(world, replicas)
+        await world.until(lambda: sum(len(each.bodies) for each in replicas) == total)
+        first.gate.set()
+        assert (await call.done()).json()["replica"] == first.name
+        await world.until(lambda: second.cancelled == 1)
+        await world.until_idle()
+        counts = await metrics(world)
+        assert (counts[HEDGED, "cls", "won"], counts[HEDGED, "cls", "lost"]) == (0, 1)
+
+
+async def test_a_lost_first_replica_leaves_the_answer_to_the_second() -> None:
+    async with a_pool(2) as (world, replicas):
+        teach(world)
+        total = sum(len(each.bodies) for each in replicas) + 2
+        call, first, second = await begin(world, replicas)
+        await world.until(lambda: sum(len(each.bodies) for each in replicas) == total)
+        await world.kill(first.name)
+        second.gate.set()
+        assert (await call.done()).json()["replica"] == second.name
+        await world.until_idle()
+        assert (await metrics(world))["tandem_failovers_total", "cls", "lost"] == 0
+
+
+async def test_a_client_that_disconnects_ends_both_tries() -> None:
+    async with a_pool(2) as (world, replicas):
+        teach(world)
+        total = sum(len(each.bodies) for each in replicas) + 2
+        call, _, _ = await begin(world, replicas)
+        await world.until(lambda: sum(len(each.bodies) for each in replicas) == total)
+        await call.cancel()
+        await world.until(lambda: all(each.cancelled == 1 for each in replicas))
+        await world.until_idle()
+        counts = await metrics(world)
+        assert counts["tandem_requests_total", "cls", PATH, "499"] == 1
+        capacity = world.gateway.pools["cls"].queue.capacity
+        assert (capacity.in_flight, capacity.in_flight_tokens) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("num", "requests", "router", "headers"),
+    [
+        (1, 1000, {}, {}),
+        (2, 10, {}, {}),
+        (2, 1000, {"hedge": {"enabled": False}}, {}),
+        (2, 1000, {}, {"idempotency-key": "k" * 20}),
+    ],
+    ids=["one replica", "no budget", "off", "idempotency key"],
+)
+async def test_no_second_try(
+    num: int, requests: int, router: dict[str, Any], headers: dict[str, str]
+) -> None:
+    async with a_pool(num, **router) as (world, replicas):
+        teach(world, requests)
+        total = sum(len(each.bodies) for each in replicas) + 1
+        call = asgi.start(world.app, "POST", PATH, body(wait_before=True), headers=headers)
+        await world.until(lambda: sum(len(each.bodies) for each in replicas) == total)
+        await asyncio.sleep(4 * DELAY_S)
+        for replica in replicas:
+            replica.gate.set()
+        assert (await call.done()).status == 200
+        assert sum(len(each.bodies) for each in replicas) == total
+        assert (await metrics(world))[HEDGED, "cls", "won"] == 0
+
+
+async def test_generators_are_not_hedged() -> None:
+    async with gateway_world() as world:
+        assert not world.gateway.pools["gen"].hedger.is_enabled
+        assert world.gateway.pools["cls"].hedger.is_enabled
