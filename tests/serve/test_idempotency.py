@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 
+from cluster.admission import Identity, Tenant
 from cluster.client.repeating import read_all
 from cluster.client.transport import Transport
+from cluster.config import IdempotencyConfig
 from cluster.errors import LinkClosedError, UnavailableError
 from cluster.gateway import GatewayApp
-from cluster.link import LinkServer
+from cluster.gateway.admission.answer_keys import AnswerKeys
+from cluster.gateway.messages import Request
+from cluster.link import AnswerKey, LinkServer
 from tests import asgi
 from tests.serve.gateway_kit import CHAT, Replica, World, gateway_world, metrics
 from tests.serve.link_kit import SECRET
@@ -305,6 +309,20 @@ async def test_zero_turns_it_off() -> None:
         for _ in range(2):
             assert REPLAYED not in (await send(world, {"model": "gen"}).done()).headers
         assert len(replica.bodies) == 2
+
+
+async def test_tenants_do_not_share_keys() -> None:
+    keys = AnswerKeys(IdempotencyConfig())
+
+    async def read(tenant: str) -> AnswerKey:
+        identity, headers = Identity(Tenant(tenant)), [(b"idempotency-key", b"1")]
+        key = await keys.read(Request("r", "POST", CHAT, b"", headers, b"{}", identity))
+        assert key is not None
+        return key
+
+    acme, again, other = [await read(tenant) for tenant in ("acme", "acme", "umbrella")]
+    assert acme == again
+    assert acme.id != other.id
 
 
 # -- the client library -----------------------------------------------------------------------

@@ -1,14 +1,16 @@
-"""The tests that docs/explanation/reliability.md names as proofs exist."""
+"""The tests that the pages on reliability and security name as proofs exist."""
 
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "explanation" / "reliability.md"
 
 
-def test_every_promise_names_a_test_that_exists() -> None:
-    proofs = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", PAGE.read_text("utf-8"))
+@pytest.mark.parametrize("page", ["docs/explanation/reliability.md", "SECURITY.md"])
+def test_every_promise_names_a_test_that_exists(page: str) -> None:
+    proofs = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / page).read_text("utf-8"))
     assert proofs
     missing = []
     for file, test in proofs:

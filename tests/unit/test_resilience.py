@@ -1,0 +1,190 @@
+"""Accounting of chaos runs, in virtual time."""
+
+import asyncio
+import json
+from dataclasses import replace
+
+import httpx
+import pytest
+
+from resilience.accounting import (
+    Answer,
+    FaultResult,
+    Target,
+    Window,
+    count_restarted,
+    longest_waits,
+    summarize,
+    totals,
+)
+from resilience.faults import FAULTS, SHORT
+from resilience.inside.link_proxy import RETRANSMISSION_S, LinkFault, LinkProxy
+from resilience.load import Attempts, FailedRequestError, classify, text_of
+from resilience.testbed import Setup
+
+WINDOW = Window(hit_s=100.0, healthy_s=110.0, ended_s=120.0)
+
+
+def steady(client: str, begin_s: float, end_s: float, every_s: float = 0.5) -> Answer:
+    """Return an answer with data at equal intervals."""
+    num = round((end_s - begin_s) / every_s)
+    return Answer(client, begin_s, end_s, tuple(begin_s + every_s * n for n in range(num + 1)))
+
+
+def result_of(*answers: Answer, restarted: int = 0, healthy_s: float | None = 1.0) -> FaultResult:
+    return summarize(answers, WINDOW, before_s=95.0, restarted=restarted, healthy_s=healthy_s)
+
+
+# -- accounting -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data_s", "wait"),
+    [
+        ((99.0, 100.5, 105.0, 109.0), 4.5),
+        ((99.0, 104.0, 107.0), 4.0),  # from the fault on
+        ((90.0, 99.9, 104.0, 107.0), 4.0),  # waits before the fault do not count
+        ((99.0,), 10.0),  # until the end of the window
+        ((), 10.0),
+    ],
+)
+def test_the_longest_wait_of_a_client(data_s: tuple[float, ...], wait: float) -> None:
+    answer = Answer("greedy-1", 89.0, 130.0, data_s)
+    (longest,) = longest_waits([answer], WINDOW.hit_s, WINDOW.healthy_s)
+    assert (longest.client, longest.wait_s) == ("greedy-1", pytest.approx(wait))
+
+
+def test_a_client_that_pauses_does_not_wait() -> None:
+    answers = [steady("classify-0", 95, 101), steady("classify-0", 107, 111)]
+    assert longest_waits(answers, 100, 110)[0].wait_s == pytest.approx(0.5)
+
+
+def test_the_data_of_a_failed_answer_do_not_count() -> None:
+    failed = replace(steady("greedy-1", 99, 105), error="error event")
+    result = result_of(steady("greedy-2", 95, 112), failed)
+    assert result.errors == {"greedy: error event": 1}
+    assert (result.failed, result.recovery_s) == (1, pytest.approx(5.0))
+
+
+def test_the_data_of_an_answer_that_fails_later_count() -> None:
+    failed = replace(steady("greedy-1", 95, 115), error="error event")
+    assert result_of(failed).recovery_s == pytest.approx(0.5)
+
+
+def test_nothing_is_missed_without_an_effect() -> None:
+    result = result_of(*(steady(f"greedy-{number}", 95, 112) for number in range(3)))
+    assert (result.requests, result.failed, result.diverged) == (3, 0, 0)
+    assert result.recovery_s == result.usual_gap_s == pytest.approx(0.5)
+    assert result.missed(Target()) == []
+
+
+def test_the_slow_reader_waits_by_itself() -> None:
+    assert result_of(steady("slow-0", 95, 112, every_s=8)).recovery_s == 0.0
+
+
+def test_answers_count_from_the_fault_to_the_next_one() -> None:
+    ends = (99.0, 101.0, 119.0, 121.0)
+    answers = [Answer("job", end_s - 1, end_s, (), "503") for end_s in ends]
+    assert result_of(*answers).failed == 2
+
+
+def test_broken_sockets_are_allowed_at_the_ingress_only() -> None:
+    result = result_of(replace(steady("greedy-1", 95, 112), num_broken=2))
+    assert (result.failed, result.broken_at_ingress) == (0, 2)
+    assert result.missed(Target(may_break_ingress=True)) == []
+    assert result.missed(Target()) == ["broken_at_ingress 2 > 0"]
+
+
+def test_missed_targets_are_named() -> None:
+    diverged = replace(steady("greedy-1", 95, 112, every_s=3), diverged=True)
+    assert result_of(diverged).missed(Target()) == ["diverged 1 > 0", "recovery_s 3.00 > 2"]
+    assert result_of(healthy_s=None).missed(Target(recovery_s=None)) == ["not healthy again"]
+
+
+def test_totals_take_recovery_from_faults_with_a_bound() -> None:
+    results = [replace(result_of(restarted=1), recovery_s=s) for s in (1.0, 2.0, 1.5, 60.0)]
+    targets = [*[Target()] * 3, Target(recovery_s=None)]
+    keys = totals(results, targets)
+    assert (keys["recovery_s_p50"], keys["recovery_s_max"], keys["restarted"]) == (1.5, 2.0, 4)
+
+
+def test_a_replaced_replica_is_restarted_and_a_scaled_one_is_not() -> None:
+    before = {"a": "router", "b": "generator", "c": "generator"}
+    assert count_restarted(before, before) == 0
+    assert count_restarted(before, {"a": "router", "d": "generator", "e": "generator"}) == 2
+    assert count_restarted(before, {"a": "router", "b": "generator"}) == 0
+    assert count_restarted(before, {**before, "f": "router"}) == 0
+
+
+def test_faults_name_what_they_need() -> None:
+    assert FAULTS["kill-rank"].missing(Setup("vllm")) == "--tensor-parallel 2"
+    assert FAULTS["kill-engine-core"].missing(Setup("sim")) == "engine vllm"
+    assert FAULTS["disk"].missing(Setup()) == "root"
+    assert not any(FAULTS[name].missing(Setup("sim")) for name in SHORT)
+
+
+# -- answers ----------------------------------------------------------------------------------
+
+
+def events(*texts: str, tokens: int = 2) -> str:
+    common = {"id": "cmpl-1", "created": 5}
+    lines = [json.dumps({**common, "choices": [{"index": 0, "text": text}]}) for text in texts]
+    usage = json.dumps({**common, "choices": [], "usage": {"completion_tokens": tokens}})
+    return "".join(f"data: {line}\n\n" for line in (*lines, usage, "[DONE]"))
+
+
+def test_the_text_of_a_complete_stream() -> None:
+    assert text_of(events(" a", " b"), 2) == " a b"
+
+
+@pytest.mark.parametrize(
+    ("raw", "error"),
+    [
+        (events(" a", " b").replace("data: [DONE]", ""), "incomplete"),
+        (events(" a", tokens=1), "1 tokens instead of 2"),
+        (events(" a").replace("cmpl-1", "cmpl-2", 1), "changed"),
+        ('data: {"error": {"type": "x", "message": "y"}}\n\n', "error event x: y"),
+        ("", "incomplete"),
+    ],
+)
+def test_streams_that_are_not_complete_fail(raw: str, error: str) -> None:
+    with pytest.raises(FailedRequestError, match=error):
+        text_of(raw, 2)
+
+
+async def test_an_unexpected_answer_raises_an_error() -> None:
+    transport = httpx.MockTransport(lambda _request: httpx.Response(500, json={"error": {}}))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        with pytest.raises(FailedRequestError, match="500"):
+            await classify(http, "A boring mess.", Attempts("key"))
+
+
+# -- link proxy -------------------------------------------------------------------------------
+
+
+async def test_the_proxy_holds_bytes_back_and_drops_none() -> None:
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(100):
+            writer.write(data)
+        writer.close()
+
+    server = await asyncio.start_server(echo, "127.0.0.1", 0)
+    proxy = LinkProxy(server.sockets[0].getsockname()[:2])
+    reader, writer = await asyncio.open_connection(*await proxy.start())
+    try:
+        for fault in (LinkFault(holds_requests=True), LinkFault(holds_answers=True)):
+            proxy.set_fault(fault)
+            writer.write(b"a")
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(reader.read(1), 0.1)
+            proxy.set_fault(LinkFault())
+            assert await asyncio.wait_for(reader.read(1), 5) == b"a"
+        proxy.set_fault(LinkFault(loss=1.0))
+        began_s = asyncio.get_running_loop().time()
+        writer.write(b"b")
+        assert await asyncio.wait_for(reader.read(1), 5) == b"b"
+        assert asyncio.get_running_loop().time() - began_s >= 2 * RETRANSMISSION_S
+    finally:
+        writer.close()
+        server.close()
+        await proxy.close()
