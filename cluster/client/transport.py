@@ -27,7 +27,7 @@ BLOCKED_S = 30.0
 RETRY_S = 1.0
 """Seconds without new attempts after the routers could not be asked for their addresses."""
 OFFER_TIMEOUT_S = 10.0
-"""Seconds for which Serve's handle may wait for a router, if there is none at the moment."""
+"""Seconds for which Serve's handle may wait for a router, if none runs."""
 _HEADERS = [(b"content-type", b"application/json")]
 
 Item = ResponseHead | bytes | Usage
