@@ -24,8 +24,6 @@ REFRESH_S = 5.0
 CONNECT_TIMEOUT_S = 1.0
 BLOCKED_S = 30.0
 """Seconds without new attempts after no link could be opened, for example because of a firewall."""
-RETRY_S = 1.0
-"""Seconds without new attempts after the routers could not be asked for their addresses."""
 OFFER_TIMEOUT_S = 10.0
 """Seconds for which Serve's handle may wait for a router, if none runs."""
 _HEADERS = [(b"content-type", b"application/json")]
@@ -97,7 +95,7 @@ class ClientLinks:
         self._refresh_at = self._retry_at = self._loop.time()
         self._refresh: asyncio.Task[None] | None = None
         self.is_silent = False
-        """True if no router answered within ``OFFER_TIMEOUT_S`` when they were last asked."""
+        """True if no router gave its address when they were last asked."""
 
     @property
     def num_connected(self) -> int:
@@ -131,15 +129,14 @@ class ClientLinks:
         return min(usable, key=lambda link: link.num_open, default=None)
 
     async def _refresh_links(self) -> None:
-        retry_s, self.is_silent = RETRY_S, False
+        retry_s, self.is_silent = 0.0, True
         try:
             async with asyncio.timeout(OFFER_TIMEOUT_S):
                 offer = await self._get_offer()
+            self.is_silent = False
             await self._apply_offer(offer)
             retry_s = 0.0 if self.num_connected else BLOCKED_S
-        except TimeoutError:
-            retry_s, self.is_silent = 0.0, True
-        except Exception:  # any error of Ray or the network; requests use the handle meanwhile
+        except Exception:  # any error of Ray or the network; the next request asks again
             logger.debug("could not update the list of routers", exc_info=True)
         finally:
             self._refresh = None

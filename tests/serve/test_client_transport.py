@@ -121,33 +121,24 @@ async def test_without_a_link_requests_use_the_handle_and_links_are_not_retried(
     await transport.close()
 
 
-async def test_links_are_opened_soon_after_no_router_answered(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("failure", ["hangs", "fails"])
+async def test_calls_fail_if_no_router_answers(
+    monkeypatch: pytest.MonkeyPatch, failure: str
 ) -> None:
-    monkeypatch.setattr(transport_module, "RETRY_S", 0.0)
-    server = LinkServer(named(b"link"), SECRET)
-    handle = FakeHandle(named(b"handle"), [])
-    transport = Transport(handle)  # type: ignore[arg-type]
-    handle.fails = True
-    assert await ask(transport) == b"handle /p?q=1b"
-    handle.fails, handle.addresses = False, [await server.start()]
-    assert await ask(transport) == b"link /p?q=1b"
-    await transport.close()
-    await server.stop()
-
-
-async def test_calls_fail_if_no_router_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport_module, "OFFER_TIMEOUT_S", 0.01)
     monkeypatch.setattr(repeating, "PAUSES_S", (0.0, 0.0))
     handle = FakeHandle(named(b"handle"), [])
-    handle.hangs = True
+    setattr(handle, failure, True)
     transport = Transport(handle)  # type: ignore[arg-type]
     with pytest.raises(LinkClosedError, match="no link to a router"):
         await ask(transport)
     assert (handle.offers, handle.calls) == (3, 0)
-    handle.hangs = False
-    assert await ask(transport) == b"handle /p?q=1b"
+    setattr(handle, failure, False)
+    server = LinkServer(named(b"link"), SECRET)
+    handle.addresses = [await server.start()]
+    assert await ask(transport) == b"link /p?q=1b"
     await transport.close()
+    await server.stop()
 
 
 async def test_a_call_starts_over_if_its_router_is_lost() -> None:
