@@ -6,6 +6,7 @@ TandemError
  ├─ StartError                     the cluster cannot be started or stopped
  │   └─ RayIncompatibleError           the installed Ray lacks something that Tandem relies on
  ├─ BuildError                     a default model cannot be built
+ ├─ RolloutError                   a new version of a model was not promoted
  ├─ DataError                      unusable file of training texts; names file and line
  ├─ LinkError                      connection between a router and a replica failed
  │   ├─ LinkProtocolError              the peer violated the protocol
@@ -65,6 +66,10 @@ class StartError(TandemError):
 
 class BuildError(TandemError):
     """A default model cannot be built."""
+
+
+class RolloutError(TandemError):
+    """A new version of a model was not promoted."""
 
 
 class DataError(TandemError):

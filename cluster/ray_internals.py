@@ -139,10 +139,14 @@ MEMBERS = (
     PrivateName(f"{_KV}_internal_kv_get", "key-value store", "key namespace"),
     PrivateName(f"{_KV}_internal_kv_exists", "key-value store", "key namespace"),
     PrivateName(f"{_KV}internal_kv_get_gcs_client", "key-value store with timeouts"),
+    PrivateName(f"{_KV}_internal_kv_list", "key-value store", "prefix namespace"),
+    PrivateName(f"{_KV}_internal_kv_del", "key-value store", "key del_by_prefix namespace"),
     PrivateName("ray.core.generated.gcs_pb2:GcsNodeInfo.ALIVE", "count of the live nodes"),
     PrivateName("ray._raylet:InnerGcsClient.get_draining_nodes", "nodes that will leave"),
     PrivateName("ray._raylet:InnerGcsClient.drain_node", "`tandem drain NODE`"),
     PrivateName("ray.core.generated.autoscaler_pb2:DrainNodeReason.Value", "`tandem drain NODE`"),
+    PrivateName("ray._private.state:available_resources_per_node", "free resources of the nodes"),
+    PrivateName(f"{_SERVE}.controller:ServeController.get_app_configs", "deployed configuration"),
 )
 """Further names and members that must exist."""
 
@@ -249,13 +253,8 @@ async def get_http_host(timeout_s: float) -> str | None:
     Raises:
         TimeoutError: Serve's controller does not answer in time.
     """
-    import ray
-
-    names = EXPORTED["SERVE_CONTROLLER_NAME"], EXPORTED["SERVE_NAMESPACE"]
-    controller, namespace = map(resolve, names)
     async with asyncio.timeout(timeout_s):
-        actor = ray.get_actor(controller, namespace=namespace)
-        options = await actor.get_http_config.remote()
+        options = await _controller().get_http_config.remote()
     host: str | None = options.host
     return host
 
@@ -493,6 +492,31 @@ def init_handle(handle: Any) -> None:
         handle._init(_run_router_in_separate_loop=True)
 
 
+# -- configuration ----------------------------------------------------------------------------
+
+
+async def read_serve_config() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the deployed configuration of each application, and the details of Serve's state."""
+    controller = _controller()
+    configs = await controller.get_app_configs.remote()
+    return configs, await controller.get_serve_instance_details.remote()
+
+
+async def apply_serve_config(applications: Sequence[Any], target_capacity: float | None) -> None:
+    """Have Serve deploy exactly these applications, as ``serve deploy`` does."""
+    from ray.serve.schema import ServeDeploySchema
+
+    schema = ServeDeploySchema(applications=list(applications), target_capacity=target_capacity)
+    await _controller().apply_config.remote(schema)
+
+
+def _controller() -> Any:
+    import ray
+
+    name, namespace = (EXPORTED[f"SERVE_{key}"] for key in ("CONTROLLER_NAME", "NAMESPACE"))
+    return ray.get_actor(resolve(name), namespace=resolve(namespace))
+
+
 # -- key-value store of the GCS ---------------------------------------------------------------
 
 _NAMESPACE = b"tandem"
@@ -580,6 +604,28 @@ def drain_node(node_id: str, message: str, timeout_s: float) -> str:
     reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
     accepted, refusal = gcs.drain_node(node_id, reason, message, 0)
     return "" if accepted else refusal or "no reason given"
+
+
+def kv_get_prefix(prefix: bytes, timeout_s: float) -> list[bytes]:
+    """Return the values of all keys with a prefix; raise a RayError after the timeout."""
+    from ray.experimental import internal_kv
+
+    keys = internal_kv._internal_kv_list(prefix, namespace=_NAMESPACE)
+    return kv_get_many(keys, timeout_s) if keys else []
+
+
+def kv_delete_prefix(prefix: bytes) -> None:
+    """Delete all keys with a prefix."""
+    from ray.experimental import internal_kv
+
+    internal_kv._internal_kv_del(prefix, del_by_prefix=True, namespace=_NAMESPACE)
+
+
+def free_resources() -> list[dict[str, float]]:
+    """Return the resources of each live node that nothing has reserved."""
+    from ray._private import state
+
+    return list(state.available_resources_per_node().values())
 
 
 def count_cpu_nodes(min_cpus: float, timeout_s: float) -> int:

@@ -5,6 +5,7 @@ replicas, which apply what can change live. The version of a deployment covers t
 (``cluster.config.changes``), so a change of that replaces the replicas, of this deployment only.
 """
 
+import hashlib
 import math
 import warnings
 from typing import Any
@@ -28,6 +29,7 @@ from cluster.config.changes import pool_version, router_version
 from cluster.ray_internals import pin_version
 from deployments.autoscaling import DECISION_INTERVAL_S
 from deployments.replica import SHUTDOWN_S, Classifier, Generator
+from deployments.rollouts import Rollouts
 from deployments.router import Router
 
 NAMED_REPLICA_ROUTER = "deployments.discovery:NamedReplicaRouter"
@@ -43,8 +45,10 @@ def build(args: dict[str, Any] | TandemConfig) -> Application:
     """
     config = args if isinstance(args, TandemConfig) else parse(args)
     pools = {
-        **{generator.name: _generator(config, generator) for generator in config.generators},
-        **{classifier.name: _classifier(config, classifier) for classifier in config.classifiers},
+        name: _generator(config, name, pool)
+        if isinstance(pool, GeneratorConfig)
+        else _classifier(config, name, pool)
+        for name, pool in config.served_pools
     }
     router = serve.deployment(
         Router,
@@ -60,10 +64,27 @@ def build(args: dict[str, Any] | TandemConfig) -> Application:
         logging_config=LoggingConfig(enable_access_log=False),
     )
     pin_version(router, router_version(config))
-    return router.bind(config, pools)
+    if len(pools) == len(config.pools):
+        return router.bind(config, pools)
+    return router.bind(config, pools, _rollouts(config, pools))
 
 
-def _generator(config: TandemConfig, pool: GeneratorConfig) -> Application:
+def _rollouts(config: TandemConfig, pools: dict[str, Application]) -> Application:
+    """Return the decider of all rollouts, which exists while there are any."""
+    decider = serve.deployment(
+        Rollouts,
+        name="rollouts",
+        num_replicas=1,
+        ray_actor_options={"num_cpus": 0},
+        health_check_period_s=5,
+        graceful_shutdown_timeout_s=SHUTDOWN_S,
+        max_surge_percent=0,  # never two deciders
+    )
+    pin_version(decider, hashlib.sha256(config.model_dump_json().encode()).hexdigest())
+    return decider.bind(config, pools)
+
+
+def _generator(config: TandemConfig, name: str, pool: GeneratorConfig) -> Application:
     options: dict[str, Any] = {"ray_actor_options": _actor_options(pool.resources)}
     if pool.num_workers > 1:
         # Serve places the replica in the first bundle. The replica of a GPU engine computes
@@ -76,30 +97,33 @@ def _generator(config: TandemConfig, pool: GeneratorConfig) -> Application:
         options["ray_actor_options"] = _actor_options(
             pool.resources.model_copy(update={"gpus": 0.0})
         )
-    return _pool(Generator, config, pool, options)
+    return _pool(Generator, config, name, pool, options)
 
 
-def _classifier(config: TandemConfig, pool: ClassifierConfig) -> Application:
+def _classifier(config: TandemConfig, name: str, pool: ClassifierConfig) -> Application:
     options = {"ray_actor_options": _actor_options(pool.resources)}
-    return _pool(Classifier, config, pool, options)
+    return _pool(Classifier, config, name, pool, options)
 
 
 def _pool(
     replica_class: type[Generator] | type[Classifier],
     config: TandemConfig,
+    name: str,
     pool: GeneratorConfig | ClassifierConfig,
     options: dict[str, Any],
 ) -> Application:
+    # Neither the beginning nor the end of a rollout changes a replica.
+    own = pool.model_copy(update={"rollout": None})
     deployment = serve.deployment(
         replica_class,
         name=pool.deployment,
         user_config={
-            "pool": pool.model_dump(mode="json"),
+            "pool": own.model_dump(mode="json"),
             "operations": config.operations.model_dump(mode="json"),
         },
         # Tandem's routers choose the replica, also for requests over the handle.
         request_router_config=RequestRouterConfig(request_router_class=NAMED_REPLICA_ROUTER),
-        autoscaling_config=_autoscaling(config, pool),
+        autoscaling_config=_autoscaling(config, pool, name),
         # The routers limit the requests; Serve does not see those that come over links.
         max_ongoing_requests=1000,
         graceful_shutdown_timeout_s=config.max_answer_s + SHUTDOWN_S,
@@ -108,8 +132,8 @@ def _pool(
         max_surge_percent=_surge_percent(config, pool),
         **options,
     )
-    pin_version(deployment, pool_version(pool, config.operations))
-    return deployment.bind(pool, config.operations)
+    pin_version(deployment, pool_version(own, config.operations))
+    return deployment.bind(own, config.operations)
 
 
 def _surge_percent(
@@ -147,22 +171,26 @@ def _bundle(resources: ResourcesConfig) -> dict[str, float]:
 
 
 def _autoscaling(
-    config: TandemConfig, part: GeneratorConfig | ClassifierConfig | RouterConfig
+    config: TandemConfig,
+    part: GeneratorConfig | ClassifierConfig | RouterConfig,
+    name: str | None = None,
 ) -> AutoscalingConfig:
-    """Return Tandem's policy for one deployment.
+    """Return Tandem's policy for one deployment; ``name`` is the pool's in the routers.
 
     If the application has an ``autoscaling_policy``, that one decides for all deployments instead,
     with the settings given here.
     """
+    settings = PoolSettings.from_config(config, part, name)
     policy = AutoscalingPolicy(
         policy_function="deployments.autoscaling:PoolPolicy",
-        policy_kwargs=PoolSettings.from_config(config, part).encode(),
+        policy_kwargs=settings.encode(),
     )
     with warnings.catch_warnings():
         # Serve announces environment variables instead, but this version does not read them.
         warnings.filterwarnings("ignore", ".*metrics_interval_s", DeprecationWarning)
         return AutoscalingConfig(
-            min_replicas=part.replicas.min,
+            # A rollout sets its own limits, also below the pool's.
+            min_replicas=0 if settings.rollout else part.replicas.min,
             max_replicas=part.replicas.max,
             target_ongoing_requests=part.replicas.target_in_flight,
             # The policy applies the configured delays itself.

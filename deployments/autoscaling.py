@@ -22,8 +22,10 @@ from cluster.autoscaling.settings import PoolSettings
 from cluster.autoscaling.starts import ReplicaStart, StartTracker
 from cluster.metrics import Registry, table
 from cluster.ray_internals import DeploymentID
+from cluster.rollout import RolloutState
 from deployments.decisions import DecisionLog
 from deployments.metrics import RayMetrics
+from deployments.rollout_store import read_state
 
 logger = logging.getLogger("ray.serve.tandem")
 
@@ -58,12 +60,24 @@ class _Deployment:
     @classmethod
     def from_context(cls, context: AutoscalingContext) -> "_Deployment":
         settings = PoolSettings.decode(context.config.policy.policy_kwargs)
-        spec = replace(
-            settings.spec,
-            min=context.capacity_adjusted_min_replicas,
-            max=context.capacity_adjusted_max_replicas,
+        least, most = (
+            context.capacity_adjusted_min_replicas,
+            context.capacity_adjusted_max_replicas,
         )
-        return cls(context, replace(settings, spec=spec))
+        if settings.rollout:  # Serve's own lower limit is 0
+            least = min(settings.spec.min, most)
+        return cls(context, replace(settings, spec=replace(settings.spec, min=least, max=most)))
+
+    def limit(self, rollout: RolloutState | None) -> "_Deployment":
+        """Return the deployment with the limits of a rollout of its pool."""
+        spec, settings = self.settings.spec, self.settings
+        if settings.is_candidate:
+            least = rollout.new_replicas if rollout is not None else 0
+            spec = replace(spec, min=least, max=max(least, spec.max) if least else 0)
+        elif rollout is not None and rollout.old_replicas is not None:
+            most = rollout.old_replicas
+            spec = replace(spec, min=min(spec.min, most), max=min(spec.max, most))
+        return replace(self, settings=replace(settings, spec=spec))
 
     @property
     def pool(self) -> str:
@@ -124,6 +138,7 @@ class ApplicationPolicy:
         self._num_nodes: dict[str, int] = {}
         # Last recorded target and cause by pool, if more replicas would add no capacity.
         self._limited: dict[str, tuple[int, str] | None] = {}
+        self._rollouts: dict[str, RolloutState | None] = {}
 
     def __call__(
         self, contexts: Mapping[DeploymentID, AutoscalingContext]
@@ -134,13 +149,24 @@ class ApplicationPolicy:
         if now >= self._next_decision_at:
             self._next_decision_at = now + DECISION_INTERVAL_S
             try:
-                targets = self._decide(
-                    now, [_Deployment.from_context(c) for c in contexts.values()]
-                )
+                deployments = [_Deployment.from_context(c) for c in contexts.values()]
+                targets = self._decide(now, [self._limit_rollout(d) for d in deployments])
             except Exception:
                 logger.exception("autoscaling failed; the targets stay as they are")
                 self._next_decision_at = now + _PAUSE_AFTER_ERROR_S
         return {id: targets.get(id, c.target_num_replicas) for id, c in contexts.items()}, {}
+
+    def _limit_rollout(self, deployment: _Deployment) -> _Deployment:
+        version, name = deployment.settings.rollout, deployment.pool.partition("@")[0]
+        if not version:
+            return deployment
+        try:
+            state = read_state(deployment.context.deployment_id.app_name, name)
+        except RayError as error:  # the last limits stay
+            logger.warning("could not read the rollout of %s: %s", name, error)
+        else:
+            self._rollouts[name] = state if state and state.version == version else None
+        return deployment.limit(self._rollouts.get(name))
 
     def _decide(self, now: float, deployments: list[_Deployment]) -> dict[DeploymentID, int]:
         reports = {d.pool: self._clock.fresh_reports(now, d.context) for d in deployments}

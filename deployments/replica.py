@@ -34,6 +34,7 @@ from cluster.link import (
     answer_locally,
 )
 from cluster.metrics import Registry, table
+from cluster.models.checksum import weights_checksum
 from cluster.ray_internals import confine_replica_to_loopback
 from cluster.tracing import start_tracer
 from cluster.usage import Usage
@@ -75,6 +76,7 @@ class EngineReplica:
         self._created_at = time.time() - process_age_s()
         confine_replica_to_loopback()
         log_with_serve()
+        self._model = next(iter(pool.model_files), None)
         self._adapters = tuple(pool.adapters) if isinstance(pool, GeneratorConfig) else ()
         self._engine = engine = make_engine()
         timer.mark("imports")
@@ -162,6 +164,16 @@ class EngineReplica:
                     yield item
         finally:
             self._num_handle_calls -= 1
+
+    async def weights_checksum(self, replica_id: str) -> str:
+        """Return the checksum of the model's weight files on this node; empty without files.
+
+        Args:
+            replica_id: This replica, for ``NamedReplicaRouter``.
+        """
+        if self._model is None:
+            return ""
+        return await asyncio.to_thread(weights_checksum, self._model)
 
     async def _answer_handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request over the handle; it ends if the engine dies, like those over links."""

@@ -49,6 +49,7 @@ from deployments.logs import close_request_log, log_with_serve, open_request_log
 from deployments.metrics import RayExporter
 from deployments.nodes import RayNodes
 from deployments.proxies import ProxySetup
+from deployments.rollout_sync import RolloutAccess, RolloutSync
 
 logger = logging.getLogger("ray.serve.tandem")
 
@@ -63,7 +64,10 @@ class Router:
     """Replica of the router; HTTP requests come through ``__serve_build_asgi_app__``."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, config: TandemConfig, pools: Mapping[str, DeploymentHandle]
+        self,
+        config: TandemConfig,
+        pools: Mapping[str, DeploymentHandle],
+        _rollouts: DeploymentHandle | None = None,  # Serve deploys what the router refers to
     ) -> None:
         self._max_answer_s = config.max_answer_s
         confine_replica_to_loopback()
@@ -93,6 +97,10 @@ class Router:
             usage=_start_usage(config, router_deployment.app_name),
             routers=self._links,
             nodes=self._nodes,
+            rollout_control=RolloutAccess(
+                router_deployment.app_name,
+                [pool.name for pool in config.pools],
+            ),
             read_decisions=partial(read_decisions, [router_deployment, *pool_deployments.values()]),
             needs_keys=self._needs_keys(config),
             response_key=hmac.digest(self._secret, b"response ids", "sha256"),
@@ -104,6 +112,10 @@ class Router:
             for name, deployment in pool_deployments.items()
         }
         self._discovery = Discovery({**listeners, router_deployment: self._on_routers})
+        self._rollouts = RolloutSync(
+            router_deployment.app_name, identity.unique_id, self._gateway.rollouts
+        )
+        await self._rollouts.start()
         self._proxies = ProxySetup(config.router)
         await self._proxies.set_up_all()
         registry = self._gateway.registry
@@ -184,6 +196,7 @@ class Router:
             await self._discovery.close()
             await self._nodes.close()
             await self._quota_sync.close()
+            await self._rollouts.close()
             await self._gateway.close()
             await self._links.close()
             await self._memory.close()

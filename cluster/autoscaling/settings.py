@@ -32,17 +32,31 @@ class PoolSettings:
     """Objectives in seconds, by their names in the configuration."""
     budget: Budget
     """Budget of the whole application."""
+    rollout: str = ""
+    """Version that a rollout of the pool introduces; it limits the replicas. Empty if none runs."""
+
+    @property
+    def is_candidate(self) -> bool:
+        """True if this is the new version of a rollout."""
+        return bool(self.rollout) and self.pool.endswith(f"@{self.rollout}")
 
     @classmethod
     def from_config(
-        cls, config: TandemConfig, part: GeneratorConfig | ClassifierConfig | RouterConfig
+        cls,
+        config: TandemConfig,
+        part: GeneratorConfig | ClassifierConfig | RouterConfig,
+        name: str | None = None,
     ) -> "PoolSettings":
+        """Return the settings of one deployment; ``name`` is the pool's in the routers."""
+        rollout = ""
         if isinstance(part, RouterConfig):
             pool, priority, max_in_flight = ROUTER, _ROUTER_PRIORITY, math.inf
             limits: dict[str, float] = {}
         else:
-            pool, priority, max_in_flight = part.name, part.priority, part.max_in_flight
+            pool, priority, max_in_flight = name or part.name, part.priority, part.max_in_flight
             limits = part.slo.model_dump(exclude_none=True)
+            running = {p.name: p.rollout.version for p in config.pools if p.rollout is not None}
+            rollout = running.get(part.name, "")
         spec = PoolSpec(
             min=part.replicas.min,
             max=part.replicas.max,
@@ -56,7 +70,8 @@ class PoolSettings:
             is_router=pool == ROUTER,
             fills_nodes=_computes_on_cores(part) and not part.resources.gpus,
         )
-        return cls(pool, spec, limits, Budget(**config.budget.model_dump(exclude_none=True)))
+        budget = Budget(**config.budget.model_dump(exclude_none=True))
+        return cls(pool, spec, limits, budget, rollout)
 
     def encode(self) -> dict[str, Any]:
         """Return a JSON object; infinite values are left out."""

@@ -1,10 +1,11 @@
 """Command groups ``tandem models``, ``tandem keys`` and ``tandem config``: arguments and help."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
+from typer.core import TyperGroup
 
 from cluster.cli.options import (
     ConfigOption,
@@ -12,10 +13,12 @@ from cluster.cli.options import (
     EncodingOption,
     JsonOption,
     KeyFileOption,
+    KeyOption,
     LabelColumn,
     ModelOption,
     SetOption,
     TextColumn,
+    UrlOption,
 )
 
 
@@ -26,6 +29,22 @@ def _group(help_text: str) -> typer.Typer:
 models_app = _group("Build, fetch, list and fine-tune models.")
 keys_app = _group("Manage API keys and the limits of tenants.")
 config_app = _group("Check, show and compare the configuration.")
+
+
+class _RolloutGroup(TyperGroup):
+    """Group whose first argument may also be a model, to start its rollout."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        is_model = args[0] not in self.commands and not args[0].startswith("-")
+        return super().resolve_command(ctx, ["start", *args] if is_model else args)
+
+
+rollout_app = typer.Typer(
+    cls=_RolloutGroup,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Replace a model by a new version, in steps. `tandem rollout MODEL` starts.",
+)
 
 
 @models_app.command("build")
@@ -243,3 +262,61 @@ def config_diff(
     from cluster.cli.defaults import load_config
 
     diff(load_config(config, overrides or []), as_json=as_json)
+
+
+_RolloutModel = Annotated[
+    str | None, Argument(metavar="[MODEL]", help="Default: the only rollout in progress.")
+]
+
+
+@rollout_app.command("start")
+def rollout_start(
+    model: Annotated[str, Argument(help="Name of the model in requests.")],
+    to: Annotated[str, Option("--to", metavar="PATH|ID", help="Model of the new version.")],
+    canary: Annotated[
+        str, Option(metavar="PERCENT,...", help="Share of the sessions in each step.")
+    ] = "5,25,100",
+    shadow: Annotated[
+        bool, Option("--shadow", help="First answer copies of requests, and discard the answers.")
+    ] = False,
+    settings: Annotated[
+        list[str] | None,
+        Option("--set", metavar="NAME=VALUE", help="Further field of `rollout`; repeatable."),
+    ] = None,
+    wait: Annotated[
+        bool, Option("--wait", help="Follow the rollout; exit with 1 if it is rolled back.")
+    ] = False,
+    url: UrlOption = None,
+    api_key: KeyOption = None,
+) -> None:
+    """Start the rollout of a new version. `start` may be omitted."""
+    from cluster.cli.rollout import parse_settings, parse_steps, start
+
+    fields = {"model": to, "canary": parse_steps(canary), "shadow": shadow}
+    start(model, {**parse_settings(settings or []), **fields}, url, api_key, wait=wait)
+
+
+@rollout_app.command("status")
+def rollout_status(
+    model: Annotated[str | None, Argument(metavar="[MODEL]", help="Default: all.")] = None,
+    url: UrlOption = None,
+    api_key: KeyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the last rollout of each model, with its decisions."""
+    from cluster.cli.rollout import status
+
+    status(model, url, api_key, as_json=as_json)
+
+
+def _add_action(action: Literal["pause", "resume", "abort"], text: str) -> None:
+    @rollout_app.command(action, help=text)
+    def _act(model: _RolloutModel = None, url: UrlOption = None, api_key: KeyOption = None) -> None:
+        from cluster.cli.rollout import act
+
+        act(action, model, url, api_key)
+
+
+_add_action("pause", "Keep the present shares; nothing is decided.")
+_add_action("resume", "Go on deciding after a pause.")
+_add_action("abort", "Roll back to the old version.")

@@ -26,6 +26,7 @@ from cluster.config.pools import (
     SimConfig,
 )
 from cluster.config.resources import ResourcesConfig
+from cluster.config.rollout import RolloutConfig
 from cluster.config.router import (
     CircuitBreakerConfig,
     HandoverConfig,
@@ -53,6 +54,7 @@ __all__ = [
     "OperationsConfig",
     "ResourcesConfig",
     "ResultCacheConfig",
+    "RolloutConfig",
     "RouterConfig",
     "RoutingPolicy",
     "SimConfig",

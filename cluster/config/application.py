@@ -82,8 +82,16 @@ class TandemConfig(Section):
 
     @property
     def model_files(self) -> tuple[str, ...]:
-        paths = [path for pool in self.generators for path in pool.model_files]
-        return tuple(dict.fromkeys([*paths, *(pool.model for pool in self.classifiers)]))
+        pools = [pool for _, pool in self.served_pools]
+        paths = [path for pool in pools for path in pool.model_files]
+        return tuple(dict.fromkeys(paths))
+
+    @property
+    def served_pools(self) -> tuple[tuple[str, GeneratorConfig | ClassifierConfig], ...]:
+        """All pools by their name in the routers: those in the configuration, and candidates."""
+        new = [(pool.candidate_name, pool.candidate) for pool in self.pools]
+        candidates = [(name, candidate) for name, candidate in new if candidate is not None]
+        return (*((pool.name, pool) for pool in self.pools), *candidates)
 
     @property
     def model_names(self) -> tuple[str, ...]:

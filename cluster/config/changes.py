@@ -101,14 +101,16 @@ def _pool_settings(
 
 
 def _router_settings(config: TandemConfig) -> list[Setting]:
-    pools = [pool.deployment for pool in config.pools]
+    pools = [pool.deployment for _, pool in config.served_pools]
     tracing = (each for each in settings(config.operations) if each.path.startswith("tracing"))
     router = settings(config.router, "router.")
     return [Setting("names of the pools", None, sorted(pools)), *router, *tracing]
 
 
 def _by_deployment(config: TandemConfig) -> dict[str, list[Setting]]:
-    pools = {pool.deployment: _pool_settings(pool, config.operations) for pool in config.pools}
+    pools = {
+        pool.deployment: _pool_settings(pool, config.operations) for _, pool in config.served_pools
+    }
     return {config.router.deployment: _router_settings(config), **pools}
 
 

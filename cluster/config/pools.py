@@ -8,6 +8,7 @@ from pydantic import AfterValidator, ByteSize, Field, model_validator
 
 from cluster.config.engine_args import check_engine_args
 from cluster.config.resources import ReplicasConfig, ResourcesConfig
+from cluster.config.rollout import VERSION_PATTERN, RolloutConfig
 from cluster.config.section import Section
 
 MIB = 1024**2
@@ -150,6 +151,11 @@ class PoolConfig(Section):
     """Replica counts and autoscaling."""
     resources: ResourcesConfig = ResourcesConfig()
     """Resources of one replica; in generator pools, of each worker."""
+    version: str | None = Field(None, pattern=VERSION_PATTERN)
+    """Name of the model's version, which a rollout sets. A pool whose version changes otherwise is
+    unavailable until its new replicas are ready."""
+    rollout: RolloutConfig | None = None
+    """Replacement of the model in progress; `tandem rollout MODEL` adds and removes it."""
 
     @property
     def num_workers(self) -> int:
@@ -158,7 +164,21 @@ class PoolConfig(Section):
     @property
     def serve_name(self) -> str:
         """Name in Ray Serve, whose dashboard's URLs a slash would break."""
-        return self.name.replace("/", "--")
+        name = self.name.replace("/", "--")
+        return name if self.version is None else f"{name}@{self.version}"
+
+    @property
+    def candidate(self) -> Self | None:
+        """The pool with the model of its rollout; None without one."""
+        if self.rollout is None:
+            return None
+        changes = {"model": self.rollout.model, "version": self.rollout.version, "rollout": None}
+        return self.model_copy(update=changes)
+
+    @property
+    def candidate_name(self) -> str:
+        """Name of the candidate among a router's pools; no client can send it."""
+        return f"{self.name}@{self.rollout.version if self.rollout else ''}"
 
     @property
     def deployment(self) -> str:
@@ -179,6 +199,12 @@ class PoolConfig(Section):
                 f"replicas.target_in_flight ({replicas.target_in_flight:g}) must be at most "
                 f"max_in_flight ({self.max_in_flight})"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_version(self) -> Self:
+        if self.rollout is not None and self.rollout.version == self.version:
+            raise ValueError(f"rollout.version is {self.version!r}, the pool's present version")
         return self
 
 
@@ -343,6 +369,11 @@ class ClassifierConfig(PoolConfig):
     """Policy that selects a replica, as for generators."""
     slo: ClassifierSlo = ClassifierSlo()
     """Objectives that autoscaling and the dashboard use."""
+
+    @property
+    def model_files(self) -> tuple[str, ...]:
+        """Model that the engine loads."""
+        return (self.model,)
 
     @property
     def head(self) -> str | None:

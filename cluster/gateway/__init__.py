@@ -20,6 +20,7 @@ from cluster.gateway.asgi import GatewayApp
 from cluster.gateway.gateway import Gateway
 from cluster.gateway.messages import Request, Response
 from cluster.gateway.pools.replica import Answer, Opener, ReplicaInfo, Wiring
+from cluster.gateway.pools.rollout import Rollout
 from cluster.gateway.recording.usage import UsageAccount
 from cluster.gateway.router_links import RouterLinks
 
@@ -32,6 +33,7 @@ __all__ = [
     "ReplicaInfo",
     "Request",
     "Response",
+    "Rollout",
     "RouterLinks",
     "UsageAccount",
     "Wiring",

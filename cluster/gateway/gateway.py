@@ -23,6 +23,7 @@ from cluster.gateway.admission.response_ids import ResponseIds
 from cluster.gateway.body import UNREAD_BODY, BodyBuffers, read_body
 from cluster.gateway.builtin.drain import Drains, NodeDrains
 from cluster.gateway.builtin.own_paths import PUBLIC_PATHS
+from cluster.gateway.builtin.rollouts import RolloutControl
 from cluster.gateway.builtin.routes import BuiltinRoute, BuiltinRoutes
 from cluster.gateway.messages import (
     Headers,
@@ -33,7 +34,7 @@ from cluster.gateway.messages import (
     header,
     with_json_fields,
 )
-from cluster.gateway.pools.factory import make_pools, reconfigure_pools
+from cluster.gateway.pools.factory import make_pools, make_rollouts, reconfigure_pools
 from cluster.gateway.pools.pool import Pool
 from cluster.gateway.pools.relay import relay
 from cluster.gateway.pools.replica import Wiring
@@ -73,6 +74,7 @@ class Gateway:
         read_decisions: Returns autoscaling's last decisions, for the dashboard.
         needs_keys: True if every request is rejected while no keys are configured.
         response_key: Key of the ids of stored responses, the same for all routers.
+        rollout_control: Starts and changes rollouts; None without Ray Serve.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Gateway:
         read_decisions: ReadDecisions | None = None,
         needs_keys: bool = False,
         response_key: bytes | None = None,
+        rollout_control: RolloutControl | None = None,
     ) -> None:
         router = config.router
         self.max_header_bytes = int(router.max_header_bytes)
@@ -101,6 +104,11 @@ class Gateway:
         self._usage = usage
         self._sinks = sinks = RequestSinks(self.registry, self.request_log, tracer, usage)
         self.pools = make_pools(config, wirings, sinks)
+        """All pools; those of new versions have a name that no client can send."""
+        self.rollouts = make_rollouts(config, self.pools, self.registry)
+        """Rollouts that divide the requests of a pool, by its name."""
+        candidates = {rollout.new.name for rollout in self.rollouts.values()}
+        self._models = {n: pool for n, pool in self.pools.items() if n not in candidates}
         export_pool_gauges(self.registry, self.pools.values())
         authenticator = Authenticator(
             router.api_keys_sha256,
@@ -115,7 +123,7 @@ class Gateway:
         self._load_reports = LoadReports(config, self.pools)
         self._dashboard = Dashboard(self.pools, sinks, routers, read_decisions)
         self._builtin = BuiltinRoutes(
-            self.pools, versions or {}, self.registry, self._dashboard, usage
+            self._models, versions or {}, self.registry, self._dashboard, usage, rollout_control
         )
         self._builtin.add_drains(Drains(self.pools, routers, nodes or NodeDrains()))
 
@@ -143,7 +151,7 @@ class Gateway:
 
     def split_model_path(self, path: str) -> tuple[str, str | None]:
         """Return the path behind ``/models/{model}`` and the model; see ``split_model_path``."""
-        return split_model_path(self.pools, path)
+        return split_model_path(self._models, path)
 
     def authenticate(self, path: str, headers: Headers) -> Identity:
         """Return the sender of an HTTP request, before its body is read.
@@ -162,9 +170,11 @@ class Gateway:
 
     def needs_body(self, method: str, path: str) -> bool:
         """Return False if the request is answered without its body."""
-        if method in ("GET", "HEAD") or self._builtin.find(path) is not None:
+        if method in ("GET", "HEAD"):
             return False
-        return any(pool.serves(path) is not False for pool in self.pools.values())
+        if (builtin := self._builtin.find(path)) is not None:
+            return method in builtin.methods and method != "OPTIONS"
+        return any(pool.serves(path) is not False for pool in self._models.values())
 
     async def respond(self, request: Request) -> Response:
         """Return the response to a request; errors become responses, never exceptions."""
@@ -205,6 +215,8 @@ class Gateway:
         del body  # the prompt; the answer may be far away
         if relayed is not request:
             request.release_body()
+        if (rollout := self.rollouts.get(pool.name)) is not None:
+            return await rollout.relay(relayed, claim, ticket.end)
         return await relay(relayed, pool, claim, ticket.end)
 
     def _fields(
@@ -239,8 +251,10 @@ class Gateway:
         """Return the replica with the answer to an earlier request with this key, if any."""
         if request.answer_key is None:
             return None
+        rollout = self.rollouts.get(pool.name)
+        pools = [pool] if rollout is None else [pool, rollout.new]
         try:
-            return find_answer(request.answer_key, pool, self.pools.values())
+            return find_answer(request.answer_key, pools, self.pools.values())
         except RequestError as error:
             pool.meter.reject(request, pool.route_of(request.path), error.status, "rejected")
             raise
@@ -251,7 +265,7 @@ class Gateway:
             # Load balancers probe this path; they must not wake a pool.
             if request.path == "/" and request.method != "POST":
                 raise MethodNotAllowedError.for_path("/", request.method, ["POST"])
-            return body, select_pool(self.pools, request.path, body, request.model)
+            return body, select_pool(self._models, request.path, body, request.model)
         except RequestError as error:
             self.record_rejection(request.path, error, request.id, request.tenant)
             raise
@@ -275,7 +289,7 @@ class Gateway:
         builtin = self._builtin.find(path)
         if builtin is not None:
             return builtin.route
-        routes = (pool.route_of(path) for pool in self.pools.values())
+        routes = (pool.route_of(path) for pool in self._models.values())
         return next((route for route in routes if route != OTHER), OTHER)
 
     def load_report(self, now: float, cpu_s: float) -> dict[str, float]:
@@ -289,6 +303,7 @@ class Gateway:
 
     async def close(self) -> None:
         """Close every link and write the remaining usage."""
+        await asyncio.gather(*(rollout.close() for rollout in self.rollouts.values()))
         await self._dashboard.close()
         await self._builtin.close()
         await asyncio.gather(*(pool.close() for pool in self.pools.values()))

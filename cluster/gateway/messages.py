@@ -39,6 +39,8 @@ class Request:
     """Returns True if the client has cancelled it, False if it may have lost its connection."""
     answer_key: AnswerKey | None = None
     """Set if the client may repeat the request and get the same answer."""
+    is_copy: bool = False
+    """True for a copy whose answer is discarded; it is not charged."""
 
     @property
     def tenant(self) -> str:

@@ -247,6 +247,33 @@ SCALING_DECISIONS = _counter(
     "reason",
 )
 
+# -- rollouts --------------------------------------------------------------------------------------
+
+ROLLOUT_SHARE = _gauge(
+    "tandem_rollout_share_ratio", "Share of the sessions that the new version of a model gets."
+)
+ROLLOUT_RETRIES = _counter(
+    "tandem_rollout_retries_total",
+    "Requests that the old version answered after an error of the new one.",
+)
+ROLLOUT_COPIES = _counter(
+    "tandem_rollout_copies_total",
+    "Copies of requests for the new version, whose answers are discarded. Outcomes: answered; "
+    "failed; skipped (the budget of copies was used up).",
+    "outcome",
+)
+ROLLOUT_LABELS = _counter(
+    "tandem_rollout_labels_total",
+    "Texts that both versions of a classifier labeled. Results: agreed; differed.",
+    "result",
+)
+ROLLOUT_DECISIONS = _counter(
+    "tandem_rollout_decisions_total",
+    "Decisions of rollouts: started, shadow, canary, share, step, promoted, rolled_back, paused, "
+    "resumed.",
+    "decision",
+)
+
 # -- links, measured in the router -----------------------------------------------------------------
 
 LINK_FRAMES = _counter("tandem_link_frames_total", "Frames sent over links.", "direction")

@@ -77,6 +77,12 @@ def overview() -> Dashboard:
         graph("Shed requests", "reqps", Query(rate_of("tandem_shed_requests_total"))),
         graph("Replicas", "short", Query(REPLICAS_BY_STATE, "{{model}} {{state}}")),
         graph(
+            "Rollouts: share of the new version, and requests answered by the old one instead",
+            "short",
+            Query("max by (model) (tandem_rollout_share_ratio)", "{{model}} share"),
+            Query(rate_of("tandem_rollout_retries_total"), "{{model}} retries per second"),
+        ),
+        graph(
             "Target replicas", "short", Query("max by (model) (tandem_autoscaling_target_replicas)")
         ),
         graph(

@@ -13,6 +13,7 @@ from cluster.config import TandemConfig, parse
 from cluster.errors import LinkClosedError
 from cluster.gateway import Gateway, GatewayApp, Opener, ReplicaInfo, Wiring
 from cluster.gateway.builtin.drain import NodeDrains
+from cluster.gateway.builtin.rollouts import RolloutControl
 from cluster.gateway.reporting.dashboard import ReadDecisions
 from cluster.key_file import KeyFile
 from cluster.link import AnswerStore, LinkServer, ResponseHead
@@ -182,8 +183,10 @@ async def gateway_world(
     key_file: KeyFile | None = None,
     scales_to_zero: bool = False,
     read_decisions: ReadDecisions | None = None,
+    rollout_control: RolloutControl | None = None,
     routing: str = "prefix",
     generator: dict[str, Any] | None = None,
+    classifier: dict[str, Any] | None = None,
     idempotency: dict[str, Any] | None = None,
     nodes: NodeDrains | None = None,
     **router: Any,
@@ -200,12 +203,12 @@ async def gateway_world(
     config = parse(
         {
             "generators": [pool],
-            "classifiers": [{"name": "cls", "model": "m"}],
+            "classifiers": [{"name": "cls", "model": "m", **(classifier or {})}],
             "router": router,
             "idempotency": idempotency or {},
         }
     )
-    wirings = {name: Wiring(SECRET, fallback=fallback) for name in (pool["name"], "cls")}
+    wirings = {name: Wiring(SECRET, fallback=fallback) for name, _ in config.served_pools}
     gateway = Gateway(
         config,
         wirings,
@@ -213,6 +216,7 @@ async def gateway_world(
         key_file=key_file,
         read_decisions=read_decisions,
         nodes=nodes,
+        rollout_control=rollout_control,
     )
     world = World(gateway, config)
     try:

@@ -1,9 +1,14 @@
 """Options of the Serve application."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 from ray import serve
+from ray.serve._private import application_state
+from ray.serve.generated.serve_pb2 import DeploymentConfig
+from ray.serve.schema import LoggingConfig
 
 from deployments import app
 
@@ -95,3 +100,40 @@ def test_an_update_starts_no_more_replicas_than_fit(
     pool = {"name": "g", "model": "m", "resources": {"gpus": gpus}, "replicas": replicas}
     args = {"generators": [pool], "budget": {"gpus": budget}}
     assert build_options(monkeypatch, args)["generator-g"]["max_surge_percent"] == surge
+
+
+def built_versions(monkeypatch: pytest.MonkeyPatch, args: dict[str, Any]) -> dict[str, str]:
+    """Return the version of each deployment that Serve's build task reports."""
+    context = SimpleNamespace(
+        runtime_env={}, get_runtime_env_string=lambda: "{}", get_job_id=lambda: "01000000"
+    )
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(application_state, "configure_component_logger", lambda **options: None)
+    build = application_state.build_serve_application._function
+    arguments = ("deployments.app:build", "version of the application", "tandem", args)
+    _, deployments, error = build(*arguments, LoggingConfig(), None, {}, {}, {})
+    assert error is None
+    return {
+        deployment["deployment_name"]: DeploymentConfig.FromString(
+            deployment["deployment_config_proto_bytes"]
+        ).version
+        for deployment in deployments
+    }
+
+
+def test_a_rollout_replaces_no_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = ARGS["generators"][0]
+    before = built_versions(monkeypatch, ARGS)
+    rollout = {"model": "n", "version": "2"}
+    running = built_versions(monkeypatch, {**ARGS, "generators": [{**pool, "rollout": rollout}]})
+    after = built_versions(monkeypatch, {**ARGS, "generators": [{**pool, **rollout}]})
+    assert before.keys() == {"router", "generator-g", "classifier-c"}
+    assert running.keys() == {*before, "generator-g@2", "rollouts"}
+    assert after.keys() == {"router", "generator-g@2", "classifier-c"}
+    for name in ("generator-g", "classifier-c"):
+        assert running[name] == before[name]
+    for name in ("generator-g@2", "classifier-c"):
+        assert after[name] == running[name]
+    assert len({before["router"], running["router"], after["router"]}) == 3
+    changed = built_versions(monkeypatch, {**ARGS, "generators": [{**pool, "model": "x"}]})
+    assert changed["generator-g"] != before["generator-g"]

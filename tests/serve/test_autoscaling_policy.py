@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec import structs
 from ray import cloudpickle
 from ray.exceptions import RpcError
 from ray.serve._private.autoscaling_state import ApplicationAutoscalingState
@@ -26,8 +27,10 @@ from ray.serve.config import AutoscalingPolicy
 from cluster import ray_internals
 from cluster.autoscaling.reports import Latency, LoadReport
 from cluster.config.file import AUTOSCALING_POLICY
+from cluster.rollout import RolloutState
 from deployments import app as app_module
 from deployments import autoscaling, decisions
+from deployments.rollout_store import write_state
 
 pytestmark = pytest.mark.filterwarnings(
     # As in deployments.app: this version of Serve has no other setting.
@@ -74,6 +77,8 @@ class Controller:
         for deployment in build_app(app_module.build(args), name="tandem").deployments:
             id = DeploymentID(deployment.name, "tandem")
             # The controller receives it in this form.
+            if deployment._deployment_config.autoscaling_config is None:
+                continue
             proto = deployment._deployment_config.to_proto_bytes()
             info = DeploymentInfo(DeploymentConfig.from_proto_bytes(proto), None, 0, "")
             self.targets[id] = self.state.register_deployment(id, info, 1)
@@ -150,6 +155,25 @@ def test_the_phases_of_a_start_are_exported_and_add_up(monkeypatch: pytest.Monke
     controller.step()
     phases = {labels[1]: value for labels, value in exported.items() if labels[0] == "sim"}
     assert phases == {"scheduling": 3.0, "start": 8.0, "notice": 1.0, "decision": 12.0}
+
+
+def test_a_rollout_limits_the_replicas_of_both_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    rollout = {"model": "new", "version": "2"}
+    pool = {**ARGS["generators"][0], "replicas": {"min": 2, "max": 4}, "rollout": rollout}  # type: ignore[dict-item, index]
+    controller = Controller(
+        monkeypatch, application_policy=True, args={**ARGS, "generators": [pool], "budget": {}}
+    )
+    new = DeploymentID("generator-sim@2", "tandem")
+    assert controller.step() == {POOL: 2, new: 0, ROUTER: 1}, "no state yet"
+    state = RolloutState(version="2", model="new", replicas=2, room=0, since=0.0)
+    for old_replicas, new_replicas in ((1, 1), (0, 2), (None, 3)):
+        changed = structs.replace(state, old_replicas=old_replicas, new_replicas=new_replicas)
+        write_state("tandem", "sim", changed)
+        expected = 2 if old_replicas is None else old_replicas
+        assert controller.step() == {POOL: expected, new: new_replicas, ROUTER: 1}
+    write_state("tandem", "sim", structs.replace(state, version="1", new_replicas=4))
+    controller.step()  # Serve goes to 0 in two steps
+    assert controller.step() == {POOL: 2, new: 0, ROUTER: 1}, "another rollout"
 
 
 async def test_decisions_can_be_read_with_their_reasons(

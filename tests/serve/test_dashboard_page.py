@@ -11,6 +11,7 @@ from cluster.config import parse
 from cluster.engines.sim import SimEngine
 from cluster.gateway import Gateway, GatewayApp, ReplicaInfo, RouterLinks, Wiring
 from cluster.link import LinkServer
+from cluster.rollout import RolloutState
 from tests import asgi
 from tests.serve.browser import Page, listening, start
 
@@ -76,7 +77,13 @@ async def running_routers(**router):
     async with AsyncExitStack() as stack:
         links = [RouterLinks(f"router-{number}", SECRET) for number in "ab"]
         gateways = [
-            Gateway(config, wirings, routers=link, read_decisions=read_decisions) for link in links
+            Gateway(
+                *(config, wirings),
+                routers=link,
+                read_decisions=read_decisions,
+                rollout_control=Rollouts(),
+            )
+            for link in links
         ]
         infos = []
         for gateway, link in zip(gateways, links, strict=True):
@@ -109,6 +116,12 @@ DECISIONS = [
 
 async def read_decisions():
     return DECISIONS
+
+
+class Rollouts:
+    async def states(self):
+        state = RolloutState(version="2", model="m", replicas=1, room=1, since=0.0)
+        return {"chat": state.note(1.0, "started", "room for 1 <b>")}
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +172,7 @@ async def test_page_shows_live_load(page):
             assert statuses <= {"404", "500"}
             assert "word" not in page.by("failures").text
             assert {row[1] for row in page.rows("changes")} == {"chat", "draft"}
+            assert page.rows("rollouts")[0][1:] == ["chat", "2", "started", "room for 1 <b>"]
             decisions = page.rows("decisions")
             assert len(decisions) == 20
             assert decisions[0][1:] == ["router", "1", "2", "ongoing: 29 requests of 4 each <b>"]

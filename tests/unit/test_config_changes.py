@@ -68,7 +68,8 @@ def all_paths(config: TandemConfig) -> Iterator[str]:
     yield from (each.path for each in settings(config) if "." in each.path)
     for pool in config.pools:
         below = settings(pool, f"{pool.kind}s.{pool.name}.")
-        yield from (each.path for each in below if not each.path.endswith(".name"))
+        other = (".name", ".version", ".rollout")  # these change the deployments
+        yield from (each.path for each in below if not each.path.endswith(other))
 
 
 def changed(section: Any, path: list[str], value: Any) -> Any:
@@ -114,6 +115,18 @@ def test_another_pool_restarts_the_routers_only() -> None:
     changes = compare(make(), make(generators=generators))
     assert changes == Changes((), {"router": ("names of the pools",)}, (), ("generator-h",), ())
     assert compare(make(generators=generators), make()).removed == ("generator-h",)
+
+
+def test_a_rollout_restarts_the_routers_only() -> None:
+    pool = {"name": "g", "model": "m"}
+    rollout = {"model": "n", "version": "2"}
+    before, running = make(), make(generators=[{**pool, "rollout": rollout}])
+    after = make(generators=[{**pool, **rollout}])
+    begin, end = compare(before, running), compare(running, after)
+    for changes in (begin, end):
+        assert changes.restarts == {"router": ("names of the pools",)}
+    assert (begin.added, begin.removed) == (("generator-g@2",), ())
+    assert (end.added, end.removed) == ((), ("generator-g",))
 
 
 def test_equal_configurations_have_no_changes() -> None:

@@ -77,14 +77,15 @@ class AnswerKeys:
             lock.release()
 
 
-def find_answer(key: AnswerKey, pool: Pool, pools: Iterable[Pool]) -> str | None:
-    """Return the replica of the pool that has the answer of a key, if any.
+def find_answer(key: AnswerKey, own: Iterable[Pool], pools: Iterable[Pool]) -> str | None:
+    """Return the replica of the request's own pools that has the answer of a key, if any.
 
     Raises:
         UnprocessableError: The answer is that of a request to another pool.
     """
-    if (replica := pool.replicas.find_answer(key.id)) is not None:
-        return replica
+    for pool in own:
+        if (replica := pool.replicas.find_answer(key.id)) is not None:
+            return replica
     if any(other.replicas.find_answer(key.id) is not None for other in pools):
         raise UnprocessableError(CONFLICT)
     return None

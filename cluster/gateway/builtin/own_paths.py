@@ -7,6 +7,8 @@ from cluster.gateway.builtin.drain import DRAIN_PATH
 from cluster.gateway.reporting.dashboard import DATA_PATH, REPORT_PATH
 
 MODEL_PATH = "/v1/models/{model}"
+ROLLOUTS_PATH = "/v1/rollouts"
+ROLLOUT_PATH = "/v1/rollouts/{model}"
 HTML = "text/html"
 
 
@@ -151,6 +153,13 @@ class Drain(TypedDict):
     """Replicas on the node."""
 
 
+class RolloutList(TypedDict):
+    """Last rollout of each pool that had one."""
+
+    object: Literal["list"]
+    data: list[dict[str, Any]]
+
+
 class OwnPath(NamedTuple):
     """Description of one of the router's paths."""
 
@@ -207,6 +216,9 @@ OWN_PATHS: Mapping[str, OwnPath] = {
             _query("tenant", "Default: all tenants that the key may see."),
             _query("format", "Format of the answer.", enum=["json", "csv"]),
         ),
+    ),
+    ROLLOUTS_PATH: OwnPath(
+        "Return the state of the last rollout of each model.", RolloutList, statuses=(403,)
     ),
     "/openapi.json": OwnPath("Return this document."),
     DRAIN_PATH: OwnPath(

@@ -18,8 +18,9 @@ from cluster.admission import MAX_PRIORITY
 from cluster.errors import NotFoundError, TandemError
 from cluster.gateway.builtin.drain import DRAIN_PATH, Drains
 from cluster.gateway.builtin.openapi import make_document
-from cluster.gateway.builtin.own_paths import MODEL_PATH
+from cluster.gateway.builtin.own_paths import MODEL_PATH, ROLLOUT_PATH, ROLLOUTS_PATH
 from cluster.gateway.builtin.pages import Page
+from cluster.gateway.builtin.rollouts import RolloutControl, RolloutRoutes
 from cluster.gateway.messages import Request, Response, bytes_response, header, json_response
 from cluster.gateway.pools.pool import Pool
 from cluster.gateway.pools.relay import relay
@@ -77,6 +78,7 @@ class BuiltinRoutes:
         registry: Registry,
         dashboard: Dashboard,
         usage: UsageAccount | None,
+        rollout_control: RolloutControl | None,
     ) -> None:
         self._pools = pools
         self._versions = versions
@@ -87,6 +89,7 @@ class BuiltinRoutes:
         self._queries: dict[tuple[str, str], asyncio.Task[Any]] = {}
         self._explain_page = Page("explain")
         self._dashboard_page = Page("dashboard")
+        self._rollouts = RolloutRoutes(rollout_control)
         self._handlers: dict[str, Handler] = {
             "/health": self._health,
             "/ready": self._ready,
@@ -94,6 +97,7 @@ class BuiltinRoutes:
             "/v1/models": self._list_models,
             "/models": self._list_capabilities,
             _DOCUMENT_PATH: self._openapi,
+            ROLLOUTS_PATH: self._rollouts.show,
             "/metrics": self._metrics,
             "/explain": self._explain,
             "/dashboard": self._show_dashboard,
@@ -117,6 +121,8 @@ class BuiltinRoutes:
         """Return the built-in route of a path, or None if the engines answer it."""
         if path.startswith(_MODEL_PREFIX):
             return BuiltinRoute(MODEL_PATH, self._get_model)
+        if path.startswith(f"{ROLLOUTS_PATH}/"):
+            return BuiltinRoute(ROLLOUT_PATH, self._rollouts.change, WRITE_METHODS)
         handler = self._handlers.get(path)
         methods = WRITE_METHODS if path == DRAIN_PATH else READ_METHODS
         return None if handler is None else BuiltinRoute(path, handler, methods)

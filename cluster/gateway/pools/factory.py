@@ -18,8 +18,9 @@ from cluster.gateway.pools.handover import HandoverLimits
 from cluster.gateway.pools.pool import Pool, PoolKind
 from cluster.gateway.pools.replica import Wiring
 from cluster.gateway.pools.replica_set import PoolLimits
+from cluster.gateway.pools.rollout import Rollout
 from cluster.gateway.recording.observer import PoolMeter, RequestSinks
-from cluster.metrics import table
+from cluster.metrics import Registry, table
 from cluster.routing import BreakerLimits
 
 _KINDS: Mapping[type, PoolKind] = {GeneratorConfig: "generator", ClassifierConfig: "classifier"}
@@ -28,24 +29,40 @@ _KINDS: Mapping[type, PoolKind] = {GeneratorConfig: "generator", ClassifierConfi
 def make_pools(
     config: TandemConfig, wirings: Mapping[str, Wiring], sinks: RequestSinks
 ) -> dict[str, Pool]:
-    """Return all pools by name; ``wirings`` has an entry for each."""
+    """Return all pools by name, candidates included; ``wirings`` has an entry for each."""
     handover = HandoverLimits(config.router.handover)
     pools = {}
-    for pool in config.pools:
-        limits = _pool_limits(config.router, pool, handover)
-        meter = PoolMeter(pool.name, sinks)
+    for name, pool in config.served_pools:
+        is_rolled_out = pool.rollout is not None or name != pool.name
+        limits = _pool_limits(config.router, pool, handover, is_rolled_out=is_rolled_out)
+        meter = PoolMeter(name, sinks, pool.name)
         _export_objectives(pool, sinks)
-        pools[pool.name] = Pool(pool.name, _KINDS[type(pool)], limits, wirings[pool.name], meter)
+        pools[name] = Pool(name, _KINDS[type(pool)], limits, wirings[name], meter)
     return pools
+
+
+def make_rollouts(
+    config: TandemConfig, pools: Mapping[str, Pool], registry: Registry
+) -> dict[str, Rollout]:
+    """Return the rollouts by the name of their pool."""
+    return {
+        pool.name: Rollout(
+            pools[pool.name], pools[pool.candidate_name], pool.rollout.version, registry
+        )
+        for pool in config.pools
+        if pool.rollout is not None
+    }
 
 
 def reconfigure_pools(config: TandemConfig, pools: Mapping[str, Pool], sinks: RequestSinks) -> None:
     """Apply changed settings; ``config`` has the same pools."""
-    for pool in config.pools:
-        handover = pools[pool.name].limits.handover
+    for name, pool in config.served_pools:
+        handover = pools[name].limits.handover
         assert handover is not None
         handover.config = config.router.handover  # shared by all pools
-        pools[pool.name].set_limits(_pool_limits(config.router, pool, handover))
+        is_rolled_out = pool.rollout is not None or name != pool.name
+        limits = _pool_limits(config.router, pool, handover, is_rolled_out=is_rolled_out)
+        pools[name].set_limits(limits)
         _export_objectives(pool, sinks)
 
 
@@ -53,8 +70,12 @@ def _pool_limits(
     router: RouterConfig,
     pool: GeneratorConfig | ClassifierConfig,
     handover: HandoverLimits,
+    *,
+    is_rolled_out: bool,
 ) -> PoolLimits:
     breaker = router.circuit_breaker
+    # Without room for a second replica, a rollout stops the only one before the new one starts.
+    may_be_empty = is_rolled_out or not pool.replicas.min
     return PoolLimits(
         max_in_flight=pool.max_in_flight,
         queue=QueueLimits(router.max_queued_tokens, router.max_queued),
@@ -77,7 +98,7 @@ def _pool_limits(
             if router.hedge.enabled and isinstance(pool, ClassifierConfig)
             else 0.0
         ),
-        start_timeout_s=None if pool.replicas.min else router.start_timeout_s,
+        start_timeout_s=router.start_timeout_s if may_be_empty else None,
     )
 
 

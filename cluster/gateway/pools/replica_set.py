@@ -132,6 +132,10 @@ class ReplicaSet:
         """The last load of each running replica that has reported one."""
         return list(self._reported_loads())
 
+    def has(self, replica_id: str) -> bool:
+        """Return True if the replica runs."""
+        return replica_id in self._replicas
+
     @property
     def num_ready(self) -> int:
         """Number of replicas whose link is open."""

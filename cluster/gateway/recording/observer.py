@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import msgspec
 
+from cluster.errors import OverloadedError
 from cluster.gateway.messages import Request
 from cluster.gateway.recording.request_log import (
+    ABANDONED,
     CLIENT_DISCONNECTED,
     Outcome,
     Replay,
@@ -55,10 +57,17 @@ class RequestSinks:
 
 
 class PoolMeter:
-    """Metrics of one pool, and the observers of its requests."""
+    """Metrics of one pool, and the observers of its requests.
 
-    def __init__(self, pool_name: str, sinks: RequestSinks) -> None:
+    Args:
+        pool_name: Name of the pool.
+        sinks: Destinations of the observations.
+        model: Name under which usage is charged; the pool's, unless it is a rollout's candidate.
+    """
+
+    def __init__(self, pool_name: str, sinks: RequestSinks, model: str | None = None) -> None:
         self.pool_name = pool_name
+        self.model = model or pool_name
         self.log = sinks.log
         self.tracer = sinks.tracer
         self.usage = sinks.usage
@@ -68,6 +77,12 @@ class PoolMeter:
         self.arrivals = counter(table.ARRIVALS)
         self.num_with_usage = 0
         """Requests that ended with a known usage."""
+        self.squared_tokens = 0.0
+        """Sum of the squares of their completion tokens."""
+        self.num_finished = 0
+        """Requests of clients that ended, except shed and abandoned ones."""
+        self.num_failed = 0
+        """Finished requests that ended with a server error or were cut off."""
         self.request_s = histogram(table.REQUEST_SECONDS)
         self.queue_s = histogram(table.QUEUE_SECONDS)
         self.ttft_s = histogram(table.TTFT_SECONDS)
@@ -260,20 +275,28 @@ class RequestObserver:
             meter.ttft_s.observe(ttft_s)
         if usage is not None:
             self._count_usage(usage)
-        meter.tenants.count(
-            self._request.tenant,
-            meter.pool_name,
-            self.status,
-            is_cut_off=self.is_cut_off,
-            usage=usage,
-            latencies_s={"total": total_s, "queue": queue_s, "ttft": ttft_s},
-        )
+        self._count_outcome()
+        if not self._request.is_copy:
+            meter.tenants.count(
+                self._request.tenant,
+                meter.pool_name,
+                self.status,
+                is_cut_off=self.is_cut_off,
+                usage=usage,
+                latencies_s={"total": total_s, "queue": queue_s, "ttft": ttft_s},
+            )
         if self._trace is not None:
             self._trace.end(self.status, queue_s, ttft_s, usage)
         outcome = outcome_of(self.status, cut_off=self.is_cut_off)
         if meter.log.wants(outcome):
             record = self._record(outcome, usage, queue_s, ttft_s, total_s)
             meter.log.write(record, self._request.body)
+
+    def _count_outcome(self) -> None:
+        if self._on_end is None or self.status in (*ABANDONED, OverloadedError.status):
+            return
+        self._meter.num_finished += 1
+        self._meter.num_failed += self.status >= 500 or self.is_cut_off
 
     def _ttft_s(self, usage: Usage | None) -> float | None:
         if self._first_write:
@@ -288,14 +311,15 @@ class RequestObserver:
         meter.prompt_tokens.add(usage.prompt_tokens)
         meter.cached_tokens.add(usage.cached_tokens)
         meter.completion_tokens.add(usage.completion_tokens)
+        meter.squared_tokens += usage.completion_tokens**2
         if self._first_write and usage.completion_tokens > 1:
             decode_s = self.write_times[-1] - self._first_write
             meter.tpot_s.observe(decode_s / (usage.completion_tokens - 1))
         elif not self._first_write and usage.itl_s is not None:
             meter.itl_s.observe(usage.itl_s, usage.completion_tokens - 1)
             meter.tpot_s.observe(usage.itl_s)
-        if meter.usage is not None:
-            meter.usage.add(self._request.tenant, meter.pool_name, usage)
+        if meter.usage is not None and not self._request.is_copy:
+            meter.usage.add(self._request.tenant, meter.model, usage)
 
     def _record(
         self,

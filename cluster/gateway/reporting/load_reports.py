@@ -101,15 +101,15 @@ class LoadReports:
     def __init__(self, config: TandemConfig, pools: Mapping[str, Pool]) -> None:
         self._pools = pools
         self._reporters = {
-            pool.name: _PoolReporter(pools[pool.name], _objectives(pool, pools[pool.name]))
-            for pool in config.pools
+            name: _PoolReporter(pools[name], _objectives(pool, pools[name]))
+            for name, pool in config.served_pools
         }
         self._last: tuple[float, float] | None = None
 
     def reconfigure(self, config: TandemConfig) -> None:
         """Apply changed SLOs."""
-        for pool in config.pools:
-            self._reporters[pool.name].set_objectives(_objectives(pool, self._pools[pool.name]))
+        for name, pool in config.served_pools:
+            self._reporters[name].set_objectives(_objectives(pool, self._pools[name]))
 
     def report(self, now: float, cpu_s: float) -> dict[str, float]:
         """Return the reports on all pools and the router in one flat mapping.
