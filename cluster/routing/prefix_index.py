@@ -18,6 +18,8 @@ MAX_EXPECTED = 2**14
 """Expectations made within half of ``EXPECTED_S``; more drop the older half early."""
 SWEEP_SHARDS = 16
 """Shards that are cleaned for each replica that is cleared."""
+USED_STRIDE = 4
+"""Marking an entry as used is a cache miss; those of frequent prompts are soon all marked."""
 USED = 1
 """Lowest bit of a mask: the entry was used since it was last considered for eviction."""
 
@@ -44,6 +46,7 @@ class PrefixIndex:
         self._young_expected: dict[int, int] = {}
         self._rotate_s = expected_s / 2
         self._rotated_s = 0.0
+        self._used_offset = 0
         self.version = 0
         """Grows when a replica gets or loses its bit."""
         self._masks: dict[str, int] = {}  # of each replica, with one bit set
@@ -107,21 +110,28 @@ class PrefixIndex:
             self.version += 1
             self._sweep(SWEEP_SHARDS)
 
-    def expect(self, replica_id: str, prefixes: Iterable[int]) -> None:
+    def expect(self, replica_id: str, prefixes: Sequence[int], num_held: int = 0) -> None:
         """Expect a replica to have these prefixes, because it was given a prompt with them.
 
-        Entries that the replica has reported count as used.
+        Of those that it holds, every ``USED_STRIDE``-th counts as used, each time others.
+
+        Args:
+            replica_id: The replica.
+            prefixes: Hashes of the prompt's prefixes.
+            num_held: Number of leading prefixes that the replica holds, from ``count``.
         """
         mask, shards, shard_mask = self._mask_of(replica_id), self._shards, self._shard_mask
-        expected, young = self._expected, self._young_expected
-        for prefix in prefixes:
+        self._used_offset = (self._used_offset + 1) % USED_STRIDE
+        for prefix in prefixes[self._used_offset : num_held : USED_STRIDE]:
             shard = shards[prefix & shard_mask]
             holders = shard.get(prefix, 0)
             if holders and not holders & USED:
                 shard[prefix] = holders | USED
-            if not holders & mask:
-                expected[prefix] = expected.get(prefix, 0) | mask
-                young[prefix] = young.get(prefix, 0) | mask
+        expected, young = self._expected, self._young_expected
+        renewed = [prefix for prefix in prefixes[:num_held] if prefix in expected]
+        for prefix in (*renewed, *prefixes[num_held:]):
+            expected[prefix] = expected.get(prefix, 0) | mask
+            young[prefix] = young.get(prefix, 0) | mask
         if len(young) > MAX_EXPECTED:
             self._rotate_expected()
 

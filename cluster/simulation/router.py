@@ -116,7 +116,7 @@ class SimulatedRouter:
         if chosen is None:
             return False
         num_cached = self.index.count(chosen, view.prefix)
-        self.index.expect(chosen, view.prefix)
+        self.index.expect(chosen, view.prefix, num_cached)
         cached_tokens = view.prefix_tokens[num_cached - 1] if num_cached else 0.0
         request.placement = self.fleet.place(chosen, view, cached_tokens)
         self.guard.place(request.placement)

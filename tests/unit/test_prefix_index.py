@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.routing import PrefixIndex
+from cluster.routing.prefix_index import USED_STRIDE
 
 NAMES = "abc"
 CHAINS = tuple(tuple(range(start, start + 8)) for start in (0, 100, 200))
@@ -160,3 +161,25 @@ def test_the_index_agrees_with_plain_sets_and_never_overstates(
                 if max_entries > 100:
                     assert counts == (truth, truth)
     assert index.num_entries <= max_entries
+
+
+def test_expectations_of_a_prompt_that_returns_are_renewed() -> None:
+    index = PrefixIndex(expected_s=10.0)
+    index.advance(0.0)
+    index.expect("a", (1, 2, 3))
+    for now_s in (5.0, 10.0, 15.0, 20.0):
+        index.advance(now_s)
+        held = index.count("a", (1, 2, 3))
+        assert held == 3
+        index.expect("a", (1, 2, 3), held)
+
+
+def test_held_prefixes_of_a_frequent_prompt_count_as_used() -> None:
+    index = PrefixIndex(max_entries=64)
+    frequent = tuple(range(32))
+    index.add_stored("a", frequent)
+    for start in range(1000, 2000, 8):
+        for _ in range(USED_STRIDE):
+            index.expect("a", frequent, index.count("a", frequent))
+        index.add_stored("a", range(start, start + 8))
+    assert index.count("a", frequent) == 32

@@ -126,7 +126,7 @@ def test_a_cached_prefix_attracts_requests_until_its_replica_is_busy() -> None:
         assert chosen is not None
         held = index.count(chosen, asked.prefix)
         fleet.place(chosen, asked, asked.prefix_tokens[held - 1] if held else 0.0)
-        index.expect(chosen, asked.prefix)
+        index.expect(chosen, asked.prefix, index.count(chosen, asked.prefix))
     in_flight = [fleet.in_flight(name) for name in "abcdefgh"]
     assert min(in_flight) > 0
     # The first replica keeps a lead of about the work of one uncached prompt.

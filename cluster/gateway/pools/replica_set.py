@@ -337,7 +337,7 @@ class ReplicaSet:
         request, replica = claim.view, self._replicas[replica_id]
         held = self.prefixes.count(replica_id, request.prefix)
         cached_tokens = request.prefix_tokens[held - 1] if held else 0.0
-        self.prefixes.expect(replica_id, request.prefix)
+        self.prefixes.expect(replica_id, request.prefix, held)
         replica.in_flight += 1
         placement = self.fleet.place(replica_id, request, cached_tokens)
         self.guard.place(placement)

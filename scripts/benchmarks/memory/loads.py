@@ -1,18 +1,17 @@
 """Loads of ``bench memory``: the engine, and the behaviour of its clients."""
 
-import contextlib
-import resource
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
 
 from benchmarks import token_times
 from benchmarks.endpoint import LAST_CHUNK, Endpoint, TargetError
+from benchmarks.open_streams import open_streams, read_first_token
 from benchmarks.targets.running import sim_generator
-from benchmarks.token_times import EVENT, OK, StreamLoad
+from benchmarks.token_times import OK, StreamLoad
 
 IDLE, ACTIVE, STALLED = 1000, 256, 100
 
@@ -26,7 +25,6 @@ MIN_BYTES = 1_000_000
 BUFFER_BYTES = 4096
 FILL_S = 20.0
 """Time until all socket buffers are full, so that further data waits in the router."""
-TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +38,9 @@ class MemoryLoad:
 
 def _idle(endpoint: Endpoint, seconds: float) -> str:
     body = {"model": endpoint.model, "prompt": "a", "max_tokens": 64, "stream": True}
-    with _streams(endpoint, body, IDLE) as streams:
+    with open_streams(endpoint, body, IDLE) as streams:
         for stream in streams:
-            _read_first_token(stream)
+            read_first_token(stream)
         time.sleep(seconds)
     return f"{IDLE} streams with one token each, then idle for {seconds:g} s"
 
@@ -63,7 +61,7 @@ def _stalled(endpoint: Endpoint, seconds: float) -> str:
         "max_tokens": STALLED_TOKENS,
         "stream": True,
     }
-    with _streams(endpoint, body, STALLED, BUFFER_BYTES) as streams:
+    with open_streams(endpoint, body, STALLED, BUFFER_BYTES) as streams:
         time.sleep(FILL_S + seconds)
         for stream in streams[1:]:
             stream.close()
@@ -72,33 +70,6 @@ def _stalled(endpoint: Endpoint, seconds: float) -> str:
         raise TargetError(f"Stalled stream has {size} bytes, expected at least {MIN_BYTES}.")
     waited_s = FILL_S + seconds
     return f"{STALLED} clients with responses of {size / 1e6:.1f} MB, unread for {waited_s:g} s"
-
-
-@contextlib.contextmanager
-def _streams(
-    endpoint: Endpoint, body: Mapping[str, Any], num: int, buffer_bytes: int | None = None
-) -> Iterator[list[socket.socket]]:
-    """Open ``num`` connections and send a request on each; close them on exit."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    request = endpoint.encode_request("/v1/completions", body)
-    with contextlib.ExitStack() as stack:
-        streams = [stack.enter_context(socket.socket()) for _ in range(num)]
-        for stream in streams:
-            stream.settimeout(TIMEOUT_S)
-            if buffer_bytes is not None:
-                stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
-            stream.connect((endpoint.host, endpoint.port))
-            stream.sendall(request)
-        yield streams
-
-
-def _read_first_token(stream: socket.socket) -> None:
-    received = b""
-    while EVENT not in received:
-        if not (data := stream.recv(65536)):
-            raise TargetError(f"Stream ended early with {received[-400:]!r}")
-        received += data
 
 
 def _read_all(stream: socket.socket) -> int:

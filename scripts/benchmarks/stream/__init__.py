@@ -1,4 +1,4 @@
-"""Streaming throughput with an instant engine and latency with a paced one, for all peers.
+"""Streams: throughput of an instant engine, latency and CPU time at an engine's pace.
 
 The servers run one after the other, each alone on the machine, all of them in every round.
 """
@@ -6,15 +6,15 @@ The servers run one after the other, each alone on the machine, all of them in e
 import argparse
 
 from benchmarks.report import Report
-from benchmarks.stream import instant, paced
+from benchmarks.stream import cost, instant, paced
 from benchmarks.stream.targets import TARGETS, prepare
 from benchmarks.wrk import require_wrk
 
-PARTS = ("instant", "paced")
+PARTS = {"instant": instant.run, "paced": paced.run, "cost": cost.run}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--part", choices=PARTS, help="measure with one kind of engine only")
+    parser.add_argument("--part", choices=list(PARTS), nargs="+", default=list(PARTS), help="parts")
     parser.add_argument(
         "--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="servers"
     )
@@ -25,14 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Report:
-    """Measure with both engines, or with the chosen one."""
+    """Measure all parts, or the chosen ones."""
     require_wrk()
     prepare(args.targets)
     if args.quick:
         args.seconds = min(args.seconds, 2.0)
     report = Report({})
-    if args.part != "paced":
-        report = report.joined(instant.run(args))
-    if args.part != "instant":
-        report = report.joined(paced.run(args))
+    for part in args.part:
+        report = report.joined(PARTS[part](args))
     return report

@@ -11,6 +11,7 @@ from benchmarks.stream.measure import TOKENS, StreamResult, cpu_cost_table, enco
 from benchmarks.stream.targets import (
     BARE,
     CLUSTER,
+    NO_HANDOVER,
     SERVE_DEFAULT,
     SERVE_HANDLE,
     TARGETS,
@@ -25,6 +26,7 @@ RATIOS = {
     "ratio_vs_serve_handle": (SERVE_HANDLE, 6.0),
     "ratio_vs_serve_default": (SERVE_DEFAULT, 30.0),
     "ratio_vs_vllm_router": (VLLM_ROUTER, 1.0),
+    "ratio_vs_no_handover": (NO_HANDOVER, 0.97),
 }
 """Peer and goal of each ratio."""
 

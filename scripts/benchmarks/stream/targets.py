@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from benchmarks.targets.bare import bare
 from benchmarks.targets.running import SimTarget
 from benchmarks.targets.serve_handle import serve_default, serve_handle
-from benchmarks.targets.tandem import tandem
+from benchmarks.targets.tandem import tandem, tandem_without_handover
 from benchmarks.targets.vllm import install_vllm_router, vllm_router
 
 CLUSTER = "cluster"
+NO_HANDOVER = "no-handover"
 BARE = "bare"
 SERVE_HANDLE = "serve-handle"
 SERVE_DEFAULT = "serve-default"
@@ -16,6 +17,7 @@ VLLM_ROUTER = "vllm-router"
 
 TARGETS: Mapping[str, SimTarget] = {
     CLUSTER: tandem,
+    NO_HANDOVER: tandem_without_handover,
     BARE: bare,
     SERVE_HANDLE: serve_handle,
     SERVE_DEFAULT: serve_default,

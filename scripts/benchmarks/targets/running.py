@@ -18,6 +18,7 @@ SIM_MODEL = "sim"
 REAL_MODEL = "smollm2"
 """Served name of the real model."""
 READY_S = 300.0
+MAX_STREAMS = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +51,17 @@ SimTarget = Callable[[float], AbstractContextManager[RunningTarget]]
 
 
 def sim_generator(decode_s: float) -> dict[str, Any]:
-    """Return the generator configuration of the simulated engine."""
+    """Return the configuration of the simulated engine, which runs all streams at once."""
     return {
         "name": SIM_MODEL,
         "model": SIM_MODEL,
         "engine": "sim",
-        "sim": {"decode_s_per_token": decode_s},
+        "sim": {
+            "decode_s_per_token": decode_s,
+            "max_num_seqs": MAX_STREAMS,
+            "num_kv_blocks": MAX_STREAMS * 16,
+        },
+        "max_in_flight": MAX_STREAMS,
     }
 
 

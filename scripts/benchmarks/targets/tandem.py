@@ -17,6 +17,7 @@ from benchmarks.endpoint import Endpoint, TargetError
 from benchmarks.ports import free_ports
 from benchmarks.targets.home import ROOT, Home, new_home
 from benchmarks.targets.running import (
+    MAX_STREAMS,
     READY_S,
     REAL_MODEL,
     SIM_MODEL,
@@ -47,7 +48,14 @@ class ExtraApplication:
 
 def tandem(decode_s: float) -> AbstractContextManager[RunningTarget]:
     """Run one router and one replica of the simulated engine."""
-    return tandem_with_pools({"generators": [sim_generator(decode_s)]}, SIM_MODEL)
+    router = {"max_connections_per_address": 2 * MAX_STREAMS}
+    return tandem_with_pools({"generators": [sim_generator(decode_s)]}, SIM_MODEL, router)
+
+
+def tandem_without_handover(decode_s: float) -> AbstractContextManager[RunningTarget]:
+    """Run the same cluster, but keep nothing of answers for their hand-over."""
+    router = {"handover": {"enabled": False}}
+    return tandem_with_pools({"generators": [sim_generator(decode_s)]}, SIM_MODEL, router)
 
 
 @contextlib.contextmanager
