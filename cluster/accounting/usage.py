@@ -44,6 +44,15 @@ class UsageSums:
 UsageRow = tuple[UsageKey, UsageSums]
 
 
+def merge_rows(files: Iterable[Iterable[UsageRow]]) -> list[UsageRow]:
+    """Return the sums of several files, in the order of one file."""
+    merged: dict[UsageKey, UsageSums] = {}
+    for rows in files:
+        for key, sums in rows:
+            merged.setdefault(key, UsageSums()).add(sums)
+    return sorted(merged.items(), key=lambda row: row[0])
+
+
 def parse_time(text: str, param: str) -> float:
     """Return the Unix time of Unix seconds or an ISO 8601 time, which is UTC by default.
 

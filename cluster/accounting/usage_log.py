@@ -29,6 +29,10 @@ CREATE TABLE IF NOT EXISTS usage (
   cached_tokens INTEGER, completion_tokens INTEGER, joules REAL, cost REAL,
   PRIMARY KEY (hour, tenant, model, source)) WITHOUT ROWID
 """
+_FILE_ID = """
+CREATE TABLE IF NOT EXISTS file (id TEXT PRIMARY KEY);
+INSERT INTO file SELECT lower(hex(randomblob(16))) WHERE NOT EXISTS (SELECT 1 FROM file);
+"""
 _ADD = """
 INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 ON CONFLICT DO UPDATE SET requests = requests + excluded.requests,
@@ -84,6 +88,14 @@ class UsageLog:
             )
         return rows
 
+    async def file_id(self) -> str:
+        """Return the id of the file, by which routers of one node are recognized.
+
+        Raises:
+            sqlite3.Error: The file cannot be read or written.
+        """
+        return await asyncio.to_thread(self._file_id)
+
     async def write(self) -> None:
         """Write the pending sums; keep them for the next write if that fails."""
         async with self._writing:
@@ -111,6 +123,12 @@ class UsageLog:
         connection = sqlite3.connect(self._path, timeout=_BUSY_TIMEOUT_S)
         connection.execute(_TABLE)
         return connection
+
+    def _file_id(self) -> str:
+        with closing(self._open()) as connection:
+            connection.executescript(f"BEGIN IMMEDIATE;{_FILE_ID}COMMIT;")
+            found: tuple[str] = connection.execute("SELECT id FROM file").fetchone()
+            return found[0]
 
     def _write(self, pending: Mapping[UsageKey, UsageSums]) -> None:
         rows = [(*key, *astuple(sums)) for key, sums in pending.items()]

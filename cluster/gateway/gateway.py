@@ -47,6 +47,7 @@ from cluster.gateway.recording.usage import UsageAccount
 from cluster.gateway.reporting.dashboard import Dashboard, ReadDecisions
 from cluster.gateway.reporting.load_reports import LoadReports
 from cluster.gateway.reporting.pool_gauges import export_pool_gauges
+from cluster.gateway.reporting.usage_report import UsageReport
 from cluster.gateway.router_links import RouterLinks
 from cluster.key_file import KeyFile
 from cluster.metrics import Registry, table
@@ -122,8 +123,9 @@ class Gateway:
         self._answer_keys = AnswerKeys(config.idempotency)
         self._load_reports = LoadReports(config, self.pools)
         self._dashboard = Dashboard(self.pools, sinks, routers, read_decisions)
+        report = UsageReport(usage, routers) if usage is not None else None
         self._builtin = BuiltinRoutes(
-            self._models, versions or {}, self.registry, self._dashboard, usage, rollout_control
+            self._models, versions or {}, self.registry, self._dashboard, report, rollout_control
         )
         self._builtin.add_drains(Drains(self.pools, routers, nodes or NodeDrains()))
 

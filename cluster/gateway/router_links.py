@@ -4,8 +4,27 @@ import asyncio
 from collections.abc import Iterable, Mapping
 from ssl import SSLContext
 
+from cluster.errors import LinkError, RequestError
 from cluster.gateway.pools.replica import ReplicaInfo
-from cluster.link import LinkClient
+from cluster.link import LinkClient, RequestHead
+
+
+async def fetch(link: LinkClient, path: str, query: str, timeout_s: float) -> bytes | None:
+    """Return another router's answer to a GET; None if it fails or takes too long."""
+    head = RequestHead(method="GET", path=path, query_string=query.encode("latin-1"))
+    try:
+        async with asyncio.timeout(timeout_s):
+            stream = link.open(head)
+            try:
+                response = await stream.head()
+                body = b""
+                while chunk := await stream.read():
+                    body += chunk
+            finally:
+                stream.cancel()
+        return body if response.status == 200 else None
+    except (LinkError, RequestError, TimeoutError):
+        return None
 
 
 class RouterLinks:

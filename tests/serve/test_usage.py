@@ -16,7 +16,10 @@ from cluster.accounting.usage_log import UsageLog
 from cluster.asgi import Receive, Scope, Send
 from cluster.config import GeneratorConfig, parse
 from cluster.engines.sim import SimEngine
-from cluster.gateway import Gateway, GatewayApp, ReplicaInfo, UsageAccount, Wiring
+from cluster.errors import UnavailableError
+from cluster.gateway import Gateway, GatewayApp, ReplicaInfo, RouterLinks, UsageAccount, Wiring
+from cluster.gateway.messages import Request
+from cluster.gateway.reporting.usage_report import UsageReport
 from cluster.link import LinkServer
 from cluster.metrics import Registry, exposition
 from tests import asgi
@@ -30,8 +33,15 @@ WANTS_USAGE = {"x-tandem-usage": "1"}
 
 
 class AccountedPool:
-    def __init__(self, gateway: Gateway, accounting: ReplicaAccounting, cpu: list[float]) -> None:
+    def __init__(
+        self,
+        gateway: Gateway,
+        account: UsageAccount,
+        accounting: ReplicaAccounting,
+        cpu: list[float],
+    ) -> None:
         self.gateway = gateway
+        self.account = account
         self.app = GatewayApp(gateway)
         self.accounting = accounting
         self._cpu = cpu
@@ -72,11 +82,13 @@ async def accounted_pool(
 
     server = LinkServer(app, SECRET)
     host, port = await server.start()
-    usage = UsageAccount(config, UsageLog(tmp_path / "usage", 10, lambda: NOW), lambda: NOW + 60)
+    usage = UsageAccount(
+        config, UsageLog(tmp_path / "usage", 10, lambda: NOW), clock=lambda: NOW + 60
+    )
     gateway = Gateway(config, {"gen": Wiring(SECRET)}, usage=usage)
     gateway.pools["gen"].update([ReplicaInfo("gen-1", host, port, engine.routes())])
     try:
-        yield AccountedPool(gateway, replica_accounting, cpu)
+        yield AccountedPool(gateway, usage, replica_accounting, cpu)
     finally:
         await gateway.close()
         await server.stop()
@@ -89,6 +101,31 @@ async def get(app: GatewayApp, query: str, headers: dict[str, str] | None = None
         await app({**scope, "query_string": query.encode()}, receive, send)
 
     return await asgi.get(with_query, "/v1/usage", headers=headers)
+
+
+async def test_usage_of_all_nodes_is_summed_and_each_file_counts_once(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    async with accounted_pool(tmp_path) as pool, accounted_pool(tmp_path / "other") as other:
+        for world, number in ((pool, 1), (other, 2)):
+            for _ in range(number):
+                await asgi.post(world.app, COMPLETIONS, BODY)
+        gateways = other.gateway, other.gateway, pool.gateway  # two nodes with two routers each
+        apps = [GatewayApp(gateway, authenticates=False) for gateway in gateways]
+        servers = [LinkServer(app, SECRET) for app in apps]
+        routers = RouterLinks("own", SECRET)
+        addresses = [await server.start() for server in servers]
+        routers.update([ReplicaInfo(f"r{i}", *address) for i, address in enumerate(addresses)])
+        await asyncio.gather(*(link.connect() for link in routers.links().values()))
+        report = UsageReport(pool.account, routers)
+        request = Request("id", "GET", "/v1/usage", b"", [], b"")
+        body = b"".join([chunk async for chunk in (await report.handle(request)).body])
+        answer = json.loads(body)
+        assert sum(row["requests"] for row in answer["data"]) == 3
+        for server in servers:
+            await server.stop()
+        with pytest.raises(UnavailableError, match="did not report its usage"):
+            await report.handle(request)
+        await routers.close()
 
 
 async def test_responses_are_unchanged_unless_usage_is_requested(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 from cluster.gateway.builtin.drain import DRAIN_PATH
 from cluster.gateway.reporting.dashboard import DATA_PATH, REPORT_PATH
+from cluster.gateway.reporting.usage_report import ROWS_PATH
 
 MODEL_PATH = "/v1/models/{model}"
 ROLLOUTS_PATH = "/v1/rollouts"
@@ -219,6 +220,15 @@ OWN_PATHS: Mapping[str, OwnPath] = {
     ),
     ROLLOUTS_PATH: OwnPath(
         "Return the state of the last rollout of each model.", RolloutList, statuses=(403,)
+    ),
+    ROWS_PATH: OwnPath(
+        "Return the usage of this router's node, for the other routers.",
+        statuses=(403,),
+        parameters=(
+            _query("start", "Unix time in seconds."),
+            _query("end", "Unix time in seconds."),
+            _query("tenant", "Default: all tenants."),
+        ),
     ),
     "/openapi.json": OwnPath("Return this document."),
     DRAIN_PATH: OwnPath(

@@ -25,8 +25,8 @@ from cluster.gateway.messages import Request, Response, bytes_response, header, 
 from cluster.gateway.pools.pool import Pool
 from cluster.gateway.pools.relay import relay
 from cluster.gateway.pools.slots import Claim
-from cluster.gateway.recording.usage import UsageAccount
 from cluster.gateway.reporting.dashboard import DATA_PATH, REPORT_PATH, Dashboard
+from cluster.gateway.reporting.usage_report import ROWS_PATH, UsageReport
 from cluster.metrics import Registry, exposition
 from cluster.metrics.exposition import CONTENT_TYPE
 
@@ -77,7 +77,7 @@ class BuiltinRoutes:
         versions: Mapping[str, str],
         registry: Registry,
         dashboard: Dashboard,
-        usage: UsageAccount | None,
+        usage: UsageReport | None,
         rollout_control: RolloutControl | None,
     ) -> None:
         self._pools = pools
@@ -105,7 +105,7 @@ class BuiltinRoutes:
             REPORT_PATH: dashboard.report,
         }
         if usage is not None:
-            self._handlers["/v1/usage"] = usage.handle
+            self._handlers |= {"/v1/usage": usage.handle, ROWS_PATH: usage.answer_router}
 
     def add_drains(self, drains: Drains) -> None:
         self._handlers[DRAIN_PATH] = drains.handle

@@ -1,20 +1,12 @@
-"""Usage of finished requests: hourly sums in a file, and ``GET /v1/usage``."""
+"""Usage of finished requests: hourly sums in a file of each node."""
 
 import time
 from collections.abc import Callable
-from urllib.parse import parse_qsl
 
-from cluster.accounting.usage import UsageSums, as_csv, as_json, parse_time
+from cluster.accounting.usage import UsageRow, UsageSums
 from cluster.accounting.usage_log import UsageLog
-from cluster.admission import Identity
 from cluster.config import AccountingConfig, TandemConfig
-from cluster.errors import InvalidRequestError, PermissionDeniedError
-from cluster.gateway.messages import Request, Response, bytes_response, json_response
 from cluster.usage import Usage
-
-DAY_S = 24 * 3600.0
-
-_PARAMETERS = ("start", "end", "tenant", "format")
 
 
 class UsageAccount:
@@ -22,7 +14,7 @@ class UsageAccount:
 
     Args:
         config: Configuration of the deployment.
-        log: File with the hourly sums.
+        log: File with the hourly sums of this node.
         clock: Unix time in seconds.
     """
 
@@ -31,7 +23,7 @@ class UsageAccount:
     ) -> None:
         self._config = config.accounting
         self._log = log
-        self._clock = clock
+        self.clock = clock
 
     @property
     def in_answers(self) -> bool:
@@ -69,46 +61,10 @@ class UsageAccount:
         )
         self._log.add_request(tenant, model, usage.source, sums)
 
-    async def handle(self, request: Request) -> Response:
-        """Answer ``GET /v1/usage``.
+    async def find(self, start_s: float, end_s: float, tenant: str | None) -> list[UsageRow]:
+        """Return the sums of this node's file; see ``UsageLog.find``."""
+        return await self._log.find(start_s, end_s, tenant)
 
-        Raises:
-            InvalidRequestError: A query parameter is invalid.
-            PermissionDeniedError: The key may not read the usage of the requested tenant.
-        """
-        query = _query(request)
-        end_s = parse_time(query["end"], "end") if "end" in query else self._clock()
-        start_s = parse_time(query["start"], "start") if "start" in query else end_s - DAY_S
-        if not start_s < end_s:
-            raise InvalidRequestError("start must be before end", param="start")
-        format_ = query.get("format", "json")
-        if format_ not in ("json", "csv"):
-            raise InvalidRequestError(
-                f"format: got {format_[:40]!r}; allowed: json, csv", param="format"
-            )
-        tenant = _visible_tenant(request.identity, query.get("tenant"))
-        rows = await self._log.find(start_s, end_s, tenant)
-        if format_ == "csv":
-            return bytes_response(200, b"text/csv; charset=utf-8", as_csv(rows).encode())
-        return json_response(as_json(rows, self.currency))
-
-
-def _visible_tenant(caller: Identity, requested: str | None) -> str | None:
-    """Return the tenant to show, or None for all tenants."""
-    if caller.sees_all or requested == caller.tenant.name:
-        return requested
-    if requested is not None:
-        raise PermissionDeniedError(
-            "This key may read only its own tenant's usage.", param="tenant"
-        )
-    return caller.tenant.name
-
-
-def _query(request: Request) -> dict[str, str]:
-    query = dict(parse_qsl(request.query.decode("latin-1"), keep_blank_values=True))
-    for name in query:
-        if name not in _PARAMETERS:
-            raise InvalidRequestError(
-                f"Unknown parameter: {name[:40]!r}; allowed: {', '.join(_PARAMETERS)}", param=name
-            )
-    return query
+    async def file_id(self) -> str:
+        """Return the id of this node's file."""
+        return await self._log.file_id()

@@ -15,7 +15,7 @@ from urllib.parse import parse_qs
 import msgspec
 
 from cluster.autoscaling import TargetChange
-from cluster.errors import InvalidRequestError, LinkError, PermissionDeniedError, RequestError
+from cluster.errors import InvalidRequestError, PermissionDeniedError
 from cluster.gateway.messages import Request, Response, bytes_response
 from cluster.gateway.pools.pool import Pool
 from cluster.gateway.recording.observer import RequestSinks
@@ -31,8 +31,8 @@ from cluster.gateway.reporting.dashboard.board import (
 )
 from cluster.gateway.reporting.dashboard.history import History
 from cluster.gateway.reporting.dashboard.report import PoolNow, RouterReport
-from cluster.gateway.router_links import RouterLinks
-from cluster.link import LinkClient, RequestHead
+from cluster.gateway.router_links import RouterLinks, fetch
+from cluster.link import LinkClient
 from cluster.routing.breaker import CircuitState
 
 logger = logging.getLogger("ray.serve.tandem")
@@ -222,19 +222,10 @@ class Dashboard:
 
 async def _query(link: LinkClient, since: int) -> RouterReport | None:
     """Return another router's report; None if it does not answer."""
-    head = RequestHead(method="GET", path=REPORT_PATH, query_string=f"since={since}".encode())
+    body = await fetch(link, REPORT_PATH, f"since={since}", QUERY_TIMEOUT_S)
     try:
-        async with asyncio.timeout(QUERY_TIMEOUT_S):
-            stream = link.open(head)
-            try:
-                response = await stream.head()
-                body = b""
-                while chunk := await stream.read():
-                    body += chunk
-            finally:
-                stream.cancel()
-        return _decode(body) if response.status == 200 else None
-    except (LinkError, RequestError, TimeoutError, msgspec.DecodeError):
+        return None if body is None else _decode(body)
+    except msgspec.DecodeError:
         return None
 
 

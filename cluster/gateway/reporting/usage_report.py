@@ -1,0 +1,113 @@
+"""``GET /v1/usage``: the hourly sums of all nodes that have a router."""
+
+import asyncio
+from urllib.parse import parse_qsl, urlencode
+
+import msgspec
+
+from cluster.accounting.usage import UsageRow, as_csv, as_json, merge_rows, parse_time
+from cluster.admission import Identity
+from cluster.errors import InvalidRequestError, PermissionDeniedError, UnavailableError
+from cluster.gateway.messages import Request, Response, bytes_response, json_response
+from cluster.gateway.recording.usage import UsageAccount
+from cluster.gateway.router_links import RouterLinks, fetch
+
+DAY_S = 24 * 3600.0
+ROWS_PATH = "/v1/usage/rows"
+"""Path on which routers query each other."""
+QUERY_TIMEOUT_S = 5.0
+
+_PARAMETERS = ("start", "end", "tenant", "format")
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(tuple[str, list[UsageRow]]).decode
+
+
+class UsageReport:
+    """Usage of all nodes; routers of one node share a file, which counts once.
+
+    Args:
+        account: Usage of this node.
+        routers: Links to the other routers; None if there is only one.
+    """
+
+    def __init__(self, account: UsageAccount, routers: RouterLinks | None) -> None:
+        self._account = account
+        self._routers = routers
+
+    async def handle(self, request: Request) -> Response:
+        """Answer ``GET /v1/usage``.
+
+        Raises:
+            InvalidRequestError: A query parameter is invalid.
+            PermissionDeniedError: The key may not read the usage of the requested tenant.
+        """
+        query = _query(request)
+        end_s = parse_time(query["end"], "end") if "end" in query else self._account.clock()
+        start_s = parse_time(query["start"], "start") if "start" in query else end_s - DAY_S
+        if not start_s < end_s:
+            raise InvalidRequestError("start must be before end", param="start")
+        format_ = query.get("format", "json")
+        if format_ not in ("json", "csv"):
+            raise InvalidRequestError(
+                f"format: got {format_[:40]!r}; allowed: json, csv", param="format"
+            )
+        tenant = _visible_tenant(request.identity, query.get("tenant"))
+        rows = await self._find_everywhere(start_s, end_s, tenant)
+        if format_ == "csv":
+            return bytes_response(200, b"text/csv; charset=utf-8", as_csv(rows).encode())
+        return json_response(as_json(rows, self._account.currency))
+
+    async def answer_router(self, request: Request) -> Response:
+        """Answer another router with this node's file.
+
+        Raises:
+            PermissionDeniedError: The key may not see the usage of every tenant.
+        """
+        if not request.identity.sees_all:
+            raise PermissionDeniedError(f"{ROWS_PATH} needs an operator key.")
+        query = _query(request)
+        start_s, end_s = (parse_time(query.get(name, ""), name) for name in ("start", "end"))
+        rows = await self._account.find(start_s, end_s, query.get("tenant"))
+        body = _encode((await self._account.file_id(), rows))
+        return bytes_response(200, b"application/json", body)
+
+    async def _find_everywhere(
+        self, start_s: float, end_s: float, tenant: str | None
+    ) -> list[UsageRow]:
+        """Return the sums of all nodes that have a router."""
+        rows = await self._account.find(start_s, end_s, tenant)
+        links = list(self._routers.links().values()) if self._routers else []
+        if not links:
+            return rows
+        files = {await self._account.file_id(): rows}
+        query = urlencode(
+            {"start": start_s, "end": end_s, **({} if tenant is None else {"tenant": tenant})}
+        )
+        answers = [fetch(link, ROWS_PATH, query, QUERY_TIMEOUT_S) for link in links]
+        for body in await asyncio.gather(*answers):
+            if body is None:
+                raise UnavailableError("A router did not report its usage in time. Try again.")
+            file_id, found = _decode(body)
+            files.setdefault(file_id, found)
+        return merge_rows(files.values())
+
+
+def _visible_tenant(caller: Identity, requested: str | None) -> str | None:
+    """Return the tenant to show, or None for all tenants."""
+    if caller.sees_all or requested == caller.tenant.name:
+        return requested
+    if requested is not None:
+        raise PermissionDeniedError(
+            "This key may read only its own tenant's usage.", param="tenant"
+        )
+    return caller.tenant.name
+
+
+def _query(request: Request) -> dict[str, str]:
+    query = dict(parse_qsl(request.query.decode("latin-1"), keep_blank_values=True))
+    for name in query:
+        if name not in _PARAMETERS:
+            raise InvalidRequestError(
+                f"Unknown parameter: {name[:40]!r}; allowed: {', '.join(_PARAMETERS)}", param=name
+            )
+    return query
