@@ -83,7 +83,7 @@ def test_live_changes_replace_no_replica_and_interrupt_no_request(cluster: Runni
         """Return the statuses of requests over a new connection each."""
         statuses = set()
         while not is_updated.is_set():
-            answer = httpx.post(f"{cluster.http_url}/v1/classify", json=classification)
+            answer = httpx.post(f"{cluster.http_url}/classify", json=classification)
             statuses.add(answer.status_code)
         return statuses
 
