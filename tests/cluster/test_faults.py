@@ -1,8 +1,6 @@
-"""Faults that the default deployment must survive, as its clients see them."""
+"""Clients of the default deployment that disconnect or are too slow, and its logs."""
 
-import contextlib
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,12 +9,10 @@ from typing import Any
 import anthropic
 import httpx
 import openai
-import psutil
 import pytest
 import requests
 
 from cluster.config import RouterConfig
-from cluster.launch import processes
 from cluster.launch.log_files import log_directory
 from cluster.launch.serve_api import ServeApi
 from cluster.launch.state import load
@@ -167,21 +163,7 @@ def test_a_client_that_sends_too_slowly_is_disconnected(
             assert response.startswith(b"HTTP/1.1 408")
 
 
-# -- killed processes -------------------------------------------------------------------------
-
-
-def find(cluster: RunningCluster, title: str) -> set[psutil.Process]:
-    """Return the processes of the cluster whose command line contains ``title``."""
-    found = set()
-    for owned in processes.find(cluster.home):
-        with contextlib.suppress(psutil.Error):  # it has just ended
-            if title in " ".join(owned.process.cmdline()):
-                found.add(owned.process)
-    return found
-
-
-def newest(cluster: RunningCluster, title: str) -> psutil.Process:
-    return max(find(cluster, title), key=lambda process: process.create_time())
+# -- logs --------------------------------------------------------------------------------------
 
 
 def replicas(cluster: RunningCluster) -> dict[str, tuple[str, int | None]]:
@@ -192,78 +174,6 @@ def replicas(cluster: RunningCluster) -> dict[str, tuple[str, int | None]]:
         application = api.application("tandem")
     assert application is not None
     return {r.id: (d.name, r.pid) for d in application.deployments for r in d.replicas}
-
-
-def stream_once(http: httpx.Client) -> None:
-    body = {**completion(stream=True), "max_tokens": 48}
-    with http.stream("POST", "/v1/completions", json=body) as answer:
-        answer.raise_for_status()
-        lines = [line for line in answer.iter_lines() if line]
-    assert lines[-1] == "data: [DONE]", lines[-1]
-
-
-def classify_once(http: httpx.Client) -> None:
-    http.post("/classify", json={"input": "A great film."}).raise_for_status()
-    time.sleep(0.05)
-
-
-@contextlib.contextmanager
-def traffic(cluster: RunningCluster) -> Iterator[list[str]]:
-    """Send streams and classifications all the time; yield the list of failures."""
-    failures: list[str] = []
-    stopped = threading.Event()
-
-    def send(once: Callable[[httpx.Client], None]) -> None:
-        with httpx.Client(base_url=cluster.http_url, timeout=60) as http:
-            while not stopped.is_set():
-                try:
-                    once(http)
-                except Exception as error:
-                    failures.append(f"{once.__name__}: {error!r}")
-
-    with ThreadPoolExecutor(4) as threads:
-        for once in (stream_once, stream_once, classify_once, classify_once):
-            threads.submit(send, once)
-        try:
-            yield failures
-        finally:
-            stopped.set()
-
-
-def test_a_killed_controller_costs_no_replica_and_no_request(
-    cluster: RunningCluster, http: httpx.Client
-) -> None:
-    before = replicas(cluster)
-    old = newest(cluster, "ray::ServeController")
-    with traffic(cluster) as failures:
-        time.sleep(1)
-        old.kill()
-        wait_until(
-            lambda: bool(find(cluster, "ray::ServeController") - {old}), 20, "a new controller"
-        )
-        # The new controller asks every replica in its first seconds.
-        time.sleep(8)
-    assert replicas(cluster) == before
-    assert failures == []
-
-
-def test_a_killed_haproxy_is_back_within_two_seconds(
-    cluster: RunningCluster, http: httpx.Client
-) -> None:
-    def is_up() -> bool:
-        try:
-            return httpx.get(f"{cluster.http_url}/ready", timeout=2).is_success
-        except httpx.TransportError:
-            return False
-
-    before = replicas(cluster)
-    for _ in range(3):
-        newest(cluster, "haproxy -db").kill()
-        killed_at = time.monotonic()
-        wait_until(lambda: not is_up(), 1, "losing HAProxy")
-        wait_until(is_up, 2 - (time.monotonic() - killed_at), "restarting HAProxy")
-        time.sleep(1)  # Serve reloads HAProxy only after it has seen the new process
-    assert replicas(cluster) == before
 
 
 def test_the_log_of_a_generator_goes_on_after_vllm_was_imported(

@@ -1,12 +1,15 @@
-"""Accounting of chaos runs, in virtual time."""
+"""Accounting of chaos and soak runs, in virtual time."""
 
 import asyncio
 import json
+import random
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import pytest
 
+from resilience import soak
 from resilience.accounting import (
     Answer,
     FaultResult,
@@ -18,6 +21,7 @@ from resilience.accounting import (
     totals,
 )
 from resilience.faults import FAULTS, SHORT
+from resilience.growth import Sample, measure_growth
 from resilience.inside.link_proxy import RETRANSMISSION_S, LinkFault, LinkProxy
 from resilience.load import Attempts, FailedRequestError, classify, text_of
 from resilience.testbed import Setup
@@ -157,6 +161,81 @@ async def test_an_unexpected_answer_raises_an_error() -> None:
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
         with pytest.raises(FailedRequestError, match="500"):
             await classify(http, "A boring mess.", Attempts("key"))
+
+
+# -- growth -----------------------------------------------------------------------------------
+
+
+def samples(per_minute_mb: float, noise_mb: float = 0.2, minutes: float = 3.0) -> list[Sample]:
+    rng = random.Random(1)
+    return [
+        Sample(
+            "router 1",
+            at_s,
+            100 + per_minute_mb * at_s / 60 + rng.gauss(0, noise_mb),
+            (("tasks", 50 + rng.randrange(8)),),
+        )
+        for at_s in range(0, int(minutes * 60), 5)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("per_minute_mb", "grows"), [(0.0, False), (0.1, False), (0.6, True), (5.0, True)]
+)
+def test_growth_of_memory_is_told_from_noise(per_minute_mb: float, grows: bool) -> None:
+    memory, tasks = measure_growth(samples(per_minute_mb), warm_up_s=60, life_s=90)
+    assert memory.is_excessive == grows
+    assert memory.per_minute == pytest.approx(per_minute_mb, abs=0.2)
+    assert not tasks.is_excessive
+
+
+def test_growth_of_a_count_beyond_its_share_is_excessive() -> None:
+    leaking = [
+        replace(one, counts=(("tasks", 50 + number),)) for number, one in enumerate(samples(0.0))
+    ]
+    assert measure_growth(leaking, 60, 90)[1].is_excessive
+
+
+def test_short_lives_are_not_measured() -> None:
+    assert measure_growth(samples(9.0, minutes=1.5), warm_up_s=60, life_s=90) == []
+
+
+def test_the_report_of_a_soak_names_what_grew(tmp_path: Path) -> None:
+    args = soak.make_parser().parse_args(["--minutes", "3"])
+    gcs = [replace(one, process="gcs_server 2") for one in samples(5.0)]
+    series = [replace(one, process=soak.METRICS, memory_mb=0.0) for one in samples(0.0)]
+    failed = Answer("greedy-1", 0, 1, error="503")
+    result = soak.SoakResult([*samples(5.0), *gcs, *series], [60.0], [failed])
+    growths = measure_growth(result.samples, warm_up_s=60, life_s=90)
+    rows = {row[0]: row for row in soak.make_report(growths, result).tables[0].rows}
+    assert rows["router 1"][-1] == "grows"
+    assert rows["gcs_server 2"][-2] == "–"  # not ours
+    assert [one.process for one in soak.too_large(growths)] == ["router 1"]
+    assert result.errors() == {"greedy: 503": 1}
+    document = json.loads(json.dumps(soak.make_document(args, growths, result)))
+    assert len(document["samples"]) == len(result.samples)
+    soak.draw(result, tmp_path / "plot.svg")
+    assert "<svg" in (tmp_path / "plot.svg").read_text("utf-8")
+
+
+def test_processes_have_the_role_or_the_name_of_their_program() -> None:
+    class Process:
+        def __init__(self, *command: str) -> None:
+            self._command = command
+
+        def cmdline(self) -> list[str]:
+            return [*self._command]
+
+        def name(self) -> str:
+            return "x"
+
+    def name(*command: str) -> str:
+        return soak.name_of(Process(*command))  # type: ignore[arg-type]
+
+    assert name("ray::ServeReplica:tandem:generator-chat") == "engine"
+    assert name("ray::ServeReplica:tandem:router") == "router"
+    assert name("/usr/lib/ray/gcs_server", "--port=1") == "gcs_server"
+    assert name() == "x"
 
 
 # -- link proxy -------------------------------------------------------------------------------

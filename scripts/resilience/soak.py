@@ -1,0 +1,271 @@
+"""Kill a replica each minute under mixed load, and look for growth in all processes.
+
+Generators and classifiers die in turn, always the youngest replica, so that the others live as long
+as the run. The exit status is 1 if a process grows or a request fails, 2 if the tool itself fails.
+"""
+
+import argparse
+import contextlib
+import json
+import re
+import signal
+import sys
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import httpx
+import psutil
+
+from benchmarks.processes import KB, MB, OTHER, parse_sizes, role_of
+from benchmarks.report import Report, Table, describe_machine, print_report
+from cluster.errors import TandemError
+from cluster.launch.serve_api import ServeApi
+from resilience.accounting import Answer, kind_of
+from resilience.growth import Growth, Sample, measure_growth
+from resilience.inside.fault_points import COUNTS_DIR
+from resilience.load import Load, Mix
+from resilience.testbed import CLASSIFIERS, GENERATOR, Setup, Testbed, start
+
+KILL_S = 60.0
+SAMPLE_S = 5.0
+WARM_UP_SHARE, LIFE_SHARE = 0.3, 0.5
+"""Shares of the run: caches fill, and a process must be seen for as long after that."""
+METRICS = "metrics of routers"
+"""Name of the samples with the number of series; each is of the router that answered."""
+OURS = ("router", "engine", "classifier", "haproxy")
+"""Roles of processes that must not grow. The others are Ray's own, and are only reported."""
+MIX = Mix(greedy=16, sampled=4, classify=2, max_tokens=40)
+_TITLE = re.compile(r"[\w./:-]+")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=30.0, help="duration (default: 30)")
+    parser.add_argument("--engine", choices=["sim", "vllm"], default="sim", help="default: sim")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the prompts (default: 0)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the memory (.svg)")
+    return parser
+
+
+class Sampler:
+    """Context manager that samples all processes of a cluster, in a thread."""
+
+    def __init__(self, testbed: Testbed, began_s: float) -> None:
+        self.samples: list[Sample] = []
+        self._testbed = testbed
+        self._began_s = began_s
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> "Sampler":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(SAMPLE_S):
+            at_s = time.monotonic() - self._began_s
+            for process in self._testbed.owned():
+                with contextlib.suppress(psutil.Error, OSError, KeyError):
+                    self.samples.append(self._read(process, at_s))
+            with contextlib.suppress(httpx.HTTPError):
+                self.samples.append(self._read_series(at_s))
+
+    def _read(self, process: psutil.Process, at_s: float) -> Sample:
+        sizes = parse_sizes(Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii"))
+        private_mb = (sizes["Private_Clean"] + sizes["Private_Dirty"]) * KB / MB
+        counts = {"descriptors": process.num_fds(), "threads": process.num_threads()}
+        tasks = self._testbed.home / COUNTS_DIR / str(process.pid)
+        with contextlib.suppress(OSError, ValueError):
+            counts["tasks"] = int(tasks.read_text(encoding="ascii"))
+        name = f"{name_of(process)} {process.pid}"
+        return Sample(name, at_s, private_mb, tuple(counts.items()))
+
+    def _read_series(self, at_s: float) -> Sample:
+        """Return the number of metric series of the router that answers, as a sample."""
+        text = httpx.get(f"{self._testbed.state.http_url}/metrics", timeout=10).text
+        series = sum(not line.startswith("#") for line in text.splitlines())
+        return Sample(METRICS, at_s, 0.0, (("series", series),))
+
+
+def name_of(process: psutil.Process) -> str:
+    """Return the role of a process of ours, and the name of any other."""
+    command = " ".join(process.cmdline())
+    if (role := role_of(command)) != OTHER:
+        return role
+    words = _TITLE.findall(command)
+    return words[0].rpartition("/")[2] if words else process.name()
+
+
+def is_ours(process: str) -> bool:
+    return process.startswith((*OURS, METRICS))
+
+
+def too_large(growths: Sequence[Growth]) -> list[Growth]:
+    """Return what grew too much in our processes."""
+    return [one for one in growths if one.is_excessive and is_ours(one.process)]
+
+
+def kill_youngest(testbed: Testbed, deployment: str) -> bool:
+    """Kill the youngest replica of a deployment; return False if two do not run."""
+    with ServeApi(testbed.state.dashboard_url) as api:
+        application = api.application(testbed.state.application)
+    running = [
+        replica
+        for one in (application.deployments if application else ())
+        if one.name == deployment
+        for replica in one.replicas
+        if replica.state == "RUNNING" and replica.pid
+    ]
+    if len(running) < 2:
+        return False
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(max(running, key=lambda one: one.started_at or 0.0).pid).kill()
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class SoakResult:
+    """Measurements of one run. Times are in seconds since its start."""
+
+    samples: list[Sample]
+    kills_s: list[float]
+    answers: list[Answer]
+
+    def errors(self) -> dict[str, int]:
+        """Return the failed, diverged and broken requests by client kind and error."""
+        errors = Counter(f"{kind_of(one.client)}: {one.error}" for one in self.answers if one.error)
+        errors["diverged"] = sum(one.diverged for one in self.answers)
+        errors["broken connections"] = sum(one.num_broken for one in self.answers)
+        return {error: number for error, number in errors.items() if number}
+
+
+def run_soak(args: argparse.Namespace) -> SoakResult:
+    """Run the load and the kills.
+
+    Raises:
+        TargetError: The cluster or the load does not work without faults.
+    """
+    kills_s: list[float] = []
+    with start(Setup(args.engine)) as testbed, Load(testbed, MIX, args.seed) as load:
+        load.wait_served()
+        began_s = time.monotonic()
+        with Sampler(testbed, began_s) as sampler:
+            while (left_s := began_s + args.minutes * 60 - time.monotonic()) > 0:
+                time.sleep(min(left_s, KILL_S))
+                deployment = (GENERATOR, CLASSIFIERS)[len(kills_s) % 2]
+                # A kill shortly before the end would not be recovered from.
+                if left_s > KILL_S and kill_youngest(testbed, deployment):
+                    kills_s.append(time.monotonic() - began_s)
+                load.check()
+    return SoakResult(sampler.samples, kills_s, load.answers)
+
+
+def make_report(growths: Sequence[Growth], result: SoakResult) -> Report:
+    """Return the table of memory, and of every other quantity that grew too much."""
+    shown = [
+        one for one in growths if (one.quantity == "memory_mb" and one.first) or one.is_excessive
+    ]
+    rows = [
+        [
+            one.process,
+            one.quantity,
+            f"{one.first:.1f}",
+            f"{one.last:.1f}",
+            f"{one.per_minute:.3f} (≥ {one.at_least_per_minute:.3f})",
+            f"{one.bound_per_minute:g}" if is_ours(one.process) else "–",
+            "grows" if one.is_excessive else "",
+        ]
+        for one in sorted(shown, key=lambda one: (not is_ours(one.process), one.process))
+    ]
+    columns = ("process", "quantity", "first", "last", "per minute", "bound", "result")
+    notes = [f"{number} × {error}" for error, number in result.errors().items()]
+    notes.append(f"{len(result.answers)} requests, {len(result.kills_s)} killed replicas.")
+    return Report(keys={}, tables=[Table("Growth after the warm-up", columns, rows)], notes=notes)
+
+
+def draw(result: SoakResult, path: Path) -> None:
+    """Draw the memory of all processes of ours over time; dotted lines are kills."""
+    from matplotlib.figure import Figure  # only here, since it is slow to import
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    by_process: defaultdict[str, list[Sample]] = defaultdict(list)
+    for sample in result.samples:
+        if is_ours(sample.process) and sample.memory_mb:
+            by_process[sample.process].append(sample)
+    colors = {role: f"C{number}" for number, role in enumerate(OURS)}
+    labelled = set()
+    for process, samples in by_process.items():
+        role = process.partition(" ")[0]
+        minutes = [sample.at_s / 60 for sample in samples]
+        label = None if role in labelled else role
+        memory_mb = [sample.memory_mb for sample in samples]
+        axes.plot(minutes, memory_mb, color=colors[role], label=label, linewidth=1)
+        labelled.add(role)
+    for kill_s in result.kills_s:
+        axes.axvline(kill_s / 60, color="grey", linestyle=":", linewidth=0.7)
+    axes.set_xlabel("minutes")
+    axes.set_ylabel("private memory, MB")
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="upper left", ncols=len(OURS), fontsize="small")
+    figure.savefig(path)
+
+
+def make_document(
+    args: argparse.Namespace, growths: Sequence[Growth], result: SoakResult
+) -> dict[str, Any]:
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    return {
+        "requests": len(result.answers),
+        "errors": result.errors(),
+        "kills_s": result.kills_s,
+        "growth": [{**asdict(one), "is_excessive": one.is_excessive} for one in growths],
+        "samples": [asdict(sample) for sample in result.samples],
+        "settings": settings,
+        "machine": describe_machine(),
+    }
+
+
+def main() -> int:
+    """Run the soak test; all processes that this started have ended on return."""
+    args = make_parser().parse_args()
+    for name in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, interrupt)
+    try:
+        result = run_soak(args)
+    except (TandemError, psutil.Error) as error:
+        print(f"soak: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("soak: interrupted", file=sys.stderr)
+        return 130
+    total_s = args.minutes * 60
+    growths = measure_growth(result.samples, WARM_UP_SHARE * total_s, LIFE_SHARE * total_s)
+    print_report(make_report(growths, result))
+    if args.json is not None:
+        document = make_document(args, growths, result)
+        args.json.write_text(json.dumps(document) + "\n", encoding="utf-8")
+    if args.plot is not None:
+        draw(result, args.plot)
+    return int(bool(too_large(growths) or result.errors()))
+
+
+def interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

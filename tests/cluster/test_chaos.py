@@ -1,0 +1,30 @@
+"""The short form of ``./scripts/chaos`` meets its targets."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from resilience.faults import SHORT
+from tests.cluster.conftest import ROOT
+
+
+@pytest.mark.timeout(600)
+def test_faults_cost_no_request(tmp_path: Path) -> None:
+    file = tmp_path / "chaos.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "resilience.chaos", "--short", "--json", str(file)],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    result = json.loads(file.read_text("utf-8"))
+    assert result["faults"].keys() == set(SHORT)
+    assert (result["failed"], result["diverged"]) == (0, 0)
+    assert result["requests"] > 100 * len(SHORT)
+    assert result["restarted"] >= 5  # router, generator and engine; two or more by the update
