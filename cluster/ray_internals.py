@@ -116,7 +116,9 @@ MEMBERS = (
     PrivateName(f"{_SERVE}.haproxy:HAProxyConfig.hard_stop_after_s", "see ``proxy_setup``"),
     PrivateName(f"{_SERVE}.haproxy:HAProxyApi.start", "see ``proxy_setup``"),
     PrivateName(f"{_SERVE}.replica:SERVE_BUILD_ASGI_APP_METHOD", "hook of the router"),
-    PrivateName(f"{_SERVE}.replica:start_asgi_http_server", "see ``wrap_http_app``", "app"),
+    PrivateName(
+        f"{_SERVE}.replica:start_asgi_http_server", "see ``wrap_http_app``", "app http_options"
+    ),
     PrivateName(f"{_SERVE}.proxy_request_response:ASGIProxyRequest.headers", "see ``proxy_setup``"),
     PrivateName(f"{_SERVE}.constants:RECORD_REPLICA_METADATA_METHOD", "hook for link addresses"),
     PrivateName(f"{_SERVE}.config:DeploymentConfig.to_proto_bytes", "see ``pin_version``"),
@@ -284,7 +286,17 @@ def _http_errors() -> str:
     return "".join(lines)
 
 
+_SERVER = "    server {{ server.name }} {{ server.host }}:{{ server.port }} check{% if"
+_LOCAL = """\
+    {%- set has_local = "127.0.0.1" in backend.servers | map(attribute="host") %}
+"""
+_SERVERS = "    # Servers in this backend\n    {%- for server in backend.servers %}\n"
+
 HAPROXY_EDITS = {
+    _SERVERS + _SERVER: _LOCAL
+    + _SERVERS
+    + _SERVER.removesuffix("{% if")
+    + """{% if has_local and server.host != "127.0.0.1" %} backup{% endif %}{% if""",
     "    option splice-request\n": "",
     "    bind {{ config.frontend_host }}:{{ config.frontend_port }}\n": """\
     bind {{ config.frontend_host }}:{{ config.frontend_port }}
@@ -307,10 +319,16 @@ HAPROXY_EDITS = {
   separately and disconnects: the request runs on, and a thread spins.
 - Connections per address are limited, and the start of a body (15 KiB fit into HAProxy's buffer)
   has a deadline.
+- A node uses the routers of other nodes only while it has none, so the death of a node breaks no
+  connection to the others.
 - HAProxy's own errors are JSON. Serve's file, which the backends inherit, would make a 500 in plain
   text of 502, 503 and 504.
 - The deleted header would make Serve ignore that a client disconnects.
 """
+
+
+CERTIFICATE_RENEWAL_S = 10.0
+"""Interval between checks for a renewed certificate, in seconds."""
 
 
 class ProxySettings(NamedTuple):
@@ -324,13 +342,18 @@ class ProxySettings(NamedTuple):
     """Open connections of one address to one HAProxy."""
     drain_s: int
     """Time for which a replaced HAProxy process finishes its requests, in seconds."""
+    certificate: str | None = None
+    """File of each node with the certificate chain for HTTPS; None for HTTP."""
+    key: str | None = None
+    """File of each node with the private key."""
 
 
 def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
     """Return a function for ``__ray_call__`` of an actor of Serve's HTTP proxy.
 
     It applies ``settings``, and restarts HAProxy at once if it dies, which Serve itself notices
-    after 30 s. It returns an empty string, or what this release of Serve does differently.
+    after 30 s. It returns an empty string, or what this release of Serve does differently. If the
+    certificate cannot be read, HAProxy listens on loopback only, and the function raises OSError.
 
     The function is pickled by value, because a proxy may be unable to import this package. So it
     uses no global name of this module.
@@ -338,20 +361,51 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
     edits = {
         old: Template(new).substitute(settings._asdict()) for old, new in HAPROXY_EDITS.items()
     }
+    renewal_s = CERTIFICATE_RENEWAL_S
     timeouts = {
         "timeout_http_request_s": settings.header_timeout_s,
         "timeout_client_s": settings.client_timeout_s,
         "hard_stop_after_s": settings.drain_s,
     }
 
+    certificate, key = settings.certificate, settings.key
+
     def set_up(actor: Any) -> str:
         import asyncio
         import logging
+        import os
 
         from ray.serve._private import haproxy
         from ray.serve._private.proxy_request_response import ASGIProxyRequest
 
         logger = logging.getLogger("ray.serve.tandem")
+
+        def write_pem(path: str) -> bool:
+            """Write certificate and key into HAProxy's file; return True if it changed."""
+            content = b""
+            for source in (certificate, key):
+                with open(source or "", "rb") as file:
+                    content += file.read().rstrip() + b"\n"
+            try:
+                with open(path, "rb") as file:
+                    if file.read() == content:
+                        return False
+            except FileNotFoundError:
+                pass
+            new = f"{path}.{os.getpid()}"
+            with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(content)
+            os.replace(new, path)
+            return True
+
+        async def renew_certificate() -> None:
+            while True:
+                await asyncio.sleep(renewal_s)
+                try:
+                    if write_pem(pem):
+                        actor._schedule_haproxy_update()
+                except OSError as error:
+                    logger.error("HAProxy keeps its certificate: %s", error)
 
         async def keep_running() -> None:
             api = actor._haproxy
@@ -398,6 +452,16 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
         template = serve_template
         for old, new in edits.items():
             template = template.replace(old, new)
+        plain = bind = "bind {{ config.frontend_host }}:{{ config.frontend_port }}"
+        failure = None
+        pem = os.path.join(os.path.dirname(actor._haproxy.config_file_path), "tls.pem")
+        if certificate is not None:
+            try:
+                write_pem(pem)
+                bind = f"{plain} ssl crt {pem} ssl-min-ver TLSv1.2 alpn h2,http/1.1"
+            except OSError as error:
+                bind, failure = "bind 127.0.0.1:{{ config.frontend_port }}", error
+        template = template.replace(f"{plain}\n", f"{bind}\n")
         before = (haproxy.HAPROXY_CONFIG_TEMPLATE, *(getattr(config, name) for name in timeouts))
         haproxy._tandem_original = serve_template
         haproxy.HAPROXY_CONFIG_TEMPLATE = template
@@ -407,19 +471,27 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
         def apply() -> None:
             if not hasattr(actor, "_tandem_guard"):
                 actor._tandem_guard = asyncio.ensure_future(keep_running())
+            if renewal := getattr(actor, "_tandem_renewal", None):
+                renewal.cancel()
+            if certificate is not None and failure is None:
+                actor._tandem_renewal = asyncio.ensure_future(renew_certificate())
             # Without targets the first broadcast of the controller will reload HAProxy.
             if actor._target_groups and before != (template, *timeouts.values()):
                 actor._schedule_haproxy_update()
 
         actor.event_loop.call_soon_threadsafe(apply)
+        if failure is not None:
+            raise failure
         return ""
 
     return set_up
 
 
-def wrap_http_app(wrap: Callable[[Any], Any]) -> None:
+def wrap_http_app(wrap: Callable[[Any], Any], host: str | None) -> None:
     """Let this replica's HTTP server call ``wrap(app)`` instead of Serve's ASGI application.
 
+    It listens on ``host`` unless that is None. Serve itself uses ``http_options.host``, where
+    HAProxy may not find it: that dials 127.0.0.1 on its own node, and the address of other nodes.
     Serve starts the server after the deployment's constructor, so call this in the constructor.
 
     Raises:
@@ -432,8 +504,9 @@ def wrap_http_app(wrap: Callable[[Any], Any]) -> None:
         raise _incompatible(expected, "formats errors, and hides headers that Serve cannot read")
     start = replica.start_asgi_http_server
 
-    def start_wrapped(app: Any, *args: Any, **kwargs: Any) -> Any:
-        return start(wrap(app), *args, **kwargs)
+    def start_wrapped(app: Any, options: Any, **kwargs: Any) -> Any:
+        own = options if host is None else options.model_copy(update={"host": host})
+        return start(wrap(app), own, **kwargs)
 
     replica.start_asgi_http_server = start_wrapped
 

@@ -85,4 +85,6 @@ def _settings(config: RouterConfig) -> ProxySettings:
         client_timeout_s=config.client_timeout_s,
         max_connections_per_address=config.max_connections_per_address,
         drain_s=config.max_answer_s + RELOAD_S,
+        certificate=config.tls.certificate if config.tls else None,
+        key=config.tls.key if config.tls else None,
     )

@@ -11,13 +11,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from cluster.accounting.usage_log import UsageLog
 from cluster.client.transport import LinkOffer
 from cluster.config import TandemConfig
-from cluster.config.file import is_loopback, key_file_path
+from cluster.config.file import ALL_ADDRESSES, is_loopback, key_file_path
 from cluster.gateway import (
     Gateway,
     GatewayApp,
@@ -72,7 +73,8 @@ class Router:
         self._max_answer_s = config.max_answer_s
         confine_replica_to_loopback()
         end_http10_bodies_by_closing()
-        wrap_http_app(ServeAdapter)
+        http_host = await get_http_host(HTTP_HOST_TIMEOUT_S)
+        wrap_http_app(ServeAdapter, ingress_host(ray.util.get_node_ip_address(), http_host))
         log_with_serve()
         self._secret, tls = link_secret(), tls_contexts(os.environ)
         identity = serve.get_replica_context().replica_id
@@ -85,7 +87,7 @@ class Router:
             for name, handle in pools.items()
         }
         self._config = config
-        self._is_exposed = not is_loopback(await get_http_host(HTTP_HOST_TIMEOUT_S))
+        self._is_exposed = not is_loopback(http_host)
         self._key_file = _key_file(config)
         self._nodes = RayNodes(self._on_draining_nodes)
         self._gateway = Gateway(
@@ -209,6 +211,18 @@ class Router:
 def _key_file(config: TandemConfig) -> KeyFile:
     is_expected = config.router.keys_file is not None
     return KeyFile(key_file_path(config.router), expected=is_expected)
+
+
+def ingress_host(node_address: str, http_host: str | None) -> str | None:
+    """Return the address on which a router's HTTP server listens; None for Serve's choice.
+
+    HAProxy connects to it at 127.0.0.1 on its own node, and at the node's address from others.
+    """
+    if is_loopback(node_address):
+        return node_address
+    if is_loopback(http_host):  # on such a cluster, one node serves HTTP
+        return None
+    return "::" if ":" in node_address else ALL_ADDRESSES
 
 
 def _start_usage(config: TandemConfig, application: str) -> UsageAccount:

@@ -29,6 +29,7 @@ AUTOSCALING_POLICY = {"policy_function": "deployments.autoscaling:ApplicationPol
 """Policy of all deployments. Serve accepts an application-level policy only in its config."""
 DEFAULT_PORT = 8000
 DEFAULT_HOST = "127.0.0.1"
+ALL_ADDRESSES = "0.0.0.0"
 KEY_FILE = "keys.yaml"
 
 

@@ -60,6 +60,16 @@ class HedgeConfig(Section):
     """Maximum share of a pool's requests, and of their tokens, (0 to 1) that are sent twice."""
 
 
+class TlsConfig(Section):
+    """Certificate of the HTTP API. HAProxy then accepts HTTPS only, of TLS 1.2 or later."""
+
+    certificate: str
+    """PEM file with the certificate and its chain, at the same path on every node. HAProxy takes a
+    renewed file within 10 s."""
+    key: str
+    """PEM file with the private key, at the same path on every node."""
+
+
 class RouterConfig(Section):
     """Routers, which receive all HTTP requests. Limits are per router."""
 
@@ -75,6 +85,8 @@ class RouterConfig(Section):
     open: bool = False
     """True if a router without keys accepts every request on any address, for example behind a
     proxy that authenticates."""
+    tls: TlsConfig | None = None
+    """HTTPS on `http_options.port`. Default: HTTP."""
     max_body_bytes: ByteSize = Field(ByteSize(32 * 1024**2), ge=1024)
     """Maximum size of a request body, in bytes or with a unit; larger ones get status 413."""
     max_header_bytes: ByteSize = Field(ByteSize(64 * 1024), ge=1024, le=512 * 1024)

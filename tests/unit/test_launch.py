@@ -80,11 +80,11 @@ def wrapper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     shutil.rmtree(environment.sockets_dir(cluster_id))
 
 
-def test_haproxy_listens_on_loopback_only(wrapper: Path) -> None:
+def test_haproxy_listens_on_loopback_except_for_http(wrapper: Path) -> None:
     config = wrapper / "haproxy.cfg"
     config.write_text(
         "frontend prometheus\n    bind :9101\n"
-        "frontend http_frontend\n    bind 127.0.0.1:8000\n"
+        "frontend http_frontend\n    bind *:8000\n"
         "frontend grpc_frontend\n    bind *:8001 proto h2\n"
         "listen stats\n  bind *:8404\n  stats enable\n"
     )
@@ -97,7 +97,7 @@ def test_haproxy_listens_on_loopback_only(wrapper: Path) -> None:
     assert ran.stdout == f"-db -f {config} -dR\n"
     assert config.read_text() == (
         "frontend prometheus\n    bind 127.0.0.1:9101\n"
-        "frontend http_frontend\n    bind 127.0.0.1:8000\n"
+        "frontend http_frontend\n    bind *:8000\n"
         "frontend grpc_frontend\n    bind *:8001 proto h2\n"  # the user's own choice of host
         "listen stats\n  bind 127.0.0.1:8404\n  stats enable\n"
     )
