@@ -37,7 +37,9 @@ class FakeController:
 def targets(*metadata: Any) -> Any:
     """Return an update with one replica for each metadata; their ids count from 0."""
     running = [
-        SimpleNamespace(replica_id=SimpleNamespace(unique_id=str(i)), replica_metadata=each)
+        SimpleNamespace(
+            replica_id=SimpleNamespace(unique_id=str(i)), replica_metadata=each, node_id="node"
+        )
         for i, each in enumerate(metadata)
     ]
     snapshot = DeploymentTargetInfo(is_available=True, running_replicas=running)
