@@ -92,7 +92,9 @@ class EngineReplica:
         timer.add_measured(engine.start_phases_s)
         self._app = RaiseIfDead(self._traced_app(pool, operations), engine.check_health)
         self._answers = AnswerStore(operations.idempotency)
-        self._watch = ReplicaWatch(operations, pool, self._num_in_flight, self.retire)
+        self._watch = ReplicaWatch(
+            operations, pool, self._num_in_flight, self.retire, engine.workers
+        )
         self._server = await start_link_server(
             self._answer,
             engine.load,

@@ -7,7 +7,7 @@ store through which the replicas of a pool take turns at being replaced.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -19,6 +19,7 @@ from cluster.accounting.replica import ReplicaAccounting
 from cluster.config import ClassifierConfig, GeneratorConfig
 from cluster.config.operations import OperationsConfig
 from cluster.devices import DeviceWatch, load_nvml
+from cluster.engines.base import EngineWorker
 from cluster.leaks import Growth, MemoryWatch, ReplacementLease
 from cluster.metrics import Registry
 from cluster.periodic import Periodic
@@ -49,6 +50,7 @@ class ReplicaWatch:
         pool: Pool of the replica.
         num_in_flight: Returns the replica's requests in flight.
         retire: Drains the replica and has it replaced; takes the reason.
+        workers: Workers of the engine in other actors on this node.
     """
 
     def __init__(
@@ -57,13 +59,15 @@ class ReplicaWatch:
         pool: GeneratorConfig | ClassifierConfig,
         num_in_flight: Callable[[], int],
         retire: Callable[[str], Awaitable[None]],
+        workers: Sequence[EngineWorker] = (),
     ) -> None:
         identity = serve.get_replica_context().replica_id
         self._id: str = identity.unique_id
         self._retire = retire
-        self._devices = _devices(config, pool.name)
-        self.accounts = _accounts(config, pool, self._devices)
-        self._memory = MemoryWatch(config.leaks, pool.name, num_in_flight, self._on_leak)
+        self._devices = _devices(config, pool.name, workers)
+        pids = [worker.pid for worker in workers]
+        self.accounts = _accounts(config, pool, self._devices, pids)
+        self._memory = MemoryWatch(config.leaks, pool.name, num_in_flight, self._on_leak, pids)
         deployment = identity.deployment_id
         name = f"{deployment.app_name}/{deployment.name}"
         self._lease = ReplacementLease(RayKeys(), name, config.leaks.pause_s, time.time)
@@ -126,8 +130,12 @@ class ReplicaWatch:
             logger.exception("%s; could not replace this replica", rate)
 
 
-def _devices(config: OperationsConfig, model: str) -> DeviceWatch | None:
+def _devices(
+    config: OperationsConfig, model: str, workers: Sequence[EngineWorker]
+) -> DeviceWatch | None:
     ids = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+    # With several workers, the replica's own actor has none of the placement group's GPUs.
+    ids = [*ids, *sorted({worker.device for worker in workers if worker.device})]
     nvml = load_nvml() if ids else None
     if nvml is None:
         return None
@@ -142,12 +150,13 @@ def _accounts(
     config: OperationsConfig,
     pool: GeneratorConfig | ClassifierConfig,
     devices: DeviceWatch | None,
+    workers: Sequence[int],
 ) -> ReplicaAccounting:
     accounting, resources = config.accounting, pool.resources
     joules = devices.joules if devices is not None else None
     if joules is not None and resources.gpus < 1:  # the device is shared, and so is its energy
         joules = _scaled(joules, resources.gpus)
-    meter = find_meter(accounting, joules, gpus_reserved=resources.gpus > 0)
+    meter = find_meter(accounting, joules, gpus_reserved=resources.gpus > 0, workers=workers)
     price_per_s = _price_per_s(config, pool)
     return ReplicaAccounting(pool.name, meter, price_per_s, accounting.interval_s)
 

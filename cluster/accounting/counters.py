@@ -1,6 +1,6 @@
 """Energy counters and CPU clocks of this machine, as running sums."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -49,10 +49,14 @@ def _microjoules(file: Path) -> int:
 
 
 class ProcessTree:
-    """CPU time of this process and its descendants."""
+    """CPU time of this process, its descendants, and workers that others started."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: Sequence[int] = ()) -> None:
         self._own = psutil.Process()
+        self._workers: list[psutil.Process] = []
+        for pid in workers:
+            with suppress(psutil.Error):  # it ended
+                self._workers.append(psutil.Process(pid))
         self._children: list[psutil.Process] = []
         self._readings = 0
         self._last: dict[int, float] = {}
@@ -64,7 +68,7 @@ class ProcessTree:
             self._children = self._own.children(recursive=True)
         self._readings += 1
         now: dict[int, float] = {}
-        for process in (self._own, *self._children):
+        for process in (self._own, *self._workers, *self._children):
             with suppress(psutil.Error):  # it ended
                 times = process.cpu_times()
                 now[process.pid] = times.user + times.system

@@ -1,6 +1,6 @@
 """Energy and CPU time of a replica, from the best counters of the machine."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from cluster.accounting import ESTIMATE
 from cluster.accounting.counters import Increase, ProcessTree, Rapl, machine_busy_s
@@ -62,9 +62,16 @@ class Meter:
 
 
 def find_meter(
-    config: AccountingConfig, gpu_joules: RunningSum | None, *, gpus_reserved: bool
+    config: AccountingConfig,
+    gpu_joules: RunningSum | None,
+    *,
+    gpus_reserved: bool,
+    workers: Sequence[int] = (),
 ) -> Meter:
-    """Return the meter for this process and its descendants; see ``Meter`` for ``gpu_joules``."""
+    """Return the meter for this process, its descendants and workers that others started.
+
+    See ``Meter`` for ``gpu_joules``.
+    """
     rapl: Rapl | None = None
     reason = "nvml-unsupported" if gpus_reserved else "no-counter"
     if config.energy:
@@ -74,7 +81,7 @@ def find_meter(
             reason = "rapl-unreadable"
         except (OSError, ValueError):
             pass
-    tree = ProcessTree()
+    tree = ProcessTree(workers)
     return Meter(
         watts_per_core=config.watts_per_core if config.energy else None,
         gpu_joules=gpu_joules if config.energy else None,

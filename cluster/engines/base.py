@@ -1,5 +1,7 @@
 """Interface of all engines: an ASGI application, health, load and prefix cache contents."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cluster.asgi import ASGIApp
@@ -9,6 +11,15 @@ from cluster.metrics import Registry
 
 UNSPECIFIED_MODEL = "default/not-specified"
 """Value of ``model`` by which Infinity's client means the only model."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineWorker:
+    """Process on this node that computes for an engine, and is not its descendant (an actor)."""
+
+    pid: int
+    device: str
+    """UUID of its GPU, such as ``GPU-5e1f…``; empty without one."""
 
 
 class Engine(Protocol):
@@ -64,6 +75,10 @@ class Engine(Protocol):
         Raises:
             EngineDeadError: The engine has failed for good.
         """
+
+    @property
+    def workers(self) -> Sequence[EngineWorker]:
+        """Workers in other actors of the placement group, on this node. Valid after ``start``."""
 
     def load(self) -> Load:
         """Return the current load; never blocks."""

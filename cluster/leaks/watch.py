@@ -1,8 +1,8 @@
-"""Periodic sampling of the memory of this process and its descendants."""
+"""Periodic sampling of the memory of this process, its descendants and its workers."""
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import psutil
@@ -14,11 +14,11 @@ from cluster.periodic import Periodic
 
 OWN = "own"
 STARTED = "started"
-"""All descendants of this process together: an engine and its workers."""
+"""All descendants of this process and workers in other actors together: the engine."""
 
 
 class MemoryWatch:
-    """Memory of this process and its descendants; call ``close`` at the end.
+    """Memory of this process, its descendants and its workers; call ``close`` at the end.
 
     ``on_leak`` is called after each sample that shows a leak, with the process and its growth.
     """
@@ -29,12 +29,14 @@ class MemoryWatch:
         model: str,
         in_flight: Callable[[], int],
         on_leak: Callable[[str, Growth], None] = lambda process, growth: None,
+        workers: Sequence[int] = (),
     ) -> None:
         self._model = model
         self._in_flight = in_flight
         self._on_leak = on_leak
         self._config = config
         self._detectors = _detectors(config)
+        self._workers = workers
         self._latest: dict[str, tuple[int, Growth]] = {}
         self._periodic = Periodic("memory watch", config.sample_s, self._sample)
 
@@ -56,7 +58,7 @@ class MemoryWatch:
         await self._periodic.close()
 
     async def _sample(self) -> None:
-        memory = await asyncio.to_thread(resident_memory)
+        memory = await asyncio.to_thread(resident_memory, self._workers)
         now, in_flight = time.monotonic(), float(self._in_flight())
         for process, resident in memory.items():
             growth = self._detectors[process].add_sample(MemorySample(now, resident, in_flight))
@@ -69,14 +71,18 @@ def _detectors(config: LeaksConfig) -> dict[str, LeakDetector]:
     return {OWN: LeakDetector(config), STARTED: LeakDetector(config)}
 
 
-def resident_memory() -> dict[str, int]:
-    """Return the memory of this process and of its descendants, if any; blocks for milliseconds."""
+def resident_memory(workers: Sequence[int] = ()) -> dict[str, int]:
+    """Return the memory of this process, and of its descendants and the workers, if any.
+
+    Blocks for milliseconds. ``workers`` are pids of processes that others started.
+    """
     own = psutil.Process()
     memory = {OWN: own.memory_info().rss}
-    if children := own.children(recursive=True):
-        started = 0
-        for child in children:
+    started = [child.pid for child in own.children(recursive=True)]
+    if pids := {*started, *workers}:
+        total = 0
+        for pid in pids:
             with suppress(psutil.Error):  # it ended
-                started += child.memory_info().rss
-        memory[STARTED] = started
+                total += psutil.Process(pid).memory_info().rss
+        memory[STARTED] = total
     return memory

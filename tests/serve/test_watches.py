@@ -1,24 +1,28 @@
 """A replica's watches: memory of real processes, devices, accounting, periodic actions."""
 
 import asyncio
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from cluster.accounting import IDLE
 from cluster.accounting.meter import find_meter
 from cluster.accounting.replica import ReplicaAccounting
-from cluster.config import GeneratorConfig
+from cluster.config import GeneratorConfig, parse
 from cluster.config.operations import AccountingConfig, DevicesConfig, LeaksConfig
 from cluster.devices import DeviceWatch
+from cluster.engines.base import EngineWorker
 from cluster.engines.sim import SimEngine
 from cluster.errors import DeviceFailedError
 from cluster.leaks import Growth, MemoryWatch
 from cluster.leaks.watch import OWN, STARTED, resident_memory
 from cluster.metrics import Registry, exposition
 from cluster.periodic import Periodic
+from deployments import watching
 from tests import asgi
 from tests.unit.test_devices import Gpu, Nvml
 
@@ -137,3 +141,44 @@ async def test_accounting_without_meter_and_price_starts_no_task(tmp_path: Path)
     assert asyncio.all_tasks() == before
     assert accounts.open_request({"headers": [], "extensions": {}}) is None
     await accounts.close()
+
+
+async def test_devices_of_workers_in_other_actors_belong_to_the_replica(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nvml = Nvml(Gpu("GPU-a"), Gpu("GPU-b"), Gpu("GPU-c"))
+    deployment = SimpleNamespace(app_name="tandem", name="generator-g")
+    replica = SimpleNamespace(unique_id="r", deployment_id=deployment)
+    context = SimpleNamespace(replica_id=replica)
+    none_reserved = SimpleNamespace(get_accelerator_ids=lambda: {"GPU": []})
+    monkeypatch.setattr(watching.serve, "get_replica_context", lambda: context)
+    monkeypatch.setattr(watching.ray, "get_runtime_context", lambda: none_reserved)
+    monkeypatch.setattr(watching, "load_nvml", lambda: nvml)
+    pool = {"name": "g", "model": "m", "tensor_parallel_size": 2, "resources": {"gpus": 1}}
+    config = parse({"generators": [pool], "devices": {"interval_s": 0.01}})
+
+    async def retire(_reason: str) -> None:
+        raise AssertionError
+
+    workers = [EngineWorker(os.getpid(), "GPU-a"), EngineWorker(os.getpid(), "GPU-c")]
+    watch = watching.ReplicaWatch(
+        config.operations, config.generators[0], lambda: 0, retire, workers
+    )
+
+    async def check_until_it_raises() -> None:
+        while True:
+            watch.check()
+            await asyncio.sleep(0.01)
+
+    try:
+        nvml.events.append((nvml.gpus[2], 79))
+        async with asyncio.timeout(10):
+            with pytest.raises(DeviceFailedError, match="GPU GPU-c: XID 79"):
+                await check_until_it_raises()
+        registry = Registry()
+        watch.observe(registry)
+        text = exposition(registry).decode()
+        devices = {"GPU-a", "GPU-c"}
+        assert {device for device in (*devices, "GPU-b") if f'device="{device}"' in text} == devices
+    finally:
+        await watch.close()

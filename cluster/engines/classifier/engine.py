@@ -25,6 +25,7 @@ class ClassifierEngine:
 
     prefixes: None = None  # whole results are cached, not prefixes
     resume_key = ""  # answers are not streamed
+    workers = ()  # it computes in this process
     context_tokens: None = None  # longer texts are truncated or split
 
     def __init__(self, config: ClassifierConfig, model_path: str) -> None:

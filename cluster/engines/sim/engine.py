@@ -36,6 +36,8 @@ _MAX_LAG_S = 0.05  # delay of a step that later steps make up for
 class SimEngine:
     """``Engine`` without a model: vLLM's responses, with times and failures from ``SimConfig``."""
 
+    workers = ()
+
     def __init__(self, config: GeneratorConfig) -> None:
         self.config = config
         self.max_model_len = DEFAULT_MODEL_LEN

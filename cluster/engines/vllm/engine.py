@@ -2,11 +2,12 @@
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.asgi import ASGIApp
 from cluster.config import GeneratorConfig
+from cluster.engines.base import EngineWorker
 from cluster.engines.prefix_cache import PrefixTracker, make_byte_lengths
 from cluster.engines.vllm import internals
 from cluster.engines.vllm.app import build_app, set_names
@@ -25,6 +26,7 @@ from cluster.engines.vllm.requests import (
     observe_prompts,
 )
 from cluster.engines.vllm.routes import public_routes
+from cluster.engines.vllm.workers import find_workers
 from cluster.errors import EngineDeadError
 from cluster.load import Load
 from cluster.metrics import Registry
@@ -62,6 +64,8 @@ class VllmEngine:
         self.prefixes: PrefixTracker | None = None
         self._kv_events: asyncio.Task[None] | None = None
         self._stats: Periodic | None = None
+        self._num_workers = config.num_workers
+        self.workers: Sequence[EngineWorker] = ()
 
     @property
     def start_phases_s(self) -> dict[str, float]:
@@ -79,8 +83,9 @@ class VllmEngine:
         try:
             started = await self._launcher.start(self._make_stat_loggers)
             self._llm = started.llm
-            if self.resume_key:
+            if self.resume_key:  # the workers have our extension
                 hand_over_answers(self._llm)
+                self.workers = await find_workers(self._llm, self._num_workers)
             if started.kv_events_endpoint is not None:
                 await self._track_prefixes(started.kv_events_endpoint)
             self._count_usage()

@@ -12,6 +12,7 @@ its workers (``worker_extension_cls``).
 from typing import Any
 
 from cluster.engines.vllm import internals
+from cluster.engines.vllm.workers import DESCRIBE_WORKER, describe_worker
 
 OUTPUT_IDS = "tandem_output_ids"
 """Key in a request's ``extra_args``: ids of the tokens that were generated already."""
@@ -62,7 +63,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _patch_worker() -> type:
-    """Give model runner V1 the tokens that were generated already; return an empty mixin."""
+    """Give model runner V1 the tokens that were generated already; return a mixin for workers."""
     runner = internals.gpu_model_runner
 
     class ResumedRequestState(runner.CachedRequestState):  # type: ignore[misc, name-defined]
@@ -74,7 +75,7 @@ def _patch_worker() -> type:
                     _advance(self.generator, len(ids))
 
     runner.CachedRequestState = ResumedRequestState
-    return type("ResumingWorker", (), {})
+    return type("ResumingWorker", (), {DESCRIBE_WORKER: describe_worker})
 
 
 def _advance(generator: Any, num_tokens: int) -> None:
