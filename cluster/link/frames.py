@@ -41,9 +41,12 @@ is positive; the size of its piece of the body is then subtracted. Credit starts
 the receiver's HELLO. Frames of a stream that has ended are ignored. No I/O and no clock in this
 module.
 
-Only heads with ``keeps_journal`` cause JOURNAL frames, and only replicas that announce journals get
-such heads. Only replicas that announce kept answers get ANSWERS frames. So either end can be of an
-older version.
+Unknown kinds and flags end the connection. So an end uses what an older release lacks only after
+the other one has asked for it, or announced it (``ReplicaInfo``): a router sends heads with
+``keeps_journal`` to replicas that announce journals of its format, and only such heads cause
+JOURNAL frames. It sends ANSWERS to replicas that announce kept answers. Heads grow at their end: an
+older decoder ignores further fields, a newer one has defaults for them.
+``tests/serve/test_link_compatibility.py`` replays the frames of an earlier release to both ends.
 """
 
 from collections.abc import Iterator, Sequence
@@ -135,6 +138,8 @@ class RequestHead(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """Set if another replica gave the beginning of the answer."""
     answer_key: AnswerKey | None = None
     """Set if the replica keeps the answer for repetitions of the request."""
+    journal_format: int = 1
+    """Format of the JOURNAL frames that the router understands; see ``JOURNAL_FORMAT``."""
 
     @property
     def id(self) -> str:
@@ -185,7 +190,11 @@ def decode_credit(payload: bytes) -> int:
     return int(_U32.unpack(payload)[0])
 
 
+JOURNAL_FORMAT: Final = 2
+"""Format of JOURNAL frames. Routers of format 1 get ``OLD_NO_JOURNAL`` only: their answers stay."""
 NO_JOURNAL: Final = 2**32 - 1
+OLD_NO_JOURNAL: Final = pack("<II", NO_JOURNAL, 0)
+"""Payload that ends a journal in format 1."""
 LONG_ENTRIES: Final = 255
 MAX_ENTRIES_BYTES: Final = 256 * 1024
 """Size of the journal's entries in one frame; an answer with more is not handed over."""

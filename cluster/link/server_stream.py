@@ -20,6 +20,7 @@ from cluster.link.frames import (
     CHUNK_BYTES,
     DATA,
     END,
+    JOURNAL_FORMAT,
     LONG_ENTRIES,
     RequestHead,
     ResponseHead,
@@ -62,6 +63,9 @@ class ServerStream:
         self._connection = connection
         self.sender = StreamSender(connection, stream_id)
         self.journal = Journal() if head.keeps_journal else None
+        self._ends_old_journal = head.keeps_journal and head.journal_format != JOURNAL_FORMAT
+        if self.journal is not None and self._ends_old_journal:
+            self.journal.close()
         resume = head.resume
         self._journal_left = resume.journal_bytes if resume is not None else 0  # to be received
         self._skip_left = resume.body_bytes if resume is not None else 0  # the client has them
@@ -208,6 +212,8 @@ class ServerStream:
             )
         self.started = True
         self._connection.write(self.stream_id, frames.RESPONSE, 0, head)
+        if self._ends_old_journal:
+            self._connection.write(self.stream_id, DATA, frames.JOURNAL, frames.OLD_NO_JOURNAL)
 
     async def _send_body(self, body: bytes, message: Message) -> None:
         if not self.started:

@@ -8,7 +8,7 @@ import pytest
 from cluster.asgi import Receive, Scope, Send, journal_of
 from cluster.errors import LinkRefusedError, UnavailableError
 from cluster.link import AnswerRecord, RequestHead, Resume
-from cluster.link.frames import MAX_ENTRIES_BYTES
+from cluster.link.frames import JOURNAL_FORMAT, MAX_ENTRIES_BYTES
 from tests.serve.link_kit import linked, on_both_loops, read_all, receive_body, send_body, send_head
 
 TEXT = b"0123456789" * 20
@@ -31,13 +31,17 @@ async def counting(scope: Scope, receive: Receive, send: Send) -> None:
 
 def resumed(journal: bytes, delivered: bytes) -> tuple[RequestHead, bytes]:
     resume = Resume(len(journal), len(delivered), zlib.crc32(delivered))
-    return RequestHead(keeps_journal=True, resume=resume), journal + b"the request"
+    return RequestHead(
+        keeps_journal=True, journal_format=JOURNAL_FORMAT, resume=resume
+    ), journal + b"the request"
 
 
 @on_both_loops
 async def test_a_journal_arrives_with_the_bytes_that_follow_from_it() -> None:
     async with linked(counting, resumes=True) as (_, client):
-        stream = client.open(RequestHead(keeps_journal=True), b"the request")
+        stream = client.open(
+            RequestHead(keeps_journal=True, journal_format=JOURNAL_FORMAT), b"the request"
+        )
         record = stream.record = AnswerRecord()
         received = b""
         while piece := await stream.read():
@@ -71,7 +75,11 @@ async def test_a_journal_larger_than_the_window_arrives() -> None:
 
     async with linked(app, resumes=True) as (_, client):
         for journal_bytes, body_bytes in ((3_000_000, 2_000_000), (3_000_000, 0), (0, 1)):
-            head = RequestHead(keeps_journal=True, resume=Resume(journal_bytes, 0, 0))
+            head = RequestHead(
+                keeps_journal=True,
+                journal_format=JOURNAL_FORMAT,
+                resume=Resume(journal_bytes, 0, 0),
+            )
             stream = client.open(head, bytes(journal_bytes + body_bytes))
             assert await read_all(stream) == f"{journal_bytes} {body_bytes}".encode()
 
@@ -99,7 +107,7 @@ async def test_a_journal_that_grows_too_fast_is_dropped() -> None:
         await send_body(send, b"c", more=False)
 
     async with linked(app, resumes=True) as (_, client):
-        stream = client.open(RequestHead(keeps_journal=True))
+        stream = client.open(RequestHead(keeps_journal=True, journal_format=JOURNAL_FORMAT))
         stream.record = AnswerRecord()
         assert await read_all(stream) == b"abc"
         assert not stream.record.has_journal
@@ -119,7 +127,7 @@ async def test_large_pieces_carry_their_entries_first() -> None:
         await send_body(send, large, more=False)
 
     async with linked(app, resumes=True) as (_, client):
-        stream = client.open(RequestHead(keeps_journal=True))
+        stream = client.open(RequestHead(keeps_journal=True, journal_format=JOURNAL_FORMAT))
         record = stream.record = AnswerRecord()
         assert await read_all(stream) == large * 2
         assert record.resume() == Resume(2, 2 * len(large), zlib.crc32(large * 2))
@@ -141,7 +149,9 @@ async def test_pieces_that_are_sent_at_once_share_frames() -> None:
     async with linked(app, resumes=True) as (server, client):
         for keeps_journal in (False, True):
             num_sent = server.counts.frames_sent
-            stream = client.open(RequestHead(keeps_journal=keeps_journal))
+            stream = client.open(
+                RequestHead(keeps_journal=keeps_journal, journal_format=JOURNAL_FORMAT)
+            )
             record = stream.record = AnswerRecord() if keeps_journal else None
             assert await read_all(stream) == b"".join(pieces)
             assert server.counts.frames_sent - num_sent < len(pieces) / 10
@@ -152,6 +162,9 @@ async def test_pieces_that_are_sent_at_once_share_frames() -> None:
 @on_both_loops
 async def test_a_server_without_journals_refuses_to_continue() -> None:
     async with linked(counting) as (_, client):
-        for head in (resumed(b"", b"")[0], RequestHead(keeps_journal=True)):
+        for head in (
+            resumed(b"", b"")[0],
+            RequestHead(keeps_journal=True, journal_format=JOURNAL_FORMAT),
+        ):
             with pytest.raises(LinkRefusedError):
                 await client.open(head, b"the request").head()

@@ -6,6 +6,7 @@ import msgspec
 
 from cluster.config import HandoverConfig
 from cluster.link import AnswerRecord, RequestHead
+from cluster.link.frames import JOURNAL_FORMAT
 
 _STEP_BYTES = 16 * 1024  # the journal's share of the common limit grows in these steps
 
@@ -58,7 +59,7 @@ class KeptAnswer:
             return None
         if kept_bytes > limits.config.max_answer_bytes or not limits.take(kept_bytes):
             return None
-        head = msgspec.structs.replace(head, keeps_journal=True)
+        head = msgspec.structs.replace(head, keeps_journal=True, journal_format=JOURNAL_FORMAT)
         return cls(head, body, limits, resume_key, _kept_bytes=kept_bytes)
 
     def grow(self) -> bool:

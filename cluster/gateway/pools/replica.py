@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import msgspec
 
 from cluster.link import LinkClient, LinkState, RequestHead, ResponseHead
+from cluster.link.frames import JOURNAL_FORMAT
 from cluster.routing import Reach
 from cluster.usage import Usage
 
@@ -35,6 +36,8 @@ class ReplicaInfo:
 
     resume_key: str = ""
     """Replicas with the same key can continue each other's answers; empty if this one cannot."""
+    journal_format: int = JOURNAL_FORMAT
+    """Format of its JOURNAL frames; 1 in older versions."""
     keeps_answers: bool = False
     """True if the replica keeps answers to requests with an idempotency key."""
     context_tokens: int | None = None
@@ -61,9 +64,12 @@ class ReplicaInfo:
         Raises:
             msgspec.ValidationError: The replica did not describe itself.
         """
-        return msgspec.convert(
-            {"adapters": None, **metadata, "id": replica_id, "node_id": node_id}, cls
-        )
+        fields = {**_OLDER, **metadata, "id": replica_id, "node_id": node_id}
+        return msgspec.convert(fields, cls)
+
+
+_OLDER = {"adapters": None, "journal_format": 1}
+"""Meaning of the metadata of older versions, which lack these fields."""
 
 
 class Answer(Protocol):
@@ -142,6 +148,14 @@ class Replica:
             return "linked"
         link_failed = self.link.failures >= FALLBACK_AFTER
         return "fallback" if self._fallback is not None and link_failed else "unlinked"
+
+    @property
+    def resume_key(self) -> str:
+        """Key of the replicas that can continue its answers.
+
+        Empty if it keeps no journals that this router understands.
+        """
+        return self.info.resume_key if self.info.journal_format == JOURNAL_FORMAT else ""
 
     def open(self, head: RequestHead, body: bytes) -> Answer:
         """Send a request to the replica.

@@ -373,7 +373,7 @@ class ReplicaSet:
         return frozenset(
             id_
             for id_, replica in self._replicas.items()
-            if replica.info.resume_key != resume_key or replica.state == "fallback"
+            if replica.resume_key != resume_key or replica.state == "fallback"
         )
 
     def _has_other_room(self, claim: Claim) -> bool:
@@ -388,7 +388,7 @@ class ReplicaSet:
             need = "can continue the answer"
         reason = f"{self._name}: {subject} {need}"
         is_lost = any(
-            replica.info.resume_key == claim.resume_key and not replica.link.connected
+            replica.resume_key == claim.resume_key and not replica.link.connected
             for replica in self._replicas.values()
         )
         error = ReplicasLostError if is_lost else UnavailableError
