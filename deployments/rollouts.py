@@ -31,7 +31,7 @@ from cluster.ray_internals import (
     free_resources,
     read_serve_config,
 )
-from cluster.rollout import Observation, RolloutDecision, RolloutState, decide
+from cluster.rollout import UNLABELED, Observation, RolloutDecision, RolloutState, decide
 from deployments import rollout_store as store
 from deployments.logs import log_with_serve
 from deployments.metrics import RayExporter
@@ -57,6 +57,8 @@ PROMPTS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "rerank": ("/rerank", {"query": "Who?", "documents": ["Anna.", "Berlin."]}),
 }
 """Path and body of the fixed request of each task of classifiers."""
+LABELED = frozenset({"classify", "token-classification"})
+"""Tasks whose answers have labels, which are compared."""
 COMPLETION = {"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
 """Body of the fixed request of generators."""
 
@@ -144,7 +146,7 @@ class Rollouts:
         ready = self._check_replicas(rollout, application, state)
         state = replace(state, checksum=state.checksum or rollout.checksum)
         seen = await asyncio.to_thread(self._observe, rollout, ready)
-        after = decide(state, pool.kind, rule, seen)
+        after = decide(state, _kind(pool), rule, seen)
         await asyncio.to_thread(store.write_state, self._app, pool.name, after)
         self._record(rollout, state.decisions, after)
 
@@ -288,6 +290,12 @@ class Rollouts:
 
 def _forget_check(rollout: _Rollout, id_: str, _check: asyncio.Task[None]) -> None:
     rollout.checks.pop(id_, None)
+
+
+def _kind(pool: GeneratorConfig | ClassifierConfig) -> str:
+    """Return the kind of a pool for ``judge``."""
+    is_unlabeled = isinstance(pool, ClassifierConfig) and LABELED.isdisjoint(pool.tasks)
+    return UNLABELED if is_unlabeled else pool.kind
 
 
 def _fixed_request(

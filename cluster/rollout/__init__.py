@@ -5,12 +5,13 @@
 
 from cluster.rollout.decider import Observation, decide, plan
 from cluster.rollout.figures import Figures, Totals
-from cluster.rollout.judge import Verdict, judge
+from cluster.rollout.judge import UNLABELED, Verdict, judge
 from cluster.rollout.split import takes_candidate
 from cluster.rollout.state import FINISHED, Action, RolloutDecision, RolloutState
 
 __all__ = [
     "FINISHED",
+    "UNLABELED",
     "Action",
     "Figures",
     "Observation",

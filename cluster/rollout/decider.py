@@ -53,7 +53,7 @@ def decide(state: RolloutState, kind: str, rule: RolloutConfig, seen: Observatio
 
     Args:
         state: The present state.
-        kind: "generator" or "classifier".
+        kind: See ``judge``.
         rule: Steps and limits.
         seen: The observation.
     """
@@ -79,6 +79,9 @@ def _start(state: RolloutState, rule: RolloutConfig, seen: Observation) -> Rollo
     if not state.new_replicas:
         if not _must_replace(state):
             return _scale(state, rule.canary[0])
+        if rule.shadow:
+            reason = "no room for the shadow: the only replica would have to stop first"
+            return _roll_back(state, seen.now, reason)
         # Requests wait for the new version, since the old one will have no replica.
         return _scale(replace(state, share=100.0), 100.0)
     if seen.ready >= state.new_replicas:
@@ -119,6 +122,8 @@ def _compare(
         return _roll_back(state, seen.now, verdict.reason)
     if verdict.outcome == "unknown" or seen.now - state.since < rule.step_s:
         return _pause_if_late(state, rule, seen, verdict.reason)
+    if verdict.outcome == "uncompared" and not state.is_approved:
+        return _ask_operator(state, rule, seen, verdict.reason)
     return _advance(state, rule, seen, verdict)
 
 
@@ -157,9 +162,22 @@ def _pause_if_late(
     return _set_paused(state, seen, f"no decision after {rule.step_timeout_s:g} s: {reason}")
 
 
+def _ask_operator(
+    state: RolloutState, rule: RolloutConfig, seen: Observation, reason: str
+) -> RolloutState:
+    """Pause if the missing figures will not come; a resumption goes on without them."""
+    is_late = seen.now - state.since > rule.step_timeout_s
+    if state.share < 100 and not is_late:  # the old version still answers
+        return state
+    text = f"not compared: {reason}; resume to go on without, or abort"
+    return _set_paused(replace(state, needs_approval=True), seen, text)
+
+
 def _set_paused(state: RolloutState, seen: Observation, reason: str) -> RolloutState:
     is_paused = not state.is_paused
-    if not is_paused:  # the time of the pause does not count
+    if not is_paused and state.needs_approval:
+        state = replace(state, needs_approval=False, is_approved=True)
+    elif not is_paused:  # the time of the pause does not count
         state = _restart_window(state, seen)
     state = replace(state, is_paused=is_paused)
     return state.note(seen.now, "paused" if is_paused else "resumed", reason)

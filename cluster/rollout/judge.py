@@ -1,7 +1,8 @@
 """Comparison of the new version of a model with the old one, with a statistical margin.
 
 The new version is *worse* only if it exceeds a limit with ``SURE`` confidence, and *fine* only
-after ``min_requests`` answers within all limits. Otherwise more answers are needed (*unknown*).
+after ``min_requests`` answers within all limits. Otherwise more answers are needed (*unknown*). It
+is *uncompared* if nothing speaks against it, but a figure of one version is missing.
 """
 
 import math
@@ -21,11 +22,13 @@ MIN_FAILURES = 3
 """Failed requests without which no error rate is raised."""
 MIN_COMPARED = 20
 """Answers of the new version without which lengths, latencies and labels cannot be worse."""
+UNLABELED = "unlabeled classifier"
+"""Kind of classifiers whose answers have no labels, such as embeddings."""
 _SHARE = 0.9  # percentile of the latencies
 _NOISE_S = {"TTFT": 0.02, "inter-token latency": 0.005, "latency": 0.02}
 """Differences of latencies that do not matter, in seconds: about the resolution of the buckets."""
 
-Outcome = Literal["worse", "fine", "unknown"]
+Outcome = Literal["worse", "unknown", "uncompared", "fine"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,27 +40,28 @@ class Verdict:
 
 
 def judge(kind: str, rule: RolloutConfig, old: Figures, new: Figures) -> Verdict:
-    """Compare the versions of a pool of this kind ("generator" or "classifier")."""
+    """Compare the versions of a pool of this kind ("generator", "classifier", ``UNLABELED``)."""
     checks = list(_checks(kind, rule, old, new))
-    for outcome in ("worse", "unknown"):
+    for outcome in ("worse", "unknown", "uncompared"):
+        if outcome == "unknown" and new.finished < rule.min_requests:
+            return Verdict("unknown", f"{new.finished} of {rule.min_requests} answers")
         if found := [check for check in checks if check.outcome == outcome]:
-            if outcome == "unknown" and new.finished < rule.min_requests:
-                break
             return Verdict(found[0].outcome, "; ".join(check.reason for check in found))
-    if new.finished < rule.min_requests:
-        return Verdict("unknown", f"{new.finished} of {rule.min_requests} answers")
     return Verdict("fine", "; ".join(check.reason for check in checks))
 
 
 def _checks(kind: str, rule: RolloutConfig, old: Figures, new: Figures) -> Iterator[Verdict]:
     yield _check_errors(rule, old, new)
+    if old.finished < min(MIN_COMPARED, rule.min_requests):
+        yield Verdict("uncompared", f"only {old.finished} answers of the old version")
     if kind == "generator":
         yield from _check_latency("TTFT", rule, old, new, table.TTFT_SECONDS.buckets)
         yield from _check_latency("inter-token latency", rule, old, new, table.ITL_SECONDS.buckets)
         yield from _check_length(rule, old, new)
     else:
         yield from _check_latency("latency", rule, old, new, table.REQUEST_SECONDS.buckets)
-        yield from _check_agreement(rule, new)
+        if kind != UNLABELED:
+            yield _check_agreement(rule, new)
 
 
 def _check_errors(rule: RolloutConfig, old: Figures, new: Figures) -> Verdict:
@@ -100,7 +104,10 @@ def _check_latency(
     old_counts, new_counts = getattr(old, field), getattr(new, field)
     # The gaps of a stream depend on each other, so a stream counts once.
     num_old, num_new = (min(f.finished, sum(getattr(f, field))) for f in (old, new))
+    if not num_old and not num_new:  # no request has this figure, such as TTFT without streams
+        return
     if not num_old or not num_new:
+        yield Verdict("uncompared", f"no {name} of the {'new' if num_old else 'old'} version")
         return
     before = quantile(bounds, old_counts, _SHARE) or 0.0
     now = quantile(bounds, new_counts, _SHARE) or 0.0
@@ -119,7 +126,10 @@ def _rank(num: int, z: float) -> float:
 
 
 def _check_length(rule: RolloutConfig, old: Figures, new: Figures) -> Iterator[Verdict]:
+    if not old.tokens and not new.tokens:
+        return
     if old.lengths < 2 or new.lengths < 2 or not old.mean_tokens:
+        yield Verdict("uncompared", f"lengths of {old.lengths} old and {new.lengths} new answers")
         return
     error = math.sqrt(sum(_variance(f) / f.lengths for f in (old, new)))
     change, limit = abs(new.mean_tokens - old.mean_tokens), rule.max_length_change * old.mean_tokens
@@ -135,14 +145,11 @@ def _variance(figures: Figures) -> float:
     return max(0.0, figures.squared_tokens - num * mean * mean) / (num - 1)
 
 
-def _check_agreement(rule: RolloutConfig, new: Figures) -> Iterator[Verdict]:
-    if not new.compared:
-        return
+def _check_agreement(rule: RolloutConfig, new: Figures) -> Verdict:
     text = f"{new.agreed} of {new.compared} labels agree"
     if new.compared < MIN_COMPARED:
-        yield Verdict("unknown", text)
-    elif _wilson(new.agreed, new.compared, SURE) < rule.min_agreement:
-        yield Verdict("worse", text)
-    else:
-        is_within = new.agreed / new.compared >= rule.min_agreement
-        yield Verdict("fine" if is_within else "unknown", text)
+        return Verdict("uncompared", text)
+    if _wilson(new.agreed, new.compared, SURE) < rule.min_agreement:
+        return Verdict("worse", text)
+    is_within = new.agreed / new.compared >= rule.min_agreement
+    return Verdict("fine" if is_within else "unknown", text)

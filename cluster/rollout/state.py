@@ -39,6 +39,10 @@ class RolloutState(msgspec.Struct, frozen=True):
     is_shadowed: bool = False
     """True if the new version answers copies of requests."""
     is_paused: bool = False
+    needs_approval: bool = False
+    """True if it is paused because a figure cannot be compared; a resumption approves that."""
+    is_approved: bool = False
+    """True if an operator accepts figures that cannot be compared."""
     old_replicas: int | None = None
     """Upper limit of the old version's replicas; None: as configured."""
     new_replicas: int = 0

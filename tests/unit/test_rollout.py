@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace as replace_fields
 
 from cluster.config import RolloutConfig, parse
 from cluster.errors import ConfigError
 from cluster.metrics import table
 from cluster.rollout import (
+    UNLABELED,
     Figures,
     Observation,
     RolloutState,
@@ -247,8 +249,8 @@ def test_generators(new: Figures, outcome: str) -> None:
 @pytest.mark.parametrize(
     ("agreed", "compared", "outcome"),
     [
-        (0, 0, "fine"),
-        (4, 10, "unknown"),
+        (0, 0, "uncompared"),
+        (4, 10, "uncompared"),
         (19, 20, "fine"),
         (85, 100, "unknown"),
         (50, 100, "worse"),
@@ -257,6 +259,21 @@ def test_generators(new: Figures, outcome: str) -> None:
 def test_agreement_of_classifiers(agreed: int, compared: int, outcome: str) -> None:
     new = figures(400, compared=compared, agreed=agreed)
     assert judge("classifier", RULE, figures(1000), new).outcome == outcome
+
+
+@pytest.mark.parametrize(
+    ("old", "kind", "outcome"),
+    [
+        (Figures(), "generator", "uncompared"),
+        (figures(19), "generator", "uncompared"),
+        (replace_fields(figures(400), lengths=0, tokens=0.0), "generator", "uncompared"),
+        (replace_fields(figures(400), ttft=()), "generator", "uncompared"),
+        (figures(400), UNLABELED, "fine"),
+    ],
+)
+def test_missing_figures_are_not_within_their_limits(old: Figures, kind: str, outcome: str) -> None:
+    assert judge(kind, RULE, old, figures(400)).outcome == outcome
+    assert judge(kind, RULE, old, figures(400, failed=200)).outcome == "worse"
 
 
 def test_figures_of_a_period_are_a_difference() -> None:
@@ -285,8 +302,22 @@ def test_the_only_replica_gives_way_if_there_is_no_room() -> None:
     assert (state.phase, state.share) == ("canary", 100.0)
     failed = decide(state, "generator", RULE, Observation(40.0, Totals(new=figures(9, 9)), ready=1))
     assert (failed.phase, failed.share, failed.old_replicas) == ("rolled_back", 0.0, None)
+    # Nothing is promoted that was not compared, unless an operator accepts that.
     good = Observation(60.0, Totals(new=figures(150)), ready=1)
-    assert decide(state, "generator", RULE, good).phase == "promoted"
+    paused = decide(state, "generator", RULE, good)
+    assert (paused.phase, paused.share, paused.is_paused) == ("canary", 100.0, True)
+    assert "only 0 answers of the old version" in paused.decisions[-1].reason
+    resumed = decide(paused, "generator", RULE, replace(good, now=70.0, action="resume"))
+    assert decide(resumed, "generator", RULE, replace(good, now=72.0)).phase == "promoted"
+    bad = Observation(72.0, Totals(new=figures(300, 150)), ready=1)
+    assert decide(resumed, "generator", RULE, bad).phase == "rolled_back"
+
+
+def test_a_shadow_that_has_no_room_ends_the_rollout() -> None:
+    rule = RULE.model_copy(update={"shadow": True})
+    state = decide(replace_room(replicas=1, room=0), "generator", rule, Observation(0.0))
+    assert (state.phase, state.share, state.old_replicas) == ("rolled_back", 0.0, None)
+    assert "no room for the shadow" in state.decisions[-1].reason
 
 
 def replace_room(**fields: int) -> RolloutState:
