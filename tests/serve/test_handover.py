@@ -1,6 +1,7 @@
 """Running answers are handed over to another replica."""
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 
 from cluster.asgi import Receive, Scope, Send, journal_of, usage_of
 from cluster.errors import EngineDeadError
+from cluster.gateway.pools.handover import KeptAnswer
 from tests import asgi
 from tests.serve.gateway_kit import CHAT, World, gateway_world, metrics
 
@@ -171,6 +173,24 @@ async def test_answers_move_away_from_a_draining_replica() -> None:
         assert (await call.done()).body == ANSWER
         assert await handovers(world, "drained") == (1, 0)
         assert first.num_cancelled == 1
+
+
+def num_kept_answers() -> int:
+    gc.collect()
+    return sum(type(each) is KeptAnswer for each in gc.get_objects())
+
+
+async def test_a_move_keeps_nothing_of_the_answer() -> None:
+    first, second = Script(stop_at=5), Script()
+    before = num_kept_answers()
+    async with world_with(first) as world:
+        call = await start(world, first)
+        await world.serve(second, "gen", "gen-2", resume_key="k")
+        world.servers["gen-1"].retire()
+        assert (await call.done()).body == ANSWER
+        assert await handovers(world, "drained") == (1, 0)
+        del call
+        assert num_kept_answers() == before
 
 
 async def test_answers_move_away_from_a_replica_that_serve_stops() -> None:

@@ -27,9 +27,19 @@ MAX_DEAD = 3
 """Replicas that may die without progress of an answer that has begun. A request that kills replicas
 kills two; the answers that were handed over from the first to the second must survive that."""
 _LOST_POLL_S = 0.1
-_DRAINS = LinkRefusedError("the replica drains; another one continues the answer")
-_HANGS = LinkRefusedError("the replica is silent; another one continues the answer")
-_YIELDS = LinkRefusedError("another router began the answer at another replica")
+
+
+# Raised anew each time: an instance that is raised again keeps the frames of each earlier raise.
+class _DrainsError(LinkRefusedError):
+    """The replica drains; another one continues the answer."""
+
+
+class _HangsError(LinkRefusedError):
+    """The replica is silent; another one continues the answer."""
+
+
+class _YieldsError(LinkRefusedError):
+    """Another router began the answer at another replica."""
 
 
 class Attempts:
@@ -90,7 +100,7 @@ class Attempts:
 
         def compare(replica_id: str) -> None:
             if replica_id < own_id:
-                answer.abandon(_YIELDS)
+                answer.abandon(_YieldsError(_YieldsError.__doc__))
 
         awaited = self._pool.replicas.on_answer
         awaited[key.id] = compare
@@ -98,8 +108,8 @@ class Attempts:
             yield
         finally:
             del awaited[key.id]
-        if answer.error is _YIELDS:
-            raise _YIELDS
+        if isinstance(answer.error, _YieldsError):
+            raise answer.error
 
     def watch(self, answer: ClientStream) -> None:
         """Call ``on_finished`` when the replica has finished, or now if it has."""
@@ -171,7 +181,7 @@ class Attempts:
             return None
         if not isinstance(answer, ClientStream) or answer.ended:
             return None
-        if not self._may_continue(kept, _DRAINS):
+        if not self._has_handover_left(kept):
             return None
         return replace(self._claim(kept), is_move=True)
 
@@ -180,7 +190,8 @@ class Attempts:
         if self.move_claim() is None or not isinstance(self.answer, ClientStream):
             return False
         self._next_slot = slot
-        self.answer.abandon(_DRAINS if self.slot.replica.is_draining else _HANGS)
+        kind = _DrainsError if self.slot.replica.is_draining else _HangsError
+        self.answer.abandon(kind(kind.__doc__))
         return True
 
     # -- internals --
@@ -200,10 +211,10 @@ class Attempts:
         self._pool.queue.release_slot(slot, 0.0, is_abandoned=True)
 
     def _may_continue(self, kept: KeptAnswer, error: Exception) -> bool:
-        return (
-            isinstance(error, LinkError | UnavailableError)
-            and kept.num_handovers < kept.limits.config.max_per_request
-        )
+        return isinstance(error, LinkError | UnavailableError) and self._has_handover_left(kept)
+
+    def _has_handover_left(self, kept: KeptAnswer) -> bool:
+        return kept.num_handovers < kept.limits.config.max_per_request
 
     async def _other_slot(self, kept: KeptAnswer, error: Exception) -> Slot | None:
         """Return a slot at another replica; None if a limit is reached, or none is free in time."""
@@ -278,7 +289,7 @@ class Attempts:
 
 
 def _reason(error: Exception) -> HandoverReason:
-    if error is _HANGS:
+    if isinstance(error, _HangsError):
         return "hung"
     if isinstance(error, LinkRefusedError):
         return "drained"
