@@ -687,6 +687,13 @@ def kv_get_prefix(prefix: bytes, timeout_s: float) -> list[bytes]:
     return kv_get_many(keys, timeout_s) if keys else []
 
 
+def kv_delete(key: bytes) -> None:
+    """Delete one key."""
+    from ray.experimental import internal_kv
+
+    internal_kv._internal_kv_del(key, namespace=_NAMESPACE)
+
+
 def kv_delete_prefix(prefix: bytes) -> None:
     """Delete all keys with a prefix."""
     from ray.experimental import internal_kv

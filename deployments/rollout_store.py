@@ -15,11 +15,12 @@ from cluster.rollout import Action, RolloutState, Totals
 logger = logging.getLogger("ray.serve.tandem")
 
 TIMEOUT_S = 1.0
+ACTIONS: tuple[Action, ...] = ("abort", "pause", "resume")
+"""All actions, the most important first."""
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_state = msgspec.msgpack.Decoder(RolloutState).decode
 _decode_totals = msgspec.msgpack.Decoder(Totals).decode
-_decode_action = msgspec.msgpack.Decoder(tuple[str, Action]).decode
 
 
 def read_state(app: str, pool: str) -> RolloutState | None:
@@ -58,22 +59,30 @@ def read_totals(app: str, pool: str, version: str) -> Totals:
 
 def write_action(app: str, pool: str, version: str, action: Action) -> None:
     """Store an operator's action for the decider."""
-    ray_internals.kv_put(_key("action", app, pool), _encode((version, action)), TIMEOUT_S)
+    ray_internals.kv_put(_action_key(app, pool, version, action), action.encode(), TIMEOUT_S)
 
 
-def take_action(app: str, pool: str, version: str) -> Action | None:
-    """Return and delete the action for this rollout, if any."""
-    key = _key("action", app, pool)
-    for content in ray_internals.kv_get_many([key], TIMEOUT_S):
-        ray_internals.kv_delete_prefix(key)
-        rollout, action = _decode_action(content)
-        return action if rollout == version else None
+def read_action(app: str, pool: str, version: str) -> Action | None:
+    """Return the most important action that waits for this rollout; it stays stored."""
+    keys = [_action_key(app, pool, version, action) for action in ACTIONS]
+    for content in ray_internals.kv_get_many(keys, TIMEOUT_S):
+        return next(action for action in ACTIONS if action.encode() == content)
     return None
+
+
+def delete_action(app: str, pool: str, version: str, action: Action) -> None:
+    """Delete an action whose effect is stored."""
+    ray_internals.kv_delete(_action_key(app, pool, version, action))
 
 
 def delete_totals(app: str, pool: str) -> None:
     """Delete the totals of a finished rollout."""
     ray_internals.kv_delete_prefix(_key("totals", app, pool, ""))
+
+
+def _action_key(app: str, pool: str, version: str, action: Action) -> bytes:
+    # A key of its own, so that no action replaces another one or is deleted with it.
+    return _key("action", app, pool, version, action)
 
 
 def _key(kind: str, *parts: str) -> bytes:

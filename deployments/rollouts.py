@@ -148,6 +148,9 @@ class Rollouts:
         seen = await asyncio.to_thread(self._observe, rollout, ready)
         after = decide(state, _kind(pool), rule, seen)
         await asyncio.to_thread(store.write_state, self._app, pool.name, after)
+        if seen.action is not None:  # not before: this process may have died since
+            about = self._app, pool.name, rule.version
+            await asyncio.to_thread(store.delete_action, *about, seen.action)
         self._record(rollout, state.decisions, after)
 
     def _begin(self, rollout: _Rollout, application: ApplicationStatus) -> RolloutState:
@@ -271,7 +274,7 @@ class Rollouts:
             totals=store.read_totals(self._app, pool.name, rule.version),
             ready=ready,
             failure=rollout.failure,
-            action=store.take_action(self._app, pool.name, rule.version),
+            action=store.read_action(self._app, pool.name, rule.version),
         )
 
     def _record(

@@ -40,6 +40,9 @@ def kv(monkeypatch: pytest.MonkeyPatch) -> dict[bytes, bytes]:
         for key in [key for key in stored if key.startswith(prefix)]:
             del stored[key]
 
+    def delete_one(key: bytes) -> None:
+        stored.pop(key, None)
+
     def get_prefix(prefix: bytes, timeout_s: float) -> list[bytes]:
         return [value for key, value in stored.items() if key.startswith(prefix)]
 
@@ -48,6 +51,7 @@ def kv(monkeypatch: pytest.MonkeyPatch) -> dict[bytes, bytes]:
     )
     monkeypatch.setattr(ray_internals, "kv_get_many", get_many)
     monkeypatch.setattr(ray_internals, "kv_get_prefix", get_prefix)
+    monkeypatch.setattr(ray_internals, "kv_delete", delete_one)
     monkeypatch.setattr(ray_internals, "kv_delete_prefix", delete)
     return stored
 
@@ -185,6 +189,23 @@ async def test_a_rolled_back_configuration_is_as_before(
     assert (await advance(decider, controller)).phase == "rolled_back"
     await decider.advance()
     assert controller.pool == POOL
+
+
+async def test_an_action_waits_until_its_effect_is_stored(
+    kv: dict[bytes, bytes], controller: Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decider = await make_decider(Handle())
+    await advance(decider, controller)
+    store.write_action(APP, "g", "2", "pause")
+    store.write_action(APP, "g", "2", "abort")
+    store.write_action(APP, "g-chat", "2", "abort")
+    write_state = store.write_state
+    monkeypatch.setattr(store, "write_state", lambda *args: 1 / 0)
+    await decider.advance()  # dies before the effect is stored
+    monkeypatch.setattr(store, "write_state", write_state)
+    assert (await advance(decider, controller)).phase == "rolled_back"
+    assert store.read_action(APP, "g", "2") == "pause"
+    assert store.read_action(APP, "g-chat", "2") == "abort"
 
 
 async def test_the_configuration_waits_for_a_version_that_gave_way(
