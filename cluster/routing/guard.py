@@ -137,9 +137,12 @@ class FleetGuard:
         self._breaker.end_trial(placement.replica.id, placement)
 
     def record_answer(self, placement: Placement, usage: Usage | None) -> None:
-        """Note that the replica gave an answer, before ``end``; its usage shows its speed."""
-        if self._may_judge(placement):
-            slowness = None if usage is None else self._slowness(placement, usage)
+        """Note that the replica gave an answer, before ``end``; its usage shows its speed.
+
+        Without usage, the engine may not have worked at all, so the answer proves nothing.
+        """
+        if usage is not None and self._may_judge(placement):
+            slowness = self._slowness(placement, usage)
             self._breaker.record_answer(placement.replica.id, slowness, self._fleet.now_s)
 
     def fail(self, placement: Placement, content: int | None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cluster.asgi import Receive, Scope, Send
+from cluster.asgi import Receive, Scope, Send, usage_of
 from cluster.routing import breaker
 from tests import asgi
 from tests.serve.gateway_kit import CHAT, World, gateway_world, metrics
@@ -35,6 +35,8 @@ class Engine:
             body += message["body"]
         body += message["body"]
         self.num_seen += 1
+        if b"no usage" not in body:
+            usage_of(scope).prompt_tokens = 1
         status = 500 if self.is_broken or self.poison in body else 200
         headers = [(b"content-type", b"application/json")]
         await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -99,6 +101,19 @@ async def test_a_failing_replica_is_taken_out_and_restored(
     logged = [each.message for each in caplog.records if each.name == "tandem.requests"]
     trials = [line for line in map(json.loads, logged) if line.get("trial")]
     assert len(trials) >= breaker.TRIALS
+
+
+async def test_answers_without_usage_restore_no_replica() -> None:
+    """The engine may not have worked for them."""
+    async with a_pool(2) as (world, (bad, _)):
+        bad.is_broken = True
+        await ask(world, 40)
+        bad.is_broken = False
+        await asyncio.sleep(4 * PAUSE_S)
+        assert await ask(world, 20, "no usage") == {200: 20}
+        assert await circuit(world, "closed") == 1
+        assert await ask(world, 20, "again") == {200: 20}
+        assert await circuit(world, "closed") == 2
 
 
 async def test_requests_that_fail_everywhere_take_out_no_replica() -> None:

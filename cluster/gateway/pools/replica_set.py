@@ -213,7 +213,9 @@ class ReplicaSet:
         hidden = lacking | claim.excluded & self._replicas.keys()
         if lacking and len(lacking) == len(self._replicas):
             raise self._unsuitable(claim, "no replica")
-        chosen = None if claim.is_retry else self.guard.take_trial(hidden)
+        # A request without a body does not reach the engine, so it is no trial.
+        is_trial_possible = claim.body_bytes and not claim.is_retry
+        chosen = self.guard.take_trial(hidden) if is_trial_possible else None
         if chosen is None:
             with fleet.hide(hidden) if hidden else nullcontext():
                 chosen = self.policy.choose(request, fleet)
