@@ -107,7 +107,8 @@ class CircuitBreaker:
         self._out: dict[str, Circuit] = {}  # in the order of their openings
         self._num_reachable = 0
         self._bad = self._total = 0.0  # sums over the closed circuits
-        self._failed_at: OrderedDict[int, str] = OrderedDict()  # replica by content
+        # Replica and time of the failure by content; no replica if it was forgiven.
+        self._failed_at: OrderedDict[int, tuple[str, float]] = OrderedDict()
 
     # -- membership --
 
@@ -168,7 +169,8 @@ class CircuitBreaker:
     def record_failure(self, replica_id: str, content: int | None, now_s: float) -> None:
         """Record a request that the replica failed.
 
-        Equal requests count once, and not at all if they fail at two replicas.
+        Equal requests count once in ``HALF_LIFE_S``, unless they are trials, and not at all if they
+        fail at two replicas.
 
         Args:
             replica_id: The replica that failed.
@@ -176,6 +178,7 @@ class CircuitBreaker:
             now_s: Present time in seconds.
         """
         if content is not None and self._is_contents_fault(content, replica_id, now_s):
+            self.circuits[replica_id].num_passed = 0  # of trials in a row
             return
         circuit = self.circuits[replica_id]
         if circuit.state == "half_open":
@@ -281,16 +284,19 @@ class CircuitBreaker:
 
     def _is_contents_fault(self, content: int, replica_id: str, now_s: float) -> bool:
         """Return True if a failure does not count, and forgive it to the other replica."""
-        earlier = self._failed_at.get(content)
-        if earlier is None:
-            self._failed_at[content] = replica_id
+        earlier, failed_s = self._failed_at.get(content, ("", -HALF_LIFE_S))
+        if now_s - failed_s >= HALF_LIFE_S:
+            self._failed_at[content] = replica_id, now_s
+            self._failed_at.move_to_end(content)
             if len(self._failed_at) > MAX_FAILED:
                 self._failed_at.popitem(last=False)
             return False
         self._failed_at.move_to_end(content)
+        if earlier == replica_id:
+            return self.circuits[replica_id].state != "half_open"
         other = self.circuits.get(earlier)
-        if other is not None and earlier != replica_id:
-            self._failed_at[content] = ""  # forgiven once
+        if other is not None:
+            self._failed_at[content] = "", failed_s  # forgiven once
             if other.state == "closed":
                 self._bad -= min(1.0, other.failed)
                 self._total -= min(1.0, other.failed)

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from cluster.routing.breaker import (
     CALM_S,
+    HALF_LIFE_S,
     MAX_PAUSE_S,
     PAUSE_S,
     TRIAL_INTERVAL_S,
@@ -52,7 +53,9 @@ class Pool:
     def num_out(self) -> int:
         return sum(circuit.is_out for circuit in self.breaker.circuits.values())
 
-    def trial(self, replica: str, *, passes: bool, slow: bool = False) -> None:
+    def trial(
+        self, replica: str, *, passes: bool, slow: bool = False, content: int | None = None
+    ) -> None:
         """Give the replica its next trial."""
         self.now_s = max(self.now_s, self.breaker.circuits[replica].resumes_s)
         assert replica in self.breaker.due_trials(self.now_s)
@@ -63,6 +66,8 @@ class Pool:
             self.breaker.record_slow(replica, self.now_s)
         elif passes:
             self.good(replica)
+        elif content is not None:
+            self.breaker.record_failure(replica, content, self.now_s)
         else:
             self.fail(replica)
         self.breaker.end_trial(replica, request)
@@ -145,6 +150,36 @@ def test_a_request_that_is_repeated_counts_once() -> None:
     for _ in range(100):
         pool.breaker.record_failure("r0", 7, pool.now_s)
     assert pool.changes == []
+
+
+def test_a_repeated_request_counts_again_after_a_while() -> None:
+    pool = Pool()
+    pool.breaker.record_failure("r0", 7, pool.now_s)
+    pool.now_s += HALF_LIFE_S + 1
+    pool.breaker.record_failure("r1", 7, pool.now_s)  # forgives r0 nothing
+    assert (pool.breaker.circuits["r0"].failed, pool.breaker.circuits["r1"].failed) == (1.0, 1.0)
+
+
+def test_a_trial_with_a_request_that_failed_there_before_is_bad() -> None:
+    pool = Pool()
+    pool.good("r1", "r2", "r3", times=20)
+    pool.fail("r0", TOLERATED + 1)
+    for number in range(5):
+        pool.trial("r0", passes=False, content=1)
+        assert pool.state("r0") == "open", number
+
+
+def test_only_good_trials_in_a_row_close_a_circuit() -> None:
+    pool = Pool()
+    pool.good("r1", "r2", "r3", times=20)
+    pool.fail("r0", TOLERATED + 1)
+    for _ in range(TRIALS - 1):
+        pool.trial("r0", passes=True)
+    pool.breaker.record_failure("r1", 7, pool.now_s + 1)
+    pool.trial("r0", passes=False, content=7)  # the request's fault
+    assert pool.state("r0") == "half_open"
+    pool.trial("r0", passes=True)
+    assert pool.state("r0") == "half_open"
 
 
 def test_requests_that_fail_everywhere_count_nowhere() -> None:
@@ -265,6 +300,7 @@ def test_in_any_history_the_limit_holds_and_nothing_flaps(
             pool.fail(replica)
         elif kind == "same":
             pool.breaker.record_failure(replica, 0, pool.now_s)
+            opened_s.clear()  # a forgiven trial is repeated at once
         elif kind == "trial":
             for due in pool.breaker.due_trials(pool.now_s):
                 pool.breaker.begin_trial(due, object(), pool.now_s)
@@ -277,5 +313,5 @@ def test_in_any_history_the_limit_holds_and_nothing_flaps(
             if circuit.state == "open" and before[name] != "open":
                 opened_s[name] = pool.now_s
             if circuit.state == "half_open" and before[name] == "open":
-                assert pool.now_s - opened_s[name] >= PAUSE_S
+                assert pool.now_s - opened_s.get(name, -PAUSE_S) >= PAUSE_S
             assert not (kind == "good" and before[name] == "closed" and circuit.is_out)
