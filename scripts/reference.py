@@ -102,6 +102,8 @@ def _section(
     for name, field in model.model_fields.items():
         section = next(models_in(field.annotation), None)
         description = field.description or described.get(name, "")
+        if name in getattr(model, "restart_fields", ()):
+            description += " A change replaces replicas."
         value = getattr(preset, name) if preset else field.get_default(call_default_factory=True)
         kind = _type(field)
         if section is not None:
