@@ -77,7 +77,6 @@ class EngineReplica:
         confine_replica_to_loopback()
         log_with_serve()
         self._model = next(iter(pool.model_files), None)
-        self._adapters = tuple(pool.adapters) if isinstance(pool, GeneratorConfig) else ()
         self._engine = engine = make_engine()
         timer.mark("imports")
         self._dead_drain: asyncio.Task[None] | None = None
@@ -102,6 +101,7 @@ class EngineReplica:
             resumes=bool(engine.resume_key),
             answers=self._answers,
         )
+        self._server.set_adapters(engine.adapters)
         registry = Registry()
         registry.on_collect(lambda: engine.observe(registry))
         registry.on_collect(lambda: self._watch.observe(registry))
@@ -123,6 +123,7 @@ class EngineReplica:
         self._answers.config = operations.idempotency
         self._watch.reconfigure(operations, pool)
         await self._engine.reconfigure(pool)
+        self._server.set_adapters(self._engine.adapters)
 
     def _record_startup(self, registry: Registry, pool: str, timer: StartupTimer) -> None:
         constructor_s = timer.total_s
@@ -253,7 +254,8 @@ class EngineReplica:
             port=port,
             routes=self._engine.routes(),
             versions=_versions(),
-            adapters=self._adapters,
+            adapters=tuple(self._engine.adapters.loaded),
+            reports_adapters=True,
             context_tokens=self._engine.context_tokens,
             resume_key=self._engine.resume_key,
             keeps_answers=True,

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from cluster.cli.groups import config_app, keys_app, models_app, rollout_app
+from cluster.cli.groups import adapters_app, config_app, keys_app, models_app, rollout_app
 from cluster.cli.options import ConfigOption, JsonOption, KeyOption, SetOption, UrlOption
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 app.add_typer(models_app, name="models")
 app.add_typer(keys_app, name="keys")
+app.add_typer(adapters_app, name="adapters")
 app.add_typer(config_app, name="config")
 app.add_typer(rollout_app, name="rollout")
 

@@ -52,8 +52,6 @@ def diff(loaded: LoadedConfig, *, as_json: bool) -> None:
         raise StartError("No cluster is running; start one with `tandem up`.")
     with ServeApi(running.dashboard_url, ray_token(os.environ)) as api:
         args = api.deployed_args(running.application)
-    if args is None:
-        raise StartError(f"The cluster has no application {running.application!r}.")
     changes = compare(parse(args), loaded.config)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(changes), indent=2))

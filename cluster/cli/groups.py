@@ -1,4 +1,4 @@
-"""Command groups ``tandem models``, ``tandem keys`` and ``tandem config``: arguments and help."""
+"""Arguments and help of ``tandem models``, ``keys``, ``adapters``, ``config``, ``rollout``."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,6 +28,7 @@ def _group(help_text: str) -> typer.Typer:
 
 models_app = _group("Build, fetch, list and fine-tune models.")
 keys_app = _group("Manage API keys and the limits of tenants.")
+adapters_app = _group("Add and remove LoRA adapters of the running cluster.")
 config_app = _group("Check, show and compare the configuration.")
 
 
@@ -320,3 +321,34 @@ def _add_action(action: Literal["pause", "resume", "abort"], text: str) -> None:
 _add_action("pause", "Keep the present shares; nothing is decided.")
 _add_action("resume", "Go on deciding after a pause.")
 _add_action("abort", "Roll back to the old version.")
+
+
+@adapters_app.command("add")
+def adapters_add(
+    name: Annotated[str, Argument(help="Value of `model` in requests.")],
+    path: Annotated[str, Argument(help="Directory on all nodes, or Hugging Face id.")],
+    model: Annotated[
+        str | None, Option("--model", help="Generator.", show_default="the only one")
+    ] = None,
+    api_key: KeyOption = None,
+) -> None:
+    """Load an adapter in all replicas of a generator; change nothing if that fails."""
+    from cluster.cli.adapters import add
+
+    add(name, path, model, api_key)
+
+
+@adapters_app.command("remove")
+def adapters_remove(name: Annotated[str, Argument(help="Name of the adapter.")]) -> None:
+    """Remove an adapter from all replicas; its running requests end normally."""
+    from cluster.cli.adapters import remove
+
+    remove(name)
+
+
+@adapters_app.command("list")
+def adapters_list(api_key: KeyOption = None, as_json: JsonOption = False) -> None:
+    """List the adapters and the number of replicas that serve each."""
+    from cluster.cli.adapters import show
+
+    show(api_key, as_json=as_json)

@@ -278,7 +278,7 @@ class GeneratorConfig(PoolConfig):
         Of ``adapters``, that is the engine's support for any.
         """
         if field == "adapters":
-            return self.adapters or self.has_loras
+            return self.has_loras
         return super().restart_value(field)
 
     @property

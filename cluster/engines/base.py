@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cluster.asgi import ASGIApp
-from cluster.link import PrefixSource
+from cluster.link import Adapters, PrefixSource
 from cluster.load import Load
 from cluster.metrics import Registry
 
@@ -50,6 +50,10 @@ class Engine(Protocol):
 
         Empty if the engine keeps no journals (``cluster.asgi.Journal``).
         """
+
+    @property
+    def adapters(self) -> Adapters:
+        """LoRA adapters that it serves, and those that could not be loaded."""
 
     @property
     def start_phases_s(self) -> dict[str, float]:

@@ -36,7 +36,7 @@ def make_generator_engine(
     return VllmEngine(
         config,
         str(resolve(config.model)),
-        {name: str(resolve(path)) for name, path in config.adapters.items()},
+        lambda path: str(resolve(path)),
         ray_metrics=ray_metrics,
         traces_endpoint=traces_endpoint,
     )

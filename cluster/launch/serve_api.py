@@ -12,6 +12,7 @@ import httpx
 from cluster.errors import StartError
 
 APPLICATIONS = "/api/serve/applications/"
+_SERVE_SETTINGS = ("proxy_location", "http_options", "grpc_options")
 POLL_S = 0.1
 # On the first request the dashboard imports Serve, which takes seconds.
 REQUEST_TIMEOUT_S = 30.0
@@ -116,19 +117,41 @@ class ServeApi:
             return False
         return True
 
-    def deployed_args(self, name: str) -> dict[str, Any] | None:
-        """Return the ``args`` with which an application was deployed; None if it does not exist.
+    def deployed_args(self, name: str) -> dict[str, Any]:
+        """Return the ``args`` with which an application was deployed.
 
         Raises:
-            StartError: the dashboard does not answer.
+            StartError: the dashboard does not answer, or there is no such application.
         """
+        args: dict[str, Any] = _find(self._deployed()["applications"], name).get("args") or {}
+        return args
+
+    def deploy_args(self, name: str, args: Mapping[str, Any]) -> None:
+        """Deploy an application with other ``args``; everything else stays as it was deployed.
+
+        Raises:
+            StartError: the dashboard does not answer, or there is no such application.
+        """
+        config = self._deployed()
+        _find(config["applications"], name)["args"] = args
+        try:
+            self._http.put(APPLICATIONS, json=config).raise_for_status()
+        except httpx.HTTPError as error:
+            raise StartError(f"Ray Serve does not accept the configuration: {error}") from None
+
+    def _deployed(self) -> dict[str, Any]:
+        """Return the Serve config that is deployed."""
         try:
             response = self._http.get(APPLICATIONS)
             response.raise_for_status()
-            deployed = response.json()["applications"].get(name)
+            details = response.json()
+            applications = [
+                each["deployed_app_config"] for each in details["applications"].values()
+            ]
         except (httpx.HTTPError, ValueError, KeyError) as error:
             raise StartError(f"Ray's dashboard does not answer: {error}") from None
-        return None if deployed is None else deployed["deployed_app_config"].get("args") or {}
+        settings = {each: details[each] for each in _SERVE_SETTINGS if details.get(each)}
+        return {**settings, "applications": [each for each in applications if each is not None]}
 
     def application(self, name: str) -> ApplicationStatus | None:
         """Return the application's status; None if it or the dashboard does not exist (yet)."""
@@ -140,6 +163,13 @@ class ServeApi:
             return None
         found = response.json().get("applications", {}).get(name)
         return None if found is None else parse_application(found)
+
+
+def _find(applications: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    found = next((each for each in applications if each.get("name") == name), None)
+    if found is None:
+        raise StartError(f"The cluster has no application {name!r}.")
+    return found
 
 
 def parse_application(raw: Mapping[str, Any]) -> ApplicationStatus:

@@ -5,6 +5,7 @@ from cluster.link.client import LinkClient, LinkState
 from cluster.link.client_stream import ClientStream
 from cluster.link.connection import LinkCounts, LinkOptions, Signal
 from cluster.link.frames import (
+    Adapters,
     AnswerEvents,
     AnswerKey,
     PrefixEvents,
@@ -22,6 +23,7 @@ __all__ = [
     "CONFLICT",
     "REPLAYED",
     "REPLAY_HEADER",
+    "Adapters",
     "AnswerEvents",
     "AnswerKey",
     "AnswerRecord",

@@ -28,6 +28,7 @@ from cluster.link.frames import (
     DATA,
     END,
     RESPONSE,
+    Adapters,
     AnswerEvents,
     Frame,
     PrefixEvents,
@@ -70,7 +71,8 @@ class LinkClient:
     The callbacks run on the event loop: ``on_state`` after ``state`` or ``failures`` changed,
     ``on_load`` after ``load`` changed, ``on_prefixes`` with changes of the replica's prefix cache.
     ``on_prefixes`` must be set before ``start``; each connection starts with a snapshot. So must
-    ``on_answers``, with changes of the answers that the replica keeps.
+    ``on_answers``, with changes of the answers that the replica keeps, and ``on_adapters``, with
+    its LoRA adapters.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class LinkClient:
         self.on_load: Callable[[Load], None] | None = None
         self.on_prefixes: Callable[[PrefixEvents], None] | None = None
         self.on_answers: Callable[[AnswerEvents], None] | None = None
+        self.on_adapters: Callable[[Adapters], None] | None = None
         self._secret = secret
         self._ssl = ssl
         self._options = options or LinkOptions()
@@ -177,6 +180,8 @@ class LinkClient:
             connection.write(0, frames.PREFIXES)
         if self.on_answers is not None:
             connection.write(0, frames.ANSWERS)
+        if self.on_adapters is not None:
+            connection.write(0, frames.ADAPTERS)
         self.last_error = None
         self.failures = 0
         self._set_state(LinkState.CONNECTED)
@@ -191,6 +196,9 @@ class LinkClient:
 
     def handle_answers(self, events: AnswerEvents) -> None:
         self._notify(self.on_answers, events)
+
+    def handle_adapters(self, adapters: Adapters) -> None:
+        self._notify(self.on_adapters, adapters)
 
     def handle_silence(self, silent: bool) -> None:
         if self.state is not LinkState.DRAINING:
@@ -351,6 +359,8 @@ class ClientConnection(Connection):
             self._on_prefixes(payload)
         elif kind == frames.ANSWERS:
             self._link.handle_answers(frames.decode_answers(payload))
+        elif kind == frames.ADAPTERS:
+            self._link.handle_adapters(decode_head(payload, Adapters))
         elif kind == frames.GOAWAY:
             self._link.handle_goaway()
         elif kind not in (RESPONSE, frames.WINDOW, frames.ERROR, frames.USAGE):

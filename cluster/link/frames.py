@@ -19,6 +19,8 @@ GOAWAY     0       replica to router: takes no new stream; open streams continue
 ANSWERS    0       router to replica, once: empty; subscribes to the ids of the kept answers.
                    Replica to router from then on: number of added ids u32 | ids, 16 bytes
                    each, first the added ones, then the removed ones
+ADAPTERS   0       router to replica, once: empty; subscribes to the LoRA adapters. Replica to
+                   router, at once and after each change: ``Adapters``
 REQUEST    id      router to replica: ``RequestHead``; with END there is no body
 BODY       id      router to replica: a piece of the request's body; END: the last one. If the
                    head has ``resume``, the journal comes first
@@ -44,9 +46,10 @@ module.
 Unknown kinds and flags end the connection. So an end uses what an older release lacks only after
 the other one has asked for it, or announced it (``ReplicaInfo``): a router sends heads with
 ``keeps_journal`` to replicas that announce journals of its format, and only such heads cause
-JOURNAL frames. It sends ANSWERS to replicas that announce kept answers. Heads grow at their end: an
-older decoder ignores further fields, a newer one has defaults for them.
-``tests/serve/test_link_compatibility.py`` replays the frames of an earlier release to both ends.
+JOURNAL frames. It sends ANSWERS and ADAPTERS to replicas that announce kept answers and the report
+of adapters. Heads grow at their end: an older decoder ignores further fields, a newer one has
+defaults for them. ``tests/serve/test_link_compatibility.py`` replays the frames of an earlier
+release to both ends.
 """
 
 from collections.abc import Iterator, Sequence
@@ -76,7 +79,8 @@ ERROR: Final = 13
 USAGE: Final = 14
 PREFIXES: Final = 15
 ANSWERS: Final = 16
-_LAST_KIND: Final = 16
+ADAPTERS: Final = 17
+_LAST_KIND: Final = 17
 
 END: Final = 1
 JOURNAL: Final = 2
@@ -155,12 +159,21 @@ class ResponseHead(msgspec.Struct, frozen=True, array_like=True):
     headers: list[tuple[bytes, bytes]] = []
 
 
-Head = TypeVar("Head", RequestHead, ResponseHead, Load, Usage, tuple[int, str])
+class Adapters(msgspec.Struct, frozen=True, array_like=True):
+    """LoRA adapters of one replica."""
+
+    loaded: dict[str, str] = {}
+    """Path or id of each adapter that it serves, by name."""
+    failed: dict[str, str] = {}
+    """Reason for each adapter that it should serve and could not load."""
+
+
+Head = TypeVar("Head", RequestHead, ResponseHead, Adapters, Load, Usage, tuple[int, str])
 
 encode_head = msgspec.msgpack.Encoder().encode
 _DECODERS: dict[Any, msgspec.msgpack.Decoder[Any]] = {
     kind: msgspec.msgpack.Decoder(kind)
-    for kind in (RequestHead, ResponseHead, Load, Usage, tuple[int, str])
+    for kind in (RequestHead, ResponseHead, Adapters, Load, Usage, tuple[int, str])
 }
 
 

@@ -15,7 +15,15 @@ from cluster.errors import LinkAuthError, LinkError, LinkProtocolError
 from cluster.link import frames
 from cluster.link.answer_store import AnswerStore
 from cluster.link.connection import Connection, LinkCounts, LinkOptions
-from cluster.link.frames import END, Frame, PrefixEvents, RequestHead, decode_head, encode_head
+from cluster.link.frames import (
+    END,
+    Adapters,
+    Frame,
+    PrefixEvents,
+    RequestHead,
+    decode_head,
+    encode_head,
+)
 from cluster.link.handshake import Handshake
 from cluster.link.server_stream import ServerStream
 from cluster.load import Load
@@ -80,6 +88,8 @@ class LinkServer:
         self._secret = secret
         self._load = load
         self.answers = answers
+        self.adapters = Adapters()
+        """LoRA adapters of the application; see ``set_adapters``."""
         self._prefixes = prefixes
         self._prefixes_timer: asyncio.TimerHandle | None = None
         self._ssl = ssl
@@ -105,6 +115,13 @@ class LinkServer:
         if self.answers is not None:
             self.answers.on_change = self._send_answers
         return self.address
+
+    def set_adapters(self, adapters: Adapters) -> None:
+        """Tell the routers which adapters the application has."""
+        if adapters != self.adapters:
+            self.adapters = adapters
+            for connection in self.connections:
+                connection.send_adapters()
 
     @property
     def num_streams(self) -> int:
@@ -218,6 +235,7 @@ class ServerConnection(Connection):
         self._wants_prefixes = False
         self._needs_snapshot = False
         self._wants_answers = False
+        self._wants_adapters = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._server.connections.add(self)
@@ -249,6 +267,10 @@ class ServerConnection(Connection):
         if self._wants_answers:
             self.write(0, frames.ANSWERS, 0, frames.encode_answers(added, removed))
 
+    def send_adapters(self) -> None:
+        if self._wants_adapters:
+            self.write(0, frames.ADAPTERS, 0, encode_head(self._server.adapters))
+
     def resume_writing(self) -> None:
         super().resume_writing()
         if self.writable and self._needs_snapshot:
@@ -263,6 +285,9 @@ class ServerConnection(Connection):
                 self._send_snapshot()
             elif kind == frames.ANSWERS:
                 self._subscribe_to_answers()
+            elif kind == frames.ADAPTERS:
+                self._wants_adapters = True
+                self.send_adapters()
             elif kind not in (frames.WINDOW, frames.BODY, frames.CANCEL):
                 self.handle_ping(kind)
             elif (stream := self._streams.get(stream_id)) is None:

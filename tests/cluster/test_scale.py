@@ -1,6 +1,7 @@
 """Scaling, link fallback and rolling update with several routers and simulated replicas."""
 
 import asyncio
+import json
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -239,3 +240,40 @@ async def test_an_update_takes_seconds_although_streams_take_minutes(
         assert b"error" not in received
         reading.cancel()
         await asyncio.wait([reading])
+
+
+async def test_adapters_are_added_to_running_and_to_new_replicas(
+    sim_cluster: RunningCluster,
+) -> None:
+    def adapters() -> dict[str, int]:
+        rows = json.loads(sim_cluster.tandem("adapters", "list", "--json").stdout)
+        return {row["name"]: row["replicas"] for row in rows}
+
+    def tandem(*args: str) -> str:
+        done = sim_cluster.tandem("adapters", *args)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    law, both = {"law": "none"}, {"law": "none", "art": "none"}
+    one, two = ({"min": num, "max": num} for num in (1, 2))
+    sim_cluster.deploy(config(seed=4, replicas=one, adapters=law))
+    await until(lambda: adapters() == {"law": 1}, 90, "the update")
+    await until(lambda: len(sim_cluster.replicas()) == 3, 60, "the end of the old replicas")
+    before = sim_cluster.replicas()
+    async with (
+        httpx.AsyncClient(base_url=sim_cluster.http_url, timeout=60) as http,
+        complete_streams(sim_cluster.http_url, streams=4),
+        periodic_requests(sim_cluster.http_url, "law") as answers,
+    ):
+        await asyncio.to_thread(tandem, "add", "art", "none")
+        assert (
+            await http.post("/v1/completions", json={**BODY, "model": "art"})
+        ).status_code == 200
+        assert sim_cluster.replicas() == before
+        sim_cluster.deploy(config(seed=4, replicas=two, adapters=both))
+        await until(lambda: adapters() == {"law": 2, "art": 2}, 90, "the second replica")
+        await asyncio.to_thread(tandem, "remove", "art")
+        # Serve lists no deployments while it builds an application.
+        await until(lambda: before.keys() <= sim_cluster.replicas().keys(), 30, "the replicas")
+        await until(lambda: adapters() == {"law": 2}, 30, "the removal")
+    assert {answer.status_code for answer in answers} == {200}

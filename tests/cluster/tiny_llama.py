@@ -3,7 +3,7 @@
 from pathlib import Path
 
 
-def make_tiny_llama(directory: Path, tokenizer_dir: str) -> None:
+def make_tiny_llama(directory: Path, tokenizer_dir: str, hidden_size: int = 128) -> None:
     """Write the model. Its heads suit a tensor parallelism of 2 and vLLM's attention on CPUs."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -12,7 +12,7 @@ def make_tiny_llama(directory: Path, tokenizer_dir: str) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
+        hidden_size=hidden_size,
         intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=4,

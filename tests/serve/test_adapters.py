@@ -1,7 +1,7 @@
 """LoRA adapters served as models, over real links, with simulated engines."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, get_args
 
@@ -12,7 +12,7 @@ from cluster.config import RoutingPolicy, parse
 from cluster.engines.sim import SimEngine
 from cluster.gateway import Gateway, GatewayApp, ReplicaInfo, Wiring
 from cluster.gateway.messages import Request
-from cluster.link import LinkServer
+from cluster.link import Adapters, LinkServer
 from tests import asgi
 from tests.serve.link_kit import SECRET, until
 
@@ -36,6 +36,7 @@ class World:
         }
         self.config = parse({"generators": [pool]})
         self.engines: list[SimEngine] = []
+        self.servers: list[LinkServer] = []
         self.infos: list[ReplicaInfo] = []
         self.gateway = Gateway(self.config, {"m": Wiring(SECRET)})
 
@@ -43,6 +44,27 @@ class World:
         prompt = {"prompt": TEXT} if path == COMPLETION else {}
         body = {"model": model, "max_tokens": 2, **prompt, **fields}
         return await asgi.call(GatewayApp(self.gateway), "POST", path, body)
+
+    async def deploy(self, adapters: dict[str, str], failing: Collection[int] = ()) -> None:
+        """Change the adapters of the pool; these replicas cannot load the new ones."""
+        fields = self.config.model_dump(mode="json")
+        fields["generators"][0]["adapters"] = adapters
+        config = parse(fields)
+        for number, (engine, server) in enumerate(zip(self.engines, self.servers, strict=True)):
+            if number in failing:
+                failed = dict.fromkeys(
+                    adapters.keys() - engine.adapters.loaded.keys(), "wrong rank"
+                )
+                server.set_adapters(Adapters(engine.adapters.loaded, failed))
+            else:
+                await engine.reconfigure(config.generators[0])
+                server.set_adapters(engine.adapters)
+        self.gateway.reconfigure(config, None, needs_keys=False)
+
+    async def status(self) -> dict[str, Any]:
+        ready = await asgi.get(GatewayApp(self.gateway), "/ready")
+        adapters: dict[str, Any] = ready.json()["pools"]["m"]["adapters"]
+        return adapters
 
     def served(self) -> list[int]:
         return [engine.num_accepted for engine in self.engines]
@@ -75,8 +97,12 @@ async def a_world(
             world.engines.append(engine)
             server = LinkServer(engine.app, SECRET, prefixes=engine.prefixes)
             host, port = await server.start()
+            server.set_adapters(engine.adapters)
+            world.servers.append(server)
             metadata = ReplicaInfo(
-                "", host, port, ROUTES, adapters=tuple(config.adapters)
+                *("", host, port, ROUTES),
+                adapters=tuple(config.adapters),
+                reports_adapters=number >= old_replicas,
             ).to_metadata()
             world.infos.append(ReplicaInfo.from_metadata(f"r{number}", metadata))
             later(server.stop)
@@ -115,6 +141,35 @@ async def test_adapter_is_listed_and_served_as_a_model() -> None:
         metrics = (await asgi.get(app, "/metrics")).body.decode()
         assert 'tandem_requests_total{model="m"' in metrics
         assert "tax" not in metrics
+
+
+async def test_adapters_are_added_and_removed_while_replicas_run() -> None:
+    async with a_world(2, "law", max_loras=2) as world:
+        assert (await world.ask("art")).status == 404
+        await world.deploy({"law": "/adapters/law", "art": "/adapters/art"})
+        assert [(await world.ask(name)).status for name in ("law", "art", "m")] == [200] * 3
+        assert await world.status() == {
+            name: {"replicas": 2, "errors": []} for name in ("law", "art")
+        }
+        await world.deploy({"art": "/adapters/art"})
+        assert [(await world.ask(name)).status for name in ("law", "art", "m")] == [404, 200, 200]
+
+
+async def test_a_replica_that_cannot_load_an_adapter_gets_no_requests_for_it() -> None:
+    async with a_world(2, "law", max_loras=2, routing="round-robin") as world:
+        both = {"law": "/adapters/law", "art": "/adapters/art"}
+        await world.deploy(both, failing=[0])
+        async with asyncio.timeout(10):
+            while not (await world.status())["art"]["errors"]:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert [(await world.ask("art")).status for _ in range(6)] == [200] * 6
+        assert world.served() == [0, 6]
+        assert (await world.status())["art"] == {"replicas": 1, "errors": ["wrong rank"]}
+        world.gateway.pools["m"].update(world.infos[:1])
+        refused = await world.ask("art")
+        assert refused.status == 503
+        assert int(refused.headers["retry-after"]) > 0
+        assert (await world.ask("law")).status == 200
 
 
 async def test_key_can_allow_an_adapter() -> None:

@@ -131,3 +131,17 @@ def test_a_rollout_restarts_the_routers_only() -> None:
 
 def test_equal_configurations_have_no_changes() -> None:
     assert compare(make(), make()).is_empty
+
+
+@pytest.mark.parametrize("adapters", [{"law": "p"}, {"law": "p", "art": "p"}, {"art": "q"}])
+def test_adapters_change_live_if_the_engine_supports_them(adapters: dict[str, str]) -> None:
+    def with_adapters(adapters: dict[str, str], **engine_args: int) -> TandemConfig:
+        pool = {"name": "g", "model": "m", "adapters": adapters, "engine_args": engine_args}
+        return make(generators=[pool])
+
+    changes = compare(with_adapters({"law": "other"}), with_adapters(adapters))
+    assert (changes.live, changes.restarts) == (("generators.g.adapters",), {})
+    changes = compare(with_adapters({}, max_loras=2), with_adapters(adapters, max_loras=2))
+    assert (changes.live, changes.restarts) == (("generators.g.adapters",), {})
+    changes = compare(with_adapters({}), with_adapters(adapters))
+    assert changes.restarts == {"generator-g": ("generators.g.adapters",)}

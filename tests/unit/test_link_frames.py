@@ -52,7 +52,7 @@ def test_garbage_gives_frames_or_a_protocol_error(pieces: list[bytes]) -> None:
     [
         (f.pack_header(101, 1, f.DATA, 0), "101 bytes"),
         (f.pack_header(0, 1, 0, 0), "kind 0"),
-        (f.pack_header(0, 1, 17, 0), "kind 17"),
+        (f.pack_header(0, 1, 18, 0), "kind 18"),
         (f.pack_header(0, 1, f.DATA, 8), "flags 0x8"),
     ],
 )

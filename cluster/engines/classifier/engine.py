@@ -11,6 +11,7 @@ from cluster.engines.classifier.serving.routes import routes
 from cluster.engines.classifier.serving.service import ClassifierService
 from cluster.engines.startup import StartupTimer
 from cluster.errors import UnavailableError
+from cluster.link import Adapters
 from cluster.load import Load
 from cluster.metrics import Registry
 
@@ -25,6 +26,7 @@ class ClassifierEngine:
 
     prefixes: None = None  # whole results are cached, not prefixes
     resume_key = ""  # answers are not streamed
+    adapters = Adapters()
     workers = ()  # it computes in this process
     context_tokens: None = None  # longer texts are truncated or split
 

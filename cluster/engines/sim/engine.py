@@ -22,6 +22,7 @@ from cluster.engines.sim.scheduler import Scheduler
 from cluster.engines.stall import StallDetector
 from cluster.engines.startup import StartupTimer
 from cluster.errors import ConfigError, EngineDeadError
+from cluster.link import Adapters
 from cluster.load import Load
 from cluster.metrics import Registry
 from cluster.routing import fingerprint
@@ -64,8 +65,12 @@ class SimEngine:
 
     @property
     def resume_key(self) -> str:
-        parts = ("sim", 1, self.config.model, self.config.sim.seed, self.config.adapters)
+        parts = ("sim", 1, self.config.model, self.config.sim.seed, "{}")
         return sha256(repr(parts).encode()).hexdigest()[:16]
+
+    @property
+    def adapters(self) -> Adapters:
+        return Adapters(dict(self.config.adapters))
 
     @property
     def loaded_adapters(self) -> tuple[str, ...]:

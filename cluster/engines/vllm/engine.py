@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from cluster.asgi import ASGIApp
@@ -10,6 +11,7 @@ from cluster.config import GeneratorConfig
 from cluster.engines.base import EngineWorker
 from cluster.engines.prefix_cache import PrefixTracker, make_byte_lengths
 from cluster.engines.vllm import internals
+from cluster.engines.vllm.adapters import LoraAdapters
 from cluster.engines.vllm.app import build_app, set_names
 from cluster.engines.vllm.cores import EngineCores
 from cluster.engines.vllm.disconnect import CancelAsDisconnect
@@ -28,8 +30,10 @@ from cluster.engines.vllm.requests import (
 from cluster.engines.vllm.routes import public_routes
 from cluster.engines.vllm.workers import find_workers
 from cluster.errors import EngineDeadError
+from cluster.link import Adapters
 from cluster.load import Load
 from cluster.metrics import Registry
+from cluster.models.hub import download
 from cluster.periodic import Periodic
 
 logger = logging.getLogger(__name__)
@@ -41,7 +45,7 @@ class VllmEngine:
     Args:
         config: Configuration of the pool.
         model_path: Model directory or Hugging Face id.
-        adapter_paths: Directory or id of each LoRA adapter, by name.
+        resolve: Returns the directory or id of a configured path of a LoRA adapter.
         ray_metrics: Export vLLM's metrics through Ray, which must run in this process.
         traces_endpoint: OTLP/HTTP endpoint for vLLM's spans; None disables them.
     """
@@ -50,12 +54,16 @@ class VllmEngine:
         self,
         config: GeneratorConfig,
         model_path: str,
-        adapter_paths: Mapping[str, str] | None = None,
+        resolve: Callable[[str], str] = str,
         *,
         ray_metrics: bool = False,
         traces_endpoint: str | None = None,
     ) -> None:
-        self._launcher = LlmLauncher(config, model_path, dict(adapter_paths or {}), traces_endpoint)
+        adapter_paths = {name: resolve(path) for name, path in config.adapters.items()}
+        self._launcher = LlmLauncher(config, model_path, adapter_paths, traces_endpoint)
+        self._config = config
+        self._resolve = resolve
+        self._adapters: LoraAdapters | None = None
         self._ray_metrics = ray_metrics
         self._llm: Any = None
         self._vllm_app: Any = None
@@ -79,6 +87,10 @@ class VllmEngine:
     def resume_key(self) -> str:
         return self._launcher.resume_key
 
+    @property
+    def adapters(self) -> Adapters:
+        return self._adapters.state if self._adapters is not None else Adapters()
+
     async def start(self) -> None:
         try:
             started = await self._launcher.start(self._make_stat_loggers)
@@ -90,6 +102,12 @@ class VllmEngine:
                 await self._track_prefixes(started.kv_events_endpoint)
             self._count_usage()
             self._vllm_app = await build_app(self._llm, started.args)
+            self._adapters = LoraAdapters(
+                self._llm,
+                self._vllm_app.state.openai_serving_models,
+                self._config.adapters,
+                self._find_adapter,
+            )
             pin_times_and_ids()
             self.app = TrackRequest(ReadJson(CancelAsDisconnect(self._vllm_app)))
             self._launcher.timer.mark("application")
@@ -105,6 +123,8 @@ class VllmEngine:
     async def reconfigure(self, pool: GeneratorConfig) -> None:
         self._cores.set_stall_timeout(pool.stall_timeout_s)
         set_names(self._vllm_app.state.openai_serving_models, (pool.name, *pool.aliases))
+        if self._adapters is not None:
+            await self._adapters.apply(pool.adapters)
 
     async def check_health(self) -> None:
         """Raise ``EngineDeadError`` if the engine's process does not run, or hangs."""
@@ -134,6 +154,12 @@ class VllmEngine:
             self._kv_events.cancel()
             await asyncio.wait([self._kv_events])
         await self._launcher.stop()
+
+    def _find_adapter(self, path: str) -> str:
+        """Return the directory of an adapter; downloads it if necessary."""
+        found = self._resolve(path)
+        # vLLM would download it in the engine's process, and all requests would wait.
+        return found if Path(found).is_dir() else download(found)
 
     def _count_usage(self) -> None:
         llm, outputs = self._llm, self._llm.output_processor

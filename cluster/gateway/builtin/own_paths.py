@@ -50,6 +50,15 @@ class Health(TypedDict):
     status: Literal["ok"]
 
 
+class AdapterState(TypedDict):
+    """State of one LoRA adapter."""
+
+    replicas: int
+    """Replicas that serve it."""
+    errors: list[str]
+    """Reasons why others could not load it."""
+
+
 class PoolState(TypedDict):
     """State of one pool."""
 
@@ -62,6 +71,8 @@ class PoolState(TypedDict):
     queued: int
     in_flight: int
     running: int
+    adapters: dict[str, AdapterState]
+    """LoRA adapters by name."""
 
 
 class Readiness(TypedDict):

@@ -72,8 +72,8 @@ class Attempts:
         info, state = replica.info, replica.state
         if state == "fallback":
             self._pool.meter.fallbacks.add()
-        elif limits is not None and replica.resume_key:
-            self.kept = KeptAnswer.begin(head, body, limits, replica.resume_key)
+        elif limits is not None and (resume_key := replica.resume_key(self.slot.claim.adapter)):
+            self.kept = KeptAnswer.begin(head, body, limits, resume_key)
             if self.kept is not None:
                 head = self.kept.head
                 replica.movable.add(self)

@@ -134,6 +134,16 @@ class Pool:
             "in_flight": self.num_in_flight,
             "ongoing": self.num_in_flight,  # deprecated name of in_flight
             "running": sum(load.running for load in self.replicas.loads),
+            "adapters": {name: self._adapter_status(name) for name in self.limits.adapters},
+        }
+
+    def _adapter_status(self, adapter: str) -> dict[str, Any]:
+        """Return the replicas that serve an adapter, and why others cannot."""
+        replicas = self.replicas.running
+        reports = [each.adapters for each in replicas if each.adapters is not None]
+        return {
+            "replicas": sum(not each.lacks_adapter(adapter) for each in replicas),
+            "errors": sorted({r.failed[adapter] for r in reports if adapter in r.failed}),
         }
 
     def update(self, running: Iterable[ReplicaInfo]) -> None:

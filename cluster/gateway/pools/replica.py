@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import msgspec
 
-from cluster.link import LinkClient, LinkState, RequestHead, ResponseHead
+from cluster.link import Adapters, LinkClient, LinkState, RequestHead, ResponseHead
 from cluster.link.frames import JOURNAL_FORMAT
 from cluster.routing import Reach
 from cluster.usage import Usage
@@ -31,8 +31,10 @@ class ReplicaInfo:
     """Paths that its engine serves."""
     versions: dict[str, str] = field(default_factory=dict)
     adapters: tuple[str, ...] | None = ()
-    """LoRA adapters that its engine serves, which can differ from the router's configuration
-    during a rolling update. None if unknown (older versions); it may then have all of them."""
+    """LoRA adapters that its engine served at its start. None if unknown (older versions); it may
+    then have all of them."""
+    reports_adapters: bool = False
+    """True if the replica tells routers over the link which adapters it serves."""
 
     resume_key: str = ""
     """Replicas with the same key can continue each other's answers; empty if this one cannot."""
@@ -46,7 +48,7 @@ class ReplicaInfo:
     """Ray's id of its node, which the router adds; empty if unknown."""
 
     def lacks_adapter(self, adapter: str) -> bool:
-        """Return True if the replica is known not to serve the adapter."""
+        """Return True if the replica is known not to have served the adapter at its start."""
         return self.adapters is not None and adapter not in self.adapters
 
     def to_metadata(self) -> dict[str, Any]:
@@ -134,6 +136,8 @@ class Replica:
         """Moves these answers while the replica drains or is silent, until there are none."""
         self.answer_ids: set[bytes] = set()
         """Ids of the answers that the replica keeps."""
+        self.adapters: Adapters | None = None
+        """LoRA adapters that the replica reports; None until it has."""
         self.is_retired = False
         """True once Ray Serve no longer lists the replica as running."""
         self.is_open = False
@@ -149,13 +153,24 @@ class Replica:
         link_failed = self.link.failures >= FALLBACK_AFTER
         return "fallback" if self._fallback is not None and link_failed else "unlinked"
 
-    @property
-    def resume_key(self) -> str:
-        """Key of the replicas that can continue its answers.
+    def lacks_adapter(self, adapter: str) -> bool:
+        """Return True if the replica is known not to serve the adapter.
+
+        That can differ from the router's configuration for a moment, or if it cannot be loaded.
+        """
+        if self.adapters is None:
+            return self.info.lacks_adapter(adapter)
+        return adapter not in self.adapters.loaded
+
+    def resume_key(self, adapter: str | None) -> str:
+        """Return the key of the replicas that can continue its answers with this adapter, if any.
 
         Empty if it keeps no journals that this router understands.
         """
-        return self.info.resume_key if self.info.journal_format == JOURNAL_FORMAT else ""
+        key = self.info.resume_key if self.info.journal_format == JOURNAL_FORMAT else ""
+        if adapter is None or self.adapters is None or not key:
+            return key
+        return f"{key} {self.adapters.loaded.get(adapter)}"
 
     def open(self, head: RequestHead, body: bytes) -> Answer:
         """Send a request to the replica.

@@ -19,7 +19,7 @@ from cluster.gateway.pools.handover import HandoverLimits
 from cluster.gateway.pools.replica import Replica, ReplicaInfo, Wiring
 from cluster.gateway.pools.slots import Claim, Slot
 from cluster.gateway.recording.observer import PoolMeter
-from cluster.link import AnswerEvents, LinkClient, LinkCounts, LinkState, PrefixEvents
+from cluster.link import Adapters, AnswerEvents, LinkClient, LinkCounts, LinkState, PrefixEvents
 from cluster.load import Load
 from cluster.routing import (
     BreakerLimits,
@@ -172,9 +172,7 @@ class ReplicaSet:
     def _find_lacking(self) -> None:
         self._lacking = {
             adapter: frozenset(
-                id_
-                for id_, replica in self._replicas.items()
-                if replica.info.lacks_adapter(adapter)
+                id_ for id_, replica in self._replicas.items() if replica.lacks_adapter(adapter)
             )
             for adapter in self._limits.adapters
         }
@@ -209,7 +207,7 @@ class ReplicaSet:
         self.prefixes.advance(now_s)
         lacking = self._lacking.get(claim.adapter or "", frozenset())
         if claim.resume_key is not None:
-            lacking = lacking | self._unable_to_resume(claim.resume_key)
+            lacking = lacking | self._unable_to_resume(claim.resume_key, claim.adapter)
         hidden = lacking | claim.excluded & self._replicas.keys()
         if lacking and len(lacking) == len(self._replicas):
             raise self._unsuitable(claim, "no replica")
@@ -329,9 +327,16 @@ class ReplicaSet:
             for answer_id in self.on_answer.keys() & events.added:
                 self.on_answer[answer_id](info.id)
 
+        def on_adapters(adapters: Adapters) -> None:
+            replica.adapters = adapters
+            self._find_lacking()
+            self.on_change()
+
         link.on_state, link.on_load, link.on_prefixes = on_state, on_load, on_prefixes
         if info.keeps_answers:
             link.on_answers = on_answers
+        if info.reports_adapters:
+            link.on_adapters = on_adapters
         link.start()
         return replica
 
@@ -370,12 +375,12 @@ class ReplicaSet:
         counts.removed += len(events.removed)
         counts.cleared += events.cleared
 
-    def _unable_to_resume(self, resume_key: str) -> frozenset[str]:
+    def _unable_to_resume(self, resume_key: str, adapter: str | None) -> frozenset[str]:
         """Return the replicas that cannot continue an answer of replicas with this key."""
         return frozenset(
             id_
             for id_, replica in self._replicas.items()
-            if replica.resume_key != resume_key or replica.state == "fallback"
+            if replica.resume_key(adapter) != resume_key or replica.state == "fallback"
         )
 
     def _has_other_room(self, claim: Claim) -> bool:
@@ -390,7 +395,7 @@ class ReplicaSet:
             need = "can continue the answer"
         reason = f"{self._name}: {subject} {need}"
         is_lost = any(
-            replica.resume_key == claim.resume_key and not replica.link.connected
+            replica.resume_key(claim.adapter) == claim.resume_key and not replica.link.connected
             for replica in self._replicas.values()
         )
         error = ReplicasLostError if is_lost else UnavailableError
