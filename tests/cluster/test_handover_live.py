@@ -1,4 +1,4 @@
-"""Greedy streams of two vLLM replicas survive dead routers, engines and replicas, and hung ones."""
+"""Greedy streams of two vLLM replicas survive failures and drains."""
 
 import json
 import os
@@ -127,12 +127,12 @@ import ray
 ray.init(address=sys.argv[1], namespace="job", logging_level="ERROR")
 from cluster.client import Tandem
 
-tandem, options = Tandem(), dict(max_tokens=150, temperature=0, ignore_eos=True)
+tandem, options = Tandem(), dict(max_tokens=250, temperature=0, ignore_eos=True)
 losses, handler, logger = [], logging.Handler(), logging.getLogger("cluster.client")
 handler.emit = losses.append
 logger.addHandler(handler)
 logger.setLevel("INFO")
-prompts = [f"Question {number}: where does the sun rise?" for number in range(3)]
+prompts = [f"Question {number}: where does the sun rise?" for number in range(4)]
 
 async def stream(prompt, began):
     text = ""
@@ -238,3 +238,37 @@ def test_all_greedy_streams_are_identical(
             replica.resume()
     if fault is stop_replica:  # it goes on, and finds nobody to write to
         assert texts_of(run_streams(two_replicas.http_url)) == undisturbed
+
+
+def running(cluster: RunningCluster) -> set[str]:
+    found = cluster.replicas().items()
+    return {id_ for id_, (name, state) in found if name.endswith(MODEL) and state == "RUNNING"}
+
+
+def test_a_drained_replica_hands_its_streams_over_and_is_replaced(
+    two_replicas: RunningCluster, undisturbed: list[str]
+) -> None:
+    with httpx.Client(base_url=two_replicas.http_url, timeout=60) as http:
+
+        def drain(target: str) -> httpx.Response:
+            return http.post("/drain", params={"target": target}, json={})
+
+        wait_until(lambda: http.get("/ready").json()["pools"][MODEL]["ready"] == 2, 200, "start")
+        wait_until(lambda: len(running(two_replicas)) == 2, 60, "listing the replicas")
+        drained = min(running(two_replicas))
+
+        def disturb() -> None:
+            answer = drain(drained[:6]).json()
+            assert answer["id"] == drained
+            assert answer["in_flight"] > 0
+
+        assert texts_of(run_streams(two_replicas.http_url, disturb)) == undisturbed
+        head = drain("127.0.0.1")  # Ray lists its nodes
+        assert head.status_code == 400
+        assert "127.0.0.1 is the head node" in head.json()["error"]["message"]
+
+    def is_replaced() -> bool:
+        now = running(two_replicas)
+        return len(now) == 2 and drained not in now
+
+    wait_until(is_replaced, 200, "replacing the replica")

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
+import psutil
 
 from tests.cluster.conftest import RunningCluster, router_config, serve_config, sim_generator
 
@@ -53,7 +54,13 @@ def config(seed: int = 0, **generator: Any) -> dict[str, Any]:
     }
     resources = {"cpus": 0.1 + seed / 100}
     router = router_config(2, max_queued=200, open=True, resources=resources)
-    whole = serve_config(unlinkable, keyless, generators=[sim], router=router)
+    steady = sim_generator(
+        name="steady",
+        sim={"decode_s_per_token": 0.02, "seed": seed},
+        replicas={"min": 2, "max": 2},
+        routing="round-robin",
+    )
+    whole = serve_config(unlinkable, keyless, generators=[sim, steady], router=router)
     whole["http_options"]["host"] = "0.0.0.0"
     return whole
 
@@ -156,6 +163,55 @@ async def test_a_replica_without_a_link_is_called_through_its_handle(
         assert 'tandem_link_fallbacks_total{model="sim"} 6.0' in metrics
         assert 'tandem_replicas{model="sim",state="fallback"} 1.0' in metrics
         assert 'tandem_completion_tokens_total{model="sim"} 125.0' in metrics
+
+
+class SlowProcess:
+    """A process that runs for a twentieth of the time; its links notice no silence."""
+
+    def __init__(self, pid: int) -> None:
+        self._process = psutil.Process(pid)
+
+    async def run(self) -> None:
+        try:
+            while True:
+                self._process.suspend()
+                await asyncio.sleep(0.95)
+                self._process.resume()
+                await asyncio.sleep(0.05)
+        finally:
+            self._process.resume()
+
+
+async def test_a_slow_replica_is_taken_out_and_restored(sim_cluster: RunningCluster) -> None:
+    deployments = sim_cluster.status()["application"]["deployments"]
+    (steady,) = (each for each in deployments if each["name"].endswith("steady"))
+    slow = steady["replicas"][0]
+    ends: Counter[int] = Counter()
+    url = sim_cluster.http_url
+
+    def circuits() -> dict[str, str]:
+        """Return the circuit of each replica, the worst one of all routers."""
+        pool = httpx.get(f"{url}/dashboard/data?since=9999999999", timeout=60).json()["pools"]
+        return {replica["id"]: replica["circuit"] for replica in pool["steady"]["replicas"]}
+
+    async def ask(http: httpx.AsyncClient) -> None:
+        while True:
+            body = {**BODY, "model": "steady", "max_tokens": 10}
+            ends[(await http.post("/v1/completions", json=body)).status_code] += 1
+
+    async with httpx.AsyncClient(base_url=url, timeout=60) as http:
+        asking = [asyncio.create_task(ask(http)) for _ in range(8)]
+        await asyncio.sleep(3.0)  # the routers learn the usual speed
+        slowing = asyncio.create_task(SlowProcess(slow["pid"]).run())
+        await until(lambda: circuits()[slow["id"]] == "open", 90, "taking it out")
+        conditions = (await asyncio.to_thread(sim_cluster.status))["conditions"]
+        assert conditions[slow["id"]] in ("circuit open", "circuit half-open")
+        slowing.cancel()
+        await until(lambda: set(circuits().values()) == {"closed"}, 120, "restoring it")
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+    assert set(ends) == {200}
 
 
 async def test_a_router_without_keys_rejects_all_requests_on_an_exposed_address(
