@@ -34,7 +34,8 @@ async def finish_rollout(app: str, pool: str, rule: RolloutConfig, *, promoted: 
     """Remove the section ``rollout`` of this version, and set the pool's model if promoted."""
 
     def remove(section: dict[str, Any]) -> None:
-        if (section.get("rollout") or {}).get("version") != rule.version:
+        deployed = section.get("rollout") or {}
+        if (deployed.get("version"), deployed.get("model")) != (rule.version, rule.model):
             return  # someone else has deployed another configuration
         del section["rollout"]
         if promoted:

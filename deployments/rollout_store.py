@@ -81,7 +81,7 @@ def delete_totals(app: str, pool: str) -> None:
 
 
 def _action_key(app: str, pool: str, version: str, action: Action) -> bytes:
-    # A key of its own, so that no action replaces another one or is deleted with it.
+    # One key per action, so that no action replaces another one or is deleted with it.
     return _key("action", app, pool, version, action)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ray.exceptions import RayError
 
-from cluster.errors import NotFoundError
+from cluster.errors import InvalidRequestError, NotFoundError
 from cluster.gateway import Rollout
 from cluster.rollout import Action, RolloutState
 from deployments import rollout_store as store
@@ -80,6 +80,12 @@ class RolloutAccess:
 
     async def start(self, model: str, settings: dict[str, Any]) -> str:
         """Start a rollout and return its version, by default the time."""
+        last = (await self.states()).get(model)
+        if last is not None and settings.get("version") == last.version:
+            raise InvalidRequestError(
+                f"The version `{last.version}` was used by the last rollout of `{model}`. "
+                "Choose another one, or omit it."
+            )
         version = settings.get("version") or time.strftime("%y%m%d-%H%M%S", time.gmtime())
         await start_rollout(self._app, model, {**settings, "version": version})
         return str(version)

@@ -137,7 +137,7 @@ class Rollouts:
         state = await asyncio.to_thread(store.read_state, self._app, pool.name)
         _, details = await read_serve_config()
         application = parse_application(details["applications"][self._app])
-        if state is None or state.version != rule.version:
+        if state is None or not state.is_of(rule):
             state = await asyncio.to_thread(self._begin, rollout, application)
             self._record(rollout, (), state)
         elif state.is_finished:
@@ -158,6 +158,8 @@ class Rollouts:
         assert rule is not None
         targets = {d.name: d.target for d in application.deployments}
         store.delete_totals(self._app, pool.name)
+        for action in store.ACTIONS:  # of an earlier rollout with this version
+            store.delete_action(self._app, pool.name, rule.version, action)
         state = RolloutState(
             version=rule.version,
             model=rule.model,

@@ -4,6 +4,7 @@ from typing import Literal
 
 import msgspec
 
+from cluster.config import RolloutConfig
 from cluster.rollout.figures import Totals
 
 Phase = Literal["starting", "shadow", "canary", "promoted", "rolled_back"]
@@ -59,6 +60,10 @@ class RolloutState(msgspec.Struct, frozen=True):
     def is_finished(self) -> bool:
         """True if only the configuration has to be changed."""
         return self.phase in FINISHED
+
+    def is_of(self, rule: RolloutConfig) -> bool:
+        """Return True if this is the state of the configured rollout."""
+        return (self.version, self.model) == (rule.version, rule.model)
 
     def note(self, now: float, decision: str, reason: str) -> "RolloutState":
         """Return the state with one more decision."""

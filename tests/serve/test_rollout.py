@@ -89,8 +89,9 @@ async def test_sessions_are_divided_and_keep_their_version_while_the_share_grows
 async def test_without_a_state_the_old_version_answers() -> None:
     async with versions(Version("old"), Version("new")) as (world, rollout):
         assert (await ask(world, "a")).json() == {"version": "old"}
-        rollout.update(RolloutState(version="1", model="x", replicas=1, room=1, since=0, share=100))
-        assert (await ask(world, "a")).json() == {"version": "old"}
+        for other in ({"version": "1"}, {"model": "x"}):
+            rollout.update(structs.replace(state(100), **other))
+            assert (await ask(world, "a")).json() == {"version": "old"}
 
 
 @pytest.mark.parametrize("status", [500, 400])

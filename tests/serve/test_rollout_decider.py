@@ -180,6 +180,16 @@ async def test_a_rollout_survives_the_death_of_its_decider(
     assert not [key for key in kv if key.startswith(b"rollout-totals")]
 
 
+async def test_a_reused_version_is_another_rollout(
+    kv: dict[bytes, bytes], controller: Controller
+) -> None:
+    earlier = RolloutState(version="2", model="m2", replicas=1, room=1, since=0, phase="promoted")
+    store.write_state(APP, "g", earlier)
+    state = await advance(await make_decider(Handle()), controller)
+    assert (state.model, state.phase) == ("n", "starting")
+    assert controller.num_applied == 0
+
+
 async def test_a_rolled_back_configuration_is_as_before(
     kv: dict[bytes, bytes], controller: Controller
 ) -> None:
@@ -263,6 +273,10 @@ async def test_a_rollout_is_added_to_the_deployed_configuration(
         await access.start("x", {"model": "n"})
     with pytest.raises(InvalidRequestError, match="ascend"):
         await access.start("g", {"model": "n", "canary": [50]})
+    used = RolloutState(version="2", model="m2", replicas=1, room=1, since=0, phase="rolled_back")
+    store.write_state(APP, "g", used)
+    with pytest.raises(InvalidRequestError, match="`2` was used"):
+        await access.start("g", {"model": "n", "version": "2"})
     assert controller.num_applied == 0
     version = await access.start("g", {"model": "n"})
     assert controller.pool["rollout"] == {"model": "n", "version": version}

@@ -46,9 +46,7 @@ def make_rollouts(
 ) -> dict[str, Rollout]:
     """Return the rollouts by the name of their pool."""
     return {
-        pool.name: Rollout(
-            pools[pool.name], pools[pool.candidate_name], pool.rollout.version, registry
-        )
+        pool.name: Rollout(pools[pool.name], pools[pool.candidate_name], pool.rollout, registry)
         for pool in config.pools
         if pool.rollout is not None
     }

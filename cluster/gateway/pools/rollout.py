@@ -13,6 +13,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from cluster.admission import MIN_PRIORITY, OPEN
+from cluster.config import RolloutConfig
 from cluster.errors import LinkError, OverloadedError, RequestError
 from cluster.gateway.messages import Body, Request, Response
 from cluster.gateway.pools.labels import compare_labels
@@ -64,12 +65,13 @@ class Rollout:
         self,
         old: Pool,
         new: Pool,
-        version: str,
+        rule: RolloutConfig,
         registry: Registry,
     ) -> None:
         self.old = old
         self.new = new
-        self.version = version
+        self.version = rule.version
+        self._rule = rule
         self._share = 0.0
         self._is_shadowed = False
         self.draw: Callable[[], float] = random.random
@@ -89,7 +91,7 @@ class Rollout:
 
     def update(self, state: RolloutState | None) -> None:
         """Follow the decider; a state of another rollout is ignored."""
-        if state is not None and state.version == self.version:
+        if state is not None and state.is_of(self._rule):
             self._share, self._is_shadowed = state.share, state.is_shadowed
             self._gauge.value = state.share / 100
             if state.phase == "rolled_back":
