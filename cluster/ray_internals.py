@@ -664,7 +664,7 @@ def draining_nodes(timeout_s: float) -> frozenset[str]:
 
 
 def drain_node(node_id: str, message: str, timeout_s: float) -> str:
-    """Have Ray drain a node, without a deadline; return why it refuses, or an empty string.
+    """Have Ray drain a node, however long it takes; return why it refuses, or an empty string.
 
     Raises:
         RayError: The timeout has passed.
@@ -675,7 +675,7 @@ def drain_node(node_id: str, message: str, timeout_s: float) -> str:
     gcs = internal_kv.internal_kv_get_gcs_client()
     # A drain for another reason is refused unless the node is idle.
     reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    accepted, refusal = gcs.drain_node(node_id, reason, message, 0)
+    accepted, refusal = gcs.drain_node(node_id, reason, message, 0, timeout=timeout_s)
     return "" if accepted else refusal or "no reason given"
 
 

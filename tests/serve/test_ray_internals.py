@@ -36,6 +36,21 @@ def test_the_names_were_read_from_the_installed_release() -> None:
     assert version("ray") == ray_internals.RAY_VERSION
 
 
+def test_the_gcs_has_limited_time_to_accept_a_drain(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.experimental import internal_kv
+
+    seen: dict[str, float] = {}
+
+    def drain_node(*_args: object, timeout: float) -> tuple[bool, str]:
+        seen["timeout"] = timeout
+        return False, "busy"
+
+    gcs = SimpleNamespace(drain_node=drain_node)
+    monkeypatch.setattr(internal_kv, "internal_kv_get_gcs_client", lambda: gcs)
+    assert ray_internals.drain_node("ab", "why", 3.0) == "busy"
+    assert seen == {"timeout": 3.0}
+
+
 def test_the_key_value_client_has_the_methods_in_use() -> None:
     from ray._raylet import InnerGcsClient  # the client passes on what it does not define
 
