@@ -44,6 +44,15 @@ async def finish_rollout(app: str, pool: str, rule: RolloutConfig, *, promoted: 
     await _change(app, pool, remove)
 
 
+async def deployed_rollouts(app: str) -> dict[str, RolloutConfig]:
+    """Return the sections ``rollout`` of the deployed configuration, by their pool."""
+    configs, _ = await read_serve_config()
+    if app not in configs or configs[app].import_path != IMPORT_PATH:
+        return {}
+    pools = parse(configs[app].args).pools
+    return {pool.name: pool.rollout for pool in pools if pool.rollout is not None}
+
+
 async def _change(app: str, pool: str, change: Any) -> None:
     configs, details = await read_serve_config()
     if app not in configs or configs[app].import_path != IMPORT_PATH:

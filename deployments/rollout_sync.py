@@ -12,7 +12,7 @@ from cluster.errors import InvalidRequestError, NotFoundError
 from cluster.gateway import Rollout
 from cluster.rollout import Action, RolloutState
 from deployments import rollout_store as store
-from deployments.rollout_config import start_rollout
+from deployments.rollout_config import deployed_rollouts, start_rollout
 
 logger = logging.getLogger("ray.serve.tandem")
 
@@ -75,8 +75,20 @@ class RolloutAccess:
         self._pools = pools
 
     async def states(self) -> dict[str, RolloutState]:
-        """Return the last rollout of each pool that had one."""
-        return await asyncio.to_thread(store.read_states, self._app, self._pools)
+        """Return the last rollout of each pool that had one.
+
+        It is cancelled if the deployed configuration no longer has it, since nothing decides then.
+        """
+        states = await asyncio.to_thread(store.read_states, self._app, self._pools)
+        if all(state.is_finished for state in states.values()):
+            return states
+        deployed = await deployed_rollouts(self._app)
+        return {
+            pool: state
+            if state.is_finished or (pool in deployed and state.is_of(deployed[pool]))
+            else state.cancel()
+            for pool, state in states.items()
+        }
 
     async def start(self, model: str, settings: dict[str, Any]) -> str:
         """Start a rollout and return its version, by default the time."""

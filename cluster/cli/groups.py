@@ -285,7 +285,8 @@ def rollout_start(
         Option("--set", metavar="NAME=VALUE", help="Further field of `rollout`; repeatable."),
     ] = None,
     wait: Annotated[
-        bool, Option("--wait", help="Follow the rollout; exit with 1 if it is rolled back.")
+        bool,
+        Option("--wait", help="Follow the rollout; exit with 1 if it is not promoted, or pauses."),
     ] = False,
     url: UrlOption = None,
     api_key: KeyOption = None,

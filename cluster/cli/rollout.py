@@ -17,6 +17,9 @@ from cluster.models.checksum import weights_checksum
 from cluster.models.store import resolve
 
 POLL_S = 2.0
+LOST_S = 300.0
+"""Seconds without a report of a rollout after which ``--wait`` gives up; routers may be replaced
+meanwhile."""
 PATH = "/v1/rollouts"
 
 
@@ -26,7 +29,7 @@ def start(
     """Start a rollout; with ``wait``, follow it to its end.
 
     Raises:
-        RolloutError: it was rolled back.
+        RolloutError: It was not promoted, or is paused.
     """
     to = settings["model"]
     if Path(to).expanduser().is_dir():
@@ -86,24 +89,42 @@ def parse_steps(text: str) -> list[float]:
 
 
 def _follow(client: RouterClient, model: str, version: str) -> None:
-    num_shown = 0
+    num_shown, seen_at = 0, time.monotonic()
     while True:
         try:
-            rollouts = _rollouts(client)
+            rollouts = [r for r in _rollouts(client) if r["model"] == model]
         except UnavailableError:  # the routers are being replaced
             rollouts = []
         for rollout in rollouts:
-            if (rollout["model"], rollout["version"]) != (model, version):
+            if rollout["version"] != version:
                 continue
+            seen_at = time.monotonic()
             for decision in rollout["decisions"][num_shown:]:
                 typer.echo(_decision(decision))
             num_shown = len(rollout["decisions"])
-            if rollout["phase"] == "rolled_back":
-                raise RolloutError(f"{model} was rolled back: {rollout['decisions'][-1]['reason']}")
-            if rollout["phase"] == "promoted":
+            if _is_promoted(rollout):
                 typer.echo(_advice(rollout))
                 return
+        if time.monotonic() - seen_at > LOST_S:
+            raise RolloutError(f"rollout {version} of {model} is unknown since {LOST_S:g} s")
         time.sleep(POLL_S)
+
+
+def _is_promoted(rollout: Mapping[str, Any]) -> bool:
+    """Return False if it goes on; raise if it does not."""
+    model, reason = rollout["model"], (rollout["decisions"] or [{"reason": ""}])[-1]["reason"]
+    if rollout["phase"] == "rolled_back":
+        raise RolloutError(f"{model} was rolled back: {reason}")
+    if rollout["phase"] == "cancelled":
+        raise RolloutError(
+            f"the rollout of {model} was cancelled: a configuration without it was deployed"
+        )
+    if rollout["is_paused"]:
+        raise RolloutError(
+            f"the rollout of {model} is paused: {reason}; continue with "
+            f"`tandem rollout resume {model}`, or end it with `tandem rollout abort {model}`"
+        )
+    return bool(rollout["phase"] == "promoted")
 
 
 def _rollouts(client: RouterClient) -> list[dict[str, Any]]:
@@ -112,7 +133,7 @@ def _rollouts(client: RouterClient) -> list[dict[str, Any]]:
 
 
 def _is_finished(rollout: Mapping[str, Any]) -> bool:
-    return rollout["phase"] in ("promoted", "rolled_back")
+    return rollout["phase"] in ("promoted", "rolled_back", "cancelled")
 
 
 def _print(rollout: Mapping[str, Any]) -> None:

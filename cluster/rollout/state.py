@@ -7,8 +7,8 @@ import msgspec
 from cluster.config import RolloutConfig
 from cluster.rollout.figures import Totals
 
-Phase = Literal["starting", "shadow", "canary", "promoted", "rolled_back"]
-FINISHED = ("promoted", "rolled_back")
+Phase = Literal["starting", "shadow", "canary", "promoted", "rolled_back", "cancelled"]
+FINISHED = ("promoted", "rolled_back", "cancelled")
 Action = Literal["pause", "resume", "abort"]
 MAX_DECISIONS = 50
 
@@ -64,6 +64,10 @@ class RolloutState(msgspec.Struct, frozen=True):
     def is_of(self, rule: RolloutConfig) -> bool:
         """Return True if this is the state of the configured rollout."""
         return (self.version, self.model) == (rule.version, rule.model)
+
+    def cancel(self) -> "RolloutState":
+        """Return the state after a deployment of a configuration without this rollout."""
+        return msgspec.structs.replace(self, phase="cancelled", share=0.0, is_shadowed=False)
 
     def note(self, now: float, decision: str, reason: str) -> "RolloutState":
         """Return the state with one more decision."""

@@ -67,7 +67,7 @@ class Controller:
         self.deployments = {"generator-g": ("HEALTHY", 1)}
         self.num_applied = 0
         self.state = "RUNNING"
-        for module in (rollouts, rollout_config):
+        for module in (rollouts, rollout_config):  # both read the deployed configuration
             monkeypatch.setattr(module, "read_serve_config", self.read)
         monkeypatch.setattr(rollout_config, "apply_serve_config", self.apply)
 
@@ -178,6 +178,20 @@ async def test_a_rollout_survives_the_death_of_its_decider(
     assert controller.pool == {**POOL, "model": "n", "version": "2"}
     assert parse(controller.config.args).generators[0].rollout is None
     assert not [key for key in kv if key.startswith(b"rollout-totals")]
+
+
+async def test_a_deployment_without_the_section_cancels_the_rollout(
+    kv: dict[bytes, bytes], controller: Controller
+) -> None:
+    await advance(await make_decider(Handle()), controller)
+    access = RolloutAccess(APP, ["g"])
+    assert (await access.states())["g"].phase == "starting"
+    await access.act("g", "pause")
+    for rollout in (None, {**ROLLOUT, "version": "3"}, {**ROLLOUT, "model": "other"}):
+        controller.config.args = {"generators": [{**POOL, "rollout": rollout}]}
+        assert (await access.states())["g"].phase == "cancelled"
+        with pytest.raises(NotFoundError):
+            await access.act("g", "abort")
 
 
 async def test_a_reused_version_is_another_rollout(
