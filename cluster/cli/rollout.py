@@ -17,6 +17,8 @@ from cluster.models.checksum import weights_checksum
 from cluster.models.store import resolve
 
 POLL_S = 2.0
+OPTIONS = {"model": "--to", "canary": "--canary", "shadow": "--shadow"}
+"""Options of the command by the field that they set."""
 LOST_S = 300.0
 """Seconds without a report of a rollout after which ``--wait`` gives up; routers may be replaced
 meanwhile."""
@@ -76,6 +78,8 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
         name, equals, text = pair.partition("=")
         if not equals:
             raise ConfigError(f"--set {pair}: expected NAME=VALUE, such as min_requests=50")
+        if name in OPTIONS:
+            raise ConfigError(f"--set {pair}: use the option {OPTIONS[name]}")
         settings[name] = parse_yaml(text, f"--set {pair}")
     return settings
 

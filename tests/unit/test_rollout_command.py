@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from cluster.cli import rollout as command
-from cluster.errors import RolloutError, UnavailableError
+from cluster.errors import ConfigError, RolloutError, UnavailableError
 
 
 class Client:
@@ -61,3 +61,10 @@ def test_waiting_fails_if_the_rollout_does_not_go_on(
 def test_waiting_fails_if_the_rollout_vanishes(other: list[dict[str, Any]] | None) -> None:
     with pytest.raises(RolloutError, match="unknown since 300 s"):
         follow(report("canary"), *[other] * 10)
+
+
+@pytest.mark.parametrize("pair", ["shadow=true", "canary=[5, 100]", "model=x"])
+def test_fields_with_an_option_are_refused_in_set(pair: str) -> None:
+    with pytest.raises(ConfigError, match="use the option --"):
+        command.parse_settings([pair])
+    assert command.parse_settings(["min_requests=50"]) == {"min_requests": 50}
