@@ -80,7 +80,7 @@ def replace_ray(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
     context = SimpleNamespace(replica_id=identity)
     monkeypatch.setattr(serve, "get_replica_context", lambda: context)
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
-    monkeypatch.setattr(watching, "_devices", lambda config, model: None)
+    monkeypatch.setattr(watching, "_devices", lambda config, model, workers: None)
     monkeypatch.setattr(links, "link_secret", lambda: SECRET)
     monkeypatch.setattr(router, "link_secret", lambda: SECRET)
     monkeypatch.setattr(router, "home", lambda: directory)

@@ -16,7 +16,7 @@ ROUTER = """api_keys_sha256 operator_keys_sha256 keys_file open max_body_bytes m
     start_timeout_s max_answer_s handover.enabled handover.max_per_request
     handover.max_answer_bytes handover.max_kept_bytes log_requests_per_s log_prompts
     circuit_breaker.enabled circuit_breaker.max_share circuit_breaker.slow_factor hedge.enabled
-    hedge.max_share"""
+    hedge.max_share tls"""
 REPLICAS = """replicas.min replicas.max replicas.target_in_flight replicas.upscale_delay_s
     replicas.downscale_delay_s replicas.max_surge_percent"""
 RESOURCES = "resources.cpus resources.gpus resources.custom"

@@ -29,7 +29,7 @@ kills two; the answers that were handed over from the first to the second must s
 _LOST_POLL_S = 0.1
 
 
-# Raised anew each time: an instance that is raised again keeps the frames of each earlier raise.
+# A new instance for each raise: one that is raised again keeps the frames of each earlier raise.
 class _DrainsError(LinkRefusedError):
     """The replica drains; another one continues the answer."""
 
