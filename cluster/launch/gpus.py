@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 
 from cluster.config import ClassifierConfig, GeneratorConfig, TandemConfig
@@ -24,7 +24,11 @@ def count_gpus() -> int:
     nvml = load_nvml()
     present = len(list(DRIVER.glob("*"))) if nvml is None else int(nvml.nvmlDeviceGetCount())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return present if visible is None else min(present, len([d for d in visible.split(",") if d]))
+    if visible is None:
+        return present
+    # CUDA ignores what follows an invalid index; -1 hides all GPUs.
+    listed = takewhile(lambda device: device not in ("", "-1"), map(str.strip, visible.split(",")))
+    return min(present, len(list(listed)))
 
 
 def gpu_settings(config: TandemConfig, num_gpus: int) -> list[str]:
@@ -100,6 +104,8 @@ def _share(pool: Pool, config: TandemConfig, num_gpus: int) -> float:
     if generators + math.ceil(classifiers * CLASSIFIER_SHARE - _EPSILON) <= free:
         return 1.0
     cards = max(1, free)
-    room = 1.0 - CLASSIFIER_SHARE * math.ceil(classifiers / cards)
+    # Without a whole card, the rest of one that other pools use in part.
+    rest = 1.0 if free > 0 else max(0.0, num_gpus - reserved)
+    room = rest - CLASSIFIER_SHARE * math.ceil(classifiers / cards)
     share = math.floor(100 * room / math.ceil(generators / cards) + _EPSILON) / 100
     return max(CLASSIFIER_SHARE, share)

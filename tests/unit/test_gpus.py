@@ -53,6 +53,17 @@ def test_the_default_configuration_shares_one_gpu_and_fits() -> None:
         # A pool that says 0 stays on the CPUs.
         (config(generator(resources={"gpus": 0})), 1, {}),
         (config(generator(engine="sim")), 1, {}),
+        # The rest of a card.
+        (
+            config(generator("a", resources={"gpus": 0.5}), generator("b")),
+            1,
+            {"generators.1": "0.5"},
+        ),
+        (
+            config(generator("a", resources={"gpus": 0.5}), generator("b"), classifiers=1),
+            1,
+            {"generators.1": "0.4", "classifiers.0": "0.1"},
+        ),
         (
             config(generator("a", resources={"gpus": 1}), generator("b", {"max": 2})),
             2,
@@ -96,7 +107,9 @@ def test_the_smallest_number_of_replicas_must_fit(
     )
 
 
-@pytest.mark.parametrize(("visible", "count"), [(None, 2), ("1", 1), ("", 0), ("0,1,2", 2)])
+@pytest.mark.parametrize(
+    ("visible", "count"), [(None, 2), ("1", 1), ("", 0), ("-1", 0), ("0,-1,1", 1), ("0,1,2", 2)]
+)
 def test_gpus_are_counted_without_nvidia_ml_py(
     visible: str | None, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
