@@ -140,6 +140,21 @@ async def test_no_second_try(
         assert (await metrics(world))[HEDGED, "cls", "won"] == 0
 
 
+async def test_no_second_try_at_a_replica_that_is_out() -> None:
+    async with a_pool(2) as (world, replicas):
+        teach(world)
+        guard = world.gateway.pools["cls"].replicas.guard
+        for _ in range(5):
+            guard.fail_link("cls-1")
+        assert guard.circuit("cls-1").is_out
+        before = len(replicas[1].bodies)
+        call, first, _ = await begin(world, replicas)
+        await asyncio.sleep(4 * DELAY_S)
+        first.gate.set()
+        assert (await call.done()).json()["replica"] == "cls-0"
+        assert len(replicas[1].bodies) == before
+
+
 async def test_generators_are_not_hedged() -> None:
     async with gateway_world() as world:
         assert not world.gateway.pools["gen"].hedger.is_enabled

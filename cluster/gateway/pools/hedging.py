@@ -82,8 +82,10 @@ class HedgedRequest(Race):
         pool, claim = self._pool, slot.claim
         if not pool.hedger.may_hedge(claim.work_tokens) or slot.replica.state != "linked":
             return
-        # A trial would be no remedy, and a retry never is one.
-        other = replace(claim, excluded=frozenset({slot.replica.info.id}), is_retry=True)
+        # A trial or an avoided replica would be no remedy: a retry is no trial, and a move gets no
+        # avoided replica.
+        excluded = frozenset({slot.replica.info.id})
+        other = replace(claim, excluded=excluded, is_retry=True, is_move=True)
         second_slot = pool.queue.take_free_slot(other)
         if second_slot is None:
             return

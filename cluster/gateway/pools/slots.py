@@ -39,7 +39,7 @@ class Claim:
     resume_key: str | None = None
     """Set if the replica must continue an answer: the key that it needs."""
     is_move: bool = False
-    """True if the answer still runs where it is; a replica that routing avoids is no better."""
+    """True if the request still runs where it is; a replica that routing avoids is no better."""
     excluded: frozenset[str] = frozenset()
     """Replicas that failed with this request, or have it already."""
 
