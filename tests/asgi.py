@@ -52,8 +52,8 @@ class Call:
         self._body: bytes | None = body
         self._disconnected = asyncio.Event()
         self._changed = asyncio.Event()
-        self._task = asyncio.ensure_future(app(scope, self._receive, self._send))
-        self._task.add_done_callback(lambda _: self._changed.set())
+        self.task = asyncio.ensure_future(app(scope, self._receive, self._send))
+        self.task.add_done_callback(lambda _: self._changed.set())
 
     async def _receive(self) -> Message:
         if self._body is not None:
@@ -76,13 +76,13 @@ class Call:
         self._changed.set()
 
     async def done(self, timeout_s: float = 60.0) -> Answer:
-        await asyncio.wait_for(asyncio.shield(self._task), timeout_s)
+        await asyncio.wait_for(asyncio.shield(self.task), timeout_s)
         return self.answer
 
     async def chunks(self, count: int, timeout_s: float = 60.0) -> None:
         """Wait until ``count`` chunks have arrived, or the response has ended."""
         async with asyncio.timeout(timeout_s):
-            while len(self.answer.chunks) < count and not self._task.done():
+            while len(self.answer.chunks) < count and not self.task.done():
                 self._changed.clear()
                 await self._changed.wait()
 
@@ -92,9 +92,9 @@ class Call:
 
     async def cancel(self) -> None:
         """Cancel the task that runs the application."""
-        self._task.cancel()
+        self.task.cancel()
         with suppress(asyncio.CancelledError):
-            await self._task
+            await self.task
 
 
 def start(

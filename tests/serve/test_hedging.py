@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from cluster.gateway.pools.hedging import HedgedRequest
+from cluster.gateway.pools.relayed_body import RelayedBody
 from tests import asgi
 from tests.serve.gateway_kit import Replica, World, gateway_world, metrics
 
@@ -138,6 +140,33 @@ async def test_no_second_try(
         assert (await call.done()).status == 200
         assert sum(len(each.bodies) for each in replicas) == total
         assert (await metrics(world))[HEDGED, "cls", "won"] == 0
+
+
+async def test_a_client_that_disconnects_as_the_second_try_wins_ends_the_request_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    win = HedgedRequest.win
+
+    def win_and_cancel(race: HedgedRequest, runner: RelayedBody) -> bool:
+        has_won = win(race, runner)
+        call.task.cancel()
+        return has_won
+
+    async with a_pool(2) as (world, replicas):
+        teach(world)
+        total = sum(len(each.bodies) for each in replicas) + 2
+        call, _, second = await begin(world, replicas)
+        await world.until(lambda: sum(len(each.bodies) for each in replicas) == total)
+        before = await metrics(world)
+        monkeypatch.setattr(HedgedRequest, "win", win_and_cancel)
+        second.gate.set()
+        await asyncio.wait([call.task])
+        await world.until_idle()
+        counts = await metrics(world)
+        ended = [key for key in counts if key[:2] == ("tandem_requests_total", "cls")]
+        assert sum(counts[key] - before.get(key, 0) for key in ended) == 1
+        capacity = world.gateway.pools["cls"].queue.capacity
+        assert (capacity.in_flight, capacity.in_flight_tokens) == (0, 0)
 
 
 async def test_no_second_try_at_a_replica_that_is_out() -> None:

@@ -51,6 +51,11 @@ class HedgedRequest(Race):
                 if second is None:
                     raise
                 response = second
+        except asyncio.CancelledError:
+            if self.winner is not None and self.winner is not first:  # its response is not returned
+                self._observer.ends_later = True
+                await self.winner.aclose()
+            raise
         finally:
             if timer is not None:
                 timer.cancel()
