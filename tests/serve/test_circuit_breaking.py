@@ -38,6 +38,7 @@ class Engine:
         if b"no usage" not in body:
             usage_of(scope).prompt_tokens = 1
         status = 500 if self.is_broken or self.poison in body else 200
+        status = 501 if b"unsupported" in body else status
         headers = [(b"content-type", b"application/json")]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         content = {"replica": self.name, "error": {"message": "broken"}}
@@ -114,6 +115,18 @@ async def test_answers_without_usage_restore_no_replica() -> None:
         assert await circuit(world, "closed") == 1
         assert await ask(world, 20, "again") == {200: 20}
         assert await circuit(world, "closed") == 2
+
+
+async def test_an_unsupported_request_is_no_bad_trial() -> None:
+    async with a_pool(2) as (world, (bad, _)):
+        bad.is_broken = True
+        await ask(world, 40)
+        await asyncio.sleep(4 * PAUSE_S)
+        before = (await metrics(world))["tandem_circuit_openings_total", "failing", "gen"]
+        assert await ask(world, 5, "unsupported") == {501: 5}
+        counts = await metrics(world)
+        assert counts["tandem_circuit_openings_total", "failing", "gen"] == before
+        assert counts["tandem_circuits", "gen", "half_open"] == 1
 
 
 async def test_requests_that_fail_everywhere_take_out_no_replica() -> None:

@@ -132,7 +132,7 @@ class RelayedBody:
             is_trial = self._pool.replicas.is_trial(self._attempts.slot)
             self._record_failure(error.status, body)
             self.drop(0.0)
-            if is_trial and error.status >= 500:
+            if is_trial and _is_replicas_fault(error.status):
                 raise UnavailableError(f"A trial failed: {error}") from error
             raise
         except BaseException as error:
@@ -200,14 +200,14 @@ class RelayedBody:
             UnavailableError: This is a trial, and the replica failed.
             LinkRefusedError: This is not the first try of a race.
         """
-        if status >= 500 and self._pool.replicas.is_trial(self._attempts.slot):
+        if _is_replicas_fault(status) and self._pool.replicas.is_trial(self._attempts.slot):
             raise UnavailableError(f"A trial failed with status {status}.")
         self._record_failure(status, body)
         if self._race is not None and self._race.runners[0] is not self:
             raise LostRaceError
 
     def _record_failure(self, status: int, body: bytes) -> None:
-        if status >= 500 and status != UnsupportedError.status:
+        if _is_replicas_fault(status):
             content = zlib.crc32(memoryview(body)[:_HASHED_BYTES]) << 32 | len(body)
             self._pool.replicas.record_failure(self._attempts.slot, content)
 
@@ -326,3 +326,8 @@ class RelayedBody:
         observer = self._observer
         is_abandoned = observer.status in ABANDONED or observer.is_cut_off
         self._attempts.release_slot(done_tokens, usage, is_abandoned=is_abandoned)
+
+
+def _is_replicas_fault(status: int) -> bool:
+    """Return True if a status shows that the replica failed; 501 is the answer of any replica."""
+    return status >= 500 and status != UnsupportedError.status
