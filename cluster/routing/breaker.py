@@ -106,6 +106,9 @@ class CircuitBreaker:
         self.on_change: Callable[[Circuit], None] = lambda _: None
         self._out: dict[str, Circuit] = {}  # in the order of their openings
         self._num_reachable = 0
+        self._now_s = (
+            0.0  # of the last opening, or of a later request while a circuit is not closed
+        )
         self._bad = self._total = 0.0  # sums over the closed circuits
         # Replica and time of the failure by content; no replica if it was forgiven.
         self._failed_at: OrderedDict[int, tuple[str, float]] = OrderedDict()
@@ -153,9 +156,9 @@ class CircuitBreaker:
             self.record_slow(replica_id, now_s)
         else:
             self._record_good(circuit, now_s)
-        if not circuit.is_out:
-            excess = min(slowness, limit) - circuit.usual
-            circuit.usual = max(1.0, circuit.usual + USUAL_WEIGHT * excess)
+        # Trials teach it, too: a replica that has become slower for good returns in time.
+        excess = min(slowness, limit) - circuit.usual
+        circuit.usual = max(1.0, circuit.usual + USUAL_WEIGHT * excess)
 
     def record_slow(self, replica_id: str, now_s: float) -> None:
         """Record a request that took too long; it may not have ended."""
@@ -197,6 +200,7 @@ class CircuitBreaker:
 
     def due_trials(self, now_s: float) -> list[str]:
         """Return the replicas that should get a trial now; circuits become half-open."""
+        self._now_s = now_s
         due = []
         for circuit in self._out.values():
             if now_s < circuit.resumes_s or not circuit.is_reachable:
@@ -222,7 +226,8 @@ class CircuitBreaker:
 
     def _respect_limit(self) -> None:
         while self._num_out() > self._max_out():
-            self._close(next(each for each in self._out.values() if each.is_reachable))
+            first = next(each for each in self._out.values() if each.is_reachable)
+            self._close(first, self._now_s)
 
     def _num_out(self) -> int:
         return sum(circuit.is_reachable for circuit in self._out.values())
@@ -236,8 +241,7 @@ class CircuitBreaker:
         elif circuit.state == "half_open":
             circuit.num_passed += 1
             if circuit.num_passed >= TRIALS:
-                circuit.closed_s = now_s
-                self._close(circuit)
+                self._close(circuit, now_s)
 
     def _add(self, circuit: Circuit, good: float, failed: float, slow: float, now_s: float) -> None:
         age_s = max(0.0, now_s - circuit.recorded_s)
@@ -267,13 +271,14 @@ class CircuitBreaker:
         pause_s = min(MAX_PAUSE_S, PAUSE_S * 2.0 ** min(circuit.num_openings, 10))
         circuit.num_openings += 1
         circuit.state, circuit.cause, circuit.opened_by = "open", cause, None
+        self._now_s = now_s
         circuit.resumes_s, circuit.on_trial = now_s + pause_s, None
         self._forget_record(circuit)
         self._out[circuit.replica_id] = circuit
         self.on_change(circuit)
 
-    def _close(self, circuit: Circuit) -> None:
-        circuit.state, circuit.on_trial = "closed", None
+    def _close(self, circuit: Circuit, now_s: float) -> None:
+        circuit.state, circuit.on_trial, circuit.closed_s = "closed", None, now_s
         self._out.pop(circuit.replica_id, None)
         self.on_change(circuit)
 

@@ -54,7 +54,13 @@ class Pool:
         return sum(circuit.is_out for circuit in self.breaker.circuits.values())
 
     def trial(
-        self, replica: str, *, passes: bool, slow: bool = False, content: int | None = None
+        self,
+        replica: str,
+        *,
+        passes: bool,
+        slow: bool = False,
+        content: int | None = None,
+        slowness: float = 1.0,
     ) -> None:
         """Give the replica its next trial."""
         self.now_s = max(self.now_s, self.breaker.circuits[replica].resumes_s)
@@ -65,7 +71,7 @@ class Pool:
         if slow:
             self.breaker.record_slow(replica, self.now_s)
         elif passes:
-            self.good(replica)
+            self.good(replica, slowness=slowness)
         elif content is not None:
             self.breaker.record_failure(replica, content, self.now_s)
         else:
@@ -121,6 +127,32 @@ def test_a_replica_that_was_always_slower_is_compared_with_its_past() -> None:
     assert pool.changes == []
     pool.good("r0", times=10, slowness=40.0)
     assert pool.state("r0") == "open"
+
+
+def test_a_replica_that_stays_slower_returns() -> None:
+    pool = Pool(slow_factor=4.0)
+    pool.good("r1", "r2", "r3", times=20)
+    pool.good("r0", times=10, slowness=5.0)
+    assert pool.state("r0") == "open"
+    for _ in range(20):
+        if pool.state("r0") != "closed":
+            pool.trial("r0", passes=True, slowness=5.0)
+    pool.good("r0", times=50, slowness=5.0)
+    assert pool.state("r0") == "closed"
+
+
+def test_a_replica_that_returned_by_the_limit_was_not_calm() -> None:
+    pool = Pool(4)
+    pool.good("r1", "r2", "r3", times=20)
+    pool.fail("r0", TOLERATED + 1)
+    pool.trial("r0", passes=False)
+    pool.now_s += CALM_S + 1
+    pool.breaker.due_trials(pool.now_s)
+    pool.breaker.set_limits(BreakerLimits(max_share=0.0))
+    assert pool.state("r0") == "closed"
+    pool.breaker.set_limits(BreakerLimits())
+    pool.fail("r0", TOLERATED + 1)
+    assert pool.breaker.circuits["r0"].resumes_s - pool.now_s == 4 * PAUSE_S
 
 
 def test_one_very_slow_request_changes_nothing() -> None:
