@@ -1,7 +1,8 @@
 """Kill a replica each minute under mixed load, and look for growth in all processes.
 
 Generators and classifiers die in turn, always the youngest replica, so that the others live as long
-as the run. The exit status is 1 if a process grows or a request fails, 2 if the tool itself fails.
+as the run. The exit status is 1 if a process grows or a request fails, 2 if the tool itself fails
+or has not measured enough.
 """
 
 import argparse
@@ -95,8 +96,9 @@ class Sampler:
 
     def _read_series(self, at_s: float) -> Sample:
         """Return the number of metric series of the router that answers, as a sample."""
-        text = httpx.get(f"{self._testbed.state.http_url}/metrics", timeout=10).text
-        series = sum(not line.startswith("#") for line in text.splitlines())
+        url = f"{self._testbed.state.http_url}/metrics"
+        response = httpx.get(url, timeout=10, trust_env=False).raise_for_status()
+        series = sum(not line.startswith("#") for line in response.text.splitlines())
         return Sample(METRICS, at_s, 0.0, (("series", series),))
 
 
@@ -150,6 +152,21 @@ class SoakResult:
         errors["diverged"] = sum(one.diverged for one in self.answers)
         errors["broken connections"] = sum(one.num_broken for one in self.answers)
         return {error: number for error, number in errors.items() if number}
+
+
+def find_gaps(growths: Sequence[Growth], result: SoakResult, total_s: float) -> list[str]:
+    """Return what the run should have measured and did not."""
+    sampled = {sample.process for sample in result.samples}
+    # A cluster without HAProxy has none of its processes.
+    roles = [role for role in OURS if role != "haproxy" or any(p.startswith(role) for p in sampled)]
+    gaps = [
+        f"no growth of {role} was measured; run longer"
+        for role in (*roles, METRICS)
+        if not any(one.process.startswith(role) for one in growths)
+    ]
+    if total_s > 2 * KILL_S and not result.kills_s:
+        gaps.append("no replica was killed")
+    return gaps
 
 
 def run_soak(args: argparse.Namespace) -> SoakResult:
@@ -260,7 +277,12 @@ def main() -> int:
         args.json.write_text(json.dumps(document) + "\n", encoding="utf-8")
     if args.plot is not None:
         draw(result, args.plot)
-    return int(bool(too_large(growths) or result.errors()))
+    if too_large(growths) or result.errors():
+        return 1
+    gaps = find_gaps(growths, result, total_s)
+    for gap in gaps:
+        print(f"soak: {gap}", file=sys.stderr)
+    return 2 if gaps else 0
 
 
 def interrupt(_signal: int, _frame: FrameType | None) -> None:

@@ -218,6 +218,21 @@ def test_the_report_of_a_soak_names_what_grew(tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "plot.svg").read_text("utf-8")
 
 
+def test_a_soak_that_measured_nothing_does_not_pass() -> None:
+    roles = ("router 1", "engine 2", "classifier 3", soak.METRICS)
+    measured = [replace(one, process=role) for role in roles for one in samples(0.0)]
+    growths = measure_growth(measured, warm_up_s=60, life_s=90)
+    killed = soak.SoakResult(measured, [60.0], [])
+    assert soak.find_gaps(growths, killed, 180) == []
+    unkilled = soak.SoakResult(measured, [], [])
+    assert soak.find_gaps(growths, unkilled, 180) == ["no replica was killed"]
+    assert soak.find_gaps(growths, unkilled, 90) == []
+    no_router = [one for one in growths if one.process != "router 1"]
+    assert "no growth of router" in soak.find_gaps(no_router, killed, 180)[0]
+    with_proxy = replace(killed, samples=[*measured, replace(measured[0], process="haproxy 4")])
+    assert "no growth of haproxy" in soak.find_gaps(growths, with_proxy, 180)[0]
+
+
 def test_processes_have_the_role_or_the_name_of_their_program() -> None:
     class Process:
         def __init__(self, *command: str) -> None:
