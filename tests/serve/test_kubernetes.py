@@ -28,6 +28,8 @@ KUBERNETES = ROOT / "deployments" / "kubernetes"
 SCHEMAS = ROOT.parent / "shared" / "schemas"
 KUBERNETES_VERSION = "1.33"
 OVERLAYS = sorted(path.name for path in (KUBERNETES / "overlays").iterdir())
+MONITORED = "pools-monitored"
+"""The only overlay that needs the Prometheus operator; its Serve config is that of `pools`."""
 PAGE = (ROOT / "docs" / "how-to" / "kubernetes.md").read_text("utf-8")
 
 Object = dict[str, Any]
@@ -118,7 +120,7 @@ def test_custom_resources_match_the_schemas_of_their_operators(overlay: str) -> 
             body = {name: value for name, value in document.items() if name != "metadata"}
             check({**body, "metadata": {}}, schemas[api])
             checked.add(document["kind"])
-    monitored = set() if overlay == "cpu-demo" else {"PodMonitor", "PrometheusRule"}
+    monitored = {"PodMonitor", "PrometheusRule"} if overlay == MONITORED else set()
     assert checked == {"RayService", *monitored}
 
 
@@ -155,7 +157,7 @@ def test_the_serve_config_builds_and_is_reachable_only_with_a_key(overlay: str) 
         assert secrets[volume] == "tandem-keys"
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("overlay", [o for o in OVERLAYS if o != MONITORED])
 def test_tandem_reads_the_serve_config_where_its_key_file_is_missing(
     overlay: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,7 +230,7 @@ def test_prometheus_scrapes_ports_that_pods_have_and_the_policy_opens() -> None:
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     pods = [group["template"]["spec"]["containers"][0] for group in groups]
     ports = {port["name"]: port["containerPort"] for pod in pods for port in pod["ports"]}
-    (monitor,) = find("pools", "PodMonitor")
+    (monitor,) = find(MONITORED, "PodMonitor")
     scraped = {ports[endpoint["port"]] for endpoint in monitor["spec"]["podMetricsEndpoints"]}
     (policy,) = [p for p in find("pools", "NetworkPolicy") if p["metadata"]["name"] == "tandem"]
     opened = [{p["port"] for p in rule.get("ports", ())} for rule in policy["spec"]["ingress"]]
@@ -238,14 +240,14 @@ def test_prometheus_scrapes_ports_that_pods_have_and_the_policy_opens() -> None:
 def test_dashboards_and_rules_come_from_the_existing_files() -> None:
     maps = {
         document["metadata"]["name"]: document["data"]
-        for document in find("pools", "ConfigMap")
+        for document in find(MONITORED, "ConfigMap")
         if document["metadata"].get("labels", {}).get("grafana_dashboard")
     }
     files = sorted((ROOT / "cluster/monitoring/grafana/dashboards").glob("*.json"))
     assert maps == {
         f"tandem-dashboard-{file.stem}": {file.name: file.read_text("utf-8")} for file in files
     }
-    (rules,) = find("pools", "PrometheusRule")
+    (rules,) = find(MONITORED, "PrometheusRule")
     groups = [
         group
         for file in sorted((ROOT / "cluster/monitoring/rules").glob("*.yml"))
