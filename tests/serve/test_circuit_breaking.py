@@ -117,6 +117,14 @@ async def test_answers_without_usage_restore_no_replica() -> None:
         assert await circuit(world, "closed") == 2
 
 
+async def test_a_replica_that_fails_after_the_first_byte_is_taken_out() -> None:
+    async with world_with(Script(stop_at=5, dies=True), Script(), key="") as world:
+        for number in range(40):
+            await asgi.post(world.app, CHAT, {**BODY, "seed": number})
+        counts = await metrics(world)
+        assert counts["tandem_circuit_openings_total", "failing", "gen"] >= 1
+
+
 async def test_an_unsupported_request_is_no_bad_trial() -> None:
     async with a_pool(2) as (world, (bad, _)):
         bad.is_broken = True

@@ -8,7 +8,13 @@ from dataclasses import replace
 from functools import partial
 from time import perf_counter
 
-from cluster.errors import LinkError, LinkRefusedError, RequestError, UnavailableError
+from cluster.errors import (
+    HandoverError,
+    LinkError,
+    LinkRefusedError,
+    RequestError,
+    UnavailableError,
+)
 from cluster.gateway.messages import Request
 from cluster.gateway.pools.handover import KeptAnswer
 from cluster.gateway.pools.pool import Pool
@@ -144,8 +150,12 @@ class Attempts:
             self._has_slot = False
             self._pool.queue.release_slot(self.slot, done_tokens, usage, is_abandoned=is_abandoned)
 
-    async def hand_over(self, error: LinkError | RequestError) -> bytes:
+    async def hand_over(self, error: LinkError | RequestError, content: int) -> bytes:
         """Have another replica continue the answer; return its first piece.
+
+        Args:
+            error: Failure of the last replica.
+            content: Hash of the request.
 
         Raises:
             LinkError, RequestError: No other replica can; this is the last failure.
@@ -162,6 +172,8 @@ class Attempts:
             try:
                 chunk = await self._continue_at(slot, kept)
             except (LinkError, UnavailableError) as another:
+                if not isinstance(another, LinkError | HandoverError):
+                    self._pool.replicas.record_failure(slot, content)
                 meter.handed_over(reason, "failed")
                 error = another
                 continue
@@ -282,7 +294,7 @@ class Attempts:
         response = await answer.head()
         if response.status != self._observer.status:
             answer.cancel()
-            raise UnavailableError(f"Another replica answered with status {response.status}.")
+            raise HandoverError(f"Another replica answered with status {response.status}.")
         chunk = await answer.read()
         self._pool.replicas.first_token(slot)
         return chunk

@@ -6,6 +6,7 @@ import zlib
 from time import perf_counter
 
 from cluster.errors import (
+    HandoverError,
     LinkError,
     LinkRefusedError,
     RequestError,
@@ -82,6 +83,7 @@ class RelayedBody:
         self._observer = observer
         self._attempts = Attempts(pool, slot, request, observer)
         self._attempts.on_finished = self._end
+        self._content = 0  # hash of the request
         self._is_event_stream = False
         self._first: bytes | None = None  # first chunk, until it is passed on
         self._begin = b""  # first chunk of an event stream, for the events after a failure
@@ -97,6 +99,7 @@ class RelayedBody:
             UnavailableError: The replica cannot answer now.
             RequestError: The replica answered with an error, as status or as the first event.
         """
+        self._content = zlib.crc32(memoryview(body)[:_HASHED_BYTES]) << 32 | len(body)
         try:
             answer = self._attempts.open(head, body)
             arrivals_s: list[float] = []
@@ -111,7 +114,7 @@ class RelayedBody:
                 )
                 if response.status >= 400 and not self._is_event_stream:
                     headers, self._first = await read_error(self._request.path, response, answer)
-                    self._check_status(response.status, body)
+                    self._check_status(response.status)
                 else:
                     self._first = await answer.read()
             self._observer.replay = replay_of(response)
@@ -130,7 +133,7 @@ class RelayedBody:
             raise
         except RequestError as error:
             is_trial = self._pool.replicas.is_trial(self._attempts.slot)
-            self._record_failure(error.status, body)
+            self._record_failure(error.status)
             self.drop(0.0)
             if is_trial and _is_replicas_fault(error.status):
                 raise UnavailableError(f"A trial failed: {error}") from error
@@ -193,7 +196,7 @@ class RelayedBody:
         if self._attempts.answer is not None:
             self._attempts.answer.cancel()
 
-    def _check_status(self, status: int, body: bytes) -> None:
+    def _check_status(self, status: int) -> None:
         """Raise if another try should answer instead of this one with an error.
 
         Raises:
@@ -202,14 +205,13 @@ class RelayedBody:
         """
         if _is_replicas_fault(status) and self._pool.replicas.is_trial(self._attempts.slot):
             raise UnavailableError(f"A trial failed with status {status}.")
-        self._record_failure(status, body)
+        self._record_failure(status)
         if self._race is not None and self._race.runners[0] is not self:
             raise LostRaceError
 
-    def _record_failure(self, status: int, body: bytes) -> None:
+    def _record_failure(self, status: int) -> None:
         if _is_replicas_fault(status):
-            content = zlib.crc32(memoryview(body)[:_HASHED_BYTES]) << 32 | len(body)
-            self._pool.replicas.record_failure(self._attempts.slot, content)
+            self._pool.replicas.record_failure(self._attempts.slot, self._content)
 
     async def _read(self) -> bytes:
         answer, kept = self._attempts.answer, self._attempts.kept
@@ -242,9 +244,12 @@ class RelayedBody:
             LinkError, RequestError: See ``_last_event``.
         """
         claim = self._attempts.slot.claim
+        # A broken link counts by itself, and no replica can continue an answer that would differ.
+        if not isinstance(error, LinkError | HandoverError):
+            self._record_failure(error.status)
         try:
             async with asyncio.timeout_at(claim.deadline_s if claim.has_deadline else None):
-                return await self._attempts.hand_over(error)
+                return await self._attempts.hand_over(error, self._content)
         except (LinkError, RequestError) as last:
             self._is_read = True
             self._end(last)
