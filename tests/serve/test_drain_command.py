@@ -72,6 +72,18 @@ async def drain(world: World, target: str, **headers: str) -> asgi.Answer:
     return await asgi.post(world.app, f"{DRAIN_PATH}?target={target}", {}, headers=headers)
 
 
+async def test_a_replica_is_drained_while_ray_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def fail(nodes: Nodes) -> list[NodeInfo]:
+        raise UnavailableError("Ray does not answer.")
+
+    monkeypatch.setattr(Nodes, "list_nodes", fail)
+    async with a_world(Nodes()) as (world, replica, _):
+        assert (await drain(world, ID)).status == 200
+        assert (await drain(world, "nothing")).status == 503
+
+
 @pytest.mark.parametrize("target", [ID, "abcde"])
 async def test_a_replica_is_drained_and_answers_what_it_has(target: str) -> None:
     async with a_world(Nodes()) as (world, replica, other):

@@ -117,6 +117,9 @@ class Drains:
             ),
             *(_Target("router", id_) for id_ in self._router_ids()),
         ]
+        matches = [each for each in targets if each.id == name]
+        if matches:  # without Ray, which may not answer
+            return matches[0]
         for node in await self._nodes.list_nodes():
             targets += [_Target("node", node.id, node), _Target("node", node.ip, node)]
         matches = [each for each in targets if each.id == name]
