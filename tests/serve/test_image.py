@@ -84,6 +84,17 @@ def test_it_sets_the_same_environment_as_up() -> None:
     assert {name: variables().get(name) for name in wanted} == wanted
 
 
+def test_login_shells_of_ray_up_find_its_programs() -> None:
+    """Ray runs commands by ``bash --login -c -i``; Debian's profile replaces PATH."""
+    text = DOCKERFILE.read_text("utf-8")
+    (line,) = re.findall(r'(echo "[^"]+") >/etc/profile.d/tandem.sh', text)
+    shell = ["bash", "-c", f'PATH=/bin:/usr/bin; eval "$({line})"; echo "$PATH"']
+    done = subprocess.run(shell, capture_output=True, text=True, check=True)
+    assert done.stdout.split(":")[0] == variables()["PATH"].split(":")[0]
+    packages = next(step for step in instructions("RUN") if "apt-get install" in step)
+    assert {"openssh-client", "rsync"} <= set(packages.split())
+
+
 def test_the_project_installs_from_the_copied_files_with_its_data(tmp_path: Path) -> None:
     source, target = tmp_path / "src", tmp_path / "installed"
     source.mkdir()
