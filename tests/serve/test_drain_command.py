@@ -79,7 +79,7 @@ async def test_a_replica_is_drained_while_ray_does_not_answer(
         raise UnavailableError("Ray does not answer.")
 
     monkeypatch.setattr(Nodes, "list_nodes", fail)
-    async with a_world(Nodes()) as (world, replica, _):
+    async with a_world(Nodes()) as (world, *_):
         assert (await drain(world, ID)).status == 200
         assert (await drain(world, "nothing")).status == 503
 
