@@ -278,8 +278,8 @@ class ClientConnection(Connection):
     ) -> None:
         super().__init__(Handshake("client", secret, options.window_bytes), options, counts)
         self.streams: dict[int, ClientStream] = {}
-        # Cancelled streams whose usage the replica has yet to report.
-        self._reporting: dict[int, ClientStream] = {}
+        # Cancelled streams whose usage the replica has yet to report, and when that is given up.
+        self._reporting: dict[int, tuple[ClientStream, asyncio.TimerHandle]] = {}
         self._has_reported = False  # True once the replica has reported such a usage
         self._ready: asyncio.Future[None] = self.loop.create_future()
         self._link = link
@@ -371,8 +371,8 @@ class ClientConnection(Connection):
                 self._end_report(stream_id)
             elif kind == frames.USAGE:
                 self._has_reported = True
-                if (stream := self._reporting.get(stream_id)) is not None:
-                    stream.usage = decode_head(payload, Usage)
+                if (report := self._reporting.get(stream_id)) is not None:
+                    report[0].usage = decode_head(payload, Usage)
         elif kind == RESPONSE:
             stream.on_response(payload)
         elif kind == frames.WINDOW:
@@ -392,12 +392,14 @@ class ClientConnection(Connection):
     def _remove_stream(self, stream: ClientStream, reports: bool) -> None:
         self.streams.pop(stream.stream_id, None)
         if reports:
-            self._reporting[stream.stream_id] = stream
             timeout_s = _REPORT_TIMEOUT_S if self._has_reported else _FIRST_REPORT_TIMEOUT_S
-            self.loop.call_later(timeout_s, self._end_report, stream.stream_id)
+            timer = self.loop.call_later(timeout_s, self._end_report, stream.stream_id)
+            self._reporting[stream.stream_id] = stream, timer
 
     def _end_report(self, stream_id: int) -> None:
-        if (stream := self._reporting.pop(stream_id, None)) is not None:
+        if (report := self._reporting.pop(stream_id, None)) is not None:
+            stream, timer = report
+            timer.cancel()  # it would keep a closed connection
             stream.finish()
 
     def _next_id(self) -> int:

@@ -161,6 +161,7 @@ class ServerStream:
         if self._cancelled and not self.is_lost:
             self._send_usage()
             self._connection.write(self.stream_id, DATA, END)
+        self.task = None  # its exception refers to this stream: they would be a cycle
         if task.cancelled():
             self._send_error(
                 503, "The replica stopped before the response was complete; try again."

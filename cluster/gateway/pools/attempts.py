@@ -48,18 +48,22 @@ class _YieldsError(LinkRefusedError):
     """Another router began the answer at another replica."""
 
 
+def _ignore(_error: Exception | None) -> None:
+    pass
+
+
 class Attempts:
     """Slot and answer of a request, and what another replica needs to continue the answer.
 
     ``on_finished`` is called when a replica has finished the answer, with its error if no other
-    replica may continue it.
+    replica may continue it; not after ``end``.
     """
 
     def __init__(self, pool: Pool, slot: Slot, request: Request, observer: RequestObserver) -> None:
         self.slot = slot
         """The last slot; it may be released already."""
         self.answer: Answer | None = None
-        self.on_finished: Callable[[Exception | None], None] = lambda _: None
+        self.on_finished: Callable[[Exception | None], None] = _ignore
         self.kept: KeptAnswer | None = None
         """None if no other replica can continue the answer."""
         self._pool = pool
@@ -126,10 +130,16 @@ class Attempts:
     def grow(self) -> None:
         """Keep more of the answer, or give up its hand-over if that exceeds the limits."""
         if self.kept is not None and not self.kept.grow():
-            self.forget()
+            self._forget()
 
-    def forget(self) -> None:
-        """Drop what other replicas need; the answer ends here."""
+    def end(self) -> None:
+        """Drop what other replicas need, and the callback: the answer ends here."""
+        # The callback's owner refers to this object. Without the cycle, the memory of a request is
+        # free at once; collecting cycles that lived for seconds takes a full collection.
+        self.on_finished = _ignore
+        self._forget()
+
+    def _forget(self) -> None:
         kept, self.kept = self.kept, None
         self.slot.replica.remove_movable(self)
         if kept is not None:

@@ -191,7 +191,7 @@ class RelayedBody:
 
     def drop(self, done_tokens: float | None = None) -> None:
         """Release what this try holds; another one answers the request, or the caller fails it."""
-        self._attempts.forget()
+        self._attempts.end()
         self._release_slot(done_tokens)
         if self._attempts.answer is not None:
             self._attempts.answer.cancel()
@@ -296,7 +296,7 @@ class RelayedBody:
         if self._ended:
             return
         self._ended = True
-        self._attempts.forget()
+        self._attempts.end()
         slot = self._attempts.slot
         observer, usage = self._observer, self.usage
         if error is not None:
