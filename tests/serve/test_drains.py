@@ -136,9 +136,11 @@ async def test_a_leaking_replica_keeps_its_lease_while_it_drains(
     leaks: list[Callable[[str, Growth], None]] = []
 
     class Watch(watching.MemoryWatch):
-        def __init__(self, *args: Any) -> None:
-            leaks.append(args[-1])
-            super().__init__(*args)
+        def __init__(
+            self, config: Any, model: Any, in_flight: Any, on_leak: Any, *rest: Any
+        ) -> None:
+            leaks.append(on_leak)
+            super().__init__(config, model, in_flight, on_leak, *rest)
 
     monkeypatch.setattr(watching, "MemoryWatch", Watch)
     monkeypatch.setattr(watching, "RayKeys", lambda: keys)
