@@ -325,7 +325,7 @@ async def test_adapters_are_added_to_running_and_to_new_replicas(
         complete_streams(sim_cluster.http_url, streams=4),
         periodic_requests(sim_cluster.http_url, "law") as answers,
     ):
-        await asyncio.to_thread(tandem, "add", "art", "none")
+        await asyncio.to_thread(tandem, "add", "art", "none", "--model", "sim")
         assert (
             await http.post("/v1/completions", json={**BODY, "model": "art"})
         ).status_code == 200
