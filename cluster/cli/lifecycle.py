@@ -1,10 +1,8 @@
 """``tandem up`` and ``tandem down``."""
 
-import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 
@@ -30,8 +28,7 @@ def up(config: Path | None, overrides: Sequence[str], *, detach: bool, monitorin
         ConfigError: the configuration is invalid; nothing was started.
         StartError: the start failed; everything was stopped again.
     """
-    for name in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(name, _interrupt)
+    processes.interrupt_on_termination()
     console = Console()
     loaded = load_config(config, overrides)
     num_gpus = count_gpus()
@@ -50,10 +47,6 @@ def up(config: Path | None, overrides: Sequence[str], *, detach: bool, monitorin
     print_recipes(console, loaded.config, started.state)
     if not detach:
         _stay(console)
-
-
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _stay(console: Console) -> None:

@@ -6,9 +6,11 @@ died, so they are found after any crash.
 
 import contextlib
 import os
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 import psutil
 
@@ -36,6 +38,16 @@ class ClusterProcess:
     process: psutil.Process
     name: str
     cluster_id: str
+
+
+def interrupt_on_termination() -> None:
+    """Raise KeyboardInterrupt on SIGTERM and SIGHUP too, so that all end what they started."""
+    for name in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, _interrupt)
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def find(home: Path) -> list[ClusterProcess]:

@@ -1,11 +1,9 @@
 """Measure Tandem and its peers; print tables and optionally write JSON."""
 
 import argparse
-import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Protocol
 
 from benchmarks import (
@@ -26,6 +24,7 @@ from benchmarks import (
 )
 from benchmarks.report import Report, print_report, write_json
 from cluster.errors import TandemError
+from cluster.launch.processes import interrupt_on_termination
 
 DEFAULT_ROUNDS = 3
 REPORT = "report"
@@ -95,8 +94,7 @@ def main() -> int:
         page.write_page()
         return 0
     args.rounds = args.rounds or (1 if args.quick else DEFAULT_ROUNDS)
-    for name in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(name, _interrupt)
+    interrupt_on_termination()
     try:
         report = BENCHMARKS[args.benchmark].run(args)
     except TandemError as error:
@@ -109,10 +107,6 @@ def main() -> int:
     if args.json is not None:
         write_json(args.json, args, report)
     return 0
-
-
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

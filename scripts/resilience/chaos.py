@@ -5,17 +5,15 @@ misses a target, 2 if the tool itself fails.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
-import signal
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import psutil
@@ -23,9 +21,11 @@ import psutil
 from benchmarks.endpoint import TargetError
 from benchmarks.report import Report, Table, describe_machine, print_report
 from cluster.errors import TandemError
+from cluster.launch.processes import interrupt_on_termination
 from resilience.accounting import Answer, FaultResult, Window, as_json, summarize, totals
 from resilience.faults import FAULTS, SHORT, scale, update
 from resilience.load import Load, Mix
+from resilience.repeated import Repeated
 from resilience.testbed import POLL_S, RECOVERY_S, Setup, Testbed, count_replaced, start
 
 SETTLE_S = 2.0
@@ -162,35 +162,21 @@ def inject(testbed: Testbed, name: str, rng: random.Random) -> Injection:
     return Injection(name, before_s, hit_s, time.monotonic(), restarted, healthy_s)
 
 
-class Churn:
-    """Context manager that updates and scales the generators in turn, in a thread."""
+def churn(testbed: Testbed, seed: int) -> Repeated:
+    """Return a context manager that updates and scales the generators in turn, in a thread."""
+    rng = random.Random(seed)
+    changes = itertools.cycle((update, scale))
 
-    def __init__(self, testbed: Testbed, seed: int) -> None:
-        self._testbed = testbed
-        self._rng = random.Random(seed)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self.changes = 0
-        """Completed changes."""
+    def change() -> None:
+        try:
+            has_changed = next(changes)(testbed, rng)
+            deadline = time.monotonic() + RECOVERY_S
+            while not has_changed() and time.monotonic() < deadline:
+                time.sleep(POLL_S)
+        except (TandemError, psutil.Error, OSError) as error:  # such as a dead controller
+            print(f"chaos: a change failed: {error}", file=sys.stderr)
 
-    def __enter__(self) -> "Churn":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stopped.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stopped.wait(CHURN_PAUSE_S):
-            try:
-                has_changed = (update, scale)[self.changes % 2](self._testbed, self._rng)
-                deadline = time.monotonic() + RECOVERY_S
-                while not has_changed() and time.monotonic() < deadline:
-                    time.sleep(POLL_S)
-            except (TandemError, psutil.Error, OSError) as error:  # such as a dead controller
-                print(f"chaos: a change failed: {error}", file=sys.stderr)
-            self.changes += 1
+    return Repeated(CHURN_PAUSE_S, change)
 
 
 def report_progress(result: tuple[str, FaultResult]) -> None:
@@ -266,7 +252,7 @@ def run_faults(args: argparse.Namespace, run: Run) -> list[tuple[str, FaultResul
     with start(setup) as testbed, Load(testbed, MIXES[args.engine], args.seed) as load:
         load.wait_served()
         if args.churn or not (args.short or args.faults):
-            with Churn(testbed, args.seed):
+            with churn(testbed, args.seed):
                 run.inject_all(testbed, load, names)
         else:
             run.inject_all(testbed, load, names)
@@ -276,8 +262,7 @@ def run_faults(args: argparse.Namespace, run: Run) -> list[tuple[str, FaultResul
 def main() -> int:
     """Inject the faults; all processes that this started have ended on return."""
     args = make_parser().parse_args()
-    for name in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(name, _interrupt)
+    interrupt_on_termination()
     run = Run(args.seed)
     try:
         results = run_faults(args, run)
@@ -292,10 +277,6 @@ def main() -> int:
         document = make_document(args, run, results)
         args.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return int(any(result.missed(FAULTS[name].target) for name, result in results))
-
-
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -9,15 +9,12 @@ import argparse
 import contextlib
 import json
 import re
-import signal
 import sys
-import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import httpx
@@ -26,11 +23,13 @@ import psutil
 from benchmarks.processes import KB, MB, OTHER, parse_sizes, role_of
 from benchmarks.report import Report, Table, describe_machine, print_report
 from cluster.errors import TandemError
+from cluster.launch.processes import interrupt_on_termination
 from cluster.launch.serve_api import ServeApi
 from resilience.accounting import Answer, kind_of
 from resilience.growth import Growth, Sample, measure_growth
 from resilience.inside.fault_points import COUNTS_DIR
 from resilience.load import Load, Mix
+from resilience.repeated import Repeated
 from resilience.testbed import CLASSIFIERS, GENERATOR, Setup, Testbed, start
 
 KILL_S = 60.0
@@ -58,31 +57,21 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 class Sampler:
-    """Context manager that samples all processes of a cluster, in a thread."""
+    """Samples of all processes of a cluster."""
 
     def __init__(self, testbed: Testbed, began_s: float) -> None:
         self.samples: list[Sample] = []
         self._testbed = testbed
         self._began_s = began_s
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run)
 
-    def __enter__(self) -> "Sampler":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stopped.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stopped.wait(SAMPLE_S):
-            at_s = time.monotonic() - self._began_s
-            for process in self._testbed.owned():
-                with contextlib.suppress(psutil.Error, OSError, KeyError):
-                    self.samples.append(self._read(process, at_s))
-            with contextlib.suppress(httpx.HTTPError):
-                self.samples.append(self._read_series(at_s))
+    def sample(self) -> None:
+        """Add a sample of each process, and the number of metric series."""
+        at_s = time.monotonic() - self._began_s
+        for process in self._testbed.owned():
+            with contextlib.suppress(psutil.Error, OSError, KeyError):
+                self.samples.append(self._read(process, at_s))
+        with contextlib.suppress(httpx.HTTPError):
+            self.samples.append(self._read_series(at_s))
 
     def _read(self, process: psutil.Process, at_s: float) -> Sample:
         sizes = parse_sizes(Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii"))
@@ -179,7 +168,8 @@ def run_soak(args: argparse.Namespace) -> SoakResult:
     with start(Setup(args.engine)) as testbed, Load(testbed, MIX, args.seed) as load:
         load.wait_served()
         began_s = time.monotonic()
-        with Sampler(testbed, began_s) as sampler:
+        sampler = Sampler(testbed, began_s)
+        with Repeated(SAMPLE_S, sampler.sample):
             while (left_s := began_s + args.minutes * 60 - time.monotonic()) > 0:
                 time.sleep(min(left_s, KILL_S))
                 deployment = (GENERATOR, CLASSIFIERS)[len(kills_s) % 2]
@@ -259,8 +249,7 @@ def make_document(
 def main() -> int:
     """Run the soak test; all processes that this started have ended on return."""
     args = make_parser().parse_args()
-    for name in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(name, interrupt)
+    interrupt_on_termination()
     try:
         result = run_soak(args)
     except (TandemError, psutil.Error) as error:
@@ -283,10 +272,6 @@ def main() -> int:
     for gap in gaps:
         print(f"soak: {gap}", file=sys.stderr)
     return 2 if gaps else 0
-
-
-def interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
