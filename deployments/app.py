@@ -151,8 +151,7 @@ def _surge_percent(
     total = config.budget.gpus
     if total is None:
         total = ray.cluster_resources().get("GPU", 0.0) if ray.is_initialized() else 0.0
-    pools = (*config.generators, *config.classifiers)
-    used = sum(pool.replicas.max * pool.num_workers * pool.resources.gpus for pool in pools)
+    used = sum(pool.replicas.max * pool.num_workers * pool.resources.gpus for pool in config.pools)
     fitting = math.floor((total - used) / gpus + 1e-9)
     return max(0, min(SURGE_PERCENT, 100 * fitting // part.replicas.max))
 

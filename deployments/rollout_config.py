@@ -47,7 +47,7 @@ async def finish_rollout(app: str, pool: str, rule: RolloutConfig, *, promoted: 
 async def deployed_rollouts(app: str) -> dict[str, RolloutConfig]:
     """Return the sections ``rollout`` of the deployed configuration, by their pool."""
     configs, _ = await read_serve_config()
-    if app not in configs or configs[app].import_path != IMPORT_PATH:
+    if not _is_ours(configs.get(app)):
         return {}
     pools = parse(configs[app].args).pools
     return {pool.name: pool.rollout for pool in pools if pool.rollout is not None}
@@ -55,7 +55,7 @@ async def deployed_rollouts(app: str) -> dict[str, RolloutConfig]:
 
 async def _change(app: str, pool: str, change: Any) -> None:
     configs, details = await read_serve_config()
-    if app not in configs or configs[app].import_path != IMPORT_PATH:
+    if not _is_ours(configs.get(app)):
         raise UnsupportedError("The application was not deployed from a Tandem configuration.")
     args = copy.deepcopy(configs[app].args)
     sections = [section for section in _pools(args) if section.get("name") == pool]
@@ -71,6 +71,11 @@ async def _change(app: str, pool: str, change: Any) -> None:
     changed = configs[app].model_copy(update={"args": args})
     applications = [changed if name == app else config for name, config in configs.items()]
     await apply_serve_config(applications, details.get("target_capacity"))
+
+
+def _is_ours(config: Any) -> bool:
+    """Return True if an application was deployed from a Tandem configuration."""
+    return config is not None and config.import_path == IMPORT_PATH
 
 
 def _pools(args: dict[str, Any]) -> Iterator[dict[str, Any]]:

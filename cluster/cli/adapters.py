@@ -1,7 +1,6 @@
 """``tandem adapters``: LoRA adapters of the running cluster."""
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,13 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.cli import router_client
-from cluster.cli.defaults import router_url
+from cluster.cli.defaults import router_url, running_application
 from cluster.config import GeneratorConfig, TandemConfig, parse
 from cluster.config.changes import compare
 from cluster.errors import ConfigError, StartError, UnavailableError
-from cluster.launch import state
-from cluster.launch.serve_api import ServeApi, ray_token
-from cluster.models.store import home
+from cluster.launch.serve_api import ServeApi
 
 TIMEOUT_S = 300.0
 """Maximum time for all replicas to load an adapter, downloads included, in seconds."""
@@ -49,11 +46,8 @@ class Deployed:
 
 @contextmanager
 def _deployed() -> Iterator[Deployed]:
-    running = state.load(home())
-    if running is None:
-        raise StartError("No cluster is running; start one with `tandem up`.")
-    with ServeApi(running.dashboard_url, ray_token(os.environ)) as api:
-        yield Deployed(api, running.application, api.deployed_args(running.application))
+    with running_application() as (api, application):
+        yield Deployed(api, application, api.deployed_args(application))
 
 
 def add(name: str, path: str, model: str | None, key: str | None) -> None:

@@ -2,20 +2,18 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import typer
 import yaml
 
+from cluster.cli.defaults import running_application
 from cluster.config import TandemConfig, parse
 from cluster.config.changes import compare
 from cluster.config.file import LoadedConfig
-from cluster.errors import ConfigError, StartError
-from cluster.launch import state
-from cluster.launch.serve_api import ServeApi, ray_token
-from cluster.models.store import CATALOGUE, home, resolve
+from cluster.errors import ConfigError
+from cluster.models.store import CATALOGUE, resolve
 
 
 def check(loaded: LoadedConfig, *, files: bool) -> None:
@@ -47,11 +45,8 @@ def diff(loaded: LoadedConfig, *, as_json: bool) -> None:
     Raises:
         StartError: no cluster runs, or its configuration cannot be read.
     """
-    running = state.load(home())
-    if running is None:
-        raise StartError("No cluster is running; start one with `tandem up`.")
-    with ServeApi(running.dashboard_url, ray_token(os.environ)) as api:
-        args = api.deployed_args(running.application)
+    with running_application() as (api, application):
+        args = api.deployed_args(application)
     changes = compare(parse(args), loaded.config)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(changes), indent=2))

@@ -1,11 +1,14 @@
-"""Default configuration file, and default URL of the router."""
+"""Default configuration file, the running cluster, and default URL of the router."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from cluster.config.file import LoadedConfig, load
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, StartError
 from cluster.launch import state
+from cluster.launch.serve_api import ServeApi, ray_token
 from cluster.models.store import home
 
 CONFIG_NAME = "ray-config.yaml"
@@ -23,6 +26,20 @@ def load_config(path: Path | None, overrides: Sequence[str]) -> LoadedConfig:
     if found is None:
         raise ConfigError(f"no {CONFIG_NAME} in {Path.cwd()}; pass a file with --config")
     return load(found, overrides)
+
+
+@contextmanager
+def running_application() -> Iterator[tuple[ServeApi, str]]:
+    """Yield access to the running cluster's Serve, and the name of the application.
+
+    Raises:
+        StartError: no cluster runs.
+    """
+    running = state.load(home())
+    if running is None:
+        raise StartError("No cluster is running; start one with `tandem up`.")
+    with ServeApi(running.dashboard_url, ray_token(os.environ)) as api:
+        yield api, running.application
 
 
 def router_url(url: str | None) -> str:

@@ -15,6 +15,7 @@ from cluster.config.yaml_text import parse_yaml
 from cluster.errors import ConfigError, RolloutError, UnavailableError
 from cluster.models.checksum import weights_checksum
 from cluster.models.store import resolve
+from cluster.rollout import FINISHED
 
 POLL_S = 2.0
 OPTIONS = {"model": "--to", "canary": "--canary", "shadow": "--shadow"}
@@ -49,7 +50,7 @@ def act(action: str, model: str | None, url: str | None, key: str | None) -> Non
     """Request an action; the model may be omitted if one rollout is in progress."""
     with connect(router_url(url), key) as client:
         if model is None:
-            running = [r["model"] for r in _rollouts(client) if not _is_finished(r)]
+            running = [r["model"] for r in _rollouts(client) if r["phase"] not in FINISHED]
             if len(running) != 1:
                 names = ", ".join(running) or "none"
                 raise ConfigError(f"name the model; rollouts in progress: {names}")
@@ -134,10 +135,6 @@ def _is_promoted(rollout: Mapping[str, Any]) -> bool:
 def _rollouts(client: RouterClient) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = client.get(PATH)["data"]
     return found
-
-
-def _is_finished(rollout: Mapping[str, Any]) -> bool:
-    return rollout["phase"] in ("promoted", "rolled_back", "cancelled")
 
 
 def _print(rollout: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from uuid import uuid4
 
 from cluster.admission import OPEN, Identity
-from cluster.errors import InvalidRequestError, RequestError
+from cluster.errors import InvalidRequestError, PermissionDeniedError, RequestError
 from cluster.gateway.error_formats import error_body
 from cluster.link import AnswerKey
 
@@ -50,6 +50,12 @@ class Request:
     def release_body(self) -> None:
         """Drop the body once no replica will need it; its beginning stays for the request log."""
         self.body = self.body[:KEPT_BODY_BYTES]
+
+
+def require_operator(request: Request, what: str) -> None:
+    """Raise PermissionDeniedError unless the key is an operator's; ``what`` is what needs it."""
+    if not request.identity.sees_all:
+        raise PermissionDeniedError(f"{what} needs an operator key.")
 
 
 def header(headers: Headers, name: bytes) -> str | None:

@@ -52,7 +52,7 @@ def check_gpus_fit(config: TandemConfig, num_gpus: int) -> None:
     Raises:
         ConfigError: names the pools, their GPUs and those of the machine.
     """
-    pools = [pool for _, pool in _pools(config) if pool.resources.gpus]
+    pools = [pool for pool in config.pools if pool.resources.gpus]
     workers = ([pool.resources.gpus] * pool.replicas.min * pool.num_workers for pool in pools)
     free = [1.0] * num_gpus
     for part in sorted(chain.from_iterable(workers), reverse=True):
@@ -88,10 +88,10 @@ def _share(pool: Pool, config: TandemConfig, num_gpus: int) -> float:
         return CLASSIFIER_SHARE
     if pool.num_workers > 1:
         return 1.0
-    unset = [other for _, other in _pools(config) if _is_unset(other)]
+    unset = [other for other in config.pools if _is_unset(other)]
     reserved = sum(
         other.replicas.max * other.num_workers * other.resources.gpus
-        for _, other in _pools(config)
+        for other in config.pools
         if not _is_unset(other)
     )
     classifiers = sum(o.replicas.max for o in unset if isinstance(o, ClassifierConfig))

@@ -27,6 +27,7 @@ import httpx
 from benchmarks.endpoint import TargetError
 from benchmarks.targets.home import LOG_LINES
 from cluster.launch import processes
+from cluster.ray_internals import LOOPBACK_VARIABLE
 from resilience.accounting import Answer, kind_of
 from resilience.testbed import CLASSIFIER, MODEL, Testbed
 
@@ -236,7 +237,7 @@ class Load:
                 **os.environ,
                 processes.CLUSTER_ID: state.cluster_id,
                 processes.HOME: str(self._testbed.home),
-                "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+                LOOPBACK_VARIABLE: "0",
             },
             cwd=Path(__file__).parents[2],
             stdin=subprocess.PIPE,

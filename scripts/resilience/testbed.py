@@ -18,6 +18,7 @@ from benchmarks.endpoint import TargetError
 from benchmarks.ports import free_ports
 from benchmarks.targets.home import ROOT, Home
 from benchmarks.targets.tandem import TANDEM
+from cluster.config.file import IMPORT_PATH
 from cluster.engines.lifeline import PARENT_VARIABLE
 from cluster.launch import processes
 from cluster.launch.serve_api import APPLICATIONS, DeploymentStatus, ServeApi
@@ -85,7 +86,7 @@ def serve_config(setup: Setup, ports: Sequence[int]) -> dict[str, Any]:
     application = {
         "name": "tandem",
         "route_prefix": "/",
-        "import_path": "deployments.app:build",
+        "import_path": IMPORT_PATH,
         "args": args,
     }
     return {

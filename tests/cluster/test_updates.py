@@ -68,16 +68,20 @@ def num_streamed(http: httpx.Client, has_begun: threading.Event) -> int:
     return int(json.loads(events[-2])["usage"]["completion_tokens"])
 
 
+def stream_until(
+    is_updated: threading.Event, cluster: RunningCluster, has_begun: threading.Event
+) -> list[int]:
+    """Stream one answer after the other; return the numbers of their tokens."""
+    streamed = []
+    with httpx.Client(base_url=cluster.http_url, timeout=120) as http:
+        while not is_updated.is_set():
+            streamed.append(num_streamed(http, has_begun))
+    return streamed
+
+
 def test_live_changes_replace_no_replica_and_interrupt_no_request(cluster: RunningCluster) -> None:
     has_begun, is_updated = threading.Event(), threading.Event()
     classification = {"model": "sentiment", "input": ["good", "bad", "so so"]}
-
-    def stream_until_updated() -> list[int]:
-        streamed = []
-        with httpx.Client(base_url=cluster.http_url, timeout=120) as http:
-            while not is_updated.is_set():
-                streamed.append(num_streamed(http, has_begun))
-        return streamed
 
     def classify_until_updated() -> set[int]:
         """Return the statuses of requests over a new connection each."""
@@ -109,7 +113,7 @@ def test_live_changes_replace_no_replica_and_interrupt_no_request(cluster: Runni
         "accounting": {"per_cpu_hour": 1.0},
     }
     with ThreadPoolExecutor(2) as threads:
-        streaming = threads.submit(stream_until_updated)
+        streaming = threads.submit(stream_until, is_updated, cluster, has_begun)
         classifying = threads.submit(classify_until_updated)
         assert has_begun.wait(60)
         try:
@@ -128,13 +132,6 @@ def test_live_changes_replace_no_replica_and_interrupt_no_request(cluster: Runni
 def test_an_update_of_vllm_interrupts_no_stream(cluster: RunningCluster) -> None:
     has_begun, is_updated = threading.Event(), threading.Event()
 
-    def stream_until_updated() -> list[int]:
-        streamed = []
-        with httpx.Client(base_url=cluster.http_url, timeout=120) as http:
-            while not is_updated.is_set():
-                streamed.append(num_streamed(http, has_begun))
-        return streamed
-
     def has_new_replicas() -> bool:
         states = [state for id_, (_, state) in cluster.replicas().items() if id_ in before]
         return "RUNNING" not in states
@@ -143,7 +140,7 @@ def test_an_update_of_vllm_interrupts_no_stream(cluster: RunningCluster) -> None
         return not before & cluster.replicas().keys()
 
     with ThreadPoolExecutor(1) as thread:
-        streaming = thread.submit(stream_until_updated)
+        streaming = thread.submit(stream_until, is_updated, cluster, has_begun)
         assert has_begun.wait(60)
         before = {
             id_ for id_, (name, _) in cluster.replicas().items() if not name.startswith("class")

@@ -49,14 +49,20 @@ async def begin(world: World, replicas: list[Replica]) -> tuple[asgi.Call, Repli
     return call, replicas[first], replicas[1 - first]
 
 
+async def begin_both(world: World, replicas: list[Replica]) -> tuple[asgi.Call, Replica, Replica]:
+    """Begin a request as ``begin`` does, and wait until the other replica has it, too."""
+    total = sum(len(each.bodies) for each in replicas) + 2
+    begun = await begin(world, replicas)
+    await world.until(lambda: sum(len(each.bodies) for each in replicas) == total)
+    return begun
+
+
 async def test_the_second_replica_answers_first(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "tandem.requests")
     async with a_pool(2) as (world, replicas):
         teach(world)
         before = await metrics(world)
-        second_bodies = len(replicas[0].bodies) + len(replicas[1].bodies) + 2
-        call, first, second = await begin(world, replicas)
-        await world.until(lambda: sum(len(each.bodies) for each in replicas) == second_bodies)
+        call, first, second = await begin_both(world, replicas)
         second.gate.set()
         answer = await call.done()
         assert (answer.status, answer.json()["replica"]) == (200, second.name)
@@ -77,9 +83,7 @@ async def test_the_second_replica_answers_first(caplog: pytest.LogCaptureFixture
 async def test_the_first_replica_answers_after_all() -> None:
     async with a_pool(2) as (world, replicas):
         teach(world)
-        total = sum(len(each.bodies) for each in replicas) + 2
-        call, first, second = await begin(world, replicas)
-        await world.until(lambda: sum(len(each.bodies) for each in replicas) == total)
+        call, first, second = await begin_both(world, replicas)
         first.gate.set()
         assert (await call.done()).json()["replica"] == first.name
         await world.until(lambda: second.cancelled == 1)
@@ -91,9 +95,7 @@ async def test_the_first_replica_answers_after_all() -> None:
 async def test_a_lost_first_replica_leaves_the_answer_to_the_second() -> None:
     async with a_pool(2) as (world, replicas):
         teach(world)
-        total = sum(len(each.bodies) for each in replicas) + 2
-        call, first, second = await begin(world, replicas)
-        await world.until(lambda: sum(len(each.bodies) for each in replicas) == total)
+        call, first, second = await begin_both(world, replicas)
         await world.kill(first.name)
         second.gate.set()
         assert (await call.done()).json()["replica"] == second.name
@@ -104,9 +106,7 @@ async def test_a_lost_first_replica_leaves_the_answer_to_the_second() -> None:
 async def test_a_client_that_disconnects_ends_both_tries() -> None:
     async with a_pool(2) as (world, replicas):
         teach(world)
-        total = sum(len(each.bodies) for each in replicas) + 2
-        call, _, _ = await begin(world, replicas)
-        await world.until(lambda: sum(len(each.bodies) for each in replicas) == total)
+        call, _, _ = await begin_both(world, replicas)
         await call.cancel()
         await world.until(lambda: all(each.cancelled == 1 for each in replicas))
         await world.until_idle()
@@ -154,9 +154,7 @@ async def test_a_client_that_disconnects_as_the_second_try_wins_ends_the_request
 
     async with a_pool(2) as (world, replicas):
         teach(world)
-        total = sum(len(each.bodies) for each in replicas) + 2
-        call, _, second = await begin(world, replicas)
-        await world.until(lambda: sum(len(each.bodies) for each in replicas) == total)
+        call, _, second = await begin_both(world, replicas)
         before = await metrics(world)
         monkeypatch.setattr(HedgedRequest, "win", win_and_cancel)
         second.gate.set()

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from cluster.cli import adapters, config, router_client
+from cluster.cli import adapters, defaults, router_client
 from cluster.cli.app import app
 from cluster.config import file as config_file
 from cluster.config import parse
@@ -87,8 +87,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cluster:
     monkeypatch.setenv("TANDEM_HOME", str(tmp_path))
     addresses = ("http://h:1", "http://h:2", "h:3", "ray-config.yaml", 0.0)
     state.save(tmp_path, state.ClusterState("id", "tandem", *addresses))
-    for module in (adapters, config):
-        monkeypatch.setattr(module, "ServeApi", lambda *args: running)
+    monkeypatch.setattr(defaults, "ServeApi", lambda *args: running)
     monkeypatch.setattr(router_client, "connect", connect)
     monkeypatch.setattr(config_file, "_check_serve_level", lambda config: None)
     return running

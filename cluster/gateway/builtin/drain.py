@@ -15,11 +15,16 @@ from cluster.errors import (
     InvalidRequestError,
     LinkError,
     NotFoundError,
-    PermissionDeniedError,
     RequestError,
     UnavailableError,
 )
-from cluster.gateway.messages import Request, Response, header, json_response
+from cluster.gateway.messages import (
+    Request,
+    Response,
+    header,
+    json_response,
+    require_operator,
+)
 from cluster.gateway.pools.pool import Pool
 from cluster.gateway.pools.replica import Replica
 from cluster.gateway.router_links import RouterLinks
@@ -89,8 +94,7 @@ class Drains:
             NotFoundError: There is no such replica or node.
             UnavailableError: The replica or Ray does not answer.
         """
-        if not request.identity.sees_all:
-            raise PermissionDeniedError(f"{DRAIN_PATH} needs an operator key.")
+        require_operator(request, DRAIN_PATH)
         # Pages of other sites cannot send this type without the consent of the router.
         kind = (header(request.headers, b"content-type") or "").split(";")[0].strip().lower()
         if kind != "application/json":

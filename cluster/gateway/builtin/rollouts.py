@@ -4,9 +4,15 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
-from cluster.errors import InvalidRequestError, PermissionDeniedError, UnsupportedError
+from cluster.errors import InvalidRequestError, UnsupportedError
 from cluster.gateway.builtin.own_paths import ROLLOUTS_PATH
-from cluster.gateway.messages import Request, Response, header, json_response
+from cluster.gateway.messages import (
+    Request,
+    Response,
+    header,
+    json_response,
+    require_operator,
+)
 from cluster.rollout import Action, RolloutState
 
 
@@ -51,7 +57,7 @@ class RolloutRoutes:
 
     async def show(self, request: Request) -> Response:
         """List the rollouts, running or finished."""
-        _check_operator(request)
+        require_operator(request, ROLLOUTS_PATH)
         states = await self._control.states() if self._control is not None else {}
         data = [
             {**msgspec.to_builtins(state), "model": name, "to": state.model}
@@ -61,7 +67,7 @@ class RolloutRoutes:
 
     async def change(self, request: Request) -> Response:
         """Start a rollout, or pause, resume or abort it."""
-        _check_operator(request)
+        require_operator(request, ROLLOUTS_PATH)
         if self._control is None:
             raise UnsupportedError("Rollouts need Ray Serve.")
         # Browsers send this type to other sites only after asking, and get no permission.
@@ -77,8 +83,3 @@ class RolloutRoutes:
             return json_response({"model": model, "version": version})
         await self._control.act(model, body.action)
         return json_response({"model": model, "action": body.action})
-
-
-def _check_operator(request: Request) -> None:
-    if not request.identity.sees_all:
-        raise PermissionDeniedError("Rollouts require an operator key.")

@@ -33,8 +33,7 @@ def make_pools(
     handover = HandoverLimits(config.router.handover)
     pools = {}
     for name, pool in config.served_pools:
-        is_rolled_out = pool.rollout is not None or name != pool.name
-        limits = _pool_limits(config.router, pool, handover, is_rolled_out=is_rolled_out)
+        limits = _pool_limits(config.router, name, pool, handover)
         meter = PoolMeter(name, sinks, pool.name)
         _export_objectives(pool, sinks)
         pools[name] = Pool(name, _KINDS[type(pool)], limits, wirings[name], meter)
@@ -58,19 +57,18 @@ def reconfigure_pools(config: TandemConfig, pools: Mapping[str, Pool], sinks: Re
         handover = pools[name].limits.handover
         assert handover is not None
         handover.config = config.router.handover  # shared by all pools
-        is_rolled_out = pool.rollout is not None or name != pool.name
-        limits = _pool_limits(config.router, pool, handover, is_rolled_out=is_rolled_out)
+        limits = _pool_limits(config.router, name, pool, handover)
         pools[name].set_limits(limits)
         _export_objectives(pool, sinks)
 
 
 def _pool_limits(
     router: RouterConfig,
+    name: str,
     pool: GeneratorConfig | ClassifierConfig,
     handover: HandoverLimits,
-    *,
-    is_rolled_out: bool,
 ) -> PoolLimits:
+    is_rolled_out = pool.rollout is not None or name != pool.name
     breaker = router.circuit_breaker
     # Without room for a second replica, a rollout stops the only one before the new one starts.
     may_be_empty = is_rolled_out or not pool.replicas.min

@@ -1,4 +1,4 @@
-"""When a pool's requests are sent a second time: after the 99th percentile, within a budget."""
+"""Delay and budget of second tries: after the 99th percentile of a pool's latencies."""
 
 from collections import deque
 from dataclasses import dataclass, field

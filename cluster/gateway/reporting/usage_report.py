@@ -8,7 +8,13 @@ import msgspec
 from cluster.accounting.usage import UsageRow, as_csv, as_json, merge_rows, parse_time
 from cluster.admission import Identity
 from cluster.errors import InvalidRequestError, PermissionDeniedError, UnavailableError
-from cluster.gateway.messages import Request, Response, bytes_response, json_response
+from cluster.gateway.messages import (
+    Request,
+    Response,
+    bytes_response,
+    json_response,
+    require_operator,
+)
 from cluster.gateway.recording.usage import UsageAccount
 from cluster.gateway.router_links import RouterLinks, fetch
 
@@ -63,8 +69,7 @@ class UsageReport:
         Raises:
             PermissionDeniedError: The key may not see the usage of every tenant.
         """
-        if not request.identity.sees_all:
-            raise PermissionDeniedError(f"{ROWS_PATH} needs an operator key.")
+        require_operator(request, ROWS_PATH)
         query = _query(request)
         start_s, end_s = (parse_time(query.get(name, ""), name) for name in ("start", "end"))
         rows = await self._account.find(start_s, end_s, query.get("tenant"))

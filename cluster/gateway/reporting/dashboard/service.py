@@ -15,8 +15,8 @@ from urllib.parse import parse_qs
 import msgspec
 
 from cluster.autoscaling import TargetChange
-from cluster.errors import InvalidRequestError, PermissionDeniedError
-from cluster.gateway.messages import Request, Response, bytes_response
+from cluster.errors import InvalidRequestError
+from cluster.gateway.messages import Request, Response, bytes_response, require_operator
 from cluster.gateway.pools.pool import Pool
 from cluster.gateway.recording.observer import RequestSinks
 from cluster.gateway.recording.request_log import Failure
@@ -114,8 +114,7 @@ class Dashboard:
         Raises:
             PermissionDeniedError: The key may not see the figures of every tenant.
         """
-        if not request.identity.sees_all:
-            raise PermissionDeniedError(f"{REPORT_PATH} needs an operator key.")
+        require_operator(request, REPORT_PATH)
         return _json(self._report(_since(request)))
 
     async def data(self, request: Request) -> Response:
