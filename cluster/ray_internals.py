@@ -305,7 +305,9 @@ HAPROXY_EDITS = {
     tcp-request connection reject if { sc0_conn_cur gt $max_connections_per_address }
     http-request wait-for-body time ${header_timeout_s}s at-least 15k if { method POST PUT PATCH }
     http-request del-header x-request-disconnect-disabled
+    http-request disable-l7-retry unless METH_GET or { req.hdr(idempotency-key) -m found }
 """,
+    "    retry-on {{ config.retry_on }}\n": "    retry-on {{ config.retry_on }} empty-response\n",
     """    {%- if config.error_file_path %}
     errorfile 502 {{ config.error_file_path }}
     errorfile 503 {{ config.error_file_path }}
@@ -321,6 +323,9 @@ HAPROXY_EDITS = {
   has a deadline.
 - A node uses the routers of other nodes only while it has none, so the death of a node breaks no
   connection to the others.
+- If a router dies before the first byte of an answer, another router gets the request, provided
+  that it may be repeated: the answer belongs to its key. HAProxy repeats only what fits into its
+  buffer.
 - HAProxy's own errors are JSON. Serve's file, which the backends inherit, would make a 500 in plain
   text of 502, 503 and 504.
 - The deleted header would make Serve ignore that a client disconnects.

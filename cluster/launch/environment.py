@@ -46,6 +46,9 @@ def cluster_environment(
         # which costs an engine on few cores.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
         "RAY_raylet_report_resources_period_milliseconds": "500",
+        # Ray gives up after 60 s, which its dashboard can need on a busy machine. `tandem up` has
+        # its own limit.
+        "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "600",
         # A replica that fails its health check may hang. Serve would wait for it as long as for one
         # that finishes its answers (router.max_answer_s), and its GPU would stay taken.
         "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",

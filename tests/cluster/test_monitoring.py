@@ -40,6 +40,11 @@ ABSENT = {
         for metric in table.all_metrics()
         if metric.name.startswith("tandem_device_")
     },
+    **{
+        metric.name: "a rollout (tests/cluster/test_rollout.py)"
+        for metric in table.all_metrics()
+        if metric.name.startswith("tandem_rollout_")
+    },
     "tandem_certificate_expiry_timestamp_seconds": "TLS between the nodes",
     "tandem_classifier_agreement_ratio": "a CPU with a lower precision than float32",
     "tandem_classifier_drift_ratio": "a classifier with a reference (`tandem models reference`)",

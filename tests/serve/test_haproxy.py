@@ -20,11 +20,16 @@ LIMITS = ProxySettings(2, 60, 512, 60)._asdict()
 
 
 @asynccontextmanager
-async def haproxy(folder: Path, target: str) -> AsyncIterator[str]:
-    """Run HAProxy in front of ``target`` and yield its address."""
+async def haproxy(folder: Path, *targets: str) -> AsyncIterator[str]:
+    """Run HAProxy in front of ``targets`` and yield its address."""
     (port,) = free_ports(1)
     frontend = next(text for text in HAPROXY_EDITS.values() if "stick-table" in text)
     errors = next(text for text in HAPROXY_EDITS.values() if "http-error" in text)
+    retries = next(text for text in HAPROXY_EDITS.values() if "retry-on" in text)
+    servers = "\n".join(
+        f"    server router{number} {target.removeprefix('http://')}"
+        for number, target in enumerate(targets)
+    )
     for name, value in LIMITS.items():
         frontend = frontend.replace(f"${{{name}}}", str(value)).replace(f"${name}", str(value))
     bind = "bind {{ config.frontend_host }}:{{ config.frontend_port }}"
@@ -35,12 +40,15 @@ defaults
     timeout client 60s
     timeout server 60s
     timeout http-request 2s
+    option redispatch 1
+{retries.replace("{{ config.retry_on }}", "conn-failure")}
 {errors}
 frontend web
 {frontend.replace(bind, f"bind 127.0.0.1:{port}")}
     default_backend router
 backend router
-    server one {target.removeprefix("http://")}
+    balance first
+{servers}
 """
     path = folder / "haproxy.cfg"
     path.write_text(config)
@@ -76,15 +84,46 @@ async def test_errors_of_haproxy_are_json_for_both_vendors(
         assert_is_error(status, *await exchange(url, request_))
 
 
-async def test_a_router_that_dies_before_its_answer_gives_502(tmp_path: Path) -> None:
-    async def die(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        writer.transport.abort()
+async def die(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.readuntil(b"\r\n\r\n")
+    writer.transport.abort()
 
+
+async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.readuntil(b"\r\n\r\n{}")
+    writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+    await writer.drain()
+    writer.close()
+
+
+def url_of(server: asyncio.Server) -> str:
+    return f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+async def test_a_router_that_dies_before_its_answer_gives_502(tmp_path: Path) -> None:
     async with await asyncio.start_server(die, "127.0.0.1", 0) as server:
-        port = server.sockets[0].getsockname()[1]
-        async with haproxy(tmp_path, f"http://127.0.0.1:{port}") as url:
+        async with haproxy(tmp_path, url_of(server)) as url:
             assert_is_error(502, *await exchange(url, "GET / HTTP/1.1\r\nhost: a"))
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        ("GET / HTTP/1.1\r\nhost: a\r\ncontent-length: 2", 200),
+        ("POST / HTTP/1.1\r\nhost: a\r\nidempotency-key: k\r\ncontent-length: 2", 200),
+        ("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 2", 502),
+    ],
+)
+async def test_another_router_gets_what_may_be_repeated(
+    tmp_path: Path, request_: str, status: int
+) -> None:
+    async with (
+        await asyncio.start_server(die, "127.0.0.1", 0) as dying,
+        await asyncio.start_server(answer, "127.0.0.1", 0) as healthy,
+        haproxy(tmp_path, url_of(dying), url_of(healthy)) as url,
+    ):
+        head, _ = await exchange(url, request_, "{}")
+        assert f" {status} ".encode() in head.partition(b"\r\n")[0]
 
 
 def assert_is_error(status: int, head: bytes, body: bytes) -> None:
