@@ -5,7 +5,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -135,3 +135,40 @@ class KeyFile:
         if cause != self._logged_problem:
             self._logged_problem = cause
             logger.error("API keys remain unchanged: %s", error)
+
+
+class ClusterKeys:
+    """Keys that all routers of a cluster share; the same interface as ``KeyFile``.
+
+    Args:
+        read: Returns the text of the key file, or None; raises if the cluster does not answer.
+        expected: True if every request is rejected until there are keys.
+    """
+
+    def __init__(self, read: Callable[[], bytes | None], *, expected: bool) -> None:
+        self._read = read
+        self._stored: bytes | None = None
+        self._is_read = True
+        self.identities: Mapping[bytes, Identity] = {}
+        self.required = expected
+
+    def refresh(self) -> bool:
+        """Read the keys; return True if they changed. If that fails, they remain unchanged."""
+        try:
+            stored = self._read()
+            if stored is None or stored == self._stored:
+                self._is_read = True
+                return False
+            self.identities = parse_keys(stored.decode(), "the cluster's keys").identities()
+        except Exception as error:  # the GCS restarts, or another version wrote the keys
+            if self._is_read:
+                logger.error("API keys remain unchanged: %s", error)
+            self._is_read = False
+            return False
+        self._stored, self._is_read, self.required = stored, True, True
+        logger.info("Loaded %d API keys of the cluster", len(self.identities))
+        return True
+
+
+KeySource = KeyFile | ClusterKeys
+"""Keys that change while a router runs."""

@@ -70,14 +70,15 @@ EXPORTED = {
     ),
     "Node": PrivateName(
         _NODE,
-        "head node whose dashboard starts in the background",
+        "node of a cluster; a head's dashboard starts in the background",
         "ray_params head shutdown_at_exit spawn_reaper",
     ),
     "RayParams": PrivateName(
         "ray._private.parameter:RayParams",
-        "options of the head node",
-        "node_ip_address gcs_server_port num_cpus object_store_memory include_dashboard "
-        "dashboard_host dashboard_port dashboard_agent_listen_port include_log_monitor",
+        "options of a node",
+        "node_ip_address gcs_address gcs_server_port num_cpus object_store_memory "
+        "include_dashboard dashboard_host dashboard_port dashboard_agent_listen_port "
+        "include_log_monitor temp_dir",
     ),
     "write_ray_address": PrivateName(
         "ray._private.utils:write_ray_address", "address that `ray.init()` of other jobs finds"
@@ -102,6 +103,7 @@ MEMBERS = (
     ),
     PrivateName(f"{_NODE}.start_api_server", "start of the dashboard in the background"),
     PrivateName(f"{_NODE}.start_monitor", "start at a lower priority"),
+    PrivateName(f"{_NODE}.get_temp_dir_path", "place of the address for other jobs"),
     PrivateName(f"{_NODE}.start_log_monitor", "start at a lower priority"),
     PrivateName(f"{_SERVE}.controller:ServeController.apply_config", "start of the application"),
     PrivateName(
@@ -149,6 +151,10 @@ MEMBERS = (
     PrivateName("ray.core.generated.autoscaler_pb2:DrainNodeReason.Value", "`tandem drain NODE`"),
     PrivateName("ray._private.state:available_resources_per_node", "free resources of the nodes"),
     PrivateName(f"{_SERVE}.controller:ServeController.get_app_configs", "deployed configuration"),
+    PrivateName("ray._raylet:GcsClient", "see ``read_remote_kv``"),
+    PrivateName(
+        "ray._private.ray_constants:KV_NAMESPACE_DASHBOARD", "see ``read_dashboard_address``"
+    ),
 )
 """Further names and members that must exist."""
 
@@ -598,6 +604,8 @@ def _controller() -> Any:
 # -- key-value store of the GCS ---------------------------------------------------------------
 
 _NAMESPACE = b"tandem"
+KEYS_KEY = b"keys"
+"""Key of the API keys' digests and limits, in the format of the key file."""
 
 
 def kv_put_if_absent(key: bytes, value: bytes) -> bool:
@@ -711,6 +719,46 @@ def free_resources() -> list[dict[str, float]]:
     from ray._private import state
 
     return list(state.available_resources_per_node().values())
+
+
+def read_remote_kv(gcs_address: str, key: bytes, timeout_s: float) -> bytes | None:
+    """Return the value of a key in a cluster that this process is not connected to, or None.
+
+    Raises:
+        RayError: The GCS does not answer in time, or rejects the token.
+    """
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # Cython
+
+    client = GcsClient(address=gcs_address)
+    value: bytes | None = client.internal_kv_get(key, _NAMESPACE, timeout=timeout_s)
+    return value
+
+
+def read_dashboard_address(gcs_address: str, timeout_s: float) -> str | None:
+    """Return host and port of the dashboard of a cluster, or None.
+
+    Raises:
+        RayError: The GCS does not answer in time, or rejects the token.
+    """
+    from ray._private import ray_constants
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # Cython
+
+    namespace = ray_constants.KV_NAMESPACE_DASHBOARD
+    client = GcsClient(address=gcs_address)
+    address = client.internal_kv_get(b"webui:url", namespace, timeout=timeout_s)
+    return address.decode() if address else None
+
+
+def write_remote_kv(gcs_address: str, key: bytes, value: bytes, timeout_s: float) -> None:
+    """Store a value in a cluster that this process is not connected to.
+
+    Raises:
+        RayError: The GCS does not answer in time, or rejects the token.
+    """
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # Cython
+
+    client = GcsClient(address=gcs_address)
+    client.internal_kv_put(key, value, True, _NAMESPACE, timeout=timeout_s)
 
 
 def count_cpu_nodes(min_cpus: float, timeout_s: float) -> int:

@@ -17,7 +17,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.accounting.usage_log import UsageLog
 from cluster.client.transport import LinkOffer
-from cluster.config import TandemConfig
+from cluster.config import RouterConfig, TandemConfig
 from cluster.config.file import ALL_ADDRESSES, is_loopback, key_file_path
 from cluster.gateway import (
     Gateway,
@@ -29,16 +29,18 @@ from cluster.gateway import (
     Wiring,
 )
 from cluster.gateway.serve_http import ServeAdapter, end_http10_bodies_by_closing
-from cluster.key_file import KeyFile
+from cluster.key_file import ClusterKeys, KeyFile, KeySource
 from cluster.leaks import MemoryWatch
 from cluster.link import RequestHead, ResponseHead, TlsContexts, answer_locally, tls_contexts
 from cluster.models.store import home
 from cluster.periodic import run_in_daemon_thread
 from cluster.ray_internals import (
+    KEYS_KEY,
     DeploymentID,
     confine_replica_to_loopback,
     get_http_host,
     get_serve_logs_dir,
+    kv_get_many,
     wrap_http_app,
 )
 from cluster.tracing import start_tracer
@@ -56,6 +58,8 @@ logger = logging.getLogger("ray.serve.tandem")
 
 HTTP_HOST_TIMEOUT_S = 60.0
 """Maximum time for Serve's controller to answer a starting router; longer than its restart."""
+KEYS_TIMEOUT_S = 2.0
+"""Maximum time for a read of the cluster's keys, in seconds."""
 USAGE_FILE = "usage-{app}.sqlite3"
 """Name of the usage file in the cluster's home; all routers of a machine share it."""
 
@@ -88,7 +92,7 @@ class Router:
         }
         self._config = config
         self._is_exposed = not is_loopback(http_host)
-        self._key_file = _key_file(config)
+        self._key_file = _key_file(config.router)
         self._nodes = RayNodes(self._on_draining_nodes)
         self._gateway = Gateway(
             config,
@@ -139,8 +143,9 @@ class Router:
         before, self._config = self._config, config
         if config == before:  # right after the start
             return
-        if config.router.keys_file != before.router.keys_file:
-            self._key_file = _key_file(config)
+        now, then = config.router, before.router
+        if (now.keys_file, now.keys_in_cluster) != (then.keys_file, then.keys_in_cluster):
+            self._key_file = _key_file(config.router)
             await run_in_daemon_thread(self._key_file.refresh, "tandem-keys")
         self._gateway.reconfigure(config, self._key_file, needs_keys=self._needs_keys(config))
         self._max_answer_s = config.max_answer_s
@@ -208,11 +213,6 @@ class Router:
             close_request_log(self._log)
 
 
-def _key_file(config: TandemConfig) -> KeyFile:
-    is_expected = config.router.keys_file is not None
-    return KeyFile(key_file_path(config.router), expected=is_expected)
-
-
 def ingress_host(node_address: str, http_host: str | None) -> str | None:
     """Return the address on which a router's HTTP server listens; None for Serve's choice.
 
@@ -223,6 +223,16 @@ def ingress_host(node_address: str, http_host: str | None) -> str | None:
     if is_loopback(http_host):  # on such a cluster, one node serves HTTP
         return None
     return "::" if ":" in node_address else ALL_ADDRESSES
+
+
+def _key_file(config: RouterConfig) -> KeySource:
+    if not config.keys_in_cluster:
+        return KeyFile(key_file_path(config), expected=config.keys_file is not None)
+
+    def read() -> bytes | None:
+        return next(iter(kv_get_many([KEYS_KEY], KEYS_TIMEOUT_S)), None)
+
+    return ClusterKeys(read, expected=not config.open)
 
 
 def _start_usage(config: TandemConfig, application: str) -> UsageAccount:

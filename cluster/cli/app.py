@@ -50,11 +50,50 @@ def up(
     monitoring: Annotated[
         bool, Option("--monitoring", help="Also start Prometheus with Tandem's alert rules.")
     ] = False,
+    head: Annotated[
+        bool, Option("--head", help="Let other nodes join; HTTP listens on all addresses.")
+    ] = False,
+    address: Annotated[
+        str | None,
+        Option(help="Address of this node for the others.", show_default="of the default route"),
+    ] = None,
 ) -> None:
     """Start the cluster and stay attached; Ctrl-C stops it."""
-    from cluster.cli.lifecycle import up
+    from cluster.cli.lifecycle import head_address, up
 
-    up(config, overrides or [], detach=detach, monitoring=monitoring)
+    own = head_address(address) if head else None
+    if address and not head:
+        raise typer.BadParameter("--address needs --head")
+    up(config, overrides or [], detach=detach, monitoring=monitoring, address=own)
+
+
+@app.command()
+def join(
+    head: Annotated[str, Argument(metavar="HEAD[:PORT]", help="Address of the head.")],
+    address: Annotated[
+        str | None,
+        Option(help="Address of this node for the others.", show_default="of the route to HEAD"),
+    ] = None,
+    token_file: Annotated[
+        Path | None,
+        Option(
+            "--token-file",
+            metavar="FILE",
+            help="Copy of the head's ray-token.",
+            show_default="RAY_AUTH_TOKEN, or the token stored before",
+        ),
+    ] = None,
+    num_cpus: Annotated[
+        int | None, Option(min=1, help="Logical CPUs.", show_default="the machine's cores")
+    ] = None,
+    timeout_s: Annotated[float, Option(min=1, help="Maximum duration in seconds.")] = 120.0,
+    detach: Annotated[bool, Option("-d", "--detach", help="Return once the node joined.")] = False,
+) -> None:
+    """Join a cluster that `tandem up --head` started; Ctrl-C or `tandem down` leaves it."""
+    from cluster.cli.lifecycle import join
+    from cluster.launch.join import JoinOptions
+
+    join(JoinOptions(head, address, num_cpus, token_file, timeout_s), detach=detach)
 
 
 @app.command()
@@ -63,7 +102,7 @@ def down(
         float, Option(min=0, help="Seconds for running requests to finish; 0 cancels them.")
     ] = 30.0,
 ) -> None:
-    """Stop the cluster, or clean up after a crash."""
+    """Stop the cluster, leave the one that was joined, or clean up after a crash."""
     from cluster.cli.lifecycle import down
 
     down(drain_s)

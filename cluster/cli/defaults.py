@@ -8,14 +8,17 @@ from pathlib import Path
 from cluster.config.file import LoadedConfig, load
 from cluster.errors import ConfigError, StartError
 from cluster.launch import state
-from cluster.launch.serve_api import ServeApi, ray_token
+from cluster.launch.auth import ray_token
+from cluster.launch.serve_api import ServeApi
 from cluster.models.store import home
 
 CONFIG_NAME = "ray-config.yaml"
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
-def load_config(path: Path | None, overrides: Sequence[str]) -> LoadedConfig:
+def load_config(
+    path: Path | None, overrides: Sequence[str], *, address: str | None = None
+) -> LoadedConfig:
     """Load ``path``, or by default ``ray-config.yaml`` of this directory or Tandem's checkout.
 
     Raises:
@@ -25,7 +28,7 @@ def load_config(path: Path | None, overrides: Sequence[str]) -> LoadedConfig:
     found = path or next((default for default in defaults if default.is_file()), None)
     if found is None:
         raise ConfigError(f"no {CONFIG_NAME} in {Path.cwd()}; pass a file with --config")
-    return load(found, overrides)
+    return load(found, overrides, address=address)
 
 
 @contextmanager
@@ -38,7 +41,7 @@ def running_application() -> Iterator[tuple[ServeApi, str]]:
     running = state.load(home())
     if running is None:
         raise StartError("No cluster is running; start one with `tandem up`.")
-    with ServeApi(running.dashboard_url, ray_token(os.environ)) as api:
+    with ServeApi(running.dashboard_url, ray_token(os.environ, home())) as api:
         yield api, running.application
 
 

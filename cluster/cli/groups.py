@@ -189,7 +189,7 @@ def keys_add(
     config: ConfigOption = None,
 ) -> None:
     """Create a key and print it once; running routers accept it at once."""
-    from cluster.cli.keys import add, key_file
+    from cluster.cli.keys import add, key_file, publish
 
     if max_ongoing is not None:
         typer.echo("--max-ongoing is deprecated; use --max-concurrent.", err=True)
@@ -200,7 +200,9 @@ def keys_add(
         "max_concurrent": max_ongoing if max_concurrent is None else max_concurrent,
         "tokens_per_day": tokens_per_day,
     }
-    add(key_file(file, config), tenant, priority, models or None, limits)
+    path = key_file(file, config)
+    add(path, tenant, priority, models or None, limits)
+    publish(path)
 
 
 @keys_app.command("list")
@@ -222,9 +224,11 @@ def keys_revoke(
     config: ConfigOption = None,
 ) -> None:
     """Delete a key; running routers reject it at once."""
-    from cluster.cli.keys import key_file, revoke
+    from cluster.cli.keys import key_file, publish, revoke
 
-    revoke(key_file(file, config), key_id)
+    path = key_file(file, config)
+    revoke(path, key_id)
+    publish(path)
 
 
 @config_app.command("check")
@@ -261,8 +265,12 @@ def config_diff(
     """Show what deploying the configuration to the running cluster would change and restart."""
     from cluster.cli.config import diff
     from cluster.cli.defaults import load_config
+    from cluster.launch import state
+    from cluster.models.store import home
 
-    diff(load_config(config, overrides or []), as_json=as_json)
+    running = state.load(home())
+    address = running.address if running else None
+    diff(load_config(config, overrides or [], address=address), as_json=as_json)
 
 
 _RolloutModel = Annotated[

@@ -10,9 +10,11 @@ from rich.table import Table
 
 from cluster.admission.keys import KeyFileContents, TenantEntry, digest, new_key, parse_keys
 from cluster.cli.defaults import load_config
-from cluster.config.file import key_file_path
+from cluster.config.file import KEY_FILE, key_file_path
 from cluster.errors import ConfigError
 from cluster.key_file import lock_keys, read_keys, write_keys
+from cluster.launch.shared_keys import prepare, publish_keys
+from cluster.models.store import home
 
 _TITLES = {
     "requests_per_minute": "requests/min",
@@ -23,6 +25,13 @@ _TITLES = {
 
 
 def key_file(file: Path | None, config: Path | None) -> Path:
+    """Return the key file to change or list.
+
+    Raises:
+        ConfigError: by default, on a node that joined a cluster.
+    """
+    if file is None:
+        prepare(home())  # loading the configuration may import Ray
     return file or key_file_path(load_config(config, []).config.router)
 
 
@@ -88,6 +97,12 @@ def revoke(path: Path, key_id: str) -> None:
         remaining = tuple(key for key in contents.keys if key != matches[0])
         write_keys(path, KeyFileContents(tenants=contents.tenants, keys=remaining))
     typer.echo(f"revoked key {matches[0].id} of tenant {matches[0].tenant}")
+
+
+def publish(path: Path) -> None:
+    """Apply a change of the key file of this Tandem home to all nodes of the running cluster."""
+    if path == home() / KEY_FILE and publish_keys(home(), path):
+        typer.echo("All nodes of the cluster use it within a few seconds.", err=True)
 
 
 def _read(path: Path) -> KeyFileContents:

@@ -1,5 +1,7 @@
 """``tandem up`` and ``tandem down``."""
 
+import ipaddress
+import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,11 +11,13 @@ from rich.console import Console
 from cluster.cli.defaults import load_config
 from cluster.cli.models import build_missing
 from cluster.cli.progress import StartProgress
-from cluster.cli.recipes import print_recipes
-from cluster.errors import StartError
-from cluster.launch import processes
+from cluster.cli.recipes import print_join, print_recipes
+from cluster.errors import ConfigError, StartError
+from cluster.launch import processes, state
 from cluster.launch.gpus import check_gpus_fit, count_gpus, gpu_settings
-from cluster.launch.start import start
+from cluster.launch.join import JoinOptions
+from cluster.launch.join import join as run_join
+from cluster.launch.start import StartResult, start
 from cluster.launch.stop import StopResult, stop
 from cluster.models.store import home, resolve
 
@@ -21,7 +25,14 @@ ATTACHED_DRAIN_S = 10.0  # after Ctrl-C
 POLL_S = 0.5
 
 
-def up(config: Path | None, overrides: Sequence[str], *, detach: bool, monitoring: bool) -> None:
+def up(
+    config: Path | None,
+    overrides: Sequence[str],
+    *,
+    detach: bool,
+    monitoring: bool,
+    address: str | None,
+) -> None:
     """Start a cluster, and unless ``detach`` is set stay until a signal stops it.
 
     Raises:
@@ -30,29 +41,76 @@ def up(config: Path | None, overrides: Sequence[str], *, detach: bool, monitorin
     """
     processes.interrupt_on_termination()
     console = Console()
-    loaded = load_config(config, overrides)
+    loaded = load_config(config, overrides, address=address)
     num_gpus = count_gpus()
     if settings := gpu_settings(loaded.config, num_gpus):
-        loaded = load_config(config, [*overrides, *settings])
+        loaded = load_config(config, [*overrides, *settings], address=address)
         console.print(f"GPUs: {' '.join(settings)}", highlight=False, soft_wrap=True)
-    check_gpus_fit(loaded.config, num_gpus)
+    if address is None:  # other nodes may have the GPUs
+        check_gpus_fit(loaded.config, num_gpus)
     build_missing(console, loaded.config)
     for model in loaded.config.model_files:
         resolve(model)  # raises ConfigError if it does not exist
     with StartProgress(console) as progress:
-        started = start(loaded, home(), progress.show, monitoring=monitoring)
-    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in started.phases.items())
-    text = f"healthy after {sum(started.phases.values()):.1f} s ({parts})"
-    console.print(text, highlight=False, soft_wrap=True)
+        started = start(loaded, home(), progress.show, monitoring=monitoring, address=address)
+    _print_duration(console, "healthy", started)
     print_recipes(console, loaded.config, started.state)
+    if address is not None:
+        print_join(console, started.state, home())
     if not detach:
         _stay(console)
+
+
+def join(options: JoinOptions, *, detach: bool) -> None:
+    """Join a cluster, and unless ``detach`` is set stay until a signal makes this node leave.
+
+    Raises:
+        StartError: the join failed; everything was stopped again.
+    """
+    processes.interrupt_on_termination()
+    console = Console()
+    with StartProgress(console) as progress:
+        joined = run_join(options, home(), progress.show)
+    _print_duration(console, "joined", joined)
+    http = f"{joined.state.http_url} as soon as a replica runs on this node"
+    console.print(f"\nHTTP       {http}", highlight=False)
+    console.print(f"dashboard  {joined.state.dashboard_url}", highlight=False)
+    if not detach:
+        _stay(console)
+
+
+def _print_duration(console: Console, result: str, started: StartResult) -> None:
+    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in started.phases.items())
+    text = f"{result} after {sum(started.phases.values()):.1f} s ({parts})"
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def head_address(address: str | None) -> str:
+    """Return ``address``, or by default this machine's address on its default route.
+
+    Raises:
+        ConfigError: the address is not usable by other nodes.
+    """
+    if address is None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect(("192.0.2.1", 9))  # sends nothing (RFC 5737)
+            except OSError:
+                raise ConfigError("this machine has no default route; pass --address") from None
+            address = str(probe.getsockname()[0])
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        raise ConfigError(f"--address: got {address!r}; it must be an IP address") from None
+    if found.is_loopback or found.is_unspecified:
+        raise ConfigError(f"--address: got {address}, which other nodes cannot reach")
+    return address
 
 
 def _stay(console: Console) -> None:
     console.print("\nPress Ctrl-C to stop.", style="bold")
     try:
-        while processes.has_head(processes.find(home())):
+        while state.is_alive(processes.find(home()), state.load(home())):
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         console.print("stopping; press Ctrl-C again to cancel running requests")

@@ -31,7 +31,7 @@ def run(request_id: str | None, directory: Path | None, *, as_json: bool) -> Non
     """
     root = directory or log_directory(home())
     if request_id is None:
-        running = directory is not None or processes.has_head(processes.find(home()))
+        running = directory is not None or bool(processes.find(home()))
         _overview(root, running=running, as_json=as_json)
         return
     found = entries_for_request(root, request_id)

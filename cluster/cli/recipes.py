@@ -1,11 +1,13 @@
 """Output of ``tandem up`` after the start: addresses, and example commands for each API."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from cluster.config import TandemConfig
+from cluster.launch.auth import token_file
 from cluster.launch.state import ClusterState
 
 QUESTION = "What is the capital of France?"
@@ -19,6 +21,19 @@ def print_recipes(console: Console, config: TandemConfig, state: ClusterState) -
     for title, command in recipes(config, state.http_url):
         console.print(f"# {title}", style="dim", highlight=False)
         console.print(command, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_join(console: Console, state: ClusterState, home: Path) -> None:
+    """Print how other nodes join, and what Ray jobs need."""
+    token = token_file(home)
+    lines = [
+        f"\n# On each further node, with a copy of {token}:",
+        f"tandem join {state.ray_address} --token-file {token.name}",
+        "# In the shell of other Ray jobs:",
+        f"export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={token}",
+    ]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def recipes(config: TandemConfig, url: str) -> list[tuple[str, str]]:

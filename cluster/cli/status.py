@@ -11,6 +11,7 @@ from rich.table import Column, Table
 
 from cluster.cli.router_client import DATA_PATH, connect
 from cluster.errors import TandemError
+from cluster.launch.other_ray import read_other_status
 from cluster.launch.serve_api import DeploymentStatus, reason
 from cluster.launch.state import ClusterStatus, read_status
 from cluster.models.store import home
@@ -22,7 +23,7 @@ Conditions = Mapping[str, str]
 
 
 def run(key: str | None, *, as_json: bool) -> None:
-    found = read_status(home())
+    found = read_status(home()) or read_other_status()
     conditions = _read_conditions(found, key)
     if as_json:
         details = (
@@ -71,8 +72,10 @@ def _print(console: Console, found: ClusterStatus, conditions: Conditions) -> No
         table.add_row("Prometheus", state.prometheus_url)
     table.add_row("Ray jobs", f"RAY_ADDRESS={state.ray_address}")
     table.add_row("uptime", _duration(state.uptime_s))
-    memory = f"{found.rss_bytes / 2**30:.1f} GiB (shared pages count in each)"
-    table.add_row("processes", f"{found.num_processes}, {memory}")
+    if found.num_processes:
+        memory = f"{found.rss_bytes / 2**30:.1f} GiB (shared pages count in each)"
+        where = "" if state.address is None else " on this node"
+        table.add_row("processes", f"{found.num_processes}{where}, {memory}")
     unknown = "unknown: Ray's dashboard does not respond (see `tandem doctor`)"
     table.add_row("application", application.status if application else unknown)
     console.print(table, highlight=False)

@@ -48,8 +48,11 @@ class LoadedConfig:
     """``path=value`` strings from the command line."""
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
+def load(path: Path, overrides: Sequence[str] = (), *, address: str | None = None) -> LoadedConfig:
     """Read ``path``, apply the ``path=value`` overrides, and validate the result.
+
+    With ``address``, that of the head of several nodes, every node serves HTTP on all its
+    addresses.
 
     Raises:
         ConfigError: one line with the field, the value and what is allowed.
@@ -63,14 +66,15 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
     _check_serve_level(serve_config)
     config = parse(application.get("args") or {})
     host, port = _http_address(serve_config)
+    if address is not None:
+        host = _host_of_every_node(host)
+        serve_config["proxy_location"] = "EveryNode"
     keys = key_file_path(config.router)
     _check_exposure(host, config, keys)
-    if config.router.keys_file or keys.exists():
-        # Explicit in the deployed config: a router that cannot find the file rejects all requests.
+    if found := _key_source(config.router, keys, several_nodes=address is not None):
         args = application["args"] = {**(application.get("args") or {})}
-        args["router"] = {**(args.get("router") or {}), "keys_file": str(keys)}
-        router = config.router.model_copy(update={"keys_file": str(keys)})
-        config = config.model_copy(update={"router": router})
+        args["router"] = {**(args.get("router") or {}), **found}
+        config = config.model_copy(update={"router": config.router.model_copy(update=found)})
     # With HAProxy, Serve listens on all addresses by default.
     serve_config["http_options"] = {**(serve_config.get("http_options") or {}), "host": host}
     return LoadedConfig(
@@ -82,6 +86,16 @@ def load(path: Path, overrides: Sequence[str] = ()) -> LoadedConfig:
         http_port=port,
         overrides=tuple(overrides),
     )
+
+
+def _key_source(router: RouterConfig, keys: Path, *, several_nodes: bool) -> dict[str, Any]:
+    """Return the router's settings of its keys, explicit in the deployed configuration.
+
+    A router that cannot find a configured key file rejects all requests.
+    """
+    if several_nodes and router.keys_file is None:
+        return {"keys_in_cluster": True}
+    return {"keys_file": str(keys)} if router.keys_file or keys.exists() else {}
 
 
 def key_file_path(router: RouterConfig) -> Path:
@@ -156,6 +170,16 @@ def _http_address(serve_config: dict[str, Any]) -> tuple[str, int]:
     if not isinstance(port, int) or not 1 <= port <= 65535:  # Serve does not check the range
         raise ConfigError(f"http_options.port: got {port!r}; allowed: 1 to 65535")
     return host, port
+
+
+def _host_of_every_node(host: str) -> str:
+    if is_loopback(host):
+        return ALL_ADDRESSES
+    if host not in (ALL_ADDRESSES, "::"):
+        raise ConfigError(
+            f"http_options.host: got {host!r}, which only one node can have; use {ALL_ADDRESSES}"
+        )
+    return host
 
 
 def _check_exposure(host: str, config: TandemConfig, keys: Path) -> None:

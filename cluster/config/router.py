@@ -82,6 +82,9 @@ class RouterConfig(Section):
     keys_file: str | None = None
     """Key file written by `tandem keys`. Default: `keys.yaml` in Tandem's home, if it exists.
     Without any key the router accepts every request on loopback, and none on other addresses."""
+    keys_in_cluster: bool = False
+    """True if the routers of all nodes take the keys of `tandem keys` from Ray's GCS.
+    `tandem up --head` sets it unless `keys_file` is set."""
     open: bool = False
     """True if a router without keys accepts every request on any address, for example behind a
     proxy that authenticates."""
@@ -148,7 +151,8 @@ class RouterConfig(Section):
     @property
     def requires_keys(self) -> bool:
         """True if requests need an API key. Valid after loading, which fills in ``keys_file``."""
-        return bool(self.api_keys_sha256 or self.operator_keys_sha256 or self.keys_file)
+        keys = self.api_keys_sha256 or self.operator_keys_sha256 or self.keys_file
+        return bool(keys) or (self.keys_in_cluster and not self.open)
 
     @model_validator(mode="after")
     def _check_min(self) -> Self:

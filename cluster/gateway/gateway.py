@@ -49,7 +49,7 @@ from cluster.gateway.reporting.load_reports import LoadReports
 from cluster.gateway.reporting.pool_gauges import export_pool_gauges
 from cluster.gateway.reporting.usage_report import UsageReport
 from cluster.gateway.router_links import RouterLinks
-from cluster.key_file import KeyFile
+from cluster.key_file import KeySource
 from cluster.metrics import Registry, table
 from cluster.routing import RequestBody
 from cluster.routing.fingerprint import prepare_decoders
@@ -84,7 +84,7 @@ class Gateway:
         wirings: Mapping[str, Wiring],
         *,
         versions: Mapping[str, str] | None = None,
-        key_file: KeyFile | None = None,
+        key_file: KeySource | None = None,
         tracer: "Tracer | None" = None,
         usage: UsageAccount | None = None,
         routers: RouterLinks | None = None,
@@ -130,7 +130,7 @@ class Gateway:
         self._builtin.add_drains(Drains(self.pools, routers, nodes or NodeDrains()))
 
     def reconfigure(
-        self, config: TandemConfig, key_file: KeyFile | None, *, needs_keys: bool
+        self, config: TandemConfig, key_file: KeySource | None, *, needs_keys: bool
     ) -> None:
         """Apply another configuration with the same pools; running requests go on.
 

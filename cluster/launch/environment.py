@@ -1,7 +1,7 @@
 """Environment variables of every process of a cluster: its id, and settings of Ray and Serve.
 
 Ray and Serve read most of them when a process starts, so they must be complete before the head
-starts. Variables set by the user win, except those that keep the cluster on loopback.
+starts. Variables set by the user win, except those that close the cluster to others.
 """
 
 import os
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from cluster.launch import auth
 from cluster.launch.processes import CLUSTER_ID, HOME
 from cluster.ray_internals import LOOPBACK_VARIABLE, check_haproxy_template
 
@@ -29,8 +30,18 @@ def sockets_dir(cluster_id: str) -> Path:
 
 
 def cluster_environment(
-    base: Mapping[str, str], home: Path, cluster_id: str, *, haproxy: bool
+    base: Mapping[str, str],
+    home: Path,
+    cluster_id: str,
+    *,
+    haproxy: bool,
+    several_nodes: bool = False,
 ) -> dict[str, str]:
+    """Return the environment of all processes of one node.
+
+    With ``several_nodes``, Ray listens on the node's address and requires the token in ``home``;
+    otherwise all its ports are on loopback.
+    """
     defaults = {
         "RAY_USAGE_STATS_ENABLED": "0",
         # Ray's default niceness (15) suits batch jobs. Replicas serve requests and must not wait
@@ -59,8 +70,8 @@ def cluster_environment(
         # Ray sets process titles, which would overwrite /proc/PID/environ (setproctitle).
         "SPT_NOENV": "1",
         # With 0, the node is 127.0.0.1 and Ray binds its ports to it. With 1 (the default on
-        # Linux) they are bound to all addresses, without authentication.
-        LOOPBACK_VARIABLE: "0",
+        # Linux) they are bound to all addresses.
+        LOOPBACK_VARIABLE: "1" if several_nodes else "0",
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), base.get("PATH", "")]),
     }
     if haproxy:
@@ -80,7 +91,11 @@ def cluster_environment(
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "state"),
         }
-    inherited = {name: value for name, value in base.items() if name != "RAY_ADDRESS"}
+    dropped = {"RAY_ADDRESS"}
+    if several_nodes:
+        fixed |= auth.token_variables(home)
+        dropped.add(auth.TOKEN)  # Ray prefers it to the file
+    inherited = {name: value for name, value in base.items() if name not in dropped}
     return {**defaults, **inherited, **fixed}
 
 

@@ -23,7 +23,7 @@ REQUEST_LOGS = "serve/tandem_requests_*"
 """Glob of the routers' request logs, relative to the log directory."""
 _TIMESTAMP = re.compile(rb"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d+)?")
 _TAIL_BYTES = 1024**2
-_LOG_DIR_OPTION = re.compile(r"^--log[_-]dir=(.+)$")
+_LOG_DIR_OPTION = re.compile(r"^--logs?[_-]dir=(.+)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def log_directory(home: Path) -> Path:
     """
     for owned in processes.find(home):
         try:
-            arguments = owned.process.cmdline() if owned.name == "gcs_server" else []
+            arguments = owned.process.cmdline()
         except psutil.Error:
             continue
         for argument in arguments:

@@ -11,6 +11,8 @@ import psutil
 from cluster.config.file import LoadedConfig
 from cluster.launch import processes
 
+LOOPBACK = "127.0.0.1"
+
 
 @dataclass(frozen=True, slots=True)
 class Port:
@@ -21,7 +23,7 @@ class Port:
     """Purpose, for messages."""
     setting: str
     """Option or variable that changes the port."""
-    host: str = "127.0.0.1"
+    host: str = LOOPBACK
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,23 +51,30 @@ class BusyPort:
         )
 
 
-def required_ports(loaded: LoadedConfig, *, haproxy: bool, monitoring: bool) -> list[Port]:
-    """Return the fixed ports of a cluster; Ray and Serve choose further, free ones."""
+def required_ports(
+    loaded: LoadedConfig, *, haproxy: bool, monitoring: bool, address: str = LOOPBACK
+) -> list[Port]:
+    """Return the fixed ports of a head; Ray and Serve choose further, free ones."""
     cluster = loaded.config.cluster
     ports = [
         Port(loaded.http_port, "HTTP", "--set http_options.port=…", loaded.http_host),
-        Port(cluster.ray_port, "Ray's GCS", "--set cluster.ray_port=…"),
-        Port(cluster.dashboard_port, "the dashboard", "--set cluster.dashboard_port=…"),
+        Port(cluster.ray_port, "Ray's GCS", "--set cluster.ray_port=…", address),
+        Port(cluster.dashboard_port, "the dashboard", "--set cluster.dashboard_port=…", address),
     ]
     if haproxy:
-        ports += [
-            _from_variable("RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", 8500, "Serve's fallback proxy"),
-            _from_variable("RAY_SERVE_HAPROXY_STATS_PORT", 8404, "HAProxy's statistics"),
-            _from_variable("RAY_SERVE_HAPROXY_METRICS_PORT", 9101, "HAProxy's metrics"),
-        ]
+        fallback = "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"
+        ports += [_from_variable(fallback, 8500, "Serve's fallback proxy"), *haproxy_ports()]
     if monitoring:
         ports.append(Port(cluster.prometheus_port, "Prometheus", "--set cluster.prometheus_port=…"))
     return ports
+
+
+def haproxy_ports() -> list[Port]:
+    """Return the further ports of the HAProxy of each node."""
+    return [
+        _from_variable("RAY_SERVE_HAPROXY_STATS_PORT", 8404, "HAProxy's statistics"),
+        _from_variable("RAY_SERVE_HAPROXY_METRICS_PORT", 9101, "HAProxy's metrics"),
+    ]
 
 
 def _from_variable(variable: str, default: int, use: str) -> Port:

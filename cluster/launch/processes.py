@@ -18,8 +18,8 @@ from cluster.errors import StartError
 
 CLUSTER_ID = "TANDEM_CLUSTER_ID"
 HOME = "TANDEM_HOME"
-HEAD = frozenset({"gcs_server", "raylet"})
-"""Names of the processes that make up Ray's head."""
+HEAD, NODE = frozenset({"gcs_server", "raylet"}), frozenset({"raylet"})
+"""Names of the processes that make up Ray's head, and another node."""
 POLL_S = 0.05
 
 
@@ -64,11 +64,6 @@ def find(home: Path) -> list[ClusterProcess]:
                 process = psutil.Process(int(entry))
                 found.append(ClusterProcess(process, process.name(), environment[CLUSTER_ID]))
     return found
-
-
-def has_head(owned: list[ClusterProcess]) -> bool:
-    """Return True if Ray's head runs. Without its GCS or its raylet, a cluster is dead."""
-    return {process.name for process in owned} >= HEAD
 
 
 def environment_of(pid: int) -> dict[str, str]:

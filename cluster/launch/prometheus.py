@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from cluster.errors import StartError
-from cluster.launch.serve_api import ray_token
+from cluster.launch.auth import ray_token
 from cluster.launch.starter import HOUSEKEEPING_NICE
 from cluster.launch.starter_process import last_line
 from cluster.launch.state import ClusterState
@@ -81,7 +81,7 @@ def start(
     directory.mkdir(parents=True, exist_ok=True)
     config = directory / "prometheus.yml"
     rules = sorted(str(path) for path in RULES.glob("*.yml"))
-    targets = scrape_targets(cluster, directory, requires_keys=requires_keys)
+    targets = scrape_targets(cluster, home, requires_keys=requires_keys)
     config.write_text(configuration(targets, rules), encoding="utf-8")
     command = [
         *("nice", "-n", str(HOUSEKEEPING_NICE)),  # lower priority than serving
@@ -102,13 +102,14 @@ def start(
     return PrometheusProcess(process, log)
 
 
-def scrape_targets(cluster: ClusterState, directory: Path, *, requires_keys: bool) -> Targets:
+def scrape_targets(cluster: ClusterState, home: Path, *, requires_keys: bool) -> Targets:
     """Return the targets; the router only if it requires no key or ``TANDEM_API_KEY`` has one."""
+    directory = monitoring_dir(home)
     key = os.environ.get("TANDEM_API_KEY") if requires_keys else None
     return Targets(
         dashboard=cluster.dashboard_url,
         ingress=urlsplit(cluster.http_url).netloc if key or not requires_keys else None,
-        token_file=write_secret(directory / "ray-token", ray_token(os.environ)),
+        token_file=write_secret(directory / "ray-token", ray_token(os.environ, home)),
         key_file=write_secret(directory / "router-key", key),
         uses_tls=urlsplit(cluster.http_url).scheme == "https",
     )

@@ -4,7 +4,6 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import httpx
@@ -16,19 +15,6 @@ _SERVE_SETTINGS = ("proxy_location", "http_options", "grpc_options")
 POLL_S = 0.1
 # On the first request the dashboard imports Serve, which takes seconds.
 REQUEST_TIMEOUT_S = 30.0
-
-
-def ray_token(environment: Mapping[str, str]) -> str | None:
-    """Return the token that Ray reads from ``environment``; None without RAY_AUTH_MODE=token."""
-    if environment.get("RAY_AUTH_MODE", "").lower() != "token":
-        return None
-    if token := environment.get("RAY_AUTH_TOKEN"):
-        return token
-    path = Path(environment.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
-    try:
-        return path.read_text(encoding="utf-8").strip() or None
-    except OSError:
-        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +71,17 @@ class ApplicationStatus:
         return reason(self.message) if self.status == "DEPLOY_FAILED" else None
 
 
+@dataclass(frozen=True, slots=True)
+class TandemDetails:
+    """Tandem's application in a cluster, and where Serve listens."""
+
+    application: str
+    http_host: str | None
+    http_port: int | None
+    deployed_at: float
+    """Unix time."""
+
+
 class ServeApi:
     """Client of one cluster's dashboard; ``token`` is required with ``RAY_AUTH_MODE=token``."""
 
@@ -116,6 +113,20 @@ class ServeApi:
         except (httpx.TransportError, ValueError, KeyError):  # it died, or is not a dashboard
             return False
         return True
+
+    def find(self, import_path: str) -> TandemDetails | None:
+        """Return the application with this import path; None without one or without an answer."""
+        try:
+            response = self._http.get(APPLICATIONS)
+            details = response.json() if response.is_success else {}
+        except (httpx.TransportError, ValueError):
+            return None
+        http = details.get("http_options") or {}
+        for name, application in details.get("applications", {}).items():
+            if (application.get("deployed_app_config") or {}).get("import_path") == import_path:
+                deployed_at = application.get("last_deployed_time_s") or 0.0
+                return TandemDetails(name, http.get("host"), http.get("port"), deployed_at)
+        return None
 
     def deployed_args(self, name: str) -> dict[str, Any]:
         """Return the ``args`` with which an application was deployed.

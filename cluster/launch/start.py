@@ -5,19 +5,23 @@ import fcntl
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from cluster.config.file import LoadedConfig
+from cluster.config import RouterConfig
+from cluster.config.file import LoadedConfig, key_file_path
 from cluster.errors import StartError
-from cluster.launch import environment, ports, processes, prometheus, state
+from cluster.key_file import read_keys
+from cluster.launch import auth, environment, ports, processes, prometheus, state
+from cluster.launch.ports import LOOPBACK
 from cluster.launch.serve_api import ApplicationStatus, parse_application
-from cluster.launch.starter import StarterInput
-from cluster.launch.starter_process import LOOPBACK, ray_params, run_starter
+from cluster.launch.starter import HeadInfo, StarterInput
+from cluster.launch.starter_process import head_params, run_starter
 from cluster.launch.stop import stop
 
 POLL_S = 0.1
@@ -62,22 +66,38 @@ class StartResult:
 
 
 def start(
-    loaded: LoadedConfig, home: Path, observe: StartObserver, *, monitoring: bool = False
+    loaded: LoadedConfig,
+    home: Path,
+    observe: StartObserver,
+    *,
+    monitoring: bool = False,
+    address: str | None = None,
 ) -> StartResult:
     """Start a cluster and return once all deployments are healthy.
 
     After any exception, everything already started is stopped again. ``monitoring`` starts
-    Prometheus as well.
+    Prometheus as well. Other nodes can join if ``address`` is this node's address.
 
     Raises:
         StartError: a cluster runs already, a port is in use, Prometheus is not installed, or a
             part did not become healthy in time.
     """
     phases = Phases(observe)
-    with _start_lock(home):
+    with start_lock(home):
         phases.enter("checks")
-        _check(loaded, home, monitoring=monitoring)
-        started = _new_state(loaded, monitoring=monitoring)
+        clear_home(home)
+        required = ports.required_ports(
+            loaded,
+            haproxy=environment.uses_haproxy(),
+            monitoring=monitoring,
+            address=address or LOOPBACK,
+        )
+        if monitoring:
+            prometheus.executable()
+        check_ports(required)
+        if address and not auth.store_token(os.environ, home):
+            auth.create_token(home)
+        started = _new_state(loaded, monitoring=monitoring, address=address)
         try:
             _start(loaded, home, started, phases)
         except BaseException:
@@ -87,32 +107,41 @@ def start(
     return StartResult(started, phases.seconds)
 
 
-def _check(loaded: LoadedConfig, home: Path, *, monitoring: bool) -> None:
+def clear_home(home: Path) -> None:
+    """End the leftovers of a crash.
+
+    Raises:
+        StartError: the cluster of this home runs.
+    """
     running = state.load(home)
     if owned := processes.find(home):
-        if running and processes.has_head(owned):
+        if running and state.is_alive(owned, running):
             raise StartError(
                 f"a cluster has been running for {running.uptime_s / 60:.0f} min at "
                 f"{running.http_url}. See `tandem status`, or stop it with `tandem down`."
             )
-        stop(home, drain_s=0)  # leftovers of a crash
-    haproxy = environment.uses_haproxy()
-    required = ports.required_ports(loaded, haproxy=haproxy, monitoring=monitoring)
-    if monitoring:
-        prometheus.executable()
+        stop(home, drain_s=0)
+
+
+def check_ports(required: Iterable[ports.Port]) -> None:
+    """Raise StartError if a port is in use."""
     if busy := ports.find_busy(required):
         raise StartError(" ".join(map(str, busy)))
 
 
-def _new_state(loaded: LoadedConfig, *, monitoring: bool) -> state.ClusterState:
+def _new_state(
+    loaded: LoadedConfig, *, monitoring: bool, address: str | None
+) -> state.ClusterState:
     cluster = loaded.config.cluster
-    host = {"0.0.0.0": LOOPBACK, "::": "[::1]"}.get(loaded.http_host, loaded.http_host)
+    local = {"0.0.0.0": address or LOOPBACK, "::": f"[{address or '::1'}]"}
+    host = local.get(loaded.http_host, loaded.http_host)
     return state.ClusterState(
         cluster_id=str(uuid.uuid4()),
         application=loaded.application,
-        http_url=f"{'https' if loaded.config.router.tls else 'http'}://{host}:{loaded.http_port}",
-        dashboard_url=f"http://{LOOPBACK}:{cluster.dashboard_port}",
-        ray_address=f"{RAY_HOST}:{cluster.ray_port}",
+        http_url=f"{_scheme(loaded)}://{host}:{loaded.http_port}",
+        dashboard_url=f"http://{address or LOOPBACK}:{cluster.dashboard_port}",
+        ray_address=f"{address or RAY_HOST}:{cluster.ray_port}",
+        address=address,
         config_path=str(loaded.path),
         started_at=time.time(),
         prometheus_url=f"http://{LOOPBACK}:{cluster.prometheus_port}" if monitoring else None,
@@ -125,27 +154,52 @@ def _start(loaded: LoadedConfig, home: Path, new: state.ClusterState, phases: Ph
     state.save(home, new)
     if haproxy:
         environment.write_haproxy_wrapper(new.cluster_id)
-    variables = environment.cluster_environment(os.environ, home, new.cluster_id, haproxy=haproxy)
+    variables = environment.cluster_environment(
+        os.environ, home, new.cluster_id, haproxy=haproxy, several_nodes=new.address is not None
+    )
     if new.prometheus_url:
         variables |= prometheus.ray_variables(home, new.prometheus_url)
     request = StarterInput(
-        ray=ray_params(loaded.config.cluster),
+        ray=head_params(loaded.config.cluster, new.address),
         ray_address=new.ray_address,
         serve=loaded.serve_config,
         application=new.application,
+        head=_head_info(loaded, new, haproxy=haproxy) if new.address else None,
+        keys=_keys(loaded.config.router),
     )
     deadline = time.monotonic() + loaded.config.cluster.ready_timeout_s
     log = state.run_dir(home) / "start.log"
     phases.enter("Ray")
     _follow(run_starter(request, variables, log, deadline), phases)
     phases.enter("HTTP")
-    _wait_for_http(f"{new.http_url}/-/healthz", deadline)
+    wait_for_http(f"{new.http_url}/-/healthz", deadline)
     if new.prometheus_url:
         phases.enter("Prometheus")
         requires_keys = loaded.config.router.requires_keys
         process = prometheus.start(home, new, variables, requires_keys=requires_keys)
-        _wait_for_http(f"{new.prometheus_url}/-/ready", deadline, process.check)
+        wait_for_http(f"{new.prometheus_url}/-/ready", deadline, process.check)
         process.detach()
+
+
+def _scheme(loaded: LoadedConfig) -> str:
+    return "https" if loaded.config.router.tls else "http"
+
+
+def _keys(router: RouterConfig) -> str | None:
+    contents = read_keys(key_file_path(router)) if router.keys_in_cluster else None
+    return contents.dump() if contents else None
+
+
+def _head_info(loaded: LoadedConfig, new: state.ClusterState, *, haproxy: bool) -> HeadInfo:
+    return HeadInfo(
+        tandem=version("tandem"),
+        application=new.application,
+        http_port=loaded.http_port,
+        http_scheme=_scheme(loaded),
+        haproxy=haproxy,
+        dashboard_url=new.dashboard_url,
+        object_store_memory_bytes=int(loaded.config.cluster.object_store_memory_bytes),
+    )
 
 
 def _follow(reports: Iterator[Mapping[str, Any]], phases: Phases) -> None:
@@ -181,7 +235,7 @@ def _unhealthy(status: ApplicationStatus | None) -> str:
     )
 
 
-def _wait_for_http(url: str, deadline: float, check: Callable[[], None] = lambda: None) -> None:
+def wait_for_http(url: str, deadline: float, check: Callable[[], None] = lambda: None) -> None:
     """Wait until ``url`` responds; ``check`` raises if it never will."""
     while not _is_ok(url):
         check()
@@ -200,7 +254,7 @@ def _is_ok(url: str) -> bool:
 
 
 @contextlib.contextmanager
-def _start_lock(home: Path) -> Iterator[None]:
+def start_lock(home: Path) -> Iterator[None]:
     lock = state.run_dir(home) / "start.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as handle:

@@ -16,8 +16,24 @@ from concurrent.futures import Future
 from typing import Any, TextIO, TypedDict
 
 POLL_S = 0.15
+HEAD_KEY = b"head"
+"""Key of ``HeadInfo`` in the GCS."""
+KV_TIMEOUT_S = 30.0
 HOUSEKEEPING_NICE = 10
 """Niceness of the dashboard, the autoscaler's monitor and the log monitor."""
+
+
+class HeadInfo(TypedDict):
+    """Properties of a cluster that nodes need to join; stored in its GCS."""
+
+    tandem: str
+    """Version of Tandem."""
+    application: str
+    http_port: int
+    http_scheme: str
+    haproxy: bool
+    dashboard_url: str
+    object_store_memory_bytes: int
 
 
 class StarterInput(TypedDict):
@@ -31,6 +47,10 @@ class StarterInput(TypedDict):
     """Serve config."""
     application: str
     """Application whose status is reported."""
+    head: HeadInfo | None
+    """Description for nodes that join; None if none can."""
+    keys: str | None
+    """Key list to store in the cluster."""
 
 
 def call_in_thread(call: Callable[[], object], *, nice: int = 0) -> Future[object]:
@@ -56,6 +76,7 @@ def main(request: StarterInput, reports: TextIO) -> None:
     serve = call_in_thread(_import_serve)  # in parallel with the start of Ray
     report(phase="Ray")
     dashboard = _start_ray(request)
+    _publish(request)
     report(phase="Serve")
     serve.result()
     controller = _deploy(request["serve"])
@@ -100,6 +121,16 @@ def _start_ray(request: StarterInput) -> Future[object]:
     return dashboard
 
 
+def _publish(request: StarterInput) -> None:
+    """Store in the GCS what other nodes read."""
+    from cluster.ray_internals import KEYS_KEY, kv_put
+
+    if request["head"] is not None:
+        kv_put(HEAD_KEY, json.dumps(request["head"]).encode(), KV_TIMEOUT_S)
+    if request["keys"] is not None:
+        kv_put(KEYS_KEY, request["keys"].encode(), KV_TIMEOUT_S)
+
+
 def _deploy(config: Mapping[str, Any]) -> Any:
     import ray
     from ray.serve.schema import ServeDeploySchema
@@ -134,7 +165,8 @@ def wait_until_running(
         time.sleep(POLL_S)
 
 
-if __name__ == "__main__":
+def run_child(main: Callable[[Any, TextIO], None]) -> None:
+    """Run ``main`` on the request in stdin, with the file descriptor in ``sys.argv[1]``."""
     os.set_inheritable(int(sys.argv[1]), False)  # child processes must not hold it open
     with os.fdopen(int(sys.argv[1]), "w") as channel:
         try:
@@ -142,3 +174,7 @@ if __name__ == "__main__":
         except Exception as error:
             print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=channel)
             raise
+
+
+if __name__ == "__main__":
+    run_child(main)

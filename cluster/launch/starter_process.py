@@ -1,4 +1,4 @@
-"""Runs ``cluster.launch.starter`` as a child process and reads its reports."""
+"""Runs ``cluster.launch.starter`` or ``joiner`` as a child process and reads its reports."""
 
 import contextlib
 import json
@@ -13,33 +13,42 @@ from typing import Any
 
 from cluster.config import ClusterConfig
 from cluster.errors import StartError
+from cluster.launch.joiner import JoinerInput
+from cluster.launch.ports import LOOPBACK
 from cluster.launch.serve_api import reason
 from cluster.launch.starter import StarterInput
 
-LOOPBACK = "127.0.0.1"
 
-
-def ray_params(cluster: ClusterConfig) -> dict[str, Any]:
+def head_params(cluster: ClusterConfig, address: str | None) -> dict[str, Any]:
+    """Return Ray's options for a head; ``address`` is None for a cluster on loopback."""
+    host = address or LOOPBACK
     return {
-        "node_ip_address": LOOPBACK,
+        **node_params(cluster.num_cpus, int(cluster.object_store_memory_bytes)),
+        "node_ip_address": host,
         "gcs_server_port": cluster.ray_port,
-        "num_cpus": num_cpus(cluster),
-        "object_store_memory": int(cluster.object_store_memory_bytes),
         "include_dashboard": True,
-        "dashboard_host": LOOPBACK,
+        "dashboard_host": host,
         "dashboard_port": cluster.dashboard_port,
+    }
+
+
+def node_params(num_cpus: int | None, object_store_memory_bytes: int) -> dict[str, Any]:
+    """Return Ray's options that heads and other nodes share."""
+    return {
+        "num_cpus": num_cpus or default_cpus(),
+        "object_store_memory": object_store_memory_bytes,
         "dashboard_agent_listen_port": 0,  # a free port
         "include_log_monitor": True,
     }
 
 
-def num_cpus(cluster: ClusterConfig) -> int:
-    """Return Ray's logical CPUs: as configured, or the machine's cores, at least 2."""
-    return cluster.num_cpus or max(2, os.cpu_count() or 1)
+def default_cpus() -> int:
+    """Return the machine's cores, at least 2."""
+    return max(2, os.cpu_count() or 1)
 
 
 def run_starter(
-    request: StarterInput, environment: Mapping[str, str], log: Path, deadline: float
+    request: StarterInput | JoinerInput, environment: Mapping[str, str], log: Path, deadline: float
 ) -> Iterator[dict[str, Any]]:
     """Start the process, which writes to ``log``, and yield its reports as they arrive.
 
@@ -63,8 +72,11 @@ def run_starter(
     raise StartError(f"Ray failed to start: {last_line(log)} (log: {log})")
 
 
-def _spawn(request: StarterInput, environment: Mapping[str, str], log: Path, sending: int) -> None:
-    command = [sys.executable, "-m", "cluster.launch.starter", str(sending)]
+def _spawn(
+    request: StarterInput | JoinerInput, environment: Mapping[str, str], log: Path, sending: int
+) -> None:
+    module = "cluster.launch.starter" if "serve" in request else "cluster.launch.joiner"
+    command = [sys.executable, "-m", module, str(sending)]
     try:
         with log.open("wb") as output:
             # In a new session, so that Ctrl-C in this terminal does not reach it.

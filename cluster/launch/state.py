@@ -8,7 +8,8 @@ from pathlib import Path
 
 from cluster.errors import StartError
 from cluster.launch import processes
-from cluster.launch.serve_api import ApplicationStatus, ServeApi, ray_token
+from cluster.launch.auth import ray_token
+from cluster.launch.serve_api import ApplicationStatus, ServeApi
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,10 @@ class ClusterState:
     """None without ``--monitoring``."""
     overrides: list[str] = field(default_factory=list)
     """``--set`` arguments."""
+    is_head: bool = True
+    """False on a node that joined a cluster."""
+    address: str | None = None
+    """Address of this node; None if the cluster is confined to loopback."""
 
     @property
     def uptime_s(self) -> float:
@@ -68,6 +73,12 @@ def forget(home: Path) -> None:
     _path(home).unlink(missing_ok=True)
 
 
+def is_alive(owned: list[processes.ClusterProcess], known: ClusterState | None) -> bool:
+    """Return True if Ray runs on this node: a raylet, and on the head also the GCS."""
+    needed = processes.HEAD if known is None or known.is_head else processes.NODE
+    return {process.name for process in owned} >= needed
+
+
 @dataclass(frozen=True, slots=True)
 class ClusterStatus:
     """Live status of a cluster."""
@@ -75,7 +86,7 @@ class ClusterStatus:
     state: ClusterState | None
     """None if processes exist without a state file."""
     alive: bool
-    """True if Ray's head runs; otherwise the processes are left over from a crash."""
+    """See ``is_alive``."""
     num_processes: int
     rss_bytes: int
     application: ApplicationStatus | None
@@ -88,9 +99,9 @@ def read_status(home: Path) -> ClusterStatus | None:
     if not owned:
         return None
     known = load(home)
-    alive = processes.has_head(owned)
+    alive = is_alive(owned, known)
     application = None
     if known and alive:
-        with ServeApi(known.dashboard_url, ray_token(os.environ)) as api:
+        with ServeApi(known.dashboard_url, ray_token(os.environ, home)) as api:
             application = api.application(known.application)
     return ClusterStatus(known, alive, len(owned), processes.rss_bytes(owned), application)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.launch import processes, state
+from cluster.launch.auth import ray_token
 from cluster.launch.environment import sockets_dir
-from cluster.launch.serve_api import ServeApi, ray_token
+from cluster.launch.serve_api import ServeApi
 
 # Time from SIGTERM to SIGKILL. Replicas have drained by then and Ray keeps no state on disk; a
 # regular exit of the raylet would take 10 s.
@@ -28,7 +29,8 @@ class StopResult:
 def stop(home: Path, *, drain_s: float) -> StopResult | None:
     """End all processes of the clusters started with ``home``; return None if there are none.
 
-    Running requests get ``drain_s`` seconds to finish; 0 cancels them.
+    Running requests get ``drain_s`` seconds to finish; 0 cancels them. On a node that joined a
+    cluster, only this node ends, and other replicas continue its answers.
 
     Raises:
         StartError: a process cannot be ended.
@@ -37,8 +39,8 @@ def stop(home: Path, *, drain_s: float) -> StopResult | None:
     running = state.load(home)
     owned = processes.find(home)
     drained = False
-    if drain_s > 0 and running and processes.has_head(owned):
-        with ServeApi(running.dashboard_url, ray_token(os.environ)) as api:
+    if drain_s > 0 and running and running.is_head and state.is_alive(owned, running):
+        with ServeApi(running.dashboard_url, ray_token(os.environ, home)) as api:
             drained = api.drain(drain_s)
     ended = processes.end_all(home, grace_s=TERM_S)
     cluster_ids = {process.cluster_id for process in owned}

@@ -11,7 +11,8 @@ import pytest
 
 from cluster.config import ClusterConfig
 from cluster.launch import environment, starter, starter_process, state
-from cluster.launch.serve_api import ServeApi, ray_token, reason
+from cluster.launch.auth import ray_token
+from cluster.launch.serve_api import ServeApi, reason
 
 STATE = state.ClusterState(
     cluster_id="0f3a",
@@ -137,8 +138,8 @@ def test_haproxy_is_not_started_if_it_would_splice_requests(wrapper: Path, optio
 
 def test_there_are_at_least_two_logical_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 1)
-    assert starter_process.num_cpus(ClusterConfig()) == 2
-    assert starter_process.num_cpus(ClusterConfig(num_cpus=1)) == 1
+    assert starter_process.head_params(ClusterConfig(), None)["num_cpus"] == 2
+    assert starter_process.head_params(ClusterConfig(num_cpus=1), None)["num_cpus"] == 1
 
 
 def test_ray_token_is_read_where_ray_reads_it(tmp_path: Path) -> None:

@@ -53,7 +53,6 @@ def test_processes_are_found_by_cluster_id_and_home(tmp_path: Path, spawn: Spawn
     assert found(tmp_path) == {ours.pid}
     (owned,) = processes.find(tmp_path)
     assert owned.cluster_id == "id"
-    assert not processes.has_head([owned])
 
 
 def test_a_grandchild_is_found_after_its_parent_exited(tmp_path: Path, spawn: Spawn) -> None:

@@ -12,7 +12,7 @@ import yaml
 from cluster.config import RouterConfig
 from cluster.errors import StartError
 from cluster.launch import prometheus
-from cluster.launch.serve_api import ray_token
+from cluster.launch.auth import ray_token
 from cluster.launch.state import ClusterState
 from cluster.monitoring.prometheus import configuration
 
@@ -44,6 +44,7 @@ def test_routers_that_require_a_key_are_scraped_with_the_one_in_the_environment(
     requires_keys = RouterConfig.model_validate(keys).requires_keys
     known = ClusterState("id", "tandem", "http://127.0.0.1:8000", "http://d", "", "", 0.0)
     monkeypatch.delenv("TANDEM_API_KEY", raising=False)
+    prometheus.monitoring_dir(tmp_path).mkdir()
     targets = prometheus.scrape_targets(known, tmp_path, requires_keys=requires_keys)
     assert targets.ingress == (None if keys else "127.0.0.1:8000")
     monkeypatch.setenv("TANDEM_API_KEY", "operator")

@@ -19,7 +19,7 @@ from cluster.gateway.body import UNREAD_BODY
 from cluster.gateway.messages import Headers, Request, header
 from cluster.gateway.pools.pool import Pool
 from cluster.gateway.pools.slots import Claim
-from cluster.key_file import KeyFile
+from cluster.key_file import KeySource
 from cluster.periodic import run_in_daemon_thread
 from cluster.routing import RequestBody
 from cluster.routing.fingerprint import EMPTY_FINGERPRINT
@@ -43,7 +43,9 @@ class Admission:
         self._response_ids = response_ids
         self._reading: asyncio.Future[bool] | None = None
 
-    def reconfigure(self, router: RouterConfig, file: KeyFile | None, *, needs_keys: bool) -> None:
+    def reconfigure(
+        self, router: RouterConfig, file: KeySource | None, *, needs_keys: bool
+    ) -> None:
         """Replace keys and quotas at once; see ``Authenticator.reconfigure``."""
         self.authenticator.reconfigure(router, file, needs_keys=needs_keys)
         self.quotas.set_tenants(self.authenticator.identities)

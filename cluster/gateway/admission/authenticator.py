@@ -9,7 +9,7 @@ from cluster.admission.keys import bare_identities
 from cluster.config import RouterConfig
 from cluster.errors import AuthenticationError
 from cluster.gateway.messages import Headers, header
-from cluster.key_file import KeyFile
+from cluster.key_file import KeySource
 
 logger = logging.getLogger("ray.serve.tandem")
 
@@ -25,7 +25,7 @@ class Authenticator:
 
     Args:
         key_hashes: SHA-256 digests (hex) of keys without limits; each forms its own tenant.
-        file: Further keys, reloaded when the file changes.
+        file: Further keys, reloaded when the file or the cluster's keys change.
         operator_hashes: Digests of keys that may also see the figures of every tenant.
         needs_keys: True if every request is rejected while no keys are configured.
     """
@@ -33,7 +33,7 @@ class Authenticator:
     def __init__(
         self,
         key_hashes: Iterable[str],
-        file: KeyFile | None = None,
+        file: KeySource | None = None,
         *,
         operator_hashes: Iterable[str] = (),
         needs_keys: bool = False,
@@ -45,7 +45,9 @@ class Authenticator:
         if needs_keys and not self._has_keys:
             logger.error("This router rejects every request. %s", NO_KEYS)
 
-    def reconfigure(self, router: RouterConfig, file: KeyFile | None, *, needs_keys: bool) -> None:
+    def reconfigure(
+        self, router: RouterConfig, file: KeySource | None, *, needs_keys: bool
+    ) -> None:
         """Replace all keys at once.
 
         Args:

@@ -12,6 +12,7 @@ from cluster.launch import processes, state
 from cluster.launch.doctor import machine, running
 from cluster.launch.doctor.finding import Finding, Level, fail
 from cluster.launch.doctor.software import check_software
+from cluster.launch.other_ray import read_other_status
 
 __all__ = ["Finding", "Level", "run_checks"]
 
@@ -20,20 +21,24 @@ def run_checks(loaded: LoadedConfig, home: Path) -> Iterator[Finding]:
     """Yield the findings of all checks of the running cluster, or of the one to start."""
     offset_s = running.clock_offset()
     owned = processes.find(home)
-    alive = processes.has_head(owned)
-    known = state.load(home) if alive else None
+    known = state.load(home)
+    alive = state.is_alive(owned, known)
+    known = known if alive else None
+    other = None if owned else read_other_status()
+    if other is not None:
+        known, alive = other.state, True
     config = loaded.config
     checks: list[tuple[str, Callable[[], Iterable[Finding]]]] = [
         ("software", lambda: check_software(config)),
-        ("processes", lambda: running.check_processes(home, owned)),
-        ("ports", lambda: running.check_ports(loaded, owned)),
+        ("processes", lambda: running.check_processes(home, owned, known, alive=alive)),
+        ("ports", lambda: running.check_ports(loaded, owned, known)),
         ("machine", lambda: machine.check_machine(config, home, is_running=alive)),
         ("gpu", lambda: machine.check_gpus(config)),
         ("models", lambda: machine.check_models(config)),
         ("authentication", lambda: running.check_auth(os.environ, loaded)),
     ]
     if known is not None:
-        checks.append(("cluster", lambda: running.check_endpoints(known)))
+        checks.append(("cluster", lambda: running.check_endpoints(known, home)))
     checks.append(("clock", lambda: [running.check_clock_steps(running.clock_offset() - offset_s)]))
     for name, check in checks:
         try:

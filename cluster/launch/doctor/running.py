@@ -12,8 +12,8 @@ import psutil
 
 from cluster.config.file import LoadedConfig, is_loopback
 from cluster.launch import environment, ports, processes, state
+from cluster.launch.auth import ray_token
 from cluster.launch.doctor.finding import Finding, fail, ok, warn
-from cluster.launch.serve_api import ray_token
 
 DISCOVERY_PATH = "/api/prometheus/sd"
 MAX_SKEW_S = 2.0  # the Date header has a resolution of 1 s
@@ -21,10 +21,21 @@ MAX_STEP_S = 0.1
 TIMEOUT_S = 10.0
 
 
-def check_ports(loaded: LoadedConfig, owned: list[processes.ClusterProcess]) -> Iterator[Finding]:
+def check_ports(
+    loaded: LoadedConfig,
+    owned: list[processes.ClusterProcess],
+    known: state.ClusterState | None = None,
+) -> Iterator[Finding]:
+    """Check the ports of this node; ``known`` is the running cluster."""
     haproxy = environment.uses_haproxy()
-    required = ports.required_ports(loaded, haproxy=haproxy, monitoring=False)
+    if known is not None and not known.is_head:
+        required = ports.haproxy_ports() if haproxy else []
+    else:
+        address = (known.address if known else None) or ports.LOOPBACK
+        required = ports.required_ports(loaded, haproxy=haproxy, monitoring=False, address=address)
     ours = {process.process.pid for process in owned}
+    if known is not None and not owned:  # started by others
+        ours = set(_ray_processes())
     taken = {busy.port: busy for busy in ports.find_busy(required)}
     for port in required:
         text = f"{port.number} ({port.use})"
@@ -37,10 +48,27 @@ def check_ports(loaded: LoadedConfig, owned: list[processes.ClusterProcess]) -> 
             yield fail("ports", f"{text} is in use", str(busy))
 
 
-def check_processes(home: Path, owned: list[processes.ClusterProcess]) -> Iterator[Finding]:
-    if not owned:
+def _ray_processes() -> Iterator[int]:
+    """Yield the processes of Ray clusters that Tandem did not start."""
+    for process in psutil.process_iter(["name", "cmdline"]):
+        words = " ".join([process.info["name"] or "", *(process.info["cmdline"] or ())])
+        is_rays = any(name in words for name in ("gcs_server", "haproxy", "ray::", "ray/dashboard"))
+        if is_rays and not processes.environment_of(process.pid):
+            yield process.pid
+
+
+def check_processes(
+    home: Path,
+    owned: list[processes.ClusterProcess],
+    known: state.ClusterState | None = None,
+    *,
+    alive: bool,
+) -> Iterator[Finding]:
+    if known is not None and not owned:
+        yield ok("processes", f"a cluster that Tandem did not start runs at {known.ray_address}")
+    elif not owned:
         yield ok("processes", "no cluster is running")
-    elif processes.has_head(owned):
+    elif alive:
         yield ok("processes", f"a cluster is running with {len(owned)} processes")
     else:
         names = processes.describe([process.process for process in owned[:5]])
@@ -52,12 +80,17 @@ def check_processes(home: Path, owned: list[processes.ClusterProcess]) -> Iterat
 
 
 def _headless_elsewhere(home: Path) -> dict[str, int]:
-    homes: dict[str, list[str]] = {}
-    for process in psutil.process_iter(["name"]):
-        variables = processes.environment_of(process.pid)
-        if (other := variables.get(processes.HOME)) and other != str(home):
-            homes.setdefault(other, []).append(process.info["name"] or "")
-    return {other: len(names) for other, names in homes.items() if not {*names} >= processes.HEAD}
+    homes = {
+        other
+        for pid in psutil.pids()
+        if (other := processes.environment_of(pid).get(processes.HOME)) and other != str(home)
+    }
+    owned = {other: processes.find(Path(other)) for other in homes}
+    return {
+        other: len(found)
+        for other, found in owned.items()
+        if found and not state.is_alive(found, state.load(Path(other)))
+    }
 
 
 def check_auth(variables: Mapping[str, str], loaded: LoadedConfig) -> Iterator[Finding]:
@@ -83,8 +116,8 @@ def check_auth(variables: Mapping[str, str], loaded: LoadedConfig) -> Iterator[F
         yield fail("authentication", text, "Create a key with `tandem keys add TENANT`.")
 
 
-def check_endpoints(running: state.ClusterState) -> Iterator[Finding]:
-    token = ray_token(os.environ)
+def check_endpoints(running: state.ClusterState, home: Path) -> Iterator[Finding]:
+    token = ray_token(os.environ, home)
     # The certificate may be for another name than this node's address.
     with httpx.Client(timeout=TIMEOUT_S, trust_env=False, verify=False) as client:
         yield _check_router(client, running.http_url)

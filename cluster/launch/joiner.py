@@ -1,0 +1,54 @@
+"""Child process that lets this machine join a cluster (``python -m cluster.launch.joiner FD``).
+
+It does what ``ray start --address`` does, and reads the properties of the cluster from its GCS.
+"""
+
+import json
+from importlib.metadata import version
+from typing import Any, TextIO, TypedDict
+
+from cluster.launch.starter import HEAD_KEY, KV_TIMEOUT_S, HeadInfo, run_child
+
+
+class JoinerInput(TypedDict):
+    """Description of the node to start."""
+
+    ray: dict[str, Any]
+    """Fields of Ray's ``RayParams``, without the size of the object store."""
+
+
+def main(request: JoinerInput, reports: TextIO) -> None:
+    from cluster.ray_internals import Node, RayParams, write_ray_address
+
+    address = request["ray"]["gcs_address"]
+    print(json.dumps({"phase": "Ray"}), file=reports, flush=True)
+    head = read_head(address)
+    print(json.dumps({"head": head}), file=reports, flush=True)
+    params = RayParams(**request["ray"], object_store_memory=head["object_store_memory_bytes"])
+    node = Node(params, head=False, shutdown_at_exit=False, spawn_reaper=False)
+    write_ray_address(address, node.get_temp_dir_path())
+    print(json.dumps({"phase": "done"}), file=reports, flush=True)
+
+
+def read_head(gcs_address: str) -> HeadInfo:
+    """Return the properties of the cluster.
+
+    Raises:
+        ValueError: ``tandem up --head`` of this version did not start it.
+    """
+    from cluster.ray_internals import read_remote_kv
+
+    stored = read_remote_kv(gcs_address, HEAD_KEY, KV_TIMEOUT_S)
+    if stored is None:
+        raise ValueError(f"the cluster at {gcs_address} was not started by `tandem up --head`")
+    head: HeadInfo = json.loads(stored)
+    if head["tandem"] != version("tandem"):
+        raise ValueError(
+            f"the head runs Tandem {head['tandem']}, this node has {version('tandem')}; "
+            "install the same version"
+        )
+    return head
+
+
+if __name__ == "__main__":
+    run_child(main)

@@ -1,0 +1,234 @@
+"""Several nodes on one machine: network namespaces that are connected by a bridge.
+
+Nodes share the file system and process ids, so each has its own Tandem home and Ray directory.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+
+from cluster.launch import processes
+from cluster.models import store
+from tests.running import ROOT, TANDEM
+
+HTTP_PORT = 8000
+OPERATOR_KEY = "operator"
+OPERATOR_SHA256 = "06e55b633481f7bb072957eabcf110c972e86691c3cfedabe088024bffe42f23"
+
+
+def ip(*args: str) -> None:
+    subprocess.run(["ip", *args], check=True, capture_output=True, text=True)
+
+
+@dataclass
+class Node:
+    """A node, not necessarily started; ``address`` is reachable from the test."""
+
+    name: str
+    """Name of the network namespace."""
+    address: str
+    home: Path
+    variables: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.address}:{HTTP_PORT}"
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {
+            **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+            "HOME": str(self.home),  # where Ray looks for a token
+            "TANDEM_HOME": str(self.home),
+            "RAY_TMPDIR": str(self.home / "r"),
+            "NO_COLOR": "1",
+            "COLUMNS": "200",
+            **self.variables,
+        }
+
+    def run(self, *command: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+        """Run a command in the node's network namespace."""
+        inside = ["ip", "netns", "exec", self.name, *command]
+        return subprocess.run(
+            inside,
+            env=self.env,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    def tandem(self, *args: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+        return self.run(str(TANDEM), *args, timeout_s=timeout_s)
+
+    def check(self, *args: str, timeout_s: float = 240) -> str:
+        """Run ``tandem`` and return its output; fail if it fails."""
+        done = self.tandem(*args, timeout_s=timeout_s)
+        assert done.returncode == 0, f"tandem {args}: {done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def status(self) -> Any:
+        return json.loads(self.check("status", "--json"))
+
+    def kill(self) -> None:
+        """End all processes at once, as a power failure does; the network goes first."""
+        self.disconnect()
+        processes.end_all(self.home, grace_s=0)
+
+    def disconnect(self) -> None:
+        ip("-n", self.name, "link", "set", "eth0", "down")
+
+    def connect(self) -> None:
+        ip("-n", self.name, "link", "set", "eth0", "up")
+
+
+@dataclass
+class Network:
+    """Nodes on a bridge, which has an address in the test's own namespace."""
+
+    nodes: list[Node]
+    client: httpx.Client
+
+    @property
+    def head(self) -> Node:
+        return self.nodes[0]
+
+    def up(self, config: Path, *args: str) -> None:
+        """Start the head with the other nodes, which join while it waits for their resources."""
+        command = ["up", "-d", "--head", "--address", self.head.address, "--config", str(config)]
+        with ThreadPoolExecutor(1) as pool:
+            head = pool.submit(self.head.check, *command, *args)
+            for node in self.nodes[1:]:
+                wait_until(lambda: head.done() or self.join(node), 120)  # noqa: B023
+            head.result()
+        for node in self.nodes:
+            self.wait_for_http(node)
+
+    def join(self, node: Node) -> bool:
+        """Let a node join; return False if the head does not run yet."""
+        token = str(self.head.home / "ray-token")
+        done = node.tandem(
+            "join", self.head.address, "-d", "--token-file", token, "--num-cpus", "1"
+        )
+        is_early = "no head responds" in done.stderr or "not started by" in done.stderr
+        assert done.returncode == 0 or is_early, f"{done.stdout}\n{done.stderr}"
+        return done.returncode == 0
+
+    def wait_for_http(self, node: Node) -> None:
+        """Wait until a router answers at the node."""
+        wait_until(lambda: self.client.get(f"{node.url}/ready").status_code == 200, 120)
+
+
+@contextlib.contextmanager
+def network(num: int, **variables: str) -> Iterator[Network]:
+    """Create a network of ``num`` nodes; stop their processes and remove it at the end."""
+    mark = f"{os.getpid() % 0xFFFFF:x}"
+    third = os.getpid() % 200 + 20
+    # Paths of sockets in Ray's directory have at most 107 characters.
+    root = Path(f"/tmp/tn{mark}")
+    bridge = f"tn{mark}b"
+    nodes = [
+        Node(f"tn{mark}n{i}", f"10.213.{third}.{i + 1}", root / str(i), dict(variables))
+        for i in range(num)
+    ]
+    store.models_dir().mkdir(parents=True, exist_ok=True)
+    client = httpx.Client(
+        headers={"authorization": f"Bearer {OPERATOR_KEY}"}, timeout=120, trust_env=False
+    )
+    try:
+        ip("link", "add", bridge, "type", "bridge")
+        ip("addr", "add", f"10.213.{third}.254/24", "dev", bridge)
+        ip("link", "set", bridge, "up")
+        for i, node in enumerate(nodes):
+            (node.home / "r").mkdir(parents=True)
+            (node.home / "models").symlink_to(store.models_dir())
+            ip("netns", "add", node.name)
+            ip("link", "add", f"tn{mark}v{i}", "type", "veth", "peer", "name", "eth0", "netns",
+               node.name)  # fmt: skip
+            ip("link", "set", f"tn{mark}v{i}", "master", bridge, "up")
+            ip("-n", node.name, "addr", "add", f"{node.address}/24", "dev", "eth0")
+            ip("-n", node.name, "link", "set", "lo", "up")
+            node.connect()
+        with client:
+            yield Network(nodes, client)
+    finally:
+        for home in root.iterdir():  # also of further nodes of a test
+            processes.end_all(home, grace_s=0.5)
+        for node in nodes:
+            subprocess.run(["ip", "netns", "del", node.name], check=False, capture_output=True)
+        subprocess.run(["ip", "link", "del", bridge], check=False, capture_output=True)
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def wait_until(condition: Any, timeout_s: float = 60.0) -> None:
+    """Wait until ``condition()`` is true; errors of a node that is not ready count as false."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        with contextlib.suppress(httpx.HTTPError):
+            if condition():
+                return
+        assert time.monotonic() < deadline, f"not true within {timeout_s:g} s"
+        time.sleep(0.2)
+
+
+class Streams:
+    """Streams to one node's HTTP, in threads; each must be complete.
+
+    Args:
+        url: HTTP address of the node.
+        body: Request to ``/v1/chat/completions``.
+        num: Concurrent streams.
+    """
+
+    def __init__(self, url: str, body: dict[str, Any], num: int) -> None:
+        self._url = f"{url}/v1/chat/completions"
+        self._body = {**body, "stream": True}
+        self._num = num
+        self._ending = threading.Event()
+        self.complete = 0
+        self.failures: list[str] = []
+
+    def __enter__(self) -> Self:
+        self._threads = [threading.Thread(target=self._repeat) for _ in range(self._num)]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ending.set()
+        for thread in self._threads:
+            thread.join()
+
+    def wait_for(self, num: int, timeout_s: float = 90.0) -> None:
+        """Wait until ``num`` more streams have completed."""
+        wanted = self.complete + num
+        wait_until(lambda: self.complete >= wanted or self.failures, timeout_s)
+
+    def _repeat(self) -> None:
+        headers = {"authorization": f"Bearer {OPERATOR_KEY}"}
+        with httpx.Client(headers=headers, timeout=60, trust_env=False) as client:
+            while not self._ending.is_set():
+                try:
+                    answer = client.post(self._url, json=self._body)
+                    tokens = answer.text.count('"delta":{"content":')
+                    whole = answer.text.endswith("data: [DONE]\n\n") and "error" not in answer.text
+                    if answer.status_code != 200 or not whole:
+                        raise AssertionError(f"{answer.status_code}: {answer.text[-300:]}")
+                    if tokens < self._body["max_tokens"]:
+                        raise AssertionError(f"{tokens} tokens")
+                    self.complete += 1
+                except (httpx.HTTPError, AssertionError) as error:
+                    self.failures.append(repr(error))
+                    time.sleep(0.2)

@@ -1,0 +1,149 @@
+"""Parts of a cluster of several nodes that need neither Ray nor a network."""
+
+import logging
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.cli.lifecycle import head_address
+from cluster.config import file as config_file
+from cluster.errors import ConfigError, StartError
+from cluster.key_file import ClusterKeys
+from cluster.launch import auth, environment, join, shared_keys, state
+from cluster.launch.processes import ClusterProcess
+from cluster.ray_internals import LOOPBACK_VARIABLE
+
+DIGEST = "a" * 64
+APPLICATION = {
+    "import_path": config_file.IMPORT_PATH,
+    "args": {"generators": [{"name": "sim", "model": "sim", "engine": "sim"}]},
+}
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in (auth.MODE, auth.TOKEN, auth.TOKEN_PATH):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "user"))
+    monkeypatch.setenv("TANDEM_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def test_a_new_token_is_readable_by_its_owner_only_and_stays(home: Path) -> None:
+    assert not auth.store_token({}, home)
+    auth.create_token(home)
+    token = auth.ray_token({}, home)
+    assert token is not None
+    assert len(token) == 2 * auth.TOKEN_BYTES
+    assert stat.S_IMODE(auth.token_file(home).stat().st_mode) == 0o600
+    assert auth.store_token({}, home)
+    assert auth.ray_token({}, home) == token
+
+
+def test_a_token_from_a_file_or_the_environment_replaces_the_stored_one(home: Path) -> None:
+    auth.create_token(home)
+    home.with_name("copy").write_text("from-file\n")
+    assert auth.store_token({}, home, home.with_name("copy"))
+    assert auth.ray_token({}, home) == "from-file"
+    assert auth.store_token({auth.TOKEN: "from-environment"}, home)
+    assert auth.ray_token({}, home) == "from-environment"
+    with pytest.raises(StartError, match="does not exist or contains no token"):
+        auth.store_token({}, home, home.with_name("missing"))
+
+
+def test_processes_of_several_nodes_require_the_stored_token(home: Path) -> None:
+    base = {auth.TOKEN: "other", "PATH": "/bin", "RAY_ADDRESS": "1.2.3.4:6379"}
+    found = environment.cluster_environment(base, home, "id", haproxy=False, several_nodes=True)
+    assert found[auth.MODE] == "token"
+    assert found[auth.TOKEN_PATH] == str(auth.token_file(home))
+    assert found.keys().isdisjoint({auth.TOKEN, "RAY_ADDRESS"})
+    assert found[LOOPBACK_VARIABLE] == "1"
+
+
+def load(tmp_path: Path, host: str, address: str | None, **router: Any) -> config_file.LoadedConfig:
+    args = {**APPLICATION["args"], "router": router}  # type: ignore[dict-item]
+    application = {**APPLICATION, "args": args}
+    content = {"http_options": {"host": host}, "applications": [application]}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return config_file.load(path, address=address)
+
+
+def test_every_node_serves_http_with_keys_from_the_cluster(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there are no API keys"):
+        load(tmp_path, "127.0.0.1", "10.0.0.1")
+    loaded = load(tmp_path, "127.0.0.1", "10.0.0.1", operator_keys_sha256=[DIGEST])
+    assert loaded.http_host == "0.0.0.0"
+    assert loaded.serve_config["proxy_location"] == "EveryNode"
+    assert loaded.config.router.keys_in_cluster
+    with pytest.raises(ConfigError, match="only one node can have"):
+        load(tmp_path, "10.0.0.1", "10.0.0.1", operator_keys_sha256=[DIGEST])
+    mounted = load(tmp_path, "0.0.0.0", "10.0.0.1", open=True, keys_file="/etc/keys.yaml")
+    assert not mounted.config.router.keys_in_cluster
+    assert load(tmp_path, "127.0.0.1", None).serve_config.get("proxy_location") is None
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "::1", "node-1"])
+def test_an_address_that_other_nodes_cannot_reach_is_rejected(address: str) -> None:
+    with pytest.raises(ConfigError, match="--address: got"):
+        head_address(address)
+
+
+def test_a_join_without_head_or_token_says_what_to_do(home: Path) -> None:
+    observe = lambda phase, application: None  # noqa: E731
+    with pytest.raises(StartError, match=r"no head responds at 127\.0\.0\.1:1 "):
+        join.join(join.JoinOptions("127.0.0.1:1"), home, observe)
+    with pytest.raises(StartError, match="use HOST or HOST:PORT"):
+        join.join(join.JoinOptions("127.0.0.1:ray"), home, observe)
+
+
+def known(*, is_head: bool) -> state.ClusterState:
+    return state.ClusterState(
+        "id", "tandem", "http://h", "http://d", "10.0.0.1:6379", "", 0.0, is_head=is_head
+    )
+
+
+def test_a_head_lives_with_its_gcs_and_another_node_with_its_raylet() -> None:
+    raylet = [ClusterProcess(None, "raylet", "id")]  # type: ignore[arg-type]
+    assert not state.is_alive(raylet, known(is_head=True))
+    assert state.is_alive(raylet, known(is_head=False))
+
+
+def test_keys_are_changed_on_the_head(home: Path) -> None:
+    shared_keys.prepare(home)
+    state.save(home, known(is_head=False))
+    with pytest.raises(ConfigError, match=r"run `tandem keys` on 10\.0\.0\.1:6379"):
+        shared_keys.prepare(home)
+
+
+def test_keys_of_the_cluster_survive_an_outage(caplog: pytest.LogCaptureFixture) -> None:
+    stored: list[bytes | Exception | None] = [
+        None,
+        b"keys: [{sha256: " + DIGEST.encode() + b", tenant: acme}]",
+        OSError("no answer"),
+        OSError("no answer"),
+        b"keys: []",
+    ]
+
+    def read() -> bytes | None:
+        found = stored.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    keys = ClusterKeys(read, expected=False)
+    assert not keys.refresh()
+    assert not keys.required
+    assert keys.refresh()
+    assert keys.required
+    assert [identity.tenant.name for identity in keys.identities.values()] == ["acme"]
+    assert not keys.refresh()
+    assert not keys.refresh()
+    assert [record.levelno for record in caplog.records].count(logging.ERROR) == 1
+    assert keys.identities
+    assert keys.refresh()
+    assert not keys.identities
+    assert keys.required

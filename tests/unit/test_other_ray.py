@@ -1,0 +1,90 @@
+"""A cluster that others started: found by its raylet, shown by `status` and `doctor`."""
+
+import json
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from cluster import ray_internals
+from cluster.cli.app import app
+from cluster.config.file import IMPORT_PATH
+from cluster.launch import other_ray
+
+DETAILS = {
+    "http_options": {"host": "0.0.0.0", "port": 8123},
+    "applications": {
+        "other": {"deployed_app_config": {"import_path": "other:app"}},
+        "tandem": {
+            "name": "tandem",
+            "status": "RUNNING",
+            "last_deployed_time_s": 1.0,
+            "deployed_app_config": {"import_path": IMPORT_PATH},
+            "deployments": {},
+        },
+    },
+}
+
+
+@pytest.fixture
+def dashboard() -> Iterator[str]:
+    """Ray's dashboard with two applications."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(DETAILS).encode())
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def ray_start(dashboard: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """A raylet that Tandem did not start."""
+    cmdline = ["raylet", "--gcs-address=10.0.0.1:6379"]
+    raylet = SimpleNamespace(pid=1, info={"name": "raylet", "cmdline": cmdline})
+    monkeypatch.setattr(psutil, "process_iter", lambda *_: [raylet])
+    monkeypatch.setattr(ray_internals, "read_dashboard_address", lambda *_: dashboard)
+    monkeypatch.setenv("TANDEM_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+@pytest.mark.usefixtures("ray_start")
+def test_status_shows_a_cluster_that_others_started() -> None:
+    done = CliRunner().invoke(app, ["status", "--json"])
+    found = json.loads(done.stdout)
+    assert found["running"]
+    assert found["application"]["status"] == "RUNNING"
+    assert found["state"]["http_url"] == "http://127.0.0.1:8123"
+    assert found["state"]["ray_address"] == "10.0.0.1:6379"
+    assert "RUNNING" in CliRunner().invoke(app, ["status"]).stdout
+
+
+@pytest.mark.usefixtures("ray_start")
+def test_no_cluster_runs_if_ray_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> str:
+        raise OSError("no token")
+
+    monkeypatch.setattr(ray_internals, "read_dashboard_address", fail)
+    assert json.loads(CliRunner().invoke(app, ["status", "--json"]).stdout) == {"running": False}
+    monkeypatch.setattr(ray_internals, "read_dashboard_address", lambda *_: None)
+    assert other_ray.read_other_status() is None
+
+
+def test_rays_address_of_the_environment_comes_first() -> None:
+    assert other_ray.find_gcs_address({"RAY_ADDRESS": "10.0.0.2:6379"}) == "10.0.0.2:6379"
