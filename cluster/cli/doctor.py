@@ -27,7 +27,7 @@ def run(config: Path | None, overrides: Sequence[str], *, as_json: bool) -> None
     known = None if config or overrides else state.load(home())
     if known is not None and Path(known.config_path).is_file():
         config, overrides = Path(known.config_path), known.overrides
-    loaded = load_config(config, overrides)
+    loaded = load_config(config, overrides, address=known.address if known else None)
     console = Console(soft_wrap=True, highlight=False)
     findings: list[Finding] = []
     for finding in run_checks(loaded, home()):

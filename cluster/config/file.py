@@ -185,8 +185,8 @@ def _host_of_every_node(host: str) -> str:
 def _check_exposure(host: str, config: TandemConfig, keys: Path) -> None:
     contents, router = read_keys(keys), config.router
     configured_keys = router.api_keys_sha256 or router.operator_keys_sha256
-    # A configured file that is not on this machine: routers without it reject every request.
-    is_elsewhere = router.keys_file is not None and contents is None
+    # Routers reject every request until they find a configured file, or keys in the cluster.
+    is_elsewhere = router.keys_in_cluster or (router.keys_file is not None and contents is None)
     has_keys = configured_keys or is_elsewhere or (contents and contents.keys)
     if not has_keys and not router.open and not is_loopback(host):
         raise ConfigError(

@@ -1,5 +1,6 @@
 """Join of this machine to a running cluster (``tandem join``); a failed join is rolled back."""
 
+import json
 import os
 import shutil
 import socket
@@ -7,9 +8,11 @@ import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
-from cluster.errors import StartError
+from cluster.config import parse
+from cluster.config.file import IMPORT_PATH
+from cluster.errors import ConfigError, StartError
 from cluster.launch import auth, environment, ports, state
 from cluster.launch.joiner import JoinerInput
 from cluster.launch.start import (
@@ -23,6 +26,7 @@ from cluster.launch.start import (
 from cluster.launch.starter import HeadInfo
 from cluster.launch.starter_process import default_cpus, run_starter
 from cluster.launch.stop import stop
+from cluster.models.store import resolve
 
 DEFAULT_RAY_PORT = 6379
 CONNECT_TIMEOUT_S = 5.0
@@ -142,17 +146,33 @@ def _start(node: _Node, options: JoinOptions, phases: Phases) -> state.ClusterSt
     return joined
 
 
+def _check_models(serve_config: dict[str, Any]) -> None:
+    """Raise StartError if this node lacks a model that replicas would load here."""
+    for application in serve_config["applications"]:
+        if application["import_path"] != IMPORT_PATH:
+            continue
+        for model in parse(application.get("args") or {}).model_files:
+            try:
+                resolve(model)
+            except ConfigError as error:
+                text = str(error).removeprefix("model: ")
+                raise StartError(f"this node lacks a model of the cluster: {text}") from None
+
+
 def _state(node: _Node, head: HeadInfo, *, haproxy: bool) -> state.ClusterState:
     if head["haproxy"] != haproxy:
         text = "with" if head["haproxy"] else "without"
         raise StartError(f"the head runs {text} HAProxy; set RAY_SERVE_ENABLE_HA_PROXY as there")
+    _check_models(head["serve"])
+    config = state.run_dir(node.home) / "config-of-head.yaml"
+    config.write_text(json.dumps(head["serve"]), encoding="utf-8")  # JSON is YAML
     return state.ClusterState(
         cluster_id=node.cluster_id,
         application=head["application"],
         http_url=f"{head['http_scheme']}://{node.address}:{head['http_port']}",
         dashboard_url=head["dashboard_url"],
         ray_address=node.gcs_address,
-        config_path="",
+        config_path=str(config),
         started_at=time.time(),
         is_head=False,
         address=node.address,

@@ -4,10 +4,14 @@ It does what ``ray start --address`` does, and reads the properties of the clust
 """
 
 import json
+import time
 from importlib.metadata import version
 from typing import Any, TextIO, TypedDict
 
-from cluster.launch.starter import HEAD_KEY, KV_TIMEOUT_S, HeadInfo, run_child
+from cluster.launch.starter import HEAD_KEY, KV_TIMEOUT_S, POLL_S, HeadInfo, run_child
+
+HEAD_TIMEOUT_S = 20.0
+"""Maximum time between the start of the GCS and the end of Ray's start, in seconds."""
 
 
 class JoinerInput(TypedDict):
@@ -31,16 +35,18 @@ def main(request: JoinerInput, reports: TextIO) -> None:
 
 
 def read_head(gcs_address: str) -> HeadInfo:
-    """Return the properties of the cluster.
+    """Return the properties of the cluster, once a head that just starts has stored them.
 
     Raises:
         ValueError: ``tandem up --head`` of this version did not start it.
     """
     from cluster.ray_internals import read_remote_kv
 
-    stored = read_remote_kv(gcs_address, HEAD_KEY, KV_TIMEOUT_S)
-    if stored is None:
-        raise ValueError(f"the cluster at {gcs_address} was not started by `tandem up --head`")
+    deadline = time.monotonic() + HEAD_TIMEOUT_S
+    while (stored := read_remote_kv(gcs_address, HEAD_KEY, KV_TIMEOUT_S)) is None:
+        if time.monotonic() > deadline:
+            raise ValueError(f"the cluster at {gcs_address} was not started by `tandem up --head`")
+        time.sleep(POLL_S)
     head: HeadInfo = json.loads(stored)
     if head["tandem"] != version("tandem"):
         raise ValueError(

@@ -199,6 +199,7 @@ def _head_info(loaded: LoadedConfig, new: state.ClusterState, *, haproxy: bool) 
         haproxy=haproxy,
         dashboard_url=new.dashboard_url,
         object_store_memory_bytes=int(loaded.config.cluster.object_store_memory_bytes),
+        serve=loaded.serve_config,
     )
 
 

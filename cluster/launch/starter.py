@@ -34,6 +34,8 @@ class HeadInfo(TypedDict):
     haproxy: bool
     dashboard_url: str
     object_store_memory_bytes: int
+    serve: dict[str, Any]
+    """Serve config with which the cluster was started."""
 
 
 class StarterInput(TypedDict):

@@ -7,12 +7,13 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,8 +24,17 @@ from cluster.models import store
 from tests.running import ROOT, TANDEM
 
 HTTP_PORT = 8000
+RAY_PORT = 6379
 OPERATOR_KEY = "operator"
 OPERATOR_SHA256 = "06e55b633481f7bb072957eabcf110c972e86691c3cfedabe088024bffe42f23"
+START_TIMEOUT_S = 240.0
+"""Maximum duration of a start, in seconds; it takes 30 on two idle cores."""
+
+
+def can_connect(host: str, port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((host, port), 1.0):
+        return True
+    return False
 
 
 def ip(*args: str) -> None:
@@ -39,7 +49,10 @@ class Node:
     """Name of the network namespace."""
     address: str
     home: Path
-    variables: dict[str, str] = field(default_factory=dict)
+    port: str
+    """Network interface on the bridge's side."""
+    bridge: str
+    variables: Mapping[str, str]
 
     @property
     def url(self) -> str:
@@ -82,16 +95,21 @@ class Node:
     def status(self) -> Any:
         return json.loads(self.check("status", "--json"))
 
+    def pids(self, name: str) -> set[int]:
+        """Return the ids of the node's processes with this name."""
+        return {each.process.pid for each in processes.find(self.home) if each.name == name}
+
     def kill(self) -> None:
         """End all processes at once, as a power failure does; the network goes first."""
         self.disconnect()
         processes.end_all(self.home, grace_s=0)
 
     def disconnect(self) -> None:
-        ip("-n", self.name, "link", "set", "eth0", "down")
+        """Lose all packets from and to the node, as a broken switch does."""
+        ip("link", "set", self.port, "nomaster")
 
     def connect(self) -> None:
-        ip("-n", self.name, "link", "set", "eth0", "up")
+        ip("link", "set", self.port, "master", self.bridge)
 
 
 @dataclass
@@ -105,62 +123,61 @@ class Network:
     def head(self) -> Node:
         return self.nodes[0]
 
-    def up(self, config: Path, *args: str) -> None:
-        """Start the head with the other nodes, which join while it waits for their resources."""
+    def up(self, config: Path, node: Node) -> None:
+        """Start the head, and another node that joins while the head waits for its resources."""
         command = ["up", "-d", "--head", "--address", self.head.address, "--config", str(config)]
         with ThreadPoolExecutor(1) as pool:
-            head = pool.submit(self.head.check, *command, *args)
-            for node in self.nodes[1:]:
-                wait_until(lambda: head.done() or self.join(node), 120)  # noqa: B023
+            head = pool.submit(self.head.check, *command, timeout_s=START_TIMEOUT_S)
+            wait_until(lambda: head.done() or can_connect(self.head.address, RAY_PORT), 60)
+            if not head.done():
+                self.join(node)
             head.result()
-        for node in self.nodes:
-            self.wait_for_http(node)
 
-    def join(self, node: Node) -> bool:
-        """Let a node join; return False if the head does not run yet."""
+    def join(self, node: Node) -> None:
         token = str(self.head.home / "ray-token")
-        done = node.tandem(
-            "join", self.head.address, "-d", "--token-file", token, "--num-cpus", "1"
-        )
-        is_early = "no head responds" in done.stderr or "not started by" in done.stderr
-        assert done.returncode == 0 or is_early, f"{done.stdout}\n{done.stderr}"
-        return done.returncode == 0
+        node.check("join", self.head.address, "-d", "--token-file", token, "--num-cpus", "1")
 
-    def wait_for_http(self, node: Node) -> None:
-        """Wait until a router answers at the node."""
-        wait_until(lambda: self.client.get(f"{node.url}/ready").status_code == 200, 120)
+    def wait_for_status(self, node: Node, path: str, status: int) -> None:
+        """Wait until the node's HTTP answers ``path`` with ``status``."""
+        url = f"{node.url}{path}"
+        wait_until(lambda: self.client.get(url).status_code == status, START_TIMEOUT_S)
 
 
 @contextlib.contextmanager
 def network(num: int, **variables: str) -> Iterator[Network]:
-    """Create a network of ``num`` nodes; stop their processes and remove it at the end."""
+    """Create a network of ``num`` nodes; stop their processes and remove it at the end.
+
+    ``variables`` are added to the environment of each node.
+    """
     mark = f"{os.getpid() % 0xFFFFF:x}"
     third = os.getpid() % 200 + 20
     # Paths of sockets in Ray's directory have at most 107 characters.
     root = Path(f"/tmp/tn{mark}")
     bridge = f"tn{mark}b"
     nodes = [
-        Node(f"tn{mark}n{i}", f"10.213.{third}.{i + 1}", root / str(i), dict(variables))
+        Node(
+            name=f"tn{mark}n{i}",
+            address=f"10.213.{third}.{i + 1}",
+            home=root / str(i),
+            port=f"tn{mark}v{i}",
+            bridge=bridge,
+            variables=variables,
+        )
         for i in range(num)
     ]
     store.models_dir().mkdir(parents=True, exist_ok=True)
     client = httpx.Client(
-        headers={"authorization": f"Bearer {OPERATOR_KEY}"}, timeout=120, trust_env=False
+        headers={"authorization": f"Bearer {OPERATOR_KEY}"},
+        timeout=120,
+        trust_env=False,
+        limits=httpx.Limits(max_keepalive_connections=0),  # so that drained nodes may end
     )
     try:
         ip("link", "add", bridge, "type", "bridge")
         ip("addr", "add", f"10.213.{third}.254/24", "dev", bridge)
         ip("link", "set", bridge, "up")
-        for i, node in enumerate(nodes):
-            (node.home / "r").mkdir(parents=True)
-            (node.home / "models").symlink_to(store.models_dir())
-            ip("netns", "add", node.name)
-            ip("link", "add", f"tn{mark}v{i}", "type", "veth", "peer", "name", "eth0", "netns",
-               node.name)  # fmt: skip
-            ip("link", "set", f"tn{mark}v{i}", "master", bridge, "up")
-            ip("-n", node.name, "addr", "add", f"{node.address}/24", "dev", "eth0")
-            ip("-n", node.name, "link", "set", "lo", "up")
-            node.connect()
+        for node in nodes:
+            _add(node)
         with client:
             yield Network(nodes, client)
     finally:
@@ -170,6 +187,18 @@ def network(num: int, **variables: str) -> Iterator[Network]:
             subprocess.run(["ip", "netns", "del", node.name], check=False, capture_output=True)
         subprocess.run(["ip", "link", "del", bridge], check=False, capture_output=True)
         shutil.rmtree(root, ignore_errors=True)
+
+
+def _add(node: Node) -> None:
+    (node.home / "r").mkdir(parents=True)
+    (node.home / "models").symlink_to(store.models_dir())
+    ip("netns", "add", node.name)
+    ip("link", "add", node.port, "type", "veth", "peer", "name", "eth0", "netns", node.name)
+    ip("link", "set", node.port, "up")
+    ip("-n", node.name, "addr", "add", f"{node.address}/24", "dev", "eth0")
+    for interface in ("lo", "eth0"):
+        ip("-n", node.name, "link", "set", interface, "up")
+    node.connect()
 
 
 def wait_until(condition: Any, timeout_s: float = 60.0) -> None:
@@ -223,10 +252,12 @@ class Streams:
                 try:
                     answer = client.post(self._url, json=self._body)
                     tokens = answer.text.count('"delta":{"content":')
-                    whole = answer.text.endswith("data: [DONE]\n\n") and "error" not in answer.text
+                    whole = (
+                        answer.text.endswith("data: [DONE]\n\n") and '"error":' not in answer.text
+                    )
                     if answer.status_code != 200 or not whole:
                         raise AssertionError(f"{answer.status_code}: {answer.text[-300:]}")
-                    if tokens < self._body["max_tokens"]:
+                    if tokens != self._body["max_tokens"]:
                         raise AssertionError(f"{tokens} tokens")
                     self.complete += 1
                 except (httpx.HTTPError, AssertionError) as error:

@@ -10,10 +10,10 @@ from cluster.config.changes import Changes, compare, pool_version, router_versio
 from cluster.config.section import Section
 
 # A new field must be added here, after deciding whether running processes take it over.
-ROUTER = """api_keys_sha256 operator_keys_sha256 keys_file open max_body_bytes max_header_bytes
-    max_buffered_bytes max_connections_per_address header_timeout_s min_upload_bytes_per_s
-    client_timeout_s max_queued max_queued_tokens max_sequences_per_request queue_timeout_s
-    start_timeout_s max_answer_s handover.enabled handover.max_per_request
+ROUTER = """api_keys_sha256 operator_keys_sha256 keys_file keys_in_cluster open max_body_bytes
+    max_header_bytes max_buffered_bytes max_connections_per_address header_timeout_s
+    min_upload_bytes_per_s client_timeout_s max_queued max_queued_tokens max_sequences_per_request
+    queue_timeout_s start_timeout_s max_answer_s handover.enabled handover.max_per_request
     handover.max_answer_bytes handover.max_kept_bytes log_requests_per_s log_prompts
     circuit_breaker.enabled circuit_breaker.max_share circuit_breaker.slow_factor hedge.enabled
     hedge.max_share tls"""

@@ -1,6 +1,7 @@
 """Parts of a cluster of several nodes that need neither Ray nor a network."""
 
 import logging
+import socket
 import stat
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in (auth.MODE, auth.TOKEN, auth.TOKEN_PATH):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "user"))
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "0")  # whose ports a cluster here may use
     monkeypatch.setenv("TANDEM_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
 
@@ -98,6 +100,48 @@ def test_a_join_without_head_or_token_says_what_to_do(home: Path) -> None:
         join.join(join.JoinOptions("127.0.0.1:1"), home, observe)
     with pytest.raises(StartError, match="use HOST or HOST:PORT"):
         join.join(join.JoinOptions("127.0.0.1:ray"), home, observe)
+
+
+def join_fake_head(home: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> state.ClusterState:
+    """Join a head that accepts connections, with a child process that starts nothing."""
+    pool = {"name": "a", "model": model}
+    application = {"import_path": config_file.IMPORT_PATH, "args": {"generators": [pool]}}
+    other = {"name": "other", "import_path": "other:app", "route_prefix": "/other"}
+    router = {"keys_in_cluster": True}
+    application["args"]["router"] = router  # type: ignore[index]
+    head = {
+        "application": "tandem",
+        "http_port": 8000,
+        "http_scheme": "https",
+        "haproxy": environment.uses_haproxy(),
+        "dashboard_url": "http://127.0.0.1:8265",
+        "serve": {"http_options": {"host": "0.0.0.0"}, "applications": [other, application]},
+    }
+    reports = [{"phase": "Ray"}, {"head": head}, {"phase": "done"}]
+    monkeypatch.setattr(join, "run_starter", lambda *_: iter(reports))
+    auth.create_token(home)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        options = join.JoinOptions(f"127.0.0.1:{server.getsockname()[1]}")
+        return join.join(options, home, lambda phase, application: None).state
+
+
+def test_a_joined_node_has_the_configuration_of_its_head(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joined = join_fake_head(home, monkeypatch, str(tmp_path))
+    assert state.load(home) == joined
+    assert joined.http_url == "https://127.0.0.1:8000"
+    assert not joined.is_head
+    loaded = config_file.load(Path(joined.config_path), address=joined.address)
+    assert [pool.name for pool in loaded.config.generators] == ["a"]
+
+
+def test_a_node_without_a_model_of_the_cluster_does_not_join(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StartError, match=r"this node lacks a model .*/missing"):
+        join_fake_head(home, monkeypatch, str(tmp_path / "missing"))
+    assert state.load(home) is None
 
 
 def known(*, is_head: bool) -> state.ClusterState:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from cluster.config.file import LoadedConfig
-from cluster.launch import processes, state
+from cluster.launch import auth, processes, state
 from cluster.launch.doctor import machine, running
 from cluster.launch.doctor.finding import Finding, Level, fail
 from cluster.launch.doctor.software import check_software
@@ -28,6 +28,9 @@ def run_checks(loaded: LoadedConfig, home: Path) -> Iterator[Finding]:
     if other is not None:
         known, alive = other.state, True
     config = loaded.config
+    variables: dict[str, str] = {**os.environ}
+    if known is not None and known.address is not None:  # of several nodes
+        variables |= auth.token_variables(home)
     checks: list[tuple[str, Callable[[], Iterable[Finding]]]] = [
         ("software", lambda: check_software(config)),
         ("processes", lambda: running.check_processes(home, owned, known, alive=alive)),
@@ -35,7 +38,7 @@ def run_checks(loaded: LoadedConfig, home: Path) -> Iterator[Finding]:
         ("machine", lambda: machine.check_machine(config, home, is_running=alive)),
         ("gpu", lambda: machine.check_gpus(config)),
         ("models", lambda: machine.check_models(config)),
-        ("authentication", lambda: running.check_auth(os.environ, loaded)),
+        ("authentication", lambda: running.check_auth(variables, loaded)),
     ]
     if known is not None:
         checks.append(("cluster", lambda: running.check_endpoints(known, home)))
