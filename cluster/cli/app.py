@@ -31,13 +31,33 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+REMOTE = {"status", "top", "usage", "drain", "chat", "classify", "rollout"}
+"""Commands that need the router's HTTP only."""
+
+
 @app.callback()
 def _root(
+    context: typer.Context,
+    address: Annotated[
+        str | None,
+        Option(
+            "--address",
+            metavar="URL",
+            help=f"Router of a cluster on other machines; for {', '.join(sorted(REMOTE))}.",
+        ),
+    ] = None,
     version: Annotated[
         bool, Option("--version", callback=_print_version, is_eager=True, help="Print versions.")
     ] = False,
 ) -> None:
-    pass
+    if address is None:
+        return
+    if context.invoked_subcommand not in REMOTE:
+        text = f"`tandem {context.invoked_subcommand}` runs on the machines of the cluster only"
+        raise typer.BadParameter(text, param_hint="--address")
+    rollout = {name: {"url": address} for name in ("start", "status", "pause", "resume", "abort")}
+    defaults = {name: {"url": address} for name in REMOTE}
+    context.default_map = {**defaults, "rollout": rollout}
 
 
 @app.command()
@@ -109,14 +129,41 @@ def down(
 
 
 @app.command()
-def status(api_key: KeyOption = None, as_json: JsonOption = False) -> None:
+def status(url: UrlOption = None, api_key: KeyOption = None, as_json: JsonOption = False) -> None:
     """Show deployments, replicas, processes and addresses.
 
-    If keys are configured, circuit breakers are shown with an operator key.
+    If keys are configured, circuit breakers are shown with an operator key. With --url, all of it
+    comes from the router.
     """
-    from cluster.cli.status import run
+    from cluster.cli.status import run, run_remote
 
-    run(api_key, as_json=as_json)
+    if url is None:
+        run(api_key, as_json=as_json)
+    else:
+        run_remote(url.rstrip("/"), api_key, as_json=as_json)
+
+
+@app.command()
+def usage(
+    start: Annotated[
+        str | None,
+        Option(help="Unix seconds or ISO 8601 time.", show_default="24 hours before the end"),
+    ] = None,
+    end: Annotated[str | None, Option(help="The same.", show_default="now")] = None,
+    tenant: Annotated[
+        str | None, Option(help="Tenant.", show_default="all that the key may see")
+    ] = None,
+    url: UrlOption = None,
+    api_key: KeyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show requests, tokens, energy and cost by tenant and model.
+
+    With --json, also by hour.
+    """
+    from cluster.cli.usage import run
+
+    run({"start": start, "end": end, "tenant": tenant}, url, api_key, as_json=as_json)
 
 
 @app.command()

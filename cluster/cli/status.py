@@ -4,13 +4,13 @@ import dataclasses
 import json
 import time
 from collections.abc import Mapping
-from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
 
+from cluster.cli.replicas import condition, replica_table
 from cluster.cli.router_client import DATA_PATH, connect
-from cluster.errors import TandemError
+from cluster.errors import TandemError, UnavailableError
 from cluster.launch.other_ray import read_other_status
 from cluster.launch.serve_api import DeploymentStatus, reason
 from cluster.launch.state import ClusterStatus, read_status
@@ -38,6 +38,33 @@ def run(key: str | None, *, as_json: bool) -> None:
         _print(Console(), found, conditions or {})
 
 
+def run_remote(url: str, key: str | None, *, as_json: bool) -> None:
+    """Show what the routers of a cluster on other machines say.
+
+    Raises:
+        TandemError: No router responds, or the key is not an operator's.
+    """
+    with connect(url, key, timeout_s=ROUTER_TIMEOUT_S) as router:
+        data = router.get(f"{DATA_PATH}?since={int(time.time())}")
+        try:
+            ready = bool(router.get("/ready"))
+        except UnavailableError:  # a pool without a ready replica
+            ready = False
+    if as_json:
+        found = {"url": url, "ready": ready, "routers": data["routers"], "pools": data["pools"]}
+        print(json.dumps(found, indent=2))
+        return
+    console = Console(highlight=False)
+    silent = [name for name, responds in data["routers"].items() if not responds]
+    text = f", no response from {', '.join(silent)}" if silent else ""
+    table = Table.grid(padding=(0, 2))
+    table.add_row("HTTP", url)
+    table.add_row("state", "ready" if ready else "not ready")
+    table.add_row("routers", f"{len(data['routers'])}{text}")
+    console.print(table, markup=False)
+    console.print(replica_table(data))
+
+
 def _read_conditions(found: ClusterStatus | None, key: str | None) -> Conditions | None:
     """Return the conditions of all replicas; None if no router tells."""
     if found is None or not found.alive or found.state is None:
@@ -49,14 +76,6 @@ def _read_conditions(found: ClusterStatus | None, key: str | None) -> Conditions
         return None
     pools = data["pools"].values()
     return {replica["id"]: condition(replica) for pool in pools for replica in pool["replicas"]}
-
-
-def condition(replica: Mapping[str, Any]) -> str:
-    """Return what the routers say of a replica, from the data of ``/dashboard``."""
-    if replica.get("is_draining"):
-        return "draining"
-    circuit = replica.get("circuit", "closed")
-    return "" if circuit == "closed" else f"circuit {circuit.replace('_', '-')}"
 
 
 def _print(console: Console, found: ClusterStatus, conditions: Conditions) -> None:

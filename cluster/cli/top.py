@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping
-from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -10,8 +9,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from cluster.cli.defaults import router_url
+from cluster.cli.replicas import DashboardData, replica_table, share
 from cluster.cli.router_client import DATA_PATH, RouterClient, connect
-from cluster.cli.status import condition
 from cluster.errors import TandemError
 
 SPARKLINE_S = 30
@@ -21,8 +20,6 @@ MAX_DECISIONS = 5
 # below WIDE, sparklines are.
 NARROW, WIDE = 110, 150
 _BLOCKS = " ▁▂▃▄▅▆▇█"
-
-DashboardData = Mapping[str, Any]
 
 
 def run(url: str | None, key: str | None, *, every_s: float, once: bool) -> None:
@@ -62,7 +59,7 @@ def _next(router: RouterClient, last: DashboardData, width: int) -> Group:
 
 def frame(data: DashboardData, width: int) -> Group:
     """Render the response of ``/dashboard/data`` for a terminal of ``width`` characters."""
-    parts = _models(data, width), _replicas(data), _failures(data, width), _decisions(data)
+    parts = _models(data, width), replica_table(data), _failures(data, width), _decisions(data)
     return Group(_head(data), *(line for part in parts if part for line in (part, "")))
 
 
@@ -102,25 +99,12 @@ def _cells(
         cells[f"{title} p99"] = _seconds(now.get(f"{name}_p99"))
     cells["e2e p90"] = _seconds(now.get("total_p90"))
     cells["in flight"], cells["queued"] = str(levels["in_flight"]), str(levels["queued"])
-    cells["KV"] = _share(levels["kv_cache"])
+    cells["KV"] = share(levels["kv_cache"])
     if width >= WIDE:
         tokens = data["columns"].index("completion_tokens")
         past = [row[tokens] or 0.0 for row in rows[-SPARKLINE_S:]]
         cells[f"tok/s, {SPARKLINE_S} s"] = sparkline(past)
     return cells
-
-
-def _replicas(data: DashboardData) -> Table:
-    table = Table(Column("replica", no_wrap=True), "model", "link", box=None, pad_edge=False)
-    for title in ("in flight", "running", "waiting", "KV"):
-        table.add_column(title, justify="right")
-    for name, pool in data["pools"].items():
-        for replica in pool["replicas"]:
-            levels = (str(replica[key]) for key in ("ongoing", "running", "waiting"))
-            text = ", ".join(filter(None, (replica["state"], condition(replica))))
-            state = Text(text, style="" if text == "linked" else "yellow")
-            table.add_row(replica["id"], name, state, *levels, _share(replica["kv_cache"]))
-    return table
 
 
 def _failures(data: DashboardData, width: int) -> Table | str:
@@ -169,7 +153,3 @@ def _seconds(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.{1 if value < 0.1 else 0}f} ms"
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.0%}"

@@ -1,4 +1,4 @@
-"""``tandem chat``, ``classify`` and ``top`` against a scripted router."""
+"""``tandem chat``, ``classify``, ``top``, ``status`` and ``usage`` against a scripted router."""
 
 import json
 import threading
@@ -244,3 +244,56 @@ def test_top_works_without_data(router: FakeRouter) -> None:
 def test_top_raises_the_error_of_its_first_request(router: FakeRouter) -> None:
     router.answer = lambda path, body: (401, {"error": {"message": "no key", "code": 401}})
     assert isinstance(run("top", "--url", router.url).exception, AuthenticationError)
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_status_of_a_remote_cluster_comes_from_its_router(router: FakeRouter, ready: bool) -> None:
+    router.answer = lambda path, body: (
+        (200, DATA) if "data" in path else (200 if ready else 503, {"status": ""})
+    )
+    shown = run("--address", f"{router.url}/", "status", "--api-key", "k")
+    assert shown.exit_code == 0
+    lines = [line.rstrip() for line in shown.stdout.splitlines()]
+    assert lines[:3] == [
+        f"HTTP     {router.url}",
+        f"state    {'ready' if ready else 'not ready'}",
+        "routers  2, no response from b",
+    ]
+    assert "gen-1" in shown.stdout
+    assert {headers["authorization"] for headers in router.headers} == {"Bearer k"}
+    found = json.loads(run("status", "--url", router.url, "--json").stdout)
+    assert (found["ready"], found["pools"]) == (ready, DATA["pools"])
+
+
+USAGE: dict[str, Any] = {
+    "currency": "EUR",
+    "data": [
+        {"hour": hour, "tenant": "acme", "model": "gen", "requests": 600, "prompt_tokens": 2000}
+        | {"cached_tokens": 0, "completion_tokens": 10, "joules": joules, "cost": 0.25}
+        for hour, joules in (("2026-01-01T00:00:00Z", None), ("2026-01-01T01:00:00Z", 1500.0))
+    ],
+}
+
+
+def test_usage_is_summed_by_tenant_and_model(router: FakeRouter) -> None:
+    router.answer = lambda path, body: (200, USAGE)
+    shown = run("--address", router.url, "usage", "--start", "2026-01-01", "--tenant", "acme")
+    assert shown.stdout.splitlines()[1].split() == [
+        *("acme", "gen", "1,200", "4,000", "0", "20", "1.50", "0.50"),
+    ]
+    assert "cost EUR" in shown.stdout
+    assert router.requests == [("/v1/usage?start=2026-01-01&tenant=acme", None)]
+    assert json.loads(run("usage", "--url", router.url, "--json").stdout) == USAGE
+
+
+def test_address_reaches_the_commands_of_groups(router: FakeRouter) -> None:
+    router.answer = lambda path, body: (200, {"rollouts": []})
+    run("--address", router.url, "rollout", "status")
+    assert router.requests == [("/v1/rollouts", None)]
+
+
+@pytest.mark.parametrize("command", ["logs", "doctor", "down"])
+def test_commands_for_the_machines_of_the_cluster_refuse_an_address(command: str) -> None:
+    done = CliRunner().invoke(app, ["--address", "http://h", command], env={"COLUMNS": "200"})
+    assert done.exit_code == 2
+    assert f"`tandem {command}` runs on the machines of the cluster only" in done.output

@@ -65,7 +65,7 @@ def test_help_lists_the_commands_and_loads_nothing_heavy() -> None:
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert time.monotonic() - began < 20
     for command in (
-        *("up", "down", "status", "top", "doctor", "logs"),
+        *("up", "join", "down", "status", "usage", "top", "doctor", "logs"),
         *("models", "chat", "classify", "config"),
     ):
         assert f"  {command} " in ran.stdout
