@@ -16,7 +16,8 @@ TandemError
  ├─ ReplicaRetiredError            a drained replica asks Serve to replace it
  └─ RequestError                   a request fails with an HTTP status
      ├─ InvalidRequestError            400
-     │   └─ ContextLengthError             the prompt is longer than the model's context
+     │   ├─ ContextLengthError             the prompt is longer than the model's context
+     │   └─ GuardBlockedError              a guard refuses the prompt
      ├─ AuthenticationError            401
      ├─ PermissionDeniedError          403
      ├─ NotFoundError                  404
@@ -155,6 +156,24 @@ class ContextLengthError(InvalidRequestError):
     code = "context_length_exceeded"
 
 
+class GuardBlockedError(InvalidRequestError):
+    """A guard refuses the prompt."""
+
+    code = "content_filter"
+    guard: str = ""
+    """Name of the guard; empty if the error comes from another server."""
+
+    @classmethod
+    def by(cls, guard: str, label: str) -> "GuardBlockedError":
+        """Return the error for a prompt in which a guard found ``label``."""
+        error = cls(f"The guard `{guard}` refuses the prompt: {label}.")
+        error.guard = guard
+        return error
+
+    def headers(self) -> dict[str, str]:
+        return {"x-tandem-guard": f"{self.guard}=blocked"} if self.guard else {}
+
+
 class AuthenticationError(RequestError, status=401, type="AuthenticationError"):
     """The API key is missing or unknown."""
 
@@ -248,6 +267,8 @@ def request_error_for(
     is_context_length = code == ContextLengthError.code or _CONTEXT_LENGTH.search(message)
     if status == ContextLengthError.status and is_context_length:
         return ContextLengthError(message, param=param)
+    if status == GuardBlockedError.status and code == GuardBlockedError.code:
+        return GuardBlockedError(message, param=param)
     by_status = {cls.status: cls for cls in RequestError.__subclasses__()}
     default = InvalidRequestError if 400 <= status < 500 else InternalError
     return by_status.get(status, default)(message, param=param)

@@ -41,6 +41,8 @@ class Identity:
     """True if the key may see the figures and requests of every tenant."""
     is_anonymous: bool = False
     """True for a sender without a valid key, on paths that need none."""
+    guards: frozenset[str] | None = None
+    """Guards that check the key's requests; None: those that are the default."""
 
     @property
     def sees_all(self) -> bool:

@@ -20,6 +20,7 @@ from cluster.admission.identity import (
     Tenant,
     TenantLimits,
 )
+from cluster.config.guards import GuardName
 from cluster.config.pools import ModelName
 from cluster.config.section import Section
 from cluster.config.yaml_text import parse_yaml
@@ -48,10 +49,12 @@ class TenantEntry(Section):
     tokens_per_minute: Limit | None = None
     max_concurrent: int | None = Field(None, ge=1)
     tokens_per_day: Limit | None = None
+    guards: tuple[GuardName, ...] | None = None
+    """Guards that check the tenant's requests; None: those that are the default."""
 
     def tenant(self, name: str) -> Tenant:
         """Return the tenant under this name."""
-        limits = self.model_dump(exclude={"weight"})
+        limits = self.model_dump(exclude={"weight", "guards"})
         return Tenant(name, self.weight, TenantLimits(**limits))
 
 
@@ -63,6 +66,8 @@ class KeyEntry(Section):
     priority: int = Field(0, ge=MIN_PRIORITY, le=MAX_PRIORITY)
     models: tuple[ModelName, ...] | None = None
     """Models that the key may use, by any of their names; None: all."""
+    guards: tuple[GuardName, ...] | None = None
+    """Guards that check the key's requests; None: the tenant's."""
 
     @property
     def id(self) -> str:
@@ -92,9 +97,16 @@ class KeyFileContents(Section):
                 tenants[key.tenant],
                 key.priority,
                 None if key.models is None else frozenset(key.models),
+                guards=self._guards_of(key),
             )
             for key in self.keys
         }
+
+    def _guards_of(self, key: KeyEntry) -> frozenset[str] | None:
+        guards = key.guards
+        if guards is None and key.tenant in self.tenants:
+            guards = self.tenants[key.tenant].guards
+        return None if guards is None else frozenset(guards)
 
     def dump(self) -> str:
         """Return the file's text."""

@@ -5,6 +5,7 @@ This package exports the schema, which knows neither Ray nor files nor the comma
 """
 
 from cluster.config.application import ClusterConfig, TandemConfig, parse
+from cluster.config.guards import GuardAction, GuardConfig, PatternName
 from cluster.config.operations import (
     AccountingConfig,
     DevicesConfig,
@@ -47,11 +48,14 @@ __all__ = [
     "ClusterConfig",
     "DevicesConfig",
     "GeneratorConfig",
+    "GuardAction",
+    "GuardConfig",
     "HandoverConfig",
     "HedgeConfig",
     "IdempotencyConfig",
     "LeaksConfig",
     "OperationsConfig",
+    "PatternName",
     "ResourcesConfig",
     "ResultCacheConfig",
     "RolloutConfig",

@@ -6,6 +6,7 @@ from typing import Any, Self, get_args, get_origin
 from pydantic import BaseModel, ByteSize, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from cluster.config.guards import GuardConfig, check_guards
 from cluster.config.operations import (
     AccountingConfig,
     DevicesConfig,
@@ -75,6 +76,8 @@ class TandemConfig(Section):
     """GPU health checks."""
     idempotency: IdempotencyConfig = IdempotencyConfig()
     """Repetition of requests with an `Idempotency-Key`."""
+    guards: tuple[GuardConfig, ...] = ()
+    """Checks of prompts and answers of generators, in order of precedence."""
 
     @property
     def pools(self) -> tuple[GeneratorConfig | ClassifierConfig, ...]:
@@ -128,6 +131,11 @@ class TandemConfig(Section):
                         f"{other!r} and {pool.name!r} would both be {pool.serve_name!r} in Ray "
                         "Serve; rename one of them"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _check_guards(self) -> Self:
+        check_guards(self.guards, self.generators, self.classifiers)
         return self
 
     @model_validator(mode="after")

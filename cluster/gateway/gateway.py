@@ -25,6 +25,7 @@ from cluster.gateway.builtin.drain import Drains, NodeDrains
 from cluster.gateway.builtin.own_paths import PUBLIC_PATHS
 from cluster.gateway.builtin.rollouts import RolloutControl
 from cluster.gateway.builtin.routes import BuiltinRoute, BuiltinRoutes
+from cluster.gateway.guards import Guards
 from cluster.gateway.messages import (
     Headers,
     Request,
@@ -38,6 +39,7 @@ from cluster.gateway.pools.factory import make_pools, make_rollouts, reconfigure
 from cluster.gateway.pools.pool import Pool
 from cluster.gateway.pools.relay import relay
 from cluster.gateway.pools.replica import Wiring
+from cluster.gateway.pools.rollout import ignore_end
 from cluster.gateway.pools.routes import OTHER
 from cluster.gateway.pools.selection import select_pool, split_model_path
 from cluster.gateway.pools.slots import Claim
@@ -121,12 +123,14 @@ class Gateway:
         quotas = TenantQuotas(self.registry)
         self.admission = Admission(authenticator, quotas, self._response_ids)
         self._answer_keys = AnswerKeys(config.idempotency)
+        self._guards = Guards(config, self._models, self._send_check, self.registry)
         self._load_reports = LoadReports(config, self.pools)
         self._dashboard = Dashboard(self.pools, sinks, routers, read_decisions)
         report = UsageReport(usage, routers) if usage is not None else None
         self._builtin = BuiltinRoutes(
             self._models, versions or {}, self.registry, self._dashboard, report, rollout_control
         )
+        self._builtin.add_guards(self._guards)
         self._builtin.add_drains(Drains(self.pools, routers, nodes or NodeDrains()))
 
     def reconfigure(
@@ -149,6 +153,7 @@ class Gateway:
         reconfigure_pools(config, self.pools, self._sinks)
         self.admission.reconfigure(router, key_file, needs_keys=needs_keys)
         self._answer_keys.config = config.idempotency
+        self._guards.reconfigure(config)
         self._load_reports.reconfigure(config)
 
     def split_model_path(self, path: str) -> tuple[str, str | None]:
@@ -211,15 +216,40 @@ class Gateway:
 
     async def _relay(self, request: Request) -> Response:
         body, pool = self._select_pool(request)
+        if not self._guards:
+            relaying = self._admit(request, body, pool)
+            del body  # the prompt; the answer may be far away
+            return await relaying
+        try:
+            guarded = self._guards.begin(request, body, pool)
+            prepared = request if guarded is None else await guarded.prepare()
+        except RequestError as error:
+            pool.meter.reject(request, pool.route_of(request.path), error.status)
+            raise
+        if prepared is not request:
+            request.release_body()
+            body = read_body(prepared)
+        relaying = self._admit(prepared, body, pool)
+        del body
+        return await (relaying if guarded is None else guarded.respond(relaying))
+
+    async def _admit(self, request: Request, body: RequestBody, pool: Pool) -> Response:
+        """Admit a request and relay it."""
         joins = self._find_answer(request, pool)
         claim, ticket = self.admission.admit(request, body, pool, joins)
         relayed = with_json_fields(request, self._fields(request, body, pool, claim))
-        del body  # the prompt; the answer may be far away
+        del body
         if relayed is not request:
             request.release_body()
         if (rollout := self.rollouts.get(pool.name)) is not None:
             return await rollout.relay(relayed, claim, ticket.end)
         return await relay(relayed, pool, claim, ticket.end)
+
+    async def _send_check(self, request: Request, pool: Pool, claim: Claim) -> Response:
+        """Relay a request of a guard, which no quota limits."""
+        if (rollout := self.rollouts.get(pool.name)) is not None:
+            return await rollout.relay(request, claim, ignore_end)
+        return await relay(request, pool, claim, ignore_end)
 
     def _fields(
         self, request: Request, body: RequestBody, pool: Pool, claim: Claim

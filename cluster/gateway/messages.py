@@ -3,8 +3,8 @@
 import json
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 from uuid import uuid4
 
 from cluster.admission import OPEN, Identity
@@ -18,6 +18,24 @@ MAX_REQUEST_ID_CHARS = 128
 _EMPTY_OBJECT = re.compile(rb"\s*\{\s*\}\s*")
 KEPT_BODY_BYTES = 8000
 """Part of a body that is kept for the request log: 2,000 characters of at most 4 bytes."""
+
+
+Outcome = Literal["passed", "flagged", "redacted", "blocked", "unchecked", "refused"]
+"""Result of a guard's check. If it failed: ``unchecked`` by an open guard, ``refused`` by a closed
+one."""
+
+
+@dataclass(slots=True)
+class GuardNotes:
+    """Results of the guards of one request, for its answer and its records."""
+
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    """Results by guard, without those that passed."""
+    status: int | None = None
+    """Status to record if the guards cancel the request; None: that of a disconnect."""
+
+    def __str__(self) -> str:
+        return ", ".join(f"{guard}={outcome}" for guard, outcome in self.outcomes.items())
 
 
 @dataclass(slots=True)
@@ -40,7 +58,9 @@ class Request:
     answer_key: AnswerKey | None = None
     """Set if the client may repeat the request and get the same answer."""
     is_copy: bool = False
-    """True for a copy whose answer is discarded; it is not charged."""
+    """True for a copy whose answer is discarded, and for a guard's check; it is not charged."""
+    guard_notes: GuardNotes | None = None
+    """Results of the guards that check the request; None if there are none."""
 
     @property
     def tenant(self) -> str:
@@ -76,7 +96,11 @@ def with_json_fields(request: Request, fields: Mapping[str, str | int]) -> Reque
         return request
     comma = b"" if _EMPTY_OBJECT.fullmatch(request.body) else b","
     added = json.dumps(fields, separators=(",", ":")).encode()[1:]
-    body = b"".join((memoryview(request.body)[:end], comma, added))
+    return with_body(request, b"".join((memoryview(request.body)[:end], comma, added)))
+
+
+def with_body(request: Request, body: bytes) -> Request:
+    """Return the request with another body."""
     headers = [pair for pair in request.headers if pair[0] != b"content-length"]
     headers.append((b"content-length", str(len(body)).encode()))
     return replace(request, headers=headers, body=body)

@@ -274,6 +274,24 @@ ROLLOUT_DECISIONS = _counter(
     "decision",
 )
 
+# -- guards, measured in the router ----------------------------------------------------------------
+
+GUARD_CHECKS = _counter(
+    "tandem_guard_checks_total",
+    "Prompts and answers (stage) that a guard checked. Outcomes: passed; flagged; redacted; "
+    "blocked; unchecked (the check failed and the guard is open); refused (it failed and the guard "
+    "is closed).",
+    "guard",
+    "stage",
+    "outcome",
+)
+GUARD_SECONDS = _histogram(
+    "tandem_guard_seconds",
+    "Duration of a guard's check of one prompt or of one part of an answer.",
+    "guard",
+    "stage",
+)
+
 # -- links, measured in the router -----------------------------------------------------------------
 
 LINK_FRAMES = _counter("tandem_link_frames_total", "Frames sent over links.", "direction")

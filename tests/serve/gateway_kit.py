@@ -189,6 +189,7 @@ async def gateway_world(
     classifier: dict[str, Any] | None = None,
     idempotency: dict[str, Any] | None = None,
     nodes: NodeDrains | None = None,
+    guards: list[dict[str, Any]] | None = None,
     **router: Any,
 ) -> AsyncIterator[World]:
     pool: dict[str, Any] = {
@@ -206,6 +207,7 @@ async def gateway_world(
             "classifiers": [{"name": "cls", "model": "m", **(classifier or {})}],
             "router": router,
             "idempotency": idempotency or {},
+            "guards": guards or [],
         }
     )
     wirings = {name: Wiring(SECRET, fallback=fallback) for name, _ in config.served_pools}

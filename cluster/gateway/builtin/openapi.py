@@ -156,6 +156,12 @@ def _own_item(path: str, own: OwnPath) -> dict[str, Any]:
         "parameters": [*own.parameters, request_id],
         "responses": {**answers, **_errors(path, statuses)},
     }
+    if own.body is not None:
+        schema = _own_schemas()[0][own.body]
+        operation["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": schema}},
+        }
     if own.is_public:
         operation["security"] = []
     return {own.method: operation}
@@ -192,7 +198,9 @@ def _errors(path: str, statuses: Iterable[int]) -> dict[str, Any]:
 @cache
 def _own_schemas() -> tuple[dict[Any, dict[str, Any]], dict[str, Any]]:
     """Return the schema of each type of the router's answers, and those that they refer to."""
-    types = {own.reply for own in OWN_PATHS.values()} | {ErrorBody, AnthropicErrorBody}
+    own = OWN_PATHS.values()
+    types = {each.reply for each in own} | {each.body for each in own if each.body is not None}
+    types |= {ErrorBody, AnthropicErrorBody}
     found, components = msgspec.json.schema_components(types, ref_template=_SCHEMAS + "{name}")
     return dict(zip(types, found, strict=True)), components
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 from cluster.gateway.builtin.drain import DRAIN_PATH
+from cluster.gateway.builtin.guards import GUARDS_PATH, GuardTest, GuardTestRequest
 from cluster.gateway.reporting.dashboard import DATA_PATH, REPORT_PATH
 from cluster.gateway.reporting.usage_report import ROWS_PATH
 
@@ -188,6 +189,8 @@ class OwnPath(NamedTuple):
     has_503: bool = False
     """True if the answer may have the status 503."""
     method: Literal["get", "post"] = "get"
+    body: Any = None
+    """Type of the request's JSON body, if any."""
 
 
 def _query(name: str, description: str, **schema: Any) -> dict[str, Any]:
@@ -252,6 +255,13 @@ OWN_PATHS: Mapping[str, OwnPath] = {
             ),
         ),
         method="post",
+    ),
+    GUARDS_PATH: OwnPath(
+        "Check texts with the guards.",
+        GuardTest,
+        statuses=(400, 403, 408, 413, 429, 503),
+        method="post",
+        body=GuardTestRequest,
     ),
     "/metrics": OwnPath(
         "Return the router's metrics in Prometheus' text format.", str, "text/plain"

@@ -17,10 +17,12 @@ import msgspec
 from cluster.admission import MAX_PRIORITY
 from cluster.errors import NotFoundError, TandemError
 from cluster.gateway.builtin.drain import DRAIN_PATH, Drains
+from cluster.gateway.builtin.guards import GUARDS_PATH, GuardRoutes
 from cluster.gateway.builtin.openapi import make_document
 from cluster.gateway.builtin.own_paths import MODEL_PATH, ROLLOUT_PATH, ROLLOUTS_PATH
 from cluster.gateway.builtin.pages import Page
 from cluster.gateway.builtin.rollouts import RolloutControl, RolloutRoutes
+from cluster.gateway.guards import Guards
 from cluster.gateway.messages import Request, Response, bytes_response, header, json_response
 from cluster.gateway.pools.pool import Pool
 from cluster.gateway.pools.relay import relay
@@ -110,6 +112,9 @@ class BuiltinRoutes:
     def add_drains(self, drains: Drains) -> None:
         self._handlers[DRAIN_PATH] = drains.handle
 
+    def add_guards(self, guards: Guards) -> None:
+        self._handlers[GUARDS_PATH] = GuardRoutes(guards).test
+
     async def close(self) -> None:
         """Cancel the queries at replicas."""
         queries = list(self._queries.values())
@@ -124,7 +129,7 @@ class BuiltinRoutes:
         if path.startswith(f"{ROLLOUTS_PATH}/"):
             return BuiltinRoute(ROLLOUT_PATH, self._rollouts.change, WRITE_METHODS)
         handler = self._handlers.get(path)
-        methods = WRITE_METHODS if path == DRAIN_PATH else READ_METHODS
+        methods = WRITE_METHODS if path in (DRAIN_PATH, GUARDS_PATH) else READ_METHODS
         return None if handler is None else BuiltinRoute(path, handler, methods)
 
     async def _health(self, _request: Request) -> Response:

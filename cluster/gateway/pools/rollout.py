@@ -208,7 +208,7 @@ class Rollout:
     async def _run_copy(self, copy: Request, claim: Claim, tee: "_Tee | None") -> None:
         content = bytearray()
         try:
-            response = await relay(copy, self.new, claim, _ignore_end)
+            response = await relay(copy, self.new, claim, ignore_end)
             async with aclosing(response.body) as body:
                 async for chunk in body:
                     if tee is not None and len(content) <= MAX_COPY_BYTES:
@@ -266,8 +266,8 @@ class _Tee:
             self.content.set_result(content)
 
 
-def _ignore_end(_status: int, _usage: Usage | None, _had_slot: bool) -> None:
-    """Accept the end of a copy, which belongs to no tenant."""
+def ignore_end(_status: int, _usage: Usage | None, _had_slot: bool) -> None:
+    """Accept the end of a copy or a check, which belongs to no tenant."""
 
 
 def _figures(pool: Pool) -> Figures:

@@ -259,6 +259,9 @@ class RequestObserver:
         """Record the end of the request; call this exactly once."""
         if self._on_end is not None:
             self._on_end(self.status, usage, bool(self._slot_taken))
+        notes = self._request.guard_notes
+        if notes is not None and notes.status is not None and self.status == CLIENT_DISCONNECTED:
+            self.status = notes.status  # it was not the client that cancelled the request
         meter = self._meter
         meter.open_requests.discard(self)
         self.count_gaps()
@@ -347,6 +350,7 @@ class RequestObserver:
             replay=self.replay,
             hedge=self.hedge,
             trial=self.is_trial or None,
+            guards=str(self._request.guard_notes or "") or None,
         )
 
 

@@ -58,6 +58,8 @@ class RequestRecord(msgspec.Struct):
     """Set if the request was sent to a second replica: ``won`` if that one answered first."""
     trial: bool | None = None
     """True if the request was a trial of a replica that had been taken out."""
+    guards: str | None = None
+    """Results of the guards that found something or failed: `personal-data=redacted`."""
 
 
 class Failure(msgspec.Struct):

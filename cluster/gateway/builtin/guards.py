@@ -1,0 +1,146 @@
+"""``POST /v1/guards/test``: what the guards find in texts, without a generator."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypedDict
+
+import msgspec
+from msgspec import Meta
+
+from cluster.config import GuardAction
+from cluster.errors import InvalidRequestError, PermissionDeniedError
+from cluster.gateway.guards import Guards
+from cluster.gateway.guards.checks import CheckFailedError, Guard
+from cluster.gateway.guards.session import SEVERITY, outcome_of
+from cluster.gateway.messages import Outcome, Request, Response, json_response
+from cluster.guards import Placeholders, Span
+
+GUARDS_PATH = "/v1/guards/test"
+MAX_TEXTS = 256
+
+
+class GuardTestRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of ``POST /v1/guards/test``."""
+
+    input: str | Annotated[list[str], Meta(min_length=1, max_length=MAX_TEXTS)]
+    """Text or texts to check."""
+    stage: Literal["prompt", "answer"] = "prompt"
+    """Text that is checked: the guards of prompts or of answers."""
+    guards: list[str] | None = None
+    """Guards to use; the default is those of the API key. Only operators may name others."""
+
+
+class FoundPart(TypedDict):
+    """A part of a text, or its label."""
+
+    label: str
+    score: float
+    start: int
+    end: int
+
+
+class GuardResult(TypedDict):
+    """Result of one guard for one text."""
+
+    guard: str
+    action: GuardAction
+    outcome: Outcome
+    found: list[FoundPart]
+
+
+class GuardedText(TypedDict):
+    """Results of all guards for one text."""
+
+    index: int
+    outcome: Outcome
+    """The most severe outcome of a guard."""
+    text: str
+    """The text with placeholders, as the engine or the client would get it."""
+    guards: list[GuardResult]
+
+
+class GuardTest(TypedDict):
+    """Results for all texts, in order."""
+
+    object: Literal["list"]
+    data: list[GuardedText]
+
+
+_decode = msgspec.json.Decoder(GuardTestRequest).decode
+
+
+class GuardRoutes:
+    """Handler of the path."""
+
+    def __init__(self, guards: Guards) -> None:
+        self._guards = guards
+
+    async def test(self, request: Request) -> Response:
+        """Return what each guard finds in each text."""
+        try:
+            body = _decode(request.body)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise InvalidRequestError(f"Invalid request body: {error}") from None
+        guards = self._select(request, body)
+        texts = [body.input] if isinstance(body.input, str) else body.input
+        found = await asyncio.gather(*(_find(guard, texts, request) for guard in guards))
+        data = [
+            _result(index, text, guards, [of_guard[index] for of_guard in found])
+            for index, text in enumerate(texts)
+        ]
+        return json_response({"object": "list", "data": data})
+
+    def _select(self, request: Request, body: GuardTestRequest) -> list[Guard]:
+        allowed = self._guards.guards_of(request.identity)
+        if body.guards is not None:
+            known = {guard.name: guard for guard in self._guards}
+            own = {guard.name for guard in allowed}
+            for name in body.guards:
+                if name not in known:
+                    raise InvalidRequestError(
+                        f"The guard `{name}` does not exist. Guards: {', '.join(known) or 'none'}",
+                        param="guards",
+                    )
+                if name not in own and not request.identity.sees_all:
+                    raise PermissionDeniedError(
+                        f"The guard `{name}` is not one of the API key's.", param="guards"
+                    )
+            allowed = [known[name] for name in dict.fromkeys(body.guards)]
+        is_prompt = body.stage == "prompt"
+        return [
+            guard
+            for guard in allowed
+            if (guard.config.checks_prompts if is_prompt else guard.config.checks_answers)
+        ]
+
+
+async def _find(
+    guard: Guard, texts: Sequence[str], request: Request
+) -> list[list[Span]] | list[None]:
+    try:
+        return await guard.check.find(texts, request)
+    except CheckFailedError:
+        return [None] * len(texts)
+
+
+def _result(
+    index: int, text: str, guards: Sequence[Guard], found: Sequence[list[Span] | None]
+) -> GuardedText:
+    results = []
+    spans: list[Span] = []
+    for guard, parts in zip(guards, found, strict=True):
+        outcome: Outcome = "unchecked" if guard.config.on_error == "open" else "refused"
+        if parts is not None:
+            outcome = outcome_of(guard) if parts else "passed"
+        if guard.config.action == "redact":
+            spans += parts or ()
+        results.append(_guard_result(guard, outcome, parts or ()))
+    outcomes: list[Outcome] = [result["outcome"] for result in results]
+    worst: Outcome = max(outcomes, key=SEVERITY.index) if outcomes else "passed"
+    redacted = Placeholders([text]).replace(text, spans)
+    return GuardedText(index=index, outcome=worst, text=redacted, guards=results)
+
+
+def _guard_result(guard: Guard, outcome: Outcome, spans: Sequence[Span]) -> GuardResult:
+    found: list[Any] = [span._asdict() for span in spans]
+    return GuardResult(guard=guard.name, action=guard.config.action, outcome=outcome, found=found)

@@ -1,0 +1,200 @@
+"""One guard: what it finds in texts, by patterns or with a classifier of a pool."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
+from time import perf_counter
+from typing import Any, Literal, Protocol
+
+import msgspec
+
+from cluster.config import GuardConfig
+from cluster.errors import LinkError, RequestError, TandemError, UnavailableError
+from cluster.gateway.messages import Outcome, Request, Response
+from cluster.gateway.pools.pool import Pool
+from cluster.gateway.pools.slots import Claim
+from cluster.guards import Span, find_patterns
+from cluster.metrics import Registry, table
+
+logger = logging.getLogger("ray.serve.tandem")
+
+Stage = Literal["prompt", "answer"]
+SendCheck = Callable[[Request, Pool, Claim], Awaitable[Response]]
+"""Sends a request of a guard to a pool."""
+
+MAX_TEXTS = 64
+"""Texts per request to a classifier."""
+_STRIDE_CHARS = 400  # longer texts may exceed a classifier's context, so they are read in windows
+_STRIDE_TOKENS = 32
+_THREAD_CHARS = 64 * 1024  # a thread searches longer texts; the event loop would stop for 5 ms
+_CLASSIFY, _FIND_ENTITIES = "/classify", "/token-classification"
+
+
+class CheckFailedError(TandemError):
+    """A guard could not check a text."""
+
+
+class Check(Protocol):
+    """Search for what a guard is about."""
+
+    finds_parts: bool
+    """True if results are parts of a text, False if they are labels of the whole text."""
+
+    async def find(self, texts: Sequence[str], request: Request) -> list[list[Span]]:
+        """Return what each text contains.
+
+        Raises:
+            CheckFailedError: The texts could not be checked.
+        """
+
+
+class PatternCheck:
+    """Check by patterns."""
+
+    finds_parts = True
+
+    def __init__(self, config: GuardConfig) -> None:
+        self.patterns = config.patterns
+
+    async def find(self, texts: Sequence[str], request: Request) -> list[list[Span]]:
+        if sum(map(len, texts)) > _THREAD_CHARS:
+            return await asyncio.to_thread(self._find, texts)
+        return self._find(texts)
+
+    def _find(self, texts: Sequence[str]) -> list[list[Span]]:
+        return [find_patterns(text, self.patterns)[0] for text in texts]
+
+
+class _Label(msgspec.Struct):
+    label: str
+    score: float
+
+
+class _Entity(_Label):
+    start: int
+    end: int
+
+
+class _Result(msgspec.Struct):
+    scores: list[_Label] = []
+    entities: list[_Entity] = []
+
+
+class _Reply(msgspec.Struct):
+    data: list[_Result]
+
+
+class ClassifierCheck:
+    """Check with a classifier of the same cluster."""
+
+    def __init__(self, config: GuardConfig, pool: Pool, send: SendCheck, *, entities: bool) -> None:
+        self.finds_parts = entities
+        self._config = config
+        self._pool = pool
+        self._send = send
+        self._path = _FIND_ENTITIES if entities else _CLASSIFY
+        self._labels = frozenset(config.labels)
+
+    async def find(self, texts: Sequence[str], request: Request) -> list[list[Span]]:
+        found: list[list[Span]] = []
+        try:
+            async with asyncio.timeout(self._config.timeout_s):
+                for start in range(0, len(texts), MAX_TEXTS):
+                    part = texts[start : start + MAX_TEXTS]
+                    reply = await self._ask(part, request)
+                    pairs = zip(part, reply.data, strict=True)
+                    found += [self._spans(text, result) for text, result in pairs]
+        except TimeoutError:
+            raise CheckFailedError(f"no answer within {self._config.timeout_s:g} s") from None
+        except (LinkError, RequestError, msgspec.DecodeError, ValueError) as error:
+            raise CheckFailedError(str(error)) from error
+        return found
+
+    async def _ask(self, texts: Sequence[str], request: Request) -> _Reply:
+        fields: dict[str, Any] = {"model": self._config.classifier, "input": texts}
+        if max(map(len, texts)) > _STRIDE_CHARS:
+            fields |= {"stride": _STRIDE_TOKENS, "aggregate": "max"}
+        body = msgspec.json.encode(fields)
+        headers = [(b"content-type", b"application/json")]
+        check = Request(
+            *(request.id, "POST", self._path, b"", headers, body, request.identity), is_copy=True
+        )
+        expires_s = asyncio.get_running_loop().time() + self._config.timeout_s
+        claim = Claim(
+            identity=request.identity,
+            work_tokens=max(1.0, len(body) / 4),
+            body_bytes=len(body),
+            priority=request.identity.priority,
+            expires_s=expires_s,
+            deadline_s=expires_s,
+        )
+        response = await self._send(check, self._pool, claim)
+        async with aclosing(response.body) as chunks:
+            content = b"".join([chunk async for chunk in chunks])
+        if response.status != 200:
+            raise CheckFailedError(f"{self._pool.name} answered with status {response.status}")
+        return msgspec.json.decode(content, type=_Reply)
+
+    def _spans(self, text: str, result: _Result) -> list[Span]:
+        if self.finds_parts:
+            return [
+                Span(entity.start, entity.end, entity.label, entity.score)
+                for entity in result.entities
+                if self._counts(entity)
+            ]
+        return [
+            Span(0, len(text), each.label, each.score)
+            for each in result.scores
+            if self._counts(each)
+        ]
+
+    def _counts(self, found: _Label) -> bool:
+        is_wanted = not self._labels or found.label in self._labels
+        return is_wanted and found.score >= self._config.threshold
+
+
+class Guard:
+    """A guard of the configuration with its check and its metrics."""
+
+    def __init__(self, config: GuardConfig, check: Check, registry: Registry) -> None:
+        self.config = config
+        self.check = check
+        self._registry = registry
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def changes_text(self) -> bool:
+        """True if the guard must decide before the text is passed on."""
+        return self.config.action != "flag"
+
+    async def find(
+        self, texts: Sequence[str], request: Request, model: str, stage: Stage
+    ) -> list[list[Span]] | None:
+        """Return what each text contains; None if the check failed and the guard is open.
+
+        Raises:
+            UnavailableError: The check failed and the guard is closed.
+        """
+        start_s = perf_counter()
+        try:
+            return await self.check.find(texts, request)
+        except CheckFailedError as error:
+            logger.warning(
+                "%s: guard %s could not check the %s: %s", request.id, self.name, stage, error
+            )
+            if self.config.on_error == "open":
+                return None
+            raise UnavailableError(
+                f"The guard `{self.name}` could not check the {stage}; try again.", retry_after_s=1
+            ) from error
+        finally:
+            histogram = self._registry.histogram(table.GUARD_SECONDS, model, self.name, stage)
+            histogram.observe(perf_counter() - start_s)
+
+    def count(self, model: str, stage: Stage, outcome: Outcome) -> None:
+        """Count the result of a prompt or an answer."""
+        self._registry.counter(table.GUARD_CHECKS, model, self.name, stage, outcome).add()

@@ -1,0 +1,117 @@
+"""Selection of the guards of a request."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from cluster.admission import Identity
+from cluster.config import GuardConfig, TandemConfig
+from cluster.errors import InvalidRequestError, UnavailableError
+from cluster.gateway.guards.checks import (
+    Check,
+    ClassifierCheck,
+    Guard,
+    PatternCheck,
+    SendCheck,
+)
+from cluster.gateway.guards.session import CHECKED_PATHS, GuardedRequest
+from cluster.gateway.messages import Request
+from cluster.gateway.pools.pool import Pool
+from cluster.metrics import Registry
+from cluster.routing import RequestBody
+
+_WITHOUT_NEW_TEXT = frozenset(
+    {
+        *("/classify", "/detokenize", "/generative_scoring", "/pooling", "/rerank", "/score"),
+        *("/tokenize", "/v1/chat/completions/derender", "/v1/chat/completions/render"),
+        *("/v1/completions/derender", "/v1/completions/render", "/v1/embeddings"),
+        *("/v1/messages/count_tokens", "/v1/messages/render", "/v1/models", "/v1/rerank"),
+        *("/v1/responses/input_tokens", "/v1/responses/render", "/v1/score", "/v2/embed"),
+        *("/v2/rerank", "/v1/responses/{response_id}/cancel", "/openapi.json"),
+    }
+)
+"""Routes of generators that generate no text, or turn the client's own tokens into text."""
+
+
+class Guards:
+    """The guards of one router."""
+
+    def __init__(
+        self,
+        config: TandemConfig,
+        pools: Mapping[str, Pool],
+        send: SendCheck,
+        registry: Registry,
+    ) -> None:
+        self._pools = pools
+        self._send = send
+        self._registry = registry
+        self.reconfigure(config)
+
+    def reconfigure(self, config: TandemConfig) -> None:
+        """Apply changed guards; requests that run keep those that they began with."""
+        tasks = {name: pool.tasks for pool in config.classifiers for name in pool.model_names}
+        self._guards = {
+            guard.name: Guard(guard, self._make_check(guard, tasks), self._registry)
+            for guard in config.guards
+        }
+
+    def __bool__(self) -> bool:
+        return bool(self._guards)
+
+    def __iter__(self) -> Iterator[Guard]:
+        return iter(self._guards.values())
+
+    def _make_check(self, guard: GuardConfig, tasks: Mapping[str, Sequence[str]]) -> Check:
+        name = guard.classifier
+        if name is None:
+            return PatternCheck(guard)
+        pool = next(pool for pool in self._pools.values() if name in pool.models)
+        entities = "token-classification" in tasks[name]
+        return ClassifierCheck(guard, pool, self._send, entities=entities)
+
+    def guards_of(self, identity: Identity, pool: Pool | None = None) -> list[Guard]:
+        """Return the guards of a key's requests, to one pool if given.
+
+        Raises:
+            UnavailableError: The key names a guard that is not configured.
+        """
+        named = identity.guards
+        if named is not None and (missing := sorted(named - self._guards.keys())):
+            raise UnavailableError(
+                f"The API key names the guard `{missing[0]}`, which is not configured. Add it to "
+                "`guards`, or change the key."
+            )
+        return [
+            guard
+            for guard in self._guards.values()
+            if (guard.config.default if named is None else guard.name in named)
+            and (pool is None or _is_about(guard.config, pool))
+        ]
+
+    def begin(self, request: Request, body: RequestBody, pool: Pool) -> GuardedRequest | None:
+        """Return the guards' part in a request; None if no guard checks it.
+
+        Raises:
+            InvalidRequestError: The guards cannot check the request.
+            UnavailableError: See ``guards_of``.
+        """
+        if pool.kind != "generator" or not (guards := self.guards_of(request.identity, pool)):
+            return None
+        route = pool.route_of(request.path)
+        if route in _WITHOUT_NEW_TEXT:
+            return None
+        if request.method == "POST" and request.path in CHECKED_PATHS:
+            return GuardedRequest(guards, request, body, pool)
+        if any(guard.changes_text for guard in guards):
+            names = ", ".join(f"`{guard.name}`" for guard in guards if guard.changes_text)
+            raise InvalidRequestError(
+                f"{request.path} is not possible with the guards of this key ({names}), which "
+                f"check {', '.join(CHECKED_PATHS)}."
+            )
+        for guard in guards:
+            guard.count(pool.name, "prompt", "unchecked")
+        return None
+
+
+def _is_about(guard: GuardConfig, pool: Pool) -> bool:
+    # Adapters have names of their own, but their requests can be guarded by pool only.
+    return guard.models is None or not set(guard.models).isdisjoint(pool.models)

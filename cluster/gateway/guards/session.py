@@ -1,0 +1,255 @@
+"""The guards of one request, from its prompt to its answer.
+
+Redaction precedes the engine. Other checks of the prompt run while the engine works on it: the
+first byte of the answer waits for them, and a prompt that is blocked is cancelled there.
+"""
+
+import asyncio
+import json
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any
+
+from cluster.errors import GuardBlockedError, InvalidRequestError, RequestError, UnavailableError
+from cluster.gateway.body import UNREAD_BODY
+from cluster.gateway.guards.answers import GuardedStream, guard_document
+from cluster.gateway.guards.checks import Guard, Stage
+from cluster.gateway.guards.window import AnswerGuards
+from cluster.gateway.messages import (
+    GuardNotes,
+    Outcome,
+    Request,
+    Response,
+    header,
+    with_body,
+)
+from cluster.gateway.pools.pool import Pool
+from cluster.guards import Placeholders, Span, TextSlot, find_texts
+from cluster.routing import RequestBody
+
+GUARD_HEADER = b"x-tandem-guard"
+CHECKED_PATHS: Mapping[str, tuple[str, ...]] = {
+    "/v1/chat/completions": ("messages", "documents"),
+    "/v1/completions": ("prompt", "suffix"),
+    "/v1/responses": ("instructions", "input"),
+    "/v1/messages": ("system", "messages"),
+}
+"""Fields with the prompt, by path."""
+_SYSTEM_FIELDS = ("system", "instructions")
+_OWN_ROLES = ("assistant", "system", "developer")
+"""Roles whose texts classifiers of whole texts need not judge: the model's and the operator's."""
+SEVERITY: Sequence[Outcome] = (
+    *("passed", "flagged", "redacted", "unchecked", "refused", "blocked"),
+)
+"""Outcomes of a guard, the worst last."""
+MAX_PROMPT_CHARS = 4 * 1024 * 1024
+"""Length of the longest prompt that is checked; a thread searches 10 to 0.5 million per second."""
+_THREAD_BYTES = 256 * 1024
+
+
+class GuardedRequest:
+    """The guards' part in one request."""
+
+    def __init__(
+        self, guards: Sequence[Guard], request: Request, body: RequestBody, pool: Pool
+    ) -> None:
+        self._pool = pool
+        self._request = request
+        self._is_read = body is not UNREAD_BODY
+        self._is_stored = body.previous_response_id is not None
+        self._of_prompt = [guard for guard in guards if guard.config.checks_prompts]
+        self._of_answer = [guard for guard in guards if guard.config.checks_answers]
+        self._slots: list[TextSlot] = []
+        self._texts: list[str] = []
+        self._placeholders = Placeholders()
+        self._notes = request.guard_notes = GuardNotes()
+
+    async def prepare(self) -> Request:
+        """Read the prompt; return the request with what must be redacted replaced.
+
+        Raises:
+            InvalidRequestError: The guards cannot check the prompt.
+            UnavailableError: A check failed, and the guard is closed.
+        """
+        request = self._request
+        if not self._of_prompt:
+            return request
+        if not self._is_read:
+            self._refuse_unchecked("a body that is not JSON")
+            return request
+        is_large = len(request.body) > _THREAD_BYTES
+        document = await asyncio.to_thread(json.loads, request.body) if is_large else None
+        document = json.loads(request.body) if document is None else document
+        self._read_texts(document)
+        redacting = [each for each in self._of_prompt if each.config.action == "redact"]
+        if not redacting or not self._texts:
+            return request
+        self._placeholders = Placeholders(self._texts)
+        found = await asyncio.gather(
+            *(guard.find(self._texts, request, self._pool.name, "prompt") for guard in redacting),
+            return_exceptions=True,
+        )
+        for guard, result in zip(redacting, found, strict=True):
+            self._note(guard, "prompt", result)
+        for result in found:
+            if isinstance(result, BaseException):
+                raise result
+        return self._redact(document, [each for each in found if isinstance(each, list)])
+
+    def _read_texts(self, document: dict[str, Any]) -> None:
+        fields = CHECKED_PATHS[self._request.path]
+        for name in fields:
+            if name in document:
+                role = "system" if name in _SYSTEM_FIELDS else ""
+                self._slots += find_texts(document, name, role)
+        self._texts = [slot.text for slot in self._slots]
+        if sum(map(len, self._texts)) > MAX_PROMPT_CHARS:
+            self._refuse_unchecked(f"a prompt of more than {MAX_PROMPT_CHARS} characters")
+            self._slots, self._texts = [], []
+        prompt = document.get("prompt")
+        if self._request.path == "/v1/completions" and (
+            document.get("prompt_embeds") is not None
+            or (isinstance(prompt, list) and not all(isinstance(each, str) for each in prompt))
+        ):
+            self._refuse_unchecked("a prompt of token ids or embeddings")
+        if self._is_stored and any(each.config.action == "redact" for each in self._of_prompt):
+            self._refuse_unchecked("`previous_response_id`, whose placeholders are not known")
+
+    def _refuse_unchecked(self, what: str) -> None:
+        """Raise if a guard would have to check what it cannot read."""
+        for guard in self._of_prompt:
+            if guard.changes_text:
+                raise InvalidRequestError(f"The guard `{guard.name}` cannot check {what}.")
+            self._note(guard, "prompt", None)
+
+    def _redact(self, document: dict[str, Any], found: Sequence[list[list[Span]]]) -> Request:
+        has_changed = False
+        for slot, *spans in zip(self._slots, *found, strict=True):
+            merged = [span for part in spans for span in part]
+            if merged:
+                slot.text = self._placeholders.replace(slot.text, merged)
+                has_changed = True
+        if not has_changed:
+            return self._request
+        # ASCII, because a JSON string may hold half of a surrogate pair, which UTF-8 cannot.
+        return with_body(self._request, json.dumps(document, separators=(",", ":")).encode())
+
+    async def respond(self, relaying: Coroutine[Any, Any, Response]) -> Response:
+        """Return the checked answer of a request that is relayed meanwhile.
+
+        Raises:
+            GuardBlockedError: A guard refuses the prompt.
+            UnavailableError: A check failed, and the guard is closed.
+            RequestError: The request failed.
+        """
+        checking = [each for each in self._of_prompt if each.config.action != "redact"]
+        if checking and self._texts:
+            response = await self._check_while(relaying, checking)
+        else:
+            response = await relaying
+        self._slots, self._texts = [], []
+        if response.status == 200:
+            response = await self._guard_answer(response)
+        if self._notes.outcomes:
+            response.headers.append((GUARD_HEADER, str(self._notes).encode()))
+        return response
+
+    async def _check_while(
+        self, relaying: Coroutine[Any, Any, Response], checking: Sequence[Guard]
+    ) -> Response:
+        answer = asyncio.ensure_future(relaying)
+        verdict = asyncio.ensure_future(self._check_prompt(checking))
+        try:
+            await asyncio.wait((answer, verdict), return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done() or answer.exception() is None:
+                await verdict
+            return await answer
+        except BaseException as error:
+            if isinstance(error, RequestError):
+                self._notes.status = error.status
+            await _discard(answer)
+            raise
+        finally:
+            verdict.cancel()
+            await asyncio.gather(verdict, return_exceptions=True)
+
+    async def _check_prompt(self, guards: Sequence[Guard]) -> None:
+        """Raise if a guard refuses the prompt; a guard that comes first decides first."""
+        checks = [asyncio.ensure_future(self._check_texts(guard)) for guard in guards]
+        try:
+            for guard, check in zip(guards, checks, strict=True):
+                await asyncio.wait((check,))
+                error = check.exception()
+                found = [] if error else check.result()
+                self._note(guard, "prompt", error or found)
+                if error is not None:
+                    raise error
+                if found and guard.config.action == "block":
+                    labels = sorted({span.label for spans in found for span in spans})
+                    if labels:
+                        raise GuardBlockedError.by(guard.name, ", ".join(labels))
+        finally:
+            for check in checks:
+                check.cancel()
+            await asyncio.gather(*checks, return_exceptions=True)
+
+    async def _check_texts(self, guard: Guard) -> list[list[Span]] | None:
+        texts = self._texts
+        if not guard.check.finds_parts:
+            texts = [slot.text for slot in self._slots if slot.role not in _OWN_ROLES]
+        if not texts:
+            return []
+        return await guard.find(texts, self._request, self._pool.name, "prompt")
+
+    def _note(
+        self, guard: Guard, stage: Stage, result: list[list[Span]] | BaseException | None
+    ) -> None:
+        """Count and keep the result of a check: what was found, None if unchecked, or an error."""
+        outcome: Outcome = "passed"
+        if isinstance(result, UnavailableError):
+            outcome = "refused"
+        elif isinstance(result, BaseException):
+            return  # the client disconnected
+        elif result is None:
+            outcome = "unchecked"
+        elif any(result):
+            outcome = outcome_of(guard)
+        self.note(guard, stage, outcome)
+
+    def note(self, guard: Guard, stage: Stage, outcome: Outcome) -> None:
+        """Count a result, and keep it if it is worse than an earlier one of the same guard."""
+        guard.count(self._pool.name, stage, outcome)
+        known = self._notes.outcomes.get(guard.name, "passed")
+        if SEVERITY.index(outcome) > SEVERITY.index(known):
+            self._notes.outcomes[guard.name] = outcome
+
+    async def _guard_answer(self, response: Response) -> Response:
+        if not self._of_answer and not self._placeholders:
+            return response
+        guards = AnswerGuards(
+            self._of_answer, self._placeholders, self._request, self._pool.name, self.note
+        )
+        content_type = header(response.headers, b"content-type") or ""
+        if content_type.startswith("text/event-stream"):
+            stream = GuardedStream(response.body, self._request.path, guards, self._notes)
+            return Response(response.status, response.headers, stream)
+        if content_type.startswith("application/json"):
+            return await guard_document(response, self._request.path, guards)
+        return response
+
+
+def outcome_of(guard: Guard) -> Outcome:
+    """Return the outcome of a guard that found something."""
+    outcomes: Mapping[str, Outcome] = {
+        "block": "blocked",
+        "flag": "flagged",
+        "redact": "redacted",
+    }
+    return outcomes[guard.config.action]
+
+
+async def _discard(answer: "asyncio.Future[Response]") -> None:
+    """Cancel a request, or drop its answer if that has begun."""
+    answer.cancel()
+    (result,) = await asyncio.gather(answer, return_exceptions=True)
+    if isinstance(result, Response):
+        await result.body.aclose()

@@ -1,0 +1,21 @@
+"""Search for personal data, placeholders, and the texts of a request. Pure: no I/O, no clock.
+
+patterns      cards, IBANs, e-mail addresses and phone numbers, also at the end of a growing text
+placeholders  numbered placeholders and the values that they stand for
+texts         the texts of a JSON body
+"""
+
+from cluster.guards.patterns import CONTEXT_CHARS, MAX_OPEN_CHARS, Span, before_spans, find_patterns
+from cluster.guards.placeholders import Placeholders
+from cluster.guards.texts import TextSlot, find_texts
+
+__all__ = [
+    "CONTEXT_CHARS",
+    "MAX_OPEN_CHARS",
+    "Placeholders",
+    "Span",
+    "TextSlot",
+    "before_spans",
+    "find_patterns",
+    "find_texts",
+]

@@ -1,0 +1,105 @@
+"""Numbered placeholders for values that an engine or a client must not see."""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+
+from cluster.guards.patterns import Span
+
+_LABEL = re.compile(r"[^A-Z0-9]+")
+MAX_LABEL_CHARS = 24
+MAX_PLACEHOLDER_CHARS = MAX_LABEL_CHARS + 12
+"""Most characters of a placeholder; a stream holds back at most that many to restore one."""
+
+
+class Placeholders:
+    """Placeholders of one request; the same value always has the same one.
+
+    Args:
+        taken: Texts of the request. A placeholder that one of them contains is not used, because it
+            could not be told from ours in the answer.
+    """
+
+    def __init__(self, taken: Iterable[str] = ()) -> None:
+        self._taken = tuple(text for text in taken if "[" in text)
+        self._by_value: dict[tuple[str, str], str] = {}
+        self._values: dict[str, str] = {}
+        self._counts: dict[str, int] = {}
+        self._pattern: re.Pattern[str] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._values)
+
+    def replace(self, text: str, spans: Iterable[Span], *, restores: bool = True) -> str:
+        """Return a text with placeholders instead of spans; see ``merge_spans``.
+
+        Args:
+            text: The text.
+            spans: Its parts to replace.
+            restores: False if ``restore`` must not return these values.
+        """
+        parts: list[str] = []
+        position = 0
+        for span in merge_spans(spans):
+            parts += text[position : span.start], self._assign(text, span, restores=restores)
+            position = span.end
+        return "".join([*parts, text[position:]])
+
+    def _assign(self, text: str, span: Span, *, restores: bool) -> str:
+        label = _LABEL.sub("_", span.label.upper()).strip("_")[:MAX_LABEL_CHARS] or "VALUE"
+        value = text[span.start : span.end]
+        placeholder = self._by_value.get((label, value))
+        if placeholder is None:
+            placeholder = self._by_value[label, value] = self._next(label)
+            if restores:
+                self._values[placeholder] = value
+                self._pattern = None
+        return placeholder
+
+    def _next(self, label: str) -> str:
+        while True:
+            number = self._counts[label] = self._counts.get(label, 0) + 1
+            placeholder = f"[{label}_{number}]"
+            if not any(placeholder in text for text in self._taken):
+                return placeholder
+
+    def restore(self, text: str, *, is_json: bool = False) -> str:
+        """Return a text with the values instead of their placeholders.
+
+        Args:
+            text: The text.
+            is_json: True if the text is JSON, so that values are escaped as in a JSON string.
+        """
+        if not self._values or "[" not in text:
+            return text
+        if self._pattern is None:
+            self._pattern = re.compile("|".join(map(re.escape, self._values)))
+
+        def value_of(found: re.Match[str]) -> str:
+            value = self._values[found[0]]
+            return json.dumps(value)[1:-1] if is_json else value
+
+        return self._pattern.sub(value_of, text)
+
+    def open_start(self, text: str) -> int:
+        """Return the index from which the end of a text may become a placeholder."""
+        start = text.rfind("[", max(0, len(text) - MAX_PLACEHOLDER_CHARS))
+        if start < 0:
+            return len(text)
+        tail = text[start:]
+        is_open = any(each != tail and each.startswith(tail) for each in self._values)
+        return start if is_open else len(text)
+
+
+def merge_spans(spans: Iterable[Span]) -> Sequence[Span]:
+    """Return spans in order; overlapping ones become one with the label of the first.
+
+    If several begin at the same character, the longest is the first.
+    """
+    merged: list[Span] = []
+    for span in sorted(spans, key=lambda span: (span.start, -span.end)):
+        if merged and span.start < merged[-1].end:
+            merged[-1] = merged[-1]._replace(end=max(span.end, merged[-1].end))
+        else:
+            merged.append(span)
+    return merged

@@ -1,0 +1,463 @@
+"""Guards in the path of a request, with scripted generators and classifiers behind real links."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from hashlib import sha256
+from typing import Any
+
+import pytest
+
+from cluster.asgi import Receive, Scope, Send
+from cluster.config import parse
+from cluster.key_file import KeyFile
+from tests import asgi
+from tests.serve.gateway_kit import World, gateway_world, metrics
+from tests.serve.scripted_generator import (
+    APIS,
+    CHAT,
+    COMPLETIONS,
+    MESSAGES,
+    RESPONSES,
+    ROUTES,
+    ScriptedGenerator,
+    prompt_of,
+    request_for,
+    streamed_text,
+    text_of,
+)
+
+CARD, MAIL = "4111 1111 1111 1111", "anna@example.com"
+PII = {"name": "pii", "patterns": ["card", "email"]}
+INJECTION = {
+    "name": "injection",
+    "classifier": "cls",
+    "labels": ["BAD"],
+    "action": "block",
+    "checks": "prompt",
+}
+CHECKS = "tandem_guard_checks_total"
+
+
+class ScriptedClassifier:
+    """Classifier that labels a text as BAD if it contains the word, and finds names `Xaver …`."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.answers = asyncio.Event()
+        self.answers.set()
+        self.fails = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = json.loads((await receive())["body"])
+        self.texts += body["input"]
+        await self.answers.wait()
+        is_classify = scope["path"] == "/classify"
+        data = [self._label(text) if is_classify else self._find(text) for text in body["input"]]
+        start = {"type": "http.response.start", "headers": []}
+        await send({**start, "status": 500 if self.fails else 200})
+        await send({"type": "http.response.body", "body": json.dumps({"data": data}).encode()})
+
+    def _label(self, text: str) -> dict[str, Any]:
+        score = 0.9 if "bad" in text else 0.1
+        return {"scores": [{"label": "BAD", "score": score}, {"label": "OK", "score": 1 - score}]}
+
+    def _find(self, text: str) -> dict[str, Any]:
+        start = text.find("Xaver")
+        if start < 0:
+            return {"entities": []}
+        rest = text[start:].split(" ", 2)
+        end = start + len(" ".join(rest[:2]))
+        return {"entities": [{"label": "PER", "score": 0.9, "start": start, "end": end}]}
+
+
+class Site:
+    def __init__(self, world: World, generator: ScriptedGenerator) -> None:
+        self.world = world
+        self.app = world.app
+        self.generator = generator
+        self.classifier = ScriptedClassifier()
+
+    async def post(self, path: str, text: str, **fields: Any) -> asgi.Answer:
+        return await asgi.post(self.app, path, request_for(path, text, **fields))
+
+    async def counts(self, guard: str, stage: str) -> dict[str, float]:
+        found = await metrics(self.world)
+        prefix = (CHECKS, guard, "gen")
+        return {
+            key[3]: value for key, value in found.items() if key[:3] == prefix and key[-1] == stage
+        }
+
+
+@asynccontextmanager
+async def guarded(
+    *guards: dict[str, Any], reply: Any = None, tasks: tuple[str, ...] = ("classify",), **kit: Any
+) -> AsyncIterator[Site]:
+    """Run a router whose generator repeats the prompt in parts of 3 characters."""
+    async with gateway_world(
+        guards=list(guards), classifier={"tasks": list(tasks)}, **kit
+    ) as world:
+        site = Site(world, ScriptedGenerator(reply or (lambda body: parts(prompt_of(body)))))
+        await world.serve(site.generator, "gen", "gen-1", ROUTES)
+        await world.serve(site.classifier, "cls", "cls-1", ("/classify", "/token-classification"))
+        yield site
+
+
+def parts(text: str, size: int = 3) -> list[str]:
+    return [text[start : start + size] for start in range(0, len(text), size)]
+
+
+def saying(text: str) -> Any:
+    return lambda _body: parts(text)
+
+
+# -- prompts --
+
+
+@pytest.mark.parametrize("path", APIS)
+async def test_redacted_values_never_reach_the_engine_and_are_restored(path: str) -> None:
+    text = f"Mail {MAIL} about {CARD} or {MAIL}"
+    async with guarded({**PII, "action": "redact", "checks": "prompt"}) as site:
+        answer = await site.post(path, text)
+        assert answer.headers["x-tandem-guard"] == "pii=redacted"
+        assert text_of(path, answer.json()) == text
+        stream = await site.post(path, text, stream=True)
+        assert streamed_text(path, stream.data()) == text
+        for body in site.generator.bodies:
+            assert prompt_of(body) == "Mail [EMAIL_1] about [CARD_1] or [EMAIL_1]"
+        assert await site.counts("pii", "prompt") == {"redacted": 2}
+
+
+@pytest.mark.parametrize("path", APIS)
+async def test_a_blocked_prompt_is_an_error_of_its_api_and_cancels_the_engine(path: str) -> None:
+    async with guarded(INJECTION) as site:
+        site.generator.begins.clear()
+        answer = await site.post(path, "a bad one")
+        assert answer.status == 400
+        assert answer.headers["x-tandem-guard"] == "injection=blocked"
+        error = answer.json()["error"]
+        assert error["code"] == "content_filter"
+        assert error["type"] == ("invalid_request_error" if path == MESSAGES else "BadRequestError")
+        assert "`injection`" in error["message"]
+        await site.world.until_idle(30)
+        await site.world.until(lambda: site.generator.cancelled == 1)
+        found = await metrics(site.world)
+        assert found["tandem_requests_total", "gen", path, "400"] == 1
+        assert not any(key[0] == "tandem_requests_total" and "499" in key for key in found)
+
+
+async def test_the_first_byte_waits_for_the_verdict() -> None:
+    async with guarded(INJECTION) as site:
+        site.classifier.answers.clear()
+        call = asgi.start(site.app, "POST", CHAT, request_for(CHAT, "a good one", stream=True))
+        await site.world.until(lambda: bool(site.generator.bodies and site.classifier.texts))
+        await asyncio.sleep(0.05)
+        assert not call.answer.status
+        site.classifier.answers.set()
+        assert streamed_text(CHAT, (await call.done()).data()) == "a good one"
+        assert "x-tandem-guard" not in call.answer.headers
+        assert await site.counts("injection", "prompt") == {"passed": 1}
+
+
+async def test_a_disconnect_cancels_the_check_and_the_engine() -> None:
+    async with guarded(INJECTION) as site:
+        site.classifier.answers.clear()
+        site.generator.begins.clear()
+        call = asgi.start(site.app, "POST", CHAT, request_for(CHAT, "x"))
+        await site.world.until(lambda: bool(site.generator.bodies and site.classifier.texts))
+        await call.cancel()
+        await site.world.until(lambda: site.generator.cancelled == 1)
+        await site.world.until_idle(30)
+
+
+async def test_classifiers_of_whole_texts_judge_users_and_tools_only() -> None:
+    messages = [
+        {"role": "system", "content": "bad system"},
+        {"role": "assistant", "content": "bad assistant"},
+        {"role": "user", "content": "good"},
+    ]
+    async with guarded(INJECTION) as site:
+        body = {"model": "gen", "messages": messages}
+        assert (await asgi.post(site.app, CHAT, body)).status == 200
+        assert site.classifier.texts == ["good"]
+        body["messages"] = [*messages, {"role": "tool", "content": "bad"}]
+        assert (await asgi.post(site.app, CHAT, body)).status == 400
+
+
+async def test_a_flagged_prompt_is_answered_with_a_header() -> None:
+    async with guarded({**PII, "action": "flag"}) as site:
+        answer = await site.post(CHAT, MAIL)
+        assert answer.status == 200
+        assert answer.headers["x-tandem-guard"] == "pii=flagged"
+        assert text_of(CHAT, answer.json()) == MAIL
+        assert await site.counts("pii", "answer") == {"flagged": 1}
+
+
+async def test_an_entity_classifier_redacts_prompts() -> None:
+    guard = {"name": "names", "classifier": "cls", "action": "redact", "checks": "prompt"}
+    async with guarded(guard, tasks=("token-classification",)) as site:
+        answer = await site.post(CHAT, "Ask Xaver Huber today")
+        assert prompt_of(site.generator.bodies[0]) == "Ask [PER_1] today"
+        assert text_of(CHAT, answer.json()) == "Ask Xaver Huber today"
+
+
+@pytest.mark.parametrize("action", ["block", "redact"])
+async def test_what_cannot_be_checked_is_refused(action: str) -> None:
+    async with guarded({**PII, "action": action}) as site:
+        for path, body in {
+            "/inference/v1/generate": {"token_ids": [1]},
+            COMPLETIONS: {"prompt": [1, 2]},
+        }.items():
+            answer = await asgi.post(site.app, path, {"model": "gen", **body})
+            assert answer.status == 400, answer.body
+        assert (await asgi.get(site.app, "/v1/responses/resp_1")).status == 400
+        assert not site.generator.bodies
+        assert (await site.post("/tokenize", "x")).status == 200
+
+
+# -- failing guards --
+
+
+@pytest.mark.parametrize("on_error", ["open", "closed"])
+@pytest.mark.parametrize("failure", ["error", "timeout", "missing"])
+async def test_a_failing_guard_is_open_or_closed(on_error: str, failure: str) -> None:
+    guard = {**INJECTION, "on_error": on_error, "timeout_s": 0.3 if failure != "error" else 30}
+    async with guarded(guard) as site:
+        site.classifier.fails = failure == "error"
+        if failure == "timeout":
+            site.classifier.answers.clear()
+        if failure == "missing":
+            site.world.remove("cls", "cls-1")
+        answer = await site.post(CHAT, "hello")
+        if on_error == "open":
+            assert answer.status == 200
+            assert answer.headers["x-tandem-guard"] == "injection=unchecked"
+        else:
+            assert answer.status == 503
+            assert answer.headers["retry-after"] == "1"
+            assert "`injection`" in answer.json()["error"]["message"]
+        outcome = "unchecked" if on_error == "open" else "refused"
+        assert await site.counts("injection", "prompt") == {outcome: 1}
+        site.classifier.answers.set()
+        await site.world.until_idle(30)
+
+
+# -- answers --
+
+
+@pytest.mark.parametrize("path", APIS)
+async def test_values_in_answers_are_redacted_in_every_field(path: str) -> None:
+    text = f"The card {CARD} of {MAIL}."
+    expected = "The card [CARD_1] of [EMAIL_1]."
+    async with guarded({**PII, "action": "redact", "checks": "answer"}, reply=saying(text)) as site:
+        answer = await site.post(path, "x")
+        assert answer.headers["x-tandem-guard"] == "pii=redacted"
+        assert text_of(path, answer.json()) == expected
+        stream = await site.post(path, "x", stream=True)
+        assert streamed_text(path, stream.data()) == expected
+        for leak in ("4111", "1111", "anna", "example"):
+            assert leak not in answer.body.decode() + stream.body.decode()
+        if path == RESPONSES:
+            numbers = [event["sequence_number"] for event in stream.data()]
+            assert numbers == list(range(len(numbers)))
+            assert text_of(RESPONSES, stream.data()[-1]["response"]) == expected
+        assert await site.counts("pii", "answer") == {"redacted": 2}
+
+
+ENDINGS = {
+    CHAT: lambda events: events[-1]["choices"][0]["finish_reason"] == "content_filter",
+    COMPLETIONS: lambda events: events[-1]["choices"][0]["finish_reason"] == "content_filter",
+    RESPONSES: lambda events: (
+        events[-1]["type"] == "response.incomplete"
+        and events[-1]["response"]["incomplete_details"] == {"reason": "content_filter"}
+    ),
+    MESSAGES: lambda events: (
+        events[-2]["delta"]["stop_reason"] == "refusal" and events[-1]["type"] == "message_stop"
+    ),
+}
+
+
+@pytest.mark.parametrize("path", APIS)
+async def test_a_blocked_answer_ends_as_its_api_ends_a_refusal(path: str) -> None:
+    reply = saying(f"Before it. {CARD} and behind it, much more text.")
+    async with guarded({**PII, "action": "block", "checks": "answer"}, reply=reply) as site:
+        stream = await site.post(path, "x", stream=True)
+        assert stream.status == 200
+        assert ENDINGS[path](stream.data())
+        assert "4111" not in stream.body.decode()
+        assert "behind" not in stream.body.decode()
+        assert stream.events()[-1][1] == "[DONE]" or path in (RESPONSES, MESSAGES)
+        answer = (await site.post(path, "x")).json()
+        if path == RESPONSES:
+            assert (answer["status"], answer["output"]) == ("incomplete", [])
+        elif path == MESSAGES:
+            assert (answer["stop_reason"], answer["content"]) == ("refusal", [])
+        else:
+            assert answer["choices"][0]["finish_reason"] == "content_filter"
+            assert not text_of(path, answer)
+        await site.world.until_idle(30)
+        assert await site.counts("pii", "answer") == {"blocked": 2}
+
+
+async def test_a_blocked_stream_stops_the_engine() -> None:
+    reply = saying("x" * 10 + f" {CARD} " + "y" * 3000)
+    async with guarded({**PII, "action": "block", "checks": "answer"}, reply=reply) as site:
+        await site.post(CHAT, "x", stream=True)
+        await site.world.until_idle(30)
+        found = await metrics(site.world)
+        assert found["tandem_requests_total", "gen", CHAT, "200"] == 1
+
+
+async def test_a_classifier_judges_windows_of_a_stream() -> None:
+    guard = {**INJECTION, "checks": "answer", "window_chars": 20}
+    text = "all is well here so far, and then a bad thing, which nobody may read"
+    async with guarded(guard, reply=saying(text)) as site:
+        stream = await site.post(CHAT, "x", stream=True)
+        assert ENDINGS[CHAT](stream.data())
+        passed = streamed_text(CHAT, stream.data())
+        assert passed
+        assert text.startswith(passed)
+        assert "bad" not in passed
+
+
+async def test_an_entity_across_two_windows_is_redacted() -> None:
+    text = "one two three four Xaver Huber five six seven eight nine ten eleven"
+    guard = {
+        **{"name": "names", "classifier": "cls", "action": "redact", "checks": "answer"},
+        "window_chars": 25,
+    }
+    async with guarded(guard, reply=saying(text), tasks=("token-classification",)) as site:
+        stream = await site.post(CHAT, "x", stream=True)
+        expected = text.replace("Xaver Huber", "[PER_1]")
+        assert streamed_text(CHAT, stream.data()) == expected
+
+
+async def test_a_stream_that_cannot_be_checked_ends_with_an_error() -> None:
+    guard = {**INJECTION, "checks": "answer", "window_chars": 20}
+    async with guarded(guard, reply=saying("word " * 20)) as site:
+        site.classifier.fails = True
+        stream = await site.post(CHAT, "x", stream=True)
+        assert stream.data()[-1]["error"]["code"] == 503
+        assert not streamed_text(CHAT, stream.data()[:-1])
+        assert await site.counts("injection", "answer") == {"refused": 1}
+
+
+async def test_texts_pass_while_the_engine_writes() -> None:
+    async with guarded({**PII, "action": "redact"}, reply=lambda _: ["Hello ", "you"]) as site:
+        site.generator.goes_on.clear()
+        call = asgi.start(site.app, "POST", CHAT, request_for(CHAT, "x", stream=True))
+        await site.world.until(lambda: b"Hello" in call.answer.body)
+        site.generator.goes_on.set()
+        assert streamed_text(CHAT, (await call.done()).data()) == "Hello you"
+
+
+async def test_arguments_of_tools_are_restored_as_json() -> None:
+    def reply(_body: dict[str, Any]) -> list[str]:
+        return []
+
+    async with guarded({**PII, "action": "redact", "checks": "prompt"}, reply=reply) as site:
+        document = {
+            "choices": [
+                {
+                    "index": 0,
+                    "finish_reason": "tool_calls",
+                    "message": {
+                        "content": None,
+                        "tool_calls": [{"function": {"arguments": '{"to": "[EMAIL_1]"}'}}],
+                    },
+                }
+            ]
+        }
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await receive()
+            headers = [(b"content-type", b"application/json")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": json.dumps(document).encode()})
+
+        site.world.remove("gen", "gen-1")
+        await site.world.serve(app, "gen", "gen-2", ROUTES)
+        answer = (await site.post(CHAT, MAIL)).json()
+        (call,) = answer["choices"][0]["message"]["tool_calls"]
+        assert json.loads(call["function"]["arguments"]) == {"to": MAIL}
+
+
+# -- keys, replays and changes --
+
+
+def key_file(tmp_path: Any, *keys: dict[str, Any], tenants: dict[str, Any]) -> KeyFile:
+    rows = [{"sha256": sha256(key.pop("key").encode()).hexdigest(), **key} for key in keys]
+    path = tmp_path / "keys.yaml"
+    path.write_text(json.dumps({"keys": rows, "tenants": tenants}))
+    file = KeyFile(path, expected=True)
+    file.refresh()
+    return file
+
+
+async def test_keys_and_tenants_choose_their_guards(tmp_path: Any) -> None:
+    file = key_file(
+        tmp_path,
+        {"key": "plain", "tenant": "a"},
+        {"key": "free", "tenant": "a", "guards": []},
+        {"key": "strict", "tenant": "b"},
+        {"key": "wrong", "tenant": "a", "guards": ["gone"]},
+        tenants={"b": {"guards": ["pii", "extra"]}},
+    )
+    pii = {**PII, "action": "flag", "checks": "prompt"}
+    extra = {"name": "extra", "patterns": ["card"], "action": "flag", "default": False}
+    async with guarded(pii, extra, key_file=file) as site:
+
+        async def header_of(key: str) -> str | None:
+            body = request_for(CHAT, f"{MAIL} {CARD}")
+            answer = await asgi.post(site.app, CHAT, body, headers={"x-api-key": key})
+            assert answer.status == (503 if key == "wrong" else 200)
+            return answer.headers.get("x-tandem-guard")
+
+        assert await header_of("plain") == "pii=flagged"
+        assert await header_of("free") is None
+        assert await header_of("strict") == "pii=flagged, extra=flagged"
+        assert await header_of("wrong") is None
+
+
+async def test_a_repeated_request_gets_the_same_guarded_answer() -> None:
+    async with guarded({**PII, "action": "redact"}) as site:
+        headers = {"idempotency-key": "k"}
+        body = request_for(CHAT, f"{MAIL} and {CARD}", stream=True)
+        first = await asgi.post(site.app, CHAT, body, headers=headers)
+        again = await asgi.post(site.app, CHAT, body, headers=headers)
+        assert again.headers["idempotent-replayed"] == "true"
+        assert streamed_text(CHAT, again.data()) == streamed_text(CHAT, first.data())
+        assert len(site.generator.bodies) == 1
+
+
+async def test_guards_follow_the_configuration() -> None:
+    async with guarded() as site:
+        assert text_of(CHAT, (await site.post(CHAT, MAIL)).json()) == MAIL
+        world = site.world
+        fields = {**world.config.model_dump(mode="json"), "guards": [{**PII, "action": "block"}]}
+        world.gateway.reconfigure(parse(fields), None, needs_keys=False)
+        assert (await site.post(CHAT, MAIL)).status == 400
+
+
+async def test_texts_can_be_checked_without_a_generator(tmp_path: Any) -> None:
+    file = key_file(tmp_path, {"key": "k", "tenant": "a"}, tenants={})
+    other = {"name": "other", "patterns": ["iban"], "action": "block", "default": False}
+    pii = {**PII, "action": "redact", "checks": "prompt"}
+    async with guarded(pii, INJECTION, other, key_file=file) as site:
+
+        async def check(**body: Any) -> asgi.Answer:
+            return await asgi.post(site.app, "/v1/guards/test", body, headers={"x-api-key": "k"})
+
+        answer = (await check(input=[f"Hi {MAIL}", "bad"])).json()
+        first, second = answer["data"]
+        assert (first["outcome"], first["text"]) == ("redacted", "Hi [EMAIL_1]")
+        assert first["guards"][0]["found"] == [
+            {"label": "EMAIL", "score": 1.0, "start": 3, "end": 3 + len(MAIL)}
+        ]
+        assert second["outcome"] == "blocked"
+        assert (await check(input="x", guards=["other"])).status == 403
+        assert (await check(input="x", guards=["none"])).status == 400
+        assert (await check(input=[])).status == 400
+        site.classifier.fails = True
+        assert (await check(input="x")).json()["data"][0]["outcome"] == "refused"

@@ -1,0 +1,140 @@
+"""Patterns of personal data, placeholders, and the texts of a document."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.guards import (
+    CONTEXT_CHARS,
+    MAX_OPEN_CHARS,
+    Placeholders,
+    Span,
+    find_patterns,
+    find_texts,
+)
+
+ALL = ("card", "iban", "email", "phone")
+FOUND = {
+    "4111 1111 1111 1111": "CARD",
+    "4111-1111-1111-1111": "CARD",
+    "378282246310005": "CARD",
+    "6304000000000000": "CARD",
+    "DE89 3704 0044 0532 0130 00": "IBAN",
+    "gb82west12345698765432": "IBAN",
+    "NO9386011117947": "IBAN",
+    "anna.berger+x@mail.example.co.uk": "EMAIL",
+    "jörg@müller.de": "EMAIL",
+    "+49 (0)30 901820-11": "PHONE",
+    "+1 202-555-0143": "PHONE",
+    "0044 20 7946 0958": "PHONE",
+}
+NOT_FOUND = (
+    "4111 1111 1111 1112",  # checksum
+    "0000 0000 0000 0000",
+    "DE89 3704 0044 0532 0130 01",  # checksum
+    "DE89 3704 0044 0532 0130",  # length
+    "XX89 3704 0044 0532 0130 00",  # country
+    "anna@localhost",
+    "+210 12345678",  # no country has this code
+    "+1 234",
+    "030 901820",  # national: could be any number
+    "version 1.2.3-4, 2026-11-29 12:00:00",
+)
+
+
+def found(text: str) -> list[tuple[str, str]]:
+    return [(text[span.start : span.end], span.label) for span in find_patterns(text, ALL)[0]]
+
+
+@pytest.mark.parametrize("value", FOUND)
+def test_values_are_found_among_words(value: str) -> None:
+    assert found(value) == [(value, FOUND[value])]
+    assert found(f"Write to {value}, or AT Q3: {value} OK.") == 2 * [(value, FOUND[value])]
+
+
+@pytest.mark.parametrize("text", NOT_FOUND)
+def test_other_texts_are_left_alone(text: str) -> None:
+    assert found(f"See {text} for more.") == []
+
+
+PIECES = st.lists(
+    st.one_of(st.sampled_from([*FOUND, *NOT_FOUND]), st.text("aB1 +@.-[0", max_size=12)),
+    max_size=6,
+).map(" ".join)
+
+
+@given(st.data(), PIECES)
+def test_the_settled_part_of_a_growing_text_never_changes(data: st.DataObject, text: str) -> None:
+    expected = find_patterns(text, ALL)[0]
+    context = pending = ""
+    position, seen = 0, []
+    while position < len(text):
+        size = data.draw(st.integers(1, 9))
+        pending += text[position : position + size]
+        position = min(len(text), position + size)
+        spans, settled = find_patterns(
+            context + pending, ALL, start=len(context), is_final=position == len(text)
+        )
+        released = position - len(pending) - len(context)
+        seen += [
+            span._replace(start=span.start + released, end=span.end + released) for span in spans
+        ]
+        assert len(context) + len(pending) - settled <= MAX_OPEN_CHARS
+        passed = (context + pending)[:settled]
+        pending = (context + pending)[settled:]
+        context = passed[-CONTEXT_CHARS:]
+    assert sorted(seen) == expected
+
+
+def test_a_search_takes_linear_time() -> None:
+    for part in ("a", "1 ", "a.", "+1", "a@", "AB12", "[", "4111 "):
+        # 5 ms here; quadratic time would exceed the test's limit.
+        find_patterns(part * 100_000, ALL)
+
+
+@given(st.lists(st.sampled_from([*FOUND, "plain", "[EMAIL_1]", "[CARD"]), min_size=1))
+def test_placeholders_are_restored(values: list[str]) -> None:
+    text = ", ".join(values)
+    placeholders = Placeholders([text])
+    redacted = placeholders.replace(text, find_patterns(text, ALL)[0])
+    assert not any(value in redacted for value in FOUND)
+    assert placeholders.restore(redacted) == text
+
+
+def test_placeholders_are_numbered_and_repeat_for_equal_values() -> None:
+    placeholders = Placeholders(["[EMAIL_2]"])
+    text = "a@b.de c@d.de a@b.de"
+    redacted = placeholders.replace(text, find_patterns(text, ALL)[0])
+    assert redacted == "[EMAIL_1] [EMAIL_3] [EMAIL_1]"
+    assert placeholders.replace("xy", [Span(0, 1, "PER"), Span(0, 2, "Äß")]) == "[SS_1]"
+    quoted = placeholders.replace('"', [Span(0, 1, "odd label!")])
+    assert placeholders.restore(json.dumps(quoted), is_json=True) == json.dumps('"')
+
+
+def test_all_texts_of_a_prompt_are_found_with_their_roles() -> None:
+    tool = {"type": "tool_use", "id": "t", "name": "send", "input": {"to": {"name": "N"}}}
+    body = {
+        "messages": [
+            {"role": "system", "content": "S"},
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "U"}, {"image_url": {"url": "I"}}],
+            },
+            {"role": "assistant", "tool_calls": [{"id": "1", "function": {"arguments": "{}"}}]},
+            {"role": "assistant", "content": [tool]},
+            {"role": "user", "content": [{"type": "tool_result", "content": "R"}]},
+        ]
+    }
+    slots = list(find_texts(body, "messages"))
+    texts = [(slot.text, slot.role, slot.is_json) for slot in slots]
+    assert texts == [
+        ("S", "system", False),
+        ("U", "user", False),
+        ("{}", "assistant", True),
+        ("N", "assistant", False),
+        ("R", "tool", False),
+    ]
+    slots[0].text = "X"
+    assert body["messages"][0]["content"] == "X"
