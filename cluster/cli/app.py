@@ -6,7 +6,14 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from cluster.cli.groups import adapters_app, config_app, keys_app, models_app, rollout_app
+from cluster.cli.groups import (
+    adapters_app,
+    config_app,
+    guard_app,
+    keys_app,
+    models_app,
+    rollout_app,
+)
 from cluster.cli.options import ConfigOption, JsonOption, KeyOption, SetOption, UrlOption
 
 app = typer.Typer(
@@ -20,6 +27,7 @@ app.add_typer(models_app, name="models")
 app.add_typer(keys_app, name="keys")
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(config_app, name="config")
+app.add_typer(guard_app, name="guard")
 app.add_typer(rollout_app, name="rollout")
 
 
@@ -31,7 +39,7 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-REMOTE = {"status", "top", "usage", "drain", "chat", "classify", "rollout"}
+REMOTE = {"status", "top", "usage", "drain", "chat", "classify", "guard", "rollout"}
 """Commands that need the router's HTTP only."""
 
 
@@ -57,7 +65,8 @@ def _root(
         raise typer.BadParameter(text, param_hint="--address")
     rollout = {name: {"url": address} for name in ("start", "status", "pause", "resume", "abort")}
     defaults = {name: {"url": address} for name in REMOTE}
-    context.default_map = {**defaults, "rollout": rollout}
+    guard = {"test": {"url": address}}
+    context.default_map = {**defaults, "guard": guard, "rollout": rollout}
 
 
 @app.command()

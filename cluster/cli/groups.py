@@ -1,4 +1,4 @@
-"""Arguments and help of ``tandem models``, ``keys``, ``adapters``, ``config``, ``rollout``."""
+"""Arguments and help of the groups of commands, such as ``tandem models`` and ``tandem keys``."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,6 +30,7 @@ models_app = _group("Build, fetch, list and fine-tune models.")
 keys_app = _group("Manage API keys and the limits of tenants.")
 adapters_app = _group("Add and remove LoRA adapters of the running cluster.")
 config_app = _group("Check, show and compare the configuration.")
+guard_app = _group("Try the guards, which check prompts and answers.")
 
 
 class _RolloutGroup(TyperGroup):
@@ -185,11 +186,19 @@ def keys_add(
     tokens_per_day: Annotated[
         float | None, Option(help="Token quota of the tenant per UTC day.")
     ] = None,
+    guards: Annotated[
+        list[str] | None,
+        Option(
+            "--guard",
+            help="Guard that checks the key's requests; repeatable.",
+            show_default="the tenant's, or all default guards",
+        ),
+    ] = None,
     file: KeyFileOption = None,
     config: ConfigOption = None,
 ) -> None:
     """Create a key and print it once; running routers accept it at once."""
-    from cluster.cli.keys import add, key_file, publish
+    from cluster.cli.keys import NewKey, add, key_file, publish
 
     if max_ongoing is not None:
         typer.echo("--max-ongoing is deprecated; use --max-concurrent.", err=True)
@@ -201,7 +210,7 @@ def keys_add(
         "tokens_per_day": tokens_per_day,
     }
     path = key_file(file, config)
-    add(path, tenant, priority, models or None, limits)
+    add(path, NewKey(tenant, priority, models or None, guards or None), limits)
     publish(path)
 
 
@@ -229,6 +238,40 @@ def keys_revoke(
     path = key_file(file, config)
     revoke(path, key_id)
     publish(path)
+
+
+@guard_app.command("test")
+def guard_test(
+    file: Annotated[
+        Path, Argument(metavar="FILE", help="CSV, TSV or JSONL file, one text per row.")
+    ],
+    text_column: TextColumn = "text",
+    expect_column: Annotated[
+        str | None,
+        Option(
+            help="Column with the outcome that is expected: passed, flagged, redacted or blocked.",
+            show_default="none",
+        ),
+    ] = None,
+    answers: Annotated[
+        bool, Option("--answers", help="Use the guards of answers instead of prompts.")
+    ] = False,
+    guards: Annotated[
+        list[str] | None,
+        Option("--guard", help="Guard to use; repeatable.", show_default="those of the key"),
+    ] = None,
+    url: UrlOption = None,
+    api_key: KeyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what the guards find in texts, without a generator.
+
+    Exits with status 1 if an outcome is not the expected one, or a guard could not check a text.
+    """
+    from cluster.cli.guards import GuardTestOptions, test
+
+    options = GuardTestOptions(file, text_column, expect_column, answers, guards)
+    test(options, url, api_key, as_json=as_json)
 
 
 @config_app.command("check")

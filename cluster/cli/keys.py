@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import typer
@@ -35,16 +36,22 @@ def key_file(file: Path | None, config: Path | None) -> Path:
     return file or key_file_path(load_config(config, []).config.router)
 
 
-def add(
-    path: Path,
-    tenant: str,
-    priority: int,
-    models: list[str] | None,
-    limits: Mapping[str, float | int | None],
-) -> None:
+@dataclass(frozen=True, slots=True)
+class NewKey:
+    """Rights of a key that is created."""
+
+    tenant: str
+    priority: int
+    models: list[str] | None
+    """Models that it may use; None: all."""
+    guards: list[str] | None
+    """Guards that check its requests; None: those of the tenant."""
+
+
+def add(path: Path, new: NewKey, limits: Mapping[str, float | int | None]) -> None:
     """Create a key and print it; the tenant keeps the limits that are None."""
-    key = new_key()
-    entry = {"sha256": digest(key), "tenant": tenant, "priority": priority, "models": models}
+    key, tenant = new_key(), new.tenant
+    entry = {"sha256": digest(key), **asdict(new)}
     with lock_keys(path):
         contents = _read(path).model_dump(mode="json")
         limits_of_tenant = contents["tenants"].setdefault(tenant, {})
@@ -62,8 +69,9 @@ def show(path: Path, *, as_json: bool) -> None:
             "id": key.id,
             "tenant": key.tenant,
             "priority": key.priority,
-            "models": None if key.models is None else list(key.models),
-            **contents.tenants.get(key.tenant, TenantEntry()).model_dump(),
+            "models": _listed(key.models),
+            **(tenant := contents.tenants.get(key.tenant, TenantEntry())).model_dump(),
+            "guards": _listed(tenant.guards if key.guards is None else key.guards),
         }
         for key in contents.keys
     ]
@@ -103,6 +111,10 @@ def publish(path: Path) -> None:
     """Apply a change of the key file of this Tandem home to all nodes of the running cluster."""
     if path == home() / KEY_FILE and publish_keys(home(), path):
         typer.echo("All nodes of the cluster use it within a few seconds.", err=True)
+
+
+def _listed(names: tuple[str, ...] | None) -> list[str] | None:
+    return None if names is None else list(names)
 
 
 def _read(path: Path) -> KeyFileContents:

@@ -91,6 +91,20 @@ def router() -> Dashboard:
             *quantiles("tandem_routing_decision_seconds", 0.5, 0.99),
         ),
         graph("Replicas by state", "short", Query(REPLICAS_BY_STATE, "{{model}} {{state}}")),
+        section("Guards"),
+        graph(
+            "Prompts and answers checked per second, by outcome",
+            "short",
+            Query(
+                rate_of("tandem_guard_checks_total", "model, guard, stage, outcome"),
+                "{{model}} {{guard}} {{stage}} {{outcome}}",
+            ),
+        ),
+        graph(
+            "Duration of a check (p50, p99)",
+            "s",
+            *quantiles("tandem_guard_seconds", 0.5, 0.99),
+        ),
         section("Links"),
         graph(
             "Frames per second",

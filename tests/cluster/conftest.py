@@ -16,6 +16,25 @@ from tests.running import isolated_home as isolated_home
 
 ALIASES, CLASSIFIER_ALIASES = ["gpt-4o-mini", "acme/chat:1b"], ["org/mood"]
 """Further names of the models in ``cluster``."""
+GUARDS = [
+    {
+        "name": "personal-data",
+        "patterns": ["card", "iban", "email", "phone"],
+        "action": "redact",
+        "default": False,
+    },
+    {
+        "name": "tone",
+        "classifier": "sentiment",
+        "labels": ["NEGATIVE"],
+        "threshold": 0.9,
+        "action": "block",
+        "checks": "prompt",
+        "timeout_s": 60,
+        "default": False,
+    },
+]
+"""Guards of ``cluster``, for the requests that name them (docs/how-to/guards.md)."""
 
 
 def sim_generator(**fields: Any) -> dict[str, Any]:
@@ -95,6 +114,6 @@ def cluster(make_cluster: Any) -> Iterator[RunningCluster]:
     """Start the default deployment: SmolLM2 on vLLM, the sentiment classifier, one router."""
     aliases = {"generators.smollm2": ALIASES, "classifiers.sentiment": CLASSIFIER_ALIASES}
     settings = [f"--set={pool}.aliases={json.dumps(names)}" for pool, names in aliases.items()]
-    running: RunningCluster = make_cluster(*settings)
+    running: RunningCluster = make_cluster(*settings, f"--set=guards={json.dumps(GUARDS)}")
     yield running
     running.down()

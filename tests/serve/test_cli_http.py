@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -292,8 +293,51 @@ def test_address_reaches_the_commands_of_groups(router: FakeRouter) -> None:
     assert router.requests == [("/v1/rollouts", None)]
 
 
+def test_address_reaches_the_test_of_guards(router: FakeRouter, tmp_path: Path) -> None:
+    file = tmp_path / "texts.csv"
+    file.write_text("text\nx\n")
+    run("--address", router.url, "guard", "test", str(file))
+    assert [path for path, _ in router.requests] == ["/v1/guards/test"]
+
+
 @pytest.mark.parametrize("command", ["logs", "doctor", "down"])
 def test_commands_for_the_machines_of_the_cluster_refuse_an_address(command: str) -> None:
     done = CliRunner().invoke(app, ["--address", "http://h", command], env={"COLUMNS": "200"})
     assert done.exit_code == 2
     assert f"`tandem {command}` runs on the machines of the cluster only" in done.output
+
+
+@pytest.mark.parametrize(("outcome", "status"), [("blocked", 0), ("passed", 1), ("refused", 1)])
+def test_guards_are_tested_with_the_texts_of_a_file(
+    router: FakeRouter, tmp_path: Path, outcome: str, status: int
+) -> None:
+    found = {"label": "BAD", "score": 0.9, "start": 0, "end": 1}
+
+    def answer(_path: str, body: Any) -> Answer:
+        guard = {"guard": "g", "action": "block", "outcome": outcome, "found": [found]}
+        result = {"outcome": outcome, "guards": [guard]}
+        return 200, {"data": [{**result, "text": text} for text in body["input"]]}
+
+    router.answer = answer
+    file = tmp_path / "texts.csv"
+    file.write_text("text,expected\n" + "x,blocked\n" * 70)
+    options = ("--expect-column", "expected", "--guard", "g", "--answers", "--url", router.url)
+    done = run("guard", "test", str(file), *options)
+    assert done.exit_code == status
+    assert f"70 texts: 70 {outcome}" in done.stdout
+    bodies = [body for _, body in router.requests]
+    assert [len(body["input"]) for body in bodies] == [64, 6]
+    assert bodies[0]["guards"] == ["g"]
+    assert bodies[0]["stage"] == "answer"
+    lines = json.loads(run("guard", "test", str(file), "--json", "--url", router.url).stdout)
+    assert lines[0] | {"line": 2, "expected": None} == lines[0]
+
+
+def test_an_unknown_outcome_in_a_file_of_texts_is_rejected(
+    router: FakeRouter, tmp_path: Path
+) -> None:
+    file = tmp_path / "texts.csv"
+    file.write_text("text,expected\nx,harmless\n")
+    done = run("guard", "test", str(file), "--expect-column", "expected", "--url", router.url)
+    assert "texts.csv:2: got 'harmless'" in str(done.exception)
+    assert not router.requests

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from cluster.admission.keys import digest, new_key, parse_keys
+from cluster.admission.keys import KeyFileContents, digest, new_key, parse_keys
 from cluster.cli import keys
 from cluster.cli.app import app
 from cluster.errors import AuthenticationError, ConfigError
@@ -227,7 +227,11 @@ def test_keys_can_be_added_listed_and_revoked(tmp_path: Path) -> None:
 def test_keys_added_at_the_same_time_are_all_kept(tmp_path: Path) -> None:
     path = tmp_path / "keys.yaml"
     with ThreadPoolExecutor(8) as threads:
-        list(threads.map(lambda n: keys.add(path, f"t{n}", 0, None, {}), range(16)))
+        list(
+            threads.map(
+                lambda n: keys.add(path, keys.NewKey(f"t{n}", 0, None, None), {}), range(16)
+            )
+        )
     contents = parse_keys(path.read_text(), "f")
     assert {key.tenant for key in contents.keys} == {f"t{n}" for n in range(16)}
 
@@ -238,8 +242,8 @@ def test_a_change_of_keys_does_not_wait_forever(
     monkeypatch.setattr("cluster.key_file.LOCK_TIMEOUT_S", 0.05)
     path = tmp_path / "keys.yaml"
     with lock_keys(path), pytest.raises(ConfigError, match="another process"):
-        keys.add(path, "a", 0, None, {})
-    keys.add(path, "a", 0, None, {})
+        keys.add(path, keys.NewKey("a", 0, None, None), {})
+    keys.add(path, keys.NewKey("a", 0, None, None), {})
 
 
 @pytest.mark.parametrize(
@@ -261,3 +265,17 @@ def test_invalid_key_commands_name_the_problem(tmp_path: Path, args: list[str], 
 
 def test_new_keys_are_long_and_unique() -> None:
     assert len({new_key() for _ in range(100)}) == 100
+
+
+def test_the_guards_of_a_key_precede_those_of_its_tenant() -> None:
+    digests = [digest(key) for key in ("a", "b", "c")]
+    keys = [
+        {"sha256": digests[0], "tenant": "t"},
+        {"sha256": digests[1], "tenant": "t", "guards": []},
+        {"sha256": digests[2], "tenant": "u"},
+    ]
+    contents = KeyFileContents.model_validate({"keys": keys, "tenants": {"t": {"guards": ["g"]}}})
+    found = contents.identities()
+    guards = [found[bytes.fromhex(each)].guards for each in digests]
+    assert guards == [{"g"}, set(), None]
+    assert parse_keys(contents.dump(), "f") == contents

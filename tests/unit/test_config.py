@@ -1,7 +1,10 @@
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import yaml
 
 from cluster.config import TandemConfig, parse
 from cluster.config.section import Section
@@ -243,3 +246,52 @@ def test_deprecated_names_stand_for_existing_fields() -> None:
     for section in sections():
         assert section.renamed_fields.keys().isdisjoint(section.model_fields)
         assert section.model_fields.keys() >= set(section.renamed_fields.values())
+
+
+def guard(**fields: Any) -> dict[str, Any]:
+    """Return a configuration with one guard."""
+    classifiers = [
+        {"name": "labels", "model": "m", "tasks": ["classify"]},
+        {"name": "entities", "model": "m", "tasks": ["token-classification"]},
+        {"name": "vectors", "model": "m", "tasks": ["embed"]},
+    ]
+    return {
+        **generator(),
+        "classifiers": classifiers,
+        "guards": [{"name": "g", "action": "block", **fields}],
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({}, "either patterns or a classifier"),
+        ({"patterns": ["card"], "classifier": "labels"}, "either patterns or a classifier"),
+        ({"patterns": ["card"], "labels": ["X"]}, "only a classifier has"),
+        ({"classifier": "label", "labels": ["X"]}, "did you mean 'labels'"),
+        ({"classifier": "vectors", "labels": ["X"]}, "it has embed"),
+        ({"classifier": "labels"}, "labels must name"),
+        ({"classifier": "labels", "labels": ["X"], "action": "redact"}, "says where the data is"),
+        ({"patterns": ["card"], "models": ["labels"]}, "is no generator"),
+        ({"patterns": ["ssn"]}, "allowed: 'card'"),
+    ],
+)
+def test_a_guard_that_cannot_work_is_rejected(fields: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        parse(guard(**fields))
+
+
+def test_guards_have_different_names() -> None:
+    config = guard(patterns=["card"])
+    assert parse(config).guards[0].on_error == "closed"
+    config["guards"] *= 2
+    with pytest.raises(ConfigError, match="two are named 'g'"):
+        parse(config)
+
+
+def test_the_guards_of_the_guide_are_valid() -> None:
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "guards.md"
+    (block,) = re.findall(r"```yaml\n(guards:\n.*?)```", page.read_text(), re.DOTALL)
+    sentiment = {"name": "sentiment", "model": "m", "tasks": ["classify"]}
+    config = parse({**generator(), "classifiers": [sentiment], **yaml.safe_load(block)})
+    assert [each.name for each in config.guards] == ["personal-data", "tone"]

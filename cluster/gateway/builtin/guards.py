@@ -8,10 +8,10 @@ import msgspec
 from msgspec import Meta
 
 from cluster.config import GuardAction
-from cluster.errors import InvalidRequestError, PermissionDeniedError
+from cluster.errors import InvalidRequestError
 from cluster.gateway.guards import Guards
 from cluster.gateway.guards.checks import CheckFailedError, Guard
-from cluster.gateway.guards.session import SEVERITY, outcome_of
+from cluster.gateway.guards.session import SEVERITY
 from cluster.gateway.messages import Outcome, Request, Response, json_response
 from cluster.guards import Placeholders, Span
 
@@ -27,7 +27,7 @@ class GuardTestRequest(msgspec.Struct, forbid_unknown_fields=True):
     stage: Literal["prompt", "answer"] = "prompt"
     """Text that is checked: the guards of prompts or of answers."""
     guards: list[str] | None = None
-    """Guards to use; the default is those of the API key. Only operators may name others."""
+    """Guards to use; the default is those of the API key."""
 
 
 class FoundPart(TypedDict):
@@ -91,25 +91,15 @@ class GuardRoutes:
         return json_response({"object": "list", "data": data})
 
     def _select(self, request: Request, body: GuardTestRequest) -> list[Guard]:
-        allowed = self._guards.guards_of(request.identity)
-        if body.guards is not None:
-            known = {guard.name: guard for guard in self._guards}
-            own = {guard.name for guard in allowed}
-            for name in body.guards:
-                if name not in known:
-                    raise InvalidRequestError(
-                        f"The guard `{name}` does not exist. Guards: {', '.join(known) or 'none'}",
-                        param="guards",
-                    )
-                if name not in own and not request.identity.sees_all:
-                    raise PermissionDeniedError(
-                        f"The guard `{name}` is not one of the API key's.", param="guards"
-                    )
-            allowed = [known[name] for name in dict.fromkeys(body.guards)]
+        if body.guards is None:
+            guards = self._guards.guards_of(request.identity)
+        else:
+            names = self._guards.check_names(body.guards, "guards")
+            guards = [guard for guard in self._guards if guard.name in names]
         is_prompt = body.stage == "prompt"
         return [
             guard
-            for guard in allowed
+            for guard in guards
             if (guard.config.checks_prompts if is_prompt else guard.config.checks_answers)
         ]
 
@@ -131,7 +121,7 @@ def _result(
     for guard, parts in zip(guards, found, strict=True):
         outcome: Outcome = "unchecked" if guard.config.on_error == "open" else "refused"
         if parts is not None:
-            outcome = outcome_of(guard) if parts else "passed"
+            outcome = guard.outcome if parts else "passed"
         if guard.config.action == "redact":
             spans += parts or ()
         results.append(_guard_result(guard, outcome, parts or ()))

@@ -16,6 +16,7 @@ from cluster.gateway.admission.admission import PRIORITY_HEADER, SESSION_HEADER,
 from cluster.gateway.admission.answer_keys import KEY_HEADER, MAX_KEY_CHARS
 from cluster.gateway.builtin.own_paths import OWN_PATHS, AnthropicErrorBody, ErrorBody, OwnPath
 from cluster.gateway.error_formats import is_anthropic
+from cluster.gateway.guards import GUARD_HEADER, REQUESTED_HEADER
 from cluster.gateway.pools.response_usage import USAGE_HEADER
 from cluster.link import REPLAYED
 
@@ -34,9 +35,14 @@ _ENGINE_HEADERS: Mapping[bytes, tuple[str, dict[str, Any]]] = {
         "1 adds energy and cost to the answer, 0 declines.",
         {"type": "string", "enum": ["0", "1"]},
     ),
+    REQUESTED_HEADER: (
+        "Guards that check the request in addition to those of the API key, with commas between.",
+        {"type": "string"},
+    ),
     b"traceparent": ("W3C trace context.", {"type": "string"}),
 }
 _KEY_NAME, _REPLAYED_NAME = KEY_HEADER.decode(), REPLAYED[0].decode()
+_GUARD_NAME = GUARD_HEADER.decode()
 _KEY_PARAMETER = {
     "description": "The same key again, within a minute, gets the same answer.",
     "schema": {
@@ -49,6 +55,10 @@ _KEY_PARAMETER = {
 _REPLAYED = {
     "description": "`true` if an earlier request with this `Idempotency-Key` began the answer.",
     "schema": {"type": "string", "enum": ["true"]},
+}
+_GUARDS = {
+    "description": "Guards that found something or failed, such as `personal-data=redacted`.",
+    "schema": {"type": "string"},
 }
 _REQUEST_ID = {
     "description": "Id of the request: the client's or a new one.",
@@ -128,7 +138,8 @@ def _engine_operation(method: str, path: str, operation: Mapping[str, Any]) -> d
     headers = _headers()
     if method == "post":
         names.append(_KEY_NAME)
-        headers[_REPLAYED_NAME] = {"$ref": f"#/components/headers/{_REPLAYED_NAME}"}
+        for name in (_REPLAYED_NAME, _GUARD_NAME):
+            headers[name] = {"$ref": f"#/components/headers/{name}"}
     parameters = [{"$ref": f"#/components/parameters/{name}"} for name in names]
     answers = {
         status: {**answer, "headers": {**answer.get("headers", {}), **headers}}
@@ -220,6 +231,7 @@ def _components() -> dict[str, Any]:
             "x-request-id": _REQUEST_ID,
             "retry-after": _RETRY_AFTER,
             _REPLAYED_NAME: _REPLAYED,
+            _GUARD_NAME: _GUARDS,
         },
         "responses": {
             f"{vendor}{error.status}": _error_response(error, body)

@@ -259,7 +259,7 @@ OWN_PATHS: Mapping[str, OwnPath] = {
     GUARDS_PATH: OwnPath(
         "Check texts with the guards.",
         GuardTest,
-        statuses=(400, 403, 408, 413, 429, 503),
+        statuses=(408, 413, 429, 503),
         method="post",
         body=GuardTestRequest,
     ),

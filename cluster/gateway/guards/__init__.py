@@ -8,7 +8,7 @@ answers   answers of the APIs, streamed or not, with their texts checked
 formats   places of the texts in the events of each API, and events that end a blocked answer
 """
 
-from cluster.gateway.guards.guards import Guards
+from cluster.gateway.guards.guards import REQUESTED_HEADER, Guards
 from cluster.gateway.guards.session import GUARD_HEADER, GuardedRequest
 
-__all__ = ["GUARD_HEADER", "GuardedRequest", "Guards"]
+__all__ = ["GUARD_HEADER", "REQUESTED_HEADER", "GuardedRequest", "Guards"]

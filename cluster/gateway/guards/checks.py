@@ -2,14 +2,14 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from time import perf_counter
 from typing import Any, Literal, Protocol
 
 import msgspec
 
-from cluster.config import GuardConfig
+from cluster.config import GuardAction, GuardConfig
 from cluster.errors import LinkError, RequestError, TandemError, UnavailableError
 from cluster.gateway.messages import Outcome, Request, Response
 from cluster.gateway.pools.pool import Pool
@@ -29,6 +29,13 @@ _STRIDE_CHARS = 400  # longer texts may exceed a classifier's context, so they a
 _STRIDE_TOKENS = 32
 _THREAD_CHARS = 64 * 1024  # a thread searches longer texts; the event loop would stop for 5 ms
 _CLASSIFY, _FIND_ENTITIES = "/classify", "/token-classification"
+
+
+_OUTCOMES: Mapping[GuardAction, Outcome] = {
+    "block": "blocked",
+    "flag": "flagged",
+    "redact": "redacted",
+}
 
 
 class CheckFailedError(TandemError):
@@ -194,6 +201,23 @@ class Guard:
         finally:
             histogram = self._registry.histogram(table.GUARD_SECONDS, model, self.name, stage)
             histogram.observe(perf_counter() - start_s)
+
+    @property
+    def outcome(self) -> Outcome:
+        """Outcome if the guard finds something."""
+        return _OUTCOMES[self.config.action]
+
+    def create_series(self, model: str) -> None:
+        """Create the guard's counters at 0: a rate would miss the first event of a new series."""
+        failure: Outcome = "unchecked" if self.config.on_error == "open" else "refused"
+        stages: dict[Stage, bool] = {
+            "prompt": self.config.checks_prompts,
+            "answer": self.config.checks_answers,
+        }
+        outcomes: tuple[Outcome, ...] = ("passed", self.outcome, failure)
+        for stage, is_checked in stages.items():
+            for outcome in outcomes if is_checked else ():
+                self._registry.counter(table.GUARD_CHECKS, model, self.name, stage, outcome)
 
     def count(self, model: str, stage: Stage, outcome: Outcome) -> None:
         """Count the result of a prompt or an answer."""

@@ -1,6 +1,6 @@
 """Selection of the guards of a request."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from cluster.admission import Identity
 from cluster.config import GuardConfig, TandemConfig
@@ -13,11 +13,13 @@ from cluster.gateway.guards.checks import (
     SendCheck,
 )
 from cluster.gateway.guards.session import CHECKED_PATHS, GuardedRequest
-from cluster.gateway.messages import Request
+from cluster.gateway.messages import Request, header
 from cluster.gateway.pools.pool import Pool
 from cluster.metrics import Registry
 from cluster.routing import RequestBody
 
+REQUESTED_HEADER = b"x-tandem-guards"
+"""Header with further guards that a client asks for; it cannot omit those of its key."""
 _WITHOUT_NEW_TEXT = frozenset(
     {
         *("/classify", "/detokenize", "/generative_scoring", "/pooling", "/rerank", "/score"),
@@ -53,6 +55,10 @@ class Guards:
             guard.name: Guard(guard, self._make_check(guard, tasks), self._registry)
             for guard in config.guards
         }
+        for guard in self._guards.values():
+            for pool in self._pools.values():
+                if pool.kind == "generator" and _is_about(guard.config, pool):
+                    guard.create_series(pool.name)
 
     def __bool__(self) -> bool:
         return bool(self._guards)
@@ -68,8 +74,10 @@ class Guards:
         entities = "token-classification" in tasks[name]
         return ClassifierCheck(guard, pool, self._send, entities=entities)
 
-    def guards_of(self, identity: Identity, pool: Pool | None = None) -> list[Guard]:
-        """Return the guards of a key's requests, to one pool if given.
+    def guards_of(
+        self, identity: Identity, pool: Pool | None = None, more: Collection[str] = ()
+    ) -> list[Guard]:
+        """Return the guards of a key's requests, to one pool if given, and those in ``more``.
 
         Raises:
             UnavailableError: The key names a guard that is not configured.
@@ -83,18 +91,43 @@ class Guards:
         return [
             guard
             for guard in self._guards.values()
-            if (guard.config.default if named is None else guard.name in named)
-            and (pool is None or _is_about(guard.config, pool))
+            if guard.name in more
+            or (
+                (guard.config.default if named is None else guard.name in named)
+                and (pool is None or _is_about(guard.config, pool))
+            )
         ]
+
+    def check_names(self, names: Iterable[str], param: str) -> list[str]:
+        """Return the names of guards that a request asks for.
+
+        Raises:
+            InvalidRequestError: A guard does not exist.
+        """
+        found = list(names)
+        for name in found:
+            if name not in self._guards:
+                raise InvalidRequestError(
+                    f"The guard `{name}` does not exist. Guards: "
+                    f"{', '.join(self._guards) or 'none'}",
+                    param=param,
+                )
+        return found
 
     def begin(self, request: Request, body: RequestBody, pool: Pool) -> GuardedRequest | None:
         """Return the guards' part in a request; None if no guard checks it.
 
         Raises:
-            InvalidRequestError: The guards cannot check the request.
+            InvalidRequestError: The guards cannot check the request, or it asks for a guard that
+                does not exist.
             UnavailableError: See ``guards_of``.
         """
-        if pool.kind != "generator" or not (guards := self.guards_of(request.identity, pool)):
+        if pool.kind != "generator":
+            return None
+        value = header(request.headers, REQUESTED_HEADER)
+        more = [] if value is None else [name.strip() for name in value.split(",")]
+        more = self.check_names(filter(None, more), REQUESTED_HEADER.decode())
+        if not (guards := self.guards_of(request.identity, pool, more)):
             return None
         route = pool.route_of(request.path)
         if route in _WITHOUT_NEW_TEXT:

@@ -12,7 +12,7 @@ from typing import Any
 from cluster.errors import GuardBlockedError, InvalidRequestError, RequestError, UnavailableError
 from cluster.gateway.body import UNREAD_BODY
 from cluster.gateway.guards.answers import GuardedStream, guard_document
-from cluster.gateway.guards.checks import Guard, Stage
+from cluster.gateway.guards.checks import Guard, PatternCheck, Stage
 from cluster.gateway.guards.window import AnswerGuards
 from cluster.gateway.messages import (
     GuardNotes,
@@ -58,6 +58,7 @@ class GuardedRequest:
         self._is_stored = body.previous_response_id is not None
         self._of_prompt = [guard for guard in guards if guard.config.checks_prompts]
         self._of_answer = [guard for guard in guards if guard.config.checks_answers]
+        self._late: Sequence[Guard] = ()  # those that check while the engine works
         self._slots: list[TextSlot] = []
         self._texts: list[str] = []
         self._placeholders = Placeholders()
@@ -66,7 +67,10 @@ class GuardedRequest:
     async def prepare(self) -> Request:
         """Read the prompt; return the request with what must be redacted replaced.
 
+        Patterns are searched now: that takes microseconds, and the engine need not begin in vain.
+
         Raises:
+            GuardBlockedError: A guard refuses the prompt.
             InvalidRequestError: The guards cannot check the prompt.
             UnavailableError: A check failed, and the guard is closed.
         """
@@ -80,20 +84,24 @@ class GuardedRequest:
         document = await asyncio.to_thread(json.loads, request.body) if is_large else None
         document = json.loads(request.body) if document is None else document
         self._read_texts(document)
-        redacting = [each for each in self._of_prompt if each.config.action == "redact"]
-        if not redacting or not self._texts:
+        if not self._texts:
             return request
         self._placeholders = Placeholders(self._texts)
+        early, self._late = _divide(self._of_prompt)
         found = await asyncio.gather(
-            *(guard.find(self._texts, request, self._pool.name, "prompt") for guard in redacting),
+            *(guard.find(self._texts, request, self._pool.name, "prompt") for guard in early),
             return_exceptions=True,
         )
-        for guard, result in zip(redacting, found, strict=True):
+        for guard, result in zip(early, found, strict=True):
             self._note(guard, "prompt", result)
-        for result in found:
+        redacted = []
+        for guard, result in zip(early, found, strict=True):
             if isinstance(result, BaseException):
                 raise result
-        return self._redact(document, [each for each in found if isinstance(each, list)])
+            _raise_if_blocked(guard, result)
+            if guard.config.action == "redact" and result is not None:
+                redacted.append(result)
+        return self._redact(document, redacted)
 
     def _read_texts(self, document: dict[str, Any]) -> None:
         fields = CHECKED_PATHS[self._request.path]
@@ -141,11 +149,7 @@ class GuardedRequest:
             UnavailableError: A check failed, and the guard is closed.
             RequestError: The request failed.
         """
-        checking = [each for each in self._of_prompt if each.config.action != "redact"]
-        if checking and self._texts:
-            response = await self._check_while(relaying, checking)
-        else:
-            response = await relaying
+        response = await (self._check_while(relaying) if self._late else relaying)
         self._slots, self._texts = [], []
         if response.status == 200:
             response = await self._guard_answer(response)
@@ -153,11 +157,9 @@ class GuardedRequest:
             response.headers.append((GUARD_HEADER, str(self._notes).encode()))
         return response
 
-    async def _check_while(
-        self, relaying: Coroutine[Any, Any, Response], checking: Sequence[Guard]
-    ) -> Response:
+    async def _check_while(self, relaying: Coroutine[Any, Any, Response]) -> Response:
         answer = asyncio.ensure_future(relaying)
-        verdict = asyncio.ensure_future(self._check_prompt(checking))
+        verdict = asyncio.ensure_future(self._check_prompt(self._late))
         try:
             await asyncio.wait((answer, verdict), return_when=asyncio.FIRST_COMPLETED)
             if not answer.done() or answer.exception() is None:
@@ -179,14 +181,11 @@ class GuardedRequest:
             for guard, check in zip(guards, checks, strict=True):
                 await asyncio.wait((check,))
                 error = check.exception()
-                found = [] if error else check.result()
+                found = None if error else check.result()
                 self._note(guard, "prompt", error or found)
                 if error is not None:
                     raise error
-                if found and guard.config.action == "block":
-                    labels = sorted({span.label for spans in found for span in spans})
-                    if labels:
-                        raise GuardBlockedError.by(guard.name, ", ".join(labels))
+                _raise_if_blocked(guard, found)
         finally:
             for check in checks:
                 check.cancel()
@@ -212,7 +211,7 @@ class GuardedRequest:
         elif result is None:
             outcome = "unchecked"
         elif any(result):
-            outcome = outcome_of(guard)
+            outcome = guard.outcome
         self.note(guard, stage, outcome)
 
     def note(self, guard: Guard, stage: Stage, outcome: Outcome) -> None:
@@ -237,14 +236,20 @@ class GuardedRequest:
         return response
 
 
-def outcome_of(guard: Guard) -> Outcome:
-    """Return the outcome of a guard that found something."""
-    outcomes: Mapping[str, Outcome] = {
-        "block": "blocked",
-        "flag": "flagged",
-        "redact": "redacted",
-    }
-    return outcomes[guard.config.action]
+def _divide(guards: Sequence[Guard]) -> tuple[list[Guard], list[Guard]]:
+    """Return the guards that must, or can at once, decide before the engine; and the others."""
+    early = [
+        guard
+        for guard in guards
+        if guard.config.action == "redact" or isinstance(guard.check, PatternCheck)
+    ]
+    return early, [guard for guard in guards if guard not in early]
+
+
+def _raise_if_blocked(guard: Guard, found: list[list[Span]] | None) -> None:
+    labels = sorted({span.label for spans in found or () for span in spans})
+    if labels and guard.config.action == "block":
+        raise GuardBlockedError.by(guard.name, ", ".join(labels))
 
 
 async def _discard(answer: "asyncio.Future[Response]") -> None:

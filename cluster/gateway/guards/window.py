@@ -80,11 +80,9 @@ class AnswerGuards:
         Raises:
             AnswerBlockedError: The guard ends the answer.
         """
-        action = guard.config.action
-        if action == "block":
-            self._outcomes[guard.name] = "blocked"
+        self._outcomes[guard.name] = guard.outcome
+        if guard.config.action == "block":
             raise AnswerBlockedError(guard.name)
-        self._outcomes[guard.name] = "redacted" if action == "redact" else "flagged"
 
     async def finish(self) -> None:
         """Wait for the outstanding checks, and count the results; call it once."""
@@ -102,7 +100,7 @@ class AnswerGuards:
 
 @dataclass(slots=True)
 class _Judged:
-    """What a classifier has judged of the text that is held back."""
+    """The part of the held text that a classifier has judged."""
 
     end: int = 0
     before: str = ""

@@ -171,7 +171,10 @@ class PoolMeter:
             self.replayed(replay)
         name, tenant, outcome = self.pool_name, request.tenant, outcome_of(status)
         self.tenants.count(tenant, name, status)
-        record = RequestRecord(request.id, route, status, outcome, tenant, name, replay=replay)
+        guards = str(request.guard_notes or "") or None
+        record = RequestRecord(
+            *(request.id, route, status, outcome, tenant, name), replay=replay, guards=guards
+        )
         self.log.write(record)
 
     def replayed(self, replay: Replay) -> None:
