@@ -26,6 +26,7 @@ from cluster.gateway import (
     ReplicaInfo,
     RouterLinks,
     UsageAccount,
+    UsageCopies,
     Wiring,
 )
 from cluster.gateway.serve_http import ServeAdapter, end_http10_bodies_by_closing
@@ -94,13 +95,15 @@ class Router:
         self._is_exposed = not is_loopback(http_host)
         self._key_file = _key_file(config.router)
         self._nodes = RayNodes(self._on_draining_nodes)
+        usage = _start_usage(config, router_deployment.app_name)
+        self._usage_copies = UsageCopies(usage, self._links)
         self._gateway = Gateway(
             config,
             _wirings(pools, self._secret, tls),
             versions=_versions(),
             key_file=self._key_file,
             tracer=self._tracer,
-            usage=_start_usage(config, router_deployment.app_name),
+            usage=usage,
             routers=self._links,
             nodes=self._nodes,
             rollout_control=RolloutAccess(
@@ -204,6 +207,7 @@ class Router:
             await self._nodes.close()
             await self._quota_sync.close()
             await self._rollouts.close()
+            await self._usage_copies.close()
             await self._gateway.close()
             await self._links.close()
             await self._memory.close()

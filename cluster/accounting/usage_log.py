@@ -1,13 +1,17 @@
-"""SQLite file with the hourly sums of usage, shared by the routers of a machine."""
+"""SQLite file with the hourly sums of usage, shared by the routers of a machine.
+
+It also has copies of the sums of other machines, whose files may be lost.
+"""
 
 import asyncio
 import logging
 import sqlite3
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 from cluster.accounting import ANONYMOUS, OTHER
 from cluster.accounting.usage import HOUR_S, UsageKey, UsageRow, UsageSums
@@ -29,6 +33,12 @@ CREATE TABLE IF NOT EXISTS usage (
   cached_tokens INTEGER, completion_tokens INTEGER, joules REAL, cost REAL,
   PRIMARY KEY (hour, tenant, model, source)) WITHOUT ROWID
 """
+_COPIES = """
+CREATE TABLE IF NOT EXISTS copy (
+  file TEXT, hour INTEGER, tenant TEXT, model TEXT, source TEXT, requests INTEGER,
+  prompt_tokens INTEGER, cached_tokens INTEGER, completion_tokens INTEGER, joules REAL, cost REAL,
+  PRIMARY KEY (file, hour, tenant, model, source)) WITHOUT ROWID
+"""
 _FILE_ID = """
 CREATE TABLE IF NOT EXISTS file (id TEXT PRIMARY KEY);
 INSERT INTO file SELECT lower(hex(randomblob(16))) WHERE NOT EXISTS (SELECT 1 FROM file);
@@ -44,6 +54,10 @@ ON CONFLICT DO UPDATE SET requests = requests + excluded.requests,
 _FIND = """
 SELECT * FROM usage WHERE hour >= ? AND hour < ? AND (? IS NULL OR tenant = ?)
 ORDER BY hour, tenant, model, source LIMIT ?
+"""
+_FIND_COPIES = """
+SELECT * FROM copy WHERE hour >= ? AND hour < ? AND (? IS NULL OR tenant = ?)
+ORDER BY file, hour, tenant, model, source LIMIT ?
 """
 
 
@@ -80,13 +94,24 @@ class UsageLog:
             sqlite3.Error: The file cannot be read or written.
         """
         await self.write()
-        first = int(start // HOUR_S * HOUR_S)
-        rows = await asyncio.to_thread(self._find, first, end, tenant)
-        if len(rows) > MAX_ROWS:
-            raise InvalidRequestError(
-                f"more than {MAX_ROWS} rows; request a shorter time or one tenant", param="end"
-            )
-        return rows
+        found = await asyncio.to_thread(self._find, _FIND, start, end, tenant)
+        return [(UsageKey(*row[:4]), UsageSums(*row[4:])) for row in found]
+
+    async def find_copies(
+        self, start: float, end: float, tenant: str | None
+    ) -> list[tuple[str, UsageRow]]:
+        """Return file id and row of the copies; see ``find``."""
+        found = await asyncio.to_thread(self._find, _FIND_COPIES, start, end, tenant)
+        return [(row[0], (UsageKey(*row[1:5]), UsageSums(*row[5:]))) for row in found]
+
+    async def store_copy(self, file_id: str, rows: Iterable[UsageRow]) -> None:
+        """Store the sums of another machine's file instead of those stored before.
+
+        Raises:
+            sqlite3.Error: The file cannot be written.
+        """
+        values = [(file_id, *key, *astuple(sums)) for key, sums in rows]
+        await asyncio.to_thread(self._store_copy, values)
 
     async def file_id(self) -> str:
         """Return the id of the file, by which routers of one node are recognized.
@@ -122,6 +147,7 @@ class UsageLog:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         connection = sqlite3.connect(self._path, timeout=_BUSY_TIMEOUT_S)
         connection.execute(_TABLE)
+        connection.execute(_COPIES)
         return connection
 
     def _file_id(self) -> str:
@@ -136,8 +162,22 @@ class UsageLog:
             connection.executemany(_ADD, rows)
             oldest = self._clock() - self.keep_days * 24 * HOUR_S
             connection.execute("DELETE FROM usage WHERE hour < ?", (oldest,))
+            connection.execute("DELETE FROM copy WHERE hour < ?", (oldest,))
 
-    def _find(self, first: int, end: float, tenant: str | None) -> list[UsageRow]:
+    def _store_copy(self, values: list[tuple[object, ...]]) -> None:
+        with closing(self._open()) as connection, connection:
+            marks = ", ".join("?" * 11)
+            connection.executemany(f"INSERT OR REPLACE INTO copy VALUES ({marks})", values)
+
+    def _find(
+        self, query: str, start: float, end: float, tenant: str | None
+    ) -> list[tuple[Any, ...]]:
+        first = int(start // HOUR_S * HOUR_S)
         with closing(self._open()) as connection:
-            found = connection.execute(_FIND, (first, end, tenant, tenant, MAX_ROWS + 1))
-            return [(UsageKey(*row[:4]), UsageSums(*row[4:])) for row in found]
+            cursor = connection.execute(query, (first, end, tenant, tenant, MAX_ROWS + 1))
+            rows: list[tuple[Any, ...]] = cursor.fetchall()
+        if len(rows) > MAX_ROWS:
+            raise InvalidRequestError(
+                f"more than {MAX_ROWS} rows; request a shorter time or one tenant", param="end"
+            )
+        return rows

@@ -22,6 +22,7 @@ from cluster.gateway.messages import Request, Response
 from cluster.gateway.pools.replica import Answer, Opener, ReplicaInfo, Wiring
 from cluster.gateway.pools.rollout import Rollout
 from cluster.gateway.recording.usage import UsageAccount
+from cluster.gateway.reporting.usage_copies import UsageCopies
 from cluster.gateway.router_links import RouterLinks
 
 __all__ = [
@@ -36,5 +37,6 @@ __all__ = [
     "Rollout",
     "RouterLinks",
     "UsageAccount",
+    "UsageCopies",
     "Wiring",
 ]

@@ -17,7 +17,15 @@ from cluster.asgi import Receive, Scope, Send
 from cluster.config import GeneratorConfig, parse
 from cluster.engines.sim import SimEngine
 from cluster.errors import UnavailableError
-from cluster.gateway import Gateway, GatewayApp, ReplicaInfo, RouterLinks, UsageAccount, Wiring
+from cluster.gateway import (
+    Gateway,
+    GatewayApp,
+    ReplicaInfo,
+    RouterLinks,
+    UsageAccount,
+    UsageCopies,
+    Wiring,
+)
 from cluster.gateway.messages import Request
 from cluster.gateway.reporting.usage_report import UsageReport
 from cluster.link import LinkServer
@@ -117,15 +125,57 @@ async def test_usage_of_all_nodes_is_summed_and_each_file_counts_once(tmp_path: 
         routers.update([ReplicaInfo(f"r{i}", *address) for i, address in enumerate(addresses)])
         await asyncio.gather(*(link.connect() for link in routers.links().values()))
         report = UsageReport(pool.account, routers)
-        request = Request("id", "GET", "/v1/usage", b"", [], b"")
-        body = b"".join([chunk async for chunk in (await report.handle(request)).body])
-        answer = json.loads(body)
-        assert sum(row["requests"] for row in answer["data"]) == 3
+        assert await requests(report) == 3
         for server in servers:
             await server.stop()
         with pytest.raises(UnavailableError, match="did not report its usage"):
-            await report.handle(request)
+            await requests(report)
         await routers.close()
+
+
+async def test_usage_survives_the_loss_of_a_node(tmp_path: Path) -> None:
+    """A node without a copy asks one that has it; the latest copy of each hour counts."""
+    nodes = [tmp_path / name for name in ("lost", "copying", "asked")]
+    for node in nodes:
+        node.mkdir()
+    async with (
+        accounted_pool(nodes[0]) as lost,
+        accounted_pool(nodes[1]) as copying,
+        accounted_pool(nodes[2]) as asked,
+    ):
+        for world in (lost, lost, copying, asked):
+            await asgi.post(world.app, COMPLETIONS, BODY)
+        servers = [
+            LinkServer(GatewayApp(world.gateway, authenticates=False), SECRET)
+            for world in (lost, copying)
+        ]
+        first, second = [
+            ReplicaInfo(f"r{i}", *await server.start()) for i, server in enumerate(servers)
+        ]
+        routers = RouterLinks("own", SECRET)
+        copies = UsageCopies(copying.account, routers)
+        routers.update([first])
+        await asyncio.gather(*(link.connect() for link in routers.links().values()))
+        await copies.copy()
+        await asgi.post(lost.app, COMPLETIONS, BODY)
+        await copies.copy()
+        assert await requests(UsageReport(copying.account, routers)) == 4
+        await servers[0].stop()
+        routers.update([])
+        assert await requests(UsageReport(copying.account, routers)) == 4
+        routers.update([second])
+        await asyncio.gather(*(link.connect() for link in routers.links().values()))
+        assert await requests(UsageReport(asked.account, routers)) == 5
+        await copies.close()
+        await routers.close()
+        await servers[1].stop()
+
+
+async def requests(report: UsageReport) -> int:
+    """Return the number of requests that ``/v1/usage`` reports."""
+    answer = await report.handle(Request("id", "GET", "/v1/usage", b"", [], b""))
+    data = json.loads(b"".join([chunk async for chunk in answer.body]))["data"]
+    return sum(row["requests"] for row in data)
 
 
 async def test_responses_are_unchanged_unless_usage_is_requested(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 from cluster.gateway.builtin.drain import DRAIN_PATH
 from cluster.gateway.builtin.guards import GUARDS_PATH, GuardTest, GuardTestRequest
 from cluster.gateway.reporting.dashboard import DATA_PATH, REPORT_PATH
-from cluster.gateway.reporting.usage_report import ROWS_PATH
+from cluster.gateway.reporting.usage_report import COPIES_PATH, ROWS_PATH
 
 MODEL_PATH = "/v1/models/{model}"
 ROLLOUTS_PATH = "/v1/rollouts"
@@ -200,6 +200,11 @@ def _query(name: str, description: str, **schema: Any) -> dict[str, Any]:
 
 _SINCE = _query("since", "Unix time in seconds; only later data is returned.", pattern="^[0-9]+$")
 _TIME = "Unix seconds or an ISO 8601 time."
+_ROWS = (
+    _query("start", "Unix time in seconds."),
+    _query("end", "Unix time in seconds."),
+    _query("tenant", "Default: all tenants."),
+)
 
 OWN_PATHS: Mapping[str, OwnPath] = {
     "/health": OwnPath("Return 200 while the router runs.", Health, is_public=True),
@@ -238,11 +243,12 @@ OWN_PATHS: Mapping[str, OwnPath] = {
     ROWS_PATH: OwnPath(
         "Return the usage of this router's node, for the other routers.",
         statuses=(403,),
-        parameters=(
-            _query("start", "Unix time in seconds."),
-            _query("end", "Unix time in seconds."),
-            _query("tenant", "Default: all tenants."),
-        ),
+        parameters=_ROWS,
+    ),
+    COPIES_PATH: OwnPath(
+        "Return this node's copies of the usage of other nodes, for the other routers.",
+        statuses=(403,),
+        parameters=_ROWS,
     ),
     "/openapi.json": OwnPath("Return this document."),
     DRAIN_PATH: OwnPath(

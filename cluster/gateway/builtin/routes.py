@@ -28,7 +28,7 @@ from cluster.gateway.pools.pool import Pool
 from cluster.gateway.pools.relay import relay
 from cluster.gateway.pools.slots import Claim
 from cluster.gateway.reporting.dashboard import DATA_PATH, REPORT_PATH, Dashboard
-from cluster.gateway.reporting.usage_report import ROWS_PATH, UsageReport
+from cluster.gateway.reporting.usage_report import COPIES_PATH, ROWS_PATH, UsageReport
 from cluster.metrics import Registry, exposition
 from cluster.metrics.exposition import CONTENT_TYPE
 
@@ -107,7 +107,11 @@ class BuiltinRoutes:
             REPORT_PATH: dashboard.report,
         }
         if usage is not None:
-            self._handlers |= {"/v1/usage": usage.handle, ROWS_PATH: usage.answer_router}
+            self._handlers |= {
+                "/v1/usage": usage.handle,
+                ROWS_PATH: usage.answer_router,
+                COPIES_PATH: usage.answer_router_with_copies,
+            }
 
     def add_drains(self, drains: Drains) -> None:
         self._handlers[DRAIN_PATH] = drains.handle

@@ -1,7 +1,7 @@
 """Usage of finished requests: hourly sums in a file of each node."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from cluster.accounting.usage import UsageRow, UsageSums
 from cluster.accounting.usage_log import UsageLog
@@ -64,6 +64,16 @@ class UsageAccount:
     async def find(self, start_s: float, end_s: float, tenant: str | None) -> list[UsageRow]:
         """Return the sums of this node's file; see ``UsageLog.find``."""
         return await self._log.find(start_s, end_s, tenant)
+
+    async def find_copies(
+        self, start_s: float, end_s: float, tenant: str | None
+    ) -> list[tuple[str, UsageRow]]:
+        """Return the copies of other nodes' sums; see ``UsageLog.find_copies``."""
+        return await self._log.find_copies(start_s, end_s, tenant)
+
+    async def store_copy(self, file_id: str, rows: Iterable[UsageRow]) -> None:
+        """Store a copy of another node's sums; see ``UsageLog.store_copy``."""
+        await self._log.store_copy(file_id, rows)
 
     async def file_id(self) -> str:
         """Return the id of this node's file."""

@@ -1,11 +1,23 @@
-"""``GET /v1/usage``: the hourly sums of all nodes that have a router."""
+"""``GET /v1/usage``: the hourly sums of all nodes.
+
+Nodes without a router, such as lost ones, count with the copies that others have of their sums.
+"""
 
 import asyncio
+from collections.abc import Iterable
 from urllib.parse import parse_qsl, urlencode
 
 import msgspec
 
-from cluster.accounting.usage import UsageRow, as_csv, as_json, merge_rows, parse_time
+from cluster.accounting.usage import (
+    UsageKey,
+    UsageRow,
+    UsageSums,
+    as_csv,
+    as_json,
+    merge_rows,
+    parse_time,
+)
 from cluster.admission import Identity
 from cluster.errors import InvalidRequestError, PermissionDeniedError, UnavailableError
 from cluster.gateway.messages import (
@@ -20,12 +32,14 @@ from cluster.gateway.router_links import RouterLinks, fetch
 
 DAY_S = 24 * 3600.0
 ROWS_PATH = "/v1/usage/rows"
-"""Path on which routers query each other."""
+COPIES_PATH = "/v1/usage/copies"
+"""Paths on which routers query each other."""
 QUERY_TIMEOUT_S = 5.0
 
 _PARAMETERS = ("start", "end", "tenant", "format")
 _encode = msgspec.json.Encoder().encode
-_decode = msgspec.json.Decoder(tuple[str, list[UsageRow]]).decode
+decode_rows = msgspec.json.Decoder(tuple[str, list[UsageRow]]).decode
+_decode_copies = msgspec.json.Decoder(list[tuple[str, UsageRow]]).decode
 
 
 class UsageReport:
@@ -76,25 +90,55 @@ class UsageReport:
         body = _encode((await self._account.file_id(), rows))
         return bytes_response(200, b"application/json", body)
 
+    async def answer_router_with_copies(self, request: Request) -> Response:
+        """Answer another router with the copies that this node has.
+
+        Raises:
+            PermissionDeniedError: The key may not see the usage of every tenant.
+        """
+        require_operator(request, COPIES_PATH)
+        query = _query(request)
+        start_s, end_s = (parse_time(query.get(name, ""), name) for name in ("start", "end"))
+        copies = await self._account.find_copies(start_s, end_s, query.get("tenant"))
+        return bytes_response(200, b"application/json", _encode(copies))
+
     async def _find_everywhere(
         self, start_s: float, end_s: float, tenant: str | None
     ) -> list[UsageRow]:
-        """Return the sums of all nodes that have a router."""
-        rows = await self._account.find(start_s, end_s, tenant)
-        links = list(self._routers.links().values()) if self._routers else []
-        if not links:
-            return rows
-        files = {await self._account.file_id(): rows}
-        query = urlencode(
-            {"start": start_s, "end": end_s, **({} if tenant is None else {"tenant": tenant})}
-        )
-        answers = [fetch(link, ROWS_PATH, query, QUERY_TIMEOUT_S) for link in links]
-        for body in await asyncio.gather(*answers):
+        """Return the sums of all nodes."""
+        files = {await self._account.file_id(): await self._account.find(start_s, end_s, tenant)}
+        copies = await self._account.find_copies(start_s, end_s, tenant)
+        query = rows_query(start_s, end_s, tenant)
+        for body in await self._ask_all(ROWS_PATH, query):
             if body is None:
                 raise UnavailableError("A router did not report its usage in time. Try again.")
-            file_id, found = _decode(body)
+            file_id, found = decode_rows(body)
             files.setdefault(file_id, found)
-        return merge_rows(files.values())
+        for body in await self._ask_all(COPIES_PATH, query):
+            copies += _decode_copies(body) if body else []  # an earlier release has none
+        lost = latest_copies(copy for copy in copies if copy[0] not in files)
+        return merge_rows([*files.values(), lost])
+
+    async def _ask_all(self, path: str, query: str) -> list[bytes | None]:
+        links = list(self._routers.links().values()) if self._routers else []
+        return await asyncio.gather(*(fetch(link, path, query, QUERY_TIMEOUT_S) for link in links))
+
+
+def latest_copies(copies: Iterable[tuple[str, UsageRow]]) -> list[UsageRow]:
+    """Return one row for each file and key: that with the most requests, which only grow."""
+    latest: dict[tuple[str, UsageKey], UsageSums] = {}
+    for file_id, (key, sums) in copies:
+        known = latest.setdefault((file_id, key), sums)
+        if sums.requests > known.requests:
+            latest[file_id, key] = sums
+    return [(key, sums) for (_, key), sums in latest.items()]
+
+
+def rows_query(start_s: float, end_s: float, tenant: str | None = None) -> str:
+    """Return the query string for ``ROWS_PATH`` and ``COPIES_PATH``."""
+    return urlencode(
+        {"start": start_s, "end": end_s, **({} if tenant is None else {"tenant": tenant})}
+    )
 
 
 def _visible_tenant(caller: Identity, requested: str | None) -> str | None:
