@@ -21,6 +21,7 @@ import httpx
 
 from cluster.launch import processes
 from cluster.models import store
+from tests.certificates import certificates
 from tests.running import ROOT, TANDEM
 
 HTTP_PORT = 8000
@@ -147,23 +148,26 @@ class Network:
 def network(num: int, **variables: str) -> Iterator[Network]:
     """Create a network of ``num`` nodes; stop their processes and remove it at the end.
 
-    ``variables`` are added to the environment of each node.
+    Ray and links use TLS. ``variables`` are added to the environment of each node.
     """
     mark = f"{os.getpid() % 0xFFFFF:x}"
     third = os.getpid() % 200 + 20
     # Paths of sockets in Ray's directory have at most 107 characters.
     root = Path(f"/tmp/tn{mark}")
     bridge = f"tn{mark}b"
+    addresses = [f"10.213.{third}.{i + 1}" for i in range(num)]
+    root.mkdir()
+    tls = certificates(root / "tls", *addresses)
     nodes = [
         Node(
             name=f"tn{mark}n{i}",
-            address=f"10.213.{third}.{i + 1}",
+            address=address,
             home=root / str(i),
             port=f"tn{mark}v{i}",
             bridge=bridge,
-            variables=variables,
+            variables={**tls, **variables},
         )
-        for i in range(num)
+        for i, address in enumerate(addresses)
     ]
     store.models_dir().mkdir(parents=True, exist_ok=True)
     client = httpx.Client(

@@ -1,8 +1,12 @@
 """Several nodes: a cluster of network namespaces, with simulated engines, a classifier and vLLM."""
 
 import os
+import re
 import shutil
+import socket
+import ssl
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +15,9 @@ import openai
 import pytest
 import yaml
 
-from cluster import ray_internals
 from cluster.launch import processes
 from cluster.launch.starter import HEAD_KEY
+from cluster.link import tls_contexts
 from cluster.models import store
 from tests.cluster.conftest import serve_config, sim_generator
 from tests.cluster.nodes import (
@@ -160,9 +164,35 @@ def test_ray_requires_the_token(nodes: Network) -> None:
     (dashboard,) = {node.status()["state"]["dashboard_url"] for node in nodes.nodes[:2]}
     answer = nodes.client.get(f"{dashboard}/api/serve/applications/")
     assert answer.status_code in (401, 403)
-    with pytest.raises(Exception, match=r"(?i)token|auth"):
-        ray_internals.read_remote_kv(f"{nodes.head.address}:{RAY_PORT}", HEAD_KEY, 10)
     assert (nodes.head.home / "ray-token").stat().st_mode & 0o077 == 0
+    code = "import sys; from cluster.ray_internals import read_remote_kv as read\n"
+    code += f"read(sys.argv[1], {HEAD_KEY!r}, 10)"
+    done = nodes.head.run(sys.executable, "-c", code, f"{nodes.head.address}:{RAY_PORT}")
+    assert done.returncode == 1
+    assert re.search("(?i)token|authenticat", done.stderr), done.stderr
+
+
+def test_ray_requires_a_certificate(nodes: Network) -> None:
+    member = tls_contexts(nodes.head.env)
+    assert member is not None
+    stranger = ssl.create_default_context(cafile=nodes.head.variables["RAY_TLS_CA_CERT"])
+    stranger.check_hostname = False
+    assert grpc_settings(nodes.head, member.client)
+    assert not grpc_settings(nodes.head, stranger)
+
+
+def grpc_settings(node: Node, context: ssl.SSLContext) -> bytes:
+    """Return what the GCS sends at the start of a connection; empty if it refuses it."""
+    context.set_alpn_protocols(["h2"])
+    try:
+        with (
+            socket.create_connection((node.address, RAY_PORT), 10) as connection,
+            context.wrap_socket(connection) as encrypted,
+        ):
+            encrypted.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0")
+            return encrypted.recv(9)
+    except (ssl.SSLError, ConnectionError):
+        return b""
 
 
 def test_a_wrong_token_and_an_unreachable_head_are_named(nodes: Network) -> None:

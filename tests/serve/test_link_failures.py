@@ -1,16 +1,11 @@
 """The link over loopback with dead, hostile, silent and restarted peers."""
 
 import asyncio
-import datetime
-import ipaddress
 import logging
 import time
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from cluster.errors import LinkAuthError, LinkClosedError, LinkProtocolError
 from cluster.link import (
@@ -27,6 +22,7 @@ from cluster.link import frames as f
 from cluster.link import handshake as handshakes
 from cluster.link.client import ClientConnection
 from cluster.load import Load
+from tests.certificates import certificates
 from tests.serve.link_kit import (
     SECRET,
     RawPeer,
@@ -453,42 +449,6 @@ async def test_a_protocol_violation_by_a_replica_closes_its_connection(sent: byt
         with pytest.raises(LinkClosedError):
             await read_all(stream)
         await client.close()
-
-
-def certificates(folder: Path) -> dict[str, str]:
-    """Create a CA and a certificate; return Ray's TLS variables with their files."""
-    ca_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    ca_name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test CA")])
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "node")])
-    now = datetime.datetime.now(datetime.UTC)
-
-    def build(subject: x509.Name, public: ec.EllipticCurvePublicKey, ca: bool) -> x509.Certificate:
-        address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-        return (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(ca_name)
-            .public_key(public)
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=1))
-            .not_valid_after(now + datetime.timedelta(days=1))
-            .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
-            .add_extension(x509.SubjectAlternativeName([address]), critical=False)
-            .sign(ca_key, hashes.SHA256())
-        )
-
-    pem = serialization.Encoding.PEM
-    files = {
-        "RAY_TLS_CA_CERT": build(ca_name, ca_key.public_key(), True).public_bytes(pem),
-        "RAY_TLS_SERVER_CERT": build(name, key.public_key(), False).public_bytes(pem),
-        "RAY_TLS_SERVER_KEY": key.private_bytes(
-            pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        ),
-    }
-    folder.mkdir()
-    for variable, data in files.items():
-        (folder / variable).write_bytes(data)
-    return {"RAY_USE_TLS": "1"} | {variable: str(folder / variable) for variable in files}
 
 
 @on_both_loops
