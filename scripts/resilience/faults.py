@@ -17,7 +17,9 @@ import httpx
 import psutil
 
 from benchmarks.endpoint import TargetError
+from cluster.engines.lifeline import PARENT_VARIABLE
 from cluster.errors import TandemError
+from cluster.launch import processes
 from resilience.accounting import Target
 from resilience.inside.fault_points import POISON, Control
 from resilience.inside.link_proxy import LinkFault
@@ -58,19 +60,21 @@ def kill(find: Find) -> Inject:
 
     def inject(testbed: Testbed, rng: random.Random) -> Condition:
         process = find(testbed, rng)
+        # The replica of an engine's process; the process itself if it belongs to no other.
+        owner = processes.environment_of(process.pid).get(PARENT_VARIABLE, str(process.pid))
         process.kill()
         with contextlib.suppress(psutil.NoSuchProcess):
             while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
                 time.sleep(KILL_POLL_S)
-        return lambda: is_replaced(find, testbed, process)
+        return lambda: is_replaced(find, testbed, process, int(owner))
 
     return inject
 
 
-def is_replaced(find: Find, testbed: Testbed, old: psutil.Process) -> bool:
+def is_replaced(find: Find, testbed: Testbed, old: psutil.Process, owner: int) -> bool:
     """Return True if a process like a dead one exists, and Serve knows that the old one is dead."""
     try:
-        return old.pid not in testbed.pids() and find(testbed, random.Random(0)) != old
+        return owner not in testbed.pids() and find(testbed, random.Random(0)) != old
     except (TandemError, psutil.Error):
         return False
 

@@ -21,7 +21,7 @@ from benchmarks.targets.tandem import TANDEM
 from cluster.config.file import IMPORT_PATH
 from cluster.engines.lifeline import PARENT_VARIABLE
 from cluster.launch import processes
-from cluster.launch.serve_api import APPLICATIONS, DeploymentStatus, ServeApi
+from cluster.launch.serve_api import APPLICATIONS, ApplicationStatus, DeploymentStatus, ServeApi
 from cluster.launch.state import ClusterState, load
 from cluster.models.store import models_dir
 from resilience.accounting import count_restarted
@@ -107,10 +107,13 @@ class Testbed:
     # -- replicas and processes ---------------------------------------------------------------
 
     def deployments(self) -> list[DeploymentStatus]:
-        """Return the deployments; an empty list unless all are healthy."""
+        """Return the deployments, also while some are not healthy."""
+        application = self._application()
+        return list(application.deployments) if application else []
+
+    def _application(self) -> ApplicationStatus | None:
         with ServeApi(self.state.dashboard_url) as api:
-            application = api.application(self.state.application)
-        return list(application.deployments) if application and application.running else []
+            return api.application(self.state.application)
 
     def replicas(self) -> dict[str, str]:
         """Return the deployment of each running replica, by the replica's id."""
@@ -123,8 +126,10 @@ class Testbed:
 
     def is_healthy(self) -> bool:
         """Return True if all deployments have their replicas and the routers can reach them."""
-        deployments = self.deployments()
-        if not deployments or any(one.running != one.target for one in deployments):
+        application = self._application()
+        if application is None or not application.running:
+            return False
+        if any(one.running != one.target for one in application.deployments):
             return False
         try:
             ready = httpx.get(f"{self.state.http_url}/ready", timeout=5, trust_env=False)
