@@ -157,15 +157,17 @@ class ApplicationPolicy:
         return {id: targets.get(id, c.target_num_replicas) for id, c in contexts.items()}, {}
 
     def _limit_rollout(self, deployment: _Deployment) -> _Deployment:
-        version, name = deployment.settings.rollout, deployment.pool.partition("@")[0]
-        if not version:
+        settings, name = deployment.settings, deployment.pool.partition("@")[0]
+        if not settings.rollout:
             return deployment
         try:
             state = read_state(deployment.context.deployment_id.app_name, name)
         except RayError as error:  # the last limits stay
             logger.warning("could not read the rollout of %s: %s", name, error)
         else:
-            self._rollouts[name] = state if state and state.version == version else None
+            deployed = settings.rollout, settings.rollout_model
+            is_deployed = state is not None and (state.version, state.model) == deployed
+            self._rollouts[name] = state if is_deployed else None
         return deployment.limit(self._rollouts.get(name))
 
     def _decide(self, now: float, deployments: list[_Deployment]) -> dict[DeploymentID, int]:

@@ -34,6 +34,8 @@ class PoolSettings:
     """Budget of the whole application."""
     rollout: str = ""
     """Version that a rollout of the pool introduces; it limits the replicas. Empty if none runs."""
+    rollout_model: str = ""
+    """Model of that version."""
 
     @property
     def is_candidate(self) -> bool:
@@ -48,15 +50,14 @@ class PoolSettings:
         name: str | None = None,
     ) -> "PoolSettings":
         """Return the settings of one deployment; ``name`` is the pool's in the routers."""
-        rollout = ""
+        rollout = None
         if isinstance(part, RouterConfig):
             pool, priority, max_in_flight = ROUTER, _ROUTER_PRIORITY, math.inf
             limits: dict[str, float] = {}
         else:
             pool, priority, max_in_flight = name or part.name, part.priority, part.max_in_flight
             limits = part.slo.model_dump(exclude_none=True)
-            running = {p.name: p.rollout.version for p in config.pools if p.rollout is not None}
-            rollout = running.get(part.name, "")
+            rollout = next((p.rollout for p in config.pools if p.name == part.name), None)
         spec = PoolSpec(
             min=part.replicas.min,
             max=part.replicas.max,
@@ -71,7 +72,8 @@ class PoolSettings:
             fills_nodes=_computes_on_cores(part) and not part.resources.gpus,
         )
         budget = Budget(**config.budget.model_dump(exclude_none=True))
-        return cls(pool, spec, limits, budget, rollout)
+        version, model = (rollout.version, rollout.model) if rollout is not None else ("", "")
+        return cls(pool, spec, limits, budget, version, model)
 
     def encode(self) -> dict[str, Any]:
         """Return a JSON object; infinite values are left out."""

@@ -102,12 +102,14 @@ def cluster_environment(
 def write_haproxy_wrapper(cluster_id: str) -> None:
     """Create the socket directory and in it the ``haproxy`` that Serve runs.
 
-    Serve's template has no setting for two things, so the wrapper changes them before it executes
-    HAProxy, and fails if they are in the configuration in another form:
+    Serve's template has no setting for three things, so the wrapper changes them before it executes
+    HAProxy, and fails if the first two are in the configuration in another form:
 
     - It binds statistics and metrics to every address.
     - It has ``option splice-request``, with which HAProxy 2.8 does not notice a client that wrote
       headers and body separately and disconnects: the request runs on, and a thread spins.
+    - It answers 404 before a proxy knows the routes, above all after Serve has replaced one that
+      hung. Clients would not try again, so HAProxy closes the connection instead.
 
     Raises:
         RayIncompatibleError: Serve's template is not the one that the wrapper was written for.
@@ -127,6 +129,14 @@ _WRAPPER = """\
 # Serve runs: haproxy -db -f CONFIG ...
 awk '
     /^(backend|defaults|frontend|global|listen)/ {{ section = $1 " " $2 }}
+    NR == FNR {{
+        if ($1 == "use_backend" && section == "frontend http_frontend") has_routes = 1
+        next
+    }}
+    $3 == "status" && $4 == 404 && section == "backend default_backend" && !has_routes {{
+        print "    http-request reject"
+        next
+    }}
     /^ *option splice-request$/ {{ next }}
     # The addresses of the two frontends are configured (http_options.host).
     $1 == "bind" && section !~ /^frontend (http|grpc)_frontend$/ {{
@@ -142,7 +152,7 @@ awk '
     }}
     {{ print }}
     END {{ exit failed }}
-' "$3" > "$3.tandem" || exit 1
+' "$3" "$3" > "$3.tandem" || exit 1
 mv "$3.tandem" "$3" || exit 1
 exec {binary} "$@"
 """

@@ -171,9 +171,12 @@ def test_a_rollout_limits_the_replicas_of_both_versions(monkeypatch: pytest.Monk
         write_state("tandem", "sim", changed)
         expected = 2 if old_replicas is None else old_replicas
         assert controller.step() == {POOL: expected, new: new_replicas, ROUTER: 1}
-    write_state("tandem", "sim", structs.replace(state, version="1", new_replicas=4))
-    controller.step()  # Serve goes to 0 in two steps
-    assert controller.step() == {POOL: 2, new: 0, ROUTER: 1}, "another rollout"
+    for other in ({"version": "1"}, {"model": "other"}):
+        write_state(
+            "tandem", "sim", structs.replace(state, new_replicas=4, old_replicas=0, **other)
+        )
+        controller.step()  # Serve goes to 0 in two steps
+        assert controller.step() == {POOL: 2, new: 0, ROUTER: 1}, "another rollout"
 
 
 async def test_decisions_can_be_read_with_their_reasons(

@@ -125,6 +125,23 @@ def test_haproxy_does_not_splice_requests(wrapper: Path) -> None:
     assert config.read_text() == "defaults\n    option splice-response\n"
 
 
+@pytest.mark.parametrize("has_routes", [True, False])
+def test_a_new_haproxy_answers_no_request_before_it_knows_the_routes(
+    wrapper: Path, has_routes: bool
+) -> None:
+    config = wrapper / "haproxy.cfg"
+    route = "    use_backend http-tandem if is_http-tandem\n" if has_routes else ""
+    known = (
+        f"frontend http_frontend\n    bind *:8000\n{route}    default_backend default_backend\n"
+        "frontend grpc_frontend\n    bind *:8001\n    use_backend grpc-tandem\n"
+        "backend default_backend\n"
+    )
+    config.write_text(f"{known}    http-request return status 404 content-type text/plain\n")
+    subprocess.run([wrapper / "haproxy", "-db", "-f", config], check=True)
+    action = "return status 404 content-type text/plain" if has_routes else "reject"
+    assert config.read_text() == f"{known}    http-request {action}\n"
+
+
 @pytest.mark.parametrize("option", ["splice-auto", "splice-request # fast"])
 def test_haproxy_is_not_started_if_it_would_splice_requests(wrapper: Path, option: str) -> None:
     config = wrapper / "haproxy.cfg"
