@@ -47,6 +47,8 @@ class ClientStream:
         """Record of what arrives, if the reader sets it before it waits for the head."""
         self.arrivals_s: list[float] | None = None
         """Times at which pieces of the body arrived (``time.perf_counter``), if it is a list."""
+        self.was_held_back = False
+        """True if the replica had to wait for the reader, so its times are not its own."""
         self._connection = connection
         self._create_future = connection.loop.create_future
         self._on_end = on_end
@@ -146,8 +148,8 @@ class ClientStream:
             elif flags & JOURNAL:
                 payload = split_payload(payload)[1]
             self._uncredited += len(payload)
-            if self._uncredited > 2 * self._half_window + frames.MAX_PAYLOAD_BYTES:
-                raise LinkProtocolError("the peer sent more than the stream's window")
+            if self._uncredited >= 2 * self._half_window:
+                self._use_up_window()
             if payload:
                 self._chunks.append(payload)
         if flags & END:
@@ -161,6 +163,11 @@ class ClientStream:
                 self._waiter = None
                 if not waiter.done():
                     waiter.set_result(None)
+
+    def _use_up_window(self) -> None:
+        self.was_held_back = True
+        if self._uncredited > 2 * self._half_window + frames.MAX_PAYLOAD_BYTES:
+            raise LinkProtocolError("the peer sent more than the stream's window")
 
     def fail(self, error: Exception) -> None:
         """End the stream with an error unless it has ended."""

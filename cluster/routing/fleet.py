@@ -206,7 +206,7 @@ class Fleet:
         """
         replica = self._replicas[replica_id]
         before = replica.others_in_flight
-        replica.update_load(load)
+        replica.update_load(load, self.now_s)
         self._num_in_flight += replica.others_in_flight - before
         self._update_row(replica)
 

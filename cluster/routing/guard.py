@@ -197,6 +197,8 @@ class FleetGuard:
 
     def _slowness(self, placement: Placement, usage: Usage) -> float | None:
         """Return the time of an answer as a multiple of what the peers take; None if unknown."""
+        if placement.met_full_cache:
+            return None
         took_s, peers_s = self._fleet.times_s(placement, usage)
         if not peers_s > 0.0:  # also NaN
             return None
@@ -221,5 +223,5 @@ class FleetGuard:
             while waiting and next(iter(waiting.values())) <= now_s:
                 placement = next(iter(waiting))
                 del waiting[placement]
-                if self._may_judge(placement):
+                if not placement.met_full_cache and self._may_judge(placement):
                     self._breaker.record_slow(replica_id, now_s)

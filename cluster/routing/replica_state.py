@@ -1,5 +1,6 @@
 """A router's accounts of one replica and of each request that it placed there."""
 
+import math
 from dataclasses import dataclass, field
 
 from cluster.load import Load
@@ -40,6 +41,8 @@ class ReplicaState:
     others_waiting: float = 0.0
     """Requests of other routers whose prefill has not begun, by the last load report."""
     is_kv_full: bool = False
+    kv_full_s: float = -math.inf
+    """Last time at which the KV cache was known to be full."""
 
     def push(self, placement: "Placement") -> None:
         self.in_flight += 1
@@ -68,12 +71,14 @@ class ReplicaState:
         if self.in_flight == 0:  # clears rounding errors
             self.completion_tokens = self.first_token_sum_s = self.queued_tokens = 0.0
 
-    def update_load(self, load: Load) -> None:
+    def update_load(self, load: Load, now_s: float) -> None:
         others = float(load.in_flight - self.in_flight)
         self.others_in_flight = others = min(max(0.0, others), float(self.capacity))
         share = others / max(1.0, self.in_flight + others)
         self.others_waiting = min(max(0.0, load.waiting * share), others)
-        self.is_kv_full = load.kv_cache_usage > KV_FULL
+        was_kv_full, self.is_kv_full = self.is_kv_full, load.kv_cache_usage > KV_FULL
+        if was_kv_full or self.is_kv_full:
+            self.kv_full_s = now_s
 
 
 @dataclass(eq=False, slots=True)
@@ -94,3 +99,8 @@ class Placement:
     is_over: bool = False
     is_judged: bool = False
     """True once the replica's circuit breaker has counted the request."""
+
+    @property
+    def met_full_cache(self) -> bool:
+        """True if the KV cache was full meanwhile, so that the request may have had to wait."""
+        return self.replica.is_kv_full or self.replica.kv_full_s >= self.begun_s

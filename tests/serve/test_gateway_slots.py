@@ -11,6 +11,7 @@ import uvicorn
 from cluster.asgi import Message, Receive, Scope, Send, usage_of
 from cluster.errors import LinkClosedError
 from cluster.gateway.messages import Request, Response, bytes_response
+from cluster.usage import Usage
 from tests import asgi
 from tests.serve.gateway_kit import CHAT, ROUTES, World, gateway_world, metrics
 
@@ -93,6 +94,32 @@ async def test_slow_reader_holds_no_slot_after_the_replica_has_finished() -> Non
         # The times are those of the replica, not of the client, which waited 0.3 s.
         assert found["tandem_request_seconds_sum", "gen"] < 0.3
         assert found["tandem_itl_seconds_sum", "gen"] < 0.3
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+async def test_a_slow_reader_teaches_nothing_about_the_replica(
+    monkeypatch: pytest.MonkeyPatch, is_slow: bool
+) -> None:
+    async with gateway_world() as world:
+        event = b"data: " + b"1" * (10_000 if is_slow else 1) + b"\n\n"
+        await world.serve(Counting(100, ends=True, event=event), "gen", "gen-1", ROUTES)
+        replicas = world.gateway.pools["gen"].replicas
+        learned: list[Any] = []
+
+        def note(original: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda slot, usage: (learned.append(usage), original(slot, usage))[1]
+
+        for name in ("record_answer", "release_slot"):
+            monkeypatch.setattr(replicas, name, note(getattr(replicas, name)))
+        client = SlowClient(world, {"model": "gen"})
+        await world.until(lambda: bool(client.chunks))
+        if is_slow:  # more than the link's window is unread
+            await asyncio.sleep(0.3)
+        client.gate.set()
+        await client.done()
+        await world.until_idle()
+        assert await completion_tokens(world) == 100
+        assert learned == ([None] if is_slow else [Usage(7, 0, 100)] * 2)
 
 
 async def test_client_that_reads_nothing_is_disconnected() -> None:

@@ -55,6 +55,10 @@ class Engine:
         self.in_flight += 1
         return Slot(None, None, claim, asyncio.get_running_loop().time())
 
+    def take_slot_at(self, replica_id: str, claim: Claim) -> Slot | None:
+        self.in_flight += 1
+        return Slot(None, None, claim, asyncio.get_running_loop().time())
+
     def release_slot(self, slot: Slot, usage: Usage | None) -> float:
         self.in_flight -= 1
         return asyncio.get_running_loop().time() - slot.since_s
@@ -245,6 +249,41 @@ def test_tenant_pays_for_a_request_that_held_up_the_others_until_it_expired() ->
         await first_b
         assert not second_a.done()
         second_a.cancel()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("is_retry", [False, True])
+def test_only_charged_work_is_refunded(is_retry: bool) -> None:
+    """Requests that join an answer and fail, or retries that are cancelled, give no credit."""
+
+    async def scenario() -> None:
+        engine, served = Engine(max_in_flight=1), Counter[str]()
+        queue = engine.queue
+        slot = await queue.take_slot(claim_of("c", 100.0))
+
+        async def wait(tenant: str) -> Slot:
+            return await queue.take_slot(claim_of(tenant, 100.0))
+
+        waiting = {asyncio.create_task(wait(tenant)) for tenant in "ab" * 10}
+        await asyncio.sleep(0)
+        for _ in range(10):
+            if is_retry:
+                claim = replace(claim_of("a", 1000.0), is_retry=True)
+                retry = asyncio.create_task(queue.take_slot(claim))
+                await asyncio.sleep(0)
+                queue.release_slot(slot, 100.0)
+                retry.cancel()  # it has the slot, but does not know that yet
+            else:
+                claim = replace(claim_of("a", 1000.0), joins="replica")
+                queue.release_slot(await queue.take_slot(claim), 0.0)
+                queue.release_slot(slot, 100.0)
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            slot = done.pop().result()
+            served[slot.claim.identity.tenant.name] += 1
+        assert served == {"a": 5, "b": 5}
+        for task in waiting:
+            task.cancel()
 
     run(scenario)
 

@@ -4,6 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.load import Load
+from cluster.routing import Fleet, FleetGuard, Placement, RequestView
 from cluster.routing.breaker import (
     CALM_S,
     HALF_LIFE_S,
@@ -15,6 +17,7 @@ from cluster.routing.breaker import (
     Circuit,
     CircuitBreaker,
 )
+from cluster.usage import Usage
 
 TOLERATED = 4
 """Bad requests of a new replica that do not open its circuit; one more does."""
@@ -263,6 +266,65 @@ def test_trials_are_spaced() -> None:
     pool.trial("r0", passes=True)
     assert pool.breaker.due_trials(pool.now_s + TRIAL_INTERVAL_S * 0.9) == []
     assert pool.breaker.due_trials(pool.now_s + TRIAL_INTERVAL_S) == ["r0"]
+
+
+class Guarded:
+    """Four replicas that decode 100 tokens/s, and a clock; ``r0`` gets the tests' requests."""
+
+    def __init__(self) -> None:
+        self.fleet = Fleet()
+        self.guard = FleetGuard(self.fleet, BreakerLimits())
+        self.now_s = 100.0
+        for number in range(4):
+            self.guard.add(f"r{number}", 8)
+        self.teach()
+
+    def teach(self) -> None:
+        for replica in [f"r{number}" for number in range(4)] * 20:
+            self.answer(self.place(replica), 1.0)
+
+    def place(self, replica: str = "r0") -> Placement:
+        placement = self.fleet.place(replica, RequestView(100.0, 100.0, streamed=True))
+        self.guard.place(placement)
+        return placement
+
+    def answer(self, placement: Placement, after_s: float) -> None:
+        self.wait(0.01)
+        self.guard.record_first_token(placement)
+        self.wait(after_s)
+        self.guard.record_answer(placement, Usage(100, 0, 100))
+        self.guard.end(placement, Usage(100, 0, 100))
+
+    def wait(self, seconds: float) -> None:
+        self.now_s += seconds
+        self.guard.advance(self.now_s)
+
+    def report(self, kv_cache_usage: float) -> None:
+        self.fleet.update_load("r0", Load(1, 1, kv_cache_usage))
+
+    @property
+    def slow(self) -> float:
+        return self.guard.circuit("r0").slow
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_waiting_for_a_full_kv_cache_is_no_evidence(is_full: bool) -> None:
+    pool = Guarded()
+    waiting, running = pool.place(), pool.place()
+    pool.guard.record_first_token(running)
+    if is_full:
+        pool.report(0.99)
+    pool.wait(10.0)
+    assert bool(pool.slow) != is_full, "no sign of life"
+    pool.report(0.5)
+    before = pool.slow
+    pool.answer(running, 1.0)
+    assert (pool.slow > before) != is_full, "an answer that others may have displaced"
+    pool.guard.end(waiting, None)
+    pool.teach()
+    before = pool.slow
+    pool.answer(pool.place(), 10.0)
+    assert pool.slow > before, "the cache was not full"
 
 
 @pytest.mark.parametrize(

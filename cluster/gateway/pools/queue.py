@@ -10,7 +10,7 @@ flight.
 
 import asyncio
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.admission import (
     MAX_PRIORITY,
@@ -132,8 +132,8 @@ class AdmissionQueue:
             slot: Returned by ``take_slot``.
             done_tokens: Work that was done; 0 if the request failed, None if unknown.
             usage: Usage of the request, if the replica reported it.
-            is_abandoned: True if the client disconnected or the replica was lost: the tenant pays,
-                but the duration says nothing about the replicas.
+            is_abandoned: True if the client disconnected or read slowly, or the replica was lost:
+                the tenant pays, but the duration says nothing about the replicas.
         """
         claim = slot.claim
         held_s = self._slots.release_slot(slot, None if is_abandoned else usage)
@@ -143,6 +143,8 @@ class AdmissionQueue:
         if done_tokens is not None:
             tenant = claim.identity.tenant
             excess = done_tokens - claim.work_tokens
+            if not slot.is_charged:
+                excess = max(0.0, excess)
             self._queue.charge(tenant.name, claim.priority, tenant.weight, excess)
         self.dispatch()
 
@@ -186,7 +188,8 @@ class AdmissionQueue:
             return
         if slot is not None:
             self._queue.pop()
-            waiter.slot.set_result(slot)
+            # `_retake_slot` charges retries.
+            waiter.slot.set_result(replace(slot, is_charged=not waiter.claim.is_retry))
 
     def _try_slot(self, claim: Claim) -> Slot | None:
         if not self.capacity.has_room:
@@ -203,7 +206,7 @@ class AdmissionQueue:
         # Releasing the first slot refunded the work.
         tenant = claim.identity.tenant
         self._queue.charge(tenant.name, claim.priority, tenant.weight, claim.work_tokens)
-        return slot
+        return replace(slot, is_charged=True)
 
     async def _wait(self, claim: Claim) -> Slot:
         loop = asyncio.get_running_loop()

@@ -59,6 +59,8 @@ class Slot:
     claim: Claim
     since_s: float
     """Time at which the slot was taken (monotonic clock)."""
+    is_charged: bool = False
+    """True if the tenant was charged with the estimated work; a slot is free if no request waits."""
 
 
 class SlotSource(Protocol):
