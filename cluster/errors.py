@@ -247,6 +247,9 @@ class DeviceFailedError(UnavailableError):
 class HandoverError(UnavailableError):
     """A replica cannot continue the answer that another one began."""
 
+    DIFFERS = "The replica was lost, and no other can continue its answer exactly; try again."
+    """Message of a replica whose own answer begins differently; routers know the error by it."""
+
 
 def shorten(text: str, max_chars: int) -> str:
     """Return a text that UTF-8 can encode, without its middle if it is too long."""
@@ -269,6 +272,8 @@ def request_error_for(
         return ContextLengthError(message, param=param)
     if status == GuardBlockedError.status and code == GuardBlockedError.code:
         return GuardBlockedError(message, param=param)
+    if message == HandoverError.DIFFERS:
+        return HandoverError(message, param=param)
     by_status = {cls.status: cls for cls in RequestError.__subclasses__()}
     default = InvalidRequestError if 400 <= status < 500 else InternalError
     return by_status.get(status, default)(message, param=param)

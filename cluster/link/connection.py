@@ -28,6 +28,7 @@ from cluster.link.handshake import PRE_AUTH_BYTES, Handshake
 logger = logging.getLogger(__name__)
 
 _TICK_S = 0.25
+_PING_TICKS = 4  # ticks from one PING to the next while the peer answers
 _MIN_TICKS = 8  # ticks within the shorter of the two silence limits
 _WRITE_BUFFER_BYTES = 1024 * 1024
 
@@ -39,7 +40,8 @@ class LinkOptions:
     window_bytes: int = 256 * 1024
     """Bytes that the peer may send on one stream before this end has consumed them."""
     silent_after_s: float = 2.0
-    """Seconds without any byte, pongs included, after which the peer gets no new stream.
+    """Seconds without any byte, or without an answer to a ping, after which the peer gets no new
+    stream: the network may be cut in one direction only.
 
     Counted in ticks of this end's event loop, so that a stall here does not blame the peer.
     """
@@ -130,6 +132,8 @@ class Connection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._heard = False  # anything received since the last tick
         self._silent_ticks = 0
+        self._ping_ticks: int | None = None  # since a PING without a PONG
+        self._num_ticks = 0
         self._tick_s = min(_TICK_S, min(options.silent_after_s, options.dead_after_s) / _MIN_TICKS)
         self._silent_at = int(options.silent_after_s / self._tick_s) - 1
         self._dead_at = int(options.dead_after_s / self._tick_s) - 1
@@ -350,21 +354,29 @@ class Connection(asyncio.Protocol):
         if self._silent_ticks >= self._dead_at:
             self.fail(LinkClosedError(f"the peer was silent for {self.options.dead_after_s} s"))
             return
-        if self._silent_ticks % 2:
+        is_sent = not self.unsent_bytes  # otherwise the last PING may be behind large bodies
+        if self._ping_ticks is not None and is_sent:
+            self._ping_ticks += 1
+        self._num_ticks += 1
+        is_due = self._ping_ticks is None and not self._num_ticks % _PING_TICKS
+        if self._silent_ticks % 2 or is_due:
             self.write(0, frames.PING)
-        if self.silent != (self._silent_ticks >= self._silent_at):
+            self._ping_ticks = self._ping_ticks or 0
+        if self.silent != (max(self._silent_ticks, self._ping_ticks or 0) >= self._silent_at):
             self.silent = not self.silent
             self.on_silent(self.silent)
         self.on_tick()
         self._timer = self.loop.call_later(self._tick_s, self._tick)
 
     def handle_ping(self, kind: int) -> None:
-        """Answer a PING and ignore a PONG.
+        """Answer a PING, and note a PONG.
 
         Raises:
             LinkProtocolError: a frame of another kind, which the peer may not send.
         """
         if kind == frames.PING:
             self.write(0, frames.PONG)
-        elif kind != frames.PONG:
+        elif kind == frames.PONG:
+            self._ping_ticks = None
+        else:
             raise LinkProtocolError(f"the peer may not send frames of kind {kind}")

@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 MAX_ERROR_CHARS = 64 * 1024
 """Characters of an error's message that fit a frame in any case."""
-_DIFFERS = "The replica was lost, and no other can continue its answer exactly; try again."
 
 
 class ServerStream:
@@ -265,7 +264,7 @@ class ServerStream:
             and (self._skip_left or self._checksum != resume.checksum)
         ):
             logger.warning("%s: the answer cannot be continued: it differs", self.head.id)
-            self._send_error(HandoverError.status, _DIFFERS)
+            self._send_error(HandoverError.status, HandoverError.DIFFERS)
             raise OSError("the answer cannot be continued")
         return body[len(skipped) :]
 

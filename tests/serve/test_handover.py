@@ -248,12 +248,23 @@ async def test_an_answer_is_handed_over_several_times() -> None:
         assert await handovers(world, "lost") == (3, 0)
 
 
-async def test_a_request_that_kills_replicas_kills_two_at_most() -> None:
-    first, others = Script(stop_at=5, dies=True), [Script(stop_at=5, dies=True) for _ in range(3)]
+async def test_an_answer_survives_two_engines_that_another_request_kills() -> None:
+    first, second, third = Script(stop_at=5, dies=True), Script(stop_at=5, dies=True), Script()
+    async with world_with(first) as world:
+        call = await start(world, first)
+        await world.serve(second, "gen", "gen-2", resume_key="k")
+        await second.stopped.wait()
+        await world.serve(third, "gen", "gen-3", resume_key="k")
+        assert (await call.done()).body == ANSWER
+        assert sum(await handovers(world, "unavailable")) == 2
+
+
+async def test_an_answer_that_kills_engines_kills_three_at_most() -> None:
+    first, others = Script(stop_at=5, dies=True), [Script(stop_at=5, dies=True) for _ in range(4)]
     async with world_with(first, *others) as world:
         answer = await asgi.start(world.app, "POST", CHAT, BODY).done()
         assert b"try again" in answer.body
-        assert sum(len(script.bodies) for script in (first, *others)) == 2
+        assert sum(len(script.bodies) for script in (first, *others)) == 3
 
 
 @pytest.mark.parametrize(
@@ -296,7 +307,10 @@ async def test_an_answer_that_would_differ_ends_with_an_error() -> None:
         answer = await call.done()
         assert answer.body.startswith(b"".join(CHUNKS[:5]))
         assert b"data: other" not in answer.body
-        assert b"try again" in answer.body
+        assert b"no other can continue" in answer.body
+        assert len(second.bodies) == 1
+        circuit = world.gateway.pools["gen"].replicas.guard.circuit("gen-2")
+        assert circuit.bad == 0  # not the replica's fault
         assert (await handovers(world, "lost"))[0] == 0
 
 
@@ -328,6 +342,27 @@ async def test_answers_move_away_from_a_silent_replica() -> None:
         assert (await call.done()).body == ANSWER
         await world.until_idle(5)  # the usage that it would report for its part is not awaited long
         assert await handovers(world, "hung") == (1, 0)
+
+
+@pytest.mark.parametrize("headers", [{}, {"idempotency-key": "a"}])
+async def test_requests_without_an_answer_move_away_from_a_silent_replica(
+    headers: dict[str, str],
+) -> None:
+    async with world_with() as world:
+        first = await world.add("cls", "cls-1")
+        body = {"model": "cls", "wait_before": True}
+        call = asgi.start(world.app, "POST", "/v1/embeddings", body, headers)
+        await world.until(lambda: bool(first.bodies))
+        second = await world.add("cls", "cls-2")
+        second.gate.set()
+        for connection in world.servers["cls-1"].connections:
+            connection.write = lambda *_: None  # type: ignore[method-assign]  # it hangs
+        answer = await asyncio.wait_for(call.done(), 4)  # a link is given up after ten seconds
+        assert answer.json()["replica"] == "cls-2"
+        for connection in world.servers["cls-1"].connections:
+            del connection.write
+        await world.until_idle()
+        assert (await metrics(world))["tandem_failovers_total", "cls", "refused"] == 1
 
 
 async def test_a_replica_that_wakes_up_cannot_write_to_the_answer() -> None:

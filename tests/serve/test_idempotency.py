@@ -23,6 +23,7 @@ from tests.serve.gateway_kit import CHAT, Replica, World, gateway_world, metrics
 from tests.serve.link_kit import SECRET
 from tests.serve.test_client_transport import FakeHandle
 from tests.serve.test_handover import ANSWER, BODY, Script
+from tests.serve.test_handover_engines import add_replica, start_engine
 
 KEY = {"idempotency-key": "8e03978e-40d5-43dd-bc93-6894a57f9324"}
 REPLAYED = "idempotent-replayed"
@@ -242,6 +243,30 @@ async def test_an_answer_survives_its_router_and_then_its_replica() -> None:
             assert (await retry.done()).body == ANSWER
             assert (await joined.done()).body == ANSWER
         assert len(two.bodies) == 1
+
+
+async def test_a_joined_answer_keeps_its_id_at_another_replica() -> None:
+    """Engines derive ids from the request's, and each attempt of a client has its own."""
+    engines = [await start_engine(), await start_engine()]
+    body = {"model": "gen", "stream": True, "max_tokens": 30, "messages": BODY["messages"]}
+    async with routers() as (first, second):
+        await add_replica(first, engines[0], "gen-1")
+        share(first, second)
+        await second.until(lambda: second.gateway.pools["gen"].replicas.num_ready == 1)
+        call = send(first, body, **{"x-request-id": "r-1"})
+        await call.chunks(3)
+        await lose(first, call)
+        retry = send(second, body, **{"x-request-id": "r-2"})
+        await retry.chunks(3)
+        await add_replica(second, engines[1], "gen-2")
+        second.servers["gen-1"] = first.servers.pop("gen-1")
+        await second.kill("gen-1")
+        answer = await retry.done()
+        assert {event["id"] for event in answer.data()} == {"chatcmpl-r-1"}
+        assert sum(bool(event["choices"]) for event in answer.data()) > 30
+        assert answer.headers["x-request-id"] == "r-2"
+    for engine in engines:
+        await engine.stop()
 
 
 async def test_another_request_with_the_key_gets_422() -> None:

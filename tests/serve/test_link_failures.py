@@ -71,6 +71,23 @@ async def test_a_silent_peer_is_detected_within_two_seconds() -> None:
         await client.close()
 
 
+async def test_a_peer_that_sends_but_hears_nothing_counts_as_silent() -> None:
+    """A network that is cut in one direction: its pings arrive, and no answer to ours."""
+
+    async def deaf(peer: RawPeer) -> None:
+        await peer.shake("server")
+        while True:
+            peer.writer.write(f.encode_frame(0, f.PING))
+            await asyncio.sleep(0.02)
+
+    options = LinkOptions(silent_after_s=0.2, dead_after_s=30)
+    async with raw_server(deaf) as (host, port):
+        client = LinkClient(host, port, SECRET, options=options)
+        await client.connect()
+        await until(lambda: client.state is LinkState.SILENT)
+        await client.close()
+
+
 @on_both_loops
 async def test_a_link_is_used_again_after_silence() -> None:
     speak = asyncio.Event()

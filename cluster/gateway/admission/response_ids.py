@@ -1,8 +1,8 @@
 """Ids of stored responses (``/v1/responses/{id}``), which only their tenant may use.
 
 vLLM takes the id of a response from the request's ``request_id``. The router sets it to a random
-part and a MAC over that part and the tenant, so any router can tell who created a response without
-remembering it.
+part, or the idempotency key's hash, and a MAC over that part and the tenant, so any router can tell
+who created a response without remembering it.
 """
 
 import hmac
@@ -29,10 +29,14 @@ class ResponseIds:
         self._key = key
 
     def new_id(self, request: Request) -> str | None:
-        """Return an id for the response that the request creates; None if it creates none."""
+        """Return an id for the response that the request creates; None if it creates none.
+
+        It is the same for all requests with one idempotency key, since they share the response.
+        """
         if not request.tenant or request.path != CREATE_PATH or request.method != "POST":
             return None
-        random = token_hex(_RANDOM_CHARS // 2)
+        key = request.answer_key
+        random = token_hex(_RANDOM_CHARS // 2) if key is None else key.id.hex()
         return _PREFIX + random + self._tag(request, random)
 
     def check(self, request: Request, body: RequestBody) -> None:

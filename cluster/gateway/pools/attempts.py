@@ -30,8 +30,8 @@ logger = logging.getLogger("ray.serve.tandem")
 MAX_LOST = 2
 """Replicas that may be lost with a request before its answer begins; it may be the cause."""
 MAX_DEAD = 3
-"""Replicas that may die without progress of an answer that has begun. A request that kills replicas
-kills two; the answers that were handed over from the first to the second must survive that."""
+"""Replicas, or their engines, that may die without progress of an answer that has begun. A request
+that kills replicas kills two; the answers that moved from the first to the second must survive."""
 _LOST_POLL_S = 0.1
 
 
@@ -86,11 +86,12 @@ class Attempts:
             self.kept = KeptAnswer.begin(head, body, limits, resume_key)
             if self.kept is not None:
                 head = self.kept.head
-                replica.movable.add(self)
         head = self._observer.trace_attempt(head, info.id, (info.host, info.port), state)
         answer = self.answer = replica.open(head, body)
-        if self.kept is not None and isinstance(answer, ClientStream):
-            answer.record = self.kept.record
+        if isinstance(answer, ClientStream):
+            replica.movable.add(self)
+            if self.kept is not None:
+                answer.record = self.kept.record
         return answer
 
     @contextmanager
@@ -122,7 +123,12 @@ class Attempts:
             raise answer.error
 
     def watch(self, answer: ClientStream) -> None:
-        """Call ``on_finished`` when the replica has finished, or now if it has."""
+        """Call ``on_finished`` when the replica has finished, or now if it has.
+
+        From now on, only an answer that is kept can move.
+        """
+        if self.kept is None:
+            self.slot.replica.remove_movable(self)
         answer.on_finished = partial(self._on_finished, answer, self.slot)
         if answer.ended:
             answer.finish()
@@ -199,19 +205,24 @@ class Attempts:
     def move_claim(self) -> Claim | None:
         """Return the claim for a slot at another replica; None if the answer cannot move."""
         kept, answer = self.kept, self.answer
-        if kept is None or self._next_slot is not None:
+        if not isinstance(answer, ClientStream) or answer.ended or self._next_slot is not None:
             return None
-        if not isinstance(answer, ClientStream) or answer.ended:
+        if kept is not None:
+            return (
+                replace(self._claim(kept), is_move=True) if self._has_handover_left(kept) else None
+            )
+        if self.slot.replica.is_draining:  # it answers soon
             return None
-        if not self._has_handover_left(kept):
-            return None
-        return replace(self._claim(kept), is_move=True)
+        return replace(self._pool.renew_claim(self.slot.claim), is_move=True)
 
     def move_to(self, slot: Slot) -> bool:
         """Let the replica of this slot go on; return False if the answer cannot move any more."""
         if self.move_claim() is None or not isinstance(self.answer, ClientStream):
             return False
-        self._next_slot = slot
+        if self.kept is not None:
+            self._next_slot = slot
+        else:  # the request is sent again, before all others
+            self._pool.queue.release_slot(slot)
         kind = _DrainsError if self.slot.replica.is_draining else _HangsError
         self.answer.abandon(kind(kind.__doc__))
         return True
@@ -250,7 +261,7 @@ class Attempts:
         if not isinstance(error, LinkRefusedError):
             logger.warning("%s: replica lost during the answer: %s", self._request.id, error)
             # The request may have been the cause, so it must not reach every replica.
-            max_lost = MAX_DEAD if isinstance(error, LinkError) else MAX_LOST
+            max_lost = MAX_LOST if isinstance(error, HandoverError) else MAX_DEAD
             if kept.count_loss() >= max_lost or not self._pool.retries.take_retry():
                 return None
         try:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from cluster.config import HandoverConfig
-from cluster.link import AnswerRecord, RequestHead
+from cluster.link import AnswerRecord, RequestHead, ResponseHead
 from cluster.link.frames import JOURNAL_FORMAT
 
 _STEP_BYTES = 16 * 1024  # the journal's share of the common limit grows in these steps
@@ -75,6 +75,16 @@ class KeptAnswer:
         self._kept_bytes += step
         self.max_journal_bytes += step
         return True
+
+    def adopt_id(self, response: ResponseHead) -> None:
+        """Give replicas that continue the answer the id of the request that began it.
+
+        Engines derive ids in the answer from it. They return it, also to a repeated request.
+        """
+        header = next((pair for pair in response.headers if pair[0] == b"x-request-id"), None)
+        if header is not None and header not in self.head.headers:
+            others = [pair for pair in self.head.headers if pair[0] != header[0]]
+            self.head = msgspec.structs.replace(self.head, headers=[*others, header])
 
     def count_loss(self) -> int:
         """Return the replicas that were lost since the client last got something, this one too."""

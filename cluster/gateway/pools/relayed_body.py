@@ -107,6 +107,8 @@ class RelayedBody:
                 answer.arrivals_s = arrivals_s
             with self._attempts.yielding(answer):
                 response = await answer.head()
+                if self._attempts.kept is not None:
+                    self._attempts.kept.adopt_id(response)
                 headers = response_headers(response)
                 self._is_event_stream = any(
                     name == b"content-type" and value.startswith(b"text/event-stream")
@@ -306,7 +308,7 @@ class RelayedBody:
         elif observer.status not in ABANDONED:
             if slot.replica.is_draining:
                 self._pool.meter.failed_over("drained")
-            if observer.status < 500:
+            if observer.status < 500 and not self._was_held_back:
                 self._pool.replicas.record_answer(slot, usage)
             claim = slot.claim
             # Requests that share an answer divide its usage.
@@ -316,6 +318,12 @@ class RelayedBody:
                 )
         self._release_slot(self._done_tokens(usage), usage)
         observer.end(usage)
+
+    @property
+    def _was_held_back(self) -> bool:
+        """True if the answer took as long as the client to read it."""
+        answer = self._attempts.answer
+        return isinstance(answer, ClientStream) and answer.was_held_back
 
     def _done_tokens(self, usage: Usage | None) -> float | None:
         """Return the work that was done; None if unknown, which teaches no service time."""
@@ -329,7 +337,7 @@ class RelayedBody:
 
     def _release_slot(self, done_tokens: float | None, usage: Usage | None = None) -> None:
         observer = self._observer
-        is_abandoned = observer.status in ABANDONED or observer.is_cut_off
+        is_abandoned = observer.status in ABANDONED or observer.is_cut_off or self._was_held_back
         self._attempts.release_slot(done_tokens, usage, is_abandoned=is_abandoned)
 
 

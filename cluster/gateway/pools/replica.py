@@ -131,7 +131,7 @@ class Replica:
         self.in_flight = 0
         """Requests that this router sent to it and that have not ended."""
         self.movable: set[Movable] = set()
-        """Answers of this replica that another one can continue."""
+        """Answers of this replica that another one can continue, and requests without any yet."""
         self.mover: asyncio.Task[None] | None = None
         """Moves these answers while the replica drains or is silent, until there are none."""
         self.answer_ids: set[bytes] = set()
