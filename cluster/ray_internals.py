@@ -20,6 +20,7 @@ from string import Template
 from typing import Any, NamedTuple
 
 from cluster.errors import RayIncompatibleError
+from cluster.haproxy_servers import server_comparison
 
 RAY_VERSION = "2.60.0"
 """Ray release that the names below were read from."""
@@ -362,9 +363,10 @@ class ProxySettings(NamedTuple):
 def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
     """Return a function for ``__ray_call__`` of an actor of Serve's HTTP proxy.
 
-    It applies ``settings``, and restarts HAProxy at once if it dies, which Serve itself notices
-    after 30 s. It returns an empty string, or what this release of Serve does differently. If the
-    certificate cannot be read, HAProxy listens on loopback only, and the function raises OSError.
+    It applies ``settings``, adds and removes HAProxy's servers without a reload, and restarts
+    HAProxy at once if it dies, which Serve itself notices after 30 s. It returns an empty string,
+    or what this release of Serve does differently. If the certificate cannot be read, HAProxy
+    listens on loopback only, and the function raises OSError.
 
     The function is pickled by value, because a proxy may be unable to import this package. So it
     uses no global name of this module.
@@ -380,9 +382,11 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
     }
 
     certificate, key = settings.certificate, settings.key
+    compare_servers = server_comparison()
 
     def set_up(actor: Any) -> str:
         import asyncio
+        import contextlib
         import logging
         import os
 
@@ -414,9 +418,53 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
                 await asyncio.sleep(renewal_s)
                 try:
                     if write_pem(pem):
+                        actor._haproxy._tandem_running = None  # so that it is reloaded
                         actor._schedule_haproxy_update()
                 except OSError as error:
                     logger.error("HAProxy keeps its certificate: %s", error)
+
+        async def command_haproxy(command: str, answer: str = "") -> None:
+            found = (await actor._haproxy._send_socket_command(command)).strip()
+            if found != answer:
+                raise RuntimeError(f"HAProxy answers {found!r} to {command!r}")
+
+        def read_config() -> str:
+            with open(actor._haproxy.config_file_path, encoding="utf-8") as file:
+                return file.read()
+
+        async def update_servers(running: str | None, config: str) -> bool:
+            """Return True if HAProxy now runs with ``config``, without a reload."""
+            changes = None if running is None else compare_servers(running, config)
+            if changes is None:
+                return False
+            adding, removing = changes
+            try:
+                for command in adding:
+                    is_new = command.startswith("add ")
+                    await command_haproxy(command, "New server registered." if is_new else "")
+                for server in removing:
+                    await command_haproxy(f"set server {server} state maint")
+            except RuntimeError as error:
+                logger.warning("HAProxy is reloaded: %s", error)
+                return False
+            actor._haproxy._tandem_removed.update(removing)
+            return True
+
+        async def update_haproxy() -> None:
+            api = actor._haproxy
+            running, api._tandem_running = api._tandem_running, None
+            config = read_config()
+            if not await update_servers(running, config):
+                await api._tandem_reload()
+                api._tandem_removed.clear()
+            api._tandem_running = config
+
+        async def delete_removed() -> None:
+            """Delete removed servers; this fails while they have connections."""
+            for server in list(actor._haproxy._tandem_removed):
+                with contextlib.suppress(RuntimeError):
+                    await command_haproxy(f"del server {server}", "Server deleted.")
+                    actor._haproxy._tandem_removed.discard(server)
 
         async def keep_running() -> None:
             api = actor._haproxy
@@ -424,6 +472,7 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
                 await asyncio.sleep(0.2)
                 dead = api._proc
                 if dead is None or dead.returncode is None:
+                    await delete_removed()
                     continue
                 # SIGTERM ends a whole cluster: `down` kills this process within a second. Serve's
                 # own stop kills HAProxy, then clears `_proc`.
@@ -435,6 +484,8 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
                     try:
                         await api.start()
                         api._old_procs.append(dead)
+                        api._tandem_running = read_config()
+                        api._tandem_removed.clear()
                     except Exception:
                         logger.exception("HAProxy does not start")
                         await asyncio.sleep(1)
@@ -454,6 +505,8 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
         names = ("_haproxy", "_reload_lock", "_schedule_haproxy_update", "event_loop")
         missing = [name for name in names if not hasattr(actor, name)]
         config = getattr(actor._haproxy, "cfg", None)
+        methods = ("_graceful_reload", "_send_socket_command")
+        missing += [name for name in methods if not hasattr(actor._haproxy, name)]
         missing += [name for name in timeouts if not hasattr(config, name)]
         serve_template = getattr(haproxy, "_tandem_original", haproxy.HAPROXY_CONFIG_TEMPLATE)
         missing += [text.strip() for text in edits if serve_template.count(text) != 1]
@@ -478,6 +531,12 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
         haproxy.HAPROXY_CONFIG_TEMPLATE = template
         for name, value in timeouts.items():
             setattr(config, name, value)
+
+        api = actor._haproxy
+        if not hasattr(api, "_tandem_reload"):
+            api._tandem_reload = api._graceful_reload
+            api._tandem_running, api._tandem_removed = None, set()
+        api._graceful_reload = update_haproxy
 
         def apply() -> None:
             if not hasattr(actor, "_tandem_guard"):

@@ -78,9 +78,10 @@ def cluster_environment(
         directory = sockets_dir(cluster_id)
         defaults |= {
             "RAY_SERVE_HAPROXY_NBTHREAD": str(HAPROXY_THREADS),
-            # Time for which a draining router stays reachable until HAProxy has reloaded, which
-            # takes well under 1 s on one machine. Ray's 30 s are for cloud load balancers.
-            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+            # Time for which a draining router stays reachable until HAProxy sends it nothing more,
+            # which takes well under 1 s unless the machine is busy. Ray's 30 s are for cloud load
+            # balancers.
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
         }
         fixed |= {
             "RAY_SERVE_ENABLE_HA_PROXY": "1",

@@ -266,6 +266,8 @@ async def test_updates_of_replicas_and_routers_interrupt_no_stream(
             is_complete = await asyncio.to_thread(update, num)
             await until(is_complete, 150, "the update")
         await until(lambda: adapter_responses[-1].status_code == 200, 30, "the adapter")
+    connections = [answer.extensions["network_stream"] for answer in adapter_responses]
+    assert set(connections) == {connections[0]}, "HAProxy was reloaded"
     for answer in adapter_responses:
         if answer.status_code == 404:
             assert "Known models: sim" in answer.text  # from a router before the update
@@ -319,6 +321,7 @@ async def test_adapters_are_added_to_running_and_to_new_replicas(
     sim_cluster.deploy(config(seed=4, replicas=one, adapters=law))
     await until(lambda: adapters() == {"law": 1}, 90, "the update")
     await until(lambda: len(generators_of(sim_cluster)) == 1, 60, "the end of the old replicas")
+    await until(lambda: "STOPPING" not in str(sim_cluster.replicas()), 60, "the end of others")
     before = sim_cluster.replicas()
     async with (
         httpx.AsyncClient(base_url=sim_cluster.http_url, timeout=60) as http,

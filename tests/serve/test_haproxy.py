@@ -50,6 +50,13 @@ backend router
     balance first
 {servers}
 """
+    async with running_haproxy(folder, config, port):
+        yield f"http://127.0.0.1:{port}"
+
+
+@asynccontextmanager
+async def running_haproxy(folder: Path, config: str, port: int) -> AsyncIterator[None]:
+    """Run HAProxy; it listens on ``port``."""
     path = folder / "haproxy.cfg"
     path.write_text(config)
     process = await asyncio.create_subprocess_exec(get_haproxy_binary(), "-db", "-f", path)
@@ -63,7 +70,7 @@ backend router
                 else:
                     writer.close()
                     break
-        yield f"http://127.0.0.1:{port}"
+        yield
     finally:
         process.terminate()
         await process.wait()
@@ -101,9 +108,11 @@ def url_of(server: asyncio.Server) -> str:
 
 
 async def test_a_router_that_dies_before_its_answer_gives_502(tmp_path: Path) -> None:
-    async with await asyncio.start_server(die, "127.0.0.1", 0) as server:
-        async with haproxy(tmp_path, url_of(server)) as url:
-            assert_is_error(502, *await exchange(url, "GET / HTTP/1.1\r\nhost: a"))
+    async with (
+        await asyncio.start_server(die, "127.0.0.1", 0) as server,
+        haproxy(tmp_path, url_of(server)) as url,
+    ):
+        assert_is_error(502, *await exchange(url, "GET / HTTP/1.1\r\nhost: a"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,49 @@
+"""Changes of HAProxy's servers without a reload.
+
+A reload starts a new process, and the old one serves its connections with the servers that it
+knows. If all of these are replaced, a client that keeps its connection gets 503.
+"""
+
+from collections.abc import Callable
+
+
+def server_comparison() -> Callable[[str, str], tuple[list[str], list[str]] | None]:
+    """Return a function that compares two configurations of HAProxy.
+
+    It returns commands for HAProxy's socket that add servers, and the servers to remove, as
+    BACKEND/SERVER; or None if anything but servers differs, so that HAProxy must be reloaded.
+
+    It is pickled by value with the function that uses it; see ``ray_internals.proxy_setup``.
+    """
+
+    def parse(config: str) -> tuple[list[str], dict[str, str], dict[str, str]]:
+        """Return all other lines, servers with their options, and backends with the defaults."""
+        others, servers, defaults, section = [], {}, {}, ""
+        for line in config.splitlines():
+            words = line.split()
+            if words[:1] == ["server"]:
+                servers[f"{section}/{words[1]}"] = " ".join(words[2:])
+                continue
+            if words[:1] == ["default-server"]:
+                defaults[section] = " ".join(words[1:])
+            if line[:1].strip():
+                section = words[-1]
+            others.append(line)
+        return others, servers, defaults
+
+    def compare(old: str, new: str) -> tuple[list[str], list[str]] | None:
+        others, before, _ = parse(old)
+        new_others, after, defaults = parse(new)
+        if others != new_others or any(
+            after.get(name, before[name]) != before[name] for name in before
+        ):
+            return None
+        adding = []
+        for name in after.keys() - before.keys():
+            # HAProxy does not apply default-server to servers that are added at run time.
+            default = defaults.get(name.partition("/")[0], "")
+            adding.append(f"add server {name} {after[name]} {default}".rstrip())
+            adding += [f"enable server {name}", f"enable health {name}"]
+        return adding, sorted(before.keys() - after.keys())
+
+    return compare

@@ -1,0 +1,115 @@
+"""Servers of the real HAProxy that change while a client keeps its connection."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from benchmarks.ports import free_ports
+from cluster.haproxy_servers import server_comparison
+from tests.serve.test_haproxy import running_haproxy
+
+CONFIG = """
+global
+    stats socket {socket} mode 600 level admin
+defaults
+    mode http
+    timeout connect 5s
+    timeout client 60s
+    timeout server 60s
+frontend web
+    bind 127.0.0.1:{port}
+    default_backend routers
+backend routers
+    http-reuse always
+    option httpchk GET /-/healthz
+    default-server fastinter 250ms downinter 250ms inter 1s check
+{servers}
+backend other
+    default-server inter 7s check
+"""
+
+
+def config(*servers: str, port: int = 1, socket: str = "s") -> str:
+    lines = "\n".join(f"    server {server}" for server in servers)
+    return CONFIG.format(servers=lines, port=port, socket=socket)
+
+
+def test_only_changed_servers_are_changed() -> None:
+    compare = server_comparison()
+    old = config("a 127.0.0.1:1 check", "b 127.0.0.1:2 check backup")
+    assert compare(old, old) == ([], [])
+    added = "add server routers/c 127.0.0.1:3 check fastinter 250ms downinter 250ms inter 1s check"
+    assert compare(old, config("b 127.0.0.1:2 check backup", "c 127.0.0.1:3 check")) == (
+        [added, "enable server routers/c", "enable health routers/c"],
+        ["routers/a"],
+    )
+
+
+@pytest.mark.parametrize(
+    "new",
+    [
+        config("a 127.0.0.1:1 check", port=2),
+        config("a 127.0.0.1:2 check"),
+        config("a 127.0.0.1:1 check backup"),
+        config("a 127.0.0.1:1 check") + "backend new\n",
+    ],
+)
+def test_other_changes_need_a_reload(new: str) -> None:
+    assert server_comparison()(config("a 127.0.0.1:1 check"), new) is None
+
+
+@contextlib.asynccontextmanager
+async def router(name: str) -> AsyncIterator[int]:
+    """Answer each request with ``name``; yield the port."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            while await reader.readuntil(b"\r\n\r\n"):
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\n\r\n" + name.encode())
+                await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+
+
+async def command(socket: Path, text: str) -> str:
+    reader, writer = await asyncio.open_unix_connection(socket)
+    writer.write(f"{text}\n".encode())
+    answer = (await reader.read()).decode().strip()
+    writer.close()
+    await writer.wait_closed()
+    return answer
+
+
+async def test_a_kept_connection_outlives_the_replacement_of_all_routers(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    socket = tmp_path / "admin"
+    async with router("a") as first, router("b") as second, httpx.AsyncClient() as http:
+        old, new = (
+            config(f"{name} 127.0.0.1:{target} check", port=port, socket=str(socket))
+            for name, target in (("a", first), ("b", second))
+        )
+        async with running_haproxy(tmp_path, old, port):
+            changes = server_comparison()(old, new)
+            assert changes is not None
+            before = await http.get(f"http://127.0.0.1:{port}/")
+            answers = [await command(socket, line) for line in changes[0]]
+            assert answers == ["New server registered.", "", ""]
+            assert await command(socket, "set server routers/a state maint") == ""
+            after = await http.get(f"http://127.0.0.1:{port}/")
+            assert (before.text, after.text) == ("a", "b")
+            streams = [each.extensions["network_stream"] for each in (before, after)]
+            assert streams[0] is streams[1], "the client's connection was closed"
+            deadline = time.monotonic() + 60  # HAProxy closes its idle connections in time
+            while await command(socket, "del server routers/a") != "Server deleted.":
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.2)
