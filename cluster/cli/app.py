@@ -233,7 +233,7 @@ def logs(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show log files, recent errors and failed requests.
+    """Show log files, recent errors and failed requests; of all nodes if there are several.
 
     With --request, show all log lines of one request instead.
     """

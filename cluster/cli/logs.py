@@ -2,12 +2,18 @@
 
 import dataclasses
 import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import typer
 from rich.console import Console
 
 from cluster.errors import NotFoundError
-from cluster.launch import processes
+from cluster.launch import processes, state
+from cluster.launch.auth import ray_token
 from cluster.launch.log_files import (
     FailureGroup,
     LogEntry,
@@ -17,39 +23,63 @@ from cluster.launch.log_files import (
     log_directory,
     log_files,
 )
+from cluster.launch.remote_logs import download_logs
 from cluster.models.store import home
 
 MAX_ERRORS = 20
 
 
 def run(request_id: str | None, directory: Path | None, *, as_json: bool) -> None:
-    """Print the overview, or the lines of one request.
+    """Print the overview, or the lines of one request; of all nodes of the running cluster.
 
     Raises:
         StartError: there are no logs.
         NotFoundError: no line contains the request id.
     """
-    root = directory or log_directory(home())
-    if request_id is None:
-        running = directory is not None or bool(processes.find(home()))
-        _overview(root, running=running, as_json=as_json)
+    with _logs(directory) as logs:
+        if request_id is None:
+            _overview(logs, as_json=as_json)
+            return
+        found = entries_for_request(logs.root, request_id)
+        if not found:
+            raise NotFoundError(
+                f"request id {request_id!r} not found in {logs.name}. Routers log a sample above "
+                "router.log_requests_per_s."
+            )
+        _print(logs.root, found, as_json=as_json)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Logs:
+    root: Path
+    name: str
+    running: bool
+
+
+@contextmanager
+def _logs(directory: Path | None) -> Iterator[_Logs]:
+    """Yield the logs of this node, or copies of those of all nodes if there are several."""
+    owned, known = processes.find(home()), state.load(home())
+    has_nodes = directory is None and known is not None and known.address is not None
+    if known is None or not has_nodes or not state.is_alive(owned, known):
+        root = directory or log_directory(home())
+        yield _Logs(root, str(root), directory is not None or bool(owned))
         return
-    found = entries_for_request(root, request_id)
-    if not found:
-        raise NotFoundError(
-            f"request id {request_id!r} not found in {root}. Routers log a sample above "
-            "router.log_requests_per_s; logs of other nodes are on these nodes."
-        )
-    _print(root, found, as_json=as_json)
+    with tempfile.TemporaryDirectory(prefix="tandem-logs-") as scratch:
+        token = ray_token(os.environ, home())
+        for problem in download_logs(known.dashboard_url, token, Path(scratch)):
+            typer.echo(problem, err=True)
+        yield _Logs(Path(scratch), f"all nodes of {known.ray_address}", running=True)
 
 
-def _overview(root: Path, *, running: bool, as_json: bool) -> None:
+def _overview(logs: _Logs, *, as_json: bool) -> None:
+    root = logs.root
     errors, failed = last_errors(root, MAX_ERRORS), failed_requests(root)
     files = [path for path in log_files(root) if path.stat().st_size]
     if as_json:
         overview = {
-            "directory": str(root),
-            "running": running,
+            "directory": logs.name,
+            "running": logs.running,
             "bytes": {str(path.relative_to(root)): path.stat().st_size for path in files},
             "failed_requests": [dataclasses.asdict(group) for group in failed],
             "errors": [_as_dict(root, entry) for entry in errors],
@@ -59,8 +89,8 @@ def _overview(root: Path, *, running: bool, as_json: bool) -> None:
     console = Console(soft_wrap=True, highlight=False, markup=False)
     for path in files:
         console.print(f"{path.stat().st_size / 1024:>9,.0f} KiB  {path.relative_to(root)}")
-    console.print(f"\n{root}", style="bold")
-    if not running:
+    console.print(f"\n{logs.name}", style="bold")
+    if not logs.running:
         console.print("No cluster is running; these are the logs of the latest Ray session.")
     console.print(f"Last {len(errors)} errors:" if errors else "No errors.")
     _print(root, errors, as_json=False)

@@ -20,7 +20,7 @@ _ENTRY_START = re.compile(rb"^(?:\{|\[|\(|DEBUG|INFO|WARN|ERROR|CRITICAL|FATAL|\
 _ERROR_LEVEL = re.compile(rb"\b(?:ERROR|CRITICAL|FATAL)\b")
 _FAILED_REQUEST = re.compile(rb"\"outcome\":\"(?:failed|cut_off)\"")
 REQUEST_LOGS = "serve/tandem_requests_*"
-"""Glob of the routers' request logs, relative to the log directory."""
+"""Glob of the routers' request logs, relative to the log directory of a node."""
 _TIMESTAMP = re.compile(rb"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d+)?")
 _TAIL_BYTES = 1024**2
 _LOG_DIR_OPTION = re.compile(r"^--logs?[_-]dir=(.+)$")
@@ -101,7 +101,7 @@ def last_errors(directory: Path, count: int) -> list[LogEntry]:
 def failed_requests(directory: Path) -> list[FailureGroup]:
     """Return failed and cut-off requests by model, replica and status, most frequent first."""
     groups: dict[tuple[str, str, int, str], FailureGroup] = {}
-    for path in sorted(directory.glob(REQUEST_LOGS)):
+    for path in sorted(directory.rglob(REQUEST_LOGS)):
         for entry in _matching(path, _FAILED_REQUEST, _TAIL_BYTES):
             try:
                 line = json.loads(entry.text)
