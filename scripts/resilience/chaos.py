@@ -1,7 +1,8 @@
 """Inject faults into a cluster under load and report what clients see.
 
 Starts a cluster with two replicas of everything on free ports. The exit status is 1 if a fault
-misses a target, 2 if the tool itself fails.
+misses a target, or if descriptors, threads or tasks are left after the load; 2 if the tool itself
+fails.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from resilience.accounting import Answer, FaultResult, Window, as_json, summariz
 from resilience.faults import FAULTS, SHORT, scale, update
 from resilience.load import Load, Mix
 from resilience.repeated import Repeated
+from resilience.samples import read_counts, wait_nothing_left
 from resilience.testbed import POLL_S, RECOVERY_S, Setup, Testbed, count_replaced, start
 
 SETTLE_S = 2.0
@@ -108,6 +110,10 @@ class Run:
     injections: list[Injection] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     """Faults that the cluster lacks something for, and what."""
+    left: list[str] = field(default_factory=list)
+    """Counts that the load has left above those before it."""
+    survivors: list[str] = field(default_factory=list)
+    """Processes that were compared."""
 
     def inject_all(self, testbed: Testbed, load: Load, names: Sequence[str]) -> None:
         """Inject the faults one after the other.
@@ -211,6 +217,7 @@ def make_report(run: Run, results: Sequence[tuple[str, FaultResult]]) -> Report:
         for error, number in result.errors.items()
     ]
     skipped = [f"{name} was skipped; it needs {need}." for name, need in run.skipped.items()]
+    left = [f"left by the load: {text}" for text in run.left]
     notes = (
         "broken: broken or refused sockets of clients, which repeated the request.",
         "recovery: longest wait of a client for data after the fault, and before it.",
@@ -220,7 +227,7 @@ def make_report(run: Run, results: Sequence[tuple[str, FaultResult]]) -> Report:
     return Report(
         keys={},
         tables=[Table("Faults under load", COLUMNS, rows)],
-        notes=[*errors, *skipped, *notes],
+        notes=[*errors, *left, *skipped, *notes],
     )
 
 
@@ -233,6 +240,8 @@ def make_document(
         **totals([result for _, result in results], targets),
         "faults": {name: as_json(result, FAULTS[name].target) for name, result in results},
         "skipped": run.skipped,
+        "left": run.left,
+        "survivors": run.survivors,
         "settings": settings,
         "machine": describe_machine(),
     }
@@ -249,13 +258,16 @@ def run_faults(args: argparse.Namespace, run: Run) -> list[tuple[str, FaultResul
     setup = Setup(args.engine, args.tensor_parallel, wants_disk and os.geteuid() == 0)
     run.skipped = {name: need for name in names if (need := FAULTS[name].missing(setup))}
     names = [name for name in names if name not in run.skipped]
-    with start(setup) as testbed, Load(testbed, MIXES[args.engine], args.seed) as load:
-        load.wait_served()
-        if args.churn or not (args.short or args.faults):
-            with churn(testbed, args.seed):
+    with start(setup) as testbed:
+        before = read_counts(testbed)
+        with Load(testbed, MIXES[args.engine], args.seed) as load:
+            load.wait_served()
+            if args.churn or not (args.short or args.faults):
+                with churn(testbed, args.seed):
+                    run.inject_all(testbed, load, names)
+            else:
                 run.inject_all(testbed, load, names)
-        else:
-            run.inject_all(testbed, load, names)
+        run.left, run.survivors = wait_nothing_left(testbed, before)
     return run.results(load.answers)
 
 
@@ -276,7 +288,8 @@ def main() -> int:
     if args.json is not None:
         document = make_document(args, run, results)
         args.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    return int(any(result.missed(FAULTS[name].target) for name, result in results))
+    has_missed = any(result.missed(FAULTS[name].target) for name, result in results)
+    return int(has_missed or bool(run.left))
 
 
 if __name__ == "__main__":

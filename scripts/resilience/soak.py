@@ -8,7 +8,6 @@ or has not measured enough.
 import argparse
 import contextlib
 import json
-import re
 import sys
 import time
 from collections import Counter, defaultdict
@@ -20,28 +19,22 @@ from typing import Any
 import httpx
 import psutil
 
-from benchmarks.processes import KB, MB, OTHER, parse_sizes, role_of
 from benchmarks.report import Report, Table, describe_machine, print_report
 from cluster.errors import TandemError
 from cluster.launch.processes import interrupt_on_termination
 from cluster.launch.serve_api import ServeApi
 from resilience.accounting import Answer, kind_of
 from resilience.growth import Growth, Sample, measure_growth
-from resilience.inside.fault_points import COUNTS_DIR
 from resilience.load import Load, Mix
 from resilience.repeated import Repeated
+from resilience.samples import METRICS, OURS, is_ours, read_samples
 from resilience.testbed import CLASSIFIERS, GENERATOR, Setup, Testbed, start
 
 KILL_S = 60.0
 SAMPLE_S = 5.0
 WARM_UP_SHARE, LIFE_SHARE = 0.3, 0.5
 """Shares of the run: caches fill, and a process must be seen for as long after that."""
-METRICS = "metrics of routers"
-"""Name of the samples with the number of series; each is of the router that answered."""
-OURS = ("router", "engine", "classifier", "haproxy")
-"""Roles of processes that must not grow. The others are Ray's own, and are only reported."""
 MIX = Mix(greedy=16, sampled=4, classify=2, max_tokens=40)
-_TITLE = re.compile(r"[\w./:-]+")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -67,21 +60,9 @@ class Sampler:
     def sample(self) -> None:
         """Add a sample of each process, and the number of metric series."""
         at_s = time.monotonic() - self._began_s
-        for process in self._testbed.owned():
-            with contextlib.suppress(psutil.Error, OSError, KeyError):
-                self.samples.append(self._read(process, at_s))
+        self.samples += read_samples(self._testbed, at_s)
         with contextlib.suppress(httpx.HTTPError):
             self.samples.append(self._read_series(at_s))
-
-    def _read(self, process: psutil.Process, at_s: float) -> Sample:
-        sizes = parse_sizes(Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii"))
-        private_mb = (sizes["Private_Clean"] + sizes["Private_Dirty"]) * KB / MB
-        counts = {"descriptors": process.num_fds(), "threads": process.num_threads()}
-        tasks = self._testbed.home / COUNTS_DIR / str(process.pid)
-        with contextlib.suppress(OSError, ValueError):
-            counts["tasks"] = int(tasks.read_text(encoding="ascii"))
-        name = f"{name_of(process)} {process.pid}"
-        return Sample(name, at_s, private_mb, tuple(counts.items()))
 
     def _read_series(self, at_s: float) -> Sample:
         """Return the number of metric series of the router that answers, as a sample."""
@@ -89,19 +70,6 @@ class Sampler:
         response = httpx.get(url, timeout=10, trust_env=False).raise_for_status()
         series = sum(not line.startswith("#") for line in response.text.splitlines())
         return Sample(METRICS, at_s, 0.0, (("series", series),))
-
-
-def name_of(process: psutil.Process) -> str:
-    """Return the role of a process of ours, and the name of any other."""
-    command = " ".join(process.cmdline())
-    if (role := role_of(command)) != OTHER:
-        return role
-    words = _TITLE.findall(command)
-    return words[0].rpartition("/")[2] if words else process.name()
-
-
-def is_ours(process: str) -> bool:
-    return process.startswith((*OURS, METRICS))
 
 
 def too_large(growths: Sequence[Growth]) -> list[Growth]:

@@ -27,4 +27,6 @@ def test_faults_cost_no_request(tmp_path: Path) -> None:
     assert result["faults"].keys() == set(SHORT)
     assert (result["failed"], result["diverged"]) == (0, 0)
     assert result["requests"] > 100 * len(SHORT)
+    assert not result["left"]
+    assert any(process.startswith("router") for process in result["survivors"])
     assert result["restarted"] >= 5  # router, generator and engine; two or more by the update

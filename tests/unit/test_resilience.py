@@ -24,6 +24,7 @@ from resilience.faults import FAULTS, SHORT
 from resilience.growth import Sample, measure_growth
 from resilience.inside.link_proxy import RETRANSMISSION_S, LinkFault, LinkProxy
 from resilience.load import Attempts, FailedRequestError, classify, text_of
+from resilience.samples import find_left, name_of
 from resilience.testbed import Setup
 
 WINDOW = Window(hit_s=100.0, healthy_s=110.0, ended_s=120.0)
@@ -218,6 +219,14 @@ def test_the_report_of_a_soak_names_what_grew(tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "plot.svg").read_text("utf-8")
 
 
+def test_what_a_load_leaves_is_named() -> None:
+    before = {"router 1": {"tasks": 60, "descriptors": 100}, "engine 2": {"tasks": 40}}
+    fine = {"tasks": 91, "descriptors": 141}
+    assert find_left(before, {"router 1": fine, "engine 3": {"tasks": 999}}) == []
+    left = find_left(before, {"router 1": {**fine, "tasks": 92}, "engine 2": {"tasks": 40}})
+    assert left == ["router 1: tasks 60 → 92"]
+
+
 def test_a_soak_that_measured_nothing_does_not_pass() -> None:
     roles = ("router 1", "engine 2", "classifier 3", soak.METRICS)
     measured = [replace(one, process=role) for role in roles for one in samples(0.0)]
@@ -245,7 +254,7 @@ def test_processes_have_the_role_or_the_name_of_their_program() -> None:
             return "x"
 
     def name(*command: str) -> str:
-        return soak.name_of(Process(*command))  # type: ignore[arg-type]
+        return name_of(Process(*command))  # type: ignore[arg-type]
 
     assert name("ray::ServeReplica:tandem:generator-chat") == "engine"
     assert name("ray::ServeReplica:tandem:router") == "router"
