@@ -21,9 +21,9 @@ class Answer:
     """Times at which parts of the answer arrived."""
     error: str = ""
     """Short description of the failure; empty if the request succeeded."""
-    num_broken: int = 0
-    """Attempts whose connection was refused or broke, or whose router was lost before it answered;
-    the request was sent again."""
+    broken_s: tuple[float, ...] = ()
+    """Times at which a connection was refused or broke, or a router was lost before it answered; the
+    request was sent again."""
     diverged: bool = False
     """True if a greedy answer differs from that of an undisturbed run."""
 
@@ -137,7 +137,11 @@ def summarize(
         requests=len(ended),
         failed=errors.total(),
         diverged=sum(one.diverged for one in ended),
-        broken_at_ingress=sum(one.num_broken for one in ended),
+        broken_at_ingress=sum(
+            window.hit_s < broken_s <= window.ended_s
+            for one in answers
+            for broken_s in one.broken_s
+        ),
         recovery_s=waits[0].wait_s if waits else 0.0,
         waits=waits[:NUM_WAITS],
         usual_gap_s=usual[0].wait_s if usual else 0.0,

@@ -49,7 +49,7 @@ def main(address: str, application: str) -> None:
         if expected is None and not error:
             expected = text
         diverged = not error and text != expected
-        answer = Answer("job", began_s, time.monotonic(), tuple(data_s), error, 0, diverged)
+        answer = Answer("job", began_s, time.monotonic(), tuple(data_s), error, (), diverged)
         print(json.dumps(dataclasses.asdict(answer)), flush=True)
 
 

@@ -76,7 +76,7 @@ class Attempts:
 
     key: str
     data_s: list[float] = field(default_factory=list)
-    num_broken: int = 0
+    broken_s: list[float] = field(default_factory=list)
 
     def note_data(self) -> None:
         self.data_s.append(time.monotonic())
@@ -188,7 +188,8 @@ class Load:
                 text = await send(http, attempts)
             except (httpx.TransportError, LostRouterError) as failure:
                 is_broken = not isinstance(failure, httpx.TimeoutException)
-                attempts.num_broken += is_broken
+                if is_broken:
+                    attempts.broken_s.append(time.monotonic())
                 if is_broken and time.monotonic() < began_s + RETRY_S:
                     await asyncio.sleep(PAUSE_S)
                     continue
@@ -203,7 +204,7 @@ class Load:
             time.monotonic(),
             tuple(attempts.data_s),
             error,
-            attempts.num_broken,
+            tuple(attempts.broken_s),
             diverged=not error and text != expected,
         )
 

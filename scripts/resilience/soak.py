@@ -107,7 +107,7 @@ class SoakResult:
         """Return the failed, diverged and broken requests by client kind and error."""
         errors = Counter(f"{kind_of(one.client)}: {one.error}" for one in self.answers if one.error)
         errors["diverged"] = sum(one.diverged for one in self.answers)
-        errors["broken connections"] = sum(one.num_broken for one in self.answers)
+        errors["broken connections"] = sum(len(one.broken_s) for one in self.answers)
         return {error: number for error, number in errors.items() if number}
 
 

@@ -94,7 +94,10 @@ def test_answers_count_from_the_fault_to_the_next_one() -> None:
 
 
 def test_broken_sockets_are_allowed_at_the_ingress_only() -> None:
-    result = result_of(replace(steady("greedy-1", 95, 112), num_broken=2))
+    # The first one broke before this fault, and the last answer ended after the next.
+    earlier_and_now = replace(steady("greedy-1", 95, 112), broken_s=(99.0, 101.0))
+    later = replace(steady("greedy-2", 95, 130), broken_s=(102.0, 121.0))
+    result = result_of(earlier_and_now, later)
     assert (result.failed, result.broken_at_ingress) == (0, 2)
     assert result.missed(Target(may_break_ingress=True)) == []
     assert result.missed(Target()) == ["broken_at_ingress 2 > 0"]
