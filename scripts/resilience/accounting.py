@@ -22,8 +22,8 @@ class Answer:
     error: str = ""
     """Short description of the failure; empty if the request succeeded."""
     broken_s: tuple[float, ...] = ()
-    """Times at which a connection was refused or broke, or a router was lost before it answered; the
-    request was sent again."""
+    """Times at which a connection was refused or broke, or a router was lost before it answered.
+    The request was sent again."""
     diverged: bool = False
     """True if a greedy answer differs from that of an undisturbed run."""
 
