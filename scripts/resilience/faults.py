@@ -241,7 +241,7 @@ class Fault:
         if setup.engine not in self.engines:
             return f"engine {'/'.join(sorted(self.engines))}"
         if self.needs_ranks and setup.tensor_parallel < 2:
-            return "--tensor-parallel 2"
+            return "--tensor-parallel 3"  # SmolLM2 has 9 heads and 3 KV heads
         return "root" if self.needs_disk and not setup.has_disk else ""
 
 
