@@ -18,17 +18,19 @@ from ray.serve.schema import LoggingConfig
 
 from cluster.autoscaling.settings import PoolSettings
 from cluster.config import (
+    ApplicationsConfig,
     ClassifierConfig,
     GeneratorConfig,
     ResourcesConfig,
     RouterConfig,
+    ServedPool,
     TandemConfig,
     parse,
 )
 from cluster.config.changes import pool_version, router_version
 from cluster.ray_internals import pin_version
 from deployments.autoscaling import DECISION_INTERVAL_S
-from deployments.replica import SHUTDOWN_S, Classifier, Generator
+from deployments.replica import SHUTDOWN_S, Classifier, EngineReplica, Generator
 from deployments.rollouts import Rollouts
 from deployments.router import Router
 
@@ -44,12 +46,7 @@ def build(args: dict[str, Any] | TandemConfig) -> Application:
         ConfigError: a value is invalid; names the field, the value and what is allowed.
     """
     config = args if isinstance(args, TandemConfig) else parse(args)
-    pools = {
-        name: _generator(config, name, pool)
-        if isinstance(pool, GeneratorConfig)
-        else _classifier(config, name, pool)
-        for name, pool in config.served_pools
-    }
+    pools = {name: _served(config, name, pool) for name, pool in config.served_pools}
     router = serve.deployment(
         Router,
         name=config.router.deployment,
@@ -64,7 +61,7 @@ def build(args: dict[str, Any] | TandemConfig) -> Application:
         logging_config=LoggingConfig(enable_access_log=False),
     )
     pin_version(router, router_version(config))
-    if len(pools) == len(config.pools):
+    if all(pool.rollout is None for pool in config.pools):
         return router.bind(config, pools)
     return router.bind(config, pools, _rollouts(config, pools))
 
@@ -82,6 +79,14 @@ def _rollouts(config: TandemConfig, pools: dict[str, Application]) -> Applicatio
     )
     pin_version(decider, hashlib.sha256(config.model_dump_json().encode()).hexdigest())
     return decider.bind(config, pools)
+
+
+def _served(config: TandemConfig, name: str, pool: ServedPool) -> Application:
+    if isinstance(pool, GeneratorConfig):
+        return _generator(config, name, pool)
+    if isinstance(pool, ClassifierConfig):
+        return _classifier(config, name, pool)
+    return _applications(config, name, pool)
 
 
 def _generator(config: TandemConfig, name: str, pool: GeneratorConfig) -> Application:
@@ -105,15 +110,25 @@ def _classifier(config: TandemConfig, name: str, pool: ClassifierConfig) -> Appl
     return _pool(Classifier, config, name, pool, options)
 
 
+def _applications(config: TandemConfig, name: str, pool: ApplicationsConfig) -> Application:
+    # Not imported with the application's routers, which need none of it.
+    from deployments.applications import Applications
+
+    options = {"ray_actor_options": _actor_options(pool.resources)}
+    return _pool(Applications, config, name, config.with_default_models(pool), options)
+
+
 def _pool(
-    replica_class: type[Generator] | type[Classifier],
+    replica_class: type[EngineReplica],
     config: TandemConfig,
     name: str,
-    pool: GeneratorConfig | ClassifierConfig,
+    pool: ServedPool,
     options: dict[str, Any],
 ) -> Application:
-    # Neither the beginning nor the end of a rollout changes a replica.
-    own = pool.model_copy(update={"rollout": None})
+    own = pool
+    if not isinstance(pool, ApplicationsConfig):
+        # Neither the beginning nor the end of a rollout changes a replica.
+        own = pool.model_copy(update={"rollout": None})
     deployment = serve.deployment(
         replica_class,
         name=pool.deployment,
@@ -136,9 +151,7 @@ def _pool(
     return deployment.bind(own, config.operations)
 
 
-def _surge_percent(
-    config: TandemConfig, part: GeneratorConfig | ClassifierConfig | RouterConfig
-) -> int:
+def _surge_percent(config: TandemConfig, part: ServedPool | RouterConfig) -> int:
     """Return the share of a part's replicas that fits on the cluster beside the old ones.
 
     Serve would wait forever for the room for larger surges.
@@ -171,7 +184,7 @@ def _bundle(resources: ResourcesConfig) -> dict[str, float]:
 
 def _autoscaling(
     config: TandemConfig,
-    part: GeneratorConfig | ClassifierConfig | RouterConfig,
+    part: ServedPool | RouterConfig,
     name: str | None = None,
 ) -> AutoscalingConfig:
     """Return Tandem's policy for one deployment; ``name`` is the pool's in the routers.

@@ -13,7 +13,7 @@ from typing import Any
 from ray import serve
 
 from cluster.asgi import ASGIApp, Receive, Scope, Send
-from cluster.config import ClassifierConfig, GeneratorConfig
+from cluster.config import ClassifierConfig, GeneratorConfig, ServedPool
 from cluster.config.operations import OperationsConfig
 from cluster.engines.base import Engine
 from cluster.engines.classifier import make_classifier_engine
@@ -63,12 +63,12 @@ class EngineReplica:
     Subclasses create the engine through ``_start``. Ray Serve calls the public methods.
     """
 
-    _pool_type: type[GeneratorConfig] | type[ClassifierConfig]
+    _pool_type: type[ServedPool]
 
     async def _start(
         self,
         make_engine: Callable[[], Engine],
-        pool: GeneratorConfig | ClassifierConfig,
+        pool: ServedPool,
         operations: OperationsConfig,
     ) -> None:
         timer = StartupTimer()
@@ -135,9 +135,7 @@ class EngineReplica:
         for phase, duration_s in phases_s.items():
             registry.gauge(table.STARTUP_SECONDS, pool, phase).value = duration_s
 
-    def _traced_app(
-        self, pool: GeneratorConfig | ClassifierConfig, operations: OperationsConfig
-    ) -> ASGIApp:
+    def _traced_app(self, pool: ServedPool, operations: OperationsConfig) -> ASGIApp:
         """Return the engine's application, with spans if tracing is configured."""
         identity = serve.get_replica_context().replica_id
         service = f"tandem.{identity.deployment_id.name}"

@@ -16,7 +16,7 @@ from ray import serve
 
 from cluster.accounting.meter import find_meter
 from cluster.accounting.replica import ReplicaAccounting
-from cluster.config import ClassifierConfig, GeneratorConfig
+from cluster.config import ServedPool
 from cluster.config.operations import OperationsConfig
 from cluster.devices import DeviceWatch, load_nvml
 from cluster.engines.base import EngineWorker
@@ -56,7 +56,7 @@ class ReplicaWatch:
     def __init__(
         self,
         config: OperationsConfig,
-        pool: GeneratorConfig | ClassifierConfig,
+        pool: ServedPool,
         num_in_flight: Callable[[], int],
         retire: Callable[[str], Awaitable[None]],
         workers: Sequence[EngineWorker] = (),
@@ -75,9 +75,7 @@ class ReplicaWatch:
         self._retiring: asyncio.Task[None] | None = None
         self._warned = False
 
-    def reconfigure(
-        self, config: OperationsConfig, pool: GeneratorConfig | ClassifierConfig
-    ) -> None:
+    def reconfigure(self, config: OperationsConfig, pool: ServedPool) -> None:
         """Apply changed settings."""
         self.accounts.set_price(_price_per_s(config, pool))
         if self._devices is not None:
@@ -148,7 +146,7 @@ def _devices(
 
 def _accounts(
     config: OperationsConfig,
-    pool: GeneratorConfig | ClassifierConfig,
+    pool: ServedPool,
     devices: DeviceWatch | None,
     workers: Sequence[int],
 ) -> ReplicaAccounting:
@@ -161,7 +159,7 @@ def _accounts(
     return ReplicaAccounting(pool.name, meter, price_per_s, accounting.interval_s)
 
 
-def _price_per_s(config: OperationsConfig, pool: GeneratorConfig | ClassifierConfig) -> float:
+def _price_per_s(config: OperationsConfig, pool: ServedPool) -> float:
     per_hour = config.accounting.price_per_hour(pool.resources.cpus, pool.resources.gpus)
     return pool.num_workers * per_hour / _SECONDS_PER_HOUR
 

@@ -23,7 +23,7 @@ from cluster.admission.identity import (
     Tenant,
     TenantLimits,
 )
-from cluster.admission.limits import QuotaRefusal, TenantQuota
+from cluster.admission.limits import Counted, QuotaRefusal, TenantQuota
 from cluster.admission.wait_correction import WaitCorrection
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "MAX_PRIORITY",
     "MIN_PRIORITY",
     "OPEN",
+    "Counted",
     "FairQueue",
     "Identity",
     "PoolCapacity",

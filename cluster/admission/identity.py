@@ -43,6 +43,10 @@ class Identity:
     """True for a sender without a valid key, on paths that need none."""
     guards: frozenset[str] | None = None
     """Guards that check the key's requests; None: those that are the default."""
+    is_delegated: bool = False
+    """True for a call that an application makes for its sender, whose own request was counted."""
+    has_own_slot: bool = True
+    """False for such a call that uses the concurrent slot of the sender's request."""
 
     @property
     def sees_all(self) -> bool:

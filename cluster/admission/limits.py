@@ -7,6 +7,7 @@ estimates are wrong.
 
 import math
 from dataclasses import dataclass
+from enum import Flag, auto
 from typing import Literal
 
 from cluster.admission.identity import Tenant
@@ -18,6 +19,17 @@ BURST_S = 10.0
 """Capacity of a bucket, as the time in which its rate fills it: the size of a burst."""
 DAY_S = 86400.0
 _RETRY_CONCURRENT_S = 1.0
+
+
+class Counted(Flag):
+    """Limits that count a request beside its tokens."""
+
+    NONE = 0
+    REQUEST = auto()
+    """Requests per minute."""
+    CONCURRENT = auto()
+    """Concurrent requests."""
+    ALL = REQUEST | CONCURRENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,23 +110,27 @@ class TenantQuota:
         self._peers_day_tokens = lease.peers_day_tokens
         self._apply_limits(now_s)
 
-    def try_admit(self, tokens: float, now_s: float, utc_s: float) -> QuotaRefusal | None:
+    def try_admit(
+        self, tokens: float, now_s: float, utc_s: float, counted: Counted = Counted.ALL
+    ) -> QuotaRefusal | None:
         """Admit a request of an estimated size, or return the limit that forbids it."""
         self.start_day(utc_s)
         self.requested_tokens += tokens
-        refusal = self._find_refusal(now_s, utc_s)
+        refusal = self._find_refusal(now_s, utc_s, counted)
         if refusal is None:
-            self.concurrent += 1
+            self.concurrent += Counted.CONCURRENT in counted
             self.day_tokens += tokens
-            if self._requests is not None:
+            if self._requests is not None and Counted.REQUEST in counted:
                 self._requests.level -= 1
             if self._tokens is not None:
                 self._tokens.level -= tokens
         return refusal
 
-    def release(self, estimated_tokens: float, used_tokens: float) -> None:
+    def release(
+        self, estimated_tokens: float, used_tokens: float, counted: Counted = Counted.ALL
+    ) -> None:
         """End an admitted request and replace its estimate by its usage."""
-        self.concurrent -= 1
+        self.concurrent -= Counted.CONCURRENT in counted
         self.day_tokens = max(0.0, self.day_tokens + used_tokens - estimated_tokens)
         if self._tokens is not None:
             level = self._tokens.level + estimated_tokens - used_tokens
@@ -127,13 +143,14 @@ class TenantQuota:
             self.day, self.day_tokens, self._peers_day_tokens = day, 0.0, 0.0
             self._update_bounds()
 
-    def _find_refusal(self, now_s: float, utc_s: float) -> QuotaRefusal | None:
+    def _find_refusal(self, now_s: float, utc_s: float, counted: Counted) -> QuotaRefusal | None:
         limits = self.tenant.limits
-        if limits.max_concurrent is not None and self.concurrent >= self._max_concurrent:
+        is_full = limits.max_concurrent is not None and self.concurrent >= self._max_concurrent
+        if is_full and Counted.CONCURRENT in counted:
             return QuotaRefusal("max_concurrent", _RETRY_CONCURRENT_S)
         if limits.tokens_per_day is not None and self.day_tokens >= self._max_day_tokens:
             return QuotaRefusal("tokens_per_day", max(1.0, (self.day + 1) * DAY_S - utc_s))
-        if self._requests is not None:
+        if self._requests is not None and Counted.REQUEST in counted:
             self._requests.fill(now_s)
             if (wait_s := self._requests.wait_s(1.0)) > 0:
                 return QuotaRefusal("requests_per_minute", wait_s)

@@ -9,7 +9,13 @@ import msgspec
 
 from cluster.autoscaling.autoscaler import Budget
 from cluster.autoscaling.signals import PoolSpec
-from cluster.config import ClassifierConfig, GeneratorConfig, RouterConfig, TandemConfig
+from cluster.config import (
+    ClassifierConfig,
+    GeneratorConfig,
+    RouterConfig,
+    ServedPool,
+    TandemConfig,
+)
 
 ROUTER = ""
 """Name of the routers among the pools; no pool can have it."""
@@ -17,7 +23,7 @@ _ROUTER_PRIORITY = 2**31
 """Above every pool's priority, because nothing is served without a router."""
 
 
-def _computes_on_cores(part: GeneratorConfig | ClassifierConfig | RouterConfig) -> bool:
+def _computes_on_cores(part: ServedPool | RouterConfig) -> bool:
     is_vllm = isinstance(part, GeneratorConfig) and part.engine == "vllm"
     return is_vllm or isinstance(part, ClassifierConfig)
 
@@ -46,7 +52,7 @@ class PoolSettings:
     def from_config(
         cls,
         config: TandemConfig,
-        part: GeneratorConfig | ClassifierConfig | RouterConfig,
+        part: ServedPool | RouterConfig,
         name: str | None = None,
     ) -> "PoolSettings":
         """Return the settings of one deployment; ``name`` is the pool's in the routers."""

@@ -15,6 +15,7 @@ from cluster.cli.groups import (
     rollout_app,
 )
 from cluster.cli.options import ConfigOption, JsonOption, KeyOption, SetOption, UrlOption
+from cluster.cli.task_commands import tasks_app
 
 app = typer.Typer(
     add_completion=False,
@@ -29,6 +30,7 @@ app.add_typer(adapters_app, name="adapters")
 app.add_typer(config_app, name="config")
 app.add_typer(guard_app, name="guard")
 app.add_typer(rollout_app, name="rollout")
+app.add_typer(tasks_app, name="tasks")
 
 
 def _print_version(wanted: bool) -> None:

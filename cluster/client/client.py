@@ -16,11 +16,12 @@ from cluster.client.results import (
     Ranked,
 )
 from cluster.client.session import Session
+from cluster.client.tasks import TaskMethods
 
 T = TypeVar("T")
 
 
-class Tandem:
+class Tandem(TaskMethods):
     """The running Tandem application, called from any job of its Ray cluster.
 
     Every method has an async form: ``achat`` of ``chat``, and so on.

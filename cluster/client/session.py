@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from cluster.client import wire
 from cluster.client.repeating import read_all
 from cluster.client.results import Delta
-from cluster.client.transport import Transport
-from cluster.client.wire import CHAT, ApiRequest
+from cluster.client.transport import Headers, Transport
+from cluster.client.wire import CHAT, ApiRequest, EventReader
 from cluster.errors import LinkError, UnavailableError
 from cluster.ray_internals import init_handle
 
@@ -51,21 +51,23 @@ class Session:
             raise
         return background.run(work)
 
-    async def run(self, requests: Sequence[ApiRequest]) -> list[Any]:
+    async def run(self, requests: Sequence[ApiRequest], headers: Headers = ()) -> list[Any]:
         """Return the results of all requests, in order; if one fails, the others are cancelled.
 
         Raises:
             RequestError: an answer is an error, or none arrived (UnavailableError).
             TimeoutError: an answer took longer than ``timeout_s``.
         """
-        transport = self._transport()
+        transport = await self._ready_transport()
         limit = asyncio.Semaphore(MAX_CONCURRENT)
 
         async def send(request: ApiRequest) -> list[Any]:
             body = b"" if request.body is None else wire.encode(request.body)
             async with limit:
                 method = "POST" if body else "GET"
-                head, answer = await self._within(transport.ask(method, request.path, body))
+                head, answer = await self._within(
+                    transport.ask(method, request.path, body, headers)
+                )
             return request.parse(wire.decode(head.status, head.headers, answer))
 
         tasks = [asyncio.ensure_future(send(request)) for request in requests]
@@ -78,11 +80,19 @@ class Session:
             raise
         return [result for part in parts for result in part]
 
-    async def delta_batches(self, body: bytes) -> AsyncGenerator[list[Delta], None]:
+    def delta_batches(
+        self, body: bytes, headers: Headers = ()
+    ) -> AsyncGenerator[list[Delta], None]:
         """Yield the pieces of a streamed chat, in batches of those that arrived together."""
-        reader = wire.DeltaReader()
+        return self.batches(CHAT, body, wire.DeltaReader(), headers)
+
+    async def batches(
+        self, path: str, body: bytes, reader: EventReader[T], headers: Headers = ()
+    ) -> AsyncGenerator[list[T], None]:
+        """Yield the events of a stream, in batches of those that arrived together."""
         with _ray_errors_translated(self.app):
-            head, answer = await self._within(self._transport().open("POST", CHAT, body))
+            transport = await self._ready_transport()
+            head, answer = await self._within(transport.open("POST", path, body, headers))
             try:
                 if head.status != 200:
                     error_body = await self._within(read_all(answer))
@@ -130,6 +140,11 @@ class Session:
         background = BackgroundLoop()
         weakref.finalize(self, background.close)
         return background
+
+    async def _ready_transport(self) -> Transport:
+        if "_router" not in self.__dict__:  # waiting for Ray would block the event loop
+            await asyncio.to_thread(getattr, self, "_router")
+        return self._transport()
 
     def _transport(self) -> Transport:
         loop, router = asyncio.get_running_loop(), self._router

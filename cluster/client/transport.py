@@ -3,13 +3,14 @@
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
 from cluster.client.repeating import Answer, RepeatedAnswer
 from cluster.client.wire import GENERATING_PATHS
+from cluster.config.applications import TASK_PREFIX
 from cluster.errors import LinkClosedError, RequestError
 from cluster.link import ClientStream, LinkClient, RequestHead, ResponseHead, tls_contexts
 from cluster.usage import Usage
@@ -27,6 +28,9 @@ BLOCKED_S = 30.0
 OFFER_TIMEOUT_S = 10.0
 """Seconds for which Serve's handle may wait for a router, if none runs."""
 _HEADERS = [(b"content-type", b"application/json")]
+
+Headers = Sequence[tuple[bytes, bytes]]
+"""Headers of a request, beside those that every request has."""
 
 Item = ResponseHead | bytes | Usage
 """Item of a streaming call over a handle: the head, then pieces of the body, then the usage."""
@@ -173,22 +177,24 @@ class Transport:
         self._router = router
         self.links = ClientLinks(self._get_offer)
 
-    async def open(self, method: str, path: str, body: bytes) -> Opened:
+    async def open(self, method: str, path: str, body: bytes, headers: Headers = ()) -> Opened:
         """Send a request; another router goes on with the answer if one is lost.
 
         Raises:
             LinkClosedError, UnavailableError: no router answers.
         """
-        answer = self._answer(method, path, body)
+        answer = self._answer(method, path, body, headers)
         try:
             return Opened(await answer.head(), answer)
         except BaseException:
             answer.cancel()
             raise
 
-    async def ask(self, method: str, path: str, body: bytes) -> tuple[ResponseHead, bytes]:
+    async def ask(
+        self, method: str, path: str, body: bytes, headers: Headers = ()
+    ) -> tuple[ResponseHead, bytes]:
         """Send a request and return the whole response; raises as ``open`` does."""
-        answer = self._answer(method, path, body)
+        answer = self._answer(method, path, body, headers)
         try:
             return await answer.whole()
         finally:
@@ -197,10 +203,10 @@ class Transport:
     async def close(self) -> None:
         await self.links.close()
 
-    def _answer(self, method: str, path: str, body: bytes) -> RepeatedAnswer:
+    def _answer(self, method: str, path: str, body: bytes, more: Headers) -> RepeatedAnswer:
         path, _, query = path.partition("?")
-        headers = _HEADERS
-        if path in GENERATING_PATHS:
+        headers = [*_HEADERS, *more]
+        if path in GENERATING_PATHS or path.startswith(TASK_PREFIX):
             headers = [*headers, (b"idempotency-key", uuid4().hex.encode())]
         head = RequestHead(method=method, path=path, query_string=query.encode(), headers=headers)
         return RepeatedAnswer(partial(self._send, head, body))

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from cluster.client.results import (
     Candidate,
@@ -27,6 +27,7 @@ COMPLETIONS = "/v1/completions"
 GENERATING_PATHS = (CHAT, COMPLETIONS)
 """Paths whose answers are sampled: a repetition must continue the same one."""
 
+T = TypeVar("T")
 Message = Mapping[str, Any]
 Conversation = str | Sequence[Message]
 
@@ -138,7 +139,7 @@ def completions(answer: Mapping[str, Any]) -> list[Completion]:
             finish_reason=choice["finish_reason"],
             model=answer["model"],
             id=answer["id"],
-            usage=_usage(answer["usage"]),
+            usage=usage_of(answer["usage"]),
         )
         for choice in choices
     ]
@@ -183,7 +184,7 @@ def _rows(answer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return sorted(answer["data"], key=lambda row: row["index"])
 
 
-def _usage(usage: Mapping[str, Any]) -> Usage:
+def usage_of(usage: Mapping[str, Any]) -> Usage:
     return Usage(
         prompt_tokens=usage["prompt_tokens"],
         cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
@@ -194,13 +195,18 @@ def _usage(usage: Mapping[str, Any]) -> Usage:
 # -- streams ----------------------------------------------------------------------------------
 
 
-class DeltaReader:
-    """Incremental parser of an event stream, whose bytes may be cut anywhere."""
+class EventReader(Generic[T]):
+    """Incremental parser of an event stream, whose bytes may be cut anywhere.
 
-    def __init__(self) -> None:
+    Args:
+        parse: Yields what the JSON of one event means.
+    """
+
+    def __init__(self, parse: Callable[[Any], Iterator[T]]) -> None:
+        self._parse = parse
         self._incomplete = b""
 
-    def feed(self, chunk: bytes) -> Iterator[Delta]:
+    def feed(self, chunk: bytes) -> Iterator[T]:
         """Yield the pieces of the answer that ``chunk`` completes.
 
         Raises:
@@ -209,7 +215,14 @@ class DeltaReader:
         *lines, self._incomplete = (self._incomplete + chunk).split(b"\n")
         for line in lines:
             if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
-                yield from _deltas(event(line[6:]))
+                yield from self._parse(event(line[6:]))
+
+
+class DeltaReader(EventReader[Delta]):
+    """Parser of a streamed chat."""
+
+    def __init__(self) -> None:
+        super().__init__(_deltas)
 
 
 def event(data: str | bytes) -> Any:
@@ -226,7 +239,7 @@ def event(data: str | bytes) -> Any:
 
 
 def _deltas(event: Mapping[str, Any]) -> Iterator[Delta]:
-    usage = _usage(event["usage"]) if event.get("usage") else None
+    usage = usage_of(event["usage"]) if event.get("usage") else None
     for choice in event["choices"]:
         text = choice["text"] if "text" in choice else choice["delta"].get("content")
         if text or choice["finish_reason"]:

@@ -4,7 +4,8 @@ This package exports the schema, which knows neither Ray nor files nor the comma
 ``cluster.config.file`` reads ``ray-config.yaml``; ``cluster.config.overrides`` applies ``--set``.
 """
 
-from cluster.config.application import ClusterConfig, TandemConfig, parse
+from cluster.config.application import ClusterConfig, ServedPool, TandemConfig, parse
+from cluster.config.applications import ApplicationsConfig
 from cluster.config.guards import GuardAction, GuardConfig, PatternName
 from cluster.config.operations import (
     AccountingConfig,
@@ -42,6 +43,7 @@ __all__ = [
     "PRIORITY_POLICY",
     "TASK_HEADS",
     "AccountingConfig",
+    "ApplicationsConfig",
     "CircuitBreakerConfig",
     "ClassifierConfig",
     "ClassifierTask",
@@ -61,6 +63,7 @@ __all__ = [
     "RolloutConfig",
     "RouterConfig",
     "RoutingPolicy",
+    "ServedPool",
     "SimConfig",
     "TandemConfig",
     "TracingConfig",

@@ -6,6 +6,7 @@ from typing import Any, Self, get_args, get_origin
 from pydantic import BaseModel, ByteSize, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from cluster.config.applications import APPLICATIONS, ApplicationsConfig
 from cluster.config.guards import GuardConfig, check_guards
 from cluster.config.operations import (
     AccountingConfig,
@@ -15,7 +16,7 @@ from cluster.config.operations import (
     OperationsConfig,
     TracingConfig,
 )
-from cluster.config.pools import ClassifierConfig, GeneratorConfig
+from cluster.config.pools import ClassifierConfig, ClassifierTask, GeneratorConfig
 from cluster.config.resources import BudgetConfig
 from cluster.config.router import RouterConfig
 from cluster.config.section import (
@@ -53,6 +54,10 @@ class ClusterConfig(Section):
     """Maximum duration of a start until the cluster is healthy, in seconds."""
 
 
+ServedPool = GeneratorConfig | ClassifierConfig | ApplicationsConfig
+"""Configuration of what a router reaches over links."""
+
+
 class TandemConfig(Section):
     """Configuration of one Tandem application."""
 
@@ -62,6 +67,8 @@ class TandemConfig(Section):
     """Pools of BERT-like models."""
     router: RouterConfig = RouterConfig()
     """Routers, which receive all HTTP requests."""
+    applications: ApplicationsConfig | None = None
+    """Typed tasks, `/v1/tasks/…`. Default: none; `{}` switches them on."""
     budget: BudgetConfig = BudgetConfig()
     """Limit on the resources of all pools and routers together."""
     cluster: ClusterConfig = ClusterConfig()
@@ -90,11 +97,32 @@ class TandemConfig(Section):
         return tuple(dict.fromkeys(paths))
 
     @property
-    def served_pools(self) -> tuple[tuple[str, GeneratorConfig | ClassifierConfig], ...]:
-        """All pools by their name in the routers: those in the configuration, and candidates."""
+    def served_pools(self) -> tuple[tuple[str, ServedPool], ...]:
+        """All pools by their name in the routers: the configured ones, candidates, applications."""
+        tasks = self.applications
+        applications = () if tasks is None else ((APPLICATIONS, tasks),)
+        return (*self._model_pools, *applications)
+
+    @property
+    def _model_pools(self) -> tuple[tuple[str, GeneratorConfig | ClassifierConfig], ...]:
         new = [(pool.candidate_name, pool.candidate) for pool in self.pools]
         candidates = [(name, candidate) for name, candidate in new if candidate is not None]
         return (*((pool.name, pool) for pool in self.pools), *candidates)
+
+    def with_default_models(self, applications: ApplicationsConfig) -> ApplicationsConfig:
+        """Return the section with the first suitable models where it names none."""
+
+        def first(task: ClassifierTask) -> str | None:
+            return next((each.name for each in self.classifiers if task in each.tasks), None)
+
+        generators = (generator.name for generator in self.generators)
+        return applications.model_copy(
+            update={
+                "generator": applications.generator or next(generators, None),
+                "classifier": applications.classifier or first("classify"),
+                "encoder": applications.encoder or first("embed"),
+            }
+        )
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -122,6 +150,10 @@ class TandemConfig(Section):
                 f"names and aliases of generators, adapters and classifiers must be unique; "
                 f"duplicates: {', '.join(duplicates)}"
             )
+        if self.applications is not None and APPLICATIONS in names:
+            raise ValueError(
+                f"a model cannot be named {APPLICATIONS!r} beside the section `{APPLICATIONS}`"
+            )
         for pools in (self.generators, self.classifiers):
             by_serve_name: dict[str, str] = {}
             for pool in pools:
@@ -139,9 +171,26 @@ class TandemConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_default_models(self) -> Self:
+        if (tasks := self.applications) is None:
+            return self
+        known = {
+            "generator": [name for pool in self.generators for name in pool.model_names],
+            "classifier": [name for pool in self.classifiers for name in pool.model_names],
+            "encoder": [name for pool in self.classifiers for name in pool.model_names],
+        }
+        for field, names in known.items():
+            if (name := getattr(tasks, field)) is not None and name not in names:
+                raise ValueError(
+                    f"applications.{field} is {name!r}; {list_allowed(name, names) or 'none exist'}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_budget(self) -> Self:
-        parts: list[GeneratorConfig | ClassifierConfig | RouterConfig]
-        parts = [self.router, *self.generators, *self.classifiers]
+        parts: list[ServedPool | RouterConfig] = [self.router, *self.pools]
+        if self.applications is not None:
+            parts.append(self.applications)
         for kind in ("cpus", "gpus"):
             limit = getattr(self.budget, kind)
             minimum = sum(

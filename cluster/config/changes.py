@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic_core import to_jsonable_python
 
-from cluster.config.application import TandemConfig
+from cluster.config.application import ServedPool, TandemConfig
+from cluster.config.applications import APPLICATIONS
 from cluster.config.operations import OperationsConfig
-from cluster.config.pools import ClassifierConfig, GeneratorConfig
 from cluster.config.section import Section
 
 CLUSTER = "cluster"
@@ -63,7 +63,7 @@ def settings(section: Section, path: str = "", *, restarts: bool = False) -> Ite
             yield Setting(f"{path}{name}", value, restart_value)
 
 
-def pool_version(pool: GeneratorConfig | ClassifierConfig, operations: OperationsConfig) -> str:
+def pool_version(pool: ServedPool, operations: OperationsConfig) -> str:
     """Return a digest of what only a restart of a pool's replicas can change."""
     return _digest(_pool_settings(pool, operations))
 
@@ -94,10 +94,14 @@ def compare(old: TandemConfig, new: TandemConfig) -> Changes:
     )
 
 
-def _pool_settings(
-    pool: GeneratorConfig | ClassifierConfig, operations: OperationsConfig
-) -> list[Setting]:
-    return [*settings(pool, f"{pool.kind}s.{pool.name}."), *settings(operations)]
+def _pool_settings(pool: ServedPool, operations: OperationsConfig) -> list[Setting]:
+    return [*settings(pool, _path(pool)), *settings(operations)]
+
+
+def _path(pool: ServedPool) -> str:
+    """Return the path of a pool's settings, with a dot at the end."""
+    path = f"{pool.kind}s"
+    return f"{path}." if path == APPLICATIONS else f"{path}.{pool.name}."
 
 
 def _router_settings(config: TandemConfig) -> list[Setting]:
@@ -118,7 +122,7 @@ def _all_settings(config: TandemConfig, pools: Collection[str]) -> list[Setting]
     found = [each for each in settings(config) if each.path not in ("generators", "classifiers")]
     for pool in config.pools:
         if pool.name in pools:
-            found += settings(pool, f"{pool.kind}s.{pool.name}.")
+            found += settings(pool, _path(pool))
     return found
 
 

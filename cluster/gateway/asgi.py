@@ -10,6 +10,7 @@ from cluster.errors import HeadersTooLargeError, LinkError, RequestError
 from cluster.gateway.error_formats import is_anthropic
 from cluster.gateway.gateway import Gateway
 from cluster.gateway.messages import Headers, Request, Response, error_response, header, request_id
+from cluster.gateway.pools.delegation import read_caller
 from cluster.gateway.serve_http import client_headers
 
 
@@ -51,6 +52,8 @@ class GatewayApp:
             # Before the body is read, so that a client without a key cannot make us buffer one.
             if self._authenticates:
                 identity = gateway.authenticate(path, headers)
+            else:
+                identity = read_caller(headers)
             if reads_body := gateway.needs_body(method, path):
                 body = await gateway.buffers.receive(headers, receive, identity.tenant.name)
         except RequestError as error:

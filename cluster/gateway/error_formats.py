@@ -9,13 +9,20 @@ from collections.abc import Mapping
 from http.client import responses
 from typing import Any
 
+from cluster.config.applications import TASK_PREFIX
 from cluster.engines.dead import ERROR_EVENTS
 from cluster.errors import ContextLengthError, RequestError, request_error_for
 
 _MESSAGES = "/v1/messages"
 _RESPONSES = "/v1/responses"
 # Streams of events `data: <chunk>`, whose clients recognize a chunk with the field `error`.
-_CHUNK_STREAMS = ("/v1/chat/completions", "/v1/completions", "/v1/audio/", "/inference/v1/generate")
+_CHUNK_STREAMS = (
+    TASK_PREFIX,
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/audio/",
+    "/inference/v1/generate",
+)
 
 _ANTHROPIC_TYPES: Mapping[int, str] = {
     400: "invalid_request_error",

@@ -371,6 +371,13 @@ STARTUP_SECONDS = _gauge(
     "phase",
 )
 
+# -- typed tasks, measured in the applications' replicas -------------------------------------------
+
+TASKS = _counter(
+    "tandem_tasks_total", "Finished typed tasks; outcome is ok or failed.", "task", "outcome"
+)
+TASK_CALLS = _counter("tandem_task_calls_total", "Calls to models by typed tasks.", "task")
+
 # -- energy and cost, measured in replicas ---------------------------------------------------------
 
 ENERGY = _counter(

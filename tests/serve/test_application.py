@@ -137,3 +137,19 @@ def test_a_rollout_replaces_no_replica(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({before["router"], running["router"], after["router"]}) == 3
     changed = built_versions(monkeypatch, {**ARGS, "generators": [{**pool, "model": "x"}]})
     assert changed["generator-g"] != before["generator-g"]
+
+
+def test_applications_get_the_first_suitable_models_and_other_ones_live(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    args = {**ARGS, "applications": {"max_calls": 4}}
+    options = build_options(monkeypatch, args)
+    pool = options["applications"]["user_config"]["pool"]
+    assert (pool["generator"], pool["classifier"], pool["encoder"]) == ("g", "c", "c")
+    assert pool["max_calls"] == 4
+    before = built_versions(monkeypatch, args)
+    chosen = {**args, "applications": {"generator": "g", "max_calls": 8}}
+    assert built_versions(monkeypatch, chosen) == before
+    moved = built_versions(monkeypatch, {**args, "applications": {"templates": "/etc/x"}})
+    assert moved["applications"] != before["applications"]
+    assert moved["generator-g"] == before["generator-g"]

@@ -18,6 +18,7 @@ from cluster.gateway.admission.response_ids import ResponseIds
 from cluster.gateway.body import UNREAD_BODY
 from cluster.gateway.messages import Headers, Request, header
 from cluster.gateway.pools.pool import Pool
+from cluster.gateway.pools.selection import TOKENIZER_PATHS
 from cluster.gateway.pools.slots import Claim
 from cluster.key_file import KeySource
 from cluster.periodic import run_in_daemon_thread
@@ -92,19 +93,29 @@ class Admission:
         self, request: Request, body: RequestBody, pool: Pool, joins: str | None
     ) -> tuple[Claim, QuotaTicket]:
         identity, model = request.identity, pool.names_of(body.model or pool.name)[0]
-        # An unread body may name any of the pool's models, so all of them must be allowed.
-        for name in pool.models if body is UNREAD_BODY else (body.model or pool.name,):
-            if not identity.allows(*pool.names_of(name)):
-                raise PermissionDeniedError(
-                    f"The API key does not allow the model `{name}`.", param="model"
-                )
+        _check_models(identity, body, pool)
         self._response_ids.check(request, body)
         claim = _claim(request, body, pool, model)
         _check_size(claim, pool, may_exceed_context=body.is_truncated)
         if joins is not None:
             return replace(claim, joins=joins), self.quotas.join(identity, model)
+        # The calls of a task are charged instead, except those that only count tokens.
+        counts_tokens = identity.is_delegated and request.path in TOKENIZER_PATHS
+        if pool.kind == "application" or counts_tokens:
+            return claim, self.quotas.admit(identity, model, 0.0, 0.0)
         ticket = self.quotas.admit(identity, model, claim.work_tokens, claim.view.prompt_tokens)
         return claim, ticket
+
+
+def _check_models(identity: Identity, body: RequestBody, pool: Pool) -> None:
+    if pool.kind == "application":  # each of its calls is checked
+        return
+    # An unread body may name any of the pool's models, so all of them must be allowed.
+    for name in pool.models if body is UNREAD_BODY else (body.model or pool.name,):
+        if not identity.allows(*pool.names_of(name)):
+            raise PermissionDeniedError(
+                f"The API key does not allow the model `{name}`.", param="model"
+            )
 
 
 def _claim(request: Request, body: RequestBody, pool: Pool, model: str) -> Claim:
@@ -155,7 +166,7 @@ def _check_size(claim: Claim, pool: Pool, *, may_exceed_context: bool) -> None:
             param="prompt" if claim.prompt.is_tokens else None,
         )
     # Without the context, the estimate may be far off: an image has few tokens for its bytes.
-    is_limited = pool.estimator.context_tokens < float("inf") or pool.kind == "classifier"
+    is_limited = pool.estimator.context_tokens < float("inf") or pool.kind != "generator"
     if is_limited and claim.work_tokens > pool.limits.queue.tokens:
         raise PayloadTooLargeError(
             f"The estimated work of the request is {claim.work_tokens:.0f} tokens; the limit is "

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from cluster.admission import Identity, QuotaRefusal, Tenant, TenantQuota
+from cluster.admission import Counted, Identity, QuotaRefusal, Tenant, TenantQuota
 from cluster.admission.leases import Demand, PeerReports, QuotaReport, TenantReport
 from cluster.admission.limits import DAY_S
 from cluster.errors import OverloadedError
@@ -35,6 +35,8 @@ class QuotaTicket:
     estimated_tokens: float
     prompt_tokens: float
     """The prompt's part of the estimate."""
+    counted: Counted = Counted.ALL
+    """Limits that count the request beside its tokens."""
 
     def end(self, status: int, usage: Usage | None, had_slot: bool) -> None:
         """Charge the request's usage instead of its estimate; a failed request is free.
@@ -48,7 +50,7 @@ class QuotaTicket:
             charged = self.estimated_tokens if had_slot else 0.0
         else:
             charged = self.prompt_tokens if status < 400 else 0.0
-        self.account.release(self.estimated_tokens, charged)
+        self.account.release(self.estimated_tokens, charged, self.counted)
         self.quotas.count(self.account.tenant.name, self.model, status, usage)
 
 
@@ -81,13 +83,14 @@ class TenantQuotas:
             OverloadedError: A quota of the tenant is exhausted.
         """
         account = self._account(identity.tenant)
-        refusal = account.try_admit(estimated_tokens, time.monotonic(), time.time())
+        counted = _counted(identity)
+        refusal = account.try_admit(estimated_tokens, time.monotonic(), time.time(), counted)
         if refusal is not None:
             name = identity.tenant.name
             self._registry.counter(table.LIMITS_HIT, name, refusal.limit).add()
             self._registry.counter(table.TENANT_REQUESTS, name, str(OverloadedError.status)).add()
             raise _quota_exhausted(refusal, identity.tenant)
-        return QuotaTicket(self, account, model, estimated_tokens, prompt_tokens)
+        return QuotaTicket(self, account, model, estimated_tokens, prompt_tokens, counted)
 
     def join(self, identity: Identity, model: str) -> QuotaTicket:
         """Admit a request for an answer that an admitted request began; it is always admitted."""
@@ -156,6 +159,13 @@ class TenantQuotas:
         )
         self._token_counters[tenant, model] = counters
         return counters
+
+
+def _counted(identity: Identity) -> Counted:
+    """Return what counts a request: a call of an application is part of its sender's request."""
+    if not identity.is_delegated:
+        return Counted.ALL
+    return Counted.CONCURRENT if identity.has_own_slot else Counted.NONE
 
 
 def _quota_exhausted(refusal: QuotaRefusal, tenant: Tenant) -> OverloadedError:

@@ -73,6 +73,7 @@ _TAGS = {
     "Anthropic": "Anthropic's API, answered by generators.",
     "vLLM": "Other paths of vLLM.",
     "Classifiers": "Labels, entities, scores, rankings, masks.",
+    "Tasks": "Typed tasks, answered by the applications.",
     "Router": "Models, state, usage and pages of the router.",
 }
 

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from cluster.admission import QueueLimits
 from cluster.config import (
     PRIORITY_POLICY,
+    ApplicationsConfig,
     ClassifierConfig,
     GeneratorConfig,
     RouterConfig,
+    ServedPool,
     TandemConfig,
 )
 from cluster.gateway.pools.handover import HandoverLimits
@@ -23,7 +25,11 @@ from cluster.gateway.recording.observer import PoolMeter, RequestSinks
 from cluster.metrics import Registry, table
 from cluster.routing import BreakerLimits
 
-_KINDS: Mapping[type, PoolKind] = {GeneratorConfig: "generator", ClassifierConfig: "classifier"}
+_KINDS: Mapping[type, PoolKind] = {
+    GeneratorConfig: "generator",
+    ClassifierConfig: "classifier",
+    ApplicationsConfig: "application",
+}
 
 
 def make_pools(
@@ -65,7 +71,7 @@ def reconfigure_pools(config: TandemConfig, pools: Mapping[str, Pool], sinks: Re
 def _pool_limits(
     router: RouterConfig,
     name: str,
-    pool: GeneratorConfig | ClassifierConfig,
+    pool: ServedPool,
     handover: HandoverLimits,
 ) -> PoolLimits:
     is_rolled_out = pool.rollout is not None or name != pool.name
@@ -87,7 +93,10 @@ def _pool_limits(
         context_tokens=pool.max_model_len if isinstance(pool, GeneratorConfig) else None,
         handover=handover,
         breaker=(
-            BreakerLimits(breaker.max_share, breaker.slow_factor) if breaker.enabled else None
+            BreakerLimits(breaker.max_share, breaker.slow_factor)
+            # A slow task says nothing about its replica: the models decide.
+            if breaker.enabled and not isinstance(pool, ApplicationsConfig)
+            else None
         ),
         hedge_share=(
             router.hedge.max_share
@@ -98,13 +107,13 @@ def _pool_limits(
     )
 
 
-def _schedules_by_priority(pool: GeneratorConfig | ClassifierConfig) -> bool:
+def _schedules_by_priority(pool: ServedPool) -> bool:
     if not isinstance(pool, GeneratorConfig) or pool.engine != "vllm":
         return False
     return bool(pool.engine_args.get("scheduling_policy", PRIORITY_POLICY) == PRIORITY_POLICY)
 
 
-def _export_objectives(pool: GeneratorConfig | ClassifierConfig, sinks: RequestSinks) -> None:
+def _export_objectives(pool: ServedPool, sinks: RequestSinks) -> None:
     """Export each SLO as the bucket bound that alerts can compare percentiles with."""
     for name, limit_s in pool.slo:
         labels = pool.name, name.removesuffix("_s")

@@ -11,8 +11,11 @@ from functools import partial
 from typing import Any, Literal
 
 from cluster.admission import PoolCapacity
+from cluster.config.applications import TASK_PATHS
 from cluster.engines.classifier.paths import PATHS as CLASSIFIER_PATHS
 from cluster.engines.vllm.routes import ROUTES as VLLM_ROUTES
+from cluster.gateway.messages import Headers
+from cluster.gateway.pools.delegation import caller_header
 from cluster.gateway.pools.hedger import Hedger
 from cluster.gateway.pools.moving import move_answers
 from cluster.gateway.pools.queue import AdmissionQueue
@@ -24,16 +27,21 @@ from cluster.gateway.pools.slots import Claim
 from cluster.gateway.recording.observer import PoolMeter
 from cluster.routing import TokenEstimator
 
-PoolKind = Literal["generator", "classifier"]
+PoolKind = Literal["generator", "classifier", "application"]
 
 # A classifier builds its next batches from the requests that wait; the batch of a language model
 # takes in a new request whenever one ends.
-WAITING_RATIO: Mapping[PoolKind, float] = {"generator": 0.25, "classifier": 2.0}
+WAITING_RATIO: Mapping[PoolKind, float] = {
+    "generator": 0.25,
+    "classifier": 2.0,
+    "application": 1.0,
+}
 """Requests that may wait in the engines for each one that runs."""
 
 _KIND_ROUTES: Mapping[PoolKind, RouteTable] = {
     "generator": RouteTable(path for _, path in VLLM_ROUTES),
     "classifier": RouteTable(CLASSIFIER_PATHS),
+    "application": RouteTable(TASK_PATHS),
 }
 """Paths that the engines of some pool of a kind serve."""
 
@@ -66,7 +74,12 @@ class Pool:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Names that clients may use as ``model``: the pool's, its aliases, and its adapters'."""
+        """Names that clients may use as ``model``: the pool's, its aliases, and its adapters'.
+
+        None of applications, whose requests name the model that they call.
+        """
+        if self.kind == "application":
+            return ()
         return (self.name, *self.limits.aliases, *self.limits.adapters)
 
     def set_limits(self, limits: PoolLimits) -> None:
@@ -122,6 +135,12 @@ class Pool:
     def route_of(self, path: str) -> str:
         """Return the route of a path for metrics and logs, also while no replica runs."""
         return self._known_routes.find(path) or OTHER
+
+    def caller_headers(self, claim: Claim) -> Headers:
+        """Return the header that lets an application call models on behalf of the sender."""
+        if self.kind != "application":
+            return []
+        return [caller_header(claim.identity, claim.priority)]
 
     def status(self) -> dict[str, Any]:
         """Return the pool's entry in the body of ``GET /ready``."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
+from cluster.config.applications import TASK_PREFIX
 from cluster.engines.base import UNSPECIFIED_MODEL
 from cluster.errors import InvalidRequestError, NotFoundError
 from cluster.gateway.pools.pool import Pool, PoolKind
@@ -41,6 +42,8 @@ def select_pool(
         InvalidRequestError: The model does not serve the path, or must be named; or body and path
             name different ones.
     """
+    if path.startswith(TASK_PREFIX):  # its `model` is the one that the application calls
+        return _pools_with(pools, path)[0]
     if body.model == UNSPECIFIED_MODEL:
         body.model = None
     if path_model is not None and body.model not in (None, path_model):
@@ -71,7 +74,9 @@ def _kind_meant(path: str, body: RequestBody) -> PoolKind:
 
 
 def _select_by_model(pools: Mapping[str, Pool], path: str, model: str) -> Pool:
-    pool = pools.get(model) or next((p for p in pools.values() if model in p.models), None)
+    pool = pools.get(model)
+    if pool is None or model not in pool.models:
+        pool = next((p for p in pools.values() if model in p.models), None)
     if pool is None:
         raise NotFoundError(
             f"The model `{model}` does not exist. Known models: {_model_names(pools.values())}",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from cluster.autoscaling.reports import Latency, LoadReport
 from cluster.autoscaling.settings import ROUTER
-from cluster.config import ClassifierConfig, GeneratorConfig, TandemConfig
+from cluster.config import ServedPool, TandemConfig
 from cluster.gateway.pools.pool import Pool
 from cluster.metrics import Histogram, quantile, table
 
@@ -132,9 +132,7 @@ class LoadReports:
         return flat
 
 
-def _objectives(
-    config: GeneratorConfig | ClassifierConfig, pool: Pool
-) -> dict[str, tuple[float, Histogram]]:
+def _objectives(config: ServedPool, pool: Pool) -> dict[str, tuple[float, Histogram]]:
     return {
         name: (share, pool.meter.histogram(metric))
         for name, limit_s in config.slo

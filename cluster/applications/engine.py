@@ -1,0 +1,84 @@
+"""The tasks as an engine, so that a replica serves them as it serves a model."""
+
+from collections.abc import Sequence
+
+from cluster.applications.app import TaskApp
+from cluster.applications.calls import Calls, ModelClient
+from cluster.applications.prompts import Prompt, load_prompts
+from cluster.applications.tasks import Run
+from cluster.applications.tasks.table import TASKS_BY_PATH
+from cluster.asgi import ASGIApp, Scope
+from cluster.config import ApplicationsConfig
+from cluster.config.applications import APPLICATIONS
+from cluster.engines.base import EngineWorker
+from cluster.link import Adapters
+from cluster.load import Load
+from cluster.metrics import Registry, table
+
+
+class TaskEngine:
+    """``Engine`` whose models are those of the other deployments.
+
+    Args:
+        config: Section of the configuration, with the default models filled in.
+        client: Sends the tasks' calls to the routers.
+    """
+
+    workers: Sequence[EngineWorker] = ()
+    prefixes = None
+    context_tokens = None
+    resume_key = ""
+
+    def __init__(self, config: ApplicationsConfig, client: ModelClient) -> None:
+        self._config = config
+        self._client = client
+        self._prompts: dict[str, Prompt] = {}
+        self._registry: Registry | None = None
+        self._num_running = 0
+        self.app: ASGIApp = TaskApp(self._make_run, self._count)
+        self.start_phases_s: dict[str, float] = {}
+        self.adapters = Adapters()
+        self._counts: dict[tuple[str, bool], int] = {}
+        self._calls: dict[str, int] = {}
+
+    async def start(self) -> None:
+        """Read the templates.
+
+        Raises:
+            ConfigError: A template is invalid.
+        """
+        self._prompts = load_prompts(self._config.templates)
+
+    async def reconfigure(self, pool: ApplicationsConfig) -> None:
+        self._config = pool
+
+    async def check_health(self) -> None:
+        """Return: a task fails alone."""
+
+    def load(self) -> Load:
+        return Load()
+
+    def routes(self) -> tuple[str, ...]:
+        return tuple(TASKS_BY_PATH)
+
+    def observe(self, registry: Registry) -> None:
+        for (task, succeeded), count in self._counts.items():
+            outcome = "ok" if succeeded else "failed"
+            registry.counter(table.TASKS, APPLICATIONS, task, outcome).value = count
+        for task, count in self._calls.items():
+            registry.counter(table.TASK_CALLS, APPLICATIONS, task).value = count
+
+    async def stop(self) -> None:
+        """Close the links to the routers."""
+        await self._client.aclose()
+
+    def _make_run(self, scope: Scope) -> Run:
+        headers = [(bytes(name), bytes(value)) for name, value in scope["headers"]]
+        id_ = next((value.decode() for name, value in headers if name == b"x-request-id"), "")
+        calls = Calls(id_, self._client, headers, self._config.max_calls)
+        return Run(id_, self._config, self._prompts, calls)
+
+    def _count(self, task: str, calls: Calls, succeeded: bool) -> None:
+        key = task, succeeded
+        self._counts[key] = self._counts.get(key, 0) + 1
+        self._calls[task] = self._calls.get(task, 0) + calls.usage.calls

@@ -1,0 +1,23 @@
+"""The applications' deployment: typed tasks, which call the models through the routers."""
+
+from ray import serve
+
+from cluster.applications.engine import TaskEngine
+from cluster.client.session import Session
+from cluster.config import ApplicationsConfig
+from cluster.config.operations import OperationsConfig
+from deployments.replica import EngineReplica
+
+
+class Applications(EngineReplica):
+    """Replica of the applications."""
+
+    _pool_type = ApplicationsConfig
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: ApplicationsConfig, operations: OperationsConfig
+    ) -> None:
+        app = serve.get_replica_context().replica_id.deployment_id.app_name
+        # The client's own limit is none: the request's deadline cancels its calls.
+        session = Session(app, "auto")
+        await self._start(lambda: TaskEngine(config, session), config, operations)
