@@ -16,14 +16,16 @@ from cluster.client.results import Completion, Delta
 from cluster.client.transport import Headers
 from cluster.client.wire import ApiRequest, Conversation
 from cluster.errors import OverloadedError
-from cluster.gateway.pools.delegation import CALLER_HEADER, SHARED_SLOT_HEADER
+from cluster.gateway.pools.delegation import CALLER_HEADER, GUARDS_HEADER, SHARED_SLOT_HEADER
 from cluster.tasks import TaskUsage
 from cluster.usage import Usage
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-FORWARDED_HEADERS = frozenset({CALLER_HEADER, b"traceparent", b"tracestate", b"baggage"})
+FORWARDED_HEADERS = frozenset(
+    {CALLER_HEADER, GUARDS_HEADER, b"traceparent", b"tracestate", b"baggage"}
+)
 """Headers of a task's request that its calls have as well."""
 
 

@@ -167,13 +167,17 @@ class TaskWorld:
 
 @asynccontextmanager
 async def task_world(
-    script: Script | None = None, key_file: KeyFile | None = None, **applications: Any
+    script: Script | None = None,
+    key_file: KeyFile | None = None,
+    args: dict[str, Any] | None = None,
+    **applications: Any,
 ) -> AsyncIterator[TaskWorld]:
     config = parse(
         {
             "generators": [{"name": "gen", "model": "m"}],
             "classifiers": [{"name": "cls", "model": "m"}],
             "applications": applications,
+            **(args or {}),
         }
     )
     assert config.applications is not None

@@ -11,11 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.admission import Identity, Tenant
+from cluster.applications import languages
 from cluster.applications.engine import TaskEngine
 from cluster.config import ApplicationsConfig
 from cluster.config.applications import TASKS
 from cluster.errors import UnavailableError
-from cluster.gateway.pools.delegation import caller_header
+from cluster.gateway.pools.delegation import caller_headers
 from tests import asgi
 from tests.serve.task_kit import CONTEXT_TOKENS, num_tokens, task_world
 from tests.serve.test_admission import Keys, metrics_inside
@@ -100,6 +101,7 @@ async def test_paragraphs_are_translated_in_order_with_the_one_before_as_context
 
 
 async def test_the_source_language_is_detected() -> None:
+    languages.detect("Loads the model, which takes seconds.")
     async with task_world(shout) as tasks:
         text = "Der Fluss fließt durch die Stadt und mündet in das Meer."
         result = await tasks.result("translate", text=text, target="en-GB")
@@ -399,10 +401,22 @@ async def test_calls_belong_to_the_trace_and_have_ids_and_priority_of_the_task(k
         assert all(id_.startswith("r" * 115 + ".") for id_ in ids)
 
 
+async def test_guards_check_the_calls() -> None:
+    guard = {"name": "mail", "patterns": ["email"], "action": "redact", "default": False}
+    async with task_world(args={"guards": [guard]}) as tasks:
+        body = {"text": "Write to anna@example.com soon."}
+        for headers in ({}, {"x-tandem-guards": "mail"}):
+            app = tasks.world.app
+            answer = await asgi.post(app, "/v1/tasks/summarize", body, headers=headers)
+            assert answer.status == 200
+        sent = [prompt(body["messages"]) for body in tasks.generator.bodies]
+        assert ["anna@example.com" in each for each in sent] == [True, False]
+
+
 async def test_clients_cannot_claim_another_tenant(keys: Keys) -> None:
     keys.write(acme={}, other={})
     async with task_world(key_file=keys.file) as tasks:
-        _, value = caller_header(Identity(Tenant("other")), 0)
+        ((_, value),) = caller_headers([], Identity(Tenant("other")), 0)
         headers = {"x-api-key": "acme", "x-tandem-caller": value.decode()}
         body = {"text": "Hello"}
         answer = await asgi.post(tasks.world.app, "/v1/tasks/summarize", body, headers=headers)

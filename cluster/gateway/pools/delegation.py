@@ -20,15 +20,21 @@ SHARED_SLOT_HEADER = b"x-tandem-shared-slot"
 """Header, of any value, of the one call of a task that uses its request's concurrent slot."""
 
 
-def caller_header(identity: Identity, priority: int) -> tuple[bytes, bytes]:
-    """Return the header from which ``read_caller`` restores the sender of a task.
+GUARDS_HEADER = b"x-tandem-guards"
+"""Header of a task's request that its calls must have, too."""
+
+
+def caller_headers(headers: Headers, identity: Identity, priority: int) -> Headers:
+    """Return the headers of a task for the application, from which ``read_caller`` restores it.
 
     Args:
-        identity: Sender of the task.
+        headers: Headers of the task's request.
+        identity: Its sender.
         priority: Priority of its request, which its calls inherit.
     """
     sender = replace(identity, priority=priority, is_operator=False)
-    return CALLER_HEADER, urlsafe_b64encode(msgspec.json.encode(sender))
+    guards = [pair for pair in headers if pair[0] == GUARDS_HEADER]
+    return [(CALLER_HEADER, urlsafe_b64encode(msgspec.json.encode(sender))), *guards]
 
 
 def read_caller(headers: Headers) -> Identity:

@@ -14,8 +14,8 @@ from cluster.admission import PoolCapacity
 from cluster.config.applications import TASK_PATHS
 from cluster.engines.classifier.paths import PATHS as CLASSIFIER_PATHS
 from cluster.engines.vllm.routes import ROUTES as VLLM_ROUTES
-from cluster.gateway.messages import Headers
-from cluster.gateway.pools.delegation import caller_header
+from cluster.gateway.messages import Headers, Request
+from cluster.gateway.pools.delegation import caller_headers
 from cluster.gateway.pools.hedger import Hedger
 from cluster.gateway.pools.moving import move_answers
 from cluster.gateway.pools.queue import AdmissionQueue
@@ -136,11 +136,11 @@ class Pool:
         """Return the route of a path for metrics and logs, also while no replica runs."""
         return self._known_routes.find(path) or OTHER
 
-    def caller_headers(self, claim: Claim) -> Headers:
-        """Return the header that lets an application call models on behalf of the sender."""
+    def caller_headers(self, request: Request, claim: Claim) -> Headers:
+        """Return the headers that let an application call models on behalf of the sender."""
         if self.kind != "application":
             return []
-        return [caller_header(claim.identity, claim.priority)]
+        return caller_headers(request.headers, claim.identity, claim.priority)
 
     def status(self) -> dict[str, Any]:
         """Return the pool's entry in the body of ``GET /ready``."""

@@ -75,7 +75,7 @@ async def _send_with_failover(
     request: Request, pool: Pool, claim: Claim, observer: RequestObserver
 ) -> Response:
     head = request_head(request, claim.priority if pool.limits.engine_priorities else None)
-    head.headers.extend(pool.caller_headers(claim))
+    head.headers.extend(pool.caller_headers(request, claim))
     failure: FailoverReason | None = None
     num_lost = 0
     pool.retries.add_request()
