@@ -50,7 +50,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--engine", choices=list(MIXES), default="sim", help="default: sim")
     parser.add_argument(
-        "--tensor-parallel", type=int, default=1, metavar="N", help="vLLM's workers per replica: 1 or 3"
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="vLLM's workers per replica: 1 or 3",
     )
     parser.add_argument(
         "--faults",
