@@ -3,9 +3,11 @@
 ``TANDEM_OPENAPI_CASES`` sets the number of requests per operation and kind, valid or not.
 """
 
+import json
 import os
 from typing import Any
 
+import httpx
 import hypothesis
 import pytest
 import requests
@@ -62,6 +64,13 @@ SETTINGS = hypothesis.settings(
 )
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=40),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner),
+    max_leaves=12,
+)
+
+
 @pytest.fixture(scope="module")
 def schema(cluster: RunningCluster) -> Any:
     return schemathesis.openapi.from_url(f"{cluster.http_url}/openapi.json")
@@ -88,6 +97,25 @@ def test_answers_to_generated_requests_are_as_documented(schema: Any) -> None:
                 except (FailureGroup, requests.RequestException) as failure:
                     failures.append(f"{operation.label}: {failure!r}")
     assert not failures, "\n\n".join(failures)
+
+
+@pytest.mark.parametrize("path", SEEDS)
+def test_arbitrary_fields_cause_no_server_error(cluster: RunningCluster, path: str) -> None:
+    """Replace or add fields of a valid body by arbitrary JSON."""
+    names = st.sampled_from([*SEEDS[path], "stream", "tools", "extra_body"]) | st.text(max_size=9)
+
+    @SETTINGS
+    @hypothesis.given(st.dictionaries(names, JSON, min_size=1, max_size=3))
+    def check(fields: dict[str, Any]) -> None:
+        body = cheap({**SEEDS[path], **fields}, SEEDS[path], has_seed=False)
+        content = json.dumps(body)
+        headers = {"content-type": "application/json"}
+        answer = http.post(path, content=content.encode(errors="replace"), headers=headers)
+        assert answer.status_code < 500, f"{content}: {answer.text[:300]}"
+        assert answer.is_success or "error" in answer.json(), f"{content}: {answer.text[:300]}"
+
+    with httpx.Client(base_url=cluster.http_url, timeout=60) as http:
+        check()
 
 
 def check_operation(operation: Any, mode: GenerationMode, session: requests.Session) -> None:

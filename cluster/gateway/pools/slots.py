@@ -60,7 +60,7 @@ class Slot:
     since_s: float
     """Time at which the slot was taken (monotonic clock)."""
     is_charged: bool = False
-    """True if the tenant was charged with the estimated work, as it is while requests wait."""
+    """True if the tenant was charged with the estimated work, which happens while requests wait."""
 
 
 class SlotSource(Protocol):
