@@ -24,6 +24,8 @@ MAX_SEGMENTS = 2000
 CONTEXT_CHARS = 600
 """End of the paragraph before that the model sees."""
 _PROMPT_SHARE = 3  # the text of a call takes at most this fraction of the free context
+_MIN_TOKENS, _TOKENS_PER_BYTE = 64, 2
+"""Bound of a translation: far more than any language needs, because a token has a byte or more."""
 _FORMALITIES = {
     "default": "",
     "formal": "Address the reader formally.",
@@ -74,7 +76,8 @@ class _Translator:
         done = await self.run.calls.chat(
             self.messages(text, context),
             self.model,
-            max_tokens=self.max_tokens,
+            # A small model may repeat itself without end.
+            max_tokens=min(self.max_tokens, _MIN_TOKENS + _TOKENS_PER_BYTE * len(text.encode())),
             temperature=self.request.temperature,
         )
         return _Piece(done.text.strip(), done.finish_reason == "length")
