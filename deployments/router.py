@@ -16,10 +16,12 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from cluster.accounting.usage_log import UsageLog
+from cluster.batches import BatchStore
 from cluster.client.transport import LinkOffer
 from cluster.config import RouterConfig, TandemConfig
 from cluster.config.file import ALL_ADDRESSES, is_loopback, key_file_path
 from cluster.gateway import (
+    BatchService,
     Gateway,
     GatewayApp,
     QuotaSync,
@@ -63,6 +65,8 @@ KEYS_TIMEOUT_S = 2.0
 """Maximum time for a read of the cluster's keys, in seconds."""
 USAGE_FILE = "usage-{app}.sqlite3"
 """Name of the usage file in the cluster's home; all routers of a machine share it."""
+BATCHES_DIRECTORY = "batches-{app}"
+"""Directory of files and batches in the cluster's home."""
 
 
 @serve.ingress()
@@ -106,6 +110,7 @@ class Router:
             usage=usage,
             routers=self._links,
             nodes=self._nodes,
+            batches=_batches(config, router_deployment.app_name, identity.unique_id),
             rollout_control=RolloutAccess(
                 router_deployment.app_name,
                 [pool.name for pool in config.pools],
@@ -114,6 +119,7 @@ class Router:
             needs_keys=self._needs_keys(config),
             response_key=hmac.digest(self._secret, b"response ids", "sha256"),
         )
+        self._gateway.start_batches()
         self._routers: list[ReplicaInfo] = []
         self._quota_sync = QuotaSync(self._gateway.admission, self._gateway.pools, self._links)
         listeners = {
@@ -201,6 +207,7 @@ class Router:
     async def __del__(self) -> None:
         """Drain and close the links; Serve awaits this after the last HTTP request has ended."""
         if hasattr(self, "_server"):
+            await self._gateway.close_batches()  # another router goes on with them
             await self._server.drain(self._max_answer_s)
             await self._proxies.close()
             await self._discovery.close()
@@ -244,6 +251,15 @@ def _start_usage(config: TandemConfig, application: str) -> UsageAccount:
     usage = UsageAccount(config, UsageLog(file, config.accounting.keep_days))
     usage.start()
     return usage
+
+
+def _batches(config: TandemConfig, application: str, router_id: str) -> BatchService | None:
+    settings = config.router.batches
+    if not settings.enabled:
+        return None
+    default = home() / BATCHES_DIRECTORY.format(app=application)
+    directory = Path(settings.directory).expanduser() if settings.directory else default
+    return BatchService(BatchStore(directory), config.router, router_id)
 
 
 def _wirings(

@@ -15,6 +15,7 @@ from typing import Any
 
 from cluster.accounting import ANONYMOUS, OTHER
 from cluster.accounting.usage import HOUR_S, UsageKey, UsageRow, UsageSums
+from cluster.admission.budgets import DAY_S, SpendRow
 from cluster.errors import InvalidRequestError
 from cluster.periodic import Periodic
 
@@ -23,6 +24,7 @@ logger = logging.getLogger("ray.serve.tandem")
 WRITE_S = 5.0
 MAX_PENDING = 5000
 """Sums kept while the file cannot be written; further tenants are counted as ``other``."""
+MIN_SPEND_DAYS = 32
 MAX_ROWS = 10_000
 """Rows per response."""
 _BUSY_TIMEOUT_S = 10.0
@@ -38,6 +40,14 @@ CREATE TABLE IF NOT EXISTS copy (
   file TEXT, hour INTEGER, tenant TEXT, model TEXT, source TEXT, requests INTEGER,
   prompt_tokens INTEGER, cached_tokens INTEGER, completion_tokens INTEGER, joules REAL, cost REAL,
   PRIMARY KEY (file, hour, tenant, model, source)) WITHOUT ROWID
+"""
+_SPEND_TABLE = """
+CREATE TABLE IF NOT EXISTS spend (
+  day INTEGER, tenant TEXT, key TEXT, cost REAL, PRIMARY KEY (day, tenant, key)) WITHOUT ROWID
+"""
+_ADD_SPEND = """
+INSERT INTO spend VALUES (?, ?, ?, ?)
+ON CONFLICT DO UPDATE SET cost = cost + excluded.cost
 """
 _FILE_ID = """
 CREATE TABLE IF NOT EXISTS file (id TEXT PRIMARY KEY);
@@ -73,6 +83,7 @@ class UsageLog:
         """Age of the oldest sums; may be changed."""
         self._clock = clock
         self._pending: dict[UsageKey, UsageSums] = {}
+        self._pending_spend: dict[tuple[int, str, str], float] = {}
         self._writing = asyncio.Lock()
         self._periodic: Periodic | None = None
 
@@ -85,6 +96,22 @@ class UsageLog:
         if key not in self._pending and len(self._pending) >= MAX_PENDING:
             key = key._replace(tenant=OTHER)
         self._pending.setdefault(key, UsageSums()).add(sums)
+
+    def add_spend(self, row: SpendRow) -> None:
+        """Add the cost of a request to that of its key."""
+        key = row.day, row.tenant, row.key
+        if key not in self._pending_spend and len(self._pending_spend) >= MAX_PENDING:
+            key = row.day, OTHER, ""
+        self._pending_spend[key] = self._pending_spend.get(key, 0.0) + row.cost
+
+    async def find_spend(self, first_day: int) -> list[SpendRow]:
+        """Return the costs by day and key since a day (days since 1970 in UTC).
+
+        Raises:
+            sqlite3.Error: The file cannot be read or written.
+        """
+        await self.write()
+        return await asyncio.to_thread(self._find_spend, first_day)
 
     async def find(self, start: float, end: float, tenant: str | None) -> list[UsageRow]:
         """Return the sums of the hours from that of ``start`` up to ``end``, of one tenant or all.
@@ -124,12 +151,15 @@ class UsageLog:
     async def write(self) -> None:
         """Write the pending sums; keep them for the next write if that fails."""
         async with self._writing:
-            if not self._pending:
+            if not self._pending and not self._pending_spend:
                 return
             pending, self._pending = self._pending, {}
+            spend, self._pending_spend = self._pending_spend, {}
             try:
-                await asyncio.shield(asyncio.to_thread(self._write, pending))
+                await asyncio.shield(asyncio.to_thread(self._write, pending, spend))
             except (sqlite3.Error, OSError):
+                for spend_key, cost in spend.items():
+                    self.add_spend(SpendRow(*spend_key, cost))
                 for key, sums in self._pending.items():
                     pending.setdefault(key, UsageSums()).add(sums)
                 self._pending = pending
@@ -148,6 +178,7 @@ class UsageLog:
         connection = sqlite3.connect(self._path, timeout=_BUSY_TIMEOUT_S)
         connection.execute(_TABLE)
         connection.execute(_COPIES)
+        connection.execute(_SPEND_TABLE)
         return connection
 
     def _file_id(self) -> str:
@@ -156,13 +187,24 @@ class UsageLog:
             found: tuple[str] = connection.execute("SELECT id FROM file").fetchone()
             return found[0]
 
-    def _write(self, pending: Mapping[UsageKey, UsageSums]) -> None:
+    def _write(
+        self, pending: Mapping[UsageKey, UsageSums], spend: Mapping[tuple[int, str, str], float]
+    ) -> None:
         rows = [(*key, *astuple(sums)) for key, sums in pending.items()]
         with closing(self._open()) as connection, connection:
             connection.executemany(_ADD, rows)
+            connection.executemany(_ADD_SPEND, [(*key, cost) for key, cost in spend.items()])
             oldest = self._clock() - self.keep_days * 24 * HOUR_S
             connection.execute("DELETE FROM usage WHERE hour < ?", (oldest,))
             connection.execute("DELETE FROM copy WHERE hour < ?", (oldest,))
+            # A month's budget needs its days, however short the usage is kept.
+            first = min(oldest // DAY_S, self._clock() // DAY_S - MIN_SPEND_DAYS)
+            connection.execute("DELETE FROM spend WHERE day < ?", (first,))
+
+    def _find_spend(self, first_day: int) -> list[SpendRow]:
+        with closing(self._open()) as connection:
+            found = connection.execute("SELECT * FROM spend WHERE day >= ?", (first_day,))
+            return [SpendRow(*row) for row in found]
 
     def _store_copy(self, values: list[tuple[object, ...]]) -> None:
         with closing(self._open()) as connection, connection:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from cluster.admission.budgets import NO_BUDGET, Budget
+
 MIN_PRIORITY, MAX_PRIORITY = -8, 8
 """Bounds of a request's priority; higher is served first, the default is 0."""
 
@@ -26,6 +28,7 @@ class Tenant:
     weight: float = 1.0
     """Share of the capacity, relative to other tenants; 0: served only if no other waits."""
     limits: TenantLimits = field(default_factory=TenantLimits)
+    budget: Budget = NO_BUDGET
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,10 @@ class Identity:
     """Highest priority of the key's requests, and their default."""
     models: frozenset[str] | None = None
     """Models that the key may use; None: all."""
+    key: str = ""
+    """Id of the key; empty without one."""
+    budget: Budget = NO_BUDGET
+    """Budget of the key, in addition to that of its tenant."""
     is_operator: bool = False
     """True if the key may see the figures and requests of every tenant."""
     is_anonymous: bool = False

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from cluster.admission.budgets import Budget
 from cluster.admission.identity import (
     MAX_PRIORITY,
     MIN_PRIORITY,
@@ -30,6 +31,7 @@ KEY_PREFIX = "tnd-"
 ID_CHARS = 16
 """Characters of a key's digest that identify the key in lists and logs."""
 _KEY_BYTES = 32
+BUDGET_FIELDS = ("cost_per_day", "cost_per_month", "soft_share")
 
 # Written in C, four times faster; absent if PyYAML was built without libyaml.
 _DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
@@ -51,11 +53,17 @@ class TenantEntry(Section):
     tokens_per_day: Limit | None = None
     guards: tuple[GuardName, ...] | None = None
     """Guards that check the tenant's requests; None: those that are the default."""
+    cost_per_day: Limit | None = None
+    """Budget per UTC day, in the currency of `accounting`."""
+    cost_per_month: Limit | None = None
+    soft_share: float = Field(0.8, gt=0, le=1)
+    """Share of a budget (0 to 1) at which the alert fires."""
 
     def tenant(self, name: str) -> Tenant:
         """Return the tenant under this name."""
-        limits = self.model_dump(exclude={"weight", "guards"})
-        return Tenant(name, self.weight, TenantLimits(**limits))
+        limits = self.model_dump(exclude={"weight", "guards", *BUDGET_FIELDS})
+        budget = Budget(**self.model_dump(include=set(BUDGET_FIELDS)))
+        return Tenant(name, self.weight, TenantLimits(**limits), budget)
 
 
 class KeyEntry(Section):
@@ -68,6 +76,14 @@ class KeyEntry(Section):
     """Models that the key may use, by any of their names; None: all."""
     guards: tuple[GuardName, ...] | None = None
     """Guards that check the key's requests; None: the tenant's."""
+    cost_per_day: Limit | None = None
+    cost_per_month: Limit | None = None
+    soft_share: float = Field(0.8, gt=0, le=1)
+
+    @property
+    def budget(self) -> Budget:
+        """Budget of this key alone."""
+        return Budget(**self.model_dump(include=set(BUDGET_FIELDS)))
 
     @property
     def id(self) -> str:
@@ -97,6 +113,8 @@ class KeyFileContents(Section):
                 tenants[key.tenant],
                 key.priority,
                 None if key.models is None else frozenset(key.models),
+                key=key.id,
+                budget=key.budget,
                 guards=self._guards_of(key),
             )
             for key in self.keys
@@ -136,7 +154,9 @@ def bare_identities(
 ) -> Mapping[bytes, Identity]:
     """Return identities for keys without a key file: one tenant per key, named by the key's id."""
     return {
-        bytes.fromhex(digest): Identity(Tenant(digest[:ID_CHARS]), is_operator=is_operator)
+        bytes.fromhex(digest): Identity(
+            Tenant(digest[:ID_CHARS]), key=digest[:ID_CHARS], is_operator=is_operator
+        )
         for digest in digests
     }
 

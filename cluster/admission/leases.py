@@ -131,6 +131,15 @@ class PeerReports:
             if (grown := total - _served_tokens(before.report, name, pool)) > 0
         }
 
+    def num_concurrent(self, now_s: float) -> int:
+        """Return the requests of all tenants at the other routers."""
+        return sum(
+            tenant.concurrent
+            for received in self._received.values()
+            if 0 <= now_s - received.at_s <= STALE_S
+            for tenant in received.report.tenants.values()
+        )
+
     def lease_for(self, tenant: str, own: TenantReport, day: int, now_s: float) -> Lease:
         """Return this router's share of a tenant's limits.
 

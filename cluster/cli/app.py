@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
+from cluster.cli.batch_commands import batch_app
 from cluster.cli.groups import (
     adapters_app,
     config_app,
@@ -31,6 +32,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(guard_app, name="guard")
 app.add_typer(rollout_app, name="rollout")
 app.add_typer(tasks_app, name="tasks")
+app.add_typer(batch_app, name="batch")
 
 
 def _print_version(wanted: bool) -> None:

@@ -194,6 +194,14 @@ def keys_add(
             show_default="the tenant's, or all default guards",
         ),
     ] = None,
+    cost_per_day: Annotated[float | None, Option(help="Budget of the tenant per UTC day.")] = None,
+    cost_per_month: Annotated[float | None, Option(help="Budget of the tenant per month.")] = None,
+    key_cost_per_day: Annotated[
+        float | None, Option(help="Budget of this key per UTC day.")
+    ] = None,
+    key_cost_per_month: Annotated[
+        float | None, Option(help="Budget of this key per month.")
+    ] = None,
     file: KeyFileOption = None,
     config: ConfigOption = None,
 ) -> None:
@@ -208,9 +216,19 @@ def keys_add(
         "tokens_per_minute": tokens_per_minute,
         "max_concurrent": max_ongoing if max_concurrent is None else max_concurrent,
         "tokens_per_day": tokens_per_day,
+        "cost_per_day": cost_per_day,
+        "cost_per_month": cost_per_month,
     }
     path = key_file(file, config)
-    add(path, NewKey(tenant, priority, models or None, guards or None), limits)
+    new = NewKey(
+        tenant,
+        priority,
+        models or None,
+        guards or None,
+        cost_per_day=key_cost_per_day,
+        cost_per_month=key_cost_per_month,
+    )
+    add(path, new, limits)
     publish(path)
 
 

@@ -22,7 +22,12 @@ _TITLES = {
     "tokens_per_minute": "tokens/min",
     "max_concurrent": "concurrent",
     "tokens_per_day": "tokens/day",
+    "cost_per_day": "cost/day",
+    "cost_per_month": "cost/month",
+    "key_cost_per_day": "key/day",
+    "key_cost_per_month": "key/month",
 }
+_BUDGET_FIELDS = ("cost_per_day", "cost_per_month", "key_cost_per_day", "key_cost_per_month")
 
 
 def key_file(file: Path | None, config: Path | None) -> Path:
@@ -46,6 +51,9 @@ class NewKey:
     """Models that it may use; None: all."""
     guards: list[str] | None
     """Guards that check its requests; None: those of the tenant."""
+    cost_per_day: float | None = None
+    """Budget of the key alone, in the configured currency."""
+    cost_per_month: float | None = None
 
 
 def add(path: Path, new: NewKey, limits: Mapping[str, float | int | None]) -> None:
@@ -70,8 +78,12 @@ def show(path: Path, *, as_json: bool) -> None:
             "tenant": key.tenant,
             "priority": key.priority,
             "models": _listed(key.models),
-            **(tenant := contents.tenants.get(key.tenant, TenantEntry())).model_dump(),
+            **(tenant := contents.tenants.get(key.tenant, TenantEntry())).model_dump(
+                exclude={"soft_share"}
+            ),
             "guards": _listed(tenant.guards if key.guards is None else key.guards),
+            "key_cost_per_day": key.cost_per_day,
+            "key_cost_per_month": key.cost_per_month,
         }
         for key in contents.keys
     ]
@@ -81,10 +93,13 @@ def show(path: Path, *, as_json: bool) -> None:
         typer.echo(f"no keys in {path}")
     else:
         table = Table(box=None)
-        for field in rows[0]:
+        always = [field for field in rows[0] if field not in _BUDGET_FIELDS]
+        used = [field for field in _BUDGET_FIELDS if any(row[field] is not None for row in rows)]
+        for field in (*always, *used):
             table.add_column(_TITLES.get(field, field), no_wrap=field == "id")
         for row in rows:
-            table.add_row(*("–" if value is None else _format(value) for value in row.values()))
+            values = (row[field] for field in (*always, *used))
+            table.add_row(*("–" if value is None else _format(value) for value in values))
         Console().print(table)
 
 

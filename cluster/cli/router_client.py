@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any
 
 import httpx
 
@@ -46,6 +46,16 @@ class RouterClient:
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
         with self._errors():
             return self._client.post(path, json=body).json()
+
+    def upload(self, path: str, name: str, content: IO[bytes], fields: Mapping[str, str]) -> Any:
+        """Send a form with a file, which is read piece by piece."""
+        with self._errors():
+            return self._client.post(path, data=fields, files={"file": (name, content)}).json()
+
+    def download(self, path: str) -> Iterator[bytes]:
+        """Yield the body of an answer as it arrives."""
+        with self._errors(), self._client.stream("GET", path) as response:
+            yield from response.iter_bytes()
 
     def events(self, path: str, body: Mapping[str, Any]) -> Iterator[Any]:
         """Send a POST request and yield the JSON of each server-sent event until ``[DONE]``."""

@@ -11,6 +11,7 @@ The client needs Ray, but neither vLLM nor torch. It raises the errors of ``clus
 
 from cluster.client.client import Tandem
 from cluster.client.results import (
+    BatchState,
     Candidate,
     Classification,
     Completion,
@@ -23,6 +24,7 @@ from cluster.client.results import (
 from cluster.usage import Usage
 
 __all__ = [
+    "BatchState",
     "Candidate",
     "Classification",
     "Completion",

@@ -1,12 +1,13 @@
 """``Tandem``: generate, chat, stream, classify and embed from any Ray job; sync and async."""
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any, TypeVar, overload
 
 from cluster.client import wire
 from cluster.client.results import (
+    BatchState,
     Candidate,
     Classification,
     Completion,
@@ -17,6 +18,7 @@ from cluster.client.results import (
 )
 from cluster.client.session import Session
 from cluster.client.tasks import TaskMethods
+from cluster.errors import InvalidRequestError
 
 T = TypeVar("T")
 
@@ -212,6 +214,49 @@ class Tandem(TaskMethods):
         body = {"query": query, "documents": list(documents), **options}
         return await self._session.run([wire.ApiRequest("/rerank", body, wire.rankings)])
 
+    # -- batches ------------------------------------------------------------------------------
+
+    def submit_batch(self, lines: Sequence[Mapping[str, Any]], *, hours: int = 24) -> BatchState:
+        """Run requests at the lowest priority, for at most ``hours`` hours.
+
+        Each has the fields of OpenAI's batch format: ``custom_id``, ``method``, ``url``, ``body``.
+        """
+        return self._session.wait_for(self.asubmit_batch(lines, hours=hours))
+
+    async def asubmit_batch(
+        self, lines: Sequence[Mapping[str, Any]], *, hours: int = 24
+    ) -> BatchState:
+        if not lines:
+            raise InvalidRequestError("A batch needs at least one request.")
+        (file_id,) = await self._session.run([wire.upload_request(lines)])
+        request = wire.batch_request(file_id, str(lines[0].get("url")), hours)
+        return _batch(await self._session.run([request]))
+
+    def batch(self, batch_id: str) -> BatchState:
+        """Return a batch and its progress."""
+        return self._session.wait_for(self.abatch(batch_id))
+
+    async def abatch(self, batch_id: str) -> BatchState:
+        request = wire.ApiRequest(f"/v1/batches/{batch_id}", None, wire.batch_state)
+        return _batch(await self._session.run([request]))
+
+    def cancel_batch(self, batch_id: str) -> BatchState:
+        """Stop a batch; its results so far stay."""
+        return self._session.wait_for(self.acancel_batch(batch_id))
+
+    async def acancel_batch(self, batch_id: str) -> BatchState:
+        request = wire.ApiRequest(f"/v1/batches/{batch_id}/cancel", {}, wire.batch_state)
+        return _batch(await self._session.run([request]))
+
+    def batch_results(self, batch_id: str) -> list[dict[str, Any]]:
+        """Return the result of each line of a batch that has ended, failed lines last."""
+        return self._session.wait_for(self.abatch_results(batch_id))
+
+    async def abatch_results(self, batch_id: str) -> list[dict[str, Any]]:
+        state = await self.abatch(batch_id)
+        files = (state.output_file_id, state.error_file_id)
+        return await self._session.run([wire.file_request(file) for file in files if file])
+
     # -- models -------------------------------------------------------------------------------
 
     def models(self) -> list[str]:
@@ -220,6 +265,11 @@ class Tandem(TaskMethods):
 
     async def amodels(self) -> list[str]:
         return await self._session.run([wire.MODELS])
+
+
+def _batch(results: list[BatchState]) -> BatchState:
+    (batch,) = results
+    return batch
 
 
 async def _next(batches: AsyncGenerator[list[Delta], None]) -> list[Delta] | None:

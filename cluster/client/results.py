@@ -81,3 +81,27 @@ class Candidate:
 
     text: str
     score: float
+
+
+@dataclass(frozen=True, slots=True)
+class BatchState:
+    """A batch and its progress."""
+
+    id: str
+    status: str
+    """``validating``, ``in_progress``, ``finalizing``, ``cancelling``, or an end: ``completed``,
+    ``failed``, ``expired``, ``cancelled``."""
+    num_lines: int
+    num_completed: int
+    num_failed: int
+    output_file_id: str | None
+    error_file_id: str | None
+    errors: tuple[str, ...] = ()
+    """Reasons why a ``failed`` batch did not run."""
+    cost: float | None = None
+    """Cost of the answers so far; None without prices."""
+
+    @property
+    def has_ended(self) -> bool:
+        """True if the state does not change any more."""
+        return self.status in ("completed", "failed", "expired", "cancelled")

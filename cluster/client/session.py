@@ -62,12 +62,19 @@ class Session:
         limit = asyncio.Semaphore(MAX_CONCURRENT)
 
         async def send(request: ApiRequest) -> list[Any]:
-            body = b"" if request.body is None else wire.encode(request.body)
+            form_headers: Headers = ()
+            body = b""
+            if request.body is not None:
+                body = wire.encode(request.body)
+            elif request.form is not None:
+                content_type, body = wire.form(request.form)
+                form_headers = [(b"content-type", content_type)]
             async with limit:
                 method = "POST" if body else "GET"
-                head, answer = await self._within(
-                    transport.ask(method, request.path, body, headers)
-                )
+                asked = transport.ask(method, request.path, body, (*form_headers, *headers))
+                head, answer = await self._within(asked)
+            if request.is_file and head.status == 200:
+                return request.parse(answer)
             return request.parse(wire.decode(head.status, head.headers, answer))
 
         tasks = [asyncio.ensure_future(send(request)) for request in requests]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
 from cluster.client.repeating import Answer, RepeatedAnswer
-from cluster.client.wire import GENERATING_PATHS
+from cluster.client.wire import GENERATING_PATHS, JSON
 from cluster.config.applications import TASK_PREFIX
 from cluster.errors import LinkClosedError, RequestError
 from cluster.link import ClientStream, LinkClient, RequestHead, ResponseHead, tls_contexts
@@ -27,7 +27,8 @@ BLOCKED_S = 30.0
 """Seconds without new attempts after no link could be opened, for example because of a firewall."""
 OFFER_TIMEOUT_S = 10.0
 """Seconds for which Serve's handle may wait for a router, if none runs."""
-_HEADERS = [(b"content-type", b"application/json")]
+
+_HEADERS = [(b"content-type", JSON)]
 
 Headers = Sequence[tuple[bytes, bytes]]
 """Headers of a request, beside those that every request has."""
@@ -205,7 +206,8 @@ class Transport:
 
     def _answer(self, method: str, path: str, body: bytes, more: Headers) -> RepeatedAnswer:
         path, _, query = path.partition("?")
-        headers = [*_HEADERS, *more]
+        has_type = any(name == b"content-type" for name, _ in more)
+        headers = [*(() if has_type else _HEADERS), *more]
         if path in GENERATING_PATHS or path.startswith(TASK_PREFIX):
             headers = [*headers, (b"idempotency-key", uuid4().hex.encode())]
         head = RequestHead(method=method, path=path, query_string=query.encode(), headers=headers)

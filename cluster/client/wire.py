@@ -4,8 +4,10 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
+from uuid import uuid4
 
 from cluster.client.results import (
+    BatchState,
     Candidate,
     Classification,
     Completion,
@@ -27,6 +29,9 @@ COMPLETIONS = "/v1/completions"
 GENERATING_PATHS = (CHAT, COMPLETIONS)
 """Paths whose answers are sampled: a repetition must continue the same one."""
 
+JSON = b"application/json"
+"""Content type of requests."""
+
 T = TypeVar("T")
 Message = Mapping[str, Any]
 Conversation = str | Sequence[Message]
@@ -42,7 +47,11 @@ class ApiRequest:
     path: str
     body: Mapping[str, Any] | None
     """JSON body of a POST; None: a GET."""
-    parse: Callable[[Mapping[str, Any]], list[Any]]
+    parse: Callable[[Any], list[Any]]
+    form: bytes | None = None
+    """File to send as a form, instead of ``body``."""
+    is_file: bool = False
+    """True if the answer is a file, whose bytes ``parse`` gets."""
 
 
 MODELS = ApiRequest("/v1/models", None, lambda answer: [card["id"] for card in answer["data"]])
@@ -85,6 +94,39 @@ def text_requests(
         ApiRequest(path, {"input": part, **options}, parse)
         for part in _split(texts, TEXTS_PER_REQUEST)
     ]
+
+
+def upload_request(lines: Iterable[Mapping[str, Any]]) -> ApiRequest:
+    """Return the upload of a batch's requests."""
+    content = b"\n".join(json.dumps(line).encode() for line in lines)
+    return ApiRequest("/v1/files", None, lambda answer: [answer["id"]], form=content)
+
+
+def batch_request(file_id: str, endpoint: str, hours: int) -> ApiRequest:
+    """Return the creation of a batch."""
+    window = f"{hours}h"
+    body = {"input_file_id": file_id, "endpoint": endpoint, "completion_window": window}
+    return ApiRequest("/v1/batches", body, batch_state)
+
+
+def file_request(file_id: str) -> ApiRequest:
+    """Return the download of a file with one JSON object per line."""
+    path = f"/v1/files/{file_id}/content"
+    return ApiRequest(
+        path, None, lambda content: [*map(json.loads, content.splitlines())], is_file=True
+    )
+
+
+def form(content: bytes) -> tuple[bytes, bytes]:
+    """Return the content type and the body of a form with a file for batches."""
+    boundary = uuid4().hex
+    disposition = "Content-Disposition: form-data; name="
+    before = (
+        f'--{boundary}\r\n{disposition}"purpose"\r\n\r\nbatch\r\n'
+        f'--{boundary}\r\n{disposition}"file"; filename="batch.jsonl"\r\n\r\n'
+    )
+    body = b"".join((before.encode(), content, f"\r\n--{boundary}--\r\n".encode()))
+    return f"multipart/form-data; boundary={boundary}".encode(), body
 
 
 def _split(items: list[str], size: int) -> list[list[str]]:
@@ -177,6 +219,25 @@ def candidates(answer: Mapping[str, Any]) -> list[list[list[Candidate]]]:
     return [
         [[Candidate(one["token_str"], one["score"]) for one in mask] for mask in row["masks"]]
         for row in _rows(answer)
+    ]
+
+
+def batch_state(answer: Mapping[str, Any]) -> list[BatchState]:
+    """Return the batch of an answer."""
+    counts, cost = answer["request_counts"], answer["tandem"]
+    errors = (answer["errors"] or {}).get("data", ())
+    return [
+        BatchState(
+            id=answer["id"],
+            status=answer["status"],
+            num_lines=counts["total"],
+            num_completed=counts["completed"],
+            num_failed=counts["failed"],
+            output_file_id=answer["output_file_id"],
+            error_file_id=answer["error_file_id"],
+            errors=tuple(f"line {error['line']}: {error['message']}" for error in errors),
+            cost=cost["cost"],
+        )
     ]
 
 

@@ -30,6 +30,7 @@ from cluster.config.pools import (
 from cluster.config.resources import ResourcesConfig
 from cluster.config.rollout import RolloutConfig
 from cluster.config.router import (
+    BatchesConfig,
     CircuitBreakerConfig,
     HandoverConfig,
     HedgeConfig,
@@ -44,6 +45,7 @@ __all__ = [
     "TASK_HEADS",
     "AccountingConfig",
     "ApplicationsConfig",
+    "BatchesConfig",
     "CircuitBreakerConfig",
     "ClassifierConfig",
     "ClassifierTask",

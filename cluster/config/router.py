@@ -60,6 +60,31 @@ class HedgeConfig(Section):
     """Maximum share of a pool's requests, and of their tokens, (0 to 1) that are sent twice."""
 
 
+class BatchesConfig(Section):
+    """Files and batches: `/v1/files` and `/v1/batches`."""
+
+    enabled: bool = True
+    """True if clients may upload files and run batches."""
+    directory: str | None = None
+    """Directory of the files and of their SQLite database. Default: `batches-APPLICATION` in
+    Tandem's home. With routers on several nodes, a directory that all of them share is required."""
+    max_file_bytes: ByteSize = Field(ByteSize(200 * 1024**2), ge=1024)
+    """Maximum size of an uploaded file, in bytes or with a unit; larger ones get status 413."""
+    max_tenant_bytes: ByteSize = Field(ByteSize(10 * 1024**3), ge=1024)
+    """Maximum size of all files of one tenant, in bytes or with a unit; further uploads get 413."""
+    max_lines: int = Field(50_000, ge=1)
+    """Maximum number of requests in one batch."""
+    max_concurrent: int = Field(32, ge=1, le=1024)
+    """Maximum number of lines of one batch that run at the same time."""
+    share: float = Field(0.1, ge=0, le=1)
+    """Lines that may run in one pool for each other request there (0 to 1), rounded down. Without
+    other requests, `max_concurrent` may."""
+    keep_days: int = Field(30, ge=1)
+    """Retention of files and of finished batches, in days."""
+
+    restart_fields: ClassVar[frozenset[str]] = frozenset({"enabled", "directory"})
+
+
 class TlsConfig(Section):
     """Certificate of the HTTP API. HAProxy then accepts HTTPS only, of TLS 1.2 or later."""
 
@@ -135,6 +160,8 @@ class RouterConfig(Section):
     """Circuit breakers of replicas."""
     hedge: HedgeConfig = HedgeConfig()
     """Second tries of classification requests."""
+    batches: BatchesConfig = BatchesConfig()
+    """Files and batches."""
     log_requests_per_s: float = Field(10.0, ge=0)
     """Maximum number of logged requests per second, and the same number again of failed ones."""
     log_prompts: bool = False

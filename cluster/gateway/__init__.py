@@ -17,6 +17,7 @@ routers for ``reporting.dashboard`` and ``admission.quota_sync``.
 
 from cluster.gateway.admission.quota_sync import QuotaSync
 from cluster.gateway.asgi import GatewayApp
+from cluster.gateway.batches import BatchService
 from cluster.gateway.gateway import Gateway
 from cluster.gateway.messages import Request, Response
 from cluster.gateway.pools.replica import Answer, Opener, ReplicaInfo, Wiring
@@ -27,6 +28,7 @@ from cluster.gateway.router_links import RouterLinks
 
 __all__ = [
     "Answer",
+    "BatchService",
     "Gateway",
     "GatewayApp",
     "Opener",

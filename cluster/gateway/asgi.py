@@ -9,7 +9,15 @@ from cluster.asgi import Receive, Scope, Send, is_cancelled_of
 from cluster.errors import HeadersTooLargeError, LinkError, RequestError
 from cluster.gateway.error_formats import is_anthropic
 from cluster.gateway.gateway import Gateway
-from cluster.gateway.messages import Headers, Request, Response, error_response, header, request_id
+from cluster.gateway.messages import (
+    BodyStream,
+    Headers,
+    Request,
+    Response,
+    error_response,
+    header,
+    request_id,
+)
 from cluster.gateway.pools.delegation import read_caller
 from cluster.gateway.serve_http import client_headers
 
@@ -45,7 +53,7 @@ class GatewayApp:
         path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/")) or "/"
         gateway = self._gateway
         path, model = gateway.split_model_path(path)
-        id_, identity, body = "", OPEN, b""
+        id_, identity, body, stream = "", OPEN, b"", None
         try:
             id_ = request_id(header(headers, b"x-request-id"))
             self._check_headers(headers, scope)
@@ -54,7 +62,10 @@ class GatewayApp:
                 identity = gateway.authenticate(path, headers)
             else:
                 identity = read_caller(headers)
-            if reads_body := gateway.needs_body(method, path):
+            if gateway.streams_body(method, path):
+                stream = BodyStream(receive, gateway.client_timeout_s)
+                reads_body = True
+            elif reads_body := gateway.needs_body(method, path):
                 body = await gateway.buffers.receive(headers, receive, identity.tenant.name)
         except RequestError as error:
             id_ = id_ or request_id(None)  # the client's is what is wrong
@@ -65,12 +76,14 @@ class GatewayApp:
             query = scope["query_string"]
             request = Request(id_, method, path, query, headers, body, identity, model)
             request.is_cancelled = is_cancelled_of(scope)
+            request.stream = stream
             del body  # the request drops it when the answer begins
             try:
                 response = await gateway.respond(request)
             finally:
                 request.release_body()
                 gateway.buffers.release(size, identity.tenant.name)
+            reads_body = reads_body and (stream is None or stream.is_complete)
         if not reads_body and _has_body(headers):
             # The rest of the body is not read, so the connection cannot be reused.
             response.headers.append((b"connection", b"close"))

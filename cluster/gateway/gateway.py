@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from secrets import token_bytes
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,10 @@ from cluster.errors import (
 from cluster.gateway.admission.admission import Admission, requested_timeout_s
 from cluster.gateway.admission.answer_keys import KEY_HEADER, AnswerKeys, find_answer
 from cluster.gateway.admission.authenticator import Authenticator
+from cluster.gateway.admission.budgets import Budgets
 from cluster.gateway.admission.quotas import TenantQuotas
 from cluster.gateway.admission.response_ids import ResponseIds
+from cluster.gateway.batches import FILES_PATH, BatchBackend, BatchRoutes, BatchService
 from cluster.gateway.body import UNREAD_BODY, BodyBuffers, read_body
 from cluster.gateway.builtin.drain import Drains, NodeDrains
 from cluster.gateway.builtin.own_paths import PUBLIC_PATHS
@@ -43,7 +46,7 @@ from cluster.gateway.pools.rollout import ignore_end
 from cluster.gateway.pools.routes import OTHER
 from cluster.gateway.pools.selection import select_pool, split_model_path
 from cluster.gateway.pools.slots import Claim
-from cluster.gateway.recording.observer import RequestSinks
+from cluster.gateway.recording.observer import OnEnd, RequestSinks
 from cluster.gateway.recording.request_log import RequestLog, RequestRecord, outcome_of
 from cluster.gateway.recording.usage import UsageAccount
 from cluster.gateway.reporting.dashboard import Dashboard, ReadDecisions
@@ -55,6 +58,7 @@ from cluster.key_file import KeySource
 from cluster.metrics import Registry, table
 from cluster.routing import RequestBody
 from cluster.routing.fingerprint import prepare_decoders
+from cluster.usage import Usage
 
 if TYPE_CHECKING:
     from cluster.tracing.tracer import Tracer
@@ -78,6 +82,7 @@ class Gateway:
         needs_keys: True if every request is rejected while no keys are configured.
         response_key: Key of the ids of stored responses, the same for all routers.
         rollout_control: Starts and changes rollouts; None without Ray Serve.
+        batches: Files and batches; None disables them.
     """
 
     def __init__(
@@ -95,6 +100,7 @@ class Gateway:
         needs_keys: bool = False,
         response_key: bytes | None = None,
         rollout_control: RolloutControl | None = None,
+        batches: BatchService | None = None,
     ) -> None:
         router = config.router
         self.max_header_bytes = int(router.max_header_bytes)
@@ -121,17 +127,46 @@ class Gateway:
         )
         self._response_ids = ResponseIds(response_key or token_bytes(32))
         quotas = TenantQuotas(self.registry)
+        self.budgets = quotas.budgets = Budgets(
+            usage, routers, self.registry, lambda: authenticator.identities
+        )
+        if usage is not None:
+            self.budgets.start()
         self.admission = Admission(authenticator, quotas, self._response_ids)
         self._answer_keys = AnswerKeys(config.idempotency)
         self._guards = Guards(config, self._models, self._send_check, self.registry)
         self._load_reports = LoadReports(config, self.pools)
-        self._dashboard = Dashboard(self.pools, sinks, routers, read_decisions)
-        report = UsageReport(usage, routers) if usage is not None else None
+        self._dashboard = Dashboard(self.pools, sinks, routers, read_decisions, self.budgets.report)
+        report = UsageReport(usage, routers, self.budgets) if usage is not None else None
         self._builtin = BuiltinRoutes(
             self._models, versions or {}, self.registry, self._dashboard, report, rollout_control
         )
         self._builtin.add_guards(self._guards)
+        self._batches = batches
+        if batches is not None:
+            self._builtin.add_batches(BatchRoutes(batches, routers))
+            batches.bind(self._batch_backend(quotas, usage))
         self._builtin.add_drains(Drains(self.pools, routers, nodes or NodeDrains()))
+
+    def start_batches(self) -> None:
+        """Run the batches that are open, and new ones."""
+        if self._batches is not None:
+            self._batches.start()
+
+    async def close_batches(self) -> None:
+        """Pass the batches on to another router."""
+        if self._batches is not None:
+            await self._batches.close()
+
+    def _batch_backend(self, quotas: TenantQuotas, usage: UsageAccount | None) -> BatchBackend:
+        return BatchBackend(
+            respond=self.respond,
+            pools=self._models,
+            registry=self.registry,
+            find_identity=self.admission.authenticator.find_identity,
+            num_elsewhere=quotas.num_elsewhere,
+            currency=lambda: None if usage is None else usage.currency,
+        )
 
     def reconfigure(
         self, config: TandemConfig, key_file: KeySource | None, *, needs_keys: bool
@@ -154,6 +189,8 @@ class Gateway:
         self.admission.reconfigure(router, key_file, needs_keys=needs_keys)
         self._answer_keys.config = config.idempotency
         self._guards.reconfigure(config)
+        if self._batches is not None:
+            self._batches.reconfigure(router)
         self._load_reports.reconfigure(config)
 
     def split_model_path(self, path: str) -> tuple[str, str | None]:
@@ -182,6 +219,10 @@ class Gateway:
         if (builtin := self._builtin.find(path)) is not None:
             return method in builtin.methods and method != "OPTIONS"
         return any(pool.serves(path) is not False for pool in self._models.values())
+
+    def streams_body(self, method: str, path: str) -> bool:
+        """Return True if the handler of a request reads its body piece by piece."""
+        return method == "POST" and path == FILES_PATH and self._builtin.find(path) is not None
 
     async def respond(self, request: Request) -> Response:
         """Return the response to a request; errors become responses, never exceptions."""
@@ -241,9 +282,12 @@ class Gateway:
         del body
         if relayed is not request:
             request.release_body()
+        on_end: OnEnd = ticket.end
+        if request.on_usage is not None:
+            on_end = partial(_end_line, ticket.end, request.on_usage)
         if (rollout := self.rollouts.get(pool.name)) is not None:
-            return await rollout.relay(relayed, claim, ticket.end)
-        return await relay(relayed, pool, claim, ticket.end)
+            return await rollout.relay(relayed, claim, on_end)
+        return await relay(relayed, pool, claim, on_end)
 
     async def _send_check(self, request: Request, pool: Pool, claim: Claim) -> Response:
         """Relay a request of a guard, which no quota limits."""
@@ -335,15 +379,25 @@ class Gateway:
 
     async def close(self) -> None:
         """Close every link and write the remaining usage."""
+        await self.close_batches()
         await asyncio.gather(*(rollout.close() for rollout in self.rollouts.values()))
         await self._dashboard.close()
         await self._builtin.close()
         await asyncio.gather(*(pool.close() for pool in self.pools.values()))
+        await self.budgets.close()
         if self._usage is not None:
             await self._usage.close()
 
     def _count(self, route: str, status: int) -> None:
         self.registry.counter(table.REQUESTS, "", route, str(status)).add()
+
+
+def _end_line(
+    end: OnEnd, on_usage: Callable[[Usage], None], status: int, usage: Usage | None, had_slot: bool
+) -> None:
+    if usage is not None:
+        on_usage(usage)
+    end(status, usage, had_slot)
 
 
 def _body_limits(router: RouterConfig) -> tuple[int, int, int, float]:

@@ -1,5 +1,6 @@
 """Requests and responses inside the gateway, over HTTP or links."""
 
+import asyncio
 import json
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
@@ -8,9 +9,16 @@ from typing import Any, Literal, Protocol
 from uuid import uuid4
 
 from cluster.admission import OPEN, Identity
-from cluster.errors import InvalidRequestError, PermissionDeniedError, RequestError
+from cluster.asgi import Receive
+from cluster.errors import (
+    InvalidRequestError,
+    PermissionDeniedError,
+    RequestError,
+    RequestTimeoutError,
+)
 from cluster.gateway.error_formats import error_body
 from cluster.link import AnswerKey
+from cluster.usage import Usage
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -61,6 +69,11 @@ class Request:
     """True for a copy whose answer is discarded, and for a guard's check; it is not charged."""
     guard_notes: GuardNotes | None = None
     """Results of the guards that check the request; None if there are none."""
+    """True for a copy whose answer is discarded; it is not charged."""
+    stream: "BodyStream | None" = None
+    """Body that its handler reads piece by piece; ``body`` is then empty."""
+    on_usage: Callable[[Usage], None] | None = None
+    """Set if the request is a line of a batch: called with its usage, before the answer ends."""
 
     @property
     def tenant(self) -> str:
@@ -70,6 +83,41 @@ class Request:
     def release_body(self) -> None:
         """Drop the body once no replica will need it; its beginning stays for the request log."""
         self.body = self.body[:KEPT_BODY_BYTES]
+
+
+class BodyStream:
+    """Body of a request that is not buffered.
+
+    Args:
+        receive: ASGI's function of that name.
+        stall_timeout_s: Maximum time without progress, in seconds.
+    """
+
+    def __init__(self, receive: Receive, stall_timeout_s: float) -> None:
+        self.is_complete = False
+        """True once the whole body was read."""
+        self._receive = receive
+        self._stall_timeout_s = stall_timeout_s
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """Yield the body.
+
+        Raises:
+            RequestTimeoutError: The client stalls.
+            ConnectionResetError: It has disconnected.
+        """
+        while not self.is_complete:
+            try:
+                async with asyncio.timeout(self._stall_timeout_s):
+                    message = await self._receive()
+            except TimeoutError:
+                raise RequestTimeoutError(
+                    f"The client sent nothing for {self._stall_timeout_s:g} s."
+                ) from None
+            if message["type"] == "http.disconnect":
+                raise ConnectionResetError("the client disconnected during its upload")
+            self.is_complete = not message.get("more_body", False)
+            yield message.get("body", b"")
 
 
 def require_operator(request: Request, what: str) -> None:

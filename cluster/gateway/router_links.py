@@ -38,6 +38,8 @@ class RouterLinks:
 
     def __init__(self, own_id: str, secret: bytes, ssl: SSLContext | None = None) -> None:
         self.own_id = own_id
+        self.own_host: str | None = None
+        """Address of this router's node; None until Serve reports this router as running."""
         self._secret = secret
         self._ssl = ssl
         self._links: dict[str, LinkClient] = {}
@@ -49,7 +51,9 @@ class RouterLinks:
 
     def update(self, running: Iterable[ReplicaInfo]) -> None:
         """Set the running routers; this router's own entry is ignored."""
-        infos = {info.id: info for info in running if info.id != self.own_id}
+        infos = {info.id: info for info in running}
+        if (own := infos.pop(self.own_id, None)) is not None:
+            self.own_host = own.host
         for gone in self._links.keys() - infos.keys():
             task = asyncio.ensure_future(self._links.pop(gone).close())
             self._closing.add(task)

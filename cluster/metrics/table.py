@@ -162,6 +162,30 @@ TENANT_TOKENS = Metric(
     "Tokens by tenant; kind is prompt or completion.",
     ("tenant", "model", "kind"),
 )
+BUDGET_SPENT = Metric(
+    "tandem_budget_spent_ratio",
+    "gauge",
+    "Spend of a tenant, or of one of its keys, relative to its budget of this day or month.",
+    ("tenant", "key", "period"),
+)
+BUDGET_STATE = Metric(
+    "tandem_budget_state",
+    "gauge",
+    "0: below the soft limit of the budget; 1: above it; 2: spent, and requests get 429.",
+    ("tenant", "key", "period"),
+)
+BATCHES = Metric("tandem_batches", "gauge", "Batches that are not finished, by state.", ("status",))
+BATCH_LINES = Metric(
+    "tandem_batch_lines_total",
+    "counter",
+    "Lines of batches with a result; outcome is completed or failed.",
+    ("outcome",),
+)
+BATCH_LINES_RUNNING = _gauge("tandem_batch_lines_running", "Lines of batches that run.")
+BATCH_PREEMPTIONS = _counter(
+    "tandem_batch_preemptions_total",
+    "Lines of batches that were stopped for other requests, and run again later.",
+)
 LIMITS_HIT = Metric(
     "tandem_limits_hit_total",
     "counter",

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from benchmarks import (
     autoscale,
+    batches,
     classify,
     engine,
     guards,
@@ -51,6 +52,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "overload": overload,
     "mixed": mixed,
     "guards": guards,
+    "batches": batches,
     "autoscale": autoscale,
     "regress": regress,
     "start": start,

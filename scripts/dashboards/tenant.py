@@ -50,5 +50,13 @@ def tenant() -> Dashboard:
             "short",
             Query(f"3600 * {rate_of('tandem_cost_total', 'tenant', chosen)}", "{{tenant}}"),
         ),
+        graph(
+            "Budget spent",
+            "percentunit",
+            Query(
+                f"max by (tenant, key, period) (tandem_budget_spent_ratio{{{chosen}}})",
+                "{{tenant}} {{key}} {{period}}",
+            ),
+        ),
     ]
     return add_panels(board, panels)

@@ -48,6 +48,8 @@ ABSENT = {
     "tandem_certificate_expiry_timestamp_seconds": "TLS between the nodes",
     "tandem_classifier_agreement_ratio": "a CPU with a lower precision than float32",
     "tandem_classifier_drift_ratio": "a classifier with a reference (`tandem models reference`)",
+    "tandem_budget_spent_ratio": "a budget in the key file",
+    "tandem_budget_state": "a budget in the key file",
     "tandem_limits_hit_total": "API keys; without them, /metrics needs no key",
 }
 """Metrics that are absent here, and what they require."""

@@ -1,5 +1,6 @@
 """Recovery from a killed engine and a killed replica, without hanging requests or processes."""
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ from typing import Any
 import anthropic
 import httpx
 import openai
+import psutil
 
 from tests.cluster.conftest import RunningCluster
 from tests.cluster.engine_processes import engines_of_cluster
@@ -141,6 +143,49 @@ def test_a_dead_engine_is_replaced(cluster: RunningCluster) -> None:
         assert len(new) == 1
         assert new[0].pid != old[0].pid
         wait_until(lambda: http.get("/ready").status_code == 200, 60, "becoming ready again")
+
+
+def router_process(cluster: RunningCluster) -> psutil.Process:
+    """Return the process of the cluster's router."""
+    (pid,) = (
+        replica["pid"]
+        for deployment in cluster.status()["application"]["deployments"]
+        for replica in deployment["replicas"]
+        if deployment["name"] == "router"
+    )
+    return psutil.Process(pid)
+
+
+def test_a_batch_continues_after_its_router_was_killed(cluster: RunningCluster) -> None:
+    bodies = [{"model": MODEL, "prompt": "Count: 1", "max_tokens": 30} for _ in range(12)]
+    url = "/v1/completions"
+    lines = [
+        json.dumps({"custom_id": str(number), "method": "POST", "url": url, "body": body})
+        for number, body in enumerate(bodies)
+    ]
+    wait_until(lambda: httpx.get(f"{cluster.http_url}/ready").status_code == 200, 150, "readiness")
+    url_v1 = f"{cluster.http_url}/v1"
+    with openai.OpenAI(base_url=url_v1, api_key="none", max_retries=10) as client:
+        content = "\n".join(lines).encode()
+        file = client.files.create(file=("in.jsonl", content), purpose="batch")
+        created = client.batches.create(
+            input_file_id=file.id, endpoint=url, completion_window="24h"
+        )
+
+        def counts() -> tuple[str, int]:
+            batch = client.batches.retrieve(created.id)
+            assert batch.request_counts is not None
+            return batch.status, batch.request_counts.completed
+
+        router = router_process(cluster)
+        wait_until(lambda: counts()[1] > 0, 60, "the first line")
+        router.kill()
+        wait_until(lambda: counts() == ("completed", 12), 120, "the batch")
+        output = client.batches.retrieve(created.id).output_file_id
+        assert output is not None
+        answers = [json.loads(each) for each in client.files.content(output).text.splitlines()]
+        assert sorted(int(each["custom_id"]) for each in answers) == list(range(12))
+        assert all(each["response"]["body"]["usage"]["completion_tokens"] for each in answers)
 
 
 def test_a_killed_replica_takes_its_engine_with_it(cluster: RunningCluster) -> None:

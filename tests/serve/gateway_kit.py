@@ -2,16 +2,19 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
+from uuid import uuid4
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.asgi import ASGIApp, Message, Receive, Scope, Send, usage_of
+from cluster.batches import BatchStore
 from cluster.config import TandemConfig, parse
 from cluster.errors import LinkClosedError
-from cluster.gateway import Gateway, GatewayApp, Opener, ReplicaInfo, Wiring
+from cluster.gateway import BatchService, Gateway, GatewayApp, Opener, ReplicaInfo, Wiring
 from cluster.gateway.builtin.drain import NodeDrains
 from cluster.gateway.builtin.rollouts import RolloutControl
 from cluster.gateway.reporting.dashboard import ReadDecisions
@@ -190,6 +193,8 @@ async def gateway_world(
     idempotency: dict[str, Any] | None = None,
     nodes: NodeDrains | None = None,
     guards: list[dict[str, Any]] | None = None,
+    batch_store: BatchStore | None = None,
+    batch_clock: Callable[[], float] = time.time,
     **router: Any,
 ) -> AsyncIterator[World]:
     pool: dict[str, Any] = {
@@ -211,16 +216,21 @@ async def gateway_world(
         }
     )
     wirings = {name: Wiring(SECRET, fallback=fallback) for name, _ in config.served_pools}
+    batches = None
+    if batch_store is not None:
+        batches = BatchService(batch_store, config.router, uuid4().hex, batch_clock)
     gateway = Gateway(
         config,
         wirings,
         versions={"tandem": "0"},
         key_file=key_file,
+        batches=batches,
         read_decisions=read_decisions,
         nodes=nodes,
         rollout_control=rollout_control,
     )
     world = World(gateway, config)
+    gateway.start_batches()
     try:
         yield world
     finally:

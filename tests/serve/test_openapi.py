@@ -6,7 +6,8 @@ from typing import Any
 
 from cluster.config import GeneratorConfig
 from cluster.engines.sim.engine import SimEngine
-from cluster.gateway.builtin.own_paths import OWN_PATHS
+from cluster.gateway.admission.budgets import SPEND_PATH
+from cluster.gateway.builtin.own_paths import BATCH_PATHS, OWN_PATHS
 from cluster.gateway.reporting.usage_report import COPIES_PATH, ROWS_PATH
 from tests import asgi
 from tests.serve.gateway_kit import gateway_world
@@ -66,8 +67,9 @@ async def test_all_paths_of_the_router_are_described() -> None:
             answer = await asgi.call(world.app, method.upper(), path.replace("{model}", "gen"))
             assert str(answer.status) in paths[path][method]["responses"], path
             assert answer.status != 404, path
-    need_a_file = {"/v1/usage", ROWS_PATH, COPIES_PATH}
-    assert paths.keys() == OWN_PATHS.keys() - need_a_file
+    # Usage needs a file for the sums, batches a database (test_batches.py).
+    usage = {"/v1/usage", ROWS_PATH, COPIES_PATH, SPEND_PATH}
+    assert paths.keys() == OWN_PATHS.keys() - usage - BATCH_PATHS.keys()
 
 
 async def test_errors_are_declared_in_the_format_of_the_api() -> None:

@@ -124,7 +124,7 @@ async def test_usage_of_all_nodes_is_summed_and_each_file_counts_once(tmp_path: 
         addresses = [await server.start() for server in servers]
         routers.update([ReplicaInfo(f"r{i}", *address) for i, address in enumerate(addresses)])
         await asyncio.gather(*(link.connect() for link in routers.links().values()))
-        report = UsageReport(pool.account, routers)
+        report = UsageReport(pool.account, routers, pool.gateway.budgets)
         assert await requests(report) == 3
         for server in servers:
             await server.stop()
@@ -159,13 +159,13 @@ async def test_usage_survives_the_loss_of_a_node(tmp_path: Path) -> None:
         await copies.copy()
         await asgi.post(lost.app, COMPLETIONS, BODY)
         await copies.copy()
-        assert await requests(UsageReport(copying.account, routers)) == 4
+        assert await requests(UsageReport(copying.account, routers, copying.gateway.budgets)) == 4
         await servers[0].stop()
         routers.update([])
-        assert await requests(UsageReport(copying.account, routers)) == 4
+        assert await requests(UsageReport(copying.account, routers, copying.gateway.budgets)) == 4
         routers.update([second])
         await asyncio.gather(*(link.connect() for link in routers.links().values()))
-        assert await requests(UsageReport(asked.account, routers)) == 5
+        assert await requests(UsageReport(asked.account, routers, asked.gateway.budgets)) == 5
         await copies.close()
         await routers.close()
         await servers[1].stop()

@@ -214,6 +214,12 @@ def test_keys_can_be_added_listed_and_revoked(tmp_path: Path) -> None:
     assert (rows[0]["weight"], rows[0]["tokens_per_minute"]) == (2, 1000)
     assert rows[0]["max_concurrent"] == 7
     assert rows[0]["models"] == ["org/gen:1b"]
+    assert "cost" not in run(path, "list").stdout
+    budget = ("--cost-per-month", "50", "--key-cost-per-day", "2.5")
+    third = run(path, "add", "other", *budget).stdout.splitlines()[0]
+    row = json.loads(run(path, "list", "--json").stdout)[2]
+    assert (row["cost_per_month"], row["key_cost_per_day"], row["cost_per_day"]) == (50, 2.5, None)
+    assert run(path, "revoke", third).exit_code == 0
     assert rows[1]["id"] == digest(second)[:16]
     assert "acme" in run(path, "list").stdout
     assert run(path, "revoke", rows[0]["id"][:8]).exit_code == 0

@@ -16,7 +16,8 @@ ROUTER = """api_keys_sha256 operator_keys_sha256 keys_file keys_in_cluster open 
     queue_timeout_s start_timeout_s max_answer_s handover.enabled handover.max_per_request
     handover.max_answer_bytes handover.max_kept_bytes log_requests_per_s log_prompts
     circuit_breaker.enabled circuit_breaker.max_share circuit_breaker.slow_factor hedge.enabled
-    hedge.max_share tls"""
+    hedge.max_share tls batches.max_file_bytes batches.max_tenant_bytes batches.max_lines
+    batches.max_concurrent batches.share batches.keep_days"""
 REPLICAS = """replicas.min replicas.max replicas.target_in_flight replicas.upscale_delay_s
     replicas.downscale_delay_s replicas.max_surge_percent"""
 RESOURCES = "resources.cpus resources.gpus resources.custom"
@@ -42,7 +43,7 @@ CLASSIFIER = f"""model tasks dtype max_batch_tokens threads result_cache.max_byt
 RESTARTING = {
     ("generator-g",): {"generators.g": GENERATOR},
     ("classifier-c",): {"classifiers.c": CLASSIFIER},
-    ("router",): {"router": RESOURCES},
+    ("router",): {"router": f"{RESOURCES} batches.enabled batches.directory"},
     ("classifier-c", "generator-g"): {"accounting": "energy watts_per_core interval_s"},
     ("classifier-c", "generator-g", "router"): {
         "tracing": "endpoint headers sample_ratio max_queued_spans export_interval_s"

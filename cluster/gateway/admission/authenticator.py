@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from hashlib import sha256
 
-from cluster.admission import OPEN, Identity
+from cluster.admission import OPEN, Identity, Tenant
 from cluster.admission.keys import bare_identities
 from cluster.config import RouterConfig
 from cluster.errors import AuthenticationError
@@ -78,6 +78,16 @@ class Authenticator:
     @property
     def _has_keys(self) -> bool:
         return bool(self._bare) or (self._file is not None and self._file.required)
+
+    def find_identity(self, tenant: str, key: str) -> Identity | None:
+        """Return a tenant with its present limits, with this key if it still exists.
+
+        None if no key belongs to the tenant any more.
+        """
+        if not tenant or not self._has_keys:
+            return Identity(Tenant(tenant))
+        found = [each for each in self.identities if each.tenant.name == tenant]
+        return next((each for each in found if each.key == key), found[0] if found else None)
 
     def authenticate(self, headers: Headers) -> Identity:
         """Return the sender of a request; ``OPEN`` if no keys are configured.

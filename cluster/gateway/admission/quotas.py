@@ -13,6 +13,7 @@ from cluster.admission import Counted, Identity, QuotaRefusal, Tenant, TenantQuo
 from cluster.admission.leases import Demand, PeerReports, QuotaReport, TenantReport
 from cluster.admission.limits import DAY_S
 from cluster.errors import OverloadedError
+from cluster.gateway.admission.budgets import Budgets
 from cluster.gateway.recording.request_log import ABANDONED
 from cluster.metrics import Counter, Registry, table
 from cluster.usage import Usage
@@ -35,6 +36,7 @@ class QuotaTicket:
     estimated_tokens: float
     prompt_tokens: float
     """The prompt's part of the estimate."""
+    identity: Identity
     counted: Counted = Counted.ALL
     """Limits that count the request beside its tokens."""
 
@@ -51,6 +53,8 @@ class QuotaTicket:
         else:
             charged = self.prompt_tokens if status < 400 else 0.0
         self.account.release(self.estimated_tokens, charged, self.counted)
+        if usage is not None and self.quotas.budgets is not None:
+            self.quotas.budgets.add(self.identity, usage.cost)
         self.quotas.count(self.account.tenant.name, self.model, status, usage)
 
 
@@ -65,6 +69,8 @@ class TenantQuotas:
         self._served: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self._request_counters: dict[tuple[str, int], Counter] = {}
         self._token_counters: dict[tuple[str, str], tuple[Counter, Counter]] = {}
+        self.budgets: Budgets | None = None
+        """Money budgets; None: costs are unlimited."""
         self.peers = PeerReports()
         """Reports of the other routers."""
 
@@ -80,9 +86,16 @@ class TenantQuotas:
             prompt_tokens: The prompt's part of it.
 
         Raises:
-            OverloadedError: A quota of the tenant is exhausted.
+            OverloadedError: A quota of the tenant is exhausted, or a budget spent.
         """
         account = self._account(identity.tenant)
+        if self.budgets is not None:
+            try:
+                self.budgets.check(identity)
+            except OverloadedError as error:
+                labels = identity.tenant.name, str(error.status)
+                self._registry.counter(table.TENANT_REQUESTS, *labels).add()
+                raise
         counted = _counted(identity)
         refusal = account.try_admit(estimated_tokens, time.monotonic(), time.time(), counted)
         if refusal is not None:
@@ -90,13 +103,18 @@ class TenantQuotas:
             self._registry.counter(table.LIMITS_HIT, name, refusal.limit).add()
             self._registry.counter(table.TENANT_REQUESTS, name, str(OverloadedError.status)).add()
             raise _quota_exhausted(refusal, identity.tenant)
-        return QuotaTicket(self, account, model, estimated_tokens, prompt_tokens, counted)
+        estimate = estimated_tokens, prompt_tokens
+        return QuotaTicket(self, account, model, *estimate, identity, counted)
+
+    def num_elsewhere(self) -> int:
+        """Return the requests that the other routers have at this moment."""
+        return self.peers.num_concurrent(time.monotonic())
 
     def join(self, identity: Identity, model: str) -> QuotaTicket:
         """Admit a request for an answer that an admitted request began; it is always admitted."""
         account = self._account(identity.tenant)
         account.concurrent += 1
-        return QuotaTicket(self, account, model, 0.0, 0.0)
+        return QuotaTicket(self, account, model, 0.0, 0.0, identity)
 
     def count(self, tenant: str, model: str, status: int, usage: Usage | None) -> None:
         """Count a finished request."""

@@ -156,6 +156,10 @@ def _engine_operation(method: str, path: str, operation: Mapping[str, Any]) -> d
 
 
 def _own_item(path: str, own: OwnPath) -> dict[str, Any]:
+    return {each.method: _own_operation(path, each) for each in (own, *own.others)}
+
+
+def _own_operation(path: str, own: OwnPath) -> dict[str, Any]:
     answers = {"200": {"description": "OK", "headers": _headers(), "content": _content(own)}}
     if own.has_503:
         answers["503"] = {**answers["200"], "description": "Not ready"}
@@ -164,19 +168,19 @@ def _own_item(path: str, own: OwnPath) -> dict[str, Any]:
     operation: dict[str, Any] = {
         "operationId": _operation_id(own.method, path),
         "summary": own.summary,
-        "tags": ["OpenAI" if path.startswith("/v1/models") else "Router"],
+        "tags": [own.tag],
         "parameters": [*own.parameters, request_id],
         "responses": {**answers, **_errors(path, statuses)},
     }
     if own.body is not None:
-        schema = _own_schemas()[0][own.body]
-        operation["requestBody"] = {
-            "required": True,
-            "content": {"application/json": {"schema": schema}},
-        }
+        content = {"application/json": {"schema": _own_schemas()[0][own.body]}}
+        operation["requestBody"] = {"required": True, "content": content}
+    if own.form is not None:
+        content = {"multipart/form-data": {"schema": dict(own.form)}}
+        operation["requestBody"] = {"required": True, "content": content}
     if own.is_public:
         operation["security"] = []
-    return {own.method: operation}
+    return operation
 
 
 def _content(own: OwnPath) -> dict[str, Any]:
@@ -210,9 +214,9 @@ def _errors(path: str, statuses: Iterable[int]) -> dict[str, Any]:
 @cache
 def _own_schemas() -> tuple[dict[Any, dict[str, Any]], dict[str, Any]]:
     """Return the schema of each type of the router's answers, and those that they refer to."""
-    own = OWN_PATHS.values()
-    types = {each.reply for each in own} | {each.body for each in own if each.body is not None}
-    types |= {ErrorBody, AnthropicErrorBody}
+    all_own = [each for own in OWN_PATHS.values() for each in (own, *own.others)]
+    types = {own.reply for own in all_own} | {ErrorBody, AnthropicErrorBody}
+    types |= {own.body for own in all_own if own.body is not None}
     found, components = msgspec.json.schema_components(types, ref_template=_SCHEMAS + "{name}")
     return dict(zip(types, found, strict=True)), components
 

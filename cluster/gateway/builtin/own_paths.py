@@ -1,8 +1,14 @@
 """The router's own paths and the types of their answers, for the OpenAPI document."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
+from cluster.admission.budgets import BudgetState, Period
+from cluster.batches import LineError
+from cluster.batches.types import Status
+from cluster.gateway.admission.budgets import SPEND_PATH
+from cluster.gateway.batches.routes import BatchRequest
 from cluster.gateway.builtin.drain import DRAIN_PATH
 from cluster.gateway.builtin.guards import GUARDS_PATH, GuardTest, GuardTestRequest
 from cluster.gateway.reporting.dashboard import DATA_PATH, REPORT_PATH
@@ -137,6 +143,20 @@ class UsageHour(UsageTotal):
     joules_missing: NotRequired[str]
 
 
+class BudgetSpend(TypedDict):
+    """Spend of a tenant, or of one of its keys, against its budget."""
+
+    tenant: str
+    key: str | None
+    """Id of the key; null for the whole tenant."""
+    period: Period
+    spent: float
+    soft_limit: float
+    limit: float
+    state: BudgetState
+    renews_at: str
+
+
 class UsageReport(TypedDict):
     """Usage by hour, tenant and model."""
 
@@ -144,6 +164,7 @@ class UsageReport(TypedDict):
     currency: str | None
     data: list[UsageHour]
     total: UsageTotal
+    budgets: list[BudgetSpend]
 
 
 class DrainingReplica(TypedDict):
@@ -173,6 +194,97 @@ class RolloutList(TypedDict):
     data: list[dict[str, Any]]
 
 
+class FileObject(TypedDict):
+    """An uploaded file, or an output of a batch."""
+
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    expires_at: int
+    filename: str
+    purpose: Literal["batch", "batch_output"]
+    status: Literal["processed"]
+
+
+class FileList(TypedDict):
+    """Files of the tenant."""
+
+    object: Literal["list"]
+    data: list[FileObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class DeletedFile(TypedDict):
+    """A file that was deleted."""
+
+    id: str
+    object: Literal["file"]
+    deleted: Literal[True]
+
+
+class BatchErrors(TypedDict):
+    """Reasons why a batch did not run."""
+
+    object: Literal["list"]
+    data: list[LineError]
+
+
+class BatchCounts(TypedDict):
+    """Lines of a batch."""
+
+    total: int
+    completed: int
+    failed: int
+
+
+class BatchCost(TypedDict):
+    """Energy and cost of the answers so far."""
+
+    joules: float | None
+    cost: float | None
+    currency: str | None
+
+
+class BatchObject(TypedDict):
+    """A batch; times are Unix times in seconds."""
+
+    id: str
+    object: Literal["batch"]
+    endpoint: str
+    errors: BatchErrors | None
+    input_file_id: str
+    completion_window: str
+    status: Status
+    output_file_id: str | None
+    error_file_id: str | None
+    created_at: int
+    expires_at: int
+    in_progress_at: int | None
+    finalizing_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    expired_at: int | None
+    cancelling_at: int | None
+    cancelled_at: int | None
+    request_counts: BatchCounts
+    usage: dict[str, Any]
+    metadata: dict[str, str] | None
+    tandem: BatchCost
+
+
+class BatchList(TypedDict):
+    """Batches of the tenant."""
+
+    object: Literal["list"]
+    data: list[BatchObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
 class OwnPath(NamedTuple):
     """Description of one of the router's paths."""
 
@@ -188,15 +300,107 @@ class OwnPath(NamedTuple):
     is_public: bool = False
     has_503: bool = False
     """True if the answer may have the status 503."""
-    method: Literal["get", "post"] = "get"
+    method: Literal["get", "post", "delete"] = "get"
     body: Any = None
-    """Type of the request's JSON body, if any."""
+    """Type of the request's JSON body; None without one."""
+    form: Mapping[str, Any] | None = None
+    """Schema of the request's form, if it has one."""
+    tag: str = "Router"
+    others: tuple["OwnPath", ...] = ()
+    """The same path with other methods."""
 
 
 def _query(name: str, description: str, **schema: Any) -> dict[str, Any]:
     kind = {"type": "string", **schema}
     return {"name": name, "in": "query", "description": description, "schema": kind}
 
+
+def _in_path(name: str) -> dict[str, Any]:
+    return {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+
+
+_LISTING = (
+    _query("limit", "Items, at most 100 of which are returned.", type="integer", minimum=1),
+    _query("after", "Id of the last item of the previous page."),
+    _query("order", "Order by time of creation.", enum=["asc", "desc"]),
+)
+_FILE, _BATCH = _in_path("file_id"), _in_path("batch_id")
+_FORM = {
+    "type": "object",
+    "required": ["file", "purpose"],
+    "properties": {
+        "file": {"type": "string", "format": "binary"},
+        "purpose": {"type": "string", "enum": ["batch"]},
+        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2592000},
+    },
+}
+_own = partial(OwnPath, tag="OpenAI")
+BATCH_PATHS: Mapping[str, OwnPath] = {
+    "/v1/files": _own(
+        "List the files.",
+        FileList,
+        statuses=(501,),
+        parameters=(_query("purpose", "Default: all."), *_LISTING),
+        others=(
+            _own(
+                "Upload a file.",
+                FileObject,
+                statuses=(408, 413, 501),
+                method="post",
+                form=_FORM,
+            ),
+        ),
+    ),
+    "/v1/files/{file_id}": _own(
+        "Return a file's description.",
+        FileObject,
+        statuses=(404, 501),
+        parameters=(_FILE,),
+        others=(
+            _own(
+                "Delete a file.",
+                DeletedFile,
+                statuses=(404, 501),
+                parameters=(_FILE,),
+                method="delete",
+            ),
+        ),
+    ),
+    "/v1/files/{file_id}/content": _own(
+        "Return a file's content.",
+        bytes,
+        "application/octet-stream",
+        statuses=(404, 501),
+        parameters=(_FILE,),
+    ),
+    "/v1/batches": _own(
+        "List the batches.",
+        BatchList,
+        statuses=(501,),
+        parameters=_LISTING,
+        others=(
+            _own(
+                "Create a batch.",
+                BatchObject,
+                statuses=(404, 413, 429, 501),
+                method="post",
+                body=BatchRequest,
+            ),
+        ),
+    ),
+    "/v1/batches/{batch_id}": _own(
+        "Return a batch.", BatchObject, statuses=(404, 501), parameters=(_BATCH,)
+    ),
+    "/v1/batches/{batch_id}/cancel": _own(
+        "Cancel a batch; its results so far stay.",
+        BatchObject,
+        statuses=(404, 501),
+        parameters=(_BATCH,),
+        method="post",
+    ),
+}
+"""Paths of files and batches, which exist unless ``router.batches.enabled`` is false."""
 
 _SINCE = _query("since", "Unix time in seconds; only later data is returned.", pattern="^[0-9]+$")
 _TIME = "Unix seconds or an ISO 8601 time."
@@ -215,15 +419,14 @@ OWN_PATHS: Mapping[str, OwnPath] = {
         has_503=True,
     ),
     "/version": OwnPath("Return the components' versions.", dict[str, str], is_public=True),
-    "/v1/models": OwnPath("List the models.", Models),
+    "/v1/models": OwnPath("List the models.", Models, tag="OpenAI"),
     "/models": OwnPath("List the models with their capabilities (Infinity).", CapableModels),
     MODEL_PATH: OwnPath(
         "Return one model.",
         Model,
         statuses=(404,),
-        parameters=(
-            {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}},
-        ),
+        parameters=(_in_path("model"),),
+        tag="OpenAI",
     ),
     "/v1/usage": OwnPath(
         "Return tokens, energy and cost by hour, tenant and model.",
@@ -249,6 +452,10 @@ OWN_PATHS: Mapping[str, OwnPath] = {
         "Return this node's copies of the usage of other nodes, for the other routers.",
         statuses=(403,),
         parameters=_ROWS,
+    ),
+    SPEND_PATH: OwnPath(
+        "Return the costs by day and key of this router's node, for the other routers.",
+        statuses=(403,),
     ),
     "/openapi.json": OwnPath("Return this document."),
     DRAIN_PATH: OwnPath(
@@ -282,6 +489,7 @@ OWN_PATHS: Mapping[str, OwnPath] = {
         statuses=(403,),
         parameters=(_SINCE,),
     ),
+    **BATCH_PATHS,
 }
 
 PUBLIC_PATHS = frozenset(path for path, own in OWN_PATHS.items() if own.is_public)

@@ -16,10 +16,17 @@ import msgspec
 
 from cluster.admission import MAX_PRIORITY
 from cluster.errors import NotFoundError, TandemError
+from cluster.gateway.admission.budgets import SPEND_PATH
+from cluster.gateway.batches import BatchRoutes
 from cluster.gateway.builtin.drain import DRAIN_PATH, Drains
 from cluster.gateway.builtin.guards import GUARDS_PATH, GuardRoutes
 from cluster.gateway.builtin.openapi import make_document
-from cluster.gateway.builtin.own_paths import MODEL_PATH, ROLLOUT_PATH, ROLLOUTS_PATH
+from cluster.gateway.builtin.own_paths import (
+    BATCH_PATHS,
+    MODEL_PATH,
+    ROLLOUT_PATH,
+    ROLLOUTS_PATH,
+)
 from cluster.gateway.builtin.pages import Page
 from cluster.gateway.builtin.rollouts import RolloutControl, RolloutRoutes
 from cluster.gateway.guards import Guards
@@ -92,6 +99,7 @@ class BuiltinRoutes:
         self._explain_page = Page("explain")
         self._dashboard_page = Page("dashboard")
         self._rollouts = RolloutRoutes(rollout_control)
+        self._batches: BatchRoutes | None = None
         self._handlers: dict[str, Handler] = {
             "/health": self._health,
             "/ready": self._ready,
@@ -111,6 +119,7 @@ class BuiltinRoutes:
                 "/v1/usage": usage.handle,
                 ROWS_PATH: usage.answer_router,
                 COPIES_PATH: usage.answer_router_with_copies,
+                SPEND_PATH: usage.budgets.answer_router,
             }
 
     def add_drains(self, drains: Drains) -> None:
@@ -118,6 +127,9 @@ class BuiltinRoutes:
 
     def add_guards(self, guards: Guards) -> None:
         self._handlers[GUARDS_PATH] = GuardRoutes(guards).test
+
+    def add_batches(self, batches: BatchRoutes) -> None:
+        self._batches = batches
 
     async def close(self) -> None:
         """Cancel the queries at replicas."""
@@ -132,6 +144,8 @@ class BuiltinRoutes:
             return BuiltinRoute(MODEL_PATH, self._get_model)
         if path.startswith(f"{ROLLOUTS_PATH}/"):
             return BuiltinRoute(ROLLOUT_PATH, self._rollouts.change, WRITE_METHODS)
+        if self._batches is not None and (found := self._batches.find(path)) is not None:
+            return BuiltinRoute(*found)
         handler = self._handlers.get(path)
         methods = WRITE_METHODS if path in (DRAIN_PATH, GUARDS_PATH) else READ_METHODS
         return None if handler is None else BuiltinRoute(path, handler, methods)
@@ -230,7 +244,8 @@ class BuiltinRoutes:
         # Engines' documents are cached, so the same objects make the same document. Its 0.5 MB take
         # 5 ms on the event loop; json.dumps would take more.
         if len(known) != len(documents) or any(map(is_not, known, documents)):
-            version, own = self._versions.get("tandem", ""), (*self._handlers, MODEL_PATH)
+            batches = () if self._batches is None else BATCH_PATHS
+            version, own = self._versions.get("tandem", ""), (*self._handlers, MODEL_PATH, *batches)
             content = msgspec.json.encode(make_document(version, own, filter(None, documents)))
             self._document = documents, content
         return bytes_response(200, b"application/json", content)

@@ -113,6 +113,10 @@ class PoolMeter:
         self._openings = {
             cause: counter(table.CIRCUIT_OPENINGS, cause) for cause in get_args(CircuitCause)
         }
+        self.num_interactive_arrivals = 0
+        """Requests of clients that arrived, without lines of batches."""
+        self.num_interactive = 0
+        """Requests of clients that have not ended, without lines of batches."""
         self.open_requests: set[RequestObserver] = set()
         """Observers of the requests that have not ended."""
         sinks.registry.on_collect(self.count_gaps)
@@ -128,6 +132,9 @@ class PoolMeter:
         # The router's own requests have no on_end; they must not cause autoscaling.
         if on_end is not None:
             self.arrivals.add()
+            if request.on_usage is None:
+                self.num_interactive_arrivals += 1
+                self.num_interactive += 1
         observer = RequestObserver(self, request, route, on_end)
         self.open_requests.add(observer)
         return observer
@@ -266,6 +273,8 @@ class RequestObserver:
         if notes is not None and notes.status is not None and self.status == CLIENT_DISCONNECTED:
             self.status = notes.status  # it was not the client that cancelled the request
         meter = self._meter
+        if self._on_end is not None and self._request.on_usage is None:
+            meter.num_interactive -= 1
         meter.open_requests.discard(self)
         self.count_gaps()
         total_s = perf_counter() - self._arrived

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 
 from cluster.accounting.usage import UsageRow, UsageSums
 from cluster.accounting.usage_log import UsageLog
+from cluster.admission.budgets import SpendRow
 from cluster.config import AccountingConfig, TandemConfig
 from cluster.usage import Usage
 
@@ -60,6 +61,14 @@ class UsageAccount:
             usage.cost or 0.0,
         )
         self._log.add_request(tenant, model, usage.source, sums)
+
+    def add_spend(self, row: SpendRow) -> None:
+        """Add the cost of a request to that of its key."""
+        self._log.add_spend(row)
+
+    async def find_spend(self, first_day: int) -> list[SpendRow]:
+        """Return the costs by key in this node's file; see ``UsageLog.find_spend``."""
+        return await self._log.find_spend(first_day)
 
     async def find(self, start_s: float, end_s: float, tenant: str | None) -> list[UsageRow]:
         """Return the sums of this node's file; see ``UsageLog.find``."""

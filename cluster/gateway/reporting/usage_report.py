@@ -5,6 +5,7 @@ Nodes without a router, such as lost ones, count with the copies that others hav
 
 import asyncio
 from collections.abc import Iterable
+from typing import Any, Protocol
 from urllib.parse import parse_qsl, urlencode
 
 import msgspec
@@ -42,17 +43,31 @@ decode_rows = msgspec.json.Decoder(tuple[str, list[UsageRow]]).decode
 _decode_copies = msgspec.json.Decoder(list[tuple[str, UsageRow]]).decode
 
 
+class BudgetReport(Protocol):
+    """Spend and budgets of tenants; ``admission.budgets`` implements it."""
+
+    def report(self, tenant: str | None) -> list[dict[str, Any]]:
+        """Return the rows of one tenant or all."""
+
+    async def answer_router(self, request: Request) -> Response:
+        """Answer another router."""
+
+
 class UsageReport:
     """Usage of all nodes; routers of one node share a file, which counts once.
 
     Args:
         account: Usage of this node.
         routers: Links to the other routers; None if there is only one.
+        budgets: Budgets to show with the usage.
     """
 
-    def __init__(self, account: UsageAccount, routers: RouterLinks | None) -> None:
+    def __init__(
+        self, account: UsageAccount, routers: RouterLinks | None, budgets: BudgetReport
+    ) -> None:
         self._account = account
         self._routers = routers
+        self.budgets = budgets
 
     async def handle(self, request: Request) -> Response:
         """Answer ``GET /v1/usage``.
@@ -75,7 +90,8 @@ class UsageReport:
         rows = await self._find_everywhere(start_s, end_s, tenant)
         if format_ == "csv":
             return bytes_response(200, b"text/csv; charset=utf-8", as_csv(rows).encode())
-        return json_response(as_json(rows, self._account.currency))
+        body = as_json(rows, self._account.currency)
+        return json_response({**body, "budgets": self.budgets.report(tenant)})
 
     async def answer_router(self, request: Request) -> Response:
         """Answer another router with this node's file.

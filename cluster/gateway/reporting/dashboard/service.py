@@ -78,6 +78,7 @@ class Dashboard:
         sinks: Its metrics, request log and tenants' requests.
         routers: Links to the other routers; None if there is only one.
         read_decisions: Reads autoscaling's decisions; None if there is no autoscaling.
+        read_budgets: Returns spend and budgets of one tenant or all.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Dashboard:
         sinks: RequestSinks,
         routers: RouterLinks | None,
         read_decisions: ReadDecisions | None = None,
+        read_budgets: Callable[[str | None], list[dict[str, Any]]] | None = None,
     ) -> None:
         self._history = History(sinks.registry, pools, sinks.tenants)
         self._pools = pools
@@ -95,6 +97,7 @@ class Dashboard:
         self._routers = routers
         self._others: dict[str, RouterReport | None] = {}
         self._read_decisions = read_decisions
+        self._read_budgets = read_budgets
         self._decisions: list[TargetChange] | None = None
         self._decisions_at = -DECISIONS_INTERVAL_S
         self._refreshing: asyncio.Task[None] | None = None
@@ -216,6 +219,7 @@ class Dashboard:
             "failures": _last_failures(reports),
             "changes": own.changes,
             "decisions": self._decisions,
+            "budgets": [] if self._read_budgets is None else self._read_budgets(None),
         }
 
 
@@ -258,7 +262,9 @@ def _own_part(data: dict[str, Any], tenant: str) -> dict[str, Any]:
     own = [failure for failure in data["failures"] if failure.tenant == tenant]
     shown = {"pools": pools, "levels": _levels(pools), "failures": own, "tenant": tenant}
     routers = {data["router"]: True}
-    return {**data, **shown, "routers": routers, "changes": [], "decisions": None}
+    budgets = [budget for budget in data["budgets"] if budget["tenant"] == tenant]
+    hidden: dict[str, Any] = {"changes": [], "decisions": None}
+    return {**data, **shown, **hidden, "routers": routers, "budgets": budgets}
 
 
 def _last_failures(reports: list[RouterReport]) -> list[Failure]:

@@ -1,0 +1,154 @@
+"""Reading of an uploaded file: a form is parsed piece by piece, and the file goes to disk."""
+
+import asyncio
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from python_multipart.exceptions import MultipartParseError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from cluster.errors import InvalidRequestError, PayloadTooLargeError
+from cluster.gateway.messages import BodyStream
+
+MAX_FIELD_BYTES = 4096
+MAX_FIELDS = 20
+WRITE_BYTES = 256 * 1024
+"""Received data that a thread writes at once."""
+
+
+@dataclass(slots=True)
+class Upload:
+    """Fields of a form with one file."""
+
+    fields: dict[str, str] = field(default_factory=dict)
+    filename: str = ""
+    num_bytes: int = 0
+    has_file: bool = False
+
+
+class _Form:
+    """Callbacks of the parser."""
+
+    def __init__(self, max_file_bytes: int) -> None:
+        self.upload = Upload()
+        self.unwritten = bytearray()
+        self.is_complete = False
+        self._max_file_bytes = max_file_bytes
+        self._header_name = b""
+        self._header_value = b""
+        self._headers: dict[bytes, bytes] = {}
+        self._name = ""
+        self._is_file = False
+        self._value = b""
+
+    def callbacks(self) -> dict[str, Callable[..., None]]:
+        return {
+            "on_part_begin": self._begin_part,
+            "on_header_field": self._add_header_name,
+            "on_header_value": self._add_header_value,
+            "on_header_end": self._end_header,
+            "on_headers_finished": self._end_headers,
+            "on_part_data": self._add_data,
+            "on_part_end": self._end_part,
+            "on_end": self._end,
+        }
+
+    def _begin_part(self) -> None:
+        self._headers, self._name, self._is_file, self._value = {}, "", False, b""
+
+    def _add_header_name(self, data: bytes, start: int, end: int) -> None:
+        self._header_name += data[start:end]
+
+    def _add_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._header_value += data[start:end]
+
+    def _end_header(self) -> None:
+        self._headers[self._header_name.lower()] = self._header_value
+        self._header_name = self._header_value = b""
+
+    def _end_headers(self) -> None:
+        _, options = parse_options_header(self._headers.get(b"content-disposition"))
+        self._name = options.get(b"name", b"").decode(errors="replace")
+        self._is_file = self._name == "file"
+        if self._is_file:
+            if self.upload.has_file:
+                raise InvalidRequestError("Send one `file` per request.", param="file")
+            self.upload.has_file = True
+            self.upload.filename = options.get(b"filename", b"").decode(errors="replace")[:255]
+
+    def _add_data(self, data: bytes, start: int, end: int) -> None:
+        if not self._is_file:
+            self._value += data[start:end]
+            if len(self._value) > MAX_FIELD_BYTES:
+                raise InvalidRequestError(
+                    f"The field is longer than {MAX_FIELD_BYTES} bytes.", param=self._name
+                )
+            return
+        self.unwritten += data[start:end]
+        self.upload.num_bytes += end - start
+        if self.upload.num_bytes > self._max_file_bytes:
+            raise PayloadTooLargeError(
+                f"The file is larger than {self._max_file_bytes} bytes "
+                "(router.batches.max_file_bytes). Split it.",
+                param="file",
+            )
+
+    def _end_part(self) -> None:
+        if not self._is_file:
+            self.upload.fields[self._name] = self._value.decode(errors="replace")
+            if len(self.upload.fields) > MAX_FIELDS:
+                raise InvalidRequestError(f"The form has more than {MAX_FIELDS} fields.")
+
+    def _end(self) -> None:
+        self.is_complete = True
+
+
+async def receive_form(
+    stream: BodyStream, content_type: str | None, path: Path, max_file_bytes: int
+) -> Upload:
+    """Write the ``file`` of a form to ``path``, and return its fields. Nothing is kept on errors.
+
+    Raises:
+        InvalidRequestError: The body is no form with one file.
+        PayloadTooLargeError: The file is too large.
+    """
+    kind, options = parse_options_header(content_type)
+    boundary = options.get(b"boundary")
+    if kind != b"multipart/form-data" or not boundary:
+        raise InvalidRequestError("Send the file as multipart/form-data.", param="file")
+    form = _Form(max_file_bytes)
+    file = await asyncio.to_thread(_create, path)
+    try:
+        try:
+            parser = MultipartParser(boundary, form.callbacks())  # type: ignore[arg-type]
+            async for chunk in stream.chunks():
+                parser.write(chunk)
+                if len(form.unwritten) >= WRITE_BYTES:
+                    data, form.unwritten = form.unwritten, bytearray()
+                    await asyncio.to_thread(file.write, bytes(data))
+            parser.finalize()
+        except MultipartParseError as error:
+            raise InvalidRequestError(f"The form cannot be read: {error}.") from None
+        if not (form.is_complete and form.upload.has_file):
+            raise InvalidRequestError("The form has no complete `file`.", param="file")
+        await asyncio.to_thread(_finish, file, bytes(form.unwritten))
+    except BaseException:
+        file.close()
+        os.unlink(path)
+        raise
+    return form.upload
+
+
+def _create(path: Path) -> IO[bytes]:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return path.open("wb")
+
+
+def _finish(file: IO[bytes], rest: bytes) -> None:
+    with file:
+        file.write(rest)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,157 @@
+"""Money budgets: 429 once spent, by day and month, tenant and key, over several routers."""
+
+import hashlib
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.accounting.usage_log import UsageLog
+from cluster.admission import Identity, Tenant
+from cluster.admission.budgets import Budget, period_days
+from cluster.admission.keys import parse_keys
+from cluster.config import parse
+from cluster.errors import OverloadedError
+from cluster.gateway import Gateway, GatewayApp, UsageAccount, Wiring
+from cluster.gateway.admission.budgets import Budgets
+from cluster.key_file import KeyFile
+from cluster.metrics import Registry, exposition
+from tests import asgi
+
+NOON = datetime(2026, 1, 31, 12, tzinfo=UTC).timestamp()
+DAY_S = 86400
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = NOON
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make_account(path: Path, clock: Clock) -> UsageAccount:
+    config = parse({"generators": [{"name": "gen", "model": "m"}], "accounting": PRICES})
+    return UsageAccount(config, UsageLog(path, 10, clock), clock)
+
+
+PRICES = {"per_cpu_hour": 1.0}
+
+
+def identity(key: str = "k", budget: Budget | None = None, **tenant: Any) -> Identity:
+    return Identity(Tenant("acme", budget=Budget(**tenant)), key=key, budget=budget or Budget())
+
+
+def make_budgets(path: Path, clock: Clock, *identities: Identity) -> Budgets:
+    registry = Registry()
+    return Budgets(make_account(path, clock), None, registry, lambda: identities, clock)
+
+
+def test_periods_end_at_midnight_and_at_the_first_of_the_month() -> None:
+    day = int(NOON // DAY_S)
+    assert period_days("day", NOON) == (day, day + 1)
+    assert period_days("month", NOON) == (day - 30, day + 1)
+    assert period_days("month", NOON + DAY_S) == (day + 1, day + 29)
+
+
+async def test_a_spent_budget_refuses_until_it_renews(tmp_path: Path) -> None:
+    clock, acme = Clock(), identity(cost_per_day=1.0)
+    budgets = make_budgets(tmp_path / "usage", clock, acme)
+    budgets.check(acme)
+    budgets.add(acme, 0.9)
+    budgets.check(acme)
+    (row,) = budgets.report("acme")
+    assert (row["state"], row["soft_limit"], row["spent"]) == ("soft", 0.8, 0.9)
+    budgets.add(acme, 0.2)
+    with pytest.raises(OverloadedError) as refused:
+        budgets.check(acme)
+    assert str(refused.value) == (
+        "The daily budget of tenant 'acme' is spent: 1.1 of 1 EUR. It renews at "
+        "2026-02-01T00:00:00Z."
+    )
+    assert refused.value.retry_after_s == 12 * 3600
+    clock.now += 12 * 3600
+    budgets.check(acme)
+    assert budgets.report("acme")[0]["state"] == "open"
+    assert budgets.report("other") == []
+
+
+async def test_a_key_has_its_own_budget_within_its_tenants(tmp_path: Path) -> None:
+    small = identity("small", Budget(cost_per_month=1.0), cost_per_month=10.0)
+    large = identity("large", cost_per_month=10.0)
+    budgets = make_budgets(tmp_path / "usage", Clock(), small, large)
+    budgets.add(small, 2.0)
+    with pytest.raises(OverloadedError, match="monthly budget of key small of tenant 'acme'"):
+        budgets.check(small)
+    budgets.check(large)
+    budgets.add(large, 8.5)
+    with pytest.raises(OverloadedError, match=r"monthly budget of tenant 'acme' is spent: 10\.5"):
+        budgets.check(large)
+
+
+async def test_the_spend_survives_restarts_and_is_that_of_all_routers(tmp_path: Path) -> None:
+    clock, acme = Clock(), identity(cost_per_month=2.0)
+    routers = [make_budgets(tmp_path / "usage", clock, acme) for _ in range(2)]
+    for router in routers:
+        router.add(acme, 0.6)
+        await router.refresh()
+    await routers[0].refresh()
+    new = make_budgets(tmp_path / "usage", clock, acme)
+    await new.refresh()
+    for router in (*routers, new):
+        assert router.spent("acme", "", "month") == pytest.approx(1.2)
+        assert router.spent("acme", "k", "day") == pytest.approx(1.2)
+    new.add(acme, 0.9)
+    await new.refresh()
+    await new.refresh()  # counts nothing twice
+    assert new.spent("acme", "", "month") == pytest.approx(2.1)
+    clock.now += DAY_S
+    await new.refresh()
+    assert new.spent("acme", "", "month") == 0
+
+
+async def test_gauges_show_the_state(tmp_path: Path) -> None:
+    acme, registry = identity(cost_per_day=1.0), Registry()
+    account = make_account(tmp_path / "usage", Clock())
+    budgets = Budgets(account, None, registry, lambda: [acme], Clock())
+    budgets.add(acme, 0.85)
+    text = exposition(registry).decode()
+    assert 'tandem_budget_state{key="",period="day",tenant="acme"} 1' in text
+    assert 'tandem_budget_spent_ratio{key="",period="day",tenant="acme"} 0.85' in text
+
+
+async def test_a_gateway_refuses_and_reports(tmp_path: Path) -> None:
+    digest = hashlib.sha256(b"key").hexdigest()
+    contents = {
+        "tenants": {"acme": {"cost_per_day": 1.5}},
+        "keys": [{"sha256": digest, "tenant": "acme", "cost_per_month": 3}],
+    }
+    file = tmp_path / "keys.yaml"
+    file.write_text(json.dumps(contents))
+    (found,) = parse_keys(file.read_text(), "file").identities().values()
+    assert found.budget == Budget(cost_per_month=3)
+    clock = Clock()
+    account = make_account(tmp_path / "usage", clock)
+    config = parse({"generators": [{"name": "gen", "model": "m"}], "accounting": PRICES})
+    key_file = KeyFile(file, expected=True)
+    gateway = Gateway(config, {"gen": Wiring(b"s" * 32)}, usage=account, key_file=key_file)
+    app, headers = GatewayApp(gateway), {"authorization": "Bearer key"}
+    try:
+        gateway.budgets.add(found, 2.0)
+        body = {"model": "gen", "messages": []}
+        answer = await asgi.post(app, "/v1/chat/completions", body, headers=headers)
+        assert answer.status == 429
+        assert "daily budget of tenant 'acme'" in answer.json()["error"]["message"]
+        assert int(answer.headers["retry-after"]) > 0
+        rows = (await asgi.get(app, "/v1/usage", headers=headers)).json()["budgets"]
+        assert [(row["key"], row["period"], row["state"]) for row in rows] == [
+            (digest[:16], "month", "open"),
+            (None, "day", "spent"),
+        ]
+        shown = (await asgi.get(app, "/dashboard/data", headers=headers)).json()["budgets"]
+        assert [row["state"] for row in shown] == ["open", "spent"]
+        assert (await asgi.get(app, "/v1/usage/spend", headers=headers)).status == 403
+    finally:
+        await gateway.close()

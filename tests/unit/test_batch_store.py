@@ -1,0 +1,183 @@
+"""The store of batches: one result per line after any crash, isolation, limits and the lease."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from cluster.batches import Batch, BatchStore, LineResult, Listing, StoredFile
+from cluster.errors import PayloadTooLargeError
+from cluster.usage import Usage
+
+replace = msgspec.structs.replace
+
+
+class Crash(BaseException):
+    """End of the process at this point."""
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> BatchStore:
+    return BatchStore(tmp_path)
+
+
+def add_file(store: BatchStore, id_: str, content: bytes = b"x", **fields: Any) -> StoredFile:
+    about = {"tenant": "a", "filename": "in.jsonl", "purpose": "batch", "created_at": 1}
+    file = StoredFile(**{"id": id_, "bytes": len(content), "expires_at": 100, **about, **fields})
+    part = store.path(f"{id_}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.write_bytes(content)
+    store.add_file(file, part, 10)
+    return file
+
+
+def make_batch(id_: str = "b", **fields: Any) -> Batch:
+    about = {"tenant": "a", "endpoint": "/classify", "input_file_id": "f", "created_at": 1}
+    ids = {"output_id": f"{id_}-out", "error_id": f"{id_}-err", "expires_at": 99}
+    return Batch(**{"id": id_, "completion_window": "1h", "total": 3, **about, **ids, **fields})
+
+
+def result(line: int, content: bytes = b"{}", *, good: bool = True) -> LineResult:
+    return LineResult(line, good, content, Usage(2, 1, 3, cost=0.5) if good else None)
+
+
+def end(batch: Batch) -> Batch:
+    return replace(batch, status="completed", completed_at=9)
+
+
+def test_a_line_keeps_its_first_result(store: BatchStore) -> None:
+    store.add_batch(make_batch())
+    store.record("b", [result(1, b'"first"'), result(2, good=False)])
+    batch = store.record("b", [result(1, b'"second"'), result(1, good=False), result(3)])
+    assert batch is not None
+    assert (batch.completed, batch.failed, batch.completion_tokens) == (2, 1, 6)
+    assert batch.as_json("EUR")["tandem"]["cost"] == 1.0
+    assert store.done_lines("b") == {1, 2, 3}
+    store.finish("b", end, 50)
+    assert store.path("b-out").read_bytes() == b'"first"\n{}\n'
+    assert store.path("b-err").read_bytes() == b"{}\n"
+
+
+@pytest.mark.parametrize("point", ["write", "first move", "second move", "commit"])
+def test_a_crash_at_the_end_loses_and_doubles_nothing(
+    store: BatchStore, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    store.add_batch(make_batch())
+    store.record("b", [result(line, b"%d" % line, good=line < 3) for line in (1, 2, 3)])
+    moves = 0
+
+    def crash(*_: object) -> None:
+        raise Crash
+
+    def move(old: Path, new: Path) -> None:
+        nonlocal moves
+        moves += 1
+        if moves == {"first move": 1, "second move": 2}.get(point):
+            raise Crash
+        os.rename(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cluster.batches.store.os.replace", move)
+        if point == "write":
+            patch.setattr("cluster.batches.store.os.fsync", crash)
+        if point == "commit":
+            patch.setattr("cluster.batches.store._write_batch", crash)
+        with pytest.raises(Crash):
+            store.finish("b", end, 50)
+    (batch,) = BatchStore(store.path("").parent).open_batches()
+    assert batch.completed == 2
+    for _ in range(2):  # also if it is finished twice
+        BatchStore(store.path("").parent).finish("b", end, 50)
+    assert store.path("b-out").read_bytes() == b"1\n2\n"
+    assert store.path("b-err").read_bytes() == b"3\n"
+    assert store.open_batches() == []
+    output = store.find_file("b-out", "a")
+    assert output is not None
+    assert (output.purpose, output.bytes) == ("batch_output", 4)
+
+
+def test_a_crash_during_recording_keeps_none_of_it(
+    store: BatchStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.add_batch(make_batch())
+
+    def crash(*_: object) -> None:
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cluster.batches.store._write_batch", crash)
+        with pytest.raises(Crash):
+            store.record("b", [result(1)])
+    assert store.done_lines("b") == set()
+    batch = store.record("b", [result(1)])
+    assert batch is not None
+    assert batch.completed == 1
+
+
+def test_a_finished_batch_does_not_change(store: BatchStore) -> None:
+    store.add_batch(make_batch())
+    store.finish("b", end, 50)
+    after = store.change_batch("b", lambda batch: replace(batch, status="cancelling"))
+    assert after is not None
+    assert after.status == "completed"
+    assert store.record("b", [result(1)]) == after
+    assert after.as_json(None)["output_file_id"] is None
+
+
+def test_each_tenant_sees_its_own(store: BatchStore) -> None:
+    add_file(store, "f")
+    store.add_batch(make_batch())
+    assert store.find_file("f", "other") is None
+    assert not store.delete_file("f", "other")
+    assert store.find_batch("b", "other") is None
+    assert store.list_batches("other", Listing(10)) == []
+    assert store.list_files("other", None, Listing(10)) == []
+    assert store.delete_file("f", "a")
+    assert not store.path("f").exists()
+
+
+def test_lists_are_in_order_and_go_on_after_an_item(store: BatchStore) -> None:
+    for number in range(5):
+        store.add_batch(make_batch(f"b{number}", created_at=number // 2))
+
+    def ids(part: Listing) -> list[str]:
+        return [batch.id for batch in store.list_batches("a", part)]
+
+    assert ids(Listing(2)) == ["b4", "b3"]
+    assert ids(Listing(9, "b3")) == ["b2", "b1", "b0"]
+    assert ids(Listing(2, "b1", is_ascending=True)) == ["b2", "b3"]
+
+
+def test_the_files_of_a_tenant_are_limited(store: BatchStore) -> None:
+    add_file(store, "one", b"12345678")
+    with pytest.raises(PayloadTooLargeError, match="8 bytes, and this one 3"):
+        add_file(store, "two", b"123")
+    add_file(store, "three", b"123", tenant="b")
+    assert json.dumps(add_file(store, "four", b"12").as_json()).count("tenant") == 0
+
+
+def test_old_files_are_deleted_unless_a_batch_needs_them(store: BatchStore) -> None:
+    add_file(store, "f", expires_at=10)
+    add_file(store, "g", expires_at=10)
+    store.add_batch(make_batch())
+    store.add_batch(make_batch("done", status="completed"))
+    store.delete_old(11, 5)
+    assert store.path("f").exists()
+    assert not store.path("g").exists()
+    assert store.find_batch("done") is None
+    assert store.find_batch("b") is not None
+
+
+def test_one_router_has_the_lease_until_it_drops_it_or_is_silent(store: BatchStore) -> None:
+    assert store.take_lease("one", 0, 5)
+    assert not store.take_lease("two", 4, 5)
+    assert store.take_lease("one", 4, 5)
+    assert not store.take_lease("two", 8, 5)
+    assert store.take_lease("two", 10, 5)
+    store.drop_lease("one")  # not its any more
+    assert not store.take_lease("one", 11, 5)
+    store.drop_lease("two")
+    assert store.take_lease("one", 11, 5)
