@@ -6,12 +6,15 @@ knows. If all of these are replaced, a client that keeps its connection gets 503
 
 from collections.abc import Callable
 
+ServerChanges = tuple[dict[str, list[tuple[str, str]]], list[str]]
+"""Servers to add, each with commands for HAProxy's socket and their answers; servers to remove."""
 
-def server_comparison() -> Callable[[str, str], tuple[list[str], list[str]] | None]:
+
+def server_comparison() -> Callable[[str, str], ServerChanges | None]:
     """Return a function that compares two configurations of HAProxy.
 
-    It returns commands for HAProxy's socket that add servers, and the servers to remove, as
-    BACKEND/SERVER; or None if anything but servers differs, so that HAProxy must be reloaded.
+    Servers are named BACKEND/SERVER. It returns None if anything else differs, so that HAProxy must
+    be reloaded.
 
     It is pickled by value with the function that uses it; see ``ray_internals.proxy_setup``.
     """
@@ -31,19 +34,21 @@ def server_comparison() -> Callable[[str, str], tuple[list[str], list[str]] | No
             others.append(line)
         return others, servers, defaults
 
-    def compare(old: str, new: str) -> tuple[list[str], list[str]] | None:
+    def compare(old: str, new: str) -> ServerChanges | None:
         others, before, _ = parse(old)
         new_others, after, defaults = parse(new)
-        if others != new_others or any(
-            after.get(name, before[name]) != before[name] for name in before
-        ):
+        common = before.keys() & after.keys()
+        if others != new_others or any(before[name] != after[name] for name in common):
             return None
-        adding = []
-        for name in after.keys() - before.keys():
+        adding = {}
+        for name in sorted(after.keys() - before.keys()):
             # HAProxy does not apply default-server to servers that are added at run time.
             default = defaults.get(name.partition("/")[0], "")
-            adding.append(f"add server {name} {after[name]} {default}".rstrip())
-            adding += [f"enable server {name}", f"enable health {name}"]
+            adding[name] = [
+                (f"add server {name} {after[name]} {default}".rstrip(), "New server registered."),
+                (f"enable server {name}", ""),
+                (f"enable health {name}", ""),
+            ]
         return adding, sorted(before.keys() - after.keys())
 
     return compare

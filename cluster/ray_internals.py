@@ -437,17 +437,21 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
             changes = None if running is None else compare_servers(running, config)
             if changes is None:
                 return False
-            adding, removing = changes
+            removed = actor._haproxy._tandem_removed
             try:
-                for command in adding:
-                    is_new = command.startswith("add ")
-                    await command_haproxy(command, "New server registered." if is_new else "")
-                for server in removing:
+                for server, commands in changes[0].items():
+                    if server in removed:  # it is back, and was not deleted yet
+                        await command_haproxy(f"set server {server} state ready")
+                        removed.discard(server)
+                        continue
+                    for command, answer in commands:
+                        await command_haproxy(command, answer)
+                for server in changes[1]:
                     await command_haproxy(f"set server {server} state maint")
+                    removed.add(server)
             except RuntimeError as error:
                 logger.warning("HAProxy is reloaded: %s", error)
                 return False
-            actor._haproxy._tandem_removed.update(removing)
             return True
 
         async def update_haproxy() -> None:
@@ -455,6 +459,9 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
             running, api._tandem_running = api._tandem_running, None
             config = read_config()
             if not await update_servers(running, config):
+                for server in api._tandem_removed:  # the new process takes over the states
+                    with contextlib.suppress(RuntimeError):
+                        await command_haproxy(f"set server {server} state ready")
                 await api._tandem_reload()
                 api._tandem_removed.clear()
             api._tandem_running = config
@@ -484,7 +491,7 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
                     try:
                         await api.start()
                         api._old_procs.append(dead)
-                        api._tandem_running = read_config()
+                        api._tandem_running = None
                         api._tandem_removed.clear()
                     except Exception:
                         logger.exception("HAProxy does not start")

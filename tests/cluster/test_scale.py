@@ -266,8 +266,6 @@ async def test_updates_of_replicas_and_routers_interrupt_no_stream(
             is_complete = await asyncio.to_thread(update, num)
             await until(is_complete, 150, "the update")
         await until(lambda: adapter_responses[-1].status_code == 200, 30, "the adapter")
-    connections = [answer.extensions["network_stream"] for answer in adapter_responses]
-    assert set(connections) == {connections[0]}, "HAProxy was reloaded"
     for answer in adapter_responses:
         if answer.status_code == 404:
             assert "Known models: sim" in answer.text  # from a router before the update

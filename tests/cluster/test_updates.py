@@ -15,6 +15,7 @@ import psutil
 import pytest
 import yaml
 
+from cluster.launch import processes
 from tests.cluster.conftest import ALIASES, CLASSIFIER_ALIASES, ROOT, RunningCluster
 from tests.cluster.engine_processes import engines_of_cluster
 from tests.cluster.test_recovery import (
@@ -129,7 +130,14 @@ def test_live_changes_replace_no_replica_and_interrupt_no_request(cluster: Runni
     assert [each.pid for each in engines_of_cluster(cluster.home)] == engines
 
 
+def haproxies(cluster: RunningCluster) -> set[int]:
+    """Return the ids of HAProxy's processes; a reload starts another one."""
+    found = [owned.process for owned in processes.find(cluster.home)]
+    return {process.pid for process in found if process.name() == "haproxy"}
+
+
 def test_an_update_of_vllm_interrupts_no_stream(cluster: RunningCluster) -> None:
+    running_haproxies = haproxies(cluster)
     has_begun, is_updated = threading.Event(), threading.Event()
 
     def has_new_replicas() -> bool:
@@ -153,6 +161,7 @@ def test_an_update_of_vllm_interrupts_no_stream(cluster: RunningCluster) -> None
         assert set(streaming.result(timeout=240)) == {TOKENS}
     wait_until(only_new_replicas, 120, "the end of the old replicas")
     assert httpx.get(f"{cluster.http_url}/ready").status_code == 200
+    assert haproxies(cluster) == running_haproxies
 
 
 def test_a_stopped_engine_is_replaced(cluster: RunningCluster) -> None:

@@ -42,10 +42,16 @@ def config(*servers: str, port: int = 1, socket: str = "s") -> str:
 def test_only_changed_servers_are_changed() -> None:
     compare = server_comparison()
     old = config("a 127.0.0.1:1 check", "b 127.0.0.1:2 check backup")
-    assert compare(old, old) == ([], [])
+    assert compare(old, old) == ({}, [])
     added = "add server routers/c 127.0.0.1:3 check fastinter 250ms downinter 250ms inter 1s check"
     assert compare(old, config("b 127.0.0.1:2 check backup", "c 127.0.0.1:3 check")) == (
-        [added, "enable server routers/c", "enable health routers/c"],
+        {
+            "routers/c": [
+                (added, "New server registered."),
+                ("enable server routers/c", ""),
+                ("enable health routers/c", ""),
+            ]
+        },
         ["routers/a"],
     )
 
@@ -102,8 +108,8 @@ async def test_a_kept_connection_outlives_the_replacement_of_all_routers(tmp_pat
             changes = server_comparison()(old, new)
             assert changes is not None
             before = await http.get(f"http://127.0.0.1:{port}/")
-            answers = [await command(socket, line) for line in changes[0]]
-            assert answers == ["New server registered.", "", ""]
+            for line, expected in changes[0]["routers/b"]:
+                assert await command(socket, line) == expected
             assert await command(socket, "set server routers/a state maint") == ""
             after = await http.get(f"http://127.0.0.1:{port}/")
             assert (before.text, after.text) == ("a", "b")
