@@ -111,9 +111,11 @@ def sim_cluster(
 
 @pytest.fixture(scope="session")
 def cluster(make_cluster: Any) -> Iterator[RunningCluster]:
-    """Start the default deployment: SmolLM2 on vLLM, the sentiment classifier, one router."""
+    """Start the default deployment (SmolLM2, the sentiment classifier, one router) and tasks."""
     aliases = {"generators.smollm2": ALIASES, "classifiers.sentiment": CLASSIFIER_ALIASES}
     settings = [f"--set={pool}.aliases={json.dumps(names)}" for pool, names in aliases.items()]
-    running: RunningCluster = make_cluster(*settings, f"--set=guards={json.dumps(GUARDS)}")
+    running: RunningCluster = make_cluster(
+        *settings, f"--set=guards={json.dumps(GUARDS)}", "--set=applications={}"
+    )
     yield running
     running.down()

@@ -34,16 +34,21 @@ SPEED_UP = 15.0
 SCRAPE_S = 5
 """The shortest window, 20 s, contains several scrapes."""
 
+CONDITIONS = {
+    "tandem_device_": "a GPU",
+    "tandem_rollout_": "a rollout (tests/cluster/test_rollout.py)",
+    "tandem_guard_": "guards (tests/cluster/test_guards.py)",
+    "tandem_task": "typed tasks (tests/serve/test_tasks.py)",
+    "tandem_batch": "batches (tests/serve/test_batches.py)",
+    "tandem_budget_": "API keys with budgets (tests/serve/test_budgets.py)",
+}
+"""What metrics that are absent here require, by their prefix."""
 ABSENT = {
     **{
-        metric.name: "a GPU"
+        metric.name: condition
         for metric in table.all_metrics()
-        if metric.name.startswith("tandem_device_")
-    },
-    **{
-        metric.name: "a rollout (tests/cluster/test_rollout.py)"
-        for metric in table.all_metrics()
-        if metric.name.startswith("tandem_rollout_")
+        for prefix, condition in CONDITIONS.items()
+        if metric.name.startswith(prefix)
     },
     "tandem_certificate_expiry_timestamp_seconds": "TLS between the nodes",
     "tandem_classifier_agreement_ratio": "a CPU with a lower precision than float32",

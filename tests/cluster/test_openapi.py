@@ -25,6 +25,13 @@ MODEL, CLASSIFIER = "smollm2", "sentiment"
 MAX_TOKENS = 4
 """Longest completion; the model generates about 40 tokens per second in CI."""
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": MAX_TOKENS}
+SHORT = {"max_tokens": MAX_TOKENS}
+SCHEMA = {
+    "type": "object",
+    "properties": {"a": {"enum": [1]}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
 SEEDS: dict[str, dict[str, Any]] = {
     "/": {"inputs": "I loved it."},
     "/classify": {"input": ["I loved it.", "Boring."]},
@@ -38,6 +45,12 @@ SEEDS: dict[str, dict[str, Any]] = {
     "/tokenize": {"model": MODEL, "prompt": "Hello"},
     "/v1/chat/completions": CHAT,
     "/v1/chat/completions/batch": {**CHAT, "messages": [CHAT["messages"], CHAT["messages"]]},
+    "/v1/tasks/answer": {"question": "Hi?", "documents": [{"text": "Hi"}], **SHORT},
+    "/v1/tasks/classify": {"texts": ["Hi"], "labels": ["greeting", "other"]},
+    "/v1/tasks/extract": {"text": "Hi", "json_schema": SCHEMA, "max_tokens": 16},
+    "/v1/tasks/sentiment": {"texts": ["I loved it."]},
+    "/v1/tasks/summarize": {"text": "Hi", **SHORT},
+    "/v1/tasks/translate": {"text": "Hi", "source": "en", "target": "de", **SHORT},
     "/v1/completions": {"model": MODEL, "prompt": "Hello", "max_tokens": MAX_TOKENS},
     "/v1/embeddings": {"model": CLASSIFIER, "input": "Hello"},
     "/v1/messages": CHAT,
