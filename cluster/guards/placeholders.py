@@ -8,6 +8,7 @@ from cluster.guards.patterns import Span
 
 _LABEL = re.compile(r"[^A-Z0-9]+")
 MAX_LABEL_CHARS = 24
+_PLACEHOLDER = re.compile(r"\[[A-Z0-9_]+_[0-9]+\]")
 MAX_PLACEHOLDER_CHARS = MAX_LABEL_CHARS + 12
 """Most characters of a placeholder; a stream holds back at most that many to restore one."""
 
@@ -21,7 +22,7 @@ class Placeholders:
     """
 
     def __init__(self, taken: Iterable[str] = ()) -> None:
-        self._taken = tuple(text for text in taken if "[" in text)
+        self._taken = {found for text in taken for found in _PLACEHOLDER.findall(text)}
         self._by_value: dict[tuple[str, str], str] = {}
         self._values: dict[str, str] = {}
         self._counts: dict[str, int] = {}
@@ -60,7 +61,7 @@ class Placeholders:
         while True:
             number = self._counts[label] = self._counts.get(label, 0) + 1
             placeholder = f"[{label}_{number}]"
-            if not any(placeholder in text for text in self._taken):
+            if placeholder not in self._taken:
                 return placeholder
 
     def restore(self, text: str, *, is_json: bool = False) -> str:

@@ -204,6 +204,15 @@ async def test_an_entity_classifier_redacts_prompts() -> None:
         assert text_of(CHAT, answer.json()) == "Ask Xaver Huber today"
 
 
+async def test_bodies_that_are_no_json_are_refused() -> None:
+    async with guarded({**PII, "action": "redact"}) as site:
+        for body in (b"{", b'{"model": "gen", "messages": "\xff"}', b"[]"):
+            assert (await asgi.post(site.app, CHAT, body)).status == 400, body
+        headers = {"content-type": "multipart/form-data"}
+        assert (await asgi.post(site.app, CHAT, b"x", headers=headers)).status == 400
+        assert not site.generator.bodies
+
+
 @pytest.mark.parametrize("action", ["block", "redact"])
 async def test_what_cannot_be_checked_is_refused(action: str) -> None:
     async with guarded({**PII, "action": action}) as site:

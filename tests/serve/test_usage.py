@@ -204,8 +204,11 @@ async def test_usage_in_a_response_has_joules_and_cost_with_their_source(tmp_pat
         assert usage["cost"] >= 0
 
 
-async def test_usage_of_a_stream_is_an_event_after_the_last_one(tmp_path: Path) -> None:
-    async with accounted_pool(tmp_path) as pool:
+@pytest.mark.parametrize("guards", [[], [{"name": "g", "patterns": ["card"], "action": "redact"}]])
+async def test_usage_of_a_stream_is_an_event_after_the_last_one(
+    tmp_path: Path, guards: list[dict[str, Any]]
+) -> None:
+    async with accounted_pool(tmp_path, guards=guards) as pool:
         await asgi.post(pool.app, COMPLETIONS, BODY)
         await pool.spend(cpu_s=2.0)
         body = {**BODY, "stream": True}

@@ -151,7 +151,8 @@ class GuardedStream:
             event: Any = json.loads(data)
         except ValueError:  # `[DONE]`, or a comment
             event = None
-        if not isinstance(event, dict):
+        # Events without texts, such as those with the usage, pass as they are.
+        if not isinstance(event, dict) or not (event.get("choices") or "type" in event):
             self._ready.append(raw + b"\n\n")
             return
         self._is_named = self._is_named or raw.startswith(b"event:")

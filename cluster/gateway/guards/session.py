@@ -43,7 +43,7 @@ SEVERITY: Sequence[Outcome] = (
 """Outcomes of a guard, the worst last."""
 MAX_PROMPT_CHARS = 4 * 1024 * 1024
 """Length of the longest prompt that is checked; a thread searches 10 to 0.5 million per second."""
-_THREAD_BYTES = 256 * 1024
+_THREAD_BYTES = 256 * 1024  # a thread decodes larger bodies; the event loop would stop for 2 ms
 
 
 class GuardedRequest:
@@ -75,14 +75,12 @@ class GuardedRequest:
             UnavailableError: A check failed, and the guard is closed.
         """
         request = self._request
-        if not self._of_prompt:
+        if not self._of_prompt or not request.body:
             return request
         if not self._is_read:
             self._refuse_unchecked("a body that is not JSON")
             return request
-        is_large = len(request.body) > _THREAD_BYTES
-        document = await asyncio.to_thread(json.loads, request.body) if is_large else None
-        document = json.loads(request.body) if document is None else document
+        document = await _decode(request.body)
         self._read_texts(document)
         if not self._texts:
             return request
@@ -101,7 +99,10 @@ class GuardedRequest:
             _raise_if_blocked(guard, result)
             if guard.config.action == "redact" and result is not None:
                 redacted.append(result)
-        return self._redact(document, redacted)
+        prepared = self._redact(document, redacted)
+        if not self._late:
+            self._slots, self._texts = [], []  # the prompt; the answer may be far away
+        return prepared
 
     def _read_texts(self, document: dict[str, Any]) -> None:
         fields = CHECKED_PATHS[self._request.path]
@@ -234,6 +235,15 @@ class GuardedRequest:
         if content_type.startswith("application/json"):
             return await guard_document(response, self._request.path, guards)
         return response
+
+
+async def _decode(body: bytes) -> Any:
+    try:
+        if len(body) > _THREAD_BYTES:
+            return await asyncio.to_thread(json.loads, body)
+        return json.loads(body)
+    except ValueError as error:  # such as invalid UTF-8 in fields that the router does not read
+        raise InvalidRequestError(f"The request body is not valid JSON: {error}") from None
 
 
 def _divide(guards: Sequence[Guard]) -> tuple[list[Guard], list[Guard]]:
