@@ -140,34 +140,54 @@ class KeyFile:
 class ClusterKeys:
     """Keys that all routers of a cluster share; the same interface as ``KeyFile``.
 
+    Every request is rejected until the cluster has answered.
+
     Args:
         read: Returns the text of the key file, or None; raises if the cluster does not answer.
-        expected: True if every request is rejected until there are keys.
+        local: Key file of this node, used while the cluster has no keys.
     """
 
-    def __init__(self, read: Callable[[], bytes | None], *, expected: bool) -> None:
+    def __init__(self, read: Callable[[], bytes | None], local: KeyFile | None) -> None:
+        self.local = local
         self._read = read
         self._stored: bytes | None = None
-        self._is_read = True
-        self.identities: Mapping[bytes, Identity] = {}
-        self.required = expected
+        self._identities: Mapping[bytes, Identity] = {}
+        self._has_answered, self._is_read = False, True
+
+    @property
+    def identities(self) -> Mapping[bytes, Identity]:
+        """Identities by key digest."""
+        return self.local.identities if self.local and self._uses_file else self._identities
+
+    @property
+    def required(self) -> bool:
+        """True if requests need a key."""
+        return (self.local is not None and self.local.required) if self._uses_file else True
+
+    @property
+    def _uses_file(self) -> bool:
+        return self._has_answered and self._stored is None
 
     def refresh(self) -> bool:
         """Read the keys; return True if they changed. If that fails, they remain unchanged."""
+        is_changed = self._refresh_stored()
+        return self.local.refresh() if self.local and self._uses_file else is_changed
+
+    def _refresh_stored(self) -> bool:
         try:
             stored = self._read()
-            if stored is None or stored == self._stored:
-                self._is_read = True
-                return False
-            self.identities = parse_keys(stored.decode(), "the cluster's keys").identities()
+            is_changed = stored is not None and stored != self._stored
+            if stored is not None and is_changed:
+                self._identities = parse_keys(stored.decode(), "the cluster's keys").identities()
+                self._stored = stored
+                logger.info("Loaded %d API keys of the cluster", len(self._identities))
         except Exception as error:  # the GCS restarts, or another version wrote the keys
             if self._is_read:
                 logger.error("API keys remain unchanged: %s", error)
             self._is_read = False
             return False
-        self._stored, self._is_read, self.required = stored, True, True
-        logger.info("Loaded %d API keys of the cluster", len(self.identities))
-        return True
+        self._has_answered = self._is_read = True
+        return is_changed
 
 
 KeySource = KeyFile | ClusterKeys

@@ -97,7 +97,7 @@ class Router:
         }
         self._config = config
         self._is_exposed = not is_loopback(http_host)
-        self._key_file = _key_file(config.router)
+        self._key_file = key_source(config.router)
         self._nodes = RayNodes(self._on_draining_nodes)
         usage = _start_usage(config, router_deployment.app_name)
         self._usage_copies = UsageCopies(usage, self._links)
@@ -154,7 +154,7 @@ class Router:
             return
         now, then = config.router, before.router
         if (now.keys_file, now.keys_in_cluster) != (then.keys_file, then.keys_in_cluster):
-            self._key_file = _key_file(config.router)
+            self._key_file = key_source(config.router, self._key_file)
             await run_in_daemon_thread(self._key_file.refresh, "tandem-keys")
         self._gateway.reconfigure(config, self._key_file, needs_keys=self._needs_keys(config))
         self._max_answer_s = config.max_answer_s
@@ -164,7 +164,7 @@ class Router:
 
     def _needs_keys(self, config: TandemConfig) -> bool:
         # `serve deploy` and KubeRay deploy without the checks of `tandem`.
-        return self._is_exposed and not config.router.open
+        return (self._is_exposed or config.router.keys_in_cluster) and not config.router.open
 
     def record_replica_metadata(self) -> dict[str, Any]:
         """Return this router's link address, which Serve passes to the other routers."""
@@ -236,14 +236,24 @@ def ingress_host(node_address: str, http_host: str | None) -> str | None:
     return "::" if ":" in node_address else ALL_ADDRESSES
 
 
-def _key_file(config: RouterConfig) -> KeySource:
-    if not config.keys_in_cluster:
-        return KeyFile(key_file_path(config), expected=config.keys_file is not None)
+def key_source(config: RouterConfig, before: KeySource | None = None) -> KeySource:
+    """Return the keys in the configured file, or else those in the cluster if it has any.
 
-    def read() -> bytes | None:
-        return next(iter(kv_get_many([KEYS_KEY], KEYS_TIMEOUT_S)), None)
+    Args:
+        config: Section of the router.
+        before: Source until now. If it is the cluster, it goes on with the keys it has read.
+    """
+    if config.keys_file is not None:
+        return KeyFile(key_file_path(config), expected=True)
+    local = None if config.keys_in_cluster else KeyFile(key_file_path(config), expected=False)
+    if isinstance(before, ClusterKeys):
+        before.local = local
+        return before
+    return ClusterKeys(_read_keys, local)
 
-    return ClusterKeys(read, expected=not config.open)
+
+def _read_keys() -> bytes | None:
+    return next(iter(kv_get_many([KEYS_KEY], KEYS_TIMEOUT_S)), None)
 
 
 def _start_usage(config: TandemConfig, application: str) -> UsageAccount:

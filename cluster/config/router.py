@@ -105,10 +105,11 @@ class RouterConfig(Section):
     """SHA-256 digests (hex) of further accepted keys that may read every tenant's usage, metrics
     and dashboard."""
     keys_file: str | None = None
-    """Key file written by `tandem keys`. Default: `keys.yaml` in Tandem's home, if it exists.
-    Without any key the router accepts every request on loopback, and none on other addresses."""
+    """Key file written by `tandem keys`. Default: the keys that `tandem up --head` stored in Ray's
+    GCS, or else `keys.yaml` in Tandem's home, if it exists. Without any key the router accepts
+    every request on loopback, and none on other addresses."""
     keys_in_cluster: bool = False
-    """True if the routers of all nodes take the keys of `tandem keys` from Ray's GCS.
+    """True if routers take keys from Ray's GCS only, never from their own machine's `keys.yaml`.
     `tandem up --head` sets it unless `keys_file` is set."""
     open: bool = False
     """True if a router without keys accepts every request on any address, for example behind a

@@ -84,6 +84,7 @@ def replace_ray(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
     monkeypatch.setattr(links, "link_secret", lambda: SECRET)
     monkeypatch.setattr(router, "link_secret", lambda: SECRET)
     monkeypatch.setattr(router, "home", lambda: directory)
+    monkeypatch.setattr(router, "kv_get_many", lambda keys, timeout_s: [])
     monkeypatch.setattr(router, "get_serve_logs_dir", lambda: str(directory))
     monkeypatch.setattr(router, "wrap_http_app", lambda wrap, host: None)
     monkeypatch.setattr(router, "end_http10_bodies_by_closing", lambda: None)

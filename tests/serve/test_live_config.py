@@ -10,6 +10,7 @@ from cluster.config import TandemConfig, parse
 from cluster.errors import EngineDeadError
 from cluster.key_file import KeyFile
 from deployments import app
+from deployments import router as router_module
 from tests import asgi
 from tests.serve.deployment_kit import (
     COMPLETION,
@@ -180,6 +181,44 @@ async def test_a_router_takes_over_changes(tmp_path: Path) -> None:
         models = await asgi.call(http, "GET", "/v1/models", headers={"x-api-key": KEY})
         assert [card["id"] for card in models.json()["data"]] == [POOL, "b"]
         assert link.connected
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+@pytest.mark.usefixtures("without_ray")
+async def test_a_router_keeps_the_keys_of_the_cluster(
+    monkeypatch: pytest.MonkeyPatch, *, is_open: bool
+) -> None:
+    """``serve deploy ray-config.yaml`` drops the setting that ``tandem up --head`` made."""
+    digest = sha256(KEY.encode()).hexdigest()
+    stored = f"keys: [{{sha256: {digest}, tenant: t}}]".encode()
+    monkeypatch.setattr(router_module, "kv_get_many", lambda keys, timeout_s: [stored])
+    config = make_config(router={"keys_in_cluster": True, "open": is_open})
+    async with running_router(config) as (router, _):
+        http = router.__serve_build_asgi_app__()
+        for keys_in_cluster in (True, False):
+            changed = with_changes(config, router={"keys_in_cluster": keys_in_cluster})
+            await router.reconfigure(changed.model_dump(mode="json"))
+            assert (await asgi.get(http, "/v1/models")).status == 401
+            known = await asgi.call(http, "GET", "/v1/models", headers={"x-api-key": KEY})
+            assert known.status == 200
+
+
+@pytest.mark.usefixtures("without_ray")
+async def test_an_open_router_rejects_requests_until_it_knows_whether_there_are_keys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(keys: object, timeout_s: float) -> list[bytes]:
+        raise OSError("no answer")
+
+    config = make_config(router={"open": True})
+    with monkeypatch.context() as outage:
+        outage.setattr(router_module, "kv_get_many", fail)
+        async with running_router(config) as (router, _):
+            http = router.__serve_build_asgi_app__()
+            assert (await asgi.get(http, "/v1/models")).status == 401
+    async with running_router(config) as (router, _):
+        http = router.__serve_build_asgi_app__()
+        assert (await asgi.get(http, "/v1/models")).status == 200
 
 
 @pytest.mark.filterwarnings("ignore:.*metrics_interval_s:DeprecationWarning")

@@ -12,7 +12,7 @@ import yaml
 from cluster.cli.lifecycle import head_address
 from cluster.config import file as config_file
 from cluster.errors import ConfigError, StartError
-from cluster.key_file import ClusterKeys
+from cluster.key_file import ClusterKeys, KeyFile
 from cluster.launch import auth, environment, join, shared_keys, state
 from cluster.launch.processes import ClusterProcess
 from cluster.ray_internals import LOOPBACK_VARIABLE
@@ -163,8 +163,13 @@ def test_keys_are_changed_on_the_head(home: Path) -> None:
         shared_keys.prepare(home)
 
 
-def test_keys_of_the_cluster_survive_an_outage(caplog: pytest.LogCaptureFixture) -> None:
+def test_keys_of_the_cluster_survive_an_outage(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text(f"keys: [{{sha256: {DIGEST}, tenant: local}}]")
     stored: list[bytes | Exception | None] = [
+        OSError("no answer"),
         None,
         b"keys: [{sha256: " + DIGEST.encode() + b", tenant: acme}]",
         OSError("no answer"),
@@ -178,15 +183,19 @@ def test_keys_of_the_cluster_survive_an_outage(caplog: pytest.LogCaptureFixture)
             raise found
         return found
 
-    keys = ClusterKeys(read, expected=False)
+    keys = ClusterKeys(read, KeyFile(file, expected=False))
+    assert keys.required
     assert not keys.refresh()
-    assert not keys.required
+    assert not keys.identities
+    assert keys.required
+    assert keys.refresh()
+    assert [identity.tenant.name for identity in keys.identities.values()] == ["local"]
     assert keys.refresh()
     assert keys.required
     assert [identity.tenant.name for identity in keys.identities.values()] == ["acme"]
     assert not keys.refresh()
     assert not keys.refresh()
-    assert [record.levelno for record in caplog.records].count(logging.ERROR) == 1
+    assert [record.levelno for record in caplog.records].count(logging.ERROR) == 2
     assert keys.identities
     assert keys.refresh()
     assert not keys.identities
