@@ -27,6 +27,7 @@ TandemError
      ├─ UnprocessableError             422
      ├─ HeadersTooLargeError           431
      ├─ OverloadedError                429, with Retry-After
+     │   └─ QuotaExhaustedError            a tenant's quota is exhausted
      ├─ InternalError                  500, a bug
      ├─ UnsupportedError               501
      └─ UnavailableError               503, with Retry-After
@@ -222,6 +223,10 @@ class HeadersTooLargeError(RequestError, status=431, type="RequestHeaderFieldsTo
 
 class OverloadedError(RequestError, status=429, type="RateLimitError"):
     """A limit of load or quota was reached; the request was not admitted."""
+
+
+class QuotaExhaustedError(OverloadedError):
+    """A quota of the tenant is exhausted; other models would not admit the request either."""
 
 
 class InternalError(RequestError):

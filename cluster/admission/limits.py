@@ -110,6 +110,11 @@ class TenantQuota:
         self._peers_day_tokens = lease.peers_day_tokens
         self._apply_limits(now_s)
 
+    @property
+    def cluster_day_tokens(self) -> float:
+        """Tokens used today at all routers."""
+        return self.day_tokens + self._peers_day_tokens
+
     def try_admit(
         self, tokens: float, now_s: float, utc_s: float, counted: Counted = Counted.ALL
     ) -> QuotaRefusal | None:

@@ -6,6 +6,7 @@ This package exports the schema, which knows neither Ray nor files nor the comma
 
 from cluster.config.application import ClusterConfig, ServedPool, TandemConfig, parse
 from cluster.config.applications import ApplicationsConfig
+from cluster.config.choice import AutoConfig, AutoRule
 from cluster.config.guards import GuardAction, GuardConfig, PatternName
 from cluster.config.operations import (
     AccountingConfig,
@@ -22,6 +23,7 @@ from cluster.config.pools import (
     TASK_HEADS,
     ClassifierConfig,
     ClassifierTask,
+    FallbackReason,
     GeneratorConfig,
     ResultCacheConfig,
     RoutingPolicy,
@@ -45,12 +47,15 @@ __all__ = [
     "TASK_HEADS",
     "AccountingConfig",
     "ApplicationsConfig",
+    "AutoConfig",
+    "AutoRule",
     "BatchesConfig",
     "CircuitBreakerConfig",
     "ClassifierConfig",
     "ClassifierTask",
     "ClusterConfig",
     "DevicesConfig",
+    "FallbackReason",
     "GeneratorConfig",
     "GuardAction",
     "GuardConfig",

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ByteSize, Field, ValidationError, model_validato
 from pydantic.fields import FieldInfo
 
 from cluster.config.applications import APPLICATIONS, ApplicationsConfig
+from cluster.config.choice import AutoConfig, check_choice
 from cluster.config.guards import GuardConfig, check_guards
 from cluster.config.operations import (
     AccountingConfig,
@@ -85,6 +86,8 @@ class TandemConfig(Section):
     """Repetition of requests with an `Idempotency-Key`."""
     guards: tuple[GuardConfig, ...] = ()
     """Checks of prompts and answers of generators, in order of precedence."""
+    auto: AutoConfig | None = None
+    """Choice of the generator for requests with `model: auto`. Default: there is no such model."""
 
     @property
     def pools(self) -> tuple[GeneratorConfig | ClassifierConfig, ...]:
@@ -168,6 +171,7 @@ class TandemConfig(Section):
     @model_validator(mode="after")
     def _check_guards(self) -> Self:
         check_guards(self.guards, self.generators, self.classifiers)
+        check_choice(self.auto, self.generators, self.classifiers)
         return self
 
     @model_validator(mode="after")

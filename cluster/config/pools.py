@@ -70,6 +70,7 @@ TASK_HEADS: Mapping[ClassifierTask, str | None] = {
 }
 """Suffix of the transformers architectures that support each task; None: every encoder."""
 
+FallbackReason = Literal["overload", "failure", "guard"]
 RoutingPolicy = Literal["least-load", "power-of-two", "prefix", "round-robin", "session"]
 
 
@@ -255,6 +256,11 @@ class GeneratorConfig(PoolConfig):
     and the model's type; `none` leaves the reasoning in the answer."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of vLLM's `AsyncEngineArgs` or of its API server, by their Python names."""
+    fallbacks: tuple[ModelName, ...] = ()
+    """Generators that are tried in this order if this one cannot answer."""
+    fallback_on: tuple[FallbackReason, ...] = ("overload", "failure", "guard")
+    """Reasons for a fallback: a queue that is full or too long (`overload`), an error of the server
+    before the first byte (`failure`), a guard of this model that refuses the prompt (`guard`)."""
     sim: SimConfig = SimConfig()
     """Settings of `engine: sim`."""
     routing: RoutingPolicy = "prefix"

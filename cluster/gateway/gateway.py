@@ -28,6 +28,7 @@ from cluster.gateway.builtin.drain import Drains, NodeDrains
 from cluster.gateway.builtin.own_paths import PUBLIC_PATHS
 from cluster.gateway.builtin.rollouts import RolloutControl
 from cluster.gateway.builtin.routes import BuiltinRoute, BuiltinRoutes
+from cluster.gateway.choice import CHOICE_HEADER, AutoChoice, Fallbacks
 from cluster.gateway.guards import Guards
 from cluster.gateway.messages import (
     Headers,
@@ -135,6 +136,10 @@ class Gateway:
         self.admission = Admission(authenticator, quotas, self._response_ids)
         self._answer_keys = AnswerKeys(config.idempotency)
         self._guards = Guards(config, self._models, self._send_check, self.registry)
+        self._fallbacks = Fallbacks(config, self._models, self.registry)
+        self._auto = AutoChoice(
+            config, self._models, self._send_check, quotas.budget_used, self.registry
+        )
         self._load_reports = LoadReports(config, self.pools)
         self._dashboard = Dashboard(self.pools, sinks, routers, read_decisions, self.budgets.report)
         report = UsageReport(usage, routers, self.budgets) if usage is not None else None
@@ -191,6 +196,8 @@ class Gateway:
         self._guards.reconfigure(config)
         if self._batches is not None:
             self._batches.reconfigure(router)
+        self._fallbacks.reconfigure(config)
+        self._auto.reconfigure(config)
         self._load_reports.reconfigure(config)
 
     def split_model_path(self, path: str) -> tuple[str, str | None]:
@@ -256,10 +263,30 @@ class Gateway:
             yield
 
     async def _relay(self, request: Request) -> Response:
-        body, pool = self._select_pool(request)
+        body = self._read_body(request)
+        choice = None
+        if self._auto.applies(body):
+            try:
+                request, body, choice = await self._auto.choose(request, body)
+            except RequestError as error:
+                self.record_rejection(request.path, error, request.id, request.tenant)
+                raise
+        pool = self._select_pool(request, body)
+        if self._fallbacks.apply(request, body, pool):
+            response = await self._fallbacks.relay(request, body, pool, self._guard)
+        else:
+            relaying = self._guard(request, body, pool)
+            del body  # the prompt; the answer may be far away
+            response = await relaying
+        if choice is not None:
+            response.headers.append((CHOICE_HEADER, str(choice).encode()))
+        return response
+
+    async def _guard(self, request: Request, body: RequestBody, pool: Pool) -> Response:
+        """Relay a request to a pool, and check it if guards apply."""
         if not self._guards:
             relaying = self._admit(request, body, pool)
-            del body  # the prompt; the answer may be far away
+            del body
             return await relaying
         try:
             guarded = self._guards.begin(request, body, pool)
@@ -335,13 +362,19 @@ class Gateway:
             pool.meter.reject(request, pool.route_of(request.path), error.status, "rejected")
             raise
 
-    def _select_pool(self, request: Request) -> tuple[RequestBody, Pool]:
+    def _read_body(self, request: Request) -> RequestBody:
         try:
-            body = read_body(request)
+            return read_body(request)
+        except RequestError as error:
+            self.record_rejection(request.path, error, request.id, request.tenant)
+            raise
+
+    def _select_pool(self, request: Request, body: RequestBody) -> Pool:
+        try:
             # Load balancers probe this path; they must not wake a pool.
             if request.path == "/" and request.method != "POST":
                 raise MethodNotAllowedError.for_path("/", request.method, ["POST"])
-            return body, select_pool(self._models, request.path, body, request.model)
+            return select_pool(self._models, request.path, body, request.model)
         except RequestError as error:
             self.record_rejection(request.path, error, request.id, request.tenant)
             raise

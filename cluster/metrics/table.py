@@ -317,6 +317,21 @@ GUARD_SECONDS = _histogram(
     "stage",
 )
 
+# -- choice of a model, measured in the router -----------------------------------------------------
+
+AUTO_CHOICES = _counter(
+    "tandem_auto_choices_total",
+    "Requests with `model: auto` by the chosen model. The label rule is the number of that which"
+    " decided, from 1, or default.",
+    "rule",
+)
+FALLBACKS = _counter(
+    "tandem_model_fallbacks_total",
+    "Requests that another model was asked to answer. Reasons: overload; failure; guard.",
+    "fallback",
+    "reason",
+)
+
 # -- links, measured in the router -----------------------------------------------------------------
 
 LINK_FRAMES = _counter("tandem_link_frames_total", "Frames sent over links.", "direction")

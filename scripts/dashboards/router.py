@@ -105,6 +105,19 @@ def router() -> Dashboard:
             "s",
             *quantiles("tandem_guard_seconds", 0.5, 0.99),
         ),
+        graph(
+            "Fallbacks per second, by reason",
+            "short",
+            Query(
+                rate_of("tandem_model_fallbacks_total", "model, fallback, reason"),
+                "{{model}} to {{fallback}} {{reason}}",
+            ),
+        ),
+        graph(
+            "Choices of model: auto per second",
+            "short",
+            Query(rate_of("tandem_auto_choices_total", "model, rule"), "{{model}} rule {{rule}}"),
+        ),
         section("Links"),
         graph(
             "Frames per second",

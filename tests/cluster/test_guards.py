@@ -11,7 +11,7 @@ from tests.cluster.conftest import RunningCluster
 
 GOOD = "Name three colors of the rainbow."
 BAD = "This is a terrible, boring, awful film. I hated it."
-MODEL, LIMIT = "smollm2", 16
+MODEL, LIMIT = "smollm2", 8
 PERSONAL = {"x-tandem-guards": "personal-data"}
 Ask = Callable[[str, dict[str, str]], str]
 
@@ -103,10 +103,11 @@ def asks(client: openai.OpenAI, claude: anthropic.Anthropic) -> dict[str, Ask]:
 
 
 def test_a_guard_that_finds_nothing_changes_no_answer(asks: dict[str, Ask]) -> None:
-    for name, ask in asks.items():
-        plain = ask(GOOD, {})
+    for name in ("chat", "completions", "responses", "messages"):
+        plain = asks[f"{name} streamed"](GOOD, {})
         assert plain, name
-        assert ask(GOOD, PERSONAL) == plain, name
+        assert asks[f"{name} streamed"](GOOD, PERSONAL) == plain, name
+        assert asks[name](GOOD, PERSONAL) == plain, name
 
 
 def test_a_classifier_of_the_cluster_blocks_a_prompt(asks: dict[str, Ask]) -> None:

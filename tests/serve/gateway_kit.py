@@ -195,6 +195,8 @@ async def gateway_world(
     guards: list[dict[str, Any]] | None = None,
     batch_store: BatchStore | None = None,
     batch_clock: Callable[[], float] = time.time,
+    auto: dict[str, Any] | None = None,
+    more_generators: list[dict[str, Any]] | None = None,
     **router: Any,
 ) -> AsyncIterator[World]:
     pool: dict[str, Any] = {
@@ -208,11 +210,12 @@ async def gateway_world(
         pool["replicas"] = {"min": 0, "target_in_flight": 2}
     config = parse(
         {
-            "generators": [pool],
+            "generators": [pool, *(more_generators or [])],
             "classifiers": [{"name": "cls", "model": "m", **(classifier or {})}],
             "router": router,
             "idempotency": idempotency or {},
             "guards": guards or [],
+            "auto": auto,
         }
     )
     wirings = {name: Wiring(SECRET, fallback=fallback) for name, _ in config.served_pools}

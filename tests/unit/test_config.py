@@ -295,3 +295,43 @@ def test_the_guards_of_the_guide_are_valid() -> None:
     sentiment = {"name": "sentiment", "model": "m", "tasks": ["classify"]}
     config = parse({**generator(), "classifiers": [sentiment], **yaml.safe_load(block)})
     assert [each.name for each in config.guards] == ["personal-data", "tone"]
+
+
+def chosen(fallbacks: tuple[str, ...] = (), **auto: Any) -> dict[str, Any]:
+    """Return a configuration of two generators with a section `auto`."""
+    generators = [
+        {"name": "g", "model": "m", "fallbacks": list(fallbacks)},
+        {"name": "small", "model": "m"},
+    ]
+    classifiers = [{"name": "c", "model": "m"}, {"name": "v", "model": "m", "tasks": ["embed"]}]
+    return {
+        "generators": generators,
+        "classifiers": classifiers,
+        "auto": {"default": "small", **auto},
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        (chosen(("other",)), "is no generator"),
+        (chosen(("g",)), "it is its own fallback"),
+        (chosen(default="c"), "is no generator"),
+        (chosen(rules=[{"model": "g"}]), "has no condition"),
+        (chosen(rules=[{"model": "g", "labels": ["X"]}]), "need a classifier"),
+        (chosen(classifier="v"), "no classifier with the task classify"),
+    ],
+)
+def test_a_choice_of_models_that_cannot_work_is_rejected(
+    config: dict[str, Any], problem: str
+) -> None:
+    assert parse(chosen(("small",))).auto
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        parse(config)
+
+
+def test_auto_is_no_name_of_a_model_with_the_section() -> None:
+    config = chosen()
+    config["generators"][1]["aliases"] = ["auto"]
+    with pytest.raises(ConfigError, match="'auto'"):
+        parse(config)

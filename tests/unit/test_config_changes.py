@@ -29,7 +29,7 @@ LIVE = {
     "leaks": "sample_s window_s settle_s min_bytes_per_s min_growth_bytes replace pause_s",
     "devices": "interval_s fatal_xids max_temperature_celsius",
     "idempotency": "keep_s disconnect_grace_s max_answer_bytes max_kept_bytes",
-    "generators.g": f"{POOL} slo.ttft_p90_s slo.itl_p90_s",
+    "generators.g": f"{POOL} fallbacks fallback_on slo.ttft_p90_s slo.itl_p90_s",
     "classifiers.c": f"{POOL} max_queued_tokens max_texts slo.latency_p95_s",
 }
 SIM = """startup_s prefill_s_per_token decode_s_per_token batch_slowdown max_num_seqs num_kv_blocks

@@ -25,7 +25,7 @@ from cluster.admission.budgets import (
     SpendRow,
     period_days,
 )
-from cluster.errors import OverloadedError
+from cluster.errors import OverloadedError, QuotaExhaustedError
 from cluster.gateway.messages import Request, Response, bytes_response, require_operator
 from cluster.gateway.recording.usage import UsageAccount
 from cluster.gateway.router_links import RouterLinks, fetch
@@ -120,7 +120,7 @@ class Budgets:
         adjective = "daily" if period == "day" else "monthly"
         spent, limit = amounts
         currency = self._account.currency if self._account is not None else None
-        return OverloadedError(
+        return QuotaExhaustedError(
             f"The {adjective} budget of {whose} is spent: {spent:.4g} of {limit:g} "
             f"{currency or ''}. It renews at {_iso(end_s)}.".replace(" .", "."),
             retry_after_s=end_s - now,

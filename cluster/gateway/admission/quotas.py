@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from cluster.admission import Counted, Identity, QuotaRefusal, Tenant, TenantQuota
 from cluster.admission.leases import Demand, PeerReports, QuotaReport, TenantReport
 from cluster.admission.limits import DAY_S
-from cluster.errors import OverloadedError
+from cluster.errors import OverloadedError, QuotaExhaustedError
 from cluster.gateway.admission.budgets import Budgets
 from cluster.gateway.recording.request_log import ABANDONED
 from cluster.metrics import Counter, Registry, table
@@ -110,6 +110,11 @@ class TenantQuotas:
         """Return the requests that the other routers have at this moment."""
         return self.peers.num_concurrent(time.monotonic())
 
+    def budget_used(self, tenant: Tenant) -> float | None:
+        """Return the used share of a tenant's tokens per day; None if it has no such limit."""
+        limit = tenant.limits.tokens_per_day
+        return None if limit is None else self._account(tenant).cluster_day_tokens / limit
+
     def join(self, identity: Identity, model: str) -> QuotaTicket:
         """Admit a request for an answer that an admitted request began; it is always admitted."""
         account = self._account(identity.tenant)
@@ -186,9 +191,9 @@ def _counted(identity: Identity) -> Counted:
     return Counted.CONCURRENT if identity.has_own_slot else Counted.NONE
 
 
-def _quota_exhausted(refusal: QuotaRefusal, tenant: Tenant) -> OverloadedError:
+def _quota_exhausted(refusal: QuotaRefusal, tenant: Tenant) -> QuotaExhaustedError:
     quota = getattr(tenant.limits, refusal.limit)
-    return OverloadedError(
+    return QuotaExhaustedError(
         f"Quota of {quota:g} {_QUOTA_NAMES[refusal.limit]} is exhausted.",
         retry_after_s=refusal.retry_after_s,
     )

@@ -15,6 +15,7 @@ from cluster.errors import RequestError
 from cluster.gateway.admission.admission import PRIORITY_HEADER, SESSION_HEADER, TIMEOUT_HEADER
 from cluster.gateway.admission.answer_keys import KEY_HEADER, MAX_KEY_CHARS
 from cluster.gateway.builtin.own_paths import OWN_PATHS, AnthropicErrorBody, ErrorBody, OwnPath
+from cluster.gateway.choice import CHOICE_HEADER, FALLBACK_HEADER
 from cluster.gateway.error_formats import is_anthropic
 from cluster.gateway.guards import GUARD_HEADER, REQUESTED_HEADER
 from cluster.gateway.pools.response_usage import USAGE_HEADER
@@ -43,6 +44,7 @@ _ENGINE_HEADERS: Mapping[bytes, tuple[str, dict[str, Any]]] = {
 }
 _KEY_NAME, _REPLAYED_NAME = KEY_HEADER.decode(), REPLAYED[0].decode()
 _GUARD_NAME = GUARD_HEADER.decode()
+_CHOICE_NAMES = CHOICE_HEADER.decode(), FALLBACK_HEADER.decode()
 _KEY_PARAMETER = {
     "description": "The same key again, within a minute, gets the same answer.",
     "schema": {
@@ -55,6 +57,14 @@ _KEY_PARAMETER = {
 _REPLAYED = {
     "description": "`true` if an earlier request with this `Idempotency-Key` began the answer.",
     "schema": {"type": "string", "enum": ["true"]},
+}
+_CHOICE = {
+    "description": "Model that `model: auto` means, the rule and its conditions.",
+    "schema": {"type": "string"},
+}
+_FALLBACK = {
+    "description": "Models that could not answer, with their status, such as `large=429`.",
+    "schema": {"type": "string"},
 }
 _GUARDS = {
     "description": "Guards that found something or failed, such as `personal-data=redacted`.",
@@ -139,7 +149,7 @@ def _engine_operation(method: str, path: str, operation: Mapping[str, Any]) -> d
     headers = _headers()
     if method == "post":
         names.append(_KEY_NAME)
-        for name in (_REPLAYED_NAME, _GUARD_NAME):
+        for name in (_REPLAYED_NAME, _GUARD_NAME, *_CHOICE_NAMES):
             headers[name] = {"$ref": f"#/components/headers/{name}"}
     parameters = [{"$ref": f"#/components/parameters/{name}"} for name in names]
     answers = {
@@ -237,6 +247,7 @@ def _components() -> dict[str, Any]:
             "retry-after": _RETRY_AFTER,
             _REPLAYED_NAME: _REPLAYED,
             _GUARD_NAME: _GUARDS,
+            **dict(zip(_CHOICE_NAMES, (_CHOICE, _FALLBACK), strict=True)),
         },
         "responses": {
             f"{vendor}{error.status}": _error_response(error, body)
