@@ -43,10 +43,10 @@ def changed_config(**sections: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def update_config() -> dict[str, Any]:
+def update_config(router_cpus: float = 0.21) -> dict[str, Any]:
     """Return a configuration that replaces the replicas of vLLM and the routers."""
     generator = {"stall_timeout_s": STALL_TIMEOUT_S, "engine_args": {"max_num_seqs": 128}}
-    return changed_config(generators=generator, router={"resources": {"cpus": 0.21}})
+    return changed_config(generators=generator, router={"resources": {"cpus": router_cpus}})
 
 
 def num_streamed(http: httpx.Client, has_begun: threading.Event) -> int:
@@ -130,14 +130,7 @@ def test_live_changes_replace_no_replica_and_interrupt_no_request(cluster: Runni
     assert [each.pid for each in engines_of_cluster(cluster.home)] == engines
 
 
-def haproxies(cluster: RunningCluster) -> set[int]:
-    """Return the ids of HAProxy's processes; a reload starts another one."""
-    found = [owned.process for owned in processes.find(cluster.home)]
-    return {process.pid for process in found if process.name() == "haproxy"}
-
-
 def test_an_update_of_vllm_interrupts_no_stream(cluster: RunningCluster) -> None:
-    running_haproxies = haproxies(cluster)
     has_begun, is_updated = threading.Event(), threading.Event()
 
     def has_new_replicas() -> bool:
@@ -161,7 +154,21 @@ def test_an_update_of_vllm_interrupts_no_stream(cluster: RunningCluster) -> None
         assert set(streaming.result(timeout=240)) == {TOKENS}
     wait_until(only_new_replicas, 120, "the end of the old replicas")
     assert httpx.get(f"{cluster.http_url}/ready").status_code == 200
-    assert haproxies(cluster) == running_haproxies
+
+
+def test_new_routers_need_no_new_haproxy(cluster: RunningCluster) -> None:
+    def haproxies() -> set[int]:
+        found = [owned.process for owned in processes.find(cluster.home)]
+        return {process.pid for process in found if process.name() == "haproxy"}
+
+    def routers() -> set[str]:
+        return {id_ for id_, (name, _) in cluster.replicas().items() if name == "router"}
+
+    old_routers, old_haproxies = routers(), haproxies()
+    cluster.deploy(update_config(router_cpus=0.22))
+    wait_until(lambda: bool(routers()) and not old_routers & routers(), 120, "the update")
+    assert httpx.get(f"{cluster.http_url}/ready").status_code == 200
+    assert haproxies() == old_haproxies
 
 
 def test_a_stopped_engine_is_replaced(cluster: RunningCluster) -> None:
