@@ -284,7 +284,7 @@ class Gateway:
 
     async def _guard(self, request: Request, body: RequestBody, pool: Pool) -> Response:
         """Relay a request to a pool, and check it if guards apply."""
-        if not self._guards:
+        if not self._guards.may_apply(request):
             relaying = self._admit(request, body, pool)
             del body
             return await relaying

@@ -6,7 +6,7 @@ texts         the texts of a JSON body
 """
 
 from cluster.guards.patterns import CONTEXT_CHARS, MAX_OPEN_CHARS, Span, before_spans, find_patterns
-from cluster.guards.placeholders import Placeholders
+from cluster.guards.placeholders import Placeholders, TooManyValuesError
 from cluster.guards.texts import TextSlot, find_texts
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Placeholders",
     "Span",
     "TextSlot",
+    "TooManyValuesError",
     "before_spans",
     "find_patterns",
     "find_texts",

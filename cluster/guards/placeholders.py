@@ -9,8 +9,15 @@ from cluster.guards.patterns import Span
 _LABEL = re.compile(r"[^A-Z0-9]+")
 MAX_LABEL_CHARS = 24
 _PLACEHOLDER = re.compile(r"\[[A-Z0-9_]+_[0-9]+\]")
+_OPEN_PLACEHOLDER = re.compile(r"\[[A-Z0-9_]*")
 MAX_PLACEHOLDER_CHARS = MAX_LABEL_CHARS + 12
 """Most characters of a placeholder; a stream holds back at most that many to restore one."""
+MAX_VALUES = 100_000
+"""Most values of a request that are restored in its answer; a router holds them meanwhile."""
+
+
+class TooManyValuesError(ValueError):
+    """A request has more values to replace than a router holds."""
 
 
 class Placeholders:
@@ -26,7 +33,6 @@ class Placeholders:
         self._by_value: dict[tuple[str, str], str] = {}
         self._values: dict[str, str] = {}
         self._counts: dict[str, int] = {}
-        self._pattern: re.Pattern[str] | None = None
 
     def __bool__(self) -> bool:
         return bool(self._values)
@@ -38,6 +44,9 @@ class Placeholders:
             text: The text.
             spans: Its parts to replace.
             restores: False if ``restore`` must not return these values.
+
+        Raises:
+            TooManyValuesError: There are more than ``MAX_VALUES`` values to restore.
         """
         parts: list[str] = []
         position = 0
@@ -53,8 +62,9 @@ class Placeholders:
         if placeholder is None:
             placeholder = self._by_value[label, value] = self._next(label)
             if restores:
+                if len(self._values) >= MAX_VALUES:
+                    raise TooManyValuesError
                 self._values[placeholder] = value
-                self._pattern = None
         return placeholder
 
     def _next(self, label: str) -> str:
@@ -73,22 +83,19 @@ class Placeholders:
         """
         if not self._values or "[" not in text:
             return text
-        if self._pattern is None:
-            self._pattern = re.compile("|".join(map(re.escape, self._values)))
 
         def value_of(found: re.Match[str]) -> str:
-            value = self._values[found[0]]
+            value = self._values.get(found[0])
+            if value is None:
+                return found[0]
             return json.dumps(value)[1:-1] if is_json else value
 
-        return self._pattern.sub(value_of, text)
+        return _PLACEHOLDER.sub(value_of, text)
 
     def open_start(self, text: str) -> int:
         """Return the index from which the end of a text may become a placeholder."""
         start = text.rfind("[", max(0, len(text) - MAX_PLACEHOLDER_CHARS))
-        if start < 0:
-            return len(text)
-        tail = text[start:]
-        is_open = any(each != tail and each.startswith(tail) for each in self._values)
+        is_open = self._values and start >= 0 and _OPEN_PLACEHOLDER.fullmatch(text, start)
         return start if is_open else len(text)
 
 

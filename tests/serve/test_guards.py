@@ -206,7 +206,9 @@ async def test_an_entity_classifier_redacts_prompts() -> None:
 
 async def test_bodies_that_are_no_json_are_refused() -> None:
     async with guarded({**PII, "action": "redact"}) as site:
-        for body in (b"{", b'{"model": "gen", "messages": "\xff"}', b"[]"):
+        number = b'{"model": "gen", "messages": [], "n": ' + b"1" * 5000 + b"}"
+        deep = b'{"model": "gen", "messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+        for body in (b"{", b'{"model": "gen", "messages": "\xff"}', b"[]", number, deep):
             assert (await asgi.post(site.app, CHAT, body)).status == 400, body
         headers = {"content-type": "multipart/form-data"}
         assert (await asgi.post(site.app, CHAT, b"x", headers=headers)).status == 400
@@ -445,6 +447,9 @@ async def test_a_client_can_ask_for_more_guards() -> None:
         assert await status_with("pii") == 400
         assert await status_with(" , ") == 200
         assert await status_with("gone") == 400
+        twice = {"x-tandem-guards": " ", "X-Tandem-Guards": "pii"}
+        body = request_for(CHAT, MAIL)
+        assert (await asgi.post(site.app, CHAT, body, headers=twice)).status == 400
         assert len(site.generator.bodies) == 2
 
 
@@ -466,6 +471,28 @@ async def test_guards_follow_the_configuration() -> None:
         fields = {**world.config.model_dump(mode="json"), "guards": [{**PII, "action": "block"}]}
         world.gateway.reconfigure(parse(fields), None, needs_keys=False)
         assert (await site.post(CHAT, MAIL)).status == 400
+
+
+async def test_guards_that_a_key_or_client_names_are_required_without_configured_ones(
+    tmp_path: Any,
+) -> None:
+    file = key_file(
+        *(
+            tmp_path,
+            {"key": "k", "tenant": "a", "guards": ["gone"]},
+            {"key": "free", "tenant": "a"},
+        ),
+        tenants={},
+    )
+    async with guarded(key_file=file) as site:
+        body = request_for(CHAT, "x")
+        for headers, status in (
+            ({"x-api-key": "k"}, 503),
+            ({"x-api-key": "free"}, 200),
+            ({"x-api-key": "free", "x-tandem-guards": "gone"}, 400),
+        ):
+            answer = await asgi.post(site.app, CHAT, body, headers=headers)
+            assert answer.status == status, answer.body
 
 
 async def test_texts_can_be_checked_without_a_generator(tmp_path: Any) -> None:

@@ -11,9 +11,11 @@ from cluster.guards import (
     MAX_OPEN_CHARS,
     Placeholders,
     Span,
+    TooManyValuesError,
     find_patterns,
     find_texts,
 )
+from cluster.guards.placeholders import MAX_VALUES
 
 ALL = ("card", "iban", "email", "phone")
 FOUND = {
@@ -111,6 +113,27 @@ def test_placeholders_are_numbered_and_repeat_for_equal_values() -> None:
     assert placeholders.replace("xy", [Span(0, 1, "PER"), Span(0, 2, "Äß")]) == "[SS_1]"
     quoted = placeholders.replace('"', [Span(0, 1, "odd label!")])
     assert placeholders.restore(json.dumps(quoted), is_json=True) == json.dumps('"')
+
+
+def test_thousands_of_values_take_linear_time() -> None:
+    # A second at most; quadratic time would exceed the test's limit.
+    mails = " ".join(f"a{number}@b.de" for number in range(50_000))
+    text = "[ " * 50_000 + mails
+    placeholders = Placeholders([text])
+    redacted = placeholders.replace(text, find_patterns(text, ["email"])[0])
+    assert placeholders.restore(redacted) == text
+    for end in range(len(redacted) - 10_000, len(redacted)):
+        placeholders.open_start(redacted[end - 20 : end])
+
+
+def test_the_values_of_a_request_are_bounded() -> None:
+    placeholders = Placeholders()
+    text = "".join(map(chr, range(0x4E00, 0x4E00 + 1000)))
+    spans = [Span(index, index + 1, "X") for index in range(len(text))]
+    for number in range(MAX_VALUES // len(spans)):
+        placeholders.replace(text, [span._replace(label=f"X{number}") for span in spans])
+    with pytest.raises(TooManyValuesError):
+        placeholders.replace(text, spans)
 
 
 def test_all_texts_of_a_prompt_are_found_with_their_roles() -> None:

@@ -60,8 +60,13 @@ class Guards:
                 if pool.kind == "generator" and _is_about(guard.config, pool):
                     guard.create_series(pool.name)
 
-    def __bool__(self) -> bool:
-        return bool(self._guards)
+    def may_apply(self, request: Request) -> bool:
+        """Return False if no guards are configured, and neither key nor client names any."""
+        return (
+            bool(self._guards)
+            or bool(request.identity.guards)
+            or header(request.headers, REQUESTED_HEADER) is not None
+        )
 
     def __iter__(self) -> Iterator[Guard]:
         return iter(self._guards.values())
@@ -124,9 +129,9 @@ class Guards:
         """
         if pool.kind != "generator":
             return None
-        value = header(request.headers, REQUESTED_HEADER)
-        more = [] if value is None else [name.strip() for name in value.split(",")]
-        more = self.check_names(filter(None, more), REQUESTED_HEADER.decode())
+        values = [value for name, value in request.headers if name == REQUESTED_HEADER]
+        names = [name.strip() for name in b",".join(values).decode("latin-1").split(",")]
+        more = self.check_names(filter(None, names), REQUESTED_HEADER.decode())
         if not (guards := self.guards_of(request.identity, pool, more)):
             return None
         route = pool.route_of(request.path)

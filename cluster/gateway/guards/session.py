@@ -23,7 +23,8 @@ from cluster.gateway.messages import (
     with_body,
 )
 from cluster.gateway.pools.pool import Pool
-from cluster.guards import Placeholders, Span, TextSlot, find_texts
+from cluster.guards import Placeholders, Span, TextSlot, TooManyValuesError, find_texts
+from cluster.guards.placeholders import MAX_VALUES
 from cluster.routing import RequestBody
 
 GUARD_HEADER = b"x-tandem-guard"
@@ -76,7 +77,7 @@ class GuardedRequest:
         """
         request = self._request
         if not self._of_prompt or not request.body:
-            return request
+            return request  # the engine answers an empty body with its error
         if not self._is_read:
             self._refuse_unchecked("a body that is not JSON")
             return request
@@ -135,12 +136,20 @@ class GuardedRequest:
         for slot, *spans in zip(self._slots, *found, strict=True):
             merged = [span for part in spans for span in part]
             if merged:
-                slot.text = self._placeholders.replace(slot.text, merged)
+                slot.text = self._replace(slot.text, merged)
                 has_changed = True
         if not has_changed:
             return self._request
         # ASCII, because a JSON string may hold half of a surrogate pair, which UTF-8 cannot.
         return with_body(self._request, json.dumps(document, separators=(",", ":")).encode())
+
+    def _replace(self, text: str, spans: Sequence[Span]) -> str:
+        try:
+            return self._placeholders.replace(text, spans)
+        except TooManyValuesError:
+            raise InvalidRequestError(
+                f"The prompt has more than {MAX_VALUES} values that guards must replace. Split it."
+            ) from None
 
     async def respond(self, relaying: Coroutine[Any, Any, Response]) -> Response:
         """Return the checked answer of a request that is relayed meanwhile.
@@ -242,7 +251,8 @@ async def _decode(body: bytes) -> Any:
         if len(body) > _THREAD_BYTES:
             return await asyncio.to_thread(json.loads, body)
         return json.loads(body)
-    except ValueError as error:  # such as invalid UTF-8 in fields that the router does not read
+    # Invalid UTF-8 in fields that the router does not read, huge integers, or thousands of levels.
+    except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"The request body is not valid JSON: {error}") from None
 
 
