@@ -87,6 +87,21 @@ def write_keys(path: Path, contents: KeyFileContents) -> None:
         raise ConfigError(f"{path}: cannot be written: {error}") from None
 
 
+def copy_keys(path: Path, put: Callable[[bytes], None]) -> bool:
+    """Store a key file's text elsewhere with ``put``; return False if the file does not exist.
+
+    The lock is held meanwhile, so an old text cannot overwrite a newer one.
+
+    Raises:
+        ConfigError: another process holds the lock, or the file is invalid.
+    """
+    with lock_keys(path):
+        contents = read_keys(path)
+        if contents is not None:
+            put(contents.dump().encode())
+    return contents is not None
+
+
 class KeyFile:
     """Key file that is reloaded when it changes.
 

@@ -254,8 +254,20 @@ def keys_revoke(
     from cluster.cli.keys import key_file, publish, revoke
 
     path = key_file(file, config)
-    revoke(path, key_id)
-    publish(path)
+    try:
+        revoke(path, key_id)
+    finally:  # an earlier revocation may be in the file only
+        publish(path)
+
+
+@keys_app.command("publish")
+def keys_publish(file: KeyFileOption = None, config: ConfigOption = None) -> None:
+    """Copy the key file to all nodes, after a change by hand or a failed `add` or `revoke`."""
+    from cluster.cli.keys import key_file, publish
+
+    path = key_file(file, config)
+    if not publish(path):
+        typer.echo(f"No running cluster of several nodes takes its keys from {path}.", err=True)
 
 
 @guard_app.command("test")

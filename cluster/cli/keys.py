@@ -14,7 +14,7 @@ from cluster.cli.defaults import load_config
 from cluster.config.file import KEY_FILE, key_file_path
 from cluster.errors import ConfigError
 from cluster.key_file import lock_keys, read_keys, write_keys
-from cluster.launch.shared_keys import prepare, publish_keys
+from cluster.launch.shared_keys import is_key_file_of, prepare, publish_keys
 from cluster.models.store import home
 
 _TITLES = {
@@ -34,11 +34,12 @@ def key_file(file: Path | None, config: Path | None) -> Path:
     """Return the key file to change or list.
 
     Raises:
-        ConfigError: by default, on a node that joined a cluster.
+        ConfigError: this node joined a cluster, and the file is not another than its own.
     """
-    if file is None:
-        prepare(home())  # loading the configuration may import Ray
-    return file or key_file_path(load_config(config, []).config.router)
+    if file is not None and not is_key_file_of(home(), file):
+        return file
+    prepare(home())  # loading the configuration may import Ray
+    return home() / KEY_FILE if file else key_file_path(load_config(config, []).config.router)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +123,15 @@ def revoke(path: Path, key_id: str) -> None:
     typer.echo(f"revoked key {matches[0].id} of tenant {matches[0].tenant}")
 
 
-def publish(path: Path) -> None:
-    """Apply a change of the key file of this Tandem home to all nodes of the running cluster."""
-    if path == home() / KEY_FILE and publish_keys(home(), path):
-        typer.echo("All nodes of the cluster use it within a few seconds.", err=True)
+def publish(path: Path) -> bool:
+    """Let all nodes of the running cluster use the key file if it is the one of this Tandem home.
+
+    Returns False if the cluster takes no keys from this file.
+    """
+    is_published = publish_keys(home(), path)
+    if is_published:
+        typer.echo(f"All nodes use the keys of {path} within a few seconds.", err=True)
+    return is_published
 
 
 def _listed(names: tuple[str, ...] | None) -> list[str] | None:

@@ -13,10 +13,8 @@ from typing import Any
 
 import httpx
 
-from cluster.config import RouterConfig
 from cluster.config.file import LoadedConfig, key_file_path
 from cluster.errors import StartError
-from cluster.key_file import read_keys
 from cluster.launch import auth, environment, ports, processes, prometheus, state
 from cluster.launch.ports import LOOPBACK
 from cluster.launch.serve_api import ApplicationStatus, parse_application
@@ -142,6 +140,7 @@ def _new_state(
         dashboard_url=f"http://{address or LOOPBACK}:{cluster.dashboard_port}",
         ray_address=f"{address or RAY_HOST}:{cluster.ray_port}",
         address=address,
+        keys_in_cluster=loaded.config.router.keys_in_cluster,
         config_path=str(loaded.path),
         started_at=time.time(),
         prometheus_url=f"http://{LOOPBACK}:{cluster.prometheus_port}" if monitoring else None,
@@ -157,6 +156,7 @@ def _start(loaded: LoadedConfig, home: Path, new: state.ClusterState, phases: Ph
     variables = environment.cluster_environment(
         os.environ, home, new.cluster_id, haproxy=haproxy, several_nodes=new.address is not None
     )
+    router = loaded.config.router
     if new.prometheus_url:
         variables |= prometheus.ray_variables(home, new.prometheus_url)
     request = StarterInput(
@@ -165,7 +165,7 @@ def _start(loaded: LoadedConfig, home: Path, new: state.ClusterState, phases: Ph
         serve=loaded.serve_config,
         application=new.application,
         head=_head_info(loaded, new, haproxy=haproxy) if new.address else None,
-        keys=_keys(loaded.config.router),
+        key_file=str(key_file_path(router)) if router.keys_in_cluster else None,
     )
     deadline = time.monotonic() + loaded.config.cluster.ready_timeout_s
     log = state.run_dir(home) / "start.log"
@@ -175,19 +175,13 @@ def _start(loaded: LoadedConfig, home: Path, new: state.ClusterState, phases: Ph
     wait_for_http(f"{new.http_url}/-/healthz", deadline)
     if new.prometheus_url:
         phases.enter("Prometheus")
-        requires_keys = loaded.config.router.requires_keys
-        process = prometheus.start(home, new, variables, requires_keys=requires_keys)
+        process = prometheus.start(home, new, variables, requires_keys=router.requires_keys)
         wait_for_http(f"{new.prometheus_url}/-/ready", deadline, process.check)
         process.detach()
 
 
 def _scheme(loaded: LoadedConfig) -> str:
     return "https" if loaded.config.router.tls else "http"
-
-
-def _keys(router: RouterConfig) -> str | None:
-    contents = read_keys(key_file_path(router)) if router.keys_in_cluster else None
-    return contents.dump() if contents else None
 
 
 def _head_info(loaded: LoadedConfig, new: state.ClusterState, *, haproxy: bool) -> HeadInfo:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, TextIO, TypedDict
 
 POLL_S = 0.15
@@ -51,8 +52,8 @@ class StarterInput(TypedDict):
     """Application whose status is reported."""
     head: HeadInfo | None
     """Description for nodes that join; None if none can."""
-    keys: str | None
-    """Key list to store in the cluster."""
+    key_file: str | None
+    """Key file to copy to the cluster."""
 
 
 def call_in_thread(call: Callable[[], object], *, nice: int = 0) -> Future[object]:
@@ -78,7 +79,8 @@ def main(request: StarterInput, reports: TextIO) -> None:
     serve = call_in_thread(_import_serve)  # in parallel with the start of Ray
     report(phase="Ray")
     dashboard = _start_ray(request)
-    _publish(request)
+    _publish_head(request)
+    _publish_keys(request)
     report(phase="Serve")
     serve.result()
     controller = _deploy(request["serve"])
@@ -89,6 +91,7 @@ def main(request: StarterInput, reports: TextIO) -> None:
     wait_until_running(lambda: ray.get(details.remote()), request["application"], report)
     report(phase="dashboard")
     dashboard.result()
+    _publish_keys(request)  # changes of the file since the start
     report(phase="done")
 
 
@@ -123,14 +126,21 @@ def _start_ray(request: StarterInput) -> Future[object]:
     return dashboard
 
 
-def _publish(request: StarterInput) -> None:
-    """Store in the GCS what other nodes read."""
-    from cluster.ray_internals import KEYS_KEY, kv_put
+def _publish_head(request: StarterInput) -> None:
+    """Store what other nodes need to join."""
+    from cluster.ray_internals import kv_put
 
     if request["head"] is not None:
         kv_put(HEAD_KEY, json.dumps(request["head"]).encode(), KV_TIMEOUT_S)
-    if request["keys"] is not None:
-        kv_put(KEYS_KEY, request["keys"].encode(), KV_TIMEOUT_S)
+
+
+def _publish_keys(request: StarterInput) -> None:
+    """Copy the key file to the cluster if there is one."""
+    from cluster.key_file import copy_keys
+    from cluster.ray_internals import KEYS_KEY, kv_put
+
+    if request["key_file"] is not None:
+        copy_keys(Path(request["key_file"]), lambda text: kv_put(KEYS_KEY, text, KV_TIMEOUT_S))
 
 
 def _deploy(config: Mapping[str, Any]) -> Any:

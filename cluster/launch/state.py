@@ -33,6 +33,8 @@ class ClusterState:
     """False on a node that joined a cluster."""
     address: str | None = None
     """Address of this node; None if the cluster is confined to loopback."""
+    keys_in_cluster: bool = False
+    """True on a head whose key file is copied to the cluster."""
 
     @property
     def uptime_s(self) -> float:

@@ -1,19 +1,27 @@
 """Parts of a cluster of several nodes that need neither Ray nor a network."""
 
+import io
 import logging
 import socket
 import stat
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from click.testing import Result
+from typer.testing import CliRunner
 
+from cluster import key_file, ray_internals
+from cluster.cli.app import app
 from cluster.cli.lifecycle import head_address
 from cluster.config import file as config_file
 from cluster.errors import ConfigError, StartError
-from cluster.key_file import ClusterKeys, KeyFile
-from cluster.launch import auth, environment, join, shared_keys, state
+from cluster.key_file import ClusterKeys, KeyFile, lock_keys
+from cluster.launch import auth, environment, join, shared_keys, starter, state
 from cluster.launch.processes import ClusterProcess
 from cluster.ray_internals import LOOPBACK_VARIABLE
 
@@ -159,8 +167,92 @@ def test_a_head_lives_with_its_gcs_and_another_node_with_its_raylet() -> None:
 def test_keys_are_changed_on_the_head(home: Path) -> None:
     shared_keys.prepare(home)
     state.save(home, known(is_head=False))
-    with pytest.raises(ConfigError, match=r"run `tandem keys` on 10\.0\.0\.1:6379"):
+    with pytest.raises(ConfigError, match=r"run `tandem keys` on 10\.0\.0\.1$"):
         shared_keys.prepare(home)
+    own = home.with_name("link.yaml")
+    own.symlink_to(home / config_file.KEY_FILE)
+    for options in ([], ["--file", str(home / config_file.KEY_FILE)], ["--file", str(own)]):
+        done = CliRunner().invoke(app, ["keys", "add", "acme", *options])
+        assert isinstance(done.exception, ConfigError)
+    other = home.with_name("other.yaml")
+    done = CliRunner().invoke(app, ["keys", "add", "acme", "--file", str(other)])
+    assert done.exception is None
+
+
+@pytest.fixture
+def stored(home: Path, monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """Texts that a running cluster of several nodes stores; ``[None]`` lets it fail once."""
+    running = replace(known(is_head=True), address="10.0.0.1", keys_in_cluster=True)
+    state.save(home, running)
+    monkeypatch.setattr(shared_keys.processes, "find", lambda _: [running])
+    contents: list[str | None] = []
+
+    def write(address: str, key: bytes, value: bytes, timeout_s: float) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(key_file, "LOCK_TIMEOUT_S", 0.01)
+            with pytest.raises(ConfigError, match="another process"):  # so this is the newest text
+                lock_keys(home / config_file.KEY_FILE).__enter__()
+        if contents == [None]:
+            contents.clear()
+            raise OSError("no answer")
+        contents.append(value.decode())
+
+    monkeypatch.setattr(ray_internals, "write_remote_kv", write)
+    return contents
+
+
+def keys(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["keys", *arguments])
+
+
+def test_keys_that_the_cluster_did_not_store_are_published_again(stored: list[str | None]) -> None:
+    stored.append(None)
+    failed = keys("add", "acme")
+    assert "Run `tandem keys publish` once it responds" in str(failed.exception)
+    assert stored == []
+    assert "All nodes use the keys of" in keys("publish").stderr
+    assert "acme" in (stored[-1] or "")
+    stored[:] = [None]
+    key = failed.stdout.strip()
+    assert isinstance(keys("revoke", key).exception, StartError)
+    repeated = keys("revoke", key)
+    assert "no key matches" in str(repeated.exception)
+    assert "sha256" not in (stored[-1] or "sha256")
+
+
+def test_only_the_key_file_that_a_cluster_uses_is_published(
+    home: Path, stored: list[str | None]
+) -> None:
+    link = home.with_name("link.yaml")
+    link.symlink_to(home / config_file.KEY_FILE)
+    assert keys("add", "linked", "--file", str(link)).exception is None
+    assert link.is_symlink()
+    assert "linked" in (stored[-1] or "")
+    assert keys("add", "other", "--file", str(home.with_name("other.yaml"))).exception is None
+    state.save(home, replace(known(is_head=True), address="10.0.0.1"))  # with router.keys_file
+    assert keys("add", "mounted").exception is None
+    assert len(stored) == 1
+    assert "takes its keys from" in keys("publish").stderr
+
+
+def test_a_key_that_is_revoked_during_the_start_is_revoked_in_the_cluster(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = home / config_file.KEY_FILE
+    path.parent.mkdir()
+    path.write_text(f"keys: [{{sha256: {DIGEST}, tenant: acme}}]")
+    stored: list[bytes] = []
+    dashboard: Future[object] = Future()
+    dashboard.set_result(None)
+    controller = SimpleNamespace(get_serve_instance_details=None)
+    monkeypatch.setattr(ray_internals, "kv_put", lambda key, value, _: stored.append(value))
+    monkeypatch.setattr(starter, "_import_serve", lambda: None)
+    monkeypatch.setattr(starter, "_start_ray", lambda _: dashboard)
+    monkeypatch.setattr(starter, "_deploy", lambda _: controller)
+    monkeypatch.setattr(starter, "wait_until_running", lambda *_: path.write_text("keys: []"))
+    request: Any = {"key_file": str(path), "head": None, "serve": {}, "application": "a"}
+    starter.main(request, io.StringIO())
+    assert [DIGEST.encode() in text for text in stored] == [True, False]
 
 
 def test_keys_of_the_cluster_survive_an_outage(
