@@ -10,13 +10,16 @@ ServerChanges = tuple[dict[str, list[tuple[str, str]]], list[str]]
 """Servers to add, each with commands for HAProxy's socket and their answers; servers to remove."""
 
 
-def server_comparison() -> Callable[[str, str], ServerChanges | None]:
-    """Return a function that compares two configurations of HAProxy.
+def server_comparison() -> tuple[
+    Callable[[str, str], ServerChanges | None], Callable[[str, str], bool]
+]:
+    """Return two functions that compare two configurations of HAProxy.
 
-    Servers are named BACKEND/SERVER. It returns None if anything else differs, so that HAProxy must
-    be reloaded.
+    The first one returns the changes of servers, which are named BACKEND/SERVER, or None if
+    anything else differs, so that HAProxy must be reloaded. The second one returns True if a
+    backend has lost all servers but its backup.
 
-    It is pickled by value with the function that uses it; see ``ray_internals.proxy_setup``.
+    They are pickled by value with the function that uses them; see ``ray_internals.proxy_setup``.
     """
 
     def parse(config: str) -> tuple[list[str], dict[str, str], dict[str, str]]:
@@ -51,4 +54,14 @@ def server_comparison() -> Callable[[str, str], ServerChanges | None]:
             ]
         return adding, sorted(before.keys() - after.keys())
 
-    return compare
+    def is_emptied(old: str, new: str) -> bool:
+        def backends(config: str) -> set[str]:
+            servers = parse(config)[1].items()
+            return {
+                name.partition("/")[0] for name, text in servers if "backup" not in text.split()
+            }
+
+        sections = {line.split()[-1] for line in new.splitlines() if line.startswith("backend ")}
+        return bool((backends(old) - backends(new)) & sections)
+
+    return compare, is_emptied

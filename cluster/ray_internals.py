@@ -343,6 +343,14 @@ CERTIFICATE_RENEWAL_S = 10.0
 """Interval between checks for a renewed certificate, in seconds."""
 
 
+EMPTY_BACKEND_S = 15.0
+"""Time for which an empty list of an application's routers is ignored, in seconds.
+
+Serve sends one for some seconds during each deployment. HAProxy's health checks notice if the
+routers are really gone; it then uses its backup, Serve's own proxy.
+"""
+
+
 class ProxySettings(NamedTuple):
     """Limits of Serve's HTTP proxies; the same for all applications of a cluster."""
 
@@ -382,13 +390,15 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
     }
 
     certificate, key = settings.certificate, settings.key
-    compare_servers = server_comparison()
+    compare_servers, is_emptied = server_comparison()
+    empty_s = EMPTY_BACKEND_S
 
     def set_up(actor: Any) -> str:
         import asyncio
         import contextlib
         import logging
         import os
+        import time
 
         from ray.serve._private import haproxy
         from ray.serve._private.proxy_request_response import ASGIProxyRequest
@@ -456,8 +466,14 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
 
         async def update_haproxy() -> None:
             api = actor._haproxy
-            running, api._tandem_running = api._tandem_running, None
-            config = read_config()
+            running, config = api._tandem_running, read_config()
+            now = time.monotonic()
+            if running is not None and is_emptied(running, config):
+                api._tandem_emptied = emptied = api._tandem_emptied or now
+                if now - emptied < empty_s:
+                    actor.event_loop.call_later(empty_s, actor._schedule_haproxy_update)
+                    return
+            api._tandem_emptied = api._tandem_running = None
             if not await update_servers(running, config):
                 for server in api._tandem_removed:  # the new process takes over the states
                     with contextlib.suppress(RuntimeError):
@@ -543,6 +559,7 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
         if not hasattr(api, "_tandem_reload"):
             api._tandem_reload = api._graceful_reload
             api._tandem_running, api._tandem_removed = None, set()
+            api._tandem_emptied = None
         api._graceful_reload = update_haproxy
 
         def apply() -> None:

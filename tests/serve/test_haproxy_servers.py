@@ -40,7 +40,7 @@ def config(*servers: str, port: int = 1, socket: str = "s") -> str:
 
 
 def test_only_changed_servers_are_changed() -> None:
-    compare = server_comparison()
+    compare, _ = server_comparison()
     old = config("a 127.0.0.1:1 check", "b 127.0.0.1:2 check backup")
     assert compare(old, old) == ({}, [])
     added = "add server routers/c 127.0.0.1:3 check fastinter 250ms downinter 250ms inter 1s check"
@@ -66,7 +66,17 @@ def test_only_changed_servers_are_changed() -> None:
     ],
 )
 def test_other_changes_need_a_reload(new: str) -> None:
-    assert server_comparison()(config("a 127.0.0.1:1 check"), new) is None
+    assert server_comparison()[0](config("a 127.0.0.1:1 check"), new) is None
+
+
+def test_a_backend_without_routers_is_noticed() -> None:
+    _, is_emptied = server_comparison()
+    full = config("a 127.0.0.1:1 check", "fallback 127.0.0.1:2 check backup")
+    backup = config("fallback 127.0.0.1:2 check backup")
+    assert is_emptied(full, backup)
+    assert not is_emptied(full, config("b 127.0.0.1:3 check"))
+    assert not is_emptied(backup, backup)
+    assert not is_emptied(full, "defaults\n"), "the application was removed"
 
 
 @contextlib.asynccontextmanager
@@ -105,7 +115,7 @@ async def test_a_kept_connection_outlives_the_replacement_of_all_routers(tmp_pat
             for name, target in (("a", first), ("b", second))
         )
         async with running_haproxy(tmp_path, old, port):
-            changes = server_comparison()(old, new)
+            changes = server_comparison()[0](old, new)
             assert changes is not None
             before = await http.get(f"http://127.0.0.1:{port}/")
             for line, expected in changes[0]["routers/b"]:
