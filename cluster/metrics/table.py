@@ -108,9 +108,9 @@ SHED = _counter(
 FAILOVERS = _counter(
     "tandem_failovers_total",
     "Requests retried on another replica before the first byte. Reasons: lost (the link broke); "
-    "refused (by the replica, it is silent, or another router has the answer); unavailable (it "
-    "stopped or its engine died). The reason drained counts requests that a draining replica "
-    "completed.",
+    "hung (the replica is silent); refused (by the replica, or another router has the answer); "
+    "unavailable (it stopped or its engine died). The reason drained counts requests that a "
+    "draining replica completed.",
     "reason",
 )
 HANDOVERS = _counter(

@@ -192,6 +192,36 @@ async def test_request_that_kills_replicas_kills_two_at_most(
     assert digest[:16] in caplog.text
 
 
+class Hang(Poison):
+    """Application whose process a request stops: its connections stay open, but nothing comes."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.requests += 1
+        assert self.server is not None
+        for connection in self.server.connections:
+            connection.write = lambda *_: None  # type: ignore[method-assign]
+        await asyncio.Future()
+
+    def wake_up(self) -> None:
+        assert self.server is not None
+        for connection in self.server.connections:
+            connection.__dict__.pop("write", None)
+
+
+async def test_request_that_hangs_replicas_hangs_two_at_most() -> None:
+    async with gateway_world() as world:
+        hanging = [Hang() for _ in range(4)]
+        for index, each in enumerate(hanging):
+            each.server = await world.serve(each, "gen", f"gen-{index}", ROUTES)
+        answer = await asgi.post(world.app, CHAT, {"model": "gen"})
+        assert answer.status == 503
+        assert "2 of 2 replicas were lost" in answer.json()["error"]["message"]
+        assert sum(each.requests for each in hanging) == 2
+        assert (await metrics(world))["tandem_failovers_total", "gen", "hung"] == 1
+        for each in hanging:
+            each.wake_up()
+
+
 async def test_retries_after_losses_are_limited_for_the_whole_pool() -> None:
     async with gateway_world(queue_timeout_s=30) as world:
         poisoned = await add_poisoned(world, ["gen-1", "gen-2"])

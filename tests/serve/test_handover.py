@@ -344,6 +344,32 @@ async def test_answers_move_away_from_a_silent_replica() -> None:
         assert await handovers(world, "hung") == (1, 0)
 
 
+async def test_an_answer_that_hangs_replicas_hangs_three_at_most() -> None:
+    scripts = [Script(stop_at=5) for _ in range(4)]
+    async with world_with(*scripts) as world:
+        call = asgi.start(world.app, "POST", CHAT, BODY)
+        hung: set[str] = set()
+        for _ in range(3):
+            await world.until(lambda: len(_stopped(scripts)) > len(hung))  # noqa: B023
+            hung |= (new := _stopped(scripts) - hung)
+            for connection in (c for name in new for c in world.servers[name].connections):
+                connection.write = lambda *_: None  # type: ignore[method-assign]
+        answer = await call.done()
+        assert b"try again" in answer.body
+        assert _stopped(scripts) == hung
+        assert await handovers(world, "hung") == (0, 3)  # the third one finds no other replica
+        for name in hung:
+            for connection in world.servers[name].connections:
+                connection.__dict__.pop("write", None)
+        for script in scripts:
+            script.go_on.set()
+
+
+def _stopped(scripts: list[Script]) -> set[str]:
+    """Return the replicas that ``world_with`` made of these scripts and that wait in an answer."""
+    return {f"gen-{i + 1}" for i, script in enumerate(scripts) if script.stopped.is_set()}
+
+
 @pytest.mark.parametrize("headers", [{}, {"idempotency-key": "a"}])
 async def test_requests_without_an_answer_move_away_from_a_silent_replica(
     headers: dict[str, str],
@@ -362,7 +388,7 @@ async def test_requests_without_an_answer_move_away_from_a_silent_replica(
         for connection in world.servers["cls-1"].connections:
             del connection.write
         await world.until_idle()
-        assert (await metrics(world))["tandem_failovers_total", "cls", "refused"] == 1
+        assert (await metrics(world))["tandem_failovers_total", "cls", "hung"] == 1
 
 
 async def test_a_replica_that_wakes_up_cannot_write_to_the_answer() -> None:

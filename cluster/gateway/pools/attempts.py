@@ -10,6 +10,7 @@ from time import perf_counter
 
 from cluster.errors import (
     HandoverError,
+    LinkClosedError,
     LinkError,
     LinkRefusedError,
     RequestError,
@@ -30,18 +31,19 @@ logger = logging.getLogger("ray.serve.tandem")
 MAX_LOST = 2
 """Replicas that may be lost with a request before its answer begins; it may be the cause."""
 MAX_DEAD = 3
-"""Replicas, or their engines, that may die without progress of an answer that has begun. A request
-that kills replicas kills two; the answers that moved from the first to the second must survive."""
+"""Replicas, or their engines, that may die or hang without progress of an answer that has begun. A
+request that kills replicas kills two; the answers that moved from the first to the second must
+survive."""
 _LOST_POLL_S = 0.1
 
 
 # A new instance for each raise: one that is raised again keeps the frames of each earlier raise.
 class _DrainsError(LinkRefusedError):
-    """The replica drains; another one continues the answer."""
+    """The replica drains."""
 
 
-class _HangsError(LinkRefusedError):
-    """The replica is silent; another one continues the answer."""
+class _HangsError(LinkClosedError):
+    """The replica is silent."""
 
 
 class _YieldsError(LinkRefusedError):
@@ -179,7 +181,7 @@ class Attempts:
         began_s = perf_counter()
         meter = self._pool.meter
         while (kept := self.kept) is not None and self._may_continue(kept, error):
-            reason = _reason(error)
+            reason = handover_reason(error)
             slot = await self._other_slot(kept, error)
             if slot is None:
                 meter.handed_over(reason, "failed")
@@ -221,7 +223,9 @@ class Attempts:
             return False
         if self.kept is not None:
             self._next_slot = slot
-        else:  # the request is sent again, before all others
+        else:
+            # The request is sent again. It waits before all others if the head of the queue gets
+            # this slot.
             self._pool.queue.release_slot(slot)
         kind = _DrainsError if self.slot.replica.is_draining else _HangsError
         self.answer.abandon(kind(kind.__doc__))
@@ -253,17 +257,20 @@ class Attempts:
         """Return a slot at another replica; None if a limit is reached, or none is free in time."""
         if not (kept.record.has_journal and kept.grow()):
             return None
-        slot, self._next_slot = self._next_slot, None
-        if slot is not None:
-            return slot
         if isinstance(error, UnavailableError):
             kept.excluded |= {self.slot.replica.info.id}
-        if not isinstance(error, LinkRefusedError):
+        is_loss = not isinstance(error, LinkRefusedError)
+        if is_loss:
             logger.warning("%s: replica lost during the answer: %s", self._request.id, error)
             # The request may have been the cause, so it must not reach every replica.
             max_lost = MAX_LOST if isinstance(error, HandoverError) else MAX_DEAD
-            if kept.count_loss() >= max_lost or not self._pool.retries.take_retry():
+            if kept.count_loss() >= max_lost:
                 return None
+        slot, self._next_slot = self._next_slot, None
+        if slot is not None:  # there is room, so this does not multiply the load
+            return slot
+        if is_loss and not self._pool.retries.take_retry():
+            return None
         try:
             return await self._wait_for_slot(self._claim(kept))
         except RequestError as refusal:
@@ -321,7 +328,8 @@ class Attempts:
         return chunk
 
 
-def _reason(error: Exception) -> HandoverReason:
+def handover_reason(error: Exception) -> HandoverReason:
+    """Return the reason, for metrics, for which another replica takes over from one that failed."""
     if isinstance(error, _HangsError):
         return "hung"
     if isinstance(error, LinkRefusedError):

@@ -16,7 +16,8 @@ RETRY_S = 1.0
 async def move_answers(replica: Replica, queue: AdmissionQueue) -> None:
     """Move the answers that other replicas can continue, each as soon as there is a slot for it.
 
-    An answer stays at its replica until it has a slot at another one.
+    An answer stays at its replica until it has a slot at another one. A request without any answer
+    is sent again once a slot is free: it waits before all others, but the slot is not kept for it.
     """
     reason = "drains" if replica.is_draining else "is silent"
     logger.info("replica %s %s: %d answers move", replica.info.id, reason, len(replica.movable))

@@ -20,7 +20,7 @@ from cluster.errors import (
     UnprocessableError,
 )
 from cluster.gateway.messages import Request, Response
-from cluster.gateway.pools.attempts import MAX_LOST
+from cluster.gateway.pools.attempts import MAX_LOST, handover_reason
 from cluster.gateway.pools.forwarding import request_head
 from cluster.gateway.pools.hedging import HedgedRequest
 from cluster.gateway.pools.pool import Pool
@@ -99,7 +99,7 @@ async def _send_with_failover(
             logger.info("%s: replica %s: %s", request.id, slot.replica.info.id, error)
         except (LinkError, UnavailableError) as error:
             # The request may have been the cause, so it must not reach every replica.
-            failure = "lost" if isinstance(error, LinkError) else "unavailable"
+            failure = handover_reason(error)
             num_lost += 1
             logger.warning(
                 "%s: lost replica %s before the answer: %s; request's body: %d bytes, SHA-256 of "

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from cluster.tracing.tracer import Tracer
 
 ShedReason = Literal["queue_full", "too_long", "deadline", "expired", "displaced"]
-FailoverReason = Literal["lost", "refused", "unavailable", "drained"]
+FailoverReason = Literal["lost", "refused", "unavailable", "drained", "hung"]
 HandoverReason = Literal["lost", "unavailable", "drained", "hung"]
 HandoverOutcome = Literal["continued", "failed"]
 HedgeOutcome = Literal["won", "lost"]
