@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from cluster.launch import processes
-from tests.cluster.conftest import ALIASES, CLASSIFIER_ALIASES, ROOT, RunningCluster
+from tests.cluster.conftest import ALIASES, CLASSIFIER_ALIASES, GUARDS, ROOT, RunningCluster
 from tests.cluster.engine_processes import engines_of_cluster
 from tests.cluster.test_recovery import (
     MODEL,
@@ -36,6 +36,7 @@ def changed_config(**sections: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration of ``cluster`` with other fields of its sections."""
     config: dict[str, Any] = yaml.safe_load((ROOT / "ray-config.yaml").read_text("utf-8"))
     args = config["applications"][0]["args"]
+    args |= {"guards": GUARDS, "applications": {}}
     args["generators"][0] |= {"aliases": ALIASES, **sections.pop("generators", {})}
     args["classifiers"][0] |= {"aliases": CLASSIFIER_ALIASES, **sections.pop("classifiers", {})}
     for name, fields in sections.items():
