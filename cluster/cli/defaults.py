@@ -1,6 +1,5 @@
 """Default configuration file, the running cluster, and default URL of the router."""
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 from cluster.config.file import LoadedConfig, load
 from cluster.errors import ConfigError, StartError
 from cluster.launch import state
-from cluster.launch.auth import ray_token
 from cluster.launch.serve_api import ServeApi
 from cluster.models.store import home
 
@@ -41,7 +39,7 @@ def running_application() -> Iterator[tuple[ServeApi, str]]:
     running = state.load(home())
     if running is None:
         raise StartError("No cluster is running; start one with `tandem up`.")
-    with ServeApi(running.dashboard_url, ray_token(os.environ, home())) as api:
+    with ServeApi(running.dashboard_url, running.token(home())) as api:
         yield api, running.application
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ from rich.console import Console
 
 from cluster.errors import NotFoundError
 from cluster.launch import processes, state
-from cluster.launch.auth import ray_token
 from cluster.launch.log_files import (
     FailureGroup,
     LogEntry,
@@ -66,8 +64,7 @@ def _logs(directory: Path | None) -> Iterator[_Logs]:
         yield _Logs(root, str(root), directory is not None or bool(owned))
         return
     with tempfile.TemporaryDirectory(prefix="tandem-logs-") as scratch:
-        token = ray_token(os.environ, home())
-        for problem in download_logs(known.dashboard_url, token, Path(scratch)):
+        for problem in download_logs(known.dashboard_url, known.token(home()), Path(scratch)):
             typer.echo(problem, err=True)
         yield _Logs(Path(scratch), f"all nodes of {known.ray_address}", running=True)
 

@@ -23,7 +23,10 @@ Conditions = Mapping[str, str]
 
 
 def run(key: str | None, *, as_json: bool) -> None:
-    found = read_status(home()) or read_other_status()
+    found = read_status(home())
+    if found is None:
+        # The key is for the URL that the user knows; this one comes from what runs here.
+        found, key = read_other_status(), None
     conditions = _read_conditions(found, key)
     if as_json:
         details = (

@@ -35,6 +35,11 @@ def ray_token(environment: Mapping[str, str], home: Path | None = None) -> str |
     return _read(Path("~/.ray/auth_token").expanduser()) if is_on else None
 
 
+def stored_token(home: Path) -> str | None:
+    """Return the token of a cluster of several nodes; None without one."""
+    return _read(token_file(home))
+
+
 def token_variables(home: Path) -> dict[str, str]:
     """Return the variables with which Ray requires the token in ``home``."""
     return {MODE: "token", TOKEN_PATH: str(token_file(home))}

@@ -31,11 +31,17 @@ def read_other_status() -> ClusterStatus | None:
 
 
 def find_gcs_address(environment: Mapping[str, str]) -> str | None:
-    """Return ``RAY_ADDRESS``, or else the address of a raylet that Tandem did not start."""
+    """Return ``RAY_ADDRESS``, or else the address of this user's raylet that Tandem did not start.
+
+    Ray's token is sent there, so a process of another user must not choose the address.
+    """
     if (address := environment.get("RAY_ADDRESS")) and "://" not in address:
         return address
-    for process in psutil.process_iter(["name", "cmdline"]):
-        if process.info["name"] != "raylet" or processes.environment_of(process.pid):
+    for process in psutil.process_iter(["name", "cmdline", "uids"]):
+        uids = process.info["uids"]
+        if process.info["name"] != "raylet" or not uids or uids.real != os.getuid():
+            continue
+        if processes.environment_of(process.pid):
             continue
         for argument in process.info["cmdline"] or ():
             if argument.startswith(GCS_OPTION):

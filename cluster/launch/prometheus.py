@@ -12,7 +12,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from cluster.errors import StartError
-from cluster.launch.auth import ray_token
 from cluster.launch.starter import HOUSEKEEPING_NICE
 from cluster.launch.starter_process import last_line
 from cluster.launch.state import ClusterState
@@ -109,7 +108,7 @@ def scrape_targets(cluster: ClusterState, home: Path, *, requires_keys: bool) ->
     return Targets(
         dashboard=cluster.dashboard_url,
         ingress=urlsplit(cluster.http_url).netloc if key or not requires_keys else None,
-        token_file=write_secret(directory / "ray-token", ray_token(os.environ, home)),
+        token_file=write_secret(directory / "ray-token", cluster.token(home)),
         key_file=write_secret(directory / "router-key", key),
         uses_tls=urlsplit(cluster.http_url).scheme == "https",
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cluster.errors import StartError
 from cluster.launch import processes
-from cluster.launch.auth import ray_token
+from cluster.launch.auth import ray_token, stored_token
 from cluster.launch.serve_api import ApplicationStatus, ServeApi
 
 
@@ -35,6 +35,10 @@ class ClusterState:
     """Address of this node; None if the cluster is confined to loopback."""
     keys_in_cluster: bool = False
     """True on a head whose key file is copied to the cluster."""
+
+    def token(self, home: Path) -> str | None:
+        """Return Ray's token: on several nodes the one in ``home``, else by Ray's own rules."""
+        return ray_token(os.environ) if self.address is None else stored_token(home)
 
     @property
     def uptime_s(self) -> float:
@@ -104,6 +108,6 @@ def read_status(home: Path) -> ClusterStatus | None:
     alive = is_alive(owned, known)
     application = None
     if known and alive:
-        with ServeApi(known.dashboard_url, ray_token(os.environ, home)) as api:
+        with ServeApi(known.dashboard_url, known.token(home)) as api:
             application = api.application(known.application)
     return ClusterStatus(known, alive, len(owned), processes.rss_bytes(owned), application)

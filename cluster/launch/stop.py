@@ -1,13 +1,11 @@
 """Stop of a cluster, also after a crash."""
 
-import os
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.launch import processes, state
-from cluster.launch.auth import ray_token
 from cluster.launch.environment import sockets_dir
 from cluster.launch.serve_api import ServeApi
 
@@ -40,7 +38,7 @@ def stop(home: Path, *, drain_s: float) -> StopResult | None:
     owned = processes.find(home)
     drained = False
     if drain_s > 0 and running and running.is_head and state.is_alive(owned, running):
-        with ServeApi(running.dashboard_url, ray_token(os.environ, home)) as api:
+        with ServeApi(running.dashboard_url, running.token(home)) as api:
             drained = api.drain(drain_s)
     ended = processes.end_all(home, grace_s=TERM_S)
     cluster_ids = {process.cluster_id for process in owned}

@@ -158,6 +158,20 @@ def known(*, is_head: bool) -> state.ClusterState:
     )
 
 
+def test_commands_use_the_token_of_the_cluster_that_runs(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The home may have one of an earlier cluster, and the environment one of another."""
+    auth.create_token(home)
+    several = replace(known(is_head=True), address="10.0.0.1")
+    assert known(is_head=True).token(home) is None
+    assert several.token(home) == auth.stored_token(home) is not None
+    monkeypatch.setenv(auth.MODE, "token")
+    monkeypatch.setenv(auth.TOKEN, "of the environment")
+    assert known(is_head=True).token(home) == "of the environment"
+    assert several.token(home) == auth.stored_token(home)
+
+
 def test_a_head_lives_with_its_gcs_and_another_node_with_its_raylet() -> None:
     raylet = [ClusterProcess(None, "raylet", "id")]  # type: ignore[arg-type]
     assert not state.is_alive(raylet, known(is_head=True))

@@ -1,7 +1,9 @@
 """A cluster that others started: found by its raylet, shown by `status` and `doctor`."""
 
 import json
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 from types import SimpleNamespace
@@ -12,8 +14,10 @@ import pytest
 from typer.testing import CliRunner
 
 from cluster import ray_internals
+from cluster.cli import status
 from cluster.cli.app import app
 from cluster.config.file import IMPORT_PATH
+from cluster.errors import UnavailableError
 from cluster.launch import other_ray
 
 DETAILS = {
@@ -57,8 +61,14 @@ def dashboard() -> Iterator[str]:
 def ray_start(dashboard: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     """A raylet that Tandem did not start."""
     cmdline = ["raylet", "--gcs-address=10.0.0.1:6379"]
-    raylet = SimpleNamespace(pid=1, info={"name": "raylet", "cmdline": cmdline})
-    monkeypatch.setattr(psutil, "process_iter", lambda *_: [raylet])
+    raylets = [
+        SimpleNamespace(pid=1, info={"name": "raylet", "cmdline": command, "uids": uids})
+        for command, uids in (
+            (["raylet", "--gcs-address=10.6.6.6:6379"], SimpleNamespace(real=os.getuid() + 1)),
+            (cmdline, SimpleNamespace(real=os.getuid())),
+        )
+    ]
+    monkeypatch.setattr(psutil, "process_iter", lambda *_: raylets)
     monkeypatch.setattr(ray_internals, "read_dashboard_address", lambda *_: dashboard)
     monkeypatch.setenv("TANDEM_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -73,6 +83,21 @@ def test_status_shows_a_cluster_that_others_started() -> None:
     assert found["state"]["http_url"] == "http://127.0.0.1:8123"
     assert found["state"]["ray_address"] == "10.0.0.1:6379"
     assert "RUNNING" in CliRunner().invoke(app, ["status"]).stdout
+
+
+@pytest.mark.usefixtures("ray_start")
+def test_no_key_is_sent_to_a_router_that_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[str | None] = []
+
+    @contextmanager
+    def connect(url: str, key: str | None, *, timeout_s: float) -> Iterator[None]:
+        keys.append(key)
+        raise UnavailableError(url)
+        yield
+
+    monkeypatch.setattr(status, "connect", connect)
+    assert CliRunner().invoke(app, ["status", "--json", "--api-key", "secret"]).exit_code == 0
+    assert keys == [None]
 
 
 @pytest.mark.usefixtures("ray_start")

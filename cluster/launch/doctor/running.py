@@ -1,6 +1,5 @@
 """Checks of the cluster: ports, processes (also of earlier clusters), authentication, endpoints."""
 
-import os
 import time
 from collections.abc import Iterator, Mapping
 from email.utils import parsedate_to_datetime
@@ -117,7 +116,7 @@ def check_auth(variables: Mapping[str, str], loaded: LoadedConfig) -> Iterator[F
 
 
 def check_endpoints(running: state.ClusterState, home: Path) -> Iterator[Finding]:
-    token = ray_token(os.environ, home)
+    token = running.token(home)
     # The certificate may be for another name than this node's address.
     with httpx.Client(timeout=TIMEOUT_S, trust_env=False, verify=False) as client:
         yield _check_router(client, running.http_url)
