@@ -241,6 +241,10 @@ class UnavailableError(RequestError, status=503, type="ServiceUnavailableError")
     """No replica can serve the request now."""
 
 
+class ReplicaLostError(UnavailableError):
+    """The replicas that computed the answer were lost; the request may have been the cause."""
+
+
 class EngineDeadError(UnavailableError):
     """The engine of a replica died; Serve replaces the replica."""
 

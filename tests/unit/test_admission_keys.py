@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from cluster.admission.keys import KeyFileContents, digest, new_key, parse_keys
 from cluster.cli import keys
 from cluster.cli.app import app
-from cluster.errors import AuthenticationError, ConfigError
+from cluster.errors import AuthenticationError, ConfigError, UnavailableError
 from cluster.gateway.admission.authenticator import Authenticator
 from cluster.key_file import KeyFile, lock_keys
 
@@ -129,6 +129,27 @@ def test_a_missing_expected_file_admits_no_one(tmp_path: Path) -> None:
     auth = Authenticator([], KeyFile(tmp_path / "keys.yaml", expected=True))
     with pytest.raises(AuthenticationError):
         auth.authenticate(bearer("one"))
+
+
+def test_work_that_a_key_began_has_its_present_rights(tmp_path: Path) -> None:
+    file = ChangingFile(tmp_path / "keys.yaml")
+    auth = Authenticator([digest("bare")], KeyFile(file.path, expected=True))
+    with pytest.raises(UnavailableError):  # not read yet, as after a restart
+        auth.find_identity("acme", "k")
+    file.write(text())
+    auth.refresh()
+    one = auth.authenticate(bearer("one"))
+    assert auth.find_identity("acme", one.key) == one
+    for tenant, key in (("other", one.key), ("acme", "k"), ("", "")):
+        with pytest.raises(AuthenticationError, match="revoked"):
+            auth.find_identity(tenant, key)
+    file.write(text("three", "two"))
+    auth.refresh()
+    with pytest.raises(AuthenticationError, match="revoked"):
+        auth.find_identity("acme", one.key)
+    assert Authenticator([]).find_identity("acme", "k").tenant.name == "acme"  # open by now
+    with pytest.raises(AuthenticationError):
+        Authenticator([], needs_keys=True).find_identity("", "")
 
 
 def test_a_router_that_needs_keys_rejects_all_requests_until_it_has_one(

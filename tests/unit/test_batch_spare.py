@@ -1,6 +1,7 @@
 """Slots for lines of batches beside other requests, with a scripted pool."""
 
 import asyncio
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,9 +38,9 @@ class Spare:
         self.now_s = 0.0
         self._takes: list[asyncio.Task[LineSlot]] = []
 
-    def want(self, number: int, *, is_urgent: bool = False) -> None:
+    def want(self, number: int, is_urgent: Callable[[], bool] = bool) -> None:
         for _ in range(number):
-            take = asyncio.create_task(self.capacity.take(is_urgent=is_urgent))
+            take = asyncio.create_task(self.capacity.take(is_urgent))
             self._takes.append(take)
 
     async def adjust(self, after_s: float = 0.0) -> list[LineSlot]:
@@ -97,9 +98,12 @@ async def test_requests_at_other_routers_count(spare: Spare) -> None:
     assert await spare.adjust(QUIET_S) == []
 
 
-async def test_one_urgent_line_runs_beside_others(spare: Spare) -> None:
+async def test_one_line_that_became_urgent_runs_beside_others(spare: Spare) -> None:
     spare.pool.arrive(1)
-    spare.want(2, is_urgent=True)
+    late = False
+    spare.want(2, lambda: late)
+    assert await spare.adjust() == []
+    late = True  # while the lines wait
     assert len(await spare.adjust()) == 1
     assert len(await spare.adjust()) == 1
     assert spare.preemptions.value == 0

@@ -3,11 +3,12 @@
 import logging
 from collections.abc import Iterable, Mapping
 from hashlib import sha256
+from itertools import chain
 
 from cluster.admission import OPEN, Identity, Tenant
 from cluster.admission.keys import bare_identities
 from cluster.config import RouterConfig
-from cluster.errors import AuthenticationError
+from cluster.errors import AuthenticationError, UnavailableError
 from cluster.gateway.messages import Headers, header
 from cluster.key_file import KeySource
 
@@ -76,18 +77,30 @@ class Authenticator:
         return self._file.identities if self._file is not None else {}
 
     @property
+    def _sources(self) -> tuple[Mapping[bytes, Identity], ...]:
+        """Keys in order of precedence."""
+        # An entry of the file names a tenant and limits, so it overrides a bare digest.
+        return self._operators, self._from_file, self._bare
+
+    @property
     def _has_keys(self) -> bool:
         return bool(self._bare) or (self._file is not None and self._file.required)
 
-    def find_identity(self, tenant: str, key: str) -> Identity | None:
-        """Return a tenant with its present limits, with this key if it still exists.
+    def find_identity(self, tenant: str, key: str) -> Identity:
+        """Return the present rights of a key, by its id, for work that it began earlier.
 
-        None if no key belongs to the tenant any more.
+        Raises:
+            UnavailableError: The keys are not known yet.
+            AuthenticationError: The key was revoked.
         """
-        if not tenant or not self._has_keys:
+        if self._file is not None and self._file.required and not self._file.identities:
+            raise UnavailableError("The API keys are not known yet.", retry_after_s=1)
+        if not self._has_keys and not self._needs_keys:
             return Identity(Tenant(tenant))
-        found = [each for each in self.identities if each.tenant.name == tenant]
-        return next((each for each in found if each.key == key), found[0] if found else None)
+        for identity in chain(*(each.values() for each in self._sources)):
+            if (identity.tenant.name, identity.key) == (tenant, key):
+                return identity
+        raise AuthenticationError("The API key that began this work was revoked.")
 
     def authenticate(self, headers: Headers) -> Identity:
         """Return the sender of a request; ``OPEN`` if no keys are configured.
@@ -105,9 +118,7 @@ class Authenticator:
                 "Missing API key; send 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
             )
         digest = sha256(key.encode()).digest()
-        # An entry of the file names a tenant and limits, so it overrides a bare digest.
-        sources = (self._operators, self._from_file, self._bare)
-        identity = next((found for each in sources if (found := each.get(digest))), None)
+        identity = next((found for each in self._sources if (found := each.get(digest))), None)
         if identity is None:
             raise AuthenticationError("Unknown API key.")
         return identity

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import json
 import logging
+import sqlite3
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
@@ -26,7 +27,13 @@ from cluster.batches import (
     result_line,
 )
 from cluster.config import RouterConfig
-from cluster.errors import AuthenticationError, LinkError, RequestError, UnavailableError
+from cluster.errors import (
+    InternalError,
+    LinkError,
+    ReplicaLostError,
+    RequestError,
+    UnavailableError,
+)
 from cluster.gateway.batches.spare import LineSlot, SpareCapacity
 from cluster.gateway.messages import Request, Response, header
 from cluster.usage import Usage
@@ -35,6 +42,10 @@ logger = logging.getLogger("ray.serve.tandem")
 
 MAX_ATTEMPTS = 4
 """Attempts of a line that ends with a server error; refusals for load do not count."""
+MAX_LOST_ATTEMPTS = 10
+"""Attempts of a line whose replicas are lost, perhaps because of it: two minutes and a half."""
+RETRY_S = 5.0
+"""Pause after a failure of the database, in seconds."""
 MAX_PAUSE_S = 30.0
 """Longest pause before a line that was refused is sent again, in seconds."""
 _LOAD_STATUSES = (429, 503)
@@ -57,6 +68,18 @@ class _Answer(NamedTuple):
     body: bytes
     retry_after_s: float
     usage: Usage | None
+    is_lost: bool = False
+    """True if a replica may have been lost because of the line."""
+
+    @property
+    def is_refusal(self) -> bool:
+        return self.status in _LOAD_STATUSES and not self.is_lost
+
+    @property
+    def max_attempts(self) -> int:
+        if self.is_lost:
+            return MAX_LOST_ATTEMPTS
+        return MAX_ATTEMPTS if self.status >= 500 and self.status != _UNSUPPORTED else 1
 
 
 @dataclass(slots=True)
@@ -76,8 +99,8 @@ class RunnerTools:
     """``Gateway.respond``."""
     find_spare: Callable[[str, str | None], SpareCapacity | None]
     """Returns the slots of the pool that serves a path and model; None without one."""
-    find_identity: Callable[[str, str], Identity | None]
-    """Returns the present rights of a tenant and its key; None without any key of the tenant."""
+    find_identity: Callable[[str, str], Identity]
+    """``Authenticator.find_identity``."""
     list_models: Callable[[tuple[str, ...] | None], list[str]]
     """Returns the models that exist, of those that a key allows."""
     clock: Callable[[], float]
@@ -100,7 +123,6 @@ class BatchRun:
         self._config = config
         self._store = tools.store
         self._stop = asyncio.Event()
-        self._retries: deque[_Line] = deque()
         self._results: list[tuple[LineResult, asyncio.Future[None]]] = []
         self._has_results = asyncio.Event()
 
@@ -190,14 +212,10 @@ class BatchRun:
 
     async def _work(self, source: "_LineSource") -> None:
         while True:
-            line = self._retries.popleft() if self._retries else await source.next()
+            line = await source.next()
             if line is None:
                 return
-            try:
-                await self._run_line(line)
-            except BaseException:
-                self._retries.append(line)
-                raise
+            await self._run_line(line)
 
     async def _run_line(self, line: _Line) -> None:
         """Send a line until it has a result, and store that."""
@@ -205,7 +223,7 @@ class BatchRun:
         id_ = f"{self._batch.id}-{line.number}"
         while True:
             spare = self._tools.find_spare(parsed.url, model_of(parsed))
-            slot = None if spare is None else await spare.take(is_urgent=self._is_urgent)
+            slot = None if spare is None else await spare.take(self._is_urgent)
             answer = None
             try:
                 answer = await self._send(line, id_, parsed.body, slot)
@@ -214,21 +232,19 @@ class BatchRun:
                     spare.release(slot, is_finished=answer is not None and answer.status < 400)
             if answer is None:
                 continue
-            if answer.status in _LOAD_STATUSES:
+            if answer.is_refusal:
                 await asyncio.sleep(min(MAX_PAUSE_S, max(1.0, answer.retry_after_s)))
                 continue
             line.num_failures += 1
-            is_defect = answer.status >= 500 and answer.status != _UNSUPPORTED
-            if not is_defect or line.num_failures >= MAX_ATTEMPTS:
+            if line.num_failures >= answer.max_attempts:
                 break
-            await asyncio.sleep(line.num_failures)
+            await asyncio.sleep(min(MAX_PAUSE_S, 2.0 ** (line.num_failures - 1)))
         content = result_line(parsed.custom_id, answer.status, id_, answer.body)
         result = LineResult(line.number, answer.status == 200, content, answer.usage)
         await self._store_result(result)
 
-    @property
     def _is_urgent(self) -> bool:
-        """True in the last half of the window, in which the batch must make progress."""
+        """Return True in the last half of the window, in which the batch must make progress."""
         batch = self._batch
         return 2 * self._tools.clock() > batch.created_at + batch.expires_at
 
@@ -253,11 +269,8 @@ class BatchRun:
 
     async def _ask(self, line: _Line, id_: str, body: bytes, slot: LineSlot | None) -> _Answer:
         usages: list[Usage] = []
-        identity = self._tools.find_identity(self._batch.tenant, self._batch.key)
         try:
-            if identity is None:
-                raise AuthenticationError("The tenant of the batch has no API key any more.")
-            models = self._batch.models
+            identity = self._tools.find_identity(self._batch.tenant, self._batch.key)
             request = Request(
                 id_,
                 "POST",
@@ -270,11 +283,7 @@ class BatchRun:
                     (b"idempotency-key", f"{id_}-{line.num_attempts}".encode()),
                 ],
                 body,
-                dataclasses.replace(
-                    identity,
-                    priority=MIN_PRIORITY,
-                    models=None if models is None else frozenset(models),
-                ),
+                dataclasses.replace(identity, priority=MIN_PRIORITY),
             )
             # Otherwise this router stops, and another one continues with the same answer.
             request.is_cancelled = lambda: self._stop.is_set() or bool(slot and slot.is_stopped)
@@ -282,10 +291,13 @@ class BatchRun:
             response: Response = await self._tools.respond(request)
             async with aclosing(response.body) as chunks:
                 content = b"".join([chunk async for chunk in chunks])
-        except (RequestError, LinkError) as error:
-            failure = error if isinstance(error, RequestError) else UnavailableError(str(error))
-            content = json.dumps(failure.body()).encode()
-            return _Answer(failure.status, content, failure.retry_after_s or 0.0, None)
+        except RequestError as error:
+            return _failed(error)
+        except LinkError as error:
+            return _failed(ReplicaLostError(str(error)))
+        except Exception:  # a defect must not end the whole batch
+            logger.exception("%s failed", id_)
+            return _failed(InternalError("Internal error."))
         retry_after = header(response.headers, b"retry-after") or "0"
         pause_s = float(retry_after) if retry_after.isdigit() else 0.0
         return _Answer(response.status, content, pause_s, usages[-1] if usages else None)
@@ -305,11 +317,24 @@ class BatchRun:
             self._has_results.clear()
             written, self._results = self._results, []
             results = [result for result, _ in written]
-            await asyncio.to_thread(self._store.record, self._batch.id, results)
+            await self._record(results)
             for result, stored in written:
                 self._tools.count_line(result.is_success)
                 if not stored.done():
                     stored.set_result(None)
+
+    async def _record(self, results: list[LineResult]) -> None:
+        """Store results; wait while that fails, as the lines are charged already."""
+        is_failing = False
+        while True:
+            try:
+                await asyncio.to_thread(self._store.record, self._batch.id, results)
+                return
+            except (sqlite3.Error, OSError):
+                if not is_failing:
+                    logger.exception("%s: cannot store results; retrying", self._batch.id)
+                is_failing = True
+            await asyncio.sleep(RETRY_S)
 
     # -- end --
 
@@ -356,6 +381,15 @@ class BatchRun:
                 errors = []
         store.record(batch.id, errors)
         return num
+
+
+def _failed(error: RequestError) -> _Answer:
+    content = json.dumps(error.body()).encode()
+    # A refusal for load says when to try again.
+    is_lost = isinstance(error, ReplicaLostError) or (
+        isinstance(error, UnavailableError) and error.retry_after_s is None
+    )
+    return _Answer(error.status, content, error.retry_after_s or 0.0, None, is_lost)
 
 
 class _LineSource:

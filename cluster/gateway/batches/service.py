@@ -14,7 +14,7 @@ from cluster.batches import Batch, BatchStore
 from cluster.batches.types import FINAL, Status
 from cluster.config import RouterConfig
 from cluster.errors import RequestError
-from cluster.gateway.batches.runner import BatchRun, RunnerTools
+from cluster.gateway.batches.runner import RETRY_S, BatchRun, RunnerTools
 from cluster.gateway.batches.spare import SpareCapacity
 from cluster.gateway.messages import Request, Response
 from cluster.gateway.pools.pool import Pool
@@ -31,8 +31,6 @@ LEASE_S = 6.0
 """Time after which another router takes over the batches of one that was lost."""
 ADJUST_S = 0.02
 """Interval of adjusting the lines to other requests, while there are lines."""
-RETRY_S = 5.0
-"""Pause before a batch whose run failed is continued, in seconds."""
 CLEAN_S = 3600.0
 _DAY_S = 24 * 3600
 
@@ -45,7 +43,7 @@ class BatchBackend:
     pools: Mapping[str, Pool]
     """Pools by the name that clients use."""
     registry: Registry
-    find_identity: Callable[[str, str], Identity | None]
+    find_identity: Callable[[str, str], Identity]
     num_elsewhere: Callable[[], int]
     """Returns the requests at the other routers."""
     currency: Callable[[], str | None]
@@ -136,8 +134,7 @@ class BatchService:
             except (sqlite3.Error, OSError):
                 if not is_failing:
                     logger.exception("batches: the database failed; retrying")
-                is_failing = True
-                await self._stop_runs()
+                is_failing = True  # the runs wait, too, until they can store their results
             self._wake.clear()
             try:
                 async with asyncio.timeout(CHECK_S):

@@ -46,7 +46,7 @@ class SpareCapacity:
         self._num_elsewhere = num_elsewhere
         self._preemptions = preemptions
         self._running: list[LineSlot] = []
-        self._waiting: deque[tuple[asyncio.Future[LineSlot], bool]] = deque()
+        self._waiting: deque[tuple[asyncio.Future[LineSlot], Callable[[], bool]]] = deque()
         self._window = 1.0  # lines that may run without other requests
         self._num_arrived = 0
         self._busy_at = float("-inf")
@@ -56,11 +56,11 @@ class SpareCapacity:
         """Lines that have a slot."""
         return len(self._running)
 
-    async def take(self, *, is_urgent: bool) -> LineSlot:
+    async def take(self, is_urgent: Callable[[], bool]) -> LineSlot:
         """Wait for a slot; return it with ``release``.
 
         Args:
-            is_urgent: True if the line may run beside other requests, one at a time.
+            is_urgent: Returns True once the line may run beside other requests, one at a time.
         """
         waiter: asyncio.Future[LineSlot] = asyncio.get_running_loop().create_future()
         self._waiting.append((waiter, is_urgent))
@@ -108,7 +108,8 @@ class SpareCapacity:
     def _start_lines(self, allowed: int) -> None:
         for waiter, is_urgent in tuple(self._waiting):
             fits = len(self._running) < allowed
-            is_first_urgent = is_urgent and not any(slot.is_urgent for slot in self._running)
+            has_urgent = any(slot.is_urgent for slot in self._running)
+            is_first_urgent = not has_urgent and is_urgent()
             if waiter.done() or not (fits or is_first_urgent):
                 continue
             if not self._has_room():

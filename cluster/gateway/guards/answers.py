@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any
 
-from cluster.errors import LinkError, RequestError, UnavailableError
+from cluster.errors import LinkError, ReplicaLostError, RequestError, UnavailableError
 from cluster.gateway.error_formats import error_events
 from cluster.gateway.guards.formats import (
     FORMATS,
@@ -66,7 +66,7 @@ async def _read_all(body: Body) -> bytes:
                     "once. Set `stream`."
                 )
     except LinkError as error:
-        raise UnavailableError(f"The replica was lost: {error}", retry_after_s=1) from error
+        raise ReplicaLostError(f"The replica was lost: {error}", retry_after_s=1) from error
     finally:
         await body.aclose()
     return bytes(content)

@@ -14,6 +14,7 @@ from cluster.errors import (
     InternalError,
     LinkError,
     LinkRefusedError,
+    ReplicaLostError,
     RequestError,
     RequestTimeoutError,
     UnavailableError,
@@ -107,7 +108,7 @@ async def _send_with_failover(
                 *(request.id, slot.replica.info.id, error, *_identify(request.body)),
             )
             if num_lost == MAX_LOST or not pool.retries.take_retry():
-                raise UnavailableError(
+                raise ReplicaLostError(
                     f"{pool.name}: {num_lost} of {MAX_LOST} replicas were lost before they "
                     "answered; try again.",
                     retry_after_s=1,

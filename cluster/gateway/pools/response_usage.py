@@ -9,7 +9,7 @@ import json
 from typing import Any, Protocol, cast
 
 from cluster.accounting import REASONS
-from cluster.errors import InvalidRequestError, LinkError, UnavailableError
+from cluster.errors import InvalidRequestError, LinkError, ReplicaLostError
 from cluster.gateway.messages import Body, Request, Response, bytes_response, header
 from cluster.gateway.recording.usage import UsageAccount
 from cluster.usage import Usage
@@ -45,7 +45,7 @@ async def add_usage(request: Request, response: Response, account: UsageAccount)
     Other responses, and JSON documents without ``usage``, are returned unchanged.
 
     Raises:
-        UnavailableError: The replica was lost before the response was complete.
+        ReplicaLostError: The replica was lost before the response was complete.
     """
     content_type = header(response.headers, b"content-type") or ""
     body = cast(_UsageBody, response.body)
@@ -97,7 +97,7 @@ async def _read_chunks(body: _UsageBody) -> tuple[list[bytes], bool]:
             if size > MAX_HELD_BYTES:
                 return chunks, False
     except LinkError as error:
-        raise UnavailableError(f"The replica was lost: {error}", retry_after_s=1) from error
+        raise ReplicaLostError(f"The replica was lost: {error}", retry_after_s=1) from error
     except BaseException:
         await body.aclose()
         raise
