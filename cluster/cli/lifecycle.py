@@ -1,6 +1,5 @@
 """``tandem up`` and ``tandem down``."""
 
-import ipaddress
 import socket
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from cluster.launch import processes, state
 from cluster.launch.gpus import check_gpus_fit, count_gpus, gpu_settings
 from cluster.launch.join import JoinOptions
 from cluster.launch.join import join as run_join
+from cluster.launch.ports import check_node_address
 from cluster.launch.start import StartResult, start
 from cluster.launch.stop import StopResult, stop
 from cluster.models.store import home, resolve
@@ -98,12 +98,7 @@ def head_address(address: str | None) -> str:
             except OSError:
                 raise ConfigError("this machine has no default route; pass --address") from None
             address = str(probe.getsockname()[0])
-    try:
-        found = ipaddress.ip_address(address)
-    except ValueError:
-        raise ConfigError(f"--address: got {address!r}; it must be an IP address") from None
-    if found.is_loopback or found.is_unspecified:
-        raise ConfigError(f"--address: got {address}, which other nodes cannot reach")
+    check_node_address(address)
     return address
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from cluster.config import parse
-from cluster.config.file import IMPORT_PATH
+from cluster.config.file import ALL_ADDRESSES, IMPORT_PATH
 from cluster.errors import ConfigError, StartError
 from cluster.launch import auth, environment, ports, state
 from cluster.launch.joiner import JoinerInput
+from cluster.launch.serve_api import ServeApi
 from cluster.launch.start import (
     Phases,
     StartObserver,
@@ -62,6 +63,8 @@ def join(options: JoinOptions, home: Path, observe: StartObserver) -> StartResul
         clear_home(home)
         if environment.uses_haproxy():
             check_ports(ports.haproxy_ports())
+        if options.address is not None:
+            ports.check_node_address(options.address)
         host, port = _split(options.head)
         route_address = _check_head(host, port)
         if not auth.store_token(os.environ, home, options.token_file):
@@ -91,6 +94,8 @@ class _Node:
 
 def _split(head: str) -> tuple[str, int]:
     host, _, port = head.rpartition(":")
+    if ":" in host:
+        raise StartError(f"{head!r}: several nodes need IPv4 addresses; use HOST or HOST:PORT")
     if not host:
         return head, DEFAULT_RAY_PORT
     if not port.isdecimal():
@@ -101,7 +106,9 @@ def _split(head: str) -> tuple[str, int]:
 def _check_head(host: str, port: int) -> str:
     """Connect to Ray on the head; return this machine's address of the connection."""
     try:
-        with socket.create_connection((host, port), CONNECT_TIMEOUT_S) as connection:
+        # Also if the name of the head has an IPv6 address.
+        (*_, resolved), *_ = socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)
+        with socket.create_connection((str(resolved[0]), port), CONNECT_TIMEOUT_S) as connection:
             address: str = connection.getsockname()[0]
     except OSError as error:
         raise StartError(
@@ -146,6 +153,17 @@ def _start(node: _Node, options: JoinOptions, phases: Phases) -> state.ClusterSt
     return joined
 
 
+def _deployed_config(head: HeadInfo, home: Path) -> dict[str, Any]:
+    """Return the Serve config that is deployed; while the head starts, the one of its start."""
+    try:
+        with ServeApi(head["dashboard_url"], auth.stored_token(home)) as api:
+            config = api.deployed_config()
+    except StartError:
+        return head["serve"]
+    is_ours = (each["import_path"] == IMPORT_PATH for each in config["applications"])
+    return config if any(is_ours) else head["serve"]
+
+
 def _check_models(serve_config: dict[str, Any]) -> None:
     """Raise StartError if this node lacks a model that replicas would load here."""
     for application in serve_config["applications"]:
@@ -163,9 +181,16 @@ def _state(node: _Node, head: HeadInfo, *, haproxy: bool) -> state.ClusterState:
     if head["haproxy"] != haproxy:
         text = "with" if head["haproxy"] else "without"
         raise StartError(f"the head runs {text} HAProxy; set RAY_SERVE_ENABLE_HA_PROXY as there")
-    _check_models(head["serve"])
+    # Ray starts meanwhile, so check the port first, before this node's own HAProxy has it.
+    http_host = (head["serve"].get("http_options") or {}).get("host") or ALL_ADDRESSES
+    setting = "http_options.port on the head"
+    check_ports([ports.http_port(head["http_port"], setting, http_host)])
+    serve = _deployed_config(head, node.home)
+    _check_models(serve)
     config = state.run_dir(node.home) / "config-of-head.yaml"
-    config.write_text(json.dumps(head["serve"]), encoding="utf-8")  # JSON is YAML
+    config.unlink(missing_ok=True)
+    config.touch(mode=0o600)
+    config.write_text(json.dumps(serve), encoding="utf-8")  # JSON is YAML
     return state.ClusterState(
         cluster_id=node.cluster_id,
         application=head["application"],

@@ -8,6 +8,7 @@ import psutil
 from cluster.config.file import ALL_ADDRESSES, DEFAULT_HOST, DEFAULT_PORT, IMPORT_PATH
 from cluster.launch import processes
 from cluster.launch.auth import ray_token
+from cluster.launch.ports import url_host
 from cluster.launch.serve_api import ServeApi, TandemDetails
 from cluster.launch.state import ClusterState, ClusterStatus
 
@@ -65,7 +66,7 @@ def _state(gcs_address: str, dashboard_url: str, found: TandemDetails) -> Cluste
     return ClusterState(
         cluster_id="",
         application=found.application,
-        http_url=f"http://{host}:{found.http_port or DEFAULT_PORT}",
+        http_url=f"http://{url_host(host)}:{found.http_port or DEFAULT_PORT}",
         dashboard_url=dashboard_url,
         ray_address=gcs_address,
         config_path="",

@@ -1,6 +1,8 @@
 """Ports that a cluster needs, and the processes that occupy them."""
 
 import contextlib
+import errno
+import ipaddress
 import os
 import socket
 from collections.abc import Iterable
@@ -9,6 +11,7 @@ from dataclasses import dataclass
 import psutil
 
 from cluster.config.file import LoadedConfig
+from cluster.errors import ConfigError
 from cluster.launch import processes
 
 LOOPBACK = "127.0.0.1"
@@ -24,17 +27,25 @@ class Port:
     setting: str
     """Option or variable that changes the port."""
     host: str = LOOPBACK
+    host_setting: str = "--address"
+    """Option that changes the host."""
 
 
 @dataclass(frozen=True, slots=True)
 class BusyPort:
-    """Port that a process listens on already."""
+    """Port that a process listens on already, or whose host is not an address of this machine."""
 
     port: Port
     process: psutil.Process | None
     """None if the process belongs to another user."""
+    lacks_host: bool = False
 
     def __str__(self) -> str:
+        if self.lacks_host:
+            return (
+                f"{self.port.host} is not an address of this machine (`ip addr` lists them); "
+                f"choose another with {self.port.host_setting}."
+            )
         owner = "a process of another user"
         advice = "End it"
         if self.process is not None:
@@ -57,7 +68,7 @@ def required_ports(
     """Return the fixed ports of a head; Ray and Serve choose further, free ones."""
     cluster = loaded.config.cluster
     ports = [
-        Port(loaded.http_port, "HTTP", "--set http_options.port=…", loaded.http_host),
+        http_port(loaded.http_port, "--set http_options.port=…", loaded.http_host),
         Port(cluster.ray_port, "Ray's GCS", "--set cluster.ray_port=…", address),
         Port(cluster.dashboard_port, "the dashboard", "--set cluster.dashboard_port=…", address),
     ]
@@ -67,6 +78,11 @@ def required_ports(
     if monitoring:
         ports.append(Port(cluster.prometheus_port, "Prometheus", "--set cluster.prometheus_port=…"))
     return ports
+
+
+def http_port(number: int, setting: str, host: str) -> Port:
+    """Return the port of the HTTP API."""
+    return Port(number, "HTTP", setting, host, "--set http_options.host=…")
 
 
 def haproxy_ports() -> list[Port]:
@@ -82,10 +98,40 @@ def _from_variable(variable: str, default: int, use: str) -> Port:
 
 
 def find_busy(ports: Iterable[Port]) -> list[BusyPort]:
-    return [BusyPort(port, _listener(port.number)) for port in ports if not _is_free(port)]
+    """Return the ports that cannot be used."""
+    found = ((port, _try_to_listen(port)) for port in ports)
+    return [
+        BusyPort(port, None, lacks_host=True)
+        if error == errno.EADDRNOTAVAIL
+        else BusyPort(port, _listener(port.number))
+        for port, error in found
+        if error
+    ]
 
 
-def _is_free(port: Port) -> bool:
+def check_node_address(address: str) -> None:
+    """Raise if other nodes cannot reach this address.
+
+    Raises:
+        ConfigError: it is no IPv4 address, or one of loopback or all addresses.
+    """
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        raise ConfigError(f"--address: got {address!r}; it must be an IP address") from None
+    if found.is_loopback or found.is_unspecified:
+        raise ConfigError(f"--address: got {address}, which other nodes cannot reach")
+    if found.version != 4:
+        raise ConfigError(f"--address: got {address}; several nodes need IPv4 addresses")
+
+
+def url_host(host: str) -> str:
+    """Return the host for a URL, with brackets around an IPv6 address."""
+    return f"[{host}]" if ":" in host else host
+
+
+def _try_to_listen(port: Port) -> int:
+    """Return the error number if nothing can listen on the port, or 0."""
     family = socket.AF_INET6 if ":" in port.host else socket.AF_INET
     with contextlib.closing(socket.socket(family, socket.SOCK_STREAM)) as probe:
         # Otherwise a port would be in use for a minute after its last connection (TIME_WAIT).
@@ -93,9 +139,9 @@ def _is_free(port: Port) -> bool:
         try:
             probe.bind((port.host, port.number))
             probe.listen(1)
-        except OSError:
-            return False
-    return True
+        except OSError as error:
+            return error.errno or errno.EADDRINUSE
+    return 0
 
 
 def _listener(number: int) -> psutil.Process | None:

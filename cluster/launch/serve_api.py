@@ -134,7 +134,7 @@ class ServeApi:
         Raises:
             StartError: the dashboard does not answer, or there is no such application.
         """
-        args: dict[str, Any] = _find(self._deployed()["applications"], name).get("args") or {}
+        args: dict[str, Any] = _find(self.deployed_config()["applications"], name).get("args") or {}
         return args
 
     def deploy_args(self, name: str, args: Mapping[str, Any]) -> None:
@@ -143,15 +143,19 @@ class ServeApi:
         Raises:
             StartError: the dashboard does not answer, or there is no such application.
         """
-        config = self._deployed()
+        config = self.deployed_config()
         _find(config["applications"], name)["args"] = args
         try:
             self._http.put(APPLICATIONS, json=config).raise_for_status()
         except httpx.HTTPError as error:
             raise StartError(f"Ray Serve does not accept the configuration: {error}") from None
 
-    def _deployed(self) -> dict[str, Any]:
-        """Return the Serve config that is deployed."""
+    def deployed_config(self) -> dict[str, Any]:
+        """Return the Serve config that is deployed.
+
+        Raises:
+            StartError: the dashboard does not answer.
+        """
         try:
             response = self._http.get(APPLICATIONS)
             response.raise_for_status()

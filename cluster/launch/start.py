@@ -122,17 +122,17 @@ def clear_home(home: Path) -> None:
 
 
 def check_ports(required: Iterable[ports.Port]) -> None:
-    """Raise StartError if a port is in use."""
+    """Raise StartError if a port is in use, or its address is not one of this machine."""
     if busy := ports.find_busy(required):
-        raise StartError(" ".join(map(str, busy)))
+        raise StartError(" ".join(dict.fromkeys(map(str, busy))))
 
 
 def _new_state(
     loaded: LoadedConfig, *, monitoring: bool, address: str | None
 ) -> state.ClusterState:
     cluster = loaded.config.cluster
-    local = {"0.0.0.0": address or LOOPBACK, "::": f"[{address or '::1'}]"}
-    host = local.get(loaded.http_host, loaded.http_host)
+    local = {"0.0.0.0": address or LOOPBACK, "::": address or "::1"}
+    host = ports.url_host(local.get(loaded.http_host, loaded.http_host))
     return state.ClusterState(
         cluster_id=str(uuid.uuid4()),
         application=loaded.application,

@@ -96,10 +96,12 @@ def test_every_node_serves_http_with_keys_from_the_cluster(home: Path, tmp_path:
     assert load(tmp_path, "127.0.0.1", None).serve_config.get("proxy_location") is None
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "::1", "node-1"])
-def test_an_address_that_other_nodes_cannot_reach_is_rejected(address: str) -> None:
+@pytest.mark.parametrize("address", ["127.0.0.1", "0.0.0.0", "::1", "node-1", "2001:db8::1"])
+def test_an_address_that_other_nodes_cannot_reach_is_rejected(home: Path, address: str) -> None:
     with pytest.raises(ConfigError, match="--address: got"):
         head_address(address)
+    with pytest.raises(ConfigError, match="--address: got"):
+        join.join(join.JoinOptions("127.0.0.1:1", address), home, lambda *_: None)
 
 
 def test_a_join_without_head_or_token_says_what_to_do(home: Path) -> None:
@@ -108,9 +110,18 @@ def test_a_join_without_head_or_token_says_what_to_do(home: Path) -> None:
         join.join(join.JoinOptions("127.0.0.1:1"), home, observe)
     with pytest.raises(StartError, match="use HOST or HOST:PORT"):
         join.join(join.JoinOptions("127.0.0.1:ray"), home, observe)
+    with pytest.raises(StartError, match="need IPv4 addresses"):
+        join.join(join.JoinOptions("2001:db8::1"), home, observe)
 
 
-def join_fake_head(home: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> state.ClusterState:
+def free_port() -> int:
+    with socket.create_server(("0.0.0.0", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def join_fake_head(
+    home: Path, monkeypatch: pytest.MonkeyPatch, model: str, http_port: int
+) -> state.ClusterState:
     """Join a head that accepts connections, with a child process that starts nothing."""
     pool = {"name": "a", "model": model}
     application = {"import_path": config_file.IMPORT_PATH, "args": {"generators": [pool]}}
@@ -119,10 +130,10 @@ def join_fake_head(home: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> s
     application["args"]["router"] = router  # type: ignore[index]
     head = {
         "application": "tandem",
-        "http_port": 8000,
+        "http_port": http_port,
         "http_scheme": "https",
         "haproxy": environment.uses_haproxy(),
-        "dashboard_url": "http://127.0.0.1:8265",
+        "dashboard_url": "http://127.0.0.1:1",
         "serve": {"http_options": {"host": "0.0.0.0"}, "applications": [other, application]},
     }
     reports = [{"phase": "Ray"}, {"head": head}, {"phase": "done"}]
@@ -136,9 +147,10 @@ def join_fake_head(home: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> s
 def test_a_joined_node_has_the_configuration_of_its_head(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    joined = join_fake_head(home, monkeypatch, str(tmp_path))
+    joined = join_fake_head(home, monkeypatch, str(tmp_path), http_port := free_port())
     assert state.load(home) == joined
-    assert joined.http_url == "https://127.0.0.1:8000"
+    assert joined.http_url == f"https://127.0.0.1:{http_port}"
+    assert stat.S_IMODE(Path(joined.config_path).stat().st_mode) == 0o600
     assert not joined.is_head
     loaded = config_file.load(Path(joined.config_path), address=joined.address)
     assert [pool.name for pool in loaded.config.generators] == ["a"]
@@ -148,8 +160,31 @@ def test_a_node_without_a_model_of_the_cluster_does_not_join(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(StartError, match=r"this node lacks a model .*/missing"):
-        join_fake_head(home, monkeypatch, str(tmp_path / "missing"))
+        join_fake_head(home, monkeypatch, str(tmp_path / "missing"), free_port())
     assert state.load(home) is None
+
+
+def test_a_node_joins_the_configuration_that_is_deployed(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = {"name": "updated", "model": str(tmp_path / "missing")}
+    application = {"import_path": config_file.IMPORT_PATH, "args": {"generators": [pool]}}
+    deployed = {"applications": [application]}
+    monkeypatch.setattr(join.ServeApi, "deployed_config", lambda _: deployed)
+    with pytest.raises(StartError, match=r"this node lacks a model .*/missing"):
+        join_fake_head(home, monkeypatch, str(tmp_path), free_port())
+    pool["model"] = str(tmp_path)
+    joined = join_fake_head(home, monkeypatch, str(tmp_path), free_port())
+    assert yaml.safe_load(Path(joined.config_path).read_text()) == deployed
+
+
+def test_a_node_whose_http_port_is_taken_does_not_join(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        number = server.getsockname()[1]
+        with pytest.raises(StartError, match=rf"port {number} \(HTTP\) is in use"):
+            join_fake_head(home, monkeypatch, str(tmp_path), number)
 
 
 def known(*, is_head: bool) -> state.ClusterState:

@@ -9,8 +9,10 @@ import pytest
 
 from cluster.config import parse
 from cluster.config.file import LoadedConfig
+from cluster.errors import StartError
 from cluster.launch import ports, processes
 from cluster.launch.ports import Port
+from cluster.launch.start import check_ports
 
 LISTEN = (
     "import socket, time; s = socket.create_server(('127.0.0.1', 0)); "
@@ -69,6 +71,23 @@ def test_a_port_is_free_right_after_its_use() -> None:
 
 def test_an_invisible_process_belongs_to_another_user() -> None:
     assert "a process of another user" in str(ports.BusyPort(port(1), None))
+
+
+def test_an_address_of_another_machine_is_named() -> None:
+    found = [Port(1234, use, "--set p=…", "192.0.2.1") for use in ("Ray's GCS", "the dashboard")]
+    with pytest.raises(StartError) as caught:
+        check_ports(found)
+    assert str(caught.value).startswith("192.0.2.1 is not an address of this machine")
+    assert str(caught.value).endswith("choose another with --address.")
+    assert str(caught.value).count("192.0.2.1") == 1
+
+
+def test_urls_have_brackets_around_ipv6_addresses() -> None:
+    assert [ports.url_host(host) for host in ("::1", "10.0.0.1", "a.b")] == [
+        "[::1]",
+        "10.0.0.1",
+        "a.b",
+    ]
 
 
 def test_haproxy_ports_are_required_only_with_haproxy(monkeypatch: pytest.MonkeyPatch) -> None:
