@@ -137,15 +137,42 @@ class Calls:
         return TokenCount(answer["count"], answer["max_model_len"])
 
     async def map(self, work: Callable[[T], Awaitable[R]], items: Sequence[T]) -> list[R]:
-        """Return the results for all items, in order; if one fails, cancel the others."""
-        tasks = [asyncio.ensure_future(work(item)) for item in items]
+        """Return the results for all items, in order; see ``results``."""
+        async with aclosing(self.results(work, items)) as results:
+            return [result async for result in results]
+
+    async def results(
+        self, work: Callable[[T], Awaitable[R]], items: Sequence[T]
+    ) -> AsyncGenerator[R, None]:
+        """Yield the results for all items, in order; if one fails, cancel the others.
+
+        Work begins for ``max_calls`` items at a time, so prompts of the others take no memory.
+        """
+        loop = asyncio.get_running_loop()
+        futures: list[asyncio.Future[R]] = [loop.create_future() for _ in items]
+        waiting = iter(list(zip(items, futures, strict=True)))
+
+        async def run_worker() -> None:
+            for item, future in waiting:
+                try:
+                    future.set_result(await work(item))
+                except Exception as error:
+                    for each in futures:
+                        if not each.done():
+                            each.set_exception(error)
+                    return
+
+        workers = [asyncio.create_task(run_worker()) for _ in items[: self.max_calls]]
         try:
-            return list(await asyncio.gather(*tasks))
-        except BaseException:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            raise
+            for future in futures:
+                yield await future
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+            for future in futures:
+                if not future.cancel() and not future.cancelled():
+                    future.exception()  # retrieved, so that asyncio does not log it
 
     async def _run(self, request: ApiRequest) -> list[Any]:
         async with self._limit:

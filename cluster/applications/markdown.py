@@ -44,6 +44,20 @@ def paragraphs(text: str) -> Iterator[Segment]:
 
 def blocks(text: str) -> Iterator[Segment]:
     """Yield the translatable parts of a Markdown text, and what is between them."""
+    kept: list[str] = []
+    for segment in _blocks(text):
+        if not segment.translates:
+            kept.append(segment.text)
+            continue
+        if kept:
+            yield Segment("".join(kept), False)
+            kept.clear()
+        yield segment
+    if kept:
+        yield Segment("".join(kept), False)
+
+
+def _blocks(text: str) -> Iterator[Segment]:
     fence = ""
     prose: list[str] = []
     for line in text.splitlines(keepends=True):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from cluster.admission import Identity, Tenant
 from cluster.applications import languages
+from cluster.applications.calls import Calls
 from cluster.applications.engine import TaskEngine
 from cluster.config import ApplicationsConfig
 from cluster.config.applications import TASKS
@@ -167,6 +168,14 @@ async def test_markdown_is_kept_if_the_model_loses_a_placeholder() -> None:
     async with task_world(script) as tasks:
         request = {"text": "Run `make` now.", "source": "en", "target": "de", "format": "markdown"}
         assert (await tasks.result("translate", **request))["translation"] == "RUN `make` NOW."
+
+
+async def test_long_markdown_without_text_is_kept_in_one_piece() -> None:
+    async with task_world(shout) as tasks:
+        request = {"source": "en", "target": "de", "format": "markdown"}
+        text = "# " + "|\n" * 50_000 + "word"
+        events = await tasks.events("translate", text=text, **request)
+        assert [event["delta"] for event in events[:-1]] == ["# " + "|\n" * 50_000, "WORD"]
 
 
 async def test_a_long_paragraph_is_divided_by_sentences() -> None:
@@ -422,6 +431,29 @@ async def test_clients_cannot_claim_another_tenant(keys: Keys) -> None:
         answer = await asgi.post(tasks.world.app, "/v1/tasks/summarize", body, headers=headers)
         assert answer.status == 200
         assert set(tasks.world.gateway.admission.quotas.accounts) == {"acme"}
+
+
+async def test_work_begins_only_for_as_many_items_as_calls_are_allowed() -> None:
+    calls = Calls("id", NoModels(), [], max_calls=3)
+    running = peak = started = 0
+
+    async def work(item: int) -> int:
+        nonlocal running, peak, started
+        started += 1
+        running += 1
+        peak = max(peak, running)
+        await asyncio.sleep(0.001 * (item % 3))
+        running -= 1
+        if item == 30:
+            raise UnavailableError("no model")
+        return -item
+
+    assert await calls.map(work, range(20)) == [-item for item in range(20)]
+    assert peak == 3
+    started = 0
+    with pytest.raises(UnavailableError):
+        await calls.map(work, range(25, 1000))
+    assert started < 20  # those before the failure, and those beside it
 
 
 # -- errors -----------------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import suppress
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from cluster.applications import languages
 from cluster.applications.chunks import divide
@@ -35,6 +36,13 @@ _FORMATS = {
     "text": "",
     "markdown": "Keep Markdown marks, and placeholders such as [[1]], as they are.",
 }
+
+
+class _Job(NamedTuple):
+    """Segment to translate, and the end of the one before."""
+
+    text: str
+    context: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,24 +90,23 @@ class _Translator:
         )
         return _Piece(done.text.strip(), done.finish_reason == "length")
 
-    async def translate_segment(self, text: str, context: str) -> _Piece:
+    async def translate_segment(self, job: _Job) -> _Piece:
         """Translate a segment, and return what Markdown protects in it unchanged."""
         if self.request.format == "text":
-            return await self.translate(text, context)
-        masked, kept = protect(text)
-        piece = await self.translate(masked, context)
+            return await self.translate(*job)
+        masked, kept = protect(job.text)
+        piece = await self.translate(masked, job.context)
         if not kept:
             return piece
         restored = restore(piece.text, kept)
         if restored is not None:
             return _Piece(restored, piece.is_cut)
         # The model lost a placeholder, so what is between them is translated alone.
-        parts = list(around_protected(text))
-        pieces = [await self.translate_part(part, "") for part in parts]
+        pieces = [
+            await self.translate(part.text, "") if part.translates else _Piece(part.text)
+            for part in around_protected(job.text)
+        ]
         return _Piece("".join(p.text for p in pieces), any(p.is_cut for p in pieces))
-
-    async def translate_part(self, part: Segment, context: str) -> _Piece:
-        return await self.translate(part.text, context) if part.translates else _Piece(part.text)
 
 
 async def translate(
@@ -124,18 +131,13 @@ async def translate(
             f"The text has {num_segments} segments; the limit is {MAX_SEGMENTS}. Split it."
         )
     pieces: list[_Piece] = []
-    tasks = _start(translator, parts)
-    try:
-        for task in tasks:
-            piece = await task
+    jobs = _jobs(parts)
+    async with aclosing(run.calls.results(translator.translate_segment, jobs)) as translated:
+        for part in parts:
+            piece = await anext(translated) if part.translates else _Piece(part.text)
             pieces.append(piece)
             if piece.text:
                 yield piece.text
-    finally:
-        for task in tasks:
-            task.cancel()
-        with suppress(asyncio.CancelledError):
-            await asyncio.gather(*tasks, return_exceptions=True)
     translation = "".join(piece.text for piece in pieces)
     yield TranslateResult(
         **run.result_fields("translate", model),
@@ -172,16 +174,13 @@ async def _divide(
     return divided
 
 
-def _start(translator: _Translator, parts: Sequence[Segment]) -> list[asyncio.Task[_Piece]]:
-    tasks, context = [], ""
+def _jobs(parts: Sequence[Segment]) -> list[_Job]:
+    jobs, context = [], ""
     for part in parts:
         if part.translates:
-            work = translator.translate_segment(part.text, context)
+            jobs.append(_Job(part.text, context))
             context = part.text[-CONTEXT_CHARS:]
-        else:
-            work = translator.translate_part(part, "")
-        tasks.append(asyncio.create_task(work))
-    return tasks
+    return jobs
 
 
 def _missing_terms(request: TranslateRequest, translation: str) -> list[str]:
