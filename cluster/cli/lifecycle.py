@@ -51,14 +51,14 @@ def up(
     build_missing(console, loaded.config)
     for model in loaded.config.model_files:
         resolve(model)  # raises ConfigError if it does not exist
+    if address is not None:  # before the start, which may wait for the other nodes
+        print_join(console, f"{address}:{loaded.config.cluster.ray_port}", home())
     with StartProgress(console) as progress:
         started = start(loaded, home(), progress.show, monitoring=monitoring, address=address)
     _print_duration(console, "healthy", started)
     print_recipes(console, loaded.config, started.state)
-    if address is not None:
-        print_join(console, started.state, home())
     if not detach:
-        _stay(console)
+        _stay(console, is_head=True)
 
 
 def join(options: JoinOptions, *, detach: bool) -> None:
@@ -76,7 +76,7 @@ def join(options: JoinOptions, *, detach: bool) -> None:
     console.print(f"\nHTTP       {http}", highlight=False)
     console.print(f"dashboard  {joined.state.dashboard_url}", highlight=False)
     if not detach:
-        _stay(console)
+        _stay(console, is_head=False)
 
 
 def _print_duration(console: Console, result: str, started: StartResult) -> None:
@@ -102,19 +102,27 @@ def head_address(address: str | None) -> str:
     return address
 
 
-def _stay(console: Console) -> None:
-    console.print("\nPress Ctrl-C to stop.", style="bold")
+def _stay(console: Console, *, is_head: bool) -> None:
+    action = "stop" if is_head else "leave the cluster"
+    console.print(f"\nPress Ctrl-C to {action}.", style="bold")
     try:
         while state.is_alive(processes.find(home()), state.load(home())):
             time.sleep(POLL_S)
     except KeyboardInterrupt:
-        console.print("stopping; press Ctrl-C again to cancel running requests")
+        again = "; press Ctrl-C again to cancel running requests"
+        console.print(f"stopping{again}" if is_head else "leaving the cluster")
     else:
         if not processes.find(home()):  # `tandem down` in another terminal
-            console.print("the cluster was stopped")
+            console.print("the cluster was stopped" if is_head else "this node left the cluster")
             return
         stop(home(), drain_s=0)
-        raise StartError("Ray died; the rest of the cluster has been stopped")
+        if is_head:
+            raise StartError("Ray died; the rest of the cluster has been stopped")
+        raise StartError(
+            "Ray ended on this node, because the head stopped or did not respond for a minute, or "
+            "the node was drained; the rest of the node has been stopped. Join again with "
+            "`tandem join`."
+        )
     try:
         stopped = stop(home(), drain_s=ATTACHED_DRAIN_S)
     except KeyboardInterrupt:
@@ -134,4 +142,6 @@ def describe_stop(stopped: StopResult | None) -> str:
         return "No cluster is running."
     number = stopped.ended.terminated + stopped.ended.killed
     requests = "all requests finished" if stopped.drained else "did not wait for running requests"
+    if not stopped.is_head:
+        requests = "this node left, and the cluster goes on"
     return f"Stopped {number} processes in {stopped.seconds:.1f} s; {requests}."

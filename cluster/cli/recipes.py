@@ -23,12 +23,12 @@ def print_recipes(console: Console, config: TandemConfig, state: ClusterState) -
         console.print(command, markup=False, highlight=False, soft_wrap=True)
 
 
-def print_join(console: Console, state: ClusterState, home: Path) -> None:
+def print_join(console: Console, ray_address: str, home: Path) -> None:
     """Print how other nodes join, and what Ray jobs need."""
     token = token_file(home)
     lines = [
-        f"\n# On each further node, with a copy of {token}:",
-        f"tandem join {state.ray_address} --token-file {token.name}",
+        f"# On each further node, once Ray runs here, with a copy of {token}:",
+        f"tandem join {ray_address} --token-file {token.name}",
         "# In the shell of other Ray jobs:",
         f"export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={token}",
     ]

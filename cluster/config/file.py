@@ -70,7 +70,7 @@ def load(path: Path, overrides: Sequence[str] = (), *, address: str | None = Non
         host = _host_of_every_node(host)
         serve_config["proxy_location"] = "EveryNode"
     keys = key_file_path(config.router)
-    _check_exposure(host, config, keys)
+    _check_exposure(host, config, keys, several_nodes=address is not None)
     if found := _key_source(config.router, keys, several_nodes=address is not None):
         args = application["args"] = {**(application.get("args") or {})}
         args["router"] = {**(args.get("router") or {}), **found}
@@ -182,17 +182,25 @@ def _host_of_every_node(host: str) -> str:
     return host
 
 
-def _check_exposure(host: str, config: TandemConfig, keys: Path) -> None:
+def _check_exposure(host: str, config: TandemConfig, keys: Path, *, several_nodes: bool) -> None:
     contents, router = read_keys(keys), config.router
     configured_keys = router.api_keys_sha256 or router.operator_keys_sha256
     # Routers reject every request until they find a configured file, or keys in the cluster.
     is_elsewhere = router.keys_in_cluster or (router.keys_file is not None and contents is None)
     has_keys = configured_keys or is_elsewhere or (contents and contents.keys)
     if not has_keys and not router.open and not is_loopback(host):
+        advice = (
+            "add a key (`tandem keys add TENANT` or router.api_keys_sha256), or set "
+            "router.open=true to accept every request"
+        )
+        if several_nodes:
+            raise ConfigError(
+                f"on several nodes, HTTP is reachable from other machines ({host}), but there are "
+                f"no API keys; {advice}"
+            )
         raise ConfigError(
             f"http_options.host: got {host!r}, which is reachable from other machines, but there "
-            f"are no API keys; use a loopback address, add a key (`tandem keys add TENANT` or "
-            f"router.api_keys_sha256), or set router.open=true to accept every request"
+            f"are no API keys; use a loopback address, {advice}"
         )
 
 

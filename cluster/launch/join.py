@@ -25,7 +25,7 @@ from cluster.launch.start import (
     start_lock,
 )
 from cluster.launch.starter import HeadInfo
-from cluster.launch.starter_process import default_cpus, run_starter
+from cluster.launch.starter_process import node_params, run_starter
 from cluster.launch.stop import stop
 from cluster.models.store import resolve
 
@@ -128,11 +128,9 @@ def _start(node: _Node, options: JoinOptions, phases: Phases) -> state.ClusterSt
     directory = os.environ.get("RAY_TMPDIR")
     request = JoinerInput(
         ray={
+            **node_params(options.num_cpus),
             "gcs_address": node.gcs_address,
             "node_ip_address": node.address,
-            "num_cpus": options.num_cpus or default_cpus(),
-            "dashboard_agent_listen_port": 0,  # a free port
-            "include_log_monitor": True,
             # Ray's default is the directory of the head.
             "temp_dir": str(Path(directory) / "ray") if directory else None,
         }
@@ -155,6 +153,10 @@ def _start(node: _Node, options: JoinOptions, phases: Phases) -> state.ClusterSt
 
 def _deployed_config(head: HeadInfo, home: Path) -> dict[str, Any]:
     """Return the Serve config that is deployed; while the head starts, the one of its start."""
+    if (
+        os.environ.get("RAY_USE_TLS") == "1"
+    ):  # the dashboard has no TLS: the token would be readable
+        return head["serve"]
     try:
         with ServeApi(head["dashboard_url"], auth.stored_token(home)) as api:
             config = api.deployed_config()

@@ -109,14 +109,20 @@ def clear_home(home: Path) -> None:
     """End the leftovers of a crash.
 
     Raises:
-        StartError: the cluster of this home runs.
+        StartError: the cluster of this home runs, or this node is part of one.
     """
     running = state.load(home)
     if owned := processes.find(home):
         if running and state.is_alive(owned, running):
+            minutes = f"{running.uptime_s / 60:.0f} min"
+            if not running.is_head:
+                raise StartError(
+                    f"this node joined the cluster of {running.ray_address} {minutes} ago. See "
+                    "`tandem status`, or leave it with `tandem down`."
+                )
             raise StartError(
-                f"a cluster has been running for {running.uptime_s / 60:.0f} min at "
-                f"{running.http_url}. See `tandem status`, or stop it with `tandem down`."
+                f"a cluster has been running for {minutes} at {running.http_url}. See `tandem "
+                "status`, or stop it with `tandem down`."
             )
         stop(home, drain_s=0)
 
@@ -256,5 +262,5 @@ def start_lock(home: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise StartError("another `tandem up` is already starting a cluster") from None
+            raise StartError("another `tandem up` or `tandem join` is starting already") from None
         yield

@@ -23,7 +23,8 @@ def head_params(cluster: ClusterConfig, address: str | None) -> dict[str, Any]:
     """Return Ray's options for a head; ``address`` is None for a cluster on loopback."""
     host = address or LOOPBACK
     return {
-        **node_params(cluster.num_cpus, int(cluster.object_store_memory_bytes)),
+        **node_params(cluster.num_cpus),
+        "object_store_memory": int(cluster.object_store_memory_bytes),
         "node_ip_address": host,
         "gcs_server_port": cluster.ray_port,
         "include_dashboard": True,
@@ -32,11 +33,10 @@ def head_params(cluster: ClusterConfig, address: str | None) -> dict[str, Any]:
     }
 
 
-def node_params(num_cpus: int | None, object_store_memory_bytes: int) -> dict[str, Any]:
+def node_params(num_cpus: int | None) -> dict[str, Any]:
     """Return Ray's options that heads and other nodes share."""
     return {
         "num_cpus": num_cpus or default_cpus(),
-        "object_store_memory": object_store_memory_bytes,
         "dashboard_agent_listen_port": 0,  # a free port
         "include_log_monitor": True,
     }

@@ -20,6 +20,8 @@ class StopResult:
 
     drained: bool
     """True if all requests finished before the end."""
+    is_head: bool
+    """False if this node left a cluster, which goes on."""
     ended: processes.EndedProcesses
     seconds: float
 
@@ -47,4 +49,5 @@ def stop(home: Path, *, drain_s: float) -> StopResult | None:
     state.forget(home)
     if not owned:
         return None
-    return StopResult(drained, ended, time.monotonic() - began)
+    is_head = running is None or running.is_head
+    return StopResult(drained, is_head, ended, time.monotonic() - began)

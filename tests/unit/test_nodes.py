@@ -21,7 +21,7 @@ from cluster.cli.lifecycle import head_address
 from cluster.config import file as config_file
 from cluster.errors import ConfigError, StartError
 from cluster.key_file import ClusterKeys, KeyFile, lock_keys
-from cluster.launch import auth, environment, join, shared_keys, starter, state
+from cluster.launch import auth, environment, join, processes, shared_keys, starter, state
 from cluster.launch.processes import ClusterProcess
 from cluster.ray_internals import LOOPBACK_VARIABLE
 
@@ -83,7 +83,9 @@ def load(tmp_path: Path, host: str, address: str | None, **router: Any) -> confi
 
 
 def test_every_node_serves_http_with_keys_from_the_cluster(home: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="there are no API keys"):
+    with pytest.raises(
+        ConfigError, match=r"^on several nodes, .* there are no API keys; add a key"
+    ):
         load(tmp_path, "127.0.0.1", "10.0.0.1")
     loaded = load(tmp_path, "127.0.0.1", "10.0.0.1", operator_keys_sha256=[DIGEST])
     assert loaded.http_host == "0.0.0.0"
@@ -176,6 +178,16 @@ def test_a_node_joins_the_configuration_that_is_deployed(
     pool["model"] = str(tmp_path)
     joined = join_fake_head(home, monkeypatch, str(tmp_path), free_port())
     assert yaml.safe_load(Path(joined.config_path).read_text()) == deployed
+
+
+def test_a_node_that_joined_leaves_before_it_joins_again(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state.save(home, known(is_head=False))
+    raylet = ClusterProcess(None, "raylet", "id")  # type: ignore[arg-type]
+    monkeypatch.setattr(processes, "find", lambda _: [raylet])
+    with pytest.raises(StartError, match=r"joined the cluster of 10\.0\.0\.1:6379 .* leave it"):
+        join.join(join.JoinOptions("10.0.0.1"), home, lambda *_: None)
 
 
 def test_a_node_whose_http_port_is_taken_does_not_join(
