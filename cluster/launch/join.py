@@ -153,10 +153,8 @@ def _start(node: _Node, options: JoinOptions, phases: Phases) -> state.ClusterSt
 
 def _deployed_config(head: HeadInfo, home: Path) -> dict[str, Any]:
     """Return the Serve config that is deployed; while the head starts, the one of its start."""
-    if (
-        os.environ.get("RAY_USE_TLS") == "1"
-    ):  # the dashboard has no TLS: the token would be readable
-        return head["serve"]
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+        return head["serve"]  # the dashboard has no TLS, and the token must not be readable
     try:
         with ServeApi(head["dashboard_url"], auth.stored_token(home)) as api:
             config = api.deployed_config()

@@ -83,9 +83,7 @@ def load(tmp_path: Path, host: str, address: str | None, **router: Any) -> confi
 
 
 def test_every_node_serves_http_with_keys_from_the_cluster(home: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"^on several nodes, .* there are no API keys; add a key"
-    ):
+    with pytest.raises(ConfigError, match="^on several nodes, .* are no API keys; add a key"):
         load(tmp_path, "127.0.0.1", "10.0.0.1")
     loaded = load(tmp_path, "127.0.0.1", "10.0.0.1", operator_keys_sha256=[DIGEST])
     assert loaded.http_host == "0.0.0.0"
@@ -178,6 +176,10 @@ def test_a_node_joins_the_configuration_that_is_deployed(
     pool["model"] = str(tmp_path)
     joined = join_fake_head(home, monkeypatch, str(tmp_path), free_port())
     assert yaml.safe_load(Path(joined.config_path).read_text()) == deployed
+    state.forget(home)
+    monkeypatch.setenv("RAY_USE_TLS", "1")  # the dashboard has none
+    joined = join_fake_head(home, monkeypatch, str(tmp_path), free_port())
+    assert yaml.safe_load(Path(joined.config_path).read_text()) != deployed
 
 
 def test_a_node_that_joined_leaves_before_it_joins_again(
