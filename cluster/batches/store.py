@@ -10,17 +10,20 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import NamedTuple
 
 import msgspec
 
 from cluster.batches.lines import LineResult
 from cluster.batches.types import Batch, StoredFile
-from cluster.errors import PayloadTooLargeError
+from cluster.errors import OverloadedError, PayloadTooLargeError
 
 _BUSY_TIMEOUT_S = 10.0
-_ROWS = 500
-"""Results that are read from the database at once."""
+_ROWS_BYTES = 1024 * 1024
+"""Results that are read from the database at once; the last one may exceed it."""
+_ABANDONED_S = 24 * 3600
+"""Age of a file without an entry in the database after which it is deleted, in seconds."""
 _TABLES = """
 CREATE TABLE IF NOT EXISTS files (
   id TEXT PRIMARY KEY, tenant TEXT, purpose TEXT, bytes INTEGER, created_at INTEGER,
@@ -118,7 +121,7 @@ class BatchStore:
         return True
 
     def delete_old(self, now_s: float, oldest_batch_s: float) -> None:
-        """Delete expired files, abandoned uploads, and batches that are older than a time."""
+        """Delete expired files, those without an entry, and batches that are older than a time."""
         inputs = {batch.input_file_id for batch in self.open_batches()}
         with self._transaction() as database:
             rows = database.execute("SELECT id FROM files WHERE expires_at < ?", (now_s,))
@@ -127,18 +130,35 @@ class BatchStore:
             database.execute(
                 "DELETE FROM batches WHERE is_final AND created_at < ?", (oldest_batch_s,)
             )
-        for id_ in expired:
-            self.path(id_).unlink(missing_ok=True)
-        for part in self.path("").glob("*.part"):
+            # A batch that lost its input has failed without an output.
+            database.execute(
+                "DELETE FROM results WHERE batch NOT IN (SELECT id FROM batches WHERE NOT is_final)"
+            )
+            kept = {id_ for (id_,) in database.execute("SELECT id FROM files")}
+        for path in self.path("").iterdir():
             with suppress(FileNotFoundError):
-                if part.stat().st_mtime < oldest_batch_s:
-                    part.unlink()
+                is_abandoned = path.stat().st_mtime < now_s - _ABANDONED_S
+                if path.name in expired or (is_abandoned and path.name not in kept):
+                    path.unlink()
 
     # -- batches --
 
-    def add_batch(self, batch: Batch) -> None:
-        """Add a new batch."""
+    def add_batch(self, batch: Batch, max_open: int) -> None:
+        """Add a new batch.
+
+        Raises:
+            OverloadedError: The tenant has ``max_open`` batches that have not ended.
+        """
         with self._transaction() as database:
+            ((num,),) = database.execute(
+                "SELECT count(*) FROM batches WHERE tenant = ? AND NOT is_final", (batch.tenant,)
+            )
+            if num >= max_open:
+                raise OverloadedError(
+                    f"This tenant has {num} batches that have not ended; the limit is {max_open}. "
+                    "Wait for one, or cancel one.",
+                    retry_after_s=60,
+                )
             values = batch.id, batch.tenant, batch.created_at, batch.is_final, _encode(batch)
             database.execute("INSERT INTO batches VALUES (?, ?, ?, ?, ?)", values)
 
@@ -234,7 +254,7 @@ class BatchStore:
             database.execute("DELETE FROM results WHERE batch = ?", (id_,))
 
     def _write_results(self, batch: Batch, file_id: str, *, is_success: bool) -> Path:
-        part = self.path(f"{file_id}.{os.getpid()}.part")
+        part = self.path(f"{file_id}.{token_hex(4)}.part")  # another router may write it, too
         with part.open("wb") as file:
             for content in self._results(batch.id, is_success=is_success):
                 file.write(content)
@@ -245,15 +265,20 @@ class BatchStore:
 
     def _results(self, id_: str, *, is_success: bool) -> Iterator[bytes]:
         query = """SELECT line, content FROM results WHERE batch = ? AND is_success = ? AND line > ?
-            ORDER BY line LIMIT ?"""
+            ORDER BY line"""
         last = 0
         while True:
+            found: list[bytes] = []
+            size = 0
             with self._transaction("DEFERRED") as database:
-                rows = list(database.execute(query, (id_, is_success, last, _ROWS)))
-            if not rows:
+                for line, content in database.execute(query, (id_, is_success, last)):
+                    found.append(content)
+                    last, size = line, size + len(content)
+                    if size >= _ROWS_BYTES:
+                        break
+            if not found:
                 return
-            yield from (content for _, content in rows)
-            last = rows[-1][0]
+            yield from found
 
     # -- lease --
 

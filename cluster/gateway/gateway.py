@@ -165,7 +165,7 @@ class Gateway:
 
     def _batch_backend(self, quotas: TenantQuotas, usage: UsageAccount | None) -> BatchBackend:
         return BatchBackend(
-            respond=self.respond,
+            relay=self.relay,
             pools=self._models,
             registry=self.registry,
             find_identity=self.admission.authenticator.find_identity,
@@ -237,16 +237,24 @@ class Gateway:
             builtin = self._builtin.find(request.path)
             if builtin is not None:
                 return await self._respond_builtin(request, builtin)
-            if header(request.headers, KEY_HEADER) is None:
-                return await self._relay(request)
-            async with self._turn(request):
-                return await self._relay(request)
+            return await self.relay(request)
         except RequestError as error:
             return error_response(error, request.path)
         except Exception:
             logger.exception("%s: internal error", request.id)
             internal = InternalError(f"Internal error; request id {request.id}")
             return error_response(internal, request.path)
+
+    async def relay(self, request: Request) -> Response:
+        """Return the response of the pool that serves a request.
+
+        Raises:
+            RequestError: The request is refused, or its replicas are lost.
+        """
+        if header(request.headers, KEY_HEADER) is None:
+            return await self._relay(request)
+        async with self._turn(request):
+            return await self._relay(request)
 
     @asynccontextmanager
     async def _turn(self, request: Request) -> AsyncIterator[None]:
@@ -310,7 +318,7 @@ class Gateway:
         if relayed is not request:
             request.release_body()
         on_end: OnEnd = ticket.end
-        if request.on_usage is not None:
+        if request.on_usage is not None:  # a line of a batch
             on_end = partial(_end_line, ticket.end, request.on_usage)
         if (rollout := self.rollouts.get(pool.name)) is not None:
             return await rollout.relay(relayed, claim, on_end)

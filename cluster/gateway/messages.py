@@ -69,11 +69,15 @@ class Request:
     """True for a copy whose answer is discarded, and for a guard's check; it is not charged."""
     guard_notes: GuardNotes | None = None
     """Results of the guards that check the request; None if there are none."""
-    """True for a copy whose answer is discarded; it is not charged."""
     stream: "BodyStream | None" = None
     """Body that its handler reads piece by piece; ``body`` is then empty."""
     on_usage: Callable[[Usage], None] | None = None
     """Set if the request is a line of a batch: called with its usage, before the answer ends."""
+
+    @property
+    def is_batch_line(self) -> bool:
+        """True for a line of a batch, which leaves the engines to other requests."""
+        return self.on_usage is not None
 
     @property
     def tenant(self) -> str:

@@ -41,7 +41,7 @@ class Replica:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.seen.append(scope)
-        body = await _read_body(receive)
+        body = await read_body(receive)
         self.bodies.append(body)
         fields: dict[str, Any] = json.loads(body) if body else {}
         try:
@@ -74,7 +74,7 @@ class Replica:
         await send({"type": "http.response.body", "body": b"" if fields.get("stream") else content})
 
 
-async def _read_body(receive: Receive) -> bytes:
+async def read_body(receive: Receive) -> bytes:
     chunks = []
     while True:
         message: Message = await receive()

@@ -9,10 +9,13 @@ from typing import Any
 import jsonschema
 import pytest
 
+from cluster.asgi import Receive, Scope, Send
 from cluster.batches import BatchStore
+from cluster.errors import LinkClosedError
+from cluster.gateway.batches.service import MAX_RUNS
 from cluster.gateway.builtin.own_paths import BATCH_PATHS
 from tests import asgi
-from tests.serve.gateway_kit import CHAT, World, gateway_world, metrics
+from tests.serve.gateway_kit import CHAT, World, gateway_world, metrics, read_body
 
 BOUNDARY = "5f0"
 
@@ -139,6 +142,68 @@ async def test_failed_lines_are_in_the_error_file(
         assert len(good) + len(failed) == 3
 
 
+async def test_a_line_that_ends_its_replicas_fails_alone(
+    store: BatchStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.gateway.batches.runner.MAX_LOST_ATTEMPTS", 2)
+    monkeypatch.setattr("cluster.gateway.batches.runner.MAX_PAUSE_S", 0.05)
+    num_lost = 0
+
+    async with gateway_world(batch_store=store) as world:
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            nonlocal num_lost
+            body = await read_body(receive)
+            if b"poison" in body:
+                num_lost += 1
+                for connection in tuple(world.servers["gen-1"].connections):
+                    connection.fail(LinkClosedError("died"))
+                return
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"{}"})
+
+        await world.serve(app, "gen", "gen-1")
+        lines = [line(1), line(2, prompt="poison"), line(3)]
+        file = await upload(world, lines)
+        batch = await until(world, (await create(world, file)).json()["id"], "completed")
+        assert batch["request_counts"]["failed"] >= 1
+        failed = await results(world, batch["error_file_id"])
+        (poison,) = [each for each in failed if each["custom_id"] == "c2"]
+        assert poison["response"]["status_code"] == 503
+        assert num_lost >= 2
+
+
+async def test_lines_are_not_passed_to_fallback_models(
+    store: BatchStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.gateway.batches.runner.MAX_ATTEMPTS", 1)
+    more = [{"name": "large", "model": "m"}]
+    generator = {"fallbacks": ["large"]}
+    async with gateway_world(batch_store=store, generator=generator, more_generators=more) as world:
+        await world.add("gen", "gen-1")
+        large = await world.add("large", "large-1")
+        file = await upload(world, [line(1, fail=True)])
+        id_ = (await create(world, file)).json()["id"]
+        batch = await until(world, id_, "completed")
+        assert batch["request_counts"]["failed"] == 1
+        assert large.bodies == []
+
+
+async def test_a_full_disk_leaves_no_part_of_an_upload(
+    store: BatchStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def create_full(path: Path) -> Any:
+        path.parent.mkdir(parents=True)
+        path.touch()
+        return Path("/dev/full").open("wb")
+
+    monkeypatch.setattr("cluster.gateway.batches.uploads._create", create_full)
+    async with gateway_world(batch_store=store) as world:
+        answer = await asgi.call(world.app, "POST", "/v1/files", form(b"x" * 300_000), HEADERS)
+        assert answer.status == 500
+    assert not list(store.path("").glob("*"))
+
+
 async def test_a_lost_router_is_followed_by_another_with_one_result_per_line(
     store: BatchStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,6 +258,20 @@ async def test_a_cancelled_batch_keeps_its_results(store: BatchStore) -> None:
         assert (await asgi.post(world.app, f"/v1/batches/{id_}/cancel", None)).status == 400
         assert (await asgi.call(world.app, "DELETE", f"/v1/files/{file}")).json()["deleted"]
         await world.until(lambda: replica.cancelled > 0)
+
+
+async def test_a_tenants_batches_wait_for_each_other_but_end_at_once(store: BatchStore) -> None:
+    async with gateway_world(batch_store=store) as world:
+        replica = await world.add("gen", "gen-1")
+        file = await upload(world, [line(1, wait_before=True)])
+        ids = [(await create(world, file)).json()["id"] for _ in range(MAX_RUNS + 2)]
+        await until(world, ids[MAX_RUNS - 1], "in_progress")
+        await asgi.post(world.app, f"/v1/batches/{ids[-1]}/cancel", None)
+        await until(world, ids[-1], "cancelled")
+        assert (await batch_of(world, ids[MAX_RUNS]))["status"] == "validating"
+        replica.gate.set()
+        for id_ in ids[:-1]:
+            await until(world, id_, "completed")
 
 
 async def test_lines_that_are_late_expire(store: BatchStore) -> None:
@@ -256,6 +335,7 @@ async def test_wrong_uploads_are_refused_and_leave_nothing(
         ({"completion_window": "999h"}, "completion_window"),
         ({"input_file_id": "file-x"}, "file_id"),
         ({"metadata": {str(number): "" for number in range(17)}}, "metadata"),
+        ({"metadata": {"a": "b" * 513}}, "metadata"),
         ({"input_file_id": 1}, None),
     ],
 )

@@ -37,7 +37,7 @@ class Runner:
         ids = {"id": "b", "input_file_id": "in", "output_id": "out", "error_id": "err"}
         times = {"created_at": 0, "expires_at": 100, "completion_window": "1h"}
         self.batch = Batch(tenant="a", endpoint="/classify", **ids, **times)  # type: ignore[arg-type]
-        self.store.add_batch(self.batch)
+        self.store.add_batch(self.batch, 9)
         lines = [
             {"custom_id": f"c{number}", "method": "POST", "url": "/classify", "body": body}
             for number in range(3)
@@ -45,14 +45,14 @@ class Runner:
         ]
         self.store.path("in").write_text("\n".join(map(json.dumps, lines)))
 
-    async def _respond(self, request: Request) -> Response:
+    async def _relay(self, request: Request) -> Response:
         self.asked.append(number_of(request))
         return self.answer(request)
 
     async def run(self) -> Batch:
         tools = RunnerTools(
             store=self.store,
-            respond=self._respond,
+            relay=self._relay,
             find_spare=lambda *_: None,
             find_identity=lambda *names: self.find_identity(*names),
             list_models=lambda _: [],

@@ -2,6 +2,8 @@
 
 import json
 import os
+import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import msgspec
 import pytest
 
 from cluster.batches import Batch, BatchStore, LineResult, Listing, StoredFile
-from cluster.errors import PayloadTooLargeError
+from cluster.errors import OverloadedError, PayloadTooLargeError
 from cluster.usage import Usage
 
 replace = msgspec.structs.replace
@@ -49,7 +51,7 @@ def end(batch: Batch) -> Batch:
 
 
 def test_a_line_keeps_its_first_result(store: BatchStore) -> None:
-    store.add_batch(make_batch())
+    store.add_batch(make_batch(), 9)
     store.record("b", [result(1, b'"first"'), result(2, good=False)])
     batch = store.record("b", [result(1, b'"second"'), result(1, good=False), result(3)])
     assert batch is not None
@@ -65,7 +67,7 @@ def test_a_line_keeps_its_first_result(store: BatchStore) -> None:
 def test_a_crash_at_the_end_loses_and_doubles_nothing(
     store: BatchStore, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
-    store.add_batch(make_batch())
+    store.add_batch(make_batch(), 9)
     store.record("b", [result(line, b"%d" % line, good=line < 3) for line in (1, 2, 3)])
     moves = 0
 
@@ -102,7 +104,7 @@ def test_a_crash_at_the_end_loses_and_doubles_nothing(
 def test_a_crash_during_recording_keeps_none_of_it(
     store: BatchStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store.add_batch(make_batch())
+    store.add_batch(make_batch(), 9)
 
     def crash(*_: object) -> None:
         raise Crash
@@ -118,7 +120,7 @@ def test_a_crash_during_recording_keeps_none_of_it(
 
 
 def test_a_finished_batch_does_not_change(store: BatchStore) -> None:
-    store.add_batch(make_batch())
+    store.add_batch(make_batch(), 9)
     store.finish("b", end, 50)
     after = store.change_batch("b", lambda batch: replace(batch, status="cancelling"))
     assert after is not None
@@ -129,7 +131,7 @@ def test_a_finished_batch_does_not_change(store: BatchStore) -> None:
 
 def test_each_tenant_sees_its_own(store: BatchStore) -> None:
     add_file(store, "f")
-    store.add_batch(make_batch())
+    store.add_batch(make_batch(), 9)
     assert store.find_file("f", "other") is None
     assert not store.delete_file("f", "other")
     assert store.find_batch("b", "other") is None
@@ -141,7 +143,7 @@ def test_each_tenant_sees_its_own(store: BatchStore) -> None:
 
 def test_lists_are_in_order_and_go_on_after_an_item(store: BatchStore) -> None:
     for number in range(5):
-        store.add_batch(make_batch(f"b{number}", created_at=number // 2))
+        store.add_batch(make_batch(f"b{number}", created_at=number // 2), 9)
 
     def ids(part: Listing) -> list[str]:
         return [batch.id for batch in store.list_batches("a", part)]
@@ -159,11 +161,47 @@ def test_the_files_of_a_tenant_are_limited(store: BatchStore) -> None:
     assert json.dumps(add_file(store, "four", b"12").as_json()).count("tenant") == 0
 
 
+def test_a_tenant_has_a_limited_number_of_open_batches(store: BatchStore) -> None:
+    store.add_batch(make_batch("done", status="completed"), 1)
+    store.add_batch(make_batch("b1"), 1)
+    with pytest.raises(OverloadedError, match="1 batches that have not ended; the limit is 1"):
+        store.add_batch(make_batch("b2"), 1)
+    store.add_batch(make_batch("b3", tenant="b"), 1)
+
+
+def test_large_results_are_read_in_parts(store: BatchStore) -> None:
+    store.add_batch(make_batch(), 9)
+    content = b'"%s"' % (b"x" * 400_000)
+    store.record("b", [result(line, content) for line in range(1, 8)])
+    tracemalloc.start()
+    store.finish("b", end, 50)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert store.path("b-out").stat().st_size == 7 * (len(content) + 1)
+    assert peak < 5 * len(content)  # at most three, and copies
+
+
+def test_files_without_an_entry_are_deleted_after_a_day(store: BatchStore) -> None:
+    day_s = 24 * 3600
+    now_s = int(time.time())
+    add_file(store, "f", expires_at=now_s + 9 * day_s)
+    store.add_batch(make_batch("lost"), 9)
+    store.record("lost", [result(1)])
+    store.change_batch("lost", lambda batch: replace(batch, status="failed"))
+    for name in ("orphan", "file.part"):  # after crashes
+        store.path(name).write_bytes(b"x")
+    store.delete_old(now_s, 0)
+    assert {path.name for path in store.path("").iterdir()} == {"f", "orphan", "file.part"}
+    store.delete_old(now_s + 2 * day_s, 0)
+    assert {path.name for path in store.path("").iterdir()} == {"f"}
+    assert store.done_lines("lost") == set()
+
+
 def test_old_files_are_deleted_unless_a_batch_needs_them(store: BatchStore) -> None:
     add_file(store, "f", expires_at=10)
     add_file(store, "g", expires_at=10)
-    store.add_batch(make_batch())
-    store.add_batch(make_batch("done", status="completed"))
+    store.add_batch(make_batch(), 9)
+    store.add_batch(make_batch("done", status="completed"), 9)
     store.delete_old(11, 5)
     assert store.path("f").exists()
     assert not store.path("g").exists()

@@ -23,7 +23,10 @@ FILES_PATH = "/v1/files"
 BATCHES_PATH = "/v1/batches"
 MAX_LISTED = 100
 DEFAULT_LISTED = 20
-MAX_METADATA = 16
+MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512
+"""Entries of a batch's metadata, and characters of their keys and values."""
+MAX_OPEN = 100
+"""Batches of a tenant that have not ended."""
 READ_BYTES = 256 * 1024
 
 _DAY_S = 24 * 3600
@@ -175,10 +178,7 @@ class BatchRoutes:
                 f"endpoint: got {body.endpoint[:80]!r}; allowed: {allowed}", param="endpoint"
             )
         window_s = _window_s(body.completion_window)
-        if body.metadata is not None and len(body.metadata) > MAX_METADATA:
-            raise InvalidRequestError(
-                f"metadata may have {MAX_METADATA} entries.", param="metadata"
-            )
+        _check_metadata(body.metadata or {})
         file = await self._find_file(request, body.input_file_id)
         if file.purpose != "batch":
             raise InvalidRequestError(
@@ -200,7 +200,7 @@ class BatchRoutes:
             models=None if models is None else tuple(sorted(models)),
             metadata=body.metadata,
         )
-        await asyncio.to_thread(self._store.add_batch, batch)
+        await asyncio.to_thread(self._store.add_batch, batch, MAX_OPEN)
         self._service.wake()
         return json_response(self._as_json(batch))
 
@@ -273,6 +273,19 @@ def _list_response(items: list[dict[str, Any]], limit: int) -> Response:
     ids = [item["id"] for item in items] or [None]
     body = {"object": "list", "data": items, "first_id": ids[0], "last_id": ids[-1]}
     return json_response({**body, "has_more": len(items) == limit})
+
+
+def _check_metadata(metadata: dict[str, str]) -> None:
+    fits = all(
+        len(key) <= MAX_METADATA_KEY and len(value) <= MAX_METADATA_VALUE
+        for key, value in metadata.items()
+    )
+    if len(metadata) > MAX_METADATA or not fits:
+        raise InvalidRequestError(
+            f"metadata may have {MAX_METADATA} entries, with keys of {MAX_METADATA_KEY} and values "
+            f"of {MAX_METADATA_VALUE} characters.",
+            param="metadata",
+        )
 
 
 def _window_s(window: str) -> int:

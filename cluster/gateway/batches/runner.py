@@ -6,7 +6,7 @@ import json
 import logging
 import sqlite3
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -95,8 +95,8 @@ class RunnerTools:
     """Access of a run to its router."""
 
     store: BatchStore
-    respond: Callable[[Request], Any]
-    """``Gateway.respond``."""
+    relay: Callable[[Request], Awaitable[Response]]
+    """``Gateway.relay``."""
     find_spare: Callable[[str, str | None], SpareCapacity | None]
     """Returns the slots of the pool that serves a path and model; None without one."""
     find_identity: Callable[[str, str], Identity]
@@ -288,7 +288,7 @@ class BatchRun:
             # Otherwise this router stops, and another one continues with the same answer.
             request.is_cancelled = lambda: self._stop.is_set() or bool(slot and slot.is_stopped)
             request.on_usage = usages.append
-            response: Response = await self._tools.respond(request)
+            response = await self._tools.relay(request)
             async with aclosing(response.body) as chunks:
                 content = b"".join([chunk async for chunk in chunks])
         except RequestError as error:

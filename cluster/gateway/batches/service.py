@@ -32,6 +32,8 @@ LEASE_S = 6.0
 ADJUST_S = 0.02
 """Interval of adjusting the lines to other requests, while there are lines."""
 CLEAN_S = 3600.0
+MAX_RUNS = 4
+"""Batches of one tenant that run at once, oldest first; each holds lines in memory."""
 _DAY_S = 24 * 3600
 
 
@@ -39,7 +41,8 @@ _DAY_S = 24 * 3600
 class BatchBackend:
     """The router for which batches run."""
 
-    respond: Callable[[Request], Awaitable[Response]]
+    relay: Callable[[Request], Awaitable[Response]]
+    """``Gateway.relay``."""
     pools: Mapping[str, Pool]
     """Pools by the name that clients use."""
     registry: Registry
@@ -150,11 +153,15 @@ class BatchService:
             batches = []
             await self._stop_runs()
         self._export_batches(batches)
+        num_runs = Counter(batch.tenant for batch in batches if batch.id in self._runs)
         for batch in batches:
-            if batch.id not in self._runs:
+            must_end = batch.status == "cancelling" or now >= batch.expires_at
+            if batch.id in self._runs:
+                if must_end:
+                    self._runs[batch.id][0].stop()
+            elif must_end or num_runs[batch.tenant] < MAX_RUNS:
+                num_runs[batch.tenant] += 1
                 self._start_run(batch)
-            elif batch.status == "cancelling" or now >= batch.expires_at:
-                self._runs[batch.id][0].stop()
         if self._runs and (self._adjusting is None or self._adjusting.done()):
             self._adjusting = asyncio.create_task(self._adjust())
 
@@ -162,7 +169,7 @@ class BatchService:
         backend = self.backend
         tools = RunnerTools(
             store=self.store,
-            respond=backend.respond,
+            relay=backend.relay,
             find_spare=self._find_spare,
             find_identity=backend.find_identity,
             list_models=self.list_models,

@@ -88,7 +88,9 @@ class SpareCapacity:
         self._num_arrived = meter.num_interactive_arrivals
         self._window = min(self._window, config.max_concurrent)
         is_quiet = now_s - self._busy_at >= QUIET_S
-        allowed = int(self._window) if is_quiet else int(config.share * num_others + 1e-9)
+        # Requests at other routers may be in other pools, so they make no room here.
+        beside_others = int(config.share * meter.num_interactive + 1e-9)
+        allowed = int(self._window) if is_quiet else beside_others
         self._stop_lines(allowed)
         self._start_lines(allowed)
 

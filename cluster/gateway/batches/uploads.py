@@ -3,6 +3,7 @@
 import asyncio
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -136,8 +137,9 @@ async def receive_form(
             raise InvalidRequestError("The form has no complete `file`.", param="file")
         await asyncio.to_thread(_finish, file, bytes(form.unwritten))
     except BaseException:
-        file.close()
         os.unlink(path)
+        with suppress(OSError):  # a full disk
+            file.close()
         raise
     return form.upload
 

@@ -48,6 +48,8 @@ class Fallbacks:
 
     def apply(self, request: Request, body: RequestBody, pool: Pool) -> bool:
         """Return True if other models may answer a request in place of its pool's."""
+        if request.is_batch_line:  # it waits for its own model instead of delaying others
+            return False
         return pool.name in self._lists and request.method == "POST" and body is not UNREAD_BODY
 
     async def relay(

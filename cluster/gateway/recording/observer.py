@@ -132,7 +132,7 @@ class PoolMeter:
         # The router's own requests have no on_end; they must not cause autoscaling.
         if on_end is not None:
             self.arrivals.add()
-            if request.on_usage is None:
+            if not request.is_batch_line:
                 self.num_interactive_arrivals += 1
                 self.num_interactive += 1
         observer = RequestObserver(self, request, route, on_end)
@@ -273,7 +273,7 @@ class RequestObserver:
         if notes is not None and notes.status is not None and self.status == CLIENT_DISCONNECTED:
             self.status = notes.status  # it was not the client that cancelled the request
         meter = self._meter
-        if self._on_end is not None and self._request.on_usage is None:
+        if self._on_end is not None and not self._request.is_batch_line:
             meter.num_interactive -= 1
         meter.open_requests.discard(self)
         self.count_gaps()
