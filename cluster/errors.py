@@ -17,7 +17,8 @@ TandemError
  └─ RequestError                   a request fails with an HTTP status
      ├─ InvalidRequestError            400
      │   ├─ ContextLengthError             the prompt is longer than the model's context
-     │   └─ GuardBlockedError              a guard refuses the prompt
+     │   ├─ GuardBlockedError              a guard refuses the prompt
+     │   └─ GuardUnreadableError           a guard cannot read a part of the request
      ├─ AuthenticationError            401
      ├─ PermissionDeniedError          403
      ├─ NotFoundError                  404
@@ -173,6 +174,22 @@ class GuardBlockedError(InvalidRequestError):
 
     def headers(self) -> dict[str, str]:
         return {"x-tandem-guard": f"{self.guard}=blocked"} if self.guard else {}
+
+
+class GuardUnreadableError(InvalidRequestError):
+    """A guard cannot read a part of the request."""
+
+    guard: str = ""
+
+    @classmethod
+    def by(cls, guard: str, what: str) -> "GuardUnreadableError":
+        """Return the error for a part of a request."""
+        error = cls(f"The guard `{guard}` cannot check {what}.")
+        error.guard = guard
+        return error
+
+    def headers(self) -> dict[str, str]:
+        return {"x-tandem-guard": f"{self.guard}=unreadable"} if self.guard else {}
 
 
 class AuthenticationError(RequestError, status=401, type="AuthenticationError"):

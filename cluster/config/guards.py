@@ -41,7 +41,7 @@ class GuardConfig(Section):
     file."""
     on_error: Literal["open", "closed"] = "closed"
     """Effect of a check that fails or takes too long: `closed` refuses the request with status 503,
-    `open` lets it pass unchecked."""
+    `open` lets it pass unchecked. Answers always pass a guard that only flags."""
     timeout_s: float = Field(2.0, gt=0, le=60)
     """Maximum duration of one check, in seconds."""
     window_chars: int = Field(200, ge=20, le=20_000)

@@ -28,16 +28,18 @@ KEPT_BODY_BYTES = 8000
 """Part of a body that is kept for the request log: 2,000 characters of at most 4 bytes."""
 
 
-Outcome = Literal["passed", "flagged", "redacted", "blocked", "unchecked", "refused"]
+GuardOutcome = Literal[
+    "passed", "flagged", "redacted", "blocked", "unchecked", "refused", "unreadable"
+]
 """Result of a guard's check. If it failed: ``unchecked`` by an open guard, ``refused`` by a closed
-one."""
+one. ``unreadable``: no guard can read this part of a request or answer."""
 
 
 @dataclass(slots=True)
 class GuardNotes:
     """Results of the guards of one request, for its answer and its records."""
 
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    outcomes: dict[str, GuardOutcome] = field(default_factory=dict)
     """Results by guard, without those that passed."""
     status: int | None = None
     """Status to record if the guards cancel the request; None: that of a disconnect."""

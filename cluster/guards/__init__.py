@@ -7,11 +7,12 @@ texts         the texts of a JSON body
 
 from cluster.guards.patterns import CONTEXT_CHARS, MAX_OPEN_CHARS, Span, before_spans, find_patterns
 from cluster.guards.placeholders import Placeholders, TooManyValuesError
-from cluster.guards.texts import TextSlot, find_texts
+from cluster.guards.texts import DocumentTexts, TextSlot, find_texts, remove_fields
 
 __all__ = [
     "CONTEXT_CHARS",
     "MAX_OPEN_CHARS",
+    "DocumentTexts",
     "Placeholders",
     "Span",
     "TextSlot",
@@ -19,4 +20,5 @@ __all__ = [
     "before_spans",
     "find_patterns",
     "find_texts",
+    "remove_fields",
 ]

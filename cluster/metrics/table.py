@@ -305,7 +305,7 @@ GUARD_CHECKS = _counter(
     "tandem_guard_checks_total",
     "Prompts and answers (stage) that a guard checked. Outcomes: passed; flagged; redacted; "
     "blocked; unchecked (the check failed and the guard is open); refused (it failed and the guard "
-    "is closed).",
+    "is closed); unreadable (no guard can read this request or answer).",
     "guard",
     "stage",
     "outcome",

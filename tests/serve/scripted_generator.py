@@ -118,10 +118,15 @@ def _document(path: str, text: str) -> dict[str, Any]:
 
 
 def _response(text: str | None, status: str) -> dict[str, Any]:
-    part = {"type": "output_text", "text": text}
+    part = {"type": "output_text", "text": text, "logprobs": [{"token": text}]}
     item = {"type": "message", "id": "msg_1", "role": "assistant", "content": [part]}
     output = [] if text is None else [item]
-    return {"id": "resp_1", "object": "response", "status": status, "output": output}
+    # With `enable_response_messages`.
+    messages = [{"message": text, "tokens": [1]}]
+    return {
+        **{"id": "resp_1", "object": "response", "status": status, "output": output},
+        "output_messages": messages if output else None,
+    }
 
 
 def _events(path: str, parts: list[str]) -> Iterator[bytes]:

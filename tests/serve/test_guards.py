@@ -5,6 +5,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from hashlib import sha256
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -365,35 +366,189 @@ async def test_texts_pass_while_the_engine_writes() -> None:
         assert streamed_text(CHAT, (await call.done()).data()) == "Hello you"
 
 
+async def serve_bytes(
+    site: Site, *chunks: bytes, content_type: bytes = b"text/event-stream"
+) -> None:
+    """Have the generator answer every request with these bytes."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        headers = [(b"content-type", content_type)]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for chunk in chunks:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    site.world.remove("gen", "gen-1")
+    await site.world.serve(app, "gen", "gen-2", ROUTES)
+
+
+def chunk_of(index: int = 0, reason: str | None = None, **delta: Any) -> bytes:
+    choice = {"index": index, "delta": delta, "finish_reason": reason}
+    data = {"object": "chat.completion.chunk", "choices": [choice]}
+    return f"data: {json.dumps(data)}\n\n".encode()
+
+
+def call_of(arguments: str) -> dict[str, Any]:
+    return {"tool_calls": [{"index": 0, "function": {"arguments": arguments}}]}
+
+
+def arguments_of(events: list[dict[str, Any]]) -> str:
+    deltas = [choice["delta"] for event in events for choice in event["choices"]]
+    calls = [call for delta in deltas for call in delta.get("tool_calls") or ()]
+    return "".join(call["function"]["arguments"] for call in calls)
+
+
 async def test_arguments_of_tools_are_restored_as_json() -> None:
-    def reply(_body: dict[str, Any]) -> list[str]:
-        return []
-
-    async with guarded({**PII, "action": "redact", "checks": "prompt"}, reply=reply) as site:
-        document = {
-            "choices": [
-                {
-                    "index": 0,
-                    "finish_reason": "tool_calls",
-                    "message": {
-                        "content": None,
-                        "tool_calls": [{"function": {"arguments": '{"to": "[EMAIL_1]"}'}}],
-                    },
-                }
-            ]
+    async with guarded({**PII, "action": "redact", "checks": "prompt"}) as site:
+        message = {
+            "content": None,
+            "tool_calls": [{"function": {"arguments": '{"to": "[EMAIL_1]"}'}}],
         }
-
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            await receive()
-            headers = [(b"content-type", b"application/json")]
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-            await send({"type": "http.response.body", "body": json.dumps(document).encode()})
-
-        site.world.remove("gen", "gen-1")
-        await site.world.serve(app, "gen", "gen-2", ROUTES)
+        choice = {"index": 0, "finish_reason": "tool_calls", "message": message}
+        content = json.dumps({"choices": [choice]}).encode()
+        await serve_bytes(site, content, content_type=b"application/json")
         answer = (await site.post(CHAT, MAIL)).json()
         (call,) = answer["choices"][0]["message"]["tool_calls"]
         assert json.loads(call["function"]["arguments"]) == {"to": MAIL}
+
+
+ARGUMENTS = r'{"to": "x\n\tanna\u0040example.com", "card": 4111111111111111, "text": "[EMAIL_9]"}'
+
+
+@pytest.mark.parametrize("action", ["redact", "block", "flag"])
+async def test_streamed_arguments_of_tools_are_checked_without_their_escapes(action: str) -> None:
+    async with guarded({**PII, "action": action, "checks": "answer"}) as site:
+        chunks = [chunk_of(**call_of(part)) for part in parts(ARGUMENTS)]
+        await serve_bytes(site, *chunks, chunk_of(reason="tool_calls"), b"data: [DONE]\n\n")
+        stream = await site.post(CHAT, "x", stream=True)
+        arguments = arguments_of(stream.data())
+        if action == "redact":
+            assert json.loads(arguments) == {
+                "to": "x\n\t[EMAIL_1]",
+                "card": "[CARD_1]",
+                "text": "[EMAIL_9]",
+            }
+            assert stream.data()[-1]["choices"][0]["finish_reason"] == "tool_calls"
+        elif action == "block":
+            assert not arguments
+            assert ENDINGS[CHAT](stream.data())
+        else:
+            assert arguments == ARGUMENTS
+        outcome = {"redact": "redacted", "block": "blocked", "flag": "flagged"}[action]
+        assert await site.counts("pii", "answer") == {outcome: 1}
+
+
+async def test_arguments_in_prompts_are_read_and_redacted_as_json() -> None:
+    async with guarded({**PII, "action": "redact", "checks": "prompt"}) as site:
+        call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": ARGUMENTS}}
+        body = request_for(CHAT, "x")
+        body["messages"].insert(0, {"role": "assistant", "tool_calls": [call]})
+        assert (await asgi.post(site.app, CHAT, body)).status == 200
+        (call,) = site.generator.bodies[0]["messages"][0]["tool_calls"]
+        arguments = json.loads(call["function"]["arguments"])
+        assert arguments["to"] == "x\n\t[EMAIL_1]"
+        assert arguments["card"] == "[CARD_1]"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"documents": [{"id": MAIL, "name": "N", "source": "S"}]},
+        {"documents": [{MAIL: 1}]},
+        {"chat_template_kwargs": {"note": MAIL}},
+        {"messages": [{"role": "user", "name": MAIL, "content": "x"}]},
+    ],
+)
+async def test_every_text_of_a_prompt_is_checked(fields: dict[str, Any]) -> None:
+    async with guarded({**PII, "action": "block", "checks": "prompt"}) as site:
+        answer = await asgi.post(site.app, CHAT, {**request_for(CHAT, "x"), **fields})
+        assert answer.json()["error"]["code"] == "content_filter"
+
+
+async def test_prompts_that_hide_their_text_are_refused() -> None:
+    hidden = (
+        {"role": "a text", "content": "x"},
+        {"role": "user", "content": [{"type": "prompt_embeds", "prompt_embeds": "x"}]},
+    )
+    async with guarded({**PII, "action": "block", "checks": "prompt"}) as site:
+        for message in hidden:
+            answer = await asgi.post(site.app, CHAT, {"model": "gen", "messages": [message]})
+            assert answer.status == 400
+            assert answer.headers["x-tandem-guard"] == "pii=unreadable"
+        assert not site.generator.bodies
+        assert await site.counts("pii", "prompt") == {"unreadable": 2}
+
+
+async def test_a_block_ends_every_open_choice() -> None:
+    async with guarded({**PII, "action": "block", "checks": "answer"}) as site:
+        await serve_bytes(
+            site,
+            *(chunk_of(0, content="one"), chunk_of(1, content="two")),
+            *(chunk_of(0, reason="stop"), chunk_of(1, "stop", content=f" {MAIL}")),
+        )
+        stream = await site.post(CHAT, "x", stream=True)
+        ends = {
+            choice["index"]: choice["finish_reason"]
+            for event in stream.data()
+            for choice in event["choices"]
+            if choice["finish_reason"]
+        }
+        assert ends == {0: "stop", 1: "content_filter"}
+        assert "anna" not in stream.body.decode()
+
+
+async def test_a_stream_without_a_last_event_is_checked_to_its_end() -> None:
+    async with guarded({**PII, "action": "redact", "checks": "answer"}) as site:
+        await serve_bytes(site, chunk_of(content=f"Hi {MAIL}"), chunk_of(content=MAIL)[:-20])
+        stream = await site.post(CHAT, "x", stream=True)
+        assert streamed_text(CHAT, stream.data()) == "Hi [EMAIL_1]"
+        assert "anna" not in stream.body.decode()
+        assert await site.counts("pii", "answer") == {"redacted": 1}
+
+
+@pytest.mark.parametrize("action", ["block", "flag"])
+async def test_answers_that_cannot_be_read_pass_only_guards_that_report(action: str) -> None:
+    async with guarded({**PII, "action": action, "checks": "answer"}) as site:
+        await serve_bytes(site, b"text", content_type=b"text/plain")
+        answer = await site.post(CHAT, "x")
+        assert answer.status == (200 if action == "flag" else 503)
+        if action == "flag":
+            assert answer.headers["x-tandem-guard"] == "pii=unreadable"
+
+
+async def test_a_guard_that_only_reports_never_stops_an_answer() -> None:
+    guard = {**INJECTION, "action": "flag", "checks": "answer", "window_chars": 20}
+    async with guarded(guard, reply=saying("word " * 20)) as site:
+        site.classifier.fails = True
+        for stream in (False, True):
+            assert (await site.post(CHAT, "x", stream=stream)).status == 200
+        assert await site.counts("injection", "answer") == {"unchecked": 2}
+
+
+async def test_a_reporting_classifier_gets_whole_words_with_context() -> None:
+    guard = {**INJECTION, "action": "flag", "checks": "answer", "window_chars": 20}
+    text = "one two three four five six seven eight nine ten eleven twelve"
+    async with guarded(guard, reply=saying(text)) as site:
+        await site.post(CHAT, "x", stream=True)
+        words = text.split()
+        seen = site.classifier.texts
+        assert len(seen) > 2
+        assert all(part.split()[-1] in words for part in seen)
+        assert any(set(first.split()[-1:]) & set(then.split()) for first, then in pairwise(seen))
+
+
+async def test_a_block_stops_the_engine_although_the_answer_could_be_repeated() -> None:
+    def reply(_body: dict[str, Any]) -> list[str]:
+        return [f"{MAIL} and", " more", " text"]
+
+    async with guarded({**PII, "action": "block", "checks": "answer"}, reply=reply) as site:
+        site.generator.goes_on.clear()
+        body = request_for(CHAT, "x", stream=True)
+        stream = await asgi.post(site.app, CHAT, body, headers={"idempotency-key": "k"})
+        assert ENDINGS[CHAT](stream.data())
+        await site.world.until(lambda: site.generator.cancelled == 1)
 
 
 # -- keys, replays and changes --

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.config import GuardConfig
+from cluster.gateway.guards.answer_guards import AnswerBlockedError, AnswerGuards
 from cluster.gateway.guards.checks import Check, Guard, PatternCheck
-from cluster.gateway.guards.window import AnswerBlockedError, AnswerGuards, AnswerText
-from cluster.gateway.messages import Outcome, Request
+from cluster.gateway.guards.window import AnswerText
+from cluster.gateway.messages import GuardOutcome, Request
 from cluster.guards import MAX_OPEN_CHARS, Placeholders, Span, find_patterns
 from cluster.guards.placeholders import MAX_PLACEHOLDER_CHARS
 from cluster.metrics import Registry
@@ -50,12 +51,12 @@ class NameCheck:
 
 def make_guards(
     action: str, placeholders: Placeholders | None = None, check: Check | None = None
-) -> tuple[AnswerGuards, list[Outcome]]:
+) -> tuple[AnswerGuards, list[GuardOutcome]]:
     fields: dict[str, Any] = {"name": "g", "action": action, "window_chars": 40}
     fields |= {"patterns": PATTERNS} if check is None else {"classifier": "c"}
     config = GuardConfig.model_validate(fields)
     guard = Guard(config, check or PatternCheck(config), Registry())
-    outcomes: list[Outcome] = []
+    outcomes: list[GuardOutcome] = []
     guards = AnswerGuards(
         *([guard], placeholders or Placeholders(), REQUEST, "m"),
         note=lambda _guard, _stage, outcome: outcomes.append(outcome),

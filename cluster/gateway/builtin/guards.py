@@ -12,7 +12,7 @@ from cluster.errors import InvalidRequestError
 from cluster.gateway.guards import Guards
 from cluster.gateway.guards.checks import CheckFailedError, Guard
 from cluster.gateway.guards.session import SEVERITY
-from cluster.gateway.messages import Outcome, Request, Response, json_response
+from cluster.gateway.messages import GuardOutcome, Request, Response, json_response
 from cluster.guards import Placeholders, Span
 
 GUARDS_PATH = "/v1/guards/test"
@@ -44,7 +44,7 @@ class GuardResult(TypedDict):
 
     guard: str
     action: GuardAction
-    outcome: Outcome
+    outcome: GuardOutcome
     found: list[FoundPart]
 
 
@@ -52,7 +52,7 @@ class GuardedText(TypedDict):
     """Results of all guards for one text."""
 
     index: int
-    outcome: Outcome
+    outcome: GuardOutcome
     """The most severe outcome of a guard."""
     text: str
     """The text with placeholders, as the engine or the client would get it."""
@@ -119,18 +119,18 @@ def _result(
     results = []
     spans: list[Span] = []
     for guard, parts in zip(guards, found, strict=True):
-        outcome: Outcome = "unchecked" if guard.config.on_error == "open" else "refused"
+        outcome: GuardOutcome = "unchecked" if guard.config.on_error == "open" else "refused"
         if parts is not None:
             outcome = guard.outcome if parts else "passed"
         if guard.config.action == "redact":
             spans += parts or ()
         results.append(_guard_result(guard, outcome, parts or ()))
-    outcomes: list[Outcome] = [result["outcome"] for result in results]
-    worst: Outcome = max(outcomes, key=SEVERITY.index) if outcomes else "passed"
+    outcomes: list[GuardOutcome] = [result["outcome"] for result in results]
+    worst: GuardOutcome = max(outcomes, key=SEVERITY.index) if outcomes else "passed"
     redacted = Placeholders([text]).replace(text, spans)
     return GuardedText(index=index, outcome=worst, text=redacted, guards=results)
 
 
-def _guard_result(guard: Guard, outcome: Outcome, spans: Sequence[Span]) -> GuardResult:
+def _guard_result(guard: Guard, outcome: GuardOutcome, spans: Sequence[Span]) -> GuardResult:
     found: list[Any] = [span._asdict() for span in spans]
     return GuardResult(guard=guard.name, action=guard.config.action, outcome=outcome, found=found)

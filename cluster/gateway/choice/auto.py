@@ -10,10 +10,10 @@ from cluster.config import AUTO, AutoConfig, AutoRule, GuardConfig, TandemConfig
 from cluster.errors import PermissionDeniedError
 from cluster.gateway.body import read_body
 from cluster.gateway.guards.checks import CheckFailedError, ClassifierCheck, SendCheck
-from cluster.gateway.guards.session import CHECKED_PATHS
+from cluster.gateway.guards.prompts import PROMPT_FIELDS
 from cluster.gateway.messages import Request, with_json_fields
 from cluster.gateway.pools.pool import Pool
-from cluster.guards import find_texts
+from cluster.guards import DocumentTexts
 from cluster.metrics import Registry, table
 from cluster.routing import RequestBody
 
@@ -166,18 +166,17 @@ def _reason(
 
 def _texts(request: Request) -> list[tuple[str, str]]:
     """Return the texts of the prompt with their roles."""
-    fields = CHECKED_PATHS.get(request.path, ())
+    texts = DocumentTexts()
     try:
         document = json.loads(request.body)
-    except ValueError:  # the engine reports it
+        for name, kind in PROMPT_FIELDS.get(request.path, {}).items():
+            if name in document and kind == "messages":
+                texts.add_messages(document, name)
+            elif name in document and kind != "json":
+                texts.add(document, name, "system" if kind == "system" else "")
+    except (ValueError, RecursionError):  # the engine reports it
         return []
-    slots = [
-        slot
-        for name in fields
-        if name in document
-        for slot in find_texts(document, name, "system" if name == "system" else "")
-    ]
-    return [(slot.text, slot.role) for slot in slots]
+    return [(slot.text, slot.role) for slot in texts.slots]
 
 
 def _pool_of(pools: Mapping[str, Pool], model: str) -> Pool:

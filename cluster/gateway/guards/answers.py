@@ -2,13 +2,17 @@
 
 import json
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any
 
 from cluster.errors import LinkError, ReplicaLostError, RequestError, UnavailableError
 from cluster.gateway.error_formats import error_events
+from cluster.gateway.guards.answer_guards import AnswerBlockedError, AnswerGuards, check_slots
+from cluster.gateway.guards.checks import run_sized
 from cluster.gateway.guards.formats import (
     FORMATS,
+    TOKEN_FIELDS,
     Event,
     Key,
     ResponsesFormat,
@@ -16,9 +20,9 @@ from cluster.gateway.guards.formats import (
     block_document,
     encode_event,
 )
-from cluster.gateway.guards.window import AnswerBlockedError, AnswerGuards, AnswerText
+from cluster.gateway.guards.window import AnswerText, JsonAnswerText
 from cluster.gateway.messages import Body, GuardNotes, Response, bytes_response
-from cluster.guards import find_texts
+from cluster.guards import DocumentTexts, find_texts, remove_fields
 
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 """Size of the largest answer that is held until it is checked; longer ones must be streamed."""
@@ -33,25 +37,55 @@ async def guard_document(response: Response, path: str, guards: AnswerGuards) ->
     """
     try:
         content = await _read_all(response.body)
-        document = json.loads(content)
-        for root, name in answer_roots(path, document):
-            try:
-                for slot in list(find_texts(root, name)):
-                    text = AnswerText(guards, is_json=slot.is_json)
-                    slot.text = await text.push(slot.text, is_final=True)
-            except AnswerBlockedError:
-                block_document(path, document, root)
-            if guards.hides_tokens:
-                FORMATS[path]().hide_tokens(document)
+        document = await run_sized(len(content), partial(_decode, content))
+        await _check_document(document, path, guards)
+        encode = partial(_encode_document, document)
+        body = await run_sized(len(content), encode)
     except BaseException:
         await guards.abandon()
         raise
     await guards.finish()
-    body = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
     headers = [pair for pair in response.headers if pair[0] not in (b"content-length", _TYPE[0])]
-    return bytes_response(response.status, _TYPE[1], body.encode(errors="replace"), headers)
+    return bytes_response(response.status, _TYPE[1], body, headers)
 
 
+async def _check_document(document: Event, path: str, guards: AnswerGuards) -> None:
+    """Check all texts at once, so that a classifier gets few requests."""
+    parts: list[tuple[Event, DocumentTexts]] = []
+    for root, name in answer_roots(path, document):
+        try:
+            parts.append((root, find_texts(root, name)))
+        except ValueError as error:
+            raise UnavailableError(f"Guards cannot check the answer: {error}.") from None
+    checked = iter(await guards.check([slot.text for _, texts in parts for slot in texts.slots]))
+    for root, texts in parts:
+        found = [next(checked) for _ in texts.slots]
+        if None in found:
+            block_document(path, document, root)
+            continue
+        for slot, text in zip(texts.slots, found, strict=True):
+            slot.text = str(text)
+        texts.write()
+    if guards.change_text:
+        remove_fields(document, TOKEN_FIELDS)
+
+
+def _decode(content: bytes) -> Event:
+    try:
+        document = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UnavailableError(f"Guards cannot read the answer: {error}") from None
+    if not isinstance(document, dict):
+        raise UnavailableError("Guards cannot read the answer, which is not a JSON object.")
+    return document
+
+
+def _encode_document(document: Event) -> bytes:
+    text = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+    return text.encode(errors="replace")
+
+
+_FAILURES = ("error", "response.failed")
 _TYPE = (b"content-type", b"application/json")
 
 
@@ -81,7 +115,7 @@ class GuardedStream:
         self._guards = guards
         self._notes = notes
         self._format = FORMATS[path]()
-        self._texts: dict[Key, AnswerText] = {}
+        self._texts: dict[Key, AnswerText | JsonAnswerText] = {}
         self._ended: dict[str, str] = {}  # complete texts of the engine, and those of the client
         self._parts: dict[Key, tuple[list[str], list[str]]] = {}
         self._rest = b""
@@ -90,6 +124,7 @@ class GuardedStream:
         self._number = 0
         self._first = self._last = b""
         self._is_done = False
+        self._is_cut_off = False
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self
@@ -115,27 +150,47 @@ class GuardedStream:
         try:
             chunk = await anext(aiter(self._body))
         except StopAsyncIteration:
-            self._is_done = True
-            if self._rest:
-                self._ready.append(self._rest)
-            await self._guards.finish()
+            await self._finish()
             return
         except BaseException:
             self._is_done = True
             await self._guards.abandon()
             raise
         *events, self._rest = (self._rest + chunk).split(b"\n\n")
+        await self._pass_all(events)
+
+    async def _finish(self) -> None:
+        """Pass on what is held when the engine has ended the stream."""
+        self._is_done = True
+        rest, self._rest = self._rest, b""
+        if not await self._pass_all([rest] if rest else [], is_final=True):
+            return
+        await (self._guards.abandon() if self._is_cut_off else self._guards.finish())
+
+    async def _pass_all(self, events: Sequence[bytes], *, is_final: bool = False) -> bool:
+        """Pass on events; return False if a guard ends the stream."""
         try:
             for event in events:
                 await self._pass_on(event)
+            if is_final and not self._is_cut_off:  # no event ended the texts
+                for key in list(self._texts):
+                    await self._finish_text({}, key)
         except AnswerBlockedError:
-            await self._end(200, b"".join(map(self._encode, self._format.blocked())))
+            last = self._format.blocked()
+            for each in last:
+                remove_fields(each, TOKEN_FIELDS)
+            await self._end(200, b"".join(map(self._encode, last)))
         except RequestError as error:
-            last = b"".join(self._ready) or self._last
-            await self._end(error.status, error_events(self._path, error, self._first, last) or b"")
+            before = b"".join(self._ready) or self._last
+            await self._end(
+                error.status, error_events(self._path, error, self._first, before) or b""
+            )
         except BaseException:
             await self.aclose()
             raise
+        else:
+            return True
+        return False
 
     async def _end(self, status: int, events: bytes) -> None:
         """End the answer with these events; the engine stops."""
@@ -149,8 +204,12 @@ class GuardedStream:
         data = b"".join(line[5:] for line in raw.split(b"\n") if line.startswith(b"data:"))
         try:
             event: Any = json.loads(data)
-        except ValueError:  # `[DONE]`, or a comment
+        except ValueError:  # `[DONE]`, a comment, or a part of an event at the end
             event = None
+            if self._guards.change_text and data.strip() not in (b"", b"[DONE]"):
+                return
+        if isinstance(event, dict) and (event.get("error") or event.get("type") in _FAILURES):
+            self._is_cut_off = True
         # Events without texts, such as those with the usage, pass as they are.
         if not isinstance(event, dict) or not (event.get("choices") or "type" in event):
             self._ready.append(raw + b"\n\n")
@@ -166,16 +225,21 @@ class GuardedStream:
             is_final = self._format.ends(event, delta.key)
             text = self._texts.get(delta.key)
             if text is None:
-                text = self._texts[delta.key] = AnswerText(self._guards, is_json=delta.is_json)
+                kind = JsonAnswerText if delta.is_json else AnswerText
+                text = self._texts[delta.key] = kind(self._guards)
             passed = delta.container[delta.field] = await text.push(part, is_final=is_final)
             self._keep(delta.key, part, passed)
         for key in [key for key in self._texts if self._format.ends(event, key)]:
             await self._finish_text(event, key)
         if isinstance(self._format, ResponsesFormat):
-            await self._replace_full_texts(self._format, event)
-        if self._guards.hides_tokens:
-            self._format.hide_tokens(event)
+            try:
+                await self._replace_full_texts(self._format, event)
+            except ValueError as error:
+                raise UnavailableError(f"Guards cannot check the answer: {error}.") from None
+        if self._guards.change_text:
+            remove_fields(event, TOKEN_FIELDS)
         self._ready.append(self._encode(event))
+        self._format.passed(event)
 
     async def _finish_text(self, event: Event, key: Key) -> None:
         tail = await self._texts.pop(key).push("", is_final=True)
@@ -199,13 +263,10 @@ class GuardedStream:
         roots = [(event, name) for name in names if name in event]
         if isinstance(event.get("response"), dict) and "output" in event["response"]:
             roots.append((event["response"], "output"))
+        texts = DocumentTexts(known=self._ended)
         for root, name in roots:
-            for slot in list(find_texts(root, name)):
-                known = self._ended.get(slot.text)
-                if known is None:  # it was not streamed
-                    text = AnswerText(self._guards, is_json=slot.is_json)
-                    known = await text.push(slot.text, is_final=True)
-                slot.text = known
+            texts.add(root, name)
+        await check_slots(self._guards, texts)  # those that were not streamed
 
     def _encode(self, event: Event) -> bytes:
         if "sequence_number" in event:

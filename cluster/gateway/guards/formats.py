@@ -8,6 +8,8 @@ Event = dict[str, Any]
 Key = tuple[Hashable, ...]
 """Name of one text of an answer; its first item is the part of the answer that it belongs to."""
 
+TOKEN_FIELDS = frozenset({"input_messages", "logprobs", "output_messages", "token_ids"})
+"""Fields that show the texts of an answer a second time, as tokens."""
 REFUSAL = "The answer was blocked by a guard."
 
 
@@ -43,8 +45,8 @@ class StreamFormat:
         """Return the events that end an answer in the place of those that follow."""
         raise NotImplementedError
 
-    def hide_tokens(self, event: Event) -> None:
-        """Remove the fields with the tokens of the answer."""
+    def passed(self, event: Event) -> None:
+        """Note an event that the client gets."""
 
 
 class ChoicesFormat(StreamFormat):
@@ -62,10 +64,7 @@ class ChoicesFormat(StreamFormat):
             self._base = {k: v for k, v in event.items() if k not in ("choices", "usage")}
         for choice in choices:
             index = choice.get("index", 0)
-            if choice.get("finish_reason") is None:
-                self._open[index] = None
-            else:
-                self._open.pop(index, None)
+            self._open[index] = None
             yield from self._of_choice(index, choice)
 
     def _of_choice(self, index: int, choice: Event) -> Iterable[Delta]:
@@ -110,11 +109,10 @@ class ChoicesFormat(StreamFormat):
         choice = {"index": index, **content, "logprobs": None, "finish_reason": reason}
         return {**self._base, "choices": [choice]}
 
-    def hide_tokens(self, event: Event) -> None:
+    def passed(self, event: Event) -> None:
         for choice in event.get("choices") or ():
-            for name in ("logprobs", "token_ids"):
-                if choice.get(name) is not None:
-                    choice[name] = None
+            if choice.get("finish_reason") is not None:
+                self._open.pop(choice.get("index", 0), None)
 
 
 class MessagesFormat(StreamFormat):
@@ -134,18 +132,21 @@ class MessagesFormat(StreamFormat):
     def deltas(self, event: Event) -> Iterable[Delta]:
         kind, index = event.get("type"), event.get("index")
         if kind == "content_block_start":
-            self._open[index] = None
             block = event.get("content_block") or {}
             if isinstance(block.get("text"), str):
                 yield Delta((index,), block, "text")
-        elif kind == "content_block_stop":
-            self._open.pop(index, None)
         elif kind == "content_block_delta":
             delta = event["delta"]
             self._num_deltas += 1
             self._kinds[index] = delta["type"]
             if (name := self._FIELDS.get(delta["type"])) is not None:
                 yield Delta((index,), delta, name, is_json=name == "partial_json")
+
+    def passed(self, event: Event) -> None:
+        if event.get("type") == "content_block_start":
+            self._open[event.get("index")] = None
+        elif event.get("type") == "content_block_stop":
+            self._open.pop(event.get("index"), None)
 
     def ends(self, event: Event, key: Key) -> bool:
         return event.get("type") == "content_block_stop" and event.get("index") == key[0]
@@ -206,10 +207,6 @@ class ResponsesFormat(StreamFormat):
         details = {"incomplete_details": {"reason": "content_filter"}}
         response = {**self._response, "status": "incomplete", **details, "output": []}
         return [{"type": "response.incomplete", "sequence_number": 0, "response": response}]
-
-    def hide_tokens(self, event: Event) -> None:
-        if event.get("logprobs"):
-            event["logprobs"] = []
 
 
 FORMATS: Mapping[str, Callable[[], StreamFormat]] = {

@@ -12,7 +12,7 @@ from cluster.gateway.guards.checks import (
     PatternCheck,
     SendCheck,
 )
-from cluster.gateway.guards.session import CHECKED_PATHS, GuardedRequest
+from cluster.gateway.guards.session import GuardedRequest
 from cluster.gateway.messages import Request, header
 from cluster.gateway.pools.pool import Pool
 from cluster.metrics import Registry
@@ -123,8 +123,7 @@ class Guards:
         """Return the guards' part in a request; None if no guard checks it.
 
         Raises:
-            InvalidRequestError: The guards cannot check the request, or it asks for a guard that
-                does not exist.
+            InvalidRequestError: The request asks for a guard that does not exist.
             UnavailableError: See ``guards_of``.
         """
         if pool.kind != "generator":
@@ -137,17 +136,7 @@ class Guards:
         route = pool.route_of(request.path)
         if route in _WITHOUT_NEW_TEXT:
             return None
-        if request.method == "POST" and request.path in CHECKED_PATHS:
-            return GuardedRequest(guards, request, body, pool)
-        if any(guard.changes_text for guard in guards):
-            names = ", ".join(f"`{guard.name}`" for guard in guards if guard.changes_text)
-            raise InvalidRequestError(
-                f"{request.path} is not possible with the guards of this key ({names}), which "
-                f"check {', '.join(CHECKED_PATHS)}."
-            )
-        for guard in guards:
-            guard.count(pool.name, "prompt", "unchecked")
-        return None
+        return GuardedRequest(guards, request, body, pool)
 
 
 def _is_about(guard: GuardConfig, pool: Pool) -> bool:

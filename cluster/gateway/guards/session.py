@@ -6,44 +6,41 @@ first byte of the answer waits for them, and a prompt that is blocked is cancell
 
 import asyncio
 import json
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
-from cluster.errors import GuardBlockedError, InvalidRequestError, RequestError, UnavailableError
+from cluster.errors import (
+    GuardBlockedError,
+    GuardUnreadableError,
+    InvalidRequestError,
+    RequestError,
+    UnavailableError,
+)
 from cluster.gateway.body import UNREAD_BODY
+from cluster.gateway.guards.answer_guards import AnswerGuards
 from cluster.gateway.guards.answers import GuardedStream, guard_document
 from cluster.gateway.guards.checks import Guard, PatternCheck, Stage
-from cluster.gateway.guards.window import AnswerGuards
+from cluster.gateway.guards.prompts import PROMPT_FIELDS, read_prompt
 from cluster.gateway.messages import (
     GuardNotes,
-    Outcome,
+    GuardOutcome,
     Request,
     Response,
     header,
     with_body,
 )
 from cluster.gateway.pools.pool import Pool
-from cluster.guards import Placeholders, Span, TextSlot, TooManyValuesError, find_texts
+from cluster.guards import DocumentTexts, Placeholders, Span, TextSlot, TooManyValuesError
 from cluster.guards.placeholders import MAX_VALUES
 from cluster.routing import RequestBody
 
 GUARD_HEADER = b"x-tandem-guard"
-CHECKED_PATHS: Mapping[str, tuple[str, ...]] = {
-    "/v1/chat/completions": ("messages", "documents"),
-    "/v1/completions": ("prompt", "suffix"),
-    "/v1/responses": ("instructions", "input"),
-    "/v1/messages": ("system", "messages"),
-}
-"""Fields with the prompt, by path."""
-_SYSTEM_FIELDS = ("system", "instructions")
 _OWN_ROLES = ("assistant", "system", "developer")
 """Roles whose texts classifiers of whole texts need not judge: the model's and the operator's."""
-SEVERITY: Sequence[Outcome] = (
-    *("passed", "flagged", "redacted", "unchecked", "refused", "blocked"),
+SEVERITY: Sequence[GuardOutcome] = (
+    *("passed", "flagged", "redacted", "unreadable", "unchecked", "refused", "blocked"),
 )
 """Outcomes of a guard, the worst last."""
-MAX_PROMPT_CHARS = 4 * 1024 * 1024
-"""Length of the longest prompt that is checked; a thread searches 10 to 0.5 million per second."""
 _THREAD_BYTES = 256 * 1024  # a thread decodes larger bodies; the event loop would stop for 2 ms
 
 
@@ -55,11 +52,12 @@ class GuardedRequest:
     ) -> None:
         self._pool = pool
         self._request = request
-        self._is_read = body is not UNREAD_BODY
+        self._unreadable = _unreadable(request, body)
         self._is_stored = body.previous_response_id is not None
         self._of_prompt = [guard for guard in guards if guard.config.checks_prompts]
         self._of_answer = [guard for guard in guards if guard.config.checks_answers]
         self._late: Sequence[Guard] = ()  # those that check while the engine works
+        self._document = DocumentTexts()
         self._slots: list[TextSlot] = []
         self._texts: list[str] = []
         self._placeholders = Placeholders()
@@ -76,11 +74,11 @@ class GuardedRequest:
             UnavailableError: A check failed, and the guard is closed.
         """
         request = self._request
+        if self._unreadable is not None:
+            self._refuse_unread([self._unreadable], both=True)
+            return request
         if not self._of_prompt or not request.body:
             return request  # the engine answers an empty body with its error
-        if not self._is_read:
-            self._refuse_unchecked("a body that is not JSON")
-            return request
         document = await _decode(request.body)
         self._read_texts(document)
         if not self._texts:
@@ -92,7 +90,7 @@ class GuardedRequest:
             return_exceptions=True,
         )
         for guard, result in zip(early, found, strict=True):
-            self._note(guard, "prompt", result)
+            self._note_result(guard, "prompt", result)
         redacted = []
         for guard, result in zip(early, found, strict=True):
             if isinstance(result, BaseException):
@@ -101,35 +99,39 @@ class GuardedRequest:
             if guard.config.action == "redact" and result is not None:
                 redacted.append(result)
         prepared = self._redact(document, redacted)
+        self._document = DocumentTexts()
         if not self._late:
             self._slots, self._texts = [], []  # the prompt; the answer may be far away
         return prepared
 
     def _read_texts(self, document: dict[str, Any]) -> None:
-        fields = CHECKED_PATHS[self._request.path]
-        for name in fields:
-            if name in document:
-                role = "system" if name in _SYSTEM_FIELDS else ""
-                self._slots += find_texts(document, name, role)
-        self._texts = [slot.text for slot in self._slots]
-        if sum(map(len, self._texts)) > MAX_PROMPT_CHARS:
-            self._refuse_unchecked(f"a prompt of more than {MAX_PROMPT_CHARS} characters")
-            self._slots, self._texts = [], []
-        prompt = document.get("prompt")
-        if self._request.path == "/v1/completions" and (
-            document.get("prompt_embeds") is not None
-            or (isinstance(prompt, list) and not all(isinstance(each, str) for each in prompt))
-        ):
-            self._refuse_unchecked("a prompt of token ids or embeddings")
+        self._document, unreadable = read_prompt(self._request.path, document)
         if self._is_stored and any(each.config.action == "redact" for each in self._of_prompt):
-            self._refuse_unchecked("`previous_response_id`, whose placeholders are not known")
+            unreadable.append("`previous_response_id`, whose placeholders are not known")
+        self._refuse_unread(unreadable)
+        if not unreadable:
+            self._slots = self._document.slots
+            self._texts = [slot.text for slot in self._slots]
 
-    def _refuse_unchecked(self, what: str) -> None:
-        """Raise if a guard would have to check what it cannot read."""
-        for guard in self._of_prompt:
-            if guard.changes_text:
-                raise InvalidRequestError(f"The guard `{guard.name}` cannot check {what}.")
-            self._note(guard, "prompt", None)
+    def _refuse_unread(self, parts: Sequence[str], *, both: bool = False) -> None:
+        """Raise if a guard would have to check what it cannot read.
+
+        Args:
+            parts: Parts of the request that no guard can read.
+            both: True if the answer cannot be read, either.
+        """
+        if not parts:
+            return
+        stages: list[tuple[Stage, list[Guard]]] = [("prompt", self._of_prompt)]
+        if both:
+            stages.append(("answer", self._of_answer))
+        for stage, guards in stages:
+            for guard in guards:
+                self.note(guard, stage, "unreadable")
+        for _, guards in stages:
+            for guard in guards:
+                if guard.changes_text:
+                    raise GuardUnreadableError.by(guard.name, parts[0])
 
     def _redact(self, document: dict[str, Any], found: Sequence[list[list[Span]]]) -> Request:
         has_changed = False
@@ -140,6 +142,7 @@ class GuardedRequest:
                 has_changed = True
         if not has_changed:
             return self._request
+        self._document.write()
         # ASCII, because a JSON string may hold half of a surrogate pair, which UTF-8 cannot.
         return with_body(self._request, json.dumps(document, separators=(",", ":")).encode())
 
@@ -161,7 +164,7 @@ class GuardedRequest:
         """
         response = await (self._check_while(relaying) if self._late else relaying)
         self._slots, self._texts = [], []
-        if response.status == 200:
+        if response.status == 200 and self._unreadable is None:
             response = await self._guard_answer(response)
         if self._notes.outcomes:
             response.headers.append((GUARD_HEADER, str(self._notes).encode()))
@@ -192,7 +195,7 @@ class GuardedRequest:
                 await asyncio.wait((check,))
                 error = check.exception()
                 found = None if error else check.result()
-                self._note(guard, "prompt", error or found)
+                self._note_result(guard, "prompt", error or found)
                 if error is not None:
                     raise error
                 _raise_if_blocked(guard, found)
@@ -209,11 +212,11 @@ class GuardedRequest:
             return []
         return await guard.find(texts, self._request, self._pool.name, "prompt")
 
-    def _note(
+    def _note_result(
         self, guard: Guard, stage: Stage, result: list[list[Span]] | BaseException | None
     ) -> None:
         """Count and keep the result of a check: what was found, None if unchecked, or an error."""
-        outcome: Outcome = "passed"
+        outcome: GuardOutcome = "passed"
         if isinstance(result, UnavailableError):
             outcome = "refused"
         elif isinstance(result, BaseException):
@@ -224,7 +227,7 @@ class GuardedRequest:
             outcome = guard.outcome
         self.note(guard, stage, outcome)
 
-    def note(self, guard: Guard, stage: Stage, outcome: Outcome) -> None:
+    def note(self, guard: Guard, stage: Stage, outcome: GuardOutcome) -> None:
         """Count a result, and keep it if it is worse than an earlier one of the same guard."""
         guard.count(self._pool.name, stage, outcome)
         known = self._notes.outcomes.get(guard.name, "passed")
@@ -243,7 +246,22 @@ class GuardedRequest:
             return Response(response.status, response.headers, stream)
         if content_type.startswith("application/json"):
             return await guard_document(response, self._request.path, guards)
+        if guards.change_text:
+            await response.body.aclose()
+            await guards.abandon()
+            raise UnavailableError(
+                f"Guards cannot check an answer with the content type {content_type!r}."
+            )
+        guards.unreadable()
+        await guards.finish()
         return response
+
+
+def _unreadable(request: Request, body: RequestBody) -> str | None:
+    """Return what guards cannot read at all; None if they can."""
+    if request.method != "POST" or request.path not in PROMPT_FIELDS:
+        return f"{request.path}; it checks {', '.join(PROMPT_FIELDS)}"
+    return "a body that is not JSON" if body is UNREAD_BODY and request.body else None
 
 
 async def _decode(body: bytes) -> Any:

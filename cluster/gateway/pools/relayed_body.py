@@ -273,9 +273,14 @@ class RelayedBody:
             self._observer.status = status
             if isinstance(answer, ClientStream) and not answer.ended:
                 answer.on_finished = self._end
-                answer.cancel(is_final=self._request.is_cancelled())
+                answer.cancel(is_final=self._is_cancelled())
                 return
         self._end()
+
+    def _is_cancelled(self) -> bool:
+        """Return True if the answer will not be asked for again: client or guard ended it."""
+        notes = self._request.guard_notes
+        return self._request.is_cancelled() or (notes is not None and notes.status is not None)
 
     def _last_event(self, error: LinkError | RequestError) -> bytes:
         """Return the error event that ends a broken stream.
