@@ -83,7 +83,7 @@ def load(tmp_path: Path, host: str, address: str | None, **router: Any) -> confi
 
 
 def test_every_node_serves_http_with_keys_from_the_cluster(home: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="^on several nodes, .* are no API keys; add a key"):
+    with pytest.raises(ConfigError, match=r"^on several nodes, .* are no API keys; add a key"):
         load(tmp_path, "127.0.0.1", "10.0.0.1")
     loaded = load(tmp_path, "127.0.0.1", "10.0.0.1", operator_keys_sha256=[DIGEST])
     assert loaded.http_host == "0.0.0.0"
