@@ -1,7 +1,9 @@
 """Money budgets: 429 once spent, by day and month, tenant and key, over several routers."""
 
+import asyncio
 import hashlib
 import json
+import sqlite3
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,45 @@ async def test_the_spend_survives_restarts_and_is_that_of_all_routers(tmp_path: 
     clock.now += DAY_S
     await new.refresh()
     assert new.spent("acme", "", "month") == 0
+
+
+async def test_a_restarted_router_reads_the_spend_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.gateway.admission.budgets.REFRESH_S", 10_000.0)
+    clock, acme = Clock(), identity(cost_per_day=1.0)
+    budgets = make_budgets(tmp_path / "usage", clock, acme)
+    budgets.add(acme, 1.5)
+    await budgets.refresh()
+    new = make_budgets(tmp_path / "usage", clock, acme)
+    new.start()
+    try:
+        async with asyncio.timeout(60):
+            while not new.spent("acme", "", "day"):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+    finally:
+        await new.close()
+    with pytest.raises(OverloadedError):
+        new.check(acme)
+
+
+async def test_spend_is_kept_while_the_file_cannot_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acme = identity(cost_per_day=9.0)
+    budgets = make_budgets(tmp_path / "usage", Clock(), acme)
+    with monkeypatch.context() as patch:
+        failure = sqlite3.OperationalError("database or disk is full")
+        patch.setattr(UsageLog, "_write", lambda *_: (_ for _ in ()).throw(failure))
+        for _ in range(3):
+            budgets.add(acme, 0.5)
+            with pytest.raises(sqlite3.OperationalError):
+                await budgets.refresh()
+    assert budgets.spent("acme", "", "day") == pytest.approx(1.5)
+    budgets.add(acme, 0.5)
+    for _ in range(2):
+        await budgets.refresh()
+        assert budgets.spent("acme", "k", "day") == pytest.approx(2.0)
 
 
 async def test_gauges_show_the_state(tmp_path: Path) -> None:

@@ -69,14 +69,15 @@ class Budgets:
         self._list_identities = list_identities
         self._clock = clock
         self._sums: dict[tuple[str, str], dict[int, float]] = {}
-        self._recent: list[SpendRow] = []  # since the last reading of the file
+        # Costs by day, tenant and key that a reading of the file may not have found.
+        self._recent: dict[tuple[int, str, str], float] = {}
         self._others: dict[str, list[SpendRow]] = {}  # of other nodes, by file
         self._reading: Periodic | None = None
         registry.on_collect(self._export)
 
     def start(self) -> None:
-        """Read the spend periodically."""
-        self._reading = Periodic("reading of budgets", REFRESH_S, self.refresh)
+        """Read the spend now and periodically."""
+        self._reading = Periodic("reading of budgets", 0.0, self._read)
 
     async def close(self) -> None:
         """Stop reading."""
@@ -90,7 +91,7 @@ class Budgets:
         day = int(self._clock() // DAY_S)
         row = SpendRow(day, identity.tenant.name, identity.key, cost)
         self._account.add_spend(row)
-        self._recent.append(row)
+        _add(self._recent, row)
         self._sum(row)
 
     def check(self, identity: Identity) -> None:
@@ -162,21 +163,31 @@ class Budgets:
             if budget.is_limited:
                 yield name, TENANT, budget
 
+    async def _read(self) -> None:
+        if self._reading is not None:
+            self._reading.period_s = REFRESH_S
+        await self.refresh()
+
     async def refresh(self) -> None:
         """Read the spend of all nodes, if there is any budget; keep the last if that fails."""
         if self._account is None:
             return
         if not any(self._all()):
-            self._recent, self._sums = [], {}
+            self._recent, self._sums = {}, {}
             return
         first, _ = period_days("month", self._clock())
-        num_written = len(self._recent)
-        stored = await self._account.find_spend(first)
-        del self._recent[:num_written]
+        written, self._recent = self._recent, {}
+        try:
+            stored = await self._account.find_spend(first)
+        except BaseException:
+            for key, cost in written.items():
+                _add(self._recent, SpendRow(*key, cost))
+            raise
         await self._read_others()
         others = [row for rows in self._others.values() for row in rows]
+        recent = [SpendRow(*key, cost) for key, cost in self._recent.items()]
         self._sums = {}
-        for row in (*stored, *others, *self._recent):
+        for row in (*stored, *others, *recent):
             self._sum(row)
 
     def _sum(self, row: SpendRow) -> None:
@@ -216,6 +227,11 @@ class Budgets:
             gauge = self._registry.gauge
             gauge(table.BUDGET_SPENT, *labels).value = row["spent"] / row["limit"]
             gauge(table.BUDGET_STATE, *labels).value = STATES[row["state"]]
+
+
+def _add(costs: dict[tuple[int, str, str], float], row: SpendRow) -> None:
+    key = row.day, row.tenant, row.key
+    costs[key] = costs.get(key, 0.0) + row.cost
 
 
 def _iso(utc_s: float) -> str:
