@@ -26,6 +26,7 @@ def prepare(home: Path) -> None:
             f"this node joined a cluster, whose keys are on its head; run `tandem keys` on {head}"
         )
     if known.address is not None:
+        os.environ.pop(auth.TOKEN, None)  # Ray prefers it to the file
         os.environ.update(auth.token_variables(home))
 
 

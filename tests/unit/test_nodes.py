@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import socket
 import stat
 from concurrent.futures import Future
@@ -35,7 +36,8 @@ APPLICATION = {
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in (auth.MODE, auth.TOKEN, auth.TOKEN_PATH):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what commands set is removed at the end
+        monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "user"))
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "0")  # whose ports a cluster here may use
     monkeypatch.setenv("TANDEM_HOME", str(tmp_path / "home"))
@@ -219,6 +221,10 @@ def test_commands_use_the_token_of_the_cluster_that_runs(
     monkeypatch.setenv(auth.TOKEN, "of the environment")
     assert known(is_head=True).token(home) == "of the environment"
     assert several.token(home) == auth.stored_token(home)
+    monkeypatch.setenv(auth.TOKEN_PATH, "/none")
+    state.save(home, several)
+    shared_keys.prepare(home)
+    assert auth.ray_token(os.environ) == auth.stored_token(home)
 
 
 def test_a_head_lives_with_its_gcs_and_another_node_with_its_raylet() -> None:
