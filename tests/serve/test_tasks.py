@@ -286,6 +286,70 @@ async def test_extracted_values_have_their_positions() -> None:
         assert roles == ["system", "user", "assistant", "user"]
 
 
+@pytest.mark.parametrize(
+    ("text", "output", "expected"),
+    [
+        ("It costs 12345.67 or 19.50 euros.", '{"a": 12345.67, "b": 19.50}', ["12345.67", "19.50"]),
+        ("Between 3.5 and 5.", '{"a": 5}', ["5"]),
+        ("1e3 and 7", '{"a": 7.0}', ["7"]),
+        ("\U0001f600 STRASSE Straße.", '{"a": "straße", "b": "Straße"}', ["STRASSE", "Straße"]),
+        ("e\u0301 e", '{"a": "e"}', ["e"]),
+        ("我在北京工作。", '{"a": "北京"}', ["北京"]),
+        ("서울에서", '{"a": "서울"}', ["서울"]),
+    ],
+)
+async def test_positions_of_numbers_and_of_other_scripts(
+    text: str, output: str, expected: list[str]
+) -> None:
+    async with task_world(lambda messages: output) as tasks:
+        result = await tasks.result("extract", text=text, json_schema={"type": "object"})
+        assert [text[s["start"] : s["end"]] for s in result["spans"]] == expected
+        assert result["data"] == json.loads(output)
+        # Not the parts of 3.5 and of e\u0301.
+        assert result["spans"][-1]["start"] == text.rindex(expected[-1])
+
+
+def doubling_schema(levels: int) -> dict[str, Any]:
+    """Return a schema whose validation doubles its steps at each level."""
+    defs: dict[str, Any] = {
+        f"a{i}": {"allOf": [{"$ref": f"#/$defs/a{i + 1}"}] * 2} for i in range(levels)
+    }
+    return {"type": "object", "$ref": "#/$defs/a0", "$defs": {**defs, f"a{levels}": {}}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "output", "status"),
+    [
+        (doubling_schema(40), "{}", 400),
+        (doubling_schema(5), "{}", 200),
+        ({"type": "object", "$ref": "#"}, "{}", 400),
+        ({"properties": {"a": {"uniqueItems": True}}}, {"a": [{"b": i} for i in range(7000)]}, 400),
+        ({"properties": {"a": {"multipleOf": 0.5}}}, '{"a": ' + "1" * 400 + "}", 400),
+        (
+            {"patternProperties": {"(a+)+$": {}}, "additionalProperties": False},
+            {"a" * 40 + "b": 1},
+            200,
+        ),
+        (
+            {"patternProperties": {"(a+)+$": {}}, "unevaluatedProperties": False},
+            {"a" * 40 + "b": 1},
+            200,
+        ),
+        ({}, '{"a": ' * 300 + "1" + "}" * 300, 422),
+        ({}, '{"a": "\\ud800"}', 422),
+        ({}, '{"a": 1e999}', 422),
+    ],
+)
+async def test_schemas_and_outputs_of_any_kind_are_checked_soon(
+    schema: dict[str, Any], output: Any, status: int
+) -> None:
+    output = output if isinstance(output, str) else json.dumps(output)
+    async with task_world(lambda messages: output) as tasks:
+        json_schema = {"type": "object", **schema}
+        answer = await tasks.post("extract", text="x", json_schema=json_schema)
+        assert answer.status == status, answer.body
+
+
 @pytest.mark.parametrize("output", ['{"people": 1}', '{"people": [', "[]", '{"people": [NaN]}'])
 async def test_output_that_is_not_valid_by_the_schema_is_an_error(output: str) -> None:
     async with task_world(lambda messages: output) as tasks:

@@ -7,12 +7,12 @@ from itertools import islice
 from typing import Any
 
 from cluster.applications.json_output import (
-    Finder,
     check_schema,
     leaves,
     parse_output,
     response_format,
 )
+from cluster.applications.positions import Finder
 from cluster.applications.tasks.base import Run
 from cluster.tasks import ExtractRequest, ExtractResult
 from cluster.tasks.results import Span
@@ -49,8 +49,8 @@ async def extract(request: ExtractRequest, run: Run) -> AsyncGenerator[ExtractRe
 def _locate(data: dict[str, Any], text: str) -> tuple[list[Span], list[str]]:
     finder = Finder(text)
     spans, not_found = [], []
-    for path, value in islice(leaves(data), MAX_VALUES):
-        if (place := finder.find(value)) is None:
+    for path, texts in islice(leaves(data), MAX_VALUES):
+        if (place := next(filter(None, map(finder.find, texts)), None)) is None:
             not_found.append(path)
         else:
             spans.append(Span(path=path, start=place[0], end=place[1]))

@@ -66,7 +66,7 @@ async def _find_aspects(request: SentimentRequest, run: Run, text: str) -> dict[
     )
     try:
         found = json.loads(done.text)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = {}
     # The schema guides the engine; a cut answer, or an engine without guidance, may differ.
     found = found if isinstance(found, dict) else {}
