@@ -30,6 +30,10 @@ class Counted(Flag):
     CONCURRENT = auto()
     """Concurrent requests."""
     ALL = REQUEST | CONCURRENT
+    HALF = auto()
+    """Requests and tokens per minute, of which it leaves half of a burst to other requests."""
+    BATCH_LINE = REQUEST | HALF
+    """A line of a batch, whose concurrency spare capacity limits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,14 +159,16 @@ class TenantQuota:
             return QuotaRefusal("max_concurrent", _RETRY_CONCURRENT_S)
         if limits.tokens_per_day is not None and self.day_tokens >= self._max_day_tokens:
             return QuotaRefusal("tokens_per_day", max(1.0, (self.day + 1) * DAY_S - utc_s))
+        reserve = 0.5 if Counted.HALF in counted else 0.0
         if self._requests is not None and Counted.REQUEST in counted:
             self._requests.fill(now_s)
-            if (wait_s := self._requests.wait_s(1.0)) > 0:
+            needed = max(1.0, reserve * self._requests.burst)
+            if (wait_s := self._requests.wait_s(needed)) > 0:
                 return QuotaRefusal("requests_per_minute", wait_s)
         if self._tokens is not None:
             self._tokens.fill(now_s)
-            if self._tokens.level <= 0:
-                return QuotaRefusal("tokens_per_minute", self._tokens.wait_s(1.0))
+            if self._tokens.level <= (kept := reserve * self._tokens.burst):
+                return QuotaRefusal("tokens_per_minute", self._tokens.wait_s(kept + 1.0))
         return None
 
     def _apply_limits(self, now_s: float) -> None:

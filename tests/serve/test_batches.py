@@ -14,6 +14,7 @@ from cluster.batches import BatchStore
 from cluster.errors import LinkClosedError
 from cluster.gateway.batches.service import MAX_RUNS
 from cluster.gateway.builtin.own_paths import BATCH_PATHS
+from cluster.key_file import KeyFile
 from tests import asgi
 from tests.serve.gateway_kit import CHAT, World, gateway_world, metrics, read_body
 
@@ -258,6 +259,26 @@ async def test_a_cancelled_batch_keeps_its_results(store: BatchStore) -> None:
         assert (await asgi.post(world.app, f"/v1/batches/{id_}/cancel", None)).status == 400
         assert (await asgi.call(world.app, "DELETE", f"/v1/files/{file}")).json()["deleted"]
         await world.until(lambda: replica.cancelled > 0)
+
+
+async def test_lines_leave_the_concurrency_of_their_tenant_to_its_requests(
+    store: BatchStore, tmp_path: Path
+) -> None:
+    digest = hashlib.sha256(b"key").hexdigest()
+    keys = tmp_path / "keys.json"
+    tenants = {"acme": {"max_concurrent": 1}}
+    keys.write_text(
+        json.dumps({"tenants": tenants, "keys": [{"sha256": digest, "tenant": "acme"}]})
+    )
+    async with gateway_world(KeyFile(keys, expected=True), batch_store=store) as world:
+        replica = await world.add("gen", "gen-1")
+        file = await upload(world, [line(1, wait_before=True)], "key")
+        id_ = (await create(world, file, "key")).json()["id"]
+        await world.until(lambda: len(replica.bodies) == 1)
+        answer = await asgi.post(world.app, CHAT, {"model": "gen"}, headers=auth("key"))
+        assert answer.status == 200
+        replica.gate.set()
+        await until(world, id_, "completed", "key")
 
 
 async def test_a_tenants_batches_wait_for_each_other_but_end_at_once(store: BatchStore) -> None:

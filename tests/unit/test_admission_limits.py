@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from cluster.admission.identity import Tenant, TenantLimits
 from cluster.admission.leases import STALE_S, Demand, PeerReports, QuotaReport, TenantReport
-from cluster.admission.limits import BURST_S, DAY_S, TenantQuota, TokenBucket
+from cluster.admission.limits import BURST_S, DAY_S, Counted, TenantQuota, TokenBucket
 
 NOON = 20_000 * DAY_S + DAY_S / 2
 
@@ -52,6 +52,21 @@ def test_concurrent_requests_are_limited() -> None:
     assert admitted(tenant, 5, 0.0) == 2
     tenant.release(1, 1)
     assert admitted(tenant, 5, 0.0) == 1
+
+
+@pytest.mark.parametrize("limit", ["requests_per_minute", "tokens_per_minute"])
+def test_lines_of_batches_leave_room_for_other_requests(limit: str) -> None:
+    tenant = make_quota(max_concurrent=1, **{limit: 60})  # a burst of 10
+    lines = 0
+    while (refusal := tenant.try_admit(1, 0.0, NOON, Counted.BATCH_LINE)) is None:
+        lines += 1
+    assert lines in (5, 6)
+    assert refusal.limit == limit
+    assert refusal.retry_after_s <= 1.1
+    assert tenant.concurrent == 0
+    assert tenant.try_admit(1, 0.0, NOON) is None
+    tenant.release(1, 1)
+    assert tenant.try_admit(1, 2.1, NOON, Counted.BATCH_LINE) is None
 
 
 def test_the_daily_budget_resets_at_midnight_but_not_when_the_clock_jumps_back() -> None:

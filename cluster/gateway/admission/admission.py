@@ -102,8 +102,10 @@ class Admission:
         # The calls of a task are charged instead, except those that only count tokens.
         counts_tokens = identity.is_delegated and request.path in TOKENIZER_PATHS
         if pool.kind == "application" or counts_tokens:
-            return claim, self.quotas.admit(identity, model, 0.0, 0.0)
-        ticket = self.quotas.admit(identity, model, claim.work_tokens, claim.view.prompt_tokens)
+            return claim, self.quotas.admit(identity, model, (0.0, 0.0))
+        tokens = claim.work_tokens, claim.view.prompt_tokens
+        is_batch_line = request.is_batch_line
+        ticket = self.quotas.admit(identity, model, tokens, is_batch_line=is_batch_line)
         return claim, ticket
 
 

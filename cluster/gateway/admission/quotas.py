@@ -75,15 +75,20 @@ class TenantQuotas:
         """Reports of the other routers."""
 
     def admit(
-        self, identity: Identity, model: str, estimated_tokens: float, prompt_tokens: float
+        self,
+        identity: Identity,
+        model: str,
+        tokens: tuple[float, float],
+        *,
+        is_batch_line: bool = False,
     ) -> QuotaTicket:
         """Admit a request.
 
         Args:
             identity: The request's sender.
             model: Pool or adapter.
-            estimated_tokens: Estimated work.
-            prompt_tokens: The prompt's part of it.
+            tokens: Estimated work, and the prompt's part of it.
+            is_batch_line: True if the request leaves room to the tenant's other requests.
 
         Raises:
             OverloadedError: A quota of the tenant is exhausted, or a budget spent.
@@ -96,15 +101,15 @@ class TenantQuotas:
                 labels = identity.tenant.name, str(error.status)
                 self._registry.counter(table.TENANT_REQUESTS, *labels).add()
                 raise
-        counted = _counted(identity)
+        estimated_tokens, _ = tokens
+        counted = Counted.BATCH_LINE if is_batch_line else _counted(identity)
         refusal = account.try_admit(estimated_tokens, time.monotonic(), time.time(), counted)
         if refusal is not None:
             name = identity.tenant.name
             self._registry.counter(table.LIMITS_HIT, name, refusal.limit).add()
             self._registry.counter(table.TENANT_REQUESTS, name, str(OverloadedError.status)).add()
             raise _quota_exhausted(refusal, identity.tenant)
-        estimate = estimated_tokens, prompt_tokens
-        return QuotaTicket(self, account, model, *estimate, identity, counted)
+        return QuotaTicket(self, account, model, *tokens, identity, counted)
 
     def num_elsewhere(self) -> int:
         """Return the requests that the other routers have at this moment."""
