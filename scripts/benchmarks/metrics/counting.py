@@ -45,7 +45,7 @@ def us_per_token(streams: int = STREAMS) -> float:
 
 def _count_streams(meter: PoolMeter, quotas: TenantQuotas, streams: int) -> None:
     for _ in range(streams):
-        ticket = quotas.admit(OPEN, SIM_MODEL, 144.0, 16.0)
+        ticket = quotas.admit(OPEN, SIM_MODEL, (144.0, 16.0))
         observer = meter.observe(_REQUEST, PATH, ticket.end)
         observer.slot_taken("replica")
         observer.status = 200
