@@ -217,7 +217,9 @@ def test_status_fits_a_narrow_terminal_and_shows_messages_of_serve(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     known = state.ClusterState("id", "tandem", "http://h", "http://d", "LOCALHOST:1", "f", 0.0)
-    replica = ReplicaStatus("gbqxaw6d", "STARTING", 10635, "127.0.0.1", time.time() - 92)
+    now = time.time()
+    monkeypatch.setattr("time.time", lambda: now)
+    replica = ReplicaStatus("gbqxaw6d", "STARTING", 10635, "127.0.0.1", now - 92)
     name = "classifier-sentiment"
     deployment = DeploymentStatus(name, "UNHEALTHY", "no [room] for it", 2, (replica,))
     application = ApplicationStatus("tandem", "DEPLOYING", "", (deployment,))
