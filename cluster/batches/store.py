@@ -39,8 +39,10 @@ CREATE TABLE IF NOT EXISTS lease (name TEXT PRIMARY KEY, owner TEXT, expires_at 
 _LEASE = """
 INSERT INTO lease VALUES ('runner', ?, ?) ON CONFLICT (name) DO UPDATE
 SET owner = excluded.owner, expires_at = excluded.expires_at
-WHERE owner = excluded.owner OR expires_at < ?
+WHERE owner = excluded.owner OR expires_at < ? OR expires_at > ?
 """
+_MAX_LEASES_AHEAD = 10
+"""Durations of the lease by which its end may lie ahead; further only if a clock was set back."""
 
 _encode = msgspec.json.Encoder().encode
 _decode_file = msgspec.json.Decoder(StoredFile).decode
@@ -284,8 +286,9 @@ class BatchStore:
 
     def take_lease(self, owner: str, now_s: float, duration_s: float) -> bool:
         """Take or renew the lease of the router that runs batches; return False if it is taken."""
+        latest_s = now_s + _MAX_LEASES_AHEAD * duration_s
         with self._transaction() as database:
-            done = database.execute(_LEASE, (owner, now_s + duration_s, now_s))
+            done = database.execute(_LEASE, (owner, now_s + duration_s, now_s, latest_s))
             return bool(done.rowcount)
 
     def drop_lease(self, owner: str) -> None:
@@ -315,7 +318,8 @@ class BatchStore:
             try:
                 yield database
             except BaseException:
-                database.execute("ROLLBACK")
+                if database.in_transaction:  # not after a full disk
+                    database.execute("ROLLBACK")
                 raise
             database.execute("COMMIT")
 

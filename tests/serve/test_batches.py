@@ -12,7 +12,9 @@ import pytest
 from cluster.asgi import Receive, Scope, Send
 from cluster.batches import BatchStore
 from cluster.errors import LinkClosedError
+from cluster.gateway.batches.routes import MAX_UPLOADS
 from cluster.gateway.batches.service import MAX_RUNS
+from cluster.gateway.batches.uploads import receive_form
 from cluster.gateway.builtin.own_paths import BATCH_PATHS
 from cluster.key_file import KeyFile
 from tests import asgi
@@ -188,6 +190,31 @@ async def test_lines_are_not_passed_to_fallback_models(
         batch = await until(world, id_, "completed")
         assert batch["request_counts"]["failed"] == 1
         assert large.bodies == []
+
+
+async def test_uploads_of_a_tenant_at_once_are_limited(
+    store: BatchStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, num_waiting = asyncio.Event(), 0
+
+    async def receive(*arguments: Any) -> Any:
+        nonlocal num_waiting
+        num_waiting += 1
+        await gate.wait()
+        return await receive_form(*arguments)
+
+    monkeypatch.setattr("cluster.gateway.batches.routes.receive_form", receive)
+    async with gateway_world(batch_store=store) as world:
+
+        async def send() -> int:
+            return (await asgi.call(world.app, "POST", "/v1/files", form(b"x"), HEADERS)).status
+
+        uploads = [asyncio.create_task(send()) for _ in range(MAX_UPLOADS)]
+        await world.until(lambda: num_waiting == MAX_UPLOADS)
+        assert await send() == 429
+        gate.set()
+        assert await asyncio.gather(*uploads) == [200] * MAX_UPLOADS
+        assert await send() == 200
 
 
 async def test_a_full_disk_leaves_no_part_of_an_upload(

@@ -34,6 +34,7 @@ class Runner:
         self.answer: Answer = good
         self.find_identity: Callable[[str, str], Identity] = lambda *_: OPEN
         self.asked: list[int] = []
+        self.is_late = False
         ids = {"id": "b", "input_file_id": "in", "output_id": "out", "error_id": "err"}
         times = {"created_at": 0, "expires_at": 100, "completion_window": "1h"}
         self.batch = Batch(tenant="a", endpoint="/classify", **ids, **times)  # type: ignore[arg-type]
@@ -59,7 +60,10 @@ class Runner:
             clock=lambda: 1.0,
             count_line=lambda _: None,
         )
-        await BatchRun(self.batch, tools, RouterConfig()).run()
+        run = BatchRun(self.batch, tools, RouterConfig())
+        if self.is_late:
+            run.stop()
+        await run.run()
         batch = self.store.find_batch("b")
         assert batch is not None
         return batch
@@ -128,6 +132,20 @@ async def test_results_wait_for_a_full_disk_instead_of_being_computed_again(
     monkeypatch.setattr(BatchStore, "record", fail_first)
     assert (await runner.run()).completed == 3
     assert sorted(runner.asked) == [0, 1, 2]
+
+
+async def test_an_expired_batch_stays_so_after_a_crash_at_its_end(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner.is_late = True
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchStore, "finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            await runner.run()
+    (runner.batch,) = runner.store.open_batches()
+    assert runner.batch.failed == 3
+    batch = await runner.run()
+    assert (batch.status, batch.failed) == ("expired", 3)
 
 
 @pytest.mark.parametrize(("failures", "completed"), [(5, 3), (None, 0)])

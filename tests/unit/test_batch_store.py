@@ -219,3 +219,9 @@ def test_one_router_has_the_lease_until_it_drops_it_or_is_silent(store: BatchSto
     assert not store.take_lease("one", 11, 5)
     store.drop_lease("two")
     assert store.take_lease("one", 11, 5)
+
+
+def test_a_lease_ends_after_a_clock_was_set_back(store: BatchStore) -> None:
+    assert store.take_lease("lost", 4000, 5)
+    assert not store.take_lease("two", 3970, 5)  # clocks of several nodes may differ
+    assert store.take_lease("two", 400, 5)

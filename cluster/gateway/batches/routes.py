@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
@@ -12,6 +13,7 @@ from cluster.batches import ENDPOINTS, Batch, BatchStore, Listing, StoredFile, n
 from cluster.errors import (
     InvalidRequestError,
     NotFoundError,
+    OverloadedError,
     UnsupportedError,
 )
 from cluster.gateway.batches.service import BatchService
@@ -27,6 +29,8 @@ MAX_METADATA, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512
 """Entries of a batch's metadata, and characters of their keys and values."""
 MAX_OPEN = 100
 """Batches of a tenant that have not ended."""
+MAX_UPLOADS = 8
+"""Files of a tenant that one router receives at once; ``max_tenant_bytes`` does not count them."""
 READ_BYTES = 256 * 1024
 
 _DAY_S = 24 * 3600
@@ -68,6 +72,7 @@ class BatchRoutes:
     def __init__(self, service: BatchService, routers: RouterLinks | None) -> None:
         self._service = service
         self._routers = routers
+        self._uploads: Counter[str] = Counter()
 
     @property
     def _store(self) -> BatchStore:
@@ -101,7 +106,15 @@ class BatchRoutes:
     async def _files(self, request: Request) -> Response:
         self._check_nodes()
         if request.method == "POST":
-            return await self._upload(request)
+            if self._uploads[request.tenant] >= MAX_UPLOADS:
+                raise OverloadedError(
+                    f"This tenant uploads {MAX_UPLOADS} files already; try again.", retry_after_s=1
+                )
+            self._uploads[request.tenant] += 1
+            try:
+                return await self._upload(request)
+            finally:
+                self._uploads[request.tenant] -= 1
         query = _query(request)
         purpose = query.get("purpose")
         part = _listing(query)

@@ -26,6 +26,7 @@ from cluster.batches import (
     parse_line,
     result_line,
 )
+from cluster.batches.types import Status
 from cluster.config import RouterConfig
 from cluster.errors import (
     InternalError,
@@ -349,9 +350,9 @@ class BatchRun:
 
         def end(last: Batch) -> Batch:
             if last.status == "cancelling":
-                return replace(last, status="cancelled", cancelled_at=now)
-            if num:
-                return replace(last, status="expired", expired_at=now)
+                return replace(last, status="cancelled", cancelled_at=now, expired_at=None)
+            if last.expired_at is not None:
+                return replace(last, status="expired")
             return replace(last, status="completed", completed_at=now)
 
         kept_until = now + self._config.batches.keep_days * 24 * 3600
@@ -359,8 +360,14 @@ class BatchRun:
         logger.info("batch %s ended: %d lines, %d without an answer", batch.id, batch.total, num)
 
     def _begin_end(self, batch: Batch) -> Batch:
-        status = batch.status if batch.status == "cancelling" else "finalizing"
-        return replace(batch, status=status, finalizing_at=batch.finalizing_at or self._now())
+        is_cancelled, now = batch.status == "cancelling", self._now()
+        expired_at = batch.expired_at
+        # Stored before the errors of unanswered lines, after which a crash leaves no such line.
+        if not is_cancelled and batch.completed + batch.failed < batch.total:
+            expired_at = expired_at or now
+        status: Status = "cancelling" if is_cancelled else "finalizing"
+        finalizing_at = batch.finalizing_at or now
+        return replace(batch, status=status, finalizing_at=finalizing_at, expired_at=expired_at)
 
     def _record_unanswered(self, reason: EndReason) -> int:
         """Store an error for each line without a result; return their number."""

@@ -134,9 +134,9 @@ class BatchService:
             try:
                 await self._check()
                 is_failing = False
-            except (sqlite3.Error, OSError):
+            except Exception:  # above all of the database
                 if not is_failing:
-                    logger.exception("batches: the database failed; retrying")
+                    logger.exception("batches: looking for changes failed; retrying")
                 is_failing = True  # the runs wait, too, until they can store their results
             self._wake.clear()
             try:
