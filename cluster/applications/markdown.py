@@ -1,8 +1,8 @@
 """Division of a text into segments to translate and parts to keep.
 
-Parts joined in order are the text. In Markdown, fenced code, HTML, rules and the marks of headings,
-lists, quotes and tables are kept; code spans and link targets inside of a segment become numbered
-placeholders.
+Parts joined in order are the text. In Markdown, front matter, code, HTML, rules, definitions of
+links, and the marks of headings, lists, quotes, notes and tables are kept; code spans and link
+targets inside of a segment become numbered placeholders.
 """
 
 import re
@@ -10,18 +10,29 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 _PARAGRAPH = re.compile(r"\n[^\S\n]*\n\s*")
-_FENCE = re.compile(r"^ {0,3}(```+|~~~+)")
+_FRONT_MATTER = re.compile(r"(---|\+\+\+)[^\S\n]*\n(?=\S).*?\n\1[^\S\n]*(?:\n|\Z)", re.DOTALL)
+_FENCE = re.compile(r"(`{3,})[^`]*$|(~{3,})")
+_QUOTE = re.compile(r"(?:\s{0,3}>\s?)+")
+_RAW = re.compile(r"<(!--|pre\b|script\b|style\b)", re.IGNORECASE)
+_ITEM = re.compile(r"\s*(?:[-*+]|\d{1,9}[.)])\s+")
 _MARK = re.compile(
-    r"^(?:\s{0,3}>\s?|\s*(?:[-*+]|\d{1,9}[.)])\s+(?:\[[ xX]\]\s+)?|\s{0,3}#{1,6}\s+)+"
+    r"^(?:\s{0,3}>\s?|\s*(?:[-*+]|\d{1,9}[.)])\s+(?:\[[ xX]\]\s+)?|\s{0,3}#{1,6}\s+"
+    r"|\s{0,3}\[\^[^\]\s]+\]:\s+)+"
 )
-_KEPT_LINE = re.compile(r"^\s*(?:[-*_=]\s*){3,}$|^\s*<[^>]*>\s*$|^(?: {4}|\t)")
+# Rules, tags, and definitions of link targets.
+_KEPT_LINE = re.compile(
+    r"^\s*(?:[-*_=]\s*){3,}$|^\s*<[^>]*>\s*$|^ {0,3}\[[^\]^\n][^\]\n]*\]:\s*\S+(?:\s+[\"'(].*)?\s*$"
+)
+_CODE_INDENT = 4
 _RULE_CHARS = frozenset("|:- \t\r\n")  # of the line below a table's head
-# Code spans, link targets, tags, URLs. No alternative can match in two ways, so time is linear.
+# Code spans, link targets, labels of links and notes, tags, URLs. No alternative can match in two
+# ways, so time is linear.
 _PROTECTED = re.compile(
-    r"(`{1,3})[^`\n]+\1|(?<=\])\([^()\s]*\)|<[^<>\s][^<>]*>|https?://[^\s()<>]+"
+    r"(`{1,3})[^`\n]+\1|(?<=\])\((?:[^()\s]|\([^()\s]*\))*(?:\s+\"[^\"\n]*\"|\s+'[^'\n]*')?\)"
+    r"|(?<=\])\[[^\[\]\n]*\]|\[\^[^\[\]\s]+\]|<[^<>\s][^<>]*>|https?://[^\s()<>]+"
 )
 _CELL = re.compile(r"(?<!\\)\|")
-_PLACEHOLDER = re.compile(r"\[\[(\d+)\]\]")
+_PLACEHOLDER = re.compile(r"\[\[(\d{1,9})\]\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,36 +69,104 @@ def blocks(text: str) -> Iterator[Segment]:
 
 
 def _blocks(text: str) -> Iterator[Segment]:
-    fence = ""
+    if front_matter := _FRONT_MATTER.match(text):
+        yield Segment(front_matter[0], False)
+        text = text[front_matter.end() :]
     prose: list[str] = []
-    for line in text.splitlines(keepends=True):
-        found = _FENCE.match(line)
-        is_prose = not (fence or found or _is_structure(line))
-        if not is_prose and prose:
-            yield from _padded("".join(prose))
-            prose.clear()
-        if found and (not fence or line.strip().startswith(fence)):
-            fence = "" if fence else found[1]
-            yield Segment(line, False)
-        elif fence or _is_kept(line):
-            yield Segment(line, False)
-        elif line.lstrip().startswith("|"):
-            yield from _cells(line)
-        elif mark := _MARK.match(line):
-            yield Segment(mark[0], False)
-            yield from _padded(line[mark.end() :])
-        else:
+    reader = _LineReader()
+    lines = text.splitlines(keepends=True)
+    for line, following in zip(lines, [*lines[1:], ""], strict=False):
+        segments = reader.read(line, following, in_prose=bool(prose))
+        if segments is None:
             prose.append(line)
+            continue
+        yield from _padded("".join(prose))
+        prose.clear()
+        yield from segments
     yield from _padded("".join(prose))
 
 
-def _is_structure(line: str) -> bool:
-    return bool(_is_kept(line) or _MARK.match(line) or line.lstrip().startswith("|"))
+class _LineReader:
+    """Finds the lines that are no prose."""
+
+    def __init__(self) -> None:
+        self._fence = ""
+        self._is_fence_quoted = False
+        self._raw_end = ""
+        self._is_in_table = False
+        self._list_indent: int | None = None  # of the text of the last item
+        self._follows_blank = True
+        self._follows_code = False
+
+    def read(self, line: str, following: str, *, in_prose: bool) -> Iterator[Segment] | None:
+        """Return the segments of a line; None if it is prose."""
+        content = line.strip()
+        if self._is_raw(line, content) or self._is_code(line, content, in_prose=in_prose):
+            return iter([Segment(line, False)])
+        is_row = self._is_row(content, following)
+        self._follows_blank = not content
+        if _is_kept(line):
+            return iter([Segment(line, False)])
+        if is_row:
+            return _cells(line)
+        if item := _ITEM.match(line):
+            self._list_indent = len(item[0].expandtabs(_CODE_INDENT))
+        if mark := _MARK.match(line):
+            return iter([Segment(mark[0], False), *_padded(line[mark.end() :])])
+        return None
+
+    def _is_raw(self, line: str, content: str) -> bool:
+        """Return True inside of a fence, comment, or tag of code."""
+        if self._raw_end:
+            if self._raw_end in content.lower():
+                self._raw_end = ""
+            return True
+        quote = _QUOTE.match(line)
+        bare = line[quote.end() :].strip() if quote else content
+        if self._fence and (quote or not self._is_fence_quoted):
+            is_end = len(bare) >= len(self._fence) and set(bare) == {self._fence[0]}
+            self._fence = "" if is_end else self._fence
+            return True
+        self._fence = ""
+        if found := _FENCE.match(bare):
+            if quote or self._list_indent is not None or _indent(line) < _CODE_INDENT:
+                self._fence, self._is_fence_quoted = found[1] or found[2], bool(quote)
+                return True
+        elif found := _RAW.match(content):
+            name = found[1].lower()
+            end = "-->" if name == "!--" else f"</{name}"
+            self._raw_end = "" if end in content.lower() else end
+            return bool(self._raw_end)
+        return False
+
+    def _is_code(self, line: str, content: str, *, in_prose: bool) -> bool:
+        """Return True if a line is code by its indentation, which lists move to the right."""
+        if not content:
+            return False
+        indent = _indent(line)
+        if self._follows_blank and not indent and not _ITEM.match(line):
+            self._list_indent = None
+        begins = self._follows_code or (self._follows_blank and not in_prose)
+        self._follows_code = begins and indent >= (self._list_indent or 0) + _CODE_INDENT
+        return self._follows_code
+
+    def _is_row(self, content: str, following: str) -> bool:
+        is_head = "|" in content and _is_table_rule(following)
+        self._is_in_table = "|" in content and (is_head or self._is_in_table)
+        return self._is_in_table or content.startswith("|")
+
+
+def _indent(line: str) -> int:
+    expanded = line.expandtabs(_CODE_INDENT)
+    return len(expanded) - len(expanded.lstrip())
+
+
+def _is_table_rule(line: str) -> bool:
+    return "|" in line and "-" in line and _RULE_CHARS.issuperset(line)
 
 
 def _is_kept(line: str) -> bool:
-    is_rule = "|" in line and "-" in line and _RULE_CHARS.issuperset(line)
-    return not line.strip() or is_rule or _KEPT_LINE.match(line) is not None
+    return not line.strip() or _is_table_rule(line) or _KEPT_LINE.match(line) is not None
 
 
 def _cells(line: str) -> Iterator[Segment]:

@@ -77,7 +77,7 @@ class TranslateRequest(GenerativeRequest):
     """Terms and their translations."""
     formality: Literal["default", "formal", "informal"] = "default"
     format: Literal["text", "markdown"] = "text"
-    """`markdown` keeps headings, lists, tables, code and link targets as they are."""
+    """`markdown` keeps headings, lists, tables, code, front matter and link targets as they are."""
 
 
 class Document(BaseModel):
