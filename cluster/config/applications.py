@@ -56,5 +56,6 @@ class ApplicationsConfig(Section):
     """Precedence when the budget is exhausted, as for pools."""
     replicas: ReplicasConfig = ReplicasConfig(min=1, max=2, target_in_flight=16)
     """Replica counts and autoscaling."""
-    resources: ResourcesConfig = ResourcesConfig(cpus=0.1)
+    # With the other replicas of the default configuration, this leaves one of two CPUs to Ray jobs.
+    resources: ResourcesConfig = ResourcesConfig(cpus=0.05)
     """Resources of one replica."""
