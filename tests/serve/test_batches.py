@@ -132,7 +132,7 @@ async def test_bad_lines_fail_the_batch_before_it_runs(store: BatchStore) -> Non
 async def test_failed_lines_are_in_the_error_file(
     store: BatchStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.gateway.batches.runner.MAX_ATTEMPTS", 1)
+    monkeypatch.setattr("cluster.gateway.batches.answers.MAX_ATTEMPTS", 1)
     async with gateway_world(batch_store=store) as world:
         await world.add("gen", "gen-1")
         file = await upload(world, [line(1), line(2, fail=True), line(3, n=10**6, prompt="a")])
@@ -148,7 +148,7 @@ async def test_failed_lines_are_in_the_error_file(
 async def test_a_line_that_ends_its_replicas_fails_alone(
     store: BatchStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.gateway.batches.runner.MAX_LOST_ATTEMPTS", 2)
+    monkeypatch.setattr("cluster.gateway.batches.answers.MAX_LOST_ATTEMPTS", 2)
     monkeypatch.setattr("cluster.gateway.batches.runner.MAX_PAUSE_S", 0.05)
     num_lost = 0
 
@@ -179,7 +179,7 @@ async def test_a_line_that_ends_its_replicas_fails_alone(
 async def test_lines_are_not_passed_to_fallback_models(
     store: BatchStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.gateway.batches.runner.MAX_ATTEMPTS", 1)
+    monkeypatch.setattr("cluster.gateway.batches.answers.MAX_ATTEMPTS", 1)
     more = [{"name": "large", "model": "m"}]
     generator = {"fallbacks": ["large"]}
     async with gateway_world(batch_store=store, generator=generator, more_generators=more) as world:

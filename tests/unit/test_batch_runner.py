@@ -12,7 +12,8 @@ from cluster.admission import OPEN, Identity
 from cluster.batches import Batch, BatchStore, LineResult
 from cluster.config import RouterConfig
 from cluster.errors import ReplicaLostError, RequestError, UnavailableError
-from cluster.gateway.batches.runner import MAX_LOST_ATTEMPTS, BatchRun, RunnerTools
+from cluster.gateway.batches.answers import MAX_LOST_ATTEMPTS
+from cluster.gateway.batches.runner import BatchRun, RunnerTools
 from cluster.gateway.messages import Request, Response, bytes_response
 
 Answer = Callable[[Request], Response]

@@ -2,14 +2,12 @@
 
 import asyncio
 import dataclasses
-import json
 import logging
 import sqlite3
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import aclosing
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import msgspec
 
@@ -28,29 +26,17 @@ from cluster.batches import (
 )
 from cluster.batches.types import Status
 from cluster.config import RouterConfig
-from cluster.errors import (
-    InternalError,
-    LinkError,
-    ReplicaLostError,
-    RequestError,
-    UnavailableError,
-)
+from cluster.errors import RequestError
+from cluster.gateway.batches.answers import LineAnswer, Relay, ask, error_answer
 from cluster.gateway.batches.spare import LineSlot, SpareCapacity
-from cluster.gateway.messages import Request, Response, header
-from cluster.usage import Usage
+from cluster.gateway.messages import Request
 
 logger = logging.getLogger("ray.serve.tandem")
 
-MAX_ATTEMPTS = 4
-"""Attempts of a line that ends with a server error; refusals for load do not count."""
-MAX_LOST_ATTEMPTS = 10
-"""Attempts of a line whose replicas are lost, perhaps because of it: two minutes and a half."""
 RETRY_S = 5.0
 """Pause after a failure of the database, in seconds."""
 MAX_PAUSE_S = 30.0
 """Longest pause before a line that was refused is sent again, in seconds."""
-_LOAD_STATUSES = (429, 503)
-_UNSUPPORTED = 501
 _FINISH_LINES = 200
 """Lines without an answer whose errors are stored at once."""
 
@@ -62,25 +48,6 @@ _REASONS: Mapping[EndReason, tuple[str, str]] = {
     "expired": ("batch_expired", "The batch's completion window ended before this request ran."),
     "cancelled": ("batch_cancelled", "The batch was cancelled before this request ran."),
 }
-
-
-class _Answer(NamedTuple):
-    status: int
-    body: bytes
-    retry_after_s: float
-    usage: Usage | None
-    is_lost: bool = False
-    """True if a replica may have been lost because of the line."""
-
-    @property
-    def is_refusal(self) -> bool:
-        return self.status in _LOAD_STATUSES and not self.is_lost
-
-    @property
-    def max_attempts(self) -> int:
-        if self.is_lost:
-            return MAX_LOST_ATTEMPTS
-        return MAX_ATTEMPTS if self.status >= 500 and self.status != _UNSUPPORTED else 1
 
 
 @dataclass(slots=True)
@@ -96,8 +63,7 @@ class RunnerTools:
     """Access of a run to its router."""
 
     store: BatchStore
-    relay: Callable[[Request], Awaitable[Response]]
-    """``Gateway.relay``."""
+    relay: Relay
     find_spare: Callable[[str, str | None], SpareCapacity | None]
     """Returns the slots of the pool that serves a path and model; None without one."""
     find_identity: Callable[[str, str], Identity]
@@ -251,7 +217,7 @@ class BatchRun:
 
     async def _send(
         self, line: _Line, id_: str, body: bytes, slot: LineSlot | None
-    ) -> _Answer | None:
+    ) -> LineAnswer | None:
         """Return the answer; None if the line was stopped for other requests."""
         if slot is not None and slot.is_stopped:  # since it was granted
             return None
@@ -268,40 +234,22 @@ class BatchRun:
                 return None
             raise
 
-    async def _ask(self, line: _Line, id_: str, body: bytes, slot: LineSlot | None) -> _Answer:
-        usages: list[Usage] = []
+    async def _ask(self, line: _Line, id_: str, body: bytes, slot: LineSlot | None) -> LineAnswer:
         try:
             identity = self._tools.find_identity(self._batch.tenant, self._batch.key)
-            request = Request(
-                id_,
-                "POST",
-                self._batch.endpoint,
-                b"",
-                [
-                    (b"content-type", b"application/json"),
-                    (b"content-length", str(len(body)).encode()),
-                    # After a crash, the first attempt joins the answer that may still run.
-                    (b"idempotency-key", f"{id_}-{line.num_attempts}".encode()),
-                ],
-                body,
-                dataclasses.replace(identity, priority=MIN_PRIORITY),
-            )
-            # Otherwise this router stops, and another one continues with the same answer.
-            request.is_cancelled = lambda: self._stop.is_set() or bool(slot and slot.is_stopped)
-            request.on_usage = usages.append
-            response = await self._tools.relay(request)
-            async with aclosing(response.body) as chunks:
-                content = b"".join([chunk async for chunk in chunks])
         except RequestError as error:
-            return _failed(error)
-        except LinkError as error:
-            return _failed(ReplicaLostError(str(error)))
-        except Exception:  # a defect must not end the whole batch
-            logger.exception("%s failed", id_)
-            return _failed(InternalError("Internal error."))
-        retry_after = header(response.headers, b"retry-after") or "0"
-        pause_s = float(retry_after) if retry_after.isdigit() else 0.0
-        return _Answer(response.status, content, pause_s, usages[-1] if usages else None)
+            return error_answer(error)
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            # After a crash, the first attempt joins the answer that may still run.
+            (b"idempotency-key", f"{id_}-{line.num_attempts}".encode()),
+        ]
+        identity = dataclasses.replace(identity, priority=MIN_PRIORITY)
+        request = Request(id_, "POST", self._batch.endpoint, b"", headers, body, identity)
+        # Otherwise this router stops, and another one continues with the same answer.
+        request.is_cancelled = lambda: self._stop.is_set() or bool(slot and slot.is_stopped)
+        return await ask(self._tools.relay, request)
 
     # -- results --
 
@@ -388,15 +336,6 @@ class BatchRun:
                 errors = []
         store.record(batch.id, errors)
         return num
-
-
-def _failed(error: RequestError) -> _Answer:
-    content = json.dumps(error.body()).encode()
-    # A refusal for load says when to try again.
-    is_lost = isinstance(error, ReplicaLostError) or (
-        isinstance(error, UnavailableError) and error.retry_after_s is None
-    )
-    return _Answer(error.status, content, error.retry_after_s or 0.0, None, is_lost)
 
 
 class _LineSource:
