@@ -11,7 +11,8 @@ _NAMES = {
     "hr": "Croatian", "hu": "Hungarian", "hy": "Armenian", "id": "Indonesian", "is": "Icelandic",
     "it": "Italian", "ja": "Japanese", "ka": "Georgian", "kk": "Kazakh", "ko": "Korean",
     "la": "Latin", "lt": "Lithuanian", "lv": "Latvian", "mk": "Macedonian", "mr": "Marathi",
-    "ms": "Malay", "nb": "Norwegian", "nl": "Dutch", "nn": "Norwegian", "no": "Norwegian",
+    "ms": "Malay", "nb": "Norwegian Bokmål", "nl": "Dutch", "nn": "Norwegian Nynorsk",
+    "no": "Norwegian",
     "pa": "Punjabi", "pl": "Polish", "pt": "Portuguese", "ro": "Romanian", "ru": "Russian",
     "sk": "Slovak", "sl": "Slovenian", "sq": "Albanian", "sr": "Serbian", "sv": "Swedish",
     "sw": "Swahili", "ta": "Tamil", "te": "Telugu", "th": "Thai", "tl": "Tagalog", "tr": "Turkish",
@@ -19,7 +20,7 @@ _NAMES = {
 }
 # fmt: on
 DETECTED_CHARS = 2000
-"""Beginning of a text from which its language is detected."""
+"""Part of a text, from its first letter, from which its language is detected."""
 
 
 def name_of(tag: str) -> str:
@@ -37,12 +38,12 @@ def detect(text: str) -> str:
     Raises:
         InvalidRequestError: The text has no letters.
     """
-    sample = text.strip()[:DETECTED_CHARS]
-    if not any(char.isalpha() for char in sample):
+    start = next((index for index, char in enumerate(text) if char.isalpha()), None)
+    if start is None:
         raise InvalidRequestError(
             "The language of the text cannot be detected; set `source`.", param="source"
         )
     # Imported by the first detection, because its model takes memory and a second.
     from py3langid import classify
 
-    return str(classify(sample)[0])
+    return str(classify(text[start : start + DETECTED_CHARS])[0])

@@ -11,7 +11,10 @@ LanguageTag = Annotated[
     str,
     Field(
         max_length=35,
-        pattern=r"^[A-Za-z]{2,3}(-[A-Za-z]{4})?(-([A-Za-z]{2}|[0-9]{3}))?(-[A-Za-z0-9]{5,8})*$",
+        # RFC 5646, 2.1: language (and extended ones), script, region, variants, extensions.
+        pattern=r"^[A-Za-z]{2,3}(-[A-Za-z]{3}){0,3}(-[A-Za-z]{4})?(-([A-Za-z]{2}|[0-9]{3}))?"
+        r"(-([A-Za-z0-9]{5,8}|[0-9][A-Za-z0-9]{3}))*"
+        r"(-[0-9A-WY-Za-wy-z](-[A-Za-z0-9]{2,8})+)*(-[Xx](-[A-Za-z0-9]{1,8})+)?$",
     ),
 ]
 """BCP 47 tag such as `de`, `pt-BR` or `zh-Hant`."""

@@ -107,8 +107,25 @@ async def test_the_source_language_is_detected() -> None:
         text = "Der Fluss fließt durch die Stadt und mündet in das Meer."
         result = await tasks.result("translate", text=text, target="en-GB")
         assert (result["source"], result["detected"]) == ("de", True)
+        result = await tasks.result("translate", text="1 + " * 600 + text, target="en")
+        assert result["source"] == "de"
         answer = await tasks.post("translate", text="1 + 1 = 2", target="en")
         assert (answer.status, answer.json()["error"]["param"]) == (400, "source")
+
+
+@pytest.mark.parametrize(
+    ("tag", "status"),
+    [
+        *((tag, 200) for tag in ("de-1996", "sl-rozaj-biske", "zh-cmn-Hans-CN", "es-419")),
+        *((tag, 200) for tag in ("de-DE-u-co-phonebk", "en-x-plain", "sr-Latn-RS")),
+        *((tag, 400) for tag in ("d", "deutsch", "de_DE", "de-", "de--DE", "de-DE-DE", "de-u")),
+        *((tag, 400) for tag in ("de-x", "12", "de\n", "de-u-co-" + "a" * 40)),
+    ],
+)
+async def test_languages_are_tags_of_bcp_47(tag: str, status: int) -> None:
+    async with task_world(shout) as tasks:
+        answer = await tasks.post("translate", text="Hello", source="en", target=tag)
+        assert answer.status == status
 
 
 async def test_terms_of_the_glossary_reach_the_prompt_and_missing_ones_are_named() -> None:
@@ -203,7 +220,7 @@ async def test_an_answer_cites_passages() -> None:
 
 
 async def test_what_the_documents_lack_is_not_answered() -> None:
-    async with task_world(lambda messages: "NOT IN THE DOCUMENTS.") as tasks:
+    async with task_world(lambda messages: '**"Not in the documents."**') as tasks:
         request = {"question": "Who invented the telephone?", "documents": DOCUMENTS}
         result = await tasks.result("answer", **request)
         assert (result["answer"], result["found"], result["usage"]["calls"]) == (None, False, 0)
@@ -232,6 +249,13 @@ async def test_sentiments_come_from_the_classifier_and_aspects_from_the_generato
         assert result["usage"]["calls"] == 3
         schema = tasks.generator.bodies[0]["response_format"]["json_schema"]["schema"]
         assert schema["required"] == ["price", "taste", "room"]
+
+
+async def test_aspects_need_a_generator_before_texts_are_classified() -> None:
+    engine = TaskEngine(ApplicationsConfig(classifier="cls"), NoModels())
+    body = {"texts": ["good"], "aspects": ["price"]}
+    answer = await asgi.post(engine.app, "/v1/tasks/sentiment", body)
+    assert (answer.status, answer.json()["error"]["param"]) == (400, "generator")
 
 
 async def test_labels_are_scored_against_a_text_without_content() -> None:

@@ -18,6 +18,7 @@ MAX_TOKENS = 300
 """Default of ``max_tokens``."""
 SENTINEL = "NOT IN THE DOCUMENTS"
 """The model's answer if the passages do not contain it."""
+_AROUND_SENTINEL = " \n.\"'`*"
 _MARK = re.compile(r"\[(\d{1,4})\]")
 
 
@@ -52,7 +53,7 @@ async def answer(request: AnswerRequest, run: Run) -> AsyncGenerator[str | Answe
             finish_reason = delta.finish_reason or finish_reason
             pieces.append(delta.text)
             held += delta.text
-            if held and not SENTINEL.startswith(held.lstrip()[: len(SENTINEL)]):
+            if held and not _may_become_sentinel(held):
                 yield held
                 held = ""
     text = "".join(pieces).strip()
@@ -100,8 +101,12 @@ async def _fitting(
     return ranked
 
 
+def _may_become_sentinel(text: str) -> bool:
+    return SENTINEL.startswith(text.lstrip(_AROUND_SENTINEL).upper()[: len(SENTINEL)])
+
+
 def _is_sentinel(text: str) -> bool:
-    return text.strip(" .\"'`*").upper() == SENTINEL
+    return text.strip(_AROUND_SENTINEL).upper() == SENTINEL
 
 
 def _result(

@@ -24,13 +24,17 @@ class Run:
     prompts: Mapping[str, Prompt]
     calls: Calls
 
-    def generator(self, model: str | None) -> str:
+    def generator(self, model: str | None, param: str = "model") -> str:
         """Return the generator to use.
+
+        Args:
+            model: Name in the request.
+            param: Field of the request with the name.
 
         Raises:
             InvalidRequestError: None is named, and none configured.
         """
-        return self._choose(model or self.config.generator, "generator")
+        return self._choose(model or self.config.generator, "generator", param)
 
     def classifier(self, model: str | None) -> str:
         """Return the classifier to use; raises as ``generator`` does."""
@@ -40,9 +44,9 @@ class Run:
         """Return the classifier for embeddings; raises as ``generator`` does."""
         return self._choose(model or self.config.encoder, "classifier with the task `embed`")
 
-    def _choose(self, model: str | None, kind: str) -> str:
+    def _choose(self, model: str | None, kind: str, param: str = "model") -> str:
         if model is None:
-            raise InvalidRequestError(f"No {kind} is configured; name one.", param="model")
+            raise InvalidRequestError(f"No {kind} is configured; name one.", param=param)
         return model
 
     def result_fields(self, task: str, model: str) -> dict[str, Any]:

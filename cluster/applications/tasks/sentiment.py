@@ -1,7 +1,7 @@
 """Sentiment: of texts through a classifier, of aspects through a generator."""
 
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from cluster.applications.json_output import response_format
@@ -17,6 +17,8 @@ _TEXTS_PER_CALL = 128
 async def sentiment(request: SentimentRequest, run: Run) -> AsyncGenerator[SentimentResult, None]:
     """Find the sentiments of texts, in order."""
     model = run.classifier(request.model)
+    # Before any call is charged.
+    generator = run.generator(request.generator, "generator") if request.aspects else ""
     texts = request.texts
     batches = [texts[i : i + _TEXTS_PER_CALL] for i in range(0, len(texts), _TEXTS_PER_CALL)]
 
@@ -27,7 +29,7 @@ async def sentiment(request: SentimentRequest, run: Run) -> AsyncGenerator[Senti
         return sorted(answer["data"], key=lambda row: row["index"])
 
     async def find_aspects(text: str) -> dict[str, str]:
-        return await _find_aspects(request, run, text)
+        return await _find_aspects(request.aspects, run, generator, text)
 
     rows = [row for rows in await run.calls.map(label, batches) for row in rows]
     aspects: list[dict[str, str]] = [{} for _ in texts]
@@ -47,8 +49,10 @@ async def sentiment(request: SentimentRequest, run: Run) -> AsyncGenerator[Senti
     )
 
 
-async def _find_aspects(request: SentimentRequest, run: Run, text: str) -> dict[str, str]:
-    names = list(dict.fromkeys(request.aspects))
+async def _find_aspects(
+    aspects: Sequence[str], run: Run, generator: str, text: str
+) -> dict[str, str]:
+    names = list(dict.fromkeys(aspects))
     choices = {"type": "string", "enum": list(ASPECT_LABELS)}
     schema = {
         "type": "object",
@@ -59,7 +63,7 @@ async def _find_aspects(request: SentimentRequest, run: Run, text: str) -> dict[
     values = {"text": text, "aspects": ", ".join(names)}
     done = await run.calls.chat(
         run.prompts["aspects"].messages(values),
-        run.generator(request.generator),
+        generator,
         max_tokens=_TOKENS_PER_ASPECT * len(names) + sum(map(len, names)),
         temperature=0,
         response_format=response_format("aspects", schema),
