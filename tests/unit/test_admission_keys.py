@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from cluster.admission import OPEN
 from cluster.admission.keys import KeyFileContents, digest, new_key, parse_keys
 from cluster.cli import keys
 from cluster.cli.app import app
@@ -140,7 +141,8 @@ def test_work_that_a_key_began_has_its_present_rights(tmp_path: Path) -> None:
     auth.refresh()
     one = auth.authenticate(bearer("one"))
     assert auth.find_identity("acme", one.key) == one
-    for tenant, key in (("other", one.key), ("acme", "k"), ("", "")):
+    assert auth.find_identity("", "") == OPEN  # a Ray job's
+    for tenant, key in (("other", one.key), ("acme", "k")):
         with pytest.raises(AuthenticationError, match="revoked"):
             auth.find_identity(tenant, key)
     file.write(text("three", "two"))
@@ -149,7 +151,7 @@ def test_work_that_a_key_began_has_its_present_rights(tmp_path: Path) -> None:
         auth.find_identity("acme", one.key)
     assert Authenticator([]).find_identity("acme", "k").tenant.name == "acme"  # open by now
     with pytest.raises(AuthenticationError):
-        Authenticator([], needs_keys=True).find_identity("", "")
+        Authenticator([], needs_keys=True).find_identity("acme", "k")
 
 
 def test_a_router_that_needs_keys_rejects_all_requests_until_it_has_one(

@@ -93,6 +93,8 @@ class Authenticator:
             UnavailableError: The keys are not known yet.
             AuthenticationError: The key was revoked.
         """
+        if not tenant:  # begun inside the cluster, or when no key was required
+            return OPEN
         if self._file is not None and self._file.required and not self._file.identities:
             raise UnavailableError("The API keys are not known yet.", retry_after_s=1)
         if not self._has_keys and not self._needs_keys:
