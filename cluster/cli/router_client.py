@@ -75,5 +75,7 @@ class RouterClient:
             raise UnavailableError(
                 f"no router responds at {self._url}; check the cluster with `tandem status`"
             ) from None
+        except (httpx.NetworkError, httpx.RemoteProtocolError) as error:
+            raise UnavailableError(f"{self._url}: the connection was lost: {error!r}") from None
         except httpx.TransportError as error:
             raise TandemError(f"{self._url}: {error!r}") from None

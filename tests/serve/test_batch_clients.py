@@ -3,18 +3,20 @@
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import uvicorn
 from typer.testing import CliRunner
 
-from cluster.batches import BatchStore
+from cluster.batches import Batch, BatchStore
 from cluster.cli.app import app
+from cluster.cli.router_client import RouterClient
 from cluster.client import Tandem
 from cluster.client.session import Session
 from cluster.errors import InvalidRequestError
@@ -70,6 +72,32 @@ async def test_a_file_is_submitted_followed_and_fetched(tmp_path: Path) -> None:
         missing = await tandem("results", id_, "--errors", "--url", url)
         assert "it has no error file" in str(missing.exception)
         assert "cannot be cancelled" in str((await tandem("cancel", id_, "--url", url)).exception)
+
+
+def test_a_lost_connection_does_not_end_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.cli.batch.POLL_S", 0.0)
+    num_asked = 0
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        nonlocal num_asked
+        num_asked += 1
+        if num_asked == 1:
+            raise httpx.RemoteProtocolError("server disconnected", request=request)
+        if num_asked == 2:
+            raise httpx.ReadError("reset", request=request)
+        batch = Batch("b", "", CHAT, "in", "24h", 0, 9, "out", "err", status="completed")
+        return httpx.Response(200, json=batch.as_json(None))
+
+    @contextmanager
+    def connect(url: str, key: str | None) -> Iterator[RouterClient]:
+        client = httpx.Client(base_url=url, transport=httpx.MockTransport(respond))
+        with client:
+            yield RouterClient(url, client)
+
+    monkeypatch.setattr("cluster.cli.batch.connect", connect)
+    done = CliRunner().invoke(app, ["batch", "status", "b", "--wait", "--url", "http://127.0.0.1"])
+    assert done.exit_code == 0, done.output
+    assert num_asked == 3
 
 
 async def test_a_file_with_bad_lines_fails_with_their_numbers(tmp_path: Path) -> None:
