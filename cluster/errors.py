@@ -32,6 +32,7 @@ TandemError
      ├─ InternalError                  500, a bug
      ├─ UnsupportedError               501
      └─ UnavailableError               503, with Retry-After
+         ├─ ReplicaLostError               a replica was lost before it answered
          ├─ EngineDeadError                the engine of a replica died
          ├─ DeviceFailedError              a GPU of a replica failed
          └─ HandoverError                  a replica cannot continue another one's answer

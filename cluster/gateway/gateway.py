@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from secrets import token_bytes
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 from cluster.admission import ANONYMOUS, Identity
@@ -15,12 +16,13 @@ from cluster.errors import (
     InternalError,
     MethodNotAllowedError,
     RequestError,
+    RequestTimeoutError,
 )
 from cluster.gateway.admission.admission import Admission, requested_timeout_s
 from cluster.gateway.admission.answer_keys import KEY_HEADER, AnswerKeys, find_answer
 from cluster.gateway.admission.authenticator import Authenticator
 from cluster.gateway.admission.budgets import Budgets
-from cluster.gateway.admission.quotas import TenantQuotas
+from cluster.gateway.admission.quotas import QuotaTicket, TenantQuotas
 from cluster.gateway.admission.response_ids import ResponseIds
 from cluster.gateway.batches import FILES_PATH, BatchBackend, BatchRoutes, BatchService
 from cluster.gateway.body import UNREAD_BODY, BodyBuffers, read_body
@@ -48,7 +50,12 @@ from cluster.gateway.pools.routes import OTHER
 from cluster.gateway.pools.selection import select_pool, split_model_path
 from cluster.gateway.pools.slots import Claim
 from cluster.gateway.recording.observer import OnEnd, RequestSinks
-from cluster.gateway.recording.request_log import RequestLog, RequestRecord, outcome_of
+from cluster.gateway.recording.request_log import (
+    CLIENT_DISCONNECTED,
+    RequestLog,
+    RequestRecord,
+    outcome_of,
+)
 from cluster.gateway.recording.usage import UsageAccount
 from cluster.gateway.reporting.dashboard import Dashboard, ReadDecisions
 from cluster.gateway.reporting.load_reports import LoadReports
@@ -146,7 +153,7 @@ class Gateway:
         self._builtin = BuiltinRoutes(
             self._models, versions or {}, self.registry, self._dashboard, report, rollout_control
         )
-        self._builtin.add_guards(self._guards)
+        self._builtin.add_guards(self._guards, quotas)
         self._batches = batches
         if batches is not None:
             self._builtin.add_batches(BatchRoutes(batches, routers))
@@ -292,27 +299,60 @@ class Gateway:
 
     async def _guard(self, request: Request, body: RequestBody, pool: Pool) -> Response:
         """Relay a request to a pool, and check it if guards apply."""
-        if not self._guards.may_apply(request):
+        guarded = None
+        if self._guards.may_apply(request):
+            try:
+                guarded = self._guards.begin(request, body, pool)
+            except RequestError as error:
+                pool.meter.reject(request, pool.route_of(request.path), error.status)
+                raise
+        if guarded is None:
             relaying = self._admit(request, body, pool)
             del body
             return await relaying
+        request.arrived_s = perf_counter()
+        claim, ticket = self._claim(request, body, pool)
         try:
-            guarded = self._guards.begin(request, body, pool)
-            prepared = request if guarded is None else await guarded.prepare()
+            async with asyncio.timeout_at(claim.deadline_s if claim.has_deadline else None):
+                prepared = await guarded.prepare()
+            if prepared is not request:
+                request.release_body()
+                body = read_body(prepared)
+                claim = self.admission.change(claim, prepared, body, pool)
+        except TimeoutError:
+            late = RequestTimeoutError("The deadline passed while guards checked the prompt.")
+            self._reject(request, pool, ticket, late)
+            raise late from None
         except RequestError as error:
-            pool.meter.reject(request, pool.route_of(request.path), error.status)
+            self._reject(request, pool, ticket, error)
             raise
-        if prepared is not request:
-            request.release_body()
-            body = read_body(prepared)
-        relaying = self._admit(prepared, body, pool)
+        except BaseException:
+            ticket.end(CLIENT_DISCONNECTED, None, False)
+            raise
+        relaying = self._relay_admitted(prepared, body, pool, claim, ticket)
         del body
-        return await (relaying if guarded is None else guarded.respond(relaying))
+        return await guarded.respond(relaying)
+
+    @staticmethod
+    def _reject(request: Request, pool: Pool, ticket: QuotaTicket, error: RequestError) -> None:
+        """Count an admitted request that guards refuse before it is relayed."""
+        ticket.end(error.status, None, False)
+        pool.meter.reject(request, pool.route_of(request.path), error.status)
+
+    def _claim(self, request: Request, body: RequestBody, pool: Pool) -> tuple[Claim, QuotaTicket]:
+        joins = self._find_answer(request, pool)
+        return self.admission.admit(request, body, pool, joins)
 
     async def _admit(self, request: Request, body: RequestBody, pool: Pool) -> Response:
         """Admit a request and relay it."""
-        joins = self._find_answer(request, pool)
-        claim, ticket = self.admission.admit(request, body, pool, joins)
+        claim, ticket = self._claim(request, body, pool)
+        relaying = self._relay_admitted(request, body, pool, claim, ticket)
+        del body
+        return await relaying
+
+    async def _relay_admitted(
+        self, request: Request, body: RequestBody, pool: Pool, claim: Claim, ticket: QuotaTicket
+    ) -> Response:
         relayed = with_json_fields(request, self._fields(request, body, pool, claim))
         del body
         if relayed is not request:

@@ -69,6 +69,8 @@ class Request:
     """Set if the client may repeat the request and get the same answer."""
     is_copy: bool = False
     """True for a copy whose answer is discarded, and for a guard's check; it is not charged."""
+    arrived_s: float | None = None
+    """Time (``perf_counter``) before guards checked the request; None if none do."""
     guard_notes: GuardNotes | None = None
     """Results of the guards that check the request; None if there are none."""
     stream: "BodyStream | None" = None

@@ -49,8 +49,10 @@ class ScriptedClassifier:
         self.answers = asyncio.Event()
         self.answers.set()
         self.fails = False
+        self.headers: list[dict[str, str]] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.headers.append({k.decode(): v.decode() for k, v in scope["headers"]})
         body = json.loads((await receive())["body"])
         self.texts += body["input"]
         await self.answers.wait()
@@ -255,6 +257,91 @@ async def test_a_failing_guard_is_open_or_closed(on_error: str, failure: str) ->
         assert await site.counts("injection", "prompt") == {outcome: 1}
         site.classifier.answers.set()
         await site.world.until_idle(30)
+
+
+async def test_a_client_cannot_make_an_open_guard_fail() -> None:
+    guard = {**INJECTION, "on_error": "open", "timeout_s": 0.3}
+    async with guarded(guard) as site:
+        # Half of a surrogate pair, which UTF-8 cannot encode.
+        call = {"function": {"name": "f", "arguments": r'{"a": "bad \ud800"}'}}
+        body = request_for(CHAT, "x")
+        body["messages"][0]["tool_calls"] = [call]
+        answer = await asgi.post(site.app, CHAT, body)
+        assert answer.json()["error"]["code"] == "content_filter", answer.body
+        site.classifier.answers.clear()
+        assert (await site.post(CHAT, "word " * 10)).status == 200
+        answer = await site.post(CHAT, "word " * 10_000)
+        assert answer.status == 400
+        assert answer.headers["x-tandem-guard"] == "injection=unreadable"
+        expected = {"blocked": 1, "unchecked": 1, "unreadable": 1}
+        assert await site.counts("injection", "prompt") == expected
+        site.classifier.answers.set()
+        await site.world.until_idle(30)
+
+
+async def test_rights_and_quotas_precede_guards(tmp_path: Any) -> None:
+    file = key_file(
+        tmp_path,
+        {"key": "limited", "tenant": "a"},
+        {"key": "other", "tenant": "b", "models": ["cls"]},
+        tenants={"a": {"requests_per_minute": 1}},
+    )
+    names = {"name": "names", "classifier": "cls", "action": "redact", "checks": "prompt"}
+    async with guarded(names, key_file=file, tasks=("token-classification",)) as site:
+
+        async def post(path: str, key: str) -> int:
+            body = request_for(path, "x") if path == CHAT else {"input": "x"}
+            return (await asgi.post(site.app, path, body, headers={"x-api-key": key})).status
+
+        assert await post(CHAT, "limited") == 200
+        seen = len(site.classifier.texts)
+        assert await post(CHAT, "limited") == 429
+        assert await post(CHAT, "other") == 403
+        assert await post("/v1/guards/test", "limited") == 429
+        assert len(site.classifier.texts) == seen
+
+
+async def test_a_request_that_guards_refuse_frees_its_quota(tmp_path: Any) -> None:
+    file = key_file(tmp_path, {"key": "k", "tenant": "a"}, tenants={"a": {"max_concurrent": 1}})
+    async with guarded({**PII, "action": "block"}, INJECTION, key_file=file) as site:
+        for text in (MAIL, "bad", "good", MAIL, "good"):
+            body, headers = request_for(CHAT, text), {"x-api-key": "k"}
+            answer = await asgi.post(site.app, CHAT, body, headers=headers)
+            assert answer.status == (200 if text == "good" else 400), answer.body
+            await site.world.until_idle(30)
+
+
+async def test_the_time_of_guards_counts_for_deadline_and_latency() -> None:
+    names = {"name": "names", "classifier": "cls", "action": "redact", "checks": "prompt"}
+    async with guarded(names, tasks=("token-classification",)) as site:
+        site.classifier.answers.clear()
+        headers = {"x-request-timeout-seconds": "0.2"}
+        answer = await asgi.post(site.app, CHAT, request_for(CHAT, "x"), headers=headers)
+        assert answer.status == 408
+        call = asgi.start(site.app, "POST", CHAT, request_for(CHAT, "y"))
+        await site.world.until(lambda: "y" in site.classifier.texts)
+        await asyncio.sleep(0.3)
+        site.classifier.answers.set()
+        assert (await call.done()).status == 200
+        await site.world.until_idle(30)
+        found = await metrics(site.world)
+        assert found["tandem_request_seconds_sum", "gen"] > 0.25
+        assert found["tandem_queue_seconds_sum", "gen"] < found["tandem_request_seconds_sum", "gen"]
+        assert not site.world.gateway.num_open_requests
+
+
+async def test_the_log_of_checks_has_no_text(caplog: pytest.LogCaptureFixture) -> None:
+    names = {"name": "names", "classifier": "cls", "action": "redact", "checks": "prompt"}
+    kit = {"tasks": ("token-classification",), "log_prompts": True, "log_requests_per_s": 100}
+    async with guarded(names, **kit) as site:
+        with caplog.at_level("INFO"):
+            headers = {"traceparent": f"00-{'1' * 32}-{'2' * 16}-01"}
+            body = request_for(CHAT, "Ask Xaver Huber")
+            assert (await asgi.post(site.app, CHAT, body, headers=headers)).status == 200
+            await site.world.until_idle(30)
+        assert "[PER_1]" in caplog.text
+        assert "Xaver" not in caplog.text
+        assert site.classifier.headers[0]["traceparent"] == headers["traceparent"]
 
 
 # -- answers --
@@ -669,5 +756,6 @@ async def test_texts_can_be_checked_without_a_generator(tmp_path: Any) -> None:
         assert (await check(input="x", guards=["other"])).json()["data"][0]["outcome"] == "passed"
         assert (await check(input="x", guards=["none"])).status == 400
         assert (await check(input=[])).status == 400
+        assert (await check(input="x" * 1024 * 1024 + "y")).status == 413
         site.classifier.fails = True
         assert (await check(input="x")).json()["data"][0]["outcome"] == "refused"

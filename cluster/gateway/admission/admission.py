@@ -89,6 +89,22 @@ class Admission:
             pool.meter.reject(request, pool.route_of(request.path), error.status)
             raise
 
+    def change(self, claim: Claim, request: Request, body: RequestBody, pool: Pool) -> Claim:
+        """Return the claim of an admitted request whose body guards have changed.
+
+        Raises:
+            InvalidRequestError: The prompt is longer than the context.
+            PayloadTooLargeError: The request is larger than the queue.
+        """
+        changed = _claim(request, body, pool, pool.names_of(body.model or pool.name)[0])
+        _check_size(changed, pool, may_exceed_context=body.is_truncated)
+        return replace(
+            changed,
+            joins=claim.joins,
+            deadline_s=claim.deadline_s,
+            expires_s=min(changed.expires_s, claim.deadline_s),
+        )
+
     def _admit(
         self, request: Request, body: RequestBody, pool: Pool, joins: str | None
     ) -> tuple[Claim, QuotaTicket]:

@@ -2,21 +2,28 @@
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, Literal, TypedDict
 
 import msgspec
 from msgspec import Meta
 
 from cluster.config import GuardAction
-from cluster.errors import InvalidRequestError
+from cluster.errors import InvalidRequestError, PayloadTooLargeError, PermissionDeniedError
+from cluster.gateway.admission.quotas import TenantQuotas
 from cluster.gateway.guards import Guards
-from cluster.gateway.guards.checks import CheckFailedError, Guard
+from cluster.gateway.guards.checks import CheckFailedError, Guard, run_sized
 from cluster.gateway.guards.session import SEVERITY
 from cluster.gateway.messages import GuardOutcome, Request, Response, json_response
+from cluster.gateway.recording.request_log import CLIENT_DISCONNECTED
 from cluster.guards import Placeholders, Span
 
 GUARDS_PATH = "/v1/guards/test"
 MAX_TEXTS = 256
+MAX_CHARS = 1024 * 1024
+"""Characters of all texts of a request."""
+CHARS_PER_TOKEN = 4
+"""Estimate for English, by which the classifiers' work is charged."""
 
 
 class GuardTestRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -72,8 +79,9 @@ _decode = msgspec.json.Decoder(GuardTestRequest).decode
 class GuardRoutes:
     """Handler of the path."""
 
-    def __init__(self, guards: Guards) -> None:
+    def __init__(self, guards: Guards, quotas: TenantQuotas) -> None:
         self._guards = guards
+        self._quotas = quotas
 
     async def test(self, request: Request) -> Response:
         """Return what each guard finds in each text."""
@@ -83,11 +91,24 @@ class GuardRoutes:
             raise InvalidRequestError(f"Invalid request body: {error}") from None
         guards = self._select(request, body)
         texts = [body.input] if isinstance(body.input, str) else body.input
-        found = await asyncio.gather(*(_find(guard, texts, request) for guard in guards))
-        data = [
-            _result(index, text, guards, [of_guard[index] for of_guard in found])
-            for index, text in enumerate(texts)
-        ]
+        num_chars = sum(map(len, texts))
+        if num_chars > MAX_CHARS:
+            raise PayloadTooLargeError(
+                f"The texts have {num_chars} characters; the limit is {MAX_CHARS}. Send fewer."
+            )
+        tokens = (
+            num_chars
+            / CHARS_PER_TOKEN
+            * sum(guard.config.classifier is not None for guard in guards)
+        )
+        ticket = self._quotas.admit(request.identity, "", (tokens, tokens))
+        status = CLIENT_DISCONNECTED
+        try:
+            found = await asyncio.gather(*(_find(guard, texts, request) for guard in guards))
+            data = await run_sized(num_chars, partial(_results, texts, guards, found))
+            status = 200
+        finally:
+            ticket.end(status, None, True)
         return json_response({"object": "list", "data": data})
 
     def _select(self, request: Request, body: GuardTestRequest) -> list[Guard]:
@@ -96,6 +117,19 @@ class GuardRoutes:
         else:
             names = self._guards.check_names(body.guards, "guards")
             guards = [guard for guard in self._guards if guard.name in names]
+            own = {guard.name for guard in self._guards.guards_of(request.identity)}
+            for guard in guards:
+                model = guard.config.classifier
+                if (
+                    model is not None
+                    and guard.name not in own
+                    and not request.identity.allows(model)
+                ):
+                    raise PermissionDeniedError(
+                        f"The API key does not allow the classifier `{model}` of the guard "
+                        f"`{guard.name}`.",
+                        param="guards",
+                    )
         is_prompt = body.stage == "prompt"
         return [
             guard
@@ -111,6 +145,17 @@ async def _find(
         return await guard.check.find(texts, request)
     except CheckFailedError:
         return [None] * len(texts)
+
+
+def _results(
+    texts: Sequence[str],
+    guards: Sequence[Guard],
+    found: Sequence[Sequence[list[Span] | None]],
+) -> list[GuardedText]:
+    return [
+        _result(index, text, guards, [of_guard[index] for of_guard in found])
+        for index, text in enumerate(texts)
+    ]
 
 
 def _result(

@@ -17,6 +17,7 @@ import msgspec
 from cluster.admission import MAX_PRIORITY
 from cluster.errors import NotFoundError, TandemError
 from cluster.gateway.admission.budgets import SPEND_PATH
+from cluster.gateway.admission.quotas import TenantQuotas
 from cluster.gateway.batches import BatchRoutes
 from cluster.gateway.builtin.drain import DRAIN_PATH, Drains
 from cluster.gateway.builtin.guards import GUARDS_PATH, GuardRoutes
@@ -125,8 +126,8 @@ class BuiltinRoutes:
     def add_drains(self, drains: Drains) -> None:
         self._handlers[DRAIN_PATH] = drains.handle
 
-    def add_guards(self, guards: Guards) -> None:
-        self._handlers[GUARDS_PATH] = GuardRoutes(guards).test
+    def add_guards(self, guards: Guards, quotas: TenantQuotas) -> None:
+        self._handlers[GUARDS_PATH] = GuardRoutes(guards, quotas).test
 
     def add_batches(self, batches: BatchRoutes) -> None:
         self._batches = batches

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Sequence
 
-from cluster.errors import RequestError
+from cluster.errors import GuardUnreadableError, RequestError, UnavailableError
 from cluster.gateway.guards.checks import Guard, PatternCheck, Stage
 from cluster.gateway.messages import GuardOutcome, Request
 from cluster.guards import DocumentTexts, Placeholders, Span
@@ -92,6 +92,9 @@ class AnswerGuards:
         parts = [texts[index] for index in places]
         try:
             results = await guard.find(parts, self._request, self._model, "answer")
+        except GuardUnreadableError as error:
+            self._outcomes[guard.name] = "unreadable"
+            raise UnavailableError(str(error)) from error
         except Exception:
             self._outcomes[guard.name] = "refused" if guard.changes_text else "unchecked"
             raise
@@ -121,7 +124,7 @@ class AnswerGuards:
             found = await self._find(guard, texts)
         except RequestError:  # the text is on its way, so even a closed guard lets it pass
             return
-        if any(found) and self._outcomes.get(guard.name) != "unchecked":
+        if any(found) and self._outcomes.get(guard.name) not in ("unchecked", "unreadable"):
             self._outcomes[guard.name] = "flagged"
 
     def found(self, guard: Guard) -> None:

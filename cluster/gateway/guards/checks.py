@@ -11,7 +11,13 @@ from typing import Any, Literal, Protocol, TypeVar
 import msgspec
 
 from cluster.config import GuardAction, GuardConfig
-from cluster.errors import LinkError, RequestError, TandemError, UnavailableError
+from cluster.errors import (
+    GuardUnreadableError,
+    LinkError,
+    RequestError,
+    TandemError,
+    UnavailableError,
+)
 from cluster.gateway.messages import GuardOutcome, Request, Response
 from cluster.gateway.pools.pool import Pool
 from cluster.gateway.pools.slots import Claim
@@ -29,6 +35,10 @@ MAX_TEXTS = 64
 _STRIDE_CHARS = 400  # longer texts may exceed a classifier's context, so they are read in windows
 _STRIDE_TOKENS = 32
 _THREAD_CHARS = 4096  # a thread searches longer texts; at worst ("4 4 4 …"), these take 20 ms
+_LONG_CHARS = 20_000
+"""A client could make the check of a longer prompt time out, so that no open guard lets it pass."""
+_SENDERS_FAULTS = (400, 413, 422)
+_TRACE_HEADERS = (b"traceparent", b"tracestate")
 _CLASSIFY, _FIND_ENTITIES = "/classify", "/token-classification"
 
 
@@ -49,6 +59,11 @@ async def run_sized(num_chars: int, work: Callable[[], _T]) -> _T:
 
 class CheckFailedError(TandemError):
     """A guard could not check a text."""
+
+    def __init__(self, message: str, *, is_senders: bool = False) -> None:
+        super().__init__(message)
+        self.is_senders = is_senders
+        """True if the text is the cause, so that an open guard must not let it pass."""
 
 
 class Check(Protocol):
@@ -120,17 +135,28 @@ class ClassifierCheck:
                     pairs = zip(part, reply.data, strict=True)
                     found += [self._spans(text, result) for text, result in pairs]
         except TimeoutError:
-            raise CheckFailedError(f"no answer within {self._config.timeout_s:g} s") from None
-        except (LinkError, RequestError, msgspec.DecodeError, ValueError) as error:
+            num_chars = sum(map(len, texts))
+            raise CheckFailedError(
+                f"no answer within {self._config.timeout_s:g} s for {num_chars} characters",
+                is_senders=num_chars > _LONG_CHARS,
+            ) from None
+        except RequestError as error:
+            raise CheckFailedError(
+                str(error), is_senders=error.status in _SENDERS_FAULTS
+            ) from error
+        except (LinkError, msgspec.DecodeError, ValueError) as error:
             raise CheckFailedError(str(error)) from error
         return found
 
     async def _ask(self, texts: Sequence[str], request: Request) -> _Reply:
-        fields: dict[str, Any] = {"model": self._config.classifier, "input": texts}
+        # JSON may have half of a surrogate pair, which UTF-8 cannot encode.
+        valid = [text.encode(errors="replace").decode() for text in texts]
+        fields: dict[str, Any] = {"model": self._config.classifier, "input": valid}
         if max(map(len, texts)) > _STRIDE_CHARS:
             fields |= {"stride": _STRIDE_TOKENS, "aggregate": "max"}
         body = msgspec.json.encode(fields)
         headers = [(b"content-type", b"application/json")]
+        headers += [pair for pair in request.headers if pair[0] in _TRACE_HEADERS]
         check = Request(
             *(request.id, "POST", self._path, b"", headers, body, request.identity), is_copy=True
         )
@@ -147,7 +173,10 @@ class ClassifierCheck:
         async with aclosing(response.body) as chunks:
             content = b"".join([chunk async for chunk in chunks])
         if response.status != 200:
-            raise CheckFailedError(f"{self._pool.name} answered with status {response.status}")
+            raise CheckFailedError(
+                f"{self._pool.name} answered with status {response.status}",
+                is_senders=response.status in _SENDERS_FAULTS,
+            )
         return msgspec.json.decode(content, type=_Reply)
 
     def _spans(self, text: str, result: _Result) -> list[Span]:
@@ -191,6 +220,7 @@ class Guard:
         """Return what each text contains; None if the check failed and the guard is open.
 
         Raises:
+            GuardUnreadableError: The check failed because of the texts.
             UnavailableError: The check failed and the guard is closed.
         """
         start_s = perf_counter()
@@ -200,6 +230,8 @@ class Guard:
             logger.warning(
                 "%s: guard %s could not check the %s: %s", request.id, self.name, stage, error
             )
+            if error.is_senders:
+                raise GuardUnreadableError.by(self.name, f"this {stage}: {error}") from error
             if self.config.on_error == "open":
                 return None
             raise UnavailableError(

@@ -219,6 +219,8 @@ class GuardedRequest:
         outcome: GuardOutcome = "passed"
         if isinstance(result, UnavailableError):
             outcome = "refused"
+        elif isinstance(result, GuardUnreadableError):
+            outcome = "unreadable"
         elif isinstance(result, BaseException):
             return  # the client disconnected
         elif result is None:

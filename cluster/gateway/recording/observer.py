@@ -204,7 +204,8 @@ class RequestObserver:
     """One request from its arrival to its end."""
 
     __slots__ = (
-        *("_arrived", "_first_write", "_meter", "_on_end", "_replica", "_request", "_route"),
+        *("_arrived", "_first_write", "_meter", "_on_end", "_queued", "_replica", "_request"),
+        "_route",
         *("_slot_taken", "_trace", "ends_later", "hedge", "is_cut_off", "is_trial"),
         *("num_handovers", "replay", "status", "write_times"),
     )
@@ -217,7 +218,8 @@ class RequestObserver:
         self._on_end = on_end
         self._route = route
         self._trace = None if meter.tracer is None else _trace(meter.tracer, request, route)
-        self._arrived = perf_counter()
+        self._queued = perf_counter()
+        self._arrived = self._queued if request.arrived_s is None else request.arrived_s
         self._slot_taken = self._first_write = 0.0
         self.write_times: list[float] = []
         """Times at which pieces of the stream arrived. Its link appends to it directly, because a
@@ -282,7 +284,7 @@ class RequestObserver:
         meter.requests(self._route, self.status).add()
         if self.replay is not None:
             meter.replayed(self.replay)
-        queue_s = self._slot_taken - self._arrived if self._slot_taken else None
+        queue_s = self._slot_taken - self._queued if self._slot_taken else None
         ttft_s = self._ttft_s(usage)
         if queue_s is not None:
             meter.queue_s.observe(queue_s)
@@ -305,7 +307,8 @@ class RequestObserver:
         outcome = outcome_of(self.status, cut_off=self.is_cut_off)
         if meter.log.wants(outcome):
             record = self._record(outcome, usage, queue_s, ttft_s, total_s)
-            meter.log.write(record, self._request.body)
+            # A check's body has the text that a guard may have redacted from the request.
+            meter.log.write(record, b"" if self._request.is_copy else self._request.body)
 
     def _count_outcome(self) -> None:
         if self._on_end is None or self.status in (*ABANDONED, OverloadedError.status):
