@@ -346,7 +346,7 @@ BATCH_PATHS: Mapping[str, OwnPath] = {
             _own(
                 "Upload a file.",
                 FileObject,
-                statuses=(408, 413, 501),
+                statuses=(408, 413, 429, 501),
                 method="post",
                 form=_FORM,
             ),
