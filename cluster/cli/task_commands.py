@@ -111,9 +111,14 @@ def answer(
     """Answer a question from documents, with citations."""
     from cluster.cli.tasks import Target, generate, read_text
 
+    # Names are short, but may occur in several directories.
+    has_unique_names = len({file.name for file in files}) == len(files)
+    ids = [file.name if has_unique_names else str(file) for file in files]
     fields = {
         "question": question,
-        "documents": [{"id": file.name, "text": read_text(file)} for file in files],
+        "documents": [
+            {"id": id_, "text": read_text(file)} for id_, file in zip(ids, files, strict=True)
+        ],
         "threshold": threshold,
         "model": model,
     }

@@ -83,6 +83,12 @@ def test_the_command_line_sends_the_fields_of_each_task(router: FakeRouter, tmp_
     file, url = str(tmp_path / "t.txt"), ("--url", router.url)
     translate = ("--to", "de", "--term", "a=b", "--markdown", "--json")
     assert run("tasks", "translate", file, *translate, *url).exit_code == 0
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "t.txt").write_text("Other")
+    files = file, str(tmp_path / "sub" / "t.txt")
+    assert run("tasks", "answer", "Why?", *files, "--json", *url).exit_code == 0
+    documents = router.requests[-1][1]["documents"]
+    assert [each["id"] for each in documents] == list(files)
     assert run("tasks", "answer", "Why?", file, "--json", *url).exit_code == 0
     extracted = run("tasks", "extract", file, "--schema", str(tmp_path / "s.json"), *url)
     assert json.loads(extracted.output) == {"a": 1}

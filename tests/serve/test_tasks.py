@@ -571,6 +571,12 @@ async def test_a_disconnect_ends_the_calls() -> None:
         ("summarize", {"text": "x", "max_tokens": 600}, 400, None),
         ("translate", {"text": "x", "target": "not a tag"}, 400, "target"),
         ("answer", {"question": "x", "documents": []}, 400, "documents"),
+        (
+            "answer",
+            {"question": "x", "documents": [{"text": "x"}, {"text": "y", "id": "0"}]},
+            400,
+            "documents",
+        ),
         ("classify", {"texts": ["x"], "labels": ["a", "a"]}, 400, "labels"),
         (
             "classify",

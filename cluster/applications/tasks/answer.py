@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from cluster.applications.chunks import Part, passages, sentences
 from cluster.applications.evidence import MIN_SCORE, Evidence
 from cluster.applications.tasks.base import Run, turns
+from cluster.errors import InvalidRequestError
 from cluster.tasks import AnswerRequest, AnswerResult
 from cluster.tasks.results import Citation
 
@@ -33,7 +34,10 @@ class _Passage:
 async def answer(request: AnswerRequest, run: Run) -> AsyncGenerator[str | AnswerResult, None]:
     """Answer a question from the most relevant passages that fit the model's context."""
     model = run.generator(request.model)
-    ranked = await asyncio.to_thread(_rank, request)
+    ids = [document.id or str(index) for index, document in enumerate(request.documents)]
+    if len(set(ids)) < len(ids):
+        raise InvalidRequestError("documents: each id may occur once", param="documents")
+    ranked = await asyncio.to_thread(_rank, request, ids)
     relevance = ranked[0].score if ranked else 0.0
     if relevance < request.threshold or not ranked:
         yield _result(request, run, model, relevance, [], None, None)
@@ -63,11 +67,11 @@ async def answer(request: AnswerRequest, run: Run) -> AsyncGenerator[str | Answe
     yield _result(request, run, model, relevance, chosen, found, finish_reason)
 
 
-def _rank(request: AnswerRequest) -> list[_Passage]:
+def _rank(request: AnswerRequest, ids: Sequence[str]) -> list[_Passage]:
     """Return the passages that share words with the question, most relevant first."""
     found = [
-        (document.id or str(index), document.text, part)
-        for index, document in enumerate(request.documents)
+        (id_, document.text, part)
+        for id_, document in zip(ids, request.documents, strict=True)
         for part in passages(document.text, PASSAGE_CHARS)
     ]
     evidence = _index([part.of(text) for _, text, part in found])
