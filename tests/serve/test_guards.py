@@ -501,6 +501,13 @@ async def test_arguments_of_tools_are_restored_as_json() -> None:
         assert json.loads(call["function"]["arguments"]) == {"to": MAIL}
 
 
+async def test_large_prompts_are_redacted_and_restored() -> None:
+    async with guarded({**PII, "action": "redact", "checks": "prompt"}, reply=saying("x")) as site:
+        answer = await site.post(CHAT, f"{MAIL} " + "word " * 80_000)
+        assert answer.headers["x-tandem-guard"] == "pii=redacted"
+        assert prompt_of(site.generator.bodies[0]).startswith("[EMAIL_1] word ")
+
+
 ARGUMENTS = r'{"to": "x\n\tanna\u0040example.com", "card": 4111111111111111, "text": "[EMAIL_9]"}'
 
 

@@ -6,8 +6,9 @@ first byte of the answer waits for them, and a prompt that is blocked is cancell
 
 import asyncio
 import json
-from collections.abc import Coroutine, Sequence
-from typing import Any
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 from cluster.errors import (
     GuardBlockedError,
@@ -20,7 +21,7 @@ from cluster.gateway.body import UNREAD_BODY
 from cluster.gateway.guards.answer_guards import AnswerGuards
 from cluster.gateway.guards.answers import GuardedStream, guard_document
 from cluster.gateway.guards.checks import Guard, PatternCheck, Stage
-from cluster.gateway.guards.prompts import PROMPT_FIELDS, read_prompt
+from cluster.gateway.guards.prompts import PROMPT_FIELDS, Prompt, read_prompt
 from cluster.gateway.messages import (
     GuardNotes,
     GuardOutcome,
@@ -41,7 +42,8 @@ SEVERITY: Sequence[GuardOutcome] = (
     *("passed", "flagged", "redacted", "unreadable", "unchecked", "refused", "blocked"),
 )
 """Outcomes of a guard, the worst last."""
-_THREAD_BYTES = 256 * 1024  # a thread decodes larger bodies; the event loop would stop for 2 ms
+_T = TypeVar("_T")
+_THREAD_BYTES = 256 * 1024  # a thread reads larger bodies; the event loop would stop for 2 ms
 
 
 class GuardedRequest:
@@ -80,7 +82,8 @@ class GuardedRequest:
         if not self._of_prompt or not request.body:
             return request  # the engine answers an empty body with its error
         document = await _decode(request.body)
-        self._read_texts(document)
+        prompt = await _run(len(request.body), partial(read_prompt, request.path, document))
+        self._keep_texts(prompt)
         if not self._texts:
             return request
         self._placeholders = Placeholders(self._texts)
@@ -98,14 +101,15 @@ class GuardedRequest:
             _raise_if_blocked(guard, result)
             if guard.config.action == "redact" and result is not None:
                 redacted.append(result)
-        prepared = self._redact(document, redacted)
+        redact = partial(self._redact, document, redacted)
+        prepared = await _run(len(request.body), redact)
         self._document = DocumentTexts()
         if not self._late:
             self._slots, self._texts = [], []  # the prompt; the answer may be far away
         return prepared
 
-    def _read_texts(self, document: dict[str, Any]) -> None:
-        self._document, unreadable = read_prompt(self._request.path, document)
+    def _keep_texts(self, prompt: Prompt) -> None:
+        self._document, unreadable = prompt
         if self._is_stored and any(each.config.action == "redact" for each in self._of_prompt):
             unreadable.append("`previous_response_id`, whose placeholders are not known")
         self._refuse_unread(unreadable)
@@ -266,11 +270,13 @@ def _unreadable(request: Request, body: RequestBody) -> str | None:
     return "a body that is not JSON" if body is UNREAD_BODY and request.body else None
 
 
+async def _run(num_bytes: int, work: Callable[[], _T]) -> _T:
+    return await asyncio.to_thread(work) if num_bytes > _THREAD_BYTES else work()
+
+
 async def _decode(body: bytes) -> Any:
     try:
-        if len(body) > _THREAD_BYTES:
-            return await asyncio.to_thread(json.loads, body)
-        return json.loads(body)
+        return await _run(len(body), partial(json.loads, body))
     # Invalid UTF-8 in fields that the router does not read, huge integers, or thousands of levels.
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"The request body is not valid JSON: {error}") from None
