@@ -18,7 +18,7 @@ from cluster.models.data_file import DataRow, read_rows
 
 PATH = "/v1/guards/test"
 TEXTS_PER_REQUEST = 64
-OUTCOMES = ("passed", "flagged", "redacted", "blocked", "unchecked", "refused")
+OUTCOMES = ("passed", "flagged", "redacted", "blocked", "unchecked", "refused", "unreadable")
 MAX_SHOWN_CHARS = 80
 
 
