@@ -40,6 +40,8 @@ CONDITIONS = {
     "tandem_guard_": "guards (tests/cluster/test_guards.py)",
     "tandem_task": "typed tasks (tests/serve/test_tasks.py)",
     "tandem_batch": "batches (tests/serve/test_batches.py)",
+    "tandem_auto_": "the section `auto` (tests/serve/test_model_choice.py)",
+    "tandem_model_fallbacks_": "`fallbacks` (tests/serve/test_model_choice.py)",
     "tandem_budget_": "API keys with budgets (tests/serve/test_budgets.py)",
 }
 """What metrics that are absent here require, by their prefix."""
