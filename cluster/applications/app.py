@@ -217,11 +217,33 @@ def openapi() -> dict[str, Any]:
 def _operation(task: Task, keys: Mapping[Any, Any]) -> dict[str, Any]:
     content = {"application/json": {"schema": keys[task.result, "serialization"]}}
     if task.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": _event(keys[task.result, "serialization"])}
     body = {"application/json": {"schema": keys[task.request, "validation"]}}
     return {
         "summary": (task.request.__doc__ or task.name).splitlines()[0],
         "tags": ["Tasks"],
         "requestBody": {"required": True, "content": body},
         "responses": {"200": {"description": "OK", "content": content}},
+    }
+
+
+def _event(result: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of one server-sent event of a task whose result has the schema given."""
+    fields: dict[str, dict[str, Any]] = {
+        "delta": {"type": "string"},
+        "result": result,
+        "error": {"type": "object"},
+    }
+    content = [
+        {"type": "object", "required": [name], "properties": {name: schema}}
+        for name, schema in fields.items()
+    ]
+    data = {"contentMediaType": "application/json", "contentSchema": {"anyOf": content}}
+    return {
+        "type": "object",
+        "required": ["data"],
+        "properties": {
+            "event": {"type": "string"},
+            "data": {"type": "string", "anyOf": [{"const": "[DONE]"}, data]},
+        },
     }

@@ -40,8 +40,17 @@ REFRESH_S = 5.0
 QUERY_TIMEOUT_S = 3.0
 STATES: dict[BudgetState, int] = {"open": 0, "soft": 1, "spent": 2}
 
+
+class _Spend(msgspec.Struct):
+    """Answer to another router."""
+
+    file: str
+    """Id of the usage file; empty without one."""
+    rows: list[SpendRow]
+
+
 _encode = msgspec.json.Encoder().encode
-_decode = msgspec.json.Decoder(tuple[str, list[SpendRow]]).decode
+_decode = msgspec.json.Decoder(_Spend).decode
 
 
 class Budgets:
@@ -203,9 +212,9 @@ class Budgets:
         own = await self._account.file_id()
         for body in await asyncio.gather(*answers):
             if body is not None:
-                file_id, rows = _decode(body)
-                if file_id != own:
-                    self._others[file_id] = rows
+                spend = _decode(body)
+                if spend.file != own:
+                    self._others[spend.file] = spend.rows
 
     async def answer_router(self, request: Request) -> Response:
         """Answer another router with the spend in this node's file.
@@ -219,7 +228,7 @@ class Budgets:
         if self._account is not None:
             first, _ = period_days("month", self._clock())
             rows, file_id = await self._account.find_spend(first), await self._account.file_id()
-        return bytes_response(200, b"application/json", _encode((file_id, rows)))
+        return bytes_response(200, b"application/json", _encode(_Spend(file_id, rows)))
 
     def _export(self) -> None:
         for row in self.report(None):

@@ -11,6 +11,7 @@ from cluster.gateway.admission.budgets import SPEND_PATH
 from cluster.gateway.batches.routes import BatchRequest
 from cluster.gateway.builtin.drain import DRAIN_PATH
 from cluster.gateway.builtin.guards import GUARDS_PATH, GuardTest, GuardTestRequest
+from cluster.gateway.pools.pool import PoolKind
 from cluster.gateway.reporting.dashboard import DATA_PATH, REPORT_PATH
 from cluster.gateway.reporting.usage_report import COPIES_PATH, ROWS_PATH
 
@@ -69,7 +70,7 @@ class AdapterState(TypedDict):
 class PoolState(TypedDict):
     """State of one pool."""
 
-    kind: Literal["generator", "classifier"]
+    kind: PoolKind
     replicas: int
     ready: int
     """Replicas that take requests."""
