@@ -349,6 +349,8 @@ EMPTY_BACKEND_S = 15.0
 Serve sends one for some seconds during each deployment. HAProxy's health checks notice if the
 routers are really gone; it then uses its backup, Serve's own proxy.
 """
+DELETE_SERVERS_S = 5.0
+"""Interval of deleting removed servers, whose streams can last for hours, in seconds."""
 
 
 class ProxySettings(NamedTuple):
@@ -391,7 +393,7 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
 
     certificate, key = settings.certificate, settings.key
     compare_servers, is_emptied = server_comparison()
-    empty_s = EMPTY_BACKEND_S
+    empty_s, delete_s = EMPTY_BACKEND_S, DELETE_SERVERS_S
 
     def set_up(actor: Any) -> str:
         import asyncio
@@ -484,18 +486,21 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
 
         async def delete_removed() -> None:
             """Delete removed servers; this fails while they have connections."""
-            for server in list(actor._haproxy._tandem_removed):
-                with contextlib.suppress(RuntimeError):
-                    await command_haproxy(f"del server {server}", "Server deleted.")
-                    actor._haproxy._tandem_removed.discard(server)
+            async with actor._reload_lock:
+                for server in list(actor._haproxy._tandem_removed):
+                    with contextlib.suppress(RuntimeError):
+                        await command_haproxy(f"del server {server}", "Server deleted.")
+                        actor._haproxy._tandem_removed.discard(server)
 
         async def keep_running() -> None:
-            api = actor._haproxy
+            api, deleted_s = actor._haproxy, 0.0
             while True:
                 await asyncio.sleep(0.2)
                 dead = api._proc
                 if dead is None or dead.returncode is None:
-                    await delete_removed()
+                    if api._tandem_removed and time.monotonic() - deleted_s > delete_s:
+                        await delete_removed()
+                        deleted_s = time.monotonic()
                     continue
                 # SIGTERM ends a whole cluster: `down` kills this process within a second. Serve's
                 # own stop kills HAProxy, then clears `_proc`.

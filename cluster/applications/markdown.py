@@ -45,12 +45,7 @@ class Segment:
 
 def paragraphs(text: str) -> Iterator[Segment]:
     """Yield the paragraphs of a plain text, and what separates them."""
-    start = 0
-    for found in _PARAGRAPH.finditer(text):
-        yield from _padded(text[start : found.start()])
-        yield Segment(found[0], False)
-        start = found.end()
-    yield from _padded(text[start:])
+    return _split(_PARAGRAPH, text)
 
 
 def blocks(text: str) -> Iterator[Segment]:
@@ -216,8 +211,13 @@ def restore(text: str, kept: list[str]) -> str | None:
 
 def around_protected(text: str) -> Iterator[Segment]:
     """Yield the parts between protected ones, which are kept."""
+    return _split(_PROTECTED, text)
+
+
+def _split(kept: re.Pattern[str], text: str) -> Iterator[Segment]:
+    """Yield the parts that match ``kept``, and those between them."""
     start = 0
-    for found in _PROTECTED.finditer(text):
+    for found in kept.finditer(text):
         yield from _padded(text[start : found.start()])
         yield Segment(found[0], False)
         start = found.end()

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from cluster.batches.types import FINAL
 from cluster.cli.defaults import router_url
 from cluster.cli.router_client import RouterClient, connect
 from cluster.errors import ConfigError, TandemError, UnavailableError
@@ -21,7 +22,6 @@ FILES_PATH = "/v1/files"
 POLL_S = 1.0
 LOST_S = 120.0
 """Seconds without an answer after which ``--wait`` gives up; routers may be replaced meanwhile."""
-FINAL = frozenset({"failed", "completed", "expired", "cancelled"})
 
 
 def submit(file: Path, hours: int, url: str | None, key: str | None, *, wait: bool) -> None:

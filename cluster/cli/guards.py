@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import typer
 from rich.console import Console
@@ -13,12 +13,13 @@ from rich.table import Table
 
 from cluster.cli.defaults import router_url
 from cluster.cli.router_client import RouterClient, connect
+from cluster.config.guards import GuardOutcome
 from cluster.errors import DataError
 from cluster.models.data_file import DataRow, read_rows
 
 PATH = "/v1/guards/test"
 TEXTS_PER_REQUEST = 64
-OUTCOMES = ("passed", "flagged", "redacted", "blocked", "unchecked", "refused", "unreadable")
+OUTCOMES = get_args(GuardOutcome)
 MAX_SHOWN_CHARS = 80
 
 

@@ -10,6 +10,11 @@ from cluster.config.section import Section, list_allowed
 
 PatternName = Literal["card", "iban", "email", "phone"]
 GuardAction = Literal["block", "flag", "redact"]
+GuardOutcome = Literal[
+    "passed", "flagged", "redacted", "blocked", "unchecked", "refused", "unreadable"
+]
+"""Result of a guard's check. If it failed: ``unchecked`` by an open guard, ``refused`` by a closed
+one. ``unreadable``: no guard can read this part of a request or answer."""
 GuardName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 """Name of a guard, such as `personal-data`."""
 

@@ -5,11 +5,13 @@ import json
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
+from urllib.parse import parse_qsl
 from uuid import uuid4
 
 from cluster.admission import OPEN, Identity
 from cluster.asgi import Receive
+from cluster.config.guards import GuardOutcome
 from cluster.errors import (
     InvalidRequestError,
     PermissionDeniedError,
@@ -26,13 +28,6 @@ MAX_REQUEST_ID_CHARS = 128
 _EMPTY_OBJECT = re.compile(rb"\s*\{\s*\}\s*")
 KEPT_BODY_BYTES = 8000
 """Part of a body that is kept for the request log: 2,000 characters of at most 4 bytes."""
-
-
-GuardOutcome = Literal[
-    "passed", "flagged", "redacted", "blocked", "unchecked", "refused", "unreadable"
-]
-"""Result of a guard's check. If it failed: ``unchecked`` by an open guard, ``refused`` by a closed
-one. ``unreadable``: no guard can read this part of a request or answer."""
 
 
 @dataclass(slots=True)
@@ -132,6 +127,11 @@ def require_operator(request: Request, what: str) -> None:
     """Raise PermissionDeniedError unless the key is an operator's; ``what`` is what needs it."""
     if not request.identity.sees_all:
         raise PermissionDeniedError(f"{what} needs an operator key.")
+
+
+def query_of(request: Request) -> dict[str, str]:
+    """Return the parameters of the query string, also empty ones; the last of each name."""
+    return dict(parse_qsl(request.query.decode("latin-1"), keep_blank_values=True))
 
 
 def header(headers: Headers, name: bytes) -> str | None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cluster.errors import StartError
+from cluster.launch.private_files import write_private
 
 MODE = "RAY_AUTH_MODE"
 TOKEN = "RAY_AUTH_TOKEN"
@@ -71,9 +72,7 @@ def create_token(home: Path) -> None:
 def _write(path: Path, token: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        path.touch(mode=0o600)
-        path.write_text(f"{token}\n", encoding="utf-8")
+        write_private(path, f"{token}\n")
     except OSError as error:
         raise StartError(f"{path} cannot be written: {error.strerror}") from None
 

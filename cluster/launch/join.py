@@ -15,6 +15,7 @@ from cluster.config.file import ALL_ADDRESSES, IMPORT_PATH
 from cluster.errors import ConfigError, StartError
 from cluster.launch import auth, environment, ports, state
 from cluster.launch.joiner import JoinerInput
+from cluster.launch.private_files import write_private
 from cluster.launch.serve_api import ServeApi
 from cluster.launch.start import (
     Phases,
@@ -27,6 +28,7 @@ from cluster.launch.start import (
 from cluster.launch.starter import HeadInfo
 from cluster.launch.starter_process import node_params, run_starter
 from cluster.launch.stop import stop
+from cluster.link.handshake import uses_tls
 from cluster.models.store import resolve
 
 DEFAULT_RAY_PORT = 6379
@@ -153,7 +155,7 @@ def _start(node: _Node, options: JoinOptions, phases: Phases) -> state.ClusterSt
 
 def _deployed_config(head: HeadInfo, home: Path) -> dict[str, Any]:
     """Return the Serve config that is deployed; while the head starts, the one of its start."""
-    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+    if uses_tls(os.environ):
         return head["serve"]  # the dashboard has no TLS, and the token must not be readable
     try:
         with ServeApi(head["dashboard_url"], auth.stored_token(home)) as api:
@@ -188,9 +190,7 @@ def _state(node: _Node, head: HeadInfo, *, haproxy: bool) -> state.ClusterState:
     serve = _deployed_config(head, node.home)
     _check_models(serve)
     config = state.run_dir(node.home) / "config-of-head.yaml"
-    config.unlink(missing_ok=True)
-    config.touch(mode=0o600)
-    config.write_text(json.dumps(serve), encoding="utf-8")  # JSON is YAML
+    write_private(config, json.dumps(serve))  # JSON is YAML
     return state.ClusterState(
         cluster_id=node.cluster_id,
         application=head["application"],

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from cluster.errors import StartError
+from cluster.launch.private_files import write_private
 from cluster.launch.starter import HOUSEKEEPING_NICE
 from cluster.launch.starter_process import last_line
 from cluster.launch.state import ClusterState
@@ -118,7 +119,5 @@ def write_secret(path: Path, token: str | None) -> str | None:
     """Write a secret to a file that only the user can read; return None without a secret."""
     if not token:
         return None
-    path.unlink(missing_ok=True)
-    path.touch(mode=0o600)
-    path.write_text(token, encoding="utf-8")
+    write_private(path, token)
     return str(path)

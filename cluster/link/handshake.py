@@ -111,13 +111,18 @@ class TlsContexts(NamedTuple):
     client: ssl.SSLContext
 
 
+def uses_tls(env: Mapping[str, str]) -> bool:
+    """Return True if Ray and links use TLS."""
+    return env.get("RAY_USE_TLS", "0").lower() in ("1", "true")
+
+
 def tls_contexts(env: Mapping[str, str]) -> TlsContexts | None:
     """Return the contexts that Ray's TLS variables describe, or None if TLS is off.
 
     Raises:
         ConfigError: a variable is missing or its file cannot be used.
     """
-    if env.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+    if not uses_tls(env):
         return None
     cert, key, authority = (
         _tls_path(env, name)

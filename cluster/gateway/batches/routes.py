@@ -5,7 +5,6 @@ import re
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl
 
 import msgspec
 
@@ -18,7 +17,7 @@ from cluster.errors import (
 )
 from cluster.gateway.batches.service import BatchService
 from cluster.gateway.batches.uploads import Upload, receive_form
-from cluster.gateway.messages import Request, Response, header, json_response
+from cluster.gateway.messages import Request, Response, header, json_response, query_of
 from cluster.gateway.router_links import RouterLinks
 
 FILES_PATH = "/v1/files"
@@ -115,7 +114,7 @@ class BatchRoutes:
                 return await self._upload(request)
             finally:
                 self._uploads[request.tenant] -= 1
-        query = _query(request)
+        query = query_of(request)
         purpose = query.get("purpose")
         part = _listing(query)
         files = await asyncio.to_thread(self._store.list_files, request.tenant, purpose, part)
@@ -176,7 +175,7 @@ class BatchRoutes:
         self._check_nodes()
         if request.method == "POST":
             return await self._create(request)
-        part = _listing(_query(request))
+        part = _listing(query_of(request))
         batches = await asyncio.to_thread(self._store.list_batches, request.tenant, part)
         return _list_response([self._as_json(batch) for batch in batches], part.limit)
 
@@ -265,10 +264,6 @@ async def _read_file(store: BatchStore, file: StoredFile) -> AsyncGenerator[byte
 
 def _item_id(request: Request) -> str:
     return request.path.split("/")[3]
-
-
-def _query(request: Request) -> dict[str, str]:
-    return dict(parse_qsl(request.query.decode("latin-1"), keep_blank_values=True))
 
 
 def _listing(query: dict[str, str]) -> Listing:

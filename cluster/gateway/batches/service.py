@@ -147,7 +147,7 @@ class BatchService:
 
     async def _check(self) -> None:
         """Renew the lease; start new batches, and stop cancelled and expired ones."""
-        batches = await asyncio.to_thread(self.store.open_batches)
+        batches = await asyncio.to_thread(self.store.open_batches) if self.store.exists else []
         now, take = self.clock(), self.store.take_lease
         if batches and not await asyncio.to_thread(take, self._router_id, now, LEASE_S):
             batches = []

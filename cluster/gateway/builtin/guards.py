@@ -9,12 +9,13 @@ import msgspec
 from msgspec import Meta
 
 from cluster.config import GuardAction
+from cluster.config.guards import GuardOutcome
 from cluster.errors import InvalidRequestError, PayloadTooLargeError, PermissionDeniedError
 from cluster.gateway.admission.quotas import TenantQuotas
 from cluster.gateway.guards import Guards
 from cluster.gateway.guards.checks import CheckFailedError, Guard, run_sized
 from cluster.gateway.guards.session import SEVERITY
-from cluster.gateway.messages import GuardOutcome, Request, Response, json_response
+from cluster.gateway.messages import Request, Response, json_response
 from cluster.gateway.recording.request_log import CLIENT_DISCONNECTED
 from cluster.guards import Placeholders, Span
 

@@ -13,6 +13,7 @@ from cluster.gateway.guards.checks import CheckFailedError, ClassifierCheck, Sen
 from cluster.gateway.guards.prompts import PROMPT_FIELDS
 from cluster.gateway.messages import Request, with_json_fields
 from cluster.gateway.pools.pool import Pool
+from cluster.gateway.pools.selection import find_pool
 from cluster.guards import DocumentTexts
 from cluster.metrics import Registry, table
 from cluster.routing import RequestBody
@@ -104,8 +105,10 @@ class AutoChoice:
     def _holder(self, request: Request) -> Choice | None:
         """Return the model that has the answer to an earlier request with this key, if any."""
         key = request.answer_key
-        for pool in self._pools.values() if key is not None else ():
-            if key is not None and pool.replicas.find_answer(key.id) is not None:
+        if key is None:
+            return None
+        for pool in self._pools.values():
+            if pool.replicas.find_answer(key.id) is not None:
                 return Choice(pool.name, DEFAULT, "repeated")
         return None
 
@@ -180,4 +183,6 @@ def _texts(request: Request) -> list[tuple[str, str]]:
 
 
 def _pool_of(pools: Mapping[str, Pool], model: str) -> Pool:
-    return pools.get(model) or next(pool for pool in pools.values() if model in pool.models)
+    pool = find_pool(pools, model)
+    assert pool is not None  # the configuration was checked
+    return pool

@@ -18,6 +18,7 @@ from cluster.errors import (
 from cluster.gateway.body import UNREAD_BODY, read_body
 from cluster.gateway.messages import Request, Response, bytes_response, with_json_fields
 from cluster.gateway.pools.pool import Pool
+from cluster.gateway.pools.selection import find_pool
 from cluster.metrics import Registry, table
 from cluster.routing import RequestBody
 
@@ -93,7 +94,8 @@ class Fallbacks:
     def _candidates(self, pool: Pool, request: Request) -> Iterator[_Candidate]:
         """Yield the fallbacks that the key allows and that have the path."""
         for model in self._lists[pool.name].fallbacks:
-            target = next(each for each in self._pools.values() if model in each.models)
+            target = find_pool(self._pools, model)
+            assert target is not None  # the configuration was checked
             if request.identity.allows(*target.names_of(model)) and (
                 target.serves(request.path) is not False
             ):

@@ -3,9 +3,10 @@
 import asyncio
 from collections.abc import Callable, Sequence
 
+from cluster.config.guards import GuardOutcome
 from cluster.errors import GuardUnreadableError, RequestError, UnavailableError
 from cluster.gateway.guards.checks import Guard, PatternCheck, Stage
-from cluster.gateway.messages import GuardOutcome, Request
+from cluster.gateway.messages import Request
 from cluster.guards import DocumentTexts, Placeholders, Span
 
 NoteOutcome = Callable[[Guard, Stage, GuardOutcome], None]

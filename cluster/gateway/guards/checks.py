@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import msgspec
 
 from cluster.config import GuardAction, GuardConfig
+from cluster.config.guards import GuardOutcome
 from cluster.errors import (
     GuardUnreadableError,
     LinkError,
@@ -18,7 +19,7 @@ from cluster.errors import (
     TandemError,
     UnavailableError,
 )
-from cluster.gateway.messages import GuardOutcome, Request, Response
+from cluster.gateway.messages import Request, Response
 from cluster.gateway.pools.pool import Pool
 from cluster.gateway.pools.slots import Claim
 from cluster.guards import Span, find_patterns
@@ -52,9 +53,15 @@ _OUTCOMES: Mapping[GuardAction, GuardOutcome] = {
 _T = TypeVar("_T")
 
 
-async def run_sized(num_chars: int, work: Callable[[], _T]) -> _T:
-    """Return the result of work on a text, in a thread if it would stop the event loop."""
-    return await asyncio.to_thread(work) if num_chars > _THREAD_CHARS else work()
+async def run_sized(size: int, work: Callable[[], _T], limit: int = _THREAD_CHARS) -> _T:
+    """Return the result of work, in a thread if that would stop the event loop.
+
+    Args:
+        size: Characters that are searched, or bytes that are decoded.
+        work: The work.
+        limit: Largest size for the event loop; the default is that of searches.
+    """
+    return await asyncio.to_thread(work) if size > limit else work()
 
 
 class CheckFailedError(TandemError):

@@ -15,6 +15,7 @@ from cluster.gateway.guards.checks import (
 from cluster.gateway.guards.session import GuardedRequest
 from cluster.gateway.messages import Request, header
 from cluster.gateway.pools.pool import Pool
+from cluster.gateway.pools.selection import find_pool
 from cluster.metrics import Registry
 from cluster.routing import RequestBody
 
@@ -75,7 +76,8 @@ class Guards:
         name = guard.classifier
         if name is None:
             return PatternCheck(guard)
-        pool = next(pool for pool in self._pools.values() if name in pool.models)
+        pool = find_pool(self._pools, name)
+        assert pool is not None  # the configuration was checked
         entities = "token-classification" in tasks[name]
         return ClassifierCheck(guard, pool, self._send, entities=entities)
 

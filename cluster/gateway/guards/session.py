@@ -6,10 +6,11 @@ first byte of the answer waits for them, and a prompt that is blocked is cancell
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
+from cluster.config.guards import GuardOutcome
 from cluster.errors import (
     GuardBlockedError,
     GuardUnreadableError,
@@ -20,11 +21,10 @@ from cluster.errors import (
 from cluster.gateway.body import UNREAD_BODY
 from cluster.gateway.guards.answer_guards import AnswerGuards
 from cluster.gateway.guards.answers import GuardedStream, guard_document
-from cluster.gateway.guards.checks import Guard, PatternCheck, Stage
+from cluster.gateway.guards.checks import Guard, PatternCheck, Stage, run_sized
 from cluster.gateway.guards.prompts import PROMPT_FIELDS, Prompt, read_prompt
 from cluster.gateway.messages import (
     GuardNotes,
-    GuardOutcome,
     Request,
     Response,
     header,
@@ -42,7 +42,6 @@ SEVERITY: Sequence[GuardOutcome] = (
     *("passed", "flagged", "redacted", "unreadable", "unchecked", "refused", "blocked"),
 )
 """Outcomes of a guard, the worst last."""
-_T = TypeVar("_T")
 _THREAD_BYTES = 256 * 1024  # a thread reads larger bodies; the event loop would stop for 2 ms
 
 
@@ -82,7 +81,9 @@ class GuardedRequest:
         if not self._of_prompt or not request.body:
             return request  # the engine answers an empty body with its error
         document = await _decode(request.body)
-        prompt = await _run(len(request.body), partial(read_prompt, request.path, document))
+        prompt = await run_sized(
+            len(request.body), partial(read_prompt, request.path, document), _THREAD_BYTES
+        )
         self._keep_texts(prompt)
         if not self._texts:
             return request
@@ -102,7 +103,7 @@ class GuardedRequest:
             if guard.config.action == "redact" and result is not None:
                 redacted.append(result)
         redact = partial(self._redact, document, redacted)
-        prepared = await _run(len(request.body), redact)
+        prepared = await run_sized(len(request.body), redact, _THREAD_BYTES)
         self._document = DocumentTexts()
         if not self._late:
             self._slots, self._texts = [], []  # the prompt; the answer may be far away
@@ -270,13 +271,9 @@ def _unreadable(request: Request, body: RequestBody) -> str | None:
     return "a body that is not JSON" if body is UNREAD_BODY and request.body else None
 
 
-async def _run(num_bytes: int, work: Callable[[], _T]) -> _T:
-    return await asyncio.to_thread(work) if num_bytes > _THREAD_BYTES else work()
-
-
 async def _decode(body: bytes) -> Any:
     try:
-        return await _run(len(body), partial(json.loads, body))
+        return await run_sized(len(body), partial(json.loads, body), _THREAD_BYTES)
     # Invalid UTF-8 in fields that the router does not read, huge integers, or thousands of levels.
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"The request body is not valid JSON: {error}") from None

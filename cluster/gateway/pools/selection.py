@@ -73,10 +73,16 @@ def _kind_meant(path: str, body: RequestBody) -> PoolKind:
     return "generator" if is_vllms else "classifier"
 
 
-def _select_by_model(pools: Mapping[str, Pool], path: str, model: str) -> Pool:
+def find_pool(pools: Mapping[str, Pool], model: str) -> Pool | None:
+    """Return the pool that has a model by this name; None without one."""
     pool = pools.get(model)
     if pool is None or model not in pool.models:
         pool = next((p for p in pools.values() if model in p.models), None)
+    return pool
+
+
+def _select_by_model(pools: Mapping[str, Pool], path: str, model: str) -> Pool:
+    pool = find_pool(pools, model)
     if pool is None:
         raise NotFoundError(
             f"The model `{model}` does not exist. Known models: {_model_names(pools.values())}",

@@ -6,7 +6,7 @@ Nodes without a router, such as lost ones, count with the copies that others hav
 import asyncio
 from collections.abc import Iterable
 from typing import Any, Protocol
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import urlencode
 
 import msgspec
 
@@ -26,6 +26,7 @@ from cluster.gateway.messages import (
     Response,
     bytes_response,
     json_response,
+    query_of,
     require_operator,
 )
 from cluster.gateway.recording.usage import UsageAccount
@@ -99,10 +100,7 @@ class UsageReport:
         Raises:
             PermissionDeniedError: The key may not see the usage of every tenant.
         """
-        require_operator(request, ROWS_PATH)
-        query = _query(request)
-        start_s, end_s = (parse_time(query.get(name, ""), name) for name in ("start", "end"))
-        rows = await self._account.find(start_s, end_s, query.get("tenant"))
+        rows = await self._account.find(*_router_query(request, ROWS_PATH))
         body = _encode((await self._account.file_id(), rows))
         return bytes_response(200, b"application/json", body)
 
@@ -112,10 +110,7 @@ class UsageReport:
         Raises:
             PermissionDeniedError: The key may not see the usage of every tenant.
         """
-        require_operator(request, COPIES_PATH)
-        query = _query(request)
-        start_s, end_s = (parse_time(query.get(name, ""), name) for name in ("start", "end"))
-        copies = await self._account.find_copies(start_s, end_s, query.get("tenant"))
+        copies = await self._account.find_copies(*_router_query(request, COPIES_PATH))
         return bytes_response(200, b"application/json", _encode(copies))
 
     async def _find_everywhere(
@@ -150,6 +145,14 @@ def latest_copies(copies: Iterable[tuple[str, UsageRow]]) -> list[UsageRow]:
     return [(key, sums) for (_, key), sums in latest.items()]
 
 
+def _router_query(request: Request, path: str) -> tuple[float, float, str | None]:
+    """Return start, end and tenant that another router asks for; see ``rows_query``."""
+    require_operator(request, path)
+    query = _query(request)
+    start_s, end_s = (parse_time(query.get(name, ""), name) for name in ("start", "end"))
+    return start_s, end_s, query.get("tenant")
+
+
 def rows_query(start_s: float, end_s: float, tenant: str | None = None) -> str:
     """Return the query string for ``ROWS_PATH`` and ``COPIES_PATH``."""
     return urlencode(
@@ -169,7 +172,7 @@ def _visible_tenant(caller: Identity, requested: str | None) -> str | None:
 
 
 def _query(request: Request) -> dict[str, str]:
-    query = dict(parse_qsl(request.query.decode("latin-1"), keep_blank_values=True))
+    query = query_of(request)
     for name in query:
         if name not in _PARAMETERS:
             raise InvalidRequestError(
