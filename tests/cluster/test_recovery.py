@@ -27,49 +27,43 @@ def wait_until(condition: Callable[[], bool], timeout_s: float, event: str) -> N
         time.sleep(0.2)
 
 
-def open_chat(url: str) -> Iterator[Any]:
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-    return iter(
-        client.chat.completions.create(
+def read_chat(url: str) -> Iterator[Any]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield from client.chat.completions.create(
             model=MODEL,
             messages=[{"role": "user", "content": "Count."}],
             max_tokens=MAX_TOKENS,
             stream=True,
             extra_body={"ignore_eos": True},
         )
-    )
 
 
-def open_responses(url: str) -> Iterator[Any]:
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-    return iter(
-        client.responses.create(
+def read_responses(url: str) -> Iterator[Any]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield from client.responses.create(
             model=MODEL,
             input="Count.",
             max_output_tokens=MAX_TOKENS,
             stream=True,
             extra_body={"ignore_eos": True},
         )
-    )
 
 
-def open_messages(url: str) -> Iterator[Any]:
-    client = anthropic.Anthropic(base_url=url, api_key="none", max_retries=0)
-    return iter(
-        client.messages.create(
+def read_messages(url: str) -> Iterator[Any]:
+    with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as client:
+        yield from client.messages.create(
             model=MODEL,
             messages=[{"role": "user", "content": "Count."}],
             max_tokens=MAX_TOKENS,
             stream=True,
             extra_body={"ignore_eos": True},
         )
-    )
 
 
 STREAMS: dict[str, Callable[[str], Iterator[Any]]] = {
-    "openai chat": open_chat,
-    "openai responses": open_responses,
-    "anthropic": open_messages,
+    "openai chat": read_chat,
+    "openai responses": read_responses,
+    "anthropic": read_messages,
 }
 
 
