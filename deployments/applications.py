@@ -1,4 +1,4 @@
-"""The applications' deployment: typed tasks, which call the models through the routers."""
+"""The applications' deployment: typed tasks and knowledge bases, which call the models."""
 
 from ray import serve
 
@@ -6,6 +6,7 @@ from cluster.applications.engine import TaskEngine
 from cluster.client.session import Session
 from cluster.config import ApplicationsConfig
 from cluster.config.operations import OperationsConfig
+from cluster.models.store import home
 from deployments.replica import EngineReplica
 
 
@@ -20,4 +21,5 @@ class Applications(EngineReplica):
         app = serve.get_replica_context().replica_id.deployment_id.app_name
         # The client's own limit is none: the request's deadline cancels its calls.
         session = Session(app, "auto")
-        await self._start(lambda: TaskEngine(config, session), config, operations)
+        directory = home() / f"knowledge-{app}"
+        await self._start(lambda: TaskEngine(config, session, directory), config, operations)

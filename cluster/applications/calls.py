@@ -130,10 +130,14 @@ class Calls:
             self.usage.add(wire.usage_of(usage))
         return answer
 
+    async def ask(self, request: ApiRequest) -> list[Any]:
+        """Return the results of a request that is not charged, such as one for tokens."""
+        return await self._run(request)
+
     async def count_tokens(self, model: str, **prompt: Any) -> TokenCount:
         """Return the length of a ``prompt``, or of ``messages``, for a generator."""
         request = ApiRequest("/tokenize", {"model": model, **prompt}, lambda answer: [answer])
-        answer = (await self._run(request))[0]
+        answer = (await self.ask(request))[0]
         return TokenCount(answer["count"], answer["max_model_len"])
 
     async def map(self, work: Callable[[T], Awaitable[R]], items: Sequence[T]) -> list[R]:

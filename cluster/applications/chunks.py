@@ -48,12 +48,12 @@ async def divide(text: str, budget_tokens: int, count: CountTokens) -> list[Part
             f"The model's context leaves {budget_tokens} tokens for the text; at least "
             f"{MIN_BUDGET_TOKENS} are needed. Use fewer examples or tokens, or another model."
         )
-    pieces = _counted(_cut(text, Part(0, len(text)), COUNTED_CHARS), text)
+    pieces = _counted(cut(text, Part(0, len(text)), COUNTED_CHARS), text)
     tokens = sum(await count([piece.of(text) for piece in pieces]))
     if tokens <= budget_tokens:
         return [_stripped(text, Part(0, len(text), tokens))]
     max_chars = max(1, int(len(text) * budget_tokens / tokens * _MARGIN))
-    return await _fit(text, _cut(text, Part(0, len(text)), max_chars), budget_tokens, count)
+    return await _fit(text, cut(text, Part(0, len(text)), max_chars), budget_tokens, count)
 
 
 async def _fit(
@@ -68,7 +68,7 @@ async def _fit(
         if tokens <= budget_tokens or size == 1:
             parts.append(Part(piece.start, piece.end, tokens))
         else:
-            halves = _cut(text, piece, (size + 1) // 2)
+            halves = cut(text, piece, (size + 1) // 2)
             parts += await _fit(text, halves, budget_tokens, count)
     return parts
 
@@ -83,18 +83,19 @@ def _stripped(text: str, part: Part) -> Part:
     return Part(start, max(start, part.start + len(content.rstrip())), part.tokens)
 
 
-def _cut(text: str, part: Part, max_chars: int) -> list[Part]:
+def cut(text: str, part: Part, max_chars: int) -> list[Part]:
     """Return pieces of at most ``max_chars`` characters, divided at the best places."""
     pieces = []
     start = part.start
     while part.end - start > max_chars:
-        end = _best_end(text, start, start + max_chars)
+        end = best_end(text, start, start + max_chars)
         pieces.append(Part(start, end))
         start = end
     return [*pieces, Part(start, part.end)]
 
 
-def _best_end(text: str, start: int, limit: int) -> int:
+def best_end(text: str, start: int, limit: int) -> int:
+    """Return the best place to divide a text, in the second half before ``limit``."""
     middle = (start + limit) // 2  # earlier breaks would make the parts too short
     for pattern in _BREAKS:
         ends = [found.end() for found in pattern.finditer(text, middle, limit)]
@@ -118,4 +119,4 @@ def sentences(text: str) -> Iterator[Part]:
 
 def passages(text: str, max_chars: int) -> list[Part]:
     """Return parts of at most ``max_chars`` characters, divided at the best places."""
-    return _counted(_cut(text, Part(0, len(text)), max_chars), text)
+    return _counted(cut(text, Part(0, len(text)), max_chars), text)

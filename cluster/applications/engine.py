@@ -1,15 +1,18 @@
-"""The tasks as an engine, so that a replica serves them as it serves a model."""
+"""Tasks and knowledge bases as an engine, so that a replica serves them as it serves a model."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from cluster.applications.app import TaskApp
+from cluster.applications.app import ApplicationsApp
 from cluster.applications.calls import Calls, ModelClient
+from cluster.applications.knowledge.app import KnowledgeApp
+from cluster.applications.knowledge.ingest import Ingest
+from cluster.applications.knowledge.store import Store
 from cluster.applications.prompts import Prompt, load_prompts
 from cluster.applications.tasks import Run
-from cluster.applications.tasks.table import TASKS_BY_PATH
 from cluster.asgi import ASGIApp, Scope
 from cluster.config import ApplicationsConfig
-from cluster.config.applications import APPLICATIONS
+from cluster.config.applications import APPLICATION_PATHS, APPLICATIONS
 from cluster.engines.base import EngineWorker
 from cluster.link import Adapters
 from cluster.load import Load
@@ -21,7 +24,8 @@ class TaskEngine:
 
     Args:
         config: Section of the configuration, with the default models filled in.
-        client: Sends the tasks' calls to the routers.
+        client: Sends the calls to the routers.
+        directory: Default directory of the knowledge bases.
     """
 
     workers: Sequence[EngineWorker] = ()
@@ -29,13 +33,16 @@ class TaskEngine:
     context_tokens = None
     resume_key = ""
 
-    def __init__(self, config: ApplicationsConfig, client: ModelClient) -> None:
+    def __init__(self, config: ApplicationsConfig, client: ModelClient, directory: Path) -> None:
         self._config = config
         self._client = client
         self._prompts: dict[str, Prompt] = {}
         self._registry: Registry | None = None
-        self._num_running = 0
-        self.app: ASGIApp = TaskApp(self._make_run, self._count)
+        location = config.knowledge.directory or str(directory)
+        self._store = Store(location, config.knowledge)
+        self._ingest = Ingest()
+        knowledge = KnowledgeApp(self._store, self._ingest)
+        self.app: ASGIApp = ApplicationsApp(self._make_run, self._count, knowledge)
         self.start_phases_s: dict[str, float] = {}
         self.adapters = Adapters()
         self._counts: dict[tuple[str, bool], int] = {}
@@ -51,6 +58,7 @@ class TaskEngine:
 
     async def reconfigure(self, pool: ApplicationsConfig) -> None:
         self._config = pool
+        self._store.config = pool.knowledge
 
     async def check_health(self) -> None:
         """Return: a task fails alone."""
@@ -59,7 +67,7 @@ class TaskEngine:
         return Load()
 
     def routes(self) -> tuple[str, ...]:
-        return tuple(TASKS_BY_PATH)
+        return APPLICATION_PATHS
 
     def observe(self, registry: Registry) -> None:
         for (task, succeeded), count in self._counts.items():
@@ -67,9 +75,12 @@ class TaskEngine:
             registry.counter(table.TASKS, APPLICATIONS, task, outcome).value = count
         for task, count in self._calls.items():
             registry.counter(table.TASK_CALLS, APPLICATIONS, task).value = count
+        for change, count in self._ingest.counts.items():
+            registry.counter(table.KNOWLEDGE_PASSAGES, APPLICATIONS, change).value = count
 
     async def stop(self) -> None:
-        """Close the links to the routers."""
+        """Close the knowledge bases and the links to the routers."""
+        await self._store.close()
         await self._client.aclose()
 
     def _make_run(self, scope: Scope) -> Run:

@@ -15,6 +15,7 @@ from cluster.cli.groups import (
     models_app,
     rollout_app,
 )
+from cluster.cli.knowledge_commands import knowledge_app
 from cluster.cli.options import ConfigOption, JsonOption, KeyOption, SetOption, UrlOption
 from cluster.cli.task_commands import tasks_app
 
@@ -33,6 +34,7 @@ app.add_typer(guard_app, name="guard")
 app.add_typer(rollout_app, name="rollout")
 app.add_typer(tasks_app, name="tasks")
 app.add_typer(batch_app, name="batch")
+app.add_typer(knowledge_app, name="kb")
 
 
 def _print_version(wanted: bool) -> None:

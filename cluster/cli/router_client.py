@@ -47,6 +47,10 @@ class RouterClient:
         with self._errors():
             return self._client.post(path, json=body).json()
 
+    def delete(self, path: str) -> Any:
+        with self._errors():
+            return self._client.delete(path).json()
+
     def upload(self, path: str, name: str, content: IO[bytes], fields: Mapping[str, str]) -> Any:
         """Send a form with a file, which is read piece by piece."""
         with self._errors():

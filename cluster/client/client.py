@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, TypeVar, overload
 
 from cluster.client import wire
+from cluster.client.knowledge import KnowledgeBase, list_bases
 from cluster.client.results import (
     BatchState,
     Candidate,
@@ -19,6 +20,7 @@ from cluster.client.results import (
 from cluster.client.session import Session
 from cluster.client.tasks import TaskMethods
 from cluster.errors import InvalidRequestError
+from cluster.tasks.knowledge import Knowledge
 
 T = TypeVar("T")
 
@@ -256,6 +258,19 @@ class Tandem(TaskMethods):
         state = await self.abatch(batch_id)
         files = (state.output_file_id, state.error_file_id)
         return await self._session.run([wire.file_request(file) for file in files if file])
+
+    # -- knowledge bases ----------------------------------------------------------------------
+
+    def knowledge(self, name: str) -> KnowledgeBase:
+        """Return a knowledge base by name, to create or to use it."""
+        return KnowledgeBase(self._session, name)
+
+    def knowledge_bases(self) -> list[Knowledge]:
+        """List the knowledge bases."""
+        return self._session.wait_for(self.aknowledge_bases())
+
+    async def aknowledge_bases(self) -> list[Knowledge]:
+        return await list_bases(self._session)
 
     # -- models -------------------------------------------------------------------------------
 

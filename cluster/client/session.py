@@ -70,7 +70,7 @@ class Session:
                 content_type, body = wire.form(request.form)
                 form_headers = [(b"content-type", content_type)]
             async with limit:
-                method = "POST" if body else "GET"
+                method = request.method or ("POST" if body else "GET")
                 asked = transport.ask(method, request.path, body, (*form_headers, *headers))
                 head, answer = await self._within(asked)
             if request.is_file and head.status == 200:

@@ -18,6 +18,7 @@ from cluster.tasks import (
 )
 
 R = TypeVar("R", bound=TaskResult)
+ItemT = TypeVar("ItemT")
 
 RESULTS: Mapping[str, type[TaskResult]] = {
     "answer": AnswerResult,
@@ -91,7 +92,7 @@ class TaskMethods:
         batches = self._task_batches(task, fields)
         wait_for = self._session.wait_for
         try:
-            while (items := wait_for(_next(batches))) is not None:
+            while (items := wait_for(next_items(batches))) is not None:
                 yield from items
         finally:
             wait_for(batches.aclose())
@@ -113,20 +114,11 @@ class TaskMethods:
     def _task_batches(
         self, task: str, fields: Mapping[str, Any]
     ) -> AsyncGenerator[list[str | TaskResult], None]:
-        result = RESULTS[task]
-
-        def parse(event: Mapping[str, Any]) -> Iterator[str | TaskResult]:
-            if "delta" in event:
-                yield event["delta"]
-            elif "result" in event:
-                yield result.model_validate(event["result"])
-
         body = wire.encode({**fields, "stream": True})
-        reader = wire.EventReader(parse)
+        reader: wire.EventReader[str | TaskResult] = wire.result_reader(RESULTS[task])
         return self._session.batches(TASK_PREFIX + task, body, reader)
 
 
-async def _next(
-    batches: AsyncGenerator[list[str | TaskResult], None],
-) -> list[str | TaskResult] | None:
+async def next_items(batches: AsyncGenerator[list[ItemT], None]) -> list[ItemT] | None:
+    """Return the next items of a stream; None at its end."""
     return await anext(batches, None)

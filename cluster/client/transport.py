@@ -10,7 +10,7 @@ from uuid import uuid4
 
 from cluster.client.repeating import Answer, RepeatedAnswer
 from cluster.client.wire import GENERATING_PATHS, JSON
-from cluster.config.applications import TASK_PREFIX
+from cluster.config.applications import is_application_path
 from cluster.errors import LinkClosedError, RequestError
 from cluster.link import ClientStream, LinkClient, RequestHead, ResponseHead, tls_contexts
 from cluster.usage import Usage
@@ -208,7 +208,7 @@ class Transport:
         path, _, query = path.partition("?")
         has_type = any(name == b"content-type" for name, _ in more)
         headers = [*(() if has_type else _HEADERS), *more]
-        if path in GENERATING_PATHS or path.startswith(TASK_PREFIX):
+        if path in GENERATING_PATHS or is_application_path(path):
             headers = [*headers, (b"idempotency-key", uuid4().hex.encode())]
         head = RequestHead(method=method, path=path, query_string=query.encode(), headers=headers)
         return RepeatedAnswer(partial(self._send, head, body))

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 from uuid import uuid4
 
+from pydantic import BaseModel
+
 from cluster.client.results import (
     BatchState,
     Candidate,
@@ -33,11 +35,21 @@ JSON = b"application/json"
 """Content type of requests."""
 
 T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
 Message = Mapping[str, Any]
 Conversation = str | Sequence[Message]
 
 
 # -- requests ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """File to send as a form, with other fields."""
+
+    content: bytes
+    filename: str
+    fields: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +60,12 @@ class ApiRequest:
     body: Mapping[str, Any] | None
     """JSON body of a POST; None: a GET."""
     parse: Callable[[Any], list[Any]]
-    form: bytes | None = None
-    """File to send as a form, instead of ``body``."""
+    form: Upload | None = None
+    """Form to send instead of ``body``."""
     is_file: bool = False
     """True if the answer is a file, whose bytes ``parse`` gets."""
+    method: str | None = None
+    """Method; None: POST with a body or a form, else GET."""
 
 
 MODELS = ApiRequest("/v1/models", None, lambda answer: [card["id"] for card in answer["data"]])
@@ -99,7 +113,8 @@ def text_requests(
 def upload_request(lines: Iterable[Mapping[str, Any]]) -> ApiRequest:
     """Return the upload of a batch's requests."""
     content = b"\n".join(json.dumps(line).encode() for line in lines)
-    return ApiRequest("/v1/files", None, lambda answer: [answer["id"]], form=content)
+    form = Upload(content, "batch.jsonl", {"purpose": "batch"})
+    return ApiRequest("/v1/files", None, lambda answer: [answer["id"]], form=form)
 
 
 def batch_request(file_id: str, endpoint: str, hours: int) -> ApiRequest:
@@ -117,15 +132,17 @@ def file_request(file_id: str) -> ApiRequest:
     )
 
 
-def form(content: bytes) -> tuple[bytes, bytes]:
-    """Return the content type and the body of a form with a file for batches."""
+def form(upload: Upload) -> tuple[bytes, bytes]:
+    """Return the content type and the body of a form with a file."""
     boundary = uuid4().hex
-    disposition = "Content-Disposition: form-data; name="
-    before = (
-        f'--{boundary}\r\n{disposition}"purpose"\r\n\r\nbatch\r\n'
-        f'--{boundary}\r\n{disposition}"file"; filename="batch.jsonl"\r\n\r\n'
+    disposition = f"--{boundary}\r\nContent-Disposition: form-data; name="
+    fields = "".join(
+        f'{disposition}"{name}"\r\n\r\n{value}\r\n' for name, value in upload.fields.items()
     )
-    body = b"".join((before.encode(), content, f"\r\n--{boundary}--\r\n".encode()))
+    # Browsers write names thus (HTML, "multipart form data").
+    name = upload.filename.replace('"', "%22").replace("\r", "%0D").replace("\n", "%0A")
+    before = f'{fields}{disposition}"file"; filename="{name}"\r\n\r\n'
+    body = b"".join((before.encode(), upload.content, f"\r\n--{boundary}--\r\n".encode()))
     return f"multipart/form-data; boundary={boundary}".encode(), body
 
 
@@ -284,6 +301,18 @@ class DeltaReader(EventReader[Delta]):
 
     def __init__(self) -> None:
         super().__init__(_deltas)
+
+
+def result_reader(result: type[M]) -> EventReader[str | M]:
+    """Return the parser of a stream of pieces of text and, at its end, a result."""
+
+    def parse(event: Mapping[str, Any]) -> Iterator[str | M]:
+        if "delta" in event:
+            yield event["delta"]
+        elif "result" in event:
+            yield result.model_validate(event["result"])
+
+    return EventReader(parse)
 
 
 def event(data: str | bytes) -> Any:

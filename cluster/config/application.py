@@ -69,7 +69,7 @@ class TandemConfig(Section):
     router: RouterConfig = RouterConfig()
     """Routers, which receive all HTTP requests."""
     applications: ApplicationsConfig | None = None
-    """Typed tasks, `/v1/tasks/…`. Default: none; `{}` switches them on."""
+    """Typed tasks and knowledge bases. Default: none; `{}` switches them on."""
     budget: BudgetConfig = BudgetConfig()
     """Limit on the resources of all pools and routers together."""
     cluster: ClusterConfig = ClusterConfig()
@@ -178,13 +178,17 @@ class TandemConfig(Section):
     def _check_default_models(self) -> Self:
         if (tasks := self.applications) is None:
             return self
-        known = {
-            "generator": [name for pool in self.generators for name in pool.model_names],
-            "classifier": [name for pool in self.classifiers for name in pool.model_names],
-            "encoder": [name for pool in self.classifiers for name in pool.model_names],
+        generators = [name for pool in self.generators for name in pool.model_names]
+        classifiers = [name for pool in self.classifiers for name in pool.model_names]
+        named = {
+            "generator": (tasks.generator, generators),
+            "classifier": (tasks.classifier, classifiers),
+            "encoder": (tasks.encoder, classifiers),
+            "knowledge.encoder": (tasks.knowledge.encoder, classifiers),
+            "knowledge.reranker": (tasks.knowledge.reranker, classifiers),
         }
-        for field, names in known.items():
-            if (name := getattr(tasks, field)) is not None and name not in names:
+        for field, (name, names) in named.items():
+            if name is not None and name not in names:
                 raise ValueError(
                     f"applications.{field} is {name!r}; {list_allowed(name, names) or 'none exist'}"
                 )

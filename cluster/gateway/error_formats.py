@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from http.client import responses
 from typing import Any
 
-from cluster.config.applications import TASK_PREFIX
+from cluster.config.applications import KNOWLEDGE_PATH, TASK_PREFIX
 from cluster.engines.dead import ERROR_EVENTS
 from cluster.errors import ContextLengthError, RequestError, request_error_for
 
@@ -18,6 +18,7 @@ _RESPONSES = "/v1/responses"
 # Streams of events `data: <chunk>`, whose clients recognize a chunk with the field `error`.
 _CHUNK_STREAMS = (
     TASK_PREFIX,
+    KNOWLEDGE_PATH,
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/audio/",

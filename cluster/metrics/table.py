@@ -410,12 +410,17 @@ STARTUP_SECONDS = _gauge(
     "phase",
 )
 
-# -- typed tasks, measured in the applications' replicas -------------------------------------------
+# -- typed tasks and knowledge bases, measured in the applications' replicas ----------------------
 
 TASKS = _counter(
     "tandem_tasks_total", "Finished typed tasks; outcome is ok or failed.", "task", "outcome"
 )
 TASK_CALLS = _counter("tandem_task_calls_total", "Calls to models by typed tasks.", "task")
+KNOWLEDGE_PASSAGES = _counter(
+    "tandem_knowledge_passages_total",
+    "Passages of documents that were added; change is embedded, kept or removed.",
+    "change",
+)
 
 # -- energy and cost, measured in replicas ---------------------------------------------------------
 

@@ -5,11 +5,13 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 
-class _Reply(BaseModel):
+class Reply(BaseModel):
+    """Base of results."""
+
     model_config = ConfigDict(frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
 
 
-class TaskUsage(_Reply):
+class TaskUsage(Reply):
     """Tokens of all calls to models that a task made."""
 
     prompt_tokens: int = 0
@@ -21,7 +23,7 @@ class TaskUsage(_Reply):
     """Calls to models, without those that count tokens."""
 
 
-class TaskResult(_Reply):
+class TaskResult(Reply):
     """Fields of every result."""
 
     id: str
@@ -32,7 +34,7 @@ class TaskResult(_Reply):
     usage: TaskUsage
 
 
-class Reference(_Reply):
+class Reference(Reply):
     """A part of the source text, from character ``start`` up to but not including ``end``."""
 
     start: int
@@ -41,7 +43,7 @@ class Reference(_Reply):
     """Share of the sentence's words that the part has, weighted by their rarity (0 to 1)."""
 
 
-class Chunk(_Reply):
+class Chunk(Reply):
     """Part of the source text that was summarized in one call."""
 
     start: int
@@ -49,7 +51,7 @@ class Chunk(_Reply):
     tokens: int
 
 
-class SummarySentence(_Reply):
+class SummarySentence(Reply):
     """Sentence of a summary and its sources."""
 
     text: str
@@ -85,7 +87,7 @@ class TranslateResult(TaskResult):
     """True if `max_tokens` ended a paragraph."""
 
 
-class Citation(_Reply):
+class Citation(Reply):
     """Passage of a document that the answer refers to."""
 
     number: int
@@ -112,14 +114,14 @@ class AnswerResult(TaskResult):
     finish_reason: str | None
 
 
-class LabelScore(_Reply):
+class LabelScore(Reply):
     """A label and its score (0 to 1)."""
 
     label: str
     score: float
 
 
-class LabeledText(_Reply):
+class LabeledText(Reply):
     """Labels of one text, best first."""
 
     label: str
@@ -147,7 +149,7 @@ class ClassifyResult(TaskResult):
     results: list[LabeledText]
 
 
-class Span(_Reply):
+class Span(Reply):
     """Position of an extracted value in the text."""
 
     path: str

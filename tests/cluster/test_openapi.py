@@ -51,6 +51,7 @@ SEEDS: dict[str, dict[str, Any]] = {
     "/v1/tasks/sentiment": {"texts": ["I loved it."]},
     "/v1/tasks/summarize": {"text": "Hi", **SHORT},
     "/v1/tasks/translate": {"text": "Hi", "source": "en", "target": "de", **SHORT},
+    "/v1/knowledge": {"name": "openapi"},
     "/v1/completions": {"model": MODEL, "prompt": "Hello", "max_tokens": MAX_TOKENS},
     "/v1/embeddings": {"model": CLASSIFIER, "input": "Hello"},
     "/v1/messages": CHAT,

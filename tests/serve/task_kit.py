@@ -1,18 +1,23 @@
 """Typed tasks in this process: router, scripted models and applications, over real links."""
 
 import asyncio
+import base64
 import json
 import math
+import re
+import tempfile
+from array import array
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cluster.applications.engine import TaskEngine
 from cluster.asgi import Receive, Scope, Send, read_body, usage_of
 from cluster.client.session import Session
 from cluster.config import parse
-from cluster.config.applications import TASK_PATHS
+from cluster.config.applications import APPLICATION_PATHS
 from cluster.gateway import Gateway, GatewayApp, Wiring
 from cluster.key_file import KeyFile
 from cluster.link import LinkServer
@@ -98,6 +103,18 @@ class ScriptedGenerator:
 async def scripted_classifier(scope: Scope, receive: Receive, send: Send) -> None:
     """Find a text positive if it has the word `good`; embed it by three letters."""
     body = json.loads(await read_body(receive) or b"{}")
+    if scope["path"] == "/tokenize" and "inputs" not in body:
+        reply = {"count": num_tokens(str(body)), "max_model_len": CONTEXT_TOKENS, "tokens": []}
+        await _send_json(send, reply)
+        return
+    if scope["path"] == "/tokenize":
+        words = re.finditer(r"\w+|[^\w\s]", body["inputs"])
+        await _send_json(send, [[{"start": w.start(), "stop": w.end()} for w in words]])
+        return
+    if scope["path"] == "/rerank":
+        found = [{"index": index} for index, _ in enumerate(body["documents"])]
+        await _send_json(send, {"results": found[::-1], "usage": {"prompt_tokens": 1}})
+        return
     texts = body["input"] if isinstance(body["input"], list) else [body["input"]]
     tokens = sum(map(num_tokens, texts))
     usage_of(scope).prompt_tokens = tokens
@@ -106,7 +123,10 @@ async def scripted_classifier(scope: Scope, receive: Receive, send: Send) -> Non
         if scope["path"] == "/v1/embeddings":
             vector = [float(text.count(letter)) for letter in "abc"]
             norm = math.hypot(*vector) or 1.0
-            rows.append({"index": index, "embedding": [value / norm for value in vector]})
+            row = [value / norm for value in vector]
+            is_base64 = body.get("encoding_format") == "base64"
+            encoded = base64.b64encode(array("f", row).tobytes()).decode()
+            rows.append({"index": index, "embedding": encoded if is_base64 else row})
             continue
         best, other = ("positive", "negative") if "good" in text else ("negative", "positive")
         scores = [{"label": best, "score": 0.9}, {"label": other, "score": 0.1}]
@@ -115,7 +135,7 @@ async def scripted_classifier(scope: Scope, receive: Receive, send: Send) -> Non
     await _send_json(send, {"data": rows, "usage": usage, "model": "cls"})
 
 
-async def _send_json(send: Send, body: dict[str, Any]) -> None:
+async def _send_json(send: Send, body: Any) -> None:
     headers = [(b"content-type", b"application/json")]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": json.dumps(body).encode()})
@@ -188,17 +208,22 @@ async def task_world(
     session = Session("tandem", "auto")
     handle = FakeHandle(GatewayApp(gateway, authenticates=False), [await inner.start()])
     session.__dict__["_router"] = handle
-    engine = TaskEngine(config.with_default_models(config.applications), session)
+    directory = tempfile.TemporaryDirectory(prefix="tandem-knowledge-")
+    applications_config = config.with_default_models(config.applications)
+    engine = TaskEngine(applications_config, session, Path(directory.name))
     await engine.start()
     generator = ScriptedGenerator(script or (lambda messages: "ok"))
     routes = ("/v1/chat/completions", "/tokenize")
     await world.serve(generator, "gen", "gen-1", routes)
-    await world.serve(scripted_classifier, "cls", "cls-1", ("/classify", "/v1/embeddings"))
-    await world.serve(engine.app, "applications", "app-1", TASK_PATHS)
+    await world.serve(
+        scripted_classifier, "cls", "cls-1", ("/classify", "/v1/embeddings", "/tokenize", "/rerank")
+    )
+    await world.serve(engine.app, "applications", "app-1", APPLICATION_PATHS)
     try:
         yield TaskWorld(world, generator, engine, session)
     finally:
         await engine.stop()
+        directory.cleanup()
         await inner.stop()
         await gateway.close()
         for server in world.servers.values():

@@ -252,7 +252,7 @@ async def test_sentiments_come_from_the_classifier_and_aspects_from_the_generato
 
 
 async def test_aspects_need_a_generator_before_texts_are_classified() -> None:
-    engine = TaskEngine(ApplicationsConfig(classifier="cls"), NoModels())
+    engine = TaskEngine(ApplicationsConfig(classifier="cls"), NoModels(), Path("none"))
     body = {"texts": ["good"], "aspects": ["price"]}
     answer = await asgi.post(engine.app, "/v1/tasks/sentiment", body)
     assert (answer.status, answer.json()["error"]["param"]) == (400, "generator")
@@ -646,7 +646,7 @@ FIELDS = st.sampled_from(
 )
 def test_any_body_gets_an_answer_or_a_typed_error(task: str, body: Any) -> None:
     async def send() -> asgi.Answer:
-        engine = TaskEngine(ApplicationsConfig(), NoModels())
+        engine = TaskEngine(ApplicationsConfig(), NoModels(), Path("none"))
         await engine.start()
         return await asgi.post(engine.app, f"/v1/tasks/{task}", body)
 

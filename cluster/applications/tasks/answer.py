@@ -11,6 +11,7 @@ from cluster.applications.evidence import MIN_SCORE, Evidence
 from cluster.applications.tasks.base import Run, turns
 from cluster.errors import InvalidRequestError
 from cluster.tasks import AnswerRequest, AnswerResult
+from cluster.tasks.requests import GenerativeRequest
 from cluster.tasks.results import Citation
 
 PASSAGE_CHARS = 1200
@@ -24,11 +25,24 @@ _MARK = re.compile(r"\[(\d{1,4})\]")
 
 
 @dataclass(frozen=True, slots=True)
-class _Passage:
+class RankedPassage:
+    """Passage to answer from, from character ``start`` up to ``end`` of its document."""
+
     document: str
-    part: Part
+    start: int
+    end: int
     text: str
     score: float
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedAnswer:
+    """Answer of a generator; None if it found none in the passages."""
+
+    text: str | None
+    finish_reason: str | None
+    cited: list[int]
+    """Positions of the passages that the answer refers to, from 0."""
 
 
 async def answer(request: AnswerRequest, run: Run) -> AsyncGenerator[str | AnswerResult, None]:
@@ -39,17 +53,71 @@ async def answer(request: AnswerRequest, run: Run) -> AsyncGenerator[str | Answe
         raise InvalidRequestError("documents: each id may occur once", param="documents")
     ranked = await asyncio.to_thread(_rank, request, ids)
     relevance = ranked[0].score if ranked else 0.0
-    if relevance < request.threshold or not ranked:
-        yield _result(request, run, model, relevance, [], None, None)
-        return
-    chosen = await _fitting(request, run, model, ranked)
+    found = GeneratedAnswer(None, None, [])
+    if ranked and relevance >= request.threshold:
+        async with aclosing(
+            generate_answer(request.question, ranked, request, run, model)
+        ) as items:
+            async for item in items:
+                if isinstance(item, GeneratedAnswer):
+                    found = item
+                else:
+                    yield item
+    yield AnswerResult(
+        **run.result_fields("answer", model),
+        answer=found.text,
+        found=found.text is not None,
+        relevance=relevance,
+        citations=[cite(index, ranked[index]) for index in found.cited],
+        finish_reason=found.finish_reason,
+    )
+
+
+def _rank(request: AnswerRequest, ids: Sequence[str]) -> list[RankedPassage]:
+    """Return the passages that share words with the question, most relevant first."""
+    found = [
+        (id_, document.text, part)
+        for id_, document in zip(ids, request.documents, strict=True)
+        for part in passages(document.text, PASSAGE_CHARS)
+    ]
+    evidence = index_texts([part.of(text) for _, text, part in found])
+    ranking = evidence.rank(request.question, request.max_passages)
+    return [
+        RankedPassage(id_, part.start, part.end, part.of(text), score)
+        for (id_, text, part), score in ((found[index], score) for index, score in ranking)
+    ]
+
+
+async def generate_answer(
+    question: str,
+    ranked: Sequence[RankedPassage],
+    request: GenerativeRequest,
+    run: Run,
+    model: str,
+) -> AsyncGenerator[str | GeneratedAnswer, None]:
+    """Yield the pieces of a generator's answer from passages, and then the whole answer.
+
+    Args:
+        question: The question.
+        ranked: The passages, best first; as many as fit the context are used, at least one.
+        request: Sampling and examples.
+        run: The request's context.
+        model: The generator.
+    """
+    max_tokens = request.max_tokens or MAX_TOKENS
+    chosen = list(ranked)
+    while len(chosen) > 1:
+        messages = _messages(question, chosen, request, run)
+        if await run.free_tokens(model, messages) >= max_tokens:
+            break
+        chosen = chosen[: -max(1, len(chosen) // 4)]
     pieces: list[str] = []
     held = ""
     finish_reason = None
     stream = run.calls.stream(
-        _messages(request, run, chosen),
+        _messages(question, chosen, request, run),
         model,
-        max_tokens=request.max_tokens or MAX_TOKENS,
+        max_tokens=max_tokens,
         temperature=request.temperature,
     )
     async with aclosing(stream) as deltas:
@@ -63,46 +131,19 @@ async def answer(request: AnswerRequest, run: Run) -> AsyncGenerator[str | Answe
     text = "".join(pieces).strip()
     if held and not _is_sentinel(text):
         yield held
-    found = text if text and not _is_sentinel(text) else None
-    yield _result(request, run, model, relevance, chosen, found, finish_reason)
+    if not text or _is_sentinel(text):
+        yield GeneratedAnswer(None, finish_reason, [])
+    else:
+        yield GeneratedAnswer(text, finish_reason, _cited(text, chosen))
 
 
-def _rank(request: AnswerRequest, ids: Sequence[str]) -> list[_Passage]:
-    """Return the passages that share words with the question, most relevant first."""
-    found = [
-        (id_, document.text, part)
-        for id_, document in zip(ids, request.documents, strict=True)
-        for part in passages(document.text, PASSAGE_CHARS)
-    ]
-    evidence = _index([part.of(text) for _, text, part in found])
-    ranking = evidence.rank(request.question, request.max_passages)
-    return [
-        _Passage(found[index][0], found[index][2], found[index][2].of(found[index][1]), score)
-        for index, score in ranking
-    ]
-
-
-def _messages(request: AnswerRequest, run: Run, chosen: list[_Passage]) -> list[dict[str, str]]:
+def _messages(
+    question: str, chosen: Sequence[RankedPassage], request: GenerativeRequest, run: Run
+) -> list[dict[str, str]]:
     numbered = [f"[{number}] {passage.text}" for number, passage in enumerate(chosen, 1)]
-    values = {
-        "question": request.question,
-        "passages": "\n\n".join(numbered),
-        "sentinel": SENTINEL,
-    }
+    values = {"question": question, "passages": "\n\n".join(numbered), "sentinel": SENTINEL}
     examples = [({"question": changes["text"]}, text) for changes, text in turns(request)]
     return run.prompts["answer"].messages(values, examples)
-
-
-async def _fitting(
-    request: AnswerRequest, run: Run, model: str, ranked: list[_Passage]
-) -> list[_Passage]:
-    """Return as many of the best passages as fit the context, at least one."""
-    max_tokens = request.max_tokens or MAX_TOKENS
-    while len(ranked) > 1:
-        if await run.free_tokens(model, _messages(request, run, ranked)) >= max_tokens:
-            break
-        ranked = ranked[: -max(1, len(ranked) // 4)]
-    return ranked
 
 
 def _may_become_sentinel(text: str) -> bool:
@@ -113,52 +154,34 @@ def _is_sentinel(text: str) -> bool:
     return text.strip(_AROUND_SENTINEL).upper() == SENTINEL
 
 
-def _result(
-    request: AnswerRequest,
-    run: Run,
-    model: str,
-    relevance: float,
-    chosen: list[_Passage],
-    text: str | None,
-    finish_reason: str | None,
-) -> AnswerResult:
-    return AnswerResult(
-        **run.result_fields("answer", model),
-        answer=text,
-        found=text is not None,
-        relevance=relevance,
-        citations=[] if text is None else _citations(text, chosen),
-        finish_reason=finish_reason,
+def cite(index: int, passage: RankedPassage) -> Citation:
+    """Return the citation of the passage at a position, from 0."""
+    return Citation(
+        number=index + 1,
+        document=passage.document,
+        start=passage.start,
+        end=passage.end,
+        text=passage.text,
+        score=passage.score,
     )
 
 
-def _citations(text: str, chosen: list[_Passage]) -> list[Citation]:
+def _cited(text: str, chosen: Sequence[RankedPassage]) -> list[int]:
     """Return the passages that the answer names; without any, those that share its words."""
     named = {int(number) for number in _MARK.findall(text)}
-    numbers = sorted(number for number in named if 1 <= number <= len(chosen))
-    if not numbers:
-        numbers = sorted(_supporting(text, chosen))
-    return [
-        Citation(
-            number=number,
-            document=chosen[number - 1].document,
-            start=chosen[number - 1].part.start,
-            end=chosen[number - 1].part.end,
-            text=chosen[number - 1].text,
-            score=chosen[number - 1].score,
-        )
-        for number in numbers
-    ]
+    indexes = sorted(number - 1 for number in named if 1 <= number <= len(chosen))
+    return indexes or sorted(_supporting(text, chosen))
 
 
-def _supporting(text: str, chosen: list[_Passage]) -> set[int]:
-    """Return the numbers of the passages that share most words with a sentence of the answer."""
-    evidence = _index([passage.text for passage in chosen])
+def _supporting(text: str, chosen: Sequence[RankedPassage]) -> set[int]:
+    """Return the passages that share most words with a sentence of the answer."""
+    evidence = index_texts([passage.text for passage in chosen])
     ranked = (evidence.rank(part.of(text), 1, MIN_SCORE) for part in sentences(text))
-    return {index + 1 for found in ranked for index, _ in found}
+    return {index for found in ranked for index, _ in found}
 
 
-def _index(texts: Sequence[str]) -> Evidence:
+def index_texts(texts: Sequence[str]) -> Evidence:
+    """Return an index of the words of texts."""
     places: list[Part] = []
     start = 0
     for text in texts:

@@ -84,6 +84,7 @@ _TAGS = {
     "vLLM": "Other paths of vLLM.",
     "Classifiers": "Labels, entities, scores, rankings, masks.",
     "Tasks": "Typed tasks, answered by the applications.",
+    "Knowledge": "Knowledge bases: documents to search and to answer from.",
     "Router": "Models, state, usage and pages of the router.",
 }
 

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Literal
 
 from cluster.admission import PoolCapacity
-from cluster.config.applications import TASK_PATHS
+from cluster.config.applications import APPLICATION_PATHS
 from cluster.engines.classifier.paths import PATHS as CLASSIFIER_PATHS
 from cluster.engines.vllm.routes import ROUTES as VLLM_ROUTES
 from cluster.gateway.messages import Headers, Request
@@ -41,7 +41,7 @@ WAITING_RATIO: Mapping[PoolKind, float] = {
 _KIND_ROUTES: Mapping[PoolKind, RouteTable] = {
     "generator": RouteTable(path for _, path in VLLM_ROUTES),
     "classifier": RouteTable(CLASSIFIER_PATHS),
-    "application": RouteTable(TASK_PATHS),
+    "application": RouteTable(APPLICATION_PATHS),
 }
 """Paths that the engines of some pool of a kind serve."""
 

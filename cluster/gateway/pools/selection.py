@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-from cluster.config.applications import TASK_PREFIX
+from cluster.config.applications import is_application_path
 from cluster.engines.base import UNSPECIFIED_MODEL
 from cluster.errors import InvalidRequestError, NotFoundError
 from cluster.gateway.pools.pool import Pool, PoolKind
@@ -42,7 +42,7 @@ def select_pool(
         InvalidRequestError: The model does not serve the path, or must be named; or body and path
             name different ones.
     """
-    if path.startswith(TASK_PREFIX):  # its `model` is the one that the application calls
+    if is_application_path(path):  # its `model` is the one that the application calls
         return _pools_with(pools, path)[0]
     if body.model == UNSPECIFIED_MODEL:
         body.model = None
