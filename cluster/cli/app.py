@@ -83,7 +83,7 @@ def up(
         bool, Option("-d", "--detach", help="Return once the cluster is healthy.")
     ] = False,
     monitoring: Annotated[
-        bool, Option("--monitoring", help="Also start Prometheus with Tandem's alert rules.")
+        bool, Option("--monitoring", help="Also start Prometheus and charts.")
     ] = False,
     head: Annotated[
         bool, Option("--head", help="Let other nodes join; HTTP listens on all addresses.")

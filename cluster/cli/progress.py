@@ -18,6 +18,7 @@ PHASE_TEXTS = {
     "dashboard": "waiting for the dashboard",
     "HTTP": "waiting for HTTP",
     "Prometheus": "starting Prometheus",
+    "charts": "starting charts",
 }
 
 

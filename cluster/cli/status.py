@@ -92,6 +92,9 @@ def _print(console: Console, found: ClusterStatus, conditions: Conditions) -> No
     table.add_row("dashboard", state.dashboard_url)
     if state.prometheus_url:
         table.add_row("Prometheus", state.prometheus_url)
+    if state.grafana_url:
+        stand_in = " (stand-in for Grafana)" if state.grafana_is_stand_in else ""
+        table.add_row("charts", f"{state.grafana_url}{stand_in}")
     table.add_row("Ray jobs", f"RAY_ADDRESS={state.ray_address}")
     table.add_row("uptime", _duration(state.uptime_s))
     if found.num_processes:

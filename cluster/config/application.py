@@ -49,6 +49,8 @@ class ClusterConfig(Section):
     """Port of Ray's dashboard."""
     prometheus_port: int = Field(9090, ge=1024, le=65535)
     """Port of Prometheus, which `tandem up --monitoring` starts."""
+    grafana_port: int = Field(3000, ge=1024, le=65535)
+    """Port of Grafana or its stand-in, which `tandem up --monitoring` starts."""
     object_store_memory_bytes: ByteSize = Field(ByteSize(256 * MIB), ge=80 * MIB)
     """Size of Ray's object store, in bytes or with a unit (`256MiB`)."""
     ready_timeout_s: float = Field(600.0, gt=0)

@@ -15,6 +15,8 @@ from cluster.errors import ConfigError
 from cluster.launch import processes
 
 LOOPBACK = "127.0.0.1"
+USERS_GRAFANA = "RAY_GRAFANA_HOST"
+"""Variable with the address of the user's own Grafana; then none is started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,8 @@ def required_ports(
         ports += [_from_variable(fallback, 8500, "Serve's fallback proxy"), *haproxy_ports()]
     if monitoring:
         ports.append(Port(cluster.prometheus_port, "Prometheus", "--set cluster.prometheus_port=…"))
+        if USERS_GRAFANA not in os.environ:
+            ports.append(Port(cluster.grafana_port, "charts", "--set cluster.grafana_port=…"))
     return ports
 
 

@@ -6,7 +6,7 @@ The process has the cluster's id in its environment, so ``stop`` ends it too; it
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -24,21 +24,36 @@ RETENTION_SIZE = "2GB"
 
 
 @dataclass(frozen=True, slots=True)
-class PrometheusProcess:
-    """Started Prometheus."""
+class MonitoringProcess:
+    """Started Prometheus, or Grafana or its stand-in."""
 
+    name: str
     process: "subprocess.Popen[bytes]"
     log: Path
 
     def check(self) -> None:
         """Raise StartError with the last line of the log if the process has ended."""
         if self.process.poll() is not None:
-            text = f"Prometheus exited during its start: {last_line(self.log)} (log: {self.log})"
-            raise StartError(text)
+            reason = f"{last_line(self.log)} (log: {self.log})"
+            raise StartError(f"{self.name} exited during its start: {reason}")
 
     def detach(self) -> None:
         """Give up the process, which ends with the cluster."""
         self.process.returncode = 0
+
+
+def spawn(
+    name: str, command: Sequence[str], log: Path, variables: Mapping[str, str]
+) -> MonitoringProcess:
+    """Start a process that outlives this one, at a lower priority than serving."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            ["nice", "-n", str(HOUSEKEEPING_NICE), *command], env=dict(variables), cwd=log.parent,
+            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+    return MonitoringProcess(name, process, log)
 
 
 def executable() -> str:
@@ -59,18 +74,23 @@ def monitoring_dir(home: Path) -> Path:
     return home / "monitoring"
 
 
+def ray_dashboards_dir(home: Path) -> Path:
+    """Return the directory to which Ray writes its dashboards for Grafana."""
+    return monitoring_dir(home) / "ray-dashboards"
+
+
 def ray_variables(home: Path, url: str) -> dict[str, str]:
     """Return the variables with which Ray's dashboard finds this Prometheus."""
     return {
         "RAY_PROMETHEUS_HOST": url,
         "RAY_PROMETHEUS_NAME": "Prometheus",
-        "RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR": str(monitoring_dir(home) / "ray-dashboards"),
+        "RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR": str(ray_dashboards_dir(home)),
     }
 
 
 def start(
     home: Path, cluster: ClusterState, variables: Mapping[str, str], *, requires_keys: bool
-) -> PrometheusProcess:
+) -> MonitoringProcess:
     """Start Prometheus on loopback, with ``variables`` as its environment.
 
     Raises:
@@ -84,7 +104,6 @@ def start(
     targets = scrape_targets(cluster, home, requires_keys=requires_keys)
     config.write_text(configuration(targets, rules), encoding="utf-8")
     command = [
-        *("nice", "-n", str(HOUSEKEEPING_NICE)),  # lower priority than serving
         executable(),
         f"--config.file={config}",
         f"--storage.tsdb.path={directory / 'data'}",
@@ -93,13 +112,7 @@ def start(
         f"--web.listen-address={urlsplit(cluster.prometheus_url).netloc}",
         "--log.level=warn",
     ]
-    log = directory / "prometheus.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, env=dict(variables), cwd=directory, stdin=subprocess.DEVNULL, stdout=output,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-    return PrometheusProcess(process, log)
+    return spawn("Prometheus", command, directory / "prometheus.log", variables)
 
 
 def scrape_targets(cluster: ClusterState, home: Path, *, requires_keys: bool) -> Targets:

@@ -15,7 +15,7 @@ import httpx
 
 from cluster.config.file import LoadedConfig, key_file_path
 from cluster.errors import StartError
-from cluster.launch import auth, environment, ports, processes, prometheus, state
+from cluster.launch import auth, charts, environment, ports, processes, prometheus, state
 from cluster.launch.ports import LOOPBACK
 from cluster.launch.serve_api import ApplicationStatus, parse_application
 from cluster.launch.starter import HeadInfo, StarterInput
@@ -74,7 +74,8 @@ def start(
     """Start a cluster and return once all deployments are healthy.
 
     After any exception, everything already started is stopped again. ``monitoring`` starts
-    Prometheus as well. Other nodes can join if ``address`` is this node's address.
+    Prometheus and Grafana, or its stand-in, as well. Other nodes can join if ``address`` is this
+    node's address.
 
     Raises:
         StartError: a cluster runs already, a port is in use, Prometheus is not installed, or a
@@ -137,6 +138,7 @@ def _new_state(
     loaded: LoadedConfig, *, monitoring: bool, address: str | None
 ) -> state.ClusterState:
     cluster = loaded.config.cluster
+    has_charts = monitoring and ports.USERS_GRAFANA not in os.environ
     local = {"0.0.0.0": address or LOOPBACK, "::": address or "::1"}
     host = ports.url_host(local.get(loaded.http_host, loaded.http_host))
     return state.ClusterState(
@@ -150,6 +152,8 @@ def _new_state(
         config_path=str(loaded.path),
         started_at=time.time(),
         prometheus_url=f"http://{LOOPBACK}:{cluster.prometheus_port}" if monitoring else None,
+        grafana_url=f"http://{LOOPBACK}:{cluster.grafana_port}" if has_charts else None,
+        grafana_is_stand_in=has_charts and charts.grafana_executable() is None,
         overrides=list(loaded.overrides),
     )
 
@@ -165,6 +169,8 @@ def _start(loaded: LoadedConfig, home: Path, new: state.ClusterState, phases: Ph
     router = loaded.config.router
     if new.prometheus_url:
         variables |= prometheus.ray_variables(home, new.prometheus_url)
+    if new.grafana_url:
+        variables |= charts.ray_variables(new.grafana_url)
     request = StarterInput(
         ray=head_params(loaded.config.cluster, new.address),
         ray_address=new.ray_address,
@@ -183,6 +189,11 @@ def _start(loaded: LoadedConfig, home: Path, new: state.ClusterState, phases: Ph
         phases.enter("Prometheus")
         process = prometheus.start(home, new, variables, requires_keys=router.requires_keys)
         wait_for_http(f"{new.prometheus_url}/-/ready", deadline, process.check)
+        process.detach()
+    if new.grafana_url:
+        phases.enter("charts")
+        process = charts.start(home, new, variables)
+        wait_for_http(f"{new.grafana_url}/api/health", deadline, process.check)
         process.detach()
 
 

@@ -27,6 +27,9 @@ class ClusterState:
     """Unix time."""
     prometheus_url: str | None = None
     """None without ``--monitoring``."""
+    grafana_url: str | None = None
+    """Grafana or its stand-in; None without ``--monitoring``, or if the user named another."""
+    grafana_is_stand_in: bool = False
     overrides: list[str] = field(default_factory=list)
     """``--set`` arguments."""
     is_head: bool = True

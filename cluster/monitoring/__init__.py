@@ -1,4 +1,4 @@
-"""Monitoring files of a deployment: Prometheus' configuration and rules, Grafana's dashboards.
+"""Monitoring of a deployment: Prometheus' configuration, rules, dashboards, stand-in for Grafana.
 
-Knows metric names but no processes; ``cluster.launch`` starts Prometheus.
+Knows metric names but no processes; ``cluster.launch`` starts Prometheus and Grafana.
 """

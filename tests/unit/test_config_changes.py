@@ -49,8 +49,8 @@ RESTARTING = {
         "tracing": "endpoint headers sample_ratio max_queued_spans export_interval_s"
     },
 }
-CLUSTER = """num_cpus ray_port dashboard_port prometheus_port object_store_memory_bytes
-    ready_timeout_s"""
+CLUSTER = """num_cpus ray_port dashboard_port prometheus_port grafana_port
+    object_store_memory_bytes ready_timeout_s"""
 
 
 def paths(by_section: dict[str, str]) -> set[str]:

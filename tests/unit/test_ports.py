@@ -92,11 +92,15 @@ def test_urls_have_brackets_around_ipv6_addresses() -> None:
 
 def test_haproxy_ports_are_required_only_with_haproxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_SERVE_HAPROXY_STATS_PORT", "18404")
+    monkeypatch.delenv("RAY_GRAFANA_HOST", raising=False)
     cluster = {"ray_port": 16379, "dashboard_port": 18265}
     config = parse({"generators": [{"name": "g", "model": "m"}], "cluster": cluster})
     loaded = LoadedConfig(Path("ray-config.yaml"), {}, "tandem", config, "127.0.0.1", 18000)
     with_it = {p.number for p in ports.required_ports(loaded, haproxy=True, monitoring=False)}
     without = {p.number for p in ports.required_ports(loaded, haproxy=False, monitoring=False)}
+    watched = {p.number for p in ports.required_ports(loaded, haproxy=False, monitoring=True)}
+    assert watched - without == {9090, 3000}
+    monkeypatch.setenv("RAY_GRAFANA_HOST", "http://127.0.0.1:3000")  # runs already
     watched = {p.number for p in ports.required_ports(loaded, haproxy=False, monitoring=True)}
     assert watched - without == {9090}
     assert without == {18000, 16379, 18265}

@@ -122,6 +122,8 @@ def check_endpoints(running: state.ClusterState, home: Path) -> Iterator[Finding
         yield _check_router(client, running.http_url)
         if running.prometheus_url:
             yield _check_prometheus(client, running.prometheus_url)
+        if running.grafana_url:
+            yield _check_charts(client, running)
         url = f"{running.dashboard_url}{DISCOVERY_PATH}"
         try:
             response = anonymous = client.get(url)
@@ -162,6 +164,19 @@ def _check_prometheus(client: httpx.Client, url: str) -> Finding:
         text = f"no response from {', '.join(down)}" if down else "no targets to scrape yet"
         return warn("prometheus", text, advice)
     return ok("prometheus", f"scraping {len(targets)} targets, at {url}")
+
+
+def _check_charts(client: httpx.Client, running: state.ClusterState) -> Finding:
+    name, log = ("Grafana", "grafana.log")
+    if running.grafana_is_stand_in:
+        name, log = "the stand-in for Grafana", "charts.log"
+    url = running.grafana_url
+    try:
+        client.get(f"{url}/api/health").raise_for_status()
+    except httpx.HTTPError as error:
+        text = f"{name} does not respond at {url} ({error!r})"
+        return fail("charts", text, f"See monitoring/{log} in Tandem's home.")
+    return ok("charts", f"{name} responds at {url}")
 
 
 def check_token(
