@@ -85,7 +85,7 @@ def config() -> dict[str, Any]:
         router=router_config(1, max_queued=4),
         accounting={"watts_per_core": 10, "per_cpu_hour": 0.05},
         leaks={"sample_s": 1, "window_s": 30, "settle_s": 0, "min_growth_bytes": "1MiB"},
-        cluster={"prometheus_port": free_ports(1)[0]},
+        cluster=dict(zip(("prometheus_port", "grafana_port"), free_ports(2), strict=True)),
     )
 
 
