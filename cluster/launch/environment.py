@@ -53,10 +53,19 @@ def cluster_environment(
         # By default Serve also writes each log line, unbuffered, to stderr and so to a second
         # file. With both, logging took 20 % of a router's CPU time.
         "RAY_SERVE_LOG_TO_STDERR": "0",
-        # By default, Serve's controller and the raylet wake up ten times a second even when idle,
-        # which costs an engine on few cores.
+        # An idle process that wakes up takes a core from an engine that uses all of them, and the
+        # engine's other threads wait for it. By default, Serve's controller and the raylet wake up
+        # ten times a second, Serve's metrics too, in every replica and proxy; the log monitor
+        # lists all log files ten times a second; the dashboard measures its own memory every 5 s;
+        # and Ray's processes count and time each event of their loops.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+        "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
         "RAY_raylet_report_resources_period_milliseconds": "500",
+        "RAY_task_events_report_interval_ms": "5000",
+        "RAY_event_stats": "0",
+        "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
+        "LOG_NAME_UPDATE_INTERVAL_S": "2",
+        "METRICS_RECORD_INTERVAL_S": "60",
         # Ray gives up after 60 s, which its dashboard can need on a busy machine. `tandem up` has
         # its own limit.
         "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "600",

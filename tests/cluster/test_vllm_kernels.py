@@ -1,5 +1,8 @@
-"""The CPU worker's kernels compute what vLLM computes, and decline unsupported arguments."""
+"""The CPU worker: its kernels compute what vLLM computes, and its process groups are one."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -61,3 +64,35 @@ def test_kernels_decline_unsupported_arguments(ops: tuple[Op, Op]) -> None:
     assert not norm.supports(x, weight, EPSILON, 32)
     assert not norm.supports(random_tensor(4, 60), random_tensor(60), EPSILON)
     assert not add_norm.supports(x, x.float(), weight, EPSILON)
+
+
+SHARED_GROUPS = """
+from pathlib import Path
+import sys
+
+import torch
+import torch.distributed
+
+from cluster.engines.vllm.cpu_worker import _share_process_group
+
+rendezvous = f"file://{sys.argv[1]}/rendezvous"
+torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=0, world_size=1)
+_share_process_group()
+groups = [torch.distributed.new_group([0], backend="gloo") for _ in range(4)]
+names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+assert names.count("gloo_tcp_loop") == 1, names
+tensor = torch.ones(2)
+for group in groups:
+    torch.distributed.all_reduce(tensor, group=group)
+    torch.distributed.destroy_process_group(group)
+assert tensor.tolist() == [1, 1]
+torch.distributed.destroy_process_group()
+torch.distributed.destroy_process_group()
+assert not torch.distributed.is_initialized()
+"""
+
+
+def test_a_lone_worker_has_one_process_group(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SHARED_GROUPS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr

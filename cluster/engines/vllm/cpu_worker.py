@@ -1,14 +1,19 @@
-"""vLLM worker for CPUs that uses vLLM's own C++ kernels for RMSNorm.
+"""vLLM worker for CPUs that uses vLLM's own C++ kernels for RMSNorm, and one process group.
 
 vLLM imports it by name (``arguments.EAGER_CPU_WORKER``) in the process that runs the worker. vLLM
 0.32 builds these kernels for CPUs but selects them on GPUs only; on CPUs it computes RMSNorm with
 seven PyTorch operations, which are meant to be compiled. Importing this module registers the
 kernels; the worker selects them.
+
+vLLM also makes a dozen process groups of PyTorch's Gloo, each with a thread that wakes up 100 times
+a second, in which it takes a core from the threads that compute. A lone worker's groups are all the
+same, so they share one.
 """
 
 from typing import Any
 
 import torch
+import torch.distributed
 
 from cluster.engines.vllm.internals import CPUWorker, ir
 
@@ -23,6 +28,27 @@ class EagerCPUWorker(CPUWorker):  # type: ignore[misc]  # vLLM is not typed
         super().__init__(*args, **kwargs)
         for op in (ir.ops.rms_norm, ir.ops.fused_add_rms_norm):
             op.set_default([PROVIDER, "native"])
+
+    def init_device(self) -> None:
+        if self.parallel_config.world_size_across_dp == 1:
+            _share_process_group()
+        super().init_device()
+
+
+def _share_process_group() -> None:
+    """Make ``new_group`` of PyTorch return the group of all ranks, which is this process."""
+    destroy = torch.distributed.destroy_process_group
+
+    def new_group(*args: Any, **kwargs: Any) -> Any:
+        return torch.distributed.group.WORLD
+
+    def destroy_process_group(group: Any = None) -> None:
+        # The holders of a shared group give it back one by one; the environment's end destroys it.
+        if group is None and torch.distributed.is_initialized():
+            destroy()
+
+    torch.distributed.new_group = new_group
+    torch.distributed.destroy_process_group = destroy_process_group
 
 
 def _supports(
