@@ -71,6 +71,16 @@ def test_defaults_do_not_replace_set_variables() -> None:
     assert variables == {"VLLM_LOGGING_LEVEL": "DEBUG"}
 
 
+def test_intels_openmp_is_preloaded_unless_another_one_is(tmp_path: Path) -> None:
+    library = tmp_path / "libiomp5.so"
+    assert environment.preload_environment({}, library) == {}
+    library.touch()
+    assert environment.preload_environment({}, library) == {"LD_PRELOAD": str(library)}
+    wanted = {"LD_PRELOAD": f"{library}:/lib/a.so"}
+    assert environment.preload_environment({"LD_PRELOAD": "/lib/a.so"}, library) == wanted
+    assert environment.preload_environment({"LD_PRELOAD": "/lib/libgomp.so.1"}, library) == {}
+
+
 def test_restore_brings_replaced_variables_back() -> None:
     variables = {"OMP_NUM_THREADS": "1"}  # as Ray sets it
     engine_environment = environment.Environment(variables)

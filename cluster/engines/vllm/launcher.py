@@ -167,6 +167,7 @@ class LlmLauncher:
                 environment.check_binding(binding, self._config, os.sched_getaffinity(0))
             self._environment.set_defaults(environment.cpu_environment(self._config))
             self._environment.set_all(environment.threads_environment(os.environ))
+            self._environment.set_all(environment.preload_environment(os.environ))
         ray_address = _ray_address()
         if ray_address is not None:  # for an engine process that uses Ray's executor
             self._environment.set_defaults({"RAY_ADDRESS": ray_address})
