@@ -1,14 +1,19 @@
 """Generated requests to a real cluster: each answer is as ``/openapi.json`` describes it.
 
-``TANDEM_OPENAPI_CASES`` sets the number of requests per operation and kind, valid or not.
+The cluster is the same afterwards: it gives the same answers, no process has died, and none has
+grown. ``TANDEM_OPENAPI_CASES`` sets the number of requests per operation and kind, valid or not.
 """
 
 import json
 import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import hypothesis
+import psutil
 import pytest
 import requests
 import schemathesis
@@ -16,7 +21,9 @@ from hypothesis import strategies as st
 from schemathesis import GenerationMode, checks
 from schemathesis.core.failures import FailureGroup
 
+from benchmarks.processes import ProcessMemory, find_processes
 from tests.cluster.conftest import RunningCluster
+from tests.cluster.engine_processes import engines_of_cluster
 
 pytestmark = [pytest.mark.timeout(7200), pytest.mark.filterwarnings("default")]
 
@@ -78,11 +85,66 @@ SETTINGS = hypothesis.settings(
 )
 
 
+ROLES = ("router", "engine", "classifier")
+GROWTH_MB = 60.0 + 0.02 * 40 * CASES
+"""Largest growth of a process: caches of grammars, tokenizers and prompts fill, and each of about
+40 cases per operation and kind may leave 20 KB, far less than a leaked request with its body."""
+MORE_DESCRIPTORS = 16
+"""Connections that are kept alive."""
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=40),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner),
     max_leaves=12,
 )
+
+
+@dataclass(frozen=True)
+class State:
+    """Answers and processes, which generated requests must not change."""
+
+    answers: list[str]
+    processes: dict[psutil.Process, tuple[float, int]]
+    """Private memory in MB and the number of descriptors, by process."""
+
+
+def read_state(cluster: RunningCluster) -> State:
+    answers = []
+    with httpx.Client(base_url=cluster.http_url, timeout=60) as http:
+        deadline = time.monotonic() + 30
+        while not is_idle(http):
+            assert time.monotonic() < deadline, http.get("/ready").text
+            time.sleep(0.2)
+        prompt = {"model": MODEL, "prompt": "The capital of France", "temperature": 0}
+        for _ in range(2):  # the second answer uses cached blocks, in both states
+            completion = http.post("/v1/completions", json={**prompt, "max_tokens": 32}).json()
+            labels = http.post("/classify", json=SEEDS["/classify"]).json()["data"]
+            answers = [completion["choices"][0]["text"], *(one["label"] for one in labels)]
+    pids = [pid for role in ROLES for pid in find_processes(cluster.home, role)]
+    processes = {*map(psutil.Process, pids), *engines_of_cluster(cluster.home)}
+    return State(answers, {one: (memory_mb(one), one.num_fds()) for one in processes})
+
+
+def memory_mb(process: psutil.Process) -> float:
+    return ProcessMemory.read(process.pid).pss_mb
+
+
+def is_idle(http: httpx.Client) -> bool:
+    pools = http.get("/ready").json()["pools"].values()
+    return not any(pool["running"] or pool["in_flight"] or pool["queued"] for pool in pools)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unharmed(cluster: RunningCluster) -> Iterator[None]:
+    """Compare the cluster before and after the tests of this module."""
+    before = read_state(cluster)
+    yield
+    after = read_state(cluster)
+    assert after.answers == before.answers
+    assert after.processes.keys() == before.processes.keys()
+    for process, (size_mb, descriptors) in after.processes.items():
+        old_mb, old_descriptors = before.processes[process]
+        assert size_mb - old_mb < GROWTH_MB, process.cmdline()
+        assert descriptors - old_descriptors < MORE_DESCRIPTORS, process.cmdline()
 
 
 @pytest.fixture(scope="module")
