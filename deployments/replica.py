@@ -42,6 +42,7 @@ from deployments.autoscaling import CORE_SHARE, CREATED_AT, IN_FLIGHT, STARTUP_S
 from deployments.links import record_certificate_expiry, start_link_server
 from deployments.logs import log_with_serve, relay_to_serve
 from deployments.metrics import RayExporter
+from deployments.serve_metrics import CountedApp
 from deployments.watching import ReplicaWatch
 
 logger = logging.getLogger("ray.serve.tandem")
@@ -89,7 +90,9 @@ class EngineReplica:
         # output, without their level.
         relay_to_serve(ENGINE_LOGGER, warnings_only=[STATISTICS_LOGGER])
         timer.add_measured(engine.start_phases_s)
-        self._app = RaiseIfDead(self._traced_app(pool, operations), engine.check_health)
+        registry = Registry()
+        app = RaiseIfDead(self._traced_app(pool, operations), engine.check_health)
+        self._app = CountedApp(app, RouteTable(engine.routes()), registry)
         self._answers = AnswerStore(operations.idempotency)
         self._watch = ReplicaWatch(
             operations, pool, self._num_in_flight, self.retire, engine.workers
@@ -102,7 +105,6 @@ class EngineReplica:
             answers=self._answers,
         )
         self._server.set_adapters(engine.adapters)
-        registry = Registry()
         registry.on_collect(lambda: engine.observe(registry))
         registry.on_collect(lambda: self._watch.observe(registry))
         record_certificate_expiry(registry)

@@ -1,4 +1,4 @@
-"""Metrics of Ray, vLLM and Prometheus that Tandem's rules and dashboards use, by series name."""
+"""Metrics of Ray, vLLM and Prometheus that Tandem's rules, dashboards and docs use."""
 
 RAY = {
     "ray_component_rss_bytes": "Resident memory of Ray's processes and workers by component.",
@@ -7,8 +7,11 @@ RAY = {
     "ray_node_disk_usage": "Used disk space of a node in bytes.",
     "ray_node_mem_total": "Memory of a node in bytes.",
     "ray_node_mem_used": "Used memory of a node in bytes.",
+    "ray_serve_deployment_error_counter_total": "Requests of a deployment with an exception.",
+    "ray_serve_deployment_processing_latency_ms_bucket": "Duration of a deployment's requests.",
     "ray_serve_deployment_replica_healthy": "Healthy replicas of a deployment.",
     "ray_serve_deployment_replica_starts_total": "1 for each replica started.",
+    "ray_serve_deployment_request_counter_total": "Requests of a deployment.",
     "ray_serve_health_check_failures_total": "Failed health checks of replicas.",
 }
 

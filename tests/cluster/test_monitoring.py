@@ -20,10 +20,19 @@ from cluster.launch.prometheus import executable
 from cluster.metrics import Metric, table
 from cluster.monitoring import prometheus as monitoring
 from tests.cluster.conftest import RunningCluster, router_config, serve_config, sim_generator
+from tests.cluster.ray_charts import Browser, documented_panels, panels_with_data
 from tests.monitoring.fast_rules import speed_up
 
 GRAFANA = Path(monitoring.__file__).parent / "grafana"
 FLOODED, LEAKING = "flooded", "leaking"
+REAL = {
+    "name": "real",
+    "model": "smollm2-135m-instruct",
+    "max_model_len": 512,
+    "kv_cache_memory_bytes": "64MiB",
+    "resources": {"cpus": 0.1},
+}
+"""Generator with vLLM, for its metrics."""
 SCALES_FROM_ZERO = {"min": 0, "max": 1, "target_in_flight": 8}
 LOAD_S = 60.0
 TIMEOUT_S = 90.0
@@ -80,6 +89,7 @@ def config() -> dict[str, Any]:
             # engine for the router to learn its capacity.
             sim_generator(name=FLOODED, sim=slow, max_in_flight=12, replicas=SCALES_FROM_ZERO),
             sim_generator(name=LEAKING, sim={"leak_bytes_per_request": "64KiB"}),
+            REAL,
         ],
         classifiers=[sentiment],
         router=router_config(1, max_queued=4),
@@ -204,11 +214,14 @@ def belongs_to(process: psutil.Process, running: RunningCluster) -> bool:
 def send_mixed_load(url: str, seconds: float) -> None:
     """Send chats, streamed and whole, and texts to classify, one after another."""
     chat = {"model": "smollm2", "max_tokens": 16, "messages": [{"role": "user", "content": "Hi"}]}
+    # Longer than one block of the KV cache, so that the prefix cache has hits.
+    long = {"model": "real", "max_tokens": 16, "prompt": "one two three four " * 60}
     deadline = time.monotonic() + seconds
     with httpx.Client(base_url=url, timeout=60) as client:
         while (now := time.monotonic()) < deadline:
             client.post("/v1/chat/completions", json={**chat, "stream": True})
             client.post("/v1/chat/completions", json=chat)
+            client.post("/v1/completions", json=long)
             client.post("/classify", json={"input": ["good", "bad", f"the film of {now}"]})
 
 
@@ -238,7 +251,7 @@ def test_every_panel_has_data(loaded: RunningCluster, prometheus: Prometheus) ->
         for path in sorted((GRAFANA / "dashboards").glob("*.json"))
         for panel in json.loads(path.read_text())["panels"]
         for target in panel.get("targets", [])
-        if not any(name in target["expr"] for name in (*ABSENT, "ray_vllm_"))
+        if not any(name in target["expr"] for name in (*ABSENT, "ray_vllm_num_preemptions_"))
     ]
     send_mixed_load(loaded.http_url, 20)
     time.sleep(2 * monitoring.SCRAPE_INTERVAL_S)
@@ -266,6 +279,61 @@ def test_startup_phases_add_up(prometheus: Prometheus) -> None:
 def test_rays_dashboard_finds_prometheus(loaded: RunningCluster) -> None:
     url = loaded.status()["state"]["dashboard_url"]
     assert httpx.get(f"{url}/api/prometheus_health", timeout=30).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def browser(loaded: RunningCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    url = loaded.status()["state"]["dashboard_url"]
+    opened = Browser(url, tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.driver.quit()
+
+
+def test_rays_dashboard_shows_charts(loaded: RunningCluster, browser: Browser) -> None:
+    send_mixed_load(loaded.http_url, 20)
+    replica = next(r for r, (name, _) in loaded.replicas().items() if name == "generator-smollm2")
+    pages = {
+        "#/overview": {"Cluster Utilization": ["Cluster Utilization"]},
+        "#/metrics": {"Core Dashboard": ["Cluster Utilization", "Node Count", "Node CPU Usage"]},
+        "#/serve": {
+            name: [name] for name in ("QPS per application", "P90 latency per application")
+        },
+        "#/serve/system": {"Ongoing HTTP Requests": ["Ongoing HTTP Requests"]},
+        f"#/serve/applications/tandem/generator-smollm2/{replica}": {
+            name: [name] for name in ("QPS per replica", "P90 latency per replica")
+        },
+    }
+    for address, frames in pages.items():
+        browser.open(address)
+        browser.wait_for_frames(frames)
+        browser.save(address.split("/")[-1])
+
+
+def test_charts_of_tandem_and_vllm_have_data(loaded: RunningCluster, browser: Browser) -> None:
+    send_mixed_load(loaded.http_url, 10)
+    url = loaded.status()["state"]["grafana_url"]
+    span = "from=now-5m&to=now&refresh=5s"
+    browser.open(f"{url}/d/tandem-generator?{span}&var-model=smollm2")
+    browser.wait_for_panels(["TTFT", "ITL", "vLLM: tokens per second"])
+    browser.save("generator")
+    browser.open(f"{url}/d/rayServeLlmDashboard?{span}")
+    browser.wait_for_panels(["Generation Tokens/s", "TTFT -- P90"])
+    browser.save("llm")
+
+
+def test_rays_panels_have_the_documented_data(
+    loaded: RunningCluster, prometheus: Prometheus
+) -> None:
+    url = loaded.status()["state"]["grafana_url"]
+    documented = documented_panels()
+    missing = {panel for panel, text in documented.items() if text == "yes"}
+    assert panels_with_data(url).keys() == documented.keys()
+    send_mixed_load(loaded.http_url, 20)
+    prometheus.wait_until(lambda: all(panels_with_data(url)[panel] for panel in missing))
+    found = panels_with_data(url)
+    assert [panel for panel in missing if not found[panel]] == []
+    unexpected = [panel for panel, has_data in found.items() if has_data and panel not in missing]
+    assert [panel for panel in unexpected if documented[panel].startswith("no")] == []
 
 
 def test_all_rules_are_evaluated(prometheus: Prometheus) -> None:

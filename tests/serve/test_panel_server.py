@@ -17,6 +17,7 @@ from cluster.monitoring import panels
 from cluster.monitoring.panels import prometheus as client
 from cluster.monitoring.panels.app import make_app
 from cluster.monitoring.panels.dashboards import Library
+from cluster.monitoring.panels.queries import parse_range, select, substitute
 from tests.serve.browser import Page, listening, start
 
 TANDEM = Path(panels.__file__).parents[1] / "grafana" / "dashboards"
@@ -272,6 +273,24 @@ async def test_dashboards_list_their_variables(tmp_path):
     assert variable["value"] == ["beta"]
     assert variable["options"][:2] == ["$__all", "alpha"]
     assert fake.queries == ["up"]
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray leaves its files open
+def test_all_queries_of_rays_dashboards_are_understood(tmp_path):
+    from ray.dashboard.modules.metrics import grafana_dashboard_factory as rays
+
+    makers = [name for name in dir(rays) if re.fullmatch("generate_.*_grafana_dashboard", name)]
+    for name in makers:
+        (tmp_path / f"{name}.json").write_text(getattr(rays, name)()[0])
+    boards = Library({"Ray": tmp_path}).dashboards()
+    assert len(boards) == len(makers) >= 8
+    times = parse_range("now-5m", "now", 100, 1e6)
+    for board in boards.values():
+        selection = select(board, {})
+        for panel in board.panels:
+            assert panel.kind != "unsupported", f"{board.title}: {panel.title}"
+            for target in panel.targets:
+                assert "$" not in substitute(target.expr, board, selection, times)
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -2,8 +2,11 @@
 
 import pytest
 
+from cluster.asgi import Receive, Scope, Send
+from cluster.gateway.pools.routes import RouteTable
 from cluster.metrics import Metric, Registry
 from deployments import metrics
+from deployments.serve_metrics import CountedApp
 
 Exported = dict[tuple[str, tuple[str, ...]], float]
 
@@ -55,3 +58,24 @@ def test_a_renamed_metric_is_exported_under_both_names() -> None:
         "tandem_new": "A level.",
         "tandem_old": "Deprecated, use tandem_new. A level.",
     }
+
+
+async def test_requests_of_links_are_exported_under_serves_names() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/fails":
+            raise ValueError
+
+    registry = Registry()
+    counted = CountedApp(app, RouteTable(["/fails", "/models/{name}"]), registry)
+    for path in ("/models/a", "/models/b", "/unknown"):
+        await counted({"path": path}, None, None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError):  # noqa: PT011
+        await counted({"path": "/fails"}, None, None)  # type: ignore[arg-type]
+    metrics.RayMetrics(registry).export()
+    requests, errors = (f"serve_deployment_{kind}_counter_total" for kind in ("request", "error"))
+    assert FakeGauge.values[requests, ("/models/{name}",)] == 2
+    assert FakeGauge.values[requests, ("other",)] == 1
+    assert FakeGauge.values[errors, ("/fails",)] == 1
+    latency = "serve_deployment_processing_latency_ms"
+    assert FakeGauge.values[f"{latency}_count", ("/models/{name}",)] == 2
+    assert FakeGauge.values[f"{latency}_bucket", ("/fails", "600000.0")] == 1
