@@ -1,9 +1,13 @@
 """Isolated clusters for tests. Standard library only: the clients' environment imports it, too."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +16,24 @@ from benchmarks.ports import free_ports
 
 ROOT = Path(__file__).parents[1]
 TANDEM = Path(sys.executable).with_name("tandem")
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def wait_until(
+    condition: Callable[[], object],
+    timeout_s: float,
+    event: str,
+    *,
+    ignored: tuple[type[Exception], ...] = (),
+) -> None:
+    """Wait until ``condition()`` is true, or fail; an ``ignored`` exception counts as false."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        with contextlib.suppress(*ignored):
+            if condition():
+                return
+        assert time.monotonic() < deadline, f"{event} took longer than {timeout_s:g} s"
+        time.sleep(0.2)
 
 
 @dataclass(frozen=True)
@@ -61,18 +83,38 @@ class RunningCluster:
         changed = {**config, "http_options": {**config["http_options"], "port": port}}
         file = self.home / "deployed.yaml"
         file.write_text(json.dumps(changed), encoding="utf-8")
-        dashboard_url = self.status()["state"]["dashboard_url"]
-        command = [self.executable.with_name("serve"), "deploy", "-a", dashboard_url, file]
+        command = [self.executable.with_name("serve"), "deploy", "-a", self.dashboard_url, file]
         done = subprocess.run(command, env=self.env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+
+    def deployments(self) -> dict[str, list[dict[str, Any]]]:
+        """Return Serve's description of the replicas of each deployment.
+
+        The answer of ``tandem status`` takes a second of a CPU, which what is waited for lacks.
+        """
+        url = f"{self.dashboard_url}/api/serve/applications/"
+        with _OPENER.open(url, timeout=60) as answer:
+            application = json.load(answer)["applications"].get("tandem", {})
+        # Serve lists no deployments while it builds an application.
+        found = application.get("deployments", {})
+        return {name: deployment["replicas"] for name, deployment in found.items()}
 
     def replicas(self) -> dict[str, tuple[str, str]]:
         """Return the deployment and the state of each replica by its id."""
         return {
-            replica["id"]: (deployment["name"], replica["state"])
-            for deployment in self.status()["application"]["deployments"]
-            for replica in deployment["replicas"]
+            replica["replica_id"]: (name, replica["state"])
+            for name, replicas in self.deployments().items()
+            for replica in replicas
         }
+
+    def all_run(self) -> bool:
+        """Return True if no replica is starting or stopping."""
+        return {state for _, state in self.replicas().values()} == {"RUNNING"}
+
+    @property
+    def dashboard_url(self) -> str:
+        state = json.loads((self.home / "run" / "cluster.json").read_text(encoding="utf-8"))
+        return str(state["dashboard_url"])
 
 
 class IsolatedHome(NamedTuple):

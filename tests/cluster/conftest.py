@@ -5,6 +5,9 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import anthropic
+import httpx
+import openai
 import pytest
 import yaml
 
@@ -13,6 +16,7 @@ from tests.running import ROOT as ROOT
 from tests.running import TANDEM as TANDEM
 from tests.running import RunningCluster as RunningCluster
 from tests.running import isolated_home as isolated_home
+from tests.running import wait_until as wait_until
 
 ALIASES, CLASSIFIER_ALIASES = ["gpt-4o-mini", "acme/chat:1b"], ["org/mood"]
 """Further names of the models in ``cluster``."""
@@ -35,6 +39,16 @@ GUARDS = [
     },
 ]
 """Guards of ``cluster``, for the requests that name them (docs/how-to/guards.md)."""
+LEAKS = {
+    "sample_s": 0.5,
+    "window_s": 10,
+    "settle_s": 0,
+    "min_bytes_per_s": 1024**2,
+    "min_growth_bytes": "32MiB",  # more than a replica's first requests take
+    "replace": True,
+    "pause_s": 15,
+}
+"""Detection of leaks in ``sims``."""
 
 
 def sim_generator(**fields: Any) -> dict[str, Any]:
@@ -46,6 +60,20 @@ def sim_generator(**fields: Any) -> dict[str, Any]:
         "resources": {"cpus": 0.1},
         **fields,
     }
+
+
+REPLAYED = sim_generator(
+    name="replayed",
+    sim={
+        "prefill_s_per_token": 2e-4,
+        "decode_s_per_token": 0.06,
+        "batch_slowdown": 0.05,
+        "max_num_seqs": 6,
+    },
+    max_in_flight=8,
+    replicas={"min": 2, "max": 2},
+)
+"""Generator of ``sims`` to which ``test_simulation`` sends a trace."""
 
 
 def router_config(num: int, **fields: Any) -> dict[str, Any]:
@@ -76,15 +104,32 @@ def unchanged_environment() -> Iterator[None]:
     os.environ.update(before)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run modules that use ``sims`` first and tests that use ``cluster`` last.
+
+    Between its tests, a cluster takes time of the CPUs from others.
+    """
+
+    def uses(item: pytest.Item, fixture: str) -> bool:
+        return fixture in getattr(item, "fixturenames", ())
+
+    first = {item.path for item in items if uses(item, "sims")}
+    items.sort(key=lambda item: 2 if uses(item, "cluster") else item.path not in first)
+
+
 @pytest.fixture(scope="session")
 def make_cluster(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return a function that starts an isolated cluster; only the models are shared."""
 
-    def make(*args: str, **variables: str) -> RunningCluster:
+    def make(*args: str, config: dict[str, Any] | None = None, **variables: str) -> RunningCluster:
         home = tmp_path_factory.mktemp("home")
         store.models_dir().mkdir(parents=True, exist_ok=True)
         (home / "models").symlink_to(store.models_dir())
         env, settings, http_url, ray_address = isolated_home(home, **variables)
+        if config is not None:
+            file = home / "test-config.yaml"
+            file.write_text(yaml.safe_dump(config), encoding="utf-8")
+            settings += ["--config", str(file)]
         running = RunningCluster(home, env, http_url, ray_address)
         running.up(*settings, *args)
         return running
@@ -93,17 +138,33 @@ def make_cluster(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="module")
-def sim_cluster(
-    request: pytest.FixtureRequest, make_cluster: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RunningCluster]:
+def sim_cluster(request: pytest.FixtureRequest, make_cluster: Any) -> Iterator[RunningCluster]:
     """Start a cluster with the configuration returned by the test module's ``config()``.
 
     ``ENVIRONMENT`` of the module, if there is one, is added to the environment.
     """
-    file = tmp_path_factory.mktemp("config") / "config.yaml"
-    file.write_text(yaml.safe_dump(request.module.config()), encoding="utf-8")
+    variables = getattr(request.module, "ENVIRONMENT", {})
+    running: RunningCluster = make_cluster(config=request.module.config(), **variables)
+    yield running
+    running.down()
+
+
+@pytest.fixture(scope="session")
+def sims(make_cluster: Any) -> Iterator[RunningCluster]:
+    """Start simulated generators of several modules; a test of ``test_up_down`` crashes them."""
+    abandoned = sim_generator(max_in_flight=32, sim={"decode_s_per_token": 0.02})
+    leaking = sim_generator(
+        name="leaking",
+        sim={"decode_s_per_token": 0.02, "leak_bytes_per_request": "4MiB"},
+        replicas={"min": 2, "max": 2},
+    )
+    hanging = sim_generator(name="org/hanging", sim={"hang_after_requests": 3}, stall_timeout_s=2)
     running: RunningCluster = make_cluster(
-        "--config", str(file), **getattr(request.module, "ENVIRONMENT", {})
+        config=serve_config(
+            generators=[abandoned, leaking, hanging, REPLAYED],
+            router=router_config(1),
+            leaks=LEAKS,
+        )
     )
     yield running
     running.down()
@@ -119,3 +180,29 @@ def cluster(make_cluster: Any) -> Iterator[RunningCluster]:
     )
     yield running
     running.down()
+
+
+@pytest.fixture(scope="module")
+def http(cluster: RunningCluster) -> Iterator[httpx.Client]:
+    """Return a client of ``cluster``, once that is ready again after the tests before."""
+    with httpx.Client(base_url=cluster.http_url, timeout=180) as client:
+        wait_until(lambda: client.get("/ready").status_code == 200, 150, "becoming ready")
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(cluster: RunningCluster) -> Iterator[openai.OpenAI]:
+    """Return OpenAI's client of ``cluster``."""
+    with openai.OpenAI(
+        base_url=f"{cluster.http_url}/v1", api_key="none", max_retries=0, timeout=120
+    ) as openai_client:
+        yield openai_client
+
+
+@pytest.fixture(scope="module")
+def claude(cluster: RunningCluster) -> Iterator[anthropic.Anthropic]:
+    """Return Anthropic's client of ``cluster``."""
+    with anthropic.Anthropic(
+        base_url=cluster.http_url, api_key="none", max_retries=0, timeout=120
+    ) as anthropic_client:
+        yield anthropic_client

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ import httpx
 
 from cluster.launch import processes
 from cluster.models import store
+from tests import running
 from tests.certificates import certificates
 from tests.running import ROOT, TANDEM
 
@@ -205,15 +206,9 @@ def _add(node: Node) -> None:
     node.connect()
 
 
-def wait_until(condition: Any, timeout_s: float = 60.0) -> None:
+def wait_until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
     """Wait until ``condition()`` is true; errors of a node that is not ready count as false."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        with contextlib.suppress(httpx.HTTPError):
-            if condition():
-                return
-        assert time.monotonic() < deadline, f"not true within {timeout_s:g} s"
-        time.sleep(0.2)
+    running.wait_until(condition, timeout_s, "the change", ignored=(httpx.HTTPError,))
 
 
 class Streams:

@@ -10,12 +10,11 @@ import json
 import random
 import time
 from collections import Counter
-from typing import Any
 
 import httpx
 import pytest
 
-from tests.cluster.conftest import RunningCluster, router_config, serve_config, sim_generator
+from tests.cluster.conftest import RunningCluster
 
 SEED = 12
 IDLE_S = 1.0
@@ -24,12 +23,6 @@ SHORT_TOKENS, LONG_TOKENS = 4, 1500
 """Tokens of answers that end before some clients leave, and that outlast the test."""
 
 pytestmark = pytest.mark.timeout(240)
-
-
-def config() -> dict[str, Any]:
-    # At 100 clients, two thirds of the requests wait in the router's queue.
-    sim = sim_generator(max_in_flight=32, sim={"decode_s_per_token": 0.02})
-    return serve_config(generators=[sim], router=router_config(1))
 
 
 def is_idle(http: httpx.Client, model: str) -> bool:
@@ -105,10 +98,9 @@ def abandon(
     return read
 
 
-def test_2000_abandoned_requests_leave_a_simulated_engine_idle(
-    sim_cluster: RunningCluster,
-) -> None:
-    read = abandon(sim_cluster, "sim", rounds=20, clients=100, max_leave_s=0.5)
+def test_2000_abandoned_requests_leave_a_simulated_engine_idle(sims: RunningCluster) -> None:
+    # Two thirds of the requests wait in the router's queue.
+    read = abandon(sims, "sim", rounds=20, clients=100, max_leave_s=0.5)
     assert min(read["nothing"], read["a part"], read["all"]) >= 20, read
 
 

@@ -8,18 +8,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.cluster.conftest import RunningCluster
-
 MODEL = "smollm2"
 
 pytestmark = pytest.mark.timeout(300)
-
-
-@pytest.fixture(scope="module")
-def http(cluster: RunningCluster) -> Any:
-    limits = httpx.Limits(max_connections=64)
-    with httpx.Client(base_url=cluster.http_url, timeout=120, limits=limits) as client:
-        yield client
 
 
 def complete(http: httpx.Client, max_tokens: int, **options: Any) -> httpx.Response:

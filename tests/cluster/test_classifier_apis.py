@@ -12,12 +12,6 @@ from tests.cluster.conftest import RunningCluster
 TEXTS = ["I loved this film.", "A boring mess."]
 
 
-@pytest.fixture(scope="module")
-def http(cluster: RunningCluster) -> Any:
-    with httpx.Client(base_url=cluster.http_url, timeout=60) as client:
-        yield client
-
-
 def ask(http: httpx.Client, path: str, body: dict[str, Any]) -> Any:
     answer = http.post(path, json=body)
     assert answer.status_code == 200, answer.text

@@ -9,7 +9,7 @@ from tests.cluster.conftest import RunningCluster
 
 REQUESTS = 60
 """Almost twice the default ``target_in_flight``, which is 32."""
-LOAD_S = 15.0
+LOAD_S = 10.0
 """Time of load; reports, ``upscale_delay_s`` and a decision take 2 s each."""
 
 

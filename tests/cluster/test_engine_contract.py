@@ -68,8 +68,8 @@ def body(**fields: Any) -> dict[str, Any]:
     return fields if "prompt" in fields else {"messages": USER, **fields}
 
 
-async def wait_for_load(engine: Engine, wanted: Load, within_s: float = 1.0) -> None:
-    async with asyncio.timeout(within_s):
+async def wait_for_load(engine: Engine, wanted: Load) -> None:
+    async with asyncio.timeout(60):
         while engine.load() != wanted:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
@@ -375,9 +375,9 @@ async def test_a_client_that_goes_away_frees_the_engine(
     call = asgi.start(engine.app, "POST", CHAT, request_body)
     if stream:
         await call.chunks(5)
-    else:
-        await asyncio.sleep(0.2)
-    assert engine.load().running == 1
+    async with asyncio.timeout(60):
+        while engine.load().running != 1:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
     if how == "cancel":
         await call.cancel()
     else:

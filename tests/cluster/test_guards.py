@@ -7,29 +7,11 @@ import anthropic
 import openai
 import pytest
 
-from tests.cluster.conftest import RunningCluster
-
 GOOD = "Name three colors of the rainbow."
 BAD = "This is a terrible, boring, awful film. I hated it."
 MODEL, LIMIT = "smollm2", 8
 PERSONAL = {"x-tandem-guards": "personal-data"}
 Ask = Callable[[str, dict[str, str]], str]
-
-
-@pytest.fixture(scope="module")
-def client(cluster: RunningCluster) -> Any:
-    with openai.OpenAI(
-        base_url=f"{cluster.http_url}/v1", api_key="none", max_retries=0, timeout=120
-    ) as openai_client:
-        yield openai_client
-
-
-@pytest.fixture(scope="module")
-def claude(cluster: RunningCluster) -> Any:
-    with anthropic.Anthropic(
-        base_url=cluster.http_url, api_key="none", max_retries=0, timeout=120
-    ) as anthropic_client:
-        yield anthropic_client
 
 
 @pytest.fixture

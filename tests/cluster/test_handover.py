@@ -113,13 +113,13 @@ async def answers(
         await world.kill(next(each.info.id for each in running if each.in_flight))
         answer = await call.done()
         assert answer.status == 200, answer.body
-        await world.until_idle(10)
+        await world.until_idle()
         found = await metrics(world)
         assert found["tandem_stream_handovers_total", "gen", "continued", "lost"] == 1
         tokens = found["tandem_completion_tokens_total", "gen"]
         prompt_tokens = found["tandem_prompt_tokens_total", "gen"]
         undisturbed = await asgi.start(world.app, "POST", path, body, headers).done()
-        await world.until_idle(10)
+        await world.until_idle()
         found = await metrics(world)
         assert found["tandem_prompt_tokens_total", "gen"] == 2 * prompt_tokens
         if body.get("temperature") == 0 or "seed" in body:

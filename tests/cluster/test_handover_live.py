@@ -13,11 +13,15 @@ from uuid import uuid4
 import httpx
 import psutil
 import pytest
-import yaml
 
-from tests.cluster.conftest import ROOT, RunningCluster, router_config, serve_config
+from tests.cluster.conftest import (
+    ROOT,
+    RunningCluster,
+    router_config,
+    serve_config,
+    wait_until,
+)
 from tests.cluster.engine_processes import engines_of_cluster
-from tests.cluster.test_recovery import wait_until
 
 MODEL = "smollm2"
 PROMPTS = [f"Story {number}: once upon a time" for number in range(8)]
@@ -26,9 +30,7 @@ pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
-def two_replicas(
-    make_cluster: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RunningCluster]:
+def two_replicas(make_cluster: Any) -> Iterator[RunningCluster]:
     generator = {
         "name": MODEL,
         "model": "smollm2-135m-instruct",
@@ -40,12 +42,11 @@ def two_replicas(
         "resources": {"cpus": 0.4},
         "routing": "least-load",
     }
-    file = tmp_path_factory.mktemp("handover") / "config.yaml"
-    config = serve_config(generators=[generator], router=router_config(2))
-    file.write_text(yaml.safe_dump(config), encoding="utf-8")
     # Threads of two engines that wait for each other on the same cores slow both down.
     running: RunningCluster = make_cluster(
-        "--config", str(file), VLLM_CPU_OMP_THREADS_BIND="nobind", OMP_NUM_THREADS="1"
+        config=serve_config(generators=[generator], router=router_config(2)),
+        VLLM_CPU_OMP_THREADS_BIND="nobind",
+        OMP_NUM_THREADS="1",
     )
     yield running
     running.down()
@@ -198,9 +199,7 @@ def test_a_killed_router_costs_no_answer(
 
 def routers_of(cluster: RunningCluster) -> list[dict[str, Any]]:
     """Return the running routers."""
-    deployments = cluster.status()["application"]["deployments"]
-    (found,) = [each["replicas"] for each in deployments if each["name"] == "router"]
-    return [replica for replica in found if replica["state"] == "RUNNING"]
+    return [each for each in cluster.deployments()["router"] if each["state"] == "RUNNING"]
 
 
 def wait_until_complete(cluster: RunningCluster, http: httpx.Client) -> None:
@@ -208,44 +207,6 @@ def wait_until_complete(cluster: RunningCluster, http: httpx.Client) -> None:
     wait_until(lambda: len(routers_of(cluster)) == 2, 60, "starting routers")
     wait_until(lambda: http.get("/ready").json()["pools"][MODEL]["ready"] == 2, 200, "start")
     wait_until(lambda: len(running(cluster)) == 2, 60, "listing the replicas")
-
-
-def replica_of(engine: psutil.Process) -> psutil.Process:
-    replica = engine.parent()
-    assert replica is not None
-    return replica
-
-
-def stop_replica(engine: psutil.Process) -> None:
-    os.kill(replica_of(engine).pid, signal.SIGSTOP)
-
-
-def kill_engine(engine: psutil.Process) -> None:
-    engine.kill()
-
-
-def kill_replica(engine: psutil.Process) -> None:
-    replica_of(engine).kill()
-
-
-@pytest.mark.parametrize("fault", [stop_replica, kill_engine, kill_replica])
-def test_all_greedy_streams_are_identical(
-    two_replicas: RunningCluster,
-    undisturbed: list[str],
-    fault: Callable[[psutil.Process], None],
-) -> None:
-    with httpx.Client(base_url=two_replicas.http_url, timeout=60) as http:
-        wait_until_complete(two_replicas, http)
-    engine = engines_of_cluster(two_replicas.home)[0]
-    replica = replica_of(engine)
-    try:
-        streams = run_streams(two_replicas.http_url, lambda: fault(engine))
-        assert texts_of(streams) == undisturbed
-    finally:
-        if replica.is_running() and replica.status() == psutil.STATUS_STOPPED:
-            replica.resume()
-    if fault is stop_replica:  # it goes on, and finds nobody to write to
-        assert texts_of(run_streams(two_replicas.http_url)) == undisturbed
 
 
 def running(cluster: RunningCluster) -> set[str]:
@@ -275,7 +236,45 @@ def test_a_drained_replica_hands_its_streams_over_and_is_replaced(
         assert "127.0.0.1 is the head node" in head.json()["error"]["message"]
 
     def is_replaced() -> bool:
-        now = running(two_replicas)
-        return len(now) == 2 and drained not in now
+        return len(running(two_replicas)) == 2 and drained not in two_replicas.replicas()
 
     wait_until(is_replaced, 200, "replacing the replica")
+
+
+def replica_of(engine: psutil.Process) -> psutil.Process:
+    replica = engine.parent()
+    assert replica is not None
+    return replica
+
+
+def stop_replica(engine: psutil.Process) -> None:
+    os.kill(replica_of(engine).pid, signal.SIGSTOP)
+
+
+def kill_engine(engine: psutil.Process) -> None:
+    engine.kill()
+
+
+def kill_replica(engine: psutil.Process) -> None:
+    replica_of(engine).kill()
+
+
+# Nothing waits for the replacement after the last one.
+@pytest.mark.parametrize("fault", [stop_replica, kill_engine, kill_replica])
+def test_all_greedy_streams_are_identical(
+    two_replicas: RunningCluster,
+    undisturbed: list[str],
+    fault: Callable[[psutil.Process], None],
+) -> None:
+    with httpx.Client(base_url=two_replicas.http_url, timeout=60) as http:
+        wait_until_complete(two_replicas, http)
+    engine = engines_of_cluster(two_replicas.home)[0]
+    replica = replica_of(engine)
+    try:
+        streams = run_streams(two_replicas.http_url, lambda: fault(engine))
+        assert texts_of(streams) == undisturbed
+    finally:
+        if replica.is_running() and replica.status() == psutil.STATUS_STOPPED:
+            replica.resume()
+    if fault is stop_replica:  # it goes on, and finds nobody to write to
+        assert texts_of(run_streams(two_replicas.http_url)) == undisturbed

@@ -21,20 +21,6 @@ MODEL = "smollm2"
 PARIS: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 
 
-@pytest.fixture(scope="module")
-def http(cluster: RunningCluster) -> Any:
-    with httpx.Client(base_url=cluster.http_url, timeout=120) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def client(cluster: RunningCluster) -> Any:
-    with openai.OpenAI(
-        base_url=f"{cluster.http_url}/v1", api_key="none", max_retries=0, timeout=120
-    ) as openai_client:
-        yield openai_client
-
-
 def test_chat(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model=MODEL, messages=PARIS, temperature=0, max_tokens=32
@@ -64,8 +50,8 @@ def test_tokens_are_streamed_as_they_are_generated(client: openai.OpenAI) -> Non
         usage = chunk.usage or usage
     assert usage is not None
     assert usage.completion_tokens == 48
-    # Below 48 because vLLM merges the tokens of two steps if the stream was not read in between.
-    assert len(pieces) > 40
+    # Below 48 because vLLM merges the tokens of steps between which the stream was not read.
+    assert len(pieces) > 16
     # If the tokens arrived together at the end, the longest gap would be the whole time.
     assert longest < total * 0.8
 
@@ -309,7 +295,7 @@ def test_concurrent_requests_share_the_engine(client: openai.OpenAI) -> None:
 def test_vllms_metrics_are_exported_by_rays_agents(
     cluster: RunningCluster, client: openai.OpenAI
 ) -> None:
-    url = f"{cluster.status()['state']['dashboard_url']}/api/prometheus/sd"
+    url = f"{cluster.dashboard_url}/api/prometheus/sd"
     targets = [target for group in httpx.get(url).json() for target in group["targets"]]
     # Ray exports a counter only after its first event, and nothing is preempted here.
     wanted = VLLM.keys() - {"ray_vllm_num_preemptions_total"}

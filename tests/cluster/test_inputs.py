@@ -5,7 +5,6 @@ Nothing that a client sends causes a 5xx, a hang, or an answer that is not in it
 
 import json
 import socket
-from collections.abc import Iterator
 
 import anthropic
 import httpx
@@ -24,12 +23,6 @@ from tests.cluster.malformed import (
     malformed,
     problem_of,
 )
-
-
-@pytest.fixture(scope="module")
-def http(cluster: RunningCluster) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=cluster.http_url, timeout=60) as client:
-        yield client
 
 
 def problem(answer: httpx.Response, path: str) -> str | None:

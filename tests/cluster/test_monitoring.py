@@ -1,5 +1,6 @@
 """`tandem up --monitoring`: all metrics reach Prometheus, all panels have data, alerts fire."""
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,13 @@ from benchmarks.ports import free_ports
 from cluster.launch.prometheus import executable
 from cluster.metrics import Metric, table
 from cluster.monitoring import prometheus as monitoring
-from tests.cluster.conftest import RunningCluster, router_config, serve_config, sim_generator
+from tests.cluster.conftest import (
+    RunningCluster,
+    router_config,
+    serve_config,
+    sim_generator,
+    wait_until,
+)
 from tests.cluster.ray_charts import Browser, documented_panels, panels_with_data
 from tests.monitoring.fast_rules import speed_up
 
@@ -34,8 +42,7 @@ REAL = {
 }
 """Generator with vLLM, for its metrics."""
 SCALES_FROM_ZERO = {"min": 0, "max": 1, "target_in_flight": 8}
-LOAD_S = 60.0
-TIMEOUT_S = 90.0
+TIMEOUT_S = 180.0
 """Metrics reach Prometheus within about 25 s; a busy machine takes longer."""
 
 SPEED_UP = 15.0
@@ -102,26 +109,21 @@ def config() -> dict[str, Any]:
 class Prometheus:
     """Client of a running Prometheus."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, http: httpx.Client) -> None:
+        self._http = http
 
     def query(self, expr: str) -> list[dict[str, Any]]:
-        answer = httpx.get(f"{self.url}/api/v1/query", params={"query": expr}, timeout=30)
+        answer = self._http.get("/api/v1/query", params={"query": expr})
         assert answer.status_code == 200, answer.text
         found: list[dict[str, Any]] = answer.json()["data"]["result"]
         return found
 
     def metric_names(self) -> set[str]:
-        answer = httpx.get(f"{self.url}/api/v1/label/__name__/values", timeout=30)
-        return set(answer.json()["data"])
+        return set(self._http.get("/api/v1/label/__name__/values").json()["data"])
 
-    def wait_until(self, condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> bool:
-        deadline = time.monotonic() + timeout_s
-        while not condition():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(2)
-        return True
+    def rules(self) -> list[dict[str, Any]]:
+        groups = self._http.get("/api/v1/rules").json()["data"]["groups"]
+        return [rule for group in groups for rule in group["rules"]]
 
     def is_firing(self, alert: str, **labels: str) -> bool:
         wanted = {"alertname": alert, "alertstate": "firing", **labels}
@@ -130,12 +132,8 @@ class Prometheus:
 
 
 @pytest.fixture(scope="module")
-def started(
-    make_cluster: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RunningCluster]:
-    file = tmp_path_factory.mktemp("config") / "config.yaml"
-    file.write_text(yaml.safe_dump(config()), encoding="utf-8")
-    running: RunningCluster = make_cluster("--monitoring", "--config", str(file))
+def started(make_cluster: Any) -> Iterator[RunningCluster]:
+    running: RunningCluster = make_cluster("--monitoring", config=config())
     yield running
     assert running.tandem("down").returncode == 0
     assert not any(p.info["name"] == "prometheus" and belongs_to(p, running) for p in processes())
@@ -149,7 +147,7 @@ def fast_prometheus(
     folder = tmp_path_factory.mktemp("prometheus")
     for path in monitoring.RULES.glob("*.yml"):
         (folder / path.name).write_text(speed_up(path.read_text(), SPEED_UP))
-    targets = monitoring.Targets(started.status()["state"]["dashboard_url"], None)
+    targets = monitoring.Targets(started.dashboard_url, None)
     settings = yaml.safe_load(monitoring.configuration(targets, [str(folder / "*.yml")]))
     settings["global"] = {
         "scrape_interval": f"{SCRAPE_S}s",
@@ -165,39 +163,62 @@ def fast_prometheus(
         f"--web.listen-address={address}",
         "--log.level=warn",
     ]
-    with subprocess.Popen(command) as process:
-        yield Prometheus(f"http://{address}")
+    with (
+        subprocess.Popen(command) as process,
+        httpx.Client(base_url=f"http://{address}", timeout=60) as http,
+    ):
+        yield Prometheus(http)
         process.terminate()
 
 
 @pytest.fixture(scope="module")
-def overload(started: RunningCluster, fast_prometheus: Prometheus) -> Iterator[None]:
+def overloaded(started: RunningCluster, fast_prometheus: Prometheus) -> Iterator[RunningCluster]:
     """Send more requests than one pool can serve, and some to the leaking one, until the end."""
-    done = threading.Event()
     clients = [(FLOODED, 0.2)] * 20 + [(LEAKING, 0.25)]
+    with repeated(*(partial(send_repeatedly, started.http_url, *client) for client in clients)):
+        yield started
+
+
+@contextlib.contextmanager
+def repeated(*clients: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Run clients in threads inside the block; which the event tells to end."""
+    done = threading.Event()
     with ThreadPoolExecutor(len(clients)) as pool:
-        requests = [
-            pool.submit(send_repeatedly, started.http_url, done, *client) for client in clients
-        ]
-        yield
-        done.set()
-    for request in requests:
-        request.result()
+        running = [pool.submit(client, done) for client in clients]
+        try:
+            yield
+        finally:
+            done.set()
+    for client in running:
+        client.result()
 
 
-def send_repeatedly(url: str, done: threading.Event, model: str, pause_s: float) -> None:
+def send_repeatedly(url: str, model: str, pause_s: float, done: threading.Event) -> None:
     """Send one request after another, whatever its status, with a pause in between."""
     body = {"model": model, "prompt": "a b c", "max_tokens": 16}
-    with httpx.Client(base_url=url, timeout=60) as client:
+    with httpx.Client(base_url=url, timeout=120) as client:
         while not done.wait(pause_s):
             client.post("/v1/completions", json=body)
 
 
-@pytest.fixture(scope="module")
-def loaded(started: RunningCluster, overload: None) -> RunningCluster:
-    """Return the cluster after a minute of mixed load; the overload continues."""
-    send_mixed_load(started.http_url, LOAD_S)
-    return started
+def send_mixed_load(url: str, done: threading.Event) -> None:
+    """Send chats, streamed and whole, and texts to classify, one after another."""
+    chat = {"model": "smollm2", "max_tokens": 16, "messages": [{"role": "user", "content": "Hi"}]}
+    # Longer than one block of the KV cache, so that the prefix cache has hits.
+    long = {"model": "real", "max_tokens": 16, "prompt": "one two three four " * 60}
+    with httpx.Client(base_url=url, timeout=120) as client:
+        while not done.is_set():
+            client.post("/v1/chat/completions", json={**chat, "stream": True})
+            client.post("/v1/chat/completions", json=chat)
+            client.post("/v1/completions", json=long)
+            texts = ["good", "bad", f"the film of {time.monotonic()}"]
+            client.post("/classify", json={"input": texts})
+
+
+@pytest.fixture
+def mixed_load(overloaded: RunningCluster) -> Iterator[None]:
+    with repeated(partial(send_mixed_load, overloaded.http_url)):
+        yield
 
 
 def processes() -> list[psutil.Process]:
@@ -211,23 +232,11 @@ def belongs_to(process: psutil.Process, running: RunningCluster) -> bool:
         return False
 
 
-def send_mixed_load(url: str, seconds: float) -> None:
-    """Send chats, streamed and whole, and texts to classify, one after another."""
-    chat = {"model": "smollm2", "max_tokens": 16, "messages": [{"role": "user", "content": "Hi"}]}
-    # Longer than one block of the KV cache, so that the prefix cache has hits.
-    long = {"model": "real", "max_tokens": 16, "prompt": "one two three four " * 60}
-    deadline = time.monotonic() + seconds
-    with httpx.Client(base_url=url, timeout=60) as client:
-        while (now := time.monotonic()) < deadline:
-            client.post("/v1/chat/completions", json={**chat, "stream": True})
-            client.post("/v1/chat/completions", json=chat)
-            client.post("/v1/completions", json=long)
-            client.post("/classify", json={"input": ["good", "bad", f"the film of {now}"]})
-
-
 @pytest.fixture(scope="module")
-def prometheus(loaded: RunningCluster) -> Prometheus:
-    return Prometheus(loaded.status()["state"]["prometheus_url"])
+def prometheus(overloaded: RunningCluster) -> Iterator[Prometheus]:
+    url = overloaded.status()["state"]["prometheus_url"]
+    with httpx.Client(base_url=url, timeout=60) as http:
+        yield Prometheus(http)
 
 
 def series(metric: Metric) -> str:
@@ -235,33 +244,49 @@ def series(metric: Metric) -> str:
 
 
 def test_every_target_is_up(prometheus: Prometheus) -> None:
-    assert {found["metric"]["job"] for found in prometheus.query("up")} == {"ray", "ingress"}
-    assert prometheus.wait_until(lambda: not prometheus.query("up == 0"))
+    def jobs_up() -> set[str]:
+        return {found["metric"]["job"] for found in prometheus.query("up == 1")}
+
+    wait_until(lambda: jobs_up() == {"ray", "ingress"}, TIMEOUT_S, "the first scrapes")
+    wait_until(lambda: not prometheus.query("up == 0"), TIMEOUT_S, "the first scrapes")
 
 
+@pytest.mark.usefixtures("mixed_load")
 def test_every_metric_reaches_prometheus(prometheus: Prometheus) -> None:
-    wanted = {series(metric) for metric in table.all_metrics() if metric.name not in ABSENT}
-    prometheus.wait_until(lambda: wanted <= prometheus.metric_names())
-    assert sorted(wanted - prometheus.metric_names()) == []
+    missing = {series(metric) for metric in table.all_metrics() if metric.name not in ABSENT}
+
+    def is_complete() -> bool:
+        missing.difference_update(prometheus.metric_names())
+        return not missing
+
+    with contextlib.suppress(AssertionError):
+        wait_until(is_complete, TIMEOUT_S, "the metrics")
+    assert sorted(missing) == []
 
 
-def test_every_panel_has_data(loaded: RunningCluster, prometheus: Prometheus) -> None:
-    panels = [
+@pytest.mark.usefixtures("mixed_load")
+def test_every_panel_has_data(prometheus: Prometheus) -> None:
+    empty = [
         (path.stem, panel["title"], target["expr"])
         for path in sorted((GRAFANA / "dashboards").glob("*.json"))
         for panel in json.loads(path.read_text())["panels"]
         for target in panel.get("targets", [])
         if not any(name in target["expr"] for name in (*ABSENT, "ray_vllm_num_preemptions_"))
     ]
-    send_mixed_load(loaded.http_url, 20)
-    time.sleep(2 * monitoring.SCRAPE_INTERVAL_S)
-    empty = []
-    for page, title, expr in panels:
-        query = expr.replace("$__rate_interval", "5m").replace("$model", ".+")
-        query = query.replace("$tenant", ".*")
-        if not prometheus.query(query):
-            empty.append(f"{page}: {title}: {expr}")
+
+    def have_data() -> bool:
+        empty[:] = [panel for panel in empty if not prometheus.query(as_shown(panel[-1]))]
+        return not empty
+
+    with contextlib.suppress(AssertionError):
+        wait_until(have_data, TIMEOUT_S, "the panels")
     assert empty == []
+
+
+def as_shown(expr: str) -> str:
+    """Return a panel's query as Grafana sends it."""
+    query = expr.replace("$__rate_interval", "5m").replace("$model", ".+")
+    return query.replace("$tenant", ".*")
 
 
 def test_startup_phases_add_up(prometheus: Prometheus) -> None:
@@ -270,27 +295,31 @@ def test_startup_phases_add_up(prometheus: Prometheus) -> None:
         found = {one["metric"]["phase"]: float(one["value"][1]) for one in prometheus.query(query)}
         return sum(found.values()) if found.keys() == set(phases) else float("nan")
 
-    assert prometheus.wait_until(lambda: took("decision") > 0)
+    wait_until(lambda: took("decision") > 0, TIMEOUT_S, "the phases")
     assert took("scheduling", "start", "notice") == pytest.approx(took("decision"))
     assert took("process", "replica") == pytest.approx(took("start"))
     assert took("imports", "model", "link") == pytest.approx(took("replica"))
 
 
-def test_rays_dashboard_finds_prometheus(loaded: RunningCluster) -> None:
-    url = loaded.status()["state"]["dashboard_url"]
+def test_rays_dashboard_finds_prometheus(overloaded: RunningCluster) -> None:
+    url = overloaded.dashboard_url
     assert httpx.get(f"{url}/api/prometheus_health", timeout=30).status_code == 200
 
 
 @pytest.fixture(scope="module")
-def browser(loaded: RunningCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    url = loaded.status()["state"]["dashboard_url"]
+def browser(
+    overloaded: RunningCluster, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Browser]:
+    url = overloaded.dashboard_url
     opened = Browser(url, tmp_path_factory.mktemp("profile"))
     yield opened
     opened.driver.quit()
 
 
-def test_rays_dashboard_shows_charts(loaded: RunningCluster, browser: Browser) -> None:
-    replica = next(r for r, (name, _) in loaded.replicas().items() if name == "generator-smollm2")
+def test_rays_dashboard_shows_charts(overloaded: RunningCluster, browser: Browser) -> None:
+    replica = next(
+        r for r, (name, _) in overloaded.replicas().items() if name == "generator-smollm2"
+    )
     pages = {
         "#/overview": {"Cluster Utilization": ["Cluster Utilization"]},
         "#/metrics": {"Core Dashboard": ["Cluster Utilization", "Node Count", "Node CPU Usage"]},
@@ -308,8 +337,8 @@ def test_rays_dashboard_shows_charts(loaded: RunningCluster, browser: Browser) -
         browser.save(address.split("/")[-1])
 
 
-def test_charts_of_tandem_and_vllm_have_data(loaded: RunningCluster, browser: Browser) -> None:
-    url = loaded.status()["state"]["grafana_url"]
+def test_charts_of_tandem_and_vllm_have_data(overloaded: RunningCluster, browser: Browser) -> None:
+    url = overloaded.status()["state"]["grafana_url"]
     span = "from=now-5m&to=now&refresh=5s"
     browser.open(f"{url}/d/tandem-generator?{span}&var-model=smollm2")
     browser.wait_for_panels(["TTFT", "ITL", "vLLM: tokens per second"])
@@ -319,43 +348,50 @@ def test_charts_of_tandem_and_vllm_have_data(loaded: RunningCluster, browser: Br
     browser.save("llm")
 
 
-def test_rays_panels_have_the_documented_data(
-    loaded: RunningCluster, prometheus: Prometheus
-) -> None:
-    url = loaded.status()["state"]["grafana_url"]
+def test_rays_panels_have_the_documented_data(overloaded: RunningCluster) -> None:
+    url = overloaded.status()["state"]["grafana_url"]
     documented = documented_panels()
     expected = {panel for panel, text in documented.items() if text == "yes"}
     assert panels_with_data(url).keys() == documented.keys()
-    prometheus.wait_until(lambda: all(panels_with_data(url)[panel] for panel in expected))
+    with contextlib.suppress(AssertionError):
+        wait_until(lambda: all(map(panels_with_data(url).get, expected)), TIMEOUT_S, "the panels")
     found = {panel for panel, has_data in panels_with_data(url).items() if has_data}
     assert expected - found == set()
     assert {panel for panel in found if documented[panel].startswith("no")} == set()
 
 
 def test_all_rules_are_evaluated(prometheus: Prometheus) -> None:
-    groups = httpx.get(f"{prometheus.url}/api/v1/rules", timeout=30).json()["data"]["groups"]
-    loaded = {rule["name"] for group in groups for rule in group["rules"]}
+    def health() -> set[str]:
+        return {rule["health"] for rule in prometheus.rules()}
+
+    wait_until(lambda: "unknown" not in health(), TIMEOUT_S, "the first evaluation")
+    loaded = {rule["name"] for rule in prometheus.rules()}
     for path in monitoring.RULES.glob("*.yml"):
         for group in yaml.safe_load(path.read_text())["groups"]:
             assert {rule.get("alert") or rule["record"] for rule in group["rules"]} <= loaded
-    assert not [rule for group in groups for rule in group["rules"] if rule["health"] == "err"]
+    assert not [rule for rule in prometheus.rules() if rule["health"] == "err"]
 
 
-def test_overload_fires_its_alert(loaded: RunningCluster, fast_prometheus: Prometheus) -> None:
-    prometheus = fast_prometheus
-    assert prometheus.wait_until(lambda: prometheus.is_firing("TandemShedding", model=FLOODED))
-    assert not prometheus.is_firing("TandemShedding", model="smollm2")
+@pytest.mark.usefixtures("overloaded")
+def test_overload_fires_its_alert(fast_prometheus: Prometheus) -> None:
+    wait_for_alert(fast_prometheus, "TandemShedding", model=FLOODED)
+    assert not fast_prometheus.is_firing("TandemShedding", model="smollm2")
 
 
-def test_a_leak_fires_its_alert(loaded: RunningCluster, fast_prometheus: Prometheus) -> None:
-    prometheus = fast_prometheus
-    assert prometheus.wait_until(lambda: prometheus.is_firing("TandemMemoryGrowing", model=LEAKING))
-    assert not prometheus.is_firing("TandemMemoryGrowing", model="smollm2")
+@pytest.mark.usefixtures("overloaded")
+def test_a_leak_fires_its_alert(fast_prometheus: Prometheus) -> None:
+    wait_for_alert(fast_prometheus, "TandemMemoryGrowing", model=LEAKING)
+    assert not fast_prometheus.is_firing("TandemMemoryGrowing", model="smollm2")
 
 
-def test_a_killed_engine_fires_its_alert(loaded: RunningCluster, prometheus: Prometheus) -> None:
+def test_a_killed_engine_fires_its_alert(
+    overloaded: RunningCluster, prometheus: Prometheus
+) -> None:
     assert not prometheus.is_firing("TandemEngineDied")
-    deployments = loaded.status()["application"]["deployments"]
-    victim = next(d for d in deployments if d["name"] == "generator-smollm2")["replicas"][0]
+    (victim,) = overloaded.deployments()["generator-smollm2"]
     psutil.Process(victim["pid"]).send_signal(signal.SIGKILL)
-    assert prometheus.wait_until(lambda: prometheus.is_firing("TandemEngineDied"))
+    wait_for_alert(prometheus, "TandemEngineDied")
+
+
+def wait_for_alert(prometheus: Prometheus, alert: str, **labels: str) -> None:
+    wait_until(lambda: prometheus.is_firing(alert, **labels), TIMEOUT_S, alert)

@@ -136,17 +136,19 @@ def test_a_stream_of_vllm_crosses_nodes(nodes: Network) -> None:
     """Each node prefers its own router, and there is one replica, so one stream crosses."""
     texts = set()
     for node in nodes.nodes[:2]:
-        client = openai.OpenAI(base_url=f"{node.url}/v1", api_key=OPERATOR_KEY, max_retries=0)
-        stream = client.completions.create(
-            model="tiny",
-            prompt="Hello there",
-            max_tokens=48,
-            temperature=0,
-            stream=True,
-            stream_options={"include_usage": True},
-            extra_body={"ignore_eos": True},
-        )
-        chunks = list(stream)
+        with openai.OpenAI(
+            base_url=f"{node.url}/v1", api_key=OPERATOR_KEY, max_retries=0
+        ) as client:
+            stream = client.completions.create(
+                model="tiny",
+                prompt="Hello there",
+                max_tokens=48,
+                temperature=0,
+                stream=True,
+                stream_options={"include_usage": True},
+                extra_body={"ignore_eos": True},
+            )
+            chunks = list(stream)
         assert chunks[-1].usage is not None
         assert chunks[-1].usage.completion_tokens == 48
         texts.add("".join(choice.text for chunk in chunks for choice in chunk.choices))

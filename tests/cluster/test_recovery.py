@@ -12,19 +12,12 @@ import httpx
 import openai
 import psutil
 
-from tests.cluster.conftest import RunningCluster
+from tests.cluster.conftest import RunningCluster, wait_until
 from tests.cluster.engine_processes import engines_of_cluster
 
 MODEL = "smollm2"
 MAX_TOKENS = 500
 """Tokens of an answer whose engine dies long before its end."""
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float, event: str) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"{event} took longer than {timeout_s} s"
-        time.sleep(0.2)
 
 
 def read_chat(url: str) -> Iterator[Any]:
@@ -102,7 +95,7 @@ def test_a_dead_engine_is_replaced(cluster: RunningCluster) -> None:
             ]
             wait_until(
                 lambda: http.get("/ready").json()["pools"][MODEL]["running"] == 1 + len(STREAMS),
-                30,
+                60,
                 "starting the requests",
             )
             barrier.wait(timeout=60)
@@ -141,13 +134,8 @@ def test_a_dead_engine_is_replaced(cluster: RunningCluster) -> None:
 
 def router_process(cluster: RunningCluster) -> psutil.Process:
     """Return the process of the cluster's router."""
-    (pid,) = (
-        replica["pid"]
-        for deployment in cluster.status()["application"]["deployments"]
-        for replica in deployment["replicas"]
-        if deployment["name"] == "router"
-    )
-    return psutil.Process(pid)
+    (router,) = cluster.deployments()["router"]
+    return psutil.Process(router["pid"])
 
 
 def test_a_batch_continues_after_its_router_was_killed(cluster: RunningCluster) -> None:
@@ -187,7 +175,7 @@ def test_a_killed_replica_takes_its_engine_with_it(cluster: RunningCluster) -> N
     replica = engine.parent()
     assert replica is not None
     replica.kill()
-    wait_until(lambda: not engine.is_running(), 10, "the end of the engine")
+    wait_until(lambda: not engine.is_running(), 60, "the end of the engine")
     with httpx.Client(base_url=cluster.http_url, timeout=180) as http:
         wait_until(lambda: http.get("/ready").status_code == 200, 150, "becoming ready again")
         body = {"model": MODEL, "prompt": "a", "max_tokens": 4}

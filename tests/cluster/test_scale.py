@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -10,10 +9,11 @@ from typing import Any
 
 import httpx
 import psutil
+import pytest
 
 from tests.cluster.conftest import RunningCluster, router_config, serve_config, sim_generator
+from tests.cluster.streams import BODY, complete_streams, is_complete, until
 
-BODY = {"model": "sim", "prompt": "a b c", "max_tokens": 25, "stream": True}
 LONG_TOKENS = 600
 """Tokens of a stream that takes 12 s."""
 ENVIRONMENT = {"RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3"}
@@ -21,18 +21,11 @@ ENVIRONMENT = {"RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3"}
 
 
 def config(seed: int = 0, **generator: Any) -> dict[str, Any]:
-    """Return a configuration; with another ``seed``, it replaces all replicas and routers."""
-    scaled = {
-        "min": 1,
-        "max": 3,
-        "target_in_flight": 4,
-        "upscale_delay_s": 0,
-        "downscale_delay_s": 1,
-    }
+    """Return a configuration; another ``seed`` replaces the routers and the replicas of ``sim``."""
     fields = {
         "sim": {"decode_s_per_token": 0.02, "seed": seed},
         "max_in_flight": 16,
-        "replicas": scaled,
+        "replicas": {"min": 1, "max": 1},
     }
     sim = sim_generator(**{**fields, **generator})
     unlinkable = {
@@ -40,7 +33,7 @@ def config(seed: int = 0, **generator: Any) -> dict[str, Any]:
         "route_prefix": "/unlinkable",
         "import_path": "tests.cluster.unlinkable:build",
         "args": {
-            "generators": [{**sim, "replicas": {"min": 1, "max": 1}}],
+            "generators": [sim_generator(sim={"decode_s_per_token": 0.02})],
             "router": router_config(1, open=True),
         },
     }
@@ -53,66 +46,35 @@ def config(seed: int = 0, **generator: Any) -> dict[str, Any]:
         "args": {**unlinkable["args"], "router": router_config(1)},
     }
     resources = {"cpus": 0.1 + seed / 100}
-    router = router_config(2, max_queued=200, open=True, resources=resources)
+    router = router_config(2, max_queued=1000, open=True, resources=resources)
     steady = sim_generator(
         name="steady",
-        sim={"decode_s_per_token": 0.02, "seed": seed},
+        sim={"decode_s_per_token": 0.02},
         replicas={"min": 2, "max": 2},
         routing="round-robin",
     )
-    whole = serve_config(unlinkable, keyless, generators=[sim, steady], router=router)
+    elastic = sim_generator(
+        name="elastic",
+        sim={"decode_s_per_token": 0.04, "batch_slowdown": 0.05},
+        max_in_flight=32,
+        slo={"ttft_p90_s": 2.0, "itl_p90_s": 0.07},
+        replicas={
+            "min": 0,
+            "max": 24,
+            "target_in_flight": 8,
+            "upscale_delay_s": 0,
+            "downscale_delay_s": 5,
+        },
+        resources={"cpus": 0.01},
+    )
+    whole = serve_config(unlinkable, keyless, generators=[sim, steady, elastic], router=router)
     whole["http_options"]["host"] = "0.0.0.0"
     return whole
-
-
-def num_replicas(http: httpx.Client) -> int:
-    return int(http.get("/ready").json()["pools"]["sim"]["replicas"])
 
 
 def generators_of(cluster: RunningCluster) -> set[str]:
     """Return the ids of the replicas of the pool ``sim``."""
     return {id for id, (name, _) in cluster.replicas().items() if name == "generator-sim"}
-
-
-def is_complete(stream: str, tokens: int = 25) -> bool:
-    return stream.count('"text"') == tokens and stream.endswith("[DONE]\n\n")
-
-
-class StreamClients:
-    """Concurrent streams, repeated until ``stop`` is set, and counts of how they ended."""
-
-    def __init__(self, url: str, streams: int, tokens: int) -> None:
-        self._url = url
-        self._streams = streams
-        self._tokens = tokens
-        self.ends: Counter[str] = Counter()
-        self.stop = asyncio.Event()
-
-    async def run(self) -> None:
-        limits = httpx.Limits(max_connections=self._streams)
-        async with httpx.AsyncClient(base_url=self._url, limits=limits, timeout=120) as http:
-            await asyncio.gather(*(self._repeat(http) for _ in range(self._streams)))
-
-    async def _repeat(self, http: httpx.AsyncClient) -> None:
-        while not self.stop.is_set():
-            body = {**BODY, "max_tokens": self._tokens}
-            response = await http.post("/v1/completions", json=body)
-            complete = is_complete(response.text, self._tokens)
-            end = "complete" if complete else f"{response.status_code}: {response.text[-200:]}"
-            self.ends[end] += 1
-
-
-@asynccontextmanager
-async def complete_streams(url: str, streams: int, tokens: int = 25) -> AsyncIterator[None]:
-    """Run concurrent streams inside the block; every stream must be complete."""
-    clients = StreamClients(url, streams, tokens)
-    running = asyncio.create_task(clients.run())
-    try:
-        yield
-    finally:
-        clients.stop.set()
-        await running
-    assert set(clients.ends) == {"complete"}, clients.ends
 
 
 @asynccontextmanager
@@ -135,24 +97,29 @@ async def periodic_requests(url: str, model: str) -> AsyncIterator[list[httpx.Re
         await asyncio.wait([sending])
 
 
-async def until(condition: Any, timeout_s: float, event: str) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not await asyncio.to_thread(condition):
-        assert time.monotonic() < deadline, f"{event} took longer than {timeout_s} s"
-        await asyncio.sleep(0.5)
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("growth", [4, pytest.param(8, marks=pytest.mark.long)])
+async def test_replicas_follow_the_load_and_no_request_fails(
+    sim_cluster: RunningCluster, growth: int
+) -> None:
+    url, few = sim_cluster.http_url, 24
 
+    def replicas() -> int:
+        return int(httpx.get(f"{url}/ready", timeout=60).json()["pools"]["elastic"]["replicas"])
 
-async def test_replicas_follow_the_load_up_and_down(sim_cluster: RunningCluster) -> None:
-    with httpx.Client(base_url=sim_cluster.http_url, timeout=60) as http:
-        assert num_replicas(http) == 1
-        async with complete_streams(sim_cluster.http_url, streams=16):
-            await until(lambda: num_replicas(http) == 3, 120, "scaling up")
-        # Some streams continue while replicas are drained; all must be complete.
-        async with (
-            complete_streams(sim_cluster.http_url, streams=1),
-            complete_streams(sim_cluster.http_url, streams=1, tokens=LONG_TOKENS),
-        ):
-            await until(lambda: num_replicas(http) == 1, 120, "scaling down")
+    async with (
+        complete_streams(url, streams=1, tokens=250, model="elastic"),  # goes on in drains
+        complete_streams(url, streams=few, tokens=50, model="elastic") as load,
+    ):  # queued until the first replica has started
+        # The ITL SLO allows 16 streams per replica: 0.04 s * (1 + 0.05 * 15) = 0.07 s. So 24 need
+        # at least 2 replicas; the target of 8 in flight needs 3, and twice that is tolerated.
+        await until(lambda: 2 <= replicas() <= 6, 120, "starting replicas")
+        low = replicas()
+        await load.resize(growth * few)
+        await until(lambda: replicas() >= 3 * growth * low // 8, 300, "scaling up")
+        await load.resize(few)
+        await until(lambda: replicas() <= 8, 300, "scaling down")
+    await until(lambda: not replicas(), 120, "scaling down to zero")
 
 
 async def test_a_replica_without_a_link_is_called_through_its_handle(
@@ -192,9 +159,8 @@ class SlowProcess:
 
 
 async def test_a_slow_replica_is_taken_out_and_restored(sim_cluster: RunningCluster) -> None:
-    deployments = sim_cluster.status()["application"]["deployments"]
-    (steady,) = (each for each in deployments if each["name"].endswith("steady"))
-    slow = steady["replicas"][0]
+    slow = sim_cluster.deployments()["generator-steady"][0]
+    slow_id = slow["replica_id"]
     ends: Counter[int] = Counter()
     url = sim_cluster.http_url
 
@@ -209,17 +175,21 @@ async def test_a_slow_replica_is_taken_out_and_restored(sim_cluster: RunningClus
             ends[(await http.post("/v1/completions", json=body)).status_code] += 1
 
     async with httpx.AsyncClient(base_url=url, timeout=60) as http:
-        asking = [asyncio.create_task(ask(http)) for _ in range(8)]
-        await asyncio.sleep(3.0)  # the routers learn the usual speed
-        slowing = asyncio.create_task(SlowProcess(slow["pid"]).run())
-        await until(lambda: circuits()[slow["id"]] == "open", 90, "taking it out")
-        conditions = (await asyncio.to_thread(sim_cluster.status))["conditions"]
-        assert conditions[slow["id"]] in ("circuit open", "circuit half-open")
-        slowing.cancel()
-        await until(lambda: set(circuits().values()) == {"closed"}, 120, "restoring it")
-        for task in asking:
-            task.cancel()
-        await asyncio.gather(*asking, return_exceptions=True)
+        tasks = [asyncio.create_task(ask(http)) for _ in range(8)]
+        try:
+            # The routers learn the usual speed.
+            await until(lambda: ends.total() >= 100, 60, "answers of both replicas")
+            slowing = asyncio.create_task(SlowProcess(slow["pid"]).run())
+            tasks.append(slowing)
+            await until(lambda: circuits()[slow_id] == "open", 90, "taking it out")
+            conditions = (await asyncio.to_thread(sim_cluster.status))["conditions"]
+            assert conditions[slow_id] in ("circuit open", "circuit half-open")
+            slowing.cancel()
+            await until(lambda: set(circuits().values()) == {"closed"}, 120, "restoring it")
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
     assert set(ends) == {200}
 
 
@@ -240,7 +210,7 @@ async def test_a_router_without_keys_rejects_all_requests_on_an_exposed_address(
 async def test_updates_of_replicas_and_routers_interrupt_no_stream(
     sim_cluster: RunningCluster,
 ) -> None:
-    """``serve deploy`` twice replaces every replica and router while streams run.
+    """``serve deploy`` twice replaces every replica of ``sim`` and router while streams run.
 
     The first update adds a replica and an adapter. Requests for it must not reach old replicas,
     which reject them. The second one removes a replica. Streams take longer than each update, so
@@ -248,7 +218,11 @@ async def test_updates_of_replicas_and_routers_interrupt_no_stream(
     """
 
     def update(num: int) -> Callable[[], bool]:
-        before = sim_cluster.replicas()
+        before = {
+            id
+            for id, (name, _) in sim_cluster.replicas().items()
+            if name in ("router", "generator-sim")
+        }
         replicas = {"min": num, "max": num}
         sim_cluster.deploy(config(seed=num, replicas=replicas, adapters={"law": "none"}))
 
@@ -256,7 +230,7 @@ async def test_updates_of_replicas_and_routers_interrupt_no_stream(
             now = sim_cluster.replicas()
             running = [name for id, (name, state) in now.items() if state == "RUNNING"]
             return running.count("generator-sim") == num and not any(
-                now[id][1] == "RUNNING" for id in before.keys() & now.keys()
+                now[id][1] == "RUNNING" for id in before & now.keys()
             )
 
         return is_complete
@@ -272,7 +246,9 @@ async def test_updates_of_replicas_and_routers_interrupt_no_stream(
         await until(lambda: adapter_responses[-1].status_code == 200, 30, "the adapter")
     for answer in adapter_responses:
         if answer.status_code == 404:
-            assert "Known models: sim" in answer.text  # from a router before the update
+            assert (
+                "Known models: elastic, sim, steady" in answer.text
+            )  # from a router before the update
         elif answer.status_code == 503:
             assert int(answer.headers["retry-after"]) > 0
         else:
@@ -323,14 +299,10 @@ async def test_adapters_are_added_to_running_and_to_new_replicas(
 
     law, both = {"law": "none"}, {"law": "none", "art": "none"}
     one, two = ({"min": num, "max": num} for num in (1, 2))
-    sim_cluster.deploy(config(seed=4, replicas=one, adapters=law))
+    sim_cluster.deploy(config(seed=3, replicas=one, adapters=law))  # unchanged after the last test
     await until(lambda: adapters() == {"law": 1}, 90, "the update")
     await until(lambda: len(generators_of(sim_cluster)) == 1, 60, "the end of the old replicas")
-    await until(
-        lambda: {state for _, state in sim_cluster.replicas().values()} == {"RUNNING"},
-        90,
-        "the update of the other pools",
-    )
+    await until(sim_cluster.all_run, 90, "the update of the other pools")
     before = sim_cluster.replicas()
     async with (
         httpx.AsyncClient(base_url=sim_cluster.http_url, timeout=60) as http,
@@ -342,7 +314,7 @@ async def test_adapters_are_added_to_running_and_to_new_replicas(
             await http.post("/v1/completions", json={**BODY, "model": "art"})
         ).status_code == 200
         assert sim_cluster.replicas() == before
-        sim_cluster.deploy(config(seed=4, replicas=two, adapters=both))
+        sim_cluster.deploy(config(seed=3, replicas=two, adapters=both))
         await until(lambda: adapters() == {"law": 2, "art": 2}, 90, "the second replica")
         await asyncio.to_thread(tandem, "remove", "art")
         # Serve lists no deployments while it builds an application.

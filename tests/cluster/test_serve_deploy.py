@@ -13,9 +13,9 @@ import pytest
 from cluster.models import store
 from tests.running import ROOT, TANDEM, isolated_home
 
-pytestmark = pytest.mark.timeout(420)
+pytestmark = pytest.mark.timeout(600)
 
-READY_TIMEOUT_S = 150
+READY_TIMEOUT_S = 240
 _VARIABLE = re.compile(r"^\| `(RAY_\w+)` \| `(\S+)` \|", re.MULTILINE)
 
 

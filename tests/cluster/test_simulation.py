@@ -7,30 +7,13 @@ compared percentiles do not lie where a small delay would change them much.
 import json
 import random
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
 from benchmarks.routing.replay import Replay
 from cluster.simulation.trace_files import MOONCAKE_BLOCK, read_trace
-from tests.cluster.conftest import RunningCluster, router_config, serve_config, sim_generator
-
-REPLICAS = 2
-
-
-def config() -> dict[str, Any]:
-    sim = sim_generator(
-        sim={
-            "prefill_s_per_token": 2e-4,
-            "decode_s_per_token": 0.06,
-            "batch_slowdown": 0.05,
-            "max_num_seqs": 6,
-        },
-        max_in_flight=8,
-        replicas={"min": REPLICAS, "max": REPLICAS},
-    )
-    return serve_config(generators=[sim], router=router_config(1))
+from tests.cluster.conftest import REPLAYED, RunningCluster, router_config, serve_config
 
 
 def write_trace(path: Path, requests: int = 70, rate: float = 6.0) -> None:
@@ -59,21 +42,22 @@ def hit_rate(url: str) -> float:
         float(line.split()[-1])
         for name in ("cached", "prompt")
         for line in lines
-        if line.startswith(f'tandem_{name}_tokens_total{{model="sim"')
+        if line.startswith(f'tandem_{name}_tokens_total{{model="replayed"')
     )
     return cached / prompts
 
 
 async def test_the_simulator_predicts_the_clusters_latencies_and_hit_rate(
-    sim_cluster: RunningCluster, tmp_path: Path
+    sims: RunningCluster, tmp_path: Path
 ) -> None:
     file, trace = tmp_path / "config.json", tmp_path / "trace.jsonl"
-    file.write_text(json.dumps(config()), encoding="utf-8")
+    config = serve_config(generators=[REPLAYED], router=router_config(1))
+    file.write_text(json.dumps(config), encoding="utf-8")
     write_trace(trace)
-    done = sim_cluster.tandem("simulate", "--trace", str(trace), "--config", str(file), "--json")
+    done = sims.tandem("simulate", "--trace", str(trace), "--config", str(file), "--json")
     assert done.returncode == 0, done.stderr
     predicted = json.loads(done.stdout)
-    live = Replay(sim_cluster.http_url, "sim")
+    live = Replay(sims.http_url, "replayed")
     await live.run(read_trace(trace))
     measured = {
         f"{name}_p{percent}_s": histogram.percentile(percent)
@@ -82,4 +66,4 @@ async def test_the_simulator_predicts_the_clusters_latencies_and_hit_rate(
     }
     assert measured["ttft_p50_s"] > 1, "requests of this trace must wait"
     assert {name: predicted[name] for name in measured} == pytest.approx(measured, rel=0.15)
-    assert predicted["hit_rate"] == pytest.approx(hit_rate(sim_cluster.http_url), rel=0.15)
+    assert predicted["hit_rate"] == pytest.approx(hit_rate(sims.http_url), rel=0.15)

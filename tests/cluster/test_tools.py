@@ -1,7 +1,6 @@
 """Tool calls of the small model in a live cluster, with the vendors' clients."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import anthropic
@@ -23,12 +22,6 @@ SCHEMA = {
 WEATHER: Any = {"name": "weather", "description": "Tell the weather", "parameters": SCHEMA}
 QUESTION: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
 CHOICES = {"required": "required", "named": {"type": "function", "function": {"name": "weather"}}}
-
-
-@pytest.fixture
-def client(cluster: RunningCluster) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{cluster.http_url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def ask(client: openai.OpenAI, choice: Any, **fields: Any) -> Any:

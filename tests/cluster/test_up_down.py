@@ -1,13 +1,13 @@
-"""``tandem up`` and ``down`` with real Ray and the simulated engine: three starts."""
+"""``tandem up`` and ``down`` with real Ray and the simulated engine."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,14 @@ import pytest
 import yaml
 
 from cluster.launch import processes
-from tests.cluster.conftest import ROOT, TANDEM, RunningCluster, isolated_home, serve_config
+from tests.cluster.conftest import (
+    ROOT,
+    TANDEM,
+    RunningCluster,
+    isolated_home,
+    serve_config,
+    wait_until,
+)
 
 FOREIGN_RAY = """
 import sys, ray
@@ -61,15 +68,79 @@ def write_config(directory: Path, **sim: Any) -> Path:
     return path
 
 
+def test_down_after_a_crash_ends_only_processes_of_the_cluster(
+    sims: RunningCluster, foreign_ray: subprocess.Popen[str]
+) -> None:
+    """The last test of ``sims``."""
+    with decoy(sims.env) as bystander:
+        for owned in processes.find(sims.home):
+            if owned.name == "raylet":  # its workers end with it; the GCS, for example, does not
+                owned.process.kill()
+        assert "The cluster has crashed" in sims.tandem("status").stdout
+        done = sims.tandem("down")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("Stopped ")
+        assert processes.find(sims.home) == []
+        assert bystander.poll() is None
+    assert is_alive(foreign_ray)
+    assert sims.tandem("down").stdout == "No cluster is running.\n"
+    assert list(Path("/tmp").glob("tandem-*/haproxy.cfg")) == []
+
+
+@contextmanager
+def decoy(env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """Process with the cluster's home in its environment, but without its id."""
+    process = subprocess.Popen(["sleep", "600"], env=env)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@dataclass(frozen=True)
+class Foreground:
+    """``tandem up`` in the foreground."""
+
+    cluster: RunningCluster
+    process: subprocess.Popen[bytes]
+    file: Path
+    """Output of the process."""
+
+    def output(self) -> str:
+        return self.file.read_text(encoding="utf-8")
+
+    def is_started(self) -> bool:
+        assert self.process.poll() is None, self.output()
+        return "Press Ctrl-C to stop." in self.output()
+
+
 @pytest.fixture(scope="module")
-def running(
-    foreign_ray: subprocess.Popen[str], make_cluster: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RunningCluster]:
-    """Cluster shared, in this order, by the tests up to the crash."""
-    config = write_config(tmp_path_factory.mktemp("config"))
-    cluster: RunningCluster = make_cluster("--config", str(config))
-    yield cluster
-    cluster.tandem("down", "--drain-s", "0")
+def foreground(
+    foreign_ray: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Foreground]:
+    """Start a cluster for the tests up to the one that presses Ctrl-C, in this order."""
+    home, directory = (tmp_path_factory.mktemp(name) for name in ("home", "config"))
+    env, settings, http_url, ray_address = isolated_home(home)
+    config = write_config(directory, decode_s_per_token=0.05)
+    command = [TANDEM, "up", "--config", str(config), *settings]
+    file = directory / "output"
+    with file.open("wb") as output:
+        process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=output, stderr=output)
+    cluster = RunningCluster(home, env, http_url, ray_address)
+    started = Foreground(cluster, process, file)
+    try:
+        wait_until(started.is_started, 240, "the start")
+        yield started
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+        process.wait(120)
+
+
+@pytest.fixture
+def running(foreground: Foreground) -> RunningCluster:
+    return foreground.cluster
 
 
 def test_status_shows_every_replica_and_its_process(running: RunningCluster) -> None:
@@ -150,64 +221,22 @@ def test_up_on_a_busy_port_names_port_and_process(
     assert processes.find(tmp_path) == []
 
 
-def test_down_after_a_crash_ends_only_processes_of_the_cluster(
-    running: RunningCluster, foreign_ray: subprocess.Popen[str]
-) -> None:
-    with decoy(running.env) as bystander:
-        for owned in processes.find(running.home):
-            if owned.name == "raylet":  # its workers end with it; the GCS, for example, does not
-                owned.process.kill()
-        assert "The cluster has crashed" in running.tandem("status").stdout
-        done = running.tandem("down")
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith("Stopped ")
-        assert processes.find(running.home) == []
-        assert bystander.poll() is None
-    assert is_alive(foreign_ray)
-    assert running.tandem("down").stdout == "No cluster is running.\n"
-    assert list(Path("/tmp").glob("tandem-*/haproxy.cfg")) == []
-
-
-@contextmanager
-def decoy(env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Process with the cluster's home in its environment, but without its id."""
-    process = subprocess.Popen(["sleep", "600"], env=env)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-
-
 def test_ctrl_c_drains_requests_and_ends_all_processes(
-    tmp_path: Path, foreign_ray: subprocess.Popen[str]
+    foreground: Foreground, foreign_ray: subprocess.Popen[str]
 ) -> None:
-    env, settings, *_ = isolated_home(tmp_path)
-    config = write_config(tmp_path, decode_s_per_token=0.05)
-    up = subprocess.Popen(
-        [TANDEM, "up", "--config", str(config), *settings],
-        env=env,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        output = read_until(up, "Press Ctrl-C to stop.")
-        url = next(word for word in output.split() if word.startswith("http://"))
-        with httpx.stream("POST", f"{url}/v1/completions", json=stream_of(60)) as response:
-            lines = response.iter_lines()
-            next(lines)
-            up.send_signal(signal.SIGINT)
-            rest = [line for line in lines if line]
-        assert rest[-1] == "data: [DONE]"
-        tail, _ = up.communicate(timeout=60)
-    finally:
-        up.kill()
-        up.communicate()
-    assert up.returncode == 0
-    assert "all requests finished" in tail
-    assert processes.find(tmp_path) == []
+    process, cluster = foreground.process, foreground.cluster
+    with (
+        httpx.Client(base_url=cluster.http_url, timeout=60) as http,
+        http.stream("POST", "/v1/completions", json=stream_of(60)) as response,
+    ):
+        lines = response.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGINT)
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    assert process.wait(120) == 0, foreground.output()
+    assert "all requests finished" in foreground.output()
+    assert processes.find(cluster.home) == []
     assert is_alive(foreign_ray)
 
 
@@ -216,31 +245,20 @@ def stream_of(tokens: int) -> dict[str, Any]:
     return {**prompt, "max_tokens": tokens, "ignore_eos": True}
 
 
-def read_until(process: subprocess.Popen[str], text: str) -> str:
-    assert process.stdout is not None
-    seen = ""
-    while text not in seen:
-        line = process.stdout.readline()
-        assert line, seen
-        seen += line
-    return seen
-
-
 def test_a_failed_start_reports_the_cause_and_stops_all_processes(tmp_path: Path) -> None:
     env, settings, *_ = isolated_home(tmp_path)
     config = write_config(tmp_path, fail_startup=True)
-    started = time.monotonic()
     done = subprocess.run(
         [TANDEM, "up", "-d", "--config", str(config), *settings],
         env=env,
         capture_output=True,
         text=True,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: the application failed to start: generator-sim: ")
-    assert time.monotonic() - started < 240
     assert processes.find(tmp_path) == []
     assert json.loads(subprocess.check_output([TANDEM, "status", "--json"], env=env)) == {
         "running": False

@@ -16,14 +16,20 @@ import pytest
 import yaml
 
 from cluster.launch import processes
-from tests.cluster.conftest import ALIASES, CLASSIFIER_ALIASES, GUARDS, ROOT, RunningCluster
+from tests.cluster.conftest import (
+    ALIASES,
+    CLASSIFIER_ALIASES,
+    GUARDS,
+    ROOT,
+    RunningCluster,
+    wait_until,
+)
 from tests.cluster.engine_processes import engines_of_cluster
 from tests.cluster.test_recovery import (
     MODEL,
     STREAMS,
     assert_no_replica_became_ready,
     read_stream,
-    wait_until,
 )
 
 pytestmark = pytest.mark.timeout(600)
@@ -89,7 +95,7 @@ def test_live_changes_replace_no_replica_and_interrupt_no_request(cluster: Runni
         """Return the statuses of requests over a new connection each."""
         statuses = set()
         while not is_updated.is_set():
-            answer = httpx.post(f"{cluster.http_url}/classify", json=classification)
+            answer = httpx.post(f"{cluster.http_url}/classify", json=classification, timeout=60)
             statuses.add(answer.status_code)
         return statuses
 
@@ -100,6 +106,7 @@ def test_live_changes_replace_no_replica_and_interrupt_no_request(cluster: Runni
     def is_applied() -> bool:
         return (status("renamed"), status(MODEL, 5000)) == (200, 413)
 
+    wait_until(cluster.all_run, 120, "the end of earlier replacements")
     before, engines = cluster.replicas(), [each.pid for each in engines_of_cluster(cluster.home)]
     generator = {
         "aliases": [*ALIASES, "renamed"],
@@ -156,7 +163,7 @@ def test_an_update_of_vllm_interrupts_no_stream(cluster: RunningCluster) -> None
             is_updated.set()
         assert set(streaming.result(timeout=240)) == {TOKENS}
     wait_until(only_new_replicas, 120, "the end of the old replicas")
-    assert httpx.get(f"{cluster.http_url}/ready").status_code == 200
+    assert httpx.get(f"{cluster.http_url}/ready", timeout=60).status_code == 200
 
 
 def test_new_routers_need_no_new_haproxy(cluster: RunningCluster) -> None:
@@ -170,7 +177,7 @@ def test_new_routers_need_no_new_haproxy(cluster: RunningCluster) -> None:
     old_routers, old_haproxies = routers(), haproxies()
     cluster.deploy(update_config(router_cpus=0.22))
     wait_until(lambda: bool(routers()) and not old_routers & routers(), 120, "the update")
-    assert httpx.get(f"{cluster.http_url}/ready").status_code == 200
+    assert httpx.get(f"{cluster.http_url}/ready", timeout=60).status_code == 200
     assert haproxies() == old_haproxies
 
 

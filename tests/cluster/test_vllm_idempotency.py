@@ -90,8 +90,8 @@ async def test_an_answer_survives_its_router(scripted: Scripted, path: str, stre
 
 async def test_vllm_aborts_the_request_if_nobody_repeats_it(scripted: Scripted) -> None:
     engine, core = scripted
-    core.step_s = 0.02
-    async with routers(engine, disconnect_grace_s=0.2) as (first, _):
+    core.step_s = 0.1
+    async with routers(engine, disconnect_grace_s=1.5) as (first, _):
         call = asgi.start(first.app, "POST", CHAT, body(CHAT, stream=True), KEY)
         await call.chunks(2)
         await call.cancel()

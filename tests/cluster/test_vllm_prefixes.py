@@ -65,7 +65,7 @@ async def test_a_router_learns_which_prefixes_are_cached_and_evicted(engine: Eng
         first = body(SYSTEM, "What is a link?")
         assert (await asgi.post(engine.app, CHAT, first)).status == 200
         hashes = fingerprint_of(first).hashes
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not set(hashes) <= cached:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
 
@@ -90,7 +90,7 @@ async def test_a_router_learns_which_prefixes_are_cached_and_evicted(engine: Eng
             await asgi.post(engine.app, CHAT, body(f"{number} " + SYSTEM[::-1], "Hi"))
             if not set(hashes) & cached:
                 break
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while set(hashes) & cached:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
     finally:

@@ -146,7 +146,7 @@ class World:
     def update(self, pool: str) -> None:
         self.gateway.pools[pool].update(self.running[pool].values())
 
-    async def until_idle(self, timeout_s: float = 1.0) -> None:
+    async def until_idle(self, timeout_s: float = 30.0) -> None:
         """Wait until no request is open, also those whose usage the replica has yet to report."""
         async with asyncio.timeout(timeout_s):
             while self.gateway.num_open_requests:  # noqa: ASYNC110

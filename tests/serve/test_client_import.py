@@ -7,11 +7,12 @@ import subprocess
 import sys
 
 INTERRUPTED_IMPORT = """
-import sys, threading, time, _thread
+import signal, sys, threading, time, _thread
 from contextlib import suppress
 
 from cluster.client.session import import_serve
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background process
 interrupted = []
 
 def interrupt_during_import():

@@ -145,7 +145,7 @@ async def test_a_blocked_prompt_is_an_error_of_its_api_and_cancels_the_engine(pa
         assert error["code"] == "content_filter"
         assert error["type"] == ("invalid_request_error" if path == MESSAGES else "BadRequestError")
         assert "`injection`" in error["message"]
-        await site.world.until_idle(30)
+        await site.world.until_idle()
         await site.world.until(lambda: site.generator.cancelled == 1)
         found = await metrics(site.world)
         assert found["tandem_requests_total", "gen", path, "400"] == 1
@@ -173,7 +173,7 @@ async def test_a_disconnect_cancels_the_check_and_the_engine() -> None:
         await site.world.until(lambda: bool(site.generator.bodies and site.classifier.texts))
         await call.cancel()
         await site.world.until(lambda: site.generator.cancelled == 1)
-        await site.world.until_idle(30)
+        await site.world.until_idle()
 
 
 async def test_classifiers_of_whole_texts_judge_users_and_tools_only() -> None:
@@ -256,7 +256,7 @@ async def test_a_failing_guard_is_open_or_closed(on_error: str, failure: str) ->
         outcome = "unchecked" if on_error == "open" else "refused"
         assert await site.counts("injection", "prompt") == {outcome: 1}
         site.classifier.answers.set()
-        await site.world.until_idle(30)
+        await site.world.until_idle()
 
 
 async def test_a_client_cannot_make_an_open_guard_fail() -> None:
@@ -276,7 +276,7 @@ async def test_a_client_cannot_make_an_open_guard_fail() -> None:
         expected = {"blocked": 1, "unchecked": 1, "unreadable": 1}
         assert await site.counts("injection", "prompt") == expected
         site.classifier.answers.set()
-        await site.world.until_idle(30)
+        await site.world.until_idle()
 
 
 async def test_rights_and_quotas_precede_guards(tmp_path: Any) -> None:
@@ -308,7 +308,7 @@ async def test_a_request_that_guards_refuse_frees_its_quota(tmp_path: Any) -> No
             body, headers = request_for(CHAT, text), {"x-api-key": "k"}
             answer = await asgi.post(site.app, CHAT, body, headers=headers)
             assert answer.status == (200 if text == "good" else 400), answer.body
-            await site.world.until_idle(30)
+            await site.world.until_idle()
 
 
 async def test_the_time_of_guards_counts_for_deadline_and_latency() -> None:
@@ -323,7 +323,7 @@ async def test_the_time_of_guards_counts_for_deadline_and_latency() -> None:
         await asyncio.sleep(0.3)
         site.classifier.answers.set()
         assert (await call.done()).status == 200
-        await site.world.until_idle(30)
+        await site.world.until_idle()
         found = await metrics(site.world)
         assert found["tandem_request_seconds_sum", "gen"] > 0.25
         assert found["tandem_queue_seconds_sum", "gen"] < found["tandem_request_seconds_sum", "gen"]
@@ -338,7 +338,7 @@ async def test_the_log_of_checks_has_no_text(caplog: pytest.LogCaptureFixture) -
             headers = {"traceparent": f"00-{'1' * 32}-{'2' * 16}-01"}
             body = request_for(CHAT, "Ask Xaver Huber")
             assert (await asgi.post(site.app, CHAT, body, headers=headers)).status == 200
-            await site.world.until_idle(30)
+            await site.world.until_idle()
         assert "[PER_1]" in caplog.text
         assert "Xaver" not in caplog.text
         assert site.classifier.headers[0]["traceparent"] == headers["traceparent"]
@@ -397,7 +397,7 @@ async def test_a_blocked_answer_ends_as_its_api_ends_a_refusal(path: str) -> Non
         else:
             assert answer["choices"][0]["finish_reason"] == "content_filter"
             assert not text_of(path, answer)
-        await site.world.until_idle(30)
+        await site.world.until_idle()
         assert await site.counts("pii", "answer") == {"blocked": 2}
 
 
@@ -405,7 +405,7 @@ async def test_a_blocked_stream_stops_the_engine() -> None:
     reply = saying("x" * 10 + f" {CARD} " + "y" * 3000)
     async with guarded({**PII, "action": "block", "checks": "answer"}, reply=reply) as site:
         await site.post(CHAT, "x", stream=True)
-        await site.world.until_idle(30)
+        await site.world.until_idle()
         found = await metrics(site.world)
         assert found["tandem_requests_total", "gen", CHAT, "200"] == 1
 

@@ -470,7 +470,7 @@ async def test_cancelled_stream_reports_its_usage() -> None:
         assert await stream.read()
         stream.cancel()
         assert client.num_open == 0
-        await asyncio.wait_for(finished.wait(), 1)
+        await asyncio.wait_for(finished.wait(), 30)
         assert stream.usage == Usage(0, 0, 3)
 
 
@@ -493,5 +493,5 @@ async def test_usage_of_a_cancelled_stream_is_awaited_while_the_engine_is_busy()
             stream.on_finished = finished.set
             assert await stream.read()
             stream.cancel()
-            await asyncio.wait_for(finished.wait(), 5)
+            await asyncio.wait_for(finished.wait(), 30)
             assert stream.usage == Usage(0, 0, 3)

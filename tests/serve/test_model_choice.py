@@ -213,10 +213,10 @@ async def test_the_budget_and_the_models_of_a_key_limit_the_choice(tmp_path: Any
             return answer.headers.get(CHOICE, answer.status)
 
         assert str(await choice("k")).startswith("gen; rule=2")
-        await site.world.until_idle(30)
+        await site.world.until_idle()
         for _ in range(4):  # 3 prompt tokens each
             last = str(await choice("k"))
-            await site.world.until_idle(30)
+            await site.world.until_idle()
             if last.startswith("small; rule=1; budget_used="):
                 break
         assert last.startswith("small; rule=1; budget_used=")

@@ -434,7 +434,7 @@ async def test_calls_are_charged_to_the_sender_of_the_task(keys: Keys) -> None:
         answer = await tasks.post("summarize", key="acme", text=SENTENCE * 100)
         assert answer.status == 200
         usage = answer.json()["usage"]
-        await tasks.world.until_idle(30)
+        await tasks.world.until_idle()
         found = await metrics_inside(tasks.world)
         # Tokenizing, and the task's own request, have no tokens.
         by_labels = {frozenset(labels): value for labels, value in found.items()}
@@ -556,7 +556,7 @@ async def test_a_disconnect_ends_the_calls() -> None:
         await call.cancel()
         await tasks.world.until(lambda: tasks.generator.running == 0)
         tasks.generator.gate.set()
-        await tasks.world.until_idle(30)
+        await tasks.world.until_idle()
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,6 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +17,7 @@ from cluster.cli.app import app
 from cluster.config.file import IMPORT_PATH
 from cluster.errors import UnavailableError
 from cluster.launch import other_ray
+from tests.unit.scripted_dashboard import scripted_dashboard
 
 DETAILS = {
     "http_options": {"host": "0.0.0.0", "port": 8123},
@@ -38,23 +37,8 @@ DETAILS = {
 @pytest.fixture
 def dashboard() -> Iterator[str]:
     """Ray's dashboard with two applications."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps(DETAILS).encode())
-
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = Thread(target=server.serve_forever)
-    thread.start()
-    yield f"127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with scripted_dashboard(lambda *_: (200, json.dumps(DETAILS).encode())) as address:
+        yield address
 
 
 @pytest.fixture

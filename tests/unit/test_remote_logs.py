@@ -2,9 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -15,6 +13,7 @@ from typer.testing import CliRunner
 from cluster.cli.app import app
 from cluster.launch import auth, processes, state
 from cluster.launch.processes import ClusterProcess
+from tests.unit.scripted_dashboard import scripted_dashboard
 
 FAILED = {"id": "4f1", "outcome": "failed", "status": 503, "time": "2026-01-02"}
 REQUESTS = "serve/tandem_requests_1_a.jsonl"
@@ -28,48 +27,31 @@ NAMES = {
 }
 
 
+def respond(path: str, authorization: str | None) -> tuple[int, bytes]:
+    """Return the answer of a dashboard with two nodes, and a third one that does not answer."""
+    url = urlsplit(path)
+    query = {name: values[0] for name, values in parse_qs(url.query).items()}
+    node = query.get("node_id", "")
+    found: Any
+    if authorization != "Bearer secret":
+        return 401, b""
+    if url.path == "/api/v0/nodes":
+        found = {"result": [{"node_id": f"n{i}", "node_ip": f"10.0.0.{i}"} for i in (1, 2, 3)]}
+    elif node == "n3":
+        return 500, b""
+    elif url.path == "/api/v0/logs":
+        found = {"serve": NAMES[node] if query["glob"] == "serve/*" else []}
+    elif text := FILES.get((node, query["filename"])):
+        return 200, text.encode()
+    else:
+        return 500, b"no such file"
+    return 200, json.dumps({"data": {"result": found}}).encode()
+
+
 @pytest.fixture
 def dashboard() -> Iterator[str]:
-    """Ray's dashboard with two nodes, and a third one that does not answer."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            url = urlsplit(self.path)
-            query = {name: values[0] for name, values in parse_qs(url.query).items()}
-            node = query.get("node_id", "")
-            found: Any = None
-            if self.headers["authorization"] != "Bearer secret":
-                self.reply(401, b"")
-            elif url.path == "/api/v0/nodes":
-                found = {
-                    "result": [{"node_id": f"n{i}", "node_ip": f"10.0.0.{i}"} for i in (1, 2, 3)]
-                }
-            elif node == "n3":
-                self.reply(500, b"")
-            elif url.path == "/api/v0/logs":
-                found = {"serve": NAMES[node] if query["glob"] == "serve/*" else []}
-            elif text := FILES.get((node, query["filename"])):
-                self.reply(200, text.encode())
-            else:
-                self.reply(500, b"no such file")
-            if found is not None:
-                self.reply(200, json.dumps({"data": {"result": found}}).encode())
-
-        def reply(self, status: int, body: bytes) -> None:
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with scripted_dashboard(respond) as address:
+        yield f"http://{address}"
 
 
 @pytest.fixture
