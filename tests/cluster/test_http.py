@@ -75,18 +75,13 @@ def test_responses(client: openai.OpenAI) -> None:
     assert "Paris" in answer.output_text
 
 
-def test_anthropic_messages(cluster: RunningCluster) -> None:
-    with anthropic.Anthropic(
-        base_url=cluster.http_url, api_key="none", max_retries=0, timeout=120
-    ) as client:
-        answer = client.messages.create(
-            model=MODEL, messages=PARIS, max_tokens=32, extra_body={"temperature": 0}
-        )
-        assert "Paris" in answer.content[0].text  # type: ignore[union-attr]
-        with client.messages.stream(
-            model=MODEL, messages=PARIS, max_tokens=32, extra_body={"temperature": 0}
-        ) as stream:
-            assert "Paris" in "".join(stream.text_stream)
+def test_anthropic_messages(claude: anthropic.Anthropic) -> None:
+    ask: dict[str, Any] = {"model": MODEL, "messages": PARIS, "max_tokens": 32}
+    greedy = {"temperature": 0}
+    answer = claude.messages.create(extra_body=greedy, **ask)
+    assert "Paris" in answer.content[0].text
+    with claude.messages.stream(extra_body=greedy, **ask) as stream:
+        assert "Paris" in "".join(stream.text_stream)
 
 
 def test_json_schema_output(client: openai.OpenAI) -> None:

@@ -7,8 +7,6 @@ import anthropic
 import openai
 import pytest
 
-from tests.cluster.conftest import RunningCluster
-
 MODEL = "smollm2"
 SCHEMA = {
     "type": "object",
@@ -83,7 +81,9 @@ def test_the_model_answers_to_the_result_of_a_call(client: openai.OpenAI) -> Non
     assert followed.usage.completion_tokens > 0
 
 
-def test_responses_and_messages_call_tools(cluster: RunningCluster, client: openai.OpenAI) -> None:
+def test_responses_and_messages_call_tools(
+    client: openai.OpenAI, claude: anthropic.Anthropic
+) -> None:
     response = client.responses.create(
         model=MODEL,
         input=QUESTION[0]["content"],
@@ -96,14 +96,13 @@ def test_responses_and_messages_call_tools(cluster: RunningCluster, client: open
     (item,) = response.output
     assert item.type == "function_call"
     check_arguments(item.arguments)
-    with anthropic.Anthropic(base_url=cluster.http_url, api_key="none", max_retries=0) as claude:
-        message = claude.messages.create(
-            model=MODEL,
-            max_tokens=100,
-            messages=QUESTION,
-            tools=[{"name": "weather", "description": "Weather", "input_schema": SCHEMA}],
-            tool_choice={"type": "tool", "name": "weather"},
-        )
+    message = claude.messages.create(
+        model=MODEL,
+        max_tokens=100,
+        messages=QUESTION,
+        tools=[{"name": "weather", "description": "Weather", "input_schema": SCHEMA}],
+        tool_choice={"type": "tool", "name": "weather"},
+    )
     (block,) = message.content
     assert block.type == "tool_use"
     check_arguments(json.dumps(block.input))

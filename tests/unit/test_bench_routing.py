@@ -91,7 +91,8 @@ def test_the_oracle_weighs_cached_tokens_against_work() -> None:
 def test_the_decision_benchmark_reports_its_keys() -> None:
     parser = argparse.ArgumentParser()
     routing.add_arguments(parser)
-    args = parser.parse_args(["--replicas", "4", "--blocks", "4096", "--decisions", "20"])
+    small = "--replicas 4 --blocks 4096 --decisions 20 --trace-s 20"
+    args = parser.parse_args(small.split())
     args.rounds, args.quick = 1, True
     report = routing.run(args)
     assert report.keys["decision_us_p99"].median > 0
