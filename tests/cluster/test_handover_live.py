@@ -129,7 +129,7 @@ import ray
 ray.init(address=sys.argv[1], namespace="job", logging_level="ERROR")
 from cluster.client import Tandem
 
-tandem, options = Tandem(), dict(max_tokens=250, temperature=0, ignore_eos=True)
+tandem, options = Tandem(), dict(max_tokens=150, temperature=0, ignore_eos=True)
 losses, handler, logger = [], logging.Handler(), logging.getLogger("cluster.client")
 handler.emit = losses.append
 logger.addHandler(handler)

@@ -16,7 +16,7 @@ from tests.cluster.conftest import RunningCluster, wait_until
 from tests.cluster.engine_processes import engines_of_cluster
 
 MODEL = "smollm2"
-MAX_TOKENS = 500
+MAX_TOKENS = 300
 """Tokens of an answer whose engine dies long before its end."""
 
 
