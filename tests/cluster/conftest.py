@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -117,14 +118,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: 2 if uses(item, "cluster") else item.path not in first)
 
 
+def link_models(home: Path) -> Path:
+    """Let clusters with this home use the built models; return it."""
+    store.models_dir().mkdir(parents=True, exist_ok=True)
+    (home / "models").symlink_to(store.models_dir())
+    return home
+
+
 @pytest.fixture(scope="session")
 def make_cluster(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return a function that starts an isolated cluster; only the models are shared."""
 
     def make(*args: str, config: dict[str, Any] | None = None, **variables: str) -> RunningCluster:
-        home = tmp_path_factory.mktemp("home")
-        store.models_dir().mkdir(parents=True, exist_ok=True)
-        (home / "models").symlink_to(store.models_dir())
+        home = link_models(tmp_path_factory.mktemp("home"))
         env, settings, http_url, ray_address = isolated_home(home, **variables)
         if config is not None:
             file = home / "test-config.yaml"

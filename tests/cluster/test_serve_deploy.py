@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from cluster.models import store
+from tests.cluster.conftest import link_models
 from tests.running import ROOT, TANDEM, isolated_home
 
 pytestmark = pytest.mark.timeout(600)
@@ -22,9 +22,7 @@ _VARIABLE = re.compile(r"^\| `(RAY_\w+)` \| `(\S+)` \|", re.MULTILINE)
 @pytest.fixture(scope="module")
 def deployed_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Start a node with Ray's own commands, deploy the file, and yield the URL of the routers."""
-    home = tmp_path_factory.mktemp("home")
-    store.models_dir().mkdir(parents=True, exist_ok=True)
-    (home / "models").symlink_to(store.models_dir())
+    home = link_models(tmp_path_factory.mktemp("home"))
     page = (ROOT / "docs" / "how-to" / "deploy.md").read_text("utf-8")
     token = home / "auth_token"
     token.write_text("0123456789abcdef" * 2, encoding="ascii")

@@ -22,6 +22,7 @@ from tests.cluster.conftest import (
     TANDEM,
     RunningCluster,
     isolated_home,
+    link_models,
     serve_config,
     wait_until,
 )
@@ -120,7 +121,8 @@ def foreground(
     foreign_ray: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Foreground]:
     """Start a cluster for the tests up to the one that presses Ctrl-C, in this order."""
-    home, directory = (tmp_path_factory.mktemp(name) for name in ("home", "config"))
+    home = link_models(tmp_path_factory.mktemp("home"))
+    directory = tmp_path_factory.mktemp("config")
     env, settings, http_url, ray_address = isolated_home(home)
     config = write_config(directory, decode_s_per_token=0.05)
     command = [TANDEM, "up", "--config", str(config), *settings]
