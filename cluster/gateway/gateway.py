@@ -28,6 +28,7 @@ from cluster.gateway.batches import FILES_PATH, BatchBackend, BatchRoutes, Batch
 from cluster.gateway.body import UNREAD_BODY, BodyBuffers, read_body
 from cluster.gateway.builtin.drain import Drains, NodeDrains
 from cluster.gateway.builtin.own_paths import PUBLIC_PATHS
+from cluster.gateway.builtin.pages import Pages
 from cluster.gateway.builtin.rollouts import RolloutControl
 from cluster.gateway.builtin.routes import BuiltinRoute, BuiltinRoutes
 from cluster.gateway.choice import CHOICE_HEADER, AutoChoice, Fallbacks
@@ -153,6 +154,7 @@ class Gateway:
         self._builtin = BuiltinRoutes(
             self._models, versions or {}, self.registry, self._dashboard, report, rollout_control
         )
+        self._builtin.add_pages(Pages(self._models, lambda: self._auto.is_configured))
         self._builtin.add_guards(self._guards, quotas)
         self._batches = batches
         if batches is not None:

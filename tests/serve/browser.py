@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import uvicorn
+from axe_core_python.selenium import Axe
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
@@ -20,7 +21,8 @@ CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 @asynccontextmanager
 async def listening(app, port=0):
     """Serve ``app`` over HTTP and yield its address."""
-    config = uvicorn.Config(app, port=port, log_level="error", lifespan="off")
+    proxied = _cancelled_by_disconnects(app)
+    config = uvicorn.Config(proxied, port=port, log_level="error", lifespan="off")
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
     try:
@@ -31,6 +33,29 @@ async def listening(app, port=0):
     finally:
         server.should_exit = True
         await serving
+
+
+def _cancelled_by_disconnects(app):
+    """Return ``app`` as Serve's proxy runs it: a client that disconnects cancels its request."""
+
+    async def run(scope, receive, send):
+        messages = asyncio.Queue()
+
+        async def read():
+            while (message := await receive())["type"] != "http.disconnect":
+                await messages.put(message)
+            responding.cancel()
+
+        responding = asyncio.ensure_future(app(scope, messages.get, send))
+        reading = asyncio.create_task(read())
+        try:
+            await asyncio.wait([responding])
+        finally:
+            reading.cancel()
+        if not responding.cancelled():
+            responding.result()
+
+    return run
 
 
 def start(profile):
@@ -74,6 +99,23 @@ class Page:
         return WebDriverWait(self.driver, timeout_s, poll_frequency=0.1).until(
             lambda _: condition()
         )
+
+    def sign_in(self, key):
+        """Enter an API key, for this and all other pages."""
+        if not self.by("key").is_displayed():
+            self.by("key-button").click()
+        self.by("key").send_keys(key)
+        self.by("sign-in").submit()
+
+    def loads_only_from(self, url):
+        """Return True if the page loaded something, and all of it from this address."""
+        loaded = self.script("performance.getEntriesByType('resource').map(e => e.name)")
+        return bool(loaded) and all(name.startswith(url) for name in loaded)
+
+    def violations(self):
+        """Return what axe-core finds: rule, and the elements that break it."""
+        found = Axe().run(self.driver)["violations"]
+        return [(rule["id"], [node["html"] for node in rule["nodes"]]) for rule in found]
 
     def colors(self):
         """Return the brightness of the page's background and of its text, from 0 to 255."""

@@ -215,7 +215,7 @@ async def test_ready_shows_the_pools_to_operators_only() -> None:
             assert (ready.status, ready.json()) == (200, {"status": "ready"}), key
         pools = (await call(world, "o", "GET", "/ready")).json()["pools"]
         assert pools["gen"]["replicas"] == 1
-        for path in ("/health", "/version", "/explain", "/dashboard"):
+        for path in ("/health", "/version", "/explain", "/dashboard", "/playground"):
             assert (await call(world, "wrong", "GET", path)).status == 200
 
 

@@ -5,6 +5,7 @@ import hashlib
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
+from selenium.webdriver.common.keys import Keys
 
 from cluster.autoscaling import TargetChange
 from cluster.config import parse
@@ -151,6 +152,27 @@ class DashboardPage(Page):
         ]
 
 
+def check_log_command(page):
+    page.all("#failures button")[0].click()  # the list does not change under the mouse
+    page.until(lambda: page.by("copied").text)
+    failure = page.rows("failures")[0]
+    assert page.by("copied").text == f"Copied: tandem logs --request {failure[5]}"
+
+
+def check_meanings(page):
+    """Every tile and chart says what it shows, also without a mouse."""
+    buttons = page.all(".tile .about button, #charts .about button")
+    assert len(buttons) == len(page.all(".tile, #charts .card")) == 16
+    for button in buttons:
+        tip = page.by(button.get_attribute("aria-describedby"))
+        page.driver.execute_script("arguments[0].focus()", button)
+        assert tip.is_displayed()
+        assert len(tip.text) > 40
+        assert 0 <= tip.rect["x"] <= 1100 - tip.rect["width"]
+        button.send_keys(Keys.ESCAPE)
+        assert not tip.is_displayed()
+
+
 async def test_page_shows_live_load(page):
     async with running_routers() as running, listening(running.public_app) as url:
         running.start_load(12)
@@ -163,11 +185,16 @@ async def test_page_shows_live_load(page):
             assert page.tile("ttft_p90").endswith("s")
             assert page.number("in_flight") > 0
             assert page.number("kv_cache") > 0
-            replicas = page.rows("replicas")
-            assert [row[:3] for row in replicas] == [
-                ["chat", "chat-1", "linked"],
-                ["draft", "draft-1", "linked"],
+            groups = [heading.text for heading in page.all("#replicas tbody th")]
+            assert [group.partition(",")[0] for group in groups] == [
+                "chat: generator",
+                "draft: generator",
             ]
+            assert all("1 replica, " in group for group in groups)
+            replicas = [row[:2] for row in page.rows("replicas") if row]
+            assert replicas == [["chat-1", "linked"], ["draft-1", "linked"]]
+            check_log_command(page)
+            check_meanings(page)
             statuses = {row[1] for row in page.rows("failures")}
             assert statuses <= {"404", "500"}
             assert "word" not in page.by("failures").text
@@ -180,8 +207,7 @@ async def test_page_shows_live_load(page):
             nodes = page.script("window.kept = [...document.querySelectorAll('td, canvas')]")
             page.until(lambda: page.script("last > 0 && kept.times.length > 8"))
             assert page.script("window.kept.every((node) => node.isConnected)"), len(nodes)
-            loaded = page.script("performance.getEntriesByType('resource').map(e => e.name)")
-            assert all(name.startswith(url) for name in loaded)
+            assert page.loads_only_from(url)
             assert page.driver.get_log("browser") == []
 
         await asyncio.to_thread(check)
@@ -258,12 +284,11 @@ async def test_page_asks_for_a_key_and_keeps_it(page, kind):
             page.open(f"{url}/dashboard")
             page.until(lambda: "API key required" in page.state())
             for typed, state in (("wrong", "unknown API key"), (KEY, "live")):
-                page.by("key").send_keys(typed)
-                page.by("form").find_element("tag name", "button").click()
+                page.sign_in(typed)
                 page.until(lambda state=state: state in page.state())
             page.open(f"{url}/dashboard")
             page.until(lambda: page.state() == "live")
-            assert not page.by("form").is_displayed()
+            assert not page.by("sign-in").is_displayed()
 
         await asyncio.to_thread(check)
 
@@ -282,8 +307,7 @@ async def test_page_shows_a_tenant_its_own_charts(page):
         def check():
             page.open(f"{url}/dashboard")
             page.until(lambda: "API key required" in page.state())
-            page.by("key").send_keys(KEY)
-            page.by("form").find_element("tag name", "button").click()
+            page.sign_in(KEY)
             page.until(lambda: page.number("requests") > 1 and page.number("completion_tokens") > 1)
             assert page.tile("ttft_p90").endswith("s")
             shown = [card.text for card in page.all("#charts .card:not(.shared) h2")]

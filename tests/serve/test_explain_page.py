@@ -60,14 +60,16 @@ class ExplainPage(Page):
     """Form and result of the page."""
 
     def explain(self, text, method="integrated_gradients"):
-        self.driver.execute_script("arguments[0].value = arguments[1]", self.by("input"), text)
-        Select(self.by("method")).select_by_value(method)
-        self.by("go").click()
-        self.until(self.by("go").is_enabled)
-        return self.by("status").text
+        self.driver.execute_script(
+            "arguments[0].value = arguments[1]", self.by("explain-text"), text
+        )
+        Select(self.by("explain-method")).select_by_value(method)
+        self.by("explain-go").click()
+        self.until(self.by("explain-go").is_enabled)
+        return self.by("explain-status").text
 
     def words(self):
-        spans = self.all("#text .word")
+        spans = self.all("#words .word")
         return [(span.text, float(span.get_attribute("data-value"))) for span in spans]
 
     def bars(self):
@@ -79,9 +81,9 @@ async def test_words_are_colored_by_their_contribution(trained, browser):
 
     def use(url):
         browser.open(url)
-        assert Select(browser.by("model")).first_selected_option.text == "mine"
+        assert Select(browser.by("explain-model")).first_selected_option.text == "mine"
         assert browser.explain(text) == ""
-        assert browser.by("text").text == text
+        assert browser.by("words").text == text
         values = dict(browser.words())
         assert max(values, key=lambda word: abs(values[word])) == "refund"
         assert values["refund"] > 0
@@ -90,15 +92,15 @@ async def test_words_are_colored_by_their_contribution(trained, browser):
         assert browser.bars()[0].get_attribute("aria-pressed") == "true"
         browser.bars()[1].click()
         assert dict(browser.words())["refund"] == pytest.approx(-values["refund"], rel=0.05)
-        assert "The contributions add up" in browser.by("note").text
+        assert "The contributions add up" in browser.by("explain-note").text
         assert browser.explain(text, "rollout") == ""
         assert min(value for _, value in browser.words()) > 0
-        assert "independent of the label" in browser.by("note").text
+        assert "independent of the label" in browser.by("explain-note").text
+        assert browser.explain(text, "") == ""
+        assert len(browser.bars()) == 2
+        assert not browser.by("words").is_displayed()
 
-        loaded = browser.script("performance.getEntriesByType('resource').map(e => e.name)")
-        origin = url.removesuffix("/explain")
-        assert loaded
-        assert all(name.startswith(origin) for name in loaded)
+        assert browser.loads_only_from(url.removesuffix("/explain"))
         assert browser.driver.get_log("browser") == []
 
     async with explain_page(trained[0]) as url:
@@ -125,8 +127,8 @@ async def test_page_shows_errors_and_accepts_a_key(trained, browser):
     def use(url):
         browser.open(url)
         assert "API key" in browser.explain("thanks")
-        assert "bad" in browser.by("status").get_attribute("class")
-        browser.by("key").send_keys(KEY)
+        assert "bad" in browser.by("explain-status").get_attribute("class")
+        browser.sign_in(KEY)
         assert browser.explain("thanks") == ""
         assert dict(browser.words()).keys() <= LABEL_OF_WORD.keys()
 

@@ -118,7 +118,9 @@ def test_the_project_installs_from_the_copied_files_with_its_data(tmp_path: Path
     assert done.returncode == 0, done.stderr
     for name in (
         "deployments/app.py",
-        "cluster/gateway/builtin/pages/dashboard.html",
+        *(f"cluster/gateway/builtin/pages/common.{kind}" for kind in ("css", "js")),
+        "cluster/gateway/builtin/pages/playground.html",
+        "cluster/gateway/builtin/pages/vendor/uPlot.min.css",
         "cluster/monitoring/rules/service.yml",
     ):
         assert (target / name).is_file(), name

@@ -481,6 +481,7 @@ OWN_PATHS: Mapping[str, OwnPath] = {
         "Return the router's metrics in Prometheus' text format.", str, "text/plain"
     ),
     "/explain": OwnPath("Show a page that explains labels.", str, HTML, is_public=True),
+    "/playground": OwnPath("Show a page to try the models.", str, HTML, is_public=True),
     "/dashboard": OwnPath("Show the dashboard.", str, HTML, is_public=True),
     DATA_PATH: OwnPath(
         "Return the last minutes of all routers, second by second.", parameters=(_SINCE,)

@@ -28,7 +28,7 @@ from cluster.gateway.builtin.own_paths import (
     ROLLOUT_PATH,
     ROLLOUTS_PATH,
 )
-from cluster.gateway.builtin.pages import Page
+from cluster.gateway.builtin.pages import Pages
 from cluster.gateway.builtin.rollouts import RolloutControl, RolloutRoutes
 from cluster.gateway.guards import Guards
 from cluster.gateway.messages import Request, Response, bytes_response, header, json_response
@@ -97,8 +97,6 @@ class BuiltinRoutes:
         self._cache: dict[tuple[str, str], _CachedAnswer] = {}
         self._document: tuple[list[Any], bytes] = [], b""  # of the engines, and the merged one
         self._queries: dict[tuple[str, str], asyncio.Task[Any]] = {}
-        self._explain_page = Page("explain")
-        self._dashboard_page = Page("dashboard")
         self._rollouts = RolloutRoutes(rollout_control)
         self._batches: BatchRoutes | None = None
         self._handlers: dict[str, Handler] = {
@@ -110,8 +108,6 @@ class BuiltinRoutes:
             _DOCUMENT_PATH: self._openapi,
             ROLLOUTS_PATH: self._rollouts.show,
             "/metrics": self._metrics,
-            "/explain": self._explain,
-            "/dashboard": self._show_dashboard,
             DATA_PATH: dashboard.data,
             REPORT_PATH: dashboard.report,
         }
@@ -122,6 +118,9 @@ class BuiltinRoutes:
                 COPIES_PATH: usage.answer_router_with_copies,
                 SPEND_PATH: usage.budgets.answer_router,
             }
+
+    def add_pages(self, pages: Pages) -> None:
+        self._handlers |= pages.handlers
 
     def add_drains(self, drains: Drains) -> None:
         self._handlers[DRAIN_PATH] = drains.handle
@@ -173,13 +172,6 @@ class BuiltinRoutes:
     async def _metrics(self, request: Request) -> Response:
         tenant = None if request.identity.sees_all else request.tenant
         return bytes_response(200, CONTENT_TYPE, exposition(self._registry, tenant))
-
-    async def _explain(self, _request: Request) -> Response:
-        classifiers = [pool.name for pool in self._pools.values() if pool.kind == "classifier"]
-        return self._explain_page.response(classifiers)
-
-    async def _show_dashboard(self, _request: Request) -> Response:
-        return self._dashboard_page.response(self._pools)
 
     async def _list_models(self, request: Request) -> Response:
         pools = self._allowed_pools(request)

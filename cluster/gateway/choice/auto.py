@@ -82,9 +82,14 @@ class AutoChoice:
             pool = _pool_of(self._pools, auto.classifier)
             self._check = ClassifierCheck(settings, pool, self._send, entities=False)
 
+    @property
+    def is_configured(self) -> bool:
+        """True if requests may leave the choice to the router."""
+        return self._config is not None
+
     def applies(self, body: RequestBody) -> bool:
         """Return True if the request leaves the choice to the router."""
-        return self._config is not None and body.model == AUTO
+        return self.is_configured and body.model == AUTO
 
     async def choose(
         self, request: Request, body: RequestBody

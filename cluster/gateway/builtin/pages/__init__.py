@@ -1,21 +1,55 @@
 """HTML pages of the router: self-contained files that load nothing from elsewhere.
 
 Scripts and styles are inline; the content security policy allows exactly these, by their hashes.
-``/*vendor:FILE*/`` in a page is replaced by a third-party file from ``vendor``.
+``/*include:FILE*/`` or ``<!--include:FILE-->`` in a page is replaced by a file: by one that pages
+share, or by a third-party one from ``vendor``.
 """
 
 import base64
 import hashlib
 import html
 import re
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from functools import partial
 from importlib import resources
 
-from cluster.gateway.messages import Response, bytes_response
+from cluster.config import AUTO
+from cluster.gateway.messages import Request, Response, bytes_response
+from cluster.gateway.pools.pool import Pool
 
-MODELS = "<!--models-->"
-"""Placeholder in a page for the options of its model selection."""
-_VENDORED = re.compile(r"/\*vendor:([\w.-]+)\*/")
+NAMES = ("dashboard", "explain", "playground")
+_INCLUDED = re.compile(r"(?:/\*|<!--)include:([\w./-]+)(?:\*/|-->)")
+
+
+class Pages:
+    """Pages and their handlers.
+
+    Args:
+        pools: Pools by name.
+        has_auto: Returns True if clients may send `model: auto`.
+    """
+
+    def __init__(self, pools: Mapping[str, Pool], has_auto: Callable[[], bool]) -> None:
+        self._pools = pools
+        self._has_auto = has_auto
+        self.handlers: dict[str, Callable[[Request], Awaitable[Response]]] = {
+            f"/{name}": partial(self._show, Page(name)) for name in NAMES
+        }
+        """Handlers by path."""
+
+    async def _show(self, page: "Page", _request: Request) -> Response:
+        generators = [
+            name
+            for pool in self._pools.values()
+            if pool.kind == "generator"
+            for name in (pool.name, *pool.limits.adapters)
+        ]
+        if self._has_auto():
+            generators.append(AUTO)
+        classifiers = [pool.name for pool in self._pools.values() if pool.kind == "classifier"]
+        return page.response(
+            {"pools": self._pools, "generators": generators, "classifiers": classifiers}
+        )
 
 
 class Page:
@@ -26,25 +60,30 @@ class Page:
     """
 
     def __init__(self, name: str) -> None:
-        files = resources.files(__package__)
-        vendor = files / "vendor"
-        self._text = _VENDORED.sub(
-            lambda match: (vendor / match[1]).read_text(encoding="utf-8"),
-            (files / f"{name}.html").read_text(encoding="utf-8"),
-        )
+        self._text = _INCLUDED.sub(lambda match: _read(match[1]), _read(f"{name}.html"))
         self._policy = _policy(self._text)
 
-    def response(self, models: Iterable[str]) -> Response:
-        """Return the page with these models in its selection."""
-        options = "".join(f"<option>{html.escape(name)}</option>" for name in models)
+    def response(self, models: Mapping[str, Iterable[str]]) -> Response:
+        """Return the page with models in its selections.
+
+        Args:
+            models: Names by placeholder: ``pools`` replace ``<!--pools-->``.
+        """
+        text = self._text
+        for placeholder, names in models.items():
+            options = "".join(f"<option>{html.escape(name)}</option>" for name in names)
+            text = text.replace(f"<!--{placeholder}-->", options)
         headers = [
             (b"content-security-policy", self._policy),
             (b"cache-control", b"no-cache"),
             (b"x-content-type-options", b"nosniff"),
             (b"referrer-policy", b"no-referrer"),
         ]
-        body = self._text.replace(MODELS, options).encode()
-        return bytes_response(200, b"text/html; charset=utf-8", body, headers)
+        return bytes_response(200, b"text/html; charset=utf-8", text.encode(), headers)
+
+
+def _read(name: str) -> str:
+    return (resources.files(__package__) / name).read_text(encoding="utf-8")
 
 
 def _policy(text: str) -> bytes:
