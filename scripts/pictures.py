@@ -1,24 +1,28 @@
 #!/usr/bin/env python3
-"""Take the screenshots docs/images/dashboard-*.png: ``PYTHONPATH=. python scripts/pictures.py``.
+"""Take the screenshots of the router's pages: ``PYTHONPATH=.:scripts python scripts/pictures.py``.
 
-Starts an isolated cluster of simulated engines and runs load until the page's five-minute charts
-are full. Then takes the screenshots in headless Chromium (Debian packages chromium and
-chromium-driver) and stops the cluster.
+``pictures.py dashboard`` starts an isolated cluster of simulated engines and runs load until the
+page's five-minute charts are full. ``pictures.py playground`` starts the default models and asks
+them. Without an argument, both. The screenshots in docs/images are taken in headless Chromium
+(Debian packages chromium and chromium-driver).
 """
 
 import asyncio
 import base64
 import io
 import subprocess
+import sys
 import tempfile
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from itertools import cycle
 from pathlib import Path
 
 import httpx
 import yaml
 from PIL import Image
+from selenium.webdriver.common.keys import Keys
 
+from cluster.models import store
 from tests.cluster.conftest import (
     ROOT,
     TANDEM,
@@ -30,10 +34,10 @@ from tests.cluster.conftest import (
 from tests.serve.browser import Page, start
 
 IMAGES = ROOT / "docs" / "images"
-PAGES = {"light": ("light", 1100), "dark": ("dark", 1100), "phone": ("dark", 360)}
+DASHBOARDS = {"light": ("light", 1100), "dark": ("dark", 1100), "phone": ("dark", 360)}
 LOAD = ((50, 3), (90, 24), (70, 8), (80, 30), (20, 14))
 """Duration in seconds and number of concurrent streams of each phase, repeated."""
-TOP_HEIGHT = 709
+TOP_HEIGHT = 780
 """Height in pixels of README's picture: the figures and the first four charts."""
 CHART_S = 280
 """Length of the charts in a screenshot; after a long stall, the page starts them again."""
@@ -51,7 +55,11 @@ COLORS = 128
 """Palette size. The pages have few colors, and 128 reduce the file size to a third."""
 
 
-def cluster_config():
+QUESTIONS = ("What is the capital of France?", "Name three things to see there.")
+REVIEW = "The plot is thin, but the actors are wonderful and I laughed a lot."
+
+
+def dashboard_config():
     """Return the configuration: two generators, one of them autoscaled, and two routers."""
     small = {"resources": {"cpus": 0.01}}
     chat = {
@@ -70,14 +78,27 @@ def cluster_config():
     return serve_config(generators=generators, router=router_config(2, **small))
 
 
+def playground_config():
+    """Return the default configuration with a second generator, prices and estimated energy."""
+    config = yaml.safe_load((ROOT / "ray-config.yaml").read_text(encoding="utf-8"))
+    args = config["applications"][0]["args"]
+    (generator,) = args["generators"]
+    fixed = {"replicas": {"min": 1, "max": 1}, "resources": {"cpus": 0.3}}
+    precise = {"name": f"{generator['name']}-float32", "dtype": "float32"}
+    args["generators"] = [{**generator, **fixed}, {**generator, **fixed, **precise}]
+    args["accounting"] = {"per_cpu_hour": 0.04, "watts_per_core": 8}
+    return config
+
+
 @asynccontextmanager
-async def running_cluster():
-    """Start the cluster and yield its HTTP address."""
+async def running_cluster(config):
+    """Start a cluster and yield its HTTP address."""
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
+        (home / "models").symlink_to(store.models_dir())
         isolated = isolated_home(home)
         file = home / "pictures.yaml"
-        file.write_text(yaml.safe_dump(cluster_config()), encoding="utf-8")
+        file.write_text(yaml.safe_dump(config), encoding="utf-8")
 
         def tandem(*arguments):
             subprocess.run([TANDEM, *arguments], env=isolated.env, cwd=ROOT, check=True)
@@ -117,25 +138,53 @@ async def run_load(http):
             await asyncio.sleep(seconds)
 
 
-def take_screenshots(url):
-    """Write a screenshot of each page variant."""
+@contextmanager
+def browser():
+    """Start a browser and yield its page."""
     with tempfile.TemporaryDirectory() as profile:
         driver = start(profile)
         try:
-            page = Page(driver)
-            for name, (scheme, width) in PAGES.items():
-                page.open(f"{url}/dashboard", scheme, width)
-                page.until(lambda: page.script(f"last - kept.times[0] >= {CHART_S}"), WAIT_S)
-                (IMAGES / f"dashboard-{name}.png").write_bytes(screenshot(page))
+            yield Page(driver)
         finally:
             driver.quit()
+
+
+def take_dashboard(url):
+    """Write a screenshot of each variant of the dashboard."""
+    with browser() as page:
+        for name, (scheme, width) in DASHBOARDS.items():
+            page.open(f"{url}/dashboard", scheme, width)
+            page.until(lambda: page.script(f"last - kept.times[0] >= {CHART_S}"), WAIT_S)
+            save(page, f"dashboard-{name}")
     with Image.open(IMAGES / "dashboard-light.png") as light:
         top = light.crop((0, 0, light.width, TOP_HEIGHT))
         top.save(IMAGES / "dashboard-top.png", optimize=True)
 
 
-def screenshot(page):
-    """Return the whole page as PNG with a palette."""
+def take_playground(url):
+    """Write a light and a dark screenshot of the playground, and one of the explain page."""
+    with browser() as page:
+        for scheme in ("light", "dark"):
+            page.open(f"{url}/playground", scheme, width=1100)
+            page.until(lambda: page.script("conversations[1].select.known"))
+            page.by("compare").click()
+            page.by("system").send_keys("Answer in one or two sentences.")
+            for question in QUESTIONS:
+                page.by("message").send_keys(question + Keys.ENTER)
+                page.until(lambda: page.by("status").text == "Answered.", WAIT_S)
+            page.driver.execute_script("document.activeElement.blur()")
+            save(page, f"playground-{scheme}")
+        page.open(f"{url}/explain", width=800)
+        page.driver.execute_script(
+            "arguments[0].value = arguments[1]", page.by("explain-text"), REVIEW
+        )
+        page.by("explain-go").click()
+        page.until(lambda: page.all(".word"), WAIT_S)
+        save(page, "explain")
+
+
+def save(page, name):
+    """Write the whole page as PNG with a palette."""
     width, height = page.script("[innerWidth, document.body.scrollHeight]")
     clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
     options = {"captureBeyondViewport": True, "format": "png", "clip": clip}
@@ -143,19 +192,35 @@ def screenshot(page):
     image = Image.open(io.BytesIO(base64.b64decode(captured["data"]))).convert("RGB")
     png = io.BytesIO()
     image.quantize(COLORS, dither=Image.Dither.NONE).save(png, "png", optimize=True)
-    return png.getvalue()
+    (IMAGES / f"{name}.png").write_bytes(png.getvalue())
 
 
-async def main():
-    """Run the cluster and the load, and take all screenshots."""
-    async with running_cluster() as url, httpx.AsyncClient(base_url=url, timeout=120) as http:
+async def picture_dashboard():
+    """Run simulated engines and load, and take the screenshots of the dashboard."""
+    async with (
+        running_cluster(dashboard_config()) as url,
+        httpx.AsyncClient(base_url=url, timeout=120) as http,
+    ):
         load = asyncio.create_task(run_load(http))
         try:
-            await asyncio.to_thread(take_screenshots, url)
+            await asyncio.to_thread(take_dashboard, url)
         finally:
             load.cancel()
             await asyncio.wait([load])
 
 
+async def picture_playground():
+    """Run the default models, and take the screenshots of the playground and the explain page."""
+    async with running_cluster(playground_config()) as url:
+        await asyncio.to_thread(take_playground, url)
+
+
+async def main(*names):
+    """Take the screenshots of the named pages; of all without names."""
+    parts = {"dashboard": picture_dashboard, "playground": picture_playground}
+    for name in names or parts:
+        await parts[name]()
+
+
 if __name__ == "__main__":
-    asyncio.run(main())
+    asyncio.run(main(*sys.argv[1:]))
