@@ -263,6 +263,25 @@ async def test_too_many_waiting_queries_are_refused(tmp_path, monkeypatch):
     assert statuses == {200, 503}
 
 
+async def test_a_page_that_could_not_be_loaded_is_tried_again(tmp_path):
+    fake = FakePrometheus()
+    async with serving(tmp_path, fake) as http, listening(http.app) as url:
+        (tmp_path / "mixed.json").rename(tmp_path / "later")
+        await asyncio.to_thread(check_retry, url, tmp_path)
+
+
+def check_retry(url, folder):
+    driver = start(folder / "profile")
+    try:
+        page = Page(driver)
+        page.open(f"{url}/d/mixed?from=now-5m&to=now", height=1800)
+        page.until(lambda: "no dashboard" in page.by("panels").text)
+        (folder / "later").rename(folder / "mixed.json")
+        page.until(lambda: page.all("[data-state=data]"))
+    finally:
+        driver.quit()
+
+
 async def test_dashboards_list_their_variables(tmp_path):
     fake = FakePrometheus()
     async with serving(tmp_path, fake) as http:

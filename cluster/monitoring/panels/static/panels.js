@@ -330,7 +330,7 @@ const change = (name, value) => {
   parameters.delete(name);
   parameters.append(name, value);
   history.replaceState(null, "", `?${parameters}`);
-  dashboard();
+  openPage();
 };
 const selection = (title, name, options, value) => {
   const label = made("label", "", `${title} `), select = made("select");
@@ -363,14 +363,13 @@ async function dashboard() {
   const board = await read(`/data/dashboards/${encodeURIComponent(uid)}?${parameters}`);
   document.title = `${board.title} – Tandem`;
   showControls(board);
-  const grid = made("div", "grid"), open = new Map(), nested = new Map();
+  const grid = made("div", "grid"), nested = new Map();
   shown = board.panels.filter(({ kind }) => kind !== "row").map(({ id, title }) => new Panel(id, title));
   const byId = new Map(shown.map((panel) => [panel.id, panel]));
   for (const { id, kind, title, position, collapsed, row } of board.panels) {
     if (kind === "row") {
       const button = made("button", "row", title);
       button.type = "button";
-      open.set(id, button);
       nested.set(id, []);
       button.setAttribute("aria-expanded", !collapsed);
       button.disabled = !collapsed;
@@ -414,5 +413,9 @@ async function index() {
   main.replaceChildren(made("h1", "", "Dashboards"), list);
 }
 
-const fail = (error) => { main.replaceChildren(made("p", "message", error.message)); };
-({ "d-solo": async () => solo(), d: dashboard }[view] || index)().catch(fail);
+const show = { "d-solo": async () => solo(), d: dashboard }[view] || index;
+const openPage = () => show().catch((error) => {
+  main.replaceChildren(made("p", "message", error.message));
+  setTimeout(openPage, RETRY_S * 1000);
+});
+openPage();
