@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.applications.engine import TaskEngine
+from cluster.applications.knowledge.store import Store
+from cluster.applications.knowledge.table import BaseSettings, Row
 from cluster.config import ApplicationsConfig
+from cluster.config.applications import KnowledgeConfig
 from tests import asgi
 from tests.serve.task_kit import Script, TaskWorld, num_tokens, task_world
 from tests.serve.test_admission import Keys, metrics_inside
@@ -237,6 +241,22 @@ async def test_many_changes_at_once_are_all_kept() -> None:
             *(knowledge.add("docs", "same.txt", text) for text in texts),
         )
         assert (await knowledge.result("GET", "/docs"))["passages"] == 13
+
+
+async def test_two_replicas_that_add_the_same_document_store_it_once(tmp_path: Path) -> None:
+    stores = [Store(str(tmp_path), KnowledgeConfig()) for _ in range(2)]
+    settings = BaseSettings("cls", 3, 200, "English")
+    tables = [await store.create("acme", "docs", settings) for store in stores]
+    rows = [Row(f"id-{n}", n, f"Text {n}", 0, [], None, 0, 6) for n in range(5)]
+    vectors = np.ones((5, 3), np.float32)
+    adds = [table.replace_document("a", {"id": "a"}, rows, vectors) for table in tables * 2]
+    await asyncio.gather(*adds)
+    assert [await table.count() for table in tables] == [5, 5]
+    await tables[0].maintain(index_passages=1000)
+    found = await tables[1].search("text 3", vectors[0], "text", 10)
+    assert found[0]["content"] == "Text 3"
+    for store in stores:
+        await store.close()
 
 
 async def test_a_base_with_other_settings_is_a_conflict() -> None:

@@ -20,7 +20,6 @@ from cachetools import LRUCache
 from cluster.applications.knowledge.table import (
     BaseSettings,
     Table,
-    create_indexes,
     read_settings,
     table_schema,
 )
@@ -104,6 +103,7 @@ class Store:
                 f"{json.dumps(asdict(table.settings))}.",
                 param="name",
             )
+        await table.ensure_indexes()
         return table
 
     async def open(self, tenant: str, name: str) -> Table:
@@ -162,12 +162,10 @@ class Store:
         async with self.operation():
             database = await self._connect(tenant)
             try:
-                inner = await database.create_table(name, schema=table_schema(settings))
+                await database.create_table(name, schema=table_schema(settings))
             except ValueError as error:
-                if "already exists" not in str(error):
+                if "already exists" not in str(error):  # created by another request
                     raise
-                return  # created by another request
-            await create_indexes(inner, settings)
 
     async def _connect(self, tenant: str) -> Any:
         directory = _directory(tenant)

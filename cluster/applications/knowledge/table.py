@@ -157,6 +157,14 @@ class Table:
             found = search.select([*_PASSAGE_COLUMNS, *scores]).limit(limit)
             return cast(list[dict[str, Any]], await found.to_list())
 
+    async def ensure_indexes(self) -> None:
+        """Create what a new table lacks, or one whose creation was interrupted."""
+        async with self._operations.operation():
+            if all(index.name != TEXT_INDEX for index in await self._inner.list_indices()):
+                # With a key, LanceDB notices that two processes insert the same row.
+                await self._inner.set_unenforced_primary_key(["id"])
+                await create_indexes(self._inner, self.settings)
+
     async def maintain(self, index_passages: int) -> None:
         """Add new rows to the indexes, and remove old versions."""
         from lancedb.index import IvfFlat
@@ -215,9 +223,9 @@ async def create_indexes(inner: Any, settings: BaseSettings) -> None:
         remove_stop_words=has_language,
         base_tokenizer="icu/split",
     )
-    await inner.create_index("content", config=words, name=TEXT_INDEX)
     for column in ("id", "document"):
         await inner.create_index(column, config=BTree())
+    await inner.create_index("content", config=words, name=TEXT_INDEX)
 
 
 def _is_document(document: str) -> Any:
