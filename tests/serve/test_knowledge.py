@@ -259,6 +259,21 @@ async def test_two_replicas_that_add_the_same_document_store_it_once(tmp_path: P
         await store.close()
 
 
+@pytest.mark.parametrize("language", ["English", "none"])
+async def test_the_word_search_finds_numbers_and_words_without_spaces(language: str) -> None:
+    async with knowledge_world() as knowledge:
+        body = {"name": "docs", "chunk_tokens": 32, "language": language}
+        await knowledge.result("POST", "", body)
+        lines = [f"Step {n} of the work returns E{n}04 and {n}00." for n in range(6)]
+        await knowledge.add("docs", "steps.md", "\n\n".join(f"# Part\n\n{each}" for each in lines))
+        await knowledge.add("docs", "tokyo.txt", "我住在东京都。")
+        for query in ("3", "E304", "300"):
+            best = (await knowledge.search("docs", query, mode="text"))[0]
+            assert lines[3] in best["text"], query
+        found = await knowledge.search("docs", "东京", mode="text")
+        assert bool(found) == (language == "none")
+
+
 async def test_a_base_with_other_settings_is_a_conflict() -> None:
     async with knowledge_world(knowledge={"max_bases": 1}) as knowledge:
         await knowledge.result("POST", "", {"name": "docs"})

@@ -221,7 +221,8 @@ async def create_indexes(inner: Any, settings: BaseSettings) -> None:
         language=settings.language if has_language else "English",
         stem=has_language,
         remove_stop_words=has_language,
-        base_tokenizer="icu/split",
+        # ICU finds the words of Chinese or Thai; its stop words have digits and letters.
+        base_tokenizer="simple" if has_language else "icu/split",
     )
     for column in ("id", "document"):
         await inner.create_index(column, config=BTree())
