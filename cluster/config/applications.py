@@ -56,7 +56,7 @@ class KnowledgeConfig(Section):
     """Classifier with the task `rerank` that orders the results of searches. Default: none."""
     chunk_tokens: int = Field(200, ge=32, le=4096)
     """Maximum number of the encoder's tokens in a passage of new knowledge bases."""
-    threshold: float = Field(0.4, ge=0, le=1)
+    threshold: float = Field(0.3, ge=0, le=1)
     """Relevance of the best passage (0 to 1) below which an answer is not in the documents."""
     max_file_bytes: ByteSize = Field(ByteSize(16 * 1024**2), ge=1024)
     """Maximum size of an uploaded file, in bytes or with a unit; also limited by
