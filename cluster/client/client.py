@@ -1,6 +1,6 @@
 """``Tandem``: generate, chat, stream, classify and embed from any Ray job; sync and async."""
 
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any, TypeVar, overload
@@ -126,12 +126,7 @@ class Tandem(TaskMethods):
     ) -> Iterator[Delta]:
         """Answer a conversation and yield the pieces as the model generates them."""
         batches = self._session.delta_batches(wire.stream_body(conversation, model, sampling))
-        wait_for = self._session.wait_for
-        try:
-            while (deltas := wait_for(_next(batches))) is not None:
-                yield from deltas
-        finally:
-            wait_for(batches.aclose())
+        yield from self._session.iterate(batches)
 
     async def astream(
         self, conversation: wire.Conversation, *, model: str | None = None, **sampling: Any
@@ -285,10 +280,6 @@ class Tandem(TaskMethods):
 def _batch(results: list[BatchState]) -> BatchState:
     (batch,) = results
     return batch
-
-
-async def _next(batches: AsyncGenerator[list[Delta], None]) -> list[Delta] | None:
-    return await anext(batches, None)
 
 
 def _unlist(argument: str | Sequence[str], results: list[T]) -> T | list[T]:

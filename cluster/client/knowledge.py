@@ -11,7 +11,6 @@ from pydantic import BaseModel
 
 from cluster.client import wire
 from cluster.client.session import Session
-from cluster.client.tasks import next_items
 from cluster.client.wire import ApiRequest, Upload
 from cluster.config.applications import KNOWLEDGE_PATH
 from cluster.errors import InvalidRequestError
@@ -128,12 +127,7 @@ class KnowledgeBase:
     def stream_answer(self, question: str, **options: Any) -> Iterator[str | KnowledgeAnswer]:
         """Yield the pieces of an answer as they are generated, and the whole answer at the end."""
         batches = self._answer_batches(question, options)
-        wait_for = self._session.wait_for
-        try:
-            while (items := wait_for(next_items(batches))) is not None:
-                yield from items
-        finally:
-            wait_for(batches.aclose())
+        yield from self._session.iterate(batches)
 
     async def astream_answer(
         self, question: str, **options: Any

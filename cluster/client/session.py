@@ -51,6 +51,14 @@ class Session:
             raise
         return background.run(work)
 
+    def iterate(self, batches: AsyncGenerator[list[T], None]) -> Iterator[T]:
+        """Yield the items of a stream, for a synchronous caller; close it at the end."""
+        try:
+            while (items := self.wait_for(_next(batches))) is not None:
+                yield from items
+        finally:
+            self.wait_for(batches.aclose())
+
     async def run(self, requests: Sequence[ApiRequest], headers: Headers = ()) -> list[Any]:
         """Return the results of all requests, in order; if one fails, the others are cancelled.
 
@@ -198,6 +206,10 @@ class BackgroundLoop:
             asyncio.run_coroutine_threadsafe(stop(), self.loop)
             if threading.current_thread() is not self._thread:
                 self._thread.join()
+
+
+async def _next(batches: AsyncGenerator[list[T], None]) -> list[T] | None:
+    return await anext(batches, None)
 
 
 def import_serve() -> None:

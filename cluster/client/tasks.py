@@ -18,7 +18,6 @@ from cluster.tasks import (
 )
 
 R = TypeVar("R", bound=TaskResult)
-ItemT = TypeVar("ItemT")
 
 RESULTS: Mapping[str, type[TaskResult]] = {
     "answer": AnswerResult,
@@ -90,12 +89,7 @@ class TaskMethods:
     def stream_task(self, task: str, **fields: Any) -> Iterator[str | TaskResult]:
         """Yield the pieces of text of a task as they are generated, and its result at the end."""
         batches = self._task_batches(task, fields)
-        wait_for = self._session.wait_for
-        try:
-            while (items := wait_for(next_items(batches))) is not None:
-                yield from items
-        finally:
-            wait_for(batches.aclose())
+        yield from self._session.iterate(batches)
 
     async def astream_task(self, task: str, **fields: Any) -> AsyncIterator[str | TaskResult]:
         async with aclosing(self._task_batches(task, fields)) as batches:
@@ -117,8 +111,3 @@ class TaskMethods:
         body = wire.encode({**fields, "stream": True})
         reader: wire.EventReader[str | TaskResult] = wire.result_reader(RESULTS[task])
         return self._session.batches(TASK_PREFIX + task, body, reader)
-
-
-async def next_items(batches: AsyncGenerator[list[ItemT], None]) -> list[ItemT] | None:
-    """Return the next items of a stream; None at its end."""
-    return await anext(batches, None)
