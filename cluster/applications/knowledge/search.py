@@ -12,7 +12,6 @@ from cluster.applications.knowledge.ingest import check_dimensions
 from cluster.applications.knowledge.table import Table
 from cluster.applications.tasks import Run
 from cluster.applications.tasks.answer import (
-    GeneratedAnswer,
     RankedPassage,
     cite,
     generate_answer,
@@ -53,24 +52,24 @@ async def answer(
     question = request.question
     passages = await find(table, question, request.mode, request.max_passages, config.reranker, run)
     relevance = max((passage.relevance for passage in passages), default=0.0)
-    found = GeneratedAnswer(None, None, [])
     ranked = [_ranked(passage) for passage in passages]
-    if ranked and relevance >= threshold:
-        async with aclosing(generate_answer(question, ranked, request, run, model)) as items:
-            async for item in items:
-                if isinstance(item, GeneratedAnswer):
-                    found = item
-                else:
-                    yield item
-    yield KnowledgeAnswer(
-        **run.result_fields("knowledge-answer", model),
-        answer=found.text,
-        found=found.text is not None,
-        relevance=relevance,
-        threshold=threshold,
-        citations=[_cite(index, ranked[index], passages[index]) for index in found.cited],
-        finish_reason=found.finish_reason,
-    )
+    relevant = ranked if relevance >= threshold else []
+    async with aclosing(generate_answer(question, relevant, request, run, model)) as items:
+        async for item in items:
+            if isinstance(item, str):
+                yield item
+            else:
+                yield KnowledgeAnswer(
+                    **run.result_fields("knowledge-answer", model),
+                    answer=item.text,
+                    found=item.text is not None,
+                    relevance=relevance,
+                    threshold=threshold,
+                    citations=[
+                        _cite(index, ranked[index], passages[index]) for index in item.cited
+                    ],
+                    finish_reason=item.finish_reason,
+                )
 
 
 async def find(

@@ -53,24 +53,20 @@ async def answer(request: AnswerRequest, run: Run) -> AsyncGenerator[str | Answe
         raise InvalidRequestError("documents: each id may occur once", param="documents")
     ranked = await asyncio.to_thread(_rank, request, ids)
     relevance = ranked[0].score if ranked else 0.0
-    found = GeneratedAnswer(None, None, [])
-    if ranked and relevance >= request.threshold:
-        async with aclosing(
-            generate_answer(request.question, ranked, request, run, model)
-        ) as items:
-            async for item in items:
-                if isinstance(item, GeneratedAnswer):
-                    found = item
-                else:
-                    yield item
-    yield AnswerResult(
-        **run.result_fields("answer", model),
-        answer=found.text,
-        found=found.text is not None,
-        relevance=relevance,
-        citations=[cite(index, ranked[index]) for index in found.cited],
-        finish_reason=found.finish_reason,
-    )
+    relevant = ranked if relevance >= request.threshold else []
+    async with aclosing(generate_answer(request.question, relevant, request, run, model)) as items:
+        async for item in items:
+            if isinstance(item, str):
+                yield item
+            else:
+                yield AnswerResult(
+                    **run.result_fields("answer", model),
+                    answer=item.text,
+                    found=item.text is not None,
+                    relevance=relevance,
+                    citations=[cite(index, ranked[index]) for index in item.cited],
+                    finish_reason=item.finish_reason,
+                )
 
 
 def _rank(request: AnswerRequest, ids: Sequence[str]) -> list[RankedPassage]:
@@ -99,11 +95,15 @@ async def generate_answer(
 
     Args:
         question: The question.
-        ranked: The passages, best first; as many as fit the context are used, at least one.
+        ranked: The passages, best first; as many as fit the context are used, at least one. If
+            there are none, there is no answer.
         request: Sampling and examples.
         run: The request's context.
         model: The generator.
     """
+    if not ranked:
+        yield GeneratedAnswer(None, None, [])
+        return
     max_tokens = request.max_tokens or MAX_TOKENS
     chosen = list(ranked)
     while len(chosen) > 1:
