@@ -1,38 +1,24 @@
 """``tandem kb …``: knowledge bases."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
 from rich.console import Console
 from rich.table import Table
 
-from cluster.cli.defaults import router_url
-from cluster.cli.router_client import RouterClient, connect
+from cluster.applications.knowledge.readers.detect import TYPES
+from cluster.cli.router_client import RouterClient
+from cluster.cli.tasks import Target, print_json, print_stream, without_none
 from cluster.config.applications import KNOWLEDGE_PATH
 from cluster.errors import DataError, RequestError
-
-ENDINGS = (".txt", ".text", ".rst", ".md", ".markdown", ".html", ".htm", ".xhtml", ".pdf", ".docx")
-"""Files of directories that are added."""
-
-
-class Target(NamedTuple):
-    """Router of a command, and the form of its output."""
-
-    url: str | None
-    key: str | None
-    as_json: bool = False
-
-    def connect(self) -> Any:
-        return connect(router_url(self.url), self.key)
 
 
 def create(fields: Mapping[str, Any], target: Target) -> None:
     """Create a knowledge base."""
     with target.connect() as router:
-        base = router.post(KNOWLEDGE_PATH, _without_none(fields))
+        base = router.post(KNOWLEDGE_PATH, without_none(fields))
     print(f"{base['name']}: embedded by {base['model']}, {base['passages']} passages")
 
 
@@ -65,13 +51,13 @@ def _add_file(router: RouterClient, name: str, id_: str, file: Path) -> None:
 
 
 def _files(paths: Sequence[Path]) -> Iterator[tuple[str, Path]]:
-    """Yield id and path of each file: its name, or its path in a directory."""
+    """Yield id and path of each file; in directories, of those with a known ending."""
     for path in paths:
         if not path.is_dir():
             yield path.name, path
             continue
         for file in sorted(path.rglob("*")):
-            if file.is_file() and file.suffix.lower() in ENDINGS:
+            if file.is_file() and file.suffix.lower() in TYPES:
                 yield file.relative_to(path).as_posix(), file
 
 
@@ -80,7 +66,7 @@ def list_bases(target: Target) -> None:
     with target.connect() as router:
         bases = router.get(KNOWLEDGE_PATH)["data"]
     if target.as_json:
-        _print_json(bases)
+        print_json(bases)
         return
     rows = [(each["name"], each["model"], each["language"]) for each in bases]
     _print_table(("NAME", "MODEL", "LANGUAGE"), rows)
@@ -97,7 +83,7 @@ def list_documents(name: str, target: Target) -> None:
             documents += page["data"]
             has_more = page["has_more"]
     if target.as_json:
-        _print_json(documents)
+        print_json(documents)
         return
     rows = [
         (each["id"], each["type"], str(each["passages"]), str(each["bytes"])) for each in documents
@@ -110,7 +96,7 @@ def search(name: str, fields: Mapping[str, Any], target: Target) -> None:
     with target.connect() as router:
         result = router.post(_path(name, "search"), fields)
     if target.as_json:
-        _print_json(result)
+        print_json(result)
         return
     for passage in result["passages"]:
         print(f"{passage['relevance']:.2f}  {_place(passage)}")
@@ -121,15 +107,12 @@ def search(name: str, fields: Mapping[str, Any], target: Target) -> None:
 
 def answer(name: str, fields: Mapping[str, Any], target: Target) -> None:
     """Print an answer while it is generated, and the passages that it cites."""
-    body, path = _without_none(fields), _path(name, "answer")
+    body, path = without_none(fields), _path(name, "answer")
     with target.connect() as router:
         if target.as_json:
-            _print_json(router.post(path, body))
+            print_json(router.post(path, body))
             return
-        result: Mapping[str, Any] = {}
-        for event in router.events(path, {**body, "stream": True}):
-            print(event.get("delta", ""), end="", flush=True)
-            result = event.get("result", result)
+        result = print_stream(router, path, body)
     print("" if result.get("found") else "Not in the documents.")
     for citation in result.get("citations", ()):
         print(f"[{citation['number']}] {_place(citation)}")
@@ -150,14 +133,6 @@ def _place(passage: Mapping[str, Any]) -> str:
     page = "" if passage["page"] is None else f", page {passage['page']}"
     heading = f", {' > '.join(passage['heading'])}" if passage["heading"] else ""
     return f"{passage['document']}:{passage['start']}-{passage['end']}{page}{heading}"
-
-
-def _without_none(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

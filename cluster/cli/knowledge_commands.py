@@ -37,7 +37,8 @@ def create(
     api_key: KeyOption = None,
 ) -> None:
     """Create a knowledge base."""
-    from cluster.cli.knowledge import Target, create
+    from cluster.cli.knowledge import create
+    from cluster.cli.tasks import Target
 
     fields = {"name": name, "model": model, "chunk_tokens": chunk_tokens, "language": language}
     create(fields, Target(url, api_key))
@@ -53,7 +54,8 @@ def add(
     api_key: KeyOption = None,
 ) -> None:
     """Add text, Markdown, HTML, PDF and DOCX files; known ones are updated."""
-    from cluster.cli.knowledge import Target, add
+    from cluster.cli.knowledge import add
+    from cluster.cli.tasks import Target
 
     add(name, paths, Target(url, api_key))
 
@@ -68,7 +70,8 @@ def list_(
     as_json: JsonOption = False,
 ) -> None:
     """List the knowledge bases, or the documents of one."""
-    from cluster.cli.knowledge import Target, list_bases, list_documents
+    from cluster.cli.knowledge import list_bases, list_documents
+    from cluster.cli.tasks import Target
 
     target = Target(url, api_key, as_json)
     if name is None:
@@ -88,7 +91,8 @@ def search(
     as_json: JsonOption = False,
 ) -> None:
     """Find passages."""
-    from cluster.cli.knowledge import Target, search
+    from cluster.cli.knowledge import search
+    from cluster.cli.tasks import Target
 
     fields = {"query": query, "limit": limit, "mode": mode}
     search(name, fields, Target(url, api_key, as_json))
@@ -116,7 +120,8 @@ def answer(
     as_json: JsonOption = False,
 ) -> None:
     """Answer a question, with citations."""
-    from cluster.cli.knowledge import Target, answer
+    from cluster.cli.knowledge import answer
+    from cluster.cli.tasks import Target
 
     fields = {
         "question": question,
@@ -138,6 +143,7 @@ def remove(
     api_key: KeyOption = None,
 ) -> None:
     """Delete a document, or a knowledge base with all documents."""
-    from cluster.cli.knowledge import Target, remove
+    from cluster.cli.knowledge import remove
+    from cluster.cli.tasks import Target
 
     remove(name, document, Target(url, api_key))

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,17 +11,20 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.cli.defaults import router_url
-from cluster.cli.router_client import connect
+from cluster.cli.router_client import RouterClient, connect
 from cluster.config.applications import TASK_PREFIX
 from cluster.errors import DataError
 
 
 class Target(NamedTuple):
-    """Router of a task, and the form of its output."""
+    """Router of a command, and the form of its output."""
 
     url: str | None
     key: str | None
-    as_json: bool
+    as_json: bool = False
+
+    def connect(self) -> AbstractContextManager[RouterClient]:
+        return connect(router_url(self.url), self.key)
 
 
 def read_text(file: Path | None) -> str:
@@ -55,15 +59,12 @@ def read_terms(terms: Sequence[str]) -> dict[str, str]:
 
 def generate(task: str, fields: Mapping[str, Any], target: Target) -> None:
     """Run a task that generates text, and print the text as it arrives."""
-    body = _without_none(fields)
+    body = without_none(fields)
     if target.as_json:
-        _print_json(_post(task, body, target))
+        print_json(_post(task, body, target))
         return
-    result: Mapping[str, Any] = {}
-    with connect(router_url(target.url), target.key) as router:
-        for event in router.events(TASK_PREFIX + task, {**body, "stream": True}):
-            print(event.get("delta", ""), end="", flush=True)
-            result = event.get("result", result)
+    with target.connect() as router:
+        result = print_stream(router, TASK_PREFIX + task, body)
     print()
     if result.get("found") is False:
         print("Not in the documents.")
@@ -76,9 +77,9 @@ def generate(task: str, fields: Mapping[str, Any], target: Target) -> None:
 
 def label(task: str, fields: Mapping[str, Any], target: Target) -> None:
     """Run a task that labels texts, and print a table."""
-    answer = _post(task, _without_none(fields), target)
+    answer = _post(task, without_none(fields), target)
     if target.as_json:
-        _print_json(answer)
+        print_json(answer)
         return
     table = Table.grid(padding=(0, 2))
     for text, row in zip(fields["texts"], answer["results"], strict=True):
@@ -89,20 +90,29 @@ def label(task: str, fields: Mapping[str, Any], target: Target) -> None:
 
 def extract(fields: Mapping[str, Any], target: Target) -> None:
     """Extract data, and print it as JSON; the whole result with ``--json``."""
-    answer = _post("extract", _without_none(fields), target)
-    _print_json(answer if target.as_json else answer["data"])
+    answer = _post("extract", without_none(fields), target)
+    print_json(answer if target.as_json else answer["data"])
 
 
 def _post(task: str, body: Mapping[str, Any], target: Target) -> Any:
-    with connect(router_url(target.url), target.key) as router:
+    with target.connect() as router:
         return router.post(TASK_PREFIX + task, body)
 
 
-def _without_none(fields: Mapping[str, Any]) -> dict[str, Any]:
+def print_stream(router: RouterClient, path: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Print a text while it is generated; return the result at its end."""
+    result: Mapping[str, Any] = {}
+    for event in router.events(path, {**body, "stream": True}):
+        print(event.get("delta", ""), end="", flush=True)
+        result = event.get("result", result)
+    return result
+
+
+def without_none(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _print_json(value: Any) -> None:
+def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 

@@ -9,6 +9,8 @@ from cluster.tasks.results import Citation, Reply, TaskResult
 
 BaseName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 """Name of a knowledge base."""
+MAX_ID_CHARS = 500
+"""Longest id of a document."""
 Question = Annotated[str, Field(min_length=1, max_length=10_000, pattern=r"\S")]
 Mode = Literal["hybrid", "text", "vector"]
 Language = Literal[

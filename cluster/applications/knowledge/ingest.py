@@ -17,6 +17,7 @@ from cluster.applications.knowledge.table import BaseSettings, Row, Table
 from cluster.applications.tasks import Run
 from cluster.errors import InvalidRequestError, PayloadTooLargeError, UnprocessableError
 from cluster.tasks.knowledge import (
+    MAX_ID_CHARS,
     AddResult,
     CreateKnowledgeRequest,
     Knowledge,
@@ -193,10 +194,10 @@ def check_document_id(document_id: str) -> str:
     """Return the id of a document; raise ``InvalidRequestError`` if it cannot be one."""
     is_path = document_id.strip("/") == document_id and "//" not in document_id
     is_path &= "?" not in document_id and "#" not in document_id
-    if not is_path or not 0 < len(document_id) <= 500 or not document_id.isprintable():
+    if not is_path or not 0 < len(document_id) <= MAX_ID_CHARS or not document_id.isprintable():
         raise InvalidRequestError(
-            "The id of a document has 1 to 500 printable characters, without `?`, `#`, and `/` at "
-            "its ends.",
+            f"The id of a document has 1 to {MAX_ID_CHARS} printable characters, without `?`, `#`, "
+            "and `/` at its ends.",
             param="id",
         )
     return document_id

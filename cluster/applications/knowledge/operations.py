@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 
 from cluster.applications.http import event_schema
 from cluster.config.applications import KNOWLEDGE_PATH
 from cluster.tasks.knowledge import (
+    MAX_ID_CHARS,
     AddResult,
+    BaseName,
     CreateKnowledgeRequest,
     Deleted,
     DocumentList,
@@ -79,8 +81,8 @@ _FORM = {
     },
 }
 _PARAMETERS: Mapping[str, Mapping[str, Any]] = {
-    "name": {"type": "string", "pattern": "^[a-z0-9][a-z0-9_-]{0,62}$"},
-    "document": {"type": "string", "minLength": 1, "maxLength": 500},
+    "name": TypeAdapter(BaseName).json_schema(),
+    "document": {"type": "string", "minLength": 1, "maxLength": MAX_ID_CHARS},
 }
 _LIST_PARAMETERS = [
     {
