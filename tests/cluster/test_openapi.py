@@ -6,7 +6,6 @@ grown. ``TANDEM_OPENAPI_CASES`` sets the number of requests per operation and ki
 
 import json
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from schemathesis import GenerationMode, checks
 from schemathesis.core.failures import FailureGroup
 
 from benchmarks.processes import ProcessMemory, find_processes
-from tests.cluster.conftest import RunningCluster
+from tests.cluster.conftest import RunningCluster, wait_until
 from tests.cluster.engine_processes import engines_of_cluster
 
 pytestmark = [pytest.mark.timeout(7200), pytest.mark.filterwarnings("default")]
@@ -112,10 +111,7 @@ class State:
 def read_state(cluster: RunningCluster) -> State:
     answers = []
     with httpx.Client(base_url=cluster.http_url, timeout=60) as http:
-        deadline = time.monotonic() + 30
-        while not is_idle(http):
-            assert time.monotonic() < deadline, http.get("/ready").text
-            time.sleep(0.2)
+        wait_until(lambda: is_idle(http), 30, "the end of all requests")
         prompt = {"model": MODEL, "prompt": "The capital of France", "temperature": 0}
         for _ in range(2):  # the second answer uses cached blocks, in both states
             completion = http.post("/v1/completions", json={**prompt, "max_tokens": 32}).json()
@@ -123,11 +119,8 @@ def read_state(cluster: RunningCluster) -> State:
             answers = [completion["choices"][0]["text"], *(one["label"] for one in labels)]
     pids = [pid for role in ROLES for pid in find_processes(cluster.home, role)]
     processes = {*map(psutil.Process, pids), *engines_of_cluster(cluster.home)}
-    return State(answers, {one: (memory_mb(one), one.num_fds()) for one in processes})
-
-
-def memory_mb(process: psutil.Process) -> float:
-    return ProcessMemory.read(process.pid).pss_mb
+    used = {one: (ProcessMemory.read(one.pid).pss_mb, one.num_fds()) for one in processes}
+    return State(answers, used)
 
 
 def is_idle(http: httpx.Client) -> bool:

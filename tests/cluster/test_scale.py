@@ -245,9 +245,8 @@ async def test_updates_of_replicas_and_routers_interrupt_no_stream(
         await until(lambda: adapter_responses[-1].status_code == 200, 30, "the adapter")
     for answer in adapter_responses:
         if answer.status_code == 404:
-            assert (
-                "Known models: elastic, sim, steady" in answer.text
-            )  # from a router before the update
+            # From a router before the update.
+            assert "Known models: elastic, sim, steady" in answer.text
         elif answer.status_code == 503:
             assert int(answer.headers["retry-after"]) > 0
         else:
