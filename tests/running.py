@@ -69,7 +69,7 @@ class RunningCluster:
             raise
 
     def down(self) -> None:
-        done = self.tandem("down")
+        done = self.tandem("down", timeout_s=300)
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
     def status(self) -> Any:
@@ -93,10 +93,15 @@ class RunningCluster:
         The answer of ``tandem status`` takes a second of a CPU, which what is waited for lacks.
         """
         url = f"{self.dashboard_url}/api/serve/applications/"
-        with _OPENER.open(url, timeout=60) as answer:
-            application = json.load(answer)["applications"].get("tandem", {})
-        # Serve lists no deployments while it builds an application.
-        found = application.get("deployments", {})
+        found: dict[str, Any] = {}
+
+        def are_listed() -> bool:  # not while Serve builds an application
+            with _OPENER.open(url, timeout=60) as answer:
+                application = json.load(answer)["applications"].get("tandem", {})
+            found.update(application.get("deployments", {}))
+            return bool(found)
+
+        wait_until(are_listed, 120, "building the application", ignored=(OSError,))
         return {name: deployment["replicas"] for name, deployment in found.items()}
 
     def replicas(self) -> dict[str, tuple[str, str]]:

@@ -125,6 +125,16 @@ def link_models(home: Path) -> Path:
     return home
 
 
+def wait_until_ready(http: httpx.Client) -> None:
+    """Wait until the cluster is ready, which it is not while a router or an engine is replaced."""
+    wait_until(
+        lambda: http.get("/ready").status_code == 200,
+        180,
+        "becoming ready",
+        ignored=(httpx.HTTPError,),
+    )
+
+
 @pytest.fixture(scope="session")
 def make_cluster(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return a function that starts an isolated cluster; only the models are shared."""
@@ -192,7 +202,7 @@ def cluster(make_cluster: Any) -> Iterator[RunningCluster]:
 def http(cluster: RunningCluster) -> Iterator[httpx.Client]:
     """Return a client of ``cluster``, once that is ready again after the tests before."""
     with httpx.Client(base_url=cluster.http_url, timeout=180) as client:
-        wait_until(lambda: client.get("/ready").status_code == 200, 150, "becoming ready")
+        wait_until_ready(client)
         yield client
 
 

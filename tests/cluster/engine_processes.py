@@ -31,6 +31,13 @@ def engines_of_cluster(home: Path) -> list[psutil.Process]:
     return found
 
 
+def has_ended(process: psutil.Process) -> bool:
+    """Return True if a process has ended, even if its parent has not noticed."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    return True
+
+
 def without_trackers(processes: list[psutil.Process]) -> Iterator[psutil.Process]:
     """Yield the processes that are not multiprocessing's resource tracker."""
     for process in processes:
