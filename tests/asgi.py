@@ -147,7 +147,7 @@ async def get(app: ASGIApp, path: str, **kwargs: Any) -> Answer:
     return await call(app, "GET", path, **kwargs)
 
 
-async def check_health_repeatedly(engine: Any, timeout_s: float = 30.0) -> None:
+async def check_health_repeatedly(engine: Any, timeout_s: float = 60.0) -> None:
     """Check the health of an engine until that raises, as Serve does."""
     async with asyncio.timeout(timeout_s):
         while True:

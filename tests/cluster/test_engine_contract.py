@@ -136,6 +136,11 @@ async def test_responses_have_equal_shapes(
     real: Engine, sim: Engine, path: str, request_body: dict[str, Any]
 ) -> None:
     real_answer, sim_answer = [await asgi.post(one.app, path, request_body) for one in (real, sim)]
+    if request_body.get("stream"):
+        for _ in range(5):  # if this process is busy, vLLM merges even the first and the last event
+            if stream_shape(sim_answer) == stream_shape(real_answer):
+                break
+            real_answer = await asgi.post(real.app, path, request_body)
     assert real_answer.status == sim_answer.status == 200
     assert sim_answer.headers.keys() <= real_answer.headers.keys()
     assert sim_answer.headers["content-type"] == real_answer.headers["content-type"]
@@ -434,6 +439,9 @@ async def test_simulated_failures_and_hangs() -> None:
     assert failed.status == 500
     assert failed.json()["error"]["type"] == "InternalServerError"
     hung = asgi.start(engine.app, "POST", CHAT, body())
+    async with asyncio.timeout(60):
+        while engine.load().running != 1:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
     with pytest.raises(TimeoutError):
         await hung.done(0.1)
     assert engine.load().running == 1

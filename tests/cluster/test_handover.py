@@ -70,6 +70,10 @@ EXACT: dict[str, tuple[str, dict[str, Any]]] = {
 for _api in ("responses", "messages"):
     EXACT[_api][1]["temperature"] = 0
 
+ATTEMPTS = 20
+"""The tiny model ends an answer in less than a tenth of a second, during which this process may be
+busy."""
+
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
     pytest.mark.timeout(600),
@@ -89,6 +93,8 @@ async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Engi
         "name": "gen",
         "model": str(model),
         "adapters": {"law": str(adapter)},
+        # In bfloat16, a prompt that includes the answer so far may change a token.
+        "dtype": "float32",
         "kv_cache_memory_bytes": 64 * 1024**2,
     }
     engine = make_generator_engine(GeneratorConfig.model_validate(fields))
@@ -101,6 +107,16 @@ async def answers(
     engine: Engine, path: str, body: dict[str, Any], num_chunks: int
 ) -> tuple[asgi.Answer, asgi.Answer]:
     """Return an answer whose replica was killed after some chunks, and an undisturbed one."""
+    for _ in range(ATTEMPTS):
+        if found := await interrupted(engine, path, body, num_chunks):
+            return found
+    raise AssertionError("each answer ended before its replica was killed")
+
+
+async def interrupted(
+    engine: Engine, path: str, body: dict[str, Any], num_chunks: int
+) -> tuple[asgi.Answer, asgi.Answer] | None:
+    """Return the same, or None if the answer ended before its replica was killed."""
     body = {"model": "gen", "stream": True, **body}
     headers = {"x-request-id": "r-1"}
     adapters = {"adapters": {"law": "law"}}
@@ -110,12 +126,16 @@ async def answers(
         call = asgi.start(world.app, "POST", path, body, headers)
         await call.chunks(num_chunks)
         running = world.gateway.pools["gen"].replicas.running
-        await world.kill(next(each.info.id for each in running if each.in_flight))
+        victim = next((each.info.id for each in running if each.in_flight), None)
+        if victim is None:
+            return None
+        await world.kill(victim)
         answer = await call.done()
         assert answer.status == 200, answer.body
         await world.until_idle()
         found = await metrics(world)
-        assert found["tandem_stream_handovers_total", "gen", "continued", "lost"] == 1
+        if not found.get(("tandem_stream_handovers_total", "gen", "continued", "lost")):
+            return None
         tokens = found["tandem_completion_tokens_total", "gen"]
         prompt_tokens = found["tandem_prompt_tokens_total", "gen"]
         undisturbed = await asgi.start(world.app, "POST", path, body, headers).done()
