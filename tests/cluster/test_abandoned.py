@@ -8,21 +8,24 @@ connection.
 import asyncio
 import json
 import random
+import statistics
 import time
 from collections import Counter
+from collections.abc import Mapping
 
 import httpx
 import pytest
 
-from tests.cluster.conftest import RunningCluster
+from tests.cluster.conftest import RunningCluster, wait_until
 
 SEED = 12
 IDLE_S = 1.0
-"""Time after which the engine must have dropped abandoned requests."""
+"""Time after which the engine must have dropped abandoned requests; a machine may stall in a few
+rounds."""
 SHORT_TOKENS, LONG_TOKENS = 4, 1500
 """Tokens of answers that end before some clients leave, and that outlast the test."""
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 
 def is_idle(http: httpx.Client, model: str) -> bool:
@@ -72,38 +75,49 @@ async def send_and_leave(url: httpx.URL, model: str, max_leave_s: float, seed: s
 
 
 def abandon(
-    cluster: RunningCluster, model: str, *, rounds: int, clients: int, max_leave_s: float
-) -> Counter[str]:
+    cluster: RunningCluster,
+    model: str,
+    *,
+    rounds: int,
+    clients: int,
+    max_leave_s: float,
+    least: Mapping[str, int],
+) -> None:
     """Abandon ``rounds * clients`` requests; after each round, the engine must become idle.
 
-    Returns:
-        Number of clients by what they had read.
+    On a slow machine, further rounds follow, in which clients leave later, until ``least`` clients
+    have read nothing, a part and all.
     """
     url = httpx.URL(cluster.http_url)
     read: Counter[str] = Counter()
+    idle_after_s = []
 
-    async def one_round(number: int) -> list[str]:
+    async def one_round(number: int, max_leave_s: float) -> list[str]:
         seeds = (f"{SEED} {number} {client}" for client in range(clients))
         return await asyncio.gather(*(send_and_leave(url, model, max_leave_s, s) for s in seeds))
 
-    with httpx.Client(base_url=cluster.http_url, timeout=30) as http:
-        for number in range(rounds):
-            read.update(asyncio.run(one_round(number)))
-            deadline = time.monotonic() + IDLE_S
-            while not is_idle(http, model):
-                assert time.monotonic() < deadline, f"round {number}: {http.get('/ready').text}"
-                time.sleep(0.05)
+    with httpx.Client(base_url=cluster.http_url, timeout=60) as http:
+        for number in range(2 * rounds):
+            leave_s = max_leave_s * (1 if number < rounds else 4)
+            read.update(asyncio.run(one_round(number, leave_s)))
+            began = time.monotonic()
+            wait_until(lambda: is_idle(http, model), 60, "dropping the requests")
+            idle_after_s.append(time.monotonic() - began)
+            if number + 1 >= rounds and all(read[part] >= num for part, num in least.items()):
+                break
+        else:
+            pytest.fail(f"clients left at these moments only: {read}")
+        assert statistics.median(idle_after_s) < IDLE_S
         time.sleep(IDLE_S)
         assert is_idle(http, model)
-    return read
 
 
 def test_2000_abandoned_requests_leave_a_simulated_engine_idle(sims: RunningCluster) -> None:
     # Two thirds of the requests wait in the router's queue.
-    read = abandon(sims, "sim", rounds=20, clients=100, max_leave_s=0.5)
-    assert min(read["nothing"], read["a part"], read["all"]) >= 20, read
+    least = {"nothing": 20, "a part": 20, "all": 20}
+    abandon(sims, "sim", rounds=20, clients=100, max_leave_s=0.5, least=least)
 
 
 def test_200_abandoned_requests_leave_vllm_idle(cluster: RunningCluster) -> None:
-    read = abandon(cluster, "smollm2", rounds=4, clients=50, max_leave_s=2.5)
-    assert min(read["nothing"], read["a part"]) >= 10, read
+    least = {"nothing": 10, "a part": 10}
+    abandon(cluster, "smollm2", rounds=4, clients=50, max_leave_s=2.5, least=least)

@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import time
 from typing import Any
 
 import httpx
@@ -34,7 +33,7 @@ def test_error_in_the_first_event_of_a_stream_is_the_status(cluster: RunningClus
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_disconnected_client_pays_for_its_tokens(cluster: RunningCluster, stream: bool) -> None:
     def counted() -> float:
-        text = httpx.get(f"{cluster.http_url}/metrics", timeout=30).text
+        text = httpx.get(f"{cluster.http_url}/metrics", timeout=60).text
         pattern = rf'^tandem_completion_tokens_total{{[^}}]*"{MODEL}"[^}}]*}} (\S+)$'
         return sum(float(value) for value in re.findall(pattern, text, re.MULTILINE))
 
@@ -46,12 +45,24 @@ def test_disconnected_client_pays_for_its_tokens(cluster: RunningCluster, stream
         "stream": stream,
     }
     before = counted()
-    deadline = time.monotonic() + 2
-    with (
-        contextlib.suppress(httpx.ReadTimeout),  # of the response that is not streamed
-        httpx.stream("POST", f"{cluster.http_url}/v1/completions", json=body, timeout=2) as answer,
-    ):
-        for _ in answer.iter_raw():
-            if time.monotonic() > deadline:
-                break
-    wait_until(lambda: counted() > before, 60, "counting the tokens")
+
+    def leave() -> None:
+        """Leave after some parts of the answer, or after two seconds if it is not streamed."""
+        timeout_s = 60 if stream else 2
+        with (
+            contextlib.suppress(httpx.ReadTimeout),
+            httpx.stream(
+                "POST", f"{cluster.http_url}/v1/completions", json=body, timeout=timeout_s
+            ) as answer,
+        ):
+            for number, _ in enumerate(answer.iter_raw()):
+                if number == 3:
+                    break
+
+    def is_counted() -> bool:
+        leave()  # again if a slow machine had no token after two seconds
+        with contextlib.suppress(AssertionError):
+            wait_until(lambda: counted() > before, 10, "counting the tokens")
+        return counted() > before
+
+    wait_until(is_counted, 120, "counting the tokens")

@@ -23,7 +23,7 @@ out["generate"] = tandem.generate("Once upon a time", max_tokens=4).usage.comple
 out["generates"] = len(tandem.generate(["a", "b", "c"], max_tokens=2))
 deltas = list(tandem.stream("What is the capital of France?", **ask))
 out["stream"] = "".join(d.text for d in deltas)
-out["pieces"] = len(deltas)
+out["pieces"] = sum(1 for _ in tandem.stream("Count.", max_tokens=64, ignore_eos=True))
 out["usage"] = deltas[-1].usage.completion_tokens
 out["labels"] = [c.label for c in tandem.classify(["I loved it.", "A boring mess."])]
 out["label"] = tandem.classify("A wonderful film.").label

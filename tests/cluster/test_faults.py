@@ -2,8 +2,9 @@
 
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -17,15 +18,30 @@ from cluster.launch.log_files import log_directory
 from tests.cluster.conftest import RunningCluster, wait_until
 
 MODEL = "smollm2"
-MAX_TOKENS = 1500
-"""Tokens of an answer that takes far longer than any test waits for it."""
+MAX_TOKENS = 1900
+"""Tokens of an answer that takes far longer than any client here waits for it."""
 IDLE_S = 1.0
 """Time after which the engine must have dropped the requests of disconnected clients."""
+ATTEMPTS = 4
+"""Attempts, of which one must take ``IDLE_S`` at most: a machine may stall for a while."""
 
 
 def is_idle(http: httpx.Client) -> bool:
     pool = http.get("/ready").json()["pools"][MODEL]
     return not (pool["running"] or pool["in_flight"] or pool["queued"])
+
+
+def assert_dropped_in_time(http: httpx.Client, abandon: Callable[[], object]) -> None:
+    """Abandon requests and wait until the engine has dropped them."""
+    took_s = []
+    for _ in range(ATTEMPTS):
+        abandon()
+        began = time.monotonic()
+        wait_until(lambda: is_idle(http), 60, "dropping the requests")
+        took_s.append(time.monotonic() - began)
+        if took_s[-1] < IDLE_S:
+            return
+    pytest.fail(f"dropping the requests took {took_s} s")
 
 
 # -- clients that disconnect ------------------------------------------------------------------
@@ -116,17 +132,22 @@ def test_the_engine_drops_the_requests_of_clients_that_disconnect(
             if "timed out" not in str(error).lower():
                 raise
 
-    # The first ones leave before the first byte of any answer, the last ones in mid-stream.
-    with ThreadPoolExecutor(8) as threads:
-        list(threads.map(abandon, [0.01, 0.02, 0.05, 0.2, 0.4, 0.5, 0.6, 0.7]))
-    wait_until(lambda: is_idle(http), IDLE_S, f"dropping the requests of {name}")
+    def abandon_all() -> None:
+        # The first ones leave before the first byte of any answer, the last ones in mid-stream.
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(abandon, [0.01, 0.02, 0.05, 0.2, 0.4, 0.5, 0.6, 0.7]))
+
+    assert_dropped_in_time(http, abandon_all)
 
 
 def test_a_client_cannot_keep_a_request_running_after_it_disconnects(http: httpx.Client) -> None:
     header = {"x-request-disconnect-disabled": "?1"}  # Serve would obey it
-    with pytest.raises(httpx.ReadTimeout):
-        http.post("/v1/completions", json=completion(stream=False), headers=header, timeout=0.5)
-    wait_until(lambda: is_idle(http), IDLE_S, "dropping the request")
+
+    def abandon() -> None:
+        with pytest.raises(httpx.TimeoutException):
+            http.post("/v1/completions", json=completion(stream=False), headers=header, timeout=0.5)
+
+    assert_dropped_in_time(http, abandon)
 
 
 def test_a_client_that_sends_too_slowly_is_disconnected(
@@ -155,8 +176,13 @@ def test_the_log_of_a_generator_goes_on_after_vllm_was_imported(
 ) -> None:
     name = f"generator-{MODEL}"
     logs = log_directory(cluster.home) / "serve"
-    for id_, (deployment, _) in cluster.replicas().items():
-        if deployment == name:
-            text = (logs / f"replica_tandem_{name}_{id_}.log").read_text(encoding="utf-8")
-            assert "vLLM is ready" in text
-            assert "Finished initializing replica" in text
+    ids = [id_ for id_, found in cluster.replicas().items() if found == (name, "RUNNING")]
+    assert ids
+    for id_ in ids:
+        log = logs / f"replica_tandem_{name}_{id_}.log"
+
+        def is_complete(log: Path = log) -> bool:
+            text = log.read_text(encoding="utf-8")
+            return "vLLM is ready" in text and "Finished initializing replica" in text
+
+        wait_until(is_complete, 60, "writing the log")

@@ -32,6 +32,13 @@ def test_chat(client: openai.OpenAI) -> None:
 
 
 def test_tokens_are_streamed_as_they_are_generated(client: openai.OpenAI) -> None:
+    # If the tokens arrived together at the end, the longest gap would be the whole time, in each of
+    # these streams. If the machine stalls, it is in one of them.
+    assert any(longest_gap(client) < 0.8 for _ in range(5))
+
+
+def longest_gap(client: openai.OpenAI) -> float:
+    """Return the longest gap in a stream as a part of its time; 1 if most tokens are merged."""
     stream = client.chat.completions.create(
         model=MODEL,
         messages=[{"role": "user", "content": "Count to fifty."}],
@@ -51,9 +58,7 @@ def test_tokens_are_streamed_as_they_are_generated(client: openai.OpenAI) -> Non
     assert usage is not None
     assert usage.completion_tokens == 48
     # Below 48 because vLLM merges the tokens of steps between which the stream was not read.
-    assert len(pieces) > 16
-    # If the tokens arrived together at the end, the longest gap would be the whole time.
-    assert longest < total * 0.8
+    return longest / total if len(pieces) > 16 else 1.0
 
 
 def test_completions(client: openai.OpenAI) -> None:
@@ -291,7 +296,8 @@ def test_vllms_metrics_are_exported_by_rays_agents(
     cluster: RunningCluster, client: openai.OpenAI
 ) -> None:
     url = f"{cluster.dashboard_url}/api/prometheus/sd"
-    targets = [target for group in httpx.get(url).json() for target in group["targets"]]
+    groups = httpx.get(url, timeout=60).json()
+    targets = [target for group in groups for target in group["targets"]]
     # Ray exports a counter only after its first event, and nothing is preempted here.
     wanted = VLLM.keys() - {"ray_vllm_num_preemptions_total"}
     found: set[str] = set()
@@ -300,7 +306,8 @@ def test_vllms_metrics_are_exported_by_rays_agents(
     while not wanted <= found and time.monotonic() < deadline:
         client.chat.completions.create(model=MODEL, messages=PARIS, max_tokens=32)
         for target in targets:
-            with contextlib.suppress(httpx.ConnectError):  # test_monitoring checks that all respond
+            # test_monitoring checks that all respond.
+            with contextlib.suppress(httpx.TransportError):
                 page = httpx.get(f"http://{target}/metrics", timeout=30).text
                 found |= set(re.findall(r"^(ray_vllm_\w+)", page, re.MULTILINE))
     assert sorted(wanted - found) == []
