@@ -70,6 +70,6 @@ async def test_a_body_that_arrives_too_slowly_is_refused() -> None:
         await buffers.receive([], Upload(1, 100, 0.01).receive, "a")
     assert buffers.used_bytes == 0
     # Faster than the minimum, although it takes longer than the grace time.
-    assert len(await buffers.receive([], Upload(1000, 10, 0.02).receive, "a")) == 10_000
+    assert len(await buffers.receive([], Upload(100_000, 10, 0.02).receive, "a")) == 1_000_000
     # Without a minimum.
     assert await BodyBuffers(MIB, MIB).receive([], Upload(1, 10, 0.02).receive, "a")

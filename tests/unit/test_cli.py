@@ -63,7 +63,7 @@ def test_help_lists_the_commands_and_loads_nothing_heavy() -> None:
     )
     began = time.monotonic()
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     for command in (
         *("up", "join", "down", "status", "usage", "top", "doctor", "logs"),
         *("models", "chat", "classify", "config"),

@@ -67,7 +67,7 @@ async def test_a_cancellation_while_the_body_is_received_ends_the_call() -> None
     await asyncio.sleep(0)
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await asyncio.wait_for(call, 1)
+        await asyncio.wait_for(call, 60)
 
 
 async def test_errors_of_the_application_are_raised() -> None:

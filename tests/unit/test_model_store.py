@@ -174,13 +174,13 @@ def test_a_concurrent_build_waits_and_reuses_the_result(home: Path) -> None:
 
     thread = threading.Thread(target=second)
     thread.start()
-    assert waiting.wait(10)
+    assert waiting.wait(60)
     path = home / "models" / "fake-0"
     path.mkdir()
     manifest = {"name": "fake-0", "recipe": "1", "build_s": 1, "files": {}, "facts": {}}
     (path / "manifest.json").write_text(json.dumps(manifest))
     os.close(lock)
-    thread.join(10)
+    thread.join(60)
     assert builder.calls == 0
     assert [result.fresh for result in results] == [False]
 

@@ -66,7 +66,7 @@ def test_a_grandchild_is_found_after_its_parent_exited(tmp_path: Path, spawn: Sp
     parent.kill()
     parent.wait()
     (orphan,) = found(tmp_path)
-    assert processes.end_all(tmp_path, grace_s=5) == EndedProcesses(terminated=1, killed=0)
+    assert processes.end_all(tmp_path, grace_s=60) == EndedProcesses(terminated=1, killed=0)
     assert found(tmp_path) == set()
     assert orphan != parent.pid
 
@@ -75,7 +75,7 @@ def test_end_all_ends_only_processes_of_this_home(tmp_path: Path, spawn: Spawn) 
     for number in range(3):
         spawn(**mark(tmp_path, f"cluster-{number}"))  # also of an earlier start
     decoys = [spawn(), spawn(**mark(tmp_path / "other"))]
-    assert processes.end_all(tmp_path, grace_s=5) == EndedProcesses(terminated=3, killed=0)
+    assert processes.end_all(tmp_path, grace_s=60) == EndedProcesses(terminated=3, killed=0)
     assert [decoy.poll() for decoy in decoys] == [None, None]
 
 
