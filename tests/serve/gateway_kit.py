@@ -36,11 +36,13 @@ class Replica:
         self.name = name
         self.seen: list[Scope] = []
         self.bodies: list[bytes] = []
+        self.arrived_s: list[float] = []
         self.cancelled = 0
         self.gate = asyncio.Event()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.seen.append(scope)
+        self.arrived_s.append(time.monotonic())
         body = await read_body(receive)
         self.bodies.append(body)
         fields: dict[str, Any] = json.loads(body) if body else {}
@@ -146,7 +148,7 @@ class World:
     def update(self, pool: str) -> None:
         self.gateway.pools[pool].update(self.running[pool].values())
 
-    async def until_idle(self, timeout_s: float = 30.0) -> None:
+    async def until_idle(self, timeout_s: float = 60.0) -> None:
         """Wait until no request is open, also those whose usage the replica has yet to report."""
         async with asyncio.timeout(timeout_s):
             while self.gateway.num_open_requests:  # noqa: ASYNC110
@@ -154,7 +156,7 @@ class World:
 
     @staticmethod
     async def until(condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while not condition():  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
 

@@ -25,11 +25,15 @@ class FakeController:
     def _listen(self, _snapshot_ids: Any) -> Any:
         return SimpleNamespace(_on_completed=self.calls.append)
 
-    async def answer(self, answer: Any) -> None:
-        """Answer the next call, from another thread as Ray does."""
-        async with asyncio.timeout(10):
+    async def called(self) -> None:
+        """Wait for a call."""
+        async with asyncio.timeout(60):
             while not self.calls:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
+
+    async def answer(self, answer: Any) -> None:
+        """Answer the next call, from another thread as Ray does."""
+        await self.called()
         call = self.calls.pop(0)
         await asyncio.gather(asyncio.to_thread(call, answer), return_exceptions=True)
 
@@ -60,7 +64,7 @@ async def controller(monkeypatch: pytest.MonkeyPatch) -> FakeController:
 
 
 async def seen(updates: asyncio.Queue[list[str]]) -> list[str]:
-    return await asyncio.wait_for(updates.get(), 10)
+    return await asyncio.wait_for(updates.get(), 60)
 
 
 @pytest.fixture
@@ -97,12 +101,11 @@ async def test_a_silent_subscription_is_replaced(
 ) -> None:
     await controller.answer(targets(GOOD))
     assert await seen(updates) == ["0"]
-    async with asyncio.timeout(10):
-        while not controller.calls:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    await controller.called()
     controller.calls.clear()  # lost by the controller
     monkeypatch.setattr(discovery, "SILENT_S", 0.1)
-    await asyncio.sleep(0.15)
+    await controller.called()
     monkeypatch.setattr(discovery, "SILENT_S", 120.0)
+    del controller.calls[:-1]  # while this test slept, it may have been replaced again
     await controller.answer(targets(GOOD, GOOD))
     assert await seen(updates) == ["0", "1"]

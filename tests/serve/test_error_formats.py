@@ -189,7 +189,7 @@ async def test_unknown_paths(world: World, path: str) -> None:
 @pytest.mark.parametrize("path", ["/v1/moderations", "/internal/leases", "/v1/messages/nowhere"])
 @pytest.mark.parametrize("body", [{}, {"model": "gen"}, {"model": "cls"}])
 async def test_unknown_paths_do_not_wait_for_a_replica(path: str, body: Any) -> None:
-    async with gateway_world(scales_to_zero=True) as world, asyncio.timeout(5):
+    async with gateway_world(scales_to_zero=True) as world, asyncio.timeout(60):
         check_error(await asgi.post(world.app, path, body), path, 404)
         answer = await asgi.post(world.app, "/ner", {"model": "gen"})
         assert "Models that do: cls" in check_error(answer, "/ner", 400)["message"]

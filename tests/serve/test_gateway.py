@@ -165,11 +165,11 @@ async def test_request_fails_over_before_the_response_begins(how: str) -> None:
 
 
 async def test_retried_request_goes_first_and_is_not_rejected_for_its_age() -> None:
-    async with gateway_world(queue_timeout_s=0.5) as world:
+    async with gateway_world(queue_timeout_s=2) as world:
         await world.add("gen", "gen-1")
         old = asgi.start(world.app, "POST", CHAT, {"wait_before": True})
         await world.until(lambda: world.servers["gen-1"].num_streams == 1)
-        await asyncio.sleep(0.6)  # longer than a request may wait in the queue
+        await asyncio.sleep(2.1)  # longer than a request may wait in the queue
         other = await world.add("gen", "gen-2")
         running = [asgi.start(world.app, "POST", CHAT, {"wait_before": True}) for _ in range(3)]
         pool = world.gateway.pools["gen"]

@@ -37,6 +37,7 @@ INJECTION = {
     "labels": ["BAD"],
     "action": "block",
     "checks": "prompt",
+    "timeout_s": 60,
 }
 CHECKS = "tandem_guard_checks_total"
 
@@ -260,7 +261,7 @@ async def test_a_failing_guard_is_open_or_closed(on_error: str, failure: str) ->
 
 
 async def test_a_client_cannot_make_an_open_guard_fail() -> None:
-    guard = {**INJECTION, "on_error": "open", "timeout_s": 0.3}
+    guard = {**INJECTION, "on_error": "open", "timeout_s": 2}
     async with guarded(guard) as site:
         # Half of a surrogate pair, which UTF-8 cannot encode.
         call = {"function": {"name": "f", "arguments": r'{"a": "bad \ud800"}'}}
@@ -313,6 +314,7 @@ async def test_a_request_that_guards_refuse_frees_its_quota(tmp_path: Any) -> No
 
 async def test_the_time_of_guards_counts_for_deadline_and_latency() -> None:
     names = {"name": "names", "classifier": "cls", "action": "redact", "checks": "prompt"}
+    names["timeout_s"] = 60
     async with guarded(names, tasks=("token-classification",)) as site:
         site.classifier.answers.clear()
         headers = {"x-request-timeout-seconds": "0.2"}

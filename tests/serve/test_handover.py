@@ -334,13 +334,13 @@ async def test_answers_move_away_from_a_silent_replica() -> None:
         await world.serve(second, "gen", "gen-2", resume_key="k")
         for connection in world.servers["gen-1"].connections:
             connection.write = lambda *_: None  # type: ignore[method-assign]  # it hangs
-        await asyncio.wait_for(second.stopped.wait(), 4)
+        await asyncio.wait_for(second.stopped.wait(), 60)
         for connection in world.servers["gen-1"].connections:
             del connection.write
         first.go_on.set()
         second.go_on.set()
         assert (await call.done()).body == ANSWER
-        await world.until_idle(5)  # the usage that it would report for its part is not awaited long
+        await world.until_idle(20)  # the usage that it would report is not awaited long
         assert await handovers(world, "hung") == (1, 0)
 
 
@@ -383,7 +383,7 @@ async def test_requests_without_an_answer_move_away_from_a_silent_replica(
         second.gate.set()
         for connection in world.servers["cls-1"].connections:
             connection.write = lambda *_: None  # type: ignore[method-assign]  # it hangs
-        answer = await asyncio.wait_for(call.done(), 4)  # a link is given up after ten seconds
+        answer = await call.done()
         assert answer.json()["replica"] == "cls-2"
         for connection in world.servers["cls-1"].connections:
             del connection.write

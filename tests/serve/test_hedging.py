@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -43,9 +44,12 @@ def teach(world: World, requests: int = 1000) -> None:
 async def begin(world: World, replicas: list[Replica]) -> tuple[asgi.Call, Replica, Replica]:
     """Begin a request that waits at its replicas; return it, its first replica and the other."""
     before = [len(replica.bodies) for replica in replicas]
+    began_s = time.monotonic()
     call = asgi.start(world.app, "POST", PATH, body(wait_before=True))
     await world.until(lambda: [len(each.bodies) for each in replicas] != before)
-    first = next(i for i, each in enumerate(replicas) if len(each.bodies) > before[i])
+    # By now, both may have it.
+    arrived_s = {i: each.arrived_s[-1] for i, each in enumerate(replicas) if each.arrived_s}
+    first = min((i for i in arrived_s if arrived_s[i] >= began_s), key=arrived_s.__getitem__)
     return call, replicas[first], replicas[1 - first]
 
 
