@@ -1,16 +1,19 @@
 """Key file on disk: atomic writes, and reloads when it changes."""
 
 import fcntl
+import json
 import logging
 import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from cluster.admission import Identity
-from cluster.admission.keys import KeyFileContents, parse_keys
+from cluster.admission.keys import KeyFileContents, TenantEntry, digest, new_key, parse_keys
 from cluster.errors import ConfigError
 
 logger = logging.getLogger("ray.serve.tandem")
@@ -85,6 +88,81 @@ def write_keys(path: Path, contents: KeyFileContents) -> None:
         os.replace(temporary.name, path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class NewKey:
+    """Rights of a key that is created."""
+
+    tenant: str
+    priority: int
+    models: list[str] | None
+    """Models that it may use; None: all."""
+    guards: list[str] | None
+    """Guards that check its requests; None: those of the tenant."""
+    cost_per_day: float | None = None
+    """Budget of the key alone, in the configured currency."""
+    cost_per_month: float | None = None
+
+
+def add_key(path: Path, new: NewKey, limits: Mapping[str, float | None]) -> str:
+    """Create a key and return it; the tenant keeps the limits that are None.
+
+    Raises:
+        ConfigError: a field is invalid, or the file cannot be changed.
+    """
+    key = new_key()
+    entry = {"sha256": digest(key), **asdict(new)}
+    with lock_keys(path):
+        contents = (read_keys(path) or KeyFileContents()).model_dump(mode="json")
+        limits_of_tenant = contents["tenants"].setdefault(new.tenant, {})
+        limits_of_tenant |= {name: value for name, value in limits.items() if value is not None}
+        contents["keys"].append(entry)
+        write_keys(path, parse_keys(json.dumps(contents), "the new key"))
+    return key
+
+
+def list_keys(path: Path) -> list[dict[str, Any]]:
+    """Return the rights of each key, with the limits of its tenant."""
+    contents = read_keys(path) or KeyFileContents()
+    return [
+        {
+            "id": key.id,
+            "tenant": key.tenant,
+            "priority": key.priority,
+            "models": _listed(key.models),
+            **(tenant := contents.tenants.get(key.tenant, TenantEntry())).model_dump(
+                exclude={"soft_share"}
+            ),
+            "guards": _listed(tenant.guards if key.guards is None else key.guards),
+            "key_cost_per_day": key.cost_per_day,
+            "key_cost_per_month": key.cost_per_month,
+        }
+        for key in contents.keys
+    ]
+
+
+def _listed(names: tuple[str, ...] | None) -> list[str] | None:
+    return None if names is None else list(names)
+
+
+def revoke_key(path: Path, key_id: str) -> tuple[str, str]:
+    """Delete a key, given by a prefix of its id or by the key itself; return id and tenant.
+
+    Raises:
+        ConfigError: no key, or more than one, matches.
+    """
+    sha256 = digest(key_id)
+    with lock_keys(path):
+        contents = read_keys(path) or KeyFileContents()
+        matches = [k for k in contents.keys if k.sha256 == sha256 or k.sha256.startswith(key_id)]
+        if not key_id or len(matches) != 1:
+            known = ", ".join(key.id for key in contents.keys) or "none"
+            found = "no key matches" if not matches else f"{len(matches)} keys match"
+            raise ConfigError(f"{found} the id {key_id!r} in {path}; keys: {known}")
+        remaining = tuple(key for key in contents.keys if key != matches[0])
+        write_keys(path, KeyFileContents(tenants=contents.tenants, keys=remaining))
+    return matches[0].id, matches[0].tenant
 
 
 def copy_keys(path: Path, put: Callable[[bytes], None]) -> bool:

@@ -66,6 +66,9 @@ EXPORTED = {
     "SERVE_NAMESPACE": PrivateName(
         f"{_SERVE}.constants:SERVE_NAMESPACE", "Ray namespace of Serve's controller"
     ),
+    "HEAD_NODE_RESOURCE_NAME": PrivateName(
+        "ray._common.constants:HEAD_NODE_RESOURCE_NAME", "resource of the head alone"
+    ),
     "get_serve_logs_dir": PrivateName(
         f"{_SERVE}.logging_utils:get_serve_logs_dir", "directory of the request log"
     ),
@@ -79,7 +82,13 @@ EXPORTED = {
         "options of a node",
         "node_ip_address gcs_address gcs_server_port num_cpus object_store_memory "
         "include_dashboard dashboard_host dashboard_port dashboard_agent_listen_port "
-        "include_log_monitor temp_dir",
+        "include_log_monitor temp_dir external_addresses num_redis_shards redis_username "
+        "redis_password",
+    ),
+    "cleanup_redis_storage": PrivateName(
+        "ray._private.gcs_utils:cleanup_redis_storage",
+        "end of a cluster whose GCS has its state in Redis",
+        "host port password use_ssl storage_namespace username",
     ),
     "write_ray_address": PrivateName(
         "ray._private.utils:write_ray_address", "address that `ray.init()` of other jobs finds"

@@ -54,6 +54,7 @@ from deployments.links import link_secret, record_certificate_expiry, start_link
 from deployments.logs import close_request_log, log_with_serve, open_request_log
 from deployments.metrics import RayExporter
 from deployments.nodes import RayNodes
+from deployments.operations import HeadControl
 from deployments.proxies import ProxySetup
 from deployments.rollout_sync import RolloutAccess, RolloutSync
 
@@ -110,6 +111,7 @@ class Router:
             usage=usage,
             routers=self._links,
             nodes=self._nodes,
+            control=HeadControl(lambda: self._config.router),
             batches=_batches(config, router_deployment.app_name, identity.unique_id),
             rollout_control=RolloutAccess(
                 router_deployment.app_name,

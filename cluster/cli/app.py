@@ -16,7 +16,14 @@ from cluster.cli.groups import (
     rollout_app,
 )
 from cluster.cli.knowledge_commands import knowledge_app
-from cluster.cli.options import ConfigOption, JsonOption, KeyOption, SetOption, UrlOption
+from cluster.cli.options import (
+    ConfigOption,
+    JsonOption,
+    KeyOption,
+    RemoteUrlOption,
+    SetOption,
+    UrlOption,
+)
 from cluster.cli.task_commands import tasks_app
 
 app = typer.Typer(
@@ -45,7 +52,9 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-REMOTE = {"status", "top", "usage", "drain", "chat", "classify", "guard", "rollout"}
+REMOTE = {
+    *("status", "top", "usage", "drain", "chat", "classify", "guard", "rollout", "logs", "keys")
+}
 """Commands that need the router's HTTP only."""
 
 
@@ -72,7 +81,8 @@ def _root(
     rollout = {name: {"url": address} for name in ("start", "status", "pause", "resume", "abort")}
     defaults = {name: {"url": address} for name in REMOTE}
     guard = {"test": {"url": address}}
-    context.default_map = {**defaults, "guard": guard, "rollout": rollout}
+    keys = {name: {"url": address} for name in ("add", "list", "revoke")}
+    context.default_map = {**defaults, "guard": guard, "rollout": rollout, "keys": keys}
 
 
 @app.command()
@@ -92,6 +102,14 @@ def up(
         str | None,
         Option(help="Address of this node for the others.", show_default="of the default route"),
     ] = None,
+    redis: Annotated[
+        str | None,
+        Option(
+            metavar="URL",
+            envvar="TANDEM_REDIS",
+            help="Redis for the state of the head, which a new head takes over.",
+        ),
+    ] = None,
 ) -> None:
     """Start the cluster and stay attached; Ctrl-C stops it."""
     from cluster.cli.lifecycle import head_address, up
@@ -99,7 +117,9 @@ def up(
     own = head_address(address) if head else None
     if address and not head:
         raise typer.BadParameter("--address needs --head")
-    up(config, overrides or [], detach=detach, monitoring=monitoring, address=own)
+    if redis and not head:
+        raise typer.BadParameter("--redis needs --head")
+    up(config, overrides or [], detach=detach, monitoring=monitoring, address=own, redis=redis)
 
 
 @app.command()
@@ -136,11 +156,15 @@ def down(
     drain_s: Annotated[
         float, Option(min=0, help="Seconds for running requests to finish; 0 cancels them.")
     ] = 30.0,
+    head_only: Annotated[
+        bool,
+        Option("--head-only", help="End a head with --redis; other nodes serve until it is back."),
+    ] = False,
 ) -> None:
     """Stop the cluster, leave the one that was joined, or clean up after a crash."""
     from cluster.cli.lifecycle import down
 
-    down(drain_s)
+    down(drain_s, head_only=head_only)
 
 
 @app.command()
@@ -237,15 +261,20 @@ def logs(
         Path | None,
         Option("--directory", help="Ray's log directory.", show_default="of the running cluster"),
     ] = None,
+    url: RemoteUrlOption = None,
+    api_key: KeyOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show log files, recent errors and failed requests; of all nodes if there are several.
 
     With --request, show all log lines of one request instead.
     """
-    from cluster.cli.logs import run
+    from cluster.cli.logs import run, run_remote
 
-    run(request, directory, as_json=as_json)
+    if url is not None:
+        run_remote(url.rstrip("/"), api_key, request, as_json=as_json)
+    else:
+        run(request, directory, as_json=as_json)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from cluster.cli.options import (
     KeyOption,
     LabelColumn,
     ModelOption,
+    RemoteUrlOption,
     SetOption,
     TextColumn,
     UrlOption,
@@ -204,9 +205,12 @@ def keys_add(
     ] = None,
     file: KeyFileOption = None,
     config: ConfigOption = None,
+    url: RemoteUrlOption = None,
+    api_key: KeyOption = None,
 ) -> None:
     """Create a key and print it once; running routers accept it at once."""
-    from cluster.cli.keys import NewKey, add, key_file, publish
+    from cluster.cli.keys import add, add_remote, key_file, publish
+    from cluster.key_file import NewKey
 
     if max_ongoing is not None:
         typer.echo("--max-ongoing is deprecated; use --max-concurrent.", err=True)
@@ -219,7 +223,6 @@ def keys_add(
         "cost_per_day": cost_per_day,
         "cost_per_month": cost_per_month,
     }
-    path = key_file(file, config)
     new = NewKey(
         tenant,
         priority,
@@ -228,18 +231,29 @@ def keys_add(
         cost_per_day=key_cost_per_day,
         cost_per_month=key_cost_per_month,
     )
+    if url is not None:
+        add_remote(url.rstrip("/"), api_key, new, limits)
+        return
+    path = key_file(file, config)
     add(path, new, limits)
     publish(path)
 
 
 @keys_app.command("list")
 def keys_list(
-    file: KeyFileOption = None, config: ConfigOption = None, as_json: JsonOption = False
+    file: KeyFileOption = None,
+    config: ConfigOption = None,
+    url: RemoteUrlOption = None,
+    api_key: KeyOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """List the keys by id, with their tenants' limits."""
-    from cluster.cli.keys import key_file, show
+    from cluster.cli.keys import key_file, show, show_remote
 
-    show(key_file(file, config), as_json=as_json)
+    if url is not None:
+        show_remote(url.rstrip("/"), api_key, as_json=as_json)
+    else:
+        show(key_file(file, config), as_json=as_json)
 
 
 @keys_app.command("revoke")
@@ -249,10 +263,15 @@ def keys_revoke(
     ],
     file: KeyFileOption = None,
     config: ConfigOption = None,
+    url: RemoteUrlOption = None,
+    api_key: KeyOption = None,
 ) -> None:
     """Delete a key; running routers reject it at once."""
-    from cluster.cli.keys import key_file, publish, revoke
+    from cluster.cli.keys import key_file, publish, revoke, revoke_remote
 
+    if url is not None:
+        revoke_remote(url.rstrip("/"), api_key, key_id)
+        return
     path = key_file(file, config)
     try:
         revoke(path, key_id)
@@ -261,10 +280,15 @@ def keys_revoke(
 
 
 @keys_app.command("publish")
-def keys_publish(file: KeyFileOption = None, config: ConfigOption = None) -> None:
+def keys_publish(
+    context: typer.Context, file: KeyFileOption = None, config: ConfigOption = None
+) -> None:
     """Copy the key file to all nodes, after a change by hand or a failed `add` or `revoke`."""
     from cluster.cli.keys import key_file, publish
 
+    if context.find_root().params.get("address"):
+        text = "`tandem keys publish` runs on the head only"
+        raise typer.BadParameter(text, param_hint="--address")
     path = key_file(file, config)
     if not publish(path):
         typer.echo(f"No running cluster of several nodes takes its keys from {path}.", err=True)

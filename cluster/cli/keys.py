@@ -1,19 +1,21 @@
-"""``tandem keys``: changes to the key file, which running routers pick up."""
+"""``tandem keys``: changes to the key file, here or through a router of the cluster."""
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from cluster.admission.keys import KeyFileContents, TenantEntry, digest, new_key, parse_keys
+from cluster.admission.keys import digest
 from cluster.cli.defaults import load_config
+from cluster.cli.router_client import connect
 from cluster.config.file import KEY_FILE, key_file_path
-from cluster.errors import ConfigError
-from cluster.key_file import lock_keys, read_keys, write_keys
+from cluster.key_file import NewKey, add_key, list_keys, revoke_key
 from cluster.launch.shared_keys import is_key_file_of, prepare, publish_keys
 from cluster.models.store import home
 
@@ -27,6 +29,7 @@ _TITLES = {
     "key_cost_per_day": "key/day",
     "key_cost_per_month": "key/month",
 }
+KEYS_PATH = "/v1/keys"
 _BUDGET_FIELDS = ("cost_per_day", "cost_per_month", "key_cost_per_day", "key_cost_per_month")
 
 
@@ -42,56 +45,40 @@ def key_file(file: Path | None, config: Path | None) -> Path:
     return home() / KEY_FILE if file else key_file_path(load_config(config, []).config.router)
 
 
-@dataclass(frozen=True, slots=True)
-class NewKey:
-    """Rights of a key that is created."""
-
-    tenant: str
-    priority: int
-    models: list[str] | None
-    """Models that it may use; None: all."""
-    guards: list[str] | None
-    """Guards that check its requests; None: those of the tenant."""
-    cost_per_day: float | None = None
-    """Budget of the key alone, in the configured currency."""
-    cost_per_month: float | None = None
-
-
 def add(path: Path, new: NewKey, limits: Mapping[str, float | int | None]) -> None:
     """Create a key and print it; the tenant keeps the limits that are None."""
-    key, tenant = new_key(), new.tenant
-    entry = {"sha256": digest(key), **asdict(new)}
-    with lock_keys(path):
-        contents = _read(path).model_dump(mode="json")
-        limits_of_tenant = contents["tenants"].setdefault(tenant, {})
-        limits_of_tenant |= {name: value for name, value in limits.items() if value is not None}
-        contents["keys"].append(entry)
-        write_keys(path, parse_keys(json.dumps(contents), "the new key"))
+    _print_key(add_key(path, new, limits), f"Added to {path}.")
+
+
+def add_remote(
+    router: str, api_key: str | None, new: NewKey, limits: Mapping[str, float | int | None]
+) -> None:
+    """Create a key of a cluster on other machines, and print it."""
+    body = {**asdict(new), "limits": {k: v for k, v in limits.items() if v is not None}}
+    with connect(router, api_key) as client:
+        _print_key(client.post(KEYS_PATH, body)["key"], f"Added to the cluster of {router}.")
+
+
+def _print_key(key: str, text: str) -> None:
     typer.echo(key)
-    typer.echo(f"Added to {path}. The key cannot be shown again.", err=True)
+    typer.echo(f"{text} The key cannot be shown again.", err=True)
 
 
 def show(path: Path, *, as_json: bool) -> None:
-    contents = _read(path)
-    rows = [
-        {
-            "id": key.id,
-            "tenant": key.tenant,
-            "priority": key.priority,
-            "models": _listed(key.models),
-            **(tenant := contents.tenants.get(key.tenant, TenantEntry())).model_dump(
-                exclude={"soft_share"}
-            ),
-            "guards": _listed(tenant.guards if key.guards is None else key.guards),
-            "key_cost_per_day": key.cost_per_day,
-            "key_cost_per_month": key.cost_per_month,
-        }
-        for key in contents.keys
-    ]
+    _show(list_keys(path), str(path), as_json=as_json)
+
+
+def show_remote(router: str, api_key: str | None, *, as_json: bool) -> None:
+    """List the keys of a cluster on other machines."""
+    with connect(router, api_key) as client:
+        _show(client.get(KEYS_PATH)["data"], router, as_json=as_json)
+
+
+def _show(rows: list[dict[str, Any]], where: str, *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     elif not rows:
-        typer.echo(f"no keys in {path}")
+        typer.echo(f"no keys in {where}")
     else:
         table = Table(box=None)
         always = [field for field in rows[0] if field not in _BUDGET_FIELDS]
@@ -110,17 +97,19 @@ def revoke(path: Path, key_id: str) -> None:
     Raises:
         ConfigError: no key, or more than one, matches.
     """
-    sha256 = digest(key_id)
-    with lock_keys(path):
-        contents = _read(path)
-        matches = [k for k in contents.keys if k.sha256 == sha256 or k.sha256.startswith(key_id)]
-        if not key_id or len(matches) != 1:
-            known = ", ".join(key.id for key in contents.keys) or "none"
-            found = "no key matches" if not matches else f"{len(matches)} keys match"
-            raise ConfigError(f"{found} the id {key_id!r} in {path}; keys: {known}")
-        remaining = tuple(key for key in contents.keys if key != matches[0])
-        write_keys(path, KeyFileContents(tenants=contents.tenants, keys=remaining))
-    typer.echo(f"revoked key {matches[0].id} of tenant {matches[0].tenant}")
+    _print_revoked(*revoke_key(path, key_id))
+
+
+def revoke_remote(router: str, api_key: str | None, key_id: str) -> None:
+    """Delete a key of a cluster on other machines; only its digest is sent."""
+    is_id = re.fullmatch("[0-9a-f]+", key_id)
+    with connect(router, api_key) as client:
+        found = client.delete(f"{KEYS_PATH}/{key_id if is_id else digest(key_id)}")
+    _print_revoked(found["id"], found["tenant"])
+
+
+def _print_revoked(key_id: str, tenant: str) -> None:
+    typer.echo(f"revoked key {key_id} of tenant {tenant}")
 
 
 def publish(path: Path) -> bool:
@@ -132,14 +121,6 @@ def publish(path: Path) -> bool:
     if is_published:
         typer.echo(f"All nodes use the keys of {path} within a few seconds.", err=True)
     return is_published
-
-
-def _listed(names: tuple[str, ...] | None) -> list[str] | None:
-    return None if names is None else list(names)
-
-
-def _read(path: Path) -> KeyFileContents:
-    return read_keys(path) or KeyFileContents()
 
 
 def _format(value: object) -> str:

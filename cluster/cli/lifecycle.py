@@ -32,6 +32,7 @@ def up(
     detach: bool,
     monitoring: bool,
     address: str | None,
+    redis: str | None,
 ) -> None:
     """Start a cluster, and unless ``detach`` is set stay until a signal stops it.
 
@@ -54,11 +55,13 @@ def up(
     if address is not None:  # before the start, which may wait for the other nodes
         print_join(console, f"{address}:{loaded.config.cluster.ray_port}", home())
     with StartProgress(console) as progress:
-        started = start(loaded, home(), progress.show, monitoring=monitoring, address=address)
+        started = start(
+            loaded, home(), progress.show, monitoring=monitoring, address=address, redis=redis
+        )
     _print_duration(console, "healthy", started)
     print_recipes(console, loaded.config, started.state)
     if not detach:
-        _stay(console, is_head=True)
+        _stay(console, is_head=True, goes_on=redis is not None)
 
 
 def join(options: JoinOptions, *, detach: bool) -> None:
@@ -76,7 +79,7 @@ def join(options: JoinOptions, *, detach: bool) -> None:
     console.print(f"\nHTTP       {http}", highlight=False)
     console.print(f"dashboard  {joined.state.dashboard_url}", highlight=False)
     if not detach:
-        _stay(console, is_head=False)
+        _stay(console, is_head=False, goes_on=True)
 
 
 def _print_duration(console: Console, result: str, started: StartResult) -> None:
@@ -102,22 +105,23 @@ def head_address(address: str | None) -> str:
     return address
 
 
-def _stay(console: Console, *, is_head: bool) -> None:
-    action = "stop" if is_head else "leave the cluster"
+def _stay(console: Console, *, is_head: bool, goes_on: bool) -> None:
+    action = "leave the cluster" if goes_on else "stop"
     console.print(f"\nPress Ctrl-C to {action}.", style="bold")
     try:
         while state.is_alive(processes.find(home()), state.load(home())):
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         again = "; press Ctrl-C again to cancel running requests"
-        console.print(f"stopping{again}" if is_head else "leaving the cluster")
+        console.print("leaving the cluster" if goes_on else f"stopping{again}")
     else:
         if not processes.find(home()):  # `tandem down` in another terminal
             console.print("the cluster was stopped" if is_head else "this node left the cluster")
             return
         stop(home(), drain_s=0)
         if is_head:
-            raise StartError("Ray died; the rest of the cluster has been stopped")
+            rest = "this node" if goes_on else "the cluster"
+            raise StartError(f"Ray died; the rest of {rest} has been stopped")
         raise StartError(
             "Ray ended on this node, because the head stopped or did not respond for a minute, or "
             "the node was drained; the rest of the node has been stopped. Join again with "
@@ -130,10 +134,18 @@ def _stay(console: Console, *, is_head: bool) -> None:
     console.print(describe_stop(stopped))
 
 
-def down(drain_s: float) -> None:
+def down(drain_s: float, *, head_only: bool) -> None:
+    """Stop the cluster; with ``head_only``, end the head of a cluster whose state is in Redis.
+
+    Raises:
+        StartError: a process cannot be ended, or the other nodes cannot go on.
+    """
+    known = state.load(home())
+    if head_only and (known is None or known.redis is None):
+        raise StartError("--head-only needs a head that was started with `tandem up --redis`")
     console = Console()
     with console.status("stopping the cluster"):
-        stopped = stop(home(), drain_s=drain_s)
+        stopped = stop(home(), drain_s=drain_s, end_cluster=not head_only)
     console.print(describe_stop(stopped))
 
 
@@ -142,6 +154,6 @@ def describe_stop(stopped: StopResult | None) -> str:
         return "No cluster is running."
     number = stopped.ended.terminated + stopped.ended.killed
     requests = "all requests finished" if stopped.drained else "did not wait for running requests"
-    if not stopped.is_head:
+    if stopped.goes_on:
         requests = "this node left, and the cluster goes on"
     return f"Stopped {number} processes in {stopped.seconds:.1f} s; {requests}."

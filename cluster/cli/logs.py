@@ -6,25 +6,25 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import typer
 from rich.console import Console
 
+from cluster.cli.router_client import connect
 from cluster.errors import NotFoundError
 from cluster.launch import processes, state
 from cluster.launch.log_files import (
     FailureGroup,
-    LogEntry,
+    describe_logs,
     entries_for_request,
-    failed_requests,
-    last_errors,
     log_directory,
-    log_files,
 )
 from cluster.launch.remote_logs import download_logs
 from cluster.models.store import home
 
-MAX_ERRORS = 20
+LOGS_PATH = "/v1/logs"
 
 
 def run(request_id: str | None, directory: Path | None, *, as_json: bool) -> None:
@@ -36,15 +36,16 @@ def run(request_id: str | None, directory: Path | None, *, as_json: bool) -> Non
     """
     with _logs(directory) as logs:
         if request_id is None:
-            _overview(logs, as_json=as_json)
+            found = describe_logs(logs.root)
+            _overview(found, logs.name, running=logs.running, as_json=as_json)
             return
-        found = entries_for_request(logs.root, request_id)
-        if not found:
+        entries = entries_for_request(logs.root, request_id)
+        if not entries:
             raise NotFoundError(
                 f"request id {request_id!r} not found in {logs.name}. Routers log a sample above "
                 "router.log_requests_per_s."
             )
-        _print(logs.root, found, as_json=as_json)
+        _print([entry.as_dict(logs.root) for entry in entries], as_json=as_json)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,31 +70,39 @@ def _logs(directory: Path | None) -> Iterator[_Logs]:
         yield _Logs(Path(scratch), f"all nodes of {known.ray_address}", running=True)
 
 
-def _overview(logs: _Logs, *, as_json: bool) -> None:
-    root = logs.root
-    errors, failed = last_errors(root, MAX_ERRORS), failed_requests(root)
-    files = [path for path in log_files(root) if path.stat().st_size]
+def run_remote(url: str, key: str | None, request_id: str | None, *, as_json: bool) -> None:
+    """Print the overview of a cluster on other machines, or the lines of one request.
+
+    Raises:
+        TandemError: no router responds, or the key is not an operator's.
+    """
+    query = f"?request={quote(request_id, safe='')}" if request_id else ""
+    with connect(url, key) as router:
+        found = router.get(f"{LOGS_PATH}{query}")
+    for problem in found["problems"]:
+        typer.echo(problem, err=True)
+    if request_id is not None:
+        _print(found["entries"], as_json=as_json)
+    else:
+        _overview(found, url, running=True, as_json=as_json)
+
+
+def _overview(found: dict[str, Any], name: str, *, running: bool, as_json: bool) -> None:
     if as_json:
-        overview = {
-            "directory": logs.name,
-            "running": logs.running,
-            "bytes": {str(path.relative_to(root)): path.stat().st_size for path in files},
-            "failed_requests": [dataclasses.asdict(group) for group in failed],
-            "errors": [_as_dict(root, entry) for entry in errors],
-        }
-        print(json.dumps(overview, indent=2))
+        print(json.dumps({"directory": name, "running": running, **found}, indent=2))
         return
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    for path in files:
-        console.print(f"{path.stat().st_size / 1024:>9,.0f} KiB  {path.relative_to(root)}")
-    console.print(f"\n{logs.name}", style="bold")
-    if not logs.running:
+    for path, size in found["bytes"].items():
+        console.print(f"{size / 1024:>9,.0f} KiB  {path}")
+    errors, failed = found["errors"], found["failed_requests"]
+    console.print(f"\n{name}", style="bold")
+    if not running:
         console.print("No cluster is running; these are the logs of the latest Ray session.")
     console.print(f"Last {len(errors)} errors:" if errors else "No errors.")
-    _print(root, errors, as_json=False)
+    _print(errors, as_json=False)
     console.print("Failed requests:" if failed else "No failed requests.")
     for group in failed:
-        console.print(f"  {_format(group)}")
+        console.print(f"  {_format(FailureGroup(**group))}")
 
 
 def _format(group: FailureGroup) -> str:
@@ -102,18 +111,14 @@ def _format(group: FailureGroup) -> str:
     return f"{group.count} × {target}, {outcome}; last {group.last_time[:19]}, {group.last_id}"
 
 
-def _print(root: Path, entries: list[LogEntry], *, as_json: bool) -> None:
+def _print(entries: list[dict[str, str]], *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps([_as_dict(root, entry) for entry in entries], indent=2))
+        print(json.dumps(entries, indent=2))
         return
     console = Console(soft_wrap=True, highlight=False)
-    current: Path | None = None
+    current = ""
     for entry in entries:
-        if entry.file != current:
-            console.print(str(entry.file.relative_to(root)), style="bold", markup=False)
-            current = entry.file
-        console.print(f"  {entry.text}", markup=False)
-
-
-def _as_dict(root: Path, entry: LogEntry) -> dict[str, str]:
-    return {"file": str(entry.file.relative_to(root)), "time": entry.time, "text": entry.text}
+        if entry["file"] != current:
+            current = entry["file"]
+            console.print(current, style="bold", markup=False)
+        console.print(f"  {entry['text']}", markup=False)

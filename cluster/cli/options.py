@@ -18,6 +18,10 @@ SetOption = Annotated[
 UrlOption = Annotated[
     str | None, Option("--url", help="URL of the router.", show_default="of the running cluster")
 ]
+RemoteUrlOption = Annotated[
+    str | None,
+    Option("--url", help="URL of a router of the cluster.", show_default="this machine, no router"),
+]
 KeyOption = Annotated[str | None, Option("--api-key", envvar="TANDEM_API_KEY", help="API key.")]
 DataOption = Annotated[
     Path, Option("--data", metavar="FILE", help="CSV, TSV or JSONL file, one text per row.")

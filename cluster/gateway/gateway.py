@@ -27,6 +27,7 @@ from cluster.gateway.admission.response_ids import ResponseIds
 from cluster.gateway.batches import FILES_PATH, BatchBackend, BatchRoutes, BatchService
 from cluster.gateway.body import UNREAD_BODY, BodyBuffers, read_body
 from cluster.gateway.builtin.drain import Drains, NodeDrains
+from cluster.gateway.builtin.operations import ClusterControl
 from cluster.gateway.builtin.own_paths import PUBLIC_PATHS
 from cluster.gateway.builtin.pages import Pages
 from cluster.gateway.builtin.rollouts import RolloutControl
@@ -92,6 +93,7 @@ class Gateway:
         response_key: Key of the ids of stored responses, the same for all routers.
         rollout_control: Starts and changes rollouts; None without Ray Serve.
         batches: Files and batches; None disables them.
+        control: Access to the key file and the logs of the cluster; None without Ray.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class Gateway:
         response_key: bytes | None = None,
         rollout_control: RolloutControl | None = None,
         batches: BatchService | None = None,
+        control: ClusterControl | None = None,
     ) -> None:
         router = config.router
         self.max_header_bytes = int(router.max_header_bytes)
@@ -152,7 +155,13 @@ class Gateway:
         self._dashboard = Dashboard(self.pools, sinks, routers, read_decisions, self.budgets.report)
         report = UsageReport(usage, routers, self.budgets) if usage is not None else None
         self._builtin = BuiltinRoutes(
-            self._models, versions or {}, self.registry, self._dashboard, report, rollout_control
+            self._models,
+            versions or {},
+            self.registry,
+            self._dashboard,
+            report,
+            rollout_control,
+            control,
         )
         self._builtin.add_pages(Pages(self._models, lambda: self._auto.is_configured))
         self._builtin.add_guards(self._guards, quotas)

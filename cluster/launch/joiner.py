@@ -4,10 +4,12 @@ It does what ``ray start --address`` does, and reads the properties of the clust
 """
 
 import json
+import os
 import time
 from importlib.metadata import version
 from typing import Any, TextIO, TypedDict
 
+from cluster.launch.redis import RECONNECT_VARIABLE
 from cluster.launch.starter import HEAD_KEY, KV_TIMEOUT_S, POLL_S, HeadInfo, run_child
 
 HEAD_TIMEOUT_S = 20.0
@@ -28,6 +30,8 @@ def main(request: JoinerInput, reports: TextIO) -> None:
     print(json.dumps({"phase": "Ray"}), file=reports, flush=True)
     head = read_head(address)
     print(json.dumps({"head": head}), file=reports, flush=True)
+    if head["head_timeout_s"]:  # Ray's processes on this node inherit it
+        os.environ.setdefault(RECONNECT_VARIABLE, str(head["head_timeout_s"]))
     params = RayParams(**request["ray"], object_store_memory=head["object_store_memory_bytes"])
     node = Node(params, head=False, shutdown_at_exit=False, spawn_reaper=False)
     write_ray_address(address, node.get_temp_dir_path())

@@ -7,14 +7,17 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from cluster.errors import StartError
 from cluster.launch import processes
 
+MAX_ERRORS = 20
+"""Errors in an overview."""
 MAX_ENTRY_LINES = 200  # of one entry, such as a traceback
 _ENTRY_START = re.compile(rb"^(?:\{|\[|\(|DEBUG|INFO|WARN|ERROR|CRITICAL|FATAL|\d{4}-\d\d-\d\d)")
 _ERROR_LEVEL = re.compile(rb"\b(?:ERROR|CRITICAL|FATAL)\b")
@@ -34,6 +37,10 @@ class LogEntry:
     time: str
     """Time in ISO 8601 as logged; the previous entry's time if the entry has none."""
     text: str
+
+    def as_dict(self, root: Path) -> dict[str, str]:
+        """Return the entry for JSON, with a path relative to ``root``."""
+        return {"file": str(self.file.relative_to(root)), "time": self.time, "text": self.text}
 
 
 @dataclass(slots=True)
@@ -96,6 +103,16 @@ def last_errors(directory: Path, count: int) -> list[LogEntry]:
         for entry in _matching(path, _ERROR_LEVEL, _TAIL_BYTES)
     ]
     return sorted(found, key=lambda entry: entry.time)[-count:]
+
+
+def describe_logs(root: Path) -> dict[str, Any]:
+    """Return sizes of all log files, the latest errors, and failed requests, for JSON."""
+    files = [path for path in log_files(root) if path.stat().st_size]
+    return {
+        "bytes": {str(path.relative_to(root)): path.stat().st_size for path in files},
+        "failed_requests": [asdict(group) for group in failed_requests(root)],
+        "errors": [entry.as_dict(root) for entry in last_errors(root, MAX_ERRORS)],
+    }
 
 
 def failed_requests(directory: Path) -> list[FailureGroup]:

@@ -17,6 +17,7 @@ from cluster.config.file import LoadedConfig, key_file_path
 from cluster.errors import StartError
 from cluster.launch import auth, charts, environment, ports, processes, prometheus, state
 from cluster.launch.ports import LOOPBACK
+from cluster.launch.redis import HEAD_TIMEOUT_S, Redis, check_redis, parse_redis
 from cluster.launch.serve_api import ApplicationStatus, parse_application
 from cluster.launch.starter import HeadInfo, StarterInput
 from cluster.launch.starter_process import head_params, run_starter
@@ -70,17 +71,20 @@ def start(
     *,
     monitoring: bool = False,
     address: str | None = None,
+    redis: str | None = None,
 ) -> StartResult:
     """Start a cluster and return once all deployments are healthy.
 
     After any exception, everything already started is stopped again. ``monitoring`` starts
     Prometheus and Grafana, or its stand-in, as well. Other nodes can join if ``address`` is this
-    node's address.
+    node's address. ``redis`` is the URL of a Redis that keeps the GCS' state; if it has the state
+    of a cluster, this is its new head.
 
     Raises:
         StartError: a cluster runs already, a port is in use, Prometheus is not installed, or a
             part did not become healthy in time.
     """
+    store = parse_redis(redis) if redis else None
     phases = Phases(observe)
     with start_lock(home):
         phases.enter("checks")
@@ -94,11 +98,13 @@ def start(
         if monitoring:
             prometheus.executable()
         check_ports(required)
+        if store:
+            check_redis(store)
         if address and not auth.store_token(os.environ, home):
             auth.create_token(home)
-        started = _new_state(loaded, monitoring=monitoring, address=address)
+        started = _new_state(loaded, monitoring=monitoring, address=address, redis=redis)
         try:
-            _start(loaded, home, started, phases)
+            _start(loaded, home, started, phases, store)
         except BaseException:
             stop(home, drain_s=0)
             raise
@@ -135,7 +141,7 @@ def check_ports(required: Iterable[ports.Port]) -> None:
 
 
 def _new_state(
-    loaded: LoadedConfig, *, monitoring: bool, address: str | None
+    loaded: LoadedConfig, *, monitoring: bool, address: str | None, redis: str | None
 ) -> state.ClusterState:
     cluster = loaded.config.cluster
     has_charts = monitoring and ports.USERS_GRAFANA not in os.environ
@@ -155,10 +161,17 @@ def _new_state(
         grafana_url=f"http://{LOOPBACK}:{cluster.grafana_port}" if has_charts else None,
         grafana_is_stand_in=has_charts and charts.grafana_executable() is None,
         overrides=list(loaded.overrides),
+        redis=redis,
     )
 
 
-def _start(loaded: LoadedConfig, home: Path, new: state.ClusterState, phases: Phases) -> None:
+def _start(
+    loaded: LoadedConfig,
+    home: Path,
+    new: state.ClusterState,
+    phases: Phases,
+    redis: Redis | None,
+) -> None:
     haproxy = environment.uses_haproxy()
     state.save(home, new)
     if haproxy:
@@ -167,12 +180,14 @@ def _start(loaded: LoadedConfig, home: Path, new: state.ClusterState, phases: Ph
         os.environ, home, new.cluster_id, haproxy=haproxy, several_nodes=new.address is not None
     )
     router = loaded.config.router
+    if redis:
+        variables = redis.add_variables(variables)
     if new.prometheus_url:
         variables |= prometheus.ray_variables(home, new.prometheus_url)
     if new.grafana_url:
         variables |= charts.ray_variables(new.grafana_url)
     request = StarterInput(
-        ray=head_params(loaded.config.cluster, new.address),
+        ray=head_params(loaded.config.cluster, new.address, redis),
         ray_address=new.ray_address,
         serve=loaded.serve_config,
         application=new.application,
@@ -210,6 +225,7 @@ def _head_info(loaded: LoadedConfig, new: state.ClusterState, *, haproxy: bool) 
         haproxy=haproxy,
         dashboard_url=new.dashboard_url,
         object_store_memory_bytes=int(loaded.config.cluster.object_store_memory_bytes),
+        head_timeout_s=HEAD_TIMEOUT_S if new.redis else None,
         serve=loaded.serve_config,
     )
 

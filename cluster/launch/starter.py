@@ -35,6 +35,8 @@ class HeadInfo(TypedDict):
     haproxy: bool
     dashboard_url: str
     object_store_memory_bytes: int
+    head_timeout_s: int | None
+    """Time for which nodes wait for the head, in seconds; None: as long as Ray does by default."""
     serve: dict[str, Any]
     """Serve config with which the cluster was started."""
 
@@ -127,11 +129,26 @@ def _start_ray(request: StarterInput) -> Future[object]:
 
 
 def _publish_head(request: StarterInput) -> None:
-    """Store what other nodes need to join."""
-    from cluster.ray_internals import kv_put
+    """Store what other nodes need to join.
+
+    Raises:
+        ValueError: Redis has the state of a cluster of another version.
+    """
+    from cluster.ray_internals import kv_get, kv_put
 
     if request["head"] is not None:
+        if stored := kv_get(HEAD_KEY):
+            check_version(json.loads(stored)["tandem"], request["head"]["tandem"])
         kv_put(HEAD_KEY, json.dumps(request["head"]).encode(), KV_TIMEOUT_S)
+
+
+def check_version(stored: str, own: str) -> None:
+    """Raise ValueError if a head of another version left its state in Redis."""
+    if stored != own:
+        raise ValueError(
+            f"Redis has the state of a cluster of Tandem {stored}, this is {own}. Start that "
+            "version, or delete the state with `tandem down`."
+        )
 
 
 def _publish_keys(request: StarterInput) -> None:
@@ -147,17 +164,25 @@ def _deploy(config: Mapping[str, Any]) -> Any:
     import ray
     from ray.serve.schema import ServeDeploySchema
 
-    from cluster.ray_internals import coerce_controller_options, create_controller
+    from cluster.ray_internals import (
+        SERVE_CONTROLLER_NAME,
+        SERVE_NAMESPACE,
+        coerce_controller_options,
+        create_controller,
+    )
 
     schema = ServeDeploySchema.model_validate(config)
-    controller, _ = create_controller(
-        http_options=schema.http_options.model_dump(),
-        grpc_options=schema.grpc_options.model_dump(),
-        global_logging_config=schema.logging_config,
-        global_tracing_config=None,
-        controller_options=coerce_controller_options(schema.controller_options),
-        proxy_location=schema.proxy_location,
-    )
+    try:  # the GCS restarts the controller of a cluster whose state is in Redis
+        controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        controller, _ = create_controller(
+            http_options=schema.http_options.model_dump(),
+            grpc_options=schema.grpc_options.model_dump(),
+            global_logging_config=schema.logging_config,
+            global_tracing_config=None,
+            controller_options=coerce_controller_options(schema.controller_options),
+            proxy_location=schema.proxy_location,
+        )
     ray.get(controller.apply_config.remote(schema))
     return controller
 

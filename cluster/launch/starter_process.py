@@ -15,11 +15,14 @@ from cluster.config import ClusterConfig
 from cluster.errors import StartError
 from cluster.launch.joiner import JoinerInput
 from cluster.launch.ports import LOOPBACK
+from cluster.launch.redis import Redis
 from cluster.launch.serve_api import reason
 from cluster.launch.starter import StarterInput
 
 
-def head_params(cluster: ClusterConfig, address: str | None) -> dict[str, Any]:
+def head_params(
+    cluster: ClusterConfig, address: str | None, redis: Redis | None = None
+) -> dict[str, Any]:
     """Return Ray's options for a head; ``address`` is None for a cluster on loopback."""
     host = address or LOOPBACK
     return {
@@ -30,6 +33,7 @@ def head_params(cluster: ClusterConfig, address: str | None) -> dict[str, Any]:
         "include_dashboard": True,
         "dashboard_host": host,
         "dashboard_port": cluster.dashboard_port,
+        **(redis.ray_params() if redis else {}),
     }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from cluster.errors import StartError
 from cluster.launch import processes
 from cluster.launch.auth import ray_token, stored_token
+from cluster.launch.private_files import write_private
 from cluster.launch.serve_api import ApplicationStatus, ServeApi
 
 
@@ -38,6 +39,8 @@ class ClusterState:
     """Address of this node; None if the cluster is confined to loopback."""
     keys_in_cluster: bool = False
     """True on a head whose key file is copied to the cluster."""
+    redis: str | None = None
+    """URL of the Redis that has the GCS' state, with the password; None without one."""
 
     def token(self, home: Path) -> str | None:
         """Return Ray's token: on several nodes the one in ``home``, else by Ray's own rules."""
@@ -60,7 +63,7 @@ def save(home: Path, state: ClusterState) -> None:
     path = _path(home)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".tmp")
-    scratch.write_text(f"{json.dumps(asdict(state), indent=2)}\n", encoding="utf-8")
+    write_private(scratch, f"{json.dumps(asdict(state), indent=2)}\n")
     scratch.replace(path)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cluster.launch import processes, state
 from cluster.launch.environment import sockets_dir
+from cluster.launch.redis import delete_cluster, parse_redis
 from cluster.launch.serve_api import ServeApi
 
 # Time from SIGTERM to SIGKILL. Replicas have drained by then and Ray keeps no state on disk; a
@@ -20,34 +21,39 @@ class StopResult:
 
     drained: bool
     """True if all requests finished before the end."""
-    is_head: bool
-    """False if this node left a cluster, which goes on."""
+    goes_on: bool
+    """True if only this node ended, and its cluster goes on."""
     ended: processes.EndedProcesses
     seconds: float
 
 
-def stop(home: Path, *, drain_s: float) -> StopResult | None:
+def stop(home: Path, *, drain_s: float, end_cluster: bool = False) -> StopResult | None:
     """End all processes of the clusters started with ``home``; return None if there are none.
 
     Running requests get ``drain_s`` seconds to finish; 0 cancels them. On a node that joined a
-    cluster, only this node ends, and other replicas continue its answers.
+    cluster, only this node ends, and other replicas continue its answers. So it is on a head whose
+    state is in Redis, unless ``end_cluster``, which also deletes the state.
 
     Raises:
-        StartError: a process cannot be ended.
+        StartError: a process cannot be ended, or Redis does not answer.
     """
     began = time.monotonic()
     running = state.load(home)
     owned = processes.find(home)
     drained = False
-    if drain_s > 0 and running and running.is_head and state.is_alive(owned, running):
+    redis = running.redis if running else None
+    goes_on = running is not None and (not running.is_head or bool(redis and not end_cluster))
+    if drain_s > 0 and running and not goes_on and state.is_alive(owned, running):
         with ServeApi(running.dashboard_url, running.token(home)) as api:
             drained = api.drain(drain_s)
     ended = processes.end_all(home, grace_s=TERM_S)
     cluster_ids = {process.cluster_id for process in owned}
     for cluster_id in cluster_ids | ({running.cluster_id} if running else set()):
         shutil.rmtree(sockets_dir(cluster_id), ignore_errors=True)
-    state.forget(home)
+    if redis and end_cluster:
+        delete_cluster(parse_redis(redis))
+    if end_cluster or not redis:  # else a later `tandem down` must find the state in Redis
+        state.forget(home)
     if not owned:
         return None
-    is_head = running is None or running.is_head
-    return StopResult(drained, is_head, ended, time.monotonic() - began)
+    return StopResult(drained, goes_on, ended, time.monotonic() - began)

@@ -4,6 +4,7 @@ Nodes share the file system and process ids, so each has its own Tandem home and
 """
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from typing import Any, Self
 import httpx
 
 from cluster.launch import processes
+from cluster.launch.redis import parse_redis
 from cluster.models import store
 from tests import running
 from tests.certificates import certificates
@@ -120,6 +122,8 @@ class Network:
 
     nodes: list[Node]
     client: httpx.Client
+    redis: str | None
+    """URL of a Redis that has the state of the head; None if it is not installed."""
 
     @property
     def head(self) -> Node:
@@ -127,13 +131,24 @@ class Network:
 
     def up(self, config: Path, node: Node) -> None:
         """Start the head, and another node that joins while the head waits for its resources."""
-        command = ["up", "-d", "--head", "--address", self.head.address, "--config", str(config)]
         with ThreadPoolExecutor(1) as pool:
-            head = pool.submit(self.head.check, *command, timeout_s=START_TIMEOUT_S)
+            head = pool.submit(self.start_head, config)
             wait_until(lambda: head.done() or can_connect(self.head.address, RAY_PORT), 60)
             if not head.done():
                 self.join(node)
             head.result()
+
+    def start_head(self, config: Path) -> None:
+        command = ["up", "-d", "--head", "--address", self.head.address, "--config", str(config)]
+        if self.redis:
+            command += ["--redis", self.redis]
+        self.head.check(*command, timeout_s=START_TIMEOUT_S)
+
+    def num_redis_keys(self) -> int:
+        redis = parse_redis(str(self.redis))
+        command = ["redis-cli", "-h", redis.host, "-p", str(redis.port), "dbsize"]
+        env = {**os.environ, "REDISCLI_AUTH": redis.password}
+        return int(subprocess.check_output(command, env=env, text=True).split()[-1])
 
     def join(self, node: Node) -> None:
         token = str(self.head.home / "ray-token")
@@ -183,15 +198,38 @@ def network(num: int, **variables: str) -> Iterator[Network]:
         ip("link", "set", bridge, "up")
         for node in nodes:
             _add(node)
-        with client:
-            yield Network(nodes, client)
+        with client, _redis(root, f"10.213.{third}.254") as redis:
+            yield Network(nodes, client, redis)
     finally:
-        for home in root.iterdir():  # also of further nodes of a test
+        for home in filter(Path.is_dir, root.iterdir()):  # also of further nodes of a test
             processes.end_all(home, grace_s=0.5)
         for node in nodes:
             subprocess.run(["ip", "netns", "del", node.name], check=False, capture_output=True)
         subprocess.run(["ip", "link", "del", bridge], check=False, capture_output=True)
         shutil.rmtree(root, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _redis(directory: Path, address: str) -> Iterator[str | None]:
+    """Run a Redis with a password on the test's side of the bridge; yield its URL."""
+    if (executable := shutil.which("redis-server")) is None:
+        yield None
+        return
+    options = {
+        "--bind": address,
+        "--port": str(RAY_PORT),
+        "--requirepass": "pass word",
+        "--save": "",
+        "--dir": str(directory),
+        "--logfile": str(directory / "redis.log"),
+    }
+    process = subprocess.Popen([executable, *itertools.chain(*options.items())])
+    try:
+        wait_until(lambda: can_connect(address, RAY_PORT))
+        yield f"redis://:pass%20word@{address}:{RAY_PORT}/nodes"
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def _add(node: Node) -> None:

@@ -54,13 +54,17 @@ def _problem() -> str | None:
 
 
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("config")
+    make_tiny_llama(directory / "tiny", store.resolve("smollm2-135m-instruct"))
+    return write_config(directory)
+
+
+@pytest.fixture(scope="module")
+def nodes(config: Path) -> Iterator[Network]:
     """Start a cluster of two nodes; a third one exists, but has not joined."""
     if problem := _problem():
         pytest.skip(problem)
-    directory = tmp_path_factory.mktemp("config")
-    make_tiny_llama(directory / "tiny", store.resolve("smollm2-135m-instruct"))
-    config = write_config(directory)
     # By default, a drained node answers HTTP for at least 30 s.
     with network(3, RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S="5") as net:
         net.up(config, net.nodes[1])
@@ -217,18 +221,26 @@ def test_a_wrong_token_and_an_unreachable_head_are_named(nodes: Network) -> None
 
 def test_keys_apply_on_all_nodes(nodes: Network) -> None:
     head, node, _ = nodes.nodes
-    key = head.check("keys", "add", "acme").strip()
-    headers = {"authorization": f"Bearer {key}"}
+    remote = ("--address", node.url, "keys")
+    operator = ("--api-key", OPERATOR_KEY)
+    keys = [
+        head.check("keys", "add", "acme").strip(),
+        node.check(*remote, "add", "acme", *operator).strip(),  # by a task on the head
+    ]
 
     def statuses() -> set[int]:
+        headers = [{"authorization": f"Bearer {key}"} for key in keys]
         get = nodes.client.get
-        return {get(f"{n.url}/v1/models", headers=headers).status_code for n in (head, node)}
+        urls = [f"{n.url}/v1/models" for n in (head, node)]
+        return {get(url, headers=each).status_code for url in urls for each in headers}
 
     wait_until(lambda: statuses() == {200})
+    assert "acme" in node.check(*remote, "list", *operator)
     done = node.tandem("keys", "add", "acme")
     assert done.returncode == 1
     assert f"run `tandem keys` on {head.address}" in done.stderr
-    head.check("keys", "revoke", key)
+    head.check("keys", "revoke", keys[1])
+    node.check(*remote, "revoke", keys[0], *operator)
     wait_until(lambda: statuses() == {401})
 
 
@@ -239,8 +251,10 @@ def test_each_node_shows_status_usage_and_health_of_the_cluster(nodes: Network) 
         assert found["state"]["http_url"] == node.url
         replicas = [r for d in found["application"]["deployments"] for r in d["replicas"]]
         assert {r["node_ip"] for r in replicas} == {each.address for each in both}
-        logs = node.check("logs")
-        assert all(f"{each.address}/serve/tandem_requests" in logs for each in both), logs
+        remote = ("--address", node.url, "logs", "--api-key", OPERATOR_KEY)
+        for command in (("logs",), remote):
+            logs = node.check(*command)
+            assert all(f"{each.address}/serve/tandem_requests" in logs for each in both), logs
     wait_until(lambda: usage(nodes, both[0]) == usage(nodes, both[1]) > 0)
     doctor = both[1].tandem("doctor", "--json").stdout
     checks = ("processes", "ports", "authentication", "router")
@@ -308,6 +322,26 @@ def test_a_node_is_drained_under_load(nodes: Network) -> None:
     wait_until(lambda: not drained.pids("raylet"), START_TIMEOUT_S)
 
 
+def test_a_node_serves_until_the_head_is_back(nodes: Network, config: Path) -> None:
+    if nodes.redis is None:
+        pytest.skip("redis-server is not installed")
+    head, node, _ = nodes.nodes
+    raylet = node.pids("raylet")
+    with Streams(node.url, LONG, 4) as streams:
+        streams.wait_for(4)
+        head.kill()
+        streams.wait_for(12)
+        head.connect()
+        nodes.start_head(config)
+        wait_for_spread(nodes, head, node)
+        streams.wait_for(8)
+    assert streams.failures == []
+    assert node.pids("raylet") == raylet
+    with Streams(head.url, CHAT, 2) as streams:
+        streams.wait_for(4)
+    assert streams.failures == []
+
+
 def test_a_node_leaves(nodes: Network) -> None:
     head, node, _ = nodes.nodes
     with Streams(head.url, LONG, 4) as streams:
@@ -317,3 +351,9 @@ def test_a_node_leaves(nodes: Network) -> None:
     assert streams.failures == []
     assert node.status() == {"running": False}
     assert head.status()["running"]
+
+
+def test_down_on_the_head_deletes_its_state(nodes: Network) -> None:
+    assert nodes.redis is None or nodes.num_redis_keys() > 0
+    assert "Stopped" in nodes.head.check("down", "--drain-s", "0")
+    assert nodes.redis is None or nodes.num_redis_keys() == 0

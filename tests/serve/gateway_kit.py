@@ -16,6 +16,7 @@ from cluster.config import TandemConfig, parse
 from cluster.errors import LinkClosedError
 from cluster.gateway import BatchService, Gateway, GatewayApp, Opener, ReplicaInfo, Wiring
 from cluster.gateway.builtin.drain import NodeDrains
+from cluster.gateway.builtin.operations import ClusterControl
 from cluster.gateway.builtin.rollouts import RolloutControl
 from cluster.gateway.reporting.dashboard import ReadDecisions
 from cluster.key_file import KeyFile
@@ -194,6 +195,7 @@ async def gateway_world(
     classifier: dict[str, Any] | None = None,
     idempotency: dict[str, Any] | None = None,
     nodes: NodeDrains | None = None,
+    control: ClusterControl | None = None,
     guards: list[dict[str, Any]] | None = None,
     batch_store: BatchStore | None = None,
     batch_clock: Callable[[], float] = time.time,
@@ -230,6 +232,7 @@ async def gateway_world(
         versions={"tandem": "0"},
         key_file=key_file,
         batches=batches,
+        control=control,
         read_decisions=read_decisions,
         nodes=nodes,
         rollout_control=rollout_control,

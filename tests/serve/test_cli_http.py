@@ -32,6 +32,9 @@ class FakeRouter:
             def do_GET(self) -> None:
                 self.reply(None)
 
+            def do_DELETE(self) -> None:
+                self.reply(None)
+
             def do_POST(self) -> None:
                 length = int(self.headers["content-length"])
                 self.reply(json.loads(self.rfile.read(length)))

@@ -14,7 +14,7 @@ from cluster.cli import keys
 from cluster.cli.app import app
 from cluster.errors import AuthenticationError, ConfigError, UnavailableError
 from cluster.gateway.admission.authenticator import Authenticator
-from cluster.key_file import KeyFile, lock_keys
+from cluster.key_file import KeyFile, NewKey, lock_keys
 
 TEXT = """
 tenants:
@@ -256,11 +256,7 @@ def test_keys_can_be_added_listed_and_revoked(tmp_path: Path) -> None:
 def test_keys_added_at_the_same_time_are_all_kept(tmp_path: Path) -> None:
     path = tmp_path / "keys.yaml"
     with ThreadPoolExecutor(8) as threads:
-        list(
-            threads.map(
-                lambda n: keys.add(path, keys.NewKey(f"t{n}", 0, None, None), {}), range(16)
-            )
-        )
+        list(threads.map(lambda n: keys.add(path, NewKey(f"t{n}", 0, None, None), {}), range(16)))
     contents = parse_keys(path.read_text(), "f")
     assert {key.tenant for key in contents.keys} == {f"t{n}" for n in range(16)}
 
@@ -271,8 +267,8 @@ def test_a_change_of_keys_does_not_wait_forever(
     monkeypatch.setattr("cluster.key_file.LOCK_TIMEOUT_S", 0.05)
     path = tmp_path / "keys.yaml"
     with lock_keys(path), pytest.raises(ConfigError, match="another process"):
-        keys.add(path, keys.NewKey("a", 0, None, None), {})
-    keys.add(path, keys.NewKey("a", 0, None, None), {})
+        keys.add(path, NewKey("a", 0, None, None), {})
+    keys.add(path, NewKey("a", 0, None, None), {})
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,7 @@ def join_fake_head(
         "http_scheme": "https",
         "haproxy": environment.uses_haproxy(),
         "dashboard_url": "http://127.0.0.1:1",
+        "head_timeout_s": None,
         "serve": {"http_options": {"host": "0.0.0.0"}, "applications": [other, application]},
     }
     reports = [{"phase": "Ray"}, {"head": head}, {"phase": "done"}]

@@ -11,6 +11,15 @@ from cluster.gateway.admission.budgets import SPEND_PATH
 from cluster.gateway.batches.routes import BatchRequest
 from cluster.gateway.builtin.drain import DRAIN_PATH
 from cluster.gateway.builtin.guards import GUARDS_PATH, GuardTest, GuardTestRequest
+from cluster.gateway.builtin.operations import (
+    KEY_PATH,
+    KEYS_PATH,
+    LOGS_PATH,
+    CreatedKey,
+    KeyList,
+    NewKeyRequest,
+    RevokedKey,
+)
 from cluster.gateway.pools.pool import PoolKind
 from cluster.gateway.reporting.dashboard import DATA_PATH, REPORT_PATH
 from cluster.gateway.reporting.usage_report import COPIES_PATH, ROWS_PATH
@@ -443,6 +452,32 @@ OWN_PATHS: Mapping[str, OwnPath] = {
     ),
     ROLLOUTS_PATH: OwnPath(
         "Return the state of the last rollout of each model.", RolloutList, statuses=(403,)
+    ),
+    KEYS_PATH: OwnPath(
+        "List the API keys; needs an operator key.",
+        KeyList,
+        statuses=(400, 403, 429, 501, 503),
+        others=(
+            OwnPath(
+                "Create an API key; needs an operator key.",
+                CreatedKey,
+                statuses=(400, 403, 429, 501, 503),
+                method="post",
+                body=NewKeyRequest,
+            ),
+        ),
+    ),
+    KEY_PATH: OwnPath(
+        "Revoke an API key, named by its id; needs an operator key.",
+        RevokedKey,
+        statuses=(400, 403, 429, 501, 503),
+        parameters=(_in_path("key_id"),),
+        method="delete",
+    ),
+    LOGS_PATH: OwnPath(
+        "Return an overview of the logs of all nodes; needs an operator key.",
+        statuses=(403, 404, 429, 501, 503),
+        parameters=(_query("request", "Id of a request, to return its log entries instead."),),
     ),
     ROWS_PATH: OwnPath(
         "Return the usage of this router's node, for the other routers.",

@@ -22,6 +22,13 @@ from cluster.gateway.batches import BatchRoutes
 from cluster.gateway.builtin.drain import DRAIN_PATH, Drains
 from cluster.gateway.builtin.guards import GUARDS_PATH, GuardRoutes
 from cluster.gateway.builtin.openapi import make_document
+from cluster.gateway.builtin.operations import (
+    KEY_PATH,
+    KEYS_PATH,
+    LOGS_PATH,
+    ClusterControl,
+    OperationRoutes,
+)
 from cluster.gateway.builtin.own_paths import (
     BATCH_PATHS,
     MODEL_PATH,
@@ -89,6 +96,7 @@ class BuiltinRoutes:
         dashboard: Dashboard,
         usage: UsageReport | None,
         rollout_control: RolloutControl | None,
+        control: ClusterControl | None,
     ) -> None:
         self._pools = pools
         self._versions = versions
@@ -98,6 +106,7 @@ class BuiltinRoutes:
         self._document: tuple[list[Any], bytes] = [], b""  # of the engines, and the merged one
         self._queries: dict[tuple[str, str], asyncio.Task[Any]] = {}
         self._rollouts = RolloutRoutes(rollout_control)
+        self._operations = OperationRoutes(control)
         self._batches: BatchRoutes | None = None
         self._handlers: dict[str, Handler] = {
             "/health": self._health,
@@ -107,6 +116,8 @@ class BuiltinRoutes:
             "/models": self._list_capabilities,
             _DOCUMENT_PATH: self._openapi,
             ROLLOUTS_PATH: self._rollouts.show,
+            KEYS_PATH: self._operations.keys,
+            LOGS_PATH: self._operations.logs,
             "/metrics": self._metrics,
             DATA_PATH: dashboard.data,
             REPORT_PATH: dashboard.report,
@@ -144,6 +155,10 @@ class BuiltinRoutes:
             return BuiltinRoute(MODEL_PATH, self._get_model)
         if path.startswith(f"{ROLLOUTS_PATH}/"):
             return BuiltinRoute(ROLLOUT_PATH, self._rollouts.change, WRITE_METHODS)
+        if path.startswith(f"{KEYS_PATH}/"):
+            return BuiltinRoute(KEY_PATH, self._operations.revoke, ("DELETE", "OPTIONS"))
+        if path == KEYS_PATH:
+            return BuiltinRoute(path, self._operations.keys, (*READ_METHODS, "POST"))
         if self._batches is not None and (found := self._batches.find(path)) is not None:
             return BuiltinRoute(*found)
         handler = self._handlers.get(path)
@@ -238,7 +253,10 @@ class BuiltinRoutes:
         # 5 ms on the event loop; json.dumps would take more.
         if len(known) != len(documents) or any(map(is_not, known, documents)):
             batches = () if self._batches is None else BATCH_PATHS
-            version, own = self._versions.get("tandem", ""), (*self._handlers, MODEL_PATH, *batches)
+            version, own = (
+                self._versions.get("tandem", ""),
+                (*self._handlers, MODEL_PATH, KEY_PATH, *batches),
+            )
             content = msgspec.json.encode(make_document(version, own, filter(None, documents)))
             self._document = documents, content
         return bytes_response(200, b"application/json", content)

@@ -1,0 +1,201 @@
+"""``/v1/keys`` and ``/v1/logs``, which ``tandem --address URL keys`` and ``logs`` use."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.config import RouterConfig
+from cluster.errors import InvalidRequestError, StartError, UnavailableError, UnsupportedError
+from cluster.gateway.builtin.operations import KEYS_PATH, LOGS_PATH
+from cluster.key_file import NewKey, add_key, list_keys, read_keys
+from cluster.ray_internals import RayNode
+from deployments import operations
+from tests import asgi
+from tests.serve.gateway_kit import World, gateway_world
+from tests.serve.test_cli_http import FakeRouter, router, run  # noqa: F401, a fixture
+
+OPERATOR = {"authorization": "Bearer operator"}
+DIGEST = sha256(b"operator").hexdigest()
+ENTRY = {"file": "10.0.0.1/serve/router.log", "time": "2026-01-02T03:04:05", "text": "INFO id-1"}
+OVERVIEW: dict[str, Any] = {
+    "bytes": {"10.0.0.1/serve/router.log": 2048},
+    "failed_requests": [
+        {
+            **{"model": "gen", "replica": "", "status": 503, "outcome": "failed"},
+            **{"count": 2, "last_id": "4f1", "last_time": "2026-01-02"},
+        }
+    ],
+    "errors": [ENTRY],
+    "problems": ["logs of node 10.0.0.3 cannot be read"],
+}
+
+
+class Control:
+    """Key file and logs of a cluster."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    async def read_logs(self, request_id: str | None) -> dict[str, Any]:
+        return OVERVIEW if request_id is None else {"entries": [ENTRY] * (request_id == "id-1")}
+
+    async def list_keys(self) -> list[dict[str, Any]]:
+        return list_keys(self.path)
+
+    async def add_key(self, new: NewKey, limits: Mapping[str, float | None]) -> str:
+        return add_key(self.path, new, limits)
+
+    async def revoke_key(self, key_id: str) -> tuple[str, str]:
+        raise UnsupportedError("The keys are in a file on each node.")
+
+
+async def call(world: World, method: str, path: str, body: Any = None, **headers: str) -> Any:
+    answer = await asgi.start(world.app, method, path, body, {**OPERATOR, **headers}).done()
+    return answer.status, answer.json()
+
+
+async def test_an_operator_creates_lists_and_revokes_keys(tmp_path: Path) -> None:
+    control = Control(tmp_path / "keys.yaml")
+    async with gateway_world(control=control, operator_keys_sha256=[DIGEST]) as world:
+        new = {"tenant": "acme", "models": ["gen"], "limits": {"requests_per_minute": 6}}
+        status, created = await call(world, "POST", KEYS_PATH, new)
+        assert status == 200
+        contents = read_keys(control.path)
+        assert contents is not None
+        assert contents.keys[0].sha256 == sha256(created["key"].encode()).hexdigest()
+        status, listed = await call(world, "GET", KEYS_PATH)
+        assert (status, [row["tenant"] for row in listed["data"]]) == (200, ["acme"])
+        assert listed["data"][0]["requests_per_minute"] == 6
+        assert contents.keys[0].sha256 not in json.dumps(listed)
+        assert (await call(world, "DELETE", f"{KEYS_PATH}/abc"))[0] == 501
+        assert (await call(world, "GET", f"{KEYS_PATH}/abc"))[0] == 405
+        assert (await call(world, "POST", KEYS_PATH, {"tenants": "typo"}))[0] == 400
+        assert (await call(world, "POST", KEYS_PATH, new, **{"content-type": "text/plain"}))[
+            0
+        ] == 400
+
+
+async def test_an_operator_reads_logs(tmp_path: Path) -> None:
+    async with gateway_world(control=Control(tmp_path), operator_keys_sha256=[DIGEST]) as world:
+        assert await call(world, "GET", LOGS_PATH) == (200, OVERVIEW)
+        assert await call(world, "GET", f"{LOGS_PATH}?request=id-1") == (200, {"entries": [ENTRY]})
+        assert (await call(world, "GET", f"{LOGS_PATH}?request=id-2"))[0] == 404
+
+
+@pytest.mark.parametrize("path", [KEYS_PATH, LOGS_PATH])
+async def test_nobody_else_does(tmp_path: Path, path: str) -> None:
+    async with gateway_world(
+        control=Control(tmp_path), api_keys_sha256=[sha256(b"other").hexdigest()]
+    ) as world:
+        assert (await call(world, "GET", path, authorization="Bearer other"))[0] == 403
+    async with gateway_world(control=Control(tmp_path)) as world:  # open on loopback
+        assert (await call(world, "GET", path))[0] == 403
+    async with gateway_world(operator_keys_sha256=[DIGEST]) as world:  # without Ray
+        assert (await call(world, "GET", path))[0] == 501
+
+
+# -- the command line --
+
+
+def test_keys_of_another_cluster_are_changed(router: FakeRouter) -> None:  # noqa: F811
+    row = {"id": "ab12", "tenant": "acme", "models": None, "requests_per_minute": 6.0}
+    budgets = ("cost_per_day", "cost_per_month", "key_cost_per_day", "key_cost_per_month")
+    row |= dict.fromkeys(budgets)
+    router.answer = lambda path, body: (
+        (200, {"key": "tandem-secret", "tenant": "acme"}) if body else (200, {"data": [row]})
+    )
+    done = run("--address", router.url, "keys", "add", "acme", "--requests-per-minute", "6")
+    assert (done.exit_code, done.stdout) == (0, "tandem-secret\n")
+    path, body = router.requests[-1]
+    assert (path, body["tenant"], body["limits"]) == (KEYS_PATH, "acme", {"requests_per_minute": 6})
+    assert "ab12" in run("--address", router.url, "keys", "list").stdout
+    router.answer = lambda path, body: (200, {"id": "ab12", "tenant": "acme"})
+    for argument, sent in (("ab12", "ab12"), ("tandem-X", sha256(b"tandem-X").hexdigest())):
+        done = run("--address", f"{router.url}/", "keys", "revoke", argument)
+        assert done.stdout == "revoked key ab12 of tenant acme\n"
+        assert router.requests[-1] == (f"{KEYS_PATH}/{sent}", None)
+    assert run("--address", router.url, "keys", "publish").exit_code == 2
+
+
+def test_logs_of_another_cluster_are_shown(router: FakeRouter) -> None:  # noqa: F811
+    router.answer = lambda path, body: (200, OVERVIEW)
+    done = run("--address", router.url, "logs")
+    assert "2 × gen, status 503; last 2026-01-02, 4f1" in done.stdout
+    assert "logs of node 10.0.0.3 cannot be read" in done.stderr
+    assert json.loads(run("logs", "--url", router.url, "--json").stdout)["errors"] == [ENTRY]
+    router.answer = lambda path, body: (200, {"entries": [ENTRY], "problems": []})
+    shown = run("--address", router.url, "logs", "--request", "id 1").stdout
+    assert shown.splitlines() == [ENTRY["file"], f"  {ENTRY['text']}"]
+    assert router.requests[-1][0] == f"{LOGS_PATH}?request=id%201"
+
+
+# -- the task on the head --
+
+
+@contextmanager
+def head(
+    monkeypatch: pytest.MonkeyPatch, home: Path, num_nodes: int = 1, **config: Any
+) -> Iterator[operations.HeadControl]:
+    """Run tasks of the head here."""
+
+    class Remote:
+        def __init__(self, function: Any) -> None:
+            self._function = function
+
+        async def remote(self, *args: Any) -> Any:
+            return self._function(*args)
+
+    monkeypatch.setattr(operations.ray, "remote", lambda **_: Remote)
+    nodes = [RayNode(str(i), "10.0.0.1", i == 0) for i in range(num_nodes)]
+    monkeypatch.setattr(operations, "live_nodes", lambda _: nodes)
+    monkeypatch.setenv("TANDEM_HOME", str(home))
+    yield operations.HeadControl(lambda: RouterConfig(**config))
+
+
+async def test_keys_of_the_cluster_are_changed_in_the_file_of_the_head(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stored: list[bytes] = []
+    monkeypatch.setattr(operations, "kv_put", lambda key, text, _: stored.append(text))
+    with head(monkeypatch, tmp_path, 2, keys_in_cluster=True) as control:
+        key = await control.add_key(NewKey("acme", 0, None, None), {"tokens_per_day": 5})
+        (row,) = await control.list_keys()
+        assert (row["tenant"], row["tokens_per_day"]) == ("acme", 5)
+        with pytest.raises(InvalidRequestError, match="no key matches"):
+            await control.revoke_key("ffff" if row["id"][0] != "f" else "aaaa")
+        assert await control.revoke_key(key) == (row["id"], "acme")
+        with pytest.raises(InvalidRequestError, match="priority"):
+            await control.add_key(NewKey("acme", 1000, None, None), {})
+    assert stored[0] == stored[1] != stored[2]
+
+
+async def test_one_node_has_its_own_key_file_and_several_refuse(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.yaml"
+    with head(monkeypatch, tmp_path, keys_file=str(file)) as control:
+        await control.add_key(NewKey("acme", 0, None, None), {})
+    assert read_keys(file) is not None
+    with (
+        head(monkeypatch, tmp_path, 2, keys_file=str(file)) as control,
+        pytest.raises(UnsupportedError, match=r"router\.keys_file"),
+    ):
+        await control.list_keys()
+
+
+async def test_a_head_that_fails_is_reported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(error: Exception) -> None:
+        raise error
+
+    with head(monkeypatch, tmp_path) as control:
+        for error in (StartError("no dashboard"), OSError("broken")):
+            monkeypatch.setattr(operations, "_list_keys", lambda _, error=error: fail(error))
+            with pytest.raises(UnavailableError, match=r"no dashboard|broken"):
+                await control.list_keys()
