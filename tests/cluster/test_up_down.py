@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import psutil
 import pytest
 import yaml
 
 from cluster.launch import processes
 from cluster.launch.environment import sockets_dir
+from tests.certificates import certificates
 from tests.cluster.conftest import (
     ROOT,
     TANDEM,
@@ -109,6 +112,8 @@ class Foreground:
     """``tandem up`` in the foreground."""
 
     cluster: RunningCluster
+    certificate: str
+    """File with the CA of its certificate."""
     process: subprocess.Popen[bytes]
     file: Path
     """Output of the process."""
@@ -129,13 +134,18 @@ def foreground(
     home = link_models(tmp_path_factory.mktemp("home"))
     directory = tmp_path_factory.mktemp("config")
     env, settings, http_url, ray_address = isolated_home(home)
+    http_url = http_url.replace("http://", "https://")
     config = write_config(directory, decode_s_per_token=0.05)
+    tls = certificates(directory / "tls")
+    env["SSL_CERT_FILE"] = authority = tls["RAY_TLS_CA_CERT"]
+    for field, variable in (("certificate", "CERT"), ("key", "KEY")):
+        settings += ["--set", f"router.tls.{field}={tls[f'RAY_TLS_SERVER_{variable}']}"]
     command = [TANDEM, "up", "--config", str(config), *settings]
     file = directory / "output"
     with file.open("wb") as output:
         process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=output, stderr=output)
     cluster = RunningCluster(home, env, http_url, ray_address)
-    started = Foreground(cluster, process, file)
+    started = Foreground(cluster, authority, process, file)
     try:
         wait_until(started.is_started, 240, "the start")
         yield started
@@ -207,6 +217,26 @@ def test_all_ports_are_on_loopback(running: RunningCluster) -> None:
     assert [found for found in listening if found[1] not in loopback] == []
 
 
+def test_https_clients_verify_the_certificate(foreground: Foreground) -> None:
+    url, authority = foreground.cluster.http_url, foreground.certificate
+    trusted = httpx.Client(verify=ssl.create_default_context(cafile=authority), trust_env=False)
+    with trusted, openai.OpenAI(base_url=f"{url}/v1", api_key="-", http_client=trusted) as client:
+        prompt: Any = {"model": "sim", "prompt": "Hello", "max_tokens": 5}
+        chunks = list(client.completions.create(**prompt, stream=True))
+        assert len(chunks) >= 5
+    command = ["curl", "--silent", "--show-error", "--fail", f"{url}/v1/models"]
+    for option in ("--http1.1", "--http2"):
+        found = subprocess.check_output([*command, option, "--cacert", authority])
+        assert json.loads(found)["data"][0]["id"] == "sim"
+    with (
+        httpx.Client(trust_env=False) as stranger,
+        pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"),
+    ):
+        stranger.get(f"{url}/v1/models")
+    with httpx.Client(trust_env=False) as plain, pytest.raises(httpx.RemoteProtocolError):
+        plain.get(f"{url.replace('https', 'http')}/v1/models")
+
+
 def test_chat_over_a_pipe_streams_an_answer(running: RunningCluster) -> None:
     done = subprocess.run(
         [TANDEM, "chat", "--max-tokens", "5"],
@@ -248,7 +278,11 @@ def test_ctrl_c_drains_requests_and_ends_all_processes(
 ) -> None:
     process, cluster = foreground.process, foreground.cluster
     with (
-        httpx.Client(base_url=cluster.http_url, timeout=60) as http,
+        httpx.Client(
+            base_url=cluster.http_url,
+            timeout=60,
+            verify=ssl.create_default_context(cafile=foreground.certificate),
+        ) as http,
         http.stream("POST", "/v1/completions", json=stream_of(60)) as response,
     ):
         lines = response.iter_lines()
