@@ -265,7 +265,8 @@ def test_the_request_id_is_returned_once_and_is_part_of_the_completion_id(
 def test_a_disconnect_aborts_the_request_in_the_engine(http: httpx.Client) -> None:
     body = {"model": MODEL, "prompt": "a", "max_tokens": 1900, "stream": True, "ignore_eos": True}
     with http.stream("POST", "/v1/completions", json=body) as stream:
-        next(stream.iter_lines())
+        lines = stream.iter_lines()  # the end of the iterator closes the stream
+        next(lines)
         wait_for_running(http, 1)
     wait_for_running(http, 0)
 

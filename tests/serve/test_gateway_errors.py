@@ -14,6 +14,7 @@ from openai.types.responses import ResponseFailedEvent
 
 from cluster.asgi import Receive, Scope, Send
 from cluster.errors import LinkClosedError
+from cluster.gateway.pools import relay
 from cluster.gateway.pools.retry_budget import MIN_RETRIES
 from cluster.link import LinkServer
 from tests import asgi
@@ -192,6 +193,42 @@ async def test_request_that_kills_replicas_kills_two_at_most(
     assert digest[:16] in caplog.text
 
 
+class Fragile(Poison):
+    """Application whose process dies of a request with "poison"; it answers others if it may."""
+
+    def __init__(self, answers: bool) -> None:
+        super().__init__()
+        self._answers = answers
+        self.may_die = asyncio.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if b"poison" in (await receive())["body"]:
+            await self.may_die.wait()
+            await super().__call__(scope, receive, send)
+        self.requests += 1
+        await asyncio.sleep(0.05 if self._answers else 3600)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+
+async def test_a_request_lost_with_one_that_kills_replicas_is_not_lost_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(relay, "_SUSPECT_AGE_S", 60)  # adding a replica takes a while
+    async with gateway_world() as world:
+        first, second = Fragile(answers=False), Fragile(answers=True)
+        first.server = await world.serve(first, "gen", "gen-1", ROUTES)
+        other = asgi.start(world.app, "POST", CHAT, {"model": "gen"})
+        await world.until(lambda: first.requests == 1)
+        poison = asgi.start(world.app, "POST", CHAT, {"model": "gen", "user": "poison"})
+        await world.until(lambda: world.servers["gen-1"].num_streams == 2)
+        second.server = await world.serve(second, "gen", "gen-2", ROUTES)
+        for each in (first, second):
+            each.may_die.set()
+        assert (await other.done()).status == 200
+        assert (await poison.done()).status == 503
+
+
 class Hang(Poison):
     """Application whose process a request stops: its connections stay open, but nothing comes."""
 
@@ -222,7 +259,10 @@ async def test_request_that_hangs_replicas_hangs_two_at_most() -> None:
             each.wake_up()
 
 
-async def test_retries_after_losses_are_limited_for_the_whole_pool() -> None:
+async def test_retries_after_losses_are_limited_for_the_whole_pool(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(relay, "_SUSPECT_PAUSE_S", (0, 0))  # the budget grows with time
     async with gateway_world(queue_timeout_s=30) as world:
         poisoned = await add_poisoned(world, ["gen-1", "gen-2"])
         for _ in range(3 * MIN_RETRIES):

@@ -7,6 +7,7 @@ the response. After that, another replica continues the answer (``relayed_body``
 
 import asyncio
 import logging
+import random
 from dataclasses import replace
 from hashlib import sha256
 
@@ -34,6 +35,11 @@ logger = logging.getLogger("ray.serve.tandem")
 
 MAX_ATTEMPTS = 5
 """Times that a request is sent to a replica before it fails; most of them may be refused."""
+_SUSPECT_AGE_S = 0.1
+"""A request that was sent less than this before the loss of its replica may be the cause; twice the
+delay with which a busy router notices the loss."""
+_SUSPECT_PAUSE_S = (0.5, 1.0)
+"""Range of the time that it waits then; the others get their first bytes meanwhile."""
 _HASHED_BYTES = 64 * 1024
 
 
@@ -80,6 +86,7 @@ async def _send_with_failover(
     failure: FailoverReason | None = None
     num_lost = 0
     pool.retries.add_request()
+    loop = asyncio.get_running_loop()
     for _ in range(MAX_ATTEMPTS):
         if failure is not None:
             claim = pool.renew_claim(claim)
@@ -88,6 +95,7 @@ async def _send_with_failover(
             pool.meter.failed_over(failure)
         observer.slot_taken(slot.replica.info.id)
         observer.is_trial |= pool.replicas.is_trial(slot)
+        slot.replica.newest_request, sent_s = request.id, loop.time()
         try:
             async with asyncio.timeout_at(claim.deadline_s if claim.has_deadline else None):
                 if failure is None and _may_hedge(request, pool):
@@ -113,9 +121,21 @@ async def _send_with_failover(
                     "answered; try again.",
                     retry_after_s=1,
                 ) from error
+            if slot.replica.newest_request == request.id:
+                await asyncio.sleep(_suspect_pause_s(loop.time() - sent_s))
     raise UnavailableError(
         f"{pool.name}: {MAX_ATTEMPTS} replicas refused the request; try again.", retry_after_s=1
     )
+
+
+def _suspect_pause_s(age_s: float) -> float:
+    """Return the pause before another try of the last request that a lost replica got.
+
+    A request that kills replicas must not reach the next one together with the requests that were
+    lost with it, which would be lost twice. Several routers may hold such requests, so the pause is
+    random, and shorter for the less suspect ones.
+    """
+    return max(0.0, 1 - age_s / _SUSPECT_AGE_S) * random.uniform(*_SUSPECT_PAUSE_S)
 
 
 async def _take_slot(request: Request, pool: Pool, claim: Claim) -> Slot:

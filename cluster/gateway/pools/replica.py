@@ -130,6 +130,8 @@ class Replica:
         self._fallback = fallback
         self.in_flight = 0
         """Requests that this router sent to it and that have not ended."""
+        self.newest_request = ""
+        """Id of the request that this router sent to it last."""
         self.movable: set[Movable] = set()
         """Answers of this replica that another one can continue, and requests without any yet."""
         self.mover: asyncio.Task[None] | None = None
