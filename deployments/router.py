@@ -16,7 +16,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from cluster.accounting.usage_log import UsageLog
-from cluster.batches import BatchStore
+from cluster.batches import open_store
 from cluster.client.transport import LinkOffer
 from cluster.config import RouterConfig, TandemConfig
 from cluster.config.file import ALL_ADDRESSES, is_loopback, key_file_path
@@ -271,7 +271,8 @@ def _batches(config: TandemConfig, application: str, router_id: str) -> BatchSer
         return None
     default = home() / BATCHES_DIRECTORY.format(app=application)
     directory = Path(settings.directory).expanduser() if settings.directory else default
-    return BatchService(BatchStore(directory), config.router, router_id)
+    store = open_store(directory, settings.database, application)
+    return BatchService(store, config.router, router_id)
 
 
 def _wirings(

@@ -2,9 +2,13 @@
 
 types     files, batches and their JSON forms in OpenAI's API
 lines     reading and validation of a batch's lines, and the lines of its results
-store     SQLite database of files, batches, results, and the lease of the router that runs them
+store     files, batches, results, and the lease of the router that runs them, in a database
+database  what the store needs of a database
+sqlite    database in a directory, of the routers of one node
+postgres  database of the routers of several nodes; imported only if it is configured
 """
 
+from cluster.batches.database import StoreError
 from cluster.batches.lines import (
     BatchLine,
     LineReader,
@@ -15,6 +19,7 @@ from cluster.batches.lines import (
     parse_line,
     result_line,
 )
+from cluster.batches.opening import open_store
 from cluster.batches.store import BatchStore, Listing
 from cluster.batches.types import (
     ENDPOINTS,
@@ -35,11 +40,13 @@ __all__ = [
     "LineReader",
     "LineResult",
     "Listing",
+    "StoreError",
     "StoredFile",
     "check_lines",
     "error_line",
     "model_of",
     "new_id",
+    "open_store",
     "parse_line",
     "result_line",
 ]

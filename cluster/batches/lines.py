@@ -1,8 +1,7 @@
 """Lines of batches: reading and validation of the input, and the lines of the results."""
 
-from collections.abc import Collection, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterator
+from typing import IO, Any, NamedTuple
 
 import msgspec
 
@@ -14,6 +13,8 @@ MAX_ERRORS = 100
 MAX_ID_CHARS = 512
 CHUNK_BYTES = 1024 * 1024
 """Input that is read at once; one line may be longer."""
+
+OpenFile = Callable[[], IO[bytes]]
 
 
 class BatchLine(msgspec.Struct, frozen=True):
@@ -56,8 +57,8 @@ def model_of(line: BatchLine) -> str | None:
     return _decode_body(line.body).model
 
 
-def _numbered_lines(path: Path, max_bytes: int) -> Iterator[tuple[int, bytes]]:
-    with path.open("rb") as file:
+def _numbered_lines(open_file: OpenFile, max_bytes: int) -> Iterator[tuple[int, bytes]]:
+    with open_file() as file:
         number = 0
         while line := file.readline(max_bytes + 2):
             number += 1
@@ -68,12 +69,12 @@ def _numbered_lines(path: Path, max_bytes: int) -> Iterator[tuple[int, bytes]]:
 
 
 def check_lines(
-    path: Path, endpoint: str, models: Collection[str], max_lines: int, max_bytes: int
+    open_file: OpenFile, endpoint: str, models: Collection[str], max_lines: int, max_bytes: int
 ) -> tuple[int, list[LineError]]:
     """Return the number of lines of an input file, and their errors.
 
     Args:
-        path: The file.
+        open_file: Opens the file.
         endpoint: Path that every line must request.
         models: Models that exist and that the tenant may use.
         max_lines: Maximum number of lines.
@@ -82,7 +83,7 @@ def check_lines(
     errors: list[LineError] = []
     seen: set[str] = set()
     num = 0
-    for number, content in _numbered_lines(path, max_bytes):
+    for number, content in _numbered_lines(open_file, max_bytes):
         num += 1
         if num > max_lines:
             message = f"The file has more than {max_lines} requests. Split it."
@@ -138,8 +139,8 @@ def _check_line(
 class LineReader:
     """Lines of an input file that have no result yet, in order."""
 
-    def __init__(self, path: Path, done: Collection[int], max_bytes: int) -> None:
-        self._lines = _numbered_lines(path, max_bytes)
+    def __init__(self, open_file: OpenFile, done: Collection[int], max_bytes: int) -> None:
+        self._lines = _numbered_lines(open_file, max_bytes)
         self._done = done
 
     def read(self) -> list[tuple[int, bytes]]:

@@ -67,7 +67,12 @@ class BatchesConfig(Section):
     """True if clients may upload files and run batches."""
     directory: str | None = None
     """Directory of the files and of their SQLite database. Default: `batches-APPLICATION` in
-    Tandem's home. With routers on several nodes, a directory that all of them share is required."""
+    Tandem's home. Routers on several nodes need a directory that all of them share, or
+    `database`."""
+    database: str | None = Field(None, pattern=r"^postgres(ql)?://")
+    """URL of a PostgreSQL database that keeps files and batches instead, such as
+    `postgresql://batches@db.example.com/batches`. Put no password into it, but into a `passfile` on
+    each node (`?passfile=/etc/tandem/pgpass`). Needs the extra `postgres`."""
     max_file_bytes: ByteSize = Field(ByteSize(200 * 1024**2), ge=1024)
     """Maximum size of an uploaded file, in bytes or with a unit; larger ones get status 413."""
     max_tenant_bytes: ByteSize = Field(ByteSize(10 * 1024**3), ge=1024)
@@ -82,7 +87,7 @@ class BatchesConfig(Section):
     keep_days: int = Field(30, ge=1)
     """Retention of files and of finished batches, in days."""
 
-    restart_fields: ClassVar[frozenset[str]] = frozenset({"enabled", "directory"})
+    restart_fields: ClassVar[frozenset[str]] = frozenset({"enabled", "directory", "database"})
 
 
 class TlsConfig(Section):

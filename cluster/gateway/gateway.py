@@ -179,7 +179,7 @@ class Gateway:
     async def close_batches(self) -> None:
         """Pass the batches on to another router."""
         if self._batches is not None:
-            await self._batches.close()
+            await self._batches.stop()
 
     def _batch_backend(self, quotas: TenantQuotas, usage: UsageAccount | None) -> BatchBackend:
         return BatchBackend(
@@ -471,7 +471,8 @@ class Gateway:
 
     async def close(self) -> None:
         """Close every link and write the remaining usage."""
-        await self.close_batches()
+        if self._batches is not None:
+            await self._batches.close()
         await asyncio.gather(*(rollout.close() for rollout in self.rollouts.values()))
         await self._dashboard.close()
         await self._builtin.close()

@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 from typer.testing import CliRunner
 
-from cluster.batches import Batch, BatchStore
+from cluster.batches import Batch, open_store
 from cluster.cli.app import app
 from cluster.cli.router_client import RouterClient
 from cluster.client import Tandem
@@ -30,7 +30,7 @@ EMBEDDINGS = "/v1/embeddings"
 @asynccontextmanager
 async def served(tmp_path: Path, **router: Any) -> AsyncIterator[tuple[World, str]]:
     """Yield a gateway with batches, and its URL."""
-    async with gateway_world(batch_store=BatchStore(tmp_path / "store"), **router) as world:
+    async with gateway_world(batch_store=open_store(tmp_path / "store"), **router) as world:
         await world.add("gen", "gen-1")
         await world.add("cls", "cls-1")
         with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 
 from cluster.asgi import Receive, Scope, Send
-from cluster.batches import BatchStore
+from cluster.batches import BatchStore, open_store
 from cluster.errors import LinkClosedError
 from cluster.gateway.batches.routes import MAX_UPLOADS
 from cluster.gateway.batches.service import MAX_RUNS
@@ -18,6 +18,7 @@ from cluster.gateway.batches.uploads import receive_form
 from cluster.gateway.builtin.own_paths import BATCH_PATHS
 from cluster.key_file import KeyFile
 from tests import asgi
+from tests.serve.batch_place import Place
 from tests.serve.gateway_kit import CHAT, World, gateway_world, metrics, read_body
 
 BOUNDARY = "5f0"
@@ -25,7 +26,7 @@ BOUNDARY = "5f0"
 
 @pytest.fixture
 def store(tmp_path: Path) -> BatchStore:
-    return BatchStore(tmp_path)
+    return open_store(tmp_path)
 
 
 def line(number: int, **body: Any) -> dict[str, Any]:
@@ -229,21 +230,21 @@ async def test_a_full_disk_leaves_no_part_of_an_upload(
     async with gateway_world(batch_store=store) as world:
         answer = await asgi.call(world.app, "POST", "/v1/files", form(b"x" * 300_000), HEADERS)
         assert answer.status == 500
-    assert not list(store.path("").glob("*"))
+    assert not list(store.part("").parent.glob("*"))
 
 
 async def test_a_lost_router_is_followed_by_another_with_one_result_per_line(
-    store: BatchStore, monkeypatch: pytest.MonkeyPatch
+    place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cluster.gateway.batches.service.LEASE_S", 0.5)
     lines = [line(number, wait_before=number >= 5) for number in range(10)]
-    async with gateway_world(batch_store=store) as lost:
+    async with gateway_world(batch_store=place.open()) as lost:
         await lost.add("gen", "gen-1")
         id_ = (await create(lost, await upload(lost, lines))).json()["id"]
         await until_done(lost, id_, 5)
         # As after kill -9: the lease stays, and nothing is written any more.
         monkeypatch.setattr("cluster.batches.BatchStore.drop_lease", lambda *_: None)
-    async with gateway_world(batch_store=store) as world:
+    async with gateway_world(batch_store=place.open()) as world:
         replica = await world.add("gen", "gen-1")
         replica.gate.set()
         batch = await until(world, id_, "completed")
@@ -251,6 +252,19 @@ async def test_a_lost_router_is_followed_by_another_with_one_result_per_line(
         found = await results(world, batch["output_file_id"])
         assert sorted(each["custom_id"] for each in found) == [f"c{n}" for n in range(10)]
         assert len(replica.bodies) == 5  # only those without a result
+
+
+async def test_without_its_database_batches_answer_503(tmp_path: Path) -> None:
+    store = open_store(tmp_path, "postgresql://nobody@/none?host=/nonexistent")
+    async with gateway_world(batch_store=store) as world:
+        for answer in (
+            await asgi.call(world.app, "POST", "/v1/files", form(b"x"), HEADERS),
+            await asgi.get(world.app, "/v1/batches"),
+            await asgi.get(world.app, "/v1/files/file-1/content"),
+        ):
+            assert answer.status == 503
+            assert "The database of batches cannot be used" in answer.json()["error"]["message"]
+    assert not list(store.part("").parent.glob("*"))
 
 
 async def test_lines_yield_to_other_requests_and_run_again(store: BatchStore) -> None:
@@ -372,7 +386,7 @@ async def test_wrong_uploads_are_refused_and_leave_nothing(
         answer = await asgi.call(world.app, "POST", "/v1/files", body, headers)
         assert answer.status == status, answer.body
         assert "error" in answer.json()
-    assert not list(store.path("").glob("*"))
+    assert not list(store.part("").parent.glob("*"))
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """Validation of a batch's input, and the lines of its results."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from hypothesis import given
@@ -19,6 +20,10 @@ def line(custom_id: str = "a", **fields: Any) -> dict[str, Any]:
     return {"custom_id": custom_id, "method": "POST", "url": CHAT, "body": body, **fields}
 
 
+def opening(path: Path) -> Callable[[], IO[bytes]]:
+    return lambda: path.open("rb")
+
+
 def check(path: Path, *lines: Any) -> list[tuple[str, int | None]]:
     content = b"\n".join(
         each if isinstance(each, bytes) else json.dumps(each).encode() for each in lines
@@ -26,7 +31,7 @@ def check(path: Path, *lines: Any) -> list[tuple[str, int | None]]:
     path.write_bytes(content)
     return [
         (error.code, error.line)
-        for error in check_lines(path, CHAT, {"gen"}, MAX_LINES, MAX_BYTES)[1]
+        for error in check_lines(opening(path), CHAT, {"gen"}, MAX_LINES, MAX_BYTES)[1]
     ]
 
 
@@ -55,7 +60,7 @@ def test_each_fault_is_reported_with_its_line(tmp_path: Path, wrong: Any, code: 
 def test_a_valid_file_is_counted_without_its_empty_lines(tmp_path: Path) -> None:
     path = tmp_path / "in"
     assert check(path, line("a"), b"", line("b"), b"  ") == []
-    assert check_lines(path, CHAT, {"gen"}, MAX_LINES, MAX_BYTES)[0] == 2
+    assert check_lines(opening(path), CHAT, {"gen"}, MAX_LINES, MAX_BYTES)[0] == 2
 
 
 def test_an_empty_and_a_long_file_are_rejected(tmp_path: Path) -> None:
@@ -75,7 +80,7 @@ def test_no_input_breaks_the_validation(
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzz"
     path.write_bytes(b"\n".join(lines))
-    num, errors = check_lines(path, CHAT, {"gen"}, MAX_LINES, MAX_BYTES)
+    num, errors = check_lines(opening(path), CHAT, {"gen"}, MAX_LINES, MAX_BYTES)
     # None of the generated lines is a request.
     assert bool(errors)
     assert len(errors) <= num + 1
@@ -84,7 +89,7 @@ def test_no_input_breaks_the_validation(
 def test_a_reader_returns_the_lines_that_have_no_result(tmp_path: Path) -> None:
     path = tmp_path / "in"
     check(path, line("a"), b"", line("b"), line("c"))
-    found = LineReader(path, {1, 4}, MAX_BYTES).read()
+    found = LineReader(opening(path), {1, 4}, MAX_BYTES).read()
     assert [(number, parse_line(content).custom_id) for number, content in found] == [(3, "b")]
 
 

@@ -1,7 +1,6 @@
 """The run of one batch against answers that fail: none blocks it, and none is paid for twice."""
 
 import json
-import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,19 @@ from typing import Any
 import pytest
 
 from cluster.admission import OPEN, Identity
-from cluster.batches import Batch, BatchStore, LineResult
+from cluster.batches import (
+    Batch,
+    BatchStore,
+    LineResult,
+    StoredFile,
+    StoreError,
+    open_store,
+)
 from cluster.config import RouterConfig
 from cluster.errors import ReplicaLostError, RequestError, UnavailableError
 from cluster.gateway.batches.answers import MAX_LOST_ATTEMPTS
 from cluster.gateway.batches.runner import BatchRun, RunnerTools
+from cluster.gateway.batches.threads import BatchThreads
 from cluster.gateway.messages import Request, Response, bytes_response
 
 Answer = Callable[[Request], Response]
@@ -31,7 +38,8 @@ class Runner:
     """A batch of three lines whose answers are scripted."""
 
     def __init__(self, directory: Path) -> None:
-        self.store = BatchStore(directory)
+        self.store = open_store(directory)
+        self.threads = BatchThreads()
         self.answer: Answer = good
         self.find_identity: Callable[[str, str], Identity] = lambda *_: OPEN
         self.asked: list[int] = []
@@ -45,7 +53,10 @@ class Runner:
             for number in range(3)
             for body in [{"number": number}]
         ]
-        self.store.path("in").write_text("\n".join(map(json.dumps, lines)))
+        part = self.store.part("in")
+        part.write_text("\n".join(map(json.dumps, lines)))
+        file = StoredFile("in", "a", "in.jsonl", "batch", 1, 0, 100)
+        self.store.add_file(file, part, 10)
 
     async def _relay(self, request: Request) -> Response:
         self.asked.append(number_of(request))
@@ -54,6 +65,7 @@ class Runner:
     async def run(self) -> Batch:
         tools = RunnerTools(
             store=self.store,
+            threads=self.threads,
             relay=self._relay,
             find_spare=lambda *_: None,
             find_identity=lambda *names: self.find_identity(*names),
@@ -70,7 +82,8 @@ class Runner:
         return batch
 
     def errors(self) -> list[Any]:
-        return [json.loads(line) for line in self.store.path("err").read_text().splitlines()]
+        with self.store.open("err") as file:
+            return [json.loads(line) for line in file]
 
 
 @pytest.fixture
@@ -127,7 +140,7 @@ async def test_results_wait_for_a_full_disk_instead_of_being_computed_again(
         nonlocal failures
         if failures:
             failures -= 1
-            raise sqlite3.OperationalError("database or disk is full")
+            raise StoreError("database or disk is full")
         return record(store, id_, results)
 
     monkeypatch.setattr(BatchStore, "record", fail_first)

@@ -43,7 +43,7 @@ CLASSIFIER = f"""model tasks dtype max_batch_tokens threads result_cache.max_byt
 RESTARTING = {
     ("generator-g",): {"generators.g": GENERATOR},
     ("classifier-c",): {"classifiers.c": CLASSIFIER},
-    ("router",): {"router": f"{RESOURCES} batches.enabled batches.directory"},
+    ("router",): {"router": f"{RESOURCES} batches.enabled batches.directory batches.database"},
     ("classifier-c", "generator-g"): {"accounting": "energy watts_per_core interval_s"},
     ("classifier-c", "generator-g", "router"): {
         "tracing": "endpoint headers sample_ratio max_queued_spans export_interval_s"

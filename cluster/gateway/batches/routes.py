@@ -1,10 +1,9 @@
 """Handlers of ``/v1/files`` and ``/v1/batches``, in OpenAI's formats."""
 
-import asyncio
 import re
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import msgspec
 
@@ -117,17 +116,21 @@ class BatchRoutes:
         query = query_of(request)
         purpose = query.get("purpose")
         part = _listing(query)
-        files = await asyncio.to_thread(self._store.list_files, request.tenant, purpose, part)
+        files = await self._service.threads.run(
+            self._store.list_files, request.tenant, purpose, part
+        )
         return _list_response([file.as_json() for file in files], part.limit)
 
     async def _upload(self, request: Request) -> Response:
         assert request.stream is not None  # ``Gateway.streams_body``
         limits, now = self._service.config.batches, int(self._service.clock())
         id_ = new_id("file-")
-        part = self._store.path(f"{id_}.part")
+        part = self._store.part(id_)
         content_type = header(request.headers, b"content-type")
         limit = int(limits.max_file_bytes)
-        upload = await receive_form(request.stream, content_type, part, limit)
+        upload = await receive_form(
+            request.stream, content_type, part, limit, self._service.threads
+        )
         try:
             expires_at = now + _kept_s(upload, limits.keep_days * _DAY_S)
             if (purpose := upload.fields.get("purpose")) != "batch":
@@ -137,7 +140,7 @@ class BatchRoutes:
             name = upload.filename or "input.jsonl"
             file = StoredFile(id_, request.tenant, name, "batch", upload.num_bytes, now, expires_at)
             add, allowed = self._store.add_file, int(limits.max_tenant_bytes)
-            await asyncio.to_thread(add, file, part, allowed)
+            await self._service.threads.run(add, file, part, allowed)
         except BaseException:
             part.unlink(missing_ok=True)
             raise
@@ -147,10 +150,10 @@ class BatchRoutes:
         file = await self._find_file(request)
         if request.method != "DELETE":
             return json_response(file.as_json())
-        open_batches = await asyncio.to_thread(self._store.open_batches)
+        open_batches = await self._service.threads.run(self._store.open_batches)
         if users := [each.id for each in open_batches if each.input_file_id == file.id]:
             raise InvalidRequestError(f"The file is in use by {users[0]}. Cancel that first.")
-        await asyncio.to_thread(self._store.delete_file, file.id, request.tenant)
+        await self._service.threads.run(self._store.delete_file, file.id, request.tenant)
         return json_response({"id": file.id, "object": "file", "deleted": True})
 
     async def _content(self, request: Request) -> Response:
@@ -159,12 +162,18 @@ class BatchRoutes:
             (b"content-type", b"application/octet-stream"),
             (b"content-length", str(file.bytes).encode()),
         ]
-        return Response(200, headers, _read_file(self._store, file))
+        content = await self._service.threads.run(self._store.open, file.id)
+        return Response(200, headers, self._read(content))
+
+    async def _read(self, content: IO[bytes]) -> AsyncGenerator[bytes, None]:
+        with content:
+            while chunk := await self._service.threads.run(content.read, READ_BYTES):
+                yield chunk
 
     async def _find_file(self, request: Request, id_: str | None = None) -> StoredFile:
         self._check_nodes()
         id_ = id_ or _item_id(request)
-        file = await asyncio.to_thread(self._store.find_file, id_, request.tenant)
+        file = await self._service.threads.run(self._store.find_file, id_, request.tenant)
         if file is None:
             raise NotFoundError(f"No such file: {id_}.", param="file_id")
         return file
@@ -176,7 +185,7 @@ class BatchRoutes:
         if request.method == "POST":
             return await self._create(request)
         part = _listing(query_of(request))
-        batches = await asyncio.to_thread(self._store.list_batches, request.tenant, part)
+        batches = await self._service.threads.run(self._store.list_batches, request.tenant, part)
         return _list_response([self._as_json(batch) for batch in batches], part.limit)
 
     async def _create(self, request: Request) -> Response:
@@ -212,7 +221,7 @@ class BatchRoutes:
             models=None if models is None else tuple(sorted(models)),
             metadata=body.metadata,
         )
-        await asyncio.to_thread(self._store.add_batch, batch, MAX_OPEN)
+        await self._service.threads.run(self._store.add_batch, batch, MAX_OPEN)
         self._service.wake()
         return json_response(self._as_json(batch))
 
@@ -227,7 +236,7 @@ class BatchRoutes:
             cancelling_at = found.cancelling_at or now
             return msgspec.structs.replace(found, status="cancelling", cancelling_at=cancelling_at)
 
-        changed = await asyncio.to_thread(self._store.change_batch, batch.id, cancel)
+        changed = await self._service.threads.run(self._store.change_batch, batch.id, cancel)
         if changed is None or changed.status != "cancelling":
             raise InvalidRequestError(f"The batch is {batch.status} and cannot be cancelled.")
         self._service.wake()
@@ -236,7 +245,7 @@ class BatchRoutes:
     async def _find_batch(self, request: Request) -> Batch:
         self._check_nodes()
         id_ = _item_id(request)
-        batch = await asyncio.to_thread(self._store.find_batch, id_, request.tenant)
+        batch = await self._service.threads.run(self._store.find_batch, id_, request.tenant)
         if batch is None:
             raise NotFoundError(f"No such batch: {id_}.", param="batch_id")
         return batch
@@ -248,18 +257,13 @@ class BatchRoutes:
         """Raise if another router could not see what this one stores."""
         hosts = {link.host for link in self._routers.links().values()} if self._routers else set()
         own = self._routers.own_host if self._routers else None
-        if self._service.config.batches.directory is None and own and hosts - {own}:
+        settings = self._service.config.batches
+        is_shared = settings.database is not None or settings.directory is not None
+        if not is_shared and own and hosts - {own}:
             raise UnsupportedError(
-                "The routers run on several nodes. Set router.batches.directory to a directory "
-                "that all of them share."
+                "The routers run on several nodes. Set router.batches.database to a PostgreSQL "
+                "database, or router.batches.directory to a directory that all of them share."
             )
-
-
-async def _read_file(store: BatchStore, file: StoredFile) -> AsyncGenerator[bytes, None]:
-    content = await asyncio.to_thread(store.path(file.id).open, "rb")
-    with content:
-        while chunk := await asyncio.to_thread(content.read, READ_BYTES):
-            yield chunk
 
 
 def _item_id(request: Request) -> str:

@@ -3,11 +3,10 @@
 import asyncio
 import dataclasses
 import logging
-import sqlite3
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import msgspec
 
@@ -18,6 +17,7 @@ from cluster.batches import (
     LineError,
     LineReader,
     LineResult,
+    StoreError,
     check_lines,
     error_line,
     model_of,
@@ -29,6 +29,7 @@ from cluster.config import RouterConfig
 from cluster.errors import RequestError
 from cluster.gateway.batches.answers import LineAnswer, Relay, ask, error_answer
 from cluster.gateway.batches.spare import LineSlot, SpareCapacity
+from cluster.gateway.batches.threads import BatchThreads
 from cluster.gateway.messages import Request
 
 logger = logging.getLogger("ray.serve.tandem")
@@ -63,6 +64,7 @@ class RunnerTools:
     """Access of a run to its router."""
 
     store: BatchStore
+    threads: BatchThreads
     relay: Relay
     find_spare: Callable[[str, str | None], SpareCapacity | None]
     """Returns the slots of the pool that serves a path and model; None without one."""
@@ -89,6 +91,7 @@ class BatchRun:
         self._tools = tools
         self._config = config
         self._store = tools.store
+        self._threads = tools.threads
         self._stop = asyncio.Event()
         self._results: list[tuple[LineResult, asyncio.Future[None]]] = []
         self._has_results = asyncio.Event()
@@ -101,7 +104,7 @@ class BatchRun:
         """Run the batch from its stored state to its end.
 
         Raises:
-            sqlite3.Error, OSError: The database or the disk failed; the state is that of the last
+            StoreError, OSError: The database or the disk failed; the state is that of the last
                 transaction.
         """
         if self._batch.status == "validating":
@@ -118,9 +121,12 @@ class BatchRun:
         return replace(batch, status="failed", failed_at=self._now(), errors=tuple(errors))
 
     async def _change(self, change: Callable[[Batch], Batch]) -> None:
-        changed = await asyncio.to_thread(self._store.change_batch, self._batch.id, change)
+        changed = await self._threads.run(self._store.change_batch, self._batch.id, change)
         if changed is not None:
             self._batch = changed
+
+    def _open_input(self) -> IO[bytes]:
+        return self._store.open(self._batch.input_file_id)
 
     def _now(self) -> int:
         return int(self._tools.clock())
@@ -130,9 +136,9 @@ class BatchRun:
     async def _validate(self) -> None:
         batch = self._batch
         try:
-            num, errors = await asyncio.to_thread(
+            num, errors = await self._threads.run_long(
                 check_lines,
-                self._store.path(batch.input_file_id),
+                self._open_input,
                 batch.endpoint,
                 frozenset(self._tools.list_models(batch.models)),
                 self._config.batches.max_lines,
@@ -153,10 +159,9 @@ class BatchRun:
     # -- lines --
 
     async def _run_lines(self) -> None:
-        done = await asyncio.to_thread(self._store.done_lines, self._batch.id)
-        path = self._store.path(self._batch.input_file_id)
-        reader = LineReader(path, done, int(self._config.max_body_bytes))
-        source = _LineSource(reader)
+        done = await self._threads.run(self._store.done_lines, self._batch.id)
+        reader = LineReader(self._open_input, done, int(self._config.max_body_bytes))
+        source = _LineSource(reader, self._threads)
         workers = [
             asyncio.create_task(self._work(source))
             for _ in range(self._config.batches.max_concurrent)
@@ -277,9 +282,9 @@ class BatchRun:
         is_failing = False
         while True:
             try:
-                await asyncio.to_thread(self._store.record, self._batch.id, results)
+                await self._threads.run(self._store.record, self._batch.id, results)
                 return
-            except (sqlite3.Error, OSError):
+            except (StoreError, OSError):
                 if not is_failing:
                     logger.exception("%s: cannot store results; retrying", self._batch.id)
                 is_failing = True
@@ -293,7 +298,7 @@ class BatchRun:
         if batch.is_final:
             return
         reason: EndReason = "cancelled" if batch.status == "cancelling" else "expired"
-        num = await asyncio.to_thread(self._record_unanswered, reason)
+        num = await self._threads.run_long(self._record_unanswered, reason)
         now = self._now()
 
         def end(last: Batch) -> Batch:
@@ -304,7 +309,7 @@ class BatchRun:
             return replace(last, status="completed", completed_at=now)
 
         kept_until = now + self._config.batches.keep_days * 24 * 3600
-        await asyncio.to_thread(self._store.finish, batch.id, end, kept_until)
+        await self._threads.run_long(self._store.finish, batch.id, end, kept_until)
         logger.info("batch %s ended: %d lines, %d without an answer", batch.id, batch.total, num)
 
     def _begin_end(self, batch: Batch) -> Batch:
@@ -323,7 +328,7 @@ class BatchRun:
         if not batch.total:  # cancelled before it was validated
             return 0
         done = store.done_lines(batch.id)
-        reader = LineReader(store.path(batch.input_file_id), done, int(self._config.max_body_bytes))
+        reader = LineReader(self._open_input, done, int(self._config.max_body_bytes))
         num, errors = 0, list[LineResult]()
         while lines := reader.read():
             for number, content in lines:
@@ -341,8 +346,9 @@ class BatchRun:
 class _LineSource:
     """Lines that no worker has taken."""
 
-    def __init__(self, reader: LineReader) -> None:
+    def __init__(self, reader: LineReader, threads: BatchThreads) -> None:
         self._reader = reader
+        self._threads = threads
         self._lines: deque[_Line] = deque()
         self._lock = asyncio.Lock()
 
@@ -350,6 +356,6 @@ class _LineSource:
         """Return the next line; None at the end."""
         async with self._lock:
             if not self._lines:
-                found = await asyncio.to_thread(self._reader.read)
+                found = await self._threads.run(self._reader.read)
                 self._lines.extend(_Line(*pair) for pair in found)
             return self._lines.popleft() if self._lines else None

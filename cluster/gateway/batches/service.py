@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import sqlite3
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
@@ -10,12 +9,13 @@ from dataclasses import dataclass
 from typing import get_args
 
 from cluster.admission import Identity
-from cluster.batches import Batch, BatchStore
+from cluster.batches import Batch, BatchStore, StoreError
 from cluster.batches.types import FINAL, Status
 from cluster.config import RouterConfig
 from cluster.errors import RequestError
 from cluster.gateway.batches.runner import RETRY_S, BatchRun, RunnerTools
 from cluster.gateway.batches.spare import SpareCapacity
+from cluster.gateway.batches.threads import BatchThreads
 from cluster.gateway.messages import Request, Response
 from cluster.gateway.pools.pool import Pool
 from cluster.gateway.pools.selection import select_pool
@@ -71,6 +71,7 @@ class BatchService:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.store = store
+        self.threads = BatchThreads()
         self.config = config
         self.clock = clock
         self._router_id = router_id
@@ -111,7 +112,7 @@ class BatchService:
         """Look for changed batches now."""
         self._wake.set()
 
-    async def close(self) -> None:
+    async def stop(self) -> None:
         """Stop the lines and pass the batches on to another router."""
         if self._loop is None:
             return
@@ -121,12 +122,17 @@ class BatchService:
         await asyncio.wait([self._loop])
         await self._stop_runs()
         self._loop = None
-        if not self.store.exists:
-            return
         try:
-            await asyncio.to_thread(self.store.drop_lease, self._router_id)
-        except (sqlite3.Error, OSError) as error:
+            if self.store.exists:
+                await self.threads.run(self.store.drop_lease, self._router_id)
+        except (StoreError, OSError) as error:
             logger.warning("batches: the lease stays until it expires: %s", error)
+
+    async def close(self) -> None:
+        """Stop, and end the threads and the connections to the database."""
+        await self.stop()
+        self.threads.close()
+        self.store.close()
 
     async def _run(self) -> None:
         is_failing = False
@@ -147,9 +153,9 @@ class BatchService:
 
     async def _check(self) -> None:
         """Renew the lease; start new batches, and stop cancelled and expired ones."""
-        batches = await asyncio.to_thread(self.store.open_batches) if self.store.exists else []
+        batches = await self.threads.run(self.store.open_batches) if self.store.exists else []
         now, take = self.clock(), self.store.take_lease
-        if batches and not await asyncio.to_thread(take, self._router_id, now, LEASE_S):
+        if batches and not await self.threads.run(take, self._router_id, now, LEASE_S):
             batches = []
             await self._stop_runs()
         self._export_batches(batches)
@@ -169,6 +175,7 @@ class BatchService:
         backend = self.backend
         tools = RunnerTools(
             store=self.store,
+            threads=self.threads,
             relay=backend.relay,
             find_spare=self._find_spare,
             find_identity=backend.find_identity,
@@ -226,7 +233,7 @@ class BatchService:
             return
         now = self.clock()
         oldest = now - self.config.batches.keep_days * _DAY_S
-        await asyncio.to_thread(self.store.delete_old, now, oldest)
+        await self.threads.run(self.store.delete_old, now, oldest)
 
     def _export_batches(self, batches: list[Batch]) -> None:
         counts = Counter(batch.status for batch in batches)

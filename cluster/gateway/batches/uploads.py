@@ -1,6 +1,5 @@
 """Reading of an uploaded file: a form is parsed piece by piece, and the file goes to disk."""
 
-import asyncio
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,6 +11,7 @@ from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from cluster.errors import InvalidRequestError, PayloadTooLargeError
+from cluster.gateway.batches.threads import BatchThreads
 from cluster.gateway.messages import BodyStream
 
 MAX_FIELD_BYTES = 4096
@@ -108,7 +108,11 @@ class _Form:
 
 
 async def receive_form(
-    stream: BodyStream, content_type: str | None, path: Path, max_file_bytes: int
+    stream: BodyStream,
+    content_type: str | None,
+    path: Path,
+    max_file_bytes: int,
+    threads: BatchThreads,
 ) -> Upload:
     """Write the ``file`` of a form to ``path``, and return its fields. Nothing is kept on errors.
 
@@ -121,7 +125,7 @@ async def receive_form(
     if kind != b"multipart/form-data" or not boundary:
         raise InvalidRequestError("Send the file as multipart/form-data.", param="file")
     form = _Form(max_file_bytes)
-    file = await asyncio.to_thread(_create, path)
+    file = await threads.run(_create, path)
     try:
         try:
             parser = MultipartParser(boundary, form.callbacks())  # type: ignore[arg-type]
@@ -129,13 +133,13 @@ async def receive_form(
                 parser.write(chunk)
                 if len(form.unwritten) >= WRITE_BYTES:
                     data, form.unwritten = form.unwritten, bytearray()
-                    await asyncio.to_thread(file.write, bytes(data))
+                    await threads.run(file.write, bytes(data))
             parser.finalize()
         except MultipartParseError as error:
             raise InvalidRequestError(f"The form cannot be read: {error}.") from None
         if not (form.is_complete and form.upload.has_file):
             raise InvalidRequestError("The form has no complete `file`.", param="file")
-        await asyncio.to_thread(_finish, file, bytes(form.unwritten))
+        await threads.run(_finish, file, bytes(form.unwritten))
     except BaseException:
         os.unlink(path)
         with suppress(OSError):  # a full disk

@@ -1,18 +1,24 @@
 """The store of batches: one result per line after any crash, isolation, limits and the lease."""
 
 import json
-import os
+import subprocess
+import sys
 import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import psycopg
 import pytest
 
 from cluster.batches import Batch, BatchStore, LineResult, Listing, StoredFile
+from cluster.batches.postgres import PostgresTransaction
+from cluster.batches.sqlite import SqliteTransaction
 from cluster.errors import OverloadedError, PayloadTooLargeError
 from cluster.usage import Usage
+from tests.serve.batch_place import Place
 
 replace = msgspec.structs.replace
 
@@ -22,14 +28,26 @@ class Crash(BaseException):
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> BatchStore:
-    return BatchStore(tmp_path)
+def store(place: Place) -> BatchStore:
+    return place.open()
+
+
+def read(store: BatchStore, id_: str) -> bytes:
+    with store.open(id_) as file:
+        return file.read()
+
+
+def has_content(store: BatchStore, id_: str) -> bool:
+    try:
+        return bool(read(store, id_))
+    except FileNotFoundError:
+        return False
 
 
 def add_file(store: BatchStore, id_: str, content: bytes = b"x", **fields: Any) -> StoredFile:
     about = {"tenant": "a", "filename": "in.jsonl", "purpose": "batch", "created_at": 1}
     file = StoredFile(**{"id": id_, "bytes": len(content), "expires_at": 100, **about, **fields})
-    part = store.path(f"{id_}.part")
+    part = store.part(id_)
     part.parent.mkdir(parents=True, exist_ok=True)
     part.write_bytes(content)
     store.add_file(file, part, 10)
@@ -59,46 +77,96 @@ def test_a_line_keeps_its_first_result(store: BatchStore) -> None:
     assert batch.as_json("EUR")["tandem"]["cost"] == 1.0
     assert store.done_lines("b") == {1, 2, 3}
     store.finish("b", end, 50)
-    assert store.path("b-out").read_bytes() == b'"first"\n{}\n'
-    assert store.path("b-err").read_bytes() == b"{}\n"
+    assert read(store, "b-out") == b'"first"\n{}\n'
+    assert read(store, "b-err") == b"{}\n"
 
 
-@pytest.mark.parametrize("point", ["write", "first move", "second move", "commit"])
+@pytest.mark.parametrize("point", ["write", "first content", "second content", "commit"])
 def test_a_crash_at_the_end_loses_and_doubles_nothing(
-    store: BatchStore, monkeypatch: pytest.MonkeyPatch, point: str
+    store: BatchStore,
+    place: Place,
+    monkeypatch: pytest.MonkeyPatch,
+    point: str,
 ) -> None:
     store.add_batch(make_batch(), 9)
     store.record("b", [result(line, b"%d" % line, good=line < 3) for line in (1, 2, 3)])
-    moves = 0
+    num_stored = 0
 
     def crash(*_: object) -> None:
         raise Crash
 
-    def move(old: Path, new: Path) -> None:
-        nonlocal moves
-        moves += 1
-        if moves == {"first move": 1, "second move": 2}.get(point):
-            raise Crash
-        os.rename(old, new)
+    def crash_after(put: Callable[..., None]) -> Callable[..., None]:
+        def put_content(*arguments: object) -> None:
+            nonlocal num_stored
+            put(*arguments)
+            num_stored += 1
+            if num_stored == {"first content": 1, "second content": 2}.get(point):
+                raise Crash
+
+        return put_content
 
     with monkeypatch.context() as patch:
-        patch.setattr("cluster.batches.store.os.replace", move)
+        for kind in (SqliteTransaction, PostgresTransaction):
+            patch.setattr(kind, "put_content", crash_after(kind.put_content))
         if point == "write":
             patch.setattr("cluster.batches.store.os.fsync", crash)
         if point == "commit":
             patch.setattr("cluster.batches.store._write_batch", crash)
         with pytest.raises(Crash):
             store.finish("b", end, 50)
-    (batch,) = BatchStore(store.path("").parent).open_batches()
+    (batch,) = place.open().open_batches()
     assert batch.completed == 2
     for _ in range(2):  # also if it is finished twice
-        BatchStore(store.path("").parent).finish("b", end, 50)
-    assert store.path("b-out").read_bytes() == b"1\n2\n"
-    assert store.path("b-err").read_bytes() == b"3\n"
+        place.open().finish("b", end, 50)
+    assert read(store, "b-out") == b"1\n2\n"
+    assert read(store, "b-err") == b"3\n"
     assert store.open_batches() == []
     output = store.find_file("b-out", "a")
     assert output is not None
     assert (output.purpose, output.bytes) == ("batch_output", 4)
+
+
+RECORD = """
+import sys, time
+from pathlib import Path
+from cluster.batches import LineResult, open_store
+
+directory, url, application, word = sys.argv[1:]
+store = open_store(Path(directory), url or None, application)
+for line in range(1, 100_000):
+    store.record("b", [LineResult(line, True, b'"%d %s"' % (line, word.encode()))])
+    print(line, flush=True)
+    time.sleep(0.02)  # SQLite lets a process that always writes starve the other
+"""
+
+
+def test_two_processes_that_are_killed_leave_one_result_per_line(
+    store: BatchStore, place: Place
+) -> None:
+    store.add_batch(make_batch(total=100_000), 9)
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", RECORD, place.next_directory(), place.url, place.name, word],
+            stdout=subprocess.PIPE,
+        )
+        for word in ("one", "two")
+    ]
+    try:
+        for writer in writers:
+            assert writer.stdout is not None
+            while int(writer.stdout.readline()) < 10:
+                pass
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()
+    batch = store.find_batch("b")
+    assert batch is not None
+    assert batch.completed >= 10
+    assert store.done_lines("b") == set(range(1, batch.completed + 1))
+    store.finish("b", end, 50)
+    found = [json.loads(each).split() for each in read(store, "b-out").splitlines()]
+    assert [int(line) for line, _ in found] == list(range(1, batch.completed + 1))
 
 
 def test_a_crash_during_recording_keeps_none_of_it(
@@ -138,7 +206,7 @@ def test_each_tenant_sees_its_own(store: BatchStore) -> None:
     assert store.list_batches("other", Listing(10)) == []
     assert store.list_files("other", None, Listing(10)) == []
     assert store.delete_file("f", "a")
-    assert not store.path("f").exists()
+    assert not has_content(store, "f")
 
 
 def test_lists_are_in_order_and_go_on_after_an_item(store: BatchStore) -> None:
@@ -172,13 +240,35 @@ def test_a_tenant_has_a_limited_number_of_open_batches(store: BatchStore) -> Non
 def test_large_results_are_read_in_parts(store: BatchStore) -> None:
     store.add_batch(make_batch(), 9)
     content = b'"%s"' % (b"x" * 400_000)
-    store.record("b", [result(line, content) for line in range(1, 8)])
+    store.record("b", [result(line, content) for line in range(1, 16)])
     tracemalloc.start()
     store.finish("b", end, 50)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert store.path("b-out").stat().st_size == 7 * (len(content) + 1)
-    assert peak < 5 * len(content)  # at most three, and copies
+    assert len(read(store, "b-out")) == 15 * (len(content) + 1)
+    assert peak < 7 * len(content)  # at most three, or a piece of the file, and copies
+
+
+def test_a_file_is_read_by_lines_and_in_pieces(store: BatchStore, place: Place) -> None:
+    lines = [b"%d %s\n" % (number, b"x" * 70_000) for number in range(40)]
+    file = StoredFile("f", "a", "in.jsonl", "batch", sum(map(len, lines)), 1, 100)
+    part = store.part("f")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.write_bytes(b"".join(lines))
+    store.add_file(file, part, 10_000_000)
+    assert not part.exists()
+    with place.open().open("f") as opened:
+        assert opened.readline(10) == lines[0][:10]
+        assert opened.readline() == lines[0][10:]
+        assert list(opened) == lines[1:]
+    assert read(store, "f") == b"".join(lines)
+    add_file(store, "empty", b"", tenant="b")
+    assert read(store, "empty") == b""
+    with store.open("f") as opened:
+        opened.read(1)
+        store.delete_file("f", "a")
+    with pytest.raises(FileNotFoundError):
+        store.open("f")
 
 
 def test_files_without_an_entry_are_deleted_after_a_day(store: BatchStore) -> None:
@@ -188,12 +278,14 @@ def test_files_without_an_entry_are_deleted_after_a_day(store: BatchStore) -> No
     store.add_batch(make_batch("lost"), 9)
     store.record("lost", [result(1)])
     store.change_batch("lost", lambda batch: replace(batch, status="failed"))
+    folder = store.part("").parent
     for name in ("orphan", "file.part"):  # after crashes
-        store.path(name).write_bytes(b"x")
+        (folder / name).write_bytes(b"x")
     store.delete_old(now_s, 0)
-    assert {path.name for path in store.path("").iterdir()} == {"f", "orphan", "file.part"}
+    assert {path.name for path in folder.iterdir()} >= {"orphan", "file.part"}
     store.delete_old(now_s + 2 * day_s, 0)
-    assert {path.name for path in store.path("").iterdir()} == {"f"}
+    assert {path.name for path in folder.iterdir()} <= {"f"}
+    assert has_content(store, "f")
     assert store.done_lines("lost") == set()
 
 
@@ -203,8 +295,8 @@ def test_old_files_are_deleted_unless_a_batch_needs_them(store: BatchStore) -> N
     store.add_batch(make_batch(), 9)
     store.add_batch(make_batch("done", status="completed"), 9)
     store.delete_old(11, 5)
-    assert store.path("f").exists()
-    assert not store.path("g").exists()
+    assert has_content(store, "f")
+    assert not has_content(store, "g")
     assert store.find_batch("done") is None
     assert store.find_batch("b") is not None
 
@@ -225,3 +317,15 @@ def test_a_lease_ends_after_a_clock_was_set_back(store: BatchStore) -> None:
     assert store.take_lease("lost", 4000, 5)
     assert not store.take_lease("two", 3970, 5)  # clocks of several nodes may differ
     assert store.take_lease("two", 400, 5)
+
+
+def test_connections_that_the_server_closed_are_replaced(tmp_path: Path, postgres: str) -> None:
+    place = Place(tmp_path, postgres)
+    store = place.open()
+    store.add_batch(make_batch(), 9)
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+        )
+    assert store.find_batch("b") is not None
+    place.close()

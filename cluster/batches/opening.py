@@ -1,0 +1,34 @@
+"""Choice of the database of batches."""
+
+import re
+from pathlib import Path
+
+from cluster.batches.database import Database
+from cluster.batches.sqlite import SqliteDatabase
+from cluster.batches.store import BatchStore
+from cluster.errors import ConfigError
+
+
+def open_store(directory: Path, url: str | None = None, application: str = "tandem") -> BatchStore:
+    """Return the store of an application's batches; nothing is opened yet.
+
+    Args:
+        directory: Directory of SQLite's database and the files, or only of unfinished files.
+        url: URL of the PostgreSQL database that keeps all; SQLite by default.
+        application: Name of the application, of which PostgreSQL has a schema.
+
+    Raises:
+        ConfigError: The client of PostgreSQL is not installed.
+    """
+    if url is None:
+        return BatchStore(SqliteDatabase(directory))
+    try:
+        from cluster.batches.postgres import PostgresDatabase
+    except ImportError as error:
+        raise ConfigError(
+            f"router.batches.database needs PostgreSQL's client ({error}). Install the extra: "
+            "pip install 'tandem[postgres]'"
+        ) from error
+    schema = f"tandem_{re.sub(r'[^a-z0-9]', '_', application.lower())}"[:60]
+    database: Database = PostgresDatabase(url, schema, directory)
+    return BatchStore(database)
