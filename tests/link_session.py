@@ -163,7 +163,7 @@ async def _ask(client: LinkClient, head: RequestHead, body: bytes) -> dict[str, 
                 ended = asyncio.Event()
                 stream.on_finished = ended.set
                 stream.cancel()
-                await asyncio.wait_for(ended.wait(), 10)
+                await asyncio.wait_for(ended.wait(), 60)
                 break
     except RequestError as error:
         seen["error"] = [error.status, error.message]

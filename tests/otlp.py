@@ -43,14 +43,14 @@ class SpanCollector:
                     self.spans += [_span(service, span) for span in scope.spans]
             self._received.notify_all()
 
-    def wait_named(self, name: str, timeout_s: float = 30.0) -> ReceivedSpan:
+    def wait_named(self, name: str, timeout_s: float = 60.0) -> ReceivedSpan:
         """Block until a span of this name has arrived, and return it."""
         with self._received:
             found = self._received.wait_for(lambda: name in [s.name for s in self.spans], timeout_s)
             assert found, f"no span {name!r} after {timeout_s} s, only {self._names()}"
             return next(span for span in self.spans if span.name == name)
 
-    def wait(self, count: int, timeout_s: float = 30.0) -> list[ReceivedSpan]:
+    def wait(self, count: int, timeout_s: float = 60.0) -> list[ReceivedSpan]:
         """Block until at least ``count`` spans have arrived, and return all."""
         with self._received:
             found = self._received.wait_for(lambda: len(self.spans) >= count, timeout_s)

@@ -12,6 +12,7 @@ import pytest
 import uvicorn
 from axe_core_python.selenium import Axe
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
@@ -26,7 +27,7 @@ async def listening(app, port=0):
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while not server.started:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
@@ -96,9 +97,10 @@ class Page:
         return self.driver.execute_script(f"return {source}")
 
     def until(self, condition, timeout_s=60):
-        return WebDriverWait(self.driver, timeout_s, poll_frequency=0.1).until(
-            lambda _: condition()
-        )
+        # The page may replace an element between the search for it and its use.
+        ignored = [StaleElementReferenceException]
+        waiting = WebDriverWait(self.driver, timeout_s, 0.1, ignored_exceptions=ignored)
+        return waiting.until(lambda _: condition())
 
     def sign_in(self, key):
         """Enter an API key, for this and all other pages."""

@@ -33,7 +33,7 @@ def on_both_loops(test: Callable[..., Coroutine[Any, Any, None]]) -> Any:
         asyncio.get_running_loop().set_exception_handler(
             lambda _, context: problems.append(context)
         )
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             await test(**kwargs)
         assert asyncio.all_tasks() == {asyncio.current_task()}
         assert problems == []

@@ -148,7 +148,7 @@ async def test_tei_tokenize_and_decode(engine, labels):
 
 async def test_tei_info(labels):
     async with running(labels, "classify", "embed", max_texts=7) as engine:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             answer = await asgi.get(engine.app, "/info")
         info = answer.json()
         assert info["model_id"] == "tiny"
@@ -198,7 +198,7 @@ async def test_hugging_faces_client_works_through_the_router(tmp_path):
     async with Site(tmp_path) as site, listening(site.app) as url:
 
         def call(pool, method, *args, path="", **options):
-            client = InferenceClient(model=f"{url}/models/{pool}{path}", timeout=20)
+            client = InferenceClient(model=f"{url}/models/{pool}{path}", timeout=60)
             return asyncio.to_thread(getattr(client, method), *args, **options)
 
         native = (await ask(site.engines["labels"], "/classify", {"input": "good film"}))["data"][0]

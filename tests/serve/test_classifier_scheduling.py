@@ -42,7 +42,7 @@ async def test_slow_tokenizing_does_not_delay_short_texts(engine):
     task = asyncio.create_task(large)
     await until(lambda: started)
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             assert (await engine.service.encode("classify", ["good"])).rows.shape == (1, 3)
         assert not task.done()
     finally:
@@ -50,12 +50,20 @@ async def test_slow_tokenizing_does_not_delay_short_texts(engine):
     assert (await task).num_tokens == MAX_TOKENS
 
 
-async def test_single_texts_overtake_a_large_request(engine):
+async def test_single_texts_overtake_a_large_request(engine, gate):
+    release = gate(engine)
     large = asyncio.create_task(engine.service.encode("classify", ["good film"] * 4096))
     await until(lambda: engine.load().running)
     for _ in range(5):
-        await engine.service.encode("classify", ["the plot was dull"])
+        single = asyncio.create_task(engine.service.encode("classify", ["the plot was dull"]))
+        await until(lambda: engine.load().waiting)
+        while not single.done():
+            computed = engine.counts().texts
+            release.release()
+            await until(lambda: engine.counts().texts > computed)  # noqa: B023
+            await asyncio.sleep(0)
         assert not large.done()
+    release.release(5000)
     assert (await large).rows.shape == (4096, 3)
 
 

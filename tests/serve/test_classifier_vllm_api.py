@@ -305,13 +305,17 @@ async def test_the_tokenizer_takes_no_endless_inputs(engine, path, body, param):
 
 async def test_tokenizing_a_long_text_does_not_block_other_requests(engine):
     body = {"prompt": "good film " * 50_000}
-    task = asyncio.create_task(ask(engine, "/tokenize", body))
-    num_turns = 0
-    while not task.done():
-        await asyncio.sleep(0.001)
-        num_turns += 1
-    assert (await task)["count"] >= 100_000
-    assert num_turns > 50  # about 10 if the tokenizer holds the GIL
+    num_turns = []
+    for _ in range(5):  # the machine may be busy
+        task = asyncio.create_task(ask(engine, "/tokenize", body))
+        num_turns.append(0)
+        while not task.done():
+            await asyncio.sleep(0.001)
+            num_turns[-1] += 1
+        assert (await task)["count"] >= 100_000
+        if num_turns[-1] > 30:  # about 10 if the tokenizer holds the GIL
+            return
+    pytest.fail(f"the event loop turned {num_turns} times")
 
 
 async def test_scores_take_all_names_and_content_parts(ranker):

@@ -37,7 +37,10 @@ serve._private.default_impl.get_request_metadata
 
 
 def test_serve_can_be_used_after_a_cancelled_import() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED_IMPORT], capture_output=True, text=True, check=False
-    )
+    for _ in range(5):
+        done = subprocess.run(
+            [sys.executable, "-c", INTERRUPTED_IMPORT], capture_output=True, text=True, check=False
+        )
+        if "the import ended before the interrupt" not in done.stderr:  # by chance
+            break
     assert done.returncode == 0, done.stderr

@@ -271,8 +271,8 @@ async def silent_app(scope: Scope, receive: Receive, send: Send) -> None:
 
 async def test_calls_time_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Session, "_router", FakeHandle(silent_app, []))
-    session = Session("app", "auto", timeout_s=0.1)
-    with pytest.raises(TimeoutError, match=r"within 0\.1 s"):
+    session = Session("app", "auto", timeout_s=0.5)
+    with pytest.raises(TimeoutError, match=r"within 0\.5 s"):
         await session.run([ApiRequest("/classify", {}, lambda answer: [answer])])
     pieces = session.delta_batches(b"{}")
     assert await anext(pieces) == []

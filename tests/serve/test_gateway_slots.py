@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ class Counting:
         self._num_events = num_events
         self._ends = ends
         self._event = event
+        self.num_sent = 0
         self.sent = asyncio.Event()
         self.cancelled = 0
 
@@ -44,6 +46,7 @@ class Counting:
             usage.completion_tokens += 1
             body = {"type": "http.response.body", "body": self._event, "more_body": True}
             await send(body)
+            self.num_sent += 1
         self.sent.set()
         if not self._ends:
             await asyncio.Future()
@@ -81,9 +84,11 @@ async def completion_tokens(world: World) -> float:
 async def test_slow_reader_holds_no_slot_after_the_replica_has_finished() -> None:
     async with gateway_world() as world:
         await world.serve(Counting(500, ends=True), "gen", "gen-1", ROUTES)
+        began = time.monotonic()
         client = SlowClient(world, {"model": "gen"})
         await world.until(lambda: bool(client.chunks))
         await world.until_idle()
+        took_s = time.monotonic() - began
         assert await completion_tokens(world) == 500
         await asyncio.sleep(0.3)
         client.gate.set()
@@ -92,8 +97,8 @@ async def test_slow_reader_holds_no_slot_after_the_replica_has_finished() -> Non
         found = await metrics(world)
         assert found["tandem_requests_total", "gen", CHAT, "200"] == 1
         # The times are those of the replica, not of the client, which waited 0.3 s.
-        assert found["tandem_request_seconds_sum", "gen"] < 0.3
-        assert found["tandem_itl_seconds_sum", "gen"] < 0.3
+        assert found["tandem_request_seconds_sum", "gen"] <= took_s
+        assert found["tandem_itl_seconds_sum", "gen"] <= took_s
 
 
 @pytest.mark.parametrize("is_slow", [False, True])
@@ -102,7 +107,8 @@ async def test_a_slow_reader_teaches_nothing_about_the_replica(
 ) -> None:
     async with gateway_world() as world:
         event = b"data: " + b"1" * (10_000 if is_slow else 1) + b"\n\n"
-        await world.serve(Counting(100, ends=True, event=event), "gen", "gen-1", ROUTES)
+        app = Counting(100, ends=True, event=event)
+        await world.serve(app, "gen", "gen-1", ROUTES)
         replicas = world.gateway.pools["gen"].replicas
         learned: list[Any] = []
 
@@ -113,8 +119,12 @@ async def test_a_slow_reader_teaches_nothing_about_the_replica(
             monkeypatch.setattr(replicas, name, note(getattr(replicas, name)))
         client = SlowClient(world, {"model": "gen"})
         await world.until(lambda: bool(client.chunks))
-        if is_slow:  # more than the link's window is unread
-            await asyncio.sleep(0.3)
+        if is_slow:  # more than the link's window is unread, so the replica waits
+            sent = 0
+            while app.num_sent > sent:
+                sent = app.num_sent
+                await asyncio.sleep(0.3)
+            assert sent < 100
         client.gate.set()
         await client.done()
         await world.until_idle()
@@ -234,7 +244,7 @@ async def test_usage_is_awaited_for_a_limited_time() -> None:
         await call.chunks(1)
         await call.cancel()
         assert world.gateway.num_open_requests == 1
-        await world.until_idle(3.0)
+        await world.until_idle(20.0)
         assert (await metrics(world))["tandem_requests_total", "gen", CHAT, "499"] == 1
 
 

@@ -61,7 +61,7 @@ async def running_haproxy(folder: Path, config: str, port: int) -> AsyncIterator
     path.write_text(config)
     process = await asyncio.create_subprocess_exec(get_haproxy_binary(), "-db", "-f", path)
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while True:
                 try:
                     _, writer = await asyncio.open_connection("127.0.0.1", port)

@@ -331,7 +331,7 @@ def check_pages(url, theme, profile):
         names = [item.text for item in page.all(".legend span")]
         assert names == ["smollm2", "bert", SCRIPT]  # as text
         assert [re.sub(r"[\d.]+", "N", item.text) for item in page.all(".legend b")] == ["N B"] * 3
-        assert is_painted(page)
+        page.until(lambda: is_painted(page))
         page.all(".legend button")[0].click()
         assert page.all(".legend button")[0].get_attribute("aria-pressed") == "false"
         page.open(f"{url}/d/mixed/?{span}&kiosk=1", height=1800)
@@ -343,7 +343,7 @@ def check_pages(url, theme, profile):
         wait_for_states(page, ["data"] * 5 + ["error", "data"])
         page.open(f"{url}/d/mixed/?{span}", height=1800)
         page.until(lambda: page.by("controls").is_displayed())
-        assert "alpha" in page.by("controls").text
+        page.until(lambda: "alpha" in page.by("controls").text)
         page.open(url)
         page.until(lambda: len(page.all("li a")) > 3)
         assert not [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]

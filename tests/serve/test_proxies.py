@@ -77,7 +77,7 @@ async def test_a_failed_first_set_up_is_tried_again(
     await setup.set_up_all()
     assert "HTTP proxies are not set up yet" in caplog.text
     controller.is_up = True
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await until(lambda: controller.proxies[0].applied)
     await setup.close()
 

@@ -155,7 +155,7 @@ async def exchange(url: str, head: str, body: str = "") -> tuple[bytes, bytes]:
     reader, writer = await asyncio.open_connection(host, int(port))
     try:
         writer.write(f"{head}\r\n\r\n{body}".encode("latin-1"))
-        data = await asyncio.wait_for(reader.read(), 10)
+        data = await asyncio.wait_for(reader.read(), 60)
     finally:
         writer.close()
     answer, _, rest = data.partition(b"\r\n\r\n")

@@ -165,7 +165,7 @@ async def test_a_client_disconnect_ends_all_spans() -> None:
     with otlp.collect_spans() as received:
         async with traced_pool(received.url, app) as gateway:
             call = asgi.start(gateway, "POST", CHAT, BODY)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while not call.answer.status:  # noqa: ASYNC110
                     await asyncio.sleep(0.005)
             await call.cancel()
@@ -175,7 +175,7 @@ async def test_a_client_disconnect_ends_all_spans() -> None:
 
 
 async def test_an_unreachable_collector_does_not_delay_requests() -> None:
-    async with asyncio.timeout(20), traced_pool("http://127.0.0.1:9/v1/traces") as app:
+    async with asyncio.timeout(60), traced_pool("http://127.0.0.1:9/v1/traces") as app:
         answer = await asgi.post(app, CHAT, BODY)
         assert answer.status == 200
 
