@@ -18,7 +18,7 @@ CASES = sorted(Path(__file__).parent.glob("*.yml"))
 
 def promtool(*args: str | Path, cwd: Path = ROOT) -> None:
     done = subprocess.run(
-        ["promtool", *args], cwd=cwd, capture_output=True, text=True, timeout=60, check=False
+        ["promtool", *args], cwd=cwd, capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -61,7 +61,7 @@ def start(home: Path, cluster: ClusterState, **more: str) -> Any:
     url = f"{cluster.grafana_url}/api/health"
     wait_for_http(url, time.monotonic() + 120, process.check)
     process.detach()
-    return httpx.get(url).json()
+    return httpx.get(url, timeout=60).json()
 
 
 def install_grafana(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -112,9 +112,9 @@ def test_without_grafana_the_stand_in_runs_on_loopback_until_down(
     monkeypatch.setattr(charts, "grafana_executable", lambda: None)
     cluster = make_state(grafana_is_stand_in=True)
     assert "stand-in" in start(home, cluster)["server"]
-    boards = httpx.get(f"{cluster.grafana_url}/data/dashboards").json()
+    boards = httpx.get(f"{cluster.grafana_url}/data/dashboards", timeout=60).json()
     assert {board["folder"] for board in boards} == {"Tandem"}
-    policy = httpx.get(str(cluster.grafana_url)).headers["content-security-policy"]
+    policy = httpx.get(str(cluster.grafana_url), timeout=60).headers["content-security-policy"]
     assert "frame-ancestors http://127.0.0.1:8265 http://localhost:8265" in policy
     found = [each for each in check_endpoints(cluster, home) if each.check == "charts"]
     assert [(each.level, "stand-in" in each.message) for each in found] == [("ok", True)]
