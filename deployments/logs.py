@@ -3,8 +3,9 @@
 import atexit
 import logging
 import os
+import sys
 from collections.abc import Sequence
-from logging.handlers import RotatingFileHandler
+from logging.handlers import MemoryHandler, RotatingFileHandler
 from pathlib import Path
 
 from cluster.gateway.recording.request_log import LOGGER
@@ -25,6 +26,9 @@ def log_with_serve() -> None:
     """
     for handler in logging.getLogger(SERVE_LOGGER).handlers:
         _keep_open(handler)
+        _drop_what_cannot_be_written(handler)
+        if isinstance(handler, MemoryHandler) and handler.target is not None:
+            _drop_what_cannot_be_written(handler.target)
     package = logging.getLogger(PACKAGE_LOGGER)
     package.parent = logging.getLogger(SERVE_LOGGER)
     package.setLevel(logging.NOTSET)  # also clears the levels that child loggers have cached
@@ -40,6 +44,21 @@ def _keep_open(handler: logging.Handler) -> None:
     handler.close = handler.flush  # type: ignore[method-assign]
     # dictConfig also removes the handler from those that are flushed at exit.
     atexit.register(handler.flush)
+
+
+def _drop_what_cannot_be_written(handler: logging.Handler) -> None:
+    """Let a handler lose records without a word while its disk is full.
+
+    Python prints such errors to stderr, which Serve redirects to this log: each error would log the
+    next ones, for seconds, until the recursion limit ends the request that wrote the record.
+    """
+    report = handler.handleError
+
+    def handle_error(record: logging.LogRecord) -> None:
+        if not isinstance(sys.exception(), OSError):
+            report(record)
+
+    handler.handleError = handle_error  # type: ignore[method-assign]
 
 
 class ServeRelay(logging.Handler):
@@ -72,6 +91,7 @@ def open_request_log(directory: Path, replica_id: str) -> logging.Handler:
     path = directory / f"tandem_requests_{os.getpid()}_{replica_id}.jsonl"
     handler = RotatingFileHandler(path, maxBytes=MAX_BYTES, backupCount=BACKUPS, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(message)s"))
+    _drop_what_cannot_be_written(handler)
     logger = logging.getLogger(LOGGER)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

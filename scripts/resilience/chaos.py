@@ -38,6 +38,7 @@ MIXES: Mapping[str, Mix] = {
     "sim": Mix(),
     # A step of 64 sequences takes about 0.5 s on two cores.
     "vllm": Mix(sampled=2, max_tokens=24, slow_prompts=2),
+    "vllm-tiny": Mix(sampled=2, max_tokens=120, slow_prompts=2),
 }
 
 
@@ -54,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=int,
         default=1,
         metavar="N",
-        help="vLLM's workers per replica: 1 or 3",
+        help="vLLM's workers per replica: 1 or 3; with vllm-tiny, 1 or 2",
     )
     parser.add_argument(
         "--faults",

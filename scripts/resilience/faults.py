@@ -223,7 +223,7 @@ HANGS = Target(recovery_s=2.0 + SILENT_S)
 UNBOUNDED = Target(recovery_s=None)
 STOPPED_INGRESS = Target(recovery_s=None, may_break_ingress=True)
 """A stopped router or HAProxy delays its clients until it goes on or is replaced."""
-VLLM, SIM = frozenset({"vllm"}), frozenset({"sim"})
+SIM, VLLM = frozenset({"sim"}), frozenset({"vllm", "vllm-tiny"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +232,7 @@ class Fault:
 
     inject: Inject
     target: Target = PROMPT
-    engines: frozenset[str] = frozenset({"sim", "vllm"})
+    engines: frozenset[str] = SIM | VLLM
     needs_ranks: bool = False
     needs_disk: bool = False
 
@@ -241,7 +241,7 @@ class Fault:
         if setup.engine not in self.engines:
             return f"engine {'/'.join(sorted(self.engines))}"
         if self.needs_ranks and setup.tensor_parallel < 2:
-            return "--tensor-parallel 3"  # SmolLM2 has 9 heads and 3 KV heads
+            return "--engine vllm-tiny --tensor-parallel 2"  # SmolLM2 has 9 heads
         return "root" if self.needs_disk and not setup.has_disk else ""
 
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,13 +24,15 @@ from cluster.engines.lifeline import PARENT_VARIABLE
 from cluster.launch import processes
 from cluster.launch.serve_api import APPLICATIONS, ApplicationStatus, DeploymentStatus, ServeApi
 from cluster.launch.state import ClusterState, load
-from cluster.models.store import models_dir
+from cluster.models import store
 from resilience.accounting import count_restarted
 from resilience.inside.fault_points import Control, write_control
+from tests.cluster.tiny_llama import make_tiny_llama
 
 MODEL, CLASSIFIER = "chat", "sentiment"
 ROUTER, GENERATOR = "router", f"generator-{MODEL}"
 CLASSIFIERS = f"classifier-{CLASSIFIER}"
+SMALL_MODEL = "smollm2-135m-instruct"
 NUM_REPLICAS = 2
 """Replicas of each deployment."""
 DISK_BYTES = 256 * 1024**2
@@ -46,23 +49,30 @@ class Setup:
     """Engine and model of the generators."""
 
     engine: str = "sim"
+    """``sim``; ``vllm`` with a small model; ``vllm-tiny`` with a random one, whose steps take
+    milliseconds, so that waits are those of Tandem."""
     tensor_parallel: int = 1
     has_disk: bool = False
     """True if state and logs are on a small file system of their own; needs root."""
 
-    def generator(self) -> dict[str, Any]:
+    @property
+    def has_vllm(self) -> bool:
+        return self.engine != "sim"
+
+    def generator(self, model: str) -> dict[str, Any]:
+        """Return the configuration of the generators; ``model`` is that of vLLM."""
         common = {
             "name": MODEL,
-            "engine": self.engine,
+            "engine": "vllm" if self.has_vllm else "sim",
             "routing": "least-load",
             "replicas": {"min": NUM_REPLICAS, "max": NUM_REPLICAS},
         }
-        if self.engine == "sim":
+        if not self.has_vllm:
             sim = {"decode_s_per_token": 0.1}
             return {**common, "model": "sim", "sim": sim, "resources": {"cpus": 0.05}}
         return {
             **common,
-            "model": "smollm2-135m-instruct",
+            "model": model,
             "max_model_len": 512,
             # In bfloat16, another batch often changes the numbers enough to change a token.
             "dtype": "float32",
@@ -72,13 +82,13 @@ class Setup:
         }
 
 
-def serve_config(setup: Setup, ports: Sequence[int]) -> dict[str, Any]:
+def serve_config(setup: Setup, model: str, ports: Sequence[int]) -> dict[str, Any]:
     """Return the configuration of the cluster; ``ports`` are those of HTTP, GCS and dashboard."""
     replicas = {"min": NUM_REPLICAS, "max": NUM_REPLICAS}
     small = {"replicas": replicas, "resources": {"cpus": 0.05}}
     classifier = {"name": CLASSIFIER, "model": "sentiment-minilm", "threads": 1, **small}
     args = {
-        "generators": [setup.generator()],
+        "generators": [setup.generator(model)],
         "classifiers": [classifier],
         "router": {**small, "max_connections_per_address": 4096},
         "cluster": {"ray_port": ports[1], "dashboard_port": ports[2]},
@@ -233,11 +243,11 @@ def start(setup: Setup) -> Iterator[Testbed]:
     Raises:
         TargetError: It did not start.
     """
-    with home_directory(setup.has_disk) as path:
+    with home_directory(setup.has_disk) as path, model_of(setup) as model:
         home = Home(path)
-        (path / "models").symlink_to(models_dir())
+        (path / "models").symlink_to(store.models_dir())
         http, gcs, dashboard, stats, metrics, fallback = free_ports(6)
-        config = serve_config(setup, (http, gcs, dashboard))
+        config = serve_config(setup, model, (http, gcs, dashboard))
         file = path / "config.yaml"
         file.write_text(yaml.safe_dump(config), encoding="utf-8")
         inside = Path(__file__).parent / "inside" / "path"
@@ -248,7 +258,7 @@ def start(setup: Setup) -> Iterator[Testbed]:
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
             **({"RAY_TMPDIR": str(path / "ray")} if setup.has_disk else {}),
             # Threads of two engines that wait for each other on the same cores slow both down.
-            **({"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if setup.engine == "vllm" else {}),
+            **({"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if setup.has_vllm else {}),
             "OMP_NUM_THREADS": "1",
         }
         try:
@@ -263,6 +273,17 @@ def start(setup: Setup) -> Iterator[Testbed]:
             yield testbed
         finally:
             home.stop()
+
+
+@contextlib.contextmanager
+def model_of(setup: Setup) -> Iterator[str]:
+    """Yield the model of the generators."""
+    if setup.engine != "vllm-tiny":
+        yield SMALL_MODEL
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        make_tiny_llama(Path(directory), store.resolve(SMALL_MODEL))
+        yield directory
 
 
 @contextlib.contextmanager

@@ -91,6 +91,20 @@ async def test_errors_of_haproxy_are_json_for_both_vendors(
         assert_is_error(status, *await exchange(url, request_))
 
 
+async def test_a_body_that_is_not_http_gets_json(tmp_path: Path) -> None:
+    """HAProxy's HTML for what it cannot parse is for headers only."""
+    (closed,) = free_ports(1)
+    async with haproxy(tmp_path, f"http://127.0.0.1:{closed}") as url:
+        reader, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
+        lines = ("host: a", "transfer-encoding: chunked", "expect: 100-continue")
+        writer.write("\r\n".join([f"POST {CHAT} HTTP/1.1", *lines, "\r\n"]).encode())
+        assert b" 100 " in await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"not a size\r\n")
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+    assert_is_error(400, head.lower(), body)
+
+
 async def die(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     await reader.readuntil(b"\r\n\r\n")
     writer.transport.abort()

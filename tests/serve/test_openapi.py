@@ -29,8 +29,8 @@ async def document_of(*replicas: Any) -> Any:
 class Engine:
     """Application that answers with a document."""
 
-    def __init__(self, path: str, schema: Any) -> None:
-        content = {"application/json": {"schema": schema}}
+    def __init__(self, path: str, schema: Any, media_type: str = "application/json") -> None:
+        content = {media_type: {"schema": schema}}
         operation = {
             "requestBody": {"content": content},
             "responses": {"200": {"content": content}},
@@ -97,3 +97,16 @@ async def test_a_path_of_two_engines_accepts_and_answers_what_both_do() -> None:
     either = {"application/json": {"schema": {"anyOf": [text, number]}}}
     assert operation["requestBody"]["content"] == either
     assert operation["responses"]["200"]["content"] == either
+
+
+async def test_a_stream_of_any_engine_may_end_with_the_usage() -> None:
+    stream, first, second = "text/event-stream", {"type": "object"}, {"type": "array"}
+    document = await document_of(
+        ("gen", Engine("/v1/messages", first, stream)),
+        ("cls", Engine("/v1/messages", second, stream)),
+    )
+    answer = document["paths"]["/v1/messages"]["post"]["responses"]["200"]
+    options = answer["content"][stream]["schema"]["anyOf"]
+    assert [one for one in options if "properties" not in one] == [first, second]
+    (usage,) = (one for one in options if "properties" in one)
+    assert usage["properties"]["event"] == {"const": "tandem.usage"}

@@ -125,8 +125,10 @@ def test_a_replaced_replica_is_restarted_and_a_scaled_one_is_not() -> None:
 
 
 def test_faults_name_what_they_need() -> None:
-    assert FAULTS["kill-rank"].missing(Setup("vllm")) == "--tensor-parallel 3"
-    assert FAULTS["kill-engine-core"].missing(Setup("sim")) == "engine vllm"
+    needed = "--engine vllm-tiny --tensor-parallel 2"
+    assert FAULTS["kill-rank"].missing(Setup("vllm")) == needed
+    assert not FAULTS["kill-rank"].missing(Setup("vllm-tiny", tensor_parallel=2))
+    assert FAULTS["kill-engine-core"].missing(Setup("sim")) == "engine vllm/vllm-tiny"
     assert FAULTS["disk"].missing(Setup()) == "root"
     assert not any(FAULTS[name].missing(Setup("sim")) for name in SHORT)
 

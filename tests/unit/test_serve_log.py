@@ -1,12 +1,23 @@
+import contextlib
 import logging
 import logging.config
+import os
+import sys
 from collections.abc import Iterator
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
 import pytest
 
-from deployments.logs import PACKAGE_LOGGER, SERVE_LOGGER, log_with_serve, relay_to_serve
+from cluster.gateway.recording.request_log import LOGGER
+from deployments.logs import (
+    PACKAGE_LOGGER,
+    SERVE_LOGGER,
+    close_request_log,
+    log_with_serve,
+    open_request_log,
+    relay_to_serve,
+)
 
 LOGGERS = (SERVE_LOGGER, PACKAGE_LOGGER, None)
 
@@ -92,3 +103,22 @@ def test_statistics_of_a_library_do_not_fill_the_log_of_the_replica(serve_log: P
     statistics.info("throughput")
     library.getChild("engine").info("ready")
     assert serve_log.read_text() == "ready\n"
+
+
+@pytest.mark.usefixtures("serve_log")
+def test_a_full_disk_costs_the_log_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.serve._private.logging_utils import StreamToLogger
+
+    serve, requests = logging.getLogger(SERVE_LOGGER), logging.getLogger(LOGGER)
+    full = logging.FileHandler("/dev/full")
+    serve.handlers[:] = [MemoryHandler(1, target=full)]
+    # As in a replica: what Python's handlers report goes to the log that cannot be written.
+    monkeypatch.setattr(sys, "stderr", StreamToLogger(serve, logging.INFO, sys.stderr))
+    log_with_serve()
+    (tmp_path / f"tandem_requests_{os.getpid()}_a.jsonl").symlink_to("/dev/full")
+    request_log = open_request_log(tmp_path, "a")
+    for logger in (serve, requests):
+        logger.info("lost")
+    for close in (full.close, lambda: close_request_log(request_log)):
+        with contextlib.suppress(OSError):
+            close()

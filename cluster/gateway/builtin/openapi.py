@@ -18,10 +18,11 @@ from cluster.gateway.builtin.own_paths import OWN_PATHS, AnthropicErrorBody, Err
 from cluster.gateway.choice import CHOICE_HEADER, FALLBACK_HEADER
 from cluster.gateway.error_formats import is_anthropic
 from cluster.gateway.guards import GUARD_HEADER, REQUESTED_HEADER
-from cluster.gateway.pools.response_usage import USAGE_HEADER
+from cluster.gateway.pools.response_usage import USAGE_EVENT, USAGE_HEADER
 from cluster.link import REPLAYED
 
 _SCHEMAS = "#/components/schemas/"
+_STREAM = "text/event-stream"
 _COMMON_STATUSES = (400, 405, 431, 500)
 """Errors of all paths: an invalid request id, a wrong method, long headers, a bug."""
 
@@ -77,6 +78,29 @@ _REQUEST_ID = {
 _RETRY_AFTER = {
     "description": "Seconds after which a retry may succeed.",
     "schema": {"type": "integer", "minimum": 1},
+}
+_USAGE_EVENT = {
+    "description": f"Last event of a stream, after `[DONE]`, with `{USAGE_HEADER.decode()}: 1`.",
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {
+        "event": {"const": USAGE_EVENT},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {
+                "type": "object",
+                "required": ["joules"],
+                "properties": {
+                    "joules": {"type": ["number", "null"]},
+                    "joules_missing": {"type": "string"},
+                    "source": {"type": "string"},
+                    "cost": {"type": ["number", "null"]},
+                    "currency": {"type": "string"},
+                },
+            },
+        },
+    },
 }
 _TAGS = {
     "OpenAI": "OpenAI's API, answered by generators and classifiers.",
@@ -139,10 +163,14 @@ def _either(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
             contents[media_type] = content
             continue
         known, schema = contents[media_type]["schema"], content["schema"]
-        options = known.get("anyOf", [known])
-        if schema not in (known, *options):
-            contents[media_type] = {"schema": {"anyOf": [*options, schema]}}
+        options = _options(known)
+        if added := [one for one in _options(schema) if one not in options]:
+            contents[media_type] = {"schema": {"anyOf": [*options, *added]}}
     return {**first, "content": contents}
+
+
+def _options(schema: dict[str, Any]) -> list[dict[str, Any]]:
+    return list(schema["anyOf"]) if schema.keys() - {"title"} == {"anyOf"} else [schema]
 
 
 def _engine_operation(method: str, path: str, operation: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,12 +186,20 @@ def _engine_operation(method: str, path: str, operation: Mapping[str, Any]) -> d
         for status, answer in operation.get("responses", {}).items()
     }
     answers.setdefault("200", {"description": "OK", "headers": headers})
+    answers["200"] = _with_usage_event(answers["200"])
     return {
         "operationId": _operation_id(method, path),
         **operation,
         "parameters": [*operation.get("parameters", ()), *parameters],
         "responses": {**answers, **_errors(path, _statuses())},
     }
+
+
+def _with_usage_event(answer: dict[str, Any]) -> dict[str, Any]:
+    """Return the answer of an engine as the router sends it: streams may have one more event."""
+    if _STREAM not in answer.get("content", {}):
+        return answer
+    return _either(answer, {"content": {_STREAM: {"schema": _USAGE_EVENT}}})
 
 
 def _own_item(path: str, own: OwnPath) -> dict[str, Any]:

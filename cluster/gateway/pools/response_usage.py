@@ -15,6 +15,7 @@ from cluster.gateway.recording.usage import UsageAccount
 from cluster.usage import Usage
 
 USAGE_HEADER = b"x-tandem-usage"
+USAGE_EVENT = "tandem.usage"
 MAX_HELD_BYTES = 8 * 1024 * 1024
 """Size above which a JSON response is returned unchanged instead of held."""
 
@@ -143,7 +144,7 @@ class _WithUsageEvent:
         self._ended = True
         usage = _usage_object(self._stream.usage, self._currency)
         data = json.dumps(usage, separators=(",", ":"))
-        return b"event: tandem.usage\ndata: " + data.encode() + b"\n\n"
+        return f"event: {USAGE_EVENT}\ndata: {data}\n\n".encode()
 
     async def aclose(self) -> None:
         await self._stream.aclose()
