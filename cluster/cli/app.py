@@ -7,6 +7,7 @@ import typer
 from typer import Argument, Option
 
 from cluster.cli.batch_commands import batch_app
+from cluster.cli.compress_commands import compress_app
 from cluster.cli.groups import (
     adapters_app,
     config_app,
@@ -33,6 +34,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Serve language models and BERT classifiers behind one router on a Ray cluster.",
 )
+models_app.add_typer(compress_app)
 app.add_typer(models_app, name="models")
 app.add_typer(keys_app, name="keys")
 app.add_typer(adapters_app, name="adapters")

@@ -3,6 +3,8 @@
 import dataclasses
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +50,7 @@ def finetune(base: str | None, data: DataFile, out: Path, options: FinetuneOptio
     """
     if out.exists():
         raise ConfigError(f"{out} already exists; choose a new directory with --out")
-    rows, console = data.rows(), _console()
+    rows, console = data.rows(), make_console()
     names = finetune_data.label_names(data.path, rows)
     for group in finetune_data.similar_labels(rows):
         counts = ", ".join(f"{label!r} ({count} rows)" for label, count in group.items())
@@ -59,19 +61,12 @@ def finetune(base: str | None, data: DataFile, out: Path, options: FinetuneOptio
         )
     encoder, base_name = base_encoder(base)
     options = dataclasses.replace(options, label_names=names, base_name=base_name)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        with show_progress(console) as progress:
-            progress("loading PyTorch", None)
-            from cluster.models.finetune import finetune as train
+    with new_directory(out) as scratch, show_progress(console) as progress:
+        progress("loading PyTorch", None)
+        from cluster.models.finetune import finetune as train
 
-            texts, labels = [row.text for row in rows], [row.label for row in rows]
-            metrics = dataclasses.asdict(train(texts, labels, encoder, scratch, options, progress))
-        scratch.chmod(0o755)
-        scratch.rename(out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        texts, labels = [row.text for row in rows], [row.label for row in rows]
+        metrics = dataclasses.asdict(train(texts, labels, encoder, scratch, options, progress))
     facts = [f"{name} {value}" for name, value in metrics.items() if value is not None]
     console.print(f"{out}: {', '.join(facts)}")
     console.print(f"To serve it, add a classifier with `model: {out.absolute()}`.")
@@ -87,8 +82,8 @@ def calibrate(model: str, data: DataFile) -> None:
     from cluster.models import calibration
     from cluster.models.predict import Classifier
 
-    rows, console = data.rows(MIN_TEXTS), _console()
-    directory = _directory(model)
+    rows, console = data.rows(MIN_TEXTS), make_console()
+    directory = model_directory(model)
     classifier = Classifier.load(directory)
     truth = finetune_data.label_ids(data.path, rows, classifier.names)
     texts = [row.text for row in rows]
@@ -114,8 +109,8 @@ def record_reference(model: str, data: DataFile) -> None:
     from cluster.models.calibration import read_temperature, softmax
     from cluster.models.predict import Classifier
 
-    rows, console = data.rows(MIN_TEXTS), _console()
-    directory = _directory(model)
+    rows, console = data.rows(MIN_TEXTS), make_console()
+    directory = model_directory(model)
     classifier = Classifier.load(directory)
     texts = [row.text for row in rows]
     with show_progress(console) as progress:
@@ -131,19 +126,38 @@ def record_reference(model: str, data: DataFile) -> None:
 def base_encoder(base: str | None) -> tuple[Path, str]:
     """Return directory and name of the encoder to fine-tune; None selects the packaged one."""
     if base is not None:
-        directory = _directory(base)
+        directory = model_directory(base)
         return directory, directory.resolve().name
     from cluster.models.sentiment import ENCODER_PACKAGE, packaged_encoder
 
     return packaged_encoder(), ENCODER_PACKAGE
 
 
-def _directory(model: str) -> Path:
+@contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """Yield an empty directory that becomes ``out`` if the block does not fail."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        scratch.rename(out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def model_directory(model: str) -> Path:
+    """Return the directory of a model on this machine.
+
+    Raises:
+        ConfigError: there is none.
+    """
     directory = Path(resolve(model))
     if not directory.is_dir():
         raise ConfigError(f"{model}: no such directory; download the model first")
     return directory
 
 
-def _console() -> Console:
-    return Console(highlight=False, markup=False, soft_wrap=True)
+def make_console(*, stderr: bool = False) -> Console:
+    """Return a console that prints texts as they are."""
+    return Console(highlight=False, markup=False, soft_wrap=True, stderr=stderr)

@@ -117,6 +117,9 @@ class _Run:
         collator = DataCollatorWithPadding(self._tokenizer)
         self._trainer = make_trainer(self._network, layers, data, collator, self._options, scratch)
         self._trainer.anchor = self._anchor
+        if self._options.teacher is not None:
+            teacher, _ = _load(self._options.teacher, self._options)
+            self._trainer.teacher = teacher.to(self._network.device).eval().requires_grad_(False)
         self._trainer.add_callback(ProgressCallback(progress))
         self._trainer.train()
         self._train_s = time.monotonic() - started

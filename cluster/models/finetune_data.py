@@ -34,6 +34,8 @@ class FinetuneOptions:
     head_learning_rate: float = 1e-3
     frozen_layers: int = 4
     """Number of lowest encoder layers that are not trained; word embeddings never are."""
+    teacher: Path | None = None
+    """Classifier with the same labels whose scores are imitated; None: only the labels count."""
     keep_embeddings: float = 2.0
     """Loss weight of the cosine distance to the base's mean-pooled embeddings; 0: none."""
     anchor_steps: int = 1

@@ -28,6 +28,7 @@ from cluster.models.store import Progress
 
 WARMUP = 0.06  # share of the steps, as in RoBERTa's fine-tuning (arXiv:1907.11692, table 10)
 WEIGHT_DECAY = 0.01
+TEMPERATURE = 2.0  # of the teacher's scores, as in DistilBERT (arXiv:1910.01108)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,21 @@ class LayerGroups:
     """Parameters after the layers; they are new and learn faster."""
 
 
+def layer_stack(network: Any) -> nn.ModuleList:
+    """Return the network's stack of equal layers.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    base, count = network.base_model, network.config.num_hidden_layers
+    for module in base.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ConfigError(
+        f"{type(base).__name__} cannot be fine-tuned: it has no stack of {count} layers"
+    )
+
+
 def freeze_layers(network: Any, num_frozen: int) -> LayerGroups:
     """Freeze the embeddings and the lowest ``num_frozen`` layers of a network.
 
@@ -49,12 +65,7 @@ def freeze_layers(network: Any, num_frozen: int) -> LayerGroups:
         ConfigError: the network has no stack of layers, or no layer would remain to train.
     """
     base, count = network.base_model, network.config.num_hidden_layers
-    stacks = (m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
-    layers = next(stacks, None)
-    if layers is None:
-        raise ConfigError(
-            f"{type(base).__name__} cannot be fine-tuned: it has no stack of {count} layers"
-        )
+    layers = layer_stack(network)
     if num_frozen >= count:
         raise ConfigError(
             f"frozen_layers is {num_frozen}, but the encoder has {count} layers; one must remain"
@@ -110,12 +121,27 @@ def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
     return (hidden * weights).sum(1) / weights.sum(1)
 
 
+def distillation_loss(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Return the divergence from a teacher's softened scores (Hinton et al., arXiv:1503.02531).
+
+    Args:
+        logits: Logits of the student, [texts, labels].
+        wanted: Logits of the teacher, [texts, labels].
+    """
+    student = functional.log_softmax(logits.float() / TEMPERATURE, -1)
+    teacher = functional.log_softmax(wanted.float() / TEMPERATURE, -1)
+    divergence = functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return divergence * TEMPERATURE**2
+
+
 class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers is not typed
     """Trainer created by ``make_trainer``; ``anchor`` may be set before ``train``."""
 
     loss_is_scaled_for_ga = False
     parts: LayerGroups
     anchor: EmbeddingAnchor | None = None
+    teacher: nn.Module | None = None
+    """Network whose scores are imitated (``distillation_loss``)."""
     keep_embeddings: float = 0.0
     anchor_steps: int = 1
     dropout: bool = True
@@ -128,7 +154,7 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers is not typ
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Return the model's loss plus, with an anchor, the weighted drift of the embeddings."""
+        """Return the model's loss, with the terms of the teacher and the anchor if set."""
         # The Trainer enables dropout everywhere at each step.
         for module in self.parts.frozen if self.dropout else [model]:
             module.eval()
@@ -136,6 +162,10 @@ class FinetuneTrainer(Trainer):  # type: ignore[misc]  # transformers is not typ
         with mixed_precision(mask.device.type, enabled=self.bfloat16):
             outputs = model(**inputs)
             loss = outputs.loss
+            if self.teacher is not None:
+                with torch.no_grad():
+                    wanted = self.teacher(**inputs).logits
+                loss = (loss + distillation_loss(outputs.logits, wanted)) / 2
             if self.anchor is not None and self.state.global_step % self.anchor_steps == 0:
                 drift = 1 - self.anchor.similarity(mask).mean()
                 loss = loss + self.keep_embeddings * self.anchor_steps * drift

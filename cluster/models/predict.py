@@ -58,8 +58,8 @@ class Classifier:
     """Loaded single-label classifier; use ``load`` to create one."""
 
     def __init__(self, network: Any, tokenizer: Any) -> None:
-        self._network = network
-        self._tokenizer = tokenizer
+        self.network = network
+        self.tokenizer = tokenizer
         config = network.config
         self.names: tuple[str, ...] = tuple(config.id2label[i] for i in range(config.num_labels))
 
@@ -86,11 +86,11 @@ class Classifier:
 
     def logits(self, texts: Sequence[str], progress: Progress) -> NDArray[np.float64]:
         """Return logits, [texts, labels]; long texts are truncated."""
-        limit = min(MAX_TOKENS, max_tokens_of(self._network, self._tokenizer))
-        ids = self._tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
+        limit = min(MAX_TOKENS, max_tokens_of(self.network, self.tokenizer))
+        ids = self.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
         rows = np.empty((len(texts), len(self.names)))
         done = 0
-        for batch in run_batches(self._network, self._tokenizer, ids):
+        for batch in run_batches(self.network, self.tokenizer, ids):
             rows[batch.indices] = batch.logits.cpu().numpy()
             done += len(batch.indices)
             progress("classifying the texts", done / len(texts))
