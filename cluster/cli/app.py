@@ -1,7 +1,7 @@
 """Commands of ``tandem``: arguments and help. The implementations are in the other modules."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from typer import Argument, Option
@@ -55,7 +55,8 @@ def _print_version(wanted: bool) -> None:
 
 
 REMOTE = {
-    *("status", "top", "usage", "drain", "chat", "classify", "guard", "rollout", "logs", "keys")
+    *("status", "top", "usage", "drain", "chat", "classify", "transcribe"),
+    *("guard", "rollout", "logs", "keys"),
 }
 """Commands that need the router's HTTP only."""
 
@@ -295,6 +296,39 @@ def chat(
     from cluster.cli.inference import chat
 
     chat(model, url, api_key, max_tokens, temperature)
+
+
+@app.command()
+def transcribe(
+    file: Annotated[Path, Argument(metavar="FILE", help="Audio file, or video with sound.")],
+    model: Annotated[
+        str | None, Option(help="Name of a speech model.", show_default="the only one")
+    ] = None,
+    language: Annotated[
+        str | None, Option(help="Language of the speech (ISO 639-1).", show_default="detected")
+    ] = None,
+    response_format: Annotated[
+        Literal["text", "json", "verbose_json", "srt", "vtt"],
+        Option("--format", help="Form of the transcript."),
+    ] = "text",
+    translate: Annotated[bool, Option("--translate", help="Translate into English.")] = False,
+    prompt: Annotated[
+        str | None, Option(help="Text that precedes, or names that occur.", show_default="none")
+    ] = None,
+    url: UrlOption = None,
+    api_key: KeyOption = None,
+) -> None:
+    """Transcribe speech (needs a pool with a model such as Whisper)."""
+    from cluster.cli.speech import transcribe
+    from cluster.cli.tasks import Target
+
+    fields = {
+        "model": model,
+        "language": language,
+        "response_format": response_format,
+        "prompt": prompt,
+    }
+    transcribe(file, fields, Target(url, api_key), translate=translate)
 
 
 @app.command()

@@ -56,6 +56,20 @@ class RouterClient:
         with self._errors():
             return self._client.post(path, data=fields, files={"file": (name, content)}).json()
 
+    def upload_for_text(
+        self, path: str, name: str, content: IO[bytes], fields: Mapping[str, str]
+    ) -> str:
+        """Send a form as ``upload`` does, and return the answer unread."""
+        with self._errors():
+            return self._client.post(path, data=fields, files={"file": (name, content)}).text
+
+    def upload_for_events(
+        self, path: str, name: str, content: IO[bytes], fields: Mapping[str, str]
+    ) -> Iterator[Any]:
+        """Send a form as ``upload`` does, and yield the events of the answer."""
+        form = {"data": fields, "files": {"file": (name, content)}}
+        yield from self._events(path, form)
+
     def download(self, path: str) -> Iterator[bytes]:
         """Yield the body of an answer as it arrives."""
         with self._errors(), self._client.stream("GET", path) as response:
@@ -63,7 +77,10 @@ class RouterClient:
 
     def events(self, path: str, body: Mapping[str, Any]) -> Iterator[Any]:
         """Send a POST request and yield the JSON of each server-sent event until ``[DONE]``."""
-        with self._errors(), self._client.stream("POST", path, json=body) as response:
+        yield from self._events(path, {"json": body})
+
+    def _events(self, path: str, content: Mapping[str, Any]) -> Iterator[Any]:
+        with self._errors(), self._client.stream("POST", path, **content) as response:
             for line in response.iter_lines():
                 data = line.removeprefix("data:").strip()
                 if data == "[DONE]":

@@ -18,6 +18,7 @@ from cluster.client.results import (
     Ranked,
 )
 from cluster.client.session import Session
+from cluster.client.speech import SpeechMethods
 from cluster.client.tasks import TaskMethods
 from cluster.errors import InvalidRequestError
 from cluster.tasks.knowledge import Knowledge
@@ -25,7 +26,7 @@ from cluster.tasks.knowledge import Knowledge
 T = TypeVar("T")
 
 
-class Tandem(TaskMethods):
+class Tandem(TaskMethods, SpeechMethods):
     """The running Tandem application, called from any job of its Ray cluster.
 
     Every method has an async form: ``achat`` of ``chat``, and so on.

@@ -49,6 +49,27 @@ class Classification:
 
 
 @dataclass(frozen=True, slots=True)
+class TranscriptSegment:
+    """Part of a transcript, with its times in the recording in seconds."""
+
+    text: str
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """Text of a recording."""
+
+    text: str
+    language: str | None = None
+    """Language; None without segments."""
+    duration_s: float | None = None
+    """Length of the recording in seconds; None without segments."""
+    segments: tuple[TranscriptSegment, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Embedding:
     """One text as a unit vector."""
 

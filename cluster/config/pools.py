@@ -126,6 +126,15 @@ class SimConfig(Section):
     """Memory that each request leaks, in bytes."""
 
 
+class AudioConfig(Section):
+    """Limits of a recording that a speech model transcribes."""
+
+    max_file_bytes: ByteSize = Field(ByteSize(25 * MIB), ge=1024)
+    """Size of the file, in bytes or with a unit. `router.max_body_bytes` limits the request."""
+    max_duration_s: float = Field(600.0, gt=0, le=24 * 3600)
+    """Duration, in seconds. A replica decodes it into 64 KB per second."""
+
+
 class PoolConfig(Section):
     """Settings that generator and classifier pools share."""
 
@@ -261,6 +270,8 @@ class GeneratorConfig(PoolConfig):
     fallback_on: tuple[FallbackReason, ...] = ("overload", "failure", "guard")
     """Reasons for a fallback: a queue that is full or too long (`overload`), an error of the server
     before the first byte (`failure`), a guard of this model that refuses the prompt (`guard`)."""
+    audio: AudioConfig = AudioConfig()
+    """Limits of recordings, for models such as Whisper."""
     sim: SimConfig = SimConfig()
     """Settings of `engine: sim`."""
     routing: RoutingPolicy = "prefix"

@@ -14,6 +14,7 @@ from cluster.errors import (
     PayloadTooLargeError,
     RequestTimeoutError,
 )
+from cluster.gateway.form import FormBody, read_form
 from cluster.gateway.messages import Headers, Request, header
 from cluster.routing import RequestBody, decode_body
 
@@ -169,15 +170,22 @@ def _declared_bytes(headers: Headers) -> int:
 
 
 def read_body(request: Request) -> RequestBody:
-    """Return the fields of the body that the router needs; ``UNREAD_BODY`` if it is not JSON.
+    """Return the fields of the body that the router needs.
+
+    ``UNREAD_BODY`` if it is neither JSON nor a form.
 
     Raises:
-        InvalidRequestError: The body is not a JSON object, or ``model`` is not a string.
+        InvalidRequestError: The body is not a JSON object, ``model`` is not a string, or the form
+            is malformed.
     """
     if not request.body:
         return _EMPTY
     # Engines also accept JSON without a content type, or as text/plain.
     content_type = (header(request.headers, b"content-type") or "json").lower()
+    if content_type.startswith("multipart/form-data"):
+        # Boundaries are case-sensitive.
+        form = read_form(request.body, header(request.headers, b"content-type") or "")
+        return UNREAD_BODY if form is None else form
     if "json" not in content_type and "text/plain" not in content_type:
         return UNREAD_BODY
     _check_depth(request.body)
@@ -189,6 +197,11 @@ def read_body(request: Request) -> RequestBody:
         raise InvalidRequestError(f"Invalid request body: {error}", param="model") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequestError(f"The request body is not valid JSON: {error}") from None
+
+
+def is_json(body: RequestBody) -> bool:
+    """Return True if the router has read the body as JSON."""
+    return body is not UNREAD_BODY and not isinstance(body, FormBody)
 
 
 def _has_many(body: bytes, bracket: bytes) -> bool:

@@ -33,6 +33,7 @@ from cluster.gateway.builtin.pages import Pages
 from cluster.gateway.builtin.rollouts import RolloutControl
 from cluster.gateway.builtin.routes import BuiltinRoute, BuiltinRoutes
 from cluster.gateway.choice import CHOICE_HEADER, AutoChoice, Fallbacks
+from cluster.gateway.form import FormBody
 from cluster.gateway.guards import Guards
 from cluster.gateway.messages import (
     Headers,
@@ -386,6 +387,8 @@ class Gateway:
     ) -> dict[str, str | int]:
         """Return the fields of the engine's body that the router sets."""
         fields: dict[str, str | int] = {}
+        if isinstance(body, FormBody):  # its type is known
+            return fields
         # A client's own `priority` is overwritten: the API key limits it.
         has_priority = claim.priority != 0 or body.priority is not None or body is UNREAD_BODY
         if has_priority and pool.limits.engine_priorities:

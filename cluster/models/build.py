@@ -51,11 +51,15 @@ def build(
 ) -> list[BuiltModel]:
     """Build default models that are not built yet, or all with ``force``; return all requested.
 
+    Without names, those are the models that the default configuration needs.
+
     Raises:
         ConfigError: a name is not in the catalogue; nothing is built.
         BuildError: a package is missing, a download fails, or the model is not accurate enough.
     """
-    wanted = list(dict.fromkeys(catalogue if names is None else names))
+    if names is None:
+        names = [name for name, model in catalogue.items() if not model.on_request]
+    wanted = list(dict.fromkeys(names))
     if unknown := [name for name in wanted if name not in catalogue]:
         known = ", ".join(catalogue)
         raise ConfigError(f"unknown models: {', '.join(map(repr, unknown))}; allowed: {known}")

@@ -41,6 +41,8 @@ class DefaultModel:
     recipe: str
     """Version of the recipe; models built by another version are rebuilt."""
     builder: Builder
+    on_request: bool = False
+    """True if the default configuration does not need it: it is built only by its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,12 @@ def _build_sentiment(out: Path, progress: Progress) -> Facts:
     return sentiment.build(out, progress)
 
 
+def _build_whisper(out: Path, progress: Progress) -> Facts:
+    from cluster.models import whisper
+
+    return whisper.build(out, progress)
+
+
 _SMOLLM2 = DefaultModel(
     name="smollm2-135m-instruct",
     kind="generator",
@@ -95,8 +103,16 @@ _SENTIMENT = DefaultModel(
     recipe="4",
     builder=_build_sentiment,
 )
+_WHISPER = DefaultModel(
+    name="whisper-tiny.en",
+    kind="generator",
+    description="Whisper tiny.en, a small speech recognizer for English (MIT)",
+    recipe="1",
+    builder=_build_whisper,
+    on_request=True,
+)
 CATALOGUE: Mapping[str, DefaultModel] = MappingProxyType(
-    {model.name: model for model in (_SMOLLM2, _SENTIMENT)}
+    {model.name: model for model in (_SMOLLM2, _SENTIMENT, _WHISPER)}
 )
 
 

@@ -1,7 +1,7 @@
 """The commands and Python code in README and the documentation, run against a real cluster.
 
 Blocks marked ``bash`` or ``python`` are run. Blocks marked ``sh`` are not: they start or stop a
-cluster, need another model or other files. Runbooks need Prometheus; ``test_monitoring.py`` covers
+cluster, need another model or other files. ``test_speech.py`` runs those about speech. Runbooks need Prometheus; ``test_monitoring.py`` covers
 their queries.
 """
 
@@ -24,7 +24,7 @@ COVERED_BY_CI = ("./scripts/up", "./scripts/test", "./scripts/check")
 BLOCKS = {
     (kind, code): f"{page.stem}: {code.splitlines()[0][:60]}"
     for page in reversed(PAGES)
-    if page.parent.name != "runbooks"
+    if page.parent.name != "runbooks" and page.stem != "speech"
     for kind, code in BLOCK.findall(page.read_text(encoding="utf-8"))
     if not code.startswith(COVERED_BY_CI)
 }

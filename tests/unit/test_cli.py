@@ -251,7 +251,11 @@ def test_down_reports_processes_and_requests() -> None:
 
 def test_models_list_shows_the_default_models() -> None:
     rows = json.loads(run("models", "list", "--json").stdout)
-    assert {row["name"] for row in rows} == {"smollm2-135m-instruct", "sentiment-minilm"}
+    assert {row["name"] for row in rows} == {
+        "smollm2-135m-instruct",
+        "sentiment-minilm",
+        "whisper-tiny.en",
+    }
     assert not any(row["built"] for row in rows)
     assert "sentiment-minilm" in run("models", "list").stdout
 

@@ -209,6 +209,14 @@ def test_resolve_advises_to_build_a_default_model() -> None:
         assert "\n" not in str(error.value)
 
 
+def test_a_model_on_request_is_built_by_its_name_only() -> None:
+    usual, rare = FakeBuilder(), FakeBuilder()
+    models = catalogue(usual, rare)
+    models["fake-1"] = replace(models["fake-1"], on_request=True)
+    assert [each.name for each in build(catalogue=models)] == ["fake-0"]
+    assert [each.name for each in build(["fake-1"], catalogue=models)] == ["fake-1"]
+
+
 def test_the_store_does_not_import_torch() -> None:
     code = (
         "import sys, cluster.models.store, cluster.models.build;"

@@ -15,9 +15,10 @@ from cluster.engines.vllm.inputs import (
 from cluster.engines.vllm.openapi import serve_document
 from cluster.engines.vllm.parser_class import adapt_parsers
 from cluster.engines.vllm.routes import remove_private_routes, remove_unsupported_routes
+from cluster.engines.vllm.speech import Speech
 
 
-async def build_app(llm: Any, args: Namespace) -> Any:
+async def build_app(llm: Any, args: Namespace, speech: Speech) -> Any:
     tasks = await llm.get_supported_tasks()
     app = internals.build_app(args, tasks, llm.model_config)
     # vLLM's handler of engine errors sets should_exit on its server. Without a server the handler
@@ -30,6 +31,7 @@ async def build_app(llm: Any, args: Namespace) -> Any:
     remove_unsupported_routes(app)
     report_validation_defects(app)
     add_input_tokens(app)
+    speech.install(app)
     if (messages := getattr(app.state, "anthropic_serving_messages", None)) is not None:
         complete_messages(messages)
     serve_document(app)

@@ -100,8 +100,11 @@ def disable_free_whitespace(structured_outputs: Any, config: GeneratorConfig) ->
 def resume_answers(vllm_config: Any) -> bool:
     """Make the engine able to continue answers of other replicas; return False if it cannot.
 
-    A scheduler or worker extension from ``engine_args`` is left alone.
+    A scheduler or worker extension from ``engine_args`` is left alone. Models with an encoder, such
+    as Whisper, would need its output as well.
     """
+    if vllm_config.model_config.is_encoder_decoder:
+        return False
     scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
     if scheduler.scheduler_cls is not None or parallel.worker_extension_cls:
         return False

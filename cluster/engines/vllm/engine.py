@@ -28,6 +28,7 @@ from cluster.engines.vllm.requests import (
     observe_prompts,
 )
 from cluster.engines.vllm.routes import public_routes
+from cluster.engines.vllm.speech import Speech
 from cluster.engines.vllm.workers import find_workers
 from cluster.errors import EngineDeadError
 from cluster.link import Adapters
@@ -63,6 +64,7 @@ class VllmEngine:
         self._launcher = LlmLauncher(config, model_path, adapter_paths, traces_endpoint)
         self._config = config
         self._resolve = resolve
+        self._speech = Speech(config.audio)
         self._adapters: LoraAdapters | None = None
         self._ray_metrics = ray_metrics
         self._llm: Any = None
@@ -101,7 +103,7 @@ class VllmEngine:
             if started.kv_events_endpoint is not None:
                 await self._track_prefixes(started.kv_events_endpoint)
             self._count_usage()
-            self._vllm_app = await build_app(self._llm, started.args)
+            self._vllm_app = await build_app(self._llm, started.args, self._speech)
             self._adapters = LoraAdapters(
                 self._llm,
                 self._vllm_app.state.openai_serving_models,
@@ -122,6 +124,7 @@ class VllmEngine:
 
     async def reconfigure(self, pool: GeneratorConfig) -> None:
         self._cores.set_stall_timeout(pool.stall_timeout_s)
+        self._speech.config = pool.audio
         set_names(self._vllm_app.state.openai_serving_models, (pool.name, *pool.aliases))
         if self._adapters is not None:
             await self._adapters.apply(pool.adapters)

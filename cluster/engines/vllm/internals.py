@@ -52,15 +52,21 @@ _REPLIES = {
         "TokenizeResponse",
     ),
     "speech_to_text.transcription.protocol": (
+        "TranscriptionRequest",
+        "TranscriptionResponse",
         "TranscriptionResponseVariant",
+        "TranscriptionResponseVerbose",
         "TranscriptionStreamResponse",
     ),
     "speech_to_text.translation.protocol": (
+        "TranslationRequest",
+        "TranslationResponse",
         "TranslationResponseVariant",
+        "TranslationResponseVerbose",
         "TranslationStreamResponse",
     ),
 }
-"""Types of answers, for the OpenAPI document, by module below ``vllm.entrypoints``."""
+"""Types of answers, for the OpenAPI document, and forms, by module below ``vllm.entrypoints``."""
 
 NAMES = {
     # Start of the engine
@@ -85,6 +91,8 @@ NAMES = {
     "ResponsesRequest": "vllm.entrypoints.openai.responses.protocol:ResponsesRequest",
     "ServingRender": "vllm.entrypoints.scale_out.render.serving:ServingRender",
     "VLLMValidationError": "vllm.exceptions:VLLMValidationError",  # becomes a 400
+    "split_audio": "vllm.multimodal.audio:split_audio",
+    "with_cancellation": "vllm.entrypoints.serve.utils.api_utils:with_cancellation",
     # Statistics
     "RayPrometheusStatLogger": "vllm.v1.metrics.ray_wrappers:RayPrometheusStatLogger",
     "StatLoggerBase": "vllm.v1.metrics.loggers:StatLoggerBase",

@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from cluster.engines.vllm import internals
 from cluster.engines.vllm.routes import OPENAPI_PATH, ROUTES
+from cluster.engines.vllm.speech import PATHS as SPEECH_PATHS
 
 _REFERENCE = "#/components/schemas/{model}"
 _OPENAI_PATHS = tuple(
@@ -83,6 +84,8 @@ def _operation(method: str, route: Any, schemas: Schemas) -> dict[str, Any]:
     if public.event is not None:
         event = schemas[(method, route.path, "event"), "serialization"]
         content["text/event-stream"] = {"schema": _event(event)}
+    if route.path in SPEECH_PATHS:
+        content["text/plain"] = content["text/vtt"] = {"schema": {"type": "string"}}
     operation: dict[str, Any] = {
         "summary": public.summary,
         "tags": [_tag(route.path)],

@@ -63,6 +63,13 @@ def current_progress() -> Progress | None:
     return None if request is None else request.progress
 
 
+def add_prompt_tokens(num_tokens: int) -> None:
+    """Add tokens to the usage of the current request, such as those of a recording."""
+    request = _request.get()
+    if request is not None:
+        request.usage.prompt_tokens += num_tokens
+
+
 class TrackRequest:
     """Middleware that makes the request known to ``count_usage`` and ``observe_prompts``."""
 

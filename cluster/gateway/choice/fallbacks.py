@@ -15,7 +15,7 @@ from cluster.errors import (
     RequestTimeoutError,
     UnsupportedError,
 )
-from cluster.gateway.body import UNREAD_BODY, read_body
+from cluster.gateway.body import is_json, read_body
 from cluster.gateway.messages import Request, Response, bytes_response, with_json_fields
 from cluster.gateway.pools.pool import Pool
 from cluster.gateway.pools.selection import find_pool
@@ -51,7 +51,7 @@ class Fallbacks:
         """Return True if other models may answer a request in place of its pool's."""
         if request.is_batch_line:  # it waits for its own model instead of delaying others
             return False
-        return pool.name in self._lists and request.method == "POST" and body is not UNREAD_BODY
+        return pool.name in self._lists and request.method == "POST" and is_json(body)
 
     async def relay(
         self, request: Request, body: RequestBody, pool: Pool, relay: Relay

@@ -18,7 +18,7 @@ from cluster.errors import (
     RequestError,
     UnavailableError,
 )
-from cluster.gateway.body import UNREAD_BODY
+from cluster.gateway.body import is_json
 from cluster.gateway.guards.answer_guards import AnswerGuards
 from cluster.gateway.guards.answers import GuardedStream, guard_document
 from cluster.gateway.guards.checks import Guard, PatternCheck, Stage, run_sized
@@ -268,7 +268,7 @@ def _unreadable(request: Request, body: RequestBody) -> str | None:
     """Return what guards cannot read at all; None if they can."""
     if request.method != "POST" or request.path not in PROMPT_FIELDS:
         return f"{request.path}; it checks {', '.join(PROMPT_FIELDS)}"
-    return "a body that is not JSON" if body is UNREAD_BODY and request.body else None
+    return "a body that is not JSON" if not is_json(body) and request.body else None
 
 
 async def _decode(body: bytes) -> Any:
