@@ -158,6 +158,8 @@ def _check_fields(request: Any) -> None:
         raise InvalidRequestError(
             "Times of words are not supported; use `segment`.", param="timestamp_granularities"
         )
+    if getattr(request, "use_beam_search", False):
+        raise InvalidRequestError("Beam search is not supported.", param="use_beam_search")
     request.language = request.language or None  # an empty field of a form
     # The prompt is text: it must not end the prompt, or choose the task.
     if getattr(request, "prompt", None):
