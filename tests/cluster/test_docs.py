@@ -1,8 +1,8 @@
 """The commands and Python code in README and the documentation, run against a real cluster.
 
 Blocks marked ``bash`` or ``python`` are run. Blocks marked ``sh`` are not: they start or stop a
-cluster, need another model or other files. ``test_speech.py`` runs those about speech. Runbooks need
-Prometheus; ``test_monitoring.py`` covers their queries.
+cluster, need another model or other files. ``test_speech.py`` runs those about speech. Runbooks
+need Prometheus; ``test_monitoring.py`` covers their queries.
 """
 
 import json

@@ -301,7 +301,7 @@ def _whisper_prompts(handler: Any) -> Any:
     model, tokenizer = handler.model_cls, handler.tokenizer
     knows_english_only = handler.model_config.get_vocab_size() < MULTILINGUAL_TOKENS
 
-    class Prompts(model):  # type: ignore[misc]
+    class Prompts(model):  # type: ignore[misc,valid-type]
         @classmethod
         def validate_language(cls, language: str | None) -> str | None:
             if knows_english_only and (language or "en").lower() != "en":
