@@ -35,6 +35,8 @@ from tests.serve.browser import Page, start
 
 IMAGES = ROOT / "docs" / "images"
 DASHBOARDS = {"light": ("light", 1100), "dark": ("dark", 1100), "phone": ("dark", 360)}
+PLAYGROUNDS = {"light": ("light", 1100), "dark": ("dark", 1100), "phone": ("light", 360)}
+"""Color scheme and width of each screenshot."""
 LOAD = ((50, 3), (90, 24), (70, 8), (80, 30), (20, 14))
 """Duration in seconds and number of concurrent streams of each phase, repeated."""
 TOP_HEIGHT = 780
@@ -162,18 +164,19 @@ def take_dashboard(url):
 
 
 def take_playground(url):
-    """Write a light and a dark screenshot of the playground, and one of the explain page."""
+    """Write the screenshots of the playground, and one of the explain page."""
     with browser() as page:
-        for scheme in ("light", "dark"):
-            page.open(f"{url}/playground", scheme, width=1100)
+        for name, (scheme, width) in PLAYGROUNDS.items():
+            page.open(f"{url}/playground", scheme, width)
             page.until(lambda: page.script("conversations[1].select.known"))
-            page.by("compare").click()
-            page.by("system").send_keys("Answer in one or two sentences.")
+            if name != "phone":
+                page.by("compare").click()
+                page.by("system").send_keys("Answer in one or two sentences.")
             for question in QUESTIONS:
                 page.by("message").send_keys(question + Keys.ENTER)
                 page.until(lambda: page.by("status").text == "Answered.", WAIT_S)
             page.driver.execute_script("document.activeElement.blur()")
-            save(page, f"playground-{scheme}")
+            save(page, f"playground-{name}")
         page.open(f"{url}/explain", width=800)
         page.driver.execute_script(
             "arguments[0].value = arguments[1]", page.by("explain-text"), REVIEW

@@ -50,7 +50,7 @@ CITY_CHOICE = {"type": "function", "function": {"name": "City"}}
 
 @dataclass(frozen=True)
 class Server:
-    """Address and keys of the cluster. Models: smollm2, slow, asleep, sentiment and reranker."""
+    """Address and keys of the cluster, whose models are in config.yaml."""
 
     url: str
     models: Path

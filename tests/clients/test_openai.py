@@ -1,5 +1,7 @@
 """OpenAI's client beyond what every client does."""
 
+import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Iterator
 
@@ -32,7 +34,7 @@ async def async_client(server: Server) -> AsyncIterator[openai.AsyncOpenAI]:
 
 def test_models_are_listed(client: openai.OpenAI) -> None:
     names = {model.id for model in client.models.list()}
-    assert names == {"smollm2", "slow", "asleep", "sentiment", "reranker"}
+    assert names == {"smollm2", "slow", "asleep", "replaced", "sentiment", "reranker"}
     assert client.models.retrieve("smollm2").id == "smollm2"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("nix")
@@ -190,6 +192,89 @@ def test_embeddings(client: openai.OpenAI, encoding_format: str) -> None:
 async def test_async_embeddings(async_client: openai.AsyncOpenAI) -> None:
     answer = await async_client.embeddings.create(model="sentiment", input="A cat.", dimensions=8)
     assert len(answer.data[0].embedding) == 8
+
+
+def batch_line(number: int, **body: object) -> bytes:
+    fields = {"model": "sentiment", "input": f"Film number {number}.", **body}
+    line = {"custom_id": f"f{number}", "method": "POST", "url": "/v1/embeddings", "body": fields}
+    return json.dumps(line).encode()
+
+
+def end_of(client: openai.OpenAI, file_id: str) -> openai.types.Batch:
+    """Create a batch and return it when it has ended."""
+    batch = client.batches.create(
+        input_file_id=file_id,
+        endpoint="/v1/embeddings",
+        completion_window="24h",
+        metadata={"owner": "tests"},
+    )
+    deadline = time.monotonic() + 90
+    while batch.status in ("validating", "in_progress", "finalizing"):
+        assert time.monotonic() < deadline, batch
+        time.sleep(0.2)
+        batch = client.batches.retrieve(batch.id)
+    return batch
+
+
+def test_a_batch_of_a_file_has_results_and_errors(client: openai.OpenAI) -> None:
+    content = b"\n".join([batch_line(1), batch_line(2), batch_line(3, input=[])])
+    file = client.files.create(file=("films.jsonl", content), purpose="batch")
+    assert (file.filename, file.bytes) == ("films.jsonl", len(content))
+    batch = end_of(client, file.id)
+    assert batch.status == "completed"
+    assert batch.metadata == {"owner": "tests"}
+    counts = batch.request_counts
+    assert counts is not None
+    assert (counts.total, counts.completed, counts.failed) == (3, 2, 1)
+    assert batch.usage is not None
+    assert batch.usage.input_tokens > 0
+    output = client.files.content(str(batch.output_file_id)).text.splitlines()
+    answers = {answer["custom_id"]: answer for answer in map(json.loads, output)}
+    assert answers.keys() == {"f1", "f2"}
+    assert len(answers["f1"]["response"]["body"]["data"][0]["embedding"]) == 384
+    (failed,) = client.files.content(str(batch.error_file_id)).text.splitlines()
+    assert json.loads(failed)["response"]["status_code"] == 400
+    assert batch.id in [each.id for each in client.batches.list(limit=10)]
+    assert file.id in [each.id for each in client.files.list(purpose="batch")]
+    assert client.files.delete(file.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(file.id)
+
+
+def test_a_batch_with_wrong_lines_fails_before_it_runs(client: openai.OpenAI) -> None:
+    content = b"\n".join([batch_line(1), batch_line(1), batch_line(2, model="nix")])
+    file = client.files.create(file=("films.jsonl", content), purpose="batch")
+    batch = end_of(client, file.id)
+    assert batch.status == "failed"
+    assert batch.errors is not None
+    found = [(error.code, error.line) for error in batch.errors.data or ()]
+    assert found == [("duplicate_custom_id", 2), ("model_not_found", 3)]
+    with pytest.raises(openai.BadRequestError):
+        client.batches.cancel(batch.id)
+
+
+async def test_async_files_and_cancelled_batches(
+    server: Server, async_client: openai.AsyncOpenAI
+) -> None:
+    body = {"model": "slow", "prompt": "Hello", "max_tokens": 1000}  # 100 s
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    content = json.dumps(line).encode()
+    file = await async_client.files.create(file=("slow.jsonl", content), purpose="batch")
+    assert (await async_client.files.content(file.id)).content == content
+    batch = await async_client.batches.create(
+        input_file_id=file.id, endpoint="/v1/completions", completion_window="1h"
+    )
+    batch = await async_client.batches.cancel(batch.id)
+    async with asyncio.timeout(90):
+        while batch.status != "cancelled":
+            assert batch.status == "cancelling"
+            await asyncio.sleep(0.2)
+            batch = await async_client.batches.retrieve(batch.id)
+    async with openai.AsyncOpenAI(
+        base_url=server.openai_url, api_key=server.limited_key, max_retries=0
+    ) as other:
+        with pytest.raises(openai.NotFoundError):  # of another tenant
+            await other.batches.retrieve(batch.id)
 
 
 def test_a_closed_stream_ends_its_request(server: Server) -> None:

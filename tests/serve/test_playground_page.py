@@ -15,6 +15,7 @@ from tests import asgi
 from tests.serve.browser import Page, listening, start
 from tests.serve.gateway_kit import gateway_world, read_body
 from tests.serve.scripted_generator import ROUTES, ScriptedGenerator
+from tests.serve.test_knowledge import knowledge_world
 from tests.serve.test_usage import BODY, COMPLETIONS, accounted_pool
 
 KEY = "open sesame"
@@ -267,6 +268,52 @@ async def test_classification_with_its_explanation_on_a_phone(browser):
 
     async with playground() as running:
         await asyncio.to_thread(use, running)
+
+
+async def test_a_knowledge_base_answers_with_the_passages_that_it_cites(browser):
+    def use(url):
+        question = "Where does the Elbe end?"
+        browser.open(f"{url}/playground#knowledge", width=1100)
+        browser.until(lambda: browser.by("ask").is_enabled())
+        assert not browser.by("chat").is_displayed()
+        browser.by("question").send_keys(question + Keys.ENTER)
+        browser.until(lambda: browser.by("ask-status").text == "Answered.")
+        assert browser.by("found-text").text == "It ends in the North Sea [1], not here [9]."
+        assert "relevance" in browser.by("found-figures").text
+        (cite,) = browser.all(".cite")
+        cite.click()
+        (passage,) = browser.all("#citations details")
+        assert browser.script("document.activeElement.textContent") == "[1] rivers.md › Elbe"
+        assert "The Elbe ends in the North Sea" in passage.text
+        assert browser.violations() == []
+        browser.by("code").find_element("tag name", "summary").click()
+        done = subprocess.run(
+            ["bash", "-c", browser.code("curl")], capture_output=True, text=True, timeout=240
+        )
+        assert json.loads(done.stdout)["citations"][0]["document"] == "rivers.md"
+        compile(browser.code("openai"), "openai", "exec")
+        assert f'base.answer(\n    "{question}",\n    model="gen",' in browser.code("client")
+        browser.by("question").clear()
+        browser.by("question").send_keys("zzz")
+        browser.by("ask").click()
+        browser.until(
+            lambda: browser.by("found-text").text == "The answer is not in the documents."
+        )
+        browser.open(f"{url}/playground#knowledge", "dark", width=360)
+        browser.until(lambda: browser.by("ask").is_enabled())
+        assert browser.script("document.documentElement.scrollWidth") <= 360
+        browser.by("ask-tab").send_keys(Keys.ARROW_RIGHT)
+        assert browser.by("chat").is_displayed()
+
+    def answer(_):
+        return "It ends in the North Sea [1], not here [9]."
+
+    settings = {"store_timeout_s": 250}  # the first use imports LanceDB
+    async with knowledge_world(answer, knowledge=settings) as knowledge:
+        await knowledge.result("POST", "", {"name": "docs", "chunk_tokens": 32})
+        await knowledge.add("docs", "rivers.md", "# Elbe\n\nThe Elbe ends in the North Sea.\n")
+        async with listening(knowledge.tasks.world.app) as url:
+            await asyncio.to_thread(use, url)
 
 
 async def test_the_key_is_entered_once_for_all_pages(browser):

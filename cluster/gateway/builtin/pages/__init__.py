@@ -47,8 +47,14 @@ class Pages:
         if self._has_auto():
             generators.append(AUTO)
         classifiers = [pool.name for pool in self._pools.values() if pool.kind == "classifier"]
+        applications = [pool.name for pool in self._pools.values() if pool.kind == "application"]
         return page.response(
-            {"pools": self._pools, "generators": generators, "classifiers": classifiers}
+            {
+                "pools": self._pools,
+                "generators": generators,
+                "classifiers": classifiers,
+                "applications": applications,
+            }
         )
 
 

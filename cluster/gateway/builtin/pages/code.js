@@ -44,3 +44,12 @@ const CLASSIFY_CODE = {
   client: ({ input, explain, ...options }) => `from cluster.client import Tandem\n\n` +
     `tandem = Tandem()\nprint(tandem.classify(\n    ${literal(input)},\n${arguments_(options)}))\n`,
 };
+const knowledgeCode = (base) => ({
+  curl: (body) => curl(`/v1/knowledge/${base}/answer`, body),
+  openai: (body) => `import httpx\n${openaiClient(ADDRESS)}` +
+    `answer = client.post(\n    "/v1/knowledge/${base}/answer", cast_to=httpx.Response, ` +
+    `body=${literal(body)}\n)\nprint(answer.json())\n`,
+  client: ({ question, ...options }) => `from cluster.client import Tandem\n\n` +
+    `base = Tandem().knowledge(${literal(base)})\n` +
+    `print(base.answer(\n    ${literal(question)},\n${arguments_(options)}))\n`,
+});

@@ -1,7 +1,9 @@
 "use strict";
 // The playground: settings, two conversations, tabs and code.
 const conversations = [...document.querySelectorAll(".column")].map((c) => new Conversation(c));
-const tabs = [by("chat-tab"), by("classify-tab")];
+const hasKnowledge = by("applications").options.length > 0;
+by("ask-tab").hidden = !hasKnowledge;
+const tabs = [by("chat-tab"), by("classify-tab"), ...(hasKnowledge ? [by("ask-tab")] : [])];
 let answering = null;
 
 const shownConversations = () => conversations.filter(({ column }) => !column.hidden);
@@ -52,6 +54,7 @@ function setBusy(isBusy) {
 
 function stop() {
   answering?.abort();
+  asking?.abort();
 }
 
 function selectTab(tab, focus = false) {
@@ -68,8 +71,10 @@ function selectTab(tab, focus = false) {
 
 function showCode() {
   if (!by("code").open) return;
-  const isChat = !by("chat").hidden, kinds = isChat ? CHAT_CODE : CLASSIFY_CODE;
-  const body = isChat ? chatBody(conversations[0], by("message").value.trim()) : classification();
+  const [kinds, body] = !by("chat").hidden
+    ? [CHAT_CODE, chatBody(conversations[0], by("message").value.trim())]
+    : !by("classify").hidden ? [CLASSIFY_CODE, classification()]
+    : [knowledgeCode(by("base").value), knowledgeBody()];
   put(by("source"), kinds[by("language").value](body));
   put(by("code-status"), "");
 }
@@ -83,11 +88,13 @@ function showModels() {
 
 async function start() {
   try {
-    await limitModels(...document.querySelectorAll("select.model, #explain-model"));
+    await limitModels(...document.querySelectorAll("select.model, #explain-model, #ask-model"));
   } catch (error) {
     put(by("status"), detailsOf(error));
   }
   showModels();
+  if (hasKnowledge) await showBases();
+  showCode();
 }
 
 by("composer").addEventListener("submit", send);
@@ -108,7 +115,8 @@ by("compare").addEventListener("change", () => {
 tabs.forEach((tab, index) => {
   tab.addEventListener("click", () => selectTab(tab));
   tab.addEventListener("keydown", (event) => {
-    if (event.key === "ArrowLeft" || event.key === "ArrowRight") selectTab(tabs[1 - index], true);
+    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (step) selectTab(tabs.at((index + step) % tabs.length), true);
   });
 });
 by("copy-code").addEventListener("click", async () => {
@@ -119,5 +127,5 @@ by("code").addEventListener("toggle", showCode);
 for (const event of ["input", "change"]) by("main").addEventListener(event, showCode);
 document.addEventListener("signed-in", start);
 by("settings").open = !matchMedia("(max-width: 40rem)").matches;
-selectTab(location.hash === "#classify" ? tabs[1] : tabs[0]);
+selectTab(tabs.find((tab) => `#${tab.getAttribute("aria-controls")}` === location.hash) ?? tabs[0]);
 start();
