@@ -8,7 +8,7 @@ from typing import NamedTuple
 from cluster.admission import Tenant
 from cluster.config import AUTO, AutoConfig, AutoRule, GuardConfig, TandemConfig
 from cluster.errors import PermissionDeniedError
-from cluster.gateway.body import read_body
+from cluster.gateway.body import is_json, read_body
 from cluster.gateway.guards.checks import CheckFailedError, ClassifierCheck, SendCheck
 from cluster.gateway.guards.prompts import PROMPT_FIELDS
 from cluster.gateway.messages import Request, with_json_fields
@@ -89,7 +89,7 @@ class AutoChoice:
 
     def applies(self, body: RequestBody) -> bool:
         """Return True if the request leaves the choice to the router."""
-        return self.is_configured and body.model == AUTO
+        return self.is_configured and body.model == AUTO and is_json(body)
 
     async def choose(
         self, request: Request, body: RequestBody
