@@ -203,6 +203,18 @@ async def test_answers_move_away_from_a_replica_that_serve_stops() -> None:
         assert await handovers(world, "drained") == (1, 0)
 
 
+async def test_answers_of_a_draining_replica_move_once_there_is_another() -> None:
+    first, second = Script(stop_at=5), Script()
+    async with world_with(first) as world:
+        call = await start(world, first)
+        world.servers["gen-1"].retire()
+        await world.until(lambda: world.gateway.pools["gen"].replicas.running[0].is_draining)
+        await world.serve(second, "gen", "gen-2", resume_key="k", ready=1)
+        world.remove("gen", "gen-1")
+        assert (await call.done()).body == ANSWER
+        assert await handovers(world, "drained") == (1, 0)
+
+
 async def test_a_draining_replica_without_others_finishes_its_answers() -> None:
     first = Script(stop_at=5)
     async with world_with(first) as world:
