@@ -96,5 +96,5 @@ def _key_file() -> dict[str, object]:
 
 def _build_reranker(home: Path) -> Path:
     command = [VENV / "python", "-m", "tests.clients.reranker", home / "reranker"]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
+    subprocess.run(command, cwd=ROOT, check=True, timeout=300)
     return home / "reranker"

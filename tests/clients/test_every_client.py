@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -18,13 +19,13 @@ def client(request: pytest.FixtureRequest) -> Client:
     return CLIENTS[request.param]
 
 
-@pytest.fixture
+@contextmanager
 def occupied(server: Server) -> Iterator[None]:
     """Occupy the only slot of the limited tenant for 1.5 s."""
     headers = {"Authorization": f"Bearer {server.limited_key}"}
     body = {"model": "slow", "prompt": "Hello", "max_tokens": 15, "stream": True}
     with httpx.Client(base_url=server.openai_url, headers=headers, timeout=60) as http:
-        deadline = time.monotonic() + 20  # the test before may still hold the slot
+        deadline = time.monotonic() + 60  # the test before may still hold the slot
         while time.monotonic() < deadline:
             with http.stream("POST", "/completions", json=body) as answer:
                 if answer.status_code == httpx.codes.OK:
@@ -56,11 +57,14 @@ def test_a_client_that_waits_no_longer_raises_its_timeout(server: Server, client
 
 
 @pytest.mark.parametrize("name", [name for name, client in CLIENTS.items() if client.retries])
-@pytest.mark.usefixtures("occupied")
 def test_a_request_over_a_limit_is_retried_after_the_given_time(server: Server, name: str) -> None:
-    start = time.monotonic()
     ask = Question(server, key=server.limited_key, model="slow", max_tokens=1, retries=4)
     if name == "instructor":  # wants JSON, which the simulated model does not write
         ask = Question(server, key=server.limited_key, retries=4)
-    assert CLIENTS[name].ask(ask)
-    assert time.monotonic() - start >= RETRY_AFTER_S
+    for _ in range(5):  # on a slow machine, the slot may be free before the client's first request
+        with occupied(server):
+            start = time.monotonic()
+            assert CLIENTS[name].ask(ask)
+            if time.monotonic() - start >= RETRY_AFTER_S:
+                return
+    pytest.fail("The client did not wait.")

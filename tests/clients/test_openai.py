@@ -278,7 +278,9 @@ async def test_async_files_and_cancelled_batches(
 
 
 def test_a_closed_stream_ends_its_request(server: Server) -> None:
-    with openai.OpenAI(base_url=server.openai_url, api_key=server.limited_key) as client:
+    with openai.OpenAI(
+        base_url=server.openai_url, api_key=server.limited_key, max_retries=8
+    ) as client:
         # 1,000 tokens take 100 s; the tenant may have one request at a time.
         options = {"model": "slow", "prompt": "Hello", "max_tokens": 1000}
         with client.completions.create(**options, stream=True) as stream:
@@ -286,8 +288,8 @@ def test_a_closed_stream_ends_its_request(server: Server) -> None:
             with pytest.raises(openai.RateLimitError):
                 client.with_options(max_retries=0).completions.create(**options)
         start = time.monotonic()
-        client.with_options(max_retries=8).completions.create(**{**options, "max_tokens": 1})
-        assert time.monotonic() - start < 10
+        client.completions.create(**{**options, "max_tokens": 1})
+        assert time.monotonic() - start < 50
 
 
 def test_a_missing_replica_is_retried_after_the_given_time(server: Server) -> None:

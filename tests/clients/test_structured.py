@@ -71,9 +71,12 @@ async def test_pydantic_ai_answers_and_conversations(model: Model) -> None:
 
 
 async def test_pydantic_ai_streams(model: Model) -> None:
-    async with Agent(model, model_settings=SETTINGS).run_stream(QUESTION) as stream:
-        pieces = [piece async for piece in stream.stream_text(delta=True, debounce_by=None)]
-    assert "Paris" in "".join(pieces)
+    for _ in range(5):  # if the machine is busy, vLLM merges tokens
+        async with Agent(model, model_settings=SETTINGS).run_stream(QUESTION) as stream:
+            pieces = [piece async for piece in stream.stream_text(delta=True, debounce_by=None)]
+        assert "Paris" in "".join(pieces)
+        if len(pieces) > 1:
+            break
     assert len(pieces) > 1
 
 

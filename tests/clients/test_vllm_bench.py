@@ -39,7 +39,7 @@ def results(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         env={**os.environ, "OPENAI_API_KEY": server.key, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.common.by import By
 
 from tests.serve.browser import Page, start
@@ -41,21 +42,26 @@ class Browser:
         """Wait until these panels have data, by the titles of the frames of Ray's dashboard."""
         for frame, titles in frames.items():
             selector = f"iframe[title='{frame}']"
-            self._page.until(lambda selector=selector: self._page.all(selector), TIMEOUT_S)
-            self.driver.switch_to.frame(self.driver.find_element(By.CSS_SELECTOR, selector))
-            try:
-                self.wait_for_panels(titles)
-            finally:
-                self.driver.switch_to.default_content()
+
+            def have_data(selector: str = selector, titles: Collection[str] = titles) -> bool:
+                # The dashboard may replace a frame at any time.
+                try:
+                    self.driver.switch_to.frame(self.driver.find_element(By.CSS_SELECTOR, selector))
+                    return self._have_data(titles)
+                except WebDriverException:
+                    return False
+                finally:
+                    self.driver.switch_to.default_content()
+
+            self._page.until(have_data, TIMEOUT_S)
 
     def wait_for_panels(self, titles: Collection[str]) -> None:
-        """Wait until these panels of the page or frame have data."""
+        """Wait until these panels of the page have data."""
+        self._page.until(lambda: self._have_data(titles), TIMEOUT_S)
 
-        def have_data() -> bool:
-            states = dict(self.driver.execute_script(STATES))
-            return {states.get(title) for title in titles} == {"data"}
-
-        self._page.until(have_data, TIMEOUT_S)
+    def _have_data(self, titles: Collection[str]) -> bool:
+        states = dict(self.driver.execute_script(STATES))
+        return {states.get(title) for title in titles} == {"data"}
 
     def save(self, name: str) -> None:
         """Save the page if ``PICTURES`` is set."""

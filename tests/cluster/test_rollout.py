@@ -134,7 +134,7 @@ def test_a_good_model_is_promoted_and_no_request_fails(
         assert state["phase"] == "promoted"
         names = {f"{kind}-{model}@{state['version']}"}
         wait_until(
-            lambda: set(running(sim_cluster, kind).values()) == names, 60, "the end of the others"
+            lambda: set(running(sim_cluster, kind).values()) == names, 150, "the end of the others"
         )
     assert set(ends) == {"ok"}, ends
     assert running(sim_cluster, other_kind) == others, "other pools are not touched"
@@ -152,5 +152,7 @@ def test_a_model_that_fails_is_rolled_back_and_no_request_fails(
         assert state["phase"] == "rolled_back"
         assert "failed" in state["decisions"][-1]["reason"]
         # The old replicas stay, and nothing else does.
-        wait_until(lambda: running(sim_cluster, "generator") == before, 60, "the end of the others")
+        wait_until(
+            lambda: running(sim_cluster, "generator") == before, 150, "the end of the others"
+        )
     assert set(ends) == {"ok"}, ends
