@@ -118,16 +118,16 @@ def run(args: argparse.Namespace) -> Report:
     loaded = LoadedFleet(args.replicas, args.blocks)
     times: dict[str, list[np.ndarray]] = defaultdict(list)
     for number, name in interleave(POLICIES, args.rounds):
-        timings_us = _time_decisions(loaded, name, args.decisions)
+        timings_us = time_decisions(loaded, name, args.decisions)
         times[name].append(timings_us)
         p50, p99 = np.percentile(timings_us, (50, 99))
         print_progress(number, name, f"p50 {p50:.1f} µs, p99 {p99:.1f} µs")
         if name == DEFAULT_POLICY:
-            times[FULL].append(_time_full_decisions(loaded, args.decisions))
+            times[FULL].append(time_full_decisions(loaded, args.decisions))
     return _report(times, args, loaded)
 
 
-def _time_decisions(loaded: LoadedFleet, name: str, decisions: int) -> "np.ndarray":
+def time_decisions(loaded: LoadedFleet, name: str, decisions: int) -> "np.ndarray":
     """Return the CPU microseconds of each decision; other processes do not count."""
     policy, clock = make_policy(name, loaded.index), time.thread_time_ns
     timings_us = np.zeros(decisions)
@@ -143,7 +143,7 @@ def _time_decisions(loaded: LoadedFleet, name: str, decisions: int) -> "np.ndarr
     return timings_us
 
 
-def _time_full_decisions(loaded: LoadedFleet, decisions: int) -> "np.ndarray":
+def time_full_decisions(loaded: LoadedFleet, decisions: int) -> "np.ndarray":
     """Return the CPU microseconds of fingerprint, choice and bookkeeping of each decision."""
     policy, clock = make_policy(DEFAULT_POLICY, loaded.index), time.thread_time_ns
     text = random.Random(0).randbytes(int(2 * MAX_BLOCKS * BLOCK_TOKENS) + decisions).hex()

@@ -64,11 +64,14 @@ def tandem_with_pools(
     model: str,
     router: Mapping[str, Any] | None = None,
     extra_applications: Sequence[ExtraApplication] = (),
+    cluster: Mapping[str, Any] | None = None,
 ) -> Iterator[RunningTarget]:
     """Run one router with an API key and the given pools; models come from the user's store.
 
-    ``model`` is the pool that requests name. ``router`` is added to the router's configuration.
+    ``model`` is the pool that requests name. ``router`` and ``cluster`` are added to these sections
+    of the configuration.
     """
+    ready_s = float((cluster or {}).get("ready_timeout_s", READY_S))
     key = secrets.token_urlsafe(24)
     http, gcs, dashboard, stats, metrics, fallback = free_ports(6)
     args: dict[str, object] = {
@@ -78,7 +81,7 @@ def tandem_with_pools(
             "replicas": {"min": 1, "max": 1},
             **(router or {}),
         },
-        "cluster": {"ray_port": gcs, "dashboard_port": dashboard},
+        "cluster": {"ray_port": gcs, "dashboard_port": dashboard, **(cluster or {})},
     }
     applications = [
         _application("/", "deployments.app:build", args),
@@ -90,7 +93,7 @@ def tandem_with_pools(
         config.write_text(_serve_config(http, applications), encoding="utf-8")
         home.run(
             TANDEM, "up", "-d", "--config", config,
-            timeout_s=READY_S,
+            timeout_s=ready_s,
             environment=_haproxy_ports(stats, metrics, fallback),
         )  # fmt: skip
         endpoint = Endpoint(http, model, {"authorization": f"Bearer {key}"})
