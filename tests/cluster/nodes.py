@@ -133,7 +133,9 @@ class Network:
         """Start the head, and another node that joins while the head waits for its resources."""
         with ThreadPoolExecutor(1) as pool:
             head = pool.submit(self.start_head, config)
-            wait_until(lambda: head.done() or can_connect(self.head.address, RAY_PORT), 60)
+            wait_until(
+                lambda: head.done() or can_connect(self.head.address, RAY_PORT), START_TIMEOUT_S
+            )
             if not head.done():
                 self.join(node)
             head.result()
@@ -244,7 +246,7 @@ def _add(node: Node) -> None:
     node.connect()
 
 
-def wait_until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
+def wait_until(condition: Callable[[], object], timeout_s: float = 120.0) -> None:
     """Wait until ``condition()`` is true; errors of a node that is not ready count as false."""
     running.wait_until(condition, timeout_s, "the change", ignored=(httpx.HTTPError,))
 
@@ -277,14 +279,14 @@ class Streams:
         for thread in self._threads:
             thread.join()
 
-    def wait_for(self, num: int, timeout_s: float = 90.0) -> None:
+    def wait_for(self, num: int, timeout_s: float = 180.0) -> None:
         """Wait until ``num`` more streams have completed."""
         wanted = self.complete + num
         wait_until(lambda: self.complete >= wanted or self.failures, timeout_s)
 
     def _repeat(self) -> None:
         headers = {"authorization": f"Bearer {OPERATOR_KEY}"}
-        with httpx.Client(headers=headers, timeout=60, trust_env=False) as client:
+        with httpx.Client(headers=headers, timeout=120, trust_env=False) as client:
             while not self._ending.is_set():
                 try:
                     answer = client.post(self._url, json=self._body)

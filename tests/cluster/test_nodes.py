@@ -66,7 +66,7 @@ def nodes(config: Path) -> Iterator[Network]:
     if problem := _problem():
         pytest.skip(problem)
     # By default, a drained node answers HTTP for at least 30 s.
-    with network(3, RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S="5") as net:
+    with network(3, RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S="10") as net:
         net.up(config, net.nodes[1])
         for node in net.nodes[:2]:
             net.wait_for_status(node, "/ready", 200)
@@ -174,7 +174,7 @@ def test_ray_requires_the_token(nodes: Network) -> None:
     assert answer.status_code in (401, 403)
     assert (nodes.head.home / "ray-token").stat().st_mode & 0o077 == 0
     code = "import sys; from cluster.ray_internals import read_remote_kv as read\n"
-    code += f"read(sys.argv[1], {HEAD_KEY!r}, 10)"
+    code += f"read(sys.argv[1], {HEAD_KEY!r}, 60)"
     done = nodes.head.run(sys.executable, "-c", code, f"{nodes.head.address}:{RAY_PORT}")
     assert done.returncode == 1
     assert re.search("(?i)token|authenticat", done.stderr), done.stderr
@@ -194,7 +194,7 @@ def grpc_settings(node: Node, context: ssl.SSLContext) -> bytes:
     context.set_alpn_protocols(["h2"])
     try:
         with (
-            socket.create_connection((node.address, RAY_PORT), 10) as connection,
+            socket.create_connection((node.address, RAY_PORT), 60) as connection,
             context.wrap_socket(connection) as encrypted,
         ):
             encrypted.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0")
@@ -275,11 +275,11 @@ def test_a_partition_breaks_no_answer_of_the_other_node(nodes: Network) -> None:
     raylet = node.pids("raylet")
     with Streams(head.url, LONG, 6) as streams:
         streams.wait_for(6)
+        complete = streams.complete
         node.disconnect()
-        ends_at = time.monotonic() + PARTITION_S
-        streams.wait_for(12)
-        time.sleep(max(0.0, ends_at - time.monotonic()))
+        time.sleep(PARTITION_S)
         node.connect()
+        assert streams.complete > complete
         streams.wait_for(12)
     assert streams.failures == []
     nodes.wait_for_status(node, "/ready", 200)
@@ -300,6 +300,7 @@ def test_a_killed_node_breaks_no_answer_of_others_and_is_replaced_under_load(
         killed.connect()  # the machine is back, without the node
         nodes.join(added)
         wait_for_spread(nodes, head, added)
+        nodes.wait_for_status(added, "/ready", 200)
         with Streams(added.url, LONG, 2) as arriving:
             arriving.wait_for(4)
     assert streams.failures == arriving.failures == []
@@ -316,6 +317,7 @@ def test_a_node_is_drained_under_load(nodes: Network) -> None:
             # Load balancers send nothing more then.
             nodes.wait_for_status(drained, "/-/healthz", 503)
         wait_for_spread(nodes, head, added)
+        nodes.wait_for_status(added, "/ready", 200)
         with Streams(added.url, LONG, 2) as arriving:
             arriving.wait_for(4)
     assert streams.failures == leaving.failures == arriving.failures == []
