@@ -150,7 +150,7 @@ def model_directory(model: str) -> Path:
     """Return the directory of a model on this machine.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: it does not exist.
     """
     directory = Path(resolve(model))
     if not directory.is_dir():

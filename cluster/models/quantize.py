@@ -1,6 +1,6 @@
 """Quantization of a generator to compressed-tensors, which vLLM's CPU and GPU kernels load.
 
-AutoRound (arXiv:2309.05516) does the work in a process of its own
+AutoRound (arXiv:2309.05516) does the work in another process
 (``cluster.models.quantize_worker``), because it changes global state of PyTorch. Loads no torch.
 """
 
@@ -39,7 +39,7 @@ _TEXTS = Path(__file__).parent / "texts"
 
 @dataclass(frozen=True, slots=True)
 class QuantizeOptions:
-    """How to quantize."""
+    """Options of a quantization."""
 
     scheme: str
     iterations: int = 0
