@@ -8,6 +8,7 @@ from cluster.config.application import ClusterConfig, ServedPool, TandemConfig, 
 from cluster.config.applications import ApplicationsConfig
 from cluster.config.choice import AutoConfig, AutoRule
 from cluster.config.guards import GuardAction, GuardConfig, PatternName
+from cluster.config.media import MediaConfig
 from cluster.config.operations import (
     AccountingConfig,
     DevicesConfig,
@@ -63,6 +64,7 @@ __all__ = [
     "HedgeConfig",
     "IdempotencyConfig",
     "LeaksConfig",
+    "MediaConfig",
     "OperationsConfig",
     "PatternName",
     "ResourcesConfig",

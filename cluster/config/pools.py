@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, ByteSize, Field, model_validator
 
 from cluster.config.engine_args import check_engine_args
+from cluster.config.media import MediaConfig
 from cluster.config.resources import ReplicasConfig, ResourcesConfig
 from cluster.config.rollout import VERSION_PATTERN, RolloutConfig
 from cluster.config.section import Section
@@ -265,6 +266,8 @@ class GeneratorConfig(PoolConfig):
     and the model's type; `none` leaves the reasoning in the answer."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of vLLM's `AsyncEngineArgs` or of its API server, by their Python names."""
+    media: MediaConfig = MediaConfig()
+    """Images, audio and video in requests."""
     fallbacks: tuple[ModelName, ...] = ()
     """Generators that are tried in this order if this one cannot answer."""
     fallback_on: tuple[FallbackReason, ...] = ("overload", "failure", "guard")

@@ -410,6 +410,12 @@ STARTUP_SECONDS = _gauge(
     "phase",
 )
 
+MEDIA_FETCHES = _counter(
+    "tandem_media_fetches_total",
+    "Images, audio and video that requests name by URL; outcome is ok, refused or failed.",
+    "outcome",
+)
+
 # -- typed tasks and knowledge bases, measured in the applications' replicas ----------------------
 
 TASKS = _counter(

@@ -16,7 +16,8 @@ import msgspec
 from xxhash import xxh3_64_intdigest as digest
 
 MAX_BODY_BYTES = 1024 * 1024
-"""Longer bodies get no fingerprint: few models have a context that long, and hashing takes long."""
+"""Longer bodies get no fingerprint, unless they have images: few models have a context that long,
+and hashing takes long."""
 GENERATE_PATH = "/inference/v1/generate"
 TOKEN_ID_BYTES = 4
 MAX_ITEMS = 16385
@@ -358,8 +359,8 @@ def fingerprint(path: str, body: bytes) -> Fingerprint:
 
 def _decode_with_prompt(path: str, body: bytes) -> _PromptBody | None:
     decode = _DECODE_PROMPT.get(path)
-    if decode is None or len(body) > MAX_BODY_BYTES:
-        return None
+    if decode is None or (len(body) > MAX_BODY_BYTES and b"base64" not in body):
+        return None  # a large body with images may have a short text
     try:
         return decode(body)
     except (msgspec.DecodeError, UnicodeError, OverflowError, TypeError, RecursionError):

@@ -21,6 +21,8 @@ ROUTER = """api_keys_sha256 operator_keys_sha256 keys_file keys_in_cluster open 
 REPLICAS = """replicas.min replicas.max replicas.target_in_flight replicas.upscale_delay_s
     replicas.downscale_delay_s replicas.max_surge_percent"""
 RESOURCES = "resources.cpus resources.gpus resources.custom"
+MEDIA = """media.allowed_domains media.allowed_networks media.max_bytes media.timeout_s
+    media.max_redirects media.max_fetches media.max_pixels"""
 POOL = f"aliases max_in_flight stall_timeout_s priority routing {REPLICAS}"
 LIVE = {
     "router": f"{ROUTER} {REPLICAS}",
@@ -29,7 +31,7 @@ LIVE = {
     "leaks": "sample_s window_s settle_s min_bytes_per_s min_growth_bytes replace pause_s",
     "devices": "interval_s fatal_xids max_temperature_celsius",
     "idempotency": "keep_s disconnect_grace_s max_answer_bytes max_kept_bytes",
-    "generators.g": f"{POOL} fallbacks fallback_on slo.ttft_p90_s slo.itl_p90_s",
+    "generators.g": f"{POOL} fallbacks fallback_on slo.ttft_p90_s slo.itl_p90_s {MEDIA}",
     "classifiers.c": f"{POOL} max_queued_tokens max_texts slo.latency_p95_s",
 }
 SIM = """startup_s prefill_s_per_token decode_s_per_token batch_slowdown max_num_seqs num_kv_blocks
@@ -37,7 +39,7 @@ SIM = """startup_s prefill_s_per_token decode_s_per_token batch_slowdown max_num
     hang_after_requests leak_bytes_per_request"""
 GENERATOR = f"""model engine tensor_parallel_size pipeline_parallel_size dtype quantization
     max_model_len kv_cache_memory_bytes adapters tool_call_parser reasoning_parser engine_args
-    {RESOURCES} {" ".join(f"sim.{name}" for name in SIM.split())}"""
+    media.max_items {RESOURCES} {" ".join(f"sim.{name}" for name in SIM.split())}"""
 CLASSIFIER = f"""model tasks dtype max_batch_tokens threads result_cache.max_bytes
     result_cache.isolate_tenants {RESOURCES}"""
 RESTARTING = {

@@ -98,6 +98,18 @@ def test_different_images_have_different_hashes_of_constant_size() -> None:
     assert one.total_bytes < len(SYSTEM) + 50
 
 
+def test_the_text_of_a_request_with_a_large_image_is_read() -> None:
+    url = "data:image/png;base64," + "A" * MAX_BODY_BYTES
+    image = {"type": "image_url", "image_url": {"url": url}}
+    source = {"type": "base64", "media_type": "image/png", "data": "A" * MAX_BODY_BYTES}
+    text = {"type": "text", "text": SYSTEM}
+    for found in (
+        of(messages=[turn("user", [image, text])]),
+        of("/v1/messages", messages=[turn("user", [{"type": "image", "source": source}, text])]),
+    ):
+        assert len(SYSTEM) < found.total_bytes < len(SYSTEM) + 50
+
+
 def test_a_prompt_of_token_ids_is_hashed() -> None:
     one = of("/v1/completions", prompt=list(range(100)))
     assert one.is_tokens

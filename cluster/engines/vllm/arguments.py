@@ -15,6 +15,7 @@ GPU_MEMORY_UTILIZATION = 0.9  # of all replicas on a GPU; the rest is for CUDA c
 EAGER_CPU_WORKER = "cluster.engines.vllm.cpu_worker.EagerCPUWorker"
 _RESUMING = "cluster.engines.vllm.resuming"
 CPU_BLOCK_SIZE_TOKENS = 32  # vLLM's default on CPUs, 128, is too coarse for sharing prefixes
+_MODALITIES = ("image", "video", "audio")
 _COMPACT_BACKENDS = ("auto", "xgrammar", "guidance")  # those with ``disable_any_whitespace``
 
 
@@ -66,6 +67,7 @@ def fill_args(
         **defaults,
         "enable_request_id_headers": True,
         "scheduling_policy": PRIORITY_POLICY,
+        "limit_mm_per_prompt": dict.fromkeys(_MODALITIES, config.media.max_items),
         **config.engine_args,
         "model": model_path,
         "served_model_name": [config.name, *config.aliases],

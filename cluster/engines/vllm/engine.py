@@ -19,6 +19,7 @@ from cluster.engines.vllm.handover import hand_over_answers
 from cluster.engines.vllm.inputs import ReadJson, reject_uncompiled
 from cluster.engines.vllm.kv_events import KvEventReader
 from cluster.engines.vllm.launcher import LlmLauncher
+from cluster.engines.vllm.media import Media
 from cluster.engines.vllm.pins import pin_times_and_ids
 from cluster.engines.vllm.requests import (
     TrackRequest,
@@ -33,7 +34,7 @@ from cluster.engines.vllm.workers import find_workers
 from cluster.errors import EngineDeadError
 from cluster.link import Adapters
 from cluster.load import Load
-from cluster.metrics import Registry
+from cluster.metrics import Registry, table
 from cluster.models.hub import download
 from cluster.periodic import Periodic
 
@@ -74,6 +75,7 @@ class VllmEngine:
         self.prefixes: PrefixTracker | None = None
         self._kv_events: asyncio.Task[None] | None = None
         self._stats: Periodic | None = None
+        self._media = Media(config.media)
         self._num_workers = config.num_workers
         self.workers: Sequence[EngineWorker] = ()
 
@@ -103,6 +105,7 @@ class VllmEngine:
             if started.kv_events_endpoint is not None:
                 await self._track_prefixes(started.kv_events_endpoint)
             self._count_usage()
+            self._media.install()
             self._vllm_app = await build_app(self._llm, started.args, self._speech)
             self._adapters = LoraAdapters(
                 self._llm,
@@ -124,6 +127,7 @@ class VllmEngine:
 
     async def reconfigure(self, pool: GeneratorConfig) -> None:
         self._cores.set_stall_timeout(pool.stall_timeout_s)
+        self._media.configure(pool.media)
         self._speech.config = pool.audio
         set_names(self._vllm_app.state.openai_serving_models, (pool.name, *pool.aliases))
         if self._adapters is not None:
@@ -145,7 +149,9 @@ class VllmEngine:
         return self._cores.load(self._llm.get_num_unfinished_requests())
 
     def observe(self, registry: Registry) -> None:
-        """Do nothing: vLLM exports its metrics to Ray itself (``ray_metrics``)."""
+        """Write the counts of media; vLLM exports its metrics to Ray itself (``ray_metrics``)."""
+        for outcome, count in self._media.counts.items():
+            registry.counter(table.MEDIA_FETCHES, self._config.name, outcome).value = count
 
     def routes(self) -> tuple[str, ...]:
         return public_routes(self._vllm_app)

@@ -86,6 +86,9 @@ NAMES = {
     # Application
     "DeltaMessage": "vllm.entrypoints.generate.base.protocol:DeltaMessage",
     "ToolStrictLevel": "vllm.tool_parsers.tool_strict_level:ToolStrictLevel",
+    "ImageMediaIO": "vllm.multimodal.media.image:ImageMediaIO",
+    "MEDIA_CONNECTOR_REGISTRY": "vllm.multimodal.media:MEDIA_CONNECTOR_REGISTRY",
+    "MediaConnector": "vllm.multimodal.media:MediaConnector",  # loads images, audio and video
     "build_app": "vllm.entrypoints.launchers.app:build_app",
     "init_app_state": "vllm.entrypoints.launchers.api_server.app_state:init_app_state",
     "ResponsesRequest": "vllm.entrypoints.openai.responses.protocol:ResponsesRequest",
@@ -175,6 +178,11 @@ ATTRIBUTES = {
     "KVEventsConfig": ("enable_kv_cache_events", "endpoint"),
     "LoRARequest": ("lora_name",),
     "MPClient": ("resources", "add_request_async"),
+    "MEDIA_CONNECTOR_REGISTRY": ("register",),
+    "MediaConnector": (
+        *("load_from_url", "load_from_url_async"),
+        *("allowed_local_media_path", "allowed_media_domains"),
+    ),
     "OutputProcessor": ("request_states", "parent_requests", "process_outputs", "log_stats"),
     "ParentRequest": ("child_requests",),
     "OnlineRenderer": ("parser",),
@@ -207,7 +215,7 @@ ATTRIBUTES = {
     "StructuredOutputsConfig": ("backend", "disable_any_whitespace"),
     "ToolParserManager": ("list_registered",),
     "ToolStrictLevel": ("PARAMETER",),
-    "VllmConfig": ("cache_config", "structured_outputs_config"),
+    "VllmConfig": ("cache_config", "model_config", "structured_outputs_config"),
 }
 """Attributes that Tandem uses, by the name of their class."""
 

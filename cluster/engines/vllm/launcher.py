@@ -151,7 +151,9 @@ class LlmLauncher:
             raise ConfigError(
                 f"generator {self._config.name!r}: vLLM rejects the configuration: {reason}"
             ) from error
-        arguments.disable_free_whitespace(made.structured_outputs_config, self._config)
+        # vLLM checks the configuration of a multimodal model again when it builds the parts.
+        if not made.model_config.is_multimodal_model:
+            arguments.disable_free_whitespace(made.structured_outputs_config, self._config)
         if arguments.resume_answers(made):
             max_model_len = made.model_config.max_model_len
             self.resume_key = resume_key(self._config, self._model_path, max_model_len)
