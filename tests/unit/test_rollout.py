@@ -219,7 +219,7 @@ def test_few_failures_and_slow_answers_never_roll_back(
     assert judge("generator", RULE, figures(num_old), new).outcome != "worse"
 
 
-@given(st.integers(200, 5000), st.floats(0, 0.5), st.floats(0.15, 0.5))
+@given(st.integers(500, 5000), st.floats(0, 0.5), st.floats(0.2, 0.5))
 def test_a_raised_error_rate_is_worse(num: int, before: float, added: float) -> None:
     old, new = figures(num, int(num * before)), figures(num, round(num * (before + added)))
     assert judge("generator", RULE, old, new).outcome == "worse"
