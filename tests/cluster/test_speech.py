@@ -16,7 +16,13 @@ import openai
 import pytest
 from numpy.typing import NDArray
 
-from tests.cluster.conftest import ROOT, RunningCluster, router_config, serve_config
+from tests.cluster.conftest import (
+    ROOT,
+    RunningCluster,
+    router_config,
+    serve_config,
+    wait_until,
+)
 
 SENTENCES = (
     "The weather was warm this morning, so we walked along the river to the old market.",
@@ -162,15 +168,34 @@ def test_a_long_stereo_recording(http: httpx.Client, say: Say, tmp_path: Path) -
     pause = np.zeros(rate)
     times = round(300 / ((len(samples) + rate) / rate))
     mono = np.concatenate([np.concatenate([samples, pause])] * times)
-    stereo = np.stack([mono, mono * 0.5], axis=1)[::2]  # half of the rate is enough
+    mono = mono[: len(mono) // 2 * 2].reshape(-1, 2).mean(axis=1)  # half of the rate is enough
+    stereo = np.stack([mono, mono * 0.5], axis=1)
     file = wav(tmp_path / "long.wav", stereo, rate // 2)
     answer = transcribe(http, file.read_bytes(), response_format="verbose_json")
     assert answer.status_code == 200, answer.text
     found = answer.json()
-    rate_ = error_rate(" ".join(SENTENCES * times), found["text"])
-    print(f"word error rate of {found['duration']:.0f} s: {rate_:.3f}")
+    errors = error_rate(" ".join(SENTENCES * times), found["text"])
+    print(f"word error rate of {found['duration']:.0f} s: {errors:.3f}")
+    assert errors < MAX_ERROR_RATE
     assert found["duration"] == pytest.approx(300, abs=20)
-    assert found["segments"]
+    starts = [segment["start"] for segment in found["segments"]]
+    assert starts == sorted(starts)
+    assert 250 < found["segments"][-1]["end"] <= found["duration"]
+
+
+def test_usage_includes_the_audio(http: httpx.Client, speech: Path) -> None:
+    def counted() -> float:
+        text = http.get("/metrics").text
+        found = re.search(
+            r'^tandem_prompt_tokens_total{model="whisper"} (\S+)$', text, re.MULTILINE
+        )
+        return float(found.group(1)) if found else 0.0
+
+    samples, rate = read_wav(speech)
+    before = counted()
+    assert transcribe(http, speech.read_bytes()).status_code == 200
+    tokens = 100 * len(samples) / rate  # one per 10 ms
+    wait_until(lambda: counted() >= before + tokens, 60, "counting the tokens")
 
 
 def test_silence_and_noise(http: httpx.Client, tmp_path: Path) -> None:
