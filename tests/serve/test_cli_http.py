@@ -303,7 +303,7 @@ def test_address_reaches_the_test_of_guards(router: FakeRouter, tmp_path: Path) 
     assert [path for path, _ in router.requests] == ["/v1/guards/test"]
 
 
-@pytest.mark.parametrize("command", ["logs", "doctor", "down"])
+@pytest.mark.parametrize("command", ["doctor", "down"])
 def test_commands_for_the_machines_of_the_cluster_refuse_an_address(command: str) -> None:
     done = CliRunner().invoke(app, ["--address", "http://h", command], env={"COLUMNS": "200"})
     assert done.exit_code == 2
