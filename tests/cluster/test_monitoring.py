@@ -329,6 +329,7 @@ def browser(
     opened.driver.quit()
 
 
+@pytest.mark.timeout(900)
 def test_rays_dashboard_shows_charts(overloaded: RunningCluster, browser: Browser) -> None:
     replica = next(
         r for r, (name, _) in overloaded.replicas().items() if name == "generator-smollm2"
@@ -345,8 +346,7 @@ def test_rays_dashboard_shows_charts(overloaded: RunningCluster, browser: Browse
         },
     }
     for address, frames in pages.items():
-        browser.open(address)
-        browser.wait_for_frames(frames)
+        browser.show_frames(address, frames)
         browser.save(address.split("/")[-1])
 
 
