@@ -47,7 +47,7 @@ def _keep_open(handler: logging.Handler) -> None:
 
 
 def _drop_what_cannot_be_written(handler: logging.Handler) -> None:
-    """Let a handler lose records without a word while its disk is full.
+    """Drop the records of a handler silently while its file cannot be written (full disk).
 
     Python prints such errors to stderr, which Serve redirects to this log: each error would log the
     next ones, for seconds, until the recursion limit ends the request that wrote the record.

@@ -159,7 +159,7 @@ async def compare(
     """Compare two running models.
 
     Raises:
-        ConfigError: they divide the texts into different tokens.
+        ConfigError: they divide the texts into different tokens, or no text has two.
     """
     tokens = [await a.tokenize(text) for text in texts]
     if tokens != [await b.tokenize(text) for text in texts]:
@@ -168,6 +168,8 @@ async def compare(
             "comparable only between versions of one model"
         )
     tokens = [one for one in tokens if len(one) > 1]
+    if not tokens:
+        raise ConfigError("no text has two tokens, of which one could predict the other")
     scores: tuple[list[TextScore], list[TextScore]] = [], []
     for index, one in enumerate(tokens):
         progress("measuring the perplexity", index / len(tokens))

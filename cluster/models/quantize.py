@@ -13,18 +13,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from cluster.errors import BuildError, ConfigError
 
-SCHEMES = MappingProxyType(
-    {
-        "fp8": "8-bit floats; weights per output channel, activations per token",
-        "w4a16": "4-bit weights per group of inputs; activations are not quantized",
-        "w8a8": "8-bit integers; weights per output channel, activations per token",
-    }
-)
+SCHEMES = ("fp8", "w4a16", "w8a8")
+"""Schemes of ``quantize_worker``, which this process does not import."""
 GROUP_SIZES = (128, 64, 32)
 """Input channels of w4a16 that share a scale; the largest that divides all layers is used."""
 LIBRARY = "auto-round"

@@ -89,6 +89,11 @@ async def test_different_tokenizers_are_refused() -> None:
         await comparison.compare(candidate("good"), candidate("bad", offset=1), ["abc"], quiet)
 
 
+async def test_texts_of_one_token_are_refused() -> None:
+    with pytest.raises(ConfigError, match="no text has two tokens"):
+        await comparison.compare(candidate("good"), candidate("bad"), ["a", "b"], quiet)
+
+
 async def test_an_engines_error_is_reported() -> None:
     with pytest.raises(BuildError, match=r"bad: /v1/completions answers 500:.*out of memory"):
         await comparison.compare(candidate("good"), candidate("bad", status=500), ["abc"], quiet)

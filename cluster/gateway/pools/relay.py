@@ -122,7 +122,10 @@ async def _send_with_failover(
                     retry_after_s=1,
                 ) from error
             if slot.replica.newest_request == request.id:
-                await asyncio.sleep(_suspect_pause_s(loop.time() - sent_s))
+                pause_s = _suspect_pause_s(loop.time() - sent_s)
+                if claim.has_deadline:
+                    pause_s = min(pause_s, max(0.0, claim.deadline_s - loop.time()))
+                await asyncio.sleep(pause_s)
     raise UnavailableError(
         f"{pool.name}: {MAX_ATTEMPTS} replicas refused the request; try again.", retry_after_s=1
     )

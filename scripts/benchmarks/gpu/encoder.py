@@ -67,9 +67,15 @@ def require_gpu() -> None:
 def run(classifier: str, *, quick: bool) -> Report:
     """Measure in a child process."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as process:
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
         repeats = 1 if quick else REPEATS
-        result = process.submit(measure, resolve(classifier), "cuda", repeats).result(TIMEOUT_S)
+        future = pool.submit(measure, resolve(classifier), "cuda", repeats)
+        try:
+            result = future.result(TIMEOUT_S)
+        except TimeoutError:
+            for child in multiprocessing.active_children():  # the pool would wait for it
+                child.kill()
+            raise TargetError(f"The encoder took over {TIMEOUT_S} s.") from None
     print_progress(0, "encoder", f"matmul {result.matmul_flops_s / TERA:.0f} TFLOP/s")
     return make_report(result)
 
