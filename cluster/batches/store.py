@@ -232,48 +232,34 @@ class BatchStore:
         batch = self.find_batch(id_)
         if batch is None or batch.is_final:
             return
-        written = [
-            (file_id, name, self._write_results(batch, file_id, is_success=is_success))
-            for file_id, name, is_success in (
-                (batch.output_id, "output", True),
-                (batch.error_id, "error", False),
-            )
-        ]
-        with self._database.transaction() as transaction:
-            transaction.lock(f"batch {id_}")
-            batch = _find_batch(transaction, id_)
-            if batch is None or batch.is_final:
-                return
-            after = change(batch)
-            for file_id, name, part in written:
-                if not (size := part.stat().st_size):
-                    part.unlink()
-                    continue
-                created_at = after.finalizing_at or after.created_at
-                filename = f"{batch.id}_{name}.jsonl"
-                file = StoredFile(
-                    id=file_id,
-                    tenant=batch.tenant,
-                    filename=filename,
-                    purpose="batch_output",
-                    bytes=size,
-                    created_at=created_at,
-                    expires_at=file_expires_at,
-                )
-                _insert_file(transaction, file)
-                transaction.put_content(file_id, part)
-            _write_batch(transaction, after)
-            transaction.execute("DELETE FROM results WHERE batch = ?", (id_,))
+        # Another router may write the same files.
+        output, errors = (
+            self.part(f"{file_id}.{token_hex(4)}") for file_id in (batch.output_id, batch.error_id)
+        )
+        try:
+            self._write_results(output, id_, is_success=True)
+            self._write_results(errors, id_, is_success=False)
+            with self._database.transaction() as transaction:
+                transaction.lock(f"batch {id_}")
+                batch = _find_batch(transaction, id_)
+                if batch is None or batch.is_final:
+                    return
+                after = change(batch)
+                _put_output(transaction, after, "output", output, file_expires_at)
+                _put_output(transaction, after, "error", errors, file_expires_at)
+                _write_batch(transaction, after)
+                transaction.execute("DELETE FROM results WHERE batch = ?", (id_,))
+        finally:
+            for part in (output, errors):
+                part.unlink(missing_ok=True)
 
-    def _write_results(self, batch: Batch, file_id: str, *, is_success: bool) -> Path:
-        part = self.part(f"{file_id}.{token_hex(4)}")  # another router may write it, too
+    def _write_results(self, part: Path, id_: str, *, is_success: bool) -> None:
         with part.open("wb") as file:
-            for content in self._results(batch.id, is_success=is_success):
+            for content in self._results(id_, is_success=is_success):
                 file.write(content)
                 file.write(b"\n")
             file.flush()
             os.fsync(file.fileno())
-        return part
 
     def _results(self, id_: str, *, is_success: bool) -> Iterator[bytes]:
         start, end = 0, 0
@@ -323,6 +309,25 @@ def _insert_file(transaction: Transaction, file: StoredFile) -> None:
     values = file.id, file.tenant, file.purpose, file.bytes, file.created_at, file.expires_at
     query = f"INSERT INTO files ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)"
     transaction.execute(query, (*values, _encode(file)))
+
+
+def _put_output(
+    transaction: Transaction, batch: Batch, kind: str, part: Path, expires_at: int
+) -> None:
+    """Add the output file or the error file of a batch, unless it is empty."""
+    if not (size := part.stat().st_size):
+        return
+    file = StoredFile(
+        id=batch.output_id if kind == "output" else batch.error_id,
+        tenant=batch.tenant,
+        filename=f"{batch.id}_{kind}.jsonl",
+        purpose="batch_output",
+        bytes=size,
+        created_at=batch.finalizing_at or batch.created_at,
+        expires_at=expires_at,
+    )
+    _insert_file(transaction, file)
+    transaction.put_content(file.id, part)
 
 
 def _find_batch(transaction: Transaction, id_: str) -> Batch | None:

@@ -6,6 +6,7 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,31 @@ def test_a_crash_at_the_end_loses_and_doubles_nothing(
     output = store.find_file("b-out", "a")
     assert output is not None
     assert (output.purpose, output.bytes) == ("batch_output", 4)
+
+
+@pytest.mark.parametrize("point", ["write", "transaction", "final"])
+def test_an_end_that_fails_leaves_no_parts(
+    store: BatchStore, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    store.add_batch(make_batch(), 9)
+    store.record("b", [result(1), result(2, good=False)])
+
+    def fail(*_: object) -> None:
+        raise OSError("disk is full")
+
+    def end_elsewhere(*_: object) -> None:
+        store.change_batch("b", end)
+
+    with monkeypatch.context() as patch:
+        if point == "transaction":
+            for kind in (SqliteTransaction, PostgresTransaction):
+                patch.setattr(kind, "lock", fail)
+        else:
+            meanwhile = fail if point == "write" else end_elsewhere
+            patch.setattr("cluster.batches.store.os.fsync", meanwhile)
+        with nullcontext() if point == "final" else pytest.raises(OSError, match="full"):
+            store.finish("b", end, 50)
+    assert list(store.part("").parent.glob("*.part")) == []
 
 
 RECORD = """
