@@ -18,6 +18,7 @@ from cluster.errors import (
     ConfigError,
     InvalidRequestError,
     OverloadedError,
+    StartError,
     TandemError,
     UnavailableError,
     UnsupportedError,
@@ -40,6 +41,11 @@ TIMEOUT_S = 120.0
 GCS_TIMEOUT_S = 10.0
 MAX_ENTRIES = 2000
 """Log entries of one request that are returned."""
+KEY_MAY_EXIST = "The key may exist; see `tandem keys list`, and revoke it."
+
+
+class _TaskLostError(UnavailableError):
+    """The task on the head may have done its work, or a part of it."""
 
 
 class HeadControl:
@@ -60,7 +66,10 @@ class HeadControl:
 
     async def add_key(self, new: NewKey, limits: Mapping[str, float | None]) -> str:
         file = await self._key_file()
-        key: str = await self._on_head(_add_key, file, self._is_shared, new, dict(limits))
+        try:
+            key: str = await self._on_head(_add_key, file, self._is_shared, new, dict(limits))
+        except _TaskLostError as error:
+            raise UnavailableError(f"{error} {KEY_MAY_EXIST}") from error
         return key
 
     async def revoke_key(self, key_id: str) -> tuple[str, str]:
@@ -98,15 +107,26 @@ class HeadControl:
         task = ray.remote(num_cpus=0, max_retries=0, resources={HEAD_NODE_RESOURCE_NAME: 0.001})
         async with self._lock:
             try:
-                async with asyncio.timeout(TIMEOUT_S):
-                    result, error = await task(returning_errors).remote(function, *args)
+                result, error = await _result(task(returning_errors).remote(function, *args))
+            except TimeoutError:
+                raise _TaskLostError(f"The head did not finish within {TIMEOUT_S:g} s.") from None
             except Exception as failure:
-                raise UnavailableError(f"The head does not answer: {failure!r}") from failure
+                raise _TaskLostError(f"The head does not answer: {failure!r}.") from failure
         if isinstance(error, ConfigError):
             raise InvalidRequestError(str(error))
         if error is not None:
             raise UnavailableError(str(error))
         return result
+
+
+async def _result(ref: Any) -> Any:
+    """Await the result of a task; cancel the task after TIMEOUT_S."""
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            return await ref
+    except TimeoutError:
+        ray.cancel(ref, force=True)  # or it would change the key file beside the next operation
+        raise
 
 
 def returning_errors(function: Callable[..., Any], *args: Any) -> tuple[Any, TandemError | None]:
@@ -144,9 +164,23 @@ def _list_keys(file: str | None) -> list[dict[str, Any]]:
 def _add_key(
     file: str | None, is_shared: bool, new: NewKey, limits: Mapping[str, float | None]
 ) -> str:
-    key = add_key(_path(file), new, limits)
+    """Create a key; delete it again if the cluster does not store it, since its text is lost then.
+
+    Raises:
+        StartError: The cluster does not store the key.
+    """
+    path = _path(file)
+    key = add_key(path, new, limits)
     if is_shared:
-        _publish(_path(file))
+        try:
+            _publish(path)
+        except Exception as error:  # Ray's errors, and those of the file
+            problem = f"The cluster did not store the new key: {error!r}."
+            try:
+                revoke_key(path, key)
+            except Exception as second:
+                raise StartError(f"{problem} {KEY_MAY_EXIST} ({second!r})") from error
+            raise StartError(f"{problem} The key was deleted again.") from error
     return key
 
 

@@ -1,10 +1,12 @@
 """``/v1/keys`` and ``/v1/logs``, which ``tandem --address URL keys`` and ``logs`` use."""
 
+import asyncio
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,7 +90,7 @@ async def test_an_operator_reads_logs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [KEYS_PATH, LOGS_PATH])
-async def test_nobody_else_does(tmp_path: Path, path: str) -> None:
+async def test_other_callers_are_refused(tmp_path: Path, path: str) -> None:
     async with gateway_world(
         control=Control(tmp_path), api_keys_sha256=[sha256(b"other").hexdigest()]
     ) as world:
@@ -199,3 +201,37 @@ async def test_a_head_that_fails_is_reported(
             monkeypatch.setattr(operations, "_list_keys", lambda _, error=error: fail(error))
             with pytest.raises(UnavailableError, match=r"no dashboard|broken"):
                 await control.list_keys()
+
+
+async def test_a_task_that_takes_too_long_is_cancelled(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cancelled: list[tuple[Any, bool]] = []
+    task: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    with head(monkeypatch, tmp_path) as control:
+        monkeypatch.setattr(
+            operations.ray, "remote", lambda **_: lambda _: SimpleNamespace(remote=lambda *_: task)
+        )
+        monkeypatch.setattr(
+            operations.ray, "cancel", lambda ref, force: cancelled.append((ref, force))
+        )
+        monkeypatch.setattr(operations, "TIMEOUT_S", 0.01)
+        with pytest.raises(UnavailableError, match=r"did not finish.*key may exist.*keys list"):
+            await control.add_key(NewKey("acme", 0, None, None), {})
+    assert cancelled == [(task, True)]
+
+
+async def test_a_key_that_cannot_be_published_is_deleted_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("GCS gone")
+
+    monkeypatch.setattr(operations, "kv_put", fail)
+    with head(monkeypatch, tmp_path, keys_in_cluster=True) as control:
+        with pytest.raises(UnavailableError, match=r"GCS gone.*deleted again"):
+            await control.add_key(NewKey("acme", 0, None, None), {})
+        assert await control.list_keys() == []
+        monkeypatch.setattr(operations, "revoke_key", fail)
+        with pytest.raises(UnavailableError, match=r"key may exist.*tandem keys list"):
+            await control.add_key(NewKey("acme", 0, None, None), {})
