@@ -49,4 +49,5 @@ class MediaConfig(Section):
     """Maximum number of images, of audio files, and of videos in one request, unless
     `engine_args.limit_mm_per_prompt` is set."""
     max_pixels: int = Field(32_000_000, ge=1024)
-    """Maximum number of pixels of one image. Each needs 3 bytes of memory."""
+    """Maximum number of pixels of one image, or of all decoded frames of one video. Each needs 3
+    bytes of memory."""

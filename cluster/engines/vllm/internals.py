@@ -89,6 +89,9 @@ NAMES = {
     "ImageMediaIO": "vllm.multimodal.media.image:ImageMediaIO",
     "MEDIA_CONNECTOR_REGISTRY": "vllm.multimodal.media:MEDIA_CONNECTOR_REGISTRY",
     "MediaConnector": "vllm.multimodal.media:MediaConnector",  # loads images, audio and video
+    "VideoMediaIO": "vllm.multimodal.media.video:VideoMediaIO",
+    "VideoBackend": "vllm.multimodal.video:VideoBackend",  # a loader; the default one
+    "multimodal_image": "vllm.multimodal.image",  # ALLOWED_IMAGE_FORMATS
     "build_app": "vllm.entrypoints.launchers.app:build_app",
     "init_app_state": "vllm.entrypoints.launchers.api_server.app_state:init_app_state",
     "ResponsesRequest": "vllm.entrypoints.openai.responses.protocol:ResponsesRequest",
@@ -215,6 +218,8 @@ ATTRIBUTES = {
     "StructuredOutputsConfig": ("backend", "disable_any_whitespace"),
     "ToolParserManager": ("list_registered",),
     "ToolStrictLevel": ("PARAMETER",),
+    "VideoBackend": ("compute_frames_index_to_sample",),
+    "VideoMediaIO": ("num_frames", "video_loader", "load_base64", "load_bytes"),
     "VllmConfig": ("cache_config", "model_config", "structured_outputs_config"),
 }
 """Attributes that Tandem uses, by the name of their class."""

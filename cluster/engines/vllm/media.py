@@ -11,10 +11,10 @@ from typing import Any
 
 from cluster.config import MediaConfig
 from cluster.engines.media_fetch import MediaFailedError, MediaFetcher, MediaRefusedError
-from cluster.engines.vllm import internals
+from cluster.engines.vllm import internals, video
 from cluster.errors import InvalidRequestError
 
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """Formats of images; Pillow has decoders of many more, which only attackers would use."""
 _CONNECTOR = "http"  # vLLM's name of the connector that it uses by default
 _BASE64 = ";base64"
@@ -37,6 +37,8 @@ class Media:
         """Make vLLM load media here, in this process."""
         register = internals.MEDIA_CONNECTOR_REGISTRY.register(_CONNECTOR)
         register(_connector_class(self))
+        # vLLM opens images with its own, longer list; the format that was checked must be the same.
+        internals.multimodal_image.ALLOWED_IMAGE_FORMATS = IMAGE_FORMATS
 
     async def fetch(self, url: str, domains: tuple[str, ...]) -> bytes:
         """Return the file at a URL; ``domains`` are allowed in addition.
@@ -75,32 +77,42 @@ class Media:
                 param="url",
             )
         media_type = head[len("data:") : -len(_BASE64)].partition(";")[0]
-        if not isinstance(media_io, internals.ImageMediaIO):
-            return media_io.load_base64(media_type, data)
-        import pybase64  # of vLLM; decodes faster than the standard library
-
-        try:
-            content = pybase64.b64decode(data, validate=True)
-        except ValueError:
-            raise InvalidRequestError("A data URL is not valid base64.", param="url") from None
-        return self.load(content, media_io)
+        if isinstance(media_io, internals.VideoMediaIO) and video.is_jpeg_sequence(media_type):
+            frames = map(_decode, video.split_frames(data, media_io.num_frames))
+            self._check_pixels(sum(map(count_pixels, frames)))
+            return video.load_sequence(data, media_io)
+        if isinstance(media_io, internals.ImageMediaIO | internals.VideoMediaIO):
+            return self.load(_decode(data), media_io)
+        return media_io.load_base64(media_type, data)
 
     def load(self, content: bytes, media_io: Any) -> Any:
         """Return the medium in a file.
 
         Raises:
-            InvalidRequestError: It is not an image of a known format, or has too many pixels.
+            InvalidRequestError: It has no known format, or too many pixels.
         """
-        if not isinstance(media_io, internals.ImageMediaIO):
-            return media_io.load_bytes(content)
-        num_pixels = count_pixels(content)
+        if isinstance(media_io, internals.VideoMediaIO):
+            return video.load_container(content, media_io, self._check_pixels)
+        if isinstance(media_io, internals.ImageMediaIO):
+            self._check_pixels(count_pixels(content))
+        return media_io.load_bytes(content)
+
+    def _check_pixels(self, num_pixels: int) -> None:
         if num_pixels > self._config.max_pixels:
             raise MediaFailedError(
-                f"An image has {num_pixels} pixels; the limit is {self._config.max_pixels} "
-                "(media.max_pixels).",
+                f"An image, or a video's frames together, have {num_pixels} pixels; the limit is "
+                f"{self._config.max_pixels} (media.max_pixels).",
                 param="url",
             )
-        return media_io.load_bytes(content)
+
+
+def _decode(data: str) -> bytes:
+    import pybase64  # of vLLM; decodes faster than the standard library
+
+    try:
+        return pybase64.b64decode(data, validate=True)
+    except ValueError:
+        raise InvalidRequestError("A data URL is not valid base64.", param="url") from None
 
 
 def count_pixels(content: bytes) -> int:
@@ -112,13 +124,13 @@ def count_pixels(content: bytes) -> int:
     from PIL import Image
 
     try:
-        with Image.open(BytesIO(content), formats=FORMATS) as image:
+        with Image.open(BytesIO(content), formats=IMAGE_FORMATS) as image:
             return image.width * image.height
     except Image.DecompressionBombError:
         raise MediaFailedError("An image has too many pixels (media.max_pixels).") from None
     except Exception:  # the decoders raise many types
         raise InvalidRequestError(
-            f"A file is not an image that can be read; formats are {', '.join(FORMATS)}.",
+            f"A file is not an image that can be read; formats are {', '.join(IMAGE_FORMATS)}.",
             param="url",
         ) from None
 
@@ -142,7 +154,11 @@ def _connector_class(media: Media) -> type:
                     return media.load_data(url, media_io)
                 if _is_file(url) and self.allowed_local_media_path is not None:
                     return super().load_from_url(url, media_io, **options)
-                raise MediaRefusedError("This request cannot have URLs.", param="url")
+                raise MediaRefusedError(
+                    "This API does not fetch the URLs of images, audio and video (`url`); send a "
+                    "data URL, as `data:image/png;base64,…`.",
+                    param="url",
+                )
             except InvalidRequestError as error:
                 raise _as_vllms(error) from None
 
