@@ -1,6 +1,10 @@
 """PostgreSQL database of batches and of the files' contents, for routers on several nodes."""
 
 import io
+import logging
+import math
+import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -13,8 +17,14 @@ from psycopg.conninfo import conninfo_to_dict
 
 from cluster.batches.database import TABLES, Rows, StoreError
 
+logger = logging.getLogger("ray.serve.tandem")
+
 CHUNK_BYTES = 1024 * 1024
 """Content of a file in one row; PostgreSQL sends whole rows."""
+LOG_S = 60.0
+"""Interval in which failures of one kind are logged once, in seconds."""
+_RETRY_S = 5.0
+"""Time after which clients try again, in seconds; that of batches (``RETRY_S`` of the runner)."""
 _OPTIONS: dict[str, Any] = {
     "connect_timeout": 5,
     "tcp_user_timeout": 15_000,
@@ -64,6 +74,23 @@ class PostgresTransaction:
         self.execute("DELETE FROM contents WHERE file = ?", (file_id,))
 
 
+class _FailureLog:
+    """Log of failures, at most one of a kind in ``LOG_S``. Any thread may call it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._logged_at_s: dict[type[psycopg.Error], float] = {}
+
+    def log(self, error: psycopg.Error) -> None:
+        kind, now_s = type(error), time.monotonic()
+        with self._lock:
+            is_new = now_s - self._logged_at_s.get(kind, -math.inf) >= LOG_S
+            if is_new:
+                self._logged_at_s[kind] = now_s
+        if is_new:
+            logger.error("batches: the database failed: %s", " ".join(str(error).split()))
+
+
 class PostgresDatabase:
     """A schema in a PostgreSQL database; connections are kept.
 
@@ -81,6 +108,7 @@ class PostgresDatabase:
         self._schema = schema
         self._idle: deque[Connection] = deque()
         self._has_tables = False
+        self._failures = _FailureLog()
 
     @contextmanager
     def transaction(self, *, writes: bool = True) -> Iterator[PostgresTransaction]:
@@ -98,8 +126,11 @@ class PostgresDatabase:
             finally:
                 self._keep(connection)
         except psycopg.Error as error:
-            message = " ".join(str(error).split())
-            raise StoreError(f"The database of batches cannot be used: {message}.") from error
+            self._failures.log(error)
+            # libpq's text names the host and the user, which are not for clients.
+            raise StoreError(
+                "The database of batches is unavailable; try again.", retry_after_s=_RETRY_S
+            ) from error
 
     def _begin(self) -> Connection:
         """Return a connection with an open transaction."""

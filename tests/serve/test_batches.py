@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +255,10 @@ async def test_a_lost_router_is_followed_by_another_with_one_result_per_line(
         assert len(replica.bodies) == 5  # only those without a result
 
 
-async def test_without_its_database_batches_answer_503(tmp_path: Path) -> None:
+async def test_without_its_database_batches_answer_503(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.batches.postgres.LOG_S", math.inf)
     store = open_store(tmp_path, "postgresql://nobody@/none?host=/nonexistent")
     async with gateway_world(batch_store=store) as world:
         for answer in (
@@ -263,7 +267,12 @@ async def test_without_its_database_batches_answer_503(tmp_path: Path) -> None:
             await asgi.get(world.app, "/v1/files/file-1/content"),
         ):
             assert answer.status == 503
-            assert "The database of batches cannot be used" in answer.json()["error"]["message"]
+            message = answer.json()["error"]["message"]
+            assert message == "The database of batches is unavailable; try again."
+            assert int(answer.headers["retry-after"]) > 0
+    failures = [each for each in caplog.messages if each.startswith("batches: the database failed")]
+    assert len(failures) == 1
+    assert "/nonexistent" in failures[0]
     assert not list(store.part("").parent.glob("*"))
 
 
