@@ -80,8 +80,11 @@ class Playground:
 
 
 @asynccontextmanager
-async def playground(**router):
+async def playground(ears=None, **router):
+    """Run a router; ``ears`` is the application of a speech model."""
     more = [{"name": "other", "model": "m"}]
+    if ears is not None:
+        more.append({"name": "ears", "model": "m"})
     auto = {"default": "gen"}
     async with (
         gateway_world(more_generators=more, auto=auto, **router) as world,
@@ -89,6 +92,8 @@ async def playground(**router):
     ):
         running = Playground(world, url)
         await running.start()
+        if ears is not None:
+            await world.serve(ears, "ears", "ears-1", ("/v1/audio/transcriptions",))
         try:
             yield running
         finally:
@@ -314,6 +319,68 @@ async def test_a_knowledge_base_answers_with_the_passages_that_it_cites(browser)
         await knowledge.add("docs", "rivers.md", "# Elbe\n\nThe Elbe ends in the North Sea.\n")
         async with listening(knowledge.tasks.world.app) as url:
             await asyncio.to_thread(use, url)
+
+
+class Listener:
+    """Speech model whose transcripts have two parts; it keeps the forms it gets."""
+
+    def __init__(self):
+        self.forms = []
+
+    async def __call__(self, scope, receive, send):
+        self.forms.append(await read_body(receive))
+        events = [
+            {"type": "transcript.text.delta", "delta": "Hello "},
+            {"type": "transcript.text.delta", "delta": "<b>world</b>."},
+            {
+                "type": "transcript.text.done",
+                "text": "Hello <b>world</b>.",
+                "usage": {"type": "duration", "seconds": 3},
+            },
+        ]
+        lines = [json.dumps(event) for event in events] + ["[DONE]"]
+        body = "".join(f"data: {line}\n\n" for line in lines).encode()
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
+async def test_a_recording_is_transcribed(browser, tmp_path):
+    recording = tmp_path / "it's.wav"
+    recording.write_bytes(b"RIFF sound")
+    listener = Listener()
+
+    def use(running):
+        browser.open(f"{running.url}/playground", width=1100)
+        assert "ears" not in [option.text for option in browser.all("select.model option")]
+        browser.by("speech-tab").click()
+        assert [option.text for option in browser.all("#speech-model option")] == ["ears"]
+        assert browser.by("record").is_displayed()
+        browser.by("recording").send_keys(str(recording))
+        browser.by("transcribe").click()
+        browser.until(lambda: browser.by("speech-status").text == "Transcribed.")
+        assert browser.by("transcript-text").text == "Hello <b>world</b>."
+        assert "recording" in browser.by("transcript-figures").text
+        assert b'name="model"\r\n\r\nears' in listener.forms[0]
+        assert b"RIFF sound" in listener.forms[0]
+        assert browser.violations() == []
+        browser.by("code").find_element("tag name", "summary").click()
+        done = subprocess.run(
+            ["bash", "-c", browser.code("curl")],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert "Hello" in done.stdout, done.stderr
+        compile(browser.code("openai"), "openai", "exec")
+        assert 'transcribe("it\'s.wav", model="ears")' in browser.code("client")
+        browser.open(f"{running.url}/playground#speech", "dark", width=360)
+        browser.until(lambda: browser.by("speech").is_displayed())
+        assert browser.script("document.documentElement.scrollWidth") <= 360
+
+    async with playground(ears=listener) as running:
+        await asyncio.to_thread(use, running)
 
 
 async def test_the_key_is_entered_once_for_all_pages(browser):

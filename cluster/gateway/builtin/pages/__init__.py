@@ -18,6 +18,7 @@ from cluster.gateway.messages import Request, Response, bytes_response
 from cluster.gateway.pools.pool import Pool
 
 NAMES = ("dashboard", "explain", "playground")
+CHAT_PATH, SPEECH_PATH = "/v1/chat/completions", "/v1/audio/transcriptions"
 _INCLUDED = re.compile(r"(?:/\*|<!--)include:([\w./-]+)(?:\*/|-->)")
 
 
@@ -38,22 +39,25 @@ class Pages:
         """Handlers by path."""
 
     async def _show(self, page: "Page", _request: Request) -> Response:
+        pools = self._pools.values()
         generators = [
             name
-            for pool in self._pools.values()
-            if pool.kind == "generator"
+            for pool in pools
+            if pool.kind == "generator" and pool.serves(CHAT_PATH) is not False
             for name in (pool.name, *pool.limits.adapters)
         ]
         if self._has_auto():
             generators.append(AUTO)
-        classifiers = [pool.name for pool in self._pools.values() if pool.kind == "classifier"]
-        applications = [pool.name for pool in self._pools.values() if pool.kind == "application"]
+        classifiers = [pool.name for pool in pools if pool.kind == "classifier"]
+        applications = [pool.name for pool in pools if pool.kind == "application"]
+        speech = [pool.name for pool in pools if pool.serves(SPEECH_PATH)]
         return page.response(
             {
                 "pools": self._pools,
                 "generators": generators,
                 "classifiers": classifiers,
                 "applications": applications,
+                "speech": speech,
             }
         )
 

@@ -15,10 +15,12 @@ const literal = (value, indent = "    ") => {  // JSON's texts and numbers are a
 const arguments_ = (fields) => Object.entries(fields).map(([name, value]) =>
   `    ${name}=${literal(value)},\n`).join("");
 
+const keyHeader = () => sessionStorage.getItem(KEY)
+  ? ` \\\n  -H "Authorization: Bearer $${KEY_VARIABLE}"` : "";
+
 function curl(path, body) {
-  const key = sessionStorage.getItem(KEY) ? ` \\\n  -H "Authorization: Bearer $${KEY_VARIABLE}"` : "";
   const data = JSON.stringify(body, null, 2).replaceAll("'", "'\\''");
-  return `curl -sN ${ADDRESS}${path} \\\n  -H 'Content-Type: application/json'${key} \\\n  -d '${data}'`;
+  return `curl -sN ${ADDRESS}${path} \\\n  -H 'Content-Type: application/json'${keyHeader()} \\\n  -d '${data}'`;
 }
 
 function openaiClient(base) {
@@ -43,6 +45,17 @@ const CLASSIFY_CODE = {
     "print(answer.json())\n",
   client: ({ input, explain, ...options }) => `from cluster.client import Tandem\n\n` +
     `tandem = Tandem()\nprint(tandem.classify(\n    ${literal(input)},\n${arguments_(options)}))\n`,
+};
+const SPEECH_CODE = {
+  curl: ({ model, file }) => {
+    const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
+    return `curl -s ${ADDRESS}/v1/audio/transcriptions${keyHeader()} \\\n  -F ${quoted(`model=${model}`)} ` +
+      `-F ${quoted(`file=@"${file}"`)}`;
+  },
+  openai: ({ model, file }) => `${openaiClient(`${ADDRESS}/v1`)}with open(${literal(file)}, "rb") ` +
+    `as file:\n    print(client.audio.transcriptions.create(model=${literal(model)}, file=file).text)\n`,
+  client: ({ model, file }) => `from cluster.client import Tandem\n\n` +
+    `print(Tandem().transcribe(${literal(file)}, model=${literal(model)}).text)\n`,
 };
 const knowledgeCode = (base) => ({
   curl: (body) => curl(`/v1/knowledge/${base}/answer`, body),

@@ -59,9 +59,11 @@ const detailsOf = (error) => error.details ?? error.message;
 async function call(path, { body, headers, signal } = {}) {
   const key = sessionStorage.getItem(KEY), all = new Headers(headers);
   if (key) all.set("authorization", `Bearer ${key}`);
-  if (body !== undefined) all.set("content-type", "application/json");
+  const isForm = body instanceof FormData;  // the browser sets the type of a form
+  if (body !== undefined && !isForm) all.set("content-type", "application/json");
   const method = body === undefined ? "GET" : "POST";
-  const response = await fetch(path, { method, headers: all, signal, body: JSON.stringify(body) });
+  const content = isForm ? body : JSON.stringify(body);
+  const response = await fetch(path, { method, headers: all, signal, body: content });
   if (response.ok) return response;
   const document = await response.json().catch(() => null);
   if (response.status === 401) {

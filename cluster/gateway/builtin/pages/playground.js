@@ -3,7 +3,8 @@
 const conversations = [...document.querySelectorAll(".column")].map((c) => new Conversation(c));
 const hasKnowledge = by("applications").options.length > 0;
 by("ask-tab").hidden = !hasKnowledge;
-const tabs = [by("chat-tab"), by("classify-tab"), ...(hasKnowledge ? [by("ask-tab")] : [])];
+by("speech-tab").hidden = !by("speech-model").options.length;
+const tabs = [...document.querySelectorAll("[role=tab]:not([hidden])")];
 let answering = null;
 
 const shownConversations = () => conversations.filter(({ column }) => !column.hidden);
@@ -55,6 +56,7 @@ function setBusy(isBusy) {
 function stop() {
   answering?.abort();
   asking?.abort();
+  transcribing?.abort();
 }
 
 function selectTab(tab, focus = false) {
@@ -74,6 +76,7 @@ function showCode() {
   const [kinds, body] = !by("chat").hidden
     ? [CHAT_CODE, chatBody(conversations[0], by("message").value.trim())]
     : !by("classify").hidden ? [CLASSIFY_CODE, classification()]
+    : !by("speech").hidden ? [SPEECH_CODE, speechFields()]
     : [knowledgeCode(by("base").value), knowledgeBody()];
   put(by("source"), kinds[by("language").value](body));
   put(by("code-status"), "");
@@ -88,7 +91,7 @@ function showModels() {
 
 async function start() {
   try {
-    await limitModels(...document.querySelectorAll("select.model, #explain-model, #ask-model"));
+    await limitModels(...document.querySelectorAll("select.model, #explain-model, #ask-model, #speech-model"));
   } catch (error) {
     put(by("status"), detailsOf(error));
   }
