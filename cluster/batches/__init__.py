@@ -3,7 +3,7 @@
 types     files, batches and their JSON forms in OpenAI's API
 lines     reading and validation of a batch's lines, and the lines of its results
 store     files, batches, results, and the lease of the router that runs them, in a database
-database  what the store needs of a database
+database  interface of the databases
 sqlite    database in a directory, of the routers of one node
 postgres  database of the routers of several nodes; imported only if it is configured
 """

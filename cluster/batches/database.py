@@ -46,7 +46,7 @@ class Transaction(Protocol):
         """Wait until no other transaction has this lock, and keep it until the end."""
 
     def put_content(self, file_id: str, part: Path, /) -> None:
-        """Store the content of a file, which ``part`` has; ``part`` ends."""
+        """Store the file ``part`` as content and delete ``part``."""
 
     def delete_content(self, file_id: str, /) -> None:
         """Delete the content of a file, if there is one."""

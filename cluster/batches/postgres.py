@@ -28,8 +28,8 @@ _RETRY_S = 5.0
 _OPTIONS: dict[str, Any] = {
     "connect_timeout": 5,
     "tcp_user_timeout": 15_000,
-    # A statement writes at most a chunk. A router that was lost or suspended in a transaction
-    # gives up its locks.
+    # An INSERT writes at most a chunk; a DELETE may take all chunks of a file or all results of
+    # ended batches. A router that was lost or suspended in a transaction gives up its locks.
     "options": "-c statement_timeout=30s -c idle_in_transaction_session_timeout=30s",
     "application_name": "tandem-batches",
 }

@@ -2,6 +2,7 @@
 
 import io
 import math
+import tracemalloc
 import wave
 from contextlib import suppress
 from types import SimpleNamespace
@@ -44,6 +45,20 @@ def encoded(container: str, codec: str, rate: int) -> bytes:
         frame.sample_rate = RATE
         for resampled in [*resampler.resample(frame), *resampler.resample(None)]:
             writer.mux(stream.encode(resampled))
+        writer.mux(stream.encode(None))
+    return file.getvalue()
+
+
+def low_rate_flac(rate: int) -> bytes:
+    """Return a FLAC file that declares a rate below 1,000 Hz, in its header and its frames."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="flac") as writer:
+        stream = writer.add_stream("flac", rate=rate)
+        assert isinstance(stream, av.AudioStream)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4000), np.int16), "s16", "mono")
+        frame.sample_rate = rate
+        stream.layout = "mono"
+        writer.mux(stream.encode(frame))
         writer.mux(stream.encode(None))
     return file.getvalue()
 
@@ -108,6 +123,28 @@ def test_a_small_file_that_expands_is_refused() -> None:
     compressed = encoded("flac", "flac", 44_100)
     with pytest.raises(PayloadTooLargeError):
         decode(compressed, RATE, 0.5)
+
+
+@pytest.mark.parametrize("rate", [1, 100, 999])
+@pytest.mark.parametrize("container", ["wav", "flac"])
+def test_a_low_rate_is_refused_before_it_expands(container: str, rate: int) -> None:
+    content = wav(TONE[:50], rate) if container == "wav" else low_rate_flac(rate)
+    with pytest.raises(InvalidRequestError, match=f"of {rate} Hz; the minimum is 1000 Hz"):
+        decode(content, RATE, LIMIT_S)
+
+
+def test_a_frame_is_refused_before_it_expands() -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(PayloadTooLargeError):
+            decode(wav(TONE[:4000], 1000), 10_000_000, 0.1)
+        assert tracemalloc.get_traced_memory()[1] < 1024**2
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_recording_of_the_longest_duration_is_read() -> None:
+    assert decode(encoded("flac", "flac", 44_100), RATE, 2.0).duration_s == pytest.approx(2)
 
 
 @given(st.binary(max_size=300), st.integers(0, 200))
