@@ -138,7 +138,7 @@ def returning_errors(function: Callable[..., Any], *args: Any) -> tuple[Any, Tan
 
 
 def read_logs(gcs_address: str, request_id: str | None) -> dict[str, Any]:
-    """Return the overview of the logs of all nodes, or the ``entries`` of one request.
+    """Return the overview of the logs of all nodes, or the entries of one request.
 
     Raises:
         StartError: The dashboard does not answer.
@@ -149,8 +149,12 @@ def read_logs(gcs_address: str, request_id: str | None) -> dict[str, Any]:
         problems = download_logs(f"http://{address}", ray_token(os.environ), root)
         if request_id is None:
             return {**describe_logs(root), "problems": problems}
-        entries = entries_for_request(root, request_id)[:MAX_ENTRIES]
-        return {"entries": [entry.as_dict(root) for entry in entries], "problems": problems}
+        entries = entries_for_request(root, request_id)
+        return {
+            "entries": [entry.as_dict(root) for entry in entries[:MAX_ENTRIES]],
+            "truncated": len(entries) > MAX_ENTRIES,
+            "problems": problems,
+        }
 
 
 def _path(file: str | None) -> Path:

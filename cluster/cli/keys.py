@@ -18,6 +18,7 @@ from cluster.config.file import KEY_FILE, key_file_path
 from cluster.key_file import NewKey, add_key, list_keys, revoke_key
 from cluster.launch.shared_keys import is_key_file_of, prepare, publish_keys
 from cluster.models.store import home
+from cluster.operator_api import KEYS_PATH
 
 _TITLES = {
     "requests_per_minute": "requests/min",
@@ -29,7 +30,6 @@ _TITLES = {
     "key_cost_per_day": "key/day",
     "key_cost_per_month": "key/month",
 }
-KEYS_PATH = "/v1/keys"
 _BUDGET_FIELDS = ("cost_per_day", "cost_per_month", "key_cost_per_day", "key_cost_per_month")
 
 

@@ -23,8 +23,7 @@ from cluster.launch.log_files import (
 )
 from cluster.launch.remote_logs import download_logs
 from cluster.models.store import home
-
-LOGS_PATH = "/v1/logs"
+from cluster.operator_api import LOGS_PATH, describe_missing_request
 
 
 def run(request_id: str | None, directory: Path | None, *, as_json: bool) -> None:
@@ -41,10 +40,7 @@ def run(request_id: str | None, directory: Path | None, *, as_json: bool) -> Non
             return
         entries = entries_for_request(logs.root, request_id)
         if not entries:
-            raise NotFoundError(
-                f"request id {request_id!r} not found in {logs.name}. Routers log a sample above "
-                "router.log_requests_per_s."
-            )
+            raise NotFoundError(describe_missing_request(request_id, logs.name))
         _print([entry.as_dict(logs.root) for entry in entries], as_json=as_json)
 
 
@@ -83,6 +79,13 @@ def run_remote(url: str, key: str | None, request_id: str | None, *, as_json: bo
         typer.echo(problem, err=True)
     if request_id is not None:
         _print(found["entries"], as_json=as_json)
+        if found["truncated"]:
+            number = len(found["entries"])
+            typer.echo(
+                f"Only the first {number:,} entries are shown; `tandem logs --request` on a node "
+                "of the cluster shows all.",
+                err=True,
+            )
     else:
         _overview(found, url, running=True, as_json=as_json)
 

@@ -13,8 +13,8 @@ import pytest
 
 from cluster.config import RouterConfig
 from cluster.errors import InvalidRequestError, StartError, UnavailableError, UnsupportedError
-from cluster.gateway.builtin.operations import KEYS_PATH, LOGS_PATH
 from cluster.key_file import NewKey, add_key, list_keys, read_keys
+from cluster.operator_api import KEYS_PATH, LOGS_PATH
 from cluster.ray_internals import RayNode
 from deployments import operations
 from tests import asgi
@@ -37,6 +37,13 @@ OVERVIEW: dict[str, Any] = {
 }
 
 
+def entries(number: int, *, truncated: bool = False) -> dict[str, Any]:
+    return {
+        **{"entries": [ENTRY] * number, "truncated": truncated},
+        "problems": OVERVIEW["problems"],
+    }
+
+
 class Control:
     """Key file and logs of a cluster."""
 
@@ -44,7 +51,7 @@ class Control:
         self.path = path
 
     async def read_logs(self, request_id: str | None) -> dict[str, Any]:
-        return OVERVIEW if request_id is None else {"entries": [ENTRY] * (request_id == "id-1")}
+        return OVERVIEW if request_id is None else entries(request_id == "id-1")
 
     async def list_keys(self) -> list[dict[str, Any]]:
         return list_keys(self.path)
@@ -85,8 +92,10 @@ async def test_an_operator_creates_lists_and_revokes_keys(tmp_path: Path) -> Non
 async def test_an_operator_reads_logs(tmp_path: Path) -> None:
     async with gateway_world(control=Control(tmp_path), operator_keys_sha256=[DIGEST]) as world:
         assert await call(world, "GET", LOGS_PATH) == (200, OVERVIEW)
-        assert await call(world, "GET", f"{LOGS_PATH}?request=id-1") == (200, {"entries": [ENTRY]})
-        assert (await call(world, "GET", f"{LOGS_PATH}?request=id-2"))[0] == 404
+        assert await call(world, "GET", f"{LOGS_PATH}?request=id-1") == (200, entries(1))
+        status, error = await call(world, "GET", f"{LOGS_PATH}?request=id-2")
+        assert status == 404
+        assert "logs of node 10.0.0.3 cannot be read" in error["error"]["message"]
 
 
 @pytest.mark.parametrize("path", [KEYS_PATH, LOGS_PATH])
@@ -130,10 +139,14 @@ def test_logs_of_another_cluster_are_shown(router: FakeRouter) -> None:  # noqa:
     assert "2 × gen, status 503; last 2026-01-02, 4f1" in done.stdout
     assert "logs of node 10.0.0.3 cannot be read" in done.stderr
     assert json.loads(run("logs", "--url", router.url, "--json").stdout)["errors"] == [ENTRY]
-    router.answer = lambda path, body: (200, {"entries": [ENTRY], "problems": []})
-    shown = run("--address", router.url, "logs", "--request", "id 1").stdout
-    assert shown.splitlines() == [ENTRY["file"], f"  {ENTRY['text']}"]
+    router.answer = lambda path, body: (200, entries(1))
+    shown = run("--address", router.url, "logs", "--request", "id 1")
+    assert shown.stdout.splitlines() == [ENTRY["file"], f"  {ENTRY['text']}"]
+    assert "Only the first" not in shown.stderr
     assert router.requests[-1][0] == f"{LOGS_PATH}?request=id%201"
+    router.answer = lambda path, body: (200, entries(2, truncated=True))
+    shown = run("--address", router.url, "logs", "--request", "id-1")
+    assert "Only the first 2 entries are shown" in shown.stderr
 
 
 # -- the task on the head --
@@ -235,3 +248,20 @@ async def test_a_key_that_cannot_be_published_is_deleted_again(
         monkeypatch.setattr(operations, "revoke_key", fail)
         with pytest.raises(UnavailableError, match=r"key may exist.*tandem keys list"):
             await control.add_key(NewKey("acme", 0, None, None), {})
+
+
+def test_entries_above_the_limit_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def download(url: str, token: str | None, target: Path) -> list[str]:
+        log = target / "10.0.0.1" / "serve" / "router.log"
+        log.parent.mkdir(parents=True)
+        log.write_text("".join(f"INFO id-1 {i}\n" for i in range(3)))
+        return []
+
+    monkeypatch.setattr(operations, "read_dashboard_address", lambda *_: "10.0.0.1:8265")
+    monkeypatch.setattr(operations, "download_logs", download)
+    for limit, is_truncated in ((3, False), (2, True)):
+        monkeypatch.setattr(operations, "MAX_ENTRIES", limit)
+        found = operations.read_logs("10.0.0.1:6379", "id-1")
+        assert (len(found["entries"]), found["truncated"]) == (limit, is_truncated)

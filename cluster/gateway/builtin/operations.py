@@ -1,7 +1,7 @@
 """``/v1/keys`` and ``/v1/logs``: API keys and logs of the cluster, for operators elsewhere."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol, TypedDict
+from typing import Any, Literal, Protocol, Required, TypedDict
 from urllib.parse import unquote
 
 import msgspec
@@ -14,10 +14,7 @@ from cluster.errors import (
 )
 from cluster.gateway.messages import Request, Response, header, json_response, query_of
 from cluster.key_file import NewKey
-
-KEYS_PATH = "/v1/keys"
-KEY_PATH = "/v1/keys/{key_id}"
-LOGS_PATH = "/v1/logs"
+from cluster.operator_api import KEY_PATH, KEYS_PATH, LOGS_PATH, describe_missing_request
 
 
 class NewKeyRequest(msgspec.Struct, forbid_unknown_fields=True):
@@ -59,6 +56,29 @@ class RevokedKey(TypedDict):
     deleted: bool
 
 
+class LogEntryInfo(TypedDict):
+    """Entry of a log: a line and its continuation lines."""
+
+    file: str
+    time: str
+    text: str
+
+
+class LogReport(TypedDict, total=False):
+    """Overview of the logs of all nodes, or the entries of one request."""
+
+    problems: Required[list[str]]
+    """A line for each node whose logs cannot be read."""
+    entries: list[LogEntryInfo]
+    """Entries of the request, by time."""
+    truncated: bool
+    """True if the request has more entries than those returned."""
+    bytes: dict[str, int]
+    """Sizes of the log files."""
+    errors: list[LogEntryInfo]
+    failed_requests: list[dict[str, Any]]
+
+
 class ClusterControl(Protocol):
     """Access to the key file and the logs of the cluster.
 
@@ -67,7 +87,7 @@ class ClusterControl(Protocol):
     """
 
     async def read_logs(self, request_id: str | None) -> dict[str, Any]:
-        """Return the overview of all logs, or the ``entries`` of one request."""
+        """Return the fields of a LogReport: the overview, or the entries of one request."""
 
     async def list_keys(self) -> list[dict[str, Any]]:
         """Return the keys, without their digests."""
@@ -94,10 +114,7 @@ class OperationRoutes:
         request_id = query_of(request).get("request") or None
         found = await control.read_logs(request_id)
         if request_id is not None and not found["entries"]:
-            raise NotFoundError(
-                f"Request id {request_id!r} not found in the logs. Routers log a sample above "
-                "router.log_requests_per_s."
-            )
+            raise NotFoundError(describe_missing_request(request_id, "the logs", found["problems"]))
         return json_response(found)
 
     async def keys(self, request: Request) -> Response:

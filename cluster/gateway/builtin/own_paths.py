@@ -12,17 +12,16 @@ from cluster.gateway.batches.routes import BatchRequest
 from cluster.gateway.builtin.drain import DRAIN_PATH
 from cluster.gateway.builtin.guards import GUARDS_PATH, GuardTest, GuardTestRequest
 from cluster.gateway.builtin.operations import (
-    KEY_PATH,
-    KEYS_PATH,
-    LOGS_PATH,
     CreatedKey,
     KeyList,
+    LogReport,
     NewKeyRequest,
     RevokedKey,
 )
 from cluster.gateway.pools.pool import PoolKind
 from cluster.gateway.reporting.dashboard import DATA_PATH, REPORT_PATH
 from cluster.gateway.reporting.usage_report import COPIES_PATH, ROWS_PATH
+from cluster.operator_api import KEY_PATH, KEYS_PATH, LOGS_PATH
 
 MODEL_PATH = "/v1/models/{model}"
 ROLLOUTS_PATH = "/v1/rollouts"
@@ -476,6 +475,7 @@ OWN_PATHS: Mapping[str, OwnPath] = {
     ),
     LOGS_PATH: OwnPath(
         "Return an overview of the logs of all nodes; needs an operator key.",
+        LogReport,
         statuses=(403, 404, 429, 501, 503),
         parameters=(_query("request", "Id of a request, to return its log entries instead."),),
     ),

@@ -22,13 +22,7 @@ from cluster.gateway.batches import BatchRoutes
 from cluster.gateway.builtin.drain import DRAIN_PATH, Drains
 from cluster.gateway.builtin.guards import GUARDS_PATH, GuardRoutes
 from cluster.gateway.builtin.openapi import make_document
-from cluster.gateway.builtin.operations import (
-    KEY_PATH,
-    KEYS_PATH,
-    LOGS_PATH,
-    ClusterControl,
-    OperationRoutes,
-)
+from cluster.gateway.builtin.operations import ClusterControl, OperationRoutes
 from cluster.gateway.builtin.own_paths import (
     BATCH_PATHS,
     MODEL_PATH,
@@ -46,6 +40,7 @@ from cluster.gateway.reporting.dashboard import DATA_PATH, REPORT_PATH, Dashboar
 from cluster.gateway.reporting.usage_report import COPIES_PATH, ROWS_PATH, UsageReport
 from cluster.metrics import Registry, exposition
 from cluster.metrics.exposition import CONTENT_TYPE
+from cluster.operator_api import KEY_PATH, KEYS_PATH, LOGS_PATH
 
 logger = logging.getLogger("ray.serve.tandem")
 
