@@ -8,6 +8,7 @@ changes nothing. Redirects are followed here, with the same checks.
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from ssl import SSLContext
@@ -27,6 +28,7 @@ _PORTS = {"http": 80, "https": 443}
 _REDIRECTS = (301, 302, 303, 307, 308)
 _NAT64 = IPv6Network("64:ff9b::/96")
 _MAX_ADDRESSES = 4  # of one host that are tried
+_MAX_LOOKUPS = 8  # at the same time in one process; a slow name server holds a thread for long
 _HEADERS = [("accept-encoding", "identity"), ("user-agent", "tandem")]
 
 
@@ -193,10 +195,28 @@ def is_public(address: Address) -> bool:
 
 
 async def resolve_host(host: str, port: int) -> list[str]:
-    """Return the addresses of a host."""
+    """Return the addresses of a host.
+
+    Raises:
+        MediaRefusedError: It is no valid host name.
+        OSError: It is unknown.
+    """
     loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    try:
+        found = await loop.run_in_executor(_lookups(), _look_up, host, port)
+    except UnicodeError:  # from the codec of internationalized names
+        raise MediaRefusedError("The host name of a URL is not valid.", param="url") from None
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
+
+
+def _look_up(host: str, port: int) -> list[Any]:
+    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+
+
+@cache
+def _lookups() -> ThreadPoolExecutor:
+    """Return threads for lookups alone: in asyncio's, slow names would delay the decoding."""
+    return ThreadPoolExecutor(_MAX_LOOKUPS, "media-lookup")
 
 
 def _parse(url: str, base: httpx.URL | None = None) -> httpx.URL:

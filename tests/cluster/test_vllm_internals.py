@@ -33,8 +33,12 @@ def test_attributes_exist(name: str) -> None:
     assert not missing
 
 
-def defines(cls: type, attribute: str) -> bool:
-    """Return True if the class has the attribute, declares it or sets it in ``__init__``."""
+def defines(named: Any, attribute: str) -> bool:
+    """Return True if a class, or that of an object, has or declares an attribute.
+
+    ``__init__`` may also set it.
+    """
+    cls = named if isinstance(named, type) else type(named)
     return any(
         attribute in vars(base)
         or attribute in getattr(base, "__annotations__", {})

@@ -1,6 +1,8 @@
 """Fetching by URL: limits, and no way to services that are not public."""
 
 import asyncio
+import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from ipaddress import ip_address
@@ -16,6 +18,7 @@ from cluster.engines.media_fetch import (
     MediaRefusedError,
     Resolve,
     is_public,
+    resolve_host,
 )
 
 IMAGE = b"\x89PNG image"
@@ -33,18 +36,34 @@ class Server:
         self.port = 0
         self.stalls = asyncio.Event()
         """Never set."""
+        self.min_open = 0
+        """Requests that must be open together before the first is answered."""
+        self.most_open = 0
+        self._num_open = 0
+        self._enough = asyncio.Event()
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         path = head.split(" ")[1]
         host = head.lower().partition("host: ")[2].partition("\r\n")[0]
         self.requests.append(f"{host}{path}")
+        await self._count()
         writer.write(self.answers[path])
         while path == "/endless":
             writer.write(b"x" * 1024)
             await writer.drain()
         if path == "/stalls":
             await reader.read()  # until the client leaves
+        self._num_open -= 1
+
+    async def _count(self) -> None:
+        self._num_open += 1
+        self.most_open = max(self.most_open, self._num_open)
+        if self._num_open >= self.min_open:
+            self._enough.set()
+        await self._enough.wait()
+        for _ in range(self.min_open * 10):  # time for requests beyond the limit
+            await asyncio.sleep(0.01)
 
 
 def ok(body: bytes = IMAGE, *headers: str) -> bytes:
@@ -333,10 +352,39 @@ async def test_https_sends_nothing_in_plain_text() -> None:
 
 
 async def test_files_beyond_max_fetches_wait() -> None:
+    """The server answers when two requests are open, and leaves time for a third."""
     async with serving({f"/{number}": ok() for number in range(6)}) as server:
+        server.min_open = 2
         shared = fetcher(server, max_fetches=2)
         urls = [f"http://{HOST}:{server.port}/{number}" for number in range(6)]
         assert await asyncio.gather(*map(shared.fetch, urls)) == [IMAGE] * 6
+        assert server.most_open == 2
+
+
+async def test_slow_names_do_not_delay_other_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More names wait than asyncio has threads; the work in its threads goes on."""
+    answer = threading.Event()
+
+    def slow(host: str, *_: Any, **__: Any) -> list[Any]:
+        answer.wait(60)
+        return [(0, 0, 0, "", (host, 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    names = [asyncio.create_task(resolve_host(f"10.0.0.{n}", 80)) for n in range(100)]
+    try:
+        await asyncio.sleep(0)  # all have begun
+        async with asyncio.timeout(30):
+            assert await asyncio.to_thread(lambda: "decoded") == "decoded"
+        assert not any(each.done() for each in names)
+    finally:
+        answer.set()
+    assert len(await asyncio.gather(*names)) == 100
+
+
+@pytest.mark.parametrize("host", ["a" * 64 + ".com", "a..com"])
+async def test_names_that_cannot_be_looked_up(host: str) -> None:
+    with pytest.raises(MediaRefusedError, match="host name"):
+        await resolve_host(host, 80)
 
 
 @pytest.mark.parametrize("domain", ["https://a.com", "a.com/path", "A.com", "", "*a.com", "a_b"])
