@@ -355,3 +355,17 @@ def test_connections_that_the_server_closed_are_replaced(tmp_path: Path, postgre
         )
     assert store.find_batch("b") is not None
     place.close()
+
+
+def test_applications_with_similar_names_share_nothing(tmp_path: Path, postgres: str) -> None:
+    long = "x" * 60
+    for name in ("a-b", "a.b", "A_b", "a_b", f"{long}1", f"{long}2"):
+        place = Place(tmp_path, postgres, name)
+        store = place.open()
+        assert store.open_batches() == []
+        store.add_batch(make_batch(), 9)
+        assert [batch.id for batch in place.open().open_batches()] == ["b"]
+        place.close()
+    with psycopg.connect(postgres) as connection:
+        rows = connection.execute("SELECT schema_name FROM information_schema.schemata")
+        assert "tandem_a_b" in {name for (name,) in rows}
