@@ -100,9 +100,15 @@ class NewKey:
     """Models that it may use; None: all."""
     guards: list[str] | None
     """Guards that check its requests; None: those of the tenant."""
-    cost_per_day: float | None = None
+    key_cost_per_day: float | None = None
     """Budget of the key alone, in the configured currency."""
-    cost_per_month: float | None = None
+    key_cost_per_month: float | None = None
+
+    def entry(self, sha256: str) -> dict[str, Any]:
+        """Return the entry in the key file; a budget there has no prefix."""
+        fields = asdict(self)
+        budget = {name: fields.pop(f"key_{name}") for name in ("cost_per_day", "cost_per_month")}
+        return {"sha256": sha256, **fields, **budget}
 
 
 def add_key(path: Path, new: NewKey, limits: Mapping[str, float | None]) -> str:
@@ -112,12 +118,11 @@ def add_key(path: Path, new: NewKey, limits: Mapping[str, float | None]) -> str:
         ConfigError: a field is invalid, or the file cannot be changed.
     """
     key = new_key()
-    entry = {"sha256": digest(key), **asdict(new)}
     with lock_keys(path):
         contents = (read_keys(path) or KeyFileContents()).model_dump(mode="json")
         limits_of_tenant = contents["tenants"].setdefault(new.tenant, {})
         limits_of_tenant |= {name: value for name, value in limits.items() if value is not None}
-        contents["keys"].append(entry)
+        contents["keys"].append(new.entry(digest(key)))
         write_keys(path, parse_keys(json.dumps(contents), "the new key"))
     return key
 

@@ -228,8 +228,8 @@ def keys_add(
         priority,
         models or None,
         guards or None,
-        cost_per_day=key_cost_per_day,
-        cost_per_month=key_cost_per_month,
+        key_cost_per_day=key_cost_per_day,
+        key_cost_per_month=key_cost_per_month,
     )
     if url is not None:
         add_remote(url.rstrip("/"), api_key, new, limits)

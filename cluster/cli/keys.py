@@ -1,20 +1,21 @@
 """``tandem keys``: changes to the key file, here or through a router of the cluster."""
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from cluster.admission.keys import digest
+from cluster.admission.keys import ID_CHARS, digest
 from cluster.cli.defaults import load_config
 from cluster.cli.router_client import connect
 from cluster.config.file import KEY_FILE, key_file_path
+from cluster.errors import ConfigError
 from cluster.key_file import NewKey, add_key, list_keys, revoke_key
 from cluster.launch.shared_keys import is_key_file_of, prepare, publish_keys
 from cluster.models.store import home
@@ -101,11 +102,27 @@ def revoke(path: Path, key_id: str) -> None:
 
 
 def revoke_remote(router: str, api_key: str | None, key_id: str) -> None:
-    """Delete a key of a cluster on other machines; only its digest is sent."""
-    is_id = re.fullmatch("[0-9a-f]+", key_id)
+    """Delete a key of a cluster on other machines; a key itself is never sent.
+
+    Raises:
+        ConfigError: no key, or more than one, matches.
+    """
     with connect(router, api_key) as client:
-        found = client.delete(f"{KEYS_PATH}/{key_id if is_id else digest(key_id)}")
+        ids = [row["id"] for row in client.get(KEYS_PATH)["data"]]
+        found = client.delete(f"{KEYS_PATH}/{quote(_resolve(ids, key_id), safe='')}")
     _print_revoked(found["id"], found["tenant"])
+
+
+def _resolve(ids: list[str], key_id: str) -> str:
+    """Return the id of a key that is given by a prefix of it or by the key; a digest as it is."""
+    if key_id[:ID_CHARS] in ids:
+        return key_id
+    own = digest(key_id)[:ID_CHARS]
+    matches = [each for each in ids if each == own or each.startswith(key_id)]
+    if not key_id or len(matches) != 1:
+        found = "no key matches" if not matches else f"{len(matches)} keys match"
+        raise ConfigError(f"{found} the id {key_id!r}; keys: {', '.join(ids) or 'none'}")
+    return matches[0]
 
 
 def _print_revoked(key_id: str, tenant: str) -> None:

@@ -72,6 +72,7 @@ async def test_an_operator_creates_lists_and_revokes_keys(tmp_path: Path) -> Non
     control = Control(tmp_path / "keys.yaml")
     async with gateway_world(control=control, operator_keys_sha256=[DIGEST]) as world:
         new = {"tenant": "acme", "models": ["gen"], "limits": {"requests_per_minute": 6}}
+        new |= {"key_cost_per_day": 2.5}
         status, created = await call(world, "POST", KEYS_PATH, new)
         assert status == 200
         contents = read_keys(control.path)
@@ -80,8 +81,16 @@ async def test_an_operator_creates_lists_and_revokes_keys(tmp_path: Path) -> Non
         status, listed = await call(world, "GET", KEYS_PATH)
         assert (status, [row["tenant"] for row in listed["data"]]) == (200, ["acme"])
         assert listed["data"][0]["requests_per_minute"] == 6
+        budgets = listed["data"][0]["key_cost_per_day"], listed["data"][0]["cost_per_day"]
+        assert budgets == (2.5, None)
         assert contents.keys[0].sha256 not in json.dumps(listed)
-        assert (await call(world, "DELETE", f"{KEYS_PATH}/abc"))[0] == 501
+        id_, sha256_ = listed["data"][0]["id"], contents.keys[0].sha256
+        for refused in (created["key"], id_[:4], f"{id_}0", id_.upper() + "G"):
+            status, error = await call(world, "DELETE", f"{KEYS_PATH}/{refused}")
+            assert (status, error["error"]["type"]) == (400, "BadRequestError")
+            assert refused not in error["error"]["message"]
+        for accepted in (id_, sha256_):
+            assert (await call(world, "DELETE", f"{KEYS_PATH}/{accepted}"))[0] == 501
         assert (await call(world, "GET", f"{KEYS_PATH}/abc"))[0] == 405
         assert (await call(world, "POST", KEYS_PATH, {"tenants": "typo"}))[0] == 400
         assert (await call(world, "POST", KEYS_PATH, new, **{"content-type": "text/plain"}))[
@@ -125,11 +134,20 @@ def test_keys_of_another_cluster_are_changed(router: FakeRouter) -> None:  # noq
     path, body = router.requests[-1]
     assert (path, body["tenant"], body["limits"]) == (KEYS_PATH, "acme", {"requests_per_minute": 6})
     assert "ab12" in run("--address", router.url, "keys", "list").stdout
-    router.answer = lambda path, body: (200, {"id": "ab12", "tenant": "acme"})
-    for argument, sent in (("ab12", "ab12"), ("tandem-X", sha256(b"tandem-X").hexdigest())):
+    key, other = sha256(b"tandem-X").hexdigest(), "0123456789abcdef"
+    rows = [{"id": key[:16]}, {"id": other}]
+    router.answer = lambda path, body: (
+        200,
+        {"data": rows} if path == KEYS_PATH else {"id": path.split("/")[-1], "tenant": "acme"},
+    )
+    for argument, sent in (("0123", other), (other, other), ("tandem-X", key[:16]), (key, key)):
         done = run("--address", f"{router.url}/", "keys", "revoke", argument)
-        assert done.stdout == "revoked key ab12 of tenant acme\n"
+        assert done.stdout == f"revoked key {sent} of tenant acme\n"
         assert router.requests[-1] == (f"{KEYS_PATH}/{sent}", None)
+    for argument in ("tandem-Y", "ffff", ""):
+        done = run("--address", router.url, "keys", "revoke", argument)
+        assert "no key matches" in str(done.exception) or "keys match" in str(done.exception)
+        assert router.requests[-1] == (KEYS_PATH, None)
     assert run("--address", router.url, "keys", "publish").exit_code == 2
 
 

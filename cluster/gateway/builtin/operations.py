@@ -1,11 +1,13 @@
 """``/v1/keys`` and ``/v1/logs``: API keys and logs of the cluster, for operators elsewhere."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol, Required, TypedDict
 from urllib.parse import unquote
 
 import msgspec
 
+from cluster.admission.keys import ID_CHARS
 from cluster.errors import (
     InvalidRequestError,
     NotFoundError,
@@ -26,11 +28,12 @@ class NewKeyRequest(msgspec.Struct, forbid_unknown_fields=True):
     """Models that the key may use; null: all."""
     guards: list[str] | None = None
     """Guards that check the key's requests; null: those of the tenant."""
-    cost_per_day: float | None = None
+    key_cost_per_day: float | None = None
     """Budget of the key alone, in the configured currency."""
-    cost_per_month: float | None = None
+    key_cost_per_month: float | None = None
     limits: dict[str, float | None] = {}
-    """Fields of the tenant in the key file that change, such as `requests_per_minute`."""
+    """Fields of the tenant in the key file that change, such as `requests_per_minute`, and
+    `cost_per_day` for the budget of the tenant."""
 
 
 class CreatedKey(TypedDict):
@@ -96,9 +99,10 @@ class ClusterControl(Protocol):
         """Create a key and return it."""
 
     async def revoke_key(self, key_id: str) -> tuple[str, str]:
-        """Delete the key with this prefix of its digest; return its id and tenant."""
+        """Delete the key with this id or digest; return its id and tenant."""
 
 
+_ID_OR_DIGEST = re.compile(rf"[0-9a-f]{{{ID_CHARS}}}|[0-9a-f]{{64}}")
 _decode = msgspec.json.Decoder(NewKeyRequest).decode
 
 
@@ -138,6 +142,11 @@ class OperationRoutes:
         """Delete a key."""
         control = self._allowed(request, KEY_PATH)
         key_id = unquote(request.path.removeprefix(f"{KEYS_PATH}/"))
+        if not _ID_OR_DIGEST.fullmatch(key_id):  # not repeated: it may be a key
+            raise InvalidRequestError(
+                f"The path must end with the {ID_CHARS}-character id of a key, as GET {KEYS_PATH} "
+                "lists it, or with the SHA-256 digest of the key."
+            )
         found, tenant = await control.revoke_key(key_id)
         return json_response(RevokedKey(id=found, tenant=tenant, deleted=True))
 

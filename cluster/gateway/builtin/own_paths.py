@@ -467,7 +467,7 @@ OWN_PATHS: Mapping[str, OwnPath] = {
         ),
     ),
     KEY_PATH: OwnPath(
-        "Revoke an API key, named by its id; needs an operator key.",
+        "Revoke an API key by its listed id or its SHA-256 digest; needs an operator key.",
         RevokedKey,
         statuses=(400, 403, 429, 501, 503),
         parameters=(_in_path("key_id"),),
