@@ -17,6 +17,7 @@ from cluster.launch.gpus import check_gpus_fit, count_gpus, gpu_settings
 from cluster.launch.join import JoinOptions
 from cluster.launch.join import join as run_join
 from cluster.launch.ports import check_node_address
+from cluster.launch.redis import HEAD_TIMEOUT_S
 from cluster.launch.start import StartResult, start
 from cluster.launch.stop import StopResult, stop
 from cluster.models.store import home, resolve
@@ -61,7 +62,7 @@ def up(
     _print_duration(console, "healthy", started)
     print_recipes(console, loaded.config, started.state)
     if not detach:
-        _stay(console, is_head=True, goes_on=redis is not None)
+        _stay(console, is_head=True, cluster_continues=redis is not None)
 
 
 def join(options: JoinOptions, *, detach: bool) -> None:
@@ -79,7 +80,7 @@ def join(options: JoinOptions, *, detach: bool) -> None:
     console.print(f"\nHTTP       {http}", highlight=False)
     console.print(f"dashboard  {joined.state.dashboard_url}", highlight=False)
     if not detach:
-        _stay(console, is_head=False, goes_on=True)
+        _stay(console, is_head=False, cluster_continues=True)
 
 
 def _print_duration(console: Console, result: str, started: StartResult) -> None:
@@ -105,27 +106,27 @@ def head_address(address: str | None) -> str:
     return address
 
 
-def _stay(console: Console, *, is_head: bool, goes_on: bool) -> None:
-    action = "leave the cluster" if goes_on else "stop"
+def _stay(console: Console, *, is_head: bool, cluster_continues: bool) -> None:
+    action = "leave the cluster" if cluster_continues else "stop"
     console.print(f"\nPress Ctrl-C to {action}.", style="bold")
     try:
         while state.is_alive(processes.find(home()), state.load(home())):
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         again = "; press Ctrl-C again to cancel running requests"
-        console.print("leaving the cluster" if goes_on else f"stopping{again}")
+        console.print("leaving the cluster" if cluster_continues else f"stopping{again}")
     else:
         if not processes.find(home()):  # `tandem down` in another terminal
             console.print("the cluster was stopped" if is_head else "this node left the cluster")
             return
         stop(home(), drain_s=0)
         if is_head:
-            rest = "this node" if goes_on else "the cluster"
+            rest = "this node" if cluster_continues else "the cluster"
             raise StartError(f"Ray died; the rest of {rest} has been stopped")
         raise StartError(
-            "Ray ended on this node, because the head stopped or did not respond for a minute, or "
-            "the node was drained; the rest of the node has been stopped. Join again with "
-            "`tandem join`."
+            "Ray ended on this node, because the head stopped, did not respond for a minute (with "
+            f"Redis: {HEAD_TIMEOUT_S / 60:g} minutes), or the node was drained; the rest of the "
+            "node has been stopped. Join again with `tandem join`."
         )
     try:
         stopped = stop(home(), drain_s=ATTACHED_DRAIN_S)
@@ -138,7 +139,7 @@ def down(drain_s: float, *, head_only: bool) -> None:
     """Stop the cluster; with ``head_only``, end the head of a cluster whose state is in Redis.
 
     Raises:
-        StartError: a process cannot be ended, or the other nodes cannot go on.
+        StartError: a process cannot be ended, or the other nodes cannot continue.
     """
     known = state.load(home())
     if head_only and (known is None or known.redis is None):
@@ -154,6 +155,6 @@ def describe_stop(stopped: StopResult | None) -> str:
         return "No cluster is running."
     number = stopped.ended.terminated + stopped.ended.killed
     requests = "all requests finished" if stopped.drained else "did not wait for running requests"
-    if stopped.goes_on:
+    if stopped.cluster_continues:
         requests = "this node left, and the cluster goes on"
     return f"Stopped {number} processes in {stopped.seconds:.1f} s; {requests}."

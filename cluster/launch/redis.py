@@ -98,7 +98,9 @@ def check_redis(redis: Redis) -> None:
 
 
 def delete_cluster(redis: Redis) -> None:
-    """Delete the state of a cluster that has stopped.
+    """Delete the state of a cluster whose head has stopped.
+
+    This does not end nodes that joined; they wait for the head for up to HEAD_TIMEOUT_S.
 
     Raises:
         StartError: Redis does not answer.

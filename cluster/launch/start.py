@@ -78,7 +78,8 @@ def start(
     After any exception, everything already started is stopped again. ``monitoring`` starts
     Prometheus and Grafana, or its stand-in, as well. Other nodes can join if ``address`` is this
     node's address. ``redis`` is the URL of a Redis that keeps the GCS' state; if it has the state
-    of a cluster, this is its new head.
+    of a cluster, this is its new head. The state stays there after a failed start, also a first
+    one; the next start resumes it, and ``stop`` with ``end_cluster`` deletes it.
 
     Raises:
         StartError: a cluster runs already, a port is in use, Prometheus is not installed, or a

@@ -131,6 +131,9 @@ def _start_ray(request: StarterInput) -> Future[object]:
 def _publish_head(request: StarterInput) -> None:
     """Store what other nodes need to join.
 
+    The version of a state in Redis is known only here, after Ray has loaded the state and may have
+    restarted some of its actors.
+
     Raises:
         ValueError: Redis has the state of a cluster of another version.
     """
@@ -172,7 +175,9 @@ def _deploy(config: Mapping[str, Any]) -> Any:
     )
 
     schema = ServeDeploySchema.model_validate(config)
-    try:  # the GCS restarts the controller of a cluster whose state is in Redis
+    # The GCS restarts the controller of a cluster whose state is in Redis, with the HTTP and gRPC
+    # options and the proxy location with which it was created.
+    try:
         controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
     except ValueError:
         controller, _ = create_controller(

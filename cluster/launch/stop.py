@@ -21,8 +21,8 @@ class StopResult:
 
     drained: bool
     """True if all requests finished before the end."""
-    goes_on: bool
-    """True if only this node ended, and its cluster goes on."""
+    cluster_continues: bool
+    """True if only this node ended, and its cluster continues."""
     ended: processes.EndedProcesses
     seconds: float
 
@@ -31,8 +31,9 @@ def stop(home: Path, *, drain_s: float, end_cluster: bool = False) -> StopResult
     """End all processes of the clusters started with ``home``; return None if there are none.
 
     Running requests get ``drain_s`` seconds to finish; 0 cancels them. On a node that joined a
-    cluster, only this node ends, and other replicas continue its answers. So it is on a head whose
-    state is in Redis, unless ``end_cluster``, which also deletes the state.
+    cluster, only this node ends, and other replicas continue its answers. A head with Redis behaves
+    the same unless ``end_cluster``, which also deletes the state. Without a drain, or
+    if the head is dead, nodes that joined then serve for up to ``HEAD_TIMEOUT_S``.
 
     Raises:
         StartError: a process cannot be ended, or Redis does not answer.
@@ -42,8 +43,10 @@ def stop(home: Path, *, drain_s: float, end_cluster: bool = False) -> StopResult
     owned = processes.find(home)
     drained = False
     redis = running.redis if running else None
-    goes_on = running is not None and (not running.is_head or bool(redis and not end_cluster))
-    if drain_s > 0 and running and not goes_on and state.is_alive(owned, running):
+    cluster_continues = running is not None and (
+        not running.is_head or bool(redis and not end_cluster)
+    )
+    if drain_s > 0 and running and not cluster_continues and state.is_alive(owned, running):
         with ServeApi(running.dashboard_url, running.token(home)) as api:
             drained = api.drain(drain_s)
     ended = processes.end_all(home, grace_s=TERM_S)
@@ -56,4 +59,4 @@ def stop(home: Path, *, drain_s: float, end_cluster: bool = False) -> StopResult
         state.forget(home)
     if not owned:
         return None
-    return StopResult(drained, goes_on, ended, time.monotonic() - began)
+    return StopResult(drained, cluster_continues, ended, time.monotonic() - began)

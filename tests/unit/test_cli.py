@@ -243,9 +243,9 @@ def test_no_running_cluster_is_not_an_error() -> None:
 def test_down_reports_processes_and_requests() -> None:
     assert describe_stop(None) == "No cluster is running."
     ended = EndedProcesses(terminated=5, killed=1)
-    stopped = StopResult(drained=True, goes_on=False, ended=ended, seconds=2.0)
+    stopped = StopResult(drained=True, cluster_continues=False, ended=ended, seconds=2.0)
     assert describe_stop(stopped) == "Stopped 6 processes in 2.0 s; all requests finished."
-    left = StopResult(drained=False, goes_on=True, ended=ended, seconds=2.0)
+    left = StopResult(drained=False, cluster_continues=True, ended=ended, seconds=2.0)
     assert describe_stop(left).endswith("; this node left, and the cluster goes on.")
 
 
