@@ -16,8 +16,8 @@ import msgspec
 from xxhash import xxh3_64_intdigest as digest
 
 MAX_BODY_BYTES = 1024 * 1024
-"""Longer bodies get no fingerprint, unless they have images: few models have a context that long,
-and hashing takes long."""
+"""Longer bodies get no fingerprint: few models have a context that long, and decoding and hashing
+block the event loop. Files in base64 do not count."""
 GENERATE_PATH = "/inference/v1/generate"
 TOKEN_ID_BYTES = 4
 MAX_ITEMS = 16385
@@ -30,6 +30,8 @@ _PREFIX_STEPS = ((2048, 128), (16 * 1024, 512), (64 * 1024, 2048), (MAX_BODY_BYT
 
 
 _MIN_ITEM_BYTES = 3  # of a list of texts: two quotes and a comma
+_FILE_MARKS = (b";base64,", b'"data"')  # of data URLs; of `source` and `input_audio`
+_MAX_FILES = 1024  # of one body that are searched for; more than `media.max_items` allows
 _MAX_BLANKS = 4096  # longer white space before the first item is as good as none
 
 PREFIX_ENDS = tuple(
@@ -359,12 +361,35 @@ def fingerprint(path: str, body: bytes) -> Fingerprint:
 
 def _decode_with_prompt(path: str, body: bytes) -> _PromptBody | None:
     decode = _DECODE_PROMPT.get(path)
-    if decode is None or (len(body) > MAX_BODY_BYTES and b"base64" not in body):
-        return None  # a large body with images may have a short text
+    if decode is None or (len(body) > MAX_BODY_BYTES and _other_bytes(body) > MAX_BODY_BYTES):
+        return None
     try:
         return decode(body)
     except (msgspec.DecodeError, UnicodeError, OverflowError, TypeError, RecursionError):
         return None
+
+
+def _other_bytes(body: bytes) -> int:
+    """Return the length of a JSON body without the files in it, which are long strings.
+
+    Decoding skips them quickly, whatever they are, so text that looks like a file does no harm.
+    """
+    other = len(body)
+    for mark in _FILE_MARKS:
+        position = 0
+        for _ in range(_MAX_FILES):
+            if (position := body.find(mark, position)) < 0:
+                break
+            start = position + len(mark)
+            is_key = mark.endswith(b'"')  # the value follows
+            if is_key:
+                start = body.find(b'"', start) + 1
+            position = body.find(b'"', start)
+            if not start or position < 0:
+                break
+            if not (is_key and body.find(_FILE_MARKS[0], start, position) >= 0):  # counted above
+                other -= position - start
+    return other
 
 
 def _conversation(

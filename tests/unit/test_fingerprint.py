@@ -110,6 +110,25 @@ def test_the_text_of_a_request_with_a_large_image_is_read() -> None:
         assert len(SYSTEM) < found.total_bytes < len(SYSTEM) + 50
 
 
+@pytest.mark.parametrize(
+    "text", ["base64 ", '";base64,", ', '"data": "a", ', '"source": {} ', ';base64,AAAA"', "data"]
+)
+def test_a_large_text_is_not_read(text: str) -> None:
+    number = 2 * MAX_BODY_BYTES // len(text)
+    for messages in ([turn("user", text * number)], [turn("user", text)] * number):
+        assert of(messages=messages) == EMPTY_FINGERPRINT
+
+
+def test_a_large_image_does_not_let_a_large_text_be_read() -> None:
+    url = "data:image/png;base64," + "A" * MAX_BODY_BYTES
+    text = {"type": "text", "text": "a" * MAX_BODY_BYTES}
+    for image in (
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "image", "source": {"type": "base64", "data": url}},  # counted once
+    ):
+        assert of(messages=[turn("user", [image, text])]) == EMPTY_FINGERPRINT
+
+
 def test_a_prompt_of_token_ids_is_hashed() -> None:
     one = of("/v1/completions", prompt=list(range(100)))
     assert one.is_tokens
