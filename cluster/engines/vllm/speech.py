@@ -25,7 +25,7 @@ PATHS = {
     "/v1/audio/translations": ("openai_serving_translation", "TranslationRequest"),
 }
 """Attribute of the application's state, and type of the form, by path."""
-FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
+RESPONSE_FORMATS = ("json", "text", "srt", "verbose_json", "vtt")
 MULTILINGUAL_TOKENS = 51_865
 """Smallest vocabulary of a Whisper model that knows several languages."""
 MAX_PROMPT_TOKENS = 223
@@ -114,6 +114,7 @@ class Speech:
         if hasattr(result, "__aiter__"):
             events = _openai_events(result, recording.audio.duration_s)
             return StreamingResponse(events, media_type="text/event-stream")
+        _number_segments(result)
         if subtitles is not None:
             media_type, write = subtitles
             return PlainTextResponse(write(result.segments or ()), media_type=media_type)
@@ -145,9 +146,10 @@ class Speech:
 
 
 def _check_fields(request: Any) -> None:
-    if request.response_format not in FORMATS:
+    if request.response_format not in RESPONSE_FORMATS:
         raise InvalidRequestError(
-            f"`response_format` must be one of {', '.join(FORMATS)}.", param="response_format"
+            f"`response_format` must be one of {', '.join(RESPONSE_FORMATS)}.",
+            param="response_format",
         )
     if request.stream and request.response_format not in ("json", "text"):
         raise InvalidRequestError(
@@ -163,11 +165,21 @@ def _check_fields(request: Any) -> None:
     request.language = request.language or None  # an empty field of a form
     # The prompt is text: it must not end the prompt, or choose the task.
     if getattr(request, "prompt", None):
-        request.prompt = _SPECIAL_TOKEN.sub("", request.prompt)
+        # Removal may join the rest to a token, whose start is then taken apart.
+        request.prompt = _SPECIAL_TOKEN.sub("", request.prompt).replace("<|", "< |")
 
 
 def _validate_language(handler: Any, request: Any) -> None:
-    request.language = handler.model_cls.validate_language(request.language)
+    try:
+        request.language = handler.model_cls.validate_language(request.language)
+    except ValueError as error:
+        raise InvalidRequestError(str(error), param="language") from None
+
+
+def _number_segments(result: Any) -> None:
+    """Give the segments ids across windows; vLLM begins again in each."""
+    for index, segment in enumerate(getattr(result, "segments", None) or ()):
+        segment.id = index
 
 
 def _split(audio: Audio, config: Any) -> list[Any]:
