@@ -137,7 +137,7 @@ def test_a_frame_is_refused_before_it_expands() -> None:
     tracemalloc.start()
     try:
         with pytest.raises(PayloadTooLargeError):
-            decode(wav(TONE[:4000], 1000), 10_000_000, 0.1)
+            decode(wav(TONE[:4000], 1000), 10_000_000, 0.01)
         assert tracemalloc.get_traced_memory()[1] < 1024**2
     finally:
         tracemalloc.stop()
