@@ -1,8 +1,8 @@
 """Files, batches and results in a database, and the lease of the router that runs batches.
 
-Every method is one transaction, blocks on the database, and may be called by any thread; it raises
-``StoreError`` or ``OSError`` if the database cannot be used. A batch is a JSON document, so the
-tables need no migrations.
+Every method blocks on the database and may be called by any thread; it raises ``StoreError`` or
+``OSError`` if the database cannot be used. Every change is one transaction. A batch is a JSON
+document, so the tables need no migrations.
 """
 
 import os
@@ -17,7 +17,12 @@ import msgspec
 from cluster.batches.database import Database, Transaction
 from cluster.batches.lines import LineResult
 from cluster.batches.types import Batch, StoredFile
-from cluster.errors import OverloadedError, PayloadTooLargeError
+from cluster.errors import (
+    InvalidRequestError,
+    NotFoundError,
+    OverloadedError,
+    PayloadTooLargeError,
+)
 
 _ROWS_BYTES = 1024 * 1024
 """Results that are read from the database at once; the last one may exceed it."""
@@ -39,6 +44,8 @@ ORDER BY line
 _ADD_RESULT = "INSERT INTO results VALUES (?, ?, ?, ?) ON CONFLICT (batch, line) DO NOTHING"
 _MAX_LEASES_AHEAD = 10
 """Durations of the lease by which its end may lie ahead; further only if a clock was set back."""
+
+_HAS_FILE = "SELECT 1 FROM files WHERE id = ? AND tenant = ?"
 
 _encode = msgspec.json.Encoder().encode
 _decode_file = msgspec.json.Decoder(StoredFile).decode
@@ -121,9 +128,16 @@ class BatchStore:
         return [_decode_file(content) for content in self._list("files", where, part)]
 
     def delete_file(self, id_: str, tenant: str) -> bool:
-        """Delete a file of a tenant; return False if it has none with this id."""
+        """Delete a file of a tenant; return False if it has none with this id.
+
+        Raises:
+            InvalidRequestError: A batch that has not ended reads it.
+        """
         query = "DELETE FROM files WHERE id = ? AND tenant = ?"
         with self._database.transaction() as transaction:
+            transaction.lock(f"tenant {tenant}")
+            if (user := _users(transaction, tenant).get(id_)) is not None:
+                raise InvalidRequestError(f"The file is in use by {user}. Cancel that first.")
             if not transaction.execute(query, (id_, tenant)).rowcount:
                 return False
             transaction.delete_content(id_)
@@ -131,12 +145,8 @@ class BatchStore:
 
     def delete_old(self, now_s: float, oldest_batch_s: float) -> None:
         """Delete expired files, those without an entry, and batches that are older than a time."""
-        inputs = {batch.input_file_id for batch in self.open_batches()}
+        self._delete_expired(now_s)
         with self._database.transaction() as transaction:
-            rows = transaction.execute("SELECT id FROM files WHERE expires_at < ?", (now_s,))
-            for id_ in [id_ for (id_,) in rows if id_ not in inputs]:
-                transaction.execute("DELETE FROM files WHERE id = ?", (id_,))
-                transaction.delete_content(id_)
             query = "DELETE FROM batches WHERE is_final AND created_at < ?"
             transaction.execute(query, (oldest_batch_s,))
             # A batch that lost its input has failed without an output.
@@ -150,17 +160,36 @@ class BatchStore:
                 if is_old and path.name not in kept:
                     path.unlink()
 
+    def _delete_expired(self, now_s: float) -> None:
+        query = "SELECT DISTINCT tenant FROM files WHERE expires_at < ?"
+        with self._database.transaction(writes=False) as transaction:
+            tenants = [tenant for (tenant,) in transaction.execute(query, (now_s,))]
+        query = "SELECT id FROM files WHERE tenant = ? AND expires_at < ?"
+        for tenant in tenants:
+            with self._database.transaction() as transaction:
+                transaction.lock(f"tenant {tenant}")
+                users = _users(transaction, tenant)
+                expired = [id_ for (id_,) in transaction.execute(query, (tenant, now_s))]
+                for id_ in expired:
+                    if id_ not in users:
+                        transaction.execute("DELETE FROM files WHERE id = ?", (id_,))
+                        transaction.delete_content(id_)
+
     # -- batches --
 
     def add_batch(self, batch: Batch, max_open: int) -> None:
         """Add a new batch.
 
         Raises:
+            NotFoundError: The tenant does not have the input file.
             OverloadedError: The tenant has ``max_open`` batches that have not ended.
         """
+        file = batch.input_file_id, batch.tenant
         query = "SELECT count(*) FROM batches WHERE tenant = ? AND NOT is_final"
         with self._database.transaction() as transaction:
-            transaction.lock(f"tenant {batch.tenant}")
+            transaction.lock(f"tenant {batch.tenant}")  # its files are not deleted meanwhile
+            if not list(transaction.execute(_HAS_FILE, file)):
+                raise NotFoundError(f"No such file: {batch.input_file_id}.", param="file_id")
             ((num,),) = transaction.execute(query, (batch.tenant,))
             if num >= max_open:
                 raise OverloadedError(
@@ -309,6 +338,13 @@ def _insert_file(transaction: Transaction, file: StoredFile) -> None:
     values = file.id, file.tenant, file.purpose, file.bytes, file.created_at, file.expires_at
     query = f"INSERT INTO files ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)"
     transaction.execute(query, (*values, _encode(file)))
+
+
+def _users(transaction: Transaction, tenant: str) -> dict[str, str]:
+    """Return the input files of a tenant's open batches, and a batch of each."""
+    query = "SELECT document FROM batches WHERE tenant = ? AND NOT is_final"
+    batches = [_decode_batch(content) for (content,) in transaction.execute(query, (tenant,))]
+    return {batch.input_file_id: batch.id for batch in reversed(batches)}
 
 
 def _put_output(

@@ -6,7 +6,8 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Callable
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,12 @@ import pytest
 from cluster.batches import Batch, BatchStore, LineResult, Listing, StoredFile
 from cluster.batches.postgres import PostgresTransaction
 from cluster.batches.sqlite import SqliteTransaction
-from cluster.errors import OverloadedError, PayloadTooLargeError
+from cluster.errors import (
+    InvalidRequestError,
+    NotFoundError,
+    OverloadedError,
+    PayloadTooLargeError,
+)
 from cluster.usage import Usage
 from tests.serve.batch_place import Place
 
@@ -61,6 +67,15 @@ def make_batch(id_: str = "b", **fields: Any) -> Batch:
     return Batch(**{"id": id_, "completion_window": "1h", "total": 3, **about, **ids, **fields})
 
 
+def add_batch(store: BatchStore, batch: Batch, max_open: int = 9) -> None:
+    """Add a batch, and its input file if there is none."""
+    if store.find_file(batch.input_file_id, batch.tenant) is None:
+        batch = replace(batch, input_file_id=f"{batch.tenant}-in")
+    if store.find_file(batch.input_file_id, batch.tenant) is None:
+        add_file(store, batch.input_file_id, b"", tenant=batch.tenant, expires_at=10**12)
+    store.add_batch(batch, max_open)
+
+
 def result(line: int, content: bytes = b"{}", *, good: bool = True) -> LineResult:
     return LineResult(line, good, content, Usage(2, 1, 3, cost=0.5) if good else None)
 
@@ -70,7 +85,7 @@ def end(batch: Batch) -> Batch:
 
 
 def test_a_line_keeps_its_first_result(store: BatchStore) -> None:
-    store.add_batch(make_batch(), 9)
+    add_batch(store, make_batch(), 9)
     store.record("b", [result(1, b'"first"'), result(2, good=False)])
     batch = store.record("b", [result(1, b'"second"'), result(1, good=False), result(3)])
     assert batch is not None
@@ -89,7 +104,7 @@ def test_a_crash_at_the_end_loses_and_doubles_nothing(
     monkeypatch: pytest.MonkeyPatch,
     point: str,
 ) -> None:
-    store.add_batch(make_batch(), 9)
+    add_batch(store, make_batch(), 9)
     store.record("b", [result(line, b"%d" % line, good=line < 3) for line in (1, 2, 3)])
     num_stored = 0
 
@@ -131,7 +146,7 @@ def test_a_crash_at_the_end_loses_and_doubles_nothing(
 def test_an_end_that_fails_leaves_no_parts(
     store: BatchStore, monkeypatch: pytest.MonkeyPatch, point: str
 ) -> None:
-    store.add_batch(make_batch(), 9)
+    add_batch(store, make_batch(), 9)
     store.record("b", [result(1), result(2, good=False)])
 
     def fail(*_: object) -> None:
@@ -169,7 +184,7 @@ for line in range(1, 100_000):
 def test_two_processes_that_are_killed_leave_one_result_per_line(
     store: BatchStore, place: Place
 ) -> None:
-    store.add_batch(make_batch(total=100_000), 9)
+    add_batch(store, make_batch(total=100_000), 9)
     writers = [
         subprocess.Popen(
             [sys.executable, "-c", RECORD, place.next_directory(), place.url, place.name, word],
@@ -198,7 +213,7 @@ def test_two_processes_that_are_killed_leave_one_result_per_line(
 def test_a_crash_during_recording_keeps_none_of_it(
     store: BatchStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store.add_batch(make_batch(), 9)
+    add_batch(store, make_batch(), 9)
 
     def crash(*_: object) -> None:
         raise Crash
@@ -214,7 +229,7 @@ def test_a_crash_during_recording_keeps_none_of_it(
 
 
 def test_a_finished_batch_does_not_change(store: BatchStore) -> None:
-    store.add_batch(make_batch(), 9)
+    add_batch(store, make_batch(), 9)
     store.finish("b", end, 50)
     after = store.change_batch("b", lambda batch: replace(batch, status="cancelling"))
     assert after is not None
@@ -225,19 +240,20 @@ def test_a_finished_batch_does_not_change(store: BatchStore) -> None:
 
 def test_each_tenant_sees_its_own(store: BatchStore) -> None:
     add_file(store, "f")
-    store.add_batch(make_batch(), 9)
+    add_batch(store, make_batch(), 9)
     assert store.find_file("f", "other") is None
     assert not store.delete_file("f", "other")
     assert store.find_batch("b", "other") is None
     assert store.list_batches("other", Listing(10)) == []
     assert store.list_files("other", None, Listing(10)) == []
+    store.finish("b", end, 50)
     assert store.delete_file("f", "a")
     assert not has_content(store, "f")
 
 
 def test_lists_are_in_order_and_go_on_after_an_item(store: BatchStore) -> None:
     for number in range(5):
-        store.add_batch(make_batch(f"b{number}", created_at=number // 2), 9)
+        add_batch(store, make_batch(f"b{number}", created_at=number // 2), 9)
 
     def ids(part: Listing) -> list[str]:
         return [batch.id for batch in store.list_batches("a", part)]
@@ -256,15 +272,15 @@ def test_the_files_of_a_tenant_are_limited(store: BatchStore) -> None:
 
 
 def test_a_tenant_has_a_limited_number_of_open_batches(store: BatchStore) -> None:
-    store.add_batch(make_batch("done", status="completed"), 1)
-    store.add_batch(make_batch("b1"), 1)
+    add_batch(store, make_batch("done", status="completed"), 1)
+    add_batch(store, make_batch("b1"), 1)
     with pytest.raises(OverloadedError, match="1 batches that have not ended; the limit is 1"):
-        store.add_batch(make_batch("b2"), 1)
-    store.add_batch(make_batch("b3", tenant="b"), 1)
+        add_batch(store, make_batch("b2"), 1)
+    add_batch(store, make_batch("b3", tenant="b"), 1)
 
 
 def test_large_results_are_read_in_parts(store: BatchStore) -> None:
-    store.add_batch(make_batch(), 9)
+    add_batch(store, make_batch(), 9)
     content = b'"%s"' % (b"x" * 400_000)
     store.record("b", [result(line, content) for line in range(1, 16)])
     tracemalloc.start()
@@ -301,7 +317,7 @@ def test_files_without_an_entry_are_deleted_after_a_day(store: BatchStore) -> No
     day_s = 24 * 3600
     now_s = int(time.time())
     add_file(store, "f", expires_at=now_s + 9 * day_s)
-    store.add_batch(make_batch("lost"), 9)
+    add_batch(store, make_batch("lost"), 9)
     store.record("lost", [result(1)])
     store.change_batch("lost", lambda batch: replace(batch, status="failed"))
     folder = store.part("").parent
@@ -318,13 +334,49 @@ def test_files_without_an_entry_are_deleted_after_a_day(store: BatchStore) -> No
 def test_old_files_are_deleted_unless_a_batch_needs_them(store: BatchStore) -> None:
     add_file(store, "f", expires_at=10)
     add_file(store, "g", expires_at=10)
-    store.add_batch(make_batch(), 9)
-    store.add_batch(make_batch("done", status="completed"), 9)
+    add_batch(store, make_batch(), 9)
+    add_batch(store, make_batch("done", status="completed"), 9)
     store.delete_old(11, 5)
     assert has_content(store, "f")
     assert not has_content(store, "g")
     assert store.find_batch("done") is None
     assert store.find_batch("b") is not None
+
+
+def test_the_input_of_an_open_batch_is_not_deleted(store: BatchStore, place: Place) -> None:
+    add_file(store, "f", expires_at=10)
+    store.add_batch(make_batch(), 9)
+    with pytest.raises(InvalidRequestError, match="in use by b"):
+        place.open().delete_file("f", "a")
+    assert has_content(store, "f")
+    store.finish("b", end, 50)
+    assert place.open().delete_file("f", "a")
+    assert not store.delete_file("f", "a")
+    with pytest.raises(NotFoundError, match="No such file: f"):
+        store.add_batch(make_batch("late"), 9)
+
+
+@pytest.mark.parametrize("by", ["request", "age"])
+def test_a_batch_and_the_deletion_of_its_input_exclude_each_other(place: Place, by: str) -> None:
+    store, other = place.open(), place.open()
+    for number in range(10):
+        add_file(store, "f", expires_at=10)
+
+        def delete() -> None:
+            with suppress(InvalidRequestError):
+                if by == "age":
+                    other.delete_old(11, 0)
+                else:
+                    other.delete_file("f", "a")
+
+        with ThreadPoolExecutor() as threads:
+            deletion = threads.submit(delete)
+            with suppress(NotFoundError):
+                store.add_batch(make_batch(f"b{number}"), 9)
+            deletion.result()
+        assert bool(store.open_batches()) == has_content(store, "f")
+        store.change_batch(f"b{number}", end)
+        store.delete_file("f", "a")
 
 
 def test_one_router_has_the_lease_until_it_drops_it_or_is_silent(store: BatchStore) -> None:
@@ -348,7 +400,7 @@ def test_a_lease_ends_after_a_clock_was_set_back(store: BatchStore) -> None:
 def test_connections_that_the_server_closed_are_replaced(tmp_path: Path, postgres: str) -> None:
     place = Place(tmp_path, postgres)
     store = place.open()
-    store.add_batch(make_batch(), 9)
+    add_batch(store, make_batch(), 9)
     with psycopg.connect(postgres, autocommit=True) as connection:
         connection.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
@@ -363,7 +415,7 @@ def test_applications_with_similar_names_share_nothing(tmp_path: Path, postgres:
         place = Place(tmp_path, postgres, name)
         store = place.open()
         assert store.open_batches() == []
-        store.add_batch(make_batch(), 9)
+        add_batch(store, make_batch(), 9)
         assert [batch.id for batch in place.open().open_batches()] == ["b"]
         place.close()
     with psycopg.connect(postgres) as connection:

@@ -276,6 +276,25 @@ async def test_without_its_database_batches_answer_503(
     assert not list(store.part("").parent.glob("*"))
 
 
+async def test_a_file_that_was_deleted_meanwhile_is_not_found(
+    store: BatchStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with gateway_world(batch_store=store) as world:
+        file = await upload(world, [line(1)])
+        find = BatchStore.find_file
+
+        def find_and_delete(store: BatchStore, id_: str, tenant: str) -> Any:
+            found = find(store, id_, tenant)
+            store.delete_file(id_, tenant)
+            return found
+
+        monkeypatch.setattr(BatchStore, "find_file", find_and_delete)
+        assert (await asgi.get(world.app, f"/v1/files/{file}/content")).status == 404
+        again = await upload(world, [line(1)])
+        assert (await create(world, again)).status == 404
+        assert (await asgi.call(world.app, "DELETE", f"/v1/files/{again}")).status == 404
+
+
 async def test_lines_yield_to_other_requests_and_run_again(store: BatchStore) -> None:
     async with gateway_world(batch_store=store, generator={"max_in_flight": 8}) as world:
         replica = await world.add("gen", "gen-1")

@@ -47,16 +47,17 @@ class Runner:
         ids = {"id": "b", "input_file_id": "in", "output_id": "out", "error_id": "err"}
         times = {"created_at": 0, "expires_at": 100, "completion_window": "1h"}
         self.batch = Batch(tenant="a", endpoint="/classify", **ids, **times)  # type: ignore[arg-type]
-        self.store.add_batch(self.batch, 9)
         lines = [
             {"custom_id": f"c{number}", "method": "POST", "url": "/classify", "body": body}
             for number in range(3)
             for body in [{"number": number}]
         ]
         part = self.store.part("in")
+        part.parent.mkdir(parents=True)
         part.write_text("\n".join(map(json.dumps, lines)))
         file = StoredFile("in", "a", "in.jsonl", "batch", 1, 0, 100)
         self.store.add_file(file, part, 10)
+        self.store.add_batch(self.batch, 9)
 
     async def _relay(self, request: Request) -> Response:
         self.asked.append(number_of(request))

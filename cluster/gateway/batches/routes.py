@@ -147,14 +147,13 @@ class BatchRoutes:
         return json_response(file.as_json())
 
     async def _file(self, request: Request) -> Response:
-        file = await self._find_file(request)
         if request.method != "DELETE":
-            return json_response(file.as_json())
-        open_batches = await self._service.threads.run(self._store.open_batches)
-        if users := [each.id for each in open_batches if each.input_file_id == file.id]:
-            raise InvalidRequestError(f"The file is in use by {users[0]}. Cancel that first.")
-        await self._service.threads.run(self._store.delete_file, file.id, request.tenant)
-        return json_response({"id": file.id, "object": "file", "deleted": True})
+            return json_response((await self._find_file(request)).as_json())
+        self._check_nodes()
+        id_ = _item_id(request)
+        if not await self._service.threads.run(self._store.delete_file, id_, request.tenant):
+            raise _no_file(id_)
+        return json_response({"id": id_, "object": "file", "deleted": True})
 
     async def _content(self, request: Request) -> Response:
         file = await self._find_file(request)
@@ -162,7 +161,10 @@ class BatchRoutes:
             (b"content-type", b"application/octet-stream"),
             (b"content-length", str(file.bytes).encode()),
         ]
-        content = await self._service.threads.run(self._store.open, file.id)
+        try:
+            content = await self._service.threads.run(self._store.open, file.id)
+        except FileNotFoundError:  # deleted since it was found
+            raise _no_file(file.id) from None
         return Response(200, headers, self._read(content))
 
     async def _read(self, content: IO[bytes]) -> AsyncGenerator[bytes, None]:
@@ -175,7 +177,7 @@ class BatchRoutes:
         id_ = id_ or _item_id(request)
         file = await self._service.threads.run(self._store.find_file, id_, request.tenant)
         if file is None:
-            raise NotFoundError(f"No such file: {id_}.", param="file_id")
+            raise _no_file(id_)
         return file
 
     # -- batches --
@@ -268,6 +270,10 @@ class BatchRoutes:
 
 def _item_id(request: Request) -> str:
     return request.path.split("/")[3]
+
+
+def _no_file(id_: str) -> NotFoundError:
+    return NotFoundError(f"No such file: {id_}.", param="file_id")
 
 
 def _listing(query: dict[str, str]) -> Listing:
