@@ -114,7 +114,7 @@ def revoke_remote(router: str, api_key: str | None, key_id: str) -> None:
 
 
 def _resolve(ids: list[str], key_id: str) -> str:
-    """Return the id of a key that is given by a prefix of it or by the key; a digest as it is."""
+    """Return the id of a key that is given by a prefix of it, the key or its digest."""
     if key_id[:ID_CHARS] in ids:
         return key_id
     own = digest(key_id)[:ID_CHARS]

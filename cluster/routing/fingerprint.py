@@ -372,7 +372,7 @@ def _decode_with_prompt(path: str, body: bytes) -> _PromptBody | None:
 def _other_bytes(body: bytes) -> int:
     """Return the length of a JSON body without the files in it, which are long strings.
 
-    Decoding skips them quickly, whatever they are, so text that looks like a file does no harm.
+    Decoding skips them quickly, so text that looks like a file does no harm.
     """
     other = len(body)
     for mark in _FILE_MARKS:
