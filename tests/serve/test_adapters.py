@@ -190,7 +190,8 @@ async def test_key_can_allow_an_adapter() -> None:
             assert (await ask(COMPLETION, body))[0] == status
             assert (await ask(COMPLETION, body, "Application/JSON"))[0] == status
             # A body that the router does not read may name any model.
-            assert (await ask(COMPLETION, body, "multipart/form-data; boundary=x"))[0] == 403
+            assert (await ask(COMPLETION, body, "application/octet-stream"))[0] == 403
+            assert (await ask(COMPLETION, body, "multipart/form-data; boundary=x"))[0] == 400
         _, listed = await ask("/v1/models")
         assert [name for name in ("law", "art", "m") if f'"id":"{name}"'.encode() in listed] == [
             "law"
