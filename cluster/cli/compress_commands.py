@@ -9,9 +9,16 @@ from typer import Argument, Option
 from cluster.cli.options import (
     DataOption,
     EncodingOption,
+    EpochsOption,
+    HeldOutOption,
     JsonOption,
     LabelColumn,
+    LearningRateOption,
+    NewModelOption,
+    SeedOption,
     TextColumn,
+    ThreadsOption,
+    TruncationOption,
 )
 
 compress_app = typer.Typer(rich_markup_mode=None)
@@ -37,7 +44,7 @@ def models_quantize(
     scheme: Annotated[
         str, Option(metavar="w8a8|w4a16|fp8", help="Bits of weights (w) and activations (a).")
     ],
-    out: Annotated[Path, Option("--out", help="New directory for the model.")],
+    out: NewModelOption,
     data: _OptionalData = None,
     text_column: TextColumn = "text",
     encoding: EncodingOption = None,
@@ -45,7 +52,7 @@ def models_quantize(
         int,
         Option(min=0, help="Steps of learned rounding per layer, for w4a16; 0 is fast."),
     ] = 0,
-    seed: Annotated[int, Option(min=0, help="Random seed.")] = 0,
+    seed: SeedOption = 0,
 ) -> None:
     """Quantize a generator for vLLM's CPU and GPU kernels (needs the extra `compress`).
 
@@ -66,22 +73,16 @@ def models_distill(
     ],
     data: DataOption,
     layers: Annotated[int, Option(min=1, help="Layers of the new model.")],
-    out: Annotated[Path, Option("--out", help="New directory for the model.")],
+    out: NewModelOption,
     text_column: TextColumn = "text",
     label_column: LabelColumn = "label",
     encoding: EncodingOption = None,
-    epochs: Annotated[int, Option(min=1, help="Maximum passes over the texts.")] = 10,
-    max_tokens: Annotated[
-        int, Option(min=8, help="Length in tokens to which texts are truncated.")
-    ] = 128,
-    learning_rate: Annotated[float, Option(min=1e-8, max=1.0, help="Peak learning rate.")] = 1e-4,
-    held_out: Annotated[
-        float, Option(min=0.01, max=0.4, help="Share of the texts used for evaluation.")
-    ] = 0.1,
-    seed: Annotated[int, Option(min=0, help="Random seed.")] = 0,
-    threads: Annotated[
-        int | None, Option(min=1, help="Compute threads.", show_default="one per core")
-    ] = None,
+    epochs: EpochsOption = 10,
+    max_tokens: TruncationOption = 128,
+    learning_rate: LearningRateOption = 1e-4,
+    held_out: HeldOutOption = 0.1,
+    seed: SeedOption = 0,
+    threads: ThreadsOption = None,
 ) -> None:
     """Train a classifier with fewer layers to give the answers of a larger one.
 

@@ -11,14 +11,21 @@ from cluster.cli.options import (
     ConfigOption,
     DataOption,
     EncodingOption,
+    EpochsOption,
+    HeldOutOption,
     JsonOption,
     KeyFileOption,
     KeyOption,
     LabelColumn,
+    LearningRateOption,
     ModelOption,
+    NewModelOption,
     RemoteUrlOption,
+    SeedOption,
     SetOption,
     TextColumn,
+    ThreadsOption,
+    TruncationOption,
     UrlOption,
 )
 
@@ -80,35 +87,29 @@ def models_list(as_json: JsonOption = False) -> None:
 @models_app.command("finetune")
 def models_finetune(
     data: DataOption,
-    out: Annotated[Path, Option("--out", help="New directory for the model.")],
+    out: NewModelOption,
     base: Annotated[
         str | None, Option("--base", help="Directory of an encoder.", show_default="MiniLM-L6")
     ] = None,
     text_column: TextColumn = "text",
     label_column: LabelColumn = "label",
     encoding: EncodingOption = None,
-    epochs: Annotated[int, Option(min=1, help="Maximum passes over the texts.")] = 10,
+    epochs: EpochsOption = 10,
     patience: Annotated[
         int, Option(min=0, help="Epochs without improvement before stopping; 0: never stop.")
     ] = 2,
     batch_size: Annotated[int, Option(min=1, help="Texts per training step.")] = 32,
-    max_tokens: Annotated[
-        int, Option(min=8, help="Length in tokens to which texts are truncated.")
-    ] = 128,
-    learning_rate: Annotated[float, Option(min=1e-8, max=1.0, help="Peak learning rate.")] = 1e-4,
+    max_tokens: TruncationOption = 128,
+    learning_rate: LearningRateOption = 1e-4,
     frozen_layers: Annotated[
         int, Option(min=0, help="Lowest layers that are not trained; faster, less accurate.")
     ] = 0,
     keep_embeddings: Annotated[
         float, Option(min=0, help="Weight of keeping /v1/embeddings close to the base model's.")
     ] = 0.0,
-    held_out: Annotated[
-        float, Option(min=0.01, max=0.4, help="Share of the texts used for evaluation.")
-    ] = 0.1,
-    seed: Annotated[int, Option(min=0, help="Random seed.")] = 0,
-    threads: Annotated[
-        int | None, Option(min=1, help="Compute threads.", show_default="one per core")
-    ] = None,
+    held_out: HeldOutOption = 0.1,
+    seed: SeedOption = 0,
+    threads: ThreadsOption = None,
 ) -> None:
     """Train a classifier on a file of labeled texts."""
     from cluster.cli.finetune import DataFile, finetune

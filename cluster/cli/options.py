@@ -34,6 +34,19 @@ LabelColumn = Annotated[str, Option("--label-column", help="Column of the labels
 EncodingOption = Annotated[
     str | None, Option("--encoding", help="Encoding of the file.", show_default="UTF-8")
 ]
+NewModelOption = Annotated[Path, Option("--out", help="New directory for the model.")]
+EpochsOption = Annotated[int, Option(min=1, help="Maximum passes over the texts.")]
+TruncationOption = Annotated[
+    int, Option(min=8, help="Length in tokens to which texts are truncated.")
+]
+LearningRateOption = Annotated[float, Option(min=1e-8, max=1.0, help="Peak learning rate.")]
+HeldOutOption = Annotated[
+    float, Option(min=0.01, max=0.4, help="Share of the texts used for evaluation.")
+]
+SeedOption = Annotated[int, Option(min=0, help="Random seed.")]
+ThreadsOption = Annotated[
+    int | None, Option(min=1, help="Compute threads.", show_default="one per core")
+]
 KeyFileOption = Annotated[
     Path | None, Option("--file", help="Key file.", show_default="from the config")
 ]
