@@ -5,12 +5,11 @@ the body, such as a charset, the router refuses the form: otherwise a key could 
 does not allow.
 """
 
-from collections.abc import Callable
-
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
+from python_multipart.multipart import parse_options_header
 
 from cluster.errors import InvalidRequestError
+from cluster.gateway.multipart import FormReader, form_options
 from cluster.routing import RequestBody
 
 MAX_PARTS = 64
@@ -27,38 +26,26 @@ class FormBody(RequestBody):
     """Fields of a multipart form. The router cannot change them, nor read its prompt."""
 
 
-class _Form:
-    """Callbacks of the parser. They get offsets in the body, and copy only the values read."""
+class _Form(FormReader):
+    """Reader that copies only the values of the fields that are read."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.fields: dict[bytes, bytes] = {}
-        self.is_complete = False
         self._begin_part()
-
-    def callbacks(self) -> dict[str, Callable[..., None]]:
-        return {
-            "on_part_begin": self._begin_part,
-            "on_header_field": self._add_header_name,
-            "on_header_value": self._add_header_value,
-            "on_header_end": self._end_header,
-            "on_headers_finished": self._end_headers,
-            "on_part_data": self._add_data,
-            "on_end": self._end,
-        }
 
     def _begin_part(self) -> None:
         self._header_bytes = 0
-        self._header_name = self._header_value = b""
         self._disposition: bytes | None = None
         self._name = b""
 
     def _add_header_name(self, data: bytes, start: int, end: int) -> None:
         self._count_header_bytes(end - start)
-        self._header_name += data[start:end]
+        super()._add_header_name(data, start, end)
 
     def _add_header_value(self, data: bytes, start: int, end: int) -> None:
         self._count_header_bytes(end - start)
-        self._header_value += data[start:end]
+        super()._add_header_value(data, start, end)
 
     def _count_header_bytes(self, num_bytes: int) -> None:
         self._header_bytes += num_bytes
@@ -67,14 +54,13 @@ class _Form:
                 f"The headers of a part of the form are longer than {MAX_HEADER_BYTES} bytes."
             )
 
-    def _end_header(self) -> None:
-        if b"\n" in self._header_value or b"\r" in self._header_value:
+    def _keep_header(self, name: bytes, value: bytes) -> None:
+        if b"\n" in value or b"\r" in value:
             raise InvalidRequestError("A header of the form contains a line break.")
-        if self._header_name.lower() == b"content-disposition":
+        if name == b"content-disposition":
             if self._disposition is not None:
                 raise InvalidRequestError("A part of the form has several Content-Disposition.")
-            self._disposition = self._header_value
-        self._header_name = self._header_value = b""
+            self._disposition = value
 
     def _end_headers(self) -> None:
         _, options = parse_options_header(self._disposition)
@@ -101,9 +87,6 @@ class _Form:
             )
         self.fields[self._name] += data[start:end]
 
-    def _end(self) -> None:
-        self.is_complete = True
-
 
 def read_form(body: bytes, content_type: str) -> FormBody | None:
     """Return the fields of a form; None if the body is no form.
@@ -112,10 +95,10 @@ def read_form(body: bytes, content_type: str) -> FormBody | None:
         InvalidRequestError: The form is malformed, names several models, or parsers may differ in
             the model that it names.
     """
-    kind, options = parse_options_header(content_type)
-    boundary = options.get(b"boundary")
-    if kind != b"multipart/form-data" or not boundary:
+    options = form_options(content_type)
+    if options is None:
         return None
+    boundary = options[b"boundary"]
     charset = options.get(b"charset", b"utf-8")
     if charset.lower() not in _CHARSETS:
         raise InvalidRequestError(
@@ -124,7 +107,7 @@ def read_form(body: bytes, content_type: str) -> FormBody | None:
     _check_delimiters(body, b"--" + boundary)
     form = _Form()
     try:
-        MultipartParser(boundary, form.callbacks()).write(body)  # type: ignore[arg-type]
+        form.parser(boundary).write(body)
     except FormParserError as error:
         raise InvalidRequestError(f"The form cannot be read: {error}.") from None
     if not form.is_complete:

@@ -1,18 +1,18 @@
 """Reading of an uploaded file: a form is parsed piece by piece, and the file goes to disk."""
 
 import os
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 from python_multipart.exceptions import MultipartParseError
-from python_multipart.multipart import MultipartParser, parse_options_header
+from python_multipart.multipart import parse_options_header
 
 from cluster.errors import InvalidRequestError, PayloadTooLargeError
 from cluster.gateway.batches.threads import BatchThreads
 from cluster.gateway.messages import BodyStream
+from cluster.gateway.multipart import FormReader, form_options
 
 MAX_FIELD_BYTES = 4096
 MAX_FIELDS = 20
@@ -30,45 +30,24 @@ class Upload:
     has_file: bool = False
 
 
-class _Form:
-    """Callbacks of the parser."""
+class _Form(FormReader):
+    """Reader that gathers the fields, and the file until it is written."""
 
     def __init__(self, max_file_bytes: int) -> None:
+        super().__init__()
         self.upload = Upload()
         self.unwritten = bytearray()
-        self.is_complete = False
         self._max_file_bytes = max_file_bytes
-        self._header_name = b""
-        self._header_value = b""
         self._headers: dict[bytes, bytes] = {}
         self._name = ""
         self._is_file = False
         self._value = b""
 
-    def callbacks(self) -> dict[str, Callable[..., None]]:
-        return {
-            "on_part_begin": self._begin_part,
-            "on_header_field": self._add_header_name,
-            "on_header_value": self._add_header_value,
-            "on_header_end": self._end_header,
-            "on_headers_finished": self._end_headers,
-            "on_part_data": self._add_data,
-            "on_part_end": self._end_part,
-            "on_end": self._end,
-        }
-
     def _begin_part(self) -> None:
         self._headers, self._name, self._is_file, self._value = {}, "", False, b""
 
-    def _add_header_name(self, data: bytes, start: int, end: int) -> None:
-        self._header_name += data[start:end]
-
-    def _add_header_value(self, data: bytes, start: int, end: int) -> None:
-        self._header_value += data[start:end]
-
-    def _end_header(self) -> None:
-        self._headers[self._header_name.lower()] = self._header_value
-        self._header_name = self._header_value = b""
+    def _keep_header(self, name: bytes, value: bytes) -> None:
+        self._headers[name] = value
 
     def _end_headers(self) -> None:
         _, options = parse_options_header(self._headers.get(b"content-disposition"))
@@ -103,9 +82,6 @@ class _Form:
             if len(self.upload.fields) > MAX_FIELDS:
                 raise InvalidRequestError(f"The form has more than {MAX_FIELDS} fields.")
 
-    def _end(self) -> None:
-        self.is_complete = True
-
 
 async def receive_form(
     stream: BodyStream,
@@ -120,15 +96,14 @@ async def receive_form(
         InvalidRequestError: The body is no form with one file.
         PayloadTooLargeError: The file is too large.
     """
-    kind, options = parse_options_header(content_type)
-    boundary = options.get(b"boundary")
-    if kind != b"multipart/form-data" or not boundary:
+    options = form_options(content_type)
+    if options is None:
         raise InvalidRequestError("Send the file as multipart/form-data.", param="file")
     form = _Form(max_file_bytes)
     file = await threads.run(_create, path)
     try:
         try:
-            parser = MultipartParser(boundary, form.callbacks())  # type: ignore[arg-type]
+            parser = form.parser(options[b"boundary"])
             async for chunk in stream.chunks():
                 parser.write(chunk)
                 if len(form.unwritten) >= WRITE_BYTES:
