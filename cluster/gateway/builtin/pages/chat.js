@@ -23,6 +23,19 @@ async function* eventsOf(response) {
   }
 }
 
+/** Call `add` with each item of a stream; return what the router reports as spent, or null. */
+async function readItems(response, add) {
+  let spent = null;
+  for await (const { event, data } of eventsOf(response)) {
+    if (data === "[DONE]") continue;
+    const item = JSON.parse(data);
+    if (event === "tandem.usage") spent = item;
+    else if (item.error) throw new ApiError(item.error.code, item.error, response.headers);
+    else add(item);
+  }
+  return spent;
+}
+
 /** One answer of a model and its figures. */
 class Answer {
   constructor(model) {

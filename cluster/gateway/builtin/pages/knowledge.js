@@ -50,18 +50,14 @@ async function readAnswer(body, times, signal) {
   const path = `v1/knowledge/${encodeURIComponent(by("base").value)}/answer`;
   const headers = { "x-tandem-usage": "1" };
   const response = await call(path, { body: { ...body, stream: true }, headers, signal });
-  let result = null, spent = null;
-  for await (const { event, data } of eventsOf(response)) {
-    if (data === "[DONE]") continue;
-    const item = JSON.parse(data);
-    if (event === "tandem.usage") spent = item;
-    else if (item.error) throw new ApiError(item.error.code, item.error, response.headers);
-    else if (item.result) result = item.result;
+  let result = null;
+  const spent = await readItems(response, (item) => {
+    if (item.result) result = item.result;
     else if (item.delta) {
       times.first ??= performance.now();
       by("found-text").append(item.delta);
     }
-  }
+  });
   if (!result) throw new Error("The answer ended before it was complete.");
   showFound(result, times, spent);
 }

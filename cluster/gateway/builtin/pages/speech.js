@@ -39,18 +39,14 @@ async function readTranscript(file, times, signal) {
   form.append("file", file, file.name);
   const headers = { "x-tandem-usage": "1" };
   const response = await call("v1/audio/transcriptions", { body: form, headers, signal });
-  let done = null, spent = null;
-  for await (const { event, data } of eventsOf(response)) {
-    if (data === "[DONE]") continue;
-    const item = JSON.parse(data);
-    if (event === "tandem.usage") spent = item;
-    else if (item.error) throw new ApiError(item.error.code, item.error, response.headers);
-    else if (item.type === "transcript.text.done") done = item;
+  let done = null;
+  const spent = await readItems(response, (item) => {
+    if (item.type === "transcript.text.done") done = item;
     else if (item.delta) {
       times.first ??= performance.now();
       by("transcript-text").append(item.delta);
     }
-  }
+  });
   if (!done) throw new Error("The transcript ended before it was complete.");
   put(by("transcript-text"), done.text || "No speech was found.");
   by("transcript-figures").replaceChildren(figures([
