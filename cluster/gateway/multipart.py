@@ -1,4 +1,4 @@
-"""What all readers of multipart forms share: the boundary, and the headers of each part."""
+"""Callbacks of the parser of multipart forms: the boundary, and the headers of each part."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
