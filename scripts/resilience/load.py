@@ -211,7 +211,7 @@ class Load:
     def _sender(self, kind: str, name: str, rng: random.Random) -> Send:
         mix = self._mix
         if kind == "classify":
-            return lambda http, attempts: classify(http, rng.choice([*LABELLED]), attempts)
+            return classify
         body: dict[str, Any] = {"prompt": f"Story {name}: once upon a time", "temperature": 0}
         if kind == "slow":
             many = {"prompt": [body["prompt"]] * mix.slow_prompts, "max_tokens": mix.max_tokens}
@@ -310,12 +310,13 @@ def text_of(raw: str, num_tokens: int) -> str:
     return "\n".join("".join(texts[index]) for index in sorted(texts))
 
 
-async def classify(http: httpx.AsyncClient, text: str, attempts: Attempts) -> str:
+async def classify(http: httpx.AsyncClient, attempts: Attempts) -> str:
     """Classify a text whose label is known.
 
     Raises:
         FailedRequestError: The answer is an error, or another label.
     """
+    text = random.Random(attempts.key).choice([*LABELLED])  # a repetition sends the same text
     headers = {"idempotency-key": attempts.key}
     body = {"model": CLASSIFIER, "input": text}
     response = await http.post("/classify", json=body, headers=headers)

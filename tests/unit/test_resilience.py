@@ -23,7 +23,7 @@ from resilience.accounting import (
 from resilience.faults import FAULTS, SHORT
 from resilience.growth import Sample, measure_growth
 from resilience.inside.link_proxy import RETRANSMISSION_S, LinkFault, LinkProxy
-from resilience.load import Attempts, FailedRequestError, classify, text_of
+from resilience.load import LABELLED, Attempts, FailedRequestError, classify, text_of
 from resilience.samples import find_left, name_of
 from resilience.testbed import Setup
 
@@ -166,7 +166,25 @@ async def test_an_unexpected_answer_raises_an_error() -> None:
     transport = httpx.MockTransport(lambda _request: httpx.Response(500, json={"error": {}}))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
         with pytest.raises(FailedRequestError, match="500"):
-            await classify(http, "A boring mess.", Attempts("key"))
+            await classify(http, Attempts("key"))
+
+
+async def test_attempts_of_a_classification_send_the_same_request() -> None:
+    sent: dict[str, set[bytes]] = {}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        key = request.headers["idempotency-key"]
+        sent.setdefault(key, set()).add(request.content)
+        label = LABELLED[json.loads(request.content)["input"]]
+        return httpx.Response(200, json={"data": [{"label": label}]})
+
+    keys = [f"key {number}" for number in range(20)]
+    transport = httpx.MockTransport(answer)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        for key in [*keys, *keys]:
+            await classify(http, Attempts(key))
+    assert all(len(bodies) == 1 for bodies in sent.values())
+    assert len(set.union(*sent.values())) == len(LABELLED)
 
 
 # -- growth -----------------------------------------------------------------------------------
