@@ -132,6 +132,15 @@ def parse_sizes(text: str) -> dict[str, int]:
     return {name: int(number) for name, number in _SIZE_LINE.findall(text)}
 
 
+def total_pss_mb(home: Path) -> float:
+    """Return the memory of all processes of ``home`` (PSS) in MB."""
+    total_mb = 0.0
+    for owned in processes.find(home):
+        with contextlib.suppress(OSError):  # it has ended
+            total_mb += ProcessMemory.read(owned.process.pid).pss_mb
+    return total_mb
+
+
 class PeakMemory:
     """Context manager that records the memory peak of a process.
 
