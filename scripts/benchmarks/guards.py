@@ -1,18 +1,20 @@
 """Time to first token with guards, compared with the same requests without.
 
-One stream at a time (128 prompt and 4 completion tokens) in one cluster with a generator and a
-classifier. The API keys choose the guards: none; a classifier that judges the prompt during its
-prefill; patterns that redact the prompt and the answer.
+One stream at a time (128 prompt and 4 completion tokens) in one cluster with a generator and
+classifiers on the same cores. The API keys choose the guards: none; a classifier that judges the
+prompt during its prefill, with default settings, with one thread, and with one thread in int8;
+patterns that redact the prompt and the answer.
 """
 
 import argparse
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from benchmarks import token_times
 from benchmarks.endpoint import Endpoint
@@ -29,62 +31,82 @@ from cluster.key_file import write_keys
 SECONDS, QUICK_SECONDS = 20.0, 3.0
 WARM_UP_S = 5.0
 COMPLETION_TOKENS = 4
-PLAIN, CLASSIFIER, PATTERNS = "plain", "classifier", "patterns"
-VARIANTS = (PLAIN, CLASSIFIER, PATTERNS)
+PLAIN, PATTERNS = "plain", "patterns"
+CLASSIFIERS: dict[str, dict[str, Any]] = {
+    "classifier": {},
+    "classifier-1-thread": {"threads": 1},
+    "classifier-1-thread-int8": {"threads": 1, "dtype": "int8"},
+}
+"""Settings of the classifier by variant."""
+GUARDED = (*CLASSIFIERS, PATTERNS)
 GOALS = {"classifier_added_ttft_p50_ms": "<= 5", "patterns_added_ttft_p50_ms": "<= 5"}
-POOLS = {
-    "generators": [
-        {
-            "name": REAL_MODEL,
-            "model": "smollm2-135m-instruct",
-            "max_model_len": 2048,
-            "kv_cache_memory_bytes": "512MiB",
-            "replicas": {"min": 1, "max": 1},
-            "resources": {"cpus": 0.5},
-        }
-    ],
-    "classifiers": [
-        {
-            "name": "sentiment",
-            "model": "sentiment-minilm",
-            # Every prompt is new; a result from the cache would cost less.
-            "result_cache": {"max_bytes": 0},
-            "replicas": {"min": 1, "max": 1},
-            "resources": {"cpus": 0.25},
-        }
-    ],
-    "guards": [
-        {
-            "name": CLASSIFIER,
-            "classifier": "sentiment",
-            "labels": ["NEGATIVE"],
-            "action": "flag",  # waits for the verdict as `block` does, and answers every prompt
-            "checks": "prompt",
-            "timeout_s": 30,
-            "default": False,
-        },
-        {
-            "name": PATTERNS,
-            "patterns": ["card", "iban", "email", "phone"],
-            "action": "redact",
-            "default": False,
-        },
-    ],
+GENERATOR = {
+    "name": REAL_MODEL,
+    "model": "smollm2-135m-instruct",
+    "max_model_len": 2048,
+    "kv_cache_memory_bytes": "512MiB",
+    "replicas": {"min": 1, "max": 1},
+    "resources": {"cpus": 0.5},
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="duration of each load")
+    parser.add_argument(
+        "--guards", nargs="+", choices=GUARDED, default=list(GUARDED), help="guards to measure"
+    )
+
+
+def make_pools(guards: Sequence[str]) -> dict[str, Any]:
+    """Return the pools and guards of the cluster; each measured classifier has its own pool."""
+    classifiers = {name: CLASSIFIERS[name] for name in guards if name in CLASSIFIERS}
+    return {
+        "generators": [GENERATOR],
+        "classifiers": [
+            {
+                "name": name,
+                "model": "sentiment-minilm",
+                # Every prompt is new; a result from the cache would cost less.
+                "result_cache": {"max_bytes": 0},
+                "replicas": {"min": 1, "max": 1},
+                "resources": {"cpus": 0.25},
+                **settings,
+            }
+            for name, settings in classifiers.items()
+        ],
+        "guards": [
+            *(
+                {
+                    "name": name,
+                    "classifier": name,
+                    "labels": ["NEGATIVE"],
+                    # Waits for the verdict as `block` does, and answers every prompt.
+                    "action": "flag",
+                    "checks": "prompt",
+                    "timeout_s": 30,
+                    "default": False,
+                }
+                for name in classifiers
+            ),
+            {
+                "name": PATTERNS,
+                "patterns": ["card", "iban", "email", "phone"],
+                "action": "redact",
+                "default": False,
+            },
+        ],
+    }
 
 
 def run(args: argparse.Namespace) -> Report:
     seconds = QUICK_SECONDS if args.quick else args.seconds
     prompts = PromptMaker.from_model(Path(prepare_model()))
     p50_ms: dict[str, list[float]] = defaultdict(list)
-    with _cluster() as endpoints:
+    variants = (PLAIN, *args.guards)
+    with _cluster(variants) as endpoints:
         for variant, endpoint in endpoints.items():
             measure(endpoint, prompts, WARM_UP_S, "warm-up", variant)
-        for number, variant in interleave(VARIANTS, args.rounds):
+        for number, variant in interleave(variants, args.rounds):
             found = measure(endpoints[variant], prompts, seconds, number, variant)
             p50_ms[variant].append(found)
             print_progress(number, variant, f"TTFT p50 {found:.1f} ms")
@@ -92,9 +114,9 @@ def run(args: argparse.Namespace) -> Report:
 
 
 @contextmanager
-def _cluster() -> Iterator[dict[str, Endpoint]]:
+def _cluster(variants: Sequence[str]) -> Iterator[dict[str, Endpoint]]:
     """Run the cluster; yield its endpoint with the key of each variant."""
-    keys = {variant: new_key() for variant in VARIANTS}
+    keys = {variant: new_key() for variant in variants}
     entries = [
         {
             "sha256": digest(key),
@@ -106,7 +128,9 @@ def _cluster() -> Iterator[dict[str, Endpoint]]:
     with TemporaryDirectory() as directory:
         file = Path(directory) / "keys.yaml"
         write_keys(file, KeyFileContents.model_validate({"keys": entries}))
-        with tandem_with_pools(POOLS, REAL_MODEL, {"keys_file": str(file)}) as running:
+        with tandem_with_pools(
+            make_pools(variants), REAL_MODEL, {"keys_file": str(file)}
+        ) as running:
             yield {
                 variant: replace(running.endpoint, headers={"authorization": f"Bearer {key}"})
                 for variant, key in keys.items()
@@ -133,18 +157,23 @@ def measure(endpoint: Endpoint, prompts: PromptMaker, seconds: float, *seed: int
 
 def make_report(p50_ms: dict[str, list[float]]) -> Report:
     """Return the difference to the requests without guards in each round."""
-    summaries = {variant: Summary(tuple(p50_ms[variant])) for variant in VARIANTS}
+    summaries = {variant: Summary(tuple(found)) for variant, found in p50_ms.items()}
     added = {
-        variant: summaries[variant].minus(summaries[PLAIN]) for variant in (CLASSIFIER, PATTERNS)
+        variant: summary.minus(summaries[PLAIN])
+        for variant, summary in summaries.items()
+        if variant != PLAIN
+    }
+    keys = {
+        f"{variant.replace('-', '_')}_added_ttft_p50_ms": each for variant, each in added.items()
     }
     return Report(
-        keys={f"{variant}_added_ttft_p50_ms": each for variant, each in added.items()},
-        goals=GOALS,
+        keys=keys,
+        goals={key: goal for key, goal in GOALS.items() if key in keys},
         tables=[
             Table(
                 "Time to first token in milliseconds, median",
                 ("guards", "TTFT", "added"),
-                [(variant, summaries[variant], added.get(variant)) for variant in VARIANTS],
+                [(variant, summaries[variant], added.get(variant)) for variant in summaries],
             )
         ],
         details={f"{variant}_ttft_p50_ms": each for variant, each in summaries.items()},
