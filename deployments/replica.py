@@ -91,14 +91,13 @@ class EngineReplica:
         relay_to_serve(ENGINE_LOGGER, warnings_only=[STATISTICS_LOGGER])
         timer.add_measured(engine.start_phases_s)
         registry = Registry()
-        app = RaiseIfDead(self._traced_app(pool, operations), engine.check_health)
-        self._app = CountedApp(app, RouteTable(engine.routes()), registry)
+        self._app = RaiseIfDead(self._traced_app(pool, operations), engine.check_health)
         self._answers = AnswerStore(operations.idempotency)
         self._watch = ReplicaWatch(
             operations, pool, self._num_in_flight, self.retire, engine.workers
         )
         self._server = await start_link_server(
-            self._answer,
+            CountedApp(self._answer, RouteTable(engine.routes()), registry),
             engine.load,
             engine.prefixes,
             resumes=bool(engine.resume_key),

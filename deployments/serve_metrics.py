@@ -1,8 +1,8 @@
 """Serve's metrics of requests for replicas that links reach.
 
-Serve counts only the requests that it delivers itself. Ray's dashboard draws its Serve and LLM
-panels from these counts, and joins vLLM's metrics with them, so replicas export them under Serve's
-names.
+Serve counts the requests that it delivers itself: those over its handle. Ray's dashboard draws its
+Serve and LLM panels from these counts, and joins vLLM's metrics with them, so replicas export the
+requests over links under Serve's names.
 """
 
 import time
@@ -32,10 +32,10 @@ LATENCY = Metric(
 
 
 class CountedApp:
-    """Application that counts its requests as Serve does.
+    """Application of a link server that counts its requests as Serve does.
 
     Args:
-        app: The engine's application.
+        app: The replica's application.
         routes: Routes of the engine, for the label ``route``.
         registry: Registry for the counts.
     """

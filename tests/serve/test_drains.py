@@ -11,12 +11,15 @@ from cluster.errors import EngineDeadError, ReplicaRetiredError, UnavailableErro
 from cluster.gateway.builtin.drain import REPLICA_DRAIN_PATH
 from cluster.leaks import Growth
 from cluster.link import LinkState, RequestHead
-from deployments import watching
+from cluster.metrics import Registry
+from deployments import replica as replica_module
+from deployments import serve_metrics, watching
 from tests import asgi
 from tests.serve.deployment_kit import (
     COMPLETION,
     POOL,
     TOKEN_S,
+    Background,
     completion_body,
     make_config,
     open_completion,
@@ -180,3 +183,25 @@ async def test_requests_over_the_handle_end_when_the_engine_hangs() -> None:
         async with asyncio.timeout(60):
             with pytest.raises(EngineDeadError, match="try again"):
                 await hung
+
+
+async def test_serves_metrics_count_requests_over_links_and_not_those_over_the_handle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    registries: list[Registry] = []
+
+    class Exporter(Background):
+        def __init__(self, registry: Registry) -> None:
+            registries.append(registry)
+
+    monkeypatch.setattr(replica_module, "RayExporter", Exporter)
+    async with running_generator(make_config()) as (replica, link):
+        (registry,) = registries
+        items = replica.answer_call("r1", COMPLETION, completion_body(3))
+        assert [item async for item in items]
+        assert not registry.series(serve_metrics.REQUESTS)  # Serve has counted it
+        stream = open_completion(link, 3)
+        assert (await read_all(stream)).endswith(b"data: [DONE]\n\n")
+        await until(lambda: registry.series(serve_metrics.REQUESTS))
+        (counter,) = registry.series(serve_metrics.REQUESTS).values()
+        assert counter.value == 1
