@@ -17,13 +17,14 @@ _MESSAGES = "/v1/messages"
 _RESPONSES = "/v1/responses"
 # Streams of events `data: <chunk>`, whose clients recognize a chunk with the field `error`.
 _CHUNK_STREAMS = (
-    TASK_PREFIX,
-    KNOWLEDGE_PATH,
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/audio/",
     "/inference/v1/generate",
 )
+# The same, but `[DONE]` is promised after an error, too.
+_APPLICATION_STREAMS = (TASK_PREFIX, KNOWLEDGE_PATH)
+_DONE = b"data: [DONE]\n\n"
 
 _ANTHROPIC_TYPES: Mapping[int, str] = {
     400: "invalid_request_error",
@@ -75,6 +76,8 @@ def error_events(
         return _failed_response(error, body, first, last)
     if path.startswith(_CHUNK_STREAMS):
         return _event(None, body)
+    if path.startswith(_APPLICATION_STREAMS):
+        return _event(None, body) + _DONE
     return None
 
 

@@ -621,6 +621,24 @@ async def test_an_error_after_the_first_piece_is_an_event() -> None:
         assert events[-1]["error"]["code"] == 500
 
 
+async def test_a_stream_whose_application_dies_ends_with_an_error_and_done() -> None:
+    def answer_once(messages: list[dict[str, str]]) -> str:
+        tasks.generator.gate = asyncio.Event()  # later calls wait
+        return "One."
+
+    async with task_world(answer_once, max_calls=1) as tasks:
+        body = {"text": "One.\n\nTwo.", "source": "en", "target": "de", "stream": True}
+        call = asgi.start(tasks.world.app, "POST", "/v1/tasks/translate", body)
+        await call.chunks(1)
+        await tasks.world.kill("app-1")
+        answer = await call.done()
+        first, *_, last = answer.data()
+        assert first == {"delta": "One."}
+        assert last["error"]["code"] == 503
+        assert "replica was lost" in last["error"]["message"]
+        assert answer.body.endswith(b"}\n\ndata: [DONE]\n\n")
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: (
