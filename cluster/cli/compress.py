@@ -3,7 +3,9 @@
 import asyncio
 import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -14,6 +16,10 @@ from cluster.models import finetune_data
 from cluster.models import quantize as quantization
 from cluster.models.finetune_data import FinetuneOptions
 from cluster.models.quantize import QuantizeOptions, packaged_texts, weights_bytes
+from cluster.models.store import Progress
+
+Row = tuple[str, float, float, str]
+"""Figure of both models: its name, the values, and their format."""
 
 
 def quantize(model: str, out: Path, options: QuantizeOptions, data: DataFile | None) -> None:
@@ -26,7 +32,7 @@ def quantize(model: str, out: Path, options: QuantizeOptions, data: DataFile | N
     """
     directory, console = model_directory(model), make_console()
     quantization.check_quantizable(directory, out, options.scheme)
-    texts = _texts(data, "calibration")
+    texts = _texts(data, packaged_texts("calibration"))
     with show_progress(console) as progress:
         progress(f"quantizing {model} to {options.scheme}", None)
         quantization.quantize(directory, out, options, texts)
@@ -65,42 +71,96 @@ def distill(model: str, data: DataFile, out: Path, layers: int, options: Finetun
     console.print(f"To serve it, add a classifier with `model: {out.absolute()}`.")
 
 
-def compare(models: tuple[str, str], data: DataFile | None, *, as_json: bool) -> None:
-    """Compare two generators and print the table.
+@dataclass(frozen=True, slots=True)
+class CompareOptions:
+    """Options of ``compare``."""
+
+    data: DataFile | None = None
+    """Texts; None: those that come with Tandem or with the first classifier."""
+    dtypes: str | None = None
+    """Precisions of two classifiers, separated by a comma; None: float32 of both."""
+    as_json: bool = False
+
+
+def compare(models: tuple[str, str], options: CompareOptions) -> None:
+    """Compare two generators or two classifiers, and print the table.
 
     Raises:
-        ConfigError: a model does not exist, is no generator, or cannot be served here.
+        ConfigError: a model does not exist or cannot run here, or they cannot be compared.
         DataError: the file cannot be used.
     """
-    from cluster.engines.comparison import compare_generators
-
     a, b = (model_directory(model) for model in models)
-    for directory in (a, b):
-        quantization.check_generator(directory)
-    texts, console = _texts(data, "held_out"), make_console()
+    kinds = [quantization.is_generator(directory) for directory in (a, b)]
+    if kinds[0] != kinds[1]:
+        raise ConfigError(f"{models[kinds.index(True)]} is a generator and the other model is not")
+    if kinds[0] and options.dtypes is not None:
+        raise ConfigError("--dtypes is for classifiers; quantize a generator to compare it")
+    work = _compare_generators if kinds[0] else _compare_classifiers
     with show_progress(make_console(stderr=True)) as progress:
-        found = asyncio.run(compare_generators(models, (a, b), texts, progress))
-    if as_json:
+        found, rows, summary = work(models, (a, b), options, progress)
+    if options.as_json:
         print(json.dumps(dataclasses.asdict(found), indent=2))
         return
-    table = Table("", box=None)
+    table, console = Table("", box=None), make_console()
     for column in ("A", "B", "B / A"):
         table.add_column(column, justify="right")
-    rows: list[tuple[str, float, float, str]] = [
+    for name, left, right, form in rows:
+        table.add_row(name, f"{left:{form}}", f"{right:{form}}", f"{right / max(left, 1e-9):.3f}")
+    console.print(f"A: {models[0]}\nB: {models[1]}")
+    console.print(table)
+    console.print(summary)
+
+
+def _compare_generators(
+    models: tuple[str, str],
+    directories: tuple[Path, Path],
+    options: CompareOptions,
+    progress: Progress,
+) -> tuple[Any, list[Row], str]:
+    from cluster.engines.comparison import compare_generators
+
+    texts = _texts(options.data, packaged_texts("held_out"))
+    found = asyncio.run(compare_generators(models, directories, texts, progress))
+    rows: list[Row] = [
         ("weights, MiB", found.a.size_bytes / 2**20, found.b.size_bytes / 2**20, ".0f"),
         ("perplexity", found.a.perplexity, found.b.perplexity, ".2f"),
     ]
     for count, rate in found.a.tokens_per_s.items():
         rows.append((f"tokens/s, {count} concurrent", rate, found.b.tokens_per_s[count], ".1f"))
-    for name, left, right, form in rows:
-        table.add_row(name, f"{left:{form}}", f"{right:{form}}", f"{right / max(left, 1e-9):.3f}")
-    console.print(f"A: {found.a.model}\nB: {found.b.model}")
-    console.print(table)
-    console.print(f"same greedy token: {found.agreement:.1%} of {found.num_tokens} positions")
+    summary = f"same greedy token: {found.agreement:.1%} of {found.num_tokens} positions"
+    return found, rows, summary
 
 
-def _texts(data: DataFile | None, packaged: str) -> list[str]:
-    texts = [row.text for row in data.rows(1)] if data else packaged_texts(packaged)
+def _compare_classifiers(
+    models: tuple[str, str],
+    directories: tuple[Path, Path],
+    options: CompareOptions,
+    progress: Progress,
+) -> tuple[Any, list[Row], str]:
+    dtypes = (options.dtypes or "float32,float32").split(",")
+    if len(dtypes) != len(models):
+        raise ConfigError(f"--dtypes: got {options.dtypes!r}; write two, such as float32,int8")
+    progress("loading PyTorch", None)
+    from cluster.engines.classifier.comparison import Version, compare_classifiers
+    from cluster.engines.classifier.model.check_texts import check_texts
+
+    texts = _texts(options.data, check_texts(str(directories[0])))
+    a, b = map(Version, models, directories, map(str.strip, dtypes))
+    found = compare_classifiers(a, b, texts, progress)
+    rows: list[Row] = [
+        ("weights, MiB", found.a.size_bytes / 2**20, found.b.size_bytes / 2**20, ".1f"),
+        ("memory, MiB", found.a.memory_bytes / 2**20, found.b.memory_bytes / 2**20, ".1f"),
+        ("texts/s", found.a.texts_per_s, found.b.texts_per_s, ".1f"),
+    ]
+    summary = (
+        f"{found.a.dtype} and {found.b.dtype}: {found.agreement:.2%} of {found.num_answers} "
+        f"answers equal, mean difference of a score {found.difference:.4f}"
+    )
+    return found, rows, summary
+
+
+def _texts(data: DataFile | None, default: list[str]) -> list[str]:
+    texts = [row.text for row in data.rows(1)] if data else default
     if not any(text.strip() for text in texts):
         raise ConfigError("all texts are empty")
     return texts

@@ -111,18 +111,27 @@ def models_distill(
 @compress_app.command("compare")
 def models_compare(
     a: Annotated[str, Argument(metavar="A", help="Directory, or name of a default model.")],
-    b: Annotated[str, Argument(metavar="B", help="Version of the same model.")],
+    b: Annotated[str, Argument(metavar="B", help="Another version, or the same model.")],
     data: _OptionalData = None,
     text_column: TextColumn = "text",
     encoding: EncodingOption = None,
+    dtypes: Annotated[
+        str | None,
+        Option(
+            metavar="A,B",
+            help="Precisions of two classifiers, such as float32,int8.",
+            show_default="float32,float32",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare two generators: size, perplexity, greedy tokens, and tokens per second.
 
-    Both run on this machine at the same time, without a cluster.
+    Of classifiers: size, memory, equal answers, difference of the scores, and texts per second.
+    Both models run on this machine at the same time, without a cluster.
     """
-    from cluster.cli.compress import compare
+    from cluster.cli.compress import CompareOptions, compare
     from cluster.cli.finetune import DataFile
 
     file = None if data is None else DataFile(data, text_column, None, encoding)
-    compare((a, b), file, as_json=as_json)
+    compare((a, b), CompareOptions(file, dtypes, as_json))

@@ -91,11 +91,22 @@ def read_architecture(directory: Path) -> Architecture:
     return Architecture(_architecture_name(config), tuple(size for size in sizes if size))
 
 
-def check_generator(directory: Path) -> None:
-    """Raise ``ConfigError`` unless the directory has a text generator."""
-    name = _architecture_name(_read_config(directory))
-    if not name.endswith(_GENERATOR):
-        raise ConfigError(f"{directory} is a {name}; generators (*{_GENERATOR}) can be compared")
+def architecture_name(directory: Path) -> str:
+    """Return the class of a model in transformers, such as ``LlamaForCausalLM``.
+
+    Raises:
+        ConfigError: there is no model in the directory.
+    """
+    return _architecture_name(_read_config(directory))
+
+
+def is_generator(directory: Path) -> bool:
+    """Return True if the directory has a text generator.
+
+    Raises:
+        ConfigError: there is no model in the directory.
+    """
+    return architecture_name(directory).endswith(_GENERATOR)
 
 
 def check_quantizable(directory: Path, out: Path, scheme: str) -> Architecture:
@@ -114,7 +125,8 @@ def check_quantizable(directory: Path, out: Path, scheme: str) -> Architecture:
         raise ConfigError(
             f"{directory} is a {found.name}; only generators (*{_GENERATOR}) are quantized to "
             "files. Encoders are quantized when they are loaded: set `dtype: int8` of the "
-            "classifier (w8a8; there is no w4a16 or fp8)."
+            "classifier (w8a8; there is no w4a16 or fp8), and measure it with `tandem models "
+            f"compare {directory} {directory} --dtypes float32,int8`."
         )
     if scheme == "w4a16":
         found.group_size()

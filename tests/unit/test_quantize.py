@@ -148,9 +148,13 @@ def test_held_out_texts_are_not_used_for_calibration() -> None:
     assert all(text.strip() for text in calibration + held_out)
 
 
-def test_only_generators_are_compared(tmp_path: Path) -> None:
-    generator = model(tmp_path / "a")
-    other = model(tmp_path / "b", architectures=["BertForMaskedLM"])
-    done = CliRunner().invoke(app, ["models", "compare", str(generator), str(other)])
+def test_models_of_two_kinds_are_not_compared(tmp_path: Path) -> None:
+    generator = str(model(tmp_path / "a"))
+    other = str(model(tmp_path / "b", architectures=["BertForMaskedLM"]))
+    done = CliRunner().invoke(app, ["models", "compare", generator, other])
     assert isinstance(done.exception, ConfigError)
-    assert "is a BertForMaskedLM; generators" in str(done.exception)
+    assert f"{generator} is a generator and the other model is not" in str(done.exception)
+    args = ["models", "compare", generator, generator, "--dtypes", "float32,int8"]
+    done = CliRunner().invoke(app, args)
+    assert isinstance(done.exception, ConfigError)
+    assert "--dtypes is for classifiers" in str(done.exception)

@@ -78,7 +78,7 @@ def measure_agreement(
     """Compare a low-precision model with the full one; for ``fill-mask``, each row has a mask."""
     runs = [(low(head, batch), full(head, batch)) for batch in batches_by_length(ids)]
     found, wanted = (np.concatenate([_as_array(run[i]) for run in runs]) for i in (0, 1))
-    equal = _equal(head, problem_type, found, wanted)
+    equal = equal_answers(head, problem_type, found, wanted)
     return Agreement(float(np.mean(equal)), len(equal))
 
 
@@ -91,7 +91,8 @@ def _as_array(result: Rows | list[Rows]) -> Rows:
     return np.concatenate(result) if isinstance(result, list) else result
 
 
-def _equal(head: Head, problem_type: str | None, found: Rows, wanted: Rows) -> Any:
+def equal_answers(head: Head, problem_type: str | None, found: Rows, wanted: Rows) -> Any:
+    """Return True for each row of equal answers; see ``Agreement.share``."""
     if head == "fill-mask":  # the first column is the id of the best token
         return found[:, 0] == wanted[:, 0]
     if head == "embed":

@@ -51,6 +51,29 @@ def load_model(config: ClassifierConfig, path: str) -> LoadedModel:
     """Load the model directory ``path``; takes seconds and blocks.
 
     Raises:
+        ConfigError: There is no such model, it cannot do the configured tasks, or the configured
+            precision is not available or does not agree with float32.
+    """
+    builder = make_builder(config, path)
+    model, agreement = builder.build()
+    hf_config = builder.network.config
+    labels = tuple(str(hf_config.id2label[i]) for i in range(hf_config.num_labels))
+    return LoadedModel(
+        model=model,
+        tokenizer=builder.tokenizer,
+        labels=labels if config.head in LABELLED else (),
+        vocab_size=hf_config.vocab_size,
+        hidden_size=hf_config.hidden_size,
+        pooling=builder.pooling,
+        shares_cores=builder.network.device.type == "cpu",
+        agreement=agreement,
+    )
+
+
+def make_builder(config: ClassifierConfig, path: str) -> ModelBuilder:
+    """Load the network in float32; the builder makes models in any precision.
+
+    Raises:
         ConfigError: There is no such model, or it cannot do the configured tasks.
     """
     device = choose_device(config)
@@ -65,18 +88,7 @@ def load_model(config: ClassifierConfig, path: str) -> LoadedModel:
     apply_calibration(network.config, Path(path))
     max_tokens = max_tokens_of(network, tokenizer)
     texts = TextTokenizer(tokenizer, max_tokens, has_token_types(network, tokenizer))
-    model, agreement = ModelBuilder(config, path, network, texts, pooling).build()
-    labels = tuple(str(hf_config.id2label[i]) for i in range(hf_config.num_labels))
-    return LoadedModel(
-        model=model,
-        tokenizer=texts,
-        labels=labels if config.head in LABELLED else (),
-        vocab_size=hf_config.vocab_size,
-        hidden_size=hf_config.hidden_size,
-        pooling=pooling,
-        shares_cores=device.type == "cpu",
-        agreement=agreement,
-    )
+    return ModelBuilder(config, path, network, texts, pooling)
 
 
 def _load_network(config: ClassifierConfig, path: str, hf_config: Any) -> Any:
