@@ -23,13 +23,14 @@ from cluster.engines.base import EngineWorker
 from cluster.leaks import Growth, MemoryWatch, ReplacementLease
 from cluster.metrics import Registry
 from cluster.periodic import Periodic
-from cluster.ray_internals import kv_exists, kv_put_if_absent
+from cluster.ray_internals import drain_node, kv_exists, kv_put_if_absent, live_nodes
 
 logger = logging.getLogger("ray.serve.tandem")
 
 RENEWALS_PER_PERIOD = 10
 """Renewals of a lease per ``leaks.pause_s`` while the replica drains."""
 _SECONDS_PER_HOUR = 3600.0
+_GCS_TIMEOUT_S = 5.0
 
 
 class RayKeys:
@@ -138,10 +139,28 @@ def _devices(
     if nvml is None:
         return None
     try:
-        return DeviceWatch(config.devices, model, nvml, ids)
+        return DeviceWatch(config.devices, model, nvml, ids, _drain_this_node)
     except nvml.NVMLError as error:  # device names that NVML does not know, such as MIG's
         logger.warning("cannot monitor the GPUs %s: %s", ids, error)
         return None
+
+
+async def _drain_this_node(fault: str) -> None:
+    """Have Ray drain this node, unless it is the head.
+
+    Raises:
+        RayError: The GCS does not answer.
+    """
+    node_id = ray.get_runtime_context().get_node_id()
+    nodes = await asyncio.to_thread(live_nodes, _GCS_TIMEOUT_S)
+    if any(node.id == node_id and node.is_head for node in nodes):
+        refusal = "it is the head"
+    else:
+        refusal = await asyncio.to_thread(drain_node, node_id, fault, _GCS_TIMEOUT_S)
+    if refusal:
+        logger.error("%s; node %s is not drained: %s", fault, node_id, refusal)
+    else:
+        logger.warning("%s; node %s drains", fault, node_id)
 
 
 def _accounts(

@@ -95,6 +95,9 @@ class DevicesConfig(Section):
     max_temperature_celsius: float | None = Field(None, gt=0)
     """Temperature in degrees Celsius above which a GPU counts as failed. Default: no limit, as
     GPUs throttle themselves."""
+    drain_node: bool = False
+    """True has Ray drain the node of a GPU with a hardware fault (not of a hot one), so that no
+    replica starts on it again. The head is not drained."""
 
 
 class IdempotencyConfig(Section):

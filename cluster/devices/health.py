@@ -19,6 +19,8 @@ class DeviceHealth:
     def __init__(self, config: DevicesConfig, model: str) -> None:
         self.failure: str | None = None
         """Reason why the replica must stop, or None."""
+        self.fault: str | None = None
+        """First fault of a device that its successor would meet again, or None; heat is none."""
         self.config = config
         """Limits; may be replaced."""
         self._model = model
@@ -32,8 +34,11 @@ class DeviceHealth:
             self._xids.update((reading.device, xid) for xid in reading.xids)
             if reading.ecc_errors is not None:
                 self._first_ecc.setdefault(reading.device, reading.ecc_errors)
-            if self.failure is None and (reason := self._failure_of(reading)) is not None:
-                self.failure = f"GPU {reading.device}: {reason}"
+            if (reason := self._fault_of(reading)) is not None:
+                self.fault = self.fault or f"GPU {reading.device}: {reason}"
+                self.failure = self.failure or self.fault
+            elif (reason := self._heat_of(reading)) is not None:
+                self.failure = self.failure or f"GPU {reading.device}: {reason}"
 
     def check(self) -> None:
         """Raise ``DeviceFailedError`` if a device has failed."""
@@ -59,7 +64,7 @@ class DeviceHealth:
             count = registry.counter(table.DEVICE_XID_ERRORS, self._model, device, str(xid))
             count.value = float(occurrences)
 
-    def _failure_of(self, reading: DeviceReading) -> str | None:
+    def _fault_of(self, reading: DeviceReading) -> str | None:
         if reading.lost:
             return "it stopped responding"
         if fatal := sorted(set(reading.xids) & set(self.config.fatal_xids)):
@@ -67,6 +72,9 @@ class DeviceHealth:
         new_errors = (reading.ecc_errors or 0) - self._first_ecc.get(reading.device, 0)
         if reading.ecc_errors is not None and new_errors > 0:
             return f"{new_errors} uncorrected ECC errors"
+        return None
+
+    def _heat_of(self, reading: DeviceReading) -> str | None:
         limit = self.config.max_temperature_celsius
         if limit is not None and (reading.temperature_celsius or 0.0) > limit:
             return f"temperature {reading.temperature_celsius:g} °C exceeds {limit:g} °C"

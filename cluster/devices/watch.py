@@ -1,7 +1,7 @@
 """Periodic readings of a replica's GPUs."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from cluster.config.operations import DevicesConfig
 from cluster.devices.health import DeviceHealth
@@ -12,13 +12,31 @@ from cluster.periodic import Periodic
 class DeviceWatch(DeviceHealth):
     """Devices of one replica, read periodically; call ``close`` at the end.
 
+    Args:
+        config: Settings; ``reconfigure`` replaces them.
+        model: Model of the replica.
+        nvml: See ``load_nvml``.
+        ids: Devices, as for ``NvmlReader``.
+        drain_node: Has this node drained; takes the fault of a device. If the settings say so, it
+            is called at each reading after a fault until it succeeds.
+
     Raises:
         nvml.NVMLError: There is no such device.
     """
 
-    def __init__(self, config: DevicesConfig, model: str, nvml: Nvml, ids: Sequence[str]) -> None:
+    def __init__(
+        self,
+        config: DevicesConfig,
+        model: str,
+        nvml: Nvml,
+        ids: Sequence[str],
+        drain_node: Callable[[str], Awaitable[None]],
+    ) -> None:
         super().__init__(config, model)
         self._reader = NvmlReader(nvml, ids)
+        self._drain_node = drain_node
+        self._is_asking = False
+        self._has_drained = False
         self._periodic = Periodic("device watch", config.interval_s, self.read)
 
     @property
@@ -33,6 +51,18 @@ class DeviceWatch(DeviceHealth):
 
     async def read(self) -> None:
         self.add_readings(await asyncio.to_thread(self._reader.read))
+        if self.fault is not None and self.config.drain_node and not self._has_drained:
+            self._is_asking = True
+            try:
+                await self._drain_node(self.fault)
+                self._has_drained = True
+            finally:
+                self._is_asking = False
+
+    def check(self) -> None:
+        """Raise ``DeviceFailedError`` if a device has failed, but after a request to drain."""
+        if not self._is_asking:  # Serve would end this process, and start another one here
+            super().check()
 
     async def close(self) -> None:
         await self._periodic.close()

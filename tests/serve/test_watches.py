@@ -22,6 +22,7 @@ from cluster.leaks import Growth, MemoryWatch
 from cluster.leaks.watch import OWN, STARTED, resident_memory
 from cluster.metrics import Registry, exposition
 from cluster.periodic import Periodic
+from cluster.ray_internals import RayNode
 from deployments import watching
 from tests import asgi
 from tests.unit.test_devices import Gpu, Nvml
@@ -101,9 +102,13 @@ async def check_repeatedly(watch: DeviceWatch) -> None:
         await asyncio.sleep(0.01)
 
 
+async def no_drain(_fault: str) -> None:
+    raise AssertionError
+
+
 async def test_a_device_failure_is_noticed_in_the_background() -> None:
     nvml = Nvml(Gpu("GPU-a"))
-    watch = DeviceWatch(DevicesConfig(interval_s=0.01), "g", nvml, ["0"])
+    watch = DeviceWatch(DevicesConfig(interval_s=0.01), "g", nvml, ["0"], no_drain)
     try:
         await watch.read()
         watch.check()
@@ -116,6 +121,34 @@ async def test_a_device_failure_is_noticed_in_the_background() -> None:
     finally:
         await watch.close()
     assert nvml.freed
+
+
+async def test_the_node_of_a_faulty_device_drains_before_the_replica_ends() -> None:
+    nvml = Nvml(Gpu("GPU-a"))
+    requests: asyncio.Queue[str] = asyncio.Queue()
+    answers: asyncio.Queue[Exception | None] = asyncio.Queue()
+
+    async def drain(fault: str) -> None:
+        requests.put_nowait(fault)
+        if (error := await answers.get()) is not None:
+            raise error
+
+    config = DevicesConfig(interval_s=0.01, drain_node=True)
+    watch = DeviceWatch(config, "g", nvml, ["0"], drain)
+    try:
+        nvml.events.append((nvml.gpus[0], 79))
+        for answer in (RuntimeError("the GCS does not answer"), None):
+            async with asyncio.timeout(60):
+                assert await requests.get() == "GPU GPU-a: XID 79"
+            watch.check()
+            answers.put_nowait(answer)
+        async with asyncio.timeout(60):
+            with pytest.raises(DeviceFailedError, match="XID 79"):
+                await check_repeatedly(watch)
+        await watch.read()
+        assert requests.empty()
+    finally:
+        await watch.close()
 
 
 async def test_an_idle_replica_without_counters_is_charged_its_price(
@@ -143,19 +176,32 @@ async def test_accounting_without_meter_and_price_starts_no_task(tmp_path: Path)
     await accounts.close()
 
 
+@pytest.mark.parametrize("is_head", [False, True])
 async def test_devices_of_workers_in_other_actors_belong_to_the_replica(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_head: bool
 ) -> None:
     nvml = Nvml(Gpu("GPU-a"), Gpu("GPU-b"), Gpu("GPU-c"))
     deployment = SimpleNamespace(app_name="tandem", name="generator-g")
     replica = SimpleNamespace(unique_id="r", deployment_id=deployment)
     context = SimpleNamespace(replica_id=replica)
-    none_reserved = SimpleNamespace(get_accelerator_ids=lambda: {"GPU": []})
+    runtime = SimpleNamespace(
+        get_accelerator_ids=lambda: {"GPU": []}, get_node_id=lambda: "this-node"
+    )
+    nodes = [RayNode("other", "10.0.0.1", not is_head), RayNode("this-node", "10.0.0.2", is_head)]
+    drained: list[tuple[str, str]] = []
+
+    def drain_node(node_id: str, message: str, _timeout_s: float) -> str:
+        drained.append((node_id, message))
+        return ""
+
+    monkeypatch.setattr(watching, "live_nodes", lambda _timeout_s: nodes)
+    monkeypatch.setattr(watching, "drain_node", drain_node)
     monkeypatch.setattr(watching.serve, "get_replica_context", lambda: context)
-    monkeypatch.setattr(watching.ray, "get_runtime_context", lambda: none_reserved)
+    monkeypatch.setattr(watching.ray, "get_runtime_context", lambda: runtime)
     monkeypatch.setattr(watching, "load_nvml", lambda: nvml)
     pool = {"name": "g", "model": "m", "tensor_parallel_size": 2, "resources": {"gpus": 1}}
-    config = parse({"generators": [pool], "devices": {"interval_s": 0.01}})
+    devices_config = {"interval_s": 0.01, "drain_node": True}
+    config = parse({"generators": [pool], "devices": devices_config})
 
     async def retire(_reason: str) -> None:
         raise AssertionError
@@ -175,6 +221,8 @@ async def test_devices_of_workers_in_other_actors_belong_to_the_replica(
         async with asyncio.timeout(60):
             with pytest.raises(DeviceFailedError, match="GPU GPU-c: XID 79"):
                 await check_until_it_raises()
+        assert drained == ([] if is_head else [("this-node", "GPU GPU-c: XID 79")])
+        assert ("node this-node is not drained: it is the head" in caplog.text) == is_head
         registry = Registry()
         watch.observe(registry)
         text = exposition(registry).decode()

@@ -30,7 +30,7 @@ LIVE = {
     "budget": "cpus gpus",
     "accounting": "currency per_cpu_hour per_gpu_hour in_answers keep_days",
     "leaks": "sample_s window_s settle_s min_bytes_per_s min_growth_bytes replace pause_s",
-    "devices": "interval_s fatal_xids max_temperature_celsius",
+    "devices": "interval_s fatal_xids max_temperature_celsius drain_node",
     "idempotency": "keep_s disconnect_grace_s max_answer_bytes max_kept_bytes",
     "generators.g": f"{POOL} fallbacks fallback_on slo.ttft_p90_s slo.itl_p90_s {MEDIA}",
     "classifiers.c": f"{POOL} max_queued_tokens max_texts slo.latency_p95_s",

@@ -143,15 +143,17 @@ def test_readings_become_metrics() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bad", "reason"),
+    ("bad", "reason", "is_fault"),
     [
-        (DeviceReading("GPU-a", xids=(13, 79)), "XID 79"),
-        (DeviceReading("GPU-a", ecc_errors=5), "3 uncorrected ECC errors"),
-        (DeviceReading("GPU-a", lost=True), "stopped responding"),
-        (DeviceReading("GPU-a", temperature_celsius=96.0), "temperature 96 °C exceeds 95 °C"),
+        (DeviceReading("GPU-a", xids=(13, 79)), "XID 79", True),
+        (DeviceReading("GPU-a", ecc_errors=5), "3 uncorrected ECC errors", True),
+        (DeviceReading("GPU-a", lost=True), "stopped responding", True),
+        (DeviceReading("GPU-a", temperature_celsius=96.0), "temperature 96 °C exceeds 95", False),
     ],
 )
-def test_a_failed_device_stops_its_replica_for_good(bad: DeviceReading, reason: str) -> None:
+def test_a_failed_device_stops_its_replica_for_good(
+    bad: DeviceReading, reason: str, is_fault: bool
+) -> None:
     health = DeviceHealth(DevicesConfig(max_temperature_celsius=95.0), "m")
     good = DeviceReading("GPU-a", temperature_celsius=90.0, ecc_errors=2, xids=(31, 43))
     health.add_readings([good])
@@ -160,6 +162,7 @@ def test_a_failed_device_stops_its_replica_for_good(bad: DeviceReading, reason: 
     health.add_readings([good])
     with pytest.raises(DeviceFailedError, match=reason):
         health.check()
+    assert health.fault == (health.failure if is_fault else None)
 
 
 def test_a_device_that_falls_off_the_bus_is_lost() -> None:
