@@ -11,7 +11,7 @@ from hashlib import sha256
 from typing import Annotated, Any, ClassVar, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster.admission.budgets import Budget
 from cluster.admission.identity import (
@@ -31,6 +31,9 @@ KEY_PREFIX = "tnd-"
 ID_CHARS = 16
 """Characters of a key's digest that identify the key in lists and logs."""
 _KEY_BYTES = 32
+MAX_MODELS_BYTES = 256 * 1024
+"""Longest list of a key's models, in bytes as JSON. Routers send it to applications as a header, in
+base64: a third more, which fits a frame (1 MiB) together with the longest headers of a client."""
 BUDGET_FIELDS = ("cost_per_day", "cost_per_month", "soft_share")
 
 # Written in C, four times faster; absent if PyYAML was built without libyaml.
@@ -79,6 +82,17 @@ class KeyEntry(Section):
     cost_per_day: Limit | None = None
     cost_per_month: Limit | None = None
     soft_share: float = Field(0.8, gt=0, le=1)
+
+    @field_validator("models")
+    @classmethod
+    def _check_length(cls, models: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        size = sum(len(name) + len('"",') for name in models or ())
+        if size > MAX_MODELS_BYTES:
+            raise ValueError(
+                f"the list has {size} bytes as JSON; the limit is {MAX_MODELS_BYTES} bytes. List "
+                "fewer models, or leave `models` out to allow all"
+            )
+        return models
 
     @property
     def budget(self) -> Budget:

@@ -18,7 +18,7 @@ from cluster.gateway.messages import (
     header,
     request_id,
 )
-from cluster.gateway.pools.delegation import read_caller
+from cluster.gateway.pools.delegation import CALLER_HEADER, read_caller
 from cluster.gateway.serve_http import client_headers
 
 
@@ -94,7 +94,9 @@ class GatewayApp:
         await _send(response, method, send, gateway.client_timeout_s)
 
     def _check_headers(self, headers: Headers, scope: Scope) -> None:
-        size = sum(len(name) + len(value) for name, value in headers)
+        # A router wrote the sender's identity, so it does not count as a header of the client.
+        counted = (pair for pair in headers if self._authenticates or pair[0] != CALLER_HEADER)
+        size = sum(len(name) + len(value) for name, value in counted)
         size += len(scope["path"]) + len(scope["query_string"])
         if size > self._gateway.max_header_bytes:
             raise HeadersTooLargeError(

@@ -481,6 +481,14 @@ async def test_the_key_must_allow_the_model_that_a_task_calls(keys: Keys) -> Non
         assert (await tasks.post("sentiment", texts=["good"])).status == 401
 
 
+async def test_a_key_may_allow_thousands_of_models(keys: Keys) -> None:
+    adapters = [f"organization/adapter-of-customer-{number}" for number in range(5000)]
+    keys.write(acme={"models": ["gen", *adapters]})
+    async with task_world(key_file=keys.file) as tasks:
+        assert (await tasks.post("summarize", key="acme", text="Hello")).status == 200
+        assert (await tasks.post("sentiment", key="acme", texts=["good"])).status == 403
+
+
 async def test_calls_belong_to_the_trace_and_have_ids_and_priority_of_the_task(keys: Keys) -> None:
     keys.write(acme={"priority": 5})
     async with task_world(key_file=keys.file) as tasks:

@@ -75,6 +75,15 @@ def test_an_invalid_key_file_gets_a_one_line_error(wrong: str, says: str) -> Non
     assert "\n" not in str(caught.value)
 
 
+def test_the_list_of_a_keys_models_is_bounded() -> None:
+    names = [f"org/adapter-{number:0100}" for number in range(2200)]
+    keys = [{"sha256": digest("k"), "tenant": "a", "models": names}]
+    assert len(parse_keys(json.dumps({"keys": keys}), "f").identities()) == 1
+    keys[0]["models"] = [*names, *(f"{name}2" for name in names)]
+    with pytest.raises(ConfigError, match=r"keys.0.models: .* the limit is 262144 bytes"):
+        parse_keys(json.dumps({"keys": keys}), "f")
+
+
 def bearer(key: str) -> list[tuple[bytes, bytes]]:
     return [(b"authorization", f"Bearer {key}".encode())]
 
