@@ -128,7 +128,7 @@ class PoolCapacity:
 
     @property
     def has_room(self) -> bool:
-        """True if another request may go to a replica.
+        """True if another request may go to a replica, provided that one has a free slot.
 
         A request of any size may: the last one overdraws the limit. If a large one had to wait for
         all of its work to fit, the queue behind it would wait next to free slots.

@@ -288,3 +288,17 @@ async def test_queued_requests_are_not_sent_to_a_replica_whose_link_was_lost() -
         assert found["tandem_failovers_total", "gen", "refused"] == 0
         for call in running + queued:
             await call.cancel()
+
+
+async def test_a_pool_of_full_replicas_has_no_room() -> None:
+    async with gateway_world(generator={"max_in_flight": 1}) as world:
+        queue = world.gateway.pools["gen"].queue
+        assert not queue.has_room
+        replica = await world.add("gen", "gen-1")
+        assert queue.has_room
+        call = asgi.start(world.app, "POST", CHAT, {"model": "gen", "wait_before": True})
+        await world.until(lambda: bool(replica.bodies))
+        assert not queue.has_room
+        replica.gate.set()
+        await call.done()
+        await world.until(lambda: queue.has_room)

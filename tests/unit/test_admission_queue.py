@@ -4,10 +4,13 @@ import asyncio
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from benchmarks.overload.virtual_time import VirtualLoop
 from cluster.admission import Identity, PoolCapacity, QueueLimits, Tenant, WaitCorrection
@@ -49,8 +52,12 @@ class Engine:
         limits = QueueLimits(2e6, 1024)
         self.queue = AdmissionQueue("pool", limits, PoolCapacity(0.25), self, meter)
 
+    @property
+    def has_room(self) -> bool:
+        return self.in_flight < self.max_in_flight
+
     def take_slot(self, claim: Claim) -> Slot | None:
-        if self.in_flight >= self.max_in_flight:
+        if not self.has_room:
             return None
         self.in_flight += 1
         return Slot(None, None, claim, asyncio.get_running_loop().time())
@@ -386,5 +393,66 @@ def test_all_requests_of_a_lost_replica_are_queued_again() -> None:
         engine.max_in_flight = MAX_IN_FLIGHT
         engine.queue.dispatch()
         await asyncio.gather(*retries)
+
+    run(scenario)
+
+
+WORK = st.sampled_from([0.1, 3.3, 100.0, 1e9])
+LOAD = st.builds(Load, st.integers(0, 60), st.integers(0, 60), st.floats(0, 1.2))
+STEPS = st.lists(
+    st.tuples(st.just("take"), WORK)
+    | st.tuples(st.just("retry"), WORK)
+    | st.tuples(st.just("join"), WORK)
+    | st.tuples(st.just("end"), st.integers(0, 20))
+    | st.tuples(st.just("cancel"), st.integers(0, 20))
+    | st.tuples(st.just("report"), LOAD)
+    | st.tuples(st.just("pause"), st.sampled_from([0.05, 0.5, 30.0, 70.0]))
+    | st.tuples(st.just("slots"), st.integers(0, 40)),
+    max_size=80,
+)
+
+
+@settings(max_examples=200, deadline=None, database=None, derandomize=True)
+@given(STEPS)
+def test_room_is_what_the_next_request_gets(steps: list[tuple[str, Any]]) -> None:
+    async def scenario() -> None:
+        engine, loop = Engine(), asyncio.get_running_loop()
+        queue, slots = engine.queue, list[Slot]()
+        takes: list[asyncio.Task[None]] = []
+
+        async def take(claim: Claim) -> None:
+            with suppress(OverloadedError):
+                slots.append(await queue.take_slot(claim))
+
+        for step, argument in steps:
+            had_room, num_slots = queue.has_room, len(slots)
+            if step in ("take", "retry", "join"):
+                claim = Claim(work_tokens=argument, expires_s=loop.time() + 20)
+                claim = replace(
+                    claim, is_retry=step == "retry", joins="r" if step == "join" else None
+                )
+                takes.append(asyncio.create_task(take(claim)))
+            elif step == "end" and slots:
+                slot = slots.pop(argument % num_slots)
+                queue.release_slot(slot, slot.claim.work_tokens)
+            elif step == "cancel" and takes:
+                takes[argument % len(takes)].cancel()
+            elif step == "report":
+                queue.observe_loads([argument])
+            elif step == "pause":
+                await asyncio.sleep(argument)
+            elif step == "slots":
+                engine.max_in_flight = argument
+                queue.dispatch()
+            for _ in range(4):  # until the tasks have run
+                await asyncio.sleep(0)
+            if step == "take":
+                assert (len(slots) > num_slots) == had_room
+            assert queue.capacity.in_flight == engine.in_flight == len(slots)
+            # Nothing waits next to room.
+            assert not (len(queue) and queue.capacity.has_room and engine.has_room)
+        for each in takes:
+            each.cancel()
+        await asyncio.gather(*takes, return_exceptions=True)
 
     run(scenario)

@@ -20,8 +20,7 @@ class ScriptedPool:
     def __init__(self) -> None:
         self.meter = SimpleNamespace(num_interactive=0, num_interactive_arrivals=0)
         self.replicas = SimpleNamespace(num_ready=1)
-        self.queue = SimpleNamespace(capacity=SimpleNamespace(has_room=True))
-        self.num_queued = 0
+        self.queue = SimpleNamespace(has_room=True)
         self.is_asleep = False
 
     def arrive(self, number: int) -> None:
@@ -111,9 +110,9 @@ async def test_one_line_that_became_urgent_runs_beside_others(spare: Spare) -> N
 
 async def test_lines_wait_for_room_and_wake_a_pool(spare: Spare) -> None:
     spare.want(3)
-    spare.pool.queue.capacity.has_room = False
+    spare.pool.queue.has_room = False
     assert await spare.adjust() == []
-    spare.pool.queue.capacity.has_room = True
+    spare.pool.queue.has_room = True
     spare.pool.replicas.num_ready = 0
     assert await spare.adjust() == []
     spare.pool.is_asleep = True

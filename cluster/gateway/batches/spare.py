@@ -125,6 +125,4 @@ class SpareCapacity:
         pool = self._pool
         if pool.is_asleep:
             return not self._running
-        return (
-            bool(pool.replicas.num_ready) and not pool.num_queued and pool.queue.capacity.has_room
-        )
+        return bool(pool.replicas.num_ready) and pool.queue.has_room

@@ -84,6 +84,12 @@ class AdmissionQueue:
         """Estimated work of the requests in the queue, in tokens."""
         return self._queue.tokens
 
+    @property
+    def has_room(self) -> bool:
+        """True if a request that arrives now would get a slot at once."""
+        is_open = not self._closed and not self._queue
+        return is_open and self.capacity.has_room and self._slots.has_room
+
     def set_limits(self, limits: QueueLimits) -> None:
         """Change the limits for requests that arrive from now on."""
         self._queue.limits = limits

@@ -141,6 +141,11 @@ class ReplicaSet:
         """Number of replicas whose link is open."""
         return sum(replica.link.connected for replica in self._replicas.values())
 
+    @property
+    def has_room(self) -> bool:
+        """True if a replica can take a request of any kind now."""
+        return bool(self.fleet.open_rows().any()) or self.guard.last_resort() is not None
+
     def update(self, infos: Mapping[str, ReplicaInfo]) -> None:
         """Set the running replicas, by id: open links to new ones, retire those that are gone."""
         for gone in self._replicas.keys() - infos.keys():

@@ -70,6 +70,10 @@ class SlotSource(Protocol):
     def num_ready(self) -> int:
         """Number of replicas that can take requests."""
 
+    @property
+    def has_room(self) -> bool:
+        """True if a replica can take a request of any kind now."""
+
     def take_slot(self, claim: Claim) -> Slot | None:
         """Take a slot, or return None if no replica has room.
 
