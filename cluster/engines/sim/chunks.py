@@ -1,5 +1,6 @@
 """Chunks of an OpenAI stream; the constant parts are encoded only once."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 from cluster.engines.sim.generation import Delta, SimSequence
@@ -7,7 +8,7 @@ from cluster.engines.sim.parse import ChatBody, CompletionBody, StreamOptions
 from cluster.engines.sim.wire import DONE, FINGERPRINT, count_tokens, dumps, event, usage
 
 
-class ChunkWriter:
+class ChunkWriter(ABC):
     """Encoder of one stream's chunks; subclasses define the place of the text."""
 
     object: str
@@ -41,8 +42,9 @@ class ChunkWriter:
         closing = {"choices": [], "usage": usage(*count_tokens(sequences))}
         return [event(self._base | closing | {"system_fingerprint": FINGERPRINT}), DONE]
 
+    @abstractmethod
     def choice(self, sequence: SimSequence, text: str, last: bool, ids: Any, first: bool) -> Any:
-        raise NotImplementedError
+        """Return the chunk's choice with a token's text."""
 
     def usage(self, prompt: int, completion: int) -> dict[str, Any]:
         return usage(prompt, completion)

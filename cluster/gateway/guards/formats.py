@@ -1,6 +1,7 @@
 """Places of the texts in the streams of each API, and events that end a blocked answer."""
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -22,30 +23,30 @@ class Delta(NamedTuple):
     is_json: bool = False
 
 
-class StreamFormat:
+class StreamFormat(ABC):
     """Format of the events of one API."""
 
+    @abstractmethod
     def deltas(self, event: Event) -> Iterable[Delta]:
         """Yield the parts of texts in an event, in order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def ends(self, event: Event, key: Key) -> bool:
         """Return True if no further part of a text follows."""
-        raise NotImplementedError
 
     def is_followed(self, key: Key, other: Key) -> bool:
         """Return True if a text precedes another one, whose part is the next event."""
         return False
 
+    @abstractmethod
     def tail(self, event: Event, key: Key, text: str) -> Event:
         """Return the event with the last part of a text, for the client before ``event``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def blocked(self) -> list[Event]:
         """Return the events that end an answer in the place of those that follow."""
-        raise NotImplementedError
 
-    def passed(self, event: Event) -> None:
+    def passed(self, event: Event) -> None:  # noqa: B027, optional
         """Note an event that the client gets."""
 
 
