@@ -41,8 +41,8 @@ class PrefixIndex:
         self._shards: list[dict[int, int]] = [{} for _ in range(num_shards)]
         self._shard_mask = num_shards - 1  # of a hash, gives its shard
         self._max_shard_entries = max(1, max_entries // num_shards)
-        # All expectations, and those made since the last rotation; a rotation drops the others.
-        self._expected: dict[int, int] = {}
+        # Expectations made before and since the last rotation; a rotation drops the old ones.
+        self._old_expected: dict[int, int] = {}
         self._young_expected: dict[int, int] = {}
         self._rotate_s = expected_s / 2
         self._rotated_s = 0.0
@@ -65,7 +65,7 @@ class PrefixIndex:
 
     @property
     def num_expected(self) -> int:
-        return len(self._expected)
+        return len(self._old_expected) + len(self._young_expected)
 
     # -- updates --
 
@@ -96,7 +96,7 @@ class PrefixIndex:
     def remove_stored(self, replica_id: str, hashes: Iterable[int]) -> None:
         mask = self._masks.get(replica_id, 0)
         for prefix in hashes:
-            for entries in (self._shard_of(prefix), self._expected, self._young_expected):
+            for entries in (self._shard_of(prefix), self._old_expected, self._young_expected):
                 if prefix in entries:
                     _unset(entries, prefix, mask)
         self._sweep(1)
@@ -127,10 +127,9 @@ class PrefixIndex:
             holders = shard.get(prefix, 0)
             if holders and not holders & USED:
                 shard[prefix] = holders | USED
-        expected, young = self._expected, self._young_expected
-        renewed = [prefix for prefix in prefixes[:num_held] if prefix in expected]
+        old, young = self._old_expected, self._young_expected
+        renewed = [prefix for prefix in prefixes[:num_held] if prefix in old]
         for prefix in (*renewed, *prefixes[num_held:]):
-            expected[prefix] = expected.get(prefix, 0) | mask
             young[prefix] = young.get(prefix, 0) | mask
         if len(young) > MAX_EXPECTED:
             self._rotate_expected()
@@ -165,7 +164,8 @@ class PrefixIndex:
         """
         if not prefixes or not (first := self._holders(prefixes[0])):
             return []
-        shards, shard_mask, expected = self._shards, self._shard_mask, self._expected
+        shards, shard_mask = self._shards, self._shard_mask
+        old, young = self._old_expected, self._young_expected
         levels: list[Level] = []
         tolerance, num_probes = 1, 0
         # Holders of the prefix at ``low``, and of the one at ``high`` (none at the end).
@@ -177,7 +177,8 @@ class PrefixIndex:
                 prefix = prefixes[middle]
                 mask = shards[prefix & shard_mask].get(prefix, 0) & low_mask
                 if mask != low_mask:
-                    mask |= expected.get(prefix, 0) & low_mask | high_mask
+                    expected = old.get(prefix, 0) | young.get(prefix, 0)
+                    mask |= expected & low_mask | high_mask
                 num_probes += 1
                 if num_probes == EXACT_PROBES:
                     tolerance = max(1, int(COARSE * len(prefixes)))
@@ -204,14 +205,14 @@ class PrefixIndex:
     # -- internals --
 
     def _holders(self, prefix: int) -> int:
-        stored, expected = self._shard_of(prefix).get(prefix, 0), self._expected.get(prefix, 0)
-        return (stored | expected) & self._live_mask
+        expected = self._old_expected.get(prefix, 0) | self._young_expected.get(prefix, 0)
+        return (self._shard_of(prefix).get(prefix, 0) | expected) & self._live_mask
 
     def _shard_of(self, prefix: int) -> dict[int, int]:
         return self._shards[prefix & self._shard_mask]
 
     def _rotate_expected(self) -> None:
-        self._expected, self._young_expected = self._young_expected, {}
+        self._old_expected, self._young_expected = self._young_expected, {}
 
     def _mask_of(self, replica_id: str) -> int:
         """Return a replica's mask; give it a bit if it has none."""
@@ -240,7 +241,7 @@ class PrefixIndex:
         self._next_sweep_shard = end
         if end < len(self._shards):
             return
-        _unset_all(self._expected, self._sweeping_mask)
+        _unset_all(self._old_expected, self._sweeping_mask)
         _unset_all(self._young_expected, self._sweeping_mask)
         bits = range(self.num_bits)
         self._free_masks += [1 << bit for bit in bits if self._sweeping_mask >> bit & 1]
