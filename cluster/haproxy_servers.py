@@ -19,7 +19,8 @@ def server_comparison() -> tuple[
     anything else differs, so that HAProxy must be reloaded. The second one returns True if a
     backend has lost all servers but its backup.
 
-    They are pickled by value with the function that uses them; see ``ray_internals.proxy_setup``.
+    They are pickled by value with the function that uses them, which
+    ``haproxy_internals.proxy_setup`` returns.
     """
 
     def parse(config: str) -> tuple[list[str], dict[str, str], dict[str, str]]:

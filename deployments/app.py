@@ -28,7 +28,7 @@ from cluster.config import (
     parse,
 )
 from cluster.config.changes import pool_version, router_version
-from cluster.ray_internals import pin_version
+from cluster.serve_internals import pin_version
 from deployments.autoscaling import DECISION_INTERVAL_S
 from deployments.replica import SHUTDOWN_S, Classifier, EngineReplica, Generator
 from deployments.rollouts import Rollouts

@@ -14,15 +14,15 @@ from typing import Any
 from ray.exceptions import RayError
 from ray.serve.config import AutoscalingContext
 
-from cluster import ray_internals
+from cluster import ray_internals, serve_internals
 from cluster.autoscaling import Autoscaler, Decision, PoolSignals, TargetChange
 from cluster.autoscaling.pool import NO_GAIN, STALE_S
 from cluster.autoscaling.reports import LoadReport, merge_reports, parse_reports
 from cluster.autoscaling.settings import PoolSettings
 from cluster.autoscaling.starts import ReplicaStart, StartTracker
 from cluster.metrics import Registry, table
-from cluster.ray_internals import DeploymentID
 from cluster.rollout import RolloutState
+from cluster.serve_internals import DeploymentID
 from deployments.decisions import DecisionLog
 from deployments.metrics import RayMetrics
 from deployments.rollout_store import read_state
@@ -124,7 +124,7 @@ class ApplicationPolicy:
     """The ``autoscaling_policy`` of an application: decides for all its deployments at once."""
 
     def __init__(self) -> None:
-        ray_internals.keep_updating_replicas()
+        serve_internals.keep_updating_replicas()
         self._autoscaler: Autoscaler | None = None
         self._autoscaler_settings: Any = None
         self._next_decision_at = 0.0

@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 
 from cluster import ray_internals
 from cluster.autoscaling import TargetChange
-from cluster.ray_internals import DeploymentID
+from cluster.serve_internals import DeploymentID
 
 logger = logging.getLogger("ray.serve.tandem")
 

@@ -17,7 +17,7 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 from cluster.client.transport import HandleAnswer
 from cluster.gateway import Answer, Opener, ReplicaInfo
 from cluster.link import RequestHead
-from cluster.ray_internals import (
+from cluster.serve_internals import (
     SERVE_CONTROLLER_NAME,
     SERVE_NAMESPACE,
     DeploymentID,

@@ -12,13 +12,9 @@ from typing import Any
 import ray
 
 from cluster.config import RouterConfig
+from cluster.haproxy_internals import ProxySettings, proxy_setup
 from cluster.periodic import Periodic
-from cluster.ray_internals import (
-    SERVE_CONTROLLER_NAME,
-    SERVE_NAMESPACE,
-    ProxySettings,
-    proxy_setup,
-)
+from cluster.serve_internals import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
 logger = logging.getLogger("ray.serve.tandem")
 

@@ -35,7 +35,7 @@ from cluster.link import (
 )
 from cluster.metrics import Registry, table
 from cluster.models.checksum import weights_checksum
-from cluster.ray_internals import confine_replica_to_loopback
+from cluster.serve_internals import confine_replica_to_loopback
 from cluster.tracing import start_tracer
 from cluster.usage import Usage
 from deployments.autoscaling import CORE_SHARE, CREATED_AT, IN_FLIGHT, STARTUP_S

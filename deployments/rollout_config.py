@@ -7,7 +7,7 @@ from typing import Any
 from cluster.config import RolloutConfig, parse
 from cluster.config.file import IMPORT_PATH
 from cluster.errors import ConfigError, InvalidRequestError, NotFoundError, UnsupportedError
-from cluster.ray_internals import apply_serve_config, read_serve_config
+from cluster.serve_internals import apply_serve_config, read_serve_config
 
 
 async def start_rollout(app: str, pool: str, settings: dict[str, Any]) -> None:

@@ -26,12 +26,9 @@ from cluster.errors import RolloutError, TandemError
 from cluster.launch.serve_api import ApplicationStatus, parse_application, reason
 from cluster.link import RequestHead
 from cluster.metrics import Registry, table
-from cluster.ray_internals import (
-    confine_replica_to_loopback,
-    free_resources,
-    read_serve_config,
-)
+from cluster.ray_internals import free_resources
 from cluster.rollout import UNLABELED, Observation, RolloutDecision, RolloutState, decide
+from cluster.serve_internals import confine_replica_to_loopback, read_serve_config
 from deployments import rollout_store as store
 from deployments.logs import log_with_serve
 from deployments.metrics import RayExporter

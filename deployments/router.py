@@ -37,13 +37,12 @@ from cluster.leaks import MemoryWatch
 from cluster.link import RequestHead, ResponseHead, TlsContexts, answer_locally, tls_contexts
 from cluster.models.store import home
 from cluster.periodic import run_in_daemon_thread
-from cluster.ray_internals import (
-    KEYS_KEY,
+from cluster.ray_internals import KEYS_KEY, kv_get_many
+from cluster.serve_internals import (
     DeploymentID,
     confine_replica_to_loopback,
     get_http_host,
     get_serve_logs_dir,
-    kv_get_many,
     wrap_http_app,
 )
 from cluster.tracing import start_tracer

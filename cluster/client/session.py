@@ -19,7 +19,7 @@ from cluster.client.results import Delta
 from cluster.client.transport import Headers, Transport
 from cluster.client.wire import CHAT, ApiRequest, EventReader
 from cluster.errors import LinkError, UnavailableError
-from cluster.ray_internals import init_handle
+from cluster.serve_internals import init_handle
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle

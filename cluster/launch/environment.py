@@ -10,9 +10,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from cluster.haproxy_internals import check_haproxy_template
 from cluster.launch import auth
 from cluster.launch.processes import CLUSTER_ID, HOME
-from cluster.ray_internals import LOOPBACK_VARIABLE, check_haproxy_template
+from cluster.ray_internals import LOOPBACK_VARIABLE
 
 HAPROXY_THREADS = 2
 

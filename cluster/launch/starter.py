@@ -100,7 +100,7 @@ def main(request: StarterInput, reports: TextIO) -> None:
 def _import_serve() -> None:
     import ray.serve.schema  # noqa: F401
 
-    from cluster.ray_internals import create_controller  # noqa: F401
+    from cluster.serve_internals import create_controller  # noqa: F401
 
 
 def _start_ray(request: StarterInput) -> Future[object]:
@@ -167,7 +167,7 @@ def _deploy(config: Mapping[str, Any]) -> Any:
     import ray
     from ray.serve.schema import ServeDeploySchema
 
-    from cluster.ray_internals import (
+    from cluster.serve_internals import (
         SERVE_CONTROLLER_NAME,
         SERVE_NAMESPACE,
         coerce_controller_options,

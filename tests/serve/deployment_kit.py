@@ -13,7 +13,7 @@ from ray import serve
 
 from cluster.config import TandemConfig, parse
 from cluster.link import ClientStream, LinkClient, RequestHead
-from cluster.ray_internals import DeploymentID
+from cluster.serve_internals import DeploymentID
 from deployments import links, replica, router, watching
 from deployments.replica import Generator
 from deployments.router import Router

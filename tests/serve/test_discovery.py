@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.gateway import ReplicaInfo
-from cluster.ray_internals import DeploymentID, DeploymentTargetInfo, LongPollNamespace
+from cluster.serve_internals import DeploymentID, DeploymentTargetInfo, LongPollNamespace
 from deployments import discovery
 
 POOL = DeploymentID("generator-m", "tandem")

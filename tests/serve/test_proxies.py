@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from cluster.config import RouterConfig
-from cluster.ray_internals import ProxySettings
+from cluster.haproxy_internals import ProxySettings
 from deployments import proxies, router
 from deployments.proxies import ProxySetup
 from tests.serve.deployment_kit import Background, make_config, replace_ray, running_router

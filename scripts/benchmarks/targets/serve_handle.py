@@ -99,7 +99,7 @@ def _application(decode_s: float) -> Any:
 
     from cluster.config import GeneratorConfig
     from cluster.engines.sim import SimEngine
-    from cluster.ray_internals import confine_replica_to_loopback
+    from cluster.serve_internals import confine_replica_to_loopback
 
     @serve.deployment(name=ENGINE, max_ongoing_requests=MAX_ONGOING)
     class Engine:
