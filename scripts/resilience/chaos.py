@@ -12,8 +12,8 @@ import os
 import random
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from cluster.errors import TandemError
 from cluster.launch.processes import interrupt_on_termination
 from resilience.accounting import Answer, FaultResult, Window, as_json, summarize, totals
 from resilience.faults import FAULTS, SHORT, scale, update
-from resilience.load import Load, Mix
+from resilience.load import Load
+from resilience.mixes import MIXES, Mix, choose_mix
 from resilience.repeated import Repeated
 from resilience.samples import read_counts, wait_nothing_left
 from resilience.testbed import POLL_S, RECOVERY_S, Setup, Testbed, count_replaced, start
@@ -34,12 +35,6 @@ SETTLE_S = 2.0
 """Load after the recovery from each fault."""
 CHURN_PAUSE_S = 20.0
 """Time between a rolling update and the next change of the number of replicas."""
-MIXES: Mapping[str, Mix] = {
-    "sim": Mix(),
-    # A step of 64 sequences takes about 0.5 s on two cores.
-    "vllm": Mix(sampled=2, max_tokens=24, slow_prompts=2),
-    "vllm-tiny": Mix(sampled=2, max_tokens=120, slow_prompts=2),
-}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -248,8 +243,13 @@ def make_document(
         "left": run.left,
         "survivors": run.survivors,
         "settings": settings,
+        "load": asdict(mix_of(args)),
         "machine": describe_machine(),
     }
+
+
+def mix_of(args: argparse.Namespace) -> Mix:
+    return choose_mix(args.engine, args.tensor_parallel, len(os.sched_getaffinity(0)))
 
 
 def run_faults(args: argparse.Namespace, run: Run) -> list[tuple[str, FaultResult]]:
@@ -265,7 +265,7 @@ def run_faults(args: argparse.Namespace, run: Run) -> list[tuple[str, FaultResul
     names = [name for name in names if name not in run.skipped]
     with start(setup) as testbed:
         before = read_counts(testbed)
-        with Load(testbed, MIXES[args.engine], args.seed) as load:
+        with Load(testbed, mix_of(args), args.seed) as load:
             load.wait_served()
             if args.churn or not (args.short or args.faults):
                 with churn(testbed, args.seed):

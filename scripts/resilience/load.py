@@ -29,9 +29,9 @@ from benchmarks.targets.home import LOG_LINES
 from cluster.launch import processes
 from cluster.ray_internals import LOOPBACK_VARIABLE
 from resilience.accounting import Answer, kind_of
+from resilience.mixes import Mix
 from resilience.testbed import CLASSIFIER, MODEL, Testbed
 
-GREEDY = 64
 TIMEOUT_S = 90.0
 """Time without data after which a request fails; above the router's default queue timeout."""
 RETRY_S = 60.0
@@ -41,25 +41,6 @@ START_S = 90.0
 """Time until every client has succeeded once."""
 ERROR_CHARS = 160
 LABELLED = {"A wonderful film.": "positive", "A boring mess.": "negative"}
-
-
-@dataclass(frozen=True, slots=True)
-class Mix:
-    """Number of clients of each kind, and the size of their requests."""
-
-    greedy: int = GREEDY
-    sampled: int = 4
-    classify: int = 2
-    slow: int = 1
-    job: int = 1
-    max_tokens: int = 40
-    slow_prompts: int = 8
-    """Prompts of the slow reader's request, whose answer must not fit into the buffers."""
-
-    def clients(self) -> list[str]:
-        """Return the names of all HTTP clients."""
-        kinds = ("greedy", "sampled", "classify", "slow")
-        return [f"{kind}-{number}" for kind in kinds for number in range(getattr(self, kind))]
 
 
 class FailedRequestError(Exception):

@@ -25,7 +25,8 @@ from cluster.launch.processes import interrupt_on_termination
 from cluster.launch.serve_api import ServeApi
 from resilience.accounting import Answer, kind_of
 from resilience.growth import Growth, Sample, measure_growth
-from resilience.load import Load, Mix
+from resilience.load import Load
+from resilience.mixes import Mix
 from resilience.repeated import Repeated
 from resilience.samples import METRICS, OURS, is_ours, read_samples
 from resilience.testbed import CLASSIFIERS, GENERATOR, Setup, Testbed, start

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from resilience import soak
+from resilience import chaos, soak
 from resilience.accounting import (
     Answer,
     FaultResult,
@@ -24,6 +24,7 @@ from resilience.faults import FAULTS, SHORT
 from resilience.growth import Sample, measure_growth
 from resilience.inside.link_proxy import RETRANSMISSION_S, LinkFault, LinkProxy
 from resilience.load import LABELLED, Attempts, FailedRequestError, classify, text_of
+from resilience.mixes import MIXES, SHARED_CORES, choose_mix
 from resilience.samples import find_left, name_of
 from resilience.testbed import Setup
 
@@ -131,6 +132,29 @@ def test_faults_name_what_they_need() -> None:
     assert FAULTS["kill-engine-core"].missing(Setup("sim")) == "engine vllm/vllm-tiny"
     assert FAULTS["disk"].missing(Setup()) == "root"
     assert not any(FAULTS[name].missing(Setup("sim")) for name in SHORT)
+
+
+@pytest.mark.parametrize(
+    ("engine", "ranks", "num_cores", "mix"),
+    [
+        ("vllm-tiny", 2, 2, SHARED_CORES),
+        ("vllm-tiny", 2, 3, SHARED_CORES),
+        ("vllm-tiny", 2, 4, MIXES["vllm-tiny"]),
+        ("vllm", 3, 4, SHARED_CORES),
+        ("vllm", 1, 1, MIXES["vllm"]),  # one rank waits for no other
+        ("sim", 1, 2, MIXES["sim"]),
+    ],
+)
+def test_ranks_that_share_cores_get_a_smaller_load(
+    engine: str, ranks: int, num_cores: int, mix: object
+) -> None:
+    assert choose_mix(engine, ranks, num_cores) is mix
+
+
+def test_the_document_of_a_run_contains_its_load() -> None:
+    args = chaos.make_parser().parse_args(["--engine", "vllm"])
+    document = json.loads(json.dumps(chaos.make_document(args, chaos.Run(seed=0), [])))
+    assert document["load"]["greedy"] == MIXES["vllm"].greedy
 
 
 # -- answers ----------------------------------------------------------------------------------
