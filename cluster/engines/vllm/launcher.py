@@ -19,6 +19,7 @@ from cluster.engines.startup import StartupTimer, gc_disabled
 from cluster.engines.vllm import arguments, environment, internals
 from cluster.engines.vllm.journal import resume_key
 from cluster.engines.vllm.parser_choice import set_parsers
+from cluster.engines.vllm.worker_watch import watch_workers
 from cluster.errors import ConfigError, EngineDeadError
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,9 @@ class LlmLauncher:
             return
         llm = result.llm
         self._sockets = llm.engine_core.resources.ctx
-        processes = _processes_of(llm)
+        cores = _cores_of(llm)
+        processes = _with_children(cores)
+        watch_workers(cores, self._stop_requested.is_set)
         _resolve(loop, started.set_result, result)
         self._stop_requested.wait()
         try:
@@ -221,12 +224,19 @@ def _resolve(loop: asyncio.AbstractEventLoop, setter: Callable[[Any], None], val
         loop.call_soon_threadsafe(resolve)
 
 
-def _processes_of(llm: Any) -> list[psutil.Process]:
+def _cores_of(llm: Any) -> list[psutil.Process]:
     manager = getattr(llm.engine_core.resources, "engine_manager", None)
     found: list[psutil.Process] = []
     for process in getattr(manager, "processes", ()):
         with suppress(psutil.NoSuchProcess):
-            core = psutil.Process(process.pid)
+            found.append(psutil.Process(process.pid))
+    return found
+
+
+def _with_children(cores: list[psutil.Process]) -> list[psutil.Process]:
+    found: list[psutil.Process] = []
+    for core in cores:
+        with suppress(psutil.NoSuchProcess):
             found += [*core.children(recursive=True), core]
     return found
 
