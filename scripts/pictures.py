@@ -57,6 +57,7 @@ COLORS = 128
 """Palette size. The pages have few colors, and 128 reduce the file size to a third."""
 
 
+SYSTEM_PROMPT = "Answer in one or two sentences."
 QUESTIONS = ("What is the capital of France?", "Name three things to see there.")
 REVIEW = "The plot is thin, but the actors are wonderful and I laughed a lot."
 
@@ -171,7 +172,9 @@ def take_playground(url):
             page.until(lambda: page.script("conversations[1].select.known"))
             if name != "phone":
                 page.by("compare").click()
-                page.by("system").send_keys("Answer in one or two sentences.")
+            page.driver.execute_script(
+                "arguments[0].value = arguments[1]", page.by("system"), SYSTEM_PROMPT
+            )
             for question in QUESTIONS:
                 page.by("message").send_keys(question + Keys.ENTER)
                 page.until(lambda: page.by("status").text == "Answered.", WAIT_S)
