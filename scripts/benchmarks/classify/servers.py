@@ -20,7 +20,10 @@ SPLIT = "tandem-split"
 """Cluster with one replica per core, each with one thread."""
 READY_S = 300.0
 INFINITY = "infinity-emb[server]==0.0.78"
-INFINITY_REQUIREMENTS = (INFINITY, "transformers<5", "sentence-transformers<5.2")
+INFINITY_REQUIREMENTS = (
+    *(INFINITY, "transformers<5", "sentence-transformers<5.2"),
+    *("datasets<4", "pyarrow<19"),  # ours, which it would find otherwise, do not fit its numpy
+)
 
 
 def tandem(
