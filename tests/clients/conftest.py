@@ -20,7 +20,7 @@ os.environ.update(LITELLM_LOCAL_MODEL_COST_MAP="True", LANGSMITH_TRACING="false"
 if find_spec("litellm") is None:  # the main environment
     collect_ignore_glob = ["test_*.py"]
 
-KEY, LIMITED_KEY = "sk-clients", "sk-limited"
+KEY, LIMITED_KEY, GUARDED_KEY = "sk-clients", "sk-limited", "sk-guarded"
 QUESTION = "What is the capital of France?"
 ANSWER = "The capital of France is Paris."
 """SmolLM2's answer at temperature 0; with its end, 8 tokens."""
@@ -58,6 +58,8 @@ class Server:
     key: str = KEY
     limited_key: str = LIMITED_KEY
     """Key of a tenant that may have one request at a time."""
+    guarded_key: str = GUARDED_KEY
+    """Key whose requests to ``narrow`` are checked by the guard ``tone``."""
 
     @property
     def openai_url(self) -> str:
@@ -66,7 +68,7 @@ class Server:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Start the cluster of config.yaml with two API keys."""
+    """Start the cluster of config.yaml with three API keys."""
     home = tmp_path_factory.mktemp("home")
     built = Path(os.environ.get("TANDEM_HOME") or "~/.cache/tandem").expanduser() / "models"
     (home / "models").symlink_to(built)
@@ -84,12 +86,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def _key_file() -> dict[str, object]:
-    digests = {key: hashlib.sha256(key.encode()).hexdigest() for key in (KEY, LIMITED_KEY)}
+    digests = {
+        key: hashlib.sha256(key.encode()).hexdigest() for key in (KEY, LIMITED_KEY, GUARDED_KEY)
+    }
     return {
         "tenants": {"limited": {"max_concurrent": 1}},
         "keys": [
             {"sha256": digests[KEY], "tenant": "clients"},
             {"sha256": digests[LIMITED_KEY], "tenant": "limited"},
+            {"sha256": digests[GUARDED_KEY], "tenant": "clients", "guards": ["tone"]},
         ],
     }
 

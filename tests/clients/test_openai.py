@@ -34,7 +34,7 @@ async def async_client(server: Server) -> AsyncIterator[openai.AsyncOpenAI]:
 
 def test_models_are_listed(client: openai.OpenAI) -> None:
     names = {model.id for model in client.models.list()}
-    assert names == {"smollm2", "slow", "asleep", "replaced", "sentiment", "reranker"}
+    assert names == {"smollm2", "slow", "asleep", "replaced", "narrow", "sentiment", "reranker"}
     assert client.models.retrieve("smollm2").id == "smollm2"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("nix")
