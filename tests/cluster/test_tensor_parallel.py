@@ -1,5 +1,6 @@
 """Tensor parallelism of 2 in a Serve replica's placement group, and the spans of its requests.
 
+The model has 8-bit weights and activations, written by ``tandem models quantize``.
 ``test_engine_processes`` compares the text of two workers with that of one.
 """
 
@@ -11,6 +12,7 @@ import pytest
 
 from cluster.launch import processes
 from cluster.models import store
+from cluster.models.quantize import QuantizeOptions, packaged_texts, quantize
 from tests import otlp
 from tests.cluster.conftest import RunningCluster, router_config, serve_config, wait_until
 from tests.cluster.tiny_llama import make_tiny_llama
@@ -31,8 +33,11 @@ def traced(
     spans: otlp.SpanCollector, make_cluster: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningCluster]:
     """Start a generator with two workers and a classifier, whose spans are collected."""
-    model = tmp_path_factory.mktemp("model") / "tiny-llama"
-    make_tiny_llama(model, store.resolve("smollm2-135m-instruct"))
+    directory = tmp_path_factory.mktemp("model")
+    make_tiny_llama(directory / "tiny-llama", store.resolve("smollm2-135m-instruct"))
+    model = directory / "tiny-llama-w8a8"
+    texts = packaged_texts("calibration")
+    quantize(directory / "tiny-llama", model, QuantizeOptions("w8a8"), texts)
     generator = {
         "name": "two",
         "model": str(model),
@@ -61,7 +66,7 @@ def http(traced: RunningCluster) -> Iterator[httpx.Client]:
         yield client
 
 
-def test_two_workers_in_a_placement_group(traced: RunningCluster, http: httpx.Client) -> None:
+def test_two_workers_serve_an_8_bit_model(traced: RunningCluster, http: httpx.Client) -> None:
     body = {"model": "two", "prompt": "Hello there", "max_tokens": 24, "temperature": 0}
     texts = set()
     for _ in range(2):
