@@ -73,14 +73,15 @@ def nodes(config: Path) -> Iterator[Network]:
         yield net
 
 
-def write_config(directory: Path) -> Path:
+def write_config(directory: Path, num_nodes: int = 2) -> Path:
     """Write a configuration whose router and simulated generator have a replica on each node.
 
     With one logical CPU per node, a node cannot hold two replicas of either.
     """
-    router = {"replicas": {"min": 2, "max": 2}, "resources": {"cpus": 0.55}}
+    replicas = {"min": num_nodes, "max": num_nodes}
+    router = {"replicas": replicas, "resources": {"cpus": 0.55}}
     sim = sim_generator(
-        replicas={"min": 2, "max": 2},
+        replicas=replicas,
         resources={"cpus": 0.3},
         sim={"decode_s_per_token": 0.02},
     )
