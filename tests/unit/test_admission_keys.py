@@ -146,6 +146,8 @@ def test_work_that_a_key_began_has_its_present_rights(tmp_path: Path) -> None:
     auth = Authenticator([digest("bare")], KeyFile(file.path, expected=True))
     with pytest.raises(UnavailableError):  # not read yet, as after a restart
         auth.find_identity("acme", "k")
+    bare = auth.authenticate(bearer("bare"))  # needs no file
+    assert auth.find_identity(bare.tenant.name, bare.key) == bare
     file.write(text())
     auth.refresh()
     one = auth.authenticate(bearer("one"))

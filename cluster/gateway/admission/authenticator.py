@@ -95,13 +95,13 @@ class Authenticator:
         """
         if not tenant:  # begun inside the cluster, or when no key was required
             return OPEN
-        if self._file is not None and self._file.required and not self._file.identities:
-            raise UnavailableError("The API keys are not known yet.", retry_after_s=1)
         if not self._has_keys and not self._needs_keys:
             return Identity(Tenant(tenant))
         for identity in chain(*(each.values() for each in self._sources)):
             if (identity.tenant.name, identity.key) == (tenant, key):
                 return identity
+        if self._file is not None and self._file.required and not self._file.identities:
+            raise UnavailableError("The API keys are not known yet.", retry_after_s=1)
         raise AuthenticationError("The API key that began this work was revoked.")
 
     def authenticate(self, headers: Headers) -> Identity:
