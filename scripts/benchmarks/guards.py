@@ -2,8 +2,8 @@
 
 One stream at a time (128 prompt and 4 completion tokens) in one cluster with a generator and
 classifiers on the same cores. The API keys choose the guards: none; a classifier that judges the
-prompt during its prefill, with default settings, with one thread, and with one thread in int8;
-patterns that redact the prompt and the answer.
+prompt during its prefill, with default settings and with one thread; patterns that redact the
+prompt and the answer.
 """
 
 import argparse
@@ -35,7 +35,6 @@ PLAIN, PATTERNS = "plain", "patterns"
 CLASSIFIERS: dict[str, dict[str, Any]] = {
     "classifier": {},
     "classifier-1-thread": {"threads": 1},
-    "classifier-1-thread-int8": {"threads": 1, "dtype": "int8"},
 }
 """Settings of the classifier by variant."""
 GUARDED = (*CLASSIFIERS, PATTERNS)
