@@ -282,6 +282,8 @@ class EngineReplica:
             self._watch.check()
         except (EngineDeadError, DeviceFailedError):
             self._drain_dead_engine()
+            # A GPU may have ended the engine. Serve waits for this before it ends the replica.
+            await self._watch.read_devices()
             raise
         if self._retired_reason:
             raise ReplicaRetiredError(self._retired_reason)

@@ -31,6 +31,9 @@ RENEWALS_PER_PERIOD = 10
 """Renewals of a lease per ``leaks.pause_s`` while the replica drains."""
 _SECONDS_PER_HOUR = 3600.0
 _GCS_TIMEOUT_S = 5.0
+LAST_READING_S = 15.0
+"""Limit of a reading before the replica ends, in seconds: two calls of the GCS and NVML's. Serve's
+health checks have 30 s."""
 
 
 class RayKeys:
@@ -73,6 +76,7 @@ class ReplicaWatch:
         name = f"{deployment.app_name}/{deployment.name}"
         self._lease = ReplacementLease(RayKeys(), name, config.leaks.pause_s, time.time)
         self._leaks = config.leaks
+        self._last_reading: asyncio.Task[None] | None = None
         self._retiring: asyncio.Task[None] | None = None
         self._warned = False
 
@@ -90,6 +94,24 @@ class ReplicaWatch:
         if self._devices is not None:
             self._devices.check()
 
+    async def read_devices(self) -> None:
+        """Read the devices before the replica ends, and have the node drained if needed.
+
+        The replica's successor would not see their faults.
+        """
+        if self._devices is None:
+            return
+        if self._last_reading is None or self._last_reading.done():
+            self._last_reading = asyncio.create_task(self._devices.read(), name="last reading")
+        # A cancelled reading would lose the XIDs that it has taken from NVML.
+        await asyncio.wait([self._last_reading], timeout=LAST_READING_S)
+        if not self._last_reading.done():
+            logger.error("the GPUs' reading or Ray's answer takes over %g s", LAST_READING_S)
+        elif self._last_reading.cancelled():  # closed
+            return
+        elif (error := self._last_reading.exception()) is not None:
+            logger.error("could not read the GPUs, or have their node drained", exc_info=error)
+
     def observe(self, registry: Registry) -> None:
         self.accounts.observe(registry)
         self._memory.observe(registry)
@@ -99,6 +121,8 @@ class ReplicaWatch:
     async def close(self) -> None:
         await self.accounts.close()
         await self._memory.close()
+        if self._last_reading is not None:
+            self._last_reading.cancel()
         if self._devices is not None:
             await self._devices.close()
         if self._retiring is not None:
@@ -145,15 +169,16 @@ def _devices(
         return None
 
 
-async def _drain_this_node(fault: str) -> None:
-    """Have Ray drain this node, unless it is the head.
+async def _drain_this_node(fault: str) -> bool:
+    """Have Ray drain this node, unless it is the head; return False if Ray refuses.
 
     Raises:
         RayError: The GCS does not answer.
     """
     node_id = ray.get_runtime_context().get_node_id()
     nodes = await asyncio.to_thread(live_nodes, _GCS_TIMEOUT_S)
-    if any(node.id == node_id and node.is_head for node in nodes):
+    is_head = any(node.id == node_id and node.is_head for node in nodes)
+    if is_head:
         refusal = "it is the head"
     else:
         refusal = await asyncio.to_thread(drain_node, node_id, fault, _GCS_TIMEOUT_S)
@@ -161,6 +186,7 @@ async def _drain_this_node(fault: str) -> None:
         logger.error("%s; node %s is not drained: %s", fault, node_id, refusal)
     else:
         logger.warning("%s; node %s drains", fault, node_id)
+    return is_head or not refusal
 
 
 def _accounts(

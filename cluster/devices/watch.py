@@ -17,8 +17,9 @@ class DeviceWatch(DeviceHealth):
         model: Model of the replica.
         nvml: See ``load_nvml``.
         ids: Devices, as for ``NvmlReader``.
-        drain_node: Has this node drained; takes the fault of a device. If the settings say so, it
-            is called at each reading after a fault until it succeeds.
+        drain_node: Has this node drained; takes the fault of a device, returns False if it is worth
+            another attempt. If the settings say so, it is called at each reading after a fault
+            until it returns True.
 
     Raises:
         nvml.NVMLError: There is no such device.
@@ -30,13 +31,13 @@ class DeviceWatch(DeviceHealth):
         model: str,
         nvml: Nvml,
         ids: Sequence[str],
-        drain_node: Callable[[str], Awaitable[None]],
+        drain_node: Callable[[str], Awaitable[bool]],
     ) -> None:
         super().__init__(config, model)
         self._reader = NvmlReader(nvml, ids)
         self._drain_node = drain_node
-        self._is_asking = False
-        self._has_drained = False
+        self._drain_settled = False
+        self._lock = asyncio.Lock()
         self._periodic = Periodic("device watch", config.interval_s, self.read)
 
     @property
@@ -50,19 +51,11 @@ class DeviceWatch(DeviceHealth):
         self._periodic.period_s = config.interval_s
 
     async def read(self) -> None:
-        self.add_readings(await asyncio.to_thread(self._reader.read))
-        if self.fault is not None and self.config.drain_node and not self._has_drained:
-            self._is_asking = True
-            try:
-                await self._drain_node(self.fault)
-                self._has_drained = True
-            finally:
-                self._is_asking = False
-
-    def check(self) -> None:
-        """Raise ``DeviceFailedError`` if a device has failed, but after a request to drain."""
-        if not self._is_asking:  # Serve would end this process, and start another one here
-            super().check()
+        """Read the devices, after a reading in progress, and have the node drained if needed."""
+        async with self._lock:
+            self.add_readings(await asyncio.to_thread(self._reader.read))
+            if self.fault is not None and self.config.drain_node and not self._drain_settled:
+                self._drain_settled = await self._drain_node(self.fault)
 
     async def close(self) -> None:
         await self._periodic.close()

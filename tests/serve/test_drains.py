@@ -1,13 +1,22 @@
 """Routers and replicas that stop finish answers of up to ``max_answer_s``, and no longer ones."""
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.errors import EngineDeadError, ReplicaRetiredError, UnavailableError
+from cluster.devices import DeviceWatch
+from cluster.errors import (
+    DeviceFailedError,
+    EngineDeadError,
+    ReplicaRetiredError,
+    TandemError,
+    UnavailableError,
+)
 from cluster.gateway.builtin.drain import REPLICA_DRAIN_PATH
 from cluster.leaks import Growth
 from cluster.link import LinkState, RequestHead
@@ -28,6 +37,7 @@ from tests.serve.deployment_kit import (
     running_router,
 )
 from tests.serve.link_kit import read_all, until
+from tests.unit.test_devices import Gpu, Nvml
 
 LONG_TOKENS = 3000
 """Tokens of a stream that takes longer than any of the tests."""
@@ -166,6 +176,85 @@ async def test_a_leaking_replica_keeps_its_lease_while_it_drains(
         stream.cancel()
         with pytest.raises(ReplicaRetiredError, match="own memory grows"):
             await asgi.check_health_repeatedly(replica)
+
+
+# -- failed GPUs ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine_dies", [False, True])
+@pytest.mark.parametrize("error", [None, RuntimeError("the GCS does not answer")])
+async def test_the_node_of_a_faulty_gpu_drains_before_the_replica_ends(
+    monkeypatch: pytest.MonkeyPatch, engine_dies: bool, error: Exception | None
+) -> None:
+    nvml, requested, answer = Nvml(Gpu("GPU-a")), asyncio.Event(), asyncio.Event()
+    watches: list[DeviceWatch] = []
+
+    async def drain(fault: str) -> bool:
+        assert fault == "GPU GPU-a: XID 79"
+        requested.set()
+        await answer.wait()
+        if error is not None:
+            raise error
+        return True
+
+    def watch(config: Any, model: str, _workers: Any) -> DeviceWatch:
+        watches.append(DeviceWatch(config.devices, model, nvml, ["0"], drain))
+        return watches[0]
+
+    monkeypatch.setattr(watching, "_devices", watch)
+    monkeypatch.setattr(watching, "LAST_READING_S", 60)
+    # With a dead engine, only the health check reads the device.
+    interval_s = 3600 if engine_dies else 0.01
+    devices = {"drain_node": True, "interval_s": interval_s}
+    sim = {"die_after_requests": 1} if engine_dies else None
+    async with running_generator(make_config(sim, devices=devices)) as (replica, link):
+        await replica.check_health()
+        nvml.events.append((nvml.gpus[0], 79))
+        if engine_dies:
+            with suppress(TandemError):
+                await read_all(open_completion(link, 1))
+        checks = asyncio.create_task(asgi.check_health_repeatedly(replica))
+        async with asyncio.timeout(60):
+            await requested.wait()
+            await until(lambda: link.state is LinkState.DRAINING)
+        assert not checks.done()
+        answer.set()
+        with pytest.raises(EngineDeadError if engine_dies else DeviceFailedError):
+            await checks
+
+
+async def test_a_slow_gpu_delays_health_checks_only_so_long_and_its_fault_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nvml, answers, requested = Nvml(Gpu("GPU-a")), threading.Event(), asyncio.Event()
+
+    async def drain(_fault: str) -> bool:
+        requested.set()
+        return True
+
+    def watch(config: Any, model: str, _workers: Any) -> DeviceWatch:
+        return DeviceWatch(config.devices, model, nvml, ["0"], drain)
+
+    def power(_gpu: Gpu) -> int:
+        assert answers.wait(60)
+        return 1
+
+    monkeypatch.setattr(nvml, "nvmlDeviceGetPowerUsage", power)
+    monkeypatch.setattr(watching, "_devices", watch)
+    monkeypatch.setattr(watching, "LAST_READING_S", 0.01)
+    devices = {"drain_node": True, "interval_s": 3600}
+    config = make_config({"die_after_requests": 1}, devices=devices)
+    async with running_generator(config) as (replica, link):
+        nvml.events.append((nvml.gpus[0], 79))
+        with suppress(TandemError):
+            await read_all(open_completion(link, 1))
+        for _ in range(2):
+            with pytest.raises(EngineDeadError):
+                await replica.check_health()
+        assert not requested.is_set()
+        answers.set()
+        async with asyncio.timeout(60):
+            await requested.wait()
 
 
 # -- requests over the handle -----------------------------------------------------------------
