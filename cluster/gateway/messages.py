@@ -72,6 +72,8 @@ class Request:
     """Body that its handler reads piece by piece; ``body`` is then empty."""
     on_usage: Callable[[Usage], None] | None = None
     """Set if the request is a line of a batch: called with its usage, before the answer ends."""
+    on_slot: Callable[[], None] | None = None
+    """Called when the request gets a slot at a replica, at each attempt."""
 
     @property
     def is_batch_line(self) -> bool:

@@ -311,6 +311,19 @@ async def test_lines_yield_to_other_requests_and_run_again(store: BatchStore) ->
         assert (await metrics(world))["tandem_batch_preemptions_total", "gen"] == 1
 
 
+async def test_lines_run_side_by_side_once_those_before_have_slots(
+    store: BatchStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.gateway.batches.spare.PLACEMENT_S", math.inf)
+    async with gateway_world(batch_store=store, generator={"max_in_flight": 8}) as world:
+        replica = await world.add("gen", "gen-1")
+        lines = [line(0), line(1, wait_before=True), line(2, wait_before=True)]
+        id_ = (await create(world, await upload(world, lines))).json()["id"]
+        await world.until(lambda: len(replica.bodies) == 3)
+        replica.gate.set()
+        await until(world, id_, "completed")
+
+
 async def test_a_cancelled_batch_keeps_its_results(store: BatchStore) -> None:
     async with gateway_world(batch_store=store) as world:
         replica = await world.add("gen", "gen-1")

@@ -8,10 +8,26 @@ from typing import Any
 import pytest
 
 from cluster.config import RouterConfig
-from cluster.gateway.batches.spare import QUIET_S, LineSlot, SpareCapacity
+from cluster.gateway.batches.spare import PLACEMENT_S, QUIET_S, LineSlot, SpareCapacity
 from cluster.metrics import Counter
 
 CONFIG = RouterConfig().batches
+
+
+class ScriptedQueue:
+    """A queue with ``num_slots``; lines take them."""
+
+    def __init__(self) -> None:
+        self.num_slots = 100
+        self.num_taken = 0
+
+    @property
+    def has_room(self) -> bool:
+        return self.num_taken < self.num_slots
+
+    def take(self, slot: LineSlot) -> None:
+        self.num_taken += 1
+        slot.place()
 
 
 class ScriptedPool:
@@ -20,7 +36,7 @@ class ScriptedPool:
     def __init__(self) -> None:
         self.meter = SimpleNamespace(num_interactive=0, num_interactive_arrivals=0)
         self.replicas = SimpleNamespace(num_ready=1)
-        self.queue = SimpleNamespace(has_room=True)
+        self.queue = ScriptedQueue()
         self.is_asleep = False
 
     def arrive(self, number: int) -> None:
@@ -35,20 +51,31 @@ class Spare:
         self.elsewhere = 0
         self.capacity = SpareCapacity(self.pool, lambda: self.elsewhere, self.preemptions)
         self.now_s = 0.0
+        self.takes_slots = True
+        """False if lines do not take their slots at once."""
         self._takes: list[asyncio.Task[LineSlot]] = []
 
     def want(self, number: int, is_urgent: Callable[[], bool] = bool) -> None:
         for _ in range(number):
-            take = asyncio.create_task(self.capacity.take(is_urgent))
-            self._takes.append(take)
+            self._takes.append(asyncio.create_task(self._take(is_urgent)))
+
+    async def _take(self, is_urgent: Callable[[], bool]) -> LineSlot:
+        slot = await self.capacity.take(is_urgent)
+        if self.takes_slots:
+            self.pool.queue.take(slot)
+        return slot
 
     async def adjust(self, after_s: float = 0.0) -> list[LineSlot]:
         """Return the slots that are granted and not stopped."""
         await asyncio.sleep(0)
         self.now_s += after_s
         self.capacity.adjust(CONFIG, self.now_s)
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
+        return await self.settle()
+
+    async def settle(self) -> list[LineSlot]:
+        for _ in self._takes:  # each starts the next one
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
         granted = [take.result() for take in self._takes if take.done()]
         return [slot for slot in granted if not slot.is_stopped]
 
@@ -110,10 +137,40 @@ async def test_one_line_that_became_urgent_runs_beside_others(spare: Spare) -> N
 
 async def test_lines_wait_for_room_and_wake_a_pool(spare: Spare) -> None:
     spare.want(3)
-    spare.pool.queue.has_room = False
+    spare.pool.queue.num_slots = 0
     assert await spare.adjust() == []
-    spare.pool.queue.has_room = True
+    spare.pool.queue.num_slots = 1
     spare.pool.replicas.num_ready = 0
     assert await spare.adjust() == []
     spare.pool.is_asleep = True
     assert len(await spare.adjust()) == 1
+
+
+async def test_one_free_slot_starts_one_line(spare: Spare) -> None:
+    spare.pool.queue.num_slots = 1
+    spare.pool.arrive(39)  # leave room for three lines
+    spare.want(3)
+    assert len(await spare.adjust()) == 1
+    spare.pool.queue.num_slots = 2
+    assert len(await spare.adjust()) == 2
+
+
+async def test_a_line_starts_after_the_one_before_it_has_a_slot_or_has_ended(spare: Spare) -> None:
+    spare.takes_slots = False
+    spare.pool.queue.num_slots = 2
+    spare.pool.arrive(39)
+    spare.want(4)
+    (first,) = await spare.adjust()
+    assert await spare.adjust(PLACEMENT_S / 2) == [first]
+    spare.capacity.release(first, is_finished=False)  # cancelled or refused
+    _, second = await spare.adjust()
+    spare.pool.queue.take(second)  # starts the next one at once
+    assert len(await spare.settle()) == 3
+
+
+async def test_a_line_without_a_slot_blocks_the_others_only_for_a_moment(spare: Spare) -> None:
+    spare.takes_slots = False
+    spare.pool.arrive(39)
+    spare.want(3)
+    assert len(await spare.adjust()) == 1
+    assert len(await spare.adjust(PLACEMENT_S)) == 2

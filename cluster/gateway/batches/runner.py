@@ -252,6 +252,7 @@ class BatchRun:
         ]
         identity = dataclasses.replace(identity, priority=MIN_PRIORITY)
         request = Request(id_, "POST", self._batch.endpoint, b"", headers, body, identity)
+        request.on_slot = None if slot is None else slot.place
         # Otherwise this router stops, and another one continues with the same answer.
         request.is_cancelled = lambda: self._stop.is_set() or bool(slot and slot.is_stopped)
         return await ask(self._tools.relay, request)

@@ -18,6 +18,9 @@ from cluster.metrics import Counter
 QUIET_S = 1.0
 """Time without another request after which lines may use the whole pool. Shorter pauses are likely
 to end while a line is computed, which is then lost work."""
+PLACEMENT_S = 0.2
+"""Longest time for which a line that was started and has no place at a replica yet, such as one
+whose guards are slow, keeps others from starting."""
 
 
 @dataclass(slots=True, eq=False)
@@ -26,10 +29,22 @@ class LineSlot:
 
     is_urgent: bool
     """True if the line is not stopped for other requests."""
+    granted_s: float
+    """Time of the permission, in seconds."""
+    on_placed: Callable[[], None]
+    """Called when the line gets its place at a replica."""
+    is_placed: bool = False
+    """True once the line has had a place at a replica."""
     task: asyncio.Task[object] | None = None
     """Task to cancel if the line must stop."""
     is_stopped: bool = False
     """True once the line was stopped for other requests."""
+
+    def place(self) -> None:
+        """Note that the line has a place at a replica, so that the next one may start."""
+        if not self.is_placed:
+            self.is_placed = True
+            self.on_placed()
 
 
 class SpareCapacity:
@@ -48,6 +63,8 @@ class SpareCapacity:
         self._running: list[LineSlot] = []
         self._waiting: deque[tuple[asyncio.Future[LineSlot], Callable[[], bool]]] = deque()
         self._window = 1.0  # lines that may run without other requests
+        self._allowed = 0  # since the last adjustment
+        self._now_s = 0.0
         self._num_arrived = 0
         self._busy_at = float("-inf")
 
@@ -90,13 +107,14 @@ class SpareCapacity:
         is_quiet = now_s - self._busy_at >= QUIET_S
         # Requests at other routers may be in other pools, so they make no room here.
         beside_others = int(config.share * meter.num_interactive + 1e-9)
-        allowed = int(self._window) if is_quiet else beside_others
-        self._stop_lines(allowed)
-        self._start_lines(allowed)
+        self._allowed = int(self._window) if is_quiet else beside_others
+        self._now_s = now_s
+        self._stop_lines()
+        self._start_line()
 
-    def _stop_lines(self, allowed: int) -> None:
+    def _stop_lines(self) -> None:
         running = [slot for slot in self._running if not slot.is_stopped]
-        excess = len(running) - allowed
+        excess = len(running) - self._allowed
         stoppable = [slot for slot in running if not slot.is_urgent]
         if excess <= 0 or not stoppable:
             return
@@ -107,18 +125,26 @@ class SpareCapacity:
             if slot.task is not None:
                 slot.task.cancel()
 
-    def _start_lines(self, allowed: int) -> None:
-        for waiter, is_urgent in tuple(self._waiting):
-            fits = len(self._running) < allowed
-            has_urgent = any(slot.is_urgent for slot in self._running)
+    def _start_line(self) -> None:
+        """Start a line if there is room; the next one starts when it has its place."""
+        if self._is_placing() or not self._has_room():
+            return
+        fits = len(self._running) < self._allowed
+        has_urgent = any(slot.is_urgent for slot in self._running)
+        for waiter, is_urgent in self._waiting:
             is_first_urgent = not has_urgent and is_urgent()
-            if waiter.done() or not (fits or is_first_urgent):
-                continue
-            if not self._has_room():
+            if not waiter.done() and (fits or is_first_urgent):
+                slot = LineSlot(is_first_urgent, self._now_s, self._start_line)
+                self._running.append(slot)
+                waiter.set_result(slot)
                 return
-            slot = LineSlot(is_urgent=is_first_urgent)
-            self._running.append(slot)
-            waiter.set_result(slot)
+
+    def _is_placing(self) -> bool:
+        """Return True if a line that was started recently has yet to take its place."""
+        return any(
+            not slot.is_placed and self._now_s - slot.granted_s < PLACEMENT_S
+            for slot in self._running
+        )
 
     def _has_room(self) -> bool:
         """Return True if another request would start at once, or would wake the pool."""

@@ -91,6 +91,8 @@ async def _send_with_failover(
         if failure is not None:
             claim = pool.renew_claim(claim)
         slot = await _take_slot(request, pool, claim)
+        if request.on_slot is not None:
+            request.on_slot()
         if failure is not None:
             pool.meter.failed_over(failure)
         observer.slot_taken(slot.replica.info.id)
