@@ -130,10 +130,11 @@ def measure(endpoint: Endpoint, load: StreamLoad) -> TokenTimes:
 
     Raises:
         TargetError: A response was not 200, or a connection failed.
+        OSError: A connection could not be opened.
     """
     try:
         return asyncio.run(_measure(endpoint, load))
-    except* TargetError as errors:
+    except* (TargetError, OSError) as errors:
         raise errors.exceptions[0] from None
 
 
