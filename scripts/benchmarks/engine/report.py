@@ -98,6 +98,8 @@ def make_report(rounds: Rounds, failures: Mapping[str, str] | None = None) -> Re
         details={"engine": rounds},
         values=_values(rounds, concurrent),
         commands={name: of_server[-1].command for name, of_server in rounds.items()},
+        # Those of all runs that added rounds; the arguments are those of the last run.
+        settings={"rounds": max(map(len, rounds.values()), default=0), "targets": list(rounds)},
         notes=[
             *(f"{name}: {of_server[-1].command}" for name, of_server in rounds.items()),
             *(
