@@ -3,7 +3,9 @@
 import asyncio
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ def quantize(model: str, out: Path, options: QuantizeOptions, data: DataFile | N
     """
     directory, console = model_directory(model), make_console()
     quantization.check_quantizable(directory, out, options.scheme)
-    texts = _texts(data, packaged_texts("calibration"))
+    texts = _texts(data, partial(packaged_texts, "calibration"))
     with show_progress(console) as progress:
         progress(f"quantizing {model} to {options.scheme}", None)
         quantization.quantize(directory, out, options, texts)
@@ -119,7 +121,7 @@ def _compare_generators(
 ) -> tuple[Any, list[Row], str]:
     from cluster.engines.comparison import compare_generators
 
-    texts = _texts(options.data, packaged_texts("held_out"))
+    texts = _texts(options.data, partial(packaged_texts, "held_out"))
     found = asyncio.run(compare_generators(models, directories, texts, progress))
     rows: list[Row] = [
         ("weights, MiB", found.a.size_bytes / 2**20, found.b.size_bytes / 2**20, ".0f"),
@@ -144,7 +146,7 @@ def _compare_classifiers(
     from cluster.engines.classifier.comparison import Version, compare_classifiers
     from cluster.engines.classifier.model.check_texts import check_texts
 
-    texts = _texts(options.data, check_texts(str(directories[0])))
+    texts = _texts(options.data, partial(check_texts, str(directories[0])))
     a, b = map(Version, models, directories, map(str.strip, dtypes))
     found = compare_classifiers(a, b, texts, progress)
     rows: list[Row] = [
@@ -159,8 +161,8 @@ def _compare_classifiers(
     return found, rows, summary
 
 
-def _texts(data: DataFile | None, default: list[str]) -> list[str]:
-    texts = [row.text for row in data.rows(1)] if data else default
+def _texts(data: DataFile | None, default: Callable[[], list[str]]) -> list[str]:
+    texts = [row.text for row in data.rows(1)] if data else default()
     if not any(text.strip() for text in texts):
         raise ConfigError("all texts are empty")
     return texts

@@ -16,7 +16,7 @@ from cluster.engines.classifier.model.agreement import (
 )
 from cluster.engines.classifier.model.check_texts import FILE, check_texts
 from cluster.engines.classifier.serving.tasks import TASKS
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, DataError
 from tests.serve.classifier_kit import TEXTS, one_thread, running, save  # noqa: F401
 
 
@@ -139,6 +139,15 @@ def test_check_texts_are_the_models_own_or_generated(tmp_path):
     lines = [json.dumps({"text": text}) for text in ("one", "two")]
     (tmp_path / FILE).write_text("\n".join(lines) + "\n")
     assert check_texts(str(tmp_path)) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    "line", [b"{", b"[]", b'{"text": 1}', b'{"label": "a"}', b'{"text": "\xff"}']
+)
+def test_check_texts_that_cannot_be_read_are_named(tmp_path, line):
+    (tmp_path / FILE).write_bytes(b'{"text": "one"}\n\n' + line + b"\n")
+    with pytest.raises(DataError, match=r"held_out\.jsonl:3: expected"):
+        check_texts(str(tmp_path))
 
 
 def test_check_batches_ascend_in_length():

@@ -125,6 +125,17 @@ def test_the_command_prints_json_for_the_models_own_texts(teacher):
     assert found["a"] | {"texts_per_s": 0} == found["b"] | {"texts_per_s": 0}
 
 
+def test_the_models_own_texts_are_read_only_without_others(teacher, tmp_path):
+    (teacher / "held_out.jsonl").write_text("{\n")
+    done = command(teacher, teacher)
+    assert isinstance(done.exception, DataError), done.exception
+    assert "held_out.jsonl:1: expected" in str(done.exception)
+    data = tmp_path / "texts.csv"
+    data.write_text("text\ngood film\n")
+    done = command(teacher, teacher, "--data", data)
+    assert done.exception is None, done.exception
+
+
 @pytest.mark.parametrize(
     ("dtypes", "message"),
     [

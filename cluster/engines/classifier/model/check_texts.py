@@ -10,6 +10,8 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+from cluster.errors import DataError
+
 FILE = "held_out.jsonl"
 NUM_TEXTS = 400
 SEED = 0
@@ -46,11 +48,26 @@ _TAILS = [
 
 
 def check_texts(model_path: str) -> list[str]:
+    """Return the model's own texts, or generated ones.
+
+    Raises:
+        DataError: a line of the model's file has no text.
+    """
     file = Path(model_path) / FILE
-    if file.is_file():
-        lines = file.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line)["text"] for line in lines if line.strip()]
-    return list(_generate())
+    if not file.is_file():
+        return list(_generate())
+    lines = enumerate(file.read_bytes().splitlines(), start=1)
+    return [_read_text(file, number, line) for number, line in lines if line.strip()]
+
+
+def _read_text(file: Path, number: int, line: bytes) -> str:
+    try:
+        match json.loads(line):
+            case {"text": str(text)}:
+                return text
+    except ValueError:  # neither UTF-8 nor JSON
+        pass
+    raise DataError(f'{file}:{number}: expected {{"text": "…"}}')
 
 
 def _generate() -> Iterator[str]:
