@@ -11,6 +11,7 @@ from cluster.engines.classifier.model.agreement import (
     Agreement,
     AgreementStore,
     batches_by_length,
+    cosines,
     measure_agreement,
     require_agreement,
 )
@@ -39,6 +40,12 @@ def test_agreement_counts_labels_and_cosines():
     assert measure_agreement("classify", low, full, ids) == Agreement(0.75, 4)
     assert measure_agreement("embed", low, full, ids) == Agreement(0.75, 4)
     assert measure_agreement("classify", full, full, ids).share == 1.0
+
+
+def test_cosines_are_defined_for_rows_of_zeros():
+    found = np.array([[3, 0], [1, 1], [0, 0], [0, 0]], np.float32)
+    wanted = np.array([[2, 0], [1, -1], [0, 0], [1, 0]], np.float32)
+    assert cosines(found, wanted).tolist() == [1, 0, 1, 0]
 
 
 def test_agreement_compares_each_token_and_the_best_token_of_each_mask():

@@ -163,6 +163,10 @@ def test_models_that_cannot_be_compared_are_refused(teacher, tmp_path):
     labels = "negative, neutral, positive and bad, so-so, good"
     with pytest.raises(ConfigError, match=f"teacher and other have different labels: {labels}"):
         compare(teacher, other)
+    save_model(other, make_bert(problem_type="multi_label_classification"))
+    kinds = "single_label_classification and multi_label_classification"
+    with pytest.raises(ConfigError, match=f"different problem types: {kinds}"):
+        compare(teacher, other)
     (other / "config.json").write_text('{"architectures": ["ViTForImageClassification"]}')
     with pytest.raises(ConfigError, match="other is a ViTForImageClassification; encoders"):
         compare(teacher, other)

@@ -16,6 +16,7 @@ from cluster.config import ClassifierConfig
 from cluster.engines.classifier.model.agreement import (
     BATCH_TEXTS,
     batches_by_length,
+    cosines,
     equal_answers,
 )
 from cluster.engines.classifier.model.build import ModelBuilder, computed_heads
@@ -93,6 +94,11 @@ class Candidate:
         names = self.builder.network.config.id2label
         return [] if self.head == "embed" else [str(names[key]) for key in sorted(names)]
 
+    @property
+    def problem_type(self) -> str:
+        """Kind of the labels' scores; transformers' default if none is set."""
+        return str(self.builder.network.config.problem_type or "single_label_classification")
+
     def figures(self, model: EncoderModel, rates: Sequence[float]) -> ClassifierFigures:
         return ClassifierFigures(
             self.version.model,
@@ -125,8 +131,8 @@ def compare_classifiers(
     )
     if one.shape != other.shape:
         raise ConfigError(f"{a.model} and {b.model} have embeddings of different sizes")
-    equal = equal_answers(head, candidates[0].builder.network.config.problem_type, other, one)
-    differences = 1 - _cosines(other, one) if head == "embed" else np.abs(other - one)
+    equal = equal_answers(head, candidates[0].problem_type, other, one)
+    differences = 1 - cosines(other, one) if head == "embed" else np.abs(other - one)
     rates: tuple[list[float], list[float]] = [], []
     for index in range(NUM_ROUNDS):
         progress("measuring the rate", index / NUM_ROUNDS)
@@ -170,6 +176,10 @@ def _check_comparable(a: Candidate, b: Candidate) -> None:
         raise ConfigError(
             f"{names} have different labels: {', '.join(a.labels)} and {', '.join(b.labels)}"
         )
+    if a.head == "classify" and a.problem_type != b.problem_type:
+        raise ConfigError(
+            f"{names} have different problem types: {a.problem_type} and {b.problem_type}"
+        )
     same = all(map(np.array_equal, a.ids, b.ids))
     if a.head == "token-classification" and not same:
         raise ConfigError(f"{names} have different tokenizers, so their tokens cannot be compared")
@@ -184,12 +194,6 @@ def _answers(model: EncoderModel, head: Head, ids: Sequence[TokenIds]) -> Rows:
         found = model.run(head, [ids[index] for index in chosen])
         rows.update(zip(chosen, map(np.atleast_2d, found), strict=True))
     return np.concatenate([rows[index] for index in range(len(ids))])
-
-
-def _cosines(found: Rows, wanted: Rows) -> Rows:
-    lengths: Rows = np.linalg.norm(found, axis=1) * np.linalg.norm(wanted, axis=1)
-    result: Rows = (found * wanted).sum(1) / np.maximum(lengths, np.finfo(np.float32).tiny)
-    return result
 
 
 def _measure_rate(model: EncoderModel, head: Head, ids: Sequence[TokenIds]) -> float:

@@ -96,8 +96,7 @@ def equal_answers(head: Head, problem_type: str | None, found: Rows, wanted: Row
     if head == "fill-mask":  # the first column is the id of the best token
         return found[:, 0] == wanted[:, 0]
     if head == "embed":
-        lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(wanted, axis=1)
-        return (found * wanted).sum(1) >= MIN_COSINE * lengths
+        return cosines(found, wanted) >= MIN_COSINE
     if problem_type == "regression" or wanted.shape[1] == 1:
         # The range of numbers is unknown; what matters is that they keep their order.
         spread = np.maximum(1e-6, np.ptp(wanted, axis=0))
@@ -105,6 +104,14 @@ def equal_answers(head: Head, problem_type: str | None, found: Rows, wanted: Row
     if problem_type == "multi_label_classification":
         return ((found >= 0.5) == (wanted >= 0.5)).all(1)
     return found.argmax(1) == wanted.argmax(1)
+
+
+def cosines(found: Rows, wanted: Rows) -> Rows:
+    """Return the cosine of each pair of rows; 1 for two rows of zeros."""
+    lengths = np.linalg.norm(found, axis=1) * np.linalg.norm(wanted, axis=1)
+    result: Rows = (found == wanted).all(1).astype(np.float32)
+    np.divide((found * wanted).sum(1), lengths, out=result, where=lengths > 0)
+    return result
 
 
 class AgreementStore:
