@@ -129,16 +129,15 @@ class Network:
     def head(self) -> Node:
         return self.nodes[0]
 
-    def up(self, config: Path, *others: Node) -> None:
-        """Start the head, and other nodes that join while the head waits for their resources."""
+    def up(self, config: Path, node: Node) -> None:
+        """Start the head, and another node that joins while the head waits for its resources."""
         with ThreadPoolExecutor(1) as pool:
             head = pool.submit(self.start_head, config)
             wait_until(
                 lambda: head.done() or can_connect(self.head.address, RAY_PORT), START_TIMEOUT_S
             )
-            for node in others:
-                if not head.done():
-                    self.join(node)
+            if not head.done():
+                self.join(node)
             head.result()
 
     def start_head(self, config: Path) -> None:

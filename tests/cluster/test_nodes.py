@@ -73,12 +73,12 @@ def nodes(config: Path) -> Iterator[Network]:
         yield net
 
 
-def write_config(directory: Path, num_nodes: int = 2) -> Path:
+def write_config(directory: Path) -> Path:
     """Write a configuration whose router and simulated generator have a replica on each node.
 
     With one logical CPU per node, a node cannot hold two replicas of either.
     """
-    replicas = {"min": num_nodes, "max": num_nodes}
+    replicas = {"min": 2, "max": 2}
     router = {"replicas": replicas, "resources": {"cpus": 0.55}}
     sim = sim_generator(
         replicas=replicas,
