@@ -107,12 +107,17 @@ class LlmLauncher:
             _resolve(loop, started.set_exception, error)
             return
         llm = result.llm
-        self._sockets = llm.engine_core.resources.ctx
-        cores = _cores_of(llm)
-        processes = _with_children(cores)
-        watch_workers(cores, self._stop_requested.is_set)
-        _resolve(loop, started.set_result, result)
-        self._stop_requested.wait()
+        processes: list[psutil.Process] = []
+        try:
+            self._sockets = llm.engine_core.resources.ctx
+            cores = _cores_of(llm)
+            processes = _with_children(cores)
+            watch_workers(cores, self._stop_requested.is_set)
+        except BaseException as error:  # raised by ``start``
+            _resolve(loop, started.set_exception, error)
+        else:
+            _resolve(loop, started.set_result, result)
+            self._stop_requested.wait()
         try:
             llm.shutdown(timeout=_STOP_TIMEOUT_S)
         finally:
