@@ -96,8 +96,9 @@ class EngineReplica:
         self._watch = ReplicaWatch(
             operations, pool, self._num_in_flight, self.retire, engine.workers
         )
+        self._counted_app = CountedApp(self._answer, RouteTable(engine.routes()), registry)
         self._server = await start_link_server(
-            CountedApp(self._answer, RouteTable(engine.routes()), registry),
+            self._answer_link,
             engine.load,
             engine.prefixes,
             resumes=bool(engine.resume_key),
@@ -177,6 +178,13 @@ class EngineReplica:
             return ""
         return await asyncio.to_thread(weights_checksum, self._model)
 
+    async def _answer_link(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request over a link; Serve's metrics count those to the engine."""
+        if scope["path"] == REPLICA_DRAIN_PATH:
+            await self._answer_drain(send)
+        else:
+            await self._counted_app(scope, receive, send)
+
     async def _answer_handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request over the handle; it ends if the engine dies, like those over links."""
         task = asyncio.current_task()
@@ -197,9 +205,6 @@ class EngineReplica:
         Raises:
             EngineDeadError: the engine is dead; routers try another replica.
         """
-        if scope["path"] == REPLICA_DRAIN_PATH:
-            await self._answer_drain(send)
-            return
         work = self._watch.accounts.open_request(scope)
         try:
             await self._app(scope, receive, send)

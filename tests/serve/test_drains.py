@@ -274,16 +274,25 @@ async def test_requests_over_the_handle_end_when_the_engine_hangs() -> None:
                 await hung
 
 
-async def test_serves_metrics_count_requests_over_links_and_not_those_over_the_handle(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    registries: list[Registry] = []
+# -- Serve's metrics of requests --------------------------------------------------------------
+
+
+@pytest.fixture
+def registries(monkeypatch: pytest.MonkeyPatch) -> list[Registry]:
+    """Return the registries that replicas export."""
+    exported: list[Registry] = []
 
     class Exporter(Background):
         def __init__(self, registry: Registry) -> None:
-            registries.append(registry)
+            exported.append(registry)
 
     monkeypatch.setattr(replica_module, "RayExporter", Exporter)
+    return exported
+
+
+async def test_serves_metrics_count_requests_over_links_and_not_those_over_the_handle(
+    registries: list[Registry],
+) -> None:
     async with running_generator(make_config()) as (replica, link):
         (registry,) = registries
         items = replica.answer_call("r1", COMPLETION, completion_body(3))
@@ -294,3 +303,17 @@ async def test_serves_metrics_count_requests_over_links_and_not_those_over_the_h
         await until(lambda: registry.series(serve_metrics.REQUESTS))
         (counter,) = registry.series(serve_metrics.REQUESTS).values()
         assert counter.value == 1
+
+
+async def test_serves_metrics_do_not_count_drains(registries: list[Registry]) -> None:
+    async with running_generator(make_config()) as (replica, link):
+        (registry,) = registries
+        stream = open_completion(link, SHORT_TOKENS)
+        await stream.read()
+        asked = link.open(RequestHead(method="POST", path=REPLICA_DRAIN_PATH))
+        assert (await asked.head()).status == 202
+        assert (await read_all(stream)).endswith(b"data: [DONE]\n\n")
+        with pytest.raises(ReplicaRetiredError, match="drained by an operator"):
+            await asgi.check_health_repeatedly(replica)
+        await until(lambda: registry.series(serve_metrics.REQUESTS))
+        assert list(registry.series(serve_metrics.REQUESTS)) == [(COMPLETION.path,)]
