@@ -35,13 +35,14 @@ _OPTIONS: dict[str, Any] = {
 }
 """Options of connections that the URL may override."""
 _CONTENTS = (
-    """CREATE TABLE IF NOT EXISTS contents (
-    file TEXT, number BIGINT, content BYTEA, PRIMARY KEY (file, number))""",
     *(
-        f"ALTER TABLE {table} ADD COLUMN IF NOT EXISTS rowid BIGINT GENERATED ALWAYS AS IDENTITY"
+        f"ALTER TABLE {table} ADD COLUMN rowid BIGINT GENERATED ALWAYS AS IDENTITY"
         for table in ("files", "batches")
     ),
+    """CREATE TABLE contents (
+    file TEXT, number BIGINT, content BYTEA, PRIMARY KEY (file, number))""",
 )
+_LAST_TABLE = "contents"
 _LOCK = "SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))"
 
 Connection = psycopg.Connection[tuple[Any, ...]]
@@ -159,6 +160,10 @@ class PostgresDatabase:
         with connection.transaction():
             # PostgreSQL does not expect that two sessions create the same table.
             connection.execute(_LOCK, (f"{self._schema} tables",))
+            # Even if nothing is left to do, the statements lock tables against the transactions of
+            # other routers, which then can deadlock.
+            if connection.execute("SELECT to_regclass(%s)", (_LAST_TABLE,)).fetchone() != (None,):
+                return
             connection.execute(sql.SQL("CREATE SCHEMA IF NOT EXISTS {}").format(schema))
             for statement in (*TABLES, *_CONTENTS):
                 connection.execute(statement.encode())

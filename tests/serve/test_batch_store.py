@@ -409,6 +409,19 @@ def test_connections_that_the_server_closed_are_replaced(tmp_path: Path, postgre
     place.close()
 
 
+def test_a_router_that_starts_waits_for_no_transaction_of_another(
+    tmp_path: Path, postgres: str
+) -> None:
+    place = Place(tmp_path, postgres, "busy")
+    add_batch(place.open(), make_batch(), 9)
+    with psycopg.connect(postgres) as busy:  # has read and written, and is not yet committed
+        busy.execute("SELECT * FROM tandem_busy.files")
+        for table in ("files", "batches", "results", "lease", "contents"):
+            busy.execute(f"LOCK TABLE tandem_busy.{table} IN ROW EXCLUSIVE MODE".encode())
+        assert [batch.id for batch in place.open().open_batches()] == ["b"]
+    place.close()
+
+
 def test_applications_with_similar_names_share_nothing(tmp_path: Path, postgres: str) -> None:
     long = "x" * 60
     for name in ("a-b", "a.b", "A_b", "a_b", f"{long}1", f"{long}2"):
