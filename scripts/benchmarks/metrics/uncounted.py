@@ -6,7 +6,8 @@ processes of router and replicas. Quotas and their counters (``cluster.gateway.a
 stay.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -15,10 +16,8 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.config import TandemConfig
 from cluster.gateway.messages import Request
-from cluster.gateway.pools import factory, relay
+from cluster.gateway.pools import factory, relayed_body
 from cluster.gateway.recording.observer import OnEnd, PoolMeter, RequestObserver, RequestSinks
-from cluster.gateway.recording.request_log import CLIENT_DISCONNECTED
-from cluster.link import RequestHead
 from cluster.metrics import Histogram, Registry
 from cluster.usage import Usage
 from deployments import app, replica, router
@@ -42,24 +41,25 @@ class UncountedRequest(RequestObserver):
 
     __slots__ = ()
 
-    def __init__(self, on_end: OnEnd | None) -> None:
-        self.status = CLIENT_DISCONNECTED
-        self.is_cut_off = False
-        self.write_times = _DISCARDED
-        self._on_end = on_end
+    @property
+    def write_times(self) -> list[float]:
+        """List that stays empty."""
+        return _DISCARDED
 
-    def slot_taken(self, replica_id: str) -> None:
+    @write_times.setter
+    def write_times(self, times: list[float]) -> None:
         pass
 
-    def trace_attempt(
-        self, head: RequestHead, replica_id: str, address: tuple[str, int], state: str
-    ) -> RequestHead:
-        return head
+    def slot_taken(self, replica_id: str) -> None:
+        self._slot_taken = 1.0  # saves reading the clock
+
+    def count_gaps(self) -> None:
+        pass
 
     def end(self, usage: Usage | None) -> None:
         """Report the end to the tenant's quotas."""
         if self._on_end is not None:
-            self._on_end(self.status, usage, True)
+            self._on_end(self.status, usage, bool(self._slot_taken))
 
 
 _DISCARDED = _DiscardingList()
@@ -73,13 +73,21 @@ class _DiscardingHistogram(Histogram):
 class UncountingMeter(PoolMeter):
     """Meter that counts no request."""
 
-    def __init__(self, model: str, sinks: RequestSinks) -> None:
-        super().__init__(model, sinks)
+    def __init__(self, pool_name: str, sinks: RequestSinks, model: str | None = None) -> None:
+        super().__init__(pool_name, sinks, model)
         self.routing_s = _DiscardingHistogram(())
 
     def observe(self, request: Request, route: str, on_end: OnEnd | None = None) -> RequestObserver:
         """Return an observer without metrics."""
-        return UncountedRequest(on_end)
+        return UncountedRequest(self, request, route, on_end)
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Let pools that are created have no meter; writes do not read the clock from then on."""
+    patch.object(relayed_body, "perf_counter", float).start()
+    with patch.object(factory, "PoolMeter", UncountingMeter):
+        yield
 
 
 class _NoExporter:
@@ -96,12 +104,8 @@ class UncountingRouter(Router):
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: TandemConfig, pools: Mapping[str, DeploymentHandle]
     ) -> None:
-        with (
-            patch.object(factory, "PoolMeter", UncountingMeter),
-            patch.object(router, "RayExporter", _NoExporter),
-        ):
+        with uncounted(), patch.object(router, "RayExporter", _NoExporter):
             await super().__init__(config, pools)
-        patch.object(relay, "perf_counter", float).start()  # saves reading the clock per write
 
 
 class UncountingGenerator(Generator):
