@@ -132,13 +132,14 @@ def parse_sizes(text: str) -> dict[str, int]:
     return {name: int(number) for name, number in _SIZE_LINE.findall(text)}
 
 
-def total_pss_mb(home: Path) -> float:
-    """Return the memory of all processes of ``home`` (PSS) in MB."""
-    total_mb = 0.0
+def pss_mb(home: Path, name: Callable[[str], str] = role_of) -> dict[str, float]:
+    """Return the memory of the processes of ``home`` (PSS) in MB; ``name`` maps command lines."""
+    memory: defaultdict[str, float] = defaultdict(float)
     for owned in processes.find(home):
-        with contextlib.suppress(OSError):  # it has ended
-            total_mb += ProcessMemory.read(owned.process.pid).pss_mb
-    return total_mb
+        with contextlib.suppress(psutil.Error, OSError):  # it has ended
+            command = " ".join(owned.process.cmdline())
+            memory[name(command)] += ProcessMemory.read(owned.process.pid).pss_mb
+    return dict(memory)
 
 
 class PeakMemory:

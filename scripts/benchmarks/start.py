@@ -8,22 +8,18 @@
 """
 
 import argparse
-import contextlib
 import subprocess
 import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from benchmarks.engine.servers import prepare_model
-from benchmarks.processes import MB, ProcessMemory, cpu_used, take_cpu_snapshot
+from benchmarks.processes import MB, cpu_used, pss_mb, take_cpu_snapshot
 from benchmarks.report import Report, Table, print_progress
 from benchmarks.rounds import Summary
 from benchmarks.targets.home import ROOT, new_home
 from benchmarks.targets.tandem import start_default, tandem_default
-from cluster.launch import processes
 
 CLONE_TIMEOUT_S = 1800.0
 SETTLE_S = 30.0  # the first collections of metrics and Serve's first polls are over by then
@@ -101,13 +97,9 @@ def measure_idle(home: Path, seconds: float) -> dict[str, ProcessUse]:
     before = take_cpu_snapshot(home, name_of)
     time.sleep(seconds)
     used = cpu_used(before, take_cpu_snapshot(home, name_of))
-    memory: defaultdict[str, float] = defaultdict(float)
-    for owned in processes.find(home):
-        with contextlib.suppress(psutil.Error, OSError):
-            name = name_of(" ".join(owned.process.cmdline()))
-            memory[name] += ProcessMemory.read(owned.process.pid).pss_mb
+    memory = pss_mb(home, name_of)
     names = memory.keys() | used.keys()
-    return {n: ProcessUse(used.get(n, 0.0) / seconds, memory[n]) for n in sorted(names)}
+    return {n: ProcessUse(used.get(n, 0.0) / seconds, memory.get(n, 0.0)) for n in sorted(names)}
 
 
 def name_of(command: str) -> str:

@@ -14,10 +14,10 @@ from torch.nn import Module
 
 from cluster.config import ClassifierConfig
 from cluster.engines.classifier.model.agreement import (
-    BATCH_TEXTS,
     batches_by_length,
     cosines,
     equal_answers,
+    indexes_by_length,
 )
 from cluster.engines.classifier.model.build import ModelBuilder, computed_heads
 from cluster.engines.classifier.model.load import make_builder
@@ -187,10 +187,8 @@ def _check_comparable(a: Candidate, b: Candidate) -> None:
 
 def _answers(model: EncoderModel, head: Head, ids: Sequence[TokenIds]) -> Rows:
     """Return the answers in the order of the texts, [texts or tokens, labels or width]."""
-    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     rows: dict[int, Rows] = {}
-    for start in range(0, len(order), BATCH_TEXTS):
-        chosen = order[start : start + BATCH_TEXTS]
+    for chosen in indexes_by_length(ids):
         found = model.run(head, [ids[index] for index in chosen])
         rows.update(zip(chosen, map(np.atleast_2d, found), strict=True))
     return np.concatenate([rows[index] for index in range(len(ids))])

@@ -96,7 +96,7 @@ class ReplicaSet:
         self.on_load: Callable[[Iterable[Load]], None] = lambda _: None
         """Called with the loads of all replicas when one of them reported its load."""
         self.on_answer: dict[bytes, Callable[[str], None]] = {}
-        """By the id of an awaited answer, the callback that gets each replica which has it."""
+        """Callbacks that get the ids of replicas with an awaited answer, by the answer's id."""
         self.link_counts = LinkCounts()
         """Traffic on the links to all replicas, past ones included."""
         self.prefixes = PrefixIndex()

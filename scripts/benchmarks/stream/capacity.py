@@ -125,12 +125,12 @@ def _idle_pss_mb(running: RunningTarget) -> float:
     body = {"model": endpoint.model, "prompt": "a", "max_tokens": 256, "stream": True}
     with open_streams(endpoint, body, 1) as streams:  # loads what the first request needs
         read_first_token(streams[0])
-    before_mb = processes.total_pss_mb(running.home.path)
+    before_mb = sum(processes.pss_mb(running.home.path).values())
     with open_streams(endpoint, body, IDLE) as streams:
         for stream in streams:
             read_first_token(stream)
         time.sleep(1.0)
-        return processes.total_pss_mb(running.home.path) - before_mb
+        return sum(processes.pss_mb(running.home.path).values()) - before_mb
 
 
 def make_report(results: Results) -> Report:

@@ -83,8 +83,13 @@ def measure_agreement(
 
 
 def batches_by_length(ids: Sequence[TokenIds]) -> list[list[TokenIds]]:
-    ordered = sorted(ids, key=len)
-    return [ordered[i : i + BATCH_TEXTS] for i in range(0, len(ordered), BATCH_TEXTS)]
+    return [[ids[index] for index in batch] for batch in indexes_by_length(ids)]
+
+
+def indexes_by_length(ids: Sequence[TokenIds]) -> list[list[int]]:
+    """Return the positions of the rows of each batch of ``batches_by_length``."""
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+    return [order[i : i + BATCH_TEXTS] for i in range(0, len(order), BATCH_TEXTS)]
 
 
 def _as_array(result: Rows | list[Rows]) -> Rows:
