@@ -34,6 +34,7 @@ from cluster.link import (
     answer_locally,
 )
 from cluster.metrics import Registry, table
+from cluster.models.build import wait_for_builds
 from cluster.models.checksum import weights_checksum
 from cluster.serve_internals import confine_replica_to_loopback
 from cluster.tracing import start_tracer
@@ -72,9 +73,11 @@ class EngineReplica:
         pool: ServedPool,
         operations: OperationsConfig,
     ) -> None:
+        # Only the first start of a machine waits here; the time says nothing about later starts.
+        build_s = await wait_for_builds(pool.model_files)
         timer = StartupTimer()
         self._max_answer_s = operations.max_answer_s
-        self._created_at = time.time() - process_age_s()
+        self._created_at = time.time() - process_age_s() + build_s
         confine_replica_to_loopback()
         log_with_serve()
         self._model = next(iter(pool.model_files), None)

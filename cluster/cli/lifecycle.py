@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cluster.cli.background_builds import BackgroundBuilds
 from cluster.cli.defaults import load_config
-from cluster.cli.models import build_missing
 from cluster.cli.progress import StartProgress
 from cluster.cli.recipes import print_join, print_recipes
 from cluster.errors import ConfigError, StartError
@@ -20,7 +20,7 @@ from cluster.launch.ports import check_node_address
 from cluster.launch.redis import HEAD_TIMEOUT_S
 from cluster.launch.start import StartResult, start
 from cluster.launch.stop import StopResult, stop
-from cluster.models.store import home, resolve
+from cluster.models.store import CATALOGUE, home, resolve
 
 ATTACHED_DRAIN_S = 10.0  # after Ctrl-C
 POLL_S = 0.5
@@ -50,15 +50,25 @@ def up(
         console.print(f"GPUs: {' '.join(settings)}", highlight=False, soft_wrap=True)
     if address is None:  # other nodes may have the GPUs
         check_gpus_fit(loaded.config, num_gpus)
-    build_missing(console, loaded.config)
     for model in loaded.config.model_files:
-        resolve(model)  # raises ConfigError if it does not exist
+        if model not in CATALOGUE:
+            resolve(model)  # raises ConfigError if it does not exist
     if address is not None:  # before the start, which may wait for the other nodes
         print_join(console, f"{address}:{loaded.config.cluster.ray_port}", home())
-    with StartProgress(console) as progress:
-        started = start(
-            loaded, home(), progress.show, monitoring=monitoring, address=address, redis=redis
-        )
+    with BackgroundBuilds(loaded.config) as builds:
+        if builds.names:
+            names = ", ".join(builds.names)
+            console.print(f"building {names} during the start (first start only)")
+        with StartProgress(console) as progress:
+            started = start(
+                loaded,
+                home(),
+                lambda phase, application: progress.show(phase, application, builds.check()),
+                monitoring=monitoring,
+                address=address,
+                redis=redis,
+            )
+        builds.finish(console)
     _print_duration(console, "healthy", started)
     print_recipes(console, loaded.config, started.state)
     if not detach:

@@ -1,4 +1,4 @@
-"""``tandem models build``, ``fetch`` and ``list``, and the builds before ``tandem up``."""
+"""``tandem models build``, ``fetch`` and ``list``."""
 
 import dataclasses
 import json
@@ -21,12 +21,10 @@ from cluster.models.store import CATALOGUE, list_models, manifest
 _TEXT = TextColumn("{task.description}", markup=False)
 
 
-def build_missing(console: Console, config: TandemConfig) -> None:
+def missing_models(config: TandemConfig) -> list[str]:
+    """Return the default models that ``config`` uses and that are not built."""
     used = config.model_files
-    missing = [n for n, model in CATALOGUE.items() if n in used and manifest(model) is None]
-    if missing:
-        console.print(f"building {', '.join(missing)} (first start only)")
-        build(missing, console)
+    return [n for n, model in CATALOGUE.items() if n in used and manifest(model) is None]
 
 
 def show(*, as_json: bool) -> None:
@@ -52,7 +50,8 @@ def build(
     for model in built:
         facts = ", ".join(f"{name} {value}" for name, value in model.facts.items())
         action = f"built in {model.build_s:.0f} s" if model.fresh else "already built"
-        console.print(f"{model.name}: {action}{f' ({facts})' if facts else ''}", highlight=False)
+        line = f"{model.name}: {action}{f' ({facts})' if facts else ''}"
+        console.print(line, highlight=False, soft_wrap=True)
     if not built:
         raise BuildError("nothing to build")
 
@@ -61,7 +60,8 @@ def fetch(path: Path | None, overrides: Sequence[str]) -> None:
     """Build or download every model of a configuration that is not on this machine yet."""
     console = Console()
     config = load_config(path, overrides).config
-    build_missing(console, config)
+    if missing := missing_models(config):
+        build(missing, console)
     for model in config.model_files:
         directory = store.resolve(model)
         if not Path(directory).is_dir():

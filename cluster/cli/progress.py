@@ -1,6 +1,8 @@
 """Progress of a cluster start: a live table on a terminal, otherwise a line per change."""
 
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Self
 
 from rich.console import Console
@@ -45,11 +47,16 @@ class StartProgress:
         if self._console.is_terminal:
             self._live.stop()
 
-    def show(self, phase: str, application: ApplicationStatus | None) -> None:
-        """Show the current phase and the application's deployments, if known."""
+    def show(
+        self,
+        phase: str,
+        application: ApplicationStatus | None,
+        builds: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Show the current phase, running builds, and the application's deployments, if known."""
         deployments = application.deployments if application else ()
         self._phase = PHASE_TEXTS[phase]
-        self._rows = {deployment.name: _describe(deployment) for deployment in deployments}
+        self._rows = dict(builds) | {d.name: _describe(d) for d in deployments}
         if self._console.is_terminal:
             return
         for name, text in {"start": self._phase, **self._rows}.items():

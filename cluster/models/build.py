@@ -5,6 +5,7 @@ into place with its manifest. Leftovers of a killed build are not used, and the 
 them. How a model is made is up to the catalogue's builders.
 """
 
+import asyncio
 import dataclasses
 import fcntl
 import json
@@ -12,7 +13,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from cluster.models.store import (
     manifest,
     models_dir,
 )
+
+POLL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,33 @@ def build(
         known = ", ".join(catalogue)
         raise ConfigError(f"unknown models: {', '.join(map(repr, unknown))}; allowed: {known}")
     return [_build_one(catalogue[name], force, progress) for name in wanted]
+
+
+def is_building(name: str) -> bool:
+    """Return True while a process on this machine builds the default model ``name``."""
+    try:
+        handle = os.open(_lock_file(name), os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+async def wait_for_builds(
+    models: Iterable[str], catalogue: Mapping[str, DefaultModel] = CATALOGUE
+) -> float:
+    """Wait until no process builds any of ``models``; return the seconds."""
+    began = time.monotonic()
+    for name in models:
+        if model := catalogue.get(name):
+            while manifest(model) is None and is_building(name):  # noqa: ASYNC110 - a lock of other processes
+                await asyncio.sleep(POLL_S)
+    return time.monotonic() - began
 
 
 def _build_one(model: DefaultModel, force: bool, progress: Progress) -> BuiltModel:
@@ -116,7 +146,7 @@ def _build_into_place(model: DefaultModel, report: Progress) -> Manifest:
 @contextmanager
 def _lock(name: str, report: Progress) -> Iterator[None]:
     # The kernel releases a flock when its process dies.
-    handle = os.open(models_dir() / f".{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    handle = os.open(_lock_file(name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -126,3 +156,7 @@ def _lock(name: str, report: Progress) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _lock_file(name: str) -> Path:
+    return models_dir() / f".{name}.lock"

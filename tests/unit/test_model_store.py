@@ -1,3 +1,4 @@
+import asyncio
 import fcntl
 import json
 import os
@@ -5,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 
 from cluster.errors import BuildError, ConfigError
 from cluster.models import store
-from cluster.models.build import build
+from cluster.models.build import build, wait_for_builds
 from cluster.models.store import DefaultModel, Facts, Progress, list_models, resolve
 
 
@@ -224,3 +226,24 @@ def test_the_store_does_not_import_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+async def test_a_replica_waits_for_a_build_of_another_process(home: Path) -> None:
+    started, proceed = threading.Event(), threading.Event()
+
+    def builder(out: Path, progress: Progress) -> Facts:
+        (out / "model.bin").write_bytes(b"x")
+        started.set()
+        proceed.wait()
+        return {}
+
+    models = {"slow": DefaultModel("slow", "classifier", "a fake", "1", builder)}
+    assert await wait_for_builds(["slow", "other/model"], models) < 1  # no build runs
+    with ThreadPoolExecutor() as pool:
+        built = pool.submit(build, ["slow"], catalogue=models)
+        await asyncio.to_thread(started.wait)
+        waiting = asyncio.create_task(wait_for_builds(["slow"], models))
+        assert (await asyncio.wait({waiting}, timeout=0.3))[1] == {waiting}
+        proceed.set()
+        await waiting
+        assert Path(resolve("slow", models)) == built.result()[0].path
