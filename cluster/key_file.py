@@ -200,6 +200,11 @@ class KeyFile:
         self.required = expected
         """True if requests need a key: also after the file became empty, invalid or missing."""
 
+    @property
+    def is_known(self) -> bool:
+        """True once the file was read; until then, a missing key may exist."""
+        return self._stamp is not None
+
     def refresh(self) -> bool:
         """Reload the file if it has changed; return True if the keys were replaced.
 
@@ -261,6 +266,11 @@ class ClusterKeys:
     def required(self) -> bool:
         """True if requests need a key."""
         return (self.local is not None and self.local.required) if self._uses_file else True
+
+    @property
+    def is_known(self) -> bool:
+        """True once the keys were read; until then, a missing key may exist."""
+        return self.local.is_known if self.local and self._uses_file else self._has_answered
 
     @property
     def _uses_file(self) -> bool:

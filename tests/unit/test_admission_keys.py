@@ -160,6 +160,10 @@ def test_work_that_a_key_began_has_its_present_rights(tmp_path: Path) -> None:
     auth.refresh()
     with pytest.raises(AuthenticationError, match="revoked"):
         auth.find_identity("acme", one.key)
+    file.write("")  # the last keys are revoked
+    auth.refresh()
+    with pytest.raises(AuthenticationError, match="revoked"):
+        auth.find_identity("acme", one.key)
     assert Authenticator([]).find_identity("acme", "k").tenant.name == "acme"  # open by now
     with pytest.raises(AuthenticationError):
         Authenticator([], needs_keys=True).find_identity("acme", "k")

@@ -350,7 +350,9 @@ def test_keys_of_the_cluster_survive_an_outage(
     assert not keys.refresh()
     assert not keys.identities
     assert keys.required
+    assert not keys.is_known
     assert keys.refresh()
+    assert keys.is_known
     assert [identity.tenant.name for identity in keys.identities.values()] == ["local"]
     assert keys.refresh()
     assert keys.required

@@ -100,7 +100,7 @@ class Authenticator:
         for identity in chain(*(each.values() for each in self._sources)):
             if (identity.tenant.name, identity.key) == (tenant, key):
                 return identity
-        if self._file is not None and self._file.required and not self._file.identities:
+        if self._file is not None and self._file.required and not self._file.is_known:
             raise UnavailableError("The API keys are not known yet.", retry_after_s=1)
         raise AuthenticationError("The API key that began this work was revoked.")
 
