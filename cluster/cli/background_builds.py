@@ -19,6 +19,7 @@ from rich.console import Console
 from cluster.cli.models import missing_models
 from cluster.config import TandemConfig
 from cluster.errors import BuildError
+from cluster.launch.processes import CLUSTER_ID
 from cluster.launch.starter_process import last_line
 from cluster.launch.state import run_dir
 from cluster.models.build import is_building
@@ -80,7 +81,7 @@ class BackgroundBuilds:
         for name, process in self._processes.items():
             if process.poll() and manifest(CATALOGUE[name]) is None:
                 reason = last_line(_log(name)).removeprefix("error: ")
-                raise BuildError(f"{reason} (log: {_log(name)})")
+                raise BuildError(f"cannot build {name!r}: {reason} (log: {_log(name)})")
         return {
             name: last_line(_log(name)).removeprefix(f"{name}: ")
             for name in self.names
@@ -90,12 +91,15 @@ class BackgroundBuilds:
     def _start(self, name: str) -> subprocess.Popen[bytes]:
         log = _log(name)
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as output:
+        log.write_text(f"{name}: starting\n")
+        with log.open("ab") as output:
             process = subprocess.Popen(
                 [*self._command, name],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                # With the id, the start would end this process as a leftover of a crash.
+                env={key: value for key, value in os.environ.items() if key != CLUSTER_ID},
                 start_new_session=True,  # Ctrl-C is for this process, which ends the builds
             )
         if CATALOGUE[name].kind == "classifier":

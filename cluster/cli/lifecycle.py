@@ -58,7 +58,8 @@ def up(
     with BackgroundBuilds(loaded.config) as builds:
         if builds.names:
             names = ", ".join(builds.names)
-            console.print(f"building {names} during the start (first start only)")
+            text = f"building {names} during the start (first start only)"
+            console.print(text, highlight=False, soft_wrap=True)
         with StartProgress(console) as progress:
             started = start(
                 loaded,

@@ -8,6 +8,7 @@ from rich.console import Console
 from cluster.cli.background_builds import BackgroundBuilds
 from cluster.config import TandemConfig
 from cluster.errors import BuildError
+from cluster.launch import processes
 from cluster.models.build import is_building
 
 MODEL = "sentiment-minilm"
@@ -39,7 +40,7 @@ def test_a_running_build_is_shown_and_holds_the_lock_for_which_replicas_wait(mod
     with BackgroundBuilds(CONFIG, COMMAND) as builds:
         assert builds.names == [MODEL]
         assert is_building(MODEL)
-        while "no output" in (steps := builds.check())[MODEL]:
+        while "starting" in (steps := builds.check())[MODEL]:
             pass
         assert steps == {MODEL: "training, epoch 1 of 1"}
         (models / "go").write_text("succeed")
@@ -51,7 +52,7 @@ def test_a_running_build_is_shown_and_holds_the_lock_for_which_replicas_wait(mod
 def test_a_failed_build_fails_the_start(models: Path) -> None:
     with BackgroundBuilds(CONFIG, COMMAND) as builds:
         (models / "go").write_text("fail")
-        with pytest.raises(BuildError, match=r"^no space left \(log: .*build-sentiment-minilm.log"):
+        with pytest.raises(BuildError, match=r"no space left \(log: .*build-sentiment-minilm.log"):
             builds.finish(Console(quiet=True))
 
 
@@ -63,7 +64,10 @@ def test_a_start_that_ends_early_ends_its_builds() -> None:
 
 def test_a_build_that_ends_at_once_is_reported() -> None:
     command = (sys.executable, "-c", "raise SystemExit('error: bad')")
-    with BackgroundBuilds(CONFIG, command) as builds, pytest.raises(BuildError, match=r"^bad"):
+    with (
+        BackgroundBuilds(CONFIG, command) as builds,
+        pytest.raises(BuildError, match=r": bad \(log"),
+    ):
         builds.finish(Console(quiet=True))
 
 
@@ -73,6 +77,14 @@ def test_nothing_is_started_if_all_models_are_built() -> None:
     with BackgroundBuilds(config, ("/does/not/exist",)) as builds:
         assert builds.names == []
         assert builds.check() == {}
+
+
+def test_the_start_does_not_take_builds_for_leftovers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TANDEM_CLUSTER_ID", "of-a-parent")
+    with BackgroundBuilds(CONFIG, COMMAND):
+        assert processes.find(tmp_path) == []
 
 
 def test_training_has_the_lowest_priority() -> None:
