@@ -14,7 +14,8 @@ import msgspec
 from cluster.errors import RequestError
 from cluster.gateway.admission.admission import PRIORITY_HEADER, SESSION_HEADER, TIMEOUT_HEADER
 from cluster.gateway.admission.answer_keys import KEY_HEADER, MAX_KEY_CHARS
-from cluster.gateway.builtin.own_paths import OWN_PATHS, AnthropicErrorBody, ErrorBody, OwnPath
+from cluster.gateway.builtin.own_answers import AnthropicErrorBody, ErrorBody
+from cluster.gateway.builtin.own_paths import OWN_PATHS, OwnPath
 from cluster.gateway.choice import CHOICE_HEADER, FALLBACK_HEADER
 from cluster.gateway.error_formats import is_anthropic
 from cluster.gateway.guards import GUARD_HEADER, REQUESTED_HEADER
