@@ -137,6 +137,12 @@ class RequestBody(msgspec.Struct):
 
     def fingerprint(self) -> Fingerprint:
         """Return the fingerprint of the prompt, or ``EMPTY_FINGERPRINT`` if it is unreadable."""
+        try:
+            return self._fingerprint()
+        except (UnicodeError, OverflowError, TypeError):  # lone surrogates, bad token ids
+            return EMPTY_FINGERPRINT
+
+    def _fingerprint(self) -> Fingerprint:
         return EMPTY_FINGERPRINT
 
 
@@ -236,11 +242,10 @@ class _Generate(_ListBody):
             return
         self.n, self.max_tokens = params.n, params.max_tokens
 
-    def fingerprint(self) -> Fingerprint:
-        """Return the length of the prompt, without hashes."""
+    def _fingerprint(self) -> Fingerprint:
         ids = bytes(self.token_ids)
         num_tokens = ids.count(b",") + 1 if len(ids) > 2 else 0
-        return Fingerprint(
+        return Fingerprint(  # without hashes
             total_bytes=num_tokens * TOKEN_ID_BYTES, is_tokens=True, model=self.model or ""
         )
 
@@ -250,15 +255,6 @@ class _PromptBody(RequestBody):
     cache_salt: str | None = None
     user: str | None = None
     tools: msgspec.Raw = msgspec.Raw()
-
-    def fingerprint(self) -> Fingerprint:
-        try:
-            return self._fingerprint()
-        except (UnicodeError, OverflowError, TypeError):  # lone surrogates, bad token ids
-            return EMPTY_FINGERPRINT
-
-    def _fingerprint(self) -> Fingerprint:
-        raise NotImplementedError
 
     def _hash(self, text: bytes, max_tokens: int | None, is_tokens: bool = False) -> Fingerprint:
         model = self.model or ""
