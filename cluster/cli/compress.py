@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -20,8 +20,11 @@ from cluster.models.finetune_data import FinetuneOptions
 from cluster.models.quantize import QuantizeOptions, packaged_texts, weights_bytes
 from cluster.models.store import Progress
 
-Row = tuple[str, float, float, str]
-"""Figure of both models: its name, the values, and their format."""
+if TYPE_CHECKING:
+    from cluster.engines.comparison import ModelFigures
+
+Row = tuple[str, str, str, float]
+"""Figure of both models: its name, the values, and the second as a multiple of the first."""
 
 
 def quantize(model: str, out: Path, options: QuantizeOptions, data: DataFile | None) -> None:
@@ -106,8 +109,8 @@ def compare(models: tuple[str, str], options: CompareOptions) -> None:
     table, console = Table("", box=None), make_console()
     for column in ("A", "B", "B / A"):
         table.add_column(column, justify="right")
-    for name, left, right, form in rows:
-        table.add_row(name, f"{left:{form}}", f"{right:{form}}", f"{right / max(left, 1e-9):.3f}")
+    for name, left, right, ratio in rows:
+        table.add_row(name, left, right, f"{ratio:.3f}")
     console.print(f"A: {models[0]}\nB: {models[1]}")
     console.print(table)
     console.print(summary)
@@ -123,12 +126,13 @@ def _compare_generators(
 
     texts = _texts(options.data, partial(packaged_texts, "held_out"))
     found = asyncio.run(compare_generators(models, directories, texts, progress))
-    rows: list[Row] = [
-        ("weights, MiB", found.a.size_bytes / 2**20, found.b.size_bytes / 2**20, ".0f"),
-        ("perplexity", found.a.perplexity, found.b.perplexity, ".2f"),
+    rows = [
+        _row("weights, MiB", found.a.size_bytes / 2**20, found.b.size_bytes / 2**20, ".0f"),
+        _row("perplexity", found.a.perplexity, found.b.perplexity, ".2f"),
     ]
     for count, rate in found.a.tokens_per_s.items():
-        rows.append((f"tokens/s, {count} concurrent", rate, found.b.tokens_per_s[count], ".1f"))
+        name, ratio = f"tokens/s, {count} concurrent", found.b.tokens_per_s[count] / rate
+        rows.append((name, _rate(found.a, count), _rate(found.b, count), ratio))
     summary = f"same greedy token: {found.agreement:.1%} of {found.num_tokens} positions"
     return found, rows, summary
 
@@ -149,16 +153,25 @@ def _compare_classifiers(
     texts = _texts(options.data, partial(check_texts, str(directories[0])))
     a, b = map(Version, models, directories, map(str.strip, dtypes))
     found = compare_classifiers(a, b, texts, progress)
-    rows: list[Row] = [
-        ("weights, MiB", found.a.size_bytes / 2**20, found.b.size_bytes / 2**20, ".1f"),
-        ("memory, MiB", found.a.memory_bytes / 2**20, found.b.memory_bytes / 2**20, ".1f"),
-        ("texts/s", found.a.texts_per_s, found.b.texts_per_s, ".1f"),
+    rows = [
+        _row("weights, MiB", found.a.size_bytes / 2**20, found.b.size_bytes / 2**20, ".1f"),
+        _row("memory, MiB", found.a.memory_bytes / 2**20, found.b.memory_bytes / 2**20, ".1f"),
+        _row("texts/s", found.a.texts_per_s, found.b.texts_per_s, ".1f"),
     ]
     summary = (
         f"{found.a.dtype} and {found.b.dtype}: {found.agreement:.2%} of {found.num_answers} "
         f"answers equal, mean difference of a score {found.difference:.4f}"
     )
     return found, rows, summary
+
+
+def _row(name: str, left: float, right: float, form: str) -> Row:
+    return name, f"{left:{form}}", f"{right:{form}}", right / max(left, 1e-9)
+
+
+def _rate(figures: "ModelFigures", count: int) -> str:
+    slowest, fastest = figures.tokens_per_s_range[count]
+    return f"{figures.tokens_per_s[count]:.1f} ({slowest:.1f}-{fastest:.1f})"
 
 
 def _texts(data: DataFile | None, default: Callable[[], list[str]]) -> list[str]:

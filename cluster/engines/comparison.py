@@ -25,7 +25,7 @@ from cluster.models.quantize import weights_bytes
 from cluster.models.store import Progress
 
 CONCURRENCIES = (1, 8, 32)
-NUM_ROUNDS = 3
+NUM_ROUNDS = 5
 COMPLETION_TOKENS = 32
 """Length of each answer in the measurement of the speed."""
 PROMPT_TOKENS = 24
@@ -57,6 +57,8 @@ class ModelFigures:
     perplexity: float
     tokens_per_s: dict[int, float]
     """Median over the rounds, by the number of concurrent requests."""
+    tokens_per_s_range: dict[int, tuple[float, float]]
+    """Slowest and fastest round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +101,16 @@ class Candidate:
             best.append(int(max(options, key=lambda one: options[one]["logprob"])))
         return TextScore(logprobs, best)
 
-    async def measure_rate(self, prompts: Sequence[Tokens]) -> None:
-        """Answer all prompts at the same time; record the completion tokens per second."""
+    async def measure_rate(self, prompts: Sequence[Tokens]) -> float:
+        """Answer all prompts at the same time; return the completion tokens per second."""
         fields = {"max_tokens": COMPLETION_TOKENS, "temperature": 0, "ignore_eos": True}
         started = time.perf_counter()
         replies = await asyncio.gather(
             *(self._post("/v1/completions", {"prompt": one, **fields}) for one in prompts)
         )
         taken_s = time.perf_counter() - started
-        tokens = sum(reply["usage"]["completion_tokens"] for reply in replies)
-        self.rates.setdefault(len(prompts), []).append(tokens / taken_s)
+        tokens: int = sum(reply["usage"]["completion_tokens"] for reply in replies)
+        return tokens / taken_s
 
     def figures(self, scores: Sequence[TextScore]) -> ModelFigures:
         logprobs = [value for score in scores for value in score.logprobs]
@@ -117,6 +119,7 @@ class Candidate:
             self.size_bytes,
             math.exp(-statistics.fmean(logprobs)),
             {count: statistics.median(rates) for count, rates in self.rates.items()},
+            {count: (min(rates), max(rates)) for count, rates in self.rates.items()},
         )
 
     async def _post(self, path: str, fields: dict[str, Any]) -> Any:
@@ -175,13 +178,15 @@ async def compare(
         progress("measuring the perplexity", index / len(tokens))
         scores[0].append(await a.score(one))
         scores[1].append(await b.score(one))
-    rounds = [count for _ in range(NUM_ROUNDS) for count in CONCURRENCIES]
     prompts = _prompts(tokens)
-    for index, count in enumerate(rounds):
-        progress("measuring the speed", index / len(rounds))
-        chosen = [next(prompts) for _ in range(count)]
-        await a.measure_rate(chosen)
-        await b.measure_rate(chosen)
+    for index in range(NUM_ROUNDS + 1):
+        for count in CONCURRENCIES:
+            progress("measuring the speed", index / (NUM_ROUNDS + 1))
+            chosen = [next(prompts) for _ in range(count)]
+            for model in (a, b):
+                rate = await model.measure_rate(chosen)
+                if index:  # kernels prepare themselves for each size in the first round
+                    model.rates.setdefault(count, []).append(rate)
     equal = [
         x == y
         for left, right in zip(*scores, strict=True)
