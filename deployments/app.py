@@ -96,9 +96,7 @@ def _generator(config: TandemConfig, name: str, pool: GeneratorConfig) -> Applic
         # nothing itself; its workers take one bundle each.
         bundle = _bundle(pool.resources)
         options["placement_group_bundles"] = [bundle] * pool.num_workers
-        # The ranks of a layer exchange activations at every step, pipeline stages much less.
-        strict = pool.pipeline_parallel_size == 1
-        options["placement_group_strategy"] = "STRICT_PACK" if strict else "PACK"
+        options["placement_group_strategy"] = "STRICT_PACK" if pool.needs_one_node else "PACK"
         options["ray_actor_options"] = _actor_options(
             pool.resources.model_copy(update={"gpus": 0.0})
         )

@@ -319,6 +319,6 @@ def _count_room(pool: GeneratorConfig | ClassifierConfig, nodes: list[dict[str, 
         int(min(node.get(name, 0.0) / amount for name, amount in each.items()) + 1e-9)
         for node in nodes
     ]
-    if isinstance(pool, GeneratorConfig) and pool.pipeline_parallel_size > 1:
+    if isinstance(pool, GeneratorConfig) and not pool.needs_one_node:
         return sum(fitting) // pool.num_workers
-    return sum(workers // pool.num_workers for workers in fitting)  # on one node each
+    return sum(workers // pool.num_workers for workers in fitting)

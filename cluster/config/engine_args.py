@@ -11,6 +11,11 @@ _FIELDS: Mapping[str, str] = {
     "lora_modules": "the generator's `adapters`",
     "tensor_parallel_size": "the generator's `tensor_parallel_size`",
     "pipeline_parallel_size": "the generator's `pipeline_parallel_size`",
+    # Only for vLLM's own launcher: the replica would wait for nodes that nothing starts.
+    "nnodes": "the generator's `pipeline_parallel_size`",
+    "node_rank": "the generator's `pipeline_parallel_size`",
+    "master_addr": "the generator's `pipeline_parallel_size`",
+    "master_port": "the generator's `pipeline_parallel_size`",
     "dtype": "the generator's `dtype`",
     "quantization": "the generator's `quantization`",
     "max_model_len": "the generator's `max_model_len`",

@@ -289,6 +289,15 @@ class GeneratorConfig(PoolConfig):
         return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @property
+    def needs_one_node(self) -> bool:
+        """True if all workers of a replica must run on one node.
+
+        The ranks of a layer exchange activations at every step, pipeline stages much less. Workers
+        on CPUs are processes of the replica, because vLLM's Ray executor does not support CPUs.
+        """
+        return self.pipeline_parallel_size == 1 or not self.resources.gpus
+
+    @property
     def model_names(self) -> tuple[str, ...]:
         return (*super().model_names, *self.adapters)
 

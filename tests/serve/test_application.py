@@ -64,16 +64,18 @@ def build_options(monkeypatch: pytest.MonkeyPatch, args: dict[str, Any]) -> dict
 
 
 @pytest.mark.parametrize(
-    ("pipeline", "strategy"), [(1, "STRICT_PACK"), (2, "PACK")], ids=["one node", "two nodes"]
+    ("gpus", "pipeline", "strategy"),
+    [(1, 1, "STRICT_PACK"), (1, 2, "PACK"), (0, 1, "STRICT_PACK"), (0, 2, "STRICT_PACK")],
 )
-def test_tensor_parallel_workers_share_a_node(
-    pipeline: int, strategy: str, monkeypatch: pytest.MonkeyPatch
+def test_only_a_pipeline_on_gpus_may_use_several_nodes(
+    gpus: int, pipeline: int, strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pool = {"name": "g", "model": "m", "resources": {"cpus": 1, "gpus": 1}}
+    pool = {"name": "g", "model": "m", "resources": {"cpus": 1, "gpus": gpus}}
     sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": pipeline}
     options = build_options(monkeypatch, {"generators": [{**pool, **sizes}]})["generator-g"]
     assert options["placement_group_strategy"] == strategy
-    assert options["placement_group_bundles"] == [{"CPU": 1.0, "GPU": 1.0}] * 2 * pipeline
+    bundle = {"CPU": 1.0, **({"GPU": 1.0} if gpus else {})}
+    assert options["placement_group_bundles"] == [bundle] * 2 * pipeline
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,7 @@ def test_invalid_max_loras_is_rejected(max_loras: object) -> None:
         ("served_model_name", "x", "set the generator's `name` and `aliases` instead"),
         ("max_model_len", 2048, "set the generator's `max_model_len` instead"),
         ("tensor-parallel-size", 2, "set the generator's `tensor_parallel_size` instead"),
+        ("nnodes", 2, "set the generator's `pipeline_parallel_size` instead"),
         ("lora_modules", ["law=a"], "set the generator's `adapters` instead"),
         ("enable_lora", True, "set the generator's `adapters` instead"),
         ("port", 9000, "set `http_options.port` instead"),
