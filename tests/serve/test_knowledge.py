@@ -18,6 +18,7 @@ from cluster.applications.knowledge.store import Store
 from cluster.applications.knowledge.table import BaseSettings, Row
 from cluster.config import ApplicationsConfig
 from cluster.config.applications import KnowledgeConfig
+from cluster.tasks.knowledge import Mode
 from tests import asgi
 from tests.serve.task_kit import Script, TaskWorld, num_tokens, task_world
 from tests.serve.test_admission import Keys, metrics_inside
@@ -272,6 +273,29 @@ async def test_the_word_search_finds_numbers_and_words_without_spaces(language: 
             assert lines[3] in best["text"], query
         found = await knowledge.search("docs", "东京", mode="text")
         assert bool(found) == (language == "none")
+
+
+ODD_QUERIES = (
+    *('"zebra crossing"', '"zebra', '"', '""', "'zebra'", "zebra AND", "NOT zebra", "(zebra OR"),
+    *("content:zebra", "zebra~2", "zebra^9", "+zebra -crossing", "zebra*", "*", "?", "\\", "/z/"),
+    *("the", "…", "\0", "\ud7ff", "🦓", "[zebra TO *]", '{"match": {"content": "zebra"}}'),
+)
+"""Syntax of search engines, and queries without words."""
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "text"])
+async def test_a_query_is_words_without_syntax(tmp_path: Path, mode: Mode) -> None:
+    store = Store(str(tmp_path), KnowledgeConfig())
+    table = await store.create("acme", "docs", BaseSettings("cls", 3, 200, "English"))
+    vectors = np.ones((1, 3), np.float32)
+    rows = [Row("1", 0, "The zebra crossing is closed.", 0, [], None, 0, 29)]
+    await table.replace_document("a", {"id": "a"}, rows, vectors)
+    for is_indexed in (False, True):
+        for query in ODD_QUERIES:
+            found = await table.search(query, vectors[0], mode, 10)
+            assert bool(found) == ("zebra" in query or mode == "hybrid"), (is_indexed, query)
+        await table.maintain(index_passages=1000)
+    await store.close()
 
 
 async def test_a_base_with_other_settings_is_a_conflict() -> None:

@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import json
 import logging
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
@@ -170,7 +171,7 @@ class Store:
     async def _connect(self, tenant: str) -> Any:
         directory = _directory(tenant)
         if (database := self._databases.get(directory)) is None:
-            lancedb = await asyncio.to_thread(importlib.import_module, "lancedb")  # takes seconds
+            lancedb = await asyncio.to_thread(_import_lancedb)  # takes seconds
             if self._session is None:
                 self._session = lancedb.Session(INDEX_CACHE_BYTES, METADATA_CACHE_BYTES)
             database = await lancedb.connect_async(
@@ -180,6 +181,12 @@ class Store:
             )
             self._databases[directory] = database
         return database
+
+
+def _import_lancedb() -> Any:
+    # Each hybrid search would log that LanceDB's columns of scores will change.
+    os.environ.setdefault("LANCEDB_LOG", "warn,lance::dataset::scanner=error")
+    return importlib.import_module("lancedb")
 
 
 def _directory(tenant: str) -> str:

@@ -143,13 +143,16 @@ class Table:
         self, query: str, vector: Vectors, mode: Mode, limit: int
     ) -> list[dict[str, Any]]:
         """Return the columns of up to ``limit`` passages, best first."""
+        from lancedb.query import MatchQuery
         from lancedb.rerankers import RRFReranker
 
         search: Any = self._inner.query()
         if mode != "text":
             search = search.nearest_to(vector).distance_type("cosine")
         if mode != "vector":
-            search = search.nearest_to_text(query, columns=["content"])
+            # In a string, LanceDB takes quotes for phrases, which the index does not support.
+            words: Any = MatchQuery
+            search = search.nearest_to_text(words(query, "content"))
         if mode == "hybrid":
             search = search.rerank(RRFReranker())
         scores = {"text": ["_score"], "vector": ["_distance"], "hybrid": []}[mode]
