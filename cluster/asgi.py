@@ -18,6 +18,9 @@ JOURNAL = "tandem.journal"
 IS_CANCELLED = "tandem.is_cancelled"
 """Key of a scope's ``extensions``: a function that returns True if the client has cancelled the
 request. False if its connection was lost, so that it may repeat the request."""
+WRITE = "tandem.write"
+"""Key of a scope's ``extensions``: a function that writes a piece of the response's body at once.
+It returns False if the piece must be sent as usual, because the client reads too slowly."""
 
 
 class Journal:
@@ -67,6 +70,12 @@ def usage_of(scope: Scope) -> UsageCounter:
 def is_cancelled_of(scope: Scope) -> Callable[[], bool]:
     """Return the function for ``IS_CANCELLED``; it returns False if the scope has none."""
     found: Callable[[], bool] = scope.get("extensions", {}).get(IS_CANCELLED, bool)
+    return found
+
+
+def write_of(scope: Scope) -> Callable[[bytes], bool] | None:
+    """Return the function for ``WRITE``; None if the scope has none."""
+    found: Callable[[bytes], bool] | None = scope.get("extensions", {}).get(WRITE)
     return found
 
 

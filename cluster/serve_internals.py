@@ -146,8 +146,8 @@ async def get_http_host(timeout_s: float) -> str | None:
     return host
 
 
-def wrap_http_app(wrap: Callable[[Any], Any], host: str | None) -> None:
-    """Let this replica's HTTP server call ``wrap(app)`` instead of Serve's ASGI application.
+def wrap_http_app(wrap: Callable[[Any, bool], Any], host: str | None) -> None:
+    """Let this replica's HTTP server call ``wrap(app, has_middlewares)`` instead of Serve's app.
 
     It listens on ``host`` unless that is None. Serve itself uses ``http_options.host``, where
     HAProxy may not find it: that dials 127.0.0.1 on its own node, and the address of other nodes.
@@ -165,7 +165,7 @@ def wrap_http_app(wrap: Callable[[Any], Any], host: str | None) -> None:
 
     def start_wrapped(app: Any, options: Any, **kwargs: Any) -> Any:
         own = options if host is None else options.model_copy(update={"host": host})
-        return start(wrap(app), own, **kwargs)
+        return start(wrap(app, bool(own.middlewares)), own, **kwargs)
 
     replica.start_asgi_http_server = start_wrapped
 

@@ -16,6 +16,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from cluster.accounting.usage_log import UsageLog
+from cluster.asgi import ASGIApp
 from cluster.batches import open_store
 from cluster.client.transport import LinkOffer
 from cluster.config import RouterConfig, TandemConfig
@@ -31,7 +32,11 @@ from cluster.gateway import (
     UsageCopies,
     Wiring,
 )
-from cluster.gateway.serve_http import ServeAdapter, end_http10_bodies_by_closing
+from cluster.gateway.serve_http import (
+    ServeAdapter,
+    end_http10_bodies_by_closing,
+    offer_direct_writes,
+)
 from cluster.key_file import ClusterKeys, KeyFile, KeySource
 from cluster.leaks import MemoryWatch
 from cluster.link import RequestHead, ResponseHead, TlsContexts, answer_locally, tls_contexts
@@ -82,8 +87,9 @@ class Router:
         self._max_answer_s = config.max_answer_s
         confine_replica_to_loopback()
         end_http10_bodies_by_closing()
+        offer_direct_writes()
         http_host = await get_http_host(HTTP_HOST_TIMEOUT_S)
-        wrap_http_app(ServeAdapter, ingress_host(ray.util.get_node_ip_address(), http_host))
+        wrap_http_app(_adapt, ingress_host(ray.util.get_node_ip_address(), http_host))
         log_with_serve()
         self._secret, tls = link_secret(), tls_contexts(os.environ)
         identity = serve.get_replica_context().replica_id
@@ -223,6 +229,10 @@ class Router:
             if self._tracer is not None:
                 await self._tracer.close()
             close_request_log(self._log)
+
+
+def _adapt(app: ASGIApp, has_middlewares: bool) -> ServeAdapter:
+    return ServeAdapter(app, writes_directly=not has_middlewares)
 
 
 def ingress_host(node_address: str, http_host: str | None) -> str | None:

@@ -5,7 +5,7 @@ from contextlib import aclosing
 from typing import Any
 
 from cluster.admission import OPEN
-from cluster.asgi import Receive, Scope, Send, is_cancelled_of
+from cluster.asgi import Receive, Scope, Send, is_cancelled_of, write_of
 from cluster.errors import HeadersTooLargeError, LinkError, RequestError
 from cluster.gateway.error_formats import is_anthropic
 from cluster.gateway.gateway import Gateway
@@ -19,6 +19,7 @@ from cluster.gateway.messages import (
     request_id,
 )
 from cluster.gateway.pools.delegation import CALLER_HEADER, read_caller
+from cluster.gateway.pools.relayed_body import RelayedBody
 from cluster.gateway.serve_http import client_headers
 
 
@@ -91,6 +92,8 @@ class GatewayApp:
             response.headers.append((b"x-request-id", id_.encode()))
         if id_ and is_anthropic(path):
             response.headers.append((b"request-id", id_.encode()))
+        if isinstance(response.body, RelayedBody) and method != "HEAD":
+            response.body.write = write_of(scope)
         await _send(response, method, send, gateway.client_timeout_s)
 
     def _check_headers(self, headers: Headers, scope: Scope) -> None:

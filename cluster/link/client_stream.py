@@ -47,6 +47,9 @@ class ClientStream:
         """Record of what arrives, if the reader sets it before it waits for the head."""
         self.arrivals_s: list[float] | None = None
         """Times at which pieces of the body arrived (``time.perf_counter``), if it is a list."""
+        self.sink: Callable[[bytes], bool] | None = None
+        """Takes pieces of the body as they arrive while ``read`` waits, so no task has to wake up.
+        ``read`` returns the pieces for which it returns False, and the last one."""
         self.was_held_back = False
         """True if the replica had to wait for the reader, so its times are not its own."""
         self._connection = connection
@@ -151,6 +154,16 @@ class ClientStream:
             if self._uncredited >= 2 * self._half_window:
                 self._use_up_window()
             if payload:
+                sink, waiter = self.sink, self._waiter
+                # Only while the reader waits has it passed on everything that arrived before.
+                is_awaited = waiter is not None and not waiter.done()
+                if (
+                    sink is not None
+                    and is_awaited
+                    and not flags & END
+                    and self._pass_on(sink, payload)
+                ):
+                    return
                 self._chunks.append(payload)
         if flags & END:
             self._ended = True
@@ -163,6 +176,17 @@ class ClientStream:
                 self._waiter = None
                 if not waiter.done():
                     waiter.set_result(None)
+
+    def _pass_on(self, sink: Callable[[bytes], bool], piece: bytes) -> bool:
+        try:
+            if not sink(piece):
+                return False
+        except Exception as error:  # must not end the other streams of the link
+            self._abort(error)
+            return True
+        if self._uncredited >= self._half_window:
+            self._send_credit()
+        return True
 
     def _use_up_window(self) -> None:
         self.was_held_back = True
@@ -216,6 +240,7 @@ class ClientStream:
     def _close(self, *, reports: bool = False) -> None:
         """End the stream for its reader; if it ``reports``, the replica's usage is awaited."""
         self._on_end(self, reports)
+        self.sink = None  # its owner refers to this stream: they would be a cycle
         self.sender.close()
         if self._upload is not None:
             self._upload.cancel()
@@ -224,9 +249,12 @@ class ClientStream:
     def _clear_chunks(self) -> None:
         self._chunks = []
         if self._uncredited >= self._half_window and not self._ended:
-            credit = frames.encode_credit(self._uncredited)
-            self._connection.write(self.stream_id, frames.WINDOW, 0, credit)
-            self._uncredited = 0
+            self._send_credit()
+
+    def _send_credit(self) -> None:
+        credit = frames.encode_credit(self._uncredited)
+        self._connection.write(self.stream_id, frames.WINDOW, 0, credit)
+        self._uncredited = 0
 
     def _wait(self) -> asyncio.Future[None]:
         if self._waiter is not None and not self._waiter.done():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from cluster.asgi import Message, Receive, Scope, Send, usage_of
+from cluster.asgi import WRITE, Message, Receive, Scope, Send, usage_of
 from cluster.errors import LinkClosedError
 from cluster.gateway.messages import Request, Response, bytes_response
 from cluster.usage import Usage
@@ -71,6 +71,7 @@ class SlowClient:
                     self.chunks.append(body)
                 await send(message)
 
+            del scope["extensions"][WRITE]  # nothing is written past ``slow_send``
             await app(scope, receive, slow_send)
 
         return slow_app

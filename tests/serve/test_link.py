@@ -201,6 +201,71 @@ async def test_an_idle_reader_blocks_only_its_own_stream() -> None:
 
 
 @on_both_loops
+async def test_a_sink_gets_pieces_in_order_with_those_that_it_refuses() -> None:
+    pieces = [b"%d;" % number * 1000 for number in range(2000)]  # many windows
+    goes_on = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send_head(send)
+        for piece in pieces:
+            await goes_on.wait()
+            await send_body(send, piece)
+            await asyncio.sleep(0)
+        await send_body(send, b"end", more=False)
+
+    got, passed = [], 0
+
+    def sink(piece: bytes) -> bool:
+        nonlocal passed
+        passed += 1
+        if passed % 3 == 0:
+            return False
+        got.append(piece)
+        return True
+
+    async with linked(app, options=LinkOptions(window_bytes=64 * 1024)) as (_, client):
+        stream = client.open(RequestHead())
+        stream.sink = sink
+        await stream.head()
+        goes_on.set()
+        while piece := await stream.read():
+            await asyncio.sleep(0)  # what arrives meanwhile must not overtake the piece
+            got.append(piece)
+        assert stream.sink is None
+    assert b"".join(got) == b"".join(pieces) + b"end"
+    assert passed > 1  # pieces of one pass of the loop are one
+
+
+@on_both_loops
+async def test_a_failing_sink_fails_only_its_stream() -> None:
+    cancelled = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send_head(send)
+        await send_body(send, b"first")
+        await receive()
+        try:
+            while scope["path"] == "/fails":
+                await send_body(send, b"more")
+                await asyncio.sleep(0)
+            await send_body(send, b" last", more=False)
+        finally:
+            cancelled.set()
+
+    def sink(piece: bytes) -> bool:
+        raise ValueError("a defect")
+
+    async with linked(app) as (_, client):
+        stream = client.open(RequestHead(path="/fails"))
+        assert (await stream.read()).startswith(b"first")
+        stream.sink = sink
+        with pytest.raises(ValueError, match="a defect"):
+            await read_all(stream)
+        await cancelled.wait()
+        assert await ask(client, "/other") == (200, b"first last")
+
+
+@on_both_loops
 async def test_an_unread_request_body_stops_at_the_window() -> None:
     sent = 0
     go_on = asyncio.Event()

@@ -8,8 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.asgi import ASGIApp, Receive, Scope, Send
-from cluster.gateway.serve_http import ServeAdapter, end_http10_bodies_by_closing
+from cluster.asgi import ASGIApp, Message, Receive, Scope, Send
+from cluster.gateway.serve_http import (
+    ServeAdapter,
+    end_http10_bodies_by_closing,
+    offer_direct_writes,
+)
 from tests import asgi
 from tests.serve.browser import listening
 from tests.serve.gateway_kit import CHAT, World, gateway_world
@@ -137,7 +141,7 @@ async def test_errors_of_serve_have_the_format_of_the_api(
         assert ("type" in answer.json()) == path.startswith("/v1/messages")
 
 
-# -- HTTP/1.0 ---------------------------------------------------------------------------------
+# -- uvicorn ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -147,6 +151,55 @@ def http10(monkeypatch: pytest.MonkeyPatch) -> None:
     cycle = httptools_impl.RequestResponseCycle
     monkeypatch.setattr(httptools_impl, "RequestResponseCycle", cycle)  # restored at the end
     end_http10_bodies_by_closing()
+    offer_direct_writes()
+
+
+async def paced(scope: Scope, receive: Receive, send: Send) -> None:
+    """Stream 16 MiB of numbered events."""
+    await receive()
+    headers = [(b"content-type", b"text/event-stream")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    for number in range(NUM_EVENTS):
+        body = b"data: %d\n\n" % number + FILLER
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        await asyncio.sleep(0)
+    await send({"type": "http.response.body", "body": b""})
+
+
+NUM_EVENTS, FILLER = 4096, b": " + b"x" * 4096 + b"\n\n"
+
+
+@pytest.mark.usefixtures("http10")
+@pytest.mark.parametrize("middleware", [False, True])
+async def test_direct_writes_keep_the_order_if_the_client_reads_slowly(
+    monkeypatch: pytest.MonkeyPatch, middleware: bool
+) -> None:
+    seen: list[int] = []
+
+    async def adapted(scope: Scope, receive: Receive, send: Send) -> None:
+        async def noting_send(message: Message) -> None:
+            seen.append(len(message.get("body", b"")))
+            await send(message)
+
+        await ServeAdapter(world.app, writes_directly=not middleware)(scope, receive, noting_send)
+
+    async with gateway_world() as world, listening(adapted) as url:
+        await world.serve(paced, "gen", "gen-1", (CHAT,))
+        host, _, port = url.removeprefix("http://").partition(":")
+        reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
+        content = json.dumps({"model": "gen", "stream": True})
+        head = f"POST {CHAT} HTTP/1.1\r\nhost: a\r\nconnection: close\r\n"
+        writer.write(f"{head}content-length: {len(content)}\r\n\r\n{content}".encode())
+        await asyncio.sleep(0.3)  # the buffers fill up
+        body = b""
+        while (line := await reader.readline()) != b"\r\n":
+            assert line
+        while size := int(await reader.readline(), 16):
+            body += await reader.readexactly(size)
+            await reader.readexactly(2)
+        writer.close()
+    assert body == b"".join(b"data: %d\n\n" % number + FILLER for number in range(NUM_EVENTS))
+    assert (sum(seen) == len(body)) is middleware
 
 
 async def exchange(url: str, head: str, body: str = "") -> tuple[bytes, bytes]:

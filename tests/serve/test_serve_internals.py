@@ -75,7 +75,7 @@ async def test_the_http_server_calls_the_wrapped_application(
         started.append((app, options, event_loop))
 
     monkeypatch.setattr(replica, "start_asgi_http_server", start)
-    serve_internals.wrap_http_app(lambda app: f"wrapped {app}", host)
+    serve_internals.wrap_http_app(lambda app, has_middlewares: f"{app}, {has_middlewares}", host)
     await replica.start_asgi_http_server("app", HTTPOptions(host="10.0.0.9"), event_loop="loop")
     ((app, options, loop),) = started
-    assert (app, options.host, loop) == ("wrapped app", expected, "loop")
+    assert (app, options.host, loop) == ("app, False", expected, "loop")
