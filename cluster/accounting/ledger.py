@@ -3,6 +3,8 @@
 Every measured joule goes to exactly one tenant; idle intervals go to ``IDLE``.
 """
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -43,6 +45,8 @@ class RequestWork:
     """Energy charged so far."""
     cost: float = 0.0
     """Cost charged so far."""
+    estimated_cost: float = 0.0
+    """Cost that was reported for work since the last division."""
     ended: bool = False
     _prefill: int = 0
     _decode: int = 0
@@ -69,7 +73,9 @@ class RequestWork:
 class Ledger:
     """Accounts of one replica's requests and tenants; prices are in the configured currency."""
 
-    def __init__(self, price_per_s: float = 0.0) -> None:
+    def __init__(
+        self, price_per_s: float = 0.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.sums: dict[str, TenantSums] = {}
         """Sums by tenant, ``IDLE`` included."""
         self.source = LEARNING
@@ -77,7 +83,10 @@ class Ledger:
         self.costs = TokenCosts()
         self.price_per_s = price_per_s
         """Price of the replica, idle or not; may be changed."""
+        self._clock = clock
+        self._divided_at = clock()
         self._cost_per_effort = 0.0
+        self._estimated_cost = 0.0  # of all requests, since the last division
         self._open: list[RequestWork] = []
 
     def open_request(self, usage: UsageCounter, tenant: str) -> RequestWork:
@@ -104,6 +113,9 @@ class Ledger:
         if effort := self.costs.estimate_effort(total):
             self._cost_per_effort = cost / effort
         self._open = [request for request in self._open if not request.ended]
+        self._divided_at, self._estimated_cost = self._clock(), 0.0
+        for request in self._open:
+            request.estimated_cost = 0.0
 
     def settle(self, request: RequestWork) -> None:
         """Write energy and cost to the request's usage; the part not charged yet is estimated."""
@@ -112,7 +124,19 @@ class Ledger:
         usage.source = self.source if self.costs.known else LEARNING
         usage.joules = None if usage.source in REASONS else request.joules + effort
         if self.price_per_s and self.costs.known:
-            usage.cost = request.cost + self._cost_per_effort * effort
+            usage.cost = request.cost + self._estimate_cost(request, effort)
+
+    def _estimate_cost(self, request: RequestWork, effort: float) -> float:
+        """Return the cost of a request's effort since the last division.
+
+        After a nearly idle interval, an effort costs a multiple of what it costs in a busy one. So
+        all estimates together are at most the price of the time.
+        """
+        others = self._estimated_cost - request.estimated_cost
+        left = self.price_per_s * (self._clock() - self._divided_at) - others
+        request.estimated_cost = max(0.0, min(left, self._cost_per_effort * effort))
+        self._estimated_cost = others + request.estimated_cost
+        return request.estimated_cost
 
     def _add(self, tenant: str, joules: float, cost: float) -> None:
         if tenant not in self.sums and len(self.sums) >= MAX_TENANTS:

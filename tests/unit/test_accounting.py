@@ -113,8 +113,17 @@ def test_joules_are_divided_by_tokens_and_idle_energy_is_separate() -> None:
     assert two.settle is None
 
 
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 def test_a_request_reports_charged_energy_plus_an_estimate_of_the_rest() -> None:
-    ledger = Ledger(price_per_s=1.0)
+    clock = Clock()
+    ledger = Ledger(1.0, clock)
     early = UsageCounter(prompt_tokens=5)
     ledger.settle(ledger.open_request(early, "a"))
     assert (early.joules, early.source) == (None, LEARNING)
@@ -123,11 +132,32 @@ def test_a_request_reports_charged_energy_plus_an_estimate_of_the_rest() -> None
     ledger.open_request(usage, "a")
     ledger.divide(SECONDS, measure(50))  # 100 tokens: half a joule and 0.02 each
     usage.prompt_tokens += 10  # after the division
+    clock.now += 1
     assert usage.settle is not None
     usage.settle()
     assert usage.source == "rapl"
     assert usage.joules == pytest.approx(52.5, rel=0.01)
     assert usage.cost == pytest.approx(2.1, rel=0.01)
+
+
+def test_requests_between_divisions_cost_at_most_the_time_since_the_last_one() -> None:
+    clock = Clock()
+    ledger = Ledger(1.0, clock)
+    usages = [UsageCounter(prompt_tokens=1) for _ in range(4)]
+    ledger.open_request(usages[0], "a").end()
+    ledger.divide(SECONDS, measure(1))  # a nearly idle interval: 2 for a token
+    clock.now += 0.5
+    for usage in usages[1:]:
+        request = ledger.open_request(usage, "a")
+        usage.prompt_tokens = 100
+        for _ in range(2):  # a second report of a request charges nothing more
+            ledger.settle(request)
+    assert usages[1].cost == pytest.approx(0.5)
+    assert sum(usage.cost or 0.0 for usage in usages[1:]) == pytest.approx(0.5)
+    ledger.divide(SECONDS, measure(1))
+    clock.now += 0.5
+    ledger.settle(request)
+    assert usages[-1].cost == pytest.approx(SECONDS / 3)  # the measured share
 
 
 def test_without_a_counter_cost_is_divided_and_joules_are_missing() -> None:
