@@ -160,8 +160,8 @@ def check_log_command(page):
     assert page.by("copied").text == f"Copied: tandem logs --request {failure[5]}"
 
 
-def check_meanings(page):
-    """Every tile and chart says what it shows, also without a mouse."""
+def check_meanings(page, width):
+    """Every tile and chart says what it shows, also without a mouse, within the page."""
     buttons = page.all(".tile .about button, #charts .about button")
     assert len(buttons) == len(page.all(".tile, #charts .card")) == 16
     for button in buttons:
@@ -169,7 +169,8 @@ def check_meanings(page):
         page.driver.execute_script("arguments[0].focus()", button)
         assert tip.is_displayed()
         assert len(tip.text) > 40
-        assert 0 <= tip.rect["x"] <= 1100 - tip.rect["width"]
+        assert 0 <= tip.rect["x"] <= width - tip.rect["width"]
+        assert page.script("innerWidth") == width  # a phone zooms out of what is too wide
         button.send_keys(Keys.ESCAPE)
         assert not tip.is_displayed()
 
@@ -196,7 +197,7 @@ async def test_page_shows_live_load(page):
             replicas = [row[:2] for row in page.rows("replicas") if row]
             assert replicas == [["chat-1", "linked"], ["draft-1", "linked"]]
             check_log_command(page)
-            check_meanings(page)
+            check_meanings(page, 1100)
             statuses = {row[1] for row in page.rows("failures")}
             assert statuses <= {"404", "500"}
             assert "word" not in page.by("failures").text
@@ -232,6 +233,7 @@ async def test_page_has_light_and_dark_schemes_and_fits_a_phone(page, scheme, wi
                 beyond = table.size["width"] - table.find_element("xpath", "..").size["width"]
                 assert beyond <= 0 or width < 500, "only narrow screens may have to scroll a table"
             assert page.rows("decisions")[0][-1] in page.by("decisions").text
+            check_meanings(page, width)
 
         await asyncio.to_thread(check)
 

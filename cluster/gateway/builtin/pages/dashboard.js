@@ -68,7 +68,8 @@ function about(name, meaning) {
   const tip = made("span", "tip", meaning);
   const show = (shown) => {
     tip.hidden = !shown;
-    const beyond = shown ? tip.getBoundingClientRect().right - innerWidth : 0;
+    const width = document.documentElement.clientWidth;  // innerWidth grows with the tip on phones
+    const beyond = shown ? tip.getBoundingClientRect().right - width : 0;
     if (beyond > 0) tip.style.left = `${tip.offsetLeft - beyond - 8}px`;
   };
   button.type = "button";
