@@ -89,8 +89,12 @@ def _first_endpoint(file: Path) -> str:
     try:
         with file.open("rb") as content:
             return str(json.loads(content.readline())["url"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file}: its first line names no url: {error!r}") from None
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f'{file}: line 1 must be a JSON object with a "url" (docs/how-to/batches.md)'
+        ) from None
 
 
 def _follow(client: RouterClient, id_: str) -> Mapping[str, Any]:

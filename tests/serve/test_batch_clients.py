@@ -110,6 +110,15 @@ async def test_a_file_with_bad_lines_fails_with_their_numbers(tmp_path: Path) ->
         assert "line 2: invalid_request" in shown.stdout
 
 
+def test_a_file_that_cannot_be_submitted_is_named(tmp_path: Path) -> None:
+    missing, wrong = tmp_path / "missing.jsonl", tmp_path / "wrong.jsonl"
+    wrong.write_text("[]\n")
+    for file, problem in ((missing, "No such file or directory"), (wrong, "line 1 must be")):
+        done = CliRunner().invoke(app, ["batch", "submit", str(file)])
+        assert f"{file}: " in str(done.exception)
+        assert problem in str(done.exception)
+
+
 async def test_openais_client_works_unchanged(tmp_path: Path) -> None:
     content = lines(4, EMBEDDINGS, "cls", size=1_000_000)
     async with served(tmp_path) as (world, url):
