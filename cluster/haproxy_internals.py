@@ -8,7 +8,7 @@ from string import Template
 from typing import Any, NamedTuple
 
 from cluster.haproxy_servers import server_comparison
-from cluster.ray_internals import PrivateName, incompatible
+from cluster.ray_internals import PrivateName, incompatible, signal_rest
 
 _SERVE = "ray.serve._private"
 
@@ -177,6 +177,7 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
     certificate, key = settings.certificate, settings.key
     compare_servers, is_emptied = server_comparison()
     empty_s, delete_s = EMPTY_BACKEND_S, DELETE_SERVERS_S
+    rest_between_checks = signal_rest()
 
     def set_up(actor: Any) -> str:
         import asyncio
@@ -189,6 +190,7 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
         from ray.serve._private.proxy_request_response import ASGIProxyRequest
 
         logger = logging.getLogger("ray.serve.tandem")
+        rest_between_checks()
 
         def write_pem(path: str) -> bool:
             """Write certificate and key into HAProxy's file; return True if it changed."""
@@ -278,8 +280,13 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
         async def keep_running() -> None:
             api, deleted_s = actor._haproxy, 0.0
             while True:
-                await asyncio.sleep(0.2)
                 dead = api._proc
+                if dead is None:
+                    await asyncio.sleep(1.0)
+                else:  # another one replaces it after a reload
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(1.0):
+                            await dead.wait()
                 if dead is None or dead.returncode is None:
                     if api._tandem_removed and time.monotonic() - deleted_s > delete_s:
                         await delete_removed()

@@ -10,7 +10,7 @@ Nothing is imported before, because importing Ray is slow.
 
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -304,3 +304,65 @@ def count_cpu_nodes(min_cpus: float, timeout_s: float) -> int:
     alive = gcs_pb2.GcsNodeInfo.ALIVE
     cpus = [node.resources_total.get("CPU", 0) for node in nodes.values() if node.state == alive]
     return sum(number > 0 and number >= min_cpus for number in cpus)
+
+
+# -- dashboard --------------------------------------------------------------------------------
+
+DASHBOARD_MODULES = (
+    *("EventHead", "JobHead", "MetricsHead", "NodeHead", "ReportHead", "ServeHead", "StateHead"),
+)
+
+
+def limit_dashboard() -> None:
+    """Let the dashboard that this process starts have ``DASHBOARD_MODULES`` only.
+
+    Each module is a process. Those of Ray Data and Ray Train are left out.
+    """
+    from ray._private import ray_constants, services
+
+    start = services.start_ray_process
+
+    def start_ray_process(command: list[str], process_type: str, **options: Any) -> Any:
+        if process_type == ray_constants.PROCESS_TYPE_DASHBOARD:
+            command = [*command, f"--modules-to-load={','.join(DASHBOARD_MODULES)}"]
+        return start(command, process_type, **options)
+
+    services.start_ray_process = start_ray_process
+
+
+# -- idle workers -----------------------------------------------------------------------------
+
+SIGNAL_REST_S = 0.05
+"""Maximum sleep of a worker's main thread between two of Ray's checks for signals, in seconds."""
+
+
+def signal_rest() -> Callable[[], None]:
+    """Return a function that makes the main thread of this worker wake up less often.
+
+    Ray checks for signals 100 times a second in the main thread of each worker, and has no setting
+    for it. In an asynchronous actor, this thread only passes calls on to the event loop's thread.
+    A check begins with a call of ``sys.is_finalizing``, which now sleeps in this thread. A signal
+    ends the sleep; a call of the actor waits for its end.
+
+    The function can be pickled by value, for actors that may be unable to import this package.
+    """
+    rest_s = SIGNAL_REST_S
+
+    def rest_between_checks() -> None:
+        import sys
+        import threading
+        import time
+
+        is_finalizing, main = sys.is_finalizing, threading.main_thread().ident
+        if hasattr(is_finalizing, "tandem_rests"):
+            return
+
+        def rest_and_check() -> bool:
+            if threading.get_ident() == main and not is_finalizing():
+                time.sleep(rest_s)
+            return is_finalizing()
+
+        rest_and_check.tandem_rests = True  # type: ignore[attr-defined]
+        sys.is_finalizing = rest_and_check
+
+    return rest_between_checks

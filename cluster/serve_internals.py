@@ -20,6 +20,9 @@ from cluster.ray_internals import (
 
 _SERVE = "ray.serve._private"
 
+UTILS_MODULE = f"{_SERVE}.utils"
+"""Module of Serve that imports pandas; see ``worker_preload``."""
+
 EXPORTED = {
     "DeploymentID": PrivateName(
         f"{_SERVE}.common:DeploymentID", "key of a deployment in the controller", "name app_name"
@@ -91,6 +94,10 @@ MEMBERS = (
         f"{_SERVE}.deployment_state:DeploymentReplica.get_running_replica_info",
         "see ``keep_updating_replicas``",
         "cluster_node_info_cache",
+    ),
+    PrivateName(f"{_SERVE}.controller:CONTROL_LOOP_INTERVAL_S", "see ``set_control_interval``"),
+    PrivateName(
+        f"{_SERVE}.deployment_state:CONTROL_LOOP_INTERVAL_S", "see ``set_control_interval``"
     ),
     PrivateName("ray.serve.handle:DeploymentHandle._init", "see ``init_handle``"),
     PrivateName("ray.serve.handle:DeploymentHandle.is_initialized", "see ``init_handle``"),
@@ -212,6 +219,15 @@ def keep_updating_replicas() -> None:
 
     DeploymentState._BROADCAST_STATES = listed
     DeploymentState.get_running_replica_infos = get_running_replica_infos
+
+
+def set_control_interval(interval_s: float) -> None:
+    """Set the pause between two passes of the loop of Serve's controller, this process."""
+    from ray.serve._private import controller, deployment_state
+
+    # The second module derives from it how many replicas to check in one pass.
+    controller.CONTROL_LOOP_INTERVAL_S = interval_s
+    deployment_state.CONTROL_LOOP_INTERVAL_S = interval_s
 
 
 def init_handle(handle: Any) -> None:

@@ -39,7 +39,11 @@ CORE_SHARE = "core_share"
 """Key of a replica's report: share of its node's cores that its compute threads use; 0 on
 GPUs."""
 DECISION_INTERVAL_S = 2.0
-"""Seconds between decisions, as between reports; the controller calls ten times a second."""
+"""Seconds between decisions, as between reports; the controller calls more often."""
+STEADY_INTERVAL_S = 1.0
+"""Pause of the controller's loop while all deployments have the replicas they should have."""
+CHANGING_INTERVAL_S = 0.25
+"""The same while replicas start or stop, and before the first call of the policy."""
 NODES_TIMEOUT_S = 1.0
 """Maximum time for which reading the cluster's nodes blocks Serve's controller."""
 _NO_CAPACITY = ("cores", NO_GAIN)
@@ -125,6 +129,7 @@ class ApplicationPolicy:
 
     def __init__(self) -> None:
         serve_internals.keep_updating_replicas()
+        ray_internals.signal_rest()()
         self._autoscaler: Autoscaler | None = None
         self._autoscaler_settings: Any = None
         self._next_decision_at = 0.0
@@ -154,7 +159,12 @@ class ApplicationPolicy:
             except Exception:
                 logger.exception("autoscaling failed; the targets stay as they are")
                 self._next_decision_at = now + _PAUSE_AFTER_ERROR_S
-        return {id: targets.get(id, c.target_num_replicas) for id, c in contexts.items()}, {}
+        targets = {id: targets.get(id, c.target_num_replicas) for id, c in contexts.items()}
+        is_steady = all(c.current_num_replicas == targets[id] for id, c in contexts.items())
+        serve_internals.set_control_interval(
+            STEADY_INTERVAL_S if is_steady else CHANGING_INTERVAL_S
+        )
+        return targets, {}
 
     def _limit_rollout(self, deployment: _Deployment) -> _Deployment:
         settings, name = deployment.settings, deployment.pool.partition("@")[0]

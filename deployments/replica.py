@@ -36,6 +36,7 @@ from cluster.link import (
 from cluster.metrics import Registry, table
 from cluster.models.build import wait_for_builds
 from cluster.models.checksum import weights_checksum
+from cluster.ray_internals import signal_rest
 from cluster.serve_internals import confine_replica_to_loopback
 from cluster.tracing import start_tracer
 from cluster.usage import Usage
@@ -115,6 +116,7 @@ class EngineReplica:
         self._startup_s = time.time() - self._created_at
         self._record_startup(registry, pool.name, timer)
         self._exporter = RayExporter(registry)
+        signal_rest()()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Apply a changed configuration, which ``build`` has validated; Serve calls this.

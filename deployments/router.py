@@ -42,7 +42,7 @@ from cluster.leaks import MemoryWatch
 from cluster.link import RequestHead, ResponseHead, TlsContexts, answer_locally, tls_contexts
 from cluster.models.store import home
 from cluster.periodic import run_in_daemon_thread
-from cluster.ray_internals import KEYS_KEY, kv_get_many
+from cluster.ray_internals import KEYS_KEY, kv_get_many, signal_rest
 from cluster.serve_internals import (
     DeploymentID,
     confine_replica_to_loopback,
@@ -148,6 +148,7 @@ class Router:
         # Links and handles come from inside the cluster and need no API key.
         self._internal_app = self._quota_sync.wrap(GatewayApp(self._gateway, authenticates=False))
         self._server = await start_link_server(self._internal_app)
+        signal_rest()()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Apply a changed configuration, which ``build`` has validated; Serve calls this.

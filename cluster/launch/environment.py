@@ -55,18 +55,29 @@ def cluster_environment(
         # file. With both, logging took 20 % of a router's CPU time.
         "RAY_SERVE_LOG_TO_STDERR": "0",
         # An idle process that wakes up takes a core from an engine that uses all of them, and the
-        # engine's other threads wait for it. By default, Serve's controller and the raylet wake up
-        # ten times a second, Serve's metrics too, in every replica and proxy; the log monitor
-        # lists all log files ten times a second; the dashboard measures its own memory every 5 s;
-        # and Ray's processes count and time each event of their loops.
-        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
-        "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
-        "RAY_raylet_report_resources_period_milliseconds": "500",
-        "RAY_task_events_report_interval_ms": "5000",
+        # engine's other threads wait for it. By default, Serve's controller looks ten times a
+        # second, and so do many loops of Ray, in every process; the log monitor lists all log files
+        # as often; agents ask for their parent every 0.4 s; the dashboard measures its own memory
+        # every 5 s; and Ray's processes count and time each event of their loops.
+        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.25",  # until ``deployments.autoscaling`` sets it
+        "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
+        "RAY_raylet_report_resources_period_milliseconds": "1000",
+        "RAY_raylet_check_gc_period_milliseconds": "1000",
+        "RAY_memory_monitor_refresh_ms": "1000",
+        "RAY_object_manager_timer_freq_ms": "1000",
+        "RAY_kill_idle_workers_interval_ms": "1000",
+        "RAY_report_worker_backlog_interval_ms": "5000",
+        "RAY_io_context_monitor_probe_interval_ms": "10000",
+        "RAY_debug_dump_period_milliseconds": "60000",
+        "RAY_task_events_report_interval_ms": "10000",
         "RAY_event_stats": "0",
+        "RAY_enable_pipe_based_agent_to_parent_health_check": "1",
+        "RAY_DASHBOARD_AGGREGATOR_AGENT_CHECK_MAIN_THREAD_LIVENESS_INTERVAL_SECONDS": "5",
         "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
-        "LOG_NAME_UPDATE_INTERVAL_S": "2",
+        "LOG_NAME_UPDATE_INTERVAL_S": "5",
         "METRICS_RECORD_INTERVAL_S": "60",
+        "REPORTER_UPDATE_INTERVAL_MS": "10000",
+        "SCAN_EVENT_DIR_INTERVAL_SECONDS": "30",
         # Ray gives up after 60 s, which its dashboard can need on a busy machine. `tandem up` has
         # its own limit.
         "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "600",

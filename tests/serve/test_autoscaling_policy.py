@@ -12,6 +12,8 @@ import pytest
 from msgspec import structs
 from ray import cloudpickle
 from ray.exceptions import RpcError
+from ray.serve._private import controller as serve_controller
+from ray.serve._private import deployment_state
 from ray.serve._private.autoscaling_state import ApplicationAutoscalingState
 from ray.serve._private.build_app import build_app
 from ray.serve._private.common import (
@@ -131,6 +133,23 @@ def test_pools_follow_what_routers_report_within_the_budget(
     controller.run(POOL, "a", "b", "c")
     controller.report(ROUTER, "r", busy(80.0))
     assert controller.step() == {POOL: 5, ROUTER: 1}  # one CPU each, six in all
+
+
+def test_the_controller_looks_more_often_while_replicas_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for module in (serve_controller, deployment_state):
+        monkeypatch.setattr(module, "CONTROL_LOOP_INTERVAL_S", 0.1)
+    controller = Controller(monkeypatch, application_policy=True)
+    controller.run(ROUTER, "r")
+    intervals = []
+    for replicas in ((), ("a",), ("a", "b"), ("a",)):  # one should run
+        controller.run(POOL, *replicas)
+        controller.step()
+        intervals.append(serve_controller.CONTROL_LOOP_INTERVAL_S)
+        assert intervals[-1] == deployment_state.CONTROL_LOOP_INTERVAL_S
+    changing, steady = autoscaling.CHANGING_INTERVAL_S, autoscaling.STEADY_INTERVAL_S
+    assert intervals == [changing, steady, changing, steady]
 
 
 def test_the_phases_of_a_start_are_exported_and_add_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,10 @@ class FakeProcess:
     def __init__(self) -> None:
         self.returncode: int | None = None
 
+    async def wait(self) -> None:
+        while self.returncode is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
 
 class FakeManager:
     """Serve's manager of HAProxy, as far as ``proxy_setup`` uses it."""

@@ -115,3 +115,28 @@ def test_no_other_module_uses_private_names() -> None:
         "cluster/ray_internals.py",
         "cluster/serve_internals.py",
     ]
+
+
+def test_the_dashboard_has_all_modules_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private import ray_constants, services
+    from ray.dashboard.subprocesses.module import SubprocessModule
+    from ray.dashboard.utils import get_all_modules
+
+    existing = {cls.__name__ for cls in get_all_modules(SubprocessModule) if cls.is_enabled()}
+    assert existing - set(ray_internals.DASHBOARD_MODULES) == {"DataHead", "TrainHead"}
+    assert set(ray_internals.DASHBOARD_MODULES) <= existing
+
+    started: dict[str, list[str]] = {}
+
+    def start_ray_process(command: list[str], process_type: str, **_options: Any) -> None:
+        started[process_type] = command
+
+    monkeypatch.setattr(services, "start_ray_process", start_ray_process)
+    ray_internals.limit_dashboard()
+    for process_type in (ray_constants.PROCESS_TYPE_DASHBOARD, ray_constants.PROCESS_TYPE_RAYLET):
+        services.start_ray_process(["run"], process_type, fate_share=True)
+    modules = ",".join(ray_internals.DASHBOARD_MODULES)
+    assert started == {
+        ray_constants.PROCESS_TYPE_DASHBOARD: ["run", f"--modules-to-load={modules}"],
+        ray_constants.PROCESS_TYPE_RAYLET: ["run"],
+    }
