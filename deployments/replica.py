@@ -33,6 +33,7 @@ from cluster.link import (
     ResponseHead,
     answer_locally,
 )
+from cluster.memory import release_free_memory
 from cluster.metrics import Registry, table
 from cluster.models.build import wait_for_builds
 from cluster.models.checksum import weights_checksum
@@ -117,6 +118,7 @@ class EngineReplica:
         self._record_startup(registry, pool.name, timer)
         self._exporter = RayExporter(registry)
         signal_rest()()
+        release_free_memory()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Apply a changed configuration, which ``build`` has validated; Serve calls this.

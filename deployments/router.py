@@ -40,6 +40,7 @@ from cluster.gateway.serve_http import (
 from cluster.key_file import ClusterKeys, KeyFile, KeySource
 from cluster.leaks import MemoryWatch
 from cluster.link import RequestHead, ResponseHead, TlsContexts, answer_locally, tls_contexts
+from cluster.memory import release_free_memory
 from cluster.models.store import home
 from cluster.periodic import run_in_daemon_thread
 from cluster.ray_internals import KEYS_KEY, kv_get_many, signal_rest
@@ -149,6 +150,7 @@ class Router:
         self._internal_app = self._quota_sync.wrap(GatewayApp(self._gateway, authenticates=False))
         self._server = await start_link_server(self._internal_app)
         signal_rest()()
+        release_free_memory()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Apply a changed configuration, which ``build`` has validated; Serve calls this.

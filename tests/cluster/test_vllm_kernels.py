@@ -97,3 +97,28 @@ def test_a_lone_worker_has_one_process_group(tmp_path: Path) -> None:
     command = [sys.executable, "-c", SHARED_GROUPS, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_kv_cache_takes_memory_when_it_is_used() -> None:
+    import torch
+
+    from cluster.engines.vllm import cpu_worker
+
+    size = 2**28
+
+    def allocate() -> Any:
+        return torch.zeros(size, dtype=torch.int8, device=torch.device("cpu"))
+
+    before = anonymous_bytes()
+    cache = cpu_worker._allocate_on_touch(allocate)()
+    assert anonymous_bytes() - before < size / 8
+    cache[: size // 2] = 1
+    assert size / 4 < anonymous_bytes() - before < size * 3 / 4
+    assert (cache.dtype, cache.numel(), cache[size // 2].item()) == (torch.int8, size, 0)
+    assert torch.zeros(2).tolist() == [0, 0]
+
+
+def anonymous_bytes() -> int:
+    """Return the private memory of this process."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024

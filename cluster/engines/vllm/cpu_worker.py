@@ -1,4 +1,4 @@
-"""vLLM worker for CPUs that uses vLLM's own C++ kernels for RMSNorm, and one process group.
+"""vLLM worker for CPUs: vLLM's own C++ kernels for RMSNorm, one process group, less memory.
 
 vLLM imports it by name (``arguments.EAGER_CPU_WORKER``) in the process that runs the worker. vLLM
 0.32 builds these kernels for CPUs but selects them on GPUs only; on CPUs it computes RMSNorm with
@@ -8,14 +8,20 @@ kernels; the worker selects them.
 vLLM also makes a dozen process groups of PyTorch's Gloo, each with a thread that wakes up 100 times
 a second, in which it takes a core from the threads that compute. A lone worker's groups are all the
 same, so they share one.
+
+And vLLM fills the KV cache with zeros, so that all of it takes memory from the start. Here, a block
+takes memory from its first use on.
 """
 
+import mmap
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed
 
-from cluster.engines.vllm.internals import CPUWorker, ir
+from cluster.engines.vllm.internals import CPUWorker, gpu_model_runner, ir
+from cluster.memory import release_free_memory
 
 PROVIDER = "tandem"
 _VECTOR_ELEMENTS = 16  # per step of the kernels
@@ -33,6 +39,30 @@ class EagerCPUWorker(CPUWorker):  # type: ignore[misc]  # vLLM is not typed
         if self.parallel_config.world_size_across_dp == 1:
             _share_process_group()
         super().init_device()
+        gpu_model_runner.allocate_kv_cache = _allocate_on_touch(gpu_model_runner.allocate_kv_cache)
+
+    def compile_or_warm_up_model(self) -> Any:
+        result = super().compile_or_warm_up_model()
+        release_free_memory()
+        return result
+
+
+def _allocate_on_touch(allocate: Callable[..., Any]) -> Callable[..., Any]:
+    """Return vLLM's ``allocate_kv_cache`` with memory that the kernel provides on first use."""
+
+    def allocate_on_touch(*args: Any, **kwargs: Any) -> Any:
+        zeros, torch.zeros = torch.zeros, _zeros_on_touch  # type: ignore[assignment]
+        try:
+            return allocate(*args, **kwargs)
+        finally:
+            torch.zeros = zeros
+
+    return allocate_on_touch
+
+
+def _zeros_on_touch(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype)
 
 
 def _share_process_group() -> None:
