@@ -4,6 +4,8 @@ import asyncio
 import hashlib
 import json
 import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -163,24 +165,34 @@ async def test_gauges_show_the_state(tmp_path: Path) -> None:
     assert 'tandem_budget_spent_ratio{key="",period="day",tenant="acme"} 0.85' in text
 
 
-async def test_a_gateway_refuses_and_reports(tmp_path: Path) -> None:
-    digest = hashlib.sha256(b"key").hexdigest()
+DIGEST = hashlib.sha256(b"key").hexdigest()
+
+
+@asynccontextmanager
+async def gateway_of_acme(tmp_path: Path) -> AsyncIterator[tuple[Gateway, Identity]]:
+    """Yield a gateway whose one key and its tenant have a budget, and the identity of the key."""
     contents = {
         "tenants": {"acme": {"cost_per_day": 1.5}},
-        "keys": [{"sha256": digest, "tenant": "acme", "cost_per_month": 3}],
+        "keys": [{"sha256": DIGEST, "tenant": "acme", "cost_per_month": 3}],
     }
     file = tmp_path / "keys.yaml"
     file.write_text(json.dumps(contents))
     (found,) = parse_keys(file.read_text(), "file").identities().values()
     assert found.budget == Budget(cost_per_month=3)
-    clock = Clock()
-    account = make_account(tmp_path / "usage", clock)
+    account = make_account(tmp_path / "usage", Clock())
     config = parse({"generators": [{"name": "gen", "model": "m"}], "accounting": PRICES})
     key_file = KeyFile(file, expected=True)
     gateway = Gateway(config, {"gen": Wiring(b"s" * 32)}, usage=account, key_file=key_file)
-    app, headers = GatewayApp(gateway), {"authorization": "Bearer key"}
     try:
-        gateway.budgets.add(found, 2.0)
+        yield gateway, found
+    finally:
+        await gateway.close()
+
+
+async def test_a_gateway_refuses_and_reports(tmp_path: Path) -> None:
+    async with gateway_of_acme(tmp_path) as (gateway, acme):
+        app, headers = GatewayApp(gateway), {"authorization": "Bearer key"}
+        gateway.budgets.add(acme, 2.0)
         body = {"model": "gen", "messages": []}
         answer = await asgi.post(app, "/v1/chat/completions", body, headers=headers)
         assert answer.status == 429
@@ -188,11 +200,9 @@ async def test_a_gateway_refuses_and_reports(tmp_path: Path) -> None:
         assert int(answer.headers["retry-after"]) > 0
         rows = (await asgi.get(app, "/v1/usage", headers=headers)).json()["budgets"]
         assert [(row["key"], row["period"], row["state"]) for row in rows] == [
-            (digest[:16], "month", "open"),
+            (DIGEST[:16], "month", "open"),
             (None, "day", "spent"),
         ]
         shown = (await asgi.get(app, "/dashboard/data", headers=headers)).json()["budgets"]
         assert [row["state"] for row in shown] == ["open", "spent"]
         assert (await asgi.get(app, "/v1/usage/spend", headers=headers)).status == 403
-    finally:
-        await gateway.close()

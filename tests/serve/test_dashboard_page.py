@@ -16,6 +16,7 @@ from cluster.link import LinkServer
 from cluster.rollout import RolloutState
 from tests import asgi
 from tests.serve.browser import Page, listening, start
+from tests.serve.test_budgets import DIGEST, gateway_of_acme
 
 SECRET = b"s" * 32
 KEY = "open sesame"
@@ -332,3 +333,25 @@ async def test_page_shows_a_tenant_its_own_charts(page):
         finally:
             stopped.set()
             await sending
+
+
+async def test_page_shows_spend_against_budgets(page, tmp_path):
+    async with (
+        gateway_of_acme(tmp_path) as (gateway, acme),
+        listening(GatewayApp(gateway)) as url,
+    ):
+        gateway.budgets.add(acme, 2.0)
+
+        def check():
+            page.open(f"{url}/dashboard", width=360)
+            page.until(lambda: page.by("sign-in").is_displayed())
+            page.sign_in("key")
+            page.until(lambda: page.by("budgets-card").is_displayed())
+            rows = [row[:6] for row in page.rows("budgets")]
+            assert rows == [
+                ["acme", DIGEST[:16], "month", "2", "3", "67 %"],
+                ["acme", "all", "day", "2", "1.5", "133 % (spent)"],
+            ]
+            assert page.script("document.documentElement.scrollWidth") <= 360
+
+        await asyncio.to_thread(check)
