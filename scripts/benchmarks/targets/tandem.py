@@ -31,8 +31,9 @@ from cluster.models.store import home as cache
 from cluster.models.store import models_dir
 
 TANDEM = Path(sys.executable).with_name("tandem")
-NOT_SHARED = {"run", "bench"}
-"""Entries of the cache directory that a new home must not share: cluster state and peers."""
+SHARED = ("models", "downloads", "agreement")
+"""Entries of the cache directory that a new home shares. The others are a cluster's state, or the
+user's: a default cluster would require the keys and run the batches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +147,8 @@ def start_default(
 
 
 def _share_cache(home: Home) -> None:
-    for entry in cache().iterdir():
-        if entry.name not in NOT_SHARED:
-            (home.path / entry.name).symlink_to(entry)
+    for entry in filter(Path.exists, map(cache().joinpath, SHARED)):
+        (home.path / entry.name).symlink_to(entry)
 
 
 def _haproxy_ports(stats: int, metrics: int, fallback: int) -> dict[str, str]:
