@@ -34,7 +34,7 @@ class ScriptedPool:
     """A pool whose other requests and room are set by the test."""
 
     def __init__(self) -> None:
-        self.meter = SimpleNamespace(num_interactive=0, num_interactive_arrivals=0)
+        self.meter: Any = SimpleNamespace(num_interactive=0, num_interactive_arrivals=0)
         self.replicas = SimpleNamespace(num_ready=1)
         self.queue = ScriptedQueue()
         self.is_asleep = False
@@ -42,6 +42,7 @@ class ScriptedPool:
     def arrive(self, number: int) -> None:
         self.meter.num_interactive += number
         self.meter.num_interactive_arrivals += number
+        self.meter.on_interactive()
 
 
 class Spare:
@@ -103,6 +104,7 @@ async def test_lines_stop_when_others_arrive_and_start_after_a_pause(spare: Spar
     spare.want(5)
     (slot,) = await spare.adjust()
     spare.pool.arrive(1)
+    assert slot.is_stopped  # before the next adjustment
     assert await spare.adjust() == []
     assert spare.preemptions.value == 1
     spare.capacity.release(slot, is_finished=False)

@@ -63,10 +63,13 @@ class SpareCapacity:
         self._running: list[LineSlot] = []
         self._waiting: deque[tuple[asyncio.Future[LineSlot], Callable[[], bool]]] = deque()
         self._window = 1.0  # lines that may run without other requests
+        self._share = 0.0
         self._allowed = 0  # since the last adjustment
         self._now_s = 0.0
         self._num_arrived = 0
         self._busy_at = float("-inf")
+        # At once: an engine that computes the prompt beside the lines takes longer for it.
+        pool.meter.on_interactive = self._stop_lines_beside_others
 
     @property
     def num_running(self) -> int:
@@ -105,12 +108,20 @@ class SpareCapacity:
         self._num_arrived = meter.num_interactive_arrivals
         self._window = min(self._window, config.max_concurrent)
         is_quiet = now_s - self._busy_at >= QUIET_S
-        # Requests at other routers may be in other pools, so they make no room here.
-        beside_others = int(config.share * meter.num_interactive + 1e-9)
-        self._allowed = int(self._window) if is_quiet else beside_others
+        self._share = config.share
+        self._allowed = int(self._window) if is_quiet else self._beside_others()
         self._now_s = now_s
         self._stop_lines()
         self._start_line()
+
+    def _beside_others(self) -> int:
+        # Requests at other routers may be in other pools, so they make no room here.
+        return int(self._share * self._pool.meter.num_interactive + 1e-9)
+
+    def _stop_lines_beside_others(self) -> None:
+        if self._running:
+            self._allowed = self._beside_others()
+            self._stop_lines()
 
     def _stop_lines(self) -> None:
         running = [slot for slot in self._running if not slot.is_stopped]

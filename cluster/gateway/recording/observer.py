@@ -117,6 +117,8 @@ class PoolMeter:
         """Requests of clients that arrived, without lines of batches."""
         self.num_interactive = 0
         """Requests of clients that have not ended, without lines of batches."""
+        self.on_interactive: Callable[[], None] | None = None
+        """Called when such a request has arrived, before it is sent to a replica."""
         self.open_requests: set[RequestObserver] = set()
         """Observers of the requests that have not ended."""
         sinks.registry.on_collect(self.count_gaps)
@@ -135,6 +137,8 @@ class PoolMeter:
             if not request.is_batch_line:
                 self.num_interactive_arrivals += 1
                 self.num_interactive += 1
+                if self.on_interactive is not None:
+                    self.on_interactive()
         observer = RequestObserver(self, request, route, on_end)
         self.open_requests.add(observer)
         return observer
