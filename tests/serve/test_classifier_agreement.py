@@ -132,6 +132,11 @@ def test_agreement_is_saved_until_the_model_changes(tmp_path, monkeypatch):
     kept.write(Agreement(0.999, 400))
     assert AgreementStore(str(model), "bfloat16").read() == Agreement(0.999, 400)
     assert AgreementStore(str(model), "int8").read() is None
+
+    link = tmp_path / "elsewhere" / model.name
+    link.parent.mkdir()
+    link.symlink_to(model)
+    assert AgreementStore(str(link), "bfloat16").read() == Agreement(0.999, 400)
     (model / "model.safetensors").write_bytes(b"other weights")
     assert AgreementStore(str(model), "bfloat16").read() is None
 

@@ -147,6 +147,7 @@ def start_default(
 
 
 def _share_cache(home: Home) -> None:
+    (cache() / "agreement").mkdir(parents=True, exist_ok=True)  # so that the first start fills it
     for entry in filter(Path.exists, map(cache().joinpath, SHARED)):
         (home.path / entry.name).symlink_to(entry)
 

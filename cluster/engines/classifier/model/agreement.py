@@ -131,7 +131,7 @@ class AgreementStore:
         files = sorted(Path(path).glob("*.safetensors")) + sorted(Path(path).glob("*.json*"))
         facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         machine = torch.__version__, torch.backends.cpu.get_cpu_capability()
-        key = repr((RECIPE, str(Path(path).absolute()), facts, machine, settings))
+        key = repr((RECIPE, str(Path(path).resolve()), facts, machine, settings))
         digest = hashlib.sha256(key.encode()).hexdigest()[:16]
         self._file = home() / "agreement" / f"{Path(path).name}-{digest}.json"
 
