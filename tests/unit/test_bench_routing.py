@@ -1,9 +1,12 @@
 import argparse
+import math
 
 import numpy as np
 import pytest
 
 from benchmarks import routing
+from benchmarks.rounds import Summary
+from benchmarks.routing.held_out import counted_s, vs_best
 from benchmarks.routing.peers import RayPowerOfTwo, RayPrefixAffinity, VllmRouterCacheAware
 from benchmarks.routing.traces import OracleRouting, ideal_ttft_p90_s
 from cluster.routing import Fleet, Policy, RequestView
@@ -88,12 +91,20 @@ def test_the_oracle_weighs_cached_tokens_against_work() -> None:
     assert set(chosen) == {"a", "b", "c"}  # work in flight counts, too
 
 
+def test_a_held_out_ratio_counts_only_peers_that_serve_the_trace() -> None:
+    failed = counted_s({"ttft_p90_s": 0.1, "done": 98.0, "requests": 100.0})
+    slow = counted_s({"ttft_p90_s": 2.0, "done": 99.0, "requests": 100.0})
+    ours, peers = Summary((1.0, 1.0)), [Summary((failed, failed)), Summary((slow, failed))]
+    assert vs_best(ours, peers).rounds == (0.5, pytest.approx(math.nan, nan_ok=True))
+
+
 def test_the_decision_benchmark_reports_its_keys() -> None:
     parser = argparse.ArgumentParser()
     routing.add_arguments(parser)
-    small = "--replicas 4 --blocks 4096 --decisions 20 --trace-s 20"
+    small = "--replicas 4 --blocks 4096 --decisions 20 --trace-s 20 --traces toolagent"
     args = parser.parse_args(small.split())
     args.rounds, args.quick = 1, True
     report = routing.run(args)
     assert report.keys["decision_us_p99"].median > 0
     assert "decision_us_p50_least-load" in report.keys
+    assert "ttft_p90_vs_best_peer_held_out" in report.keys

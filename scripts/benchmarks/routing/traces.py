@@ -2,9 +2,9 @@
 
 import argparse
 import math
-import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from statistics import geometric_mean
 
 import numpy as np
 
@@ -67,7 +67,7 @@ def _our_policy(name: str) -> MakePolicy:
     return lambda index, _truth, seed: make_policy(name, index, seed)
 
 
-def _peer_policy(make: Callable[[int], Policy]) -> MakePolicy:
+def peer_policy(make: Callable[[int], Policy]) -> MakePolicy:
     return lambda _index, _truth, seed: make(seed)
 
 
@@ -77,12 +77,12 @@ def _oracle_policy(_index: PrefixIndex, truth: CachedTokens, _seed: int) -> Poli
 
 PEERS: Mapping[str, MakePolicy] = {
     "round-robin": _our_policy("round-robin"),
-    "ray power-of-two": _peer_policy(RayPowerOfTwo),
-    "ray prefix-aware": _peer_policy(RayPrefixAffinity),
-    "ray prefix-aware, 10": _peer_policy(
+    "ray power-of-two": peer_policy(RayPowerOfTwo),
+    "ray prefix-aware": peer_policy(RayPrefixAffinity),
+    "ray prefix-aware, 10": peer_policy(
         lambda seed: RayPrefixAffinity(seed, RAY_IMBALANCE_THRESHOLD)
     ),
-    "vllm-router cache-aware": _peer_policy(lambda _seed: VllmRouterCacheAware()),
+    "vllm-router cache-aware": peer_policy(lambda _seed: VllmRouterCacheAware()),
 }
 ORACLE = "oracle"
 IDEAL = "ideal"
@@ -111,8 +111,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Report:
     """Simulate every trace with every policy; each round has another seed."""
-    if args.quick:
-        args.trace_s = min(args.trace_s, 120.0)
     results: dict[tuple[str, str], list[TraceResult]] = defaultdict(list)
     for seed in range(args.rounds):
         for trace in args.traces:
@@ -150,8 +148,8 @@ def _report(results: dict[tuple[str, str], list[TraceResult]], args: argparse.Na
         t: Summary(tuple(f["max_over_mean_load"] for f in results[t, "prefix"])) for t in traces
     }
     keys = {
-        "hit_rate_vs_oracle": over_traces(hits, statistics.geometric_mean),
-        "ttft_p90_vs_best_peer": over_traces(ttfts, statistics.geometric_mean),
+        "hit_rate_vs_oracle": over_traces(hits, geometric_mean),
+        "ttft_p90_vs_best_peer": over_traces(ttfts, geometric_mean),
         "max_over_mean_load": over_traces(loads, max),
         **{f"hit_rate_vs_oracle_{t}": hits[t] for t in traces},
         **{f"ttft_p90_vs_best_peer_{t}": ttfts[t] for t in traces},
