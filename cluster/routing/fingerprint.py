@@ -6,6 +6,7 @@ made of them (``cluster.engines.prefix_cache``). Pure.
 """
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -40,6 +41,7 @@ PREFIX_ENDS = tuple(
     for end in range(start + step, limit + 1, step)
 )
 """Ends of all prefixes, in bytes of the prompt's text."""
+_PREFIX_PARTS = tuple(slice(start, end) for start, end in pairwise((0, *PREFIX_ENDS)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,19 +261,9 @@ class _PromptBody(RequestBody):
     def _hash(self, text: bytes, max_tokens: int | None, is_tokens: bool = False) -> Fingerprint:
         model = self.model or ""
         seed = digest("\0".join((model, self.cache_salt or "", str(is_tokens))).encode())
-        ends: list[int] = []
-        hashes: list[int] = []
-        view, size, start = memoryview(text), len(text), 0
-        for end in PREFIX_ENDS:
-            if end > size:
-                break
-            seed = digest(view[start:end], seed)
-            hashes.append(seed)
-            ends.append(end)
-            start = end
-        return Fingerprint(
-            tuple(hashes), tuple(ends), size, is_tokens, self.user, max_tokens, model
-        )
+        ends = PREFIX_ENDS[: bisect_right(PREFIX_ENDS, len(text))]
+        hashes = tuple([seed := digest(text[part], seed) for part in _PREFIX_PARTS[: len(ends)]])
+        return Fingerprint(hashes, ends, len(text), is_tokens, self.user, max_tokens, model)
 
 
 class _Chat(_PromptBody):

@@ -86,7 +86,7 @@ class Fleet:
         self.ids[row] = replica_id
         self.table.assigned_s[row] = self.mean_assigned_s
         self.version += 1
-        self._update_row(replica)
+        self._update_speed(replica)
 
     def remove(self, replica_id: str) -> None:
         """Remove a replica; its requests in flight may still end, without any effect."""
@@ -152,9 +152,8 @@ class Fleet:
         placement = Placement(replica, request, cached_tokens, work_tokens, self.now_s)
         replica.push(placement)
         self._num_in_flight += 1.0
-        decode_s = request.completion_tokens / float(self.speeds.stream.values[replica.row])
-        prefill_s = work_tokens * float(self.table.miss_s[replica.row])
-        self._assign(replica, prefill_s + decode_s / USUAL_BATCH)
+        decode_s = request.completion_tokens * replica.decode_token_s
+        self._assign(replica, work_tokens * replica.prefill_token_s + decode_s / USUAL_BATCH)
         if len(replica.queue) == 1:
             self._start_head(replica)
         if request.adapter is not None:
@@ -192,11 +191,11 @@ class Fleet:
             # Correct the assigned work by the error of its estimate.
             work_tokens = prefill_work_tokens(usage.prompt_tokens, usage.cached_tokens)
             surplus_tokens = work_tokens - placement.work_tokens
-            self._assign(replica, surplus_tokens * float(self.table.miss_s[replica.row]))
+            self._assign(replica, surplus_tokens * replica.prefill_token_s)
             self.speeds.learn(placement, usage, self.now_s)
         replica.discard(placement)
         self._num_in_flight -= 1.0
-        self._update_row(replica)
+        self._update_speed(replica)
 
     def update_load(self, replica_id: str, load: Load) -> None:
         """Apply a replica's load report.
@@ -217,7 +216,7 @@ class Fleet:
         """Assume the pool's usual speed for a replica again."""
         replica = self._replicas[replica_id]
         self.speeds.reset_row(replica.row)
-        self._update_row(replica)
+        self._update_speed(replica)
 
     # -- comparison with the other replicas; NaN if their speed is unknown --
 
@@ -279,21 +278,31 @@ class Fleet:
         if open_rows.any():
             self.mean_assigned_s = float(self.table.assigned_s[open_rows].mean())
         for replica in self._replicas.values():
-            self._update_row(replica)
+            self._update_speed(replica)
 
     def _assign(self, replica: ReplicaState, work_s: float) -> None:
         self.table.assigned_s[replica.row] += work_s
         self.mean_assigned_s += work_s / len(self._replicas)
 
+    def _update_speed(self, replica: ReplicaState) -> None:
+        """Update a row after its learned rates may have changed."""
+        table, row = self.table, replica.row
+        replica.prefill_token_s = 1.0 / float(self.speeds.prefill.values[row])
+        replica.decode_token_s = 1.0 / float(self.speeds.stream.values[row])
+        table.miss_s[row] = replica.prefill_token_s
+        claims = float(self.speeds.cache_claims.values[row])
+        table.hit_s[row] = replica.prefill_token_s * claims
+        self._update_row(replica)
+
     def _update_row(self, replica: ReplicaState) -> None:
         table, row = self.table, replica.row
-        prefill_token_s = 1.0 / float(self.speeds.prefill.values[row])
-        decode_token_s = 1.0 / float(self.speeds.stream.values[row])
-        table.miss_s[row] = prefill_token_s
-        table.hit_s[row] = prefill_token_s * float(self.speeds.cache_claims.values[row])
+        prefill_token_s, decode_token_s = replica.prefill_token_s, replica.decode_token_s
         in_flight = replica.in_flight + replica.others_in_flight
         table.in_flight[row] = in_flight
-        table.set_available(row, in_flight < replica.capacity, replica.reach)
+        available = replica.reach if in_flight < replica.capacity else Reach.NONE
+        if available != replica.available:
+            replica.available = available
+            table.set_available(row, available)
         queued_tokens = replica.queued_tokens + replica.others_waiting * self._mean_work_tokens
         if replica.queue:
             head_tokens = next(iter(replica.queue)).work_tokens

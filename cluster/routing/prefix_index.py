@@ -47,6 +47,9 @@ class PrefixIndex:
         self._rotate_s = expected_s / 2
         self._rotated_s = 0.0
         self._used_offset = 0
+        # Prompt and exact result of the last ``find_levels``, until the next update.
+        self._found_prefixes: Sequence[int] | None = None
+        self._found_levels: list[Level] = []
         self.version = 0
         """Grows when a replica gets or loses its bit."""
         self._masks: dict[str, int] = {}  # of each replica, with one bit set
@@ -80,8 +83,10 @@ class PrefixIndex:
         self._rotated_s = now_s
 
     def add_stored(self, replica_id: str, hashes: Iterable[int]) -> None:
+        self._found_prefixes = None
         mask = self._mask_of(replica_id)
         shards, shard_mask, limit = self._shards, self._shard_mask, self._max_shard_entries
+        before = merged = 0  # equal masks along a prompt are one object, so one cache miss
         for prefix in hashes:
             shard = shards[prefix & shard_mask]
             holders = shard.get(prefix)
@@ -90,10 +95,13 @@ class PrefixIndex:
                     _evict(shard)
                 shard[prefix] = mask
             else:
-                shard[prefix] = holders | mask | USED
+                if holders is not before:
+                    before, merged = holders, holders | mask | USED
+                shard[prefix] = merged
         self._sweep(1)
 
     def remove_stored(self, replica_id: str, hashes: Iterable[int]) -> None:
+        self._found_prefixes = None
         mask = self._masks.get(replica_id, 0)
         for prefix in hashes:
             for entries in (self._shard_of(prefix), self._old_expected, self._young_expected):
@@ -105,6 +113,7 @@ class PrefixIndex:
         """Forget all prefixes of a replica, which emptied its cache or is gone."""
         mask = self._masks.pop(replica_id, 0)
         if mask:
+            self._found_prefixes = None
             self._live_mask &= ~mask
             self._cleared_mask |= mask
             self.version += 1
@@ -120,17 +129,27 @@ class PrefixIndex:
             prefixes: Hashes of the prompt's prefixes.
             num_held: Number of leading prefixes that the replica holds, from ``count``.
         """
+        self._found_prefixes = None
         mask, shards, shard_mask = self._mask_of(replica_id), self._shards, self._shard_mask
         self._used_offset = (self._used_offset + 1) % USED_STRIDE
+        before = used = 0
         for prefix in prefixes[self._used_offset : num_held : USED_STRIDE]:
             shard = shards[prefix & shard_mask]
             holders = shard.get(prefix, 0)
             if holders and not holders & USED:
-                shard[prefix] = holders | USED
-        old, young = self._old_expected, self._young_expected
-        renewed = [prefix for prefix in prefixes[:num_held] if prefix in old]
-        for prefix in (*renewed, *prefixes[num_held:]):
-            young[prefix] = young.get(prefix, 0) | mask
+                if holders is not before:
+                    before, used = holders, holders | USED
+                shard[prefix] = used
+        expected = dict.fromkeys(prefixes[num_held:], mask)
+        if num_held and not self._has_stored(prefixes[num_held - 1], mask):
+            old = self._old_expected  # held only as an expectation, which is renewed
+            expected |= {prefix: mask for prefix in prefixes[:num_held] if prefix in old}
+        young = self._young_expected
+        if young.keys().isdisjoint(expected):  # the usual case, without a new mask per prefix
+            young |= expected
+        else:
+            for prefix in expected:
+                young[prefix] = young.get(prefix, 0) | mask
         if len(young) > MAX_EXPECTED:
             self._rotate_expected()
 
@@ -146,6 +165,11 @@ class PrefixIndex:
     def count(self, replica_id: str, prefixes: Sequence[int]) -> int:
         """Return the number of leading prefixes that one replica holds."""
         mask, low, high = self._masks.get(replica_id, 0), 0, len(prefixes)
+        if prefixes is self._found_prefixes:
+            for count, holders in reversed(self._found_levels):
+                if holders & mask:
+                    return count
+            return 0
         while low < high:
             middle = (low + high) // 2
             if self._holders(prefixes[middle]) & mask:
@@ -162,11 +186,12 @@ class PrefixIndex:
         in O(levels * log(prefixes)). The longest are found first; after ``EXACT_PROBES`` look-ups,
         the remaining counts may be too low by up to ``COARSE`` of all prefixes.
         """
+        levels: list[Level] = []
+        self._found_prefixes, self._found_levels = prefixes, levels
         if not prefixes or not (first := self._holders(prefixes[0])):
-            return []
+            return levels
         shards, shard_mask = self._shards, self._shard_mask
         old, young = self._old_expected, self._young_expected
-        levels: list[Level] = []
         tolerance, num_probes = 1, 0
         # Holders of the prefix at ``low``, and of the one at ``high`` (none at the end).
         low, low_mask, high, high_mask = 0, first, len(prefixes), 0
@@ -182,6 +207,7 @@ class PrefixIndex:
                 num_probes += 1
                 if num_probes == EXACT_PROBES:
                     tolerance = max(1, int(COARSE * len(prefixes)))
+                    self._found_prefixes = None
                 if mask == high_mask:
                     high = middle
                     continue
@@ -208,10 +234,15 @@ class PrefixIndex:
         expected = self._old_expected.get(prefix, 0) | self._young_expected.get(prefix, 0)
         return (self._shard_of(prefix).get(prefix, 0) | expected) & self._live_mask
 
+    def _has_stored(self, prefix: int, mask: int) -> bool:
+        """Return True if a replica reported that it holds a prefix."""
+        return bool(self._shard_of(prefix).get(prefix, 0) & mask)
+
     def _shard_of(self, prefix: int) -> dict[int, int]:
         return self._shards[prefix & self._shard_mask]
 
     def _rotate_expected(self) -> None:
+        self._found_prefixes = None
         self._old_expected, self._young_expected = self._young_expected, {}
 
     def _mask_of(self, replica_id: str) -> int:

@@ -21,6 +21,12 @@ class ReplicaState:
     capacity: int
     """Requests that the replica may have in flight."""
     reach: Reach
+    available: Reach = Reach.NONE
+    """The reach, or ``NONE`` while the replica has no room; as in the fleet's table."""
+    prefill_token_s: float = 0.0
+    """Learned time to compute a prompt token."""
+    decode_token_s: float = 0.0
+    """Learned time of a completion token of one stream."""
     queue: "dict[Placement, None]" = field(default_factory=dict)
     """Requests without a first token, in the order of their placement."""
     head_since_s: float = 0.0

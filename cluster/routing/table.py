@@ -75,17 +75,18 @@ class ReplicaTable:
         return size
 
     def clear_row(self, row: int) -> None:
-        self.set_available(row, False, Reach.NONE)
+        self.set_available(row, Reach.NONE)
         for name in _ARRAYS:
             getattr(self, name)[..., row] = 0
         self._ones[row] = 1.0
         self._closed_s[row] = np.inf
 
-    def set_available(self, row: int, has_room: bool, reach: Reach) -> None:
-        is_usual, had_usual = has_room and reach == Reach.USUAL, self._num_usual > 0
+    def set_available(self, row: int, reach: Reach) -> None:
+        """Set how a row can be reached; ``NONE`` if it has no room."""
+        is_usual, had_usual = reach == Reach.USUAL, self._num_usual > 0
         self._num_usual += is_usual - int(self.usual[row])
         self.usual[row] = is_usual
-        self.last_resort[row] = has_room and reach == Reach.LAST_RESORT
+        self.last_resort[row] = reach == Reach.LAST_RESORT
         if had_usual == (self._num_usual > 0):
             self._closed_s[row] = 0.0 if self.open_rows()[row] else np.inf
         else:  # every row of the last resort opens or closes

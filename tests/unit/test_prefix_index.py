@@ -174,6 +174,43 @@ def test_expectations_of_a_prompt_that_returns_are_renewed() -> None:
         index.expect("a", (1, 2, 3), held)
 
 
+def test_a_count_after_a_lookup_of_the_same_prompt_sees_later_events() -> None:
+    index, prompt = PrefixIndex(), (1, 2, 3)
+    index.add_stored("a", prompt)
+    assert index.match(prompt) == {"a": 3}
+    index.remove_stored("a", (2, 3))
+    assert index.count("a", prompt) == 1
+    assert index.match(prompt) == {"a": 1}
+    index.add_stored("b", prompt)
+    assert (index.count("a", prompt), index.count("b", prompt)) == (1, 3)
+    assert index.match(prompt) == {"a": 1, "b": 3}
+    index.expect("a", prompt, 1)
+    assert index.count("a", prompt) == 3
+    assert index.match(prompt) == {"a": 3, "b": 3}
+    index.clear("b")
+    index.add_stored("c", (1,))
+    assert [index.count(each, prompt) for each in "abc"] == [3, 0, 1]
+
+
+def test_a_count_is_exact_where_levels_are_approximate() -> None:
+    index, prompt = PrefixIndex(), tuple(range(64))
+    for number in range(21):
+        index.add_stored(f"replica-{number}", prompt[: number * 3 + 1])
+    index.find_levels(prompt)
+    counts = [index.count(f"replica-{number}", prompt) for number in range(21)]
+    assert counts == [number * 3 + 1 for number in range(21)]
+
+
+def test_replicas_that_expect_the_same_prefixes_are_independent() -> None:
+    index = PrefixIndex()
+    index.expect("a", (1, 2, 3))
+    index.expect("b", (1, 2))
+    index.expect("c", (3,))
+    index.remove_stored("a", (2,))
+    assert index.match((1, 2, 3)) == {"a": 1, "b": 2}
+    assert index.match((3,)) == {"a": 1, "c": 1}
+
+
 def test_held_prefixes_of_a_frequent_prompt_count_as_used() -> None:
     index = PrefixIndex(max_entries=64)
     frequent = tuple(range(32))
