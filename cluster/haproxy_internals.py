@@ -76,9 +76,19 @@ def _http_errors() -> str:
     return "".join(lines)
 
 
+def router_socket(port: int) -> bytes:
+    """Return the abstract Unix socket on which the router with this HTTP port listens, too.
+
+    HAProxy, which pads the name, uses it for the routers of its node: sending and receiving a token
+    takes 2.4 us of CPU there, and 7.6 us by TCP.
+    """
+    return b"\0" + f"tandem:{port}".encode().ljust(107, b"\0")
+
+
 _SERVER = "    server {{ server.name }} {{ server.host }}:{{ server.port }} check{% if"
 _LOCAL = """\
-    {%- set has_local = "127.0.0.1" in backend.servers | map(attribute="host") %}
+    {%- set local = ["127.0.0.1", "abns@tandem"] %}
+    {%- set has_local = backend.servers | selectattr("host", "in", local) | first is defined %}
 """
 _SERVERS = "    # Servers in this backend\n    {%- for server in backend.servers %}\n"
 
@@ -86,7 +96,7 @@ HAPROXY_EDITS = {
     _SERVERS + _SERVER: _LOCAL
     + _SERVERS
     + _SERVER.removesuffix("{% if")
-    + """{% if has_local and server.host != "127.0.0.1" %} backup{% endif %}{% if""",
+    + """{% if has_local and server.host not in local %} backup{% endif %}{% if""",
     "    option splice-request\n": "",
     "    bind {{ config.frontend_host }}:{{ config.frontend_port }}\n": """\
     bind {{ config.frontend_host }}:{{ config.frontend_port }}
@@ -156,8 +166,9 @@ class ProxySettings(NamedTuple):
 def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
     """Return a function for ``__ray_call__`` of an actor of Serve's HTTP proxy.
 
-    It applies ``settings``, adds and removes HAProxy's servers without a reload, and restarts
-    HAProxy at once if it dies, which Serve itself notices after 30 s. It returns an empty string,
+    It applies ``settings``, connects HAProxy to the routers' Unix sockets, adds and removes its
+    servers without a reload, and restarts it at once if it dies, which Serve itself notices after
+    30 s. It returns an empty string,
     or what this release of Serve does differently. If the certificate cannot be read, HAProxy
     listens on loopback only, and the function raises OSError.
 
@@ -182,6 +193,7 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
     def set_up(actor: Any) -> str:
         import asyncio
         import contextlib
+        import functools
         import logging
         import os
         import time
@@ -219,6 +231,17 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
                         actor._schedule_haproxy_update()
                 except OSError as error:
                     logger.error("HAProxy keeps its certificate: %s", error)
+
+        @functools.lru_cache(maxsize=1024)  # a server that changes would need a reload
+        def has_socket(name: str, port: int) -> bool:
+            with open("/proc/net/unix", encoding="latin-1") as sockets:
+                return f" @tandem:{port}@" in sockets.read()  # see ``router_socket``
+
+        def target_to_server(target: Any) -> Any:
+            server = actor._tandem_target_to_server(target)
+            if server.host == "127.0.0.1" and has_socket(server.name, server.port):
+                server.host = "abns@tandem"
+            return server
 
         async def command_haproxy(command: str, answer: str = "") -> None:
             found = (await actor._haproxy._send_socket_command(command)).strip()
@@ -320,8 +343,8 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
         )
         if not hasattr(actor, "_haproxy"):
             return ""
-        names = ("_haproxy", "_reload_lock", "_schedule_haproxy_update", "event_loop")
-        missing = [name for name in names if not hasattr(actor, name)]
+        names = ("_haproxy", "_reload_lock", "_schedule_haproxy_update", "_target_to_server")
+        missing = [name for name in (*names, "event_loop") if not hasattr(actor, name)]
         config = getattr(actor._haproxy, "cfg", None)
         methods = ("_graceful_reload", "_send_socket_command")
         missing += [name for name in methods if not hasattr(actor._haproxy, name)]
@@ -356,6 +379,9 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
             api._tandem_running, api._tandem_removed = None, set()
             api._tandem_emptied = None
         api._graceful_reload = update_haproxy
+        if not hasattr(actor, "_tandem_target_to_server"):
+            actor._tandem_target_to_server = actor._target_to_server
+            actor._target_to_server = target_to_server
 
         def apply() -> None:
             if not hasattr(actor, "_tandem_guard"):

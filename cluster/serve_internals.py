@@ -6,7 +6,9 @@ defined. Nothing is imported before, because importing Serve takes about two sec
 
 import asyncio
 import inspect
+import logging
 import os
+import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +19,8 @@ from cluster.ray_internals import (
     resolve,
     resolve_exported,
 )
+
+logger = logging.getLogger("ray.serve.tandem")
 
 _SERVE = "ray.serve._private"
 
@@ -153,12 +157,15 @@ async def get_http_host(timeout_s: float) -> str | None:
     return host
 
 
-def wrap_http_app(wrap: Callable[[Any, bool], Any], host: str | None) -> None:
+def wrap_http_app(
+    wrap: Callable[[Any, bool], Any], host: str | None, unix_socket: Callable[[int], bytes]
+) -> None:
     """Let this replica's HTTP server call ``wrap(app, has_middlewares)`` instead of Serve's app.
 
-    It listens on ``host`` unless that is None. Serve itself uses ``http_options.host``, where
-    HAProxy may not find it: that dials 127.0.0.1 on its own node, and the address of other nodes.
-    Serve starts the server after the deployment's constructor, so call this in the constructor.
+    It listens on ``host`` unless that is None, and on the Unix socket for its port. Serve itself
+    uses ``http_options.host``, where HAProxy may not find it: that dials 127.0.0.1 on its own node,
+    and the address of other nodes. Serve starts the server after the deployment's constructor, so
+    call this in the constructor.
 
     Raises:
         RayIncompatibleError: Serve starts the server in another way.
@@ -170,11 +177,31 @@ def wrap_http_app(wrap: Callable[[Any, bool], Any], host: str | None) -> None:
         raise incompatible(expected, "formats errors, and hides headers that Serve cannot read")
     start = replica.start_asgi_http_server
 
-    def start_wrapped(app: Any, options: Any, **kwargs: Any) -> Any:
+    async def start_wrapped(app: Any, options: Any, **kwargs: Any) -> Any:
         own = options if host is None else options.model_copy(update={"host": host})
-        return start(wrap(app, bool(own.middlewares)), own, **kwargs)
+        task, server = await start(wrap(app, bool(own.middlewares)), own, **kwargs)
+        _add_unix_socket(server, unix_socket(own.port))
+        return task, server
 
     replica.start_asgi_http_server = start_wrapped
+
+
+def _add_unix_socket(server: Any, address: bytes) -> None:
+    """Let a uvicorn server that has not begun listen on a Unix socket, too, if that is free."""
+    startup = server.startup
+
+    async def startup_with_unix_socket(sockets: list[socket.socket]) -> None:
+        added = socket.socket(socket.AF_UNIX)
+        try:
+            added.bind(address)
+        except OSError as error:  # HAProxy then uses TCP
+            added.close()
+            logger.warning("no Unix socket for HAProxy: %s", error)
+            await startup(sockets=sockets)
+        else:
+            await startup(sockets=[*sockets, added])
+
+    server.startup = startup_with_unix_socket
 
 
 # -- handles ----------------------------------------------------------------------------------

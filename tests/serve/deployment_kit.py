@@ -86,7 +86,7 @@ def replace_ray(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
     monkeypatch.setattr(router, "home", lambda: directory)
     monkeypatch.setattr(router, "kv_get_many", lambda keys, timeout_s: [])
     monkeypatch.setattr(router, "get_serve_logs_dir", lambda: str(directory))
-    monkeypatch.setattr(router, "wrap_http_app", lambda wrap, host: None)
+    monkeypatch.setattr(router, "wrap_http_app", lambda *args: None)
     monkeypatch.setattr(router, "end_http10_bodies_by_closing", lambda: None)
     for module in (replica, router):
         monkeypatch.setattr(module, "log_with_serve", lambda: None)

@@ -95,6 +95,11 @@ class FakeManager:
         self.num_reloads = 0
         self.reloaded = asyncio.Event()
 
+    def _target_to_server(self, target: Any) -> Any:
+        from ray.serve._private.haproxy import ServerConfig
+
+        return ServerConfig(name=f"router-{target}", host="127.0.0.1", port=target)
+
     def _schedule_haproxy_update(self) -> None:
         self.num_reloads += 1
         self.reloaded.set()
@@ -233,7 +238,12 @@ async def test_haproxy_prefers_the_routers_of_its_node(haproxy_api: Any, tmp_pat
     await asyncio.sleep(0)
     manager._tandem_guard.cancel()  # type: ignore[attr-defined]
     path = tmp_path / "haproxy.cfg"
-    cases = [(["127.0.0.1", "10.0.0.2"], ["10.0.0.2"]), (["10.0.0.2", "10.0.0.3"], [])]
+    cases = [
+        (["127.0.0.1", "10.0.0.2"], ["10.0.0.2"]),
+        (["abns@tandem", "10.0.0.2"], ["10.0.0.2"]),
+        (["abns@tandem", "127.0.0.1"], []),
+        (["10.0.0.2", "10.0.0.3"], []),
+    ]
     for hosts, expected in cases:
         servers = [ServerConfig(f"router-{i}", host, 30000) for i, host in enumerate(hosts)]
         backend = BackendConfig("http-tandem", path_prefix="/", app_name="tandem", servers=servers)
@@ -244,6 +254,20 @@ async def test_haproxy_prefers_the_routers_of_its_node(haproxy_api: Any, tmp_pat
         lines = [line.split() for line in path.read_text().splitlines() if "router-" in line]
         backups = [line[2].split(":")[0] for line in lines if "backup" in line]
         assert backups == expected
+
+
+async def test_haproxy_uses_the_unix_sockets_that_exist(haproxy_api: Any) -> None:
+    manager = FakeManager(haproxy_api)
+    for _ in range(2):
+        assert haproxy_internals.proxy_setup(LIMITS)(manager) == ""
+    await asyncio.sleep(0)
+    manager._tandem_guard.cancel()  # type: ignore[attr-defined]
+    port, other = free_ports(2)
+    server = await asyncio.start_unix_server(print, haproxy_internals.router_socket(port))
+    for _ in range(2):  # a server that changed would need a reload
+        hosts = [manager._target_to_server(each).host for each in (port, other)]
+        assert hosts == ["abns@tandem", "127.0.0.1"]
+        server.close()
 
 
 async def test_the_same_limits_do_not_reload_haproxy_again(haproxy_api: Any) -> None:

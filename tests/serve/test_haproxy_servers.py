@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from benchmarks.ports import free_ports
+from cluster.haproxy_internals import router_socket
 from cluster.haproxy_servers import server_comparison
 from tests.serve.test_haproxy import running_haproxy
 
@@ -91,10 +92,13 @@ async def router(name: str) -> AsyncIterator[int]:
         writer.close()
 
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    local = await asyncio.start_unix_server(answer, router_socket(port))
     try:
-        yield server.sockets[0].getsockname()[1]
+        yield port
     finally:
         server.close()
+        local.close()
 
 
 async def command(socket: Path, text: str) -> str:
@@ -106,12 +110,15 @@ async def command(socket: Path, text: str) -> str:
     return answer
 
 
-async def test_a_kept_connection_outlives_the_replacement_of_all_routers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "abns@tandem"])
+async def test_a_kept_connection_outlives_the_replacement_of_all_routers(
+    tmp_path: Path, host: str
+) -> None:
     (port,) = free_ports(1)
     socket = tmp_path / "admin"
     async with router("a") as first, router("b") as second, httpx.AsyncClient() as http:
         old, new = (
-            config(f"{name} 127.0.0.1:{target} check", port=port, socket=str(socket))
+            config(f"{name} {host}:{target} check", port=port, socket=str(socket))
             for name, target in (("a", first), ("b", second))
         )
         async with running_haproxy(tmp_path, old, port):
