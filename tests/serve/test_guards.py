@@ -47,6 +47,7 @@ class ScriptedClassifier:
 
     def __init__(self) -> None:
         self.texts: list[str] = []
+        self.options: list[dict[str, Any]] = []
         self.answers = asyncio.Event()
         self.answers.set()
         self.fails = False
@@ -56,6 +57,7 @@ class ScriptedClassifier:
         self.headers.append({k.decode(): v.decode() for k, v in scope["headers"]})
         body = json.loads((await receive())["body"])
         self.texts += body["input"]
+        self.options.append({name: value for name, value in body.items() if name != "input"})
         await self.answers.wait()
         is_classify = scope["path"] == "/classify"
         data = [self._label(text) if is_classify else self._find(text) for text in body["input"]]
@@ -189,6 +191,18 @@ async def test_classifiers_of_whole_texts_judge_users_and_tools_only() -> None:
         assert site.classifier.texts == ["good"]
         body["messages"] = [*messages, {"role": "tool", "content": "bad"}]
         assert (await asgi.post(site.app, CHAT, body)).status == 400
+
+
+async def test_a_message_is_read_in_the_same_way_in_each_turn() -> None:
+    # The classifier's result cache distinguishes texts by how they are read.
+    async with guarded(INJECTION) as site:
+        messages = [{"role": "user", "content": "good"}]
+        for more in ("good " * 1000, "good"):
+            await asgi.post(site.app, CHAT, {"model": "gen", "messages": messages})
+            messages.append({"role": "user", "content": more})
+        first, second = site.classifier.options
+        assert first == second
+        assert first["stride"] > 0
 
 
 async def test_a_flagged_prompt_is_answered_with_a_header() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from time import perf_counter
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import msgspec
 
@@ -33,8 +33,9 @@ SendCheck = Callable[[Request, Pool, Claim], Awaitable[Response]]
 
 MAX_TEXTS = 64
 """Texts per request to a classifier."""
-_STRIDE_CHARS = 400  # longer texts may exceed a classifier's context, so they are read in windows
 _STRIDE_TOKENS = 32
+"""Overlap of windows of texts that exceed a classifier's context. Short texts have it, too, because
+a result cache distinguishes texts by how they are read."""
 _THREAD_CHARS = 4096  # a thread searches longer texts; at worst ("4 4 4 …"), these take 20 ms
 _LONG_CHARS = 20_000
 """A client could make the check of a longer prompt time out, so that no open guard lets it pass."""
@@ -158,10 +159,8 @@ class ClassifierCheck:
     async def _ask(self, texts: Sequence[str], request: Request) -> _Reply:
         # JSON may have half of a surrogate pair, which UTF-8 cannot encode.
         valid = [text.encode(errors="replace").decode() for text in texts]
-        fields: dict[str, Any] = {"model": self._config.classifier, "input": valid}
-        if max(map(len, texts)) > _STRIDE_CHARS:
-            fields |= {"stride": _STRIDE_TOKENS, "aggregate": "max"}
-        body = msgspec.json.encode(fields)
+        windows = {"stride": _STRIDE_TOKENS, "aggregate": "max"}
+        body = msgspec.json.encode({"model": self._config.classifier, "input": valid, **windows})
         headers = [(b"content-type", b"application/json")]
         headers += [pair for pair in request.headers if pair[0] in _TRACE_HEADERS]
         check = Request(
