@@ -5,6 +5,7 @@ affects both alike. Engines are asked over their own HTTP application, as a rout
 """
 
 import asyncio
+import logging
 import math
 import statistics
 import time
@@ -153,6 +154,10 @@ async def compare_generators(
             stack.push_async_callback(engine.stop)
             await engine.start()
             candidates.append(Candidate(model, weights_bytes(directory), engine))
+        # vLLM may log the end of its engine, which ``stop`` causes, as an error with a traceback.
+        logger = logging.getLogger("vllm")
+        stack.callback(logger.setLevel, logger.level)
+        stack.callback(logger.setLevel, logging.CRITICAL)
         return await compare(candidates[0], candidates[1], texts, progress)
 
 
