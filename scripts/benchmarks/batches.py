@@ -9,6 +9,7 @@ import argparse
 import json
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 
@@ -97,6 +98,7 @@ def run(args: argparse.Namespace) -> Report:
     prompts = PromptMaker.from_model(Path(prepare_model()))
     milliseconds: Milliseconds = defaultdict(list)
     lines_per_s: list[float] = []
+    num_requests: list[float] = []
     with tandem_default() as ready:
         endpoint = ready.running.endpoint
         measure(endpoint, prompts, WARM_UP_S, "warm-up")
@@ -106,12 +108,14 @@ def run(args: argparse.Namespace) -> Report:
             if batch is not None:
                 lines_per_s.append(batch.count_lines() / times.wall_s)
                 batch.stop()
+            num_requests.append(len(times.ttft_s))
             found = percentiles_ms(times)
             for metric, value in found.items():
                 milliseconds[metric, kind].append(value)
             shown = ", ".join(f"{metric} {value:.1f} ms" for metric, value in found.items())
             print_progress(number, kind, shown)
-    return make_report(milliseconds, lines_per_s, ready.command)
+    details = {"batch_lines_per_s": lines_per_s, "requests_per_round": num_requests}
+    return make_report(milliseconds, details, ready.command)
 
 
 def measure(
@@ -130,7 +134,9 @@ def percentiles_ms(times: TokenTimes) -> dict[str, float]:
     return {metric: percentile(found, 99) * 1e3 for metric, found in values.items() if found}
 
 
-def make_report(milliseconds: Milliseconds, lines_per_s: list[float], command: str) -> Report:
+def make_report(
+    milliseconds: Milliseconds, details: Mapping[str, list[float]], command: str
+) -> Report:
     """Return the ratio of the percentiles with a batch to those without, in each round."""
     summaries = {key: Summary(tuple(values)) for key, values in milliseconds.items()}
     rows = [(m, summaries[m, ALONE], summaries[m, BATCH]) for m in METRICS]
@@ -138,7 +144,7 @@ def make_report(milliseconds: Milliseconds, lines_per_s: list[float], command: s
         keys={f"{metric}_ratio": batch.over(alone) for metric, alone, batch in rows},
         goals=GOALS,
         tables=[Table("Milliseconds, 99th percentile", ("", ALONE, BATCH), rows)],
-        details={"batch_lines_per_s": Summary(tuple(lines_per_s))},
+        details={name: Summary(tuple(values)) for name, values in details.items()},
         notes=[
             f"{STREAMS} streams with pauses of up to {PAUSE_S:g} s; lines of {LINE_TOKENS} tokens "
             "in the batch."

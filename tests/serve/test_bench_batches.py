@@ -7,9 +7,9 @@ from cluster.batches import parse_line
 def test_ratios_compare_with_a_batch_and_without_in_each_round() -> None:
     milliseconds = {(metric, ALONE): [10.0, 20.0] for metric in METRICS}
     milliseconds |= {(metric, BATCH): [11.0, 20.0] for metric in METRICS}
-    report = make_report(milliseconds, [2.0, 4.0], "tandem up")
+    report = make_report(milliseconds, {"lines": [2.0, 4.0]}, "tandem up")
     assert report.keys["ttft_p99_ratio"].rounds == (1.1, 1.0)
-    assert report.details["batch_lines_per_s"].median == 3.0
+    assert report.details["lines"].median == 3.0
 
 
 def test_the_lines_are_valid_requests() -> None:
