@@ -21,8 +21,8 @@ class AutoRule(Section):
     max_prompt_tokens: int | None = Field(None, ge=1)
     """Estimated length of the prompt, in tokens, up to which the rule holds."""
     min_budget_used: float | None = Field(None, ge=0, le=1)
-    """Used share (0 to 1) of the tenant's `tokens_per_day` from which the rule holds; never for
-    tenants without that limit."""
+    """Used share (0 to 1) of the tenant's `tokens_per_day`, or of a budget of the tenant or key if
+    more of that is used, from which the rule holds; never without such a limit."""
 
     @model_validator(mode="after")
     def _check_conditions(self) -> Self:

@@ -6,6 +6,7 @@ import json
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,17 @@ from typing import Any
 import pytest
 
 from cluster.accounting.usage_log import UsageLog
-from cluster.admission import Identity, Tenant
+from cluster.admission import Identity, Tenant, TenantLimits
 from cluster.admission.budgets import Budget, period_days
 from cluster.admission.keys import parse_keys
 from cluster.config import parse
 from cluster.errors import OverloadedError
 from cluster.gateway import Gateway, GatewayApp, UsageAccount, Wiring
 from cluster.gateway.admission.budgets import Budgets
+from cluster.gateway.admission.quotas import TenantQuotas
 from cluster.key_file import KeyFile
 from cluster.metrics import Registry, exposition
+from cluster.usage import Usage
 from tests import asgi
 
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC).timestamp()
@@ -93,6 +96,22 @@ async def test_a_key_has_its_own_budget_within_its_tenants(tmp_path: Path) -> No
     budgets.add(large, 8.5)
     with pytest.raises(OverloadedError, match=r"monthly budget of tenant 'acme' is spent: 10\.5"):
         budgets.check(large)
+
+
+async def test_rules_see_the_most_used_limit(tmp_path: Path) -> None:
+    limits = TenantLimits(tokens_per_day=100)
+    free = Identity(Tenant("free"))
+    small = Identity(Tenant("acme", limits=limits, budget=Budget(cost_per_day=4.0)), key="k")
+    own = replace(small, key="own", budget=Budget(cost_per_month=2.5))
+    quotas = TenantQuotas(Registry())
+    quotas.budgets = make_budgets(tmp_path / "usage", Clock(), free, small, own)
+    assert quotas.budget_used(free) is None
+    assert quotas.budget_used(small) == 0
+    quotas.admit(small, "gen", (10.0, 0.0)).end(200, Usage(60, 0, 0), False)
+    assert quotas.budget_used(small) == pytest.approx(0.6)
+    quotas.budgets.add(own, 3.0)
+    assert quotas.budget_used(small) == pytest.approx(0.75)
+    assert quotas.budget_used(own) == pytest.approx(1.2)
 
 
 async def test_the_spend_survives_restarts_and_is_that_of_all_routers(tmp_path: Path) -> None:

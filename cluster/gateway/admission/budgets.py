@@ -109,17 +109,18 @@ class Budgets:
         Raises:
             OverloadedError: The budget of its tenant or key is spent.
         """
-        tenant = identity.tenant
-        if not (tenant.budget.is_limited or identity.budget.is_limited):
-            return
-        for key, budget in ((TENANT, tenant.budget), (identity.key, identity.budget)):
-            for period, limit in budget.limits():
-                spent = self.spent(tenant.name, key, period)
-                if spent < limit:
-                    continue
-                labels = tenant.name, f"cost_per_{period}"
-                self._registry.counter(table.LIMITS_HIT, *labels).add()
-                raise self._refusal(tenant.name, key, period, (spent, limit))
+        tenant = identity.tenant.name
+        for key, period, limit in _limits(identity):
+            spent = self.spent(tenant, key, period)
+            if spent >= limit:
+                self._registry.counter(table.LIMITS_HIT, tenant, f"cost_per_{period}").add()
+                raise self._refusal(tenant, key, period, (spent, limit))
+
+    def used(self, identity: Identity) -> float | None:
+        """Return the used share of the most used budget of a tenant and key; None without one."""
+        name = identity.tenant.name
+        shares = (self.spent(name, key, per) / limit for key, per, limit in _limits(identity))
+        return max(shares, default=None)
 
     def _refusal(
         self, tenant: str, key: str, period: Period, amounts: tuple[float, float]
@@ -236,6 +237,13 @@ class Budgets:
             gauge = self._registry.gauge
             gauge(table.BUDGET_SPENT, *labels).value = row["spent"] / row["limit"]
             gauge(table.BUDGET_STATE, *labels).value = STATES[row["state"]]
+
+
+def _limits(identity: Identity) -> Iterator[tuple[str, Period, float]]:
+    """Yield the key (``TENANT`` for all), period and amount of each budget that applies."""
+    for key, budget in ((TENANT, identity.tenant.budget), (identity.key, identity.budget)):
+        for period, limit in budget.limits():
+            yield key, period, limit
 
 
 def _add(costs: dict[tuple[int, str, str], float], row: SpendRow) -> None:

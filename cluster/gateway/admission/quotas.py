@@ -115,10 +115,15 @@ class TenantQuotas:
         """Return the requests that the other routers have at this moment."""
         return self.peers.num_concurrent(time.monotonic())
 
-    def budget_used(self, tenant: Tenant) -> float | None:
-        """Return the used share of a tenant's tokens per day; None if it has no such limit."""
-        limit = tenant.limits.tokens_per_day
-        return None if limit is None else self._account(tenant).cluster_day_tokens / limit
+    def budget_used(self, identity: Identity) -> float | None:
+        """Return the used share of the tokens per day, or of a budget if more of that is used.
+
+        None if neither is limited.
+        """
+        shares = [] if self.budgets is None else [self.budgets.used(identity)]
+        if (limit := identity.tenant.limits.tokens_per_day) is not None:
+            shares.append(self._account(identity.tenant).cluster_day_tokens / limit)
+        return max((share for share in shares if share is not None), default=None)
 
     def join(self, identity: Identity, model: str) -> QuotaTicket:
         """Admit a request for an answer that an admitted request began; it is always admitted."""

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from cluster.admission import Tenant
+from cluster.admission import Identity
 from cluster.config import AUTO, AutoConfig, AutoRule, GuardConfig, TandemConfig
 from cluster.errors import PermissionDeniedError
 from cluster.gateway.body import is_json, read_body
@@ -47,7 +47,7 @@ class AutoChoice:
         config: Configuration of the deployment.
         pools: Pools by name.
         send: Sends a request to a classifier.
-        budget_used: Returns the used share of a tenant's daily budget; None without one.
+        budget_used: ``TenantQuotas.budget_used``.
         registry: Registry of the router's metrics.
     """
 
@@ -56,7 +56,7 @@ class AutoChoice:
         config: TandemConfig,
         pools: Mapping[str, Pool],
         send: SendCheck,
-        budget_used: Callable[[Tenant], float | None],
+        budget_used: Callable[[Identity], float | None],
         registry: Registry,
     ) -> None:
         self._pools = pools
@@ -121,7 +121,7 @@ class AutoChoice:
         texts = _texts(request)
         tokens = sum(len(text) for text, _ in texts) // CHARS_PER_TOKEN
         labels = await self._labels(request, texts)
-        used = self._budget_used(request.identity.tenant)
+        used = self._budget_used(request.identity)
         for number, rule in enumerate(config.rules, 1):
             reason = _reason(rule, labels, tokens, used)
             if reason is not None and self._allows(request, rule.model):
