@@ -7,6 +7,7 @@ from cluster.applications.app import ApplicationsApp
 from cluster.applications.calls import Calls, ModelClient
 from cluster.applications.knowledge.app import KnowledgeApp
 from cluster.applications.knowledge.ingest import Ingest
+from cluster.applications.knowledge.reranking import Reranking
 from cluster.applications.knowledge.store import Store
 from cluster.applications.prompts import Prompt, load_prompts
 from cluster.applications.tasks import Run
@@ -41,7 +42,8 @@ class TaskEngine:
         location = config.knowledge.directory or str(directory)
         self._store = Store(location, config.knowledge)
         self._ingest = Ingest()
-        knowledge = KnowledgeApp(self._store, self._ingest)
+        self._reranking = Reranking()
+        knowledge = KnowledgeApp(self._store, self._ingest, self._reranking)
         self.app: ASGIApp = ApplicationsApp(self._make_run, self._count, knowledge)
         self.start_phases_s: dict[str, float] = {}
         self.adapters = Adapters()
@@ -77,6 +79,8 @@ class TaskEngine:
             registry.counter(table.TASK_CALLS, APPLICATIONS, task).value = count
         for change, count in self._ingest.counts.items():
             registry.counter(table.KNOWLEDGE_PASSAGES, APPLICATIONS, change).value = count
+        for outcome, count in self._reranking.counts.items():
+            registry.counter(table.KNOWLEDGE_RERANKS, APPLICATIONS, outcome).value = count
 
     async def stop(self) -> None:
         """Close the knowledge bases and the links to the routers."""

@@ -1,5 +1,6 @@
 """``tandem kb …``: knowledge bases."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,7 @@ def search(name: str, fields: Mapping[str, Any], target: Target) -> None:
         print("      " + " ".join(passage["text"].split())[:200])
     if not result["passages"]:
         print("No passages.")
+    _warn(result)
 
 
 def answer(name: str, fields: Mapping[str, Any], target: Target) -> None:
@@ -116,6 +118,7 @@ def answer(name: str, fields: Mapping[str, Any], target: Target) -> None:
     print("" if result.get("found") else "Not in the documents.")
     for citation in result.get("citations", ()):
         print(f"[{citation['number']}] {_place(citation)}")
+    _warn(result)
 
 
 def remove(name: str, document: str | None, target: Target) -> None:
@@ -123,6 +126,11 @@ def remove(name: str, document: str | None, target: Target) -> None:
     path = _path(name) if document is None else _path(name, "documents", document)
     with target.connect() as router:
         print(f"deleted {router.delete(path)['id']}")
+
+
+def _warn(result: Mapping[str, Any]) -> None:
+    if result.get("reranked") is False:
+        print("The reranker failed; passages are in the order of the search.", file=sys.stderr)
 
 
 def _path(*parts: str) -> str:

@@ -427,6 +427,11 @@ KNOWLEDGE_PASSAGES = _counter(
     "Passages of documents that were added; change is embedded, kept or removed.",
     "change",
 )
+KNOWLEDGE_RERANKS = _counter(
+    "tandem_knowledge_reranks_total",
+    "Calls of the reranker by searches; outcome is ok or failed.",
+    "outcome",
+)
 
 # -- energy and cost, measured in replicas ---------------------------------------------------------
 

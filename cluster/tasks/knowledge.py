@@ -141,6 +141,8 @@ class SearchResult(TaskResult):
     """Passages, best first."""
 
     mode: Mode
+    reranked: bool | None = None
+    """True if a reranker ordered the passages, false if it failed; null if none was asked."""
     passages: list[Passage]
 
 
@@ -161,5 +163,7 @@ class KnowledgeAnswer(TaskResult):
     relevance: float
     """Relevance of the best passage, which must reach `threshold`."""
     threshold: float
+    reranked: bool | None = None
+    """As in a search."""
     citations: list[KnowledgeCitation]
     finish_reason: str | None

@@ -112,6 +112,8 @@ async def scripted_classifier(scope: Scope, receive: Receive, send: Send) -> Non
         await _send_json(send, [[{"start": w.start(), "stop": w.end()} for w in words]])
         return
     if scope["path"] == "/rerank":
+        if "no reranker" in body["query"]:
+            raise RuntimeError("scripted failure")
         found = [{"index": index} for index, _ in enumerate(body["documents"])]
         await _send_json(send, {"results": found[::-1], "usage": {"prompt_tokens": 1}})
         return

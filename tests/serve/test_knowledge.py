@@ -18,6 +18,7 @@ from cluster.applications.knowledge.store import Store
 from cluster.applications.knowledge.table import BaseSettings, Row
 from cluster.config import ApplicationsConfig
 from cluster.config.applications import KnowledgeConfig
+from cluster.metrics import Registry, table
 from cluster.tasks.knowledge import Mode
 from tests import asgi
 from tests.serve.task_kit import Script, TaskWorld, num_tokens, task_world
@@ -399,6 +400,27 @@ async def test_a_reranker_orders_the_results() -> None:
         await knowledge.add("docs", "rivers.md", RIVERS)
         plain = await knowledge.search("docs", "Elbe", rerank=False)
         assert await knowledge.search("docs", "Elbe") == plain[::-1]
+        body = {"query": "Elbe", "mode": "text"}
+        for rerank, expected in ((True, True), (False, None)):
+            found = await knowledge.result("POST", "/docs/search", {**body, "rerank": rerank})
+            assert found["reranked"] is expected
+
+
+async def test_a_search_goes_on_if_the_reranker_fails() -> None:
+    async with knowledge_world(
+        lambda messages: "In the sea [1].", knowledge={"reranker": "cls"}
+    ) as knowledge:
+        await knowledge.result("POST", "", {"name": "docs", "chunk_tokens": 32})
+        await knowledge.add("docs", "rivers.md", RIVERS)
+        query = "Elbe, no reranker"
+        plain = await knowledge.search("docs", query, rerank=False)
+        found = await knowledge.result("POST", "/docs/search", {"query": query})
+        assert (found["reranked"], found["passages"]) == (False, plain)
+        answer = await knowledge.result("POST", "/docs/answer", {"question": query})
+        assert (answer["reranked"], answer["found"]) == (False, True)
+        registry = Registry()
+        knowledge.tasks.engine.observe(registry)
+        assert registry.counter(table.KNOWLEDGE_RERANKS, "applications", "failed").value == 2
 
 
 async def test_the_documents_stay_when_the_replica_restarts(tmp_path: Path) -> None:

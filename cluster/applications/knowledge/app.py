@@ -18,6 +18,7 @@ from cluster.applications.knowledge.ingest import (
     describe,
 )
 from cluster.applications.knowledge.operations import MAX_LISTED, OPERATIONS
+from cluster.applications.knowledge.reranking import Reranking
 from cluster.applications.knowledge.search import answer, search
 from cluster.applications.knowledge.store import Store
 from cluster.applications.knowledge.table import Table
@@ -115,11 +116,13 @@ class KnowledgeApp:
     Args:
         store: The knowledge bases.
         ingest: Adds documents.
+        reranking: Orders what is found.
     """
 
-    def __init__(self, store: Store, ingest: Ingest) -> None:
+    def __init__(self, store: Store, ingest: Ingest, reranking: Reranking) -> None:
         self._store = store
         self._ingest = ingest
+        self._reranking = reranking
         self._num_uploads = 0
         self._uploads = asyncio.Semaphore(store.config.max_uploads)
         self._handlers: Mapping[str, Handler] = {
@@ -204,13 +207,13 @@ class KnowledgeApp:
 
     async def _search(self, call: Call) -> None:
         request = await call.body(SearchRequest)
-        result = await search(await self._open(call), request, call.run)
+        result = await search(await self._open(call), request, call.run, self._reranking)
         await call.reply.send_model(result)
 
     async def _answer(self, call: Call) -> None:
         request = await call.body(KnowledgeAnswerRequest)
         table = await self._open(call)
-        async with aclosing(answer(table, request, call.run)) as items:
+        async with aclosing(answer(table, request, call.run, self._reranking)) as items:
             if request.stream:
                 await call.reply.stream(items)
             else:

@@ -3,12 +3,14 @@
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from cluster.applications.knowledge.encoder import Encoder, Vectors
 from cluster.applications.knowledge.ingest import check_dimensions
+from cluster.applications.knowledge.reranking import Reranking
 from cluster.applications.knowledge.table import Table
 from cluster.applications.tasks import Run
 from cluster.applications.tasks.answer import (
@@ -31,26 +33,41 @@ MIN_CANDIDATES = 50
 """Passages that each search finds before they are fused and reranked."""
 
 
-async def search(table: Table, request: SearchRequest, run: Run) -> SearchResult:
+@dataclass(frozen=True, slots=True)
+class Query:
+    """Query of a search or an answer."""
+
+    text: str
+    mode: Mode
+    limit: int
+    reranker: str | None
+
+
+async def search(
+    table: Table, request: SearchRequest, run: Run, reranking: Reranking
+) -> SearchResult:
     """Return the passages for a query, best first."""
     reranker = run.config.knowledge.reranker if request.rerank else None
-    passages = await find(table, request.query, request.mode, request.limit, reranker, run)
+    query = Query(request.query, request.mode, request.limit, reranker)
+    passages, reranked = await find(table, query, run, reranking)
     return SearchResult(
         **run.result_fields("knowledge-search", table.settings.model),
         mode=request.mode,
+        reranked=reranked,
         passages=passages,
     )
 
 
 async def answer(
-    table: Table, request: KnowledgeAnswerRequest, run: Run
+    table: Table, request: KnowledgeAnswerRequest, run: Run, reranking: Reranking
 ) -> AsyncGenerator[str | KnowledgeAnswer, None]:
     """Answer a question from the best passages, if one is relevant enough."""
     model = run.generator(request.model)
     config = run.config.knowledge
     threshold = config.threshold if request.threshold is None else request.threshold
     question = request.question
-    passages = await find(table, question, request.mode, request.max_passages, config.reranker, run)
+    query = Query(question, request.mode, request.max_passages, config.reranker)
+    passages, reranked = await find(table, query, run, reranking)
     relevance = max((passage.relevance for passage in passages), default=0.0)
     ranked = [_ranked(passage) for passage in passages]
     relevant = ranked if relevance >= threshold else []
@@ -65,6 +82,7 @@ async def answer(
                     found=item.text is not None,
                     relevance=relevance,
                     threshold=threshold,
+                    reranked=reranked,
                     citations=[
                         _cite(index, ranked[index], passages[index]) for index in item.cited
                     ],
@@ -73,17 +91,17 @@ async def answer(
 
 
 async def find(
-    table: Table, query: str, mode: Mode, limit: int, reranker: str | None, run: Run
-) -> list[Passage]:
-    """Return up to ``limit`` passages, best first."""
+    table: Table, query: Query, run: Run, reranking: Reranking
+) -> tuple[list[Passage], bool | None]:
+    """Return the passages, best first, and whether they are reranked."""
     encoder = Encoder(table.settings.model, run.calls)
-    (vector,) = vectors = await encoder.embed([query])
+    (vector,) = vectors = await encoder.embed([query.text])
     check_dimensions(table, vectors)
-    rows = await table.search(query, vector, mode, max(limit, MIN_CANDIDATES))
-    if reranker is not None and rows:
-        order = await Encoder(reranker, run.calls).rerank(query, [row["content"] for row in rows])
-        rows = [rows[index] for index in order]
-    return await asyncio.to_thread(_passages, query, vector, rows[:limit])
+    rows = await table.search(query.text, vector, query.mode, max(query.limit, MIN_CANDIDATES))
+    ordered = await reranking.order(rows, query.text, query.reranker, run)
+    best = ordered.rows[: query.limit]
+    passages = await asyncio.to_thread(_passages, query.text, vector, best)
+    return passages, ordered.reranked
 
 
 def _passages(query: str, vector: Vectors, rows: Sequence[dict[str, Any]]) -> list[Passage]:
