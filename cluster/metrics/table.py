@@ -410,6 +410,9 @@ STARTUP_SECONDS = _gauge(
     "phase",
 )
 
+AUDIO_SECONDS = _counter(
+    "tandem_audio_seconds_total", "Duration of the recordings that were transcribed or translated."
+)
 MEDIA_FETCHES = _counter(
     "tandem_media_fetches_total",
     "Images, audio and video that requests name by URL; outcome is ok, refused or failed.",

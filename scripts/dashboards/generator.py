@@ -65,6 +65,8 @@ def generator() -> Dashboard:
             Query(_by_model("ray_vllm_prompt_tokens_total"), "{{model_name}} prompt"),
             Query(_by_model("ray_vllm_generation_tokens_total"), "{{model_name}} completion"),
         ),
+        section("Speech"),
+        graph("Seconds of audio per second", "short", Query(rate_of("tandem_audio_seconds_total"))),
         section("Batches"),
         graph(
             "Running and waiting requests",

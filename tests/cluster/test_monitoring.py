@@ -56,6 +56,7 @@ CONDITIONS = {
     "tandem_guard_": "guards (tests/cluster/test_guards.py)",
     "tandem_task": "typed tasks (tests/serve/test_tasks.py)",
     "tandem_knowledge_": "knowledge bases (tests/serve/test_knowledge.py)",
+    "tandem_audio_": "a speech model (tests/cluster/test_speech.py)",
     "tandem_media_": "a vision model (tests/cluster/test_vllm_images.py)",
     "tandem_batch": "batches (tests/serve/test_batches.py)",
     "tandem_auto_": "the section `auto` (tests/serve/test_model_choice.py)",

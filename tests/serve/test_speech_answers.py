@@ -87,8 +87,8 @@ NAMES = {
 
 
 class World:
-    def __init__(self, client: httpx.AsyncClient, handler: Handler) -> None:
-        self.client, self.handler = client, handler
+    def __init__(self, client: httpx.AsyncClient, handler: Handler, speech: Speech) -> None:
+        self.client, self.handler, self.speech = client, handler, speech
 
     async def post(self, peak: int = 9000, **fields: str) -> httpx.Response:
         return await self.client.post(PATH, files={"file": wav(peak)}, data=fields)
@@ -112,10 +112,11 @@ async def world(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
     app.add_api_route(PATH, lambda: None, methods=["POST"])
     with ThreadPoolExecutor(1) as threads:
         handler = app.state.openai_serving_transcription = Handler(threads)
-        Speech(AudioConfig()).install(app)
+        speech = Speech(AudioConfig())
+        speech.install(app)
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://speech") as client:
-            yield World(client, handler)
+            yield World(client, handler, speech)
 
 
 async def test_segments_are_numbered_across_windows(world: World) -> None:
@@ -161,3 +162,9 @@ async def test_silence_in_an_unknown_language_is_refused(world: World) -> None:
     answer = await world.post(0, language="xx")
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "language"
+
+
+async def test_the_duration_of_answered_recordings_is_counted(world: World) -> None:
+    for peak, language in ((9000, "de"), (0, "de"), (0, "xx")):  # the last one is refused
+        await world.post(peak, language=language)
+    assert world.speech.audio_s == pytest.approx(2)

@@ -150,6 +150,8 @@ class VllmEngine:
 
     def observe(self, registry: Registry) -> None:
         """Write the counts of media; vLLM exports its metrics to Ray itself (``ray_metrics``)."""
+        if self._speech.audio_s:
+            registry.counter(table.AUDIO_SECONDS, self._config.name).value = self._speech.audio_s
         for outcome, count in self._media.counts.items():
             registry.counter(table.MEDIA_FETCHES, self._config.name, outcome).value = count
 

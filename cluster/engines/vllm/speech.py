@@ -65,6 +65,8 @@ class Speech:
 
     def __init__(self, config: AudioConfig) -> None:
         self.config = config
+        self.audio_s = 0.0
+        """Duration of all recordings that were answered, in seconds."""
 
     def install(self, app: Any) -> None:
         """Replace vLLM's routes, if the model has them."""
@@ -111,6 +113,7 @@ class Speech:
             if hasattr(result, "error"):
                 return JSONResponse(result.model_dump(), result.error.code)
             add_prompt_tokens(_audio_tokens(handler, recording))
+        self.audio_s += recording.audio.duration_s
         if hasattr(result, "__aiter__"):
             events = _openai_events(result, recording.audio.duration_s)
             return StreamingResponse(events, media_type="text/event-stream")
