@@ -1,16 +1,19 @@
 """Limits of images and videos in vLLM's loaders. Imports vLLM, which takes 15 seconds."""
 
 import base64
+import contextlib
 from io import BytesIO
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cluster.config import MediaConfig
 from cluster.engines.media_fetch import MediaFailedError
 from cluster.engines.vllm import internals
 from cluster.engines.vllm.media import Media
-from cluster.errors import InvalidRequestError
+from cluster.errors import InvalidRequestError, RequestError
 from tests.cluster.images import bomb, data_url, png
 
 SIDE = 64
@@ -106,6 +109,32 @@ def test_loaders_of_models_have_the_limit() -> None:
 def test_other_files_are_no_video(content: bytes) -> None:
     with pytest.raises(InvalidRequestError, match="not a video"):
         Media(MediaConfig()).load(content, video_io())
+
+
+IMAGE, CLIP = png("red"), clip(3)
+
+
+@st.composite
+def damaged_files(draw: st.DrawFn) -> bytes:
+    """Return an image or a video of which some bytes differ, or the start of one."""
+    content = bytearray(draw(st.sampled_from([IMAGE, CLIP, clip(2, "avi")])))
+    for _ in range(draw(st.integers(0, 4))):
+        content[draw(st.integers(0, len(content) - 1))] = draw(st.integers(0, 255))
+    return bytes(content[: draw(st.integers(0, len(content)))] if draw(st.booleans()) else content)
+
+
+@settings(max_examples=100, deadline=None, database=None, derandomize=True)
+@given(
+    damaged_files() | st.binary(max_size=60),
+    st.sampled_from(["image/png", "video/mp4", "video/jpeg", "text/plain", ""]),
+    st.sampled_from(["image", "video"]),
+)
+def test_any_file_is_loaded_or_refused(content: bytes, media_type: str, kind: str) -> None:
+    media_io = internals.ImageMediaIO() if kind == "image" else video_io()
+    shared = media(30)
+    with contextlib.suppress(RequestError, ValueError):  # vLLM's ValueError gets status 400
+        assert shared.load_data(data_url(content, media_type), media_io)
+    assert shared.load_data(data_url(IMAGE), internals.ImageMediaIO())
 
 
 def test_vllm_opens_the_formats_that_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -460,3 +460,36 @@ def test_any_body_gets_an_answer_or_a_typed_error(path: str, method: str, body: 
     answer = asyncio.run(send())
     assert 400 <= answer.status < 500 or answer.status in (501, 503), answer.body
     assert answer.json()["error"]["type"]
+
+
+FORM_FIELDS = st.dictionaries(
+    st.sampled_from(["id", "type", "file", "x"]), st.text(max_size=20), max_size=3
+)
+FILES = st.tuples(
+    st.sampled_from(
+        ["a.txt", "a.md", "a.html", "a.pdf", "a.docx", "a", "", ".", "../a.md", "a\n.md"]
+    ),
+    st.binary(max_size=40) | st.text(max_size=40).map(str.encode) | st.just(b"%PDF-1.4 PK\x03\x04"),
+)
+
+
+@settings(max_examples=4, deadline=None, database=None, derandomize=True)
+@given(
+    st.lists(st.tuples(FILES, FORM_FIELDS), min_size=3, max_size=3),
+    st.lists(st.tuples(st.sampled_from(["search", "answer"]), BODIES), min_size=10, max_size=10),
+)
+def test_any_request_to_a_base_gets_a_result_or_a_typed_error(
+    uploads: list[Any], requests: list[Any]
+) -> None:
+    async def send() -> list[asgi.Answer]:
+        async with knowledge_world() as knowledge:
+            await knowledge.result("POST", "", {"name": "docs"})
+            return [
+                *[await knowledge.upload("docs", *file, **fields) for file, fields in uploads],
+                *[await knowledge.call("POST", f"/docs/{path}", body) for path, body in requests],
+            ]
+
+    for answer in asyncio.run(send()):
+        assert 200 <= answer.status < 500, answer.body
+        if answer.status != 200:
+            assert answer.json()["error"]["type"]
