@@ -181,19 +181,22 @@ class TandemConfig(Section):
         if (tasks := self.applications) is None:
             return self
         generators = [name for pool in self.generators for name in pool.model_names]
-        classifiers = [name for pool in self.classifiers for name in pool.model_names]
+
+        def with_task(task: ClassifierTask) -> list[str]:
+            pools = (pool for pool in self.classifiers if task in pool.tasks)
+            return [name for pool in pools for name in pool.model_names]
+
         named = {
             "generator": (tasks.generator, generators),
-            "classifier": (tasks.classifier, classifiers),
-            "encoder": (tasks.encoder, classifiers),
-            "knowledge.encoder": (tasks.knowledge.encoder, classifiers),
-            "knowledge.reranker": (tasks.knowledge.reranker, classifiers),
+            "classifier": (tasks.classifier, with_task("classify")),
+            "encoder": (tasks.encoder, with_task("embed")),
+            "knowledge.encoder": (tasks.knowledge.encoder, with_task("embed")),
+            "knowledge.reranker": (tasks.knowledge.reranker, with_task("rerank")),
         }
         for field, (name, names) in named.items():
             if name is not None and name not in names:
-                raise ValueError(
-                    f"applications.{field} is {name!r}; {list_allowed(name, names) or 'none exist'}"
-                )
+                known = list_allowed(name, names) if names else "no model has the task for it"
+                raise ValueError(f"applications.{field} is {name!r}; {known}")
         return self
 
     @model_validator(mode="after")

@@ -27,6 +27,7 @@ from tests.serve.link_kit import SECRET as CLIENT_SECRET
 from tests.serve.test_client_transport import FakeHandle
 
 CONTEXT_TOKENS = 600
+CLASSIFIER_TASKS = ("classify", "embed", "rerank")
 TOKEN_CHARS = 4
 """A token of the scripted generator is four characters, rounded up."""
 
@@ -197,7 +198,7 @@ async def task_world(
     config = parse(
         {
             "generators": [{"name": "gen", "model": "m"}],
-            "classifiers": [{"name": "cls", "model": "m"}],
+            "classifiers": [{"name": "cls", "model": "m", "tasks": CLASSIFIER_TASKS}],
             "applications": applications,
             **(args or {}),
         }

@@ -43,6 +43,33 @@ def test_tasks_determine_the_required_head(tasks: list[str], head: str | None) -
     assert parse(classifier(tasks=tasks)).classifiers[0].head == head
 
 
+@pytest.mark.parametrize(
+    ("applications", "message"),
+    [
+        ({"generator": "c"}, "applications.generator is 'c'; allowed: g"),
+        ({"classifier": "r"}, "applications.classifier is 'r'; allowed: c"),
+        ({"knowledge": {"encoder": "g"}}, "knowledge.encoder is 'g'; allowed: c, mood"),
+        ({"knowledge": {"reranker": "c"}}, "knowledge.reranker is 'c'; allowed: r"),
+        ({"knowledge": {"reranker": "r"}, "encoder": "mood"}, None),
+    ],
+)
+def test_applications_name_models_that_can_do_it(
+    applications: dict[str, Any], message: str | None
+) -> None:
+    pools = {**generator(), **classifier(aliases=["mood"])}
+    pools["classifiers"].append({"name": "r", "model": "m", "tasks": ["rerank"]})
+    if message is None:
+        assert parse({**pools, "applications": applications}).applications is not None
+        return
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse({**pools, "applications": applications})
+
+
+def test_without_a_reranker_none_can_be_named() -> None:
+    with pytest.raises(ConfigError, match="no model has the task"):
+        parse({**classifier(), "applications": {"knowledge": {"reranker": "c"}}})
+
+
 def test_generators_on_cpus_may_take_longer_for_a_step() -> None:
     def timeout_s(**fields: Any) -> float:
         return parse(generator(**fields)).generators[0].stall_timeout_s

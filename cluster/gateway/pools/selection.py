@@ -43,7 +43,7 @@ def select_pool(
             name different ones.
     """
     if is_application_path(path):  # its `model` is the one that the application calls
-        return _pools_with(pools, path)[0]
+        return _application_pool(pools, path)
     if body.model == UNSPECIFIED_MODEL:
         body.model = None
     if path_model is not None and body.model not in (None, path_model):
@@ -64,6 +64,15 @@ def select_pool(
             param="model",
         )
     return candidates[0]
+
+
+def _application_pool(pools: Mapping[str, Pool], path: str) -> Pool:
+    if all(pool.kind != "application" for pool in pools.values()):
+        raise NotFoundError(
+            f"{path} needs the section `applications` of the configuration, which is not there. "
+            "`applications: {}` switches it on."
+        )
+    return _pools_with(pools, path)[0]
 
 
 def _kind_meant(path: str, body: RequestBody) -> PoolKind:
