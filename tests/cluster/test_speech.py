@@ -255,7 +255,7 @@ def test_the_blocks_of_the_page_run(
         "RAY_ADDRESS": sim_cluster.ray_address,
         "PYTHONPATH": str(ROOT),
     }
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
     for kind, code in BLOCKS:
         code = code.replace("http://127.0.0.1:8000", sim_cluster.http_url)
         code = code.replace("curl -s", "curl --fail-with-body -sS")
