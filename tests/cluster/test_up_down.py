@@ -1,6 +1,7 @@
 """``tandem up`` and ``down`` with real Ray and the simulated engine."""
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ import yaml
 
 from cluster.launch import processes
 from cluster.launch.environment import sockets_dir
+from cluster.models.store import models_dir
 from tests.certificates import certificates
 from tests.cluster.conftest import (
     ROOT,
@@ -319,3 +321,46 @@ def test_a_failed_start_reports_the_cause_and_stops_all_processes(tmp_path: Path
     assert json.loads(subprocess.check_output([TANDEM, "status", "--json"], env=env)) == {
         "running": False
     }
+
+
+def test_the_generator_answers_while_the_classifier_is_built(tmp_path: Path) -> None:
+    env, settings, http_url, _ = isolated_home(tmp_path)
+    model = "sentiment-minilm"
+    (tmp_path / "models").mkdir()
+    config = yaml.safe_load(write_config(tmp_path).read_text())
+    classifier = {"name": "sentiment", "model": model}
+    config["applications"][0]["args"]["classifiers"] = [classifier]
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+    with (tmp_path / "models" / f".{model}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as a build does
+        up = subprocess.Popen(
+            [TANDEM, "up", "-d", "--config", str(file), *settings],
+            env=env,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            wait_until(lambda: answers(http_url), 240, "an answer of the generator")
+            assert up.poll() is None
+            (tmp_path / "models" / model).symlink_to(models_dir() / model)
+        except BaseException:
+            up.terminate()
+            raise
+    output, _ = up.communicate(timeout=240)
+    assert up.returncode == 0, output
+    try:
+        assert f"{model}: already built" in output
+        texts = {"model": "sentiment", "input": "Fine."}
+        assert httpx.post(f"{http_url}/v1/classify", json=texts, timeout=60).status_code == 200
+    finally:
+        subprocess.run([TANDEM, "down"], env=env, check=True, capture_output=True)
+    assert processes.find(tmp_path) == []
+
+
+def answers(http_url: str) -> bool:
+    body = {"model": "sim", "prompt": "Hello", "max_tokens": 1}
+    try:
+        return httpx.post(f"{http_url}/v1/completions", json=body, timeout=10).status_code == 200
+    except httpx.TransportError:
+        return False
