@@ -50,7 +50,7 @@ class ServerOptions:
 
 
 def tuned_environment() -> dict[str, str]:
-    """Return variables with which vLLM computes on all cores, in one process."""
+    """Return variables with which vLLM computes on all cores, in its engine core's process."""
     return {
         BINDING_VARIABLE: bind_threads(sorted(os.sched_getaffinity(0)), 1),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
