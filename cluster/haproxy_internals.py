@@ -168,9 +168,8 @@ def proxy_setup(settings: ProxySettings) -> Callable[[Any], str]:
 
     It applies ``settings``, connects HAProxy to the routers' Unix sockets, adds and removes its
     servers without a reload, and restarts it at once if it dies, which Serve itself notices after
-    30 s. It returns an empty string,
-    or what this release of Serve does differently. If the certificate cannot be read, HAProxy
-    listens on loopback only, and the function raises OSError.
+    30 s. It returns an empty string, or what this release of Serve does differently. If the
+    certificate cannot be read, HAProxy listens on loopback only, and the function raises OSError.
 
     The function is pickled by value, because a proxy may be unable to import this package. So it
     uses no global name of this module.

@@ -1,4 +1,4 @@
-"""The gateway behind Ray Serve's HTTP server: unreadable headers, errors of Serve, HTTP/1.0."""
+"""The gateway behind Ray Serve's HTTP server: unreadable headers, errors of Serve, uvicorn."""
 
 import asyncio
 import json
@@ -145,7 +145,7 @@ async def test_errors_of_serve_have_the_format_of_the_api(
 
 
 @pytest.fixture
-def http10(monkeypatch: pytest.MonkeyPatch) -> None:
+def routers_uvicorn(monkeypatch: pytest.MonkeyPatch) -> None:
     from uvicorn.protocols.http import httptools_impl
 
     cycle = httptools_impl.RequestResponseCycle
@@ -154,7 +154,10 @@ def http10(monkeypatch: pytest.MonkeyPatch) -> None:
     offer_direct_writes()
 
 
-async def paced(scope: Scope, receive: Receive, send: Send) -> None:
+NUM_EVENTS, FILLER = 4096, b": " + b"x" * 4096 + b"\n\n"
+
+
+async def long_answer(scope: Scope, receive: Receive, send: Send) -> None:
     """Stream 16 MiB of numbered events."""
     await receive()
     headers = [(b"content-type", b"text/event-stream")]
@@ -166,10 +169,7 @@ async def paced(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
-NUM_EVENTS, FILLER = 4096, b": " + b"x" * 4096 + b"\n\n"
-
-
-@pytest.mark.usefixtures("http10")
+@pytest.mark.usefixtures("routers_uvicorn")
 @pytest.mark.parametrize("middleware", [False, True])
 async def test_direct_writes_keep_the_order_if_the_client_reads_slowly(
     monkeypatch: pytest.MonkeyPatch, middleware: bool
@@ -184,7 +184,7 @@ async def test_direct_writes_keep_the_order_if_the_client_reads_slowly(
         await ServeAdapter(world.app, writes_directly=not middleware)(scope, receive, noting_send)
 
     async with gateway_world() as world, listening(adapted) as url:
-        await world.serve(paced, "gen", "gen-1", (CHAT,))
+        await world.serve(long_answer, "gen", "gen-1", (CHAT,))
         host, _, port = url.removeprefix("http://").partition(":")
         reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
         content = json.dumps({"model": "gen", "stream": True})
@@ -215,7 +215,7 @@ async def exchange(url: str, head: str, body: str = "") -> tuple[bytes, bytes]:
     return answer.lower(), rest
 
 
-@pytest.mark.usefixtures("http10")
+@pytest.mark.usefixtures("routers_uvicorn")
 @pytest.mark.parametrize("fields", [{"stream": 3}, {}, {"model": "unknown"}])
 async def test_http10_clients_get_no_chunks(fields: dict[str, Any]) -> None:
     async with gateway_world() as world, listening(world.app) as url:
@@ -230,7 +230,7 @@ async def test_http10_clients_get_no_chunks(fields: dict[str, Any]) -> None:
             json.loads(body)
 
 
-@pytest.mark.usefixtures("http10")
+@pytest.mark.usefixtures("routers_uvicorn")
 async def test_http11_clients_still_get_chunks() -> None:
     async with gateway_world() as world, listening(world.app) as url:
         await world.add("gen", "gen-1")
