@@ -93,10 +93,15 @@ async def _stream(app: Any) -> int:
     async def receive() -> Any:
         return {"type": "http.request", "body": body, "more_body": False}
 
-    async def send(message: Any) -> None:
+    def write(piece: bytes) -> bool:
         nonlocal num_events
-        num_events += message.get("body", b"").count(b"data: ")
+        num_events += piece.count(b"data: ")
+        return True
 
+    async def send(message: Any) -> None:
+        write(message.get("body", b""))
+
+    scope["extensions"] = {"tandem.write": write}  # as the router's HTTP server
     await app(scope, receive, send)
     return num_events
 
